@@ -1,0 +1,140 @@
+"""Values that cannot work are refused before anything runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from fvcore.common.config import CfgNode
+
+from earlyexit_ssd.errors import ConfigError, nearest
+
+PHASES = ("baseline", "exits", "joint")
+PHASE_SECTIONS = {"baseline": "BASELINE", "exits": "EXITS_PHASE", "joint": "JOINT"}
+LAST_LAYER = 16
+
+_CHOICES = {
+    "DATA.ON_BAD": ("repair", "refuse", "skip"),
+    "DATA.AUGMENTATION": ("ssdlite", "ssd", "flip", "none"),
+    "MODEL.FOLD": ("exact", "rows"),
+    "MODEL.WEIGHTS_CLASSES": ("", "coco"),
+    "BASELINE.GATE.REFERENCE_CLASSES": ("", "coco"),
+    "LOSS.CLASSIFICATION": ("mined", "focal"),
+    "LOSS.TEACHER": ("none", "full", "next"),
+    "ROUTING.POLICY": ("mean_foreground", "max_foreground"),
+    "ENGINE.AMP": ("off", "bf16", "fp16"),
+    "BASELINE.OPTIMIZER": ("sgd", "adamw"),
+    "EXITS_PHASE.OPTIMIZER": ("sgd", "adamw"),
+    "JOINT.OPTIMIZER": ("sgd", "adamw"),
+}
+_UNIT_INTERVAL = (
+    "ROUTING.THRESHOLDS", "MODEL.SCORE_THRESH", "MODEL.NMS_THRESH", "EVAL.SCORE", "EVAL.IOU", "EVAL.PICTURE_SCORE",
+    "LOSS.FOCAL_ALPHA", "BASELINE.GATE.AP50", "BASELINE.GATE.PRECISION", "BASELINE.GATE.RECALL",
+    "BASELINE.GATE.RELATIVE", "EXITS_PHASE.GATE.FIRST_EXIT_AP50", "EXITS_PHASE.GATE.DEEPEST_SHARE",
+    "JOINT.GATE.MAX_AP50_DROP", *(f"{phase}.{key}" for phase in PHASE_SECTIONS.values() for key in ("WARMUP", "EMA")),
+)  # fmt: skip
+_POSITIVE = (
+    "MODEL.WIDTH", "MODEL.DETECTIONS_PER_IMG", "MODEL.TOPK_CANDIDATES", "EXITS.CHANNELS", "DATA.SYNTHETIC.SIZES",
+    "LOSS.NEG_TO_POS_RATIO", "LOSS.DISTILLATION_TEMPERATURE", "ROUTING.TEMPERATURES", "ROUTING.TEMPERATURE_BOUNDS",
+    "EXITS_PHASE.CACHE_VIEWS", "EXITS_PHASE.CACHE_GIB", "ENGINE.CHECKPOINT_PERIOD", "ENGINE.LOG_PERIOD",
+    "EVAL.BATCH_SIZE", "EVAL.TIMING_RUNS", "EVAL.TIMING_THREADS",
+    *(f"{phase}.{key}" for phase in PHASE_SECTIONS.values() for key in ("BATCH_SIZE", "LR")),
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "SEED", "THREADS", "DATA.LIMIT", "DATA.WORKERS", "EXITS.DEPTH", "LOSS.MIN_NEGATIVES", "LOSS.FOCAL_GAMMA",
+    "LOSS.EXIT_WEIGHTS", "LOSS.FULL_WEIGHT", "LOSS.DISTILLATION_WEIGHT", "LOSS.DISTILLATION_BOX_WEIGHT",
+    "EVAL.PICTURES", "DATA.SYNTHETIC.SEED",
+    *(f"{phase}.{key}" for phase in PHASE_SECTIONS.values() for key in ("EPOCHS", "WEIGHT_DECAY", "CLIP_GRADIENT")),
+)  # fmt: skip
+
+
+def check_config(cfg: CfgNode) -> None:
+    """Raise :class:`ConfigError` for the first impossible value."""
+    for key, choices in _CHOICES.items():
+        value = _get(cfg, key)
+        if value not in choices:
+            listed = ", ".join(repr(choice) for choice in choices)
+            raise ConfigError(f"{key} is {value!r}, expected one of {listed}{nearest(str(value), choices)}")
+    for key, value in _values(cfg, _UNIT_INTERVAL):
+        _require(0 <= value <= 1, key, value, "a number in [0, 1]")
+    for key, value in _values(cfg, _POSITIVE):
+        _require(value > 0 and math.isfinite(value), key, value, "a number above 0")
+    for key, value in _values(cfg, _NOT_NEGATIVE):
+        _require(value >= 0 and math.isfinite(value), key, value, "a number of at least 0")
+    _check_exits(cfg)
+    _check_temperatures(cfg)
+    _check_phases(cfg)
+    _check_data(cfg)
+
+
+def _check_exits(cfg: CfgNode) -> None:
+    layers = cfg.EXITS.LAYERS
+    _require(len(layers) > 0, "EXITS.LAYERS", layers, "at least one layer, such as [8, 12]")
+    for layer in layers:
+        inside = isinstance(layer, int) and 1 <= layer < LAST_LAYER
+        _require(inside, "EXITS.LAYERS", layer, f"trunk layers 1 to {LAST_LAYER - 1}")
+    _require(list(layers) == sorted(set(layers)), "EXITS.LAYERS", layers, "increasing layers, each once")
+    for key in ("LOSS.EXIT_WEIGHTS", "ROUTING.THRESHOLDS", "ROUTING.TEMPERATURES"):
+        value = _get(cfg, key)
+        _require(
+            len(value) in (1, len(layers)), key, value, f"one number, or one for each of {len(layers)} exits"
+        )
+    _require(cfg.MODEL.IMAGE_SIZE >= 64, "MODEL.IMAGE_SIZE", cfg.MODEL.IMAGE_SIZE, "at least 64 pixels")
+
+
+def _check_temperatures(cfg: CfgNode) -> None:
+    bounds = cfg.ROUTING.TEMPERATURE_BOUNDS
+    ordered = len(bounds) == 2 and bounds[0] < bounds[1]
+    _require(
+        ordered, "ROUTING.TEMPERATURE_BOUNDS", bounds, "[low, high] with low below high, such as [0.5, 3.0]"
+    )
+    for value in cfg.ROUTING.TEMPERATURES:
+        _require(bounds[0] <= value <= bounds[1], "ROUTING.TEMPERATURES", value, f"a number inside {bounds}")
+
+
+def _check_phases(cfg: CfgNode) -> None:
+    for phase in cfg.PHASES:
+        if phase not in PHASES:
+            listed = ", ".join(PHASES)
+            raise ConfigError(f"PHASES has {phase!r}, expected some of {listed}{nearest(str(phase), PHASES)}")
+    ordered = sorted(set(cfg.PHASES), key=PHASES.index)
+    _require(list(cfg.PHASES) == ordered, "PHASES", cfg.PHASES, f"each phase once, in the order {PHASES}")
+    _require("joint" not in cfg.PHASES or "exits" in cfg.PHASES, "PHASES", cfg.PHASES, "exits before joint")
+    for section in PHASE_SECTIONS.values():
+        _require(cfg[section].EMA < 1, f"{section}.EMA", cfg[section].EMA, "a decay below 1")
+
+
+def _check_data(cfg: CfgNode) -> None:
+    for key in ("DATA.TRAIN", "DATA.CALIB", "DATA.TEST"):
+        _require(len(_get(cfg, key)) > 0, key, _get(cfg, key), "at least one data set name")
+    shared = set(cfg.DATA.TRAIN) & (set(cfg.DATA.CALIB) | set(cfg.DATA.TEST)) | set(cfg.DATA.CALIB) & set(
+        cfg.DATA.TEST
+    )
+    _require(not shared, "DATA", sorted(shared), "TRAIN, CALIB and TEST without a data set in common")
+    share = cfg.DATA.NEGATIVE_SHARE
+    _require(share == -1 or 0 <= share < 1, "DATA.NEGATIVE_SHARE", share, "-1, or a share in [0, 1)")
+    sizes = cfg.DATA.SYNTHETIC.SIZES
+    _require(len(sizes) == 3, "DATA.SYNTHETIC.SIZES", sizes, "three sizes: train, calib, test")
+    side = cfg.DATA.SYNTHETIC.IMAGE_SIZE
+    _require(side >= 64, "DATA.SYNTHETIC.IMAGE_SIZE", side, "at least 64 pixels")
+
+
+def _require(condition: bool, key: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key} is {value!r}, expected {expected}")
+
+
+def _get(cfg: CfgNode, key: str) -> object:
+    value = cfg
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def _values(cfg: CfgNode, keys: tuple[str, ...]) -> Iterator[tuple[str, float]]:
+    for key in keys:
+        value = _get(cfg, key)
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, bool) or not isinstance(item, (int, float)):
+                raise ConfigError(f"{key} is {item!r}, expected a number")
+            yield key, item

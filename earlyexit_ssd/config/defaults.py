@@ -1,0 +1,199 @@
+"""The one default configuration tree. docs/config.md is generated from this file and its comments."""
+
+from fvcore.common.config import CfgNode as Node
+
+_C = Node()
+
+# Folder of the run: weights, logs, metrics.json and pictures. "auto" means output/<name of the config file>.
+_C.OUTPUT_DIR = "auto"
+# Seed of every random number in the run.
+_C.SEED = 0
+# Threads that PyTorch uses on the CPU; 0 leaves its own choice.
+_C.THREADS = 0
+# "auto" takes CUDA where there is one, else the CPU; or any device name that PyTorch knows.
+_C.DEVICE = "auto"
+
+# ---- data -------------------------------------------------------------------------------------------------
+_C.DATA = Node()
+# Root of the data sets. Empty: the environment variable EARLYEXIT_SSD_DATASETS, else ./datasets.
+_C.DATA.ROOT = ""
+# Your own sets, a triple each, paths relative to the root: (name, COCO JSON file, photo folder),
+# (name, folder of VOC XML files, photo folder) or (name, VOC devkit folder such as VOC2012, split).
+_C.DATA.DATASETS = ()
+# Fetch voc_2007_* and voc_2012_* with torchvision when they are missing (needs a network).
+_C.DATA.DOWNLOAD = False
+# Catalog names, one or several concatenated. TRAIN teaches, CALIB gates and selects, TEST only reports.
+_C.DATA.TRAIN = ("synthetic_chairs_train",)
+_C.DATA.CALIB = ("synthetic_chairs_calib",)
+_C.DATA.TEST = ("synthetic_chairs_test",)
+# Class names to detect, in the order of the labels 1..K. Empty: every class of the training set.
+_C.DATA.CLASSES = ()
+# What to do with a record that is broken: repair (counted warning), refuse (stop, one line) or skip.
+_C.DATA.ON_BAD = "repair"
+# Share of training photos without any wanted object; -1 keeps them as they come.
+_C.DATA.NEGATIVE_SHARE = -1.0
+# Use only the first N photos of each split (a seeded choice); 0 uses all. For trials.
+_C.DATA.LIMIT = 0
+# Training augmentation: ssdlite (IoU-aware crop, flip), ssd (adds colour and zoom-out), flip, none.
+_C.DATA.AUGMENTATION = "ssdlite"
+# Worker processes of the loaders; 0 loads in the main process.
+_C.DATA.WORKERS = 2
+# The rendered data set of indoor scenes, made when a synthetic_* name is used and its folder is missing.
+_C.DATA.SYNTHETIC = Node()
+# Photos per split: train, calib, test.
+_C.DATA.SYNTHETIC.SIZES = (1600, 200, 300)
+# Side of the rendered photos, pixels.
+_C.DATA.SYNTHETIC.IMAGE_SIZE = 192
+# Seed of the renderer.
+_C.DATA.SYNTHETIC.SEED = 0
+
+# ---- model ------------------------------------------------------------------------------------------------
+_C.MODEL = Node()
+# Side of the square network input, pixels.
+_C.MODEL.IMAGE_SIZE = 320
+# Width multiplier of the MobileNetV3-Large trunk (and of the extra layers behind it).
+_C.MODEL.WIDTH = 1.0
+# Checkpoint to retrofit: a path, or a name of torchvision's SSDLite320_MobileNet_V3_Large_Weights (COCO_V1).
+_C.MODEL.WEIGHTS = ""
+# Names of the checkpoint's classes, when it is a path: "coco" (91 outputs), or "" for this run's own classes.
+_C.MODEL.WEIGHTS_CLASSES = ""
+# How a checkpoint with more classes becomes a smaller head. "exact" keeps its rows and folds the unwanted ones
+# into background by log-sum-exp: same scores as before. "rows" keeps the wanted rows and background only: cheaper.
+_C.MODEL.FOLD = "exact"
+# ImageNet weights of the trunk when MODEL.WEIGHTS is empty: a name of MobileNet_V3_Large_Weights, or "".
+_C.MODEL.WEIGHTS_BACKBONE = ""
+# Post-processing, as in torchvision's SSD.
+_C.MODEL.SCORE_THRESH = 0.001
+_C.MODEL.NMS_THRESH = 0.55
+_C.MODEL.DETECTIONS_PER_IMG = 300
+_C.MODEL.TOPK_CANDIDATES = 300
+
+# ---- exits ------------------------------------------------------------------------------------------------
+_C.EXITS = Node()
+# Trunk layers behind which a branch leaves, increasing, 1..16 (torchvision's MobileNetV3-Large numbering).
+_C.EXITS.LAYERS = (8, 12)
+# Channels of a branch's pyramid.
+_C.EXITS.CHANNELS = 128
+# Residual blocks of a branch on its second grid, where context is cheap.
+_C.EXITS.DEPTH = 2
+# Squeeze-excitation attention on the tap.
+_C.EXITS.ATTENTION = True
+# Features of the exit before flow into the next one.
+_C.EXITS.CASCADE = True
+
+# ---- losses -----------------------------------------------------------------------------------------------
+_C.LOSS = Node()
+# Classification loss: mined (cross-entropy, hard negatives) or focal (Lin et al. 2017).
+_C.LOSS.CLASSIFICATION = "mined"
+# Hard negatives per positive.
+_C.LOSS.NEG_TO_POS_RATIO = 3.0
+# Negatives mined per image at least, so that a photo without objects teaches too.
+_C.LOSS.MIN_NEGATIVES = 8
+_C.LOSS.FOCAL_ALPHA = 0.25
+_C.LOSS.FOCAL_GAMMA = 2.0
+# Weight of each exit's loss, shallow to deep; one number serves all exits.
+_C.LOSS.EXIT_WEIGHTS = (1.0,)
+# Weight of the full path's loss while it trains.
+_C.LOSS.FULL_WEIGHT = 1.0
+# Teacher of the exits: none, full (the full path) or next (the next deeper exit).
+_C.LOSS.TEACHER = "full"
+# Weight of distillation, its softening temperature, and the weight of boxes inside it.
+_C.LOSS.DISTILLATION_WEIGHT = 1.0
+_C.LOSS.DISTILLATION_TEMPERATURE = 1.0
+_C.LOSS.DISTILLATION_BOX_WEIGHT = 1.0
+
+# ---- routing ----------------------------------------------------------------------------------------------
+_C.ROUTING = Node()
+# Confidence of an exit, from its raw logits: mean_foreground or max_foreground.
+_C.ROUTING.POLICY = "max_foreground"
+# An image leaves at the first exit whose confidence reaches that exit's threshold, in [0, 1].
+_C.ROUTING.THRESHOLDS = (0.6,)
+# Temperatures: where they start, and the interval they are held in after every step.
+_C.ROUTING.TEMPERATURES = (1.0,)
+_C.ROUTING.TEMPERATURE_BOUNDS = (0.5, 3.0)
+# Fit the temperatures by likelihood while the exits train.
+_C.ROUTING.LEARN_TEMPERATURES = True
+
+# ---- phases -----------------------------------------------------------------------------------------------
+# Which phases to run, in this order: baseline, exits, joint.
+_C.PHASES = ("baseline", "exits")
+
+
+def _phase(epochs: int, lr: float) -> Node:
+    phase = Node()
+    # Epochs of the phase; 0 skips the training and only runs the gate.
+    phase.EPOCHS = epochs
+    # Images per step, over all processes.
+    phase.BATCH_SIZE = 24
+    # sgd (momentum 0.9) or adamw.
+    phase.OPTIMIZER = "adamw"
+    # Peak learning rate, reached after WARMUP (share of all steps) and cosine-annealed to zero.
+    phase.LR = lr
+    phase.WARMUP = 0.05
+    phase.WEIGHT_DECAY = 0.0001
+    # Largest norm of the gradient; 0 does not clip.
+    phase.CLIP_GRADIENT = 10.0
+    # Decay of the exponential moving average of the weights; 0 keeps none.
+    phase.EMA = 0.0
+    return phase
+
+
+_C.BASELINE = _phase(epochs=24, lr=0.001)
+# Keep BatchNorm's statistics as they are (a pretrained trunk, small batches, several processes).
+_C.BASELINE.FREEZE_NORM = False
+# Gate on the calib split: figures that the full path must reach.
+_C.BASELINE.GATE = Node()
+_C.BASELINE.GATE.AP50 = 0.40
+_C.BASELINE.GATE.PRECISION = 0.60
+_C.BASELINE.GATE.RECALL = 0.50
+# Share of a reference checkpoint's figures that replaces the three absolute ones; 0 keeps those.
+_C.BASELINE.GATE.RELATIVE = 0.0
+# That reference checkpoint, and its classes (as MODEL.WEIGHTS and MODEL.WEIGHTS_CLASSES); empty: MODEL.WEIGHTS.
+_C.BASELINE.GATE.REFERENCE = ""
+_C.BASELINE.GATE.REFERENCE_CLASSES = ""
+
+_C.EXITS_PHASE = _phase(epochs=8, lr=0.001)
+# Cache the trunk's taps (fp16) instead of computing them every epoch.
+_C.EXITS_PHASE.CACHE = True
+# Augmented views of each photo in the cache.
+_C.EXITS_PHASE.CACHE_VIEWS = 2
+# Largest size of the cache, GiB; a bigger one is refused with the number of views that fits.
+_C.EXITS_PHASE.CACHE_GIB = 8.0
+# Gate on the calib split: the first exit's AP50, and the deepest early exit's share of the full path's.
+_C.EXITS_PHASE.GATE = Node()
+_C.EXITS_PHASE.GATE.FIRST_EXIT_AP50 = 0.30
+_C.EXITS_PHASE.GATE.DEEPEST_SHARE = 0.85
+
+_C.JOINT = _phase(epochs=4, lr=0.0001)
+_C.JOINT.FREEZE_NORM = True
+# Largest loss of the full path's AP50 on the calib split; above it the weights of before stay.
+_C.JOINT.GATE = Node()
+_C.JOINT.GATE.MAX_AP50_DROP = 0.002
+
+# ---- engine -----------------------------------------------------------------------------------------------
+_C.ENGINE = Node()
+# Mixed precision: off, bf16 or fp16 (fp16 only on CUDA). Anchors and losses stay in fp32.
+_C.ENGINE.AMP = "off"
+# Steps between checkpoints and between lines of the log.
+_C.ENGINE.CHECKPOINT_PERIOD = 200
+_C.ENGINE.LOG_PERIOD = 20
+
+# ---- evaluation -------------------------------------------------------------------------------------------
+_C.EVAL = Node()
+_C.EVAL.BATCH_SIZE = 16
+# Score at which precision, recall, F1, false positives and localisation error are counted.
+_C.EVAL.SCORE = 0.5
+# IoU at which a detection counts as a hit.
+_C.EVAL.IOU = 0.5
+# Single-image runs per exit for the milliseconds, and the threads they use.
+_C.EVAL.TIMING_RUNS = 30
+_C.EVAL.TIMING_THREADS = 1
+# Photos in the picture of detections per exit.
+_C.EVAL.PICTURES = 6
+# Score from which a detection is drawn.
+_C.EVAL.PICTURE_SCORE = 0.4
+
+
+def get_cfg() -> Node:
+    """A fresh copy of the defaults."""
+    return _C.clone()

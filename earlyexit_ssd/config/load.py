@@ -1,0 +1,141 @@
+"""Read a YAML configuration over the defaults; every key and every type is checked before anything runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from fvcore.common.config import CfgNode
+
+from earlyexit_ssd.config.check import check_config
+from earlyexit_ssd.config.defaults import get_cfg
+from earlyexit_ssd.errors import ConfigError, nearest
+
+_BASE_KEY = "_BASE_"
+
+
+def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> CfgNode:
+    """The defaults, overlaid with the file's ``_BASE_`` chain, the file, and ``KEY VALUE`` overrides.
+
+    Args:
+        path: YAML file; ``_BASE_`` in it names another one, relative to it. None takes the defaults alone.
+        overrides: alternating keys and values, ``["EXITS.LAYERS", "(6, 12)", "SEED", "3"]``.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or an impossible value; the message names the source and the fix.
+    """
+    cfg = get_cfg()
+    if path is not None:
+        path = Path(path)
+        for source, tree in reversed(_read_chain(path)):
+            _merge(cfg, tree, (), str(source))
+        if cfg.OUTPUT_DIR == "auto":
+            cfg.OUTPUT_DIR = f"output/{path.stem}"
+    _merge_overrides(cfg, overrides)
+    check_config(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: {_BASE_KEY} goes in a circle; remove one of them")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file; look in configs/ for examples") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a configuration ({error})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected KEY: value lines, got a {type(tree).__name__}")
+    base = tree.pop(_BASE_KEY, None)
+    if base is None:
+        return [(path, tree)]
+    return [(path, tree), *_read_chain(path.parent / str(base), (*seen, path.resolve()))]
+
+
+def _merge(node: CfgNode, tree: dict, prefix: tuple[str, ...], source: str) -> None:
+    for key, value in tree.items():
+        if isinstance(node.get(key), CfgNode) and isinstance(value, dict):
+            _merge(node[key], value, (*prefix, key), source)
+        else:
+            _set(node, str(key), value, prefix, source)
+
+
+def _set(node: CfgNode, key: str, value: Any, prefix: tuple[str, ...], source: str) -> None:
+    full_key = ".".join((*prefix, key))
+    if key not in node:
+        hint = nearest(key, node) or f"; {'.'.join(prefix) or 'the top level'} has {', '.join(node)}"
+        raise ConfigError(f"{source}: unknown key {full_key}{hint}")
+    node[key] = _convert(value, node[key], full_key, source)
+
+
+def _convert(value: Any, default: Any, key: str, source: str) -> Any:
+    """``value`` in the type of ``default``; only lossless conversions are made."""
+    if isinstance(default, bool) or isinstance(value, bool):
+        fits = isinstance(default, bool) and isinstance(value, bool)
+    elif isinstance(default, float):
+        value = _number_from_text(value)
+        fits = isinstance(value, (int, float))
+    elif isinstance(default, tuple):
+        value = _as_tuple(value)
+        fits = isinstance(value, tuple)
+    else:
+        fits = isinstance(value, type(default))
+    if not fits:
+        raise ConfigError(f"{source}: {key} expects {_describe(default)}, got {value!r}")
+    return float(value) if isinstance(default, float) else value
+
+
+def _number_from_text(value: Any) -> Any:
+    """YAML 1.1 reads ``1e-3`` as text; people mean the number."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _as_tuple(value: Any) -> Any:
+    """A list becomes a tuple, inner lists too; a single text or number becomes a tuple of one."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_as_tuple(item) if isinstance(item, (list, tuple)) else item for item in value)
+    return (value,) if isinstance(value, (str, int, float)) else value
+
+
+def _describe(default: Any) -> str:
+    kind = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list"}
+    if isinstance(default, CfgNode):
+        return f"keys below it ({', '.join(default)})"
+    return f"{kind[type(default)]} (default {default!r})"
+
+
+def _merge_overrides(cfg: CfgNode, overrides: Sequence[str]) -> None:
+    if len(overrides) % 2:
+        raise ConfigError(
+            f"command line: expected KEY VALUE pairs, the last key {overrides[-1]!r} has no value"
+        )
+    for full_key, text in zip(overrides[::2], overrides[1::2], strict=True):
+        *parents, key = full_key.split(".")
+        node = cfg
+        for depth, parent in enumerate(parents):
+            if not isinstance(node.get(parent), CfgNode):
+                hint = nearest(parent, node)
+                raise ConfigError(f"command line: unknown key {'.'.join(parents[: depth + 1])}{hint}")
+            node = node[parent]
+        _set(node, key, _parse(text), tuple(parents), "command line")
+
+
+def _parse(text: str) -> Any:
+    """``8``, ``0.5``, ``true``, ``[8, 12]`` or ``(8, 12)`` as what they look like, anything else as text."""
+    if text.startswith("(") and text.endswith(")"):
+        text = f"[{text[1:-1].rstrip().rstrip(',')}]"
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return "" if value is None else value

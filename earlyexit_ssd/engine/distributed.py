@@ -1,0 +1,64 @@
+"""Several processes on one global batch, started by torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import distributed
+
+
+def world_size() -> int:
+    """Number of processes; 1 without torchrun."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process, 0-based."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this process writes files."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if world_size() > 1:
+        distributed.barrier()
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether ``flag`` is true in at least one process; every process must ask."""
+    if world_size() == 1:
+        return flag
+    value = torch.tensor(float(flag), device=device)
+    distributed.all_reduce(value, distributed.ReduceOp.MAX)
+    return bool(value)
+
+
+def mean_of(values: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Scalars averaged over processes; the keys must be the same everywhere."""
+    stacked = torch.stack([value.detach().float() for value in values.values()])
+    if world_size() > 1:
+        distributed.all_reduce(stacked)
+        stacked /= world_size()
+    return dict(zip(values, stacked.tolist(), strict=True))
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the group that torchrun describes in the environment; do nothing without one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,97 @@
+"""A description of a model that builds it again: stored beside the weights, so that one file is enough."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from torchvision.models.detection.ssd import SSD
+
+from earlyexit_ssd.errors import EarlyExitError, nearest
+from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
+from earlyexit_ssd.modeling.folding import FoldedClassificationHead
+from earlyexit_ssd.modeling.ssdlite import build_ssdlite
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything that fixes the shapes and the post-processing of an :class:`EarlyExitSSDLite`.
+
+    Attributes:
+        classes: names of the labels 1..K.
+        image_size: side of the network input, pixels.
+        width, reduced_tail: of the trunk; see :func:`build_ssdlite`.
+        head_outputs, folded_rows: outputs per default box of a folded head, and the rows of ``classes`` in it;
+            0 and empty where the head has the classes' own rows.
+        exit_layers, channels, depth, attention, cascade: of the exits; see :class:`Branch`.
+        score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing.
+    """
+
+    classes: tuple[str, ...]
+    image_size: int = 320
+    width: float = 1.0
+    reduced_tail: bool = True
+    head_outputs: int = 0
+    folded_rows: tuple[int, ...] = ()
+    exit_layers: tuple[int, ...] = (8, 12)
+    channels: int = 128
+    depth: int = 2
+    attention: bool = True
+    cascade: bool = True
+    score_thresh: float = 0.001
+    nms_thresh: float = 0.55
+    detections_per_img: int = 300
+    topk_candidates: int = 300
+
+    def to_dict(self) -> dict:
+        """Plain types only, for JSON and for files that are read with ``weights_only=True``."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Architecture:
+        """The inverse of :meth:`to_dict`; unknown keys are errors."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in names:
+                raise EarlyExitError(
+                    f"unknown key '{key}' in the description of a model{nearest(key, names)}"
+                )
+        return cls(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        )
+
+    def build_detector(self) -> SSD:
+        """The torchvision detector under the exits, untrained."""
+        detector = build_ssdlite(
+            num_classes=self.head_outputs or len(self.classes) + 1,
+            image_size=self.image_size,
+            width=self.width,
+            reduced_tail=self.reduced_tail,
+            score_thresh=self.score_thresh,
+            nms_thresh=self.nms_thresh,
+            detections_per_img=self.detections_per_img,
+            topk_candidates=self.topk_candidates,
+        )
+        if self.folded_rows:
+            head = detector.head
+            head.classification_head = FoldedClassificationHead(head.classification_head, self.folded_rows)
+        return detector
+
+    def add_exits(self, detector: SSD) -> EarlyExitSSDLite:
+        """Exits on a detector of this architecture."""
+        return EarlyExitSSDLite(
+            detector,
+            exit_layers=self.exit_layers,
+            channels=self.channels,
+            depth=self.depth,
+            attention=self.attention,
+            cascade=self.cascade,
+            classes=self.classes,
+        )
+
+    def build(self) -> EarlyExitSSDLite:
+        """The whole model, untrained."""
+        return self.add_exits(self.build_detector())

@@ -1,0 +1,123 @@
+"""One exit: from a tap of the trunk to the logits and boxes of the same default boxes as the full path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.ssdlite import SSDLiteHead
+from torchvision.models.mobilenetv3 import InvertedResidual, InvertedResidualConfig
+from torchvision.ops.misc import Conv2dNormActivation, SqueezeExcitation
+
+from earlyexit_ssd.modeling.ssdlite import norm_layer
+
+EXPANSION = 3
+
+
+def _block(in_channels: int, out_channels: int, stride: int = 1, attention: bool = False) -> InvertedResidual:
+    """MobileNetV3's inverted residual with a 5x5 depthwise kernel: a tap sees little, so context pays."""
+    expanded = EXPANSION * in_channels
+    setting = InvertedResidualConfig(in_channels, 5, expanded, out_channels, attention, "HS", stride, 1, 1.0)
+    return InvertedResidual(setting, norm_layer)
+
+
+def _pointwise(in_channels: int, out_channels: int) -> Conv2dNormActivation:
+    return Conv2dNormActivation(
+        in_channels, out_channels, kernel_size=1, norm_layer=norm_layer, activation_layer=nn.Hardswish
+    )
+
+
+def _depthwise(channels: int, stride: int, kernel_size: int) -> Conv2dNormActivation:
+    return Conv2dNormActivation(
+        channels,
+        channels,
+        kernel_size=kernel_size,
+        stride=stride,
+        groups=channels,
+        norm_layer=norm_layer,
+        activation_layer=nn.Hardswish,
+    )
+
+
+class Branch(nn.Module):
+    """Attention on the tap, context from the exit before, a narrow pyramid to the six grids, and an SSDLite head.
+
+    The second grid does the thinking: it is four times cheaper than the first and sees further. Its result flows
+    down to the coarser grids and, upsampled, back to the first one (top-down, Lin et al. 2017, FPN).
+
+    Args:
+        in_channels: channels of the tap.
+        in_grid: side of the tap, cells.
+        grids: sides of the six maps of the full path, cells, fine to coarse.
+        channels: channels of the pyramid.
+        depth: residual blocks on the second grid.
+        attention: squeeze-excitation on the tap and in the blocks (Hu et al. 2018).
+        cascade: add the first two maps of the exit before.
+        num_anchors: default boxes per cell of each grid.
+        num_classes: outputs per default box, background included.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        in_grid: int,
+        grids: Sequence[int],
+        channels: int,
+        depth: int,
+        attention: bool,
+        cascade: bool,
+        num_anchors: list[int],
+        num_classes: int,
+    ) -> None:
+        super().__init__()
+        self.attention = (
+            SqueezeExcitation(in_channels, max(8, in_channels // 4), scale_activation=nn.Hardsigmoid)
+            if attention
+            else nn.Identity()
+        )
+        self.reduce = nn.Sequential()
+        while in_grid > grids[0]:
+            out_channels = max(in_channels, channels // 2)
+            self.reduce.append(_block(in_channels, out_channels, stride=2))
+            in_channels, in_grid = out_channels, (in_grid + 1) // 2
+        stride = 2 if in_grid > grids[1] else 1
+        self.fine = _pointwise(in_channels, channels)
+        self.coarse = _block(in_channels, channels, stride=stride)
+        self.context = nn.ModuleList(_pointwise(channels, channels) for _ in range(2)) if cascade else None
+        self.think = nn.Sequential(*(_block(channels, channels, attention=attention) for _ in range(depth)))
+        self.top_down = _pointwise(channels, channels)
+        self.smooth = _depthwise(channels, 1, 5)
+        self.down = nn.ModuleList(
+            nn.Sequential(
+                _depthwise(channels, 2 if finer > coarser else 1, 3),
+                _pointwise(channels, channels),
+            )
+            for finer, coarser in zip(grids[1:], grids[2:])  # noqa: B905 - one shorter on purpose
+        )
+        self.head = SSDLiteHead([channels] * len(grids), num_anchors, num_classes, norm_layer)
+        self._finest_grid = grids[0]
+
+    def forward(self, tap: Tensor, context: list[Tensor] | None) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Return the head's outputs and the context for the next exit.
+
+        Args:
+            tap: [N, in_channels, in_grid, in_grid].
+            context: the first two maps of the exit before, or None.
+
+        Returns:
+            ``{"cls_logits": [N, A, C], "bbox_regression": [N, A, 4]}`` and two maps [N, channels, ., .].
+        """
+        x = self.reduce(self.attention(tap))
+        size = (self._finest_grid, self._finest_grid)
+        fine, coarse = F.interpolate(self.fine(x), size), self.coarse(x)
+        if self.context is not None and context is not None:
+            fine = fine + self.context[0](context[0])
+            coarse = coarse + self.context[1](context[1])
+        coarse = self.think(coarse)
+        fine = self.smooth(fine + F.interpolate(self.top_down(coarse), size))
+        maps = [fine, coarse]
+        for block in self.down:
+            maps.append(block(maps[-1]))
+        return self.head(maps), maps[:2]

@@ -1,0 +1,95 @@
+"""Builders in torchvision's style, found by ``torchvision.models.get_model``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torchvision.models import MobileNet_V3_Large_Weights
+from torchvision.models._api import register_model
+from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights, ssdlite320_mobilenet_v3_large
+
+from earlyexit_ssd.keywords import suggest_keywords
+from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite, Router
+from earlyexit_ssd.modeling.losses import LossSettings
+from earlyexit_ssd.modeling.retrofit import COCO_CLASSES
+from earlyexit_ssd.modeling.ssdlite import build_ssdlite
+
+
+@register_model()
+@suggest_keywords
+def earlyexit_ssdlite320_mobilenet_v3_large(
+    *,
+    weights: SSDLite320_MobileNet_V3_Large_Weights | str | None = None,
+    progress: bool = True,
+    num_classes: int | None = None,
+    weights_backbone: MobileNet_V3_Large_Weights | str | None = MobileNet_V3_Large_Weights.IMAGENET1K_V1,
+    trainable_backbone_layers: int | None = None,
+    image_size: int = 320,
+    width: float = 1.0,
+    exit_layers: Sequence[int] = (8, 12),
+    channels: int = 128,
+    depth: int = 2,
+    attention: bool = True,
+    cascade: bool = True,
+    classes: Sequence[str] | None = None,
+    losses: LossSettings | None = None,
+    router: Router | None = None,
+    score_thresh: float = 0.001,
+    nms_thresh: float = 0.55,
+    detections_per_img: int = 300,
+    topk_candidates: int = 300,
+) -> EarlyExitSSDLite:
+    """torchvision's ``ssdlite320_mobilenet_v3_large`` with early exits.
+
+    Args:
+        weights: torchvision's COCO weights of the full path (downloaded by torchvision); the exits start untrained.
+        progress: show the download's progress.
+        num_classes: outputs per default box, background included; 91 by default.
+        weights_backbone: ImageNet weights of the trunk where ``weights`` is None.
+        trainable_backbone_layers: as torchvision's; it needs ``image_size=320`` and ``width=1.0``.
+        image_size, width: see :func:`earlyexit_ssd.modeling.ssdlite.build_ssdlite`.
+        exit_layers, channels, depth, attention, cascade, classes, losses, router: see :class:`EarlyExitSSDLite`.
+        score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing.
+    """
+    weights = SSDLite320_MobileNet_V3_Large_Weights.verify(weights)
+    weights_backbone = MobileNet_V3_Large_Weights.verify(weights_backbone)
+    post_processing = {
+        "score_thresh": score_thresh,
+        "nms_thresh": nms_thresh,
+        "detections_per_img": detections_per_img,
+        "topk_candidates": topk_candidates,
+    }
+    if width != 1.0 or image_size != 320:
+        if weights is not None or trainable_backbone_layers is not None:
+            raise ValueError("weights and trainable_backbone_layers need image_size=320 and width=1.0")
+        detector = build_ssdlite(
+            num_classes=num_classes or 91,
+            image_size=image_size,
+            width=width,
+            reduced_tail=weights_backbone is None,
+            weights_backbone=weights_backbone,
+            progress=progress,
+            **post_processing,
+        )
+    else:
+        detector = ssdlite320_mobilenet_v3_large(
+            weights=weights,
+            progress=progress,
+            num_classes=num_classes,
+            weights_backbone=weights_backbone,
+            trainable_backbone_layers=trainable_backbone_layers,
+            **post_processing,
+        )
+    if classes is None and detector.head.classification_head.num_columns == len(COCO_CLASSES) + 1:
+        classes = COCO_CLASSES
+    return EarlyExitSSDLite(
+        detector,
+        exit_layers=exit_layers,
+        channels=channels,
+        depth=depth,
+        attention=attention,
+        cascade=cascade,
+        classes=classes,
+        losses=losses,
+        router=router,
+    )

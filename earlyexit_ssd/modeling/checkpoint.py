@@ -1,0 +1,51 @@
+"""Model files: weights, the architecture that rebuilds the model, and what was measured; read with weights_only."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.files import atomic_path
+from earlyexit_ssd.modeling.architecture import Architecture
+from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
+from earlyexit_ssd.modeling.retrofit import load_every_key, read_weights
+
+FORMAT = "earlyexit_ssd/1"
+
+
+def save_model(
+    path: str | os.PathLike[str],
+    model: EarlyExitSSDLite,
+    architecture: Architecture,
+    info: dict[str, Any] | None = None,
+) -> None:
+    """Write the model without its router; ``info`` holds plain types (metrics, phase, configuration)."""
+    state = {key: value.cpu() for key, value in model.state_dict().items() if not key.startswith("router.")}
+    with atomic_path(path) as temporary:
+        torch.save(
+            {"format": FORMAT, "architecture": architecture.to_dict(), "model": state, "info": info or {}},
+            temporary,
+        )
+
+
+def load_model(path: str | os.PathLike[str]) -> tuple[EarlyExitSSDLite, Architecture, dict[str, Any]]:
+    """Read what :func:`save_model` wrote: the model in eval mode, its architecture and its info.
+
+    Raises:
+        EarlyExitError: the file is no model of this project or does not fit its own description.
+    """
+    if not os.path.isfile(path):
+        raise EarlyExitError(f"{path}: no such file of weights; train one with tools/train_net.py")
+    content = read_weights(path)
+    if content.get("format") != FORMAT:
+        raise EarlyExitError(
+            f"{path}: expected a model of format {FORMAT}, got {content.get('format')!r}; "
+            "a torchvision checkpoint goes into MODEL.WEIGHTS of a training configuration"
+        )
+    architecture = Architecture.from_dict(content["architecture"])
+    model = architecture.build()
+    load_every_key(model, content["model"], path)
+    return model.eval(), architecture, content["info"]

@@ -1,0 +1,327 @@
+"""torchvision's SSDLite with early exits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.ssd import SSD
+
+from earlyexit_ssd.keywords import suggest_keywords
+from earlyexit_ssd.modeling.branch import Branch
+from earlyexit_ssd.modeling.folding import num_outputs
+from earlyexit_ssd.modeling.losses import LossSettings, detection_losses, distillation_loss
+from earlyexit_ssd.modeling.matching import Assignment, assign
+from earlyexit_ssd.modeling.trunk import LAST_LAYER, SegmentedTrunk, TrunkState
+from earlyexit_ssd.modeling.validate import check_batch, check_images, check_targets
+
+Head = dict[str, Tensor]
+"""``{"cls_logits": [N, A, C], "bbox_regression": [N, A, 4]}`` of one exit."""
+
+
+class Router(Protocol):
+    """What the model asks of a router; :class:`earlyexit_ssd.routing.ExitRouter` is one."""
+
+    def confidence(self, logits: Tensor, exit_index: int) -> Tensor:
+        """[N, A, C] raw logits to one number per image, [N]."""
+
+    def leaves(self, confidence: Tensor, exit_index: int) -> Tensor:
+        """[N] bool: which images need no deeper exit."""
+
+    def temperature_loss(self, logits: Tensor, assignment: Assignment, exit_index: int) -> Tensor | None:
+        """A scalar that fits this exit's temperature, or None where it is fixed."""
+
+
+@dataclass(frozen=True)
+class ExitOutputs:
+    """Raw outputs of all exits for a batch, shallow to deep, the full path last."""
+
+    heads: tuple[Head, ...]
+    anchors: list[Tensor]
+    network_sizes: list[tuple[int, int]]
+    photo_sizes: list[tuple[int, int]]
+
+
+class EarlyExitSSDLite(SSD):
+    """A torchvision SSDLite with branches behind some trunk layers.
+
+    Every parameter and buffer of the torchvision detector keeps its name, and without a router the detections are
+    torchvision's own. In train mode ``model(images, targets)`` returns a dict of scalar losses (all exits at once),
+    in eval mode one dict per image with ``boxes`` [n, 4] xyxy in the photo's pixels, ``labels`` [n] and ``scores``
+    [n]; with a router also ``exit_index`` and ``exit_confidence``, scalar tensors.
+
+    Args:
+        detector: a torchvision SSDLite; its parts are used, not copied.
+        exit_layers: trunk layers behind which a branch leaves, increasing, 1..15 (the stem is 0).
+        channels, depth, attention, cascade: see :class:`earlyexit_ssd.modeling.branch.Branch`.
+        classes: names of the labels 1..K, background not among them; by default ``class_1`` and so on.
+        losses: what is minimised in training.
+        router: decides who leaves early in eval mode; None runs the full path alone.
+
+    Raises:
+        ValueError: an impossible exit layer, or a number of classes that the detector's head does not have.
+    """
+
+    @suggest_keywords
+    def __init__(
+        self,
+        detector: SSD,
+        *,
+        exit_layers: Sequence[int] = (8, 12),
+        channels: int = 128,
+        depth: int = 2,
+        attention: bool = True,
+        cascade: bool = True,
+        classes: Sequence[str] | None = None,
+        losses: LossSettings | None = None,
+        router: Router | None = None,
+    ) -> None:
+        num_classes = num_outputs(detector.head.classification_head)
+        super().__init__(
+            detector.backbone,
+            detector.anchor_generator,
+            detector.transform.fixed_size,
+            num_classes,
+            image_mean=detector.transform.image_mean,
+            image_std=detector.transform.image_std,
+            head=detector.head,
+            score_thresh=detector.score_thresh,
+            nms_thresh=detector.nms_thresh,
+            detections_per_img=detector.detections_per_img,
+            iou_thresh=detector.proposal_matcher.high_threshold,
+            topk_candidates=detector.topk_candidates,
+            positive_fraction=1 / (1 + detector.neg_to_pos_ratio),
+        )
+        exit_layers = tuple(exit_layers)
+        if not exit_layers or exit_layers != tuple(
+            sorted({layer for layer in exit_layers if 1 <= layer < LAST_LAYER})
+        ):
+            raise ValueError(
+                f"exit_layers {exit_layers}: expected increasing trunk layers from 1 to {LAST_LAYER - 1}"
+            )
+        self.classes = tuple(classes or (f"class_{label}" for label in range(1, num_classes)))
+        if len(self.classes) != num_classes - 1:
+            raise ValueError(
+                f"{len(self.classes)} class names for a head with {num_classes} outputs, one of them background"
+            )
+        self.exit_layers = (*exit_layers, LAST_LAYER)
+        self.exit_names = (*(f"exit{layer}" for layer in exit_layers), "full")
+        self.losses = losses or LossSettings()
+        self.router = router
+        self.norm_frozen = False
+        self._trunk_frozen = False
+        self.trunk = SegmentedTrunk(self.backbone, exit_layers)
+        taps, maps = self._dry_run()
+        self._grids = [tuple(feature.shape[-2:]) for feature in maps]
+        self.branches = nn.ModuleDict(
+            {
+                name: Branch(
+                    in_channels=tap.shape[1],
+                    in_grid=tap.shape[-1],
+                    grids=[grid[0] for grid in self._grids],
+                    channels=channels,
+                    depth=depth,
+                    attention=attention,
+                    cascade=cascade and index > 0,
+                    num_anchors=self.anchor_generator.num_anchors_per_location(),
+                    num_classes=num_classes,
+                )
+                for index, (name, tap) in enumerate(zip(self.exit_names, taps, strict=False))
+            }
+        )
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs per default box, background included."""
+        return len(self.classes) + 1
+
+    @property
+    def num_early_exits(self) -> int:
+        """Exits before the full path."""
+        return len(self.exit_layers) - 1
+
+    @torch.no_grad()
+    def _dry_run(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Taps and feature maps of one blank image, for their shapes; BatchNorm statistics are left alone."""
+        was_training = self.training
+        self.backbone.eval()
+        parameter = next(self.backbone.parameters())
+        blank = torch.zeros(1, 3, *self.transform.fixed_size, device=parameter.device, dtype=parameter.dtype)
+        taps, maps = self.trunk_maps(blank)
+        self.backbone.train(was_training)
+        return taps, maps
+
+    def trunk_maps(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Normalised images [N, 3, S, S] to the taps (one per early exit) and the six maps of the full path."""
+        state, taps = TrunkState(x), []
+        for segment in range(self.num_early_exits):
+            state = self.trunk.run(state, segment)
+            taps.append(state.x)
+        state = self.trunk.run(state, self.num_early_exits)
+        return taps, self.trunk.feature_maps(state)
+
+    def branch_heads(self, taps: Sequence[Tensor]) -> list[Head]:
+        """Heads of all early exits from their taps."""
+        heads, context = [], None
+        for branch, tap in zip(self.branches.values(), taps, strict=True):
+            head, context = branch(tap, context)
+            heads.append(head)
+        return heads
+
+    def default_boxes(self, images: ImageList) -> list[Tensor]:
+        """Per image [A, 4] xyxy in network pixels, in fp32 whatever autocast does to the maps."""
+        maps = [images.tensors.new_empty((1, 0, *grid), dtype=torch.float32) for grid in self._grids]
+        return self.anchor_generator(images, maps)
+
+    # ---- training -------------------------------------------------------------------------------------------
+
+    def freeze_trunk(self, frozen: bool = True) -> None:
+        """Train the branches only: the full path takes no gradient and its BatchNorm stays in eval mode."""
+        self._trunk_frozen = frozen
+        for module in (self.backbone, self.head):
+            module.requires_grad_(not frozen)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> EarlyExitSSDLite:
+        """As ``nn.Module.train``, but what is frozen stays in eval mode."""
+        super().train(mode)
+        if self._trunk_frozen:
+            self.backbone.eval()
+            self.head.eval()
+        if self.norm_frozen:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+    def compute_losses(self, heads: Sequence[Head], assignment: Assignment) -> dict[str, Tensor]:
+        """Weighted losses of all exits (heads shallow to deep, the full path last); keys are the same on every call."""
+        losses = {}
+        settings = self.losses
+        if not self._trunk_frozen:
+            for key, value in detection_losses(heads[-1], assignment, settings).items():
+                losses[key] = settings.full_weight * value
+        for index, name in enumerate(self.exit_names[:-1]):
+            weight = settings.exit_weight(index)
+            for key, value in detection_losses(heads[index], assignment, settings).items():
+                losses[f"{name}_{key}"] = weight * value
+            if settings.teacher != "none":
+                teacher = heads[-1 if settings.teacher == "full" else index + 1]
+                value = distillation_loss(heads[index], teacher, settings)
+                losses[f"{name}_distillation"] = weight * settings.distillation_weight * value
+            if self.router is not None:
+                value = self.router.temperature_loss(heads[index]["cls_logits"].detach(), assignment, index)
+                if value is not None:
+                    losses[f"{name}_temperature"] = value
+        return losses
+
+    def assign(self, targets: list[dict[str, Tensor]], anchors: list[Tensor]) -> Assignment:
+        """Match targets (network pixels) with default boxes; one matching serves every exit."""
+        return assign(targets, anchors, self.proposal_matcher, self.box_coder)
+
+    # ---- inference ------------------------------------------------------------------------------------------
+
+    def forward(
+        self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Losses in train mode, detections in eval mode; see the class.
+
+        Args:
+            images: list of [3, H, W] in [0, 1], any sizes.
+            targets: in train mode, per image ``boxes`` [n, 4] xyxy absolute pixels and ``labels`` [n] in 1..K; n may be 0.
+        """
+        check_images(images)
+        if self.training:
+            return self._training_losses(images, targets)
+        if self.router is None:
+            return super().forward(images)
+        return self._routed_detections(images)
+
+    def _training_losses(
+        self, images: list[Tensor], targets: list[dict[str, Tensor]] | None
+    ) -> dict[str, Tensor]:
+        check_targets(targets, len(images), self.classes)
+        check_batch(self, len(images))
+        batch, targets = self.transform(images, targets)
+        taps, maps = self.trunk_maps(batch.tensors)
+        heads = [*self.branch_heads(taps), self.head(maps)]
+        return self.compute_losses(heads, self.assign(targets, self.default_boxes(batch)))
+
+    def exit_outputs(self, images: list[Tensor]) -> ExitOutputs:
+        """One pass over the network for all exits, unrouted."""
+        check_images(images)
+        photo_sizes = [tuple(image.shape[-2:]) for image in images]
+        batch, _ = self.transform(images, None)
+        taps, maps = self.trunk_maps(batch.tensors)
+        heads = (*self.branch_heads(taps), self.head(maps))
+        return ExitOutputs(heads, self.default_boxes(batch), batch.image_sizes, photo_sizes)
+
+    def detections(self, outputs: ExitOutputs, exit_index: int) -> list[dict[str, Tensor]]:
+        """Post-processed detections of one exit: per image ``boxes`` xyxy in the photo's pixels, ``labels``, ``scores``."""
+        return self._finish(
+            outputs.heads[exit_index], outputs.anchors, outputs.network_sizes, outputs.photo_sizes
+        )
+
+    def _finish(
+        self,
+        head: Head,
+        anchors: list[Tensor],
+        network_sizes: list[tuple[int, int]],
+        photo_sizes: list[tuple[int, int]],
+    ) -> list[dict[str, Tensor]]:
+        detections = self.postprocess_detections(head, anchors, network_sizes)
+        return self.transform.postprocess(detections, network_sizes, photo_sizes)
+
+    def _routed_detections(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        photo_sizes = [tuple(image.shape[-2:]) for image in images]
+        batch, _ = self.transform(images, None)
+        head, exit_index, confidence = self.route(batch.tensors)
+        detections = self._finish(head, self.default_boxes(batch), batch.image_sizes, photo_sizes)
+        for index, detection in enumerate(detections):
+            detection["exit_index"], detection["exit_confidence"] = exit_index[index], confidence[index]
+        return detections
+
+    def route(self, x: Tensor) -> tuple[Head, Tensor, Tensor]:
+        """Compute every image to the exit that its router takes, and no further.
+
+        Args:
+            x: normalised images [N, 3, S, S].
+
+        Returns:
+            the head outputs of each image's own exit, its exit's index [N] and its confidence there [N] (at the full
+            path: the confidence by the same rule).
+        """
+        active = torch.arange(len(x), device=x.device)
+        state, context = TrunkState(x), None
+        parts: list[tuple[Tensor, Head, int, Tensor]] = []
+        for index, branch in enumerate(self.branches.values()):
+            state = self.trunk.run(state, index)
+            head, context = branch(state.x, context)
+            confidence = self.router.confidence(head["cls_logits"], index)
+            leave = self.router.leaves(confidence, index)
+            parts.append(
+                (active[leave], {key: value[leave] for key, value in head.items()}, index, confidence[leave])
+            )
+            if leave.any():
+                active, state = active[~leave], state.select(~leave)
+                context = [feature[~leave] for feature in context]
+            if len(active) == 0:
+                break
+        else:
+            last = self.num_early_exits
+            head = self.head(self.trunk.feature_maps(self.trunk.run(state, last)))
+            parts.append((active, head, last, self.router.confidence(head["cls_logits"], last)))
+        return _in_order(parts)
+
+
+def _in_order(parts: list[tuple[Tensor, Head, int, Tensor]]) -> tuple[Head, Tensor, Tensor]:
+    """Join the images of all exits in the order in which they came."""
+    order = torch.cat([positions for positions, *_ in parts]).argsort()
+    head = {key: torch.cat([head[key] for _, head, _, _ in parts])[order] for key in parts[0][1]}
+    exit_index = torch.cat([torch.full_like(positions, index) for positions, _, index, _ in parts])[order]
+    confidence = torch.cat([confidence for *_, confidence in parts])[order]
+    return head, exit_index, confidence

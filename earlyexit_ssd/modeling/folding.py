@@ -1,0 +1,108 @@
+"""Change the classes of a trained head and keep its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.ssd import SSDScoringHead
+
+from earlyexit_ssd.errors import EarlyExitError, nearest
+
+
+class FoldedClassificationHead(SSDScoringHead):
+    """All rows of a trained classification head, the unwanted ones folded into background.
+
+    The folded background logit is the log-sum-exp of the background's and the unwanted classes' logits, so that the
+    softmax over the result gives every wanted class the very probability it had. Parameters keep their names.
+
+    Args:
+        head: torchvision's classification head.
+        rows: for each wanted class its row in ``head``, 1-based as labels are (0 is background).
+    """
+
+    def __init__(self, head: SSDScoringHead, rows: Sequence[int]) -> None:
+        super().__init__(head.module_list, head.num_columns)
+        self.num_outputs = len(rows) + 1
+        others = [row for row in range(head.num_columns) if row not in set(rows)]
+        self.register_buffer("wanted", torch.tensor(rows), persistent=False)
+        self.register_buffer("others", torch.tensor(others), persistent=False)
+
+    def forward(self, x: list[Tensor]) -> Tensor:
+        """Six maps to logits [N, A, 1 + wanted]."""
+        logits = super().forward(x)
+        background = logits[..., self.others].logsumexp(-1, keepdim=True)
+        return torch.cat([background, logits[..., self.wanted]], -1)
+
+
+def num_outputs(head: SSDScoringHead) -> int:
+    """Logits per default box that a classification head gives, background included."""
+    return head.num_outputs if isinstance(head, FoldedClassificationHead) else head.num_columns
+
+
+@dataclass(frozen=True)
+class ClassChange:
+    """What became of a checkpoint's classes.
+
+    Attributes:
+        rows: for each wanted class its row in the checkpoint's head, or None where it starts afresh.
+        folded: how many classes of the checkpoint went into background.
+    """
+
+    wanted: tuple[str, ...]
+    rows: tuple[int | None, ...]
+    folded: int
+
+    def __str__(self) -> str:
+        kept = [name for name, row in zip(self.wanted, self.rows, strict=True) if row is not None]
+        new = [name for name, row in zip(self.wanted, self.rows, strict=True) if row is None]
+        parts = [f"kept the weights of {', '.join(kept)}" if kept else "kept no class"]
+        parts += [f"{self.folded} other classes went into background"] if self.folded else []
+        parts += [f"start afresh: {', '.join(new)}"] if new else []
+        return "; ".join(parts)
+
+
+def plan_class_change(source: Sequence[str], wanted: Sequence[str]) -> ClassChange:
+    """Find the wanted classes among those of a checkpoint (``source`` without background, in label order).
+
+    Raises:
+        EarlyExitError: not one of the wanted classes is there.
+    """
+    rows = tuple(source.index(name) + 1 if name in source else None for name in wanted)
+    if all(row is None for row in rows):
+        raise EarlyExitError(
+            f"the checkpoint knows none of the classes {', '.join(wanted)}{nearest(wanted[0], source)}; "
+            "train from ImageNet weights (MODEL.WEIGHTS_BACKBONE) or correct DATA.CLASSES"
+        )
+    kept = sum(row is not None for row in rows)
+    named = sum(name != "N/A" for name in source)
+    return ClassChange(tuple(wanted), rows, named - kept)
+
+
+@torch.no_grad()
+def slice_rows(head: SSDScoringHead, change: ClassChange) -> None:
+    """Keep background and the wanted rows of ``head`` in place; new classes start afresh.
+
+    The background of a sliced head no longer holds the other classes, so scores rise a little where they stood.
+    """
+    columns = head.num_columns
+    for block in head.module_list:
+        block[1] = _slice_convolution(block[1], columns, change)
+    head.num_columns = len(change.rows) + 1
+
+
+def _slice_convolution(old: nn.Conv2d, columns: int, change: ClassChange) -> nn.Conv2d:
+    """Output channels are ordered [anchor, class]."""
+    anchors = old.out_channels // columns
+    weight = old.weight.view(anchors, columns, -1)
+    bias = old.bias.view(anchors, columns)
+    new = nn.Conv2d(old.in_channels, anchors * (len(change.rows) + 1), 1)
+    nn.init.normal_(new.weight, std=0.03)
+    nn.init.zeros_(new.bias)
+    new_weight, new_bias = new.weight.view(anchors, -1, old.in_channels), new.bias.view(anchors, -1)
+    for target, row in enumerate((0, *change.rows)):
+        if row is not None:
+            new_weight[:, target], new_bias[:, target] = weight[:, row], bias[:, row]
+    return new

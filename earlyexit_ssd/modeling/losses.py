@@ -1,0 +1,130 @@
+"""The losses of one exit: classification with mined negatives or focal, boxes, and distillation.
+
+Every sum is divided by a count that is averaged over processes, so that N processes and one process on the same
+global batch have the same loss and gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, distributed
+
+from earlyexit_ssd.modeling.matching import Assignment
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What is minimised; the keys of the configuration's LOSS section.
+
+    Attributes:
+        classification: ``mined`` or ``focal``.
+        neg_to_pos_ratio: mined negatives per positive (SSD: 3).
+        min_negatives: mined negatives per image at least. torchvision's SSD has 0 and learns nothing from an
+            image without objects.
+        focal_alpha, focal_gamma: of the focal loss.
+        exit_weights: weight per exit, shallow to deep, or one for all.
+        full_weight: weight of the full path.
+        teacher: ``none``, ``full`` or ``next`` (the next deeper exit).
+        distillation_weight, distillation_temperature, distillation_box_weight: of the distillation.
+    """
+
+    classification: str = "mined"
+    neg_to_pos_ratio: float = 3.0
+    min_negatives: int = 8
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+    exit_weights: tuple[float, ...] = (1.0,)
+    full_weight: float = 1.0
+    teacher: str = "none"
+    distillation_weight: float = 1.0
+    distillation_temperature: float = 1.0
+    distillation_box_weight: float = 1.0
+
+    def exit_weight(self, index: int) -> float:
+        """Weight of exit ``index``."""
+        return self.exit_weights[index if len(self.exit_weights) > 1 else 0]
+
+
+def mean_over_processes(count: Tensor) -> Tensor:
+    """``count`` averaged over the processes of a distributed run; itself in a single process."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return count
+    count = count.detach().clone()
+    distributed.all_reduce(count)
+    return count / distributed.get_world_size()
+
+
+def mined_negatives(background_loss: Tensor, foreground: Tensor, ratio: float, minimum: int) -> Tensor:
+    """The hardest negatives of each image (Liu et al. 2016, SSD, section 2.2), with a minimum per image.
+
+    Args:
+        background_loss: [N, A] loss of every default box.
+        foreground: [N, A] bool.
+        ratio: negatives per positive.
+        minimum: negatives per image at least.
+
+    Returns:
+        [N, A] bool.
+    """
+    wanted = (ratio * foreground.sum(1, keepdim=True)).clamp(min=minimum)
+    order = background_loss.masked_fill(foreground, -torch.inf).argsort(1, descending=True)
+    rank = order.argsort(1)
+    return (rank < wanted) & ~foreground
+
+
+def detection_losses(
+    head: dict[str, Tensor], assignment: Assignment, settings: LossSettings
+) -> dict[str, Tensor]:
+    """``bbox_regression`` and ``classification`` of one exit, both scalars.
+
+    With ``min_negatives=0`` and ``mined`` they are torchvision's. The count that divides them is the number of
+    positives, or a third of the mined negatives (1/ratio) where the minimum has brought in more of those.
+    """
+    logits, labels, foreground = head["cls_logits"].float(), assignment.labels, assignment.foreground
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    if settings.classification == "focal":
+        classification = _focal(loss, foreground, settings).sum()
+        count = foreground.sum()
+    else:
+        ratio = settings.neg_to_pos_ratio
+        negatives = mined_negatives(loss.detach(), foreground, ratio, settings.min_negatives)
+        classification = loss[foreground | negatives].sum()
+        count = torch.maximum(foreground.sum(), negatives.sum() / ratio)
+    boxes = F.smooth_l1_loss(
+        head["bbox_regression"][foreground].float(), assignment.regression[foreground], reduction="sum"
+    )
+    count = mean_over_processes(count.float()).clamp(min=1)
+    return {"bbox_regression": boxes / count, "classification": classification / count}
+
+
+def _focal(cross_entropy: Tensor, foreground: Tensor, settings: LossSettings) -> Tensor:
+    """``-alpha_t (1 - p_t)^gamma log(p_t)`` with softmax probabilities (Lin et al. 2017, equation 5)."""
+    alpha = torch.where(foreground, settings.focal_alpha, 1 - settings.focal_alpha)
+    return alpha * (1 - torch.exp(-cross_entropy)) ** settings.focal_gamma * cross_entropy
+
+
+def distillation_loss(
+    student: dict[str, Tensor], teacher: dict[str, Tensor], settings: LossSettings
+) -> Tensor:
+    """Say what the teacher says, anchor by anchor (Hinton et al. 2015); needs no labels.
+
+    Kullback-Leibler divergence of the classes over all default boxes, plus the boxes' smooth L1 distance weighted by
+    the teacher's foreground probability; both divided by the teacher's foreground mass.
+
+    Args:
+        student, teacher: ``cls_logits`` [N, A, C] and ``bbox_regression`` [N, A, 4]; no gradient to the teacher.
+    """
+    temperature = settings.distillation_temperature
+    teacher_logits = teacher["cls_logits"].detach().float() / temperature
+    student_log = F.log_softmax(student["cls_logits"].float() / temperature, dim=-1)
+    classes = F.kl_div(student_log, F.log_softmax(teacher_logits, -1), reduction="sum", log_target=True)
+    foreground = 1 - teacher["cls_logits"].detach().float().softmax(-1)[..., 0]
+    distance = F.smooth_l1_loss(
+        student["bbox_regression"].float(), teacher["bbox_regression"].detach().float(), reduction="none"
+    ).sum(-1)
+    boxes = (foreground * distance).sum()
+    count = mean_over_processes(foreground.sum()).clamp(min=1)
+    return (classes * temperature**2 + settings.distillation_box_weight * boxes) / count

@@ -1,0 +1,127 @@
+"""Take a trained torchvision SSDLite, from torchvision's weights or a file, and change its classes if asked."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+from torch import Tensor
+from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
+from torchvision.models.detection.ssd import SSD
+
+from earlyexit_ssd.errors import EarlyExitError, nearest
+from earlyexit_ssd.modeling.architecture import Architecture
+from earlyexit_ssd.modeling.folding import (
+    ClassChange,
+    FoldedClassificationHead,
+    plan_class_change,
+    slice_rows,
+)
+
+COCO_CLASSES = tuple(SSDLite320_MobileNet_V3_Large_Weights.COCO_V1.meta["categories"][1:])
+"""torchvision's names of the labels 1..90; "N/A" where COCO skips a number."""
+
+
+def retrofit(
+    architecture: Architecture, weights: str, source_classes: Sequence[str] | None = None, fold: str = "exact"
+) -> tuple[SSD, Architecture, ClassChange | None]:
+    """A trained torchvision detector with the wanted classes, every key of the checkpoint used.
+
+    Args:
+        architecture: the wanted model; its ``classes`` are the wanted ones.
+        weights: a path, or a name of torchvision's ``SSDLite320_MobileNet_V3_Large_Weights``.
+        source_classes: names of the checkpoint's labels 1..K; None where they are the wanted ones.
+        fold: ``exact`` (fold unwanted classes, same scores as before) or ``rows`` (drop them, a smaller head).
+
+    Returns:
+        the detector, the architecture it has now, and what became of the classes (None if nothing changed).
+    """
+    state = load_torchvision_weights(weights)
+    source = tuple(source_classes or architecture.classes)
+    architecture = dataclasses.replace(
+        architecture, reduced_tail=_has_reduced_tail(state, architecture.width)
+    )
+    original = dataclasses.replace(architecture, classes=source, head_outputs=0, folded_rows=())
+    detector = original.build_detector()
+    load_every_key(detector, state, weights)
+    if source == architecture.classes:
+        return detector, original, None
+    change = plan_class_change(source, architecture.classes)
+    head = detector.head
+    if fold == "exact":
+        if None in change.rows:
+            raise EarlyExitError(
+                f"MODEL.FOLD 'exact' cannot add classes ({change}); set MODEL.FOLD to 'rows'"
+            )
+        head.classification_head = FoldedClassificationHead(head.classification_head, change.rows)
+        changed = dataclasses.replace(architecture, head_outputs=len(source) + 1, folded_rows=change.rows)
+        return detector, changed, change
+    slice_rows(head.classification_head, change)
+    return detector, dataclasses.replace(architecture, head_outputs=0, folded_rows=()), change
+
+
+def load_torchvision_weights(weights: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The state dict of a path, or of a name of torchvision's weights (downloaded by torchvision)."""
+    names = list(SSDLite320_MobileNet_V3_Large_Weights.__members__)
+    if str(weights) in names:
+        try:
+            return SSDLite320_MobileNet_V3_Large_Weights[str(weights)].get_state_dict(
+                progress=True, check_hash=True
+            )
+        except (URLError, OSError) as error:
+            raise EarlyExitError(
+                f"torchvision's weights {weights} could not be downloaded ({error}); "
+                "download them elsewhere and set MODEL.WEIGHTS to the file's path"
+            ) from None
+    if not Path(weights).is_file():
+        hint = nearest(str(weights), names) or f"; torchvision's own are {', '.join(names)}"
+        raise EarlyExitError(f"MODEL.WEIGHTS {weights}: no such file{hint}")
+    content = read_weights(weights)
+    state = content.get("model", content)
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise EarlyExitError(
+            f"{weights}: expected a state dict of tensors, got keys {', '.join(list(content)[:3])}"
+        )
+    return state
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A file of tensors and plain types; nothing in it is executed."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise EarlyExitError(f"{path}: not a file of weights that can be read safely ({reason})") from None
+    if not isinstance(content, dict):
+        raise EarlyExitError(f"{path}: expected a dict of weights, got a {type(content).__name__}")
+    return content
+
+
+def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: str | os.PathLike[str]) -> None:
+    """Load strictly; the first difference is named in one line."""
+    expected = module.state_dict()
+    problems = [f"lacks {key}" for key in expected if key not in state]
+    problems += [f"has {key}, which the model lacks" for key in state if key not in expected]
+    problems += [
+        f"{key} is {list(state[key].shape)}, the model has {list(value.shape)}"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if problems:
+        raise EarlyExitError(
+            f"{source} does not fit the model: {problems[0]} ({len(problems)} differences); "
+            "check MODEL.WIDTH, MODEL.WEIGHTS_CLASSES and the number of classes"
+        )
+    module.load_state_dict(state)
+
+
+def _has_reduced_tail(state: dict[str, Tensor], width: float) -> bool:
+    """The last trunk layer has 480 channels in the reduced tail and 960 in the full one, times the width."""
+    last = state.get("backbone.features.1.3.0.weight")
+    return last is None or last.shape[0] < 720 * width

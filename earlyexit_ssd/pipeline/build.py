@@ -1,0 +1,146 @@
+"""From the configuration to objects."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+from fvcore.common.config import CfgNode
+from torchvision.models import MobileNet_V3_Large_Weights
+from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
+
+from earlyexit_ssd.errors import ConfigError, EarlyExitError, nearest
+from earlyexit_ssd.evaluation.metrics import EvaluationSettings
+from earlyexit_ssd.modeling import (
+    COCO_CLASSES,
+    Architecture,
+    EarlyExitSSDLite,
+    LossSettings,
+    build_ssdlite,
+    retrofit,
+)
+from earlyexit_ssd.routing import ExitRouter
+
+logger = logging.getLogger(__name__)
+
+
+def build_device(cfg: CfgNode) -> torch.device:
+    """DEVICE as a device that is there; the process's own one under torchrun."""
+    name = cfg.DEVICE
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"DEVICE {cfg.DEVICE!r} is not to be had here ({str(error).splitlines()[0]}); use auto"
+        ) from None
+    if cfg.ENGINE.AMP == "fp16" and device.type != "cuda":
+        raise ConfigError(f"ENGINE.AMP 'fp16' needs CUDA, DEVICE is {device}; use bf16 or off")
+    return device
+
+
+def build_architecture(cfg: CfgNode, classes: tuple[str, ...]) -> Architecture:
+    """The model that the configuration describes, for these classes."""
+    return Architecture(
+        classes=classes,
+        image_size=cfg.MODEL.IMAGE_SIZE,
+        width=cfg.MODEL.WIDTH,
+        reduced_tail=not cfg.MODEL.WEIGHTS_BACKBONE,
+        exit_layers=cfg.EXITS.LAYERS,
+        channels=cfg.EXITS.CHANNELS,
+        depth=cfg.EXITS.DEPTH,
+        attention=cfg.EXITS.ATTENTION,
+        cascade=cfg.EXITS.CASCADE,
+        score_thresh=cfg.MODEL.SCORE_THRESH,
+        nms_thresh=cfg.MODEL.NMS_THRESH,
+        detections_per_img=cfg.MODEL.DETECTIONS_PER_IMG,
+        topk_candidates=cfg.MODEL.TOPK_CANDIDATES,
+    )
+
+
+def build_model(cfg: CfgNode, classes: tuple[str, ...]) -> tuple[EarlyExitSSDLite, Architecture]:
+    """A model with its full path from MODEL.WEIGHTS, from ImageNet weights, or untrained; the exits are untrained."""
+    architecture = build_architecture(cfg, classes)
+    if cfg.MODEL.WEIGHTS:
+        source = source_classes(cfg.MODEL.WEIGHTS, cfg.MODEL.WEIGHTS_CLASSES)
+        detector, architecture, change = retrofit(architecture, cfg.MODEL.WEIGHTS, source, cfg.MODEL.FOLD)
+        logger.info("%s: %s", cfg.MODEL.WEIGHTS, change or "every class and weight kept")
+    elif cfg.MODEL.WEIGHTS_BACKBONE:
+        detector = _imagenet_detector(cfg, architecture)
+    else:
+        detector = architecture.build_detector()
+    model = architecture.add_exits(detector)
+    model.losses = build_losses(cfg)
+    return model, architecture
+
+
+def source_classes(weights: str, classes: str) -> tuple[str, ...] | None:
+    """Class names of a checkpoint: COCO's for torchvision's own weights, or where the configuration says so."""
+    known_names = SSDLite320_MobileNet_V3_Large_Weights.__members__
+    return COCO_CLASSES if classes == "coco" or weights in known_names else None
+
+
+def _imagenet_detector(cfg: CfgNode, architecture: Architecture):
+    names = list(MobileNet_V3_Large_Weights.__members__)
+    name = cfg.MODEL.WEIGHTS_BACKBONE
+    if name not in names:
+        raise ConfigError(
+            f"MODEL.WEIGHTS_BACKBONE is {name!r}, expected one of {', '.join(names)}{nearest(name, names)}"
+        )
+    if cfg.MODEL.WIDTH != 1.0:
+        raise ConfigError(f"MODEL.WIDTH is {cfg.MODEL.WIDTH}, ImageNet weights of the trunk need 1.0")
+    try:
+        return build_ssdlite(
+            num_classes=len(architecture.classes) + 1,
+            image_size=architecture.image_size,
+            reduced_tail=False,
+            weights_backbone=MobileNet_V3_Large_Weights[name],
+        )
+    except OSError as error:
+        raise EarlyExitError(
+            f"ImageNet weights {name} could not be downloaded ({error}); "
+            "set MODEL.WEIGHTS to a file, or MODEL.WEIGHTS_BACKBONE to '' to train from scratch"
+        ) from None
+
+
+def build_losses(cfg: CfgNode) -> LossSettings:
+    """The LOSS section; its keys are the settings' names in capitals."""
+    return LossSettings(**{key.lower(): value for key, value in cfg.LOSS.items()})
+
+
+def build_router(cfg: CfgNode, stored: dict | None = None, learn: bool = False) -> ExitRouter:
+    """The ROUTING section for the exits of the configuration; temperatures from a model's info where it has them."""
+    stored = stored or {}
+    return ExitRouter(
+        stored.get("num_exits", len(cfg.EXITS.LAYERS)),
+        policy=cfg.ROUTING.POLICY,
+        thresholds=cfg.ROUTING.THRESHOLDS,
+        temperatures=stored.get("temperatures", cfg.ROUTING.TEMPERATURES),
+        temperature_bounds=cfg.ROUTING.TEMPERATURE_BOUNDS,
+        learn_temperatures=learn,
+    )
+
+
+def build_evaluation(cfg: CfgNode) -> EvaluationSettings:
+    """The EVAL section."""
+    return EvaluationSettings(
+        score=cfg.EVAL.SCORE,
+        iou=cfg.EVAL.IOU,
+        timing_runs=cfg.EVAL.TIMING_RUNS,
+        timing_threads=cfg.EVAL.TIMING_THREADS,
+        seed=cfg.SEED,
+    )
+
+
+def with_classes(cfg: CfgNode, classes: tuple[str, ...]) -> CfgNode:
+    """A copy of the configuration with the classes filled in."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATA.CLASSES = tuple(classes)
+    cfg.freeze()
+    return cfg

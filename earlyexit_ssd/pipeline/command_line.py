@@ -1,0 +1,39 @@
+"""What the tools share: logging, errors in one line, exit codes."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+
+from earlyexit_ssd.engine.distributed import is_main
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.pipeline.gates import GateFailed
+from earlyexit_ssd.pipeline.phases import Interrupted
+
+EXIT_BAD_INPUT, EXIT_GATE_FAILED, EXIT_INTERRUPTED = 2, 3, 130
+
+
+def run_tool(job: Callable[[], None]) -> int:
+    """Run ``job``; returns the exit code: 0, 2 for bad input, 3 for a failed gate, 130 for a signal."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(levelname).1s %(message)s", stream=sys.stderr, force=True
+    )
+    logging.getLogger("fvcore").setLevel(logging.ERROR)
+    try:
+        job()
+    except GateFailed as error:
+        return _stop(str(error), EXIT_GATE_FAILED)
+    except EarlyExitError as error:
+        return _stop(str(error), EXIT_BAD_INPUT)
+    except Interrupted as error:
+        return _stop(f"{error}; go on with --resume", EXIT_INTERRUPTED)
+    except KeyboardInterrupt:
+        return _stop("stopped; a training goes on with --resume", EXIT_INTERRUPTED)
+    return 0
+
+
+def _stop(message: str, code: int) -> int:
+    if is_main():
+        print(f"error: {message}" if code == EXIT_BAD_INPUT else message, file=sys.stderr)
+    return code

@@ -1,0 +1,74 @@
+"""Evaluate a trained model on a split: metrics, table and pictures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from fvcore.common.config import CfgNode
+from PIL import Image
+
+from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset, to_coco
+from earlyexit_ssd.evaluation.collect import Collected, collect
+from earlyexit_ssd.evaluation.metrics import evaluate_exits
+from earlyexit_ssd.evaluation.routed import choose_exits
+from earlyexit_ssd.modeling import EarlyExitSSDLite, load_model
+from earlyexit_ssd.pipeline.build import build_device, build_evaluation, build_router, with_classes
+from earlyexit_ssd.report.pictures import Example, choose_examples, detection_grid
+from earlyexit_ssd.report.results import write_results
+
+
+def evaluate_model(
+    cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str | os.PathLike[str], forced: bool = False
+) -> dict[str, Any]:
+    """Evaluate on DATA.TEST and write metrics.json, the table, the chart and the pictures into ``out_dir``.
+
+    Args:
+        cfg: its DATA, EVAL and ROUTING sections are used; the classes are those of the weights.
+        weights: a model of this project.
+        out_dir: folder of results.
+        forced: a gate failed on the way to these weights.
+
+    Returns:
+        what is in metrics.json.
+    """
+    device = build_device(cfg)
+    model, architecture, info = load_model(weights)
+    forced = forced or bool((info.get("gate") or {}).get("forced"))
+    cfg = with_classes(cfg, architecture.classes)
+    dataset = load_dataset(cfg, cfg.DATA.TEST)
+    ground_truth = to_coco(dataset)
+    loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, train=False, seed=cfg.SEED)
+    router = build_router(cfg, {"num_exits": model.num_early_exits, **(info.get("router") or {})}).to(device)
+    collected = collect(model.to(device), loader, router)
+    settings = build_evaluation(cfg)
+    metrics = evaluate_exits(
+        model,
+        loader,
+        ground_truth,
+        router,
+        settings,
+        splits=cfg.DATA.TEST,
+        forced=forced,
+        collected=collected,
+    )
+    pictures = {}
+    if cfg.EVAL.PICTURES:
+        chosen = choose_exits(collected.confidences, router.thresholds.tolist()).tolist()
+        pictures["detections"] = _detection_picture(cfg, model, dataset, collected, chosen)
+    write_results(Path(out_dir), metrics, pictures)
+    return metrics
+
+
+def _detection_picture(
+    cfg: CfgNode, model: EarlyExitSSDLite, dataset: DetectionDataset, collected: Collected, chosen: list[int]
+) -> Image.Image:
+    """Some photos with what every exit finds in them; ``chosen`` is the exit that each photo takes."""
+    empty = [not any(not one.ignore for one in record.annotations) for record in dataset.records]
+    examples = []
+    for index in choose_examples(chosen, empty, cfg.EVAL.PICTURES, cfg.SEED):
+        image, target = dataset[index]
+        found = [detections[target["image_id"]] for detections in collected.detections]
+        examples.append(Example(image, target, found, chosen[index]))
+    return detection_grid(examples, model.exit_names, model.classes, cfg.EVAL.PICTURE_SCORE)

@@ -1,0 +1,98 @@
+"""Gates: figures that a phase must reach before the next one starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from earlyexit_ssd.errors import EarlyExitError
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure against its limit; None (undefined) fails."""
+
+    name: str
+    value: float | None
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the figure reaches the limit."""
+        return self.value is not None and self.value >= self.limit
+
+    def __str__(self) -> str:
+        value = "undefined" if self.value is None else f"{self.value:.3f}"
+        return f"{self.name} {value} {'>=' if self.passed else '<'} {self.limit:.3f}"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The outcome of a phase's gate.
+
+    Attributes:
+        phase: name of the phase.
+        checks: what was looked at.
+        advice: what to try if a check fails.
+        forced: the run went on although the gate failed.
+    """
+
+    phase: str
+    checks: tuple[Check, ...]
+    advice: tuple[str, ...] = field(default=())
+    forced: bool = False
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+    def __str__(self) -> str:
+        state = "passed" if self.passed else "failed, forced" if self.forced else "failed"
+        return f"gate of phase {self.phase} {state}: {', '.join(map(str, self.checks))}"
+
+    def to_dict(self) -> dict:
+        """For gate.json."""
+        return {
+            "phase": self.phase,
+            "passed": self.passed,
+            "forced": self.forced,
+            "checks": [vars(check) | {"passed": check.passed} for check in self.checks],
+        }
+
+
+class GateFailed(EarlyExitError):
+    """A phase's detector does not do what the next phase needs."""
+
+    def __init__(self, gate: Gate) -> None:
+        advice = "".join(f"\n  try: {line}" for line in gate.advice)
+        super().__init__(f"{gate}{advice}\n  or go on with --force, which every later report will say")
+        self.gate = gate
+
+
+def baseline_gate(figures: dict, limits: dict[str, float]) -> Gate:
+    """AP50, precision and recall of the full path (``figures``) against ``limits``, keys in lower case but AP50."""
+    checks = tuple(Check(name, figures[name], limit) for name, limit in limits.items())
+    advice = (
+        "more epochs (BASELINE.EPOCHS) or a higher rate (BASELINE.LR); log.jsonl shows whether the loss still falls",
+        "look at the photos and boxes: pictures/ground_truth.png; are boxes missing, shifted or of another class?",
+        "start from trained weights (MODEL.WEIGHTS) or an ImageNet trunk (MODEL.WEIGHTS_BACKBONE)",
+    )
+    return Gate("baseline", checks, advice)
+
+
+def exits_gate(
+    names: Sequence[str], ap50: Sequence[float | None], first_limit: float, deepest_share: float
+) -> Gate:
+    """The first exit's AP50, and the deepest early exit's against the full path's (``names`` and ``ap50``: full last)."""
+    full = ap50[-1] or 0.0
+    checks = (
+        Check(f"{names[0]} AP50", ap50[0], first_limit),
+        Check(f"{names[-2]} AP50", ap50[-2], deepest_share * full),
+    )
+    advice = (
+        f"move the exit deeper (EXITS.LAYERS): {names[0]} sees too little of the trunk",
+        "more epochs (EXITS_PHASE.EPOCHS), more views (EXITS_PHASE.CACHE_VIEWS) or a wider branch (EXITS.CHANNELS)",
+        "more photos; without boxes they still teach through the full path (LOSS.TEACHER full)",
+    )
+    return Gate("exits", checks, advice)

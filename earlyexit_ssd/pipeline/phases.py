@@ -1,0 +1,222 @@
+"""The phases of a training run: each trains, passes its gate, and leaves a model that the next one starts from."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from earlyexit_ssd.config import PHASE_SECTIONS
+from earlyexit_ssd.data import DetectionDataset, build_loader
+from earlyexit_ssd.engine import (
+    CachedLoader,
+    Checkpoint,
+    ClampTemperatures,
+    ExponentialMovingAverage,
+    Log,
+    PhotoLoader,
+    ProgressBar,
+    TapCache,
+    Trainer,
+    UpdateAverage,
+    build_optimizer,
+)
+from earlyexit_ssd.engine.distributed import rank, world_size
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.evaluation.metrics import EvaluationSettings
+from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, retrofit
+from earlyexit_ssd.modeling.training import Branches, FullPath, TapBatch
+from earlyexit_ssd.pipeline.build import build_router, source_classes
+from earlyexit_ssd.pipeline.gates import Check, Gate, baseline_gate, exits_gate
+from earlyexit_ssd.pipeline.quality import SplitQuality
+from earlyexit_ssd.pipeline.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """A signal stopped the training; everything is saved."""
+
+
+@dataclasses.dataclass
+class Run:
+    """What all phases work on."""
+
+    cfg: CfgNode
+    folder: RunFolder
+    model: EarlyExitSSDLite
+    architecture: Architecture
+    train_set: DetectionDataset
+    calib_set: DetectionDataset
+    device: torch.device
+
+    @property
+    def calib_quality(self) -> SplitQuality:
+        """Figures on the calib split; intervals are left out, a gate compares single figures."""
+        settings = EvaluationSettings(score=self.cfg.EVAL.SCORE, iou=self.cfg.EVAL.IOU, resamples=0)
+        return SplitQuality(self.calib_set, settings, self.cfg.EVAL.BATCH_SIZE, self.cfg.DATA.WORKERS)
+
+
+def baseline(run: Run) -> Gate:
+    """Train the full path, then check that it detects."""
+    phase, model = run.cfg.BASELINE, run.model
+    if phase.EPOCHS:
+        model.norm_frozen = phase.FREEZE_NORM
+        fit(run, "baseline", FullPath(model), _photo_loader(run, phase.BATCH_SIZE))
+        model.norm_frozen = False
+    figures = run.calib_quality.of_full_path(model)
+    return baseline_gate(figures, _baseline_limits(run))
+
+
+def _baseline_limits(run: Run) -> dict[str, float]:
+    gate = run.cfg.BASELINE.GATE
+    limits = {"AP50": gate.AP50, "precision": gate.PRECISION, "recall": gate.RECALL}
+    if not gate.RELATIVE:
+        return limits
+    weights = gate.REFERENCE or run.cfg.MODEL.WEIGHTS
+    if not weights:
+        raise EarlyExitError(
+            "BASELINE.GATE.RELATIVE needs a reference: set BASELINE.GATE.REFERENCE or MODEL.WEIGHTS"
+        )
+    known = gate.REFERENCE_CLASSES if gate.REFERENCE else run.cfg.MODEL.WEIGHTS_CLASSES
+    detector, architecture, _ = retrofit(run.architecture, weights, source_classes(weights, known))
+    figures = run.calib_quality.of_full_path(architecture.add_exits(detector).to(run.device))
+    return {name: gate.RELATIVE * (figures[name] or 0.0) for name in limits}
+
+
+def exits(run: Run) -> Gate:
+    """Train the branches on a frozen trunk, check that the full path is untouched, then that the exits detect."""
+    phase, model = run.cfg.EXITS_PHASE, run.model
+    model.router = build_router(run.cfg, learn=run.cfg.ROUTING.LEARN_TEMPERATURES).to(run.device)
+    model.freeze_trunk()
+    before = full_path_fingerprint(model)
+    if phase.EPOCHS and phase.CACHE:
+        fit(run, "exits", Branches(model), _tap_loader(run))
+    elif phase.EPOCHS:
+        fit(run, "exits", model, _photo_loader(run, phase.BATCH_SIZE))
+    require_same_full_path(before, model)
+    model.freeze_trunk(False)
+    figures = run.calib_quality.of_exits(model)
+    ap50 = [figure["AP50"] for figure in figures]
+    return exits_gate(model.exit_names, ap50, phase.GATE.FIRST_EXIT_AP50, phase.GATE.DEEPEST_SHARE)
+
+
+def joint(run: Run) -> Gate:
+    """Train everything at a low rate; the weights of before stay if the full path loses too much."""
+    phase, model = run.cfg.JOINT, run.model
+    before = run.calib_quality.of_full_path(model)["AP50"] or 0.0
+    kept = copy.deepcopy(model.state_dict())
+    model.norm_frozen = phase.FREEZE_NORM
+    if phase.EPOCHS:
+        fit(run, "joint", model, _photo_loader(run, phase.BATCH_SIZE))
+    model.norm_frozen = False
+    after = run.calib_quality.of_full_path(model)["AP50"] or 0.0
+    check = Check("full AP50", after, before - phase.GATE.MAX_AP50_DROP)
+    if not check.passed:
+        logger.warning("joint phase: %s; the weights of the exits phase stay", check)
+        model.load_state_dict(kept)
+        check = Check("full AP50 (weights of the exits phase kept)", before, before)
+    return Gate("joint", (check,))
+
+
+PHASE_FUNCTIONS: dict[str, Callable[[Run], Gate]] = {"baseline": baseline, "exits": exits, "joint": joint}
+
+
+def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoader) -> None:
+    """Train what ``losses`` holds, with the phase's settings; the model ends with the averaged weights if there are any.
+
+    Raises:
+        Interrupted: a signal stopped it.
+    """
+    cfg, model, phase = run.cfg, run.model, run.cfg[PHASE_SECTIONS[name]]
+    folder = run.folder.phase(name)
+    ema = ExponentialMovingAverage(model, phase.EMA) if phase.EMA else None
+    hooks = [ClampTemperatures(model.router)] if isinstance(model.router, nn.Module) else []
+    hooks += [UpdateAverage(ema)] if ema else []
+    # The checkpoint comes first before training, so that bar and log start where it left off.
+    checkpoint = Checkpoint(folder / "last.pth", cfg.ENGINE.CHECKPOINT_PERIOD, ema)
+    hooks += [checkpoint, ProgressBar(name), Log(folder, cfg.ENGINE.LOG_PERIOD)]
+    if world_size() > 1:
+        losses = DistributedDataParallel(
+            losses, device_ids=[run.device] if run.device.type == "cuda" else None
+        )
+    trainer = Trainer(
+        model=model,
+        compute_losses=lambda batch: losses(batch) if isinstance(batch, TapBatch) else losses(*batch),
+        loader=loader,
+        optimizer=build_optimizer(losses, phase.OPTIMIZER, phase.LR, phase.WEIGHT_DECAY),
+        epochs=phase.EPOCHS,
+        peak_lr=phase.LR,
+        warmup=phase.WARMUP,
+        clip_gradient=phase.CLIP_GRADIENT,
+        amp=cfg.ENGINE.AMP,
+        device=run.device,
+        hooks=hooks,
+        describe=lambda batch: _photo_names(run.train_set, batch),
+    )
+    if not trainer.run():
+        raise Interrupted(f"{checkpoint.signal_name}: saved step {trainer.step} of phase {name} in {folder}")
+    if ema:
+        model.load_state_dict(ema.average.state_dict())
+
+
+def _photo_names(dataset: DetectionDataset, batch: Any) -> list[str]:
+    targets = batch.targets if isinstance(batch, TapBatch) else batch[1]
+    return [str(dataset.paths(int(target["image_id"]))) for target in targets]
+
+
+def _photo_loader(run: Run, batch_size: int) -> PhotoLoader:
+    cfg = run.cfg
+    loader = build_loader(run.train_set, batch_size, cfg.DATA.WORKERS, True, cfg.SEED, rank(), world_size())
+    return PhotoLoader(loader, run.device)
+
+
+def _tap_loader(run: Run) -> CachedLoader:
+    cfg, phase = run.cfg, run.cfg.EXITS_PHASE
+    depends_on = f"{cfg.DATA} {cfg.SEED} {[str(record.path) for record in run.train_set.records]}"
+    views = phase.CACHE_VIEWS
+    cache = TapCache(run.folder.phase("exits") / "taps", run.model, len(run.train_set), views, depends_on)
+    cache.require_budget(phase.CACHE_GIB)
+    cache.build(
+        run.model, build_loader(run.train_set, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, False, cfg.SEED)
+    )
+    return CachedLoader(cache, phase.BATCH_SIZE, cfg.SEED, run.device, rank(), world_size())
+
+
+def full_path_fingerprint(model: EarlyExitSSDLite) -> dict[str, Tensor]:
+    """Every parameter and buffer of the full path, and its outputs on a fixed random image."""
+    state = {
+        key: value.clone()
+        for key, value in model.state_dict().items()
+        if key.startswith(("backbone.", "head."))
+    }
+    device = next(model.parameters()).device
+    image = torch.rand(1, 3, *model.transform.fixed_size, generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        outputs = model.head(model.trunk_maps(image)[1])
+    model.train(was_training)
+    return {**state, **outputs}
+
+
+def require_same_full_path(before: dict[str, Tensor], model: EarlyExitSSDLite) -> None:
+    """The exits phase must leave the full path bit-identical."""
+    after = full_path_fingerprint(model)
+    for key, value in before.items():
+        if not torch.equal(value, after[key]):
+            difference = (value.double() - after[key].double()).abs().max().item()
+            raise EarlyExitError(
+                f"the exits phase changed the full path: {key} differs by up to {difference:g}; "
+                "this is a mistake in the software, please report it"
+            )
+    logger.info("full path bit-identical before and after the exits phase (%d tensors compared)", len(before))

@@ -1,0 +1,97 @@
+"""The main job: from photos with boxes to a detector with exits, gated and evaluated."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+
+from earlyexit_ssd.config import PHASES
+from earlyexit_ssd.data import load_dataset
+from earlyexit_ssd.engine.distributed import barrier, is_main, process_group
+from earlyexit_ssd.modeling import load_model, save_model
+from earlyexit_ssd.pipeline.build import build_device, build_losses, build_model, build_router, with_classes
+from earlyexit_ssd.pipeline.evaluate import evaluate_model
+from earlyexit_ssd.pipeline.gates import GateFailed
+from earlyexit_ssd.pipeline.phases import PHASE_FUNCTIONS, Run
+from earlyexit_ssd.pipeline.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> dict[str, Any]:
+    """Run the phases of the configuration, then evaluate on the test split.
+
+    Args:
+        cfg: from :func:`earlyexit_ssd.config.load_config`.
+        resume: go on with the run in OUTPUT_DIR.
+        force: go on past a failed gate; every later report says so.
+
+    Returns:
+        the metrics that are in metrics.json; empty on processes other than the first.
+
+    Raises:
+        GateFailed: a phase's gate failed and ``force`` is not set.
+        Interrupted: a signal stopped a phase; everything is saved.
+    """
+    device = build_device(cfg)
+    if cfg.THREADS:
+        torch.set_num_threads(cfg.THREADS)
+    with process_group(device):
+        folder = RunFolder(Path(cfg.OUTPUT_DIR))
+        if is_main():
+            folder.start(cfg, resume)
+        barrier()
+        run = _prepare(cfg, folder, device)
+        for phase in cfg.PHASES:
+            _run_phase(run, phase, force)
+        if not is_main():
+            return {}
+        shutil.copyfile(folder.phase(cfg.PHASES[-1]) / "model.pth", folder.model)
+        return evaluate_model(run.cfg, folder.model, folder.root, forced=folder.forced())
+
+
+def _prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
+    train_set = load_dataset(cfg, cfg.DATA.TRAIN, train=True)
+    cfg = with_classes(cfg, train_set.classes)
+    calib_set = load_dataset(cfg, cfg.DATA.CALIB)
+    torch.manual_seed(cfg.SEED)
+    model, architecture = build_model(cfg, train_set.classes)
+    return Run(cfg, folder, model.to(device), architecture, train_set, calib_set, device)
+
+
+def _run_phase(run: Run, name: str, force: bool) -> None:
+    """Train the phase and pass its gate, or take over what a run before this one has finished."""
+    path = run.folder.phase(name) / "model.pth"
+    if run.folder.finished(name):
+        _take_over(run, path)
+        logger.info("phase %s is finished already: %s", name, path)
+        return
+    logger.info("phase %s (%d of %d)", name, PHASES.index(name) + 1, len(PHASES))
+    gate = PHASE_FUNCTIONS[name](run)
+    gate = dataclasses.replace(gate, forced=force and not gate.passed)
+    if is_main():
+        router = run.model.router.to_dict() if run.model.router is not None else None
+        save_model(
+            path, run.model, run.architecture, {"phase": name, "gate": gate.to_dict(), "router": router}
+        )
+        run.folder.write_gate(gate)
+    barrier()
+    logger.info("%s", gate)
+    if not gate.passed and not force:
+        raise GateFailed(gate)
+
+
+def _take_over(run: Run, path: Path) -> None:
+    run.model, run.architecture, info = load_model(path)
+    run.model.to(run.device)
+    run.model.losses = build_losses(run.cfg)
+    if info["router"]:
+        run.model.router = build_router(run.cfg, info["router"], run.cfg.ROUTING.LEARN_TEMPERATURES).to(
+            run.device
+        )

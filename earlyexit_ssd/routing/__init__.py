@@ -1,0 +1,6 @@
+"""Routing: which exit each image takes."""
+
+from earlyexit_ssd.routing.policies import POLICIES, get_policy
+from earlyexit_ssd.routing.router import ExitRouter
+
+__all__ = ["POLICIES", "ExitRouter", "get_policy"]

@@ -1,0 +1,110 @@
+"""Decide at each exit which images leave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.keywords import suggest_keywords
+from earlyexit_ssd.routing.policies import get_policy
+
+
+class ExitRouter(nn.Module):
+    """An image leaves at the first exit whose confidence reaches that exit's threshold; the full path takes the rest.
+
+    Args:
+        num_exits: early exits, the full path not counted.
+        policy: name of a confidence rule, see :mod:`earlyexit_ssd.routing.policies`.
+        thresholds: one per exit, or one for all, in [0, 1].
+        temperatures: one per exit, or one for all; logits are divided by them before the policy sees them. The full
+            path keeps its own scores (temperature 1).
+        temperature_bounds: (low, high); temperatures are held inside after every training step.
+        learn_temperatures: fit the temperatures by likelihood (Guo et al. 2017) while the exits train. The logits
+            take no gradient from it, so that the detector cannot be bent by its own confidence.
+
+    Raises:
+        EarlyExitError: a number that is not in its range, or a wrong count.
+    """
+
+    @suggest_keywords
+    def __init__(
+        self,
+        num_exits: int,
+        *,
+        policy: str = "max_foreground",
+        thresholds: Sequence[float] = (0.6,),
+        temperatures: Sequence[float] = (1.0,),
+        temperature_bounds: tuple[float, float] = (0.5, 3.0),
+        learn_temperatures: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_exits = num_exits
+        self.policy = policy
+        self._policy = get_policy(policy)
+        self.temperature_bounds = tuple(temperature_bounds)
+        low, high = self.temperature_bounds
+        if not 0 < low < high:
+            raise EarlyExitError(f"temperature_bounds {self.temperature_bounds}: expected 0 < low < high")
+        self.register_buffer("thresholds", _per_exit("thresholds", thresholds, num_exits, 0.0, 1.0))
+        temperature = _per_exit("temperatures", temperatures, num_exits, low, high)
+        if learn_temperatures:
+            self.temperatures = nn.Parameter(temperature)
+        else:
+            self.register_buffer("temperatures", temperature)
+
+    def confidence(self, logits: Tensor, exit_index: int) -> Tensor:
+        """Raw logits [N, A, C] of an exit (the full path is exit ``num_exits``) to confidences [N] in [0, 1]."""
+        temperature = self.temperatures[exit_index].detach() if exit_index < self.num_exits else 1.0
+        return self._policy(logits.float() / temperature)
+
+    def leaves(self, confidence: Tensor, exit_index: int) -> Tensor:
+        """[N] bool; at the full path everything leaves."""
+        if exit_index >= self.num_exits:
+            return torch.ones_like(confidence, dtype=torch.bool)
+        return confidence >= self.thresholds[exit_index]
+
+    def temperature_loss(self, logits: Tensor, assignment: object, exit_index: int) -> Tensor | None:
+        """Cross-entropy of the tempered logits [N, A, C] against ``assignment.labels`` [N, A]; None where fixed.
+
+        Objects and background weigh the same, since 99 % of the default boxes are easy background.
+        """
+        if not isinstance(self.temperatures, nn.Parameter):
+            return None
+        labels = assignment.labels
+        logits = logits.float() / self.temperatures[exit_index]
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+        parts = [loss[part].mean() for part in (labels > 0, labels == 0) if part.any()]
+        return torch.stack(parts).mean()
+
+    @torch.no_grad()
+    def clamp_temperatures(self) -> None:
+        """Hold the temperatures inside their bounds; the trainer calls it after every step."""
+        self.temperatures.nan_to_num_(nan=1.0).clamp_(*self.temperature_bounds)
+
+    def to_dict(self) -> dict:
+        """Plain types, to be stored beside the weights."""
+        return {
+            "num_exits": self.num_exits,
+            "policy": self.policy,
+            "thresholds": self.thresholds.tolist(),
+            "temperatures": self.temperatures.tolist(),
+            "temperature_bounds": list(self.temperature_bounds),
+        }
+
+    def extra_repr(self) -> str:
+        thresholds = [round(value, 4) for value in self.thresholds.tolist()]
+        temperatures = [round(value, 3) for value in self.temperatures.tolist()]
+        return f"policy={self.policy}, thresholds={thresholds}, temperatures={temperatures}"
+
+
+def _per_exit(name: str, values: Sequence[float], count: int, low: float, high: float) -> Tensor:
+    if len(values) not in (1, count):
+        raise EarlyExitError(f"{name} {list(values)}: expected one number, or one for each of {count} exits")
+    for value in values:
+        if not low <= value <= high:
+            raise EarlyExitError(f"{name} has {value}, expected a number in [{low}, {high}]")
+    return torch.tensor([float(value) for value in values]).expand(count).clone()

@@ -1,0 +1,32 @@
+"""Packaging of earlyexit_ssd."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="earlyexit_ssd",
+    version="0.1.0",
+    description="Early exits for torchvision's SSDLite MobileNetV3 detectors, gated and evaluated at every exit",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="BSD-3-Clause",
+    python_requires=">=3.10",
+    packages=find_packages(include=["earlyexit_ssd", "earlyexit_ssd.*"]),
+    package_data={"earlyexit_ssd": ["py.typed"]},
+    install_requires=[
+        "torch",
+        "torchvision>=0.21,<0.30",
+        "numpy",
+        "pillow>=10.1",
+        "pycocotools>=2.0.7",
+        "fvcore",
+        "albumentations>=2.0,<3",
+        "matplotlib>=3.6",
+        "tensorboard",
+        "tqdm",
+    ],
+    extras_require={"dev": ["pytest", "pytest-xdist", "hypothesis", "ruff"]},
+)
