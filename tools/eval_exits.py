@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Evaluate every exit of a trained detector, then the routed detector, then say whether the exits are worth shipping."""
+"""Evaluate every exit of a trained detector and the routed detector; say whether the exits are worth shipping."""
 
 from __future__ import annotations
 
@@ -31,12 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--config", required=True, help="YAML file that names the test split (DATA.TEST)")
     parser.add_argument("--weights", help="a model.pth of this project; by default the one in OUTPUT_DIR")
-    parser.add_argument(
-        "--out", required=True, help="folder for metrics.json, the table, the chart and the pictures"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="KEY VALUE", help="override keys of the configuration"
-    )
+    parser.add_argument("--out", required=True, help="folder for metrics.json, the table, the chart and the pictures")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="override keys of the configuration")
     args = parser.parse_args(arguments)
 
     def job() -> None:

@@ -76,18 +76,14 @@ def _check_exits(cfg: CfgNode) -> None:
     _require(list(layers) == sorted(set(layers)), "EXITS.LAYERS", layers, "increasing layers, each once")
     for key in ("LOSS.EXIT_WEIGHTS", "ROUTING.THRESHOLDS", "ROUTING.TEMPERATURES"):
         value = _get(cfg, key)
-        _require(
-            len(value) in (1, len(layers)), key, value, f"one number, or one for each of {len(layers)} exits"
-        )
+        _require(len(value) in (1, len(layers)), key, value, f"one number, or one for each of {len(layers)} exits")
     _require(cfg.MODEL.IMAGE_SIZE >= 64, "MODEL.IMAGE_SIZE", cfg.MODEL.IMAGE_SIZE, "at least 64 pixels")
 
 
 def _check_temperatures(cfg: CfgNode) -> None:
     bounds = cfg.ROUTING.TEMPERATURE_BOUNDS
     ordered = len(bounds) == 2 and bounds[0] < bounds[1]
-    _require(
-        ordered, "ROUTING.TEMPERATURE_BOUNDS", bounds, "[low, high] with low below high, such as [0.5, 3.0]"
-    )
+    _require(ordered, "ROUTING.TEMPERATURE_BOUNDS", bounds, "[low, high] with low below high, such as [0.5, 3.0]")
     for value in cfg.ROUTING.TEMPERATURES:
         _require(bounds[0] <= value <= bounds[1], "ROUTING.TEMPERATURES", value, f"a number inside {bounds}")
 
@@ -107,9 +103,7 @@ def _check_phases(cfg: CfgNode) -> None:
 def _check_data(cfg: CfgNode) -> None:
     for key in ("DATA.TRAIN", "DATA.CALIB", "DATA.TEST"):
         _require(len(_get(cfg, key)) > 0, key, _get(cfg, key), "at least one data set name")
-    shared = set(cfg.DATA.TRAIN) & (set(cfg.DATA.CALIB) | set(cfg.DATA.TEST)) | set(cfg.DATA.CALIB) & set(
-        cfg.DATA.TEST
-    )
+    shared = set(cfg.DATA.TRAIN) & (set(cfg.DATA.CALIB) | set(cfg.DATA.TEST)) | set(cfg.DATA.CALIB) & set(cfg.DATA.TEST)
     _require(not shared, "DATA", sorted(shared), "TRAIN, CALIB and TEST without a data set in common")
     share = cfg.DATA.NEGATIVE_SHARE
     _require(share == -1 or 0 <= share < 1, "DATA.NEGATIVE_SHARE", share, "-1, or a share in [0, 1)")

@@ -116,9 +116,7 @@ def _describe(default: Any) -> str:
 
 def _merge_overrides(cfg: CfgNode, overrides: Sequence[str]) -> None:
     if len(overrides) % 2:
-        raise ConfigError(
-            f"command line: expected KEY VALUE pairs, the last key {overrides[-1]!r} has no value"
-        )
+        raise ConfigError(f"command line: expected KEY VALUE pairs, the last key {overrides[-1]!r} has no value")
     for full_key, text in zip(overrides[::2], overrides[1::2], strict=True):
         *parents, key = full_key.split(".")
         node = cfg

@@ -71,11 +71,7 @@ class Log(Hook):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.path.is_file():
-            kept = [
-                line
-                for line in self.path.read_text(encoding="utf-8").splitlines()
-                if _step(line) <= trainer.step
-            ]
+            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= trainer.step]
             write_text(self.path, "".join(f"{line}\n" for line in kept))
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=trainer.step)
         self.started = time.perf_counter()

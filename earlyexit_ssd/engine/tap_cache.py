@@ -70,9 +70,7 @@ class TapCache:
                 array.flush()
             with atomic_path(self.folder / "targets.pt") as temporary:
                 torch.save(targets, temporary)
-            write_json(
-                self.folder / "cache.json", {"key": self.key, "photos": self.photos, "views": self.views}
-            )
+            write_json(self.folder / "cache.json", {"key": self.key, "photos": self.photos, "views": self.views})
         barrier()
         self._open("r")
         self.targets = torch.load(self.folder / "targets.pt", weights_only=True)
@@ -86,9 +84,7 @@ class TapCache:
         for view in range(self.views):
             loader.sampler.set_epoch(view)
             for images, targets in loader:
-                batch = compute_taps(
-                    model, [image.to(device) for image in images], to_device(targets, device)
-                )
+                batch = compute_taps(model, [image.to(device) for image in images], to_device(targets, device))
                 for name, values in _named(batch).items():
                     self._arrays[name][row : row + len(images)] = values.cpu().numpy().astype(np.float16)
                 row += len(images)
@@ -102,11 +98,11 @@ class TapCache:
         """The stored rows as a batch in fp32."""
         order = np.sort(rows)
         values = {
-            name: torch.from_numpy(array[order].astype(np.float32)).to(device)
-            for name, array in self._arrays.items()
+            name: torch.from_numpy(array[order].astype(np.float32)).to(device) for name, array in self._arrays.items()
         }
         head = {name: values.pop(name) for name in ARRAYS_OF_HEAD}
-        return TapBatch(list(values.values()), head, to_device([self.targets[row] for row in order], device))
+        taps = [tap.contiguous(memory_format=torch.channels_last) for tap in values.values()]
+        return TapBatch(taps, head, to_device([self.targets[row] for row in order], device))
 
     def _is_whole(self) -> bool:
         try:
@@ -156,9 +152,7 @@ class CachedLoader:
         order = np.random.default_rng([self.seed, epoch]).permutation(photos)
         views = (np.arange(photos) + epoch) % self.cache.views
         for batch in range(start, len(self)):
-            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size][
-                self.rank :: self.world_size
-            ]
+            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size][self.rank :: self.world_size]
             yield self.cache.rows(views[chosen] * photos + chosen, self.device)
 
 

@@ -46,8 +46,7 @@ class Architecture:
     def to_dict(self) -> dict:
         """Plain types only, for JSON and for files that are read with ``weights_only=True``."""
         return {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in dataclasses.asdict(self).items()
+            key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
         }
 
     @classmethod
@@ -56,12 +55,8 @@ class Architecture:
         names = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in names:
-                raise EarlyExitError(
-                    f"unknown key '{key}' in the description of a model{nearest(key, names)}"
-                )
-        return cls(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        )
+                raise EarlyExitError(f"unknown key '{key}' in the description of a model{nearest(key, names)}")
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
     def build_detector(self) -> SSD:
         """The torchvision detector under the exits, untrained."""

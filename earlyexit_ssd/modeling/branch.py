@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -94,7 +95,7 @@ class Branch(nn.Module):
                 _depthwise(channels, 2 if finer > coarser else 1, 3),
                 _pointwise(channels, channels),
             )
-            for finer, coarser in zip(grids[1:], grids[2:])  # noqa: B905 - one shorter on purpose
+            for finer, coarser in itertools.pairwise(grids[1:])
         )
         self.head = SSDLiteHead([channels] * len(grids), num_anchors, num_classes, norm_layer)
         self._finest_grid = grids[0]

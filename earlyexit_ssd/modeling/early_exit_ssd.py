@@ -97,12 +97,8 @@ class EarlyExitSSDLite(SSD):
             positive_fraction=1 / (1 + detector.neg_to_pos_ratio),
         )
         exit_layers = tuple(exit_layers)
-        if not exit_layers or exit_layers != tuple(
-            sorted({layer for layer in exit_layers if 1 <= layer < LAST_LAYER})
-        ):
-            raise ValueError(
-                f"exit_layers {exit_layers}: expected increasing trunk layers from 1 to {LAST_LAYER - 1}"
-            )
+        if not exit_layers or exit_layers != tuple(sorted({layer for layer in exit_layers if 1 <= layer < LAST_LAYER})):
+            raise ValueError(f"exit_layers {exit_layers}: expected increasing trunk layers from 1 to {LAST_LAYER - 1}")
         self.classes = tuple(classes or (f"class_{label}" for label in range(1, num_classes)))
         if len(self.classes) != num_classes - 1:
             raise ValueError(
@@ -241,9 +237,7 @@ class EarlyExitSSDLite(SSD):
             return super().forward(images)
         return self._routed_detections(images)
 
-    def _training_losses(
-        self, images: list[Tensor], targets: list[dict[str, Tensor]] | None
-    ) -> dict[str, Tensor]:
+    def _training_losses(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None) -> dict[str, Tensor]:
         check_targets(targets, len(images), self.classes)
         check_batch(self, len(images))
         batch, targets = self.transform(images, targets)
@@ -261,10 +255,8 @@ class EarlyExitSSDLite(SSD):
         return ExitOutputs(heads, self.default_boxes(batch), batch.image_sizes, photo_sizes)
 
     def detections(self, outputs: ExitOutputs, exit_index: int) -> list[dict[str, Tensor]]:
-        """Post-processed detections of one exit: per image ``boxes`` xyxy in the photo's pixels, ``labels``, ``scores``."""
-        return self._finish(
-            outputs.heads[exit_index], outputs.anchors, outputs.network_sizes, outputs.photo_sizes
-        )
+        """Detections of one exit: per image ``boxes`` xyxy in the photo's pixels, ``labels`` and ``scores``."""
+        return self._finish(outputs.heads[exit_index], outputs.anchors, outputs.network_sizes, outputs.photo_sizes)
 
     def _finish(
         self,
@@ -303,9 +295,7 @@ class EarlyExitSSDLite(SSD):
             head, context = branch(state.x, context)
             confidence = self.router.confidence(head["cls_logits"], index)
             leave = self.router.leaves(confidence, index)
-            parts.append(
-                (active[leave], {key: value[leave] for key, value in head.items()}, index, confidence[leave])
-            )
+            parts.append((active[leave], {key: value[leave] for key, value in head.items()}, index, confidence[leave]))
             if leave.any():
                 active, state = active[~leave], state.select(~leave)
                 context = [feature[~leave] for feature in context]

@@ -49,7 +49,7 @@ class LossSettings:
 
 
 def mean_over_processes(count: Tensor) -> Tensor:
-    """``count`` averaged over the processes of a distributed run; itself in a single process."""
+    """``count`` (any shape) averaged over the processes of a distributed run; itself in a single process."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return count
     count = count.detach().clone()
@@ -75,9 +75,7 @@ def mined_negatives(background_loss: Tensor, foreground: Tensor, ratio: float, m
     return (rank < wanted) & ~foreground
 
 
-def detection_losses(
-    head: dict[str, Tensor], assignment: Assignment, settings: LossSettings
-) -> dict[str, Tensor]:
+def detection_losses(head: dict[str, Tensor], assignment: Assignment, settings: LossSettings) -> dict[str, Tensor]:
     """``bbox_regression`` and ``classification`` of one exit, both scalars.
 
     With ``min_negatives=0`` and ``mined`` they are torchvision's. The count that divides them is the number of
@@ -87,16 +85,16 @@ def detection_losses(
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
     if settings.classification == "focal":
         classification = _focal(loss, foreground, settings).sum()
-        count = foreground.sum()
+        counts = foreground.sum()[None]
     else:
         ratio = settings.neg_to_pos_ratio
         negatives = mined_negatives(loss.detach(), foreground, ratio, settings.min_negatives)
         classification = loss[foreground | negatives].sum()
-        count = torch.maximum(foreground.sum(), negatives.sum() / ratio)
+        counts = torch.stack([foreground.sum(), negatives.sum() / ratio])
     boxes = F.smooth_l1_loss(
         head["bbox_regression"][foreground].float(), assignment.regression[foreground], reduction="sum"
     )
-    count = mean_over_processes(count.float()).clamp(min=1)
+    count = mean_over_processes(counts.float()).max().clamp(min=1)
     return {"bbox_regression": boxes / count, "classification": classification / count}
 
 
@@ -106,9 +104,7 @@ def _focal(cross_entropy: Tensor, foreground: Tensor, settings: LossSettings) ->
     return alpha * (1 - torch.exp(-cross_entropy)) ** settings.focal_gamma * cross_entropy
 
 
-def distillation_loss(
-    student: dict[str, Tensor], teacher: dict[str, Tensor], settings: LossSettings
-) -> Tensor:
+def distillation_loss(student: dict[str, Tensor], teacher: dict[str, Tensor], settings: LossSettings) -> Tensor:
     """Say what the teacher says, anchor by anchor (Hinton et al. 2015); needs no labels.
 
     Kullback-Leibler divergence of the classes over all default boxes, plus the boxes' smooth L1 distance weighted by

@@ -48,9 +48,7 @@ def assign(
             foreground = torch.where(matches >= 0)[0]
             objects = matches[foreground]
             image_labels[foreground] = target["labels"][objects]
-            image_regression[foreground] = box_coder.encode_single(
-                target["boxes"][objects], boxes[foreground]
-            )
+            image_regression[foreground] = box_coder.encode_single(target["boxes"][objects], boxes[foreground])
         labels.append(image_labels)
         regression.append(image_regression)
     return Assignment(torch.stack(labels), torch.stack(regression))

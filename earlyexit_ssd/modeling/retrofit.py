@@ -44,9 +44,7 @@ def retrofit(
     """
     state = load_torchvision_weights(weights)
     source = tuple(source_classes or architecture.classes)
-    architecture = dataclasses.replace(
-        architecture, reduced_tail=_has_reduced_tail(state, architecture.width)
-    )
+    architecture = dataclasses.replace(architecture, reduced_tail=_has_reduced_tail(state, architecture.width))
     original = dataclasses.replace(architecture, classes=source, head_outputs=0, folded_rows=())
     detector = original.build_detector()
     load_every_key(detector, state, weights)
@@ -56,9 +54,7 @@ def retrofit(
     head = detector.head
     if fold == "exact":
         if None in change.rows:
-            raise EarlyExitError(
-                f"MODEL.FOLD 'exact' cannot add classes ({change}); set MODEL.FOLD to 'rows'"
-            )
+            raise EarlyExitError(f"MODEL.FOLD 'exact' cannot add classes ({change}); set MODEL.FOLD to 'rows'")
         head.classification_head = FoldedClassificationHead(head.classification_head, change.rows)
         changed = dataclasses.replace(architecture, head_outputs=len(source) + 1, folded_rows=change.rows)
         return detector, changed, change
@@ -71,9 +67,7 @@ def load_torchvision_weights(weights: str | os.PathLike[str]) -> dict[str, Tenso
     names = list(SSDLite320_MobileNet_V3_Large_Weights.__members__)
     if str(weights) in names:
         try:
-            return SSDLite320_MobileNet_V3_Large_Weights[str(weights)].get_state_dict(
-                progress=True, check_hash=True
-            )
+            return SSDLite320_MobileNet_V3_Large_Weights[str(weights)].get_state_dict(progress=True, check_hash=True)
         except (URLError, OSError) as error:
             raise EarlyExitError(
                 f"torchvision's weights {weights} could not be downloaded ({error}); "
@@ -85,9 +79,7 @@ def load_torchvision_weights(weights: str | os.PathLike[str]) -> dict[str, Tenso
     content = read_weights(weights)
     state = content.get("model", content)
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise EarlyExitError(
-            f"{weights}: expected a state dict of tensors, got keys {', '.join(list(content)[:3])}"
-        )
+        raise EarlyExitError(f"{weights}: expected a state dict of tensors, got keys {', '.join(list(content)[:3])}")
     return state
 
 

@@ -20,14 +20,13 @@ def check_images(images: Sequence[Tensor]) -> None:
 def check_targets(targets: Sequence[dict[str, Tensor]] | None, count: int, classes: Sequence[str]) -> None:
     """Targets have boxes xyxy with positive width and height, and labels in 1..K."""
     if targets is None or len(targets) != count:
-        raise ValueError(
-            f"train mode needs one target per image: {count} images, {targets and len(targets)} targets"
-        )
+        raise ValueError(f"train mode needs one target per image: {count} images, {targets and len(targets)} targets")
     for index, target in enumerate(targets):
         boxes, labels = target["boxes"], target["labels"]
         if boxes.dim() != 2 or boxes.shape[1] != 4 or len(boxes) != len(labels):
             raise ValueError(
-                f"target {index}: expected boxes [n, 4] and labels [n], got {list(boxes.shape)} and {list(labels.shape)}"
+                f"target {index}: expected boxes [n, 4] and labels [n], "
+                f"got {list(boxes.shape)} and {list(labels.shape)}"
             )
         bad = ~((boxes[:, 2:] > boxes[:, :2]).all(1) & torch.isfinite(boxes).all(1))
         if bad.any():
@@ -37,7 +36,8 @@ def check_targets(targets: Sequence[dict[str, Tensor]] | None, count: int, class
             )
         if len(labels) and not (int(labels.min()) >= 1 and int(labels.max()) <= len(classes)):
             raise ValueError(
-                f"target {index}: labels {int(labels.min())}..{int(labels.max())}, expected 1..{len(classes)} (0 is background)"
+                f"target {index}: labels {int(labels.min())}..{int(labels.max())}, "
+                f"expected 1..{len(classes)} (0 is background)"
             )
 
 

@@ -16,9 +16,7 @@ EXIT_BAD_INPUT, EXIT_GATE_FAILED, EXIT_INTERRUPTED = 2, 3, 130
 
 def run_tool(job: Callable[[], None]) -> int:
     """Run ``job``; returns the exit code: 0, 2 for bad input, 3 for a failed gate, 130 for a signal."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(levelname).1s %(message)s", stream=sys.stderr, force=True
-    )
+    logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s", stream=sys.stderr, force=True)
     logging.getLogger("fvcore").setLevel(logging.ERROR)
     try:
         job()

@@ -19,23 +19,19 @@ from earlyexit_ssd.report.pictures import Example, choose_examples, detection_gr
 from earlyexit_ssd.report.results import write_results
 
 
-def evaluate_model(
-    cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str | os.PathLike[str], forced: bool = False
-) -> dict[str, Any]:
+def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """Evaluate on DATA.TEST and write metrics.json, the table, the chart and the pictures into ``out_dir``.
 
     Args:
         cfg: its DATA, EVAL and ROUTING sections are used; the classes are those of the weights.
         weights: a model of this project.
         out_dir: folder of results.
-        forced: a gate failed on the way to these weights.
 
     Returns:
         what is in metrics.json.
     """
     device = build_device(cfg)
     model, architecture, info = load_model(weights)
-    forced = forced or bool((info.get("gate") or {}).get("forced"))
     cfg = with_classes(cfg, architecture.classes)
     dataset = load_dataset(cfg, cfg.DATA.TEST)
     ground_truth = to_coco(dataset)
@@ -50,7 +46,7 @@ def evaluate_model(
         router,
         settings,
         splits=cfg.DATA.TEST,
-        forced=forced,
+        forced=info.get("forced", False),
         collected=collected,
     )
     pictures = {}

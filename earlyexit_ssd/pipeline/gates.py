@@ -81,10 +81,8 @@ def baseline_gate(figures: dict, limits: dict[str, float]) -> Gate:
     return Gate("baseline", checks, advice)
 
 
-def exits_gate(
-    names: Sequence[str], ap50: Sequence[float | None], first_limit: float, deepest_share: float
-) -> Gate:
-    """The first exit's AP50, and the deepest early exit's against the full path's (``names`` and ``ap50``: full last)."""
+def exits_gate(names: Sequence[str], ap50: Sequence[float | None], first_limit: float, deepest_share: float) -> Gate:
+    """The first exit's AP50, and the deepest early exit's against the full path's, which is last in both lists."""
     full = ap50[-1] or 0.0
     checks = (
         Check(f"{names[0]} AP50", ap50[0], first_limit),

@@ -15,9 +15,7 @@ Figures = dict[str, Any]
 class SplitQuality:
     """AP50, precision and recall on ``dataset``, of the full path or of every exit."""
 
-    def __init__(
-        self, dataset: DetectionDataset, settings: EvaluationSettings, batch_size: int, workers: int
-    ) -> None:
+    def __init__(self, dataset: DetectionDataset, settings: EvaluationSettings, batch_size: int, workers: int) -> None:
         self._loader = build_loader(dataset, batch_size, workers, train=False, seed=0)
         self._ground_truth = to_coco(dataset)
         self._settings = settings
@@ -34,6 +32,4 @@ class SplitQuality:
     def of_exits(self, model: EarlyExitSSDLite) -> list[Figures]:
         """Figures of every exit, the full path last."""
         detections = collect(model, self._loader).detections
-        return [
-            evaluate_detections(self._ground_truth, found, self._settings).figures for found in detections
-        ]
+        return [evaluate_detections(self._ground_truth, found, self._settings).figures for found in detections]

@@ -54,13 +54,12 @@ class RunFolder:
         if path.is_file():
             if not resume:
                 raise EarlyExitError(
-                    f"{self.root} holds a run already: go on with it (--resume), name another folder (OUTPUT_DIR), or delete it"
+                    f"{self.root} holds a run already: go on with it (--resume), "
+                    "name another folder (OUTPUT_DIR), or delete it"
                 )
             self._require_same(cfg, path)
         elif (self.root / "metrics.json").exists():
-            raise EarlyExitError(
-                f"{self.root} holds other results; name another folder (OUTPUT_DIR), or delete it"
-            )
+            raise EarlyExitError(f"{self.root} holds other results; name another folder (OUTPUT_DIR), or delete it")
         write_text(path, cfg.dump())
         write_json(self.root / "run.json", describe_run(cfg))
 

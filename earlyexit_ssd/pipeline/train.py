@@ -53,7 +53,7 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> dict[str, 
         if not is_main():
             return {}
         shutil.copyfile(folder.phase(cfg.PHASES[-1]) / "model.pth", folder.model)
-        return evaluate_model(run.cfg, folder.model, folder.root, forced=folder.forced())
+        return evaluate_model(run.cfg, folder.model, folder.root)
 
 
 def _prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
@@ -77,9 +77,8 @@ def _run_phase(run: Run, name: str, force: bool) -> None:
     gate = dataclasses.replace(gate, forced=force and not gate.passed)
     if is_main():
         router = run.model.router.to_dict() if run.model.router is not None else None
-        save_model(
-            path, run.model, run.architecture, {"phase": name, "gate": gate.to_dict(), "router": router}
-        )
+        info = {"phase": name, "forced": gate.forced or run.folder.forced(), "router": router}
+        save_model(path, run.model, run.architecture, info)
         run.folder.write_gate(gate)
     barrier()
     logger.info("%s", gate)
@@ -92,6 +91,4 @@ def _take_over(run: Run, path: Path) -> None:
     run.model.to(run.device)
     run.model.losses = build_losses(run.cfg)
     if info["router"]:
-        run.model.router = build_router(run.cfg, info["router"], run.cfg.ROUTING.LEARN_TEMPERATURES).to(
-            run.device
-        )
+        run.model.router = build_router(run.cfg, info["router"], run.cfg.ROUTING.LEARN_TEMPERATURES).to(run.device)

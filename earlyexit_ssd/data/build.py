@@ -1,0 +1,74 @@
+"""From names in the configuration to a data set that is ready to load."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from fvcore.common.config import CfgNode
+
+from earlyexit_ssd.data import catalog
+from earlyexit_ssd.data.checks import check_boxes
+from earlyexit_ssd.data.classes import limit_negatives, limit_photos, select_classes, union_of_classes
+from earlyexit_ssd.data.dataset import DetectionDataset
+from earlyexit_ssd.data.photos import check_photos
+from earlyexit_ssd.data.problems import Problems
+from earlyexit_ssd.data.records import RawDataset
+from earlyexit_ssd.data.transforms import build_transforms
+from earlyexit_ssd.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+def load_dataset(cfg: CfgNode, names: str | Sequence[str], train: bool = False) -> DetectionDataset:
+    """Read, check and join data sets, and keep the wanted classes.
+
+    Args:
+        cfg: the whole configuration; its ``DATA`` node and ``SEED`` are used.
+        names: names of the catalog or of ``DATA.DATASETS``.
+        train: limit the negatives, augment, and leave out objects to ignore.
+
+    Raises:
+        ConfigError: an unknown data set.
+        DataError: missing files, a broken record (``DATA.ON_BAD`` "refuse"), an unknown class, no photo left.
+    """
+    names = (names,) if isinstance(names, str) else tuple(names)
+    data = cfg.DATA
+    raws = [read_dataset(cfg, name) for name in names]
+    classes = tuple(data.CLASSES) or (union_of_classes(raws) if names == tuple(data.TRAIN) else class_names(cfg))
+    records = select_classes(raws, classes)
+    if train:
+        records = limit_negatives(records, data.NEGATIVE_SHARE, cfg.SEED)
+    records = limit_photos(records, data.LIMIT, cfg.SEED)
+    problems = Problems(data.ON_BAD)
+    records = check_photos(records, problems)
+    title = " + ".join(names)
+    problems.log(title)
+    if not records:
+        raise DataError(f"{title}: no usable photo is left; check the folder of the photos")
+    transforms = build_transforms(data.AUGMENTATION) if train else None
+    objects = sum(len(record.annotations) for record in records)
+    negatives = sum(not record.annotations for record in records)
+    if train and not objects:
+        raise DataError(f"{title}: no box of {', '.join(classes)} in {len(records)} photos; nothing can be learnt")
+    logger.info("%s: %d photos, %d boxes, %d photos without any", title, len(records), objects, negatives)
+    return DetectionDataset(records, classes, transforms, train, cfg.SEED, data.ON_BAD)
+
+
+def read_dataset(cfg: CfgNode, name: str) -> RawDataset:
+    """One data set with checked boxes and all of its classes; its photo files are not yet looked at.
+
+    Raises:
+        ConfigError, DataError: as :func:`load_dataset`.
+    """
+    problems = Problems(cfg.DATA.ON_BAD)
+    raw = check_boxes(catalog.load(name, cfg.DATA, problems), problems)
+    problems.log(name)
+    return raw
+
+
+def class_names(cfg: CfgNode) -> tuple[str, ...]:
+    """The classes of the run, in label order: ``DATA.CLASSES``, or every class of the training sets."""
+    if cfg.DATA.CLASSES:
+        return tuple(cfg.DATA.CLASSES)
+    return union_of_classes([catalog.load(name, cfg.DATA, Problems("repair")) for name in cfg.DATA.TRAIN])

@@ -1,0 +1,114 @@
+"""Data sets by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from fvcore.common.config import CfgNode
+
+from earlyexit_ssd.data.coco import read_coco
+from earlyexit_ssd.data.problems import Problems
+from earlyexit_ssd.data.records import RawDataset
+from earlyexit_ssd.data.voc import read_voc, read_xml_folder
+from earlyexit_ssd.errors import ConfigError, DataError, nearest
+
+ROOT_VARIABLE = "EARLYEXIT_SSD_DATASETS"
+
+Loader = Callable[[Path, CfgNode, Problems], RawDataset]
+"""(root of the data sets, the ``DATA`` node of the configuration, collector of problems) -> data set."""
+
+_LOADERS: dict[str, Loader] = {}
+
+
+def register(name: str, loader: Loader) -> None:
+    """Make a data set known by ``name``.
+
+    Raises:
+        DataError: the name is taken.
+    """
+    if name in _LOADERS:
+        raise DataError(f"data set {name!r} is registered already; choose another name")
+    _LOADERS[name] = loader
+
+
+def register_coco(name: str, annotations: str | os.PathLike[str], images: str | os.PathLike[str]) -> None:
+    """Make a COCO JSON file and its folder of photos known by ``name``; paths are relative to the root."""
+
+    def load(root: Path, data: CfgNode, problems: Problems) -> RawDataset:
+        _require(name, root, root / annotations, root / images)
+        return read_coco(name, root / annotations, root / images, problems)
+
+    register(name, load)
+
+
+def register_voc(name: str, devkit: str | os.PathLike[str], split: str) -> None:
+    """Make a split of a VOC devkit (such as VOC2012) known by ``name``; the path is relative to the root."""
+
+    def load(root: Path, data: CfgNode, problems: Problems) -> RawDataset:
+        _require(name, root, root / devkit)
+        return read_voc(name, root / devkit, split, problems)
+
+    register(name, load)
+
+
+def names() -> tuple[str, ...]:
+    """All registered names, sorted."""
+    return tuple(sorted(_LOADERS))
+
+
+def get(name: str) -> Loader:
+    """The loader of a registered data set.
+
+    Raises:
+        ConfigError: an unknown name; the message has the nearest one.
+    """
+    if name not in _LOADERS:
+        hint = nearest(name, _LOADERS) or f"; known: {', '.join(names())}"
+        raise ConfigError(
+            f"no data set is named {name!r}{hint}; add your own with DATA.DATASETS or earlyexit_ssd.data.register_coco"
+        )
+    return _LOADERS[name]
+
+
+def load(name: str, data: CfgNode, problems: Problems) -> RawDataset:
+    """Read a data set of the configuration (``DATA.DATASETS``) or of the catalog, unchecked.
+
+    Args:
+        data: the ``DATA`` node of the configuration.
+
+    Raises:
+        ConfigError: an unknown name.
+        DataError: missing files, or (mode "refuse") a broken record.
+    """
+    root = dataset_root(data)
+    for entry in data.DATASETS:
+        if not (isinstance(entry, tuple | list) and len(entry) == 3 and all(isinstance(t, str) for t in entry)):
+            raise ConfigError(f"DATA.DATASETS has {entry!r}, expected triples (name, annotations, photos or split)")
+        if entry[0] == name:
+            return _load_own(*entry, root, problems)
+    return get(name)(root, data, problems)
+
+
+def dataset_root(data: CfgNode) -> Path:
+    """``DATA.ROOT``, else the environment variable EARLYEXIT_SSD_DATASETS, else ./datasets."""
+    return Path(data.ROOT or os.environ.get(ROOT_VARIABLE) or "datasets").expanduser()
+
+
+def _load_own(name: str, annotations: str, photos: str, root: Path, problems: Problems) -> RawDataset:
+    if (root / annotations / "ImageSets" / "Main").is_dir():
+        return read_voc(name, root / annotations, photos, problems)
+    _require(name, root, root / annotations, root / photos)
+    if (root / annotations).is_dir():
+        return read_xml_folder(name, root / annotations, root / photos, problems)
+    return read_coco(name, root / annotations, root / photos, problems)
+
+
+def _require(name: str, root: Path, *paths: Path) -> None:
+    for path in paths:
+        if not path.exists():
+            raise DataError(
+                f"{path}: data set {name!r} is not there (root {root.resolve()}); set DATA.ROOT or the "
+                f"environment variable {ROOT_VARIABLE} to the folder of the data sets, or put it there"
+            )

@@ -1,0 +1,182 @@
+"""COCO JSON files -> photos with boxes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from earlyexit_ssd.data.images import read_header
+from earlyexit_ssd.data.problems import Problems
+from earlyexit_ssd.data.records import Annotation, RawDataset, Record
+from earlyexit_ssd.errors import DataError
+
+_SECTIONS = ("images", "annotations", "categories")
+
+
+def read_coco(name: str, annotations: Path, images: Path, problems: Problems) -> RawDataset:
+    """Read a COCO detection file.
+
+    Boxes come as x, y, width, height and leave as x1, y1, x2, y2. Labels are places in the file's
+    ``categories``, whatever their ids are. ``iscrowd``, ``difficult`` and ``ignore`` all become
+    ``Annotation.ignore``.
+
+    Args:
+        annotations: the JSON file.
+        images: folder that ``file_name`` is relative to.
+        problems: takes what is wrong with single records.
+
+    Raises:
+        DataError: the file is missing or not COCO JSON, or (mode "refuse") a record is broken.
+    """
+    tree = _load(annotations)
+    classes, labels = _read_categories(tree["categories"], annotations)
+    photos = _read_photos(tree["images"], annotations, images, problems)
+    objects = _read_annotations(tree["annotations"], annotations, photos, labels, problems)
+    records = tuple(
+        Record(number, path, width, height, tuple(objects[number]), annotations)
+        for number, path, width, height in photos.values()
+        if problems.keeps(number)
+    )
+    return RawDataset(name, classes, records)
+
+
+def _load(path: Path) -> dict[str, list[dict[str, Any]]]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such annotation file") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error})") from None
+    for section in _SECTIONS:
+        if not isinstance(tree, dict) or not isinstance(tree.get(section), list):
+            raise DataError(f"{path}: no list {section!r}; a COCO detection file has {', '.join(_SECTIONS)}")
+        for place, entry in enumerate(tree[section]):
+            if not isinstance(entry, dict):
+                raise DataError(f"{path}: {section}[{place}] is {entry!r}, expected an object with keys")
+    return tree
+
+
+def _read_categories(entries: list[dict[str, Any]], source: Path) -> tuple[tuple[str, ...], dict[Any, int]]:
+    """Class names in the file's order, and the label of each category id."""
+    labels: dict[Any, int] = {}
+    for place, entry in enumerate(entries):
+        if "id" not in entry or not isinstance(entry.get("name"), str):
+            raise DataError(f"{source}: categories[{place}] is {entry!r}, expected an id and a name")
+        if entry["id"] in labels:
+            raise DataError(f"{source}: categories[{place}] repeats id {entry['id']!r}; give each its own")
+        labels[entry["id"]] = place + 1
+    return tuple(entry["name"] for entry in entries), labels
+
+
+def _read_photos(
+    entries: list[dict[str, Any]], source: Path, folder: Path, problems: Problems
+) -> dict[Any, tuple[int, Path, int, int]]:
+    """The file's image id -> image id (an integer), path, width, height."""
+    keep_ids = all(isinstance(entry.get("id"), int) for entry in entries)
+    photos: dict[Any, tuple[int, Path, int, int]] = {}
+    for place, entry in enumerate(entries):
+        where = f"{source}: images[{place}]"
+        photo_id, file_name = entry.get("id"), entry.get("file_name")
+        if not isinstance(photo_id, int | str) or not isinstance(file_name, str):
+            problems.add("malformed photo entry", f"{where} is {entry!r}, expected an id and a file_name")
+            continue
+        path = folder / file_name
+        if photo_id in photos:
+            problems.add("duplicate photo id", f"{where} ({file_name}) repeats id {photo_id!r}")
+            if photos[photo_id][1] != path:
+                problems.leave_out(photos[photo_id][0])  # whose boxes are they?
+            continue
+        number = photo_id if keep_ids else place + 1
+        width, height = _read_size(entry, where, path, number, problems)
+        photos[photo_id] = (number, path, width, height)
+    return photos
+
+
+def _read_size(entry: dict[str, Any], where: str, path: Path, number: int, problems: Problems) -> tuple[int, int]:
+    width, height = entry.get("width"), entry.get("height")
+    if all(isinstance(side, int | float) and side >= 1 for side in (width, height)):
+        return int(width), int(height)
+    kind = "photo without width and height"
+    problems.add(kind, f"{where} ({path.name}) has width {width!r} and height {height!r}", number)
+    try:
+        return read_header(path).size
+    except DataError:
+        return 1, 1  # the check of the files reports it
+
+
+def _read_annotations(
+    entries: list[dict[str, Any]],
+    source: Path,
+    photos: dict[Any, tuple[int, Path, int, int]],
+    labels: dict[Any, int],
+    problems: Problems,
+) -> dict[int, list[Annotation]]:
+    """Image id -> its objects."""
+    objects: dict[int, list[Annotation]] = {photo[0]: [] for photo in photos.values()}
+    seen: dict[Any, dict[str, Any]] = {}
+    for place, entry in enumerate(entries):
+        annotation_id = entry.get("id", f"[{place}]")
+        photo = photos.get(_hashable(entry.get("image_id")))
+        number = photo[0] if photo else None
+        problem = _problem(entry, photo, labels)
+        if annotation_id in seen:
+            where = _where(source, entry, photo)
+            problems.add("duplicate annotation id", f"{where} repeats id {annotation_id!r}", number)
+            if _content(seen[annotation_id]) == _content(entry):
+                continue
+        seen[annotation_id] = entry
+        if problem is not None:
+            kind, value = problem
+            problems.add(kind, f"{_where(source, entry, photo)} has {value}", number)
+            continue
+        x, y, width, height = (float(value) for value in entry["bbox"])
+        ignore = any(entry.get(flag) for flag in ("iscrowd", "difficult", "ignore"))
+        area = entry.get("area")
+        objects[number].append(
+            Annotation(
+                (x, y, x + width, y + height),
+                labels[entry["category_id"]],
+                ignore,
+                float(area) if isinstance(area, int | float) and area > 0 else None,
+                annotation_id,
+            )
+        )
+    return objects
+
+
+def _problem(
+    entry: dict[str, Any], photo: tuple[int, Path, int, int] | None, labels: dict[Any, int]
+) -> tuple[str, str] | None:
+    """(kind, value) of what makes an annotation unusable, if anything does."""
+    for key in ("image_id", "category_id", "bbox"):
+        if key not in entry:
+            return "annotation without a needed key", f"no {key!r}"
+    if photo is None:
+        return "annotation of an unknown photo", f"image_id {entry['image_id']!r}"
+    if _hashable(entry["category_id"]) not in labels:
+        return (
+            "unknown label",
+            f"category_id {entry['category_id']!r}, which is none of the file's categories",
+        )
+    box = entry["bbox"]
+    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
+        return "malformed box", f"bbox {box!r}, expected [x, y, width, height]"
+    return None
+
+
+def _where(source: Path, entry: dict[str, Any], photo: tuple[int, Path, int, int] | None) -> str:
+    name = f" of photo {photo[1].name}" if photo else ""
+    return f"{source}: annotation {entry.get('id')!r}{name}"
+
+
+def _content(entry: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(entry.get(key) for key in ("image_id", "category_id", "bbox"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _hashable(value: Any) -> Any:
+    return value if isinstance(value, int | str) else None

@@ -1,0 +1,163 @@
+"""Photos as arrays: every colour mode becomes 8-bit RGB, every rotation the one the boxes refer to."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from earlyexit_ssd.errors import DataError
+
+_ORIENTATION_TAG = 0x0112
+# EXIF orientation -> how to turn the stored picture upright; 5 to 8 swap width and height.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_JPEG_END = b"\xff\xd9"
+_WHITE = (255, 255, 255, 255)
+
+# Pillow's modes that read_image has to convert, and what such a photo is called.
+_PECULIAR_MODES = {
+    "1": "grey photo",
+    "L": "grey photo",
+    "LA": "photo with transparency",
+    "La": "photo with transparency",
+    "PA": "photo with transparency",
+    "RGBA": "photo with transparency",
+    "RGBa": "photo with transparency",
+    "P": "palette photo",
+    "CMYK": "CMYK photo",
+}
+
+Size = tuple[int, int]
+PathLike = str | os.PathLike[str]
+
+
+class PhotoHeader(NamedTuple):
+    """What is known of a photo without decoding it.
+
+    Attributes:
+        size: (width, height) that :func:`read_image` will return.
+        peculiarities: kind -> value of what :func:`read_image` has to convert, such as
+            ``{"EXIF-rotated photo": "EXIF orientation 6"}``; empty for 8-bit RGB that lies upright.
+    """
+
+    size: Size
+    peculiarities: dict[str, str]
+
+
+def read_image(path: PathLike, annotated_size: Size | None = None) -> np.ndarray:
+    """The photo as uint8 RGB [H, W, 3].
+
+    Grey is repeated, transparency is laid on white, palettes are looked up, 16 bits are scaled to 8, CMYK
+    is converted, and the first frame of an animation is taken. EXIF rotation is applied unless
+    ``annotated_size`` shows that the boxes refer to the stored picture (see :func:`read_header`).
+
+    Args:
+        annotated_size: (width, height) of the picture in its annotations, if there are any.
+
+    Raises:
+        DataError: the file is missing, no image, or truncated.
+    """
+    try:
+        with Image.open(path) as image:
+            turn = _turn(image, annotated_size)
+            rgb = _to_rgb(image)
+            return np.array(rgb if turn is None else rgb.transpose(turn))
+    except Exception as error:  # Pillow's decoders raise a dozen types on broken files
+        raise _unreadable(path, error) from None
+
+
+def read_header(path: PathLike, annotated_size: Size | None = None) -> PhotoHeader:
+    """The size that :func:`read_image` will return, and what it will have to convert, without decoding.
+
+    Some tools annotate the stored picture, others the upright one. The annotated size tells which, for
+    rotations by a quarter: where it equals the stored size and not the upright one, the picture stays as
+    stored. In every other case (half turns, mirrored, square, sizes that match neither) the EXIF rotation
+    is applied.
+
+    Truncated files are found here too: JPEG by its end marker, PNG by its checksums, other formats by
+    decoding.
+
+    Raises:
+        DataError: the file is missing, no image, or truncated.
+    """
+    try:
+        with Image.open(path) as image:
+            size = _upright(image.size, _turn(image, annotated_size))
+            header = PhotoHeader(size, _peculiarities(image))
+            kind = image.format
+            if kind == "PNG":
+                image.verify()
+        if kind not in ("JPEG", "MPO", "PNG") or (kind != "PNG" and not _ends_with(path, _JPEG_END)):
+            read_image(path)
+    except DataError:
+        raise
+    except Exception as error:  # as above
+        raise _unreadable(path, error) from None
+    return header
+
+
+def _peculiarities(image: Image.Image) -> dict[str, str]:
+    found = {}
+    deep = image.mode[0] in "IF" or any(";16" in str(tile) for tile in image.tile)
+    if deep:
+        found["photo of more than 8 bits"] = f"Pillow mode {image.mode}"
+    if "transparency" in image.info:
+        found["photo with transparency"] = f"Pillow mode {image.mode}"
+    elif image.mode != "RGB" and image.mode[0] not in "IF":
+        found[_PECULIAR_MODES.get(image.mode, "photo of other colours")] = f"Pillow mode {image.mode}"
+    if _turn(image, None) is not None:
+        found["EXIF-rotated photo"] = f"EXIF orientation {image.getexif()[_ORIENTATION_TAG]}"
+    return found
+
+
+def _turn(image: Image.Image, annotated_size: Size | None) -> Image.Transpose | None:
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return None  # Pillow turns TIFF itself, and would decode a whole PNG to look for EXIF behind its pixels
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1))
+    stored, upright = image.size, _upright(image.size, turn)
+    return None if annotated_size == stored and annotated_size != upright else turn
+
+
+def _upright(stored: Size, turn: Image.Transpose | None) -> Size:
+    swaps = turn in (_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8])
+    return (stored[1], stored[0]) if swaps else stored
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return _to_8_bits(image).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, _WHITE), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Deep grey to 8 bits: integers hold 0..65535, floats 0..1 or, where they exceed 1, 0..255."""
+    values = np.asarray(image).astype(np.float64)
+    scale = 255 / 65535 if image.mode != "F" else (255.0 if values.max(initial=0) <= 1 else 1.0)
+    return Image.fromarray(np.rint(values * scale).clip(0, 255).astype(np.uint8))
+
+
+def _ends_with(path: PathLike, marker: bytes) -> bool:
+    """Whether the file ends with ``marker``, padding of zeros aside."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - 64))
+        return file.read().rstrip(b"\0").endswith(marker)
+
+
+def _unreadable(path: PathLike, error: Exception) -> DataError:
+    if not Path(path).is_file():
+        return DataError(f"{path}: no such photo")
+    return DataError(f"{path}: not a readable photo ({' '.join(str(error).split()) or type(error).__name__})")

@@ -1,0 +1,83 @@
+"""What to do with broken records: repair them and count, refuse the first one, or skip their photos."""
+
+from __future__ import annotations
+
+import logging
+
+from earlyexit_ssd.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+MODES = ("repair", "refuse", "skip")
+
+# What `repair` does about each kind of problem.
+REPAIRS = {
+    "box outside the photo": "clipped, or dropped where nothing of it is inside",
+    "box without area": "dropped",
+    "box with NaN or infinity": "dropped",
+    "malformed box": "dropped",
+    "unknown label": "box dropped",
+    "annotation without a needed key": "dropped",
+    "annotation of an unknown photo": "dropped",
+    "duplicate annotation id": "copies dropped, different boxes kept",
+    "duplicate photo id": "copies dropped; dropped both where they are different photos",
+    "malformed photo entry": "dropped",
+    "photo without width and height": "taken from the file",
+    "unreadable annotation file": "photo dropped",
+    "missing photo file": "photo dropped",
+    "unreadable photo file": "photo dropped",
+    "photo of another size than annotated": "boxes scaled",
+    "grey photo": "read as RGB",
+    "palette photo": "read as RGB",
+    "photo with transparency": "laid on white",
+    "photo of more than 8 bits": "scaled to 8 bits",
+    "CMYK photo": "read as RGB",
+    "photo of other colours": "read as RGB",
+    "EXIF-rotated photo": "turned as its annotated size says",
+}
+
+
+class Problems:
+    """Collects the problems of one data set by kind.
+
+    Args:
+        on_bad: "repair" counts them (the caller repairs), "refuse" raises at the first, "skip" counts them
+            and remembers their photos, which are then left out.
+    """
+
+    def __init__(self, on_bad: str = "repair") -> None:
+        if on_bad not in MODES:
+            raise DataError(f"DATA.ON_BAD is {on_bad!r}, expected one of {', '.join(MODES)}")
+        self.on_bad = on_bad
+        self.counts: dict[str, int] = {}
+        self.examples: dict[str, str] = {}
+        self._left_out: set[int] = set()
+
+    def add(self, kind: str, message: str, image_id: int | None = None) -> None:
+        """Note a problem of photo ``image_id``; ``message`` names file, record and value.
+
+        Raises:
+            DataError: in mode "refuse".
+        """
+        if self.on_bad == "refuse":
+            raise DataError(f"{message}: {kind}; correct it, or set DATA.ON_BAD to repair or skip")
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        self.examples.setdefault(kind, message)
+        if self.on_bad == "skip" and image_id is not None:
+            self._left_out.add(image_id)
+
+    def leave_out(self, image_id: int) -> None:
+        """Drop this photo whatever the mode is: it cannot be repaired."""
+        self._left_out.add(image_id)
+
+    def keeps(self, image_id: int) -> bool:
+        """Whether the photo stays in the data set."""
+        return image_id not in self._left_out
+
+    def log(self, name: str) -> None:
+        """One warning per kind: how many, what was done, and the first of them. Forgets the counts."""
+        for kind, count in self.counts.items():
+            done = "photo left out" if self.on_bad == "skip" else REPAIRS[kind]
+            logger.warning("%s: %d x %s (%s); the first: %s", name, count, kind, done, self.examples[kind])
+        self.counts.clear()
+        self.examples.clear()

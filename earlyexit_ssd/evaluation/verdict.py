@@ -1,0 +1,134 @@
+"""The figures in plain words: are these exits worth shipping?
+
+Each rule reads the metrics of `evaluate_exits` and says what it finds; add a rule by adding a function to
+`RULES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+MOVE_DEEPER_AP50 = 0.30
+WORTH_IT_AP50 = 0.35
+ABOVE_FULL_TOLERANCE = 0.005
+"""Half a point of AP50 is less than a few hundred photos can tell apart, so it is no sign of a mistake."""
+
+Metrics = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence of the verdict; with ``blocks``, a reason not to ship the exits."""
+
+    line: str
+    blocks: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``ship`` is True when no finding speaks against it; ``lines`` are the findings, one sentence each."""
+
+    ship: bool
+    lines: list[str]
+
+
+Rule = Callable[[Metrics], list[Finding]]
+
+
+def first_exit_detects(metrics: Metrics) -> list[Finding]:
+    """Exit 1 under 0.30 AP50 must move deeper, above 0.35 is worth it, between the two is borderline."""
+    if len(metrics["exits"]) < 2:
+        return [Finding("the model has no early exit: there is nothing to ship", blocks=True)]
+    first = metrics["exits"][0]
+    name, ap50 = first["name"], first["AP50"]
+    if ap50 is None:
+        return [Finding(f"{name}: AP50 is undefined, since the photos show no object to find", blocks=True)]
+    if ap50 < MOVE_DEEPER_AP50:
+        return [Finding(f"{name}: AP50 {ap50:.3f} is under {MOVE_DEEPER_AP50:.2f}: move it deeper", blocks=True)]
+    if ap50 > WORTH_IT_AP50:
+        return [Finding(f"{name}: AP50 {ap50:.3f} is above {WORTH_IT_AP50:.2f}: worth it")]
+    return [Finding(f"{name}: AP50 {ap50:.3f} is between {MOVE_DEEPER_AP50:.2f} and {WORTH_IT_AP50:.2f}: borderline")]
+
+
+def exits_stay_below_full(metrics: Metrics) -> list[Finding]:
+    """An early exit that beats the full path shows a mistake: a spoilt full path, exits mixed up."""
+    *early, full = metrics["exits"]
+    if full["AP50"] is None:
+        return []
+    limit = full["AP50"] + ABOVE_FULL_TOLERANCE
+    return [
+        Finding(
+            f"{one['name']}: AP50 {one['AP50']:.3f} is above {full['name']}'s {full['AP50']:.3f}:"
+            " something is wrong: was the full path trained to its end, and is it unchanged since?"
+            + _within_noise(one),
+            blocks=True,
+        )
+        for one in early
+        if one["AP50"] is not None and one["AP50"] > limit
+    ]
+
+
+def exits_save_time(metrics: Metrics) -> list[Finding]:
+    """Note the early exits that take as long as the whole detector without exits; no veto by itself."""
+    plain = metrics["without_exits"]["ms"]
+    return [
+        Finding(
+            f"{one['name']}: {one['ms']:.1f} ms, no less than the {plain:.1f} ms without exits:"
+            " leaving there saves nothing"
+        )
+        for one in metrics["exits"][:-1]
+        if one["ms"] >= plain
+    ]
+
+
+def routing_uses_exits(metrics: Metrics) -> list[Finding]:
+    """Every photo at one exit means that the router decides nothing."""
+    share = metrics["routed"]["exit_share"]
+    only = [name for name, value in share.items() if value == 1.0]
+    if not only or len(share) < 2:
+        return []
+    return [Finding(f"every image leaves at {only[0]}: routing collapsed; change the thresholds", blocks=True)]
+
+
+def routing_is_faster(metrics: Metrics) -> list[Finding]:
+    """The routed detector must take less time than the same detector without exits."""
+    speedup = metrics["routed"]["speedup"]
+    if speedup is None:
+        return []
+    routed, plain = metrics["routed"]["ms"], metrics["without_exits"]["ms"]
+    times = f"{routed:.1f} ms routed against {plain:.1f} ms without exits, {speedup:.2f}x"
+    if speedup <= 1.0:
+        return [Finding(f"no speed gain ({times}): do not ship exits", blocks=True)]
+    return [Finding(f"routing is faster ({times})")]
+
+
+RULES: tuple[Rule, ...] = (
+    first_exit_detects,
+    exits_stay_below_full,
+    exits_save_time,
+    routing_uses_exits,
+    routing_is_faster,
+)
+
+
+def judge(metrics: Metrics, forced: bool = False, rules: Sequence[Rule] = RULES) -> Verdict:
+    """Apply the rules to the metrics of `evaluate_exits`.
+
+    Args:
+        metrics: with the keys ``exits``, ``without_exits`` and ``routed``.
+        forced: the run went on with --force past a gate that had failed; the verdict says so first.
+        rules: the rules, in the order of their lines.
+    """
+    findings = [finding for rule in rules for finding in rule(metrics)]
+    lines = [finding.line for finding in findings]
+    if forced:
+        lines.insert(0, "--force was used: a gate failed on the way to these figures, and the run went on")
+    return Verdict(ship=not any(finding.blocks for finding in findings), lines=lines)
+
+
+def _within_noise(one: Mapping[str, Any]) -> str:
+    """A hint when the paired interval of (full - exit) reaches above zero."""
+    below_full = one.get("AP50_below_full_interval")
+    return " (With other photos it might not be above.)" if below_full and below_full[1] > 0 else ""

@@ -1,0 +1,167 @@
+"""Detections side by side: one photo a row; ground truth, every exit and the full path in columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+TILE = 320
+GAP = 8
+HEADER = 30
+BACKGROUND, PADDING, INK, FRAME, IGNORED = "#ffffff", "#edf2f7", "#1a202c", "#dd6b20", "#718096"
+PALETTE = ("#e53e3e", "#3182ce", "#38a169", "#d69e2e", "#805ad5", "#00a3c4", "#d53f8c", "#975a16")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of the picture.
+
+    image: float [3,H,W] in [0, 1].
+    target: ``boxes`` [G,4] xyxy pixels, ``labels`` [G], ``iscrowd`` [G] (ignored objects are drawn grey).
+    detections: per exit, shallow to deep, ``boxes`` [N,4], ``scores`` [N], ``labels`` [N].
+    exit_index: the exit that the router takes, whose tile is framed; None frames none.
+    """
+
+    image: Tensor
+    target: Mapping[str, Tensor]
+    detections: Sequence[Mapping[str, Tensor]]
+    exit_index: int | None = None
+
+
+def detection_grid(
+    examples: Sequence[Example],
+    exit_names: Sequence[str],
+    classes: Sequence[str],
+    score: float = 0.4,
+    tile: int = TILE,
+) -> Image.Image:
+    """The picture of all ``examples`` under a line of column names.
+
+    Args:
+        examples: rows.
+        exit_names: columns behind the ground truth, shallow to deep.
+        classes: names of the labels 1..K.
+        score: detections below it are not drawn.
+        tile: width of a tile and its largest height, pixels; photos keep their shape inside it.
+    """
+    columns = ["ground truth", *exit_names]
+    rows = [_tiles(example, classes, score, tile) for example in examples]
+    width = GAP + len(columns) * (tile + GAP)
+    picture = Image.new("RGB", (width, HEADER + sum(row[0].height + GAP for row in rows)), BACKGROUND)
+    draw = ImageDraw.Draw(picture)
+    for column, name in enumerate(columns):
+        draw.text((GAP + column * (tile + GAP), HEADER / 2), name, INK, _font(16), anchor="lm")
+    draw.text((width - GAP, HEADER / 2), "framed: the exit routed to", FRAME, _font(12), anchor="rm")
+    top = HEADER
+    for example, row in zip(examples, rows, strict=True):
+        for column, one in enumerate(row):
+            corner = (GAP + column * (tile + GAP), top)
+            picture.paste(one, corner)
+            if example.exit_index is not None and column == example.exit_index + 1:
+                _frame(draw, corner, one.size)
+        top += row[0].height + GAP
+    return picture
+
+
+def choose_examples(chosen: Sequence[int], empty: Sequence[bool], count: int, seed: int = 0) -> list[int]:
+    """Indices of up to ``count`` photos that show every exit taken, a quarter of them without an object.
+
+    Args:
+        chosen: the exit that each photo takes.
+        empty: whether the photo holds no object.
+        count: photos wanted.
+        seed: of the shuffle that picks among the photos of an exit.
+    """
+    order = np.random.default_rng(seed).permutation(len(chosen)).tolist()
+    with_object = _in_turns([index for index in order if not empty[index]], chosen)
+    without = _in_turns([index for index in order if empty[index]], chosen)
+    number_without = min(len(without), max(count // 4, count - len(with_object)))
+    return with_object[: count - number_without] + without[:number_without]
+
+
+def _in_turns(indices: Sequence[int], chosen: Sequence[int]) -> list[int]:
+    """Reorder so that the exits take turns."""
+    seen: dict[int, int] = {}
+    turn = {}
+    for index in indices:
+        turn[index] = seen.get(chosen[index], 0)
+        seen[chosen[index]] = turn[index] + 1
+    return sorted(indices, key=lambda index: (turn[index], chosen[index]))
+
+
+def _tiles(example: Example, classes: Sequence[str], score: float, tile: int) -> list[Image.Image]:
+    """The photo with its ground truth, then with what each exit found."""
+    photo, scale = _fit(example.image, tile)
+    target = example.target
+    labels = target["labels"].tolist()
+    ignored = target["iscrowd"].tolist() if "iscrowd" in target else [0] * len(labels)
+    colors = [IGNORED if skip else _color(label) for label, skip in zip(labels, ignored, strict=True)]
+    tiles = [_draw_boxes(photo.copy(), target["boxes"] * scale, [_name(label, classes) for label in labels], colors)]
+    for found in example.detections:
+        order = found["scores"].argsort(descending=True)
+        order = order[found["scores"][order] >= score]
+        boxes, scores, labels = (found[key][order] for key in ("boxes", "scores", "labels"))
+        texts = [
+            f"{_name(label, classes)} {value:.2f}"
+            for label, value in zip(labels.tolist(), scores.tolist(), strict=True)
+        ]
+        tiles.append(_draw_boxes(photo.copy(), boxes * scale, texts, [_color(label) for label in labels.tolist()]))
+    return tiles
+
+
+def _fit(image: Tensor, tile: int) -> tuple[Image.Image, float]:
+    """The photo at the tile's size, on a background ``tile`` wide and as high as the photo, and its scale."""
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    photo = Image.fromarray(np.ascontiguousarray(pixels))
+    scale = tile / max(photo.size)
+    width, height = (max(round(side * scale), 1) for side in photo.size)
+    fitted = Image.new("RGB", (tile, height), PADDING)
+    fitted.paste(photo.resize((width, height), Image.Resampling.LANCZOS), (0, 0))
+    return fitted, scale
+
+
+def _draw_boxes(image: Image.Image, boxes: Tensor, texts: Sequence[str], colors: Sequence[str]) -> Image.Image:
+    """Draw xyxy ``boxes`` [N,4] in the image's pixels, the most important first.
+
+    A box's text stands above it, or inside at the top edge; it is left out where it would cover another text, since
+    in a crowd the texts would hide the photo.
+    """
+    draw, font = ImageDraw.Draw(image), _font(12)
+    for (x1, y1, x2, y2), color in reversed(list(zip(boxes.tolist(), colors, strict=True))):
+        draw.rectangle((x1, y1, max(x2, x1), max(y2, y1)), outline=color, width=2)
+    height = sum(font.getmetrics())
+    taken: list[tuple[float, float, float]] = []
+    for (x1, y1, *_), text, color in zip(boxes.tolist(), texts, colors, strict=True):
+        width = draw.textlength(text, font) + 6
+        x = min(max(x1, 0), max(image.width - width, 0))
+        y = y1 - height if y1 >= height else max(y1, 0)
+        if any(x < end and start < x + width and abs(y - other) < height for start, end, other in taken):
+            continue
+        taken.append((x, x + width, y))
+        draw.rectangle((x, y, x + width, y + height), fill=color)
+        draw.text((x + 3, y), text, "white", font)
+    return image
+
+
+def _frame(draw: ImageDraw.ImageDraw, corner: tuple[int, int], size: tuple[int, int]) -> None:
+    """A frame around a tile, in the gap, so that it hides nothing."""
+    left, top = corner[0] - GAP // 2, corner[1] - GAP // 2
+    box = (left, top, left + size[0] + GAP - 1, top + size[1] + GAP - 1)
+    draw.rectangle(box, outline=FRAME, width=GAP // 2)
+
+
+def _name(label: int, classes: Sequence[str]) -> str:
+    return classes[label - 1] if 1 <= label <= len(classes) else f"label {label}"
+
+
+def _color(label: int) -> str:
+    return PALETTE[(label - 1) % len(PALETTE)]
+
+
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """Pillow's own font, so that no font file is needed."""
+    return ImageFont.load_default(size)

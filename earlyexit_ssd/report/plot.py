@@ -1,0 +1,72 @@
+"""Accuracy against time: one chart of the exits, the routed detector and the detector without exits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+EXITS, ROUTED, PLAIN = "#2b6cb0", "#dd6b20", "#4a5568"
+
+
+def accuracy_against_time(metrics: Mapping[str, Any]) -> Image.Image:
+    """AP50 against milliseconds, 960 x 640 pixels; bars are 95 % intervals, undefined points are left out."""
+    figure = Figure(figsize=(7.5, 5), dpi=128, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    exits, plain, routed = metrics["exits"], metrics["without_exits"], metrics["routed"]
+    defined = [one for one in exits if one["AP50"] is not None]
+    times, values = [one["ms"] for one in defined], [one["AP50"] for one in defined]
+    axes.plot(times, values, color=EXITS, alpha=0.35, zorder=1)
+    for one in defined:
+        _point(axes, one, one["name"], EXITS, "o")
+    _point(axes, {**exits[-1], **plain}, "without exits", PLAIN, "s", above=True)
+    _point(axes, routed, "routed", ROUTED, "D", above=True)
+    _style(axes, metrics["context"])
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def _point(axes: Axes, row: Mapping[str, Any], label: str, color: str, marker: str, above: bool = False) -> None:
+    """A marker with its bars; the exits' curve rises, so above to the left and below to the right are free."""
+    if row["AP50"] is None or row["ms"] is None:
+        return
+    x, y = row["ms"], row["AP50"]
+    axes.errorbar(
+        x,
+        y,
+        xerr=_bars(x, row.get("ms_interval")),
+        yerr=_bars(y, row.get("AP50_interval")),
+        fmt=marker,
+        color=color,
+        markersize=8,
+        elinewidth=1.2,
+        capsize=3,
+        zorder=2,
+    )
+    offset, horizontal, vertical = ((-8, 7), "right", "bottom") if above else ((8, -7), "left", "top")
+    place = {"textcoords": "offset points", "ha": horizontal, "va": vertical}
+    axes.annotate(f"{label}  {y:.3f}", (x, y), offset, color=color, **place)
+
+
+def _bars(value: float, interval: list[float] | None) -> list[list[float]] | None:
+    """Lengths below and above ``value``; a percentile interval may miss the value itself."""
+    return [[max(value - interval[0], 0.0)], [max(interval[1] - value, 0.0)]] if interval else None
+
+
+def _style(axes: Axes, context: Mapping[str, Any]) -> None:
+    axes.set_xlabel(f"ms per image (eager PyTorch, {context['device']}, {context['threads']} thread(s))")
+    axes.set_ylabel("AP50")
+    axes.set_title(f"{', '.join(context['splits']) or 'unnamed data'}: {context['images']} photos", loc="left")
+    axes.set_title("bars: 95 % intervals", loc="right", fontsize=9, color="#718096")
+    axes.margins(x=0.25, y=0.2)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=max(axes.get_ylim()[0], 0))
+    axes.grid(color="#e2e8f0", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,39 @@
+"""The folder of results: metrics.json, the table, the chart and the pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from earlyexit_ssd.files import write_image, write_json, write_text
+from earlyexit_ssd.report.plot import accuracy_against_time
+from earlyexit_ssd.report.table import markdown_table, text_report
+
+
+def write_results(
+    out_dir: str | os.PathLike[str],
+    metrics: Mapping[str, Any],
+    pictures: Mapping[str, Image.Image] | None = None,
+) -> list[Path]:
+    """Write what an evaluation found; each file appears complete or not at all.
+
+    Args:
+        out_dir: made if missing; files of an earlier evaluation are replaced.
+        metrics: of `earlyexit_ssd.evaluation.metrics.evaluate_exits`.
+        pictures: name of a file without suffix -> picture, written as PNG.
+
+    Returns:
+        the paths written: metrics.json, table.txt, table.md, ap50_against_ms.png and the pictures.
+    """
+    folder = Path(out_dir)
+    images = {"ap50_against_ms": accuracy_against_time(metrics), **(pictures or {})}
+    write_json(folder / "metrics.json", metrics)
+    write_text(folder / "table.txt", text_report(metrics) + "\n")
+    write_text(folder / "table.md", markdown_table(metrics) + "\n")
+    for name, image in images.items():
+        write_image(folder / f"{name}.png", image)
+    return [folder / name for name in ("metrics.json", "table.txt", "table.md", *(f"{name}.png" for name in images))]

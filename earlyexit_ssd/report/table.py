@@ -1,0 +1,84 @@
+"""The figures of all exits as a table: plain text for a terminal, Markdown for a README."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+def _number(key: str, digits: int) -> Callable[[Row], str]:
+    return lambda row: "-" if row.get(key) is None else f"{row[key]:.{digits}f}"
+
+
+def _confidence(row: Row) -> str:
+    summary = row.get("confidence")
+    return f"{summary['mean']:.2f} ± {summary['std']:.2f}" if summary else "-"
+
+
+def _share(row: Row) -> str:
+    return "-" if row.get("share") is None else f"{100 * row['share']:.1f} %"
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "exit": lambda row: str(row["name"]),
+    "layer": _number("layer", 0),
+    "AP": _number("AP", 3),
+    "AP50": _number("AP50", 3),
+    "P": _number("precision", 3),
+    "R": _number("recall", 3),
+    "F1": _number("f1", 3),
+    "FP/img": _number("false_positives_per_image", 2),
+    "FP/empty": _number("false_positives_per_empty_image", 2),
+    "loc.err": _number("localization_error", 3),
+    "confidence": _confidence,
+    "MMAC": _number("mmacs", 0),
+    "ms": _number("ms", 1),
+    "share": _share,
+}
+"""Heading -> text of a cell; the first column is aligned left, the others right."""
+
+
+def text_table(metrics: Mapping[str, Any]) -> str:
+    """Exits and the routed detector, one row each, columns aligned; undefined figures are "-"."""
+    rows = _cells(metrics)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    lines = []
+    for name, *cells in rows:
+        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *right]).rstrip())
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def markdown_table(metrics: Mapping[str, Any]) -> str:
+    """The same table in Markdown."""
+    header, *rows = _cells(metrics)
+    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def text_report(metrics: Mapping[str, Any]) -> str:
+    """What was evaluated, the table and the verdict, for the terminal and table.txt."""
+    context, plain, verdict = metrics["context"], metrics["without_exits"], metrics["verdict"]
+    splits = ", ".join(context["splits"]) or "unnamed data"
+    lines = [
+        f"{splits}: {context['images']} photos, {context['empty_images']} of them without an object",
+        f"P to loc.err at score {context['score']:g} and IoU {context['iou']:g};"
+        f" ms of one image in eager PyTorch on {context['device']}, {context['threads']} thread(s)",
+        "",
+        text_table(metrics),
+        "",
+        f"without exits: {plain['mmacs']:.0f} MMAC, {plain['ms']:.1f} ms",
+        f"verdict: {'ship the exits' if verdict['ship'] else 'do not ship these exits as they are'}",
+        *(f"  - {line}" for line in verdict["lines"]),
+    ]
+    return "\n".join(lines)
+
+
+def _cells(metrics: Mapping[str, Any]) -> list[list[str]]:
+    """Heading and rows as text."""
+    routed = metrics["routed"]
+    rows = [{**row, "share": routed["exit_share"].get(row["name"])} for row in metrics["exits"]]
+    rows.append({"name": "routed", **routed})
+    return [list(COLUMNS), *[[cell(row) for cell in COLUMNS.values()] for row in rows]]

@@ -1,0 +1,41 @@
+import pytest
+
+from earlyexit_ssd.config import load_config
+from earlyexit_ssd.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("EXITS.LAYERS", "[99]", "EXITS.LAYERS is 99, expected trunk layers 1 to 15"),
+        ("EXITS.LAYERS", "[]", "at least one layer"),
+        ("EXITS.LAYERS", "[12, 8]", "increasing layers"),
+        ("EXITS.LAYERS", "[8.5]", "expected trunk layers"),
+        ("ROUTING.THRESHOLDS", "[1.5]", r"ROUTING.THRESHOLDS is 1.5, expected a number in \[0, 1\]"),
+        ("ROUTING.THRESHOLDS", "[high]", "expected a number"),
+        ("ROUTING.THRESHOLDS", "[0.1, 0.2, 0.3]", "one for each of 2 exits"),
+        ("ROUTING.TEMPERATURE_BOUNDS", "[3.0, 0.5]", "low below high"),
+        ("ROUTING.TEMPERATURES", "[9.0]", "inside"),
+        ("ROUTING.POLICY", "max_foregruond", "did you mean 'max_foreground'"),
+        ("DATA.ON_BAD", "ignore", "expected one of 'repair', 'refuse', 'skip'"),
+        ("DATA.NEGATIVE_SHARE", "2", "share in"),
+        ("DATA.TEST", "[synthetic_chairs_train]", "TRAIN, CALIB and TEST without a data set in common"),
+        ("DATA.TRAIN", "[]", "at least one data set name"),
+        ("PHASES", "[exits, baseline]", "in the order"),
+        ("PHASES", "[baseline, joint]", "exits before joint"),
+        ("PHASES", "[base]", "did you mean 'baseline'"),
+        ("BASELINE.LR", "0", "BASELINE.LR is 0.0, expected a number above 0"),
+        ("BASELINE.LR", "nan", "expected a number above 0"),
+        ("JOINT.EMA", "1.0", "a decay below 1"),
+        ("MODEL.IMAGE_SIZE", "10", "at least 64 pixels"),
+        ("EVAL.SCORE", "-0.1", r"in \[0, 1\]"),
+        ("DATA.SYNTHETIC.SIZES", "[5, 5]", "three sizes"),
+    ],
+)
+def test_impossible_values(key, value, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [key, value])
+
+
+def test_the_defaults_are_possible():
+    load_config()

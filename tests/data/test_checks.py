@@ -1,0 +1,116 @@
+"""Every kind of bad box, in every mode."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from earlyexit_ssd.data.checks import check_boxes, clip, has_area
+from earlyexit_ssd.data.problems import Problems
+from earlyexit_ssd.data.records import Annotation, RawDataset, Record
+from earlyexit_ssd.errors import DataError
+
+GOOD = Annotation((1, 2, 11, 12), 1, id=1)
+BAD = {
+    "zero width": ((5, 5, 5, 9), "box without area", None),
+    "negative height": ((5, 9, 8, 5), "box without area", None),
+    "not a number": ((5, math.nan, 8, 9), "box with NaN or infinity", None),
+    "infinite": ((5, 5, math.inf, 9), "box with NaN or infinity", None),
+    "partly outside": ((-10, 5, 20, 45), "box outside the photo", (0, 5, 20, 40)),
+    "wholly outside": ((70, 5, 90, 15), "box outside the photo", None),
+    "wholly outside, near": ((60.2, 5, 60.9, 15), "box outside the photo", None),
+}
+
+
+def dataset(annotation: Annotation) -> RawDataset:
+    source = Path("boxes.json")
+    first = Record(1, Path("good.jpg"), 60, 40, (GOOD,), source)
+    second = Record(2, Path("bad.jpg"), 60, 40, (GOOD, annotation), source)
+    return RawDataset("set", ("chair", "cat"), (first, second))
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_boxes(case, on_bad):
+    box, kind, repaired = BAD[case]
+    problems = Problems(on_bad)
+    raw = dataset(Annotation(box, 2, id=77))
+    if on_bad == "refuse":
+        with pytest.raises(DataError, match=kind) as error:
+            check_boxes(raw, problems)
+        message = str(error.value)
+        assert message.startswith("boxes.json: photo bad.jpg (id 2), annotation 77 has box")
+        assert ", ".join(f"{value:g}" for value in box) in message
+        assert "60 x 40" in message
+        assert "\n" not in message
+        return
+    checked = check_boxes(raw, problems)
+    assert problems.counts == {kind: 1}
+    if on_bad == "skip":
+        assert [record.image_id for record in checked.records] == [1]
+    else:
+        expected = [GOOD.box] if repaired is None else [GOOD.box, repaired]
+        assert [a.box for a in checked.records[1].annotations] == expected
+
+
+@pytest.mark.parametrize("label", [0, 3, -1])
+def test_labels(label, on_bad):
+    problems = Problems(on_bad)
+    raw = dataset(Annotation((1, 1, 5, 5), label, id="a9"))
+    if on_bad == "refuse":
+        with pytest.raises(DataError, match=f"annotation a9 has label {label}, expected 1 to 2: unknown label"):
+            check_boxes(raw, problems)
+        return
+    checked = check_boxes(raw, problems)
+    assert problems.counts == {"unknown label": 1}
+    assert [len(record.annotations) for record in checked.records] == ([1, 1] if on_bad == "repair" else [1])
+
+
+def test_rounding_at_the_border_is_clipped_in_silence():
+    problems = Problems("refuse")
+    checked = check_boxes(dataset(Annotation((-0.01, 5, 60.01, 41), 1)), problems)
+    assert checked.records[1].annotations[1].box == (0, 5, 60, 40)
+    assert not problems.counts
+
+
+def test_good_records_are_unchanged():
+    raw = dataset(Annotation((0, 0, 60, 40), 2, True, 5.0))
+    assert check_boxes(raw, Problems("refuse")) == raw
+
+
+def test_one_warning_per_kind_with_count_and_first_example(caplog):
+    problems = Problems("repair")
+    raw = dataset(Annotation((5, 5, 5, 9), 1, id=77))
+    both = dataclasses.replace(raw, records=(raw.records[1], dataclasses.replace(raw.records[1], image_id=3)))
+    check_boxes(both, problems)
+    with caplog.at_level(logging.WARNING):
+        problems.log("myset")
+        problems.log("myset")
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("myset: 2 x box without area (dropped); the first: boxes.json: photo")
+    assert "annotation 77" in caplog.messages[0]
+
+
+def test_unknown_mode():
+    with pytest.raises(DataError, match="'ignore', expected one of repair, refuse, skip"):
+        Problems("ignore")
+
+
+numbers = st.floats(allow_nan=True, allow_infinity=True) | st.integers(-100, 100)
+
+
+@given(st.lists(st.tuples(numbers, numbers, numbers, numbers), max_size=5), st.integers(1, 50), st.integers(1, 50))
+def test_whatever_comes_in_only_usable_boxes_come_out(boxes, width, height):
+    record = Record(1, Path("p.jpg"), width, height, tuple(Annotation(box, 1) for box in boxes))
+    checked = check_boxes(RawDataset("set", ("chair",), (record,)), Problems("repair"))
+    for annotation in checked.records[0].annotations:
+        x1, y1, x2, y2 = annotation.box
+        assert 0 <= x1 < x2 <= width
+        assert 0 <= y1 < y2 <= height
+        assert has_area(annotation.box)
+        assert clip(annotation.box, width, height) == annotation.box

@@ -1,0 +1,160 @@
+"""COCO files are read as they are meant, and what is broken in them is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from earlyexit_ssd.data.coco import read_coco
+from earlyexit_ssd.data.problems import Problems
+from earlyexit_ssd.errors import DataError
+
+
+def read(root: Path, on_bad: str = "repair", name: str = "tiny"):
+    problems = Problems(on_bad)
+    return read_coco(name, root / f"{name}.json", root / name, problems), problems
+
+
+def test_boxes_labels_and_flags(make_coco, tmp_path):
+    make_coco()
+    raw, problems = read(tmp_path)
+
+    assert raw.classes == ("chair", "cat")
+    assert [record.image_id for record in raw.records] == [10, 20, 30]
+    chair, crowd = raw.records[0].annotations
+    assert (chair.box, chair.label, chair.ignore, chair.area) == ((5, 6, 25, 36), 1, False, 500.0)
+    assert (crowd.box, crowd.label, crowd.ignore, crowd.area) == ((30, 10, 40, 20), 2, True, None)
+    assert raw.records[1].annotations[0].ignore, "difficult objects are ignored"
+    assert raw.records[2].annotations == ()
+    assert (raw.records[0].width, raw.records[0].height) == (60, 40)
+    assert raw.records[0].path == tmp_path / "tiny" / "tiny10.png"
+    assert not problems.counts
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such annotation file"),
+        ("{", "cannot be read as JSON"),
+        ("[]", "no list 'images'"),
+        ('{"images": [], "annotations": 3, "categories": []}', "no list 'annotations'"),
+        ('{"images": [], "annotations": []}', "no list 'categories'"),
+        ('{"images": [3], "annotations": [], "categories": []}', r"images\[0\] is 3"),
+        ('{"images": [], "annotations": [], "categories": [{"id": 1}]}', r"categories\[0\]"),
+        (
+            '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}',
+            "repeats id 1",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_an_error_in_every_mode(tmp_path, on_bad, content, message):
+    if content is not None:
+        (tmp_path / "tiny.json").write_text(content)
+    with pytest.raises(DataError, match=message) as error:
+        read(tmp_path, on_bad)
+    assert "tiny.json" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+GOOD = {"id": 9, "image_id": 10, "category_id": 62, "bbox": [1, 1, 5, 5]}
+
+
+@pytest.mark.parametrize(
+    ("entry", "kind", "value"),
+    [
+        ({**GOOD, "category_id": 0}, "unknown label", "category_id 0"),
+        ({**GOOD, "category_id": 7}, "unknown label", "category_id 7"),
+        ({**GOOD, "category_id": [62]}, "unknown label", r"category_id \[62\]"),
+        ({**GOOD, "image_id": 99}, "annotation of an unknown photo", "image_id 99"),
+        ({"id": 9, "image_id": 10, "bbox": [1, 1, 5, 5]}, "annotation without a needed key", "no 'category_id'"),
+        ({"id": 9, "image_id": 10, "category_id": 62}, "annotation without a needed key", "no 'bbox'"),
+        ({"id": 9, "category_id": 62, "bbox": [1, 1, 5, 5]}, "annotation without a needed key", "no 'image_id'"),
+        ({**GOOD, "bbox": [1, 2, 3]}, "malformed box", r"bbox \[1, 2, 3\]"),
+        ({**GOOD, "bbox": [1, 2, "3", 4]}, "malformed box", "bbox"),
+        ({**GOOD, "bbox": None}, "malformed box", "bbox None"),
+    ],
+)
+def test_broken_annotations(make_coco, tmp_path, on_bad, entry, kind, value):
+    make_coco(entries=(entry,))
+    if on_bad == "refuse":
+        with pytest.raises(DataError, match=value) as error:
+            read(tmp_path, on_bad)
+        assert "tiny.json: annotation 9" in str(error.value)
+        assert "\n" not in str(error.value)
+        return
+    raw, problems = read(tmp_path, on_bad)
+    assert problems.counts == {kind: 1}
+    photo_known = entry.get("image_id") == 10
+    skipped = on_bad == "skip" and photo_known
+    assert [record.image_id for record in raw.records] == ([20, 30] if skipped else [10, 20, 30])
+    assert sum(len(record.annotations) for record in raw.records) == (1 if skipped else 3)
+
+
+def test_duplicate_annotation_ids(make_coco, tmp_path, on_bad):
+    copy = {"id": 1, "image_id": 10, "category_id": 62, "bbox": [5, 6, 20, 30]}
+    other = {"id": 1, "image_id": 10, "category_id": 62, "bbox": [1, 1, 5, 5]}
+    make_coco(entries=(copy, other))
+    if on_bad == "refuse":
+        with pytest.raises(DataError, match="repeats id 1: duplicate annotation id"):
+            read(tmp_path, on_bad)
+        return
+    raw, problems = read(tmp_path, on_bad)
+    assert problems.counts == {"duplicate annotation id": 2}
+    if on_bad == "repair":
+        assert [a.box for a in raw.records[0].annotations] == [(5, 6, 25, 36), (30, 10, 40, 20), (1, 1, 6, 6)]
+    else:
+        assert [record.image_id for record in raw.records] == [20, 30]
+
+
+@pytest.mark.parametrize(("file_name", "kept"), [("tiny10.png", [10, 20, 30]), ("another.png", [20, 30])])
+def test_duplicate_photo_ids(make_coco, tmp_path, on_bad, file_name, kept):
+    """A copy is dropped; of two different photos nobody knows whose boxes the file gives."""
+    make_coco(photos=({"id": 10, "file_name": file_name, "width": 60, "height": 40},))
+    if on_bad == "refuse":
+        with pytest.raises(DataError, match=rf"images\[3\] \({file_name}\) repeats id 10: duplicate photo id"):
+            read(tmp_path, on_bad)
+        return
+    raw, problems = read(tmp_path, on_bad)
+    assert problems.counts == {"duplicate photo id": 1}
+    assert [record.image_id for record in raw.records] == kept
+
+
+@pytest.mark.parametrize("entry", [{"file_name": "x.png"}, {"id": 40}, {"id": 40, "file_name": 5}])
+def test_malformed_photo_entries(make_coco, tmp_path, on_bad, entry):
+    make_coco()
+    tree = json.loads((tmp_path / "tiny.json").read_text())
+    tree["images"].append(entry)
+    (tmp_path / "tiny.json").write_text(json.dumps(tree))
+    if on_bad == "refuse":
+        with pytest.raises(DataError, match=r"images\[3\] is .*malformed photo entry"):
+            read(tmp_path, on_bad)
+        return
+    raw, problems = read(tmp_path, on_bad)
+    assert problems.counts == {"malformed photo entry": 1}
+    assert [record.path.name for record in raw.records] == ["tiny10.png", "tiny20.png", "tiny30.png"]
+    assert len(raw.records[0].annotations) == 2
+
+
+def test_photo_size_is_taken_from_the_file(make_coco, tmp_path, on_bad):
+    make_coco(photos=({"id": 40, "file_name": "unsized.png"},))
+    if on_bad == "refuse":
+        with pytest.raises(DataError, match=r"images\[3\] \(unsized.png\) has width None"):
+            read(tmp_path, on_bad)
+        return
+    raw, problems = read(tmp_path, on_bad)
+    assert problems.counts == {"photo without width and height": 1}
+    if on_bad == "repair":
+        assert (raw.records[3].width, raw.records[3].height) == (60, 40)
+    else:
+        assert len(raw.records) == 3
+
+
+def test_text_ids_are_numbered(make_coco, tmp_path):
+    image = {"id": "a7", "file_name": "a7.png", "width": 60, "height": 40}
+    make_coco(images=[image], annotations=[{**GOOD, "image_id": "a7"}])
+    raw, problems = read(tmp_path)
+    assert [record.image_id for record in raw.records] == [1]
+    assert len(raw.records[0].annotations) == 1
+    assert not problems.counts

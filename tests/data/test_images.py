@@ -1,0 +1,192 @@
+"""Every colour mode and rotation, and files that are broken."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from earlyexit_ssd.data.images import read_header, read_image
+from earlyexit_ssd.errors import DataError
+
+ORIENTATION = 0x0112
+
+
+def test_rgb_is_returned_as_it_is(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    result = read_image(tmp_path / "a.png")
+    assert result.dtype == np.uint8
+    assert result.flags.writeable
+    np.testing.assert_array_equal(result, pixels)
+    assert read_header(tmp_path / "a.png").size == (6, 4)
+
+
+def test_grey_is_repeated(tmp_path):
+    Image.fromarray(np.full((4, 6), 77, np.uint8)).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.full((4, 6, 3), 77))
+
+
+def test_black_and_white(tmp_path):
+    Image.new("1", (6, 4), 1).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.full((4, 6, 3), 255))
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(0, (255, 255, 255)), (255, (200, 100, 0)), (51, (244, 224, 204))])
+def test_transparency_is_laid_on_white(tmp_path, alpha, expected):
+    Image.new("RGBA", (6, 4), (200, 100, 0, alpha)).save(tmp_path / "a.png")
+    result = read_image(tmp_path / "a.png")
+    assert result.shape == (4, 6, 3)
+    np.testing.assert_allclose(result[0, 0], expected, atol=1)
+
+
+def test_grey_with_transparency(tmp_path):
+    Image.new("LA", (6, 4), (0, 0)).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.full((4, 6, 3), 255))
+
+
+@pytest.mark.parametrize(("transparency", "expected"), [(None, (10, 20, 30)), (0, (255, 255, 255))])
+def test_palettes(tmp_path, transparency, expected):
+    image = Image.new("P", (6, 4), 0)
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    options = {} if transparency is None else {"transparency": transparency}
+    image.save(tmp_path / "a.png", **options)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png")[0, 0], expected)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize(("value", "expected"), [(65535, 255), (65280, 254), (32896, 128), (257, 1), (0, 0)])
+def test_16_bits_are_scaled(tmp_path, suffix, value, expected):
+    Image.fromarray(np.full((4, 6), value, np.uint16)).save(tmp_path / f"a.{suffix}")
+    np.testing.assert_array_equal(read_image(tmp_path / f"a.{suffix}"), np.full((4, 6, 3), expected))
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0.5, 128), (100.0, 100)])
+def test_floats(tmp_path, value, expected):
+    Image.fromarray(np.full((4, 6), value, np.float32)).save(tmp_path / "a.tif")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), np.full((4, 6, 3), expected))
+
+
+def test_cmyk(tmp_path):
+    """Full cyan ink is light blue-green, no ink is white."""
+    image = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
+    image.paste((0, 0, 0, 0), (8, 0, 16, 16))
+    image.save(tmp_path / "a.jpg", quality=95)
+    result = read_image(tmp_path / "a.jpg")
+    assert result.shape == (16, 16, 3)
+    np.testing.assert_allclose(result[8, 2], (0, 255, 255), atol=12)
+    np.testing.assert_allclose(result[8, 14], (255, 255, 255), atol=12)
+
+
+def red_corner(width: int, height: int) -> Image.Image:
+    """Grey, with the top left quarter red."""
+    image = Image.new("RGB", (width, height), (90, 90, 90))
+    image.paste((250, 0, 0), (0, 0, width // 2, height // 2))
+    return image
+
+
+def red_place(pixels: np.ndarray) -> tuple[bool, bool]:
+    """(in the upper half, in the left half)."""
+    height, width = pixels.shape[:2]
+    rows, columns = np.nonzero(pixels[..., 0].astype(int) - pixels[..., 1] > 100)
+    return rows.mean() < height / 2, columns.mean() < width / 2
+
+
+# where the stored top left corner is shown: EXIF 2.32, table 6, "the 0th row is the visual ..., the 0th column ..."
+SHOWN = {
+    1: (True, True), 2: (True, False), 3: (False, False), 4: (False, True),
+    5: (True, True), 6: (True, False), 7: (False, False), 8: (False, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("orientation", SHOWN)
+def test_exif_rotation(tmp_path, orientation, suffix):
+    path = tmp_path / f"a.{suffix}"
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    red_corner(64, 32).save(path, exif=exif)
+    shown = (32, 64) if orientation >= 5 else (64, 32)
+
+    result = read_image(path)
+    assert result.shape == (shown[1], shown[0], 3)
+    assert red_place(result) == SHOWN[orientation]
+    assert read_header(path).size == shown
+
+
+@pytest.mark.parametrize(
+    ("annotated", "size"),
+    [((64, 32), (64, 32)), ((32, 64), (32, 64)), ((100, 50), (32, 64)), (None, (32, 64))],
+)
+def test_the_annotated_size_tells_which_picture_the_boxes_are_for(tmp_path, annotated, size):
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    red_corner(64, 32).save(tmp_path / "a.jpg", exif=exif)
+    result = read_image(tmp_path / "a.jpg", annotated)
+    assert (result.shape[1], result.shape[0]) == size
+    assert read_header(tmp_path / "a.jpg", annotated).size == size
+    assert red_place(result) == ((True, True) if size == (64, 32) else (True, False))
+
+
+def test_a_half_turn_is_applied_whatever_the_annotated_size(tmp_path):
+    """Its size tells nothing, and viewers and labelling tools turn it."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = 3
+    red_corner(64, 32).save(tmp_path / "a.jpg", exif=exif)
+    assert red_place(read_image(tmp_path / "a.jpg", (64, 32))) == SHOWN[3]
+
+
+def test_rotated_tiff_is_turned_once(tmp_path):
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    red_corner(64, 32).save(tmp_path / "a.tif", exif=exif)
+    result = read_image(tmp_path / "a.tif")
+    assert result.shape == (64, 32, 3)
+    assert read_header(tmp_path / "a.tif").size == (32, 64)
+    assert red_place(result) == SHOWN[6]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])
+@pytest.mark.parametrize("share", [0.3, 0.95])
+def test_truncated_files_are_found_from_the_header_check_too(photo_file, suffix, share):
+    path = photo_file(f"a.{suffix}")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    for function in (read_image, read_header):
+        with pytest.raises(DataError, match=f"a.{suffix}: not a readable photo") as error:
+            function(path)
+        assert "\n" not in str(error.value)
+
+
+def test_damage_in_the_middle_of_a_png(photo_file):
+    path = photo_file("a.png")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(bytes(content))
+    for function in (read_image, read_header):
+        with pytest.raises(DataError, match="not a readable photo"):
+            function(path)
+
+
+def test_bytes_behind_the_end_of_a_jpeg_do_no_harm(photo_file):
+    path = photo_file("a.jpg")
+    path.write_bytes(path.read_bytes() + b"\0" * 9 + b"camera maker's note")
+    assert read_header(path).size == (60, 40)
+
+
+def test_files_that_are_missing_empty_or_no_photo(tmp_path):
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "text.jpg").write_text("hello")
+    for function in (read_image, read_header):
+        with pytest.raises(DataError, match=r"lost.jpg: no such photo"):
+            function(tmp_path / "lost.jpg")
+        with pytest.raises(DataError, match=r"empty.jpg: not a readable photo"):
+            function(tmp_path / "empty.jpg")
+        with pytest.raises(DataError, match=r"text.jpg: not a readable photo"):
+            function(tmp_path / "text.jpg")
+
+
+def test_png_is_not_decoded_for_its_size(photo_file, monkeypatch):
+    path = photo_file("a.png")
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", None)
+    assert read_header(path).size == (60, 40)

@@ -1,0 +1,98 @@
+import numpy as np
+import pytest
+import torch
+
+from earlyexit_ssd.data import Annotation, DetectionDataset, Record, build_loader
+from earlyexit_ssd.data.transforms import build_transforms
+from earlyexit_ssd.engine import CachedLoader, TapCache
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.files import write_image
+from earlyexit_ssd.modeling.training import compute_taps
+from tests.modeling.conftest import small_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    from PIL import Image
+
+    records = []
+    for index in range(6):
+        pixels = np.random.default_rng(index).integers(0, 255, (40, 48, 3), dtype=np.uint8)
+        write_image(tmp_path / f"{index}.png", Image.fromarray(pixels))
+        box = Annotation((4.0, 4.0, 30.0, 20.0 + index), 1 + index % 2)
+        records.append(Record(index + 1, tmp_path / f"{index}.png", 48, 40, (box,)))
+    return DetectionDataset(records, ("chair", "table"), build_transforms("flip"), train=True)
+
+
+def build(folder, dataset, views=2, key="a"):
+    model = small_model()
+    cache = TapCache(folder, model, len(dataset), views, key)
+    cache.build(model, build_loader(dataset, 4, 0, train=False, seed=0))
+    return cache, model
+
+
+def test_rows_are_the_taps_of_that_view(tmp_path, dataset):
+    cache, model = build(tmp_path / "taps", dataset)
+    for view in range(2):
+        samples = [dataset.sample(index, view) for index in range(6)]
+        model.eval()
+        expected = compute_taps(model, [image for image, _ in samples], [dict(target) for _, target in samples])
+        found = cache.rows(np.arange(6) + 6 * view, CPU)
+        for one, other in zip(found.taps, expected.taps, strict=True):
+            # fp16 keeps 11 bits; the batches of the cache have another size.
+            assert torch.allclose(one, other, rtol=2e-3, atol=2e-3)
+        assert torch.allclose(found.head["cls_logits"], expected.head["cls_logits"], rtol=2e-3, atol=2e-3)
+        for one, other in zip(found.targets, expected.targets, strict=True):
+            assert torch.equal(one["boxes"], other["boxes"])
+            assert int(one["image_id"]) == other["image_id"]
+
+
+def test_a_whole_cache_is_used_again_and_another_key_is_not(tmp_path, dataset):
+    folder = tmp_path / "taps"
+    build(folder, dataset)
+    written = (folder / "tap0.npy").stat().st_mtime_ns
+    build(folder, dataset)
+    assert (folder / "tap0.npy").stat().st_mtime_ns == written
+    build(folder, dataset, key="b")
+    assert (folder / "tap0.npy").stat().st_mtime_ns != written
+
+
+def test_a_cache_that_was_cut_short_is_made_anew(tmp_path, dataset):
+    folder = tmp_path / "taps"
+    build(folder, dataset)
+    (folder / "cache.json").unlink()
+    (folder / "tap0.npy").write_bytes(b"half")
+    build(folder, dataset)
+
+
+def test_budget(tmp_path, dataset):
+    cache = TapCache(tmp_path, small_model(), 10**6, 4, "a")
+    with pytest.raises(EarlyExitError, match=r"needs .* GiB, .* set EXITS_PHASE.CACHE to false"):
+        cache.require_budget(0.1)
+    with pytest.raises(EarlyExitError, match="set EXITS_PHASE.CACHE_VIEWS to 2"):
+        cache.require_budget(cache.gibibytes * 0.6)
+    cache.require_budget(cache.gibibytes)
+
+
+def test_an_epoch_shows_each_photo_once_and_views_move_on(tmp_path, dataset):
+    cache, _ = build(tmp_path / "taps", dataset)
+    loader = CachedLoader(cache, 3, 0, CPU)
+    seen = []
+    cache.rows = lambda rows, device: seen.append(rows)
+    for epoch in range(2):
+        list(loader.epoch(epoch, 0))
+    rows = np.concatenate(seen)
+    assert sorted(rows[:6] % 6) == sorted(rows[6:] % 6) == list(range(6))
+    assert sorted(rows) == list(range(12))
+
+
+def test_processes_share_the_batch(tmp_path, dataset):
+    cache, _ = build(tmp_path / "taps", dataset)
+    cache.rows = lambda rows, device: list(rows)
+    whole = list(CachedLoader(cache, 4, 0, CPU).epoch(1, 0))
+    parts = [list(CachedLoader(cache, 4, 0, CPU, rank, 2).epoch(1, 0)) for rank in range(2)]
+    for batch, first, second in zip(whole, *parts, strict=True):
+        assert sorted(batch) == sorted(first + second)
+        assert len(first) == len(second)

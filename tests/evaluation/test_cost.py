@@ -1,0 +1,129 @@
+"""Multiply-accumulates by hand, and the clockwork of the timing."""
+
+import copy
+import statistics
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from earlyexit_ssd.evaluation import cost
+from earlyexit_ssd.evaluation.cost import (
+    PlainPath,
+    count_mmacs,
+    example_input,
+    median_interval,
+    milliseconds_to_exit,
+    mmacs_to_exit,
+    time_modules,
+)
+
+
+def convolution_macs(model: nn.Module, run) -> float:
+    """Millions, by hooks: output size x kernel area x input channels of each convolution that runs."""
+    total = 0.0
+
+    def count(module, _inputs, output):
+        nonlocal total
+        total += output.numel() * module.weight[0].numel() / 1e6
+
+    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d)]
+    with torch.no_grad():
+        run()
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+def test_counts_convolution_and_linear_only():
+    module = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(32, 5))
+    # 2 x 2 outputs x 8 channels x 3 x 3 x 3, and 32 x 5
+    assert count_mmacs(module, torch.zeros(1, 3, 4, 4)) * 1e6 == pytest.approx(4 * 8 * 27 + 160)
+
+
+def test_mmacs_are_those_of_every_convolution_on_the_way(small_model):
+    """Heads of earlier branches count too, though the deeper exit's output does not need them."""
+    example = example_input(small_model)
+    small_model.eval()
+    expected = [
+        convolution_macs(small_model, lambda index=index: cost.PathToExit(small_model, index)(example))
+        for index in range(3)
+    ]
+    assert mmacs_to_exit(small_model) == pytest.approx(expected)
+    assert expected == sorted(expected)
+
+
+def test_plain_path_is_the_full_path_without_branches(small_model):
+    example, plain = example_input(small_model), PlainPath(small_model)
+    small_model.eval()
+    with torch.no_grad():
+        logits, boxes = cost.PathToExit(small_model, 2)(example)
+        head = plain(example)
+    assert torch.equal(head["cls_logits"], logits)
+    assert torch.equal(head["bbox_regression"], boxes)
+    assert count_mmacs(plain, example) < mmacs_to_exit(small_model)[-1]
+
+
+def test_counting_is_quiet_and_restores_the_mode(small_model, capfd):
+    small_model = copy.deepcopy(small_model).train()
+    small_model.head.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mmacs_to_exit(small_model)
+    assert capfd.readouterr() == ("", "")
+    assert small_model.training
+    assert not small_model.head.training
+
+
+def test_example_has_the_size_of_the_model(small_model):
+    assert example_input(small_model).shape == (1, 3, 96, 96)
+
+
+def test_turns_are_interleaved_and_threads_restored(monkeypatch):
+    monkeypatch.setattr(cost, "WARM_UP_RUNS", 1)
+    calls = []
+
+    class Recorder(nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+        def forward(self, _):
+            calls.append((self.name, torch.get_num_threads(), self.training, torch.is_grad_enabled()))
+
+    before = torch.get_num_threads()
+    modules = [Recorder("a"), Recorder("b")]
+    timings = time_modules(modules, torch.zeros(1), runs=2, threads=2)
+    assert [name for name, *_ in calls] == ["a", "b"] * 3  # the warm-up and two runs
+    assert {state for _, *state in map(tuple, calls) for state in [tuple(state)]} == {(2, False, False)}
+    assert torch.get_num_threads() == before
+    assert modules[0].training
+    assert (timings[0].threads, timings[0].runs) == (2, 2)
+
+
+def test_threads_are_restored_after_an_error():
+    before = torch.get_num_threads()
+    with pytest.raises(RuntimeError):
+        time_modules([nn.Linear(2, 2)], torch.zeros(3), runs=1, threads=before + 1)
+    assert torch.get_num_threads() == before
+
+
+def test_milliseconds_of_every_exit(small_model):
+    timings = milliseconds_to_exit(small_model, runs=7, threads=1)
+    assert len(timings) == 3
+    assert all(0 < timing.low <= timing.ms <= timing.high for timing in timings)
+
+
+def test_median_interval_uses_order_statistics():
+    # tables of the sign test: for n = 30 the 10th and 21st, for n = 6 the extremes
+    assert median_interval(range(1, 31)) == (15.5, 10, 21)
+    assert median_interval(range(1, 7)) == (3.5, 1, 6)
+    assert median_interval([5.0]) == (5.0, 5.0, 5.0)
+
+
+def test_median_interval_covers():
+    generator = torch.Generator().manual_seed(1)
+    draws = [torch.rand(20, generator=generator).tolist() for _ in range(500)]
+    covered = [low <= 0.5 <= high for _, low, high in map(median_interval, draws)]
+    assert 0.93 < statistics.mean(covered) <= 1.0

@@ -1,0 +1,147 @@
+"""All figures of a small untrained detector: keys, consistency, JSON."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from earlyexit_ssd.errors import DataError
+from earlyexit_ssd.evaluation.bootstrap import interval
+from earlyexit_ssd.evaluation.coco import coco_metrics
+from earlyexit_ssd.evaluation.collect import Collected, collect
+from earlyexit_ssd.evaluation.metrics import EvaluationSettings, evaluate_detections, evaluate_exits
+from earlyexit_ssd.evaluation.operating_point import operating_point
+from earlyexit_ssd.evaluation.routed import choose_exits
+from earlyexit_ssd.routing.router import ExitRouter
+
+SETTINGS = EvaluationSettings(score=0.3, timing_runs=6, resamples=20)
+BOX, FAR = (10.0, 10.0, 110.0, 110.0), (300.0, 300.0, 400.0, 400.0)
+QUALITY = {
+    *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "per_class", "AP50_interval"),
+    *("precision", "recall", "f1", "false_positives_per_image", "false_positives_per_empty_image"),
+    *("localization_error", "true_positives", "false_positives", "false_negatives"),
+}
+
+
+@pytest.fixture(scope="module")
+def collected(found):
+    """The full path finds both objects, exit 12 one, exit 8 none; exit 8 is sure of photo 2 only."""
+    nothing = {1: found(), 2: found(), 3: found()}
+    one = {**nothing, 1: found((1, 0.9, BOX))}
+    both = {**one, 2: found((2, 0.8, FAR))}
+    confidences = [
+        torch.tensor([0.2, 0.9, 0.1]),
+        torch.tensor([0.7, 0.0, 0.3]),
+        torch.tensor([1.0, 1.0, 0.0]),
+    ]
+    return Collected([1, 2, 3], [nothing, one, both], confidences)
+
+
+@pytest.fixture(scope="module")
+def objects(ground_truth):
+    return ground_truth(3, [(1, 1, BOX), (2, 2, FAR)])
+
+
+@pytest.fixture(scope="module")
+def metrics(small_model, collected, objects):
+    router = ExitRouter(2, thresholds=(0.5, 0.6))
+    return evaluate_exits(small_model, [], objects, router, SETTINGS, splits=("toy_test",), collected=collected)
+
+
+def test_documented_keys(metrics):
+    assert set(metrics) == {"context", "exits", "without_exits", "routed", "verdict"}
+    exit_keys = QUALITY | {"name", "layer", "confidence", "mmacs", "ms", "ms_interval"}
+    assert set(metrics["exits"][-1]) == exit_keys
+    assert set(metrics["exits"][0]) == exit_keys | {"AP50_below_full_interval"}
+    assert set(metrics["routed"]) == QUALITY | {
+        "policy",
+        "thresholds",
+        "exit_share",
+        "mmacs",
+        "ms",
+        "speedup",
+    }
+    assert set(metrics["verdict"]) == {"ship", "lines"}
+    assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
+
+
+def test_exits_in_order(metrics):
+    assert [one["name"] for one in metrics["exits"]] == ["exit8", "exit12", "full"]
+    assert [one["layer"] for one in metrics["exits"]] == [8, 12, 16]
+    assert [one["AP50"] for one in metrics["exits"]] == pytest.approx([0.0, 0.5, 1.0])
+    assert [one["recall"] for one in metrics["exits"]] == [0.0, 0.5, 1.0]
+    assert metrics["exits"][1]["per_class"]["dog"]["AP50"] == 0.0
+    assert metrics["exits"][0]["confidence"]["mean"] == pytest.approx(0.4)
+
+
+def test_interval_of_the_loss_against_the_full_path(metrics):
+    assert metrics["exits"][0]["AP50_below_full_interval"] == pytest.approx([1.0, 1.0])
+    low, high = metrics["exits"][1]["AP50_below_full_interval"]
+    assert 0 <= low < high <= 1
+
+
+def test_routed(metrics):
+    routed = metrics["routed"]
+    # photo 1 leaves at exit 12, photo 2 at exit 8 (and loses its object), photo 3 goes through
+    assert routed["exit_share"] == pytest.approx({"exit8": 1 / 3, "exit12": 1 / 3, "full": 1 / 3})
+    assert routed["AP50"] == pytest.approx(0.5)
+    assert routed["thresholds"] == pytest.approx([0.5, 0.6])
+    assert routed["policy"] == "max_foreground"
+    assert routed["ms"] == pytest.approx(sum(one["ms"] for one in metrics["exits"]) / 3)
+    assert routed["mmacs"] == pytest.approx(sum(one["mmacs"] for one in metrics["exits"]) / 3)
+    assert routed["speedup"] == pytest.approx(metrics["without_exits"]["ms"] / routed["ms"])
+
+
+def test_context(metrics):
+    context = metrics["context"]
+    assert (context["images"], context["empty_images"], context["splits"]) == (3, 1, ["toy_test"])
+    assert (context["score"], context["iou"], context["runs"], context["threads"]) == (0.3, 0.5, 6, 1)
+    assert (context["device"], context["torch"], context["forced"]) == ("cpu", torch.__version__, False)
+
+
+def test_figures_are_those_of_the_parts(random_case):
+    coco, detections = random_case(1)
+    quality = evaluate_detections(coco, detections, SETTINGS)
+    assert quality.figures["AP"] == coco_metrics(coco, detections).AP
+    assert quality.figures["precision"] == operating_point(coco, detections, 0.3, 0.5).precision
+    assert quality.figures["AP50_interval"] == list(interval(quality.ap50_values))
+
+
+def test_no_resamples_no_interval(random_case):
+    quality = evaluate_detections(*random_case(1), EvaluationSettings(resamples=0))
+    assert quality.figures["AP50_interval"] is None
+
+
+def test_runs_the_network_itself(small_model, ground_truth):
+    router = ExitRouter(2, thresholds=(0.0, 0.0))
+    images = torch.rand(2, 3, 64, 80)
+    loader = [([images[0]], [{"image_id": 1}]), ([images[1]], [{"image_id": 2}])]
+    coco = ground_truth(2, [(1, 1, BOX)])
+    metrics = evaluate_exits(small_model, loader, coco, router, SETTINGS, forced=True)
+    assert metrics["routed"]["exit_share"] == {"exit8": 1.0, "exit12": 0.0, "full": 0.0}
+    assert metrics["routed"]["AP50"] == metrics["exits"][0]["AP50"]
+    assert any("routing collapsed" in line for line in metrics["verdict"]["lines"])
+    assert "--force" in metrics["verdict"]["lines"][0]
+    assert metrics["context"]["forced"]
+
+
+def test_routing_is_what_the_model_does(small_model):
+    """The exits put together from one pass equal those of the routed model."""
+    router = ExitRouter(2, thresholds=(0.0, 0.0))
+    images = [torch.rand(3, 64, 80) * brightness / 6 for brightness in range(1, 7)]
+    loader = [(images, [{"image_id": index} for index in range(6)])]
+    middle = collect(small_model, loader, router).confidences[0].median().item()
+    router.thresholds.copy_(torch.tensor([middle, 1.0]))
+    model = copy.deepcopy(small_model).eval()
+    model.router = router
+    with torch.no_grad():
+        taken = [found["exit_index"].item() for found in model(images)]
+    confidences = collect(model, loader, router).confidences
+    assert choose_exits(confidences, router.thresholds.tolist()).tolist() == taken
+    assert len(set(taken)) == 2
+
+
+def test_photos_that_were_not_evaluated_are_refused(small_model, collected, ground_truth):
+    with pytest.raises(DataError, match=r"image 4 \(2 in all\)"):
+        evaluate_exits(small_model, [], ground_truth(5, []), ExitRouter(2), SETTINGS, collected=collected)

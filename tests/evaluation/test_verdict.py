@@ -1,0 +1,110 @@
+"""Each rule of the verdict."""
+
+import copy
+
+import pytest
+
+from earlyexit_ssd.evaluation.verdict import RULES, Finding, judge
+
+GOOD = {
+    "exits": [
+        {"name": "exit8", "AP50": 0.55, "ms": 20.0, "AP50_below_full_interval": [0.1, 0.2]},
+        {"name": "exit12", "AP50": 0.66, "ms": 30.0, "AP50_below_full_interval": [0.02, 0.1]},
+        {"name": "full", "AP50": 0.72, "ms": 45.0},
+    ],
+    "without_exits": {"ms": 40.0},
+    "routed": {"exit_share": {"exit8": 0.5, "exit12": 0.2, "full": 0.3}, "ms": 29.5, "speedup": 40 / 29.5},
+}
+
+
+def changed(**changes):
+    """GOOD with ``exit8_AP50=0.2``-like changes of exits, or of ``routed``."""
+    metrics = copy.deepcopy(GOOD)
+    for key, value in changes.items():
+        where, name = key.split("_", 1)
+        row = metrics["routed"] if where == "routed" else next(e for e in metrics["exits"] if e["name"] == where)
+        row[name] = value
+    return metrics
+
+
+def test_good_exits_ship():
+    verdict = judge(GOOD)
+    assert verdict.ship
+    assert verdict.lines == [
+        "exit8: AP50 0.550 is above 0.35: worth it",
+        "routing is faster (29.5 ms routed against 40.0 ms without exits, 1.36x)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "ships"),
+    [
+        ({"exit8_AP50": 0.299}, "move it deeper", False),
+        ({"exit8_AP50": 0.30}, "borderline", True),
+        ({"exit8_AP50": 0.35}, "borderline", True),
+        ({"exit8_AP50": 0.351}, "worth it", True),
+        ({"exit8_AP50": None}, "undefined", False),
+        ({"exit12_AP50": 0.726}, "exit12: AP50 0.726 is above full's 0.720: something is wrong", False),
+        ({"exit8_AP50": 0.9}, "exit8: AP50 0.900 is above full's 0.720: something is wrong", False),
+        (
+            {"routed_exit_share": {"exit8": 0.0, "exit12": 0.0, "full": 1.0}},
+            "at full: routing collapsed",
+            False,
+        ),
+        (
+            {"routed_exit_share": {"exit8": 1.0, "exit12": 0.0, "full": 0.0}},
+            "at exit8: routing collapsed",
+            False,
+        ),
+        ({"routed_speedup": 1.0, "routed_ms": 40.0}, "do not ship exits", False),
+        ({"routed_speedup": 0.9, "routed_ms": 44.0}, "do not ship exits", False),
+        ({"exit12_ms": 40.0}, "exit12: 40.0 ms, no less than the 40.0 ms without exits", True),
+    ],
+)
+def test_rules(changes, words, ships):
+    verdict = judge(changed(**changes))
+    assert any(words in line for line in verdict.lines)
+    assert verdict.ship is ships
+
+
+@pytest.mark.parametrize("ap50", [0.72, 0.7249])
+def test_a_tie_with_the_full_path_is_no_mistake(ap50):
+    verdict = judge(changed(exit12_AP50=ap50))
+    assert verdict.ship
+    assert not any("something is wrong" in line for line in verdict.lines)
+
+
+@pytest.mark.parametrize(("interval", "noisy"), [([-0.1, 0.05], True), ([-0.1, -0.02], False), (None, False)])
+def test_says_when_the_difference_may_be_chance(interval, noisy):
+    verdict = judge(changed(exit12_AP50=0.75, exit12_AP50_below_full_interval=interval))
+    line = next(line for line in verdict.lines if "something is wrong" in line)
+    assert ("With other photos" in line) is noisy
+
+
+def test_undefined_full_path_does_not_crash():
+    assert not judge(changed(exit8_AP50=None, exit12_AP50=None, full_AP50=None, routed_speedup=None)).ship
+
+
+def test_force_is_said_first_and_changes_nothing_else():
+    verdict = judge(GOOD, forced=True)
+    assert "--force" in verdict.lines[0]
+    assert verdict.lines[1:] == judge(GOOD).lines
+    assert verdict.ship
+
+
+def test_without_early_exits_nothing_ships():
+    metrics = copy.deepcopy(GOOD)
+    metrics["exits"] = metrics["exits"][-1:]
+    metrics["routed"]["exit_share"] = {"full": 1.0}
+    verdict = judge(metrics)
+    assert not verdict.ship
+    assert not any("collapsed" in line for line in verdict.lines)
+
+
+def test_a_rule_can_be_added():
+    def rival(metrics):
+        return [Finding("a smaller detector is as good and faster", blocks=True)]
+
+    verdict = judge(GOOD, rules=(*RULES, rival))
+    assert verdict.lines[-1] == "a smaller detector is as good and faster"
+    assert not verdict.ship

@@ -1,0 +1,35 @@
+import pytest
+import torch
+import torchvision
+
+import earlyexit_ssd  # noqa: F401 - registers the builder
+
+NAME = "earlyexit_ssdlite320_mobilenet_v3_large"
+OFFLINE = {"weights": None, "weights_backbone": None}
+
+
+def test_found_by_torchvision():
+    assert NAME in torchvision.models.list_models()
+    model = torchvision.models.get_model(NAME, num_classes=2, image_size=96, width=0.25, channels=16, **OFFLINE)
+    assert model.exit_names == ("exit8", "exit12", "full")
+    assert len(model.eval()([torch.rand(3, 96, 96)])) == 1
+
+
+def test_plain_size_is_torchvision_s_model():
+    torch.manual_seed(0)
+    plain = torchvision.models.get_model("ssdlite320_mobilenet_v3_large", num_classes=2, **OFFLINE)
+    ours = torchvision.models.get_model(NAME, num_classes=2, **OFFLINE)
+    assert set(plain.state_dict()) <= set(ours.state_dict())
+    ours.load_state_dict(plain.state_dict(), strict=False)
+    image = [torch.rand(3, 320, 320)]
+    assert torch.equal(ours.eval()(image)[0]["boxes"], plain.eval()(image)[0]["boxes"])
+
+
+def test_arguments_are_keyword_only_and_known():
+    builder = torchvision.models.get_model_builder(NAME)
+    with pytest.raises(TypeError):
+        builder(None)
+    with pytest.raises(TypeError, match="did you mean 'score_thresh'"):
+        builder(score_treshold=0.5, **OFFLINE)
+    with pytest.raises(ValueError, match="need image_size=320"):
+        builder(image_size=96, trainable_backbone_layers=2, **OFFLINE)

@@ -1,0 +1,231 @@
+import pytest
+import torch
+from tests.modeling.conftest import SMALL, small_model
+from torch import nn
+
+from earlyexit_ssd import ExitRouter
+from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, LossSettings
+
+
+def test_without_router_the_detections_are_torchvision_s(images):
+    architecture = Architecture(**SMALL)
+    detector = architecture.build_detector().eval()
+    model = architecture.add_exits(detector).eval()
+    for found, expected in zip(model(images), detector(images), strict=True):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert torch.equal(found[key], value)
+
+
+def test_every_name_of_torchvision_s_detector_is_kept():
+    architecture = Architecture(**SMALL)
+    detector = architecture.build_detector()
+    names = set(detector.state_dict())
+    model = architecture.add_exits(detector)
+    assert {name for name in model.state_dict() if not name.startswith("branches.")} == names
+
+
+def test_last_exit_of_one_pass_is_the_full_path(model, images):
+    model.eval()
+    outputs = model.exit_outputs(images)
+    for found, expected in zip(model.detections(outputs, 2), model(images), strict=True):
+        assert torch.equal(found["boxes"], expected["boxes"])
+
+
+@pytest.mark.parametrize("layers", [(8,), (8, 12), (12, 14), (3, 6, 8, 12)])
+def test_all_exits_share_the_default_boxes(layers, images):
+    model = small_model(exit_layers=layers).eval()
+    shapes = {head["cls_logits"].shape for head in model.exit_outputs(images).heads}
+    assert shapes == {(3, sum(6 * grid[0] * grid[1] for grid in model._grids), 3)}
+
+
+@pytest.mark.parametrize(("size", "width"), [(64, 0.25), (130, 0.35), (160, 0.5)])
+def test_any_input_size_and_width(size, width, images, targets):
+    model = small_model(image_size=size, width=width, exit_layers=(4, 12))
+    losses = model.train()(images, targets)
+    assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+def test_losses_of_all_exits(model, images, targets):
+    model.losses = LossSettings(teacher="next")
+    losses = model.train()(images, targets)
+    assert sorted(losses) == [
+        "bbox_regression",
+        "classification",
+        "exit12_bbox_regression",
+        "exit12_classification",
+        "exit12_distillation",
+        "exit8_bbox_regression",
+        "exit8_classification",
+        "exit8_distillation",
+    ]
+    sum(losses.values()).backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert without == []
+
+
+def test_keys_do_not_depend_on_the_photos(model, images):
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    model.train()
+    full = model(images, [{"boxes": torch.tensor([[1.0, 1, 30, 30]]), "labels": torch.tensor([1])}] * 3)
+    assert model(images, [empty] * 3).keys() == full.keys()
+
+
+def test_loss_weights_scale_the_losses(images, targets):
+    model = small_model().eval()
+    outputs = model.exit_outputs(images)
+    heads, assignment = outputs.heads, model.assign(targets, outputs.anchors)
+    plain = model.compute_losses(heads, assignment)
+    model.losses = LossSettings(exit_weights=(0.5, 2.0), full_weight=3.0)
+    weighted = model.compute_losses(heads, assignment)
+    for key, factor in (("exit8_classification", 0.5), ("exit12_bbox_regression", 2.0), ("classification", 3.0)):
+        assert weighted[key].item() == pytest.approx(factor * plain[key].item())
+
+
+def test_frozen_trunk_learns_nothing_and_keeps_its_statistics(model, images, targets):
+    model.freeze_trunk()
+    model.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    losses = model(images, targets)
+    assert all(key.startswith("exit") for key in losses)
+    sum(losses.values()).backward()
+    assert all(parameter.grad is None for parameter in model.backbone.parameters())
+    after = model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before if not key.startswith("branches."))
+    assert not all(torch.equal(before[key], after[key]) for key in before if key.startswith("branches."))
+
+
+def test_frozen_norm_stays_in_eval(model):
+    model.norm_frozen = True
+    model.train()
+    assert model.training
+    assert not any(module.training for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+
+
+class FixedRouter(nn.Module):
+    """Image i leaves at exit ``plan[i]``; recognises the images by their order."""
+
+    def __init__(self, plan):
+        super().__init__()
+        self.plan = torch.tensor(plan)
+        self.active = torch.arange(len(plan))
+
+    def confidence(self, logits, exit_index):
+        assert len(logits) == len(self.active)
+        return self.active.float()
+
+    def leaves(self, confidence, exit_index):
+        leave = self.plan[self.active] == exit_index
+        self.active = self.active[~leave]
+        return leave
+
+
+def count_images(module):
+    """Images that ``module`` computes, in a list that grows."""
+    seen = []
+    module.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    return seen
+
+
+def test_images_that_have_left_are_not_computed_further():
+    model = small_model().eval()
+    images = [torch.rand(3, 96, 96) for _ in range(5)]
+    model.router = FixedRouter([0, 2, 1, 0, 2])
+    first = count_images(model.backbone.features[0][0])
+    behind_8 = count_images(model.backbone.features[0][9])
+    branch_12 = count_images(model.branches["exit12"].head.classification_head.module_list[0])
+    behind_12 = count_images(model.backbone.features[1][0])
+    detections = model(images)
+    assert (first, behind_8, branch_12, behind_12) == ([5], [3], [3], [2])
+    assert [int(detection["exit_index"]) for detection in detections] == [0, 2, 1, 0, 2]
+    assert [float(detection["exit_confidence"]) for detection in detections] == [0, 1, 2, 3, 4]
+
+
+def test_nothing_behind_is_computed_when_all_have_left():
+    model = small_model().eval()
+    model.router = FixedRouter([0, 0])
+    behind_8 = count_images(model.backbone.features[0][9])
+    model([torch.rand(3, 96, 96) for _ in range(2)])
+    assert behind_8 == []
+
+
+def test_routed_detections_are_those_of_the_exit_taken():
+    model = small_model().eval()
+    images = [torch.rand(3, 96, 96) for _ in range(4)]
+    outputs = model.exit_outputs(images)
+    model.router = FixedRouter([2, 0, 1, 0])
+    for index, found in enumerate(model(images)):
+        expected = model.detections(outputs, int(found["exit_index"]))[index]
+        assert torch.allclose(found["scores"], expected["scores"], atol=1e-5)
+        assert torch.allclose(found["boxes"], expected["boxes"], atol=1e-3)
+
+
+def test_router_with_thresholds_of_zero_and_one(images):
+    model = small_model().eval()
+    model.router = ExitRouter(2, thresholds=[0.0])
+    assert [int(one["exit_index"]) for one in model(images)] == [0, 0, 0]
+    model.router = ExitRouter(2, thresholds=[1.0])
+    assert [int(one["exit_index"]) for one in model(images)] == [2, 2, 2]
+
+
+def test_anchors_stay_exact_under_autocast(model, images):
+    model.eval()
+    expected = model.exit_outputs(images).anchors
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model.exit_outputs(images).anchors
+    assert torch.equal(found[0], expected[0])
+
+
+@pytest.mark.parametrize("layers", [(), (0,), (16,), (99,), (12, 8), (8, 8)])
+def test_impossible_exit_layers(layers):
+    with pytest.raises(ValueError, match="increasing trunk layers from 1 to 15"):
+        small_model(exit_layers=layers)
+
+
+def test_unknown_keyword_names_the_nearest():
+    with pytest.raises(TypeError, match="did you mean 'exit_layers'"):
+        EarlyExitSSDLite(Architecture(**SMALL).build_detector(), exit_layer=(8,))
+
+
+def test_wrong_count_of_class_names():
+    with pytest.raises(ValueError, match="1 class names for a head with 3 outputs"):
+        EarlyExitSSDLite(Architecture(**SMALL).build_detector(), classes=["chair"])
+
+
+@pytest.mark.parametrize(
+    ("boxes", "labels", "message"),
+    [
+        ([[5.0, 5, 5, 9]], [1], "target 0, box 0"),
+        ([[5.0, 5, float("nan"), 9]], [1], "target 0, box 0"),
+        ([[5.0, 5, 9, 9]], [0], "labels 0..0, expected 1..2"),
+        ([[5.0, 5, 9, 9]], [3], "labels 3..3, expected 1..2"),
+        ([[5.0, 5, 9, 9]], [1, 2], r"boxes \[n, 4\] and labels \[n\]"),
+    ],
+)
+def test_bad_targets_are_named(model, images, boxes, labels, message):
+    target = {"boxes": torch.tensor(boxes), "labels": torch.tensor(labels)}
+    with pytest.raises(ValueError, match=message):
+        model.train()(images, [target] * 3)
+
+
+def test_training_needs_targets_and_more_than_one_image(model, images, targets):
+    model.train()
+    with pytest.raises(ValueError, match="one target per image"):
+        model(images)
+    with pytest.raises(ValueError, match="training batch of 1 image"):
+        model(images[:1], targets[:1])
+
+
+def test_images_must_be_floats(model):
+    with pytest.raises(ValueError, match="image 1: expected a float tensor"):
+        model.eval()([torch.rand(3, 50, 50), torch.zeros(3, 50, 50, dtype=torch.uint8)])
+
+
+def test_cascade_carries_context(images):
+    model = small_model().eval()
+    before = model.exit_outputs(images).heads[1]["cls_logits"]
+    with torch.no_grad():
+        model.branches["exit8"].fine[0].weight.add_(1.0)
+    assert not torch.equal(model.exit_outputs(images).heads[1]["cls_logits"], before)
+    alone = small_model(cascade=False)
+    assert alone.branches["exit12"].context is None

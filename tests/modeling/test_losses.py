@@ -1,0 +1,122 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.modeling.conftest import small_model
+
+from earlyexit_ssd.modeling.losses import LossSettings, detection_losses, distillation_loss, mined_negatives
+from earlyexit_ssd.modeling.matching import Assignment
+
+LOG2 = math.log(2)
+
+
+def head(logits: list, boxes: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    logits = torch.tensor(logits, dtype=torch.float32)
+    boxes = torch.zeros(*logits.shape[:2], 4) if boxes is None else boxes
+    return {"cls_logits": logits, "bbox_regression": boxes}
+
+
+def assignment(labels: list, regression: torch.Tensor | None = None) -> Assignment:
+    labels = torch.tensor(labels)
+    return Assignment(labels, torch.zeros(*labels.shape, 4) if regression is None else regression)
+
+
+def test_hard_negatives_are_the_ones_with_the_largest_loss():
+    loss = torch.tensor([[9.0, 1, 5, 3, 4], [2, 8, 6, 7, 1]])
+    foreground = torch.tensor([[True, False, False, False, False], [False] * 5])
+    assert mined_negatives(loss, foreground, 2, 1).tolist() == [
+        [False, False, True, False, True],
+        [False, True, False, False, False],
+    ]
+
+
+def test_no_negatives_without_objects_and_minimum():
+    loss, foreground = torch.rand(1, 9), torch.zeros(1, 9, dtype=torch.bool)
+    assert mined_negatives(loss, foreground, 3, 0).sum() == 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 40), st.floats(0, 1), st.integers(0, 12), st.integers(0, 2**31))
+def test_count_of_negatives(boxes, share, minimum, seed):
+    generator = torch.Generator().manual_seed(seed)
+    foreground = torch.rand(2, boxes, generator=generator) < share
+    negatives = mined_negatives(torch.rand(2, boxes, generator=generator), foreground, 3, minimum)
+    positives = foreground.sum(1)
+    wanted = torch.minimum((3 * positives).clamp(min=minimum), boxes - positives)
+    assert torch.equal(negatives.sum(1), wanted)
+    assert not (negatives & foreground).any()
+
+
+def test_values_by_hand():
+    # One positive and three equal negatives, all at p = 1/2; box off by 2 in one coordinate: smooth L1 is 1.5.
+    boxes = torch.zeros(1, 4, 4)
+    boxes[0, 0, 0] = 2.0
+    losses = detection_losses(head([[[0, 0]] * 4], boxes), assignment([[1, 0, 0, 0]]), LossSettings())
+    assert losses["classification"].item() == pytest.approx(4 * LOG2 / 1)
+    assert losses["bbox_regression"].item() == pytest.approx(1.5)
+
+
+def test_photo_without_objects_teaches_only_with_a_minimum():
+    args = head([[[0, 0]] * 6]), assignment([[0] * 6])
+    assert detection_losses(*args, LossSettings(min_negatives=0))["classification"].item() == 0
+    # Three negatives count as one positive would: divided by 3 / 3.
+    loss = detection_losses(*args, LossSettings(min_negatives=3))["classification"].item()
+    assert loss == pytest.approx(3 * LOG2)
+
+
+def test_focal_by_hand():
+    # p_t = 1/2 everywhere: alpha * (1/2)^2 * log 2, one positive (0.25) and one negative (0.75), one positive counted.
+    settings = LossSettings(classification="focal")
+    loss = detection_losses(head([[[0, 0]] * 2]), assignment([[1, 0]]), settings)["classification"].item()
+    assert loss == pytest.approx((0.25 + 0.75) * 0.25 * LOG2)
+
+
+def test_equals_torchvision_without_a_minimum(images, targets):
+    model = small_model()
+    outputs = model.eval().exit_outputs(images)
+    head_outputs = outputs.heads[-1]
+    boxes = [target["boxes"] for target in targets]
+    matched = [
+        torch.full((len(anchors),), -1) if not len(box) else model.proposal_matcher(_iou(box, anchors))
+        for box, anchors in zip(boxes, outputs.anchors, strict=True)
+    ]
+    expected = model.compute_loss(targets, head_outputs, outputs.anchors, matched)
+    found = detection_losses(head_outputs, model.assign(targets, outputs.anchors), LossSettings(min_negatives=0))
+    for key, value in expected.items():
+        assert found[key].item() == pytest.approx(value.item(), rel=1e-6)
+
+
+def _iou(boxes, anchors):
+    from torchvision.ops import box_iou
+
+    return box_iou(boxes, anchors)
+
+
+def test_distillation_is_zero_for_the_teacher_itself_and_by_hand_otherwise():
+    teacher = head([[[0.0, math.log(3)]]])
+    assert distillation_loss(teacher, teacher, LossSettings()).item() == pytest.approx(0, abs=1e-6)
+    # Teacher (1/4, 3/4), student (1/2, 1/2): sum p log(p / q); foreground mass 3/4 is below 1, so divided by 1.
+    student = head([[[0.0, 0.0]]], torch.tensor([[[2.0, 0, 0, 0]]]))
+    divergence = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    assert distillation_loss(student, teacher, LossSettings()).item() == pytest.approx(divergence + 0.75 * 1.5)
+
+
+def test_distillation_gives_the_teacher_no_gradient():
+    student, teacher = head([[[0.0, 0.0]]]), head([[[0.0, 1.0]]])
+    for part in (student, teacher):
+        part["cls_logits"].requires_grad_()
+    distillation_loss(student, teacher, LossSettings()).backward()
+    assert student["cls_logits"].grad.abs().sum() > 0
+    assert teacher["cls_logits"].grad is None
+
+
+def test_softening_temperature_keeps_the_scale_of_the_gradient():
+    gradients = []
+    for temperature in (1.0, 10.0):
+        student, teacher = head([[[0.0, 0.0]]]), head([[[0.0, 0.01]]])
+        student["cls_logits"].requires_grad_()
+        distillation_loss(student, teacher, LossSettings(distillation_temperature=temperature)).backward()
+        gradients.append(student["cls_logits"].grad)
+    assert torch.allclose(gradients[0], gradients[1] / 10 * 10, rtol=0.02)

@@ -1,0 +1,36 @@
+import pytest
+import torch
+from tests.modeling.conftest import small_model
+
+from earlyexit_ssd.modeling.trunk import SegmentedTrunk, TrunkState
+
+
+@pytest.mark.parametrize("layers", [(8,), (8, 12), (12, 14), (1, 6, 13, 15)])
+def test_segments_give_the_backbone_s_own_maps(layers):
+    backbone = small_model().backbone.eval()
+    trunk, x = SegmentedTrunk(backbone, layers), torch.rand(2, 3, 96, 96)
+    state = TrunkState(x)
+    for segment in range(len(layers) + 1):
+        state = trunk.run(state, segment)
+    for found, expected in zip(trunk.feature_maps(state), backbone(x).values(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_tap_is_the_output_of_that_layer():
+    backbone = small_model().backbone.eval()
+    x = torch.rand(1, 3, 96, 96)
+    expected = x
+    for layer in list(backbone.features[0])[:9]:
+        expected = layer(expected)
+    assert torch.equal(SegmentedTrunk(backbone, (8,)).run(TrunkState(x), 0).x, expected)
+    # Layer 14 is behind C4, which is split in two.
+    for layer in [*list(backbone.features[0])[9:], *list(backbone.features[1])[:2]]:
+        expected = layer(expected)
+    assert torch.equal(SegmentedTrunk(backbone, (14,)).run(TrunkState(x), 0).x, expected)
+
+
+def test_selected_images_go_on_alone():
+    state = TrunkState(torch.arange(3.0).reshape(3, 1, 1, 1), torch.arange(3.0).reshape(3, 1, 1, 1) * 2)
+    kept = state.select(torch.tensor([True, False, True]))
+    assert kept.x.flatten().tolist() == [0, 2]
+    assert kept.finest.flatten().tolist() == [0, 4]

@@ -1,0 +1,52 @@
+"""Metrics as the evaluation gives them, with figures made up."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def exit_row(name: str, layer: int, ap50: float, ms: float, **more) -> dict:
+    return {
+        "name": name,
+        "layer": layer,
+        "AP": ap50 * 0.6,
+        "AP50": ap50,
+        "AP50_interval": [ap50 - 0.03, ap50 + 0.03],
+        "precision": 0.8,
+        "recall": 0.5,
+        "f1": 0.615,
+        "false_positives_per_image": 0.25,
+        "false_positives_per_empty_image": 0.125,
+        "localization_error": 0.21,
+        "confidence": {"mean": 0.61, "std": 0.2, "min": 0.1, "max": 0.99},
+        "mmacs": ms * 10,
+        "ms": ms,
+        "ms_interval": [ms - 1, ms + 2],
+        **more,
+    }
+
+
+@pytest.fixture
+def metrics() -> dict:
+    routed = exit_row("routed", 0, 0.65, 30.0, exit_share={"exit8": 0.5, "exit12": 0.25, "full": 0.25})
+    for key in ("name", "layer", "confidence", "ms_interval"):
+        del routed[key]
+    return {
+        "context": {
+            "splits": ["toy_test"],
+            "images": 614,
+            "empty_images": 0,
+            "score": 0.5,
+            "iou": 0.5,
+            "device": "cpu",
+            "threads": 1,
+        },
+        "exits": [
+            exit_row("exit8", 8, 0.55, 22.0, false_positives_per_empty_image=None),
+            exit_row("exit12", 12, 0.66, 35.0),
+            exit_row("full", 16, 0.72, 48.0),
+        ],
+        "without_exits": {"mmacs": 405.3, "ms": 43.0, "ms_interval": [42.0, 44.0]},
+        "routed": {**routed, "policy": "max_foreground", "thresholds": [0.6, 0.6], "speedup": 1.43},
+        "verdict": {"ship": True, "lines": ["exit8: AP50 0.550 is above 0.35: worth it"]},
+    }

@@ -1,0 +1,75 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from earlyexit_ssd import ExitRouter
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.modeling.matching import Assignment
+
+LOGITS = torch.tensor([[[0.0, 2.0]], [[3.0, 0.0]]])  # probabilities of the object: 0.881, 0.047
+
+
+def test_threshold_is_reached_from_above_or_met():
+    router = ExitRouter(2, thresholds=[0.5, 0.9])
+    confidence = torch.tensor([0.5, 0.49])
+    assert router.leaves(confidence, 0).tolist() == [True, False]
+    assert router.leaves(confidence, 1).tolist() == [False, False]
+    assert router.leaves(confidence, 2).tolist() == [True, True]
+
+
+def test_temperature_by_hand():
+    router = ExitRouter(1, temperatures=[2.0])
+    assert router.confidence(LOGITS, 0).tolist() == pytest.approx(torch.sigmoid(torch.tensor([1.0, -1.5])).tolist())
+    # The full path keeps its own scores.
+    assert router.confidence(LOGITS, 1).tolist() == pytest.approx(torch.sigmoid(torch.tensor([2.0, -3.0])).tolist())
+
+
+def test_temperatures_are_buffers_unless_they_are_learnt():
+    assert list(ExitRouter(2).parameters()) == []
+    assert [name for name, _ in ExitRouter(2, learn_temperatures=True).named_parameters()] == ["temperatures"]
+    assert ExitRouter(2).temperature_loss(LOGITS, None, 0) is None
+
+
+def test_learning_finds_the_temperature_of_overconfident_logits():
+    generator = torch.Generator().manual_seed(0)
+    calibrated = torch.randn(1, 4000, 2, generator=generator)
+    labels = torch.multinomial(calibrated[0].softmax(-1), 1, generator=generator).T
+    router = ExitRouter(1, learn_temperatures=True)
+    optimizer = torch.optim.Adam(router.parameters(), lr=0.05)
+    for _ in range(150):
+        optimizer.zero_grad()
+        router.temperature_loss(2 * calibrated, Assignment(labels, None), 0).backward()
+        optimizer.step()
+        router.clamp_temperatures()
+    assert router.temperatures.item() == pytest.approx(2.0, abs=0.25)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), min_size=1, max_size=4))
+def test_clamped_whatever_the_step_did(values):
+    router = ExitRouter(len(values), learn_temperatures=True)
+    with torch.no_grad():
+        router.temperatures.copy_(torch.tensor(values))
+    router.clamp_temperatures()
+    assert ((router.temperatures >= 0.5) & (router.temperatures <= 3.0)).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"thresholds": [1.2]}, r"thresholds has 1.2, expected a number in \[0.0, 1.0\]"),
+        ({"thresholds": [0.1, 0.2, 0.3]}, "one for each of 2 exits"),
+        ({"temperatures": [5.0]}, "temperatures has 5.0"),
+        ({"temperature_bounds": (3.0, 0.5)}, "0 < low < high"),
+        ({"policy": "entropie"}, "unknown routing policy"),
+    ],
+)
+def test_impossible_settings(arguments, message):
+    with pytest.raises(EarlyExitError, match=message):
+        ExitRouter(2, **arguments)
+
+
+def test_misspelt_keyword():
+    with pytest.raises(TypeError, match="did you mean 'thresholds'"):
+        ExitRouter(2, threshold=[0.5])

@@ -1,0 +1,51 @@
+"""The house rules: imports flow one way, and the tools stay thin."""
+
+import ast
+from pathlib import Path
+
+import earlyexit_ssd
+
+PACKAGE = Path(earlyexit_ssd.__file__).parent
+ORDER = ["config", "data", "modeling", "engine", "routing", "evaluation", "report", "deploy", "pipeline"]
+COMMON = {"errors", "files", "keywords", "progress"}
+
+
+def imported_parts(path: Path) -> set[str]:
+    """Parts of the package that a file imports."""
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            modules.add(node.module)
+        elif isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+    parts = [module.split(".") for module in modules]
+    return {names[1] for names in parts if names[0] == "earlyexit_ssd" and len(names) > 1}
+
+
+def test_every_folder_has_its_place():
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert folders <= set(ORDER)
+
+
+def test_imports_flow_one_way():
+    wrong = []
+    for position, part in enumerate(ORDER):
+        allowed = {*ORDER[: position + 1], *COMMON}
+        for path in (PACKAGE / part).rglob("*.py"):
+            wrong += [f"{path.relative_to(PACKAGE)} imports {name}" for name in imported_parts(path) - allowed]
+    assert wrong == []
+
+
+def test_common_files_import_no_part():
+    assert all(not imported_parts(PACKAGE / f"{name}.py") & set(ORDER) for name in COMMON)
+
+
+def test_modeling_knows_no_trainer_and_evaluation_no_plot():
+    for part, forbidden in (("modeling", "torch.optim"), ("evaluation", "matplotlib"), ("evaluation", "PIL")):
+        for path in (PACKAGE / part).rglob("*.py"):
+            assert forbidden not in path.read_text(encoding="utf-8"), path
+
+
+def test_tools_are_thin():
+    for path in (PACKAGE.parent / "tools").glob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) < 120, path

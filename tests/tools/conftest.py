@@ -1,0 +1,64 @@
+"""A training that takes seconds: 32 rendered scenes, 64 px, a quarter of the width."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from earlyexit_ssd.files import write_text
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = """
+DATA:
+  CLASSES: [chair]
+  SYNTHETIC: {SIZES: [24, 8, 8], IMAGE_SIZE: 64}
+  WORKERS: 0
+MODEL: {IMAGE_SIZE: 64, WIDTH: 0.25}
+EXITS: {CHANNELS: 16, DEPTH: 1}
+BASELINE: {EPOCHS: 2, BATCH_SIZE: 4}
+EXITS_PHASE: {EPOCHS: 2, BATCH_SIZE: 4, CACHE_VIEWS: 1}
+JOINT: {EPOCHS: 1, BATCH_SIZE: 4}
+ENGINE: {CHECKPOINT_PERIOD: 2, LOG_PERIOD: 1}
+EVAL: {TIMING_RUNS: 2, PICTURES: 2}
+THREADS: 1
+"""
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory) -> Path:
+    """The rendered scenes, made by the first run."""
+    return tmp_path_factory.mktemp("datasets")
+
+
+@pytest.fixture
+def tiny(tmp_path, data_root):
+    """Arguments of train_net.py for the tiny configuration; more may follow."""
+    write_text(tmp_path / "tiny.yaml", TINY)
+
+    def arguments(output: str, *more: str) -> list[str]:
+        overrides = ["OUTPUT_DIR", str(tmp_path / output), "DATA.ROOT", str(data_root)]
+        flags = [item for item in more if item.startswith("--")]
+        return [
+            "--config",
+            str(tmp_path / "tiny.yaml"),
+            *flags,
+            *overrides,
+            *[item for item in more if item not in flags],
+        ]
+
+    return arguments
+
+
+def train_command(*launcher: str) -> list[str]:
+    """train_net.py as a command line, by default of this Python."""
+    return [sys.executable, *launcher, str(ROOT / "tools" / "train_net.py")]
+
+
+def run_command(command: list[str], timeout: float = 120) -> subprocess.CompletedProcess:
+    """Run to the end and fail with what it printed."""
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result

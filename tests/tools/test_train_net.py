@@ -1,0 +1,141 @@
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+from earlyexit_ssd.pipeline import phases
+from tests.tools.conftest import ROOT, run_command, train_command
+from tools import eval_exits, train_net
+
+
+def final_weights(folder):
+    return torch.load(folder / "model.pth", weights_only=True)["model"]
+
+
+def log(folder, phase):
+    return [json.loads(line) for line in (folder / phase / "log.jsonl").read_text().splitlines()]
+
+
+def test_main_job_leaves_everything(tiny, tmp_path, capsys):
+    assert train_net.main(tiny("run", "--force", "PHASES", "[baseline, exits, joint]")) == 0
+    folder = tmp_path / "run"
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.yaml", "run.json", "metrics.json", "table.txt", "detections.png", "model.pth"} <= names
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert [entry["name"] for entry in metrics["exits"]] == ["exit8", "exit12", "full"]
+    assert sum(metrics["routed"]["exit_share"].values()) == pytest.approx(1)
+    assert any("--force" in line for line in metrics["verdict"]["lines"])
+    run = json.loads((folder / "run.json").read_text())
+    assert run["seed"] == 0
+    assert run["torch"] == torch.__version__
+    assert "verdict" in capsys.readouterr().out
+    # The weights say that a gate was forced, so a later evaluation says it too.
+    arguments = tiny("run")
+    assert eval_exits.main([*arguments[:2], "--out", str(tmp_path / "again"), *arguments[2:]]) == 0
+    again = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    assert again["context"]["forced"]
+    assert [entry["AP50"] for entry in again["exits"]] == [entry["AP50"] for entry in metrics["exits"]]
+
+
+def test_failed_gate_ends_with_3_and_says_what_to_try(tiny, tmp_path, capsys):
+    assert train_net.main(tiny("run")) == 3
+    error = capsys.readouterr().err
+    assert "gate of phase baseline failed: AP50" in error
+    assert "try: more epochs" in error
+    assert not (tmp_path / "run" / "exits").exists()
+    # A gate that is set lower lets the same run go on.
+    assert train_net.main(tiny("run", "--resume", "--force")) == 0
+
+
+def test_second_run_in_the_same_folder_is_refused(tiny, tmp_path, capsys):
+    train_net.main(tiny("run"))
+    written = (tmp_path / "run" / "baseline" / "model.pth").stat().st_mtime_ns
+    assert train_net.main(tiny("run")) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert train_net.main(tiny("run", "--resume", "SEED", "5")) == 2
+    assert "the run to resume has SEED = 0, now it is 5" in capsys.readouterr().err
+    assert (tmp_path / "run" / "baseline" / "model.pth").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["EXITS.LAYER", "8"], "did you mean 'LAYERS'"),
+        (["DATA.TRAIN", "synthetic_chair_train"], "did you mean 'synthetic_chairs_train'"),
+        (["DATA.CLASSES", "chiar"], "did you mean 'chair'"),
+        (["MODEL.WEIGHTS", "nowhere.pth"], "nowhere.pth: no such file"),
+        (["DEVICE", "cuda:77"], "DEVICE 'cuda:77' is not to be had here"),
+        (["BASELINE.GATE.RELATIVE", "0.9"], "needs a reference"),
+    ],
+)
+def test_mistakes_end_with_2_and_one_line(tiny, capsys, more, message):
+    assert train_net.main(tiny("run", "BASELINE.EPOCHS", "0", *more)) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_changed_full_path_is_found(tiny, monkeypatch, capsys):
+    fit = phases.fit
+
+    def spoil(run, name, losses, loader):
+        fit(run, name, losses, loader)
+        if name == "exits":
+            with torch.no_grad():
+                next(run.model.backbone.parameters()).mul_(1 + 1e-6)
+
+    monkeypatch.setattr(phases, "fit", spoil)
+    assert train_net.main(tiny("run", "--force")) == 2
+    assert "the exits phase changed the full path" in capsys.readouterr().err
+
+
+def test_killed_run_resumes_to_the_same_weights(tiny, tmp_path):
+    run_command([*train_command(), *tiny("whole", "--force")])
+    for phase, step in (("baseline", 5), ("exits", 3)):
+        folder = tmp_path / f"killed_in_{phase}"
+        command = [*train_command(), *tiny(folder.name, "--force")]
+        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+            deadline = time.monotonic() + 100
+            while time.monotonic() < deadline and process.poll() is None:
+                path = folder / phase / "log.jsonl"
+                if path.is_file() and len(path.read_bytes().splitlines()) >= step:
+                    break
+                time.sleep(0.005)
+            process.kill()
+        assert not (folder / "model.pth").exists()
+        run_command([*command[:2], "--resume", *command[2:]])
+        expected, found = final_weights(tmp_path / "whole"), final_weights(folder)
+        assert all(torch.equal(expected[key], found[key]) for key in expected), phase
+        assert [entry["step"] for entry in log(folder, phase)] == list(range(1, 13))
+
+
+def test_signal_saves_and_says_how_to_go_on(tiny, tmp_path):
+    command = [*train_command(), *tiny("run", "--force", "BASELINE.EPOCHS", "500")]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        path = tmp_path / "run" / "baseline" / "log.jsonl"
+        deadline = time.monotonic() + 100
+        while time.monotonic() < deadline and not (path.is_file() and path.stat().st_size > 500):
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGTERM)
+        error = process.stderr.read()
+    assert process.returncode == 130
+    assert "SIGTERM: saved step" in error
+    assert "--resume" in error
+    assert torch.load(tmp_path / "run" / "baseline" / "last.pth", weights_only=True)["step"] > 0
+
+
+def test_two_processes_have_the_losses_of_one(tiny, tmp_path):
+    # BatchNorm's statistics are per process, so they are frozen here.
+    more = ("--force", "BASELINE.FREEZE_NORM", "true", "BASELINE.EPOCHS", "1", "PHASES", "[baseline]")
+    run_command([*train_command(), *tiny("one", *more)])
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    run_command([*train_command(*launcher), *tiny("two", *more)])
+    one, two = log(tmp_path / "one", "baseline"), log(tmp_path / "two", "baseline")
+    assert len(one) == len(two) == 6
+    for mine, theirs in zip(one, two, strict=True):
+        for key in ("bbox_regression", "classification"):
+            assert theirs[key] == pytest.approx(mine[key], abs=1e-4)
