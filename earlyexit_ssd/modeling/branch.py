@@ -16,10 +16,9 @@ from earlyexit_ssd.modeling.ssdlite import norm_layer
 EXPANSION = 3
 
 
-def _block(in_channels: int, out_channels: int, stride: int = 1, attention: bool = False) -> InvertedResidual:
+def _block(channels: int, attention: bool) -> InvertedResidual:
     """MobileNetV3's inverted residual with a 5x5 depthwise kernel: a tap sees little, so context pays."""
-    expanded = EXPANSION * in_channels
-    setting = InvertedResidualConfig(in_channels, 5, expanded, out_channels, attention, "HS", stride, 1, 1.0)
+    setting = InvertedResidualConfig(channels, 5, EXPANSION * channels, channels, attention, "HS", 1, 1, 1.0)
     return InvertedResidual(setting, norm_layer)
 
 
@@ -41,6 +40,10 @@ def _depthwise(channels: int, stride: int, kernel_size: int) -> Conv2dNormActiva
     )
 
 
+def _separable(in_channels: int, out_channels: int, stride: int, kernel_size: int) -> nn.Sequential:
+    return nn.Sequential(_depthwise(in_channels, stride, kernel_size), _pointwise(in_channels, out_channels))
+
+
 class Branch(nn.Module):
     """Attention on the tap, context from the exit before, a narrow pyramid to the six grids, and an SSDLite head.
 
@@ -54,7 +57,7 @@ class Branch(nn.Module):
         channels: channels of the pyramid.
         depth: residual blocks on the second grid.
         attention: squeeze-excitation on the tap and in the blocks (Hu et al. 2018).
-        cascade: add the first two maps of the exit before.
+        cascade: add the second map of the exit before.
         num_anchors: default boxes per cell of each grid.
         num_classes: outputs per default box, background included.
     """
@@ -81,44 +84,39 @@ class Branch(nn.Module):
         self.reduce = nn.Sequential()
         while in_grid > grids[0]:
             out_channels = max(in_channels, channels // 2)
-            self.reduce.append(_block(in_channels, out_channels, stride=2))
+            self.reduce.append(_separable(in_channels, out_channels, 2, 5))
             in_channels, in_grid = out_channels, (in_grid + 1) // 2
-        stride = 2 if in_grid > grids[1] else 1
         self.fine = _pointwise(in_channels, channels)
-        self.coarse = _block(in_channels, channels, stride=stride)
-        self.context = nn.ModuleList(_pointwise(channels, channels) for _ in range(2)) if cascade else None
-        self.think = nn.Sequential(*(_block(channels, channels, attention=attention) for _ in range(depth)))
+        self.coarse = _separable(in_channels, channels, 2 if in_grid > grids[1] else 1, 5)
+        self.context = _pointwise(channels, channels) if cascade else None
+        self.think = nn.Sequential(*(_block(channels, attention) for _ in range(depth)))
         self.top_down = _pointwise(channels, channels)
         self.smooth = _depthwise(channels, 1, 5)
         self.down = nn.ModuleList(
-            nn.Sequential(
-                _depthwise(channels, 2 if finer > coarser else 1, 3),
-                _pointwise(channels, channels),
-            )
+            _separable(channels, channels, 2 if finer > coarser else 1, 3)
             for finer, coarser in itertools.pairwise(grids[1:])
         )
         self.head = SSDLiteHead([channels] * len(grids), num_anchors, num_classes, norm_layer)
         self._finest_grid = grids[0]
 
-    def forward(self, tap: Tensor, context: list[Tensor] | None) -> tuple[dict[str, Tensor], list[Tensor]]:
+    def forward(self, tap: Tensor, context: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         """Return the head's outputs and the context for the next exit.
 
         Args:
             tap: [N, in_channels, in_grid, in_grid].
-            context: the first two maps of the exit before, or None.
+            context: the second map of the exit before, [N, channels, ., .]; None at the first exit.
 
         Returns:
-            ``{"cls_logits": [N, A, C], "bbox_regression": [N, A, 4]}`` and two maps [N, channels, ., .].
+            ``{"cls_logits": [N, A, C], "bbox_regression": [N, A, 4]}`` and the second map.
         """
         x = self.reduce(self.attention(tap))
         size = (self._finest_grid, self._finest_grid)
         fine, coarse = F.interpolate(self.fine(x), size), self.coarse(x)
-        if self.context is not None and context is not None:
-            fine = fine + self.context[0](context[0])
-            coarse = coarse + self.context[1](context[1])
+        if self.context is not None:
+            coarse = coarse + self.context(context)
         coarse = self.think(coarse)
         fine = self.smooth(fine + F.interpolate(self.top_down(coarse), size))
         maps = [fine, coarse]
         for block in self.down:
             maps.append(block(maps[-1]))
-        return self.head(maps), maps[:2]
+        return self.head(maps), coarse

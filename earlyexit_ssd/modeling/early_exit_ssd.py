@@ -298,7 +298,7 @@ class EarlyExitSSDLite(SSD):
             parts.append((active[leave], {key: value[leave] for key, value in head.items()}, index, confidence[leave]))
             if leave.any():
                 active, state = active[~leave], state.select(~leave)
-                context = [feature[~leave] for feature in context]
+                context = context[~leave]
             if len(active) == 0:
                 break
         else:
