@@ -3,8 +3,9 @@
 from earlyexit_ssd.modeling.architecture import Architecture
 from earlyexit_ssd.modeling.builders import earlyexit_ssdlite320_mobilenet_v3_large
 from earlyexit_ssd.modeling.checkpoint import load_model, save_model
-from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite, ExitOutputs, Router
+from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
 from earlyexit_ssd.modeling.losses import LossSettings
+from earlyexit_ssd.modeling.outputs import ExitOutputs, Router
 from earlyexit_ssd.modeling.paths import PathToExit
 from earlyexit_ssd.modeling.retrofit import COCO_CLASSES, retrofit
 from earlyexit_ssd.modeling.ssdlite import build_ssdlite

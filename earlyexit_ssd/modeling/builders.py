@@ -9,8 +9,9 @@ from torchvision.models._api import register_model
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights, ssdlite320_mobilenet_v3_large
 
 from earlyexit_ssd.keywords import suggest_keywords
-from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite, Router
+from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
 from earlyexit_ssd.modeling.losses import LossSettings
+from earlyexit_ssd.modeling.outputs import Router
 from earlyexit_ssd.modeling.retrofit import COCO_CLASSES
 from earlyexit_ssd.modeling.ssdlite import build_ssdlite
 

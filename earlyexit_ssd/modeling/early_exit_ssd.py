@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,37 +11,14 @@ from torchvision.models.detection.ssd import SSD
 
 from earlyexit_ssd.keywords import suggest_keywords
 from earlyexit_ssd.modeling.branch import Branch
+from earlyexit_ssd.modeling.conditional import route
+from earlyexit_ssd.modeling.criterion import early_exit_losses, full_path_losses
 from earlyexit_ssd.modeling.folding import num_outputs
-from earlyexit_ssd.modeling.losses import LossSettings, detection_losses, distillation_loss
+from earlyexit_ssd.modeling.losses import LossSettings
 from earlyexit_ssd.modeling.matching import Assignment, assign
+from earlyexit_ssd.modeling.outputs import ExitOutputs, Head, Router
 from earlyexit_ssd.modeling.trunk import LAST_LAYER, SegmentedTrunk, TrunkState
 from earlyexit_ssd.modeling.validate import check_batch, check_images, check_targets
-
-Head = dict[str, Tensor]
-"""``{"cls_logits": [N, A, C], "bbox_regression": [N, A, 4]}`` of one exit."""
-
-
-class Router(Protocol):
-    """What the model asks of a router; :class:`earlyexit_ssd.routing.ExitRouter` is one."""
-
-    def confidence(self, logits: Tensor, exit_index: int) -> Tensor:
-        """[N, A, C] raw logits to one number per image, [N]."""
-
-    def leaves(self, confidence: Tensor, exit_index: int) -> Tensor:
-        """[N] bool: which images need no deeper exit."""
-
-    def temperature_loss(self, logits: Tensor, assignment: Assignment, exit_index: int) -> Tensor | None:
-        """A scalar that fits this exit's temperature, or None where it is fixed."""
-
-
-@dataclass(frozen=True)
-class ExitOutputs:
-    """Raw outputs of all exits for a batch, shallow to deep, the full path last."""
-
-    heads: tuple[Head, ...]
-    anchors: list[Tensor]
-    network_sizes: list[tuple[int, int]]
-    photo_sizes: list[tuple[int, int]]
 
 
 class EarlyExitSSDLite(SSD):
@@ -173,8 +148,6 @@ class EarlyExitSSDLite(SSD):
         maps = [images.tensors.new_empty((1, 0, *grid), dtype=torch.float32) for grid in self._grids]
         return self.anchor_generator(images, maps)
 
-    # ---- training -------------------------------------------------------------------------------------------
-
     def freeze_trunk(self, frozen: bool = True) -> None:
         """Train the branches only: the full path takes no gradient and its BatchNorm stays in eval mode."""
         self._trunk_frozen = frozen
@@ -195,31 +168,13 @@ class EarlyExitSSDLite(SSD):
         return self
 
     def compute_losses(self, heads: Sequence[Head], assignment: Assignment) -> dict[str, Tensor]:
-        """Weighted losses of all exits (heads shallow to deep, the full path last); keys are the same on every call."""
-        losses = {}
-        settings = self.losses
-        if not self._trunk_frozen:
-            for key, value in detection_losses(heads[-1], assignment, settings).items():
-                losses[key] = settings.full_weight * value
-        for index, name in enumerate(self.exit_names[:-1]):
-            weight = settings.exit_weight(index)
-            for key, value in detection_losses(heads[index], assignment, settings).items():
-                losses[f"{name}_{key}"] = weight * value
-            if settings.teacher != "none":
-                teacher = heads[-1 if settings.teacher == "full" else index + 1]
-                value = distillation_loss(heads[index], teacher, settings)
-                losses[f"{name}_distillation"] = weight * settings.distillation_weight * value
-            if self.router is not None:
-                value = self.router.temperature_loss(heads[index]["cls_logits"].detach(), assignment, index)
-                if value is not None:
-                    losses[f"{name}_temperature"] = value
-        return losses
+        """Weighted losses of all exits (heads shallow to deep, the full path last); the frozen full path has none."""
+        full = {} if self._trunk_frozen else full_path_losses(heads[-1], assignment, self.losses)
+        return full | early_exit_losses(self.exit_names[:-1], heads, assignment, self.losses, self.router)
 
     def assign(self, targets: list[dict[str, Tensor]], anchors: list[Tensor]) -> Assignment:
         """Match targets (network pixels) with default boxes; one matching serves every exit."""
         return assign(targets, anchors, self.proposal_matcher, self.box_coder)
-
-    # ---- inference ------------------------------------------------------------------------------------------
 
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
@@ -228,7 +183,8 @@ class EarlyExitSSDLite(SSD):
 
         Args:
             images: list of [3, H, W] in [0, 1], any sizes.
-            targets: in train mode, per image ``boxes`` [n, 4] xyxy absolute pixels and ``labels`` [n] in 1..K; n may be 0.
+            targets: in train mode, per image ``boxes`` [n, 4] xyxy absolute pixels and ``labels`` [n] in 1..K;
+                n may be 0.
         """
         check_images(images)
         if self.training:
@@ -271,47 +227,8 @@ class EarlyExitSSDLite(SSD):
     def _routed_detections(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         photo_sizes = [tuple(image.shape[-2:]) for image in images]
         batch, _ = self.transform(images, None)
-        head, exit_index, confidence = self.route(batch.tensors)
+        head, exit_index, confidence = route(self, batch.tensors)
         detections = self._finish(head, self.default_boxes(batch), batch.image_sizes, photo_sizes)
         for index, detection in enumerate(detections):
             detection["exit_index"], detection["exit_confidence"] = exit_index[index], confidence[index]
         return detections
-
-    def route(self, x: Tensor) -> tuple[Head, Tensor, Tensor]:
-        """Compute every image to the exit that its router takes, and no further.
-
-        Args:
-            x: normalised images [N, 3, S, S].
-
-        Returns:
-            the head outputs of each image's own exit, its exit's index [N] and its confidence there [N] (at the full
-            path: the confidence by the same rule).
-        """
-        active = torch.arange(len(x), device=x.device)
-        state, context = TrunkState(x), None
-        parts: list[tuple[Tensor, Head, int, Tensor]] = []
-        for index, branch in enumerate(self.branches.values()):
-            state = self.trunk.run(state, index)
-            head, context = branch(state.x, context)
-            confidence = self.router.confidence(head["cls_logits"], index)
-            leave = self.router.leaves(confidence, index)
-            parts.append((active[leave], {key: value[leave] for key, value in head.items()}, index, confidence[leave]))
-            if leave.any():
-                active, state = active[~leave], state.select(~leave)
-                context = context[~leave]
-            if len(active) == 0:
-                break
-        else:
-            last = self.num_early_exits
-            head = self.head(self.trunk.feature_maps(self.trunk.run(state, last)))
-            parts.append((active, head, last, self.router.confidence(head["cls_logits"], last)))
-        return _in_order(parts)
-
-
-def _in_order(parts: list[tuple[Tensor, Head, int, Tensor]]) -> tuple[Head, Tensor, Tensor]:
-    """Join the images of all exits in the order in which they came."""
-    order = torch.cat([positions for positions, *_ in parts]).argsort()
-    head = {key: torch.cat([head[key] for _, head, _, _ in parts])[order] for key in parts[0][1]}
-    exit_index = torch.cat([torch.full_like(positions, index) for positions, _, index, _ in parts])[order]
-    confidence = torch.cat([confidence for *_, confidence in parts])[order]
-    return head, exit_index, confidence

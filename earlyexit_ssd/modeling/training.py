@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
-from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite, Head
-from earlyexit_ssd.modeling.losses import detection_losses
+from earlyexit_ssd.modeling.criterion import full_path_losses
+from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
+from earlyexit_ssd.modeling.outputs import Head
 from earlyexit_ssd.modeling.validate import check_batch, check_images, check_targets
 
 Targets = list[dict[str, Tensor]]
@@ -33,7 +34,7 @@ class FullPath(nn.Module):
         batch, targets = model.transform(images, targets)
         _, maps = model.trunk_maps(batch.tensors)
         assignment = model.assign(targets, model.default_boxes(batch))
-        return detection_losses(self.head(maps), assignment, model.losses)
+        return full_path_losses(self.head(maps), assignment, model.losses)
 
 
 @dataclass(frozen=True)

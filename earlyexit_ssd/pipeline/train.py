@@ -57,9 +57,13 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> dict[str, 
 
 
 def _prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
+    if not is_main():
+        barrier()  # the first process may render or download
     train_set = load_dataset(cfg, cfg.DATA.TRAIN, train=True)
     cfg = with_classes(cfg, train_set.classes)
     calib_set = load_dataset(cfg, cfg.DATA.CALIB)
+    if is_main():
+        barrier()
     torch.manual_seed(cfg.SEED)
     model, architecture = build_model(cfg, train_set.classes)
     return Run(cfg, folder, model.to(device), architecture, train_set, calib_set, device)

@@ -66,7 +66,7 @@ def test_mistakes_on_the_command_line(overrides, message):
 
 @pytest.mark.parametrize(("text", "expected"), [("(8, 12)", (8, 12)), ("[8]", (8,)), ("8", (8,)), ("(8,)", (8,))])
 def test_lists_on_the_command_line(text, expected):
-    assert load_config(None, ["EXITS.LAYERS", text]).EXITS.LAYERS == expected
+    assert expected == load_config(None, ["EXITS.LAYERS", text]).EXITS.LAYERS
 
 
 def test_numbers_that_yaml_reads_as_text():
@@ -76,4 +76,4 @@ def test_numbers_that_yaml_reads_as_text():
 
 @given(st.integers(0, 10**6))
 def test_any_seed(seed):
-    assert load_config(None, ["SEED", str(seed)]).SEED == seed
+    assert seed == load_config(None, ["SEED", str(seed)]).SEED

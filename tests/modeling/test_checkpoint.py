@@ -1,10 +1,10 @@
 import pytest
 import torch
-from tests.modeling.conftest import SMALL
 
 from earlyexit_ssd import ExitRouter
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import Architecture, load_model, save_model
+from tests.modeling.conftest import SMALL
 
 
 def test_a_saved_model_comes_back(tmp_path, images):

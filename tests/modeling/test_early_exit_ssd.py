@@ -1,10 +1,10 @@
 import pytest
 import torch
-from tests.modeling.conftest import SMALL, small_model
 from torch import nn
 
 from earlyexit_ssd import ExitRouter
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, LossSettings
+from tests.modeling.conftest import SMALL, small_model
 
 
 def test_without_router_the_detections_are_torchvision_s(images):

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.modeling.conftest import small_model
 
 from earlyexit_ssd.modeling.losses import LossSettings, detection_losses, distillation_loss, mined_negatives
 from earlyexit_ssd.modeling.matching import Assignment
+from tests.modeling.conftest import small_model
 
 LOG2 = math.log(2)
 

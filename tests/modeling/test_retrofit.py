@@ -3,12 +3,12 @@ import pickle
 import pytest
 import torch
 import torchvision
-from tests.modeling.conftest import SMALL
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import COCO_CLASSES, Architecture, retrofit
 from earlyexit_ssd.modeling.retrofit import load_torchvision_weights
+from tests.modeling.conftest import SMALL
 
 SOURCE = ("person", "chair", "couch")
 

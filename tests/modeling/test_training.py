@@ -1,9 +1,9 @@
 import torch
-from tests.modeling.conftest import small_model
 
 from earlyexit_ssd import ExitRouter
 from earlyexit_ssd.modeling import LossSettings
 from earlyexit_ssd.modeling.training import Branches, FullPath, compute_taps
+from tests.modeling.conftest import small_model
 
 
 def test_branches_from_taps_have_the_whole_model_s_losses_and_gradients(images, targets):
@@ -14,10 +14,7 @@ def test_branches_from_taps_have_the_whole_model_s_losses_and_gradients(images, 
         model.router = ExitRouter(2, learn_temperatures=True)
         model.freeze_trunk()
         model.train()
-        if cached:
-            losses = Branches(model)(compute_taps(model, images, targets))
-        else:
-            losses = model(images, targets)
+        losses = Branches(model)(compute_taps(model, images, targets)) if cached else model(images, targets)
         sum(losses.values()).backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         results.append((losses, gradients))

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from tests.modeling.conftest import small_model
 
 from earlyexit_ssd.modeling.trunk import SegmentedTrunk, TrunkState
+from tests.modeling.conftest import small_model
 
 
 @pytest.mark.parametrize("layers", [(8,), (8, 12), (12, 14), (1, 6, 13, 15)])

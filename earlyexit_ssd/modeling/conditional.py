@@ -1,0 +1,55 @@
+"""Compute each image to its exit and no further."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from earlyexit_ssd.modeling.outputs import Head
+from earlyexit_ssd.modeling.trunk import TrunkState
+
+if TYPE_CHECKING:
+    from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
+
+
+def route(model: EarlyExitSSDLite, x: Tensor) -> tuple[Head, Tensor, Tensor]:
+    """Compute every image to the exit that its router takes, and no further.
+
+    Args:
+        model: with a router.
+        x: normalised images [N, 3, S, S].
+
+    Returns:
+        the head outputs of each image's own exit, its exit's index [N] and its confidence there [N] (at the full
+        path: the confidence by the same rule).
+    """
+    active = torch.arange(len(x), device=x.device)
+    state, context = TrunkState(x), None
+    parts: list[tuple[Tensor, Head, int, Tensor]] = []
+    for index, branch in enumerate(model.branches.values()):
+        state = model.trunk.run(state, index)
+        head, context = branch(state.x, context)
+        confidence = model.router.confidence(head["cls_logits"], index)
+        leave = model.router.leaves(confidence, index)
+        parts.append((active[leave], {key: value[leave] for key, value in head.items()}, index, confidence[leave]))
+        if leave.any():
+            active, state = active[~leave], state.select(~leave)
+            context = context[~leave]
+        if len(active) == 0:
+            break
+    else:
+        last = model.num_early_exits
+        head = model.head(model.trunk.feature_maps(model.trunk.run(state, last)))
+        parts.append((active, head, last, model.router.confidence(head["cls_logits"], last)))
+    return _in_order(parts)
+
+
+def _in_order(parts: list[tuple[Tensor, Head, int, Tensor]]) -> tuple[Head, Tensor, Tensor]:
+    """Join the images of all exits in the order in which they came."""
+    order = torch.cat([positions for positions, *_ in parts]).argsort()
+    head = {key: torch.cat([head[key] for _, head, _, _ in parts])[order] for key in parts[0][1]}
+    exit_index = torch.cat([torch.full_like(positions, index) for positions, _, index, _ in parts])[order]
+    confidence = torch.cat([confidence for *_, confidence in parts])[order]
+    return head, exit_index, confidence

@@ -1,0 +1,49 @@
+"""The losses of the whole detector: a dict of weighted scalars with the same keys on every call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from earlyexit_ssd.modeling.losses import LossSettings, detection_losses, distillation_loss
+from earlyexit_ssd.modeling.matching import Assignment
+from earlyexit_ssd.modeling.outputs import Head, Router
+
+
+def full_path_losses(head: Head, assignment: Assignment, settings: LossSettings) -> dict[str, Tensor]:
+    """``bbox_regression`` and ``classification``, as torchvision's SSD names them."""
+    losses = detection_losses(head, assignment, settings)
+    return {key: settings.full_weight * value for key, value in losses.items()}
+
+
+def early_exit_losses(
+    names: Sequence[str],
+    heads: Sequence[Head],
+    assignment: Assignment,
+    settings: LossSettings,
+    router: Router | None = None,
+) -> dict[str, Tensor]:
+    """Per exit ``<name>_bbox_regression`` and ``_classification``; where asked ``_distillation`` and ``_temperature``.
+
+    Args:
+        names: of the early exits, shallow to deep.
+        heads: of the early exits and, last, of the full path.
+        assignment: one matching for all exits.
+        settings: weights and teacher.
+        router: fits its temperatures if it learns them.
+    """
+    losses = {}
+    for index, name in enumerate(names):
+        weight = settings.exit_weight(index)
+        for key, value in detection_losses(heads[index], assignment, settings).items():
+            losses[f"{name}_{key}"] = weight * value
+        if settings.teacher != "none":
+            teacher = heads[-1 if settings.teacher == "full" else index + 1]
+            value = distillation_loss(heads[index], teacher, settings)
+            losses[f"{name}_distillation"] = weight * settings.distillation_weight * value
+        if router is not None:
+            value = router.temperature_loss(heads[index]["cls_logits"].detach(), assignment, index)
+            if value is not None:
+                losses[f"{name}_temperature"] = value
+    return losses
