@@ -14,7 +14,8 @@ def test_learns_the_line():
 
 def test_hooks_see_every_step_and_may_stop():
     class StopAtFive(Hook):
-        steps: list[int] = []
+        def __init__(self):
+            self.steps = []
 
         def after_step(self, trainer):
             self.steps.append(trainer.step)
