@@ -75,7 +75,7 @@ def baseline_gate(figures: dict, limits: dict[str, float]) -> Gate:
     checks = tuple(Check(name, figures[name], limit) for name, limit in limits.items())
     advice = (
         "more epochs (BASELINE.EPOCHS) or a higher rate (BASELINE.LR); log.jsonl shows whether the loss still falls",
-        "look at the photos and boxes: pictures/ground_truth.png; are boxes missing, shifted or of another class?",
+        "look at training_photos.png in the run's folder: are boxes missing, shifted or of another class?",
         "start from trained weights (MODEL.WEIGHTS) or an ImageNet trunk (MODEL.WEIGHTS_BACKBONE)",
     )
     return Gate("baseline", checks, advice)

@@ -14,12 +14,14 @@ from fvcore.common.config import CfgNode
 from earlyexit_ssd.config import PHASES
 from earlyexit_ssd.data import load_dataset
 from earlyexit_ssd.engine.distributed import barrier, is_main, process_group
+from earlyexit_ssd.files import write_image
 from earlyexit_ssd.modeling import load_model, save_model
 from earlyexit_ssd.pipeline.build import build_device, build_losses, build_model, build_router, with_classes
 from earlyexit_ssd.pipeline.evaluate import evaluate_model
 from earlyexit_ssd.pipeline.gates import GateFailed
 from earlyexit_ssd.pipeline.phases import PHASE_FUNCTIONS, Run
 from earlyexit_ssd.pipeline.run_folder import RunFolder
+from earlyexit_ssd.report.pictures import photo_grid
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,9 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> dict[str, 
             folder.start(cfg, resume)
         barrier()
         run = _prepare(cfg, folder, device)
+        if is_main():
+            samples = [run.train_set.sample(index, epoch=0) for index in range(min(12, len(run.train_set)))]
+            write_image(folder.root / "training_photos.png", photo_grid(samples, run.train_set.classes))
         for phase in cfg.PHASES:
             _run_phase(run, phase, force)
         if not is_main():

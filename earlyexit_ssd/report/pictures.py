@@ -67,6 +67,26 @@ def detection_grid(
     return picture
 
 
+def photo_grid(
+    samples: Sequence[tuple[Tensor, Mapping[str, Tensor]]], classes: Sequence[str], columns: int = 4, tile: int = 240
+) -> Image.Image:
+    """Photos with their boxes, ``columns`` a row: what a training sees, augmentation included.
+
+    Args:
+        samples: image float [3,H,W] in [0, 1] and target (as :class:`Example` has them).
+        classes: names of the labels 1..K.
+        columns: photos a row.
+        tile: width of a photo and its largest height, pixels.
+    """
+    rows = -(-len(samples) // columns)
+    picture = Image.new("RGB", (GAP + columns * (tile + GAP), GAP + rows * (tile + GAP)), BACKGROUND)
+    for place, (image, target) in enumerate(samples):
+        row, column = divmod(place, columns)
+        photo = _tiles(Example(image, target, ()), classes, 0.0, tile)[0]
+        picture.paste(photo, (GAP + column * (tile + GAP), GAP + row * (tile + GAP)))
+    return picture
+
+
 def choose_examples(chosen: Sequence[int], empty: Sequence[bool], count: int, seed: int = 0) -> list[int]:
     """Indices of up to ``count`` photos that show every exit taken, a quarter of them without an object.
 

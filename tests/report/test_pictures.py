@@ -17,6 +17,7 @@ from earlyexit_ssd.report.pictures import (
     Example,
     choose_examples,
     detection_grid,
+    photo_grid,
 )
 
 NOTHING = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
@@ -125,3 +126,14 @@ def test_texts_do_not_cover_each_other():
     assert has(text_line, PALETTE[1])
     assert not has(text_line, PALETTE[0])
     assert has(tile, PALETTE[0])
+
+
+def test_photo_grid_draws_every_photo_and_its_boxes():
+    target = {"boxes": torch.tensor([[10.0, 10, 50, 40]]), "labels": torch.tensor([1])}
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    samples = [(torch.zeros(3, 60, 60), target), *[(torch.zeros(3, 60, 60), empty)] * 4]
+    picture = photo_grid(samples, ["chair"], columns=4, tile=60)
+    assert picture.size == (GAP + 4 * (60 + GAP), GAP + 2 * (60 + GAP))
+    assert picture.getpixel((GAP + 50, GAP + 40)) == (229, 62, 62)
+    assert picture.getpixel((GAP + 30, GAP + 60 + GAP + 30)) == (0, 0, 0)
+    assert picture.getpixel((GAP + 100, GAP + 60 + GAP + 30)) == (255, 255, 255)
