@@ -22,23 +22,27 @@ _C.DATA.ROOT = ""
 _C.DATA.DATASETS = ()
 # Fetch voc_2007_* and voc_2012_* with torchvision when they are missing (needs a network).
 _C.DATA.DOWNLOAD = False
-# Catalog names, one or several concatenated. TRAIN teaches, CALIB gates and selects, TEST only reports.
+# Data sets that teach, by name: of DATA.DATASETS or of the catalog, one or several concatenated.
 _C.DATA.TRAIN = ("synthetic_chairs_train",)
+# Data sets that the gates look at; none of TRAIN.
 _C.DATA.CALIB = ("synthetic_chairs_calib",)
+# Data sets for the report; none of TRAIN or CALIB. Nothing is chosen or stopped by them.
 _C.DATA.TEST = ("synthetic_chairs_test",)
 # Class names to detect, in the order of the labels 1..K. Empty: every class of the training set.
 _C.DATA.CLASSES = ()
 # What to do with a record that is broken: repair (counted warning), refuse (stop, one line) or skip.
 _C.DATA.ON_BAD = "repair"
-# Share of training photos without any wanted object; -1 keeps them as they come.
+# Largest share of training photos without any wanted object, in [0, 1): a seeded choice of them is left out. -1 keeps
+# them as they come.
 _C.DATA.NEGATIVE_SHARE = -1.0
-# Use only the first N photos of each split (a seeded choice); 0 uses all. For trials.
+# Use only N photos of each split, a seeded choice; 0 uses all. For trials.
 _C.DATA.LIMIT = 0
 # Training augmentation: ssdlite (IoU-aware crop, flip), ssd (adds colour and zoom-out), flip, none.
 _C.DATA.AUGMENTATION = "ssdlite"
 # Worker processes of the loaders; 0 loads in the main process.
 _C.DATA.WORKERS = 2
-# The rendered data set of indoor scenes, made when a synthetic_* name is used and its folder is missing.
+# The rendered data set of indoor scenes, made below DATA.ROOT when a synthetic_* name is used and it is missing or was
+# made with other settings.
 _C.DATA.SYNTHETIC = Node()
 # Photos per split: train, calib, test.
 _C.DATA.SYNTHETIC.SIZES = (1600, 200, 300)
@@ -55,28 +59,31 @@ _C.MODEL.IMAGE_SIZE = 320
 _C.MODEL.WIDTH = 1.0
 # Checkpoint to retrofit: a path, or a name of torchvision's SSDLite320_MobileNet_V3_Large_Weights (COCO_V1).
 _C.MODEL.WEIGHTS = ""
-# Names of the checkpoint's classes, when it is a path: "coco" (91 outputs), or "" for this run's own classes.
+# Names of the checkpoint's classes, when it is a path: "coco" (91 outputs), or "" where they are this run's own.
 _C.MODEL.WEIGHTS_CLASSES = ""
 # How a checkpoint with more classes becomes a smaller head. "exact" keeps its rows and folds the unwanted ones
 # into background by log-sum-exp: same scores as before. "rows" keeps the wanted rows and background only: cheaper.
 _C.MODEL.FOLD = "exact"
 # ImageNet weights of the trunk when MODEL.WEIGHTS is empty: a name of MobileNet_V3_Large_Weights, or "".
 _C.MODEL.WEIGHTS_BACKBONE = ""
-# Post-processing, as in torchvision's SSD.
+# Post-processing, as in torchvision's SSD: detections of a lower score are dropped.
 _C.MODEL.SCORE_THRESH = 0.001
+# IoU above which the weaker of two detections of a class is dropped (non-maximum suppression).
 _C.MODEL.NMS_THRESH = 0.55
+# Detections kept per image.
 _C.MODEL.DETECTIONS_PER_IMG = 300
+# Candidates per class that enter the suppression.
 _C.MODEL.TOPK_CANDIDATES = 300
 
 # ---- exits ------------------------------------------------------------------------------------------------
 _C.EXITS = Node()
-# Trunk layers behind which a branch leaves, increasing, 1..16 (torchvision's MobileNetV3-Large numbering).
+# Trunk layers behind which a branch leaves, increasing, 1 to 15 (torchvision's numbering, the stem is 0).
 _C.EXITS.LAYERS = (8, 12)
 # Channels of a branch's pyramid.
 _C.EXITS.CHANNELS = 128
 # Residual blocks of a branch on its second grid, where context is cheap.
 _C.EXITS.DEPTH = 2
-# Squeeze-excitation attention on the tap.
+# Squeeze-excitation attention on the tap and in the residual blocks.
 _C.EXITS.ATTENTION = True
 # Features of the exit before flow into the next one.
 _C.EXITS.CASCADE = True
@@ -89,7 +96,9 @@ _C.LOSS.CLASSIFICATION = "mined"
 _C.LOSS.NEG_TO_POS_RATIO = 3.0
 # Negatives mined per image at least, so that a photo without objects teaches too.
 _C.LOSS.MIN_NEGATIVES = 8
+# Focal loss: weight of objects in [0, 1], background has the rest.
 _C.LOSS.FOCAL_ALPHA = 0.25
+# Focal loss: how much easy default boxes are played down; 0 not at all.
 _C.LOSS.FOCAL_GAMMA = 2.0
 # Weight of each exit's loss, shallow to deep; one number serves all exits.
 _C.LOSS.EXIT_WEIGHTS = (1.0,)
@@ -97,19 +106,22 @@ _C.LOSS.EXIT_WEIGHTS = (1.0,)
 _C.LOSS.FULL_WEIGHT = 1.0
 # Teacher of the exits: none, full (the full path) or next (the next deeper exit).
 _C.LOSS.TEACHER = "full"
-# Weight of distillation, its softening temperature, and the weight of boxes inside it.
-_C.LOSS.DISTILLATION_WEIGHT = 1.0
+# Weight of distillation beside an exit's own loss.
+_C.LOSS.DISTILLATION_WEIGHT = 4.0
+# Softens the class probabilities of teacher and exit alike; 1 leaves them as they are.
 _C.LOSS.DISTILLATION_TEMPERATURE = 1.0
+# Weight of boxes inside distillation.
 _C.LOSS.DISTILLATION_BOX_WEIGHT = 1.0
 
 # ---- routing ----------------------------------------------------------------------------------------------
 _C.ROUTING = Node()
 # Confidence of an exit, from its raw logits: mean_foreground or max_foreground.
 _C.ROUTING.POLICY = "max_foreground"
-# An image leaves at the first exit whose confidence reaches that exit's threshold, in [0, 1].
+# An image leaves at the first exit whose confidence reaches that exit's threshold, in [0, 1]; one number serves all.
 _C.ROUTING.THRESHOLDS = (0.6,)
-# Temperatures: where they start, and the interval they are held in after every step.
+# Temperatures that divide the exits' logits before the policy sees them: where they start; one number serves all.
 _C.ROUTING.TEMPERATURES = (1.0,)
+# The interval that the temperatures are held in after every step.
 _C.ROUTING.TEMPERATURE_BOUNDS = (0.5, 3.0)
 # Fit the temperatures by likelihood while the exits train.
 _C.ROUTING.LEARN_TEMPERATURES = True
@@ -127,9 +139,11 @@ def _phase(epochs: int, lr: float) -> Node:
     phase.BATCH_SIZE = 24
     # sgd (momentum 0.9) or adamw.
     phase.OPTIMIZER = "adamw"
-    # Peak learning rate, reached after WARMUP (share of all steps) and cosine-annealed to zero.
+    # Peak learning rate, reached after the warm-up, then falling to zero by a cosine.
     phase.LR = lr
+    # Share of all steps in which the rate rises.
     phase.WARMUP = 0.05
+    # Weight decay; norms, biases and temperatures have none.
     phase.WEIGHT_DECAY = 0.0001
     # Largest norm of the gradient; 0 does not clip.
     phase.CLIP_GRADIENT = 10.0
@@ -143,13 +157,17 @@ _C.BASELINE = _phase(epochs=24, lr=0.001)
 _C.BASELINE.FREEZE_NORM = False
 # Gate on the calib split: figures that the full path must reach.
 _C.BASELINE.GATE = Node()
+# Least AP50.
 _C.BASELINE.GATE.AP50 = 0.40
+# Least precision at EVAL.SCORE and EVAL.IOU.
 _C.BASELINE.GATE.PRECISION = 0.60
+# Least recall at EVAL.SCORE and EVAL.IOU.
 _C.BASELINE.GATE.RECALL = 0.50
 # Share of a reference checkpoint's figures that replaces the three absolute ones; 0 keeps those.
 _C.BASELINE.GATE.RELATIVE = 0.0
-# That reference checkpoint, and its classes (as MODEL.WEIGHTS and MODEL.WEIGHTS_CLASSES); empty: MODEL.WEIGHTS.
+# That reference checkpoint, as MODEL.WEIGHTS; empty: MODEL.WEIGHTS itself.
 _C.BASELINE.GATE.REFERENCE = ""
+# Its classes, as MODEL.WEIGHTS_CLASSES.
 _C.BASELINE.GATE.REFERENCE_CLASSES = ""
 
 _C.EXITS_PHASE = _phase(epochs=8, lr=0.001)
@@ -159,36 +177,43 @@ _C.EXITS_PHASE.CACHE = True
 _C.EXITS_PHASE.CACHE_VIEWS = 2
 # Largest size of the cache, GiB; a bigger one is refused with the number of views that fits.
 _C.EXITS_PHASE.CACHE_GIB = 8.0
-# Gate on the calib split: the first exit's AP50, and the deepest early exit's share of the full path's.
+# Gate on the calib split: figures that the exits must reach.
 _C.EXITS_PHASE.GATE = Node()
+# Least AP50 of the first exit.
 _C.EXITS_PHASE.GATE.FIRST_EXIT_AP50 = 0.30
+# Least AP50 of the deepest early exit, as a share of the full path's.
 _C.EXITS_PHASE.GATE.DEEPEST_SHARE = 0.85
 
 _C.JOINT = _phase(epochs=4, lr=0.0001)
+# As BASELINE.FREEZE_NORM, here for trunk, head and branches.
 _C.JOINT.FREEZE_NORM = True
-# Largest loss of the full path's AP50 on the calib split; above it the weights of before stay.
+# Gate on the calib split; it keeps the weights of before rather than end the run.
 _C.JOINT.GATE = Node()
+# Largest loss of the full path's AP50 that keeps the new weights.
 _C.JOINT.GATE.MAX_AP50_DROP = 0.002
 
 # ---- engine -----------------------------------------------------------------------------------------------
 _C.ENGINE = Node()
 # Mixed precision: off, bf16 or fp16 (fp16 only on CUDA). Anchors and losses stay in fp32.
 _C.ENGINE.AMP = "off"
-# Steps between checkpoints and between lines of the log.
+# Steps between checkpoints; the end of an epoch writes one too.
 _C.ENGINE.CHECKPOINT_PERIOD = 200
+# Steps between lines of the log.
 _C.ENGINE.LOG_PERIOD = 20
 
 # ---- evaluation -------------------------------------------------------------------------------------------
 _C.EVAL = Node()
+# Photos per batch, for evaluating and for filling the cache of taps.
 _C.EVAL.BATCH_SIZE = 16
 # Score at which precision, recall, F1, false positives and localisation error are counted.
 _C.EVAL.SCORE = 0.5
 # IoU at which a detection counts as a hit.
 _C.EVAL.IOU = 0.5
-# Single-image runs per exit for the milliseconds, and the threads they use.
+# Single-image runs per exit for the milliseconds.
 _C.EVAL.TIMING_RUNS = 30
+# CPU threads in those runs.
 _C.EVAL.TIMING_THREADS = 1
-# Photos in the picture of detections per exit.
+# Photos in the picture of detections per exit; 0 makes none.
 _C.EVAL.PICTURES = 6
 # Score from which a detection is drawn.
 _C.EVAL.PICTURE_SCORE = 0.4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import itertools
 import json
 import re
 import sys
@@ -117,36 +118,32 @@ def _calls(statement: ast.stmt, function: str) -> bool:
 
 
 def render(entries: Sequence[Entry], cfg: CfgNode) -> str:
-    """The page; ``cfg`` has the default values."""
-    lines = [_INTRODUCTION]
-    section = None
-    for entry in entries:
-        header = _header(entry)
-        if entry.section != section:
-            lines += ["" if section is None else f"\n## {entry.section.capitalize()}\n", *header]
-        elif bool(entry.sections) != bool(previous.sections):
-            lines += ["", *header]
-        lines.append(_row([f"`{entry.name}`", *(_default(cfg, key) for key in entry.keys), entry.comment]))
-        section, previous = entry.section, entry
-    return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
+    """The page: a table per section, and one of its own for shared keys; ``cfg`` has the default values."""
+    blocks, heading = [_INTRODUCTION], ""
+    for (section, sections), group in itertools.groupby(entries, lambda entry: (entry.section, entry.sections)):
+        if section != heading:
+            blocks.append(f"\n## {section.capitalize()}\n")
+            heading = section
+        elif section:
+            blocks.append("")
+        values = [f"`{name}`" for name in sections] or ["Default"]
+        rows = [[f"`{entry.name}`", *(_value(cfg, key) for key in entry.keys), _text(entry.comment)] for entry in group]
+        columns = ["Key of each" if sections else "Key", *values, "Meaning"]
+        blocks += [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
+    return "\n".join(blocks) + "\n"
 
 
-def _header(entry: Entry) -> list[str]:
-    columns = ["Key of each phase" if entry.sections else "Key", *(f"`{name}`" for name in entry.sections)]
-    columns += ["Meaning"] if entry.sections else ["Default", "Meaning"]
-    return [_row(columns), _row(["---"] * len(columns))]
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
-
-
-def _default(cfg: CfgNode, key: str) -> str:
-    """A value as YAML takes it; empty for a node."""
+def _value(cfg: CfgNode, key: str) -> str:
+    """A default as YAML takes it; empty for a node."""
     value: Any = cfg
     for part in key.split("."):
         value = value[part]
     return "" if isinstance(value, CfgNode) else f"`{json.dumps(value)}`"
+
+
+def _text(comment: str) -> str:
+    """Signs that Markdown would take for its own are escaped."""
+    return re.sub(r"([*<|])", r"\\\1", comment)
 
 
 def document() -> str:

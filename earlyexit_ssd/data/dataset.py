@@ -78,6 +78,11 @@ class DetectionDataset(torch.utils.data.Dataset):
         """The file of a photo."""
         return self.records[self._place[image_id]].path
 
+    def get_height_and_width(self, index: int) -> tuple[int, int]:
+        """Size of photo ``index``, unread; torchvision's grouping by aspect ratio loads every photo without it."""
+        record = self.records[index]
+        return record.height, record.width
+
     def sample(self, index: int, epoch: int) -> tuple[Tensor, Target]:
         """Photo ``index`` as epoch ``epoch`` sees it, whatever :meth:`set_epoch` said.
 

@@ -121,12 +121,15 @@ class TapCache:
 
 
 class CachedLoader:
-    """Batches of cached taps: epoch ``e`` shows each photo once, in a view that moves on from epoch to epoch.
+    """Batches of cached taps: an epoch shows each photo once, in a view that moves on from epoch to epoch.
+
+    The incomplete batch at the end of an epoch is left out.
 
     Args:
         cache: a built cache.
-        batch_size: rows per step over all processes.
+        batch_size: rows per step over all processes, at most as many as there are photos.
         seed: of the order.
+        device: where the batches go.
         rank, world_size: this process's share of each batch.
     """
 

@@ -38,7 +38,7 @@ class Hook:
         """After every step; ``trainer.losses`` holds the means over all processes."""
 
     def after_training(self, trainer: Trainer) -> None:
-        """Once, after the last step."""
+        """Once, after the last step; not when the training was stopped before."""
 
 
 class Trainer:
@@ -102,7 +102,11 @@ class Trainer:
         return learning_rate(self.step, self.total_steps, self.peak_lr, self.warmup)
 
     def run(self) -> bool:
-        """Train to the end; False if a hook set ``stop`` before."""
+        """Train to the end; False if a hook set ``stop`` before.
+
+        Raises:
+            TrainingDiverged: a loss is NaN or infinite.
+        """
         for hook in self.hooks:
             hook.before_training(self)
         while self.step < self.total_steps and not self.stop:

@@ -104,10 +104,11 @@ class Branch(nn.Module):
 
         Args:
             tap: [N, in_channels, in_grid, in_grid].
-            context: the second map of the exit before, [N, channels, ., .]; None at the first exit.
+            context: the second map of the exit before, [N, channels, grids[1], grids[1]]; not looked at without
+                ``cascade``, and None at the first exit.
 
         Returns:
-            ``{"cls_logits": [N, A, C], "bbox_regression": [N, A, 4]}`` and the second map.
+            ``{"cls_logits": [N, A, C], "bbox_regression": [N, A, 4]}`` and the second map behind its blocks.
         """
         x = self.reduce(self.attention(tap))
         size = (self._finest_grid, self._finest_grid)

@@ -1,7 +1,6 @@
 """Builders in torchvision's style, found by ``torchvision.models.get_model``."""
 
-from __future__ import annotations
-
+# Annotations stay objects here: torchvision.models.get_model_weights reads the weights' enum from them.
 from collections.abc import Sequence
 
 from torchvision.models import MobileNet_V3_Large_Weights

@@ -22,7 +22,7 @@ def save_model(
     architecture: Architecture,
     info: dict[str, Any] | None = None,
 ) -> None:
-    """Write the model without its router; ``info`` holds plain types (metrics, phase, configuration)."""
+    """Write the model without its router; ``info`` holds plain types (phase, forced, the router's settings)."""
     state = {key: value.cpu() for key, value in model.state_dict().items() if not key.startswith("router.")}
     with atomic_path(path) as temporary:
         torch.save(
@@ -32,7 +32,9 @@ def save_model(
 
 
 def load_model(path: str | os.PathLike[str]) -> tuple[EarlyExitSSDLite, Architecture, dict[str, Any]]:
-    """Read what :func:`save_model` wrote: the model in eval mode, its architecture and its info.
+    """Read what :func:`save_model` wrote: the model in eval mode on the CPU, its architecture and its info.
+
+    The model has no router and the default losses; ``ExitRouter(**info["router"])`` makes the router it was saved with.
 
     Raises:
         EarlyExitError: the file is no model of this project or does not fit its own description.

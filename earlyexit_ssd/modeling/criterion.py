@@ -12,7 +12,7 @@ from earlyexit_ssd.modeling.outputs import Head, Router
 
 
 def full_path_losses(head: Head, assignment: Assignment, settings: LossSettings) -> dict[str, Tensor]:
-    """``bbox_regression`` and ``classification``, as torchvision's SSD names them."""
+    """``bbox_regression`` and ``classification``, as torchvision's SSD names them, times ``full_weight``."""
     losses = detection_losses(head, assignment, settings)
     return {key: settings.full_weight * value for key, value in losses.items()}
 

@@ -37,6 +37,10 @@ class EarlyExitSSDLite(SSD):
         losses: what is minimised in training.
         router: decides who leaves early in eval mode; None runs the full path alone.
 
+    Attributes:
+        exit_names: shallow to deep, such as ``("exit8", "exit12", "full")``.
+        exit_layers: their layers, 16 for the full path.
+
     Raises:
         ValueError: an impossible exit layer, or a number of classes that the detector's head does not have.
     """

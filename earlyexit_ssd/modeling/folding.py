@@ -47,8 +47,9 @@ class ClassChange:
     """What became of a checkpoint's classes.
 
     Attributes:
-        rows: for each wanted class its row in the checkpoint's head, or None where it starts afresh.
-        folded: how many classes of the checkpoint went into background.
+        wanted: names of the wanted classes.
+        rows: for each wanted class its row in the checkpoint's head, 1-based; None where it starts afresh.
+        folded: how many classes of the checkpoint went into background ("N/A" is none).
     """
 
     wanted: tuple[str, ...]

@@ -23,12 +23,18 @@ class Router(Protocol):
         """[N] bool: which images need no deeper exit."""
 
     def temperature_loss(self, logits: Tensor, assignment: Assignment, exit_index: int) -> Tensor | None:
-        """A scalar that fits this exit's temperature, or None where it is fixed."""
+        """[N, A, C] raw logits to a scalar that fits this exit's temperature, or None where it is fixed."""
 
 
 @dataclass(frozen=True)
 class ExitOutputs:
-    """Raw outputs of all exits for a batch, shallow to deep, the full path last."""
+    """Raw outputs of all exits for a batch.
+
+    Attributes:
+        heads: shallow to deep, the full path last.
+        anchors: per image [A, 4] xyxy in network pixels, the same for every exit.
+        network_sizes, photo_sizes: per image (height, width) of the network input and of the photo.
+    """
 
     heads: tuple[Head, ...]
     anchors: list[Tensor]

@@ -41,6 +41,9 @@ def retrofit(
 
     Returns:
         the detector, the architecture it has now, and what became of the classes (None if nothing changed).
+
+    Raises:
+        EarlyExitError: unreadable weights, weights of other shapes, or classes that the checkpoint cannot give.
     """
     state = load_torchvision_weights(weights)
     source = tuple(source_classes or architecture.classes)

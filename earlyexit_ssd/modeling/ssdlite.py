@@ -39,6 +39,9 @@ def build_ssdlite(
         weights_backbone: ImageNet weights of the trunk; they fix ``width`` to 1.0 and ``reduced_tail`` to False.
         progress: show the download's progress.
         score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing, as torchvision's SSD.
+
+    Raises:
+        ValueError: ImageNet weights with another width or tail.
     """
     if weights_backbone is not None and (width != 1.0 or reduced_tail):
         raise ValueError("ImageNet weights of the trunk need width=1.0 and reduced_tail=False")

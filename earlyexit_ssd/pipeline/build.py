@@ -26,7 +26,11 @@ logger = logging.getLogger(__name__)
 
 
 def build_device(cfg: CfgNode) -> torch.device:
-    """DEVICE as a device that is there; the process's own one under torchrun."""
+    """DEVICE as a device that is there; the process's own one under torchrun.
+
+    Raises:
+        ConfigError: no such device, or fp16 without CUDA.
+    """
     name = cfg.DEVICE
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -114,7 +118,7 @@ def build_losses(cfg: CfgNode) -> LossSettings:
 
 
 def build_router(cfg: CfgNode, stored: dict | None = None, learn: bool = False) -> ExitRouter:
-    """The ROUTING section for the exits of the configuration; temperatures from a model's info where it has them."""
+    """The ROUTING section; number of exits and temperatures from a model's info (``stored``) where it has them."""
     stored = stored or {}
     return ExitRouter(
         stored.get("num_exits", len(cfg.EXITS.LAYERS)),

@@ -23,12 +23,15 @@ def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str |
     """Evaluate on DATA.TEST and write metrics.json, the table, the chart and the pictures into ``out_dir``.
 
     Args:
-        cfg: its DATA, EVAL and ROUTING sections are used; the classes are those of the weights.
+        cfg: its DATA, EVAL and ROUTING sections, DEVICE and SEED are used; the classes are those of the weights.
         weights: a model of this project.
         out_dir: folder of results.
 
     Returns:
         what is in metrics.json.
+
+    Raises:
+        EarlyExitError: unusable weights, data or settings.
     """
     device = build_device(cfg)
     model, architecture, info = load_model(weights)

@@ -132,6 +132,7 @@ def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoad
 
     Raises:
         Interrupted: a signal stopped it.
+        TrainingDiverged: a loss is NaN or infinite.
     """
     cfg, model, phase = run.cfg, run.model, run.cfg[PHASE_SECTIONS[name]]
     folder = run.folder.phase(name)
@@ -200,7 +201,11 @@ def full_path_fingerprint(model: EarlyExitSSDLite) -> dict[str, Tensor]:
 
 
 def require_same_full_path(before: dict[str, Tensor], model: EarlyExitSSDLite) -> None:
-    """The exits phase must leave the full path bit-identical."""
+    """The exits phase must leave the full path bit-identical (``before`` is its fingerprint).
+
+    Raises:
+        EarlyExitError: it does not; the message names the first tensor.
+    """
     after = full_path_fingerprint(model)
     for key, value in before.items():
         if not torch.equal(value, after[key]):

@@ -38,6 +38,7 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> dict[str, 
         the metrics that are in metrics.json; empty on processes other than the first.
 
     Raises:
+        EarlyExitError: unusable settings, data or weights, or a training that diverged.
         GateFailed: a phase's gate failed and ``force`` is not set.
         Interrupted: a signal stopped a phase; everything is saved.
     """

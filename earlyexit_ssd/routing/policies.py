@@ -29,7 +29,11 @@ POLICIES: dict[str, Policy] = {"mean_foreground": mean_foreground, "max_foregrou
 
 
 def get_policy(name: str) -> Policy:
-    """The policy of that name."""
+    """The policy of that name.
+
+    Raises:
+        EarlyExitError: an unknown name; the message has the nearest one.
+    """
     if name not in POLICIES:
         hint = nearest(name, POLICIES) or f"; there are {', '.join(POLICIES)}"
         raise EarlyExitError(f"unknown routing policy '{name}'{hint}")

@@ -27,7 +27,7 @@ class ExitRouter(nn.Module):
             take no gradient from it, so that the detector cannot be bent by its own confidence.
 
     Raises:
-        EarlyExitError: a number that is not in its range, or a wrong count.
+        EarlyExitError: an unknown policy, a number that is not in its range, or a wrong count.
     """
 
     @suggest_keywords
@@ -86,7 +86,7 @@ class ExitRouter(nn.Module):
         self.temperatures.nan_to_num_(nan=1.0).clamp_(*self.temperature_bounds)
 
     def to_dict(self) -> dict:
-        """Plain types, to be stored beside the weights."""
+        """Plain types, to be stored beside the weights; ``ExitRouter(**values)`` makes the router again."""
         return {
             "num_exits": self.num_exits,
             "policy": self.policy,

@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from earlyexit_ssd.config import load_config
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.pipeline import phases
+from earlyexit_ssd.pipeline.phases import Run, full_path_fingerprint, joint, require_same_full_path
+from tests.modeling.conftest import small_model
+
+
+class FakeQuality:
+    """Figures that were written down before."""
+
+    def __init__(self, *ap50):
+        self.ap50 = list(ap50)
+
+    def of_full_path(self, model):
+        return {"AP50": self.ap50.pop(0)}
+
+
+@pytest.fixture
+def run(monkeypatch):
+    run = Run(load_config(), None, small_model(), None, None, None, torch.device("cpu"))
+
+    def train(run, name, losses, loader):
+        with torch.no_grad():
+            for parameter in run.model.parameters():
+                parameter.add_(1.0)
+
+    monkeypatch.setattr(phases, "fit", train)
+    monkeypatch.setattr(phases, "_photo_loader", lambda run, batch_size: None)
+    return run
+
+
+@pytest.mark.parametrize(("after", "kept"), [(0.499, True), (0.4985, True), (0.497, False)])
+def test_joint_phase_stays_only_if_the_full_path_does(run, monkeypatch, after, kept):
+    monkeypatch.setattr(Run, "calib_quality", FakeQuality(0.5, after))
+    before = {key: value.clone() for key, value in run.model.state_dict().items()}
+    gate = joint(run)
+    same = all(torch.equal(value, before[key]) for key, value in run.model.state_dict().items())
+    assert same is not kept
+    assert gate.passed
+    assert ("weights of the exits phase kept" in str(gate)) is not kept
+
+
+@pytest.mark.parametrize("part", ["backbone", "head"])
+def test_smallest_change_of_the_full_path_is_found(part):
+    model = small_model()
+    before = full_path_fingerprint(model)
+    require_same_full_path(before, model)
+    with torch.no_grad():
+        next(getattr(model, part).buffers()).view(-1)[0].add_(1e-7)
+    with pytest.raises(EarlyExitError, match=f"changed the full path: {part}"):
+        require_same_full_path(before, model)
+
+
+def test_fingerprint_leaves_the_mode_alone():
+    model = small_model().train()
+    full_path_fingerprint(model)
+    assert model.training
+    assert model.backbone.training
