@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 
-def loader_of(dataset: Dataset) -> DataLoader:
+def loader_of(dataset: Dataset, batch_size: int = 4) -> DataLoader:
     """Images and targets of a batch come as tuples."""
-    return DataLoader(dataset, batch_size=4, collate_fn=lambda samples: tuple(zip(*samples, strict=True)))
+    return DataLoader(dataset, batch_size, collate_fn=lambda samples: tuple(zip(*samples, strict=True)))
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -93,10 +93,13 @@ def _check_phases(cfg: CfgNode) -> None:
         if phase not in PHASES:
             listed = ", ".join(PHASES)
             raise ConfigError(f"PHASES has {phase!r}, expected some of {listed}{nearest(str(phase), PHASES)}")
+    _require(len(cfg.PHASES) > 0, "PHASES", cfg.PHASES, f"some of {PHASES}")
     ordered = sorted(set(cfg.PHASES), key=PHASES.index)
     _require(list(cfg.PHASES) == ordered, "PHASES", cfg.PHASES, f"each phase once, in the order {PHASES}")
     _require("joint" not in cfg.PHASES or "exits" in cfg.PHASES, "PHASES", cfg.PHASES, "exits before joint")
     for section in PHASE_SECTIONS.values():
+        size = cfg[section].BATCH_SIZE
+        _require(size >= 2, f"{section}.BATCH_SIZE", size, "2 or more: BatchNorm cannot normalise a single image")
         _require(cfg[section].EMA < 1, f"{section}.EMA", cfg[section].EMA, "a decay below 1")
 
 

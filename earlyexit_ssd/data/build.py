@@ -47,8 +47,8 @@ def load_dataset(cfg: CfgNode, names: str | Sequence[str], train: bool = False) 
     if not records:
         raise DataError(f"{title}: no usable photo is left; check the folder of the photos")
     transforms = build_transforms(data.AUGMENTATION) if train else None
-    objects = sum(len(record.annotations) for record in records)
-    negatives = sum(not record.annotations for record in records)
+    objects = sum(not annotation.ignore for record in records for annotation in record.annotations)
+    negatives = sum(not record.has_targets for record in records)
     if train and not objects:
         raise DataError(f"{title}: no box of {', '.join(classes)} in {len(records)} photos; nothing can be learnt")
     logger.info("%s: %d photos, %d boxes, %d photos without any", title, len(records), objects, negatives)

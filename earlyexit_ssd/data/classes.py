@@ -99,12 +99,12 @@ def limit_negatives(records: list[Record], share: float, seed: int) -> list[Reco
     """
     if share < 0:
         return records
-    negatives = [place for place, record in enumerate(records) if not record.annotations]
+    negatives = [place for place, record in enumerate(records) if not record.has_targets]
     wanted = round((len(records) - len(negatives)) * share / (1 - share))
     if len(negatives) <= wanted:
         return records
     kept = set(random.Random(seed).sample(negatives, wanted))
-    return [record for place, record in enumerate(records) if record.annotations or place in kept]
+    return [record for place, record in enumerate(records) if record.has_targets or place in kept]
 
 
 def limit_photos(records: list[Record], limit: int, seed: int) -> list[Record]:

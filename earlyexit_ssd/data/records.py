@@ -40,6 +40,11 @@ class Record:
     annotations: tuple[Annotation, ...] = ()
     source: Path | None = None
 
+    @property
+    def has_targets(self) -> bool:
+        """Whether any object is a training target; crowds and difficult objects are not."""
+        return any(not annotation.ignore for annotation in self.annotations)
+
 
 @dataclass(frozen=True)
 class RawDataset:

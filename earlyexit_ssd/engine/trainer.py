@@ -119,7 +119,7 @@ class Trainer:
                     hook.after_step(self)
                 if self.stop:
                     break
-        if self.step < self.total_steps:
+        if self.stop:
             return False
         for hook in self.hooks:
             hook.after_training(self)

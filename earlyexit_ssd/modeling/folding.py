@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.ssd import SSDScoringHead
 
+from earlyexit_ssd.data import canonical
 from earlyexit_ssd.errors import EarlyExitError, nearest
 
 
@@ -71,7 +72,8 @@ def plan_class_change(source: Sequence[str], wanted: Sequence[str]) -> ClassChan
     Raises:
         EarlyExitError: not one of the wanted classes is there.
     """
-    rows = tuple(source.index(name) + 1 if name in source else None for name in wanted)
+    labels = {canonical(name): label for label, name in enumerate(source, start=1)}
+    rows = tuple(labels.get(canonical(name)) for name in wanted)
     if all(row is None for row in rows):
         raise EarlyExitError(
             f"the checkpoint knows none of the classes {', '.join(wanted)}{nearest(wanted[0], source)}; "

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from earlyexit_ssd.errors import EarlyExitError
+
 
 def check_images(images: Sequence[Tensor]) -> None:
     """Images are [3, H, W] float tensors."""
     for index, image in enumerate(images):
         if image.dim() != 3 or image.shape[0] != 3 or not image.is_floating_point():
-            raise ValueError(
+            raise EarlyExitError(
                 f"image {index}: expected a float tensor [3, H, W] in [0, 1], got {image.dtype} {list(image.shape)}"
             )
 
@@ -20,22 +22,24 @@ def check_images(images: Sequence[Tensor]) -> None:
 def check_targets(targets: Sequence[dict[str, Tensor]] | None, count: int, classes: Sequence[str]) -> None:
     """Targets have boxes xyxy with positive width and height, and labels in 1..K."""
     if targets is None or len(targets) != count:
-        raise ValueError(f"train mode needs one target per image: {count} images, {targets and len(targets)} targets")
+        raise EarlyExitError(
+            f"train mode needs one target per image: {count} images, {targets and len(targets)} targets"
+        )
     for index, target in enumerate(targets):
         boxes, labels = target["boxes"], target["labels"]
         if boxes.dim() != 2 or boxes.shape[1] != 4 or len(boxes) != len(labels):
-            raise ValueError(
+            raise EarlyExitError(
                 f"target {index}: expected boxes [n, 4] and labels [n], "
                 f"got {list(boxes.shape)} and {list(labels.shape)}"
             )
         bad = ~((boxes[:, 2:] > boxes[:, :2]).all(1) & torch.isfinite(boxes).all(1))
         if bad.any():
             first = int(bad.nonzero()[0])
-            raise ValueError(
+            raise EarlyExitError(
                 f"target {index}, box {first}: {boxes[first].tolist()} has no positive width and height (xyxy expected)"
             )
         if len(labels) and not (int(labels.min()) >= 1 and int(labels.max()) <= len(classes)):
-            raise ValueError(
+            raise EarlyExitError(
                 f"target {index}: labels {int(labels.min())}..{int(labels.max())}, "
                 f"expected 1..{len(classes)} (0 is background)"
             )
@@ -45,6 +49,6 @@ def check_batch(model: nn.Module, count: int) -> None:
     """BatchNorm cannot normalise the 1x1 map of a single image; say so before it does."""
     trains_norm = any(module.training for module in model.modules() if isinstance(module, nn.BatchNorm2d))
     if count == 1 and trains_norm:
-        raise ValueError(
+        raise EarlyExitError(
             "a training batch of 1 image: BatchNorm needs 2 or more on the 1x1 map; use a larger batch size"
         )

@@ -26,11 +26,13 @@ logger = logging.getLogger(__name__)
 
 
 def build_device(cfg: CfgNode) -> torch.device:
-    """DEVICE as a device that is there; the process's own one under torchrun.
+    """DEVICE as a device that is there, the process's own one under torchrun; sets THREADS too.
 
     Raises:
         ConfigError: no such device, or fp16 without CUDA.
     """
+    if cfg.THREADS:
+        torch.set_num_threads(cfg.THREADS)
     name = cfg.DEVICE
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

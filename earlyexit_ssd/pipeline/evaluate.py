@@ -64,7 +64,7 @@ def _detection_picture(
     cfg: CfgNode, model: EarlyExitSSDLite, dataset: DetectionDataset, collected: Collected, chosen: list[int]
 ) -> Image.Image:
     """Some photos with what every exit finds in them; ``chosen`` is the exit that each photo takes."""
-    empty = [not any(not one.ignore for one in record.annotations) for record in dataset.records]
+    empty = [not record.has_targets for record in dataset.records]
     examples = []
     for index in choose_examples(chosen, empty, cfg.EVAL.PICTURES, cfg.SEED):
         image, target = dataset[index]

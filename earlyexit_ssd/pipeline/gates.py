@@ -83,7 +83,7 @@ def baseline_gate(figures: dict, limits: dict[str, float]) -> Gate:
 
 def exits_gate(names: Sequence[str], ap50: Sequence[float | None], first_limit: float, deepest_share: float) -> Gate:
     """The first exit's AP50, and the deepest early exit's against the full path's, which is last in both lists."""
-    full = ap50[-1] or 0.0
+    full = ap50[-1] or 1.0  # where the full path finds nothing, no exit passes
     checks = (
         Check(f"{names[0]} AP50", ap50[0], first_limit),
         Check(f"{names[-2]} AP50", ap50[-2], deepest_share * full),

@@ -84,7 +84,7 @@ def _baseline_limits(run: Run) -> dict[str, float]:
     if not weights:
         raise EarlyExitError("BASELINE.GATE.RELATIVE needs a reference: set BASELINE.GATE.REFERENCE or MODEL.WEIGHTS")
     known = gate.REFERENCE_CLASSES if gate.REFERENCE else run.cfg.MODEL.WEIGHTS_CLASSES
-    detector, architecture, _ = retrofit(run.architecture, weights, source_classes(weights, known))
+    detector, architecture, _ = retrofit(run.architecture, weights, source_classes(weights, known), run.cfg.MODEL.FOLD)
     figures = run.calib_quality.of_full_path(architecture.add_exits(detector).to(run.device))
     return {name: gate.RELATIVE * (figures[name] or 0.0) for name in limits}
 
@@ -160,7 +160,9 @@ def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoad
         hooks=hooks,
         describe=lambda batch: _photo_names(run.train_set, batch),
     )
-    if not trainer.run():
+    finished = trainer.run()
+    losses.to(memory_format=torch.contiguous_format)
+    if not finished:
         raise Interrupted(f"{checkpoint.signal_name}: saved step {trainer.step} of phase {name} in {folder}")
     if ema:
         model.load_state_dict(ema.average.state_dict())
@@ -181,7 +183,7 @@ def _tap_loader(run: Run) -> CachedLoader:
     cfg, phase = run.cfg, run.cfg.EXITS_PHASE
     depends_on = f"{cfg.DATA} {cfg.SEED} {[str(record.path) for record in run.train_set.records]}"
     views = phase.CACHE_VIEWS
-    cache = TapCache(run.folder.phase("exits") / "taps", run.model, len(run.train_set), views, depends_on)
+    cache = TapCache(run.folder.taps, run.model, len(run.train_set), views, depends_on)
     cache.require_budget(phase.CACHE_GIB)
     cache.build(run.model, build_loader(run.train_set, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, False, cfg.SEED))
     return CachedLoader(cache, phase.BATCH_SIZE, cfg.SEED, run.device, rank(), world_size())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +45,17 @@ class RunFolder:
         """Folder of one phase."""
         return self.root / name
 
-    def start(self, cfg: CfgNode, resume: bool) -> None:
-        """Write configuration and versions, or check that a resumed run has the same ones.
+    @property
+    def taps(self) -> Path:
+        """The tap cache of the exits phase; gigabytes, so it goes when the phase is finished."""
+        return self.phase("exits") / "taps"
+
+    def remove_taps(self) -> None:
+        """Delete the tap cache."""
+        shutil.rmtree(self.taps, ignore_errors=True)
+
+    def require_free(self, cfg: CfgNode, resume: bool) -> None:
+        """Check that the folder holds no run, or, to resume, one of the same configuration.
 
         Raises:
             EarlyExitError: the folder holds a run already, or another configuration than the one to resume.
@@ -60,7 +70,10 @@ class RunFolder:
             self._require_same(cfg, path)
         elif (self.root / "metrics.json").exists():
             raise EarlyExitError(f"{self.root} holds other results; name another folder (OUTPUT_DIR), or delete it")
-        write_text(path, cfg.dump())
+
+    def start(self, cfg: CfgNode) -> None:
+        """Write configuration and versions."""
+        write_text(self.root / "config.yaml", cfg.dump())
         write_json(self.root / "run.json", describe_run(cfg))
 
     @staticmethod

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from fvcore.common.config import CfgNode
 
-from earlyexit_ssd.config import PHASES
 from earlyexit_ssd.data import load_dataset
 from earlyexit_ssd.engine.distributed import barrier, is_main, process_group
-from earlyexit_ssd.files import write_image
+from earlyexit_ssd.files import atomic_path, write_image
 from earlyexit_ssd.modeling import load_model, save_model
 from earlyexit_ssd.pipeline.build import build_device, build_losses, build_model, build_router, with_classes
 from earlyexit_ssd.pipeline.evaluate import evaluate_model
@@ -43,31 +42,32 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> dict[str, 
         Interrupted: a signal stopped a phase; everything is saved.
     """
     device = build_device(cfg)
-    if cfg.THREADS:
-        torch.set_num_threads(cfg.THREADS)
     with process_group(device):
         folder = RunFolder(Path(cfg.OUTPUT_DIR))
         if is_main():
-            folder.start(cfg, resume)
-        barrier()
+            folder.require_free(cfg, resume)
         run = _prepare(cfg, folder, device)
         if is_main():
+            folder.start(cfg)
             samples = [run.train_set.sample(index, epoch=0) for index in range(min(12, len(run.train_set)))]
             write_image(folder.root / "training_photos.png", photo_grid(samples, run.train_set.classes))
         for phase in cfg.PHASES:
             _run_phase(run, phase, force)
         if not is_main():
             return {}
-        shutil.copyfile(folder.phase(cfg.PHASES[-1]) / "model.pth", folder.model)
+        with atomic_path(folder.model) as temporary:
+            shutil.copyfile(folder.phase(cfg.PHASES[-1]) / "model.pth", temporary)
         return evaluate_model(run.cfg, folder.model, folder.root)
 
 
 def _prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
+    """Load all data and build the model, so that what is missing is found before anything is written or trained."""
     if not is_main():
         barrier()  # the first process may render or download
     train_set = load_dataset(cfg, cfg.DATA.TRAIN, train=True)
     cfg = with_classes(cfg, train_set.classes)
     calib_set = load_dataset(cfg, cfg.DATA.CALIB)
+    load_dataset(cfg, cfg.DATA.TEST)
     if is_main():
         barrier()
     torch.manual_seed(cfg.SEED)
@@ -82,7 +82,8 @@ def _run_phase(run: Run, name: str, force: bool) -> None:
         _take_over(run, path)
         logger.info("phase %s is finished already: %s", name, path)
         return
-    logger.info("phase %s (%d of %d)", name, PHASES.index(name) + 1, len(PHASES))
+    phases = run.cfg.PHASES
+    logger.info("phase %s (%d of %d)", name, phases.index(name) + 1, len(phases))
     gate = PHASE_FUNCTIONS[name](run)
     gate = dataclasses.replace(gate, forced=force and not gate.passed)
     if is_main():
@@ -90,6 +91,8 @@ def _run_phase(run: Run, name: str, force: bool) -> None:
         info = {"phase": name, "forced": gate.forced or run.folder.forced(), "router": router}
         save_model(path, run.model, run.architecture, info)
         run.folder.write_gate(gate)
+        if run.folder.finished(name):
+            run.folder.remove_taps()
     barrier()
     logger.info("%s", gate)
     if not gate.passed and not force:

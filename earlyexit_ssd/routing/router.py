@@ -104,7 +104,8 @@ class ExitRouter(nn.Module):
 def _per_exit(name: str, values: Sequence[float], count: int, low: float, high: float) -> Tensor:
     if len(values) not in (1, count):
         raise EarlyExitError(f"{name} {list(values)}: expected one number, or one for each of {count} exits")
+    rounding = 1e-6  # a bound that fp32 cannot hold comes back from a file a little beside it
     for value in values:
-        if not low <= value <= high:
+        if not low - rounding <= value <= high + rounding:
             raise EarlyExitError(f"{name} has {value}, expected a number in [{low}, {high}]")
-    return torch.tensor([float(value) for value in values]).expand(count).clone()
+    return torch.tensor([min(max(float(value), low), high) for value in values]).expand(count).clone()

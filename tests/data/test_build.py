@@ -45,7 +45,7 @@ def test_two_sets_and_the_classes_of_the_training_set(make_coco):
 def test_negative_share_and_limit(make_coco):
     cfg = make_coco(photos=tuple({"id": i, "file_name": f"{i}.png", "width": 60, "height": 40} for i in range(40, 50)))
     cfg.DATA.NEGATIVE_SHARE = 0.5
-    assert len(load_dataset(cfg, "tiny", train=True)) == 4
+    assert len(load_dataset(cfg, "tiny", train=True)) == 2, "a photo with a difficult chair alone teaches nothing"
     assert len(load_dataset(cfg, "tiny")) == 13, "evaluation keeps all negatives"
     cfg.DATA.LIMIT = 2
     first = [record.image_id for record in load_dataset(cfg, "tiny").records]
