@@ -30,7 +30,7 @@ FOLDER = "synthetic_chairs"
 SPLITS = ("train", "calib", "test")
 CATEGORY = {"id": 62, "name": "chair", "supercategory": "furniture"}  # COCO's own id
 QUALITY = 90  # of the JPEG files
-VERSION = 3  # of the renderer; raise it when the same settings give other pictures
+VERSION = 1  # of the renderer; raise it when the same settings give other pictures
 _STALE = 3600.0  # seconds after which an unfinished folder counts as left by a killed run
 
 _logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ def develop(image: Image.Image, generator: Generator) -> Image.Image:
     contrast, exposure = generator.uniform(0.8, 1.15), generator.uniform(0.75, 1.15)
     pixels = ((pixels - 128) * contrast + 128) * (tint * exposure)
     pixels *= uneven_light(generator, size, 0.22)[:, :, None]
-    sigma = generator.uniform(1.0, 5.0)
+    sigma = generator.uniform(0.5, 3.0)
     # Grey noise: one value for all three channels.
     grain = generator.standard_normal((size, size, 1), dtype=np.float32) * sigma
     pixels += grain

@@ -115,7 +115,7 @@ def _add_chair(stage: Stage, generator: Generator, x: float, y: float, yaw: floa
 
 def _free_chair(stage: Stage, generator: Generator) -> bool:
     """A chair somewhere on the floor, as high in the picture as drawn."""
-    wanted = math.exp(generator.uniform(math.log(0.25), math.log(0.68)))
+    wanted = math.exp(generator.uniform(math.log(0.32), math.log(0.72)))
     x, y = stage.camera.floor_point(0.95 * stage.camera.focal / wanted, generator.uniform(0.06, 0.94))
     return _add_chair(stage, generator, x, y, generator.uniform(0, 2 * math.pi))
 
