@@ -28,5 +28,5 @@ setup(
         "tensorboard",
         "tqdm",
     ],
-    extras_require={"dev": ["pytest", "pytest-xdist", "hypothesis", "ruff"]},
+    extras_require={"dev": ["pytest", "hypothesis", "ruff"]},
 )

@@ -17,7 +17,7 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """Small tensors gain nothing from more threads, and xdist workers share the cores."""
+    """Small tensors gain nothing from more threads, and figures do not depend on the machine."""
     torch.set_num_threads(1)
 
 
