@@ -16,7 +16,7 @@ from earlyexit_ssd.data.synthetic.stage import Stage, Thing, compose
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2, absolute pixels
 SCALE = 2  # supersampling
-MIN_VISIBLE = 0.5  # share of its own mask that a chair has to show; hidden ones are taken out of the scene
+MIN_VISIBLE = 0.45  # share of its own mask that a chair has to show; hidden ones are taken out of the scene
 MIN_SIDE = 8.0  # pixels
 EMPTY_SHARE = 0.5
 CHAIRS_PER_SCENE = (0.46, 0.3, 0.15, 0.09)  # 1, 2, 3, 4
