@@ -11,6 +11,8 @@ from typing import Any
 
 from PIL import Image
 
+from earlyexit_ssd.errors import EarlyExitError
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -26,6 +28,20 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Make a folder for results, before work is done that could not be written.
+
+    Raises:
+        EarlyExitError: it cannot be made or written to.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EarlyExitError(f"{path}: cannot be a folder of results ({error.strerror}); name another one") from None
+    if not os.access(path, os.W_OK):
+        raise EarlyExitError(f"{path}: cannot be written to; name another folder of results")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

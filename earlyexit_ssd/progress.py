@@ -1,8 +1,9 @@
-"""The progress bar of everything that takes more than a few seconds."""
+"""The progress bar of everything that takes more than a few seconds, and lines that do not run into it."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 
 from tqdm import tqdm
@@ -10,8 +11,11 @@ from tqdm import tqdm
 
 def progress(iterable: Iterable | None = None, desc: str = "", total: int | None = None) -> tqdm:
     """A tqdm bar on stderr: live on a terminal, a line every 30 seconds in a log file, silent on ranks above 0."""
-    import sys
-
     silent = int(os.environ.get("RANK", "0")) > 0
     interval = 0.2 if sys.stderr.isatty() else 30.0
     return tqdm(iterable, desc=desc, total=total, mininterval=interval, disable=silent, dynamic_ncols=True)
+
+
+def write_line(text: str) -> None:
+    """Write a line to stderr, above a bar that is being shown."""
+    tqdm.write(text, file=sys.stderr)

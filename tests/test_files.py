@@ -1,6 +1,7 @@
 import pytest
 
-from earlyexit_ssd.files import atomic_path, write_json, write_text
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.files import atomic_path, make_folder, write_json, write_text
 
 
 def test_a_failure_leaves_the_old_file(tmp_path):
@@ -17,3 +18,12 @@ def test_json_has_no_nan(tmp_path):
     with pytest.raises(ValueError):
         write_json(tmp_path / "x.json", {"AP": float("nan")})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_of_results_is_tried_first(tmp_path):
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(EarlyExitError, match="cannot be a folder of results"):
+            make_folder(path)

@@ -106,6 +106,8 @@ def _check_phases(cfg: CfgNode) -> None:
 def _check_data(cfg: CfgNode) -> None:
     for key in ("DATA.TRAIN", "DATA.CALIB", "DATA.TEST"):
         _require(len(_get(cfg, key)) > 0, key, _get(cfg, key), "at least one data set name")
+        for name in _get(cfg, key):
+            _require(isinstance(name, str), key, name, "the name of a data set")
     shared = set(cfg.DATA.TRAIN) & (set(cfg.DATA.CALIB) | set(cfg.DATA.TEST)) | set(cfg.DATA.CALIB) & set(cfg.DATA.TEST)
     _require(not shared, "DATA", sorted(shared), "TRAIN, CALIB and TEST without a data set in common")
     share = cfg.DATA.NEGATIVE_SHARE

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable
 
 from earlyexit_ssd.engine.distributed import is_main
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.pipeline.gates import GateFailed
 from earlyexit_ssd.pipeline.phases import Interrupted
+from earlyexit_ssd.progress import write_line
 
 EXIT_BAD_INPUT, EXIT_GATE_FAILED, EXIT_INTERRUPTED = 2, 3, 130
 
 
 def run_tool(job: Callable[[], None]) -> int:
     """Run ``job``; returns the exit code: 0, 2 for bad input, 3 for a failed gate, 130 for a signal."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s", stream=sys.stderr, force=True)
+    handler = _LineHandler()
+    logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s", handlers=[handler], force=True)
     logging.getLogger("fvcore").setLevel(logging.ERROR)
     try:
         job()
@@ -31,7 +32,14 @@ def run_tool(job: Callable[[], None]) -> int:
     return 0
 
 
+class _LineHandler(logging.Handler):
+    """Log lines that a progress bar does not run into."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        write_line(self.format(record))
+
+
 def _stop(message: str, code: int) -> int:
     if is_main():
-        print(f"error: {message}" if code == EXIT_BAD_INPUT else message, file=sys.stderr)
+        write_line(f"error: {message}" if code == EXIT_BAD_INPUT else message)
     return code

@@ -13,6 +13,7 @@ from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset, to_
 from earlyexit_ssd.evaluation.collect import Collected, collect
 from earlyexit_ssd.evaluation.metrics import evaluate_exits
 from earlyexit_ssd.evaluation.routed import choose_exits
+from earlyexit_ssd.files import make_folder
 from earlyexit_ssd.modeling import EarlyExitSSDLite, load_model
 from earlyexit_ssd.pipeline.build import build_device, build_evaluation, build_router, with_classes
 from earlyexit_ssd.report.pictures import Example, choose_examples, detection_grid
@@ -33,6 +34,7 @@ def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str |
     Raises:
         EarlyExitError: unusable weights, data or settings.
     """
+    make_folder(out_dir)
     device = build_device(cfg)
     model, architecture, info = load_model(weights)
     cfg = with_classes(cfg, architecture.classes)

@@ -17,7 +17,7 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.files import write_json, write_text
+from earlyexit_ssd.files import make_folder, write_json, write_text
 from earlyexit_ssd.pipeline.gates import Gate
 
 _MAY_CHANGE = (
@@ -60,6 +60,7 @@ class RunFolder:
         Raises:
             EarlyExitError: the folder holds a run already, or another configuration than the one to resume.
         """
+        make_folder(self.root)
         path = self.root / "config.yaml"
         if path.is_file():
             if not resume:
