@@ -12,6 +12,7 @@ from typing import Any
 
 MOVE_DEEPER_AP50 = 0.30
 WORTH_IT_AP50 = 0.35
+LARGEST_LOSS = 0.10
 ABOVE_FULL_TOLERANCE = 0.005
 """Half a point of AP50 is less than a few hundred photos can tell apart, so it is no sign of a mistake."""
 
@@ -104,12 +105,26 @@ def routing_is_faster(metrics: Metrics) -> list[Finding]:
     return [Finding(f"routing is faster ({times})")]
 
 
+def routing_keeps_accuracy(metrics: Metrics) -> list[Finding]:
+    """The routed detector may lose a tenth of the full path's AP50, the bargain that this project is after."""
+    full, routed = metrics["exits"][-1]["AP50"], metrics["routed"]["AP50"]
+    if not full or routed is None:
+        return []
+    lost = 1 - routed / full
+    figures = f"AP50 {routed:.3f} routed against {full:.3f}"
+    if lost > LARGEST_LOSS:
+        line = f"routing loses {lost:.0%} of the full path's AP50 ({figures}), more than {LARGEST_LOSS:.0%}"
+        return [Finding(f"{line}: raise ROUTING.THRESHOLDS", blocks=True)]
+    return [Finding(f"routing keeps the accuracy ({figures})")]
+
+
 RULES: tuple[Rule, ...] = (
     first_exit_detects,
     exits_stay_below_full,
     exits_save_time,
     routing_uses_exits,
     routing_is_faster,
+    routing_keeps_accuracy,
 )
 
 

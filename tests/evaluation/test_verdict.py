@@ -13,7 +13,7 @@ GOOD = {
         {"name": "full", "AP50": 0.72, "ms": 45.0},
     ],
     "without_exits": {"ms": 40.0},
-    "routed": {"exit_share": {"exit8": 0.5, "exit12": 0.2, "full": 0.3}, "ms": 29.5, "speedup": 40 / 29.5},
+    "routed": {"AP50": 0.70, "exit_share": {"exit8": 0.5, "exit12": 0.2, "full": 0.3}, "ms": 29.5, "speedup": 40 / 29.5},
 }
 
 
@@ -33,6 +33,7 @@ def test_good_exits_ship():
     assert verdict.lines == [
         "exit8: AP50 0.550 is above 0.35: worth it",
         "routing is faster (29.5 ms routed against 40.0 ms without exits, 1.36x)",
+        "routing keeps the accuracy (AP50 0.700 routed against 0.720)",
     ]
 
 
@@ -56,6 +57,8 @@ def test_good_exits_ship():
             "at exit8: routing collapsed",
             False,
         ),
+        ({"routed_AP50": 0.649}, "routing keeps the accuracy", True),
+        ({"routed_AP50": 0.64}, "routing loses 11% of the full path's AP50 (AP50 0.640 routed against 0.720)", False),
         ({"routed_speedup": 1.0, "routed_ms": 40.0}, "do not ship exits", False),
         ({"routed_speedup": 0.9, "routed_ms": 44.0}, "do not ship exits", False),
         ({"exit12_ms": 40.0}, "exit12: 40.0 ms, no less than the 40.0 ms without exits", True),
