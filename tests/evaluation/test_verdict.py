@@ -13,7 +13,12 @@ GOOD = {
         {"name": "full", "AP50": 0.72, "ms": 45.0},
     ],
     "without_exits": {"ms": 40.0},
-    "routed": {"AP50": 0.70, "exit_share": {"exit8": 0.5, "exit12": 0.2, "full": 0.3}, "ms": 29.5, "speedup": 40 / 29.5},
+    "routed": {
+        "AP50": 0.70,
+        "exit_share": {"exit8": 0.5, "exit12": 0.2, "full": 0.3},
+        "ms": 29.5,
+        "speedup": 40 / 29.5,
+    },
 }
 
 
