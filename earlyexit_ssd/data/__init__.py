@@ -5,6 +5,7 @@ from earlyexit_ssd.data.builtin import register_builtin
 from earlyexit_ssd.data.catalog import get, register, register_coco, register_voc
 from earlyexit_ssd.data.classes import canonical
 from earlyexit_ssd.data.dataset import DetectionDataset
+from earlyexit_ssd.data.disjoint import require_disjoint
 from earlyexit_ssd.data.ground_truth import to_coco
 from earlyexit_ssd.data.loaders import build_loader
 from earlyexit_ssd.data.records import Annotation, RawDataset, Record
@@ -24,5 +25,6 @@ __all__ = [
     "register",
     "register_coco",
     "register_voc",
+    "require_disjoint",
     "to_coco",
 ]

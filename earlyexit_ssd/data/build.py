@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.data import catalog
-from earlyexit_ssd.data.checks import check_boxes
+from earlyexit_ssd.data.checks import check_boxes, clip_boxes
 from earlyexit_ssd.data.classes import limit_negatives, limit_photos, select_classes, union_of_classes
 from earlyexit_ssd.data.dataset import DetectionDataset
 from earlyexit_ssd.data.photos import check_photos
@@ -20,13 +20,16 @@ from earlyexit_ssd.errors import DataError
 logger = logging.getLogger(__name__)
 
 
-def load_dataset(cfg: CfgNode, names: str | Sequence[str], train: bool = False) -> DetectionDataset:
+def load_dataset(
+    cfg: CfgNode, names: str | Sequence[str], train: bool = False, need_boxes: bool | None = None
+) -> DetectionDataset:
     """Read, check and join data sets, and keep the wanted classes.
 
     Args:
         cfg: the whole configuration; its ``DATA`` node and ``SEED`` are used.
         names: names of the catalog or of ``DATA.DATASETS``.
         train: limit the negatives, augment, and leave out objects to ignore.
+        need_boxes: refuse a set without any wanted object; by default in training alone.
 
     Raises:
         ConfigError: an unknown data set.
@@ -36,12 +39,12 @@ def load_dataset(cfg: CfgNode, names: str | Sequence[str], train: bool = False) 
     data = cfg.DATA
     raws = [read_dataset(cfg, name) for name in names]
     classes = tuple(data.CLASSES) or (union_of_classes(raws) if names == tuple(data.TRAIN) else class_names(cfg))
-    records = select_classes(raws, classes)
+    records = select_classes(raws, classes, train)
     if train:
         records = limit_negatives(records, data.NEGATIVE_SHARE, cfg.SEED)
     records = limit_photos(records, data.LIMIT, cfg.SEED)
     problems = Problems(data.ON_BAD)
-    records = check_photos(records, problems)
+    records = clip_boxes(check_photos(records, problems), problems)
     title = " + ".join(names)
     problems.log(title)
     if not records:
@@ -49,14 +52,18 @@ def load_dataset(cfg: CfgNode, names: str | Sequence[str], train: bool = False) 
     transforms = build_transforms(data.AUGMENTATION) if train else None
     objects = sum(not annotation.ignore for record in records for annotation in record.annotations)
     negatives = sum(not record.has_targets for record in records)
-    if train and not objects:
-        raise DataError(f"{title}: no box of {', '.join(classes)} in {len(records)} photos; nothing can be learnt")
+    if not objects and (train if need_boxes is None else need_boxes):
+        wanted, purpose = ", ".join(classes) or "any class", "learnt" if train else "measured"
+        raise DataError(
+            f"{title}: no box of {wanted} in {len(records)} photos; nothing can be {purpose}. "
+            "Add photos that show it, or name other DATA.CLASSES"
+        )
     logger.info("%s: %d photos, %d boxes, %d photos without any", title, len(records), objects, negatives)
     return DetectionDataset(records, classes, transforms, train, cfg.SEED, data.ON_BAD)
 
 
 def read_dataset(cfg: CfgNode, name: str) -> RawDataset:
-    """One data set with checked boxes and all of its classes; its photo files are not yet looked at.
+    """One data set with usable boxes and all of its classes; its photo files are not yet looked at.
 
     Raises:
         ConfigError, DataError: as :func:`load_dataset`.

@@ -72,6 +72,16 @@ def get(name: str) -> Loader:
     return _LOADERS[name]
 
 
+def require_known(name: str, data: CfgNode) -> None:
+    """Check that a data set has that name, in ``DATA.DATASETS`` or in the catalog; nothing is read.
+
+    Raises:
+        ConfigError: as :func:`load`.
+    """
+    if name not in _own_sets(data):
+        get(name)
+
+
 def load(name: str, data: CfgNode, problems: Problems) -> RawDataset:
     """Read a data set of the configuration (``DATA.DATASETS``) or of the catalog, unchecked.
 
@@ -79,16 +89,26 @@ def load(name: str, data: CfgNode, problems: Problems) -> RawDataset:
         data: the ``DATA`` node of the configuration.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown name, or ``DATA.DATASETS`` that are no triples of distinct names.
         DataError: missing files, or (mode "refuse") a broken record.
     """
-    root = dataset_root(data)
+    root, own = dataset_root(data), _own_sets(data)
+    if name in own:
+        return _load_own(name, *own[name], root, problems)
+    return get(name)(root, data, problems)
+
+
+def _own_sets(data: CfgNode) -> dict[str, tuple[str, str]]:
+    """``DATA.DATASETS``: name -> annotations, photos or split."""
+    own: dict[str, tuple[str, str]] = {}
     for entry in data.DATASETS:
         if not (isinstance(entry, tuple | list) and len(entry) == 3 and all(isinstance(t, str) for t in entry)):
             raise ConfigError(f"DATA.DATASETS has {entry!r}, expected triples (name, annotations, photos or split)")
-        if entry[0] == name:
-            return _load_own(*entry, root, problems)
-    return get(name)(root, data, problems)
+        name, annotations, photos = entry
+        if name in own:
+            raise ConfigError(f"DATA.DATASETS has two sets named {name!r}; give each its own name")
+        own[name] = annotations, photos
+    return own
 
 
 def dataset_root(data: CfgNode) -> Path:

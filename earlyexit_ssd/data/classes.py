@@ -38,11 +38,14 @@ def union_of_classes(raws: Sequence[RawDataset]) -> tuple[str, ...]:
     return tuple(names.values())
 
 
-def select_classes(raws: Sequence[RawDataset], classes: Sequence[str]) -> list[Record]:
+def select_classes(raws: Sequence[RawDataset], classes: Sequence[str], train: bool = False) -> list[Record]:
     """The photos of all data sets, with the wanted objects only, labelled 1..K in the order of ``classes``.
 
     Photos without a wanted object stay, as negatives. With more than one data set the photos are numbered
     anew from 1, since each set has its own numbers.
+
+    Args:
+        train: the photos are to teach the classes, so that a set with ``open_classes`` must show them too.
 
     Raises:
         DataError: a class that none of the data sets has, or a class named twice.
@@ -50,7 +53,7 @@ def select_classes(raws: Sequence[RawDataset], classes: Sequence[str]) -> list[R
     labels = {canonical(name): label for label, name in enumerate(classes, start=1)}
     if len(labels) < len(classes):
         raise DataError(f"DATA.CLASSES is {tuple(classes)}: the same class twice; name each once")
-    _check_classes(raws, classes)
+    _check_classes(raws, classes, train)
     records = [_relabel(record, _label_map(raw, labels)) for raw in raws for record in raw.records]
     if len(raws) > 1:
         records = [dataclasses.replace(record, image_id=i) for i, record in enumerate(records, start=1)]
@@ -72,13 +75,14 @@ def _relabel(record: Record, label_map: dict[int, int]) -> Record:
     return dataclasses.replace(record, annotations=annotations)
 
 
-def _check_classes(raws: Sequence[RawDataset], classes: Sequence[str]) -> None:
+def _check_classes(raws: Sequence[RawDataset], classes: Sequence[str], train: bool) -> None:
     """Unknown classes are an error; absent ones a warning: a set without their labels teaches background."""
     known = {canonical(name) for raw in raws for name in raw.classes}
+    may_lack_some = not train and any(raw.open_classes for raw in raws)
     for name in classes:
-        if canonical(name) not in known:
+        if canonical(name) not in known and not may_lack_some:
             sets = ", ".join(raw.name for raw in raws)
-            listed = ", ".join(union_of_classes(raws)[:20])
+            listed = ", ".join(union_of_classes(raws)[:20]) or "none"
             raise DataError(
                 f"DATA.CLASSES has {name!r}, which {sets} does not have"
                 f"{nearest(name, union_of_classes(raws))}; classes there: {listed}"
@@ -94,6 +98,8 @@ def _check_classes(raws: Sequence[RawDataset], classes: Sequence[str]) -> None:
 def limit_negatives(records: list[Record], share: float, seed: int) -> list[Record]:
     """Drop photos without an object, by a seeded choice, until they are at most ``share`` of the photos.
 
+    Where no photo has an object, all stay: there is nothing to be a share of.
+
     Args:
         share: in [0, 1); -1 keeps all.
     """
@@ -101,7 +107,7 @@ def limit_negatives(records: list[Record], share: float, seed: int) -> list[Reco
         return records
     negatives = [place for place, record in enumerate(records) if not record.has_targets]
     wanted = round((len(records) - len(negatives)) * share / (1 - share))
-    if len(negatives) <= wanted:
+    if len(negatives) <= wanted or len(negatives) == len(records):
         return records
     kept = set(random.Random(seed).sample(negatives, wanted))
     return [record for place, record in enumerate(records) if record.has_targets or place in kept]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,11 @@ def read_coco(name: str, annotations: Path, images: Path, problems: Problems) ->
 
 def _load(path: Path) -> dict[str, list[dict[str, Any]]]:
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise DataError(f"{path}: no such annotation file") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error})") from None
+        raise DataError(f"{path}: no such annotation file; correct its path in DATA.DATASETS, or DATA.ROOT") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error}); write it anew, as COCO JSON in UTF-8") from None
     for section in _SECTIONS:
         if not isinstance(tree, dict) or not isinstance(tree.get(section), list):
             raise DataError(f"{path}: no list {section!r}; a COCO detection file has {', '.join(_SECTIONS)}")
@@ -61,8 +62,8 @@ def _read_categories(entries: list[dict[str, Any]], source: Path) -> tuple[tuple
     """Class names in the file's order, and the label of each category id."""
     labels: dict[Any, int] = {}
     for place, entry in enumerate(entries):
-        if "id" not in entry or not isinstance(entry.get("name"), str):
-            raise DataError(f"{source}: categories[{place}] is {entry!r}, expected an id and a name")
+        if _hashable(entry.get("id")) is None or not isinstance(entry.get("name"), str):
+            raise DataError(f"{source}: categories[{place}] is {entry!r}, expected an id (number or text) and a name")
         if entry["id"] in labels:
             raise DataError(f"{source}: categories[{place}] repeats id {entry['id']!r}; give each its own")
         labels[entry["id"]] = place + 1
@@ -94,11 +95,11 @@ def _read_photos(
 
 
 def _read_size(entry: dict[str, Any], where: str, path: Path, number: int, problems: Problems) -> tuple[int, int]:
-    width, height = entry.get("width"), entry.get("height")
-    if all(isinstance(side, int | float) and side >= 1 for side in (width, height)):
+    width, height = _number(entry.get("width")), _number(entry.get("height"))
+    if 1 <= width < math.inf and 1 <= height < math.inf:
         return int(width), int(height)
-    kind = "photo without width and height"
-    problems.add(kind, f"{where} ({path.name}) has width {width!r} and height {height!r}", number)
+    sides = f"width {entry.get('width')!r} and height {entry.get('height')!r}"
+    problems.add("photo without width and height", f"{where} ({path.name}) has {sides}", number)
     try:
         return read_header(path).size
     except DataError:
@@ -116,10 +117,14 @@ def _read_annotations(
     objects: dict[int, list[Annotation]] = {photo[0]: [] for photo in photos.values()}
     seen: dict[Any, dict[str, Any]] = {}
     for place, entry in enumerate(entries):
-        annotation_id = entry.get("id", f"[{place}]")
         photo = photos.get(_hashable(entry.get("image_id")))
         number = photo[0] if photo else None
         problem = _problem(entry, photo, labels)
+        annotation_id = entry.get("id", f"[{place}]")
+        if isinstance(annotation_id, list | dict):
+            expected = "its id is to be a number or text"
+            problems.add("malformed annotation id", f"{_where(source, entry, photo)}: {expected}", number)
+            annotation_id = f"[{place}]"
         if annotation_id in seen:
             where = _where(source, entry, photo)
             problems.add("duplicate annotation id", f"{where} repeats id {annotation_id!r}", number)
@@ -130,18 +135,14 @@ def _read_annotations(
             kind, value = problem
             problems.add(kind, f"{_where(source, entry, photo)} has {value}", number)
             continue
-        x, y, width, height = (float(value) for value in entry["bbox"])
+        x, y, width, height = (_number(value) for value in entry["bbox"])
         ignore = any(entry.get(flag) for flag in ("iscrowd", "difficult", "ignore"))
-        area = entry.get("area")
-        objects[number].append(
-            Annotation(
-                (x, y, x + width, y + height),
-                labels[entry["category_id"]],
-                ignore,
-                float(area) if isinstance(area, int | float) and area > 0 else None,
-                annotation_id,
-            )
-        )
+        area = None if entry.get("area") is None else _number(entry["area"])
+        if area is not None and not 0 < area < math.inf:
+            problems.add("unusable area", f"{_where(source, entry, photo)} has area {entry['area']!r}", number)
+            area = None
+        box = (x, y, x + width, y + height)
+        objects[number].append(Annotation(box, labels[entry["category_id"]], ignore, area, annotation_id))
     return objects
 
 
@@ -176,6 +177,14 @@ def _content(entry: dict[str, Any]) -> tuple[Any, ...]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> float:
+    """A JSON number as float, infinity where it is too large for one, as 1e400 is; NaN for anything else."""
+    try:
+        return float(value) if _is_number(value) else math.nan
+    except OverflowError:
+        return math.inf
 
 
 def _hashable(value: Any) -> Any:

@@ -41,8 +41,12 @@ def _check(record: Record, problems: Problems) -> Record | None:
         problems.add(kind, f"{describe(record)} has {value}", record.image_id)
     if actual == size:
         return record
+    swapped = actual == (size[1], size[0])
+    kind = "photo with width and height swapped" if swapped else "photo of another size than annotated"
     sizes = f"is {actual[0]} x {actual[1]}, annotated as {size[0]} x {size[1]}"
-    problems.add("photo of another size than annotated", f"{describe(record)} {sizes}", record.image_id)
+    problems.add(kind, f"{describe(record)} {sizes}", record.image_id)
+    if swapped:
+        return dataclasses.replace(record, width=actual[0], height=actual[1])
     return resize_record(record, *actual)
 
 

@@ -19,6 +19,8 @@ REPAIRS = {
     "unknown label": "box dropped",
     "annotation without a needed key": "dropped",
     "annotation of an unknown photo": "dropped",
+    "malformed annotation id": "its place in the file taken",
+    "unusable area": "the box's own taken",
     "duplicate annotation id": "copies dropped, different boxes kept",
     "duplicate photo id": "copies dropped; dropped both where they are different photos",
     "malformed photo entry": "dropped",
@@ -27,6 +29,7 @@ REPAIRS = {
     "missing photo file": "photo dropped",
     "unreadable photo file": "photo dropped",
     "photo of another size than annotated": "boxes scaled",
+    "photo with width and height swapped": "swapped back, boxes as they are",
     "grey photo": "read as RGB",
     "palette photo": "read as RGB",
     "photo with transparency": "laid on white",
@@ -52,9 +55,10 @@ class Problems:
         self.counts: dict[str, int] = {}
         self.examples: dict[str, str] = {}
         self._left_out: set[int] = set()
+        self._skips: dict[str, int] = {}
 
     def add(self, kind: str, message: str, image_id: int | None = None) -> None:
-        """Note a problem of photo ``image_id``; ``message`` names file, record and value.
+        """Note a problem of photo ``image_id`` (None: of no photo); ``message`` names file, record and value.
 
         Raises:
             DataError: in mode "refuse".
@@ -65,6 +69,7 @@ class Problems:
         self.examples.setdefault(kind, message)
         if self.on_bad == "skip" and image_id is not None:
             self._left_out.add(image_id)
+            self._skips[kind] = self._skips.get(kind, 0) + 1
 
     def leave_out(self, image_id: int) -> None:
         """Drop this photo whatever the mode is: it cannot be repaired."""
@@ -77,7 +82,12 @@ class Problems:
     def log(self, name: str) -> None:
         """One warning per kind: how many, what was done, and the first of them. Forgets the counts."""
         for kind, count in self.counts.items():
-            done = "photo left out" if self.on_bad == "skip" else REPAIRS[kind]
-            logger.warning("%s: %d x %s (%s); the first: %s", name, count, kind, done, self.examples[kind])
-        self.counts.clear()
-        self.examples.clear()
+            logger.warning("%s: %d x %s (%s); the first: %s", name, count, kind, self._done(kind), self.examples[kind])
+        for notes in (self.counts, self.examples, self._skips):
+            notes.clear()
+
+    def _done(self, kind: str) -> str:
+        skips = self._skips.get(kind, 0)
+        if not skips:
+            return REPAIRS[kind]
+        return "photo left out" + (f", or {REPAIRS[kind]} where no photo is known" if skips < self.counts[kind] else "")

@@ -48,8 +48,12 @@ class Record:
 
 @dataclass(frozen=True)
 class RawDataset:
-    """What a reader returns, before checks and class filter; labels index ``classes``."""
+    """What a reader returns, before checks and class filter; labels index ``classes``.
+
+    ``open_classes``: the format declares no classes, so that ``classes`` are those that occur and others may not.
+    """
 
     name: str
     classes: tuple[str, ...]
     records: tuple[Record, ...]
+    open_classes: bool = False

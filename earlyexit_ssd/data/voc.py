@@ -37,17 +37,19 @@ def read_voc(name: str, devkit: Path, split: str, problems: Problems) -> RawData
     """
     listing = devkit / "ImageSets" / "Main" / f"{split}.txt"
     try:
-        lines = listing.read_text(encoding="utf-8").splitlines()
+        lines = listing.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         splits = ", ".join(sorted(path.stem for path in listing.parent.glob("*.txt"))) or "no split at all"
         raise DataError(f"{listing}: no such list of photos; {listing.parent} has {splits}") from None
     # per-class lists carry a -1, 0 or 1 behind the name
     stems = [line.split()[0] for line in lines if line.strip()]
-    return _read(name, devkit / "Annotations", devkit / "JPEGImages", stems, problems)
+    return _read(name, devkit / "Annotations", devkit / "JPEGImages", stems, problems, VOC_CLASSES)
 
 
 def read_xml_folder(name: str, annotations: Path, images: Path, problems: Problems) -> RawDataset:
     """Read every VOC XML file of a folder, the photos lying in another (as labelling tools write them).
+
+    The classes are those that occur, sorted.
 
     Raises:
         DataError: as :func:`read_voc`.
@@ -58,7 +60,14 @@ def read_xml_folder(name: str, annotations: Path, images: Path, problems: Proble
     return _read(name, annotations, images, stems, problems)
 
 
-def _read(name: str, annotations: Path, images: Path, stems: Sequence[str], problems: Problems) -> RawDataset:
+def _read(
+    name: str,
+    annotations: Path,
+    images: Path,
+    stems: Sequence[str],
+    problems: Problems,
+    benchmark: tuple[str, ...] = (),
+) -> RawDataset:
     found: list[tuple[Record, list[_Object]]] = []
     seen: set[str] = set()
     for number, stem in enumerate(stems, start=1):
@@ -69,7 +78,7 @@ def _read(name: str, annotations: Path, images: Path, stems: Sequence[str], prob
         seen.add(stem)
         try:
             tree = ElementTree.parse(source).getroot()
-        except (OSError, ElementTree.ParseError) as error:
+        except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:  # the last two: the encoding
             problems.add("unreadable annotation file", f"{source}: {error}", number)
             continue
         path = _find_photo(images, stem, tree)
@@ -77,14 +86,15 @@ def _read(name: str, annotations: Path, images: Path, stems: Sequence[str], prob
         objects = _read_objects(tree, source, number, problems)
         if problems.keeps(number):
             found.append((Record(number, path, width, height, source=source), objects))
-    classes = _class_names(name for _, objects in found for _, name, _, _ in objects)
-    return RawDataset(name, classes, tuple(_labelled(record, objects, classes) for record, objects in found))
+    classes = _class_names((name for _, objects in found for _, name, _, _ in objects), benchmark)
+    records = tuple(_labelled(record, objects, classes) for record, objects in found)
+    return RawDataset(name, classes, records, open_classes=True)
 
 
-def _class_names(names: Iterable[str]) -> tuple[str, ...]:
-    """VOC's twenty when they cover the names, else the names found, sorted."""
+def _class_names(names: Iterable[str], benchmark: tuple[str, ...]) -> tuple[str, ...]:
+    """The names found, sorted; those of the benchmark where all that is found is among them."""
     found = set(names)
-    return VOC_CLASSES if found <= set(VOC_CLASSES) else tuple(sorted(found))
+    return benchmark if found and found <= set(benchmark) else tuple(sorted(found))
 
 
 def _labelled(record: Record, objects: list[_Object], classes: tuple[str, ...]) -> Record:

@@ -80,8 +80,10 @@ def test_bad_records_of_all_kinds(make_coco, tmp_path, on_bad, caplog):
     if on_bad == "repair":
         assert kept[50].annotations[0].box == (0, 2.5, 5, 7.5)
         assert (kept[50].width, kept[50].height) == (60, 40)
-    for kind in ("box without area", "box outside the photo", "2 x missing photo file"):
-        assert sum(kind in message for message in caplog.messages) == 1
+    # of a photo that is left out for its size, the boxes are not looked at
+    counts = {"box without area": 1, "box outside the photo": int(on_bad == "repair"), "2 x missing photo file": 1}
+    for kind, count in counts.items():
+        assert sum(kind in message for message in caplog.messages) == count
     for image, target in (dataset[i] for i in range(len(dataset))):
         assert image.shape == (3, 40, 60)
         assert (target["boxes"][:, 2:] > target["boxes"][:, :2]).all()
@@ -93,8 +95,10 @@ def test_nothing_left_or_nothing_to_learn(make_coco, tmp_path):
     (tmp_path / "tiny.json").write_text(
         (tmp_path / "tiny.json").read_text().replace('"category_id": 3', '"category_id": 62')
     )
-    with pytest.raises(DataError, match="no box of cat in 3 photos"):
-        load_dataset(cfg, "tiny", train=True)
+    for share in (-1.0, 0.5):
+        cfg.DATA.NEGATIVE_SHARE = share
+        with pytest.raises(DataError, match="no box of cat in 3 photos.*DATA.CLASSES"):
+            load_dataset(cfg, "tiny", train=True)
     for photo in (tmp_path / "tiny").iterdir():
         photo.unlink()
     with pytest.raises(DataError, match="no usable photo is left"):
@@ -115,6 +119,43 @@ def test_loader_end_to_end(make_coco):
     images, targets = next(iter(loader))
     assert len(images) == len(targets) == 2
     assert all(isinstance(image, torch.Tensor) and image.shape[0] == 3 for image in images)
+
+
+def test_xml_folders_of_ones_own(make_coco, make_voc, voc_xml, voc_object):
+    """Which classes occur differs from folder to folder; photos without any are negatives."""
+    cup, mug = (voc_xml(voc_object(name, (1, 1, 20, 20))) for name in ("cup", "mug"))
+    make_voc({"c": cup, "m": mug}, folder="train")
+    make_voc({"c": cup}, folder="calib")
+    make_voc({"n": voc_xml()}, folder="empty")
+    cfg = make_coco()
+    cfg.DATA.DATASETS = tuple(
+        (name, f"{name}/Annotations", f"{name}/JPEGImages") for name in ("train", "calib", "empty")
+    )
+    cfg.DATA.TRAIN = ("train", "empty")
+    train = load_dataset(cfg, cfg.DATA.TRAIN, train=True)
+    assert (train.classes, len(train)) == (("cup", "mug"), 3)
+    for chosen in ((), ("mug",)):
+        cfg.DATA.CLASSES = chosen
+        for name in ("calib", "empty"):
+            assert (load_dataset(cfg, name).classes, len(load_dataset(cfg, name))) == (chosen or ("cup", "mug"), 1)
+    cfg.DATA.CLASSES = ("mgu",)
+    with pytest.raises(DataError, match=r"'mgu', which train, empty does not have \(did you mean 'mug'\?\)"):
+        load_dataset(cfg, cfg.DATA.TRAIN, train=True)
+    cfg.DATA.CLASSES, cfg.DATA.TRAIN = (), ("empty",)
+    with pytest.raises(DataError, match="no box of any class in 1 photos"):
+        load_dataset(cfg, cfg.DATA.TRAIN, train=True)
+
+
+def test_boxes_of_a_photo_whose_sides_are_swapped(make_coco, caplog):
+    """They are neither stretched nor cut to the wrong size; what is outside the real one is."""
+    image = {"id": 10, "file_name": "turned.png", "width": 40, "height": 60}
+    boxes = ([30, 10, 25, 20], [50, 30, 20, 20])
+    entries = [{"id": i, "image_id": 10, "category_id": 62, "bbox": box} for i, box in enumerate(boxes)]
+    dataset = load_dataset(make_coco(photos=(image,), images=[image], annotations=entries), "tiny")
+    assert [a.box for a in dataset.records[0].annotations] == [(30, 10, 55, 30), (50, 30, 60, 40)]
+    assert dataset[0][0].shape == (3, 40, 60)
+    assert sum("1 x photo with width and height swapped" in message for message in caplog.messages) == 1
+    assert sum("1 x box outside the photo" in message for message in caplog.messages) == 1
 
 
 @pytest.mark.shared

@@ -83,12 +83,28 @@ def test_own_sets_come_before_built_in_ones(make_coco):
     assert len(load("furniture_test", cfg).records) == 3
 
 
-@pytest.mark.parametrize("entries", [("a", "b", "c"), (("a", "b"),), ((1, "b", "c"),)])
-def test_own_sets_are_triples(entries):
-    cfg = get_cfg()
+@pytest.mark.parametrize(
+    ("entries", "wrong"),
+    [
+        (("a", "b", "c"), "'a'"),
+        ((("tiny", "tiny.json", "tiny"), ("a", "b")), r"\('a', 'b'\)"),
+        (((1, "b", "c"),), r"\(1, 'b', 'c'\)"),
+    ],
+)
+def test_own_sets_are_triples(make_coco, entries, wrong):
+    """Whichever of them is asked for."""
+    cfg = make_coco()
     cfg.DATA.DATASETS = entries
-    with pytest.raises(ConfigError, match=r"DATA.DATASETS has .*expected triples"):
-        load("furniture_test", cfg)
+    with pytest.raises(ConfigError, match=rf"DATA.DATASETS has {wrong}, expected triples") as error:
+        load("tiny", cfg)
+    assert "\n" not in str(error.value)
+
+
+def test_own_sets_are_named_once(make_coco):
+    cfg = make_coco()
+    cfg.DATA.DATASETS = (*cfg.DATA.DATASETS, ("tiny", "other.json", "other"))
+    with pytest.raises(ConfigError, match="DATA.DATASETS has two sets named 'tiny'; give each its own name"):
+        load("tiny", cfg)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from earlyexit_ssd.data.checks import check_boxes, clip, has_area
+from earlyexit_ssd.data.checks import check_boxes, clip, clip_boxes, has_area
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import Annotation, RawDataset, Record
 from earlyexit_ssd.errors import DataError
@@ -28,6 +28,11 @@ BAD = {
 }
 
 
+def checked_records(raw: RawDataset, problems: Problems) -> list[Record]:
+    """Both steps, as load_dataset takes them."""
+    return clip_boxes(check_boxes(raw, problems).records, problems)
+
+
 def dataset(annotation: Annotation) -> RawDataset:
     source = Path("boxes.json")
     first = Record(1, Path("good.jpg"), 60, 40, (GOOD,), source)
@@ -42,20 +47,20 @@ def test_bad_boxes(case, on_bad):
     raw = dataset(Annotation(box, 2, id=77))
     if on_bad == "refuse":
         with pytest.raises(DataError, match=kind) as error:
-            check_boxes(raw, problems)
+            checked_records(raw, problems)
         message = str(error.value)
         assert message.startswith("boxes.json: photo bad.jpg (id 2), annotation 77 has box")
         assert ", ".join(f"{value:g}" for value in box) in message
         assert "60 x 40" in message
         assert "\n" not in message
         return
-    checked = check_boxes(raw, problems)
+    checked = checked_records(raw, problems)
     assert problems.counts == {kind: 1}
     if on_bad == "skip":
-        assert [record.image_id for record in checked.records] == [1]
+        assert [record.image_id for record in checked] == [1]
     else:
         expected = [GOOD.box] if repaired is None else [GOOD.box, repaired]
-        assert [a.box for a in checked.records[1].annotations] == expected
+        assert [a.box for a in checked[1].annotations] == expected
 
 
 @pytest.mark.parametrize("label", [0, 3, -1])
@@ -71,16 +76,37 @@ def test_labels(label, on_bad):
     assert [len(record.annotations) for record in checked.records] == ([1, 1] if on_bad == "repair" else [1])
 
 
-def test_rounding_at_the_border_is_clipped_in_silence():
+def test_rounding_at_the_border_is_no_problem():
+    """Two decimals, as in COCO's files."""
     problems = Problems("refuse")
-    checked = check_boxes(dataset(Annotation((-0.01, 5, 60.01, 41), 1)), problems)
-    assert checked.records[1].annotations[1].box == (0, 5, 60, 40)
+    checked = checked_records(dataset(Annotation((-0.01, 5, 50.01 + 10, 40.01), 1)), problems)
+    assert checked[1].annotations[1].box == (0, 5, 60, 40)
     assert not problems.counts
+
+
+@pytest.mark.parametrize("box", [(-1, 5, 20, 30), (5, 5, 60.5, 30)])
+def test_a_pixel_outside_is_counted(box):
+    problems = Problems()
+    checked_records(dataset(Annotation(box, 1)), problems)
+    assert problems.counts == {"box outside the photo": 1}
+
+
+def test_boxes_that_became_too_thin_with_their_photo(on_bad):
+    """A photo of 60 x 40 that was annotated as one of 60,000 x 40,000, scaled."""
+    problems = Problems(on_bad)
+    record = Record(1, Path("a.jpg"), 60, 40, (Annotation((1, 1, 1.005, 9), 1),))
+    if on_bad == "refuse":
+        with pytest.raises(DataError, match="box without area"):
+            clip_boxes([record], problems)
+        return
+    assert [r.annotations for r in clip_boxes([record], problems)] == ([()] if on_bad == "repair" else [])
+    assert problems.counts == {"box without area": 1}
 
 
 def test_good_records_are_unchanged():
     raw = dataset(Annotation((0, 0, 60, 40), 2, True, 5.0))
     assert check_boxes(raw, Problems("refuse")) == raw
+    assert clip_boxes(raw.records, Problems("refuse")) == list(raw.records)
 
 
 def test_one_warning_per_kind_with_count_and_first_example(caplog):
@@ -107,8 +133,8 @@ numbers = st.floats(allow_nan=True, allow_infinity=True) | st.integers(-100, 100
 @given(st.lists(st.tuples(numbers, numbers, numbers, numbers), max_size=5), st.integers(1, 50), st.integers(1, 50))
 def test_whatever_comes_in_only_usable_boxes_come_out(boxes, width, height):
     record = Record(1, Path("p.jpg"), width, height, tuple(Annotation(box, 1) for box in boxes))
-    checked = check_boxes(RawDataset("set", ("chair",), (record,)), Problems("repair"))
-    for annotation in checked.records[0].annotations:
+    checked = checked_records(RawDataset("set", ("chair",), (record,)), Problems("repair"))
+    for annotation in checked[0].annotations:
         x1, y1, x2, y2 = annotation.box
         assert 0 <= x1 < x2 <= width
         assert 0 <= y1 < y2 <= height

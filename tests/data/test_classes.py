@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -81,6 +82,20 @@ def test_a_class_missing_in_all_sets_is_an_error():
         select_classes([dataset("a", ("cat", "chair")), dataset("b", ("cat",))], ["cat", "chiar"])
 
 
+def test_a_set_that_declares_no_classes_may_lack_some(caplog):
+    """Unless it teaches: a class that no training set shows is a misspelt one."""
+    mugs = dataclasses.replace(dataset("mugs", ("mug",), (1,), ()), open_classes=True)
+    with caplog.at_level(logging.WARNING):
+        records = select_classes([mugs], ["cup", "mug"])
+    assert labels_of(records) == [[2], []]
+    assert caplog.messages == ["mugs has no box of cup"]
+    with pytest.raises(DataError, match=r"'mgu', which mugs does not have \(did you mean 'mug'\?\)"):
+        select_classes([mugs], ["mgu"], train=True)
+    empty = dataclasses.replace(mugs, classes=(), records=())
+    with pytest.raises(DataError, match="classes there: none"):
+        select_classes([empty], ["mug"], train=True)
+
+
 def test_a_class_named_twice():
     with pytest.raises(DataError, match="the same class twice"):
         select_classes([dataset("a", ("couch",))], ["couch", "sofa"])
@@ -102,7 +117,7 @@ def test_share_of_negatives(positives, negatives, share, seed):
     kept = limit_negatives(records, share, seed)
     count = sum(not record.annotations for record in kept)
     assert len(kept) - count == positives
-    assert count == min(negatives, round(positives * share / (1 - share)))
+    assert count == (min(negatives, round(positives * share / (1 - share))) if positives else negatives)
     assert [r.image_id for r in kept] == sorted(r.image_id for r in kept)
     assert kept == limit_negatives(records, share, seed)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 from pathlib import Path
 
 import pytest
@@ -36,13 +38,15 @@ def test_boxes_labels_and_flags(make_coco, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no such annotation file"),
-        ("{", "cannot be read as JSON"),
+        (None, "no such annotation file; correct its path in DATA.DATASETS"),
+        ("{", "cannot be read as JSON .*; write it anew"),
+        pytest.param("[" * 100_000, "cannot be read as JSON .*recursion", id="deep"),
         ("[]", "no list 'images'"),
         ('{"images": [], "annotations": 3, "categories": []}', "no list 'annotations'"),
         ('{"images": [], "annotations": []}', "no list 'categories'"),
         ('{"images": [3], "annotations": [], "categories": []}', r"images\[0\] is 3"),
         ('{"images": [], "annotations": [], "categories": [{"id": 1}]}', r"categories\[0\]"),
+        ('{"images": [], "annotations": [], "categories": [{"id": [1], "name": "a"}]}', r"categories\[0\] .* expected"),
         (
             '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}',
             "repeats id 1",
@@ -92,6 +96,46 @@ def test_broken_annotations(make_coco, tmp_path, on_bad, entry, kind, value):
     assert sum(len(record.annotations) for record in raw.records) == (1 if skipped else 3)
 
 
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [
+        ({"id": [9]}, "malformed annotation id"),
+        ({"id": {}}, "malformed annotation id"),
+        ({"area": math.inf}, "unusable area"),
+        ({"area": math.nan}, "unusable area"),
+        pytest.param({"area": 10**400}, "unusable area", id="huge area"),
+        ({"area": 0}, "unusable area"),
+        ({"area": "big"}, "unusable area"),
+    ],
+)
+def test_objects_are_kept_without_what_is_wrong_beside_the_box(make_coco, tmp_path, on_bad, part, kind):
+    make_coco(entries=({**GOOD, **part},))
+    if on_bad == "refuse":
+        with pytest.raises(DataError, match=f"tiny.json: annotation .*: {kind}"):
+            read(tmp_path, on_bad)
+        return
+    raw, problems = read(tmp_path, on_bad)
+    assert problems.counts == {kind: 1}
+    if on_bad == "skip":
+        assert [record.image_id for record in raw.records] == [20, 30]
+    else:
+        kept = raw.records[0].annotations[2]
+        assert (kept.box, kept.area) == ((1, 1, 6, 6), None)
+
+
+def test_numbers_that_no_float_holds_are_infinite(make_coco, tmp_path):
+    make_coco(entries=({**GOOD, "bbox": [1, 1, 10**400, 5]},))
+    raw, _ = read(tmp_path)
+    assert raw.records[0].annotations[2].box == (1, 1, math.inf, 6)
+
+
+def test_a_byte_order_mark_is_no_error(make_coco, tmp_path):
+    make_coco()
+    text = (tmp_path / "tiny.json").read_text()
+    (tmp_path / "tiny.json").write_text(text, encoding="utf-8-sig")
+    assert len(read(tmp_path)[0].records) == 3
+
+
 def test_duplicate_annotation_ids(make_coco, tmp_path, on_bad):
     copy = {"id": 1, "image_id": 10, "category_id": 62, "bbox": [5, 6, 20, 30]}
     other = {"id": 1, "image_id": 10, "category_id": 62, "bbox": [1, 1, 5, 5]}
@@ -121,6 +165,23 @@ def test_duplicate_photo_ids(make_coco, tmp_path, on_bad, file_name, kept):
     assert [record.image_id for record in raw.records] == kept
 
 
+def test_skip_says_where_no_photo_is_left_out(make_coco, tmp_path, caplog):
+    copy = {"id": 10, "file_name": "tiny10.png", "width": 60, "height": 40}
+    no_photo = {"id": 8, "category_id": 62, "bbox": [1, 1, 5, 5]}
+    no_box = {"id": 7, "image_id": 20, "category_id": 62}
+    make_coco(photos=(copy,), entries=({**GOOD, "image_id": 99}, {**GOOD, "id": 6, "bbox": 3}, no_photo, no_box))
+    raw, problems = read(tmp_path, "skip")
+    assert [record.image_id for record in raw.records] == [30]
+    with caplog.at_level(logging.WARNING):
+        problems.log("set")
+    assert [message.split(";")[0] for message in caplog.messages] == [
+        "set: 1 x duplicate photo id (copies dropped",
+        "set: 1 x annotation of an unknown photo (dropped)",
+        "set: 1 x malformed box (photo left out)",
+        "set: 2 x annotation without a needed key (photo left out, or dropped where no photo is known)",
+    ]
+
+
 @pytest.mark.parametrize("entry", [{"file_name": "x.png"}, {"id": 40}, {"id": 40, "file_name": 5}])
 def test_malformed_photo_entries(make_coco, tmp_path, on_bad, entry):
     make_coco()
@@ -137,10 +198,11 @@ def test_malformed_photo_entries(make_coco, tmp_path, on_bad, entry):
     assert len(raw.records[0].annotations) == 2
 
 
-def test_photo_size_is_taken_from_the_file(make_coco, tmp_path, on_bad):
-    make_coco(photos=({"id": 40, "file_name": "unsized.png"},))
+@pytest.mark.parametrize("width", [None, math.inf, math.nan, pytest.param(10**400, id="huge"), 0, "60", True])
+def test_photo_size_is_taken_from_the_file(make_coco, tmp_path, on_bad, width):
+    make_coco(photos=({"id": 40, "file_name": "unsized.png", "width": width, "height": 40},))
     if on_bad == "refuse":
-        with pytest.raises(DataError, match=r"images\[3\] \(unsized.png\) has width None"):
+        with pytest.raises(DataError, match=rf"images\[3\] \(unsized.png\) has width {width!r}"):
             read(tmp_path, on_bad)
         return
     raw, problems = read(tmp_path, on_bad)

@@ -56,6 +56,20 @@ def test_photos_of_another_size(photo_file, on_bad):
     assert checked[0].annotations[0].area == 500.0
 
 
+def test_swapped_sides(photo_file, on_bad):
+    """Width and height in each other's place: the boxes are right as they are."""
+    record = Record(1, photo_file("a.jpg"), 40, 60, (CHAIR,))
+    problems = Problems(on_bad)
+    kind = "photo with width and height swapped"
+    if on_bad == "refuse":
+        with pytest.raises(DataError, match=f"is 60 x 40, annotated as 40 x 60: {kind}"):
+            check_photos([record], problems)
+        return
+    swapped = Record(1, record.path, 60, 40, (CHAIR,))
+    assert check_photos([record], problems) == ([] if on_bad == "skip" else [swapped])
+    assert problems.counts == {kind: 1}
+
+
 def test_resize_keeps_unknown_areas_unknown(tmp_path):
     record = Record(1, tmp_path, 10, 10, (Annotation((1, 2, 3, 4), 1),))
     resized = resize_record(record, 20, 30)

@@ -36,6 +36,17 @@ def test_names_outside_voc_make_their_own_list(make_voc, voc_xml, voc_object):
     assert [a.label for a in raw.records[0].annotations] == [2, 1]
 
 
+def test_a_folder_of_xml_files_has_the_classes_that_occur(make_voc, voc_xml, voc_object):
+    """Not VOC's twenty, even where all names are among them; a photo without objects has none."""
+    devkit = make_voc({"a": voc_xml(voc_object("sofa", (1, 1, 9, 9))), "b": voc_xml()})
+    raw = read_xml_folder("v", devkit / "Annotations", devkit / "JPEGImages", Problems())
+    assert (raw.classes, raw.open_classes) == (("couch",), True)
+    (devkit / "Annotations/a.xml").unlink()
+    raw = read_xml_folder("v", devkit / "Annotations", devkit / "JPEGImages", Problems())
+    assert (raw.classes, raw.open_classes, len(raw.records)) == ((), True, 1)
+    assert read_voc("v", make_voc({"b": voc_xml()}, "negatives"), "negatives", Problems()).classes == ()
+
+
 def test_parts_of_an_object_are_not_its_box(make_voc, voc_xml):
     part = "<part><name>head</name><bndbox><xmin>2</xmin><ymin>2</ymin><xmax>3</xmax><ymax>3</ymax></bndbox></part>"
     box = "<bndbox><xmax>30</xmax><xmin>11</xmin><ymax>20.5</ymax><ymin>5</ymin></bndbox>"
@@ -63,6 +74,8 @@ def test_missing_split_names_those_there_are(make_voc, voc_xml):
     ("text", "kind", "value"),
     [
         ("<annotation>", "unreadable annotation file", "no element found"),
+        ('<?xml version="1.0" encoding="gbk"?><annotation/>', "unreadable annotation file", "multi-byte encodings"),
+        ('<?xml version="1.0" encoding="klingon"?><annotation/>', "unreadable annotation file", "encoding"),
         (
             "<annotation><size><width>60</width><height>40</height></size><object><name>cat</name></object>"
             "</annotation>",
@@ -99,7 +112,7 @@ def test_broken_files(make_voc, voc_xml, on_bad, text, kind, value):
 
 def test_missing_xml_and_double_lines(make_voc, voc_xml):
     devkit = make_voc({"a": voc_xml()})
-    (devkit / "ImageSets/Main/trainval.txt").write_text("a -1\n\na  1\nlost\n")
+    (devkit / "ImageSets/Main/trainval.txt").write_text("a -1\n\na  1\nlost\n", encoding="utf-8-sig")
     problems = Problems()
     raw = read_voc("v", devkit, "trainval", problems)
     assert [record.path.stem for record in raw.records] == ["a"]
