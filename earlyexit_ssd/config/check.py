@@ -12,15 +12,18 @@ from earlyexit_ssd.errors import ConfigError, nearest
 PHASES = ("baseline", "exits", "joint")
 PHASE_SECTIONS = {"baseline": "BASELINE", "exits": "EXITS_PHASE", "joint": "JOINT"}
 LAST_LAYER = 16
+TAIL_BLOCKS = 2
 
 _CHOICES = {
     "DATA.ON_BAD": ("repair", "refuse", "skip"),
     "DATA.AUGMENTATION": ("ssdlite", "ssd", "flip", "none"),
     "MODEL.FOLD": ("exact", "rows"),
     "MODEL.WEIGHTS_CLASSES": ("", "coco"),
+    "MODEL.WEIGHTS_BACKBONE": ("", "IMAGENET1K_V1", "IMAGENET1K_V2"),
     "BASELINE.GATE.REFERENCE_CLASSES": ("", "coco"),
     "LOSS.CLASSIFICATION": ("mined", "focal"),
     "LOSS.TEACHER": ("none", "full", "next"),
+    "LOSS.SUPERVISION": ("labels", "teacher"),
     "ROUTING.POLICY": ("mean_foreground", "max_foreground"),
     "ENGINE.AMP": ("off", "bf16", "fp16"),
     "BASELINE.OPTIMIZER": ("sgd", "adamw"),
@@ -41,7 +44,7 @@ _POSITIVE = (
     *(f"{phase}.{key}" for phase in PHASE_SECTIONS.values() for key in ("BATCH_SIZE", "LR")),
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "SEED", "THREADS", "DATA.LIMIT", "DATA.WORKERS", "EXITS.DEPTH", "LOSS.MIN_NEGATIVES", "LOSS.FOCAL_GAMMA",
+    "SEED", "THREADS", "DATA.LIMIT", "DATA.WORKERS", "LOSS.MIN_NEGATIVES", "LOSS.FOCAL_GAMMA",
     "LOSS.EXIT_WEIGHTS", "LOSS.FULL_WEIGHT", "LOSS.DISTILLATION_WEIGHT", "LOSS.DISTILLATION_BOX_WEIGHT",
     "EVAL.PICTURES", "DATA.SYNTHETIC.SEED",
     *(f"{phase}.{key}" for phase in PHASE_SECTIONS.values() for key in ("EPOCHS", "WEIGHT_DECAY", "CLIP_GRADIENT")),
@@ -71,12 +74,13 @@ def _check_exits(cfg: CfgNode) -> None:
     layers = cfg.EXITS.LAYERS
     _require(len(layers) > 0, "EXITS.LAYERS", layers, "at least one layer, such as [8, 12]")
     for layer in layers:
-        inside = isinstance(layer, int) and 1 <= layer < LAST_LAYER
+        inside = _is_whole(layer) and 1 <= layer < LAST_LAYER
         _require(inside, "EXITS.LAYERS", layer, f"trunk layers 1 to {LAST_LAYER - 1}")
     _require(list(layers) == sorted(set(layers)), "EXITS.LAYERS", layers, "increasing layers, each once")
     for key in ("LOSS.EXIT_WEIGHTS", "ROUTING.THRESHOLDS", "ROUTING.TEMPERATURES"):
         value = _get(cfg, key)
         _require(len(value) in (1, len(layers)), key, value, f"one number, or one for each of {len(layers)} exits")
+    _require(0 <= cfg.EXITS.DEPTH <= TAIL_BLOCKS, "EXITS.DEPTH", cfg.EXITS.DEPTH, f"0 to {TAIL_BLOCKS} blocks")
     _require(cfg.MODEL.IMAGE_SIZE >= 64, "MODEL.IMAGE_SIZE", cfg.MODEL.IMAGE_SIZE, "at least 64 pixels")
 
 
@@ -97,6 +101,14 @@ def _check_phases(cfg: CfgNode) -> None:
     ordered = sorted(set(cfg.PHASES), key=PHASES.index)
     _require(list(cfg.PHASES) == ordered, "PHASES", cfg.PHASES, f"each phase once, in the order {PHASES}")
     _require("joint" not in cfg.PHASES or "exits" in cfg.PHASES, "PHASES", cfg.PHASES, "exits before joint")
+    relative = cfg.BASELINE.GATE.RELATIVE
+    # Untrained, MODEL.WEIGHTS would be held against themselves and pass whatever they are worth.
+    reference = cfg.BASELINE.GATE.REFERENCE or (cfg.MODEL.WEIGHTS and cfg.BASELINE.EPOCHS)
+    _require(not relative or reference, "BASELINE.GATE.RELATIVE", relative, "0 without BASELINE.GATE.REFERENCE")
+    _require(
+        cfg.LOSS.SUPERVISION == "labels" or cfg.LOSS.TEACHER != "none",
+        "LOSS.TEACHER", cfg.LOSS.TEACHER, "'full' or 'next' with LOSS.SUPERVISION 'teacher'",
+    )  # fmt: skip
     for section in PHASE_SECTIONS.values():
         size = cfg[section].BATCH_SIZE
         _require(size >= 2, f"{section}.BATCH_SIZE", size, "2 or more: BatchNorm cannot normalise a single image")
@@ -108,12 +120,17 @@ def _check_data(cfg: CfgNode) -> None:
         _require(len(_get(cfg, key)) > 0, key, _get(cfg, key), "at least one data set name")
         for name in _get(cfg, key):
             _require(isinstance(name, str), key, name, "the name of a data set")
+        _require_unique(key, _get(cfg, key))
+    for name in cfg.DATA.CLASSES:
+        _require(isinstance(name, str), "DATA.CLASSES", name, "names of classes, in quotes where YAML reads no text")
+    _require_unique("DATA.CLASSES", cfg.DATA.CLASSES)
     shared = set(cfg.DATA.TRAIN) & (set(cfg.DATA.CALIB) | set(cfg.DATA.TEST)) | set(cfg.DATA.CALIB) & set(cfg.DATA.TEST)
     _require(not shared, "DATA", sorted(shared), "TRAIN, CALIB and TEST without a data set in common")
     share = cfg.DATA.NEGATIVE_SHARE
     _require(share == -1 or 0 <= share < 1, "DATA.NEGATIVE_SHARE", share, "-1, or a share in [0, 1)")
     sizes = cfg.DATA.SYNTHETIC.SIZES
-    _require(len(sizes) == 3, "DATA.SYNTHETIC.SIZES", sizes, "three sizes: train, calib, test")
+    whole = len(sizes) == 3 and all(_is_whole(size) for size in sizes)
+    _require(whole, "DATA.SYNTHETIC.SIZES", sizes, "three whole numbers: train, calib, test")
     side = cfg.DATA.SYNTHETIC.IMAGE_SIZE
     _require(side >= 64, "DATA.SYNTHETIC.IMAGE_SIZE", side, "at least 64 pixels")
 
@@ -121,6 +138,16 @@ def _check_data(cfg: CfgNode) -> None:
 def _require(condition: bool, key: str, value: object, expected: str) -> None:
     if not condition:
         raise ConfigError(f"{key} is {value!r}, expected {expected}")
+
+
+def _require_unique(key: str, names: tuple[str, ...]) -> None:
+    lower = [name.lower() for name in names]
+    for name in names:
+        _require(lower.count(name.lower()) == 1, key, name, "each name once")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _get(cfg: CfgNode, key: str) -> object:

@@ -79,11 +79,11 @@ _C.MODEL.TOPK_CANDIDATES = 300
 _C.EXITS = Node()
 # Trunk layers behind which a branch leaves, increasing, 1 to 15 (torchvision's numbering, the stem is 0).
 _C.EXITS.LAYERS = (8, 12)
-# Channels of a branch's pyramid.
+# Channels of a branch's first map; the others are as wide as the full path's.
 _C.EXITS.CHANNELS = 128
-# Residual blocks of a branch on its second grid, where context is cheap.
+# Residual blocks that a branch copies from the full path's tail, 0 to 2; they work on the second grid.
 _C.EXITS.DEPTH = 2
-# Squeeze-excitation attention on the tap and in the residual blocks.
+# Squeeze-excitation attention on the tap and in the short cut to the tail.
 _C.EXITS.ATTENTION = True
 # Features of the exit before flow into the next one.
 _C.EXITS.CASCADE = True
@@ -104,6 +104,8 @@ _C.LOSS.FOCAL_GAMMA = 2.0
 _C.LOSS.EXIT_WEIGHTS = (1.0,)
 # Weight of the full path's loss while it trains.
 _C.LOSS.FULL_WEIGHT = 1.0
+# What teaches the exits: labels (boxes, and the teacher beside them), or the teacher alone: then photos need no boxes.
+_C.LOSS.SUPERVISION = "labels"
 # Teacher of the exits: none, full (the full path) or next (the next deeper exit).
 _C.LOSS.TEACHER = "full"
 # Weight of distillation beside an exit's own loss.
@@ -120,6 +122,7 @@ _C.ROUTING.POLICY = "max_foreground"
 # An image leaves at the first exit whose confidence reaches that exit's threshold, in [0, 1]; one number serves all.
 _C.ROUTING.THRESHOLDS = (0.6,)
 # Temperatures that divide the exits' logits before the policy sees them: where they start; one number serves all.
+# A trained model keeps its own.
 _C.ROUTING.TEMPERATURES = (1.0,)
 # The interval that the temperatures are held in after every step.
 _C.ROUTING.TEMPERATURE_BOUNDS = (0.5, 3.0)

@@ -32,10 +32,13 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
         path = Path(path)
         for source, tree in reversed(_read_chain(path)):
             _merge(cfg, tree, (), str(source))
-        if cfg.OUTPUT_DIR == "auto":
-            cfg.OUTPUT_DIR = f"output/{path.stem}"
     _merge_overrides(cfg, overrides)
-    check_config(cfg)
+    if cfg.OUTPUT_DIR == "auto":
+        cfg.OUTPUT_DIR = f"output/{path.stem if path else 'defaults'}"
+    try:
+        check_config(cfg)
+    except ConfigError as error:
+        raise ConfigError(f"{path or 'the configuration'}: {error}") from None
     cfg.freeze()
     return cfg
 
@@ -69,14 +72,20 @@ def _merge(node: CfgNode, tree: dict, prefix: tuple[str, ...], source: str) -> N
 
 def _set(node: CfgNode, key: str, value: Any, prefix: tuple[str, ...], source: str) -> None:
     full_key = ".".join((*prefix, key))
+    _require_known(node, key, prefix, source)
+    node[key] = _convert(value, node[key], full_key, source)
+
+
+def _require_known(node: CfgNode, key: str, prefix: tuple[str, ...], source: str) -> None:
     if key not in node:
         hint = nearest(key, node) or f"; {'.'.join(prefix) or 'the top level'} has {', '.join(node)}"
-        raise ConfigError(f"{source}: unknown key {full_key}{hint}")
-    node[key] = _convert(value, node[key], full_key, source)
+        raise ConfigError(f"{source}: unknown key {'.'.join((*prefix, key))}{hint}")
 
 
 def _convert(value: Any, default: Any, key: str, source: str) -> Any:
     """``value`` in the type of ``default``; only lossless conversions are made."""
+    if isinstance(default, str) and isinstance(value, bool):
+        value = "on" if value else "off"  # YAML 1.1 reads these words as true and false
     if isinstance(default, bool) or isinstance(value, bool):
         fits = isinstance(default, bool) and isinstance(value, bool)
     elif isinstance(default, float):
@@ -121,10 +130,11 @@ def _merge_overrides(cfg: CfgNode, overrides: Sequence[str]) -> None:
         *parents, key = full_key.split(".")
         node = cfg
         for depth, parent in enumerate(parents):
-            if not isinstance(node.get(parent), CfgNode):
-                hint = nearest(parent, node)
-                raise ConfigError(f"command line: unknown key {'.'.join(parents[: depth + 1])}{hint}")
+            _require_known(node, parent, tuple(parents[:depth]), "command line")
             node = node[parent]
+            if not isinstance(node, CfgNode):
+                value_key = ".".join(parents[: depth + 1])
+                raise ConfigError(f"command line: unknown key {full_key}: {value_key} is a value, no key is below it")
         _set(node, key, _parse(text), tuple(parents), "command line")
 
 

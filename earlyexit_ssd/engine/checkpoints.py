@@ -29,8 +29,7 @@ class Checkpoint(Hook):
         """Go on from the file, and watch for signals."""
         if self.path.is_file():
             self._load(trainer)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def after_step(self, trainer: Trainer) -> None:
         """Save where it is time to."""
@@ -38,16 +37,11 @@ class Checkpoint(Hook):
         end_of_epoch = trainer.step % len(trainer.loader) == 0
         if trainer.stop or end_of_epoch or trainer.step % self.period == 0:
             self._save(trainer)
-        if trainer.stop:
-            self._release()
 
     def after_training(self, trainer: Trainer) -> None:
         """Give the signals back."""
-        self._release()
-
-    def _release(self) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 
 
 def world_size() -> int:
@@ -39,6 +39,13 @@ def any_process(flag: bool, device: torch.device) -> bool:
     value = torch.tensor(float(flag), device=device)
     distributed.all_reduce(value, distributed.ReduceOp.MAX)
     return bool(value)
+
+
+def same_everywhere(module: nn.Module) -> None:
+    """Give every process the first one's weights and buffers: BatchNorm's statistics are each process's own."""
+    if world_size() > 1:
+        for value in module.state_dict().values():
+            distributed.broadcast(value, 0)
 
 
 def mean_of(values: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -52,8 +52,6 @@ class ProgressBar(Hook):
             f"epoch {epoch}/{trainer.epochs}, loss {sum(trainer.losses.values()):.3f}", refresh=False
         )
         self.bar.update()
-        if trainer.stop:
-            self.bar.close()
 
     def after_training(self, trainer: Trainer) -> None:
         self.bar.close()
@@ -73,7 +71,7 @@ class Log(Hook):
         if self.path.is_file():
             kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= trainer.step]
             write_text(self.path, "".join(f"{line}\n" for line in kept))
-        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=trainer.step)
+        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=trainer.step + 1)
         self.started = time.perf_counter()
 
     def after_step(self, trainer: Trainer) -> None:

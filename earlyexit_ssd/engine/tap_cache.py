@@ -20,6 +20,7 @@ from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
 from earlyexit_ssd.modeling.training import TapBatch, compute_taps
 from earlyexit_ssd.progress import progress
 
+FP16_MAX = torch.finfo(torch.float16).max
 ARRAYS_OF_HEAD = ("cls_logits", "bbox_regression")
 
 
@@ -86,7 +87,7 @@ class TapCache:
             for images, targets in loader:
                 batch = compute_taps(model, [image.to(device) for image in images], to_device(targets, device))
                 for name, values in _named(batch).items():
-                    self._arrays[name][row : row + len(images)] = values.cpu().numpy().astype(np.float16)
+                    self._arrays[name][row : row + len(images)] = values.clamp(-FP16_MAX, FP16_MAX).cpu().numpy()
                 row += len(images)
                 bar.update(len(images))
                 for target in batch.targets:

@@ -15,7 +15,7 @@ from earlyexit_ssd.errors import EarlyExitError
 
 
 class TrainingDiverged(EarlyExitError):
-    """A loss became NaN or infinite."""
+    """A loss or a gradient became NaN or infinite."""
 
 
 class Loader(Protocol):
@@ -29,7 +29,11 @@ class Loader(Protocol):
 
 
 class Hook:
-    """Something that happens around the steps; override what is needed."""
+    """Something that happens around the steps; override what is needed.
+
+    Hooks nest like blocks: each enters in the order of the list, and what comes after a step or the training is
+    called in the reverse order.
+    """
 
     def before_training(self, trainer: Trainer) -> None:
         """Once, before the first step of this process; a checkpoint may move the trainer's position here."""
@@ -38,7 +42,7 @@ class Hook:
         """After every step; ``trainer.losses`` holds the means over all processes."""
 
     def after_training(self, trainer: Trainer) -> None:
-        """Once, after the last step; not when the training was stopped before."""
+        """Once, when the training ends, is stopped or fails: give back what was taken."""
 
 
 class Trainer:
@@ -56,7 +60,7 @@ class Trainer:
         clip_gradient: largest norm of the gradient; 0 does not clip.
         amp: ``off``, ``bf16`` or ``fp16``.
         device: where it runs.
-        hooks: called in this order.
+        hooks: nested in this order.
         describe: a batch to the names of its photos, for messages.
     """
 
@@ -105,25 +109,27 @@ class Trainer:
         """Train to the end; False if a hook set ``stop`` before.
 
         Raises:
-            TrainingDiverged: a loss is NaN or infinite.
+            TrainingDiverged: a loss or a gradient is NaN or infinite; the weights are those of the step before.
         """
         for hook in self.hooks:
             hook.before_training(self)
-        while self.step < self.total_steps and not self.stop:
-            epoch, start = divmod(self.step, len(self.loader))
-            self.model.train()
-            for batch in self.loader.epoch(epoch, start):
-                self.train_step(batch)
-                self.step += 1
-                for hook in self.hooks:
-                    hook.after_step(self)
-                if self.stop:
-                    break
-        if self.stop:
-            return False
-        for hook in self.hooks:
-            hook.after_training(self)
-        return True
+        try:
+            while self.step < self.total_steps and not self.stop:
+                self.model.train()
+                self._train_epoch(*divmod(self.step, len(self.loader)))
+        finally:
+            for hook in reversed(self.hooks):
+                hook.after_training(self)
+        return not self.stop
+
+    def _train_epoch(self, epoch: int, start: int) -> None:
+        for batch in self.loader.epoch(epoch, start):
+            self.train_step(batch)
+            self.step += 1
+            for hook in reversed(self.hooks):
+                hook.after_step(self)
+            if self.stop:
+                return
 
     def train_step(self, batch: Any) -> None:
         """Forward, backward, update."""
@@ -132,13 +138,14 @@ class Trainer:
         with self._autocast():
             losses = self.compute_losses(batch)
         self.losses = mean_of(losses)
-        self._require_finite(batch)
+        self._require_finite(self.losses, batch)
         self.optimizer.zero_grad()
         self.scaler.scale(sum(losses.values())).backward()
         self.scaler.unscale_(self.optimizer)
-        if self.clip_gradient:
-            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, self.clip_gradient)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.clip_gradient or float("inf"))
+        if not self.scaler.is_enabled():  # with fp16 such steps happen, and the scaler skips them
+            self._require_finite({"norm of the gradient": norm.item()}, batch)
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
@@ -147,8 +154,8 @@ class Trainer:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self._amp_type)
 
-    def _require_finite(self, batch: Any) -> None:
-        bad = {key: value for key, value in self.losses.items() if not abs(value) < float("inf")}
+    def _require_finite(self, values: dict[str, float], batch: Any) -> None:
+        bad = {key: value for key, value in values.items() if not abs(value) < float("inf")}
         if bad:
             figures = ", ".join(f"{key} = {value}" for key, value in bad.items())
             raise TrainingDiverged(

@@ -1,7 +1,7 @@
 """What an image pays up to each exit: multiply-accumulates and milliseconds.
 
-Both are of the network alone (trunk, branches, head) on a normalised input: resizing the photo, scoring the
-exit and post-processing are not counted. The way to an exit holds every earlier branch, as routing runs them.
+Both are of the network (trunk, branches, head) on a normalised input: resizing the photo and post-processing are
+not counted. The way to an exit holds every earlier branch, as routing runs them; with a router, its scoring too.
 """
 
 from __future__ import annotations
@@ -70,12 +70,6 @@ def count_mmacs(module: nn.Module, example: Tensor) -> float:
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         by_operator = analysis.by_operator()
     return sum(by_operator[name] for name in COUNTED) / 1e6
-
-
-def milliseconds_to_exit(model: nn.Module, runs: int = 30, threads: int = 1) -> list[Timing]:
-    """Eager PyTorch's time for one image to each exit on the model's device, shallow to deep."""
-    paths = [PathToExit(model, index) for index in range(len(model.exit_names))]
-    return time_modules(paths, example_input(model), runs, threads)
 
 
 def time_modules(modules: Sequence[nn.Module], example: Tensor, runs: int = 30, threads: int = 1) -> list[Timing]:

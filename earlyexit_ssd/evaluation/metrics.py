@@ -95,7 +95,7 @@ def evaluate_exits(
     """
     collected = collected or collect(model, loader, router)
     _check_same_images(collected, ground_truth)
-    costs = measure_costs(model, settings)
+    costs = measure_costs(model, settings, router)
     qualities = [evaluate_detections(ground_truth, found, settings) for found in collected.detections]
     metrics = {
         "context": _context(model, ground_truth, settings, splits, forced),
@@ -122,10 +122,11 @@ def evaluate_detections(ground_truth: COCO, detections: Detections, settings: Ev
     return Quality(figures, values)
 
 
-def measure_costs(model: nn.Module, settings: EvaluationSettings) -> Costs:
-    """MMACs and milliseconds of one image, all exits and the plain detector timed in turns."""
+def measure_costs(model: nn.Module, settings: EvaluationSettings, router: Any | None = None) -> Costs:
+    """MMACs and milliseconds of one image, all exits and the plain detector timed in turns; scoring by ``router``
+    included."""
     example, plain = example_input(model), PlainPath(model)
-    paths = [PathToExit(model, index) for index in range(len(model.exit_names))]
+    paths = [PathToExit(model, index, router) for index in range(len(model.exit_names))]
     *timings, plain_timing = time_modules([*paths, plain], example, settings.timing_runs, settings.timing_threads)
     return Costs(mmacs_to_exit(model), timings, count_mmacs(plain, example), plain_timing)
 

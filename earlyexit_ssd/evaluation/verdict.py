@@ -102,6 +102,10 @@ def routing_is_faster(metrics: Metrics) -> list[Finding]:
     times = f"{routed:.1f} ms routed against {plain:.1f} ms without exits, {speedup:.2f}x"
     if speedup <= 1.0:
         return [Finding(f"no speed gain ({times}): do not ship exits", blocks=True)]
+    low, high = metrics["without_exits"]["ms_interval"]
+    if routed >= low:
+        noise = f"{times}, inside the interval {low:.1f} to {high:.1f} ms of the latter"
+        return [Finding(f"no clear speed gain ({noise}): do not ship exits", blocks=True)]
     return [Finding(f"routing is faster ({times})")]
 
 

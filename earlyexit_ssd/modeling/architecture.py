@@ -23,7 +23,7 @@ class Architecture:
         width, reduced_tail: of the trunk; see :func:`build_ssdlite`.
         head_outputs, folded_rows: outputs per default box of a folded head, and the rows of ``classes`` in it;
             0 and empty where the head has the classes' own rows.
-        exit_layers, channels, depth, attention, cascade: of the exits; see :class:`Branch`.
+        exit_layers, channels, depth, attention, cascade: of the exits; see :class:`EarlyExitSSDLite`.
         score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing.
     """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -12,13 +11,15 @@ from torchvision.models.mobilenetv3 import InvertedResidual, InvertedResidualCon
 from torchvision.ops.misc import Conv2dNormActivation, SqueezeExcitation
 
 from earlyexit_ssd.modeling.ssdlite import norm_layer
+from earlyexit_ssd.modeling.tail import Tail, inherit_head
 
 EXPANSION = 3
 
 
-def _block(channels: int, attention: bool) -> InvertedResidual:
+def _stem(in_channels: int, out_channels: int, stride: int, attention: bool) -> InvertedResidual:
     """MobileNetV3's inverted residual with a 5x5 depthwise kernel: a tap sees little, so context pays."""
-    setting = InvertedResidualConfig(channels, 5, EXPANSION * channels, channels, attention, "HS", 1, 1, 1.0)
+    expanded = EXPANSION * in_channels
+    setting = InvertedResidualConfig(in_channels, 5, expanded, out_channels, attention, "HS", stride, 1, 1.0)
     return InvertedResidual(setting, norm_layer)
 
 
@@ -28,11 +29,11 @@ def _pointwise(in_channels: int, out_channels: int) -> Conv2dNormActivation:
     )
 
 
-def _depthwise(channels: int, stride: int, kernel_size: int) -> Conv2dNormActivation:
+def _depthwise(channels: int, stride: int) -> Conv2dNormActivation:
     return Conv2dNormActivation(
         channels,
         channels,
-        kernel_size=kernel_size,
+        kernel_size=5,
         stride=stride,
         groups=channels,
         norm_layer=norm_layer,
@@ -40,24 +41,20 @@ def _depthwise(channels: int, stride: int, kernel_size: int) -> Conv2dNormActiva
     )
 
 
-def _separable(in_channels: int, out_channels: int, stride: int, kernel_size: int) -> nn.Sequential:
-    return nn.Sequential(_depthwise(in_channels, stride, kernel_size), _pointwise(in_channels, out_channels))
-
-
 class Branch(nn.Module):
-    """Attention on the tap, context from the exit before, a narrow pyramid to the six grids, and an SSDLite head.
+    """A short cut from a tap to where the full path's tail begins, that tail again, a narrow first map, and a head.
 
-    The second grid does the thinking: it is four times cheaper than the first and sees further. Its result flows
-    down to the coarser grids and, upsampled, back to the first one (top-down, Lin et al. 2017, FPN).
+    The tail works on the second grid, four times cheaper than the first; what it has understood flows, upsampled,
+    back to the first map (top-down, Lin et al. 2017, FPN).
 
     Args:
         in_channels: channels of the tap.
         in_grid: side of the tap, cells.
         grids: sides of the six maps of the full path, cells, fine to coarse.
-        channels: channels of the pyramid.
-        depth: residual blocks on the second grid.
-        attention: squeeze-excitation on the tap and in the blocks (Hu et al. 2018).
+        channels: channels of the first map; the full path has 672 at width 1.0, and most of its head's cost there.
+        attention: squeeze-excitation on the tap and in the short cut (Hu et al. 2018).
         cascade: add the second map of the exit before.
+        tail: a copy of the full path's, this branch's own.
         num_anchors: default boxes per cell of each grid.
         num_classes: outputs per default box, background included.
     """
@@ -69,9 +66,9 @@ class Branch(nn.Module):
         in_grid: int,
         grids: Sequence[int],
         channels: int,
-        depth: int,
         attention: bool,
         cascade: bool,
+        tail: Tail,
         num_anchors: list[int],
         num_classes: int,
     ) -> None:
@@ -84,40 +81,38 @@ class Branch(nn.Module):
         self.reduce = nn.Sequential()
         while in_grid > grids[0]:
             out_channels = max(in_channels, channels // 2)
-            self.reduce.append(_separable(in_channels, out_channels, 2, 5))
+            self.reduce.append(nn.Sequential(_depthwise(in_channels, 2), _pointwise(in_channels, out_channels)))
             in_channels, in_grid = out_channels, (in_grid + 1) // 2
         self.fine = _pointwise(in_channels, channels)
-        self.coarse = _separable(in_channels, channels, 2 if in_grid > grids[1] else 1, 5)
-        self.context = _pointwise(channels, channels) if cascade else None
-        self.think = nn.Sequential(*(_block(channels, attention) for _ in range(depth)))
-        self.top_down = _pointwise(channels, channels)
-        self.smooth = _depthwise(channels, 1, 5)
-        self.down = nn.ModuleList(
-            _separable(channels, channels, 2 if finer > coarser else 1, 3)
-            for finer, coarser in itertools.pairwise(grids[1:])
-        )
-        self.head = SSDLiteHead([channels] * len(grids), num_anchors, num_classes, norm_layer)
+        self.stem = _stem(in_channels, tail.in_channels, 2 if in_grid > grids[1] else 1, attention)
+        self.context = _pointwise(tail.in_channels, tail.in_channels) if cascade else None
+        self.tail = tail
+        self.top_down = _pointwise(tail.in_channels, channels)
+        self.smooth = _depthwise(channels, 1)
+        self.head = SSDLiteHead([channels, *tail.out_channels], num_anchors, num_classes, norm_layer)
         self._finest_grid = grids[0]
+
+    def inherit(self, backbone: nn.Module, head: SSDLiteHead) -> None:
+        """Take the weights that the full path has now, for the tail and the predictors on its maps."""
+        self.tail.inherit(backbone)
+        inherit_head(self.head, head)
 
     def forward(self, tap: Tensor, context: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         """Return the head's outputs and the context for the next exit.
 
         Args:
             tap: [N, in_channels, in_grid, in_grid].
-            context: the second map of the exit before, [N, channels, grids[1], grids[1]]; not looked at without
-                ``cascade``, and None at the first exit.
+            context: the second map of the exit before, [N, tail.in_channels, grids[1], grids[1]]; not looked at
+                without ``cascade``, and None at the first exit.
 
         Returns:
-            ``{"cls_logits": [N, A, C], "bbox_regression": [N, A, 4]}`` and the second map behind its blocks.
+            ``{"cls_logits": [N, A, C], "bbox_regression": [N, A, 4]}`` and the second map behind the tail's blocks.
         """
         x = self.reduce(self.attention(tap))
-        size = (self._finest_grid, self._finest_grid)
-        fine, coarse = F.interpolate(self.fine(x), size), self.coarse(x)
+        coarse = self.stem(x)
         if self.context is not None:
             coarse = coarse + self.context(context)
-        coarse = self.think(coarse)
-        fine = self.smooth(fine + F.interpolate(self.top_down(coarse), size))
-        maps = [fine, coarse]
-        for block in self.down:
-            maps.append(block(maps[-1]))
-        return self.head(maps), coarse
+        coarse, maps = self.tail(coarse)
+        size = (self._finest_grid, self._finest_grid)
+        fine = F.interpolate(self.fine(x), size) + F.interpolate(self.top_down(coarse), size)
+        return self.head([self.smooth(fine), *maps]), coarse

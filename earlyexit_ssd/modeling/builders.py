@@ -47,7 +47,8 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
         num_classes: outputs per default box, background included; 91 by default.
         weights_backbone: ImageNet weights of the trunk where ``weights`` is None.
         trainable_backbone_layers: as torchvision's; it needs ``image_size=320`` and ``width=1.0``.
-        image_size, width: see :func:`earlyexit_ssd.modeling.ssdlite.build_ssdlite`.
+        image_size, width: see :func:`earlyexit_ssd.modeling.ssdlite.build_ssdlite`; another width than 1.0 needs
+            ``weights_backbone=None``.
         exit_layers, channels, depth, attention, cascade, classes, losses, router: see :class:`EarlyExitSSDLite`.
         score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing.
     """
@@ -60,8 +61,10 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
         "topk_candidates": topk_candidates,
     }
     if width != 1.0 or image_size != 320:
-        if weights is not None or trainable_backbone_layers is not None:
-            raise ValueError("weights and trainable_backbone_layers need image_size=320 and width=1.0")
+        if trainable_backbone_layers is not None or (weights is not None and width != 1.0):
+            raise ValueError("trainable_backbone_layers need image_size=320 and width=1.0, weights need width=1.0")
+        if weights is not None:
+            weights_backbone = None
         detector = build_ssdlite(
             num_classes=num_classes or 91,
             image_size=image_size,
@@ -71,6 +74,8 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
             progress=progress,
             **post_processing,
         )
+        if weights is not None:  # convolutions fit any size
+            detector.load_state_dict(weights.get_state_dict(progress=progress, check_hash=True))
     else:
         detector = ssdlite320_mobilenet_v3_large(
             weights=weights,

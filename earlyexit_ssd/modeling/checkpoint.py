@@ -47,6 +47,9 @@ def load_model(path: str | os.PathLike[str]) -> tuple[EarlyExitSSDLite, Architec
             f"{path}: expected a model of format {FORMAT}, got {content.get('format')!r}; "
             "a torchvision checkpoint goes into MODEL.WEIGHTS of a training configuration"
         )
+    lacking = [key for key in ("architecture", "model", "info") if not isinstance(content.get(key), dict)]
+    if lacking:
+        raise EarlyExitError(f"{path}: the file lacks '{lacking[0]}'; write it anew with save_model")
     architecture = Architecture.from_dict(content["architecture"])
     model = architecture.build()
     load_every_key(model, content["model"], path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from earlyexit_ssd.modeling.losses import LossSettings, detection_losses, distillation_loss
@@ -26,6 +27,9 @@ def early_exit_losses(
 ) -> dict[str, Tensor]:
     """Per exit ``<name>_bbox_regression`` and ``_classification``; where asked ``_distillation`` and ``_temperature``.
 
+    With ``supervision="teacher"`` the labels are not looked at: the teacher's most probable classes stand in for
+    them where a temperature is fitted.
+
     Args:
         names: of the early exits, shallow to deep.
         heads: of the early exits and, last, of the full path.
@@ -33,11 +37,15 @@ def early_exit_losses(
         settings: weights and teacher.
         router: fits its temperatures if it learns them.
     """
+    if settings.supervision == "teacher":
+        labels = heads[-1]["cls_logits"].detach().argmax(-1)
+        assignment = Assignment(labels, torch.zeros_like(heads[-1]["bbox_regression"]))
     losses = {}
     for index, name in enumerate(names):
         weight = settings.exit_weight(index)
-        for key, value in detection_losses(heads[index], assignment, settings).items():
-            losses[f"{name}_{key}"] = weight * value
+        if settings.supervision == "labels":
+            for key, value in detection_losses(heads[index], assignment, settings).items():
+                losses[f"{name}_{key}"] = weight * value
         if settings.teacher != "none":
             teacher = heads[-1 if settings.teacher == "full" else index + 1]
             value = distillation_loss(heads[index], teacher, settings)

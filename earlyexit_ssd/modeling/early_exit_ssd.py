@@ -17,8 +17,9 @@ from earlyexit_ssd.modeling.folding import num_outputs
 from earlyexit_ssd.modeling.losses import LossSettings
 from earlyexit_ssd.modeling.matching import Assignment, assign
 from earlyexit_ssd.modeling.outputs import ExitOutputs, Head, Router
+from earlyexit_ssd.modeling.tail import Tail
 from earlyexit_ssd.modeling.trunk import LAST_LAYER, SegmentedTrunk, TrunkState
-from earlyexit_ssd.modeling.validate import check_batch, check_images, check_targets
+from earlyexit_ssd.modeling.validate import check_batch, check_images, check_router, check_targets
 
 
 class EarlyExitSSDLite(SSD):
@@ -32,7 +33,8 @@ class EarlyExitSSDLite(SSD):
     Args:
         detector: a torchvision SSDLite; its parts are used, not copied.
         exit_layers: trunk layers behind which a branch leaves, increasing, 1..15 (the stem is 0).
-        channels, depth, attention, cascade: see :class:`earlyexit_ssd.modeling.branch.Branch`.
+        channels, attention, cascade: see :class:`earlyexit_ssd.modeling.branch.Branch`.
+        depth: residual blocks of a branch's :class:`earlyexit_ssd.modeling.tail.Tail`, 0 to 2.
         classes: names of the labels 1..K, background not among them; by default ``class_1`` and so on.
         losses: what is minimised in training.
         router: decides who leaves early in eval mode; None runs the full path alone.
@@ -99,15 +101,21 @@ class EarlyExitSSDLite(SSD):
                     in_grid=tap.shape[-1],
                     grids=[grid[0] for grid in self._grids],
                     channels=channels,
-                    depth=depth,
                     attention=attention,
                     cascade=cascade and index > 0,
+                    tail=Tail(self.backbone, depth),
                     num_anchors=self.anchor_generator.num_anchors_per_location(),
                     num_classes=num_classes,
                 )
                 for index, (name, tap) in enumerate(zip(self.exit_names, taps, strict=False))
             }
         )
+        self.inherit()
+
+    def inherit(self) -> None:
+        """Start the branches' tails and heads from what the full path knows now."""
+        for branch in self.branches.values():
+            branch.inherit(self.backbone, self.head)
 
     @property
     def num_classes(self) -> int:
@@ -173,6 +181,7 @@ class EarlyExitSSDLite(SSD):
 
     def compute_losses(self, heads: Sequence[Head], assignment: Assignment) -> dict[str, Tensor]:
         """Weighted losses of all exits (heads shallow to deep, the full path last); the frozen full path has none."""
+        check_router(self.router, self.num_early_exits)
         full = {} if self._trunk_frozen else full_path_losses(heads[-1], assignment, self.losses)
         return full | early_exit_losses(self.exit_names[:-1], heads, assignment, self.losses, self.router)
 
@@ -193,9 +202,7 @@ class EarlyExitSSDLite(SSD):
         check_images(images)
         if self.training:
             return self._training_losses(images, targets)
-        if self.router is None:
-            return super().forward(images)
-        return self._routed_detections(images)
+        return self._detections(images)
 
     def _training_losses(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None) -> dict[str, Tensor]:
         check_targets(targets, len(images), self.classes)
@@ -228,11 +235,16 @@ class EarlyExitSSDLite(SSD):
         detections = self.postprocess_detections(head, anchors, network_sizes)
         return self.transform.postprocess(detections, network_sizes, photo_sizes)
 
-    def _routed_detections(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+    def _detections(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        """Of the full path, or with a router of each image's exit."""
         photo_sizes = [tuple(image.shape[-2:]) for image in images]
         batch, _ = self.transform(images, None)
+        sizes = self.default_boxes(batch), batch.image_sizes, photo_sizes
+        if self.router is None:
+            return self._finish(self.head(self.trunk_maps(batch.tensors)[1]), *sizes)
+        check_router(self.router, self.num_early_exits)
         head, exit_index, confidence = route(self, batch.tensors)
-        detections = self._finish(head, self.default_boxes(batch), batch.image_sizes, photo_sizes)
+        detections = self._finish(head, *sizes)
         for index, detection in enumerate(detections):
             detection["exit_index"], detection["exit_confidence"] = exit_index[index], confidence[index]
         return detections

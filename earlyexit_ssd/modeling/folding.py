@@ -97,15 +97,22 @@ def slice_rows(head: SSDScoringHead, change: ClassChange) -> None:
 
 
 def _slice_convolution(old: nn.Conv2d, columns: int, change: ClassChange) -> nn.Conv2d:
-    """Output channels are ordered [anchor, class]."""
-    anchors = old.out_channels // columns
-    weight = old.weight.view(anchors, columns, -1)
-    bias = old.bias.view(anchors, columns)
-    new = nn.Conv2d(old.in_channels, anchors * (len(change.rows) + 1), 1)
+    new = nn.Conv2d(old.in_channels, old.out_channels // columns * (len(change.rows) + 1), 1)
     nn.init.normal_(new.weight, std=0.03)
     nn.init.zeros_(new.bias)
+    copy_rows(new, old, columns, (0, *change.rows))
+    return new
+
+
+@torch.no_grad()
+def copy_rows(new: nn.Conv2d, old: nn.Conv2d, columns: int, rows: Sequence[int | None]) -> None:
+    """Class ``i`` of ``new`` takes row ``rows[i]`` of the ``columns`` of ``old``; None leaves it as it is.
+
+    Output channels of both 1x1 convolutions are ordered [anchor, class].
+    """
+    anchors = old.out_channels // columns
+    weight, bias = old.weight.view(anchors, columns, -1), old.bias.view(anchors, columns)
     new_weight, new_bias = new.weight.view(anchors, -1, old.in_channels), new.bias.view(anchors, -1)
-    for target, row in enumerate((0, *change.rows)):
+    for target, row in enumerate(rows):
         if row is not None:
             new_weight[:, target], new_bias[:, target] = weight[:, row], bias[:, row]
-    return new

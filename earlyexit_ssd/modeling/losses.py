@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed
 
+from earlyexit_ssd.errors import EarlyExitError, nearest
 from earlyexit_ssd.modeling.matching import Assignment
+
+_CHOICES = {
+    "classification": ("mined", "focal"),
+    "supervision": ("labels", "teacher"),
+    "teacher": ("none", "full", "next"),
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class LossSettings:
         focal_alpha, focal_gamma: of the focal loss.
         exit_weights: weight per exit, shallow to deep, or one for all.
         full_weight: weight of the full path.
+        supervision: ``labels``, or ``teacher``: the exits learn by distillation alone, and photos need no boxes.
         teacher: ``none``, ``full`` or ``next`` (the next deeper exit).
         distillation_weight, distillation_temperature, distillation_box_weight: of the distillation.
     """
@@ -38,10 +46,19 @@ class LossSettings:
     focal_gamma: float = 2.0
     exit_weights: tuple[float, ...] = (1.0,)
     full_weight: float = 1.0
+    supervision: str = "labels"
     teacher: str = "none"
     distillation_weight: float = 1.0
     distillation_temperature: float = 1.0
     distillation_box_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise EarlyExitError(f"{name} is {value!r}, expected one of {choices}{nearest(str(value), choices)}")
+        if self.supervision == "teacher" and self.teacher == "none":
+            raise EarlyExitError("supervision 'teacher' needs a teacher: 'full' or 'next'")
 
     def exit_weight(self, index: int) -> float:
         """Weight of exit ``index``."""

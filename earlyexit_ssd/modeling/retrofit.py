@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,14 +28,19 @@ COCO_CLASSES = tuple(SSDLite320_MobileNet_V3_Large_Weights.COCO_V1.meta["categor
 
 
 def retrofit(
-    architecture: Architecture, weights: str, source_classes: Sequence[str] | None = None, fold: str = "exact"
+    architecture: Architecture,
+    weights: str | os.PathLike[str] | SSDLite320_MobileNet_V3_Large_Weights,
+    source_classes: Sequence[str] | None = None,
+    fold: str = "exact",
 ) -> tuple[SSD, Architecture, ClassChange | None]:
     """A trained torchvision detector with the wanted classes, every key of the checkpoint used.
 
     Args:
         architecture: the wanted model; its ``classes`` are the wanted ones.
-        weights: a path, or a name of torchvision's ``SSDLite320_MobileNet_V3_Large_Weights``.
-        source_classes: names of the checkpoint's labels 1..K; None where they are the wanted ones.
+        weights: a path, or a member of torchvision's ``SSDLite320_MobileNet_V3_Large_Weights`` or its name. A path
+            may also be a model of this project; its branches are left out.
+        source_classes: names of the checkpoint's labels 1..K; None where they are the wanted ones. A model of this
+            project knows its own.
         fold: ``exact`` (fold unwanted classes, same scores as before) or ``rows`` (drop them, a smaller head).
 
     Returns:
@@ -45,14 +49,19 @@ def retrofit(
     Raises:
         EarlyExitError: unreadable weights, weights of other shapes, or classes that the checkpoint cannot give.
     """
-    state = load_torchvision_weights(weights)
-    source = tuple(source_classes or architecture.classes)
+    state, own = load_full_path(weights)
+    source = own.classes if own else tuple(source_classes or architecture.classes)
     architecture = dataclasses.replace(architecture, reduced_tail=_has_reduced_tail(state, architecture.width))
-    original = dataclasses.replace(architecture, classes=source, head_outputs=0, folded_rows=())
+    head_outputs, folded_rows = (own.head_outputs, own.folded_rows) if own else (0, ())
+    original = dataclasses.replace(architecture, classes=source, head_outputs=head_outputs, folded_rows=folded_rows)
     detector = original.build_detector()
     load_every_key(detector, state, weights)
     if source == architecture.classes:
         return detector, original, None
+    if folded_rows:
+        raise EarlyExitError(
+            f"{weights}: its classes ({', '.join(source)}) were folded before; start from the checkpoint it came from"
+        )
     change = plan_class_change(source, architecture.classes)
     head = detector.head
     if fold == "exact":
@@ -65,36 +74,64 @@ def retrofit(
     return detector, dataclasses.replace(architecture, head_outputs=0, folded_rows=()), change
 
 
-def load_torchvision_weights(weights: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The state dict of a path, or of a name of torchvision's weights (downloaded by torchvision)."""
-    names = list(SSDLite320_MobileNet_V3_Large_Weights.__members__)
-    if str(weights) in names:
+def torchvision_name(weights: str | os.PathLike[str] | SSDLite320_MobileNet_V3_Large_Weights) -> str | None:
+    """The name among torchvision's weights, without the enum's; None where ``weights`` is a path."""
+    name = str(weights).removeprefix(f"{SSDLite320_MobileNet_V3_Large_Weights.__name__}.")
+    return name if name in SSDLite320_MobileNet_V3_Large_Weights.__members__ else None
+
+
+def load_full_path(
+    weights: str | os.PathLike[str] | SSDLite320_MobileNet_V3_Large_Weights,
+) -> tuple[dict[str, Tensor], Architecture | None]:
+    """State dict of a detector without exits, and its description where the file is a model of this project.
+
+    A name of torchvision's weights is downloaded by torchvision.
+    """
+    name = torchvision_name(weights)
+    if name:
         try:
-            return SSDLite320_MobileNet_V3_Large_Weights[str(weights)].get_state_dict(progress=True, check_hash=True)
+            return SSDLite320_MobileNet_V3_Large_Weights[name].get_state_dict(progress=True, check_hash=True), None
         except (URLError, OSError) as error:
             raise EarlyExitError(
                 f"torchvision's weights {weights} could not be downloaded ({error}); "
                 "download them elsewhere and set MODEL.WEIGHTS to the file's path"
             ) from None
-    if not Path(weights).is_file():
-        hint = nearest(str(weights), names) or f"; torchvision's own are {', '.join(names)}"
-        raise EarlyExitError(f"MODEL.WEIGHTS {weights}: no such file{hint}")
+    require_weights(weights)
     content = read_weights(weights)
     state = content.get("model", content)
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise EarlyExitError(f"{weights}: expected a state dict of tensors, got keys {', '.join(list(content)[:3])}")
-    return state
+    if not isinstance(content.get("architecture"), dict):
+        return state, None
+    full_path = {key: value for key, value in state.items() if key.startswith(("backbone.", "head."))}
+    return full_path, Architecture.from_dict(content["architecture"])
+
+
+def require_weights(weights: str | os.PathLike[str] | SSDLite320_MobileNet_V3_Large_Weights) -> None:
+    """Check that ``weights`` is a file, or a name of torchvision's weights; nothing is read.
+
+    Raises:
+        EarlyExitError: it is neither; the message has the nearest name.
+    """
+    if torchvision_name(weights) is None and not Path(weights).is_file():
+        names = SSDLite320_MobileNet_V3_Large_Weights.__members__
+        hint = nearest(str(weights), names) or f"; torchvision's own are {', '.join(names)}"
+        raise EarlyExitError(f"weights {weights}: no such file{hint}")
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A file of tensors and plain types; nothing in it is executed."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise EarlyExitError(f"{path}: not a file of weights that can be read safely ({reason})") from None
+    except Exception as error:  # a damaged or foreign file raises anything; nothing of it may be unpickled otherwise
+        raise EarlyExitError(
+            f"{path}: not a file of weights that can be read safely ({type(error).__name__}); expected what torch.save "
+            "writes, tensors and plain types only: fetch or train it again"
+        ) from None
     if not isinstance(content, dict):
-        raise EarlyExitError(f"{path}: expected a dict of weights, got a {type(content).__name__}")
+        raise EarlyExitError(
+            f"{path}: expected a dict of weights, got a {type(content).__name__}; save model.state_dict()"
+        )
     return content
 
 

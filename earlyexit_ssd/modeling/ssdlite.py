@@ -44,7 +44,9 @@ def build_ssdlite(
         ValueError: ImageNet weights with another width or tail.
     """
     if weights_backbone is not None and (width != 1.0 or reduced_tail):
-        raise ValueError("ImageNet weights of the trunk need width=1.0 and reduced_tail=False")
+        raise ValueError(
+            "ImageNet weights of the trunk need width=1.0 and reduced_tail=False; weights_backbone=None has neither"
+        )
     trunk = mobilenet_v3_large(
         weights=weights_backbone,
         progress=progress,

@@ -64,6 +64,7 @@ class Branches(nn.Module):
 
     def forward(self, batch: TapBatch) -> dict[str, Tensor]:
         """Weighted losses of all early exits."""
+        check_batch(self, len(batch.targets))
         model = self._model[0]
         heads = [*model.branch_heads(batch.taps), batch.head]
         size = model.transform.fixed_size

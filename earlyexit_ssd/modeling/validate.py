@@ -45,6 +45,13 @@ def check_targets(targets: Sequence[dict[str, Tensor]] | None, count: int, class
             )
 
 
+def check_router(router: object, count: int) -> None:
+    """A router decides for as many exits as there are."""
+    known = getattr(router, "num_exits", count)
+    if known != count:
+        raise EarlyExitError(f"the router knows {known} early exits, the model has {count}; build it with {count}")
+
+
 def check_batch(model: nn.Module, count: int) -> None:
     """BatchNorm cannot normalise the 1x1 map of a single image; say so before it does."""
     trains_norm = any(module.training for module in model.modules() if isinstance(module, nn.BatchNorm2d))

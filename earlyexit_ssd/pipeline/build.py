@@ -8,9 +8,8 @@ import os
 import torch
 from fvcore.common.config import CfgNode
 from torchvision.models import MobileNet_V3_Large_Weights
-from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 
-from earlyexit_ssd.errors import ConfigError, EarlyExitError, nearest
+from earlyexit_ssd.errors import ConfigError, EarlyExitError
 from earlyexit_ssd.evaluation.metrics import EvaluationSettings
 from earlyexit_ssd.modeling import (
     COCO_CLASSES,
@@ -20,6 +19,7 @@ from earlyexit_ssd.modeling import (
     build_ssdlite,
     retrofit,
 )
+from earlyexit_ssd.modeling.retrofit import torchvision_name
 from earlyexit_ssd.routing import ExitRouter
 
 logger = logging.getLogger(__name__)
@@ -87,17 +87,11 @@ def build_model(cfg: CfgNode, classes: tuple[str, ...]) -> tuple[EarlyExitSSDLit
 
 def source_classes(weights: str, classes: str) -> tuple[str, ...] | None:
     """Class names of a checkpoint: COCO's for torchvision's own weights, or where the configuration says so."""
-    known_names = SSDLite320_MobileNet_V3_Large_Weights.__members__
-    return COCO_CLASSES if classes == "coco" or weights in known_names else None
+    return COCO_CLASSES if classes == "coco" or torchvision_name(weights) else None
 
 
 def _imagenet_detector(cfg: CfgNode, architecture: Architecture):
-    names = list(MobileNet_V3_Large_Weights.__members__)
     name = cfg.MODEL.WEIGHTS_BACKBONE
-    if name not in names:
-        raise ConfigError(
-            f"MODEL.WEIGHTS_BACKBONE is {name!r}, expected one of {', '.join(names)}{nearest(name, names)}"
-        )
     if cfg.MODEL.WIDTH != 1.0:
         raise ConfigError(f"MODEL.WIDTH is {cfg.MODEL.WIDTH}, ImageNet weights of the trunk need 1.0")
     try:

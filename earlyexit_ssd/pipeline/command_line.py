@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 from collections.abc import Callable
 
-from earlyexit_ssd.engine.distributed import is_main
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.pipeline.gates import GateFailed
 from earlyexit_ssd.pipeline.phases import Interrupted
@@ -19,6 +20,7 @@ def run_tool(job: Callable[[], None]) -> int:
     handler = _LineHandler()
     logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s", handlers=[handler], force=True)
     logging.getLogger("fvcore").setLevel(logging.ERROR)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C; a training saves first
     try:
         job()
     except GateFailed as error:
@@ -40,6 +42,8 @@ class _LineHandler(logging.Handler):
 
 
 def _stop(message: str, code: int) -> int:
-    if is_main():
+    if int(os.environ.get("RANK", "0")) == 0:
+        if "Original Traceback" in message:  # from a loader's worker: the traceback, and last the line itself
+            message = message.strip().splitlines()[-1].partition("Error: ")[2]
         write_line(f"error: {message}" if code == EXIT_BAD_INPUT else message)
     return code

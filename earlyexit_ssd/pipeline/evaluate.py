@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,18 @@ from earlyexit_ssd.evaluation.collect import Collected, collect
 from earlyexit_ssd.evaluation.metrics import evaluate_exits
 from earlyexit_ssd.evaluation.routed import choose_exits
 from earlyexit_ssd.files import make_folder
-from earlyexit_ssd.modeling import EarlyExitSSDLite, load_model
-from earlyexit_ssd.pipeline.build import build_device, build_evaluation, build_router, with_classes
+from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, load_model
+from earlyexit_ssd.pipeline.build import (
+    build_architecture,
+    build_device,
+    build_evaluation,
+    build_router,
+    with_classes,
+)
 from earlyexit_ssd.report.pictures import Example, choose_examples, detection_grid
 from earlyexit_ssd.report.results import write_results
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -37,6 +46,7 @@ def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str |
     make_folder(out_dir)
     device = build_device(cfg)
     model, architecture, info = load_model(weights)
+    _warn_of_differences(cfg, architecture)
     cfg = with_classes(cfg, architecture.classes)
     dataset = load_dataset(cfg, cfg.DATA.TEST)
     ground_truth = to_coco(dataset)
@@ -60,6 +70,16 @@ def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str |
         pictures["detections"] = _detection_picture(cfg, model, dataset, collected, chosen)
     write_results(Path(out_dir), metrics, pictures)
     return metrics
+
+
+def _warn_of_differences(cfg: CfgNode, architecture: Architecture) -> None:
+    """The weights know how they were built; a configuration that says otherwise is not followed, so it is named."""
+    wanted = build_architecture(cfg, tuple(cfg.DATA.CLASSES) or architecture.classes).to_dict()
+    for name, value in architecture.to_dict().items():
+        if name not in ("reduced_tail", "head_outputs", "folded_rows") and wanted[name] != value:
+            logger.warning(
+                "%s: the configuration says %r, the weights were made with %r and keep it", name, wanted[name], value
+            )
 
 
 def _detection_picture(

@@ -91,6 +91,6 @@ def exits_gate(names: Sequence[str], ap50: Sequence[float | None], first_limit: 
     advice = (
         f"move the exit deeper (EXITS.LAYERS): {names[0]} sees too little of the trunk",
         "more epochs (EXITS_PHASE.EPOCHS), more views (EXITS_PHASE.CACHE_VIEWS) or a wider branch (EXITS.CHANNELS)",
-        "more photos; without boxes they still teach through the full path (LOSS.TEACHER full)",
+        "more photos; the full path alone can teach from photos without boxes (LOSS.SUPERVISION teacher)",
     )
     return Gate("exits", checks, advice)

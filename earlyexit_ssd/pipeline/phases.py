@@ -28,7 +28,7 @@ from earlyexit_ssd.engine import (
     UpdateAverage,
     build_optimizer,
 )
-from earlyexit_ssd.engine.distributed import rank, world_size
+from earlyexit_ssd.engine.distributed import rank, same_everywhere, world_size
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.metrics import EvaluationSettings
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, retrofit
@@ -67,12 +67,13 @@ class Run:
 def baseline(run: Run) -> Gate:
     """Train the full path, then check that it detects."""
     phase, model = run.cfg.BASELINE, run.model
+    limits = _baseline_limits(run)
     if phase.EPOCHS:
         model.norm_frozen = phase.FREEZE_NORM
         fit(run, "baseline", FullPath(model), _photo_loader(run, phase.BATCH_SIZE))
         model.norm_frozen = False
     figures = run.calib_quality.of_full_path(model)
-    return baseline_gate(figures, _baseline_limits(run))
+    return baseline_gate(figures, limits)
 
 
 def _baseline_limits(run: Run) -> dict[str, float]:
@@ -81,8 +82,6 @@ def _baseline_limits(run: Run) -> dict[str, float]:
     if not gate.RELATIVE:
         return limits
     weights = gate.REFERENCE or run.cfg.MODEL.WEIGHTS
-    if not weights:
-        raise EarlyExitError("BASELINE.GATE.RELATIVE needs a reference: set BASELINE.GATE.REFERENCE or MODEL.WEIGHTS")
     known = gate.REFERENCE_CLASSES if gate.REFERENCE else run.cfg.MODEL.WEIGHTS_CLASSES
     detector, architecture, _ = retrofit(run.architecture, weights, source_classes(weights, known), run.cfg.MODEL.FOLD)
     figures = run.calib_quality.of_full_path(architecture.add_exits(detector).to(run.device))
@@ -93,6 +92,8 @@ def exits(run: Run) -> Gate:
     """Train the branches on a frozen trunk, check that the full path is untouched, then that the exits detect."""
     phase, model = run.cfg.EXITS_PHASE, run.model
     model.router = build_router(run.cfg, learn=run.cfg.ROUTING.LEARN_TEMPERATURES).to(run.device)
+    if phase.EPOCHS:
+        model.inherit()  # the baseline may have trained since the branches were built
     model.freeze_trunk()
     before = full_path_fingerprint(model)
     if phase.EPOCHS and phase.CACHE:
@@ -137,11 +138,11 @@ def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoad
     cfg, model, phase = run.cfg, run.model, run.cfg[PHASE_SECTIONS[name]]
     folder = run.folder.phase(name)
     ema = ExponentialMovingAverage(model, phase.EMA) if phase.EMA else None
-    hooks = [ClampTemperatures(model.router)] if isinstance(model.router, nn.Module) else []
-    hooks += [UpdateAverage(ema)] if ema else []
-    # The checkpoint comes first before training, so that bar and log start where it left off.
+    # Outermost, the checkpoint moves to where it left off before the others start, and saves when they are done.
     checkpoint = Checkpoint(folder / "last.pth", cfg.ENGINE.CHECKPOINT_PERIOD, ema)
-    hooks += [checkpoint, ProgressBar(name), Log(folder, cfg.ENGINE.LOG_PERIOD)]
+    hooks = [checkpoint, ProgressBar(name), Log(folder, cfg.ENGINE.LOG_PERIOD)]
+    hooks += [UpdateAverage(ema)] if ema else []
+    hooks += [ClampTemperatures(model.router)] if isinstance(model.router, nn.Module) else []
     # A third faster on a CPU, where most of the time goes into depthwise convolutions.
     losses.to(memory_format=torch.channels_last)
     if world_size() > 1:
@@ -166,6 +167,7 @@ def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoad
         raise Interrupted(f"{checkpoint.signal_name}: saved step {trainer.step} of phase {name} in {folder}")
     if ema:
         model.load_state_dict(ema.average.state_dict())
+    same_everywhere(model)
 
 
 def _photo_names(dataset: DetectionDataset, batch: Any) -> list[str]:
@@ -179,12 +181,21 @@ def _photo_loader(run: Run, batch_size: int) -> PhotoLoader:
     return PhotoLoader(loader, run.device)
 
 
-def _tap_loader(run: Run) -> CachedLoader:
+def tap_cache(run: Run) -> TapCache:
+    """The cache of the exits phase, not yet filled.
+
+    Raises:
+        EarlyExitError: it would be larger than allowed.
+    """
     cfg, phase = run.cfg, run.cfg.EXITS_PHASE
     depends_on = f"{cfg.DATA} {cfg.SEED} {[str(record.path) for record in run.train_set.records]}"
-    views = phase.CACHE_VIEWS
-    cache = TapCache(run.folder.taps, run.model, len(run.train_set), views, depends_on)
+    cache = TapCache(run.folder.taps, run.model, len(run.train_set), phase.CACHE_VIEWS, depends_on)
     cache.require_budget(phase.CACHE_GIB)
+    return cache
+
+
+def _tap_loader(run: Run) -> CachedLoader:
+    cfg, phase, cache = run.cfg, run.cfg.EXITS_PHASE, tap_cache(run)
     cache.build(run.model, build_loader(run.train_set, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, False, cfg.SEED))
     return CachedLoader(cache, phase.BATCH_SIZE, cfg.SEED, run.device, rank(), world_size())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import shutil
@@ -20,6 +21,8 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import make_folder, write_json, write_text
 from earlyexit_ssd.pipeline.gates import Gate
 
+logger = logging.getLogger(__name__)
+
 _MAY_CHANGE = (
     "OUTPUT_DIR",
     "DEVICE",
@@ -27,7 +30,14 @@ _MAY_CHANGE = (
     "DATA.WORKERS",
     "ENGINE.CHECKPOINT_PERIOD",
     "ENGINE.LOG_PERIOD",
+    "EVAL.",
+    "EXITS_PHASE.CACHE_GIB",
 )
+_SETTINGS_OF_PHASES = {
+    "baseline": ("BASELINE.",),
+    "exits": ("EXITS_PHASE.", "EXITS.", "ROUTING."),
+    "joint": ("JOINT.", "PHASES"),
+}
 
 
 @dataclass(frozen=True)
@@ -55,10 +65,12 @@ class RunFolder:
         shutil.rmtree(self.taps, ignore_errors=True)
 
     def require_free(self, cfg: CfgNode, resume: bool) -> None:
-        """Check that the folder holds no run, or, to resume, one of the same configuration.
+        """Check that the folder holds no run, or, to resume, one that this configuration goes on with.
+
+        The settings of a phase that is not finished may change, as its gate advises; the phase then starts afresh.
 
         Raises:
-            EarlyExitError: the folder holds a run already, or another configuration than the one to resume.
+            EarlyExitError: the folder holds a run already, or one of another configuration.
         """
         make_folder(self.root)
         path = self.root / "config.yaml"
@@ -68,7 +80,7 @@ class RunFolder:
                     f"{self.root} holds a run already: go on with it (--resume), "
                     "name another folder (OUTPUT_DIR), or delete it"
                 )
-            self._require_same(cfg, path)
+            self._go_on(cfg, path)
         elif (self.root / "metrics.json").exists():
             raise EarlyExitError(f"{self.root} holds other results; name another folder (OUTPUT_DIR), or delete it")
 
@@ -77,18 +89,26 @@ class RunFolder:
         write_text(self.root / "config.yaml", cfg.dump())
         write_json(self.root / "run.json", describe_run(cfg))
 
-    @staticmethod
-    def _require_same(cfg: CfgNode, path: Path) -> None:
+    def _go_on(self, cfg: CfgNode, path: Path) -> None:
         stored, current = (
             _flat(yaml.safe_load(path.read_text(encoding="utf-8"))),
             _flat(yaml.safe_load(cfg.dump())),
         )
-        for key in sorted({*stored, *current} - set(_MAY_CHANGE)):
-            if stored.get(key) != current.get(key):
+        changed = [key for key in sorted({*stored, *current}) if stored.get(key) != current.get(key)]
+        afresh = {}
+        for key in changed:
+            phases = [phase for phase, sections in _SETTINGS_OF_PHASES.items() if key.startswith(sections)]
+            if key.startswith(_MAY_CHANGE) or ("GATE" in key.split(".") and not self.finished(phases[0])):
+                continue
+            if not phases or any(self.finished(phase) for phase in phases):
                 raise EarlyExitError(
                     f"{path}: the run to resume has {key} = {stored.get(key)!r}, now it is {current.get(key)!r}; "
                     "set it back, or name another folder (OUTPUT_DIR)"
                 )
+            afresh |= dict.fromkeys(phases, key)
+        for phase, key in afresh.items():
+            logger.info("phase %s starts afresh, since %s has changed", phase, key)
+            (self.phase(phase) / "last.pth").unlink(missing_ok=True)
 
     def write_gate(self, gate: Gate) -> None:
         """Record a phase as finished."""

@@ -11,14 +11,17 @@ from typing import Any
 import torch
 from fvcore.common.config import CfgNode
 
-from earlyexit_ssd.data import load_dataset
-from earlyexit_ssd.engine.distributed import barrier, is_main, process_group
+from earlyexit_ssd.config import PHASE_SECTIONS
+from earlyexit_ssd.data import catalog, load_dataset, require_disjoint
+from earlyexit_ssd.engine.distributed import barrier, is_main, process_group, world_size
+from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.files import atomic_path, write_image
 from earlyexit_ssd.modeling import load_model, save_model
+from earlyexit_ssd.modeling.retrofit import require_weights
 from earlyexit_ssd.pipeline.build import build_device, build_losses, build_model, build_router, with_classes
 from earlyexit_ssd.pipeline.evaluate import evaluate_model
 from earlyexit_ssd.pipeline.gates import GateFailed
-from earlyexit_ssd.pipeline.phases import PHASE_FUNCTIONS, Run
+from earlyexit_ssd.pipeline.phases import PHASE_FUNCTIONS, Run, tap_cache
 from earlyexit_ssd.pipeline.run_folder import RunFolder
 from earlyexit_ssd.report.pictures import photo_grid
 
@@ -62,24 +65,47 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> dict[str, 
 
 def _prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
     """Load all data and build the model, so that what is missing is found before anything is written or trained."""
+    _check_names(cfg)
     if not is_main():
         barrier()  # the first process may render or download
-    train_set = load_dataset(cfg, cfg.DATA.TRAIN, train=True)
+    labelled = cfg.LOSS.SUPERVISION == "labels" or ("baseline" in cfg.PHASES and cfg.BASELINE.EPOCHS > 0)
+    train_set = load_dataset(cfg, cfg.DATA.TRAIN, train=True, need_boxes=labelled)
     cfg = with_classes(cfg, train_set.classes)
-    calib_set = load_dataset(cfg, cfg.DATA.CALIB)
-    load_dataset(cfg, cfg.DATA.TEST)
+    calib_set, test_set = load_dataset(cfg, cfg.DATA.CALIB, need_boxes=True), load_dataset(cfg, cfg.DATA.TEST)
     if is_main():
         barrier()
+    require_disjoint(TRAIN=train_set, CALIB=calib_set, TEST=test_set)
     torch.manual_seed(cfg.SEED)
     model, architecture = build_model(cfg, train_set.classes)
-    return Run(cfg, folder, model.to(device), architecture, train_set, calib_set, device)
+    run = Run(cfg, folder, model.to(device), architecture, train_set, calib_set, device)
+    if "exits" in cfg.PHASES and cfg.EXITS_PHASE.EPOCHS and cfg.EXITS_PHASE.CACHE:
+        tap_cache(run)  # raises where it would be too large
+    return run
+
+
+def _check_names(cfg: CfgNode) -> None:
+    """What is cheap to find out comes first: names of data sets, files of weights, batches for all processes."""
+    for name in (*cfg.DATA.TRAIN, *cfg.DATA.CALIB, *cfg.DATA.TEST):
+        catalog.require_known(name, cfg.DATA)
+    for weights in (cfg.MODEL.WEIGHTS, cfg.BASELINE.GATE.REFERENCE):
+        if weights:
+            require_weights(weights)
+    for section in (PHASE_SECTIONS[phase] for phase in cfg.PHASES):
+        size, processes = cfg[section].BATCH_SIZE, world_size()
+        if size % processes or size < 2 * processes:
+            raise ConfigError(
+                f"{section}.BATCH_SIZE is {size}, expected a multiple of the {processes} processes, "
+                "two images or more for each"
+            )
 
 
 def _run_phase(run: Run, name: str, force: bool) -> None:
     """Train the phase and pass its gate, or take over what a run before this one has finished."""
     path = run.folder.phase(name) / "model.pth"
     if run.folder.finished(name):
-        _take_over(run, path)
+        _take_over(run, path, name)
+        if is_main():
+            run.folder.remove_taps()
         logger.info("phase %s is finished already: %s", name, path)
         return
     phases = run.cfg.PHASES
@@ -99,9 +125,13 @@ def _run_phase(run: Run, name: str, force: bool) -> None:
         raise GateFailed(gate)
 
 
-def _take_over(run: Run, path: Path) -> None:
-    run.model, run.architecture, info = load_model(path)
-    run.model.to(run.device)
+def _take_over(run: Run, path: Path, phase: str) -> None:
+    model, architecture, info = load_model(path)
+    if phase == "baseline":  # it trains no exits: they stay as this configuration builds them
+        run.model.backbone.load_state_dict(model.backbone.state_dict())
+        run.model.head.load_state_dict(model.head.state_dict())
+        return
+    run.model, run.architecture = model.to(run.device), architecture
     run.model.losses = build_losses(run.cfg)
     if info["router"]:
         run.model.router = build_router(run.cfg, info["router"], run.cfg.ROUTING.LEARN_TEMPERATURES).to(run.device)

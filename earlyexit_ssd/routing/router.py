@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.keywords import suggest_keywords
+from earlyexit_ssd.modeling.losses import mean_over_processes
 from earlyexit_ssd.routing.policies import get_policy
 
 
@@ -36,8 +37,8 @@ class ExitRouter(nn.Module):
         num_exits: int,
         *,
         policy: str = "max_foreground",
-        thresholds: Sequence[float] = (0.6,),
-        temperatures: Sequence[float] = (1.0,),
+        thresholds: Sequence[float] | float = (0.6,),
+        temperatures: Sequence[float] | float = (1.0,),
         temperature_bounds: tuple[float, float] = (0.5, 3.0),
         learn_temperatures: bool = False,
     ) -> None:
@@ -58,7 +59,7 @@ class ExitRouter(nn.Module):
 
     def confidence(self, logits: Tensor, exit_index: int) -> Tensor:
         """Raw logits [N, A, C] of an exit (the full path is exit ``num_exits``) to confidences [N] in [0, 1]."""
-        temperature = self.temperatures[exit_index].detach() if exit_index < self.num_exits else 1.0
+        temperature = self._in_bounds(exit_index).detach() if exit_index < self.num_exits else 1.0
         return self._policy(logits.float() / temperature)
 
     def leaves(self, confidence: Tensor, exit_index: int) -> Tensor:
@@ -75,18 +76,27 @@ class ExitRouter(nn.Module):
         if not isinstance(self.temperatures, nn.Parameter):
             return None
         labels = assignment.labels
-        logits = logits.float() / self.temperatures[exit_index]
+        logits = logits.float() / self._in_bounds(exit_index)
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-        parts = [loss[part].mean() for part in (labels > 0, labels == 0) if part.any()]
-        return torch.stack(parts).mean()
+        parts = [labels > 0, labels == 0]
+        counts = mean_over_processes(torch.stack([part.sum() for part in parts]).float())
+        sums = torch.stack([(loss * part).sum() for part in parts])
+        return (sums / counts.clamp(min=1)).sum() / (counts > 0).sum()
+
+    def _in_bounds(self, exit_index: int) -> Tensor:
+        """The exit's temperature, brought back into its bounds first: another's training loop does not clamp."""
+        self.clamp_temperatures()
+        return self.temperatures[exit_index]
 
     @torch.no_grad()
     def clamp_temperatures(self) -> None:
-        """Hold the temperatures inside their bounds; the trainer calls it after every step."""
-        self.temperatures.nan_to_num_(nan=1.0).clamp_(*self.temperature_bounds)
+        """Hold the temperatures inside their bounds; our trainer calls it after every step."""
+        # ``data``, since the graph of another exit's loss may hold the parameter; its values change at the first call.
+        self.temperatures.data.nan_to_num_(nan=1.0).clamp_(*self.temperature_bounds)
 
     def to_dict(self) -> dict:
         """Plain types, to be stored beside the weights; ``ExitRouter(**values)`` makes the router again."""
+        self.clamp_temperatures()
         return {
             "num_exits": self.num_exits,
             "policy": self.policy,
@@ -101,7 +111,8 @@ class ExitRouter(nn.Module):
         return f"policy={self.policy}, thresholds={thresholds}, temperatures={temperatures}"
 
 
-def _per_exit(name: str, values: Sequence[float], count: int, low: float, high: float) -> Tensor:
+def _per_exit(name: str, values: Sequence[float] | float, count: int, low: float, high: float) -> Tensor:
+    values = [values] if isinstance(values, (int, float)) else values
     if len(values) not in (1, count):
         raise EarlyExitError(f"{name} {list(values)}: expected one number, or one for each of {count} exits")
     rounding = 1e-6  # a bound that fp32 cannot hold comes back from a file a little beside it

@@ -8,6 +8,7 @@ from earlyexit_ssd.errors import ConfigError
     ("key", "value", "message"),
     [
         ("EXITS.LAYERS", "[99]", "EXITS.LAYERS is 99, expected trunk layers 1 to 15"),
+        ("EXITS.LAYERS", "[true, 8]", "expected trunk layers"),
         ("EXITS.LAYERS", "[]", "at least one layer"),
         ("EXITS.LAYERS", "[12, 8]", "increasing layers"),
         ("EXITS.LAYERS", "[8.5]", "expected trunk layers"),
@@ -32,12 +33,31 @@ from earlyexit_ssd.errors import ConfigError
         ("JOINT.EMA", "1.0", "a decay below 1"),
         ("MODEL.IMAGE_SIZE", "10", "at least 64 pixels"),
         ("EVAL.SCORE", "-0.1", r"in \[0, 1\]"),
-        ("DATA.SYNTHETIC.SIZES", "[5, 5]", "three sizes"),
+        ("DATA.SYNTHETIC.SIZES", "[5, 5]", "three whole numbers"),
+        ("DATA.SYNTHETIC.SIZES", "[5.5, 5, 5]", "three whole numbers"),
+        ("DATA.CLASSES", "[yes]", "DATA.CLASSES is True, expected names of classes"),
+        ("DATA.CLASSES", "[chair, Chair]", "DATA.CLASSES is 'chair', expected each name once"),
+        ("DATA.TRAIN", "[a, a]", "DATA.TRAIN is 'a', expected each name once"),
+        ("MODEL.WEIGHTS_BACKBONE", "IMAGENET_V1", "did you mean 'IMAGENET1K_V1'"),
+        ("BASELINE.GATE.RELATIVE", "0.9", "expected 0 without BASELINE.GATE.REFERENCE"),
+        ("LOSS.SUPERVISION", "teachers", "did you mean 'teacher'"),
     ],
 )
 def test_impossible_values(key, value, message):
     with pytest.raises(ConfigError, match=message):
         load_config(None, [key, value])
+
+
+def test_weights_are_not_held_against_themselves():
+    trained = ["MODEL.WEIGHTS", "COCO_V1", "BASELINE.GATE.RELATIVE", "0.9"]
+    load_config(None, trained)
+    with pytest.raises(ConfigError, match="BASELINE.GATE.RELATIVE"):
+        load_config(None, [*trained, "BASELINE.EPOCHS", "0"])
+
+
+def test_supervision_by_a_teacher_needs_one():
+    with pytest.raises(ConfigError, match="LOSS.TEACHER is 'none', expected 'full' or 'next'"):
+        load_config(None, ["LOSS.SUPERVISION", "teacher", "LOSS.TEACHER", "none"])
 
 
 def test_the_defaults_are_possible():

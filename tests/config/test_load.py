@@ -55,7 +55,8 @@ def test_mistakes_are_one_line(tmp_path, text, message):
     [
         (["SEED"], "the last key 'SEED' has no value"),
         (["EXIT.LAYERS", "8"], r"unknown key EXIT \(did you mean 'EXITS'\?\)"),
-        (["SEED.A", "8"], "unknown key SEED"),
+        (["SEED.A", "8"], "unknown key SEED.A: SEED is a value, no key is below it"),
+        (["XYZ.WIDTH", "8"], "unknown key XYZ; the top level has OUTPUT_DIR, SEED"),
         (["MODEL.WIDTH", "wide"], "command line: MODEL.WIDTH expects a number"),
     ],
 )
@@ -72,6 +73,22 @@ def test_lists_on_the_command_line(text, expected):
 def test_numbers_that_yaml_reads_as_text():
     assert load_config(None, ["BASELINE.LR", "1e-3"]).BASELINE.LR == 0.001
     assert isinstance(load_config(None, ["MODEL.WIDTH", "1"]).MODEL.WIDTH, float)
+
+
+@pytest.mark.parametrize("text", ["off", "OFF", "'off'"])
+def test_off_is_a_word(tmp_path, text):
+    assert load_config(None, ["ENGINE.AMP", text.lower()]).ENGINE.AMP == "off"
+    assert load_config(write(tmp_path / "amp.yaml", f"ENGINE: {{AMP: {text}}}")).ENGINE.AMP == "off"
+
+
+def test_impossible_values_name_the_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"mine.yaml: EXITS.LAYERS is 99, expected"):
+        load_config(write(tmp_path / "mine.yaml", "EXITS: {LAYERS: [99]}"))
+
+
+def test_auto_is_the_name_of_the_file_wherever_it_is_said(tmp_path):
+    path = write(tmp_path / "mine.yaml", "SEED: 1")
+    assert load_config(path, ["OUTPUT_DIR", "auto"]).OUTPUT_DIR == "output/mine"
 
 
 @given(st.integers(0, 10**6))

@@ -26,7 +26,7 @@ def weights(trainer):
 def averaged_trainer(path, *more, **changes):
     trainer = line_trainer(**changes)
     ema = ExponentialMovingAverage(trainer.model, 0.9)
-    trainer.hooks = [UpdateAverage(ema), Checkpoint(path, 4, ema), *more]
+    trainer.hooks = [Checkpoint(path, 4, ema), UpdateAverage(ema), *more]
     return trainer, ema
 
 
@@ -52,11 +52,12 @@ def test_signal_saves_and_stops(tmp_path):
 
     path = tmp_path / "last.pth"
     checkpoint = Checkpoint(path, 100)
-    trainer = line_trainer([Interrupt(), checkpoint])
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = line_trainer([checkpoint, Interrupt()])
     assert not trainer.run()
     assert checkpoint.signal_name == "SIGTERM"
     assert torch.load(path, weights_only=True)["step"] == 5
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_no_half_file_is_left(tmp_path):

@@ -21,12 +21,32 @@ def test_hooks_see_every_step_and_may_stop():
             self.steps.append(trainer.step)
             trainer.stop = trainer.step == 5
 
-        def after_training(self, trainer):
-            raise AssertionError("the training did not end")
-
     hook = StopAtFive()
     assert not line_trainer([hook]).run()
     assert hook.steps == [1, 2, 3, 4, 5]
+
+
+def test_hooks_nest_and_end_whatever_happens():
+    calls = []
+
+    class Named(Hook):
+        def __init__(self, name):
+            self.name = name
+
+        def before_training(self, trainer):
+            calls.append(f"{self.name} in")
+
+        def after_step(self, trainer):
+            calls.append(f"{self.name} step")
+            if self.name == "outer":
+                raise MemoryError
+
+        def after_training(self, trainer):
+            calls.append(f"{self.name} out")
+
+    with pytest.raises(MemoryError):
+        line_trainer([Named("outer"), Named("inner")]).run()
+    assert calls == ["outer in", "inner in", "inner step", "outer step", "inner out", "outer out"]
 
 
 def test_diverged_loss_names_the_photos():
@@ -39,6 +59,17 @@ def test_diverged_loss_names_the_photos():
     with pytest.raises(TrainingDiverged, match=r"step 0: square = nan for the photos a.jpg, b.jpg"):
         trainer.run()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+
+
+def test_diverged_gradient_leaves_the_weights_alone():
+    """The loss is finite where its gradient is not, as the square root of 0."""
+    trainer = line_trainer(describe=lambda batch: ["a.jpg"])
+    weight = trainer.model[0].weight
+    trainer.compute_losses = lambda batch: {"root": (weight - weight.detach()).abs().sqrt().sum()}
+    before = weight.detach().clone()
+    with pytest.raises(TrainingDiverged, match="norm of the gradient = nan for the photos a.jpg"):
+        trainer.run()
+    assert torch.equal(weight, before)
 
 
 def test_gradients_are_clipped():

@@ -14,7 +14,6 @@ from earlyexit_ssd.evaluation.cost import (
     count_mmacs,
     example_input,
     median_interval,
-    milliseconds_to_exit,
     mmacs_to_exit,
     time_modules,
 )
@@ -109,10 +108,18 @@ def test_threads_are_restored_after_an_error():
     assert torch.get_num_threads() == before
 
 
-def test_milliseconds_of_every_exit(small_model):
-    timings = milliseconds_to_exit(small_model, runs=7, threads=1)
-    assert len(timings) == 3
-    assert all(0 < timing.low <= timing.ms <= timing.high for timing in timings)
+def test_a_router_scores_every_exit_on_the_way(small_model):
+    class Recorder:
+        def __init__(self):
+            self.exits = []
+
+        def confidence(self, logits, exit_index):
+            self.exits.append(exit_index)
+
+    for index, expected in enumerate(([0], [0, 1], [0, 1])):
+        router = Recorder()
+        cost.PathToExit(small_model.eval(), index, router)(example_input(small_model))
+        assert router.exits == expected
 
 
 def test_median_interval_uses_order_statistics():

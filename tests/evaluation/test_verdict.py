@@ -12,7 +12,7 @@ GOOD = {
         {"name": "exit12", "AP50": 0.66, "ms": 30.0, "AP50_below_full_interval": [0.02, 0.1]},
         {"name": "full", "AP50": 0.72, "ms": 45.0},
     ],
-    "without_exits": {"ms": 40.0},
+    "without_exits": {"ms": 40.0, "ms_interval": [38.0, 42.0]},
     "routed": {
         "AP50": 0.70,
         "exit_share": {"exit8": 0.5, "exit12": 0.2, "full": 0.3},
@@ -65,6 +65,8 @@ def test_good_exits_ship():
         ({"routed_AP50": 0.649}, "routing keeps the accuracy", True),
         ({"routed_AP50": 0.64}, "routing loses 11% of the full path's AP50 (AP50 0.640 routed against 0.720)", False),
         ({"routed_speedup": 1.0, "routed_ms": 40.0}, "do not ship exits", False),
+        ({"routed_speedup": 40 / 38, "routed_ms": 38.0}, "no clear speed gain", False),
+        ({"routed_speedup": 40 / 37.9, "routed_ms": 37.9}, "routing is faster", True),
         ({"routed_speedup": 0.9, "routed_ms": 44.0}, "do not ship exits", False),
         ({"exit12_ms": 40.0}, "exit12: 40.0 ms, no less than the 40.0 ms without exits", True),
     ],

@@ -24,6 +24,9 @@ def test_foreign_and_missing_files(tmp_path):
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(EarlyExitError, match="expected a model of format"):
         load_model(tmp_path / "other.pth")
+    torch.save({"format": "earlyexit_ssd/1", "model": {}, "info": None}, tmp_path / "half.pth")
+    with pytest.raises(EarlyExitError, match="the file lacks 'architecture'"):
+        load_model(tmp_path / "half.pth")
     with pytest.raises(EarlyExitError, match="no such file of weights"):
         load_model(tmp_path / "none.pth")
 

@@ -171,9 +171,24 @@ def test_router_with_thresholds_of_zero_and_one(images):
 def test_anchors_stay_exact_under_autocast(model, images):
     model.eval()
     expected = model.exit_outputs(images).anchors
+    used = []
+    postprocess = model.postprocess_detections
+    model.postprocess_detections = lambda head, anchors, sizes: (
+        used.append(anchors) or postprocess(head, anchors, sizes)
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = model.exit_outputs(images).anchors
+        model(images)
     assert torch.equal(found[0], expected[0])
+    assert torch.equal(used[0][0], expected[0])
+
+
+def test_router_for_another_number_of_exits_is_refused(model, images, targets):
+    model.router = ExitRouter(1)
+    with pytest.raises(ValueError, match="the router knows 1 early exits, the model has 2"):
+        model.eval()(images)
+    with pytest.raises(ValueError, match="the router knows 1 early exits"):
+        model.train()(images, targets)
 
 
 @pytest.mark.parametrize("layers", [(), (0,), (16,), (99,), (12, 8), (8, 8)])
@@ -225,7 +240,7 @@ def test_cascade_carries_context(images):
     model = small_model().eval()
     before = model.exit_outputs(images).heads[1]["cls_logits"]
     with torch.no_grad():
-        model.branches["exit8"].coarse[1][0].weight.add_(1.0)
+        model.branches["exit8"].stem.block[0][0].weight.add_(1.0)
     assert not torch.equal(model.exit_outputs(images).heads[1]["cls_logits"], before)
     alone = small_model(cascade=False)
     assert alone.branches["exit12"].context is None

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.losses import LossSettings, detection_losses, distillation_loss, mined_negatives
 from earlyexit_ssd.modeling.matching import Assignment
 from tests.modeling.conftest import small_model
@@ -120,3 +121,16 @@ def test_softening_temperature_keeps_the_scale_of_the_gradient():
         distillation_loss(student, teacher, LossSettings(distillation_temperature=temperature)).backward()
         gradients.append(student["cls_logits"].grad)
     assert torch.allclose(gradients[0], gradients[1] / 10 * 10, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": "nxt"}, "did you mean 'next'"),
+        ({"classification": "focl"}, "did you mean 'focal'"),
+        ({"supervision": "teacher"}, "needs a teacher"),
+    ],
+)
+def test_impossible_settings(changes, message):
+    with pytest.raises(EarlyExitError, match=message):
+        LossSettings(**changes)

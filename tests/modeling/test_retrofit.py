@@ -3,11 +3,11 @@ import pickle
 import pytest
 import torch
 import torchvision
-from torchvision.models.detection import ssdlite320_mobilenet_v3_large
+from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights, ssdlite320_mobilenet_v3_large
 
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.modeling import COCO_CLASSES, Architecture, retrofit
-from earlyexit_ssd.modeling.retrofit import load_torchvision_weights
+from earlyexit_ssd.modeling import COCO_CLASSES, Architecture, retrofit, save_model
+from earlyexit_ssd.modeling.retrofit import load_full_path
 from tests.modeling.conftest import SMALL
 
 SOURCE = ("person", "chair", "couch")
@@ -60,16 +60,58 @@ def test_wrong_class_count_is_one_line(checkpoint):
     assert "\n" not in str(error.value)
 
 
+def test_a_model_of_this_project_gives_its_full_path(checkpoint, tmp_path, images):
+    wanted = Architecture(**{**SMALL, "classes": ("chair",), "exit_layers": (6,)})
+    found, architecture, _ = retrofit(Architecture(**{**SMALL, "classes": ("chair",)}), checkpoint[1], SOURCE)
+    first = architecture.add_exits(found).eval()
+    save_model(tmp_path / "model.pth", first, architecture)
+    again, described, change = retrofit(wanted, tmp_path / "model.pth")
+    assert (change, described.folded_rows, described.exit_layers) == (None, (2,), (6,))
+    second = described.add_exits(again).eval()
+    for one, expected in zip(second(images), first(images), strict=True):
+        assert all(torch.equal(one[key], expected[key]) for key in expected)
+    with pytest.raises(EarlyExitError, match=r"its classes \(chair\) were folded before"):
+        retrofit(Architecture(**{**SMALL, "classes": ("person",)}), tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        SSDLite320_MobileNet_V3_Large_Weights.COCO_V1,
+        "SSDLite320_MobileNet_V3_Large_Weights.COCO_V1",
+        "COCO_V1",
+    ],
+)
+def test_torchvision_s_names(monkeypatch, weights):
+    state = {"a": torch.zeros(1)}
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", lambda *args, **kwargs: state)
+    assert load_full_path(weights) == (state, None)
+
+
+@pytest.mark.parametrize("content", [b"hello", b".", b"", b"\x80\x02."])
+def test_damaged_files_are_one_line(tmp_path, content):
+    (tmp_path / "bad.pth").write_bytes(content)
+    with pytest.raises(EarlyExitError, match="bad.pth: not a file of weights .* fetch or train it again") as error:
+        load_full_path(tmp_path / "bad.pth")
+    assert "\n" not in str(error.value)
+
+
+def test_a_tensor_where_a_dict_should_be(tmp_path):
+    torch.save({"model": torch.zeros(2)}, tmp_path / "odd.pth")
+    with pytest.raises(EarlyExitError, match="expected a state dict of tensors"):
+        load_full_path(tmp_path / "odd.pth")
+
+
 def test_missing_file_names_the_nearest():
     with pytest.raises(EarlyExitError, match="did you mean 'COCO_V1'"):
-        load_torchvision_weights("COCO_V2")
+        load_full_path("COCO_V2")
 
 
 def test_pickles_are_refused(tmp_path):
     path = tmp_path / "evil.pth"
     path.write_bytes(pickle.dumps({"model": print}))
     with pytest.raises(EarlyExitError, match="evil.pth: not a file of weights that can be read safely"):
-        load_torchvision_weights(path)
+        load_full_path(path)
 
 
 def test_offline_download_says_what_to_do(monkeypatch):
@@ -78,7 +120,7 @@ def test_offline_download_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", offline)
     with pytest.raises(EarlyExitError, match="set MODEL.WEIGHTS to the file's path"):
-        load_torchvision_weights("COCO_V1")
+        load_full_path("COCO_V1")
 
 
 @pytest.mark.shared

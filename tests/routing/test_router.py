@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -43,6 +45,34 @@ def test_learning_finds_the_temperature_of_overconfident_logits():
         optimizer.step()
         router.clamp_temperatures()
     assert router.temperatures.item() == pytest.approx(2.0, abs=0.25)
+
+
+def test_bounds_hold_in_a_loop_that_does_not_clamp():
+    router = ExitRouter(1, learn_temperatures=True)
+    optimizer = torch.optim.SGD(router.parameters(), lr=1000.0)
+    labels = torch.tensor([[1], [1]])
+    for _ in range(3):
+        optimizer.zero_grad()
+        router.temperature_loss(LOGITS, Assignment(labels, None), 0).backward()
+        optimizer.step()
+    assert not 0.5 <= router.temperatures.item() <= 3.0
+    assert router.confidence(LOGITS, 0)[0] > router.confidence(LOGITS, 0)[1]
+    assert ExitRouter(**router.to_dict()).temperatures.item() in (0.5, 3.0)
+
+
+def test_objects_and_background_weigh_the_same():
+    router = ExitRouter(1, learn_temperatures=True)
+    logits, labels = torch.tensor([[[0.0, 2.0], [1.0, 0.0], [3.0, 0.0]]]), torch.tensor([[1, 0, 0]])
+    losses = [math.log1p(math.exp(-2)), math.log1p(math.exp(-1)), math.log1p(math.exp(-3))]
+    expected = (losses[0] + (losses[1] + losses[2]) / 2) / 2
+    assert router.temperature_loss(logits, Assignment(labels, None), 0).item() == pytest.approx(expected)
+    only = router.temperature_loss(logits[:, 1:], Assignment(labels[:, 1:], None), 0).item()
+    assert only == pytest.approx((losses[1] + losses[2]) / 2)
+
+
+def test_one_number_serves_all_exits():
+    router = ExitRouter(2, thresholds=0.25, temperatures=2)
+    assert (router.thresholds.tolist(), router.temperatures.tolist()) == ([0.25, 0.25], [2.0, 2.0])
 
 
 @settings(max_examples=30, deadline=None)

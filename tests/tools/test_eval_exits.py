@@ -1,6 +1,27 @@
+import json
+
+import pytest
 import torch
 
-from tools import eval_exits
+from tools import eval_exits, train_net
+
+
+@pytest.fixture
+def trained(tiny):
+    """Arguments that evaluate a model of the tiny configuration."""
+    assert train_net.main(tiny("run", "--force", "BASELINE.EPOCHS", "1", "EXITS_PHASE.EPOCHS", "1")) == 0
+    return tiny("run")
+
+
+def test_says_what_of_the_configuration_the_weights_overrule(trained, tmp_path, capsys):
+    more = ["MODEL.NMS_THRESH", "0.1", "EXITS.LAYERS", "[4]"]
+    assert eval_exits.main([*trained[:2], "--out", str(tmp_path / "out"), *trained[2:], *more]) == 0
+    error = capsys.readouterr().err
+    assert "nms_thresh: the configuration says 0.1, the weights were made with 0.55 and keep it" in error
+    assert "exit_layers: the configuration says [4], the weights were made with [8, 12]" in error
+    assert "width:" not in error
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert [entry["layer"] for entry in metrics["exits"]] == [8, 12, 16]
 
 
 def test_missing_and_foreign_weights(tiny, tmp_path, capsys):

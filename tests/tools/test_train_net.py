@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from earlyexit_ssd.data.synthetic.dataset import FOLDER
 from earlyexit_ssd.pipeline import phases
 from tests.tools.conftest import ROOT, run_command, train_command
 from tools import eval_exits, train_net
@@ -47,8 +48,30 @@ def test_failed_gate_ends_with_3_and_says_what_to_try(tiny, tmp_path, capsys):
     assert "gate of phase baseline failed: AP50" in error
     assert "try: more epochs" in error
     assert not (tmp_path / "run" / "exits").exists()
-    # A gate that is set lower lets the same run go on.
-    assert train_net.main(tiny("run", "--resume", "--force")) == 0
+    # The advice can be followed: the phase starts afresh with more epochs, later phases with what they like.
+    more = ("BASELINE.EPOCHS", "3", "BASELINE.GATE.AP50", "0.0", "BASELINE.GATE.PRECISION", "0.0")
+    more += ("BASELINE.GATE.RECALL", "0.0", "EXITS.LAYERS", "[10]")
+    train_net.main(tiny("run", "--resume", "--force", *more))
+    assert "phase baseline starts afresh, since BASELINE.EPOCHS has changed" in capsys.readouterr().err
+    assert len(log(tmp_path / "run", "baseline")) == 18
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert [entry["name"] for entry in metrics["exits"]] == ["exit10", "full"]
+
+
+def test_a_failed_exits_phase_goes_on_with_other_exits(tiny, tmp_path, capsys):
+    lenient = ("BASELINE.GATE.AP50", "0.0", "BASELINE.GATE.PRECISION", "0.0", "BASELINE.GATE.RECALL", "0.0")
+    # Whatever the full path finds, an exit is asked for more.
+    assert train_net.main(tiny("run", "--force", "PHASES", "[baseline]", *lenient)) == 0
+    baseline = torch.load(tmp_path / "run" / "baseline" / "model.pth", weights_only=True)["model"]
+    assert train_net.main(tiny("run", "--resume", "PHASES", "[baseline, exits]", *lenient)) == 3
+    assert "move the exit deeper (EXITS.LAYERS)" in capsys.readouterr().err
+    again = ("PHASES", "[baseline, exits]", "EXITS.LAYERS", "[10, 14]", *lenient)
+    assert train_net.main(tiny("run", "--resume", "--force", *again)) == 0
+    weights = final_weights(tmp_path / "run")
+    assert any(key.startswith("branches.exit14.") for key in weights)
+    assert all(torch.equal(weights[key], baseline[key]) for key in weights if not key.startswith("branches."))
+    assert train_net.main(tiny("run", "--resume", *again, "BASELINE.LR", "0.5")) == 2
+    assert "the run to resume has BASELINE.LR" in capsys.readouterr().err
 
 
 def test_second_run_in_the_same_folder_is_refused(tiny, tmp_path, capsys):
@@ -69,7 +92,10 @@ def test_second_run_in_the_same_folder_is_refused(tiny, tmp_path, capsys):
         (["DATA.CLASSES", "chiar"], "did you mean 'chair'"),
         (["MODEL.WEIGHTS", "nowhere.pth"], "nowhere.pth: no such file"),
         (["DEVICE", "cuda:77"], "DEVICE 'cuda:77' is not to be had here"),
-        (["BASELINE.GATE.RELATIVE", "0.9"], "needs a reference"),
+        (["BASELINE.GATE.RELATIVE", "0.9"], "expected 0 without BASELINE.GATE.REFERENCE"),
+        (["BASELINE.GATE.RELATIVE", "0.9", "BASELINE.GATE.REFERENCE", "none.pth"], "none.pth: no such file"),
+        (["DATA.TEST", "nowhere"], "no data set is named 'nowhere'"),
+        (["EXITS_PHASE.CACHE_GIB", "1e-6"], "EXITS_PHASE.CACHE_GIB allows"),
     ],
 )
 def test_mistakes_end_with_2_and_one_line(tiny, capsys, more, message):
@@ -77,6 +103,21 @@ def test_mistakes_end_with_2_and_one_line(tiny, capsys, more, message):
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
+
+
+def test_photos_without_boxes_teach_through_the_full_path(tiny, data_root, tmp_path, capsys):
+    """The photos of the training split, their boxes taken away."""
+    train_net.main(tiny("first", "--force", "PHASES", "[baseline]"))
+    tree = json.loads((data_root / FOLDER / "annotations" / "instances_train.json").read_text())
+    (data_root / "no_boxes.json").write_text(json.dumps({**tree, "annotations": []}))
+    own = ["DATA.DATASETS", f"[[mine, no_boxes.json, {FOLDER}/train]]", "DATA.TRAIN", "mine"]
+    own += ["MODEL.WEIGHTS", str(tmp_path / "first" / "baseline" / "model.pth"), "BASELINE.EPOCHS", "0"]
+    assert train_net.main(tiny("labels", "--force", *own)) == 2
+    assert "mine: no box of chair in 24 photos; nothing can be learnt" in capsys.readouterr().err
+    assert train_net.main(tiny("teacher", "--force", *own, "LOSS.SUPERVISION", "teacher")) == 0
+    entries = log(tmp_path / "teacher", "exits")
+    assert "exit8_distillation" in entries[0] and "exit8_classification" not in entries[0]
+    assert entries[-1]["exit8_distillation"] < entries[0]["exit8_distillation"]
 
 
 def test_changed_full_path_is_found(tiny, monkeypatch, capsys):
@@ -128,12 +169,21 @@ def test_signal_saves_and_says_how_to_go_on(tiny, tmp_path):
     assert torch.load(tmp_path / "run" / "baseline" / "last.pth", weights_only=True)["step"] > 0
 
 
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def test_two_processes_end_with_one_model(tiny, tmp_path):
+    """BatchNorm's statistics are each process's own until the phase ends; the next one checks that they are one."""
+    more = ("--force", "BASELINE.EPOCHS", "1", "EXITS_PHASE.EPOCHS", "1", "EXITS_PHASE.CACHE", "false")
+    run_command([*train_command(*LAUNCHER), *tiny("two", *more)])
+    assert (tmp_path / "two" / "metrics.json").is_file()
+
+
 def test_two_processes_have_the_losses_of_one(tiny, tmp_path):
     # BatchNorm's statistics are per process, so they are frozen here.
     more = ("--force", "BASELINE.FREEZE_NORM", "true", "BASELINE.EPOCHS", "1", "PHASES", "[baseline]")
     run_command([*train_command(), *tiny("one", *more)])
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    run_command([*train_command(*launcher), *tiny("two", *more)])
+    run_command([*train_command(*LAUNCHER), *tiny("two", *more)])
     one, two = log(tmp_path / "one", "baseline"), log(tmp_path / "two", "baseline")
     assert len(one) == len(two) == 6
     for mine, theirs in zip(one, two, strict=True):

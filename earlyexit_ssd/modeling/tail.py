@@ -1,0 +1,67 @@
+"""What follows C4 in the full path, as a branch's own copy: it knows far more than a few photos can teach."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.ssdlite import SSDLiteHead
+
+from earlyexit_ssd.modeling.folding import FoldedClassificationHead, copy_rows
+
+
+class Tail(nn.Module):
+    """Trunk layers 14 to 16 and the four extra maps of a torchvision SSDLite, with the weights that it has now.
+
+    Args:
+        backbone: torchvision's ``SSDLiteFeatureExtractorMobileNet``; its layers are copied.
+        depth: residual blocks of the two (layers 14 and 15) to keep, the last ones.
+
+    Attributes:
+        in_channels: of the map that it starts from, 80 at width 1.0 with the reduced tail.
+        out_channels: of the five maps that it gives, fine to coarse.
+    """
+
+    def __init__(self, backbone: nn.Module, depth: int) -> None:
+        super().__init__()
+        projection, *blocks, last = backbone.features[1]
+        if not 0 <= depth <= len(blocks):
+            raise ValueError(f"depth {depth}: a branch's tail has 0 to {len(blocks)} residual blocks")
+        self.blocks = nn.Sequential(*copy.deepcopy(blocks[len(blocks) - depth :]))
+        self.last = copy.deepcopy(last)
+        self.extra = copy.deepcopy(backbone.extra)
+        self.requires_grad_(True)
+        self.in_channels = projection[-1].out_channels
+        self.out_channels = [last.out_channels, *(block[-1].out_channels for block in backbone.extra)]
+
+    def inherit(self, backbone: nn.Module) -> None:
+        """Take the weights that the full path has now."""
+        _, *blocks, last = backbone.features[1]
+        pairs = [*zip(reversed(self.blocks), reversed(blocks), strict=False), (self.last, last)]
+        for mine, theirs in (*pairs, (self.extra, backbone.extra)):
+            mine.load_state_dict(theirs.state_dict())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """[N, in_channels, S, S] to the same behind the residual blocks, and the five maps of the head."""
+        x = self.blocks(x)
+        maps = [self.last(x)]
+        for block in self.extra:
+            maps.append(block(maps[-1]))
+        return x, maps
+
+
+@torch.no_grad()
+def inherit_head(mine: SSDLiteHead, full: SSDLiteHead) -> None:
+    """Take the full path's predictors of all maps but the first, which has other channels in a branch.
+
+    Of a folded head the wanted classes' rows are taken; its background starts as the checkpoint's own.
+    """
+    theirs = full.classification_head
+    folded = isinstance(theirs, FoldedClassificationHead)
+    rows = [0, *theirs.wanted.tolist()] if folded else list(range(theirs.num_columns))
+    for new, old in zip(mine.classification_head.module_list[1:], theirs.module_list[1:], strict=True):
+        new[0].load_state_dict(old[0].state_dict())
+        copy_rows(new[1], old[1], theirs.num_columns, rows)
+    for new, old in zip(mine.regression_head.module_list[1:], full.regression_head.module_list[1:], strict=True):
+        new.load_state_dict(old.state_dict())
