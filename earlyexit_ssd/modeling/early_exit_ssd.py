@@ -17,7 +17,7 @@ from earlyexit_ssd.modeling.folding import num_outputs
 from earlyexit_ssd.modeling.losses import LossSettings
 from earlyexit_ssd.modeling.matching import Assignment, assign
 from earlyexit_ssd.modeling.outputs import ExitOutputs, Head, Router
-from earlyexit_ssd.modeling.tail import Tail
+from earlyexit_ssd.modeling.tail import FIRST_TAIL_LAYER, Tail
 from earlyexit_ssd.modeling.trunk import LAST_LAYER, SegmentedTrunk, TrunkState
 from earlyexit_ssd.modeling.validate import check_batch, check_images, check_router, check_targets
 
@@ -99,6 +99,7 @@ class EarlyExitSSDLite(SSD):
                 name: Branch(
                     in_channels=tap.shape[1],
                     in_grid=tap.shape[-1],
+                    skipped_layers=FIRST_TAIL_LAYER - 1 - layer,
                     grids=[grid[0] for grid in self._grids],
                     channels=channels,
                     attention=attention,
@@ -107,7 +108,7 @@ class EarlyExitSSDLite(SSD):
                     num_anchors=self.anchor_generator.num_anchors_per_location(),
                     num_classes=num_classes,
                 )
-                for index, (name, tap) in enumerate(zip(self.exit_names, taps, strict=False))
+                for index, (name, layer, tap) in enumerate(zip(self.exit_names, self.exit_layers, taps, strict=False))
             }
         )
         self.inherit()
