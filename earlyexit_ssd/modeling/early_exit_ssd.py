@@ -10,6 +10,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD
 
 from earlyexit_ssd.keywords import suggest_keywords
+from earlyexit_ssd.modeling import validate
 from earlyexit_ssd.modeling.branch import Branch
 from earlyexit_ssd.modeling.conditional import route
 from earlyexit_ssd.modeling.criterion import early_exit_losses, full_path_losses
@@ -19,7 +20,6 @@ from earlyexit_ssd.modeling.matching import Assignment, assign
 from earlyexit_ssd.modeling.outputs import ExitOutputs, Head, Router
 from earlyexit_ssd.modeling.tail import FIRST_TAIL_LAYER, Tail
 from earlyexit_ssd.modeling.trunk import LAST_LAYER, SegmentedTrunk, TrunkState
-from earlyexit_ssd.modeling.validate import check_batch, check_images, check_router, check_targets
 
 
 class EarlyExitSSDLite(SSD):
@@ -78,13 +78,9 @@ class EarlyExitSSDLite(SSD):
             positive_fraction=1 / (1 + detector.neg_to_pos_ratio),
         )
         exit_layers = tuple(exit_layers)
-        if not exit_layers or exit_layers != tuple(sorted({layer for layer in exit_layers if 1 <= layer < LAST_LAYER})):
-            raise ValueError(f"exit_layers {exit_layers}: expected increasing trunk layers from 1 to {LAST_LAYER - 1}")
+        validate.check_exit_layers(exit_layers)
         self.classes = tuple(classes or (f"class_{label}" for label in range(1, num_classes)))
-        if len(self.classes) != num_classes - 1:
-            raise ValueError(
-                f"{len(self.classes)} class names for a head with {num_classes} outputs, one of them background"
-            )
+        validate.check_class_names(self.classes, num_classes)
         self.exit_layers = (*exit_layers, LAST_LAYER)
         self.exit_names = (*(f"exit{layer}" for layer in exit_layers), "full")
         self.losses = losses or LossSettings()
@@ -182,7 +178,7 @@ class EarlyExitSSDLite(SSD):
 
     def compute_losses(self, heads: Sequence[Head], assignment: Assignment) -> dict[str, Tensor]:
         """Weighted losses of all exits (heads shallow to deep, the full path last); the frozen full path has none."""
-        check_router(self.router, self.num_early_exits)
+        validate.check_router(self.router, self.num_early_exits)
         full = {} if self._trunk_frozen else full_path_losses(heads[-1], assignment, self.losses)
         return full | early_exit_losses(self.exit_names[:-1], heads, assignment, self.losses, self.router)
 
@@ -200,14 +196,14 @@ class EarlyExitSSDLite(SSD):
             targets: in train mode, per image ``boxes`` [n, 4] xyxy absolute pixels and ``labels`` [n] in 1..K;
                 n may be 0.
         """
-        check_images(images)
+        validate.check_images(images)
         if self.training:
             return self._training_losses(images, targets)
         return self._detections(images)
 
     def _training_losses(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None) -> dict[str, Tensor]:
-        check_targets(targets, len(images), self.classes)
-        check_batch(self, len(images))
+        validate.check_targets(targets, len(images), self.classes)
+        validate.check_batch(self, len(images))
         batch, targets = self.transform(images, targets)
         taps, maps = self.trunk_maps(batch.tensors)
         heads = [*self.branch_heads(taps), self.head(maps)]
@@ -215,7 +211,7 @@ class EarlyExitSSDLite(SSD):
 
     def exit_outputs(self, images: list[Tensor]) -> ExitOutputs:
         """One pass over the network for all exits, unrouted."""
-        check_images(images)
+        validate.check_images(images)
         photo_sizes = [tuple(image.shape[-2:]) for image in images]
         batch, _ = self.transform(images, None)
         taps, maps = self.trunk_maps(batch.tensors)
@@ -243,7 +239,7 @@ class EarlyExitSSDLite(SSD):
         sizes = self.default_boxes(batch), batch.image_sizes, photo_sizes
         if self.router is None:
             return self._finish(self.head(self.trunk_maps(batch.tensors)[1]), *sizes)
-        check_router(self.router, self.num_early_exits)
+        validate.check_router(self.router, self.num_early_exits)
         head, exit_index, confidence = route(self, batch.tensors)
         detections = self._finish(head, *sizes)
         for index, detection in enumerate(detections):

@@ -8,6 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.modeling.trunk import LAST_LAYER
+
+
+def check_exit_layers(layers: tuple[int, ...]) -> None:
+    """Exits leave behind increasing trunk layers, the last one excepted."""
+    if not layers or layers != tuple(sorted({layer for layer in layers if 1 <= layer < LAST_LAYER})):
+        raise EarlyExitError(f"exit_layers {layers}: expected increasing trunk layers from 1 to {LAST_LAYER - 1}")
+
+
+def check_class_names(classes: tuple[str, ...], num_outputs: int) -> None:
+    """There is a name for every output but background."""
+    if len(classes) != num_outputs - 1:
+        raise EarlyExitError(
+            f"{len(classes)} class names for a head with {num_outputs} outputs, one of them background"
+        )
 
 
 def check_images(images: Sequence[Tensor]) -> None:

@@ -244,3 +244,25 @@ def test_cascade_carries_context(images):
     assert not torch.equal(model.exit_outputs(images).heads[1]["cls_logits"], before)
     alone = small_model(cascade=False)
     assert alone.branches["exit12"].context is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_size": 64, "width": 1.5},
+        {"image_size": 200, "exit_layers": (13, 14, 15)},
+        {"image_size": 321, "exit_layers": (15,)},
+        {"exit_layers": (1, 2, 3, 14), "reduced_tail": False},
+    ],
+    ids=str,
+)
+def test_any_size_width_and_exits(changes):
+    """Photos of extreme shapes, trained and routed; every exit gives the same default boxes."""
+    model = small_model(**changes).train()
+    images = [torch.rand(3, 20, 300), torch.rand(3, 310, 31)]
+    target = {"boxes": torch.tensor([[1.0, 1, 19, 19]]), "labels": torch.tensor([2])}
+    sum(model(images, [target] * 2).values()).backward()
+    outputs = model.eval().exit_outputs(images)
+    assert {tuple(head["cls_logits"].shape) for head in outputs.heads} == {(2, len(outputs.anchors[0]), 3)}
+    model.router = ExitRouter(model.num_early_exits)
+    assert len(model(images)) == 2

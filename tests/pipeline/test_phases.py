@@ -3,6 +3,7 @@ import torch
 
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.modeling.training import TapBatch
 from earlyexit_ssd.pipeline import phases
 from earlyexit_ssd.pipeline.phases import Run, full_path_fingerprint, joint, require_same_full_path
 from tests.modeling.conftest import small_model
@@ -24,8 +25,8 @@ def run(monkeypatch):
 
     def train(run, name, losses, loader):
         with torch.no_grad():
-            for parameter in run.model.parameters():
-                parameter.add_(1.0)
+            for value in run.model.state_dict().values():
+                value.add_(1)
 
     monkeypatch.setattr(phases, "fit", train)
     monkeypatch.setattr(phases, "_photo_loader", lambda run, batch_size: None)
@@ -52,6 +53,16 @@ def test_smallest_change_of_the_full_path_is_found(part):
         next(getattr(model, part).buffers()).view(-1)[0].add_(1e-7)
     with pytest.raises(EarlyExitError, match=f"changed the full path: {part}"):
         require_same_full_path(before, model)
+
+
+def test_photos_of_a_batch_are_named_whatever_the_loader():
+    class Photos:
+        def paths(self, image_id):
+            return f"{image_id}.jpg"
+
+    targets = [{"image_id": torch.tensor(3)}, {"image_id": 5}]
+    assert phases._photo_names(Photos(), TapBatch([], {}, targets)) == ["3.jpg", "5.jpg"]
+    assert phases._photo_names(Photos(), ([], targets)) == ["3.jpg", "5.jpg"]
 
 
 def test_fingerprint_leaves_the_mode_alone():

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import subprocess
@@ -134,11 +135,13 @@ def test_changed_full_path_is_found(tiny, monkeypatch, capsys):
     assert "the exits phase changed the full path" in capsys.readouterr().err
 
 
-def test_killed_run_resumes_to_the_same_weights(tiny, tmp_path):
-    run_command([*train_command(), *tiny("whole", "--force")])
-    for phase, step in (("baseline", 5), ("exits", 3)):
+@pytest.mark.parametrize("average", [(), ("BASELINE.EMA", "0.9", "EXITS_PHASE.EMA", "0.9", "JOINT.EMA", "0.9")])
+def test_killed_run_resumes_to_the_same_weights(tiny, tmp_path, average):
+    more = ("--force", "PHASES", "[baseline, exits, joint]", "JOINT.EPOCHS", "2", *average)
+    run_command([*train_command(), *tiny("whole", *more)])
+    for phase, step in (("baseline", 5), ("exits", 3), ("joint", 3)):
         folder = tmp_path / f"killed_in_{phase}"
-        command = [*train_command(), *tiny(folder.name, "--force")]
+        command = [*train_command(), *tiny(folder.name, *more)]
         with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
             deadline = time.monotonic() + 100
             while time.monotonic() < deadline and process.poll() is None:
@@ -154,17 +157,25 @@ def test_killed_run_resumes_to_the_same_weights(tiny, tmp_path):
         assert [entry["step"] for entry in log(folder, phase)] == list(range(1, 13))
 
 
-def test_signal_saves_and_says_how_to_go_on(tiny, tmp_path):
+def test_mixed_precision_trains_every_phase(tiny, tmp_path):
+    epochs = ("BASELINE.EPOCHS", "1", "EXITS_PHASE.EPOCHS", "1")
+    assert train_net.main(tiny("run", "--force", "ENGINE.AMP", "bf16", *epochs)) == 0
+    for phase in ("baseline", "exits"):
+        assert all(math.isfinite(entry["loss"]) for entry in log(tmp_path / "run", phase))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_says_how_to_go_on(tiny, tmp_path, number):
     command = [*train_command(), *tiny("run", "--force", "BASELINE.EPOCHS", "500")]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         path = tmp_path / "run" / "baseline" / "log.jsonl"
         deadline = time.monotonic() + 100
         while time.monotonic() < deadline and not (path.is_file() and path.stat().st_size > 500):
             time.sleep(0.05)
-        os.kill(process.pid, signal.SIGTERM)
+        os.kill(process.pid, number)
         error = process.stderr.read()
     assert process.returncode == 130
-    assert "SIGTERM: saved step" in error
+    assert f"{number.name}: saved step" in error
     assert "--resume" in error
     assert torch.load(tmp_path / "run" / "baseline" / "last.pth", weights_only=True)["step"] > 0
 
