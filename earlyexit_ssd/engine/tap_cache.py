@@ -102,8 +102,7 @@ class TapCache:
             name: torch.from_numpy(array[order].astype(np.float32)).to(device) for name, array in self._arrays.items()
         }
         head = {name: values.pop(name) for name in ARRAYS_OF_HEAD}
-        taps = [tap.contiguous(memory_format=torch.channels_last) for tap in values.values()]
-        return TapBatch(taps, head, to_device([self.targets[row] for row in order], device))
+        return TapBatch(list(values.values()), head, to_device([self.targets[row] for row in order], device))
 
     def _is_whole(self) -> bool:
         try:

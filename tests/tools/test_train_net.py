@@ -157,10 +157,6 @@ def test_killed_run_resumes_to_the_same_weights(tiny, tmp_path, average):
         assert [entry["step"] for entry in log(folder, phase)] == list(range(1, 13))
 
 
-@pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7),
-    reason="torch 2.6 gives infinite bf16 gradients on a CPU in some runs and not in others, same seed and inputs",
-)
 def test_mixed_precision_trains_every_phase(tiny, tmp_path):
     epochs = ("BASELINE.EPOCHS", "1", "EXITS_PHASE.EPOCHS", "1")
     assert train_net.main(tiny("run", "--force", "ENGINE.AMP", "bf16", *epochs)) == 0
