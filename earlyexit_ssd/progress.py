@@ -9,11 +9,17 @@ from collections.abc import Iterable
 from tqdm import tqdm
 
 
+def is_first_process() -> bool:
+    """Whether this process talks to the user; also before torchrun's group is joined and after it is left."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def progress(iterable: Iterable | None = None, desc: str = "", total: int | None = None) -> tqdm:
     """A tqdm bar on stderr: live on a terminal, a line every 30 seconds in a log file, silent on ranks above 0."""
-    silent = int(os.environ.get("RANK", "0")) > 0
     interval = 0.2 if sys.stderr.isatty() else 30.0
-    return tqdm(iterable, desc=desc, total=total, mininterval=interval, disable=silent, dynamic_ncols=True)
+    return tqdm(
+        iterable, desc=desc, total=total, mininterval=interval, disable=not is_first_process(), dynamic_ncols=True
+    )
 
 
 def write_line(text: str) -> None:

@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--weights", help="a model.pth of this project; by default the one in OUTPUT_DIR")
     parser.add_argument("--out", required=True, help="folder for metrics.json, the table, the chart and the pictures")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="override keys of the configuration")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
 
     def job() -> None:
         cfg = load_config(args.config, args.overrides)

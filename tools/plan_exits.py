@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--probe-epochs", type=int, default=0, help="epochs of the probe branches; 0 trains none")
     parser.add_argument("--out", help="folder of the results; OUTPUT_DIR/placement by default")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="override keys of the configuration")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
 
     def job() -> None:
         cfg = load_config(args.config, args.overrides)

@@ -13,17 +13,20 @@ PHASES = ("baseline", "exits", "joint")
 PHASE_SECTIONS = {"baseline": "BASELINE", "exits": "EXITS_PHASE", "joint": "JOINT"}
 LAST_LAYER = 16
 TAIL_BLOCKS = 2
+LARGEST_SIDE = 4096
+LOSS_CHOICES = {
+    "classification": ("mined", "focal"),
+    "supervision": ("labels", "teacher"),
+    "teacher": ("none", "full", "next"),
+}
 
 _CHOICES = {
     "DATA.ON_BAD": ("repair", "refuse", "skip"),
     "DATA.AUGMENTATION": ("ssdlite", "ssd", "flip", "none"),
     "MODEL.FOLD": ("exact", "rows"),
     "MODEL.WEIGHTS_CLASSES": ("", "coco"),
-    "MODEL.WEIGHTS_BACKBONE": ("", "IMAGENET1K_V1", "IMAGENET1K_V2"),
     "BASELINE.GATE.REFERENCE_CLASSES": ("", "coco"),
-    "LOSS.CLASSIFICATION": ("mined", "focal"),
-    "LOSS.TEACHER": ("none", "full", "next"),
-    "LOSS.SUPERVISION": ("labels", "teacher"),
+    **{f"LOSS.{key.upper()}": choices for key, choices in LOSS_CHOICES.items()},
     "ROUTING.POLICY": ("mean_foreground", "max_foreground"),
     "ENGINE.AMP": ("off", "bf16", "fp16"),
     "BASELINE.OPTIMIZER": ("sgd", "adamw"),
@@ -64,6 +67,10 @@ def check_config(cfg: CfgNode) -> None:
         _require(value > 0 and math.isfinite(value), key, value, "a number above 0")
     for key, value in _values(cfg, _NOT_NEGATIVE):
         _require(value >= 0 and math.isfinite(value), key, value, "a number of at least 0")
+    for key, value in _values(cfg, ("SEED", "DATA.SYNTHETIC.SEED")):
+        _require(value < 2**63, key, value, "a number below 2^63")
+    for key, value in _values(cfg, ("MODEL.IMAGE_SIZE", "DATA.SYNTHETIC.IMAGE_SIZE")):
+        _require(64 <= value <= LARGEST_SIDE, key, value, f"64 to {LARGEST_SIDE} pixels")
     _check_exits(cfg)
     _check_temperatures(cfg)
     _check_phases(cfg)
@@ -81,7 +88,6 @@ def _check_exits(cfg: CfgNode) -> None:
         value = _get(cfg, key)
         _require(len(value) in (1, len(layers)), key, value, f"one number, or one for each of {len(layers)} exits")
     _require(0 <= cfg.EXITS.DEPTH <= TAIL_BLOCKS, "EXITS.DEPTH", cfg.EXITS.DEPTH, f"0 to {TAIL_BLOCKS} blocks")
-    _require(cfg.MODEL.IMAGE_SIZE >= 64, "MODEL.IMAGE_SIZE", cfg.MODEL.IMAGE_SIZE, "at least 64 pixels")
 
 
 def _check_temperatures(cfg: CfgNode) -> None:
@@ -131,8 +137,6 @@ def _check_data(cfg: CfgNode) -> None:
     sizes = cfg.DATA.SYNTHETIC.SIZES
     whole = len(sizes) == 3 and all(_is_whole(size) for size in sizes)
     _require(whole, "DATA.SYNTHETIC.SIZES", sizes, "three whole numbers: train, calib, test")
-    side = cfg.DATA.SYNTHETIC.IMAGE_SIZE
-    _require(side >= 64, "DATA.SYNTHETIC.IMAGE_SIZE", side, "at least 64 pixels")
 
 
 def _require(condition: bool, key: str, value: object, expected: str) -> None:

@@ -38,7 +38,9 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
     try:
         check_config(cfg)
     except ConfigError as error:
-        raise ConfigError(f"{path or 'the configuration'}: {error}") from None
+        on_command_line = str(error).split(" ")[0] in overrides[::2]
+        source = "command line" if on_command_line else path or "the configuration"
+        raise ConfigError(f"{source}: {error}") from None
     cfg.freeze()
     return cfg
 
@@ -51,7 +53,7 @@ def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dic
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file; look in configs/ for examples") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a configuration ({error})") from None
+        raise ConfigError(f"{path}: cannot be read as a configuration ({error}); name a YAML file in UTF-8") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):

@@ -11,7 +11,9 @@ import torch
 from earlyexit_ssd.engine.distributed import any_process, barrier, is_main
 from earlyexit_ssd.engine.ema import ExponentialMovingAverage
 from earlyexit_ssd.engine.trainer import Hook, Trainer
+from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import atomic_path
+from earlyexit_ssd.modeling.retrofit import read_weights
 
 
 class Checkpoint(Hook):
@@ -60,7 +62,10 @@ class Checkpoint(Hook):
         barrier()
 
     def _load(self, trainer: Trainer) -> None:
-        state = torch.load(self.path, map_location=trainer.device, weights_only=True)
+        try:
+            state = read_weights(self.path)
+        except EarlyExitError as error:
+            raise EarlyExitError(f"{error}; or move it away: the phase then starts afresh") from None
         trainer.step = state["step"]
         trainer.model.load_state_dict(state["model"])
         trainer.optimizer.load_state_dict(state["optimizer"])

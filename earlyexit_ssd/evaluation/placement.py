@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from earlyexit_ssd.evaluation.cost import PlainPath, example_input, mmacs_to_exit, time_modules
+from earlyexit_ssd.modeling.outputs import Router
 from earlyexit_ssd.modeling.paths import PathToExit
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -61,15 +62,18 @@ class Proposal:
     shares: tuple[float, ...]
 
 
-def measure_placements(models: Mapping[int, nn.Module], runs: int = 30, threads: int = 1) -> list[Placement]:
+def measure_placements(
+    models: Mapping[int, nn.Module], router: Router, runs: int = 30, threads: int = 1
+) -> list[Placement]:
     """Cost of each model's one exit, all of them timed in turns with the detector without exits.
 
     Args:
         models: trunk layer -> an `EarlyExitSSDLite` with one exit behind it; all with the same full path.
+        router: of one exit; its scoring counts.
         runs, threads: of the timing; see `time_modules`.
     """
     first = next(iter(models.values()))
-    paths = [PathToExit(model, index) for model in models.values() for index in (0, 1)]
+    paths = [PathToExit(model, index, router) for model in models.values() for index in (0, 1)]
     *timings, plain = time_modules([*paths, PlainPath(first)], example_input(first), runs, threads)
     return [
         Placement(layer, mmacs_to_exit(model)[0], leaves.ms, goes_on.ms, plain.ms)

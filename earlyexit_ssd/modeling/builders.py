@@ -65,6 +65,8 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
             raise ValueError("trainable_backbone_layers need image_size=320 and width=1.0, weights need width=1.0")
         if weights is not None:
             weights_backbone = None
+            if num_classes not in (None, len(COCO_CLASSES) + 1):
+                raise ValueError(f"weights have {len(COCO_CLASSES) + 1} outputs, num_classes is {num_classes}")
         detector = build_ssdlite(
             num_classes=num_classes or 91,
             image_size=image_size,

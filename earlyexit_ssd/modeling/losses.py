@@ -12,14 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed
 
+from earlyexit_ssd.config import LOSS_CHOICES
 from earlyexit_ssd.errors import EarlyExitError, nearest
 from earlyexit_ssd.modeling.matching import Assignment
-
-_CHOICES = {
-    "classification": ("mined", "focal"),
-    "supervision": ("labels", "teacher"),
-    "teacher": ("none", "full", "next"),
-}
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,7 @@ class LossSettings:
     distillation_box_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
+        for name, choices in LOSS_CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
                 raise EarlyExitError(f"{name} is {value!r}, expected one of {choices}{nearest(str(value), choices)}")

@@ -9,7 +9,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torchvision.models import MobileNet_V3_Large_Weights
 
-from earlyexit_ssd.errors import ConfigError, EarlyExitError
+from earlyexit_ssd.errors import ConfigError, EarlyExitError, nearest
 from earlyexit_ssd.evaluation.metrics import EvaluationSettings
 from earlyexit_ssd.modeling import (
     COCO_CLASSES,
@@ -90,8 +90,22 @@ def source_classes(weights: str, classes: str) -> tuple[str, ...] | None:
     return COCO_CLASSES if classes == "coco" or torchvision_name(weights) else None
 
 
+def backbone_weights(name: str) -> MobileNet_V3_Large_Weights:
+    """ImageNet weights of the trunk by torchvision's name.
+
+    Raises:
+        ConfigError: torchvision has none of that name.
+    """
+    names = MobileNet_V3_Large_Weights.__members__
+    if name not in names:
+        raise ConfigError(
+            f"MODEL.WEIGHTS_BACKBONE is {name!r}, expected one of {', '.join(names)}{nearest(name, names)}"
+        )
+    return names[name]
+
+
 def _imagenet_detector(cfg: CfgNode, architecture: Architecture):
-    name = cfg.MODEL.WEIGHTS_BACKBONE
+    weights = backbone_weights(cfg.MODEL.WEIGHTS_BACKBONE)
     if cfg.MODEL.WIDTH != 1.0:
         raise ConfigError(f"MODEL.WIDTH is {cfg.MODEL.WIDTH}, ImageNet weights of the trunk need 1.0")
     try:
@@ -99,11 +113,11 @@ def _imagenet_detector(cfg: CfgNode, architecture: Architecture):
             num_classes=len(architecture.classes) + 1,
             image_size=architecture.image_size,
             reduced_tail=False,
-            weights_backbone=MobileNet_V3_Large_Weights[name],
+            weights_backbone=weights,
         )
     except OSError as error:
         raise EarlyExitError(
-            f"ImageNet weights {name} could not be downloaded ({error}); "
+            f"ImageNet weights {weights.name} could not be downloaded ({error}); "
             "set MODEL.WEIGHTS to a file, or MODEL.WEIGHTS_BACKBONE to '' to train from scratch"
         ) from None
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 from collections.abc import Callable
 
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.pipeline.gates import GateFailed
 from earlyexit_ssd.pipeline.phases import Interrupted
-from earlyexit_ssd.progress import write_line
+from earlyexit_ssd.progress import is_first_process, write_line
 
 EXIT_BAD_INPUT, EXIT_GATE_FAILED, EXIT_INTERRUPTED = 2, 3, 130
 
@@ -42,7 +41,7 @@ class _LineHandler(logging.Handler):
 
 
 def _stop(message: str, code: int) -> int:
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_first_process():
         if "Original Traceback" in message:  # from a loader's worker: the traceback, and last the line itself
             message = message.strip().splitlines()[-1].partition("Error: ")[2]
         write_line(f"error: {message}" if code == EXIT_BAD_INPUT else message)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,17 +12,18 @@ from typing import Any
 import torch
 from fvcore.common.config import CfgNode
 
-from earlyexit_ssd.data import class_names, load_dataset, require_disjoint
+from earlyexit_ssd.config import LAST_LAYER, check_config
+from earlyexit_ssd.data import class_names
 from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.evaluation.placement import SHARES, Placement, measure_placements, propose
-from earlyexit_ssd.files import write_image, write_json, write_text
-from earlyexit_ssd.modeling import EarlyExitSSDLite
-from earlyexit_ssd.pipeline.build import build_device, build_model, with_classes
-from earlyexit_ssd.pipeline.phases import Run, train_branches
+from earlyexit_ssd.files import make_folder, write_image, write_json, write_text
+from earlyexit_ssd.pipeline.build import build_device, build_model, build_router
+from earlyexit_ssd.pipeline.phases import train_branches
+from earlyexit_ssd.pipeline.prepare import prepare
 from earlyexit_ssd.pipeline.run_folder import RunFolder
 from earlyexit_ssd.report.placement import placement_chart, placement_report
 
-ALL_LAYERS = tuple(range(1, 16))
+ALL_LAYERS = tuple(range(1, LAST_LAYER))
 
 
 def plan_exits(
@@ -34,7 +37,7 @@ def plan_exits(
 
     Args:
         cfg: its MODEL, EXITS (but for the layers) and EVAL timing are used; with probes DATA and EXITS_PHASE too.
-        out_dir: for placement.json, the table and the chart; with probes their weights and logs.
+        out_dir: for placement.json, the table and the chart.
         layers: trunk layers, increasing.
         speedup: wanted, against the detector without exits.
         probe_epochs: epochs of probe branches on cached taps; 0 trains none, and nothing is proposed.
@@ -45,19 +48,11 @@ def plan_exits(
     Raises:
         EarlyExitError: unusable settings, data or weights.
     """
-    cfg = _with_exits(cfg, layers, probe_epochs)
-    device = build_device(cfg)
-    torch.manual_seed(cfg.SEED)
-    cfg = with_classes(cfg, class_names(cfg))
-    model, architecture = build_model(cfg, cfg.DATA.CLASSES)
-    singles = {
-        layer: dataclasses.replace(architecture, exit_layers=(layer,)).add_exits(model).to(device) for layer in layers
-    }
-    placements = measure_placements(singles, cfg.EVAL.TIMING_RUNS, cfg.EVAL.TIMING_THREADS)
-    full_ap50 = None
+    cfg = _with_exits(cfg, layers, speedup, probe_epochs)
+    make_folder(out_dir)
+    placements, full_ap50 = _measure(cfg), None
     if probe_epochs:
-        run = _probe_run(cfg, out_dir, model.to(device), architecture, device)
-        *ap50, full_ap50 = _probe(run)
+        *ap50, full_ap50 = _probe(cfg, out_dir)
         placements = [dataclasses.replace(one, AP50=value) for one, value in zip(placements, ap50, strict=True)]
     plan = _describe(cfg, placements, full_ap50, speedup)
     write_json(out_dir / "placement.json", plan)
@@ -66,33 +61,42 @@ def plan_exits(
     return plan
 
 
-def _with_exits(cfg: CfgNode, layers: Sequence[int], probe_epochs: int) -> CfgNode:
-    """One exit per layer, none leaning on another."""
-    layers = tuple(layers)
-    if not layers or layers != tuple(sorted(set(layers) & set(ALL_LAYERS))):
-        raise ConfigError(f"layers {layers}: expected increasing trunk layers from 1 to {ALL_LAYERS[-1]}")
+def _with_exits(cfg: CfgNode, layers: Sequence[int], speedup: float, probe_epochs: int) -> CfgNode:
+    """One exit per layer, none leaning on another; the phases are those of a trained full path that gets probes."""
+    if not (math.isfinite(speedup) and speedup > 0):
+        raise ConfigError(f"the wanted speed-up is {speedup:g}, expected a number above 0, such as 1.5")
+    if probe_epochs and not cfg.MODEL.WEIGHTS:
+        raise ConfigError("probes need a trained full path: set MODEL.WEIGHTS to a checkpoint or a model.pth")
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.EXITS.LAYERS, cfg.EXITS.CASCADE = layers, False
+    cfg.PHASES, cfg.BASELINE.EPOCHS, cfg.BASELINE.GATE.RELATIVE = ("baseline", "exits"), 0, 0.0
+    cfg.EXITS.LAYERS, cfg.EXITS.CASCADE = tuple(layers), False
     cfg.LOSS.EXIT_WEIGHTS = (1.0,)
     cfg.ROUTING.THRESHOLDS, cfg.ROUTING.TEMPERATURES = (0.5,), (1.0,)
     cfg.EXITS_PHASE.EPOCHS, cfg.EXITS_PHASE.CACHE_VIEWS = probe_epochs, 1
+    check_config(cfg)
     cfg.freeze()
     return cfg
 
 
-def _probe_run(cfg: CfgNode, out_dir: Path, model: EarlyExitSSDLite, architecture: Any, device: torch.device) -> Run:
-    train_set = load_dataset(cfg, cfg.DATA.TRAIN, train=True, need_boxes=cfg.LOSS.SUPERVISION == "labels")
-    calib_set = load_dataset(cfg, cfg.DATA.CALIB, need_boxes=True)
-    require_disjoint(TRAIN=train_set, CALIB=calib_set)
-    return Run(cfg, RunFolder(out_dir), model, architecture, train_set, calib_set, device)
+def _measure(cfg: CfgNode) -> list[Placement]:
+    """Cost of each exit, alone in the detector; no photo is read."""
+    device = build_device(cfg)
+    model, architecture = build_model(cfg, class_names(cfg))
+    singles = {
+        layer: dataclasses.replace(architecture, exit_layers=(layer,)).add_exits(model).to(device)
+        for layer in cfg.EXITS.LAYERS
+    }
+    router = build_router(cfg, {"num_exits": 1}).to(device)
+    return measure_placements(singles, router, cfg.EVAL.TIMING_RUNS, cfg.EVAL.TIMING_THREADS)
 
 
-def _probe(run: Run) -> list[float | None]:
-    """AP50 on the calib split of each probe and, last, of the full path."""
-    train_branches(run)
-    run.folder.remove_taps()
-    return [figures["AP50"] for figures in run.calib_quality.of_exits(run.model)]
+def _probe(cfg: CfgNode, out_dir: Path) -> list[float | None]:
+    """AP50 on the calib split of a short-trained branch behind each layer and, last, of the full path."""
+    with tempfile.TemporaryDirectory(prefix=".probes.", dir=out_dir) as folder:
+        run = prepare(cfg, RunFolder(Path(folder)), build_device(cfg))
+        train_branches(run)
+        return [figures["AP50"] for figures in run.calib_quality.of_exits(run.model)]
 
 
 def _describe(cfg: CfgNode, placements: Sequence[Placement], full_ap50: float | None, speedup: float) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -67,7 +66,8 @@ class RunFolder:
     def require_free(self, cfg: CfgNode, resume: bool) -> None:
         """Check that the folder holds no run, or, to resume, one that this configuration goes on with.
 
-        The settings of a phase that is not finished may change, as its gate advises; the phase then starts afresh.
+        The settings of a phase that is not finished may change, as its gate advises; :meth:`start` then sets aside
+        what it has trained.
 
         Raises:
             EarlyExitError: the folder holds a run already, or one of another configuration.
@@ -80,35 +80,51 @@ class RunFolder:
                     f"{self.root} holds a run already: go on with it (--resume), "
                     "name another folder (OUTPUT_DIR), or delete it"
                 )
-            self._go_on(cfg, path)
+            self._changed_phases(cfg)
         elif (self.root / "metrics.json").exists():
             raise EarlyExitError(f"{self.root} holds other results; name another folder (OUTPUT_DIR), or delete it")
 
     def start(self, cfg: CfgNode) -> None:
-        """Write configuration and versions."""
+        """Set aside what phases with changed settings have trained; write configuration and versions."""
+        for phase, key in self._changed_phases(cfg).items():
+            logger.info("phase %s starts afresh, since %s has changed", phase, key)
+            self._set_aside(phase)
         write_text(self.root / "config.yaml", cfg.dump())
         write_json(self.root / "run.json", describe_run(cfg))
 
-    def _go_on(self, cfg: CfgNode, path: Path) -> None:
-        stored, current = (
-            _flat(yaml.safe_load(path.read_text(encoding="utf-8"))),
-            _flat(yaml.safe_load(cfg.dump())),
-        )
-        changed = [key for key in sorted({*stored, *current}) if stored.get(key) != current.get(key)]
-        afresh = {}
-        for key in changed:
-            phases = [phase for phase, sections in _SETTINGS_OF_PHASES.items() if key.startswith(sections)]
-            if key.startswith(_MAY_CHANGE) or ("GATE" in key.split(".") and not self.finished(phases[0])):
+    def _changed_phases(self, cfg: CfgNode) -> dict[str, str]:
+        """Unfinished phase -> a key by which the stored configuration and ``cfg`` train it differently.
+
+        Raises:
+            EarlyExitError: they differ in what a finished phase, or the whole run, was made with.
+        """
+        path = self.root / "config.yaml"
+        if not path.is_file():
+            return {}
+        stored, current = _flat(_read_dict(path)), _flat(yaml.safe_load(cfg.dump()))
+        changed = {}
+        for key in sorted({*stored, *current}):
+            if stored.get(key) == current.get(key) or key.startswith(_MAY_CHANGE):
                 continue
-            if not phases or any(self.finished(phase) for phase in phases):
+            phase = next((phase for phase, keys in _SETTINGS_OF_PHASES.items() if key.startswith(keys)), None)
+            if phase is None or self.finished(phase):
                 raise EarlyExitError(
                     f"{path}: the run to resume has {key} = {stored.get(key)!r}, now it is {current.get(key)!r}; "
                     "set it back, or name another folder (OUTPUT_DIR)"
                 )
-            afresh |= dict.fromkeys(phases, key)
-        for phase, key in afresh.items():
-            logger.info("phase %s starts afresh, since %s has changed", phase, key)
-            (self.phase(phase) / "last.pth").unlink(missing_ok=True)
+            if ".GATE." not in key:  # another gate looks at the same training
+                changed[phase] = key
+        return changed
+
+    def _set_aside(self, phase: str) -> None:
+        """Move a phase's files into ``before_1``, ``before_2`` ...; the taps stay, a key tells whether they fit."""
+        folder = self.phase(phase)
+        files = [path for path in folder.glob("*") if path.name != "taps" and not path.name.startswith("before_")]
+        if files:
+            target = folder / f"before_{len(list(folder.glob('before_*'))) + 1}"
+            target.mkdir()
+            for path in files:
+                path.rename(target / path.name)
 
     def write_gate(self, gate: Gate) -> None:
         """Record a phase as finished."""
@@ -117,16 +133,30 @@ class RunFolder:
     def finished(self, phase: str) -> bool:
         """Whether the phase is trained and its gate passed or was forced."""
         gate = self._read_gate(phase)
-        return gate is not None and (gate["passed"] or gate["forced"])
+        return bool(gate.get("passed") or gate.get("forced"))
 
     def forced(self) -> bool:
         """Whether any phase went on past a failed gate."""
         gates = [self._read_gate(path.parent.name) for path in self.root.glob("*/gate.json")]
-        return any(gate and gate["forced"] for gate in gates)
+        return any(gate.get("forced") for gate in gates)
 
-    def _read_gate(self, phase: str) -> dict | None:
+    def _read_gate(self, phase: str) -> dict:
+        """Empty before the phase's gate was asked."""
         path = self.phase(phase) / "gate.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return _read_dict(path) if path.is_file() else {}
+
+
+def _read_dict(path: Path) -> dict:
+    """A YAML or JSON file that this class has written; JSON is YAML."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = " ".join(str(error).split())
+    if not isinstance(content, dict):
+        raise EarlyExitError(
+            f"{path}: not what a run has written (got {content!r:.60}); restore it, or name another folder (OUTPUT_DIR)"
+        )
+    return content
 
 
 def describe_run(cfg: CfgNode) -> dict:

@@ -8,20 +8,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from fvcore.common.config import CfgNode
 
-from earlyexit_ssd.config import PHASE_SECTIONS
-from earlyexit_ssd.data import catalog, load_dataset, require_disjoint
-from earlyexit_ssd.engine.distributed import barrier, is_main, process_group, world_size
-from earlyexit_ssd.errors import ConfigError
+from earlyexit_ssd.engine.distributed import barrier, is_main, process_group
 from earlyexit_ssd.files import atomic_path, write_image
 from earlyexit_ssd.modeling import load_model, save_model
-from earlyexit_ssd.modeling.retrofit import require_weights
-from earlyexit_ssd.pipeline.build import build_device, build_losses, build_model, build_router, with_classes
+from earlyexit_ssd.pipeline.build import build_device, build_losses, build_router
 from earlyexit_ssd.pipeline.evaluate import evaluate_model
 from earlyexit_ssd.pipeline.gates import GateFailed
-from earlyexit_ssd.pipeline.phases import PHASE_FUNCTIONS, Run, tap_cache
+from earlyexit_ssd.pipeline.phases import PHASE_FUNCTIONS, Run
+from earlyexit_ssd.pipeline.prepare import prepare
 from earlyexit_ssd.pipeline.run_folder import RunFolder
 from earlyexit_ssd.report.pictures import photo_grid
 
@@ -49,11 +45,12 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> dict[str, 
         folder = RunFolder(Path(cfg.OUTPUT_DIR))
         if is_main():
             folder.require_free(cfg, resume)
-        run = _prepare(cfg, folder, device)
+        run = prepare(cfg, folder, device)
         if is_main():
             folder.start(cfg)
             samples = [run.train_set.sample(index, epoch=0) for index in range(min(12, len(run.train_set)))]
             write_image(folder.root / "training_photos.png", photo_grid(samples, run.train_set.classes))
+        barrier()  # what start() has set aside is not to be read
         for phase in cfg.PHASES:
             _run_phase(run, phase, force)
         if not is_main():
@@ -61,42 +58,6 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> dict[str, 
         with atomic_path(folder.model) as temporary:
             shutil.copyfile(folder.phase(cfg.PHASES[-1]) / "model.pth", temporary)
         return evaluate_model(run.cfg, folder.model, folder.root)
-
-
-def _prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
-    """Load all data and build the model, so that what is missing is found before anything is written or trained."""
-    _check_names(cfg)
-    if not is_main():
-        barrier()  # the first process may render or download
-    labelled = cfg.LOSS.SUPERVISION == "labels" or ("baseline" in cfg.PHASES and cfg.BASELINE.EPOCHS > 0)
-    train_set = load_dataset(cfg, cfg.DATA.TRAIN, train=True, need_boxes=labelled)
-    cfg = with_classes(cfg, train_set.classes)
-    calib_set, test_set = load_dataset(cfg, cfg.DATA.CALIB, need_boxes=True), load_dataset(cfg, cfg.DATA.TEST)
-    if is_main():
-        barrier()
-    require_disjoint(TRAIN=train_set, CALIB=calib_set, TEST=test_set)
-    torch.manual_seed(cfg.SEED)
-    model, architecture = build_model(cfg, train_set.classes)
-    run = Run(cfg, folder, model.to(device), architecture, train_set, calib_set, device)
-    if "exits" in cfg.PHASES and cfg.EXITS_PHASE.EPOCHS and cfg.EXITS_PHASE.CACHE:
-        tap_cache(run)  # raises where it would be too large
-    return run
-
-
-def _check_names(cfg: CfgNode) -> None:
-    """What is cheap to find out comes first: names of data sets, files of weights, batches for all processes."""
-    for name in (*cfg.DATA.TRAIN, *cfg.DATA.CALIB, *cfg.DATA.TEST):
-        catalog.require_known(name, cfg.DATA)
-    for weights in (cfg.MODEL.WEIGHTS, cfg.BASELINE.GATE.REFERENCE):
-        if weights:
-            require_weights(weights)
-    for section in (PHASE_SECTIONS[phase] for phase in cfg.PHASES):
-        size, processes = cfg[section].BATCH_SIZE, world_size()
-        if size % processes or size < 2 * processes:
-            raise ConfigError(
-                f"{section}.BATCH_SIZE is {size}, expected a multiple of the {processes} processes, "
-                "two images or more for each"
-            )
 
 
 def _run_phase(run: Run, name: str, force: bool) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 from PIL import Image
+
+from earlyexit_ssd.report.plot import PLAIN, draw_chart
 
 Plan = Mapping[str, Any]
 
@@ -54,19 +54,18 @@ def _advice(plan: Plan) -> str:
 
 
 def placement_chart(plan: Plan) -> Image.Image:
-    """Speed-up against layer, a line for each share of photos that leave, 960 x 640 pixels."""
-    figure = Figure(figsize=(7.5, 5), dpi=128, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    """Speed-up against layer, a line for each share of photos that leave."""
+    return draw_chart(lambda axes: _draw_placements(axes, plan))
+
+
+def _draw_placements(axes: Axes, plan: Plan) -> None:
     layers = [row["layer"] for row in plan["placements"]]
     for share in plan["placements"][0]["speedups"]:
         values = [row["speedups"][share] for row in plan["placements"]]
         axes.plot(layers, values, marker="o", label=f"{float(share):.0%} of the photos leave")
-    axes.axhline(plan["speedup"], color="#4a5568", linestyle="--", linewidth=1, label="wanted")
-    axes.axhline(1.0, color="#4a5568", linewidth=1)
+    axes.axhline(plan["speedup"], color=PLAIN, linestyle="--", linewidth=1, label="wanted")
+    axes.axhline(1.0, color=PLAIN, linewidth=1)
     axes.set_xlabel("trunk layer behind which the exit leaves")
     axes.set_ylabel("speed-up against the detector without exits")
     axes.set_xticks(layers)
     axes.legend(frameon=False)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

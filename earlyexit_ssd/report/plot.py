@@ -1,8 +1,8 @@
-"""Accuracy against time: one chart of the exits, the routed detector and the detector without exits."""
+"""Charts: their common frame, and accuracy against time of the exits, the routed detector and the plain one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,25 @@ from PIL import Image
 EXITS, ROUTED, PLAIN = "#2b6cb0", "#dd6b20", "#4a5568"
 
 
-def accuracy_against_time(metrics: Mapping[str, Any]) -> Image.Image:
-    """AP50 against milliseconds, 960 x 640 pixels; bars are 95 % intervals, undefined points are left out."""
+def draw_chart(draw: Callable[[Axes], None]) -> Image.Image:
+    """What ``draw`` puts on the axes, as a picture of 960 x 640 pixels."""
     figure = Figure(figsize=(7.5, 5), dpi=128, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    axes.grid(color="#e2e8f0", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    draw(axes)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def accuracy_against_time(metrics: Mapping[str, Any]) -> Image.Image:
+    """AP50 against milliseconds; bars are 95 % intervals, undefined points are left out."""
+    return draw_chart(lambda axes: _draw_accuracy(axes, metrics))
+
+
+def _draw_accuracy(axes: Axes, metrics: Mapping[str, Any]) -> None:
     exits, plain, routed = metrics["exits"], metrics["without_exits"], metrics["routed"]
     defined = [one for one in exits if one["AP50"] is not None]
     times, values = [one["ms"] for one in defined], [one["AP50"] for one in defined]
@@ -27,9 +41,7 @@ def accuracy_against_time(metrics: Mapping[str, Any]) -> Image.Image:
         _point(axes, one, one["name"], EXITS, "o")
     _point(axes, {**exits[-1], **plain}, "without exits", PLAIN, "s", above=True)
     _point(axes, routed, "routed", ROUTED, "D", above=True)
-    _style(axes, metrics["context"])
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    _label(axes, metrics["context"])
 
 
 def _point(axes: Axes, row: Mapping[str, Any], label: str, color: str, marker: str, above: bool = False) -> None:
@@ -59,7 +71,7 @@ def _bars(value: float, interval: list[float] | None) -> list[list[float]] | Non
     return [[max(value - interval[0], 0.0)], [max(interval[1] - value, 0.0)]] if interval else None
 
 
-def _style(axes: Axes, context: Mapping[str, Any]) -> None:
+def _label(axes: Axes, context: Mapping[str, Any]) -> None:
     axes.set_xlabel(f"ms per image (eager PyTorch, {context['device']}, {context['threads']} thread(s))")
     axes.set_ylabel("AP50")
     axes.set_title(f"{', '.join(context['splits']) or 'unnamed data'}: {context['images']} photos", loc="left")
@@ -67,6 +79,3 @@ def _style(axes: Axes, context: Mapping[str, Any]) -> None:
     axes.margins(x=0.25, y=0.2)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=max(axes.get_ylim()[0], 0))
-    axes.grid(color="#e2e8f0", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)

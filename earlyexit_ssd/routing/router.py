@@ -59,8 +59,9 @@ class ExitRouter(nn.Module):
 
     def confidence(self, logits: Tensor, exit_index: int) -> Tensor:
         """Raw logits [N, A, C] of an exit (the full path is exit ``num_exits``) to confidences [N] in [0, 1]."""
-        temperature = self._in_bounds(exit_index).detach() if exit_index < self.num_exits else 1.0
-        return self._policy(logits.float() / temperature)
+        if exit_index < self.num_exits:
+            logits = logits.float() / self.temperatures[exit_index].detach().clamp(*self.temperature_bounds)
+        return self._policy(logits.float())
 
     def leaves(self, confidence: Tensor, exit_index: int) -> Tensor:
         """[N] bool; at the full path everything leaves."""
@@ -75,18 +76,14 @@ class ExitRouter(nn.Module):
         """
         if not isinstance(self.temperatures, nn.Parameter):
             return None
+        self.clamp_temperatures()  # for a training loop that is not ours
         labels = assignment.labels
-        logits = logits.float() / self._in_bounds(exit_index)
+        logits = logits.float() / self.temperatures[exit_index]
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
         parts = [labels > 0, labels == 0]
         counts = mean_over_processes(torch.stack([part.sum() for part in parts]).float())
         sums = torch.stack([(loss * part).sum() for part in parts])
         return (sums / counts.clamp(min=1)).sum() / (counts > 0).sum()
-
-    def _in_bounds(self, exit_index: int) -> Tensor:
-        """The exit's temperature, brought back into its bounds first: another's training loop does not clamp."""
-        self.clamp_temperatures()
-        return self.temperatures[exit_index]
 
     @torch.no_grad()
     def clamp_temperatures(self) -> None:

@@ -86,6 +86,11 @@ def test_impossible_values_name_the_file(tmp_path):
         load_config(write(tmp_path / "mine.yaml", "EXITS: {LAYERS: [99]}"))
 
 
+def test_impossible_values_of_the_command_line_are_not_the_file_s(tmp_path):
+    with pytest.raises(ConfigError, match=r"^command line: EXITS.LAYERS is 99, expected"):
+        load_config(write(tmp_path / "mine.yaml", "SEED: 1"), ["EXITS.LAYERS", "[99]"])
+
+
 def test_auto_is_the_name_of_the_file_wherever_it_is_said(tmp_path):
     path = write(tmp_path / "mine.yaml", "SEED: 1")
     assert load_config(path, ["OUTPUT_DIR", "auto"]).OUTPUT_DIR == "output/mine"

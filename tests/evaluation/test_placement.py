@@ -2,6 +2,7 @@
 
 import pytest
 
+from earlyexit_ssd import ExitRouter
 from earlyexit_ssd.evaluation.placement import Placement, best_mix, measure_placements, propose
 from tests.modeling.conftest import small_model
 
@@ -65,7 +66,7 @@ def test_a_second_exit_pays_for_the_first():
 
 def test_measures_each_layer_against_one_plain_detector():
     models = {layer: small_model(exit_layers=(layer,)) for layer in (4, 12)}
-    first, second = measure_placements(models, runs=2, threads=1)
+    first, second = measure_placements(models, ExitRouter(1), runs=2, threads=1)
     assert (first.layer, second.layer) == (4, 12)
     assert first.mmacs < second.mmacs
     assert first.plain_ms == second.plain_ms > 0

@@ -25,6 +25,18 @@ def test_plain_size_is_torchvision_s_model():
     assert torch.equal(ours.eval()(image)[0]["boxes"], plain.eval()(image)[0]["boxes"])
 
 
+def test_coco_weights_fit_any_size(monkeypatch):
+    plain = torchvision.models.get_model("ssdlite320_mobilenet_v3_large", num_classes=91, **OFFLINE)
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", lambda *_, **__: plain.state_dict())
+    model = torchvision.models.get_model(NAME, weights="COCO_V1", image_size=96, channels=16)
+    assert model.transform.fixed_size == (96, 96)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in plain.state_dict().items())
+    with pytest.raises(ValueError, match="weights have 91 outputs, num_classes is 5"):
+        torchvision.models.get_model(NAME, weights="COCO_V1", image_size=96, num_classes=5)
+    with pytest.raises(ValueError, match="weights need width=1.0"):
+        torchvision.models.get_model(NAME, weights="COCO_V1", width=0.5)
+
+
 def test_arguments_are_keyword_only_and_known():
     builder = torchvision.models.get_model_builder(NAME)
     with pytest.raises(TypeError):

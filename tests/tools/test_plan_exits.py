@@ -2,16 +2,16 @@ import json
 
 import pytest
 
-from tools import plan_exits
+from tools import plan_exits, train_net
 
 
-def command(tiny, tmp_path, *flags):
-    config, overrides = tiny("run")[:2], tiny("run")[2:]
-    return [*config, "--out", str(tmp_path / "plan"), *flags, "--", *overrides]
+def command(tiny, tmp_path, *flags, overrides=()):
+    config, own = tiny("run")[:2], tiny("run")[2:]
+    return [*config, "--out", str(tmp_path / "plan"), *flags, "--", *own, *overrides]
 
 
 def test_costs_of_every_layer_need_no_photo(tiny, tmp_path, capsys):
-    assert plan_exits.main([*command(tiny, tmp_path, "--speedup", "1000"), "DATA.ROOT", "nowhere"]) == 0
+    assert plan_exits.main(command(tiny, tmp_path, "--speedup", "1000", overrides=("DATA.ROOT", "nowhere"))) == 0
     plan = json.loads((tmp_path / "plan" / "placement.json").read_text())
     assert [row["layer"] for row in plan["placements"]] == list(range(1, 16))
     mmacs = [row["mmacs"] for row in plan["placements"]]
@@ -22,15 +22,31 @@ def test_costs_of_every_layer_need_no_photo(tiny, tmp_path, capsys):
 
 
 def test_probes_give_a_proposal(tiny, tmp_path, capsys):
+    train_net.main(tiny("run", "--force", "PHASES", "[baseline]"))
     flags = ("--layers", "8", "12", "--probe-epochs", "1", "--speedup", "0.01")
-    assert plan_exits.main(command(tiny, tmp_path, *flags)) == 0
+    weights = str(tmp_path / "run" / "baseline" / "model.pth")
+    for _ in range(2):  # a second plan in the same folder replaces the first
+        assert plan_exits.main(command(tiny, tmp_path, *flags, overrides=("MODEL.WEIGHTS", weights))) == 0
     plan = json.loads((tmp_path / "plan" / "placement.json").read_text())
     assert all(0 <= row["AP50"] <= 1 for row in plan["placements"])
     assert sum(plan["proposal"]["shares"]) == pytest.approx(1)
     assert "proposed: EXITS.LAYERS" in capsys.readouterr().out
-    assert not (tmp_path / "plan" / "exits" / "taps").exists()
+    names = {path.name for path in (tmp_path / "plan").iterdir()}
+    assert names == {"placement.json", "placement.txt", "placement.png"}
 
 
-def test_impossible_layers_are_one_line(tiny, tmp_path, capsys):
-    assert plan_exits.main(command(tiny, tmp_path, "--layers", "12", "8")) == 2
-    assert "error: layers (12, 8): expected increasing trunk layers from 1 to 15" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--layers", "12", "8"), "EXITS.LAYERS is (12, 8), expected increasing layers, each once"),
+        (("--layers", "16"), "EXITS.LAYERS is 16, expected trunk layers 1 to 15"),
+        (("--speedup", "0"), "the wanted speed-up is 0, expected a number above 0"),
+        (("--probe-epochs", "-1"), "probes need a trained full path: set MODEL.WEIGHTS"),
+        (("--probe-epochs", "1"), "probes need a trained full path: set MODEL.WEIGHTS"),
+    ],
+)
+def test_mistakes_are_one_line(tiny, tmp_path, capsys, flags, message):
+    assert plan_exits.main(command(tiny, tmp_path, *flags)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert not (tmp_path / "plan").exists()

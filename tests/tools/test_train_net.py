@@ -55,6 +55,9 @@ def test_failed_gate_ends_with_3_and_says_what_to_try(tiny, tmp_path, capsys):
     train_net.main(tiny("run", "--resume", "--force", *more))
     assert "phase baseline starts afresh, since BASELINE.EPOCHS has changed" in capsys.readouterr().err
     assert len(log(tmp_path / "run", "baseline")) == 18
+    # What was trained before is set aside, not lost.
+    assert len(log(tmp_path / "run", "baseline/before_1")) == 12
+    assert (tmp_path / "run" / "baseline" / "before_1" / "last.pth").is_file()
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert [entry["name"] for entry in metrics["exits"]] == ["exit10", "full"]
 
@@ -73,6 +76,44 @@ def test_a_failed_exits_phase_goes_on_with_other_exits(tiny, tmp_path, capsys):
     assert all(torch.equal(weights[key], baseline[key]) for key in weights if not key.startswith("branches."))
     assert train_net.main(tiny("run", "--resume", *again, "BASELINE.LR", "0.5")) == 2
     assert "the run to resume has BASELINE.LR" in capsys.readouterr().err
+
+
+def test_flags_and_keys_in_any_order(tiny, tmp_path):
+    config, overrides = tiny("run")[:2], tiny("run")[2:]
+    assert train_net.main([*overrides, "--force", "PHASES", "[baseline]", *config, "SEED", "1"]) == 0
+
+
+def test_a_resume_that_cannot_start_leaves_the_run_alone(tiny, tmp_path, capsys):
+    assert train_net.main(tiny("run")) == 3
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert train_net.main(tiny("run", "--resume", "BASELINE.EPOCHS", "3", "DATA.TEST", "[voc_2012_val]")) == 2
+    assert train_net.main(tiny("run", "--resume", "BASELINE.EPOCHS", "3", "MODEL.WEIGHTS_BACKBONE", "x")) == 2
+    assert train_net.main(tiny("run", "--resume", "BASELINE.EPOCHS", "3", "EVAL.SCORE", "2")) == 2
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / FOLDER).write_text("in the way")
+    more = ("BASELINE.EPOCHS", "3", "DATA.ROOT", str(tmp_path / "elsewhere"))
+    assert train_net.main(tiny("run", "--resume", *more)) == 2
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("config.yaml", "config.yaml: not what a run has written"),
+        ("baseline/gate.json", "gate.json: not what a run has written"),
+        ("baseline/last.pth", "last.pth: not a file of weights that can be read safely"),
+        ("baseline/model.pth", "model.pth: not a file of weights that can be read safely"),
+    ],
+)
+def test_a_run_folder_that_someone_damaged_is_one_line(tiny, tmp_path, capsys, file, message):
+    forced = ("--force",) if file.endswith("model.pth") else ()
+    train_net.main(tiny("run", *forced, "PHASES", "[baseline]"))
+    damaged = tmp_path / "run" / file
+    damaged.write_bytes(damaged.read_bytes()[:7])
+    capsys.readouterr()
+    assert train_net.main(tiny("run", "--resume", "PHASES", "[baseline]")) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in line
 
 
 def test_second_run_in_the_same_folder_is_refused(tiny, tmp_path, capsys):
@@ -95,6 +136,7 @@ def test_second_run_in_the_same_folder_is_refused(tiny, tmp_path, capsys):
         (["DEVICE", "cuda:77"], "DEVICE 'cuda:77' is not to be had here"),
         (["BASELINE.GATE.RELATIVE", "0.9"], "expected 0 without BASELINE.GATE.REFERENCE"),
         (["BASELINE.GATE.RELATIVE", "0.9", "BASELINE.GATE.REFERENCE", "none.pth"], "none.pth: no such file"),
+        (["MODEL.WEIGHTS_BACKBONE", "IMAGENET_V1"], "did you mean 'IMAGENET1K_V1'"),
         (["DATA.TEST", "nowhere"], "no data set is named 'nowhere'"),
         (["EXITS_PHASE.CACHE_GIB", "1e-6"], "EXITS_PHASE.CACHE_GIB allows"),
     ],
