@@ -87,6 +87,9 @@ _C.EXITS.DEPTH = 2
 _C.EXITS.ATTENTION = True
 # Features of the exit before flow into the next one.
 _C.EXITS.CASCADE = True
+# Class predictors in two steps with this many channels between, where that is cheaper; 0: in one. Pays from some
+# twenty classes on.
+_C.EXITS.HEAD_RANK = 0
 
 # ---- losses -----------------------------------------------------------------------------------------------
 _C.LOSS = Node()

@@ -10,6 +10,7 @@ from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.models.mobilenetv3 import InvertedResidual, InvertedResidualConfig
 from torchvision.ops.misc import Conv2dNormActivation, SqueezeExcitation
 
+from earlyexit_ssd.modeling.factorised import factorise
 from earlyexit_ssd.modeling.ssdlite import norm_layer
 from earlyexit_ssd.modeling.tail import Tail, inherit_head
 
@@ -63,6 +64,7 @@ class Branch(nn.Module):
         tail: a copy of the full path's, this branch's own.
         num_anchors: default boxes per cell of each grid.
         num_classes: outputs per default box, background included.
+        head_rank: channels between the two steps of the class predictors; 0 leaves them in one step.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Branch(nn.Module):
         tail: Tail,
         num_anchors: list[int],
         num_classes: int,
+        head_rank: int = 0,
     ) -> None:
         super().__init__()
         self.attention = (
@@ -98,6 +101,8 @@ class Branch(nn.Module):
         self.top_down = _pointwise(tail.in_channels, channels)
         self.smooth = _depthwise(channels, 1)
         self.head = SSDLiteHead([channels, *tail.out_channels], num_anchors, num_classes, norm_layer)
+        if head_rank:
+            factorise(self.head.classification_head, head_rank)
         self._finest_grid = grids[0]
 
     def inherit(self, backbone: nn.Module, head: SSDLiteHead) -> None:

@@ -31,6 +31,7 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
     depth: int = 2,
     attention: bool = True,
     cascade: bool = True,
+    head_rank: int = 0,
     classes: Sequence[str] | None = None,
     losses: LossSettings | None = None,
     router: Router | None = None,
@@ -49,7 +50,8 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
         trainable_backbone_layers: as torchvision's; it needs ``image_size=320`` and ``width=1.0``.
         image_size, width: see :func:`earlyexit_ssd.modeling.ssdlite.build_ssdlite`; another width than 1.0 needs
             ``weights_backbone=None``.
-        exit_layers, channels, depth, attention, cascade, classes, losses, router: see :class:`EarlyExitSSDLite`.
+        exit_layers, channels, depth, attention, cascade, head_rank, classes, losses, router: see
+            :class:`EarlyExitSSDLite`.
         score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing.
     """
     weights = SSDLite320_MobileNet_V3_Large_Weights.verify(weights)
@@ -96,6 +98,7 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
         depth=depth,
         attention=attention,
         cascade=cascade,
+        head_rank=head_rank,
         classes=classes,
         losses=losses,
         router=router,

@@ -33,7 +33,7 @@ class EarlyExitSSDLite(SSD):
     Args:
         detector: a torchvision SSDLite; its parts are used, not copied.
         exit_layers: trunk layers behind which a branch leaves, increasing, 1..15 (the stem is 0).
-        channels, attention, cascade: see :class:`earlyexit_ssd.modeling.branch.Branch`.
+        channels, attention, cascade, head_rank: see :class:`earlyexit_ssd.modeling.branch.Branch`.
         depth: residual blocks of a branch's :class:`earlyexit_ssd.modeling.tail.Tail`, 0 to 2.
         classes: names of the labels 1..K, background not among them; by default ``class_1`` and so on.
         losses: what is minimised in training.
@@ -57,6 +57,7 @@ class EarlyExitSSDLite(SSD):
         depth: int = 2,
         attention: bool = True,
         cascade: bool = True,
+        head_rank: int = 0,
         classes: Sequence[str] | None = None,
         losses: LossSettings | None = None,
         router: Router | None = None,
@@ -103,6 +104,7 @@ class EarlyExitSSDLite(SSD):
                     tail=Tail(self.backbone, depth),
                     num_anchors=self.anchor_generator.num_anchors_per_location(),
                     num_classes=num_classes,
+                    head_rank=head_rank,
                 )
                 for index, (name, layer, tap) in enumerate(zip(self.exit_names, self.exit_layers, taps, strict=False))
             }

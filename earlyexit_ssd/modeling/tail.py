@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.ssdlite import SSDLiteHead
 
+from earlyexit_ssd.modeling.factorised import FactorisedPredictor
 from earlyexit_ssd.modeling.folding import FoldedClassificationHead, copy_rows
 
 FIRST_TAIL_LAYER = 14
@@ -64,6 +65,16 @@ def inherit_head(mine: SSDLiteHead, full: SSDLiteHead) -> None:
     rows = [0, *theirs.wanted.tolist()] if folded else list(range(theirs.num_columns))
     for new, old in zip(mine.classification_head.module_list[1:], theirs.module_list[1:], strict=True):
         new[0].load_state_dict(old[0].state_dict())
-        copy_rows(new[1], old[1], theirs.num_columns, rows)
+        _take_rows(new[1], old[1], theirs.num_columns, rows)
     for new, old in zip(mine.regression_head.module_list[1:], full.regression_head.module_list[1:], strict=True):
         new.load_state_dict(old.state_dict())
+
+
+def _take_rows(new: nn.Module, old: nn.Conv2d, columns: int, rows: list[int]) -> None:
+    """The rows of ``old``, or the nearest that a factorised predictor can have."""
+    if isinstance(new, FactorisedPredictor):
+        whole = nn.Conv2d(new.in_channels, new.out_channels, 1).to(old.weight)
+        copy_rows(whole, old, columns, rows)
+        new.approximate(whole)
+    else:
+        copy_rows(new, old, columns, rows)

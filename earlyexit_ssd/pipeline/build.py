@@ -62,6 +62,7 @@ def build_architecture(cfg: CfgNode, classes: tuple[str, ...]) -> Architecture:
         depth=cfg.EXITS.DEPTH,
         attention=cfg.EXITS.ATTENTION,
         cascade=cfg.EXITS.CASCADE,
+        head_rank=cfg.EXITS.HEAD_RANK,
         score_thresh=cfg.MODEL.SCORE_THRESH,
         nms_thresh=cfg.MODEL.NMS_THRESH,
         detections_per_img=cfg.MODEL.DETECTIONS_PER_IMG,
