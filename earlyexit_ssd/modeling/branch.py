@@ -17,7 +17,7 @@ from earlyexit_ssd.modeling.tail import Tail, inherit_head
 LARGEST_EXPANSION = 3
 
 
-def _short_cut(
+def _residual(
     in_channels: int, out_channels: int, stride: int, skipped_layers: int, attention: bool
 ) -> InvertedResidual:
     """MobileNetV3's inverted residual with a 5x5 depthwise kernel: a tap sees little, so context pays.
@@ -90,12 +90,11 @@ class Branch(nn.Module):
         )
         self.reduce = nn.Sequential()
         while in_grid > grids[0]:
-            out_channels = max(in_channels, channels // 2)
-            self.reduce.append(nn.Sequential(_depthwise(in_channels, 2), _pointwise(in_channels, out_channels)))
-            in_channels, in_grid = out_channels, (in_grid + 1) // 2
+            self.reduce.append(_residual(in_channels, 2 * in_channels, 2, skipped_layers, attention))
+            in_channels, in_grid = 2 * in_channels, (in_grid + 1) // 2
         self.fine = _pointwise(in_channels, channels)
         stride = 2 if in_grid > grids[1] else 1
-        self.short_cut = _short_cut(in_channels, tail.in_channels, stride, skipped_layers, attention)
+        self.short_cut = _residual(in_channels, tail.in_channels, stride, skipped_layers, attention)
         self.context = _pointwise(tail.in_channels, tail.in_channels) if cascade else None
         self.tail = tail
         self.top_down = _pointwise(tail.in_channels, channels)
