@@ -18,7 +18,8 @@ _C.DATA = Node()
 # Root of the data sets. Empty: the environment variable EARLYEXIT_SSD_DATASETS, else ./datasets.
 _C.DATA.ROOT = ""
 # Your own sets, a triple each, paths relative to the root: (name, COCO JSON file, photo folder),
-# (name, folder of VOC XML files, photo folder) or (name, VOC devkit folder such as VOC2012, split).
+# (name, folder of VOC XML files, photo folder), (name, VOC devkit folder such as VOC2012, split) or, for photos without
+# boxes (LOSS.SUPERVISION teacher), (name, "", photo folder).
 _C.DATA.DATASETS = ()
 # Fetch voc_2007_* and voc_2012_* with torchvision when they are missing (needs a network).
 _C.DATA.DOWNLOAD = False

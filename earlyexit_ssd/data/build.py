@@ -39,6 +39,8 @@ def load_dataset(
     data = cfg.DATA
     raws = [read_dataset(cfg, name) for name in names]
     classes = tuple(data.CLASSES) or (union_of_classes(raws) if names == tuple(data.TRAIN) else class_names(cfg))
+    if not classes and not any(raw.labelled for raw in raws):
+        raise DataError(f"{' + '.join(names)} names no class; set DATA.CLASSES to what is to be detected")
     records = select_classes(raws, classes, train)
     if train:
         records = limit_negatives(records, data.NEGATIVE_SHARE, cfg.SEED)
@@ -56,7 +58,7 @@ def load_dataset(
         wanted, purpose = ", ".join(classes) or "any class", "learnt" if train else "measured"
         raise DataError(
             f"{title}: no box of {wanted} in {len(records)} photos; nothing can be {purpose}. "
-            "Add photos that show it, or name other DATA.CLASSES"
+            "Add photos that show it, name other DATA.CLASSES, or let the full path teach (LOSS.SUPERVISION teacher)"
         )
     logger.info("%s: %d photos, %d boxes, %d photos without any", title, len(records), objects, negatives)
     return DetectionDataset(records, classes, transforms, train, cfg.SEED, data.ON_BAD)

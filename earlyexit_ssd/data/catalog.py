@@ -9,6 +9,7 @@ from pathlib import Path
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.data.coco import read_coco
+from earlyexit_ssd.data.folder import read_photo_folder
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import RawDataset
 from earlyexit_ssd.data.voc import read_voc, read_xml_folder
@@ -117,6 +118,9 @@ def dataset_root(data: CfgNode) -> Path:
 
 
 def _load_own(name: str, annotations: str, photos: str, root: Path, problems: Problems) -> RawDataset:
+    if not annotations:
+        _require(name, root, root / photos)
+        return read_photo_folder(name, root / photos, problems)
     if (root / annotations / "ImageSets" / "Main").is_dir():
         return read_voc(name, root / annotations, photos, problems)
     _require(name, root, root / annotations, root / photos)

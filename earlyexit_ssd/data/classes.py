@@ -12,6 +12,9 @@ from earlyexit_ssd.errors import DataError, nearest
 
 logger = logging.getLogger(__name__)
 
+NAMED = 8
+"""Classes that a warning names at most."""
+
 # VOC's names -> COCO's names of the same classes.
 ALIASES = {
     "aeroplane": "airplane",
@@ -78,7 +81,7 @@ def _relabel(record: Record, label_map: dict[int, int]) -> Record:
 def _check_classes(raws: Sequence[RawDataset], classes: Sequence[str], train: bool) -> None:
     """Unknown classes are an error; absent ones a warning: a set without their labels teaches background."""
     known = {canonical(name) for raw in raws for name in raw.classes}
-    may_lack_some = not train and any(raw.open_classes for raw in raws)
+    may_lack_some = any(raw.open_classes and not (train and raw.labelled) for raw in raws)
     for name in classes:
         if canonical(name) not in known and not may_lack_some:
             sets = ", ".join(raw.name for raw in raws)
@@ -87,12 +90,13 @@ def _check_classes(raws: Sequence[RawDataset], classes: Sequence[str], train: bo
                 f"DATA.CLASSES has {name!r}, which {sets} does not have"
                 f"{nearest(name, union_of_classes(raws))}; classes there: {listed}"
             )
-    for raw in raws:
+    for raw in (raw for raw in raws if raw.labelled):
         shown = {annotation.label for record in raw.records for annotation in record.annotations}
         named = {canonical(raw.classes[label - 1]) for label in shown if 1 <= label <= len(raw.classes)}
         absent = [name for name in classes if canonical(name) not in named]
         if absent:
-            logger.warning("%s has no box of %s", raw.name, ", ".join(absent))
+            more = f" and {len(absent) - NAMED} more" if len(absent) > NAMED else ""
+            logger.warning("%s has no box of %s%s", raw.name, ", ".join(absent[:NAMED]), more)
 
 
 def limit_negatives(records: list[Record], share: float, seed: int) -> list[Record]:

@@ -51,9 +51,11 @@ class RawDataset:
     """What a reader returns, before checks and class filter; labels index ``classes``.
 
     ``open_classes``: the format declares no classes, so that ``classes`` are those that occur and others may not.
+    ``labelled``: False for photos that nobody has looked at: that no box is there says nothing about them.
     """
 
     name: str
     classes: tuple[str, ...]
     records: tuple[Record, ...]
     open_classes: bool = False
+    labelled: bool = True

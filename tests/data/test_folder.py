@@ -1,0 +1,77 @@
+import pytest
+from PIL import Image
+
+from earlyexit_ssd.config import get_cfg
+from earlyexit_ssd.data import load_dataset
+from earlyexit_ssd.data.folder import find_photos, read_photo_folder
+from earlyexit_ssd.data.problems import Problems
+from earlyexit_ssd.errors import DataError
+from tests.data.conftest import write_photo
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two photos, one of them a folder deeper, and what is none."""
+    write_photo(tmp_path / "photos" / "b.png", (60, 40))
+    write_photo(tmp_path / "photos" / "deep" / "a.JPG", (30, 50))
+    write_photo(tmp_path / "photos" / ".thumbnails" / "b.png")
+    (tmp_path / "photos" / "notes.txt").write_text("none")
+    return tmp_path / "photos"
+
+
+def config(root, **data):
+    cfg = get_cfg()
+    cfg.DATA.ROOT = str(root)
+    cfg.DATA.DATASETS = (("mine", "", "photos"),)
+    cfg.DATA.TRAIN = ("mine",)
+    for key, value in data.items():
+        cfg.DATA[key] = value
+    return cfg
+
+
+def test_photos_are_found_in_order_and_hidden_ones_are_not(folder):
+    assert [str(path.relative_to(folder)) for path in find_photos(folder)] == ["b.png", "deep/a.JPG"]
+
+
+def test_records_have_sizes_and_no_boxes(folder):
+    raw = read_photo_folder("mine", folder, Problems("refuse"))
+    assert [(record.image_id, record.width, record.height) for record in raw.records] == [(1, 60, 40), (2, 30, 50)]
+    assert not raw.labelled and not any(record.annotations for record in raw.records)
+
+
+def test_a_folder_without_photos_is_an_error(tmp_path):
+    with pytest.raises(DataError, match=r"data set 'mine' has no photo \(.jpg, "):
+        read_photo_folder("mine", tmp_path, Problems("repair"))
+
+
+def test_a_broken_photo_is_dropped_or_refused(folder):
+    (folder / "c.jpg").write_bytes(b"no picture")
+    assert len(read_photo_folder("mine", folder, Problems("repair")).records) == 2
+    with pytest.raises(DataError, match="c.jpg"):
+        read_photo_folder("mine", folder, Problems("refuse"))
+
+
+def test_it_loads_for_any_class_where_no_box_is_needed(folder, tmp_path, caplog):
+    cfg = config(tmp_path, CLASSES=("chair", "cat"))
+    dataset = load_dataset(cfg, cfg.DATA.TRAIN, train=True, need_boxes=False)
+    assert dataset.classes == ("chair", "cat") and len(dataset) == 2
+    assert "has no box" not in caplog.text
+
+
+def test_with_labels_for_a_teacher_it_names_the_way_out(folder, tmp_path):
+    cfg = config(tmp_path, CLASSES=("chair",))
+    with pytest.raises(DataError, match="no box of chair in 2 photos.*LOSS.SUPERVISION"):
+        load_dataset(cfg, cfg.DATA.TRAIN, train=True)
+
+
+def test_without_any_class_named_it_says_so(folder, tmp_path):
+    cfg = config(tmp_path)
+    with pytest.raises(DataError, match="mine names no class; set DATA.CLASSES"):
+        load_dataset(cfg, cfg.DATA.TRAIN, train=True, need_boxes=False)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    cfg = config(tmp_path, CLASSES=("chair",))
+    with pytest.raises(DataError, match="photos: data set 'mine' is not there"):
+        load_dataset(cfg, cfg.DATA.TRAIN, train=True, need_boxes=False)
