@@ -15,7 +15,7 @@ setup(
     license="BSD-3-Clause",
     python_requires=">=3.10",
     packages=find_packages(include=["earlyexit_ssd", "earlyexit_ssd.*"]),
-    package_data={"earlyexit_ssd": ["py.typed"]},
+    package_data={"earlyexit_ssd": ["py.typed", "weights/*.pth", "weights/*.json"]},
     install_requires=[
         "torch",
         "torchvision>=0.21,<0.30",

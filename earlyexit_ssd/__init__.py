@@ -5,8 +5,18 @@ import os
 # albumentations asks its server for a newer version at import; a library should not.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
-from earlyexit_ssd.modeling import EarlyExitSSDLite, earlyexit_ssdlite320_mobilenet_v3_large
+from earlyexit_ssd.modeling import (
+    EarlyExitSSDLite,
+    EarlyExitSSDLite_Weights,
+    earlyexit_ssdlite320_mobilenet_v3_large,
+)
 from earlyexit_ssd.routing import ExitRouter
 
 __version__ = "0.1.0"
-__all__ = ["EarlyExitSSDLite", "ExitRouter", "__version__", "earlyexit_ssdlite320_mobilenet_v3_large"]
+__all__ = [
+    "EarlyExitSSDLite",
+    "EarlyExitSSDLite_Weights",
+    "ExitRouter",
+    "__version__",
+    "earlyexit_ssdlite320_mobilenet_v3_large",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -55,7 +56,18 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write ``content``."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_image(path: str | os.PathLike[str], image: Image.Image) -> None:
     """Write a picture in the format of the path's suffix."""
     with atomic_path(path) as temporary:
         image.save(temporary)
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Of a file's content, in hexadecimal."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -1,7 +1,7 @@
 import pytest
 
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.files import atomic_path, make_folder, write_json, write_text
+from earlyexit_ssd.files import atomic_path, make_folder, sha256, write_bytes, write_json, write_text
 
 
 def test_a_failure_leaves_the_old_file(tmp_path):
@@ -27,3 +27,8 @@ def test_folder_of_results_is_tried_first(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(EarlyExitError, match="cannot be a folder of results"):
             make_folder(path)
+
+
+def test_bytes_and_their_digest(tmp_path):
+    write_bytes(tmp_path / "a" / "abc", b"abc")  # the first example of FIPS 180-2
+    assert sha256(tmp_path / "a" / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from earlyexit_ssd.data.checks import describe
-from earlyexit_ssd.data.images import read_image
+from earlyexit_ssd.data.images import as_tensor, read_image
 from earlyexit_ssd.data.problems import MODES
 from earlyexit_ssd.data.records import Annotation, Record
 from earlyexit_ssd.data.seeding import mixed_seed
@@ -94,11 +94,11 @@ class DetectionDataset(torch.utils.data.Dataset):
         boxes = np.array([a.box for a in annotations], np.float32).reshape(-1, 4)
         labels = np.array([a.label for a in annotations], np.int64)
         if self.transforms is None:
-            return _as_tensor(image), _target(record, boxes, labels, annotations)
+            return as_tensor(image), _target(record, boxes, labels, annotations)
         seed = mixed_seed(self.seed, epoch, range(len(self))[index])
         kept = np.arange(len(annotations))
         image, boxes, kept = self.transforms(image, boxes, kept, seed)
-        return _as_tensor(image), _target(record, boxes, labels[kept], [annotations[k] for k in kept], cropped=True)
+        return as_tensor(image), _target(record, boxes, labels[kept], [annotations[k] for k in kept], cropped=True)
 
     def _read(self, index: int) -> tuple[Record, np.ndarray]:
         """The photo, or in training the next one that can be decoded."""
@@ -125,11 +125,6 @@ def _read_photo(record: Record) -> np.ndarray:
             "load the data set with load_dataset, which scales the boxes"
         )
     return image
-
-
-def _as_tensor(image: np.ndarray) -> Tensor:
-    pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-    return pixels.to(torch.float32).div_(255)
 
 
 def _target(

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from earlyexit_ssd.errors import DataError
 
@@ -75,6 +77,12 @@ def read_image(path: PathLike, annotated_size: Size | None = None) -> np.ndarray
             return np.array(rgb if turn is None else rgb.transpose(turn))
     except Exception as error:  # Pillow's decoders raise a dozen types on broken files
         raise _unreadable(path, error) from None
+
+
+def as_tensor(image: np.ndarray) -> Tensor:
+    """What :func:`read_image` gives as the model takes it: float32 [3, H, W] in [0, 1]."""
+    pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    return pixels.to(torch.float32).div_(255)
 
 
 def read_header(path: PathLike, annotated_size: Size | None = None) -> PhotoHeader:

@@ -9,11 +9,13 @@ from earlyexit_ssd.modeling.outputs import ExitOutputs, Router
 from earlyexit_ssd.modeling.paths import PathToExit
 from earlyexit_ssd.modeling.retrofit import COCO_CLASSES, retrofit
 from earlyexit_ssd.modeling.ssdlite import build_ssdlite
+from earlyexit_ssd.modeling.weights import EarlyExitSSDLite_Weights
 
 __all__ = [
     "COCO_CLASSES",
     "Architecture",
     "EarlyExitSSDLite",
+    "EarlyExitSSDLite_Weights",
     "ExitOutputs",
     "LossSettings",
     "PathToExit",

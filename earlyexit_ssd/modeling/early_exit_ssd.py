@@ -18,11 +18,12 @@ from earlyexit_ssd.modeling.folding import num_outputs
 from earlyexit_ssd.modeling.losses import LossSettings
 from earlyexit_ssd.modeling.matching import Assignment, assign
 from earlyexit_ssd.modeling.outputs import ExitOutputs, Head, Router
+from earlyexit_ssd.modeling.pretrained import Pretrained
 from earlyexit_ssd.modeling.tail import FIRST_TAIL_LAYER, Tail
 from earlyexit_ssd.modeling.trunk import LAST_LAYER, SegmentedTrunk, TrunkState
 
 
-class EarlyExitSSDLite(SSD):
+class EarlyExitSSDLite(Pretrained, SSD):
     """A torchvision SSDLite with branches behind some trunk layers.
 
     Every parameter and buffer of the torchvision detector keeps its name, and without a router the detections are

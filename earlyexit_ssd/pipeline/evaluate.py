@@ -14,7 +14,7 @@ from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset, to_
 from earlyexit_ssd.evaluation.collect import Collected, collect
 from earlyexit_ssd.evaluation.metrics import evaluate_exits
 from earlyexit_ssd.evaluation.routed import choose_exits
-from earlyexit_ssd.files import make_folder
+from earlyexit_ssd.files import make_folder, sha256
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, load_model
 from earlyexit_ssd.pipeline.build import (
     build_architecture,
@@ -64,6 +64,7 @@ def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str |
         forced=info.get("forced", False),
         collected=collected,
     )
+    metrics["context"]["weights_sha256"] = sha256(weights)
     pictures = {}
     if cfg.EVAL.PICTURES:
         chosen = choose_exits(collected.confidences, router.thresholds.tolist()).tolist()

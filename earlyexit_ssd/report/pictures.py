@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -21,13 +22,14 @@ class Example:
     """One row of the picture.
 
     image: float [3,H,W] in [0, 1].
-    target: ``boxes`` [G,4] xyxy pixels, ``labels`` [G], ``iscrowd`` [G] (ignored objects are drawn grey).
+    target: ``boxes`` [G,4] xyxy pixels, ``labels`` [G], ``iscrowd`` [G] (ignored objects are drawn grey); None where
+        the truth is not known.
     detections: per exit, shallow to deep, ``boxes`` [N,4], ``scores`` [N], ``labels`` [N].
     exit_index: the exit that the router takes, whose tile is framed; None frames none.
     """
 
     image: Tensor
-    target: Mapping[str, Tensor]
+    target: Mapping[str, Tensor] | None
     detections: Sequence[Mapping[str, Tensor]]
     exit_index: int | None = None
 
@@ -39,29 +41,31 @@ def detection_grid(
     score: float = 0.4,
     tile: int = TILE,
 ) -> Image.Image:
-    """The picture of all ``examples`` under a line of column names.
+    """The picture of all ``examples`` under a line of column names, without the ground truth if no example has one.
 
     Args:
         examples: rows.
-        exit_names: columns behind the ground truth, shallow to deep.
+        exit_names: names of the columns behind the ground truth, shallow to deep.
         classes: names of the labels 1..K.
         score: detections below it are not drawn.
         tile: width of a tile and its largest height, pixels; photos keep their shape inside it.
     """
-    columns = ["ground truth", *exit_names]
-    rows = [_tiles(example, classes, score, tile) for example in examples]
+    first = 0 if examples and all(example.target is None for example in examples) else 1
+    columns = ["ground truth", *exit_names][1 - first :]
+    rows = [_tiles(example, classes, score, tile)[1 - first :] for example in examples]
     width = GAP + len(columns) * (tile + GAP)
     picture = Image.new("RGB", (width, HEADER + sum(row[0].height + GAP for row in rows)), BACKGROUND)
     draw = ImageDraw.Draw(picture)
     for column, name in enumerate(columns):
         draw.text((GAP + column * (tile + GAP), HEADER / 2), name, INK, _font(16), anchor="lm")
-    draw.text((width - GAP, HEADER / 2), "framed: the exit routed to", FRAME, _font(12), anchor="rm")
+    if any(example.exit_index is not None for example in examples):
+        draw.text((width - GAP, HEADER / 2), "framed: the exit routed to", FRAME, _font(12), anchor="rm")
     top = HEADER
     for example, row in zip(examples, rows, strict=True):
         for column, one in enumerate(row):
             corner = (GAP + column * (tile + GAP), top)
             picture.paste(one, corner)
-            if example.exit_index is not None and column == example.exit_index + 1:
+            if example.exit_index is not None and column == example.exit_index + first:
                 _frame(draw, corner, one.size)
         top += row[0].height + GAP
     return picture
@@ -116,7 +120,7 @@ def _in_turns(indices: Sequence[int], chosen: Sequence[int]) -> list[int]:
 def _tiles(example: Example, classes: Sequence[str], score: float, tile: int) -> list[Image.Image]:
     """The photo with its ground truth, then with what each exit found."""
     photo, scale = _fit(example.image, tile)
-    target = example.target
+    target = example.target or {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     labels = target["labels"].tolist()
     ignored = target["iscrowd"].tolist() if "iscrowd" in target else [0] * len(labels)
     colors = [IGNORED if skip else _color(label) for label, skip in zip(labels, ignored, strict=True)]

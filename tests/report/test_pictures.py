@@ -1,5 +1,7 @@
 """Sizes and pixels of the detection pictures."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -61,6 +63,28 @@ def test_boxes_where_they_belong():
     assert tuple(truth[160, 80]) == ImageColor.getrgb(PALETTE[0])
     assert tuple(truth[160, 240]) == ImageColor.getrgb(PALETTE[0])
     assert tuple(truth[160, 160]) == (128, 128, 128)
+
+
+def test_without_ground_truth_the_exits_stand_alone():
+    known = example(exit_index=1, detections=[NOTHING, one(0.9), one(0.9, label=2)])
+    with_truth = grid(known)
+    picture = grid(dataclasses.replace(known, target=None))
+    assert picture.size == (GAP + 3 * (TILE + GAP), HEADER + TILE + GAP)
+    for column in range(3):
+        assert np.array_equal(pixels(picture, 0, column), pixels(with_truth, 0, column + 1))
+    row = HEADER + TILE // 2
+    framed = [picture.getpixel((GAP + column * (TILE + GAP) - 2, row)) == ImageColor.getrgb(FRAME) for column in (0, 1)]
+    assert framed == [False, True]
+    # Beside others that have one, its own tile shows the photo alone.
+    mixed = grid(known, dataclasses.replace(known, target=None))
+    assert not has(pixels(mixed, 1, 0), PALETTE[0])
+    assert np.array_equal(pixels(mixed, 1, 2), pixels(with_truth, 0, 2))
+
+
+def test_a_picture_without_frames_does_not_explain_them():
+    title = np.asarray(grid(example()))[:HEADER]
+    assert not has(title, FRAME)
+    assert has(np.asarray(grid(example(exit_index=0)))[: HEADER - GAP], FRAME)
 
 
 def test_ignored_objects_are_grey():

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+from earlyexit_ssd.files import sha256
 from tools import eval_exits, train_net
 
 
@@ -22,6 +23,7 @@ def test_says_what_of_the_configuration_the_weights_overrule(trained, tmp_path, 
     assert "width:" not in error
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert [entry["layer"] for entry in metrics["exits"]] == [8, 12, 16]
+    assert metrics["context"]["weights_sha256"] == sha256(tmp_path / "run" / "model.pth")
 
 
 def test_missing_and_foreign_weights(tiny, tmp_path, capsys):

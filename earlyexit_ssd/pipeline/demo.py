@@ -1,0 +1,129 @@
+"""Photos of the user through a detector with exits: what it finds, where it stops, how long it takes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from earlyexit_ssd.data.images import as_tensor, read_image
+from earlyexit_ssd.errors import DataError, EarlyExitError
+from earlyexit_ssd.modeling import EarlyExitSSDLite
+from earlyexit_ssd.report.pictures import Example, detection_grid
+
+ONE_TILE, MANY_TILES = 640, 320
+"""Width of a photo in the picture, pixels, alone and beside others."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model says about one photo.
+
+    exit_index, exit_name: the exit taken; without a router the full path.
+    confidence: of that exit by the router's policy; None without a router.
+    ms: of the whole call, resizing and post-processing included.
+    found: detections of that exit with at least the score asked for, the surest first: class, score, xyxy in pixels.
+    picture: the photo with boxes, under a line that says which exit; or what every exit sees, side by side.
+    """
+
+    exit_index: int
+    exit_name: str
+    confidence: float | None
+    ms: float
+    found: tuple[tuple[str, float, tuple[float, ...]], ...]
+    picture: Image.Image
+
+
+def require_score(score: float) -> None:
+    """Refuse a least score outside [0, 1]."""
+    if not 0 <= score <= 1:
+        raise EarlyExitError(f"score {score}: expected a number in [0, 1]")
+
+
+def photo_paths(arguments: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """Files as they are, and for a folder the pictures directly in it, sorted by name.
+
+    Raises:
+        DataError: a folder without a picture.
+    """
+    suffixes = Image.registered_extensions()
+    paths: list[Path] = []
+    for argument in map(Path, arguments):
+        if not argument.is_dir():
+            paths.append(argument)
+            continue
+        inside = sorted(path for path in argument.iterdir() if path.suffix.lower() in suffixes and path.is_file())
+        if not inside:
+            raise DataError(f"{argument}: no picture in this folder; name photos, or a folder that holds some")
+        paths += inside
+    return paths
+
+
+def picture_paths(photos: Sequence[Path], folder: str | os.PathLike[str]) -> list[Path]:
+    """A PNG in ``folder`` for each photo, of its name; photos of equal names get numbers: dog.png, dog_2.png.
+
+    No photo is overwritten, where they lie in ``folder`` themselves.
+    """
+    folder = Path(folder)
+    taken = {photo.name.removesuffix(".png").lower() for photo in photos if photo.parent.resolve() == folder.resolve()}
+    names = []
+    for photo in photos:
+        name, number = photo.stem, 1
+        while name.lower() in taken:
+            number += 1
+            name = f"{photo.stem}_{number}"
+        taken.add(name.lower())
+        names.append(folder / f"{name}.png")
+    return names
+
+
+@torch.no_grad()
+def warm_up(model: EarlyExitSSDLite) -> None:
+    """One call, since the first is slower than the others."""
+    model([torch.zeros(3, 320, 320)])
+
+
+@torch.no_grad()
+def look(model: EarlyExitSSDLite, photo: str | os.PathLike[str], score: float, all_exits: bool = False) -> Answer:
+    """Run one photo through the model, which is in eval mode on the CPU.
+
+    Args:
+        photo: a file in any format and orientation that ``read_image`` takes.
+        score: least score of a detection that is reported, in [0, 1].
+        all_exits: draw what every exit sees; what is reported is the exit taken all the same.
+
+    Raises:
+        DataError: no such photo, or not a picture.
+    """
+    image = as_tensor(read_image(photo))
+    start = time.perf_counter()
+    (detection,) = model([image])
+    ms = 1000 * (time.perf_counter() - start)
+    last = model.num_early_exits
+    index = int(detection.get("exit_index", last))
+    confidence = float(detection["exit_confidence"]) if "exit_confidence" in detection else None
+    name = model.exit_names[index]
+    if all_exits:
+        outputs = model.exit_outputs([image])
+        seen = [model.detections(outputs, exit_index)[0] for exit_index in range(last + 1)]
+        routed = None if model.router is None else index
+        rows = [Example(image, None, seen, routed)]
+        picture = detection_grid(rows, model.exit_names, model.classes, score, MANY_TILES)
+    else:
+        title = name if confidence is None else f"{name}, confidence {confidence:.2f}"
+        picture = detection_grid([Example(image, None, [detection])], [title], model.classes, score, ONE_TILE)
+    return Answer(index, name, confidence, ms, _found(model, detection, score), picture)
+
+
+def _found(
+    model: EarlyExitSSDLite, detection: dict[str, Tensor], score: float
+) -> tuple[tuple[str, float, tuple[float, ...]], ...]:
+    order = detection["scores"].argsort(descending=True)
+    rows = zip(*(detection[key][order].tolist() for key in ("labels", "scores", "boxes")), strict=True)
+    return tuple((model.classes[label - 1], value, tuple(box)) for label, value, box in rows if value >= score)

@@ -1,0 +1,89 @@
+"""The tables of docs/model_zoo.md: ``python -m earlyexit_ssd.report.zoo docs/model_zoo.md``."""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.files import write_text
+from earlyexit_ssd.modeling.weights import FOLDER
+
+HEADER = """\
+| test split | photos | exit | AP50 [95 %] | AP | MMAC | ms | share |
+| :-- | --: | :-- | :-- | --: | --: | --: | --: |"""
+BEGIN, END = "<!-- tables of report/zoo.py begin -->\n", "<!-- tables of report/zoo.py end -->"
+
+
+def section(name: str, entry: Mapping[str, Any], page_folder: str = "docs") -> str:
+    """One model: what it is, and its figures per test split and exit.
+
+    Args:
+        name: as ``from_pretrained`` knows it.
+        entry: its description, as ``pipeline.ship`` writes it.
+        page_folder: folder of the page, from the root of the repository, for the links to the results.
+    """
+    routing = entry["routing"]
+    thresholds = ", ".join(f"{value:.2f}" for value in routing["thresholds"])
+    size = f"{entry['num_params'] / 1e6:.2f} M parameters, {entry['bytes'] / 1e6:.1f} MB"
+    lines = [
+        f"## `{name}`",
+        "",
+        f"- {_plural(len(entry['classes']), 'class', 'classes')}: {', '.join(entry['classes'])}",
+        f"- {size}, sha256 `{entry['sha256'][:8]}`",
+        f"- routing: `{routing['policy']}`, thresholds {thresholds}",
+        f"- recipe: `{entry['recipe']}`",
+        "",
+        HEADER,
+    ]
+    for split, figures in entry["metrics"].items():
+        link = f"[{split}]({posixpath.relpath(figures['results'], page_folder)})"
+        for exit_name, row in figures["exits"].items():
+            lines.append(_row(link, figures["images"], exit_name, row))
+        lines.append(_row(link, figures["images"], "without exits", figures["without_exits"]))
+    return "\n".join(lines) + "\n"
+
+
+def tables(folder: Path = FOLDER) -> str:
+    """A section for each description in ``folder``."""
+    paths = sorted(folder.glob("*.json"))
+    return "\n".join(section(path.stem, json.loads(path.read_text(encoding="utf-8"))) for path in paths)
+
+
+def renew(page: str, content: str) -> str:
+    """The page with ``content`` between its two marks.
+
+    Raises:
+        EarlyExitError: it lacks the marks.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise EarlyExitError(f"the page lacks the lines {BEGIN.strip()} and {END}; put them where the tables belong")
+    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+
+
+def _row(link: str, photos: int, exit_name: str, row: Mapping[str, Any]) -> str:
+    """Cells that ``row`` lacks, or that are undefined, are ``-``."""
+    bounds = row.get("AP50_interval")
+    ap50 = _number(row.get("AP50"), 3) + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else "")
+    share = "-" if row.get("share") is None else f"{100 * row['share']:.1f} %"
+    figures = [ap50, _number(row.get("AP"), 3), _number(row["mmacs"], 0), _number(row["ms"], 1), share]
+    return f"| {' | '.join([link, str(photos), exit_name, *figures])} |"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _plural(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    write_text(target, renew(target.read_text(encoding="utf-8"), tables()))

@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+from earlyexit_ssd import EarlyExitSSDLite, EarlyExitSSDLite_Weights, ExitRouter
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.modeling import Architecture, save_model
+from tests.modeling.conftest import SMALL, small_model
+
+
+def save(path, router):
+    save_model(path, small_model(), Architecture(**SMALL), {"router": router})
+    return path
+
+
+def test_a_path_comes_with_its_routing(tmp_path, images):
+    stored = ExitRouter(2, policy="mean_foreground", thresholds=[0.25, 0.75], temperatures=[1.5, 2.0]).to_dict()
+    path = save(tmp_path / "model.pth", stored)
+    model = EarlyExitSSDLite.from_pretrained(path)
+    assert model.router.to_dict() == stored
+    assert not model.training
+    assert "exit_index" in model(images)[0]
+    plain = EarlyExitSSDLite.from_pretrained(str(path), router=False)
+    assert plain.router is None
+    assert set(plain(images)[0]) == {"boxes", "scores", "labels"}
+
+
+def test_a_file_without_routing_gives_a_model_without(tmp_path):
+    assert EarlyExitSSDLite.from_pretrained(save(tmp_path / "model.pth", None)).router is None
+
+
+def test_routing_that_cannot_be_used_is_one_line(tmp_path):
+    path = save(tmp_path / "model.pth", {"num_exits": 2, "policy": "max_forground"})
+    with pytest.raises(EarlyExitError, match=r"model\.pth: its routing cannot be used .* load it with router=False"):
+        EarlyExitSSDLite.from_pretrained(path)
+    path = save(tmp_path / "model.pth", {"num_exits": 2, "treshold": 0.5})
+    with pytest.raises(EarlyExitError, match="its routing cannot be used .*'thresholds'"):
+        EarlyExitSSDLite.from_pretrained(path)
+
+
+def test_foreign_and_unknown_files(tmp_path):
+    (tmp_path / "broken.pth").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(EarlyExitError, match=r"broken\.pth: not a file of weights"):
+        EarlyExitSSDLite.from_pretrained(tmp_path / "broken.pth")
+    with pytest.raises(EarlyExitError, match=r"did you mean 'chair'\?"):
+        EarlyExitSSDLite.from_pretrained("chairs")
+
+
+@pytest.mark.parametrize("member", list(EarlyExitSSDLite_Weights), ids=lambda member: member.name)
+def test_shipped_weights_detect_with_their_routing(member):
+    model = EarlyExitSSDLite.from_pretrained(member.name.lower())
+    assert model.router is not None
+    assert all(value.dtype == torch.float32 for value in model.parameters())
+    (found,) = model([torch.rand(3, 240, 320)])
+    assert int(found["exit_index"]) < len(member.meta["exits"])
+    assert found["labels"].max() < len(member.meta["categories"])

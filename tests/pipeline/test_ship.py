@@ -1,0 +1,103 @@
+import json
+
+import pytest
+
+from earlyexit_ssd import EarlyExitSSDLite, ExitRouter
+from earlyexit_ssd.config import get_cfg
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.files import sha256, write_json
+from earlyexit_ssd.modeling import Architecture, save_model
+from earlyexit_ssd.pipeline import ship
+from earlyexit_ssd.pipeline.ship import ship_weights
+from tests.modeling.conftest import SMALL, small_model
+
+FIGURES = {"AP": 0.25, "AP50": 0.5, "AP50_interval": [0.25, 0.75], "mmacs": 8.0, "ms": 4.0}
+
+
+def configuration(threshold: float):
+    cfg = get_cfg()
+    cfg.ROUTING.THRESHOLDS = (threshold,)
+    return cfg
+
+
+def run_file(path, **info):
+    router = ExitRouter(2, thresholds=[0.75, 0.75], temperatures=[1.5, 2.0]).to_dict()
+    save_model(
+        path, small_model(), Architecture(**SMALL), {"phase": "exits", "forced": False, "router": router, **info}
+    )
+    return path
+
+
+def write_metrics(path, digest: str, threshold: float):
+    rows = [{"name": name, "layer": 8, **FIGURES, "f1": 0.5} for name in ("exit8", "exit12", "full")]
+    routed = {"policy": "max_foreground", "thresholds": [threshold] * 2, **FIGURES}
+    routed["exit_share"] = {"exit8": 0.5, "exit12": 0.25, "full": 0.25}
+    context = {"splits": ["toy_test"], "images": 4, "weights_sha256": digest}
+    plain = {"mmacs": 16.0, "ms": 8.0, "ms_interval": [7.0, 9.0]}
+    write_json(path, {"context": context, "exits": rows, "without_exits": plain, "routed": routed})
+    return path
+
+
+def test_weights_description_and_figures(tmp_path):
+    source = run_file(tmp_path / "model.pth")
+    first = ship_weights(source, "toy", tmp_path / "w", configuration(0.5), "train it")
+    assert json.loads(first.description.read_text())["metrics"] == {}
+    result = write_metrics(tmp_path / "metrics.json", first.sha256, 0.5)
+    again = ship_weights(source, "toy", tmp_path / "w", configuration(0.5), "train it", [result])
+    assert again == first
+    assert (first.sha256, first.size) == (sha256(first.weights), first.weights.stat().st_size)
+    entry = json.loads(first.description.read_text())
+    assert (entry["sha256"], entry["bytes"], entry["recipe"]) == (first.sha256, first.size, "train it")
+    assert (entry["classes"], entry["exits"]) == (["chair", "table"], ["exit8", "exit12", "full"])
+    split = entry["metrics"]["toy_test"]
+    assert (split["images"], split["without_exits"]) == (4, {"mmacs": 16.0, "ms": 8.0})
+    assert split["results"] == result.as_posix()
+    assert split["exits"]["exit12"] == {**FIGURES, "share": 0.25}
+    assert split["exits"]["routed"] == {**FIGURES, "share": None}
+
+
+def test_the_configuration_s_thresholds_and_the_run_s_temperatures(tmp_path):
+    shipped = ship_weights(run_file(tmp_path / "model.pth"), "toy", tmp_path, configuration(0.5), "")
+    router = EarlyExitSSDLite.from_pretrained(shipped.weights).router
+    assert router.thresholds.tolist() == [0.5, 0.5]
+    assert router.temperatures.tolist() == [1.5, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("info", "message"),
+    [
+        ({"forced": True}, "a gate was passed by --force"),
+        ({"router": None}, "its exits are not trained"),
+    ],
+)
+def test_models_that_are_not_shipped(tmp_path, info, message):
+    with pytest.raises(EarlyExitError, match=message):
+        ship_weights(run_file(tmp_path / "model.pth", **info), "toy", tmp_path / "w", get_cfg(), "")
+    assert not (tmp_path / "w").exists()
+
+
+def test_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(ship, "MAX_BYTES", 1000)
+    with pytest.raises(EarlyExitError, match=r"toy\.pth: \d+ bytes, at most 1000 are shipped; reduce EXITS\.CHANNELS"):
+        ship_weights(run_file(tmp_path / "model.pth"), "toy", tmp_path / "w", get_cfg(), "")
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("name", ["Toy", "../toy", "", "1st"])
+def test_names_that_are_none(tmp_path, name):
+    with pytest.raises(EarlyExitError, match="expected lower-case letters"):
+        ship_weights(run_file(tmp_path / "model.pth"), name, tmp_path, get_cfg(), "")
+
+
+def test_figures_of_other_weights_or_another_routing(tmp_path):
+    source = run_file(tmp_path / "model.pth")
+    digest = ship_weights(source, "toy", tmp_path, configuration(0.5), "").sha256
+    other = write_metrics(tmp_path / "other.json", "0123456789", 0.5)
+    with pytest.raises(EarlyExitError, match=f"measured with weights of sha256 01234567, the shipped .* {digest[:8]}"):
+        ship_weights(source, "toy", tmp_path, configuration(0.5), "", [other])
+    routed = write_metrics(tmp_path / "routed.json", digest, 0.625)
+    with pytest.raises(EarlyExitError, match=r"routed with thresholds \[0\.625, 0\.625\], .* has \[0\.5, 0\.5\]"):
+        ship_weights(source, "toy", tmp_path, configuration(0.5), "", [routed])
+    write_json(tmp_path / "foreign.json", {"AP": 1})
+    with pytest.raises(EarlyExitError, match=r"foreign\.json: not the metrics\.json of an evaluation"):
+        ship_weights(source, "toy", tmp_path, configuration(0.5), "", [tmp_path / "foreign.json"])

@@ -1,0 +1,68 @@
+"""Every figure of the model zoo, and of the descriptions beside the weights, is the one in a metrics.json."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from earlyexit_ssd import EarlyExitSSDLite_Weights
+from earlyexit_ssd.report.zoo import renew, tables
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "model_zoo.md").read_text(encoding="utf-8")
+ROW = re.compile(r"^\| \[(?P<split>[\w+]+)\]\((?P<path>results/\w+/metrics\.json)\) \| (?P<cells>.+) \|$", re.M)
+MEMBERS = list(EarlyExitSSDLite_Weights)
+
+
+def read(path: str) -> dict:
+    return json.loads((ROOT / path).read_text(encoding="utf-8"))
+
+
+def cells(metrics: dict, name: str) -> str:
+    """A row's figures from the measurement itself."""
+    photos = str(metrics["context"]["images"])
+    if name == "without exits":
+        plain = metrics["without_exits"]
+        return f"{photos} | {name} | - | - | {plain['mmacs']:.0f} | {plain['ms']:.1f} | -"
+    rows = {row["name"]: row for row in metrics["exits"]} | {"routed": metrics["routed"]}
+    row, share = rows[name], metrics["routed"]["exit_share"].get(name)
+    ap50 = "{:.3f} [{:.3f}, {:.3f}]".format(row["AP50"], *row["AP50_interval"])
+    leaving = "-" if share is None else f"{100 * share:.1f} %"
+    return f"{photos} | {name} | {ap50} | {row['AP']:.3f} | {row['mmacs']:.0f} | {row['ms']:.1f} | {leaving}"
+
+
+def test_the_page_is_current():
+    assert renew(PAGE, tables()) == PAGE, "run python -m earlyexit_ssd.report.zoo docs/model_zoo.md"
+
+
+def test_rows_of_the_page_are_what_was_measured():
+    rows = list(ROW.finditer(PAGE))
+    assert len(rows) == PAGE.count("\n| [") >= 15
+    for row in rows:
+        metrics = read(f"docs/{row['path']}")
+        assert row["split"] == "+".join(metrics["context"]["splits"])
+        assert row["cells"] == cells(metrics, row["cells"].split(" | ")[1]), row.group()
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
+def test_figures_beside_the_weights_were_measured_with_them(member):
+    entry = json.loads(member.path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert entry["metrics"]
+    for split, figures in entry["metrics"].items():
+        metrics = read(figures["results"])
+        assert split == "+".join(metrics["context"]["splits"])
+        assert metrics["context"]["weights_sha256"] == member.meta["sha256"]
+        assert figures["images"] == metrics["context"]["images"]
+        assert figures["without_exits"].items() <= metrics["without_exits"].items()
+        measured = {row["name"]: row for row in metrics["exits"]} | {"routed": metrics["routed"]}
+        assert list(figures["exits"]) == list(measured)
+        for name, row in figures["exits"].items():
+            assert row["share"] == metrics["routed"]["exit_share"].get(name)
+            assert {**row, **measured[name]} == {**measured[name], "share": row["share"]}
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
+def test_the_page_shows_size_digest_and_recipe(member):
+    assert f"{member.meta['bytes'] / 1e6:.1f} MB, sha256 `{member.meta['sha256'][:8]}`" in PAGE
+    assert f"recipe: `{member.meta['recipe']}`" in PAGE

@@ -1,0 +1,64 @@
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.tools.conftest import ROOT, run_command
+from tools import demo
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name, color in (("grey.png", (128, 128, 128)), ("blue.jpg", (20, 30, 200))):
+        Image.new("RGB", (120, 90), color).save(folder / name)
+    return folder
+
+
+def test_shipped_weights_on_a_folder(photos, tmp_path, capsys):
+    assert demo.main([str(photos), "--weights", "chair", "--out", str(tmp_path / "out")]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("  ")]
+    assert [line.split(":")[0] for line in lines] == [str(photos / "blue.jpg"), str(photos / "grey.png")]
+    assert all(" confidence " in line and " ms, " in line for line in lines)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["blue.png", "grey.png"]
+
+
+def test_as_a_command_with_no_other_file(photos, tmp_path):
+    command = [sys.executable, str(ROOT / "tools" / "demo.py"), str(photos / "grey.png"), "--all-exits"]
+    result = run_command([*command, "--out", str(tmp_path / "out")])
+    assert "grey.png: " in result.stdout
+    assert Image.open(tmp_path / "out" / "grey.png").width == 3 * 328 + 8
+
+
+def test_bad_photos_do_not_stop_the_others(photos, tmp_path, capsys):
+    (photos / "broken.jpg").write_bytes((photos / "blue.jpg").read_bytes()[:200])
+    arguments = [str(tmp_path / "none.jpg"), str(photos), "--weights", "chair", "--out", str(tmp_path / "out")]
+    assert demo.main(arguments) == 2
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert [error.split(": ")[2].split(" (")[0] for error in errors[:2]] == ["no such photo", "not a readable photo"]
+    assert errors[2:] == ["error: 2 of 4 photos could not be used, see above"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["blue.png", "grey.png"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--weights", "chiar"], "did you mean 'chair'"),
+        (["--score", "7"], "score 7.0: expected a number in [0, 1]"),
+    ],
+)
+def test_mistakes_end_with_2_and_one_line(photos, tmp_path, capsys, more, message):
+    assert demo.main([str(photos), "--out", str(tmp_path / "out"), *more]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in line
+
+
+def test_help_has_examples_and_the_shipped_names(capsys):
+    with pytest.raises(SystemExit):
+        demo.main(["--help"])
+    text = capsys.readouterr().out
+    assert "python tools/demo.py dog.jpg" in text
+    assert "Shipped weights: chair" in text
