@@ -71,8 +71,9 @@ class OnnxNetwork(nn.Module):
 
 
 def in_runtime(network: nn.Module, example: Tensor, runtime: str, threads: int = 1) -> nn.Module:
-    """``network`` as ``runtime`` runs it on inputs of the example's shape; eager leaves it as it is."""
-    return network if runtime == EAGER else OnnxNetwork(export_onnx(network, example), threads)
+    """``network`` as ``runtime`` runs it on inputs of the example's shape; a graph from a file stays what it is."""
+    as_it_is = runtime == EAGER or isinstance(network, OnnxNetwork)
+    return network if as_it_is else OnnxNetwork(export_onnx(network, example), threads)
 
 
 def export_onnx(network: nn.Module, example: Tensor) -> bytes:
