@@ -146,8 +146,9 @@ def _check_rivals(cfg: CfgNode) -> None:
     for size in cfg.EVAL.RIVALS.SIZES:
         inside = _is_whole(size) and 64 <= size <= LARGEST_SIDE
         _require(inside, "EVAL.RIVALS.SIZES", size, f"whole numbers from 64 to {LARGEST_SIDE} pixels")
-    for path in cfg.EVAL.RIVALS.SINGLE_EXITS:
-        _require(isinstance(path, str), "EVAL.RIVALS.SINGLE_EXITS", path, "paths of model files")
+    for key in ("FULL_PATHS", "SINGLE_EXITS"):
+        for path in cfg.EVAL.RIVALS[key]:
+            _require(isinstance(path, str), f"EVAL.RIVALS.{key}", path, "paths of model files")
     for entry in cfg.EVAL.RIVALS.ONNX:
         kind, colon, path = str(entry).partition(":")
         _require(bool(colon and path), "EVAL.RIVALS.ONNX", entry, "format:path, such as yolox:nano.onnx")

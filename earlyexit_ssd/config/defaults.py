@@ -226,8 +226,10 @@ _C.EVAL.RUNTIME = "eager"
 _C.EVAL.RIVALS = Node()
 # Evaluate the rivals; false leaves out all of them, the first exit alone too.
 _C.EVAL.RIVALS.ENABLED = True
-# Input sides of the detector without exits, pixels; () means 0.8, 0.7 and 0.6 of the model's own side.
+# Input sides, pixels, at which the detector without exits is tried as it stands; () means 0.8, 0.7 and 0.6 of its own.
 _C.EVAL.RIVALS.SIZES = ()
+# Models of this project whose full path alone is a rival, such as one trained at a smaller MODEL.IMAGE_SIZE.
+_C.EVAL.RIVALS.FULL_PATHS = ()
 # Models of this project with one early exit each: that exit alone, as a detector of its own.
 _C.EVAL.RIVALS.SINGLE_EXITS = ()
 # Exported detectors, each "format:path"; formats: yolox (YOLOX's raw output), boxes (boxes, scores and labels).
