@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> dict[str, Any]:
-    """Evaluate on DATA.TEST and write metrics.json, the table, the chart and the pictures into ``out_dir``.
+    """Evaluate on DATA.TEST and write metrics.json, the table, the charts and the pictures into ``out_dir``.
 
     Args:
         cfg: its DATA, EVAL and ROUTING sections, DEVICE and SEED are used; the classes are those of the weights.
