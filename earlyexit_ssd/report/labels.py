@@ -32,10 +32,8 @@ def place_labels(
 ) -> None:
     """Write each text near its point (data coordinates), at the first of `PLACES` that covers least of the others.
 
-    The limits of the axes are to be final.
+    Limits and layout are to be final: draw the figure once before.
     """
-    figure = axes.figure
-    figure.draw_without_rendering()  # the layout decides where points are
     centres = axes.transData.transform(points) if len(points) else []
     taken = [Bbox([[x - MARKER, y - MARKER], [x + MARKER, y + MARKER]]) for x, y in centres]
     frame = axes.get_window_extent()

@@ -33,6 +33,7 @@ def _draw(all_axes: np.ndarray, metrics: Mapping[str, Any]) -> None:
     for axes, title in zip(all_axes[-1], (f"ms per image ({timing_title(metrics)})", "MMAC per image"), strict=True):
         axes.set_xlabel(title)
     all_axes[0, 0].set_title(data_title(metrics), loc="left")
+    all_axes[0, 0].figure.draw_without_rendering()  # now it is settled where points are
     for axes, quality in zip(all_axes, ("AP", "AP50"), strict=True):
         for one, cost in zip(axes, ("ms", "mmacs"), strict=True):
             _name_points(one, metrics, quality, cost)

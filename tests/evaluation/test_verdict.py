@@ -143,6 +143,8 @@ SMALLER, LARGER = rival("plain 192", 0.60, 15.0), rival("plain 256", 0.71, 35.0)
     ("one", "ships"),
     [
         (rival("net", 0.70, 28.4), False),  # as good, and the time is outside its interval
+        (rival("net", 0.6951, 28.4), False),  # half a point is a tie
+        (rival("net", 0.6949, 28.4), True),
         (rival("net", 0.70, 28.5), True),  # as good, and faster by no more than the interval
         (rival("net", 0.75, 29.5, (-0.09, -0.01)), False),  # clearly better, and as fast
         (rival("net", 0.75, 29.5, (-0.09, 0.0)), True),

@@ -15,6 +15,7 @@ def test_labels_of_a_cluster_stay_apart_and_inside():
     axes = figure.add_subplot()
     points = [(0, 0), (0.02, 0.01), (0.03, 0.0), (1, 1), (0.98, 1)]
     axes.plot(*zip(*points, strict=True), "o")
+    figure.draw_without_rendering()
     place_labels(axes, points, ["first one", "second", "third", "corner", "beside it"], ["black"] * 5)
     boxes = [text.get_window_extent() for text in axes.texts]
     assert [text.get_text() for text in axes.texts] == ["first one", "second", "third", "corner", "beside it"]
