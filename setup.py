@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+DEPLOY = ["onnx", "onnxruntime"]
 
 setup(
     name="earlyexit_ssd",
@@ -28,5 +29,5 @@ setup(
         "tensorboard",
         "tqdm",
     ],
-    extras_require={"dev": ["pytest", "hypothesis", "ruff"]},
+    extras_require={"deploy": DEPLOY, "dev": ["pytest", "hypothesis", "ruff", *DEPLOY]},
 )

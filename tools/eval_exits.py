@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Evaluate every exit of a trained detector and the routed detector; say whether the exits are worth shipping."""
+"""Evaluate every exit of a trained detector, the routed one and static rivals; say which of them is worth shipping."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ examples:
   python tools/eval_exits.py --config configs/voc_animals.yaml --weights model.pth --out results \\
       ROUTING.POLICY max_foreground ROUTING.THRESHOLDS "(0.5, 0.7)"
       other weights, another routing
+  python tools/eval_exits.py --config configs/voc_animals.yaml --out results EVAL.RUNTIME onnxruntime \\
+      EVAL.RIVALS.ONNX "['yolox:yolox_nano.onnx']" EVAL.RIVALS.SINGLE_EXITS "[output/exit12/model.pth]"
+      more rivals than the plain net at smaller inputs and the first exit alone; all timed in ONNX Runtime
 
 How to read the figures: docs/metrics.md
 """
@@ -31,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--config", required=True, help="YAML file that names the test split (DATA.TEST)")
     parser.add_argument("--weights", help="a model.pth of this project; by default the one in OUTPUT_DIR")
-    parser.add_argument("--out", required=True, help="folder for metrics.json, the table, the chart and the pictures")
+    parser.add_argument("--out", required=True, help="folder for metrics.json, the table, the charts and the pictures")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="override keys of the configuration")
     args = parser.parse_intermixed_args(arguments)
 
@@ -39,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         cfg = load_config(args.config, args.overrides)
         weights = args.weights or Path(cfg.OUTPUT_DIR) / "model.pth"
         print(text_report(evaluate_model(cfg, weights, args.out)))
-        print(f"\nresults: {args.out}/ (metrics.json, table, chart, pictures)")
+        print(f"\nresults: {args.out}/ (metrics.json, table, charts, pictures)")
 
     return run_tool(job)
 

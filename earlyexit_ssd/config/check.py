@@ -14,6 +14,7 @@ PHASE_SECTIONS = {"baseline": "BASELINE", "exits": "EXITS_PHASE", "joint": "JOIN
 LAST_LAYER = 16
 TAIL_BLOCKS = 2
 LARGEST_SIDE = 4096
+RIVAL_FORMATS = ("yolox", "boxes")
 LOSS_CHOICES = {
     "classification": ("mined", "focal"),
     "supervision": ("labels", "teacher"),
@@ -32,6 +33,7 @@ _CHOICES = {
     "BASELINE.OPTIMIZER": ("sgd", "adamw"),
     "EXITS_PHASE.OPTIMIZER": ("sgd", "adamw"),
     "JOINT.OPTIMIZER": ("sgd", "adamw"),
+    "EVAL.RUNTIME": ("eager", "onnxruntime"),
 }
 _UNIT_INTERVAL = (
     "ROUTING.THRESHOLDS", "MODEL.SCORE_THRESH", "MODEL.NMS_THRESH", "EVAL.SCORE", "EVAL.IOU", "EVAL.PICTURE_SCORE",
@@ -75,6 +77,7 @@ def check_config(cfg: CfgNode) -> None:
     _check_temperatures(cfg)
     _check_phases(cfg)
     _check_data(cfg)
+    _check_rivals(cfg)
 
 
 def _check_exits(cfg: CfgNode) -> None:
@@ -137,6 +140,19 @@ def _check_data(cfg: CfgNode) -> None:
     sizes = cfg.DATA.SYNTHETIC.SIZES
     whole = len(sizes) == 3 and all(_is_whole(size) for size in sizes)
     _require(whole, "DATA.SYNTHETIC.SIZES", sizes, "three whole numbers: train, calib, test")
+
+
+def _check_rivals(cfg: CfgNode) -> None:
+    for size in cfg.EVAL.RIVALS.SIZES:
+        inside = _is_whole(size) and 64 <= size <= LARGEST_SIDE
+        _require(inside, "EVAL.RIVALS.SIZES", size, f"whole numbers from 64 to {LARGEST_SIDE} pixels")
+    for key in ("FULL_PATHS", "SINGLE_EXITS"):
+        for path in cfg.EVAL.RIVALS[key]:
+            _require(isinstance(path, str), f"EVAL.RIVALS.{key}", path, "paths of model files")
+    for entry in cfg.EVAL.RIVALS.ONNX:
+        kind, colon, path = str(entry).partition(":")
+        _require(bool(colon and path), "EVAL.RIVALS.ONNX", entry, "format:path, such as yolox:nano.onnx")
+        _require(kind in RIVAL_FORMATS, "EVAL.RIVALS.ONNX", entry, f"one of the formats {', '.join(RIVAL_FORMATS)}")
 
 
 def _require(condition: bool, key: str, value: object, expected: str) -> None:

@@ -224,6 +224,20 @@ _C.EVAL.TIMING_THREADS = 1
 _C.EVAL.PICTURES = 6
 # Score from which a detection is drawn.
 _C.EVAL.PICTURE_SCORE = 0.4
+# What the milliseconds are measured in: eager (PyTorch), or onnxruntime (every network is exported first; CPU).
+_C.EVAL.RUNTIME = "eager"
+# Static detectors that the routed one is held against.
+_C.EVAL.RIVALS = Node()
+# Evaluate the rivals; false leaves out all of them, the first exit alone too.
+_C.EVAL.RIVALS.ENABLED = True
+# Input sides, pixels, at which the detector without exits is tried as it stands; () means 0.8, 0.7 and 0.6 of its own.
+_C.EVAL.RIVALS.SIZES = ()
+# Models of this project whose full path alone is a rival, such as one trained at a smaller MODEL.IMAGE_SIZE.
+_C.EVAL.RIVALS.FULL_PATHS = ()
+# Models of this project with one early exit each: that exit alone, as a detector of its own.
+_C.EVAL.RIVALS.SINGLE_EXITS = ()
+# Exported detectors, each "format:path"; formats: yolox (YOLOX's raw output), boxes (boxes, scores and labels).
+_C.EVAL.RIVALS.ONNX = ()
 
 
 def get_cfg() -> Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,7 @@ def collect_detections(model: nn.Module, loader: Batches) -> dict[int, ImageDete
     """Detections per image id of any detector with torchvision's interface, such as a reference."""
     detections: dict[int, ImageDetections] = {}
     image_ids: list[int] = []
-    device = next(model.parameters()).device
+    device = next(itertools.chain(model.parameters(), model.buffers())).device
     with evaluating(model):
         for images, targets in progress(loader, desc="evaluate"):
             found = model([image.to(device) for image in images])

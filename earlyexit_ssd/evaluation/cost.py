@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from earlyexit_ssd.evaluation.mode import evaluating
-from earlyexit_ssd.modeling.paths import PathToExit
+from earlyexit_ssd.modeling.paths import AllOutputs, PathToExit
 
 COUNTED = ("conv", "linear", "addmm")
 """fvcore's names of convolutions and linear layers."""
@@ -57,7 +57,8 @@ def mmacs_to_exit(model: nn.Module) -> list[float]:
     counted, and one multiplication with its addition counts once. (fvcore's total counts BatchNorm too.)
     """
     example = example_input(model)
-    return [count_mmacs(_AllHeads(model, index), example) for index in range(len(model.exit_names))]
+    paths = [PathToExit(model, index) for index in range(len(model.exit_names))]
+    return [count_mmacs(AllOutputs(path), example) for path in paths]
 
 
 def count_mmacs(module: nn.Module, example: Tensor) -> float:
@@ -72,20 +73,26 @@ def count_mmacs(module: nn.Module, example: Tensor) -> float:
     return sum(by_operator[name] for name in COUNTED) / 1e6
 
 
-def time_modules(modules: Sequence[nn.Module], example: Tensor, runs: int = 30, threads: int = 1) -> list[Timing]:
-    """Time ``module(example)`` of each module ``runs`` times, in turns, so that a drift of the machine hits
-    all alike.
+def time_modules(
+    modules: Sequence[nn.Module], examples: Tensor | Sequence[Tensor], runs: int = 30, threads: int = 1
+) -> list[Timing]:
+    """Time each module on its example ``runs`` times, in turns, so that a drift of the machine hits all alike.
 
     ``threads`` of the CPU are used meanwhile, then PyTorch's own number is restored. CUDA is synchronised
     around every run. Each module is warmed up first.
+
+    Args:
+        modules: called with one tensor.
+        examples: one for each module, or one for all.
     """
+    examples = [examples] * len(modules) if isinstance(examples, Tensor) else examples
     milliseconds: list[list[float]] = [[] for _ in modules]
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with evaluating(*modules):
             for run in range(-WARM_UP_RUNS, runs):
-                for module, values in zip(modules, milliseconds, strict=True):
+                for module, example, values in zip(modules, examples, milliseconds, strict=True):
                     value = _time_once(module, example)
                     if run >= 0:
                         values.append(value)
@@ -117,29 +124,6 @@ def example_input(model: nn.Module) -> Tensor:
     width, height = model.transform.fixed_size
     generator = torch.Generator().manual_seed(0)
     return torch.randn(1, 3, height, width, generator=generator).to(next(model.parameters()).device)
-
-
-class _AllHeads(nn.Module):
-    """`PathToExit` that also returns what the branches on the way give.
-
-    A routed image pays for these heads, but the tracer drops every operation that reaches no output.
-    """
-
-    def __init__(self, model: nn.Module, exit_index: int) -> None:
-        super().__init__()
-        self.path, self.branches = PathToExit(model, exit_index), model.branches
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        outputs: list[Tensor] = []
-        hooks = [
-            branch.register_forward_hook(lambda _module, _inputs, output: outputs.extend(output[0].values()))
-            for branch in self.branches.values()
-        ]
-        try:
-            return [*self.path(images), *outputs]
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def _time_once(call: Callable[[Tensor], object], example: Tensor) -> float:

@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torchvision
 from pycocotools.coco import COCO
-from torch import nn
+from torch import Tensor, nn
 
 from earlyexit_ssd.errors import DataError
-from earlyexit_ssd.evaluation.bootstrap import ap50_matches, bootstrap_ap50, interval
-from earlyexit_ssd.evaluation.coco import Detections, coco_evaluation, summarize
 from earlyexit_ssd.evaluation.collect import Batches, Collected, collect
 from earlyexit_ssd.evaluation.confidence import summarize_confidence
 from earlyexit_ssd.evaluation.cost import (
@@ -25,45 +22,24 @@ from earlyexit_ssd.evaluation.cost import (
     mmacs_to_exit,
     time_modules,
 )
-from earlyexit_ssd.evaluation.operating_point import empty_images, operating_point
+from earlyexit_ssd.evaluation.operating_point import empty_images
+from earlyexit_ssd.evaluation.quality import EvaluationSettings, Quality, evaluate_detections
+from earlyexit_ssd.evaluation.rivals import Rival, evaluate_rivals
 from earlyexit_ssd.evaluation.routed import choose_exits, exit_share, mean_cost, routed_detections
+from earlyexit_ssd.evaluation.runtime import in_runtime
 from earlyexit_ssd.evaluation.verdict import judge
-from earlyexit_ssd.modeling.paths import PathToExit
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """How to evaluate.
-
-    score, iou: where precision, recall and the like are counted, in [0, 1].
-    timing_runs, timing_threads: single-image runs per exit, and the CPU threads they use.
-    resamples, seed: of the bootstrap over photos; 0 resamples leave the intervals out.
-    """
-
-    score: float = 0.5
-    iou: float = 0.5
-    timing_runs: int = 30
-    timing_threads: int = 1
-    resamples: int = 200
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Quality:
-    """Figures of one set of detections, ready for JSON, and the bootstrap's AP50 values [resamples]."""
-
-    figures: dict[str, Any]
-    ap50_values: np.ndarray
+from earlyexit_ssd.modeling.paths import AllOutputs, PathToExit
 
 
 @dataclass(frozen=True)
 class Costs:
-    """MMACs and timing to each exit, shallow to deep, and of the detector without exits."""
+    """MMACs and timing to each exit, shallow to deep, and of the detector without exits; timing of the rivals."""
 
     mmacs: list[float]
     timings: list[Timing]
     plain_mmacs: float
     plain_timing: Timing
+    rival_timings: list[Timing]
 
 
 def evaluate_exits(
@@ -76,27 +52,32 @@ def evaluate_exits(
     splits: Sequence[str] = (),
     forced: bool = False,
     collected: Collected | None = None,
+    rivals: Sequence[Rival] = (),
 ) -> dict[str, Any]:
     """Evaluate every exit and the routed detector; the network runs once per photo.
 
     Args:
         model: an `EarlyExitSSDLite` on the device to measure.
-        loader: batches of the photos without augmentation; not read when ``collected`` is given.
+        loader: batches of the photos without augmentation; read once, unless ``collected`` is given, and once for
+            each rival that has to find its detections.
         ground_truth: the same photos' objects (`earlyexit_ssd.data.to_coco`).
         router: an `ExitRouter`.
         settings: thresholds, timing and bootstrap.
         splits: names of the data sets, for the record.
         forced: the run went on past a failed gate.
         collected: what `collect` returned for these photos, when the caller has it already.
+        rivals: static detectors to hold the routed one against.
 
     Returns:
-        ``context``, ``exits``, ``without_exits``, ``routed`` and ``verdict``: plain numbers, strings, lists
+        ``context``, ``exits``, ``without_exits``, ``routed``, ``rivals`` and ``verdict``: plain numbers, strings, lists
         and None.
     """
     collected = collected or collect(model, loader, router)
     _check_same_images(collected, ground_truth)
-    costs = measure_costs(model, settings, router)
+    costs = measure_costs(model, settings, router, rivals)
     qualities = [evaluate_detections(ground_truth, found, settings) for found in collected.detections]
+    chosen = choose_exits(collected.confidences, router.thresholds.tolist())
+    routed = evaluate_detections(ground_truth, routed_detections(collected, chosen), settings)
     metrics = {
         "context": _context(model, ground_truth, settings, splits, forced),
         "exits": [_exit_entry(model, index, collected, costs, qualities) for index in range(len(qualities))],
@@ -105,30 +86,28 @@ def evaluate_exits(
             "ms": costs.plain_timing.ms,
             "ms_interval": [costs.plain_timing.low, costs.plain_timing.high],
         },
-        "routed": _routed_entry(model, ground_truth, collected, costs, router, settings),
+        "routed": _routed_entry(model, router, routed, chosen, costs),
+        "rivals": evaluate_rivals(rivals, costs.rival_timings, loader, ground_truth, routed, settings),
     }
     metrics["verdict"] = asdict(judge(metrics, forced))
     return metrics
 
 
-def evaluate_detections(ground_truth: COCO, detections: Detections, settings: EvaluationSettings) -> Quality:
-    """The quality figures of one set of detections: AP by COCO, the operating point, AP50's interval."""
-    evaluation = coco_evaluation(ground_truth, detections)
-    point = asdict(operating_point(ground_truth, detections, settings.score, settings.iou))
-    values = bootstrap_ap50(ap50_matches(evaluation), settings.resamples, settings.seed)
-    bounds = interval(values)
-    figures = asdict(summarize(evaluation)) | {"AP50_interval": list(bounds) if bounds else None} | point
-    del figures["images"], figures["empty_images"]  # the same for every exit: in the context
-    return Quality(figures, values)
-
-
-def measure_costs(model: nn.Module, settings: EvaluationSettings, router: Any | None = None) -> Costs:
-    """MMACs and milliseconds of one image, all exits and the plain detector timed in turns; scoring by ``router``
-    included."""
+def measure_costs(
+    model: nn.Module, settings: EvaluationSettings, router: Any | None = None, rivals: Sequence[Rival] = ()
+) -> Costs:
+    """MMACs and milliseconds of one image; exits, scoring by ``router`` included, plain detector and rivals are timed
+    in turns, in the runtime of ``settings``."""
     example, plain = example_input(model), PlainPath(model)
-    paths = [PathToExit(model, index, router) for index in range(len(model.exit_names))]
-    *timings, plain_timing = time_modules([*paths, plain], example, settings.timing_runs, settings.timing_threads)
-    return Costs(mmacs_to_exit(model), timings, count_mmacs(plain, example), plain_timing)
+    paths = [AllOutputs(PathToExit(model, index, router)) for index in range(len(model.exit_names))]
+    pairs = [*((network, example) for network in (*paths, plain)), *((one.network, one.example) for one in rivals)]
+    threads = settings.timing_threads
+    networks = [in_runtime(network, its_example, settings.runtime, threads) for network, its_example in pairs]
+    timings = time_modules(networks, [its_example for _, its_example in pairs], settings.timing_runs, threads)
+    count = len(paths)
+    return Costs(
+        mmacs_to_exit(model), timings[:count], count_mmacs(plain, example), timings[count], timings[count + 1 :]
+    )
 
 
 def _check_same_images(collected: Collected, ground_truth: COCO) -> None:
@@ -146,28 +125,17 @@ def _exit_entry(
     timing = costs.timings[index]
     entry = {"name": model.exit_names[index], "layer": model.exit_layers[index], **qualities[index].figures}
     if index < len(qualities) - 1:
-        bounds = interval(qualities[-1].ap50_values - qualities[index].ap50_values)
-        entry["AP50_below_full_interval"] = list(bounds) if bounds else None
+        entry["AP50_below_full_interval"] = qualities[-1].ap50_minus(qualities[index])
     summary = summarize_confidence(collected.confidences[index])
     entry["confidence"] = asdict(summary) if summary else None
     return entry | {"mmacs": costs.mmacs[index], "ms": timing.ms, "ms_interval": [timing.low, timing.high]}
 
 
-def _routed_entry(
-    model: nn.Module,
-    ground_truth: COCO,
-    collected: Collected,
-    costs: Costs,
-    router: Any,
-    settings: EvaluationSettings,
-) -> dict[str, Any]:
-    thresholds = [float(value) for value in router.thresholds]
-    chosen = choose_exits(collected.confidences, thresholds)
-    quality = evaluate_detections(ground_truth, routed_detections(collected, chosen), settings)
+def _routed_entry(model: nn.Module, router: Any, quality: Quality, chosen: Tensor, costs: Costs) -> dict[str, Any]:
     milliseconds = mean_cost(chosen, [timing.ms for timing in costs.timings])
     return {
         "policy": str(router.policy),
-        "thresholds": thresholds,
+        "thresholds": router.thresholds.tolist(),
         **quality.figures,
         "exit_share": exit_share(chosen, model.exit_names),
         "mmacs": mean_cost(chosen, costs.mmacs),
@@ -191,6 +159,7 @@ def _context(
         "threads": settings.timing_threads,
         "resamples": settings.resamples,
         "seed": settings.seed,
+        "runtime": settings.runtime,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,

@@ -13,8 +13,8 @@ from typing import Any
 MOVE_DEEPER_AP50 = 0.30
 WORTH_IT_AP50 = 0.35
 LARGEST_LOSS = 0.10
-ABOVE_FULL_TOLERANCE = 0.005
-"""Half a point of AP50 is less than a few hundred photos can tell apart, so it is no sign of a mistake."""
+AP50_TOLERANCE = 0.005
+"""Half a point of AP50 is less than a few hundred photos can tell apart: no sign of a mistake, no reason for exits."""
 
 Metrics = Mapping[str, Any]
 
@@ -58,7 +58,7 @@ def exits_stay_below_full(metrics: Metrics) -> list[Finding]:
     *early, full = metrics["exits"]
     if full["AP50"] is None:
         return []
-    limit = full["AP50"] + ABOVE_FULL_TOLERANCE
+    limit = full["AP50"] + AP50_TOLERANCE
     return [
         Finding(
             f"{one['name']}: AP50 {one['AP50']:.3f} is above {full['name']}'s {full['AP50']:.3f}:"
@@ -122,6 +122,30 @@ def routing_keeps_accuracy(metrics: Metrics) -> list[Finding]:
     return [Finding(f"routing keeps the accuracy ({figures})")]
 
 
+def no_static_net_is_better(metrics: Metrics) -> list[Finding]:
+    """A rival that is at least as accurate and as fast, and clearly better in one of them, is what to ship."""
+    routed, runtime = metrics["routed"], _runtime(metrics)
+    rivals = [one for one in metrics.get("rivals", []) if one["AP50"] is not None]
+    comparable = [one for one in rivals if one["runtime"] == runtime]
+    if not comparable or routed["AP50"] is None or routed["ms"] is None:
+        return []
+    better = [one for one in comparable if _dominates(one, routed)]
+    if better:
+        best = max(better, key=lambda one: (one["AP50"], -one["ms"]))
+        return [Finding(f"ship the small net: {_comparison(best, routed)}", blocks=True)]
+    nearest = min(comparable, key=lambda one: _shortfall(one, routed))
+    return [Finding(f"no static net is better than routing; the nearest: {_comparison(nearest, routed)}")]
+
+
+def rivals_share_the_runtime(metrics: Metrics) -> list[Finding]:
+    """Milliseconds of two runtimes say nothing about two networks."""
+    others = [one["name"] for one in metrics.get("rivals", []) if one["runtime"] != _runtime(metrics)]
+    if not others:
+        return []
+    line = f"{', '.join(others)}: timed in ONNX Runtime, the exits in eager PyTorch, so their ms are not compared"
+    return [Finding(f"{line}; set EVAL.RUNTIME to onnxruntime")]
+
+
 RULES: tuple[Rule, ...] = (
     first_exit_detects,
     exits_stay_below_full,
@@ -129,6 +153,8 @@ RULES: tuple[Rule, ...] = (
     routing_uses_exits,
     routing_is_faster,
     routing_keeps_accuracy,
+    no_static_net_is_better,
+    rivals_share_the_runtime,
 )
 
 
@@ -136,7 +162,7 @@ def judge(metrics: Metrics, forced: bool = False, rules: Sequence[Rule] = RULES)
     """Apply the rules to the metrics of `evaluate_exits`.
 
     Args:
-        metrics: with the keys ``exits``, ``without_exits`` and ``routed``.
+        metrics: with the keys ``exits``, ``without_exits`` and ``routed``, and where there are rivals ``rivals``.
         forced: the run went on with --force past a gate that had failed; the verdict says so first.
         rules: the rules, in the order of their lines.
     """
@@ -151,3 +177,28 @@ def _within_noise(one: Mapping[str, Any]) -> str:
     """A hint when the paired interval of (full - exit) reaches above zero."""
     below_full = one.get("AP50_below_full_interval")
     return " (With other photos it might not be above.)" if below_full and below_full[1] > 0 else ""
+
+
+def _runtime(metrics: Metrics) -> str:
+    return metrics.get("context", {}).get("runtime", "eager")
+
+
+def _dominates(rival: Metrics, routed: Metrics) -> bool:
+    """In neither figure worse (AP50 within the tolerance), and in one of them better by more than its interval."""
+    if rival["AP50"] < routed["AP50"] - AP50_TOLERANCE or rival["ms"] > routed["ms"]:
+        return False
+    difference = rival["routed_minus_rival_AP50_interval"]
+    return rival["ms_interval"][1] < routed["ms"] or (difference is not None and difference[1] < 0)
+
+
+def _shortfall(rival: Metrics, routed: Metrics) -> float:
+    """What the rival lacks, as shares of the routed detector's figures; 0 where it lacks nothing."""
+    accuracy = 1 - rival["AP50"] / routed["AP50"] if routed["AP50"] else 0.0
+    return max(accuracy, 0.0) + max(rival["ms"] / routed["ms"] - 1, 0.0)
+
+
+def _comparison(rival: Metrics, routed: Metrics) -> str:
+    return (
+        f"{rival['name']} has AP50 {rival['AP50']:.3f} against {routed['AP50']:.3f} routed, in {rival['ms']:.1f} ms"
+        f" against {routed['ms']:.1f}"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
-from earlyexit_ssd.modeling.outputs import Router
+from earlyexit_ssd.modeling.outputs import Head, Router
 from earlyexit_ssd.modeling.trunk import TrunkState
 
 
@@ -26,14 +26,37 @@ class PathToExit(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised images [N, 3, S, S] to ``cls_logits`` [N, A, C] and ``bbox_regression`` [N, A, 4]."""
+        head = self.run(x)[0][-1]
+        return head["cls_logits"], head["bbox_regression"]
+
+    def run(self, x: Tensor) -> tuple[list[Head], list[Tensor]]:
+        """The heads of all exits on the way, this one's last, and the router's confidences [N] in the early ones."""
         model, state, context = self.model, TrunkState(x), None
+        heads: list[Head] = []
+        confidences: list[Tensor] = []
         for index, branch in enumerate(model.branches.values()):
             state = model.trunk.run(state, index)
             head, context = branch(state.x, context)
+            heads.append(head)
             if self.router is not None:
-                self.router.confidence(head["cls_logits"], index)
+                confidences.append(self.router.confidence(head["cls_logits"], index))
             if index == self.exit_index:
-                return head["cls_logits"], head["bbox_regression"]
+                return heads, confidences
         state = model.trunk.run(state, model.num_early_exits)
-        head = model.head(model.trunk.feature_maps(state))
-        return head["cls_logits"], head["bbox_regression"]
+        return [*heads, model.head(model.trunk.feature_maps(state))], confidences
+
+
+class AllOutputs(nn.Module):
+    """A path that returns everything it pays for: what earlier branches and the router say, too.
+
+    Tracers and exporters drop whatever reaches no output.
+    """
+
+    def __init__(self, path: PathToExit) -> None:
+        super().__init__()
+        self.path = path
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Normalised images [N, 3, S, S] to the tensors of :meth:`PathToExit.run`, in its order."""
+        heads, confidences = self.path.run(x)
+        return [*(tensor for head in heads for tensor in head.values()), *confidences]

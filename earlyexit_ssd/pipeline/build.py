@@ -10,7 +10,7 @@ from fvcore.common.config import CfgNode
 from torchvision.models import MobileNet_V3_Large_Weights
 
 from earlyexit_ssd.errors import ConfigError, EarlyExitError, nearest
-from earlyexit_ssd.evaluation.metrics import EvaluationSettings
+from earlyexit_ssd.evaluation.quality import EvaluationSettings
 from earlyexit_ssd.modeling import (
     COCO_CLASSES,
     Architecture,
@@ -148,6 +148,7 @@ def build_evaluation(cfg: CfgNode) -> EvaluationSettings:
         iou=cfg.EVAL.IOU,
         timing_runs=cfg.EVAL.TIMING_RUNS,
         timing_threads=cfg.EVAL.TIMING_THREADS,
+        runtime=cfg.EVAL.RUNTIME,
         seed=cfg.SEED,
     )
 

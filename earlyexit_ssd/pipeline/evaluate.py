@@ -13,6 +13,7 @@ from PIL import Image
 from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset, to_coco
 from earlyexit_ssd.evaluation.collect import Collected, collect
 from earlyexit_ssd.evaluation.metrics import evaluate_exits
+from earlyexit_ssd.evaluation.rivals import first_exit_alone
 from earlyexit_ssd.evaluation.routed import choose_exits
 from earlyexit_ssd.files import make_folder, sha256
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, load_model
@@ -23,6 +24,7 @@ from earlyexit_ssd.pipeline.build import (
     build_router,
     with_classes,
 )
+from earlyexit_ssd.pipeline.rivals import build_rivals, check_rivals
 from earlyexit_ssd.report.pictures import Example, choose_examples, detection_grid
 from earlyexit_ssd.report.results import write_results
 
@@ -30,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> dict[str, Any]:
-    """Evaluate on DATA.TEST and write metrics.json, the table, the chart and the pictures into ``out_dir``.
+    """Evaluate on DATA.TEST and write metrics.json, the table, the charts and the pictures into ``out_dir``.
 
     Args:
         cfg: its DATA, EVAL and ROUTING sections, DEVICE and SEED are used; the classes are those of the weights.
@@ -45,6 +47,7 @@ def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str |
     """
     make_folder(out_dir)
     device = build_device(cfg)
+    check_rivals(cfg, device)
     model, architecture, info = load_model(weights)
     _warn_of_differences(cfg, architecture)
     cfg = with_classes(cfg, architecture.classes)
@@ -52,17 +55,20 @@ def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str |
     ground_truth = to_coco(dataset)
     loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, train=False, seed=cfg.SEED)
     router = build_router(cfg, {"num_exits": model.num_early_exits, **(info.get("router") or {})}).to(device)
+    rivals = build_rivals(cfg, model, architecture, device)
     collected = collect(model.to(device), loader, router)
-    settings = build_evaluation(cfg)
+    if cfg.EVAL.RIVALS.ENABLED:
+        rivals = [first_exit_alone(model, collected), *rivals]
     metrics = evaluate_exits(
         model,
         loader,
         ground_truth,
         router,
-        settings,
+        build_evaluation(cfg),
         splits=cfg.DATA.TEST,
         forced=info.get("forced", False),
         collected=collected,
+        rivals=rivals,
     )
     metrics["context"]["weights_sha256"] = sha256(weights)
     pictures = {}

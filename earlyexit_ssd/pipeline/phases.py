@@ -30,7 +30,7 @@ from earlyexit_ssd.engine import (
 )
 from earlyexit_ssd.engine.distributed import rank, same_everywhere, world_size
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.evaluation.metrics import EvaluationSettings
+from earlyexit_ssd.evaluation.quality import EvaluationSettings
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, retrofit
 from earlyexit_ssd.modeling.training import Branches, FullPath, TapBatch
 from earlyexit_ssd.pipeline.build import build_router, source_classes

@@ -12,6 +12,7 @@ from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.modeling.retrofit import require_weights
 from earlyexit_ssd.pipeline.build import backbone_weights, build_model, with_classes
 from earlyexit_ssd.pipeline.phases import Run, tap_cache
+from earlyexit_ssd.pipeline.rivals import check_rivals
 from earlyexit_ssd.pipeline.run_folder import RunFolder
 
 
@@ -22,6 +23,7 @@ def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
         EarlyExitError: unusable settings, data or weights.
     """
     _check_names(cfg)
+    check_rivals(cfg, device)
     if not is_main():
         barrier()  # the first process may render or download
     labelled = cfg.LOSS.SUPERVISION == "labels" or ("baseline" in cfg.PHASES and cfg.BASELINE.EPOCHS > 0)

@@ -6,7 +6,7 @@ from typing import Any
 
 from earlyexit_ssd.data import DetectionDataset, build_loader, to_coco
 from earlyexit_ssd.evaluation.collect import collect, collect_detections
-from earlyexit_ssd.evaluation.metrics import EvaluationSettings, evaluate_detections
+from earlyexit_ssd.evaluation.quality import EvaluationSettings, evaluate_detections
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 
 Figures = dict[str, Any]

@@ -11,18 +11,28 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from earlyexit_ssd.report.rows import timing_title
+
 EXITS, ROUTED, PLAIN = "#2b6cb0", "#dd6b20", "#4a5568"
 
 
 def draw_chart(draw: Callable[[Axes], None]) -> Image.Image:
     """What ``draw`` puts on the axes, as a picture of 960 x 640 pixels."""
-    figure = Figure(figsize=(7.5, 5), dpi=128, layout="constrained")
+    return draw_charts(lambda axes: draw(axes[0, 0]), 1, 1, (7.5, 5))
+
+
+def draw_charts(
+    draw: Callable[[np.ndarray], None], rows: int, columns: int, inches: tuple[float, float]
+) -> Image.Image:
+    """What ``draw`` puts on the axes [rows, columns], those of a row and of a column with one scale, at 128 dpi."""
+    figure = Figure(figsize=inches, dpi=128, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.grid(color="#e2e8f0", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    draw(axes)
+    all_axes = figure.subplots(rows, columns, sharex="col", sharey="row", squeeze=False)
+    for axes in all_axes.flat:
+        axes.grid(color="#e2e8f0", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    draw(all_axes)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
@@ -41,7 +51,7 @@ def _draw_accuracy(axes: Axes, metrics: Mapping[str, Any]) -> None:
         _point(axes, one, one["name"], EXITS, "o")
     _point(axes, {**exits[-1], **plain}, "without exits", PLAIN, "s", above=True)
     _point(axes, routed, "routed", ROUTED, "D", above=True)
-    _label(axes, metrics["context"])
+    _label(axes, metrics)
 
 
 def _point(axes: Axes, row: Mapping[str, Any], label: str, color: str, marker: str, above: bool = False) -> None:
@@ -71,11 +81,14 @@ def _bars(value: float, interval: list[float] | None) -> list[list[float]] | Non
     return [[max(value - interval[0], 0.0)], [max(interval[1] - value, 0.0)]] if interval else None
 
 
-def _label(axes: Axes, context: Mapping[str, Any]) -> None:
-    axes.set_xlabel(f"ms per image (eager PyTorch, {context['device']}, {context['threads']} thread(s))")
+def _label(axes: Axes, metrics: Mapping[str, Any]) -> None:
+    axes.set_xlabel(f"ms per image ({timing_title(metrics)})")
     axes.set_ylabel("AP50")
-    axes.set_title(f"{', '.join(context['splits']) or 'unnamed data'}: {context['images']} photos", loc="left")
+    axes.set_title(data_title(metrics), loc="left")
     axes.set_title("bars: 95 % intervals", loc="right", fontsize=9, color="#718096")
-    axes.margins(x=0.25, y=0.2)
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=max(axes.get_ylim()[0], 0))
+
+
+def data_title(metrics: Mapping[str, Any]) -> str:
+    """What was evaluated."""
+    context = metrics["context"]
+    return f"{', '.join(context['splits']) or 'unnamed data'}: {context['images']} photos"

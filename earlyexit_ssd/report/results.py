@@ -1,4 +1,4 @@
-"""The folder of results: metrics.json, the table, the chart and the pictures."""
+"""The folder of results: metrics.json, the table, the charts and the pictures."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from PIL import Image
 
 from earlyexit_ssd.files import write_image, write_json, write_text
 from earlyexit_ssd.report.plot import accuracy_against_time
+from earlyexit_ssd.report.rivals import accuracy_against_cost
 from earlyexit_ssd.report.table import markdown_table, text_report
 
 
@@ -27,10 +28,11 @@ def write_results(
         pictures: name of a file without suffix -> picture, written as PNG.
 
     Returns:
-        the paths written: metrics.json, table.txt, table.md, ap50_against_ms.png and the pictures.
+        the paths written: metrics.json, table.txt, table.md, ap50_against_ms.png, ap_against_cost.png and the pictures.
     """
     folder = Path(out_dir)
-    images = {"ap50_against_ms": accuracy_against_time(metrics), **(pictures or {})}
+    charts = {"ap50_against_ms": accuracy_against_time(metrics), "ap_against_cost": accuracy_against_cost(metrics)}
+    images = {**charts, **(pictures or {})}
     write_json(folder / "metrics.json", metrics)
     write_text(folder / "table.txt", text_report(metrics) + "\n")
     write_text(folder / "table.md", markdown_table(metrics) + "\n")

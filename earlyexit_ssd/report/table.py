@@ -1,11 +1,11 @@
-"""The figures of all exits as a table: plain text for a terminal, Markdown for a README."""
+"""The figures of all exits and their rivals as a table: plain text for a terminal, Markdown for a README."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-Row = Mapping[str, Any]
+from earlyexit_ssd.report.rows import Row, exit_rows, static_rows, timing_title
 
 
 def _number(key: str, digits: int) -> Callable[[Row], str]:
@@ -21,6 +21,11 @@ def _share(row: Row) -> str:
     return "-" if row.get("share") is None else f"{100 * row['share']:.1f} %"
 
 
+def _milliseconds(row: Row) -> str:
+    text, other = _number("ms", 1)(row), row.get("other_runtime")
+    return f"{text} {other}" if other else text
+
+
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "exit": lambda row: str(row["name"]),
     "layer": _number("layer", 0),
@@ -34,14 +39,14 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "loc.err": _number("localization_error", 3),
     "confidence": _confidence,
     "MMAC": _number("mmacs", 0),
-    "ms": _number("ms", 1),
+    "ms": _milliseconds,
     "share": _share,
 }
 """Heading -> text of a cell; the first column is aligned left, the others right."""
 
 
 def text_table(metrics: Mapping[str, Any]) -> str:
-    """Exits and the routed detector, one row each, columns aligned; undefined figures are "-"."""
+    """Exits, routed, without exits and rivals, one row each, columns aligned; undefined figures are "-"."""
     rows = _cells(metrics)
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     lines = []
@@ -60,16 +65,17 @@ def markdown_table(metrics: Mapping[str, Any]) -> str:
 
 def text_report(metrics: Mapping[str, Any]) -> str:
     """What was evaluated, the table and the verdict, for the terminal and table.txt."""
-    context, plain, verdict = metrics["context"], metrics["without_exits"], metrics["verdict"]
+    context, verdict = metrics["context"], metrics["verdict"]
     splits = ", ".join(context["splits"]) or "unnamed data"
+    others = any(row.get("other_runtime") for row in static_rows(metrics))
     lines = [
         f"{splits}: {context['images']} photos, {context['empty_images']} of them without an object",
         f"P to loc.err at score {context['score']:g} and IoU {context['iou']:g};"
-        f" ms of one image in eager PyTorch on {context['device']}, {context['threads']} thread(s)",
+        f" ms of one image in {timing_title(metrics)}"
+        + ("; ORT: in ONNX Runtime, not to be compared" if others else ""),
         "",
         text_table(metrics),
         "",
-        f"without exits: {plain['mmacs']:.0f} MMAC, {plain['ms']:.1f} ms",
         f"verdict: {'ship the exits' if verdict['ship'] else 'do not ship these exits as they are'}",
         *(f"  - {line}" for line in verdict["lines"]),
     ]
@@ -78,7 +84,5 @@ def text_report(metrics: Mapping[str, Any]) -> str:
 
 def _cells(metrics: Mapping[str, Any]) -> list[list[str]]:
     """Heading and rows as text."""
-    routed = metrics["routed"]
-    rows = [{**row, "share": routed["exit_share"].get(row["name"])} for row in metrics["exits"]]
-    rows.append({"name": "routed", **routed})
+    rows = [*exit_rows(metrics), *static_rows(metrics)]
     return [list(COLUMNS), *[[cell(row) for cell in COLUMNS.values()] for row in rows]]

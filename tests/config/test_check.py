@@ -42,6 +42,13 @@ from earlyexit_ssd.errors import ConfigError
         ("DATA.CLASSES", "[chair, Chair]", "DATA.CLASSES is 'chair', expected each name once"),
         ("DATA.TRAIN", "[a, a]", "DATA.TRAIN is 'a', expected each name once"),
         ("BASELINE.GATE.RELATIVE", "0.9", "expected 0 without BASELINE.GATE.REFERENCE"),
+        ("EVAL.RUNTIME", "onnx", "expected one of 'eager', 'onnxruntime'"),
+        ("EVAL.RIVALS.SIZES", "[32]", "EVAL.RIVALS.SIZES is 32, expected whole numbers from 64 to 4096 pixels"),
+        ("EVAL.RIVALS.SIZES", "[224.0]", "expected whole numbers"),
+        ("EVAL.RIVALS.FULL_PATHS", "[8]", "EVAL.RIVALS.FULL_PATHS is 8, expected paths"),
+        ("EVAL.RIVALS.SINGLE_EXITS", "[8]", "EVAL.RIVALS.SINGLE_EXITS is 8, expected paths"),
+        ("EVAL.RIVALS.ONNX", "nano.onnx", "EVAL.RIVALS.ONNX is 'nano.onnx', expected format:path"),
+        ("EVAL.RIVALS.ONNX", "['yolo:nano.onnx']", "one of the formats yolox, boxes"),
         ("LOSS.SUPERVISION", "teachers", "did you mean 'teacher'"),
     ],
 )

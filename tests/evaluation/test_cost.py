@@ -101,6 +101,17 @@ def test_turns_are_interleaved_and_threads_restored(monkeypatch):
     assert (timings[0].threads, timings[0].runs) == (2, 2)
 
 
+def test_each_module_has_its_own_example():
+    shapes = []
+
+    class Recorder(nn.Module):
+        def forward(self, x):
+            shapes.append(len(x))
+
+    time_modules([Recorder(), Recorder()], [torch.zeros(1), torch.zeros(2)], runs=1)
+    assert shapes == [1, 2] * (cost.WARM_UP_RUNS + 1)
+
+
 def test_threads_are_restored_after_an_error():
     before = torch.get_num_threads()
     with pytest.raises(RuntimeError):

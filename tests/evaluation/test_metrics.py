@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from earlyexit_ssd.errors import DataError
-from earlyexit_ssd.evaluation.bootstrap import interval
-from earlyexit_ssd.evaluation.coco import coco_metrics
 from earlyexit_ssd.evaluation.collect import Collected, collect
-from earlyexit_ssd.evaluation.metrics import EvaluationSettings, evaluate_detections, evaluate_exits
-from earlyexit_ssd.evaluation.operating_point import operating_point
+from earlyexit_ssd.evaluation.cost import PlainPath, example_input
+from earlyexit_ssd.evaluation.metrics import evaluate_exits
+from earlyexit_ssd.evaluation.quality import EvaluationSettings
+from earlyexit_ssd.evaluation.rivals import PLAIN, Rival
 from earlyexit_ssd.evaluation.routed import choose_exits
 from earlyexit_ssd.routing.router import ExitRouter
 
@@ -45,12 +45,15 @@ def objects(ground_truth):
 
 @pytest.fixture(scope="module")
 def metrics(small_model, collected, objects):
+    """With a rival that finds what the full path finds."""
     router = ExitRouter(2, thresholds=(0.5, 0.6))
-    return evaluate_exits(small_model, [], objects, router, SETTINGS, splits=("toy_test",), collected=collected)
+    network, found = PlainPath(small_model), collected.detections[2]
+    more = {"collected": collected, "rivals": [Rival("small", PLAIN, network, example_input(small_model), 7.0, found)]}
+    return evaluate_exits(small_model, [], objects, router, SETTINGS, splits=("toy_test",), **more)
 
 
 def test_documented_keys(metrics):
-    assert set(metrics) == {"context", "exits", "without_exits", "routed", "verdict"}
+    assert set(metrics) == {"context", "exits", "without_exits", "routed", "rivals", "verdict"}
     exit_keys = QUALITY | {"name", "layer", "confidence", "mmacs", "ms", "ms_interval"}
     assert set(metrics["exits"][-1]) == exit_keys
     assert set(metrics["exits"][0]) == exit_keys | {"AP50_below_full_interval"}
@@ -98,19 +101,21 @@ def test_context(metrics):
     assert (context["images"], context["empty_images"], context["splits"]) == (3, 1, ["toy_test"])
     assert (context["score"], context["iou"], context["runs"], context["threads"]) == (0.3, 0.5, 6, 1)
     assert (context["device"], context["torch"], context["forced"]) == ("cpu", torch.__version__, False)
+    assert context["runtime"] == "eager"
 
 
-def test_figures_are_those_of_the_parts(random_case):
-    coco, detections = random_case(1)
-    quality = evaluate_detections(coco, detections, SETTINGS)
-    assert quality.figures["AP"] == coco_metrics(coco, detections).AP
-    assert quality.figures["precision"] == operating_point(coco, detections, 0.3, 0.5).precision
-    assert quality.figures["AP50_interval"] == list(interval(quality.ap50_values))
+def test_rivals_are_rows_of_their_own(metrics):
+    (rival,) = metrics["rivals"]
+    assert (rival["name"], rival["mmacs"], rival["AP50"]) == ("small", 7.0, pytest.approx(1.0))
+    assert rival["ms_interval"][0] <= rival["ms"] <= rival["ms_interval"][1]
+    assert any("small" in line for line in metrics["verdict"]["lines"])
 
 
-def test_no_resamples_no_interval(random_case):
-    quality = evaluate_detections(*random_case(1), EvaluationSettings(resamples=0))
-    assert quality.figures["AP50_interval"] is None
+def test_exported_networks_are_timed(small_model, collected, objects):
+    settings = EvaluationSettings(timing_runs=1, resamples=0, runtime="onnxruntime")
+    metrics = evaluate_exits(small_model, [], objects, ExitRouter(2), settings, collected=collected)
+    assert metrics["context"]["runtime"] == "onnxruntime"
+    assert all(one["ms"] > 0 for one in (*metrics["exits"], metrics["without_exits"]))
 
 
 def test_runs_the_network_itself(small_model, ground_truth):

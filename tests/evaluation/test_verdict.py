@@ -118,3 +118,83 @@ def test_a_rule_can_be_added():
     verdict = judge(GOOD, rules=(*RULES, rival))
     assert verdict.lines[-1] == "a smaller detector is as good and faster"
     assert not verdict.ship
+
+
+def rival(name, ap50, ms, difference=(-0.02, 0.02), runtime="eager"):
+    """``difference``: the interval of routed - rival; the milliseconds are known to 1."""
+    return {
+        "name": name,
+        "AP50": ap50,
+        "ms": ms,
+        "ms_interval": [ms - 1, ms + 1],
+        "routed_minus_rival_AP50_interval": difference,
+        "runtime": runtime,
+    }
+
+
+def with_rivals(*rivals, **context):
+    return {**GOOD, "rivals": list(rivals), "context": context}
+
+
+SMALLER, LARGER = rival("plain 192", 0.60, 15.0), rival("plain 256", 0.71, 35.0)
+
+
+@pytest.mark.parametrize(
+    ("one", "ships"),
+    [
+        (rival("net", 0.70, 28.4), False),  # as good, and the time is outside its interval
+        (rival("net", 0.6951, 28.4), False),  # half a point is a tie
+        (rival("net", 0.6949, 28.4), True),
+        (rival("net", 0.70, 28.5), True),  # as good, and faster by no more than the interval
+        (rival("net", 0.75, 29.5, (-0.09, -0.01)), False),  # clearly better, and as fast
+        (rival("net", 0.75, 29.5, (-0.09, 0.0)), True),
+        (rival("net", 0.75, 29.5, None), True),
+        (rival("net", 0.69, 10.0), True),  # less accurate, however fast
+        (rival("net", 0.75, 29.6, (-0.09, -0.01)), True),  # slower, however accurate
+        (rival("net", None, 10.0), True),
+    ],
+)
+def test_a_static_net_that_dominates_is_to_be_shipped(one, ships):
+    verdict = judge(with_rivals(SMALLER, one, LARGER))
+    assert verdict.ship is ships
+    line = "ship the small net: net has AP50"
+    assert any(line in found for found in verdict.lines) is not ships
+
+
+def test_the_best_static_net_is_named_with_its_figures():
+    rivals = [rival("fast", 0.71, 10.0), rival("slow", 0.74, 25.0), rival("best", 0.74, 20.0), SMALLER]
+    assert judge(with_rivals(*rivals)).lines[-1] == (
+        "ship the small net: best has AP50 0.740 against 0.700 routed, in 20.0 ms against 29.5"
+    )
+
+
+def test_otherwise_the_nearest_is_named():
+    # plain 192 lacks a seventh of the accuracy; plain 256 takes a fifth longer; "close" lacks 1 % and 1 %
+    verdict = judge(with_rivals(SMALLER, LARGER, rival("close", 0.693, 29.8)))
+    assert verdict.ship
+    assert verdict.lines[-1] == (
+        "no static net is better than routing; the nearest: close has AP50 0.693 against 0.700 routed, in 29.8 ms"
+        " against 29.5"
+    )
+
+
+def test_milliseconds_of_two_runtimes_are_not_compared():
+    foreign = rival("yolox", 0.9, 5.0, (-0.3, -0.1), runtime="onnxruntime")
+    verdict = judge(with_rivals(SMALLER, foreign))
+    assert verdict.ship
+    assert "the nearest: plain 192" in verdict.lines[-2]
+    assert verdict.lines[-1] == (
+        "yolox: timed in ONNX Runtime, the exits in eager PyTorch, so their ms are not compared;"
+        " set EVAL.RUNTIME to onnxruntime"
+    )
+    assert judge(with_rivals(foreign)).lines[:-1] == judge(GOOD).lines
+    assert not judge(with_rivals(foreign, runtime="onnxruntime")).ship
+
+
+def test_without_rivals_nothing_changes():
+    assert judge(with_rivals()) == judge(GOOD)
+
+
+def test_rivals_of_a_routed_detector_that_finds_nothing():
+    metrics = changed(routed_AP50=0.0)
+    assert not judge({**metrics, "rivals": [rival("net", 0.0, 20.0)]}).ship

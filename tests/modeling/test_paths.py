@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from earlyexit_ssd.modeling import PathToExit
+from earlyexit_ssd.modeling.paths import AllOutputs
+from earlyexit_ssd.routing import ExitRouter
 
 
 def test_path_gives_the_exit_s_outputs(model, images):
@@ -16,3 +18,14 @@ def test_path_gives_the_exit_s_outputs(model, images):
 def test_no_such_exit(model):
     with pytest.raises(ValueError, match="exits 0 to 2"):
         PathToExit(model, 3)
+
+
+def test_all_outputs_are_those_of_every_exit_on_the_way(model, images):
+    model.eval()
+    batch, _ = model.transform(images)
+    heads, router = model.exit_outputs(images).heads, ExitRouter(2, temperatures=(1.0, 2.0))
+    outputs = AllOutputs(PathToExit(model, 2, router))(batch.tensors)
+    expected = [tensor for head in heads for tensor in head.values()]
+    expected += [router.confidence(heads[index]["cls_logits"], index) for index in (0, 1)]
+    assert len(outputs) == 8
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(outputs, expected, strict=True))

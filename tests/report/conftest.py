@@ -50,3 +50,13 @@ def metrics() -> dict:
         "routed": {**routed, "policy": "max_foreground", "thresholds": [0.6, 0.6], "speedup": 1.43},
         "verdict": {"ship": True, "lines": ["exit8: AP50 0.550 is above 0.35: worth it"]},
     }
+
+
+@pytest.fixture
+def with_rivals(metrics) -> dict:
+    """A smaller plain net, and a foreign one whose milliseconds are of another runtime and whose MMACs nobody knows."""
+    small = exit_row("plain 256", 16, 0.64, 33.0, kind="plain", source=None, runtime="eager")
+    foreign = exit_row("yolox_nano", 16, 0.71, 15.0, kind="onnx", source="nano.onnx", runtime="onnxruntime")
+    for row in (small, foreign):
+        del row["layer"], row["confidence"]
+    return {**metrics, "rivals": [small, {**foreign, "mmacs": None}]}

@@ -10,8 +10,11 @@ def test_rows_and_cells(metrics):
     expected = "exit layer AP AP50 P R F1 FP/img FP/empty loc.err confidence MMAC ms share"
     assert " ".join(header.split()) == expected
     assert set(line) == {"-", " "}
-    assert [row.split()[0] for row in rows] == ["exit8", "exit12", "full", "routed"]
-    assert rows[-1].split()[:13] == ROUTED_CELLS
+    assert [row.split()[0] for row in rows] == ["exit8", "exit12", "full", "routed", "without"]
+    assert rows[3].split()[:13] == ROUTED_CELLS
+    # what the full path finds, at the cost of the detector without exits
+    assert rows[4].split()[1:5] == ["exits", "-", "0.432", "0.720"]
+    assert rows[4].split()[-4:] == ["-", "405", "43.0", "-"]
     assert "0.61 ± 0.20" in rows[0]
     assert rows[0].endswith("50.0 %")
 
@@ -32,7 +35,8 @@ def test_markdown(metrics):
     lines = markdown_table(metrics).splitlines()
     assert lines[1].startswith("| :-- | --: |")
     assert {line.count("|") for line in lines} == {15}
-    assert lines[-1].startswith("| routed | - | 0.390 | 0.650 |")
+    assert lines[-2].startswith("| routed | - | 0.390 | 0.650 |")
+    assert lines[-1].startswith("| without exits | - | 0.432 | 0.720 |")
 
 
 def test_report_says_what_and_how_and_the_verdict(metrics):
@@ -40,7 +44,24 @@ def test_report_says_what_and_how_and_the_verdict(metrics):
     assert "toy_test: 614 photos, 0 of them without an object" in text
     assert "score 0.5 and IoU 0.5" in text
     assert text_table(metrics) in text
-    assert "without exits: 405 MMAC, 43.0 ms" in text
+    assert "ms of one image in eager PyTorch on cpu, 1 thread(s)\n" in text
     assert "verdict: ship the exits\n  - exit8: AP50" in text
     metrics["verdict"]["ship"] = False
     assert "do not ship these exits" in text_report(metrics)
+
+
+def test_rivals_stand_below(with_rivals):
+    *_, small, foreign = text_table(with_rivals).splitlines()
+    assert small.split()[:5] == ["plain", "256", "-", "0.384", "0.640"]
+    assert small.split()[-3:] == ["330", "33.0", "-"]
+    assert foreign.split()[:4] == ["yolox_nano", "-", "0.426", "0.710"]
+    assert foreign.split()[-4:] == ["-", "15.0", "ORT", "-"]
+
+
+def test_another_runtime_is_said(with_rivals):
+    assert "ORT: in ONNX Runtime, not to be compared" in text_report(with_rivals)
+    with_rivals["context"]["runtime"] = "onnxruntime"
+    del with_rivals["rivals"][0]
+    text = text_report(with_rivals)
+    assert "ms of one image in ONNX Runtime on cpu" in text
+    assert "ORT" not in text

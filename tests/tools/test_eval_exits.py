@@ -35,3 +35,19 @@ def test_missing_and_foreign_weights(tiny, tmp_path, capsys):
     assert eval_exits.main([*config, *out, "--weights", str(tmp_path / "foreign.pth"), *overrides]) == 2
     assert "expected a model of format" in capsys.readouterr().err
     assert list((tmp_path / "results").iterdir()) == []
+
+
+def test_static_rivals_stand_beside_the_exits(trained, tmp_path, capsys):
+    sizes = ["EVAL.RIVALS.SIZES", "[80]", "EVAL.RIVALS.FULL_PATHS", str(tmp_path / "run" / "baseline" / "model.pth")]
+    arguments = [*trained[:2], "--out", str(tmp_path / "out"), *trained[2:], *sizes, "EVAL.RUNTIME", "onnxruntime"]
+    assert eval_exits.main(arguments) == 0
+    assert (tmp_path / "out" / "ap_against_cost.png").is_file()
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    alone, larger, baseline = metrics["rivals"]
+    assert [one["name"] for one in metrics["rivals"]] == ["exit8 alone", "plain 80", "plain 64, baseline"]
+    assert alone["AP50"] == metrics["exits"][0]["AP50"]
+    assert baseline["AP50"] == pytest.approx(metrics["exits"][-1]["AP50"], abs=1e-6)
+    assert baseline["mmacs"] == metrics["without_exits"]["mmacs"] < larger["mmacs"]
+    assert {one["runtime"] for one in metrics["rivals"]} == {metrics["context"]["runtime"]} == {"onnxruntime"}
+    printed = capsys.readouterr().out
+    assert "exit8 alone" in printed and "plain 80" in printed and "in ONNX Runtime on cpu" in printed

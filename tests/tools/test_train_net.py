@@ -137,6 +137,7 @@ def test_second_run_in_the_same_folder_is_refused(tiny, tmp_path, capsys):
         (["BASELINE.GATE.RELATIVE", "0.9"], "expected 0 without BASELINE.GATE.REFERENCE"),
         (["BASELINE.GATE.RELATIVE", "0.9", "BASELINE.GATE.REFERENCE", "none.pth"], "none.pth: no such file"),
         (["MODEL.WEIGHTS_BACKBONE", "IMAGENET_V1"], "did you mean 'IMAGENET1K_V1'"),
+        (["EVAL.RIVALS.ONNX", "yolox:none.onnx"], "EVAL.RIVALS.ONNX has none.onnx: no such file"),
         (["DATA.TEST", "nowhere"], "no data set is named 'nowhere'"),
         (["EXITS_PHASE.CACHE_GIB", "1e-6"], "EXITS_PHASE.CACHE_GIB allows"),
     ],

@@ -1,0 +1,57 @@
+"""How well a set of detections does: every figure of quality, and how to measure."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from pycocotools.coco import COCO
+
+from earlyexit_ssd.evaluation.bootstrap import ap50_matches, bootstrap_ap50, interval
+from earlyexit_ssd.evaluation.coco import Detections, coco_evaluation, summarize
+from earlyexit_ssd.evaluation.operating_point import operating_point
+from earlyexit_ssd.evaluation.runtime import EAGER
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How to evaluate.
+
+    score, iou: where precision, recall and the like are counted, in [0, 1].
+    timing_runs, timing_threads: single-image runs per exit, and the CPU threads they use.
+    runtime: what runs the networks meanwhile, a key of `RUNTIME_TITLES`.
+    resamples, seed: of the bootstrap over photos; 0 resamples leave the intervals out.
+    """
+
+    score: float = 0.5
+    iou: float = 0.5
+    timing_runs: int = 30
+    timing_threads: int = 1
+    runtime: str = EAGER
+    resamples: int = 200
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Figures of one set of detections, ready for JSON, and the bootstrap's AP50 values [resamples]."""
+
+    figures: dict[str, Any]
+    ap50_values: np.ndarray
+
+    def ap50_minus(self, other: Quality) -> list[float] | None:
+        """95 % interval of the difference in AP50, on the same draws of photos; None where it is undefined."""
+        bounds = interval(self.ap50_values - other.ap50_values)
+        return list(bounds) if bounds else None
+
+
+def evaluate_detections(ground_truth: COCO, detections: Detections, settings: EvaluationSettings) -> Quality:
+    """The quality figures of one set of detections: AP by COCO, the operating point, AP50's interval."""
+    evaluation = coco_evaluation(ground_truth, detections)
+    point = asdict(operating_point(ground_truth, detections, settings.score, settings.iou))
+    values = bootstrap_ap50(ap50_matches(evaluation), settings.resamples, settings.seed)
+    bounds = interval(values)
+    figures = asdict(summarize(evaluation)) | {"AP50_interval": list(bounds) if bounds else None} | point
+    del figures["images"], figures["empty_images"]  # the same for every exit: in the context
+    return Quality(figures, values)

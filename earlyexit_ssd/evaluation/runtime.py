@@ -1,0 +1,100 @@
+"""The runtimes that networks are timed in: eager PyTorch, and ONNX Runtime, whose packages are optional."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import warnings
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.evaluation.mode import evaluating
+
+EAGER, ONNX_RUNTIME = "eager", "onnxruntime"
+RUNTIME_TITLES = {EAGER: "eager PyTorch", ONNX_RUNTIME: "ONNX Runtime"}
+"""Their names in configuration and metrics.json -> in tables and charts."""
+
+
+def deploy_package(name: str) -> ModuleType:
+    """A package of the extra ``deploy``: onnx or onnxruntime.
+
+    Raises:
+        EarlyExitError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise EarlyExitError(f"ONNX needs the package {name} ({error}): pip install 'earlyexit_ssd[deploy]'") from None
+
+
+class OnnxNetwork(nn.Module):
+    """An ONNX graph in ONNX Runtime on the CPU: its input tensor to the list of its output tensors.
+
+    Args:
+        content: the file's bytes.
+        threads: of ONNX Runtime, within an operator; idle ones sleep, so that what is timed next has the cores.
+        name: of the file, for messages.
+
+    Attributes:
+        input_shape: of its only input, a free first dimension taken as 1.
+        metadata: what the file says about itself, text by key.
+
+    Raises:
+        EarlyExitError: no graph that ONNX Runtime runs, several inputs, or an input of no fixed size.
+    """
+
+    def __init__(self, content: bytes, threads: int = 1, name: str = "the network") -> None:
+        super().__init__()
+        runtime = deploy_package("onnxruntime")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self.session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # a damaged or foreign file raises whatever its reader does
+            raise EarlyExitError(f"{name}: ONNX Runtime cannot load it ({_first_line(error)})") from None
+        inputs = self.session.get_inputs()
+        shape = inputs[0].shape if inputs else []
+        self.input_shape = tuple(1 if place == 0 and not isinstance(n, int) else n for place, n in enumerate(shape))
+        if len(inputs) != 1 or not all(isinstance(length, int) and length > 0 for length in self.input_shape):
+            found = ", ".join(f"{one.name} {one.shape}" for one in inputs) or "none"
+            raise EarlyExitError(f"{name}: expected one input of a fixed size, got {found}; export it with one")
+        self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
+        self._input_name = inputs[0].name
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """``input_shape`` float32 on the CPU to the outputs, in the file's order."""
+        return [torch.from_numpy(output) for output in self.session.run(None, {self._input_name: x.numpy()})]
+
+
+def in_runtime(network: nn.Module, example: Tensor, runtime: str, threads: int = 1) -> nn.Module:
+    """``network`` as ``runtime`` runs it on inputs of the example's shape; a graph from a file stays what it is."""
+    as_it_is = runtime == EAGER or isinstance(network, OnnxNetwork)
+    return network if as_it_is else OnnxNetwork(export_onnx(network, example), threads)
+
+
+def export_onnx(network: nn.Module, example: Tensor) -> bytes:
+    """The network as an ONNX file for inputs of the example's shape, weights included, by PyTorch's exporter.
+
+    The one on TorchScript: torch 2.6's newer one (``dynamo=True``) fails on BatchNorm with today's onnxscript, and both
+    give graphs of equal speed.
+
+    Raises:
+        EarlyExitError: the exporter cannot follow the network, or a package is missing.
+    """
+    deploy_package("onnx")
+    content = io.BytesIO()
+    with evaluating(network), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer: about shapes, which are fixed, and about its own future
+        try:
+            torch.onnx.export(network, (example.cpu(),), content, dynamo=False)
+        except Exception as error:
+            raise EarlyExitError(f"no export to ONNX ({_first_line(error)}); set EVAL.RUNTIME to eager") from error
+    return content.getvalue()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

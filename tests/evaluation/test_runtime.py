@@ -1,0 +1,83 @@
+"""Networks in ONNX Runtime give what they give in eager PyTorch."""
+
+import copy
+import importlib
+import warnings
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from earlyexit_ssd.config import load_config
+from earlyexit_ssd.errors import ConfigError, EarlyExitError
+from earlyexit_ssd.evaluation import runtime
+from earlyexit_ssd.evaluation.cost import example_input, time_modules
+from earlyexit_ssd.evaluation.runtime import OnnxNetwork, deploy_package, export_onnx, in_runtime
+from earlyexit_ssd.modeling.paths import AllOutputs, PathToExit
+from earlyexit_ssd.routing import ExitRouter
+
+
+def test_a_path_keeps_its_outputs_and_its_mode(small_model, capfd):
+    """Heads of earlier branches and the router's scores are computed too: they are outputs, so nothing drops them."""
+    model = copy.deepcopy(small_model).train()
+    path, example = AllOutputs(PathToExit(model, 1, ExitRouter(2))), example_input(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        network = in_runtime(path, example, "onnxruntime")
+    assert model.training
+    assert capfd.readouterr() == ("", "")
+    assert network.input_shape == (1, 3, 96, 96)
+    with torch.no_grad():
+        expected, found = path.eval()(example), network(example)
+    assert len(found) == 6
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-4)
+    assert time_modules([network], example, runs=1)[0].ms > 0
+
+
+def test_eager_is_the_module_itself():
+    module = nn.Linear(2, 2)
+    assert in_runtime(module, torch.zeros(1, 2), "eager") is module
+
+
+def test_runtimes_are_those_of_the_configuration():
+    for name in runtime.RUNTIME_TITLES:
+        load_config(None, ["EVAL.RUNTIME", name])
+    with pytest.raises(ConfigError):
+        load_config(None, ["EVAL.RUNTIME", "tensorrt"])
+
+
+def test_a_missing_package_is_one_line(monkeypatch):
+    def missing(name):
+        raise ImportError(f"No module named '{name}'")
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(EarlyExitError, match=r"package onnx .*pip install 'earlyexit_ssd\[deploy\]'"):
+        deploy_package("onnx")
+
+
+def test_what_cannot_be_run_is_one_line():
+    with pytest.raises(EarlyExitError, match=r"x\.onnx: ONNX Runtime cannot load it") as caught:
+        OnnxNetwork(b"no graph", name="x.onnx")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_input_of_any_size_is_refused():
+    sides = onnx.helper.make_tensor_value_info("x", 1, ["batch", 3, "height", "width"])
+    result = onnx.helper.make_tensor_value_info("y", 1, ["batch", 3, "height", "width"])
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    graph = onnx.helper.make_graph([node], "g", [sides], [result])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8)
+    with pytest.raises(EarlyExitError, match=r"expected one input of a fixed size, got x \['batch', 3, 'height'"):
+        OnnxNetwork(model.SerializeToString())
+
+
+def test_what_cannot_be_exported_is_one_line():
+    class Strange(nn.Module):
+        def forward(self, x):
+            return torch.linalg.eigvals(x)
+
+    with pytest.raises(EarlyExitError, match="no export to ONNX .*EVAL.RUNTIME to eager") as caught:
+        export_onnx(Strange(), torch.ones(2, 2))
+    assert "\n" not in str(caught.value)
