@@ -28,6 +28,7 @@ _CHOICES = {
     "MODEL.WEIGHTS_CLASSES": ("", "coco"),
     "BASELINE.GATE.REFERENCE_CLASSES": ("", "coco"),
     **{f"LOSS.{key.upper()}": choices for key, choices in LOSS_CHOICES.items()},
+    "JOINT.TEACHER": LOSS_CHOICES["teacher"],
     "ROUTING.POLICY": ("mean_foreground", "max_foreground"),
     "ENGINE.AMP": ("off", "bf16", "fp16"),
     "BASELINE.OPTIMIZER": ("sgd", "adamw"),
@@ -50,8 +51,8 @@ _POSITIVE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "SEED", "THREADS", "EXITS.HEAD_RANK", "DATA.LIMIT", "DATA.WORKERS", "LOSS.MIN_NEGATIVES", "LOSS.FOCAL_GAMMA",
-    "LOSS.EXIT_WEIGHTS", "LOSS.FULL_WEIGHT", "LOSS.DISTILLATION_WEIGHT", "LOSS.DISTILLATION_BOX_WEIGHT",
-    "EVAL.PICTURES", "DATA.SYNTHETIC.SEED",
+    "LOSS.EXIT_WEIGHTS", "JOINT.EXIT_WEIGHTS", "LOSS.FULL_WEIGHT", "LOSS.DISTILLATION_WEIGHT",
+    "LOSS.DISTILLATION_BOX_WEIGHT", "EVAL.PICTURES", "DATA.SYNTHETIC.SEED",
     *(f"{phase}.{key}" for phase in PHASE_SECTIONS.values() for key in ("EPOCHS", "WEIGHT_DECAY", "CLIP_GRADIENT")),
 )  # fmt: skip
 
@@ -90,6 +91,8 @@ def _check_exits(cfg: CfgNode) -> None:
     for key in ("LOSS.EXIT_WEIGHTS", "ROUTING.THRESHOLDS", "ROUTING.TEMPERATURES"):
         value = _get(cfg, key)
         _require(len(value) in (1, len(layers)), key, value, f"one number, or one for each of {len(layers)} exits")
+    weights = cfg.JOINT.EXIT_WEIGHTS
+    _require(len(weights) in (0, 1, len(layers)), "JOINT.EXIT_WEIGHTS", weights, f"none, one, or {len(layers)} numbers")
     _require(0 <= cfg.EXITS.DEPTH <= TAIL_BLOCKS, "EXITS.DEPTH", cfg.EXITS.DEPTH, f"0 to {TAIL_BLOCKS} blocks")
 
 

@@ -192,6 +192,10 @@ _C.EXITS_PHASE.GATE.FIRST_EXIT_AP50 = 0.30
 _C.EXITS_PHASE.GATE.DEEPEST_SHARE = 0.85
 
 _C.JOINT = _phase(epochs=4, lr=0.0001)
+# Replaces LOSS.TEACHER in this phase: while everything moves, a shallow exit learns best from the next deeper one.
+_C.JOINT.TEACHER = "next"
+# Replaces LOSS.EXIT_WEIGHTS; empty: one over the exits left, so that the trunk stays the full path's.
+_C.JOINT.EXIT_WEIGHTS = ()
 # As BASELINE.FREEZE_NORM, here for trunk, head and branches.
 _C.JOINT.FREEZE_NORM = True
 # Gate on the calib split; it keeps the weights of before rather than end the run.

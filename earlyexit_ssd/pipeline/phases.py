@@ -31,7 +31,7 @@ from earlyexit_ssd.engine import (
 from earlyexit_ssd.engine.distributed import rank, same_everywhere, world_size
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.quality import EvaluationSettings
-from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, retrofit
+from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, LossSettings, retrofit
 from earlyexit_ssd.modeling.training import Branches, FullPath, TapBatch
 from earlyexit_ssd.pipeline.build import build_router, source_classes
 from earlyexit_ssd.pipeline.gates import Check, Gate, baseline_gate, exits_gate
@@ -116,11 +116,12 @@ def joint(run: Run) -> Gate:
     """Train everything at a low rate; the weights of before stay if the full path loses too much."""
     phase, model = run.cfg.JOINT, run.model
     before = run.calib_quality.of_full_path(model)["AP50"] or 0.0
-    kept = copy.deepcopy(model.state_dict())
+    kept, losses = copy.deepcopy(model.state_dict()), model.losses
     model.norm_frozen = phase.FREEZE_NORM
+    model.losses = joint_losses(losses, phase, model.num_early_exits)
     if phase.EPOCHS:
         fit(run, "joint", model, _photo_loader(run, phase.BATCH_SIZE))
-    model.norm_frozen = False
+    model.norm_frozen, model.losses = False, losses
     after = run.calib_quality.of_full_path(model)["AP50"] or 0.0
     check = Check("full AP50", after, before - phase.GATE.MAX_AP50_DROP)
     if not check.passed:
@@ -128,6 +129,14 @@ def joint(run: Run) -> Gate:
         model.load_state_dict(kept)
         check = Check("full AP50 (weights of the exits phase kept)", before, before)
     return Gate("joint", (check,))
+
+
+def joint_losses(losses: LossSettings, phase: CfgNode, exits: int) -> LossSettings:
+    """The losses with the phase's own teacher and weights: by default 1/(exits left), the full path one of them
+    (Li et al. 2019, "Improved techniques for training adaptive deep networks", gradient equilibrium)."""
+    left = [exits + 1 - index for index in range(exits)]
+    weights = tuple(phase.EXIT_WEIGHTS) or tuple(1 / number for number in left)
+    return dataclasses.replace(losses, teacher=phase.TEACHER, exit_weights=weights)
 
 
 PHASE_FUNCTIONS: dict[str, Callable[[Run], Gate]] = {"baseline": baseline, "exits": exits, "joint": joint}

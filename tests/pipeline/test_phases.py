@@ -3,9 +3,10 @@ import torch
 
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.modeling import LossSettings
 from earlyexit_ssd.modeling.training import TapBatch
 from earlyexit_ssd.pipeline import phases
-from earlyexit_ssd.pipeline.phases import Run, full_path_fingerprint, joint, require_same_full_path
+from earlyexit_ssd.pipeline.phases import Run, full_path_fingerprint, joint, joint_losses, require_same_full_path
 from tests.modeling.conftest import small_model
 
 
@@ -42,6 +43,25 @@ def test_joint_phase_stays_only_if_the_full_path_does(run, monkeypatch, after, k
     assert same is not kept
     assert gate.passed
     assert ("weights of the exits phase kept" in str(gate)) is not kept
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"), [((), (1 / 4, 1 / 3, 1 / 2)), ((0.5,), (0.5,)), ((1.0, 2.0, 3.0), (1.0, 2.0, 3.0))]
+)
+def test_joint_phase_has_its_own_teacher_and_weights(weights, expected):
+    phase = load_config().JOINT.clone()
+    phase.defrost()
+    phase.EXIT_WEIGHTS = weights
+    losses = joint_losses(LossSettings(teacher="full", exit_weights=(7.0,), full_weight=2.0), phase, exits=3)
+    assert (losses.teacher, losses.exit_weights, losses.full_weight) == ("next", expected, 2.0)
+
+
+def test_joint_phase_puts_the_losses_back(run, monkeypatch):
+    monkeypatch.setattr(Run, "calib_quality", FakeQuality(0.5, 0.5))
+    before, seen = run.model.losses, []
+    monkeypatch.setattr(phases, "fit", lambda run, *_: seen.append(run.model.losses.teacher))
+    joint(run)
+    assert seen == ["next"] and run.model.losses is before
 
 
 @pytest.mark.parametrize("part", ["backbone", "head"])
