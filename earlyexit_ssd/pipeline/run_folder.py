@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 _MAY_CHANGE = (
     "OUTPUT_DIR",
     "DEVICE",
+    "THREADS",
     "DATA.ROOT",
     "DATA.WORKERS",
     "ENGINE.CHECKPOINT_PERIOD",
