@@ -200,5 +200,6 @@ def _shortfall(rival: Metrics, routed: Metrics) -> float:
 def _comparison(rival: Metrics, routed: Metrics) -> str:
     return (
         f"{rival['name']} has AP50 {rival['AP50']:.3f} against {routed['AP50']:.3f} routed, in {rival['ms']:.1f} ms"
-        f" against {routed['ms']:.1f}"
+        f" against {routed['ms']:.1f} ({rival['AP50'] - routed['AP50']:+.3f} AP50,"
+        f" {rival['ms'] / routed['ms'] - 1:+.0%} time)"
     )

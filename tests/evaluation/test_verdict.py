@@ -165,6 +165,7 @@ def test_the_best_static_net_is_named_with_its_figures():
     rivals = [rival("fast", 0.71, 10.0), rival("slow", 0.74, 25.0), rival("best", 0.74, 20.0), SMALLER]
     assert judge(with_rivals(*rivals)).lines[-1] == (
         "ship the small net: best has AP50 0.740 against 0.700 routed, in 20.0 ms against 29.5"
+        " (+0.040 AP50, -32% time)"
     )
 
 
@@ -174,7 +175,7 @@ def test_otherwise_the_nearest_is_named():
     assert verdict.ship
     assert verdict.lines[-1] == (
         "no static net is better than routing; the nearest: close has AP50 0.693 against 0.700 routed, in 29.8 ms"
-        " against 29.5"
+        " against 29.5 (-0.007 AP50, +1% time)"
     )
 
 
