@@ -30,6 +30,7 @@ _CHOICES = {
     **{f"LOSS.{key.upper()}": choices for key, choices in LOSS_CHOICES.items()},
     "JOINT.TEACHER": LOSS_CHOICES["teacher"],
     "ROUTING.POLICY": ("mean_foreground", "max_foreground"),
+    "EXITS_PHASE.CACHE_DTYPE": ("float16", "float32"),
     "ENGINE.AMP": ("off", "bf16", "fp16"),
     "BASELINE.OPTIMIZER": ("sgd", "adamw"),
     "EXITS_PHASE.OPTIMIZER": ("sgd", "adamw"),

@@ -88,8 +88,7 @@ _C.EXITS.DEPTH = 2
 _C.EXITS.ATTENTION = True
 # Features of the exit before flow into the next one.
 _C.EXITS.CASCADE = True
-# Class predictors in two steps with this many channels between, where that is cheaper; 0: in one. Pays from some
-# twenty classes on.
+# Class predictors in two steps with this many channels between, where that is cheaper (many classes); 0: in one.
 _C.EXITS.HEAD_RANK = 0
 
 # ---- losses -----------------------------------------------------------------------------------------------
@@ -178,8 +177,10 @@ _C.BASELINE.GATE.REFERENCE = ""
 _C.BASELINE.GATE.REFERENCE_CLASSES = ""
 
 _C.EXITS_PHASE = _phase(epochs=8, lr=0.001)
-# Cache the trunk's taps (fp16) instead of computing them every epoch.
+# Cache the trunk's taps instead of computing them every epoch.
 _C.EXITS_PHASE.CACHE = True
+# float16, or float32: twice the size, and exactly what the trunk computes.
+_C.EXITS_PHASE.CACHE_DTYPE = "float16"
 # Augmented views of each photo in the cache.
 _C.EXITS_PHASE.CACHE_VIEWS = 2
 # Largest size of the cache, GiB; a bigger one is refused with the number of views that fits.

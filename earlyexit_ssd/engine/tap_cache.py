@@ -1,4 +1,4 @@
-"""Taps of a frozen trunk on disk (fp16), computed once per photo and view."""
+"""Taps of a frozen trunk on disk, computed once per photo and view."""
 
 from __future__ import annotations
 
@@ -20,23 +20,26 @@ from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
 from earlyexit_ssd.modeling.training import TapBatch, compute_taps
 from earlyexit_ssd.progress import progress
 
-FP16_MAX = torch.finfo(torch.float16).max
 ARRAYS_OF_HEAD = ("cls_logits", "bbox_regression")
 
 
 class TapCache:
-    """Rows of fp16 arrays, view after view; row ``view * photos + index`` is that view of that photo.
+    """Rows of arrays, view after view; row ``view * photos + index`` is that view of that photo.
 
     Args:
         folder: where ``*.npy``, ``targets.pt`` and ``cache.json`` are.
         model: for the shapes of a row.
         photos, views: how many.
         key: a text that changes with everything the rows depend on; a cache with another key is made anew.
+        dtype: ``float16`` (a relative difference of up to 2^-11 to what was computed) or ``float32`` (none).
     """
 
-    def __init__(self, folder: Path, model: EarlyExitSSDLite, photos: int, views: int, key: str) -> None:
+    def __init__(
+        self, folder: Path, model: EarlyExitSSDLite, photos: int, views: int, key: str, dtype: str = "float16"
+    ) -> None:
         self.folder, self.photos, self.views = folder, photos, views
-        self.key = hashlib.sha256(f"{key} {_weights_hash(model)} {views}".encode()).hexdigest()
+        self.key = hashlib.sha256(f"{key} {_weights_hash(model)} {views} {dtype}".encode()).hexdigest()
+        self._dtype = np.dtype(dtype)
         self._shapes = _row_shapes(model)
         self._arrays: dict[str, np.memmap] = {}
         self.targets: list[dict[str, Tensor]] = []
@@ -48,7 +51,7 @@ class TapCache:
 
     @property
     def _row_bytes(self) -> int:
-        return sum(2 * int(np.prod(shape)) for shape in self._shapes.values())
+        return sum(self._dtype.itemsize * int(np.prod(shape)) for shape in self._shapes.values())
 
     def require_budget(self, gibibytes: float) -> None:
         """Raise where the cache would be larger than allowed, with the number of views that fits."""
@@ -80,14 +83,15 @@ class TapCache:
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
-        row = 0
+        row, largest = 0, float(np.finfo(self._dtype).max)
         bar = progress(desc="cache taps", total=self.photos * self.views)
         for view in range(self.views):
             loader.sampler.set_epoch(view)
             for images, targets in loader:
                 batch = compute_taps(model, [image.to(device) for image in images], to_device(targets, device))
                 for name, values in _named(batch).items():
-                    self._arrays[name][row : row + len(images)] = values.clamp(-FP16_MAX, FP16_MAX).cpu().numpy()
+                    values = values.clamp(-largest, largest).cpu().numpy()
+                    self._arrays[name][row : row + len(images)] = values
                 row += len(images)
                 bar.update(len(images))
                 for target in batch.targets:
@@ -117,7 +121,7 @@ class TapCache:
             if mode == "r":
                 self._arrays[name] = np.load(path, mmap_mode="r")
             else:
-                self._arrays[name] = np.lib.format.open_memmap(path, mode, np.float16, (rows, *shape))
+                self._arrays[name] = np.lib.format.open_memmap(path, mode, self._dtype, (rows, *shape))
 
 
 class CachedLoader:

@@ -205,7 +205,8 @@ def tap_cache(run: Run) -> TapCache:
     """
     cfg, phase = run.cfg, run.cfg.EXITS_PHASE
     depends_on = f"{cfg.DATA} {cfg.SEED} {[str(record.path) for record in run.train_set.records]}"
-    cache = TapCache(run.folder.taps, run.model, len(run.train_set), phase.CACHE_VIEWS, depends_on)
+    views, dtype = phase.CACHE_VIEWS, phase.CACHE_DTYPE
+    cache = TapCache(run.folder.taps, run.model, len(run.train_set), views, depends_on, dtype)
     cache.require_budget(phase.CACHE_GIB)
     return cache
 

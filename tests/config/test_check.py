@@ -25,6 +25,7 @@ from earlyexit_ssd.errors import ConfigError
         ("DATA.TRAIN", "[5]", "DATA.TRAIN is 5, expected the name of a data set"),
         ("PHASES", "[]", "some of"),
         ("JOINT.BATCH_SIZE", "1", "2 or more"),
+        ("EXITS_PHASE.CACHE_DTYPE", "float61", "did you mean 'float16'"),
         ("JOINT.TEACHER", "nxet", "did you mean 'next'"),
         ("JOINT.EXIT_WEIGHTS", "[1, 2, 3]", "none, one, or 2 numbers"),
         ("EXITS.HEAD_RANK", "-1", "EXITS.HEAD_RANK is -1, expected a number of at least 0"),

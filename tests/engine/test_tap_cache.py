@@ -7,7 +7,7 @@ from earlyexit_ssd.data.transforms import build_transforms
 from earlyexit_ssd.engine import CachedLoader, TapCache
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import write_image
-from earlyexit_ssd.modeling.training import compute_taps
+from earlyexit_ssd.modeling.training import Branches, compute_taps
 from tests.modeling.conftest import small_model
 
 CPU = torch.device("cpu")
@@ -26,9 +26,9 @@ def dataset(tmp_path):
     return DetectionDataset(records, ("chair", "table"), build_transforms("flip"), train=True)
 
 
-def build(folder, dataset, views=2, key="a"):
+def build(folder, dataset, views=2, key="a", dtype="float16"):
     model = small_model()
-    cache = TapCache(folder, model, len(dataset), views, key)
+    cache = TapCache(folder, model, len(dataset), views, key, dtype)
     cache.build(model, build_loader(dataset, 4, 0, train=False, seed=0))
     return cache, model
 
@@ -47,6 +47,31 @@ def test_rows_are_the_taps_of_that_view(tmp_path, dataset):
         for one, other in zip(found.targets, expected.targets, strict=True):
             assert torch.equal(one["boxes"], other["boxes"])
             assert int(one["image_id"]) == other["image_id"]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0.0), ("float16", 2.0**-11)])
+def test_cached_and_computed_taps_differ_by_rounding_alone(tmp_path, dataset, dtype, tolerance):
+    cache, model = build(tmp_path / "taps", dataset, views=1, dtype=dtype)
+    model.eval()
+    for rows in (np.arange(4), np.arange(4, 6)):  # the batches that filled it: sums depend on the batch's size
+        images, targets = zip(*(dataset.sample(int(row), 0) for row in rows), strict=True)
+        expected = compute_taps(model, list(images), [dict(target) for target in targets])
+        found = cache.rows(rows, CPU)
+        pairs = [*zip(found.taps, expected.taps, strict=True), *((found.head[k], expected.head[k]) for k in found.head)]
+        for one, other in pairs:
+            assert ((one - other).abs() <= tolerance * other.abs() + 2.0**-24 * (tolerance > 0)).all()
+
+
+def test_training_on_a_float32_cache_is_training_on_the_photos(tmp_path, dataset):
+    cache, model = build(tmp_path / "taps", dataset, views=1, dtype="float32")
+    images, targets = zip(*(dataset.sample(row, 0) for row in range(4)), strict=True)
+    model.freeze_trunk()
+    model.train()
+    start = {key: value.clone() for key, value in model.branches.state_dict().items()}
+    from_photos = model(list(images), [dict(target) for target in targets])
+    model.branches.load_state_dict(start)  # BatchNorm's statistics have moved
+    from_cache = Branches(model)(cache.rows(np.arange(4), CPU))
+    assert all(torch.equal(value, from_photos[name]) for name, value in from_cache.items())
 
 
 def test_a_whole_cache_is_used_again_and_another_key_is_not(tmp_path, dataset):

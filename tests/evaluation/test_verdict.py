@@ -164,8 +164,7 @@ def test_a_static_net_that_dominates_is_to_be_shipped(one, ships):
 def test_the_best_static_net_is_named_with_its_figures():
     rivals = [rival("fast", 0.71, 10.0), rival("slow", 0.74, 25.0), rival("best", 0.74, 20.0), SMALLER]
     assert judge(with_rivals(*rivals)).lines[-1] == (
-        "ship the small net: best has AP50 0.740 against 0.700 routed, in 20.0 ms against 29.5"
-        " (+0.040 AP50, -32% time)"
+        "ship the small net: best has AP50 0.740 against 0.700 routed, in 20.0 ms against 29.5 (+0.040 AP50, -32% time)"
     )
 
 
