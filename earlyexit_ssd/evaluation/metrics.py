@@ -20,13 +20,12 @@ from earlyexit_ssd.evaluation.cost import (
     count_mmacs,
     example_input,
     mmacs_to_exit,
-    time_modules,
 )
 from earlyexit_ssd.evaluation.operating_point import empty_images
 from earlyexit_ssd.evaluation.quality import EvaluationSettings, Quality, evaluate_detections
 from earlyexit_ssd.evaluation.rivals import Rival, evaluate_rivals
 from earlyexit_ssd.evaluation.routed import choose_exits, exit_share, mean_cost, routed_detections
-from earlyexit_ssd.evaluation.runtime import in_runtime
+from earlyexit_ssd.evaluation.runtime import time_in_runtime
 from earlyexit_ssd.evaluation.verdict import judge
 from earlyexit_ssd.modeling.paths import AllOutputs, PathToExit
 
@@ -100,10 +99,9 @@ def measure_costs(
     in turns, in the runtime of ``settings``."""
     example, plain = example_input(model), PlainPath(model)
     paths = [AllOutputs(PathToExit(model, index, router)) for index in range(len(model.exit_names))]
-    pairs = [*((network, example) for network in (*paths, plain)), *((one.network, one.example) for one in rivals)]
-    threads = settings.timing_threads
-    networks = [in_runtime(network, its_example, settings.runtime, threads) for network, its_example in pairs]
-    timings = time_modules(networks, [its_example for _, its_example in pairs], settings.timing_runs, threads)
+    networks = [*paths, plain, *(rival.network for rival in rivals)]
+    examples = [*[example] * (len(paths) + 1), *(rival.example for rival in rivals)]
+    timings = time_in_runtime(networks, examples, settings.runtime, settings.timing_runs, settings.timing_threads)
     count = len(paths)
     return Costs(
         mmacs_to_exit(model), timings[:count], count_mmacs(plain, example), timings[count], timings[count + 1 :]

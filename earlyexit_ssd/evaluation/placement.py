@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from earlyexit_ssd.evaluation.cost import PlainPath, example_input, mmacs_to_exit, time_modules
+from earlyexit_ssd.evaluation.cost import PlainPath, example_input, mmacs_to_exit
+from earlyexit_ssd.evaluation.runtime import EAGER, time_in_runtime
 from earlyexit_ssd.modeling.outputs import Router
-from earlyexit_ssd.modeling.paths import PathToExit
+from earlyexit_ssd.modeling.paths import AllOutputs, PathToExit
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
 """Shares of the photos that leave early for which the speed-up is given."""
@@ -63,7 +64,7 @@ class Proposal:
 
 
 def measure_placements(
-    models: Mapping[int, nn.Module], router: Router, runs: int = 30, threads: int = 1
+    models: Mapping[int, nn.Module], router: Router, runs: int = 30, threads: int = 1, runtime: str = EAGER
 ) -> list[Placement]:
     """Cost of each model's one exit, all of them timed in turns with the detector without exits.
 
@@ -71,10 +72,12 @@ def measure_placements(
         models: trunk layer -> an `EarlyExitSSDLite` with one exit behind it; all with the same full path.
         router: of one exit; its scoring counts.
         runs, threads: of the timing; see `time_modules`.
+        runtime: what runs the networks, `EAGER` or `ONNX_RUNTIME`.
     """
     first = next(iter(models.values()))
-    paths = [PathToExit(model, index, router) for model in models.values() for index in (0, 1)]
-    *timings, plain = time_modules([*paths, PlainPath(first)], example_input(first), runs, threads)
+    paths = [AllOutputs(PathToExit(model, index, router)) for model in models.values() for index in (0, 1)]
+    networks = [*paths, PlainPath(first)]
+    *timings, plain = time_in_runtime(networks, [example_input(first)] * len(networks), runtime, runs, threads)
     return [
         Placement(layer, mmacs_to_exit(model)[0], leaves.ms, goes_on.ms, plain.ms)
         for (layer, model), leaves, goes_on in zip(models.items(), timings[::2], timings[1::2], strict=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import io
 import warnings
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.evaluation.cost import Timing, time_modules
 from earlyexit_ssd.evaluation.mode import evaluating
 
 EAGER, ONNX_RUNTIME = "eager", "onnxruntime"
@@ -74,6 +76,14 @@ def in_runtime(network: nn.Module, example: Tensor, runtime: str, threads: int =
     """``network`` as ``runtime`` runs it on inputs of the example's shape; a graph from a file stays what it is."""
     as_it_is = runtime == EAGER or isinstance(network, OnnxNetwork)
     return network if as_it_is else OnnxNetwork(export_onnx(network, example), threads)
+
+
+def time_in_runtime(
+    networks: Sequence[nn.Module], examples: Sequence[Tensor], runtime: str, runs: int, threads: int
+) -> list[Timing]:
+    """`time_modules` of the networks as ``runtime`` runs them, each on its example."""
+    pairs = zip(networks, examples, strict=True)
+    return time_modules([in_runtime(*pair, runtime, threads) for pair in pairs], examples, runs, threads)
 
 
 def export_onnx(network: nn.Module, example: Tensor) -> bytes:

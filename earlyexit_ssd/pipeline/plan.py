@@ -88,7 +88,7 @@ def _measure(cfg: CfgNode) -> list[Placement]:
         for layer in cfg.EXITS.LAYERS
     }
     router = build_router(cfg, {"num_exits": 1}).to(device)
-    return measure_placements(singles, router, cfg.EVAL.TIMING_RUNS, cfg.EVAL.TIMING_THREADS)
+    return measure_placements(singles, router, cfg.EVAL.TIMING_RUNS, cfg.EVAL.TIMING_THREADS, cfg.EVAL.RUNTIME)
 
 
 def _probe(cfg: CfgNode, out_dir: Path) -> list[float | None]:
@@ -107,6 +107,7 @@ def _describe(cfg: CfgNode, placements: Sequence[Placement], full_ap50: float | 
             "epochs": cfg.EXITS_PHASE.EPOCHS,
             "runs": cfg.EVAL.TIMING_RUNS,
             "threads": cfg.EVAL.TIMING_THREADS,
+            "runtime": cfg.EVAL.RUNTIME,
             "seed": cfg.SEED,
             "torch": torch.__version__,
         },

@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from PIL import Image
 
+from earlyexit_ssd.evaluation.runtime import RUNTIME_TITLES
 from earlyexit_ssd.report.plot import PLAIN, draw_chart
 
 Plan = Mapping[str, Any]
@@ -15,11 +16,11 @@ Plan = Mapping[str, Any]
 
 def placement_report(plan: Plan) -> str:
     """Table of the layers, and in words which of them can give the wanted speed-up."""
-    shares = list(plan["placements"][0]["speedups"])
+    context, shares = plan["context"], list(plan["placements"][0]["speedups"])
     heads = [f"{float(share):.0%}" for share in shares]
     wanted = f"share for {plan['speedup']:g}x"
     lines = [
-        f"one exit; ms of one image in eager PyTorch, {plan['context']['threads']} thread(s); "
+        f"one exit; ms of one image in {RUNTIME_TITLES[context['runtime']]}, {context['threads']} thread(s); "
         f"the detector without exits takes {plan['plain_ms']:.1f} ms",
         "speed-up if that share of the photos leaves there:",
         "",

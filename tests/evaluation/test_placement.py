@@ -64,9 +64,10 @@ def test_a_second_exit_pays_for_the_first():
     assert found.shares == pytest.approx((6 / 11, 5 / 11, 0.0))
 
 
-def test_measures_each_layer_against_one_plain_detector():
+@pytest.mark.parametrize("runtime", ["eager", "onnxruntime"])
+def test_measures_each_layer_against_one_plain_detector(runtime):
     models = {layer: small_model(exit_layers=(layer,)) for layer in (4, 12)}
-    first, second = measure_placements(models, ExitRouter(1), runs=2, threads=1)
+    first, second = measure_placements(models, ExitRouter(1), runs=2, threads=1, runtime=runtime)
     assert (first.layer, second.layer) == (4, 12)
     assert first.mmacs < second.mmacs
     assert first.plain_ms == second.plain_ms > 0

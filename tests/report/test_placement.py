@@ -4,7 +4,7 @@ from earlyexit_ssd.report.placement import placement_chart, placement_report
 
 ROW = {"layer": 8, "mmacs": 246.0, "ms": 20.0, "full_ms": 48.0, "plain_ms": 40.0, "AP50": 0.6}
 PLAN = {
-    "context": {"threads": 1},
+    "context": {"threads": 1, "runtime": "onnxruntime"},
     "speedup": 1.6,
     "plain_ms": 40.0,
     "full_AP50": 0.7,
@@ -19,6 +19,7 @@ def changed(**changes):
 
 def test_table_and_proposal():
     lines = placement_report(PLAN).splitlines()
+    assert "ms of one image in ONNX Runtime, 1 thread(s)" in lines[0]
     assert lines[3].split() == ["layer", "MMAC", "ms", "50%", "100%", "share", "for", "1.6x", "AP50"]
     assert lines[4].split() == ["8", "246", "20.0", "1.18x", "2.00x", "82%", "0.600"]
     assert lines[-2] == "1.6x can be reached by exits behind layers 8, if enough photos leave"

@@ -15,7 +15,7 @@ def test_costs_of_every_layer_need_no_photo(tiny, tmp_path, capsys):
     plan = json.loads((tmp_path / "plan" / "placement.json").read_text())
     assert [row["layer"] for row in plan["placements"]] == list(range(1, 16))
     mmacs = [row["mmacs"] for row in plan["placements"]]
-    assert mmacs[4:8] == sorted(mmacs[4:8])
+    assert mmacs[5] < mmacs[7] < mmacs[11]
     assert plan["proposal"] is None
     assert "no exit can reach 1000x" in capsys.readouterr().out
     assert (tmp_path / "plan" / "placement.png").stat().st_size > 0
