@@ -29,6 +29,24 @@ def test_results_table_is_what_was_measured():
         assert row["figures"] == cells(row["run"]), row.group()
 
 
+def rivals_rows() -> list[str]:
+    """Exits, routed detector and static rivals of one run: AP, AP50, MMACs and milliseconds, from cheap to dear."""
+    metrics = json.loads((ROOT / "docs" / "results" / "voc_rivals" / "metrics.json").read_text(encoding="utf-8"))
+    *early, full = metrics["exits"]
+    plain = {**full, **metrics["without_exits"], "name": "without exits"}
+    rows = [*early, {**metrics["routed"], "name": "**routed**"}, plain, *metrics["rivals"]]
+    return [
+        "| {name} | {AP:.3f} | {AP50:.3f} [{AP50_interval[0]:.3f}, {AP50_interval[1]:.3f}] | {mmacs:.0f} | {ms:.1f} |"
+        "".format(**row)
+        for row in sorted(rows, key=lambda row: row["mmacs"])
+    ]
+
+
+def test_rivals_table_is_what_was_measured():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(rivals_rows()) in text
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("docs/results/*/metrics.json")), ids=lambda path: path.parent.name)
 def test_stored_verdicts_are_today_s(path):
     metrics = json.loads(path.read_text(encoding="utf-8"))
