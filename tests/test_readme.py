@@ -51,3 +51,9 @@ def test_rivals_table_is_what_was_measured():
 def test_stored_verdicts_are_today_s(path):
     metrics = json.loads(path.read_text(encoding="utf-8"))
     assert metrics["verdict"] == asdict(judge(metrics, metrics["context"]["forced"]))
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("docs/results/*/metrics.json")), ids=lambda path: path.parent.name)
+def test_stored_results_name_no_folder_of_one_machine(path):
+    for rival in json.loads(path.read_text(encoding="utf-8")).get("rivals", []):
+        assert rival["source"] is None or rival["source"] == Path(rival["source"]).name

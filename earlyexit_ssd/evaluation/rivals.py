@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pycocotools.coco import COCO
@@ -77,7 +78,7 @@ def evaluate_rivals(
             {
                 "name": rival.name,
                 "kind": rival.kind,
-                "source": rival.source,
+                "source": Path(rival.source).name if rival.source else None,
                 "input_size": list(rival.example.shape[-2:]),
                 **quality.figures,
                 "routed_minus_rival_AP50_interval": routed.ap50_minus(quality),

@@ -38,7 +38,7 @@ def rows(ground_truth, found):
     exported = OnnxNetwork(export_onnx(nn.ReLU(), example))
     rivals = [
         Rival("half", PLAIN, network, example, 12.5, Finds(found((1, 0.8, BOX)))),
-        Rival("blind", ONNX, exported, example, None, {1: found(), 2: found()}, "blind.onnx"),
+        Rival("blind", ONNX, exported, example, None, {1: found(), 2: found()}, "/models/of/mine/blind.onnx"),
     ]
     return evaluate_rivals(rivals, [TIMING, TIMING], loader, truth, routed, SETTINGS)
 
