@@ -20,8 +20,10 @@ def read_photo_folder(name: str, folder: Path, problems: Problems) -> RawDataset
         problems: takes what is wrong with single photos.
 
     Raises:
-        DataError: no photo there, or (mode "refuse") one that cannot be read.
+        DataError: not a folder, no photo there, or (mode "refuse") one that cannot be read.
     """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: data set {name!r} is a file, expected a folder of photos; name its folder")
     paths = find_photos(folder)
     if not paths:
         raise DataError(f"{folder}: data set {name!r} has no photo ({', '.join(PHOTO_SUFFIXES)}) in it or below")

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from earlyexit_ssd.data.folder import find_photos
 from earlyexit_ssd.data.images import as_tensor, read_image
 from earlyexit_ssd.errors import DataError, EarlyExitError
 from earlyexit_ssd.modeling import EarlyExitSSDLite
@@ -47,18 +48,17 @@ def require_score(score: float) -> None:
 
 
 def photo_paths(arguments: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """Files as they are, and for a folder the pictures directly in it, sorted by name.
+    """Files as they are, and for a folder the photos in and below it, as training on it would take them.
 
     Raises:
         DataError: a folder without a picture.
     """
-    suffixes = Image.registered_extensions()
     paths: list[Path] = []
     for argument in map(Path, arguments):
         if not argument.is_dir():
             paths.append(argument)
             continue
-        inside = sorted(path for path in argument.iterdir() if path.suffix.lower() in suffixes and path.is_file())
+        inside = find_photos(argument)
         if not inside:
             raise DataError(f"{argument}: no picture in this folder; name photos, or a folder that holds some")
         paths += inside

@@ -44,6 +44,11 @@ def test_a_folder_without_photos_is_an_error(tmp_path):
         read_photo_folder("mine", tmp_path, Problems("repair"))
 
 
+def test_a_file_is_no_folder(folder):
+    with pytest.raises(DataError, match="b.png: data set 'mine' is a file, expected a folder of photos"):
+        read_photo_folder("mine", folder / "b.png", Problems("repair"))
+
+
 def test_a_broken_photo_is_dropped_or_refused(folder):
     (folder / "c.jpg").write_bytes(b"no picture")
     assert len(read_photo_folder("mine", folder, Problems("repair")).records) == 2
