@@ -99,6 +99,12 @@ def test_an_exported_detector(tmp_path):
     assert found["labels"].tolist() == [1]  # COCO's chair, which is our first class
 
 
+def test_outputs_of_another_format_are_found_while_building(tmp_path):
+    (tmp_path / "net.onnx").write_bytes(export_onnx(torch.nn.ReLU(), torch.zeros(1, 3, 64, 64)))
+    with pytest.raises(EarlyExitError, match="net.onnx: format boxes: expected boxes"):
+        rivals("EVAL.RIVALS.ONNX", f"boxes:{tmp_path}/net.onnx")
+
+
 def test_switched_off():
     assert rivals("EVAL.RIVALS.ENABLED", "false", "EVAL.RIVALS.SIZES", "[64]") == []
 
