@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 from pathlib import Path
 
 from earlyexit_ssd.data.dataset import DetectionDataset
 from earlyexit_ssd.errors import DataError
+from earlyexit_ssd.files import sha256
 
 
 def require_disjoint(**datasets: DetectionDataset) -> None:
@@ -20,7 +20,7 @@ def require_disjoint(**datasets: DetectionDataset) -> None:
     Raises:
         DataError: the sets, the first photo that they share, and how many there are; or a photo cannot be read.
     """
-    digest = functools.cache(_digest)
+    digest = functools.cache(sha256)
     try:
         by_size = {name: _by_size(name, dataset) for name, dataset in datasets.items()}
         for (first, ours), (second, theirs) in itertools.combinations(by_size.items(), 2):
@@ -47,7 +47,3 @@ def _by_size(name: str, dataset: DetectionDataset) -> dict[int, list[Path]]:
         seen.add(path)
         by_size.setdefault(path.stat().st_size, []).append(path)
     return by_size
-
-
-def _digest(path: Path) -> bytes:
-    return hashlib.sha256(path.read_bytes()).digest()

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from earlyexit_ssd.data.images import read_header
+from earlyexit_ssd.data.images import PHOTO_SUFFIXES, read_header
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import RawDataset, Record
 from earlyexit_ssd.errors import DataError
 from earlyexit_ssd.progress import progress
-
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def read_photo_folder(name: str, folder: Path, problems: Problems) -> RawDataset:

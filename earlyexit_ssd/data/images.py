@@ -43,6 +43,9 @@ _PECULIAR_MODES = {
 Size = tuple[int, int]
 PathLike = str | os.PathLike[str]
 
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+"""Of photos that are looked for by name."""
+
 
 class PhotoHeader(NamedTuple):
     """What is known of a photo without decoding it.

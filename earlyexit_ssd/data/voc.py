@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from earlyexit_ssd.data.classes import ALIASES
-from earlyexit_ssd.data.images import read_header
+from earlyexit_ssd.data.images import PHOTO_SUFFIXES, read_header
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import Annotation, RawDataset, Record
 from earlyexit_ssd.errors import DataError
@@ -20,7 +20,7 @@ VOC_CLASSES = tuple(
         "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
     )
 )  # fmt: skip
-_PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp", ".webp", ".tif", ".tiff")
+_PHOTO_SUFFIXES = (*PHOTO_SUFFIXES, *(suffix.upper() for suffix in PHOTO_SUFFIXES))
 
 # (box, class name, difficult, number in the file)
 _Object = tuple[tuple[float, float, float, float], str, bool, int]

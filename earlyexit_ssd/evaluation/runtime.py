@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,11 @@ from earlyexit_ssd.evaluation.mode import evaluating
 EAGER, ONNX_RUNTIME = "eager", "onnxruntime"
 RUNTIME_TITLES = {EAGER: "eager PyTorch", ONNX_RUNTIME: "ONNX Runtime"}
 """Their names in configuration and metrics.json -> in tables and charts."""
+
+
+def runtime_of(metrics: Mapping[str, Any]) -> str:
+    """What the exits of a metrics.json were timed in; evaluations of before the rivals knew eager PyTorch alone."""
+    return metrics.get("context", {}).get("runtime", EAGER)
 
 
 def deploy_package(name: str) -> ModuleType:

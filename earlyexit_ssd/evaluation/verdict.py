@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from earlyexit_ssd.evaluation.runtime import runtime_of
+
 MOVE_DEEPER_AP50 = 0.30
 WORTH_IT_AP50 = 0.35
 LARGEST_LOSS = 0.10
@@ -126,7 +128,7 @@ def routing_keeps_accuracy(metrics: Metrics) -> list[Finding]:
 
 def no_static_net_is_better(metrics: Metrics) -> list[Finding]:
     """A rival that is at least as accurate and as fast, and clearly better in one of them, is what to ship."""
-    routed, runtime = metrics["routed"], _runtime(metrics)
+    routed, runtime = metrics["routed"], runtime_of(metrics)
     rivals = [one for one in metrics.get("rivals", []) if one["AP50"] is not None]
     comparable = [one for one in rivals if one["runtime"] == runtime]
     if not comparable or routed["AP50"] is None or routed["ms"] is None:
@@ -141,7 +143,7 @@ def no_static_net_is_better(metrics: Metrics) -> list[Finding]:
 
 def rivals_share_the_runtime(metrics: Metrics) -> list[Finding]:
     """Milliseconds of two runtimes say nothing about two networks."""
-    others = [one["name"] for one in metrics.get("rivals", []) if one["runtime"] != _runtime(metrics)]
+    others = [one["name"] for one in metrics.get("rivals", []) if one["runtime"] != runtime_of(metrics)]
     if not others:
         return []
     line = f"{', '.join(others)}: timed in ONNX Runtime, the exits in eager PyTorch, so their ms are not compared"
@@ -179,10 +181,6 @@ def _within_noise(one: Mapping[str, Any]) -> bool:
     """Whether the paired interval of (full - exit) reaches above zero."""
     below_full = one.get("AP50_below_full_interval")
     return bool(below_full and below_full[1] > 0)
-
-
-def _runtime(metrics: Metrics) -> str:
-    return metrics.get("context", {}).get("runtime", "eager")
 
 
 def _dominates(rival: Metrics, routed: Metrics) -> bool:

@@ -42,7 +42,7 @@ class EarlyExitSSDLite(Pretrained, SSD):
 
     Attributes:
         exit_names: shallow to deep, such as ``("exit8", "exit12", "full")``.
-        exit_layers: their layers, 16 for the full path.
+        exit_layers: their layers, 16 for the full path. ``grids``: (height, width) of the head's six maps, cells.
 
     Raises:
         ValueError: an impossible exit layer, or a number of classes that the detector's head does not have.
@@ -91,14 +91,14 @@ class EarlyExitSSDLite(Pretrained, SSD):
         self._trunk_frozen = False
         self.trunk = SegmentedTrunk(self.backbone, exit_layers)
         taps, maps = self._dry_run()
-        self._grids = [tuple(feature.shape[-2:]) for feature in maps]
+        self.grids = [tuple(feature.shape[-2:]) for feature in maps]
         self.branches = nn.ModuleDict(
             {
                 name: Branch(
                     in_channels=tap.shape[1],
                     in_grid=tap.shape[-1],
                     skipped_layers=FIRST_TAIL_LAYER - 1 - layer,
-                    grids=[grid[0] for grid in self._grids],
+                    grids=[grid[0] for grid in self.grids],
                     channels=channels,
                     attention=attention,
                     cascade=cascade and index > 0,
@@ -157,7 +157,7 @@ class EarlyExitSSDLite(Pretrained, SSD):
 
     def default_boxes(self, images: ImageList) -> list[Tensor]:
         """Per image [A, 4] xyxy in network pixels, in fp32 whatever autocast does to the maps."""
-        maps = [images.tensors.new_empty((1, 0, *grid), dtype=torch.float32) for grid in self._grids]
+        maps = [images.tensors.new_empty((1, 0, *grid), dtype=torch.float32) for grid in self.grids]
         return self.anchor_generator(images, maps)
 
     def freeze_trunk(self, frozen: bool = True) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,6 @@ from torchvision.models.detection.ssd import SSD
 
 from earlyexit_ssd.modeling.architecture import Architecture
 from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
-
-GRIDS, FIRST_STRIDE = 6, 16
 
 
 def resize_detector(model: EarlyExitSSDLite, architecture: Architecture, size: int) -> SSD:
@@ -25,7 +24,7 @@ def resize_detector(model: EarlyExitSSDLite, architecture: Architecture, size: i
     detector = dataclasses.replace(architecture, image_size=size).build_detector()
     state = {key: value for key, value in model.state_dict().items() if key.startswith(("backbone.", "head."))}
     detector.load_state_dict(state)
-    detector.anchor_generator = PixelBoxes(detector.anchor_generator, architecture.image_size, size)
+    detector.anchor_generator = PixelBoxes(detector.anchor_generator, model.grids, architecture.image_size, size)
     return detector.to(next(model.parameters()).device).eval()
 
 
@@ -34,16 +33,19 @@ class PixelBoxes(nn.Module):
 
     Args:
         generator: torchvision's, whose boxes are shares of the input.
+        grids: (height, width) of the six maps at that size, cells.
         trained_size: the side of the input that the weights know, pixels.
         size: of the inputs to come.
     """
 
-    def __init__(self, generator: DefaultBoxGenerator, trained_size: int, size: int) -> None:
+    def __init__(
+        self, generator: DefaultBoxGenerator, grids: Sequence[tuple[int, int]], trained_size: int, size: int
+    ) -> None:
         super().__init__()
         self.generator = DefaultBoxGenerator(
             generator.aspect_ratios,
             scales=generator.scales,
-            steps=[trained_size / side for side in grid_sides(trained_size)],
+            steps=[trained_size / side for side, _ in grids],
             clip=generator.clip,
         )
         self.factor = trained_size / size
@@ -60,11 +62,3 @@ class PixelBoxes(nn.Module):
         """The centres are right, since steps are pixels; the sides are still shares of the input."""
         centres, halves = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * self.factor
         return torch.cat([centres - halves, centres + halves], 1)
-
-
-def grid_sides(size: int) -> list[int]:
-    """Sides of the six maps of the head, cells, fine to coarse: each stride rounds up."""
-    sides = [-(-size // FIRST_STRIDE)]
-    while len(sides) < GRIDS:
-        sides.append((sides[-1] + 1) // 2)
-    return sides

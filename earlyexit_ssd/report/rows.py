@@ -5,21 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from earlyexit_ssd.evaluation.runtime import EAGER, ONNX_RUNTIME, RUNTIME_TITLES
+from earlyexit_ssd.evaluation.runtime import EAGER, ONNX_RUNTIME, RUNTIME_TITLES, runtime_of
 
 Row = Mapping[str, Any]
 SHORT_RUNTIMES = {EAGER: "eager", ONNX_RUNTIME: "ORT"}
 
 
-def runtime(metrics: Mapping[str, Any]) -> str:
-    """What the exits were timed in; evaluations of before the rivals knew eager PyTorch alone."""
-    return metrics["context"].get("runtime", EAGER)
-
-
 def timing_title(metrics: Mapping[str, Any]) -> str:
     """Runtime, device and threads of the milliseconds."""
     context = metrics["context"]
-    return f"{RUNTIME_TITLES[runtime(metrics)]} on {context['device']}, {context['threads']} thread(s)"
+    return f"{RUNTIME_TITLES[runtime_of(metrics)]} on {context['device']}, {context['threads']} thread(s)"
 
 
 def exit_rows(metrics: Mapping[str, Any]) -> list[Row]:
@@ -37,6 +32,6 @@ def static_rows(metrics: Mapping[str, Any]) -> list[Row]:
     full = {key: value for key, value in metrics["exits"][-1].items() if key not in ("layer", "confidence")}
     rows = [{**full, "name": "without exits", **metrics["without_exits"]}]
     for rival in metrics.get("rivals", []):
-        other = rival["runtime"] != runtime(metrics)
+        other = rival["runtime"] != runtime_of(metrics)
         rows.append({**rival, "other_runtime": SHORT_RUNTIMES[rival["runtime"]] if other else None})
     return rows

@@ -8,7 +8,8 @@ from typing import Any
 from earlyexit_ssd.report.rows import Row, exit_rows, static_rows, timing_title
 
 
-def _number(key: str, digits: int) -> Callable[[Row], str]:
+def number(key: str, digits: int) -> Callable[[Row], str]:
+    """A cell of a row's figure; ``-`` where it lacks it, or it is undefined."""
     return lambda row: "-" if row.get(key) is None else f"{row[key]:.{digits}f}"
 
 
@@ -17,30 +18,31 @@ def _confidence(row: Row) -> str:
     return f"{summary['mean']:.2f} ± {summary['std']:.2f}" if summary else "-"
 
 
-def _share(row: Row) -> str:
+def share(row: Row) -> str:
+    """A cell of the share of the photos."""
     return "-" if row.get("share") is None else f"{100 * row['share']:.1f} %"
 
 
 def _milliseconds(row: Row) -> str:
-    text, other = _number("ms", 1)(row), row.get("other_runtime")
+    text, other = number("ms", 1)(row), row.get("other_runtime")
     return f"{text} {other}" if other else text
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "exit": lambda row: str(row["name"]),
-    "layer": _number("layer", 0),
-    "AP": _number("AP", 3),
-    "AP50": _number("AP50", 3),
-    "P": _number("precision", 3),
-    "R": _number("recall", 3),
-    "F1": _number("f1", 3),
-    "FP/img": _number("false_positives_per_image", 2),
-    "FP/empty": _number("false_positives_per_empty_image", 2),
-    "loc.err": _number("localization_error", 3),
+    "layer": number("layer", 0),
+    "AP": number("AP", 3),
+    "AP50": number("AP50", 3),
+    "P": number("precision", 3),
+    "R": number("recall", 3),
+    "F1": number("f1", 3),
+    "FP/img": number("false_positives_per_image", 2),
+    "FP/empty": number("false_positives_per_empty_image", 2),
+    "loc.err": number("localization_error", 3),
     "confidence": _confidence,
-    "MMAC": _number("mmacs", 0),
+    "MMAC": number("mmacs", 0),
     "ms": _milliseconds,
-    "share": _share,
+    "share": share,
 }
 """Heading -> text of a cell; the first column is aligned left, the others right."""
 

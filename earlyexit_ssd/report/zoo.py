@@ -12,6 +12,7 @@ from typing import Any
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import write_text
 from earlyexit_ssd.modeling.weights import FOLDER
+from earlyexit_ssd.report.table import number, share
 
 HEADER = """\
 | test split | photos | exit | AP50 [95 %] | AP | MMAC | ms | share |
@@ -70,14 +71,9 @@ def renew(page: str, content: str) -> str:
 def _row(link: str, photos: int, exit_name: str, row: Mapping[str, Any]) -> str:
     """Cells that ``row`` lacks, or that are undefined, are ``-``."""
     bounds = row.get("AP50_interval")
-    ap50 = _number(row.get("AP50"), 3) + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else "")
-    share = "-" if row.get("share") is None else f"{100 * row['share']:.1f} %"
-    figures = [ap50, _number(row.get("AP"), 3), _number(row["mmacs"], 0), _number(row["ms"], 1), share]
+    ap50 = number("AP50", 3)(row) + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else "")
+    figures = [ap50, *(number(key, digits)(row) for key, digits in (("AP", 3), ("mmacs", 0), ("ms", 1))), share(row)]
     return f"| {' | '.join([link, str(photos), exit_name, *figures])} |"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _plural(count: int, one: str, many: str) -> str:

@@ -36,7 +36,7 @@ def test_last_exit_of_one_pass_is_the_full_path(model, images):
 def test_all_exits_share_the_default_boxes(layers, images):
     model = small_model(exit_layers=layers).eval()
     shapes = {head["cls_logits"].shape for head in model.exit_outputs(images).heads}
-    assert shapes == {(3, sum(6 * grid[0] * grid[1] for grid in model._grids), 3)}
+    assert shapes == {(3, sum(6 * grid[0] * grid[1] for grid in model.grids), 3)}
 
 
 @pytest.mark.parametrize(("size", "width"), [(64, 0.25), (130, 0.35), (160, 0.5)])

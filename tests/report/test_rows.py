@@ -1,6 +1,7 @@
 """What is compared."""
 
-from earlyexit_ssd.report.rows import exit_rows, runtime, static_rows, timing_title
+from earlyexit_ssd.evaluation.runtime import runtime_of
+from earlyexit_ssd.report.rows import exit_rows, static_rows, timing_title
 
 
 def test_exits_and_routed(metrics):
@@ -17,6 +18,6 @@ def test_static_detectors(with_rivals):
 
 
 def test_metrics_of_before_the_rivals(metrics):
-    assert runtime(metrics) == "eager"
+    assert runtime_of(metrics) == "eager"
     assert timing_title(metrics) == "eager PyTorch on cpu, 1 thread(s)"
     assert len(static_rows(metrics)) == 1
