@@ -197,6 +197,8 @@ _C.JOINT = _phase(epochs=4, lr=0.0001)
 _C.JOINT.TEACHER = "next"
 # Replaces LOSS.EXIT_WEIGHTS; empty: one over the exits left, so that the trunk stays the full path's.
 _C.JOINT.EXIT_WEIGHTS = ()
+# What the rate of the full path (trunk and head) is multiplied by; the branches take JOINT.LR itself.
+_C.JOINT.FULL_PATH_LR_FACTOR = 1.0
 # As BASELINE.FREEZE_NORM, here for trunk, head and branches.
 _C.JOINT.FREEZE_NORM = True
 # Gate on the calib split; it keeps the weights of before rather than end the run.

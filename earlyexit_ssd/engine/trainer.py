@@ -134,7 +134,7 @@ class Trainer:
     def train_step(self, batch: Any) -> None:
         """Forward, backward, update."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+            group["lr"] = self.lr * group.get("lr_factor", 1.0)
         with self._autocast():
             losses = self.compute_losses(batch)
         self.losses = mean_of(losses)

@@ -6,62 +6,23 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from earlyexit_ssd.config import PHASE_SECTIONS
-from earlyexit_ssd.data import DetectionDataset, build_loader
-from earlyexit_ssd.engine import (
-    CachedLoader,
-    Checkpoint,
-    ClampTemperatures,
-    ExponentialMovingAverage,
-    Log,
-    PhotoLoader,
-    ProgressBar,
-    TapCache,
-    Trainer,
-    UpdateAverage,
-    build_optimizer,
-)
-from earlyexit_ssd.engine.distributed import rank, same_everywhere, world_size
+from earlyexit_ssd.data import build_loader
+from earlyexit_ssd.engine import CachedLoader, TapCache
+from earlyexit_ssd.engine.distributed import rank, world_size
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.evaluation.quality import EvaluationSettings
-from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, LossSettings, retrofit
-from earlyexit_ssd.modeling.training import Branches, FullPath, TapBatch
+from earlyexit_ssd.modeling import EarlyExitSSDLite, LossSettings, retrofit
+from earlyexit_ssd.modeling.training import Branches, FullPath
 from earlyexit_ssd.pipeline.build import build_router, source_classes
+from earlyexit_ssd.pipeline.fit import fit, photo_loader
 from earlyexit_ssd.pipeline.gates import Check, Gate, baseline_gate, exits_gate
-from earlyexit_ssd.pipeline.quality import SplitQuality
-from earlyexit_ssd.pipeline.run_folder import RunFolder
+from earlyexit_ssd.pipeline.run import Run
 
 logger = logging.getLogger(__name__)
-
-
-class Interrupted(Exception):
-    """A signal stopped the training; everything is saved."""
-
-
-@dataclasses.dataclass
-class Run:
-    """What all phases work on."""
-
-    cfg: CfgNode
-    folder: RunFolder
-    model: EarlyExitSSDLite
-    architecture: Architecture
-    train_set: DetectionDataset
-    calib_set: DetectionDataset
-    device: torch.device
-
-    @property
-    def calib_quality(self) -> SplitQuality:
-        """Figures on the calib split; intervals are left out, a gate compares single figures."""
-        settings = EvaluationSettings(score=self.cfg.EVAL.SCORE, iou=self.cfg.EVAL.IOU, resamples=0)
-        return SplitQuality(self.calib_set, settings, self.cfg.EVAL.BATCH_SIZE, self.cfg.DATA.WORKERS)
 
 
 def baseline(run: Run) -> Gate:
@@ -70,7 +31,7 @@ def baseline(run: Run) -> Gate:
     limits = _baseline_limits(run)
     if phase.EPOCHS:
         model.norm_frozen = phase.FREEZE_NORM
-        fit(run, "baseline", FullPath(model), _photo_loader(run, phase.BATCH_SIZE))
+        fit(run, "baseline", FullPath(model), photo_loader(run, phase.BATCH_SIZE))
         model.norm_frozen = False
     figures = run.calib_quality.of_full_path(model)
     return baseline_gate(figures, limits)
@@ -107,7 +68,7 @@ def train_branches(run: Run) -> None:
     if phase.EPOCHS and phase.CACHE:
         fit(run, "exits", Branches(model), _tap_loader(run))
     elif phase.EPOCHS:
-        fit(run, "exits", model, _photo_loader(run, phase.BATCH_SIZE))
+        fit(run, "exits", model, photo_loader(run, phase.BATCH_SIZE))
     require_same_full_path(before, model)
     model.freeze_trunk(False)
 
@@ -120,7 +81,7 @@ def joint(run: Run) -> Gate:
     model.norm_frozen = phase.FREEZE_NORM
     model.losses = joint_losses(losses, phase, model.num_early_exits)
     if phase.EPOCHS:
-        fit(run, "joint", model, _photo_loader(run, phase.BATCH_SIZE))
+        fit(run, "joint", model, photo_loader(run, phase.BATCH_SIZE))
     model.norm_frozen, model.losses = False, losses
     after = run.calib_quality.of_full_path(model)["AP50"] or 0.0
     check = Check("full AP50", after, before - phase.GATE.MAX_AP50_DROP)
@@ -140,61 +101,6 @@ def joint_losses(losses: LossSettings, phase: CfgNode, exits: int) -> LossSettin
 
 
 PHASE_FUNCTIONS: dict[str, Callable[[Run], Gate]] = {"baseline": baseline, "exits": exits, "joint": joint}
-
-
-def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoader) -> None:
-    """Train what ``losses`` holds, with the phase's settings; the model ends with the averaged weights if asked.
-
-    Raises:
-        Interrupted: a signal stopped it.
-        TrainingDiverged: a loss is NaN or infinite.
-    """
-    cfg, model, phase = run.cfg, run.model, run.cfg[PHASE_SECTIONS[name]]
-    folder = run.folder.phase(name)
-    ema = ExponentialMovingAverage(model, phase.EMA) if phase.EMA else None
-    # Outermost, the checkpoint moves to where it left off before the others start, and saves when they are done.
-    checkpoint = Checkpoint(folder / "last.pth", cfg.ENGINE.CHECKPOINT_PERIOD, ema)
-    hooks = [checkpoint, ProgressBar(name), Log(folder, cfg.ENGINE.LOG_PERIOD)]
-    hooks += [UpdateAverage(ema)] if ema else []
-    hooks += [ClampTemperatures(model.router)] if isinstance(model.router, nn.Module) else []
-    # A third faster on a CPU, where most of the time goes into depthwise convolutions. Not with bf16: there oneDNN's
-    # gradient of depthwise convolutions on 1x1 maps is infinite now and then (torch 2.6 and 2.14).
-    if cfg.ENGINE.AMP == "off" or run.device.type != "cpu":
-        losses.to(memory_format=torch.channels_last)
-    if world_size() > 1:
-        losses = DistributedDataParallel(losses, device_ids=[run.device] if run.device.type == "cuda" else None)
-    trainer = Trainer(
-        model=model,
-        compute_losses=lambda batch: losses(batch) if isinstance(batch, TapBatch) else losses(*batch),
-        loader=loader,
-        optimizer=build_optimizer(losses, phase.OPTIMIZER, phase.LR, phase.WEIGHT_DECAY),
-        epochs=phase.EPOCHS,
-        peak_lr=phase.LR,
-        warmup=phase.WARMUP,
-        clip_gradient=phase.CLIP_GRADIENT,
-        amp=cfg.ENGINE.AMP,
-        device=run.device,
-        hooks=hooks,
-        describe=lambda batch: _photo_names(run.train_set, batch),
-    )
-    finished = trainer.run()
-    losses.to(memory_format=torch.contiguous_format)
-    if not finished:
-        raise Interrupted(f"{checkpoint.signal_name}: saved step {trainer.step} of phase {name} in {folder}")
-    if ema:
-        model.load_state_dict(ema.average.state_dict())
-    same_everywhere(model)
-
-
-def _photo_names(dataset: DetectionDataset, batch: Any) -> list[str]:
-    targets = batch.targets if isinstance(batch, TapBatch) else batch[1]
-    return [str(dataset.paths(int(target["image_id"]))) for target in targets]
-
-
-def _photo_loader(run: Run, batch_size: int) -> PhotoLoader:
-    cfg = run.cfg
-    loader = build_loader(run.train_set, batch_size, cfg.DATA.WORKERS, True, cfg.SEED, rank(), world_size())
-    return PhotoLoader(loader, run.device)
 
 
 def tap_cache(run: Run) -> TapCache:

@@ -11,8 +11,9 @@ from earlyexit_ssd.engine.distributed import barrier, is_main, world_size
 from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.modeling.retrofit import require_weights
 from earlyexit_ssd.pipeline.build import backbone_weights, build_model, with_classes
-from earlyexit_ssd.pipeline.phases import Run, tap_cache
+from earlyexit_ssd.pipeline.phases import tap_cache
 from earlyexit_ssd.pipeline.rivals import check_rivals
+from earlyexit_ssd.pipeline.run import Run
 from earlyexit_ssd.pipeline.run_folder import RunFolder
 
 

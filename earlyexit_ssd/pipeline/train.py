@@ -16,8 +16,9 @@ from earlyexit_ssd.modeling import load_model, save_model
 from earlyexit_ssd.pipeline.build import build_device, build_losses, build_router
 from earlyexit_ssd.pipeline.evaluate import evaluate_model
 from earlyexit_ssd.pipeline.gates import GateFailed
-from earlyexit_ssd.pipeline.phases import PHASE_FUNCTIONS, Run
+from earlyexit_ssd.pipeline.phases import PHASE_FUNCTIONS
 from earlyexit_ssd.pipeline.prepare import prepare
+from earlyexit_ssd.pipeline.run import Run
 from earlyexit_ssd.pipeline.run_folder import RunFolder
 from earlyexit_ssd.report.pictures import photo_grid
 

@@ -17,7 +17,6 @@ from earlyexit_ssd.errors import ConfigError
         ("ROUTING.THRESHOLDS", "[0.1, 0.2, 0.3]", "one for each of 2 exits"),
         ("ROUTING.TEMPERATURE_BOUNDS", "[3.0, 0.5]", "low below high"),
         ("ROUTING.TEMPERATURES", "[9.0]", "inside"),
-        ("ROUTING.POLICY", "max_foregruond", "did you mean 'max_foreground'"),
         ("DATA.ON_BAD", "ignore", "expected one of 'repair', 'refuse', 'skip'"),
         ("DATA.NEGATIVE_SHARE", "2", "share in"),
         ("DATA.TEST", "[synthetic_chairs_train]", "TRAIN, CALIB and TEST without a data set in common"),

@@ -19,3 +19,12 @@ def test_norms_and_biases_do_not_decay():
     model[0].bias.requires_grad_(False)
     groups = build_optimizer(model, "sgd", 0.1, 0.5).param_groups
     assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.5, 1), (0.0, 2)]
+
+
+def test_rate_factors_go_by_the_beginning_of_a_name():
+    model = nn.ModuleDict({"backbone": nn.Conv2d(3, 4, 1), "branches": nn.Conv2d(3, 4, 1)})
+    groups = build_optimizer(model, "adamw", 0.1, 0.5, {"backbone.": 0.25}).param_groups
+    found = {(group["lr"], group["lr_factor"], group["weight_decay"]) for group in groups}
+    assert found == {(0.1, 1.0, 0.5), (0.1, 1.0, 0.0), (0.025, 0.25, 0.5), (0.025, 0.25, 0.0)}
+    (slow,) = [group for group in groups if group["lr_factor"] == 0.25 and group["weight_decay"]]
+    assert slow["params"][0] is model["backbone"].weight

@@ -83,3 +83,12 @@ def test_gradients_are_clipped():
 
 def test_bf16_trains():
     assert line_trainer(amp="bf16").run()
+
+
+def test_a_group_of_parameters_has_its_share_of_the_rate():
+    trainer = line_trainer(optimizer=None)
+    weight, bias = trainer.model[0].parameters()
+    trainer.optimizer = torch.optim.SGD([{"params": [weight], "lr_factor": 0.25}, {"params": [bias]}], lr=1.0)
+    trainer.train_step(next(iter(trainer.loader.epoch(0, 0))))
+    slow, normal = trainer.optimizer.param_groups
+    assert (slow["lr"], normal["lr"]) == (0.25 * trainer.lr, trainer.lr)

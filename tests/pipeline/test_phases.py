@@ -5,8 +5,10 @@ from earlyexit_ssd.config import load_config
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import LossSettings
 from earlyexit_ssd.modeling.training import TapBatch
-from earlyexit_ssd.pipeline import phases
-from earlyexit_ssd.pipeline.phases import Run, full_path_fingerprint, joint, joint_losses, require_same_full_path
+from earlyexit_ssd.pipeline import fit, phases
+from earlyexit_ssd.pipeline.fit import lr_factors
+from earlyexit_ssd.pipeline.phases import full_path_fingerprint, joint, joint_losses, require_same_full_path
+from earlyexit_ssd.pipeline.run import Run
 from tests.modeling.conftest import small_model
 
 
@@ -30,7 +32,7 @@ def run(monkeypatch):
                 value.add_(1)
 
     monkeypatch.setattr(phases, "fit", train)
-    monkeypatch.setattr(phases, "_photo_loader", lambda run, batch_size: None)
+    monkeypatch.setattr(phases, "photo_loader", lambda run, batch_size: None)
     return run
 
 
@@ -81,8 +83,8 @@ def test_photos_of_a_batch_are_named_whatever_the_loader():
             return f"{image_id}.jpg"
 
     targets = [{"image_id": torch.tensor(3)}, {"image_id": 5}]
-    assert phases._photo_names(Photos(), TapBatch([], {}, targets)) == ["3.jpg", "5.jpg"]
-    assert phases._photo_names(Photos(), ([], targets)) == ["3.jpg", "5.jpg"]
+    assert fit._photo_names(Photos(), TapBatch([], {}, targets)) == ["3.jpg", "5.jpg"]
+    assert fit._photo_names(Photos(), ([], targets)) == ["3.jpg", "5.jpg"]
 
 
 def test_fingerprint_leaves_the_mode_alone():
@@ -90,3 +92,9 @@ def test_fingerprint_leaves_the_mode_alone():
     full_path_fingerprint(model)
     assert model.training
     assert model.backbone.training
+
+
+def test_full_path_has_its_share_of_the_rate_in_the_joint_phase_alone():
+    cfg = load_config(overrides=["JOINT.FULL_PATH_LR_FACTOR", "0.25"])
+    assert lr_factors(cfg.JOINT)["backbone."] == lr_factors(cfg.JOINT)["module.head."] == 0.25
+    assert set(lr_factors(cfg.EXITS_PHASE).values()) == {1.0}

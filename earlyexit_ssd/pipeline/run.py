@@ -1,0 +1,33 @@
+"""What all phases of a run work on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from fvcore.common.config import CfgNode
+
+from earlyexit_ssd.data import DetectionDataset
+from earlyexit_ssd.evaluation.quality import EvaluationSettings
+from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite
+from earlyexit_ssd.pipeline.quality import SplitQuality
+from earlyexit_ssd.pipeline.run_folder import RunFolder
+
+
+@dataclasses.dataclass
+class Run:
+    """What all phases work on."""
+
+    cfg: CfgNode
+    folder: RunFolder
+    model: EarlyExitSSDLite
+    architecture: Architecture
+    train_set: DetectionDataset
+    calib_set: DetectionDataset
+    device: torch.device
+
+    @property
+    def calib_quality(self) -> SplitQuality:
+        """Figures on the calib split; intervals are left out, a gate compares single figures."""
+        settings = EvaluationSettings(score=self.cfg.EVAL.SCORE, iou=self.cfg.EVAL.IOU, resamples=0)
+        return SplitQuality(self.calib_set, settings, self.cfg.EVAL.BATCH_SIZE, self.cfg.DATA.WORKERS)
