@@ -95,8 +95,8 @@ def median_router(model: EarlyExitSSDLite, dataset: DetectionDataset) -> ExitRou
     """Thresholds between the middle confidences, so that every exit gets images, and none by a hair."""
     router = ExitRouter(2, policy="mean_foreground")
     with torch.inference_mode():
-        heads = model.eval().exit_outputs([image for image, _ in dataset]).heads
-    first, second = (router.confidence(heads[index]["cls_logits"], index) for index in range(2))
+        outputs = model.eval().exit_outputs([image for image, _ in dataset])
+    first, second = (router.confidence(outputs.signals(index), index) for index in range(2))
     middle = first.quantile(0.5)
     thresholds = (float(middle), float(second[first < middle].quantile(0.5)))
     return ExitRouter(2, policy="mean_foreground", thresholds=thresholds)

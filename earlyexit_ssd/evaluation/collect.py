@@ -56,11 +56,11 @@ def collect(model: nn.Module, loader: Batches, router: Any | None = None) -> Col
             image_ids += _image_ids(targets)
             for index in exits:
                 found = model.detections(outputs, index)
-                detections[index].update(zip(_image_ids(targets), map(_compact, found), strict=True))
+                detections[index].update(zip(_image_ids(targets), map(compact, found), strict=True))
                 if router is not None:
-                    confidence = router.confidence(outputs.heads[index]["cls_logits"], index)
+                    confidence = router.confidence(outputs.signals(index), index)
                     confidences[index].append(confidence.float().cpu())
-    _check_unique(image_ids)
+    require_unique(image_ids)
     kept = [torch.cat(values) if values else torch.zeros(0) for values in confidences] if router is not None else []
     return Collected(image_ids, detections, kept)
 
@@ -74,12 +74,13 @@ def collect_detections(model: nn.Module, loader: Batches) -> dict[int, ImageDete
         for images, targets in progress(loader, desc="evaluate"):
             found = model([image.to(device) for image in images])
             image_ids += _image_ids(targets)
-            detections.update(zip(_image_ids(targets), map(_compact, found), strict=True))
-    _check_unique(image_ids)
+            detections.update(zip(_image_ids(targets), map(compact, found), strict=True))
+    require_unique(image_ids)
     return detections
 
 
-def _compact(found: dict[str, Tensor]) -> ImageDetections:
+def compact(found: dict[str, Tensor]) -> ImageDetections:
+    """A photo's detections on the CPU, nothing else that a model says about it."""
     return {
         "boxes": found["boxes"].float().cpu(),
         "scores": found["scores"].float().cpu(),
@@ -91,7 +92,8 @@ def _image_ids(targets: list[dict[str, Any]]) -> list[int]:
     return [int(target["image_id"]) for target in targets]
 
 
-def _check_unique(image_ids: list[int]) -> None:
+def require_unique(image_ids: list[int]) -> None:
+    """Raise a DataError where an id occurs twice."""
     seen: set[int] = set()
     for image_id in image_ids:
         if image_id in seen:

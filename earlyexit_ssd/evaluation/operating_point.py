@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from pycocotools import mask
 from pycocotools.coco import COCO
+from torch import Tensor
 
 from earlyexit_ssd.evaluation.coco import Detections, xywh
 
@@ -65,7 +67,7 @@ def operating_point(ground_truth: COCO, detections: Detections, score: float = 0
     for image_id in ground_truth.getImgIds():
         objects = ground_truth.imgToAnns.get(image_id, [])
         for category_id in category_ids:
-            matches = _match_class(objects, detections.get(image_id), category_id, score, iou)
+            matches = match_class(objects, detections.get(image_id), category_id, score, iou)
             ious += matches.ious
             false_positives += matches.false_positives
             false_negatives += matches.false_negatives
@@ -122,7 +124,10 @@ def match(boxes: np.ndarray, objects: np.ndarray, ignored: np.ndarray, iou: floa
     return Matches(ious, false_positives, int(free.sum()))
 
 
-def _match_class(objects: list[dict], found, category_id: int, score: float, iou: float) -> Matches:
+def match_class(
+    objects: list[dict], found: Mapping[str, Tensor] | None, category_id: int, score: float, iou: float
+) -> Matches:
+    """`match` for the annotations ``objects`` of a photo and what was ``found`` there, one class."""
     own = [annotation for annotation in objects if annotation["category_id"] == category_id]
     truth = np.array([annotation["bbox"] for annotation in own], dtype=np.float64).reshape(-1, 4)
     ignored = np.array([_ignored(annotation) for annotation in own], dtype=bool)

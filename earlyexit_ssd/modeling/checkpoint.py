@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from typing import Any
 
 import torch
+from torch import nn
 
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import atomic_path
@@ -54,3 +56,12 @@ def load_model(path: str | os.PathLike[str]) -> tuple[EarlyExitSSDLite, Architec
     model = architecture.build()
     load_every_key(model, content["model"], path)
     return model.eval(), architecture, content["info"]
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 of every parameter and buffer of the network; how it is routed does not count."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if not name.startswith("router."):
+            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from earlyexit_ssd.modeling.outputs import Head
+from earlyexit_ssd.modeling.outputs import ExitSignals, Head, pool_tap
 from earlyexit_ssd.modeling.trunk import TrunkState
 
 if TYPE_CHECKING:
@@ -26,23 +26,26 @@ def route(model: EarlyExitSSDLite, x: Tensor) -> tuple[Head, Tensor, Tensor]:
         path: the confidence by the same rule).
     """
     active = torch.arange(len(x), device=x.device)
-    state, context = TrunkState(x), None
+    state, context, previous = TrunkState(x), None, None
     parts: list[tuple[Tensor, Head, int, Tensor]] = []
     for index, branch in enumerate(model.branches.values()):
         state = model.trunk.run(state, index)
         head, context = branch(state.x, context)
-        confidence = model.router.confidence(head["cls_logits"], index)
+        logits = head["cls_logits"]
+        confidence = model.router.confidence(ExitSignals(logits, previous, pool_tap(state.x)), index)
         leave = model.router.leaves(confidence, index)
         parts.append((active[leave], {key: value[leave] for key, value in head.items()}, index, confidence[leave]))
         if leave.any():
             active, state = active[~leave], state.select(~leave)
-            context = context[~leave]
+            context, logits = context[~leave], logits[~leave]
+        previous = logits
         if len(active) == 0:
             break
     else:
         last = model.num_early_exits
         head = model.head(model.trunk.feature_maps(model.trunk.run(state, last)))
-        parts.append((active, head, last, model.router.confidence(head["cls_logits"], last)))
+        confidence = model.router.confidence(ExitSignals(head["cls_logits"], previous), last)
+        parts.append((active, head, last, confidence))
     return _in_order(parts)
 
 

@@ -17,7 +17,7 @@ from earlyexit_ssd.modeling.criterion import early_exit_losses, full_path_losses
 from earlyexit_ssd.modeling.folding import num_outputs
 from earlyexit_ssd.modeling.losses import LossSettings
 from earlyexit_ssd.modeling.matching import Assignment, assign
-from earlyexit_ssd.modeling.outputs import ExitOutputs, Head, Router
+from earlyexit_ssd.modeling.outputs import ExitOutputs, Head, Router, pool_tap
 from earlyexit_ssd.modeling.pretrained import Pretrained
 from earlyexit_ssd.modeling.tail import FIRST_TAIL_LAYER, Tail
 from earlyexit_ssd.modeling.trunk import LAST_LAYER, SegmentedTrunk, TrunkState
@@ -219,7 +219,8 @@ class EarlyExitSSDLite(Pretrained, SSD):
         batch, _ = self.transform(images, None)
         taps, maps = self.trunk_maps(batch.tensors)
         heads = (*self.branch_heads(taps), self.head(maps))
-        return ExitOutputs(heads, self.default_boxes(batch), batch.image_sizes, photo_sizes)
+        pooled = tuple(pool_tap(tap) for tap in taps)
+        return ExitOutputs(heads, pooled, self.default_boxes(batch), batch.image_sizes, photo_sizes)
 
     def detections(self, outputs: ExitOutputs, exit_index: int) -> list[dict[str, Tensor]]:
         """Detections of one exit: per image ``boxes`` xyxy in the photo's pixels, ``labels`` and ``scores``."""

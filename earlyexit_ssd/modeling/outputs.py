@@ -1,10 +1,11 @@
-"""What exits say, and what the model asks of a router."""
+"""What exits say, what a router looks at, and what the model asks of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from earlyexit_ssd.modeling.matching import Assignment
@@ -13,11 +14,31 @@ Head = dict[str, Tensor]
 """``{"cls_logits": [N, A, C], "bbox_regression": [N, A, 4]}`` of one exit."""
 
 
+@dataclass(frozen=True)
+class ExitSignals:
+    """What a router may look at when it decides on the images of a batch at one exit.
+
+    Attributes:
+        logits: raw class logits [N, A, C], background in column 0.
+        previous: those of the exit before, [N, A, C]; None at the first exit.
+        tap: the exit's tap, pooled by :func:`pool_tap`, [N, 2 * channels]; None behind the full path.
+    """
+
+    logits: Tensor
+    previous: Tensor | None = None
+    tap: Tensor | None = None
+
+
+def pool_tap(tap: Tensor) -> Tensor:
+    """[N, channels, S, S] to each channel's mean and largest value over the cells, [N, 2 * channels]."""
+    return torch.cat([tap.mean((-2, -1)), tap.amax((-2, -1))], dim=1)
+
+
 class Router(Protocol):
     """What the model asks of a router; :class:`earlyexit_ssd.routing.ExitRouter` is one."""
 
-    def confidence(self, logits: Tensor, exit_index: int) -> Tensor:
-        """[N, A, C] raw logits to one number per image, [N]."""
+    def confidence(self, signals: ExitSignals, exit_index: int) -> Tensor:
+        """One number per image, [N]."""
 
     def leaves(self, confidence: Tensor, exit_index: int) -> Tensor:
         """[N] bool: which images need no deeper exit."""
@@ -32,11 +53,19 @@ class ExitOutputs:
 
     Attributes:
         heads: shallow to deep, the full path last.
+        taps: of the early exits, pooled by :func:`pool_tap`, [N, 2 * channels] each.
         anchors: per image [A, 4] xyxy in network pixels, the same for every exit.
         network_sizes, photo_sizes: per image (height, width) of the network input and of the photo.
     """
 
     heads: tuple[Head, ...]
+    taps: tuple[Tensor, ...]
     anchors: list[Tensor]
     network_sizes: list[tuple[int, int]]
     photo_sizes: list[tuple[int, int]]
+
+    def signals(self, exit_index: int) -> ExitSignals:
+        """What a router sees at this exit."""
+        previous = self.heads[exit_index - 1]["cls_logits"] if exit_index else None
+        tap = self.taps[exit_index] if exit_index < len(self.taps) else None
+        return ExitSignals(self.heads[exit_index]["cls_logits"], previous, tap)

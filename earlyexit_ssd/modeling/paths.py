@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
-from earlyexit_ssd.modeling.outputs import Head, Router
+from earlyexit_ssd.modeling.outputs import ExitSignals, Head, Router, pool_tap
 from earlyexit_ssd.modeling.trunk import TrunkState
 
 
@@ -39,7 +39,9 @@ class PathToExit(nn.Module):
             head, context = branch(state.x, context)
             heads.append(head)
             if self.router is not None:
-                confidences.append(self.router.confidence(head["cls_logits"], index))
+                previous = heads[-2]["cls_logits"] if index else None
+                signals = ExitSignals(head["cls_logits"], previous, pool_tap(state.x))
+                confidences.append(self.router.confidence(signals, index))
             if index == self.exit_index:
                 return heads, confidences
         state = model.trunk.run(state, model.num_early_exits)

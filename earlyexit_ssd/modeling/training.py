@@ -67,10 +67,14 @@ class Branches(nn.Module):
         check_batch(self, len(batch.targets))
         model = self._model[0]
         heads = [*model.branch_heads(batch.taps), batch.head]
-        size = model.transform.fixed_size
-        blank = ImageList(torch.empty(1, 3, *size, device=batch.taps[0].device), [size])
-        anchors = model.default_boxes(blank) * len(batch.targets)
+        anchors = [default_boxes(model, batch.taps[0].device)] * len(batch.targets)
         return model.compute_losses(heads, model.assign(batch.targets, anchors))
+
+
+def default_boxes(model: EarlyExitSSDLite, device: torch.device) -> Tensor:
+    """[A, 4] xyxy in network pixels: those of any image, since all have the network's size."""
+    width, height = model.transform.fixed_size
+    return model.default_boxes(ImageList(torch.empty(1, 3, height, width, device=device), [(height, width)]))[0]
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,12 @@ from torch import Tensor, nn
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.keywords import suggest_keywords
 from earlyexit_ssd.modeling.losses import mean_over_processes
+from earlyexit_ssd.modeling.outputs import ExitSignals
+from earlyexit_ssd.routing import learned_gain  # noqa: F401  (registers its policy)
 from earlyexit_ssd.routing.policies import get_policy
+
+CLOSED = 2.0
+"""A threshold that no confidence reaches."""
 
 
 class ExitRouter(nn.Module):
@@ -20,7 +26,8 @@ class ExitRouter(nn.Module):
     Args:
         num_exits: early exits, the full path not counted.
         policy: name of a confidence rule, see :mod:`earlyexit_ssd.routing.policies`.
-        thresholds: one per exit, or one for all, in [0, 1].
+        parameters: of a policy that is fitted, such as ``learned_gain``; None for the others.
+        thresholds: one per exit, or one for all, in [0, 1], or `CLOSED`: nobody leaves there.
         temperatures: one per exit, or one for all; logits are divided by them before the policy sees them. The full
             path keeps its own scores (temperature 1).
         temperature_bounds: (low, high); temperatures are held inside after every training step.
@@ -37,6 +44,7 @@ class ExitRouter(nn.Module):
         num_exits: int,
         *,
         policy: str = "max_foreground",
+        parameters: Any = None,
         thresholds: Sequence[float] | float = (0.6,),
         temperatures: Sequence[float] | float = (1.0,),
         temperature_bounds: tuple[float, float] = (0.5, 3.0),
@@ -45,23 +53,29 @@ class ExitRouter(nn.Module):
         super().__init__()
         self.num_exits = num_exits
         self.policy = policy
-        self._policy = get_policy(policy)
+        self._plain_parameters = parameters
+        self._policy = get_policy(policy, parameters)
         self.temperature_bounds = tuple(temperature_bounds)
         low, high = self.temperature_bounds
         if not 0 < low < high:
             raise EarlyExitError(f"temperature_bounds {self.temperature_bounds}: expected 0 < low < high")
-        self.register_buffer("thresholds", _per_exit("thresholds", thresholds, num_exits, 0.0, 1.0))
+        self.register_buffer("thresholds", _per_exit("thresholds", thresholds, num_exits, 0.0, CLOSED))
         temperature = _per_exit("temperatures", temperatures, num_exits, low, high)
         if learn_temperatures:
             self.temperatures = nn.Parameter(temperature)
         else:
             self.register_buffer("temperatures", temperature)
 
-    def confidence(self, logits: Tensor, exit_index: int) -> Tensor:
-        """Raw logits [N, A, C] of an exit (the full path is exit ``num_exits``) to confidences [N] in [0, 1]."""
-        if exit_index < self.num_exits:
-            logits = logits.float() / self.temperatures[exit_index].detach().clamp(*self.temperature_bounds)
-        return self._policy(logits.float())
+    def confidence(self, signals: ExitSignals, exit_index: int) -> Tensor:
+        """Confidences [N] in [0, 1] at an exit; the full path is exit ``num_exits``."""
+        previous = None if signals.previous is None else self.tempered(signals.previous, exit_index - 1)
+        return self._policy(ExitSignals(self.tempered(signals.logits, exit_index), previous, signals.tap), exit_index)
+
+    def tempered(self, logits: Tensor, exit_index: int) -> Tensor:
+        """Raw logits of an exit in fp32, divided by its temperature; those of the full path stay as they are."""
+        if exit_index >= self.num_exits:
+            return logits.float()
+        return logits.float() / self.temperatures[exit_index].detach().clamp(*self.temperature_bounds)
 
     def leaves(self, confidence: Tensor, exit_index: int) -> Tensor:
         """[N] bool; at the full path everything leaves."""
@@ -97,6 +111,7 @@ class ExitRouter(nn.Module):
         return {
             "num_exits": self.num_exits,
             "policy": self.policy,
+            "parameters": self._plain_parameters,
             "thresholds": self.thresholds.tolist(),
             "temperatures": self.temperatures.tolist(),
             "temperature_bounds": list(self.temperature_bounds),

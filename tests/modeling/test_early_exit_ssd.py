@@ -110,8 +110,10 @@ class FixedRouter(nn.Module):
         self.plan = torch.tensor(plan)
         self.active = torch.arange(len(plan))
 
-    def confidence(self, logits, exit_index):
-        assert len(logits) == len(self.active)
+    def confidence(self, signals, exit_index):
+        assert len(signals.logits) == len(self.active)
+        assert (signals.previous is None) == (exit_index == 0) and (signals.tap is None) == (exit_index == 2)
+        assert all(part is None or len(part) == len(self.active) for part in (signals.previous, signals.tap))
         return self.active.float()
 
     def leaves(self, confidence, exit_index):

@@ -23,9 +23,9 @@ def test_no_such_exit(model):
 def test_all_outputs_are_those_of_every_exit_on_the_way(model, images):
     model.eval()
     batch, _ = model.transform(images)
-    heads, router = model.exit_outputs(images).heads, ExitRouter(2, temperatures=(1.0, 2.0))
+    found, router = model.exit_outputs(images), ExitRouter(2, policy="agreement", temperatures=(1.0, 2.0))
     outputs = AllOutputs(PathToExit(model, 2, router))(batch.tensors)
-    expected = [tensor for head in heads for tensor in head.values()]
-    expected += [router.confidence(heads[index]["cls_logits"], index) for index in (0, 1)]
+    expected = [tensor for head in found.heads for tensor in head.values()]
+    expected += [router.confidence(found.signals(index), index) for index in (0, 1)]
     assert len(outputs) == 8
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(outputs, expected, strict=True))

@@ -1,4 +1,5 @@
 import math
+import time
 
 import pytest
 import torch
@@ -6,28 +7,107 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.modeling.outputs import ExitSignals
 from earlyexit_ssd.routing import POLICIES, get_policy
+from earlyexit_ssd.routing.policies import register_policy
 
 # Two images, two default boxes, background and two classes; probabilities by softmax of logs.
 PROBABILITIES = torch.tensor([[[0.9, 0.05, 0.05], [0.5, 0.4, 0.1]], [[0.2, 0.7, 0.1], [0.98, 0.01, 0.01]]])
+BEFORE = torch.tensor([[[0.9, 0.05, 0.05], [0.5, 0.4, 0.1]], [[0.5, 0.4, 0.1], [0.98, 0.01, 0.01]]])
 
 
-def test_values_by_hand():
-    logits = PROBABILITIES.log() + 7
-    assert get_policy("mean_foreground")(logits).tolist() == pytest.approx([0.3, 0.41], abs=1e-6)
-    assert get_policy("max_foreground")(logits).tolist() == pytest.approx([0.4, 0.7], abs=1e-6)
+def entropy_of(*probabilities: float) -> float:
+    return -sum(p * math.log(p) for p in probabilities)
 
 
-@settings(max_examples=30, deadline=None)
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mean_foreground", [(0.1 + 0.5) / 2, (0.8 + 0.02) / 2]),
+        ("max_foreground", [0.4, 0.7]),
+        (
+            "entropy",
+            [
+                1 - (entropy_of(0.9, 0.05, 0.05) + entropy_of(0.5, 0.4, 0.1)) / 2 / math.log(3),
+                1 - (entropy_of(0.2, 0.7, 0.1) + entropy_of(0.98, 0.01, 0.01)) / 2 / math.log(3),
+            ],
+        ),
+        ("margin", [(0.85 * 0.1 + 0.1 * 0.5) / 0.6, (0.5 * 0.8 + 0.97 * 0.02) / 0.82]),
+        ("ambiguous_mass", [1 / 1.4, 1.0]),  # 0.4 is undecided; 0.7 is decided, 0.01 and 0.05 are nothing
+        ("emptiness", [0.6, 0.3]),
+        ("agreement", [1.0, 1 - 0.3 / (0.8 + 0.02)]),  # half of |0.2 - 0.5| + |0.7 - 0.4| is 0.3
+    ],
+)
+def test_values_by_hand(name, expected):
+    # 0.05 itself lies on the border of what is undecided; a hair less is not
+    now = PROBABILITIES.log() + 7
+    now[0, 0, 1:] -= 1e-4
+    found = get_policy(name)(ExitSignals(now, BEFORE.log() - 3), 1)
+    assert found.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_first_exit_agrees_with_nobody():
+    assert get_policy("agreement")(ExitSignals(PROBABILITIES.log()), 0).tolist() == [0.0, 0.0]
+
+
+@settings(max_examples=60, deadline=None)
 @given(st.sampled_from(sorted(POLICIES)), st.integers(0, 2**31), st.floats(0.01, 50))
 def test_in_the_unit_interval_and_one_number_per_image(name, seed, scale):
-    logits = scale * torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(seed))
-    confidence = POLICIES[name](logits)
+    generator = torch.Generator().manual_seed(seed)
+    logits, previous = (scale * torch.randn(3, 5, 4, generator=generator) for _ in range(2))
+    confidence = POLICIES[name](ExitSignals(logits, previous), 1)
     assert confidence.shape == (3,)
     assert ((confidence >= 0) & (confidence <= 1)).all()
-    assert math.isclose(confidence[1].item(), POLICIES[name](logits[1:2]).item(), abs_tol=1e-6)
+    alone = POLICIES[name](ExitSignals(logits[1:2], previous[1:2]), 1)
+    assert math.isclose(confidence[1].item(), alone.item(), abs_tol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"mean_foreground", "max_foreground", "agreement"}))
+def test_a_frame_of_sure_background_leaves(name):
+    """All but the history's rule and "very sure" say so; margin needs no object either."""
+    logits = torch.zeros(1, 50, 4)
+    logits[..., 0] = 12.0
+    assert get_policy(name)(ExitSignals(logits), 0).item() > 0.99
 
 
 def test_unknown_policy():
     with pytest.raises(EarlyExitError, match="did you mean 'max_foreground'"):
         get_policy("max_forground")
+    with pytest.raises(EarlyExitError, match="did you mean 'learned_gain'"):
+        get_policy("learnt_gain")
+
+
+def test_a_policy_of_ones_own_is_a_function_and_a_name():
+    @register_policy("test_only")
+    def largest_logit(logits):
+        return logits[..., 1:].amax((-1, -2)).sigmoid()
+
+    try:
+        assert get_policy("test_only")(ExitSignals(torch.zeros(2, 3, 2)), 0).tolist() == [0.5, 0.5]
+        with pytest.raises(EarlyExitError, match="'test_only' is registered already"):
+            register_policy("test_only")(largest_logit)
+    finally:
+        del POLICIES["test_only"]
+
+
+def test_parameters_are_for_policies_that_are_fitted():
+    with pytest.raises(EarlyExitError, match="'entropy' has no parameters"):
+        get_policy("entropy", [{}])
+    with pytest.raises(EarlyExitError, match="tools/calibrate.py"):
+        get_policy("learned_gain")
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_quick_enough(name):
+    """The limit is 0.3 ms per image on one thread at 8 outputs; ten times that here, since the machine may be busy."""
+    logits, threads = torch.randn(16, 3234, 8), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            POLICIES[name](ExitSignals(logits, logits), 1)
+            times.append((time.perf_counter() - start) / len(logits))
+    finally:
+        torch.set_num_threads(threads)
+    assert min(times) < 0.003

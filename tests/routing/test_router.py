@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from earlyexit_ssd import ExitRouter
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.matching import Assignment
+from earlyexit_ssd.modeling.outputs import ExitSignals
 
 LOGITS = torch.tensor([[[0.0, 2.0]], [[3.0, 0.0]]])  # probabilities of the object: 0.881, 0.047
 
@@ -22,9 +23,13 @@ def test_threshold_is_reached_from_above_or_met():
 
 def test_temperature_by_hand():
     router = ExitRouter(1, temperatures=[2.0])
-    assert router.confidence(LOGITS, 0).tolist() == pytest.approx(torch.sigmoid(torch.tensor([1.0, -1.5])).tolist())
+    assert router.confidence(ExitSignals(LOGITS), 0).tolist() == pytest.approx(
+        torch.sigmoid(torch.tensor([1.0, -1.5])).tolist()
+    )
     # The full path keeps its own scores.
-    assert router.confidence(LOGITS, 1).tolist() == pytest.approx(torch.sigmoid(torch.tensor([2.0, -3.0])).tolist())
+    assert router.confidence(ExitSignals(LOGITS), 1).tolist() == pytest.approx(
+        torch.sigmoid(torch.tensor([2.0, -3.0])).tolist()
+    )
 
 
 def test_temperatures_are_buffers_unless_they_are_learnt():
@@ -56,7 +61,7 @@ def test_bounds_hold_in_a_loop_that_does_not_clamp():
         router.temperature_loss(LOGITS, Assignment(labels, None), 0).backward()
         optimizer.step()
     assert not 0.5 <= router.temperatures.item() <= 3.0
-    assert router.confidence(LOGITS, 0)[0] > router.confidence(LOGITS, 0)[1]
+    assert router.confidence(ExitSignals(LOGITS), 0)[0] > router.confidence(ExitSignals(LOGITS), 0)[1]
     assert ExitRouter(**router.to_dict()).temperatures.item() in (0.5, 3.0)
 
 
@@ -88,7 +93,7 @@ def test_clamped_whatever_the_step_did(values):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"thresholds": [1.2]}, r"thresholds has 1.2, expected a number in \[0.0, 1.0\]"),
+        ({"thresholds": [-0.2]}, r"thresholds has -0.2, expected a number in \[0.0, 2.0\]"),
         ({"thresholds": [0.1, 0.2, 0.3]}, "one for each of 2 exits"),
         ({"temperatures": [5.0]}, "temperatures has 5.0"),
         ({"temperature_bounds": (3.0, 0.5)}, "0 < low < high"),

@@ -1,0 +1,150 @@
+"""The learned policy: a small model says what going on would add for this image.
+
+Published relatives predict the difference between a light and a heavy detector from the light one's output (Lin et al.
+2023, DynamicDet, section 3.3; Kag et al. 2023, "Efficient edge inference by selective query"); this one predicts the
+difference between an exit and the exits behind it, per photo, from a few statistics that cost next to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.modeling.outputs import ExitSignals
+from earlyexit_ssd.routing.policies import FITTED_POLICIES, Odds, undecided
+
+LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Probabilities above which default boxes are counted."""
+
+NUM_STATISTICS = len(LEVELS) + 8
+HIDDEN = 8
+MOST_PROBABLE = 256
+"""Default boxes that are looked at in detail, those of the most probable objects; the others are empty anyway."""
+
+
+def logit_statistics(signals: ExitSignals) -> Tensor:
+    """How many default boxes are how sure, how much is undecided, what the exit before thought: [N, `NUM_STATISTICS`].
+
+    With p the largest object probability of a default box and p' the exit before's: log(1 + number of p above each of
+    `LEVELS`); log(1 + x) of the sums of undecided p, of the foreground and of the entropies; the largest p of any class
+    and of a second class; the mean lead of a box's most probable object class over the second, weighted by p; log(1 +
+    sum of |p - p'|) and the rise of the largest p, both 0 at the first exit.
+    """
+    odds = Odds(signals.logits)
+    probability, boxes = odds.largest.topk(min(MOST_PROBABLE, signals.logits.shape[1]), dim=-1)
+    counts = torch.log1p((probability[..., None] > probability.new_tensor(LEVELS)).sum(1).float())
+    objects = _rows(odds.odds, boxes)[..., 1:] / _rows(odds.total[..., None], boxes)
+    by_class = _two_largest(objects.amax(1))
+    within_box = _two_largest(objects)
+    lead = ((within_box[..., 0] - within_box[..., 1]) * probability).sum(-1) / probability.sum(-1).clamp(min=1e-6)
+    moved, rise = torch.zeros_like(lead), torch.zeros_like(lead)
+    if signals.previous is not None:
+        before = Odds(signals.previous).largest
+        moved = torch.log1p((odds.largest - before).abs().sum(-1))
+        rise = probability[:, 0] - before.amax(-1)
+    sums = [torch.log1p(x.sum(-1)) for x in (undecided(probability), odds.foreground, odds.entropy.clamp(min=0))]
+    rest = torch.stack([*sums, by_class[:, 0], by_class[:, 1], lead, moved, rise], dim=1)
+    return torch.cat([counts, rest], dim=1)
+
+
+def _rows(values: Tensor, boxes: Tensor) -> Tensor:
+    """[N, A, X] at the default boxes [N, K]: [N, K, X]."""
+    return values.gather(1, boxes[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def _two_largest(values: Tensor) -> Tensor:
+    """[..., C] to [..., 2]; the second is 0 where there is one class."""
+    values = values.topk(min(2, values.shape[-1]), dim=-1).values
+    return torch.nn.functional.pad(values, (0, 2 - values.shape[-1]))
+
+
+class GainModel(nn.Module):
+    """Statistics and pooled tap to the gain of going on, one number per image.
+
+    A perceptron with one hidden layer on the standardised statistics, and a linear term in the tap's channel means.
+    """
+
+    def __init__(self, tap_channels: int) -> None:
+        super().__init__()
+        self.tap_channels = tap_channels
+        self.register_buffer("mean", torch.zeros(NUM_STATISTICS + tap_channels))
+        self.register_buffer("scale", torch.ones(NUM_STATISTICS + tap_channels))
+        self.hidden = nn.Linear(NUM_STATISTICS, HIDDEN)
+        self.output = nn.Linear(HIDDEN, 1)
+        self.skip = nn.Linear(NUM_STATISTICS, 1, bias=False)
+        self.tap = nn.Linear(tap_channels, 1, bias=False)
+        for layer in (self.output, self.skip, self.tap):
+            nn.init.zeros_(layer.weight)
+
+    def inputs(self, signals: ExitSignals) -> Tensor:
+        """[N, NUM_STATISTICS + tap_channels], as `forward` takes them."""
+        return torch.cat([logit_statistics(signals), signals.tap[:, : self.tap_channels]], dim=1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """`inputs` to gains [N]."""
+        inputs = (inputs - self.mean) / self.scale
+        statistics, tap = inputs[:, :NUM_STATISTICS], inputs[:, NUM_STATISTICS:]
+        return (self.output(torch.tanh(self.hidden(statistics))) + self.skip(statistics) + self.tap(tap)).squeeze(1)
+
+
+class LearnedGain(nn.Module):
+    """The policy: confidence 1 / (1 + exp(gain)), so that a common threshold means a common gain at every exit.
+
+    Args:
+        parameters: per early exit what :meth:`parameters_of` gave, plain numbers.
+
+    Raises:
+        EarlyExitError: none are given: the policy has to be fitted.
+    """
+
+    def __init__(self, parameters: Sequence[dict[str, list]] | None) -> None:
+        super().__init__()
+        if not parameters:
+            raise EarlyExitError(
+                "routing policy 'learned_gain' has no parameters; tools/calibrate.py fits it and writes a certificate"
+            )
+        self.models = nn.ModuleList(_from_plain(one) for one in parameters)
+        self.requires_grad_(False)
+
+    def forward(self, signals: ExitSignals, exit_index: int) -> Tensor:
+        """Confidences [N]; 1 at the full path, behind which there is nothing to gain."""
+        if exit_index >= len(self.models):
+            return torch.ones_like(signals.logits[:, 0, 0])
+        model = self.models[exit_index]
+        return torch.sigmoid(-model(model.inputs(signals)))
+
+
+def to_plain(model: GainModel) -> dict[str, list]:
+    """The model's numbers as nested lists, for a model file or JSON."""
+    return {name: value.tolist() for name, value in model.state_dict().items()}
+
+
+def _from_plain(values: dict[str, list]) -> GainModel:
+    state = {name: torch.tensor(value) for name, value in values.items()}
+    model = GainModel(state["tap.weight"].shape[1])
+    model.load_state_dict(state)
+    return model
+
+
+def fit_gain(
+    inputs: Tensor, gains: Tensor, steps: int = 600, lr: float = 0.01, weight_decay: float = 0.05, seed: int = 0
+) -> GainModel:
+    """Least squares (AdamW, full batch) of the gains [n] on the inputs [n, NUM_STATISTICS + tap_channels]."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = GainModel(inputs.shape[1] - NUM_STATISTICS)
+    model.mean, model.scale = inputs.mean(0), inputs.std(0).clamp(min=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        ((model(inputs) - gains) ** 2).mean().backward()
+        optimizer.step()
+        schedule.step()
+    return model
+
+
+FITTED_POLICIES["learned_gain"] = LearnedGain

@@ -1,0 +1,76 @@
+import json
+
+import pytest
+import torch
+
+from earlyexit_ssd import ExitRouter
+from earlyexit_ssd.modeling.outputs import ExitSignals
+from earlyexit_ssd.routing.learned_gain import (
+    LEVELS,
+    NUM_STATISTICS,
+    GainModel,
+    fit_gain,
+    logit_statistics,
+    to_plain,
+)
+
+
+def logits_of(*probabilities):
+    """One image whose default boxes have these class probabilities, background first."""
+    return torch.tensor([probabilities]).log() + 2
+
+
+def test_statistics_by_hand():
+    now = logits_of((0.15, 0.8, 0.05), (0.75, 0.05, 0.2), (0.98, 0.01, 0.01))
+    before = logits_of((0.35, 0.6, 0.05), (0.75, 0.05, 0.2), (0.98, 0.01, 0.01))
+    values = logit_statistics(ExitSignals(now, before))[0].exp()
+    # largest object probabilities 0.8, 0.2 (undecided), 0.01
+    above = [2, 2, 2, 1, 1, 1, 1, 1, 1, 0, 0]
+    assert LEVELS[3] == 0.2 and LEVELS[9] == 0.8
+    close = pytest.approx
+    expected = torch.tensor(above).float() + 1
+    expected[3], expected[9] = values[3], values[9]  # exactly on the level: rounding decides
+    assert values[:11].tolist() == close(expected.tolist(), rel=1e-4)
+    log = values.log()
+    entropies = sum(-(p * p.log()).sum() for p in now.softmax(-1)[0])
+    assert values[11:14].tolist() == close([1 + 0.2, 1 + 0.85 + 0.25 + 0.02, 1 + entropies.item()], rel=1e-4)
+    lead = (0.75 * 0.8 + 0.15 * 0.2 + 0.0) / (0.8 + 0.2 + 0.01)
+    assert log[14:].tolist() == close([0.8, 0.2, lead, torch.tensor(1.2).log().item(), 0.2], abs=1e-4)
+
+
+def test_first_exit_and_one_class():
+    values = logit_statistics(ExitSignals(torch.randn(3, 40, 2)))
+    assert values.shape == (3, NUM_STATISTICS)
+    assert values.isfinite().all()
+    assert values[:, -2:].abs().max() == 0  # nobody before
+    assert values[:, -4].abs().max() == 0  # no second class
+
+
+def test_fits_what_the_statistics_can_say():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(600, NUM_STATISTICS + 6, generator=generator) * 3 + 5
+    gains = 0.2 * (inputs[:, 2] - 5) + 0.1 * (inputs[:, NUM_STATISTICS + 1] - 5)
+    model = fit_gain(inputs[:400], gains[:400])
+    error = (model(inputs[400:]) - gains[400:]).pow(2).mean()
+    assert error < 0.2 * gains[400:].var()
+    assert fit_gain(inputs[:400], gains[:400])(inputs).equal(model(inputs))  # the same seed, the same model
+
+
+def test_a_few_hundred_parameters():
+    assert sum(parameter.numel() for parameter in GainModel(112).parameters()) < 400
+
+
+def test_router_with_its_parameters_goes_through_json():
+    torch.manual_seed(0)
+    models = [GainModel(4), GainModel(6)]
+    for model in models:
+        torch.nn.init.normal_(model.skip.weight)
+    settings = ExitRouter(
+        2, policy="learned_gain", parameters=[to_plain(model) for model in models], thresholds=[0.4, 0.5]
+    ).to_dict()
+    router = ExitRouter(**json.loads(json.dumps(settings)))
+    assert list(router.parameters()) == [] or not any(p.requires_grad for p in router.parameters())
+    signals = ExitSignals(torch.randn(5, 30, 3), torch.randn(5, 30, 3), torch.rand(5, 12))
+    expected = torch.sigmoid(-models[1](models[1].inputs(signals)))
+    assert router.confidence(signals, 1).tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+    assert router.confidence(signals, 2).tolist() == [1.0] * 5  # nothing to gain behind the full path
