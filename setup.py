@@ -21,6 +21,7 @@ setup(
         "torch",
         "torchvision>=0.21,<0.30",
         "numpy",
+        "scipy",
         "pillow>=10.1",
         "pycocotools>=2.0.7",
         "fvcore",

@@ -1,0 +1,226 @@
+"""Finite-sample control of the mean of a loss in [0, 1], such as the loss per photo of leaving early.
+
+A p-value here tests H0: E[loss] > epsilon. Where it is at most delta, "the mean loss is at most epsilon" holds
+with probability 1 - delta over the draw of the photos, whatever the distribution of the losses and however many
+photos there are. The photos must be independent draws of one source, and not those that the rule was fitted on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy import stats
+
+from earlyexit_ssd.errors import EarlyExitError
+
+PValue = Callable[[np.ndarray, float], float]
+
+BET_CAP = 0.75  # share of the largest bet that cannot go bankrupt; Waudby-Smith & Ramdas suggest 1/2 or 3/4
+ROUNDING = 1e-9  # sums of losses this close above a whole number are that number
+TOLERANCE = 1e-6  # of upper_bound
+MOST_PHOTOS = 10**9  # photos_needed does not count further
+
+
+def hoeffding_bentkus_p_value(losses: np.ndarray, epsilon: float) -> float:
+    """The Hoeffding-Bentkus p-value of H0: E[loss] > epsilon, in [0, 1]; falls as ``epsilon`` grows.
+
+    With m the mean of n losses, the smaller of exp(-n h(min(m, epsilon), epsilon)), where h(a, b) =
+    a log(a / b) + (1 - a) log((1 - a) / (1 - b)), and e P(Binomial(n, epsilon) <= ceil(n m)). From Bates et al.
+    2021, "Distribution-free, risk-controlling prediction sets", section 3.1; as a p-value in Angelopoulos et al.
+    2021, "Learn then test". The order of the photos does not matter.
+
+    Args:
+        losses: [n], in [0, 1], one per photo; no photo gives 1.0.
+        epsilon: the largest mean loss to be accepted, in (0, 1).
+
+    Raises:
+        EarlyExitError: a loss or ``epsilon`` outside its range.
+    """
+    losses = _checked_losses(losses)
+    _check_share("epsilon", epsilon)
+    count = len(losses)
+    if count == 0:
+        return 1.0
+    total = math.fsum(losses)  # exact, so that ten losses of 0.1 are 1, not a little more
+    hoeffding = math.exp(-count * _divergence(min(total / count, epsilon), epsilon))
+    return min(hoeffding, _bentkus(math.ceil(total - ROUNDING), count, epsilon))
+
+
+def betting_p_value(losses: np.ndarray, epsilon: float, *, delta: float = 0.1) -> float:
+    """The betting p-value of H0: E[loss] > epsilon, in [0, 1]; falls as ``epsilon`` grows.
+
+    A gambler bets against H0, photo by photo: K_t = prod_{i <= t} (1 - nu_i (L_i - epsilon)), and the p-value is
+    min(1, 1 / max_t K_t) (Ville's inequality). The bets look at past losses only:
+
+        nu_i = min(BET_CAP / (1 - epsilon), sqrt(2 log(1 / delta) / (n s_{i-1}))),
+        m_i = (1/2 + sum_{j <= i} L_j) / (i + 1),    s_i = (1/4 + sum_{j <= i} (L_j - m_j)^2) / (i + 1).
+
+    From Waudby-Smith & Ramdas 2024, "Estimating means of bounded random variables by betting", in the form of
+    Bates et al. 2021, section 3.1, who cap at 1. Our cap leaves 1 - BET_CAP of the capital after a loss of 1.
+
+    Args:
+        losses: [n], in [0, 1], one per photo, in the order of the bets; no photo gives 1.0. The caller fixes the
+            order, without a look at the losses (the data set's own, or a seeded shuffle): any such order is valid,
+            sorting by loss or taking the best of several orders is not.
+        epsilon: the largest mean loss to be accepted, in (0, 1).
+        delta: the level that the bets are tuned for, in (0, 1). The p-value is valid at every level.
+
+    Raises:
+        EarlyExitError: a loss, ``epsilon`` or ``delta`` outside its range.
+    """
+    losses = _checked_losses(losses)
+    _check_share("epsilon", epsilon)
+    _check_share("delta", delta)
+    count = len(losses)
+    if count == 0:
+        return 1.0
+    divisor = np.arange(1, count + 1) + 1
+    mean = (0.5 + np.cumsum(losses)) / divisor
+    variance = (0.25 + np.cumsum((losses - mean) ** 2)) / divisor
+    past_variance = np.concatenate([[0.25], variance[:-1]])
+    bet = np.minimum(BET_CAP / (1 - epsilon), np.sqrt(2 * math.log(1 / delta) / (count * past_variance)))
+    log_capital = np.cumsum(np.log1p(-bet * (losses - epsilon)))
+    return math.exp(-max(0.0, float(log_capital.max())))
+
+
+BOUNDS: dict[str, PValue] = {"hoeffding_bentkus": hoeffding_bentkus_p_value, "betting": betting_p_value}
+
+
+def upper_bound(losses: np.ndarray, delta: float, p_value: PValue = hoeffding_bentkus_p_value) -> float:
+    """The mean loss that is not exceeded with probability 1 - ``delta``, in (0, 1]; 1.0 where nothing is certain.
+
+    The smallest epsilon with ``p_value(losses, epsilon) <= delta``, at most 1e-6 above it, never below.
+
+    Args:
+        losses: [n], in [0, 1], one per photo.
+        delta: in (0, 1).
+        p_value: one of :data:`BOUNDS`, or another that falls as its epsilon grows.
+
+    Raises:
+        EarlyExitError: a loss or ``delta`` outside its range.
+    """
+    _check_share("delta", delta)
+    low, high = 0.0, 1.0  # no mean exceeds 1
+    while high - low > TOLERANCE:
+        middle = (low + high) / 2
+        if p_value(losses, middle) <= delta:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def fixed_sequence_test(p_values: Sequence[float], delta: float) -> int:
+    """How many hypotheses are rejected, from the start of the sequence to the first p-value above ``delta``.
+
+    The chance that any of the rejected hypotheses is true is at most ``delta``, where the order was fixed before
+    the photos were seen. Fixed-sequence testing in Angelopoulos et al. 2021, "Learn then test".
+
+    Args:
+        p_values: one per hypothesis, in [0, 1].
+        delta: in (0, 1).
+
+    Raises:
+        EarlyExitError: a p-value outside [0, 1], or ``delta`` outside (0, 1).
+    """
+    _check_share("delta", delta)
+    for index, value in enumerate(p_values):
+        if not 0 <= value <= 1:
+            raise EarlyExitError(f"p_values[{index}] is {value}, expected a p-value in [0, 1]")
+    rejected = 0
+    for value in p_values:
+        if value > delta:
+            break
+        rejected += 1
+    return rejected
+
+
+def photos_needed(mean: float, epsilon: float, delta: float) -> int | None:
+    """The fewest photos with which Hoeffding-Bentkus certifies ``epsilon`` if their mean loss is ``mean``.
+
+    A plan, not a promise: the next measurement will have another mean, and one photo more can need a few more
+    photos again, since the Bentkus part rounds the sum of the losses up.
+
+    Args:
+        mean: the expected mean loss, in [0, 1].
+        epsilon: the largest mean loss to be accepted, in (0, 1).
+        delta: in (0, 1).
+
+    Returns:
+        The count; None where ``mean`` is not below ``epsilon``, or so little that Hoeffding alone needs over 10^9.
+
+    Raises:
+        EarlyExitError: a number outside its range.
+    """
+    if not 0 <= mean <= 1:
+        raise EarlyExitError(f"mean {mean}: expected a mean loss in [0, 1]")
+    _check_share("epsilon", epsilon)
+    _check_share("delta", delta)
+    if mean >= epsilon:
+        return None
+    divergence, needed = _divergence(mean, epsilon), math.log(1 / delta)
+    if divergence * MOST_PHOTOS < needed:
+        return None
+    hoeffding = math.ceil(needed / divergence)
+    return hoeffding if mean == 0 else _photos_bentkus(mean, epsilon, delta, hoeffding)
+
+
+def _photos_bentkus(mean: float, epsilon: float, delta: float, most: int) -> int:
+    """The fewest photos n with e P(Binomial(n, epsilon) <= ceil(n mean)) <= delta, or ``most`` if that is less.
+
+    The tail rises where the ceiling steps from k to k + 1, and falls between. So first the k, then the n.
+    """
+
+    def most_photos(total: int) -> int:  # with at most this sum of losses
+        return int((total + ROUNDING) / mean)
+
+    def tail_at_step(total: int) -> float:
+        # Without rounding the photos down, this falls steadily, and is a little below the tail at whole photos.
+        return math.e * float(stats.beta.cdf(1 - epsilon, total / mean - total, total + 1))
+
+    total = _first(lambda value: value / mean > most or tail_at_step(value) <= delta, start=1)
+    while most_photos(total) < most and _bentkus(total, most_photos(total), epsilon) > delta:
+        total += 1  # a step or two, but for means close to epsilon
+    start = min(most_photos(total - 1) + 1, most)
+    return _first(lambda count: count >= most or _bentkus(total, count, epsilon) <= delta, start)
+
+
+def _first(holds: Callable[[int], bool], start: int) -> int:
+    """The smallest integer from ``start`` on where ``holds``, which stays true once it is: doubling, then bisection."""
+    low, step = start - 1, 1
+    while not holds(low + step):
+        low, step = low + step, 2 * step
+    high = low + step
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def _divergence(a: float, b: float) -> float:
+    """Kullback-Leibler divergence of Bernoulli(a) from Bernoulli(b), for 0 <= a <= b < 1; at least 0."""
+    value = (a * math.log(a / b) if a else 0.0) + (1 - a) * (math.log1p(-a) - math.log1p(-b))
+    return max(value, 0.0)  # rounding
+
+
+def _bentkus(total: int, count: int, epsilon: float) -> float:
+    """e P(Binomial(count, epsilon) <= total); above 1 where it says nothing."""
+    return math.e * float(stats.binom.cdf(total, count, epsilon))
+
+
+def _checked_losses(losses: np.ndarray) -> np.ndarray:
+    losses = np.asarray(losses, dtype=np.float64)
+    if losses.ndim != 1:
+        raise EarlyExitError(f"losses has shape {losses.shape}, expected [n], one loss per photo")
+    wrong = np.flatnonzero(~((losses >= 0) & (losses <= 1)))
+    if wrong.size:
+        value = losses[wrong[0]]
+        raise EarlyExitError(f"losses[{wrong[0]}] is {value}, expected a number in [0, 1]; rescale or clip the losses")
+    return losses
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise EarlyExitError(f"{name} is {value}, expected a number in (0, 1), such as 0.1")
