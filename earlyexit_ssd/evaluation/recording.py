@@ -1,0 +1,178 @@
+"""Every exit's outputs for every photo of a split, on disk: one pass over the network, then any policy and threshold
+in seconds.
+
+The folder holds ``*.npy`` in fp32, ``detections.pt`` and, written last, ``recording.json``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from earlyexit_ssd.evaluation.collect import Batches, Collected, compact, require_unique
+from earlyexit_ssd.evaluation.mode import evaluating
+from earlyexit_ssd.files import atomic_path, write_json
+from earlyexit_ssd.modeling.checkpoint import weights_hash
+from earlyexit_ssd.modeling.outputs import ExitOutputs, ExitSignals, Head
+from earlyexit_ssd.modeling.training import default_boxes
+from earlyexit_ssd.progress import progress
+
+REPLAY_BATCH = 64
+"""Photos whose logits are in memory at a time."""
+
+
+class Recording:
+    """A split as every exit saw it; rows are photos in the order of ``image_ids``.
+
+    Args:
+        folder: of a whole recording, see :func:`record`.
+
+    Attributes:
+        image_ids: [n].
+        logits: per early exit [n, A, C], raw, on disk.
+        taps: per early exit [n, 2 * channels], pooled, on disk.
+        boxes: the full path's box regression [n, A, 4], on disk.
+        labels: of the default boxes by matching with the objects, [n, A], on disk.
+        detections: per exit, the full path last, image id -> ``boxes``, ``scores`` and ``labels``.
+        photo_sizes: (height, width) of each photo.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        info = json.loads((folder / "recording.json").read_text(encoding="utf-8"))
+        self.image_ids: list[int] = info["image_ids"]
+        self.photo_sizes = [tuple(size) for size in info["photo_sizes"]]
+        early = range(info["early_exits"])
+        self.logits = [np.load(folder / f"logits{index}.npy", mmap_mode="r") for index in early]
+        self.taps = [np.load(folder / f"tap{index}.npy", mmap_mode="r") for index in early]
+        self.boxes = np.load(folder / "boxes.npy", mmap_mode="r")
+        self.labels = np.load(folder / "labels.npy", mmap_mode="r")
+        self.detections = torch.load(folder / "detections.pt", weights_only=True)
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @property
+    def early_exits(self) -> int:
+        """How many exits come before the full path."""
+        return len(self.logits)
+
+    def signals(self, exit_index: int) -> Iterator[ExitSignals]:
+        """What a router sees at an early exit, batch after batch."""
+        for start in range(0, len(self), REPLAY_BATCH):
+            rows = slice(start, start + REPLAY_BATCH)
+            previous = _tensor(self.logits[exit_index - 1][rows]) if exit_index else None
+            yield ExitSignals(_tensor(self.logits[exit_index][rows]), previous, _tensor(self.taps[exit_index][rows]))
+
+    @torch.no_grad()
+    def confidences(self, router: Any) -> list[Tensor]:
+        """Per early exit the confidence that ``router`` has in every photo, [n]."""
+        return [
+            torch.cat(
+                [router.confidence(signals, index).float() for signals in self.signals(index)] or [torch.zeros(0)]
+            )
+            for index in range(self.early_exits)
+        ]
+
+    @torch.no_grad()
+    def replay(self, model: nn.Module, exit_index: int, row: int) -> dict[str, Tensor]:
+        """What photo ``row`` gets with the classes of an early exit and the boxes of the full path."""
+        head: Head = {
+            "cls_logits": _tensor(self.logits[exit_index][row : row + 1]),
+            "bbox_regression": _tensor(self.boxes[row : row + 1]),
+        }
+        size = model.transform.fixed_size[::-1]
+        anchors = default_boxes(model, next(model.parameters()).device)
+        return compact(model.detections(ExitOutputs((head,), (), [anchors], [size], [self.photo_sizes[row]]), 0)[0])
+
+    def collected(self, router: Any) -> Collected:
+        """As `collect` gives it, the full path without a confidence."""
+        return Collected(self.image_ids, self.detections, self.confidences(router))
+
+
+def record(model: nn.Module, loader: Batches, photos: int, folder: Path, key: str) -> Recording:
+    """The recording in ``folder``, made first where it is missing or was made of something else.
+
+    Args:
+        model: an `EarlyExitSSDLite`; its mode is restored afterwards.
+        loader: batches of (images, targets) without augmentation.
+        photos: how many there are.
+        folder: to write to.
+        key: a text that changes with everything a recording depends on but the weights: its photos.
+
+    Raises:
+        DataError: an image id occurs twice.
+    """
+    key = hashlib.sha256(f"{key} {weights_hash(model)}".encode()).hexdigest()
+    if not _is_whole(folder, key):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recording.json").unlink(missing_ok=True)
+        _fill(model, loader, photos, folder, key)
+    return Recording(folder)
+
+
+def _is_whole(folder: Path, key: str) -> bool:
+    try:
+        return json.loads((folder / "recording.json").read_text(encoding="utf-8"))["key"] == key
+    except (OSError, json.JSONDecodeError, KeyError):
+        return False
+
+
+def _fill(model: nn.Module, loader: Batches, photos: int, folder: Path, key: str) -> None:
+    image_ids: list[int] = []
+    photo_sizes: list[tuple[int, int]] = []
+    detections: list[dict[int, dict[str, Tensor]]] = [{} for _ in model.exit_names]
+    arrays: dict[str, np.memmap] = {}
+    device = next(model.parameters()).device
+    bar = progress(desc="record exits", total=photos)
+    with evaluating(model):
+        for images, targets in loader:
+            images = [image.to(device) for image in images]
+            outputs = model.exit_outputs(images)
+            start = len(image_ids)
+            for name, values in _rows(model, outputs, targets).items():
+                if name not in arrays:
+                    shape = (photos, *values.shape[1:])
+                    arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", values.dtype, shape)
+                arrays[name][start : start + len(images)] = values
+            image_ids += [int(target["image_id"]) for target in targets]
+            photo_sizes += outputs.photo_sizes
+            for index, found in enumerate(detections):
+                found.update(zip(image_ids[start:], map(compact, model.detections(outputs, index)), strict=True))
+            bar.update(len(images))
+    bar.close()
+    require_unique(image_ids)
+    for array in arrays.values():
+        array.flush()
+    with atomic_path(folder / "detections.pt") as temporary:
+        torch.save(detections, temporary)
+    info = {"image_ids": image_ids, "photo_sizes": photo_sizes, "early_exits": model.num_early_exits, "key": key}
+    write_json(folder / "recording.json", info)
+
+
+def _rows(model: nn.Module, outputs: ExitOutputs, targets: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    rows = {"boxes": outputs.heads[-1]["bbox_regression"].float(), "labels": _labels(model, outputs, targets)}
+    for index, tap in enumerate(outputs.taps):
+        rows |= {f"logits{index}": outputs.heads[index]["cls_logits"].float(), f"tap{index}": tap.float()}
+    return {name: values.cpu().numpy() for name, values in rows.items()}
+
+
+def _labels(model: nn.Module, outputs: ExitOutputs, targets: list[dict[str, Any]]) -> Tensor:
+    """Labels of the default boxes, [N, A] int16; 0 is background."""
+    device = outputs.anchors[0].device
+    scaled = []
+    for target, (height, width), photo in zip(targets, outputs.network_sizes, outputs.photo_sizes, strict=True):
+        scale = torch.tensor([width / photo[1], height / photo[0]] * 2, device=device)
+        scaled.append({"boxes": target["boxes"].to(device) * scale, "labels": target["labels"].to(device)})
+    return model.assign(scaled, outputs.anchors).labels.to(torch.int16)
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.array(values))

@@ -1,0 +1,72 @@
+"""A split as recorded by every exit, with all that routing is judged by."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from pycocotools.coco import COCO
+from torch import Tensor
+
+from earlyexit_ssd.data import DetectionDataset, build_loader, to_coco
+from earlyexit_ssd.data.disjoint import photo_hashes
+from earlyexit_ssd.evaluation.choices import ExitMatches, exit_matches
+from earlyexit_ssd.evaluation.photo_losses import losses_against_full, losses_against_labels
+from earlyexit_ssd.evaluation.recording import Recording, record
+from earlyexit_ssd.modeling import EarlyExitSSDLite
+from earlyexit_ssd.routing import ExitRouter
+
+
+@dataclass
+class Replay:
+    """A recorded split. Every [n] and [n, exits] is by rising image id."""
+
+    recording: Recording
+    ground_truth: COCO
+    photos_sha256: tuple[str, ...]
+    score: float
+    iou: float
+
+    @functools.cached_property
+    def order(self) -> np.ndarray:
+        """Rows of the recording by rising image id, [n]."""
+        return np.argsort(self.recording.image_ids)
+
+    @functools.cached_property
+    def matches(self) -> ExitMatches:
+        """Every exit's matches with the objects, for AP of any choice."""
+        return exit_matches(self.ground_truth, self.recording.detections)
+
+    def losses(self, reference: str) -> np.ndarray:
+        """Per photo and exit, [n, exits], against what the ``full`` path says or against the ``labels``."""
+        measure = {"full": losses_against_full, "labels": losses_against_labels}[reference]
+        return measure(self.ground_truth, self.recording.detections, self.score, self.iou)
+
+    def confidences(self, router: ExitRouter) -> list[np.ndarray]:
+        """Per early exit [n]."""
+        return [values.numpy()[self.order] for values in self.recording.confidences(router)]
+
+    def logits_and_labels(self, exit_index: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Raw logits [N, A, C] of an early exit and the default boxes' labels [N, A], batch after batch."""
+        start = 0
+        for signals in self.recording.signals(exit_index):
+            labels = self.recording.labels[start : start + len(signals.logits)]
+            start += len(signals.logits)
+            yield signals.logits, torch.from_numpy(np.array(labels))
+
+
+def replay_split(cfg: CfgNode, model: EarlyExitSSDLite, dataset: DetectionDataset, folder: Path) -> Replay:
+    """Record the data set's photos in ``folder`` unless that is done; the model is on the device to use."""
+    hashes = [digest for _, digest in photo_hashes(dataset)]
+    ground_truth = to_coco(dataset)
+    objects = [(one["image_id"], one["category_id"], one["bbox"]) for one in ground_truth.dataset["annotations"]]
+    key = hashlib.sha256(repr((hashes, [record.image_id for record in dataset.records], objects)).encode()).hexdigest()
+    loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, train=False, seed=cfg.SEED)
+    recording = record(model, loader, len(dataset), folder, key)
+    return Replay(recording, ground_truth, tuple(hashes), cfg.EVAL.SCORE, cfg.EVAL.IOU)

@@ -1,0 +1,112 @@
+"""What a calibration promises, for which weights, and how it came about: a small JSON file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.files import write_json
+from earlyexit_ssd.modeling.checkpoint import weights_hash
+from earlyexit_ssd.routing.drift import Reference
+from earlyexit_ssd.routing.router import CLOSED, ExitRouter
+
+FORMAT = "earlyexit_ssd certificate/1"
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Routing for one model, and what was measured on the calibration photos.
+
+    Attributes:
+        router: the settings of an `ExitRouter`: policy with its parameters, thresholds, temperatures.
+        target: what was asked for: ``kind`` (``speedup``, ``ap_drop`` or ``risk``) and its numbers; with ``risk``
+            ``epsilon``, ``delta``, ``bound`` (the inequality), ``reference`` (full or labels), ``score`` and ``iou``.
+        measured: on the calibration photos: ``photos``, ``loss`` (mean per photo), ``loss_bound`` (its upper
+            confidence bound at delta), ``AP50``, ``AP50_full``, ``exit_share``, ``cost``, ``speedup``.
+        cost_model: ``unit`` (ms or mmacs), ``exits``, ``plain``, and where milliseconds were measured.
+        weights_sha256: of the network's parameters and buffers.
+        photos_sha256: the calibration photos' contents, each the first 16 hexadecimal digits.
+        photo_list_sha256: of the sorted list of those.
+        drift: the calibration photos' decisions, for a `DriftMonitor`.
+        versions: of the software.
+    """
+
+    router: dict[str, Any]
+    target: dict[str, Any]
+    measured: dict[str, Any]
+    cost_model: dict[str, Any]
+    weights_sha256: str
+    photos_sha256: tuple[str, ...]
+    photo_list_sha256: str
+    drift: dict[str, Any]
+    versions: dict[str, str]
+
+    @property
+    def closed(self) -> bool:
+        """No exit is open: everything takes the full path."""
+        return all(threshold >= CLOSED for threshold in self.router["thresholds"])
+
+    def router_for(self, model: nn.Module) -> ExitRouter:
+        """The router, for the weights that it was calibrated with.
+
+        Raises:
+            EarlyExitError: the model has other weights.
+        """
+        if weights_hash(model) != self.weights_sha256:
+            raise EarlyExitError(
+                f"the certificate is for weights {self.weights_sha256[:12]}, the model has {weights_hash(model)[:12]}; "
+                "calibrate again with tools/calibrate.py"
+            )
+        return ExitRouter(**self.router).to(next(model.parameters()).device)
+
+    def require_unseen(self, photos: Iterable[tuple[str | os.PathLike[str], str]]) -> None:
+        """Refuse photos that calibrated: figures on them flatter.
+
+        Args:
+            photos: path and SHA-256 of each.
+        """
+        known = set(self.photos_sha256)
+        shared = [path for path, digest in photos if digest[:16] in known]
+        if shared:
+            raise EarlyExitError(
+                f"{shared[0]} ({len(shared)} photos in all) is in the certificate's calibration list; "
+                "evaluate on photos that were not calibrated on"
+            )
+
+    def drift_reference(self) -> Reference:
+        """For a `DriftMonitor`."""
+        return Reference.from_dict(self.drift)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file."""
+        write_json(path, {"format": FORMAT, **dataclasses.asdict(self)})
+
+
+def load_certificate(path: str | os.PathLike[str]) -> Certificate:
+    """Read a certificate.
+
+    Raises:
+        EarlyExitError: no such file, or not a certificate.
+    """
+    advice = "write one with tools/calibrate.py"
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EarlyExitError(f"{path}: no readable certificate ({error.strerror}); {advice}") from None
+    except ValueError as error:
+        raise EarlyExitError(f"{path}: not JSON ({error}); {advice}") from None
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise EarlyExitError(f"{path}: expected a certificate of format {FORMAT!r}; {advice}")
+    names = {field.name for field in dataclasses.fields(Certificate)}
+    if names != set(content):
+        wrong = sorted(names ^ set(content))[0]
+        raise EarlyExitError(f"{path}: the key '{wrong}' is {'missing' if wrong in names else 'unknown'}; {advice}")
+    return Certificate(**{**content, "photos_sha256": tuple(content["photos_sha256"])})

@@ -1,0 +1,126 @@
+"""One pass is written down; replaying it gives what the live model gives."""
+
+import json
+
+import pytest
+import torch
+
+from earlyexit_ssd.errors import DataError
+from earlyexit_ssd.evaluation.collect import collect
+from earlyexit_ssd.evaluation.mode import evaluating
+from earlyexit_ssd.evaluation.recording import Recording, record
+from earlyexit_ssd.evaluation.routed import choose_exits
+from earlyexit_ssd.routing import POLICIES, ExitRouter
+from earlyexit_ssd.routing.router import CLOSED
+
+SIZES = ((96, 96), (80, 120), (50, 60), (96, 96), (120, 70))
+
+
+def photos():
+    generator = torch.Generator().manual_seed(3)
+    samples = []
+    for index, (height, width) in enumerate(SIZES):
+        box = torch.tensor([[5.0, 5.0, width / 2, height / 2]])
+        boxes = box if index % 2 else torch.zeros(0, 4)
+        labels = torch.ones(len(boxes), dtype=torch.int64)
+        target = {"image_id": 10 - index, "boxes": boxes, "labels": labels}
+        samples.append((torch.rand(3, height, width, generator=generator), target))
+    return samples
+
+
+def batches(size):
+    samples = photos()
+    return [
+        tuple(map(list, zip(*samples[start : start + size], strict=True))) for start in range(0, len(samples), size)
+    ]
+
+
+@pytest.fixture(scope="module")
+def recording(small_model, tmp_path_factory):
+    return record(small_model, batches(2), len(SIZES), tmp_path_factory.mktemp("recording"), "these photos")
+
+
+def test_holds_what_collect_gives(small_model, recording):
+    router = ExitRouter(2, policy="agreement", temperatures=(1.5, 0.7))
+    live, replayed = collect(small_model, batches(2), router), recording.collected(router)
+    assert replayed.image_ids == live.image_ids == [10, 9, 8, 7, 6]
+    for mine, theirs in zip(replayed.detections, live.detections, strict=True):
+        assert all(torch.equal(mine[key][part], theirs[key][part]) for key in theirs for part in theirs[key])
+    for mine, theirs in zip(replayed.confidences, live.confidences[:-1], strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_replay_and_the_live_router_decide_alike(small_model, recording, policy, size):
+    router = ExitRouter(2, policy=policy)
+    confidences = recording.confidences(router)
+    # thresholds between two photos, so that every exit gets some
+    middles = [
+        values.sort().values[1:3].mean().item() if values.unique().numel() > 1 else CLOSED for values in confidences
+    ]
+    small_model.router = ExitRouter(2, policy=policy, thresholds=middles)
+    try:
+        with evaluating(small_model), torch.inference_mode():
+            live = [int(found["exit_index"]) for images, _ in batches(size) for found in small_model(images)]
+    finally:
+        small_model.router = None
+    assert choose_exits([*confidences, torch.ones(len(recording))], middles).tolist() == live
+    assert len(set(live)) > 1
+
+
+def test_labels_are_the_matchings(small_model, recording):
+    counts = (recording.labels > 0).sum(1).tolist()
+    assert [count > 0 for count in counts] == [False, True, False, True, False]
+    height, width = SIZES[1]
+    target = {"boxes": torch.tensor([[5.0, 5.0, width / 2, height / 2]]), "labels": torch.tensor([1])}
+    images, targets = small_model.transform([torch.rand(3, height, width)], [target])
+    expected = small_model.assign(targets, small_model.default_boxes(images)).labels[0]
+    assert recording.labels[1].tolist() == expected.tolist()
+
+
+def test_classes_of_an_exit_on_the_boxes_of_the_full_path(small_model, recording):
+    with evaluating(small_model):
+        outputs = small_model.exit_outputs([photos()[1][0]])
+    mixed = {
+        "cls_logits": outputs.heads[0]["cls_logits"],
+        "bbox_regression": outputs.heads[-1]["bbox_regression"],
+    }
+    expected = small_model._finish(mixed, outputs.anchors, outputs.network_sizes, outputs.photo_sizes)[0]
+    found = recording.replay(small_model, 0, 1)
+    assert torch.allclose(found["boxes"], expected["boxes"], atol=1e-3)
+    assert torch.allclose(found["scores"], expected["scores"], atol=1e-5)
+
+
+def test_made_once_and_again_where_anything_changed(small_model, tmp_path):
+    record(small_model, batches(2), len(SIZES), tmp_path, "these photos")
+
+    class Forbidden:
+        def __iter__(self):
+            raise AssertionError("the network ran again")
+
+    assert len(record(small_model, Forbidden(), len(SIZES), tmp_path, "these photos")) == len(SIZES)
+    with pytest.raises(AssertionError, match="ran again"):
+        record(small_model, Forbidden(), len(SIZES), tmp_path, "other photos")
+    assert not (tmp_path / "recording.json").exists()  # what is half made is no recording
+    record(small_model, batches(2), len(SIZES), tmp_path, "these photos")
+    weight = next(small_model.branches.parameters())
+    with torch.no_grad():
+        weight.add_(1.0)
+    try:
+        with pytest.raises(AssertionError, match="ran again"):
+            record(small_model, Forbidden(), len(SIZES), tmp_path, "these photos")
+    finally:
+        with torch.no_grad():
+            weight.sub_(1.0)
+
+
+def test_ids_are_unique(small_model, tmp_path):
+    with pytest.raises(DataError, match="image id 10 comes twice"):
+        record(small_model, batches(5) * 2, 2 * len(SIZES), tmp_path, "twice")
+
+
+def test_plain_files(recording):
+    info = json.loads((recording.folder / "recording.json").read_text())
+    assert info["photo_sizes"][1] == list(SIZES[1])
+    assert Recording(recording.folder).early_exits == 2

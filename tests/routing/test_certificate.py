@@ -1,0 +1,88 @@
+import json
+
+import pytest
+import torch
+
+from earlyexit_ssd import ExitRouter
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.modeling.checkpoint import weights_hash
+from earlyexit_ssd.routing.certificate import Certificate, load_certificate
+from earlyexit_ssd.routing.drift import Reference
+from tests.modeling.conftest import small_model
+
+
+@pytest.fixture
+def model():
+    return small_model()
+
+
+@pytest.fixture
+def certificate(model):
+    return Certificate(
+        router=ExitRouter(2, policy="entropy", thresholds=[0.6, 2.0], temperatures=[1.5, 0.8]).to_dict(),
+        target={"kind": "risk", "epsilon": 0.02, "delta": 0.05},
+        measured={"photos": 3, "loss": 0.01},
+        cost_model={"unit": "mmacs", "exits": [1.0, 2.0, 3.0], "plain": 2.5},
+        weights_sha256=weights_hash(model),
+        photos_sha256=("ab" * 8, "cd" * 8),
+        photo_list_sha256="ef",
+        drift=Reference.from_decisions(("exit8", "exit12", "full"), [0, 2, 2], [[0.9, 0.1, 0.2]] * 2).to_dict(),
+        versions={"torch": torch.__version__},
+    )
+
+
+def test_comes_back_from_its_file(certificate, tmp_path):
+    certificate.save(tmp_path / "certificate.json")
+    again = load_certificate(tmp_path / "certificate.json")
+    assert again == certificate
+    assert not again.closed
+    assert again.drift_reference().exit_counts == (1, 0, 2)
+
+
+def test_routes_the_model_that_it_was_made_for(certificate, model):
+    router = certificate.router_for(model)
+    assert router.policy == "entropy"
+    assert router.thresholds.tolist() == pytest.approx([0.6, 2.0])
+    model.router = router  # it does not count as part of the weights
+    certificate.router_for(model)
+    with torch.no_grad():
+        next(model.branches.parameters()).view(-1)[0] += 1e-3
+    with pytest.raises(EarlyExitError, match="the certificate is for weights .*calibrate again"):
+        certificate.router_for(model)
+
+
+def test_refuses_photos_of_the_calibration(certificate):
+    certificate.require_unseen([("a.jpg", "00" * 32)])
+    with pytest.raises(EarlyExitError, match=r"b.jpg \(1 photos in all\) is in the certificate's calibration list"):
+        certificate.require_unseen([("a.jpg", "00" * 32), ("b.jpg", "cd" * 32)])
+
+
+def test_closed_where_no_exit_is_open(certificate):
+    router = {**certificate.router, "thresholds": [2.0, 2.0]}
+    assert Certificate(**{**vars(certificate), "router": router}).closed
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "expected a certificate of format"),
+        ('{"format": "other"}', "expected a certificate of format"),
+        ('{"format": "earlyexit_ssd certificate/1"}', "the key 'cost_model' is missing"),
+    ],
+)
+def test_other_files(tmp_path, text, message):
+    path = tmp_path / "certificate.json"
+    path.write_text(text)
+    with pytest.raises(EarlyExitError, match=message):
+        load_certificate(path)
+
+
+def test_unknown_key_and_no_file(certificate, tmp_path):
+    path = tmp_path / "certificate.json"
+    certificate.save(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "more": 1}))
+    with pytest.raises(EarlyExitError, match="the key 'more' is unknown"):
+        load_certificate(path)
+    with pytest.raises(EarlyExitError, match="no readable certificate.*tools/calibrate.py"):
+        load_certificate(tmp_path / "none.json")
