@@ -38,19 +38,20 @@ _CHOICES = {
 }
 _UNIT_INTERVAL = (
     "ROUTING.THRESHOLDS", "MODEL.SCORE_THRESH", "MODEL.NMS_THRESH", "EVAL.SCORE", "EVAL.IOU", "EVAL.PICTURE_SCORE",
-    "LOSS.FOCAL_ALPHA", "BASELINE.GATE.AP50", "BASELINE.GATE.PRECISION", "BASELINE.GATE.RECALL",
+    "LOSS.FOCAL_ALPHA", "EXITS.COPY", "BASELINE.GATE.AP50", "BASELINE.GATE.PRECISION", "BASELINE.GATE.RECALL",
     "BASELINE.GATE.RELATIVE", "EXITS_PHASE.GATE.FIRST_EXIT_AP50", "EXITS_PHASE.GATE.DEEPEST_SHARE",
     "JOINT.GATE.MAX_AP50_DROP", *(f"{phase}.{key}" for phase in PHASE_SECTIONS.values() for key in ("WARMUP", "EMA")),
 )  # fmt: skip
 _POSITIVE = (
-    "MODEL.WIDTH", "MODEL.DETECTIONS_PER_IMG", "MODEL.TOPK_CANDIDATES", "EXITS.CHANNELS", "DATA.SYNTHETIC.SIZES",
+    "MODEL.WIDTH", "MODEL.DETECTIONS_PER_IMG", "MODEL.TOPK_CANDIDATES", "DATA.SYNTHETIC.SIZES",
     "LOSS.NEG_TO_POS_RATIO", "LOSS.DISTILLATION_TEMPERATURE", "ROUTING.TEMPERATURES", "ROUTING.TEMPERATURE_BOUNDS",
     "EXITS_PHASE.CACHE_VIEWS", "EXITS_PHASE.CACHE_GIB", "ENGINE.CHECKPOINT_PERIOD", "ENGINE.LOG_PERIOD",
     "EVAL.BATCH_SIZE", "EVAL.TIMING_RUNS", "EVAL.TIMING_THREADS", "JOINT.FULL_PATH_LR_FACTOR",
     *(f"{phase}.{key}" for phase in PHASE_SECTIONS.values() for key in ("BATCH_SIZE", "LR")),
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "SEED", "THREADS", "EXITS.HEAD_RANK", "DATA.LIMIT", "DATA.WORKERS", "LOSS.MIN_NEGATIVES", "LOSS.FOCAL_GAMMA",
+    "SEED", "THREADS", "EXITS.HEAD_RANK", "EXITS.CHANNELS", "DATA.LIMIT", "DATA.WORKERS", "LOSS.MIN_NEGATIVES",
+    "LOSS.FOCAL_GAMMA",
     "LOSS.EXIT_WEIGHTS", "JOINT.EXIT_WEIGHTS", "LOSS.FULL_WEIGHT", "LOSS.DISTILLATION_WEIGHT",
     "LOSS.DISTILLATION_BOX_WEIGHT", "EVAL.PICTURES", "DATA.SYNTHETIC.SEED",
     *(f"{phase}.{key}" for phase in PHASE_SECTIONS.values() for key in ("EPOCHS", "WEIGHT_DECAY", "CLIP_GRADIENT")),
@@ -88,11 +89,12 @@ def _check_exits(cfg: CfgNode) -> None:
         inside = _is_whole(layer) and 1 <= layer < LAST_LAYER
         _require(inside, "EXITS.LAYERS", layer, f"trunk layers 1 to {LAST_LAYER - 1}")
     _require(list(layers) == sorted(set(layers)), "EXITS.LAYERS", layers, "increasing layers, each once")
-    for key in ("LOSS.EXIT_WEIGHTS", "ROUTING.THRESHOLDS", "ROUTING.TEMPERATURES"):
+    for key in ("EXITS.COPY", "LOSS.EXIT_WEIGHTS", "ROUTING.THRESHOLDS", "ROUTING.TEMPERATURES"):
         value = _get(cfg, key)
         _require(len(value) in (1, len(layers)), key, value, f"one number, or one for each of {len(layers)} exits")
     weights = cfg.JOINT.EXIT_WEIGHTS
     _require(len(weights) in (0, 1, len(layers)), "JOINT.EXIT_WEIGHTS", weights, f"none, one, or {len(layers)} numbers")
+    _require(cfg.EXITS.CHANNELS > 0 or min(cfg.EXITS.COPY) > 0, "EXITS.CHANNELS", 0, "some, or EXITS.COPY above 0")
     _require(0 <= cfg.EXITS.DEPTH <= TAIL_BLOCKS, "EXITS.DEPTH", cfg.EXITS.DEPTH, f"0 to {TAIL_BLOCKS} blocks")
 
 

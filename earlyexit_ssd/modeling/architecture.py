@@ -23,7 +23,7 @@ class Architecture:
         width, reduced_tail: of the trunk; see :func:`build_ssdlite`.
         head_outputs, folded_rows: outputs per default box of a folded head, and the rows of ``classes`` in it;
             0 and empty where the head has the classes' own rows.
-        exit_layers, channels, depth, attention, cascade, head_rank: of the exits; see :class:`EarlyExitSSDLite`.
+        exit_layers, channels, depth, attention, copy, cascade, head_rank: of the exits; see :class:`EarlyExitSSDLite`.
         score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing.
     """
 
@@ -37,6 +37,7 @@ class Architecture:
     channels: int = 128
     depth: int = 2
     attention: bool = True
+    copy: tuple[float, ...] = (0.0,)
     cascade: bool = True
     head_rank: int = 0
     score_thresh: float = 0.001
@@ -84,6 +85,7 @@ class Architecture:
             channels=self.channels,
             depth=self.depth,
             attention=self.attention,
+            copy=self.copy,
             cascade=self.cascade,
             head_rank=self.head_rank,
             classes=self.classes,

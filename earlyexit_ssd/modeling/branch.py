@@ -12,7 +12,8 @@ from torchvision.ops.misc import Conv2dNormActivation, SqueezeExcitation
 
 from earlyexit_ssd.modeling.factorised import factorise
 from earlyexit_ssd.modeling.ssdlite import norm_layer
-from earlyexit_ssd.modeling.tail import Tail, inherit_head
+from earlyexit_ssd.modeling.tail import Tail, inherit_first_predictors, inherit_head
+from earlyexit_ssd.modeling.thinned import CopiedShortCut
 
 LARGEST_EXPANSION = 3
 
@@ -58,8 +59,10 @@ class Branch(nn.Module):
         in_grid: side of the tap, cells.
         skipped_layers: trunk layers between the tap and the tail.
         grids: sides of the six maps of the full path, cells, fine to coarse.
-        channels: channels of the first map; the full path has 672 at width 1.0, and most of its head's cost there.
+        channels: channels of the first map; the full path has 672 at width 1.0, and most of its head's cost there. 0
+            takes the expansion of a copied C4 for it, with the full path's own predictors.
         attention: squeeze-excitation on the tap and in the short cut (Hu et al. 2018).
+        copied: the way to the tail through the full path's own layers; None builds new ones.
         cascade: add the second map of the exit before.
         tail: a copy of the full path's, this branch's own.
         num_anchors: default boxes per cell of each grid.
@@ -76,6 +79,7 @@ class Branch(nn.Module):
         grids: Sequence[int],
         channels: int,
         attention: bool,
+        copied: CopiedShortCut | None = None,
         cascade: bool,
         tail: Tail,
         num_anchors: list[int],
@@ -83,22 +87,22 @@ class Branch(nn.Module):
         head_rank: int = 0,
     ) -> None:
         super().__init__()
-        self.attention = (
-            SqueezeExcitation(in_channels, max(8, in_channels // 4), scale_activation=nn.Hardsigmoid)
-            if attention
-            else nn.Identity()
-        )
-        self.reduce = nn.Sequential()
-        while in_grid > grids[0]:
-            self.reduce.append(_residual(in_channels, 2 * in_channels, 2, skipped_layers, attention))
-            in_channels, in_grid = 2 * in_channels, (in_grid + 1) // 2
-        self.fine = _pointwise(in_channels, channels)
-        stride = 2 if in_grid > grids[1] else 1
-        self.short_cut = _residual(in_channels, tail.in_channels, stride, skipped_layers, attention)
+        if copied is not None:
+            self.copied, in_channels = copied, copied.fine_channels
+        else:
+            self._build_short_cut(in_channels, in_grid, skipped_layers, grids, attention, tail.in_channels)
+            in_channels = self.short_cut.block[0][0].in_channels
         self.context = _pointwise(tail.in_channels, tail.in_channels) if cascade else None
         self.tail = tail
+        if channels:
+            self.fine = _pointwise(in_channels, channels)
+            self.smooth = _depthwise(channels, 1)
+        elif copied is None or copied.expanded_channels is None:
+            raise ValueError("channels 0: only a copied C4 (a tap at layer 12 or before) has a first map of its own")
+        else:
+            channels = copied.expanded_channels
+            self.fine = self.smooth = None
         self.top_down = _pointwise(tail.in_channels, channels)
-        self.smooth = _depthwise(channels, 1)
         self.head = SSDLiteHead([channels, *tail.out_channels], num_anchors, num_classes, norm_layer)
         if head_rank:
             factorise(self.head.classification_head, head_rank)
@@ -108,6 +112,11 @@ class Branch(nn.Module):
         """Take the weights that the full path has now, for the tail and the predictors on its maps."""
         self.tail.inherit(backbone)
         inherit_head(self.head, head)
+        if hasattr(self, "copied"):
+            kept = self.copied.inherit(backbone)
+            if self.fine is None:
+                inherit_first_predictors(self.head, head, kept)
+                nn.init.zeros_(self.top_down[1].weight)  # at first the map is the full path's, then context comes in
 
     def forward(self, tap: Tensor, context: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         """Return the head's outputs and the context for the next exit.
@@ -120,11 +129,37 @@ class Branch(nn.Module):
         Returns:
             ``{"cls_logits": [N, A, C], "bbox_regression": [N, A, 4]}`` and the second map behind the tail's blocks.
         """
-        x = self.reduce(self.attention(tap))
-        coarse = self.short_cut(x)
+        if hasattr(self, "copied"):
+            x, expanded, coarse = self.copied(tap)
+        else:
+            x = self.reduce(self.attention(tap))
+            coarse = self.short_cut(x)
         if self.context is not None:
             coarse = coarse + self.context(context)
         coarse, maps = self.tail(coarse)
         size = (self._finest_grid, self._finest_grid)
-        fine = F.interpolate(self.fine(x), size) + F.interpolate(self.top_down(coarse), size)
-        return self.head([self.smooth(fine), *maps]), coarse
+        fine = (expanded if self.fine is None else F.interpolate(self.fine(x), size)) + F.interpolate(
+            self.top_down(coarse), size
+        )
+        return self.head([fine if self.smooth is None else self.smooth(fine), *maps]), coarse
+
+    def _build_short_cut(
+        self,
+        in_channels: int,
+        in_grid: int,
+        skipped_layers: int,
+        grids: Sequence[int],
+        attention: bool,
+        out_channels: int,
+    ) -> None:
+        self.attention = (
+            SqueezeExcitation(in_channels, max(8, in_channels // 4), scale_activation=nn.Hardsigmoid)
+            if attention
+            else nn.Identity()
+        )
+        self.reduce = nn.Sequential()
+        while in_grid > grids[0]:
+            self.reduce.append(_residual(in_channels, 2 * in_channels, 2, skipped_layers, attention))
+            in_channels, in_grid = 2 * in_channels, (in_grid + 1) // 2
+        stride = 2 if in_grid > grids[1] else 1
+        self.short_cut = _residual(in_channels, out_channels, stride, skipped_layers, attention)

@@ -20,6 +20,7 @@ from earlyexit_ssd.modeling.matching import Assignment, assign
 from earlyexit_ssd.modeling.outputs import ExitOutputs, Head, Router, pool_tap
 from earlyexit_ssd.modeling.pretrained import Pretrained
 from earlyexit_ssd.modeling.tail import FIRST_TAIL_LAYER, Tail
+from earlyexit_ssd.modeling.thinned import CopiedShortCut
 from earlyexit_ssd.modeling.trunk import LAST_LAYER, SegmentedTrunk, TrunkState
 
 
@@ -35,6 +36,8 @@ class EarlyExitSSDLite(Pretrained, SSD):
         detector: a torchvision SSDLite; its parts are used, not copied.
         exit_layers: trunk layers behind which a branch leaves, increasing, 1..15 (the stem is 0).
         channels, attention, cascade, head_rank: see :class:`earlyexit_ssd.modeling.branch.Branch`.
+        copy: per exit, or one for all, the share of the channels that stay in a
+            :class:`earlyexit_ssd.modeling.thinned.CopiedShortCut`; 0 builds new layers.
         depth: residual blocks of a branch's :class:`earlyexit_ssd.modeling.tail.Tail`, 0 to 2.
         classes: names of the labels 1..K, background not among them; by default ``class_1`` and so on.
         losses: what is minimised in training.
@@ -57,6 +60,7 @@ class EarlyExitSSDLite(Pretrained, SSD):
         channels: int = 128,
         depth: int = 2,
         attention: bool = True,
+        copy: Sequence[float] = (0.0,),
         cascade: bool = True,
         head_rank: int = 0,
         classes: Sequence[str] | None = None,
@@ -91,6 +95,7 @@ class EarlyExitSSDLite(Pretrained, SSD):
         self._trunk_frozen = False
         self.trunk = SegmentedTrunk(self.backbone, exit_layers)
         taps, maps = self._dry_run()
+        shares = validate.one_for_each("copy", copy, len(exit_layers))
         self.grids = [tuple(feature.shape[-2:]) for feature in maps]
         self.branches = nn.ModuleDict(
             {
@@ -101,13 +106,16 @@ class EarlyExitSSDLite(Pretrained, SSD):
                     grids=[grid[0] for grid in self.grids],
                     channels=channels,
                     attention=attention,
+                    copied=CopiedShortCut(self.backbone, layer, share) if share else None,
                     cascade=cascade and index > 0,
                     tail=Tail(self.backbone, depth),
                     num_anchors=self.anchor_generator.num_anchors_per_location(),
                     num_classes=num_classes,
                     head_rank=head_rank,
                 )
-                for index, (name, layer, tap) in enumerate(zip(self.exit_names, self.exit_layers, taps, strict=False))
+                for index, (name, layer, tap, share) in enumerate(
+                    zip(self.exit_names, self.exit_layers, taps, shares, strict=False)
+                )
             }
         )
         self.inherit()

@@ -70,6 +70,27 @@ def inherit_head(mine: SSDLiteHead, full: SSDLiteHead) -> None:
         new.load_state_dict(old.state_dict())
 
 
+@torch.no_grad()
+def inherit_first_predictors(mine: SSDLiteHead, full: SSDLiteHead, kept: Tensor) -> None:
+    """Take the full path's predictors of the first map, for the channels ``kept`` of it that the branch has."""
+    theirs = full.classification_head
+    folded = isinstance(theirs, FoldedClassificationHead)
+    rows = [0, *theirs.wanted.tolist()] if folded else list(range(theirs.num_columns))
+    for new_head, old_head in ((mine.classification_head, theirs), (mine.regression_head, full.regression_head)):
+        new, old = new_head.module_list[0], old_head.module_list[0]
+        new[0][0].weight.copy_(old[0][0].weight[kept])
+        for name, values in old[0][1].state_dict().items():
+            if values.ndim:
+                getattr(new[0][1], name).copy_(values[kept])
+        narrow = nn.Conv2d(len(kept), old[1].out_channels, 1).to(old[1].weight)
+        narrow.weight.copy_(old[1].weight[:, kept])
+        narrow.bias.copy_(old[1].bias)
+        if old_head is theirs:
+            _take_rows(new[1], narrow, theirs.num_columns, rows)
+        else:
+            new[1].load_state_dict(narrow.state_dict())
+
+
 def _take_rows(new: nn.Module, old: nn.Conv2d, columns: int, rows: list[int]) -> None:
     """The rows of ``old``, or the nearest that a factorised predictor can have."""
     if isinstance(new, FactorisedPredictor):

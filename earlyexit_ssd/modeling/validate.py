@@ -17,6 +17,13 @@ def check_exit_layers(layers: tuple[int, ...]) -> None:
         raise EarlyExitError(f"exit_layers {layers}: expected increasing trunk layers from 1 to {LAST_LAYER - 1}")
 
 
+def one_for_each(name: str, values: Sequence[float], exits: int) -> list[float]:
+    """One value for each exit, from as many in [0, 1], or from one for all."""
+    if len(values) not in (1, exits) or not all(0 <= value <= 1 for value in values):
+        raise EarlyExitError(f"{name} {list(values)}: expected one number in [0, 1], or one for each of {exits} exits")
+    return list(values) * (exits // len(values))
+
+
 def check_class_names(classes: tuple[str, ...], num_outputs: int) -> None:
     """There is a name for every output but background."""
     if len(classes) != num_outputs - 1:

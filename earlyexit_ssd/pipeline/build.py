@@ -61,6 +61,7 @@ def build_architecture(cfg: CfgNode, classes: tuple[str, ...]) -> Architecture:
         channels=cfg.EXITS.CHANNELS,
         depth=cfg.EXITS.DEPTH,
         attention=cfg.EXITS.ATTENTION,
+        copy=cfg.EXITS.COPY,
         cascade=cfg.EXITS.CASCADE,
         head_rank=cfg.EXITS.HEAD_RANK,
         score_thresh=cfg.MODEL.SCORE_THRESH,
