@@ -8,7 +8,7 @@ photos there are. The photos must be independent draws of one source, and not th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from scipy import stats
@@ -112,25 +112,24 @@ def upper_bound(losses: np.ndarray, delta: float, p_value: PValue = hoeffding_be
     return high
 
 
-def fixed_sequence_test(p_values: Sequence[float], delta: float) -> int:
+def fixed_sequence_test(p_values: Iterable[float], delta: float) -> int:
     """How many hypotheses are rejected, from the start of the sequence to the first p-value above ``delta``.
 
     The chance that any of the rejected hypotheses is true is at most ``delta``, where the order was fixed before
     the photos were seen. Fixed-sequence testing in Angelopoulos et al. 2021, "Learn then test".
 
     Args:
-        p_values: one per hypothesis, in [0, 1].
+        p_values: one per hypothesis, in [0, 1]; read no further than to the first one above ``delta``.
         delta: in (0, 1).
 
     Raises:
         EarlyExitError: a p-value outside [0, 1], or ``delta`` outside (0, 1).
     """
     _check_share("delta", delta)
+    rejected = 0
     for index, value in enumerate(p_values):
         if not 0 <= value <= 1:
             raise EarlyExitError(f"p_values[{index}] is {value}, expected a p-value in [0, 1]")
-    rejected = 0
-    for value in p_values:
         if value > delta:
             break
         rejected += 1

@@ -238,7 +238,7 @@ def test_impossible_epsilon_and_delta(value):
 
 def test_impossible_p_value_and_mean():
     with pytest.raises(EarlyExitError, match=r"p_values\[2\] is nan, expected a p-value in \[0, 1\]"):
-        fixed_sequence_test([0.5, 0.1, math.nan], 0.1)
+        fixed_sequence_test([0.05, 0.1, math.nan], 0.1)
     with pytest.raises(EarlyExitError, match=r"mean 1.1: expected a mean loss in \[0, 1\]"):
         photos_needed(1.1, 0.1, 0.1)
 

@@ -1,0 +1,89 @@
+"""Learn then test: walk from safe thresholds to bold ones and stop where the risk can no longer be ruled out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from earlyexit_ssd.routing.risk import BOUNDS, fixed_sequence_test, photos_needed, upper_bound
+from earlyexit_ssd.routing.router import CLOSED
+from earlyexit_ssd.routing.search import choose, pareto_path, threshold_grid
+
+LONGEST_PATH = 80
+"""Steps of the path; more of them cost time, fewer leave larger gaps between thresholds."""
+
+
+@dataclass(frozen=True)
+class Certified:
+    """The boldest thresholds that passed.
+
+    Attributes:
+        thresholds: per early exit; those of the first step, where everything is closed, if no other passed.
+        choice: exit of every calibration photo, [n].
+        loss: mean over them.
+        bound: upper confidence bound of the expected loss, at level delta.
+        steps: of the path that passed, the closed one not counted.
+        photos_needed: where none passed, how many calibration photos would certify the first open step if its mean
+            loss stayed as it is; None where no number would, or where it is not asked.
+    """
+
+    thresholds: tuple[float, ...]
+    choice: np.ndarray
+    loss: float
+    bound: float
+    steps: int
+    photos_needed: int | None = None
+
+
+def safe_to_bold(confidences: Sequence[np.ndarray], losses: np.ndarray, costs: np.ndarray) -> np.ndarray:
+    """Thresholds of all exits from everything closed to ever cheaper ones, [steps, early exits].
+
+    The path is what no other combination beats in mean loss and mean cost, on photos that are not those of the
+    calibration; so it is fixed before these are looked at, and each step may be tested at the whole level (fixed
+    sequence testing in Angelopoulos et al. 2021, "Learn then test", section 2.2, with the sequence from other data).
+
+    Args:
+        confidences: per early exit [m].
+        losses: [m, exits]; costs: [exits].
+    """
+    grid = threshold_grid(confidences)
+    path = pareto_path(grid.mean(losses), grid.mean(costs))
+    thresholds = grid.thresholds[path]
+    if len(thresholds) > LONGEST_PATH:
+        thresholds = thresholds[np.unique(np.linspace(0, len(thresholds) - 1, LONGEST_PATH).round().astype(int))]
+    closed = np.full((1, len(confidences)), CLOSED, dtype=np.float32)
+    return np.concatenate([closed, thresholds[(thresholds < CLOSED).any(1)]])
+
+
+def certify(
+    path: np.ndarray,
+    confidences: Sequence[np.ndarray],
+    losses: np.ndarray,
+    epsilon: float,
+    delta: float,
+    bound: str = "betting",
+) -> Certified:
+    """The last step of ``path`` up to which every step's risk is at most ``epsilon`` with probability 1 - ``delta``.
+
+    Args:
+        path: from :func:`safe_to_bold`; its first step is closed.
+        confidences: per early exit, of the calibration photos [n].
+        losses: of these, [n, exits] in [0, 1].
+        epsilon, delta: in (0, 1).
+        bound: a key of `BOUNDS`, chosen beforehand.
+    """
+    p_value, rows = BOUNDS[bound], np.arange(len(losses))
+    choices = [choose(confidences, thresholds) for thresholds in path]
+    risks = [losses[rows, choice] for choice in choices]
+    chosen = fixed_sequence_test((p_value(risk, epsilon) for risk in risks[1:]), delta)  # step 0 is the full path
+    needed = photos_needed(float(risks[1].mean()), epsilon, delta) if chosen == 0 and len(path) > 1 else None
+    return Certified(
+        thresholds=tuple(float(value) for value in path[chosen]),
+        choice=choices[chosen],
+        loss=float(risks[chosen].mean()),
+        bound=0.0 if chosen == 0 else upper_bound(risks[chosen], delta, p_value),
+        steps=chosen,
+        photos_needed=needed,
+    )

@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+
+from earlyexit_ssd.routing.certify import LONGEST_PATH, certify, safe_to_bold
+from earlyexit_ssd.routing.router import CLOSED
+from earlyexit_ssd.routing.search import choose
+
+COSTS = np.array([1.0, 2.0, 4.0])
+
+
+def photos(count, seed, noise=0.3):
+    """Hard photos lose more at the shallow exits, and the exits know it, more or less."""
+    generator = np.random.default_rng(seed)
+    hardness = generator.random(count)
+    losses = np.stack([generator.random(count) < hardness, generator.random(count) < hardness / 3, np.zeros(count)], 1)
+    confidences = [np.clip(1 - hardness + noise * generator.standard_normal(count), 0, 1) for _ in range(2)]
+    return confidences, losses.astype(float)
+
+
+def test_path_goes_from_safe_to_bold():
+    confidences, losses = photos(400, 0)
+    path = safe_to_bold(confidences, losses, COSTS)
+    assert (path[0] == CLOSED).all() and 10 < len(path) <= LONGEST_PATH + 1
+    choices = [choose(confidences, thresholds) for thresholds in path]
+    rows = np.arange(400)
+    risks = [losses[rows, choice].mean() for choice in choices]
+    costs = [COSTS[choice].mean() for choice in choices]
+    assert risks == sorted(risks) and costs == sorted(costs, reverse=True)
+    assert costs[-1] == 1.0  # at last everybody leaves at the first exit
+
+
+def test_the_boldest_step_that_passes():
+    path = safe_to_bold(*photos(400, 0), COSTS)
+    confidences, losses = photos(600, 1)
+    found = certify(path, confidences, losses, 0.1, 0.05, "hoeffding_bentkus")
+    assert found.thresholds == tuple(path[found.steps].tolist())
+    assert found.loss == pytest.approx(losses[np.arange(600), found.choice].mean())
+    assert found.loss < found.bound <= 0.1
+    looser = certify(path, confidences, losses, 0.2, 0.05, "hoeffding_bentkus")
+    assert looser.steps > found.steps and COSTS[looser.choice].mean() < COSTS[found.choice].mean()
+
+
+def test_closed_where_nothing_passes_and_says_how_many_photos_it_takes():
+    path = np.array([[CLOSED, CLOSED], [CLOSED, 0.5], [0.5, 0.5]])
+    confidences = [np.full(30, 0.9)] * 2
+    losses = np.zeros((30, 3))
+    losses[:, 0] = 1.0
+    found = certify(path, confidences, losses, 0.02, 0.05, "hoeffding_bentkus")
+    assert (found.steps, found.thresholds, found.loss, found.bound) == (0, (CLOSED, CLOSED), 0.0, 0.0)
+    assert found.photos_needed == 149  # 0.98^149 < 0.05 < 0.98^148
+    losses[:, 1] = 1.0
+    assert certify(path, confidences, losses, 0.02, 0.05, "betting").photos_needed is None
+
+
+@pytest.mark.parametrize("bound", ["hoeffding_bentkus", "betting"])
+def test_holds_over_draws_of_the_calibration_photos(bound):
+    """The expected loss of what is certified exceeds epsilon in at most delta of the draws."""
+    path = safe_to_bold(*photos(400, 0), COSTS)
+    confidences, losses = photos(20000, 2)
+    choices = [choose(confidences, thresholds) for thresholds in path]
+    true = [losses[np.arange(20000), choice].mean() for choice in choices]
+    draws, broken, steps = 150, 0, []
+    for seed in range(draws):
+        found = certify(path, *photos(300, 100 + seed), 0.1, 0.1, bound)
+        broken += true[found.steps] > 0.1
+        steps.append(found.steps)
+    assert broken <= 0.1 * draws + 2 * (0.09 * draws) ** 0.5
+    assert np.mean(steps) > 5  # it is not safe by doing nothing
