@@ -1,10 +1,11 @@
 """Configuration: one documented default tree, YAML files over it, checked before anything runs."""
 
-from earlyexit_ssd.config.check import LAST_LAYER, LOSS_CHOICES, PHASE_SECTIONS, PHASES, check_config
+from earlyexit_ssd.config.check import CLOSED, LAST_LAYER, LOSS_CHOICES, PHASE_SECTIONS, PHASES, check_config
 from earlyexit_ssd.config.defaults import get_cfg
 from earlyexit_ssd.config.load import load_config
 
 __all__ = [
+    "CLOSED",
     "LAST_LAYER",
     "LOSS_CHOICES",
     "PHASES",

@@ -10,6 +10,9 @@ from fvcore.common.config import CfgNode
 from earlyexit_ssd.errors import ConfigError, nearest
 
 PHASES = ("baseline", "exits", "joint")
+CLOSED = 2.0
+"""A threshold that no confidence reaches."""
+
 PHASE_SECTIONS = {"baseline": "BASELINE", "exits": "EXITS_PHASE", "joint": "JOINT"}
 LAST_LAYER = 16
 TAIL_BLOCKS = 2
@@ -29,6 +32,9 @@ _CHOICES = {
     "BASELINE.GATE.REFERENCE_CLASSES": ("", "coco"),
     **{f"LOSS.{key.upper()}": choices for key, choices in LOSS_CHOICES.items()},
     "JOINT.TEACHER": LOSS_CHOICES["teacher"],
+    "CALIBRATION.REFERENCE": ("full", "labels"),
+    "CALIBRATION.BOUND": ("hoeffding_bentkus", "betting"),
+    "CALIBRATION.COST": ("ms", "mmacs"),
     "EXITS_PHASE.CACHE_DTYPE": ("float16", "float32"),
     "ENGINE.AMP": ("off", "bf16", "fp16"),
     "BASELINE.OPTIMIZER": ("sgd", "adamw"),
@@ -37,7 +43,7 @@ _CHOICES = {
     "EVAL.RUNTIME": ("eager", "onnxruntime"),
 }
 _UNIT_INTERVAL = (
-    "ROUTING.THRESHOLDS", "MODEL.SCORE_THRESH", "MODEL.NMS_THRESH", "EVAL.SCORE", "EVAL.IOU", "EVAL.PICTURE_SCORE",
+    "MODEL.SCORE_THRESH", "MODEL.NMS_THRESH", "EVAL.SCORE", "EVAL.IOU", "EVAL.PICTURE_SCORE",
     "LOSS.FOCAL_ALPHA", "EXITS.COPY", "BASELINE.GATE.AP50", "BASELINE.GATE.PRECISION", "BASELINE.GATE.RECALL",
     "BASELINE.GATE.RELATIVE", "EXITS_PHASE.GATE.FIRST_EXIT_AP50", "EXITS_PHASE.GATE.DEEPEST_SHARE",
     "JOINT.GATE.MAX_AP50_DROP", *(f"{phase}.{key}" for phase in PHASE_SECTIONS.values() for key in ("WARMUP", "EMA")),
@@ -50,7 +56,8 @@ _POSITIVE = (
     *(f"{phase}.{key}" for phase in PHASE_SECTIONS.values() for key in ("BATCH_SIZE", "LR")),
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "SEED", "THREADS", "EXITS.HEAD_RANK", "EXITS.CHANNELS", "DATA.LIMIT", "DATA.WORKERS", "LOSS.MIN_NEGATIVES",
+    "SEED", "THREADS", "CALIBRATION.TRAIN_PHOTOS", "EXITS.HEAD_RANK", "EXITS.CHANNELS", "DATA.LIMIT",
+    "DATA.WORKERS", "LOSS.MIN_NEGATIVES",
     "LOSS.FOCAL_GAMMA",
     "LOSS.EXIT_WEIGHTS", "JOINT.EXIT_WEIGHTS", "LOSS.FULL_WEIGHT", "LOSS.DISTILLATION_WEIGHT",
     "LOSS.DISTILLATION_BOX_WEIGHT", "EVAL.PICTURES", "DATA.SYNTHETIC.SEED",
@@ -76,7 +83,7 @@ def check_config(cfg: CfgNode) -> None:
     for key, value in _values(cfg, ("MODEL.IMAGE_SIZE", "DATA.SYNTHETIC.IMAGE_SIZE")):
         _require(64 <= value <= LARGEST_SIDE, key, value, f"64 to {LARGEST_SIDE} pixels")
     _check_exits(cfg)
-    _check_temperatures(cfg)
+    _check_routing(cfg)
     _check_phases(cfg)
     _check_data(cfg)
     _check_rivals(cfg)
@@ -98,10 +105,13 @@ def _check_exits(cfg: CfgNode) -> None:
     _require(0 <= cfg.EXITS.DEPTH <= TAIL_BLOCKS, "EXITS.DEPTH", cfg.EXITS.DEPTH, f"0 to {TAIL_BLOCKS} blocks")
 
 
-def _check_temperatures(cfg: CfgNode) -> None:
+def _check_routing(cfg: CfgNode) -> None:
     bounds = cfg.ROUTING.TEMPERATURE_BOUNDS
     ordered = len(bounds) == 2 and bounds[0] < bounds[1]
     _require(ordered, "ROUTING.TEMPERATURE_BOUNDS", bounds, "[low, high] with low below high, such as [0.5, 3.0]")
+    for value in cfg.ROUTING.THRESHOLDS:
+        inside = not isinstance(value, str) and (0 <= value <= 1 or value == CLOSED)
+        _require(inside, "ROUTING.THRESHOLDS", value, f"a number in [0, 1], or {CLOSED:g} to close an exit")
     for value in cfg.ROUTING.TEMPERATURES:
         _require(bounds[0] <= value <= bounds[1], "ROUTING.TEMPERATURES", value, f"a number inside {bounds}")
 

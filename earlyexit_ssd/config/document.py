@@ -1,4 +1,4 @@
-"""docs/config.md from the source of defaults.py: ``python -m earlyexit_ssd.config.document docs/config.md``."""
+"""docs/config.md from the sources of the defaults: ``python -m earlyexit_ssd.config.document docs/config.md``."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from earlyexit_ssd.config import defaults
+from earlyexit_ssd.config import defaults, defaults_training
 from earlyexit_ssd.files import write_text
 
 TREE, FACTORY, SHARED = "_C", "_phase", "phase"
-"""Names in defaults.py: the tree, the function that makes a phase's node, and that node inside the function."""
+"""Names in the sources: the tree, the function that makes a phase's node, and that node inside the function."""
 
 _HEADING = re.compile(r"# -{4} (.+?) -+$")
 _INTRODUCTION = """# Configuration
 
-Every key with its default. The file is generated from `earlyexit_ssd/config/defaults.py`:
+Every key with its default. The file is generated from `earlyexit_ssd/config/defaults*.py`:
 `python -m earlyexit_ssd.config.document docs/config.md`.
 
 A configuration is a YAML file that names only what differs; `_BASE_: other.yaml` (relative to the file) puts another
@@ -57,7 +57,7 @@ class Entry:
 
 
 def read_entries(source: str) -> list[Entry]:
-    """The keys of a source like that of defaults.py, in its order; shared keys come before the first node with them."""
+    """The keys of a source like the defaults', in its order; shared keys come before the first node with them."""
     comments = _comments(source)
     entries: list[Entry] = []
     factory: ast.FunctionDef | None = None
@@ -148,8 +148,12 @@ def _text(comment: str) -> str:
 
 def document() -> str:
     """What docs/config.md should hold."""
-    source = Path(defaults.__file__).read_text(encoding="utf-8")
-    return render(read_entries(source), defaults.get_cfg())
+    return render(read_entries(sources()), defaults.get_cfg())
+
+
+def sources() -> str:
+    """The sources of the defaults, one behind the other."""
+    return "\n".join(Path(part.__file__).read_text(encoding="utf-8") for part in (defaults_training, defaults))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.routing.risk import BOUNDS, fixed_sequence_test, photos_needed, upper_bound
-from earlyexit_ssd.routing.router import CLOSED
 from earlyexit_ssd.routing.search import choose, pareto_path, threshold_grid
 
 LONGEST_PATH = 80

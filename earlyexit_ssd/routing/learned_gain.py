@@ -130,7 +130,7 @@ def _from_plain(values: dict[str, list]) -> GainModel:
 
 
 def fit_gain(
-    inputs: Tensor, gains: Tensor, steps: int = 600, lr: float = 0.01, weight_decay: float = 0.05, seed: int = 0
+    inputs: Tensor, gains: Tensor, steps: int = 600, lr: float = 0.01, weight_decay: float = 1.0, seed: int = 0
 ) -> GainModel:
     """Least squares (AdamW, full batch) of the gains [n] on the inputs [n, NUM_STATISTICS + tap_channels]."""
     with torch.random.fork_rng():

@@ -9,15 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.keywords import suggest_keywords
 from earlyexit_ssd.modeling.losses import mean_over_processes
 from earlyexit_ssd.modeling.outputs import ExitSignals
 from earlyexit_ssd.routing import learned_gain  # noqa: F401  (registers its policy)
 from earlyexit_ssd.routing.policies import get_policy
-
-CLOSED = 2.0
-"""A threshold that no confidence reaches."""
 
 
 class ExitRouter(nn.Module):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from earlyexit_ssd.routing.router import CLOSED
+from earlyexit_ssd.config import CLOSED
 
 LARGEST_GRID = 4000
 """Combinations that are looked at, at most; the candidates of each exit become fewer with more exits."""

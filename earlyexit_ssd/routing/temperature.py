@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from earlyexit_ssd.routing.policies import Odds
+
 BINS = 10
+LEAST_PROBABILITY = 0.05
 AT_BOUND = 0.01
 """A fitted temperature this near to a bound (as a share of it) has been stopped by it."""
-
-Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
-"""Makes an iterator over raw logits [N, A, C] with labels [N, A], 0 for background; called several times."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Reliability:
 
     Attributes:
         confidence, accuracy, count: per bin of the probability of the most probable object class, `BINS` of equal
-            width; boxes with less than 0.05 are left out, since nearly all are background and right about it.
+            width.
         expected_error: sum over the bins of count / total * |accuracy - confidence| (Guo et al. 2017, equation 3).
     """
 
@@ -34,12 +34,48 @@ class Reliability:
     expected_error: float
 
 
+@dataclass(frozen=True)
+class FittedTemperature:
+    """One exit's temperature, and its reliability on the photos it was fitted on: at 1 and at that temperature."""
+
+    exit_name: str
+    temperature: float
+    before: Reliability
+    after: Reliability
+
+
 @torch.no_grad()
-def fit_temperature(batches: Batches, bounds: tuple[float, float]) -> float:
-    """The temperature T in ``bounds`` at which softmax(logits / T) gives the labels the largest likelihood, over all
-    default boxes (Guo et al. 2017, section 4.2)."""
+def contested_boxes(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The default boxes that matter: on an object, or with an object probability of `LEAST_PROBABILITY` at least.
+
+    The others, 98 % of them, are sure background; counted in, they would decide the temperature alone.
+
+    Args:
+        batches: raw logits [N, A, C] with labels [N, A], 0 for background.
+
+    Returns:
+        logits [M, C] and labels [M].
+    """
+    logits, labels = [], []
+    for batch, truth in batches:
+        keep = (truth > 0) | (Odds(batch).largest >= LEAST_PROBABILITY)
+        logits.append(batch[keep])
+        labels.append(truth[keep].long())
+    return torch.cat(logits), torch.cat(labels)
+
+
+@torch.no_grad()
+def fit_temperature(logits: Tensor, labels: Tensor, bounds: tuple[float, float]) -> float:
+    """The temperature T in ``bounds`` at which softmax(logits / T) gives the labels the largest likelihood (Guo et al.
+    2017, section 4.2).
+
+    Args:
+        logits: [M, C]; labels: [M].
+    """
+    if not len(logits):
+        return 1.0
     found = minimize_scalar(
-        lambda temperature: negative_log_likelihood(batches(), temperature),
+        lambda temperature: F.cross_entropy(logits / temperature, labels).item(),
         bounds=bounds,
         method="bounded",
         options={"xatol": 1e-3},
@@ -53,27 +89,15 @@ def stopped_by(temperature: float, bounds: tuple[float, float]) -> float | None:
 
 
 @torch.no_grad()
-def negative_log_likelihood(batches: Iterable[tuple[Tensor, Tensor]], temperature: float) -> float:
-    """Mean over the default boxes of -log p(label) at this temperature."""
-    total, count = 0.0, 0
-    for logits, labels in batches:
-        loss = F.cross_entropy(logits.flatten(0, 1) / temperature, labels.flatten().long(), reduction="sum")
-        total, count = total + loss.item(), count + labels.numel()
-    return total / max(count, 1)
-
-
-@torch.no_grad()
-def reliability(batches: Iterable[tuple[Tensor, Tensor]], temperature: float) -> Reliability:
-    """Of softmax(logits / temperature) against the labels."""
-    sums = torch.zeros(3, BINS, dtype=torch.float64)
-    for logits, labels in batches:
-        probability, label = (logits / temperature).softmax(-1)[..., 1:].max(-1)
-        keep = probability >= 0.05
-        probability, right = probability[keep], (label[keep] + 1 == labels[keep]).double()
-        place = (probability * BINS).long().clamp(max=BINS - 1)
-        for row, values in enumerate((torch.ones_like(right), probability.double(), right)):
-            sums[row] += torch.bincount(place, weights=values, minlength=BINS)
-    count = sums[0]
-    confidence, accuracy = (sums[row] / count.clamp(min=1) for row in (1, 2))
+def reliability(logits: Tensor, labels: Tensor, temperature: float) -> Reliability:
+    """Of softmax(logits / temperature), [M, C], against the labels [M]."""
+    probability, label = (logits / temperature).softmax(-1)[..., 1:].max(-1)
+    right = (label + 1 == labels).double()
+    place = (probability * BINS).long().clamp(max=BINS - 1)
+    count, confidence, accuracy = (
+        torch.bincount(place, weights=values, minlength=BINS)
+        for values in (torch.ones_like(right), probability.double(), right)
+    )
+    confidence, accuracy = confidence / count.clamp(min=1), accuracy / count.clamp(min=1)
     error = (count * (accuracy - confidence).abs()).sum() / count.sum().clamp(min=1)
     return Reliability(tuple(confidence.tolist()), tuple(accuracy.tolist()), tuple(count.long().tolist()), error.item())

@@ -12,7 +12,11 @@ from earlyexit_ssd.errors import ConfigError
         ("EXITS.LAYERS", "[]", "at least one layer"),
         ("EXITS.LAYERS", "[12, 8]", "increasing layers"),
         ("EXITS.LAYERS", "[8.5]", "expected trunk layers"),
-        ("ROUTING.THRESHOLDS", "[1.5]", r"ROUTING.THRESHOLDS is 1.5, expected a number in \[0, 1\]"),
+        (
+            "ROUTING.THRESHOLDS",
+            "[1.5]",
+            r"ROUTING.THRESHOLDS is 1.5, expected a number in \[0, 1\], or 2 to",
+        ),
         ("ROUTING.THRESHOLDS", "[high]", "expected a number"),
         ("ROUTING.THRESHOLDS", "[0.1, 0.2, 0.3]", "one for each of 2 exits"),
         ("ROUTING.TEMPERATURE_BOUNDS", "[3.0, 0.5]", "low below high"),

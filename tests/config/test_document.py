@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from fvcore.common.config import CfgNode
 
-from earlyexit_ssd.config import defaults, document, get_cfg, load_config
+from earlyexit_ssd.config import document, get_cfg, load_config
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 SOURCE = """
@@ -33,7 +33,7 @@ _C.TWO = _phase(epochs=4)
 
 
 def entries() -> list[document.Entry]:
-    return document.read_entries(Path(defaults.__file__).read_text(encoding="utf-8"))
+    return document.read_entries(document.sources())
 
 
 def keys_of(node: CfgNode, prefix: tuple[str, ...] = ()) -> Iterator[str]:

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
+from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.errors import DataError
 from earlyexit_ssd.evaluation.collect import collect
 from earlyexit_ssd.evaluation.mode import evaluating
 from earlyexit_ssd.evaluation.recording import Recording, record
 from earlyexit_ssd.evaluation.routed import choose_exits
 from earlyexit_ssd.routing import POLICIES, ExitRouter
-from earlyexit_ssd.routing.router import CLOSED
 
 SIZES = ((96, 96), (80, 120), (50, 60), (96, 96), (120, 70))
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.routing.certify import LONGEST_PATH, certify, safe_to_bold
-from earlyexit_ssd.routing.router import CLOSED
 from earlyexit_ssd.routing.search import choose
 
 COSTS = np.array([1.0, 2.0, 4.0])

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from earlyexit_ssd.routing.router import CLOSED
+from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.routing.search import candidates, cheapest_within, choose, pareto_path, threshold_grid
 
 CONFIDENCES = [np.array([0.9, 0.2, 0.5, 0.1]), np.array([0.1, 0.8, 0.9, 0.3])]

@@ -1,0 +1,200 @@
+"""Calibrate a trained model's routing on the calib split, to a target that the user states."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from fvcore.common.config import CfgNode
+
+from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.data import DetectionDataset, load_dataset
+from earlyexit_ssd.data.disjoint import require_disjoint
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.evaluation.choices import ap_of_choice
+from earlyexit_ssd.files import make_folder
+from earlyexit_ssd.modeling import EarlyExitSSDLite, load_model
+from earlyexit_ssd.modeling.checkpoint import weights_hash
+from earlyexit_ssd.pipeline.build import build_device, with_classes
+from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
+from earlyexit_ssd.pipeline.fit_router import fit_router
+from earlyexit_ssd.pipeline.replay import Replay, replay_split
+from earlyexit_ssd.progress import progress
+from earlyexit_ssd.report.calibration import write_calibration
+from earlyexit_ssd.routing import ExitRouter
+from earlyexit_ssd.routing.certificate import Certificate
+from earlyexit_ssd.routing.certify import certify, safe_to_bold
+from earlyexit_ssd.routing.drift import Reference
+from earlyexit_ssd.routing.search import cheapest_within, threshold_grid
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What calibration is to reach.
+
+    Attributes:
+        kind: ``speedup`` (at least, against the detector without exits, in mean cost), ``ap_drop`` (AP50 lost against
+            the full path, at most) or ``risk`` (mean loss per photo, at most, with probability 1 - delta).
+        value: the number.
+        delta: of a risk target, in (0, 1).
+    """
+
+    kind: str
+    value: float
+    delta: float = 0.05
+
+
+@dataclass(frozen=True)
+class Found:
+    """Thresholds, the exit of every calibration photo [n], and what more is to be said about the target."""
+
+    thresholds: tuple[float, ...]
+    choice: np.ndarray
+    more: dict[str, Any]
+
+
+def calibrate(
+    cfg: CfgNode, weights: str | os.PathLike[str], target: Target, out_dir: str | os.PathLike[str]
+) -> Certificate:
+    """Fit temperatures and policy, search thresholds, and write certificate.json, a report and a diagram.
+
+    Args:
+        cfg: its DATA, ROUTING, CALIBRATION and EVAL sections are used; the classes are those of the weights.
+        weights: a model of this project.
+        target: what to reach.
+        out_dir: for the certificate and the recordings of the splits.
+
+    Raises:
+        EarlyExitError: unusable weights, data or settings, splits that share photos, or a target out of reach.
+    """
+    out = Path(out_dir)
+    make_folder(out)
+    device = build_device(cfg)
+    model, architecture, _ = load_model(weights)
+    cfg = with_classes(cfg, architecture.classes)
+    train_set, calib_set = _disjoint_splits(cfg)
+    model = model.to(device)
+    calib = replay_split(cfg, model, calib_set, out / "recordings" / "calib")
+    needs_train = target.kind == "risk" or cfg.ROUTING.POLICY == "learned_gain"
+    train = replay_split(cfg, model, train_set, out / "recordings" / "train") if needs_train else None
+    router, reliabilities = fit_router(cfg, model.exit_names, calib, train)
+    costs = measure_cost_model(cfg, model, router)
+    found = _search(cfg, target, router, calib, train, costs)
+    certificate = _certificate(cfg, model, target, router, calib, costs, found)
+    write_calibration(out, certificate, reliabilities)
+    return certificate
+
+
+def _disjoint_splits(cfg: CfgNode) -> tuple[DetectionDataset, DetectionDataset]:
+    """Training photos (as many as asked for, not augmented) and calibration photos; no photo is in two splits."""
+    every = {name: load_dataset(cfg, cfg.DATA[name]) for name in ("TRAIN", "TEST")}
+    calib_set = load_dataset(cfg, cfg.DATA.CALIB, need_boxes=True)
+    require_disjoint(CALIB=calib_set, **every)
+    if cfg.CALIBRATION.TRAIN_PHOTOS:
+        limited = cfg.clone()
+        limited.defrost()
+        limited.DATA.LIMIT = cfg.CALIBRATION.TRAIN_PHOTOS
+        return load_dataset(limited, cfg.DATA.TRAIN), calib_set
+    return every["TRAIN"], calib_set
+
+
+def _search(
+    cfg: CfgNode, target: Target, router: ExitRouter, calib: Replay, train: Replay | None, costs: CostModel
+) -> Found:
+    confidences = calib.confidences(router)
+    if target.kind == "risk":
+        reference = cfg.CALIBRATION.REFERENCE
+        path = safe_to_bold(train.confidences(router), train.losses(reference), costs.per_exit)
+        found = certify(path, confidences, calib.losses(reference), target.value, target.delta, cfg.CALIBRATION.BOUND)
+        if found.steps == 0:
+            _warn_closed(target, found.photos_needed, len(calib.recording))
+        return Found(found.thresholds, found.choice, {"loss_bound": found.bound, "steps": found.steps})
+    grid = threshold_grid(confidences)
+    mean_costs = grid.mean(costs.per_exit)
+    ap50 = np.array(
+        [
+            ap_of_choice(calib.matches, choice, ap50_only=True).AP50 or 0.0
+            for choice in progress(grid.choices, desc="thresholds")
+        ]
+    )
+    if target.kind == "speedup":
+        chosen = cheapest_within(mean_costs, -ap50, costs.plain / target.value)
+        if chosen is None:
+            raise EarlyExitError(
+                f"a speed-up of {target.value:g} is out of reach: with every photo at the first exit it is "
+                f"{costs.plain / mean_costs.min():.2f}; ask for less, or plan a shallower exit (tools/plan_exits.py)"
+            )
+    else:
+        full = ap_of_choice(calib.matches, np.full(len(calib.recording), len(confidences)), ap50_only=True).AP50 or 0.0
+        chosen = cheapest_within(full - ap50, mean_costs, target.value)
+    return Found(tuple(float(value) for value in grid.thresholds[chosen]), grid.choices[chosen], {})
+
+
+def _warn_closed(target: Target, needed: int | None, photos: int) -> None:
+    advice = (
+        f"{needed} calibration photos like these would do"
+        if needed and needed > photos
+        else "the exits are not good enough for it: allow a larger risk, or train them longer"
+    )
+    logger.warning(
+        "no exit can be opened at a risk of %g with probability %g on %d photos: all stay closed; %s",
+        target.value,
+        1 - target.delta,
+        photos,
+        advice,
+    )
+
+
+def _certificate(
+    cfg: CfgNode,
+    model: EarlyExitSSDLite,
+    target: Target,
+    router: ExitRouter,
+    calib: Replay,
+    costs: CostModel,
+    found: Found,
+) -> Certificate:
+    exits = len(model.exit_names)
+    losses = calib.losses(cfg.CALIBRATION.REFERENCE)
+    confidences = calib.confidences(router)
+    photos = tuple(sorted(digest[:16] for digest in calib.photos_sha256))
+    rows = np.arange(len(found.choice))
+    measured = {
+        "photos": len(found.choice),
+        "loss": float(losses[rows, found.choice].mean()),
+        "AP50": ap_of_choice(calib.matches, found.choice, ap50_only=True).AP50,
+        "AP50_full": ap_of_choice(calib.matches, np.full(len(rows), exits - 1), ap50_only=True).AP50,
+        "exit_share": dict(
+            zip(model.exit_names, (np.bincount(found.choice, minlength=exits) / len(rows)).tolist(), strict=True)
+        ),
+        "cost": float(costs.per_exit[found.choice].mean()),
+        "speedup": costs.speedup(found.choice),
+        **found.more,
+    }
+    risk = {"epsilon": target.value, "delta": target.delta, "bound": cfg.CALIBRATION.BOUND}
+    return Certificate(
+        router={**router.to_dict(), "thresholds": [min(value, CLOSED) for value in found.thresholds]},
+        target={
+            "kind": target.kind,
+            **(risk if target.kind == "risk" else {"value": target.value}),
+            "reference": cfg.CALIBRATION.REFERENCE,
+            "score": cfg.EVAL.SCORE,
+            "iou": cfg.EVAL.IOU,
+        },
+        measured=measured,
+        cost_model=costs.to_dict(),
+        weights_sha256=weights_hash(model),
+        photos_sha256=photos,
+        photo_list_sha256=hashlib.sha256("".join(photos).encode()).hexdigest(),
+        drift=Reference.from_decisions(model.exit_names, found.choice.astype(np.int64), confidences).to_dict(),
+        versions={"torch": torch.__version__, "torchvision": torchvision.__version__},
+    )

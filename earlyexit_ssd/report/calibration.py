@@ -1,0 +1,91 @@
+"""What a calibration found: a page of text and a reliability diagram."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from PIL import Image
+
+from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.files import write_image, write_text
+from earlyexit_ssd.report.plot import EXITS, PLAIN, ROUTED, draw_charts
+from earlyexit_ssd.routing.certificate import Certificate
+from earlyexit_ssd.routing.temperature import FittedTemperature, Reliability
+
+
+def write_calibration(folder: Path, certificate: Certificate, temperatures: Sequence[FittedTemperature]) -> None:
+    """certificate.json, calibration.txt and reliability.png, each complete or not at all."""
+    write_text(folder / "calibration.txt", calibration_report(certificate, temperatures) + "\n")
+    write_image(folder / "reliability.png", reliability_diagram(temperatures))
+    certificate.save(folder / "certificate.json")
+
+
+def calibration_report(certificate: Certificate, temperatures: Sequence[FittedTemperature]) -> str:
+    """A line per exit, and what is promised."""
+    measured, unit = certificate.measured, certificate.cost_model["unit"]
+    lines = [f"policy {certificate.router['policy']}, {measured['photos']} calibration photos", ""]
+    lines.append(
+        f"{'exit':8} {'threshold':>10} {'share':>8} {unit:>9} {'temperature':>12} {'ECE before':>11} {'after':>7}"
+    )
+    costs = [*certificate.cost_model["exits"]]
+    for fitted, threshold, cost in zip(temperatures, certificate.router["thresholds"], costs, strict=False):
+        shown = "closed" if threshold >= CLOSED else f"{threshold:.4f}"
+        share = measured["exit_share"][fitted.exit_name]
+        lines.append(
+            f"{fitted.exit_name:8} {shown:>10} {100 * share:6.1f} % {cost:9.1f} {fitted.temperature:12.2f} "
+            f"{fitted.before.expected_error:11.3f} {fitted.after.expected_error:7.3f}"
+        )
+    lines.append(f"{'full':8} {'':>10} {100 * measured['exit_share']['full']:6.1f} % {costs[-1]:9.1f}")
+    lines += ["", *_promise(certificate)]
+    return "\n".join(lines)
+
+
+def _promise(certificate: Certificate) -> list[str]:
+    measured, target, unit = certificate.measured, certificate.target, certificate.cost_model["unit"]
+    against = "what the full path says" if target["reference"] == "full" else "the labels"
+    lines = [
+        f"AP50 {_figure(measured['AP50'])}, full path {_figure(measured['AP50_full'])}; "
+        f"loss per photo {measured['loss']:.4f} against {against}",
+        f"mean cost {measured['cost']:.1f} {unit}, "
+        f"{measured['speedup']:.2f} times as fast as the detector without exits",
+    ]
+    if target["kind"] == "risk":
+        promise = (
+            "every exit stays closed: nothing is lost, nothing gained"
+            if certificate.closed
+            else f"with probability {1 - target['delta']:g} over the draw of the calibration photos the expected loss "
+            f"per photo is at most {target['epsilon']:g} (bound {measured['loss_bound']:.4f}, {target['bound']})"
+        )
+        lines.append(promise)
+    return lines
+
+
+def reliability_diagram(temperatures: Sequence[FittedTemperature]) -> Image.Image:
+    """Per exit, how often the most probable class is right where it has this probability, before and after."""
+
+    def draw(axes: np.ndarray) -> None:
+        for column, fitted in enumerate(temperatures):
+            one = axes[0, column]
+            one.plot([0, 1], [0, 1], color=PLAIN, linestyle=":", linewidth=1)
+            _draw_curve(one, fitted.before, PLAIN, "before")
+            _draw_curve(one, fitted.after, ROUTED if fitted.temperature != 1 else EXITS, "after")
+            one.set_title(f"{fitted.exit_name}, temperature {fitted.temperature:.2f}")
+            one.set_xlabel("probability of the class")
+            one.legend(frameon=False)
+        axes[0, 0].set_ylabel("share that is right")
+
+    return draw_charts(draw, 1, len(temperatures), (4.2 * len(temperatures), 4))
+
+
+def _draw_curve(axes: Axes, reliability: Reliability, color: str, label: str) -> None:
+    filled = [index for index, count in enumerate(reliability.count) if count]
+    confidence = [reliability.confidence[index] for index in filled]
+    accuracy = [reliability.accuracy[index] for index in filled]
+    axes.plot(confidence, accuracy, color=color, marker="o", label=f"{label}, error {reliability.expected_error:.3f}")
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
