@@ -32,6 +32,7 @@ from earlyexit_ssd.routing import ExitRouter
 from earlyexit_ssd.routing.certificate import Certificate
 from earlyexit_ssd.routing.certify import certify, safe_to_bold
 from earlyexit_ssd.routing.drift import Reference
+from earlyexit_ssd.routing.policies import FITTED_POLICIES, get_policy
 from earlyexit_ssd.routing.search import cheapest_within, threshold_grid
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,20 @@ class Target:
     kind: str
     value: float
     delta: float = 0.05
+
+    def __post_init__(self) -> None:
+        expected = {
+            "speedup": ("a number above 0", self.value > 0),
+            "ap_drop": ("a number in [0, 1]", 0 <= self.value <= 1),
+            "risk": ("a number in (0, 1)", 0 < self.value < 1),
+        }
+        if self.kind not in expected:
+            raise EarlyExitError(f"target {self.kind!r}: expected one of {', '.join(expected)}")
+        text, fits = expected[self.kind]
+        if not fits:
+            raise EarlyExitError(f"{self.kind} is {self.value:g}, expected {text}")
+        if not 0 < self.delta < 1:
+            raise EarlyExitError(f"delta is {self.delta:g}, expected a number in (0, 1), such as 0.05")
 
 
 @dataclass(frozen=True)
@@ -79,6 +94,8 @@ def calibrate(
     out = Path(out_dir)
     make_folder(out)
     device = build_device(cfg)
+    if cfg.ROUTING.POLICY not in FITTED_POLICIES:
+        get_policy(cfg.ROUTING.POLICY)
     model, architecture, _ = load_model(weights)
     cfg = with_classes(cfg, architecture.classes)
     train_set, calib_set = _disjoint_splits(cfg)

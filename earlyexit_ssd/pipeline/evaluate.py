@@ -11,6 +11,7 @@ from fvcore.common.config import CfgNode
 from PIL import Image
 
 from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset, to_coco
+from earlyexit_ssd.data.disjoint import photo_hashes
 from earlyexit_ssd.evaluation.collect import Collected, collect
 from earlyexit_ssd.evaluation.metrics import evaluate_exits
 from earlyexit_ssd.evaluation.rivals import first_exit_alone
@@ -27,6 +28,8 @@ from earlyexit_ssd.pipeline.build import (
 from earlyexit_ssd.pipeline.rivals import build_rivals, check_rivals
 from earlyexit_ssd.report.pictures import Example, choose_examples, detection_grid
 from earlyexit_ssd.report.results import write_results
+from earlyexit_ssd.routing import ExitRouter
+from earlyexit_ssd.routing.certificate import load_certificate
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +57,7 @@ def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str |
     dataset = load_dataset(cfg, cfg.DATA.TEST)
     ground_truth = to_coco(dataset)
     loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, train=False, seed=cfg.SEED)
-    router = build_router(cfg, {"num_exits": model.num_early_exits, **(info.get("router") or {})}).to(device)
+    router = _router(cfg, model, dataset, info).to(device)
     rivals = build_rivals(cfg, model, architecture, device)
     collected = collect(model.to(device), loader, router)
     if cfg.EVAL.RIVALS.ENABLED:
@@ -77,6 +80,16 @@ def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str |
         pictures["detections"] = _detection_picture(cfg, model, dataset, collected, chosen)
     write_results(Path(out_dir), metrics, pictures)
     return metrics
+
+
+def _router(cfg: CfgNode, model: EarlyExitSSDLite, dataset: DetectionDataset, info: dict[str, Any]) -> ExitRouter:
+    """The certificate's where there is one, for photos that it was not calibrated on; else the configuration's."""
+    if not cfg.ROUTING.CERTIFICATE:
+        return build_router(cfg, {"num_exits": model.num_early_exits, **(info.get("router") or {})})
+    certificate = load_certificate(cfg.ROUTING.CERTIFICATE)
+    router = certificate.router_for(model)
+    certificate.require_unseen(photo_hashes(dataset))
+    return router
 
 
 def _warn_of_differences(cfg: CfgNode, architecture: Architecture) -> None:

@@ -10,7 +10,7 @@ from earlyexit_ssd.data import catalog, load_dataset, require_disjoint
 from earlyexit_ssd.engine.distributed import barrier, is_main, world_size
 from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.modeling.retrofit import require_weights
-from earlyexit_ssd.pipeline.build import backbone_weights, build_model, with_classes
+from earlyexit_ssd.pipeline.build import backbone_weights, build_model, build_router, with_classes
 from earlyexit_ssd.pipeline.phases import tap_cache
 from earlyexit_ssd.pipeline.rivals import check_rivals
 from earlyexit_ssd.pipeline.run import Run
@@ -24,6 +24,7 @@ def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
         EarlyExitError: unusable settings, data or weights.
     """
     _check_names(cfg)
+    build_router(cfg)  # raises where its policy is unknown, or one that training cannot fit
     check_rivals(cfg, device)
     if not is_main():
         barrier()  # the first process may render or download

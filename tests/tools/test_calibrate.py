@@ -1,0 +1,98 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from earlyexit_ssd import EarlyExitSSDLite
+from earlyexit_ssd.routing.certificate import load_certificate
+from tools import calibrate, eval_exits, train_net
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Arguments for a model of a tiny configuration, trained once for this file."""
+    from tests.tools.conftest import TINY
+
+    root = tmp_path_factory.mktemp("calibrate")
+    (root / "tiny.yaml").write_text(TINY)
+    overrides = ["OUTPUT_DIR", str(root / "run"), "DATA.ROOT", str(root / "datasets"), "EVAL.SCORE", "0.02"]
+    assert train_net.main(["--config", str(root / "tiny.yaml"), "--force", *overrides, "EVAL.PICTURES", "0"]) == 0
+    return root, ["--config", str(root / "tiny.yaml"), *overrides]
+
+
+@pytest.mark.parametrize("policy", ["ambiguous_mass", "learned_gain"])
+def test_risk(trained, policy, capsys):
+    root, arguments = trained
+    out = root / policy
+    target = ["--out", str(out), "--risk", "0.9", "--delta", "0.2"]
+    assert calibrate.main([*arguments, *target, "ROUTING.POLICY", policy]) == 0
+    printed = capsys.readouterr().out
+    assert f"policy {policy}, 8 calibration photos" in printed and "with probability 0.8" in printed
+    certificate = load_certificate(out / "certificate.json")
+    assert certificate.target["epsilon"] == 0.9 and certificate.measured["loss"] <= 0.9
+    assert certificate.measured["loss_bound"] <= 0.9 + 1e-6
+    assert len(certificate.photos_sha256) == 8
+    with Image.open(out / "reliability.png") as picture:
+        assert np.asarray(picture).std() > 5
+
+
+def test_certificate_is_used_and_refuses_what_it_must(trained, capsys):
+    root, arguments = trained
+    out = root / "drop"
+    assert calibrate.main([*arguments, "--out", str(out), "--ap-drop", "1.0", "CALIBRATION.COST", "mmacs"]) == 0
+    certificate = load_certificate(out / "certificate.json")
+    assert certificate.measured["exit_share"]["exit8"] == 1.0  # any loss is allowed: the cheapest wins
+    use = ["ROUTING.CERTIFICATE", str(out / "certificate.json"), "EVAL.PICTURES", "0", "EVAL.RIVALS.ENABLED", "false"]
+    assert eval_exits.main([*arguments, "--out", str(root / "results"), *use]) == 0
+    metrics = json.loads((root / "results" / "metrics.json").read_text())
+    assert metrics["routed"]["thresholds"] == certificate.router["thresholds"]
+    assert metrics["routed"]["exit_share"]["exit8"] == 1.0
+    capsys.readouterr()
+    seen = [*use, "DATA.TEST", "[synthetic_chairs_calib]", "DATA.CALIB", "[synthetic_chairs_test]"]
+    assert eval_exits.main([*arguments, "--out", str(root / "results"), *seen]) == 2
+    assert "is in the certificate's calibration list" in capsys.readouterr().err
+    model = EarlyExitSSDLite.from_pretrained(root / "run" / "model.pth")
+    model.router = certificate.router_for(model)
+    with torch.inference_mode():
+        assert int(model([torch.rand(3, 64, 64)])[0]["exit_index"]) == 0
+    assert eval_exits.main([*arguments, "--out", str(root / "results"), *use, "--weights",
+                            str(root / "run" / "baseline" / "model.pth")]) == 2  # fmt: skip
+    assert "calibrate again" in capsys.readouterr().err
+
+
+def test_recordings_are_used_again(trained, capsys):
+    root, arguments = trained
+    command = [*arguments, "--out", str(root / "drop"), "--ap-drop", "0.5", "CALIBRATION.COST", "mmacs"]
+    assert calibrate.main(command) == 0
+    capsys.readouterr()
+    assert calibrate.main(command) == 0
+    assert "record exits" not in capsys.readouterr().err
+
+
+def test_out_of_reach_and_too_few_photos(trained, capsys):
+    root, arguments = trained
+    target = ["--out", str(root / "fast"), "--speedup", "50", "CALIBRATION.COST", "mmacs"]
+    assert calibrate.main([*arguments, *target]) == 2
+    assert "a speed-up of 50 is out of reach: with every photo at the first exit it is" in capsys.readouterr().err
+    assert calibrate.main([*arguments, "--out", str(root / "closed"), "--risk", "0.001"]) == 0
+    captured = capsys.readouterr()
+    assert "all stay closed" in captured.err and "every exit stays closed" in captured.out
+    assert load_certificate(root / "closed" / "certificate.json").closed
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--risk", "1.5"], "risk is 1.5, expected a number in (0, 1)"),
+        (["--risk", "0.1", "--delta", "0"], "delta is 0"),
+        (["--speedup", "-1"], "speedup is -1, expected a number above 0"),
+        (["--ap-drop", "-0.1"], "ap_drop is -0.1, expected a number in [0, 1]"),
+        (["--risk", "0.1", "ROUTING.POLICY", "entropi"], "did you mean 'entropy'"),
+    ],
+)
+def test_impossible_targets(trained, more, message, capsys):
+    root, arguments = trained
+    assert calibrate.main([*arguments, "--out", str(root / "wrong"), *more]) == 2
+    assert message in capsys.readouterr().err
