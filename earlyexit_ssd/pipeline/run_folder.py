@@ -61,8 +61,9 @@ class RunFolder:
         return self.phase("exits") / "taps"
 
     def remove_taps(self) -> None:
-        """Delete the tap cache."""
-        shutil.rmtree(self.taps, ignore_errors=True)
+        """Delete the tap cache if the exits phase is finished; one that was stopped goes on with it."""
+        if self.finished("exits"):
+            shutil.rmtree(self.taps, ignore_errors=True)
 
     def require_free(self, cfg: CfgNode, resume: bool) -> None:
         """Check that the folder holds no run, or, to resume, one that this configuration goes on with.

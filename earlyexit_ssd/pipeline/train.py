@@ -79,8 +79,7 @@ def _run_phase(run: Run, name: str, force: bool) -> None:
         info = {"phase": name, "forced": gate.forced or run.folder.forced(), "router": router}
         save_model(path, run.model, run.architecture, info)
         run.folder.write_gate(gate)
-        if run.folder.finished(name):
-            run.folder.remove_taps()
+        run.folder.remove_taps()
     barrier()
     logger.info("%s", gate)
     if not gate.passed and not force:

@@ -194,7 +194,8 @@ def test_killed_run_resumes_to_the_same_weights(tiny, tmp_path, average):
                 time.sleep(0.005)
             process.kill()
         assert not (folder / "model.pth").exists()
-        run_command([*command[:2], "--resume", *command[2:]])
+        result = run_command([*command[:2], "--resume", *command[2:]])
+        assert ("cache taps" in result.stderr) == (phase == "baseline"), "a whole cache is used again"
         expected, found = final_weights(tmp_path / "whole"), final_weights(folder)
         assert all(torch.equal(expected[key], found[key]) for key in expected), phase
         assert [entry["step"] for entry in log(folder, phase)] == list(range(1, 13))
