@@ -25,7 +25,7 @@ from earlyexit_ssd.modeling.checkpoint import weights_hash
 from earlyexit_ssd.pipeline.build import build_device, with_classes
 from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
 from earlyexit_ssd.pipeline.fit_router import fit_router
-from earlyexit_ssd.pipeline.replay import Replay, replay_split
+from earlyexit_ssd.pipeline.replay import Replay, replay_split, train_photos
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.calibration import write_calibration
 from earlyexit_ssd.routing import ExitRouter
@@ -116,12 +116,7 @@ def _disjoint_splits(cfg: CfgNode) -> tuple[DetectionDataset, DetectionDataset]:
     every = {name: load_dataset(cfg, cfg.DATA[name]) for name in ("TRAIN", "TEST")}
     calib_set = load_dataset(cfg, cfg.DATA.CALIB, need_boxes=True)
     require_disjoint(CALIB=calib_set, **every)
-    if cfg.CALIBRATION.TRAIN_PHOTOS:
-        limited = cfg.clone()
-        limited.defrost()
-        limited.DATA.LIMIT = cfg.CALIBRATION.TRAIN_PHOTOS
-        return load_dataset(limited, cfg.DATA.TRAIN), calib_set
-    return every["TRAIN"], calib_set
+    return train_photos(cfg), calib_set
 
 
 def _search(

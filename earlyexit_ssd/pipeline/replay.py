@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,10 @@ from fvcore.common.config import CfgNode
 from pycocotools.coco import COCO
 from torch import Tensor
 
-from earlyexit_ssd.data import DetectionDataset, build_loader, to_coco
+from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset, to_coco
 from earlyexit_ssd.data.disjoint import photo_hashes
 from earlyexit_ssd.evaluation.choices import ExitMatches, exit_matches
-from earlyexit_ssd.evaluation.photo_losses import losses_against_full, losses_against_labels
+from earlyexit_ssd.evaluation.photo_losses import errors_against_labels, losses_against_full, losses_against_labels
 from earlyexit_ssd.evaluation.recording import Recording, record
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.routing import ExitRouter
@@ -32,6 +32,7 @@ class Replay:
     photos_sha256: tuple[str, ...]
     score: float
     iou: float
+    _losses: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property
     def order(self) -> np.ndarray:
@@ -43,10 +44,17 @@ class Replay:
         """Every exit's matches with the objects, for AP of any choice."""
         return exit_matches(self.ground_truth, self.recording.detections)
 
+    @functools.cached_property
+    def errors(self) -> np.ndarray:
+        """Share of each exit's answer that is wrong, [n, exits]."""
+        return errors_against_labels(self.ground_truth, self.recording.detections, self.score, self.iou)
+
     def losses(self, reference: str) -> np.ndarray:
         """Per photo and exit, [n, exits], against what the ``full`` path says or against the ``labels``."""
-        measure = {"full": losses_against_full, "labels": losses_against_labels}[reference]
-        return measure(self.ground_truth, self.recording.detections, self.score, self.iou)
+        if reference not in self._losses:
+            measure = {"full": losses_against_full, "labels": losses_against_labels}[reference]
+            self._losses[reference] = measure(self.ground_truth, self.recording.detections, self.score, self.iou)
+        return self._losses[reference]
 
     def confidences(self, router: ExitRouter) -> list[np.ndarray]:
         """Per early exit [n]."""
@@ -70,3 +78,12 @@ def replay_split(cfg: CfgNode, model: EarlyExitSSDLite, dataset: DetectionDatase
     loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, train=False, seed=cfg.SEED)
     recording = record(model, loader, len(dataset), folder, key)
     return Replay(recording, ground_truth, tuple(hashes), cfg.EVAL.SCORE, cfg.EVAL.IOU)
+
+
+def train_photos(cfg: CfgNode) -> DetectionDataset:
+    """CALIBRATION.TRAIN_PHOTOS of the training photos, not augmented."""
+    if cfg.CALIBRATION.TRAIN_PHOTOS:
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.DATA.LIMIT = cfg.CALIBRATION.TRAIN_PHOTOS
+    return load_dataset(cfg, cfg.DATA.TRAIN)

@@ -1,0 +1,83 @@
+"""The lines that a router is held against at equal mean cost: a coin and an oracle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from earlyexit_ssd.evaluation.choices import ExitMatches, ap_of_choice
+
+COIN_TOSSES = 20
+
+
+@dataclass(frozen=True)
+class Line:
+    """AP and AP50 in [0, 1], and the mean cost at which they were reached."""
+
+    cost: float
+    AP: float | None
+    AP50: float | None
+
+
+def line_of(matches: ExitMatches, choice: np.ndarray, costs: np.ndarray) -> Line:
+    """Where the photos take these exits, [n]; ``costs`` [exits]."""
+    found = ap_of_choice(matches, choice)
+    return Line(float(costs[choice].mean()), found.AP, found.AP50)
+
+
+def coin(matches: ExitMatches, choice: np.ndarray, costs: np.ndarray, seed: int = 0) -> Line:
+    """Exits in the same shares as ``choice`` [n], but given to the photos by chance: the mean of `COIN_TOSSES`."""
+    generator = np.random.default_rng(seed)
+    tosses = [ap_of_choice(matches, generator.permutation(choice)) for _ in range(COIN_TOSSES)]
+    values = [
+        None if any(value is None for value in figures) else float(np.mean(figures))
+        for figures in ([toss.AP for toss in tosses], [toss.AP50 for toss in tosses])
+    ]
+    return Line(float(costs[choice].mean()), *values)
+
+
+def oracle_choice(errors: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray:
+    """Exits [n] with the least mean error at a mean cost of at most ``budget``, chosen photo by photo with the labels.
+
+    Each photo takes the exit of least error + price * cost, the cheaper of equal ones; the price is the smallest, by
+    bisection, at which the budget holds (the Lagrangian of the problem). Where photos that stand on the edge of the
+    last price fit into the rest of the budget, they take the dearer exit.
+
+    Args:
+        errors: [n, exits], such as those of `errors_against_labels`.
+        costs: [exits], the first the cheapest.
+        budget: at least the cheapest cost.
+    """
+    scale = costs / costs.max()
+
+    def choose(price: float) -> np.ndarray:
+        return (errors + price * scale).argmin(1)  # argmin takes the first of equal ones
+
+    low, high = 0.0, 1.0 + float(np.ptp(errors)) / max(float(np.diff(np.sort(scale)).min()), 1e-9)
+    if costs[choose(low)].mean() <= budget:
+        return choose(low)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if costs[choose(middle)].mean() > budget else (low, middle)
+    choice, dearer = choose(high), choose(low)
+    for photo in np.flatnonzero(choice != dearer):
+        change = (costs[dearer[photo]] - costs[choice[photo]]) / len(choice)
+        if costs[choice].mean() + change <= budget:
+            choice[photo] = dearer[photo]
+    return choice
+
+
+def gap_closed(router: Line, chance: Line, oracle: Line) -> float | None:
+    """(router - coin) / (oracle - coin) in AP50: 0 as good as chance, 1 as the oracle; None where the oracle gains
+    nothing."""
+    if None in (router.AP50, chance.AP50, oracle.AP50) or oracle.AP50 - chance.AP50 < 1e-6:
+        return None
+    return (router.AP50 - chance.AP50) / (oracle.AP50 - chance.AP50)
+
+
+def overthinking(errors: np.ndarray) -> list[float]:
+    """Per early exit the share of the photos that it gets wholly right and the full path does not (Kaya et al. 2019,
+    "Shallow-deep networks"); ``errors`` [n, exits]."""
+    right = errors == 0
+    return [float((right[:, index] & ~right[:, -1]).mean()) for index in range(errors.shape[1] - 1)]

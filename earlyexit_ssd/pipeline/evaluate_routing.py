@@ -1,0 +1,209 @@
+"""How much of the way from a coin to an oracle each policy goes, at equal mean costs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fvcore.common.config import CfgNode
+
+from earlyexit_ssd.data import load_dataset
+from earlyexit_ssd.data.disjoint import require_disjoint
+from earlyexit_ssd.evaluation.bootstrap import interval
+from earlyexit_ssd.evaluation.choices import ap_of_choice, bootstrap_choices
+from earlyexit_ssd.evaluation.reference_lines import coin, gap_closed, line_of, oracle_choice, overthinking
+from earlyexit_ssd.files import make_folder
+from earlyexit_ssd.modeling import load_model
+from earlyexit_ssd.pipeline.build import build_device, with_classes
+from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
+from earlyexit_ssd.pipeline.fit_router import fit_router
+from earlyexit_ssd.pipeline.replay import Replay, replay_split, train_photos
+from earlyexit_ssd.progress import progress
+from earlyexit_ssd.report.routing import write_routing
+from earlyexit_ssd.routing.budgets import even_budgets, msdnet_shares, thresholds_for_shares
+from earlyexit_ssd.routing.policies import FITTED_POLICIES, POLICIES, get_policy
+from earlyexit_ssd.routing.search import cheapest_within, choose, threshold_grid
+
+logger = logging.getLogger(__name__)
+
+REFERENCE_POLICY = "max_foreground"
+MSDNET_Q = np.geomspace(0.1, 10, 25)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What chooses (calib), what is reported (test), and the exits' costs."""
+
+    calib: Replay
+    test: Replay
+    costs: CostModel
+    exit_names: tuple[str, ...]
+    seed: int
+
+
+def evaluate_routing(
+    cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str | os.PathLike[str], policies: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Compare policies on DATA.TEST with thresholds from DATA.CALIB; write routing.json, the table and the charts.
+
+    Args:
+        cfg: its DATA, ROUTING, CALIBRATION and EVAL sections are used.
+        weights: a model of this project.
+        out_dir: for the results and the recordings of the splits.
+        policies: names; by default all. ``max_foreground`` is always among them.
+
+    Returns:
+        what is in routing.json.
+
+    Raises:
+        EarlyExitError: unusable weights, data or settings, or splits that share photos.
+    """
+    policies = list(dict.fromkeys([*(policies or [*POLICIES, *FITTED_POLICIES]), REFERENCE_POLICY]))
+    for name in set(policies) - set(FITTED_POLICIES):
+        get_policy(name)
+    out = Path(out_dir)
+    make_folder(out)
+    device = build_device(cfg)
+    model, architecture, _ = load_model(weights)
+    cfg, model = with_classes(cfg, architecture.classes), model.to(device)
+    sets = {name: load_dataset(cfg, cfg.DATA[name]) for name in ("TRAIN", "CALIB", "TEST")}
+    require_disjoint(**sets)
+    folder = out / "recordings"
+    calib = replay_split(cfg, model, sets["CALIB"], folder / "calib")
+    test = replay_split(cfg, model, sets["TEST"], folder / "test")
+    fitted = set(policies) & set(FITTED_POLICIES)
+    train = replay_split(cfg, model, train_photos(cfg), folder / "train") if fitted else None
+    found: dict[str, Any] = {}
+    splits = None
+    for name in policies:
+        router, _ = fit_router(_with_policy(cfg, name), model.exit_names, calib, train)
+        if splits is None:  # scoring costs the same for all policies, within the noise
+            splits = Splits(calib, test, measure_cost_model(cfg, model, router), model.exit_names, cfg.SEED)
+        found[name] = _evaluate_policy(splits, calib.confidences(router), test.confidences(router), name)
+    results = {
+        "context": _context(cfg, splits),
+        "exits": _exits(splits),
+        "overthinking": dict(zip(model.exit_names, overthinking(test.errors), strict=False)),
+        "policies": found,
+    }
+    write_routing(out, results)
+    return results
+
+
+def _with_policy(cfg: CfgNode, name: str) -> CfgNode:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.ROUTING.POLICY = name
+    cfg.freeze()
+    return cfg
+
+
+def _context(cfg: CfgNode, splits: Splits) -> dict[str, Any]:
+    return {
+        "calib": list(cfg.DATA.CALIB),
+        "test": list(cfg.DATA.TEST),
+        "calib_photos": len(splits.calib.recording),
+        "images": len(splits.test.recording),
+        "score": cfg.EVAL.SCORE,
+        "iou": cfg.EVAL.IOU,
+        "seed": cfg.SEED,
+        "reference": cfg.CALIBRATION.REFERENCE,
+        "cost_model": splits.costs.to_dict(),
+    }
+
+
+def _exits(splits: Splits) -> list[dict[str, Any]]:
+    """Every exit alone."""
+    photos, entries = len(splits.test.recording), []
+    for index, name in enumerate(splits.exit_names):
+        choice = np.full(photos, index)
+        values = bootstrap_choices(splits.test.matches, [choice], seed=splits.seed)[0]
+        line = line_of(splits.test.matches, choice, splits.costs.per_exit)
+        entries.append({"name": name, **asdict(line), "AP50_interval": interval(values)})
+    return entries
+
+
+def _evaluate_policy(splits: Splits, calib: list[np.ndarray], test: list[np.ndarray], name: str) -> dict[str, Any]:
+    """At five equal budgets with searched thresholds, and along MSDNet's curve of shares.
+
+    Args:
+        calib, test: per early exit the policy's confidences [n].
+    """
+    grid, costs = threshold_grid(calib), splits.costs.per_exit
+    mean_costs = grid.mean(costs)
+    ap50 = np.array(
+        [
+            ap_of_choice(splits.calib.matches, choice, ap50_only=True).AP50 or 0.0
+            for choice in progress(grid.choices, desc=f"thresholds of {name}")
+        ]
+    )
+    budgets = []
+    for budget in even_budgets(costs):
+        thresholds = grid.thresholds[cheapest_within(mean_costs, -ap50, budget)]
+        budgets.append({"budget": budget, **_at_thresholds(splits, test, thresholds)})
+    gaps = [entry["gap_closed"] for entry in budgets]
+    return {
+        "budgets": budgets,
+        "gap_closed": None if None in gaps else float(np.mean(gaps)),
+        "msdnet": [_at_shares(splits, calib, test, msdnet_shares(len(costs), q)) for q in MSDNET_Q],
+        "leak": _leak(splits, calib, test, budgets),
+    }
+
+
+def _at_thresholds(splits: Splits, test: list[np.ndarray], thresholds: np.ndarray) -> dict[str, Any]:
+    matches, costs = splits.test.matches, splits.costs.per_exit
+    choice = choose(test, thresholds).astype(np.int64)
+    router, chance = line_of(matches, choice, costs), coin(matches, choice, costs, splits.seed)
+    oracle = line_of(matches, oracle_choice(splits.test.errors, costs, router.cost), costs)
+    values = bootstrap_choices(matches, [choice, np.full(len(choice), len(costs) - 1)], seed=splits.seed)
+    rows = np.arange(len(choice))
+    return {
+        "thresholds": [float(value) for value in thresholds],
+        **asdict(router),
+        "AP50_interval": interval(values[0]),
+        "AP50_below_full_interval": interval(values[1] - values[0]),
+        "coin": asdict(chance),
+        "oracle": asdict(oracle),
+        "gap_closed": gap_closed(router, chance, oracle),
+        "speedup": splits.costs.speedup(choice),
+        "loss": float(splits.test.losses("full")[rows, choice].mean()),
+        "exit_share": dict(
+            zip(splits.exit_names, (np.bincount(choice, minlength=len(costs)) / len(rows)).tolist(), strict=True)
+        ),
+    }
+
+
+def _at_shares(
+    splits: Splits, calib: list[np.ndarray], test: list[np.ndarray], shares: np.ndarray
+) -> dict[str, float | None]:
+    choice = choose(test, thresholds_for_shares(calib, shares)).astype(np.int64)
+    return {
+        "cost": float(splits.costs.per_exit[choice].mean()),
+        "AP50": ap_of_choice(splits.test.matches, choice, ap50_only=True).AP50,
+    }
+
+
+def _leak(
+    splits: Splits, calib: list[np.ndarray], test: list[np.ndarray], budgets: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Percentiles of the reported photos' own scores (DynamicDet) against those of the calibration photos, at the
+    shares that the search chose."""
+    entries = []
+    for entry in budgets:
+        shares = list(entry["exit_share"].values())
+        own = choose(test, thresholds_for_shares(test, shares)).astype(np.int64)
+        entries.append(
+            {
+                "calib": _at_shares(splits, calib, test, np.array(shares)),
+                "test": {
+                    "cost": float(splits.costs.per_exit[own].mean()),
+                    "AP50": ap_of_choice(splits.test.matches, own, ap50_only=True).AP50,
+                },
+            }
+        )
+    return entries

@@ -1,0 +1,61 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from earlyexit_ssd.evaluation.choices import exit_matches
+from earlyexit_ssd.evaluation.reference_lines import (
+    Line,
+    coin,
+    gap_closed,
+    line_of,
+    oracle_choice,
+    overthinking,
+)
+
+COSTS = np.array([1.0, 2.0, 4.0])
+
+
+def test_oracle_spends_where_it_helps():
+    errors = np.array([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.5, 1.0, 1.0]])
+    assert oracle_choice(errors, COSTS, 2.0).tolist() == [0, 1, 2, 0]  # mean cost (1 + 2 + 4 + 1) / 4
+    assert oracle_choice(errors, COSTS, 1.3).tolist() == [0, 1, 0, 0]
+    assert oracle_choice(errors, COSTS, 1.0).tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_oracle_is_the_best_of_all_choices_but_for_a_photo(seed):
+    generator = np.random.default_rng(seed)
+    errors = generator.random((6, 3)).round(1)
+    choices = np.array(list(itertools.product(range(3), repeat=6)))
+    mean_errors = errors[np.arange(6), choices].mean(1)
+    for budget in (1.2, 1.7, 2.5, 3.5):
+        found = oracle_choice(errors, COSTS, budget)
+        assert COSTS[found].mean() <= budget + 1e-12
+        best = mean_errors[COSTS[choices].mean(1) <= budget].min()
+        assert errors[np.arange(6), found].mean() <= best + 1 / 6
+
+
+def test_lines_at_equal_cost(random_case):
+    truth, shallow = random_case(1, images=60)
+    _, other = random_case(2, images=60)
+    matches = exit_matches(truth, [other, shallow])  # the first exit sees other photos: it finds nothing
+    choice = np.array([0, 1] * 30)
+    router, chance = line_of(matches, choice, COSTS[:2]), coin(matches, choice, COSTS[:2])
+    assert router.cost == chance.cost == 1.5
+    assert 0 < chance.AP50 < line_of(matches, np.ones(60, int), COSTS[:2]).AP50
+    assert coin(matches, choice, COSTS[:2], seed=0) == chance != coin(matches, choice, COSTS[:2], seed=1)
+    constant = np.ones(60, int)
+    assert pytest.approx(line_of(matches, constant, COSTS[:2]).AP50) == coin(matches, constant, COSTS[:2]).AP50
+
+
+def test_gap_closed_by_hand():
+    lines = [Line(1.0, None, value) for value in (0.69, 0.65, 0.72)]
+    assert gap_closed(*lines) == pytest.approx(4 / 7)
+    assert gap_closed(lines[0], lines[1], lines[1]) is None
+    assert gap_closed(Line(1.0, None, None), lines[1], lines[2]) is None
+
+
+def test_overthinking_by_hand():
+    errors = np.array([[0.0, 0.2, 0.5], [0.0, 0.0, 0.0], [0.1, 0.0, 0.1], [0.3, 0.3, 0.0]])
+    assert overthinking(errors) == [0.25, 0.25]

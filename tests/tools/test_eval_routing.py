@@ -1,0 +1,50 @@
+import json
+
+import pytest
+from PIL import Image
+
+from tools import eval_routing, train_net
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Arguments for a model of a tiny configuration, trained once for this file."""
+    from tests.tools.conftest import TINY
+
+    root = tmp_path_factory.mktemp("routing")
+    (root / "tiny.yaml").write_text(TINY)
+    overrides = ["OUTPUT_DIR", str(root / "run"), "DATA.ROOT", str(root / "datasets"), "EVAL.SCORE", "0.02"]
+    assert train_net.main(["--config", str(root / "tiny.yaml"), "--force", *overrides, "EVAL.PICTURES", "0"]) == 0
+    return root, ["--config", str(root / "tiny.yaml"), *overrides, "CALIBRATION.COST", "mmacs"]
+
+
+def test_policies_are_held_against_coin_and_oracle(trained, capsys):
+    root, arguments = trained
+    policies = ["--policies", "ambiguous_mass,learned_gain"]
+    assert eval_routing.main([*arguments, "--out", str(root / "results"), *policies]) == 0
+    results = json.loads((root / "results" / "routing.json").read_text())
+    assert list(results["policies"]) == ["ambiguous_mass", "learned_gain", "max_foreground"]
+    assert [entry["name"] for entry in results["exits"]] == ["exit8", "exit12", "full"]
+    costs = [entry["cost"] for entry in results["exits"]]
+    for found in results["policies"].values():
+        assert len(found["budgets"]) == 5 and len(found["msdnet"]) == 25
+        for entry in found["budgets"]:
+            assert costs[0] < entry["budget"] < costs[-1]
+            assert entry["coin"]["cost"] == entry["cost"]
+            assert entry["oracle"]["cost"] <= entry["cost"] + 1e-9
+            assert sum(entry["exit_share"].values()) == pytest.approx(1.0)
+    printed = capsys.readouterr().out
+    assert "| policy |" in printed and "coin at the cost of" in printed and "oracle at the cost of" in printed
+    with Image.open(root / "results" / "routing.png") as picture:
+        assert picture.size[0] > 300
+    # deterministic, and the second time without the network
+    before = (root / "results" / "routing.json").read_text()
+    assert eval_routing.main([*arguments, "--out", str(root / "results"), *policies]) == 0
+    assert "record exits" not in capsys.readouterr().err
+    assert (root / "results" / "routing.json").read_text() == before
+
+
+def test_unknown_policy(trained, capsys):
+    root, arguments = trained
+    assert eval_routing.main([*arguments, "--out", str(root / "wrong"), "--policies", "marginn"]) == 2
+    assert "did you mean 'margin'" in capsys.readouterr().err
