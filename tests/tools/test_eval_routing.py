@@ -3,7 +3,7 @@ import json
 import pytest
 from PIL import Image
 
-from tools import eval_routing, train_net
+from tools import check_guarantee, eval_routing, train_net
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +48,14 @@ def test_unknown_policy(trained, capsys):
     root, arguments = trained
     assert eval_routing.main([*arguments, "--out", str(root / "wrong"), "--policies", "marginn"]) == 2
     assert "did you mean 'margin'" in capsys.readouterr().err
+
+
+def test_guarantee_on_the_same_recordings(trained, capsys):
+    root, arguments = trained
+    command = [*arguments, "--out", str(root / "results"), "--splits", "20", "--delta", "0.2"]
+    assert check_guarantee.main([*command, "ROUTING.POLICY", "ambiguous_mass"]) == 0
+    printed = capsys.readouterr().out
+    assert "Policy ambiguous_mass, bound betting, loss against full: 8 of 16 photos calibrate" in printed
+    found = json.loads((root / "results" / "guarantee.json").read_text())["resplits"]
+    assert [one["epsilon"] for one in found] == [0.01, 0.02, 0.05]
+    assert all(one["speedup"] <= one["best_speedup"] + 1e-9 and one["splits"] == 20 for one in found)

@@ -1,0 +1,107 @@
+"""Try a risk certificate on many random splits of the calibration and test photos."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fvcore.common.config import CfgNode
+
+from earlyexit_ssd.data import load_dataset
+from earlyexit_ssd.data.disjoint import require_disjoint
+from earlyexit_ssd.evaluation.resplits import Resplits, check_certificates
+from earlyexit_ssd.files import make_folder, write_json
+from earlyexit_ssd.modeling import load_model
+from earlyexit_ssd.pipeline.build import build_device, with_classes
+from earlyexit_ssd.pipeline.cost_model import measure_cost_model
+from earlyexit_ssd.pipeline.fit_router import fit_router
+from earlyexit_ssd.pipeline.replay import replay_split, train_photos
+from earlyexit_ssd.routing.certify import safe_to_bold
+
+
+def check_guarantee(
+    cfg: CfgNode,
+    weights: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    epsilons: Sequence[float] = (0.01, 0.02, 0.05),
+    delta: float = 0.05,
+    splits: int = 1000,
+) -> dict[str, Any]:
+    """Pool DATA.CALIB and DATA.TEST, split them at random as often as asked, certify on one part, measure on the other.
+
+    The path of thresholds and a fitted policy come from DATA.TRAIN, the temperatures from DATA.CALIB, once.
+
+    Returns:
+        what is in guarantee.json: ``context`` and, per epsilon, a `Resplits` as a dict.
+
+    Raises:
+        EarlyExitError: unusable weights, data or settings, or splits that share photos.
+    """
+    out = Path(out_dir)
+    make_folder(out)
+    device = build_device(cfg)
+    model, architecture, _ = load_model(weights)
+    cfg, model = with_classes(cfg, architecture.classes), model.to(device)
+    sets = {name: load_dataset(cfg, cfg.DATA[name]) for name in ("TRAIN", "CALIB", "TEST")}
+    require_disjoint(**sets)
+    folder, reference = out / "recordings", cfg.CALIBRATION.REFERENCE
+    calib, test = (replay_split(cfg, model, sets[name], folder / name.lower()) for name in ("CALIB", "TEST"))
+    train = replay_split(cfg, model, train_photos(cfg), folder / "train")
+    router, _ = fit_router(cfg, model.exit_names, calib, train)
+    costs = measure_cost_model(cfg, model, router)
+    path = safe_to_bold(train.confidences(router), train.losses(reference), costs.per_exit)
+    confidences = [
+        np.concatenate(pair) for pair in zip(calib.confidences(router), test.confidences(router), strict=True)
+    ]
+    losses = np.concatenate([calib.losses(reference), test.losses(reference)])
+    found = [
+        check_certificates(
+            path,
+            confidences,
+            losses,
+            costs.per_exit,
+            costs.plain,
+            calibration=len(calib.recording),
+            epsilon=epsilon,
+            delta=delta,
+            bound=cfg.CALIBRATION.BOUND,
+            splits=splits,
+            seed=cfg.SEED,
+        )
+        for epsilon in epsilons
+    ]
+    context = {
+        "policy": cfg.ROUTING.POLICY,
+        "bound": cfg.CALIBRATION.BOUND,
+        "reference": reference,
+        "photos": len(losses),
+        "calibration_photos": len(calib.recording),
+        "seed": cfg.SEED,
+        "cost_model": costs.to_dict(),
+    }
+    results = {"context": context, "resplits": [asdict(one) for one in found]}
+    write_json(out / "guarantee.json", results)
+    return results
+
+
+def guarantee_report(results: dict[str, Any]) -> str:
+    """A line per epsilon, in Markdown."""
+    context = results["context"]
+    lines = [
+        f"Policy {context['policy']}, bound {context['bound']}, loss against {context['reference']}: "
+        f"{context['calibration_photos']} of {context['photos']} photos calibrate, the rest test, "
+        f"{results['resplits'][0]['splits']} random splits, seed {context['seed']}.",
+        "",
+        "| epsilon | test loss above it | at most (delta, chance) | exits opened | speed-up | by the test answers |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for one in (Resplits(**entry) for entry in results["resplits"]):
+        lines.append(
+            f"| {one.epsilon:g} | {100 * one.exceeded:.1f} % | {100 * one.tolerance:.1f} % | {100 * one.opened:.0f} % "
+            f"| {one.speedup:.2f} | {one.best_speedup:.2f} |"
+        )
+    return "\n".join(lines)
