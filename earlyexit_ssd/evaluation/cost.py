@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from earlyexit_ssd.evaluation.mode import evaluating
+from earlyexit_ssd.modeling.outputs import Router
 from earlyexit_ssd.modeling.paths import AllOutputs, PathToExit
 
 COUNTED = ("conv", "linear", "addmm")
@@ -50,14 +51,15 @@ class PlainPath(nn.Module):
         return self.head(list(self.backbone(images).values()))
 
 
-def mmacs_to_exit(model: nn.Module) -> list[float]:
+def mmacs_to_exit(model: nn.Module, router: Router | None = None) -> list[float]:
     """Millions of multiply-accumulates of one image to each exit, shallow to deep; the last is the full path.
 
     Convention: convolutions and linear layers only; BatchNorm, activations, pooling and additions are not
-    counted, and one multiplication with its addition counts once. (fvcore's total counts BatchNorm too.)
+    counted, and one multiplication with its addition counts once. (fvcore's total counts BatchNorm too.) Branches that
+    ``router`` has closed are not computed.
     """
     example = example_input(model)
-    paths = [PathToExit(model, index) for index in range(len(model.exit_names))]
+    paths = [PathToExit(model, index, router) for index in range(len(model.exit_names))]
     return [count_mmacs(AllOutputs(path), example) for path in paths]
 
 

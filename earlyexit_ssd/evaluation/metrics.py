@@ -104,7 +104,7 @@ def measure_costs(
     timings = time_in_runtime(networks, examples, settings.runtime, settings.timing_runs, settings.timing_threads)
     count = len(paths)
     return Costs(
-        mmacs_to_exit(model), timings[:count], count_mmacs(plain, example), timings[count], timings[count + 1 :]
+        mmacs_to_exit(model, router), timings[:count], count_mmacs(plain, example), timings[count], timings[count + 1 :]
     )
 
 

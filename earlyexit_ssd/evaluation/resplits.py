@@ -56,11 +56,13 @@ def check_certificates(
 
     Args:
         path: thresholds from safe to bold [steps, early exits], from other photos than these.
-        confidences: per early exit [n]; losses: [n, exits]; costs: [exits]; plain: cost without exits.
+        confidences: per early exit [n]; losses: [n, exits].
+        costs: of the exits at each step of the path [steps, exits]; plain: of the detector without exits.
     """
     generator, rows = np.random.default_rng(seed), np.arange(len(losses))
     choices = np.stack([choose(confidences, thresholds) for thresholds in path])
-    risks, spent = losses[rows, choices], costs[choices]  # [steps, n]
+    risks = losses[rows, choices]  # [steps, n]
+    spent = np.take_along_axis(costs, choices.astype(np.int64), axis=1)
     exceeded, opened, speedups, best = 0, 0, [], []
     for _ in progress(range(splits), desc=f"re-splits at {epsilon:g}"):
         order = generator.permutation(len(losses))

@@ -118,6 +118,19 @@ class Branch(nn.Module):
                 inherit_first_predictors(self.head, head, kept)
                 nn.init.zeros_(self.top_down[1].weight)  # at first the map is the full path's, then context comes in
 
+    def context_map(self, tap: Tensor, context: Tensor | None) -> Tensor:
+        """What the next exit's branch takes from this one, the head left out; as the second result of `forward`."""
+        return self.tail.blocks(self._coarse(tap, context)[-1])
+
+    def _coarse(self, tap: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The map before the second grid, C4's expansion where it is copied, and the second map before the tail."""
+        if hasattr(self, "copied"):
+            x, expanded, coarse = self.copied(tap)
+        else:
+            x, expanded = self.reduce(self.attention(tap)), None
+            coarse = self.short_cut(x)
+        return x, expanded, coarse if self.context is None else coarse + self.context(context)
+
     def forward(self, tap: Tensor, context: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         """Return the head's outputs and the context for the next exit.
 
@@ -129,13 +142,7 @@ class Branch(nn.Module):
         Returns:
             ``{"cls_logits": [N, A, C], "bbox_regression": [N, A, 4]}`` and the second map behind the tail's blocks.
         """
-        if hasattr(self, "copied"):
-            x, expanded, coarse = self.copied(tap)
-        else:
-            x = self.reduce(self.attention(tap))
-            coarse = self.short_cut(x)
-        if self.context is not None:
-            coarse = coarse + self.context(context)
+        x, expanded, coarse = self._coarse(tap, context)
         coarse, maps = self.tail(coarse)
         size = (self._finest_grid, self._finest_grid)
         fine = (expanded if self.fine is None else F.interpolate(self.fine(x), size)) + F.interpolate(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from earlyexit_ssd.modeling.outputs import ExitSignals, Head, pool_tap
+from earlyexit_ssd.modeling.outputs import ExitSignals, Head, Router, pool_tap
 from earlyexit_ssd.modeling.trunk import TrunkState
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ def route(model: EarlyExitSSDLite, x: Tensor) -> tuple[Head, Tensor, Tensor]:
     parts: list[tuple[Tensor, Head, int, Tensor]] = []
     for index, branch in enumerate(model.branches.values()):
         state = model.trunk.run(state, index)
+        if not model.router.needs(index):
+            context = branch.context_map(state.x, context) if feeds_a_needed_exit(model, model.router, index) else None
+            continue
         head, context = branch(state.x, context)
         logits = head["cls_logits"]
         confidence = model.router.confidence(ExitSignals(logits, previous, pool_tap(state.x)), index)
@@ -47,6 +50,21 @@ def route(model: EarlyExitSSDLite, x: Tensor) -> tuple[Head, Tensor, Tensor]:
         confidence = model.router.confidence(ExitSignals(head["cls_logits"], previous), last)
         parts.append((active, head, last, confidence))
     return _in_order(parts)
+
+
+def feeds_a_needed_exit(model: EarlyExitSSDLite, router: Router, exit_index: int, last: int | None = None) -> bool:
+    """Whether a deeper exit that is needed takes features of this one, directly or through those between.
+
+    Args:
+        last: the exit that is headed for, needed whatever the router says; None: none in particular.
+    """
+    for index, branch in enumerate(model.branches.values()):
+        if index > exit_index:
+            if branch.context is None:
+                return False
+            if index == last or router.needs(index):
+                return True
+    return False
 
 
 def _in_order(parts: list[tuple[Tensor, Head, int, Tensor]]) -> tuple[Head, Tensor, Tensor]:

@@ -40,6 +40,9 @@ class Router(Protocol):
     def confidence(self, signals: ExitSignals, exit_index: int) -> Tensor:
         """One number per image, [N]."""
 
+    def needs(self, exit_index: int) -> bool:
+        """Whether the exit has to be scored; where nobody can leave, its head need not be computed."""
+
     def leaves(self, confidence: Tensor, exit_index: int) -> Tensor:
         """[N] bool: which images need no deeper exit."""
 

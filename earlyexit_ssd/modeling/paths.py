@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from earlyexit_ssd.modeling.conditional import feeds_a_needed_exit
 from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
 from earlyexit_ssd.modeling.outputs import ExitSignals, Head, Router, pool_tap
 from earlyexit_ssd.modeling.trunk import TrunkState
@@ -15,7 +16,8 @@ class PathToExit(nn.Module):
     Args:
         model: the model; its parts are used, not copied.
         exit_index: 0 for the first exit, the number of early exits for the full path.
-        router: scores every exit on the way, as it does when it decides; None leaves the scoring out.
+        router: scores every exit on the way, as it does when it decides, and spares those that it has closed; None
+            leaves the scoring out and computes every branch.
     """
 
     def __init__(self, model: EarlyExitSSDLite, exit_index: int, router: Router | None = None) -> None:
@@ -36,10 +38,14 @@ class PathToExit(nn.Module):
         confidences: list[Tensor] = []
         for index, branch in enumerate(model.branches.values()):
             state = model.trunk.run(state, index)
+            if self.router is not None and index != self.exit_index and not self.router.needs(index):
+                feeds = feeds_a_needed_exit(model, self.router, index, last=self.exit_index)
+                context = branch.context_map(state.x, context) if feeds else None
+                continue
             head, context = branch(state.x, context)
             heads.append(head)
             if self.router is not None:
-                previous = heads[-2]["cls_logits"] if index else None
+                previous = heads[-2]["cls_logits"] if len(heads) > 1 else None
                 signals = ExitSignals(head["cls_logits"], previous, pool_tap(state.x))
                 confidences.append(self.router.confidence(signals, index))
             if index == self.exit_index:

@@ -125,13 +125,13 @@ def _search(
     confidences = calib.confidences(router)
     if target.kind == "risk":
         reference = cfg.CALIBRATION.REFERENCE
-        path = safe_to_bold(train.confidences(router), train.losses(reference), costs.per_exit)
+        path = safe_to_bold(train.confidences(router), train.losses(reference), costs.of_each)
         found = certify(path, confidences, calib.losses(reference), target.value, target.delta, cfg.CALIBRATION.BOUND)
         if found.steps == 0:
             _warn_closed(target, found.photos_needed, len(calib.recording))
         return Found(found.thresholds, found.choice, {"loss_bound": found.bound, "steps": found.steps})
     grid = threshold_grid(confidences)
-    mean_costs = grid.mean(costs.per_exit)
+    mean_costs = grid.mean_cost(costs.of_each(grid.thresholds))
     ap50 = np.array(
         [
             ap_of_choice(calib.matches, choice, ap50_only=True).AP50 or 0.0
@@ -188,8 +188,8 @@ def _certificate(
         "exit_share": dict(
             zip(model.exit_names, (np.bincount(found.choice, minlength=exits) / len(rows)).tolist(), strict=True)
         ),
-        "cost": float(costs.per_exit[found.choice].mean()),
-        "speedup": costs.speedup(found.choice),
+        "cost": float(costs.per_exit(found.thresholds)[found.choice].mean()),
+        "speedup": costs.speedup(found.choice, found.thresholds),
         **found.more,
     }
     risk = {"epsilon": target.value, "delta": target.delta, "bound": cfg.CALIBRATION.BOUND}
@@ -203,7 +203,7 @@ def _certificate(
             "iou": cfg.EVAL.IOU,
         },
         measured=measured,
-        cost_model=costs.to_dict(),
+        cost_model=costs.to_dict(found.thresholds),
         weights_sha256=weights_hash(model),
         photos_sha256=photos,
         photo_list_sha256=hashlib.sha256("".join(photos).encode()).hexdigest(),

@@ -53,7 +53,7 @@ def check_guarantee(
     train = replay_split(cfg, model, train_photos(cfg), folder / "train")
     router, _ = fit_router(cfg, model.exit_names, calib, train)
     costs = measure_cost_model(cfg, model, router)
-    path = safe_to_bold(train.confidences(router), train.losses(reference), costs.per_exit)
+    path = safe_to_bold(train.confidences(router), train.losses(reference), costs.of_each)
     confidences = [
         np.concatenate(pair) for pair in zip(calib.confidences(router), test.confidences(router), strict=True)
     ]
@@ -63,7 +63,7 @@ def check_guarantee(
             path,
             confidences,
             losses,
-            costs.per_exit,
+            costs.of_each(path),
             costs.plain,
             calibration=len(calib.recording),
             epsilon=epsilon,

@@ -1,17 +1,21 @@
-"""What a photo costs by the exit it takes, as calibration and its certificate use it."""
+"""What a photo costs by the exit it takes and the exits that are open, as calibration and its certificate use it."""
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from fvcore.common.config import CfgNode
 
-from earlyexit_ssd.evaluation.metrics import measure_costs
+from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.evaluation.cost import PlainPath, count_mmacs, example_input
+from earlyexit_ssd.evaluation.runtime import time_in_runtime
 from earlyexit_ssd.modeling import EarlyExitSSDLite
+from earlyexit_ssd.modeling.paths import AllOutputs, PathToExit
 from earlyexit_ssd.pipeline.build import build_evaluation
 from earlyexit_ssd.routing import ExitRouter
 
@@ -22,40 +26,65 @@ class CostModel:
 
     Attributes:
         unit: ``ms`` or ``mmacs``.
-        exits: to each exit, every branch on the way and its scoring included, the full path last.
+        paths: which early exits before it are open (a text of 0 and 1, shallow to deep, without its own) -> cost of
+            the way to an exit: the trunk to there, the open branches on the way with their scoring, and its own.
+        early_exits: how many there are.
         plain: of the detector without exits.
         measured: how: runtime, threads, runs and machine; empty for MMACs.
     """
 
     unit: str
-    exits: tuple[float, ...]
+    paths: dict[str, float]
+    early_exits: int
     plain: float
     measured: dict[str, Any]
 
-    @property
-    def per_exit(self) -> np.ndarray:
-        """``exits`` as an array."""
-        return np.array(self.exits)
+    def per_exit(self, thresholds: Sequence[float] | None = None) -> np.ndarray:
+        """[exits]: cost to each exit with these thresholds, the full path last; None: everything is open."""
+        flags = [1] * self.early_exits if thresholds is None else [int(value < CLOSED) for value in thresholds]
+        text = "".join(map(str, flags))
+        return np.array([self.paths[text[:index]] for index in range(self.early_exits + 1)])
 
-    def speedup(self, choice: np.ndarray) -> float:
+    def of_each(self, thresholds: np.ndarray) -> np.ndarray:
+        """[M, exits] for the thresholds [M, early exits]."""
+        return np.stack([self.per_exit(row) for row in thresholds])
+
+    def speedup(self, choice: np.ndarray, thresholds: Sequence[float]) -> float:
         """Against the detector without exits, of photos that take these exits [n]."""
-        return self.plain / float(self.per_exit[choice].mean())
+        return self.plain / float(self.per_exit(thresholds)[choice].mean())
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON."""
-        return {**dataclasses.asdict(self), "exits": list(self.exits)}
+    def to_dict(self, thresholds: Sequence[float] | None = None) -> dict[str, Any]:
+        """Plain types for JSON; the exits' costs are those with these thresholds."""
+        exits = self.per_exit(thresholds).tolist()
+        return {"unit": self.unit, "exits": exits, "plain": self.plain, "measured": self.measured}
 
 
 def measure_cost_model(cfg: CfgNode, model: EarlyExitSSDLite, router: ExitRouter) -> CostModel:
-    """In the unit of CALIBRATION.COST, with the timing settings of EVAL."""
-    settings = build_evaluation(cfg)
-    costs = measure_costs(model, settings, router)
+    """In the unit of CALIBRATION.COST, with the timing settings of EVAL; the router's policy is scored on the way."""
+    settings, example = build_evaluation(cfg), example_input(model)
+    keys, networks = [], []
+    for count in range(router.num_exits + 1):
+        for flags in itertools.product((1, 0), repeat=count):
+            thresholds = [0.0 if flag else CLOSED for flag in flags] + [0.0] * (router.num_exits - count)
+            opened = ExitRouter(**{**router.to_dict(), "thresholds": thresholds}).to(example.device)
+            keys.append("".join(map(str, flags)))
+            networks.append(AllOutputs(PathToExit(model, count, opened)))
+    plain = PlainPath(model)
     if cfg.CALIBRATION.COST == "mmacs":
-        return CostModel("mmacs", tuple(costs.mmacs), costs.plain_mmacs, {})
+        costs = [count_mmacs(network, example) for network in (*networks, plain)]
+        return CostModel("mmacs", dict(zip(keys, costs, strict=False)), router.num_exits, costs[-1], {})
+    timings = time_in_runtime(
+        [*networks, plain],
+        [example] * (len(networks) + 1),
+        settings.runtime,
+        settings.timing_runs,
+        settings.timing_threads,
+    )
     measured = {
         "runtime": settings.runtime,
         "threads": settings.timing_threads,
         "runs": settings.timing_runs,
         "machine": platform.processor() or platform.machine(),
     }
-    return CostModel("ms", tuple(timing.ms for timing in costs.timings), costs.plain_timing.ms, measured)
+    costs = [timing.ms for timing in timings]
+    return CostModel("ms", dict(zip(keys, costs, strict=False)), router.num_exits, costs[-1], measured)

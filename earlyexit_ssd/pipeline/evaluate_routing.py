@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from fvcore.common.config import CfgNode
 
+from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.data import load_dataset
 from earlyexit_ssd.data.disjoint import require_disjoint
 from earlyexit_ssd.evaluation.bootstrap import interval
@@ -118,12 +119,13 @@ def _context(cfg: CfgNode, splits: Splits) -> dict[str, Any]:
 
 
 def _exits(splits: Splits) -> list[dict[str, Any]]:
-    """Every exit alone."""
+    """Every exit alone, with no other open before it."""
     photos, entries = len(splits.test.recording), []
     for index, name in enumerate(splits.exit_names):
         choice = np.full(photos, index)
         values = bootstrap_choices(splits.test.matches, [choice], seed=splits.seed)[0]
-        line = line_of(splits.test.matches, choice, splits.costs.per_exit)
+        only = [CLOSED] * index + [0.0] * (len(splits.exit_names) - 1 - index)
+        line = line_of(splits.test.matches, choice, splits.costs.per_exit(only))
         entries.append({"name": name, **asdict(line), "AP50_interval": interval(values)})
     return entries
 
@@ -134,8 +136,8 @@ def _evaluate_policy(splits: Splits, calib: list[np.ndarray], test: list[np.ndar
     Args:
         calib, test: per early exit the policy's confidences [n].
     """
-    grid, costs = threshold_grid(calib), splits.costs.per_exit
-    mean_costs = grid.mean(costs)
+    grid, costs = threshold_grid(calib), splits.costs.per_exit()
+    mean_costs = grid.mean_cost(splits.costs.of_each(grid.thresholds))
     ap50 = np.array(
         [
             ap_of_choice(splits.calib.matches, choice, ap50_only=True).AP50 or 0.0
@@ -156,7 +158,7 @@ def _evaluate_policy(splits: Splits, calib: list[np.ndarray], test: list[np.ndar
 
 
 def _at_thresholds(splits: Splits, test: list[np.ndarray], thresholds: np.ndarray) -> dict[str, Any]:
-    matches, costs = splits.test.matches, splits.costs.per_exit
+    matches, costs = splits.test.matches, splits.costs.per_exit(thresholds)
     choice = choose(test, thresholds).astype(np.int64)
     router, chance = line_of(matches, choice, costs), coin(matches, choice, costs, splits.seed)
     oracle = line_of(matches, oracle_choice(splits.test.errors, costs, router.cost), costs)
@@ -170,7 +172,7 @@ def _at_thresholds(splits: Splits, test: list[np.ndarray], thresholds: np.ndarra
         "coin": asdict(chance),
         "oracle": asdict(oracle),
         "gap_closed": gap_closed(router, chance, oracle),
-        "speedup": splits.costs.speedup(choice),
+        "speedup": splits.costs.speedup(choice, thresholds),
         "loss": float(splits.test.losses("full")[rows, choice].mean()),
         "exit_share": dict(
             zip(splits.exit_names, (np.bincount(choice, minlength=len(costs)) / len(rows)).tolist(), strict=True)
@@ -179,11 +181,12 @@ def _at_thresholds(splits: Splits, test: list[np.ndarray], thresholds: np.ndarra
 
 
 def _at_shares(
-    splits: Splits, calib: list[np.ndarray], test: list[np.ndarray], shares: np.ndarray
+    splits: Splits, calib: list[np.ndarray], test: list[np.ndarray], shares: Sequence[float]
 ) -> dict[str, float | None]:
-    choice = choose(test, thresholds_for_shares(calib, shares)).astype(np.int64)
+    thresholds = thresholds_for_shares(calib, shares)
+    choice = choose(test, thresholds).astype(np.int64)
     return {
-        "cost": float(splits.costs.per_exit[choice].mean()),
+        "cost": float(splits.costs.per_exit(thresholds)[choice].mean()),
         "AP50": ap_of_choice(splits.test.matches, choice, ap50_only=True).AP50,
     }
 
@@ -196,14 +199,7 @@ def _leak(
     entries = []
     for entry in budgets:
         shares = list(entry["exit_share"].values())
-        own = choose(test, thresholds_for_shares(test, shares)).astype(np.int64)
         entries.append(
-            {
-                "calib": _at_shares(splits, calib, test, np.array(shares)),
-                "test": {
-                    "cost": float(splits.costs.per_exit[own].mean()),
-                    "AP50": ap_of_choice(splits.test.matches, own, ap50_only=True).AP50,
-                },
-            }
+            {"calib": _at_shares(splits, calib, test, shares), "test": _at_shares(splits, test, test, shares)}
         )
     return entries

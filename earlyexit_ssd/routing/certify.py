@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +37,9 @@ class Certified:
     photos_needed: int | None = None
 
 
-def safe_to_bold(confidences: Sequence[np.ndarray], losses: np.ndarray, costs: np.ndarray) -> np.ndarray:
+def safe_to_bold(
+    confidences: Sequence[np.ndarray], losses: np.ndarray, costs: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
     """Thresholds of all exits from everything closed to ever cheaper ones, [steps, early exits].
 
     The path is what no other combination beats in mean loss and mean cost, on photos that are not those of the
@@ -46,10 +48,11 @@ def safe_to_bold(confidences: Sequence[np.ndarray], losses: np.ndarray, costs: n
 
     Args:
         confidences: per early exit [m].
-        losses: [m, exits]; costs: [exits].
+        losses: [m, exits].
+        costs: thresholds [M, early exits] to the exits' costs with them [M, exits].
     """
     grid = threshold_grid(confidences)
-    path = pareto_path(grid.mean(losses), grid.mean(costs))
+    path = pareto_path(grid.mean(losses), grid.mean_cost(costs(grid.thresholds)))
     thresholds = grid.thresholds[path]
     if len(thresholds) > LONGEST_PATH:
         thresholds = thresholds[np.unique(np.linspace(0, len(thresholds) - 1, LONGEST_PATH).round().astype(int))]

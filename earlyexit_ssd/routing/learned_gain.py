@@ -100,6 +100,8 @@ class LearnedGain(nn.Module):
         EarlyExitError: none are given: the policy has to be fitted.
     """
 
+    compares = True  # two of its statistics are about the exit before
+
     def __init__(self, parameters: Sequence[dict[str, list]] | None) -> None:
         super().__init__()
         if not parameters:

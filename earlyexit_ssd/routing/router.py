@@ -53,6 +53,7 @@ class ExitRouter(nn.Module):
         self.policy = policy
         self._plain_parameters = parameters
         self._policy = get_policy(policy, parameters)
+        self._compares = getattr(self._policy, "compares", False)
         self.temperature_bounds = tuple(temperature_bounds)
         low, high = self.temperature_bounds
         if not 0 < low < high:
@@ -74,6 +75,14 @@ class ExitRouter(nn.Module):
         if exit_index >= self.num_exits:
             return logits.float()
         return logits.float() / self.temperatures[exit_index].detach().clamp(*self.temperature_bounds)
+
+    def needs(self, exit_index: int) -> bool:
+        """Whether the exit has to be scored: images may leave there, or the next exit compares itself with it."""
+        if exit_index >= self.num_exits:
+            return True
+        if float(self.thresholds[exit_index]) < CLOSED:
+            return True
+        return self._compares and exit_index + 1 < self.num_exits and self.needs(exit_index + 1)
 
     def leaves(self, confidence: Tensor, exit_index: int) -> Tensor:
         """[N] bool; at the full path everything leaves."""

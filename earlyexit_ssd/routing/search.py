@@ -21,10 +21,13 @@ class Grid:
     choices: np.ndarray
 
     def mean(self, per_exit: np.ndarray) -> np.ndarray:
-        """[M]: the mean over the photos of what their exit has in ``per_exit`` [n, exits] (or [exits], for all)."""
-        photos = self.choices.shape[1]
-        table = np.broadcast_to(per_exit, (photos, per_exit.shape[-1]))
-        return np.stack([table[np.arange(photos), choice].mean() for choice in self.choices])
+        """[M]: the mean over the photos of what their exit has in ``per_exit`` [n, exits]."""
+        rows = np.arange(self.choices.shape[1])
+        return np.stack([per_exit[rows, choice].mean() for choice in self.choices])
+
+    def mean_cost(self, costs: np.ndarray) -> np.ndarray:
+        """[M]: the mean cost of the photos; ``costs`` [M, exits], since a closed exit makes the deeper ones cheaper."""
+        return np.stack([row[choice].mean() for row, choice in zip(costs, self.choices, strict=True)])
 
 
 def choose(confidences: Sequence[np.ndarray], thresholds: Sequence[float]) -> np.ndarray:

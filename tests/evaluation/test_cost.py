@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.evaluation import cost
 from earlyexit_ssd.evaluation.cost import (
     PlainPath,
@@ -17,6 +18,7 @@ from earlyexit_ssd.evaluation.cost import (
     mmacs_to_exit,
     time_modules,
 )
+from earlyexit_ssd.routing import ExitRouter
 
 
 def convolution_macs(model: nn.Module, run) -> float:
@@ -121,14 +123,17 @@ def test_threads_are_restored_after_an_error():
 
 def test_a_router_scores_every_exit_on_the_way(small_model):
     class Recorder:
-        def __init__(self):
-            self.exits = []
+        def __init__(self, closed):
+            self.exits, self.closed = [], closed
 
-        def confidence(self, logits, exit_index):
+        def needs(self, exit_index):
+            return exit_index != self.closed
+
+        def confidence(self, signals, exit_index):
             self.exits.append(exit_index)
 
-    for index, expected in enumerate(([0], [0, 1], [0, 1])):
-        router = Recorder()
+    for closed, index, expected in ((None, 0, [0]), (None, 1, [0, 1]), (None, 2, [0, 1]), (0, 2, [1]), (0, 1, [1])):
+        router = Recorder(closed)
         cost.PathToExit(small_model.eval(), index, router)(example_input(small_model))
         assert router.exits == expected
 
@@ -145,3 +150,15 @@ def test_median_interval_covers():
     draws = [torch.rand(20, generator=generator).tolist() for _ in range(500)]
     covered = [low <= 0.5 <= high for _, low, high in map(median_interval, draws)]
     assert 0.93 < statistics.mean(covered) <= 1.0
+
+
+def test_closed_exits_cost_no_head(small_model):
+    """Exit 8's head, tail maps and scoring are spared; what exit 12 takes from it is still computed."""
+    everything = cost.mmacs_to_exit(small_model, ExitRouter(2))
+    first_closed = cost.mmacs_to_exit(small_model, ExitRouter(2, thresholds=[CLOSED, 0.5]))
+    all_closed = cost.mmacs_to_exit(small_model, ExitRouter(2, thresholds=CLOSED))
+    assert everything == cost.mmacs_to_exit(small_model)
+    assert first_closed[0] == everything[0]  # whoever is sent there pays for it
+    assert everything[1] > first_closed[1] and everything[2] > first_closed[2]
+    example = cost.example_input(small_model)
+    assert all_closed[2] == pytest.approx(cost.count_mmacs(cost.PlainPath(small_model), example))

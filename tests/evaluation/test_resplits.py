@@ -3,18 +3,18 @@ import pytest
 
 from earlyexit_ssd.evaluation.resplits import check_certificates
 from earlyexit_ssd.routing.certify import safe_to_bold
-from tests.routing.test_certify import COSTS, photos
+from tests.routing.test_certify import COSTS, photos, same_costs
 
 
 @pytest.fixture(scope="module")
 def case():
-    return safe_to_bold(*photos(400, 0), COSTS), *photos(900, 1)
+    return safe_to_bold(*photos(400, 0), same_costs), *photos(900, 1)
 
 
 def check(case, **changes):
     path, confidences, losses = case
     settings = {"calibration": 400, "epsilon": 0.1, "delta": 0.1, "bound": "betting", "splits": 60, **changes}
-    return check_certificates(path, confidences, losses, COSTS, 3.0, **settings)
+    return check_certificates(path, confidences, losses, same_costs(path), 3.0, **settings)
 
 
 def test_holds_and_is_not_far_from_the_best(case):

@@ -116,6 +116,9 @@ class FixedRouter(nn.Module):
         assert all(part is None or len(part) == len(self.active) for part in (signals.previous, signals.tap))
         return self.active.float()
 
+    def needs(self, exit_index):
+        return True
+
     def leaves(self, confidence, exit_index):
         leave = self.plan[self.active] == exit_index
         self.active = self.active[~leave]
@@ -268,3 +271,38 @@ def test_any_size_width_and_exits(changes):
     assert {tuple(head["cls_logits"].shape) for head in outputs.heads} == {(2, len(outputs.anchors[0]), 3)}
     model.router = ExitRouter(model.num_early_exits)
     assert len(model(images)) == 2
+
+
+class Closing(FixedRouter):
+    """Everybody takes the full path but where ``plan`` says so; only exits of the plan are needed."""
+
+    def needs(self, exit_index):
+        return exit_index in self.plan.tolist()
+
+    def confidence(self, signals, exit_index):
+        return self.active.float()
+
+
+@pytest.mark.parametrize(("cascade", "context_maps"), [(True, [2]), (False, [])])
+def test_heads_of_closed_exits_are_not_computed(cascade, context_maps):
+    model = small_model(exit_layers=(8, 12), cascade=cascade).eval()
+    images = [torch.rand(3, 96, 96) for _ in range(2)]
+    model.router = Closing([2, 1])
+    heads = [count_images(branch.head.regression_head) for branch in model.branches.values()]
+    blocks = count_images(model.branches["exit8"].tail.blocks)
+    found = model(images)
+    assert heads[0] == [] and len(heads[1]) == 1 and blocks == context_maps
+    model.router = None
+    assert [int(one["exit_index"]) for one in found] == [2, 1]
+    outputs = model.exit_outputs(images)
+    for position, index in enumerate([2, 1]):
+        expected = model.detections(outputs, index)[position]["scores"]
+        assert torch.allclose(found[position]["scores"], expected, atol=1e-5)
+
+
+def test_behind_the_last_open_exit_no_branch_is_computed():
+    model = small_model(exit_layers=(8, 12)).eval()
+    model.router = Closing([0, 2])
+    blocks = count_images(model.branches["exit12"].tail.blocks)
+    model([torch.rand(3, 96, 96) for _ in range(2)])
+    assert blocks == []

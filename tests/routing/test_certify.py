@@ -8,6 +8,10 @@ from earlyexit_ssd.routing.search import choose
 COSTS = np.array([1.0, 2.0, 4.0])
 
 
+def same_costs(thresholds):
+    return np.tile(COSTS, (len(thresholds), 1))
+
+
 def photos(count, seed, noise=0.3):
     """Hard photos lose more at the shallow exits, and the exits know it, more or less."""
     generator = np.random.default_rng(seed)
@@ -19,7 +23,7 @@ def photos(count, seed, noise=0.3):
 
 def test_path_goes_from_safe_to_bold():
     confidences, losses = photos(400, 0)
-    path = safe_to_bold(confidences, losses, COSTS)
+    path = safe_to_bold(confidences, losses, same_costs)
     assert (path[0] == CLOSED).all() and 10 < len(path) <= LONGEST_PATH + 1
     choices = [choose(confidences, thresholds) for thresholds in path]
     rows = np.arange(400)
@@ -30,7 +34,7 @@ def test_path_goes_from_safe_to_bold():
 
 
 def test_the_boldest_step_that_passes():
-    path = safe_to_bold(*photos(400, 0), COSTS)
+    path = safe_to_bold(*photos(400, 0), same_costs)
     confidences, losses = photos(600, 1)
     found = certify(path, confidences, losses, 0.1, 0.05, "hoeffding_bentkus")
     assert found.thresholds == tuple(path[found.steps].tolist())
@@ -55,7 +59,7 @@ def test_closed_where_nothing_passes_and_says_how_many_photos_it_takes():
 @pytest.mark.parametrize("bound", ["hoeffding_bentkus", "betting"])
 def test_holds_over_draws_of_the_calibration_photos(bound):
     """The expected loss of what is certified exceeds epsilon in at most delta of the draws."""
-    path = safe_to_bold(*photos(400, 0), COSTS)
+    path = safe_to_bold(*photos(400, 0), same_costs)
     confidences, losses = photos(20000, 2)
     choices = [choose(confidences, thresholds) for thresholds in path]
     true = [losses[np.arange(20000), choice].mean() for choice in choices]

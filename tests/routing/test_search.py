@@ -31,9 +31,10 @@ def test_grid_holds_every_combination_once():
     assert len({tuple(row) for row in grid.choices.tolist()}) == len(grid.choices)
     assert all(choose(CONFIDENCES, row).tolist() == list(choice) for row, choice in zip(*grid_parts(grid), strict=True))
     assert [2, 2, 2, 2] in grid.choices.tolist() and [0, 0, 0, 0] in grid.choices.tolist()
-    costs = np.array([1.0, 2.0, 4.0])
+    costs = np.tile([1.0, 2.0, 4.0], (len(grid.choices), 1))
     row = grid.choices.tolist().index([0, 1, 0, 2])
-    assert grid.mean(costs)[row] == pytest.approx((1 + 2 + 1 + 4) / 4)
+    costs[row, 1] = 3.0
+    assert grid.mean_cost(costs)[row] == pytest.approx((1 + 3 + 1 + 4) / 4)
     losses = np.arange(12.0).reshape(4, 3)
     assert grid.mean(losses)[row] == pytest.approx((0 + 4 + 6 + 11) / 4)
 

@@ -26,7 +26,7 @@ def trained(tmp_path_factory):
 def test_risk(trained, policy, capsys):
     root, arguments = trained
     out = root / policy
-    target = ["--out", str(out), "--risk", "0.9", "--delta", "0.2"]
+    target = ["--out", str(out), "--risk", "0.9", "--delta", "0.2", "CALIBRATION.COST", "mmacs"]
     assert calibrate.main([*arguments, *target, "ROUTING.POLICY", policy]) == 0
     printed = capsys.readouterr().out
     assert f"policy {policy}, 8 calibration photos" in printed and "with probability 0.8" in printed

@@ -25,7 +25,7 @@ def test_policies_are_held_against_coin_and_oracle(trained, capsys):
     results = json.loads((root / "results" / "routing.json").read_text())
     assert list(results["policies"]) == ["ambiguous_mass", "learned_gain", "max_foreground"]
     assert [entry["name"] for entry in results["exits"]] == ["exit8", "exit12", "full"]
-    costs = [entry["cost"] for entry in results["exits"]]
+    costs = results["context"]["cost_model"]["exits"]
     for found in results["policies"].values():
         assert len(found["budgets"]) == 5 and len(found["msdnet"]) == 25
         for entry in found["budgets"]:
