@@ -12,6 +12,9 @@ _C.ROUTING = Node()
 # How sure an exit is, one number per image: max_foreground, ambiguous_mass, entropy, margin, emptiness, agreement,
 # mean_foreground, learned_gain (needs a certificate), or one of your own (docs/routing.md).
 _C.ROUTING.POLICY = "max_foreground"
+# Nobody leaves: classes from the first exit that is sure, boxes from the full path, whose classification head is then
+# spared. Pays with many classes.
+_C.ROUTING.HYBRID = False
 # Certificate that tools/calibrate.py wrote for the weights; it replaces policy, thresholds and temperatures.
 _C.ROUTING.CERTIFICATE = ""
 # An image leaves at the first exit whose confidence reaches that exit's threshold, in [0, 1]; one number serves all. 2

@@ -53,6 +53,8 @@ def collect(model: nn.Module, loader: Batches, router: Any | None = None) -> Col
     with evaluating(model):
         for images, targets in progress(loader, desc="evaluate exits"):
             outputs = model.exit_outputs([image.to(device) for image in images])
+            if router is not None and router.hybrid:
+                outputs = outputs.on_full_boxes()
             image_ids += _image_ids(targets)
             for index in exits:
                 found = model.detections(outputs, index)

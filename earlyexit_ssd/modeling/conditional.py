@@ -52,6 +52,40 @@ def route(model: EarlyExitSSDLite, x: Tensor) -> tuple[Head, Tensor, Tensor]:
     return _in_order(parts)
 
 
+def route_hybrid(model: EarlyExitSSDLite, x: Tensor) -> tuple[Head, Tensor, Tensor]:
+    """Run the trunk for every image; an image whose exit is sure takes its classes from there, all take the boxes of
+    the full path, whose classification head is computed for the others alone.
+
+    Args and returns as :func:`route`; the exit's index is that of the classes.
+    """
+    open_images = torch.arange(len(x), device=x.device)
+    state, context, previous = TrunkState(x), None, None
+    parts: list[tuple[Tensor, Head, int, Tensor]] = []
+    for index, branch in enumerate(model.branches.values()):
+        state = model.trunk.run(state, index)
+        tap = state.x[open_images]
+        if not model.router.needs(index):
+            context = branch.context_map(tap, context) if feeds_a_needed_exit(model, model.router, index) else None
+            continue
+        if not len(open_images):
+            continue
+        head, context = branch(tap, context)
+        logits = head["cls_logits"]
+        confidence = model.router.confidence(ExitSignals(logits, previous, pool_tap(tap)), index)
+        sure = model.router.leaves(confidence, index)
+        parts.append((open_images[sure], {"cls_logits": logits[sure]}, index, confidence[sure]))
+        open_images, previous = open_images[~sure], logits[~sure]
+        context = context[~sure]
+    last = model.num_early_exits
+    maps = model.trunk.feature_maps(model.trunk.run(state, last))
+    if len(open_images):
+        logits = model.head.classification_head([feature[open_images] for feature in maps])
+        confidence = model.router.confidence(ExitSignals(logits, previous), last)
+        parts.append((open_images, {"cls_logits": logits}, last, confidence))
+    head, exit_index, confidence = _in_order(parts)
+    return {**head, "bbox_regression": model.head.regression_head(maps)}, exit_index, confidence
+
+
 def feeds_a_needed_exit(model: EarlyExitSSDLite, router: Router, exit_index: int, last: int | None = None) -> bool:
     """Whether a deeper exit that is needed takes features of this one, directly or through those between.
 

@@ -12,7 +12,7 @@ from torchvision.models.detection.ssd import SSD
 from earlyexit_ssd.keywords import suggest_keywords
 from earlyexit_ssd.modeling import validate
 from earlyexit_ssd.modeling.branch import Branch
-from earlyexit_ssd.modeling.conditional import route
+from earlyexit_ssd.modeling.conditional import route, route_hybrid
 from earlyexit_ssd.modeling.criterion import early_exit_losses, full_path_losses
 from earlyexit_ssd.modeling.folding import num_outputs
 from earlyexit_ssd.modeling.losses import LossSettings
@@ -252,7 +252,8 @@ class EarlyExitSSDLite(Pretrained, SSD):
         if self.router is None:
             return self._finish(self.head(self.trunk_maps(batch.tensors)[1]), *sizes)
         validate.check_router(self.router, self.num_early_exits)
-        head, exit_index, confidence = route(self, batch.tensors)
+        compute = route_hybrid if self.router.hybrid else route
+        head, exit_index, confidence = compute(self, batch.tensors)
         detections = self._finish(head, *sizes)
         for index, detection in enumerate(detections):
             detection["exit_index"], detection["exit_confidence"] = exit_index[index], confidence[index]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,7 +36,13 @@ def pool_tap(tap: Tensor) -> Tensor:
 
 
 class Router(Protocol):
-    """What the model asks of a router; :class:`earlyexit_ssd.routing.ExitRouter` is one."""
+    """What the model asks of a router; :class:`earlyexit_ssd.routing.ExitRouter` is one.
+
+    Attributes:
+        hybrid: images do not leave: they take the classes of the exit that is sure and the boxes of the full path.
+    """
+
+    hybrid: bool
 
     def confidence(self, signals: ExitSignals, exit_index: int) -> Tensor:
         """One number per image, [N]."""
@@ -66,6 +73,11 @@ class ExitOutputs:
     anchors: list[Tensor]
     network_sizes: list[tuple[int, int]]
     photo_sizes: list[tuple[int, int]]
+
+    def on_full_boxes(self) -> ExitOutputs:
+        """Every exit's classes on the boxes of the full path, as a hybrid router answers."""
+        boxes = self.heads[-1]["bbox_regression"]
+        return dataclasses.replace(self, heads=tuple({**head, "bbox_regression": boxes} for head in self.heads))
 
     def signals(self, exit_index: int) -> ExitSignals:
         """What a router sees at this exit."""

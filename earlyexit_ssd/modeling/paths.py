@@ -49,9 +49,17 @@ class PathToExit(nn.Module):
                 signals = ExitSignals(head["cls_logits"], previous, pool_tap(state.x))
                 confidences.append(self.router.confidence(signals, index))
             if index == self.exit_index:
+                if self.router is not None and self.router.hybrid:
+                    heads[-1] = {**head, "bbox_regression": self._full_boxes(state, index)}
                 return heads, confidences
         state = model.trunk.run(state, model.num_early_exits)
         return [*heads, model.head(model.trunk.feature_maps(state))], confidences
+
+    def _full_boxes(self, state: TrunkState, exit_index: int) -> Tensor:
+        """The full path's box regression, from the state at an exit on."""
+        for segment in range(exit_index + 1, self.model.num_early_exits + 1):
+            state = self.model.trunk.run(state, segment)
+        return self.model.head.regression_head(self.model.trunk.feature_maps(state))
 
 
 class AllOutputs(nn.Module):

@@ -135,6 +135,7 @@ def build_router(cfg: CfgNode, stored: dict | None = None, learn: bool = False) 
     return ExitRouter(
         stored.get("num_exits", len(cfg.EXITS.LAYERS)),
         policy=cfg.ROUTING.POLICY,
+        hybrid=cfg.ROUTING.HYBRID,
         thresholds=cfg.ROUTING.THRESHOLDS,
         temperatures=stored.get("temperatures", cfg.ROUTING.TEMPERATURES),
         temperature_bounds=cfg.ROUTING.TEMPERATURE_BOUNDS,

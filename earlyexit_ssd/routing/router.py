@@ -28,6 +28,8 @@ class ExitRouter(nn.Module):
         thresholds: one per exit, or one for all, in [0, 1], or `CLOSED`: nobody leaves there.
         temperatures: one per exit, or one for all; logits are divided by them before the policy sees them. The full
             path keeps its own scores (temperature 1).
+        hybrid: nobody leaves: a photo takes its classes from the first exit that is sure and its boxes from the full
+            path, whose classification head is then spared.
         temperature_bounds: (low, high); temperatures are held inside after every training step.
         learn_temperatures: fit the temperatures by likelihood (Guo et al. 2017) while the exits train. The logits
             take no gradient from it, so that the detector cannot be bent by its own confidence.
@@ -45,12 +47,14 @@ class ExitRouter(nn.Module):
         parameters: Any = None,
         thresholds: Sequence[float] | float = (0.6,),
         temperatures: Sequence[float] | float = (1.0,),
+        hybrid: bool = False,
         temperature_bounds: tuple[float, float] = (0.5, 3.0),
         learn_temperatures: bool = False,
     ) -> None:
         super().__init__()
         self.num_exits = num_exits
         self.policy = policy
+        self.hybrid = hybrid
         self._plain_parameters = parameters
         self._policy = get_policy(policy, parameters)
         self._compares = getattr(self._policy, "compares", False)
@@ -122,6 +126,7 @@ class ExitRouter(nn.Module):
             "thresholds": self.thresholds.tolist(),
             "temperatures": self.temperatures.tolist(),
             "temperature_bounds": list(self.temperature_bounds),
+            "hybrid": self.hybrid,
         }
 
     def extra_repr(self) -> str:

@@ -105,6 +105,8 @@ def test_frozen_norm_stays_in_eval(model):
 class FixedRouter(nn.Module):
     """Image i leaves at exit ``plan[i]``; recognises the images by their order."""
 
+    hybrid = False
+
     def __init__(self, plan):
         super().__init__()
         self.plan = torch.tensor(plan)
@@ -306,3 +308,32 @@ def test_behind_the_last_open_exit_no_branch_is_computed():
     blocks = count_images(model.branches["exit12"].tail.blocks)
     model([torch.rand(3, 96, 96) for _ in range(2)])
     assert blocks == []
+
+
+def test_hybrid_takes_classes_from_the_exit_and_boxes_from_the_full_path():
+    model = small_model().eval()
+    images = [torch.rand(3, 96, 96) for _ in range(5)]
+    model.router = FixedRouter([0, 2, 1, 0, 2])
+    model.router.hybrid = True
+    trunk = count_images(model.backbone.features[1][0])
+    branch_12 = count_images(model.branches["exit12"].tail.blocks)
+    last_head = count_images(model.head.classification_head.module_list[0])
+    found = model(images)
+    assert (trunk, branch_12, last_head) == ([5], [3], [2])
+    assert [int(one["exit_index"]) for one in found] == [0, 2, 1, 0, 2]
+    model.router = None
+    outputs = model.exit_outputs(images).on_full_boxes()
+    for position, index in enumerate([0, 2, 1, 0, 2]):
+        expected = model.detections(outputs, index)[position]
+        for key in ("boxes", "scores"):
+            assert torch.allclose(found[position][key], expected[key], atol=1e-3), (position, key)
+
+
+def test_hybrid_spares_the_last_classification_head_where_all_are_sure():
+    model = small_model().eval()
+    model.router = FixedRouter([0, 0])
+    model.router.hybrid = True
+    last_head = count_images(model.head.classification_head.module_list[0])
+    branch_12 = count_images(model.branches["exit12"].tail.blocks)
+    assert len(model([torch.rand(3, 96, 96) for _ in range(2)])) == 2
+    assert last_head == branch_12 == []

@@ -29,3 +29,13 @@ def test_all_outputs_are_those_of_every_exit_on_the_way(model, images):
     expected += [router.confidence(found.signals(index), index) for index in (0, 1)]
     assert len(outputs) == 8
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(outputs, expected, strict=True))
+
+
+def test_hybrid_path_ends_with_the_boxes_of_the_full_path(model, images):
+    model.eval()
+    batch, _ = model.transform(images)
+    found = model.exit_outputs(images)
+    for index in range(3):
+        logits, boxes = PathToExit(model, index, ExitRouter(2, hybrid=True))(batch.tensors)
+        assert torch.equal(logits, found.heads[index]["cls_logits"])
+        assert torch.equal(boxes, found.heads[-1]["bbox_regression"])
