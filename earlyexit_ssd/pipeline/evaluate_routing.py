@@ -18,9 +18,10 @@ from earlyexit_ssd.data.disjoint import require_disjoint
 from earlyexit_ssd.evaluation.bootstrap import interval
 from earlyexit_ssd.evaluation.choices import ap_of_choice, bootstrap_choices
 from earlyexit_ssd.evaluation.reference_lines import coin, gap_closed, line_of, oracle_choice, overthinking
+from earlyexit_ssd.evaluation.throughput import mixed_throughput
 from earlyexit_ssd.files import make_folder
-from earlyexit_ssd.modeling import load_model
-from earlyexit_ssd.pipeline.build import build_device, with_classes
+from earlyexit_ssd.modeling import EarlyExitSSDLite, load_model
+from earlyexit_ssd.pipeline.build import build_device, build_router, with_classes
 from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
 from earlyexit_ssd.pipeline.fit_router import fit_router
 from earlyexit_ssd.pipeline.replay import Replay, replay_split, train_photos
@@ -89,6 +90,7 @@ def evaluate_routing(
     results = {
         "context": _context(cfg, splits),
         "exits": _exits(splits),
+        "throughput": _throughput(cfg, model, found),
         "overthinking": dict(zip(model.exit_names, overthinking(test.errors), strict=False)),
         "policies": found,
     }
@@ -128,6 +130,16 @@ def _exits(splits: Splits) -> list[dict[str, Any]]:
         line = line_of(splits.test.matches, choice, splits.costs.per_exit(only))
         entries.append({"name": name, **asdict(line), "AP50_interval": interval(values)})
     return entries
+
+
+def _throughput(cfg: CfgNode, model: EarlyExitSSDLite, found: dict[str, Any]) -> dict[str, Any]:
+    """Of mixed batches at the middle budget of the policy that closes most of the gap, in eager PyTorch."""
+    best = max(found, key=lambda name: found[name]["gap_closed"] or -1.0)
+    shares = list(found[best]["budgets"][2]["exit_share"].values())
+    router = build_router(_with_policy(cfg, REFERENCE_POLICY), {"num_exits": model.num_early_exits})
+    threads = cfg.EVAL.TIMING_THREADS
+    timed = mixed_throughput(model, router.to(next(model.parameters()).device), shares, threads=threads)
+    return {"exit_share": dict(zip(model.exit_names, shares, strict=True)), "threads": threads, **asdict(timed)}
 
 
 def _evaluate_policy(splits: Splits, calib: list[np.ndarray], test: list[np.ndarray], name: str) -> dict[str, Any]:

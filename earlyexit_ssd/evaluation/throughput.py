@@ -1,0 +1,103 @@
+"""Do batches of photos that leave at different exits keep the speed that their photos would have?"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from earlyexit_ssd.evaluation.cost import PlainPath, time_modules
+from earlyexit_ssd.modeling.conditional import route
+from earlyexit_ssd.modeling.outputs import ExitSignals
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Photos per second of the network on batches (resizing and post-processing not counted).
+
+    Attributes:
+        batch: photos in a batch.
+        mixed: with exits mixed as asked.
+        ideal: if every photo took as long as in a batch that leaves together at its exit.
+        plain: of the detector without exits.
+        share_of_ideal: mixed / ideal.
+    """
+
+    batch: int
+    mixed: float
+    ideal: float
+    plain: float
+    share_of_ideal: float
+
+
+class _Plan(nn.Module):
+    """A router that scores as ``router`` does and then sends image i to ``plan[i]``."""
+
+    hybrid = False
+
+    def __init__(self, router: nn.Module, plan: Sequence[int]) -> None:
+        super().__init__()
+        self._router, self._plan = router, torch.tensor(plan)
+        self._left = self._plan
+
+    def needs(self, exit_index: int) -> bool:
+        if exit_index == 0:
+            self._left = self._plan
+        return True
+
+    def confidence(self, signals: ExitSignals, exit_index: int) -> Tensor:
+        return self._router.confidence(signals, exit_index)
+
+    def leaves(self, confidence: Tensor, exit_index: int) -> Tensor:
+        leave = self._left == exit_index
+        self._left = self._left[~leave]
+        return leave
+
+
+class _Routed(nn.Module):
+    """The network with a plan, on normalised images."""
+
+    def __init__(self, model: nn.Module, router: nn.Module, plan: Sequence[int]) -> None:
+        super().__init__()
+        self._model, self._plan = [model], _Plan(router, plan)
+
+    def forward(self, x: Tensor) -> Tensor:
+        model = self._model[0]
+        before, model.router = model.router, self._plan
+        try:
+            return route(model, x)[1]
+        finally:
+            model.router = before
+
+
+def mixed_throughput(
+    model: nn.Module, router: nn.Module, shares: Sequence[float], batch: int = 16, runs: int = 10, threads: int = 1
+) -> Throughput:
+    """Time batches whose photos leave in these shares [exits], mixed, against batches that leave together.
+
+    Args:
+        model: an `EarlyExitSSDLite`; router: scores on the way.
+    """
+    width, height = model.transform.fixed_size
+    images = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
+    images = images.to(next(model.parameters()).device)
+    exits = len(shares)
+    ends = np.cumsum(shares)[:-1]
+    plan = np.searchsorted(ends, (np.arange(batch) + 0.5) / batch, side="right").tolist()
+    order = torch.randperm(batch, generator=torch.Generator().manual_seed(0)).tolist()
+    mixed = _Routed(model, router, [plan[index] for index in order])
+    together = [_Routed(model, router, [index] * batch) for index in range(exits)]
+    timings = time_modules([mixed, PlainPath(model), *together], images, runs, threads)
+    milliseconds = [timing.ms for timing in timings]
+    ideal = statistics.fmean(milliseconds[2 + index] for index in plan)
+    return Throughput(
+        batch=batch,
+        mixed=1000 * batch / milliseconds[0],
+        ideal=1000 * batch / ideal,
+        plain=1000 * batch / milliseconds[1],
+        share_of_ideal=ideal / milliseconds[0],
+    )
