@@ -55,7 +55,8 @@ def routing_table(results: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"Batches of {speed['batch']} with exits mixed as at the middle budget, eager PyTorch, "
-        f"{speed['threads']} threads: {speed['mixed']:.1f} photos/s, {100 * speed['share_of_ideal']:.0f} % of the sum of the photos' own work; "
+        f"{speed['threads']} threads: {speed['mixed']:.1f} photos/s, "
+        f"{100 * speed['share_of_ideal']:.0f} % of the sum of the photos' own work; "
         f"without exits {speed['plain']:.1f}.",
     ]
     return "\n".join(lines)
