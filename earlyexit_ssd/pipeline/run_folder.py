@@ -16,6 +16,7 @@ import torchvision
 import yaml
 from fvcore.common.config import CfgNode
 
+from earlyexit_ssd.config import get_cfg
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import make_folder, write_json, write_text
 from earlyexit_ssd.pipeline.gates import Gate
@@ -31,6 +32,7 @@ _MAY_CHANGE = (
     "ENGINE.CHECKPOINT_PERIOD",
     "ENGINE.LOG_PERIOD",
     "EVAL.",
+    "CALIBRATION.",
     "EXITS_PHASE.CACHE_GIB",
 )
 _SETTINGS_OF_PHASES = {
@@ -103,7 +105,9 @@ class RunFolder:
         path = self.root / "config.yaml"
         if not path.is_file():
             return {}
-        stored, current = _flat(_read_dict(path)), _flat(yaml.safe_load(cfg.dump()))
+        # a key that came later had its default
+        defaults, current = (_flat(yaml.safe_load(one.dump())) for one in (get_cfg(), cfg))
+        stored = {**defaults, **_flat(_read_dict(path))}
         changed = {}
         for key in sorted({*stored, *current}):
             if stored.get(key) == current.get(key) or key.startswith(_MAY_CHANGE):

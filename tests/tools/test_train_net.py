@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+import yaml
 
 from earlyexit_ssd.data.synthetic.dataset import FOLDER
 from earlyexit_ssd.pipeline import phases
@@ -244,3 +245,14 @@ def test_two_processes_have_the_losses_of_one(tiny, tmp_path):
     for mine, theirs in zip(one, two, strict=True):
         for key in ("bbox_regression", "classification"):
             assert theirs[key] == pytest.approx(mine[key], abs=1e-4)
+
+
+def test_run_of_an_older_version_goes_on(tiny, tmp_path):
+    """Keys that came since had their defaults; another value of such a key is a change like any other."""
+    assert train_net.main(tiny("run", "--force", "PHASES", "[baseline]")) == 0
+    path = tmp_path / "run" / "config.yaml"
+    stored = yaml.safe_load(path.read_text())
+    del stored["BASELINE"]["FREEZE_NORM"], stored["ROUTING"]["HYBRID"]
+    path.write_text(yaml.safe_dump(stored))
+    assert train_net.main(tiny("run", "--resume", "PHASES", "[baseline]", "BASELINE.FREEZE_NORM", "True")) == 2
+    assert train_net.main(tiny("run", "--resume", "--force", "PHASES", "[baseline]")) == 0
