@@ -13,6 +13,8 @@ PHASES = ("baseline", "exits", "joint")
 CLOSED = 2.0
 """A threshold that no confidence reaches."""
 
+C4_LAYER = 13
+
 PHASE_SECTIONS = {"baseline": "BASELINE", "exits": "EXITS_PHASE", "joint": "JOINT"}
 LAST_LAYER = 16
 TAIL_BLOCKS = 2
@@ -102,6 +104,8 @@ def _check_exits(cfg: CfgNode) -> None:
     weights = cfg.JOINT.EXIT_WEIGHTS
     _require(len(weights) in (0, 1, len(layers)), "JOINT.EXIT_WEIGHTS", weights, f"none, one, or {len(layers)} numbers")
     _require(cfg.EXITS.CHANNELS > 0 or min(cfg.EXITS.COPY) > 0, "EXITS.CHANNELS", 0, "some, or EXITS.COPY above 0")
+    before_c4 = cfg.EXITS.CHANNELS > 0 or max(layers) < C4_LAYER
+    _require(before_c4, "EXITS.LAYERS", layers, f"layers below {C4_LAYER} with EXITS.CHANNELS 0, which copies it")
     _require(0 <= cfg.EXITS.DEPTH <= TAIL_BLOCKS, "EXITS.DEPTH", cfg.EXITS.DEPTH, f"0 to {TAIL_BLOCKS} blocks")
 
 
@@ -109,6 +113,8 @@ def _check_routing(cfg: CfgNode) -> None:
     bounds = cfg.ROUTING.TEMPERATURE_BOUNDS
     ordered = len(bounds) == 2 and bounds[0] < bounds[1]
     _require(ordered, "ROUTING.TEMPERATURE_BOUNDS", bounds, "[low, high] with low below high, such as [0.5, 3.0]")
+    both = cfg.ROUTING.HYBRID and bool(cfg.ROUTING.CERTIFICATE)
+    _require(not both, "ROUTING.HYBRID", True, "false with ROUTING.CERTIFICATE, which speaks of photos that leave")
     for value in cfg.ROUTING.THRESHOLDS:
         inside = not isinstance(value, str) and (0 <= value <= 1 or value == CLOSED)
         _require(inside, "ROUTING.THRESHOLDS", value, f"a number in [0, 1], or {CLOSED:g} to close an exit")

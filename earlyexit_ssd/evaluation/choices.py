@@ -143,38 +143,6 @@ def bootstrap_choices(
     return list(values)
 
 
-def photo_values(matches: ExitMatches, reference: ArrayLike) -> np.ndarray:
-    """By how much AP50 changes, to first order, when a photo takes an exit instead of giving no detection: [n, K].
-
-    Along the ranking of the ``reference`` choice (int [n]), AP = 1/P * sum over hits j of p_j, without the
-    envelope, where p_j = tp_j / (tp_j + fp_j) and P counts the objects. One more hit adds its own p (counting
-    itself) and dp_j/dtp = fp_j / (tp_j + fp_j)^2 to each hit j ranked below it; one more false positive adds
-    dp_j/dfp = -tp_j / (tp_j + fp_j)^2 to each. Summed over a photo's detections; the mean over the classes with
-    objects (0 without any). Compare the exits of one photo: the ranking keeps its reference detections meanwhile.
-    """
-    size = matches.photos * matches.exits
-    chosen = np.zeros(size, dtype=bool)
-    chosen[_cells(matches, reference)] = True
-    values, counted = np.zeros(size), [one for one in matches.classes if one.objects.any()]
-    for one in counted:
-        cell = one.photo * matches.exits + one.exit
-        per_detection = _detection_values(one.hit[matches.half], one.ignored[matches.half], chosen[cell])
-        values += np.bincount(cell, weights=per_detection, minlength=size) / one.objects.sum()
-    return (values / max(len(counted), 1)).reshape(matches.photos, matches.exits)
-
-
-def _detection_values(hit: np.ndarray, ignored: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """What each detection adds to P * AP, float [D]; all bool [D] in the order of the ranking."""
-    false = ~(hit | ignored)
-    counts = hit & reference
-    true_at, false_at = np.cumsum(counts), np.cumsum(false & reference)
-    with_itself = true_at + ~reference
-    own = with_itself / np.maximum(with_itself + false_at, 1)
-    slopes = np.where(counts, [false_at, true_at] / np.maximum(true_at + false_at, 1) ** 2, 0.0)
-    gain, loss = np.cumsum(slopes[:, ::-1], axis=1)[:, ::-1] - slopes  # over the hits ranked below
-    return np.where(hit, own + gain, np.where(false, -loss, 0.0))
-
-
 def _cells(matches: ExitMatches, choice: ArrayLike) -> np.ndarray:
     choice = _one_each(matches, "choice", choice)
     if choice.size and not (choice.min() >= 0 and choice.max() < matches.exits):

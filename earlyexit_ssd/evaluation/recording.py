@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from earlyexit_ssd.evaluation.collect import Batches, Collected, compact, require_unique
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.evaluation.collect import Batches, compact, require_unique
 from earlyexit_ssd.evaluation.mode import evaluating
 from earlyexit_ssd.files import atomic_path, write_json
 from earlyexit_ssd.modeling.checkpoint import weights_hash
-from earlyexit_ssd.modeling.outputs import ExitOutputs, ExitSignals, Head
-from earlyexit_ssd.modeling.training import default_boxes
+from earlyexit_ssd.modeling.outputs import ExitOutputs, ExitSignals
 from earlyexit_ssd.progress import progress
 
 REPLAY_BATCH = 64
@@ -38,21 +39,17 @@ class Recording:
         image_ids: [n].
         logits: per early exit [n, A, C], raw, on disk.
         taps: per early exit [n, 2 * channels], pooled, on disk.
-        boxes: the full path's box regression [n, A, 4], on disk.
         labels: of the default boxes by matching with the objects, [n, A], on disk.
         detections: per exit, the full path last, image id -> ``boxes``, ``scores`` and ``labels``.
-        photo_sizes: (height, width) of each photo.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         info = json.loads((folder / "recording.json").read_text(encoding="utf-8"))
         self.image_ids: list[int] = info["image_ids"]
-        self.photo_sizes = [tuple(size) for size in info["photo_sizes"]]
         early = range(info["early_exits"])
         self.logits = [np.load(folder / f"logits{index}.npy", mmap_mode="r") for index in early]
         self.taps = [np.load(folder / f"tap{index}.npy", mmap_mode="r") for index in early]
-        self.boxes = np.load(folder / "boxes.npy", mmap_mode="r")
         self.labels = np.load(folder / "labels.npy", mmap_mode="r")
         self.detections = torch.load(folder / "detections.pt", weights_only=True)
 
@@ -81,21 +78,6 @@ class Recording:
             for index in range(self.early_exits)
         ]
 
-    @torch.no_grad()
-    def replay(self, model: nn.Module, exit_index: int, row: int) -> dict[str, Tensor]:
-        """What photo ``row`` gets with the classes of an early exit and the boxes of the full path."""
-        head: Head = {
-            "cls_logits": _tensor(self.logits[exit_index][row : row + 1]),
-            "bbox_regression": _tensor(self.boxes[row : row + 1]),
-        }
-        size = model.transform.fixed_size[::-1]
-        anchors = default_boxes(model, next(model.parameters()).device)
-        return compact(model.detections(ExitOutputs((head,), (), [anchors], [size], [self.photo_sizes[row]]), 0)[0])
-
-    def collected(self, router: Any) -> Collected:
-        """As `collect` gives it, the full path without a confidence."""
-        return Collected(self.image_ids, self.detections, self.confidences(router))
-
 
 def record(model: nn.Module, loader: Batches, photos: int, folder: Path, key: str) -> Recording:
     """The recording in ``folder``, made first where it is missing or was made of something else.
@@ -121,13 +103,12 @@ def record(model: nn.Module, loader: Batches, photos: int, folder: Path, key: st
 def _is_whole(folder: Path, key: str) -> bool:
     try:
         return json.loads((folder / "recording.json").read_text(encoding="utf-8"))["key"] == key
-    except (OSError, json.JSONDecodeError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def _fill(model: nn.Module, loader: Batches, photos: int, folder: Path, key: str) -> None:
     image_ids: list[int] = []
-    photo_sizes: list[tuple[int, int]] = []
     detections: list[dict[int, dict[str, Tensor]]] = [{} for _ in model.exit_names]
     arrays: dict[str, np.memmap] = {}
     device = next(model.parameters()).device
@@ -137,13 +118,15 @@ def _fill(model: nn.Module, loader: Batches, photos: int, folder: Path, key: str
             images = [image.to(device) for image in images]
             outputs = model.exit_outputs(images)
             start = len(image_ids)
-            for name, values in _rows(model, outputs, targets).items():
+            rows = _rows(model, outputs, targets)
+            if not arrays:
+                _require_space(folder, rows, photos)
+            for name, values in rows.items():
                 if name not in arrays:
                     shape = (photos, *values.shape[1:])
                     arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", values.dtype, shape)
                 arrays[name][start : start + len(images)] = values
             image_ids += [int(target["image_id"]) for target in targets]
-            photo_sizes += outputs.photo_sizes
             for index, found in enumerate(detections):
                 found.update(zip(image_ids[start:], map(compact, model.detections(outputs, index)), strict=True))
             bar.update(len(images))
@@ -153,12 +136,23 @@ def _fill(model: nn.Module, loader: Batches, photos: int, folder: Path, key: str
         array.flush()
     with atomic_path(folder / "detections.pt") as temporary:
         torch.save(detections, temporary)
-    info = {"image_ids": image_ids, "photo_sizes": photo_sizes, "early_exits": model.num_early_exits, "key": key}
+    info = {"image_ids": image_ids, "early_exits": model.num_early_exits, "key": key}
     write_json(folder / "recording.json", info)
 
 
+def _require_space(folder: Path, rows: dict[str, np.ndarray], photos: int) -> None:
+    """Arrays are made sparse, and a full disk would end the process without a word."""
+    needed = photos * sum(values[0].nbytes for values in rows.values())
+    free = shutil.disk_usage(folder).free
+    if needed > 0.95 * free:
+        raise EarlyExitError(
+            f"{folder}: recording {photos} photos takes {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free; "
+            "name another folder (--out), or fewer photos (CALIBRATION.TRAIN_PHOTOS, DATA.LIMIT)"
+        )
+
+
 def _rows(model: nn.Module, outputs: ExitOutputs, targets: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    rows = {"boxes": outputs.heads[-1]["bbox_regression"].float(), "labels": _labels(model, outputs, targets)}
+    rows = {"labels": _labels(model, outputs, targets)}
     for index, tap in enumerate(outputs.taps):
         rows |= {f"logits{index}": outputs.heads[index]["cls_logits"].float(), f"tap{index}": tap.float()}
     return {name: values.cpu().numpy() for name, values in rows.items()}
@@ -170,7 +164,9 @@ def _labels(model: nn.Module, outputs: ExitOutputs, targets: list[dict[str, Any]
     scaled = []
     for target, (height, width), photo in zip(targets, outputs.network_sizes, outputs.photo_sizes, strict=True):
         scale = torch.tensor([width / photo[1], height / photo[0]] * 2, device=device)
-        scaled.append({"boxes": target["boxes"].to(device) * scale, "labels": target["labels"].to(device)})
+        counted = torch.as_tensor(target.get("iscrowd", torch.zeros(len(target["labels"])))) == 0
+        boxes, labels = target["boxes"][counted], target["labels"][counted]
+        scaled.append({"boxes": boxes.to(device) * scale, "labels": labels.to(device)})
     return model.assign(scaled, outputs.anchors).labels.to(torch.int16)
 
 

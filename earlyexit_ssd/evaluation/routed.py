@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.collect import Collected, ImageDetections
+from earlyexit_ssd.routing.search import choose
 
 
 def choose_exits(confidences: Sequence[Tensor], thresholds: Sequence[float]) -> Tensor:
@@ -24,10 +26,9 @@ def choose_exits(confidences: Sequence[Tensor], thresholds: Sequence[float]) -> 
     last = len(confidences) - 1
     if len(thresholds) != last:
         raise EarlyExitError(f"{len(thresholds)} thresholds for {last} early exits: give one for each")
-    chosen = torch.full(confidences[0].shape, last, dtype=torch.int64)
-    for index in reversed(range(last)):
-        chosen[confidences[index] >= thresholds[index]] = index
-    return chosen
+    if last == 0:
+        return torch.zeros(len(confidences[0]), dtype=torch.int64)
+    return torch.from_numpy(choose([values.numpy() for values in confidences[:-1]], thresholds).astype(np.int64))
 
 
 def routed_detections(collected: Collected, chosen: Tensor) -> dict[int, ImageDetections]:

@@ -59,8 +59,11 @@ def load_model(path: str | os.PathLike[str]) -> tuple[EarlyExitSSDLite, Architec
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of every parameter and buffer of the network; how it is routed does not count."""
-    digest = hashlib.sha256()
+    """SHA-256 of every parameter and buffer of the network, its input size and post-processing; how it is routed does
+    not count."""
+    settings = ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
+    values = [tuple(model.transform.fixed_size), *(getattr(model, name) for name in settings)]
+    digest = hashlib.sha256(repr(values).encode())
     for name, value in model.state_dict().items():
         if not name.startswith("router."):
             digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())

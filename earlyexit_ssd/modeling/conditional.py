@@ -32,6 +32,7 @@ def route(model: EarlyExitSSDLite, x: Tensor) -> tuple[Head, Tensor, Tensor]:
         state = model.trunk.run(state, index)
         if not model.router.needs(index):
             context = branch.context_map(state.x, context) if feeds_a_needed_exit(model, model.router, index) else None
+            previous = None
             continue
         head, context = branch(state.x, context)
         logits = head["cls_logits"]
@@ -66,6 +67,7 @@ def route_hybrid(model: EarlyExitSSDLite, x: Tensor) -> tuple[Head, Tensor, Tens
         tap = state.x[open_images]
         if not model.router.needs(index):
             context = branch.context_map(tap, context) if feeds_a_needed_exit(model, model.router, index) else None
+            previous = None
             continue
         if not len(open_images):
             continue

@@ -143,6 +143,13 @@ def build_router(cfg: CfgNode, stored: dict | None = None, learn: bool = False) 
     )
 
 
+def trained_temperatures(cfg: CfgNode, info: dict, exits: int) -> list[float]:
+    """Those that a model's training has fitted (``info`` of its file), else those of the configuration."""
+    temperatures = (info.get("router") or {}).get("temperatures", cfg.ROUTING.TEMPERATURES)
+    bounds = cfg.ROUTING.TEMPERATURE_BOUNDS
+    return ExitRouter(exits, temperatures=temperatures, temperature_bounds=bounds).temperatures.tolist()
+
+
 def build_evaluation(cfg: CfgNode) -> EvaluationSettings:
     """The EVAL section."""
     return EvaluationSettings(

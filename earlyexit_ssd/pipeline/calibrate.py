@@ -15,17 +15,15 @@ import torchvision
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.config import CLOSED
-from earlyexit_ssd.data import DetectionDataset, load_dataset
-from earlyexit_ssd.data.disjoint import require_disjoint
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.choices import ap_of_choice
 from earlyexit_ssd.files import make_folder
 from earlyexit_ssd.modeling import EarlyExitSSDLite, load_model
 from earlyexit_ssd.modeling.checkpoint import weights_hash
-from earlyexit_ssd.pipeline.build import build_device, with_classes
+from earlyexit_ssd.pipeline.build import build_device, trained_temperatures, with_classes
 from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
-from earlyexit_ssd.pipeline.fit_router import fit_router
-from earlyexit_ssd.pipeline.replay import Replay, replay_split, train_photos
+from earlyexit_ssd.pipeline.fit_router import fit_policy, fit_temperatures
+from earlyexit_ssd.pipeline.replay import Replay, disjoint_sets, replay_split
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.calibration import write_calibration
 from earlyexit_ssd.routing import ExitRouter
@@ -96,27 +94,23 @@ def calibrate(
     device = build_device(cfg)
     if cfg.ROUTING.POLICY not in FITTED_POLICIES:
         get_policy(cfg.ROUTING.POLICY)
-    model, architecture, _ = load_model(weights)
+    model, architecture, info = load_model(weights)
     cfg = with_classes(cfg, architecture.classes)
-    train_set, calib_set = _disjoint_splits(cfg)
+    sets = disjoint_sets(cfg)
     model = model.to(device)
-    calib = replay_split(cfg, model, calib_set, out / "recordings" / "calib")
+    calib = replay_split(cfg, model, sets["CALIB"], out / "recordings" / "calib")
     needs_train = target.kind == "risk" or cfg.ROUTING.POLICY == "learned_gain"
-    train = replay_split(cfg, model, train_set, out / "recordings" / "train") if needs_train else None
-    router, reliabilities = fit_router(cfg, model.exit_names, calib, train)
+    train = replay_split(cfg, model, sets["TRAIN"], out / "recordings" / "train") if needs_train else None
+    fitted = fit_temperatures(cfg, model.exit_names, calib)
+    temperatures = [one.temperature for one in fitted]
+    if target.kind == "risk":  # what is fitted on the calibration photos may not be tested on them
+        temperatures = trained_temperatures(cfg, info, len(fitted))
+    router = fit_policy(cfg, cfg.ROUTING.POLICY, temperatures, train)
     costs = measure_cost_model(cfg, model, router)
     found = _search(cfg, target, router, calib, train, costs)
     certificate = _certificate(cfg, model, target, router, calib, costs, found)
-    write_calibration(out, certificate, reliabilities)
+    write_calibration(out, certificate, fitted)
     return certificate
-
-
-def _disjoint_splits(cfg: CfgNode) -> tuple[DetectionDataset, DetectionDataset]:
-    """Training photos (as many as asked for, not augmented) and calibration photos; no photo is in two splits."""
-    every = {name: load_dataset(cfg, cfg.DATA[name]) for name in ("TRAIN", "TEST")}
-    calib_set = load_dataset(cfg, cfg.DATA.CALIB, need_boxes=True)
-    require_disjoint(CALIB=calib_set, **every)
-    return train_photos(cfg), calib_set
 
 
 def _search(

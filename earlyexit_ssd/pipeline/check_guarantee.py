@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 from fvcore.common.config import CfgNode
 
-from earlyexit_ssd.data import load_dataset
-from earlyexit_ssd.data.disjoint import require_disjoint
+from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.resplits import Resplits, check_certificates
 from earlyexit_ssd.files import make_folder, write_json
 from earlyexit_ssd.modeling import load_model
-from earlyexit_ssd.pipeline.build import build_device, with_classes
+from earlyexit_ssd.pipeline.build import build_device, trained_temperatures, with_classes
+from earlyexit_ssd.pipeline.calibrate import Target
 from earlyexit_ssd.pipeline.cost_model import measure_cost_model
-from earlyexit_ssd.pipeline.fit_router import fit_router
-from earlyexit_ssd.pipeline.replay import replay_split, train_photos
+from earlyexit_ssd.pipeline.fit_router import fit_policy
+from earlyexit_ssd.pipeline.replay import disjoint_sets, replay_split
 from earlyexit_ssd.routing.certify import safe_to_bold
 
 
@@ -33,7 +33,7 @@ def check_guarantee(
 ) -> dict[str, Any]:
     """Pool DATA.CALIB and DATA.TEST, split them at random as often as asked, certify on one part, measure on the other.
 
-    The path of thresholds and a fitted policy come from DATA.TRAIN, the temperatures from DATA.CALIB, once.
+    The path of thresholds and a fitted policy come from DATA.TRAIN, the temperatures from the training.
 
     Returns:
         what is in guarantee.json: ``context`` and, per epsilon, a `Resplits` as a dict.
@@ -41,17 +41,21 @@ def check_guarantee(
     Raises:
         EarlyExitError: unusable weights, data or settings, or splits that share photos.
     """
+    if splits < 1:
+        raise EarlyExitError(f"splits is {splits}, expected at least 1")
+    for epsilon in epsilons:
+        Target("risk", epsilon, delta)  # raises where they are impossible
     out = Path(out_dir)
     make_folder(out)
     device = build_device(cfg)
-    model, architecture, _ = load_model(weights)
+    model, architecture, info = load_model(weights)
     cfg, model = with_classes(cfg, architecture.classes), model.to(device)
-    sets = {name: load_dataset(cfg, cfg.DATA[name]) for name in ("TRAIN", "CALIB", "TEST")}
-    require_disjoint(**sets)
+    sets = disjoint_sets(cfg)
     folder, reference = out / "recordings", cfg.CALIBRATION.REFERENCE
     calib, test = (replay_split(cfg, model, sets[name], folder / name.lower()) for name in ("CALIB", "TEST"))
-    train = replay_split(cfg, model, train_photos(cfg), folder / "train")
-    router, _ = fit_router(cfg, model.exit_names, calib, train)
+    train = replay_split(cfg, model, sets["TRAIN"], folder / "train")
+    temperatures = trained_temperatures(cfg, info, model.num_early_exits)
+    router = fit_policy(cfg, cfg.ROUTING.POLICY, temperatures, train)
     costs = measure_cost_model(cfg, model, router)
     path = safe_to_bold(train.confidences(router), train.losses(reference), costs.of_each)
     confidences = [

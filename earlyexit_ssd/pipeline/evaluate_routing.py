@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Sequence
@@ -13,20 +14,19 @@ import numpy as np
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.config import CLOSED
-from earlyexit_ssd.data import load_dataset
-from earlyexit_ssd.data.disjoint import require_disjoint
 from earlyexit_ssd.evaluation.bootstrap import interval
 from earlyexit_ssd.evaluation.choices import ap_of_choice, bootstrap_choices
-from earlyexit_ssd.evaluation.reference_lines import coin, gap_closed, line_of, oracle_choice, overthinking
+from earlyexit_ssd.evaluation.reference_lines import Line, coin, gap_closed, line_of, oracle_choice, overthinking
 from earlyexit_ssd.evaluation.throughput import mixed_throughput
 from earlyexit_ssd.files import make_folder
 from earlyexit_ssd.modeling import EarlyExitSSDLite, load_model
-from earlyexit_ssd.pipeline.build import build_device, build_router, with_classes
+from earlyexit_ssd.pipeline.build import build_device, with_classes
 from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
-from earlyexit_ssd.pipeline.fit_router import fit_router
-from earlyexit_ssd.pipeline.replay import Replay, replay_split, train_photos
+from earlyexit_ssd.pipeline.fit_router import fit_policy, fit_temperatures
+from earlyexit_ssd.pipeline.replay import Replay, disjoint_sets, replay_split
 from earlyexit_ssd.progress import progress
-from earlyexit_ssd.report.routing import write_routing
+from earlyexit_ssd.report.routing import best_policy, write_routing
+from earlyexit_ssd.routing import ExitRouter
 from earlyexit_ssd.routing.budgets import even_budgets, msdnet_shares, thresholds_for_shares
 from earlyexit_ssd.routing.policies import FITTED_POLICIES, POLICIES, get_policy
 from earlyexit_ssd.routing.search import cheapest_within, choose, threshold_grid
@@ -73,19 +73,20 @@ def evaluate_routing(
     device = build_device(cfg)
     model, architecture, _ = load_model(weights)
     cfg, model = with_classes(cfg, architecture.classes), model.to(device)
-    sets = {name: load_dataset(cfg, cfg.DATA[name]) for name in ("TRAIN", "CALIB", "TEST")}
-    require_disjoint(**sets)
+    sets = disjoint_sets(cfg)
     folder = out / "recordings"
     calib = replay_split(cfg, model, sets["CALIB"], folder / "calib")
     test = replay_split(cfg, model, sets["TEST"], folder / "test")
     fitted = set(policies) & set(FITTED_POLICIES)
-    train = replay_split(cfg, model, train_photos(cfg), folder / "train") if fitted else None
+    train = replay_split(cfg, model, sets["TRAIN"], folder / "train") if fitted else None
+    temperatures = [one.temperature for one in fit_temperatures(cfg, model.exit_names, calib)]
     found: dict[str, Any] = {}
-    splits = None
+    costs: dict[bool, CostModel] = {}
     for name in policies:
-        router, _ = fit_router(_with_policy(cfg, name), model.exit_names, calib, train)
-        if splits is None:  # scoring costs the same for all policies, within the noise
-            splits = Splits(calib, test, measure_cost_model(cfg, model, router), model.exit_names, cfg.SEED)
+        router = fit_policy(cfg, name, temperatures, train)
+        if router.compares not in costs:  # who compares with the exit before needs it, closed or not
+            costs[router.compares] = measure_cost_model(cfg, model, router)
+        splits = Splits(calib, test, costs[router.compares], model.exit_names, cfg.SEED)
         found[name] = _evaluate_policy(splits, calib.confidences(router), test.confidences(router), name)
     results = {
         "context": _context(cfg, splits),
@@ -96,14 +97,6 @@ def evaluate_routing(
     }
     write_routing(out, results)
     return results
-
-
-def _with_policy(cfg: CfgNode, name: str) -> CfgNode:
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.ROUTING.POLICY = name
-    cfg.freeze()
-    return cfg
 
 
 def _context(cfg: CfgNode, splits: Splits) -> dict[str, Any]:
@@ -134,9 +127,9 @@ def _exits(splits: Splits) -> list[dict[str, Any]]:
 
 def _throughput(cfg: CfgNode, model: EarlyExitSSDLite, found: dict[str, Any]) -> dict[str, Any]:
     """Of mixed batches at the middle budget of the policy that closes most of the gap, in eager PyTorch."""
-    best = max(found, key=lambda name: found[name]["gap_closed"] or -1.0)
+    best = best_policy(found)
     shares = list(found[best]["budgets"][2]["exit_share"].values())
-    router = build_router(_with_policy(cfg, REFERENCE_POLICY), {"num_exits": model.num_early_exits})
+    router = ExitRouter(model.num_early_exits)
     threads = cfg.EVAL.TIMING_THREADS
     timed = mixed_throughput(model, router.to(next(model.parameters()).device), shares, threads=threads)
     return {"exit_share": dict(zip(model.exit_names, shares, strict=True)), "threads": threads, **asdict(timed)}
@@ -173,7 +166,7 @@ def _at_thresholds(splits: Splits, test: list[np.ndarray], thresholds: np.ndarra
     matches, costs = splits.test.matches, splits.costs.per_exit(thresholds)
     choice = choose(test, thresholds).astype(np.int64)
     router, chance = line_of(matches, choice, costs), coin(matches, choice, costs, splits.seed)
-    oracle = line_of(matches, oracle_choice(splits.test.errors, costs, router.cost), costs)
+    oracle = _oracle(splits, router.cost)
     values = bootstrap_choices(matches, [choice, np.full(len(choice), len(costs) - 1)], seed=splits.seed)
     rows = np.arange(len(choice))
     return {
@@ -190,6 +183,21 @@ def _at_thresholds(splits: Splits, test: list[np.ndarray], thresholds: np.ndarra
             zip(splits.exit_names, (np.bincount(choice, minlength=len(costs)) / len(rows)).tolist(), strict=True)
         ),
     }
+
+
+def _oracle(splits: Splits, budget: float) -> Line:
+    """The least error over all sets of open exits, since a closed one makes the deeper ones cheaper."""
+    errors, best = splits.test.errors, None
+    for flags in itertools.product((True, False), repeat=errors.shape[1] - 1):
+        costs = splits.costs.per_exit([0.0 if flag else CLOSED for flag in flags])
+        usable = np.flatnonzero([*flags, True])
+        if costs[usable[0]] > budget:
+            continue
+        choice = usable[oracle_choice(errors[:, usable], costs[usable], budget)]
+        error = errors[np.arange(len(errors)), choice].mean()
+        if best is None or error < best[0]:
+            best = (error, line_of(splits.test.matches, choice, costs))
+    return best[1]
 
 
 def _at_shares(
@@ -210,7 +218,8 @@ def _leak(
     shares that the search chose."""
     entries = []
     for entry in budgets:
-        shares = list(entry["exit_share"].values())
+        choice = choose(calib, entry["thresholds"])
+        shares = (np.bincount(choice, minlength=len(splits.exit_names)) / len(choice)).tolist()
         entries.append(
             {"calib": _at_shares(splits, calib, test, shares), "test": _at_shares(splits, test, test, shares)}
         )

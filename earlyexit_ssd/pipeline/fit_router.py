@@ -25,20 +25,10 @@ from earlyexit_ssd.routing.temperature import (
 logger = logging.getLogger(__name__)
 
 
-def fit_router(
-    cfg: CfgNode, exit_names: Sequence[str], calib: Replay, train: Replay | None
-) -> tuple[ExitRouter, list[FittedTemperature]]:
-    """A router with fitted temperatures and policy, every exit closed.
-
-    Args:
-        cfg: its ROUTING and CALIBRATION sections are used.
-        exit_names: the full path last.
-        calib: the temperatures are fitted on it.
-        train: the policy is, where it has parameters.
-    """
-    bounds, early = cfg.ROUTING.TEMPERATURE_BOUNDS, range(calib.recording.early_exits)
-    found = []
-    for index in early:
+def fit_temperatures(cfg: CfgNode, exit_names: Sequence[str], calib: Replay) -> list[FittedTemperature]:
+    """Of every early exit, by likelihood on ``calib``; one that its bounds stop is a warning."""
+    bounds, found = cfg.ROUTING.TEMPERATURE_BOUNDS, []
+    for index in range(calib.recording.early_exits):
         logits, labels = contested_boxes(calib.logits_and_labels(index))
         temperature = fit_temperature(logits, labels, bounds)
         bound = stopped_by(temperature, bounds)
@@ -50,19 +40,22 @@ def fit_router(
             )
         before, after = reliability(logits, labels, 1.0), reliability(logits, labels, temperature)
         found.append(FittedTemperature(exit_names[index], temperature, before, after))
-    temperatures = [one.temperature for one in found]
+    return found
+
+
+def fit_policy(cfg: CfgNode, policy: str, temperatures: Sequence[float], train: Replay | None) -> ExitRouter:
+    """A router with this policy, fitted on ``train`` where it has parameters, and every exit closed."""
     parameters = None
-    if cfg.ROUTING.POLICY == "learned_gain":
+    if policy == "learned_gain":
         parameters = fit_learned_gain(train, cfg.CALIBRATION.REFERENCE, temperatures, cfg.SEED)
-    router = ExitRouter(
-        len(found),
-        policy=cfg.ROUTING.POLICY,
+    return ExitRouter(
+        len(temperatures),
+        policy=policy,
         parameters=parameters,
         thresholds=CLOSED,
         temperatures=temperatures,
-        temperature_bounds=bounds,
+        temperature_bounds=cfg.ROUTING.TEMPERATURE_BOUNDS,
     )
-    return router, found
 
 
 def fit_learned_gain(train: Replay, reference: str, temperatures: Sequence[float], seed: int) -> list[dict[str, list]]:
@@ -72,7 +65,7 @@ def fit_learned_gain(train: Replay, reference: str, temperatures: Sequence[float
     for index in range(train.recording.early_exits):
         gain = losses[:, index] - losses[:, -1]
         inputs = _inputs(train, index, temperatures)[torch.from_numpy(train.order)]
-        fitted.append(to_plain(fit_gain(inputs, gain / gain.std().clamp(min=1e-6), seed=seed)))
+        fitted.append(to_plain(fit_gain(inputs, gain / gain.std(unbiased=False).clamp(min=1e-6), seed=seed)))
     return fitted
 
 

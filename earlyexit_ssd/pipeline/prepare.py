@@ -24,6 +24,8 @@ def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
         EarlyExitError: unusable settings, data or weights.
     """
     _check_names(cfg)
+    if cfg.ROUTING.CERTIFICATE:
+        raise ConfigError("ROUTING.CERTIFICATE is for weights that exist; leave it out of a training")
     build_router(cfg)  # raises where its policy is unknown, or one that training cannot fit
     check_rivals(cfg, device)
     if not is_main():

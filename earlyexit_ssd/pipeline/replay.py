@@ -15,7 +15,9 @@ from pycocotools.coco import COCO
 from torch import Tensor
 
 from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset, to_coco
-from earlyexit_ssd.data.disjoint import photo_hashes
+from earlyexit_ssd.data.classes import limit_photos
+from earlyexit_ssd.data.disjoint import photo_hashes, require_disjoint
+from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.evaluation.choices import ExitMatches, exit_matches
 from earlyexit_ssd.evaluation.photo_losses import errors_against_labels, losses_against_full, losses_against_labels
 from earlyexit_ssd.evaluation.recording import Recording, record
@@ -70,7 +72,13 @@ class Replay:
 
 
 def replay_split(cfg: CfgNode, model: EarlyExitSSDLite, dataset: DetectionDataset, folder: Path) -> Replay:
-    """Record the data set's photos in ``folder`` unless that is done; the model is on the device to use."""
+    """Record the data set's photos in ``folder`` unless that is done; the model is on the device to use.
+
+    Raises:
+        ConfigError: hybrid routing; what is recorded is what photos get that leave.
+    """
+    if cfg.ROUTING.HYBRID:
+        raise ConfigError("ROUTING.HYBRID is true: calibration knows photos that leave only; set it to false")
     hashes = [digest for _, digest in photo_hashes(dataset)]
     ground_truth = to_coco(dataset)
     objects = [(one["image_id"], one["category_id"], one["bbox"]) for one in ground_truth.dataset["annotations"]]
@@ -80,10 +88,14 @@ def replay_split(cfg: CfgNode, model: EarlyExitSSDLite, dataset: DetectionDatase
     return Replay(recording, ground_truth, tuple(hashes), cfg.EVAL.SCORE, cfg.EVAL.IOU)
 
 
-def train_photos(cfg: CfgNode) -> DetectionDataset:
-    """CALIBRATION.TRAIN_PHOTOS of the training photos, not augmented."""
-    if cfg.CALIBRATION.TRAIN_PHOTOS:
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.DATA.LIMIT = cfg.CALIBRATION.TRAIN_PHOTOS
-    return load_dataset(cfg, cfg.DATA.TRAIN)
+def disjoint_sets(cfg: CfgNode) -> dict[str, DetectionDataset]:
+    """TRAIN (CALIBRATION.TRAIN_PHOTOS of it, not augmented), CALIB and TEST.
+
+    Raises:
+        DataError: a photo is in two of the whole splits, or the calibration photos have no box.
+    """
+    sets = {name: load_dataset(cfg, cfg.DATA[name], need_boxes=name == "CALIB") for name in ("TRAIN", "CALIB", "TEST")}
+    require_disjoint(**sets)
+    records = limit_photos(sets["TRAIN"].records, cfg.CALIBRATION.TRAIN_PHOTOS, cfg.SEED)
+    sets["TRAIN"] = DetectionDataset(records, sets["TRAIN"].classes, None, False, cfg.SEED, cfg.DATA.ON_BAD)
+    return sets

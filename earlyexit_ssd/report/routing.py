@@ -22,12 +22,21 @@ def write_routing(folder: Path, results: Mapping[str, Any]) -> None:
     write_json(folder / "routing.json", results)
 
 
+def best_policy(policies: Mapping[str, Any]) -> str:
+    """The one that closes most of the gap."""
+    return max(policies, key=lambda name: _gap(policies[name]))
+
+
+def _gap(found: Mapping[str, Any]) -> float:
+    return float("-inf") if found["gap_closed"] is None else found["gap_closed"]
+
+
 def routing_table(results: Mapping[str, Any]) -> str:
     """Per policy its AP50 at every budget and the share of the gap closed; coin and oracle of the best policy."""
     context = results["context"]
     unit = context["cost_model"]["unit"]
     policies = results["policies"]
-    best = max(policies, key=lambda name: policies[name]["gap_closed"] or -1.0)
+    best = best_policy(policies)
     budgets = [entry["budget"] for entry in policies[best]["budgets"]]
     lines = [
         f"AP50 on {', '.join(context['test'])} (n {context['images']}, seed {context['seed']}) with thresholds from "
@@ -37,7 +46,7 @@ def routing_table(results: Mapping[str, Any]) -> str:
         "| " + " | ".join(["policy", *(f"budget {budget:.1f}" for budget in budgets), "gap closed"]) + " |",
         "| " + " | ".join(["---", *["---:"] * (len(budgets) + 1)]) + " |",
     ]
-    for name in sorted(policies, key=lambda name: -(policies[name]["gap_closed"] or -1.0)):
+    for name in sorted(policies, key=lambda name: _gap(policies[name]), reverse=True):
         entries = policies[name]["budgets"]
         lines.append(_row(name, [_cell(entry) for entry in entries], policies[name]["gap_closed"]))
     for line in ("coin", "oracle"):
@@ -67,7 +76,7 @@ def routing_chart(results: Mapping[str, Any]) -> Image.Image:
 
     def draw(axes: Axes) -> None:
         policies = results["policies"]
-        best = max(policies, key=lambda name: policies[name]["gap_closed"] or -1.0)
+        best = best_policy(policies)
         for color, (name, found) in zip(COLORS * 3, policies.items(), strict=False):
             points = sorted((entry["cost"], entry["AP50"]) for entry in found["budgets"] if entry["AP50"] is not None)
             axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, linewidth=1.2, label=name)

@@ -31,7 +31,8 @@ class Certificate:
         target: what was asked for: ``kind`` (``speedup``, ``ap_drop`` or ``risk``) and its numbers; with ``risk``
             ``epsilon``, ``delta``, ``bound`` (the inequality), ``reference`` (full or labels), ``score`` and ``iou``.
         measured: on the calibration photos: ``photos``, ``loss`` (mean per photo), ``loss_bound`` (its upper
-            confidence bound at delta), ``AP50``, ``AP50_full``, ``exit_share``, ``cost``, ``speedup``.
+            confidence bound at delta, were this the only step tested), ``AP50``, ``AP50_full``, ``exit_share``,
+            ``cost``, ``speedup``.
         cost_model: ``unit`` (ms or mmacs), ``exits``, ``plain``, and where milliseconds were measured.
         weights_sha256: of the network's parameters and buffers.
         photos_sha256: the calibration photos' contents, each the first 16 hexadecimal digits.
@@ -66,7 +67,16 @@ class Certificate:
                 f"the certificate is for weights {self.weights_sha256[:12]}, the model has {weights_hash(model)[:12]}; "
                 "calibrate again with tools/calibrate.py"
             )
-        return ExitRouter(**self.router).to(next(model.parameters()).device)
+        try:
+            router = ExitRouter(**self.router)
+        except (TypeError, KeyError, ValueError, RuntimeError, EarlyExitError) as error:
+            raise EarlyExitError(f"the certificate's router cannot be used ({error}); calibrate again") from None
+        if router.num_exits != model.num_early_exits:
+            raise EarlyExitError(
+                f"the certificate is for {router.num_exits} early exits, the model has {model.num_early_exits}; "
+                "calibrate again"
+            )
+        return router.to(next(model.parameters()).device)
 
     def require_unseen(self, photos: Iterable[tuple[str | os.PathLike[str], str]]) -> None:
         """Refuse photos that calibrated: figures on them flatter.
@@ -110,4 +120,8 @@ def load_certificate(path: str | os.PathLike[str]) -> Certificate:
     if names != set(content):
         wrong = sorted(names ^ set(content))[0]
         raise EarlyExitError(f"{path}: the key '{wrong}' is {'missing' if wrong in names else 'unknown'}; {advice}")
+    types = {"photos_sha256": list, "weights_sha256": str, "photo_list_sha256": str}
+    for name in sorted(names):
+        if not isinstance(content[name], types.get(name, dict)):
+            raise EarlyExitError(f"{path}: '{name}' is {content[name]!r:.40}, no certificate has that; {advice}")
     return Certificate(**{**content, "photos_sha256": tuple(content["photos_sha256"])})

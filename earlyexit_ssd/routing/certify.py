@@ -23,7 +23,7 @@ class Certified:
         thresholds: per early exit; those of the first step, where everything is closed, if no other passed.
         choice: exit of every calibration photo, [n].
         loss: mean over them.
-        bound: upper confidence bound of the expected loss, at level delta.
+        bound: upper confidence bound of the expected loss at level delta, were this the only step.
         steps: of the path that passed, the closed one not counted.
         photos_needed: where none passed, how many calibration photos would certify the first open step if its mean
             loss stayed as it is; None where no number would, or where it is not asked.

@@ -57,7 +57,7 @@ class ExitRouter(nn.Module):
         self.hybrid = hybrid
         self._plain_parameters = parameters
         self._policy = get_policy(policy, parameters)
-        self._compares = getattr(self._policy, "compares", False)
+        self.compares: bool = getattr(self._policy, "compares", False)
         self.temperature_bounds = tuple(temperature_bounds)
         low, high = self.temperature_bounds
         if not 0 < low < high:
@@ -72,7 +72,8 @@ class ExitRouter(nn.Module):
     def confidence(self, signals: ExitSignals, exit_index: int) -> Tensor:
         """Confidences [N] in [0, 1] at an exit; the full path is exit ``num_exits``."""
         previous = None if signals.previous is None else self.tempered(signals.previous, exit_index - 1)
-        return self._policy(ExitSignals(self.tempered(signals.logits, exit_index), previous, signals.tap), exit_index)
+        tempered = ExitSignals(self.tempered(signals.logits, exit_index), previous, signals.tap)
+        return self._policy(tempered, exit_index).clamp(0.0, 1.0)
 
     def tempered(self, logits: Tensor, exit_index: int) -> Tensor:
         """Raw logits of an exit in fp32, divided by its temperature; those of the full path stay as they are."""
@@ -86,7 +87,8 @@ class ExitRouter(nn.Module):
             return True
         if float(self.thresholds[exit_index]) < CLOSED:
             return True
-        return self._compares and exit_index + 1 < self.num_exits and self.needs(exit_index + 1)
+        following = exit_index + 1
+        return self.compares and following < self.num_exits and float(self.thresholds[following]) < CLOSED
 
     def leaves(self, confidence: Tensor, exit_index: int) -> Tensor:
         """[N] bool; at the full path everything leaves."""

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.errors import EarlyExitError
 
 LARGEST_GRID = 4000
 """Combinations that are looked at, at most; the candidates of each exit become fewer with more exits."""
+
+
+MOST_EXITS = 5
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ def candidates(confidence: np.ndarray, count: int) -> np.ndarray:
 def threshold_grid(confidences: Sequence[np.ndarray], count: int | None = None) -> Grid:
     """Every combination of the exits' `candidates`, ``count`` of each; by default as many as `LARGEST_GRID` allows."""
     exits = len(confidences)
+    if exits > MOST_EXITS:
+        raise EarlyExitError(f"{exits} early exits: thresholds are searched jointly over {MOST_EXITS} at most")
     count = count or min(60, int(LARGEST_GRID ** (1 / exits)) - 2)
     axes = [candidates(confidence, count) for confidence in confidences]
     thresholds = np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=1)

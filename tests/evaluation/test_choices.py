@@ -12,12 +12,9 @@ from earlyexit_ssd.errors import DataError, EarlyExitError
 from earlyexit_ssd.evaluation.bootstrap import ap50_matches, bootstrap_ap50
 from earlyexit_ssd.evaluation.choices import (
     APs,
-    ExitClassMatches,
-    ExitMatches,
     ap_of_choice,
     bootstrap_choices,
     exit_matches,
-    photo_values,
 )
 from earlyexit_ssd.evaluation.coco import coco_evaluation
 
@@ -170,77 +167,12 @@ def test_bootstrap_of_ap(two_exits):
     assert sorted(set(values.round(6).tolist())) == pytest.approx([0.4, 0.4 + 0.6 * 51 / 101, 1])
 
 
-def test_photo_values_by_hand(ground_truth, found):
-    reference = {1: found((1, 0.9, HERE)), 2: found((1, 0.8, AWAY)), 3: found((1, 0.7, HERE))}
-    other = {
-        1: found((1, 0.95, HERE)),
-        2: found((1, 0.85, HERE), (2, 0.9, AWAY)),  # no photo has a dog: it costs nothing
-        3: found((1, 0.75, AWAY), (1, 0.6, AWAY)),
-    }
-    coco = ground_truth(3, [(1, 1, HERE), (2, 1, HERE), (3, 1, HERE)])
-    values = photo_values(exit_matches(coco, [reference, other]), [0, 0, 0])
-    # the only hit with a false positive above: tp 2, fp 1, so 1/9 for a hit more and -2/9 for a false one
-    expected = [[1 + 1 / 9, 1 + 1 / 9], [-2 / 9, 1 + 1 / 9], [2 / 3, -2 / 9]]
-    assert values == pytest.approx(np.array(expected) / 3)
-
-
-def test_photo_values_are_a_mean_over_classes_and_skip_crowds(ground_truth, found):
-    coco = ground_truth(2, [(1, 1, HERE), (1, 2, HERE), (2, 1, HERE, 1)])
-    detections = {1: found((1, 0.5, HERE), (2, 0.5, HERE)), 2: found((1, 0.9, HERE))}
-    assert photo_values(exit_matches(coco, [detections]), [0, 0]).tolist() == [[1], [0]]
-
-
-def test_photo_values_predict_a_swap():
-    matches, reference = random_matches(photos=250, exits=3, seed=1)
-    values = photo_values(matches, reference)
-    before = raw_ap50(matches, reference)
-    predicted, changes = [], []
-    for photo in range(matches.photos):
-        swapped = reference.copy()
-        swapped[photo] = (reference[photo] + 1) % matches.exits
-        predicted.append(values[photo, swapped[photo]] - values[photo, reference[photo]])
-        changes.append(raw_ap50(matches, swapped) - before)
-    assert np.corrcoef(predicted, changes)[0, 1] > 0.98
-    assert np.polyfit(predicted, changes, 1)[0] == pytest.approx(1, abs=0.05)
-
-
-def random_matches(photos, exits, seed):
-    """Two classes; a photo has up to three objects, a deeper exit finds more of them, hits have higher scores."""
-    generator = np.random.default_rng(seed)
-    classes = []
-    for _ in range(2):
-        objects = generator.integers(4, size=photos)
-        per_cell = np.stack([generator.binomial(objects, 0.4 + 0.2 * index) for index in range(exits)], axis=1)
-        false = generator.poisson(3, size=(photos, exits))
-        cells = np.arange(photos * exits)
-        cell = np.concatenate([np.repeat(cells, per_cell.ravel()), np.repeat(cells, false.ravel())])
-        hit = np.arange(len(cell)) < per_cell.sum()
-        score = generator.beta(np.where(hit, 4, 1), 3)
-        order = np.argsort(-score)
-        cell, hit = cell[order], hit[order][None]
-        one = ExitClassMatches(hit, np.zeros_like(hit), cell // exits, cell % exits, score[order], objects)
-        classes.append(one)
-    matches = ExitMatches(classes, np.linspace(0, 1, 101), np.array([0.5]), list(range(photos)), exits)
-    return matches, generator.integers(exits, size=photos)
-
-
-def raw_ap50(matches, choice):
-    """AP50 without the envelope: the mean precision at the hits, over all objects."""
-    per_class = []
-    for one in matches.classes:
-        hit = one.hit[matches.half][one.exit == choice[one.photo]]
-        precision = np.cumsum(hit) / np.arange(1, len(hit) + 1)
-        per_class.append(precision[hit].sum() / one.objects.sum())
-    return np.mean(per_class)
-
-
 @pytest.mark.parametrize("images", [0, 3])
 def test_nothing_to_find(images, ground_truth):
     matches = exit_matches(ground_truth(images, []), [{}, {}])
     choice = np.zeros(images, dtype=int)
     assert ap_of_choice(matches, choice) == APs(None, None)
     assert np.isnan(bootstrap_choices(matches, [choice], resamples=3)).all()
-    assert photo_values(matches, choice).tolist() == [[0, 0]] * images
 
 
 def test_nothing_found(ground_truth):
@@ -263,6 +195,6 @@ def test_errors(two_exits, ground_truth, found):
         ap_of_choice(two_exits, [0, 1], [1, 1, 1])
     for outside in ([0, 2], [-1, 0]):
         with pytest.raises(EarlyExitError, match=r"exits are 0\.\.1"):
-            photo_values(two_exits, outside)
+            ap_of_choice(two_exits, outside)
     with pytest.raises(EarlyExitError, match=r"choice float64 \[2\]: give 2 whole numbers"):
         ap_of_choice(two_exits, [0.5, 0.9])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from earlyexit_ssd.config import CLOSED
-from earlyexit_ssd.errors import DataError
+from earlyexit_ssd.errors import DataError, EarlyExitError
 from earlyexit_ssd.evaluation.collect import collect
 from earlyexit_ssd.evaluation.mode import evaluating
 from earlyexit_ssd.evaluation.recording import Recording, record
@@ -42,11 +42,11 @@ def recording(small_model, tmp_path_factory):
 
 def test_holds_what_collect_gives(small_model, recording):
     router = ExitRouter(2, policy="agreement", temperatures=(1.5, 0.7))
-    live, replayed = collect(small_model, batches(2), router), recording.collected(router)
-    assert replayed.image_ids == live.image_ids == [10, 9, 8, 7, 6]
-    for mine, theirs in zip(replayed.detections, live.detections, strict=True):
+    live = collect(small_model, batches(2), router)
+    assert recording.image_ids == live.image_ids == [10, 9, 8, 7, 6]
+    for mine, theirs in zip(recording.detections, live.detections, strict=True):
         assert all(torch.equal(mine[key][part], theirs[key][part]) for key in theirs for part in theirs[key])
-    for mine, theirs in zip(replayed.confidences, live.confidences[:-1], strict=True):
+    for mine, theirs in zip(recording.confidences(router), live.confidences[:-1], strict=True):
         assert torch.equal(mine, theirs)
 
 
@@ -79,19 +79,6 @@ def test_labels_are_the_matchings(small_model, recording):
     assert recording.labels[1].tolist() == expected.tolist()
 
 
-def test_classes_of_an_exit_on_the_boxes_of_the_full_path(small_model, recording):
-    with evaluating(small_model):
-        outputs = small_model.exit_outputs([photos()[1][0]])
-    mixed = {
-        "cls_logits": outputs.heads[0]["cls_logits"],
-        "bbox_regression": outputs.heads[-1]["bbox_regression"],
-    }
-    expected = small_model._finish(mixed, outputs.anchors, outputs.network_sizes, outputs.photo_sizes)[0]
-    found = recording.replay(small_model, 0, 1)
-    assert torch.allclose(found["boxes"], expected["boxes"], atol=1e-3)
-    assert torch.allclose(found["scores"], expected["scores"], atol=1e-5)
-
-
 def test_made_once_and_again_where_anything_changed(small_model, tmp_path):
     record(small_model, batches(2), len(SIZES), tmp_path, "these photos")
 
@@ -122,5 +109,20 @@ def test_ids_are_unique(small_model, tmp_path):
 
 def test_plain_files(recording):
     info = json.loads((recording.folder / "recording.json").read_text())
-    assert info["photo_sizes"][1] == list(SIZES[1])
+    assert info["image_ids"] == [10, 9, 8, 7, 6]
     assert Recording(recording.folder).early_exits == 2
+
+
+def test_no_room_on_the_disk(small_model, tmp_path, monkeypatch):
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage(2000, 1000, 1000))
+    with pytest.raises(EarlyExitError, match=r"recording 5 photos takes 0.0 GiB, 0.0 are free; name another folder"):
+        record(small_model, batches(2), len(SIZES), tmp_path, "these photos")
+
+
+def test_damaged_note_is_recorded_anew(small_model, tmp_path):
+    record(small_model, batches(2), len(SIZES), tmp_path, "these photos")
+    (tmp_path / "recording.json").write_text("[]")
+    assert len(record(small_model, batches(2), len(SIZES), tmp_path, "these photos")) == len(SIZES)
