@@ -49,6 +49,8 @@ def oracle_choice(errors: np.ndarray, costs: np.ndarray, budget: float) -> np.nd
         costs: [exits], the first the cheapest.
         budget: at least the cheapest cost.
     """
+    if len(costs) == 1:
+        return np.zeros(len(errors), dtype=np.int64)
     scale = costs / costs.max()
 
     def choose(price: float) -> np.ndarray:

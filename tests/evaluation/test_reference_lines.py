@@ -23,6 +23,10 @@ def test_oracle_spends_where_it_helps():
     assert oracle_choice(errors, COSTS, 1.0).tolist() == [0, 0, 0, 0]
 
 
+def test_oracle_with_one_exit():
+    assert oracle_choice(np.ones((3, 1)), COSTS[:1], 1.0).tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_oracle_is_the_best_of_all_choices_but_for_a_photo(seed):
     generator = np.random.default_rng(seed)
