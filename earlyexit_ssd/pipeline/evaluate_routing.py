@@ -142,6 +142,7 @@ def _evaluate_policy(splits: Splits, calib: list[np.ndarray], test: list[np.ndar
         calib, test: per early exit the policy's confidences [n].
     """
     grid, costs = threshold_grid(calib), splits.costs.per_exit()
+    closed = splits.costs.per_exit([CLOSED] * len(calib))  # above its cost there is nothing to route for
     mean_costs = grid.mean_cost(splits.costs.of_each(grid.thresholds))
     ap50 = np.array(
         [
@@ -150,7 +151,7 @@ def _evaluate_policy(splits: Splits, calib: list[np.ndarray], test: list[np.ndar
         ]
     )
     budgets = []
-    for budget in even_budgets(costs):
+    for budget in even_budgets(costs[0], closed[-1]):
         thresholds = grid.thresholds[cheapest_within(mean_costs, -ap50, budget)]
         budgets.append({"budget": budget, **_at_thresholds(splits, test, thresholds)})
     gaps = [entry["gap_closed"] for entry in budgets]

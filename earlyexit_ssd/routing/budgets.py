@@ -9,9 +9,9 @@ import numpy as np
 from earlyexit_ssd.config import CLOSED
 
 
-def even_budgets(costs: Sequence[float], count: int = 5) -> list[float]:
-    """``count`` mean costs, evenly between that of the first exit and that of the full path, both excluded."""
-    return np.linspace(costs[0], costs[-1], count + 2)[1:-1].tolist()
+def even_budgets(first: float, full: float, count: int = 5) -> list[float]:
+    """``count`` mean costs, evenly between that of the first exit and that of the full path alone, both excluded."""
+    return np.linspace(first, full, count + 2)[1:-1].tolist()
 
 
 def msdnet_shares(exits: int, q: float) -> np.ndarray:

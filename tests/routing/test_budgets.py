@@ -7,7 +7,7 @@ from earlyexit_ssd.routing.search import choose
 
 
 def test_budgets_lie_between_first_exit_and_full_path():
-    assert even_budgets([4.0, 7.0, 10.0], 5) == pytest.approx([5, 6, 7, 8, 9])
+    assert even_budgets(4.0, 10.0, 5) == pytest.approx([5, 6, 7, 8, 9])
 
 
 def test_shares_by_hand():
