@@ -57,3 +57,23 @@ def test_stored_verdicts_are_today_s(path):
 def test_stored_results_name_no_folder_of_one_machine(path):
     for rival in json.loads(path.read_text(encoding="utf-8")).get("rivals", []):
         assert rival["source"] is None or rival["source"] == Path(rival["source"]).name
+
+
+def test_three_exits_table_is_what_was_measured():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[[^\]]+\]\(docs/results/(\w+)/metrics\.json\) \| (.+) \|$", text, re.M)
+    rows = {run: figures for run, figures in rows if run in ("voc_exit6", "voc_joint", "chair_stream")}
+    assert len(rows) == 3
+    for run, figures in rows.items():
+        metrics = json.loads((ROOT / "docs" / "results" / run / "metrics.json").read_text(encoding="utf-8"))
+        exits = {one["name"]: one for one in metrics["exits"]}
+        expected = [
+            "{:.3f} [{:.3f}, {:.3f}]".format(exits[name]["AP50"], *exits[name]["AP50_interval"])
+            if name in exits
+            else "-"
+            for name in ("full", "exit12", "exit8", "exit6")
+        ]
+        assert figures == " | ".join(expected), run
+    metrics = json.loads((ROOT / "docs" / "results" / "chair_stream" / "metrics.json").read_text(encoding="utf-8"))
+    routed, plain = metrics["routed"], metrics["without_exits"]
+    assert f"routed {routed['AP50']:.3f} in {routed['ms']:.1f} ms against {plain['ms']:.1f} without exits" in text

@@ -10,7 +10,7 @@ import numpy as np
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.errors import EarlyExitError
 
-LARGEST_GRID = 4000
+LARGEST_GRID = 20_000
 """Combinations that are looked at, at most; the candidates of each exit become fewer with more exits."""
 
 
