@@ -17,13 +17,12 @@ from fvcore.common.config import CfgNode
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.choices import ap_of_choice
-from earlyexit_ssd.files import make_folder
-from earlyexit_ssd.modeling import EarlyExitSSDLite, load_model
+from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.checkpoint import weights_hash
-from earlyexit_ssd.pipeline.build import build_device, trained_temperatures, with_classes
+from earlyexit_ssd.pipeline.build import trained_temperatures
 from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
 from earlyexit_ssd.pipeline.fit_router import fit_policy, fit_temperatures
-from earlyexit_ssd.pipeline.replay import Replay, disjoint_sets, replay_split
+from earlyexit_ssd.pipeline.replay import Replay, open_recorded
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.calibration import write_calibration
 from earlyexit_ssd.routing import ExitRouter
@@ -90,21 +89,17 @@ def calibrate(
         EarlyExitError: unusable weights, data or settings, splits that share photos, or a target out of reach.
     """
     out = Path(out_dir)
-    make_folder(out)
-    device = build_device(cfg)
     if cfg.ROUTING.POLICY not in FITTED_POLICIES:
         get_policy(cfg.ROUTING.POLICY)
-    model, architecture, info = load_model(weights)
-    cfg = with_classes(cfg, architecture.classes)
-    sets = disjoint_sets(cfg)
-    model = model.to(device)
-    calib = replay_split(cfg, model, sets["CALIB"], out / "recordings" / "calib")
+    recorded = open_recorded(cfg, weights, out)
+    cfg, model = recorded.cfg, recorded.model
+    calib = recorded.replay("CALIB")
     needs_train = target.kind == "risk" or cfg.ROUTING.POLICY == "learned_gain"
-    train = replay_split(cfg, model, sets["TRAIN"], out / "recordings" / "train") if needs_train else None
+    train = recorded.replay("TRAIN") if needs_train else None
     fitted = fit_temperatures(cfg, model.exit_names, calib)
     temperatures = [one.temperature for one in fitted]
     if target.kind == "risk":  # what is fitted on the calibration photos may not be tested on them
-        temperatures = trained_temperatures(cfg, info, len(fitted))
+        temperatures = trained_temperatures(cfg, recorded.info, len(fitted))
     router = fit_policy(cfg, cfg.ROUTING.POLICY, temperatures, train)
     costs = measure_cost_model(cfg, model, router)
     found = _search(cfg, target, router, calib, train, costs)

@@ -13,13 +13,12 @@ from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.resplits import Resplits, check_certificates
-from earlyexit_ssd.files import make_folder, write_json
-from earlyexit_ssd.modeling import load_model
-from earlyexit_ssd.pipeline.build import build_device, trained_temperatures, with_classes
+from earlyexit_ssd.files import write_json
+from earlyexit_ssd.pipeline.build import trained_temperatures
 from earlyexit_ssd.pipeline.calibrate import Target
 from earlyexit_ssd.pipeline.cost_model import measure_cost_model
 from earlyexit_ssd.pipeline.fit_router import fit_policy
-from earlyexit_ssd.pipeline.replay import disjoint_sets, replay_split
+from earlyexit_ssd.pipeline.replay import open_recorded
 from earlyexit_ssd.routing.certify import safe_to_bold
 
 
@@ -45,16 +44,10 @@ def check_guarantee(
         raise EarlyExitError(f"splits is {splits}, expected at least 1")
     for epsilon in epsilons:
         Target("risk", epsilon, delta)  # raises where they are impossible
-    out = Path(out_dir)
-    make_folder(out)
-    device = build_device(cfg)
-    model, architecture, info = load_model(weights)
-    cfg, model = with_classes(cfg, architecture.classes), model.to(device)
-    sets = disjoint_sets(cfg)
-    folder, reference = out / "recordings", cfg.CALIBRATION.REFERENCE
-    calib, test = (replay_split(cfg, model, sets[name], folder / name.lower()) for name in ("CALIB", "TEST"))
-    train = replay_split(cfg, model, sets["TRAIN"], folder / "train")
-    temperatures = trained_temperatures(cfg, info, model.num_early_exits)
+    recorded = open_recorded(cfg, weights, Path(out_dir))
+    cfg, model, reference = recorded.cfg, recorded.model, cfg.CALIBRATION.REFERENCE
+    calib, test, train = (recorded.replay(name) for name in ("CALIB", "TEST", "TRAIN"))
+    temperatures = trained_temperatures(cfg, recorded.info, model.num_early_exits)
     router = fit_policy(cfg, cfg.ROUTING.POLICY, temperatures, train)
     costs = measure_cost_model(cfg, model, router)
     path = safe_to_bold(train.confidences(router), train.losses(reference), costs.of_each)
@@ -88,7 +81,7 @@ def check_guarantee(
         "cost_model": costs.to_dict(),
     }
     results = {"context": context, "resplits": [asdict(one) for one in found]}
-    write_json(out / "guarantee.json", results)
+    write_json(Path(out_dir) / "guarantee.json", results)
     return results
 
 

@@ -89,6 +89,14 @@ def _router(cfg: CfgNode, model: EarlyExitSSDLite, dataset: DetectionDataset, in
     certificate = load_certificate(cfg.ROUTING.CERTIFICATE)
     router = certificate.router_for(model)
     certificate.require_unseen(photo_hashes(dataset))
+    if (certificate.target["score"], certificate.target["iou"]) != (cfg.EVAL.SCORE, cfg.EVAL.IOU):
+        logger.warning(
+            "the certificate speaks of score %g and IoU %g, EVAL has %g and %g",
+            certificate.target["score"],
+            certificate.target["iou"],
+            cfg.EVAL.SCORE,
+            cfg.EVAL.IOU,
+        )
     return router
 
 

@@ -18,12 +18,10 @@ from earlyexit_ssd.evaluation.bootstrap import interval
 from earlyexit_ssd.evaluation.choices import ap_of_choice, bootstrap_choices
 from earlyexit_ssd.evaluation.reference_lines import Line, coin, gap_closed, line_of, oracle_choice, overthinking
 from earlyexit_ssd.evaluation.throughput import mixed_throughput
-from earlyexit_ssd.files import make_folder
-from earlyexit_ssd.modeling import EarlyExitSSDLite, load_model
-from earlyexit_ssd.pipeline.build import build_device, with_classes
+from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
 from earlyexit_ssd.pipeline.fit_router import fit_policy, fit_temperatures
-from earlyexit_ssd.pipeline.replay import Replay, disjoint_sets, replay_split
+from earlyexit_ssd.pipeline.replay import Replay, open_recorded
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.routing import best_policy, write_routing
 from earlyexit_ssd.routing import ExitRouter
@@ -69,16 +67,10 @@ def evaluate_routing(
     for name in set(policies) - set(FITTED_POLICIES):
         get_policy(name)
     out = Path(out_dir)
-    make_folder(out)
-    device = build_device(cfg)
-    model, architecture, _ = load_model(weights)
-    cfg, model = with_classes(cfg, architecture.classes), model.to(device)
-    sets = disjoint_sets(cfg)
-    folder = out / "recordings"
-    calib = replay_split(cfg, model, sets["CALIB"], folder / "calib")
-    test = replay_split(cfg, model, sets["TEST"], folder / "test")
-    fitted = set(policies) & set(FITTED_POLICIES)
-    train = replay_split(cfg, model, sets["TRAIN"], folder / "train") if fitted else None
+    recorded = open_recorded(cfg, weights, out)
+    cfg, model = recorded.cfg, recorded.model
+    calib, test = recorded.replay("CALIB"), recorded.replay("TEST")
+    train = recorded.replay("TRAIN") if set(policies) & set(FITTED_POLICIES) else None
     temperatures = [one.temperature for one in fit_temperatures(cfg, model.exit_names, calib)]
     found: dict[str, Any] = {}
     costs: dict[bool, CostModel] = {}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +23,10 @@ from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.evaluation.choices import ExitMatches, exit_matches
 from earlyexit_ssd.evaluation.photo_losses import errors_against_labels, losses_against_full, losses_against_labels
 from earlyexit_ssd.evaluation.recording import Recording, record
-from earlyexit_ssd.modeling import EarlyExitSSDLite
+from earlyexit_ssd.files import make_folder
+from earlyexit_ssd.modeling import EarlyExitSSDLite, load_model
+from earlyexit_ssd.pipeline.build import build_device, with_classes
+from earlyexit_ssd.pipeline.rivals import check_rivals
 from earlyexit_ssd.routing import ExitRouter
 
 
@@ -86,6 +91,40 @@ def replay_split(cfg: CfgNode, model: EarlyExitSSDLite, dataset: DetectionDatase
     loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, train=False, seed=cfg.SEED)
     recording = record(model, loader, len(dataset), folder, key)
     return Replay(recording, ground_truth, tuple(hashes), cfg.EVAL.SCORE, cfg.EVAL.IOU)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A model, its splits, and where their recordings are.
+
+    Attributes:
+        cfg: with the classes of the weights; model: on its device; info: of the model's file.
+        sets: TRAIN, CALIB and TEST, see :func:`disjoint_sets`.
+    """
+
+    cfg: CfgNode
+    model: EarlyExitSSDLite
+    info: dict[str, Any]
+    sets: dict[str, DetectionDataset]
+    folder: Path
+
+    def replay(self, name: str) -> Replay:
+        """The split of that name, recorded if it is not yet."""
+        return replay_split(self.cfg, self.model, self.sets[name], self.folder / name.lower())
+
+
+def open_recorded(cfg: CfgNode, weights: str | os.PathLike[str], out: Path) -> Recorded:
+    """What can be missing is found here, before the network runs: runtime, weights, photos, room for results.
+
+    Raises:
+        EarlyExitError: unusable weights, data or settings, or splits that share photos.
+    """
+    make_folder(out)
+    device = build_device(cfg)
+    check_rivals(cfg, device)
+    model, architecture, info = load_model(weights)
+    cfg = with_classes(cfg, architecture.classes)
+    return Recorded(cfg, model.to(device), info, disjoint_sets(cfg), out / "recordings")
 
 
 def disjoint_sets(cfg: CfgNode) -> dict[str, DetectionDataset]:
