@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 
-from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd import EarlyExitSSDLite
+from earlyexit_ssd.config import CLOSED, load_config
+from earlyexit_ssd.data import build_loader, load_dataset
 from earlyexit_ssd.errors import DataError, EarlyExitError
 from earlyexit_ssd.evaluation.collect import collect
 from earlyexit_ssd.evaluation.mode import evaluating
@@ -126,3 +128,23 @@ def test_damaged_note_is_recorded_anew(small_model, tmp_path):
     record(small_model, batches(2), len(SIZES), tmp_path, "these photos")
     (tmp_path / "recording.json").write_text("[]")
     assert len(record(small_model, batches(2), len(SIZES), tmp_path, "these photos")) == len(SIZES)
+
+
+@pytest.mark.shared
+def test_replay_and_the_live_router_agree_on_real_photos(shared_root, tmp_path):
+    """Every decision on the shipped detector's test photos, with thresholds at their middle confidences."""
+    model = EarlyExitSSDLite.from_pretrained("voc_animals", router=False)
+    overrides = ["DATA.ROOT", str(shared_root / "data"), "DATA.CLASSES", str(list(model.classes)), "DATA.LIMIT", "64"]
+    dataset = load_dataset(load_config(None, overrides), "voc2012_animals_test")
+    found = record(model, build_loader(dataset, 16, 0, train=False, seed=0), len(dataset), tmp_path, "real photos")
+    router = ExitRouter(model.num_early_exits, policy="ambiguous_mass")
+    first, second = found.confidences(router)
+    thresholds = [values.sort().values[31:33].mean().item() for values in (first, second)]
+    model.router = ExitRouter(model.num_early_exits, policy="ambiguous_mass", thresholds=thresholds)
+    replayed = choose_exits([first, second, torch.ones(len(found))], thresholds).tolist()
+    assert set(replayed) == {0, 1, 2}
+    for size in (1, 4, 16):
+        with torch.inference_mode():
+            loader = build_loader(dataset, size, 0, train=False, seed=0)
+            live = [int(one["exit_index"]) for images, _ in loader for one in model(images)]
+        assert live == replayed, size
