@@ -11,7 +11,7 @@ from torchvision.models.detection.ssd import SSD
 
 from earlyexit_ssd.keywords import suggest_keywords
 from earlyexit_ssd.modeling import validate
-from earlyexit_ssd.modeling.branch import Branch
+from earlyexit_ssd.modeling.branches import build_branches
 from earlyexit_ssd.modeling.conditional import route, route_hybrid
 from earlyexit_ssd.modeling.criterion import early_exit_losses, full_path_losses
 from earlyexit_ssd.modeling.folding import num_outputs
@@ -19,8 +19,6 @@ from earlyexit_ssd.modeling.losses import LossSettings
 from earlyexit_ssd.modeling.matching import Assignment, assign
 from earlyexit_ssd.modeling.outputs import ExitOutputs, Head, Router, pool_tap
 from earlyexit_ssd.modeling.pretrained import Pretrained
-from earlyexit_ssd.modeling.tail import FIRST_TAIL_LAYER, Tail
-from earlyexit_ssd.modeling.thinned import CopiedShortCut
 from earlyexit_ssd.modeling.trunk import LAST_LAYER, SegmentedTrunk, TrunkState
 
 
@@ -95,28 +93,16 @@ class EarlyExitSSDLite(Pretrained, SSD):
         self._trunk_frozen = False
         self.trunk = SegmentedTrunk(self.backbone, exit_layers)
         taps, maps = self._dry_run()
-        shares = validate.one_for_each("copy", copy, len(exit_layers))
         self.grids = [tuple(feature.shape[-2:]) for feature in maps]
-        self.branches = nn.ModuleDict(
-            {
-                name: Branch(
-                    in_channels=tap.shape[1],
-                    in_grid=tap.shape[-1],
-                    skipped_layers=FIRST_TAIL_LAYER - 1 - layer,
-                    grids=[grid[0] for grid in self.grids],
-                    channels=channels,
-                    attention=attention,
-                    copied=CopiedShortCut(self.backbone, layer, share) if share else None,
-                    cascade=cascade and index > 0,
-                    tail=Tail(self.backbone, depth),
-                    num_anchors=self.anchor_generator.num_anchors_per_location(),
-                    num_classes=num_classes,
-                    head_rank=head_rank,
-                )
-                for index, (name, layer, tap, share) in enumerate(
-                    zip(self.exit_names, self.exit_layers, taps, shares, strict=False)
-                )
-            }
+        self.branches = build_branches(
+            self,
+            taps,
+            channels=channels,
+            depth=depth,
+            attention=attention,
+            copy=copy,
+            cascade=cascade,
+            head_rank=head_rank,
         )
         self.inherit()
 

@@ -61,8 +61,7 @@ def inherit_head(mine: SSDLiteHead, full: SSDLiteHead) -> None:
     Of a folded head the wanted classes' rows are taken; its background starts as the checkpoint's own.
     """
     theirs = full.classification_head
-    folded = isinstance(theirs, FoldedClassificationHead)
-    rows = [0, *theirs.wanted.tolist()] if folded else list(range(theirs.num_columns))
+    rows = _wanted_rows(theirs)
     for new, old in zip(mine.classification_head.module_list[1:], theirs.module_list[1:], strict=True):
         new[0].load_state_dict(old[0].state_dict())
         _take_rows(new[1], old[1], theirs.num_columns, rows)
@@ -74,8 +73,7 @@ def inherit_head(mine: SSDLiteHead, full: SSDLiteHead) -> None:
 def inherit_first_predictors(mine: SSDLiteHead, full: SSDLiteHead, kept: Tensor) -> None:
     """Take the full path's predictors of the first map, for the channels ``kept`` of it that the branch has."""
     theirs = full.classification_head
-    folded = isinstance(theirs, FoldedClassificationHead)
-    rows = [0, *theirs.wanted.tolist()] if folded else list(range(theirs.num_columns))
+    rows = _wanted_rows(theirs)
     for new_head, old_head in ((mine.classification_head, theirs), (mine.regression_head, full.regression_head)):
         new, old = new_head.module_list[0], old_head.module_list[0]
         new[0][0].weight.copy_(old[0][0].weight[kept])
@@ -89,6 +87,12 @@ def inherit_first_predictors(mine: SSDLiteHead, full: SSDLiteHead, kept: Tensor)
             _take_rows(new[1], narrow, theirs.num_columns, rows)
         else:
             new[1].load_state_dict(narrow.state_dict())
+
+
+def _wanted_rows(head: nn.Module) -> list[int]:
+    """Background's row and those of the classes that the branch has."""
+    folded = isinstance(head, FoldedClassificationHead)
+    return [0, *head.wanted.tolist()] if folded else list(range(head.num_columns))
 
 
 def _take_rows(new: nn.Module, old: nn.Conv2d, columns: int, rows: list[int]) -> None:

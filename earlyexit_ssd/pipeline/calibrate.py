@@ -23,12 +23,11 @@ from earlyexit_ssd.pipeline.build import trained_temperatures
 from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
 from earlyexit_ssd.pipeline.fit_router import fit_policy, fit_temperatures
 from earlyexit_ssd.pipeline.replay import Replay, open_recorded
-from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.calibration import write_calibration
 from earlyexit_ssd.routing import ExitRouter
 from earlyexit_ssd.routing.certificate import Certificate
 from earlyexit_ssd.routing.certify import certify, safe_to_bold
-from earlyexit_ssd.routing.drift import Reference
+from earlyexit_ssd.routing.drift_reference import Reference
 from earlyexit_ssd.routing.policies import FITTED_POLICIES, get_policy
 from earlyexit_ssd.routing.search import cheapest_within, threshold_grid
 
@@ -121,12 +120,7 @@ def _search(
         return Found(found.thresholds, found.choice, {"loss_bound": found.bound, "steps": found.steps})
     grid = threshold_grid(confidences)
     mean_costs = grid.mean_cost(costs.of_each(grid.thresholds))
-    ap50 = np.array(
-        [
-            ap_of_choice(calib.matches, choice, ap50_only=True).AP50 or 0.0
-            for choice in progress(grid.choices, desc="thresholds")
-        ]
-    )
+    ap50 = calib.ap50_of(grid.choices, "thresholds")
     if target.kind == "speedup":
         chosen = cheapest_within(mean_costs, -ap50, costs.plain / target.value)
         if chosen is None:

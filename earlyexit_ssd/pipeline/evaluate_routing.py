@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,14 +21,11 @@ from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
 from earlyexit_ssd.pipeline.fit_router import fit_policy, fit_temperatures
 from earlyexit_ssd.pipeline.replay import Replay, open_recorded
-from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.routing import best_policy, write_routing
 from earlyexit_ssd.routing import ExitRouter
 from earlyexit_ssd.routing.budgets import even_budgets, msdnet_shares, thresholds_for_shares
 from earlyexit_ssd.routing.policies import FITTED_POLICIES, POLICIES, get_policy
 from earlyexit_ssd.routing.search import cheapest_within, choose, threshold_grid
-
-logger = logging.getLogger(__name__)
 
 REFERENCE_POLICY = "max_foreground"
 MSDNET_Q = np.geomspace(0.1, 10, 25)
@@ -136,12 +132,7 @@ def _evaluate_policy(splits: Splits, calib: list[np.ndarray], test: list[np.ndar
     grid, costs = threshold_grid(calib), splits.costs.per_exit()
     closed = splits.costs.per_exit([CLOSED] * len(calib))  # above its cost there is nothing to route for
     mean_costs = grid.mean_cost(splits.costs.of_each(grid.thresholds))
-    ap50 = np.array(
-        [
-            ap_of_choice(splits.calib.matches, choice, ap50_only=True).AP50 or 0.0
-            for choice in progress(grid.choices, desc=f"thresholds of {name}")
-        ]
-    )
+    ap50 = splits.calib.ap50_of(grid.choices, f"thresholds of {name}")
     budgets = []
     for budget in even_budgets(costs[0], closed[-1]):
         thresholds = grid.thresholds[cheapest_within(mean_costs, -ap50, budget)]

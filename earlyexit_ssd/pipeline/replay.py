@@ -20,13 +20,14 @@ from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset, to_
 from earlyexit_ssd.data.classes import limit_photos
 from earlyexit_ssd.data.disjoint import photo_hashes, require_disjoint
 from earlyexit_ssd.errors import ConfigError
-from earlyexit_ssd.evaluation.choices import ExitMatches, exit_matches
+from earlyexit_ssd.evaluation.choices import ExitMatches, ap_of_choice, exit_matches
 from earlyexit_ssd.evaluation.photo_losses import errors_against_labels, losses_against_full, losses_against_labels
 from earlyexit_ssd.evaluation.recording import Recording, record
 from earlyexit_ssd.files import make_folder
 from earlyexit_ssd.modeling import EarlyExitSSDLite, load_model
 from earlyexit_ssd.pipeline.build import build_device, with_classes
 from earlyexit_ssd.pipeline.rivals import check_rivals
+from earlyexit_ssd.progress import progress
 from earlyexit_ssd.routing import ExitRouter
 
 
@@ -55,6 +56,11 @@ class Replay:
     def errors(self) -> np.ndarray:
         """Share of each exit's answer that is wrong, [n, exits]."""
         return errors_against_labels(self.ground_truth, self.recording.detections, self.score, self.iou)
+
+    def ap50_of(self, choices: np.ndarray, title: str) -> np.ndarray:
+        """[M]: AP50 of each choice of exits [M, n]; 0 without an object. ``title`` is the progress bar's."""
+        found = (ap_of_choice(self.matches, choice, ap50_only=True).AP50 for choice in progress(choices, desc=title))
+        return np.array([value or 0.0 for value in found])
 
     def losses(self, reference: str) -> np.ndarray:
         """Per photo and exit, [n, exits], against what the ``full`` path says or against the ``labels``."""

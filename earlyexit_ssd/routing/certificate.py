@@ -16,7 +16,7 @@ from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import write_json
 from earlyexit_ssd.modeling.checkpoint import weights_hash
-from earlyexit_ssd.routing.drift import Reference
+from earlyexit_ssd.routing.drift_reference import Reference
 from earlyexit_ssd.routing.router import ExitRouter
 
 FORMAT = "earlyexit_ssd certificate/1"

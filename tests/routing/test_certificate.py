@@ -7,7 +7,7 @@ from earlyexit_ssd import ExitRouter
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.checkpoint import weights_hash
 from earlyexit_ssd.routing.certificate import Certificate, load_certificate
-from earlyexit_ssd.routing.drift import Reference
+from earlyexit_ssd.routing.drift_reference import Reference
 from tests.modeling.conftest import small_model
 
 

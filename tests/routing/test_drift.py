@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from scipy.stats import fisher_exact
 
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.routing.drift import DriftMonitor, Reference
+from earlyexit_ssd.routing.drift import DriftMonitor
+from earlyexit_ssd.routing.drift_reference import Reference
 
 NAMES = ("exit8", "exit12", "full")
 SHARES = (0.42, 0.38, 0.2)
