@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ from earlyexit_ssd.files import atomic_path, write_json
 from earlyexit_ssd.modeling.checkpoint import weights_hash
 from earlyexit_ssd.modeling.outputs import ExitOutputs, ExitSignals
 from earlyexit_ssd.progress import progress
+
+logger = logging.getLogger(__name__)
 
 REPLAY_BATCH = 64
 """Photos whose logits are in memory at a time."""
@@ -93,10 +96,14 @@ def record(model: nn.Module, loader: Batches, photos: int, folder: Path, key: st
         DataError: an image id occurs twice.
     """
     key = hashlib.sha256(f"{key} {weights_hash(model)}".encode()).hexdigest()
-    if not _is_whole(folder, key):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recording.json").unlink(missing_ok=True)
-        _fill(model, loader, photos, folder, key)
+    if _is_whole(folder, key):
+        try:
+            return Recording(folder)
+        except Exception as error:  # damaged arrays and archives raise anything
+            logger.warning("%s: the recording is damaged (%s); it is made anew", folder, type(error).__name__)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recording.json").unlink(missing_ok=True)
+    _fill(model, loader, photos, folder, key)
     return Recording(folder)
 
 

@@ -128,6 +128,9 @@ def test_damaged_note_is_recorded_anew(small_model, tmp_path):
     record(small_model, batches(2), len(SIZES), tmp_path, "these photos")
     (tmp_path / "recording.json").write_text("[]")
     assert len(record(small_model, batches(2), len(SIZES), tmp_path, "these photos")) == len(SIZES)
+    for name in ("labels.npy", "detections.pt"):
+        (tmp_path / name).write_bytes(b"cut off")
+        assert len(record(small_model, batches(2), len(SIZES), tmp_path, "these photos")) == len(SIZES)
 
 
 @pytest.mark.shared
