@@ -66,7 +66,7 @@ def train_branches(run: Run) -> None:
     model.freeze_trunk()
     before = full_path_fingerprint(model)
     if phase.EPOCHS and phase.CACHE:
-        fit(run, "exits", Branches(model), _tap_loader(run))
+        fit(run, "exits", Branches(model), tap_loader(run))
     elif phase.EPOCHS:
         fit(run, "exits", model, photo_loader(run, phase.BATCH_SIZE))
     require_same_full_path(before, model)
@@ -117,7 +117,8 @@ def tap_cache(run: Run) -> TapCache:
     return cache
 
 
-def _tap_loader(run: Run) -> CachedLoader:
+def tap_loader(run: Run) -> CachedLoader:
+    """Batches of the tap cache, which is filled first where it is not whole."""
     cfg, phase, cache = run.cfg, run.cfg.EXITS_PHASE, tap_cache(run)
     cache.build(run.model, build_loader(run.train_set, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, False, cfg.SEED))
     return CachedLoader(cache, phase.BATCH_SIZE, cfg.SEED, run.device, rank(), world_size())

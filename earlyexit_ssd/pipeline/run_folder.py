@@ -44,9 +44,10 @@ _SETTINGS_OF_PHASES = {
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run below ``root``."""
+    """Paths of a run below ``root``; ``shared_taps`` is a tap cache that stays, for several runs."""
 
     root: Path
+    shared_taps: Path | None = None
 
     @property
     def model(self) -> Path:
@@ -60,11 +61,11 @@ class RunFolder:
     @property
     def taps(self) -> Path:
         """The tap cache of the exits phase; gigabytes, so it goes when the phase is finished."""
-        return self.phase("exits") / "taps"
+        return self.shared_taps or self.phase("exits") / "taps"
 
     def remove_taps(self) -> None:
         """Delete the tap cache if the exits phase is finished; one that was stopped goes on with it."""
-        if self.finished("exits"):
+        if self.finished("exits") and not self.shared_taps:
             shutil.rmtree(self.taps, ignore_errors=True)
 
     def require_free(self, cfg: CfgNode, resume: bool) -> None:

@@ -1,0 +1,154 @@
+"""Recipes for the exits held against each other: each trains branches on the same taps, judged on the calib split."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from fvcore.common.config import CfgNode
+
+from earlyexit_ssd.config import load_config
+from earlyexit_ssd.errors import ConfigError
+from earlyexit_ssd.evaluation.cost import mmacs_to_exit
+from earlyexit_ssd.files import make_folder, write_json, write_text
+from earlyexit_ssd.modeling import EarlyExitSSDLite
+from earlyexit_ssd.pipeline.build import build_device
+from earlyexit_ssd.pipeline.phases import tap_loader, train_branches
+from earlyexit_ssd.pipeline.prepare import prepare
+from earlyexit_ssd.pipeline.run_folder import RunFolder
+from earlyexit_ssd.report.recipes import recipe_table
+
+Recipes = dict[str, dict[str, Any]]
+
+
+def read_recipes(path: str | os.PathLike[str]) -> Recipes:
+    """Name -> keys of the configuration and their values, ``{"EXITS.COPY": [0.25]}``.
+
+    Raises:
+        ConfigError: the file is not there, or not such a mapping.
+    """
+    path = Path(path)
+    try:
+        recipes = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file of recipes; configs/recipes/ has examples") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as recipes ({' '.join(str(error).split())})") from None
+    if not isinstance(recipes, dict) or not recipes:
+        raise ConfigError(f"{path}: expected lines such as 'thinner: {{EXITS.COPY: [0.25]}}'")
+    for name, keys in recipes.items():
+        if not isinstance(keys, dict):
+            raise ConfigError(f"{path}: recipe {name!r} is {keys!r}, expected keys and values, such as {{SEED: 1}}")
+    return {str(name): keys for name, keys in recipes.items()}
+
+
+def compare_recipes(
+    config: str | os.PathLike[str], overrides: Sequence[str], recipes: Recipes, seeds: Sequence[int], out_dir: Path
+) -> list[dict[str, Any]]:
+    """Train the branches by every recipe and seed on a frozen full path, and judge every exit on the calib split.
+
+    Taps are computed once for all recipes that see the same photos, views and layers. What ``out_dir`` holds of the
+    same settings is not trained again, so that a comparison may be stopped at any time, and grow.
+
+    Args:
+        config, overrides: what every recipe starts from; its DATA, EXITS, LOSS and EXITS_PHASE are used.
+        recipes: see :func:`read_recipes`.
+        seeds: of every recipe.
+        out_dir: for recipes.json, the table and the taps.
+
+    Returns:
+        one dict per recipe and seed: ``recipe``, ``seed``, ``settings``, ``minutes`` (of the steps alone, with
+        ``threads``) and, by exit, ``AP50``, ``mmacs`` and ``parameters`` of its branch.
+
+    Raises:
+        EarlyExitError: unusable settings, data or weights; found for every recipe before the first one trains.
+    """
+    trials = [
+        (name, seed, _configuration(config, overrides, name, keys, seed), out_dir / _slug(name) / f"seed{seed}")
+        for name, keys in recipes.items()
+        for seed in seeds
+    ]
+    make_folder(out_dir)
+    rows = []
+    for name, seed, cfg, folder in trials:
+        settings = _settings(cfg)
+        row = _stored(folder, settings)
+        if "AP50" not in row:
+            row |= {"recipe": name, "seed": seed, **_train(cfg, folder, out_dir / "taps")}
+            write_json(folder / "result.json", row)
+        rows.append(row)
+        write_json(out_dir / "recipes.json", rows)
+        write_text(out_dir / "recipes.md", recipe_table(rows) + "\n")
+    return rows
+
+
+def _configuration(
+    config: str | os.PathLike[str], overrides: Sequence[str], name: str, keys: dict[str, Any], seed: int
+) -> CfgNode:
+    own = [text for key, value in keys.items() for text in (str(key), str(value))]
+    try:
+        return load_config(config, [*overrides, "PHASES", "[baseline, exits]", *own, "SEED", str(seed)])
+    except ConfigError as error:
+        raise ConfigError(f"recipe {name!r}: {str(error).removeprefix('command line: ')}") from None
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "_", name.lower())
+
+
+def _settings(cfg: CfgNode) -> dict[str, Any]:
+    """What the figures depend on."""
+    sections = ("DATA", "MODEL", "EXITS", "LOSS", "EXITS_PHASE", "SEED")
+    settings = json.loads(json.dumps({section: cfg[section] for section in sections}))
+    for key in ("ROOT", "WORKERS"):
+        settings["DATA"].pop(key)
+    return settings
+
+
+def _stored(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The result of an earlier comparison, or the mere settings of one that was stopped and goes on; a training by
+    other settings is removed."""
+    path = folder / "result.json"
+    try:
+        row = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        row = {}
+    if row.get("settings") == settings:
+        return row
+    shutil.rmtree(folder, ignore_errors=True)
+    make_folder(folder)
+    write_json(path, {"settings": settings})
+    return {"settings": settings}
+
+
+def _train(cfg: CfgNode, folder: Path, taps: Path) -> dict[str, Any]:
+    views = [cfg.DATA, cfg.MODEL, cfg.EXITS.LAYERS, cfg.EXITS_PHASE.CACHE_VIEWS, cfg.EXITS_PHASE.CACHE_DTYPE, cfg.SEED]
+    shared = taps / hashlib.sha256(repr(views).encode()).hexdigest()[:12]
+    run = prepare(cfg, RunFolder(folder, shared), build_device(cfg))
+    run.model.freeze_trunk()
+    tap_loader(run)
+    start = time.perf_counter()
+    train_branches(run)
+    minutes = (time.perf_counter() - start) / 60
+    ap50 = [figures["AP50"] for figures in run.calib_quality.of_exits(run.model)]
+    names = run.model.exit_names
+    return {
+        "AP50": dict(zip(names, ap50, strict=True)),
+        "mmacs": dict(zip(names, mmacs_to_exit(run.model), strict=True)),
+        "parameters": _branch_parameters(run.model),
+        "minutes": minutes,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _branch_parameters(model: EarlyExitSSDLite) -> dict[str, int]:
+    return {name: sum(value.numel() for value in branch.parameters()) for name, branch in model.branches.items()}

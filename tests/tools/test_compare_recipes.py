@@ -1,0 +1,67 @@
+import json
+
+import pytest
+
+from earlyexit_ssd.files import write_text
+from tools import compare_recipes, train_net
+
+
+@pytest.fixture
+def command(tiny, tmp_path):
+    """Arguments for a trained full path and these recipes."""
+
+    def arguments(recipes: str, *seeds: str) -> list[str]:
+        write_text(tmp_path / "recipes.yaml", recipes)
+        config, own = tiny("run")[:2], tiny("run")[2:]
+        flags = ["--recipes", str(tmp_path / "recipes.yaml"), "--out", str(tmp_path / "out"), "--seeds", *seeds]
+        return [*config, *flags, "--", *own, "MODEL.WEIGHTS", str(tmp_path / "run" / "baseline" / "model.pth")]
+
+    return arguments
+
+
+def test_recipes_share_taps_and_are_not_trained_twice(command, tiny, tmp_path, capsys):
+    train_net.main(tiny("run", "--force", "PHASES", "[baseline]"))
+    assert compare_recipes.main(command("plain: {}\n", "0")) == 0
+    first = tmp_path / "out" / "plain" / "seed0" / "result.json"
+    written = first.stat().st_mtime_ns
+    both = "plain: {}\nthin tail: {EXITS.DEPTH: 0, LOSS.CLASSIFICATION: focal}\n"
+    assert compare_recipes.main(command(both, "0", "1")) == 0
+    rows = json.loads((tmp_path / "out" / "recipes.json").read_text())
+    assert [(row["recipe"], row["seed"]) for row in rows] == [
+        ("plain", 0),
+        ("plain", 1),
+        ("thin tail", 0),
+        ("thin tail", 1),
+    ]
+    assert first.stat().st_mtime_ns == written
+    assert len(list((tmp_path / "out" / "taps").iterdir())) == 2  # one per seed, none per recipe
+    plain, thin = rows[0], rows[2]
+    assert thin["parameters"]["exit8"] < plain["parameters"]["exit8"]
+    assert thin["mmacs"]["exit8"] < plain["mmacs"]["exit8"]
+    assert thin["settings"]["LOSS"]["CLASSIFICATION"] == "focal"
+    assert all(0 <= value <= 1 for row in rows for value in row["AP50"].values())
+    assert "| thin tail | 2 |" in capsys.readouterr().out
+
+
+def test_changed_settings_are_trained_again(command, tiny, tmp_path):
+    train_net.main(tiny("run", "--force", "PHASES", "[baseline]"))
+    for depth in (1, 0):
+        assert compare_recipes.main(command(f"one: {{EXITS.DEPTH: {depth}}}\n", "0")) == 0
+    (row,) = json.loads((tmp_path / "out" / "recipes.json").read_text())
+    assert row["settings"]["EXITS"]["DEPTH"] == 0
+
+
+@pytest.mark.parametrize(
+    ("recipes", "message"),
+    [
+        ("good: {}\nbad: {EXITS.DEPHT: 1}\n", "recipe 'bad': unknown key EXITS.DEPHT (did you mean 'DEPTH'?)"),
+        ("bad: 3\n", "recipe 'bad' is 3, expected keys and values"),
+        ("", "expected lines such as"),
+        ("a: [\n", "cannot be read as recipes"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_trains(command, tmp_path, capsys, recipes, message):
+    assert compare_recipes.main(command(recipes, "0")) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert not (tmp_path / "out").exists()
