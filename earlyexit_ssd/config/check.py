@@ -98,13 +98,15 @@ def _check_exits(cfg: CfgNode) -> None:
         inside = _is_whole(layer) and 1 <= layer < LAST_LAYER
         _require(inside, "EXITS.LAYERS", layer, f"trunk layers 1 to {LAST_LAYER - 1}")
     _require(list(layers) == sorted(set(layers)), "EXITS.LAYERS", layers, "increasing layers, each once")
+    for layer in cfg.EXITS.EMPTY:
+        _require(layer in layers, "EXITS.EMPTY", layer, f"some of EXITS.LAYERS {list(layers)}")
     for key in ("EXITS.COPY", "LOSS.EXIT_WEIGHTS", "ROUTING.THRESHOLDS", "ROUTING.TEMPERATURES"):
         value = _get(cfg, key)
         _require(len(value) in (1, len(layers)), key, value, f"one number, or one for each of {len(layers)} exits")
     weights = cfg.JOINT.EXIT_WEIGHTS
     _require(len(weights) in (0, 1, len(layers)), "JOINT.EXIT_WEIGHTS", weights, f"none, one, or {len(layers)} numbers")
     _require(cfg.EXITS.CHANNELS > 0 or min(cfg.EXITS.COPY) > 0, "EXITS.CHANNELS", 0, "some, or EXITS.COPY above 0")
-    before_c4 = cfg.EXITS.CHANNELS > 0 or max(layers) < C4_LAYER
+    before_c4 = cfg.EXITS.CHANNELS > 0 or all(one < C4_LAYER or one in cfg.EXITS.EMPTY for one in layers)
     _require(before_c4, "EXITS.LAYERS", layers, f"layers below {C4_LAYER} with EXITS.CHANNELS 0, which copies it")
     _require(0 <= cfg.EXITS.DEPTH <= TAIL_BLOCKS, "EXITS.DEPTH", cfg.EXITS.DEPTH, f"0 to {TAIL_BLOCKS} blocks")
 

@@ -90,6 +90,9 @@ _C.EXITS.ATTENTION = True
 # Share of the channels, in (0, 1], of copies of the full path's layers 4, 7, 11 and 13 that lead from the tap to the
 # tail, for each exit or one for all; 0: new, narrower layers lead there.
 _C.EXITS.COPY = (0.0,)
+# Those of EXITS.LAYERS that have no branch: photos in which there is nothing to find leave there, with an empty answer
+# and at no further cost. A policy that looks at the trunk foresees it: foreseen_emptiness or learned_gain.
+_C.EXITS.EMPTY = ()
 # Features of the exit before flow into the next one.
 _C.EXITS.CASCADE = True
 # Class predictors in two steps with this many channels between, where that is cheaper (many classes); 0: in one.

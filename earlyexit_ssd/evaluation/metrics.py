@@ -123,6 +123,7 @@ def _exit_entry(
     timing = costs.timings[index]
     entry = {"name": model.exit_names[index], "layer": model.exit_layers[index], **qualities[index].figures}
     if index < len(qualities) - 1:
+        entry["empty"] = model.empty[index]
         entry["AP50_below_full_interval"] = qualities[-1].ap50_minus(qualities[index])
     summary = summarize_confidence(collected.confidences[index])
     entry["confidence"] = asdict(summary) if summary else None

@@ -42,6 +42,7 @@ class Recording:
         image_ids: [n].
         logits: per early exit [n, A, C], raw, on disk.
         taps: per early exit [n, 2 * channels], pooled, on disk.
+        empty: per early exit, whether it has no branch.
         labels: of the default boxes by matching with the objects, [n, A], on disk.
         detections: per exit, the full path last, image id -> ``boxes``, ``scores`` and ``labels``.
     """
@@ -51,6 +52,7 @@ class Recording:
         info = json.loads((folder / "recording.json").read_text(encoding="utf-8"))
         self.image_ids: list[int] = info["image_ids"]
         early = range(info["early_exits"])
+        self.empty: list[bool] = info.get("empty", [False for _ in early])
         self.logits = [np.load(folder / f"logits{index}.npy", mmap_mode="r") for index in early]
         self.taps = [np.load(folder / f"tap{index}.npy", mmap_mode="r") for index in early]
         self.labels = np.load(folder / "labels.npy", mmap_mode="r")
@@ -68,8 +70,10 @@ class Recording:
         """What a router sees at an early exit, batch after batch."""
         for start in range(0, len(self), REPLAY_BATCH):
             rows = slice(start, start + REPLAY_BATCH)
-            previous = _tensor(self.logits[exit_index - 1][rows]) if exit_index else None
-            yield ExitSignals(_tensor(self.logits[exit_index][rows]), previous, _tensor(self.taps[exit_index][rows]))
+            compared = exit_index > 0 and not self.empty[exit_index - 1]
+            previous = _tensor(self.logits[exit_index - 1][rows]) if compared else None
+            logits, tap = (_tensor(values[exit_index][rows]) for values in (self.logits, self.taps))
+            yield ExitSignals(logits, previous, tap, self.empty[exit_index])
 
     @torch.no_grad()
     def confidences(self, router: Any) -> list[Tensor]:
@@ -143,7 +147,7 @@ def _fill(model: nn.Module, loader: Batches, photos: int, folder: Path, key: str
         array.flush()
     with atomic_path(folder / "detections.pt") as temporary:
         torch.save(detections, temporary)
-    info = {"image_ids": image_ids, "early_exits": model.num_early_exits, "key": key}
+    info = {"image_ids": image_ids, "early_exits": model.num_early_exits, "empty": list(model.empty), "key": key}
     write_json(folder / "recording.json", info)
 
 

@@ -46,11 +46,15 @@ class Rival:
         return ONNX_RUNTIME if isinstance(self.network, OnnxNetwork) else default
 
 
-def first_exit_alone(model: nn.Module, collected: Collected) -> Rival:
-    """The first exit of an `EarlyExitSSDLite`, which has nothing of the other branches in it."""
-    network, example = PathToExit(model, 0), example_input(model)
-    name = f"{model.exit_names[0]} alone"
-    return Rival(name, SINGLE_EXIT, network, example, count_mmacs(network, example), collected.detections[0])
+def first_exit_alone(model: nn.Module, collected: Collected) -> list[Rival]:
+    """The first exit of an `EarlyExitSSDLite` that has a branch, which has nothing of the other branches in it; none
+    where all exits are empty."""
+    for index, name in enumerate(model.exit_names[:-1]):
+        if not model.empty[index]:
+            network, example = PathToExit(model, index), example_input(model)
+            mmacs = count_mmacs(network, example)
+            return [Rival(f"{name} alone", SINGLE_EXIT, network, example, mmacs, collected.detections[index])]
+    return []
 
 
 def evaluate_rivals(

@@ -41,10 +41,13 @@ Rule = Callable[[Metrics], list[Finding]]
 
 
 def first_exit_detects(metrics: Metrics) -> list[Finding]:
-    """Exit 1 under 0.30 AP50 must move deeper, above 0.35 is worth it, between the two is borderline."""
+    """The first exit with a branch: under 0.30 AP50 must move deeper, above 0.35 is worth it, between is borderline."""
     if len(metrics["exits"]) < 2:
         return [Finding("the model has no early exit: there is nothing to ship", blocks=True)]
-    first = metrics["exits"][0]
+    early = [one for one in metrics["exits"][:-1] if not one.get("empty")]
+    if not early:
+        return [Finding("the early exits are empty: only photos that seem to show nothing leave there")]
+    first = early[0]
     name, ap50 = first["name"], first["AP50"]
     if ap50 is None:
         return [Finding(f"{name}: AP50 is undefined, since the photos show no object to find", blocks=True)]

@@ -23,7 +23,8 @@ class Architecture:
         width, reduced_tail: of the trunk; see :func:`build_ssdlite`.
         head_outputs, folded_rows: outputs per default box of a folded head, and the rows of ``classes`` in it;
             0 and empty where the head has the classes' own rows.
-        exit_layers, channels, depth, attention, copy, cascade, head_rank: of the exits; see :class:`EarlyExitSSDLite`.
+        exit_layers, channels, depth, attention, copy, cascade, head_rank, empty: of the exits; see
+            :class:`EarlyExitSSDLite`.
         score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing.
     """
 
@@ -40,6 +41,7 @@ class Architecture:
     copy: tuple[float, ...] = (0.0,)
     cascade: bool = True
     head_rank: int = 0
+    empty: tuple[int, ...] = ()
     score_thresh: float = 0.001
     nms_thresh: float = 0.55
     detections_per_img: int = 300
@@ -88,6 +90,7 @@ class Architecture:
             copy=self.copy,
             cascade=self.cascade,
             head_rank=self.head_rank,
+            empty=self.empty,
             classes=self.classes,
         )
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from earlyexit_ssd.modeling import validate
 from earlyexit_ssd.modeling.branch import Branch
+from earlyexit_ssd.modeling.empty import EmptyExit, num_default_boxes
 from earlyexit_ssd.modeling.tail import FIRST_TAIL_LAYER, Tail
 from earlyexit_ssd.modeling.thinned import CopiedShortCut
 
@@ -34,10 +35,15 @@ def build_branches(
         taps: one per early exit, [1, C, S, S], for their shapes.
         channels, depth, attention, copy, cascade, head_rank: see the model.
     """
+    boxes_per_cell = model.anchor_generator.num_anchors_per_location()
     shares = validate.one_for_each("copy", copy, model.num_early_exits)
     branches = nn.ModuleDict()
     for index, (tap, share) in enumerate(zip(taps, shares, strict=True)):
         layer = model.exit_layers[index]
+        if model.empty[index]:
+            num_boxes = num_default_boxes(model.grids, boxes_per_cell)
+            branches[model.exit_names[index]] = EmptyExit(num_boxes, model.num_classes)
+            continue
         branches[model.exit_names[index]] = Branch(
             in_channels=tap.shape[1],
             in_grid=tap.shape[-1],
@@ -46,9 +52,9 @@ def build_branches(
             channels=channels,
             attention=attention,
             copied=CopiedShortCut(model.backbone, layer, share) if share else None,
-            cascade=cascade and index > 0,
+            cascade=cascade and index > 0 and not model.empty[index - 1],
             tail=Tail(model.backbone, depth),
-            num_anchors=model.anchor_generator.num_anchors_per_location(),
+            num_anchors=boxes_per_cell,
             num_classes=model.num_classes,
             head_rank=head_rank,
         )

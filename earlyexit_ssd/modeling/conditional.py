@@ -36,13 +36,15 @@ def route(model: EarlyExitSSDLite, x: Tensor) -> tuple[Head, Tensor, Tensor]:
             continue
         head, context = branch(state.x, context)
         logits = head["cls_logits"]
-        confidence = model.router.confidence(ExitSignals(logits, previous, pool_tap(state.x)), index)
+        confidence = model.router.confidence(
+            ExitSignals(logits, previous, pool_tap(state.x), model.empty[index]), index
+        )
         leave = model.router.leaves(confidence, index)
         parts.append((active[leave], {key: value[leave] for key, value in head.items()}, index, confidence[leave]))
         if leave.any():
             active, state = active[~leave], state.select(~leave)
-            context, logits = context[~leave], logits[~leave]
-        previous = logits
+            context, logits = _select(context, ~leave), logits[~leave]
+        previous = None if model.empty[index] else logits
         if len(active) == 0:
             break
     else:
@@ -73,11 +75,11 @@ def route_hybrid(model: EarlyExitSSDLite, x: Tensor) -> tuple[Head, Tensor, Tens
             continue
         head, context = branch(tap, context)
         logits = head["cls_logits"]
-        confidence = model.router.confidence(ExitSignals(logits, previous, pool_tap(tap)), index)
+        confidence = model.router.confidence(ExitSignals(logits, previous, pool_tap(tap), model.empty[index]), index)
         sure = model.router.leaves(confidence, index)
         parts.append((open_images[sure], {"cls_logits": logits[sure]}, index, confidence[sure]))
-        open_images, previous = open_images[~sure], logits[~sure]
-        context = context[~sure]
+        open_images, previous = open_images[~sure], None if model.empty[index] else logits[~sure]
+        context = _select(context, ~sure)
     last = model.num_early_exits
     maps = model.trunk.feature_maps(model.trunk.run(state, last))
     if len(open_images):
@@ -101,6 +103,11 @@ def feeds_a_needed_exit(model: EarlyExitSSDLite, router: Router, exit_index: int
             if index == last or router.needs(index):
                 return True
     return False
+
+
+def _select(context: Tensor | None, images: Tensor) -> Tensor | None:
+    """An empty exit has no context."""
+    return None if context is None else context[images]
 
 
 def _in_order(parts: list[tuple[Tensor, Head, int, Tensor]]) -> tuple[Head, Tensor, Tensor]:

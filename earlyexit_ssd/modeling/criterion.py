@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def full_path_losses(head: Head, assignment: Assignment, settings: LossSettings)
 
 
 def early_exit_losses(
-    names: Sequence[str],
+    names: Mapping[int, str],
     heads: Sequence[Head],
     assignment: Assignment,
     settings: LossSettings,
@@ -31,7 +31,7 @@ def early_exit_losses(
     them where a temperature is fitted.
 
     Args:
-        names: of the early exits, shallow to deep.
+        names: index -> name of the early exits that have a branch.
         heads: of the early exits and, last, of the full path.
         assignment: one matching for all exits.
         settings: weights and teacher.
@@ -41,7 +41,7 @@ def early_exit_losses(
         labels = heads[-1]["cls_logits"].detach().argmax(-1)
         assignment = Assignment(labels, torch.zeros_like(heads[-1]["bbox_regression"]))
     losses = {}
-    for index, name in enumerate(names):
+    for index, name in names.items():
         weight = settings.exit_weight(index)
         if settings.supervision == "labels":
             for key, value in detection_losses(heads[index], assignment, settings).items():

@@ -34,6 +34,7 @@ class EarlyExitSSDLite(Pretrained, SSD):
         detector: a torchvision SSDLite; its parts are used, not copied.
         exit_layers: trunk layers behind which a branch leaves, increasing, 1..15 (the stem is 0).
         channels, attention, cascade, head_rank: see :class:`earlyexit_ssd.modeling.branch.Branch`.
+        empty: those of ``exit_layers`` that have no branch (:class:`earlyexit_ssd.modeling.empty.EmptyExit`).
         copy: per exit, or one for all, the share of the channels that stay in a
             :class:`earlyexit_ssd.modeling.thinned.CopiedShortCut`; 0 builds new layers.
         depth: residual blocks of a branch's :class:`earlyexit_ssd.modeling.tail.Tail`, 0 to 2.
@@ -44,6 +45,7 @@ class EarlyExitSSDLite(Pretrained, SSD):
     Attributes:
         exit_names: shallow to deep, such as ``("exit8", "exit12", "full")``.
         exit_layers: their layers, 16 for the full path. ``grids``: (height, width) of the head's six maps, cells.
+        empty: per early exit, whether it has no branch.
 
     Raises:
         ValueError: an impossible exit layer, or a number of classes that the detector's head does not have.
@@ -61,6 +63,7 @@ class EarlyExitSSDLite(Pretrained, SSD):
         copy: Sequence[float] = (0.0,),
         cascade: bool = True,
         head_rank: int = 0,
+        empty: Sequence[int] = (),
         classes: Sequence[str] | None = None,
         losses: LossSettings | None = None,
         router: Router | None = None,
@@ -82,11 +85,12 @@ class EarlyExitSSDLite(Pretrained, SSD):
             positive_fraction=1 / (1 + detector.neg_to_pos_ratio),
         )
         exit_layers = tuple(exit_layers)
-        validate.check_exit_layers(exit_layers)
+        validate.check_exit_layers(exit_layers, empty)
         self.classes = tuple(classes or (f"class_{label}" for label in range(1, num_classes)))
         validate.check_class_names(self.classes, num_classes)
         self.exit_layers = (*exit_layers, LAST_LAYER)
         self.exit_names = (*(f"exit{layer}" for layer in exit_layers), "full")
+        self.empty = tuple(layer in empty for layer in exit_layers)
         self.losses = losses or LossSettings()
         self.router = router
         self.norm_frozen = False
@@ -177,7 +181,8 @@ class EarlyExitSSDLite(Pretrained, SSD):
         """Weighted losses of all exits (heads shallow to deep, the full path last); the frozen full path has none."""
         validate.check_router(self.router, self.num_early_exits)
         full = {} if self._trunk_frozen else full_path_losses(heads[-1], assignment, self.losses)
-        return full | early_exit_losses(self.exit_names[:-1], heads, assignment, self.losses, self.router)
+        names = {index: self.exit_names[index] for index, empty in enumerate(self.empty) if not empty}
+        return full | early_exit_losses(names, heads, assignment, self.losses, self.router)
 
     def assign(self, targets: list[dict[str, Tensor]], anchors: list[Tensor]) -> Assignment:
         """Match targets (network pixels) with default boxes; one matching serves every exit."""
@@ -214,7 +219,7 @@ class EarlyExitSSDLite(Pretrained, SSD):
         taps, maps = self.trunk_maps(batch.tensors)
         heads = (*self.branch_heads(taps), self.head(maps))
         pooled = tuple(pool_tap(tap) for tap in taps)
-        return ExitOutputs(heads, pooled, self.default_boxes(batch), batch.image_sizes, photo_sizes)
+        return ExitOutputs(heads, pooled, self.default_boxes(batch), batch.image_sizes, photo_sizes, self.empty)
 
     def detections(self, outputs: ExitOutputs, exit_index: int) -> list[dict[str, Tensor]]:
         """Detections of one exit: per image ``boxes`` xyxy in the photo's pixels, ``labels`` and ``scores``."""

@@ -23,11 +23,13 @@ class ExitSignals:
         logits: raw class logits [N, A, C], background in column 0.
         previous: those of the exit before, [N, A, C]; None at the first exit.
         tap: the exit's tap, pooled by :func:`pool_tap`, [N, 2 * channels]; None behind the full path.
+        empty: the exit has no branch, so its logits say nothing.
     """
 
     logits: Tensor
     previous: Tensor | None = None
     tap: Tensor | None = None
+    empty: bool = False
 
 
 def pool_tap(tap: Tensor) -> Tensor:
@@ -66,6 +68,7 @@ class ExitOutputs:
         taps: of the early exits, pooled by :func:`pool_tap`, [N, 2 * channels] each.
         anchors: per image [A, 4] xyxy in network pixels, the same for every exit.
         network_sizes, photo_sizes: per image (height, width) of the network input and of the photo.
+        empty: per early exit, whether it has no branch.
     """
 
     heads: tuple[Head, ...]
@@ -73,6 +76,7 @@ class ExitOutputs:
     anchors: list[Tensor]
     network_sizes: list[tuple[int, int]]
     photo_sizes: list[tuple[int, int]]
+    empty: tuple[bool, ...]
 
     def on_full_boxes(self) -> ExitOutputs:
         """Every exit's classes on the boxes of the full path, as a hybrid router answers."""
@@ -81,6 +85,9 @@ class ExitOutputs:
 
     def signals(self, exit_index: int) -> ExitSignals:
         """What a router sees at this exit."""
-        previous = self.heads[exit_index - 1]["cls_logits"] if exit_index else None
-        tap = self.taps[exit_index] if exit_index < len(self.taps) else None
-        return ExitSignals(self.heads[exit_index]["cls_logits"], previous, tap)
+        compared = exit_index > 0 and not self.empty[exit_index - 1]
+        previous = self.heads[exit_index - 1]["cls_logits"] if compared else None
+        logits = self.heads[exit_index]["cls_logits"]
+        if exit_index == len(self.taps):
+            return ExitSignals(logits, previous)
+        return ExitSignals(logits, previous, self.taps[exit_index], self.empty[exit_index])

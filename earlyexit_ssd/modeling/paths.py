@@ -45,8 +45,9 @@ class PathToExit(nn.Module):
             head, context = branch(state.x, context)
             heads.append(head)
             if self.router is not None:
-                previous = heads[-2]["cls_logits"] if len(heads) > 1 else None
-                signals = ExitSignals(head["cls_logits"], previous, pool_tap(state.x))
+                compared = len(heads) > 1 and not model.empty[index - 1]
+                previous = heads[-2]["cls_logits"] if compared else None
+                signals = ExitSignals(head["cls_logits"], previous, pool_tap(state.x), model.empty[index])
                 confidences.append(self.router.confidence(signals, index))
             if index == self.exit_index:
                 if self.router is not None and self.router.hybrid:

@@ -11,10 +11,13 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.trunk import LAST_LAYER
 
 
-def check_exit_layers(layers: tuple[int, ...]) -> None:
-    """Exits leave behind increasing trunk layers, the last one excepted."""
+def check_exit_layers(layers: tuple[int, ...], empty: Sequence[int] = ()) -> None:
+    """Exits leave behind increasing trunk layers, the last one excepted; ``empty`` names some of them."""
     if not layers or layers != tuple(sorted({layer for layer in layers if 1 <= layer < LAST_LAYER})):
         raise EarlyExitError(f"exit_layers {layers}: expected increasing trunk layers from 1 to {LAST_LAYER - 1}")
+    for layer in empty:
+        if layer not in layers:
+            raise EarlyExitError(f"empty has {layer}, expected some of the exits' layers {layers}")
 
 
 def one_for_each(name: str, values: Sequence[float], exits: int) -> list[float]:

@@ -64,6 +64,7 @@ def build_architecture(cfg: CfgNode, classes: tuple[str, ...]) -> Architecture:
         copy=cfg.EXITS.COPY,
         cascade=cfg.EXITS.CASCADE,
         head_rank=cfg.EXITS.HEAD_RANK,
+        empty=cfg.EXITS.EMPTY,
         score_thresh=cfg.MODEL.SCORE_THRESH,
         nms_thresh=cfg.MODEL.NMS_THRESH,
         detections_per_img=cfg.MODEL.DETECTIONS_PER_IMG,

@@ -21,7 +21,7 @@ from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.checkpoint import weights_hash
 from earlyexit_ssd.pipeline.build import trained_temperatures
 from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
-from earlyexit_ssd.pipeline.fit_router import fit_policy, fit_temperatures
+from earlyexit_ssd.pipeline.fit_router import fit_policy, fit_temperatures, per_exit
 from earlyexit_ssd.pipeline.replay import Replay, open_recorded
 from earlyexit_ssd.report.calibration import write_calibration
 from earlyexit_ssd.routing import ExitRouter
@@ -93,12 +93,12 @@ def calibrate(
     recorded = open_recorded(cfg, weights, out)
     cfg, model = recorded.cfg, recorded.model
     calib = recorded.replay("CALIB")
-    needs_train = target.kind == "risk" or cfg.ROUTING.POLICY == "learned_gain"
+    needs_train = target.kind == "risk" or cfg.ROUTING.POLICY in FITTED_POLICIES
     train = recorded.replay("TRAIN") if needs_train else None
     fitted = fit_temperatures(cfg, model.exit_names, calib)
-    temperatures = [one.temperature for one in fitted]
+    temperatures = per_exit(fitted, model.exit_names)
     if target.kind == "risk":  # what is fitted on the calibration photos may not be tested on them
-        temperatures = trained_temperatures(cfg, recorded.info, len(fitted))
+        temperatures = trained_temperatures(cfg, recorded.info, model.num_early_exits)
     router = fit_policy(cfg, cfg.ROUTING.POLICY, temperatures, train)
     costs = measure_cost_model(cfg, model, router)
     found = _search(cfg, target, router, calib, train, costs)

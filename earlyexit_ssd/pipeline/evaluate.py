@@ -61,7 +61,7 @@ def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str |
     rivals = build_rivals(cfg, model, architecture, device)
     collected = collect(model.to(device), loader, router)
     if cfg.EVAL.RIVALS.ENABLED and not router.hybrid:  # a hybrid's exits have the full path's boxes
-        rivals = [first_exit_alone(model, collected), *rivals]
+        rivals = [*first_exit_alone(model, collected), *rivals]
     metrics = evaluate_exits(
         model,
         loader,

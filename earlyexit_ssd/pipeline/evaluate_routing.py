@@ -19,7 +19,7 @@ from earlyexit_ssd.evaluation.reference_lines import Line, coin, gap_closed, lin
 from earlyexit_ssd.evaluation.throughput import mixed_throughput
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
-from earlyexit_ssd.pipeline.fit_router import fit_policy, fit_temperatures
+from earlyexit_ssd.pipeline.fit_router import fit_policy, fit_temperatures, per_exit
 from earlyexit_ssd.pipeline.replay import Replay, open_recorded
 from earlyexit_ssd.report.routing import best_policy, write_routing
 from earlyexit_ssd.routing import ExitRouter
@@ -67,7 +67,7 @@ def evaluate_routing(
     cfg, model = recorded.cfg, recorded.model
     calib, test = recorded.replay("CALIB"), recorded.replay("TEST")
     train = recorded.replay("TRAIN") if set(policies) & set(FITTED_POLICIES) else None
-    temperatures = [one.temperature for one in fit_temperatures(cfg, model.exit_names, calib)]
+    temperatures = per_exit(fit_temperatures(cfg, model.exit_names, calib), model.exit_names)
     found: dict[str, Any] = {}
     costs: dict[bool, CostModel] = {}
     for name in policies:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from fvcore.common.config import CfgNode
@@ -13,6 +13,7 @@ from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.modeling.outputs import ExitSignals
 from earlyexit_ssd.pipeline.replay import Replay
 from earlyexit_ssd.routing import ExitRouter
+from earlyexit_ssd.routing.foreseen import evidence, fit_foresight
 from earlyexit_ssd.routing.learned_gain import GainModel, fit_gain, to_plain
 from earlyexit_ssd.routing.temperature import (
     FittedTemperature,
@@ -26,9 +27,11 @@ logger = logging.getLogger(__name__)
 
 
 def fit_temperatures(cfg: CfgNode, exit_names: Sequence[str], calib: Replay) -> list[FittedTemperature]:
-    """Of every early exit, by likelihood on ``calib``; one that its bounds stop is a warning."""
+    """Of every early exit with a branch, by likelihood on ``calib``; one that its bounds stop is a warning."""
     bounds, found = cfg.ROUTING.TEMPERATURE_BOUNDS, []
     for index in range(calib.recording.early_exits):
+        if calib.recording.empty[index]:
+            continue
         logits, labels = contested_boxes(calib.logits_and_labels(index))
         temperature = fit_temperature(logits, labels, bounds)
         bound = stopped_by(temperature, bounds)
@@ -43,11 +46,19 @@ def fit_temperatures(cfg: CfgNode, exit_names: Sequence[str], calib: Replay) -> 
     return found
 
 
+def per_exit(fitted: Sequence[FittedTemperature], exit_names: Sequence[str]) -> list[float]:
+    """The temperature of every early exit; 1 where it has none."""
+    found = {one.exit_name: one.temperature for one in fitted}
+    return [found.get(name, 1.0) for name in exit_names[:-1]]
+
+
 def fit_policy(cfg: CfgNode, policy: str, temperatures: Sequence[float], train: Replay | None) -> ExitRouter:
     """A router with this policy, fitted on ``train`` where it has parameters, and every exit closed."""
     parameters = None
     if policy == "learned_gain":
         parameters = fit_learned_gain(train, cfg.CALIBRATION.REFERENCE, temperatures, cfg.SEED)
+    if policy == "foreseen_emptiness":
+        parameters = fit_foreseen_emptiness(train, temperatures)
     return ExitRouter(
         len(temperatures),
         policy=policy,
@@ -69,11 +80,24 @@ def fit_learned_gain(train: Replay, reference: str, temperatures: Sequence[float
     return fitted
 
 
+def fit_foreseen_emptiness(train: Replay, temperatures: Sequence[float]) -> list[dict[str, list | float]]:
+    """Per early exit the regression of the full path's largest score; no label is looked at."""
+    found, image_ids = train.recording.detections[-1], train.recording.image_ids
+    largest = torch.tensor([max(found[image_id]["scores"].tolist(), default=0.0) for image_id in image_ids])
+    return [
+        fit_foresight(torch.cat([evidence(signals) for signals in _tempered(train, index, temperatures)]), largest)
+        for index in range(train.recording.early_exits)
+    ]
+
+
 def _inputs(train: Replay, index: int, temperatures: Sequence[float]) -> Tensor:
     """What the model of exit ``index`` sees of every photo, in the order of the recording."""
     model = GainModel(train.recording.taps[index].shape[1] // 2)
-    rows = []
+    return torch.cat([model.inputs(signals) for signals in _tempered(train, index, temperatures)])
+
+
+def _tempered(train: Replay, index: int, temperatures: Sequence[float]) -> Iterator[ExitSignals]:
+    """The signals of an exit as a policy sees them."""
     for signals in train.recording.signals(index):
         previous = None if signals.previous is None else signals.previous / temperatures[index - 1]
-        rows.append(model.inputs(ExitSignals(signals.logits / temperatures[index], previous, signals.tap)))
-    return torch.cat(rows)
+        yield ExitSignals(signals.logits / temperatures[index], previous, signals.tap, signals.empty)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from earlyexit_ssd.errors import EarlyExitError
@@ -81,12 +81,19 @@ def baseline_gate(figures: dict, limits: dict[str, float]) -> Gate:
     return Gate("baseline", checks, advice)
 
 
-def exits_gate(names: Sequence[str], ap50: Sequence[float | None], first_limit: float, deepest_share: float) -> Gate:
-    """The first exit's AP50, and the deepest early exit's against the full path's, which is last in both lists."""
-    full = ap50[-1] or 1.0  # where the full path finds nothing, no exit passes
+def exits_gate(ap50: Mapping[str, float | None], first_limit: float, deepest_share: float) -> Gate:
+    """The first exit's AP50, and the deepest early exit's against the full path's.
+
+    Args:
+        ap50: of the exits that have a branch, shallow to deep, and of the full path, by name.
+    """
+    names, values = list(ap50), list(ap50.values())
+    if len(names) == 1:
+        return Gate("exits", ())
+    full = values[-1] or 1.0  # where the full path finds nothing, no exit passes
     checks = (
-        Check(f"{names[0]} AP50", ap50[0], first_limit),
-        Check(f"{names[-2]} AP50", ap50[-2], deepest_share * full),
+        Check(f"{names[0]} AP50", values[0], first_limit),
+        Check(f"{names[-2]} AP50", values[-2], deepest_share * full),
     )
     advice = (
         f"move the exit deeper (EXITS.LAYERS): {names[0]} sees too little of the trunk",

@@ -53,8 +53,15 @@ def exits(run: Run) -> Gate:
     """Train the branches, then check that the exits detect."""
     train_branches(run)
     gate = run.cfg.EXITS_PHASE.GATE
-    ap50 = [figures["AP50"] for figures in run.calib_quality.of_exits(run.model)]
-    return exits_gate(run.model.exit_names, ap50, gate.FIRST_EXIT_AP50, gate.DEEPEST_SHARE)
+    model = run.model
+    ap50 = {
+        name: figures["AP50"]
+        for name, figures, empty in zip(
+            model.exit_names, run.calib_quality.of_exits(model), (*model.empty, False), strict=True
+        )
+        if not empty
+    }
+    return exits_gate(ap50, gate.FIRST_EXIT_AP50, gate.DEEPEST_SHARE)
 
 
 def train_branches(run: Run) -> None:
@@ -65,7 +72,9 @@ def train_branches(run: Run) -> None:
         model.inherit()  # the baseline may have trained since the branches were built
     model.freeze_trunk()
     before = full_path_fingerprint(model)
-    if phase.EPOCHS and phase.CACHE:
+    if all(model.empty):
+        logger.info("every early exit is empty: there is no branch to train")
+    elif phase.EPOCHS and phase.CACHE:
         fit(run, "exits", Branches(model), tap_loader(run))
     elif phase.EPOCHS:
         fit(run, "exits", model, photo_loader(run, phase.BATCH_SIZE))

@@ -101,6 +101,7 @@ class LearnedGain(nn.Module):
     """
 
     compares = True  # two of its statistics are about the exit before
+    foresees = True  # it looks at the tap, so an exit without a branch can be judged
 
     def __init__(self, parameters: Sequence[dict[str, list]] | None) -> None:
         super().__init__()

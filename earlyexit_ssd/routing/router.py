@@ -14,7 +14,7 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.keywords import suggest_keywords
 from earlyexit_ssd.modeling.losses import mean_over_processes
 from earlyexit_ssd.modeling.outputs import ExitSignals
-from earlyexit_ssd.routing import learned_gain  # noqa: F401  (registers its policy)
+from earlyexit_ssd.routing import foreseen, learned_gain  # noqa: F401  (they register their policies)
 from earlyexit_ssd.routing.policies import get_policy
 
 
@@ -58,6 +58,7 @@ class ExitRouter(nn.Module):
         self._plain_parameters = parameters
         self._policy = get_policy(policy, parameters)
         self.compares: bool = getattr(self._policy, "compares", False)
+        self._foresees: bool = getattr(self._policy, "foresees", False)
         self.temperature_bounds = tuple(temperature_bounds)
         low, high = self.temperature_bounds
         if not 0 < low < high:
@@ -70,9 +71,14 @@ class ExitRouter(nn.Module):
             self.register_buffer("temperatures", temperature)
 
     def confidence(self, signals: ExitSignals, exit_index: int) -> Tensor:
-        """Confidences [N] in [0, 1] at an exit; the full path is exit ``num_exits``."""
+        """Confidences [N] in [0, 1] at an exit; the full path is exit ``num_exits``.
+
+        A policy that looks at the logits alone has none at an exit without a branch.
+        """
+        if signals.empty and not self._foresees:
+            return signals.logits.new_zeros(len(signals.logits))
         previous = None if signals.previous is None else self.tempered(signals.previous, exit_index - 1)
-        tempered = ExitSignals(self.tempered(signals.logits, exit_index), previous, signals.tap)
+        tempered = ExitSignals(self.tempered(signals.logits, exit_index), previous, signals.tap, signals.empty)
         return self._policy(tempered, exit_index).clamp(0.0, 1.0)
 
     def tempered(self, logits: Tensor, exit_index: int) -> Tensor:

@@ -56,7 +56,7 @@ def test_documented_keys(metrics):
     assert set(metrics) == {"context", "exits", "without_exits", "routed", "rivals", "verdict"}
     exit_keys = QUALITY | {"name", "layer", "confidence", "mmacs", "ms", "ms_interval"}
     assert set(metrics["exits"][-1]) == exit_keys
-    assert set(metrics["exits"][0]) == exit_keys | {"AP50_below_full_interval"}
+    assert set(metrics["exits"][0]) == exit_keys | {"empty", "AP50_below_full_interval"}
     assert set(metrics["routed"]) == QUALITY | {
         "policy",
         "thresholds",

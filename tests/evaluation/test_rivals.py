@@ -66,7 +66,7 @@ def test_differences_are_paired(rows):
 
 def test_the_first_exit_is_a_detector_already(small_model, found):
     first, second, full = {1: found((1, 0.9, BOX))}, {1: found()}, {1: found()}
-    rival = first_exit_alone(small_model, Collected([1], [first, second, full], []))
+    (rival,) = first_exit_alone(small_model, Collected([1], [first, second, full], []))
     assert (rival.name, rival.kind) == ("exit8 alone", "single_exit")
     assert rival.found is first
     assert rival.mmacs == pytest.approx(mmacs_to_exit(small_model)[0])

@@ -26,7 +26,7 @@ def test_a_teacher_alone_does_not_look_at_labels():
     settings = LossSettings(supervision="teacher", teacher="full")
     router = ExitRouter(1, learn_temperatures=True)
     found = [
-        early_exit_losses(["exit8"], heads(2), assignment, settings, router)
+        early_exit_losses({0: "exit8"}, heads(2), assignment, settings, router)
         for assignment in (labelled([0] * 5, [0] * 5), labelled([1] * 5, [2, 0, 0, 1, 1]))
     ]
     assert list(found[0]) == ["exit8_distillation", "exit8_temperature"]
@@ -38,6 +38,6 @@ def test_what_a_teacher_sees_on_an_unlabelled_photo_is_learnt():
     full = {"cls_logits": torch.tensor([[[0.0, 4.0]]]), "bbox_regression": torch.zeros(1, 1, 4)}
     student = {"cls_logits": torch.zeros(1, 1, 2, requires_grad=True), "bbox_regression": torch.zeros(1, 1, 4)}
     settings = LossSettings(supervision="teacher", teacher="full")
-    losses = early_exit_losses(["exit8"], [student, full], labelled([0]), settings)
+    losses = early_exit_losses({0: "exit8"}, [student, full], labelled([0]), settings)
     sum(losses.values()).backward()
     assert student["cls_logits"].grad[0, 0, 1] < 0

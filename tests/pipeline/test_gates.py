@@ -13,7 +13,7 @@ def test_limits_are_met_or_exceeded():
 
 
 def test_deepest_exit_is_held_against_the_full_path():
-    gate = exits_gate(["exit8", "exit12", "full"], [0.31, 0.5, 0.6], 0.30, 0.85)
+    gate = exits_gate({"exit8": 0.31, "exit12": 0.5, "full": 0.6}, 0.30, 0.85)
     assert [(check.value, check.limit) for check in gate.checks] == [(0.31, 0.30), (0.5, 0.85 * 0.6)]
     assert not gate.passed
 
