@@ -100,7 +100,7 @@ def _check_exits(cfg: CfgNode) -> None:
     _require(list(layers) == sorted(set(layers)), "EXITS.LAYERS", layers, "increasing layers, each once")
     for layer in cfg.EXITS.EMPTY:
         _require(layer in layers, "EXITS.EMPTY", layer, f"some of EXITS.LAYERS {list(layers)}")
-    for key in ("EXITS.COPY", "LOSS.EXIT_WEIGHTS", "ROUTING.THRESHOLDS", "ROUTING.TEMPERATURES"):
+    for key in ("EXITS.COPY", "EXITS.DEPTH", "LOSS.EXIT_WEIGHTS", "ROUTING.THRESHOLDS", "ROUTING.TEMPERATURES"):
         value = _get(cfg, key)
         _require(len(value) in (1, len(layers)), key, value, f"one number, or one for each of {len(layers)} exits")
     weights = cfg.JOINT.EXIT_WEIGHTS
@@ -108,7 +108,9 @@ def _check_exits(cfg: CfgNode) -> None:
     _require(cfg.EXITS.CHANNELS > 0 or min(cfg.EXITS.COPY) > 0, "EXITS.CHANNELS", 0, "some, or EXITS.COPY above 0")
     before_c4 = cfg.EXITS.CHANNELS > 0 or all(one < C4_LAYER or one in cfg.EXITS.EMPTY for one in layers)
     _require(before_c4, "EXITS.LAYERS", layers, f"layers below {C4_LAYER} with EXITS.CHANNELS 0, which copies it")
-    _require(0 <= cfg.EXITS.DEPTH <= TAIL_BLOCKS, "EXITS.DEPTH", cfg.EXITS.DEPTH, f"0 to {TAIL_BLOCKS} blocks")
+    for value in cfg.EXITS.DEPTH:
+        inside = _is_whole(value) and 0 <= value <= TAIL_BLOCKS
+        _require(inside, "EXITS.DEPTH", value, f"0 to {TAIL_BLOCKS} blocks")
 
 
 def _check_routing(cfg: CfgNode) -> None:

@@ -83,8 +83,9 @@ _C.EXITS.LAYERS = (8, 12)
 # Channels of a branch's first map; the others are as wide as the full path's. 0, with EXITS.COPY: as many as there are
 # in the copy of the full path's own first map, and its predictors with it.
 _C.EXITS.CHANNELS = 128
-# Residual blocks that a branch copies from the full path's tail, 0 to 2; they work on the second grid.
-_C.EXITS.DEPTH = 2
+# Residual blocks that a branch copies from the full path's tail, 0 to 2, for each exit or one for all; they work on
+# the second grid.
+_C.EXITS.DEPTH = (2,)
 # Squeeze-excitation attention on the tap and in the short cut to the tail.
 _C.EXITS.ATTENTION = True
 # Share of the channels, in (0, 1], of copies of the full path's layers 4, 7, 11 and 13 that lead from the tap to the

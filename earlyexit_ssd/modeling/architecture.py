@@ -36,7 +36,7 @@ class Architecture:
     folded_rows: tuple[int, ...] = ()
     exit_layers: tuple[int, ...] = (8, 12)
     channels: int = 128
-    depth: int = 2
+    depth: tuple[int, ...] = (2,)
     attention: bool = True
     copy: tuple[float, ...] = (0.0,)
     cascade: bool = True
@@ -60,6 +60,8 @@ class Architecture:
         for key in values:
             if key not in names:
                 raise EarlyExitError(f"unknown key '{key}' in the description of a model{nearest(key, names)}")
+        if isinstance(values.get("depth"), int):  # as files of version 0.1 have it
+            values = {**values, "depth": [values["depth"]]}
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
     def build_detector(self) -> SSD:

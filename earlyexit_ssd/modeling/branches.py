@@ -22,7 +22,7 @@ def build_branches(
     taps: Sequence[Tensor],
     *,
     channels: int,
-    depth: int,
+    depth: Sequence[int],
     attention: bool,
     copy: Sequence[float],
     cascade: bool,
@@ -36,7 +36,8 @@ def build_branches(
         channels, depth, attention, copy, cascade, head_rank: see the model.
     """
     boxes_per_cell = model.anchor_generator.num_anchors_per_location()
-    shares = validate.one_for_each("copy", copy, model.num_early_exits)
+    shares = validate.one_for_each("copy", copy, model.num_early_exits, highest=1)
+    depths = validate.one_for_each("depth", depth, model.num_early_exits, highest=2)
     branches = nn.ModuleDict()
     for index, (tap, share) in enumerate(zip(taps, shares, strict=True)):
         layer = model.exit_layers[index]
@@ -53,7 +54,7 @@ def build_branches(
             attention=attention,
             copied=CopiedShortCut(model.backbone, layer, share) if share else None,
             cascade=cascade and index > 0 and not model.empty[index - 1],
-            tail=Tail(model.backbone, depth),
+            tail=Tail(model.backbone, depths[index]),
             num_anchors=boxes_per_cell,
             num_classes=model.num_classes,
             head_rank=head_rank,

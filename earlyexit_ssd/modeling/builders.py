@@ -28,7 +28,7 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
     width: float = 1.0,
     exit_layers: Sequence[int] = (8, 12),
     channels: int = 128,
-    depth: int = 2,
+    depth: Sequence[int] = (2,),
     attention: bool = True,
     cascade: bool = True,
     head_rank: int = 0,

@@ -37,7 +37,7 @@ class EarlyExitSSDLite(Pretrained, SSD):
         empty: those of ``exit_layers`` that have no branch (:class:`earlyexit_ssd.modeling.empty.EmptyExit`).
         copy: per exit, or one for all, the share of the channels that stay in a
             :class:`earlyexit_ssd.modeling.thinned.CopiedShortCut`; 0 builds new layers.
-        depth: residual blocks of a branch's :class:`earlyexit_ssd.modeling.tail.Tail`, 0 to 2.
+        depth: per exit, or one for all, the residual blocks of a :class:`earlyexit_ssd.modeling.tail.Tail`, 0 to 2.
         classes: names of the labels 1..K, background not among them; by default ``class_1`` and so on.
         losses: what is minimised in training.
         router: decides who leaves early in eval mode; None runs the full path alone.
@@ -58,7 +58,7 @@ class EarlyExitSSDLite(Pretrained, SSD):
         *,
         exit_layers: Sequence[int] = (8, 12),
         channels: int = 128,
-        depth: int = 2,
+        depth: Sequence[int] = (2,),
         attention: bool = True,
         copy: Sequence[float] = (0.0,),
         cascade: bool = True,

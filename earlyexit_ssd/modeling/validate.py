@@ -20,10 +20,12 @@ def check_exit_layers(layers: tuple[int, ...], empty: Sequence[int] = ()) -> Non
             raise EarlyExitError(f"empty has {layer}, expected some of the exits' layers {layers}")
 
 
-def one_for_each(name: str, values: Sequence[float], exits: int) -> list[float]:
-    """One value for each exit, from as many in [0, 1], or from one for all."""
-    if len(values) not in (1, exits) or not all(0 <= value <= 1 for value in values):
-        raise EarlyExitError(f"{name} {list(values)}: expected one number in [0, 1], or one for each of {exits} exits")
+def one_for_each(name: str, values: Sequence[float], exits: int, highest: int) -> list[float]:
+    """One value for each exit, from as many in [0, highest], or from one for all."""
+    if len(values) not in (1, exits) or not all(0 <= value <= highest for value in values):
+        raise EarlyExitError(
+            f"{name} {list(values)}: expected one number in [0, {highest}], or one for each of {exits} exits"
+        )
     return list(values) * (exits // len(values))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite
 
-SMALL = {"classes": ("chair", "table"), "image_size": 96, "width": 0.25, "channels": 16, "depth": 1}
+SMALL = {"classes": ("chair", "table"), "image_size": 96, "width": 0.25, "channels": 16, "depth": (1,)}
 
 
 def small_model(**changes: object) -> EarlyExitSSDLite:

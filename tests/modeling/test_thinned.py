@@ -56,7 +56,7 @@ def test_attention_and_norms_follow_their_channels(backbone):
 
 
 def test_exit_before_c4_starts_as_the_full_path(backbone):
-    model = small_model(exit_layers=(12,), copy=(1.0,), channels=0, depth=2).eval()
+    model = small_model(exit_layers=(12,), copy=(1.0,), channels=0, depth=(2,)).eval()
     model.backbone.load_state_dict(backbone.state_dict())
     model.inherit()
     early, full = model.exit_outputs([torch.rand(3, 96, 96)]).heads

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def architecture(**changes) -> Architecture:
-    small = {"classes": ("chair", "table"), "image_size": 96, "width": 0.25, "channels": 16, "depth": 1}
+    small = {"classes": ("chair", "table"), "image_size": 96, "width": 0.25, "channels": 16, "depth": (1,)}
     return Architecture(**{**small, **changes})
 
 

@@ -48,7 +48,7 @@ def test_changed_settings_are_trained_again(command, tiny, tmp_path):
     for depth in (1, 0):
         assert compare_recipes.main(command(f"one: {{EXITS.DEPTH: {depth}}}\n", "0")) == 0
     (row,) = json.loads((tmp_path / "out" / "recipes.json").read_text())
-    assert row["settings"]["EXITS"]["DEPTH"] == 0
+    assert row["settings"]["EXITS"]["DEPTH"] == [0]
 
 
 @pytest.mark.parametrize(
