@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 from earlyexit_ssd.config import load_config
-from earlyexit_ssd.pipeline.check_guarantee import check_guarantee, guarantee_report
+from earlyexit_ssd.pipeline.check_guarantee import check_guarantee
 from earlyexit_ssd.pipeline.command_line import run_tool
+from earlyexit_ssd.report.guarantee import guarantee_report
 
 EXAMPLES = """
 example:

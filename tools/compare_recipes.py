@@ -15,6 +15,7 @@ from earlyexit_ssd.report.recipes import recipe_table
 EXAMPLES = """
 A file of recipes has a line for each, keys as on a command line:
 
+  _ALL_: {EXITS.LAYERS: [8], EXITS_PHASE.EPOCHS: 5}      (for every recipe, and may be missing)
   as it is: {}
   thinner: {EXITS.COPY: [0.25]}
   focal: {LOSS.CLASSIFICATION: focal}

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="YAML file; configs/ has examples")
-    parser.add_argument("--layers", type=int, nargs="+", default=ALL_LAYERS, help="trunk layers to look at; all 15")
+    parser.add_argument("--layers", type=int, nargs="+", default=ALL_LAYERS, help="trunk layers to look at; 1 to 12")
     parser.add_argument("--speedup", type=float, default=2.0, help="wanted, against the detector without exits; 2.0")
     parser.add_argument("--probe-epochs", type=int, default=0, help="epochs of the probe branches; 0 trains none")
     parser.add_argument("--out", help="folder of the results; OUTPUT_DIR/placement by default")

@@ -1,15 +1,26 @@
 """Configuration: one documented default tree, YAML files over it, checked before anything runs."""
 
-from earlyexit_ssd.config.check import CLOSED, LAST_LAYER, LOSS_CHOICES, PHASE_SECTIONS, PHASES, check_config
+from earlyexit_ssd.config.check import (
+    C4_LAYER,
+    CLOSED,
+    LAST_LAYER,
+    LOSS_CHOICES,
+    PHASE_SECTIONS,
+    PHASES,
+    TAIL_BLOCKS,
+    check_config,
+)
 from earlyexit_ssd.config.defaults import get_cfg
 from earlyexit_ssd.config.load import load_config
 
 __all__ = [
+    "C4_LAYER",
     "CLOSED",
     "LAST_LAYER",
     "LOSS_CHOICES",
     "PHASES",
     "PHASE_SECTIONS",
+    "TAIL_BLOCKS",
     "check_config",
     "get_cfg",
     "load_config",

@@ -14,6 +14,7 @@ CLOSED = 2.0
 """A threshold that no confidence reaches."""
 
 C4_LAYER = 13
+"""Its expansion is the full path's first map."""
 
 PHASE_SECTIONS = {"baseline": "BASELINE", "exits": "EXITS_PHASE", "joint": "JOINT"}
 LAST_LAYER = 16
@@ -105,7 +106,8 @@ def _check_exits(cfg: CfgNode) -> None:
         _require(len(value) in (1, len(layers)), key, value, f"one number, or one for each of {len(layers)} exits")
     weights = cfg.JOINT.EXIT_WEIGHTS
     _require(len(weights) in (0, 1, len(layers)), "JOINT.EXIT_WEIGHTS", weights, f"none, one, or {len(layers)} numbers")
-    _require(cfg.EXITS.CHANNELS > 0 or min(cfg.EXITS.COPY) > 0, "EXITS.CHANNELS", 0, "some, or EXITS.COPY above 0")
+    for value in cfg.EXITS.COPY:
+        _require(value > 0, "EXITS.COPY", value, "a share above 0, at most 1")
     before_c4 = cfg.EXITS.CHANNELS > 0 or all(one < C4_LAYER or one in cfg.EXITS.EMPTY for one in layers)
     _require(before_c4, "EXITS.LAYERS", layers, f"layers below {C4_LAYER} with EXITS.CHANNELS 0, which copies it")
     for value in cfg.EXITS.DEPTH:

@@ -80,17 +80,15 @@ _C.MODEL.TOPK_CANDIDATES = 300
 _C.EXITS = Node()
 # Trunk layers behind which a branch leaves, increasing, 1 to 15 (torchvision's numbering, the stem is 0).
 _C.EXITS.LAYERS = (8, 12)
-# Channels of a branch's first map; the others are as wide as the full path's. 0, with EXITS.COPY: as many as there are
-# in the copy of the full path's own first map, and its predictors with it.
-_C.EXITS.CHANNELS = 128
+# Channels of a branch's first map; the others are as wide as the full path's. 0: as many as there are in the copy of
+# the full path's own first map, and its predictors with it.
+_C.EXITS.CHANNELS = 0
 # Residual blocks that a branch copies from the full path's tail, 0 to 2, for each exit or one for all; they work on
 # the second grid.
 _C.EXITS.DEPTH = (2,)
-# Squeeze-excitation attention on the tap and in the short cut to the tail.
-_C.EXITS.ATTENTION = True
-# Share of the channels, in (0, 1], of copies of the full path's layers 4, 7, 11 and 13 that lead from the tap to the
-# tail, for each exit or one for all; 0: new, narrower layers lead there.
-_C.EXITS.COPY = (0.0,)
+# A branch leads from the tap to the tail through copies of the full path's layers that have no residual (those behind
+# the tap of 2, 4, 7, 11 and 13): the share of their channels that stays, in (0, 1], for each exit or one for all.
+_C.EXITS.COPY = (0.5,)
 # Those of EXITS.LAYERS that have no branch: photos in which there is nothing to find leave there, with an empty answer
 # and at no further cost. A policy that looks at the trunk foresees it: foreseen_emptiness or learned_gain.
 _C.EXITS.EMPTY = ()

@@ -97,7 +97,10 @@ def routing_uses_exits(metrics: Metrics) -> list[Finding]:
     only = [name for name, value in share.items() if value == 1.0]
     if not only or len(share) < 2:
         return []
-    return [Finding(f"every image leaves at {only[0]}: routing collapsed; change the thresholds", blocks=True)]
+    fix = "change the thresholds"
+    if only[0] == metrics["exits"][-1]["name"] and all(one.get("empty") for one in metrics["exits"][:-1]):
+        fix = "let tools/calibrate.py fit a policy that foresees empty frames (ROUTING.POLICY foreseen_emptiness)"
+    return [Finding(f"every image leaves at {only[0]}: routing collapsed; {fix}", blocks=True)]
 
 
 def routing_is_faster(metrics: Metrics) -> list[Finding]:

@@ -23,8 +23,7 @@ class Architecture:
         width, reduced_tail: of the trunk; see :func:`build_ssdlite`.
         head_outputs, folded_rows: outputs per default box of a folded head, and the rows of ``classes`` in it;
             0 and empty where the head has the classes' own rows.
-        exit_layers, channels, depth, attention, copy, cascade, head_rank, empty: of the exits; see
-            :class:`EarlyExitSSDLite`.
+        exit_layers, channels, depth, copy, cascade, head_rank, empty: of the exits; see :class:`EarlyExitSSDLite`.
         score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing.
     """
 
@@ -35,10 +34,9 @@ class Architecture:
     head_outputs: int = 0
     folded_rows: tuple[int, ...] = ()
     exit_layers: tuple[int, ...] = (8, 12)
-    channels: int = 128
+    channels: int = 0
     depth: tuple[int, ...] = (2,)
-    attention: bool = True
-    copy: tuple[float, ...] = (0.0,)
+    copy: tuple[float, ...] = (0.5,)
     cascade: bool = True
     head_rank: int = 0
     empty: tuple[int, ...] = ()
@@ -56,12 +54,16 @@ class Architecture:
     @classmethod
     def from_dict(cls, values: dict) -> Architecture:
         """The inverse of :meth:`to_dict`; unknown keys are errors."""
+        values = dict(values)
+        if values.pop("attention", None) is not None and not all(values.get("copy", [0.0])):
+            raise EarlyExitError(
+                "its branches have layers that this version has replaced by copies of the full path's: "
+                "train the exits again from its full path (MODEL.WEIGHTS, minutes)"
+            )
         names = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in names:
                 raise EarlyExitError(f"unknown key '{key}' in the description of a model{nearest(key, names)}")
-        if isinstance(values.get("depth"), int):  # as files of version 0.1 have it
-            values = {**values, "depth": [values["depth"]]}
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
     def build_detector(self) -> SSD:
@@ -88,7 +90,6 @@ class Architecture:
             exit_layers=self.exit_layers,
             channels=self.channels,
             depth=self.depth,
-            attention=self.attention,
             copy=self.copy,
             cascade=self.cascade,
             head_rank=self.head_rank,

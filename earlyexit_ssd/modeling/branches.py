@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
+from earlyexit_ssd.config import TAIL_BLOCKS
 from earlyexit_ssd.modeling import validate
 from earlyexit_ssd.modeling.branch import Branch
 from earlyexit_ssd.modeling.empty import EmptyExit, num_default_boxes
-from earlyexit_ssd.modeling.tail import FIRST_TAIL_LAYER, Tail
+from earlyexit_ssd.modeling.tail import Tail
 from earlyexit_ssd.modeling.thinned import CopiedShortCut
 
 if TYPE_CHECKING:
@@ -19,40 +20,31 @@ if TYPE_CHECKING:
 
 def build_branches(
     model: EarlyExitSSDLite,
-    taps: Sequence[Tensor],
     *,
     channels: int,
     depth: Sequence[int],
-    attention: bool,
     copy: Sequence[float],
     cascade: bool,
     head_rank: int,
 ) -> nn.ModuleDict:
-    """Name of the exit -> its branch, not yet with the full path's weights.
+    """Name of the exit -> its branch, not yet with the full path's weights, or an empty exit.
 
     Args:
         model: with its trunk, head, exits and grids.
-        taps: one per early exit, [1, C, S, S], for their shapes.
-        channels, depth, attention, copy, cascade, head_rank: see the model.
+        channels, depth, copy, cascade, head_rank: see the model.
     """
     boxes_per_cell = model.anchor_generator.num_anchors_per_location()
-    shares = validate.one_for_each("copy", copy, model.num_early_exits, highest=1)
-    depths = validate.one_for_each("depth", depth, model.num_early_exits, highest=2)
+    shares = validate.one_for_each("copy", copy, model.num_early_exits, highest=1, zero=False)
+    depths = validate.one_for_each("depth", depth, model.num_early_exits, highest=TAIL_BLOCKS)
     branches = nn.ModuleDict()
-    for index, (tap, share) in enumerate(zip(taps, shares, strict=True)):
-        layer = model.exit_layers[index]
+    for index, name in enumerate(model.exit_names[:-1]):
         if model.empty[index]:
-            num_boxes = num_default_boxes(model.grids, boxes_per_cell)
-            branches[model.exit_names[index]] = EmptyExit(num_boxes, model.num_classes)
+            branches[name] = EmptyExit(num_default_boxes(model.grids, boxes_per_cell), model.num_classes)
             continue
-        branches[model.exit_names[index]] = Branch(
-            in_channels=tap.shape[1],
-            in_grid=tap.shape[-1],
-            skipped_layers=FIRST_TAIL_LAYER - 1 - layer,
-            grids=[grid[0] for grid in model.grids],
+        branches[name] = Branch(
+            copied=CopiedShortCut(model.backbone, model.exit_layers[index], shares[index]),
+            finest_grid=model.grids[0][0],
             channels=channels,
-            attention=attention,
-            copied=CopiedShortCut(model.backbone, layer, share) if share else None,
             cascade=cascade and index > 0 and not model.empty[index - 1],
             tail=Tail(model.backbone, depths[index]),
             num_anchors=boxes_per_cell,

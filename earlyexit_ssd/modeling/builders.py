@@ -27,9 +27,9 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
     image_size: int = 320,
     width: float = 1.0,
     exit_layers: Sequence[int] = (8, 12),
-    channels: int = 128,
+    channels: int = 0,
     depth: Sequence[int] = (2,),
-    attention: bool = True,
+    copy: Sequence[float] = (0.5,),
     cascade: bool = True,
     head_rank: int = 0,
     classes: Sequence[str] | None = None,
@@ -50,7 +50,7 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
         trainable_backbone_layers: as torchvision's; it needs ``image_size=320`` and ``width=1.0``.
         image_size, width: see :func:`earlyexit_ssd.modeling.ssdlite.build_ssdlite`; another width than 1.0 needs
             ``weights_backbone=None``.
-        exit_layers, channels, depth, attention, cascade, head_rank, classes, losses, router: see
+        exit_layers, channels, depth, copy, cascade, head_rank, classes, losses, router: see
             :class:`EarlyExitSSDLite`.
         score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing.
     """
@@ -96,7 +96,7 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
         exit_layers=exit_layers,
         channels=channels,
         depth=depth,
-        attention=attention,
+        copy=copy,
         cascade=cascade,
         head_rank=head_rank,
         classes=classes,

@@ -52,8 +52,11 @@ def load_model(path: str | os.PathLike[str]) -> tuple[EarlyExitSSDLite, Architec
     lacking = [key for key in ("architecture", "model", "info") if not isinstance(content.get(key), dict)]
     if lacking:
         raise EarlyExitError(f"{path}: the file lacks '{lacking[0]}'; write it anew with save_model")
-    architecture = Architecture.from_dict(content["architecture"])
-    model = architecture.build()
+    try:
+        architecture = Architecture.from_dict(content["architecture"])
+        model = architecture.build()
+    except EarlyExitError as error:
+        raise EarlyExitError(f"{path}: {error}") from None
     load_every_key(model, content["model"], path)
     return model.eval(), architecture, content["info"]
 

@@ -33,10 +33,10 @@ class EarlyExitSSDLite(Pretrained, SSD):
     Args:
         detector: a torchvision SSDLite; its parts are used, not copied.
         exit_layers: trunk layers behind which a branch leaves, increasing, 1..15 (the stem is 0).
-        channels, attention, cascade, head_rank: see :class:`earlyexit_ssd.modeling.branch.Branch`.
+        channels, cascade, head_rank: see :class:`earlyexit_ssd.modeling.branch.Branch`.
         empty: those of ``exit_layers`` that have no branch (:class:`earlyexit_ssd.modeling.empty.EmptyExit`).
-        copy: per exit, or one for all, the share of the channels that stay in a
-            :class:`earlyexit_ssd.modeling.thinned.CopiedShortCut`; 0 builds new layers.
+        copy: per exit, or one for all, the share of the channels, in (0, 1], that stay in a
+            :class:`earlyexit_ssd.modeling.thinned.CopiedShortCut`.
         depth: per exit, or one for all, the residual blocks of a :class:`earlyexit_ssd.modeling.tail.Tail`, 0 to 2.
         classes: names of the labels 1..K, background not among them; by default ``class_1`` and so on.
         losses: what is minimised in training.
@@ -57,10 +57,9 @@ class EarlyExitSSDLite(Pretrained, SSD):
         detector: SSD,
         *,
         exit_layers: Sequence[int] = (8, 12),
-        channels: int = 128,
+        channels: int = 0,
         depth: Sequence[int] = (2,),
-        attention: bool = True,
-        copy: Sequence[float] = (0.0,),
+        copy: Sequence[float] = (0.5,),
         cascade: bool = True,
         head_rank: int = 0,
         empty: Sequence[int] = (),
@@ -96,17 +95,9 @@ class EarlyExitSSDLite(Pretrained, SSD):
         self.norm_frozen = False
         self._trunk_frozen = False
         self.trunk = SegmentedTrunk(self.backbone, exit_layers)
-        taps, maps = self._dry_run()
-        self.grids = [tuple(feature.shape[-2:]) for feature in maps]
+        self.grids = self._dry_run()
         self.branches = build_branches(
-            self,
-            taps,
-            channels=channels,
-            depth=depth,
-            attention=attention,
-            copy=copy,
-            cascade=cascade,
-            head_rank=head_rank,
+            self, channels=channels, depth=depth, copy=copy, cascade=cascade, head_rank=head_rank
         )
         self.inherit()
 
@@ -126,15 +117,15 @@ class EarlyExitSSDLite(Pretrained, SSD):
         return len(self.exit_layers) - 1
 
     @torch.no_grad()
-    def _dry_run(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Taps and feature maps of one blank image, for their shapes; BatchNorm statistics are left alone."""
+    def _dry_run(self) -> list[tuple[int, int]]:
+        """The grids, from a blank image; BatchNorm statistics are left alone."""
         was_training = self.training
         self.backbone.eval()
         parameter = next(self.backbone.parameters())
         blank = torch.zeros(1, 3, *self.transform.fixed_size, device=parameter.device, dtype=parameter.dtype)
-        taps, maps = self.trunk_maps(blank)
+        _, maps = self.trunk_maps(blank)
         self.backbone.train(was_training)
-        return taps, maps
+        return [tuple(feature.shape[-2:]) for feature in maps]
 
     def trunk_maps(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Normalised images [N, 3, S, S] to the taps (one per early exit) and the six maps of the full path."""

@@ -11,8 +11,6 @@ from torchvision.models.detection.ssdlite import SSDLiteHead
 from earlyexit_ssd.modeling.factorised import FactorisedPredictor
 from earlyexit_ssd.modeling.folding import FoldedClassificationHead, copy_rows
 
-FIRST_TAIL_LAYER = 14
-
 
 class Tail(nn.Module):
     """Trunk layers 14 to 16 and the four extra maps of a torchvision SSDLite, with the weights that it has now.

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from earlyexit_ssd.modeling.tail import FIRST_TAIL_LAYER
-
-C4_LAYER = FIRST_TAIL_LAYER - 1
+from earlyexit_ssd.config import C4_LAYER
 
 
 class ThinnedBlock(nn.Sequential):

@@ -20,11 +20,13 @@ def check_exit_layers(layers: tuple[int, ...], empty: Sequence[int] = ()) -> Non
             raise EarlyExitError(f"empty has {layer}, expected some of the exits' layers {layers}")
 
 
-def one_for_each(name: str, values: Sequence[float], exits: int, highest: int) -> list[float]:
-    """One value for each exit, from as many in [0, highest], or from one for all."""
-    if len(values) not in (1, exits) or not all(0 <= value <= highest for value in values):
+def one_for_each(name: str, values: Sequence[float], exits: int, highest: int, zero: bool = True) -> list[float]:
+    """One value for each exit, from as many in [0, highest], or from one for all; without ``zero`` above 0."""
+    fits = all((value >= 0 if zero else value > 0) and value <= highest for value in values)
+    if len(values) not in (1, exits) or not fits:
+        interval = f"{'[' if zero else '('}0, {highest}]"
         raise EarlyExitError(
-            f"{name} {list(values)}: expected one number in [0, {highest}], or one for each of {exits} exits"
+            f"{name} {list(values)}: expected one number in {interval}, or one for each of {exits} exits"
         )
     return list(values) * (exits // len(values))
 

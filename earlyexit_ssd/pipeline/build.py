@@ -60,7 +60,6 @@ def build_architecture(cfg: CfgNode, classes: tuple[str, ...]) -> Architecture:
         exit_layers=cfg.EXITS.LAYERS,
         channels=cfg.EXITS.CHANNELS,
         depth=cfg.EXITS.DEPTH,
-        attention=cfg.EXITS.ATTENTION,
         copy=cfg.EXITS.COPY,
         cascade=cfg.EXITS.CASCADE,
         head_rank=cfg.EXITS.HEAD_RANK,

@@ -12,13 +12,13 @@ import numpy as np
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.evaluation.resplits import Resplits, check_certificates
+from earlyexit_ssd.evaluation.resplits import check_certificates
 from earlyexit_ssd.files import write_json
 from earlyexit_ssd.pipeline.build import trained_temperatures
 from earlyexit_ssd.pipeline.calibrate import Target
-from earlyexit_ssd.pipeline.cost_model import measure_cost_model
+from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
 from earlyexit_ssd.pipeline.fit_router import fit_policy
-from earlyexit_ssd.pipeline.replay import open_recorded
+from earlyexit_ssd.pipeline.replay import Replay, open_recorded
 from earlyexit_ssd.routing.certify import safe_to_bold
 
 
@@ -71,34 +71,21 @@ def check_guarantee(
         )
         for epsilon in epsilons
     ]
-    context = {
-        "policy": cfg.ROUTING.POLICY,
-        "bound": cfg.CALIBRATION.BOUND,
-        "reference": reference,
-        "photos": len(losses),
-        "calibration_photos": len(calib.recording),
-        "seed": cfg.SEED,
-        "cost_model": costs.to_dict(),
+    results = {
+        "context": _context(cfg, calib, len(losses), costs),
+        "resplits": [asdict(one) for one in found],
     }
-    results = {"context": context, "resplits": [asdict(one) for one in found]}
     write_json(Path(out_dir) / "guarantee.json", results)
     return results
 
 
-def guarantee_report(results: dict[str, Any]) -> str:
-    """A line per epsilon, in Markdown."""
-    context = results["context"]
-    lines = [
-        f"Policy {context['policy']}, bound {context['bound']}, loss against {context['reference']}: "
-        f"{context['calibration_photos']} of {context['photos']} photos calibrate, the rest test, "
-        f"{results['resplits'][0]['splits']} random splits, seed {context['seed']}.",
-        "",
-        "| epsilon | test loss above it | at most (delta, chance) | exits opened | speed-up | by the test answers |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for one in (Resplits(**entry) for entry in results["resplits"]):
-        lines.append(
-            f"| {one.epsilon:g} | {100 * one.exceeded:.1f} % | {100 * one.tolerance:.1f} % | {100 * one.opened:.0f} % "
-            f"| {one.speedup:.2f} | {one.best_speedup:.2f} |"
-        )
-    return "\n".join(lines)
+def _context(cfg: CfgNode, calib: Replay, photos: int, costs: CostModel) -> dict[str, Any]:
+    return {
+        "policy": cfg.ROUTING.POLICY,
+        "bound": cfg.CALIBRATION.BOUND,
+        "reference": cfg.CALIBRATION.REFERENCE,
+        "photos": photos,
+        "calibration_photos": len(calib.recording),
+        "seed": cfg.SEED,
+        "cost_model": costs.to_dict(),
+    }

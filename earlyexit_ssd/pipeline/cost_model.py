@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.config import CLOSED
@@ -84,7 +85,9 @@ def measure_cost_model(cfg: CfgNode, model: EarlyExitSSDLite, router: ExitRouter
         "runtime": settings.runtime,
         "threads": settings.timing_threads,
         "runs": settings.timing_runs,
-        "machine": platform.processor() or platform.machine(),
+        "machine": torch.cuda.get_device_name(example.device)
+        if example.device.type == "cuda"
+        else platform.processor() or platform.machine(),
     }
     costs = [timing.ms for timing in timings]
     return CostModel("ms", dict(zip(keys, costs, strict=False)), router.num_exits, costs[-1], measured)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Sequence
@@ -21,11 +22,13 @@ from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
 from earlyexit_ssd.pipeline.fit_router import fit_policy, fit_temperatures, per_exit
 from earlyexit_ssd.pipeline.replay import Replay, open_recorded
+from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.routing import best_policy, write_routing
 from earlyexit_ssd.routing import ExitRouter
 from earlyexit_ssd.routing.budgets import even_budgets, msdnet_shares, thresholds_for_shares
 from earlyexit_ssd.routing.policies import FITTED_POLICIES, POLICIES, get_policy
 from earlyexit_ssd.routing.search import cheapest_within, choose, threshold_grid
+from earlyexit_ssd.routing.soft_exit import learn_thresholds
 
 REFERENCE_POLICY = "max_foreground"
 MSDNET_Q = np.geomspace(0.1, 10, 25)
@@ -70,18 +73,22 @@ def evaluate_routing(
     temperatures = per_exit(fit_temperatures(cfg, model.exit_names, calib), model.exit_names)
     found: dict[str, Any] = {}
     costs: dict[bool, CostModel] = {}
+    routers: dict[str, ExitRouter] = {}
     for name in policies:
-        router = fit_policy(cfg, name, temperatures, train)
+        router = routers[name] = fit_policy(cfg, name, temperatures, train)
         if router.compares not in costs:  # who compares with the exit before needs it, closed or not
             costs[router.compares] = measure_cost_model(cfg, model, router)
         splits = Splits(calib, test, costs[router.compares], model.exit_names, cfg.SEED)
         found[name] = _evaluate_policy(splits, calib.confidences(router), test.confidences(router), name)
+    best = best_policy(found)
+    splits = dataclasses.replace(splits, costs=costs[routers[best].compares])
     results = {
         "context": _context(cfg, splits),
         "exits": _exits(splits),
         "throughput": _throughput(cfg, model, found),
         "overthinking": dict(zip(model.exit_names, overthinking(test.errors), strict=False)),
         "policies": found,
+        "learnt_thresholds": {best: _with_learnt_thresholds(splits, routers[best], cfg.CALIBRATION.REFERENCE)},
     }
     write_routing(out, results)
     return results
@@ -183,6 +190,20 @@ def _oracle(splits: Splits, budget: float) -> Line:
         if best is None or error < best[0]:
             best = (error, line_of(splits.test.matches, choice, costs))
     return best[1]
+
+
+def _with_learnt_thresholds(splits: Splits, router: ExitRouter, reference: str) -> list[dict[str, Any]]:
+    """At the same budgets with thresholds by gradient instead of search."""
+    calib, test = splits.calib.confidences(router), splits.test.confidences(router)
+    costs, losses = splits.costs.per_exit(), splits.calib.losses(reference)
+    closed = splits.costs.per_exit([CLOSED] * len(calib))
+    entries = []
+    for budget in progress(even_budgets(costs[0], closed[-1]), desc="learnt thresholds"):
+        thresholds = learn_thresholds(calib, losses, costs, budget)
+        choice = choose(test, thresholds).astype(np.int64)
+        line = line_of(splits.test.matches, choice, splits.costs.per_exit(thresholds))
+        entries.append({"budget": budget, "thresholds": thresholds.tolist(), **asdict(line)})
+    return entries
 
 
 def _at_shares(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from fvcore.common.config import CfgNode
 
-from earlyexit_ssd.config import LAST_LAYER, check_config
+from earlyexit_ssd.config import C4_LAYER, check_config
 from earlyexit_ssd.data import class_names
 from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.evaluation.placement import SHARES, Placement, measure_placements, propose
@@ -23,7 +23,8 @@ from earlyexit_ssd.pipeline.prepare import prepare
 from earlyexit_ssd.pipeline.run_folder import RunFolder
 from earlyexit_ssd.report.placement import placement_chart, placement_report
 
-ALL_LAYERS = tuple(range(1, LAST_LAYER))
+ALL_LAYERS = tuple(range(1, C4_LAYER))
+"""Those from which a branch can copy its first map; behind the others there is next to nothing to save."""
 
 
 def plan_exits(
@@ -70,7 +71,8 @@ def _with_exits(cfg: CfgNode, layers: Sequence[int], speedup: float, probe_epoch
     cfg = cfg.clone()
     cfg.defrost()
     cfg.PHASES, cfg.BASELINE.EPOCHS, cfg.BASELINE.GATE.RELATIVE = ("baseline", "exits"), 0, 0.0
-    cfg.EXITS.LAYERS, cfg.EXITS.CASCADE = tuple(layers), False
+    cfg.EXITS.LAYERS, cfg.EXITS.EMPTY, cfg.EXITS.CASCADE = tuple(layers), (), False
+    cfg.EXITS.COPY, cfg.EXITS.DEPTH = cfg.EXITS.COPY[:1], cfg.EXITS.DEPTH[:1]  # one branch for all, the first exit's
     cfg.LOSS.EXIT_WEIGHTS = (1.0,)
     cfg.ROUTING.THRESHOLDS, cfg.ROUTING.TEMPERATURES = (0.5,), (1.0,)
     cfg.EXITS_PHASE.EPOCHS, cfg.EXITS_PHASE.CACHE_VIEWS = probe_epochs, 1

@@ -29,9 +29,11 @@ from earlyexit_ssd.report.recipes import recipe_table
 
 Recipes = dict[str, dict[str, Any]]
 
+_SHARED_KEY = "_ALL_"
+
 
 def read_recipes(path: str | os.PathLike[str]) -> Recipes:
-    """Name -> keys of the configuration and their values, ``{"EXITS.COPY": [0.25]}``.
+    """Name -> keys of the configuration and their values, ``{"EXITS.COPY": [0.25]}``; ``_ALL_`` has those of every one.
 
     Raises:
         ConfigError: the file is not there, or not such a mapping.
@@ -48,7 +50,8 @@ def read_recipes(path: str | os.PathLike[str]) -> Recipes:
     for name, keys in recipes.items():
         if not isinstance(keys, dict):
             raise ConfigError(f"{path}: recipe {name!r} is {keys!r}, expected keys and values, such as {{SEED: 1}}")
-    return {str(name): keys for name, keys in recipes.items()}
+    shared = recipes.pop(_SHARED_KEY, {})
+    return {str(name): {**shared, **keys} for name, keys in recipes.items()}
 
 
 def compare_recipes(

@@ -17,9 +17,10 @@ from earlyexit_ssd.routing.temperature import FittedTemperature, Reliability
 
 
 def write_calibration(folder: Path, certificate: Certificate, temperatures: Sequence[FittedTemperature]) -> None:
-    """certificate.json, calibration.txt and reliability.png, each complete or not at all."""
+    """certificate.json, calibration.txt and, for exits with a branch, reliability.png, each complete or not at all."""
     write_text(folder / "calibration.txt", calibration_report(certificate, temperatures) + "\n")
-    write_image(folder / "reliability.png", reliability_diagram(temperatures))
+    if temperatures:
+        write_image(folder / "reliability.png", reliability_diagram(temperatures))
     certificate.save(folder / "certificate.json")
 
 
@@ -31,13 +32,17 @@ def calibration_report(certificate: Certificate, temperatures: Sequence[FittedTe
         f"{'exit':8} {'threshold':>10} {'share':>8} {unit:>9} {'temperature':>12} {'ECE before':>11} {'after':>7}"
     )
     costs = [*certificate.cost_model["exits"]]
-    for fitted, threshold, cost in zip(temperatures, certificate.router["thresholds"], costs, strict=False):
+    by_name = {fitted.exit_name: fitted for fitted in temperatures}
+    for (name, share), threshold, cost in zip(
+        measured["exit_share"].items(), certificate.router["thresholds"], costs, strict=False
+    ):
         shown = "closed" if threshold >= CLOSED else f"{threshold:.4f}"
-        share = measured["exit_share"][fitted.exit_name]
-        lines.append(
-            f"{fitted.exit_name:8} {shown:>10} {100 * share:6.1f} % {cost:9.1f} {fitted.temperature:12.2f} "
-            f"{fitted.before.expected_error:11.3f} {fitted.after.expected_error:7.3f}"
-        )
+        line = f"{name:8} {shown:>10} {100 * share:6.1f} % {cost:9.1f}"
+        if name in by_name:  # an exit with a branch
+            fitted = by_name[name]
+            line += f" {fitted.temperature:12.2f} {fitted.before.expected_error:11.3f}"
+            line += f" {fitted.after.expected_error:7.3f}"
+        lines.append(line)
     lines.append(f"{'full':8} {'':>10} {100 * measured['exit_share']['full']:6.1f} % {costs[-1]:9.1f}")
     lines += ["", *_promise(certificate)]
     return "\n".join(lines)

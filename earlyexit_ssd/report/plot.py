@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from earlyexit_ssd.report.rows import timing_title
+from earlyexit_ssd.report.rows import timing_title, with_branches
 
 EXITS, ROUTED, PLAIN = "#2b6cb0", "#dd6b20", "#4a5568"
 
@@ -44,7 +44,7 @@ def accuracy_against_time(metrics: Mapping[str, Any]) -> Image.Image:
 
 def _draw_accuracy(axes: Axes, metrics: Mapping[str, Any]) -> None:
     exits, plain, routed = metrics["exits"], metrics["without_exits"], metrics["routed"]
-    defined = [one for one in exits if one["AP50"] is not None]
+    defined = [one for one in with_branches(exits) if one["AP50"] is not None]
     times, values = [one["ms"] for one in defined], [one["AP50"] for one in defined]
     axes.plot(times, values, color=EXITS, alpha=0.35, zorder=1)
     for one in defined:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from earlyexit_ssd.report.labels import place_labels
 from earlyexit_ssd.report.plot import EXITS, PLAIN, ROUTED, data_title, draw_charts
-from earlyexit_ssd.report.rows import Row, exit_rows, static_rows, timing_title
+from earlyexit_ssd.report.rows import Row, exit_rows, static_rows, timing_title, with_branches
 
 STYLES = {"single_exit": ("#00838f", "v"), "plain": (PLAIN, "s"), "onnx": ("#805ad5", "^")}
 """Kinds of rivals -> colour and marker."""
@@ -41,7 +41,7 @@ def _draw(all_axes: np.ndarray, metrics: Mapping[str, Any]) -> None:
 
 def _draw_points(axes: Axes, metrics: Mapping[str, Any], quality: str, cost: str) -> None:
     plain = sorted((row for row in static_rows(metrics) if _is_plain(row)), key=lambda row: row[cost])
-    for rows, color in ((metrics["exits"], EXITS), (plain, PLAIN)):
+    for rows, color in ((with_branches(metrics["exits"]), EXITS), (plain, PLAIN)):
         line = _points(rows, quality, cost)
         axes.plot([x for x, _ in line], [y for _, y in line], color=color, alpha=0.3, zorder=1)
     for row, color, marker in _styled(metrics):
@@ -61,7 +61,7 @@ def _name_points(axes: Axes, metrics: Mapping[str, Any], quality: str, cost: str
 def _styled(metrics: Mapping[str, Any]) -> list[tuple[Row, str, str]]:
     """Rows with colour and marker."""
     *exits, routed = exit_rows(metrics)
-    ours = [*((row, EXITS, "o") for row in exits), (routed, ROUTED, "D")]
+    ours = [*((row, EXITS, "o") for row in with_branches(exits)), (routed, ROUTED, "D")]
     return [*ours, *((row, *STYLES[row.get("kind", "plain")]) for row in static_rows(metrics))]
 
 

@@ -49,6 +49,9 @@ def routing_table(results: Mapping[str, Any]) -> str:
     for name in sorted(policies, key=lambda name: _gap(policies[name]), reverse=True):
         entries = policies[name]["budgets"]
         lines.append(_row(name, [_cell(entry) for entry in entries], policies[name]["gap_closed"]))
+    if best in results.get("learnt_thresholds", {}):
+        cells = [_cell(entry) for entry in results["learnt_thresholds"][best]]
+        lines.append(_row(f"{best}, thresholds learnt with a soft exit", cells, None))
     for line in ("coin", "oracle"):
         cells = [_cell(entry[line]) for entry in policies[best]["budgets"]]
         lines.append(_row(f"{line} at the cost of {best}", cells, {"coin": 0.0, "oracle": 1.0}[line]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from earlyexit_ssd.evaluation.runtime import EAGER, ONNX_RUNTIME, RUNTIME_TITLES, runtime_of
@@ -22,6 +22,11 @@ def exit_rows(metrics: Mapping[str, Any]) -> list[Row]:
     routed = metrics["routed"]
     shares = routed["exit_share"]
     return [*({**row, "share": shares.get(row["name"])} for row in metrics["exits"]), {"name": "routed", **routed}]
+
+
+def with_branches(rows: Sequence[Row]) -> list[Row]:
+    """The rows without empty exits, which have no accuracy to draw."""
+    return [row for row in rows if not row.get("empty")]
 
 
 def static_rows(metrics: Mapping[str, Any]) -> list[Row]:

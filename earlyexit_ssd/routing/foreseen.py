@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from earlyexit_ssd.errors import EarlyExitError
@@ -51,8 +52,8 @@ class ForeseenEmptiness(nn.Module):
         """Confidences [N]; at the full path 1 - its own largest probability."""
         if exit_index >= self._count:
             return 1 - Odds(signals.logits).largest.amax(-1)
-        expected = evidence(signals) @ getattr(self, f"weight{exit_index}") + getattr(self, f"bias{exit_index}")
-        return torch.sigmoid(-expected)
+        weight, bias = getattr(self, f"weight{exit_index}"), getattr(self, f"bias{exit_index}")
+        return torch.sigmoid(-F.linear(evidence(signals), weight[None], bias[None])[:, 0])
 
 
 def evidence(signals: ExitSignals) -> Tensor:

@@ -1,13 +1,4 @@
-import pytest
-
 from tests.modeling.conftest import small_model
-
-
-@pytest.mark.parametrize(("layer", "expansion"), [(4, 3), (8, 3), (10, 3), (11, 2), (12, 1), (14, 1), (15, 1)])
-def test_a_longer_short_cut_is_wider(layer, expansion):
-    branch = small_model(exit_layers=(layer,)).branches[f"exit{layer}"]
-    depthwise = next(module for module in branch.short_cut.block.modules() if getattr(module, "groups", 1) > 1)
-    assert depthwise.in_channels == expansion * branch.fine[0].in_channels
 
 
 def test_only_the_first_map_is_narrow():

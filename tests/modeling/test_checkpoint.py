@@ -34,3 +34,13 @@ def test_foreign_and_missing_files(tmp_path):
 def test_unknown_key_in_the_description():
     with pytest.raises(EarlyExitError, match="did you mean 'width'"):
         Architecture.from_dict({**Architecture(**SMALL).to_dict(), "widht": 1.0})
+
+
+def test_branches_of_new_layers_are_refused_by_name(tmp_path):
+    """Files of before had ``attention``, and ``copy`` 0 where a branch had layers of its own."""
+    described = {**Architecture(**SMALL).to_dict(), "attention": True}
+    assert Architecture.from_dict(described) == Architecture(**SMALL)
+    content = {"architecture": {**described, "copy": [0.5, 0.0]}, "model": {}, "info": {}}
+    torch.save({"format": "earlyexit_ssd/1", **content}, tmp_path / "old.pth")
+    with pytest.raises(EarlyExitError, match=r"old.pth: its branches have layers .* train the exits again"):
+        load_model(tmp_path / "old.pth")

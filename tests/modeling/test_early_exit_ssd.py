@@ -247,7 +247,7 @@ def test_cascade_carries_context(images):
     model = small_model().eval()
     before = model.exit_outputs(images).heads[1]["cls_logits"]
     with torch.no_grad():
-        model.branches["exit8"].short_cut.block[0][0].weight.add_(1.0)
+        model.branches["exit8"].copied.before[0][0][0].weight.add_(1.0)
     assert not torch.equal(model.exit_outputs(images).heads[1]["cls_logits"], before)
     alone = small_model(cascade=False)
     assert alone.branches["exit12"].context is None

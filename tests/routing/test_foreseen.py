@@ -4,6 +4,9 @@ import torch
 
 from earlyexit_ssd import ExitRouter
 from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.evaluation.cost import mmacs_to_exit
+from earlyexit_ssd.evaluation.mode import evaluating
+from earlyexit_ssd.modeling import Architecture
 from earlyexit_ssd.modeling.outputs import ExitSignals
 from earlyexit_ssd.routing.foreseen import LEAST_PROBABILITY, evidence, fit_foresight
 
@@ -65,3 +68,23 @@ def test_leave_one_out_by_leaving_one_out():
     best = min((10.0**power for power in range(-1, 6)), key=error)
     expected = ridge(list(range(25)), best)[:-1] / inputs.std(0, unbiased=False)
     assert fit_foresight(inputs, probability)["weight"] == pytest.approx(expected.tolist(), rel=1e-3)
+
+
+def test_its_scoring_can_be_counted_and_traced():
+    """As costs are measured and networks exported."""
+    model = Architecture(("chair",), image_size=96, width=0.25, exit_layers=(6, 8), empty=(6,)).build()
+    channels = [branch_input(model, index) for index in range(2)]
+    parameters = [
+        {"weight": [0.0] * (2 * channels[0]), "bias": 0.0},
+        {"weight": [0.0] * (2 * channels[1] + 1), "bias": 0.0},
+    ]
+    router = ExitRouter(2, policy="foreseen_emptiness", parameters=parameters, thresholds=0.9)
+    costs = mmacs_to_exit(model, router)
+    assert costs == sorted(costs)
+    assert costs[1] - mmacs_to_exit(model)[1] == pytest.approx(sum(2 * count for count in channels) / 1e6, rel=0.1)
+
+
+def branch_input(model, index):
+    """Channels of an exit's tap."""
+    with evaluating(model):
+        return model.trunk_maps(torch.zeros(1, 3, 96, 96))[0][index].shape[1]

@@ -96,3 +96,24 @@ def test_impossible_targets(trained, more, message, capsys):
     root, arguments = trained
     assert calibrate.main([*arguments, "--out", str(root / "wrong"), *more]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_empty_exits_are_calibrated_without_training(trained, capsys):
+    """Empty exits on a full path that is there already: nothing to train, who leaves is foreseen from the trunk."""
+    root, arguments = trained
+    out, config = root / "empty", arguments[:2]
+    own = [*arguments[2:], "EXITS.EMPTY", "[8, 12]", "OUTPUT_DIR", str(out), "EVAL.PICTURES", "0"]
+    own += ["MODEL.WEIGHTS", str(root / "run" / "baseline" / "model.pth"), "BASELINE.EPOCHS", "0"]
+    assert train_net.main([*config, "--force", *own]) == 0
+    assert "there is no branch to train" in capsys.readouterr().err
+    more = ["ROUTING.POLICY", "foreseen_emptiness", "CALIBRATION.COST", "mmacs"]
+    assert calibrate.main([*config, "--ap-drop", "1.0", *own, *more]) == 0
+    certificate = load_certificate(out / "calibration" / "certificate.json")
+    assert certificate.measured["exit_share"]["exit8"] == 1.0
+    use = ["ROUTING.CERTIFICATE", str(out / "calibration" / "certificate.json")]
+    assert eval_exits.main([*config, "--out", str(out / "results"), *own, *use]) == 0
+    metrics = json.loads((out / "results" / "metrics.json").read_text())
+    assert [one.get("empty") for one in metrics["exits"]] == [True, True, None]
+    assert metrics["routed"]["policy"] == "foreseen_emptiness"
+    assert metrics["routed"]["mmacs"] < metrics["without_exits"]["mmacs"]
+    assert [one["name"] for one in metrics["rivals"] if "alone" in one["name"]] == []

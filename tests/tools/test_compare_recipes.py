@@ -24,7 +24,7 @@ def test_recipes_share_taps_and_are_not_trained_twice(command, tiny, tmp_path, c
     assert compare_recipes.main(command("plain: {}\n", "0")) == 0
     first = tmp_path / "out" / "plain" / "seed0" / "result.json"
     written = first.stat().st_mtime_ns
-    both = "plain: {}\nthin tail: {EXITS.DEPTH: 0, LOSS.CLASSIFICATION: focal}\n"
+    both = "_ALL_: {EXITS.DEPTH: 1}\nplain: {}\nthin tail: {EXITS.DEPTH: 0, LOSS.CLASSIFICATION: focal}\n"
     assert compare_recipes.main(command(both, "0", "1")) == 0
     rows = json.loads((tmp_path / "out" / "recipes.json").read_text())
     assert [(row["recipe"], row["seed"]) for row in rows] == [

@@ -1,0 +1,89 @@
+"""Thresholds learnt by gradient: a soft exit and a term for the cost, instead of a search over combinations.
+
+A photo leaves exit k with probability s_k = sigmoid((c_k - t_k) / width), c_k its confidence, so it takes exit k with
+q_k = s_k (1 - s_1) ... (1 - s_{k-1}); the thresholds t minimise the mean of sum_k q_k (loss_k + price * cost_k). The
+soft exit follows Bolukbasi et al. 2017, "Adaptive neural networks for efficient inference", section 3; it is there to
+be compared with the search (docs/routing.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+STEPS = 150
+WIDTHS = (0.1, 0.01)
+"""First and last width of the soft exit, in ranks (see `learn_thresholds`); it shrinks geometrically."""
+HALVINGS = 10
+"""Of the interval that holds the price."""
+
+
+def learn_thresholds(
+    confidences: Sequence[np.ndarray], losses: np.ndarray, costs: np.ndarray, budget: float
+) -> np.ndarray:
+    """Thresholds [early exits] whose mean cost is at most ``budget``, at the lowest price of cost that gives it.
+
+    Confidences are replaced by their ranks in [0, 1] over all photos of an exit, so that one width fits every policy.
+
+    Args:
+        confidences: per early exit [n].
+        losses: per photo and exit, [n, exits].
+        costs: of the exits, [exits], with all of them open.
+        budget: mean cost, in the unit of ``costs``.
+    """
+    ranks = torch.stack([_ranks(values) for values in confidences], dim=1)
+    shares = torch.from_numpy(np.asarray(costs, dtype=np.float32)) / float(np.max(costs))
+    low, high, found = 0.0, 10.0, None
+    for _ in range(HALVINGS):
+        price = (low + high) / 2
+        thresholds = _descend(ranks, torch.from_numpy(losses.astype(np.float32)), shares, price)
+        if float(shares[_hard(ranks, thresholds)].mean()) * float(np.max(costs)) <= budget:
+            high, found = price, thresholds
+        else:
+            low = price
+    if found is None:
+        found = torch.zeros(len(confidences))
+    return np.array(
+        [_unrank(values, float(rank)) for values, rank in zip(confidences, found, strict=True)], dtype=np.float32
+    )
+
+
+def soft_shares(ranks: Tensor, thresholds: Tensor, width: float) -> Tensor:
+    """Probabilities of the exits, the full path last: [n, early exits] to [n, early exits + 1]."""
+    leaves = torch.sigmoid((ranks - thresholds) / width)
+    stays = torch.cat([torch.ones(len(ranks), 1), (1 - leaves).cumprod(1)], dim=1)
+    return torch.cat([leaves * stays[:, :-1], stays[:, -1:]], dim=1)
+
+
+def _descend(ranks: Tensor, losses: Tensor, costs: Tensor, price: float) -> Tensor:
+    thresholds = torch.full((ranks.shape[1],), 0.5, requires_grad=True)
+    optimizer = torch.optim.Adam([thresholds], lr=0.03)
+    for step in range(STEPS):
+        width = WIDTHS[0] * (WIDTHS[1] / WIDTHS[0]) ** (step / STEPS)
+        optimizer.zero_grad()
+        (soft_shares(ranks, thresholds, width) * (losses + price * costs)).sum(1).mean().backward()
+        optimizer.step()
+    return thresholds.detach()
+
+
+def _hard(ranks: Tensor, thresholds: Tensor) -> Tensor:
+    """The exit that each photo takes without softness, [n]."""
+    leaves = torch.cat([ranks >= thresholds, torch.ones(len(ranks), 1, dtype=torch.bool)], dim=1)
+    return leaves.float().argmax(1)
+
+
+def _ranks(values: np.ndarray) -> Tensor:
+    """Share of the photos with a smaller value, plus half of those with the same, [n]."""
+    ordered = np.sort(values)
+    below, upto = (np.searchsorted(ordered, values, side=side) for side in ("left", "right"))
+    return torch.from_numpy(((below + upto) / (2 * len(values))).astype(np.float32))
+
+
+def _unrank(values: np.ndarray, rank: float) -> float:
+    """The confidence at a rank: above all of them beyond 1, below all under 0."""
+    if rank > 1:
+        return float(np.nextafter(np.float32(values.max()), np.float32(np.inf)))
+    return float(np.quantile(values, max(rank, 0.0)))

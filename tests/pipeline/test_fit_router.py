@@ -1,0 +1,50 @@
+import pytest
+import torch
+
+from earlyexit_ssd.config import CLOSED, load_config
+from earlyexit_ssd.modeling.outputs import ExitSignals
+from earlyexit_ssd.pipeline.fit_router import fit_foreseen_emptiness, fit_policy, per_exit
+from earlyexit_ssd.routing.temperature import FittedTemperature, Reliability
+
+
+class Recording:
+    """Fifty photos; the tap's first channel says what the full path will."""
+
+    early_exits, empty = 1, [True]
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.taps = [torch.randn(50, 4, generator=generator)]
+        self.image_ids = list(range(50))
+        scores = torch.sigmoid(self.taps[0][:, 0])
+        full = {index: {"scores": torch.tensor([0.001, float(value)])} for index, value in enumerate(scores)}
+        full[0] = {"scores": torch.zeros(0)}  # nothing found
+        self.detections = [{}, full]
+
+    def signals(self, exit_index):
+        for start in (0, 30):
+            rows = self.taps[exit_index][start : start + (30 if start == 0 else 20)]
+            yield ExitSignals(torch.zeros(len(rows), 3, 2), None, rows, empty=True)
+
+
+class Replay:
+    recording = Recording()
+
+
+def test_foresight_is_of_the_full_path_s_largest_score():
+    (fitted,) = fit_foreseen_emptiness(Replay(), [1.0])
+    assert fitted["weight"][0] == pytest.approx(1.0, abs=0.3)
+    assert max(abs(value) for value in fitted["weight"][1:]) < 0.3
+
+
+def test_a_fitted_router_lets_nobody_leave_yet():
+    router = fit_policy(load_config(), "foreseen_emptiness", [1.0], Replay())
+    assert router.thresholds.tolist() == [CLOSED]
+    signals = next(Replay.recording.signals(0))
+    confidence = router.confidence(signals, 0)
+    assert confidence[signals.tap[:, 0].argmin()] > confidence[signals.tap[:, 0].argmax()]
+
+
+def test_exits_without_a_temperature_have_one():
+    found = [FittedTemperature("exit12", 1.5, *[Reliability((), (), (), 0.0)] * 2)]
+    assert per_exit(found, ("exit8", "exit12", "full")) == [1.0, 1.5]

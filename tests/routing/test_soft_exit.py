@@ -1,0 +1,40 @@
+import numpy as np
+import pytest
+import torch
+
+from earlyexit_ssd.routing.search import choose
+from earlyexit_ssd.routing.soft_exit import learn_thresholds, soft_shares
+
+
+def test_shares_by_hand():
+    shares = soft_shares(torch.tensor([[0.5, 0.7]]), torch.tensor([0.5, 0.7 - np.log(3)]), width=1.0)
+    assert shares[0].tolist() == pytest.approx([0.5, 0.5 * 0.75, 0.5 * 0.25])
+
+
+def test_shares_harden():
+    shares = soft_shares(torch.tensor([[0.2, 0.9], [0.8, 0.9], [0.2, 0.1]]), torch.tensor([0.5, 0.5]), width=1e-3)
+    assert shares.round().tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 1]]
+
+
+@pytest.fixture
+def photos():
+    """Half of the photos lose nothing at the exit, and its confidence says which."""
+    generator = np.random.default_rng(0)
+    easy = np.arange(200) < 100
+    losses = np.stack([np.where(easy, 0.0, 1.0), np.zeros(200)], axis=1)
+    return [np.where(easy, 0.9, 0.1) + 0.05 * generator.random(200)], losses, easy
+
+
+def test_finds_the_photos_that_lose_nothing(photos):
+    confidences, losses, easy = photos
+    thresholds = learn_thresholds(confidences, losses, np.array([1.0, 3.0]), budget=2.0)
+    choice = choose(confidences, thresholds)
+    assert np.where(choice == 0, 1.0, 3.0).mean() <= 2.0
+    assert (choice[easy] == 0).mean() > 0.95
+
+
+@pytest.mark.parametrize("budget", [1.0, 1.5, 2.5])
+def test_keeps_the_budget(photos, budget):
+    confidences, losses, _ = photos
+    choice = choose(confidences, learn_thresholds(confidences, losses, np.array([1.0, 3.0]), budget))
+    assert np.where(choice == 0, 1.0, 3.0).mean() <= budget + 0.02
