@@ -15,6 +15,7 @@ from earlyexit_ssd.pipeline.replay import Replay
 from earlyexit_ssd.routing import ExitRouter
 from earlyexit_ssd.routing.foreseen import evidence, fit_foresight
 from earlyexit_ssd.routing.learned_gain import GainModel, fit_gain, to_plain
+from earlyexit_ssd.routing.policies import FITTED_POLICIES
 from earlyexit_ssd.routing.temperature import (
     FittedTemperature,
     contested_boxes,
@@ -54,11 +55,11 @@ def per_exit(fitted: Sequence[FittedTemperature], exit_names: Sequence[str]) -> 
 
 def fit_policy(cfg: CfgNode, policy: str, temperatures: Sequence[float], train: Replay | None) -> ExitRouter:
     """A router with this policy, fitted on ``train`` where it has parameters, and every exit closed."""
-    parameters = None
-    if policy == "learned_gain":
-        parameters = fit_learned_gain(train, cfg.CALIBRATION.REFERENCE, temperatures, cfg.SEED)
-    if policy == "foreseen_emptiness":
-        parameters = fit_foreseen_emptiness(train, temperatures)
+    fits = {
+        "learned_gain": lambda: fit_learned_gain(train, cfg.CALIBRATION.REFERENCE, temperatures, cfg.SEED),
+        "foreseen_emptiness": lambda: fit_foreseen_emptiness(train, temperatures),
+    }
+    parameters = fits[policy]() if policy in FITTED_POLICIES else None
     return ExitRouter(
         len(temperatures),
         policy=policy,

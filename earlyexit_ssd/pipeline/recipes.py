@@ -75,10 +75,17 @@ def compare_recipes(
     Raises:
         EarlyExitError: unusable settings, data or weights; found for every recipe before the first one trains.
     """
+    folders: dict[str, str] = {}
+    for name in recipes:
+        other = folders.setdefault(_slug(name), name)
+        if other != name:
+            raise ConfigError(
+                f"recipes {other!r} and {name!r} would share the folder {_slug(name)}: rename one of them"
+            )
     trials = [
         (name, seed, _configuration(config, overrides, name, keys, seed), out_dir / _slug(name) / f"seed{seed}")
         for name, keys in recipes.items()
-        for seed in seeds
+        for seed in dict.fromkeys(seeds)
     ]
     make_folder(out_dir)
     rows = []

@@ -45,6 +45,11 @@ class ForeseenEmptiness(nn.Module):
             )
         self._count = len(parameters)
         for index, values in enumerate(parameters):
+            if set(values) != {"weight", "bias"}:
+                raise EarlyExitError(
+                    f"routing policy 'foreseen_emptiness', exit {index}: its parameters are {sorted(values)}, expected "
+                    "bias and weight; calibrate again (tools/calibrate.py)"
+                )
             self.register_buffer(f"weight{index}", torch.tensor(values["weight"]))
             self.register_buffer(f"bias{index}", torch.tensor(values["bias"]))
 

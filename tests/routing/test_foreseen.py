@@ -32,6 +32,11 @@ def test_without_parameters_it_says_what_fits_it():
         ExitRouter(1, policy="foreseen_emptiness")
 
 
+def test_parameters_of_something_else_are_refused():
+    with pytest.raises(EarlyExitError, match=r"exit 0: its parameters are \['weights'\], expected bias and weight"):
+        ExitRouter(1, policy="foreseen_emptiness", parameters=[{"weights": [1.0]}])
+
+
 def test_finds_a_linear_rule_and_shrinks_noise():
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(300, 20, generator=generator) * 3 + 1

@@ -57,6 +57,7 @@ def test_changed_settings_are_trained_again(command, tiny, tmp_path):
         ("good: {}\nbad: {EXITS.DEPHT: 1}\n", "recipe 'bad': unknown key EXITS.DEPHT (did you mean 'DEPTH'?)"),
         ("bad: 3\n", "recipe 'bad' is 3, expected keys and values"),
         ("", "expected lines such as"),
+        ("one two: {}\none_two: {}\n", "recipes 'one two' and 'one_two' would share the folder one_two"),
         ("a: [\n", "cannot be read as recipes"),
     ],
 )
