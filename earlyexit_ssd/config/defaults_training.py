@@ -36,6 +36,9 @@ _C.DATA.ON_BAD = "repair"
 # Largest share of training photos without any wanted object, in [0, 1): a seeded choice of them is left out. -1 keeps
 # them as they come.
 _C.DATA.NEGATIVE_SHARE = -1.0
+# Class-balanced sampling: photos with a class that fewer than this share of the training photos show are shown more
+# often, sqrt(this / its share) times (Gupta et al. 2019, LVIS). 0 shows every photo once.
+_C.DATA.REPEAT_THRESHOLD = 0.0
 # Use only N photos of each split, a seeded choice; 0 uses all. For trials.
 _C.DATA.LIMIT = 0
 # Training augmentation: ssdlite (IoU-aware crop, flip), ssd (adds colour and zoom-out), flip, none.

@@ -1,5 +1,6 @@
 """Data: photos with boxes from COCO, VOC or rendered scenes, checked, filtered, augmented and batched."""
 
+from earlyexit_ssd.data.balance import repeat_rare_classes
 from earlyexit_ssd.data.build import class_names, load_dataset
 from earlyexit_ssd.data.builtin import register_builtin
 from earlyexit_ssd.data.catalog import get, register, register_coco, register_voc
@@ -25,6 +26,7 @@ __all__ = [
     "register",
     "register_coco",
     "register_voc",
+    "repeat_rare_classes",
     "require_disjoint",
     "to_coco",
 ]

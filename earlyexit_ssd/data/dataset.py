@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,9 +60,9 @@ class DetectionDataset(torch.utils.data.Dataset):
         self.seed = seed
         self.epoch = 0
         self.on_bad = on_bad
-        self._place = {record.image_id: place for place, record in enumerate(self.records)}
+        self._paths = {record.image_id: record.path for record in self.records}
         self._undecodable: set[int] = set()
-        if len(self._place) < len(self.records):
+        if len(self._paths) < len(self.records):
             raise DataError("two records have the same image_id; number the photos of one data set uniquely")
 
     def __len__(self) -> int:
@@ -76,7 +77,13 @@ class DetectionDataset(torch.utils.data.Dataset):
 
     def paths(self, image_id: int) -> Path:
         """The file of a photo."""
-        return self.records[self._place[image_id]].path
+        return self._paths[image_id]
+
+    def repeated(self, counts: Sequence[int]) -> DetectionDataset:
+        """The same photos, photo i ``counts[i]`` times in a row, each time in a view of its own."""
+        other = copy.copy(self)
+        other.records = tuple(record for record, count in zip(self.records, counts, strict=True) for _ in range(count))
+        return other
 
     def get_height_and_width(self, index: int) -> tuple[int, int]:
         """Size of photo ``index``, unread; torchvision's grouping by aspect ratio loads every photo without it."""

@@ -6,7 +6,7 @@ import torch
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.config import PHASE_SECTIONS
-from earlyexit_ssd.data import catalog, load_dataset, require_disjoint
+from earlyexit_ssd.data import catalog, load_dataset, repeat_rare_classes, require_disjoint
 from earlyexit_ssd.engine.distributed import barrier, is_main, world_size
 from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.modeling.retrofit import require_weights
@@ -37,6 +37,7 @@ def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
     if is_main():
         barrier()
     require_disjoint(TRAIN=train_set, CALIB=calib_set, TEST=test_set)
+    train_set = repeat_rare_classes(train_set, cfg.DATA.REPEAT_THRESHOLD, cfg.SEED)
     torch.manual_seed(cfg.SEED)
     model, architecture = build_model(cfg, train_set.classes)
     run = Run(cfg, folder, model.to(device), architecture, train_set, calib_set, device)

@@ -23,6 +23,7 @@ from earlyexit_ssd.errors import ConfigError
         ("ROUTING.TEMPERATURES", "[9.0]", "inside"),
         ("DATA.ON_BAD", "ignore", "expected one of 'repair', 'refuse', 'skip'"),
         ("DATA.NEGATIVE_SHARE", "2", "share in"),
+        ("DATA.REPEAT_THRESHOLD", "5", r"in \[0, 1\]"),
         ("DATA.TEST", "[synthetic_chairs_train]", "TRAIN, CALIB and TEST without a data set in common"),
         ("DATA.TRAIN", "[]", "at least one data set name"),
         ("DATA.TRAIN", "[5]", "DATA.TRAIN is 5, expected the name of a data set"),

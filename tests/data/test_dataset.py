@@ -118,3 +118,10 @@ def test_a_photo_of_another_size_than_its_record(photo_file):
 def test_image_ids_are_unique(records):
     with pytest.raises(DataError, match="the same image_id"):
         DetectionDataset([records[0], records[0]], ("chair",))
+
+
+def test_repeated_photos_have_views_of_their_own(records):
+    dataset = DetectionDataset(records, ("chair", "cat"), build_transforms("ssd"), train=True).repeated([3, 1, 0])
+    assert [int(dataset[place][1]["image_id"]) for place in range(len(dataset))] == [7, 7, 7, 8]
+    first, second, third = (dataset[place][0] for place in range(3))
+    assert not torch.equal(first, second) and not torch.equal(second, third)
