@@ -30,5 +30,5 @@ setup(
         "tensorboard",
         "tqdm",
     ],
-    extras_require={"deploy": DEPLOY, "dev": ["pytest", "hypothesis", "ruff", *DEPLOY]},
+    extras_require={"deploy": DEPLOY, "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", *DEPLOY]},
 )

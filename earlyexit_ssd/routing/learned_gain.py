@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.outputs import ExitSignals
-from earlyexit_ssd.routing.policies import FITTED_POLICIES, Odds, undecided
+from earlyexit_ssd.routing.policies import FITTED_POLICIES, Odds, at_boxes, most_probable, undecided
 
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Probabilities above which default boxes are counted."""
@@ -22,37 +22,35 @@ LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 NUM_STATISTICS = len(LEVELS) + 8
 HIDDEN = 8
 MOST_PROBABLE = 256
-"""Default boxes that are looked at in detail, those of the most probable objects; the others are empty anyway."""
+"""Default boxes that are looked at, those of the objects that lead background most; the others are empty anyway, and
+their softmax is most of what a look at all of them would cost."""
 
 
 def logit_statistics(signals: ExitSignals) -> Tensor:
     """How many default boxes are how sure, how much is undecided, what the exit before thought: [N, `NUM_STATISTICS`].
 
-    With p the largest object probability of a default box and p' the exit before's: log(1 + number of p above each of
-    `LEVELS`); log(1 + x) of the sums of undecided p, of the foreground and of the entropies; the largest p of any class
-    and of a second class; the mean lead of a box's most probable object class over the second, weighted by p; log(1 +
-    sum of |p - p'|) and the rise of the largest p, both 0 at the first exit.
+    Over the `MOST_PROBABLE` default boxes, with p the largest object probability of one and p' the exit before's:
+    log(1 + number of p above each of `LEVELS`); log(1 + x) of the sums of undecided p, of the foreground and of the
+    entropies; the largest p of any class and of a second class; the mean lead of a box's most probable class over
+    the second, weighted by p; log(1 + sum of |p - p'|) and the rise of the largest p, both 0 at the first exit.
     """
-    odds = Odds(signals.logits)
-    probability, boxes = odds.largest.topk(min(MOST_PROBABLE, signals.logits.shape[1]), dim=-1)
-    counts = torch.log1p((probability[..., None] > probability.new_tensor(LEVELS)).sum(1).float())
-    objects = _rows(odds.odds, boxes)[..., 1:] / _rows(odds.total[..., None], boxes)
+    boxes = most_probable(signals.logits, MOST_PROBABLE)
+    odds = Odds(at_boxes(signals.logits, boxes))
+    probability = odds.largest
+    counts = (probability[..., None] > probability.new_tensor(LEVELS)).sum(1).float()
+    objects = odds.odds[..., 1:] / odds.total[..., None]
     by_class = _two_largest(objects.amax(1))
-    within_box = _two_largest(objects)
-    lead = ((within_box[..., 0] - within_box[..., 1]) * probability).sum(-1) / probability.sum(-1).clamp(min=1e-6)
-    moved, rise = torch.zeros_like(lead), torch.zeros_like(lead)
+    second = objects.masked_fill(objects == probability[..., None], 0.0).amax(-1)
+    margin = ((probability - second) * probability).sum(-1) / probability.sum(-1).clamp(min=1e-6)
+    moved, rise = torch.zeros_like(margin), torch.zeros_like(margin)
     if signals.previous is not None:
-        before = Odds(signals.previous).largest
-        moved = torch.log1p((odds.largest - before).abs().sum(-1))
-        rise = probability[:, 0] - before.amax(-1)
-    sums = [torch.log1p(x.sum(-1)) for x in (undecided(probability), odds.foreground, odds.entropy.clamp(min=0))]
-    rest = torch.stack([*sums, by_class[:, 0], by_class[:, 1], lead, moved, rise], dim=1)
-    return torch.cat([counts, rest], dim=1)
-
-
-def _rows(values: Tensor, boxes: Tensor) -> Tensor:
-    """[N, A, X] at the default boxes [N, K]: [N, K, X]."""
-    return values.gather(1, boxes[..., None].expand(-1, -1, values.shape[-1]))
+        before = Odds(at_boxes(signals.previous, boxes)).largest
+        moved = (probability - before).abs().sum(-1)
+        rise = probability.amax(-1) - before.amax(-1)
+    sums = [x.sum(-1) for x in (undecided(probability), odds.foreground, odds.entropy.clamp(min=0))]
+    logs = torch.log1p(torch.cat([counts, torch.stack([*sums, moved], dim=1)], dim=1))
+    rest = torch.stack([by_class[:, 0], by_class[:, 1], margin, logs[:, -1], rise], dim=1)
+    return torch.cat([logs[:, :-1], rest], dim=1)
 
 
 def _two_largest(values: Tensor) -> Tensor:

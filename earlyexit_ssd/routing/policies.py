@@ -26,6 +26,9 @@ Policy = Callable[[ExitSignals, int], Tensor]
 AMBIGUOUS = (0.05, 0.6)
 """Probabilities of an object between which a default box counts as undecided."""
 
+CANDIDATES = 512
+"""Default boxes that rules about single objects look at; behind them there is nothing but sure background."""
+
 POLICIES: dict[str, Policy] = {}
 FITTED_POLICIES: dict[str, Callable[[Any], Policy]] = {}
 """Policies with numbers of their own, by name: what makes one from its parameters (plain types; None: not fitted)."""
@@ -83,7 +86,7 @@ def mean_foreground(logits: Tensor) -> Tensor:
 @register_policy("max_foreground")
 def max_foreground(logits: Tensor) -> Tensor:
     """Largest probability of any class but background at any default box: leave when very sure."""
-    return Odds(logits).largest.amax(-1)
+    return candidates(logits).largest.amax(-1)
 
 
 @register_policy("entropy")
@@ -108,13 +111,13 @@ def margin(logits: Tensor) -> Tensor:
 @register_policy("ambiguous_mass")
 def ambiguous_mass(logits: Tensor) -> Tensor:
     """1 / (1 + m), m the sum of the objects' probabilities over the default boxes that are undecided (`AMBIGUOUS`)."""
-    return 1 / (1 + undecided(Odds(logits).largest).sum(-1))
+    return 1 / (1 + undecided(candidates(logits).largest).sum(-1))
 
 
 @register_policy("emptiness")
 def emptiness(logits: Tensor) -> Tensor:
     """1 - the largest probability of any object: a frame in which nothing is left undecided leaves with no answer."""
-    return 1 - Odds(logits).largest.amax(-1)
+    return 1 - candidates(logits).largest.amax(-1)
 
 
 @register_policy("agreement")
@@ -130,6 +133,22 @@ def agreement(logits: Tensor, previous: Tensor | None) -> Tensor:
     distance = (now.odds / now.total[..., None] - before.odds / before.total[..., None]).abs().flatten(1).sum(-1) / 2
     foreground = torch.maximum(now.foreground, before.foreground).sum(-1)
     return (1 - distance / foreground.clamp(min=1e-12)).clamp(0, 1)
+
+
+def most_probable(logits: Tensor, count: int) -> Tensor:
+    """[N, A, C] to the indices [N, min(count, A)] of the default boxes whose objects lead background most."""
+    lead = logits[..., 1:].amax(-1) - logits[..., 0]
+    return lead.topk(min(count, lead.shape[1]), dim=-1, sorted=False).indices
+
+
+def at_boxes(logits: Tensor, boxes: Tensor) -> Tensor:
+    """[N, A, C] at the default boxes [N, K]: [N, K, C]."""
+    return logits.gather(1, boxes[..., None].expand(-1, -1, logits.shape[-1]))
+
+
+def candidates(logits: Tensor) -> Odds:
+    """The odds of the `CANDIDATES` alone: with many classes the softmax is what costs."""
+    return Odds(at_boxes(logits, most_probable(logits, CANDIDATES)))
 
 
 def undecided(probability: Tensor) -> Tensor:

@@ -97,6 +97,18 @@ def test_parameters_are_for_policies_that_are_fitted():
         get_policy("learned_gain")
 
 
+def test_sure_background_need_not_be_looked_at():
+    """Among more default boxes than candidates, the rules about single objects say what all of them would say."""
+    logits = torch.randn(2, 3234, 8) - 12 * (torch.arange(8) > 0)
+    logits[0, 5:400:4, 3] += torch.linspace(5, 20, 99)  # from nothing by way of undecided to sure
+    largest = logits.softmax(-1)[..., 1:].amax(-1)
+    mass = torch.where((largest > 0.05) & (largest < 0.6), largest, 0.0).sum(-1)
+    expected = {"max_foreground": largest.amax(-1), "emptiness": 1 - largest.amax(-1), "ambiguous_mass": 1 / (1 + mass)}
+    assert mass[0] > 5
+    for name, values in expected.items():
+        assert POLICIES[name](ExitSignals(logits), 0).tolist() == pytest.approx(values.tolist(), abs=1e-5)
+
+
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_quick_enough(name):
     """The limit is 0.3 ms per image on one thread at 8 outputs; ten times that here, since the machine may be busy."""
