@@ -25,8 +25,8 @@ class Certified:
         loss: mean over them.
         bound: upper confidence bound of the expected loss at level delta, were this the only step.
         steps: of the path that passed, the closed one not counted.
-        photos_needed: where none passed, how many calibration photos would certify the first open step if its mean
-            loss stayed as it is; None where no number would, or where it is not asked.
+        photos_needed: where none passed, how many calibration photos would certify the first open step if they lost
+            what these did; None where no number would, or where it is not asked.
     """
 
     thresholds: tuple[float, ...]
@@ -81,7 +81,7 @@ def certify(
     choices = [choose(confidences, thresholds) for thresholds in path]
     risks = [losses[rows, choice] for choice in choices]
     chosen = fixed_sequence_test((p_value(risk, epsilon) for risk in risks[1:]), delta)  # step 0 is the full path
-    needed = photos_needed(float(risks[1].mean()), epsilon, delta) if chosen == 0 and len(path) > 1 else None
+    needed = photos_needed(risks[1], epsilon, delta, p_value) if chosen == 0 and len(path) > 1 else None
     return Certified(
         thresholds=tuple(float(value) for value in path[chosen]),
         choice=choices[chosen],

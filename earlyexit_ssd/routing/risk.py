@@ -20,7 +20,7 @@ PValue = Callable[[np.ndarray, float], float]
 BET_CAP = 0.75  # share of the largest bet that cannot go bankrupt; Waudby-Smith & Ramdas suggest 1/2 or 3/4
 ROUNDING = 1e-9  # sums of losses this close above a whole number are that number
 TOLERANCE = 1e-6  # of upper_bound
-MOST_PHOTOS = 10**9  # photos_needed does not count further
+MOST_PHOTOS = 10**6  # photos_needed does not count further
 
 
 def hoeffding_bentkus_p_value(losses: np.ndarray, epsilon: float) -> float:
@@ -136,54 +136,35 @@ def fixed_sequence_test(p_values: Iterable[float], delta: float) -> int:
     return rejected
 
 
-def photos_needed(mean: float, epsilon: float, delta: float) -> int | None:
-    """The fewest photos with which Hoeffding-Bentkus certifies ``epsilon`` if their mean loss is ``mean``.
+def photos_needed(
+    losses: np.ndarray, epsilon: float, delta: float, p_value: PValue = hoeffding_bentkus_p_value
+) -> int | None:
+    """About how many photos ``p_value`` needs to certify ``epsilon`` if further ones lose what these did, in turn.
 
-    A plan, not a promise: the next measurement will have another mean, and one photo more can need a few more
-    photos again, since the Bentkus part rounds the sum of the losses up.
+    A plan, not a promise: the next measurement will have other losses.
 
     Args:
-        mean: the expected mean loss, in [0, 1].
+        losses: [n], in [0, 1], one per photo.
         epsilon: the largest mean loss to be accepted, in (0, 1).
         delta: in (0, 1).
+        p_value: one of :data:`BOUNDS`.
 
     Returns:
-        The count; None where ``mean`` is not below ``epsilon``, or so little that Hoeffding alone needs over 10^9.
+        The count; None where the mean is not below ``epsilon``, or so little that it takes over 10^6.
 
     Raises:
         EarlyExitError: a number outside its range.
     """
-    if not 0 <= mean <= 1:
-        raise EarlyExitError(f"mean {mean}: expected a mean loss in [0, 1]")
+    losses = _checked_losses(losses)
     _check_share("epsilon", epsilon)
     _check_share("delta", delta)
-    if mean >= epsilon:
+
+    def enough(count: int) -> bool:
+        return p_value(np.resize(losses, count), epsilon) <= delta
+
+    if not losses.size or losses.mean() >= epsilon or not enough(MOST_PHOTOS):
         return None
-    divergence, needed = _divergence(mean, epsilon), math.log(1 / delta)
-    if divergence * MOST_PHOTOS < needed:
-        return None
-    hoeffding = math.ceil(needed / divergence)
-    return hoeffding if mean == 0 else _photos_bentkus(mean, epsilon, delta, hoeffding)
-
-
-def _photos_bentkus(mean: float, epsilon: float, delta: float, most: int) -> int:
-    """The fewest photos n with e P(Binomial(n, epsilon) <= ceil(n mean)) <= delta, or ``most`` if that is less.
-
-    The tail rises where the ceiling steps from k to k + 1, and falls between. So first the k, then the n.
-    """
-
-    def most_photos(total: int) -> int:  # with at most this sum of losses
-        return int((total + ROUNDING) / mean)
-
-    def tail_at_step(total: int) -> float:
-        # Without rounding the photos down, this falls steadily, and is a little below the tail at whole photos.
-        return math.e * float(stats.beta.cdf(1 - epsilon, total / mean - total, total + 1))
-
-    total = _first(lambda value: value / mean > most or tail_at_step(value) <= delta, start=1)
-    while most_photos(total) < most and _bentkus(total, most_photos(total), epsilon) > delta:
-        total += 1  # a step or two, but for means close to epsilon
-    start = min(most_photos(total - 1) + 1, most)
-    return _first(lambda count: count >= most or _bentkus(total, count, epsilon) <= delta, start)
+    return _first(enough, start=1)
 
 
 def _first(holds: Callable[[int], bool], start: int) -> int:

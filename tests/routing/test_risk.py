@@ -161,41 +161,33 @@ def test_fixed_sequence_by_hand():
 
 
 def test_photos_needed_by_hand():
-    assert photos_needed(0.0, 0.02, 0.05) == 149  # log 0.05 / log 0.98 = 148.28
-    assert photos_needed(0.0, 0.5, 0.9) == 1
-    # 4 losses in 20 coin throws: 6196 e / 2^20 = 0.0161, while 19 throws give 5036 e / 2^19 = 0.0261
-    assert photos_needed(0.2, 0.5, 0.0161) == 20
+    assert photos_needed(np.zeros(5), 0.02, 0.05) == 149  # log 0.05 / log 0.98 = 148.28
+    assert photos_needed(np.zeros(1), 0.5, 0.9) == 1
+    # every fifth photo lost, 4 in 20 coin throws: 6196 e / 2^20 = 0.0161, while 19 throws give 5036 e / 2^19 = 0.0261
+    assert photos_needed(np.array([0, 0, 1.0, 0, 0]), 0.5, 0.0161) == 20
+    # the bet reaches its cap soon; with it from the start, log 20 / log(1 + 0.75 / 0.98 * 0.02) = 197.2
+    assert photos_needed(np.zeros(3), 0.02, 0.05, betting_p_value) == 200
 
 
-@pytest.mark.parametrize("mean", [0.2, 0.3, 1.0])
-def test_no_number_of_photos_certifies_less_than_the_mean(mean):
-    assert photos_needed(mean, 0.2, 0.1) is None
+@both_p_values
+def test_no_number_of_photos_certifies_less_than_the_mean(p_value):
+    for losses in ([0.2], [0.0, 0.6], [1.0], []):
+        assert photos_needed(np.array(losses), 0.2, 0.1, p_value) is None
 
 
-def test_no_count_where_the_mean_is_hardly_below_epsilon():
-    assert photos_needed(0.2 - 1e-12, 0.2, 0.1) is None
-    assert 10**6 < photos_needed(0.2 - 1e-4, 0.2, 0.1) < 10**9
+@both_p_values
+def test_no_count_where_the_mean_is_hardly_below_epsilon(p_value):
+    assert photos_needed(np.array([0.2 - 1e-12]), 0.2, 0.1, p_value) is None
+    assert 5000 < photos_needed(np.array([0.0, 0.39]), 0.2, 0.1, p_value) < 10**6
 
 
-@pytest.mark.parametrize(
-    ("mean", "epsilon", "delta"),
-    [
-        (1e-12, 0.02, 0.1),
-        (0.001, 0.02, 0.1),
-        (0.01, 0.03, 0.1),
-        (0.0137, 0.03, 0.1),
-        (0.021, 0.03, 0.2),
-        (0.3, 0.4, 0.01),
-        (0.77, 0.8, 0.3),
-        (0.1, 0.9, 0.9),
-        (1 / 3, 0.35, 0.5),
-    ],
-)
-def test_photos_needed_are_the_first_that_pass(mean, epsilon, delta):
-    def passes(count):
-        return hoeffding_bentkus_p_value(np.full(count, mean), epsilon) <= delta
-
-    assert photos_needed(mean, epsilon, delta) == next(count for count in range(1, 5000) if passes(count))
+@both_p_values
+@given(losses=st.lists(st.floats(0, 0.4), min_size=1, max_size=12), epsilon=st.floats(0.41, 0.9))
+@settings(max_examples=25, deadline=None)
+def test_so_many_photos_pass(p_value, losses, epsilon):
+    needed = photos_needed(np.array(losses), epsilon, 0.1, p_value)
+    assert p_value(np.resize(np.array(losses), needed), epsilon) <= 0.1
+    assert needed == 1 or p_value(np.resize(np.array(losses), needed - 1), epsilon) > 0.1
 
 
 @both_p_values
@@ -221,13 +213,13 @@ def test_impossible_epsilon_and_delta(value):
         "epsilon": [
             lambda: hoeffding_bentkus_p_value(losses, value),
             lambda: betting_p_value(losses, value),
-            lambda: photos_needed(0.0, value, 0.1),
+            lambda: photos_needed(losses, value, 0.1),
         ],
         "delta": [
             lambda: betting_p_value(losses, 0.1, delta=value),
             lambda: upper_bound(losses, value),
             lambda: fixed_sequence_test([0.1], value),
-            lambda: photos_needed(0.0, 0.1, value),
+            lambda: photos_needed(losses, 0.1, value),
         ],
     }
     for name, functions in calls.items():
@@ -236,11 +228,9 @@ def test_impossible_epsilon_and_delta(value):
                 function()
 
 
-def test_impossible_p_value_and_mean():
+def test_impossible_p_value():
     with pytest.raises(EarlyExitError, match=r"p_values\[2\] is nan, expected a p-value in \[0, 1\]"):
         fixed_sequence_test([0.05, 0.1, math.nan], 0.1)
-    with pytest.raises(EarlyExitError, match=r"mean 1.1: expected a mean loss in \[0, 1\]"):
-        photos_needed(1.1, 0.1, 0.1)
 
 
 def test_bounds_are_called_alike():
