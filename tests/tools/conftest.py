@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from earlyexit_ssd.files import write_text
+from tools import train_net
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = """
@@ -31,6 +32,16 @@ THREADS: 1
 def data_root(tmp_path_factory) -> Path:
     """The rendered scenes, made by the first run."""
     return tmp_path_factory.mktemp("datasets")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, data_root) -> tuple[Path, list[str]]:
+    """A folder with ``run``, trained once by the tiny configuration, and the arguments of the tools that look at it."""
+    root = tmp_path_factory.mktemp("trained")
+    write_text(root / "tiny.yaml", TINY)
+    overrides = ["OUTPUT_DIR", str(root / "run"), "DATA.ROOT", str(data_root), "EVAL.SCORE", "0.02"]
+    assert train_net.main(["--config", str(root / "tiny.yaml"), "--force", *overrides, "EVAL.PICTURES", "0"]) == 0
+    return root, ["--config", str(root / "tiny.yaml"), *overrides]
 
 
 @pytest.fixture

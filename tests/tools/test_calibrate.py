@@ -10,18 +10,6 @@ from earlyexit_ssd.routing.certificate import load_certificate
 from tools import calibrate, eval_exits, train_net
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Arguments for a model of a tiny configuration, trained once for this file."""
-    from tests.tools.conftest import TINY
-
-    root = tmp_path_factory.mktemp("calibrate")
-    (root / "tiny.yaml").write_text(TINY)
-    overrides = ["OUTPUT_DIR", str(root / "run"), "DATA.ROOT", str(root / "datasets"), "EVAL.SCORE", "0.02"]
-    assert train_net.main(["--config", str(root / "tiny.yaml"), "--force", *overrides, "EVAL.PICTURES", "0"]) == 0
-    return root, ["--config", str(root / "tiny.yaml"), *overrides]
-
-
 @pytest.mark.parametrize("policy", ["ambiguous_mass", "learned_gain"])
 def test_risk(trained, policy, capsys):
     root, arguments = trained

@@ -3,24 +3,24 @@ import json
 import pytest
 
 from earlyexit_ssd.files import write_text
-from tools import compare_recipes, train_net
+from tools import compare_recipes
 
 
 @pytest.fixture
-def command(tiny, tmp_path):
+def command(tiny, trained, tmp_path):
     """Arguments for a trained full path and these recipes."""
+    weights = str(trained[0] / "run" / "baseline" / "model.pth")
 
     def arguments(recipes: str, *seeds: str) -> list[str]:
         write_text(tmp_path / "recipes.yaml", recipes)
         config, own = tiny("run")[:2], tiny("run")[2:]
         flags = ["--recipes", str(tmp_path / "recipes.yaml"), "--out", str(tmp_path / "out"), "--seeds", *seeds]
-        return [*config, *flags, "--", *own, "MODEL.WEIGHTS", str(tmp_path / "run" / "baseline" / "model.pth")]
+        return [*config, *flags, "--", *own, "MODEL.WEIGHTS", weights]
 
     return arguments
 
 
-def test_recipes_share_taps_and_are_not_trained_twice(command, tiny, tmp_path, capsys):
-    train_net.main(tiny("run", "--force", "PHASES", "[baseline]"))
+def test_recipes_share_taps_and_are_not_trained_twice(command, tmp_path, capsys):
     assert compare_recipes.main(command("plain: {}\n", "0")) == 0
     first = tmp_path / "out" / "plain" / "seed0" / "result.json"
     written = first.stat().st_mtime_ns
@@ -43,8 +43,7 @@ def test_recipes_share_taps_and_are_not_trained_twice(command, tiny, tmp_path, c
     assert "| thin tail | 2 |" in capsys.readouterr().out
 
 
-def test_changed_settings_are_trained_again(command, tiny, tmp_path):
-    train_net.main(tiny("run", "--force", "PHASES", "[baseline]"))
+def test_changed_settings_are_trained_again(command, tmp_path):
     for depth in (1, 0):
         assert compare_recipes.main(command(f"one: {{EXITS.DEPTH: {depth}}}\n", "0")) == 0
     (row,) = json.loads((tmp_path / "out" / "recipes.json").read_text())

@@ -4,26 +4,20 @@ import pytest
 import torch
 
 from earlyexit_ssd.files import sha256
-from tools import eval_exits, train_net
-
-
-@pytest.fixture
-def trained(tiny):
-    """Arguments that evaluate a model of the tiny configuration."""
-    assert train_net.main(tiny("run", "--force", "BASELINE.EPOCHS", "1", "EXITS_PHASE.EPOCHS", "1")) == 0
-    return tiny("run")
+from tools import eval_exits
 
 
 def test_says_what_of_the_configuration_the_weights_overrule(trained, tmp_path, capsys):
+    root, arguments = trained
     more = ["MODEL.NMS_THRESH", "0.1", "EXITS.LAYERS", "[4]"]
-    assert eval_exits.main([*trained[:2], "--out", str(tmp_path / "out"), *trained[2:], *more]) == 0
+    assert eval_exits.main([*arguments, "--out", str(tmp_path / "out"), *more]) == 0
     error = capsys.readouterr().err
     assert "nms_thresh: the configuration says 0.1, the weights were made with 0.55 and keep it" in error
     assert "exit_layers: the configuration says [4], the weights were made with [8, 12]" in error
     assert "width:" not in error
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert [entry["layer"] for entry in metrics["exits"]] == [8, 12, 16]
-    assert metrics["context"]["weights_sha256"] == sha256(tmp_path / "run" / "model.pth")
+    assert metrics["context"]["weights_sha256"] == sha256(root / "run" / "model.pth")
 
 
 def test_missing_and_foreign_weights(tiny, tmp_path, capsys):
@@ -38,9 +32,9 @@ def test_missing_and_foreign_weights(tiny, tmp_path, capsys):
 
 
 def test_static_rivals_stand_beside_the_exits(trained, tmp_path, capsys):
-    sizes = ["EVAL.RIVALS.SIZES", "[80]", "EVAL.RIVALS.FULL_PATHS", str(tmp_path / "run" / "baseline" / "model.pth")]
-    arguments = [*trained[:2], "--out", str(tmp_path / "out"), *trained[2:], *sizes, "EVAL.RUNTIME", "onnxruntime"]
-    assert eval_exits.main(arguments) == 0
+    root, arguments = trained
+    rivals = ["EVAL.RIVALS.SIZES", "[80]", "EVAL.RIVALS.FULL_PATHS", str(root / "run" / "baseline" / "model.pth")]
+    assert eval_exits.main([*arguments, "--out", str(tmp_path / "out"), *rivals, "EVAL.RUNTIME", "onnxruntime"]) == 0
     assert (tmp_path / "out" / "ap_against_cost.png").is_file()
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     alone, larger, baseline = metrics["rivals"]

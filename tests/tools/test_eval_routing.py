@@ -3,26 +3,14 @@ import json
 import pytest
 from PIL import Image
 
-from tools import check_guarantee, eval_routing, train_net
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Arguments for a model of a tiny configuration, trained once for this file."""
-    from tests.tools.conftest import TINY
-
-    root = tmp_path_factory.mktemp("routing")
-    (root / "tiny.yaml").write_text(TINY)
-    overrides = ["OUTPUT_DIR", str(root / "run"), "DATA.ROOT", str(root / "datasets"), "EVAL.SCORE", "0.02"]
-    assert train_net.main(["--config", str(root / "tiny.yaml"), "--force", *overrides, "EVAL.PICTURES", "0"]) == 0
-    return root, ["--config", str(root / "tiny.yaml"), *overrides, "CALIBRATION.COST", "mmacs"]
+from tools import check_guarantee, eval_routing
 
 
 def test_policies_are_held_against_coin_and_oracle(trained, capsys):
-    root, arguments = trained
+    root, arguments = trained[0], [*trained[1], "CALIBRATION.COST", "mmacs"]
     policies = ["--policies", "ambiguous_mass,learned_gain"]
-    assert eval_routing.main([*arguments, "--out", str(root / "results"), *policies]) == 0
-    results = json.loads((root / "results" / "routing.json").read_text())
+    assert eval_routing.main([*arguments, "--out", str(root / "routing"), *policies]) == 0
+    results = json.loads((root / "routing" / "routing.json").read_text())
     assert list(results["policies"]) == ["ambiguous_mass", "learned_gain", "max_foreground"]
     assert [entry["name"] for entry in results["exits"]] == ["exit8", "exit12", "full"]
     costs, plain = results["context"]["cost_model"]["exits"], results["context"]["cost_model"]["plain"]
@@ -35,28 +23,28 @@ def test_policies_are_held_against_coin_and_oracle(trained, capsys):
             assert sum(entry["exit_share"].values()) == pytest.approx(1.0)
     printed = capsys.readouterr().out
     assert "| policy |" in printed and "coin at the cost of" in printed and "oracle at the cost of" in printed
-    with Image.open(root / "results" / "routing.png") as picture:
+    with Image.open(root / "routing" / "routing.png") as picture:
         assert picture.size[0] > 300
     assert results["throughput"]["share_of_ideal"] > 0
     # deterministic but for times, and the second time without the network
     before = results["policies"]
-    assert eval_routing.main([*arguments, "--out", str(root / "results"), *policies]) == 0
+    assert eval_routing.main([*arguments, "--out", str(root / "routing"), *policies]) == 0
     assert "record exits" not in capsys.readouterr().err
-    assert json.loads((root / "results" / "routing.json").read_text())["policies"] == before
+    assert json.loads((root / "routing" / "routing.json").read_text())["policies"] == before
 
 
 def test_unknown_policy(trained, capsys):
-    root, arguments = trained
+    root, arguments = trained[0], [*trained[1], "CALIBRATION.COST", "mmacs"]
     assert eval_routing.main([*arguments, "--out", str(root / "wrong"), "--policies", "marginn"]) == 2
     assert "did you mean 'margin'" in capsys.readouterr().err
 
 
 def test_guarantee_on_the_same_recordings(trained, capsys):
-    root, arguments = trained
-    command = [*arguments, "--out", str(root / "results"), "--splits", "20", "--delta", "0.2"]
+    root, arguments = trained[0], [*trained[1], "CALIBRATION.COST", "mmacs"]
+    command = [*arguments, "--out", str(root / "routing"), "--splits", "20", "--delta", "0.2"]
     assert check_guarantee.main([*command, "ROUTING.POLICY", "ambiguous_mass"]) == 0
     printed = capsys.readouterr().out
     assert "Policy ambiguous_mass, bound betting, loss against full: 8 of 16 photos calibrate" in printed
-    found = json.loads((root / "results" / "guarantee.json").read_text())["resplits"]
+    found = json.loads((root / "routing" / "guarantee.json").read_text())["resplits"]
     assert [one["epsilon"] for one in found] == [0.01, 0.02, 0.05]
     assert all(one["speedup"] <= one["best_speedup"] + 1e-9 and one["splits"] == 20 for one in found)

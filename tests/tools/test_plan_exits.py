@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tools import plan_exits, train_net
+from tools import plan_exits
 
 
 def command(tiny, tmp_path, *flags, overrides=()):
@@ -21,10 +21,9 @@ def test_costs_of_every_layer_need_no_photo(tiny, tmp_path, capsys):
     assert (tmp_path / "plan" / "placement.png").stat().st_size > 0
 
 
-def test_probes_give_a_proposal(tiny, tmp_path, capsys):
-    train_net.main(tiny("run", "--force", "PHASES", "[baseline]"))
+def test_probes_give_a_proposal(tiny, trained, tmp_path, capsys):
     flags = ("--layers", "8", "12", "--probe-epochs", "1", "--speedup", "0.01")
-    weights = str(tmp_path / "run" / "baseline" / "model.pth")
+    weights = str(trained[0] / "run" / "baseline" / "model.pth")
     for _ in range(2):  # a second plan in the same folder replaces the first
         assert plan_exits.main(command(tiny, tmp_path, *flags, overrides=("MODEL.WEIGHTS", weights))) == 0
     plan = json.loads((tmp_path / "plan" / "placement.json").read_text())

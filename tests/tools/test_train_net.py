@@ -150,13 +150,12 @@ def test_mistakes_end_with_2_and_one_line(tiny, capsys, more, message):
     assert message in errors[0]
 
 
-def test_photos_without_boxes_teach_through_the_full_path(tiny, data_root, tmp_path, capsys):
+def test_photos_without_boxes_teach_through_the_full_path(tiny, trained, data_root, tmp_path, capsys):
     """The photos of the training split, their boxes taken away."""
-    train_net.main(tiny("first", "--force", "PHASES", "[baseline]"))
     tree = json.loads((data_root / FOLDER / "annotations" / "instances_train.json").read_text())
     (data_root / "no_boxes.json").write_text(json.dumps({**tree, "annotations": []}))
     own = ["DATA.DATASETS", f"[[mine, no_boxes.json, {FOLDER}/train]]", "DATA.TRAIN", "mine"]
-    own += ["MODEL.WEIGHTS", str(tmp_path / "first" / "baseline" / "model.pth"), "BASELINE.EPOCHS", "0"]
+    own += ["MODEL.WEIGHTS", str(trained[0] / "run" / "baseline" / "model.pth"), "BASELINE.EPOCHS", "0"]
     assert train_net.main(tiny("labels", "--force", *own)) == 2
     assert "mine: no box of chair in 24 photos; nothing can be learnt" in capsys.readouterr().err
     assert train_net.main(tiny("teacher", "--force", *own, "LOSS.SUPERVISION", "teacher")) == 0
