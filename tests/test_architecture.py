@@ -6,7 +6,7 @@ from pathlib import Path
 import earlyexit_ssd
 
 PACKAGE = Path(earlyexit_ssd.__file__).parent
-ORDER = ["config", "data", "modeling", "engine", "routing", "evaluation", "report", "deploy", "pipeline"]
+ORDER = ["config", "data", "modeling", "engine", "routing", "evaluation", "report", "pipeline"]
 COMMON = {"errors", "files", "keywords", "progress"}
 
 

@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(recipe_table(compare_recipes(args.config, args.overrides, recipes, args.seeds, out)))
         print(f"\nresults: {out}/ (recipes.json, recipes.md)")
 
-    return run_tool(job)
+    return run_tool(job, after_a_stop="the same command goes on")
 
 
 if __name__ == "__main__":

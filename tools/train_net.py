@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(text_report(metrics))
             print(f"\nresults: {cfg.OUTPUT_DIR}/ (metrics.json, model.pth, pictures)")
 
-    return run_tool(job)
+    return run_tool(job, after_a_stop="go on with --resume")
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def _check_routing(cfg: CfgNode) -> None:
     both = cfg.ROUTING.HYBRID and bool(cfg.ROUTING.CERTIFICATE)
     _require(not both, "ROUTING.HYBRID", True, "false with ROUTING.CERTIFICATE, which speaks of photos that leave")
     for value in cfg.ROUTING.THRESHOLDS:
-        inside = not isinstance(value, str) and (0 <= value <= 1 or value == CLOSED)
+        inside = isinstance(value, (int, float)) and (0 <= value <= 1 or value == CLOSED)
         _require(inside, "ROUTING.THRESHOLDS", value, f"a number in [0, 1], or {CLOSED:g} to close an exit")
     for value in cfg.ROUTING.TEMPERATURES:
         _require(bounds[0] <= value <= bounds[1], "ROUTING.TEMPERATURES", value, f"a number inside {bounds}")

@@ -10,7 +10,8 @@ from earlyexit_ssd.config.defaults_training import _C
 # ---- routing ----------------------------------------------------------------------------------------------
 _C.ROUTING = Node()
 # How sure an exit is, one number per image: max_foreground, ambiguous_mass, entropy, margin, emptiness, agreement,
-# mean_foreground, learned_gain (needs a certificate), or one of your own (docs/routing.md).
+# mean_foreground; foreseen_emptiness and learned_gain, which are fitted (they need a certificate). In Python also one
+# of your own (docs/routing.md).
 _C.ROUTING.POLICY = "max_foreground"
 # Nobody leaves: classes from the first exit that is sure, boxes from the full path, whose classification head is then
 # spared. Pays with many classes.
@@ -36,8 +37,8 @@ _C.CALIBRATION.REFERENCE = "full"
 _C.CALIBRATION.BOUND = "betting"
 # Cost of a photo: ms (measured here, in EVAL.RUNTIME) or mmacs.
 _C.CALIBRATION.COST = "ms"
-# Training photos, a seeded choice, that a risk target's path of thresholds and the policy learned_gain are fitted on; 0
-# takes all of them.
+# Training photos, a seeded choice, that a risk target's path of thresholds and the policies learned_gain and
+# foreseen_emptiness are fitted on; 0 takes all of them.
 _C.CALIBRATION.TRAIN_PHOTOS = 1000
 
 # ---- evaluation -------------------------------------------------------------------------------------------

@@ -56,9 +56,10 @@ def load_dataset(
     negatives = sum(not record.has_targets for record in records)
     if not objects and (train if need_boxes is None else need_boxes):
         wanted, purpose = ", ".join(classes) or "any class", "learnt" if train else "measured"
+        fixes = ["add photos that show it", "name other DATA.CLASSES"]
+        fixes += ["let the full path teach (LOSS.SUPERVISION teacher)"] if train else []
         raise DataError(
-            f"{title}: no box of {wanted} in {len(records)} photos; nothing can be {purpose}. "
-            "Add photos that show it, name other DATA.CLASSES, or let the full path teach (LOSS.SUPERVISION teacher)"
+            f"{title}: no box of {wanted} in {len(records)} photos; nothing can be {purpose}: {', or '.join(fixes)}"
         )
     logger.info("%s: %d photos, %d boxes, %d photos without any", title, len(records), objects, negatives)
     return DetectionDataset(records, classes, transforms, train, cfg.SEED, data.ON_BAD)

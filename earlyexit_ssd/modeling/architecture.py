@@ -66,6 +66,12 @@ class Architecture:
                 raise EarlyExitError(f"unknown key '{key}' in the description of a model{nearest(key, names)}")
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
+    @classmethod
+    def of_full_path(cls, values: dict) -> Architecture:
+        """The description of a model as far as its full path goes; its branches may be those of an older version."""
+        branches = {"exit_layers", "channels", "depth", "copy", "cascade", "head_rank", "empty", "attention"}
+        return cls.from_dict({key: value for key, value in values.items() if key not in branches})
+
     def build_detector(self) -> SSD:
         """The torchvision detector under the exits, untrained."""
         detector = build_ssdlite(

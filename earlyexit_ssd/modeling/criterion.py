@@ -47,7 +47,8 @@ def early_exit_losses(
             for key, value in detection_losses(heads[index], assignment, settings).items():
                 losses[f"{name}_{key}"] = weight * value
         if settings.teacher != "none":
-            teacher = heads[-1 if settings.teacher == "full" else index + 1]
+            deeper = [other for other in names if other > index]  # an exit without a branch has nothing to teach
+            teacher = heads[deeper[0] if deeper and settings.teacher == "next" else -1]
             value = distillation_loss(heads[index], teacher, settings)
             losses[f"{name}_distillation"] = weight * settings.distillation_weight * value
         if router is not None:

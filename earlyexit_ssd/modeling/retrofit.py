@@ -104,7 +104,10 @@ def load_full_path(
     if not isinstance(content.get("architecture"), dict):
         return state, None
     full_path = {key: value for key, value in state.items() if key.startswith(("backbone.", "head."))}
-    return full_path, Architecture.from_dict(content["architecture"])
+    try:
+        return full_path, Architecture.of_full_path(content["architecture"])
+    except EarlyExitError as error:
+        raise EarlyExitError(f"{weights}: {error}") from None
 
 
 def require_weights(weights: str | os.PathLike[str] | SSDLite320_MobileNet_V3_Large_Weights) -> None:

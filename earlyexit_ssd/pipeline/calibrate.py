@@ -211,6 +211,7 @@ def _certificate(
         target={
             "kind": target.kind,
             **(risk if target.kind == "risk" else {"value": target.value}),
+            **({"delta": target.delta} if target.kind == "ap_drop" else {}),
             "reference": cfg.CALIBRATION.REFERENCE,
             "score": cfg.EVAL.SCORE,
             "iou": cfg.EVAL.IOU,

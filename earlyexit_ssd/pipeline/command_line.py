@@ -14,8 +14,11 @@ from earlyexit_ssd.progress import is_first_process, write_line
 EXIT_BAD_INPUT, EXIT_GATE_FAILED, EXIT_INTERRUPTED = 2, 3, 130
 
 
-def run_tool(job: Callable[[], None]) -> int:
-    """Run ``job``; returns the exit code: 0, 2 for bad input, 3 for a failed gate, 130 for a signal."""
+def run_tool(job: Callable[[], None], after_a_stop: str = "run it again") -> int:
+    """Run ``job``; returns the exit code: 0, 2 for bad input, 3 for a failed gate, 130 for a signal.
+
+    ``after_a_stop``: what the user reads when a signal has stopped the job.
+    """
     handler = _LineHandler()
     logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s", handlers=[handler], force=True)
     logging.getLogger("fvcore").setLevel(logging.ERROR)
@@ -27,9 +30,9 @@ def run_tool(job: Callable[[], None]) -> int:
     except EarlyExitError as error:
         return _stop(str(error), EXIT_BAD_INPUT)
     except Interrupted as error:
-        return _stop(f"{error}; go on with --resume", EXIT_INTERRUPTED)
+        return _stop(f"{error}; {after_a_stop}", EXIT_INTERRUPTED)
     except KeyboardInterrupt:
-        return _stop("stopped; a training goes on with --resume", EXIT_INTERRUPTED)
+        return _stop(f"stopped; {after_a_stop}", EXIT_INTERRUPTED)
     return 0
 
 

@@ -97,7 +97,7 @@ def exits_gate(ap50: Mapping[str, float | None], first_limit: float, deepest_sha
     )
     advice = (
         f"move the exit deeper (EXITS.LAYERS): {names[0]} sees too little of the trunk",
-        "more epochs (EXITS_PHASE.EPOCHS), more views (EXITS_PHASE.CACHE_VIEWS) or a wider branch (EXITS.CHANNELS)",
+        "more epochs (EXITS_PHASE.EPOCHS), more views (EXITS_PHASE.CACHE_VIEWS) or a wider branch (EXITS.COPY)",
         "more photos; the full path alone can teach from photos without boxes (LOSS.SUPERVISION teacher)",
     )
     return Gate("exits", checks, advice)

@@ -119,11 +119,17 @@ def tap_cache(run: Run) -> TapCache:
         EarlyExitError: it would be larger than allowed.
     """
     cfg, phase = run.cfg, run.cfg.EXITS_PHASE
-    depends_on = f"{cfg.DATA} {cfg.SEED} {[str(record.path) for record in run.train_set.records]}"
+    depends_on = f"{shown(cfg)} {[str(record.path) for record in run.train_set.records]}"
     views, dtype = phase.CACHE_VIEWS, phase.CACHE_DTYPE
     cache = TapCache(run.folder.taps, run.model, len(run.train_set), views, depends_on, dtype)
     cache.require_budget(phase.CACHE_GIB)
     return cache
+
+
+def shown(cfg: CfgNode) -> str:
+    """The settings that decide which photos and views a training sees, as a text."""
+    others = ("WORKERS", "DOWNLOAD", "CALIB", "TEST")
+    return f"{ {key: value for key, value in cfg.DATA.items() if key not in others} } {cfg.SEED}"
 
 
 def tap_loader(run: Run) -> CachedLoader:

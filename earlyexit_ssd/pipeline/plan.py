@@ -73,7 +73,7 @@ def _with_exits(cfg: CfgNode, layers: Sequence[int], speedup: float, probe_epoch
     cfg.PHASES, cfg.BASELINE.EPOCHS, cfg.BASELINE.GATE.RELATIVE = ("baseline", "exits"), 0, 0.0
     cfg.EXITS.LAYERS, cfg.EXITS.EMPTY, cfg.EXITS.CASCADE = tuple(layers), (), False
     cfg.EXITS.COPY, cfg.EXITS.DEPTH = cfg.EXITS.COPY[:1], cfg.EXITS.DEPTH[:1]  # one branch for all, the first exit's
-    cfg.LOSS.EXIT_WEIGHTS = (1.0,)
+    cfg.LOSS.EXIT_WEIGHTS, cfg.JOINT.EXIT_WEIGHTS = (1.0,), ()
     cfg.ROUTING.THRESHOLDS, cfg.ROUTING.TEMPERATURES = (0.5,), (1.0,)
     cfg.EXITS_PHASE.EPOCHS, cfg.EXITS_PHASE.CACHE_VIEWS = probe_epochs, 1
     check_config(cfg)

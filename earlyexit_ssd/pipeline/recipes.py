@@ -22,7 +22,7 @@ from earlyexit_ssd.evaluation.cost import mmacs_to_exit
 from earlyexit_ssd.files import make_folder, write_json, write_text
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.pipeline.build import build_device
-from earlyexit_ssd.pipeline.phases import tap_loader, train_branches
+from earlyexit_ssd.pipeline.phases import shown, tap_loader, train_branches
 from earlyexit_ssd.pipeline.prepare import prepare
 from earlyexit_ssd.pipeline.run_folder import RunFolder
 from earlyexit_ssd.report.recipes import recipe_table
@@ -49,7 +49,9 @@ def read_recipes(path: str | os.PathLike[str]) -> Recipes:
         raise ConfigError(f"{path}: expected lines such as 'thinner: {{EXITS.COPY: [0.25]}}'")
     for name, keys in recipes.items():
         if not isinstance(keys, dict):
-            raise ConfigError(f"{path}: recipe {name!r} is {keys!r}, expected keys and values, such as {{SEED: 1}}")
+            raise ConfigError(
+                f"{path}: recipe {name!r} is {keys!r}, expected keys and values, such as {{EXITS.DEPTH: 1}}"
+            )
     shared = recipes.pop(_SHARED_KEY, {})
     return {str(name): {**shared, **keys} for name, keys in recipes.items()}
 
@@ -104,11 +106,18 @@ def compare_recipes(
 def _configuration(
     config: str | os.PathLike[str], overrides: Sequence[str], name: str, keys: dict[str, Any], seed: int
 ) -> CfgNode:
+    if "SEED" in (*keys, *overrides[::2]):
+        raise ConfigError(f"recipe {name!r}: SEED is given, but every recipe is trained with each of --seeds; use that")
     own = [text for key, value in keys.items() for text in (str(key), str(value))]
     try:
-        return load_config(config, [*overrides, "PHASES", "[baseline, exits]", *own, "SEED", str(seed)])
+        cfg = load_config(config, [*overrides, "PHASES", "[baseline, exits]", *own, "SEED", str(seed)])
     except ConfigError as error:
         raise ConfigError(f"recipe {name!r}: {str(error).removeprefix('command line: ')}") from None
+    if not cfg.MODEL.WEIGHTS:
+        raise ConfigError(
+            f"recipe {name!r} needs a trained full path: set MODEL.WEIGHTS to a checkpoint or a model.pth"
+        )
+    return cfg
 
 
 def _slug(name: str) -> str:
@@ -141,7 +150,7 @@ def _stored(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(cfg: CfgNode, folder: Path, taps: Path) -> dict[str, Any]:
-    views = [cfg.DATA, cfg.MODEL, cfg.EXITS.LAYERS, cfg.EXITS_PHASE.CACHE_VIEWS, cfg.EXITS_PHASE.CACHE_DTYPE, cfg.SEED]
+    views = [shown(cfg), cfg.MODEL, cfg.EXITS.LAYERS, cfg.EXITS_PHASE.CACHE_VIEWS, cfg.EXITS_PHASE.CACHE_DTYPE]
     shared = taps / hashlib.sha256(repr(views).encode()).hexdigest()[:12]
     run = prepare(cfg, RunFolder(folder, shared), build_device(cfg))
     run.model.freeze_trunk()

@@ -29,6 +29,7 @@ from earlyexit_ssd.pipeline.build import build_device, with_classes
 from earlyexit_ssd.pipeline.rivals import check_rivals
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.routing import ExitRouter
+from earlyexit_ssd.routing.search import require_few
 
 
 @dataclass
@@ -129,6 +130,7 @@ def open_recorded(cfg: CfgNode, weights: str | os.PathLike[str], out: Path) -> R
     device = build_device(cfg)
     check_rivals(cfg, device)
     model, architecture, info = load_model(weights)
+    require_few(model.num_early_exits)
     cfg = with_classes(cfg, architecture.classes)
     return Recorded(cfg, model.to(device), info, disjoint_sets(cfg), out / "recordings")
 

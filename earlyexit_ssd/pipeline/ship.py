@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.files import sha256, write_bytes, write_json
+from earlyexit_ssd.files import write_bytes, write_json
 from earlyexit_ssd.modeling import EarlyExitSSDLite, load_model
 from earlyexit_ssd.modeling.half import half_file
 from earlyexit_ssd.modeling.retrofit import read_weights
@@ -66,15 +67,12 @@ def ship_weights(
     path = Path(folder) / f"{name}.pth"
     if len(content) > MAX_BYTES:
         raise EarlyExitError(
-            f"{path}: {len(content)} bytes, at most {MAX_BYTES} are shipped; reduce EXITS.CHANNELS, EXITS.DEPTH or the "
+            f"{path}: {len(content)} bytes, at most {MAX_BYTES} are shipped; reduce EXITS.COPY, EXITS.DEPTH or the "
             "number of exits, or set MODEL.FOLD to rows (a head without the classes that are not wanted)"
         )
+    shipped = Shipped(path, path.with_suffix(".json"), len(content), hashlib.sha256(content).hexdigest())
+    metrics = dict(_figures(result, model, routing, shipped) for result in results)
     write_bytes(path, content)
-    shipped = Shipped(path, path.with_suffix(".json"), len(content), sha256(path))
-    metrics = {}
-    for result in results:
-        split, entry = _figures(result, model, routing, shipped)
-        metrics[split] = entry
     write_json(shipped.description, _description(model, shipped, routing, recipe, metrics))
     return shipped
 

@@ -65,6 +65,11 @@ def _promise(certificate: Certificate) -> list[str]:
             f"per photo is at most {target['epsilon']:g} (bound {measured['loss_bound']:.4f}, {target['bound']})"
         )
         lines.append(promise)
+    if target["kind"] == "ap_drop":
+        lines.append(
+            f"in {1 - target['delta']:.0%} of bootstrap draws of the calibration photos at most "
+            f"{measured['AP50_lost_bound']:.4f} AP50 is lost (target {target['value']:g})"
+        )
     return lines
 
 

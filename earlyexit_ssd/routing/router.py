@@ -73,10 +73,10 @@ class ExitRouter(nn.Module):
     def confidence(self, signals: ExitSignals, exit_index: int) -> Tensor:
         """Confidences [N] in [0, 1] at an exit; the full path is exit ``num_exits``.
 
-        A policy that looks at the logits alone has none at an exit without a branch.
+        A policy that looks at the logits alone has none at an exit without a branch: -1, which reaches no threshold.
         """
         if signals.empty and not self._foresees:
-            return signals.logits.new_zeros(len(signals.logits))
+            return -torch.ones_like(signals.logits[:, 0, 0], dtype=torch.float32)
         previous = None if signals.previous is None else self.tempered(signals.previous, exit_index - 1)
         tempered = ExitSignals(self.tempered(signals.logits, exit_index), previous, signals.tap, signals.empty)
         return self._policy(tempered, exit_index).clamp(0.0, 1.0)

@@ -15,6 +15,7 @@ LARGEST_GRID = 20_000
 
 
 MOST_EXITS = 5
+"""Early exits whose thresholds are searched jointly; with more of them the grid is too coarse to mean anything."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,22 @@ def candidates(confidence: np.ndarray, count: int) -> np.ndarray:
 def threshold_grid(confidences: Sequence[np.ndarray], count: int | None = None) -> Grid:
     """Every combination of the exits' `candidates`, ``count`` of each; by default as many as `LARGEST_GRID` allows."""
     exits = len(confidences)
-    if exits > MOST_EXITS:
-        raise EarlyExitError(f"{exits} early exits: thresholds are searched jointly over {MOST_EXITS} at most")
+    require_few(exits)
     count = count or min(60, int(LARGEST_GRID ** (1 / exits)) - 2)
     axes = [candidates(confidence, count) for confidence in confidences]
     thresholds = np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=1)
     choices = np.stack([choose(confidences, row) for row in thresholds])
     _, first = np.unique(choices, axis=0, return_index=True)
     return Grid(thresholds[np.sort(first)], choices[np.sort(first)])
+
+
+def require_few(exits: int) -> None:
+    """Raise where thresholds of so many early exits are not searched."""
+    if exits > MOST_EXITS:
+        raise EarlyExitError(
+            f"{exits} early exits: thresholds are searched jointly over {MOST_EXITS} at most; take a model with fewer "
+            "(EXITS.LAYERS)"
+        )
 
 
 def pareto_path(loss: np.ndarray, cost: np.ndarray) -> np.ndarray:

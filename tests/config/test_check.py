@@ -18,6 +18,7 @@ from earlyexit_ssd.errors import ConfigError
             r"ROUTING.THRESHOLDS is 1.5, expected a number in \[0, 1\], or 2 to",
         ),
         ("ROUTING.THRESHOLDS", "[high]", "expected a number"),
+        ("ROUTING.THRESHOLDS", "[[1]]", "expected a number"),
         ("ROUTING.THRESHOLDS", "[0.1, 0.2, 0.3]", "one for each of 2 exits"),
         ("ROUTING.TEMPERATURE_BOUNDS", "[3.0, 0.5]", "low below high"),
         ("ROUTING.TEMPERATURES", "[9.0]", "inside"),

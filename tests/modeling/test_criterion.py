@@ -33,6 +33,17 @@ def test_a_teacher_alone_does_not_look_at_labels():
     assert found[0] == found[1]
 
 
+def test_the_next_exit_as_teacher_is_one_that_has_a_branch():
+    """The second of three exits is empty: the first learns from the third, and that from the full path."""
+    settings = LossSettings(supervision="teacher", teacher="next")
+    exits = heads(4)
+    losses = early_exit_losses({0: "exit6", 2: "exit12"}, exits, labelled([0] * 5, [0] * 5), settings)
+    direct = LossSettings(supervision="teacher", teacher="full")
+    for name, student, teacher in (("exit6", 0, 2), ("exit12", 2, 3)):
+        expected = early_exit_losses({0: name}, [exits[student], exits[teacher]], labelled([0] * 5, [0] * 5), direct)
+        assert torch.equal(losses[f"{name}_distillation"], expected[f"{name}_distillation"])
+
+
 def test_what_a_teacher_sees_on_an_unlabelled_photo_is_learnt():
     """With labels, the same photo would count as empty and push its objects down."""
     full = {"cls_logits": torch.tensor([[[0.0, 4.0]]]), "bbox_regression": torch.zeros(1, 1, 4)}

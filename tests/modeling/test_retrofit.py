@@ -6,7 +6,7 @@ import torchvision
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights, ssdlite320_mobilenet_v3_large
 
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.modeling import COCO_CLASSES, Architecture, retrofit, save_model
+from earlyexit_ssd.modeling import COCO_CLASSES, Architecture, load_model, retrofit, save_model
 from earlyexit_ssd.modeling.retrofit import load_full_path
 from tests.modeling.conftest import SMALL
 
@@ -72,6 +72,23 @@ def test_a_model_of_this_project_gives_its_full_path(checkpoint, tmp_path, image
         assert all(torch.equal(one[key], expected[key]) for key in expected)
     with pytest.raises(EarlyExitError, match=r"its classes \(chair\) were folded before"):
         retrofit(Architecture(**{**SMALL, "classes": ("person",)}), tmp_path / "model.pth")
+
+
+def test_the_full_path_under_branches_of_an_older_version(checkpoint, tmp_path):
+    wanted = Architecture(**{**SMALL, "classes": ("chair",)})
+    found, architecture, _ = retrofit(wanted, checkpoint[1], SOURCE)
+    save_model(tmp_path / "model.pth", architecture.add_exits(found), architecture)
+    content = torch.load(tmp_path / "model.pth", weights_only=True)
+    content["architecture"] |= {"attention": False, "copy": [0.0, 0.0]}
+    torch.save(content, tmp_path / "model.pth")
+    with pytest.raises(EarlyExitError, match=r"model\.pth: .* train the exits again from its full path"):
+        load_model(tmp_path / "model.pth")
+    again, _, _ = retrofit(wanted, tmp_path / "model.pth")
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in found.state_dict().items())
+    content["architecture"]["widht"] = 1.0
+    torch.save(content, tmp_path / "model.pth")
+    with pytest.raises(EarlyExitError, match=r"model\.pth: unknown key 'widht'"):
+        retrofit(wanted, tmp_path / "model.pth")
 
 
 @pytest.mark.parametrize(

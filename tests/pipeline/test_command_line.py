@@ -1,5 +1,6 @@
 import os
 import signal
+from functools import partial
 
 import pytest
 from torch.utils.data import DataLoader, Dataset
@@ -33,5 +34,6 @@ def test_bad_input_is_one_line_also_from_a_worker(capsys, workers):
 
 
 def test_a_signal_ends_with_130_wherever_it_comes(capsys):
-    assert run_tool(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 130
-    assert "goes on with --resume" in capsys.readouterr().err
+    stopped = partial(os.kill, os.getpid(), signal.SIGTERM)
+    assert run_tool(stopped) == run_tool(stopped, after_a_stop="go on with --resume") == 130
+    assert capsys.readouterr().err.splitlines() == ["stopped; run it again", "stopped; go on with --resume"]

@@ -78,7 +78,7 @@ def test_models_that_are_not_shipped(tmp_path, info, message):
 
 def test_too_large(tmp_path, monkeypatch):
     monkeypatch.setattr(ship, "MAX_BYTES", 1000)
-    with pytest.raises(EarlyExitError, match=r"toy\.pth: \d+ bytes, at most 1000 are shipped; reduce EXITS\.CHANNELS"):
+    with pytest.raises(EarlyExitError, match=r"toy\.pth: \d+ bytes, at most 1000 are shipped; reduce EXITS\.COPY"):
         ship_weights(run_file(tmp_path / "model.pth"), "toy", tmp_path / "w", get_cfg(), "")
     assert not (tmp_path / "w").exists()
 
@@ -95,6 +95,9 @@ def test_figures_of_other_weights_or_another_routing(tmp_path):
     other = write_metrics(tmp_path / "other.json", "0123456789", 0.5)
     with pytest.raises(EarlyExitError, match=f"measured with weights of sha256 01234567, the shipped .* {digest[:8]}"):
         ship_weights(source, "toy", tmp_path, configuration(0.5), "", [other])
+    with pytest.raises(EarlyExitError, match="measured with weights of sha256 01234567"):
+        ship_weights(source, "new", tmp_path, configuration(0.5), "", [other])
+    assert not (tmp_path / "new.pth").exists()  # nothing is written beside figures that do not belong to it
     routed = write_metrics(tmp_path / "routed.json", digest, 0.625)
     with pytest.raises(EarlyExitError, match=r"routed with thresholds \[0\.625, 0\.625\], .* has \[0\.5, 0\.5\]"):
         ship_weights(source, "toy", tmp_path, configuration(0.5), "", [routed])

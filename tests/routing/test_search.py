@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.routing.search import candidates, cheapest_within, choose, pareto_path, threshold_grid
 
 CONFIDENCES = [np.array([0.9, 0.2, 0.5, 0.1]), np.array([0.1, 0.8, 0.9, 0.3])]
@@ -53,6 +54,11 @@ def test_pareto_path_is_what_nothing_beats(points):
         assert not ((loss <= loss[one]) & (cost < cost[one])).any()
         assert not ((loss < loss[one]) & (cost <= cost[one])).any()
     assert loss[path[0]] == loss.min() and cost[path[-1]] == cost.min()
+
+
+def test_more_exits_than_are_searched():
+    with pytest.raises(EarlyExitError, match="6 early exits: .* over 5 at most; take a model with fewer"):
+        threshold_grid([np.zeros(3)] * 6)
 
 
 def test_cheapest_within_a_limit():

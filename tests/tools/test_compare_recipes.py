@@ -54,6 +54,8 @@ def test_changed_settings_are_trained_again(command, tmp_path):
     ("recipes", "message"),
     [
         ("good: {}\nbad: {EXITS.DEPHT: 1}\n", "recipe 'bad': unknown key EXITS.DEPHT (did you mean 'DEPTH'?)"),
+        ("own: {SEED: 1}\n", "recipe 'own': SEED is given, but every recipe is trained with each of --seeds"),
+        ("bare: {MODEL.WEIGHTS: ''}\n", "recipe 'bare' needs a trained full path: set MODEL.WEIGHTS"),
         ("bad: 3\n", "recipe 'bad' is 3, expected keys and values"),
         ("", "expected lines such as"),
         ("one two: {}\none_two: {}\n", "recipes 'one two' and 'one_two' would share the folder one_two"),
