@@ -28,10 +28,11 @@ class Certificate:
 
     Attributes:
         router: the settings of an `ExitRouter`: policy with its parameters, thresholds, temperatures.
-        target: what was asked for: ``kind`` (``speedup``, ``ap_drop`` or ``risk``) and its numbers; with ``risk``
-            ``epsilon``, ``delta``, ``bound`` (the inequality), ``reference`` (full or labels), ``score`` and ``iou``.
+        target: what was asked for: ``kind`` (``speedup``, ``ap_drop`` or ``risk``) and its numbers (``value``; with
+            ``ap_drop`` ``delta`` too; with ``risk`` ``epsilon``, ``delta`` and ``bound``, the inequality), ``reference``
+            (full or labels), ``score`` and ``iou``.
         measured: on the calibration photos: ``photos``, ``loss`` (mean per photo), ``loss_bound`` (its upper
-            confidence bound at delta, were this the only step tested), ``AP50``, ``AP50_full``, ``exit_share``,
+            confidence bound at delta, were this the only step tested) or ``AP50_lost_bound``, ``AP50``, ``AP50_full``, ``exit_share``,
             ``cost``, ``speedup``.
         cost_model: ``unit`` (ms or mmacs), ``exits``, ``plain``, and where milliseconds were measured.
         weights_sha256: of the network's parameters and buffers.

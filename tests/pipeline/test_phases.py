@@ -7,7 +7,13 @@ from earlyexit_ssd.modeling import LossSettings
 from earlyexit_ssd.modeling.training import TapBatch
 from earlyexit_ssd.pipeline import fit, phases
 from earlyexit_ssd.pipeline.fit import lr_factors
-from earlyexit_ssd.pipeline.phases import full_path_fingerprint, joint, joint_losses, require_same_full_path
+from earlyexit_ssd.pipeline.phases import (
+    full_path_fingerprint,
+    joint,
+    joint_losses,
+    require_same_full_path,
+    shown,
+)
 from earlyexit_ssd.pipeline.run import Run
 from tests.modeling.conftest import small_model
 
@@ -98,3 +104,10 @@ def test_full_path_has_its_share_of_the_rate_in_the_joint_phase_alone():
     cfg = load_config(overrides=["JOINT.FULL_PATH_LR_FACTOR", "0.25"])
     assert lr_factors(cfg.JOINT)["backbone."] == lr_factors(cfg.JOINT)["module.head."] == 0.25
     assert set(lr_factors(cfg.EXITS_PHASE).values()) == {1.0}
+
+
+def test_cached_taps_depend_on_the_photos_and_views_alone():
+    same = ["DATA.WORKERS", "0", "DATA.CALIB", "[coco_2017_val]", "DATA.DOWNLOAD", "True"]
+    assert shown(load_config(None, same)) == shown(load_config(None))
+    for key, value in (("DATA.AUGMENTATION", "ssd"), ("SEED", "1"), ("DATA.SYNTHETIC.SEED", "1")):
+        assert shown(load_config(None, [key, value])) != shown(load_config(None)), key

@@ -31,6 +31,8 @@ def test_certificate_is_used_and_refuses_what_it_must(trained, capsys):
     out = root / "drop"
     assert calibrate.main([*arguments, "--out", str(out), "--ap-drop", "1.0", "CALIBRATION.COST", "mmacs"]) == 0
     certificate = load_certificate(out / "certificate.json")
+    assert certificate.target["delta"] == 0.05
+    assert "in 95% of bootstrap draws of the calibration photos at most" in capsys.readouterr().out
     assert certificate.measured["exit_share"]["exit8"] == 1.0  # any loss is allowed: the cheapest wins
     use = ["ROUTING.CERTIFICATE", str(out / "certificate.json"), "EVAL.PICTURES", "0", "EVAL.RIVALS.ENABLED", "false"]
     assert eval_exits.main([*arguments, "--out", str(root / "results"), *use]) == 0
