@@ -28,12 +28,12 @@ class Certificate:
 
     Attributes:
         router: the settings of an `ExitRouter`: policy with its parameters, thresholds, temperatures.
-        target: what was asked for: ``kind`` (``speedup``, ``ap_drop`` or ``risk``) and its numbers (``value``; with
-            ``ap_drop`` ``delta`` too; with ``risk`` ``epsilon``, ``delta`` and ``bound``, the inequality), ``reference``
-            (full or labels), ``score`` and ``iou``.
-        measured: on the calibration photos: ``photos``, ``loss`` (mean per photo), ``loss_bound`` (its upper
-            confidence bound at delta, were this the only step tested) or ``AP50_lost_bound``, ``AP50``, ``AP50_full``, ``exit_share``,
-            ``cost``, ``speedup``.
+        target: what was asked for: ``kind`` (``speedup``, ``ap_drop`` or ``risk``) and its numbers (``value``;
+            ``ap_drop`` has ``delta`` too, ``risk`` has ``epsilon``, ``delta`` and ``bound``, the inequality),
+            ``reference`` (full or labels), ``score`` and ``iou``.
+        measured: on the calibration photos: ``photos``, ``loss`` (mean per photo), ``AP50``, ``AP50_full``,
+            ``exit_share``, ``cost``, ``speedup``; for a risk ``loss_bound`` (the upper confidence bound of the loss at
+            delta, were this the only step tested), for an AP drop ``AP50_lost_bound``.
         cost_model: ``unit`` (ms or mmacs), ``exits``, ``plain``, and where milliseconds were measured.
         weights_sha256: of the network's parameters and buffers.
         photos_sha256: the calibration photos' contents, each the first 16 hexadecimal digits.
