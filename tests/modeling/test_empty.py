@@ -74,7 +74,8 @@ def test_who_leaves_there_has_an_empty_answer(images):
 @pytest.mark.parametrize("policy", ["max_foreground", "emptiness", "entropy", "ambiguous_mass"])
 def test_policies_of_logits_let_nobody_leave_there(policy):
     signals = ExitSignals(EmptyExit(5, 3)(torch.ones(2, 4, 6, 6), None)[0]["cls_logits"], empty=True)
-    assert ExitRouter(1, policy=policy).confidence(signals, 0).tolist() == [0, 0]
+    router = ExitRouter(1, policy=policy, thresholds=0.0)
+    assert router.leaves(router.confidence(signals, 0), 0).tolist() == [False, False]
 
 
 def test_a_layer_without_an_exit_is_refused():

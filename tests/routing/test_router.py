@@ -21,13 +21,6 @@ def test_threshold_is_reached_from_above_or_met():
     assert router.leaves(confidence, 2).tolist() == [True, True]
 
 
-def test_who_looks_at_logits_alone_lets_nobody_leave_where_there_is_no_branch():
-    router = ExitRouter(1, policy="emptiness", thresholds=[0.0])
-    for empty in (False, True):
-        confidence = router.confidence(ExitSignals(LOGITS, empty=empty), 0)
-        assert router.leaves(confidence, 0).tolist() == [not empty] * 2
-
-
 def test_temperature_by_hand():
     router = ExitRouter(1, temperatures=[2.0])
     assert router.confidence(ExitSignals(LOGITS), 0).tolist() == pytest.approx(
