@@ -72,3 +72,8 @@ def test_stored_verdicts_are_today_s(path):
 def test_stored_results_name_no_folder_of_one_machine(path):
     for rival in json.loads(path.read_text(encoding="utf-8")).get("rivals", []):
         assert rival["source"] is None or rival["source"] == Path(rival["source"]).name
+
+
+def test_results_name_no_path_of_one_machine():
+    wrong = [path for path in (ROOT / "docs" / "results").rglob("*.json") if '"/' in path.read_text(encoding="utf-8")]
+    assert wrong == []

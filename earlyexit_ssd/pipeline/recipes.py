@@ -125,11 +125,12 @@ def _slug(name: str) -> str:
 
 
 def _settings(cfg: CfgNode) -> dict[str, Any]:
-    """What the figures depend on."""
+    """What the figures depend on; no path of this machine, since the table may be passed on."""
     sections = ("DATA", "MODEL", "EXITS", "LOSS", "EXITS_PHASE", "SEED")
     settings = json.loads(json.dumps({section: cfg[section] for section in sections}))
     for key in ("ROOT", "WORKERS"):
         settings["DATA"].pop(key)
+    settings["MODEL"]["WEIGHTS"] = Path(cfg.MODEL.WEIGHTS).name
     return settings
 
 

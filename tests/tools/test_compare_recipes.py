@@ -39,6 +39,7 @@ def test_recipes_share_taps_and_are_not_trained_twice(command, tmp_path, capsys)
     assert thin["parameters"]["exit8"] < plain["parameters"]["exit8"]
     assert thin["mmacs"]["exit8"] < plain["mmacs"]["exit8"]
     assert thin["settings"]["LOSS"]["CLASSIFICATION"] == "focal"
+    assert thin["settings"]["MODEL"]["WEIGHTS"] == "model.pth"  # no path of this machine
     assert all(0 <= value <= 1 for row in rows for value in row["AP50"].values())
     assert "| thin tail | 2 |" in capsys.readouterr().out
 
