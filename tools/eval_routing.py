@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         cfg = load_config(args.config, args.overrides)
         weights = args.weights or Path(cfg.OUTPUT_DIR) / "model.pth"
         print(
-            routing_table(evaluate_routing(cfg, weights, args.out, [name for name in args.policies.split(",") if name]))
+            routing_table(evaluate_routing(cfg, weights, args.out, args.policies.split(",") if args.policies else []))
         )
         print(f"\nresults: {args.out}/ (routing.json, routing.md, routing.png)")
 

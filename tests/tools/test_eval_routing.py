@@ -37,6 +37,8 @@ def test_unknown_policy(trained, capsys):
     root, arguments = trained[0], [*trained[1], "CALIBRATION.COST", "mmacs"]
     assert eval_routing.main([*arguments, "--out", str(root / "wrong"), "--policies", "marginn"]) == 2
     assert "did you mean 'margin'" in capsys.readouterr().err
+    assert eval_routing.main([*arguments, "--out", str(root / "wrong"), "--policies", "margin,"]) == 2
+    assert "unknown routing policy ''; there are" in capsys.readouterr().err
 
 
 def test_guarantee_on_the_same_recordings(trained, capsys):
