@@ -25,6 +25,16 @@ from earlyexit_ssd.routing import ExitRouter
 logger = logging.getLogger(__name__)
 
 
+def require_full_path(cfg: CfgNode, who: str) -> None:
+    """Check that MODEL.WEIGHTS name a trained full path, for ``who`` trains branches alone.
+
+    Raises:
+        ConfigError: they name none.
+    """
+    if not cfg.MODEL.WEIGHTS:
+        raise ConfigError(f"{who} needs a trained full path: set MODEL.WEIGHTS to a checkpoint or a model.pth")
+
+
 def build_device(cfg: CfgNode) -> torch.device:
     """DEVICE as a device that is there, the process's own one under torchrun; sets THREADS too.
 

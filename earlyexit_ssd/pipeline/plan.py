@@ -17,7 +17,7 @@ from earlyexit_ssd.data import class_names
 from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.evaluation.placement import SHARES, Placement, measure_placements, propose
 from earlyexit_ssd.files import make_folder, write_image, write_json, write_text
-from earlyexit_ssd.pipeline.build import build_device, build_model, build_router
+from earlyexit_ssd.pipeline.build import build_device, build_model, build_router, require_full_path
 from earlyexit_ssd.pipeline.phases import train_branches
 from earlyexit_ssd.pipeline.prepare import prepare
 from earlyexit_ssd.pipeline.run_folder import RunFolder
@@ -66,8 +66,8 @@ def _with_exits(cfg: CfgNode, layers: Sequence[int], speedup: float, probe_epoch
     """One exit per layer, none leaning on another; the phases are those of a trained full path that gets probes."""
     if not (math.isfinite(speedup) and speedup > 0):
         raise ConfigError(f"the wanted speed-up is {speedup:g}, expected a number above 0, such as 1.5")
-    if probe_epochs and not cfg.MODEL.WEIGHTS:
-        raise ConfigError("probes need a trained full path: set MODEL.WEIGHTS to a checkpoint or a model.pth")
+    if probe_epochs:
+        require_full_path(cfg, "a probe")
     cfg = cfg.clone()
     cfg.defrost()
     cfg.PHASES, cfg.BASELINE.EPOCHS, cfg.BASELINE.GATE.RELATIVE = ("baseline", "exits"), 0, 0.0

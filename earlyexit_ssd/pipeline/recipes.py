@@ -21,7 +21,7 @@ from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.evaluation.cost import mmacs_to_exit
 from earlyexit_ssd.files import make_folder, write_json, write_text
 from earlyexit_ssd.modeling import EarlyExitSSDLite
-from earlyexit_ssd.pipeline.build import build_device
+from earlyexit_ssd.pipeline.build import build_device, require_full_path
 from earlyexit_ssd.pipeline.phases import shown, tap_loader, train_branches
 from earlyexit_ssd.pipeline.prepare import prepare
 from earlyexit_ssd.pipeline.run_folder import RunFolder
@@ -113,10 +113,7 @@ def _configuration(
         cfg = load_config(config, [*overrides, "PHASES", "[baseline, exits]", *own, "SEED", str(seed)])
     except ConfigError as error:
         raise ConfigError(f"recipe {name!r}: {str(error).removeprefix('command line: ')}") from None
-    if not cfg.MODEL.WEIGHTS:
-        raise ConfigError(
-            f"recipe {name!r} needs a trained full path: set MODEL.WEIGHTS to a checkpoint or a model.pth"
-        )
+    require_full_path(cfg, f"recipe {name!r}")
     return cfg
 
 

@@ -40,8 +40,8 @@ def test_probes_give_a_proposal(tiny, trained, tmp_path, capsys):
         (("--layers", "12", "8"), "EXITS.LAYERS is (12, 8), expected increasing layers, each once"),
         (("--layers", "16"), "EXITS.LAYERS is 16, expected trunk layers 1 to 15"),
         (("--speedup", "0"), "the wanted speed-up is 0, expected a number above 0"),
-        (("--probe-epochs", "-1"), "probes need a trained full path: set MODEL.WEIGHTS"),
-        (("--probe-epochs", "1"), "probes need a trained full path: set MODEL.WEIGHTS"),
+        (("--probe-epochs", "-1"), "a probe needs a trained full path: set MODEL.WEIGHTS"),
+        (("--probe-epochs", "1"), "a probe needs a trained full path: set MODEL.WEIGHTS"),
     ],
 )
 def test_mistakes_are_one_line(tiny, tmp_path, capsys, flags, message):
