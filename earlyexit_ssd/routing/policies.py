@@ -27,7 +27,7 @@ AMBIGUOUS = (0.05, 0.6)
 """Probabilities of an object between which a default box counts as undecided."""
 
 CANDIDATES = 512
-"""Default boxes that rules about single objects look at; behind them there is nothing but sure background."""
+"""Default boxes that the rules look at; behind them there is nothing but sure background."""
 
 POLICIES: dict[str, Policy] = {}
 FITTED_POLICIES: dict[str, Callable[[Any], Policy]] = {}
@@ -91,17 +91,17 @@ def max_foreground(logits: Tensor) -> Tensor:
 
 @register_policy("entropy")
 def entropy(logits: Tensor) -> Tensor:
-    """1 - H / log C, H the mean over the default boxes of the entropy of their classes.
+    """1 - H / log C, H the mean over the `CANDIDATES` of the entropy of their classes.
 
-    BranchyNet's rule (Teerapittayanon et al. 2016, section III-B) with its one answer replaced by all of them.
+    BranchyNet's rule (Teerapittayanon et al. 2016, section III-B) with its one answer replaced by many.
     """
-    return (1 - Odds(logits).entropy.mean(-1) / math.log(logits.shape[-1])).clamp(0, 1)
+    return (1 - candidates(logits).entropy.mean(-1) / math.log(logits.shape[-1])).clamp(0, 1)
 
 
 @register_policy("margin")
 def margin(logits: Tensor) -> Tensor:
-    """Lead of the most probable class over the second, a mean over the default boxes weighted by foreground."""
-    odds = Odds(logits)
+    """Lead of the most probable class over the second, a mean over the `CANDIDATES` weighted by foreground."""
+    odds = candidates(logits)
     first = odds.odds.amax(-1, keepdim=True)
     second = odds.odds.masked_fill(odds.odds == first, 0.0).amax(-1)
     lead = (first[..., 0] - second) / odds.total
@@ -124,12 +124,13 @@ def emptiness(logits: Tensor) -> Tensor:
 def agreement(logits: Tensor, previous: Tensor | None) -> Tensor:
     """Overlap of the class probabilities with those of the exit before, over what either takes for foreground.
 
-    1 - sum_a TV_a / sum_a max(f_a, f'_a), TV the total variation distance at default box a and f the foreground
-    probability; 0 at the first exit, which has nothing to agree with.
+    1 - sum_a TV_a / sum_a max(f_a, f'_a), TV the total variation distance at default box a, f the foreground
+    probability, and a the `CANDIDATES` of both exits; 0 at the first exit, which has nothing to agree with.
     """
     if previous is None:
         return logits.new_zeros(len(logits))
-    now, before = Odds(logits), Odds(previous)
+    boxes = _highest(torch.maximum(lead(logits), lead(previous)), CANDIDATES)
+    now, before = Odds(at_boxes(logits, boxes)), Odds(at_boxes(previous, boxes))
     distance = (now.odds / now.total[..., None] - before.odds / before.total[..., None]).abs().flatten(1).sum(-1) / 2
     foreground = torch.maximum(now.foreground, before.foreground).sum(-1)
     return (1 - distance / foreground.clamp(min=1e-12)).clamp(0, 1)
@@ -137,13 +138,23 @@ def agreement(logits: Tensor, previous: Tensor | None) -> Tensor:
 
 def most_probable(logits: Tensor, count: int) -> Tensor:
     """[N, A, C] to the indices [N, min(count, A)] of the default boxes whose objects lead background most."""
-    lead = logits[..., 1:].amax(-1) - logits[..., 0]
-    return lead.topk(min(count, lead.shape[1]), dim=-1, sorted=False).indices
+    return _highest(lead(logits), count)
+
+
+def lead(logits: Tensor) -> Tensor:
+    """[N, A, C] to [N, A]: how far the first of the objects' logits is above background's."""
+    return logits[..., 1:].amax(-1) - logits[..., 0]
+
+
+def _highest(values: Tensor, count: int) -> Tensor:
+    return values.topk(min(count, values.shape[1]), dim=-1, sorted=False).indices
 
 
 def at_boxes(logits: Tensor, boxes: Tensor) -> Tensor:
-    """[N, A, C] at the default boxes [N, K]: [N, K, C]."""
-    return logits.gather(1, boxes[..., None].expand(-1, -1, logits.shape[-1]))
+    """[N, A, C] at the default boxes [N, K]: [N, K, C]; whole rows, which is faster than ``gather``."""
+    images, count, classes = logits.shape
+    rows = boxes + torch.arange(0, images * count, count, device=boxes.device)[:, None]
+    return logits.reshape(-1, classes).index_select(0, rows.flatten()).view(images, -1, classes)
 
 
 def candidates(logits: Tensor) -> Odds:
@@ -167,7 +178,7 @@ class Odds:
     """
 
     def __init__(self, logits: Tensor) -> None:
-        self._differences = (logits - logits[..., :1]).clamp(max=60.0)
+        self._differences = (logits - logits[..., :1]).clamp_(max=60.0)
         self.odds = self._differences.exp()
         self.total = _sum_over_classes(self.odds)
 
