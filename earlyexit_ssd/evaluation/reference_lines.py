@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from earlyexit_ssd.evaluation.choices import ExitMatches, ap_of_choice
+from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.evaluation.bootstrap import interval
+from earlyexit_ssd.evaluation.choices import ExitMatches, ap_of_choice, bootstrap_choices
 
 COIN_TOSSES = 20
+BOOTSTRAP_TOSSES = 5
+"""Of the coin in every resample; photos, not tosses, are what an interval is about."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +34,17 @@ def line_of(matches: ExitMatches, choice: np.ndarray, costs: np.ndarray) -> Line
 
 def coin(matches: ExitMatches, choice: np.ndarray, costs: np.ndarray, seed: int = 0) -> Line:
     """Exits in the same shares as ``choice`` [n], but given to the photos by chance: the mean of `COIN_TOSSES`."""
-    generator = np.random.default_rng(seed)
-    tosses = [ap_of_choice(matches, generator.permutation(choice)) for _ in range(COIN_TOSSES)]
+    tosses = [ap_of_choice(matches, toss) for toss in _tosses(choice, COIN_TOSSES, seed)]
     values = [
         None if any(value is None for value in figures) else float(np.mean(figures))
         for figures in ([toss.AP for toss in tosses], [toss.AP50 for toss in tosses])
     ]
     return Line(float(costs[choice].mean()), *values)
+
+
+def _tosses(choice: np.ndarray, count: int, seed: int) -> list[np.ndarray]:
+    generator = np.random.default_rng(seed)
+    return [generator.permutation(choice) for _ in range(count)]
 
 
 def oracle_choice(errors: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray:
@@ -70,12 +80,54 @@ def oracle_choice(errors: np.ndarray, costs: np.ndarray, budget: float) -> np.nd
     return choice
 
 
+def oracle_over_exits(
+    errors: np.ndarray, costs_with: Callable[[Sequence[float]], np.ndarray], budget: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Exits [n] and their costs [exits] of least error over all sets of open exits, since a closed one makes the deeper
+    ones cheaper.
+
+    Args:
+        errors: [n, exits].
+        costs_with: thresholds (0, or `CLOSED`) of the early exits to the costs [exits].
+        budget: of the mean cost.
+    """
+    best = None
+    budget *= 1 + 1e-9  # a mean over photos that all cost the budget rounds
+    for flags in itertools.product((True, False), repeat=errors.shape[1] - 1):
+        costs = costs_with([0.0 if flag else CLOSED for flag in flags])
+        usable = np.flatnonzero([*flags, True])
+        if costs[usable[0]] > budget:
+            continue
+        choice = usable[oracle_choice(errors[:, usable], costs[usable], budget)]
+        error = errors[np.arange(len(errors)), choice].mean()
+        if best is None or error < best[0]:
+            best = (error, choice, costs)
+    return best[1:]
+
+
 def gap_closed(router: Line, chance: Line, oracle: Line) -> float | None:
     """(router - coin) / (oracle - coin) in AP50: 0 as good as chance, 1 as the oracle; None where the oracle gains
     nothing."""
     if None in (router.AP50, chance.AP50, oracle.AP50) or oracle.AP50 - chance.AP50 < 1e-6:
         return None
     return (router.AP50 - chance.AP50) / (oracle.AP50 - chance.AP50)
+
+
+def gap_interval(
+    matches: ExitMatches, choices: Sequence[tuple[np.ndarray, np.ndarray]], resamples: int = 200, seed: int = 0
+) -> tuple[float, float] | None:
+    """95 % bootstrap interval over photos of the mean gap closed; None where it is never defined.
+
+    Args:
+        choices: per mean cost the router's exits and the oracle's, [n] each.
+    """
+    rows = []
+    for choice, oracle in choices:
+        compared = [choice, oracle, *_tosses(choice, BOOTSTRAP_TOSSES, seed)]
+        router, best, *tosses = bootstrap_choices(matches, compared, resamples, seed)
+        chance = np.mean(tosses, axis=0)
+        rows.append((router - chance) / np.where(best - chance < 1e-6, np.nan, best - chance))
+    return interval(np.mean(rows, axis=0))
 
 
 def overthinking(errors: np.ndarray) -> list[float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,14 @@ from fvcore.common.config import CfgNode
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.evaluation.bootstrap import interval
 from earlyexit_ssd.evaluation.choices import ap_of_choice, bootstrap_choices
-from earlyexit_ssd.evaluation.reference_lines import Line, coin, gap_closed, line_of, oracle_choice, overthinking
+from earlyexit_ssd.evaluation.reference_lines import (
+    coin,
+    gap_closed,
+    gap_interval,
+    line_of,
+    oracle_over_exits,
+    overthinking,
+)
 from earlyexit_ssd.evaluation.throughput import mixed_throughput
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
@@ -82,6 +88,8 @@ def evaluate_routing(
         found[name] = _evaluate_policy(splits, calib.confidences(router), test.confidences(router), name)
     best = best_policy(found)
     splits = dataclasses.replace(splits, costs=costs[routers[best].compares])
+    for name in {best, REFERENCE_POLICY}:
+        found[name]["gap_closed_interval"] = _gap_interval(splits, test.confidences(routers[name]), found[name])
     results = {
         "context": _context(cfg, splits),
         "exits": _exits(splits),
@@ -157,7 +165,7 @@ def _at_thresholds(splits: Splits, test: list[np.ndarray], thresholds: np.ndarra
     matches, costs = splits.test.matches, splits.costs.per_exit(thresholds)
     choice = choose(test, thresholds).astype(np.int64)
     router, chance = line_of(matches, choice, costs), coin(matches, choice, costs, splits.seed)
-    oracle = _oracle(splits, router.cost)
+    oracle = line_of(matches, *oracle_over_exits(splits.test.errors, splits.costs.per_exit, router.cost))
     values = bootstrap_choices(matches, [choice, np.full(len(choice), len(costs) - 1)], seed=splits.seed)
     rows = np.arange(len(choice))
     return {
@@ -176,20 +184,13 @@ def _at_thresholds(splits: Splits, test: list[np.ndarray], thresholds: np.ndarra
     }
 
 
-def _oracle(splits: Splits, budget: float) -> Line:
-    """The least error over all sets of open exits, since a closed one makes the deeper ones cheaper."""
-    errors, best = splits.test.errors, None
-    budget *= 1 + 1e-9  # a mean over photos that all cost the budget rounds
-    for flags in itertools.product((True, False), repeat=errors.shape[1] - 1):
-        costs = splits.costs.per_exit([0.0 if flag else CLOSED for flag in flags])
-        usable = np.flatnonzero([*flags, True])
-        if costs[usable[0]] > budget:
-            continue
-        choice = usable[oracle_choice(errors[:, usable], costs[usable], budget)]
-        error = errors[np.arange(len(errors)), choice].mean()
-        if best is None or error < best[0]:
-            best = (error, line_of(splits.test.matches, choice, costs))
-    return best[1]
+def _gap_interval(splits: Splits, test: list[np.ndarray], found: dict[str, Any]) -> tuple[float, float] | None:
+    """Of what `_evaluate_policy` has found."""
+    choices = []
+    for entry in progress(found["budgets"], desc="interval of the gap"):
+        oracle, _ = oracle_over_exits(splits.test.errors, splits.costs.per_exit, entry["cost"])
+        choices.append((choose(test, entry["thresholds"]).astype(np.int64), oracle))
+    return gap_interval(splits.test.matches, choices, seed=splits.seed)
 
 
 def _with_learnt_thresholds(splits: Splits, router: ExitRouter, reference: str) -> list[dict[str, Any]]:

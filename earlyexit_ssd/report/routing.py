@@ -48,13 +48,13 @@ def routing_table(results: Mapping[str, Any]) -> str:
     ]
     for name in sorted(policies, key=lambda name: _gap(policies[name]), reverse=True):
         entries = policies[name]["budgets"]
-        lines.append(_row(name, [_cell(entry) for entry in entries], policies[name]["gap_closed"]))
+        lines.append(_row(name, [_cell(entry) for entry in entries], _gap_cell(policies[name])))
     if best in results.get("learnt_thresholds", {}):
         cells = [_cell(entry) for entry in results["learnt_thresholds"][best]]
-        lines.append(_row(f"{best}, thresholds learnt with a soft exit", cells, None))
+        lines.append(_row(f"{best}, thresholds learnt with a soft exit", cells, "-"))
     for line in ("coin", "oracle"):
         cells = [_cell(entry[line]) for entry in policies[best]["budgets"]]
-        lines.append(_row(f"{line} at the cost of {best}", cells, {"coin": 0.0, "oracle": 1.0}[line]))
+        lines.append(_row(f"{line} at the cost of {best}", cells, {"coin": "0.00", "oracle": "1.00"}[line]))
     lines += ["", "| exit alone | cost | AP | AP50 | 95 % interval |", "| --- | ---: | ---: | ---: | --- |"]
     for entry in results["exits"]:
         low, high = entry["AP50_interval"] or (float("nan"),) * 2
@@ -103,8 +103,16 @@ def routing_chart(results: Mapping[str, Any]) -> Image.Image:
     return draw_chart(draw)
 
 
-def _row(name: str, cells: list[str], gap: float | None) -> str:
-    return f"| {name} | {' | '.join(cells)} | {'-' if gap is None else f'{gap:.2f}'} |"
+def _row(name: str, cells: list[str], gap: str) -> str:
+    return f"| {name} | {' | '.join(cells)} | {gap} |"
+
+
+def _gap_cell(found: Mapping[str, Any]) -> str:
+    """With its bootstrap interval, where there is one."""
+    if found["gap_closed"] is None:
+        return "-"
+    low_high = found.get("gap_closed_interval")
+    return f"{found['gap_closed']:.2f}" + (f" [{low_high[0]:.2f}, {low_high[1]:.2f}]" if low_high else "")
 
 
 def _cell(entry: Mapping[str, Any]) -> str:

@@ -3,13 +3,16 @@ import itertools
 import numpy as np
 import pytest
 
+from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.evaluation.choices import exit_matches
 from earlyexit_ssd.evaluation.reference_lines import (
     Line,
     coin,
     gap_closed,
+    gap_interval,
     line_of,
     oracle_choice,
+    oracle_over_exits,
     overthinking,
 )
 
@@ -58,6 +61,32 @@ def test_gap_closed_by_hand():
     assert gap_closed(*lines) == pytest.approx(4 / 7)
     assert gap_closed(lines[0], lines[1], lines[1]) is None
     assert gap_closed(Line(1.0, None, None), lines[1], lines[2]) is None
+
+
+def test_oracle_closes_exits_that_cost_more_than_they_give():
+    errors = np.array([[0.9, 0.5, 0.0], [0.9, 0.0, 0.0]])
+
+    def costs_with(thresholds):
+        return np.array([1.0, 2.0, 4.0]) + (thresholds[0] < CLOSED) * np.array([0.0, 1.0, 1.0])
+
+    choice, costs = oracle_over_exits(errors, costs_with, 3.0)
+    assert choice.tolist() == [2, 1] and costs.tolist() == [1.0, 2.0, 4.0]
+    choice, costs = oracle_over_exits(errors, costs_with, 1.0)
+    assert choice.tolist() == [0, 0] and costs.tolist() == [1.0, 3.0, 5.0]
+
+
+def test_interval_of_the_gap(random_case):
+    """The oracle itself closes all of it in every resample, a coin nothing on average, and photos decide how far."""
+    truth, shallow = random_case(1, images=60)
+    matches = exit_matches(truth, [random_case(2, images=60)[1], shallow])
+    objects = sum(one.objects for one in matches.classes)
+    oracle = np.zeros(60, int)
+    oracle[np.argsort(-objects)[:30]] = 1
+    assert gap_interval(matches, [(oracle, oracle)] * 2) == (1.0, 1.0)
+    low, high = gap_interval(matches, [(np.random.default_rng(5).permutation(oracle), oracle)])
+    assert low < 0 < high < 1
+    everywhere = np.ones(60, int)
+    assert gap_interval(matches, [(everywhere, everywhere)]) is None  # no coin can do worse
 
 
 def test_overthinking_by_hand():
