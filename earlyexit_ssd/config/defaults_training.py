@@ -95,8 +95,6 @@ _C.EXITS.COPY = (0.5,)
 # Those of EXITS.LAYERS that have no branch: photos in which there is nothing to find leave there, with an empty answer
 # and at no further cost. A policy that looks at the trunk foresees it: foreseen_emptiness or learned_gain.
 _C.EXITS.EMPTY = ()
-# Features of the exit before flow into the next one.
-_C.EXITS.CASCADE = True
 # Class predictors in two steps with this many channels between, where that is cheaper (many classes); 0: in one.
 _C.EXITS.HEAD_RANK = 0
 
@@ -122,8 +120,6 @@ _C.LOSS.SUPERVISION = "labels"
 _C.LOSS.TEACHER = "full"
 # Weight of distillation beside an exit's own loss.
 _C.LOSS.DISTILLATION_WEIGHT = 4.0
-# Softens the class probabilities of teacher and exit alike; 1 leaves them as they are.
-_C.LOSS.DISTILLATION_TEMPERATURE = 1.0
 # Weight of boxes inside distillation.
 _C.LOSS.DISTILLATION_BOX_WEIGHT = 1.0
 

@@ -23,7 +23,7 @@ class Architecture:
         width, reduced_tail: of the trunk; see :func:`build_ssdlite`.
         head_outputs, folded_rows: outputs per default box of a folded head, and the rows of ``classes`` in it;
             0 and empty where the head has the classes' own rows.
-        exit_layers, channels, depth, copy, cascade, head_rank, empty: of the exits; see :class:`EarlyExitSSDLite`.
+        exit_layers, channels, depth, copy, head_rank, empty: of the exits; see :class:`EarlyExitSSDLite`.
         score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing.
     """
 
@@ -37,7 +37,6 @@ class Architecture:
     channels: int = 0
     depth: tuple[int, ...] = (2,)
     copy: tuple[float, ...] = (0.5,)
-    cascade: bool = True
     head_rank: int = 0
     empty: tuple[int, ...] = ()
     score_thresh: float = 0.001
@@ -55,9 +54,12 @@ class Architecture:
     def from_dict(cls, values: dict) -> Architecture:
         """The inverse of :meth:`to_dict`; unknown keys are errors."""
         values = dict(values)
-        if values.pop("attention", None) is not None and not all(values.get("copy", [0.0])):
+        new_layers = values.pop("attention", None) is not None and not all(values.get("copy", [0.0]))
+        branches = len(values.get("exit_layers", ())) - len(values.get("empty", ()))
+        cascade = values.pop("cascade", False) and branches > 1
+        if new_layers or cascade:
             raise EarlyExitError(
-                "its branches have layers that this version has replaced by copies of the full path's: "
+                "its branches have layers (attention, or a cascade from exit to exit) that this version has not: "
                 "train the exits again from its full path (MODEL.WEIGHTS, minutes)"
             )
         names = [field.name for field in dataclasses.fields(cls)]
@@ -97,7 +99,6 @@ class Architecture:
             channels=self.channels,
             depth=self.depth,
             copy=self.copy,
-            cascade=self.cascade,
             head_rank=self.head_rank,
             empty=self.empty,
             classes=self.classes,

@@ -24,7 +24,6 @@ class Branch(nn.Module):
         copied: the way to the tail through thinned copies of the full path's own layers.
         finest_grid: side of the first map, cells.
         channels: of the first map; 0 takes the expansion of the copied C4 for it, with the full path's own predictors.
-        cascade: add the second map of the exit before.
         tail: a copy of the full path's, this branch's own.
         num_anchors: default boxes per cell of each grid.
         num_classes: outputs per default box, background included.
@@ -40,7 +39,6 @@ class Branch(nn.Module):
         copied: CopiedShortCut,
         finest_grid: int,
         channels: int,
-        cascade: bool,
         tail: Tail,
         num_anchors: list[int],
         num_classes: int,
@@ -48,7 +46,6 @@ class Branch(nn.Module):
     ) -> None:
         super().__init__()
         self.copied, self.tail = copied, tail
-        self.context = _pointwise(tail.in_channels, tail.in_channels) if cascade else None
         if channels:
             self.fine = _pointwise(copied.fine_channels, channels)
             self.smooth = _depthwise(channels)
@@ -70,34 +67,16 @@ class Branch(nn.Module):
         kept = self.copied.inherit(backbone)
         if self.fine is None:
             inherit_first_predictors(self.head, head, kept)
-            nn.init.zeros_(self.top_down[1].weight)  # at first the map is the full path's, then context comes in
+            nn.init.zeros_(self.top_down[1].weight)  # at first the map is the full path's
 
-    def context_map(self, tap: Tensor, context: Tensor | None) -> Tensor:
-        """What the next exit's branch takes from this one, the head left out; as the second result of `forward`."""
-        return self.tail.blocks(self._before_tail(tap, context)[-1])
-
-    def _before_tail(self, tap: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The map before C4, C4's expansion (None behind C4), and the second map, the exit before's added."""
+    def forward(self, tap: Tensor) -> Head:
+        """A tap [N, C, S, S] of the exit's layer to ``cls_logits`` [N, A, C] and ``bbox_regression`` [N, A, 4]."""
         fine, expanded, coarse = self.copied(tap)
-        return fine, expanded, coarse if self.context is None else coarse + self.context(context)
-
-    def forward(self, tap: Tensor, context: Tensor | None) -> tuple[Head, Tensor]:
-        """Return the head's outputs and the context for the next exit.
-
-        Args:
-            tap: [N, C, S, S] behind the exit's layer.
-            context: the second map of the exit before, [N, tail.in_channels, grids[1], grids[1]]; not looked at
-                without ``cascade``, and None at the first exit.
-
-        Returns:
-            ``{"cls_logits": [N, A, C], "bbox_regression": [N, A, 4]}`` and the second map behind the tail's blocks.
-        """
-        fine, expanded, coarse = self._before_tail(tap, context)
         coarse, maps = self.tail(coarse)
         size = (self._finest_grid, self._finest_grid)
         first = expanded if self.fine is None else F.interpolate(self.fine(fine), size)
         first = first + F.interpolate(self.top_down(coarse), size)
-        return self.head([first if self.smooth is None else self.smooth(first), *maps]), coarse
+        return self.head([first if self.smooth is None else self.smooth(first), *maps])
 
 
 def _pointwise(in_channels: int, out_channels: int) -> Conv2dNormActivation:

@@ -24,14 +24,13 @@ def build_branches(
     channels: int,
     depth: Sequence[int],
     copy: Sequence[float],
-    cascade: bool,
     head_rank: int,
 ) -> nn.ModuleDict:
     """Name of the exit -> its branch, not yet with the full path's weights, or an empty exit.
 
     Args:
         model: with its trunk, head, exits and grids.
-        channels, depth, copy, cascade, head_rank: see the model.
+        channels, depth, copy, head_rank: see the model.
     """
     boxes_per_cell = model.anchor_generator.num_anchors_per_location()
     shares = validate.one_for_each("copy", copy, model.num_early_exits, highest=1, zero=False)
@@ -45,7 +44,6 @@ def build_branches(
             copied=CopiedShortCut(model.backbone, model.exit_layers[index], shares[index]),
             finest_grid=model.grids[0][0],
             channels=channels,
-            cascade=cascade and index > 0 and not model.empty[index - 1],
             tail=Tail(model.backbone, depths[index]),
             num_anchors=boxes_per_cell,
             num_classes=model.num_classes,

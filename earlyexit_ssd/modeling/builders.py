@@ -30,7 +30,6 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
     channels: int = 0,
     depth: Sequence[int] = (2,),
     copy: Sequence[float] = (0.5,),
-    cascade: bool = True,
     head_rank: int = 0,
     classes: Sequence[str] | None = None,
     losses: LossSettings | None = None,
@@ -50,7 +49,7 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
         trainable_backbone_layers: as torchvision's; it needs ``image_size=320`` and ``width=1.0``.
         image_size, width: see :func:`earlyexit_ssd.modeling.ssdlite.build_ssdlite`; another width than 1.0 needs
             ``weights_backbone=None``.
-        exit_layers, channels, depth, copy, cascade, head_rank, classes, losses, router: see
+        exit_layers, channels, depth, copy, head_rank, classes, losses, router: see
             :class:`EarlyExitSSDLite`.
         score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing.
     """
@@ -97,7 +96,6 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
         channels=channels,
         depth=depth,
         copy=copy,
-        cascade=cascade,
         head_rank=head_rank,
         classes=classes,
         losses=losses,

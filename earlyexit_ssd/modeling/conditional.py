@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from earlyexit_ssd.modeling.outputs import ExitSignals, Head, Router, pool_tap
+from earlyexit_ssd.modeling.outputs import ExitSignals, Head, pool_tap
 from earlyexit_ssd.modeling.trunk import TrunkState
 
 if TYPE_CHECKING:
@@ -26,15 +26,14 @@ def route(model: EarlyExitSSDLite, x: Tensor) -> tuple[Head, Tensor, Tensor]:
         path: the confidence by the same rule).
     """
     active = torch.arange(len(x), device=x.device)
-    state, context, previous = TrunkState(x), None, None
+    state, previous = TrunkState(x), None
     parts: list[tuple[Tensor, Head, int, Tensor]] = []
     for index, branch in enumerate(model.branches.values()):
         state = model.trunk.run(state, index)
         if not model.router.needs(index):
-            context = branch.context_map(state.x, context) if feeds_a_needed_exit(model, model.router, index) else None
             previous = None
             continue
-        head, context = branch(state.x, context)
+        head = branch(state.x)
         logits = head["cls_logits"]
         confidence = model.router.confidence(
             ExitSignals(logits, previous, pool_tap(state.x), model.empty[index]), index
@@ -42,8 +41,7 @@ def route(model: EarlyExitSSDLite, x: Tensor) -> tuple[Head, Tensor, Tensor]:
         leave = model.router.leaves(confidence, index)
         parts.append((active[leave], {key: value[leave] for key, value in head.items()}, index, confidence[leave]))
         if leave.any():
-            active, state = active[~leave], state.select(~leave)
-            context, logits = _select(context, ~leave), logits[~leave]
+            active, state, logits = active[~leave], state.select(~leave), logits[~leave]
         previous = None if model.empty[index] else logits
         if len(active) == 0:
             break
@@ -62,24 +60,22 @@ def route_hybrid(model: EarlyExitSSDLite, x: Tensor) -> tuple[Head, Tensor, Tens
     Args and returns as :func:`route`; the exit's index is that of the classes.
     """
     open_images = torch.arange(len(x), device=x.device)
-    state, context, previous = TrunkState(x), None, None
+    state, previous = TrunkState(x), None
     parts: list[tuple[Tensor, Head, int, Tensor]] = []
     for index, branch in enumerate(model.branches.values()):
         state = model.trunk.run(state, index)
         tap = state.x[open_images]
         if not model.router.needs(index):
-            context = branch.context_map(tap, context) if feeds_a_needed_exit(model, model.router, index) else None
             previous = None
             continue
         if not len(open_images):
             continue
-        head, context = branch(tap, context)
+        head = branch(tap)
         logits = head["cls_logits"]
         confidence = model.router.confidence(ExitSignals(logits, previous, pool_tap(tap), model.empty[index]), index)
         sure = model.router.leaves(confidence, index)
         parts.append((open_images[sure], {"cls_logits": logits[sure]}, index, confidence[sure]))
         open_images, previous = open_images[~sure], None if model.empty[index] else logits[~sure]
-        context = _select(context, ~sure)
     last = model.num_early_exits
     maps = model.trunk.feature_maps(model.trunk.run(state, last))
     if len(open_images):
@@ -88,26 +84,6 @@ def route_hybrid(model: EarlyExitSSDLite, x: Tensor) -> tuple[Head, Tensor, Tens
         parts.append((open_images, {"cls_logits": logits}, last, confidence))
     head, exit_index, confidence = _in_order(parts)
     return {**head, "bbox_regression": model.head.regression_head(maps)}, exit_index, confidence
-
-
-def feeds_a_needed_exit(model: EarlyExitSSDLite, router: Router, exit_index: int, last: int | None = None) -> bool:
-    """Whether a deeper exit that is needed takes features of this one, directly or through those between.
-
-    Args:
-        last: the exit that is headed for, needed whatever the router says; None: none in particular.
-    """
-    for index, branch in enumerate(model.branches.values()):
-        if index > exit_index:
-            if branch.context is None:
-                return False
-            if index == last or router.needs(index):
-                return True
-    return False
-
-
-def _select(context: Tensor | None, images: Tensor) -> Tensor | None:
-    """An empty exit has no context."""
-    return None if context is None else context[images]
 
 
 def _in_order(parts: list[tuple[Tensor, Head, int, Tensor]]) -> tuple[Head, Tensor, Tensor]:

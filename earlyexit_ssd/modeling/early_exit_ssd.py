@@ -33,7 +33,7 @@ class EarlyExitSSDLite(Pretrained, SSD):
     Args:
         detector: a torchvision SSDLite; its parts are used, not copied.
         exit_layers: trunk layers behind which a branch leaves, increasing, 1..15 (the stem is 0).
-        channels, cascade, head_rank: see :class:`earlyexit_ssd.modeling.branch.Branch`.
+        channels, head_rank: see :class:`earlyexit_ssd.modeling.branch.Branch`.
         empty: those of ``exit_layers`` that have no branch (:class:`earlyexit_ssd.modeling.empty.EmptyExit`).
         copy: per exit, or one for all, the share of the channels, in (0, 1], that stay in a
             :class:`earlyexit_ssd.modeling.thinned.CopiedShortCut`.
@@ -60,7 +60,6 @@ class EarlyExitSSDLite(Pretrained, SSD):
         channels: int = 0,
         depth: Sequence[int] = (2,),
         copy: Sequence[float] = (0.5,),
-        cascade: bool = True,
         head_rank: int = 0,
         empty: Sequence[int] = (),
         classes: Sequence[str] | None = None,
@@ -96,9 +95,7 @@ class EarlyExitSSDLite(Pretrained, SSD):
         self._trunk_frozen = False
         self.trunk = SegmentedTrunk(self.backbone, exit_layers)
         self.grids = self._dry_run()
-        self.branches = build_branches(
-            self, channels=channels, depth=depth, copy=copy, cascade=cascade, head_rank=head_rank
-        )
+        self.branches = build_branches(self, channels=channels, depth=depth, copy=copy, head_rank=head_rank)
         self.inherit()
 
     def inherit(self) -> None:
@@ -138,11 +135,7 @@ class EarlyExitSSDLite(Pretrained, SSD):
 
     def branch_heads(self, taps: Sequence[Tensor]) -> list[Head]:
         """Heads of all early exits from their taps."""
-        heads, context = [], None
-        for branch, tap in zip(self.branches.values(), taps, strict=True):
-            head, context = branch(tap, context)
-            heads.append(head)
-        return heads
+        return [branch(tap) for branch, tap in zip(self.branches.values(), taps, strict=True)]
 
     def default_boxes(self, images: ImageList) -> list[Tensor]:
         """Per image [A, 4] xyxy in network pixels, in fp32 whatever autocast does to the maps."""

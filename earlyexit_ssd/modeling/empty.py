@@ -22,8 +22,6 @@ class EmptyExit(nn.Module):
         num_classes: outputs per default box, background included.
     """
 
-    context = None
-
     def __init__(self, num_boxes: int, num_classes: int) -> None:
         super().__init__()
         self._num_boxes, self._num_classes = num_boxes, num_classes
@@ -31,14 +29,11 @@ class EmptyExit(nn.Module):
     def inherit(self, backbone: nn.Module, head: nn.Module) -> None:
         """There is nothing to take over."""
 
-    def context_map(self, tap: Tensor, context: Tensor | None) -> None:
-        """It has no features for the next exit."""
-
-    def forward(self, tap: Tensor, context: Tensor | None) -> tuple[Head, None]:
-        """The head's outputs for a tap [N, C, S, S], with no object in them, and no context for the next exit."""
+    def forward(self, tap: Tensor) -> Head:
+        """The head's outputs for a tap [N, C, S, S], with no object in them."""
         logits = tap.new_full((len(tap), self._num_boxes, self._num_classes), NO_OBJECT)
         logits[..., 0] = 0.0
-        return {"cls_logits": logits, "bbox_regression": tap.new_zeros(len(tap), self._num_boxes, 4)}, None
+        return {"cls_logits": logits, "bbox_regression": tap.new_zeros(len(tap), self._num_boxes, 4)}
 
 
 def num_default_boxes(grids: Sequence[tuple[int, int]], boxes_per_cell: Sequence[int]) -> int:

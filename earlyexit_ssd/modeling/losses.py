@@ -31,7 +31,7 @@ class LossSettings:
         full_weight: weight of the full path.
         supervision: ``labels``, or ``teacher``: the exits learn by distillation alone, and photos need no boxes.
         teacher: ``none``, ``full`` or ``next`` (the next deeper exit).
-        distillation_weight, distillation_temperature, distillation_box_weight: of the distillation.
+        distillation_weight, distillation_box_weight: of the distillation.
     """
 
     classification: str = "mined"
@@ -44,7 +44,6 @@ class LossSettings:
     supervision: str = "labels"
     teacher: str = "none"
     distillation_weight: float = 1.0
-    distillation_temperature: float = 1.0
     distillation_box_weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -125,14 +124,13 @@ def distillation_loss(student: dict[str, Tensor], teacher: dict[str, Tensor], se
     Args:
         student, teacher: ``cls_logits`` [N, A, C] and ``bbox_regression`` [N, A, 4]; no gradient to the teacher.
     """
-    temperature = settings.distillation_temperature
-    teacher_logits = teacher["cls_logits"].detach().float() / temperature
-    student_log = F.log_softmax(student["cls_logits"].float() / temperature, dim=-1)
-    classes = F.kl_div(student_log, F.log_softmax(teacher_logits, -1), reduction="sum", log_target=True)
-    foreground = 1 - teacher["cls_logits"].detach().float().softmax(-1)[..., 0]
+    teacher_log = F.log_softmax(teacher["cls_logits"].detach().float(), -1)
+    student_log = F.log_softmax(student["cls_logits"].float(), -1)
+    classes = F.kl_div(student_log, teacher_log, reduction="sum", log_target=True)
+    foreground = 1 - teacher_log[..., 0].exp()
     distance = F.smooth_l1_loss(
         student["bbox_regression"].float(), teacher["bbox_regression"].detach().float(), reduction="none"
     ).sum(-1)
     boxes = (foreground * distance).sum()
     count = mean_over_processes(foreground.sum()).clamp(min=1)
-    return (classes * temperature**2 + settings.distillation_box_weight * boxes) / count
+    return (classes + settings.distillation_box_weight * boxes) / count

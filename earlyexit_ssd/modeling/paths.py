@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from earlyexit_ssd.modeling.conditional import feeds_a_needed_exit
 from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
 from earlyexit_ssd.modeling.outputs import ExitSignals, Head, Router, pool_tap
 from earlyexit_ssd.modeling.trunk import TrunkState
@@ -33,16 +32,14 @@ class PathToExit(nn.Module):
 
     def run(self, x: Tensor) -> tuple[list[Head], list[Tensor]]:
         """The heads of all exits on the way, this one's last, and the router's confidences [N] in the early ones."""
-        model, state, context = self.model, TrunkState(x), None
+        model, state = self.model, TrunkState(x)
         heads: list[Head] = []
         confidences: list[Tensor] = []
         for index, branch in enumerate(model.branches.values()):
             state = model.trunk.run(state, index)
             if self.router is not None and index != self.exit_index and not self.router.needs(index):
-                feeds = feeds_a_needed_exit(model, self.router, index, last=self.exit_index)
-                context = branch.context_map(state.x, context) if feeds else None
                 continue
-            head, context = branch(state.x, context)
+            head = branch(state.x)
             heads.append(head)
             if self.router is not None:
                 compared = len(heads) > 1 and not model.empty[index - 1]

@@ -71,7 +71,6 @@ def build_architecture(cfg: CfgNode, classes: tuple[str, ...]) -> Architecture:
         channels=cfg.EXITS.CHANNELS,
         depth=cfg.EXITS.DEPTH,
         copy=cfg.EXITS.COPY,
-        cascade=cfg.EXITS.CASCADE,
         head_rank=cfg.EXITS.HEAD_RANK,
         empty=cfg.EXITS.EMPTY,
         score_thresh=cfg.MODEL.SCORE_THRESH,

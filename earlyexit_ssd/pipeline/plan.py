@@ -71,7 +71,7 @@ def _with_exits(cfg: CfgNode, layers: Sequence[int], speedup: float, probe_epoch
     cfg = cfg.clone()
     cfg.defrost()
     cfg.PHASES, cfg.BASELINE.EPOCHS, cfg.BASELINE.GATE.RELATIVE = ("baseline", "exits"), 0, 0.0
-    cfg.EXITS.LAYERS, cfg.EXITS.EMPTY, cfg.EXITS.CASCADE = tuple(layers), (), False
+    cfg.EXITS.LAYERS, cfg.EXITS.EMPTY = tuple(layers), ()
     cfg.EXITS.COPY, cfg.EXITS.DEPTH = cfg.EXITS.COPY[:1], cfg.EXITS.DEPTH[:1]  # one branch for all, the first exit's
     cfg.LOSS.EXIT_WEIGHTS, cfg.JOINT.EXIT_WEIGHTS = (1.0,), ()
     cfg.ROUTING.THRESHOLDS, cfg.ROUTING.TEMPERATURES = (0.5,), (1.0,)

@@ -35,7 +35,7 @@ def test_a_dumped_configuration_loads_again(tmp_path):
         ("EXITS: {CHANNELS: wide}", "EXITS.CHANNELS expects a whole number"),
         ("EXITS: {CHANNELS: 64.5}", "EXITS.CHANNELS expects a whole number"),
         ("EXITS: {CHANNELS: true}", "EXITS.CHANNELS expects a whole number"),
-        ("EXITS: {CASCADE: 1}", "EXITS.CASCADE expects true or false"),
+        ("ROUTING: {HYBRID: 1}", "ROUTING.HYBRID expects true or false"),
         ("EXITS: 5", "EXITS expects keys below it"),
         ("SEED: {A: 1}", "SEED expects a whole number"),
         ("[1, 2]", "expected KEY: value lines"),

@@ -6,8 +6,3 @@ def test_only_the_first_map_is_narrow():
     found = [block[1].in_channels for block in model.branches["exit8"].head.classification_head.module_list]
     full = [block[1].in_channels for block in model.head.classification_head.module_list]
     assert found == [16, *full[1:]]
-
-
-def test_context_comes_from_the_exit_before():
-    model = small_model(exit_layers=(6, 8, 12))
-    assert [branch.context is None for branch in model.branches.values()] == [True, False, False]

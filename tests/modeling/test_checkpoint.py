@@ -37,9 +37,13 @@ def test_unknown_key_in_the_description():
 
 
 def test_branches_of_new_layers_are_refused_by_name(tmp_path):
-    """Files of before had ``attention``, and ``copy`` 0 where a branch had layers of its own."""
-    described = {**Architecture(**SMALL).to_dict(), "attention": True}
+    """Files of before had ``attention``, ``copy`` 0 where a branch had layers of its own, and a ``cascade``."""
+    described = {**Architecture(**SMALL).to_dict(), "attention": True, "cascade": False}
     assert Architecture.from_dict(described) == Architecture(**SMALL)
+    with pytest.raises(EarlyExitError, match="a cascade from exit to exit"):
+        Architecture.from_dict({**described, "exit_layers": [8, 12], "cascade": True})
+    one = Architecture.from_dict({**described, "exit_layers": [8, 12], "cascade": True, "empty": [8]})
+    assert one.exit_layers == (8, 12)
     content = {"architecture": {**described, "copy": [0.5, 0.0]}, "model": {}, "info": {}}
     torch.save({"format": "earlyexit_ssd/1", **content}, tmp_path / "old.pth")
     with pytest.raises(EarlyExitError, match=r"old.pth: its branches have layers .* train the exits again"):

@@ -243,16 +243,6 @@ def test_images_must_be_floats(model):
         model.eval()([torch.rand(3, 50, 50), torch.zeros(3, 50, 50, dtype=torch.uint8)])
 
 
-def test_cascade_carries_context(images):
-    model = small_model().eval()
-    before = model.exit_outputs(images).heads[1]["cls_logits"]
-    with torch.no_grad():
-        model.branches["exit8"].copied.before[0][0][0].weight.add_(1.0)
-    assert not torch.equal(model.exit_outputs(images).heads[1]["cls_logits"], before)
-    alone = small_model(cascade=False)
-    assert alone.branches["exit12"].context is None
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -285,15 +275,14 @@ class Closing(FixedRouter):
         return self.active.float()
 
 
-@pytest.mark.parametrize(("cascade", "context_maps"), [(True, [2]), (False, [])])
-def test_heads_of_closed_exits_are_not_computed(cascade, context_maps):
-    model = small_model(exit_layers=(8, 12), cascade=cascade).eval()
+def test_branches_of_closed_exits_are_not_computed():
+    model = small_model(exit_layers=(8, 12)).eval()
     images = [torch.rand(3, 96, 96) for _ in range(2)]
     model.router = Closing([2, 1])
     heads = [count_images(branch.head.regression_head) for branch in model.branches.values()]
     blocks = count_images(model.branches["exit8"].tail.blocks)
     found = model(images)
-    assert heads[0] == [] and len(heads[1]) == 1 and blocks == context_maps
+    assert heads[0] == blocks == [] and len(heads[1]) == 1
     model.router = None
     assert [int(one["exit_index"]) for one in found] == [2, 1]
     outputs = model.exit_outputs(images)

@@ -20,7 +20,7 @@ def test_speedup_by_hand():
     assert MODEL.speedup(np.array([0, 1, 2, 0]), [0.5, 0.5]) == pytest.approx(40 / ((10 + 22 + 45 + 10) / 4))
 
 
-@pytest.mark.parametrize("changes", [{}, {"cascade": False}, {"empty": (8,)}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"empty": (8,)}], ids=str)
 def test_measured_costs_are_those_of_the_paths(changes):
     model, router = small_model(exit_layers=(8, 12), **changes), ExitRouter(2)
     costs = measure_cost_model(load_config(None, ["CALIBRATION.COST", "mmacs"]), model, router)
