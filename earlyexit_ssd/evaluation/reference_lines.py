@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from earlyexit_ssd.config import CLOSED
-from earlyexit_ssd.evaluation.bootstrap import interval
 from earlyexit_ssd.evaluation.choices import ExitMatches, ap_of_choice, bootstrap_choices
 
 COIN_TOSSES = 20
@@ -113,21 +112,18 @@ def gap_closed(router: Line, chance: Line, oracle: Line) -> float | None:
     return (router.AP50 - chance.AP50) / (oracle.AP50 - chance.AP50)
 
 
-def gap_interval(
-    matches: ExitMatches, choices: Sequence[tuple[np.ndarray, np.ndarray]], resamples: int = 200, seed: int = 0
-) -> tuple[float, float] | None:
-    """95 % bootstrap interval over photos of the mean gap closed; None where it is never defined.
+def resampled_gaps(
+    matches: ExitMatches, choice: np.ndarray, oracle: np.ndarray, resamples: int = 200, seed: int = 0
+) -> np.ndarray:
+    """The gap closed in bootstrap draws of the photos, [resamples]; NaN where the oracle gains nothing.
 
     Args:
-        choices: per mean cost the router's exits and the oracle's, [n] each.
+        choice, oracle: the router's exits and the oracle's, [n] each.
     """
-    rows = []
-    for choice, oracle in choices:
-        compared = [choice, oracle, *_tosses(choice, BOOTSTRAP_TOSSES, seed)]
-        router, best, *tosses = bootstrap_choices(matches, compared, resamples, seed)
-        chance = np.mean(tosses, axis=0)
-        rows.append((router - chance) / np.where(best - chance < 1e-6, np.nan, best - chance))
-    return interval(np.mean(rows, axis=0))
+    compared = [choice, oracle, *_tosses(choice, BOOTSTRAP_TOSSES, seed)]
+    router, best, *tosses = bootstrap_choices(matches, compared, resamples, seed)
+    chance = np.mean(tosses, axis=0)
+    return (router - chance) / np.where(best - chance < 1e-6, np.nan, best - chance)
 
 
 def overthinking(errors: np.ndarray) -> list[float]:

@@ -18,10 +18,10 @@ from earlyexit_ssd.evaluation.choices import ap_of_choice, bootstrap_choices
 from earlyexit_ssd.evaluation.reference_lines import (
     coin,
     gap_closed,
-    gap_interval,
     line_of,
     oracle_over_exits,
     overthinking,
+    resampled_gaps,
 )
 from earlyexit_ssd.evaluation.throughput import mixed_throughput
 from earlyexit_ssd.modeling import EarlyExitSSDLite
@@ -88,8 +88,6 @@ def evaluate_routing(
         found[name] = _evaluate_policy(splits, calib.confidences(router), test.confidences(router), name)
     best = best_policy(found)
     splits = dataclasses.replace(splits, costs=costs[routers[best].compares])
-    for name in {best, REFERENCE_POLICY}:
-        found[name]["gap_closed_interval"] = _gap_interval(splits, test.confidences(routers[name]), found[name])
     results = {
         "context": _context(cfg, splits),
         "exits": _exits(splits),
@@ -148,27 +146,32 @@ def _evaluate_policy(splits: Splits, calib: list[np.ndarray], test: list[np.ndar
     closed = splits.costs.per_exit([CLOSED] * len(calib))  # above its cost there is nothing to route for
     mean_costs = grid.mean_cost(splits.costs.of_each(grid.thresholds))
     ap50 = splits.calib.ap50_of(grid.choices, f"thresholds of {name}")
-    budgets = []
+    budgets, resampled = [], []
     for budget in even_budgets(costs[0], closed[-1]):
         thresholds = grid.thresholds[cheapest_within(mean_costs, -ap50, budget)]
-        budgets.append({"budget": budget, **_at_thresholds(splits, test, thresholds)})
+        entry, gaps = _at_thresholds(splits, test, thresholds)
+        budgets.append({"budget": budget, **entry})
+        resampled.append(gaps)
     gaps = [entry["gap_closed"] for entry in budgets]
     return {
         "budgets": budgets,
         "gap_closed": None if None in gaps else float(np.mean(gaps)),
+        "gap_closed_interval": None if None in gaps else interval(np.mean(resampled, axis=0)),
         "msdnet": [_at_shares(splits, calib, test, msdnet_shares(len(costs), q)) for q in MSDNET_Q],
         "leak": _leak(splits, calib, test, budgets),
     }
 
 
-def _at_thresholds(splits: Splits, test: list[np.ndarray], thresholds: np.ndarray) -> dict[str, Any]:
+def _at_thresholds(splits: Splits, test: list[np.ndarray], thresholds: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
+    """The figures, and the gap closed in draws of the photos."""
     matches, costs = splits.test.matches, splits.costs.per_exit(thresholds)
     choice = choose(test, thresholds).astype(np.int64)
     router, chance = line_of(matches, choice, costs), coin(matches, choice, costs, splits.seed)
-    oracle = line_of(matches, *oracle_over_exits(splits.test.errors, splits.costs.per_exit, router.cost))
+    oracle_exits, oracle_costs = oracle_over_exits(splits.test.errors, splits.costs.per_exit, router.cost)
+    oracle = line_of(matches, oracle_exits, oracle_costs)
     values = bootstrap_choices(matches, [choice, np.full(len(choice), len(costs) - 1)], seed=splits.seed)
     rows = np.arange(len(choice))
-    return {
+    entry = {
         "thresholds": [float(value) for value in thresholds],
         **asdict(router),
         "AP50_interval": interval(values[0]),
@@ -182,15 +185,7 @@ def _at_thresholds(splits: Splits, test: list[np.ndarray], thresholds: np.ndarra
             zip(splits.exit_names, (np.bincount(choice, minlength=len(costs)) / len(rows)).tolist(), strict=True)
         ),
     }
-
-
-def _gap_interval(splits: Splits, test: list[np.ndarray], found: dict[str, Any]) -> tuple[float, float] | None:
-    """Of what `_evaluate_policy` has found."""
-    choices = []
-    for entry in progress(found["budgets"], desc="interval of the gap"):
-        oracle, _ = oracle_over_exits(splits.test.errors, splits.costs.per_exit, entry["cost"])
-        choices.append((choose(test, entry["thresholds"]).astype(np.int64), oracle))
-    return gap_interval(splits.test.matches, choices, seed=splits.seed)
+    return entry, resampled_gaps(matches, choice, oracle_exits, seed=splits.seed)
 
 
 def _with_learnt_thresholds(splits: Splits, router: ExitRouter, reference: str) -> list[dict[str, Any]]:

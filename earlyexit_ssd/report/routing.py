@@ -108,7 +108,7 @@ def _row(name: str, cells: list[str], gap: str) -> str:
 
 
 def _gap_cell(found: Mapping[str, Any]) -> str:
-    """With its bootstrap interval, where there is one."""
+    """With its bootstrap interval; results of before have none."""
     if found["gap_closed"] is None:
         return "-"
     low_high = found.get("gap_closed_interval")

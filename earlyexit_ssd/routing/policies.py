@@ -104,8 +104,8 @@ def margin(logits: Tensor) -> Tensor:
     odds = candidates(logits)
     first = odds.odds.amax(-1, keepdim=True)
     second = odds.odds.masked_fill(odds.odds == first, 0.0).amax(-1)
-    lead = (first[..., 0] - second) / odds.total
-    return (lead * odds.foreground).sum(-1) / odds.foreground.sum(-1).clamp(min=1e-12)
+    ahead = (first[..., 0] - second) / odds.total
+    return (ahead * odds.foreground).sum(-1) / odds.foreground.sum(-1).clamp(min=1e-12)
 
 
 @register_policy("ambiguous_mass")
