@@ -103,6 +103,8 @@ def build_loader(
         raise DataError(f"batch size {batch_size} cannot be dealt out evenly over {world_size} processes")
     if len(dataset) < (world_size if train else 1):
         raise DataError(f"a data set of {len(dataset)} photos is too small for {world_size} process(es)")
+    if workers:
+        _one_thread()  # a forked worker would wait for ever for the threads that OpenCV has started in this process
     sampler = EpochSampler(dataset, batch_size, train, seed, rank, world_size, start_batch)
     return DataLoader(
         dataset,
@@ -123,6 +125,6 @@ def collate(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Ta
     return list(images), list(targets)
 
 
-def _one_thread(worker: int) -> None:
-    """Workers share the cores."""
-    cv2.setNumThreads(1)
+def _one_thread(worker: int = 0) -> None:
+    """Workers share the cores; 0 ends OpenCV's own threads."""
+    cv2.setNumThreads(0)

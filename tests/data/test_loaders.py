@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -119,6 +121,27 @@ def test_workers_see_the_same_views(photo_file):
         assert torch.equal(image, image2)
         assert torch.equal(target["boxes"], target2["boxes"])
         assert target["image_id"] == target2["image_id"]
+
+
+class Blurred(Numbers):
+    """Photos that OpenCV works on with several threads."""
+
+    def __getitem__(self, index: int):
+        return torch.from_numpy(cv2.GaussianBlur(np.zeros((2000, 2000, 3), np.uint8), (31, 31), 0)), {}
+
+
+def test_workers_do_not_wait_for_threads_of_this_process():
+    """A forked worker has OpenCV's pool of threads without the threads: it hung at its first photo."""
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(4)
+    try:
+        dataset = Blurred(2)
+        dataset[0]  # starts them
+        loader = build_loader(dataset, 1, 1, True, 0)
+        loader.timeout = 20  # seconds; it raises then
+        assert len(list(loader)) == 2
+    finally:
+        cv2.setNumThreads(before)
 
 
 @pytest.mark.parametrize(
