@@ -47,9 +47,10 @@ def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoad
     hooks = [checkpoint, ProgressBar(name), Log(folder, cfg.ENGINE.LOG_PERIOD)]
     hooks += [UpdateAverage(ema)] if ema else []
     hooks += [ClampTemperatures(model.router)] if isinstance(model.router, nn.Module) else []
-    # A third faster on a CPU, where most of the time goes into depthwise convolutions. Not with bf16: there oneDNN's
-    # gradient of depthwise convolutions on 1x1 maps is infinite now and then (torch 2.6 and 2.14).
-    if cfg.ENGINE.AMP == "off" or run.device.type != "cpu":
+    # A third faster on a CPU, where most of the time goes into depthwise convolutions; on CUDA these are many times
+    # slower so. Not with bf16: there oneDNN's gradient of depthwise convolutions on 1x1 maps is infinite now and then
+    # (torch 2.6 and 2.14).
+    if run.device.type == "cpu" and cfg.ENGINE.AMP == "off":
         losses.to(memory_format=torch.channels_last)
     if world_size() > 1:
         losses = DistributedDataParallel(losses, device_ids=[run.device] if run.device.type == "cuda" else None)
