@@ -29,7 +29,7 @@ def section(name: str, entry: Mapping[str, Any], page_folder: str = "docs") -> s
         page_folder: folder of the page, from the root of the repository, for the links to the results.
     """
     routing = entry["routing"]
-    thresholds = ", ".join(f"{value:.2f}" for value in routing["thresholds"])
+    thresholds = ", ".join(f"{value:.3g}" for value in routing["thresholds"])
     size = f"{entry['num_params'] / 1e6:.2f} M parameters, {entry['bytes'] / 1e6:.1f} MB"
     lines = [
         f"## `{name}`",

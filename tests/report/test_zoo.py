@@ -33,7 +33,7 @@ def test_a_section():
 
 - 2 classes: cat, dog
 - 5.62 M parameters, 11.5 MB, sha256 `ba7816bf`
-- routing: `max_foreground`, thresholds 0.80, 0.50
+- routing: `max_foreground`, thresholds 0.8, 0.5
 - recipe: `train it`
 
 | test split | photos | exit | AP50 [95 %] | AP | MMAC | ms | share |
