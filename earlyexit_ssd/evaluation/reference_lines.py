@@ -112,10 +112,25 @@ def gap_closed(router: Line, chance: Line, oracle: Line) -> float | None:
     return (router.AP50 - chance.AP50) / (oracle.AP50 - chance.AP50)
 
 
-def resampled_gaps(
+def pooled_gap(leads: Sequence[np.ndarray | Sequence[float]]) -> np.ndarray:
+    """The gap closed over several budgets at once: the sum of the router's leads over the sum of the oracle's.
+
+    A budget at which the oracle has little to gain counts little, while a mean of the budgets' own gaps divides by it.
+
+    Args:
+        leads: per budget (router - coin, oracle - coin) in AP50, [2] or, for draws of the photos, [2, resamples].
+
+    Returns:
+        a scalar or [resamples]; NaN where the oracle gains nothing.
+    """
+    router, oracle = np.sum(np.asarray(leads, dtype=float), axis=0)
+    return router / np.where(oracle < 1e-6, np.nan, oracle)
+
+
+def resampled_leads(
     matches: ExitMatches, choice: np.ndarray, oracle: np.ndarray, resamples: int = 200, seed: int = 0
 ) -> np.ndarray:
-    """The gap closed in bootstrap draws of the photos, [resamples]; NaN where the oracle gains nothing.
+    """What router and oracle have more AP50 than a coin in bootstrap draws of the photos, [2, resamples].
 
     Args:
         choice, oracle: the router's exits and the oracle's, [n] each.
@@ -123,7 +138,7 @@ def resampled_gaps(
     compared = [choice, oracle, *_tosses(choice, BOOTSTRAP_TOSSES, seed)]
     router, best, *tosses = bootstrap_choices(matches, compared, resamples, seed)
     chance = np.mean(tosses, axis=0)
-    return (router - chance) / np.where(best - chance < 1e-6, np.nan, best - chance)
+    return np.stack([router - chance, best - chance])
 
 
 def overthinking(errors: np.ndarray) -> list[float]:

@@ -21,7 +21,8 @@ from earlyexit_ssd.evaluation.reference_lines import (
     line_of,
     oracle_over_exits,
     overthinking,
-    resampled_gaps,
+    pooled_gap,
+    resampled_leads,
 )
 from earlyexit_ssd.evaluation.throughput import mixed_throughput
 from earlyexit_ssd.modeling import EarlyExitSSDLite
@@ -149,21 +150,22 @@ def _evaluate_policy(splits: Splits, calib: list[np.ndarray], test: list[np.ndar
     budgets, resampled = [], []
     for budget in even_budgets(costs[0], closed[-1]):
         thresholds = grid.thresholds[cheapest_within(mean_costs, -ap50, budget)]
-        entry, gaps = _at_thresholds(splits, test, thresholds)
+        entry, leads = _at_thresholds(splits, test, thresholds)
         budgets.append({"budget": budget, **entry})
-        resampled.append(gaps)
+        resampled.append(leads)
     gaps = [entry["gap_closed"] for entry in budgets]
     return {
         "budgets": budgets,
         "gap_closed": None if None in gaps else float(np.mean(gaps)),
-        "gap_closed_interval": None if None in gaps else interval(np.mean(resampled, axis=0)),
+        "pooled_gap": None if None in gaps else float(pooled_gap([_leads(entry) for entry in budgets])),
+        "pooled_gap_interval": None if None in gaps else interval(pooled_gap(resampled)),
         "msdnet": [_at_shares(splits, calib, test, msdnet_shares(len(costs), q)) for q in MSDNET_Q],
         "leak": _leak(splits, calib, test, budgets),
     }
 
 
 def _at_thresholds(splits: Splits, test: list[np.ndarray], thresholds: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
-    """The figures, and the gap closed in draws of the photos."""
+    """The figures, and what router and oracle have more than a coin in draws of the photos, [2, resamples]."""
     matches, costs = splits.test.matches, splits.costs.per_exit(thresholds)
     choice = choose(test, thresholds).astype(np.int64)
     router, chance = line_of(matches, choice, costs), coin(matches, choice, costs, splits.seed)
@@ -185,7 +187,12 @@ def _at_thresholds(splits: Splits, test: list[np.ndarray], thresholds: np.ndarra
             zip(splits.exit_names, (np.bincount(choice, minlength=len(costs)) / len(rows)).tolist(), strict=True)
         ),
     }
-    return entry, resampled_gaps(matches, choice, oracle_exits, seed=splits.seed)
+    return entry, resampled_leads(matches, choice, oracle_exits, seed=splits.seed)
+
+
+def _leads(entry: dict[str, Any]) -> tuple[float, float]:
+    chance = entry["coin"]["AP50"]
+    return entry["AP50"] - chance, entry["oracle"]["AP50"] - chance
 
 
 def _with_learnt_thresholds(splits: Splits, router: ExitRouter, reference: str) -> list[dict[str, Any]]:

@@ -43,18 +43,20 @@ def routing_table(results: Mapping[str, Any]) -> str:
         f"{', '.join(context['calib'])} (n {context['calib_photos']}); in brackets the mean cost on the test photos, "
         f"{unit}.",
         "",
-        "| " + " | ".join(["policy", *(f"budget {budget:.1f}" for budget in budgets), "gap closed"]) + " |",
-        "| " + " | ".join(["---", *["---:"] * (len(budgets) + 1)]) + " |",
+        "| " + " | ".join(["policy", *(f"budget {budget:.1f}" for budget in budgets), "gap closed", "pooled"]) + " |",
+        "| " + " | ".join(["---", *["---:"] * (len(budgets) + 2)]) + " |",
     ]
     for name in sorted(policies, key=lambda name: _gap(policies[name]), reverse=True):
         entries = policies[name]["budgets"]
-        lines.append(_row(name, [_cell(entry) for entry in entries], _gap_cell(policies[name])))
+        lines.append(_row(name, [_cell(entry) for entry in entries], _gap_cells(policies[name])))
     if best in results.get("learnt_thresholds", {}):
         cells = [_cell(entry) for entry in results["learnt_thresholds"][best]]
-        lines.append(_row(f"{best}, thresholds learnt with a soft exit", cells, "-"))
+        lines.append(_row(f"{best}, thresholds learnt with a soft exit", cells, "- | -"))
     for line in ("coin", "oracle"):
         cells = [_cell(entry[line]) for entry in policies[best]["budgets"]]
-        lines.append(_row(f"{line} at the cost of {best}", cells, {"coin": "0.00", "oracle": "1.00"}[line]))
+        lines.append(
+            _row(f"{line} at the cost of {best}", cells, {"coin": "0.00 | 0.00", "oracle": "1.00 | 1.00"}[line])
+        )
     lines += ["", "| exit alone | cost | AP | AP50 | 95 % interval |", "| --- | ---: | ---: | ---: | --- |"]
     for entry in results["exits"]:
         low, high = entry["AP50_interval"] or (float("nan"),) * 2
@@ -107,12 +109,12 @@ def _row(name: str, cells: list[str], gap: str) -> str:
     return f"| {name} | {' | '.join(cells)} | {gap} |"
 
 
-def _gap_cell(found: Mapping[str, Any]) -> str:
-    """With its bootstrap interval; results of before have none."""
+def _gap_cells(found: Mapping[str, Any]) -> str:
+    """The mean over the budgets; and all budgets pooled, with the bootstrap interval."""
     if found["gap_closed"] is None:
-        return "-"
-    low_high = found.get("gap_closed_interval")
-    return f"{found['gap_closed']:.2f}" + (f" [{low_high[0]:.2f}, {low_high[1]:.2f}]" if low_high else "")
+        return "- | -"
+    low, high = found["pooled_gap_interval"]
+    return f"{found['gap_closed']:.2f} | {found['pooled_gap']:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _cell(entry: Mapping[str, Any]) -> str:

@@ -13,7 +13,8 @@ from earlyexit_ssd.evaluation.reference_lines import (
     oracle_choice,
     oracle_over_exits,
     overthinking,
-    resampled_gaps,
+    pooled_gap,
+    resampled_leads,
 )
 
 COSTS = np.array([1.0, 2.0, 4.0])
@@ -82,14 +83,21 @@ def test_gap_in_draws_of_the_photos(random_case):
     objects = sum(one.objects for one in matches.classes)
     oracle = np.zeros(60, int)
     oracle[np.argsort(-objects)[:30]] = 1
-    own = resampled_gaps(matches, oracle, oracle)
+    own = pooled_gap([resampled_leads(matches, oracle, oracle)])
     assert len(own) == 200 and own[~np.isnan(own)] == pytest.approx(1.0)
     assert np.isnan(own).mean() < 0.2  # a draw in which a coin does as well
     toss = np.random.default_rng(5).permutation(oracle)
-    low, high = np.nanquantile(resampled_gaps(matches, toss, oracle), [0.025, 0.975])
+    low, high = np.nanquantile(pooled_gap([resampled_leads(matches, toss, oracle)]), [0.025, 0.975])
     assert low < 0 < high < 1
     everywhere = np.ones(60, int)
-    assert np.isnan(resampled_gaps(matches, everywhere, everywhere)).all()  # no coin can do worse
+    assert np.isnan(pooled_gap([resampled_leads(matches, everywhere, everywhere)])).all()  # no coin can do worse
+
+
+def test_pooled_gap_by_hand():
+    """0.01 of 0.04 and 0.02 of 0.02 are 0.03 of 0.06, not the mean of 0.25 and 1."""
+    assert pooled_gap([(0.01, 0.04), (0.02, 0.02)]) == pytest.approx(0.5)
+    draws = pooled_gap([np.array([[0.01, 0.02], [0.04, 0.0]]), np.array([[0.02, 0.0], [0.02, -0.01]])])
+    assert draws[0] == pytest.approx(0.5) and np.isnan(draws[1])
 
 
 def test_overthinking_by_hand():
