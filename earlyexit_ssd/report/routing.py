@@ -52,11 +52,9 @@ def routing_table(results: Mapping[str, Any]) -> str:
     if best in results.get("learnt_thresholds", {}):
         cells = [_cell(entry) for entry in results["learnt_thresholds"][best]]
         lines.append(_row(f"{best}, thresholds learnt with a soft exit", cells, "- | -"))
-    for line in ("coin", "oracle"):
+    for line, gaps in (("coin", "0.00 | 0.00"), ("oracle", "1.00 | 1.00")):
         cells = [_cell(entry[line]) for entry in policies[best]["budgets"]]
-        lines.append(
-            _row(f"{line} at the cost of {best}", cells, {"coin": "0.00 | 0.00", "oracle": "1.00 | 1.00"}[line])
-        )
+        lines.append(_row(f"{line} at the cost of {best}", cells, gaps))
     lines += ["", "| exit alone | cost | AP | AP50 | 95 % interval |", "| --- | ---: | ---: | ---: | --- |"]
     for entry in results["exits"]:
         low, high = entry["AP50_interval"] or (float("nan"),) * 2
