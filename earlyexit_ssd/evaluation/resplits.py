@@ -24,7 +24,7 @@ class Resplits:
         tolerance: what a share of delta may reach by chance: the 97.5 % quantile of binomial(splits, delta) / splits.
         opened: share of the splits in which any exit was opened.
         speedup: mean over the splits, on the test photos, against the detector without exits.
-        best_speedup: the same with the boldest step of the path whose loss on the test photos is at most epsilon:
+        best_speedup: the same with the cheapest step of the path whose loss on the test photos is at most epsilon:
             thresholds chosen with the test answers.
     """
 
@@ -67,11 +67,11 @@ def check_certificates(
     for _ in progress(range(splits), desc=f"re-splits at {epsilon:g}"):
         order = generator.permutation(len(losses))
         ours, test = order[:calibration], order[calibration:]
-        found = certify(path, [values[ours] for values in confidences], losses[ours], epsilon, delta, bound)
+        found = certify(path, [values[ours] for values in confidences], losses[ours], costs, epsilon, delta, bound)
         test_risks = risks[:, test].mean(1)
-        exceeded += bool(test_risks[found.steps] > epsilon)
-        opened += found.steps > 0
-        speedups.append(plain / spent[found.steps, test].mean())
+        exceeded += bool(test_risks[found.step] > epsilon)
+        opened += found.step > 0
+        speedups.append(plain / spent[found.step, test].mean())
         best.append(plain / spent[:, test].mean(1)[test_risks <= epsilon].min())
     return Resplits(
         epsilon=epsilon,

@@ -27,7 +27,7 @@ from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.calibration import write_calibration
 from earlyexit_ssd.routing import ExitRouter
 from earlyexit_ssd.routing.certificate import Certificate
-from earlyexit_ssd.routing.certify import certify, safe_to_bold
+from earlyexit_ssd.routing.certify import Certified, certify, safe_to_bold
 from earlyexit_ssd.routing.drift_reference import Reference
 from earlyexit_ssd.routing.policies import FITTED_POLICIES, get_policy
 from earlyexit_ssd.routing.search import Grid, cheapest_within, pareto_path, threshold_grid
@@ -116,10 +116,11 @@ def _search(
     if target.kind == "risk":
         reference = cfg.CALIBRATION.REFERENCE
         path = safe_to_bold(train.confidences(router), train.losses(reference), costs.of_each)
-        found = certify(path, confidences, calib.losses(reference), target.value, target.delta, cfg.CALIBRATION.BOUND)
-        if found.steps == 0:
-            _warn_closed(target, found.photos_needed, len(calib.recording))
-        return Found(found.thresholds, found.choice, {"loss_bound": found.bound, "steps": found.steps})
+        losses, step_costs = calib.losses(reference), costs.of_each(path)
+        found = certify(path, confidences, losses, step_costs, target.value, target.delta, cfg.CALIBRATION.BOUND)
+        if found.step == 0:
+            _warn_closed(target, found, len(calib.recording))
+        return Found(found.thresholds, found.choice, {"loss_bound": found.bound, "steps": found.passed})
     grid = threshold_grid(confidences)
     mean_costs = grid.mean_cost(costs.of_each(grid.thresholds))
     ap50 = calib.ap50_of(grid.choices, "thresholds")
@@ -164,14 +165,16 @@ def _cheapest_that_keeps(
     return Found((CLOSED,) * calib.recording.early_exits, full, {"AP50_lost_bound": 0.0})
 
 
-def _warn_closed(target: Target, needed: int | None, photos: int) -> None:
-    advice = (
-        f"{needed} calibration photos like these would do"
-        if needed and needed > photos
-        else "the exits are not good enough for it: allow a larger risk, or train them longer"
-    )
+def _warn_closed(target: Target, found: Certified, photos: int) -> None:
+    needed = found.photos_needed
+    if found.passed:
+        advice = "what passed costs more than the full path alone: another policy, cheaper branches or a larger risk"
+    elif needed and needed > photos:
+        advice = f"{needed} calibration photos like these would do"
+    else:
+        advice = "the exits are not good enough for it: allow a larger risk, or train them longer"
     logger.warning(
-        "no exit can be opened at a risk of %g with probability %g on %d photos: all stay closed; %s",
+        "no exit is opened at a risk of %g with probability %g on %d photos: all stay closed; %s",
         target.value,
         1 - target.delta,
         photos,

@@ -17,23 +17,25 @@ LONGEST_PATH = 80
 
 @dataclass(frozen=True)
 class Certified:
-    """The boldest thresholds that passed.
+    """The cheapest thresholds that passed.
 
     Attributes:
-        thresholds: per early exit; those of the first step, where everything is closed, if no other passed.
+        step: the path's step that was chosen; 0 is the closed one.
+        thresholds: per early exit.
         choice: exit of every calibration photo, [n].
         loss: mean over them.
         bound: upper confidence bound of the expected loss at level delta, were this the only step.
-        steps: of the path that passed, the closed one not counted.
+        passed: steps of the path that passed, the closed one not counted.
         photos_needed: where none passed, how many calibration photos would certify the first open step if they lost
             what these did; None where no number would, or where it is not asked.
     """
 
+    step: int
     thresholds: tuple[float, ...]
     choice: np.ndarray
     loss: float
     bound: float
-    steps: int
+    passed: int
     photos_needed: int | None = None
 
 
@@ -64,29 +66,36 @@ def certify(
     path: np.ndarray,
     confidences: Sequence[np.ndarray],
     losses: np.ndarray,
+    costs: np.ndarray,
     epsilon: float,
     delta: float,
     bound: str = "betting",
 ) -> Certified:
-    """The last step of ``path`` up to which every step's risk is at most ``epsilon`` with probability 1 - ``delta``.
+    """Walk along ``path`` as long as every step's risk is at most ``epsilon`` with probability 1 - ``delta``, and take
+    the step that costs the calibration photos least.
+
+    The promise is one for all steps that passed at once, so any of them may be chosen, by the same photos too.
 
     Args:
         path: from :func:`safe_to_bold`; its first step is closed.
         confidences: per early exit, of the calibration photos [n].
         losses: of these, [n, exits] in [0, 1].
+        costs: of the exits at each step of the path, [steps, exits].
         epsilon, delta: in (0, 1).
         bound: a key of `BOUNDS`, chosen beforehand.
     """
     p_value, rows = BOUNDS[bound], np.arange(len(losses))
     choices = [choose(confidences, thresholds) for thresholds in path]
     risks = [losses[rows, choice] for choice in choices]
-    chosen = fixed_sequence_test((p_value(risk, epsilon) for risk in risks[1:]), delta)  # step 0 is the full path
-    needed = photos_needed(risks[1], epsilon, delta, p_value) if chosen == 0 and len(path) > 1 else None
+    passed = fixed_sequence_test((p_value(risk, epsilon) for risk in risks[1:]), delta)  # step 0 is the full path
+    needed = photos_needed(risks[1], epsilon, delta, p_value) if passed == 0 and len(path) > 1 else None
+    chosen = min(range(passed + 1), key=lambda step: costs[step][choices[step]].mean())
     return Certified(
+        step=chosen,
         thresholds=tuple(float(value) for value in path[chosen]),
         choice=choices[chosen],
         loss=float(risks[chosen].mean()),
         bound=0.0 if chosen == 0 else upper_bound(risks[chosen], delta, p_value),
-        steps=chosen,
+        passed=passed,
         photos_needed=needed,
     )

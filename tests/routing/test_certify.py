@@ -33,15 +33,25 @@ def test_path_goes_from_safe_to_bold():
     assert costs[-1] == 1.0  # at last everybody leaves at the first exit
 
 
-def test_the_boldest_step_that_passes():
+def test_the_cheapest_step_that_passes():
     path = safe_to_bold(*photos(400, 0), same_costs)
     confidences, losses = photos(600, 1)
-    found = certify(path, confidences, losses, 0.1, 0.05, "hoeffding_bentkus")
-    assert found.thresholds == tuple(path[found.steps].tolist())
+    found = certify(path, confidences, losses, same_costs(path), 0.1, 0.05, "hoeffding_bentkus")
+    assert found.thresholds == tuple(path[found.step].tolist())
     assert found.loss == pytest.approx(losses[np.arange(600), found.choice].mean())
     assert found.loss < found.bound <= 0.1
-    looser = certify(path, confidences, losses, 0.2, 0.05, "hoeffding_bentkus")
-    assert looser.steps > found.steps and COSTS[looser.choice].mean() < COSTS[found.choice].mean()
+    looser = certify(path, confidences, losses, same_costs(path), 0.2, 0.05, "hoeffding_bentkus")
+    assert looser.step > found.step and COSTS[looser.choice].mean() < COSTS[found.choice].mean()
+
+
+def test_a_step_that_costs_more_than_the_one_before_is_not_taken():
+    """An exit that pays on the photos of the path may not on those of the calibration: all stays as it was then."""
+    path = np.array([[CLOSED, CLOSED], [CLOSED, 0.5], [0.5, 0.5]])
+    confidences, losses = [np.full(400, 0.9)] * 2, np.zeros((400, 3))
+    costs = np.array([[9.0, 9.0, 4.0], [9.0, 2.0, 5.0], [3.0, 9.0, 9.0]])
+    found = certify(path, confidences, losses, costs, 0.05, 0.05)
+    assert (found.step, found.passed, found.thresholds) == (1, 2, (CLOSED, 0.5))
+    assert certify(path, confidences, losses, costs + np.array([[0], [9], [9]]), 0.05, 0.05).step == 0
 
 
 def test_closed_where_nothing_passes_and_says_how_many_photos_it_takes():
@@ -49,11 +59,11 @@ def test_closed_where_nothing_passes_and_says_how_many_photos_it_takes():
     confidences = [np.full(30, 0.9)] * 2
     losses = np.zeros((30, 3))
     losses[:, 0] = 1.0
-    found = certify(path, confidences, losses, 0.02, 0.05, "hoeffding_bentkus")
-    assert (found.steps, found.thresholds, found.loss, found.bound) == (0, (CLOSED, CLOSED), 0.0, 0.0)
+    found = certify(path, confidences, losses, same_costs(path), 0.02, 0.05, "hoeffding_bentkus")
+    assert (found.step, found.thresholds, found.loss, found.bound) == (0, (CLOSED, CLOSED), 0.0, 0.0)
     assert found.photos_needed == 149  # 0.98^149 < 0.05 < 0.98^148
     losses[:, 1] = 1.0
-    assert certify(path, confidences, losses, 0.02, 0.05, "betting").photos_needed is None
+    assert certify(path, confidences, losses, same_costs(path), 0.02, 0.05, "betting").photos_needed is None
 
 
 @pytest.mark.parametrize("bound", ["hoeffding_bentkus", "betting"])
@@ -65,8 +75,8 @@ def test_holds_over_draws_of_the_calibration_photos(bound):
     true = [losses[np.arange(20000), choice].mean() for choice in choices]
     draws, broken, steps = 150, 0, []
     for seed in range(draws):
-        found = certify(path, *photos(300, 100 + seed), 0.1, 0.1, bound)
-        broken += true[found.steps] > 0.1
-        steps.append(found.steps)
+        found = certify(path, *photos(300, 100 + seed), same_costs(path), 0.1, 0.1, bound)
+        broken += true[found.step] > 0.1
+        steps.append(found.step)
     assert broken <= 0.1 * draws + 2 * (0.09 * draws) ** 0.5
     assert np.mean(steps) > 5  # it is not safe by doing nothing
