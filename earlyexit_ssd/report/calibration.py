@@ -11,6 +11,7 @@ from PIL import Image
 
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.files import write_image, write_text
+from earlyexit_ssd.report.numbers import figure
 from earlyexit_ssd.report.plot import EXITS, PLAIN, ROUTED, draw_charts
 from earlyexit_ssd.routing.certificate import Certificate
 from earlyexit_ssd.routing.temperature import FittedTemperature, Reliability
@@ -52,7 +53,7 @@ def _promise(certificate: Certificate) -> list[str]:
     measured, target, unit = certificate.measured, certificate.target, certificate.cost_model["unit"]
     against = "what the full path says" if target["reference"] == "full" else "the labels"
     lines = [
-        f"AP50 {_figure(measured['AP50'])}, full path {_figure(measured['AP50_full'])}; "
+        f"AP50 {figure(measured['AP50'])}, full path {figure(measured['AP50_full'])}; "
         f"loss per photo {measured['loss']:.4f} against {against}",
         f"mean cost {measured['cost']:.1f} {unit}, "
         f"{measured['speedup']:.2f} times as fast as the detector without exits",
@@ -95,7 +96,3 @@ def _draw_curve(axes: Axes, reliability: Reliability, color: str, label: str) ->
     confidence = [reliability.confidence[index] for index in filled]
     accuracy = [reliability.accuracy[index] for index in filled]
     axes.plot(confidence, accuracy, color=color, marker="o", label=f"{label}, error {reliability.expected_error:.3f}")
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

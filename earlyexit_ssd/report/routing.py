@@ -10,7 +10,9 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from earlyexit_ssd.files import write_image, write_json, write_text
+from earlyexit_ssd.report.numbers import figure
 from earlyexit_ssd.report.plot import PLAIN, draw_chart
+from earlyexit_ssd.report.published_rules import published_rules_table
 
 COLORS = ("#2b6cb0", "#dd6b20", "#2f855a", "#b83280", "#6b46c1", "#b7791f", "#2c7a7b", "#c53030")
 
@@ -58,11 +60,12 @@ def routing_table(results: Mapping[str, Any]) -> str:
     lines += ["", "| exit alone | cost | AP | AP50 | 95 % interval |", "| --- | ---: | ---: | ---: | --- |"]
     for entry in results["exits"]:
         low, high = entry["AP50_interval"] or (float("nan"),) * 2
-        figures = f"{entry['cost']:.1f} | {_figure(entry['AP'])} | {_figure(entry['AP50'])}"
+        figures = f"{entry['cost']:.1f} | {figure(entry['AP'])} | {figure(entry['AP50'])}"
         lines.append(f"| {entry['name']} | {figures} | {low:.3f} to {high:.3f} |")
     lines.append(f"| without exits | {context['cost_model']['plain']:.1f} | | | |")
     shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in results["overthinking"].items())
     lines += ["", f"Photos that an early exit gets wholly right and the full path does not: {shares}."]
+    lines += ["", "Published rules on the same exits and photos:", "", published_rules_table(policies, best, unit)]
     speed = results["throughput"]
     lines += [
         "",
@@ -116,8 +119,4 @@ def _gap_cells(found: Mapping[str, Any]) -> str:
 
 
 def _cell(entry: Mapping[str, Any]) -> str:
-    return f"{_figure(entry['AP50'])} ({entry['cost']:.1f})"
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return f"{figure(entry['AP50'])} ({entry['cost']:.1f})"
