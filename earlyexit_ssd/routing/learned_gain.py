@@ -19,6 +19,8 @@ from earlyexit_ssd.routing.policies import FITTED_POLICIES, Odds, at_boxes, most
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Probabilities above which default boxes are counted."""
 
+_LEVELS = torch.tensor(LEVELS)  # made once: from a list it takes as long as ten operations
+
 NUM_STATISTICS = len(LEVELS) + 8
 HIDDEN = 8
 MOST_PROBABLE = 256
@@ -37,26 +39,30 @@ def logit_statistics(signals: ExitSignals) -> Tensor:
     boxes = most_probable(signals.logits, MOST_PROBABLE)
     odds = Odds(at_boxes(signals.logits, boxes))
     probability = odds.largest
-    counts = (probability[..., None] > probability.new_tensor(LEVELS)).sum(1).float()
+    counts = (probability[..., None] > _LEVELS.to(probability)).sum(1).float()
     objects = odds.odds[..., 1:] / odds.total[..., None]
     by_class = _two_largest(objects.amax(1))
     second = objects.masked_fill(objects == probability[..., None], 0.0).amax(-1)
-    margin = ((probability - second) * probability).sum(-1) / probability.sum(-1).clamp(min=1e-6)
-    moved, rise = torch.zeros_like(margin), torch.zeros_like(margin)
-    if signals.previous is not None:
+    if signals.previous is None:
+        moved, rise = torch.zeros_like(probability), torch.zeros_like(by_class[:, 0])
+    else:
         before = Odds(at_boxes(signals.previous, boxes)).largest
-        moved = (probability - before).abs().sum(-1)
-        rise = probability.amax(-1) - before.amax(-1)
-    sums = [x.sum(-1) for x in (undecided(probability), odds.foreground, odds.entropy.clamp(min=0))]
-    logs = torch.log1p(torch.cat([counts, torch.stack([*sums, moved], dim=1)], dim=1))
+        moved, rise = (probability - before).abs(), by_class[:, 0] - before.amax(-1)
+    lead_of_first = (probability - second) * probability
+    entropy = odds.entropy.clamp(min=0)
+    of_boxes = [undecided(probability), odds.foreground, entropy, moved, lead_of_first, probability]
+    sums = torch.stack(of_boxes, dim=-1).sum(1)
+    margin = sums[:, 4] / sums[:, 5].clamp(min=1e-6)
+    logs = torch.log1p(torch.cat([counts, sums[:, :4]], dim=1))
     rest = torch.stack([by_class[:, 0], by_class[:, 1], margin, logs[:, -1], rise], dim=1)
     return torch.cat([logs[:, :-1], rest], dim=1)
 
 
 def _two_largest(values: Tensor) -> Tensor:
     """[..., C] to [..., 2]; the second is 0 where there is one class."""
-    values = values.topk(min(2, values.shape[-1]), dim=-1).values
-    return torch.nn.functional.pad(values, (0, 2 - values.shape[-1]))
+    if values.shape[-1] == 1:
+        return torch.nn.functional.pad(values, (0, 1))
+    return values.topk(2, dim=-1).values
 
 
 class GainModel(nn.Module):
@@ -87,6 +93,17 @@ class GainModel(nn.Module):
         statistics, tap = inputs[:, :NUM_STATISTICS], inputs[:, NUM_STATISTICS:]
         return (self.output(torch.tanh(self.hidden(statistics))) + self.skip(statistics) + self.tap(tap)).squeeze(1)
 
+    @torch.no_grad()
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Everything before the tanh as one affine map of `inputs`, which is a third of the operations: its weight
+        [inputs, HIDDEN + 1] and bias [HIDDEN + 1], the hidden layer first, then the linear terms and the output's bias.
+        """
+        none = self.tap.weight.new_zeros(HIDDEN, self.tap_channels)
+        rows = torch.cat([torch.cat([self.hidden.weight, none], 1), torch.cat([self.skip.weight, self.tap.weight], 1)])
+        weight = rows / self.scale
+        bias = torch.cat([self.hidden.bias, self.output.bias]) - weight @ self.mean
+        return weight.T.contiguous(), bias
+
 
 class LearnedGain(nn.Module):
     """The policy: confidence 1 / (1 + exp(gain)), so that a common threshold means a common gain at every exit.
@@ -109,13 +126,18 @@ class LearnedGain(nn.Module):
             )
         self.models = nn.ModuleList(_from_plain(one) for one in parameters)
         self.requires_grad_(False)
+        for index, model in enumerate(self.models):
+            for name, value in zip(("weight", "bias"), model.folded(), strict=True):
+                self.register_buffer(f"{name}{index}", value, persistent=False)
 
     def forward(self, signals: ExitSignals, exit_index: int) -> Tensor:
         """Confidences [N]; 1 at the full path, behind which there is nothing to gain."""
         if exit_index >= len(self.models):
             return torch.ones_like(signals.logits[:, 0, 0])
         model = self.models[exit_index]
-        return torch.sigmoid(-model(model.inputs(signals)))
+        weight, bias = getattr(self, f"weight{exit_index}"), getattr(self, f"bias{exit_index}")
+        rows = torch.addmm(bias, model.inputs(signals), weight)
+        return torch.sigmoid(-(rows[:, HIDDEN] + rows[:, :HIDDEN].tanh() @ model.output.weight[0]))
 
 
 def to_plain(model: GainModel) -> dict[str, list]:

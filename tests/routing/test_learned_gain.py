@@ -9,6 +9,7 @@ from earlyexit_ssd.routing.learned_gain import (
     LEVELS,
     NUM_STATISTICS,
     GainModel,
+    LearnedGain,
     fit_gain,
     logit_statistics,
     to_plain,
@@ -54,6 +55,17 @@ def test_fits_what_the_statistics_can_say():
     error = (model(inputs[400:]) - gains[400:]).pow(2).mean()
     assert error < 0.2 * gains[400:].var()
     assert fit_gain(inputs[:400], gains[:400])(inputs).equal(model(inputs))  # the same seed, the same model
+
+
+def test_the_policy_says_what_the_model_says():
+    """The router's shorter way to the same number: 1 / (1 + exp(gain))."""
+    generator = torch.Generator().manual_seed(1)
+    signals = ExitSignals(*(torch.randn(3, 300, 5, generator=generator) for _ in range(2)), torch.randn(3, 6))
+    inputs = GainModel(6).inputs(signals)
+    model = fit_gain(torch.cat([inputs, inputs.flip(0) * 1.3]), torch.randn(6, generator=generator))
+    policy = LearnedGain([to_plain(GainModel(6)), to_plain(model)])
+    assert torch.allclose(policy(signals, 1), torch.sigmoid(-model(inputs)), atol=1e-5)
+    assert policy(signals, 2).tolist() == [1.0] * 3
 
 
 def test_a_few_hundred_parameters():
