@@ -96,12 +96,12 @@ class GainModel(nn.Module):
     @torch.no_grad()
     def folded(self) -> tuple[Tensor, Tensor]:
         """Everything before the tanh as one affine map of `inputs`, which is a third of the operations: its weight
-        [inputs, HIDDEN + 1] and bias [HIDDEN + 1], the hidden layer first, then the linear terms and the output's bias.
+        [inputs, HIDDEN + 1] and bias [HIDDEN + 1], the hidden layer first, then the linear terms.
         """
         none = self.tap.weight.new_zeros(HIDDEN, self.tap_channels)
         rows = torch.cat([torch.cat([self.hidden.weight, none], 1), torch.cat([self.skip.weight, self.tap.weight], 1)])
         weight = rows / self.scale
-        bias = torch.cat([self.hidden.bias, self.output.bias]) - weight @ self.mean
+        bias = torch.cat([self.hidden.bias, self.hidden.bias.new_zeros(1)]) - weight @ self.mean
         return weight.T.contiguous(), bias
 
 
@@ -137,7 +137,7 @@ class LearnedGain(nn.Module):
         model = self.models[exit_index]
         weight, bias = getattr(self, f"weight{exit_index}"), getattr(self, f"bias{exit_index}")
         rows = torch.addmm(bias, model.inputs(signals), weight)
-        return torch.sigmoid(-(rows[:, HIDDEN] + rows[:, :HIDDEN].tanh() @ model.output.weight[0]))
+        return torch.sigmoid(-(rows[:, HIDDEN] + model.output(rows[:, :HIDDEN].tanh())[:, 0]))
 
 
 def to_plain(model: GainModel) -> dict[str, list]:
