@@ -139,10 +139,20 @@ def build_losses(cfg: CfgNode) -> LossSettings:
 
 
 def build_router(cfg: CfgNode, stored: dict | None = None, learn: bool = False) -> ExitRouter:
-    """The ROUTING section; number of exits and temperatures from a model's info (``stored``) where it has them."""
+    """The ROUTING section; number of exits and temperatures from a model's info (``stored``) where it has them.
+
+    Raises:
+        ConfigError: thresholds for another number of exits.
+    """
     stored = stored or {}
+    exits, given = stored.get("num_exits", len(cfg.EXITS.LAYERS)), len(cfg.ROUTING.THRESHOLDS)
+    if given not in (1, exits):
+        raise ConfigError(
+            f"ROUTING.THRESHOLDS has {given} numbers, the model has {exits} early exits: give one for all, one for each, "
+            "or the configuration that these weights were trained with"
+        )
     return ExitRouter(
-        stored.get("num_exits", len(cfg.EXITS.LAYERS)),
+        exits,
         policy=cfg.ROUTING.POLICY,
         hybrid=cfg.ROUTING.HYBRID,
         thresholds=cfg.ROUTING.THRESHOLDS,

@@ -1,0 +1,13 @@
+import pytest
+
+from earlyexit_ssd.config import load_config
+from earlyexit_ssd.errors import ConfigError
+from earlyexit_ssd.pipeline.build import build_router
+
+
+def test_thresholds_of_another_model_are_refused():
+    """A configuration of two exits with the weights of three."""
+    cfg = load_config(None, ["ROUTING.THRESHOLDS", "[0.4, 0.5]"])
+    assert build_router(cfg, {"num_exits": 2}).thresholds.tolist() == pytest.approx([0.4, 0.5])
+    with pytest.raises(ConfigError, match=r"ROUTING.THRESHOLDS has 2 numbers, the model has 3 early exits: give one"):
+        build_router(cfg, {"num_exits": 3})
