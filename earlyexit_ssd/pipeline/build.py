@@ -148,8 +148,8 @@ def build_router(cfg: CfgNode, stored: dict | None = None, learn: bool = False) 
     exits, given = stored.get("num_exits", len(cfg.EXITS.LAYERS)), len(cfg.ROUTING.THRESHOLDS)
     if given not in (1, exits):
         raise ConfigError(
-            f"ROUTING.THRESHOLDS has {given} numbers, the model has {exits} early exits: give one for all, one for each, "
-            "or the configuration that these weights were trained with"
+            f"ROUTING.THRESHOLDS has {given} numbers, the model has {exits} early exits: give one for all, "
+            "one for each, or the configuration that these weights were trained with"
         )
     return ExitRouter(
         exits,
