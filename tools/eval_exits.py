@@ -21,7 +21,7 @@ examples:
       other weights, another routing
   python tools/eval_exits.py --config configs/voc_animals.yaml --out results EVAL.RUNTIME onnxruntime \\
       EVAL.RIVALS.ONNX "['yolox:yolox_nano.onnx']" EVAL.RIVALS.SINGLE_EXITS "[output/exit12/model.pth]"
-      more rivals than the plain net at smaller inputs and the first exit alone; all timed in ONNX Runtime
+      more rivals than the plain net at smaller inputs and each exit alone; all timed in ONNX Runtime
 
 How to read the figures: docs/metrics.md
 """

@@ -61,7 +61,7 @@ _C.EVAL.PICTURE_SCORE = 0.4
 _C.EVAL.RUNTIME = "eager"
 # Static detectors that the routed one is held against.
 _C.EVAL.RIVALS = Node()
-# Evaluate the rivals; false leaves out all of them, the first exit alone too.
+# Evaluate the rivals; false leaves out all of them, each exit alone too.
 _C.EVAL.RIVALS.ENABLED = True
 # Input sides, pixels, at which the detector without exits is tried as it stands; () means 0.8, 0.7 and 0.6 of its own.
 _C.EVAL.RIVALS.SIZES = ()

@@ -46,15 +46,16 @@ class Rival:
         return ONNX_RUNTIME if isinstance(self.network, OnnxNetwork) else default
 
 
-def first_exit_alone(model: nn.Module, collected: Collected) -> list[Rival]:
-    """The first exit of an `EarlyExitSSDLite` that has a branch, which has nothing of the other branches in it; none
-    where all exits are empty."""
+def exits_alone(model: nn.Module, collected: Collected) -> list[Rival]:
+    """Every exit of an `EarlyExitSSDLite` that has a branch, as a detector of its own: a branch has nothing of the
+    others in it, so its detections are the same without them."""
+    rivals, example = [], example_input(model)
     for index, name in enumerate(model.exit_names[:-1]):
         if not model.empty[index]:
-            network, example = PathToExit(model, index), example_input(model)
+            network = PathToExit(model, index, alone=True)
             mmacs = count_mmacs(network, example)
-            return [Rival(f"{name} alone", SINGLE_EXIT, network, example, mmacs, collected.detections[index])]
-    return []
+            rivals.append(Rival(f"{name} alone", SINGLE_EXIT, network, example, mmacs, collected.detections[index]))
+    return rivals
 
 
 def evaluate_rivals(

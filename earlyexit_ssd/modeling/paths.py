@@ -17,13 +17,17 @@ class PathToExit(nn.Module):
         exit_index: 0 for the first exit, the number of early exits for the full path.
         router: scores every exit on the way, as it does when it decides, and spares those that it has closed; None
             leaves the scoring out and computes every branch.
+        alone: without a router, leaves out the branches before the exit's own, which knows nothing of them: the exit
+            as a detector of its own.
     """
 
-    def __init__(self, model: EarlyExitSSDLite, exit_index: int, router: Router | None = None) -> None:
+    def __init__(
+        self, model: EarlyExitSSDLite, exit_index: int, router: Router | None = None, *, alone: bool = False
+    ) -> None:
         super().__init__()
         if not 0 <= exit_index <= model.num_early_exits:
             raise ValueError(f"exit_index {exit_index}: the model has exits 0 to {model.num_early_exits}")
-        self.model, self.exit_index, self.router = model, exit_index, router
+        self.model, self.exit_index, self.router, self.alone = model, exit_index, router, alone
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised images [N, 3, S, S] to ``cls_logits`` [N, A, C] and ``bbox_regression`` [N, A, 4]."""
@@ -37,7 +41,8 @@ class PathToExit(nn.Module):
         confidences: list[Tensor] = []
         for index, branch in enumerate(model.branches.values()):
             state = model.trunk.run(state, index)
-            if self.router is not None and index != self.exit_index and not self.router.needs(index):
+            spared = self.alone if self.router is None else not self.router.needs(index)
+            if spared and index != self.exit_index:
                 continue
             head = branch(state.x)
             heads.append(head)

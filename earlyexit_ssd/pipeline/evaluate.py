@@ -14,7 +14,7 @@ from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset, to_
 from earlyexit_ssd.data.disjoint import photo_hashes
 from earlyexit_ssd.evaluation.collect import Collected, collect
 from earlyexit_ssd.evaluation.metrics import evaluate_exits
-from earlyexit_ssd.evaluation.rivals import first_exit_alone
+from earlyexit_ssd.evaluation.rivals import exits_alone
 from earlyexit_ssd.evaluation.routed import choose_exits
 from earlyexit_ssd.files import make_folder, sha256
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, load_model
@@ -61,7 +61,7 @@ def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str |
     rivals = build_rivals(cfg, model, architecture, device)
     collected = collect(model.to(device), loader, router)
     if cfg.EVAL.RIVALS.ENABLED and not router.hybrid:  # a hybrid's exits have the full path's boxes
-        rivals = [*first_exit_alone(model, collected), *rivals]
+        rivals = [*exits_alone(model, collected), *rivals]
     metrics = evaluate_exits(
         model,
         loader,

@@ -8,8 +8,9 @@ from earlyexit_ssd.evaluation.collect import Collected
 from earlyexit_ssd.evaluation.cost import Timing, mmacs_to_exit
 from earlyexit_ssd.evaluation.mode import evaluating
 from earlyexit_ssd.evaluation.quality import EvaluationSettings, evaluate_detections
-from earlyexit_ssd.evaluation.rivals import ONNX, PLAIN, Rival, evaluate_rivals, first_exit_alone
+from earlyexit_ssd.evaluation.rivals import ONNX, PLAIN, Rival, evaluate_rivals, exits_alone
 from earlyexit_ssd.evaluation.runtime import OnnxNetwork, export_onnx
+from earlyexit_ssd.modeling import PathToExit
 
 SETTINGS = EvaluationSettings(resamples=20)
 BOX, FAR = (10.0, 10.0, 110.0, 110.0), (300.0, 300.0, 400.0, 400.0)
@@ -64,12 +65,20 @@ def test_differences_are_paired(rows):
     assert 0 <= low <= 50 / 101 <= high <= 1
 
 
-def test_the_first_exit_is_a_detector_already(small_model, found):
+def test_every_exit_is_a_detector_already(small_model, found):
     first, second, full = {1: found((1, 0.9, BOX))}, {1: found()}, {1: found()}
-    (rival,) = first_exit_alone(small_model, Collected([1], [first, second, full], []))
-    assert (rival.name, rival.kind) == ("exit8 alone", "single_exit")
-    assert rival.found is first
-    assert rival.mmacs == pytest.approx(mmacs_to_exit(small_model)[0])
-    with evaluating(rival.network):
-        logits, boxes = rival.network(rival.example)
-    assert logits.shape[1:] == (boxes.shape[1], 3)
+    rivals = exits_alone(small_model, Collected([1], [first, second, full], []))
+    assert [(rival.name, rival.kind) for rival in rivals] == [
+        ("exit8 alone", "single_exit"),
+        ("exit12 alone", "single_exit"),
+    ]
+    assert rivals[0].found is first and rivals[1].found is second
+    to_first, to_second, _ = mmacs_to_exit(small_model)
+    assert rivals[0].mmacs == pytest.approx(to_first)
+    assert rivals[1].mmacs < to_second  # the first branch is not in it
+    for index, rival in enumerate(rivals):
+        with evaluating(rival.network), torch.no_grad():
+            logits, boxes = rival.network(rival.example)
+            beside_the_others, _ = PathToExit(small_model, index)(rival.example)
+        assert logits.shape[1:] == (boxes.shape[1], 3)
+        assert torch.equal(logits, beside_the_others)

@@ -37,9 +37,15 @@ def test_static_rivals_stand_beside_the_exits(trained, tmp_path, capsys):
     assert eval_exits.main([*arguments, "--out", str(tmp_path / "out"), *rivals, "EVAL.RUNTIME", "onnxruntime"]) == 0
     assert (tmp_path / "out" / "ap_against_cost.png").is_file()
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    alone, larger, baseline = metrics["rivals"]
-    assert [one["name"] for one in metrics["rivals"]] == ["exit8 alone", "plain 80", "plain 64, baseline"]
-    assert alone["AP50"] == metrics["exits"][0]["AP50"]
+    alone, second, larger, baseline = metrics["rivals"]
+    assert [one["name"] for one in metrics["rivals"]] == [
+        "exit8 alone",
+        "exit12 alone",
+        "plain 80",
+        "plain 64, baseline",
+    ]
+    assert alone["AP50"] == metrics["exits"][0]["AP50"] and second["AP50"] == metrics["exits"][1]["AP50"]
+    assert second["mmacs"] < metrics["exits"][1]["mmacs"]  # the first branch is not in it
     assert baseline["AP50"] == pytest.approx(metrics["exits"][-1]["AP50"], abs=1e-6)
     assert baseline["mmacs"] == metrics["without_exits"]["mmacs"] < larger["mmacs"]
     assert {one["runtime"] for one in metrics["rivals"]} == {metrics["context"]["runtime"]} == {"onnxruntime"}
