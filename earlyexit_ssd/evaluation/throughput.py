@@ -87,20 +87,20 @@ def mixed_throughput(
     width, height = model.transform.fixed_size
     images = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
     images = images.to(next(model.parameters()).device)
-    exits = len(shares)
     ends = np.cumsum(shares)[:-1]
     plan = np.searchsorted(ends, (np.arange(batch) + 0.5) / batch, side="right").tolist()
     order = torch.randperm(batch, generator=torch.Generator().manual_seed(0)).tolist()
     used = frozenset(plan)
     mixed = _Routed(model, router, [plan[index] for index in order], used)
-    together = [_Routed(model, router, [index] * batch, used | {index}) for index in range(exits)]
+    together = [_Routed(model, router, [index] * batch, used) for index in sorted(used)]
     timings = time_modules([mixed, PlainPath(model), *together], images, runs, threads)
-    milliseconds = [timing.ms for timing in timings]
-    ideal = statistics.fmean(milliseconds[2 + index] for index in plan)
+    mixed_ms, plain_ms, *together_ms = (timing.ms for timing in timings)
+    of_exit = dict(zip(sorted(used), together_ms, strict=True))
+    ideal = statistics.fmean(of_exit[index] for index in plan)
     return Throughput(
         batch=batch,
-        mixed=1000 * batch / milliseconds[0],
+        mixed=1000 * batch / mixed_ms,
         ideal=1000 * batch / ideal,
-        plain=1000 * batch / milliseconds[1],
-        share_of_ideal=ideal / milliseconds[0],
+        plain=1000 * batch / plain_ms,
+        share_of_ideal=ideal / mixed_ms,
     )
