@@ -114,7 +114,7 @@ def _gap_cells(found: Mapping[str, Any]) -> str:
     """The mean over the budgets; and all budgets pooled, with the bootstrap interval."""
     if found["gap_closed"] is None:
         return "- | -"
-    low, high = found["pooled_gap_interval"]
+    low, high = found["pooled_gap_interval"] or (float("nan"),) * 2  # no draw of a few photos may have a gap
     return f"{found['gap_closed']:.2f} | {found['pooled_gap']:.2f} [{low:.2f}, {high:.2f}]"
 
 
