@@ -9,6 +9,7 @@ from earlyexit_ssd.modeling import (
     EarlyExitSSDLite,
     EarlyExitSSDLite_Weights,
     earlyexit_ssdlite320_mobilenet_v3_large,
+    fuse_for_inference,
 )
 from earlyexit_ssd.routing import ExitRouter
 
@@ -19,4 +20,5 @@ __all__ = [
     "ExitRouter",
     "__version__",
     "earlyexit_ssdlite320_mobilenet_v3_large",
+    "fuse_for_inference",
 ]

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from earlyexit_ssd.evaluation.cost import PlainPath, time_modules
 from earlyexit_ssd.modeling.conditional import route
+from earlyexit_ssd.modeling.fused import fuse_for_inference
 from earlyexit_ssd.modeling.outputs import ExitSignals
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """Photos per second of the network on batches (resizing and post-processing not counted).
+    """Photos per second of the network, fused for inference, on batches (resizing and post-processing not counted).
 
     Attributes:
         batch: photos in a batch.
@@ -84,6 +85,7 @@ def mixed_throughput(
     Args:
         model: an `EarlyExitSSDLite`; router: scores on the way.
     """
+    model = fuse_for_inference(model)
     width, height = model.transform.fixed_size
     images = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
     images = images.to(next(model.parameters()).device)

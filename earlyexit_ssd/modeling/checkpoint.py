@@ -24,7 +24,13 @@ def save_model(
     architecture: Architecture,
     info: dict[str, Any] | None = None,
 ) -> None:
-    """Write the model without its router; ``info`` holds plain types (phase, forced, the router's settings)."""
+    """Write the model without its router; ``info`` holds plain types (phase, forced, the router's settings).
+
+    Raises:
+        EarlyExitError: the model was fused for inference.
+    """
+    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        raise EarlyExitError(f"{path}: a model fused for inference cannot be saved; save the one that it was made of")
     state = {key: value.cpu() for key, value in model.state_dict().items() if not key.startswith("router.")}
     with atomic_path(path) as temporary:
         torch.save(

@@ -39,12 +39,13 @@ def route(model: EarlyExitSSDLite, x: Tensor) -> tuple[Head, Tensor, Tensor]:
             ExitSignals(logits, previous, pool_tap(state.x), model.empty[index]), index
         )
         leave = model.router.leaves(confidence, index)
-        parts.append((active[leave], {key: value[leave] for key, value in head.items()}, index, confidence[leave]))
+        if leave.all():
+            parts.append((active, head, index, confidence))
+            break
         if leave.any():
+            parts.append((active[leave], {key: value[leave] for key, value in head.items()}, index, confidence[leave]))
             active, state, logits = active[~leave], state.select(~leave), logits[~leave]
         previous = None if model.empty[index] else logits
-        if len(active) == 0:
-            break
     else:
         last = model.num_early_exits
         head = model.head(model.trunk.feature_maps(model.trunk.run(state, last)))
@@ -88,8 +89,17 @@ def route_hybrid(model: EarlyExitSSDLite, x: Tensor) -> tuple[Head, Tensor, Tens
 
 def _in_order(parts: list[tuple[Tensor, Head, int, Tensor]]) -> tuple[Head, Tensor, Tensor]:
     """Join the images of all exits in the order in which they came."""
-    order = torch.cat([positions for positions, *_ in parts]).argsort()
-    head = {key: torch.cat([head[key] for _, head, _, _ in parts])[order] for key in parts[0][1]}
-    exit_index = torch.cat([torch.full_like(positions, index) for positions, _, index, _ in parts])[order]
-    confidence = torch.cat([confidence for *_, confidence in parts])[order]
-    return head, exit_index, confidence
+    indices = [torch.full_like(positions, index) for positions, _, index, _ in parts]
+    if len(parts) == 1:  # logits are large: do not copy them for nothing
+        return parts[0][1], indices[0], parts[0][3]
+    positions = [positions for positions, *_ in parts]
+    head = {key: _put(positions, [head[key] for _, head, _, _ in parts]) for key in parts[0][1]}
+    return head, _put(positions, indices), _put(positions, [confidence for *_, confidence in parts])
+
+
+def _put(positions: list[Tensor], values: list[Tensor]) -> Tensor:
+    """[n_i, ...] of every part to [N, ...], each row at its position."""
+    out = values[0].new_empty(sum(map(len, positions)), *values[0].shape[1:])
+    for where, value in zip(positions, values, strict=True):
+        out.index_copy_(0, where, value)
+    return out

@@ -24,6 +24,7 @@ from earlyexit_ssd.evaluation.reference_lines import (
     pooled_gap,
     resampled_leads,
 )
+from earlyexit_ssd.evaluation.scoring_time import time_scoring
 from earlyexit_ssd.evaluation.throughput import mixed_throughput
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
@@ -92,8 +93,9 @@ def evaluate_routing(
     results = {
         "context": _context(cfg, splits),
         "exits": _exits(splits),
-        "throughput": _throughput(cfg, model, found),
+        "throughput": _throughput(cfg, model, routers[best], found[best]),
         "overthinking": dict(zip(model.exit_names, overthinking(test.errors), strict=False)),
+        "scoring_ms": {name: _scoring_ms(cfg, router, test) for name, router in routers.items()},
         "policies": found,
         "learnt_thresholds": {best: _with_learnt_thresholds(splits, routers[best], cfg.CALIBRATION.REFERENCE)},
     }
@@ -127,11 +129,15 @@ def _exits(splits: Splits) -> list[dict[str, Any]]:
     return entries
 
 
-def _throughput(cfg: CfgNode, model: EarlyExitSSDLite, found: dict[str, Any]) -> dict[str, Any]:
-    """Of mixed batches at the middle budget of the policy that closes most of the gap, in eager PyTorch."""
-    best = best_policy(found)
-    shares = list(found[best]["budgets"][2]["exit_share"].values())
-    router = ExitRouter(model.num_early_exits)
+def _scoring_ms(cfg: CfgNode, router: ExitRouter, replay: Replay) -> float:
+    """Of one photo at the last early exit."""
+    last = replay.recording.early_exits - 1
+    return time_scoring(router, next(replay.recording.signals(last)), last, cfg.EVAL.TIMING_THREADS).ms
+
+
+def _throughput(cfg: CfgNode, model: EarlyExitSSDLite, router: ExitRouter, found: dict[str, Any]) -> dict[str, Any]:
+    """Of mixed batches at a policy's middle budget, in eager PyTorch."""
+    shares = list(found["budgets"][2]["exit_share"].values())
     threads = cfg.EVAL.TIMING_THREADS
     timed = mixed_throughput(model, router.to(next(model.parameters()).device), shares, threads=threads)
     return {"exit_share": dict(zip(model.exit_names, shares, strict=True)), "threads": threads, **asdict(timed)}

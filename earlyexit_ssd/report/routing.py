@@ -43,18 +43,19 @@ def routing_table(results: Mapping[str, Any]) -> str:
     lines = [
         f"AP50 on {', '.join(context['test'])} (n {context['images']}, seed {context['seed']}) with thresholds from "
         f"{', '.join(context['calib'])} (n {context['calib_photos']}); in brackets the mean cost on the test photos, "
-        f"{unit}.",
+        f"{unit}. ms: to score one photo, in eager PyTorch.",
         "",
-        "| " + " | ".join(["policy", *(f"budget {budget:.1f}" for budget in budgets), "gap closed", "pooled"]) + " |",
-        "| " + " | ".join(["---", *["---:"] * (len(budgets) + 2)]) + " |",
+        _row("policy", [f"budget {budget:.1f}" for budget in budgets], "gap closed | pooled | ms"),
+        "| " + " | ".join(["---", *["---:"] * (len(budgets) + 3)]) + " |",
     ]
     for name in sorted(policies, key=lambda name: _gap(policies[name]), reverse=True):
         entries = policies[name]["budgets"]
-        lines.append(_row(name, [_cell(entry) for entry in entries], _gap_cells(policies[name])))
+        last = f"{_gap_cells(policies[name])} | {results['scoring_ms'][name]:.2f}"
+        lines.append(_row(name, [_cell(entry) for entry in entries], last))
     if best in results.get("learnt_thresholds", {}):
         cells = [_cell(entry) for entry in results["learnt_thresholds"][best]]
-        lines.append(_row(f"{best}, thresholds learnt with a soft exit", cells, "- | -"))
-    for line, gaps in (("coin", "0.00 | 0.00"), ("oracle", "1.00 | 1.00")):
+        lines.append(_row(f"{best}, thresholds learnt with a soft exit", cells, "- | - |"))
+    for line, gaps in (("coin", "0.00 | 0.00 |"), ("oracle", "1.00 | 1.00 |")):
         cells = [_cell(entry[line]) for entry in policies[best]["budgets"]]
         lines.append(_row(f"{line} at the cost of {best}", cells, gaps))
     lines += ["", "| exit alone | cost | AP | AP50 | 95 % interval |", "| --- | ---: | ---: | ---: | --- |"]
@@ -69,8 +70,8 @@ def routing_table(results: Mapping[str, Any]) -> str:
     speed = results["throughput"]
     lines += [
         "",
-        f"Batches of {speed['batch']} with exits mixed as at the middle budget, eager PyTorch, "
-        f"{speed['threads']} threads: {speed['mixed']:.1f} photos/s, "
+        f"Batches of {speed['batch']} with exits mixed as at the middle budget, eager PyTorch with BatchNorm fused, "
+        f"{speed['threads']} thread(s): {speed['mixed']:.1f} photos/s, "
         f"{100 * speed['share_of_ideal']:.0f} % of the sum of the photos' own work; "
         f"without exits {speed['plain']:.1f}.",
     ]
@@ -106,8 +107,8 @@ def routing_chart(results: Mapping[str, Any]) -> Image.Image:
     return draw_chart(draw)
 
 
-def _row(name: str, cells: list[str], gap: str) -> str:
-    return f"| {name} | {' | '.join(cells)} | {gap} |"
+def _row(name: str, cells: list[str], last: str) -> str:
+    return f"| {name} | {' | '.join(cells)} | {last} |"
 
 
 def _gap_cells(found: Mapping[str, Any]) -> str:

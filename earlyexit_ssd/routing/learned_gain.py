@@ -2,7 +2,8 @@
 
 Published relatives predict the difference between a light and a heavy detector from the light one's output (Lin et al.
 2023, DynamicDet, section 3.3; Kag et al. 2023, "Efficient edge inference by selective query"); this one predicts the
-difference between an exit and the exits behind it, per photo, from a few statistics that cost next to nothing.
+difference between an exit and the exits behind it, per photo, from a few statistics that cost next to nothing. What the
+exit before said adds nothing to them (rank correlation with the loss on calibration photos 0.38 with and without).
 """
 
 from __future__ import annotations
@@ -14,48 +15,29 @@ from torch import Tensor, nn
 
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.outputs import ExitSignals
-from earlyexit_ssd.routing.policies import FITTED_POLICIES, Odds, at_boxes, most_probable, undecided
+from earlyexit_ssd.routing.policies import FEWER_CANDIDATES, FITTED_POLICIES, candidates, undecided
 
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Probabilities above which default boxes are counted."""
 
 _LEVELS = torch.tensor(LEVELS)  # made once: from a list it takes as long as ten operations
 
-NUM_STATISTICS = len(LEVELS) + 8
+NUM_STATISTICS = len(LEVELS) + 4
 HIDDEN = 8
-MOST_PROBABLE = 256
-"""Default boxes that are looked at, those of the objects that lead background most; the others are empty anyway, and
-their softmax is most of what a look at all of them would cost."""
 
 
-def logit_statistics(signals: ExitSignals) -> Tensor:
-    """How many default boxes are how sure, how much is undecided, what the exit before thought: [N, `NUM_STATISTICS`].
+def logit_statistics(logits: Tensor) -> Tensor:
+    """How many default boxes are how sure, and how much is undecided: [N, A, C] to [N, `NUM_STATISTICS`].
 
-    Over the `MOST_PROBABLE` default boxes, with p the largest object probability of one and p' the exit before's:
-    log(1 + number of p above each of `LEVELS`); log(1 + x) of the sums of undecided p, of the foreground and of the
-    entropies; the largest p of any class and of a second class; the mean lead of a box's most probable class over
-    the second, weighted by p; log(1 + sum of |p - p'|) and the rise of the largest p, both 0 at the first exit.
+    Over `FEWER_CANDIDATES` default boxes, with p the largest object probability of one: log(1 + x) of the number of p
+    above each of `LEVELS`, of the sum of p and of the sum of undecided p; the largest p of any class and of a second.
     """
-    boxes = most_probable(signals.logits, MOST_PROBABLE)
-    odds = Odds(at_boxes(signals.logits, boxes))
+    odds = candidates(logits, FEWER_CANDIDATES)
     probability = odds.largest
-    counts = (probability[..., None] > _LEVELS.to(probability)).sum(1).float()
-    objects = odds.odds[..., 1:] / odds.total[..., None]
-    by_class = _two_largest(objects.amax(1))
-    second = objects.masked_fill(objects == probability[..., None], 0.0).amax(-1)
-    if signals.previous is None:
-        moved, rise = torch.zeros_like(probability), torch.zeros_like(by_class[:, 0])
-    else:
-        before = Odds(at_boxes(signals.previous, boxes)).largest
-        moved, rise = (probability - before).abs(), by_class[:, 0] - before.amax(-1)
-    lead_of_first = (probability - second) * probability
-    entropy = odds.entropy.clamp(min=0)
-    of_boxes = [undecided(probability), odds.foreground, entropy, moved, lead_of_first, probability]
-    sums = torch.stack(of_boxes, dim=-1).sum(1)
-    margin = sums[:, 4] / sums[:, 5].clamp(min=1e-6)
-    logs = torch.log1p(torch.cat([counts, sums[:, :4]], dim=1))
-    rest = torch.stack([by_class[:, 0], by_class[:, 1], margin, logs[:, -1], rise], dim=1)
-    return torch.cat([logs[:, :-1], rest], dim=1)
+    by_class = _two_largest((odds.odds[..., 1:] / odds.total[..., None]).amax(1))
+    counts = (probability[..., None] > _LEVELS.to(probability)).sum(1)
+    sums = torch.stack([probability, undecided(probability)], 1).sum(-1)
+    return torch.cat([torch.cat([counts, sums], 1).log1p(), by_class], 1)
 
 
 def _two_largest(values: Tensor) -> Tensor:
@@ -85,7 +67,7 @@ class GainModel(nn.Module):
 
     def inputs(self, signals: ExitSignals) -> Tensor:
         """[N, NUM_STATISTICS + tap_channels], as `forward` takes them."""
-        return torch.cat([logit_statistics(signals), signals.tap[:, : self.tap_channels]], dim=1)
+        return torch.cat([logit_statistics(signals.logits), signals.tap[:, : self.tap_channels]], dim=1)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """`inputs` to gains [N]."""
@@ -94,15 +76,15 @@ class GainModel(nn.Module):
         return (self.output(torch.tanh(self.hidden(statistics))) + self.skip(statistics) + self.tap(tap)).squeeze(1)
 
     @torch.no_grad()
-    def folded(self) -> tuple[Tensor, Tensor]:
-        """Everything before the tanh as one affine map of `inputs`, which is a third of the operations: its weight
-        [inputs, HIDDEN + 1] and bias [HIDDEN + 1], the hidden layer first, then the linear terms.
+    def folded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Minus the gain in a third of the operations: an affine map of `inputs` to the hidden layer before tanh and
+        the linear terms, weight [inputs, HIDDEN + 1] and bias [HIDDEN + 1], and what tanh is weighed by, [HIDDEN].
         """
         none = self.tap.weight.new_zeros(HIDDEN, self.tap_channels)
-        rows = torch.cat([torch.cat([self.hidden.weight, none], 1), torch.cat([self.skip.weight, self.tap.weight], 1)])
-        weight = rows / self.scale
-        bias = torch.cat([self.hidden.bias, self.hidden.bias.new_zeros(1)]) - weight @ self.mean
-        return weight.T.contiguous(), bias
+        linear = torch.cat([self.skip.weight, self.tap.weight], 1)
+        weight = torch.cat([torch.cat([self.hidden.weight, none], 1), -linear]) / self.scale
+        bias = torch.cat([self.hidden.bias, -self.output.bias]) - weight @ self.mean
+        return weight.T.contiguous(), bias, -self.output.weight[0]
 
 
 class LearnedGain(nn.Module):
@@ -115,7 +97,6 @@ class LearnedGain(nn.Module):
         EarlyExitError: none are given: the policy has to be fitted.
     """
 
-    compares = True  # two of its statistics are about the exit before
     foresees = True  # it looks at the tap, so an exit without a branch can be judged
 
     def __init__(self, parameters: Sequence[dict[str, list]] | None) -> None:
@@ -127,7 +108,7 @@ class LearnedGain(nn.Module):
         self.models = nn.ModuleList(_from_plain(one) for one in parameters)
         self.requires_grad_(False)
         for index, model in enumerate(self.models):
-            for name, value in zip(("weight", "bias"), model.folded(), strict=True):
+            for name, value in zip(("weight", "bias", "output"), model.folded(), strict=True):
                 self.register_buffer(f"{name}{index}", value, persistent=False)
 
     def forward(self, signals: ExitSignals, exit_index: int) -> Tensor:
@@ -135,9 +116,9 @@ class LearnedGain(nn.Module):
         if exit_index >= len(self.models):
             return torch.ones_like(signals.logits[:, 0, 0])
         model = self.models[exit_index]
-        weight, bias = getattr(self, f"weight{exit_index}"), getattr(self, f"bias{exit_index}")
+        weight, bias, output = (getattr(self, f"{name}{exit_index}") for name in ("weight", "bias", "output"))
         rows = torch.addmm(bias, model.inputs(signals), weight)
-        return torch.sigmoid(-(rows[:, HIDDEN] + model.output(rows[:, :HIDDEN].tanh())[:, 0]))
+        return torch.addmv(rows[:, HIDDEN], rows[:, :HIDDEN].tanh(), output).sigmoid()
 
 
 def to_plain(model: GainModel) -> dict[str, list]:

@@ -22,29 +22,25 @@ def logits_of(*probabilities):
 
 
 def test_statistics_by_hand():
-    now = logits_of((0.15, 0.8, 0.05), (0.75, 0.05, 0.2), (0.98, 0.01, 0.01))
-    before = logits_of((0.35, 0.6, 0.05), (0.75, 0.05, 0.2), (0.98, 0.01, 0.01))
-    values = logit_statistics(ExitSignals(now, before))[0].exp()
+    logits = logits_of((0.15, 0.8, 0.05), (0.75, 0.05, 0.2), (0.98, 0.01, 0.01))
+    values = logit_statistics(logits)[0]
     # largest object probabilities 0.8, 0.2 (undecided), 0.01
     above = [2, 2, 2, 1, 1, 1, 1, 1, 1, 0, 0]
     assert LEVELS[3] == 0.2 and LEVELS[9] == 0.8
     close = pytest.approx
-    expected = torch.tensor(above).float() + 1
-    expected[3], expected[9] = values[3], values[9]  # exactly on the level: rounding decides
-    assert values[:11].tolist() == close(expected.tolist(), rel=1e-4)
-    log = values.log()
-    entropies = sum(-(p * p.log()).sum() for p in now.softmax(-1)[0])
-    assert values[11:14].tolist() == close([1 + 0.2, 1 + 0.85 + 0.25 + 0.02, 1 + entropies.item()], rel=1e-4)
-    lead = (0.75 * 0.8 + 0.15 * 0.2 + 0.0) / (0.8 + 0.2 + 0.01)
-    assert log[14:].tolist() == close([0.8, 0.2, lead, torch.tensor(1.2).log().item(), 0.2], abs=1e-4)
+    counts = values[:11].exp() - 1
+    expected = torch.tensor(above).float()
+    expected[3], expected[9] = counts[3], counts[9]  # exactly on the level: rounding decides
+    assert counts.tolist() == close(expected.tolist(), abs=1e-4)
+    assert (values[11:13].exp() - 1).tolist() == close([0.8 + 0.2 + 0.01, 0.2], abs=1e-4)
+    assert values[13:].tolist() == close([0.8, 0.2], abs=1e-4)
 
 
-def test_first_exit_and_one_class():
-    values = logit_statistics(ExitSignals(torch.randn(3, 40, 2)))
+def test_one_class_has_no_second():
+    values = logit_statistics(torch.randn(3, 40, 2))
     assert values.shape == (3, NUM_STATISTICS)
     assert values.isfinite().all()
-    assert values[:, -2:].abs().max() == 0  # nobody before
-    assert values[:, -4].abs().max() == 0  # no second class
+    assert values[:, -1].abs().max() == 0
 
 
 def test_fits_what_the_statistics_can_say():

@@ -22,6 +22,7 @@ def test_policies_are_held_against_coin_and_oracle(trained, capsys):
             assert entry["oracle"]["cost"] <= entry["cost"] + 1e-9
             assert sum(entry["exit_share"].values()) == pytest.approx(1.0)
     printed = capsys.readouterr().out
+    assert set(results["scoring_ms"]) == set(results["policies"]) and min(results["scoring_ms"].values()) > 0
     assert "| policy |" in printed and "coin at the cost of" in printed and "oracle at the cost of" in printed
     with Image.open(root / "routing" / "routing.png") as picture:
         assert picture.size[0] > 300

@@ -1,0 +1,29 @@
+"""A model for inference alone: the same answers in half of the time in eager PyTorch on a CPU."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
+
+
+def fuse_for_inference(model: EarlyExitSSDLite) -> EarlyExitSSDLite:
+    """A copy in eval mode with every BatchNorm folded into its convolution and, on a CPU, the channels last in memory.
+
+    Detections are the model's up to rounding in fp32. Its router goes along. The copy cannot be trained, saved or
+    matched with a certificate: keep the model, and give it its router first.
+    """
+    fused = copy.deepcopy(model).eval().requires_grad_(False)
+    for sequence in [module for module in fused.modules() if isinstance(module, nn.Sequential)]:
+        for (name, first), (next_name, second) in pairwise(list(sequence.named_children())):
+            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+                setattr(sequence, name, fuse_conv_bn_eval(first, second))
+                setattr(sequence, next_name, nn.Identity())
+    if next(fused.parameters()).device.type == "cpu":  # on CUDA, depthwise convolutions are many times slower so
+        fused.to(memory_format=torch.channels_last)
+    return fused
