@@ -106,8 +106,8 @@ def entropy(logits: Tensor) -> Tensor:
 
 @register_policy("margin")
 def margin(logits: Tensor) -> Tensor:
-    """Lead of the most probable class over the second, a mean over `FEWER_CANDIDATES` weighted by foreground."""
-    odds = candidates(logits, FEWER_CANDIDATES)
+    """Lead of the most probable class over the second, a mean over the `CANDIDATES` weighted by foreground."""
+    odds = candidates(logits)
     first = largest_of(odds.odds)
     ahead = (first - largest_of(below(odds.odds, first))) / odds.total
     return (ahead * odds.foreground).sum(-1) / odds.foreground.sum(-1).clamp(min=1e-12)
