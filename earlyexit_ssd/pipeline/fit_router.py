@@ -13,9 +13,9 @@ from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.modeling.outputs import ExitSignals
 from earlyexit_ssd.pipeline.replay import Replay
 from earlyexit_ssd.routing import ExitRouter
-from earlyexit_ssd.routing.foreseen import evidence, fit_foresight
-from earlyexit_ssd.routing.learned_gain import GainModel, fit_gain, to_plain
-from earlyexit_ssd.routing.policies import FITTED_POLICIES
+from earlyexit_ssd.routing.foreseen import ForeseenEmptiness, evidence, fit_foresight
+from earlyexit_ssd.routing.learned_gain import GainModel, LearnedGain, fit_gain, to_plain
+from earlyexit_ssd.routing.policies import FITTED_POLICIES, looked_at
 from earlyexit_ssd.routing.temperature import (
     FittedTemperature,
     contested_boxes,
@@ -84,9 +84,10 @@ def fit_learned_gain(train: Replay, reference: str, temperatures: Sequence[float
 def fit_foreseen_emptiness(train: Replay, temperatures: Sequence[float]) -> list[dict[str, list | float]]:
     """Per early exit the regression of the full path's largest score; no label is looked at."""
     found, image_ids = train.recording.detections[-1], train.recording.image_ids
+    boxes = ForeseenEmptiness.boxes
     largest = torch.tensor([max(found[image_id]["scores"].tolist(), default=0.0) for image_id in image_ids])
     return [
-        fit_foresight(torch.cat([evidence(signals) for signals in _tempered(train, index, temperatures)]), largest)
+        fit_foresight(torch.cat([evidence(signals) for signals in _shown(train, index, temperatures, boxes)]), largest)
         for index in range(train.recording.early_exits)
     ]
 
@@ -94,11 +95,11 @@ def fit_foreseen_emptiness(train: Replay, temperatures: Sequence[float]) -> list
 def _inputs(train: Replay, index: int, temperatures: Sequence[float]) -> Tensor:
     """What the model of exit ``index`` sees of every photo, in the order of the recording."""
     model = GainModel(train.recording.taps[index].shape[1] // 2)
-    return torch.cat([model.inputs(signals) for signals in _tempered(train, index, temperatures)])
+    return torch.cat([model.inputs(signals) for signals in _shown(train, index, temperatures, LearnedGain.boxes)])
 
 
-def _tempered(train: Replay, index: int, temperatures: Sequence[float]) -> Iterator[ExitSignals]:
-    """The signals of an exit as a policy sees them."""
+def _shown(train: Replay, index: int, temperatures: Sequence[float], boxes: int) -> Iterator[ExitSignals]:
+    """The signals of an exit as a policy sees them that looks at so many ``boxes``."""
     for signals in train.recording.signals(index):
-        previous = None if signals.previous is None else signals.previous / temperatures[index - 1]
-        yield ExitSignals(signals.logits / temperatures[index], previous, signals.tap, signals.empty)
+        seen = looked_at(signals, boxes)
+        yield ExitSignals(seen.logits / temperatures[index], None, seen.tap, seen.empty)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.outputs import ExitSignals
-from earlyexit_ssd.routing.policies import FITTED_POLICIES, candidates
+from earlyexit_ssd.routing.policies import CANDIDATES, FITTED_POLICIES, Odds
 
 PENALTIES = tuple(10.0**power for power in range(-1, 6))
 LEAST_PROBABILITY = 1e-3
@@ -33,7 +33,7 @@ class ForeseenEmptiness(nn.Module):
         EarlyExitError: none are given: the policy has to be fitted.
     """
 
-    compares = False
+    boxes = CANDIDATES
     foresees = True  # it looks at the tap, so an exit without a branch can be judged
 
     def __init__(self, parameters: Sequence[dict] | None) -> None:
@@ -56,7 +56,7 @@ class ForeseenEmptiness(nn.Module):
     def forward(self, signals: ExitSignals, exit_index: int) -> Tensor:
         """Confidences [N]; at the full path 1 - its own largest probability."""
         if exit_index >= self._count:
-            return 1 - candidates(signals.logits).largest.amax(-1)
+            return 1 - Odds(signals.logits).largest.amax(-1)
         weight, bias = getattr(self, f"weight{exit_index}"), getattr(self, f"bias{exit_index}")
         return torch.sigmoid(-F.linear(evidence(signals), weight[None], bias[None])[:, 0])
 
@@ -65,7 +65,7 @@ def evidence(signals: ExitSignals) -> Tensor:
     """The pooled tap and, where the exit has a branch, the logit of the largest probability that it says: [N, d]."""
     if signals.empty:
         return signals.tap
-    return torch.cat([signals.tap, to_logits(candidates(signals.logits).largest.amax(-1))[:, None]], dim=1)
+    return torch.cat([signals.tap, to_logits(Odds(signals.logits).largest.amax(-1))[:, None]], dim=1)
 
 
 def to_logits(probability: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.outputs import ExitSignals
-from earlyexit_ssd.routing.policies import FEWER_CANDIDATES, FITTED_POLICIES, candidates, undecided
+from earlyexit_ssd.routing.policies import FEWER_CANDIDATES, FITTED_POLICIES, Odds, undecided
 
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Probabilities above which default boxes are counted."""
@@ -29,10 +29,10 @@ HIDDEN = 8
 def logit_statistics(logits: Tensor) -> Tensor:
     """How many default boxes are how sure, and how much is undecided: [N, A, C] to [N, `NUM_STATISTICS`].
 
-    Over `FEWER_CANDIDATES` default boxes, with p the largest object probability of one: log(1 + x) of the number of p
+    With p the largest object probability of a default box: log(1 + x) of the number of p
     above each of `LEVELS`, of the sum of p and of the sum of undecided p; the largest p of any class and of a second.
     """
-    odds = candidates(logits, FEWER_CANDIDATES)
+    odds = Odds(logits)
     probability = odds.largest
     by_class = _two_largest((odds.odds[..., 1:] / odds.total[..., None]).amax(1))
     counts = (probability[..., None] > _LEVELS.to(probability)).sum(1)
@@ -97,6 +97,7 @@ class LearnedGain(nn.Module):
         EarlyExitError: none are given: the policy has to be fitted.
     """
 
+    boxes = FEWER_CANDIDATES
     foresees = True  # it looks at the tap, so an exit without a branch can be judged
 
     def __init__(self, parameters: Sequence[dict[str, list]] | None) -> None:

@@ -9,6 +9,7 @@ A new one is a function and a name::
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable
@@ -27,10 +28,10 @@ AMBIGUOUS = (0.05, 0.6)
 """Probabilities of an object between which a default box counts as undecided."""
 
 CANDIDATES = 512
-"""Default boxes that the rules look at; behind them there is nothing but sure background."""
+"""Default boxes that most rules look at; behind them there is nothing but sure background."""
 
 FEWER_CANDIDATES = 128
-"""Default boxes of the rules that look closer at each of them, which takes longest."""
+"""Of rules that look closer at each."""
 
 _VECTOR = 32
 
@@ -39,9 +40,13 @@ FITTED_POLICIES: dict[str, Callable[[Any], Policy]] = {}
 """Policies with numbers of their own, by name: what makes one from its parameters (plain types; None: not fitted)."""
 
 
-def register_policy(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+def register_policy(name: str, boxes: int | None = None) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a function under ``name``: of the logits [N, A, C], or, if it takes ``previous`` too, of the logits and
     those of the exit before (None at the first exit).
+
+    Args:
+        name: for ``ROUTING.POLICY``.
+        boxes: the router shows it so many default boxes of each image only, see :func:`looked_at`; None: all.
 
     Raises:
         EarlyExitError: the name is taken.
@@ -55,7 +60,7 @@ def register_policy(name: str) -> Callable[[Callable[..., Tensor]], Callable[...
         def policy(signals: ExitSignals, exit_index: int) -> Tensor:
             return function(signals.logits, signals.previous) if compares else function(signals.logits)
 
-        policy.compares = compares
+        policy.compares, policy.boxes = compares, boxes
         POLICIES[name] = policy
         return function
 
@@ -89,66 +94,69 @@ def mean_foreground(logits: Tensor) -> Tensor:
     return 1 - odds.sum(-1).reciprocal().mean(-1)
 
 
-@register_policy("max_foreground")
+@register_policy("max_foreground", CANDIDATES)
 def max_foreground(logits: Tensor) -> Tensor:
     """Largest probability of any class but background at any default box: leave when very sure."""
-    return candidates(logits).largest.amax(-1)
+    return Odds(logits).largest.amax(-1)
 
 
-@register_policy("entropy")
+@register_policy("entropy", CANDIDATES)
 def entropy(logits: Tensor) -> Tensor:
-    """1 - H / log C, H the mean over the `CANDIDATES` of the entropy of their classes.
+    """1 - H / log C, H the mean over the default boxes of the entropy of their classes.
 
     BranchyNet's rule (Teerapittayanon et al. 2016, section III-B) with its one answer replaced by many.
     """
-    return (1 - candidates(logits).entropy.mean(-1) / math.log(logits.shape[-1])).clamp(0, 1)
+    return (1 - Odds(logits).entropy.mean(-1) / math.log(logits.shape[-1])).clamp(0, 1)
 
 
-@register_policy("margin")
+@register_policy("margin", CANDIDATES)
 def margin(logits: Tensor) -> Tensor:
-    """Lead of the most probable class over the second, a mean over the `CANDIDATES` weighted by foreground."""
-    odds = candidates(logits)
+    """Lead of the most probable class over the second, a mean over the default boxes weighted by foreground."""
+    odds = Odds(logits)
     first = largest_of(odds.odds)
     ahead = (first - largest_of(below(odds.odds, first))) / odds.total
     return (ahead * odds.foreground).sum(-1) / odds.foreground.sum(-1).clamp(min=1e-12)
 
 
-@register_policy("ambiguous_mass")
+@register_policy("ambiguous_mass", CANDIDATES)
 def ambiguous_mass(logits: Tensor) -> Tensor:
     """1 / (1 + m), m the sum of the objects' probabilities over the default boxes that are undecided (`AMBIGUOUS`)."""
-    return 1 / (1 + undecided(candidates(logits).largest).sum(-1))
+    return 1 / (1 + undecided(Odds(logits).largest).sum(-1))
 
 
-@register_policy("emptiness")
+@register_policy("emptiness", CANDIDATES)
 def emptiness(logits: Tensor) -> Tensor:
     """1 - the largest probability of any object: a frame in which nothing is left undecided leaves with no answer."""
-    return 1 - candidates(logits).largest.amax(-1)
+    return 1 - Odds(logits).largest.amax(-1)
 
 
-@register_policy("agreement")
+@register_policy("agreement", FEWER_CANDIDATES)
 def agreement(logits: Tensor, previous: Tensor | None) -> Tensor:
     """Overlap of the class probabilities with those of the exit before, over what either takes for foreground.
 
-    1 - sum_a TV_a / sum_a max(f_a, f'_a), TV the total variation distance at default box a, f the foreground
-    probability, and a the `FEWER_CANDIDATES` of this exit; 0 at the first one, which has nothing to agree with.
+    1 - sum_a TV_a / sum_a max(f_a, f'_a), TV the total variation distance at default box a and f the foreground
+    probability; 0 at the first exit, which has nothing to agree with.
     """
     if previous is None:
         return logits.new_zeros(len(logits))
-    boxes = most_probable(logits, FEWER_CANDIDATES)
-    now, before = Odds(at_boxes(logits, boxes)), Odds(at_boxes(previous, boxes))
+    now, before = Odds(logits), Odds(previous)
     distance = (now.odds / now.total[..., None] - before.odds / before.total[..., None]).abs().flatten(1).sum(-1) / 2
     foreground = torch.maximum(now.foreground, before.foreground).sum(-1)
     return (1 - distance / foreground.clamp(min=1e-12)).clamp(0, 1)
 
 
-def most_probable(logits: Tensor, count: int) -> Tensor:
-    """[N, A, C] to the indices [N, min(count, A)] of the default boxes whose objects lead background most."""
-    return lead(logits).topk(min(count, logits.shape[1]), dim=-1, sorted=False).indices
+def looked_at(signals: ExitSignals, boxes: int | None) -> ExitSignals:
+    """The signals at the ``boxes`` default boxes whose objects' logits lead background's most at this exit (None: all).
 
-
-def lead(logits: Tensor) -> Tensor:
-    """[N, A, C] to [N, A]: how far the first of the objects' logits is above background's."""
-    return largest_of(logits[..., 1:]) - logits[..., 0]
+    With many classes the softmax over all of them is what costs; a temperature does not change their order.
+    """
+    count = signals.logits.shape[1]
+    if boxes is None or boxes >= count:
+        return signals
+    lead = largest_of(signals.logits[..., 1:]) - signals.logits[..., 0]
+    where = lead.topk(boxes, dim=-1, sorted=False).indices
+    previous = None if signals.previous is None else at_boxes(signals.previous, where)
+    return dataclasses.replace(signals, logits=at_boxes(signals.logits, where), previous=previous)
 
 
 def largest_of(values: Tensor) -> Tensor:
@@ -172,11 +180,6 @@ def at_boxes(logits: Tensor, boxes: Tensor) -> Tensor:
         return logits[0].index_select(0, boxes[0])[None]
     rows = boxes + torch.arange(0, images * count, count, device=boxes.device)[:, None]
     return logits.reshape(-1, classes).index_select(0, rows.flatten()).view(images, -1, classes)
-
-
-def candidates(logits: Tensor, count: int = CANDIDATES) -> Odds:
-    """The odds of the most probable default boxes alone: with many classes the softmax is what costs."""
-    return Odds(at_boxes(logits, most_probable(logits, count)))
 
 
 def undecided(probability: Tensor) -> Tensor:

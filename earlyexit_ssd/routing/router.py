@@ -15,7 +15,7 @@ from earlyexit_ssd.keywords import suggest_keywords
 from earlyexit_ssd.modeling.losses import mean_over_processes
 from earlyexit_ssd.modeling.outputs import ExitSignals
 from earlyexit_ssd.routing import foreseen, learned_gain  # noqa: F401  (they register their policies)
-from earlyexit_ssd.routing.policies import get_policy
+from earlyexit_ssd.routing.policies import get_policy, looked_at
 
 
 class ExitRouter(nn.Module):
@@ -58,6 +58,7 @@ class ExitRouter(nn.Module):
         self._plain_parameters = parameters
         self._policy = get_policy(policy, parameters)
         self.compares: bool = getattr(self._policy, "compares", False)
+        self._boxes: int | None = getattr(self._policy, "boxes", None)
         self._foresees: bool = getattr(self._policy, "foresees", False)
         self.temperature_bounds = tuple(temperature_bounds)
         low, high = self.temperature_bounds
@@ -77,9 +78,13 @@ class ExitRouter(nn.Module):
         """
         if signals.empty and not self._foresees:
             return -torch.ones_like(signals.logits[:, 0, 0], dtype=torch.float32)
+        return self._policy(self.shown(signals, exit_index), exit_index).clamp(0.0, 1.0)
+
+    def shown(self, signals: ExitSignals, exit_index: int) -> ExitSignals:
+        """What the policy sees: tempered logits of the default boxes that it looks at."""
+        signals = looked_at(signals, self._boxes)
         previous = None if signals.previous is None else self.tempered(signals.previous, exit_index - 1)
-        tempered = ExitSignals(self.tempered(signals.logits, exit_index), previous, signals.tap, signals.empty)
-        return self._policy(tempered, exit_index).clamp(0.0, 1.0)
+        return ExitSignals(self.tempered(signals.logits, exit_index), previous, signals.tap, signals.empty)
 
     def tempered(self, logits: Tensor, exit_index: int) -> Tensor:
         """Raw logits of an exit in fp32, divided by its temperature; those of the full path stay as they are."""

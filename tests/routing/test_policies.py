@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.outputs import ExitSignals
-from earlyexit_ssd.routing import POLICIES, get_policy
-from earlyexit_ssd.routing.policies import register_policy
+from earlyexit_ssd.routing import POLICIES, ExitRouter, get_policy
+from earlyexit_ssd.routing.policies import below, largest_of, looked_at, register_policy
 
 # Two images, two default boxes, background and two classes; probabilities by softmax of logs.
 PROBABILITIES = torch.tensor([[[0.9, 0.05, 0.05], [0.5, 0.4, 0.1]], [[0.2, 0.7, 0.1], [0.98, 0.01, 0.01]]])
@@ -106,19 +106,45 @@ def test_sure_background_need_not_be_looked_at():
     expected = {"max_foreground": largest.amax(-1), "emptiness": 1 - largest.amax(-1), "ambiguous_mass": 1 / (1 + mass)}
     assert mass[0] > 5
     for name, values in expected.items():
-        assert POLICIES[name](ExitSignals(logits), 0).tolist() == pytest.approx(values.tolist(), abs=1e-5)
+        router = ExitRouter(1, policy=name)
+        assert router.confidence(ExitSignals(logits), 0).tolist() == pytest.approx(values.tolist(), abs=1e-5)
 
 
+def test_looks_at_the_boxes_whose_objects_lead_most():
+    # leads over background, box by box: -1, 3, 0, 2
+    logits = torch.tensor([[[1.0, -2, 0], [0, 3, 1], [2, 2, 1], [-3, -4, -1]]])
+    signals = ExitSignals(logits, logits * 10, torch.ones(1, 6))
+    seen = looked_at(signals, 2)
+    order = seen.logits[0, :, 1].argsort(descending=True)
+    assert seen.logits[0, order].tolist() == [[0, 3, 1], [-3, -4, -1]]
+    assert seen.previous[0, order].tolist() == [[0, 30, 10], [-30, -40, -10]]
+    assert seen.tap is signals.tap
+    assert looked_at(signals, None) is signals and looked_at(signals, 4) is signals
+    pair = looked_at(ExitSignals(torch.cat([logits, logits.flip(1)])), 2).logits.sort(1).values
+    assert pair[0].equal(pair[1])
+
+
+@pytest.mark.parametrize("classes", [1, 31, 32, 33, 80])
+def test_largest_of_any_number_of_classes(classes):
+    values = torch.randn(2, 5, classes)
+    assert largest_of(values).equal(values.amax(-1))
+    assert largest_of(values.flip(-1)).equal(values.amax(-1))
+    values = values.abs()
+    assert below(values, values.amax(-1)).equal(values.masked_fill(values == values.amax(-1, keepdim=True), 0.0))
+
+
+@pytest.mark.parametrize("outputs", [8, 81])
 @pytest.mark.parametrize("name", sorted(POLICIES))
-def test_quick_enough(name):
-    """The limit is 0.3 ms per image on one thread at 8 outputs; ten times that here, since the machine may be busy."""
-    logits, threads = torch.randn(16, 3234, 8), torch.get_num_threads()
+def test_quick_enough(name, outputs):
+    """The limit is 0.3 ms per image on one thread; ten times that here, since the machine may be busy."""
+    logits, threads = torch.randn(4, 3234, outputs), torch.get_num_threads()
+    router = ExitRouter(2, policy=name, temperatures=1.5)
     torch.set_num_threads(1)
     try:
         times = []
         for _ in range(5):
             start = time.perf_counter()
-            POLICIES[name](ExitSignals(logits, logits), 1)
+            router.confidence(ExitSignals(logits, logits), 1)
             times.append((time.perf_counter() - start) / len(logits))
     finally:
         torch.set_num_threads(threads)
