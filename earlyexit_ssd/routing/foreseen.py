@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.outputs import ExitSignals
-from earlyexit_ssd.routing.policies import CANDIDATES, FITTED_POLICIES, Odds
+from earlyexit_ssd.routing.policies import FEWER_CANDIDATES, FITTED_POLICIES, Odds
 
 PENALTIES = tuple(10.0**power for power in range(-1, 6))
 LEAST_PROBABILITY = 1e-3
@@ -33,7 +33,7 @@ class ForeseenEmptiness(nn.Module):
         EarlyExitError: none are given: the policy has to be fitted.
     """
 
-    boxes = CANDIDATES
+    boxes = FEWER_CANDIDATES
     foresees = True  # it looks at the tap, so an exit without a branch can be judged
 
     def __init__(self, parameters: Sequence[dict] | None) -> None:

@@ -31,7 +31,7 @@ CANDIDATES = 512
 """Default boxes that most rules look at; behind them there is nothing but sure background."""
 
 FEWER_CANDIDATES = 128
-"""Of rules that look closer at each."""
+"""Of rules that look for the largest probability, or closer at each box."""
 
 _VECTOR = 32
 
@@ -94,7 +94,7 @@ def mean_foreground(logits: Tensor) -> Tensor:
     return 1 - odds.sum(-1).reciprocal().mean(-1)
 
 
-@register_policy("max_foreground", CANDIDATES)
+@register_policy("max_foreground", FEWER_CANDIDATES)
 def max_foreground(logits: Tensor) -> Tensor:
     """Largest probability of any class but background at any default box: leave when very sure."""
     return Odds(logits).largest.amax(-1)
@@ -124,7 +124,7 @@ def ambiguous_mass(logits: Tensor) -> Tensor:
     return 1 / (1 + undecided(Odds(logits).largest).sum(-1))
 
 
-@register_policy("emptiness", CANDIDATES)
+@register_policy("emptiness", FEWER_CANDIDATES)
 def emptiness(logits: Tensor) -> Tensor:
     """1 - the largest probability of any object: a frame in which nothing is left undecided leaves with no answer."""
     return 1 - Odds(logits).largest.amax(-1)

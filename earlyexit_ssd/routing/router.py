@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,8 +82,9 @@ class ExitRouter(nn.Module):
         return self._policy(self.shown(signals, exit_index), exit_index).clamp(0.0, 1.0)
 
     def shown(self, signals: ExitSignals, exit_index: int) -> ExitSignals:
-        """What the policy sees: tempered logits of the default boxes that it looks at."""
-        signals = looked_at(signals, self._boxes)
+        """What the policy sees: tempered logits of the default boxes that it looks at; those of the exit before only
+        if it compares."""
+        signals = looked_at(signals if self.compares else dataclasses.replace(signals, previous=None), self._boxes)
         previous = None if signals.previous is None else self.tempered(signals.previous, exit_index - 1)
         return ExitSignals(self.tempered(signals.logits, exit_index), previous, signals.tap, signals.empty)
 
