@@ -1,4 +1,4 @@
-"""A model for inference alone: the same answers in half of the time in eager PyTorch on a CPU."""
+"""A model for inference alone: the same answers, up to rounding, in about half of the time in eager PyTorch."""
 
 from __future__ import annotations
 
