@@ -49,8 +49,10 @@ def register_policy(name: str, boxes: int | None = None) -> Callable[[Callable[.
         boxes: the router shows it so many default boxes of each image only, see :func:`looked_at`; None: all.
 
     Raises:
-        EarlyExitError: the name is taken.
+        EarlyExitError: the name is taken, or ``boxes`` is below 1.
     """
+    if boxes is not None and boxes < 1:
+        raise EarlyExitError(f"routing policy '{name}' looks at {boxes} default boxes; give 1 or more, or None for all")
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if name in POLICIES:

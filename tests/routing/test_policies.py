@@ -90,6 +90,11 @@ def test_a_policy_of_ones_own_is_a_function_and_a_name():
         del POLICIES["test_only"]
 
 
+def test_a_policy_looks_at_one_default_box_at_least():
+    with pytest.raises(EarlyExitError, match="'none' looks at 0 default boxes; give 1 or more"):
+        register_policy("none", boxes=0)
+
+
 def test_parameters_are_for_policies_that_are_fitted():
     with pytest.raises(EarlyExitError, match="'entropy' has no parameters"):
         get_policy("entropy", [{}])
