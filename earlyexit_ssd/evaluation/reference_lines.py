@@ -33,15 +33,16 @@ def line_of(matches: ExitMatches, choice: np.ndarray, costs: np.ndarray) -> Line
 
 def coin(matches: ExitMatches, choice: np.ndarray, costs: np.ndarray, seed: int = 0) -> Line:
     """Exits in the same shares as ``choice`` [n], but given to the photos by chance: the mean of `COIN_TOSSES`."""
-    tosses = [ap_of_choice(matches, toss) for toss in _tosses(choice, COIN_TOSSES, seed)]
+    found = [ap_of_choice(matches, toss) for toss in tosses(choice, COIN_TOSSES, seed)]
     values = [
         None if any(value is None for value in figures) else float(np.mean(figures))
-        for figures in ([toss.AP for toss in tosses], [toss.AP50 for toss in tosses])
+        for figures in ([toss.AP for toss in found], [toss.AP50 for toss in found])
     ]
     return Line(float(costs[choice].mean()), *values)
 
 
-def _tosses(choice: np.ndarray, count: int, seed: int) -> list[np.ndarray]:
+def tosses(choice: np.ndarray, count: int, seed: int) -> list[np.ndarray]:
+    """``choice`` [n] given to the photos by chance, ``count`` times."""
     generator = np.random.default_rng(seed)
     return [generator.permutation(choice) for _ in range(count)]
 
@@ -135,9 +136,9 @@ def resampled_leads(
     Args:
         choice, oracle: the router's exits and the oracle's, [n] each.
     """
-    compared = [choice, oracle, *_tosses(choice, BOOTSTRAP_TOSSES, seed)]
-    router, best, *tosses = bootstrap_choices(matches, compared, resamples, seed)
-    chance = np.mean(tosses, axis=0)
+    compared = [choice, oracle, *tosses(choice, BOOTSTRAP_TOSSES, seed)]
+    router, best, *chances = bootstrap_choices(matches, compared, resamples, seed)
+    chance = np.mean(chances, axis=0)
     return np.stack([router - chance, best - chance])
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,44 +12,23 @@ import numpy as np
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.config import CLOSED
-from earlyexit_ssd.evaluation.bootstrap import interval
-from earlyexit_ssd.evaluation.choices import ap_of_choice, bootstrap_choices
-from earlyexit_ssd.evaluation.reference_lines import (
-    coin,
-    gap_closed,
-    line_of,
-    oracle_over_exits,
-    overthinking,
-    pooled_gap,
-    resampled_leads,
-)
+from earlyexit_ssd.evaluation.reference_lines import line_of, overthinking
 from earlyexit_ssd.evaluation.scoring_time import time_scoring
 from earlyexit_ssd.evaluation.throughput import mixed_throughput
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
 from earlyexit_ssd.pipeline.fit_router import fit_policy, fit_temperatures, per_exit
+from earlyexit_ssd.pipeline.policy_evaluation import Splits, add_intervals, ap_intervals, evaluate_policy
 from earlyexit_ssd.pipeline.replay import Replay, open_recorded
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.routing import best_policy, write_routing
 from earlyexit_ssd.routing import ExitRouter
-from earlyexit_ssd.routing.budgets import even_budgets, msdnet_shares, thresholds_for_shares
+from earlyexit_ssd.routing.budgets import even_budgets
 from earlyexit_ssd.routing.policies import FITTED_POLICIES, POLICIES, get_policy
-from earlyexit_ssd.routing.search import cheapest_within, choose, threshold_grid
-from earlyexit_ssd.routing.soft_exit import learn_thresholds
+from earlyexit_ssd.routing.search import choose
+from earlyexit_ssd.routing.soft_exit import learn_open_exits
 
 REFERENCE_POLICY = "max_foreground"
-MSDNET_Q = np.geomspace(0.1, 10, 25)
-
-
-@dataclass(frozen=True)
-class Splits:
-    """What chooses (calib), what is reported (test), and the exits' costs."""
-
-    calib: Replay
-    test: Replay
-    costs: CostModel
-    exit_names: tuple[str, ...]
-    seed: int
 
 
 def evaluate_routing(
@@ -82,22 +60,24 @@ def evaluate_routing(
     found: dict[str, Any] = {}
     costs: dict[bool, CostModel] = {}
     routers: dict[str, ExitRouter] = {}
+    splits: dict[str, Splits] = {}
     for name in policies:
         router = routers[name] = fit_policy(cfg, name, temperatures, train)
         if router.compares not in costs:  # who compares with the exit before needs it, closed or not
             costs[router.compares] = measure_cost_model(cfg, model, router)
-        splits = Splits(calib, test, costs[router.compares], model.exit_names, cfg.SEED)
-        found[name] = _evaluate_policy(splits, calib.confidences(router), test.confidences(router), name)
+        splits[name] = Splits(calib, test, costs[router.compares], model.exit_names, cfg.SEED)
+        found[name] = evaluate_policy(splits[name], calib.confidences(router), test.confidences(router), name)
     best = best_policy(found)
-    splits = dataclasses.replace(splits, costs=costs[routers[best].compares])
+    for name in dict.fromkeys([best, REFERENCE_POLICY]):
+        add_intervals(splits[name], test.confidences(routers[name]), found[name])
     results = {
-        "context": _context(cfg, splits),
-        "exits": _exits(splits),
+        "context": _context(cfg, splits[best]),
+        "exits": _exits(splits[best]),
         "throughput": _throughput(cfg, model, routers[best], found[best]),
         "overthinking": dict(zip(model.exit_names, overthinking(test.errors), strict=False)),
         "scoring_ms": {name: _scoring_ms(cfg, router, test) for name, router in routers.items()},
         "policies": found,
-        "learnt_thresholds": {best: _with_learnt_thresholds(splits, routers[best], cfg.CALIBRATION.REFERENCE)},
+        "learnt_thresholds": {best: _with_learnt_thresholds(splits[best], routers[best], cfg.CALIBRATION.REFERENCE)},
     }
     write_routing(out, results)
     return results
@@ -122,10 +102,9 @@ def _exits(splits: Splits) -> list[dict[str, Any]]:
     photos, entries = len(splits.test.recording), []
     for index, name in enumerate(splits.exit_names):
         choice = np.full(photos, index)
-        values = bootstrap_choices(splits.test.matches, [choice], seed=splits.seed)[0]
         only = [CLOSED] * index + [0.0] * (len(splits.exit_names) - 1 - index)
         line = line_of(splits.test.matches, choice, splits.costs.per_exit(only))
-        entries.append({"name": name, **asdict(line), "AP50_interval": interval(values)})
+        entries.append({"name": name, **asdict(line), **ap_intervals(splits, choice)})
     return entries
 
 
@@ -135,107 +114,29 @@ def _scoring_ms(cfg: CfgNode, router: ExitRouter, replay: Replay) -> float:
     return time_scoring(router, next(replay.recording.signals(last)), last, cfg.EVAL.TIMING_THREADS).ms
 
 
-def _throughput(cfg: CfgNode, model: EarlyExitSSDLite, router: ExitRouter, found: dict[str, Any]) -> dict[str, Any]:
-    """Of mixed batches at a policy's middle budget, in eager PyTorch."""
-    shares = list(found["budgets"][2]["exit_share"].values())
-    threads = cfg.EVAL.TIMING_THREADS
-    timed = mixed_throughput(model, router.to(next(model.parameters()).device), shares, threads=threads)
-    return {"exit_share": dict(zip(model.exit_names, shares, strict=True)), "threads": threads, **asdict(timed)}
-
-
-def _evaluate_policy(splits: Splits, calib: list[np.ndarray], test: list[np.ndarray], name: str) -> dict[str, Any]:
-    """At five equal budgets with searched thresholds, and along MSDNet's curve of shares.
-
-    Args:
-        calib, test: per early exit the policy's confidences [n].
-    """
-    grid, costs = threshold_grid(calib), splits.costs.per_exit()
-    closed = splits.costs.per_exit([CLOSED] * len(calib))  # above its cost there is nothing to route for
-    mean_costs = grid.mean_cost(splits.costs.of_each(grid.thresholds))
-    ap50 = splits.calib.ap50_of(grid.choices, f"thresholds of {name}")
-    budgets, resampled = [], []
-    for budget in even_budgets(costs[0], closed[-1]):
-        thresholds = grid.thresholds[cheapest_within(mean_costs, -ap50, budget)]
-        entry, leads = _at_thresholds(splits, test, thresholds)
-        budgets.append({"budget": budget, **entry})
-        resampled.append(leads)
-    gaps = [entry["gap_closed"] for entry in budgets]
-    return {
-        "budgets": budgets,
-        "gap_closed": None if None in gaps else float(np.mean(gaps)),
-        "pooled_gap": None if None in gaps else float(pooled_gap([_leads(entry) for entry in budgets])),
-        "pooled_gap_interval": None if None in gaps else interval(pooled_gap(resampled)),
-        "msdnet": [_at_shares(splits, calib, test, msdnet_shares(len(costs), q)) for q in MSDNET_Q],
-        "leak": _leak(splits, calib, test, budgets),
-    }
-
-
-def _at_thresholds(splits: Splits, test: list[np.ndarray], thresholds: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
-    """The figures, and what router and oracle have more than a coin in draws of the photos, [2, resamples]."""
-    matches, costs = splits.test.matches, splits.costs.per_exit(thresholds)
-    choice = choose(test, thresholds).astype(np.int64)
-    router, chance = line_of(matches, choice, costs), coin(matches, choice, costs, splits.seed)
-    oracle_exits, oracle_costs = oracle_over_exits(splits.test.errors, splits.costs.per_exit, router.cost)
-    oracle = line_of(matches, oracle_exits, oracle_costs)
-    values = bootstrap_choices(matches, [choice, np.full(len(choice), len(costs) - 1)], seed=splits.seed)
-    rows = np.arange(len(choice))
-    entry = {
-        "thresholds": [float(value) for value in thresholds],
-        **asdict(router),
-        "AP50_interval": interval(values[0]),
-        "AP50_below_full_interval": interval(values[1] - values[0]),
-        "coin": asdict(chance),
-        "oracle": asdict(oracle),
-        "gap_closed": gap_closed(router, chance, oracle),
-        "speedup": splits.costs.speedup(choice, thresholds),
-        "loss": float(splits.test.losses("full")[rows, choice].mean()),
-        "exit_share": dict(
-            zip(splits.exit_names, (np.bincount(choice, minlength=len(costs)) / len(rows)).tolist(), strict=True)
-        ),
-    }
-    return entry, resampled_leads(matches, choice, oracle_exits, seed=splits.seed)
-
-
-def _leads(entry: dict[str, Any]) -> tuple[float, float]:
-    chance = entry["coin"]["AP50"]
-    return entry["AP50"] - chance, entry["oracle"]["AP50"] - chance
+def _throughput(
+    cfg: CfgNode, model: EarlyExitSSDLite, router: ExitRouter, found: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Of batches mixed as at each of a policy's budgets, in eager PyTorch."""
+    threads, timed = cfg.EVAL.TIMING_THREADS, []
+    router = router.to(next(model.parameters()).device)
+    for entry in progress(found["budgets"], desc="batches"):
+        speed = mixed_throughput(model, router, list(entry["exit_share"].values()), threads=threads)
+        timed.append(
+            {"budget": entry["budget"], "exit_share": entry["exit_share"], "threads": threads, **asdict(speed)}
+        )
+    return timed
 
 
 def _with_learnt_thresholds(splits: Splits, router: ExitRouter, reference: str) -> list[dict[str, Any]]:
     """At the same budgets with thresholds by gradient instead of search."""
     calib, test = splits.calib.confidences(router), splits.test.confidences(router)
-    costs, losses = splits.costs.per_exit(), splits.calib.losses(reference)
-    closed = splits.costs.per_exit([CLOSED] * len(calib))
+    costs_with, losses = splits.costs.per_exit, splits.calib.losses(reference)
+    first, full = costs_with()[0], costs_with([CLOSED] * len(calib))[-1]
     entries = []
-    for budget in progress(even_budgets(costs[0], closed[-1]), desc="learnt thresholds"):
-        thresholds = learn_thresholds(calib, losses, costs, budget)
+    for budget in progress(even_budgets(first, full), desc="learnt thresholds"):
+        thresholds = learn_open_exits(calib, losses, costs_with, budget)
         choice = choose(test, thresholds).astype(np.int64)
-        line = line_of(splits.test.matches, choice, splits.costs.per_exit(thresholds))
+        line = line_of(splits.test.matches, choice, costs_with(thresholds))
         entries.append({"budget": budget, "thresholds": thresholds.tolist(), **asdict(line)})
-    return entries
-
-
-def _at_shares(
-    splits: Splits, calib: list[np.ndarray], test: list[np.ndarray], shares: Sequence[float]
-) -> dict[str, float | None]:
-    thresholds = thresholds_for_shares(calib, shares)
-    choice = choose(test, thresholds).astype(np.int64)
-    return {
-        "cost": float(splits.costs.per_exit(thresholds)[choice].mean()),
-        "AP50": ap_of_choice(splits.test.matches, choice, ap50_only=True).AP50,
-    }
-
-
-def _leak(
-    splits: Splits, calib: list[np.ndarray], test: list[np.ndarray], budgets: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Percentiles of the reported photos' own scores (DynamicDet) against those of the calibration photos, at the
-    shares that the search chose."""
-    entries = []
-    for entry in budgets:
-        choice = choose(calib, entry["thresholds"])
-        shares = (np.bincount(choice, minlength=len(splits.exit_names)) / len(choice)).tolist()
-        entries.append(
-            {"calib": _at_shares(splits, calib, test, shares), "test": _at_shares(splits, test, test, shares)}
-        )
     return entries

@@ -13,6 +13,7 @@ from earlyexit_ssd.files import write_image, write_json, write_text
 from earlyexit_ssd.report.numbers import figure
 from earlyexit_ssd.report.plot import PLAIN, draw_chart
 from earlyexit_ssd.report.published_rules import published_rules_table
+from earlyexit_ssd.report.reference_lines import reference_lines_table, with_interval
 
 COLORS = ("#2b6cb0", "#dd6b20", "#2f855a", "#b83280", "#6b46c1", "#b7791f", "#2c7a7b", "#c53030")
 
@@ -25,12 +26,12 @@ def write_routing(folder: Path, results: Mapping[str, Any]) -> None:
 
 
 def best_policy(policies: Mapping[str, Any]) -> str:
-    """The one that closes most of the gap."""
-    return max(policies, key=lambda name: _gap(policies[name]))
+    """The one that closes most of the gap on the calib photos; those of the test split choose nothing."""
+    return max(policies, key=lambda name: _calib_gap(policies[name]))
 
 
-def _gap(found: Mapping[str, Any]) -> float:
-    return float("-inf") if found["gap_closed"] is None else found["gap_closed"]
+def _calib_gap(found: Mapping[str, Any]) -> float:
+    return float("-inf") if found["calib_pooled_gap"] is None else found["calib_pooled_gap"]
 
 
 def routing_table(results: Mapping[str, Any]) -> str:
@@ -43,39 +44,53 @@ def routing_table(results: Mapping[str, Any]) -> str:
     lines = [
         f"AP50 on {', '.join(context['test'])} (n {context['images']}, seed {context['seed']}) with thresholds from "
         f"{', '.join(context['calib'])} (n {context['calib_photos']}); in brackets the mean cost on the test photos, "
-        f"{unit}. ms: to score one photo, in eager PyTorch.",
+        f"{unit}. On calib: the pooled gap there, which chooses the policy. ms: to score one photo, eager PyTorch.",
         "",
-        _row("policy", [f"budget {budget:.1f}" for budget in budgets], "gap closed | pooled | ms"),
-        "| " + " | ".join(["---", *["---:"] * (len(budgets) + 3)]) + " |",
+        _row("policy", [*(f"budget {budget:.1f}" for budget in budgets), "gap closed", "pooled", "on calib", "ms"]),
+        "| " + " | ".join(["---", *["---:"] * (len(budgets) + 4)]) + " |",
     ]
-    for name in sorted(policies, key=lambda name: _gap(policies[name]), reverse=True):
+    for name in sorted(policies, key=lambda name: _calib_gap(policies[name]), reverse=True):
         entries = policies[name]["budgets"]
-        last = f"{_gap_cells(policies[name])} | {results['scoring_ms'][name]:.2f}"
-        lines.append(_row(name, [_cell(entry) for entry in entries], last))
+        last = [*_gap_cells(policies[name]), f"{results['scoring_ms'][name]:.2f}"]
+        lines.append(_row(name, [*map(_cell, entries), *last]))
     if best in results.get("learnt_thresholds", {}):
-        cells = [_cell(entry) for entry in results["learnt_thresholds"][best]]
-        lines.append(_row(f"{best}, thresholds learnt with a soft exit", cells, "- | - |"))
-    for line, gaps in (("coin", "0.00 | 0.00 |"), ("oracle", "1.00 | 1.00 |")):
+        cells = [*map(_cell, results["learnt_thresholds"][best]), "-", "-", "-", ""]
+        lines.append(_row(f"{best}, thresholds learnt with a soft exit", cells))
+    for line, gap in (("coin", "0.00"), ("oracle", "1.00")):
         cells = [_cell(entry[line]) for entry in policies[best]["budgets"]]
-        lines.append(_row(f"{line} at the cost of {best}", cells, gaps))
-    lines += ["", "| exit alone | cost | AP | AP50 | 95 % interval |", "| --- | ---: | ---: | ---: | --- |"]
+        lines.append(_row(f"{line} at the cost of {best}", [*cells, gap, gap, gap, ""]))
+    lines += ["", "| exit alone | cost | AP [95 %] | AP50 [95 %] |", "| --- | ---: | ---: | ---: |"]
     for entry in results["exits"]:
-        low, high = entry["AP50_interval"] or (float("nan"),) * 2
-        figures = f"{entry['cost']:.1f} | {figure(entry['AP'])} | {figure(entry['AP50'])}"
-        lines.append(f"| {entry['name']} | {figures} | {low:.3f} to {high:.3f} |")
-    lines.append(f"| without exits | {context['cost_model']['plain']:.1f} | | | |")
+        figures = f"{with_interval(entry, 'AP')} | {with_interval(entry, 'AP50')}"
+        lines.append(f"| {entry['name']} | {entry['cost']:.1f} | {figures} |")
+    lines.append(f"| without exits | {context['cost_model']['plain']:.1f} | | |")
     shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in results["overthinking"].items())
     lines += ["", f"Photos that an early exit gets wholly right and the full path does not: {shares}."]
     lines += ["", "Published rules on the same exits and photos:", "", published_rules_table(policies, best, unit)]
-    speed = results["throughput"]
-    lines += [
-        "",
-        f"Batches of {speed['batch']} with exits mixed as at the middle budget, eager PyTorch with BatchNorm fused, "
-        f"{speed['threads']} thread(s): {speed['mixed']:.1f} photos/s, "
-        f"{100 * speed['share_of_ideal']:.0f} % of the sum of the photos' own work; "
-        f"without exits {speed['plain']:.1f}.",
-    ]
+    with_intervals = list(
+        dict.fromkeys([best, *(name for name in policies if "AP_interval" in _first(policies[name]))])
+    )
+    lines += ["", "With 95 % intervals (bootstrap over photos):", "", reference_lines_table(policies, with_intervals)]
+    lines += ["", *_throughput_lines(results["throughput"])]
     return "\n".join(lines)
+
+
+def _first(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    return found["budgets"][0]
+
+
+def _throughput_lines(speeds: list[Mapping[str, Any]]) -> list[str]:
+    batch, threads = speeds[0]["batch"], speeds[0]["threads"]
+    return [
+        f"Batches of {batch} with exits mixed as at each budget, eager PyTorch with BatchNorm fused, {threads} "
+        "thread(s); ideal: every photo as fast as in a batch that leaves together.",
+        "",
+        _row("photos/s", [f"budget {speed['budget']:.1f}" for speed in speeds]),
+        "| " + " | ".join(["---", *["---:"] * len(speeds)]) + " |",
+        _row("mixed", [f"{speed['mixed']:.1f}" for speed in speeds]),
+        _row("share of ideal", [f"{100 * speed['share_of_ideal']:.0f} %" for speed in speeds]),
+        _row("without exits", [f"{speed['plain']:.1f}" for speed in speeds]),
+    ]
 
 
 def routing_chart(results: Mapping[str, Any]) -> Image.Image:
@@ -107,16 +122,20 @@ def routing_chart(results: Mapping[str, Any]) -> Image.Image:
     return draw_chart(draw)
 
 
-def _row(name: str, cells: list[str], last: str) -> str:
-    return f"| {name} | {' | '.join(cells)} | {last} |"
+def _row(name: str, cells: list[str]) -> str:
+    return f"| {name} | {' | '.join(cells)} |"
 
 
-def _gap_cells(found: Mapping[str, Any]) -> str:
-    """The mean over the budgets; and all budgets pooled, with the bootstrap interval."""
-    if found["gap_closed"] is None:
-        return "- | -"
-    low, high = found["pooled_gap_interval"] or (float("nan"),) * 2  # no draw of a few photos may have a gap
-    return f"{found['gap_closed']:.2f} | {found['pooled_gap']:.2f} [{low:.2f}, {high:.2f}]"
+def _gap_cells(found: Mapping[str, Any]) -> list[str]:
+    """The mean over the budgets; all budgets pooled, with the bootstrap interval; and pooled on the calib photos."""
+    pooled = _two_digits(found["pooled_gap"])
+    if found["pooled_gap"] is not None and found["pooled_gap_interval"]:  # few photos: no draw may have a gap
+        pooled += " [{:.2f}, {:.2f}]".format(*found["pooled_gap_interval"])
+    return [_two_digits(found["gap_closed"]), pooled, _two_digits(found["calib_pooled_gap"])]
+
+
+def _two_digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _cell(entry: Mapping[str, Any]) -> str:

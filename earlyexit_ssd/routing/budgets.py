@@ -15,8 +15,9 @@ def even_budgets(first: float, full: float, count: int = 5) -> list[float]:
 
 
 def msdnet_shares(exits: int, q: float) -> np.ndarray:
-    """Share of the photos for each exit, [exits], proportional to q^k for the k-th (Huang et al. 2018, MSDNet, section
-    5, "budgeted batch classification", where q is fixed in (0, 1]; above 1 more photos go deep).
+    """Share of the photos for each exit, [exits], proportional to q^k for the k-th: the geometric shares of MSDNet's
+    budgeted batch classification (Huang et al. 2018: z (1 - q)^(k - 1) q, so this q is their 1 - q); above
+    1 more photos go deep.
     """
     shares = q ** np.arange(1, exits + 1, dtype=float)
     return shares / shares.sum()

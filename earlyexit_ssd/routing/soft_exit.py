@@ -8,17 +8,55 @@ be compared with the search (docs/routing.md).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.routing.search import choose
 
 STEPS = 150
 WIDTHS = (0.1, 0.01)
 """First and last width of the soft exit, in ranks (see `learn_thresholds`); it shrinks geometrically."""
 HALVINGS = 10
 """Of the interval that holds the price."""
+
+
+def learn_open_exits(
+    confidences: Sequence[np.ndarray],
+    losses: np.ndarray,
+    costs_with: Callable[[Sequence[float]], np.ndarray],
+    budget: float,
+) -> np.ndarray:
+    """Thresholds [early exits] as `learn_thresholds` finds them, for the set of open exits with the least mean loss: a
+    closed exit makes the deeper ones cheaper, which no gradient sees.
+
+    Args:
+        confidences: per early exit [n].
+        losses: per photo and exit, [n, exits].
+        costs_with: thresholds (0, or `CLOSED`) of the early exits to the costs [exits].
+        budget: mean cost; at least that of one of the exits.
+    """
+    best, least = None, np.inf
+    for flags in itertools.product((True, False), repeat=len(confidences)):
+        thresholds = np.array([0.0 if flag else CLOSED for flag in flags], dtype=np.float32)
+        costs, opened = costs_with(thresholds), np.flatnonzero(flags)
+        if len(opened):
+            kept = [*opened, len(confidences)]
+            thresholds[opened] = learn_thresholds(
+                [confidences[index] for index in opened], losses[:, kept], costs[kept], budget
+            )
+        choice = choose(confidences, thresholds)
+        loss = losses[np.arange(len(choice)), choice].mean()
+        if costs[choice].mean() <= budget * (1 + 1e-9) and loss < least:
+            best, least = thresholds, loss
+    if best is None:
+        raise EarlyExitError(f"no exit has a mean cost of {budget:g} or less; give a larger budget")
+    return best
 
 
 def learn_thresholds(

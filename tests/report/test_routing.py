@@ -1,8 +1,17 @@
-from earlyexit_ssd.report.routing import _gap_cells
+from earlyexit_ssd.report.routing import _gap_cells, best_policy
 
 
 def test_gap_with_its_interval_or_without():
-    found = {"gap_closed": 0.5, "pooled_gap": 0.25, "pooled_gap_interval": [0.1, 0.4]}
-    assert _gap_cells(found) == "0.50 | 0.25 [0.10, 0.40]"
-    assert _gap_cells({**found, "pooled_gap_interval": None}) == "0.50 | 0.25 [nan, nan]"
-    assert _gap_cells({"gap_closed": None}) == "- | -"
+    found = {"gap_closed": 0.5, "pooled_gap": 0.25, "pooled_gap_interval": [0.1, 0.4], "calib_pooled_gap": 0.3}
+    assert _gap_cells(found) == ["0.50", "0.25 [0.10, 0.40]", "0.30"]
+    assert _gap_cells({**found, "pooled_gap_interval": None}) == ["0.50", "0.25", "0.30"]
+    assert _gap_cells({**found, "gap_closed": None}) == ["-", "0.25 [0.10, 0.40]", "0.30"]
+    nothing = {"gap_closed": None, "pooled_gap": None, "pooled_gap_interval": None, "calib_pooled_gap": None}
+    assert _gap_cells(nothing) == ["-", "-", "-"]
+
+
+def test_the_test_split_does_not_choose_the_policy():
+    flattered = {"gap_closed": 0.9, "pooled_gap": 0.9, "calib_pooled_gap": 0.2}
+    chosen = {"gap_closed": 0.1, "pooled_gap": 0.1, "calib_pooled_gap": 0.4}
+    unknown = {"gap_closed": 0.95, "pooled_gap": 0.9, "calib_pooled_gap": None}
+    assert best_policy({"a": flattered, "b": chosen, "c": unknown}) == "b"

@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 import torch
 
+from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.routing.search import choose
-from earlyexit_ssd.routing.soft_exit import learn_thresholds, soft_shares
+from earlyexit_ssd.routing.soft_exit import learn_open_exits, learn_thresholds, soft_shares
 
 
 def test_shares_by_hand():
@@ -38,3 +40,19 @@ def test_keeps_the_budget(photos, budget):
     confidences, losses, _ = photos
     choice = choose(confidences, learn_thresholds(confidences, losses, np.array([1.0, 3.0]), budget))
     assert np.where(choice == 0, 1.0, 3.0).mean() <= budget + 0.02
+
+
+def test_a_closed_exit_makes_the_deeper_ones_affordable():
+    """Exit 1 is always wrong and exit 2 always right; with exit 1 open exit 2 costs 3, closed 2."""
+    confidences = [np.linspace(0, 1, 20), np.linspace(0, 1, 20)]
+    losses = np.tile([1.0, 0.0, 0.0], (20, 1))
+
+    def costs_with(thresholds):
+        first, second = (threshold < CLOSED for threshold in thresholds)
+        return np.array([1.0, 2.0 + first, 4.0 + first + second])
+
+    thresholds = learn_open_exits(confidences, losses, costs_with, budget=2.0)
+    assert thresholds[0] == CLOSED
+    assert choose(confidences, thresholds).tolist() == [1] * 20
+    with pytest.raises(EarlyExitError, match="no exit has a mean cost of 0.5 or less"):
+        learn_open_exits(confidences, losses, costs_with, budget=0.5)

@@ -1,0 +1,177 @@
+"""One policy at five equal mean costs, and along the curves of published rules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.evaluation.bootstrap import interval
+from earlyexit_ssd.evaluation.choices import ap_of_choice, bootstrap_choices
+from earlyexit_ssd.evaluation.reference_lines import (
+    Line,
+    coin,
+    gap_closed,
+    line_of,
+    oracle_over_exits,
+    pooled_gap,
+    resampled_leads,
+    tosses,
+)
+from earlyexit_ssd.pipeline.cost_model import CostModel
+from earlyexit_ssd.pipeline.replay import Replay
+from earlyexit_ssd.progress import progress
+from earlyexit_ssd.routing.budgets import even_budgets, msdnet_shares, thresholds_for_shares
+from earlyexit_ssd.routing.search import cheapest_within, choose, threshold_grid
+
+MSDNET_Q = np.geomspace(0.1, 10, 25)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What chooses (calib), what is reported (test), and the exits' costs."""
+
+    calib: Replay
+    test: Replay
+    costs: CostModel
+    exit_names: tuple[str, ...]
+    seed: int
+
+
+def evaluate_policy(splits: Splits, calib: list[np.ndarray], test: list[np.ndarray], name: str) -> dict[str, Any]:
+    """At five equal budgets with searched thresholds, and along MSDNet's curve of shares.
+
+    Args:
+        calib, test: per early exit the policy's confidences [n].
+    """
+    grid, costs = threshold_grid(calib), splits.costs.per_exit()
+    closed = splits.costs.per_exit([CLOSED] * len(calib))  # above its cost there is nothing to route for
+    mean_costs = grid.mean_cost(splits.costs.of_each(grid.thresholds))
+    ap50 = splits.calib.ap50_of(grid.choices, f"thresholds of {name}")
+    budgets, leads, resampled, calib_leads = [], [], [], []
+    for budget in even_budgets(costs[0], closed[-1]):
+        thresholds = grid.thresholds[cheapest_within(mean_costs, -ap50, budget)]
+        lines = _lines(splits, splits.test, test, thresholds)
+        budgets.append({"budget": budget, **_at_thresholds(splits, lines, thresholds)})
+        leads.append(lines.leads)
+        resampled.append(resampled_leads(splits.test.matches, lines.choice, lines.oracle_exits, seed=splits.seed))
+        calib_leads.append(_lines(splits, splits.calib, calib, thresholds).leads)
+    gaps = [entry["gap_closed"] for entry in budgets]
+    return {
+        "budgets": budgets,
+        "gap_closed": None if None in gaps else float(np.mean(gaps)),
+        "pooled_gap": _number(pooled_gap(leads)),
+        "pooled_gap_interval": interval(pooled_gap(resampled)),
+        "calib_pooled_gap": _number(pooled_gap(calib_leads)),
+        "msdnet": [_at_shares(splits, calib, test, msdnet_shares(len(costs), q)) for q in MSDNET_Q],
+        "leak": _leak(splits, calib, test, budgets),
+    }
+
+
+def add_intervals(splits: Splits, test: list[np.ndarray], found: dict[str, Any]) -> None:
+    """Put bootstrap intervals of AP and AP50 into ``found``: router, one toss of the coin, and oracle at every budget.
+
+    Args:
+        test: the policy's confidences on the test photos.
+        found: of `evaluate_policy`.
+    """
+    for entry in progress(found["budgets"], desc="intervals"):
+        lines = _lines(splits, splits.test, test, entry["thresholds"])
+        one_toss = tosses(lines.choice, 1, splits.seed)[0]
+        for line, choice in ((entry, lines.choice), (entry["coin"], one_toss), (entry["oracle"], lines.oracle_exits)):
+            line.update(ap_intervals(splits, choice))
+
+
+def ap_intervals(splits: Splits, choice: np.ndarray) -> dict[str, tuple[float, float] | None]:
+    """Of AP and AP50 where the test photos take these exits, [n]."""
+    draws = {
+        key: bootstrap_choices(splits.test.matches, [choice], seed=splits.seed, ap50_only=key == "AP50")[0]
+        for key in ("AP", "AP50")
+    }
+    return {f"{key}_interval": interval(values) for key, values in draws.items()}
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """A router on a split, and a coin and an oracle at its cost; ``choice`` and ``oracle_exits`` [n]."""
+
+    choice: np.ndarray
+    router: Line
+    chance: Line
+    oracle_exits: np.ndarray
+    oracle: Line
+
+    @property
+    def leads(self) -> tuple[float, float]:
+        """Of router and oracle over the coin, in AP50; NaN without an object."""
+        router, chance, oracle = (
+            np.nan if line.AP50 is None else line.AP50 for line in (self.router, self.chance, self.oracle)
+        )
+        return router - chance, oracle - chance
+
+
+def _lines(splits: Splits, split: Replay, confidences: list[np.ndarray], thresholds: Sequence[float]) -> _Lines:
+    costs = splits.costs.per_exit(thresholds)
+    choice = choose(confidences, thresholds).astype(np.int64)
+    router = line_of(split.matches, choice, costs)
+    oracle_exits, oracle_costs = oracle_over_exits(split.errors, splits.costs.per_exit, router.cost)
+    return _Lines(
+        choice,
+        router,
+        coin(split.matches, choice, costs, splits.seed),
+        oracle_exits,
+        line_of(split.matches, oracle_exits, oracle_costs),
+    )
+
+
+def _at_thresholds(splits: Splits, lines: _Lines, thresholds: np.ndarray) -> dict[str, Any]:
+    """The figures on the test photos."""
+    matches, choice = splits.test.matches, lines.choice
+    full = len(splits.exit_names) - 1
+    values = bootstrap_choices(matches, [choice, np.full(len(choice), full)], seed=splits.seed)
+    shares = np.bincount(choice, minlength=full + 1) / len(choice)
+    return {
+        "thresholds": [float(value) for value in thresholds],
+        **asdict(lines.router),
+        "AP50_interval": interval(values[0]),
+        "AP50_below_full_interval": interval(values[1] - values[0]),
+        "coin": asdict(lines.chance),
+        "oracle": asdict(lines.oracle),
+        "gap_closed": gap_closed(lines.router, lines.chance, lines.oracle),
+        "speedup": splits.costs.speedup(choice, thresholds),
+        "loss": float(splits.test.losses("full")[np.arange(len(choice)), choice].mean()),
+        "exit_share": dict(zip(splits.exit_names, shares.tolist(), strict=True)),
+    }
+
+
+def _number(value: np.ndarray) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _at_shares(
+    splits: Splits, calib: list[np.ndarray], test: list[np.ndarray], shares: Sequence[float]
+) -> dict[str, float | None]:
+    thresholds = thresholds_for_shares(calib, shares)
+    choice = choose(test, thresholds).astype(np.int64)
+    return {
+        "cost": float(splits.costs.per_exit(thresholds)[choice].mean()),
+        "AP50": ap_of_choice(splits.test.matches, choice, ap50_only=True).AP50,
+    }
+
+
+def _leak(
+    splits: Splits, calib: list[np.ndarray], test: list[np.ndarray], budgets: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Percentiles of the reported photos' own scores (DynamicDet) against those of the calibration photos, at the
+    shares that the search chose."""
+    entries = []
+    for entry in budgets:
+        choice = choose(calib, entry["thresholds"])
+        shares = (np.bincount(choice, minlength=len(splits.exit_names)) / len(choice)).tolist()
+        entries.append(
+            {"calib": _at_shares(splits, calib, test, shares), "test": _at_shares(splits, test, test, shares)}
+        )
+    return entries
