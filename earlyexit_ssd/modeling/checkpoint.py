@@ -13,6 +13,7 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import atomic_path
 from earlyexit_ssd.modeling.architecture import Architecture
 from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
+from earlyexit_ssd.modeling.fused import is_fused
 from earlyexit_ssd.modeling.retrofit import load_every_key, read_weights
 
 FORMAT = "earlyexit_ssd/1"
@@ -29,7 +30,7 @@ def save_model(
     Raises:
         EarlyExitError: the model was fused for inference.
     """
-    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+    if is_fused(model):
         raise EarlyExitError(f"{path}: a model fused for inference cannot be saved; save the one that it was made of")
     state = {key: value.cpu() for key, value in model.state_dict().items() if not key.startswith("router.")}
     with atomic_path(path) as temporary:

@@ -12,6 +12,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
 
 
+def is_fused(model: nn.Module) -> bool:
+    """Whether no BatchNorm is left, as in a model of `fuse_for_inference`."""
+    return not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
 def fuse_for_inference(model: EarlyExitSSDLite) -> EarlyExitSSDLite:
     """A copy in eval mode with every BatchNorm folded into its convolution and, on a CPU, the channels last in memory.
 

@@ -11,7 +11,6 @@ from fvcore.common.config import CfgNode
 from PIL import Image
 
 from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset, to_coco
-from earlyexit_ssd.data.disjoint import photo_hashes
 from earlyexit_ssd.evaluation.collect import Collected, collect
 from earlyexit_ssd.evaluation.metrics import evaluate_exits
 from earlyexit_ssd.evaluation.rivals import exits_alone
@@ -25,11 +24,12 @@ from earlyexit_ssd.pipeline.build import (
     build_router,
     with_classes,
 )
+from earlyexit_ssd.pipeline.certified import drift_of, open_certificate
 from earlyexit_ssd.pipeline.rivals import build_rivals, check_rivals
 from earlyexit_ssd.report.pictures import Example, choose_examples, detection_grid
 from earlyexit_ssd.report.results import write_results
 from earlyexit_ssd.routing import ExitRouter
-from earlyexit_ssd.routing.certificate import load_certificate
+from earlyexit_ssd.routing.certificate import Certificate
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,8 @@ def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str |
     dataset = load_dataset(cfg, cfg.DATA.TEST)
     ground_truth = to_coco(dataset)
     loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, train=False, seed=cfg.SEED)
-    router = _router(cfg, model, dataset, info).to(device)
+    certificate, router = _router(cfg, model, dataset, info)
+    router = router.to(device)
     rivals = build_rivals(cfg, model, architecture, device)
     collected = collect(model.to(device), loader, router)
     if cfg.EVAL.RIVALS.ENABLED and not router.hybrid:  # a hybrid's exits have the full path's boxes
@@ -74,30 +75,24 @@ def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str |
         rivals=rivals,
     )
     metrics["context"]["weights_sha256"] = sha256(weights)
+    chosen = choose_exits(collected.confidences, router.thresholds.tolist()).tolist()
+    if certificate is not None:
+        metrics["drift"] = drift_of(certificate, collected, chosen)
     pictures = {}
     if cfg.EVAL.PICTURES:
-        chosen = choose_exits(collected.confidences, router.thresholds.tolist()).tolist()
         pictures["detections"] = _detection_picture(cfg, model, dataset, collected, chosen)
     write_results(Path(out_dir), metrics, pictures)
     return metrics
 
 
-def _router(cfg: CfgNode, model: EarlyExitSSDLite, dataset: DetectionDataset, info: dict[str, Any]) -> ExitRouter:
-    """The certificate's where there is one, for photos that it was not calibrated on; else the configuration's."""
-    if not cfg.ROUTING.CERTIFICATE:
-        return build_router(cfg, {"num_exits": model.num_early_exits, **(info.get("router") or {})})
-    certificate = load_certificate(cfg.ROUTING.CERTIFICATE)
-    router = certificate.router_for(model)
-    certificate.require_unseen(photo_hashes(dataset))
-    if (certificate.target["score"], certificate.target["iou"]) != (cfg.EVAL.SCORE, cfg.EVAL.IOU):
-        logger.warning(
-            "the certificate speaks of score %g and IoU %g, EVAL has %g and %g",
-            certificate.target["score"],
-            certificate.target["iou"],
-            cfg.EVAL.SCORE,
-            cfg.EVAL.IOU,
-        )
-    return router
+def _router(
+    cfg: CfgNode, model: EarlyExitSSDLite, dataset: DetectionDataset, info: dict[str, Any]
+) -> tuple[Certificate | None, ExitRouter]:
+    """The certificate and its router where there is one, for photos that it was not calibrated on; else the
+    configuration's."""
+    if cfg.ROUTING.CERTIFICATE:
+        return open_certificate(cfg, model, dataset)
+    return None, build_router(cfg, {"num_exits": model.num_early_exits, **(info.get("router") or {})})
 
 
 def _warn_of_differences(cfg: CfgNode, architecture: Architecture) -> None:

@@ -124,8 +124,13 @@ def open_recorded(cfg: CfgNode, weights: str | os.PathLike[str], out: Path) -> R
     """What can be missing is found here, before the network runs: runtime, weights, photos, room for results.
 
     Raises:
-        EarlyExitError: unusable weights, data or settings, or splits that share photos.
+        EarlyExitError: unusable weights, data or settings, a certificate, or splits that share photos.
     """
+    if cfg.ROUTING.CERTIFICATE:
+        raise ConfigError(
+            f"ROUTING.CERTIFICATE is {cfg.ROUTING.CERTIFICATE}: only tools/eval_exits.py goes by a certificate, here "
+            "routing is found anew; leave it out, or give ROUTING.CERTIFICATE ''"
+        )
     make_folder(out)
     device = build_device(cfg)
     check_rivals(cfg, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -16,10 +17,12 @@ from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import write_json
 from earlyexit_ssd.modeling.checkpoint import weights_hash
+from earlyexit_ssd.modeling.fused import is_fused
 from earlyexit_ssd.routing.drift_reference import Reference
 from earlyexit_ssd.routing.router import ExitRouter
 
 FORMAT = "earlyexit_ssd certificate/1"
+CHECKSUM = "content_sha256"
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,13 @@ class Certificate:
         """The router, for the weights that it was calibrated with.
 
         Raises:
-            EarlyExitError: the model has other weights.
+            EarlyExitError: the model has other weights, those of a fused model among them.
         """
+        if is_fused(model):
+            raise EarlyExitError(
+                "the model is fused for inference, so its weights are not the certificate's; give it the certificate's "
+                "router first, then fuse it (the router goes along)"
+            )
         if weights_hash(model) != self.weights_sha256:
             raise EarlyExitError(
                 f"the certificate is for weights {self.weights_sha256[:12]}, the model has {weights_hash(model)[:12]}; "
@@ -99,14 +107,15 @@ class Certificate:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file."""
-        write_json(path, {"format": FORMAT, **dataclasses.asdict(self)})
+        content = {"format": FORMAT, **dataclasses.asdict(self)}
+        write_json(path, {**content, CHECKSUM: _checksum(content)})
 
 
 def load_certificate(path: str | os.PathLike[str]) -> Certificate:
     """Read a certificate.
 
     Raises:
-        EarlyExitError: no such file, or not a certificate.
+        EarlyExitError: no such file, not a certificate, or one that was edited by hand.
     """
     advice = "write one with tools/calibrate.py"
     try:
@@ -117,6 +126,7 @@ def load_certificate(path: str | os.PathLike[str]) -> Certificate:
         raise EarlyExitError(f"{path}: not JSON ({error}); {advice}") from None
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise EarlyExitError(f"{path}: expected a certificate of format {FORMAT!r}; {advice}")
+    checksum = content.pop(CHECKSUM, None)
     names = {field.name for field in dataclasses.fields(Certificate)}
     if names != set(content):
         wrong = sorted(names ^ set(content))[0]
@@ -125,4 +135,13 @@ def load_certificate(path: str | os.PathLike[str]) -> Certificate:
     for name in sorted(names):
         if not isinstance(content[name], types.get(name, dict)):
             raise EarlyExitError(f"{path}: '{name}' is {content[name]!r:.40}, no certificate has that; {advice}")
+    if checksum != _checksum({"format": FORMAT, **content}):
+        raise EarlyExitError(
+            f"{path}: the content does not fit its '{CHECKSUM}', so it is not what a calibration found; {advice}"
+        )
     return Certificate(**{**content, "photos_sha256": tuple(content["photos_sha256"])})
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """SHA-256 of the content as it comes back from JSON."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode()).hexdigest()

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from earlyexit_ssd import ExitRouter
+from earlyexit_ssd import ExitRouter, fuse_for_inference
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.checkpoint import weights_hash
 from earlyexit_ssd.routing.certificate import Certificate, load_certificate
@@ -49,6 +49,28 @@ def test_routes_the_model_that_it_was_made_for(certificate, model):
         next(model.branches.parameters()).view(-1)[0] += 1e-3
     with pytest.raises(EarlyExitError, match="the certificate is for weights .*calibrate again"):
         certificate.router_for(model)
+
+
+def test_a_fused_model_takes_the_router_before_it_is_fused(certificate, model):
+    with pytest.raises(EarlyExitError, match="give it the certificate's router first, then fuse it"):
+        certificate.router_for(fuse_for_inference(model))
+    model.router = certificate.router_for(model)
+    assert fuse_for_inference(model).router.policy == "entropy"
+
+
+@pytest.mark.parametrize("key", ["photos_sha256", "router", "content_sha256"])
+def test_what_was_edited_by_hand_promises_nothing(certificate, tmp_path, key):
+    path = tmp_path / "certificate.json"
+    certificate.save(path)
+    content = json.loads(path.read_text())
+    content["router"]["thresholds"] = [0.0, 0.0] if key == "router" else content["router"]["thresholds"]
+    if key == "photos_sha256":
+        content[key] = []
+    if key == "content_sha256":
+        del content[key]
+    path.write_text(json.dumps(content))
+    with pytest.raises(EarlyExitError, match="does not fit its 'content_sha256', so it is not what a calibration"):
+        load_certificate(path)
 
 
 def test_refuses_photos_of_the_calibration(certificate):

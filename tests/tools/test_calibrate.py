@@ -39,7 +39,11 @@ def test_certificate_is_used_and_refuses_what_it_must(trained, capsys):
     metrics = json.loads((root / "results" / "metrics.json").read_text())
     assert metrics["routed"]["thresholds"] == certificate.router["thresholds"]
     assert metrics["routed"]["exit_share"]["exit8"] == 1.0
+    assert metrics["drift"]["shares"]["exit8"] == metrics["drift"]["calibration_shares"]["exit8"] == 1.0
     capsys.readouterr()
+    again = ["--out", str(out), "--ap-drop", "1.0", *use]
+    assert calibrate.main([*arguments, *again]) == 2
+    assert "only tools/eval_exits.py goes by a certificate" in capsys.readouterr().err
     seen = [*use, "DATA.TEST", "[synthetic_chairs_calib]", "DATA.CALIB", "[synthetic_chairs_test]"]
     assert eval_exits.main([*arguments, "--out", str(root / "results"), *seen]) == 2
     assert "is in the certificate's calibration list" in capsys.readouterr().err

@@ -1,0 +1,71 @@
+"""Evaluation with a certificate: what it refuses, and whether the photos still look like its own."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from earlyexit_ssd.data import DetectionDataset
+from earlyexit_ssd.data.disjoint import photo_hashes
+from earlyexit_ssd.errors import ConfigError
+from earlyexit_ssd.evaluation.collect import Collected
+from earlyexit_ssd.routing import DriftMonitor, ExitRouter
+from earlyexit_ssd.routing.certificate import Certificate, load_certificate
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 200
+"""Photos that are compared with those of calibration at a time; all of them where there are fewer."""
+
+
+def open_certificate(cfg: CfgNode, model: nn.Module, dataset: DetectionDataset) -> tuple[Certificate, ExitRouter]:
+    """The certificate of ROUTING.CERTIFICATE and its router.
+
+    Raises:
+        EarlyExitError: it is for other weights, it was calibrated on one of these photos, or it bounds a risk at
+            another EVAL.SCORE or EVAL.IOU.
+    """
+    certificate = load_certificate(cfg.ROUTING.CERTIFICATE)
+    router = certificate.router_for(model)
+    certificate.require_unseen(photo_hashes(dataset))
+    _check_operating_point(cfg, certificate)
+    return certificate, router
+
+
+def _check_operating_point(cfg: CfgNode, certificate: Certificate) -> None:
+    """A risk is counted at a score and an IoU and holds there only."""
+    score, iou = certificate.target["score"], certificate.target["iou"]
+    if (score, iou) == (cfg.EVAL.SCORE, cfg.EVAL.IOU):
+        return
+    text = (
+        f"{cfg.ROUTING.CERTIFICATE}: the certificate speaks of score {score:g} and IoU {iou:g}, "
+        f"EVAL has {cfg.EVAL.SCORE:g} and {cfg.EVAL.IOU:g}"
+    )
+    if certificate.target["kind"] == "risk":
+        raise ConfigError(f"{text}; set EVAL.SCORE and EVAL.IOU to the certificate's, or calibrate again")
+    logger.warning(text)
+
+
+def drift_of(certificate: Certificate, collected: Collected, chosen: list[int]) -> dict[str, Any]:
+    """Whether the photos look like those of calibration; warnings are logged too.
+
+    Args:
+        chosen: the exit of every photo, in the order of ``collected``.
+
+    Returns:
+        ``window`` (photos compared at a time), ``warnings`` (one line per cause, of all checks) and the last
+        ``shares`` of the exits beside ``calibration_shares``.
+    """
+    monitor = DriftMonitor(certificate.drift_reference(), min(WINDOW, max(1, len(chosen))))
+    confidences = [float(collected.confidences[exit_index][photo]) for photo, exit_index in enumerate(chosen)]
+    warnings = monitor.update(chosen, confidences)
+    status = monitor.status()
+    return {
+        "window": monitor.window,
+        "warnings": warnings,
+        "shares": status["shares"],
+        "calibration_shares": status["calibration_shares"],
+    }
