@@ -14,6 +14,7 @@ from earlyexit_ssd.evaluation.choices import ExitMatches, ap_of_choice, bootstra
 COIN_TOSSES = 20
 BOOTSTRAP_TOSSES = 5
 """Of the coin in every resample; photos, not tosses, are what an interval is about."""
+ORACLE_BUDGETS = 8
 
 
 @dataclass(frozen=True)
@@ -81,28 +82,36 @@ def oracle_choice(errors: np.ndarray, costs: np.ndarray, budget: float) -> np.nd
 
 
 def oracle_over_exits(
-    errors: np.ndarray, costs_with: Callable[[Sequence[float]], np.ndarray], budget: float
+    errors: np.ndarray,
+    costs_with: Callable[[Sequence[float]], np.ndarray],
+    budget: float,
+    value: Callable[[np.ndarray], float | None],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Exits [n] and their costs [exits] of least error over all sets of open exits, since a closed one makes the deeper
-    ones cheaper.
+    """Exits [n] and their costs [exits]: of the choices of least error, at `ORACLE_BUDGETS` mean costs up to
+    ``budget`` and for every set of open exits (a closed one makes the deeper ones cheaper), the one of most ``value``.
+
+    The least mean error of the photos is not always the most AP, and an oracle need not spend all that it may; so it
+    is at least as good as any exit alone that costs no more.
 
     Args:
         errors: [n, exits].
         costs_with: thresholds (0, or `CLOSED`) of the early exits to the costs [exits].
         budget: of the mean cost.
+        value: exits [n] to what counts, such as AP50.
     """
-    best = None
+    best, most = None, (-np.inf, -np.inf)
     budget *= 1 + 1e-9  # a mean over photos that all cost the budget rounds
     for flags in itertools.product((True, False), repeat=errors.shape[1] - 1):
         costs = costs_with([0.0 if flag else CLOSED for flag in flags])
         usable = np.flatnonzero([*flags, True])
         if costs[usable[0]] > budget:
             continue
-        choice = usable[oracle_choice(errors[:, usable], costs[usable], budget)]
-        error = errors[np.arange(len(errors)), choice].mean()
-        if best is None or error < best[0]:
-            best = (error, choice, costs)
-    return best[1:]
+        for level in np.linspace(costs[usable[0]], budget, ORACLE_BUDGETS):
+            choice = usable[oracle_choice(errors[:, usable], costs[usable], level)]
+            worth = (value(choice) or 0.0, -costs[choice].mean())
+            if worth > most:
+                best, most = (choice, costs), worth
+    return best
 
 
 def gap_closed(router: Line, chance: Line, oracle: Line) -> float | None:

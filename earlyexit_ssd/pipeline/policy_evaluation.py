@@ -117,7 +117,12 @@ def _lines(splits: Splits, split: Replay, confidences: list[np.ndarray], thresho
     costs = splits.costs.per_exit(thresholds)
     choice = choose(confidences, thresholds).astype(np.int64)
     router = line_of(split.matches, choice, costs)
-    oracle_exits, oracle_costs = oracle_over_exits(split.errors, splits.costs.per_exit, router.cost)
+    oracle_exits, oracle_costs = oracle_over_exits(
+        split.errors,
+        splits.costs.per_exit,
+        router.cost,
+        lambda exits: ap_of_choice(split.matches, exits, ap50_only=True).AP50,
+    )
     return _Lines(
         choice,
         router,

@@ -70,10 +70,22 @@ def test_oracle_closes_exits_that_cost_more_than_they_give():
     def costs_with(thresholds):
         return np.array([1.0, 2.0, 4.0]) + (thresholds[0] < CLOSED) * np.array([0.0, 1.0, 1.0])
 
-    choice, costs = oracle_over_exits(errors, costs_with, 3.0)
+    def rightness(choice):
+        return 1 - errors[[0, 1], choice].mean()
+
+    choice, costs = oracle_over_exits(errors, costs_with, 3.0, rightness)
     assert choice.tolist() == [2, 1] and costs.tolist() == [1.0, 2.0, 4.0]
-    choice, costs = oracle_over_exits(errors, costs_with, 1.0)
+    choice, costs = oracle_over_exits(errors, costs_with, 1.0, rightness)
     assert choice.tolist() == [0, 0] and costs.tolist() == [1.0, 3.0, 5.0]
+
+
+def test_oracle_need_not_spend_what_it_may():
+    """Least error would send photo 0 deep; what counts here is that nobody goes deep."""
+    errors = np.array([[0.1, 0.0], [0.0, 0.5]])
+    choice, _ = oracle_over_exits(errors, lambda _: np.array([1.0, 2.0]), 2.0, lambda exits: float((exits == 0).sum()))
+    assert choice.tolist() == [0, 0]
+    choice, _ = oracle_over_exits(errors, lambda _: np.array([1.0, 2.0]), 2.0, lambda exits: None)  # nothing to find
+    assert choice.tolist() == [0, 0]  # the cheapest
 
 
 def test_gap_in_draws_of_the_photos(random_case):
