@@ -169,8 +169,8 @@ def _warn_closed(target: Target, found: Certified, photos: int) -> None:
     needed = found.photos_needed
     if found.passed:
         advice = "what passed costs more than the full path alone: another policy, cheaper branches or a larger risk"
-    elif needed and needed > photos:
-        advice = f"{needed} calibration photos like these would do"
+    elif needed:
+        advice = f"{max(needed, photos + 1)} calibration photos like these would do"
     else:
         advice = "the exits are not good enough for it: allow a larger risk, or train them longer"
     logger.warning(

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.outputs import ExitSignals
 from earlyexit_ssd.routing import POLICIES, ExitRouter, get_policy
-from earlyexit_ssd.routing.policies import below, largest_of, looked_at, register_policy
+from earlyexit_ssd.routing.learned_gain import GainModel, to_plain
+from earlyexit_ssd.routing.policies import FITTED_POLICIES, below, largest_of, looked_at, register_policy
 
 # Two images, two default boxes, background and two classes; probabilities by softmax of logs.
 PROBABILITIES = torch.tensor([[[0.9, 0.05, 0.05], [0.5, 0.4, 0.1]], [[0.2, 0.7, 0.1], [0.98, 0.01, 0.01]]])
@@ -139,17 +140,21 @@ def test_largest_of_any_number_of_classes(classes):
 
 
 @pytest.mark.parametrize("outputs", [8, 81])
-@pytest.mark.parametrize("name", sorted(POLICIES))
+@pytest.mark.parametrize("name", [*sorted(POLICIES), *sorted(FITTED_POLICIES)])
 def test_quick_enough(name, outputs):
     """The limit is 0.3 ms per image on one thread; ten times that here, since the machine may be busy."""
-    logits, threads = torch.randn(4, 3234, outputs), torch.get_num_threads()
-    router = ExitRouter(2, policy=name, temperatures=1.5)
+    logits, tap, threads = torch.randn(4, 3234, outputs), torch.randn(4, 160), torch.get_num_threads()
+    fitted = {
+        "learned_gain": [to_plain(GainModel(80))] * 2,
+        "foreseen_emptiness": [{"weight": [0.1] * 161, "bias": 0.0}] * 2,
+    }
+    router = ExitRouter(2, policy=name, temperatures=1.5, parameters=fitted.get(name))
     torch.set_num_threads(1)
     try:
         times = []
         for _ in range(5):
             start = time.perf_counter()
-            router.confidence(ExitSignals(logits, logits), 1)
+            router.confidence(ExitSignals(logits, logits, tap), 1)
             times.append((time.perf_counter() - start) / len(logits))
     finally:
         torch.set_num_threads(threads)
