@@ -51,28 +51,27 @@ def evaluate_policy(splits: Splits, calib: list[np.ndarray], test: list[np.ndarr
     closed = splits.costs.per_exit([CLOSED] * len(calib))  # above its cost there is nothing to route for
     mean_costs = grid.mean_cost(splits.costs.of_each(grid.thresholds))
     ap50 = splits.calib.ap50_of(grid.choices, f"thresholds of {name}")
-    budgets, leads, resampled, calib_leads = [], [], [], []
+    budgets, lines_of_test, lines_of_calib = [], [], []
     for budget in even_budgets(costs[0], closed[-1]):
         thresholds = grid.thresholds[cheapest_within(mean_costs, -ap50, budget)]
         lines = _lines(splits, splits.test, test, thresholds)
         budgets.append({"budget": budget, **_at_thresholds(splits, lines, thresholds)})
-        leads.append(lines.leads)
-        resampled.append(resampled_leads(splits.test.matches, lines.choice, lines.oracle_exits, seed=splits.seed))
-        calib_leads.append(_lines(splits, splits.calib, calib, thresholds).leads)
+        lines_of_test.append(lines)
+        lines_of_calib.append(_lines(splits, splits.calib, calib, thresholds))
     gaps = [entry["gap_closed"] for entry in budgets]
     return {
         "budgets": budgets,
         "gap_closed": None if None in gaps else float(np.mean(gaps)),
-        "pooled_gap": _number(pooled_gap(leads)),
-        "pooled_gap_interval": interval(pooled_gap(resampled)),
-        "calib_pooled_gap": _number(pooled_gap(calib_leads)),
+        "pooled_gap": _pooled(splits, lines_of_test, "oracle"),
+        "pooled_gap_of_best_oracle": _pooled(splits, lines_of_test, "best_oracle"),
+        "calib_pooled_gap": _number(pooled_gap([lines.leads("best_oracle") for lines in lines_of_calib])),
         "msdnet": [_at_shares(splits, calib, test, msdnet_shares(len(costs), q)) for q in MSDNET_Q],
         "leak": _leak(splits, calib, test, budgets),
     }
 
 
 def add_intervals(splits: Splits, test: list[np.ndarray], found: dict[str, Any]) -> None:
-    """Put bootstrap intervals of AP and AP50 into ``found``: router, one toss of the coin, and oracle at every budget.
+    """Put bootstrap intervals of AP and AP50 into ``found``: router, one toss of the coin, oracles at every budget.
 
     Args:
         test: the policy's confidences on the test photos.
@@ -81,8 +80,10 @@ def add_intervals(splits: Splits, test: list[np.ndarray], found: dict[str, Any])
     for entry in progress(found["budgets"], desc="intervals"):
         lines = _lines(splits, splits.test, test, entry["thresholds"])
         one_toss = tosses(lines.choice, 1, splits.seed)[0]
-        for line, choice in ((entry, lines.choice), (entry["coin"], one_toss), (entry["oracle"], lines.oracle_exits)):
+        for line, choice in ((entry, lines.choice), (entry["coin"], one_toss)):
             line.update(ap_intervals(splits, choice))
+        for name, (choice, _) in lines.oracles.items():
+            entry[name].update(ap_intervals(splits, choice))
 
 
 def ap_intervals(splits: Splits, choice: np.ndarray) -> dict[str, tuple[float, float] | None]:
@@ -96,40 +97,47 @@ def ap_intervals(splits: Splits, choice: np.ndarray) -> dict[str, tuple[float, f
 
 @dataclass(frozen=True)
 class _Lines:
-    """A router on a split, and a coin and an oracle at its cost; ``choice`` and ``oracle_exits`` [n]."""
+    """A router on a split, and a coin and oracles at its cost.
+
+    choice: the router's exits, [n].
+    oracles: ``oracle``, of least error, and ``best_oracle``, of most AP50 among such: exits [n] and line of each.
+    """
 
     choice: np.ndarray
     router: Line
     chance: Line
-    oracle_exits: np.ndarray
-    oracle: Line
+    oracles: dict[str, tuple[np.ndarray, Line]]
 
-    @property
-    def leads(self) -> tuple[float, float]:
-        """Of router and oracle over the coin, in AP50; NaN without an object."""
-        router, chance, oracle = (
-            np.nan if line.AP50 is None else line.AP50 for line in (self.router, self.chance, self.oracle)
-        )
-        return router - chance, oracle - chance
+    def leads(self, oracle: str) -> tuple[float, float]:
+        """Of the router and one of the oracles over the coin, in AP50; NaN without an object."""
+        lines = (self.router, self.chance, self.oracles[oracle][1])
+        router, chance, best = (np.nan if line.AP50 is None else line.AP50 for line in lines)
+        return router - chance, best - chance
 
 
 def _lines(splits: Splits, split: Replay, confidences: list[np.ndarray], thresholds: Sequence[float]) -> _Lines:
     costs = splits.costs.per_exit(thresholds)
     choice = choose(confidences, thresholds).astype(np.int64)
     router = line_of(split.matches, choice, costs)
-    oracle_exits, oracle_costs = oracle_over_exits(
-        split.errors,
-        splits.costs.per_exit,
-        router.cost,
-        lambda exits: ap_of_choice(split.matches, exits, ap50_only=True).AP50,
-    )
-    return _Lines(
-        choice,
-        router,
-        coin(split.matches, choice, costs, splits.seed),
-        oracle_exits,
-        line_of(split.matches, oracle_exits, oracle_costs),
-    )
+    rows = np.arange(len(choice))
+    values = {
+        "oracle": lambda exits: 1 - split.errors[rows, exits].mean(),
+        "best_oracle": lambda exits: ap_of_choice(split.matches, exits, ap50_only=True).AP50,
+    }
+    oracles = {}
+    for name, value in values.items():
+        exits, exit_costs = oracle_over_exits(split.errors, splits.costs.per_exit, router.cost, value)
+        oracles[name] = exits, line_of(split.matches, exits, exit_costs)
+    return _Lines(choice, router, coin(split.matches, choice, costs, splits.seed), oracles)
+
+
+def _pooled(splits: Splits, lines: Sequence[_Lines], oracle: str) -> dict[str, Any]:
+    """The pooled gap of all budgets and its bootstrap interval."""
+    resampled = [
+        resampled_leads(splits.test.matches, one.choice, one.oracles[oracle][0], seed=splits.seed) for one in lines
+    ]
+    value = _number(pooled_gap([one.leads(oracle) for one in lines]))
+    return {"value": value, "interval": None if value is None else interval(pooled_gap(resampled))}
 
 
 def _at_thresholds(splits: Splits, lines: _Lines, thresholds: np.ndarray) -> dict[str, Any]:
@@ -144,8 +152,8 @@ def _at_thresholds(splits: Splits, lines: _Lines, thresholds: np.ndarray) -> dic
         "AP50_interval": interval(values[0]),
         "AP50_below_full_interval": interval(values[1] - values[0]),
         "coin": asdict(lines.chance),
-        "oracle": asdict(lines.oracle),
-        "gap_closed": gap_closed(lines.router, lines.chance, lines.oracle),
+        **{name: asdict(line) for name, (_, line) in lines.oracles.items()},
+        "gap_closed": gap_closed(lines.router, lines.chance, lines.oracles["oracle"][1]),
         "speedup": splits.costs.speedup(choice, thresholds),
         "loss": float(splits.test.losses("full")[np.arange(len(choice)), choice].mean()),
         "exit_share": dict(zip(splits.exit_names, shares.tolist(), strict=True)),

@@ -7,15 +7,20 @@ from typing import Any
 
 from earlyexit_ssd.report.numbers import figure
 
+NAMES = {"best_oracle": "best oracle"}
+
 
 def reference_lines_table(policies: Mapping[str, Any], names: Sequence[str]) -> str:
-    """AP and AP50 with 95 % intervals at every budget: each policy of ``names``, coin and oracle at the first's cost.
+    """AP and AP50 with 95 % intervals at every budget: each policy of ``names``, coin and oracles at the first's cost.
 
     Args:
         policies: of routing.json, by name; those named have intervals.
     """
     first = policies[names[0]]["budgets"]
-    lines = [(names[0], first), *((line, [entry[line] for entry in first]) for line in ("coin", "oracle"))]
+    lines = [
+        (names[0], first),
+        *((line, [entry[line] for entry in first]) for line in ("coin", "oracle", "best_oracle")),
+    ]
     lines += [(name, policies[name]["budgets"]) for name in names[1:]]
     rows = [
         "| " + " | ".join(["line", "figure", *(f"budget {entry['budget']:.1f}" for entry in first)]) + " |",
@@ -23,7 +28,11 @@ def reference_lines_table(policies: Mapping[str, Any], names: Sequence[str]) -> 
     ]
     for name, entries in lines:
         for key in ("AP", "AP50"):
-            rows.append("| " + " | ".join([name, key, *(with_interval(entry, key) for entry in entries)]) + " |")
+            rows.append(
+                "| "
+                + " | ".join([NAMES.get(name, name), key, *(with_interval(entry, key) for entry in entries)])
+                + " |"
+            )
     return "\n".join(rows)
 
 

@@ -46,19 +46,29 @@ def routing_table(results: Mapping[str, Any]) -> str:
         f"{', '.join(context['calib'])} (n {context['calib_photos']}); in brackets the mean cost on the test photos, "
         f"{unit}. On calib: the pooled gap there, which chooses the policy. ms: to score one photo, eager PyTorch.",
         "",
-        _row("policy", [*(f"budget {budget:.1f}" for budget in budgets), "gap closed", "pooled", "on calib", "ms"]),
-        "| " + " | ".join(["---", *["---:"] * (len(budgets) + 4)]) + " |",
+        _row(
+            "policy",
+            [
+                *(f"budget {budget:.1f}" for budget in budgets),
+                "gap closed",
+                "pooled",
+                "of best oracle",
+                "on calib",
+                "ms",
+            ],
+        ),
+        "| " + " | ".join(["---", *["---:"] * (len(budgets) + 5)]) + " |",
     ]
     for name in sorted(policies, key=lambda name: _calib_gap(policies[name]), reverse=True):
         entries = policies[name]["budgets"]
         last = [*_gap_cells(policies[name]), f"{results['scoring_ms'][name]:.2f}"]
         lines.append(_row(name, [*map(_cell, entries), *last]))
     if best in results.get("learnt_thresholds", {}):
-        cells = [*map(_cell, results["learnt_thresholds"][best]), "-", "-", "-", ""]
+        cells = [*map(_cell, results["learnt_thresholds"][best]), "-", "-", "-", "-", ""]
         lines.append(_row(f"{best}, thresholds learnt with a soft exit", cells))
-    for line, gap in (("coin", "0.00"), ("oracle", "1.00")):
-        cells = [_cell(entry[line]) for entry in policies[best]["budgets"]]
-        lines.append(_row(f"{line} at the cost of {best}", [*cells, gap, gap, gap, ""]))
+    for key, name in (("coin", "coin"), ("oracle", "oracle"), ("best_oracle", "best oracle")):
+        cells = [_cell(entry[key]) for entry in policies[best]["budgets"]]
+        lines.append(_row(f"{name} at the cost of {best}", [*cells, *[""] * 5]))
     lines += ["", "| exit alone | cost | AP [95 %] | AP50 [95 %] |", "| --- | ---: | ---: | ---: |"]
     for entry in results["exits"]:
         figures = f"{with_interval(entry, 'AP')} | {with_interval(entry, 'AP50')}"
@@ -102,13 +112,13 @@ def routing_chart(results: Mapping[str, Any]) -> Image.Image:
         for color, (name, found) in zip(COLORS * 3, policies.items(), strict=False):
             points = sorted((entry["cost"], entry["AP50"]) for entry in found["budgets"] if entry["AP50"] is not None)
             axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, linewidth=1.2, label=name)
-        for line, style in (("coin", ":"), ("oracle", "--")):
+        for line, style in (("coin", ":"), ("oracle", "--"), ("best_oracle", "-.")):
             points = sorted(
                 (entry[line]["cost"], entry[line]["AP50"])
                 for entry in policies[best]["budgets"]
                 if entry[line]["AP50"] is not None
             )
-            axes.plot(*zip(*points, strict=True), color=PLAIN, linestyle=style, label=line)
+            axes.plot(*zip(*points, strict=True), color=PLAIN, linestyle=style, label=line.replace("_", " "))
         for entry in results["exits"]:
             if entry["AP50"] is not None:
                 axes.plot(entry["cost"], entry["AP50"], color=PLAIN, marker="s", linestyle="")
@@ -127,11 +137,15 @@ def _row(name: str, cells: list[str]) -> str:
 
 
 def _gap_cells(found: Mapping[str, Any]) -> list[str]:
-    """The mean over the budgets; all budgets pooled, with the bootstrap interval; and pooled on the calib photos."""
-    pooled = _two_digits(found["pooled_gap"])
-    if found["pooled_gap"] is not None and found["pooled_gap_interval"]:  # few photos: no draw may have a gap
-        pooled += " [{:.2f}, {:.2f}]".format(*found["pooled_gap_interval"])
-    return [_two_digits(found["gap_closed"]), pooled, _two_digits(found["calib_pooled_gap"])]
+    """The mean over the budgets; all of them pooled, by either oracle; and pooled on the calib photos."""
+    pooled = [_pooled_cell(found[key]) for key in ("pooled_gap", "pooled_gap_of_best_oracle")]
+    return [_two_digits(found["gap_closed"]), *pooled, _two_digits(found["calib_pooled_gap"])]
+
+
+def _pooled_cell(pooled: Mapping[str, Any]) -> str:
+    """``0.25 [0.10, 0.40]``; of few photos no draw may have a gap."""
+    bounds = pooled["interval"]
+    return _two_digits(pooled["value"]) + (f" [{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else "")
 
 
 def _two_digits(value: float | None) -> str:

@@ -6,7 +6,7 @@ def line(ap, ap50, **more):
 
 
 def test_a_row_per_line_and_figure():
-    entry = line(0.4, 0.6, budget=300.0, coin=line(0.3, 0.5), oracle=line(0.5, 0.7))
+    entry = line(0.4, 0.6, budget=300.0, coin=line(0.3, 0.5), oracle=line(0.5, 0.7), best_oracle=line(0.6, 0.8))
     other = {"budgets": [line(0.2, 0.4, budget=300.0)]}
     table = reference_lines_table({"chosen": {"budgets": [entry]}, "other": other}, ["chosen", "other"])
     assert table.splitlines() == [
@@ -18,6 +18,8 @@ def test_a_row_per_line_and_figure():
         "| coin | AP50 | 0.500 |",
         "| oracle | AP | 0.500 [0.400, 0.600] |",
         "| oracle | AP50 | 0.700 |",
+        "| best oracle | AP | 0.600 [0.500, 0.700] |",
+        "| best oracle | AP50 | 0.800 |",
         "| other | AP | 0.200 [0.100, 0.300] |",
         "| other | AP50 | 0.400 |",
     ]

@@ -2,12 +2,12 @@ from earlyexit_ssd.report.routing import _gap_cells, best_policy
 
 
 def test_gap_with_its_interval_or_without():
-    found = {"gap_closed": 0.5, "pooled_gap": 0.25, "pooled_gap_interval": [0.1, 0.4], "calib_pooled_gap": 0.3}
-    assert _gap_cells(found) == ["0.50", "0.25 [0.10, 0.40]", "0.30"]
-    assert _gap_cells({**found, "pooled_gap_interval": None}) == ["0.50", "0.25", "0.30"]
-    assert _gap_cells({**found, "gap_closed": None}) == ["-", "0.25 [0.10, 0.40]", "0.30"]
-    nothing = {"gap_closed": None, "pooled_gap": None, "pooled_gap_interval": None, "calib_pooled_gap": None}
-    assert _gap_cells(nothing) == ["-", "-", "-"]
+    pooled, best = {"value": 0.25, "interval": [0.1, 0.4]}, {"value": 0.2, "interval": None}
+    found = {"gap_closed": 0.5, "pooled_gap": pooled, "pooled_gap_of_best_oracle": best, "calib_pooled_gap": 0.3}
+    assert _gap_cells(found) == ["0.50", "0.25 [0.10, 0.40]", "0.20", "0.30"]
+    nothing = {"value": None, "interval": None}
+    found = {"gap_closed": None, "pooled_gap": nothing, "pooled_gap_of_best_oracle": nothing, "calib_pooled_gap": None}
+    assert _gap_cells(found) == ["-", "-", "-", "-"]
 
 
 def test_the_test_split_does_not_choose_the_policy():
