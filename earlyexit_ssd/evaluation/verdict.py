@@ -147,6 +147,31 @@ def no_static_net_is_better(metrics: Metrics) -> list[Finding]:
     return [Finding(f"no static net is better than routing; the nearest: {_comparison(nearest, routed)}")]
 
 
+def rivals_were_evaluated(metrics: Metrics) -> list[Finding]:
+    """Without rivals nobody knows whether a smaller net is the better choice; no veto, but said."""
+    if metrics.get("rivals") or len(metrics["exits"]) < 2:
+        return []
+    return [Finding("no static net was evaluated beside it (EVAL.RIVALS): a smaller one may be the better choice")]
+
+
+def full_path_is_worth_having(metrics: Metrics) -> list[Finding]:
+    """A rival that beats the detector without exits too: then the exits are not what to look at first; no veto."""
+    full, plain = metrics["exits"][-1], metrics["without_exits"]
+    better = [
+        one
+        for one in metrics.get("rivals", [])
+        if None not in (one["AP50"], full["AP50"])
+        and one["runtime"] == runtime_of(metrics)
+        and one["AP50"] > full["AP50"] + AP50_TOLERANCE
+        and one["ms_interval"][1] < plain["ms"]
+    ]
+    if not better:
+        return []
+    best = max(better, key=lambda one: one["AP50"])
+    against = f"AP50 {best['AP50']:.3f} against {full['AP50']:.3f}, in {best['ms']:.1f} ms against {plain['ms']:.1f}"
+    return [Finding(f"{best['name']} is better than the detector without exits ({against}): look at it first")]
+
+
 def rivals_share_the_runtime(metrics: Metrics) -> list[Finding]:
     """Milliseconds of two runtimes say nothing about two networks."""
     others = [one["name"] for one in metrics.get("rivals", []) if one["runtime"] != runtime_of(metrics)]
@@ -163,6 +188,8 @@ RULES: tuple[Rule, ...] = (
     routing_uses_exits,
     routing_is_faster,
     routing_keeps_accuracy,
+    rivals_were_evaluated,
+    full_path_is_worth_having,
     no_static_net_is_better,
     rivals_share_the_runtime,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -82,6 +83,14 @@ def plan_class_change(source: Sequence[str], wanted: Sequence[str]) -> ClassChan
     kept = sum(row is not None for row in rows)
     named = sum(name != "N/A" for name in source)
     return ClassChange(tuple(wanted), rows, named - kept)
+
+
+def cut_head(head: FoldedClassificationHead) -> SSDScoringHead:
+    """A head of background and the wanted rows alone: cheaper, but the scores rise a little (see `slice_rows`)."""
+    cut = SSDScoringHead(copy.deepcopy(head.module_list), head.num_columns)
+    rows = tuple(head.wanted.tolist())
+    slice_rows(cut, ClassChange(tuple(map(str, rows)), rows, len(head.others) - 1))
+    return cut
 
 
 @torch.no_grad()

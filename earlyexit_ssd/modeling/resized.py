@@ -13,10 +13,14 @@ from torchvision.models.detection.ssd import SSD
 
 from earlyexit_ssd.modeling.architecture import Architecture
 from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
+from earlyexit_ssd.modeling.folding import FoldedClassificationHead, cut_head
 
 
-def resize_detector(model: EarlyExitSSDLite, architecture: Architecture, size: int) -> SSD:
+def resize_detector(model: EarlyExitSSDLite, architecture: Architecture, size: int, *, cut: bool = False) -> SSD:
     """The full path's weights at an input side of ``size`` pixels; in eval mode, on the model's device.
+
+    With ``cut`` a folded classification head (``MODEL.FOLD exact``) keeps the rows of the model's classes alone, which
+    takes no training: the cheapest detector without exits that these weights make.
 
     The default boxes keep their places and sides in pixels. torchvision's are shares of the input, but a convolution
     has learnt how an object of so many pixels looks: with boxes that shrink along, everything is found too small.
@@ -24,8 +28,15 @@ def resize_detector(model: EarlyExitSSDLite, architecture: Architecture, size: i
     detector = dataclasses.replace(architecture, image_size=size).build_detector()
     state = {key: value for key, value in model.state_dict().items() if key.startswith(("backbone.", "head."))}
     detector.load_state_dict(state)
+    if cut:
+        detector.head.classification_head = cut_head(detector.head.classification_head)
     detector.anchor_generator = PixelBoxes(detector.anchor_generator, model.grids, architecture.image_size, size)
     return detector.to(next(model.parameters()).device).eval()
+
+
+def is_folded(model: EarlyExitSSDLite) -> bool:
+    """Whether the full path's classification head has rows of classes that the model does not report."""
+    return isinstance(model.head.classification_head, FoldedClassificationHead)
 
 
 class PixelBoxes(nn.Module):

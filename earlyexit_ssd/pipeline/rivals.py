@@ -16,7 +16,7 @@ from earlyexit_ssd.evaluation.rivals import ONNX, PLAIN, SINGLE_EXIT, Rival
 from earlyexit_ssd.evaluation.runtime import EAGER, deploy_package
 from earlyexit_ssd.evaluation.wanted_classes import WantedClasses
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, PathToExit, load_model
-from earlyexit_ssd.modeling.resized import resize_detector
+from earlyexit_ssd.modeling.resized import is_folded, resize_detector
 from earlyexit_ssd.routing import ExitRouter
 
 SHARES = (0.8, 0.7, 0.6)
@@ -62,7 +62,11 @@ def build_rivals(
         return []
     classes, own_size = architecture.classes, architecture.image_size
     sizes = [size for size in dict.fromkeys(rivals.SIZES or smaller_sizes(own_size)) if size != own_size]
-    detectors = {f"plain {size}": resize_detector(model.to(device), architecture, size) for size in sizes}
+    model = model.to(device)
+    detectors = {f"plain {size}": resize_detector(model, architecture, size) for size in sizes}
+    if is_folded(model):
+        cut = {f"plain {size}, cut head": size for size in (own_size, *sizes)}
+        detectors |= {name: resize_detector(model, architecture, size, cut=True) for name, size in cut.items()}
     return [
         *(_plain(name, detector, classes, classes, None) for name, detector in detectors.items()),
         *(_full_path(path, classes, device) for path in rivals.FULL_PATHS),

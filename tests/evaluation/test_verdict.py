@@ -39,6 +39,7 @@ def test_good_exits_ship():
         "exit8: AP50 0.550 is above 0.35: worth it",
         "routing is faster (29.5 ms routed against 40.0 ms without exits, 1.36x)",
         "routing keeps the accuracy (AP50 0.700 routed against 0.720)",
+        "no static net was evaluated beside it (EVAL.RIVALS): a smaller one may be the better choice",
     ]
 
 
@@ -203,12 +204,29 @@ def test_milliseconds_of_two_runtimes_are_not_compared():
         "yolox: timed in ONNX Runtime, the exits in eager PyTorch, so their ms are not compared;"
         " set EVAL.RUNTIME to onnxruntime"
     )
-    assert judge(with_rivals(foreign)).lines[:-1] == judge(GOOD).lines
+    assert judge(with_rivals(foreign)).lines[:-1] == judge(GOOD).lines[:-1]  # rivals there were
     assert not judge(with_rivals(foreign, runtime="onnxruntime")).ship
 
 
 def test_without_rivals_nothing_changes():
     assert judge(with_rivals()) == judge(GOOD)
+
+
+@pytest.mark.parametrize(
+    ("one", "named"),
+    [
+        (rival("yolox", 0.726, 38.0), True),  # the detector without exits has 0.72 in 40 ms
+        (rival("yolox", 0.725, 38.0), False),  # half a point is a tie
+        (rival("yolox", 0.80, 39.0), False),  # as fast within its interval
+        (rival("yolox", 0.80, 30.0, runtime="onnxruntime"), False),
+        (rival("yolox", None, 30.0), False),
+    ],
+)
+def test_a_rival_of_the_detector_without_exits_is_named(one, named):
+    verdict = judge(with_rivals(SMALLER, one))
+    line = "yolox is better than the detector without exits (AP50 0.726 against 0.720, in 38.0 ms against 40.0)"
+    assert any(line in found for found in verdict.lines) is named
+    assert verdict.ship
 
 
 def test_rivals_of_a_routed_detector_that_finds_nothing():

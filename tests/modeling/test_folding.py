@@ -3,7 +3,13 @@ import torch
 from torchvision.models.detection.ssdlite import SSDLiteClassificationHead
 
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.modeling.folding import FoldedClassificationHead, num_outputs, plan_class_change, slice_rows
+from earlyexit_ssd.modeling.folding import (
+    FoldedClassificationHead,
+    cut_head,
+    num_outputs,
+    plan_class_change,
+    slice_rows,
+)
 from earlyexit_ssd.modeling.ssdlite import norm_layer
 
 SOURCE = ("person", "N/A", "chair", "couch")
@@ -29,6 +35,16 @@ def test_folded_probabilities_are_the_ones_of_before():
 def test_folded_head_keeps_the_names():
     head = make_head()
     assert list(FoldedClassificationHead(head, [3]).state_dict()) == list(head.state_dict())
+
+
+def test_a_folded_head_is_cut_and_left_alone():
+    folded = FoldedClassificationHead(make_head(), [3, 1])
+    before = {key: value.clone() for key, value in folded.state_dict().items()}
+    whole = super(FoldedClassificationHead, folded).forward(MAPS)
+    cut = cut_head(folded)
+    assert num_outputs(cut) == 3
+    assert torch.allclose(cut(MAPS), whole[..., [0, 3, 1]], atol=1e-6)
+    assert all(value.equal(before[key]) for key, value in folded.state_dict().items())
 
 
 def test_sliced_rows_are_the_ones_of_before():

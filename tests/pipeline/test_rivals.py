@@ -53,6 +53,14 @@ def test_plain_nets_of_the_wanted_sizes():
         assert all(one.found(photos)[0]["boxes"].shape[1] == 4 for one in built)
 
 
+def test_a_folded_head_is_cut_for_the_cheapest_plain_nets():
+    built = rivals("EVAL.RIVALS.SIZES", "[64]", head_outputs=9, folded_rows=(3, 5))
+    assert [one.name for one in built] == ["plain 64", "plain 96, cut head", "plain 64, cut head"]
+    assert built[2].mmacs < built[0].mmacs
+    with torch.no_grad():
+        assert set(built[2].found([torch.rand(3, 50, 70)])[0]["labels"].tolist()) <= {1, 2}
+
+
 def test_the_full_path_of_another_run(file):
     path = file("small_run", image_size=64, classes=("table", "lamp", "chair"))
     built = rivals("EVAL.RIVALS.FULL_PATHS", path, "EVAL.RIVALS.SIZES", "[64]")
