@@ -57,12 +57,13 @@ def evaluate_routing(
     calib, test = recorded.replay("CALIB"), recorded.replay("TEST")
     train = recorded.replay("TRAIN") if set(policies) & set(FITTED_POLICIES) else None
     temperatures = per_exit(fit_temperatures(cfg, model.exit_names, calib), model.exit_names)
+    routers = {name: fit_policy(cfg, name, temperatures, train) for name in policies}
+    # before the evaluation fragments the memory, as no process that serves photos does
+    scoring_ms = {name: _scoring_ms(cfg, router, test) for name, router in routers.items()}
     found: dict[str, Any] = {}
     costs: dict[bool, CostModel] = {}
-    routers: dict[str, ExitRouter] = {}
     splits: dict[str, Splits] = {}
-    for name in policies:
-        router = routers[name] = fit_policy(cfg, name, temperatures, train)
+    for name, router in routers.items():
         if router.compares not in costs:  # who compares with the exit before needs it, closed or not
             costs[router.compares] = measure_cost_model(cfg, model, router)
         splits[name] = Splits(calib, test, costs[router.compares], model.exit_names, cfg.SEED)
@@ -75,7 +76,7 @@ def evaluate_routing(
         "exits": _exits(splits[best]),
         "throughput": _throughput(cfg, model, routers[best], found[best]),
         "overthinking": dict(zip(model.exit_names, overthinking(test.errors), strict=False)),
-        "scoring_ms": {name: _scoring_ms(cfg, router, test) for name, router in routers.items()},
+        "scoring_ms": scoring_ms,
         "policies": found,
         "learnt_thresholds": {best: _with_learnt_thresholds(splits[best], routers[best], cfg.CALIBRATION.REFERENCE)},
     }

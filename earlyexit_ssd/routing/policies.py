@@ -92,8 +92,8 @@ def mean_foreground(logits: Tensor) -> Tensor:
 
     The rule of the project's history. A perfect detector has some 0.7 % foreground, so it is near zero by nature.
     """
-    odds = (logits - logits[..., :1]).clamp_(max=60.0).exp_()  # over all default boxes memory is what costs
-    return 1 - odds.sum(-1).reciprocal().mean(-1)
+    total = (logits - logits[..., :1]).exp_().sum(-1)  # over all default boxes every pass counts; infinity does no harm
+    return 1 - total.reciprocal().mean(-1)
 
 
 @register_policy("max_foreground", FEWER_CANDIDATES)
@@ -108,7 +108,11 @@ def entropy(logits: Tensor) -> Tensor:
 
     BranchyNet's rule (Teerapittayanon et al. 2016, section III-B) with its one answer replaced by many.
     """
-    return (1 - Odds(logits).entropy.mean(-1) / math.log(logits.shape[-1])).clamp(0, 1)
+    differences = _ahead_of_background(logits)
+    odds = differences.exp()
+    total = odds.sum(-1)
+    in_nats = total.log() - differences.mul_(odds).sum(-1) / total
+    return (1 - in_nats.mean(-1) / math.log(logits.shape[-1])).clamp(0, 1)
 
 
 @register_policy("margin", CANDIDATES)
@@ -172,7 +176,7 @@ def largest_of(values: Tensor) -> Tensor:
 
 def below(values: Tensor, largest: Tensor) -> Tensor:
     """``values`` [..., C], none negative, with 0 where they equal ``largest`` [...]; faster than a mask."""
-    return values * (largest[..., None] - values).sign_()
+    return (largest[..., None] - values).sign_().mul_(values)
 
 
 def at_boxes(logits: Tensor, boxes: Tensor) -> Tensor:
@@ -200,8 +204,7 @@ class Odds:
     """
 
     def __init__(self, logits: Tensor) -> None:
-        self._differences = (logits - logits[..., :1]).clamp_(max=60.0)
-        self.odds = self._differences.exp()
+        self.odds = _ahead_of_background(logits).exp_()  # in place: fresh memory costs more than arithmetic
         self.total = self.odds.sum(-1)
 
     @property
@@ -214,7 +217,7 @@ class Odds:
         """The largest probability of any class but background, [N, A]."""
         return largest_of(self.odds[..., 1:]) / self.total
 
-    @property
-    def entropy(self) -> Tensor:
-        """Of the class probabilities, in nats, [N, A]."""
-        return self.total.log() - (self.odds * self._differences).sum(-1) / self.total
+
+def _ahead_of_background(logits: Tensor) -> Tensor:
+    """Logits [N, A, C] less background's; above 60 it makes no difference any more."""
+    return (logits - logits[..., :1]).clamp_(max=60.0)
