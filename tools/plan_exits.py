@@ -15,7 +15,7 @@ from earlyexit_ssd.report.placement import placement_report
 EXAMPLES = """
 examples:
   python tools/plan_exits.py --config configs/voc_animals.yaml --speedup 1.5
-      cost of an exit behind every layer and what it can save, in a minute; no photo is read (with MODEL.WEIGHTS "" not
+      cost of an exit behind every layer and what it can save, in minutes; no photo is read (with MODEL.WEIGHTS "" not
       even weights)
   python tools/plan_exits.py --config configs/voc_animals.yaml --layers 4 6 8 10 12 --probe-epochs 3
       train probe branches too (minutes, on cached taps) and propose one or two exits

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from earlyexit_ssd.evaluation.mode import evaluating
 from earlyexit_ssd.modeling.outputs import Router
 from earlyexit_ssd.modeling.paths import AllOutputs, PathToExit
+from earlyexit_ssd.progress import progress
 
 COUNTED = ("conv", "linear", "addmm")
 """fvcore's names of convolutions and linear layers."""
@@ -76,7 +77,11 @@ def count_mmacs(module: nn.Module, example: Tensor) -> float:
 
 
 def time_modules(
-    modules: Sequence[nn.Module], examples: Tensor | Sequence[Tensor], runs: int = 30, threads: int = 1
+    modules: Sequence[nn.Module],
+    examples: Tensor | Sequence[Tensor],
+    runs: int = 30,
+    threads: int = 1,
+    desc: str = "",
 ) -> list[Timing]:
     """Time each module on its example ``runs`` times, in turns, so that a drift of the machine hits all alike.
 
@@ -86,6 +91,7 @@ def time_modules(
     Args:
         modules: called with one tensor.
         examples: one for each module, or one for all.
+        desc: of a progress bar over the rounds; without it there is none.
     """
     examples = [examples] * len(modules) if isinstance(examples, Tensor) else examples
     milliseconds: list[list[float]] = [[] for _ in modules]
@@ -93,7 +99,8 @@ def time_modules(
     torch.set_num_threads(threads)
     try:
         with evaluating(*modules):
-            for run in range(-WARM_UP_RUNS, runs):
+            rounds = range(-WARM_UP_RUNS, runs)
+            for run in progress(rounds, desc=desc) if desc else rounds:
                 for module, example, values in zip(modules, examples, milliseconds, strict=True):
                     value = _time_once(module, example)
                     if run >= 0:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.cost import Timing, time_modules
 from earlyexit_ssd.evaluation.mode import evaluating
+from earlyexit_ssd.progress import progress
 
 EAGER, ONNX_RUNTIME = "eager", "onnxruntime"
 RUNTIME_TITLES = {EAGER: "eager PyTorch", ONNX_RUNTIME: "ONNX Runtime"}
@@ -88,8 +89,9 @@ def time_in_runtime(
     networks: Sequence[nn.Module], examples: Sequence[Tensor], runtime: str, runs: int, threads: int
 ) -> list[Timing]:
     """`time_modules` of the networks as ``runtime`` runs them, each on its example."""
-    pairs = zip(networks, examples, strict=True)
-    return time_modules([in_runtime(*pair, runtime, threads) for pair in pairs], examples, runs, threads)
+    pairs = list(zip(networks, examples, strict=True))
+    pairs = pairs if runtime == EAGER else progress(pairs, desc="export to ONNX")
+    return time_modules([in_runtime(*pair, runtime, threads) for pair in pairs], examples, runs, threads, desc="time")
 
 
 def export_onnx(network: nn.Module, example: Tensor) -> bytes:
