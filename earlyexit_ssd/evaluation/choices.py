@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.coco import Detections, coco_evaluation
@@ -96,15 +97,19 @@ def exit_matches(ground_truth: COCO, detections: Sequence[Detections]) -> ExitMa
     """Match the detections of every exit, shallow to deep, by pycocotools; errors as `coco_evaluation`."""
     if not detections:
         raise EarlyExitError("no exits to choose from: give the detections of at least one")
+    return matches_of([coco_evaluation(ground_truth, found) for found in detections])
+
+
+def matches_of(evaluations: Sequence[COCOeval]) -> ExitMatches:
+    """The matches of exits that were evaluated on the same photos, shallow to deep."""
     entries = []
-    for found in detections:
-        evaluation = coco_evaluation(ground_truth, found)
+    for evaluation in evaluations:
         params, image_ids = evaluation.params, [int(image_id) for image_id in evaluation.params.imgIds]
         # evalImgs: [classes, sizes, photos], flat; size 0 is all
         starts = np.arange(len(params.catIds)) * len(params.areaRng) * len(image_ids)
         entries.append([evaluation.evalImgs[start : start + len(image_ids)] for start in starts])
     classes = [_class_matches(per_exit, len(params.iouThrs)) for per_exit in zip(*entries, strict=True)]
-    return ExitMatches(classes, np.asarray(params.recThrs), np.asarray(params.iouThrs), image_ids, len(detections))
+    return ExitMatches(classes, np.asarray(params.recThrs), np.asarray(params.iouThrs), image_ids, len(evaluations))
 
 
 def ap_of_choice(

@@ -18,7 +18,8 @@ from earlyexit_ssd.routing.router import ExitRouter
 SETTINGS = EvaluationSettings(score=0.3, timing_runs=6, resamples=20)
 BOX, FAR = (10.0, 10.0, 110.0, 110.0), (300.0, 300.0, 400.0, 400.0)
 QUALITY = {
-    *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "per_class", "AP50_interval"),
+    *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "per_class", "AP_interval"),
+    "AP50_interval",
     *("precision", "recall", "f1", "false_positives_per_image", "false_positives_per_empty_image"),
     *("localization_error", "true_positives", "false_positives", "false_negatives"),
 }
