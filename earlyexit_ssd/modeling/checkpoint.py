@@ -28,10 +28,15 @@ def save_model(
     """Write the model without its router; ``info`` holds plain types (phase, forced, the router's settings).
 
     Raises:
-        EarlyExitError: the model was fused for inference.
+        EarlyExitError: the model was fused for inference, or the architecture is another one's.
     """
     if is_fused(model):
         raise EarlyExitError(f"{path}: a model fused for inference cannot be saved; save the one that it was made of")
+    ours, described = (
+        (tuple(one.classes), tuple(one.exit_layers)[: model.num_early_exits]) for one in (model, architecture)
+    )
+    if ours != described:
+        raise EarlyExitError(f"{path}: the architecture says {described}, the model is {ours}; give its own")
     state = {key: value.cpu() for key, value in model.state_dict().items() if not key.startswith("router.")}
     with atomic_path(path) as temporary:
         torch.save(
@@ -64,6 +69,8 @@ def load_model(path: str | os.PathLike[str]) -> tuple[EarlyExitSSDLite, Architec
         model = architecture.build()
     except EarlyExitError as error:
         raise EarlyExitError(f"{path}: {error}") from None
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise EarlyExitError(f"{path}: its architecture cannot be built ({error}); write it anew") from None
     load_every_key(model, content["model"], path)
     return model.eval(), architecture, content["info"]
 

@@ -89,7 +89,8 @@ class EarlyExitSSDLite(Pretrained, SSD):
         self.exit_layers = (*exit_layers, LAST_LAYER)
         self.exit_names = (*(f"exit{layer}" for layer in exit_layers), "full")
         self.empty = tuple(layer in empty for layer in exit_layers)
-        self.losses = losses or LossSettings()
+        self.losses = losses if losses is not None else LossSettings()
+        validate.check_parts(self.losses, router)
         self.router = router
         self.norm_frozen = False
         self._trunk_frozen = False

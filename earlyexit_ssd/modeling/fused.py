@@ -7,14 +7,15 @@ from itertools import pairwise
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
 
 
 def is_fused(model: nn.Module) -> bool:
-    """Whether no BatchNorm is left, as in a model of `fuse_for_inference`."""
-    return not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    """Whether the model comes from `fuse_for_inference`."""
+    return getattr(model, "fused", False)
 
 
 def fuse_for_inference(model: EarlyExitSSDLite) -> EarlyExitSSDLite:
@@ -24,9 +25,10 @@ def fuse_for_inference(model: EarlyExitSSDLite) -> EarlyExitSSDLite:
     matched with a certificate: keep the model, and give it its router first.
     """
     fused = copy.deepcopy(model).eval().requires_grad_(False)
+    fused.fused = True
     for sequence in [module for module in fused.modules() if isinstance(module, nn.Sequential)]:
         for (name, first), (next_name, second) in pairwise(list(sequence.named_children())):
-            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+            if isinstance(first, nn.Conv2d) and isinstance(second, _BatchNorm):
                 setattr(sequence, name, fuse_conv_bn_eval(first, second))
                 setattr(sequence, next_name, nn.Identity())
     if next(fused.parameters()).device.type == "cpu":  # on CUDA, depthwise convolutions are many times slower so

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.outputs import Router
+from earlyexit_ssd.modeling.validate import check_router
 
 if TYPE_CHECKING:
     from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
@@ -46,12 +47,14 @@ class Pretrained:
         path = weights_path(name_or_path)
         model, _, info = load_model(path)
         if router and info.get("router"):
-            model.router = _make_router(path, info["router"])
+            model.router = _make_router(path, info["router"], model.num_early_exits)
         return model
 
 
-def _make_router(path: os.PathLike[str], settings: dict) -> Router:
+def _make_router(path: os.PathLike[str], settings: dict, exits: int) -> Router:
     try:
-        return _router_makers[0](**settings)
-    except (TypeError, EarlyExitError) as error:
+        router = _router_makers[0](**settings)
+        check_router(router, exits)
+        return router
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise EarlyExitError(f"{path}: its routing cannot be used ({error}); load it with router=False") from None

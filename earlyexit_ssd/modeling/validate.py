@@ -6,9 +6,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.modeling.losses import LossSettings
 from earlyexit_ssd.modeling.trunk import LAST_LAYER
+
+SLACK = 0.5
+"""That augmentation and interpolation may leave [0, 1] by."""
 
 
 def check_exit_layers(layers: tuple[int, ...], empty: Sequence[int] = ()) -> None:
@@ -40,12 +45,28 @@ def check_class_names(classes: tuple[str, ...], num_outputs: int) -> None:
 
 
 def check_images(images: Sequence[Tensor]) -> None:
-    """Images are [3, H, W] float tensors."""
+    """Images are [3, H, W] float tensors in [0, 1]; the values are looked at on a CPU only, where it costs no wait."""
+    if not len(images):
+        raise EarlyExitError("no image: expected a list of at least one float tensor [3, H, W]")
     for index, image in enumerate(images):
-        if image.dim() != 3 or image.shape[0] != 3 or not image.is_floating_point():
+        if not isinstance(image, Tensor):
+            raise EarlyExitError(f"image {index}: expected a float tensor [3, H, W], got {type(image).__name__}")
+        if image.dim() != 3 or image.shape[0] != 3 or not image.is_floating_point() or not image.numel():
             raise EarlyExitError(
                 f"image {index}: expected a float tensor [3, H, W] in [0, 1], got {image.dtype} {list(image.shape)}"
             )
+        if image.device.type == "cpu" and not torch.jit.is_tracing():
+            _check_values(index, image)
+
+
+def _check_values(index: int, image: Tensor) -> None:
+    """Pixels as integers, normalised twice, or not a number: detectors say "nothing there" to all of these."""
+    low, high = (float(value) for value in image.aminmax())
+    if not (low >= -SLACK and high <= 1 + SLACK):
+        raise EarlyExitError(
+            f"image {index}: values from {low:g} to {high:g}, expected [0, 1]; divide pixels by 255, and leave the "
+            "normalisation to the model"
+        )
 
 
 def check_targets(targets: Sequence[dict[str, Tensor]] | None, count: int, classes: Sequence[str]) -> None:
@@ -74,6 +95,14 @@ def check_targets(targets: Sequence[dict[str, Tensor]] | None, count: int, class
             )
 
 
+def check_parts(losses: object, router: object) -> None:
+    """What the model is given to train and to route with is what it says."""
+    if not isinstance(losses, LossSettings):
+        raise EarlyExitError(f"losses is {losses!r:.60}, expected a LossSettings")
+    if router is not None and not (hasattr(router, "confidence") and isinstance(router, nn.Module)):
+        raise EarlyExitError(f"router is {router!r:.60}, expected an ExitRouter, or None")
+
+
 def check_router(router: object, count: int) -> None:
     """A router decides for as many exits as there are."""
     known = getattr(router, "num_exits", count)
@@ -83,7 +112,7 @@ def check_router(router: object, count: int) -> None:
 
 def check_batch(model: nn.Module, count: int) -> None:
     """BatchNorm cannot normalise the 1x1 map of a single image; say so before it does."""
-    trains_norm = any(module.training for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    trains_norm = any(module.training for module in model.modules() if isinstance(module, _BatchNorm))
     if count == 1 and trains_norm:
         raise EarlyExitError(
             "a training batch of 1 image: BatchNorm needs 2 or more on the 1x1 map; use a larger batch size"

@@ -55,19 +55,10 @@ def check_guarantee(
         np.concatenate(pair) for pair in zip(calib.confidences(router), test.confidences(router), strict=True)
     ]
     losses = np.concatenate([calib.losses(reference), test.losses(reference)])
+    how = {"calibration": len(calib.recording), "delta": delta, "bound": cfg.CALIBRATION.BOUND, "splits": splits}
     found = [
         check_certificates(
-            path,
-            confidences,
-            losses,
-            costs.of_each(path),
-            costs.plain,
-            calibration=len(calib.recording),
-            epsilon=epsilon,
-            delta=delta,
-            bound=cfg.CALIBRATION.BOUND,
-            splits=splits,
-            seed=cfg.SEED,
+            path, confidences, losses, costs.of_each(path), costs.plain, epsilon=epsilon, seed=cfg.SEED, **how
         )
         for epsilon in epsilons
     ]

@@ -48,10 +48,7 @@ def evaluate_routing(
     Raises:
         EarlyExitError: unusable weights, data or settings, or splits that share photos.
     """
-    policies = list(dict.fromkeys([*(policies or [*POLICIES, *FITTED_POLICIES]), REFERENCE_POLICY]))
-    for name in set(policies) - set(FITTED_POLICIES):
-        get_policy(name)
-    out = Path(out_dir)
+    policies, out = _known(policies), Path(out_dir)
     recorded = open_recorded(cfg, weights, out)
     cfg, model = recorded.cfg, recorded.model
     calib, test = recorded.replay("CALIB"), recorded.replay("TEST")
@@ -74,7 +71,7 @@ def evaluate_routing(
     results = {
         "context": _context(cfg, splits[best]),
         "exits": _exits(splits[best]),
-        "throughput": _throughput(cfg, model, routers[best], found[best]),
+        "throughput": _throughput(cfg, model, routers[best], found[best]["budgets"]),
         "overthinking": dict(zip(model.exit_names, overthinking(test.errors), strict=False)),
         "scoring_ms": scoring_ms,
         "policies": found,
@@ -82,6 +79,14 @@ def evaluate_routing(
     }
     write_routing(out, results)
     return results
+
+
+def _known(policies: Sequence[str]) -> list[str]:
+    """The wanted policies, or all, and the one that is always there; raises where there is no such policy."""
+    names = list(dict.fromkeys([*(policies or [*POLICIES, *FITTED_POLICIES]), REFERENCE_POLICY]))
+    for name in set(names) - set(FITTED_POLICIES):
+        get_policy(name)
+    return names
 
 
 def _context(cfg: CfgNode, splits: Splits) -> dict[str, Any]:
@@ -116,12 +121,12 @@ def _scoring_ms(cfg: CfgNode, router: ExitRouter, replay: Replay) -> float:
 
 
 def _throughput(
-    cfg: CfgNode, model: EarlyExitSSDLite, router: ExitRouter, found: dict[str, Any]
+    cfg: CfgNode, model: EarlyExitSSDLite, router: ExitRouter, budgets: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Of batches mixed as at each of a policy's budgets, in eager PyTorch."""
     threads, timed = cfg.EVAL.TIMING_THREADS, []
     router = router.to(next(model.parameters()).device)
-    for entry in progress(found["budgets"], desc="batches"):
+    for entry in progress(budgets, desc="batches"):
         speed = mixed_throughput(model, router, list(entry["exit_share"].values()), threads=threads)
         timed.append(
             {"budget": entry["budget"], "exit_share": entry["exit_share"], "threads": threads, **asdict(speed)}

@@ -51,11 +51,13 @@ def register_policy(name: str, boxes: int | None = None) -> Callable[[Callable[.
     Raises:
         EarlyExitError: the name is taken, or ``boxes`` is below 1.
     """
-    if boxes is not None and boxes < 1:
+    if not isinstance(name, str):
+        raise EarlyExitError(f'register_policy takes the policy\'s name, got {name!r}; write @register_policy("name")')
+    if boxes is not None and (type(boxes) is not int or boxes < 1):
         raise EarlyExitError(f"routing policy '{name}' looks at {boxes} default boxes; give 1 or more, or None for all")
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        if name in POLICIES:
+        if name in POLICIES or name in FITTED_POLICIES:
             raise EarlyExitError(f"routing policy '{name}' is registered already; choose another name")
         compares = "previous" in inspect.signature(function).parameters
 
@@ -76,6 +78,8 @@ def get_policy(name: str, parameters: Any = None) -> Policy:
         EarlyExitError: an unknown name (the message has the nearest one), or parameters missing or given in vain.
     """
     names = [*POLICIES, *FITTED_POLICIES]
+    if not isinstance(name, str):
+        raise EarlyExitError(f"routing policy {name!r}: expected the name that it is registered by")
     if name not in names:
         hint = nearest(name, names) or f"; there are {', '.join(names)}"
         raise EarlyExitError(f"unknown routing policy '{name}'{hint}")

@@ -53,6 +53,10 @@ class ExitRouter(nn.Module):
         learn_temperatures: bool = False,
     ) -> None:
         super().__init__()
+        if type(num_exits) is not int or num_exits < 1:
+            raise EarlyExitError(f"num_exits is {num_exits!r}, expected the number of early exits, 1 or more")
+        if type(hybrid) is not bool:
+            raise EarlyExitError(f"hybrid is {hybrid!r}, expected True or False")
         self.num_exits = num_exits
         self.policy = policy
         self.hybrid = hybrid
@@ -62,9 +66,9 @@ class ExitRouter(nn.Module):
         self._boxes: int | None = getattr(self._policy, "boxes", None)
         self._foresees: bool = getattr(self._policy, "foresees", False)
         self.temperature_bounds = tuple(temperature_bounds)
-        low, high = self.temperature_bounds
-        if not 0 < low < high:
+        if len(self.temperature_bounds) != 2 or not 0 < self.temperature_bounds[0] < self.temperature_bounds[1]:
             raise EarlyExitError(f"temperature_bounds {self.temperature_bounds}: expected 0 < low < high")
+        low, high = self.temperature_bounds
         self.register_buffer("thresholds", _per_exit("thresholds", thresholds, num_exits, 0.0, CLOSED))
         temperature = _per_exit("temperatures", temperatures, num_exits, low, high)
         if learn_temperatures:
@@ -76,17 +80,28 @@ class ExitRouter(nn.Module):
         """Confidences [N] in [0, 1] at an exit; the full path is exit ``num_exits``.
 
         A policy that looks at the logits alone has none at an exit without a branch: -1, which reaches no threshold.
+
+        Raises:
+            EarlyExitError: the policy gives something else than one number per image.
         """
         if signals.empty and not self._foresees:
             return -torch.ones_like(signals.logits[:, 0, 0], dtype=torch.float32)
-        return self._policy(self.shown(signals, exit_index), exit_index).clamp(0.0, 1.0)
+        confidence = self._policy(self.shown(signals, exit_index), exit_index)
+        if confidence.dim() != 1:
+            raise EarlyExitError(
+                f"routing policy '{self.policy}' gives {list(confidence.shape)}, expected one number per image, [N]"
+            )
+        return confidence.clamp(0.0, 1.0)
 
     def shown(self, signals: ExitSignals, exit_index: int) -> ExitSignals:
         """What the policy sees: tempered logits of the default boxes that it looks at; those of the exit before only
         if it compares."""
         signals = looked_at(signals if self.compares else dataclasses.replace(signals, previous=None), self._boxes)
         previous = None if signals.previous is None else self.tempered(signals.previous, exit_index - 1)
-        return ExitSignals(self.tempered(signals.logits, exit_index), previous, signals.tap, signals.empty)
+        logits = self.tempered(signals.logits, exit_index)
+        if self._boxes is None and logits is signals.logits:
+            logits = logits.clone()  # a policy may work in place, and detections are made of these
+        return ExitSignals(logits, previous, signals.tap, signals.empty)
 
     def tempered(self, logits: Tensor, exit_index: int) -> Tensor:
         """Raw logits of an exit in fp32, divided by its temperature; those of the full path stay as they are."""
@@ -151,11 +166,14 @@ class ExitRouter(nn.Module):
 
 
 def _per_exit(name: str, values: Sequence[float] | float, count: int, low: float, high: float) -> Tensor:
-    values = [values] if isinstance(values, (int, float)) else values
+    try:
+        values = torch.as_tensor(values, dtype=torch.float64).flatten().tolist()
+    except (TypeError, ValueError, RuntimeError):
+        raise EarlyExitError(f"{name} is {values!r}, expected one number, or one for each of {count} exits") from None
     if len(values) not in (1, count):
-        raise EarlyExitError(f"{name} {list(values)}: expected one number, or one for each of {count} exits")
+        raise EarlyExitError(f"{name} {values}: expected one number, or one for each of {count} exits")
     rounding = 1e-6  # a bound that fp32 cannot hold comes back from a file a little beside it
     for value in values:
         if not low - rounding <= value <= high + rounding:
             raise EarlyExitError(f"{name} has {value}, expected a number in [{low}, {high}]")
-    return torch.tensor([min(max(float(value), low), high) for value in values]).expand(count).clone()
+    return torch.tensor([min(max(value, low), high) for value in values]).expand(count).clone()

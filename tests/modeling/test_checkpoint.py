@@ -31,6 +31,25 @@ def test_foreign_and_missing_files(tmp_path):
         load_model(tmp_path / "none.pth")
 
 
+@pytest.mark.parametrize("damage", [{"copy": "x"}, {"image_size": -1}, {"classes": None}])
+def test_a_damaged_description_is_one_line(tmp_path, damage):
+    architecture = Architecture(**SMALL)
+    save_model(tmp_path / "model.pth", architecture.build(), architecture)
+    content = torch.load(tmp_path / "model.pth", weights_only=True)
+    content["architecture"] |= damage
+    torch.save(content, tmp_path / "model.pth")
+    with pytest.raises(EarlyExitError, match=r"model\.pth: "):
+        load_model(tmp_path / "model.pth")
+
+
+def test_another_model_s_description_is_not_written(tmp_path):
+    model = Architecture(**SMALL).build()
+    for wrong in ({"classes": ("a", "b")}, {"exit_layers": (6, 12)}):
+        with pytest.raises(EarlyExitError, match="the architecture says .*; give its own"):
+            save_model(tmp_path / "model.pth", model, Architecture(**{**SMALL, **wrong}))
+    assert not list(tmp_path.iterdir())
+
+
 def test_unknown_key_in_the_description():
     with pytest.raises(EarlyExitError, match="did you mean 'width'"):
         Architecture.from_dict({**Architecture(**SMALL).to_dict(), "widht": 1.0})

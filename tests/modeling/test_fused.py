@@ -6,9 +6,9 @@ from torch import nn
 
 from earlyexit_ssd import ExitRouter, fuse_for_inference
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.modeling import save_model
+from earlyexit_ssd.modeling import Architecture, save_model
 
-from .conftest import small_model
+from .conftest import SMALL, small_model
 
 
 @pytest.fixture
@@ -48,3 +48,17 @@ def test_what_is_fused_is_not_saved(trained, tmp_path):
     with pytest.raises(EarlyExitError, match="fused for inference cannot be saved"):
         save_model(tmp_path / "model.pth", fuse_for_inference(trained), None)
     assert not list(tmp_path.iterdir())
+
+
+def test_synchronised_normalisation_is_fused_too(trained, images):
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(trained))
+    fused = fuse_for_inference(model)
+    assert not any(isinstance(module, nn.SyncBatchNorm) for module in fused.modules())
+    with torch.inference_mode():
+        found, expected = fused.exit_outputs(images), fuse_for_inference(trained).exit_outputs(images)
+    assert torch.allclose(found.heads[-1]["cls_logits"], expected.heads[-1]["cls_logits"], atol=1e-4)
+
+
+def test_a_model_with_other_normalisation_is_saved(trained, tmp_path):
+    save_model(tmp_path / "model.pth", nn.SyncBatchNorm.convert_sync_batchnorm(trained), Architecture(**SMALL))
+    assert (tmp_path / "model.pth").is_file()

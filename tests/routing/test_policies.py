@@ -92,8 +92,16 @@ def test_a_policy_of_ones_own_is_a_function_and_a_name():
 
 
 def test_a_policy_looks_at_one_default_box_at_least():
-    with pytest.raises(EarlyExitError, match="'none' looks at 0 default boxes; give 1 or more"):
-        register_policy("none", boxes=0)
+    for boxes in (0, 1.5):
+        with pytest.raises(EarlyExitError, match=f"'none' looks at {boxes} default boxes; give 1 or more"):
+            register_policy("none", boxes=boxes)
+
+
+def test_names_are_names_and_taken_once():
+    with pytest.raises(EarlyExitError, match=r'write @register_policy\("name"\)'):
+        register_policy(len)
+    with pytest.raises(EarlyExitError, match="'learned_gain' is registered already"):
+        register_policy("learned_gain")(len)
 
 
 def test_parameters_are_for_policies_that_are_fitted():

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from earlyexit_ssd import ExitRouter
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.matching import Assignment
 from earlyexit_ssd.modeling.outputs import ExitSignals
+from earlyexit_ssd.routing import POLICIES, register_policy
 
 LOGITS = torch.tensor([[[0.0, 2.0]], [[3.0, 0.0]]])  # probabilities of the object: 0.881, 0.047
 
@@ -108,3 +110,53 @@ def test_impossible_settings(arguments, message):
 def test_misspelt_keyword():
     with pytest.raises(TypeError, match="did you mean 'thresholds'"):
         ExitRouter(2, threshold=[0.5])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_exits": 0}, "num_exits is 0, expected the number of early exits"),
+        ({"num_exits": 2.0}, "num_exits is 2.0"),
+        ({"hybrid": "no"}, "hybrid is 'no', expected True or False"),
+        ({"thresholds": None}, "thresholds is None, expected one number"),
+        ({"temperature_bounds": (1.0,)}, "temperature_bounds"),
+        ({"policy": len}, "expected the name that it is registered by"),
+    ],
+)
+def test_settings_that_cannot_be_meant(values, message):
+    with pytest.raises(EarlyExitError, match=message):
+        ExitRouter(**{"num_exits": 2, **values})
+
+
+def test_numbers_of_any_kind_are_thresholds():
+    for value in (np.float32(0.5), torch.tensor(0.5), [0.5, 0.5], torch.tensor([0.5, 0.5]), (np.float64(0.5),)):
+        assert ExitRouter(2, thresholds=value).thresholds.tolist() == [0.5, 0.5]
+
+
+@pytest.fixture
+def own_policy():
+    """Register a function for one test."""
+    names = []
+
+    def register(function):
+        register_policy("of_a_test")(function)
+        names.append("of_a_test")
+        return ExitRouter(1, policy="of_a_test")
+
+    yield register
+    for name in names:
+        del POLICIES[name]
+
+
+def test_a_policy_may_work_in_place(own_policy):
+    router = own_policy(lambda logits: logits.zero_()[:, 0, 0])
+    logits = torch.ones(2, 3, 4)
+    for exit_index in (0, 1):  # at the full path, temperature 1 makes no copy
+        router.confidence(ExitSignals(logits), exit_index)
+        assert logits.eq(1).all()
+
+
+def test_a_policy_gives_one_number_per_image(own_policy):
+    router = own_policy(lambda logits: logits.amax(-1))
+    with pytest.raises(EarlyExitError, match=r"'of_a_test' gives \[2, 3\], expected one number per image"):
+        router.confidence(ExitSignals(torch.ones(2, 3, 4)), 0)
