@@ -17,8 +17,9 @@ from earlyexit_ssd.evaluation.quality import EvaluationSettings, Quality, evalua
 from earlyexit_ssd.evaluation.runtime import ONNX_RUNTIME, OnnxNetwork
 from earlyexit_ssd.modeling.paths import PathToExit
 
-PLAIN, SINGLE_EXIT, ONNX = "plain", "single_exit", "onnx"
-"""Kinds: the detector without exits at another size, one exit shipped alone, a foreign detector from a file."""
+PLAIN, CUT_HEAD, SINGLE_EXIT, ONNX = "plain", "cut_head", "single_exit", "onnx"
+"""Kinds: the detector without exits at another size, the same with a head of the wanted classes alone, one exit shipped
+alone, a foreign detector from a file."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Rival:
     """A detector that has no choice.
 
     name: in tables.
-    kind: `PLAIN`, `SINGLE_EXIT` or `ONNX`.
+    kind: `PLAIN`, `CUT_HEAD`, `SINGLE_EXIT` or `ONNX`.
     network: what is timed, on ``example`` [1, 3, height, width].
     mmacs: millions of multiply-accumulates; None where they cannot be counted.
     found: its detections, or a module of torchvision's interface that finds them; labels are the evaluated ones.

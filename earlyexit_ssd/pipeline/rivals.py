@@ -12,7 +12,7 @@ from earlyexit_ssd.errors import ConfigError, EarlyExitError
 from earlyexit_ssd.evaluation.cost import PlainPath, count_mmacs, example_input
 from earlyexit_ssd.evaluation.onnx_cost import count_onnx_mmacs
 from earlyexit_ssd.evaluation.onnx_detector import OnnxDetector
-from earlyexit_ssd.evaluation.rivals import ONNX, PLAIN, SINGLE_EXIT, Rival
+from earlyexit_ssd.evaluation.rivals import CUT_HEAD, ONNX, PLAIN, SINGLE_EXIT, Rival
 from earlyexit_ssd.evaluation.runtime import EAGER, deploy_package
 from earlyexit_ssd.evaluation.wanted_classes import WantedClasses
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, PathToExit, load_model
@@ -63,12 +63,12 @@ def build_rivals(
     classes, own_size = architecture.classes, architecture.image_size
     sizes = [size for size in dict.fromkeys(rivals.SIZES or smaller_sizes(own_size)) if size != own_size]
     model = model.to(device)
-    detectors = {f"plain {size}": resize_detector(model, architecture, size) for size in sizes}
-    if is_folded(model):
-        cut = {f"plain {size}, cut head": size for size in (own_size, *sizes)}
-        detectors |= {name: resize_detector(model, architecture, size, cut=True) for name, size in cut.items()}
+    plain = {f"plain {size}": resize_detector(model, architecture, size) for size in sizes}
+    cut_sizes = (own_size, *sizes) if is_folded(model) else ()
+    cut = {f"plain {size}, cut head": resize_detector(model, architecture, size, cut=True) for size in cut_sizes}
     return [
-        *(_plain(name, detector, classes, classes, None) for name, detector in detectors.items()),
+        *(_plain(name, detector, classes, classes, None) for name, detector in plain.items()),
+        *(_plain(name, detector, classes, classes, None, CUT_HEAD) for name, detector in cut.items()),
         *(_full_path(path, classes, device) for path in rivals.FULL_PATHS),
         *(_single_exit(path, classes, device) for path in rivals.SINGLE_EXITS),
         *(_onnx(entry, classes, cfg.EVAL.TIMING_THREADS) for entry in rivals.ONNX),
@@ -82,10 +82,12 @@ def smaller_sizes(size: int) -> tuple[int, ...]:
     return tuple(side for side in sides if SMALLEST_SIDE <= side < size)
 
 
-def _plain(name: str, detector: SSD, classes: tuple[str, ...], wanted: tuple[str, ...], source: str | None) -> Rival:
+def _plain(
+    name: str, detector: SSD, classes: tuple[str, ...], wanted: tuple[str, ...], source: str | None, kind: str = PLAIN
+) -> Rival:
     network, example = PlainPath(detector), example_input(detector)
     found = WantedClasses(detector, classes, wanted, name).to(example.device)
-    return Rival(name, PLAIN, network, example, count_mmacs(network, example), found, source)
+    return Rival(name, kind, network, example, count_mmacs(network, example), found, source)
 
 
 def _full_path(path: str, wanted: tuple[str, ...], device: torch.device) -> Rival:

@@ -13,7 +13,12 @@ from earlyexit_ssd.report.labels import place_labels
 from earlyexit_ssd.report.plot import EXITS, PLAIN, ROUTED, data_title, draw_charts
 from earlyexit_ssd.report.rows import Row, exit_rows, static_rows, timing_title, with_branches
 
-STYLES = {"single_exit": ("#00838f", "v"), "plain": (PLAIN, "s"), "onnx": ("#805ad5", "^")}
+STYLES = {
+    "single_exit": ("#00838f", "v"),
+    "plain": (PLAIN, "s"),
+    "cut_head": ("#8d6e63", "p"),
+    "onnx": ("#805ad5", "^"),
+}
 """Kinds of rivals -> colour and marker."""
 
 
@@ -40,8 +45,8 @@ def _draw(all_axes: np.ndarray, metrics: Mapping[str, Any]) -> None:
 
 
 def _draw_points(axes: Axes, metrics: Mapping[str, Any], quality: str, cost: str) -> None:
-    plain = sorted((row for row in static_rows(metrics) if _is_plain(row)), key=lambda row: row[cost])
-    for rows, color in ((with_branches(metrics["exits"]), EXITS), (plain, PLAIN)):
+    families = [(_family(metrics, kind, cost), STYLES[kind][0]) for kind in ("plain", "cut_head")]
+    for rows, color in ((with_branches(metrics["exits"]), EXITS), *families):
         line = _points(rows, quality, cost)
         axes.plot([x for x, _ in line], [y for _, y in line], color=color, alpha=0.3, zorder=1)
     for row, color, marker in _styled(metrics):
@@ -69,9 +74,10 @@ def _points(rows: Sequence[Row], quality: str, cost: str) -> list[tuple[float, f
     return [(row[cost], row[quality]) for row in rows if row[cost] is not None and row[quality] is not None]
 
 
-def _is_plain(row: Row) -> bool:
+def _family(metrics: Mapping[str, Any], kind: str, cost: str) -> list[Row]:
     """One network at several sizes, which a line may join: no other file's."""
-    return row.get("kind", "plain") == "plain" and row.get("source") is None
+    rows = (row for row in static_rows(metrics) if row.get("kind", "plain") == kind and row.get("source") is None)
+    return sorted(rows, key=lambda row: row[cost])
 
 
 def _name(row: Row, cost: str) -> str:

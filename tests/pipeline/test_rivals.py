@@ -56,6 +56,7 @@ def test_plain_nets_of_the_wanted_sizes():
 def test_a_folded_head_is_cut_for_the_cheapest_plain_nets():
     built = rivals("EVAL.RIVALS.SIZES", "[64]", head_outputs=9, folded_rows=(3, 5))
     assert [one.name for one in built] == ["plain 64", "plain 96, cut head", "plain 64, cut head"]
+    assert [one.kind for one in built] == ["plain", "cut_head", "cut_head"]
     assert built[2].mmacs < built[0].mmacs
     with torch.no_grad():
         assert set(built[2].found([torch.rand(3, 50, 70)])[0]["labels"].tolist()) <= {1, 2}
