@@ -134,9 +134,7 @@ def routing_keeps_accuracy(metrics: Metrics) -> list[Finding]:
 
 def no_static_net_is_better(metrics: Metrics) -> list[Finding]:
     """A rival that is at least as accurate and as fast, and clearly better in one of them, is what to ship."""
-    routed, runtime = metrics["routed"], runtime_of(metrics)
-    rivals = [one for one in metrics.get("rivals", []) if one["AP50"] is not None]
-    comparable = [one for one in rivals if one["runtime"] == runtime]
+    routed, comparable = metrics["routed"], _comparable(metrics)
     if not comparable or routed["AP50"] is None or routed["ms"] is None:
         return []
     better = [one for one in comparable if _dominates(one, routed)]
@@ -157,14 +155,10 @@ def rivals_were_evaluated(metrics: Metrics) -> list[Finding]:
 def full_path_is_worth_having(metrics: Metrics) -> list[Finding]:
     """A rival that beats the detector without exits too: then the exits are not what to look at first; no veto."""
     full, plain = metrics["exits"][-1], metrics["without_exits"]
-    better = [
-        one
-        for one in metrics.get("rivals", [])
-        if None not in (one["AP50"], full["AP50"])
-        and one["runtime"] == runtime_of(metrics)
-        and one["AP50"] > full["AP50"] + AP50_TOLERANCE
-        and one["ms_interval"][1] < plain["ms"]
-    ]
+    if full["AP50"] is None:
+        return []
+    more = [one for one in _comparable(metrics) if one["AP50"] > full["AP50"] + AP50_TOLERANCE]
+    better = [one for one in more if one["ms_interval"][1] < plain["ms"]]
     if not better:
         return []
     best = max(better, key=lambda one: one["AP50"])
@@ -214,6 +208,12 @@ def _within_noise(one: Mapping[str, Any]) -> bool:
     """Whether the paired interval of (full - exit) reaches above zero."""
     below_full = one.get("AP50_below_full_interval")
     return bool(below_full and below_full[1] > 0)
+
+
+def _comparable(metrics: Metrics) -> list[Metrics]:
+    """The rivals that were timed in the exits' runtime and have an AP50."""
+    runtime = runtime_of(metrics)
+    return [one for one in metrics.get("rivals", []) if one["AP50"] is not None and one["runtime"] == runtime]
 
 
 def _dominates(rival: Metrics, routed: Metrics) -> bool:

@@ -90,7 +90,8 @@ class EarlyExitSSDLite(Pretrained, SSD):
         self.exit_names = (*(f"exit{layer}" for layer in exit_layers), "full")
         self.empty = tuple(layer in empty for layer in exit_layers)
         self.losses = losses if losses is not None else LossSettings()
-        validate.check_parts(self.losses, router)
+        validate.check_losses(self.losses)
+        validate.check_router(router, len(exit_layers))
         self.router = router
         self.norm_frozen = False
         self._trunk_frozen = False

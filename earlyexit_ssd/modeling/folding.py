@@ -39,9 +39,14 @@ class FoldedClassificationHead(SSDScoringHead):
         return torch.cat([background, logits[..., self.wanted]], -1)
 
 
+def is_folded(head: nn.Module) -> bool:
+    """Whether a classification head has rows of classes that it does not report."""
+    return isinstance(head, FoldedClassificationHead)
+
+
 def num_outputs(head: SSDScoringHead) -> int:
     """Logits per default box that a classification head gives, background included."""
-    return head.num_outputs if isinstance(head, FoldedClassificationHead) else head.num_columns
+    return head.num_outputs if is_folded(head) else head.num_columns
 
 
 @dataclass(frozen=True)
@@ -88,28 +93,27 @@ def plan_class_change(source: Sequence[str], wanted: Sequence[str]) -> ClassChan
 def cut_head(head: FoldedClassificationHead) -> SSDScoringHead:
     """A head of background and the wanted rows alone: cheaper, but the scores rise a little (see `slice_rows`)."""
     cut = SSDScoringHead(copy.deepcopy(head.module_list), head.num_columns)
-    rows = tuple(head.wanted.tolist())
-    slice_rows(cut, ClassChange(tuple(map(str, rows)), rows, len(head.others) - 1))
+    slice_rows(cut, head.wanted.tolist())
     return cut
 
 
 @torch.no_grad()
-def slice_rows(head: SSDScoringHead, change: ClassChange) -> None:
-    """Keep background and the wanted rows of ``head`` in place; new classes start afresh.
+def slice_rows(head: SSDScoringHead, rows: Sequence[int | None]) -> None:
+    """Keep background and the wanted ``rows`` of ``head`` in place; new classes (None) start afresh.
 
     The background of a sliced head no longer holds the other classes, so scores rise a little where they stood.
     """
     columns = head.num_columns
     for block in head.module_list:
-        block[1] = _slice_convolution(block[1], columns, change)
-    head.num_columns = len(change.rows) + 1
+        block[1] = _slice_convolution(block[1], columns, rows)
+    head.num_columns = len(rows) + 1
 
 
-def _slice_convolution(old: nn.Conv2d, columns: int, change: ClassChange) -> nn.Conv2d:
-    new = nn.Conv2d(old.in_channels, old.out_channels // columns * (len(change.rows) + 1), 1)
+def _slice_convolution(old: nn.Conv2d, columns: int, rows: Sequence[int | None]) -> nn.Conv2d:
+    new = nn.Conv2d(old.in_channels, old.out_channels // columns * (len(rows) + 1), 1)
     nn.init.normal_(new.weight, std=0.03)
     nn.init.zeros_(new.bias)
-    copy_rows(new, old, columns, (0, *change.rows))
+    copy_rows(new, old, columns, (0, *rows))
     return new
 
 

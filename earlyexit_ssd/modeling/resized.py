@@ -13,7 +13,7 @@ from torchvision.models.detection.ssd import SSD
 
 from earlyexit_ssd.modeling.architecture import Architecture
 from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
-from earlyexit_ssd.modeling.folding import FoldedClassificationHead, cut_head
+from earlyexit_ssd.modeling.folding import cut_head
 
 
 def resize_detector(model: EarlyExitSSDLite, architecture: Architecture, size: int, *, cut: bool = False) -> SSD:
@@ -32,11 +32,6 @@ def resize_detector(model: EarlyExitSSDLite, architecture: Architecture, size: i
         detector.head.classification_head = cut_head(detector.head.classification_head)
     detector.anchor_generator = PixelBoxes(detector.anchor_generator, model.grids, architecture.image_size, size)
     return detector.to(next(model.parameters()).device).eval()
-
-
-def is_folded(model: EarlyExitSSDLite) -> bool:
-    """Whether the full path's classification head has rows of classes that the model does not report."""
-    return isinstance(model.head.classification_head, FoldedClassificationHead)
 
 
 class PixelBoxes(nn.Module):

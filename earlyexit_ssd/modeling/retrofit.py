@@ -70,7 +70,7 @@ def retrofit(
         head.classification_head = FoldedClassificationHead(head.classification_head, change.rows)
         changed = dataclasses.replace(architecture, head_outputs=len(source) + 1, folded_rows=change.rows)
         return detector, changed, change
-    slice_rows(head.classification_head, change)
+    slice_rows(head.classification_head, change.rows)
     return detector, dataclasses.replace(architecture, head_outputs=0, folded_rows=()), change
 
 

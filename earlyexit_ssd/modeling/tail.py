@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.ssdlite import SSDLiteHead
 
 from earlyexit_ssd.modeling.factorised import FactorisedPredictor
-from earlyexit_ssd.modeling.folding import FoldedClassificationHead, copy_rows
+from earlyexit_ssd.modeling.folding import copy_rows, is_folded
 
 
 class Tail(nn.Module):
@@ -89,8 +89,7 @@ def inherit_first_predictors(mine: SSDLiteHead, full: SSDLiteHead, kept: Tensor)
 
 def _wanted_rows(head: nn.Module) -> list[int]:
     """Background's row and those of the classes that the branch has."""
-    folded = isinstance(head, FoldedClassificationHead)
-    return [0, *head.wanted.tolist()] if folded else list(range(head.num_columns))
+    return [0, *head.wanted.tolist()] if is_folded(head) else list(range(head.num_columns))
 
 
 def _take_rows(new: nn.Module, old: nn.Conv2d, columns: int, rows: list[int]) -> None:

@@ -95,16 +95,16 @@ def check_targets(targets: Sequence[dict[str, Tensor]] | None, count: int, class
             )
 
 
-def check_parts(losses: object, router: object) -> None:
-    """What the model is given to train and to route with is what it says."""
+def check_losses(losses: object) -> None:
+    """What the model is given to train with is what it says."""
     if not isinstance(losses, LossSettings):
         raise EarlyExitError(f"losses is {losses!r:.60}, expected a LossSettings")
-    if router is not None and not (hasattr(router, "confidence") and isinstance(router, nn.Module)):
-        raise EarlyExitError(f"router is {router!r:.60}, expected an ExitRouter, or None")
 
 
 def check_router(router: object, count: int) -> None:
-    """A router decides for as many exits as there are."""
+    """A router, where there is one, decides for as many exits as there are."""
+    if router is not None and not (isinstance(router, nn.Module) and hasattr(router, "confidence")):
+        raise EarlyExitError(f"router is {router!r:.60}, expected an ExitRouter, or None")
     known = getattr(router, "num_exits", count)
     if known != count:
         raise EarlyExitError(f"the router knows {known} early exits, the model has {count}; build it with {count}")

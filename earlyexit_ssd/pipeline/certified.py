@@ -14,11 +14,9 @@ from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.evaluation.collect import Collected
 from earlyexit_ssd.routing import DriftMonitor, ExitRouter
 from earlyexit_ssd.routing.certificate import Certificate, load_certificate
+from earlyexit_ssd.routing.drift import WINDOW
 
 logger = logging.getLogger(__name__)
-
-WINDOW = 200
-"""Photos that are compared with those of calibration at a time; all of them where there are fewer."""
 
 
 def open_certificate(cfg: CfgNode, model: nn.Module, dataset: DetectionDataset) -> tuple[Certificate, ExitRouter]:
@@ -50,7 +48,7 @@ def _check_operating_point(cfg: CfgNode, certificate: Certificate) -> None:
 
 
 def drift_of(certificate: Certificate, collected: Collected, chosen: list[int]) -> dict[str, Any]:
-    """Whether the photos look like those of calibration; warnings are logged too.
+    """Whether the photos look like those of calibration, all at once where they are few; warnings are logged too.
 
     Args:
         chosen: the exit of every photo, in the order of ``collected``.
@@ -62,10 +60,5 @@ def drift_of(certificate: Certificate, collected: Collected, chosen: list[int]) 
     monitor = DriftMonitor(certificate.drift_reference(), min(WINDOW, max(1, len(chosen))))
     confidences = [float(collected.confidences[exit_index][photo]) for photo, exit_index in enumerate(chosen)]
     warnings = monitor.update(chosen, confidences)
-    status = monitor.status()
-    return {
-        "window": monitor.window,
-        "warnings": warnings,
-        "shares": status["shares"],
-        "calibration_shares": status["calibration_shares"],
-    }
+    shares = {key: value for key, value in monitor.status().items() if key.endswith("shares")}
+    return {"window": monitor.window, "warnings": warnings, **shares}

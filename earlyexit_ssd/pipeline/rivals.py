@@ -16,7 +16,8 @@ from earlyexit_ssd.evaluation.rivals import CUT_HEAD, ONNX, PLAIN, SINGLE_EXIT, 
 from earlyexit_ssd.evaluation.runtime import EAGER, deploy_package
 from earlyexit_ssd.evaluation.wanted_classes import WantedClasses
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, PathToExit, load_model
-from earlyexit_ssd.modeling.resized import is_folded, resize_detector
+from earlyexit_ssd.modeling.folding import is_folded
+from earlyexit_ssd.modeling.resized import resize_detector
 from earlyexit_ssd.routing import ExitRouter
 
 SHARES = (0.8, 0.7, 0.6)
@@ -64,7 +65,7 @@ def build_rivals(
     sizes = [size for size in dict.fromkeys(rivals.SIZES or smaller_sizes(own_size)) if size != own_size]
     model = model.to(device)
     plain = {f"plain {size}": resize_detector(model, architecture, size) for size in sizes}
-    cut_sizes = (own_size, *sizes) if is_folded(model) else ()
+    cut_sizes = (own_size, *sizes) if is_folded(model.head.classification_head) else ()
     cut = {f"plain {size}, cut head": resize_detector(model, architecture, size, cut=True) for size in cut_sizes}
     return [
         *(_plain(name, detector, classes, classes, None) for name, detector in plain.items()),

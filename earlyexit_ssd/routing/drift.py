@@ -14,6 +14,9 @@ from earlyexit_ssd.routing.two_sample import QUANTILES, distance_p_value, fisher
 
 logger = logging.getLogger(__name__)
 
+WINDOW = 200
+"""Photos that are compared with those of calibration at a time."""
+
 
 class DriftMonitor:
     """Compare the last photos with those of calibration: how many leave at which exit, and how confident they are.
@@ -41,7 +44,7 @@ class DriftMonitor:
     """
 
     @suggest_keywords
-    def __init__(self, reference: Reference, window: int = 200, alpha: float = 0.001) -> None:
+    def __init__(self, reference: Reference, window: int = WINDOW, alpha: float = 0.001) -> None:
         if type(window) is not int or window < 1:
             raise EarlyExitError(f"window {window}: expected a whole number of photos, at least 1")
         if not 0 < alpha < 1:

@@ -96,11 +96,12 @@ class ExitRouter(nn.Module):
     def shown(self, signals: ExitSignals, exit_index: int) -> ExitSignals:
         """What the policy sees: tempered logits of the default boxes that it looks at; those of the exit before only
         if it compares."""
+        given = signals.logits
         signals = looked_at(signals if self.compares else dataclasses.replace(signals, previous=None), self._boxes)
         previous = None if signals.previous is None else self.tempered(signals.previous, exit_index - 1)
         logits = self.tempered(signals.logits, exit_index)
-        if self._boxes is None and logits is signals.logits:
-            logits = logits.clone()  # a policy may work in place, and detections are made of these
+        if logits is given:  # a policy may work in place, and detections are made of these
+            logits = logits.clone()
         return ExitSignals(logits, previous, signals.tap, signals.empty)
 
     def tempered(self, logits: Tensor, exit_index: int) -> Tensor:

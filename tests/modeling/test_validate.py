@@ -7,7 +7,7 @@ import torch
 from earlyexit_ssd import EarlyExitSSDLite, ExitRouter
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import build_ssdlite
-from earlyexit_ssd.modeling.validate import check_images, check_parts
+from earlyexit_ssd.modeling.validate import check_images, check_router
 
 
 @pytest.mark.parametrize(
@@ -30,10 +30,13 @@ def test_a_little_outside_is_what_interpolation_does():
     check_images([torch.tensor([-0.2, 1.3, 0.5])[:, None, None].expand(3, 4, 4)])
 
 
-@pytest.mark.parametrize("router", ["max_foreground", ExitRouter])
-def test_a_router_is_a_router(model, router):
+@pytest.mark.parametrize("router", ["max_foreground", ExitRouter, {}])
+def test_a_router_is_a_router(model, images, router):
     with pytest.raises(EarlyExitError, match="expected an ExitRouter, or None"):
-        check_parts(model.losses, router)
+        check_router(router, model.num_early_exits)
+    model.router = router  # however it came there
+    with pytest.raises(EarlyExitError, match="expected an ExitRouter, or None"):
+        model.eval()(images)
 
 
 def test_the_constructor_looks_at_its_parts():

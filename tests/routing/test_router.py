@@ -138,8 +138,8 @@ def own_policy():
     """Register a function for one test."""
     names = []
 
-    def register(function):
-        register_policy("of_a_test")(function)
+    def register(function, boxes=None):
+        register_policy("of_a_test", boxes)(function)
         names.append("of_a_test")
         return ExitRouter(1, policy="of_a_test")
 
@@ -148,8 +148,9 @@ def own_policy():
         del POLICIES[name]
 
 
-def test_a_policy_may_work_in_place(own_policy):
-    router = own_policy(lambda logits: logits.zero_()[:, 0, 0])
+@pytest.mark.parametrize("boxes", [None, 2, 3, 512])  # of the three that there are
+def test_a_policy_may_work_in_place(own_policy, boxes):
+    router = own_policy(lambda logits: logits.zero_()[:, 0, 0], boxes)
     logits = torch.ones(2, 3, 4)
     for exit_index in (0, 1):  # at the full path, temperature 1 makes no copy
         router.confidence(ExitSignals(logits), exit_index)
