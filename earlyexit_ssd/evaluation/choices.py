@@ -130,24 +130,6 @@ def ap_of_choice(
     return APs(None if ap50_only else float(np.mean(np.stack(list(curves.values())))), float(np.mean(at_half)))
 
 
-def bootstrap_choices(
-    matches: ExitMatches, choices: Sequence[ArrayLike], resamples: int = 200, seed: int = 0, *, ap50_only: bool = True
-) -> list[np.ndarray]:
-    """Per choice, its AP50 (else its AP) in ``resamples`` draws of photos: float [resamples], NaN where undefined.
-
-    The photos are those that `bootstrap_ap50` draws from the same seed, so all values on one data set are paired.
-    """
-    generator = np.random.default_rng(seed)
-    values = np.full((len(choices), resamples), np.nan)
-    for index in range(resamples):
-        drawn = generator.integers(matches.photos, size=matches.photos) if matches.photos else []
-        weights = np.bincount(drawn, minlength=matches.photos)
-        for row, choice in zip(values, choices, strict=True):
-            found = ap_of_choice(matches, choice, weights, ap50_only=ap50_only)
-            row[index] = found.AP50 if ap50_only else found.AP  # numpy stores None as NaN
-    return list(values)
-
-
 def _cells(matches: ExitMatches, choice: ArrayLike) -> np.ndarray:
     choice = _one_each(matches, "choice", choice)
     if choice.size and not (choice.min() >= 0 and choice.max() < matches.exits):

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
-from earlyexit_ssd.evaluation.bootstrap import ap50_matches, bootstrap_ap50, interval
-from earlyexit_ssd.evaluation.choices import bootstrap_choices, matches_of
+from earlyexit_ssd.evaluation.bootstrap import bootstrap_choices, interval
+from earlyexit_ssd.evaluation.choices import matches_of
 from earlyexit_ssd.evaluation.coco import Detections, coco_evaluation, summarize
 from earlyexit_ssd.evaluation.operating_point import operating_point
 from earlyexit_ssd.evaluation.runtime import EAGER
@@ -44,28 +43,23 @@ class Quality:
 
     def ap50_minus(self, other: Quality) -> list[float] | None:
         """95 % interval of the difference in AP50, on the same draws of photos; None where it is undefined."""
-        bounds = interval(self.ap50_values - other.ap50_values)
-        return list(bounds) if bounds else None
+        return _listed(self.ap50_values - other.ap50_values)
 
 
 def evaluate_detections(ground_truth: COCO, detections: Detections, settings: EvaluationSettings) -> Quality:
     """The quality figures of one set of detections: AP by COCO, the operating point, intervals of AP and AP50."""
     evaluation = coco_evaluation(ground_truth, detections)
     point = asdict(operating_point(ground_truth, detections, settings.score, settings.iou))
-    values = bootstrap_ap50(ap50_matches(evaluation), settings.resamples, settings.seed)
-    intervals = {"AP_interval": _listed(_ap_values(evaluation, settings)), "AP50_interval": _listed(values)}
-    figures = asdict(summarize(evaluation)) | intervals | point
-    del figures["images"], figures["empty_images"]  # the same for every exit: in the context
-    return Quality(figures, values)
-
-
-def _ap_values(evaluation: COCOeval, settings: EvaluationSettings) -> np.ndarray:
-    """AP in every draw of the photos, [resamples]."""
     matches = matches_of([evaluation])
     everyone = np.zeros(matches.photos, dtype=np.int64)
-    return bootstrap_choices(matches, [everyone], settings.resamples, settings.seed, ap50_only=False)[0]
+    (draws,) = bootstrap_choices(matches, [everyone], settings.resamples, settings.seed, ap50_only=False)
+    intervals = {"AP_interval": _listed(draws.AP), "AP50_interval": _listed(draws.AP50)}
+    figures = asdict(summarize(evaluation)) | intervals | point
+    del figures["images"], figures["empty_images"]  # the same for every exit: in the context
+    return Quality(figures, draws.AP50)
 
 
 def _listed(values: np.ndarray) -> list[float] | None:
+    """The interval, as JSON has it."""
     bounds = interval(values)
     return list(bounds) if bounds else None

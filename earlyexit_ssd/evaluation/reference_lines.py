@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from earlyexit_ssd.config import CLOSED
-from earlyexit_ssd.evaluation.choices import ExitMatches, ap_of_choice, bootstrap_choices
+from earlyexit_ssd.evaluation.bootstrap import bootstrap_choices
+from earlyexit_ssd.evaluation.choices import ExitMatches, ap_of_choice
+from earlyexit_ssd.routing.search import open_sets
 
 COIN_TOSSES = 20
 BOOTSTRAP_TOSSES = 5
@@ -101,9 +101,8 @@ def oracle_over_exits(
     """
     best, most = None, (-np.inf, -np.inf)
     budget *= 1 + 1e-9  # a mean over photos that all cost the budget rounds
-    for flags in itertools.product((True, False), repeat=errors.shape[1] - 1):
-        costs = costs_with([0.0 if flag else CLOSED for flag in flags])
-        usable = np.flatnonzero([*flags, True])
+    for thresholds, usable in open_sets(errors.shape[1] - 1):
+        costs = costs_with(thresholds)
         if costs[usable[0]] > budget:
             continue
         for level in np.linspace(costs[usable[0]], budget, ORACLE_BUDGETS):
@@ -138,17 +137,18 @@ def pooled_gap(leads: Sequence[np.ndarray | Sequence[float]]) -> np.ndarray:
 
 
 def resampled_leads(
-    matches: ExitMatches, choice: np.ndarray, oracle: np.ndarray, resamples: int = 200, seed: int = 0
-) -> np.ndarray:
-    """What router and oracle have more AP50 than a coin in bootstrap draws of the photos, [2, resamples].
+    matches: ExitMatches, choice: np.ndarray, oracles: Sequence[np.ndarray], resamples: int = 200, seed: int = 0
+) -> list[np.ndarray]:
+    """Per oracle, what router and oracle have more AP50 than a coin in bootstrap draws of the photos, [2, resamples].
 
     Args:
-        choice, oracle: the router's exits and the oracle's, [n] each.
+        choice: the router's exits, [n].
+        oracles: each one's exits, [n].
     """
-    compared = [choice, oracle, *tosses(choice, BOOTSTRAP_TOSSES, seed)]
-    router, best, *chances = bootstrap_choices(matches, compared, resamples, seed)
-    chance = np.mean(chances, axis=0)
-    return np.stack([router - chance, best - chance])
+    compared = [choice, *tosses(choice, BOOTSTRAP_TOSSES, seed), *oracles]
+    router, *others = (draws.AP50 for draws in bootstrap_choices(matches, compared, resamples, seed))
+    chance = np.mean(others[:BOOTSTRAP_TOSSES], axis=0)
+    return [np.stack([router - chance, best - chance]) for best in others[BOOTSTRAP_TOSSES:]]
 
 
 def overthinking(errors: np.ndarray) -> list[float]:

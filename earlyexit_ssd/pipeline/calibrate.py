@@ -16,7 +16,8 @@ from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.evaluation.choices import ap_of_choice, bootstrap_choices
+from earlyexit_ssd.evaluation.bootstrap import bootstrap_choices
+from earlyexit_ssd.evaluation.choices import ap_of_choice
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.checkpoint import weights_hash
 from earlyexit_ssd.pipeline.build import trained_temperatures
@@ -156,8 +157,8 @@ def _cheapest_that_keeps(
     path = path[lost[path] <= target.value]
     affordable = path[np.argsort(mean_costs[path], kind="stable")]
     for candidate in progress(affordable, desc="AP50 lost"):
-        values = bootstrap_choices(calib.matches, [full, grid.choices[candidate]], seed=seed)
-        bound = float(np.nanquantile(values[0] - values[1], 1 - target.delta))
+        kept, routed = bootstrap_choices(calib.matches, [full, grid.choices[candidate]], seed=seed)
+        bound = float(np.nanquantile(kept.AP50 - routed.AP50, 1 - target.delta))
         if bound <= target.value:
             thresholds = tuple(float(value) for value in grid.thresholds[candidate])
             return Found(thresholds, grid.choices[candidate], {"AP50_lost_bound": bound})

@@ -18,12 +18,18 @@ from earlyexit_ssd.evaluation.throughput import mixed_throughput
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
 from earlyexit_ssd.pipeline.fit_router import fit_policy, fit_temperatures, per_exit
-from earlyexit_ssd.pipeline.policy_evaluation import Splits, add_intervals, ap_intervals, evaluate_policy
+from earlyexit_ssd.pipeline.policy_evaluation import (
+    Lines,
+    Splits,
+    add_intervals,
+    ap_intervals,
+    best_policy,
+    evaluate_policy,
+)
 from earlyexit_ssd.pipeline.replay import Replay, open_recorded
 from earlyexit_ssd.progress import progress
-from earlyexit_ssd.report.routing import best_policy, write_routing
+from earlyexit_ssd.report.routing import write_routing
 from earlyexit_ssd.routing import ExitRouter
-from earlyexit_ssd.routing.budgets import even_budgets
 from earlyexit_ssd.routing.policies import FITTED_POLICIES, POLICIES, get_policy
 from earlyexit_ssd.routing.search import choose
 from earlyexit_ssd.routing.soft_exit import learn_open_exits
@@ -60,22 +66,25 @@ def evaluate_routing(
     found: dict[str, Any] = {}
     costs: dict[bool, CostModel] = {}
     splits: dict[str, Splits] = {}
+    lines: dict[str, list[Lines]] = {}
     for name, router in routers.items():
         if router.compares not in costs:  # who compares with the exit before needs it, closed or not
             costs[router.compares] = measure_cost_model(cfg, model, router)
         splits[name] = Splits(calib, test, costs[router.compares], model.exit_names, cfg.SEED)
-        found[name] = evaluate_policy(splits[name], calib.confidences(router), test.confidences(router), name)
+        confidences = calib.confidences(router), test.confidences(router)
+        found[name], lines[name] = evaluate_policy(splits[name], *confidences, name)
     best = best_policy(found)
     for name in dict.fromkeys([best, REFERENCE_POLICY]):
-        add_intervals(splits[name], test.confidences(routers[name]), found[name])
+        add_intervals(splits[name], found[name], lines[name])
     results = {
         "context": _context(cfg, splits[best]),
         "exits": _exits(splits[best]),
         "throughput": _throughput(cfg, model, routers[best], found[best]["budgets"]),
         "overthinking": dict(zip(model.exit_names, overthinking(test.errors), strict=False)),
         "scoring_ms": scoring_ms,
+        "best": best,
         "policies": found,
-        "learnt_thresholds": {best: _with_learnt_thresholds(splits[best], routers[best], cfg.CALIBRATION.REFERENCE)},
+        "learnt_thresholds": {best: _with_learnt_thresholds(cfg, splits[best], routers[best], found[best]["budgets"])},
     }
     write_routing(out, results)
     return results
@@ -105,12 +114,13 @@ def _context(cfg: CfgNode, splits: Splits) -> dict[str, Any]:
 
 def _exits(splits: Splits) -> list[dict[str, Any]]:
     """Every exit alone, with no other open before it."""
-    photos, entries = len(splits.test.recording), []
+    choices = [np.full(len(splits.test.recording), index) for index in range(len(splits.exit_names))]
+    intervals, entries = ap_intervals(splits, choices), []
     for index, name in enumerate(splits.exit_names):
-        choice = np.full(photos, index)
+        choice = choices[index]
         only = [CLOSED] * index + [0.0] * (len(splits.exit_names) - 1 - index)
         line = line_of(splits.test.matches, choice, splits.costs.per_exit(only))
-        entries.append({"name": name, **asdict(line), **ap_intervals(splits, choice)})
+        entries.append({"name": name, **asdict(line), **intervals[index]})
     return entries
 
 
@@ -134,13 +144,14 @@ def _throughput(
     return timed
 
 
-def _with_learnt_thresholds(splits: Splits, router: ExitRouter, reference: str) -> list[dict[str, Any]]:
+def _with_learnt_thresholds(
+    cfg: CfgNode, splits: Splits, router: ExitRouter, budgets: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """At the same budgets with thresholds by gradient instead of search."""
     calib, test = splits.calib.confidences(router), splits.test.confidences(router)
-    costs_with, losses = splits.costs.per_exit, splits.calib.losses(reference)
-    first, full = costs_with()[0], costs_with([CLOSED] * len(calib))[-1]
+    costs_with, losses = splits.costs.per_exit, splits.calib.losses(cfg.CALIBRATION.REFERENCE)
     entries = []
-    for budget in progress(even_budgets(first, full), desc="learnt thresholds"):
+    for budget in progress([entry["budget"] for entry in budgets], desc="learnt thresholds"):
         thresholds = learn_open_exits(calib, losses, costs_with, budget)
         choice = choose(test, thresholds).astype(np.int64)
         line = line_of(splits.test.matches, choice, costs_with(thresholds))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from earlyexit_ssd.config import CLOSED
-from earlyexit_ssd.evaluation.bootstrap import interval
-from earlyexit_ssd.evaluation.choices import ap_of_choice, bootstrap_choices
+from earlyexit_ssd.evaluation.bootstrap import bootstrap_choices, interval
+from earlyexit_ssd.evaluation.choices import ap_of_choice
 from earlyexit_ssd.evaluation.reference_lines import (
     Line,
     coin,
@@ -41,62 +41,8 @@ class Splits:
     seed: int
 
 
-def evaluate_policy(splits: Splits, calib: list[np.ndarray], test: list[np.ndarray], name: str) -> dict[str, Any]:
-    """At five equal budgets with searched thresholds, and along MSDNet's curve of shares.
-
-    Args:
-        calib, test: per early exit the policy's confidences [n].
-    """
-    grid, costs = threshold_grid(calib), splits.costs.per_exit()
-    closed = splits.costs.per_exit([CLOSED] * len(calib))  # above its cost there is nothing to route for
-    mean_costs = grid.mean_cost(splits.costs.of_each(grid.thresholds))
-    ap50 = splits.calib.ap50_of(grid.choices, f"thresholds of {name}")
-    budgets, lines_of_test, lines_of_calib = [], [], []
-    for budget in even_budgets(costs[0], closed[-1]):
-        thresholds = grid.thresholds[cheapest_within(mean_costs, -ap50, budget)]
-        lines = _lines(splits, splits.test, test, thresholds)
-        budgets.append({"budget": budget, **_at_thresholds(splits, lines, thresholds)})
-        lines_of_test.append(lines)
-        lines_of_calib.append(_lines(splits, splits.calib, calib, thresholds))
-    gaps = [entry["gap_closed"] for entry in budgets]
-    return {
-        "budgets": budgets,
-        "gap_closed": None if None in gaps else float(np.mean(gaps)),
-        "pooled_gap": _pooled(splits, lines_of_test, "oracle"),
-        "pooled_gap_of_best_oracle": _pooled(splits, lines_of_test, "best_oracle"),
-        "calib_pooled_gap": _number(pooled_gap([lines.leads("best_oracle") for lines in lines_of_calib])),
-        "msdnet": [_at_shares(splits, calib, test, msdnet_shares(len(costs), q)) for q in MSDNET_Q],
-        "leak": _leak(splits, calib, test, budgets),
-    }
-
-
-def add_intervals(splits: Splits, test: list[np.ndarray], found: dict[str, Any]) -> None:
-    """Put bootstrap intervals of AP and AP50 into ``found``: router, one toss of the coin, oracles at every budget.
-
-    Args:
-        test: the policy's confidences on the test photos.
-        found: of `evaluate_policy`.
-    """
-    for entry in progress(found["budgets"], desc="intervals"):
-        lines = _lines(splits, splits.test, test, entry["thresholds"])
-        one_toss = tosses(lines.choice, 1, splits.seed)[0]
-        for line, choice in ((entry, lines.choice), (entry["coin"], one_toss)):
-            line.update(ap_intervals(splits, choice))
-        for name, (choice, _) in lines.oracles.items():
-            entry[name].update(ap_intervals(splits, choice))
-
-
-def ap_intervals(splits: Splits, choice: np.ndarray) -> dict[str, tuple[float, float] | None]:
-    """Of AP and AP50 where the test photos take these exits, [n]."""
-    draws = {
-        key: bootstrap_choices(splits.test.matches, [choice], seed=splits.seed, ap50_only=key == "AP50")[0]
-        for key in ("AP", "AP50")
-    }
-    return {f"{key}_interval": interval(values) for key, values in draws.items()}
-
-
 @dataclass(frozen=True)
-class _Lines:
+class Lines:
     """A router on a split, and a coin and oracles at its cost.
 
     choice: the router's exits, [n].
@@ -115,7 +61,66 @@ class _Lines:
         return router - chance, best - chance
 
 
-def _lines(splits: Splits, split: Replay, confidences: list[np.ndarray], thresholds: Sequence[float]) -> _Lines:
+def best_policy(policies: Mapping[str, Any]) -> str:
+    """The one that closes most of the gap on the calib photos; those of the test split choose nothing."""
+    gaps = {name: found["calib_pooled_gap"] for name, found in policies.items()}
+    return max(gaps, key=lambda name: -np.inf if gaps[name] is None else gaps[name])
+
+
+def evaluate_policy(
+    splits: Splits, calib: list[np.ndarray], test: list[np.ndarray], name: str
+) -> tuple[dict[str, Any], list[Lines]]:
+    """At five equal budgets with searched thresholds, and along MSDNet's curve of shares; and what each budget's
+    figures on the test photos come from.
+
+    Args:
+        calib, test: per early exit the policy's confidences [n].
+    """
+    grid, costs = threshold_grid(calib), splits.costs.per_exit()
+    closed = splits.costs.per_exit([CLOSED] * len(calib))  # above its cost there is nothing to route for
+    mean_costs = grid.mean_cost(splits.costs.of_each(grid.thresholds))
+    ap50 = splits.calib.ap50_of(grid.choices, f"thresholds of {name}")
+    budgets, lines_of_test, lines_of_calib = [], [], []
+    for budget in even_budgets(costs[0], closed[-1]):
+        thresholds = grid.thresholds[cheapest_within(mean_costs, -ap50, budget)]
+        lines = _lines(splits, splits.test, test, thresholds)
+        budgets.append({"budget": budget, **_figures(splits, lines, thresholds)})
+        lines_of_test.append(lines)
+        lines_of_calib.append(_lines(splits, splits.calib, calib, thresholds))
+    gaps = [entry["gap_closed"] for entry in budgets]
+    by_oracle = _pooled(splits, lines_of_test)
+    found = {
+        "budgets": budgets,
+        "gap_closed": None if None in gaps else float(np.mean(gaps)),
+        "pooled_gap": by_oracle["oracle"],
+        "pooled_gap_of_best_oracle": by_oracle["best_oracle"],
+        "calib_pooled_gap": _number(pooled_gap([lines.leads("best_oracle") for lines in lines_of_calib])),
+        "msdnet": [_at_shares(splits, calib, test, msdnet_shares(len(costs), q)) for q in MSDNET_Q],
+        "leak": _leak(splits, calib, test, budgets),
+    }
+    return found, lines_of_test
+
+
+def add_intervals(splits: Splits, found: dict[str, Any], lines: Sequence[Lines]) -> None:
+    """Put bootstrap intervals of AP and AP50 into ``found``: router, one toss of the coin, oracles at every budget.
+
+    Args:
+        found, lines: of `evaluate_policy`.
+    """
+    for entry, one in zip(progress(found["budgets"], desc="intervals"), lines, strict=True):
+        choices = [one.choice, tosses(one.choice, 1, splits.seed)[0], *(exits for exits, _ in one.oracles.values())]
+        rows = [entry, entry["coin"], *(entry[name] for name in one.oracles)]
+        for row, intervals in zip(rows, ap_intervals(splits, choices), strict=True):
+            row.update(intervals)
+
+
+def ap_intervals(splits: Splits, choices: Sequence[np.ndarray]) -> list[dict[str, tuple[float, float] | None]]:
+    """Of AP and AP50, where the test photos take these exits, [n] each."""
+    found = bootstrap_choices(splits.test.matches, choices, seed=splits.seed, ap50_only=False)
+    return [{"AP_interval": interval(draws.AP), "AP50_interval": interval(draws.AP50)} for draws in found]
+
+
+def _lines(splits: Splits, split: Replay, confidences: list[np.ndarray], thresholds: Sequence[float]) -> Lines:
     costs = splits.costs.per_exit(thresholds)
     choice = choose(confidences, thresholds).astype(np.int64)
     router = line_of(split.matches, choice, costs)
@@ -128,29 +133,34 @@ def _lines(splits: Splits, split: Replay, confidences: list[np.ndarray], thresho
     for name, value in values.items():
         exits, exit_costs = oracle_over_exits(split.errors, splits.costs.per_exit, router.cost, value)
         oracles[name] = exits, line_of(split.matches, exits, exit_costs)
-    return _Lines(choice, router, coin(split.matches, choice, costs, splits.seed), oracles)
+    return Lines(choice, router, coin(split.matches, choice, costs, splits.seed), oracles)
 
 
-def _pooled(splits: Splits, lines: Sequence[_Lines], oracle: str) -> dict[str, Any]:
-    """The pooled gap of all budgets and its bootstrap interval."""
+def _pooled(splits: Splits, lines: Sequence[Lines]) -> dict[str, dict[str, Any]]:
+    """By oracle, the pooled gap of all budgets and its bootstrap interval."""
+    names = list(lines[0].oracles)
     resampled = [
-        resampled_leads(splits.test.matches, one.choice, one.oracles[oracle][0], seed=splits.seed) for one in lines
+        resampled_leads(splits.test.matches, one.choice, [exits for exits, _ in one.oracles.values()], seed=splits.seed)
+        for one in lines
     ]
-    value = _number(pooled_gap([one.leads(oracle) for one in lines]))
-    return {"value": value, "interval": None if value is None else interval(pooled_gap(resampled))}
+    pooled = {}
+    for name, draws in zip(names, zip(*resampled, strict=True), strict=True):
+        value = _number(pooled_gap([one.leads(name) for one in lines]))
+        pooled[name] = {"value": value, "interval": None if value is None else interval(pooled_gap(draws))}
+    return pooled
 
 
-def _at_thresholds(splits: Splits, lines: _Lines, thresholds: np.ndarray) -> dict[str, Any]:
+def _figures(splits: Splits, lines: Lines, thresholds: np.ndarray) -> dict[str, Any]:
     """The figures on the test photos."""
     matches, choice = splits.test.matches, lines.choice
     full = len(splits.exit_names) - 1
-    values = bootstrap_choices(matches, [choice, np.full(len(choice), full)], seed=splits.seed)
+    routed, kept = bootstrap_choices(matches, [choice, np.full(len(choice), full)], seed=splits.seed)
     shares = np.bincount(choice, minlength=full + 1) / len(choice)
     return {
         "thresholds": [float(value) for value in thresholds],
         **asdict(lines.router),
-        "AP50_interval": interval(values[0]),
-        "AP50_below_full_interval": interval(values[1] - values[0]),
+        "AP50_interval": interval(routed.AP50),
+        "AP50_below_full_interval": interval(kept.AP50 - routed.AP50),
         "coin": asdict(lines.chance),
         **{name: asdict(line) for name, (_, line) in lines.oracles.items()},
         "gap_closed": gap_closed(lines.router, lines.chance, lines.oracles["oracle"][1]),

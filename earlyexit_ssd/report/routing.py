@@ -13,7 +13,7 @@ from earlyexit_ssd.files import write_image, write_json, write_text
 from earlyexit_ssd.report.numbers import figure
 from earlyexit_ssd.report.plot import PLAIN, draw_chart
 from earlyexit_ssd.report.published_rules import published_rules_table
-from earlyexit_ssd.report.reference_lines import reference_lines_table, with_interval
+from earlyexit_ssd.report.reference_lines import LINES, reference_lines_table, with_interval
 
 COLORS = ("#2b6cb0", "#dd6b20", "#2f855a", "#b83280", "#6b46c1", "#b7791f", "#2c7a7b", "#c53030")
 
@@ -25,21 +25,12 @@ def write_routing(folder: Path, results: Mapping[str, Any]) -> None:
     write_json(folder / "routing.json", results)
 
 
-def best_policy(policies: Mapping[str, Any]) -> str:
-    """The one that closes most of the gap on the calib photos; those of the test split choose nothing."""
-    return max(policies, key=lambda name: _calib_gap(policies[name]))
-
-
-def _calib_gap(found: Mapping[str, Any]) -> float:
-    return float("-inf") if found["calib_pooled_gap"] is None else found["calib_pooled_gap"]
-
-
 def routing_table(results: Mapping[str, Any]) -> str:
     """Per policy its AP50 at every budget and the share of the gap closed; coin and oracle of the best policy."""
     context = results["context"]
     unit = context["cost_model"]["unit"]
     policies = results["policies"]
-    best = best_policy(policies)
+    best = results["best"]
     budgets = [entry["budget"] for entry in policies[best]["budgets"]]
     lines = [
         f"AP50 on {', '.join(context['test'])} (n {context['images']}, seed {context['seed']}) with thresholds from "
@@ -59,14 +50,14 @@ def routing_table(results: Mapping[str, Any]) -> str:
         ),
         "| " + " | ".join(["---", *["---:"] * (len(budgets) + 5)]) + " |",
     ]
-    for name in sorted(policies, key=lambda name: _calib_gap(policies[name]), reverse=True):
+    for name in sorted(policies, key=lambda name: _sortable(policies[name]["calib_pooled_gap"]), reverse=True):
         entries = policies[name]["budgets"]
         last = [*_gap_cells(policies[name]), f"{results['scoring_ms'][name]:.2f}"]
         lines.append(_row(name, [*map(_cell, entries), *last]))
     if best in results.get("learnt_thresholds", {}):
         cells = [*map(_cell, results["learnt_thresholds"][best]), "-", "-", "-", "-", ""]
         lines.append(_row(f"{best}, thresholds learnt with a soft exit", cells))
-    for key, name in (("coin", "coin"), ("oracle", "oracle"), ("best_oracle", "best oracle")):
+    for key, name in LINES.items():
         cells = [_cell(entry[key]) for entry in policies[best]["budgets"]]
         lines.append(_row(f"{name} at the cost of {best}", [*cells, *[""] * 5]))
     lines += ["", "| exit alone | cost | AP [95 %] | AP50 [95 %] |", "| --- | ---: | ---: | ---: |"]
@@ -77,16 +68,13 @@ def routing_table(results: Mapping[str, Any]) -> str:
     shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in results["overthinking"].items())
     lines += ["", f"Photos that an early exit gets wholly right and the full path does not: {shares}."]
     lines += ["", "Published rules on the same exits and photos:", "", published_rules_table(policies, best, unit)]
-    with_intervals = list(
-        dict.fromkeys([best, *(name for name in policies if "AP_interval" in _first(policies[name]))])
-    )
-    lines += ["", "With 95 % intervals (bootstrap over photos):", "", reference_lines_table(policies, with_intervals)]
+    lines += ["", "With 95 % intervals (bootstrap over photos):", "", reference_lines_table(policies, best)]
     lines += ["", *_throughput_lines(results["throughput"])]
     return "\n".join(lines)
 
 
-def _first(found: Mapping[str, Any]) -> Mapping[str, Any]:
-    return found["budgets"][0]
+def _sortable(gap: float | None) -> float:
+    return float("-inf") if gap is None else gap
 
 
 def _throughput_lines(speeds: list[Mapping[str, Any]]) -> list[str]:
@@ -108,17 +96,17 @@ def routing_chart(results: Mapping[str, Any]) -> Image.Image:
 
     def draw(axes: Axes) -> None:
         policies = results["policies"]
-        best = best_policy(policies)
+        best = results["best"]
         for color, (name, found) in zip(COLORS * 3, policies.items(), strict=False):
             points = sorted((entry["cost"], entry["AP50"]) for entry in found["budgets"] if entry["AP50"] is not None)
             axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, linewidth=1.2, label=name)
-        for line, style in (("coin", ":"), ("oracle", "--"), ("best_oracle", "-.")):
+        for (line, name), style in zip(LINES.items(), (":", "--", "-."), strict=True):
             points = sorted(
                 (entry[line]["cost"], entry[line]["AP50"])
                 for entry in policies[best]["budgets"]
                 if entry[line]["AP50"] is not None
             )
-            axes.plot(*zip(*points, strict=True), color=PLAIN, linestyle=style, label=line.replace("_", " "))
+            axes.plot(*zip(*points, strict=True), color=PLAIN, linestyle=style, label=name)
         for entry in results["exits"]:
             if entry["AP50"] is not None:
                 axes.plot(entry["cost"], entry["AP50"], color=PLAIN, marker="s", linestyle="")

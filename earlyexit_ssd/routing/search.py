@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +48,13 @@ def choose(confidences: Sequence[np.ndarray], thresholds: Sequence[float]) -> np
         # as the router compares: both in fp32
         choice[confidences[index].astype(np.float32) >= np.float32(thresholds[index])] = index
     return choice
+
+
+def open_sets(exits: int) -> Iterator[tuple[list[float], np.ndarray]]:
+    """Every set of open early exits: thresholds (0, or `CLOSED`), and the exits that photos can then take, the full
+    path the last of them. A closed exit makes the deeper ones cheaper, so costs differ from set to set."""
+    for flags in itertools.product((True, False), repeat=exits):
+        yield [0.0 if flag else CLOSED for flag in flags], np.flatnonzero([*flags, True])
 
 
 def candidates(confidence: np.ndarray, count: int) -> np.ndarray:

@@ -8,16 +8,14 @@ be compared with the search (docs/routing.md).
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.routing.search import choose
+from earlyexit_ssd.routing.search import choose, open_sets
 
 STEPS = 150
 WIDTHS = (0.1, 0.01)
@@ -42,11 +40,10 @@ def learn_open_exits(
         budget: mean cost; at least that of one of the exits.
     """
     best, least = None, np.inf
-    for flags in itertools.product((True, False), repeat=len(confidences)):
-        thresholds = np.array([0.0 if flag else CLOSED for flag in flags], dtype=np.float32)
-        costs, opened = costs_with(thresholds), np.flatnonzero(flags)
+    for closed, kept in open_sets(len(confidences)):
+        thresholds, costs = np.array(closed, dtype=np.float32), costs_with(closed)
+        opened = kept[:-1]
         if len(opened):
-            kept = [*opened, len(confidences)]
             thresholds[opened] = learn_thresholds(
                 [confidences[index] for index in opened], losses[:, kept], costs[kept], budget
             )

@@ -1,50 +1,64 @@
-"""The bootstrap's AP50 is pycocotools', resampled or not."""
-
-import copy
+"""The bootstrap draws photos; what a draw is worth is ap_of_choice's, which test_choices holds against pycocotools."""
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from earlyexit_ssd.evaluation.bootstrap import ap50_matches, bootstrap_ap50, interval, weighted_ap50
-from earlyexit_ssd.evaluation.coco import coco_evaluation, coco_metrics
-
-
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10_000))
-def test_all_ones_equal_pycocotools(random_case, seed):
-    coco, detections = random_case(seed)
-    evaluation = coco_evaluation(coco, detections)
-    value = weighted_ap50(ap50_matches(evaluation), np.ones(12, dtype=int))
-    assert (-1 if value is None else value) == evaluation.stats[1]
+from earlyexit_ssd.evaluation.bootstrap import bootstrap_choices, interval
+from earlyexit_ssd.evaluation.choices import ap_of_choice, exit_matches, matches_of
+from earlyexit_ssd.evaluation.coco import coco_evaluation
 
 
-@settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10_000))
-def test_weights_equal_a_data_set_with_repeated_photos(random_case, ground_truth, seed):
-    coco, detections = random_case(seed)
-    drawn = np.random.default_rng(seed).integers(12, size=12)
-    objects, repeated = [], {}
-    for new_id, index in enumerate(drawn.tolist(), start=1):
-        repeated[new_id] = copy.deepcopy(detections[index + 1])
-        for annotation in coco.imgToAnns[index + 1]:
-            x, y, width, height = annotation["bbox"]
-            box = (x, y, x + width, y + height)
-            objects.append((new_id, annotation["category_id"], box, annotation["iscrowd"]))
-    expected = coco_metrics(ground_truth(12, objects, ("a", "b", "c")), repeated).AP50
-    value = weighted_ap50(ap50_matches(coco_evaluation(coco, detections)), np.bincount(drawn, minlength=12))
-    assert value == (None if expected is None else pytest.approx(expected, abs=1e-12))
+def mixed(exits, choice):
+    """The detections of the chosen exits."""
+    return {index + 1: exits[taken][index + 1] for index, taken in enumerate(choice)}
+
+
+@pytest.fixture
+def three_exits(random_case):
+    """The same photos, three detectors."""
+    coco, first = random_case(4)
+    return coco, [first, random_case(5)[1], random_case(6)[1]]
+
+
+def test_every_choice_sees_the_same_photos(three_exits):
+    """Whatever stands beside it: paired values are what differences are made of."""
+    coco, exits = three_exits
+    matches = exit_matches(coco, exits)
+    choices = [np.zeros(12, int), np.arange(12) % 3]
+    together = bootstrap_choices(matches, choices, resamples=30, seed=5, ap50_only=False)
+    for choice, ours in zip(choices, together, strict=True):
+        alone = matches_of([coco_evaluation(coco, mixed(exits, choice.tolist()))])
+        (theirs,) = bootstrap_choices(alone, [np.zeros(12, int)], resamples=30, seed=5, ap50_only=False)
+        for key in ("AP", "AP50"):
+            assert getattr(ours, key) == pytest.approx(getattr(theirs, key), abs=1e-12, nan_ok=True)
+    assert len(set(together[0].AP50.tolist())) > 10
+
+
+def test_a_draw_by_hand(three_exits):
+    coco, exits = three_exits
+    matches, choice = exit_matches(coco, exits), np.ones(12, int)
+    (draws,) = bootstrap_choices(matches, [choice], resamples=2, seed=7, ap50_only=False)
+    generator = np.random.default_rng(7)
+    for ap, ap50 in zip(*draws, strict=True):
+        weights = np.bincount(generator.integers(12, size=12), minlength=12)
+        found = ap_of_choice(matches, choice, weights)
+        assert (ap, ap50) == (found.AP, found.AP50)
+
+
+def test_ap_is_left_out_where_it_is_not_asked_for(three_exits):
+    matches = exit_matches(*three_exits)
+    (quick,) = bootstrap_choices(matches, [np.zeros(12, int)], resamples=10)
+    (both,) = bootstrap_choices(matches, [np.zeros(12, int)], resamples=10, ap50_only=False)
+    assert np.isnan(quick.AP).all() and np.array_equal(quick.AP50, both.AP50)
 
 
 def test_seeded_and_around_the_value(random_case):
-    coco, detections = random_case(3, images=40)
-    evaluation = coco_evaluation(coco, detections)
-    matches = ap50_matches(evaluation)
-    values = bootstrap_ap50(matches, resamples=100, seed=5)
-    assert np.array_equal(values, bootstrap_ap50(matches, resamples=100, seed=5))
-    assert not np.array_equal(values, bootstrap_ap50(matches, resamples=100, seed=6))
-    low, high = interval(values)
+    evaluation = coco_evaluation(*random_case(3, images=40))
+    matches, everyone = matches_of([evaluation]), [np.zeros(40, int)]
+    (draws,) = bootstrap_choices(matches, everyone, resamples=100, seed=5)
+    assert np.array_equal(draws.AP50, bootstrap_choices(matches, everyone, resamples=100, seed=5)[0].AP50)
+    assert not np.array_equal(draws.AP50, bootstrap_choices(matches, everyone, resamples=100, seed=6)[0].AP50)
+    low, high = interval(draws.AP50)
     assert low < evaluation.stats[1] < high
     assert 0.02 < high - low < 0.5
 
@@ -57,6 +71,6 @@ def test_interval_is_central():
 
 @pytest.mark.parametrize("images", [0, 3])
 def test_nothing_to_find(images, ground_truth):
-    matches = ap50_matches(coco_evaluation(ground_truth(images, []), {}))
-    assert weighted_ap50(matches, np.ones(images, dtype=int)) is None
-    assert np.isnan(bootstrap_ap50(matches, resamples=3)).all()
+    matches = matches_of([coco_evaluation(ground_truth(images, []), {})])
+    (draws,) = bootstrap_choices(matches, [np.zeros(images, int)], resamples=3, ap50_only=False)
+    assert np.isnan(draws).all()

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from earlyexit_ssd.evaluation.bootstrap import interval
-from earlyexit_ssd.evaluation.choices import bootstrap_choices, exit_matches
+from earlyexit_ssd.evaluation.bootstrap import bootstrap_choices, interval
+from earlyexit_ssd.evaluation.choices import exit_matches
 from earlyexit_ssd.evaluation.coco import coco_metrics
 from earlyexit_ssd.evaluation.operating_point import operating_point
 from earlyexit_ssd.evaluation.quality import EvaluationSettings, Quality, evaluate_detections
@@ -19,8 +19,8 @@ def test_figures_are_those_of_the_parts(random_case):
     assert quality.figures["precision"] == operating_point(coco, detections, 0.3, 0.5).precision
     assert quality.figures["AP50_interval"] == list(interval(quality.ap50_values))
     matches = exit_matches(coco, [detections])
-    (values,) = bootstrap_choices(matches, [np.zeros(matches.photos, int)], resamples=20, ap50_only=False)
-    assert quality.figures["AP_interval"] == list(interval(values))
+    (draws,) = bootstrap_choices(matches, [np.zeros(matches.photos, int)], resamples=20, ap50_only=False)
+    assert quality.figures["AP_interval"] == list(interval(draws.AP))
     low, high = quality.figures["AP_interval"]
     assert 0 <= low < high <= 1
 

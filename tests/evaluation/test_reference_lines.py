@@ -95,14 +95,14 @@ def test_gap_in_draws_of_the_photos(random_case):
     objects = sum(one.objects for one in matches.classes)
     oracle = np.zeros(60, int)
     oracle[np.argsort(-objects)[:30]] = 1
-    own = pooled_gap([resampled_leads(matches, oracle, oracle)])
+    own = pooled_gap([resampled_leads(matches, oracle, [oracle])[0]])
     assert len(own) == 200 and own[~np.isnan(own)] == pytest.approx(1.0)
     assert np.isnan(own).mean() < 0.2  # a draw in which a coin does as well
     toss = np.random.default_rng(5).permutation(oracle)
-    low, high = np.nanquantile(pooled_gap([resampled_leads(matches, toss, oracle)]), [0.025, 0.975])
+    low, high = np.nanquantile(pooled_gap([resampled_leads(matches, toss, [oracle])[0]]), [0.025, 0.975])
     assert low < 0 < high < 1
     everywhere = np.ones(60, int)
-    assert np.isnan(pooled_gap([resampled_leads(matches, everywhere, everywhere)])).all()  # no coin can do worse
+    assert np.isnan(pooled_gap([resampled_leads(matches, everywhere, [everywhere])[0]])).all()  # no coin can do worse
 
 
 def test_pooled_gap_by_hand():

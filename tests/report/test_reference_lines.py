@@ -8,7 +8,8 @@ def line(ap, ap50, **more):
 def test_a_row_per_line_and_figure():
     entry = line(0.4, 0.6, budget=300.0, coin=line(0.3, 0.5), oracle=line(0.5, 0.7), best_oracle=line(0.6, 0.8))
     other = {"budgets": [line(0.2, 0.4, budget=300.0)]}
-    table = reference_lines_table({"chosen": {"budgets": [entry]}, "other": other}, ["chosen", "other"])
+    bare = {"budgets": [{"AP": 0.1, "AP50": 0.2}]}
+    table = reference_lines_table({"other": other, "bare": bare, "chosen": {"budgets": [entry]}}, "chosen")
     assert table.splitlines() == [
         "| line | figure | budget 300.0 |",
         "| --- | --- | ---: |",

@@ -1,4 +1,4 @@
-from earlyexit_ssd.report.routing import _gap_cells, best_policy
+from earlyexit_ssd.report.routing import _gap_cells
 
 
 def test_gap_with_its_interval_or_without():
@@ -8,10 +8,3 @@ def test_gap_with_its_interval_or_without():
     nothing = {"value": None, "interval": None}
     found = {"gap_closed": None, "pooled_gap": nothing, "pooled_gap_of_best_oracle": nothing, "calib_pooled_gap": None}
     assert _gap_cells(found) == ["-", "-", "-", "-"]
-
-
-def test_the_test_split_does_not_choose_the_policy():
-    flattered = {"gap_closed": 0.9, "pooled_gap": 0.9, "calib_pooled_gap": 0.2}
-    chosen = {"gap_closed": 0.1, "pooled_gap": 0.1, "calib_pooled_gap": 0.4}
-    unknown = {"gap_closed": 0.95, "pooled_gap": 0.9, "calib_pooled_gap": None}
-    assert best_policy({"a": flattered, "b": chosen, "c": unknown}) == "b"
