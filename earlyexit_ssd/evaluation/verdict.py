@@ -139,7 +139,8 @@ def no_static_net_is_better(metrics: Metrics) -> list[Finding]:
         return []
     better = [one for one in comparable if _dominates(one, routed)]
     if better:
-        best = max(better, key=lambda one: (one["AP50"], -one["ms"]))
+        most = max(one["AP50"] for one in better)
+        best = min((one for one in better if one["AP50"] >= most - AP50_TOLERANCE), key=lambda one: one["ms"])
         return [Finding(f"ship the small net: {_comparison(best, routed)}", blocks=True)]
     nearest = min(comparable, key=lambda one: _shortfall(one, routed))
     return [Finding(f"no static net is better than routing; the nearest: {_comparison(nearest, routed)}")]

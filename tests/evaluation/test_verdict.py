@@ -185,6 +185,12 @@ def test_the_best_static_net_is_named_with_its_figures():
     )
 
 
+def test_of_equally_good_static_nets_the_fastest_is_named():
+    """Half a point of AP50 is what photos cannot tell; it must not decide which net to ship."""
+    rivals = [rival("accurate", 0.74, 28.0), rival("as good", 0.736, 15.0), rival("worse", 0.734, 10.0)]
+    assert judge(with_rivals(*rivals)).lines[-1].startswith("ship the small net: as good has AP50 0.736")
+
+
 def test_otherwise_the_nearest_is_named():
     # plain 192 lacks a seventh of the accuracy; plain 256 takes a fifth longer; "close" lacks 1 % and 1 %
     verdict = judge(with_rivals(SMALLER, LARGER, rival("close", 0.693, 29.8)))
