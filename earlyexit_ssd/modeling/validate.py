@@ -102,8 +102,9 @@ def check_losses(losses: object) -> None:
 
 
 def check_router(router: object, count: int) -> None:
-    """A router, where there is one, decides for as many exits as there are."""
-    if router is not None and not (isinstance(router, nn.Module) and hasattr(router, "confidence")):
+    """A router, where there is one, answers what a `Router` is asked and decides for as many exits as there are."""
+    answers = all(callable(getattr(router, name, None)) for name in ("confidence", "needs", "leaves"))
+    if router is not None and (isinstance(router, type) or not answers):
         raise EarlyExitError(f"router is {router!r:.60}, expected an ExitRouter, or None")
     known = getattr(router, "num_exits", count)
     if known != count:
