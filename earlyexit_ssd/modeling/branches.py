@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from earlyexit_ssd.config import TAIL_BLOCKS
-from earlyexit_ssd.modeling import validate
+from earlyexit_ssd.modeling import arguments
 from earlyexit_ssd.modeling.branch import Branch
 from earlyexit_ssd.modeling.empty import EmptyExit, num_default_boxes
 from earlyexit_ssd.modeling.tail import Tail
@@ -33,8 +33,11 @@ def build_branches(
         channels, depth, copy, head_rank: see the model.
     """
     boxes_per_cell = model.anchor_generator.num_anchors_per_location()
-    shares = validate.one_for_each("copy", copy, model.num_early_exits, highest=1, zero=False)
-    depths = validate.one_for_each("depth", depth, model.num_early_exits, highest=TAIL_BLOCKS)
+    copy, depth = arguments.numbers("copy", copy), arguments.numbers("depth", depth, whole=True)
+    shares = arguments.one_for_each("copy", copy, model.num_early_exits, highest=1, zero=False)
+    depths = arguments.one_for_each("depth", depth, model.num_early_exits, highest=TAIL_BLOCKS)
+    arguments.whole_number("channels", channels)
+    arguments.whole_number("head_rank", head_rank)
     branches = nn.ModuleDict()
     for index, name in enumerate(model.exit_names[:-1]):
         if model.empty[index]:

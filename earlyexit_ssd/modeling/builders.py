@@ -31,6 +31,7 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
     depth: Sequence[int] = (2,),
     copy: Sequence[float] = (0.5,),
     head_rank: int = 0,
+    empty: Sequence[int] = (),
     classes: Sequence[str] | None = None,
     losses: LossSettings | None = None,
     router: Router | None = None,
@@ -49,7 +50,7 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
         trainable_backbone_layers: as torchvision's; it needs ``image_size=320`` and ``width=1.0``.
         image_size, width: see :func:`earlyexit_ssd.modeling.ssdlite.build_ssdlite`; another width than 1.0 needs
             ``weights_backbone=None``.
-        exit_layers, channels, depth, copy, head_rank, classes, losses, router: see
+        exit_layers, channels, depth, copy, head_rank, empty, classes, losses, router: see
             :class:`EarlyExitSSDLite`.
         score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing.
     """
@@ -97,6 +98,7 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
         depth=depth,
         copy=copy,
         head_rank=head_rank,
+        empty=empty,
         classes=classes,
         losses=losses,
         router=router,

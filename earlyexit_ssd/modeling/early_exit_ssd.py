@@ -10,7 +10,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD
 
 from earlyexit_ssd.keywords import suggest_keywords
-from earlyexit_ssd.modeling import validate
+from earlyexit_ssd.modeling import arguments, validate
 from earlyexit_ssd.modeling.branches import build_branches
 from earlyexit_ssd.modeling.conditional import route, route_hybrid
 from earlyexit_ssd.modeling.criterion import early_exit_losses, full_path_losses
@@ -82,15 +82,16 @@ class EarlyExitSSDLite(Pretrained, SSD):
             topk_candidates=detector.topk_candidates,
             positive_fraction=1 / (1 + detector.neg_to_pos_ratio),
         )
-        exit_layers = tuple(exit_layers)
-        validate.check_exit_layers(exit_layers, empty)
+        exit_layers = arguments.numbers("exit_layers", exit_layers, whole=True)
+        empty = arguments.numbers("empty", empty, whole=True)
+        arguments.check_exit_layers(exit_layers, empty)
         self.classes = tuple(classes or (f"class_{label}" for label in range(1, num_classes)))
-        validate.check_class_names(self.classes, num_classes)
+        arguments.check_class_names(self.classes, num_classes)
         self.exit_layers = (*exit_layers, LAST_LAYER)
         self.exit_names = (*(f"exit{layer}" for layer in exit_layers), "full")
         self.empty = tuple(layer in empty for layer in exit_layers)
         self.losses = losses if losses is not None else LossSettings()
-        validate.check_losses(self.losses)
+        validate.check_losses(self.losses, len(exit_layers))
         validate.check_router(router, len(exit_layers))
         self.router = router
         self.norm_frozen = False

@@ -6,7 +6,7 @@ global batch have the same loss and gradient.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, distributed
 
 from earlyexit_ssd.config import LOSS_CHOICES
 from earlyexit_ssd.errors import EarlyExitError, nearest
+from earlyexit_ssd.modeling.arguments import is_number, numbers
 from earlyexit_ssd.modeling.matching import Assignment
 
 
@@ -47,6 +48,11 @@ class LossSettings:
     distillation_box_weight: float = 1.0
 
     def __post_init__(self) -> None:
+        numbers("exit_weights", self.exit_weights)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, (int, float)) and not is_number(value):
+                raise EarlyExitError(f"{field.name} is {value!r:.60}, expected a number from 0 on")
         for name, choices in LOSS_CHOICES.items():
             value = getattr(self, name)
             if value not in choices:

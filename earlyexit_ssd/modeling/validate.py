@@ -10,38 +10,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.losses import LossSettings
-from earlyexit_ssd.modeling.trunk import LAST_LAYER
 
 SLACK = 0.5
 """That augmentation and interpolation may leave [0, 1] by."""
-
-
-def check_exit_layers(layers: tuple[int, ...], empty: Sequence[int] = ()) -> None:
-    """Exits leave behind increasing trunk layers, the last one excepted; ``empty`` names some of them."""
-    if not layers or layers != tuple(sorted({layer for layer in layers if 1 <= layer < LAST_LAYER})):
-        raise EarlyExitError(f"exit_layers {layers}: expected increasing trunk layers from 1 to {LAST_LAYER - 1}")
-    for layer in empty:
-        if layer not in layers:
-            raise EarlyExitError(f"empty has {layer}, expected some of the exits' layers {layers}")
-
-
-def one_for_each(name: str, values: Sequence[float], exits: int, highest: int, zero: bool = True) -> list[float]:
-    """One value for each exit, from as many in [0, highest], or from one for all; without ``zero`` above 0."""
-    fits = all((value >= 0 if zero else value > 0) and value <= highest for value in values)
-    if len(values) not in (1, exits) or not fits:
-        interval = f"{'[' if zero else '('}0, {highest}]"
-        raise EarlyExitError(
-            f"{name} {list(values)}: expected one number in {interval}, or one for each of {exits} exits"
-        )
-    return list(values) * (exits // len(values))
-
-
-def check_class_names(classes: tuple[str, ...], num_outputs: int) -> None:
-    """There is a name for every output but background."""
-    if len(classes) != num_outputs - 1:
-        raise EarlyExitError(
-            f"{len(classes)} class names for a head with {num_outputs} outputs, one of them background"
-        )
 
 
 def check_images(images: Sequence[Tensor]) -> None:
@@ -95,10 +66,15 @@ def check_targets(targets: Sequence[dict[str, Tensor]] | None, count: int, class
             )
 
 
-def check_losses(losses: object) -> None:
-    """What the model is given to train with is what it says."""
+def check_losses(losses: object, exits: int) -> None:
+    """What the model is given to train with is what it says, for as many exits as there are."""
     if not isinstance(losses, LossSettings):
         raise EarlyExitError(f"losses is {losses!r:.60}, expected a LossSettings")
+    if len(losses.exit_weights) not in (1, exits):
+        raise EarlyExitError(
+            f"exit_weights of the losses is {losses.exit_weights}, expected one number, or one for each of {exits}"
+            " exits"
+        )
 
 
 def check_router(router: object, count: int) -> None:
