@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.reference_lines import line_of, overthinking
 from earlyexit_ssd.evaluation.scoring_time import time_scoring
 from earlyexit_ssd.evaluation.throughput import mixed_throughput
@@ -46,7 +47,7 @@ def evaluate_routing(
         cfg: its DATA, ROUTING, CALIBRATION and EVAL sections are used.
         weights: a model of this project.
         out_dir: for the results and the recordings of the splits.
-        policies: names; by default all. ``max_foreground`` is always among them.
+        policies: names; by default all. ``max_foreground`` is always among them, but where every exit is empty.
 
     Returns:
         what is in routing.json.
@@ -54,27 +55,19 @@ def evaluate_routing(
     Raises:
         EarlyExitError: unusable weights, data or settings, or splits that share photos.
     """
-    policies, out = _known(policies), Path(out_dir)
+    names, out = _known(policies), Path(out_dir)
     recorded = open_recorded(cfg, weights, out)
     cfg, model = recorded.cfg, recorded.model
+    names = _deciding(names, policies, model, weights)
     calib, test = recorded.replay("CALIB"), recorded.replay("TEST")
-    train = recorded.replay("TRAIN") if set(policies) & set(FITTED_POLICIES) else None
+    train = recorded.replay("TRAIN") if set(names) & set(FITTED_POLICIES) else None
     temperatures = per_exit(fit_temperatures(cfg, model.exit_names, calib), model.exit_names)
-    routers = {name: fit_policy(cfg, name, temperatures, train) for name in policies}
+    routers = {name: fit_policy(cfg, name, temperatures, train) for name in names}
     # before the evaluation fragments the memory, as no process that serves photos does
     scoring_ms = {name: _scoring_ms(cfg, router, test) for name, router in routers.items()}
-    found: dict[str, Any] = {}
-    costs: dict[bool, CostModel] = {}
-    splits: dict[str, Splits] = {}
-    lines: dict[str, list[Lines]] = {}
-    for name, router in routers.items():
-        if router.compares not in costs:  # who compares with the exit before needs it, closed or not
-            costs[router.compares] = measure_cost_model(cfg, model, router)
-        splits[name] = Splits(calib, test, costs[router.compares], model.exit_names, cfg.SEED)
-        confidences = calib.confidences(router), test.confidences(router)
-        found[name], lines[name] = evaluate_policy(splits[name], *confidences, name)
+    found, splits, lines = _evaluate_each(cfg, model, routers, calib, test)
     best = best_policy(found)
-    for name in dict.fromkeys([best, REFERENCE_POLICY]):
+    for name in {best, REFERENCE_POLICY} & set(found):
         add_intervals(splits[name], found[name], lines[name])
     results = {
         "context": _context(cfg, splits[best]),
@@ -90,12 +83,48 @@ def evaluate_routing(
     return results
 
 
+def _evaluate_each(
+    cfg: CfgNode, model: EarlyExitSSDLite, routers: Mapping[str, ExitRouter], calib: Replay, test: Replay
+) -> tuple[dict[str, Any], dict[str, Splits], dict[str, list[Lines]]]:
+    """By policy: its figures, the splits with the costs that it was held against, and what its figures come from."""
+    found, splits, lines = {}, {}, {}
+    costs: dict[bool, CostModel] = {}
+    for name, router in routers.items():
+        # who compares with the exit before needs it, closed or not; else one stands for all, so that budgets are equal
+        if router.compares not in costs:
+            costs[router.compares] = measure_cost_model(cfg, model, router)
+        splits[name] = Splits(calib, test, costs[router.compares], model.exit_names, tuple(model.empty), cfg.SEED)
+        confidences = calib.confidences(router), test.confidences(router)
+        found[name], lines[name] = evaluate_policy(splits[name], *confidences, name)
+    return found, splits, lines
+
+
 def _known(policies: Sequence[str]) -> list[str]:
     """The wanted policies, or all, and the one that is always there; raises where there is no such policy."""
-    names = list(dict.fromkeys([*(policies or [*POLICIES, *FITTED_POLICIES]), REFERENCE_POLICY]))
+    names = list(dict.fromkeys([REFERENCE_POLICY, *(policies or [*POLICIES, *FITTED_POLICIES])]))
     for name in set(names) - set(FITTED_POLICIES):
         get_policy(name)
     return names
+
+
+def _deciding(
+    names: list[str], wanted: Sequence[str], model: EarlyExitSSDLite, weights: str | os.PathLike[str]
+) -> list[str]:
+    """Those that let photos leave: where every exit is empty, the policies that look at the trunk alone.
+
+    Raises:
+        EarlyExitError: one of the ``wanted`` is none of them.
+    """
+    if not all(model.empty):
+        return names
+    foreseeing = [name for name in names if getattr(FITTED_POLICIES.get(name), "foresees", False)]
+    for name in wanted:
+        if name not in foreseeing:
+            raise EarlyExitError(
+                f"policy '{name}' looks at logits, which the empty exits of {weights} have not; "
+                "take foreseen_emptiness or learned_gain"
+            )
+    return foreseeing
 
 
 def _context(cfg: CfgNode, splits: Splits) -> dict[str, Any]:
@@ -135,7 +164,7 @@ def _throughput(
 ) -> list[dict[str, Any]]:
     """Of batches mixed as at each of a policy's budgets, in eager PyTorch."""
     threads, timed = cfg.EVAL.TIMING_THREADS, []
-    router = router.to(next(model.parameters()).device)
+    router = ExitRouter(**router.to_dict()).to(next(model.parameters()).device)  # the given one stays where it is
     for entry in progress(budgets, desc="batches"):
         speed = mixed_throughput(model, router, list(entry["exit_share"].values()), threads=threads)
         timed.append(

@@ -32,13 +32,20 @@ MSDNET_Q = np.geomspace(0.1, 10, 25)
 
 @dataclass(frozen=True)
 class Splits:
-    """What chooses (calib), what is reported (test), and the exits' costs."""
+    """What chooses (calib), what is reported (test), the exits' costs, and which early exits are empty."""
 
     calib: Replay
     test: Replay
     costs: CostModel
     exit_names: tuple[str, ...]
+    empty: tuple[bool, ...]
     seed: int
+
+    def budgets(self) -> list[float]:
+        """Mean costs between that of the first exit where any policy may let photos leave, one with a branch if there
+        is any, and that of the full path alone; above it there is nothing to route for."""
+        first = 0 if all(self.empty) else self.empty.index(False)
+        return even_budgets(self.costs.per_exit()[first], self.costs.per_exit([CLOSED] * len(self.empty))[-1])
 
 
 @dataclass(frozen=True)
@@ -76,12 +83,11 @@ def evaluate_policy(
     Args:
         calib, test: per early exit the policy's confidences [n].
     """
-    grid, costs = threshold_grid(calib), splits.costs.per_exit()
-    closed = splits.costs.per_exit([CLOSED] * len(calib))  # above its cost there is nothing to route for
+    grid = threshold_grid(calib)
     mean_costs = grid.mean_cost(splits.costs.of_each(grid.thresholds))
     ap50 = splits.calib.ap50_of(grid.choices, f"thresholds of {name}")
     budgets, lines_of_test, lines_of_calib = [], [], []
-    for budget in even_budgets(costs[0], closed[-1]):
+    for budget in splits.budgets():
         thresholds = grid.thresholds[cheapest_within(mean_costs, -ap50, budget)]
         lines = _lines(splits, splits.test, test, thresholds)
         budgets.append({"budget": budget, **_figures(splits, lines, thresholds)})
@@ -95,7 +101,7 @@ def evaluate_policy(
         "pooled_gap": by_oracle["oracle"],
         "pooled_gap_of_best_oracle": by_oracle["best_oracle"],
         "calib_pooled_gap": _number(pooled_gap([lines.leads("best_oracle") for lines in lines_of_calib])),
-        "msdnet": [_at_shares(splits, calib, test, msdnet_shares(len(costs), q)) for q in MSDNET_Q],
+        "msdnet": [_at_shares(splits, calib, test, msdnet_shares(len(splits.exit_names), q)) for q in MSDNET_Q],
         "leak": _leak(splits, calib, test, budgets),
     }
     return found, lines_of_test

@@ -29,18 +29,19 @@ def thresholds_for_shares(confidences: Sequence[np.ndarray], shares: Sequence[fl
     MSDNet takes them on a validation set; DynamicDet (Lin et al. 2023, section 3.4) on the photos that it reports.
 
     Args:
-        confidences: per early exit [n].
+        confidences: per early exit [n]; below 0 where a photo cannot leave.
         shares: [exits], the full path last, summing to 1.
     """
     left = np.arange(len(confidences[0]))
     thresholds = []
     for confidence, share in zip(confidences, shares, strict=False):
-        leaving = min(len(left), round(share * len(confidence)))
+        may = int((confidence[left] >= 0).sum())
+        leaving = min(may, round(share * len(confidence)))
         if leaving == 0:
             thresholds.append(CLOSED)
             continue
         order = left[np.argsort(-confidence[left], kind="stable")]
-        last, following = confidence[order[leaving - 1]], confidence[order[leaving:]]
+        last, following = confidence[order[leaving - 1]], confidence[order[leaving:may]]
         thresholds.append(float((last + following[0]) / 2) if len(following) and following[0] < last else float(last))
         left = order[leaving:]
     return np.array(thresholds, dtype=np.float32)

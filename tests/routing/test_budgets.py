@@ -31,3 +31,10 @@ def test_shares_come_true(shares):
 
 def test_nobody_leaves_at_a_share_of_nothing():
     assert thresholds_for_shares([np.array([0.5, 1.0])], [0.0, 1.0]).tolist() == [CLOSED]
+
+
+def test_nobody_leaves_who_cannot():
+    nowhere, partly = np.full(4, -1.0), np.array([0.5, -1.0, 0.7, -1.0])
+    assert thresholds_for_shares([nowhere, nowhere], [0.5, 0.25, 0.25]).tolist() == [CLOSED, CLOSED]
+    thresholds = thresholds_for_shares([partly], [1.0, 0.0])
+    assert choose([partly], thresholds).tolist() == [0, 1, 0, 1]
