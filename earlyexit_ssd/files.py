@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,20 @@ def make_folder(path: str | os.PathLike[str]) -> None:
         raise EarlyExitError(f"{path}: cannot be a folder of results ({error.strerror}); name another one") from None
     if not os.access(path, os.W_OK):
         raise EarlyExitError(f"{path}: cannot be written to; name another folder of results")
+
+
+def require_space(folder: Path, size: int, what: str, fix: str) -> None:
+    """Arrays are made sparse, and a full disk would end the process without a word.
+
+    Args:
+        folder: exists already; size: bytes that ``what`` takes there; fix: what to do where they are not free.
+
+    Raises:
+        EarlyExitError: they are not free.
+    """
+    free = shutil.disk_usage(folder).free
+    if size > 0.95 * free:
+        raise EarlyExitError(f"{folder}: {what} takes {size / 2**30:.1f} GiB, {free / 2**30:.1f} are free; {fix}")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

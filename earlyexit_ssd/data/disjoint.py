@@ -47,15 +47,3 @@ def _by_size(name: str, dataset: DetectionDataset) -> dict[int, list[Path]]:
         seen.add(path)
         by_size.setdefault(path.stat().st_size, []).append(path)
     return by_size
-
-
-def photo_hashes(dataset: DetectionDataset) -> list[tuple[Path, str]]:
-    """Path and SHA-256 of every photo's file.
-
-    Raises:
-        DataError: a photo cannot be read.
-    """
-    try:
-        return [(record.path, sha256(record.path)) for record in dataset.records]
-    except OSError as error:
-        raise DataError(f"{error.filename}: no readable photo ({error.strerror}); put it there") from None

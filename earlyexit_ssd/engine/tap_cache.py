@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from torch.utils.data import DataLoader
 from earlyexit_ssd.engine.batches import to_device
 from earlyexit_ssd.engine.distributed import barrier, is_main
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.files import atomic_path, write_json
+from earlyexit_ssd.files import atomic_path, require_space, write_json
 from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
 from earlyexit_ssd.modeling.training import TapBatch, compute_taps
 from earlyexit_ssd.progress import progress
+
+logger = logging.getLogger(__name__)
 
 ARRAYS_OF_HEAD = ("cls_logits", "bbox_regression")
 
@@ -30,15 +33,11 @@ class TapCache:
         folder: where ``*.npy``, ``targets.pt`` and ``cache.json`` are.
         model: for the shapes of a row.
         photos, views: how many.
-        key: a text that changes with everything the rows depend on; a cache with another key is made anew.
         dtype: ``float16`` (a relative difference of up to 2^-11 to what was computed) or ``float32`` (none).
     """
 
-    def __init__(
-        self, folder: Path, model: EarlyExitSSDLite, photos: int, views: int, key: str, dtype: str = "float16"
-    ) -> None:
+    def __init__(self, folder: Path, model: EarlyExitSSDLite, photos: int, views: int, dtype: str = "float16") -> None:
         self.folder, self.photos, self.views = folder, photos, views
-        self.key = hashlib.sha256(f"{key} {_weights_hash(model)} {views} {dtype}".encode()).hexdigest()
         self._dtype = np.dtype(dtype)
         self._shapes = _row_shapes(model)
         self._arrays: dict[str, np.memmap] = {}
@@ -63,21 +62,33 @@ class TapCache:
                 f"EXITS_PHASE.CACHE_GIB allows {gibibytes}; raise it, or {fix}"
             )
 
-    def build(self, model: EarlyExitSSDLite, loader: DataLoader) -> None:
-        """Fill the cache where it is not whole; ``loader`` gives the photos in order, its data set the views."""
-        if is_main() and not self._is_whole():
+    def build(self, model: EarlyExitSSDLite, loader: DataLoader, photos: str) -> None:
+        """Fill the cache where it is not whole.
+
+        Args:
+            loader: gives the photos in order, its data set the views.
+            photos: a text that changes with the photos, their boxes and views; with another one, or other weights,
+                the cache is made anew.
+
+        Raises:
+            EarlyExitError: the disk has no room for it.
+        """
+        key = hashlib.sha256(f"{photos} {_weights_hash(model)} {self.views} {self._dtype}".encode()).hexdigest()
+        if is_main() and not self._is_whole(key):
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "cache.json").unlink(missing_ok=True)
+            what = f"the taps of {self.photos} photos x {self.views} views"
+            fix = "set EXITS_PHASE.CACHE_VIEWS lower, or EXITS_PHASE.CACHE to false"
+            require_space(self.folder, self.photos * self.views * self._row_bytes, what, fix)
             self._open("w+")
             targets = list(self._fill(model, loader))
             for array in self._arrays.values():
                 array.flush()
             with atomic_path(self.folder / "targets.pt") as temporary:
                 torch.save(targets, temporary)
-            write_json(self.folder / "cache.json", {"key": self.key, "photos": self.photos, "views": self.views})
+            write_json(self.folder / "cache.json", {"key": key, "photos": self.photos, "views": self.views})
         barrier()
-        self._open("r")
-        self.targets = torch.load(self.folder / "targets.pt", weights_only=True)
+        self._read()
 
     def _fill(self, model: EarlyExitSSDLite, loader: DataLoader) -> Iterator[dict[str, Tensor]]:
         device = next(model.parameters()).device
@@ -108,11 +119,22 @@ class TapCache:
         head = {name: values.pop(name) for name in ARRAYS_OF_HEAD}
         return TapBatch(list(values.values()), head, to_device([self.targets[row] for row in order], device))
 
-    def _is_whole(self) -> bool:
+    def _is_whole(self, key: str) -> bool:
         try:
-            return json.loads((self.folder / "cache.json").read_text(encoding="utf-8"))["key"] == self.key
-        except (OSError, json.JSONDecodeError, KeyError):
+            if json.loads((self.folder / "cache.json").read_text(encoding="utf-8"))["key"] != key:
+                return False
+        except (OSError, ValueError, KeyError, TypeError):
             return False
+        try:
+            self._read()
+        except Exception as error:  # damaged arrays and archives raise anything
+            logger.warning("%s: the cache is damaged (%s); it is made anew", self.folder, type(error).__name__)
+            return False
+        return True
+
+    def _read(self) -> None:
+        self._open("r")
+        self.targets = torch.load(self.folder / "targets.pt", weights_only=True)
 
     def _open(self, mode: str) -> None:
         rows = self.photos * self.views

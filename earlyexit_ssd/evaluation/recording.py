@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.collect import Batches, compact, require_unique
 from earlyexit_ssd.evaluation.mode import evaluating
-from earlyexit_ssd.files import atomic_path, write_json
+from earlyexit_ssd.files import atomic_path, require_space, write_json
 from earlyexit_ssd.modeling.checkpoint import weights_hash
 from earlyexit_ssd.modeling.outputs import ExitOutputs, ExitSignals
 from earlyexit_ssd.progress import progress
@@ -131,7 +129,9 @@ def _fill(model: nn.Module, loader: Batches, photos: int, folder: Path, key: str
             start = len(image_ids)
             rows = _rows(model, outputs, targets)
             if not arrays:
-                _require_space(folder, rows, photos)
+                size = photos * sum(values[0].nbytes for values in rows.values())
+                fix = "name another folder (--out), or fewer photos (CALIBRATION.TRAIN_PHOTOS, DATA.LIMIT)"
+                require_space(folder, size, f"recording {photos} photos", fix)
             for name, values in rows.items():
                 if name not in arrays:
                     shape = (photos, *values.shape[1:])
@@ -149,17 +149,6 @@ def _fill(model: nn.Module, loader: Batches, photos: int, folder: Path, key: str
         torch.save(detections, temporary)
     info = {"image_ids": image_ids, "early_exits": model.num_early_exits, "empty": list(model.empty), "key": key}
     write_json(folder / "recording.json", info)
-
-
-def _require_space(folder: Path, rows: dict[str, np.ndarray], photos: int) -> None:
-    """Arrays are made sparse, and a full disk would end the process without a word."""
-    needed = photos * sum(values[0].nbytes for values in rows.values())
-    free = shutil.disk_usage(folder).free
-    if needed > 0.95 * free:
-        raise EarlyExitError(
-            f"{folder}: recording {photos} photos takes {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free; "
-            "name another folder (--out), or fewer photos (CALIBRATION.TRAIN_PHOTOS, DATA.LIMIT)"
-        )
 
 
 def _rows(model: nn.Module, outputs: ExitOutputs, targets: list[dict[str, Any]]) -> dict[str, np.ndarray]:

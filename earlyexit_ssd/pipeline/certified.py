@@ -9,7 +9,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from earlyexit_ssd.data import DetectionDataset
-from earlyexit_ssd.data.disjoint import photo_hashes
+from earlyexit_ssd.data.fingerprint import photo_hashes
 from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.evaluation.collect import Collected
 from earlyexit_ssd.routing import DriftMonitor, ExitRouter

@@ -12,6 +12,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from earlyexit_ssd.data import build_loader
+from earlyexit_ssd.data.fingerprint import fingerprint
 from earlyexit_ssd.engine import CachedLoader, TapCache
 from earlyexit_ssd.engine.distributed import rank, world_size
 from earlyexit_ssd.errors import EarlyExitError
@@ -118,24 +119,23 @@ def tap_cache(run: Run) -> TapCache:
     Raises:
         EarlyExitError: it would be larger than allowed.
     """
-    cfg, phase = run.cfg, run.cfg.EXITS_PHASE
-    depends_on = f"{shown(cfg)} {[str(record.path) for record in run.train_set.records]}"
-    views, dtype = phase.CACHE_VIEWS, phase.CACHE_DTYPE
-    cache = TapCache(run.folder.taps, run.model, len(run.train_set), views, depends_on, dtype)
+    phase = run.cfg.EXITS_PHASE
+    cache = TapCache(run.folder.taps, run.model, len(run.train_set), phase.CACHE_VIEWS, phase.CACHE_DTYPE)
     cache.require_budget(phase.CACHE_GIB)
     return cache
 
 
 def shown(cfg: CfgNode) -> str:
-    """The settings that decide which photos and views a training sees, as a text."""
-    others = ("WORKERS", "DOWNLOAD", "CALIB", "TEST")
+    """The settings that decide which photos and views a training sees, as a text; not where the photos lie."""
+    others = ("ROOT", "WORKERS", "DOWNLOAD", "CALIB", "TEST")
     return f"{ {key: value for key, value in cfg.DATA.items() if key not in others} } {cfg.SEED}"
 
 
 def tap_loader(run: Run) -> CachedLoader:
     """Batches of the tap cache, which is filled first where it is not whole."""
     cfg, phase, cache = run.cfg, run.cfg.EXITS_PHASE, tap_cache(run)
-    cache.build(run.model, build_loader(run.train_set, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, False, cfg.SEED))
+    loader = build_loader(run.train_set, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, False, cfg.SEED)
+    cache.build(run.model, loader, f"{shown(cfg)} {fingerprint(run.train_set)}")
     return CachedLoader(cache, phase.BATCH_SIZE, cfg.SEED, run.device, rank(), world_size())
 
 

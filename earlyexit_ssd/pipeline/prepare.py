@@ -41,7 +41,7 @@ def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
     torch.manual_seed(cfg.SEED)
     model, architecture = build_model(cfg, train_set.classes)
     run = Run(cfg, folder, model.to(device), architecture, train_set, calib_set, device)
-    if "exits" in cfg.PHASES and cfg.EXITS_PHASE.EPOCHS and cfg.EXITS_PHASE.CACHE:
+    if "exits" in cfg.PHASES and cfg.EXITS_PHASE.EPOCHS and cfg.EXITS_PHASE.CACHE and not all(model.empty):
         tap_cache(run)  # raises where it would be too large
     return run
 

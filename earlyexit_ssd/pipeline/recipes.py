@@ -17,11 +17,13 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.config import load_config
+from earlyexit_ssd.data import load_dataset
+from earlyexit_ssd.data.fingerprint import fingerprint
 from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.evaluation.cost import mmacs_to_exit
-from earlyexit_ssd.files import make_folder, write_json, write_text
+from earlyexit_ssd.files import make_folder, sha256, write_json, write_text
 from earlyexit_ssd.modeling import EarlyExitSSDLite
-from earlyexit_ssd.pipeline.build import build_device, require_full_path
+from earlyexit_ssd.pipeline.build import build_device, require_full_path, with_classes
 from earlyexit_ssd.pipeline.phases import shown, tap_loader, train_branches
 from earlyexit_ssd.pipeline.prepare import prepare
 from earlyexit_ssd.pipeline.run_folder import RunFolder
@@ -53,6 +55,8 @@ def read_recipes(path: str | os.PathLike[str]) -> Recipes:
                 f"{path}: recipe {name!r} is {keys!r}, expected keys and values, such as {{EXITS.DEPTH: 1}}"
             )
     shared = recipes.pop(_SHARED_KEY, {})
+    if not recipes:
+        raise ConfigError(f"{path}: {_SHARED_KEY} alone, which is for every recipe; add one, such as 'as it is: {{}}'")
     return {str(name): {**shared, **keys} for name, keys in recipes.items()}
 
 
@@ -90,9 +94,11 @@ def compare_recipes(
         for seed in dict.fromkeys(seeds)
     ]
     make_folder(out_dir)
-    rows = []
+    rows, contents = [], {}
     for name, seed, cfg, folder in trials:
-        settings = _settings(cfg)
+        if str(cfg.DATA) not in contents:
+            contents[str(cfg.DATA)] = _contents(cfg)
+        settings = {**_settings(cfg), "SHA256": contents[str(cfg.DATA)]}
         row = _stored(folder, settings)
         if "AP50" not in row:
             row |= {"recipe": name, "seed": seed, **_train(cfg, folder, out_dir / "taps")}
@@ -125,10 +131,20 @@ def _settings(cfg: CfgNode) -> dict[str, Any]:
     """What the figures depend on; no path of this machine, since the table may be passed on."""
     sections = ("DATA", "MODEL", "EXITS", "LOSS", "EXITS_PHASE", "SEED")
     settings = json.loads(json.dumps({section: cfg[section] for section in sections}))
+    settings["AMP"] = cfg.ENGINE.AMP
     for key in ("ROOT", "WORKERS"):
         settings["DATA"].pop(key)
     settings["MODEL"]["WEIGHTS"] = Path(cfg.MODEL.WEIGHTS).name
     return settings
+
+
+def _contents(cfg: CfgNode) -> dict[str, str]:
+    """Hashes of what the names in the settings stand for: the weights, where they are a file, and photos with boxes."""
+    photos = {"TRAIN": load_dataset(cfg, cfg.DATA.TRAIN, train=True, need_boxes=False)}
+    cfg = with_classes(cfg, photos["TRAIN"].classes)
+    photos["CALIB"] = load_dataset(cfg, cfg.DATA.CALIB)
+    weights = {"WEIGHTS": sha256(cfg.MODEL.WEIGHTS)} if Path(cfg.MODEL.WEIGHTS).is_file() else {}
+    return weights | {name: fingerprint(dataset) for name, dataset in photos.items()}
 
 
 def _stored(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +17,8 @@ from torch import Tensor
 
 from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset, to_coco
 from earlyexit_ssd.data.classes import limit_photos
-from earlyexit_ssd.data.disjoint import photo_hashes, require_disjoint
+from earlyexit_ssd.data.disjoint import require_disjoint
+from earlyexit_ssd.data.fingerprint import fingerprint, photo_hashes
 from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.evaluation.choices import ExitMatches, ap_of_choice, exit_matches
 from earlyexit_ssd.evaluation.photo_losses import errors_against_labels, losses_against_full, losses_against_labels
@@ -93,10 +93,8 @@ def replay_split(cfg: CfgNode, model: EarlyExitSSDLite, dataset: DetectionDatase
         raise ConfigError("ROUTING.HYBRID is true: calibration knows photos that leave only; set it to false")
     hashes = [digest for _, digest in photo_hashes(dataset)]
     ground_truth = to_coco(dataset)
-    objects = [(one["image_id"], one["category_id"], one["bbox"]) for one in ground_truth.dataset["annotations"]]
-    key = hashlib.sha256(repr((hashes, [record.image_id for record in dataset.records], objects)).encode()).hexdigest()
     loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, train=False, seed=cfg.SEED)
-    recording = record(model, loader, len(dataset), folder, key)
+    recording = record(model, loader, len(dataset), folder, fingerprint(dataset))
     return Replay(recording, ground_truth, tuple(hashes), cfg.EVAL.SCORE, cfg.EVAL.IOU)
 
 

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -28,8 +30,8 @@ def dataset(tmp_path):
 
 def build(folder, dataset, views=2, key="a", dtype="float16"):
     model = small_model()
-    cache = TapCache(folder, model, len(dataset), views, key, dtype)
-    cache.build(model, build_loader(dataset, 4, 0, train=False, seed=0))
+    cache = TapCache(folder, model, len(dataset), views, dtype)
+    cache.build(model, build_loader(dataset, 4, 0, train=False, seed=0), key)
     return cache, model
 
 
@@ -92,8 +94,26 @@ def test_a_cache_that_was_cut_short_is_made_anew(tmp_path, dataset):
     build(folder, dataset)
 
 
+@pytest.mark.parametrize("name", ["tap0.npy", "targets.pt"])
+def test_a_damaged_cache_is_made_anew(tmp_path, dataset, caplog, name):
+    folder = tmp_path / "taps"
+    build(folder, dataset)
+    (folder / name).write_bytes(b"half")
+    cache, _ = build(folder, dataset)
+    assert len(cache.rows(np.arange(6), CPU).targets) == 6
+    assert "the cache is damaged" in caplog.text
+
+
+def test_a_full_disk_is_found_before_it_is_filled(tmp_path, dataset, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(
+        EarlyExitError, match="the taps of 6 photos x 2 views takes .* GiB, 0.0 are free; set EXITS_PHASE"
+    ):
+        build(tmp_path / "taps", dataset)
+
+
 def test_budget(tmp_path, dataset):
-    cache = TapCache(tmp_path, small_model(), 10**6, 4, "a")
+    cache = TapCache(tmp_path, small_model(), 10**6, 4)
     with pytest.raises(EarlyExitError, match=r"needs .* GiB, .* set EXITS_PHASE.CACHE to false"):
         cache.require_budget(0.1)
     with pytest.raises(EarlyExitError, match="set EXITS_PHASE.CACHE_VIEWS to 2"):

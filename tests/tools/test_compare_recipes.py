@@ -51,6 +51,15 @@ def test_changed_settings_are_trained_again(command, tmp_path):
     assert row["settings"]["EXITS"]["DEPTH"] == [0]
 
 
+def test_other_weights_of_the_same_name_are_trained_again(command, trained, tmp_path):
+    stored = []
+    for folder in ("baseline", ".", "."):
+        weights = ["MODEL.WEIGHTS", str(trained[0] / "run" / folder / "model.pth")]
+        assert compare_recipes.main([*command("one: {}\n", "0"), *weights]) == 0
+        stored.append((tmp_path / "out" / "one" / "seed0" / "result.json").stat().st_mtime_ns)
+    assert stored[0] < stored[1] == stored[2]
+
+
 @pytest.mark.parametrize(
     ("recipes", "message"),
     [
@@ -59,6 +68,7 @@ def test_changed_settings_are_trained_again(command, tmp_path):
         ("bare: {MODEL.WEIGHTS: ''}\n", "recipe 'bare' needs a trained full path: set MODEL.WEIGHTS"),
         ("bad: 3\n", "recipe 'bad' is 3, expected keys and values"),
         ("", "expected lines such as"),
+        ("_ALL_: {EXITS.DEPTH: 1}\n", "_ALL_ alone, which is for every recipe; add one"),
         ("one two: {}\none_two: {}\n", "recipes 'one two' and 'one_two' would share the folder one_two"),
         ("a: [\n", "cannot be read as recipes"),
     ],
