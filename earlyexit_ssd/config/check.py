@@ -146,6 +146,10 @@ def _check_phases(cfg: CfgNode) -> None:
         cfg.LOSS.SUPERVISION == "labels" or cfg.LOSS.TEACHER != "none",
         "LOSS.TEACHER", cfg.LOSS.TEACHER, "'full' or 'next' with LOSS.SUPERVISION 'teacher'",
     )  # fmt: skip
+    _require(
+        "joint" not in cfg.PHASES or cfg.LOSS.SUPERVISION == "labels" or cfg.JOINT.TEACHER != "none",
+        "JOINT.TEACHER", cfg.JOINT.TEACHER, "'full' or 'next' with LOSS.SUPERVISION 'teacher'",
+    )  # fmt: skip
     for section in PHASE_SECTIONS.values():
         size = cfg[section].BATCH_SIZE
         _require(size >= 2, f"{section}.BATCH_SIZE", size, "2 or more: BatchNorm cannot normalise a single image")

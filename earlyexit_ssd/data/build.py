@@ -29,7 +29,8 @@ def load_dataset(
         cfg: the whole configuration; its ``DATA`` node and ``SEED`` are used.
         names: names of the catalog or of ``DATA.DATASETS``.
         train: limit the negatives, augment, and leave out objects to ignore.
-        need_boxes: refuse a set without any wanted object; by default in training alone.
+        need_boxes: refuse a set without any wanted object, by default in training alone, and photos that nobody
+            labelled, unless it is False.
 
     Raises:
         ConfigError: an unknown data set.
@@ -41,6 +42,8 @@ def load_dataset(
     classes = tuple(data.CLASSES) or (union_of_classes(raws) if names == tuple(data.TRAIN) else class_names(cfg))
     if not classes and not any(raw.labelled for raw in raws):
         raise DataError(f"{' + '.join(names)} names no class; set DATA.CLASSES to what is to be detected")
+    if need_boxes is not False:
+        _require_labelled(raws, train)
     records = select_classes(raws, classes, train)
     if train:
         records = limit_negatives(records, data.NEGATIVE_SHARE, cfg.SEED)
@@ -63,6 +66,17 @@ def load_dataset(
         )
     logger.info("%s: %d photos, %d boxes, %d photos without any", title, len(records), objects, negatives)
     return DetectionDataset(records, classes, transforms, train, cfg.SEED, data.ON_BAD)
+
+
+def _require_labelled(raws: Sequence[RawDataset], train: bool) -> None:
+    """Where boxes teach or measure, a photo that nobody labelled would stand for one that shows nothing."""
+    for raw in raws:
+        if not raw.labelled:
+            fix = ", or let the full path teach, without a joint phase (LOSS.SUPERVISION teacher)" if train else ""
+            raise DataError(
+                f"data set '{raw.name}' is a folder of photos that nobody labelled, and boxes are needed here; "
+                f"name data sets with boxes{fix}"
+            )
 
 
 def read_dataset(cfg: CfgNode, name: str) -> RawDataset:

@@ -30,8 +30,7 @@ def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
     check_rivals(cfg, device)
     if not is_main():
         barrier()  # the first process may render or download
-    labelled = cfg.LOSS.SUPERVISION == "labels" or ("baseline" in cfg.PHASES and cfg.BASELINE.EPOCHS > 0)
-    train_set = load_dataset(cfg, cfg.DATA.TRAIN, train=True, need_boxes=labelled)
+    train_set = load_dataset(cfg, cfg.DATA.TRAIN, train=True, need_boxes=learns_from_labels(cfg))
     cfg = with_classes(cfg, train_set.classes)
     calib_set, test_set = load_dataset(cfg, cfg.DATA.CALIB, need_boxes=True), load_dataset(cfg, cfg.DATA.TEST)
     if is_main():
@@ -44,6 +43,12 @@ def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
     if "exits" in cfg.PHASES and cfg.EXITS_PHASE.EPOCHS and cfg.EXITS_PHASE.CACHE and not all(model.empty):
         tap_cache(run)  # raises where it would be too large
     return run
+
+
+def learns_from_labels(cfg: CfgNode) -> bool:
+    """Whether any phase does; where the full path learns, it has no other teacher."""
+    whole = any(phase in cfg.PHASES and cfg[PHASE_SECTIONS[phase]].EPOCHS for phase in ("baseline", "joint"))
+    return cfg.LOSS.SUPERVISION == "labels" or bool(whole)
 
 
 def _check_names(cfg: CfgNode) -> None:

@@ -76,6 +76,10 @@ def test_weights_are_not_held_against_themselves():
 def test_supervision_by_a_teacher_needs_one():
     with pytest.raises(ConfigError, match="LOSS.TEACHER is 'none', expected 'full' or 'next'"):
         load_config(None, ["LOSS.SUPERVISION", "teacher", "LOSS.TEACHER", "none"])
+    keys = ["LOSS.SUPERVISION", "teacher", "LOSS.TEACHER", "full", "JOINT.TEACHER", "none"]
+    assert load_config(None, keys).JOINT.TEACHER == "none"  # there is no joint phase
+    with pytest.raises(ConfigError, match="JOINT.TEACHER is 'none', expected 'full' or 'next'"):
+        load_config(None, [*keys, "PHASES", "[baseline, exits, joint]"])
 
 
 def test_the_defaults_are_possible():

@@ -32,7 +32,12 @@ def test_it_changes_with_all_that_teaches(record, tmp_path):
         dataclasses.replace(record, path=tmp_path / "b.jpg"),
         dataclasses.replace(record, image_id=8),
     ]
-    found = [of(record), of(record, changed[5]), of(record, classes=("cat", "chair")), *(of(other) for other in changed)]
+    found = [
+        of(record),
+        of(record, changed[5]),
+        of(record, classes=("cat", "chair")),
+        *(of(other) for other in changed),
+    ]
     assert len(set(found)) == len(found)
 
 

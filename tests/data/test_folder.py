@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from PIL import Image
 
@@ -65,8 +67,23 @@ def test_it_loads_for_any_class_where_no_box_is_needed(folder, tmp_path, caplog)
 
 def test_with_labels_for_a_teacher_it_names_the_way_out(folder, tmp_path):
     cfg = config(tmp_path, CLASSES=("chair",))
-    with pytest.raises(DataError, match="no box of chair in 2 photos.*LOSS.SUPERVISION"):
+    with pytest.raises(DataError, match="'mine' is a folder of photos that nobody labelled.*LOSS.SUPERVISION teacher"):
         load_dataset(cfg, cfg.DATA.TRAIN, train=True)
+    with pytest.raises(DataError, match="'mine' is a folder .*; name data sets with boxes$"):
+        load_dataset(cfg, cfg.DATA.TRAIN)  # it would call every detection false
+
+
+def test_beside_labelled_photos_they_are_no_background(folder, tmp_path):
+    write_photo(tmp_path / "labelled" / "a.png", (60, 40))
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 20, 20], "area": 400, "iscrowd": 0}
+    image = {"id": 1, "file_name": "a.png", "width": 60, "height": 40}
+    content = {"images": [image], "annotations": [box], "categories": [{"id": 1, "name": "chair"}]}
+    (tmp_path / "labelled.json").write_text(json.dumps(content))
+    both = (("theirs", "labelled.json", "labelled"), ("mine", "", "photos"))
+    cfg = config(tmp_path, DATASETS=both, TRAIN=("theirs", "mine"))
+    with pytest.raises(DataError, match="'mine' is a folder of photos that nobody labelled"):
+        load_dataset(cfg, cfg.DATA.TRAIN, train=True)
+    assert len(load_dataset(cfg, cfg.DATA.TRAIN, train=True, need_boxes=False)) == 3
 
 
 def test_without_any_class_named_it_says_so(folder, tmp_path):
