@@ -26,6 +26,8 @@ setup(
         "pycocotools>=2.0.7",
         "fvcore",
         "albumentations>=2.0,<3",
+        "opencv-python-headless",
+        "pyyaml",
         "matplotlib>=3.6",
         "tensorboard",
         "tqdm",

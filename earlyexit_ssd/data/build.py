@@ -19,6 +19,8 @@ from earlyexit_ssd.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+NO_CLASS = "{} names no class; set DATA.CLASSES to what is to be detected"
+
 
 def load_dataset(
     cfg: CfgNode, names: str | Sequence[str], train: bool = False, need_boxes: bool | None = None
@@ -41,7 +43,7 @@ def load_dataset(
     raws = [read_dataset(cfg, name) for name in names]
     classes = tuple(data.CLASSES) or (union_of_classes(raws) if names == tuple(data.TRAIN) else class_names(cfg))
     if not classes and not any(raw.labelled for raw in raws):
-        raise DataError(f"{' + '.join(names)} names no class; set DATA.CLASSES to what is to be detected")
+        raise DataError(NO_CLASS.format(" + ".join(names)))
     if need_boxes is not False:
         _require_labelled(raws, train)
     records = select_classes(raws, classes, train)
@@ -95,4 +97,7 @@ def class_names(cfg: CfgNode) -> tuple[str, ...]:
     """The classes of the run, in label order: ``DATA.CLASSES``, or every class of the training sets."""
     if cfg.DATA.CLASSES:
         return tuple(cfg.DATA.CLASSES)
-    return union_of_classes([catalog.load(name, cfg.DATA, Problems("repair")) for name in cfg.DATA.TRAIN])
+    names = union_of_classes([catalog.load(name, cfg.DATA, Problems("repair")) for name in cfg.DATA.TRAIN])
+    if not names:
+        raise DataError(NO_CLASS.format(" + ".join(cfg.DATA.TRAIN)))
+    return names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from fvcore.common.config import CfgNode
@@ -64,19 +65,31 @@ def _register_voc(year: str, split: str) -> None:
 
 
 def download_voc(root: Path, year: str, split: str) -> None:
-    """Fetch and unpack a VOC devkit under ``root``, by torchvision.
+    """Fetch and unpack a VOC devkit under ``root``, by torchvision: first beside it, so that the lists of photos, by
+    which a devkit is known, are there when all photos are.
 
     Raises:
         DataError: the download failed.
     """
     from torchvision.datasets import VOCDetection
 
-    root.mkdir(parents=True, exist_ok=True)
+    staging, name = root / f".VOC{year}_{split}.partial", f"VOCdevkit/VOC{year}"
     try:
-        VOCDetection(str(root), year=year, image_set=split, download=True)
+        staging.mkdir(parents=True, exist_ok=True)
+        VOCDetection(str(staging), year=year, image_set=split, download=True)
+        _move_in(staging / name, root / name)
+        shutil.rmtree(staging)
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"VOC {year} could not be downloaded to {root.resolve()} ({reason}); check the network, "
             "or unpack the VOCdevkit there by hand"
         ) from None
+
+
+def _move_in(source: Path, target: Path) -> None:
+    """Move the files of a devkit into another, which may hold those of other splits; its lists of photos last."""
+    files = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
+    for path in sorted(files, key=lambda path: (path.parts[0] == "ImageSets", path)):
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        (source / path).replace(target / path)

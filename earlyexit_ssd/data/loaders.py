@@ -28,7 +28,6 @@ class EpochSampler(Sampler[int]):
     Args:
         dataset: its ``set_epoch`` is called along, so that one call chooses order and views.
         batch_size: photos of a batch over all processes.
-        start_batch: batches to leave out at the start of the first epoch, when a run is resumed within it.
     """
 
     def __init__(
@@ -39,7 +38,6 @@ class EpochSampler(Sampler[int]):
         seed: int,
         rank: int = 0,
         world_size: int = 1,
-        start_batch: int = 0,
     ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
@@ -47,18 +45,16 @@ class EpochSampler(Sampler[int]):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.start_batch = start_batch
+        self.start = 0
         self.epoch: int | None = None
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order; ``start_batch`` holds for the first epoch chosen only."""
-        if self.epoch is not None and epoch != self.epoch:
-            self.start_batch = 0
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the order, and how many batches of it are left out because a run is resumed behind them."""
+        self.epoch, self.start = epoch, start
         self.dataset.set_epoch(epoch)
 
     def global_order(self) -> list[int]:
-        """Indices of this epoch over all processes, ``start_batch`` not yet left out."""
+        """Indices of this epoch over all processes, those that ``start`` leaves out included."""
         count = len(self.dataset)
         if not self.train:
             return list(range(count))
@@ -68,13 +64,13 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         # the batch size is a multiple of the process count, so this deals out every batch evenly
-        return iter(self.global_order()[self.start_batch * self.batch_size :][self.rank :: self.world_size])
+        return iter(self.global_order()[self.start * self.batch_size :][self.rank :: self.world_size])
 
     def __len__(self) -> int:
         count = len(self.dataset)
         if self.train and count >= self.batch_size:
             count -= count % self.batch_size
-        count = max(0, count - self.start_batch * self.batch_size)
+        count = max(0, count - self.start * self.batch_size)
         return len(range(self.rank, count, self.world_size))
 
 
@@ -86,7 +82,6 @@ def build_loader(
     seed: int,
     rank: int = 0,
     world_size: int = 1,
-    start_batch: int = 0,
 ) -> DataLoader:
     """Batches of ``(list of images, list of targets)``; ``loader.sampler.set_epoch(epoch)`` goes first.
 
@@ -94,7 +89,6 @@ def build_loader(
         batch_size: photos of a batch over all processes.
         workers: processes that load; 0 loads in this one.
         rank, world_size: this process among those that train together.
-        start_batch: batches to leave out, when a run is resumed within an epoch.
 
     Raises:
         DataError: an empty data set, or a batch that cannot be dealt out evenly.
@@ -105,7 +99,7 @@ def build_loader(
         raise DataError(f"a data set of {len(dataset)} photos is too small for {world_size} process(es)")
     if workers:
         _one_thread()  # a forked worker would wait for ever for the threads that OpenCV has started in this process
-    sampler = EpochSampler(dataset, batch_size, train, seed, rank, world_size, start_batch)
+    sampler = EpochSampler(dataset, batch_size, train, seed, rank, world_size)
     return DataLoader(
         dataset,
         batch_size=batch_size // world_size,

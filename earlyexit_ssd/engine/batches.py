@@ -26,8 +26,7 @@ class PhotoLoader:
 
     def epoch(self, epoch: int, start: int) -> Iterator[tuple[list[Tensor], list[dict]]]:
         """The batches of ``epoch`` from number ``start`` on, on the device."""
-        self.loader.sampler.set_epoch(epoch)
-        self.loader.sampler.start_batch = start
+        self.loader.sampler.set_epoch(epoch, start)
         for images, targets in self.loader:
             yield (
                 [image.to(self.device, non_blocking=True) for image in images],

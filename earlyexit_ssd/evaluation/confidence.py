@@ -18,10 +18,11 @@ class ConfidenceSummary:
 
 
 def summarize_confidence(confidence: Tensor) -> ConfidenceSummary | None:
-    """Summary of the confidences [n] of n photos; None when there is none."""
-    if confidence.numel() == 0:
+    """Summary of the confidences [n] of n photos; None where there is none: no photo, or below 0, since the router's
+    policy has nothing to look at there (an exit without a branch)."""
+    values = confidence[confidence >= 0].double()
+    if values.numel() == 0:
         return None
-    values = confidence.double()
     return ConfidenceSummary(
         mean=values.mean().item(),
         std=values.std(unbiased=False).item(),

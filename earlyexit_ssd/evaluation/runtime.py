@@ -52,7 +52,7 @@ class OnnxNetwork(nn.Module):
         metadata: what the file says about itself, text by key.
 
     Raises:
-        EarlyExitError: no graph that ONNX Runtime runs, several inputs, or an input of no fixed size.
+        EarlyExitError: no graph that ONNX Runtime runs, several inputs, or one of no fixed size or not in fp32.
     """
 
     def __init__(self, content: bytes, threads: int = 1, name: str = "the network") -> None:
@@ -71,6 +71,8 @@ class OnnxNetwork(nn.Module):
         if len(inputs) != 1 or not all(isinstance(length, int) and length > 0 for length in self.input_shape):
             found = ", ".join(f"{one.name} {one.shape}" for one in inputs) or "none"
             raise EarlyExitError(f"{name}: expected one input of a fixed size, got {found}; export it with one")
+        if inputs[0].type != "tensor(float)":
+            raise EarlyExitError(f"{name}: its input is {inputs[0].type}, expected tensor(float); export it in fp32")
         self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
         self._input_name = inputs[0].name
 

@@ -166,7 +166,7 @@ class EarlyExitSSDLite(Pretrained, SSD):
 
     def compute_losses(self, heads: Sequence[Head], assignment: Assignment) -> dict[str, Tensor]:
         """Weighted losses of all exits (heads shallow to deep, the full path last); the frozen full path has none."""
-        validate.check_router(self.router, self.num_early_exits)
+        validate.check_router(self.router, self.num_early_exits, trains=True)
         full = {} if self._trunk_frozen else full_path_losses(heads[-1], assignment, self.losses)
         names = {index: self.exit_names[index] for index, empty in enumerate(self.empty) if not empty}
         return full | early_exit_losses(names, heads, assignment, self.losses, self.router)

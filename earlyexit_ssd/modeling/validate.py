@@ -47,7 +47,7 @@ def check_targets(targets: Sequence[dict[str, Tensor]] | None, count: int, class
             f"train mode needs one target per image: {count} images, {targets and len(targets)} targets"
         )
     for index, target in enumerate(targets):
-        boxes, labels = target["boxes"], target["labels"]
+        boxes, labels = (_tensor_of(target, key, index) for key in ("boxes", "labels"))
         if boxes.dim() != 2 or boxes.shape[1] != 4 or len(boxes) != len(labels):
             raise EarlyExitError(
                 f"target {index}: expected boxes [n, 4] and labels [n], "
@@ -66,6 +66,14 @@ def check_targets(targets: Sequence[dict[str, Tensor]] | None, count: int, class
             )
 
 
+def _tensor_of(target: object, key: str, index: int) -> Tensor:
+    value = target.get(key) if isinstance(target, dict) else None
+    if not isinstance(value, Tensor):
+        found = f"{key} {type(value).__name__}" if isinstance(target, dict) and key in target else f"no {key}"
+        raise EarlyExitError(f"target {index}: expected a dict with the tensors boxes and labels, it has {found}")
+    return value
+
+
 def check_losses(losses: object, exits: int) -> None:
     """What the model is given to train with is what it says, for as many exits as there are."""
     if not isinstance(losses, LossSettings):
@@ -77,9 +85,11 @@ def check_losses(losses: object, exits: int) -> None:
         )
 
 
-def check_router(router: object, count: int) -> None:
-    """A router, where there is one, answers what a `Router` is asked and decides for as many exits as there are."""
-    answers = all(callable(getattr(router, name, None)) for name in ("confidence", "needs", "leaves"))
+def check_router(router: object, count: int, trains: bool = False) -> None:
+    """A router, where there is one, answers what a `Router` is asked, in training for its temperatures too, and
+    decides for as many exits as there are."""
+    asked = ("confidence", "needs", "leaves", *(("temperature_loss",) if trains else ()))
+    answers = all(callable(getattr(router, name, None)) for name in asked) and hasattr(router, "hybrid")
     if router is not None and (isinstance(router, type) or not answers):
         raise EarlyExitError(f"router is {router!r:.60}, expected an ExitRouter, or None")
     known = getattr(router, "num_exits", count)

@@ -53,7 +53,7 @@ def ship_weights(
 
     Raises:
         EarlyExitError: a name that is none, a model without exits or with a forced gate, more than
-            :data:`MAX_BYTES`, or results of another model or another routing.
+            :data:`MAX_BYTES`, or results of another file, or of another policy or thresholds.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise EarlyExitError(f"name '{name}': expected lower-case letters, digits and underscores, a letter first")
@@ -71,7 +71,7 @@ def ship_weights(
             "number of exits, or set MODEL.FOLD to rows (a head without the classes that are not wanted)"
         )
     shipped = Shipped(path, path.with_suffix(".json"), len(content), hashlib.sha256(content).hexdigest())
-    metrics = dict(_figures(result, model, routing, shipped) for result in results)
+    metrics = dict(_figures(result, routing, shipped) for result in results)
     write_bytes(path, content)
     write_json(shipped.description, _description(model, shipped, routing, recipe, metrics))
     return shipped
@@ -93,7 +93,7 @@ def _description(
 
 
 def _figures(
-    result: str | os.PathLike[str], model: EarlyExitSSDLite, routing: Mapping[str, Any], shipped: Shipped
+    result: str | os.PathLike[str], routing: Mapping[str, Any], shipped: Shipped
 ) -> tuple[str, dict[str, Any]]:
     """The name of the test split, and of its metrics.json what the description repeats."""
     try:

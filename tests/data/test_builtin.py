@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -33,15 +34,34 @@ def test_download_by_torchvision(cfg, make_voc, voc_xml, tmp_path, monkeypatch):
     calls = []
 
     def download(root, year, image_set, download):
-        calls.append((root, year, image_set, download))
-        shutil.copytree(devkit, tmp_path / "root" / "VOCdevkit" / "VOC2007")
+        calls.append((year, image_set, download))
+        assert not (tmp_path / "root" / "VOCdevkit").exists(), "nothing half unpacked is where it is looked for"
+        shutil.copytree(devkit, Path(root) / "VOCdevkit" / "VOC2007")
 
     monkeypatch.setattr("torchvision.datasets.VOCDetection", download)
     cfg.DATA.DOWNLOAD = True
     for _ in range(2):
         raw = catalog.load("voc_2007_test", cfg.DATA, Problems())
         assert [record.path.name for record in raw.records] == ["a.jpg"]
-    assert calls == [(str(tmp_path / "root"), "2007", "test", True)], "what is there is not fetched again"
+    assert calls == [("2007", "test", True)], "what is there is not fetched again"
+    assert [path.name for path in (tmp_path / "root").iterdir()] == ["VOCdevkit"], "nothing is left over"
+
+
+def test_a_second_split_joins_the_devkit(cfg, make_voc, voc_xml, tmp_path, monkeypatch):
+    """VOC2007's two archives unpack into one folder."""
+    devkits = {
+        split: make_voc({name: voc_xml()}, split=split, folder=f"unpacked/{split}/VOC2007")
+        for name, split in (("a", "test"), ("b", "trainval"))
+    }
+
+    def download(root, year, image_set, download):
+        shutil.copytree(devkits[image_set], Path(root) / "VOCdevkit" / "VOC2007")
+
+    monkeypatch.setattr("torchvision.datasets.VOCDetection", download)
+    cfg.DATA.DOWNLOAD = True
+    for split, photo in (("test", "a.jpg"), ("trainval", "b.jpg"), ("test", "a.jpg")):
+        raw = catalog.load(f"voc_2007_{split}", cfg.DATA, Problems())
+        assert [record.path.name for record in raw.records] == [photo]
 
 
 @pytest.mark.parametrize("failure", [OSError("<urlopen error no\nnetwork>"), RuntimeError("File not found")])

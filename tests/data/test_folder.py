@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from earlyexit_ssd.config import get_cfg
-from earlyexit_ssd.data import load_dataset
+from earlyexit_ssd.data import class_names, load_dataset
 from earlyexit_ssd.data.folder import find_photos, read_photo_folder
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.errors import DataError
@@ -90,6 +90,8 @@ def test_without_any_class_named_it_says_so(folder, tmp_path):
     cfg = config(tmp_path)
     with pytest.raises(DataError, match="mine names no class; set DATA.CLASSES"):
         load_dataset(cfg, cfg.DATA.TRAIN, train=True, need_boxes=False)
+    with pytest.raises(DataError, match="mine names no class; set DATA.CLASSES"):
+        class_names(cfg)
 
 
 def test_a_missing_folder_is_named(tmp_path):

@@ -33,9 +33,9 @@ class Numbers:
         self.epoch = epoch
 
 
-def batches(count, batch_size, epoch=0, **options) -> list[list[int]]:
+def batches(count, batch_size, epoch=0, start=0, **options) -> list[list[int]]:
     loader = build_loader(Numbers(count), batch_size, 0, seed=options.pop("seed", 0), **options)
-    loader.sampler.set_epoch(epoch)
+    loader.sampler.set_epoch(epoch, start)
     found = [[int(image[0]) for image in images] for images, _ in loader]
     assert len(found) == len(loader)
     return found
@@ -50,10 +50,9 @@ def test_union_over_the_processes_is_the_single_process_batch(count, per_process
     size = per_process * world
     if train and count < world:
         return
-    alone = batches(count, size, epoch, train=train, start_batch=start)
+    alone = batches(count, size, epoch, train=train, start=start)
     dealt = [
-        batches(count, size, epoch, train=train, rank=rank, world_size=world, start_batch=start)
-        for rank in range(world)
+        batches(count, size, epoch, train=train, rank=rank, world_size=world, start=start) for rank in range(world)
     ]
     for k, batch in enumerate(alone):
         union = [index for own in dealt for index in (own[k] if k < len(own) else [])]
@@ -85,9 +84,9 @@ def test_order_depends_on_seed_and_epoch_only():
 
 def test_resuming_within_an_epoch():
     whole = [batches(20, 4, epoch, train=True) for epoch in (1, 2)]
-    loader = build_loader(Numbers(20), 4, 0, True, 0, start_batch=3)
-    for epoch, expected in ((1, whole[0][3:]), (2, whole[1])):
-        loader.sampler.set_epoch(epoch)
+    loader = build_loader(Numbers(20), 4, 0, True, 0)
+    for epoch, start, expected in ((1, 3, whole[0][3:]), (2, 0, whole[1])):
+        loader.sampler.set_epoch(epoch, start)
         assert len(loader) == len(expected)
         for _ in range(2):
             assert [[int(image[0]) for image in images] for images, _ in loader] == expected

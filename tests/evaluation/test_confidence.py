@@ -19,5 +19,9 @@ def test_none_without_photos():
     assert summarize_confidence(torch.zeros(0)) is None
 
 
+def test_none_where_the_policy_has_nothing_to_look_at():
+    assert summarize_confidence(torch.full((3,), -1.0)) is None
+
+
 def test_mean_of_many_equal_values_is_exact():
     assert summarize_confidence(torch.full((100_000,), 0.1)).mean == pytest.approx(0.1, abs=1e-7)

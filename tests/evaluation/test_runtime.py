@@ -63,14 +63,23 @@ def test_what_cannot_be_run_is_one_line():
     assert "\n" not in str(caught.value)
 
 
-def test_an_input_of_any_size_is_refused():
-    sides = onnx.helper.make_tensor_value_info("x", 1, ["batch", 3, "height", "width"])
-    result = onnx.helper.make_tensor_value_info("y", 1, ["batch", 3, "height", "width"])
-    node = onnx.helper.make_node("Relu", ["x"], ["y"])
-    graph = onnx.helper.make_graph([node], "g", [sides], [result])
+def one_node(element, shape):
+    """A file that keeps what is above zero of an input of this element type and shape."""
+    sides, result = (onnx.helper.make_tensor_value_info(name, element, shape) for name in ("x", "y"))
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", [sides], [result])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8)
+    return model.SerializeToString()
+
+
+def test_an_input_of_any_size_is_refused():
     with pytest.raises(EarlyExitError, match=r"expected one input of a fixed size, got x \['batch', 3, 'height'"):
-        OnnxNetwork(model.SerializeToString())
+        OnnxNetwork(one_node(onnx.TensorProto.FLOAT, ["batch", 3, "height", "width"]))
+
+
+def test_an_input_of_another_type_is_refused():
+    assert OnnxNetwork(one_node(onnx.TensorProto.FLOAT, [1, 3, 8, 8])).input_shape == (1, 3, 8, 8)
+    with pytest.raises(EarlyExitError, match=r"half: its input is tensor\(float16\), expected tensor\(float\)"):
+        OnnxNetwork(one_node(onnx.TensorProto.FLOAT16, [1, 3, 8, 8]), name="half")
 
 
 def test_what_cannot_be_exported_is_one_line():
