@@ -164,7 +164,8 @@ def full_path_is_worth_having(metrics: Metrics) -> list[Finding]:
         return []
     best = max(better, key=lambda one: one["AP50"])
     against = f"AP50 {best['AP50']:.3f} against {full['AP50']:.3f}, in {best['ms']:.1f} ms against {plain['ms']:.1f}"
-    return [Finding(f"{best['name']} is better than the detector without exits ({against}): look at it first")]
+    line = f"{best['name']} has more AP50 than the detector without exits, in less time ({against})"
+    return [Finding(f"{line}: look at it first")]
 
 
 def rivals_share_the_runtime(metrics: Metrics) -> list[Finding]:

@@ -11,6 +11,7 @@ from torchvision.models import MobileNet_V3_Large_Weights
 
 from earlyexit_ssd.errors import ConfigError, EarlyExitError, nearest
 from earlyexit_ssd.evaluation.quality import EvaluationSettings
+from earlyexit_ssd.evaluation.runtime import EAGER
 from earlyexit_ssd.modeling import (
     COCO_CLASSES,
     Architecture,
@@ -33,6 +34,19 @@ def require_full_path(cfg: CfgNode, who: str) -> None:
     """
     if not cfg.MODEL.WEIGHTS:
         raise ConfigError(f"{who} needs a trained full path: set MODEL.WEIGHTS to a checkpoint or a model.pth")
+
+
+def evaluation_device(cfg: CfgNode) -> torch.device:
+    """As `build_device`; where EVAL.RUNTIME measures the CPU, ``auto`` is the CPU.
+
+    Raises:
+        ConfigError: as `build_device`.
+    """
+    if cfg.DEVICE == "auto" and cfg.EVAL.RUNTIME != EAGER:
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.DEVICE = "cpu"
+    return build_device(cfg)
 
 
 def build_device(cfg: CfgNode) -> torch.device:

@@ -19,9 +19,9 @@ from earlyexit_ssd.files import make_folder, sha256
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, load_model
 from earlyexit_ssd.pipeline.build import (
     build_architecture,
-    build_device,
     build_evaluation,
     build_router,
+    evaluation_device,
     with_classes,
 )
 from earlyexit_ssd.pipeline.certified import drift_of, open_certificate
@@ -49,7 +49,7 @@ def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str |
         EarlyExitError: unusable weights, data or settings.
     """
     make_folder(out_dir)
-    device = build_device(cfg)
+    device = evaluation_device(cfg)
     check_rivals(cfg, device)
     model, architecture, info = load_model(weights)
     _warn_of_differences(cfg, architecture)

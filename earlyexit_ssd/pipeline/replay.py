@@ -25,7 +25,7 @@ from earlyexit_ssd.evaluation.photo_losses import errors_against_labels, losses_
 from earlyexit_ssd.evaluation.recording import Recording, record
 from earlyexit_ssd.files import make_folder
 from earlyexit_ssd.modeling import EarlyExitSSDLite, load_model
-from earlyexit_ssd.pipeline.build import build_device, with_classes
+from earlyexit_ssd.pipeline.build import evaluation_device, with_classes
 from earlyexit_ssd.pipeline.rivals import check_rivals
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.routing import ExitRouter
@@ -130,7 +130,7 @@ def open_recorded(cfg: CfgNode, weights: str | os.PathLike[str], out: Path) -> R
             "routing is found anew; leave it out, or give ROUTING.CERTIFICATE ''"
         )
     make_folder(out)
-    device = build_device(cfg)
+    device = evaluation_device(cfg)
     check_rivals(cfg, device)
     model, architecture, info = load_model(weights)
     require_few(model.num_early_exits)
