@@ -81,5 +81,5 @@ def _plural(count: int, one: str, many: str) -> str:
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1])
+    target = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/model_zoo.md")
     write_text(target, renew(target.read_text(encoding="utf-8"), tables()))

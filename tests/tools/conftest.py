@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from earlyexit_ssd.files import write_text
 from tools import train_net
@@ -73,3 +75,13 @@ def run_command(command: list[str], timeout: float = 120) -> subprocess.Complete
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
+
+
+def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of a run that is finished."""
+    return torch.load(folder / "model.pth", weights_only=True)["model"]
+
+
+def log(folder: Path, phase: str) -> list[dict]:
+    """The lines that a phase of a run logged."""
+    return [json.loads(line) for line in (folder / phase / "log.jsonl").read_text().splitlines()]
