@@ -94,7 +94,7 @@ def replay_split(cfg: CfgNode, model: EarlyExitSSDLite, dataset: DetectionDatase
     hashes = [digest for _, digest in photo_hashes(dataset)]
     ground_truth = to_coco(dataset)
     loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, train=False, seed=cfg.SEED)
-    recording = record(model, loader, len(dataset), folder, fingerprint(dataset))
+    recording = record(model, loader, len(dataset), folder, fingerprint(dataset, hashes))
     return Replay(recording, ground_truth, tuple(hashes), cfg.EVAL.SCORE, cfg.EVAL.IOU)
 
 
