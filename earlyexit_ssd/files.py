@@ -83,6 +83,14 @@ def write_image(path: str | os.PathLike[str], image: Image.Image) -> None:
         image.save(temporary)
 
 
+def stored_key(path: Path) -> str | None:
+    """What ``key`` is in a JSON file that says of what the files beside it were made; None where that is not known."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["key"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def sha256(path: str | os.PathLike[str]) -> str:
     """Of a file's content, in hexadecimal."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader
 from earlyexit_ssd.engine.batches import to_device
 from earlyexit_ssd.engine.distributed import barrier, is_main
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.files import atomic_path, require_space, write_json
+from earlyexit_ssd.files import atomic_path, require_space, stored_key, write_json
 from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
 from earlyexit_ssd.modeling.training import TapBatch, compute_taps
 from earlyexit_ssd.progress import progress
@@ -62,18 +61,18 @@ class TapCache:
                 f"EXITS_PHASE.CACHE_GIB allows {gibibytes}; raise it, or {fix}"
             )
 
-    def build(self, model: EarlyExitSSDLite, loader: DataLoader, photos: str) -> None:
+    def build(self, model: EarlyExitSSDLite, loader: DataLoader, contents: str) -> None:
         """Fill the cache where it is not whole.
 
         Args:
             loader: gives the photos in order, its data set the views.
-            photos: a text that changes with the photos, their boxes and views; with another one, or other weights,
+            contents: a text that changes with the photos, their boxes and views; with another one, or other weights,
                 the cache is made anew.
 
         Raises:
             EarlyExitError: the disk has no room for it.
         """
-        key = hashlib.sha256(f"{photos} {_weights_hash(model)} {self.views} {self._dtype}".encode()).hexdigest()
+        key = hashlib.sha256(f"{contents} {_weights_hash(model)} {self.views} {self._dtype}".encode()).hexdigest()
         if is_main() and not self._is_whole(key):
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "cache.json").unlink(missing_ok=True)
@@ -120,10 +119,7 @@ class TapCache:
         return TapBatch(list(values.values()), head, to_device([self.targets[row] for row in order], device))
 
     def _is_whole(self, key: str) -> bool:
-        try:
-            if json.loads((self.folder / "cache.json").read_text(encoding="utf-8"))["key"] != key:
-                return False
-        except (OSError, ValueError, KeyError, TypeError):
+        if stored_key(self.folder / "cache.json") != key:
             return False
         try:
             self._read()

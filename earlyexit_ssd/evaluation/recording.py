@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from earlyexit_ssd.evaluation.collect import Batches, compact, require_unique
 from earlyexit_ssd.evaluation.mode import evaluating
-from earlyexit_ssd.files import atomic_path, require_space, write_json
+from earlyexit_ssd.files import atomic_path, require_space, stored_key, write_json
 from earlyexit_ssd.modeling.checkpoint import weights_hash
 from earlyexit_ssd.modeling.outputs import ExitOutputs, ExitSignals
 from earlyexit_ssd.progress import progress
@@ -98,7 +98,7 @@ def record(model: nn.Module, loader: Batches, photos: int, folder: Path, key: st
         DataError: an image id occurs twice.
     """
     key = hashlib.sha256(f"{key} {weights_hash(model)}".encode()).hexdigest()
-    if _is_whole(folder, key):
+    if stored_key(folder / "recording.json") == key:
         try:
             return Recording(folder)
         except Exception as error:  # damaged arrays and archives raise anything
@@ -107,13 +107,6 @@ def record(model: nn.Module, loader: Batches, photos: int, folder: Path, key: st
     (folder / "recording.json").unlink(missing_ok=True)
     _fill(model, loader, photos, folder, key)
     return Recording(folder)
-
-
-def _is_whole(folder: Path, key: str) -> bool:
-    try:
-        return json.loads((folder / "recording.json").read_text(encoding="utf-8"))["key"] == key
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def _fill(model: nn.Module, loader: Batches, photos: int, folder: Path, key: str) -> None:

@@ -96,9 +96,10 @@ def compare_recipes(
     make_folder(out_dir)
     rows, contents = [], {}
     for name, seed, cfg, folder in trials:
-        if str(cfg.DATA) not in contents:
-            contents[str(cfg.DATA)] = _contents(cfg)
-        settings = {**_settings(cfg), "SHA256": contents[str(cfg.DATA)]}
+        photos = f"{cfg.DATA} {cfg.SEED}"  # the seed chooses among them
+        if photos not in contents:
+            contents[photos] = _photo_contents(cfg)
+        settings = {**_settings(cfg), "SHA256": {**_weights_contents(cfg), **contents[photos]}}
         row = _stored(folder, settings)
         if "AP50" not in row:
             row |= {"recipe": name, "seed": seed, **_train(cfg, folder, out_dir / "taps")}
@@ -138,13 +139,16 @@ def _settings(cfg: CfgNode) -> dict[str, Any]:
     return settings
 
 
-def _contents(cfg: CfgNode) -> dict[str, str]:
-    """Hashes of what the names in the settings stand for: the weights, where they are a file, and photos with boxes."""
-    photos = {"TRAIN": load_dataset(cfg, cfg.DATA.TRAIN, train=True, need_boxes=False)}
-    cfg = with_classes(cfg, photos["TRAIN"].classes)
-    photos["CALIB"] = load_dataset(cfg, cfg.DATA.CALIB)
-    weights = {"WEIGHTS": sha256(cfg.MODEL.WEIGHTS)} if Path(cfg.MODEL.WEIGHTS).is_file() else {}
-    return weights | {name: fingerprint(dataset) for name, dataset in photos.items()}
+def _weights_contents(cfg: CfgNode) -> dict[str, str]:
+    """Hash of what MODEL.WEIGHTS stands for, where it is a file; torchvision's have their names alone."""
+    return {"WEIGHTS": sha256(cfg.MODEL.WEIGHTS)} if Path(cfg.MODEL.WEIGHTS).is_file() else {}
+
+
+def _photo_contents(cfg: CfgNode) -> dict[str, str]:
+    """Hashes of the photos with boxes that the names in DATA stand for."""
+    train = load_dataset(cfg, cfg.DATA.TRAIN, train=True, need_boxes=False)
+    calib = load_dataset(with_classes(cfg, train.classes), cfg.DATA.CALIB)
+    return {"TRAIN": fingerprint(train), "CALIB": fingerprint(calib)}
 
 
 def _stored(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from earlyexit_ssd.files import write_text
+from earlyexit_ssd.files import sha256, write_text
 from tools import compare_recipes
 
 
@@ -58,6 +58,14 @@ def test_other_weights_of_the_same_name_are_trained_again(command, trained, tmp_
         assert compare_recipes.main([*command("one: {}\n", "0"), *weights]) == 0
         stored.append((tmp_path / "out" / "one" / "seed0" / "result.json").stat().st_mtime_ns)
     assert stored[0] < stored[1] == stored[2]
+
+
+def test_recipes_with_weights_of_their_own_are_known_by_them(command, trained, tmp_path):
+    other = trained[0] / "run" / "model.pth"
+    assert compare_recipes.main(command(f"one: {{}}\ntwo: {{MODEL.WEIGHTS: {other}}}\n", "0")) == 0
+    one, two = (row["settings"] for row in json.loads((tmp_path / "out" / "recipes.json").read_text()))
+    assert one["MODEL"] == two["MODEL"] and one["SHA256"]["TRAIN"] == two["SHA256"]["TRAIN"]
+    assert one["SHA256"]["WEIGHTS"] != two["SHA256"]["WEIGHTS"] == sha256(other)
 
 
 @pytest.mark.parametrize(
