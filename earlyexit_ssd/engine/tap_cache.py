@@ -105,7 +105,8 @@ class TapCache:
                 row += len(images)
                 bar.update(len(images))
                 for target in batch.targets:
-                    yield {key: torch.as_tensor(target[key]).cpu() for key in ("boxes", "labels", "image_id")}
+                    # copied: a tensor from a worker process holds a file open for as long as it lives
+                    yield {key: torch.as_tensor(target[key]).cpu().clone() for key in ("boxes", "labels", "image_id")}
         bar.close()
         model.train(was_training)
 

@@ -1,3 +1,6 @@
+import os
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,10 +31,10 @@ def dataset(tmp_path):
     return DetectionDataset(records, ("chair", "table"), build_transforms("flip"), train=True)
 
 
-def build(folder, dataset, views=2, key="a", dtype="float16"):
+def build(folder, dataset, views=2, key="a", dtype="float16", workers=0):
     model = small_model()
     cache = TapCache(folder, model, len(dataset), views, dtype)
-    cache.build(model, build_loader(dataset, 4, 0, train=False, seed=0), key)
+    cache.build(model, build_loader(dataset, 4, workers, train=False, seed=0), key)
     return cache, model
 
 
@@ -102,6 +105,21 @@ def test_a_damaged_cache_is_made_anew(tmp_path, dataset, caplog, name):
     cache, _ = build(folder, dataset)
     assert len(cache.rows(np.arange(6), CPU).targets) == 6
     assert "the cache is damaged" in caplog.text
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files by /proc")
+def test_no_file_stays_open_for_what_worker_processes_send(tmp_path, dataset):
+    import resource  # of Unix alone
+
+    records = [replace(dataset.records[index % 6], image_id=index + 1) for index in range(200)]
+    many = DetectionDataset(records, dataset.classes, dataset.transforms, train=True)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 150, limits[1]))
+    try:
+        cache, _ = build(tmp_path / "taps", many, views=1, workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(cache.targets) == 200
 
 
 def test_a_full_disk_is_found_before_it_is_filled(tmp_path, dataset, monkeypatch):
