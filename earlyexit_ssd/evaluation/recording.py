@@ -97,7 +97,8 @@ def record(model: nn.Module, loader: Batches, photos: int, folder: Path, key: st
     Raises:
         DataError: an image id occurs twice.
     """
-    key = hashlib.sha256(f"{key} {weights_hash(model)}".encode()).hexdigest()
+    exits = f"{model.exit_names} {tuple(model.empty)}"  # an empty exit has no weights to be known by
+    key = hashlib.sha256(f"{key} {weights_hash(model)} {exits}".encode()).hexdigest()
     if stored_key(folder / "recording.json") == key:
         try:
             return Recording(folder)

@@ -36,7 +36,7 @@ def deploy_package(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise EarlyExitError(f"ONNX needs the package {name} ({error}): pip install 'earlyexit_ssd[deploy]'") from None
+        raise EarlyExitError(f"ONNX needs the package {name} ({error}): pip install onnx onnxruntime") from None
 
 
 class OnnxNetwork(nn.Module):

@@ -37,16 +37,12 @@ def require_full_path(cfg: CfgNode, who: str) -> None:
 
 
 def evaluation_device(cfg: CfgNode) -> torch.device:
-    """As `build_device`; where EVAL.RUNTIME measures the CPU, ``auto`` is the CPU.
+    """As `build_device`, but in fp32 whatever ENGINE.AMP is; where EVAL.RUNTIME measures the CPU, ``auto`` is the CPU.
 
     Raises:
-        ConfigError: as `build_device`.
+        ConfigError: no such device.
     """
-    if cfg.DEVICE == "auto" and cfg.EVAL.RUNTIME != EAGER:
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.DEVICE = "cpu"
-    return build_device(cfg)
+    return _device(cfg, "cpu" if cfg.DEVICE == "auto" and cfg.EVAL.RUNTIME != EAGER else cfg.DEVICE)
 
 
 def build_device(cfg: CfgNode) -> torch.device:
@@ -55,9 +51,15 @@ def build_device(cfg: CfgNode) -> torch.device:
     Raises:
         ConfigError: no such device, or fp16 without CUDA.
     """
+    device = _device(cfg, cfg.DEVICE)
+    if cfg.ENGINE.AMP == "fp16" and device.type != "cuda":
+        raise ConfigError(f"ENGINE.AMP 'fp16' needs CUDA, DEVICE is {device}; use bf16 or off")
+    return device
+
+
+def _device(cfg: CfgNode, name: str) -> torch.device:
     if cfg.THREADS:
         torch.set_num_threads(cfg.THREADS)
-    name = cfg.DEVICE
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
@@ -69,8 +71,6 @@ def build_device(cfg: CfgNode) -> torch.device:
         raise ConfigError(
             f"DEVICE {cfg.DEVICE!r} is not to be had here ({str(error).splitlines()[0]}); use auto"
         ) from None
-    if cfg.ENGINE.AMP == "fp16" and device.type != "cuda":
-        raise ConfigError(f"ENGINE.AMP 'fp16' needs CUDA, DEVICE is {device}; use bf16 or off")
     return device
 
 

@@ -22,7 +22,7 @@ from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.checkpoint import weights_hash
 from earlyexit_ssd.pipeline.build import trained_temperatures
 from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
-from earlyexit_ssd.pipeline.fit_router import fit_policy, fit_temperatures, per_exit
+from earlyexit_ssd.pipeline.fit_router import fit_policy, fit_temperatures, per_exit, require_deciding
 from earlyexit_ssd.pipeline.replay import Replay, open_recorded
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.calibration import write_calibration
@@ -95,14 +95,16 @@ def calibrate(
         get_policy(cfg.ROUTING.POLICY)
     recorded = open_recorded(cfg, weights, out)
     cfg, model = recorded.cfg, recorded.model
+    require_deciding(cfg.ROUTING.POLICY, model, weights)
     calib = recorded.replay("CALIB")
     needs_train = target.kind == "risk" or cfg.ROUTING.POLICY in FITTED_POLICIES
     train = recorded.replay("TRAIN") if needs_train else None
     fitted = fit_temperatures(cfg, model.exit_names, calib)
     temperatures = per_exit(fitted, model.exit_names)
+    counted = calib
     if target.kind == "risk":  # what is fitted on the calibration photos may not be tested on them
-        temperatures = trained_temperatures(cfg, recorded.info, model.num_early_exits)
-    router = fit_policy(cfg, cfg.ROUTING.POLICY, temperatures, train)
+        temperatures, counted = trained_temperatures(cfg, recorded.info, model.num_early_exits), train
+    router = fit_policy(cfg, cfg.ROUTING.POLICY, temperatures, train, counted)
     costs = measure_cost_model(cfg, model, router)
     found = _search(cfg, target, router, calib, train, costs)
     certificate = _certificate(cfg, model, target, router, calib, costs, found)
@@ -159,8 +161,8 @@ def _cheapest_that_keeps(
     for candidate in progress(affordable, desc="AP50 lost"):
         kept, routed = bootstrap_choices(calib.matches, [full, grid.choices[candidate]], seed=seed)
         bound = float(np.nanquantile(kept.AP50 - routed.AP50, 1 - target.delta))
-        if bound <= target.value:
-            thresholds = tuple(float(value) for value in grid.thresholds[candidate])
+        thresholds = tuple(float(value) for value in grid.thresholds[candidate])
+        if bound <= target.value and min(thresholds) < CLOSED:
             return Found(thresholds, grid.choices[candidate], {"AP50_lost_bound": bound})
     logger.warning("no exit can be opened at %g AP50 lost on these photos: all stay closed", target.value)
     return Found((CLOSED,) * calib.recording.early_exits, full, {"AP50_lost_bound": 0.0})

@@ -44,7 +44,8 @@ def check_guarantee(
         raise EarlyExitError(f"splits is {splits}, expected at least 1")
     for epsilon in epsilons:
         Target("risk", epsilon, delta)  # raises where they are impossible
-    recorded = open_recorded(cfg, weights, Path(out_dir))
+    measured = ("CALIB", "TEST") if cfg.CALIBRATION.REFERENCE == "labels" else ("CALIB",)
+    recorded = open_recorded(cfg, weights, Path(out_dir), measured)
     cfg, model, reference = recorded.cfg, recorded.model, cfg.CALIBRATION.REFERENCE
     calib, test, train = (recorded.replay(name) for name in ("CALIB", "TEST", "TRAIN"))
     temperatures = trained_temperatures(cfg, recorded.info, model.num_early_exits)

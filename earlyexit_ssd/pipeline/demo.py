@@ -71,7 +71,7 @@ def picture_paths(photos: Sequence[Path], folder: str | os.PathLike[str]) -> lis
     No photo is overwritten, where they lie in ``folder`` themselves.
     """
     folder = Path(folder)
-    taken = {photo.name.removesuffix(".png").lower() for photo in photos if photo.parent.resolve() == folder.resolve()}
+    taken = {photo.name.lower().removesuffix(".png") for photo in photos if photo.parent.resolve() == folder.resolve()}
     names = []
     for photo in photos:
         name, number = photo.stem, 1

@@ -12,13 +12,12 @@ import numpy as np
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.config import CLOSED
-from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.reference_lines import line_of, overthinking
 from earlyexit_ssd.evaluation.scoring_time import time_scoring
 from earlyexit_ssd.evaluation.throughput import mixed_throughput
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
-from earlyexit_ssd.pipeline.fit_router import fit_policy, fit_temperatures, per_exit
+from earlyexit_ssd.pipeline.fit_router import fit_policy, fit_temperatures, foresees, per_exit, require_deciding
 from earlyexit_ssd.pipeline.policy_evaluation import (
     Lines,
     Splits,
@@ -56,13 +55,13 @@ def evaluate_routing(
         EarlyExitError: unusable weights, data or settings, or splits that share photos.
     """
     names, out = _known(policies), Path(out_dir)
-    recorded = open_recorded(cfg, weights, out)
+    recorded = open_recorded(cfg, weights, out, measured=("CALIB", "TEST"))
     cfg, model = recorded.cfg, recorded.model
     names = _deciding(names, policies, model, weights)
     calib, test = recorded.replay("CALIB"), recorded.replay("TEST")
     train = recorded.replay("TRAIN") if set(names) & set(FITTED_POLICIES) else None
     temperatures = per_exit(fit_temperatures(cfg, model.exit_names, calib), model.exit_names)
-    routers = {name: fit_policy(cfg, name, temperatures, train) for name in names}
+    routers = {name: fit_policy(cfg, name, temperatures, train, calib) for name in names}
     # before the evaluation fragments the memory, as no process that serves photos does
     scoring_ms = {name: _scoring_ms(cfg, router, test) for name, router in routers.items()}
     found, splits, lines = _evaluate_each(cfg, model, routers, calib, test)
@@ -117,14 +116,9 @@ def _deciding(
     """
     if not all(model.empty):
         return names
-    foreseeing = [name for name in names if getattr(FITTED_POLICIES.get(name), "foresees", False)]
     for name in wanted:
-        if name not in foreseeing:
-            raise EarlyExitError(
-                f"policy '{name}' looks at logits, which the empty exits of {weights} have not; "
-                "take foreseen_emptiness or learned_gain"
-            )
-    return foreseeing
+        require_deciding(name, model, weights)
+    return [name for name in names if foresees(name)]
 
 
 def _context(cfg: CfgNode, splits: Splits) -> dict[str, Any]:

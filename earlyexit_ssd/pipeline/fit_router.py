@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -10,9 +11,12 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.outputs import ExitSignals
 from earlyexit_ssd.pipeline.replay import Replay
 from earlyexit_ssd.routing import ExitRouter
+from earlyexit_ssd.routing.balanced_ambiguity import class_weights
 from earlyexit_ssd.routing.foreseen import ForeseenEmptiness, evidence, fit_foresight
 from earlyexit_ssd.routing.learned_gain import GainModel, LearnedGain, fit_gain, to_plain
 from earlyexit_ssd.routing.policies import FITTED_POLICIES, looked_at
@@ -53,11 +57,20 @@ def per_exit(fitted: Sequence[FittedTemperature], exit_names: Sequence[str]) -> 
     return [found.get(name, 1.0) for name in exit_names[:-1]]
 
 
-def fit_policy(cfg: CfgNode, policy: str, temperatures: Sequence[float], train: Replay | None) -> ExitRouter:
-    """A router with this policy, fitted on ``train`` where it has parameters, and every exit closed."""
+def fit_policy(
+    cfg: CfgNode, policy: str, temperatures: Sequence[float], train: Replay | None, counted: Replay | None = None
+) -> ExitRouter:
+    """A router with this policy, fitted where it has parameters, and every exit closed.
+
+    Args:
+        train: what a policy learns from.
+        counted: whose labels say how rare a class is; by default ``train``. Calibration photos are the nearest to
+            those to come, but may not both choose a policy and test its risk.
+    """
     fits = {
         "learned_gain": lambda: fit_learned_gain(train, cfg.CALIBRATION.REFERENCE, temperatures, cfg.SEED),
         "foreseen_emptiness": lambda: fit_foreseen_emptiness(train, temperatures),
+        "balanced_ambiguity": lambda: fit_class_weights(train if counted is None else counted),
     }
     parameters = fits[policy]() if policy in FITTED_POLICIES else None
     return ExitRouter(
@@ -68,6 +81,20 @@ def fit_policy(cfg: CfgNode, policy: str, temperatures: Sequence[float], train: 
         temperatures=temperatures,
         temperature_bounds=cfg.ROUTING.TEMPERATURE_BOUNDS,
     )
+
+
+def foresees(policy: str) -> bool:
+    """Whether it looks at the trunk, and so can judge an exit without a branch."""
+    return getattr(FITTED_POLICIES.get(policy), "foresees", False)
+
+
+def require_deciding(policy: str, model: EarlyExitSSDLite, weights: str | os.PathLike[str]) -> None:
+    """Raise where the policy lets nobody leave: every exit is empty, and it looks at what exits say."""
+    if all(model.empty) and not foresees(policy):
+        raise EarlyExitError(
+            f"policy '{policy}' looks at logits, which the empty exits of {weights} have not; "
+            "take foreseen_emptiness or learned_gain (ROUTING.POLICY)"
+        )
 
 
 def fit_learned_gain(train: Replay, reference: str, temperatures: Sequence[float], seed: int) -> list[dict[str, list]]:
@@ -90,6 +117,11 @@ def fit_foreseen_emptiness(train: Replay, temperatures: Sequence[float]) -> list
         fit_foresight(torch.cat([evidence(signals) for signals in _shown(train, index, temperatures, boxes)]), largest)
         for index in range(train.recording.early_exits)
     ]
+
+
+def fit_class_weights(counted: Replay) -> list[float]:
+    """A weight for every class, the more the fewer objects of it the photos show."""
+    return class_weights([int(one.objects.sum()) for one in counted.matches.classes])
 
 
 def _inputs(train: Replay, index: int, temperatures: Sequence[float]) -> Tensor:

@@ -17,7 +17,7 @@ from earlyexit_ssd.data import class_names
 from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.evaluation.placement import SHARES, Placement, measure_placements, propose
 from earlyexit_ssd.files import make_folder, write_image, write_json, write_text
-from earlyexit_ssd.pipeline.build import build_device, build_model, build_router, require_full_path
+from earlyexit_ssd.pipeline.build import build_device, build_model, build_router, evaluation_device, require_full_path
 from earlyexit_ssd.pipeline.phases import train_branches
 from earlyexit_ssd.pipeline.prepare import prepare
 from earlyexit_ssd.pipeline.run_folder import RunFolder
@@ -83,7 +83,7 @@ def _with_exits(cfg: CfgNode, layers: Sequence[int], speedup: float, probe_epoch
 
 def _measure(cfg: CfgNode) -> list[Placement]:
     """Cost of each exit, alone in the detector; no photo is read."""
-    device = build_device(cfg)
+    device = evaluation_device(cfg)
     model, architecture = build_model(cfg, class_names(cfg))
     singles = {
         layer: dataclasses.replace(architecture, exit_layers=(layer,)).add_exits(model).to(device)

@@ -10,7 +10,7 @@ from earlyexit_ssd.data import catalog, load_dataset, repeat_rare_classes, requi
 from earlyexit_ssd.engine.distributed import barrier, is_main, world_size
 from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.modeling.retrofit import require_weights
-from earlyexit_ssd.pipeline.build import backbone_weights, build_model, build_router, with_classes
+from earlyexit_ssd.pipeline.build import backbone_weights, build_model, build_router, evaluation_device, with_classes
 from earlyexit_ssd.pipeline.phases import tap_cache
 from earlyexit_ssd.pipeline.rivals import check_rivals
 from earlyexit_ssd.pipeline.run import Run
@@ -27,7 +27,7 @@ def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
     if cfg.ROUTING.CERTIFICATE:
         raise ConfigError("ROUTING.CERTIFICATE is for weights that exist; leave it out of a training")
     build_router(cfg)  # raises where its policy is unknown, or one that training cannot fit
-    check_rivals(cfg, device)
+    check_rivals(cfg, evaluation_device(cfg))
     if not is_main():
         barrier()  # the first process may render or download
     train_set = load_dataset(cfg, cfg.DATA.TRAIN, train=True, need_boxes=learns_from_labels(cfg))

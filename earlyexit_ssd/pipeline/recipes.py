@@ -102,7 +102,8 @@ def compare_recipes(
         settings = {**_settings(cfg), "SHA256": {**_weights_contents(cfg), **contents[photos]}}
         row = _stored(folder, settings)
         if "AP50" not in row:
-            row |= {"recipe": name, "seed": seed, **_train(cfg, folder, out_dir / "taps")}
+            row |= {"recipe": name, "seed": seed, **_train(cfg, folder, out_dir / "taps", row)}
+            row.pop("seconds")
             write_json(folder / "result.json", row)
         rows.append(row)
         write_json(out_dir / "recipes.json", rows)
@@ -167,22 +168,26 @@ def _stored(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return {"settings": settings}
 
 
-def _train(cfg: CfgNode, folder: Path, taps: Path) -> dict[str, Any]:
+def _train(cfg: CfgNode, folder: Path, taps: Path, row: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a recipe; ``row["seconds"]``, kept in the folder, is what training has taken in all sessions."""
     views = [shown(cfg), cfg.MODEL, cfg.EXITS.LAYERS, cfg.EXITS_PHASE.CACHE_VIEWS, cfg.EXITS_PHASE.CACHE_DTYPE]
     shared = taps / hashlib.sha256(repr(views).encode()).hexdigest()[:12]
     run = prepare(cfg, RunFolder(folder, shared), build_device(cfg))
     run.model.freeze_trunk()
     tap_loader(run)
     start = time.perf_counter()
-    train_branches(run)
-    minutes = (time.perf_counter() - start) / 60
+    try:
+        train_branches(run)
+    finally:
+        row["seconds"] = row.get("seconds", 0.0) + time.perf_counter() - start
+        write_json(folder / "result.json", row)
     ap50 = [figures["AP50"] for figures in run.calib_quality.of_exits(run.model)]
     names = run.model.exit_names
     return {
         "AP50": dict(zip(names, ap50, strict=True)),
         "mmacs": dict(zip(names, mmacs_to_exit(run.model), strict=True)),
         "parameters": _branch_parameters(run.model),
-        "minutes": minutes,
+        "minutes": row["seconds"] / 60,
         "threads": torch.get_num_threads(),
     }
 

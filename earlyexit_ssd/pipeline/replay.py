@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,8 +118,13 @@ class Recorded:
         return replay_split(self.cfg, self.model, self.sets[name], self.folder / name.lower())
 
 
-def open_recorded(cfg: CfgNode, weights: str | os.PathLike[str], out: Path) -> Recorded:
+def open_recorded(
+    cfg: CfgNode, weights: str | os.PathLike[str], out: Path, measured: Sequence[str] = ("CALIB",)
+) -> Recorded:
     """What can be missing is found here, before the network runs: runtime, weights, photos, room for results.
+
+    Args:
+        measured: splits that need labels; with CALIBRATION.REFERENCE labels those of TRAIN are needed too.
 
     Raises:
         EarlyExitError: unusable weights, data or settings, a certificate, or splits that share photos.
@@ -135,16 +140,17 @@ def open_recorded(cfg: CfgNode, weights: str | os.PathLike[str], out: Path) -> R
     model, architecture, info = load_model(weights)
     require_few(model.num_early_exits)
     cfg = with_classes(cfg, architecture.classes)
-    return Recorded(cfg, model.to(device), info, disjoint_sets(cfg), out / "recordings")
+    return Recorded(cfg, model.to(device), info, disjoint_sets(cfg, measured), out / "recordings")
 
 
-def disjoint_sets(cfg: CfgNode) -> dict[str, DetectionDataset]:
-    """TRAIN (CALIBRATION.TRAIN_PHOTOS of it, not augmented), CALIB and TEST.
+def disjoint_sets(cfg: CfgNode, measured: Sequence[str] = ("CALIB",)) -> dict[str, DetectionDataset]:
+    """TRAIN (CALIBRATION.TRAIN_PHOTOS of it, not augmented), CALIB and TEST; ``measured`` as in `open_recorded`.
 
     Raises:
-        DataError: a photo is in two of the whole splits, or the calibration photos have no box.
+        DataError: a photo is in two of the whole splits, or photos that measure have no box.
     """
-    sets = {name: load_dataset(cfg, cfg.DATA[name], need_boxes=name == "CALIB") for name in ("TRAIN", "CALIB", "TEST")}
+    labelled = {*measured, "TRAIN"} if cfg.CALIBRATION.REFERENCE == "labels" else {*measured}
+    sets = {name: load_dataset(cfg, cfg.DATA[name], need_boxes=name in labelled) for name in ("TRAIN", "CALIB", "TEST")}
     require_disjoint(**sets)
     records = limit_photos(sets["TRAIN"].records, cfg.CALIBRATION.TRAIN_PHOTOS, cfg.SEED)
     sets["TRAIN"] = DetectionDataset(records, sets["TRAIN"].classes, None, False, cfg.SEED, cfg.DATA.ON_BAD)

@@ -7,7 +7,9 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import albumentations
@@ -38,7 +40,7 @@ _MAY_CHANGE = (
 _SETTINGS_OF_PHASES = {
     "baseline": ("BASELINE.",),
     "exits": ("EXITS_PHASE.", "EXITS.", "ROUTING."),
-    "joint": ("JOINT.", "PHASES"),
+    "joint": ("JOINT.",),
 }
 
 
@@ -113,6 +115,8 @@ class RunFolder:
         for key in sorted({*stored, *current}):
             if stored.get(key) == current.get(key) or key.startswith(_MAY_CHANGE):
                 continue
+            if key == "PHASES" and self._only_the_end_differs(stored[key], current[key]):
+                continue
             phase = next((phase for phase, keys in _SETTINGS_OF_PHASES.items() if key.startswith(keys)), None)
             if phase is None or self.finished(phase):
                 raise EarlyExitError(
@@ -123,12 +127,17 @@ class RunFolder:
                 changed[phase] = key
         return changed
 
+    def _only_the_end_differs(self, stored: Sequence[str], current: Sequence[str]) -> bool:
+        """Phases were added behind those of before, or unfinished ones at the end left out."""
+        shorter, longer = sorted((list(stored), list(current)), key=len)
+        return longer[: len(shorter)] == shorter and not any(map(self.finished, longer[len(shorter) :]))
+
     def _set_aside(self, phase: str) -> None:
         """Move a phase's files into ``before_1``, ``before_2`` ...; the taps stay, a key tells whether they fit."""
         folder = self.phase(phase)
         files = [path for path in folder.glob("*") if path.name != "taps" and not path.name.startswith("before_")]
         if files:
-            target = folder / f"before_{len(list(folder.glob('before_*'))) + 1}"
+            target = next(path for number in count(1) if not (path := folder / f"before_{number}").exists())
             target.mkdir()
             for path in files:
                 path.rename(target / path.name)

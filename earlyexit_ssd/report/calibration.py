@@ -30,18 +30,20 @@ def calibration_report(certificate: Certificate, temperatures: Sequence[FittedTe
     measured, unit = certificate.measured, certificate.cost_model["unit"]
     lines = [f"policy {certificate.router['policy']}, {measured['photos']} calibration photos", ""]
     lines.append(
-        f"{'exit':8} {'threshold':>10} {'share':>8} {unit:>9} {'temperature':>12} {'ECE before':>11} {'after':>7}"
+        f"{'exit':8} {'threshold':>10} {'share':>8} {unit:>9} {'temperature':>12} {'fitted':>7} {'ECE at 1':>9} "
+        f"{'fitted':>7}"
     )
     costs = [*certificate.cost_model["exits"]]
     by_name = {fitted.exit_name: fitted for fitted in temperatures}
-    for (name, share), threshold, cost in zip(
-        measured["exit_share"].items(), certificate.router["thresholds"], costs, strict=False
+    router = certificate.router
+    for (name, share), threshold, temperature, cost in zip(
+        measured["exit_share"].items(), router["thresholds"], router["temperatures"], costs, strict=False
     ):
         shown = "closed" if threshold >= CLOSED else f"{threshold:.4f}"
         line = f"{name:8} {shown:>10} {100 * share:6.1f} % {cost:9.1f}"
         if name in by_name:  # an exit with a branch
             fitted = by_name[name]
-            line += f" {fitted.temperature:12.2f} {fitted.before.expected_error:11.3f}"
+            line += f" {temperature:12.2f} {fitted.temperature:7.2f} {fitted.before.expected_error:9.3f}"
             line += f" {fitted.after.expected_error:7.3f}"
         lines.append(line)
     lines.append(f"{'full':8} {'':>10} {100 * measured['exit_share']['full']:6.1f} % {costs[-1]:9.1f}")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.routing.search import choose, open_sets
 
@@ -118,7 +119,7 @@ def _ranks(values: np.ndarray) -> Tensor:
 
 
 def _unrank(values: np.ndarray, rank: float) -> float:
-    """The confidence at a rank: above all of them beyond 1, below all under 0."""
-    if rank > 1:
-        return float(np.nextafter(np.float32(values.max()), np.float32(np.inf)))
-    return float(np.quantile(values, max(rank, 0.0)))
+    """The least confidence of a photo that leaves where those of this rank or a higher one do; `CLOSED` where none may
+    (a confidence below 0 is that of an exit at which nobody leaves)."""
+    leaving = values[(_ranks(values).numpy() >= np.float32(rank)) & (values >= 0)]
+    return float(leaving.min()) if len(leaving) else CLOSED

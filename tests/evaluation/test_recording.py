@@ -15,6 +15,7 @@ from earlyexit_ssd.evaluation.mode import evaluating
 from earlyexit_ssd.evaluation.recording import Recording, record
 from earlyexit_ssd.evaluation.routed import choose_exits
 from earlyexit_ssd.routing import POLICIES, ExitRouter
+from tests.modeling.conftest import small_model as detector
 
 SIZES = ((96, 96), (80, 120), (50, 60), (96, 96), (120, 70))
 
@@ -103,6 +104,16 @@ def test_made_once_and_again_where_anything_changed(small_model, tmp_path):
     finally:
         with torch.no_grad():
             weight.sub_(1.0)
+
+
+def test_empty_exits_behind_another_layer_are_recorded_anew(tmp_path):
+    """They have no weights, so nothing else tells such models apart."""
+    taps = []
+    for layer in (8, 10):
+        model = detector(exit_layers=(layer,), empty=(layer,))
+        recording = record(model, batches(2), len(SIZES), tmp_path, "these photos")
+        taps.append(torch.cat([signals.tap for signals in recording.signals(0)]))
+    assert not taps[0].equal(taps[1])
 
 
 def test_ids_are_unique(small_model, tmp_path):

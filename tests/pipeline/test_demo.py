@@ -41,9 +41,10 @@ def test_no_picture_replaces_another_or_a_photo(tmp_path):
         tmp_path / "y" / "dog.png",
         tmp_path / "y" / "Dog.jpg",
         tmp_path / "out" / "cat.png",
+        tmp_path / "out" / "cow.PNG",  # the same file as cow.png where the disk does not tell cases apart
     ]
     names = [path.name for path in picture_paths(photos, tmp_path / "out")]
-    assert names == ["dog.png", "dog_2.png", "Dog_3.png", "cat_2.png"]
+    assert names == ["dog.png", "dog_2.png", "Dog_3.png", "cat_2.png", "cow_2.png"]
     assert all(path.parent == tmp_path / "out" for path in picture_paths(photos, tmp_path / "out"))
 
 

@@ -1,3 +1,6 @@
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
@@ -48,3 +51,14 @@ def test_a_fitted_router_lets_nobody_leave_yet():
 def test_exits_without_a_temperature_have_one():
     found = [FittedTemperature("exit12", 1.5, *[Reliability((), (), (), 0.0)] * 2)]
     assert per_exit(found, ("exit8", "exit12", "full")) == [1.0, 1.5]
+
+
+def test_classes_weigh_by_the_photos_that_are_counted():
+    def replay(*objects):
+        classes = [SimpleNamespace(objects=np.array(one)) for one in objects]
+        return SimpleNamespace(matches=SimpleNamespace(classes=classes))
+
+    train, calib = replay([0, 0, 1], [1, 1, 1]), replay([4, 5, 0], [0, 1, 3])
+    router = fit_policy(load_config(), "balanced_ambiguity", [1.0], train, calib)
+    assert router.to_dict()["parameters"] == [0.75, 1.5]
+    assert fit_policy(load_config(), "balanced_ambiguity", [1.0], train).to_dict()["parameters"] == [1.5, 0.75]

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -49,6 +50,13 @@ def test_routes_the_model_that_it_was_made_for(certificate, model):
         next(model.branches.parameters()).view(-1)[0] += 1e-3
     with pytest.raises(EarlyExitError, match="the certificate is for weights .*calibrate again"):
         certificate.router_for(model)
+
+
+def test_exits_behind_other_layers_are_refused(certificate, model):
+    """Empty ones have no weights to be known by."""
+    other = dataclasses.replace(certificate, drift={**certificate.drift, "exit_names": ["exit6", "exit12", "full"]})
+    with pytest.raises(EarlyExitError, match="is for the exits exit6, exit12, the model has exit8, exit12; calibrate"):
+        other.router_for(model)
 
 
 def test_a_fused_model_takes_the_router_before_it_is_fused(certificate, model):

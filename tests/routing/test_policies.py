@@ -155,6 +155,7 @@ def test_quick_enough(name, outputs):
     fitted = {
         "learned_gain": [to_plain(GainModel(80))] * 2,
         "foreseen_emptiness": [{"weight": [0.1] * 161, "bias": 0.0}] * 2,
+        "balanced_ambiguity": [0.5] * (outputs - 1),
     }
     router = ExitRouter(2, policy=name, temperatures=1.5, parameters=fitted.get(name))
     torch.set_num_threads(1)

@@ -5,7 +5,7 @@ import torch
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.routing.search import choose
-from earlyexit_ssd.routing.soft_exit import learn_open_exits, learn_thresholds, soft_shares
+from earlyexit_ssd.routing.soft_exit import _unrank, learn_open_exits, learn_thresholds, soft_shares
 
 
 def test_shares_by_hand():
@@ -40,6 +40,20 @@ def test_keeps_the_budget(photos, budget):
     confidences, losses, _ = photos
     choice = choose(confidences, learn_thresholds(confidences, losses, np.array([1.0, 3.0]), budget))
     assert np.where(choice == 0, 1.0, 3.0).mean() <= budget + 0.02
+
+
+def test_equal_confidences_leave_together_or_not_at_all():
+    """Six photos of ten are equally sure; their rank is 0.7, so at 0.8 none of them leaves."""
+    values = np.array([0.1, 0.2, 0.3, 0.4, *[1.0] * 6])
+    assert _unrank(values, 0.8) == CLOSED
+    assert _unrank(values, 0.7) == 1.0
+    assert _unrank(values, 0.35) == pytest.approx(0.4)
+    assert _unrank(values, -0.5) == pytest.approx(0.1)
+
+
+def test_nobody_leaves_where_nobody_can():
+    """A policy that looks at logits has -1 at an empty exit."""
+    assert _unrank(np.full(5, -1.0), 0.0) == CLOSED
 
 
 def test_a_closed_exit_makes_the_deeper_ones_affordable():

@@ -100,6 +100,8 @@ def test_empty_exits_are_calibrated_without_training(trained, capsys):
     own += ["MODEL.WEIGHTS", str(root / "run" / "baseline" / "model.pth"), "BASELINE.EPOCHS", "0"]
     assert train_net.main([*config, "--force", *own]) == 0
     assert "there is no branch to train" in capsys.readouterr().err
+    assert calibrate.main([*config, "--ap-drop", "1.0", *own]) == 2
+    assert "policy 'max_foreground' looks at logits, which the empty exits of" in capsys.readouterr().err
     more = ["ROUTING.POLICY", "foreseen_emptiness", "CALIBRATION.COST", "mmacs"]
     assert calibrate.main([*config, "--ap-drop", "1.0", *own, *more]) == 0
     certificate = load_certificate(out / "calibration" / "certificate.json")

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from earlyexit_ssd.files import sha256, write_text
+from earlyexit_ssd.files import sha256, write_json, write_text
 from tools import compare_recipes
 
 
@@ -86,3 +86,16 @@ def test_mistakes_are_one_line_before_anything_trains(command, tmp_path, capsys,
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_minutes_are_those_of_all_sessions(command, tmp_path):
+    """A stopped trial left its seconds behind."""
+    assert compare_recipes.main(command("plain: {}\n", "0")) == 0
+    path = tmp_path / "out" / "plain" / "seed0" / "result.json"
+    row = json.loads(path.read_text())
+    minutes = row["minutes"]
+    write_json(path, {"settings": row["settings"], "seconds": 600.0})
+    assert compare_recipes.main(command("plain: {}\n", "0")) == 0
+    again = json.loads(path.read_text())
+    assert 10 < again["minutes"] < 10 + 10 * minutes + 1
+    assert "seconds" not in again

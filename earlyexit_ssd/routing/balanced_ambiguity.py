@@ -1,0 +1,65 @@
+"""A fitted policy for a mean over classes: what an exit leaves undecided counts more, the rarer its class is.
+
+AP is the mean of the classes' own, so an object missed is worth 1 / (objects of its class): the inverse frequency of
+class-balanced learning (Cui et al. 2019, "Class-balanced loss based on effective number of samples", with beta -> 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.modeling.outputs import ExitSignals
+from earlyexit_ssd.routing.policies import CANDIDATES, FITTED_POLICIES, Odds, undecided
+
+
+class BalancedAmbiguity(nn.Module):
+    """Confidence: 1 / (1 + m), m the sum of weight * probability over the default boxes that are undecided
+    (`AMBIGUOUS`), by the weight of each one's most probable class.
+
+    Args:
+        parameters: a weight for every class but background, as :func:`class_weights` gives them.
+
+    Raises:
+        EarlyExitError: none are given: the policy has to be fitted.
+    """
+
+    boxes = CANDIDATES
+
+    def __init__(self, parameters: Sequence[float] | None) -> None:
+        super().__init__()
+        if not parameters:
+            raise EarlyExitError(
+                "routing policy 'balanced_ambiguity' has no parameters; "
+                "tools/calibrate.py fits it and writes a certificate"
+            )
+        self.register_buffer("weights", torch.tensor(parameters))
+
+    def forward(self, signals: ExitSignals, exit_index: int) -> Tensor:
+        """Confidences [N].
+
+        Raises:
+            EarlyExitError: the exit says another number of classes than there are weights.
+        """
+        if signals.logits.shape[-1] - 1 != len(self.weights):
+            raise EarlyExitError(
+                f"routing policy 'balanced_ambiguity' has weights of {len(self.weights)} classes, the model has "
+                f"{signals.logits.shape[-1] - 1}; calibrate again (tools/calibrate.py)"
+            )
+        odds = Odds(signals.logits)
+        mass = undecided(odds.largest)
+        where = mass.nonzero(as_tuple=True)  # a few of the boxes, and only they need to be told their class
+        mass[where] *= self.weights[odds.odds[where][:, 1:].argmax(-1)]
+        return 1 / (1 + mass.sum(-1))
+
+
+def class_weights(objects: Sequence[int]) -> list[float]:
+    """Of every class, from how many objects of it there are: mean(n + 1) / (n + 1), 1 where all are alike."""
+    counts = torch.tensor(objects, dtype=torch.float64) + 1
+    return (counts.mean() / counts).tolist()
+
+
+FITTED_POLICIES["balanced_ambiguity"] = BalancedAmbiguity

@@ -1,0 +1,57 @@
+import pytest
+
+from earlyexit_ssd.config import load_config
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.files import write_json
+from earlyexit_ssd.pipeline.run_folder import RunFolder
+
+
+def started(folder, *keys, finished=()):
+    """A run with these settings, some of whose phases are finished."""
+    run = RunFolder(folder)
+    run.require_free(load_config(None, keys), resume=False)
+    run.start(load_config(None, keys))
+    for phase in finished:
+        run.phase(phase).mkdir()
+        write_json(run.phase(phase) / "gate.json", {"passed": True})
+    return run
+
+
+@pytest.mark.parametrize(
+    ("before", "finished", "now"),
+    [
+        ("[baseline]", ("baseline",), "[baseline, exits]"),
+        ("[baseline, exits]", ("baseline", "exits"), "[baseline, exits, joint]"),
+        ("[baseline, exits, joint]", ("baseline", "exits"), "[baseline, exits]"),
+    ],
+)
+def test_phases_are_added_or_left_out_at_the_end(tmp_path, before, finished, now):
+    run = started(tmp_path / "run", "PHASES", before, finished=finished)
+    cfg = load_config(None, ["PHASES", now])
+    run.require_free(cfg, resume=True)
+    run.start(cfg)
+    assert all(run.finished(phase) for phase in finished)
+
+
+@pytest.mark.parametrize(
+    ("before", "finished", "now"),
+    [
+        ("[baseline]", ("baseline",), "[exits]"),  # the branches would stand on an untrained trunk
+        ("[exits]", ("exits",), "[baseline, exits]"),  # the exits' model would replace what baseline trains
+        ("[baseline, exits]", ("baseline", "exits"), "[baseline]"),
+    ],
+)
+def test_other_phases_are_another_run(tmp_path, before, finished, now):
+    run = started(tmp_path / "run", "PHASES", before, finished=finished)
+    with pytest.raises(EarlyExitError, match="the run to resume has PHASES = .*set it back, or name another folder"):
+        run.require_free(load_config(None, ["PHASES", now]), resume=True)
+
+
+def test_what_is_set_aside_replaces_nothing(tmp_path):
+    run = started(tmp_path / "run")
+    (run.phase("baseline") / "before_2").mkdir(parents=True)  # someone has deleted before_1
+    for seed in (1, 2):
+        (run.phase("baseline") / "last.pth").write_bytes(bytes(seed))
+        cfg = load_config(None, ["BASELINE.EPOCHS", str(100 + seed)])
+        run.start(cfg)
+    assert sorted(path.name for path in run.phase("baseline").iterdir()) == ["before_1", "before_2", "before_3"]
