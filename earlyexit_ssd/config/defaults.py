@@ -10,8 +10,8 @@ from earlyexit_ssd.config.defaults_training import _C
 # ---- routing ----------------------------------------------------------------------------------------------
 _C.ROUTING = Node()
 # How sure an exit is, one number per image: max_foreground, ambiguous_mass, entropy, margin, emptiness, agreement,
-# mean_foreground; balanced_ambiguity, foreseen_emptiness and learned_gain, which are fitted (they need a certificate). In
-# Python also one of your own (docs/routing.md).
+# mean_foreground; balanced_ambiguity, foreseen_emptiness and learned_gain, which are fitted (they need a certificate).
+# In Python also one of your own (docs/routing.md).
 _C.ROUTING.POLICY = "max_foreground"
 # Nobody leaves: classes from the first exit that is sure, boxes from the full path, whose classification head is then
 # spared. Pays with many classes.
