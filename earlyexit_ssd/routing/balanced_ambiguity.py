@@ -6,6 +6,7 @@ class-balanced learning (Cui et al. 2019, "Class-balanced loss based on effectiv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,7 +25,7 @@ class BalancedAmbiguity(nn.Module):
         parameters: a weight for every class but background, as :func:`class_weights` gives them.
 
     Raises:
-        EarlyExitError: none are given: the policy has to be fitted.
+        EarlyExitError: none are given (the policy has to be fitted), or something else than positive numbers.
     """
 
     boxes = CANDIDATES
@@ -36,7 +37,14 @@ class BalancedAmbiguity(nn.Module):
                 "routing policy 'balanced_ambiguity' has no parameters; "
                 "tools/calibrate.py fits it and writes a certificate"
             )
-        self.register_buffer("weights", torch.tensor(parameters))
+        if not isinstance(parameters, (list, tuple)) or not all(
+            type(value) in (int, float) and 0 < value < math.inf for value in parameters
+        ):
+            raise EarlyExitError(
+                f"routing policy 'balanced_ambiguity': its parameters are {parameters!r}, expected a positive weight for "
+                "every class; calibrate again (tools/calibrate.py)"
+            )
+        self.register_buffer("weights", torch.tensor(parameters, dtype=torch.float32))
 
     def forward(self, signals: ExitSignals, exit_index: int) -> Tensor:
         """Confidences [N].

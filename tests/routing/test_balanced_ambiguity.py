@@ -49,6 +49,12 @@ def test_it_has_to_be_fitted(missing):
         ExitRouter(1, policy="balanced_ambiguity", parameters=missing)
 
 
+@pytest.mark.parametrize("wrong", [3, [0.5, "a"], [0.5, 0.0], [0.5, float("nan")], {"cat": 1.0}])
+def test_what_is_no_weight_is_refused(wrong):
+    with pytest.raises(EarlyExitError, match="its parameters are .*, expected a positive weight for every class"):
+        ExitRouter(1, policy="balanced_ambiguity", parameters=wrong)
+
+
 def test_weights_of_other_classes_are_refused():
     with pytest.raises(EarlyExitError, match="has weights of 3 classes, the model has 2; calibrate again"):
         confidence([1.0, 1.0, 1.0])
