@@ -41,8 +41,8 @@ class BalancedAmbiguity(nn.Module):
             type(value) in (int, float) and 0 < value < math.inf for value in parameters
         ):
             raise EarlyExitError(
-                f"routing policy 'balanced_ambiguity': its parameters are {parameters!r}, expected a positive weight for "
-                "every class; calibrate again (tools/calibrate.py)"
+                f"routing policy 'balanced_ambiguity': its parameters are {parameters!r}, expected a positive weight "
+                "for every class; calibrate again (tools/calibrate.py)"
             )
         self.register_buffer("weights", torch.tensor(parameters, dtype=torch.float32))
 
