@@ -53,7 +53,7 @@ def test_a_missing_package_is_one_line(monkeypatch):
         raise ImportError(f"No module named '{name}'")
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(EarlyExitError, match=r"package onnx .*pip install 'earlyexit_ssd\[deploy\]'"):
+    with pytest.raises(EarlyExitError, match=r"package onnx .*: pip install onnx onnxruntime"):
         deploy_package("onnx")
 
 
