@@ -59,9 +59,10 @@ class BalancedAmbiguity(nn.Module):
             )
         odds = Odds(signals.logits)
         mass = undecided(odds.largest)
-        where = mass.nonzero(as_tuple=True)  # a few of the boxes, and only they need to be told their class
-        mass[where] *= self.weights[odds.odds[where][:, 1:].argmax(-1)]
-        return 1 / (1 + mass.sum(-1))
+        undecided_boxes = mass.flatten().nonzero()[:, 0]  # a few, and only they need to be told their class
+        classes = odds.odds.flatten(0, 1).index_select(0, undecided_boxes)[:, 1:].max(-1).indices  # faster than argmax
+        weights = torch.ones_like(mass).flatten().index_copy_(0, undecided_boxes, self.weights[classes])
+        return 1 / (1 + (mass * weights.view_as(mass)).sum(-1))
 
 
 def class_weights(objects: Sequence[int]) -> list[float]:
