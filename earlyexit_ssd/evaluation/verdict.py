@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from earlyexit_ssd.evaluation.runtime import runtime_of
+from earlyexit_ssd.routing.policies import foresees
 
 MOVE_DEEPER_AP50 = 0.30
 WORTH_IT_AP50 = 0.35
@@ -99,9 +100,8 @@ def routing_uses_exits(metrics: Metrics) -> list[Finding]:
     if not only or len(share) < 2:
         return []
     fix = "change the thresholds (ROUTING.THRESHOLDS), or calibrate for another target"
-    foresees = metrics["routed"].get("policy") in ("foreseen_emptiness", "learned_gain")
     empty = all(one.get("empty") for one in metrics["exits"][:-1])
-    if only[0] == metrics["exits"][-1]["name"] and empty and not foresees:
+    if only[0] == metrics["exits"][-1]["name"] and empty and not foresees(metrics["routed"].get("policy")):
         fix = "let tools/calibrate.py fit a policy that foresees empty frames (ROUTING.POLICY foreseen_emptiness)"
     return [Finding(f"every image leaves at {only[0]}: routing collapsed; {fix}", blocks=True)]
 

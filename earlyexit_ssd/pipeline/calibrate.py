@@ -22,7 +22,7 @@ from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.checkpoint import weights_hash
 from earlyexit_ssd.pipeline.build import trained_temperatures
 from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
-from earlyexit_ssd.pipeline.fit_router import fit_policy, fit_temperatures, per_exit, require_deciding
+from earlyexit_ssd.pipeline.fit_router import fit_policy, fit_temperatures, learns, per_exit, require_deciding
 from earlyexit_ssd.pipeline.replay import Replay, open_recorded
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.calibration import write_calibration
@@ -97,7 +97,7 @@ def calibrate(
     cfg, model = recorded.cfg, recorded.model
     require_deciding(cfg.ROUTING.POLICY, model, weights)
     calib = recorded.replay("CALIB")
-    needs_train = target.kind == "risk" or cfg.ROUTING.POLICY in FITTED_POLICIES
+    needs_train = target.kind == "risk" or learns(cfg.ROUTING.POLICY)
     train = recorded.replay("TRAIN") if needs_train else None
     fitted = fit_temperatures(cfg, model.exit_names, calib)
     temperatures = per_exit(fitted, model.exit_names)

@@ -17,7 +17,7 @@ from earlyexit_ssd.evaluation.scoring_time import time_scoring
 from earlyexit_ssd.evaluation.throughput import mixed_throughput
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
-from earlyexit_ssd.pipeline.fit_router import fit_policy, fit_temperatures, foresees, per_exit, require_deciding
+from earlyexit_ssd.pipeline.fit_router import fit_policy, fit_temperatures, learns, per_exit, require_deciding
 from earlyexit_ssd.pipeline.policy_evaluation import (
     Lines,
     Splits,
@@ -30,7 +30,7 @@ from earlyexit_ssd.pipeline.replay import Replay, open_recorded
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.routing import write_routing
 from earlyexit_ssd.routing import ExitRouter
-from earlyexit_ssd.routing.policies import FITTED_POLICIES, POLICIES, get_policy
+from earlyexit_ssd.routing.policies import FITTED_POLICIES, POLICIES, foresees, get_policy
 from earlyexit_ssd.routing.search import choose
 from earlyexit_ssd.routing.soft_exit import learn_open_exits
 
@@ -59,7 +59,7 @@ def evaluate_routing(
     cfg, model = recorded.cfg, recorded.model
     names = _deciding(names, policies, model, weights)
     calib, test = recorded.replay("CALIB"), recorded.replay("TEST")
-    train = recorded.replay("TRAIN") if set(names) & set(FITTED_POLICIES) else None
+    train = recorded.replay("TRAIN") if any(map(learns, names)) else None
     temperatures = per_exit(fit_temperatures(cfg, model.exit_names, calib), model.exit_names)
     routers = {name: fit_policy(cfg, name, temperatures, train, calib) for name in names}
     # before the evaluation fragments the memory, as no process that serves photos does

@@ -19,7 +19,7 @@ from earlyexit_ssd.routing import ExitRouter
 from earlyexit_ssd.routing.balanced_ambiguity import class_weights
 from earlyexit_ssd.routing.foreseen import ForeseenEmptiness, evidence, fit_foresight
 from earlyexit_ssd.routing.learned_gain import GainModel, LearnedGain, fit_gain, to_plain
-from earlyexit_ssd.routing.policies import FITTED_POLICIES, looked_at
+from earlyexit_ssd.routing.policies import FITTED_POLICIES, foresees, looked_at
 from earlyexit_ssd.routing.temperature import (
     FittedTemperature,
     contested_boxes,
@@ -83,9 +83,9 @@ def fit_policy(
     )
 
 
-def foresees(policy: str) -> bool:
-    """Whether it looks at the trunk, and so can judge an exit without a branch."""
-    return getattr(FITTED_POLICIES.get(policy), "foresees", False)
+def learns(policy: str) -> bool:
+    """Whether it is fitted on training photos; ``balanced_ambiguity`` only counts labels, of whichever photos."""
+    return policy in FITTED_POLICIES and policy != "balanced_ambiguity"
 
 
 def require_deciding(policy: str, model: EarlyExitSSDLite, weights: str | os.PathLike[str]) -> None:

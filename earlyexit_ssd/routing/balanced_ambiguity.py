@@ -25,18 +25,13 @@ class BalancedAmbiguity(nn.Module):
         parameters: a weight for every class but background, as :func:`class_weights` gives them.
 
     Raises:
-        EarlyExitError: none are given (the policy has to be fitted), or something else than positive numbers.
+        EarlyExitError: something else than positive numbers.
     """
 
     boxes = CANDIDATES
 
-    def __init__(self, parameters: Sequence[float] | None) -> None:
+    def __init__(self, parameters: Sequence[float]) -> None:
         super().__init__()
-        if not parameters:
-            raise EarlyExitError(
-                "routing policy 'balanced_ambiguity' has no parameters; "
-                "tools/calibrate.py fits it and writes a certificate"
-            )
         if not isinstance(parameters, (list, tuple)) or not all(
             type(value) in (int, float) and 0 < value < math.inf for value in parameters
         ):

@@ -30,19 +30,14 @@ class ForeseenEmptiness(nn.Module):
             :func:`fit_foresight` gives them.
 
     Raises:
-        EarlyExitError: none are given: the policy has to be fitted.
+        EarlyExitError: they are named otherwise.
     """
 
     boxes = FEWER_CANDIDATES
     foresees = True  # it looks at the tap, so an exit without a branch can be judged
 
-    def __init__(self, parameters: Sequence[dict] | None) -> None:
+    def __init__(self, parameters: Sequence[dict]) -> None:
         super().__init__()
-        if not parameters:
-            raise EarlyExitError(
-                "routing policy 'foreseen_emptiness' has no parameters; "
-                "tools/calibrate.py fits it and writes a certificate"
-            )
         self._count = len(parameters)
         for index, values in enumerate(parameters):
             if set(values) != {"weight", "bias"}:

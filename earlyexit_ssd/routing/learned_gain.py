@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.outputs import ExitSignals
 from earlyexit_ssd.routing.policies import FEWER_CANDIDATES, FITTED_POLICIES, Odds, undecided
 
@@ -92,20 +91,13 @@ class LearnedGain(nn.Module):
 
     Args:
         parameters: per early exit what :meth:`parameters_of` gave, plain numbers.
-
-    Raises:
-        EarlyExitError: none are given: the policy has to be fitted.
     """
 
     boxes = FEWER_CANDIDATES
     foresees = True  # it looks at the tap, so an exit without a branch can be judged
 
-    def __init__(self, parameters: Sequence[dict[str, list]] | None) -> None:
+    def __init__(self, parameters: Sequence[dict[str, list]]) -> None:
         super().__init__()
-        if not parameters:
-            raise EarlyExitError(
-                "routing policy 'learned_gain' has no parameters; tools/calibrate.py fits it and writes a certificate"
-            )
         self.models = nn.ModuleList(_from_plain(one) for one in parameters)
         self.requires_grad_(False)
         for index, model in enumerate(self.models):

@@ -84,10 +84,19 @@ def get_policy(name: str, parameters: Any = None) -> Policy:
         hint = nearest(name, names) or f"; there are {', '.join(names)}"
         raise EarlyExitError(f"unknown routing policy '{name}'{hint}")
     if name in FITTED_POLICIES:
+        if not parameters:
+            raise EarlyExitError(
+                f"routing policy '{name}' has no parameters; tools/calibrate.py fits it and writes a certificate"
+            )
         return FITTED_POLICIES[name](parameters)
     if parameters is not None:
         raise EarlyExitError(f"routing policy '{name}' has no parameters, some were given; leave them out")
     return POLICIES[name]
+
+
+def foresees(name: str) -> bool:
+    """Whether the policy looks at the trunk, and so can judge an exit without a branch."""
+    return getattr(FITTED_POLICIES.get(name), "foresees", False)
 
 
 @register_policy("mean_foreground")

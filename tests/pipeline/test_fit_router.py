@@ -6,7 +6,8 @@ import torch
 
 from earlyexit_ssd.config import CLOSED, load_config
 from earlyexit_ssd.modeling.outputs import ExitSignals
-from earlyexit_ssd.pipeline.fit_router import fit_foreseen_emptiness, fit_policy, per_exit
+from earlyexit_ssd.pipeline.fit_router import fit_foreseen_emptiness, fit_policy, learns, per_exit
+from earlyexit_ssd.routing.policies import FITTED_POLICIES, POLICIES
 from earlyexit_ssd.routing.temperature import FittedTemperature, Reliability
 
 
@@ -62,3 +63,8 @@ def test_classes_weigh_by_the_photos_that_are_counted():
     router = fit_policy(load_config(), "balanced_ambiguity", [1.0], train, calib)
     assert router.to_dict()["parameters"] == [0.75, 1.5]
     assert fit_policy(load_config(), "balanced_ambiguity", [1.0], train).to_dict()["parameters"] == [1.5, 0.75]
+
+
+def test_what_counts_labels_needs_no_training_photos():
+    learning = {"learned_gain", "foreseen_emptiness"}
+    assert {name for name in (*POLICIES, *FITTED_POLICIES) if learns(name)} == learning
