@@ -84,8 +84,8 @@ def fit_policy(
 
 
 def learns(policy: str) -> bool:
-    """Whether it is fitted on training photos; ``balanced_ambiguity`` only counts labels, of whichever photos."""
-    return policy in FITTED_POLICIES and policy != "balanced_ambiguity"
+    """Whether it is fitted on training photos; one that only counts labels takes those of any photos."""
+    return policy in FITTED_POLICIES and not getattr(FITTED_POLICIES[policy], "only_counts", False)
 
 
 def require_deciding(policy: str, model: EarlyExitSSDLite, weights: str | os.PathLike[str]) -> None:

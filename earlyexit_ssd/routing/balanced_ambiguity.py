@@ -29,6 +29,7 @@ class BalancedAmbiguity(nn.Module):
     """
 
     boxes = CANDIDATES
+    only_counts = True  # labels, of whichever photos: it needs no training photos
 
     def __init__(self, parameters: Sequence[float]) -> None:
         super().__init__()

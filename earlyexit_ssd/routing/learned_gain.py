@@ -90,7 +90,7 @@ class LearnedGain(nn.Module):
     """The policy: confidence 1 / (1 + exp(gain)), so that a common threshold means a common gain at every exit.
 
     Args:
-        parameters: per early exit what :meth:`parameters_of` gave, plain numbers.
+        parameters: per early exit what :func:`to_plain` gave, plain numbers.
     """
 
     boxes = FEWER_CANDIDATES
