@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.outputs import ExitSignals
-from earlyexit_ssd.routing.policies import CANDIDATES, FITTED_POLICIES, Odds, undecided
+from earlyexit_ssd.routing.policies import FEWER_CANDIDATES, FITTED_POLICIES, Odds, undecided
 
 
 class BalancedAmbiguity(nn.Module):
@@ -28,7 +28,7 @@ class BalancedAmbiguity(nn.Module):
         EarlyExitError: something else than positive numbers.
     """
 
-    boxes = CANDIDATES
+    boxes = FEWER_CANDIDATES
     only_counts = True  # labels, of whichever photos: it needs no training photos
 
     def __init__(self, parameters: Sequence[float]) -> None:
@@ -54,11 +54,8 @@ class BalancedAmbiguity(nn.Module):
                 f"{signals.logits.shape[-1] - 1}; calibrate again (tools/calibrate.py)"
             )
         odds = Odds(signals.logits)
-        mass = undecided(odds.largest)
-        undecided_boxes = mass.flatten().nonzero()[:, 0]  # a few, and only they need to be told their class
-        classes = odds.odds.flatten(0, 1).index_select(0, undecided_boxes)[:, 1:].max(-1).indices  # faster than argmax
-        weights = torch.ones_like(mass).flatten().index_copy_(0, undecided_boxes, self.weights[classes])
-        return 1 / (1 + (mass * weights.view_as(mass)).sum(-1))
+        best, classes = odds.odds[..., 1:].max(-1)
+        return 1 / (1 + (undecided(best / odds.total) * self.weights[classes]).sum(-1))
 
 
 def class_weights(objects: Sequence[int]) -> list[float]:

@@ -105,7 +105,7 @@ def mean_foreground(logits: Tensor) -> Tensor:
 
     The rule of the project's history. A perfect detector has some 0.7 % foreground, so it is near zero by nature.
     """
-    total = (logits - logits[..., :1]).exp_().sum(-1)  # over all default boxes every pass counts; infinity does no harm
+    total = exp_(logits - logits[..., :1]).sum(-1)  # over all default boxes every pass counts; infinity does no harm
     return 1 - total.reciprocal().mean(-1)
 
 
@@ -122,7 +122,7 @@ def entropy(logits: Tensor) -> Tensor:
     BranchyNet's rule (Teerapittayanon et al. 2016, section III-B) with its one answer replaced by many.
     """
     differences = _ahead_of_background(logits)
-    odds = differences.exp()
+    odds = exp_(differences.clone())
     total = odds.sum(-1)
     in_nats = total.log() - differences.mul_(odds).sum(-1) / total
     return (1 - in_nats.mean(-1) / math.log(logits.shape[-1])).clamp(0, 1)
@@ -217,7 +217,7 @@ class Odds:
     """
 
     def __init__(self, logits: Tensor) -> None:
-        self.odds = _ahead_of_background(logits).exp_()  # in place: fresh memory costs more than arithmetic
+        self.odds = exp_(_ahead_of_background(logits))  # in place: fresh memory costs more than arithmetic
         self.total = self.odds.sum(-1)
 
     @property
@@ -229,6 +229,11 @@ class Odds:
     def largest(self) -> Tensor:
         """The largest probability of any class but background, [N, A]."""
         return largest_of(self.odds[..., 1:]) / self.total
+
+
+def exp_(values: Tensor) -> Tensor:
+    """``values.exp_()`` by way of 2^x: PyTorch's exp is MKL's, which takes three times as long on AMD's processors."""
+    return values.mul_(math.log2(math.e)).exp2_()
 
 
 def _ahead_of_background(logits: Tensor) -> Tensor:
