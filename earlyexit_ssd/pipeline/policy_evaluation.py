@@ -61,10 +61,10 @@ class Lines:
     chance: Line
     oracles: dict[str, tuple[np.ndarray, Line]]
 
-    def leads(self, oracle: str) -> tuple[float, float]:
-        """Of the router and one of the oracles over the coin, in AP50; NaN without an object."""
-        lines = (self.router, self.chance, self.oracles[oracle][1])
-        router, chance, best = (np.nan if line.AP50 is None else line.AP50 for line in lines)
+    def leads(self, oracle: str, figure: str = "AP50") -> tuple[float, float]:
+        """Of the router and one of the oracles over the coin, in ``AP50`` or ``AP``; NaN without an object."""
+        values = [getattr(line, figure) for line in (self.router, self.chance, self.oracles[oracle][1])]
+        router, chance, best = (np.nan if value is None else value for value in values)
         return router - chance, best - chance
 
 
@@ -100,6 +100,7 @@ def evaluate_policy(
         "gap_closed": None if None in gaps else float(np.mean(gaps)),
         "pooled_gap": by_oracle["oracle"],
         "pooled_gap_of_best_oracle": by_oracle["best_oracle"],
+        "pooled_gap_by_AP": _number(pooled_gap([lines.leads("best_oracle", "AP") for lines in lines_of_test])),
         "calib_pooled_gap": _number(pooled_gap([lines.leads("best_oracle") for lines in lines_of_calib])),
         "msdnet": [_at_shares(splits, calib, test, msdnet_shares(len(splits.exit_names), q)) for q in MSDNET_Q],
         "leak": _leak(splits, calib, test, budgets),
