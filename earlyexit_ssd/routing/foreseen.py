@@ -30,7 +30,7 @@ class ForeseenEmptiness(nn.Module):
             :func:`fit_foresight` gives them.
 
     Raises:
-        EarlyExitError: they are named otherwise.
+        EarlyExitError: something else.
     """
 
     boxes = FEWER_CANDIDATES
@@ -38,15 +38,16 @@ class ForeseenEmptiness(nn.Module):
 
     def __init__(self, parameters: Sequence[dict]) -> None:
         super().__init__()
-        self._count = len(parameters)
-        for index, values in enumerate(parameters):
-            if set(values) != {"weight", "bias"}:
-                raise EarlyExitError(
-                    f"routing policy 'foreseen_emptiness', exit {index}: its parameters are {sorted(values)}, expected "
-                    "bias and weight; calibrate again (tools/calibrate.py)"
-                )
-            self.register_buffer(f"weight{index}", torch.tensor(values["weight"]))
-            self.register_buffer(f"bias{index}", torch.tensor(values["bias"]))
+        try:
+            self._count = len(parameters)
+            for index, values in enumerate(parameters):
+                self.register_buffer(f"weight{index}", torch.tensor(values["weight"]))
+                self.register_buffer(f"bias{index}", torch.tensor(values["bias"]))
+        except (KeyError, RuntimeError, TypeError, ValueError):
+            raise EarlyExitError(
+                f"routing policy 'foreseen_emptiness': its parameters are {str(parameters)[:60]}, expected weight and "
+                "bias, numbers, for every early exit; calibrate again (tools/calibrate.py)"
+            ) from None
 
     def forward(self, signals: ExitSignals, exit_index: int) -> Tensor:
         """Confidences [N]; at the full path 1 - its own largest probability."""

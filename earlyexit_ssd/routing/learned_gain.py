@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.outputs import ExitSignals
 from earlyexit_ssd.routing.policies import FEWER_CANDIDATES, FITTED_POLICIES, Odds, undecided
 
@@ -91,6 +92,9 @@ class LearnedGain(nn.Module):
 
     Args:
         parameters: per early exit what :func:`to_plain` gave, plain numbers.
+
+    Raises:
+        EarlyExitError: something else.
     """
 
     boxes = FEWER_CANDIDATES
@@ -98,7 +102,13 @@ class LearnedGain(nn.Module):
 
     def __init__(self, parameters: Sequence[dict[str, list]]) -> None:
         super().__init__()
-        self.models = nn.ModuleList(_from_plain(one) for one in parameters)
+        try:
+            self.models = nn.ModuleList(_from_plain(one) for one in parameters)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            raise EarlyExitError(
+                f"routing policy 'learned_gain': its parameters are {str(parameters)[:60]}, expected the numbers of a "
+                "fitted model for every early exit; calibrate again (tools/calibrate.py)"
+            ) from None
         self.requires_grad_(False)
         for index, model in enumerate(self.models):
             for name, value in zip(("weight", "bias", "output"), model.folded(), strict=True):

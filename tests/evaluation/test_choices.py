@@ -1,4 +1,4 @@
-"""Any choice of exits has pycocotools' AP, and the values of photos predict how it changes."""
+"""Any choice of exits has pycocotools' AP, weighted photos and bootstrap draws included."""
 
 import copy
 

@@ -32,9 +32,12 @@ def test_without_parameters_it_says_what_fits_it():
         ExitRouter(1, policy="foreseen_emptiness")
 
 
-def test_parameters_of_something_else_are_refused():
-    with pytest.raises(EarlyExitError, match=r"exit 0: its parameters are \['weights'\], expected bias and weight"):
-        ExitRouter(1, policy="foreseen_emptiness", parameters=[{"weights": [1.0]}])
+@pytest.mark.parametrize(
+    "wrong", [3, "abc", [3], {"weight": [0.1]}, [{"weights": [0.1]}], [{"weight": "a", "bias": 0}]]
+)
+def test_parameters_of_another_kind_are_refused(wrong):
+    with pytest.raises(EarlyExitError, match="'foreseen_emptiness': its parameters are .*, expected weight and bias"):
+        ExitRouter(1, policy="foreseen_emptiness", parameters=wrong)
 
 
 def test_finds_a_linear_rule_and_shrinks_noise():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from earlyexit_ssd import ExitRouter
+from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.outputs import ExitSignals
 from earlyexit_ssd.routing.learned_gain import (
     LEVELS,
@@ -82,3 +83,9 @@ def test_router_with_its_parameters_goes_through_json():
     expected = torch.sigmoid(-models[1](models[1].inputs(signals)))
     assert router.confidence(signals, 1).tolist() == pytest.approx(expected.tolist(), abs=1e-6)
     assert router.confidence(signals, 2).tolist() == [1.0] * 5  # nothing to gain behind the full path
+
+
+@pytest.mark.parametrize("wrong", [3, "abc", [3], [{}], [{"tap.weight": 0.5}], [{"tap.weight": [[0.1, 0.2]]}]])
+def test_parameters_of_another_kind_are_refused(wrong):
+    with pytest.raises(EarlyExitError, match="'learned_gain': its parameters are .*, expected the numbers of a fitted"):
+        ExitRouter(1, policy="learned_gain", parameters=wrong)
