@@ -1,6 +1,8 @@
-"""How long a policy takes to score a photo."""
+"""How long policies take to score a photo."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -17,8 +19,11 @@ class _Scoring(nn.Module):
         return self._score()
 
 
-def time_scoring(router: Router, signals: ExitSignals, exit_index: int, threads: int = 1, runs: int = 100) -> Timing:
-    """Median milliseconds for which ``router`` looks at the first image of ``signals``, temperature included."""
+def time_scoring(
+    routers: Sequence[Router], signals: ExitSignals, exit_index: int, threads: int = 1, runs: int = 300
+) -> list[Timing]:
+    """Median milliseconds for which each router looks at the first image of ``signals``, temperature included; in
+    turns."""
     first = [None if values is None else values[:1] for values in (signals.logits, signals.previous, signals.tap)]
-    scoring = _Scoring(router, ExitSignals(*first, signals.empty), exit_index)
-    return time_modules([scoring], signals.logits, runs, threads)[0]
+    shown = ExitSignals(*first, signals.empty)
+    return time_modules([_Scoring(router, shown, exit_index) for router in routers], signals.logits, runs, threads)

@@ -63,7 +63,7 @@ def evaluate_routing(
     temperatures = per_exit(fit_temperatures(cfg, model.exit_names, calib), model.exit_names)
     routers = {name: fit_policy(cfg, name, temperatures, train, calib) for name in names}
     # before the evaluation fragments the memory, as no process that serves photos does
-    scoring_ms = {name: _scoring_ms(cfg, router, test) for name, router in routers.items()}
+    scoring_ms = _scoring_ms(cfg, routers, test)
     found, splits, lines = _evaluate_each(cfg, model, routers, calib, test)
     best = best_policy(found)
     for name in {best, REFERENCE_POLICY} & set(found):
@@ -147,10 +147,12 @@ def _exits(splits: Splits) -> list[dict[str, Any]]:
     return entries
 
 
-def _scoring_ms(cfg: CfgNode, router: ExitRouter, replay: Replay) -> float:
-    """Of one photo at the last early exit."""
+def _scoring_ms(cfg: CfgNode, routers: Mapping[str, ExitRouter], replay: Replay) -> dict[str, float]:
+    """Of one photo at the last early exit, by policy."""
     last = replay.recording.early_exits - 1
-    return time_scoring(router, next(replay.recording.signals(last)), last, cfg.EVAL.TIMING_THREADS).ms
+    signals = next(replay.recording.signals(last))
+    timings = time_scoring(list(routers.values()), signals, last, cfg.EVAL.TIMING_THREADS)
+    return {name: timing.ms for name, timing in zip(routers, timings, strict=True)}
 
 
 def _throughput(
