@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.outputs import ExitSignals
-from earlyexit_ssd.routing.policies import FEWER_CANDIDATES, FITTED_POLICIES, Odds, largest_of, undecided
+from earlyexit_ssd.routing.policies import FEWER_CANDIDATES, FITTED_POLICIES, Odds, undecided
 
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Probabilities above which default boxes are counted."""
@@ -34,8 +34,8 @@ def logit_statistics(logits: Tensor) -> Tensor:
     """
     odds = Odds(logits)
     by_box_and_class = odds.odds[..., 1:] / odds.total[..., None]
-    probability, by_class = largest_of(by_box_and_class), _two_largest(by_box_and_class.amax(1))
-    counts = (probability[..., None] > _LEVELS.to(probability)).sum(1)
+    probability, by_class = by_box_and_class.amax(-1), _two_largest(by_box_and_class.amax(1))
+    counts = (probability[..., None] > _LEVELS.to(probability)).sum(1, dtype=probability.dtype)
     sums = torch.stack([probability, undecided(probability)], 1).sum(-1)
     return torch.cat([torch.cat([counts, sums], 1).log1p(), by_class], 1)
 

@@ -9,13 +9,13 @@ A new one is a function and a name::
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from earlyexit_ssd.errors import EarlyExitError, nearest
@@ -132,8 +132,8 @@ def entropy(logits: Tensor) -> Tensor:
 def margin(logits: Tensor) -> Tensor:
     """Lead of the most probable class over the second, a mean over the default boxes weighted by foreground."""
     odds = Odds(logits)
-    first = largest_of(odds.odds)
-    ahead = (first - largest_of(below(odds.odds, first))) / odds.total
+    first = odds.odds.amax(-1)
+    ahead = (first - below(odds.odds, first).amax(-1)) / odds.total
     return (ahead * odds.foreground).sum(-1) / odds.foreground.sum(-1).clamp(min=1e-12)
 
 
@@ -175,7 +175,7 @@ def looked_at(signals: ExitSignals, boxes: int | None) -> ExitSignals:
     lead = largest_of(signals.logits[..., 1:]) - signals.logits[..., 0]
     where = lead.topk(boxes, dim=-1, sorted=False).indices
     previous = None if signals.previous is None else at_boxes(signals.previous, where)
-    return dataclasses.replace(signals, logits=at_boxes(signals.logits, where), previous=previous)
+    return ExitSignals(at_boxes(signals.logits, where), previous, signals.tap, signals.empty)
 
 
 def largest_of(values: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ def at_boxes(logits: Tensor, boxes: Tensor) -> Tensor:
 def undecided(probability: Tensor) -> Tensor:
     """``probability`` where it is `AMBIGUOUS`, else 0."""
     low, high = AMBIGUOUS
-    return probability * ((probability > low) & (probability < high))
+    return F.threshold(probability, low, 0.0) * (probability < high)
 
 
 class Odds:
@@ -228,7 +228,7 @@ class Odds:
     @property
     def largest(self) -> Tensor:
         """The largest probability of any class but background, [N, A]."""
-        return largest_of(self.odds[..., 1:]) / self.total
+        return self.odds[..., 1:].amax(-1) / self.total
 
 
 def exp_(values: Tensor) -> Tensor:

@@ -97,7 +97,9 @@ class ExitRouter(nn.Module):
         """What the policy sees: tempered logits of the default boxes that it looks at; those of the exit before only
         if it compares."""
         given = signals.logits
-        signals = looked_at(signals if self.compares else dataclasses.replace(signals, previous=None), self._boxes)
+        if signals.previous is not None and not self.compares:
+            signals = dataclasses.replace(signals, previous=None)
+        signals = looked_at(signals, self._boxes)
         previous = None if signals.previous is None else self.tempered(signals.previous, exit_index - 1)
         logits = self.tempered(signals.logits, exit_index)
         if logits is given:  # a policy may work in place, and detections are made of these
@@ -108,7 +110,10 @@ class ExitRouter(nn.Module):
         """Raw logits of an exit in fp32, divided by its temperature; those of the full path stay as they are."""
         if exit_index >= self.num_exits:
             return logits.float()
-        return logits.float() / self.temperatures[exit_index].detach().clamp(*self.temperature_bounds)
+        temperature = self.temperatures[exit_index].detach()
+        if isinstance(self.temperatures, nn.Parameter):  # it may have left its bounds since the last training step
+            temperature = temperature.clamp(*self.temperature_bounds)
+        return logits.float() / temperature
 
     def needs(self, exit_index: int) -> bool:
         """Whether the exit has to be scored: images may leave there, or the next exit compares itself with it."""
