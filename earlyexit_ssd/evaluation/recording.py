@@ -50,7 +50,7 @@ class Recording:
         info = json.loads((folder / "recording.json").read_text(encoding="utf-8"))
         self.image_ids: list[int] = info["image_ids"]
         early = range(info["early_exits"])
-        self.empty: list[bool] = info.get("empty", [False for _ in early])
+        self.empty: list[bool] = info["empty"]
         self.logits = [np.load(folder / f"logits{index}.npy", mmap_mode="r") for index in early]
         self.taps = [np.load(folder / f"tap{index}.npy", mmap_mode="r") for index in early]
         self.labels = np.load(folder / "labels.npy", mmap_mode="r")

@@ -120,7 +120,9 @@ def _search(
         reference = cfg.CALIBRATION.REFERENCE
         path = safe_to_bold(train.confidences(router), train.losses(reference), costs.of_each)
         losses, step_costs = calib.losses(reference), costs.of_each(path)
-        found = certify(path, confidences, losses, step_costs, target.value, target.delta, cfg.CALIBRATION.BOUND)
+        found = certify(
+            path, confidences, losses, step_costs, target.value, target.delta, cfg.CALIBRATION.BOUND, cfg.SEED
+        )
         if found.step == 0:
             _warn_closed(target, found, len(calib.recording))
         return Found(found.thresholds, found.choice, {"loss_bound": found.bound, "steps": found.passed})
@@ -156,13 +158,14 @@ def _cheapest_that_keeps(
     full = np.full(len(calib.recording), calib.recording.early_exits)
     lost = (ap_of_choice(calib.matches, full, ap50_only=True).AP50 or 0.0) - ap50
     path = np.unique(np.concatenate([pareto_path(values, mean_costs) for values in (lost, mean_losses)]))
-    path = path[lost[path] <= target.value]
+    closed = (grid.thresholds >= CLOSED).all(1).argmax()  # what costs more than all closed is not worth opening
+    path = path[(lost[path] <= target.value) & (mean_costs[path] < mean_costs[closed])]
     affordable = path[np.argsort(mean_costs[path], kind="stable")]
     for candidate in progress(affordable, desc="AP50 lost"):
         kept, routed = bootstrap_choices(calib.matches, [full, grid.choices[candidate]], seed=seed)
         bound = float(np.nanquantile(kept.AP50 - routed.AP50, 1 - target.delta))
         thresholds = tuple(float(value) for value in grid.thresholds[candidate])
-        if bound <= target.value and min(thresholds) < CLOSED:
+        if bound <= target.value:
             return Found(thresholds, grid.choices[candidate], {"AP50_lost_bound": bound})
     logger.warning("no exit can be opened at %g AP50 lost on these photos: all stay closed", target.value)
     return Found((CLOSED,) * calib.recording.early_exits, full, {"AP50_lost_bound": 0.0})
@@ -213,7 +216,7 @@ def _certificate(
     }
     risk = {"epsilon": target.value, "delta": target.delta, "bound": cfg.CALIBRATION.BOUND}
     return Certificate(
-        router={**router.to_dict(), "thresholds": [min(value, CLOSED) for value in found.thresholds]},
+        router={**router.to_dict(), "thresholds": list(found.thresholds)},
         target={
             "kind": target.kind,
             **(risk if target.kind == "risk" else {"value": target.value}),

@@ -148,8 +148,9 @@ def _exits(splits: Splits) -> list[dict[str, Any]]:
 
 
 def _scoring_ms(cfg: CfgNode, routers: Mapping[str, ExitRouter], replay: Replay) -> dict[str, float]:
-    """Of one photo at the last early exit, by policy."""
-    last = replay.recording.early_exits - 1
+    """Of one photo at the last early exit, by policy; at one with a branch, if there is any."""
+    early = range(replay.recording.early_exits)
+    last = max((index for index in early if not replay.recording.empty[index]), default=early[-1])
     signals = next(replay.recording.signals(last))
     timings = time_scoring(list(routers.values()), signals, last, cfg.EVAL.TIMING_THREADS)
     return {name: timing.ms for name, timing in zip(routers, timings, strict=True)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -120,8 +121,19 @@ def fit_foreseen_emptiness(train: Replay, temperatures: Sequence[float]) -> list
 
 
 def fit_class_weights(counted: Replay) -> list[float]:
-    """A weight for every class, the more the fewer objects of it the photos show."""
-    return class_weights([int(one.objects.sum()) for one in counted.matches.classes])
+    """A weight for every class, the more the fewer objects of it the photos show; crowds do not count.
+
+    Raises:
+        EarlyExitError: the photos show none, or have no labels.
+    """
+    truth = counted.ground_truth
+    objects = Counter(one["category_id"] for one in truth.anns.values() if not one["iscrowd"])
+    if not objects:
+        raise EarlyExitError(
+            "policy 'balanced_ambiguity' counts objects, and the photos have no labelled one; give labels (of "
+            "DATA.TRAIN for a risk, else of DATA.CALIB), or take ambiguous_mass (ROUTING.POLICY)"
+        )
+    return class_weights([objects[category] for category in sorted(truth.getCatIds())])
 
 
 def _inputs(train: Replay, index: int, temperatures: Sequence[float]) -> Tensor:

@@ -26,6 +26,8 @@ def msdnet_shares(exits: int, q: float) -> np.ndarray:
 def thresholds_for_shares(confidences: Sequence[np.ndarray], shares: Sequence[float]) -> np.ndarray:
     """Thresholds [early exits] at which these shares of the photos leave: at each exit the most confident still there.
 
+    Equal confidences leave together, so an exit may get more than its share and the next one less.
+
     MSDNet takes them on a validation set; DynamicDet (Lin et al. 2023, section 3.4) on the photos that it reports.
 
     Args:
@@ -43,5 +45,5 @@ def thresholds_for_shares(confidences: Sequence[np.ndarray], shares: Sequence[fl
         order = left[np.argsort(-confidence[left], kind="stable")]
         last, following = confidence[order[leaving - 1]], confidence[order[leaving:may]]
         thresholds.append(float((last + following[0]) / 2) if len(following) and following[0] < last else float(last))
-        left = order[leaving:]
+        left = left[confidence[left] < np.float32(thresholds[-1])]
     return np.array(thresholds, dtype=np.float32)

@@ -27,7 +27,7 @@ class Certified:
         bound: upper confidence bound of the expected loss at level delta, were this the only step.
         passed: steps of the path that passed, the closed one not counted.
         photos_needed: where none passed, how many calibration photos would certify the first open step if they lost
-            what these did; None where no number would, or where it is not asked.
+            what these did; None where no number would.
     """
 
     step: int
@@ -70,6 +70,7 @@ def certify(
     epsilon: float,
     delta: float,
     bound: str = "betting",
+    seed: int | None = None,
 ) -> Certified:
     """Walk along ``path`` as long as every step's risk is at most ``epsilon`` with probability 1 - ``delta``, and take
     the step that costs the calibration photos least.
@@ -83,10 +84,14 @@ def certify(
         costs: of the exits at each step of the path, [steps, exits].
         epsilon, delta: in (0, 1).
         bound: a key of `BOUNDS`, chosen beforehand.
+        seed: of the order in which the photos are tested. The betting bound stops at its best moment, so data sets or
+            hours of a day that stand one behind the other would be judged by the first of them. None: as they
+            come, for photos that were drawn in this order.
     """
     p_value, rows = BOUNDS[bound], np.arange(len(losses))
+    order = rows if seed is None else np.random.default_rng(seed).permutation(len(losses))
     choices = [choose(confidences, thresholds) for thresholds in path]
-    risks = [losses[rows, choice] for choice in choices]
+    risks = [losses[rows, choice][order] for choice in choices]
     passed = fixed_sequence_test((p_value(risk, epsilon) for risk in risks[1:]), delta)  # step 0 is the full path
     needed = photos_needed(risks[1], epsilon, delta, p_value) if passed == 0 and len(path) > 1 else None
     chosen = min(range(passed + 1), key=lambda step: costs[step][choices[step]].mean())

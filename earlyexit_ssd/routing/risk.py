@@ -62,8 +62,8 @@ def betting_p_value(losses: np.ndarray, epsilon: float, *, delta: float = 0.1) -
 
     Args:
         losses: [n], in [0, 1], one per photo, in the order of the bets; no photo gives 1.0. The caller fixes the
-            order, without a look at the losses (the data set's own, or a seeded shuffle): any such order is valid,
-            sorting by loss or taking the best of several orders is not.
+            order without a look at the losses, by a seeded shuffle: photos that stand by data set or by hour are not
+            exchangeable as they come, and taking the best of several orders is not valid.
         epsilon: the largest mean loss to be accepted, in (0, 1).
         delta: the level that the bets are tuned for, in (0, 1). The p-value is valid at every level.
 

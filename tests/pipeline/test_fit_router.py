@@ -1,10 +1,10 @@
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 from earlyexit_ssd.config import CLOSED, load_config
+from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.outputs import ExitSignals
 from earlyexit_ssd.pipeline.fit_router import fit_foreseen_emptiness, fit_policy, learns, per_exit
 from earlyexit_ssd.routing.policies import FITTED_POLICIES, POLICIES
@@ -55,14 +55,21 @@ def test_exits_without_a_temperature_have_one():
 
 
 def test_classes_weigh_by_the_photos_that_are_counted():
-    def replay(*objects):
-        classes = [SimpleNamespace(objects=np.array(one)) for one in objects]
-        return SimpleNamespace(matches=SimpleNamespace(classes=classes))
+    def replay(*objects):  # of class 1 and of class 2, and a crowd of class 2 that does not count
+        rows = [(1, 0)] * objects[0] + [(2, 0)] * objects[1] + [(2, 1)]
+        annotations = {index: {"category_id": label, "iscrowd": crowd} for index, (label, crowd) in enumerate(rows)}
+        return SimpleNamespace(ground_truth=SimpleNamespace(anns=annotations, getCatIds=lambda: [2, 1]))
 
-    train, calib = replay([0, 0, 1], [1, 1, 1]), replay([4, 5, 0], [0, 1, 3])
+    train, calib = replay(1, 3), replay(9, 4)
     router = fit_policy(load_config(), "balanced_ambiguity", [1.0], train, calib)
     assert router.to_dict()["parameters"] == [0.75, 1.5]
     assert fit_policy(load_config(), "balanced_ambiguity", [1.0], train).to_dict()["parameters"] == [1.5, 0.75]
+
+
+def test_photos_without_a_label_count_nothing():
+    unlabelled = SimpleNamespace(ground_truth=SimpleNamespace(anns={}, getCatIds=lambda: [1, 2]))
+    with pytest.raises(EarlyExitError, match="'balanced_ambiguity' counts objects, and the photos have no labelled"):
+        fit_policy(load_config(), "balanced_ambiguity", [1.0], unlabelled)
 
 
 def test_what_counts_labels_needs_no_training_photos():

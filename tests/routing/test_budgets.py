@@ -29,6 +29,12 @@ def test_shares_come_true(shares):
     assert (np.bincount(choice, minlength=3) / 1000).tolist() == pytest.approx(shares, abs=0.002)
 
 
+def test_equal_confidences_leave_together_and_take_no_place_at_the_next_exit():
+    confidences = [np.array([1.0, 1.0, 1.0, 0.2, 0.1]), np.array([0.9, 0.8, 0.7, 0.6, 0.5])]
+    thresholds = thresholds_for_shares(confidences, [0.2, 0.2, 0.6])
+    assert choose(confidences, thresholds).tolist() == [0, 0, 0, 1, 2]
+
+
 def test_nobody_leaves_at_a_share_of_nothing():
     assert thresholds_for_shares([np.array([0.5, 1.0])], [0.0, 1.0]).tolist() == [CLOSED]
 

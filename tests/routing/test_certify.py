@@ -80,3 +80,17 @@ def test_holds_over_draws_of_the_calibration_photos(bound):
         steps.append(found.step)
     assert broken <= 0.1 * draws + 2 * (0.09 * draws) ** 0.5
     assert np.mean(steps) > 5  # it is not safe by doing nothing
+
+
+def test_data_sets_that_stand_one_behind_the_other_are_mixed_before_they_are_tested():
+    """900 photos, the first 480 without a loss: bets in their order win before the others are looked at."""
+    path = np.array([[CLOSED], [0.5]])
+    losses = np.zeros((900, 2))
+    losses[480:, 0] = 0.5
+    costs = np.array([[2.0, 2.0], [1.0, 2.0]])
+    in_order = certify(path, [np.full(900, 0.9)], losses, costs, 0.02, 0.05)
+    assert in_order.step == 1 and in_order.loss > 0.2  # what a seed is for
+    mixed = [certify(path, [np.full(900, 0.9)], losses, costs, 0.02, 0.05, seed=seed) for seed in range(20)]
+    assert {found.step for found in mixed} == {0}
+    fine = certify(path, [np.full(900, 0.9)], np.zeros((900, 2)), costs, 0.02, 0.05, seed=0)
+    assert fine.step == 1 and fine.choice.tolist() == [0] * 900

@@ -1,0 +1,35 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.pipeline import calibrate
+from earlyexit_ssd.routing.search import Grid
+
+
+class FourPhotos:
+    early_exits = 1
+
+    def __len__(self):
+        return 4
+
+
+@pytest.mark.parametrize(("cost", "opened"), [(3.8, True), (4.0, False), (4.2, False)])
+def test_an_ap_drop_opens_no_exit_that_makes_photos_dearer(monkeypatch, cost, opened):
+    """One photo of four may leave, with more AP50 than the full path has; its branch costs the others something."""
+    same = [SimpleNamespace(AP50=np.full(10, 0.5))] * 2
+    monkeypatch.setattr(calibrate, "ap_of_choice", lambda *_, **__: SimpleNamespace(AP50=0.5))
+    monkeypatch.setattr(calibrate, "bootstrap_choices", lambda *_, **__: same)
+    grid = Grid(np.array([[CLOSED], [0.9], [0.1]]), np.array([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 0]], dtype=np.int8))
+    found = calibrate._cheapest_that_keeps(
+        calibrate.Target("ap_drop", 0.01, 0.05),
+        SimpleNamespace(recording=FourPhotos(), matches=None),
+        grid,
+        mean_costs=np.array([4.0, cost, 1.0]),
+        mean_losses=np.array([0.0, 0.1, 0.9]),
+        ap50=np.array([0.5, 0.51, 0.2]),
+        seed=0,
+    )
+    assert found.thresholds == ((0.9,) if opened else (CLOSED,))
+    assert found.choice.tolist() == ([0, 1, 1, 1] if opened else [1, 1, 1, 1])
