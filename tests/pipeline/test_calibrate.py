@@ -16,7 +16,7 @@ class FourPhotos:
 
 
 @pytest.mark.parametrize(("cost", "opened"), [(3.8, True), (4.0, False), (4.2, False)])
-def test_an_ap_drop_opens_no_exit_that_makes_photos_dearer(monkeypatch, cost, opened):
+def test_an_ap_drop_opens_no_exit_that_makes_photos_dearer(monkeypatch, caplog, cost, opened):
     """One photo of four may leave, with more AP50 than the full path has; its branch costs the others something."""
     same = [SimpleNamespace(AP50=np.full(10, 0.5))] * 2
     monkeypatch.setattr(calibrate, "ap_of_choice", lambda *_, **__: SimpleNamespace(AP50=0.5))
@@ -33,3 +33,4 @@ def test_an_ap_drop_opens_no_exit_that_makes_photos_dearer(monkeypatch, cost, op
     )
     assert found.thresholds == ((0.9,) if opened else (CLOSED,))
     assert found.choice.tolist() == ([0, 1, 1, 1] if opened else [1, 1, 1, 1])
+    assert ("no exit can be opened at 0.01 AP50 lost" in caplog.text) is not opened
