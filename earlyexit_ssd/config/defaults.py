@@ -38,7 +38,7 @@ _C.CALIBRATION.BOUND = "betting"
 # Cost of a photo: ms (measured here, in EVAL.RUNTIME) or mmacs.
 _C.CALIBRATION.COST = "ms"
 # Training photos, a seeded choice, that a risk target's path of thresholds and the policies learned_gain and
-# foreseen_emptiness are fitted on; 0 takes all of them.
+# foreseen_emptiness are fitted on (for a risk target balanced_ambiguity too); 0 takes all of them.
 _C.CALIBRATION.TRAIN_PHOTOS = 1000
 
 # ---- evaluation -------------------------------------------------------------------------------------------

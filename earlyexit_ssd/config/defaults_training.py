@@ -25,7 +25,7 @@ _C.DATA.DATASETS = ()
 _C.DATA.DOWNLOAD = False
 # Data sets that teach, by name: of DATA.DATASETS or of the catalog, one or several concatenated.
 _C.DATA.TRAIN = ("synthetic_chairs_train",)
-# Data sets that the gates look at; none of TRAIN.
+# Data sets that the gates look at and that routing is calibrated on; none of TRAIN. Photos like those to come.
 _C.DATA.CALIB = ("synthetic_chairs_calib",)
 # Data sets for the report; none of TRAIN or CALIB. Nothing is chosen or stopped by them.
 _C.DATA.TEST = ("synthetic_chairs_test",)
