@@ -30,7 +30,7 @@ from earlyexit_ssd.routing import ExitRouter
 from earlyexit_ssd.routing.certificate import Certificate
 from earlyexit_ssd.routing.certify import Certified, certify, safe_to_bold
 from earlyexit_ssd.routing.drift_reference import Reference
-from earlyexit_ssd.routing.policies import FITTED_POLICIES, get_policy
+from earlyexit_ssd.routing.policies import require_known
 from earlyexit_ssd.routing.search import Grid, cheapest_within, pareto_path, threshold_grid
 
 logger = logging.getLogger(__name__)
@@ -91,8 +91,7 @@ def calibrate(
         EarlyExitError: unusable weights, data or settings, splits that share photos, or a target out of reach.
     """
     out = Path(out_dir)
-    if cfg.ROUTING.POLICY not in FITTED_POLICIES:
-        get_policy(cfg.ROUTING.POLICY)
+    require_known(cfg.ROUTING.POLICY)
     recorded = open_recorded(cfg, weights, out)
     cfg, model = recorded.cfg, recorded.model
     require_deciding(cfg.ROUTING.POLICY, model, weights)
@@ -161,8 +160,9 @@ def _cheapest_that_keeps(
     closed = (grid.thresholds >= CLOSED).all(1).argmax()  # what costs more than all closed is not worth opening
     path = path[(lost[path] <= target.value) & (mean_costs[path] < mean_costs[closed])]
     affordable = path[np.argsort(mean_costs[path], kind="stable")]
+    kept = bootstrap_choices(calib.matches, [full], seed=seed)[0]
     for candidate in progress(affordable, desc="AP50 lost"):
-        kept, routed = bootstrap_choices(calib.matches, [full, grid.choices[candidate]], seed=seed)
+        routed = bootstrap_choices(calib.matches, [grid.choices[candidate]], seed=seed)[0]
         bound = float(np.nanquantile(kept.AP50 - routed.AP50, 1 - target.delta))
         thresholds = tuple(float(value) for value in grid.thresholds[candidate])
         if bound <= target.value:

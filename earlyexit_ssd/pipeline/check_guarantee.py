@@ -20,7 +20,7 @@ from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
 from earlyexit_ssd.pipeline.fit_router import fit_policy, require_deciding
 from earlyexit_ssd.pipeline.replay import Replay, open_recorded
 from earlyexit_ssd.routing.certify import safe_to_bold
-from earlyexit_ssd.routing.policies import FITTED_POLICIES, get_policy
+from earlyexit_ssd.routing.policies import require_known
 
 
 def check_guarantee(
@@ -45,8 +45,7 @@ def check_guarantee(
         raise EarlyExitError(f"splits is {splits}, expected at least 1")
     for epsilon in epsilons:
         Target("risk", epsilon, delta)  # raises where they are impossible
-    if cfg.ROUTING.POLICY not in FITTED_POLICIES:
-        get_policy(cfg.ROUTING.POLICY)
+    require_known(cfg.ROUTING.POLICY)
     measured = ("CALIB", "TEST") if cfg.CALIBRATION.REFERENCE == "labels" else ("CALIB",)
     recorded = open_recorded(cfg, weights, Path(out_dir), measured)
     cfg, model, reference = recorded.cfg, recorded.model, cfg.CALIBRATION.REFERENCE

@@ -30,7 +30,7 @@ from earlyexit_ssd.pipeline.replay import Replay, open_recorded
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.routing import write_routing
 from earlyexit_ssd.routing import ExitRouter
-from earlyexit_ssd.routing.policies import FITTED_POLICIES, POLICIES, foresees, get_policy
+from earlyexit_ssd.routing.policies import FITTED_POLICIES, POLICIES, foresees, require_known
 from earlyexit_ssd.routing.search import choose
 from earlyexit_ssd.routing.soft_exit import learn_open_exits
 
@@ -101,8 +101,8 @@ def _evaluate_each(
 def _known(policies: Sequence[str]) -> list[str]:
     """The wanted policies, or all, and the one that is always there; raises where there is no such policy."""
     names = list(dict.fromkeys([REFERENCE_POLICY, *(policies or [*POLICIES, *FITTED_POLICIES])]))
-    for name in set(names) - set(FITTED_POLICIES):
-        get_policy(name)
+    for name in names:
+        require_known(name)
     return names
 
 

@@ -70,7 +70,7 @@ def certify(
     epsilon: float,
     delta: float,
     bound: str = "betting",
-    seed: int | None = None,
+    seed: int | None = 0,
 ) -> Certified:
     """Walk along ``path`` as long as every step's risk is at most ``epsilon`` with probability 1 - ``delta``, and take
     the step that costs the calibration photos least.
@@ -86,7 +86,7 @@ def certify(
         bound: a key of `BOUNDS`, chosen beforehand.
         seed: of the order in which the photos are tested. The betting bound stops at its best moment, so data sets or
             hours of a day that stand one behind the other would be judged by the first of them. None: as they
-            come, for photos that were drawn in this order.
+            come, for photos that are in random order already.
     """
     p_value, rows = BOUNDS[bound], np.arange(len(losses))
     order = rows if seed is None else np.random.default_rng(seed).permutation(len(losses))

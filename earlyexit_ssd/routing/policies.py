@@ -77,12 +77,7 @@ def get_policy(name: str, parameters: Any = None) -> Policy:
     Raises:
         EarlyExitError: an unknown name (the message has the nearest one), or parameters missing or given in vain.
     """
-    names = [*POLICIES, *FITTED_POLICIES]
-    if not isinstance(name, str):
-        raise EarlyExitError(f"routing policy {name!r}: expected the name that it is registered by")
-    if name not in names:
-        hint = nearest(name, names) or f"; there are {', '.join(names)}"
-        raise EarlyExitError(f"unknown routing policy '{name}'{hint}")
+    require_known(name)
     if name in FITTED_POLICIES:
         if not parameters:
             raise EarlyExitError(
@@ -92,6 +87,16 @@ def get_policy(name: str, parameters: Any = None) -> Policy:
     if parameters is not None:
         raise EarlyExitError(f"routing policy '{name}' has no parameters, some were given; leave them out")
     return POLICIES[name]
+
+
+def require_known(name: str) -> None:
+    """Raise where no policy has that name, before any work is done for it; the message has the nearest one."""
+    names = [*POLICIES, *FITTED_POLICIES]
+    if not isinstance(name, str):
+        raise EarlyExitError(f"routing policy {name!r}: expected the name that it is registered by")
+    if name not in names:
+        hint = nearest(name, names) or f"; there are {', '.join(names)}"
+        raise EarlyExitError(f"unknown routing policy '{name}'{hint}")
 
 
 def foresees(name: str) -> bool:
