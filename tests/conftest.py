@@ -8,12 +8,12 @@ import pytest
 import torch
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-TOOLS = Path(__file__).resolve().parent / "tools"
+LONG = {Path(__file__).resolve().parent / name for name in ("tools", "benchmarks")}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long tests first, those of the tools, so that no process is left with one of them at the end."""
-    items.sort(key=lambda item: TOOLS not in item.path.parents)
+    """The long tests first, those of the commands, so that no process is left with one of them at the end."""
+    items.sort(key=lambda item: LONG.isdisjoint(item.path.parents))
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+from setuptools import find_packages
+
 import earlyexit_ssd
 
 PACKAGE = Path(earlyexit_ssd.__file__).parent
@@ -51,14 +53,23 @@ def test_tools_are_thin():
         assert len(path.read_text(encoding="utf-8").splitlines()) < 120, path
 
 
-def test_files_and_functions_stay_short():
-    """A file over 250 lines, or a function over 50 (signature and docstring aside), hides an idea."""
-    wrong = []
-    for path in (*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "tests").rglob("*.py")):
-        content = path.read_text(encoding="utf-8")
-        wrong += [str(path)] if len(content.splitlines()) > 250 else []
-        for node in ast.walk(ast.parse(content)):
-            if isinstance(node, ast.FunctionDef):
-                body = node.body[1:] if ast.get_docstring(node) else node.body
-                wrong += [f"{path}: {node.name}"] if body and node.end_lineno - body[0].lineno >= 50 else []
-    assert wrong == []
+def test_benchmarks_are_no_part_of_what_is_installed():
+    """The studies import the package; neither the package nor its tools may need them."""
+    for folder in (PACKAGE, PACKAGE.parent / "tools"):
+        for path in folder.rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                assert not any(name.split(".")[0] == "benchmarks" for name in names), path
+    assert all(name.split(".")[0] == "earlyexit_ssd" for name in distribution_packages())
+
+
+def distribution_packages() -> list[str]:
+    """What setup.py puts into the wheel."""
+    root = PACKAGE.parent
+    call = next(
+        node
+        for node in ast.walk(ast.parse((root / "setup.py").read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "find_packages"
+    )
+    return find_packages(str(root), **{word.arg: ast.literal_eval(word.value) for word in call.keywords})

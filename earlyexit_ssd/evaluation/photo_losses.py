@@ -66,19 +66,6 @@ def losses_against_labels(ground_truth: COCO, exits: Sequence[Detections], score
     return np.stack([np.minimum(one / objects, 1.0) for one in worse], axis=1)
 
 
-def errors_against_labels(ground_truth: COCO, exits: Sequence[Detections], score: float, iou: float) -> np.ndarray:
-    """Share of the answer that is wrong at every exit, [n, exits] in [0, 1]: (missed + false) / (objects + false).
-
-    0 where a photo without objects has an empty answer.
-    """
-    errors = []
-    for found in exits:
-        counts = photo_counts(ground_truth, found, score, iou)
-        wrong = counts.misses + counts.false_positives
-        errors.append(wrong / np.maximum(wrong + counts.hits, 1))
-    return np.stack(errors, axis=1)
-
-
 def _share(counts: PhotoCounts) -> np.ndarray:
     return np.minimum((counts.misses + counts.false_positives) / np.maximum(counts.hits + counts.misses, 1), 1.0)
 

@@ -21,7 +21,7 @@ from earlyexit_ssd.data.disjoint import require_disjoint
 from earlyexit_ssd.data.fingerprint import fingerprint, photo_hashes
 from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.evaluation.choices import ExitMatches, ap_of_choice, exit_matches
-from earlyexit_ssd.evaluation.photo_losses import errors_against_labels, losses_against_full, losses_against_labels
+from earlyexit_ssd.evaluation.photo_losses import losses_against_full, losses_against_labels
 from earlyexit_ssd.evaluation.recording import Recording, record
 from earlyexit_ssd.files import make_folder
 from earlyexit_ssd.modeling import EarlyExitSSDLite, load_model
@@ -52,11 +52,6 @@ class Replay:
     def matches(self) -> ExitMatches:
         """Every exit's matches with the objects, for AP of any choice."""
         return exit_matches(self.ground_truth, self.recording.detections)
-
-    @functools.cached_property
-    def errors(self) -> np.ndarray:
-        """Share of each exit's answer that is wrong, [n, exits]."""
-        return errors_against_labels(self.ground_truth, self.recording.detections, self.score, self.iou)
 
     def ap50_of(self, choices: np.ndarray, title: str) -> np.ndarray:
         """[M]: AP50 of each choice of exits [M, n]; 0 without an object. ``title`` is the progress bar's."""

@@ -4,12 +4,7 @@ import numpy as np
 import pytest
 
 from earlyexit_ssd.evaluation.operating_point import operating_point
-from earlyexit_ssd.evaluation.photo_losses import (
-    errors_against_labels,
-    losses_against_full,
-    losses_against_labels,
-    photo_counts,
-)
+from earlyexit_ssd.evaluation.photo_losses import losses_against_full, losses_against_labels, photo_counts
 
 HERE, THERE, FAR = (10.0, 10.0, 110.0, 110.0), (200.0, 200.0, 300.0, 320.0), (400.0, 400.0, 500.0, 500.0)
 
@@ -54,13 +49,12 @@ def test_against_the_labels(case):
     losses = losses_against_labels(truth, [early, full], 0.5, 0.5)
     # photo 3: the early exit is right not to see what the full path sees
     assert losses.tolist() == [[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
-    assert errors_against_labels(truth, [early, full], 0.5, 0.5).tolist() == [[2 / 3, 0.0], [1.0, 0.0], [0.0, 1.0]]
 
 
 def test_losses_are_shares(random_case):
     truth, detections = random_case(5, images=40)
     _, others = random_case(6, images=40)
-    for measure in (losses_against_full, losses_against_labels, errors_against_labels):
+    for measure in (losses_against_full, losses_against_labels):
         losses = measure(truth, [others, detections], 0.3, 0.5)
         assert losses.shape == (40, 2) and (losses >= 0).all() and (losses <= 1).all()
         assert np.ptp(losses[:, 0]) > 0

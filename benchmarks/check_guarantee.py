@@ -1,0 +1,212 @@
+#!/usr/bin/env python
+"""Does a risk certificate hold, and what does it cost? Try it on many random splits.
+
+The photos of the calib and test splits are pooled. Each time, a certificate is made on one random part and looked at
+on the other. The path of thresholds, and a policy that is fitted, come from the train split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fvcore.common.config import CfgNode
+from scipy import stats
+
+from earlyexit_ssd.config import load_config
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.files import write_json
+from earlyexit_ssd.pipeline.build import trained_temperatures
+from earlyexit_ssd.pipeline.calibrate import Target
+from earlyexit_ssd.pipeline.command_line import run_tool
+from earlyexit_ssd.pipeline.cost_model import measure_cost_model
+from earlyexit_ssd.pipeline.fit_router import fit_policy, require_deciding
+from earlyexit_ssd.pipeline.replay import open_recorded
+from earlyexit_ssd.progress import progress
+from earlyexit_ssd.routing.certify import certify, safe_to_bold
+from earlyexit_ssd.routing.policies import require_known
+from earlyexit_ssd.routing.search import choose
+
+EPSILONS = (0.01, 0.02, 0.05)
+EXAMPLES = """
+example:
+  python benchmarks/check_guarantee.py --config configs/voc_animals.yaml --out output/guarantee \\
+      ROUTING.POLICY learned_gain
+
+Give it the folder of benchmarks/routing_policies.py to use its recordings. See benchmarks/README.md.
+"""
+
+
+@dataclass(frozen=True)
+class Resplits:
+    """What happened over many random splits into calibration and test photos.
+
+    Attributes:
+        epsilon, delta: of the certificates.
+        splits: how many.
+        exceeded: share of the splits in which the test photos' mean loss was above epsilon.
+        tolerance: what a share of delta may reach by chance: the 97.5 % quantile of binomial(splits, delta) / splits.
+        opened: share of the splits in which any exit was opened.
+        speedup: mean over the splits, on the test photos, against the detector without exits.
+        best_speedup: the same with thresholds chosen by the test answers: the cheapest step of the path whose loss on
+            the test photos is at most epsilon.
+    """
+
+    epsilon: float
+    delta: float
+    splits: int
+    exceeded: float
+    tolerance: float
+    opened: float
+    speedup: float
+    best_speedup: float
+
+
+def check_certificates(
+    path: np.ndarray,
+    confidences: Sequence[np.ndarray],
+    losses: np.ndarray,
+    costs: np.ndarray,
+    plain: float,
+    *,
+    calibration: int,
+    epsilon: float,
+    delta: float,
+    bound: str,
+    splits: int = 1000,
+    seed: int = 0,
+) -> Resplits:
+    """Certify on ``calibration`` photos of a random split, measure on the rest; ``splits`` times.
+
+    Args:
+        path: thresholds from safe to bold [steps, early exits], from other photos than these.
+        confidences: per early exit [n]; losses: [n, exits].
+        costs: of the exits at each step of the path [steps, exits]; plain: of the detector without exits.
+    """
+    generator, rows = np.random.default_rng(seed), np.arange(len(losses))
+    choices = np.stack([choose(confidences, thresholds) for thresholds in path])
+    risks = losses[rows, choices]  # [steps, n]
+    spent = np.take_along_axis(costs, choices.astype(np.int64), axis=1)
+    exceeded, opened, speedups, best = 0, 0, [], []
+    for _ in progress(range(splits), desc=f"re-splits at {epsilon:g}"):
+        order = generator.permutation(len(losses))
+        ours, test = order[:calibration], order[calibration:]
+        drawn = [values[ours] for values in confidences]
+        found = certify(path, drawn, losses[ours], costs, epsilon, delta, bound, seed=None)  # in random order already
+        test_risks = risks[:, test].mean(1)
+        exceeded += bool(test_risks[found.step] > epsilon)
+        opened += found.step > 0
+        speedups.append(plain / spent[found.step, test].mean())
+        best.append(plain / spent[:, test].mean(1)[test_risks <= epsilon].min())
+    return Resplits(
+        epsilon=epsilon,
+        delta=delta,
+        splits=splits,
+        exceeded=exceeded / splits,
+        tolerance=float(stats.binom.ppf(0.975, splits, delta)) / splits,
+        opened=opened / splits,
+        speedup=float(np.mean(speedups)),
+        best_speedup=float(np.mean(best)),
+    )
+
+
+def check_guarantee(
+    cfg: CfgNode, weights: str | Path, out: Path, delta: float = 0.05, splits: int = 1000
+) -> dict[str, Any]:
+    """Pool DATA.CALIB and DATA.TEST, try certificates at `EPSILONS`, write guarantee.json.
+
+    The temperatures are those of the training, as in a certificate.
+
+    Returns:
+        what is in guarantee.json: ``context`` and, per epsilon, a `Resplits` as a dict.
+
+    Raises:
+        EarlyExitError: unusable weights, data or settings, or splits that share photos.
+    """
+    if splits < 1:
+        raise EarlyExitError(f"--splits is {splits}, expected at least 1")
+    for epsilon in EPSILONS:
+        Target("risk", epsilon, delta)  # raises where they are impossible
+    require_known(cfg.ROUTING.POLICY)
+    measured = ("CALIB", "TEST") if cfg.CALIBRATION.REFERENCE == "labels" else ("CALIB",)
+    recorded = open_recorded(cfg, weights, out, measured)
+    cfg, model, reference = recorded.cfg, recorded.model, cfg.CALIBRATION.REFERENCE
+    require_deciding(cfg.ROUTING.POLICY, model, weights)
+    calib, test, train = (recorded.replay(name) for name in ("CALIB", "TEST", "TRAIN"))
+    temperatures = trained_temperatures(cfg, recorded.info, model.num_early_exits)
+    router = fit_policy(cfg, cfg.ROUTING.POLICY, temperatures, train)
+    costs = measure_cost_model(cfg, model, router)
+    path = safe_to_bold(train.confidences(router), train.losses(reference), costs.of_each)
+    confidences = [
+        np.concatenate(pair) for pair in zip(calib.confidences(router), test.confidences(router), strict=True)
+    ]
+    losses = np.concatenate([calib.losses(reference), test.losses(reference)])
+    settings = {"calibration": len(calib.recording), "delta": delta, "bound": cfg.CALIBRATION.BOUND, "splits": splits}
+    found = [
+        check_certificates(
+            path, confidences, losses, costs.of_each(path), costs.plain, epsilon=epsilon, seed=cfg.SEED, **settings
+        )
+        for epsilon in EPSILONS
+    ]
+    context = {
+        "policy": cfg.ROUTING.POLICY,
+        "bound": cfg.CALIBRATION.BOUND,
+        "reference": reference,
+        "photos": len(losses),
+        "calibration_photos": len(calib.recording),
+        "seed": cfg.SEED,
+        "cost_model": costs.to_dict(),
+    }
+    results = {"context": context, "resplits": [asdict(one) for one in found]}
+    write_json(out / "guarantee.json", results)
+    return results
+
+
+def guarantee_report(results: Mapping[str, Any]) -> str:
+    """A line per epsilon, in Markdown."""
+    context = results["context"]
+    lines = [
+        f"Policy {context['policy']}, bound {context['bound']}, loss against {context['reference']}: "
+        f"{context['calibration_photos']} of {context['photos']} photos calibrate, the rest test, "
+        f"{results['resplits'][0]['splits']} random splits, seed {context['seed']}.",
+        "",
+        "| epsilon | test loss above it | at most (delta, chance) | exits opened | speed-up | by the test answers |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for one in (Resplits(**entry) for entry in results["resplits"]):
+        lines.append(
+            f"| {one.epsilon:g} | {100 * one.exceeded:.1f} % | {100 * one.tolerance:.1f} % | {100 * one.opened:.0f} % "
+            f"| {one.speedup:.2f} | {one.best_speedup:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, simulate, print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="YAML file that names the splits (DATA)")
+    parser.add_argument("--weights", help="a model.pth of this project; by default the one in OUTPUT_DIR")
+    parser.add_argument("--out", required=True, help="folder for guarantee.json and the recordings")
+    parser.add_argument("--delta", type=float, default=0.05, help="0.05")
+    parser.add_argument("--splits", type=int, default=1000, help="1000")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="override keys of the configuration")
+    args = parser.parse_intermixed_args(arguments)
+
+    def job() -> None:
+        cfg = load_config(args.config, args.overrides)
+        weights = args.weights or Path(cfg.OUTPUT_DIR) / "model.pth"
+        print(guarantee_report(check_guarantee(cfg, weights, Path(args.out), args.delta, args.splits)))
+        print(f"\nresults: {args.out}/guarantee.json")
+
+    return run_tool(job)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

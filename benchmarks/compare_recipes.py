@@ -1,0 +1,278 @@
+#!/usr/bin/env python
+"""Compare recipes for the exits: AP50 per exit on the calib split, cost, parameters and minutes.
+
+Each recipe trains the branches on a frozen full path, on taps (the trunk's features) that are computed once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+import yaml
+from fvcore.common.config import CfgNode
+
+from earlyexit_ssd.config import load_config
+from earlyexit_ssd.data import load_dataset
+from earlyexit_ssd.data.fingerprint import fingerprint
+from earlyexit_ssd.errors import ConfigError
+from earlyexit_ssd.evaluation.cost import mmacs_to_exit
+from earlyexit_ssd.files import make_folder, sha256, write_json, write_text
+from earlyexit_ssd.pipeline.build import build_device, require_full_path, with_classes
+from earlyexit_ssd.pipeline.command_line import run_tool
+from earlyexit_ssd.pipeline.phases import shown, tap_loader, train_branches
+from earlyexit_ssd.pipeline.prepare import prepare
+from earlyexit_ssd.pipeline.run_folder import RunFolder
+
+Recipes = dict[str, dict[str, Any]]
+"""Name -> keys of the configuration and their values."""
+SHARED_KEY = "_ALL_"
+
+EXAMPLES = """
+A file of recipes has a line for each, keys as on a command line:
+
+  _ALL_: {EXITS.LAYERS: [8], EXITS_PHASE.EPOCHS: 5}      (for every recipe, and may be missing)
+  as it is: {}
+  thinner: {EXITS.COPY: [0.25]}
+  focal: {LOSS.CLASSIFICATION: focal}
+
+examples:
+  python benchmarks/compare_recipes.py --config configs/voc_animals.yaml --recipes benchmarks/recipes/exit8.yaml
+      train the branches by every recipe, on taps that are computed once
+  python benchmarks/compare_recipes.py --config configs/voc_animals.yaml --recipes mine.yaml --seeds 0 1 2
+      three seeds each: mean and range
+
+Stop it at any time: the same command goes on, and trains only what is new in the file. The taps stay in the folder
+(taps/, gigabytes); delete them when you are done. The test split is not looked at. See benchmarks/README.md.
+"""
+
+
+def read_recipes(path: str | Path) -> Recipes:
+    """Name -> keys of the configuration and their values, ``{"EXITS.COPY": [0.25]}``; ``_ALL_`` has those of every one.
+
+    Raises:
+        ConfigError: the file is not there, or not such a mapping.
+    """
+    path = Path(path)
+    try:
+        recipes = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file of recipes; benchmarks/recipes/ has examples") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as recipes ({' '.join(str(error).split())})") from None
+    if not isinstance(recipes, dict) or not recipes:
+        raise ConfigError(f"{path}: expected lines such as 'thinner: {{EXITS.COPY: [0.25]}}'")
+    for name, keys in recipes.items():
+        if not isinstance(keys, dict):
+            raise ConfigError(
+                f"{path}: recipe {name!r} is {keys!r}, expected keys and values, such as {{EXITS.DEPTH: 1}}"
+            )
+    shared = recipes.pop(SHARED_KEY, {})
+    if not recipes:
+        raise ConfigError(f"{path}: {SHARED_KEY} alone, which is for every recipe; add one, such as 'as it is: {{}}'")
+    return {str(name): {**shared, **keys} for name, keys in recipes.items()}
+
+
+def compare_recipes(
+    config: str | Path, overrides: Sequence[str], recipes: Recipes, seeds: Sequence[int], out_dir: Path
+) -> list[dict[str, Any]]:
+    """Train the branches by every recipe and seed on a frozen full path, and judge every exit on the calib split.
+
+    Taps are computed once for all recipes that see the same photos, views and layers. What ``out_dir`` holds of the
+    same settings is not trained again, so that a comparison may be stopped at any time, and grow.
+
+    Args:
+        config, overrides: what every recipe starts from; its DATA, EXITS, LOSS and EXITS_PHASE are used.
+        recipes: see :func:`read_recipes`.
+        seeds: of every recipe.
+        out_dir: for recipes.json, the table and the taps.
+
+    Returns:
+        one dict per recipe and seed: ``recipe``, ``seed``, ``settings``, ``minutes`` (of the steps alone, with
+        ``threads``) and, by exit, ``AP50``, ``mmacs`` and ``parameters`` of its branch.
+
+    Raises:
+        EarlyExitError: unusable settings, data or weights; found for every recipe before the first one trains.
+    """
+    folders: dict[str, str] = {}
+    for name in recipes:
+        other = folders.setdefault(_slug(name), name)
+        if other != name:
+            raise ConfigError(
+                f"recipes {other!r} and {name!r} would share the folder {_slug(name)}: rename one of them"
+            )
+    trials = [
+        (name, seed, _configuration(config, overrides, name, keys, seed), out_dir / _slug(name) / f"seed{seed}")
+        for name, keys in recipes.items()
+        for seed in dict.fromkeys(seeds)
+    ]
+    make_folder(out_dir)
+    rows, contents = [], {}
+    for name, seed, cfg, folder in trials:
+        photos = f"{cfg.DATA} {cfg.SEED}"  # the seed chooses among them
+        if photos not in contents:
+            contents[photos] = _photo_contents(cfg)
+        settings = {**_settings(cfg), "SHA256": {**_weights_contents(cfg), **contents[photos]}}
+        row = _stored(folder, settings)
+        if "AP50" not in row:
+            row |= {"recipe": name, "seed": seed, **_train(cfg, folder, out_dir / "taps", row)}
+            row.pop("seconds")
+            write_json(folder / "result.json", row)
+        rows.append(row)
+        write_json(out_dir / "recipes.json", rows)
+        write_text(out_dir / "recipes.md", recipe_table(rows) + "\n")
+    return rows
+
+
+def _configuration(config: str | Path, overrides: Sequence[str], name: str, keys: dict[str, Any], seed: int) -> CfgNode:
+    if "SEED" in (*keys, *overrides[::2]):
+        raise ConfigError(f"recipe {name!r}: SEED is given, but every recipe is trained with each of --seeds; use that")
+    own = [text for key, value in keys.items() for text in (str(key), str(value))]
+    try:
+        cfg = load_config(config, [*overrides, "PHASES", "[baseline, exits]", *own, "SEED", str(seed)])
+    except ConfigError as error:
+        raise ConfigError(f"recipe {name!r}: {str(error).removeprefix('command line: ')}") from None
+    require_full_path(cfg, f"recipe {name!r}")
+    return cfg
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "_", name.lower())
+
+
+def _settings(cfg: CfgNode) -> dict[str, Any]:
+    """What the figures depend on; no path of this machine, since the table may be passed on."""
+    sections = ("DATA", "MODEL", "EXITS", "LOSS", "EXITS_PHASE", "SEED")
+    settings = json.loads(json.dumps({section: cfg[section] for section in sections}))
+    settings["AMP"] = cfg.ENGINE.AMP
+    for key in ("ROOT", "WORKERS"):
+        settings["DATA"].pop(key)
+    settings["MODEL"]["WEIGHTS"] = Path(cfg.MODEL.WEIGHTS).name
+    return settings
+
+
+def _weights_contents(cfg: CfgNode) -> dict[str, str]:
+    """Hash of what MODEL.WEIGHTS stands for, where it is a file; torchvision's have their names alone."""
+    return {"WEIGHTS": sha256(cfg.MODEL.WEIGHTS)} if Path(cfg.MODEL.WEIGHTS).is_file() else {}
+
+
+def _photo_contents(cfg: CfgNode) -> dict[str, str]:
+    """Hashes of the photos with boxes that the names in DATA stand for."""
+    train = load_dataset(cfg, cfg.DATA.TRAIN, train=True, need_boxes=False)
+    calib = load_dataset(with_classes(cfg, train.classes), cfg.DATA.CALIB)
+    return {"TRAIN": fingerprint(train), "CALIB": fingerprint(calib)}
+
+
+def _stored(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The result of an earlier comparison, or the mere settings of one that was stopped and goes on; a training by
+    other settings is removed."""
+    path = folder / "result.json"
+    try:
+        row = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        row = {}
+    if row.get("settings") == settings:
+        return row
+    shutil.rmtree(folder, ignore_errors=True)
+    make_folder(folder)
+    write_json(path, {"settings": settings})
+    return {"settings": settings}
+
+
+def _train(cfg: CfgNode, folder: Path, taps: Path, row: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a recipe; ``row["seconds"]``, kept in the folder, is what training has taken in all sessions."""
+    views = [shown(cfg), cfg.MODEL, cfg.EXITS.LAYERS, cfg.EXITS_PHASE.CACHE_VIEWS, cfg.EXITS_PHASE.CACHE_DTYPE]
+    shared = taps / hashlib.sha256(repr(views).encode()).hexdigest()[:12]
+    run = prepare(cfg, RunFolder(folder, shared), build_device(cfg))
+    run.model.freeze_trunk()
+    tap_loader(run)
+    start = time.perf_counter()
+    try:
+        train_branches(run)
+    finally:
+        row["seconds"] = row.get("seconds", 0.0) + time.perf_counter() - start
+        write_json(folder / "result.json", row)
+    ap50 = [figures["AP50"] for figures in run.calib_quality.of_exits(run.model)]
+    names = run.model.exit_names
+    return {
+        "AP50": dict(zip(names, ap50, strict=True)),
+        "mmacs": dict(zip(names, mmacs_to_exit(run.model), strict=True)),
+        "parameters": {
+            name: sum(value.numel() for value in branch.parameters()) for name, branch in run.model.branches.items()
+        },
+        "minutes": row["seconds"] / 60,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def recipe_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One row per recipe: minutes of a training, then of each early exit AP50 (mean, and range over the seeds), the
+    MMACs of a photo that leaves there, and the parameters of its branch in millions.
+
+    Args:
+        rows: of :func:`compare_recipes`.
+    """
+    by_recipe: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_recipe.setdefault(row["recipe"], []).append(row)
+    exits = list(dict.fromkeys(name for row in rows for name in row["parameters"]))
+    figures = [f"{name} {what}" for name in exits for what in ("AP50", "MMAC", "M param.")]
+    heads = ["recipe", "seeds", "minutes", *figures]
+    lines = [_line(heads), _line(["---"] * len(heads))]
+    for recipe, trials in by_recipe.items():
+        cells = [recipe, str(len(trials)), f"{mean(trial['minutes'] for trial in trials):.1f}"]
+        for name in exits:
+            cells += _exit_cells(trials, name)
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def _exit_cells(trials: Sequence[Mapping[str, Any]], name: str) -> list[str]:
+    if name not in trials[0]["parameters"]:
+        return ["-", "-", "-"]
+    values = [trial["AP50"][name] or 0.0 for trial in trials]
+    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+    return [
+        f"{mean(values):.3f}{spread}",
+        f"{trials[0]['mmacs'][name]:.0f}",
+        f"{trials[0]['parameters'][name] / 1e6:.2f}",
+    ]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, train, print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="YAML file that every recipe starts from")
+    parser.add_argument("--recipes", required=True, help="YAML file of recipes; benchmarks/recipes/ has examples")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each recipe is trained with each; 0")
+    parser.add_argument("--out", help="folder of the results; OUTPUT_DIR/recipes by default")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="override keys for all recipes")
+    args = parser.parse_intermixed_args(arguments)
+
+    def job() -> None:
+        recipes = read_recipes(args.recipes)
+        out = Path(args.out or Path(load_config(args.config, args.overrides).OUTPUT_DIR) / "recipes")
+        print(recipe_table(compare_recipes(args.config, args.overrides, recipes, args.seeds, out)))
+        print(f"\nresults: {out}/ (recipes.json, recipes.md)")
+
+    return run_tool(job, after_a_stop="the same command goes on")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

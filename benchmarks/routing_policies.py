@@ -1,0 +1,881 @@
+#!/usr/bin/env python
+"""Compare routing policies with chance, with an oracle and with published rules, at five equal mean costs.
+
+Thresholds come from the calib split, all figures from the test split. For each policy and budget:
+
+- *coin*: as many photos at each exit as the policy sends there, but drawn by chance;
+- *oracle*: exits chosen photo by photo with the labels, for the least error, at the policy's cost or below;
+- *best oracle*: the one with the most AP50 among several such choices;
+- *gap closed*: (policy - coin) / (oracle - coin) in AP50: 0 is chance, 1 is the oracle.
+
+The policy that closes most of the gap on the *calib* photos is compared with published rules: BranchyNet (entropy),
+MSDNet (geometric shares of the photos) and DynamicDet (percentiles of the reported photos' own scores). With it, too,
+batches are timed whose photos leave at different exits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from matplotlib.axes import Axes
+from PIL import Image
+from pycocotools.coco import COCO
+from torch import Tensor, nn
+
+from earlyexit_ssd.config import CLOSED, load_config
+from earlyexit_ssd.evaluation.bootstrap import bootstrap_choices, interval
+from earlyexit_ssd.evaluation.choices import ExitMatches, ap_of_choice
+from earlyexit_ssd.evaluation.coco import Detections
+from earlyexit_ssd.evaluation.cost import PlainPath, Timing, time_modules
+from earlyexit_ssd.evaluation.photo_losses import photo_counts
+from earlyexit_ssd.files import write_image, write_json, write_text
+from earlyexit_ssd.modeling import EarlyExitSSDLite
+from earlyexit_ssd.modeling.conditional import route
+from earlyexit_ssd.modeling.fused import fuse_for_inference
+from earlyexit_ssd.modeling.outputs import ExitSignals, Router
+from earlyexit_ssd.pipeline.command_line import run_tool
+from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
+from earlyexit_ssd.pipeline.fit_router import fit_policy, fit_temperatures, learns, per_exit, require_deciding
+from earlyexit_ssd.pipeline.replay import Replay, open_recorded
+from earlyexit_ssd.progress import progress
+from earlyexit_ssd.report.numbers import figure
+from earlyexit_ssd.report.plot import PLAIN, draw_chart
+from earlyexit_ssd.routing import ExitRouter
+from earlyexit_ssd.routing.policies import FITTED_POLICIES, POLICIES, foresees, require_known
+from earlyexit_ssd.routing.search import cheapest_within, choose, open_sets, threshold_grid
+from earlyexit_ssd.routing.soft_exit import learn_open_exits
+
+REFERENCE_POLICY = "max_foreground"
+BUDGETS = 5
+COIN_TOSSES = 20
+BOOTSTRAP_TOSSES = 5
+"""Tosses of the coin in every bootstrap draw; the interval is about the photos, not about the tosses."""
+ORACLE_BUDGETS = 8
+MSDNET_Q = np.geomspace(0.1, 10, 25)
+BRANCHYNET, MSDNET = "entropy", "max_foreground"
+"""The policies that stand for BranchyNet (Teerapittayanon et al. 2016) and MSDNet (Huang et al. 2018)."""
+LINES = {"coin": "coin", "oracle": "oracle", "best_oracle": "best oracle"}
+"""What a policy is compared with: the key in routing.json, and the name in tables."""
+COLORS = ("#2b6cb0", "#dd6b20", "#2f855a", "#b83280", "#6b46c1", "#b7791f", "#2c7a7b", "#c53030")
+
+EXAMPLES = """
+examples:
+  python benchmarks/routing_policies.py --config configs/voc_animals.yaml --out output/routing
+      every policy, with the model that train_net.py left in OUTPUT_DIR
+  python benchmarks/routing_policies.py --config configs/voc_animals.yaml --weights model.pth --out output/routing \\
+      --policies ambiguous_mass,learned_gain EVAL.RUNTIME onnxruntime
+      two of them beside max_foreground, costs in ONNX Runtime
+
+The network runs once per photo; the second time the recordings in the results folder are used.
+See benchmarks/README.md.
+"""
+
+
+# ---------------------------------------------------------------------------------------------- coin and oracle
+
+
+@dataclass(frozen=True)
+class Line:
+    """AP and AP50 in [0, 1], and the mean cost at which they were reached."""
+
+    cost: float
+    AP: float | None
+    AP50: float | None
+
+
+def line_of(matches: ExitMatches, choice: np.ndarray, costs: np.ndarray) -> Line:
+    """The line of photos that take these exits, [n]; ``costs`` [exits]."""
+    found = ap_of_choice(matches, choice)
+    return Line(float(costs[choice].mean()), found.AP, found.AP50)
+
+
+def tosses(choice: np.ndarray, count: int, seed: int) -> list[np.ndarray]:
+    """``choice`` [n] in random order, ``count`` times: the same shares of exits, given to photos by chance."""
+    generator = np.random.default_rng(seed)
+    return [generator.permutation(choice) for _ in range(count)]
+
+
+def coin(matches: ExitMatches, choice: np.ndarray, costs: np.ndarray, seed: int = 0) -> Line:
+    """The mean line of `COIN_TOSSES` random orders of ``choice`` [n]."""
+    found = [ap_of_choice(matches, toss) for toss in tosses(choice, COIN_TOSSES, seed)]
+    values = [
+        None if any(value is None for value in figures) else float(np.mean(figures))
+        for figures in ([toss.AP for toss in found], [toss.AP50 for toss in found])
+    ]
+    return Line(float(costs[choice].mean()), *values)
+
+
+def errors_against_labels(ground_truth: COCO, exits: Sequence[Detections], score: float, iou: float) -> np.ndarray:
+    """Share of the answer that is wrong at every exit, [n, exits] in [0, 1]: (missed + false) / (objects + false).
+
+    0 where a photo without objects has an empty answer.
+    """
+    errors = []
+    for found in exits:
+        counts = photo_counts(ground_truth, found, score, iou)
+        wrong = counts.misses + counts.false_positives
+        errors.append(wrong / np.maximum(wrong + counts.hits, 1))
+    return np.stack(errors, axis=1)
+
+
+def oracle_choice(errors: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray:
+    """Exits [n] with the least mean error at a mean cost of at most ``budget``, chosen photo by photo with the labels.
+
+    Each photo takes the exit of least error + price * cost, the cheaper of equal ones. The price is the smallest at
+    which the budget holds, found by bisection (the Lagrangian of the problem). Photos that stand on the edge of that
+    price take the dearer exit while the budget lasts.
+
+    Args:
+        errors: [n, exits], such as those of `errors_against_labels`.
+        costs: [exits], the first the cheapest.
+        budget: at least the cheapest cost.
+    """
+    if len(costs) == 1:
+        return np.zeros(len(errors), dtype=np.int64)
+    scale = costs / costs.max()
+
+    def choose_at(price: float) -> np.ndarray:
+        return (errors + price * scale).argmin(1)  # argmin takes the first of equal ones
+
+    low, high = 0.0, 1.0 + float(np.ptp(errors)) / max(float(np.diff(np.sort(scale)).min()), 1e-9)
+    if costs[choose_at(low)].mean() <= budget:
+        return choose_at(low)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if costs[choose_at(middle)].mean() > budget else (low, middle)
+    choice, dearer = choose_at(high), choose_at(low)
+    for photo in np.flatnonzero(choice != dearer):
+        change = (costs[dearer[photo]] - costs[choice[photo]]) / len(choice)
+        if costs[choice].mean() + change <= budget:
+            choice[photo] = dearer[photo]
+    return choice
+
+
+def oracle_over_exits(
+    errors: np.ndarray,
+    costs_with: Callable[[Sequence[float]], np.ndarray],
+    budget: float,
+    value: Callable[[np.ndarray], float | None],
+) -> tuple[np.ndarray, np.ndarray]:
+    """The oracle's exits [n] with most ``value``, and their costs [exits].
+
+    It looks at `ORACLE_BUDGETS` mean costs up to ``budget`` and at every set of open exits, since a closed exit makes
+    the deeper ones cheaper. So it is at least as good as any exit alone that costs no more.
+
+    Args:
+        errors: [n, exits].
+        costs_with: thresholds (0, or `CLOSED`) of the early exits to the costs [exits].
+        budget: of the mean cost.
+        value: exits [n] to what counts, such as AP50.
+    """
+    best, most = None, (-np.inf, -np.inf)
+    budget *= 1 + 1e-9  # a mean over photos that all cost the budget rounds
+    for thresholds, usable in open_sets(errors.shape[1] - 1):
+        costs = costs_with(thresholds)
+        if costs[usable[0]] > budget:
+            continue
+        for level in np.linspace(costs[usable[0]], budget, ORACLE_BUDGETS):
+            choice = usable[oracle_choice(errors[:, usable], costs[usable], level)]
+            worth = (value(choice) or 0.0, -costs[choice].mean())
+            if worth > most:
+                best, most = (choice, costs), worth
+    return best
+
+
+def gap_closed(router: Line, chance: Line, oracle: Line) -> float | None:
+    """(router - coin) / (oracle - coin) in AP50; None where the oracle gains nothing."""
+    if None in (router.AP50, chance.AP50, oracle.AP50) or oracle.AP50 - chance.AP50 < 1e-6:
+        return None
+    return (router.AP50 - chance.AP50) / (oracle.AP50 - chance.AP50)
+
+
+def pooled_gap(leads: Sequence[np.ndarray | Sequence[float]]) -> np.ndarray:
+    """The gap closed over several budgets at once: the sum of the router's leads over the sum of the oracle's.
+
+    A budget at which the oracle has little to gain counts little; the mean of the budgets' own gaps divides by it.
+
+    Args:
+        leads: per budget (router - coin, oracle - coin) in AP50, [2] or, for draws of the photos, [2, resamples].
+
+    Returns:
+        a scalar or [resamples]; NaN where the oracle gains nothing.
+    """
+    router, oracle = np.sum(np.asarray(leads, dtype=float), axis=0)
+    return router / np.where(oracle < 1e-6, np.nan, oracle)
+
+
+def resampled_leads(
+    matches: ExitMatches, choice: np.ndarray, oracles: Sequence[np.ndarray], resamples: int = 200, seed: int = 0
+) -> list[np.ndarray]:
+    """Per oracle, [2, resamples]: the AP50 that router and oracle have beyond a coin in bootstrap draws of the photos.
+
+    Args:
+        choice: the router's exits, [n].
+        oracles: each one's exits, [n].
+    """
+    compared = [choice, *tosses(choice, BOOTSTRAP_TOSSES, seed), *oracles]
+    router, *others = (draws.AP50 for draws in bootstrap_choices(matches, compared, resamples, seed))
+    chance = np.mean(others[:BOOTSTRAP_TOSSES], axis=0)
+    return [np.stack([router - chance, best - chance]) for best in others[BOOTSTRAP_TOSSES:]]
+
+
+def overthinking(errors: np.ndarray) -> list[float]:
+    """Per early exit the share of the photos that it gets wholly right and the full path does not (Kaya et al. 2019,
+    "Shallow-deep networks"); ``errors`` [n, exits]."""
+    right = errors == 0
+    return [float((right[:, index] & ~right[:, -1]).mean()) for index in range(errors.shape[1] - 1)]
+
+
+# ------------------------------------------------------------------------------------- published rules: shares
+
+
+def msdnet_shares(exits: int, q: float) -> np.ndarray:
+    """Share of the photos for each exit, [exits], proportional to q^k for the k-th: the geometric shares of MSDNet's
+    budgeted batch classification (Huang et al. 2018: z (1 - q)^(k - 1) q, so this q is their 1 - q). Above 1 more
+    photos go deep.
+    """
+    shares = q ** np.arange(1, exits + 1, dtype=float)
+    return shares / shares.sum()
+
+
+def thresholds_for_shares(confidences: Sequence[np.ndarray], shares: Sequence[float]) -> np.ndarray:
+    """Thresholds [early exits] at which these shares of the photos leave: at each exit the most confident still there.
+
+    Equal confidences leave together, so an exit may get more than its share and the next one less. MSDNet takes the
+    thresholds on a validation set; DynamicDet (Lin et al. 2023, section 3.4) on the photos that it reports.
+
+    Args:
+        confidences: per early exit [n]; below 0 where a photo cannot leave.
+        shares: [exits], the full path last, summing to 1.
+    """
+    left = np.arange(len(confidences[0]))
+    thresholds = []
+    for confidence, share in zip(confidences, shares, strict=False):
+        may = int((confidence[left] >= 0).sum())
+        leaving = min(may, round(share * len(confidence)))
+        if leaving == 0:
+            thresholds.append(CLOSED)
+            continue
+        order = left[np.argsort(-confidence[left], kind="stable")]
+        last, following = confidence[order[leaving - 1]], confidence[order[leaving:may]]
+        thresholds.append(float((last + following[0]) / 2) if len(following) and following[0] < last else float(last))
+        left = left[confidence[left] < np.float32(thresholds[-1])]
+    return np.array(thresholds, dtype=np.float32)
+
+
+# -------------------------------------------------------------------------- speed: scoring, and mixed batches
+
+
+def time_scoring(
+    routers: Sequence[Router], signals: ExitSignals, exit_index: int, threads: int = 1, runs: int = 300
+) -> list[Timing]:
+    """Milliseconds that each router needs to score the first image of ``signals``, temperature included; in turns."""
+    first = [None if values is None else values[:1] for values in (signals.logits, signals.previous, signals.tap)]
+    seen = ExitSignals(*first, signals.empty)
+    modules = [_Call(lambda _, router=router: router.confidence(seen, exit_index)) for router in routers]
+    return time_modules(modules, signals.logits, runs, threads)
+
+
+class _Call(nn.Module):
+    """A function as a module, to be timed."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Photos per second of the network, fused for inference, on batches (resizing and post-processing not counted).
+
+    Attributes:
+        batch: photos in a batch.
+        mixed: with exits mixed as asked.
+        ideal: if every photo took as long as in a batch that leaves together at its exit.
+        plain: of the detector without exits.
+        share_of_ideal: mixed / ideal.
+    """
+
+    batch: int
+    mixed: float
+    ideal: float
+    plain: float
+    share_of_ideal: float
+
+
+class Planned(nn.Module):
+    """The network on normalised images: scored at the exits ``used`` by ``router``, then image i leaves at ``plan[i]``.
+
+    While it runs it stands in for the model's router.
+    """
+
+    hybrid = False
+
+    def __init__(self, model: nn.Module, router: nn.Module, plan: Sequence[int], used: frozenset[int]) -> None:
+        super().__init__()
+        self._others = [model, router]  # in a list, so that they do not become parts of this module
+        self.plan, self._used = torch.tensor(plan), used
+        self._left = self.plan
+
+    def forward(self, x: Tensor) -> Tensor:
+        model = self._others[0]
+        before, model.router = model.router, self
+        try:
+            return route(model, x)[1]
+        finally:
+            model.router = before
+
+    def needs(self, exit_index: int) -> bool:
+        if exit_index == 0:
+            self._left = self.plan
+        return exit_index in self._used
+
+    def confidence(self, signals: ExitSignals, exit_index: int) -> Tensor:
+        return self._others[1].confidence(signals, exit_index)
+
+    def leaves(self, confidence: Tensor, exit_index: int) -> Tensor:
+        leave = self._left == exit_index
+        self._left = self._left[~leave]
+        return leave
+
+
+def mixed_throughput(
+    model: EarlyExitSSDLite,
+    router: ExitRouter,
+    shares: Sequence[float],
+    batch: int = 16,
+    runs: int = 10,
+    threads: int = 1,
+) -> Throughput:
+    """Time batches whose photos leave in these shares [exits], mixed, against batches that leave together.
+
+    An exit where no photo of the batch leaves is closed, so its branch is not computed, as when routing for real.
+    """
+    model = fuse_for_inference(model)
+    width, height = model.transform.fixed_size
+    images = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
+    images = images.to(next(model.parameters()).device)
+    ends = np.cumsum(shares)[:-1]
+    plan = np.searchsorted(ends, (np.arange(batch) + 0.5) / batch, side="right").tolist()
+    order = torch.randperm(batch, generator=torch.Generator().manual_seed(0)).tolist()
+    used = frozenset(plan)
+    mixed = Planned(model, router, [plan[index] for index in order], used)
+    together = [Planned(model, router, [index] * batch, used) for index in sorted(used)]
+    timings = time_modules([mixed, PlainPath(model), *together], images, runs, threads)
+    mixed_ms, plain_ms, *together_ms = (timing.ms for timing in timings)
+    of_exit = dict(zip(sorted(used), together_ms, strict=True))
+    ideal = statistics.fmean(of_exit[index] for index in plan)
+    return Throughput(batch, 1000 * batch / mixed_ms, 1000 * batch / ideal, 1000 * batch / plain_ms, ideal / mixed_ms)
+
+
+# ------------------------------------------------------------------------------------------------- one policy
+
+
+@dataclass(frozen=True)
+class Split:
+    """A recorded split, and the share of each exit's answer that is wrong, [n, exits]."""
+
+    replay: Replay
+    errors: np.ndarray
+
+    @classmethod
+    def of(cls, replay: Replay) -> Split:
+        found = replay.recording.detections
+        return cls(replay, errors_against_labels(replay.ground_truth, found, replay.score, replay.iou))
+
+    @property
+    def matches(self) -> ExitMatches:
+        return self.replay.matches
+
+
+@dataclass(frozen=True)
+class Study:
+    """What chooses thresholds (calib), what is reported (test), the exits' costs, and which early exits are empty."""
+
+    calib: Split
+    test: Split
+    costs: CostModel
+    exit_names: tuple[str, ...]
+    empty: tuple[bool, ...]
+    seed: int
+
+    def budgets(self) -> list[float]:
+        """Mean costs, evenly between two ends, both excluded: the first exit where any policy may let photos leave
+        (one with a branch if there is any), and the full path alone. Above that there is nothing to route for."""
+        first = 0 if all(self.empty) else self.empty.index(False)
+        ends = self.costs.per_exit()[first], self.costs.per_exit([CLOSED] * len(self.empty))[-1]
+        return np.linspace(*ends, BUDGETS + 2)[1:-1].tolist()
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A router on a split, with a coin and oracles at its cost.
+
+    Attributes:
+        choice: the router's exits, [n].
+        oracles: ``oracle`` (of least error) and ``best_oracle`` (of most AP50 among such): exits [n] and line of each.
+    """
+
+    choice: np.ndarray
+    router: Line
+    chance: Line
+    oracles: dict[str, tuple[np.ndarray, Line]]
+
+    def leads(self, oracle: str, key: str = "AP50") -> tuple[float, float]:
+        """Of the router and one of the oracles over the coin, in ``AP50`` or ``AP``; NaN without an object."""
+        values = [getattr(line, key) for line in (self.router, self.chance, self.oracles[oracle][1])]
+        router, chance, best = (np.nan if value is None else value for value in values)
+        return router - chance, best - chance
+
+
+def compare(study: Study, split: Split, confidences: list[np.ndarray], thresholds: Sequence[float]) -> Compared:
+    """A router with these confidences, per early exit [n], and these thresholds, on a split."""
+    costs = study.costs.per_exit(thresholds)
+    choice = choose(confidences, thresholds).astype(np.int64)
+    router = line_of(split.matches, choice, costs)
+    rows = np.arange(len(choice))
+    values = {
+        "oracle": lambda exits: 1 - split.errors[rows, exits].mean(),
+        "best_oracle": lambda exits: ap_of_choice(split.matches, exits, ap50_only=True).AP50,
+    }
+    oracles = {}
+    for name, value in values.items():
+        exits, exit_costs = oracle_over_exits(split.errors, study.costs.per_exit, router.cost, value)
+        oracles[name] = exits, line_of(split.matches, exits, exit_costs)
+    return Compared(choice, router, coin(split.matches, choice, costs, study.seed), oracles)
+
+
+def evaluate_policy(study: Study, router: ExitRouter, name: str) -> tuple[dict[str, Any], list[Compared]]:
+    """A policy's entry in routing.json, and what the figures of each budget on the test photos come from."""
+    calib, test = (split.replay.confidences(router) for split in (study.calib, study.test))
+    grid = threshold_grid(calib)
+    mean_costs = grid.mean_cost(study.costs.of_each(grid.thresholds))
+    ap50 = study.calib.replay.ap50_of(grid.choices, f"thresholds of {name}")
+    budgets, on_test, on_calib = [], [], []
+    for budget in study.budgets():
+        thresholds = grid.thresholds[cheapest_within(mean_costs, -ap50, budget)]
+        on_test.append(compare(study, study.test, test, thresholds))
+        on_calib.append(compare(study, study.calib, calib, thresholds))
+        budgets.append({"budget": budget, **_figures(study, on_test[-1], thresholds)})
+    gaps = [entry["gap_closed"] for entry in budgets]
+    pooled = _pooled_gaps(study, on_test)
+    found = {
+        "budgets": budgets,
+        "gap_closed": None if None in gaps else float(np.mean(gaps)),
+        "pooled_gap": pooled["oracle"],
+        "pooled_gap_of_best_oracle": pooled["best_oracle"],
+        "pooled_gap_by_AP": _number(pooled_gap([one.leads("best_oracle", "AP") for one in on_test])),
+        "calib_pooled_gap": _number(pooled_gap([one.leads("best_oracle") for one in on_calib])),
+        "msdnet": [_at_shares(study, calib, test, msdnet_shares(len(study.exit_names), q)) for q in MSDNET_Q],
+        "leak": _leak(study, calib, test, budgets),
+    }
+    return found, on_test
+
+
+def best_policy(policies: Mapping[str, Any]) -> str:
+    """The one that closes most of the gap on the calib photos; the test photos choose nothing."""
+    return max(policies, key=lambda name: _sortable(policies[name]["calib_pooled_gap"]))
+
+
+def _sortable(gap: float | None) -> float:
+    return float("-inf") if gap is None else gap
+
+
+def _number(value: np.ndarray) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _figures(study: Study, one: Compared, thresholds: np.ndarray) -> dict[str, Any]:
+    """A budget's figures on the test photos."""
+    matches, choice = study.test.matches, one.choice
+    full = len(study.exit_names) - 1
+    routed, kept = bootstrap_choices(matches, [choice, np.full(len(choice), full)], seed=study.seed)
+    shares = np.bincount(choice, minlength=full + 1) / len(choice)
+    return {
+        "thresholds": [float(value) for value in thresholds],
+        **asdict(one.router),
+        "AP50_interval": interval(routed.AP50),
+        "AP50_below_full_interval": interval(kept.AP50 - routed.AP50),
+        "coin": asdict(one.chance),
+        **{name: asdict(line) for name, (_, line) in one.oracles.items()},
+        "gap_closed": gap_closed(one.router, one.chance, one.oracles["oracle"][1]),
+        "speedup": study.costs.speedup(choice, thresholds),
+        "loss": float(study.test.replay.losses("full")[np.arange(len(choice)), choice].mean()),
+        "exit_share": dict(zip(study.exit_names, shares.tolist(), strict=True)),
+    }
+
+
+def _pooled_gaps(study: Study, compared: Sequence[Compared]) -> dict[str, dict[str, Any]]:
+    """By oracle, the pooled gap of all budgets and its bootstrap interval."""
+    resampled = [
+        resampled_leads(study.test.matches, one.choice, [exits for exits, _ in one.oracles.values()], seed=study.seed)
+        for one in compared
+    ]
+    pooled = {}
+    for name, draws in zip(compared[0].oracles, zip(*resampled, strict=True), strict=True):
+        value = _number(pooled_gap([one.leads(name) for one in compared]))
+        pooled[name] = {"value": value, "interval": None if value is None else interval(pooled_gap(draws))}
+    return pooled
+
+
+def _at_shares(
+    study: Study, calib: list[np.ndarray], test: list[np.ndarray], shares: Sequence[float]
+) -> dict[str, float | None]:
+    """Cost and AP50 on the test photos, with thresholds at which these shares of the calib photos leave."""
+    thresholds = thresholds_for_shares(calib, shares)
+    choice = choose(test, thresholds).astype(np.int64)
+    return {
+        "cost": float(study.costs.per_exit(thresholds)[choice].mean()),
+        "AP50": ap_of_choice(study.test.matches, choice, ap50_only=True).AP50,
+    }
+
+
+def _leak(
+    study: Study, calib: list[np.ndarray], test: list[np.ndarray], budgets: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Percentiles of the reported photos' own scores (DynamicDet) and of the calib photos', at the shares that the
+    search chose."""
+    entries = []
+    for entry in budgets:
+        choice = choose(calib, entry["thresholds"])
+        shares = (np.bincount(choice, minlength=len(study.exit_names)) / len(choice)).tolist()
+        entries.append({"calib": _at_shares(study, calib, test, shares), "test": _at_shares(study, test, test, shares)})
+    return entries
+
+
+# ---------------------------------------------------------------------------------------------- all policies
+
+
+def evaluate_routing(cfg: CfgNode, weights: str | Path, out: Path, policies: Sequence[str] = ()) -> dict[str, Any]:
+    """Compare policies on DATA.TEST with thresholds from DATA.CALIB; write routing.json, the table and the chart.
+
+    Args:
+        cfg: its DATA, ROUTING, CALIBRATION and EVAL sections are used.
+        weights: a model of this project.
+        out: folder for the results and the recordings of the splits.
+        policies: names; by default all. ``max_foreground`` is always among them, but where every exit is empty.
+
+    Returns:
+        what is in routing.json.
+
+    Raises:
+        EarlyExitError: unusable weights, data or settings, or splits that share photos.
+    """
+    names = list(dict.fromkeys([REFERENCE_POLICY, *(policies or [*POLICIES, *FITTED_POLICIES])]))
+    for name in names:
+        require_known(name)
+    recorded = open_recorded(cfg, weights, out, measured=("CALIB", "TEST"))
+    cfg, model = recorded.cfg, recorded.model
+    for name in policies:
+        require_deciding(name, model, weights)
+    if all(model.empty):  # only policies that look at the trunk let photos leave
+        names = [name for name in names if foresees(name)]
+    calib, test = recorded.replay("CALIB"), recorded.replay("TEST")
+    train = recorded.replay("TRAIN") if any(map(learns, names)) else None
+    temperatures = per_exit(fit_temperatures(cfg, model.exit_names, calib), model.exit_names)
+    routers = {name: fit_policy(cfg, name, temperatures, train, calib) for name in names}
+    # first, before the evaluation fragments the memory: no process that serves photos does that
+    scoring_ms = _scoring_ms(cfg, routers, test)
+    # one cost model for all policies, so that their budgets are equal
+    costs = measure_cost_model(cfg, model, routers[names[0]])
+    study = Study(Split.of(calib), Split.of(test), costs, model.exit_names, tuple(model.empty), cfg.SEED)
+    found, compared = {}, {}
+    for name, router in routers.items():
+        found[name], compared[name] = evaluate_policy(study, router, name)
+    best = best_policy(found)
+    for name in {best, REFERENCE_POLICY} & set(found):
+        _add_intervals(study, found[name], compared[name])
+    results = {
+        "context": _context(cfg, study),
+        "exits": _exits(study),
+        "throughput": _throughput(cfg, model, routers[best], found[best]["budgets"]),
+        "overthinking": dict(zip(model.exit_names, overthinking(study.test.errors), strict=False)),
+        "scoring_ms": scoring_ms,
+        "best": best,
+        "policies": found,
+        "learnt_thresholds": {best: _with_learnt_thresholds(cfg, study, routers[best])},
+    }
+    write_text(out / "routing.md", routing_table(results) + "\n")
+    write_image(out / "routing.png", routing_chart(results))
+    write_json(out / "routing.json", results)
+    return results
+
+
+def _context(cfg: CfgNode, study: Study) -> dict[str, Any]:
+    return {
+        "calib": list(cfg.DATA.CALIB),
+        "test": list(cfg.DATA.TEST),
+        "calib_photos": len(study.calib.errors),
+        "images": len(study.test.errors),
+        "score": cfg.EVAL.SCORE,
+        "iou": cfg.EVAL.IOU,
+        "seed": cfg.SEED,
+        "reference": cfg.CALIBRATION.REFERENCE,
+        "cost_model": study.costs.to_dict(),
+    }
+
+
+def _ap_intervals(study: Study, choices: Sequence[np.ndarray]) -> list[dict[str, tuple[float, float] | None]]:
+    """Bootstrap intervals of AP and AP50 where the test photos take these exits, [n] each."""
+    found = bootstrap_choices(study.test.matches, choices, seed=study.seed, ap50_only=False)
+    return [{"AP_interval": interval(draws.AP), "AP50_interval": interval(draws.AP50)} for draws in found]
+
+
+def _add_intervals(study: Study, found: dict[str, Any], compared: Sequence[Compared]) -> None:
+    """Put the intervals of router, one toss of the coin and oracles into ``found``, at every budget."""
+    for entry, one in zip(progress(found["budgets"], desc="intervals"), compared, strict=True):
+        choices = [one.choice, tosses(one.choice, 1, study.seed)[0], *(exits for exits, _ in one.oracles.values())]
+        rows = [entry, entry["coin"], *(entry[name] for name in one.oracles)]
+        for row, intervals in zip(rows, _ap_intervals(study, choices), strict=True):
+            row.update(intervals)
+
+
+def _exits(study: Study) -> list[dict[str, Any]]:
+    """Every exit alone, with no other open before it."""
+    choices = [np.full(len(study.test.errors), index) for index in range(len(study.exit_names))]
+    entries = []
+    for index, (name, intervals) in enumerate(zip(study.exit_names, _ap_intervals(study, choices), strict=True)):
+        only = [CLOSED] * index + [0.0] * (len(study.exit_names) - 1 - index)
+        line = line_of(study.test.matches, choices[index], study.costs.per_exit(only))
+        entries.append({"name": name, **asdict(line), **intervals})
+    return entries
+
+
+def _scoring_ms(cfg: CfgNode, routers: Mapping[str, ExitRouter], replay: Replay) -> dict[str, float]:
+    """Of one photo at the last early exit, by policy; at one with a branch, if there is any."""
+    early = range(replay.recording.early_exits)
+    last = max((index for index in early if not replay.recording.empty[index]), default=early[-1])
+    signals = next(replay.recording.signals(last))
+    timings = time_scoring(list(routers.values()), signals, last, cfg.EVAL.TIMING_THREADS)
+    return {name: timing.ms for name, timing in zip(routers, timings, strict=True)}
+
+
+def _throughput(
+    cfg: CfgNode, model: EarlyExitSSDLite, router: ExitRouter, budgets: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Of batches mixed as at each of a policy's budgets, in eager PyTorch."""
+    threads, timed = cfg.EVAL.TIMING_THREADS, []
+    router = ExitRouter(**router.to_dict()).to(next(model.parameters()).device)  # the given one stays where it is
+    for entry in progress(budgets, desc="batches"):
+        speed = mixed_throughput(model, router, list(entry["exit_share"].values()), threads=threads)
+        timed.append(
+            {"budget": entry["budget"], "exit_share": entry["exit_share"], "threads": threads, **asdict(speed)}
+        )
+    return timed
+
+
+def _with_learnt_thresholds(cfg: CfgNode, study: Study, router: ExitRouter) -> list[dict[str, Any]]:
+    """At the same budgets with thresholds learnt by gradient instead of searched."""
+    calib, test = (split.replay.confidences(router) for split in (study.calib, study.test))
+    costs_with, losses = study.costs.per_exit, study.calib.replay.losses(cfg.CALIBRATION.REFERENCE)
+    entries = []
+    for budget in progress(study.budgets(), desc="learnt thresholds"):
+        thresholds = learn_open_exits(calib, losses, costs_with, budget)
+        choice = choose(test, thresholds).astype(np.int64)
+        line = line_of(study.test.matches, choice, costs_with(thresholds))
+        entries.append({"budget": budget, "thresholds": thresholds.tolist(), **asdict(line)})
+    return entries
+
+
+# --------------------------------------------------------------------------------------------- tables and chart
+
+
+def routing_table(results: Mapping[str, Any]) -> str:
+    """routing.md: policies at every budget, exits alone, published rules, intervals, batches."""
+    context, policies, best = results["context"], results["policies"], results["best"]
+    unit = context["cost_model"]["unit"]
+    alone = [
+        (entry["name"], f"{entry['cost']:.1f}", with_interval(entry, "AP"), with_interval(entry, "AP50"))
+        for entry in results["exits"]
+    ]
+    plain = ("without exits", f"{context['cost_model']['plain']:.1f}", "", "")
+    shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in results["overthinking"].items())
+    parts = [
+        f"AP50 on {', '.join(context['test'])} (n {context['images']}, seed {context['seed']}); thresholds from "
+        f"{', '.join(context['calib'])} (n {context['calib_photos']}). In brackets: mean cost on the test photos, "
+        f"{unit}.",
+        "*Gap closed* is the mean over the budgets of (policy - coin) / (oracle - coin). *Pooled* adds up the leads of "
+        "all budgets before it divides. The next two columns are pooled, too, with the best oracle instead: by AP50 "
+        "and by AP. *On calib* is the first of these two on the calibration photos; it chooses the policy. *ms* is the "
+        "time to score one photo in eager PyTorch.",
+        _policies_table(results),
+        _table(["exit alone", "cost", "AP [95 %]", "AP50 [95 %]"], [*alone, plain]),
+        f"Photos that an early exit gets wholly right and the full path does not: {shares}.",
+        "Published rules on the same exits and photos, AP50:",
+        published_rules_table(policies, best, unit),
+        "With 95 % intervals (bootstrap over photos):",
+        reference_lines_table(policies, best),
+        _throughput_table(results["throughput"]),
+    ]
+    return "\n\n".join(parts)
+
+
+def _policies_table(results: Mapping[str, Any]) -> str:
+    """Per policy AP50 and cost at every budget, the gap closed and the time to score; then the lines of the best."""
+    policies, best = results["policies"], results["best"]
+    budgets = [f"budget {entry['budget']:.1f}" for entry in policies[best]["budgets"]]
+    heads = ["policy", *budgets, "gap closed", "pooled", "best oracle", "by AP", "on calib", "ms"]
+    rows = []
+    for name in sorted(policies, key=lambda name: _sortable(policies[name]["calib_pooled_gap"]), reverse=True):
+        cells = map(_cell, policies[name]["budgets"])
+        rows.append([name, *cells, *gap_cells(policies[name]), f"{results['scoring_ms'][name]:.2f}"])
+    if best in results.get("learnt_thresholds", {}):
+        cells = map(_cell, results["learnt_thresholds"][best])
+        rows.append([f"{best}, thresholds learnt with a soft exit", *cells, *["-"] * 5, ""])
+    for key, name in LINES.items():
+        cells = [_cell(entry[key]) for entry in policies[best]["budgets"]]
+        rows.append([f"{name} at the cost of {best}", *cells, *[""] * 6])
+    return _table(heads, rows)
+
+
+def published_rules_table(policies: Mapping[str, Any], best: str, unit: str) -> str:
+    """AP50 at the mean costs of the policy ``best``; curves are interpolated, "-" where they do not reach.
+
+    Args:
+        policies: of routing.json, by name: ``budgets``, ``msdnet`` and ``leak``.
+        unit: of the costs.
+    """
+    entries, leaks = policies[best]["budgets"], policies[best]["leak"]
+    costs = [entry["cost"] for entry in entries]
+    rows = [(f"{best}, searched thresholds", [entry["AP50"] for entry in entries])]
+    if BRANCHYNET in policies and best != BRANCHYNET:
+        rows.append(("BranchyNet: entropy, searched thresholds", _at(costs, policies[BRANCHYNET]["budgets"])))
+    if MSDNET in policies and best != MSDNET:
+        rows.append(("MSDNet: shares q^k of max_foreground", _at(costs, policies[MSDNET]["msdnet"])))
+    rows.append((f"MSDNet: shares q^k of {best}", _at(costs, policies[best]["msdnet"])))
+    rows.append((f"percentiles of {best} from calib", [leak["calib"]["AP50"] for leak in leaks]))
+    rows.append(("DynamicDet: the same percentiles of the reported photos", [leak["test"]["AP50"] for leak in leaks]))
+    heads = ["rule", *(f"{cost:.0f} {unit}" for cost in costs)]
+    return _table(heads, [[name, *map(figure, values)] for name, values in rows])
+
+
+def _at(costs: Sequence[float], points: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    """AP50 at these costs, interpolated between the points (``cost``, ``AP50``)."""
+    curve = sorted((point["cost"], point["AP50"]) for point in points if point["AP50"] is not None)
+    if not curve:
+        return [None] * len(costs)
+    x, y = zip(*curve, strict=True)
+    return [float(np.interp(cost, x, y)) if x[0] <= cost <= x[-1] else None for cost in costs]
+
+
+def reference_lines_table(policies: Mapping[str, Any], best: str) -> str:
+    """AP and AP50 with 95 % intervals at every budget: the policy ``best``, coin and oracles at its cost, and the
+    other policies that have such intervals."""
+    first = policies[best]["budgets"]
+    others = {name: one["budgets"] for name, one in policies.items() if name != best}
+    lines = {best: first} | {name: [entry[key] for entry in first] for key, name in LINES.items()}
+    lines |= {name: entries for name, entries in others.items() if "AP_interval" in entries[0]}
+    rows = [
+        [name, key, *(with_interval(entry, key) for entry in entries)]
+        for name, entries in lines.items()
+        for key in ("AP", "AP50")
+    ]
+    return _table(["line", "figure", *(f"budget {entry['budget']:.1f}" for entry in first)], rows, left=2)
+
+
+def _throughput_table(speeds: Sequence[Mapping[str, Any]]) -> str:
+    batch, threads = speeds[0]["batch"], speeds[0]["threads"]
+    rows = [
+        ("mixed", *(f"{speed['mixed']:.1f}" for speed in speeds)),
+        ("share of ideal", *(f"{100 * speed['share_of_ideal']:.0f} %" for speed in speeds)),
+        ("without exits", *(f"{speed['plain']:.1f}" for speed in speeds)),
+    ]
+    return (
+        f"Batches of {batch} with exits mixed as at each budget, eager PyTorch with BatchNorm fused, {threads} "
+        "thread(s). Ideal: every photo is as fast as in a batch that leaves together.\n\n"
+    ) + _table(["photos/s", *(f"budget {speed['budget']:.1f}" for speed in speeds)], rows)
+
+
+def gap_cells(found: Mapping[str, Any]) -> list[str]:
+    """The mean gap; the pooled one by either oracle, and by AP; and the one on the calib photos."""
+    pooled = []
+    for gap in (found["pooled_gap"], found["pooled_gap_of_best_oracle"]):
+        bounds = gap["interval"]  # of few photos no draw may have a gap
+        pooled.append(_two_digits(gap["value"]) + (f" [{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else ""))
+    others = [_two_digits(found[key]) for key in ("pooled_gap_by_AP", "calib_pooled_gap")]
+    return [_two_digits(found["gap_closed"]), *pooled, *others]
+
+
+def with_interval(entry: Mapping[str, Any], key: str) -> str:
+    """``0.713 [0.678, 0.751]``; the figure alone where there is no interval."""
+    bounds = entry[f"{key}_interval"]
+    return figure(entry[key]) + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else "")
+
+
+def _two_digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _cell(entry: Mapping[str, Any]) -> str:
+    return f"{figure(entry['AP50'])} ({entry['cost']:.1f})"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Markdown; the first ``left`` columns to the left, the others to the right."""
+    lines = [heads, ["---"] * left + ["---:"] * (len(heads) - left), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def routing_chart(results: Mapping[str, Any]) -> Image.Image:
+    """AP50 against mean cost: policies, coin, oracles and each exit alone."""
+
+    def draw(axes: Axes) -> None:
+        policies, cost_model = results["policies"], results["context"]["cost_model"]
+        for color, (name, found) in zip(COLORS * 3, policies.items(), strict=False):
+            _draw_line(axes, found["budgets"], color=color, marker="o", markersize=4, linewidth=1.2, label=name)
+        for (line, name), style in zip(LINES.items(), (":", "--", "-."), strict=True):
+            entries = [entry[line] for entry in policies[results["best"]]["budgets"]]
+            _draw_line(axes, entries, color=PLAIN, linestyle=style, label=name)
+        for entry in results["exits"]:
+            if entry["AP50"] is not None:
+                axes.plot(entry["cost"], entry["AP50"], color=PLAIN, marker="s", linestyle="")
+                axes.annotate(entry["name"], (entry["cost"], entry["AP50"]), (5, -10), textcoords="offset points")
+        axes.axvline(cost_model["plain"], color=PLAIN, linewidth=0.8)
+        axes.set_xlabel(f"mean cost per photo, {cost_model['unit']} (line: without exits)")
+        axes.set_ylabel("AP50")
+        axes.legend(frameon=False, fontsize=8)
+
+    return draw_chart(draw)
+
+
+def _draw_line(axes: Axes, entries: Sequence[Mapping[str, Any]], **style: Any) -> None:
+    points = sorted((entry["cost"], entry["AP50"]) for entry in entries if entry["AP50"] is not None)
+    axes.plot([cost for cost, _ in points], [value for _, value in points], **style)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, evaluate, print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="YAML file that names the splits (DATA)")
+    parser.add_argument("--weights", help="a model.pth of this project; by default the one in OUTPUT_DIR")
+    parser.add_argument("--out", required=True, help="folder for routing.json, the table, the chart and the recordings")
+    parser.add_argument("--policies", default="", help="names with commas between; by default all that there are")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="override keys of the configuration")
+    args = parser.parse_intermixed_args(arguments)
+
+    def job() -> None:
+        cfg = load_config(args.config, args.overrides)
+        weights = args.weights or Path(cfg.OUTPUT_DIR) / "model.pth"
+        policies = args.policies.split(",") if args.policies else []
+        print(routing_table(evaluate_routing(cfg, weights, Path(args.out), policies)))
+        print(f"\nresults: {args.out}/ (routing.json, routing.md, routing.png)")
+
+    return run_tool(job)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

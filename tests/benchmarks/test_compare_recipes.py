@@ -1,0 +1,137 @@
+import json
+
+import pytest
+
+from benchmarks import compare_recipes
+from benchmarks.compare_recipes import read_recipes, recipe_table
+from earlyexit_ssd.config import load_config
+from earlyexit_ssd.files import sha256, write_json, write_text
+from tests.tools.conftest import ROOT
+
+
+@pytest.fixture
+def command(tiny, trained, tmp_path):
+    """Arguments for a trained full path and these recipes."""
+    weights = str(trained[0] / "run" / "baseline" / "model.pth")
+
+    def arguments(recipes: str, *seeds: str) -> list[str]:
+        write_text(tmp_path / "recipes.yaml", recipes)
+        config, own = tiny("run")[:2], tiny("run")[2:]
+        flags = ["--recipes", str(tmp_path / "recipes.yaml"), "--out", str(tmp_path / "out"), "--seeds", *seeds]
+        return [*config, *flags, "--", *own, "MODEL.WEIGHTS", weights]
+
+    return arguments
+
+
+def test_recipes_share_taps_and_are_not_trained_twice(command, tmp_path, capsys):
+    assert compare_recipes.main(command("plain: {}\n", "0")) == 0
+    first = tmp_path / "out" / "plain" / "seed0" / "result.json"
+    written = first.stat().st_mtime_ns
+    both = "_ALL_: {EXITS.DEPTH: 1}\nplain: {}\nthin tail: {EXITS.DEPTH: 0, LOSS.CLASSIFICATION: focal}\n"
+    assert compare_recipes.main(command(both, "0", "1")) == 0
+    rows = json.loads((tmp_path / "out" / "recipes.json").read_text())
+    assert [(row["recipe"], row["seed"]) for row in rows] == [
+        ("plain", 0),
+        ("plain", 1),
+        ("thin tail", 0),
+        ("thin tail", 1),
+    ]
+    assert first.stat().st_mtime_ns == written
+    assert len(list((tmp_path / "out" / "taps").iterdir())) == 2  # one per seed, none per recipe
+    plain, thin = rows[0], rows[2]
+    assert thin["parameters"]["exit8"] < plain["parameters"]["exit8"]
+    assert thin["mmacs"]["exit8"] < plain["mmacs"]["exit8"]
+    assert thin["settings"]["LOSS"]["CLASSIFICATION"] == "focal"
+    assert thin["settings"]["MODEL"]["WEIGHTS"] == "model.pth"  # no path of this machine
+    assert all(0 <= value <= 1 for row in rows for value in row["AP50"].values())
+    assert "| thin tail | 2 |" in capsys.readouterr().out
+
+
+def test_changed_settings_are_trained_again(command, tmp_path):
+    for depth in (1, 0):
+        assert compare_recipes.main(command(f"one: {{EXITS.DEPTH: {depth}}}\n", "0")) == 0
+    (row,) = json.loads((tmp_path / "out" / "recipes.json").read_text())
+    assert row["settings"]["EXITS"]["DEPTH"] == [0]
+
+
+def test_other_weights_of_the_same_name_are_trained_again(command, trained, tmp_path):
+    stored = []
+    for folder in ("baseline", ".", "."):
+        weights = ["MODEL.WEIGHTS", str(trained[0] / "run" / folder / "model.pth")]
+        assert compare_recipes.main([*command("one: {}\n", "0"), *weights]) == 0
+        stored.append((tmp_path / "out" / "one" / "seed0" / "result.json").stat().st_mtime_ns)
+    assert stored[0] < stored[1] == stored[2]
+
+
+def test_recipes_with_weights_of_their_own_are_known_by_them(command, trained, tmp_path):
+    other = trained[0] / "run" / "model.pth"
+    assert compare_recipes.main(command(f"one: {{}}\ntwo: {{MODEL.WEIGHTS: {other}}}\n", "0")) == 0
+    one, two = (row["settings"] for row in json.loads((tmp_path / "out" / "recipes.json").read_text()))
+    assert one["MODEL"] == two["MODEL"] and one["SHA256"]["TRAIN"] == two["SHA256"]["TRAIN"]
+    assert one["SHA256"]["WEIGHTS"] != two["SHA256"]["WEIGHTS"] == sha256(other)
+
+
+@pytest.mark.parametrize(
+    ("recipes", "message"),
+    [
+        ("good: {}\nbad: {EXITS.DEPHT: 1}\n", "recipe 'bad': unknown key EXITS.DEPHT (did you mean 'DEPTH'?)"),
+        ("own: {SEED: 1}\n", "recipe 'own': SEED is given, but every recipe is trained with each of --seeds"),
+        ("bare: {MODEL.WEIGHTS: ''}\n", "recipe 'bare' needs a trained full path: set MODEL.WEIGHTS"),
+        ("bad: 3\n", "recipe 'bad' is 3, expected keys and values"),
+        ("", "expected lines such as"),
+        ("_ALL_: {EXITS.DEPTH: 1}\n", "_ALL_ alone, which is for every recipe; add one"),
+        ("one two: {}\none_two: {}\n", "recipes 'one two' and 'one_two' would share the folder one_two"),
+        ("a: [\n", "cannot be read as recipes"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_trains(command, tmp_path, capsys, recipes, message):
+    assert compare_recipes.main(command(recipes, "0")) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_minutes_are_those_of_all_sessions(command, tmp_path):
+    """A stopped trial left its seconds behind."""
+    assert compare_recipes.main(command("plain: {}\n", "0")) == 0
+    path = tmp_path / "out" / "plain" / "seed0" / "result.json"
+    row = json.loads(path.read_text())
+    minutes = row["minutes"]
+    write_json(path, {"settings": row["settings"], "seconds": 600.0})
+    assert compare_recipes.main(command("plain: {}\n", "0")) == 0
+    again = json.loads(path.read_text())
+    assert 10 < again["minutes"] < 10 + 10 * minutes + 1
+    assert "seconds" not in again
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_of_the_project_can_be_read(path):
+    for name, keys in read_recipes(path).items():
+        overrides = [text for key, value in keys.items() for text in (key, str(value))]
+        assert load_config(ROOT / "configs" / "voc_animals.yaml", overrides), name
+
+
+def trial(recipe, seed, ap50, **more):
+    return {
+        "recipe": recipe,
+        "seed": seed,
+        "minutes": 3.0 + seed,
+        "AP50": {"exit8": ap50, "full": 0.7},
+        "mmacs": {"exit8": 250.4, "full": 600.0},
+        "parameters": {"exit8": 1_234_567},
+        **more,
+    }
+
+
+def test_seeds_of_a_recipe_are_one_row():
+    table = recipe_table([trial("thin", 0, 0.5), trial("wide", 0, 0.6), trial("thin", 1, 0.54)]).splitlines()
+    assert table[0] == "| recipe | seeds | minutes | exit8 AP50 | exit8 MMAC | exit8 M param. |"
+    assert table[2] == "| thin | 2 | 3.5 | 0.520 (0.500 to 0.540) | 250 | 1.23 |"
+    assert table[3] == "| wide | 1 | 3.0 | 0.600 | 250 | 1.23 |"
+
+
+def test_an_exit_that_a_recipe_lacks_is_a_dash():
+    other = trial("two", 0, 0.5, AP50={"exit4": 0.1}, mmacs={"exit4": 9.0}, parameters={"exit4": 10_000})
+    assert recipe_table([trial("thin", 0, 0.5), other]).splitlines()[3] == (
+        "| two | 1 | 3.0 | - | - | - | 0.100 | 9 | 0.01 |"
+    )
