@@ -279,8 +279,7 @@ def time_scoring(
     routers: Sequence[Router], signals: ExitSignals, exit_index: int, threads: int = 1, runs: int = 300
 ) -> list[Timing]:
     """Milliseconds that each router needs to score the first image of ``signals``, temperature included; in turns."""
-    first = [None if values is None else values[:1] for values in (signals.logits, signals.previous, signals.tap)]
-    seen = ExitSignals(*first, signals.empty)
+    seen = ExitSignals(signals.logits[:1], None if signals.tap is None else signals.tap[:1], signals.empty)
     modules = [_Call(lambda _, router=router: router.confidence(seen, exit_index)) for router in routers]
     return time_modules(modules, signals.logits, runs, threads)
 

@@ -12,6 +12,7 @@ from earlyexit_ssd.evaluation.verdict import judge
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ROW = re.compile(r"^\| \[[\w ]+\]\(docs/results/(?P<run>\w+)/metrics\.json\) \| (?P<figures>.+) \|$", re.M)
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"]
 THREE_EXITS = ("voc_exit6", "voc_joint")
 
 
@@ -74,6 +75,27 @@ def test_stored_results_name_no_folder_of_one_machine(path):
         assert rival["source"] is None or rival["source"] == Path(rival["source"]).name
 
 
+def anchors(page: Path) -> set[str]:
+    """What a link may name behind "#", by GitHub's rule; code blocks have no headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = (re.sub(r"\]\([^)]*\)", "]", line) for line in re.findall(r"^#+ (.+)$", text, re.M))
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings_that_are_there(page):
+    wrong = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        other = (page.parent / path).resolve() if path else page
+        if not other.exists() or (anchor and anchor not in anchors(other)):
+            wrong.append(target)
+    assert wrong == []
+
+
 def test_results_name_no_path_of_one_machine():
-    wrong = [path for path in (ROOT / "docs" / "results").rglob("*.json") if '"/' in path.read_text(encoding="utf-8")]
+    stored = [path for folder in ("docs", "benchmarks") for path in (ROOT / folder / "results").rglob("*.json")]
+    wrong = [path for path in stored if '"/' in path.read_text(encoding="utf-8")]
     assert wrong == []

@@ -9,7 +9,7 @@ from earlyexit_ssd.config.defaults_training import _C
 
 # ---- routing ----------------------------------------------------------------------------------------------
 _C.ROUTING = Node()
-# How sure an exit is, one number per image: max_foreground, ambiguous_mass, entropy, margin, emptiness, agreement,
+# How sure an exit is, one number per image: max_foreground, ambiguous_mass, entropy, margin, emptiness,
 # mean_foreground; balanced_ambiguity, foreseen_emptiness and learned_gain, which are fitted (they need a certificate).
 # In Python also one of your own (docs/routing.md).
 _C.ROUTING.POLICY = "max_foreground"

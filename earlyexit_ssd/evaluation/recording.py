@@ -68,10 +68,8 @@ class Recording:
         """What a router sees at an early exit, batch after batch."""
         for start in range(0, len(self), REPLAY_BATCH):
             rows = slice(start, start + REPLAY_BATCH)
-            compared = exit_index > 0 and not self.empty[exit_index - 1]
-            previous = _tensor(self.logits[exit_index - 1][rows]) if compared else None
             logits, tap = (_tensor(values[exit_index][rows]) for values in (self.logits, self.taps))
-            yield ExitSignals(logits, previous, tap, self.empty[exit_index])
+            yield ExitSignals(logits, tap, self.empty[exit_index])
 
     @torch.no_grad()
     def confidences(self, router: Any) -> list[Tensor]:

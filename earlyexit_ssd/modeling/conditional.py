@@ -26,30 +26,26 @@ def route(model: EarlyExitSSDLite, x: Tensor) -> tuple[Head, Tensor, Tensor]:
         path: the confidence by the same rule).
     """
     active = torch.arange(len(x), device=x.device)
-    state, previous = TrunkState(x), None
+    state = TrunkState(x)
     parts: list[tuple[Tensor, Head, int, Tensor]] = []
     for index, branch in enumerate(model.branches.values()):
         state = model.trunk.run(state, index)
         if not model.router.needs(index):
-            previous = None
             continue
         head = branch(state.x)
         logits = head["cls_logits"]
-        confidence = model.router.confidence(
-            ExitSignals(logits, previous, pool_tap(state.x), model.empty[index]), index
-        )
+        confidence = model.router.confidence(ExitSignals(logits, pool_tap(state.x), model.empty[index]), index)
         leave = model.router.leaves(confidence, index)
         if leave.all():
             parts.append((active, head, index, confidence))
             break
         if leave.any():
             parts.append((active[leave], {key: value[leave] for key, value in head.items()}, index, confidence[leave]))
-            active, state, logits = active[~leave], state.select(~leave), logits[~leave]
-        previous = None if model.empty[index] else logits
+            active, state = active[~leave], state.select(~leave)
     else:
         last = model.num_early_exits
         head = model.head(model.trunk.feature_maps(model.trunk.run(state, last)))
-        confidence = model.router.confidence(ExitSignals(head["cls_logits"], previous), last)
+        confidence = model.router.confidence(ExitSignals(head["cls_logits"]), last)
         parts.append((active, head, last, confidence))
     return _in_order(parts)
 
@@ -61,27 +57,26 @@ def route_hybrid(model: EarlyExitSSDLite, x: Tensor) -> tuple[Head, Tensor, Tens
     Args and returns as :func:`route`; the exit's index is that of the classes.
     """
     open_images = torch.arange(len(x), device=x.device)
-    state, previous = TrunkState(x), None
+    state = TrunkState(x)
     parts: list[tuple[Tensor, Head, int, Tensor]] = []
     for index, branch in enumerate(model.branches.values()):
         state = model.trunk.run(state, index)
         tap = state.x[open_images]
         if not model.router.needs(index):
-            previous = None
             continue
         if not len(open_images):
             continue
         head = branch(tap)
         logits = head["cls_logits"]
-        confidence = model.router.confidence(ExitSignals(logits, previous, pool_tap(tap), model.empty[index]), index)
+        confidence = model.router.confidence(ExitSignals(logits, pool_tap(tap), model.empty[index]), index)
         sure = model.router.leaves(confidence, index)
         parts.append((open_images[sure], {"cls_logits": logits[sure]}, index, confidence[sure]))
-        open_images, previous = open_images[~sure], None if model.empty[index] else logits[~sure]
+        open_images = open_images[~sure]
     last = model.num_early_exits
     maps = model.trunk.feature_maps(model.trunk.run(state, last))
     if len(open_images):
         logits = model.head.classification_head([feature[open_images] for feature in maps])
-        confidence = model.router.confidence(ExitSignals(logits, previous), last)
+        confidence = model.router.confidence(ExitSignals(logits), last)
         parts.append((open_images, {"cls_logits": logits}, last, confidence))
     head, exit_index, confidence = _in_order(parts)
     return {**head, "bbox_regression": model.head.regression_head(maps)}, exit_index, confidence

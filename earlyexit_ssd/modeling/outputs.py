@@ -21,13 +21,11 @@ class ExitSignals:
 
     Attributes:
         logits: raw class logits [N, A, C], background in column 0.
-        previous: those of the exit before, [N, A, C]; None at the first exit.
         tap: the exit's tap, pooled by :func:`pool_tap`, [N, 2 * channels]; None behind the full path.
         empty: the exit has no branch, so its logits say nothing.
     """
 
     logits: Tensor
-    previous: Tensor | None = None
     tap: Tensor | None = None
     empty: bool = False
 
@@ -85,9 +83,7 @@ class ExitOutputs:
 
     def signals(self, exit_index: int) -> ExitSignals:
         """What a router sees at this exit."""
-        compared = exit_index > 0 and not self.empty[exit_index - 1]
-        previous = self.heads[exit_index - 1]["cls_logits"] if compared else None
         logits = self.heads[exit_index]["cls_logits"]
         if exit_index == len(self.taps):
-            return ExitSignals(logits, previous)
-        return ExitSignals(logits, previous, self.taps[exit_index], self.empty[exit_index])
+            return ExitSignals(logits)
+        return ExitSignals(logits, self.taps[exit_index], self.empty[exit_index])

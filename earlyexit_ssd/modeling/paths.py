@@ -47,9 +47,7 @@ class PathToExit(nn.Module):
             head = branch(state.x)
             heads.append(head)
             if self.router is not None:
-                compared = len(heads) > 1 and not model.empty[index - 1]
-                previous = heads[-2]["cls_logits"] if compared else None
-                signals = ExitSignals(head["cls_logits"], previous, pool_tap(state.x), model.empty[index])
+                signals = ExitSignals(head["cls_logits"], pool_tap(state.x), model.empty[index])
                 confidences.append(self.router.confidence(signals, index))
             if index == self.exit_index:
                 if self.router is not None and self.router.hybrid:

@@ -146,4 +146,4 @@ def _shown(train: Replay, index: int, temperatures: Sequence[float], boxes: int)
     """The signals of an exit as a policy sees them that looks at so many ``boxes``."""
     for signals in train.recording.signals(index):
         seen = looked_at(signals, boxes)
-        yield ExitSignals(seen.logits / temperatures[index], None, seen.tap, seen.empty)
+        yield ExitSignals(seen.logits / temperatures[index], seen.tap, seen.empty)

@@ -9,7 +9,6 @@ A new one is a function and a name::
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -41,8 +40,7 @@ FITTED_POLICIES: dict[str, Callable[[Any], Policy]] = {}
 
 
 def register_policy(name: str, boxes: int | None = None) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Register a function under ``name``: of the logits [N, A, C], or, if it takes ``previous`` too, of the logits and
-    those of the exit before (None at the first exit).
+    """Register a function of the logits [N, A, C] under ``name``.
 
     Args:
         name: for ``ROUTING.POLICY``.
@@ -59,12 +57,11 @@ def register_policy(name: str, boxes: int | None = None) -> Callable[[Callable[.
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if name in POLICIES or name in FITTED_POLICIES:
             raise EarlyExitError(f"routing policy '{name}' is registered already; choose another name")
-        compares = "previous" in inspect.signature(function).parameters
 
         def policy(signals: ExitSignals, exit_index: int) -> Tensor:
-            return function(signals.logits, signals.previous) if compares else function(signals.logits)
+            return function(signals.logits)
 
-        policy.compares, policy.boxes = compares, boxes
+        policy.boxes = boxes
         POLICIES[name] = policy
         return function
 
@@ -154,21 +151,6 @@ def emptiness(logits: Tensor) -> Tensor:
     return 1 - Odds(logits).largest.amax(-1)
 
 
-@register_policy("agreement", FEWER_CANDIDATES)
-def agreement(logits: Tensor, previous: Tensor | None) -> Tensor:
-    """Overlap of the class probabilities with those of the exit before, over what either takes for foreground.
-
-    1 - sum_a TV_a / sum_a max(f_a, f'_a), TV the total variation distance at default box a and f the foreground
-    probability; 0 at the first exit, which has nothing to agree with.
-    """
-    if previous is None:
-        return logits.new_zeros(len(logits))
-    now, before = Odds(logits), Odds(previous)
-    distance = (now.odds / now.total[..., None] - before.odds / before.total[..., None]).abs().flatten(1).sum(-1) / 2
-    foreground = torch.maximum(now.foreground, before.foreground).sum(-1)
-    return (1 - distance / foreground.clamp(min=1e-12)).clamp(0, 1)
-
-
 def looked_at(signals: ExitSignals, boxes: int | None) -> ExitSignals:
     """The signals at the ``boxes`` default boxes whose objects' logits lead background's most at this exit (None: all).
 
@@ -179,8 +161,7 @@ def looked_at(signals: ExitSignals, boxes: int | None) -> ExitSignals:
         return signals
     lead = largest_of(signals.logits[..., 1:]) - signals.logits[..., 0]
     where = lead.topk(boxes, dim=-1, sorted=False).indices
-    previous = None if signals.previous is None else at_boxes(signals.previous, where)
-    return ExitSignals(at_boxes(signals.logits, where), previous, signals.tap, signals.empty)
+    return ExitSignals(at_boxes(signals.logits, where), signals.tap, signals.empty)
 
 
 def largest_of(values: Tensor) -> Tensor:

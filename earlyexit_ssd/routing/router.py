@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,7 +61,6 @@ class ExitRouter(nn.Module):
         self.hybrid = hybrid
         self._plain_parameters = parameters
         self._policy = get_policy(policy, parameters)
-        self.compares: bool = getattr(self._policy, "compares", False)
         self._boxes: int | None = getattr(self._policy, "boxes", None)
         self._foresees: bool = getattr(self._policy, "foresees", False)
         self.temperature_bounds = tuple(temperature_bounds)
@@ -94,17 +92,13 @@ class ExitRouter(nn.Module):
         return confidence.clamp(0.0, 1.0)
 
     def shown(self, signals: ExitSignals, exit_index: int) -> ExitSignals:
-        """What the policy sees: tempered logits of the default boxes that it looks at; those of the exit before only
-        if it compares."""
+        """What the policy sees: tempered logits of the default boxes that it looks at."""
         given = signals.logits
-        if signals.previous is not None and not self.compares:
-            signals = dataclasses.replace(signals, previous=None)
         signals = looked_at(signals, self._boxes)
-        previous = None if signals.previous is None else self.tempered(signals.previous, exit_index - 1)
         logits = self.tempered(signals.logits, exit_index)
         if logits is given:  # a policy may work in place, and detections are made of these
             logits = logits.clone()
-        return ExitSignals(logits, previous, signals.tap, signals.empty)
+        return ExitSignals(logits, signals.tap, signals.empty)
 
     def tempered(self, logits: Tensor, exit_index: int) -> Tensor:
         """Raw logits of an exit in fp32, divided by its temperature; those of the full path stay as they are."""
@@ -116,13 +110,8 @@ class ExitRouter(nn.Module):
         return logits.float() / temperature
 
     def needs(self, exit_index: int) -> bool:
-        """Whether the exit has to be scored: images may leave there, or the next exit compares itself with it."""
-        if exit_index >= self.num_exits:
-            return True
-        if float(self.thresholds[exit_index]) < CLOSED:
-            return True
-        following = exit_index + 1
-        return self.compares and following < self.num_exits and float(self.thresholds[following]) < CLOSED
+        """Whether the exit has to be scored: images may leave there."""
+        return exit_index >= self.num_exits or float(self.thresholds[exit_index]) < CLOSED
 
     def leaves(self, confidence: Tensor, exit_index: int) -> Tensor:
         """[N] bool; at the full path everything leaves."""

@@ -3,7 +3,7 @@
 A photo leaves exit k with probability s_k = sigmoid((c_k - t_k) / width), c_k its confidence, so it takes exit k with
 q_k = s_k (1 - s_1) ... (1 - s_{k-1}); the thresholds t minimise the mean of sum_k q_k (loss_k + price * cost_k). The
 soft exit follows Bolukbasi et al. 2017, "Adaptive neural networks for efficient inference", section 3; it is there to
-be compared with the search (docs/routing.md).
+be compared with the search (benchmarks/README.md).
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ from earlyexit_ssd.evaluation.choices import exit_matches
 from earlyexit_ssd.evaluation.cost import Timing
 from earlyexit_ssd.modeling.outputs import ExitSignals
 from earlyexit_ssd.pipeline.cost_model import CostModel
-from earlyexit_ssd.routing import ExitRouter
+from earlyexit_ssd.routing import ExitRouter, soft_exit
 from earlyexit_ssd.routing.search import choose
 from tools import train_net
 
@@ -220,12 +220,12 @@ class Spy:
 
 def test_one_photo_with_all_that_a_policy_may_look_at():
     spy, other = Spy(), Spy()
-    given = ExitSignals(*(torch.rand(4, 7, 3) for _ in range(2)), torch.rand(4, 6))
+    given = ExitSignals(torch.rand(4, 7, 3), torch.rand(4, 6))
     timings = time_scoring([spy, other], given, 1, runs=5)
     assert [timing.runs for timing in timings] == [5, 5] and min(timing.ms for timing in timings) > 0
     assert len(spy.asked) == len(other.asked) >= 5
     signals, exit_index = spy.asked[-1]
-    assert exit_index == 1 and signals.logits.shape == signals.previous.shape == (1, 7, 3)
+    assert exit_index == 1 and signals.logits.shape == (1, 7, 3)
     assert signals.tap.shape == (1, 6) and not signals.empty
 
 
@@ -233,7 +233,7 @@ def test_of_the_first_exit():
     spy = Spy()
     time_scoring([spy], ExitSignals(torch.rand(2, 7, 3), empty=True), 0, runs=2)
     signals, _ = spy.asked[0]
-    assert signals.previous is None and signals.tap is None and signals.empty
+    assert signals.tap is None and signals.empty
 
 
 def test_plan_is_followed_again_and_again(small_model):
@@ -428,7 +428,13 @@ def retrofitted(trained, tiny, name, *keys):
     return tiny(name, "EVAL.SCORE", "0.02", "CALIBRATION.COST", "mmacs", *keys)
 
 
-def test_empty_exits_have_the_policies_that_foresee(trained, tiny, tmp_path, capsys):
+@pytest.fixture
+def briefly(monkeypatch):
+    """Few steps where thresholds are learnt; for tests that do not look at them."""
+    monkeypatch.setattr(soft_exit, "STEPS", 5)
+
+
+def test_empty_exits_have_the_policies_that_foresee(trained, tiny, tmp_path, capsys, briefly):
     arguments = retrofitted(trained, tiny, "empty", "EXITS.EMPTY", "[8, 12]")
     assert routing_policies.main([*arguments, "--out", str(tmp_path / "routing")]) == 0
     results = json.loads((tmp_path / "routing" / "routing.json").read_text())
@@ -438,7 +444,7 @@ def test_empty_exits_have_the_policies_that_foresee(trained, tiny, tmp_path, cap
     assert "policy 'margin' looks at logits, which the empty exits of" in capsys.readouterr().err
 
 
-def test_budgets_begin_where_every_policy_may_let_photos_leave(trained, tiny, tmp_path):
+def test_budgets_begin_where_every_policy_may_let_photos_leave(trained, tiny, tmp_path, briefly):
     arguments = retrofitted(trained, tiny, "mixed", "EXITS.LAYERS", "[4, 8, 12]", "EXITS.EMPTY", "[4]")
     policies = ["--policies", "margin,foreseen_emptiness"]
     assert routing_policies.main([*arguments, "--out", str(tmp_path / "routing"), *policies]) == 0

@@ -45,7 +45,7 @@ def recording(small_model, tmp_path_factory):
 
 
 def test_holds_what_collect_gives(small_model, recording):
-    router = ExitRouter(2, policy="agreement", temperatures=(1.5, 0.7))
+    router = ExitRouter(2, policy="entropy", temperatures=(1.5, 0.7))
     live = collect(small_model, batches(2), router)
     assert recording.image_ids == live.image_ids == [10, 9, 8, 7, 6]
     for mine, theirs in zip(recording.detections, live.detections, strict=True):

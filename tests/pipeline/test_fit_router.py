@@ -28,7 +28,7 @@ class Recording:
     def signals(self, exit_index):
         for start in (0, 30):
             rows = self.taps[exit_index][start : start + (30 if start == 0 else 20)]
-            yield ExitSignals(torch.zeros(len(rows), 3, 2), None, rows, empty=True)
+            yield ExitSignals(torch.zeros(len(rows), 3, 2), rows, empty=True)
 
 
 class Replay:

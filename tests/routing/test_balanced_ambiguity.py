@@ -17,7 +17,7 @@ PROBABILITIES = torch.tensor(
 
 def confidence(weights, probabilities=PROBABILITIES, **more):
     router = ExitRouter(1, policy="balanced_ambiguity", parameters=weights, **more)
-    return router.confidence(ExitSignals(probabilities.log(), None, torch.zeros(len(probabilities), 1)), 0)
+    return router.confidence(ExitSignals(probabilities.log(), torch.zeros(len(probabilities), 1)), 0)
 
 
 def test_what_is_undecided_counts_by_the_weight_of_its_class():
@@ -26,7 +26,7 @@ def test_what_is_undecided_counts_by_the_weight_of_its_class():
 
 
 def test_equal_weights_are_ambiguous_mass():
-    signals = ExitSignals((torch.randn(5, 128, 4) * 2), None, torch.zeros(5, 1))
+    signals = ExitSignals((torch.randn(5, 128, 4) * 2), torch.zeros(5, 1))
     plain = ExitRouter(1, policy="ambiguous_mass").confidence(signals, 0)
     balanced = ExitRouter(1, policy="balanced_ambiguity", parameters=[1.0] * 3).confidence(signals, 0)
     torch.testing.assert_close(balanced, plain)

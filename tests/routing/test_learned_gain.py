@@ -57,7 +57,7 @@ def test_fits_what_the_statistics_can_say():
 def test_the_policy_says_what_the_model_says():
     """The router's shorter way to the same number: 1 / (1 + exp(gain))."""
     generator = torch.Generator().manual_seed(1)
-    signals = ExitSignals(*(torch.randn(3, 300, 5, generator=generator) for _ in range(2)), torch.randn(3, 6))
+    signals = ExitSignals(torch.randn(3, 300, 5, generator=generator), torch.randn(3, 6))
     inputs = GainModel(6).inputs(signals)
     model = fit_gain(torch.cat([inputs, inputs.flip(0) * 1.3]), torch.randn(6, generator=generator))
     policy = LearnedGain([to_plain(GainModel(6)), to_plain(model)])
@@ -79,7 +79,7 @@ def test_router_with_its_parameters_goes_through_json():
     ).to_dict()
     router = ExitRouter(**json.loads(json.dumps(settings)))
     assert list(router.parameters()) == [] or not any(p.requires_grad for p in router.parameters())
-    signals = ExitSignals(torch.randn(5, 30, 3), torch.randn(5, 30, 3), torch.rand(5, 12))
+    signals = ExitSignals(torch.randn(5, 30, 3), torch.rand(5, 12))
     expected = torch.sigmoid(-models[1](models[1].inputs(signals)))
     assert router.confidence(signals, 1).tolist() == pytest.approx(expected.tolist(), abs=1e-6)
     assert router.confidence(signals, 2).tolist() == [1.0] * 5  # nothing to gain behind the full path

@@ -14,7 +14,6 @@ from earlyexit_ssd.routing.policies import FITTED_POLICIES, below, largest_of, l
 
 # Two images, two default boxes, background and two classes; probabilities by softmax of logs.
 PROBABILITIES = torch.tensor([[[0.9, 0.05, 0.05], [0.5, 0.4, 0.1]], [[0.2, 0.7, 0.1], [0.98, 0.01, 0.01]]])
-BEFORE = torch.tensor([[[0.9, 0.05, 0.05], [0.5, 0.4, 0.1]], [[0.5, 0.4, 0.1], [0.98, 0.01, 0.01]]])
 
 
 def entropy_of(*probabilities: float) -> float:
@@ -36,34 +35,29 @@ def entropy_of(*probabilities: float) -> float:
         ("margin", [(0.85 * 0.1 + 0.1 * 0.5) / 0.6, (0.5 * 0.8 + 0.97 * 0.02) / 0.82]),
         ("ambiguous_mass", [1 / 1.4, 1.0]),  # 0.4 is undecided; 0.7 is decided, 0.01 and 0.05 are nothing
         ("emptiness", [0.6, 0.3]),
-        ("agreement", [1.0, 1 - 0.3 / (0.8 + 0.02)]),  # half of |0.2 - 0.5| + |0.7 - 0.4| is 0.3
     ],
 )
 def test_values_by_hand(name, expected):
     # 0.05 itself lies on the border of what is undecided; a hair less is not
     now = PROBABILITIES.log() + 7
     now[0, 0, 1:] -= 1e-4
-    found = get_policy(name)(ExitSignals(now, BEFORE.log() - 3), 1)
+    found = get_policy(name)(ExitSignals(now), 1)
     assert found.tolist() == pytest.approx(expected, abs=1e-4)
-
-
-def test_the_first_exit_agrees_with_nobody():
-    assert get_policy("agreement")(ExitSignals(PROBABILITIES.log()), 0).tolist() == [0.0, 0.0]
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(sorted(POLICIES)), st.integers(0, 2**31), st.floats(0.01, 50))
 def test_in_the_unit_interval_and_one_number_per_image(name, seed, scale):
     generator = torch.Generator().manual_seed(seed)
-    logits, previous = (scale * torch.randn(3, 5, 4, generator=generator) for _ in range(2))
-    confidence = POLICIES[name](ExitSignals(logits, previous), 1)
+    logits = scale * torch.randn(3, 5, 4, generator=generator)
+    confidence = POLICIES[name](ExitSignals(logits), 1)
     assert confidence.shape == (3,)
     assert ((confidence >= 0) & (confidence <= 1)).all()
-    alone = POLICIES[name](ExitSignals(logits[1:2], previous[1:2]), 1)
+    alone = POLICIES[name](ExitSignals(logits[1:2]), 1)
     assert math.isclose(confidence[1].item(), alone.item(), abs_tol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"mean_foreground", "max_foreground", "agreement"}))
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"mean_foreground", "max_foreground"}))
 def test_a_frame_of_sure_background_leaves(name):
     """All but the history's rule and "very sure" say so; margin needs no object either."""
     logits = torch.zeros(1, 50, 4)
@@ -127,11 +121,10 @@ def test_sure_background_need_not_be_looked_at():
 def test_looks_at_the_boxes_whose_objects_lead_most():
     # leads over background, box by box: -1, 3, 0, 2
     logits = torch.tensor([[[1.0, -2, 0], [0, 3, 1], [2, 2, 1], [-3, -4, -1]]])
-    signals = ExitSignals(logits, logits * 10, torch.ones(1, 6))
+    signals = ExitSignals(logits, torch.ones(1, 6))
     seen = looked_at(signals, 2)
     order = seen.logits[0, :, 1].argsort(descending=True)
     assert seen.logits[0, order].tolist() == [[0, 3, 1], [-3, -4, -1]]
-    assert seen.previous[0, order].tolist() == [[0, 30, 10], [-30, -40, -10]]
     assert seen.tap is signals.tap
     assert looked_at(signals, None) is signals and looked_at(signals, 4) is signals
     pair = looked_at(ExitSignals(torch.cat([logits, logits.flip(1)])), 2).logits.sort(1).values
@@ -163,7 +156,7 @@ def test_quick_enough(name, outputs):
         times = []
         for _ in range(5):
             start = time.perf_counter()
-            router.confidence(ExitSignals(logits, logits, tap), 1)
+            router.confidence(ExitSignals(logits, tap), 1)
             times.append((time.perf_counter() - start) / len(logits))
     finally:
         torch.set_num_threads(threads)
