@@ -91,9 +91,11 @@ def _check_classes(raws: Sequence[RawDataset], classes: Sequence[str], train: bo
                 f"{nearest(name, union_of_classes(raws))}; classes there: {listed}"
             )
     for raw in (raw for raw in raws if raw.labelled):
-        shown = {annotation.label for record in raw.records for annotation in record.annotations}
-        named = {canonical(raw.classes[label - 1]) for label in shown if 1 <= label <= len(raw.classes)}
-        absent = [name for name in classes if canonical(name) not in named]
+        shown = {(one.label, one.ignore) for record in raw.records for one in record.annotations}
+        named = {(canonical(raw.classes[label - 1]), flag) for label, flag in shown if 1 <= label <= len(raw.classes)}
+        ignored = {name for name, flag in named if flag}
+        absent = [name for name in classes if (canonical(name), False) not in named]
+        absent = [f"{name} (but some to ignore)" if canonical(name) in ignored else name for name in absent]
         if absent:
             more = f" and {len(absent) - NAMED} more" if len(absent) > NAMED else ""
             logger.warning("%s has no box of %s%s", raw.name, ", ".join(absent[:NAMED]), more)

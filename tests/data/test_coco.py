@@ -11,7 +11,7 @@ import pytest
 
 from earlyexit_ssd.data.coco import read_coco
 from earlyexit_ssd.data.problems import Problems
-from earlyexit_ssd.errors import DataError
+from earlyexit_ssd.errors import DataError, shown
 
 
 def read(root: Path, on_bad: str = "repair", name: str = "tiny"):
@@ -202,7 +202,7 @@ def test_malformed_photo_entries(make_coco, tmp_path, on_bad, entry):
 def test_photo_size_is_taken_from_the_file(make_coco, tmp_path, on_bad, width):
     make_coco(photos=({"id": 40, "file_name": "unsized.png", "width": width, "height": 40},))
     if on_bad == "refuse":
-        with pytest.raises(DataError, match=rf"images\[3\] \(unsized.png\) has width {width!r}"):
+        with pytest.raises(DataError, match=rf"images\[3\] \(unsized.png\) has width {shown(width)}"):
             read(tmp_path, on_bad)
         return
     raw, problems = read(tmp_path, on_bad)

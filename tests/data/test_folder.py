@@ -5,7 +5,8 @@ from PIL import Image
 
 from earlyexit_ssd.config import get_cfg
 from earlyexit_ssd.data import class_names, load_dataset
-from earlyexit_ssd.data.folder import find_photos, read_photo_folder
+from earlyexit_ssd.data.folder import find_files, read_photo_folder
+from earlyexit_ssd.data.images import PHOTO_SUFFIXES
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.errors import DataError
 from tests.data.conftest import write_photo
@@ -32,7 +33,9 @@ def config(root, **data):
 
 
 def test_photos_are_found_in_order_and_hidden_ones_are_not(folder):
-    assert [str(path.relative_to(folder)) for path in find_photos(folder)] == ["b.png", "deep/a.JPG"]
+    photos, others = find_files(folder, PHOTO_SUFFIXES)
+    assert [str(path.relative_to(folder)) for path in photos] == ["b.png", "deep/a.JPG"]
+    assert [path.name for path in others] == ["notes.txt"]
 
 
 def test_records_have_sizes_and_no_boxes(folder):

@@ -61,7 +61,7 @@ def test_a_folder_of_xml_files(make_voc, voc_xml, voc_object, tmp_path):
     raw = read_xml_folder("v", devkit / "Annotations", devkit / "JPEGImages", Problems())
     assert [record.path.name for record in raw.records] == ["a.jpg", "b.jpg"]
     with pytest.raises(DataError, match="no XML file in it"):
-        read_xml_folder("v", tmp_path, tmp_path, Problems())
+        read_xml_folder("v", devkit / "JPEGImages", tmp_path, Problems())
 
 
 def test_missing_split_names_those_there_are(make_voc, voc_xml):
