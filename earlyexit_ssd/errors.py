@@ -31,14 +31,17 @@ class DataError(EarlyExitError):
 
 
 def one_line(text: str) -> str:
-    """``text`` without line breaks and with what no console shows escaped; the middle is cut out where it is too long.
+    """``text`` without line breaks, with what no console shows escaped and no longer than ``LONGEST``.
 
-    A message has the file at its front and the cure at its end.
+    Where it is too long, paths lose their front and then the line its middle: a message has the file's name at its
+    front and the cure at its end.
     """
     if "\nOriginal Traceback" in text:  # from a loader's worker: the traceback, and last the message itself
         text = text.strip().splitlines()[-1].partition("Error: ")[2]
     text = re.sub(r"\s*[\r\n\t\v\f]\s*", " ", text).strip()
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if len(text) > LONGEST:
+        text = re.sub(r"\S{61,}", lambda word: f"...{word[0][-57:]}", text)
     if len(text) <= LONGEST:
         return text
     return f"{text[: LONGEST // 2 - 2]} ... {text[-(LONGEST // 2 - 2) :]}"

@@ -9,7 +9,7 @@ from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.data import catalog
 from earlyexit_ssd.data.checks import check_boxes, clip_boxes
-from earlyexit_ssd.data.classes import limit_negatives, limit_photos, select_classes, union_of_classes
+from earlyexit_ssd.data.classes import few, limit_negatives, limit_photos, select_classes, union_of_classes
 from earlyexit_ssd.data.dataset import DetectionDataset
 from earlyexit_ssd.data.disjoint import require_unique
 from earlyexit_ssd.data.photos import check_photos, drop_repeated_files
@@ -64,7 +64,7 @@ def load_dataset(
     ignored, objects = sum(flags), len(flags) - sum(flags)
     negatives = sum(not record.has_targets for record in records)
     if not objects and (train if need_boxes is None else need_boxes):
-        wanted, purpose = ", ".join(classes) or "any class", "learnt" if train else "measured"
+        wanted, purpose = few(classes) or "any class", "learnt" if train else "measured"
         fixes = ["add photos that show it", "name other DATA.CLASSES"]
         fixes += ["let the full path teach (LOSS.SUPERVISION teacher)"] if train else []
         found = f"no box of {wanted}"

@@ -60,7 +60,7 @@ def photo_paths(arguments: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """
     paths: list[Path] = []
     for argument in map(Path, arguments):
-        if not argument.is_dir():
+        if not os.path.isdir(argument):
             paths.append(argument)
             continue
         inside, others = find_files(argument, PHOTO_SUFFIXES)
