@@ -73,7 +73,7 @@ def check_shares(shares: Sequence[tuple[str, int]], total: int, source: Path, pr
             "multiply them by its width and height, since boxes are in pixels"
         )
     for message, image_id in shares:
-        problems.add("box in 0..1", message, image_id)
+        problems.add("box in shares of the photo", message, image_id)
 
 
 def check_boxes(raw: RawDataset, problems: Problems) -> RawDataset:

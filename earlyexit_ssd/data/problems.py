@@ -16,7 +16,7 @@ REPAIRS = {
     "box without area": "dropped",
     "box with NaN or infinity": "dropped",
     "malformed box": "dropped",
-    "box in 0..1": "dropped; boxes are in pixels",
+    "box in shares of the photo": "dropped; multiply it by width and height",
     "unusable flag": "taken as not set",
     "two names of one class": "joined",
     "one file under two ids": "copies dropped; all of them dropped where their objects differ",

@@ -183,11 +183,11 @@ def test_most_boxes_as_shares_are_an_error_in_every_mode_and_few_are_counted(on_
     problems = Problems(on_bad)
     check_shares([], 0, Path("a.json"), problems)
     if on_bad == "refuse":
-        with pytest.raises(DataError, match="^a.json: annotation 1: box in 0..1"):
+        with pytest.raises(DataError, match="^a.json: annotation 1: box in shares of the photo"):
             check_shares(found, 4, Path("a.json"), problems)
         return
     check_shares(found, 4, Path("a.json"), problems)
-    assert problems.counts == {"box in 0..1": 2}
+    assert problems.counts == {"box in shares of the photo": 2}
 
 
 @pytest.mark.parametrize(("size", "top", "said"), [((640, 480), 100, 1), ((640, 300), 100, 0), ((640, 480), 101, 0)])

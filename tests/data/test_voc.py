@@ -259,7 +259,7 @@ def test_boxes_as_shares(make_voc, voc_xml, voc_object):
     devkit = make_voc({"a": voc_xml(share), "b": voc_xml(pixel)})
     problems = Problems("skip")
     assert [record.path.name for record in read_voc("v", devkit, "trainval", problems).records] == ["b.jpg"]
-    assert problems.counts == {"box in 0..1": 1}
+    assert problems.counts == {"box in shares of the photo": 1}
     (devkit / "Annotations/b.xml").write_text(voc_xml(share, share))
     with pytest.raises(DataError, match="Annotations: 3 of 3 boxes lie in 0..1 and look like shares of the photo"):
         read_voc("v", devkit, "trainval", Problems())
