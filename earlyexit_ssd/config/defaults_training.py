@@ -33,6 +33,9 @@ _C.DATA.TEST = ("synthetic_chairs_test",)
 _C.DATA.CLASSES = ()
 # What to do with a record that is broken: repair (counted warning), refuse (stop, one line) or skip.
 _C.DATA.ON_BAD = "repair"
+# Take photos that an annotation file names outside its photo folder (absolute names, ../). By default they are broken
+# records.
+_C.DATA.ALLOW_OUTSIDE = False
 # Largest share of training photos without any wanted object, in [0, 1): a seeded choice of them is left out. -1 keeps
 # them as they come.
 _C.DATA.NEGATIVE_SHARE = -1.0

@@ -9,9 +9,10 @@ from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.data import catalog
 from earlyexit_ssd.data.checks import check_boxes, clip_boxes
-from earlyexit_ssd.data.classes import limit_negatives, limit_photos, select_classes, union_of_classes
+from earlyexit_ssd.data.classes import few, limit_negatives, limit_photos, select_classes, union_of_classes
 from earlyexit_ssd.data.dataset import DetectionDataset
-from earlyexit_ssd.data.photos import check_photos
+from earlyexit_ssd.data.disjoint import require_unique
+from earlyexit_ssd.data.photos import check_photos, drop_repeated_files
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import RawDataset
 from earlyexit_ssd.data.transforms import build_transforms
@@ -57,16 +58,22 @@ def load_dataset(
     if not records:
         raise DataError(f"{title}: no usable photo is left; check the folder of the photos")
     transforms = build_transforms(data.AUGMENTATION) if train else None
-    objects = sum(not annotation.ignore for record in records for annotation in record.annotations)
+    if len(names) > 1:
+        require_unique(title, records)
+    flags = [annotation.ignore for record in records for annotation in record.annotations]
+    ignored, objects = sum(flags), len(flags) - sum(flags)
     negatives = sum(not record.has_targets for record in records)
     if not objects and (train if need_boxes is None else need_boxes):
-        wanted, purpose = ", ".join(classes) or "any class", "learnt" if train else "measured"
+        wanted, purpose = few(classes) or "any class", "learnt" if train else "measured"
         fixes = ["add photos that show it", "name other DATA.CLASSES"]
         fixes += ["let the full path teach (LOSS.SUPERVISION teacher)"] if train else []
-        raise DataError(
-            f"{title}: no box of {wanted} in {len(records)} photos; nothing can be {purpose}: {', or '.join(fixes)}"
-        )
-    logger.info("%s: %d photos, %d boxes, %d photos without any", title, len(records), objects, negatives)
+        found = f"no box of {wanted}"
+        if ignored:
+            found = f"{ignored} boxes of {wanted}, all of them marked iscrowd, difficult or ignore,"
+            fixes[0] = "set these flags to 0 where the objects are ordinary ones (mask exports write iscrowd 1)"
+        raise DataError(f"{title}: {found} in {len(records)} photos; nothing can be {purpose}: {', or '.join(fixes)}")
+    also = f" and {ignored} to ignore" if ignored else ""
+    logger.info("%s: %d photos, %d boxes%s, %d photos without any", title, len(records), objects, also, negatives)
     return DetectionDataset(records, classes, transforms, train, cfg.SEED, data.ON_BAD)
 
 
@@ -88,7 +95,7 @@ def read_dataset(cfg: CfgNode, name: str) -> RawDataset:
         ConfigError, DataError: as :func:`load_dataset`.
     """
     problems = Problems(cfg.DATA.ON_BAD)
-    raw = check_boxes(catalog.load(name, cfg.DATA, problems), problems)
+    raw = drop_repeated_files(check_boxes(catalog.load(name, cfg.DATA, problems), problems), problems)
     problems.log(name)
     return raw
 

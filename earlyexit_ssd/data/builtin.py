@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -51,15 +52,15 @@ def _register_voc(year: str, split: str) -> None:
     def load(root: Path, data: CfgNode, problems: Problems) -> RawDataset:
         devkit = root / "VOCdevkit" / f"VOC{year}"
         listing = devkit / "ImageSets" / "Main" / f"{split}.txt"
-        if not listing.is_file():
+        if not os.path.isfile(listing):
             if not data.DOWNLOAD:
                 raise DataError(
-                    f"{listing}: data set {name!r} is not there (root {root.resolve()}); set DATA.ROOT or "
+                    f"{os.path.abspath(listing)}: data set {name!r} is not there; set DATA.ROOT or "
                     f"the environment variable {catalog.ROOT_VARIABLE} to the folder that holds VOCdevkit, "
                     "or set DATA.DOWNLOAD to True"
                 )
             download_voc(root, year, split)
-        return read_voc(name, devkit, split, problems)
+        return read_voc(name, devkit, split, problems, data.ALLOW_OUTSIDE)
 
     catalog.register(name, load)
 

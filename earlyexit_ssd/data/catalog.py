@@ -13,7 +13,7 @@ from earlyexit_ssd.data.folder import read_photo_folder
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import RawDataset
 from earlyexit_ssd.data.voc import read_voc, read_xml_folder
-from earlyexit_ssd.errors import ConfigError, DataError, nearest
+from earlyexit_ssd.errors import ConfigError, DataError, nearest, shown
 
 ROOT_VARIABLE = "EARLYEXIT_SSD_DATASETS"
 
@@ -39,7 +39,7 @@ def register_coco(name: str, annotations: str | os.PathLike[str], images: str | 
 
     def load(root: Path, data: CfgNode, problems: Problems) -> RawDataset:
         _require(name, root, root / annotations, root / images)
-        return read_coco(name, root / annotations, root / images, problems)
+        return read_coco(name, root / annotations, root / images, problems, data.ALLOW_OUTSIDE)
 
     register(name, load)
 
@@ -49,7 +49,7 @@ def register_voc(name: str, devkit: str | os.PathLike[str], split: str) -> None:
 
     def load(root: Path, data: CfgNode, problems: Problems) -> RawDataset:
         _require(name, root, root / devkit)
-        return read_voc(name, root / devkit, split, problems)
+        return read_voc(name, root / devkit, split, problems, data.ALLOW_OUTSIDE)
 
     register(name, load)
 
@@ -95,7 +95,7 @@ def load(name: str, data: CfgNode, problems: Problems) -> RawDataset:
     """
     root, own = dataset_root(data), _own_sets(data)
     if name in own:
-        return _load_own(name, *own[name], root, problems)
+        return _load_own(name, *own[name], root, problems, data.ALLOW_OUTSIDE)
     return get(name)(root, data, problems)
 
 
@@ -104,7 +104,9 @@ def _own_sets(data: CfgNode) -> dict[str, tuple[str, str]]:
     own: dict[str, tuple[str, str]] = {}
     for entry in data.DATASETS:
         if not (isinstance(entry, tuple | list) and len(entry) == 3 and all(isinstance(t, str) for t in entry)):
-            raise ConfigError(f"DATA.DATASETS has {entry!r}, expected triples (name, annotations, photos or split)")
+            raise ConfigError(
+                f"DATA.DATASETS has {shown(entry)}, expected triples (name, annotations, photos or split)"
+            )
         name, annotations, photos = entry
         if name in own:
             raise ConfigError(f"DATA.DATASETS has two sets named {name!r}; give each its own name")
@@ -114,25 +116,27 @@ def _own_sets(data: CfgNode) -> dict[str, tuple[str, str]]:
 
 def dataset_root(data: CfgNode) -> Path:
     """``DATA.ROOT``, else the environment variable EARLYEXIT_SSD_DATASETS, else ./datasets."""
-    return Path(data.ROOT or os.environ.get(ROOT_VARIABLE) or "datasets").expanduser()
+    return Path(os.path.expanduser(data.ROOT or os.environ.get(ROOT_VARIABLE) or "datasets"))
 
 
-def _load_own(name: str, annotations: str, photos: str, root: Path, problems: Problems) -> RawDataset:
+def _load_own(
+    name: str, annotations: str, photos: str, root: Path, problems: Problems, allow_outside: bool
+) -> RawDataset:
     if not annotations:
         _require(name, root, root / photos)
         return read_photo_folder(name, root / photos, problems)
-    if (root / annotations / "ImageSets" / "Main").is_dir():
-        return read_voc(name, root / annotations, photos, problems)
+    if os.path.isdir(root / annotations / "ImageSets" / "Main"):
+        return read_voc(name, root / annotations, photos, problems, allow_outside)
     _require(name, root, root / annotations, root / photos)
-    if (root / annotations).is_dir():
-        return read_xml_folder(name, root / annotations, root / photos, problems)
-    return read_coco(name, root / annotations, root / photos, problems)
+    if os.path.isdir(root / annotations):
+        return read_xml_folder(name, root / annotations, root / photos, problems, allow_outside)
+    return read_coco(name, root / annotations, root / photos, problems, allow_outside)
 
 
 def _require(name: str, root: Path, *paths: Path) -> None:
     for path in paths:
-        if not path.exists():
+        if not os.path.exists(path):
             raise DataError(
-                f"{path}: data set {name!r} is not there (root {root.resolve()}); set DATA.ROOT or the "
-                f"environment variable {ROOT_VARIABLE} to the folder of the data sets, or put it there"
+                f"{os.path.abspath(path)}: data set {name!r} is not there; set DATA.ROOT or the environment variable "
+                f"{ROOT_VARIABLE} to the folder of the data sets, or put it there"
             )

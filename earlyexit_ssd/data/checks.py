@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
+from earlyexit_ssd.data.classes import canonical
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import Annotation, RawDataset, Record
+from earlyexit_ssd.errors import DataError, shown
 
 # COCO files give x and width to two decimals, so that x + width can be 0.01 outside: clipped without being counted.
 # Farther outside is no rounding: of 17,700 boxes of COCO, VOC and Roboflow 57 are 0.01 outside, none is more.
@@ -18,6 +21,61 @@ SMALLEST_SIDE = 0.01
 Box = tuple[float, float, float, float]
 
 
+def flag(value: object) -> bool | None:
+    """What a flag of a file says: 1, true and yes set it, 0, false, no, Unspecified and nothing do not.
+
+    As number, boolean or text, in any case. None: it says neither.
+    """
+    text = "" if value is None else str(value).strip().lower() if isinstance(value, str | int | float) else "?"
+    if text in ("true", "yes"):
+        return True
+    if text in ("false", "no", "unspecified", ""):
+        return False
+    try:
+        return {0.0: False, 1.0: True}.get(float(text))
+    except ValueError:
+        return None
+
+
+def read_flags(flags: dict[str, object], where: str, problems: Problems, image_id: int) -> bool:
+    """Whether any of an object's flags (name -> value) is set; unusable ones are counted once an object."""
+    read = {name: flag(value) for name, value in flags.items()}
+    for name in [name for name, state in read.items() if state is None][:1]:
+        message = f"{where} has {name} {shown(flags[name])}, expected 0 or 1"
+        problems.add("unusable flag", message, image_id)
+    return any(read.values())
+
+
+def check_names(names: Iterable[str], source: Path, problems: Problems) -> None:
+    """Classes of one file that our comparison of names takes for one may be two for their author."""
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(canonical(name), name)
+        if other != name:
+            message = f"{source}: classes {shown(other)} and {shown(name)} are one but for case, blanks or VOC's words"
+            problems.add("two names of one class", message)
+
+
+def are_shares(box: Box) -> bool:
+    """Whether the four numbers that a file gives look like shares of the photo; in pixels that would be one pixel."""
+    return all(-0.05 <= value <= 1.05 for value in box)
+
+
+def check_shares(shares: Sequence[tuple[str, int]], total: int, source: Path, problems: Problems) -> None:
+    """Count the boxes of a file that look like shares of the photo (message, number of the photo).
+
+    Raises:
+        DataError: in every mode, where they are most of the file's ``total``: the file is in another unit.
+    """
+    if 2 * len(shares) > total:
+        raise DataError(
+            f"{source}: {len(shares)} of {total} boxes lie in 0..1 and look like shares of the photo; "
+            "multiply them by its width and height, since boxes are in pixels"
+        )
+    for message, image_id in shares:
+        problems.add("box in shares of the photo", message, image_id)
+
+
 def check_boxes(raw: RawDataset, problems: Problems) -> RawDataset:
     """``raw`` with boxes that are finite and of positive area, and labels in 1..K.
 
@@ -26,6 +84,7 @@ def check_boxes(raw: RawDataset, problems: Problems) -> RawDataset:
     Raises:
         DataError: in mode "refuse", one line that names file, photo, annotation and value.
     """
+    _check_unit(raw, problems)
     records = []
     for record in raw.records:
         usable = []
@@ -37,6 +96,18 @@ def check_boxes(raw: RawDataset, problems: Problems) -> RawDataset:
                 problems.add(*problem, record.image_id)
         records.append(dataclasses.replace(record, annotations=tuple(usable)))
     return dataclasses.replace(raw, records=tuple(r for r in records if problems.keeps(r.image_id)))
+
+
+def _check_unit(raw: RawDataset, problems: Problems) -> None:
+    """Boxes in percent or thousandths stay in one corner of large photos. They may be right, so nothing is refused."""
+    shown_on = [record for record in raw.records if record.annotations]
+    corners = [max(one.box[2:]) for record in shown_on for one in record.annotations]
+    for top in (100, 1000):
+        large = all(min(record.width, record.height) > 3 * top for record in shown_on)
+        if large and len(corners) > 3 and max(corners) <= top:
+            message = f"{raw.name}: all {len(corners)} boxes lie in 0..{top}, the photos are more than 3 times as large"
+            problems.note("set with small boxes only", message)
+            break
 
 
 def _problem(annotation: Annotation, record: Record, num_classes: int) -> tuple[str, str] | None:

@@ -8,12 +8,12 @@ import random
 from collections.abc import Sequence
 
 from earlyexit_ssd.data.records import RawDataset, Record
-from earlyexit_ssd.errors import DataError, nearest
+from earlyexit_ssd.errors import DataError, nearest, one_line
 
 logger = logging.getLogger(__name__)
 
 NAMED = 8
-"""Classes that a warning names at most."""
+"""Classes that a message names at most."""
 
 # VOC's names -> COCO's names of the same classes.
 ALIASES = {
@@ -91,12 +91,19 @@ def _check_classes(raws: Sequence[RawDataset], classes: Sequence[str], train: bo
                 f"{nearest(name, union_of_classes(raws))}; classes there: {listed}"
             )
     for raw in (raw for raw in raws if raw.labelled):
-        shown = {annotation.label for record in raw.records for annotation in record.annotations}
-        named = {canonical(raw.classes[label - 1]) for label in shown if 1 <= label <= len(raw.classes)}
-        absent = [name for name in classes if canonical(name) not in named]
+        shown = {(one.label, one.ignore) for record in raw.records for one in record.annotations}
+        named = {(canonical(raw.classes[label - 1]), flag) for label, flag in shown if 1 <= label <= len(raw.classes)}
+        ignored = {name for name, flag in named if flag}
+        absent = [name for name in classes if (canonical(name), False) not in named]
+        absent = [f"{name} (but some to ignore)" if canonical(name) in ignored else name for name in absent]
         if absent:
-            more = f" and {len(absent) - NAMED} more" if len(absent) > NAMED else ""
-            logger.warning("%s has no box of %s%s", raw.name, ", ".join(absent[:NAMED]), more)
+            logger.warning("%s has no box of %s", raw.name, one_line(few(absent)))
+
+
+def few(names: Sequence[str]) -> str:
+    """The first ``NAMED`` names for a message, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{', '.join(names[:NAMED])}{more}"
 
 
 def limit_negatives(records: list[Record], share: float, seed: int) -> list[Record]:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
+from earlyexit_ssd.data.checks import are_shares, check_names, check_shares, read_flags
+from earlyexit_ssd.data.folder import photo_path
 from earlyexit_ssd.data.images import read_header
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import Annotation, RawDataset, Record
-from earlyexit_ssd.errors import DataError
+from earlyexit_ssd.errors import DataError, shown
 
 _SECTIONS = ("images", "annotations", "categories")
+_FLAGS = ("iscrowd", "difficult", "ignore")
+_LARGEST_ID = 2**53  # exact in the floats that pycocotools and JSON make of numbers
 
 
-def read_coco(name: str, annotations: Path, images: Path, problems: Problems) -> RawDataset:
+def read_coco(
+    name: str, annotations: Path, images: Path, problems: Problems, allow_outside: bool = False
+) -> RawDataset:
     """Read a COCO detection file.
 
     Boxes come as x, y, width, height and leave as x1, y1, x2, y2. Labels are places in the file's
@@ -26,13 +33,15 @@ def read_coco(name: str, annotations: Path, images: Path, problems: Problems) ->
         annotations: the JSON file.
         images: folder that ``file_name`` is relative to.
         problems: takes what is wrong with single records.
+        allow_outside: take photos whose ``file_name`` leads outside the folder.
 
     Raises:
         DataError: the file is missing or not COCO JSON, or (mode "refuse") a record is broken.
     """
     tree = _load(annotations)
     classes, labels = _read_categories(tree["categories"], annotations)
-    photos = _read_photos(tree["images"], annotations, images, problems)
+    check_names((entry["name"] for entry in tree["categories"]), annotations, problems)
+    photos = _read_photos(tree["images"], annotations, images, problems, allow_outside)
     objects = _read_annotations(tree["annotations"], annotations, photos, labels, problems)
     records = tuple(
         Record(number, path, width, height, tuple(objects[number]), annotations)
@@ -43,10 +52,10 @@ def read_coco(name: str, annotations: Path, images: Path, problems: Problems) ->
 
 
 def _load(path: Path) -> dict[str, list[dict[str, Any]]]:
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: no such annotation file; correct its path in DATA.DATASETS, or DATA.ROOT")
     try:
         tree = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such annotation file; correct its path in DATA.DATASETS, or DATA.ROOT") from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}); write it anew, as COCO JSON in UTF-8") from None
     for section in _SECTIONS:
@@ -54,7 +63,7 @@ def _load(path: Path) -> dict[str, list[dict[str, Any]]]:
             raise DataError(f"{path}: no list {section!r}; a COCO detection file has {', '.join(_SECTIONS)}")
         for place, entry in enumerate(tree[section]):
             if not isinstance(entry, dict):
-                raise DataError(f"{path}: {section}[{place}] is {entry!r}, expected an object with keys")
+                raise DataError(f"{path}: {section}[{place}] is {shown(entry)}, expected an object with keys")
     return tree
 
 
@@ -62,34 +71,43 @@ def _read_categories(entries: list[dict[str, Any]], source: Path) -> tuple[tuple
     """Class names in the file's order, and the label of each category id."""
     labels: dict[Any, int] = {}
     for place, entry in enumerate(entries):
-        if _hashable(entry.get("id")) is None or not isinstance(entry.get("name"), str):
-            raise DataError(f"{source}: categories[{place}] is {entry!r}, expected an id (number or text) and a name")
+        name = entry.get("name")
+        if _hashable(entry.get("id")) is None or not isinstance(name, str) or not name.strip():
+            raise DataError(
+                f"{source}: categories[{place}] is {shown(entry)}, expected an id (number or text) and a name"
+            )
         if entry["id"] in labels:
-            raise DataError(f"{source}: categories[{place}] repeats id {entry['id']!r}; give each its own")
+            raise DataError(f"{source}: categories[{place}] repeats id {shown(entry['id'])}; give each its own")
         labels[entry["id"]] = place + 1
-    return tuple(entry["name"] for entry in entries), labels
+    return tuple(" ".join(entry["name"].split()) for entry in entries), labels
 
 
 def _read_photos(
-    entries: list[dict[str, Any]], source: Path, folder: Path, problems: Problems
+    entries: list[dict[str, Any]], source: Path, folder: Path, problems: Problems, allow_outside: bool
 ) -> dict[Any, tuple[int, Path, int, int]]:
     """The file's image id -> image id (an integer), path, width, height."""
-    keep_ids = all(isinstance(entry.get("id"), int) for entry in entries)
+    keep_ids = all(isinstance(one := entry.get("id"), int) and abs(one) < _LARGEST_ID for entry in entries)
     photos: dict[Any, tuple[int, Path, int, int]] = {}
     for place, entry in enumerate(entries):
         where = f"{source}: images[{place}]"
         photo_id, file_name = entry.get("id"), entry.get("file_name")
         if not isinstance(photo_id, int | str) or not isinstance(file_name, str):
-            problems.add("malformed photo entry", f"{where} is {entry!r}, expected an id and a file_name")
+            problems.add("malformed photo entry", f"{where} is {shown(entry)}, expected an id and a file_name")
             continue
-        path = folder / file_name
+        inside = photo_path(folder, file_name, allow_outside)
+        path = inside or folder / file_name
         if photo_id in photos:
-            problems.add("duplicate photo id", f"{where} ({file_name}) repeats id {photo_id!r}")
+            problems.add("duplicate photo id", f"{where} ({file_name}) repeats id {shown(photo_id)}")
             if photos[photo_id][1] != path:
                 problems.leave_out(photos[photo_id][0])  # whose boxes are they?
             continue
         number = photo_id if keep_ids else place + 1
-        width, height = _read_size(entry, where, path, number, problems)
+        if inside is None:
+            problems.add("photo outside the photo folder", f"{where} has file_name {shown(file_name)}", number)
+            problems.leave_out(number)
+            width = height = 1
+        else:
+            width, height = _read_size(entry, where, path, number, problems)
         photos[photo_id] = (number, path, width, height)
     return photos
 
@@ -98,7 +116,7 @@ def _read_size(entry: dict[str, Any], where: str, path: Path, number: int, probl
     width, height = _number(entry.get("width")), _number(entry.get("height"))
     if 1 <= width < math.inf and 1 <= height < math.inf:
         return int(width), int(height)
-    sides = f"width {entry.get('width')!r} and height {entry.get('height')!r}"
+    sides = f"width {shown(entry.get('width'))} and height {shown(entry.get('height'))}"
     problems.add("photo without width and height", f"{where} ({path.name}) has {sides}", number)
     try:
         return read_header(path).size
@@ -116,6 +134,8 @@ def _read_annotations(
     """Image id -> its objects."""
     objects: dict[int, list[Annotation]] = {photo[0]: [] for photo in photos.values()}
     seen: dict[Any, dict[str, Any]] = {}
+    shares: list[tuple[str, int]] = []  # message, image id
+    total = 0
     for place, entry in enumerate(entries):
         photo = photos.get(_hashable(entry.get("image_id")))
         number = photo[0] if photo else None
@@ -127,7 +147,7 @@ def _read_annotations(
             annotation_id = f"[{place}]"
         if annotation_id in seen:
             where = _where(source, entry, photo)
-            problems.add("duplicate annotation id", f"{where} repeats id {annotation_id!r}", number)
+            problems.add("duplicate annotation id", f"{where} repeats id {shown(annotation_id)}", number)
             if _content(seen[annotation_id]) == _content(entry):
                 continue
         seen[annotation_id] = entry
@@ -136,13 +156,19 @@ def _read_annotations(
             problems.add(kind, f"{_where(source, entry, photo)} has {value}", number)
             continue
         x, y, width, height = (_number(value) for value in entry["bbox"])
-        ignore = any(entry.get(flag) for flag in ("iscrowd", "difficult", "ignore"))
+        total += 1
+        if min(width, height) > 0 and are_shares((x, y, width, height)):
+            shares.append((f"{_where(source, entry, photo)} has bbox {shown(entry['bbox'])}", number))
+            continue
+        flags = {key: entry[key] for key in _FLAGS if entry.get(key)}
+        ignore = bool(flags) and read_flags(flags, _where(source, entry, photo), problems, number)
         area = None if entry.get("area") is None else _number(entry["area"])
         if area is not None and not 0 < area < math.inf:
-            problems.add("unusable area", f"{_where(source, entry, photo)} has area {entry['area']!r}", number)
+            problems.add("unusable area", f"{_where(source, entry, photo)} has area {shown(entry['area'])}", number)
             area = None
         box = (x, y, x + width, y + height)
         objects[number].append(Annotation(box, labels[entry["category_id"]], ignore, area, annotation_id))
+    check_shares(shares, total, source, problems)
     return objects
 
 
@@ -154,21 +180,21 @@ def _problem(
         if key not in entry:
             return "annotation without a needed key", f"no {key!r}"
     if photo is None:
-        return "annotation of an unknown photo", f"image_id {entry['image_id']!r}"
+        return "annotation of an unknown photo", f"image_id {shown(entry['image_id'])}"
     if _hashable(entry["category_id"]) not in labels:
         return (
             "unknown label",
-            f"category_id {entry['category_id']!r}, which is none of the file's categories",
+            f"category_id {shown(entry['category_id'])}, which is none of the file's categories",
         )
     box = entry["bbox"]
     if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
-        return "malformed box", f"bbox {box!r}, expected [x, y, width, height]"
+        return "malformed box", f"bbox {shown(box)}, expected [x, y, width, height]"
     return None
 
 
 def _where(source: Path, entry: dict[str, Any], photo: tuple[int, Path, int, int] | None) -> str:
     name = f" of photo {photo[1].name}" if photo else ""
-    return f"{source}: annotation {entry.get('id')!r}{name}"
+    return f"{source}: annotation {shown(entry.get('id'))}{name}"
 
 
 def _content(entry: dict[str, Any]) -> tuple[Any, ...]:

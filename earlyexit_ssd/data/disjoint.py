@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 from earlyexit_ssd.data.dataset import DetectionDataset
+from earlyexit_ssd.data.photos import file_identity
+from earlyexit_ssd.data.records import Record
 from earlyexit_ssd.errors import DataError
 from earlyexit_ssd.files import sha256
 
@@ -36,14 +39,27 @@ def require_disjoint(**datasets: DetectionDataset) -> None:
         raise DataError(f"{error.filename}: no readable photo ({error.strerror}); put it there") from None
 
 
+def require_unique(name: str, records: Iterable[Record]) -> None:
+    """Check that no photo file is twice among the records of the set ``name``.
+
+    Raises:
+        DataError: the first that is.
+    """
+    seen = set()
+    for record in records:
+        identity = file_identity(record.path)
+        if identity is not None and identity in seen:
+            raise DataError(
+                f"{name} has the photo {record.path} twice; name each file once, in one of the set's data sets"
+            )
+        seen.add(identity)
+
+
 def _by_size(name: str, dataset: DetectionDataset) -> dict[int, list[Path]]:
     """Size in bytes -> the photos of that size."""
-    seen: set[Path] = set()
+    require_unique(name, dataset.records)
     by_size: dict[int, list[Path]] = {}
     for record in dataset.records:
         path = record.path.resolve()
-        if path in seen:
-            raise DataError(f"{name} has the photo {path} twice; name each file once, in one of the set's data sets")
-        seen.add(path)
         by_size.setdefault(path.stat().st_size, []).append(path)
     return by_size

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from earlyexit_ssd.data.images import PHOTO_SUFFIXES, read_header
@@ -20,9 +22,9 @@ def read_photo_folder(name: str, folder: Path, problems: Problems) -> RawDataset
     Raises:
         DataError: not a folder, no photo there, or (mode "refuse") one that cannot be read.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(f"{folder}: data set {name!r} is a file, expected a folder of photos; name its folder")
-    paths = find_photos(folder)
+    paths, others = find_files(folder, PHOTO_SUFFIXES)
     if not paths:
         raise DataError(f"{folder}: data set {name!r} has no photo ({', '.join(PHOTO_SUFFIXES)}) in it or below")
     records = []
@@ -33,10 +35,46 @@ def read_photo_folder(name: str, folder: Path, problems: Problems) -> RawDataset
             problems.add("unreadable photo file", str(error), number)
             continue
         records.append(Record(number, path, width, height))
+    for path in others:
+        problems.note("file of another kind", str(path))
     return RawDataset(name, (), tuple(records), open_classes=True, labelled=False)
 
 
-def find_photos(folder: Path) -> list[Path]:
-    """Paths of the photos in and below ``folder``, sorted; hidden files and folders are left out."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file())
-    return sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(folder).parts))
+def find_files(folder: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """Files of ``suffixes`` (in any case) in and below ``folder``, and all others, sorted; hidden ones are left out.
+
+    Folders that are symbolic links are looked into, each once.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+    found: tuple[list[Path], list[Path]] = [], []
+    for path in _files(folder):
+        found[not (path.suffix.lower() in suffixes and os.path.isfile(path))].append(path)
+    return sorted(found[0]), sorted(found[1])
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); make the folder readable") from None
+
+    seen: set[str] = set()
+    for here, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        place = os.path.realpath(here)
+        folders[:] = [] if place in seen else [name for name in folders if name[0] != "."]
+        if place not in seen:
+            yield from (Path(here, name) for name in files if name[0] != ".")
+        seen.add(place)
+
+
+def photo_path(folder: Path, name: str, allow_outside: bool) -> Path | None:
+    """The path that an annotation file's ``name`` of a photo stands for; None where that is outside ``folder``.
+
+    A symbolic link inside the folder was put there on purpose, and may lead anywhere.
+    """
+    name = os.path.normpath(name)
+    if os.path.isabs(name):
+        outside = not Path(name).is_relative_to(os.path.abspath(folder))
+    else:
+        outside = name.split(os.sep)[0] == os.pardir
+    return None if outside and not allow_outside else folder / name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -43,8 +43,11 @@ _PECULIAR_MODES = {
 Size = tuple[int, int]
 PathLike = str | os.PathLike[str]
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-"""Of photos that are looked for by name."""
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif")
+"""Of photos that are looked for by name, in any case."""
+
+LARGEST_PHOTO = 89_478_485
+"""Pixels; Pillow's own mark. A file of half a megabyte can hold more than the memory does."""
 
 
 class PhotoHeader(NamedTuple):
@@ -71,13 +74,15 @@ def read_image(path: PathLike, annotated_size: Size | None = None) -> np.ndarray
         annotated_size: (width, height) of the picture in its annotations, if there are any.
 
     Raises:
-        DataError: the file is missing, no image, or truncated.
+        DataError: the file is missing, no image, truncated, or of more than ``LARGEST_PHOTO`` pixels.
     """
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             turn = _turn(image, annotated_size)
             rgb = _to_rgb(image)
             return np.array(rgb if turn is None else rgb.transpose(turn))
+    except DataError:
+        raise
     except Exception as error:  # Pillow's decoders raise a dozen types on broken files
         raise _unreadable(path, error) from None
 
@@ -100,10 +105,10 @@ def read_header(path: PathLike, annotated_size: Size | None = None) -> PhotoHead
     decoding.
 
     Raises:
-        DataError: the file is missing, no image, or truncated.
+        DataError: as :func:`read_image`.
     """
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             size = _upright(image.size, _turn(image, annotated_size))
             header = PhotoHeader(size, _peculiarities(image))
             kind = image.format
@@ -116,6 +121,23 @@ def read_header(path: PathLike, annotated_size: Size | None = None) -> PhotoHead
     except Exception as error:  # as above
         raise _unreadable(path, error) from None
     return header
+
+
+def _open(path: PathLike) -> Image.Image:
+    """A regular file, since a pipe or a device may have no end, of a size that memory holds."""
+    if not os.path.isfile(path):
+        there = os.path.exists(path)
+        raise DataError(
+            f"{path}: {'no file but a folder, pipe or device, expected a photo' if there else 'no such photo'}"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = Image.open(path)
+    if image.width * image.height > LARGEST_PHOTO:
+        image.close()
+        sizes = f"{image.width} x {image.height} pixels, expected {LARGEST_PHOTO:,} in all at most"
+        raise DataError(f"{path}: photo of {sizes}; save it smaller")
+    return image
 
 
 def _peculiarities(image: Image.Image) -> dict[str, str]:
@@ -169,6 +191,4 @@ def _ends_with(path: PathLike, marker: bytes) -> bool:
 
 
 def _unreadable(path: PathLike, error: Exception) -> DataError:
-    if not Path(path).is_file():
-        return DataError(f"{path}: no such photo")
     return DataError(f"{path}: not a readable photo ({' '.join(str(error).split()) or type(error).__name__})")

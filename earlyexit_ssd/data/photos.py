@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path
 
 from earlyexit_ssd.data.checks import describe
 from earlyexit_ssd.data.images import read_header
 from earlyexit_ssd.data.problems import Problems
-from earlyexit_ssd.data.records import Annotation, Record
+from earlyexit_ssd.data.records import Annotation, RawDataset, Record
 from earlyexit_ssd.errors import DataError
 from earlyexit_ssd.progress import progress
 
@@ -29,12 +31,49 @@ def check_photos(records: Sequence[Record], problems: Problems) -> list[Record]:
     return [record for record in checked if record is not None and problems.keeps(record.image_id)]
 
 
+def file_identity(path: Path) -> Hashable:
+    """Equal for names of one file, links too; None where there is no such file."""
+    try:
+        there = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return (there.st_dev, there.st_ino) if there.st_ino else os.path.realpath(path)
+
+
+def drop_repeated_files(raw: RawDataset, problems: Problems) -> RawDataset:
+    """The data set with each photo file once.
+
+    Where two entries name one file and give the same objects, one of them stays; where they give others, as an export
+    that merges the frames of two videos, neither does: nobody knows whose objects the file shows.
+
+    Raises:
+        DataError: in mode "refuse".
+    """
+    first: dict[Hashable, Record] = {}
+    for record in raw.records:
+        identity = file_identity(record.path)
+        other = record if identity is None else first.setdefault(identity, record)
+        if other is record:
+            continue
+        problems.add(
+            "one file under two ids", f"{describe(record)} is the file of id {other.image_id}", record.image_id
+        )
+        problems.leave_out(record.image_id)
+        if _objects(record) != _objects(other):
+            problems.leave_out(other.image_id)
+    return dataclasses.replace(raw, records=tuple(r for r in raw.records if problems.keeps(r.image_id)))
+
+
+def _objects(record: Record) -> list[tuple]:
+    return sorted((one.box, one.label, one.ignore) for one in record.annotations)
+
+
 def _check(record: Record, problems: Problems) -> Record | None:
     size = (record.width, record.height)
     try:
         actual, peculiarities = read_header(record.path, size)
     except DataError as error:
-        kind = "unreadable photo file" if record.path.is_file() else "missing photo file"
+        kind = "unreadable photo file" if os.path.exists(record.path) else "missing photo file"
         problems.add(kind, f"{describe(record)}: {error}", record.image_id)
         return None
     for kind, value in peculiarities.items():

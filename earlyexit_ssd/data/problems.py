@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from earlyexit_ssd.errors import DataError
+from earlyexit_ssd.errors import DataError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -16,6 +16,13 @@ REPAIRS = {
     "box without area": "dropped",
     "box with NaN or infinity": "dropped",
     "malformed box": "dropped",
+    "box in shares of the photo": "dropped; multiply it by width and height",
+    "unusable flag": "taken as not set",
+    "two names of one class": "joined",
+    "one file under two ids": "copies dropped; all of them dropped where their objects differ",
+    "photo outside the photo folder": "photo dropped; DATA.ALLOW_OUTSIDE True takes it",
+    "two photos of one name": "photo dropped, since nobody knows whose boxes these are",
+    "photo of another name than its annotations": "the one taken that <filename> names",
     "unknown label": "box dropped",
     "annotation without a needed key": "dropped",
     "annotation of an unknown photo": "dropped",
@@ -37,6 +44,14 @@ REPAIRS = {
     "CMYK photo": "read as RGB",
     "photo of other colours": "read as RGB",
     "EXIF-rotated photo": "turned as its annotated size says",
+}
+
+
+# What is said of a data set and is no fault in a record, so that it is never refused.
+NOTES = {
+    "photo without annotations": "left out",
+    "file of another kind": "left out",
+    "set with small boxes only": "taken as pixels; are they percent or thousandths of the photo?",
 }
 
 
@@ -65,11 +80,15 @@ class Problems:
         """
         if self.on_bad == "refuse":
             raise DataError(f"{message}: {kind}; correct it, or set DATA.ON_BAD to repair or skip")
-        self.counts[kind] = self.counts.get(kind, 0) + 1
-        self.examples.setdefault(kind, message)
+        self.note(kind, message)
         if self.on_bad == "skip" and image_id is not None:
             self._left_out.add(image_id)
             self._skips[kind] = self._skips.get(kind, 0) + 1
+
+    def note(self, kind: str, message: str) -> None:
+        """Count what is no fault of a record, in any mode: a kind of ``NOTES``."""
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        self.examples.setdefault(kind, message)
 
     def leave_out(self, image_id: int) -> None:
         """Drop this photo whatever the mode is: it cannot be repaired."""
@@ -82,11 +101,14 @@ class Problems:
     def log(self, name: str) -> None:
         """One warning per kind: how many, what was done, and the first of them. Forgets the counts."""
         for kind, count in self.counts.items():
-            logger.warning("%s: %d x %s (%s); the first: %s", name, count, kind, self._done(kind), self.examples[kind])
+            first = one_line(self.examples[kind])
+            logger.warning("%s: %d x %s (%s); the first: %s", name, count, kind, self._done(kind), first)
         for notes in (self.counts, self.examples, self._skips):
             notes.clear()
 
     def _done(self, kind: str) -> str:
+        if kind in NOTES:
+            return NOTES[kind]
         skips = self._skips.get(kind, 0)
         if not skips:
             return REPAIRS[kind]

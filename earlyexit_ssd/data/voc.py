@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import posixpath
+import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path, PureWindowsPath
 
+from earlyexit_ssd.data.checks import are_shares, check_names, check_shares, read_flags
 from earlyexit_ssd.data.classes import ALIASES
+from earlyexit_ssd.data.folder import find_files, photo_path
 from earlyexit_ssd.data.images import PHOTO_SUFFIXES, read_header
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import Annotation, RawDataset, Record
-from earlyexit_ssd.errors import DataError
+from earlyexit_ssd.errors import DataError, shown
 
 # VOC's twenty classes under COCO's names, in VOC's (alphabetical) order.
 VOC_CLASSES = tuple(
@@ -20,73 +26,144 @@ VOC_CLASSES = tuple(
         "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
     )
 )  # fmt: skip
-_PHOTO_SUFFIXES = (*PHOTO_SUFFIXES, *(suffix.upper() for suffix in PHOTO_SUFFIXES))
+_XML = (".xml",)
+_COLUMN = re.compile(r"[ \t]+(-1|0|1)$")
 
 # (box, class name, difficult, number in the file)
 _Object = tuple[tuple[float, float, float, float], str, bool, int]
 
 
-def read_voc(name: str, devkit: Path, split: str, problems: Problems) -> RawDataset:
+def read_voc(name: str, devkit: Path, split: str, problems: Problems, allow_outside: bool = False) -> RawDataset:
     """Read the photos that ``<devkit>/ImageSets/Main/<split>.txt`` lists; ``devkit`` is like VOC2012.
 
     Names are COCO's where the two differ. ``difficult`` becomes ``Annotation.ignore``. Photos are numbered by
     their line. A box of pixels xmin..xmax, counted from 1 and both inside, covers [xmin - 1, xmax].
 
+    Args:
+        problems: takes what is wrong with single records.
+        allow_outside: take names that lead outside the folders of the devkit.
+
     Raises:
         DataError: no such devkit or split, or (mode "refuse") a broken record.
     """
-    listing = devkit / "ImageSets" / "Main" / f"{split}.txt"
-    try:
-        lines = listing.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
+    listing, folder = devkit / "ImageSets" / "Main" / f"{split}.txt", devkit / "Annotations"
+    if not os.path.isfile(listing):
         splits = ", ".join(sorted(path.stem for path in listing.parent.glob("*.txt"))) or "no split at all"
-        raise DataError(f"{listing}: no such list of photos; {listing.parent} has {splits}") from None
-    # per-class lists carry a -1, 0 or 1 behind the name
-    stems = [line.split()[0] for line in lines if line.strip()]
-    return _read(name, devkit / "Annotations", devkit / "JPEGImages", stems, problems, VOC_CLASSES)
+        raise DataError(f"{listing}: no such list of photos; {listing.parent} has {splits}")
+    try:
+        lines = listing.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{listing}: cannot be read as a list of photos ({error}); write it in UTF-8") from None
+    look_up = _look_up(_XML)
+    sources = []
+    for number, stem in enumerate(_stems(lines, lambda stem: bool(look_up(folder / stem))), start=1):
+        source = photo_path(folder, f"{stem}.xml", allow_outside)
+        if source is None:
+            problems.add("photo outside the photo folder", f"{listing}: line {number} is {shown(stem)}", number)
+            continue
+        sources.append((number, stem, (look_up(folder / stem) or [source])[0]))
+    return _read(name, folder, devkit / "JPEGImages", sources, problems, allow_outside, VOC_CLASSES)
 
 
-def read_xml_folder(name: str, annotations: Path, images: Path, problems: Problems) -> RawDataset:
-    """Read every VOC XML file of a folder, the photos lying in another (as labelling tools write them).
+def read_xml_folder(
+    name: str, annotations: Path, images: Path, problems: Problems, allow_outside: bool = False
+) -> RawDataset:
+    """Read every VOC XML file in and below a folder, the photos lying in another (as labelling tools write them).
 
     The classes are those that occur, sorted.
+
+    Args:
+        problems, allow_outside: as of :func:`read_voc`.
 
     Raises:
         DataError: as :func:`read_voc`.
     """
-    stems = sorted(path.stem for path in annotations.glob("*.xml"))
-    if not stems:
+    found, others = find_files(annotations, _XML)
+    if not found:
         raise DataError(f"{annotations}: no XML file in it, expected one VOC annotation file a photo")
-    return _read(name, annotations, images, stems, problems)
+    stems = sorted((path.relative_to(annotations).with_suffix("").as_posix(), path) for path in found)
+    sources = [(number, stem, path) for number, (stem, path) in enumerate(stems, start=1)]
+    raw = _read(name, annotations, images, sources, problems, allow_outside)
+    photos, others_there = find_files(images, PHOTO_SUFFIXES)
+    used, named = {record.path for record in raw.records}, {stem for _, stem, _ in sources}
+    for path in photos:
+        if path not in used and path.relative_to(images).with_suffix("").as_posix() not in named:
+            problems.note("photo without annotations", str(path))
+    for path in sorted({*others, *others_there} - {*photos, *found}):
+        problems.note("file of another kind", str(path))
+    return raw
+
+
+def _stems(lines: Iterable[str], exists: Callable[[str], bool]) -> list[str]:
+    """The names in a list of photos, once for each line.
+
+    A name may hold blanks, and quotes may stand around it. Per-class lists carry a -1, 0 or 1 behind it; so that
+    "cup 1" is one or the other, the list is such a one where a line is no name as a whole and is one without its last
+    column.
+    """
+    whole = [line for line in (line.strip(" \t\r") for line in lines) if line]
+    pairs = [(_unquoted(line), _unquoted(_COLUMN.sub("", line))) for line in whole]
+    columns = any(full != cut and exists(cut) and not exists(full) for full, cut in pairs)
+    return [cut if full != cut and columns and (exists(cut) or not exists(full)) else full for full, cut in pairs]
+
+
+def _unquoted(name: str) -> str:
+    return name[1:-1] if len(name) > 2 and name[0] == name[-1] and name[0] in "\"'" else name
+
+
+def _look_up(suffixes: Sequence[str]) -> Callable[[Path], list[Path]]:
+    """A function from a path without suffix to the files of that name; each folder is listed once."""
+
+    @functools.cache
+    def listing(folder: Path) -> dict[str, list[Path]]:
+        files: dict[str, list[Path]] = {}
+        try:
+            paths = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_file())
+        except (OSError, ValueError):
+            return files
+        for path in paths:
+            if path.suffix.lower() in suffixes:
+                files.setdefault(path.stem, []).append(path)
+        return files
+
+    return lambda path: listing(path.parent).get(path.name, [])
 
 
 def _read(
     name: str,
     annotations: Path,
     images: Path,
-    stems: Sequence[str],
+    sources: Sequence[tuple[int, str, Path]],
     problems: Problems,
+    allow_outside: bool,
     benchmark: tuple[str, ...] = (),
 ) -> RawDataset:
+    """``sources``: number, name without suffix below ``annotations``, XML file."""
     found: list[tuple[Record, list[_Object]]] = []
-    seen: set[str] = set()
-    for number, stem in enumerate(stems, start=1):
-        source = annotations / f"{stem}.xml"
-        if stem in seen:
+    shares: list[tuple[str, int]] = []  # message, number
+    seen: set[Path] = set()
+    photos = _look_up(PHOTO_SUFFIXES)
+    for number, stem, source in sources:
+        if source in seen:
             problems.add("duplicate photo id", f"{source}: listed twice")
             continue
-        seen.add(stem)
+        seen.add(source)
         try:
+            if not os.path.isfile(source):
+                raise FileNotFoundError("no such file")
             tree = ElementTree.parse(source).getroot()
         except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:  # the last two: the encoding
             problems.add("unreadable annotation file", f"{source}: {error}", number)
             continue
-        path = _find_photo(images, stem, tree)
+        path = _find_photo(images, stem, tree, source, number, photos, problems, allow_outside)
         width, height = _read_size(tree, source, path, number, problems)
-        objects = _read_objects(tree, source, number, problems)
-        if problems.keeps(number):
-            found.append((Record(number, path, width, height, source=source), objects))
-    classes = _class_names((name for _, objects in found for _, name, _, _ in objects), benchmark)
+        found.append((Record(number, path, width, height, source=source), []))
+        found[-1][1].extend(_read_objects(tree, source, number, problems, shares))
+    check_shares(shares, len(shares) + sum(len(objects) for _, objects in found), annotations, problems)
+    found = [(record, objects) for record, objects in found if problems.keeps(record.image_id)]
+    names = sorted({name for _, objects in found for _, name, _, _ in objects})
+    check_names(names, annotations, problems)
+    classes = _class_names((ALIASES.get(name, name) for name in names), benchmark)
     records = tuple(_labelled(record, objects, classes) for record, objects in found)
     return RawDataset(name, classes, records, open_classes=True)
 
@@ -99,17 +176,46 @@ def _class_names(names: Iterable[str], benchmark: tuple[str, ...]) -> tuple[str,
 
 def _labelled(record: Record, objects: list[_Object], classes: tuple[str, ...]) -> Record:
     annotations = tuple(
-        Annotation(box, classes.index(name) + 1, difficult, None, number) for box, name, difficult, number in objects
+        Annotation(box, classes.index(ALIASES.get(name, name)) + 1, difficult, None, number)
+        for box, name, difficult, number in objects
     )
     return Record(record.image_id, record.path, record.width, record.height, annotations, record.source)
 
 
-def _find_photo(images: Path, stem: str, tree: ElementTree.Element) -> Path:
-    """The photo with the annotation's name, else the one that the annotation names."""
-    for suffix in _PHOTO_SUFFIXES:
-        if (images / f"{stem}{suffix}").is_file():
-            return images / f"{stem}{suffix}"
-    return images / (tree.findtext("filename") or f"{stem}.jpg")
+def _find_photo(
+    images: Path,
+    stem: str,
+    tree: ElementTree.Element,
+    source: Path,
+    number: int,
+    look_up: Callable[[Path], list[Path]],
+    problems: Problems,
+    allow_outside: bool,
+) -> Path:
+    """The photo that the annotation names, else the one with the annotation's own name.
+
+    The photo is looked for in the folder that answers to the annotation's, then in ``images`` itself. Many tools write
+    the path of another machine; its last part is taken then.
+    """
+    named, parent = (tree.findtext("filename") or "").strip(), posixpath.dirname(stem)
+    last = PureWindowsPath(named).name
+    names = dict.fromkeys((posixpath.join(parent, named), named, posixpath.join(parent, last), last)) if named else {}
+    paths = [photo_path(images, name, allow_outside) for name in names]
+    stated = next((path for path in paths if path is not None and os.path.isfile(path)), None)
+    own = look_up(images / stem) or look_up(images / posixpath.basename(stem))
+    if stated is not None:
+        if own and stated not in own:
+            message = f"{source}: <filename> says {shown(named)}, beside it is {own[0].name}"
+            problems.add("photo of another name than its annotations", message, number)
+        return stated
+    if len(own) > 1:
+        message = f"{source}: {' and '.join(path.name for path in own)} fit, <filename> says {shown(named)}"
+        problems.add("two photos of one name", message, number)
+        problems.leave_out(number)
+    elif named and not own and photo_path(images, named, allow_outside) is None:
+        problems.add("photo outside the photo folder", f"{source}: <filename> is {shown(named)}", number)
+        problems.leave_out(number)
+    return own[0] if own else images / (last or f"{stem}.jpg")
 
 
 def _read_size(tree: ElementTree.Element, source: Path, path: Path, number: int, problems: Problems) -> tuple[int, int]:
@@ -120,17 +226,20 @@ def _read_size(tree: ElementTree.Element, source: Path, path: Path, number: int,
             return width, height
     except (TypeError, ValueError, OverflowError):
         pass
-    problems.add("photo without width and height", f"{source}: width and height are {texts}", number)
+    problems.add("photo without width and height", f"{source}: width and height are {shown(texts)}", number)
     try:
         return read_header(path).size
     except DataError:
         return 1, 1  # the check of the files reports it
 
 
-def _read_objects(tree: ElementTree.Element, source: Path, photo_number: int, problems: Problems) -> list[_Object]:
+def _read_objects(
+    tree: ElementTree.Element, source: Path, photo_number: int, problems: Problems, shares: list[tuple[str, int]]
+) -> list[_Object]:
     objects: list[_Object] = []
     for number, element in enumerate(tree.findall("object"), start=1):
-        name = (element.findtext("name") or "").strip()
+        name = " ".join((element.findtext("name") or "").split())
+        where = f"{source}: object {number} ({name})"
         if not name:
             message = f"{source}: object {number} has no name"
             problems.add("annotation without a needed key", message, photo_number)
@@ -139,9 +248,12 @@ def _read_objects(tree: ElementTree.Element, source: Path, photo_number: int, pr
         try:
             xmin, ymin, xmax, ymax = (float(text) for text in texts)
         except (TypeError, ValueError):
-            message = f"{source}: object {number} ({name}) has xmin, ymin, xmax, ymax = {texts}"
+            message = f"{where} has xmin, ymin, xmax, ymax = {shown(texts)}"
             problems.add("malformed box", message, photo_number)
             continue
-        difficult = (element.findtext("difficult") or "0").strip() not in ("0", "")
-        objects.append(((xmin - 1, ymin - 1, xmax, ymax), ALIASES.get(name, name), difficult, number))
+        if xmax > xmin and ymax > ymin and are_shares((xmin, ymin, xmax, ymax)):
+            shares.append((f"{where} has xmin, ymin, xmax, ymax = {shown(texts)}", photo_number))
+            continue
+        difficult = read_flags({"difficult": element.findtext("difficult")}, where, problems, photo_number)
+        objects.append(((xmin - 1, ymin - 1, xmax, ymax), name, difficult, number))
     return objects

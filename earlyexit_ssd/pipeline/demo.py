@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -12,11 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from earlyexit_ssd.data.folder import find_photos
-from earlyexit_ssd.data.images import as_tensor, read_image
+from earlyexit_ssd.data.folder import find_files
+from earlyexit_ssd.data.images import PHOTO_SUFFIXES, as_tensor, read_image
 from earlyexit_ssd.errors import DataError, EarlyExitError
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.report.pictures import Example, detection_grid
+
+logger = logging.getLogger(__name__)
 
 ONE_TILE, MANY_TILES = 640, 320
 """Width of a photo in the picture, pixels, alone and beside others."""
@@ -50,15 +53,21 @@ def require_score(score: float) -> None:
 def photo_paths(arguments: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """Files as they are, and for a folder the photos in and below it, as training on it would take them.
 
+    A warning counts what else is there.
+
     Raises:
         DataError: a folder without a picture.
     """
     paths: list[Path] = []
     for argument in map(Path, arguments):
-        if not argument.is_dir():
+        if not os.path.isdir(argument):
             paths.append(argument)
             continue
-        inside = find_photos(argument)
+        inside, others = find_files(argument, PHOTO_SUFFIXES)
+        if others:
+            logger.warning(
+                "%s: %d files left out, which are no photos; the first: %s", argument, len(others), others[0]
+            )
         if not inside:
             raise DataError(f"{argument}: no picture in this folder; name photos, or a folder that holds some")
         paths += inside

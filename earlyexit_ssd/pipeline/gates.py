@@ -66,7 +66,8 @@ class GateFailed(EarlyExitError):
 
     def __init__(self, gate: Gate) -> None:
         advice = "".join(f"\n  try: {line}" for line in gate.advice)
-        super().__init__(f"{gate}{advice}\n  or go on with --force, which every later report will say")
+        # no bad input: several lines, for people to read
+        ValueError.__init__(self, f"{gate}{advice}\n  or go on with --force, which every later report will say")
         self.gate = gate
 
 

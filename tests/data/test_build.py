@@ -182,3 +182,38 @@ def test_shared_sets(make_coco, shared_root, name, photos, chair_photos, chairs)
     image, target = dataset[counts.index(max(counts))]
     assert image.shape[1:] == (dataset.records[counts.index(max(counts))].height, image.shape[2])
     assert len(target["boxes"]) == max(counts)
+
+
+def test_boxes_to_ignore_are_not_passed_over_in_silence(make_coco, caplog):
+    box = {"image_id": 10, "category_id": 62, "bbox": [5, 5, 10, 10]}
+    cfg = make_coco(annotations=[{"id": 1, "iscrowd": 1, **box}, {"id": 2, "difficult": "yes", **box}])
+    cfg.DATA.CLASSES = ("chair",)
+    said = "tiny: 2 boxes of chair, all of them marked iscrowd, difficult or ignore, in 3 photos; nothing can be learnt"
+    with pytest.raises(DataError, match=said):
+        load_dataset(cfg, "tiny", train=True)
+    with caplog.at_level(logging.INFO):
+        load_dataset(cfg, "tiny")
+    assert "tiny has no box of chair (but some to ignore)" in caplog.messages
+    assert "tiny: 3 photos, 0 boxes and 2 to ignore, 3 photos without any" in caplog.messages
+
+
+def test_a_file_that_is_named_twice_is_counted(make_coco, caplog):
+    """As an export writes the frames of two videos: boxes of one would be misses in the other."""
+    cfg = make_coco(photos=({"id": 40, "file_name": "tiny10.png", "width": 60, "height": 40},))
+    assert [record.image_id for record in load_dataset(cfg, "tiny").records] == [20, 30]
+    assert "1 x one file under two ids" in caplog.text
+    cfg.DATA.ON_BAD = "refuse"
+    with pytest.raises(DataError, match="photo tiny10.png .id 40. is the file of id 10: one file under two ids"):
+        load_dataset(cfg, "tiny")
+
+
+def test_the_key_that_allows_photos_outside(make_coco, tmp_path):
+    cfg = make_coco()
+    cfg.DATA.DATASETS = (("tiny", "tiny.json", "empty"),)
+    (tmp_path / "empty").mkdir()
+    text = (tmp_path / "tiny.json").read_text()
+    (tmp_path / "tiny.json").write_text(text.replace('"tiny', f'"{tmp_path}/tiny/tiny'))
+    with pytest.raises(DataError, match="no usable photo is left"):
+        load_dataset(cfg, "tiny")
+    cfg.DATA.ALLOW_OUTSIDE = True
+    assert len(load_dataset(cfg, "tiny")) == 3

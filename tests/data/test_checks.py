@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from earlyexit_ssd.data.checks import check_boxes, clip, clip_boxes, has_area
+from earlyexit_ssd.data.checks import (
+    check_boxes,
+    check_names,
+    check_shares,
+    clip,
+    clip_boxes,
+    flag,
+    has_area,
+    read_flags,
+)
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import Annotation, RawDataset, Record
 from earlyexit_ssd.errors import DataError
@@ -140,3 +149,71 @@ def test_whatever_comes_in_only_usable_boxes_come_out(boxes, width, height):
         assert 0 <= y1 < y2 <= height
         assert has_area(annotation.box)
         assert clip(annotation.box, width, height) == annotation.box
+
+
+@pytest.mark.parametrize(
+    ("values", "meaning"),
+    [
+        ((1, 1.0, True, "1", "1.0", " true ", "TRUE", "Yes"), True),
+        ((0, 0.0, False, None, "", " ", "0", "0.0", "false", "False", "NO", "Unspecified"), False),
+        ((2, -1, 0.5, math.nan, "maybe", "2", "nan", 10**400, [1], {"a": 1}), None),
+    ],
+)
+def test_flags_by_what_they_say(values, meaning):
+    assert [flag(value) for value in values] == [meaning] * len(values)
+
+
+def test_an_unusable_flag_is_counted_once_an_object(on_bad):
+    problems = Problems(on_bad)
+    flags = {"iscrowd": "perhaps", "ignore": [0], "difficult": "no"}
+    if on_bad == "refuse":
+        with pytest.raises(DataError, match="^a.json: annotation 3 has iscrowd 'perhaps', expected 0 or 1: unusable"):
+            read_flags(flags, "a.json: annotation 3", problems, 1)
+        return
+    assert not read_flags(flags, "a.json: annotation 3", problems, 1)
+    assert problems.counts == {"unusable flag": 1}
+    assert problems.keeps(1) == (on_bad == "repair")
+    assert read_flags({"iscrowd": "1", "ignore": "perhaps"}, "a.json: annotation 4", problems, 2)
+
+
+def test_most_boxes_as_shares_are_an_error_in_every_mode_and_few_are_counted(on_bad):
+    found = [("a.json: annotation 1", 7), ("a.json: annotation 2", 8)]
+    with pytest.raises(DataError, match=r"^a.json: 2 of 3 boxes lie in 0..1 .*multiply them by its width and height"):
+        check_shares(found, 3, Path("a.json"), Problems(on_bad))
+    problems = Problems(on_bad)
+    check_shares([], 0, Path("a.json"), problems)
+    if on_bad == "refuse":
+        with pytest.raises(DataError, match="^a.json: annotation 1: box in shares of the photo"):
+            check_shares(found, 4, Path("a.json"), problems)
+        return
+    check_shares(found, 4, Path("a.json"), problems)
+    assert problems.counts == {"box in shares of the photo": 2}
+
+
+@pytest.mark.parametrize(("size", "top", "said"), [((640, 480), 100, 1), ((640, 300), 100, 0), ((640, 480), 101, 0)])
+def test_a_set_in_percent_is_noted(size, top, said):
+    """It may be right, so it is not refused: all boxes in a corner of photos more than three times as large."""
+    records = [Record(i, Path("a.jpg"), *size, (Annotation((1, 1, 9, top), 1),)) for i in range(4)]
+    problems = Problems("refuse")
+    check_boxes(RawDataset("set", ("chair",), tuple(records)), problems)
+    assert problems.counts == ({"set with small boxes only": 1} if said else {})
+
+
+@pytest.mark.parametrize(
+    ("names", "joined"),
+    [
+        (("a", "A"), 1),
+        (("left_turn", "Left Turn"), 1),
+        (("sofa", "couch"), 1),
+        (("cup", "Cup", "CUP"), 2),
+        (("cup", "cup", "mug"), 0),
+    ],
+)
+def test_two_names_of_one_class(on_bad, names, joined):
+    problems = Problems(on_bad)
+    if on_bad == "refuse" and joined:
+        with pytest.raises(DataError, match=f"^a.json: classes '{names[0]}' and '{names[1]}' are one"):
+            check_names(names, Path("a.json"), problems)
+        return
+    check_names(names, Path("a.json"), problems)
+    assert sum(problems.counts.values()) == joined

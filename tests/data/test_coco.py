@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from pathlib import Path
 
 import pytest
 
 from earlyexit_ssd.data.coco import read_coco
 from earlyexit_ssd.data.problems import Problems
-from earlyexit_ssd.errors import DataError
+from earlyexit_ssd.errors import DataError, shown
+from tests.data.conftest import write_photo
 
 
 def read(root: Path, on_bad: str = "repair", name: str = "tiny"):
@@ -202,7 +204,7 @@ def test_malformed_photo_entries(make_coco, tmp_path, on_bad, entry):
 def test_photo_size_is_taken_from_the_file(make_coco, tmp_path, on_bad, width):
     make_coco(photos=({"id": 40, "file_name": "unsized.png", "width": width, "height": 40},))
     if on_bad == "refuse":
-        with pytest.raises(DataError, match=rf"images\[3\] \(unsized.png\) has width {width!r}"):
+        with pytest.raises(DataError, match=rf"images\[3\] \(unsized.png\) has width {shown(width)}"):
             read(tmp_path, on_bad)
         return
     raw, problems = read(tmp_path, on_bad)
@@ -220,3 +222,78 @@ def test_text_ids_are_numbered(make_coco, tmp_path):
     assert [record.image_id for record in raw.records] == [1]
     assert len(raw.records[0].annotations) == 1
     assert not problems.counts
+
+
+@pytest.mark.parametrize("flags", [{"iscrowd": "0"}, {"ignore": "false"}, {"difficult": "No"}, {"iscrowd": None}])
+def test_flags_as_text(make_coco, tmp_path, flags):
+    make_coco(entries=({**GOOD, **flags}, {**GOOD, "id": 8, "ignore": "TRUE"}))
+    raw, _ = read(tmp_path, "refuse")
+    assert [one.ignore for one in raw.records[0].annotations[2:]] == [False, True]
+
+
+def test_boxes_as_shares(make_coco, tmp_path):
+    """Corners instead of sides too; placeholders without area are something else; one such box is dropped."""
+    shares = ([0.1, 0.2, 0.34, 0.33], [0.4, 0.4, 0.9, 0.9], [0, 0, 1, 1], [0, 0, 0, 0])
+    entries = [{**GOOD, "id": i, "bbox": box} for i, box in enumerate(shares)]
+    make_coco(annotations=entries)
+    with pytest.raises(DataError, match=r"tiny.json: 3 of 4 boxes lie in 0..1 and look like shares of the photo"):
+        read(tmp_path)
+    make_coco(entries=(entries[0],))
+    raw, problems = read(tmp_path)
+    assert len(raw.records[0].annotations) == 2
+    assert problems.counts == {"box in shares of the photo": 1}
+    assert "annotation 0 of photo tiny10.png has bbox [0.1, 0.2, 0.34, 0.33]" in problems.examples["box in shares of the photo"]
+
+
+def test_ids_that_no_integer_of_64_bits_holds_are_numbered(make_coco, tmp_path):
+    image = {"id": 2**63, "file_name": "far.png", "width": 60, "height": 40}
+    make_coco(images=[image], annotations=[{**GOOD, "image_id": 2**63}])
+    raw, _ = read(tmp_path, "refuse")
+    assert [(record.image_id, len(record.annotations)) for record in raw.records] == [(1, 1)]
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "sub/../../secret.png", "absolute"])
+def test_photos_outside_the_folder(make_coco, tmp_path, on_bad, name):
+    """Not read, nor looked at for their size, unless allowed; what lies inside may be named in any way."""
+    make_coco()
+    write_photo(tmp_path / "secret.png")
+    name = str(tmp_path / "secret.png") if name == "absolute" else name
+    images = [{"id": 10, "file_name": name}, {"id": 20, "file_name": str(tmp_path / "tiny" / "tiny20.png")}]
+    images += [{"id": 30, "file_name": "sub/../tiny30.png"}]
+    for image in images[1:]:
+        image |= {"width": 60, "height": 40}
+    (tmp_path / "tiny.json").write_text(
+        json.dumps({"images": images, "annotations": [GOOD], "categories": [{"id": 62, "name": "chair"}]})
+    )
+    if on_bad == "refuse":
+        with pytest.raises(DataError, match=r"images\[0\] has file_name .*secret.png.*outside the photo folder"):
+            read(tmp_path, on_bad)
+        return
+    raw, problems = read(tmp_path, on_bad)
+    assert [record.path for record in raw.records] == [tmp_path / "tiny" / f"tiny{i}.png" for i in (20, 30)]
+    assert problems.counts == {"photo outside the photo folder": 1}
+    raw = read_coco("tiny", tmp_path / "tiny.json", tmp_path / "tiny", Problems(), allow_outside=True)
+    assert raw.records[0].path.resolve() == (tmp_path / "secret.png").resolve()
+    assert (raw.records[0].width, len(raw.records[0].annotations)) == (60, 1)
+
+
+def test_class_names_have_no_line_breaks(make_coco, tmp_path):
+    make_coco(categories=[{"id": 62, "name": "a\n chair"}, {"id": 3, "name": " cat"}])
+    assert read(tmp_path)[0].classes == ("a chair", "cat")
+    make_coco(categories=[{"id": 62, "name": " \n"}])
+    with pytest.raises(DataError, match=r"categories\[0\] .* expected an id .* and a name"):
+        read(tmp_path)
+
+
+def test_two_classes_of_one_name_are_said(make_coco, tmp_path):
+    make_coco(categories=[{"id": 62, "name": "sofa"}, {"id": 3, "name": "Couch"}])
+    assert read(tmp_path)[1].counts == {"two names of one class": 1}
+
+
+@pytest.mark.parametrize("name", ["fifo", "folder"])
+def test_annotations_that_are_no_file(tmp_path, name):
+    """A pipe would be waited for without end."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match=f"{name}: no such annotation file"):
+        read_coco("s", tmp_path / name, tmp_path, Problems())

@@ -46,8 +46,10 @@ def test_a_set_that_has_a_photo_twice(make_coco):
     """Here by two names of one file of annotations."""
     cfg = make_coco()
     cfg.DATA.DATASETS = (*cfg.DATA.DATASETS, ("again", "tiny.json", "tiny"))
+    with pytest.raises(DataError, match=r"^tiny \+ again has the photo .*tiny10.png twice; name each file once"):
+        load_dataset(cfg, ("tiny", "again"))
     with pytest.raises(DataError, match=r"^train has the photo .*tiny10.png twice; name each file once"):
-        require_disjoint(train=load_dataset(cfg, ("tiny", "again")))
+        require_disjoint(train=dataset(*[load_dataset(cfg, "tiny").records[0].path] * 2))
 
 
 def test_a_missing_photo(photo_file):

@@ -1,11 +1,14 @@
 import json
+import os
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from earlyexit_ssd.config import get_cfg
 from earlyexit_ssd.data import class_names, load_dataset
-from earlyexit_ssd.data.folder import find_photos, read_photo_folder
+from earlyexit_ssd.data.folder import find_files, photo_path, read_photo_folder
+from earlyexit_ssd.data.images import PHOTO_SUFFIXES
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.errors import DataError
 from tests.data.conftest import write_photo
@@ -32,7 +35,9 @@ def config(root, **data):
 
 
 def test_photos_are_found_in_order_and_hidden_ones_are_not(folder):
-    assert [str(path.relative_to(folder)) for path in find_photos(folder)] == ["b.png", "deep/a.JPG"]
+    photos, others = find_files(folder, PHOTO_SUFFIXES)
+    assert [str(path.relative_to(folder)) for path in photos] == ["b.png", "deep/a.JPG"]
+    assert [path.name for path in others] == ["notes.txt"]
 
 
 def test_records_have_sizes_and_no_boxes(folder):
@@ -99,3 +104,33 @@ def test_a_missing_folder_is_named(tmp_path):
     cfg = config(tmp_path, CLASSES=("chair",))
     with pytest.raises(DataError, match="photos: data set 'mine' is not there"):
         load_dataset(cfg, cfg.DATA.TRAIN, train=True, need_boxes=False)
+
+
+def test_every_photo_of_a_folder_is_read_or_counted(tmp_path, caplog):
+    """Suffixes in any case; folders behind links too, each once; a pipe is no photo."""
+    (tmp_path / "photos").mkdir()
+    for name in ("a.jpg", "b.AVIF", "c.gif", "d.jpe"):
+        Image.new("RGB", (12, 8)).save(tmp_path / "photos" / name)
+    Image.new("RGB", (12, 8)).save(tmp_path / "photos/e.jfif", format="JPEG")
+    write_photo(tmp_path / "elsewhere/f.jpg")
+    (tmp_path / "photos/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/round").symlink_to(tmp_path / "photos")
+    os.mkfifo(tmp_path / "photos/pipe.jpg")
+    (tmp_path / "photos/clip.mp4").write_bytes(b"")
+    problems = Problems("refuse")
+    raw = read_photo_folder("mine", tmp_path / "photos", problems)
+    assert [record.path.name for record in raw.records] == ["a.jpg", "b.AVIF", "c.gif", "d.jpe", "e.jfif", "f.jpg"]
+    assert problems.counts == {"file of another kind": 2}
+    problems.log("mine")
+    assert "mine: 2 x file of another kind (left out); the first: " in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "inside"),
+    [("a.jpg", "a.jpg"), ("b/../a.jpg", "a.jpg"), ("b/a.jpg", "b/a.jpg"), ("/root/p/a.jpg", "a.jpg")]
+    + [(name, None) for name in ("../a.jpg", "b/../../a.jpg", "/root/a.jpg", "/root/p2/a.jpg", "..")],
+)
+def test_photo_paths_stay_in_their_folder(name, inside):
+    folder = Path("/root/p")
+    assert photo_path(folder, name, False) == (None if inside is None else folder / inside)
+    assert photo_path(folder, name, True) is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -190,3 +192,28 @@ def test_png_is_not_decoded_for_its_size(photo_file, monkeypatch):
     path = photo_file("a.png")
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", None)
     assert read_header(path).size == (60, 40)
+
+
+@pytest.mark.parametrize("name", ["pipe.jpg", "folder.jpg"])
+def test_what_is_no_regular_file_is_not_opened(tmp_path, name):
+    """A pipe would be waited for without end."""
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    for function in (read_image, read_header):
+        with pytest.raises(DataError, match=f"{name}: no file but a folder, pipe or device"):
+            function(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["nul\0.jpg", "x" * 5000, "\ud800.jpg"])
+def test_names_that_no_file_has(tmp_path, name):
+    for function in (read_image, read_header):
+        with pytest.raises(DataError, match="no such photo"):
+            function(tmp_path / name)
+
+
+def test_photos_larger_than_the_limit_are_not_decoded(tmp_path, recwarn):
+    Image.new("1", (9500, 9500)).save(tmp_path / "large.png")
+    for function in (read_image, read_header):
+        with pytest.raises(DataError, match="large.png: photo of 9500 x 9500 pixels, expected 89,478,485 in all"):
+            function(tmp_path / "large.png")
+    assert not recwarn.list

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from earlyexit_ssd.data.photos import check_photos, resize_record
+from earlyexit_ssd.data.photos import check_photos, drop_repeated_files, resize_record
 from earlyexit_ssd.data.problems import Problems
-from earlyexit_ssd.data.records import Annotation, Record
+from earlyexit_ssd.data.records import Annotation, RawDataset, Record
 from earlyexit_ssd.errors import DataError
 
 CHAIR = Annotation((5, 6, 25, 36), 1, area=500.0)
@@ -130,3 +130,21 @@ def test_16_bit_colour(tmp_path):
     problems = Problems()
     assert len(check_photos([Record(1, tmp_path / "a.png", 60, 40)], problems)) == 1
     assert problems.counts == {"photo of more than 8 bits": 1}
+
+
+def test_one_file_under_two_ids(photo_file, on_bad):
+    """Equal objects: a copy; others: nobody knows whose they are. Links to one file are that file."""
+    copied, mixed, alone = (photo_file(f"{name}.png") for name in ("copied", "mixed", "alone"))
+    link = mixed.with_name("link.png")
+    link.symlink_to(mixed)
+    paths = (copied, copied, mixed, alone, link, mixed.with_name("lost.png"), mixed.with_name("lost.png"))
+    objects = {2: (CHAIR,), 4: ()}
+    records = [Record(i, path, 60, 40, objects.get(i, ())) for i, path in enumerate(paths)]
+    problems = Problems(on_bad)
+    raw = RawDataset("set", ("chair",), tuple(records))
+    if on_bad == "refuse":
+        with pytest.raises(DataError, match=r"photo copied.png \(id 1\) is the file of id 0: one file under two ids"):
+            drop_repeated_files(raw, problems)
+        return
+    assert [record.image_id for record in drop_repeated_files(raw, problems).records] == [0, 3, 5, 6]
+    assert problems.counts == {"one file under two ids": 2}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.voc import VOC_CLASSES, read_voc, read_xml_folder
 from earlyexit_ssd.errors import DataError
+from tests.data.conftest import write_photo
 
 
 def test_boxes_count_pixels_from_one(make_voc, voc_xml, voc_object):
@@ -61,7 +64,7 @@ def test_a_folder_of_xml_files(make_voc, voc_xml, voc_object, tmp_path):
     raw = read_xml_folder("v", devkit / "Annotations", devkit / "JPEGImages", Problems())
     assert [record.path.name for record in raw.records] == ["a.jpg", "b.jpg"]
     with pytest.raises(DataError, match="no XML file in it"):
-        read_xml_folder("v", tmp_path, tmp_path, Problems())
+        read_xml_folder("v", devkit / "JPEGImages", tmp_path, Problems())
 
 
 def test_missing_split_names_those_there_are(make_voc, voc_xml):
@@ -124,3 +127,146 @@ def test_the_photo_that_the_xml_names_is_found(make_voc, voc_xml):
     (devkit / "JPEGImages/a.jpg").rename(devkit / "JPEGImages/other.jpg")
     raw = read_voc("v", devkit, "trainval", Problems())
     assert raw.records[0].path.name == "other.jpg"
+
+
+@pytest.mark.parametrize(
+    ("listing", "names", "read"),
+    [
+        ("my photo 1\nmy photo 2\n", ("my photo 1", "my photo 2"), ("my photo 1", "my photo 2")),
+        ("my photo 1  1\nmy photo 2 -1\n", ("my photo 1", "my photo 2"), ("my photo 1", "my photo 2")),
+        ("my photo 1\t0\r\n\r\nb\t1\r\n", ("my photo 1", "b"), ("my photo 1", "b")),
+        ('"my photo 1"\n"b" 1\n', ("my photo 1", "b"), ("my photo 1", "b")),
+        ("cup 1\ncup 2\n", ("cup 1", "cup 2", "cup"), ("cup 1", "cup 2")),
+        ("cup 1\ncup 0\n", ("cup 1", "cup 0", "cup"), ("cup 1", "cup 0")),
+        ("cup  1\ncup 1  1\n", ("cup 1", "cup"), ("cup", "cup 1")),
+        ("cup 1\ncup 1 -1\n", ("cup 1", "cup"), ("cup", "cup 1")),
+        ("sub/a 1\n", ("sub/a",), ("sub/a",)),
+    ],
+)
+def test_names_in_lists(make_voc, voc_xml, listing, names, read):
+    """With blanks, quotes, and the last column of per-class lists, also where another photo has the shorter name."""
+    devkit = make_voc({"good": voc_xml()})
+    for name in names:
+        (devkit / "Annotations" / name).parent.mkdir(exist_ok=True)
+        (devkit / f"Annotations/{name}.xml").write_text(voc_xml())
+        write_photo(devkit / f"JPEGImages/{name}.jpg")
+    (devkit / "ImageSets/Main/trainval.txt").write_bytes(listing.encode("utf-8-sig"))
+    raw = read_voc("v", devkit, "trainval", Problems("refuse"))
+    assert [record.path for record in raw.records] == [devkit / f"JPEGImages/{name}.jpg" for name in read]
+
+
+def test_lists_that_are_no_text(make_voc, voc_xml):
+    devkit = make_voc({"a": voc_xml()})
+    (devkit / "ImageSets/Main/latin.txt").write_bytes("b\u00e4r".encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin.txt: cannot be read as a list of photos .*; write it in UTF-8"):
+        read_voc("v", devkit, "latin", Problems())
+    (devkit / "ImageSets/Main/folder.txt").mkdir()
+    os.mkfifo(devkit / "ImageSets/Main/pipe.txt")
+    for split in ("folder", "pipe", "a" * 5000, "nul\0"):
+        with pytest.raises(DataError, match="no such list of photos"):
+            read_voc("v", devkit, split, Problems())
+
+
+@pytest.mark.parametrize("line", ["../JPEGImages/secret", "/etc/passwd", "nul\0", "x" * 5000, "pipe"])
+def test_lines_that_lead_nowhere(make_voc, voc_xml, line):
+    devkit = make_voc({"a": voc_xml()})
+    (devkit / "JPEGImages/secret.xml").write_text(voc_xml())
+    os.mkfifo(devkit / "Annotations/pipe.xml")
+    (devkit / "ImageSets/Main/trainval.txt").write_text(f"a\n{line}\n")
+    problems = Problems()
+    assert [record.path.name for record in read_voc("v", devkit, "trainval", problems).records] == ["a.jpg"]
+    assert sum(problems.counts.values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("filename", "photos", "read", "kind"),
+    [
+        ("a.png", ("a.jpg", "a.png"), "a.png", None),
+        ("a.JPG", ("a.jpg", "a.JPG"), "a.JPG", None),
+        ("C:\\photos\\a.png", ("a.jpg", "a.png"), "a.png", None),
+        ("/elsewhere/a.png", ("a.jpg", "a.png"), "a.png", None),
+        ("", ("a.JPEG",), "a.JPEG", None),
+        ("a.bmp", ("a.Png",), "a.Png", None),
+        ("", ("a.jpg", "a.png"), None, "two photos of one name"),
+        ("lost.jpg", ("a.jpg", "a.gif"), None, "two photos of one name"),
+        ("b.jpg", ("a.jpg", "b.jpg"), "b.jpg", "photo of another name than its annotations"),
+        ("../secret.jpg", ("b.jpg",), None, "photo outside the photo folder"),
+        ("../secret.jpg", ("a.jpg",), "a.jpg", None),
+    ],
+)
+def test_which_photo_an_annotation_means(tmp_path, voc_xml, on_bad, filename, photos, read, kind):
+    """What the file says goes before what its own name suggests; where neither decides, none is taken."""
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/a.xml").write_text(voc_xml().replace("other.jpg", filename))
+    for name in (*photos, "../secret.jpg"):
+        write_photo(tmp_path / "p" / name)
+    problems = Problems(on_bad)
+    if on_bad == "refuse" and kind:
+        with pytest.raises(DataError, match=f"a.xml: .*: {kind}"):
+            read_xml_folder("v", tmp_path / "x", tmp_path / "p", problems)
+        return
+    raw = read_xml_folder("v", tmp_path / "x", tmp_path / "p", problems)
+    expected = [] if read is None or (on_bad == "skip" and kind) else [tmp_path / "p" / read]
+    assert [record.path for record in raw.records] == expected
+    problems.counts.pop("photo without annotations", None)
+    assert problems.counts == ({kind: 1} if kind else {})
+
+
+def test_photos_outside_are_read_where_allowed(tmp_path, voc_xml):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "p").mkdir()
+    write_photo(tmp_path / "secret.jpg")
+    (tmp_path / "x/a.xml").write_text(voc_xml().replace("other.jpg", str(tmp_path / "secret.jpg")))
+    raw = read_xml_folder("v", tmp_path / "x", tmp_path / "p", Problems("refuse"), allow_outside=True)
+    assert [record.path for record in raw.records] == [tmp_path / "secret.jpg"]
+
+
+def test_nothing_of_a_folder_is_left_out_without_a_count(tmp_path, voc_xml, caplog):
+    for name in ("a", "b", "sub/c", "sub/d", "e"):
+        write_photo(tmp_path / f"p/{name}.jpg")
+    (tmp_path / "x/sub").mkdir(parents=True)
+    for name in ("a.xml", "b.XML", "sub/c.xml", "e.txt"):
+        (tmp_path / "x" / name).write_text(voc_xml())
+    (tmp_path / "x/sub/flat.xml").write_text(voc_xml().replace("other.jpg", "e.jpg"))
+    problems = Problems("refuse")
+    raw = read_xml_folder("v", tmp_path / "x", tmp_path / "p", problems)
+    read = [record.path.relative_to(tmp_path / "p").as_posix() for record in raw.records]
+    assert read == ["a.jpg", "b.jpg", "sub/c.jpg", "e.jpg"]
+    assert problems.counts == {"photo without annotations": 1, "file of another kind": 1}
+    problems.log("v")
+    assert "v: 1 x photo without annotations (left out); the first: " in caplog.text and "sub/d.jpg" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "ignore"),
+    [("Unspecified", False), ("False", False), ("0.0", False), ("no", False), ("", False), ("TRUE", True), ("1", True)],
+)
+def test_difficult_as_text(make_voc, voc_xml, voc_object, text, ignore):
+    devkit = make_voc({"a": voc_xml(voc_object("cat", (1, 1, 9, 9), difficult=text))})
+    raw = read_voc("v", devkit, "trainval", Problems("refuse"))
+    assert [one.ignore for one in raw.records[0].annotations] == [ignore]
+
+
+def test_an_unusable_flag_is_counted(make_voc, voc_xml, voc_object):
+    problems = Problems()
+    devkit = make_voc({"a": voc_xml(voc_object("cat", (1, 1, 9, 9), difficult="perhaps"))})
+    assert not read_voc("v", devkit, "trainval", problems).records[0].annotations[0].ignore
+    assert problems.counts == {"unusable flag": 1}
+
+
+def test_boxes_as_shares(make_voc, voc_xml, voc_object):
+    share, pixel = voc_object("cat", (0.1, 0.2, 0.5, 0.6)), voc_object("cat", (5, 5, 9, 9))
+    devkit = make_voc({"a": voc_xml(share), "b": voc_xml(pixel)})
+    problems = Problems("skip")
+    assert [record.path.name for record in read_voc("v", devkit, "trainval", problems).records] == ["b.jpg"]
+    assert problems.counts == {"box in shares of the photo": 1}
+    (devkit / "Annotations/b.xml").write_text(voc_xml(share, share))
+    with pytest.raises(DataError, match="Annotations: 3 of 3 boxes lie in 0..1 and look like shares of the photo"):
+        read_voc("v", devkit, "trainval", Problems())
+
+
+def test_two_names_of_one_class_are_said(make_voc, voc_xml, voc_object):
+    problems = Problems()
+    text = voc_xml(voc_object("sofa", (1, 1, 9, 9)), voc_object("couch", (1, 1, 9, 9)))
+    assert read_voc("v", make_voc({"a": text}), "trainval", problems).classes == VOC_CLASSES
+    assert problems.counts == {"two names of one class": 1}

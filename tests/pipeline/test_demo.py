@@ -25,12 +25,13 @@ def routed_model(*thresholds: float):
     return model
 
 
-def test_a_folder_stands_for_its_pictures(tmp_path):
+def test_a_folder_stands_for_its_pictures(tmp_path, caplog):
     for name in ("b.PNG", "a.jpg", "notes.txt"):
         (tmp_path / name).touch()
     (tmp_path / "inside.png").mkdir()
     single = tmp_path / "notes.txt"
     assert photo_paths([single, str(tmp_path)]) == [single, tmp_path / "a.jpg", tmp_path / "b.PNG"]
+    assert f"{tmp_path}: 1 files left out, which are no photos; the first: {single}" in caplog.messages
     with pytest.raises(DataError, match=r"inside\.png: no picture in this folder; name photos"):
         photo_paths([tmp_path / "inside.png"])
 

@@ -1,0 +1,46 @@
+"""A message is one line under 300 characters, whatever is put into it."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from earlyexit_ssd.errors import DataError, EarlyExitError, shown
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.json: bad; mend it", "a.json: bad; mend it"),
+        ("class 'a\nb'\r\n  is bad", "class 'a b' is bad"),
+        ("\x1b[31m\ud800\0", "\\x1b[31m\\ud800\\x00"),
+    ],
+)
+def test_a_message_is_one_line_that_any_console_shows(text, message):
+    assert str(EarlyExitError(text)) == message
+
+
+def test_a_long_path_keeps_its_end_and_a_long_message_both_ends():
+    path = "/" + "folder/" * 60 + "a.json"
+    assert str(DataError(f"{path}: bad; mend it")) == f"...{path[-56:]}: bad; mend it"
+    message = str(DataError("a.json: " + "very " * 500 + "bad; mend it"))
+    assert message.startswith("a.json: very") and message.endswith("bad; mend it") and len(message) == 299
+
+
+def test_an_error_of_a_loaders_worker_is_its_last_line():
+    """As torch raises it again: the same class, with the traceback as its message."""
+    text = "Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File ...\n"
+    assert str(DataError(f"{text}earlyexit_ssd.errors.DataError: a.jpg: no such photo\n")) == "a.jpg: no such photo"
+
+
+def test_errors_pickle():
+    assert str(pickle.loads(pickle.dumps(DataError("a.jpg: no such photo")))) == "a.jpg: no such photo"
+
+
+def test_values_are_shown_short():
+    assert shown("a") == "'a'" and shown([1, 2.5]) == "[1, 2.5]"
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert len(shown(deep)) < 80 and len(shown("x" * 10_000)) < 100 and len(shown(10**400)) < 100
