@@ -183,10 +183,12 @@ def build(kind: type[T], values: Mapping[str, Any], name: str = "") -> T:
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}
     place = f"{name}: " if name else ""
+    if not isinstance(values, Mapping):
+        raise _unexpected(name or kind.__name__, values, "keys and values")
     for key in values:
         if key not in fields:
-            raise EarlyExitError(f"{place}the key '{key}' is unknown{nearest(str(key), fields)}")
-    for key, field in fields.items():
+            raise EarlyExitError(f"{place}the key {shown(key)} is unknown{nearest(str(key), fields)}")
+    for key, field in sorted(fields.items()):
         has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
         if key not in values and not has_default:
             raise EarlyExitError(f"{place}the key '{key}' is missing")
@@ -195,7 +197,7 @@ def build(kind: type[T], values: Mapping[str, Any], name: str = "") -> T:
 
 
 def check_fields(instance: Any) -> None:
-    """Of a dataclass, in its ``__post_init__``: every field is of its type; lists become the tuples that they stand for.
+    """Of a dataclass, in its ``__post_init__``: fields are of their types, lists become the tuples that they stand for.
 
     Raises:
         EarlyExitError: one is not.
