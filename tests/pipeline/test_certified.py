@@ -27,7 +27,7 @@ def certificate(kind="risk", score=0.5):
             "epsilon": 0.02,
             "delta": 0.05,
             "bound": "betting",
-        },  # fmt: skip
+        },
         measured={},
         cost_model={},
         weights_sha256="",
