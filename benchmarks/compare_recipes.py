@@ -19,13 +19,12 @@ from statistics import mean
 from typing import Any
 
 import torch
-import yaml
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.data import load_dataset
 from earlyexit_ssd.data.fingerprint import fingerprint
-from earlyexit_ssd.errors import ConfigError
+from earlyexit_ssd.errors import ConfigError, EarlyExitError
 from earlyexit_ssd.evaluation.cost import mmacs_to_exit
 from earlyexit_ssd.files import make_folder, sha256, write_json, write_text
 from earlyexit_ssd.pipeline.build import build_device, require_full_path, with_classes
@@ -33,6 +32,7 @@ from earlyexit_ssd.pipeline.command_line import run_tool
 from earlyexit_ssd.pipeline.phases import shown, tap_loader, train_branches
 from earlyexit_ssd.pipeline.prepare import prepare
 from earlyexit_ssd.pipeline.run_folder import RunFolder
+from earlyexit_ssd.plain import read_json, read_yaml
 
 Recipes = dict[str, dict[str, Any]]
 """Name -> keys of the configuration and their values."""
@@ -64,18 +64,13 @@ def read_recipes(path: str | Path) -> Recipes:
         ConfigError: the file is not there, or not such a mapping.
     """
     path = Path(path)
-    try:
-        recipes = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file of recipes; benchmarks/recipes/ has examples") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as recipes ({' '.join(str(error).split())})") from None
+    recipes = read_yaml(path, "file of recipes", "benchmarks/recipes/ has examples", ConfigError)
     if not isinstance(recipes, dict) or not recipes:
         raise ConfigError(f"{path}: expected lines such as 'thinner: {{EXITS.COPY: [0.25]}}'")
     for name, keys in recipes.items():
         if not isinstance(keys, dict):
             raise ConfigError(
-                f"{path}: recipe {name!r} is {keys!r}, expected keys and values, such as {{EXITS.DEPTH: 1}}"
+                f"{path}: recipe {name!r} is {keys!r:.60}, expected keys and values, such as {{EXITS.DEPTH: 1}}"
             )
     shared = recipes.pop(SHARED_KEY, {})
     if not recipes:
@@ -178,10 +173,10 @@ def _stored(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     other settings is removed."""
     path = folder / "result.json"
     try:
-        row = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        row = read_json(path, "result", "it is made anew")
+    except EarlyExitError:
         row = {}
-    if row.get("settings") == settings:
+    if isinstance(row, dict) and row.get("settings") == settings:
         return row
     shutil.rmtree(folder, ignore_errors=True)
     make_folder(folder)

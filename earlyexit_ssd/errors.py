@@ -6,17 +6,17 @@ import difflib
 import re
 import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 LONGEST = 299
-"""Characters of a message at most."""
+"""Characters of a message."""
 
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 80
-_SHORT.maxlevel = 3
+_START = 170
+"""Of these the first ones of a message that is too long: the file and the record. Its end, the fix, stays too."""
 
 
 class EarlyExitError(ValueError):
-    """Base of every error that the package raises for bad input: one line under 300 characters."""
+    """Base of every error that the package raises for bad input; its message is one line under 300 characters."""
 
     def __init__(self, message: object = "") -> None:
         super().__init__(one_line(str(message)))
@@ -30,30 +30,40 @@ class DataError(EarlyExitError):
     """A data set, a record or an image that cannot be used."""
 
 
-def one_line(text: str) -> str:
-    """``text`` without line breaks, with what no console shows escaped and no longer than ``LONGEST``.
-
-    Where it is too long, paths lose their front and then the line its middle: a message has the file's name at its
-    front and the cure at its end.
-    """
-    if "\nOriginal Traceback" in text:  # from a loader's worker: the traceback, and last the message itself
-        text = text.strip().splitlines()[-1].partition("Error: ")[2]
-    text = re.sub(r"\s*[\r\n\t\v\f]\s*", " ", text).strip()
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    if len(text) > LONGEST:
+def one_line(message: str) -> str:
+    """``message`` without line breaks and control characters; where it is too long, without the front of long words
+    (paths) and then without its middle."""
+    lines = message.splitlines()
+    if any(line.startswith("Original Traceback") for line in lines):  # a loader's worker: the error is the last line
+        lines = [lines[-1].partition("Error: ")[2] or lines[-1]]
+    text = " ".join(filter(None, map(str.strip, lines)))
+    if not text.isprintable():
+        text = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+    if len(text) > LONGEST:  # paths lose their front first
         text = re.sub(r"\S{61,}", lambda word: f"...{word[0][-57:]}", text)
     if len(text) <= LONGEST:
         return text
-    return f"{text[: LONGEST // 2 - 2]} ... {text[-(LONGEST // 2 - 2) :]}"
+    gap = " ... "
+    return text[:_START] + gap + text[_START + len(gap) - LONGEST :]
 
 
-def shown(value: object) -> str:
-    """``repr(value)``, shortened, for a message: what a file holds may be long or deep."""
-    return _SHORT.repr(value)
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict, self.maxstring = 4, 12, 12, 6, 80
+
+
+def shown(value: Any, longest: int = 100) -> str:
+    """``repr`` in at most ``longest`` characters and in no time, however large, deep or tangled ``value`` is."""
+    try:
+        text = _Short().repr(value)
+    except Exception:  # such as a whole number with more digits than Python prints
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """``" (did you mean 'x'?)"`` for the valid name that is closest to ``name``, or an empty string."""
     by_lower_case = {candidate.lower(): candidate for candidate in valid}
-    matches = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(name.lower()[:100], by_lower_case, n=1, cutoff=0.6)
     return f" (did you mean '{by_lower_case[matches[0]]}'?)" if matches else ""

@@ -87,7 +87,7 @@ def stored_key(path: Path) -> str | None:
     """What ``key`` is in a JSON file that says of what the files beside it were made; None where that is not known."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))["key"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

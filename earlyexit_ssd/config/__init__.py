@@ -3,8 +3,11 @@
 from earlyexit_ssd.config.check import (
     C4_LAYER,
     CLOSED,
+    LARGEST_SIDE,
     LAST_LAYER,
     LOSS_CHOICES,
+    MOST_CHANNELS,
+    MOST_WIDTH,
     PHASE_SECTIONS,
     PHASES,
     TAIL_BLOCKS,
@@ -16,8 +19,11 @@ from earlyexit_ssd.config.load import load_config
 __all__ = [
     "C4_LAYER",
     "CLOSED",
+    "LARGEST_SIDE",
     "LAST_LAYER",
     "LOSS_CHOICES",
+    "MOST_CHANNELS",
+    "MOST_WIDTH",
     "PHASES",
     "PHASE_SECTIONS",
     "TAIL_BLOCKS",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from fvcore.common.config import CfgNode
 
-from earlyexit_ssd.errors import ConfigError, nearest
+from earlyexit_ssd.errors import ConfigError, nearest, shown
 
 PHASES = ("baseline", "exits", "joint")
 CLOSED = 2.0
@@ -19,7 +19,7 @@ C4_LAYER = 13
 PHASE_SECTIONS = {"baseline": "BASELINE", "exits": "EXITS_PHASE", "joint": "JOINT"}
 LAST_LAYER = 16
 TAIL_BLOCKS = 2
-LARGEST_SIDE = 4096
+LARGEST_SIDE, MOST_WIDTH, MOST_CHANNELS = 4096, 4, 4096
 RIVAL_FORMATS = ("yolox", "boxes")
 LOSS_CHOICES = {
     "classification": ("mined", "focal"),
@@ -67,6 +67,12 @@ _NOT_NEGATIVE = (
     "LOSS.DISTILLATION_BOX_WEIGHT", "EVAL.PICTURES", "DATA.SYNTHETIC.SEED",
     *(f"{phase}.{key}" for phase in PHASE_SECTIONS.values() for key in ("EPOCHS", "WEIGHT_DECAY", "CLIP_GRADIENT")),
 )  # fmt: skip
+_AT_MOST = {
+    "THREADS": 1024, "DATA.WORKERS": 256, "EVAL.TIMING_THREADS": 1024, "MODEL.WIDTH": MOST_WIDTH,
+    "EXITS.CHANNELS": MOST_CHANNELS, "EXITS.HEAD_RANK": MOST_CHANNELS, "MODEL.DETECTIONS_PER_IMG": 2**31,
+    "MODEL.TOPK_CANDIDATES": 2**31, "EVAL.BATCH_SIZE": 2**20, "DATA.SYNTHETIC.SIZES": 2**31,
+    **{f"{phase}.BATCH_SIZE": 2**20 for phase in PHASE_SECTIONS.values()},
+}  # fmt: skip
 
 
 def check_config(cfg: CfgNode) -> None:
@@ -75,13 +81,16 @@ def check_config(cfg: CfgNode) -> None:
         value = _get(cfg, key)
         if value not in choices:
             listed = ", ".join(repr(choice) for choice in choices)
-            raise ConfigError(f"{key} is {value!r}, expected one of {listed}{nearest(str(value), choices)}")
+            raise ConfigError(f"{key} is {shown(value)}, expected one of {listed}{nearest(str(value), choices)}")
     for key, value in _values(cfg, _UNIT_INTERVAL):
         _require(0 <= value <= 1, key, value, "a number in [0, 1]")
     for key, value in _values(cfg, _POSITIVE):
         _require(value > 0 and math.isfinite(value), key, value, "a number above 0")
     for key, value in _values(cfg, _NOT_NEGATIVE):
         _require(value >= 0 and math.isfinite(value), key, value, "a number of at least 0")
+    for key, most in _AT_MOST.items():
+        for _, value in _values(cfg, (key,)):
+            _require(value <= most, key, value, f"at most {most}")
     for key, value in _values(cfg, ("SEED", "DATA.SYNTHETIC.SEED")):
         _require(value < 2**63, key, value, "a number below 2^63")
     for key, value in _values(cfg, ("MODEL.IMAGE_SIZE", "DATA.SYNTHETIC.IMAGE_SIZE")):
@@ -122,8 +131,8 @@ def _check_routing(cfg: CfgNode) -> None:
     _require(ordered, "ROUTING.TEMPERATURE_BOUNDS", bounds, "[low, high] with low below high, such as [0.5, 3.0]")
     both = cfg.ROUTING.HYBRID and bool(cfg.ROUTING.CERTIFICATE)
     _require(not both, "ROUTING.HYBRID", True, "false with ROUTING.CERTIFICATE, which speaks of photos that leave")
-    for value in cfg.ROUTING.THRESHOLDS:
-        inside = isinstance(value, (int, float)) and (0 <= value <= 1 or value == CLOSED)
+    for _, value in _values(cfg, ("ROUTING.THRESHOLDS",)):
+        inside = 0 <= value <= 1 or value == CLOSED
         _require(inside, "ROUTING.THRESHOLDS", value, f"a number in [0, 1], or {CLOSED:g} to close an exit")
     for value in cfg.ROUTING.TEMPERATURES:
         _require(bounds[0] <= value <= bounds[1], "ROUTING.TEMPERATURES", value, f"a number inside {bounds}")
@@ -133,7 +142,7 @@ def _check_phases(cfg: CfgNode) -> None:
     for phase in cfg.PHASES:
         if phase not in PHASES:
             listed = ", ".join(PHASES)
-            raise ConfigError(f"PHASES has {phase!r}, expected some of {listed}{nearest(str(phase), PHASES)}")
+            raise ConfigError(f"PHASES has {shown(phase)}, expected some of {listed}{nearest(str(phase), PHASES)}")
     _require(len(cfg.PHASES) > 0, "PHASES", cfg.PHASES, f"some of {PHASES}")
     ordered = sorted(set(cfg.PHASES), key=PHASES.index)
     _require(list(cfg.PHASES) == ordered, "PHASES", cfg.PHASES, f"each phase once, in the order {PHASES}")
@@ -189,7 +198,7 @@ def _check_rivals(cfg: CfgNode) -> None:
 
 def _require(condition: bool, key: str, value: object, expected: str) -> None:
     if not condition:
-        raise ConfigError(f"{key} is {value!r}, expected {expected}")
+        raise ConfigError(f"{key} is {shown(value)}, expected {expected}")
 
 
 def _require_unique(key: str, names: tuple[str, ...]) -> None:
@@ -214,5 +223,5 @@ def _values(cfg: CfgNode, keys: tuple[str, ...]) -> Iterator[tuple[str, float]]:
         value = _get(cfg, key)
         for item in value if isinstance(value, tuple) else (value,):
             if isinstance(item, bool) or not isinstance(item, (int, float)):
-                raise ConfigError(f"{key} is {item!r}, expected a number")
+                raise ConfigError(f"{key} is {shown(item)}, expected a number")
             yield key, item

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.config.check import check_config
 from earlyexit_ssd.config.defaults import get_cfg
-from earlyexit_ssd.errors import ConfigError, nearest
+from earlyexit_ssd.errors import ConfigError, nearest, shown
+from earlyexit_ssd.plain import parse_yaml, read_yaml
 
 _BASE_KEY = "_BASE_"
+_LONGEST_CHAIN = 20
 
 
 def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> CfgNode:
@@ -38,30 +39,33 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
     try:
         check_config(cfg)
     except ConfigError as error:
-        on_command_line = str(error).split(" ")[0] in overrides[::2]
+        on_command_line = str(error).split(" ")[0] in map(str, overrides[::2])
         source = "command line" if on_command_line else path or "the configuration"
         raise ConfigError(f"{source}: {error}") from None
     cfg.freeze()
     return cfg
 
 
-def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
-    if path.resolve() in seen:
-        raise ConfigError(f"{path}: {_BASE_KEY} goes in a circle; remove one of them")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file; look in configs/ for examples") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a configuration ({error}); name a YAML file in UTF-8") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected KEY: value lines, got a {type(tree).__name__}")
-    base = tree.pop(_BASE_KEY, None)
-    if base is None:
-        return [(path, tree)]
-    return [(path, tree), *_read_chain(path.parent / str(base), (*seen, path.resolve()))]
+def _read_chain(path: Path) -> list[tuple[Path, dict]]:
+    """The file and those underneath it, each with its keys."""
+    chain: list[tuple[Path, dict]] = []
+    seen: set[str] = set()
+    while len(chain) < _LONGEST_CHAIN:
+        tree = read_yaml(path, "configuration file", "look in configs/ for examples", ConfigError)
+        tree = {} if tree is None else tree
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path}: expected KEY: value lines, got a {type(tree).__name__}")
+        seen.add(os.path.realpath(path))
+        base = tree.pop(_BASE_KEY, None)
+        chain.append((path, tree))
+        if base is None:
+            return chain
+        if not isinstance(base, str) or "\0" in base:
+            raise ConfigError(f"{path}: {_BASE_KEY} is {shown(base)}, expected the name of a YAML file")
+        path = path.parent / base
+        if os.path.realpath(path) in seen:
+            raise ConfigError(f"{path}: {_BASE_KEY} goes in a circle; remove one of them")
+    raise ConfigError(f"{path}: {_BASE_KEY} leads through more than {_LONGEST_CHAIN} files; put them together")
 
 
 def _merge(node: CfgNode, tree: dict, prefix: tuple[str, ...], source: str) -> None:
@@ -99,8 +103,18 @@ def _convert(value: Any, default: Any, key: str, source: str) -> Any:
     else:
         fits = isinstance(value, type(default))
     if not fits:
-        raise ConfigError(f"{source}: {key} expects {_describe(default)}, got {value!r}")
+        raise ConfigError(f"{source}: {key} expects {_describe(default)}, got {shown(value)}")
+    _require_plain_text(value, key, source)
     return float(value) if isinstance(default, float) else value
+
+
+def _require_plain_text(value: Any, key: str, source: str) -> None:
+    """No text inside has a control character or half a sign: no path, name or file could hold it."""
+    if isinstance(value, tuple):
+        for item in value:
+            _require_plain_text(item, key, source)
+    elif isinstance(value, str) and any(ord(sign) < 32 or 0xD800 <= ord(sign) < 0xE000 for sign in value):
+        raise ConfigError(f"{source}: {key} has {shown(value)}, expected text without control characters")
 
 
 def _number_from_text(value: Any) -> Any:
@@ -127,8 +141,9 @@ def _describe(default: Any) -> str:
 
 def _merge_overrides(cfg: CfgNode, overrides: Sequence[str]) -> None:
     if len(overrides) % 2:
-        raise ConfigError(f"command line: expected KEY VALUE pairs, the last key {overrides[-1]!r} has no value")
+        raise ConfigError(f"command line: expected KEY VALUE pairs, the last key {shown(overrides[-1])} has no value")
     for full_key, text in zip(overrides[::2], overrides[1::2], strict=True):
+        full_key, text = str(full_key), str(text)  # from Python they may be values
         *parents, key = full_key.split(".")
         node = cfg
         for depth, parent in enumerate(parents):
@@ -145,7 +160,7 @@ def _parse(text: str) -> Any:
     if text.startswith("(") and text.endswith(")"):
         text = f"[{text[1:-1].rstrip().rstrip(',')}]"
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = parse_yaml(text)
+    except ValueError:
         return text
     return "" if value is None else value

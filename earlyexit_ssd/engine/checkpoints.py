@@ -66,9 +66,15 @@ class Checkpoint(Hook):
             state = read_weights(self.path)
         except EarlyExitError as error:
             raise EarlyExitError(f"{error}; or move it away: the phase then starts afresh") from None
-        trainer.step = state["step"]
-        trainer.model.load_state_dict(state["model"])
-        trainer.optimizer.load_state_dict(state["optimizer"])
-        trainer.scaler.load_state_dict(state["scaler"])
-        if self.ema:
-            self.ema.load_state_dict(state["ema"])
+        try:
+            trainer.step = int(state["step"])
+            trainer.model.load_state_dict(state["model"])
+            trainer.optimizer.load_state_dict(state["optimizer"])
+            trainer.scaler.load_state_dict(state["scaler"])
+            if self.ema:
+                self.ema.load_state_dict(state["ema"])
+        except Exception as error:  # optimizers and modules raise whatever their parts do
+            raise EarlyExitError(
+                f"{self.path}: not the state of this training ({type(error).__name__}: {error}); move it away: the "
+                "phase then starts afresh"
+            ) from None

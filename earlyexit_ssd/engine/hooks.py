@@ -98,6 +98,6 @@ class Log(Hook):
 def _step(line: str) -> float:
     """Step of a line of the log; infinity for a line that a kill cut short."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return float("inf")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
+from earlyexit_ssd.errors import one_line
 from earlyexit_ssd.evaluation.runtime import deploy_package
+
+logger = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
 
@@ -18,7 +23,14 @@ def count_onnx_mmacs(content: bytes) -> float | None:
     layer. Bodies of loops and conditions are not looked into.
     """
     onnx = deploy_package("onnx")
-    model = onnx.load_from_string(content)
+    try:
+        return _count_graph(onnx, onnx.load_from_string(content))
+    except Exception as error:  # a foreign graph may break every rule that its inference of shapes relies on
+        logger.warning("multiply-accumulates of an ONNX file cannot be counted (%s)", one_line(str(error)))
+        return None
+
+
+def _count_graph(onnx: ModuleType, model: Any) -> float | None:
     for value in model.graph.input:
         first = value.type.tensor_type.shape.dim[0] if value.type.tensor_type.shape.dim else None
         if first is not None and not first.dim_value:

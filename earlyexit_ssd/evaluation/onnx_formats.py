@@ -59,7 +59,7 @@ def decode_yolox(outputs: Sequence[Tensor], size: Size, num_classes: int) -> Fou
     if [list(output.shape) for output in outputs] != [expected]:
         shapes = ", ".join(str(list(output.shape)) for output in outputs)
         raise EarlyExitError(f"format yolox: expected one output {expected} for {num_classes} classes, got {shapes}")
-    rows = outputs[0][0]
+    rows = outputs[0][0].float()
     probability, best = rows[:, 5:].max(1)
     scores = rows[:, 4] * probability
     keep = scores >= LEAST_SCORE

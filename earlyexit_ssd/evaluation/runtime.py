@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.errors import EarlyExitError, shown
 from earlyexit_ssd.evaluation.cost import Timing, time_modules
 from earlyexit_ssd.evaluation.mode import evaluating
 from earlyexit_ssd.progress import progress
@@ -46,6 +47,7 @@ class OnnxNetwork(nn.Module):
         content: the file's bytes.
         threads: of ONNX Runtime, within an operator; idle ones sleep, so that what is timed next has the cores.
         name: of the file, for messages.
+        folder: where the file may have weights outside itself; None: nowhere.
 
     Attributes:
         input_shape: of its only input, a free first dimension taken as 1.
@@ -55,12 +57,19 @@ class OnnxNetwork(nn.Module):
         EarlyExitError: no graph that ONNX Runtime runs, several inputs, or one of no fixed size or not in fp32.
     """
 
-    def __init__(self, content: bytes, threads: int = 1, name: str = "the network") -> None:
+    def __init__(
+        self, content: bytes, threads: int = 1, name: str = "the network", folder: str | os.PathLike[str] | None = None
+    ) -> None:
         super().__init__()
         runtime = deploy_package("onnxruntime")
+        self.name = name
+        _require_own_data(content, name, folder)
         options = runtime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.load_model_format", "ONNX")  # what was looked at, nothing else
+        if folder is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         try:
             self.session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # a damaged or foreign file raises whatever its reader does
@@ -77,8 +86,56 @@ class OnnxNetwork(nn.Module):
         self._input_name = inputs[0].name
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """``input_shape`` float32 on the CPU to the outputs, in the file's order."""
-        return [torch.from_numpy(output) for output in self.session.run(None, {self._input_name: x.numpy()})]
+        """``input_shape`` float32 on the CPU to the outputs, in the file's order.
+
+        Raises:
+            EarlyExitError: the graph fails, or gives something else than tensors of numbers.
+        """
+        try:
+            return [torch.from_numpy(output) for output in self.session.run(None, {self._input_name: x.numpy()})]
+        except Exception as error:  # ONNX Runtime has classes of its own for each kind of failure
+            raise EarlyExitError(f"{self.name}: it does not run ({_first_line(error)}); export it anew") from None
+
+
+def _require_own_data(content: bytes, name: str, folder: str | os.PathLike[str] | None) -> None:
+    """Before ONNX Runtime opens them: weights outside the file are regular files in its folder or below.
+
+    Raises:
+        EarlyExitError: not an ONNX file, or data elsewhere.
+    """
+    onnx = deploy_package("onnx")
+    try:
+        model = onnx.load_model_from_string(content)
+    except Exception as error:
+        raise EarlyExitError(f"{name}: ONNX Runtime cannot load it ({_first_line(error)})") from None
+    for tensor in _tensors(model, onnx.TensorProto):
+        if tensor.external_data or tensor.data_location == tensor.EXTERNAL:
+            locations = [entry.value for entry in tensor.external_data if entry.key == "location"]
+            if len(locations) != 1 or folder is None or not _lies_in(locations[0], folder):
+                raise EarlyExitError(
+                    f"{name}: its tensor {shown(tensor.name)} has data in {shown(locations)}, expected a file in its"
+                    " own folder; export it with the weights inside"
+                )
+
+
+def _tensors(message: Any, kind: type) -> Iterator[Any]:
+    """Every tensor in a message of protobuf: weights, constants, those of functions and of bodies of loops."""
+    if isinstance(message, kind):
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in value if isinstance(value, Sequence) or hasattr(value, "add") else (value,):
+                yield from _tensors(part, kind)
+
+
+def _lies_in(location: str, folder: str | os.PathLike[str]) -> bool:
+    """Links are followed; backslashes and drives are Windows' way out."""
+    if not location or "\0" in location or "\\" in location or ":" in location or os.path.isabs(location):
+        return False
+    root = os.path.realpath(folder)
+    path = os.path.realpath(os.path.join(root, location))
+    return os.path.commonpath([root, path]) == root and os.path.isfile(path)
 
 
 def in_runtime(network: nn.Module, example: Tensor, runtime: str, threads: int = 1) -> nn.Module:

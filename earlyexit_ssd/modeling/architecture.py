@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Annotated
 
 from torchvision.models.detection.ssd import SSD
 
-from earlyexit_ssd.errors import EarlyExitError, nearest
+from earlyexit_ssd.config import LARGEST_SIDE, MOST_CHANNELS, MOST_WIDTH
+from earlyexit_ssd.errors import EarlyExitError, shown
 from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
 from earlyexit_ssd.modeling.folding import FoldedClassificationHead
 from earlyexit_ssd.modeling.ssdlite import build_ssdlite
+from earlyexit_ssd.plain import build, check_fields
+
+Channels = Annotated[int, 0, MOST_CHANNELS]
+Rows = Annotated[int, 0, 100_000]
+Share = Annotated[float, 0, 1]
+Count = Annotated[int, 1, 2**31]
 
 
 @dataclass(frozen=True)
@@ -25,24 +33,39 @@ class Architecture:
             0 and empty where the head has the classes' own rows.
         exit_layers, channels, depth, copy, head_rank, empty: of the exits; see :class:`EarlyExitSSDLite`.
         score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing.
+
+    Raises:
+        EarlyExitError: a field of another type or out of its range.
     """
 
     classes: tuple[str, ...]
-    image_size: int = 320
-    width: float = 1.0
+    image_size: Annotated[int, 1, LARGEST_SIDE] = 320
+    width: Annotated[float, 0.01, MOST_WIDTH] = 1.0
     reduced_tail: bool = True
-    head_outputs: int = 0
-    folded_rows: tuple[int, ...] = ()
+    head_outputs: Rows = 0
+    folded_rows: tuple[Rows, ...] = ()
     exit_layers: tuple[int, ...] = (8, 12)
-    channels: int = 0
+    channels: Channels = 0
     depth: tuple[int, ...] = (2,)
     copy: tuple[float, ...] = (0.5,)
-    head_rank: int = 0
+    head_rank: Channels = 0
     empty: tuple[int, ...] = ()
-    score_thresh: float = 0.001
-    nms_thresh: float = 0.55
-    detections_per_img: int = 300
-    topk_candidates: int = 300
+    score_thresh: Share = 0.001
+    nms_thresh: Share = 0.55
+    detections_per_img: Count = 300
+    topk_candidates: Count = 300
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.classes:
+            raise EarlyExitError("classes is empty, expected at least one name")
+        rows, classes = self.folded_rows, len(self.classes)
+        fits = len(rows) == len(set(rows)) == classes and all(1 <= row < self.head_outputs for row in rows)
+        if bool(self.head_outputs) != bool(rows) or (rows and not fits):
+            raise EarlyExitError(
+                f"folded_rows is {shown(rows)} of {self.head_outputs} head_outputs, expected a row from 1 on for each "
+                f"of {classes} classes, or none"
+            )
 
     def to_dict(self) -> dict:
         """Plain types only, for JSON and for files that are read with ``weights_only=True``."""
@@ -52,21 +75,18 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, values: dict) -> Architecture:
-        """The inverse of :meth:`to_dict`; unknown keys are errors."""
+        """The inverse of :meth:`to_dict`; unknown keys and wrong types are errors."""
         values = dict(values)
-        new_layers = values.pop("attention", None) is not None and not all(values.get("copy", [0.0]))
-        branches = len(values.get("exit_layers", ())) - len(values.get("empty", ()))
-        cascade = values.pop("cascade", False) and branches > 1
+        older = {key: values.pop(key) for key in ("attention", "cascade") if key in values}
+        described = build(cls, values)
+        new_layers = older.get("attention") is not None and not all(values.get("copy", [0.0]))
+        cascade = older.get("cascade", False) and len(described.exit_layers) - len(described.empty) > 1
         if new_layers or cascade:
             raise EarlyExitError(
                 "its branches have layers (attention, or a cascade from exit to exit) that this version has not: "
                 "train the exits again from its full path (MODEL.WEIGHTS, minutes)"
             )
-        names = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in names:
-                raise EarlyExitError(f"unknown key '{key}' in the description of a model{nearest(key, names)}")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        return described
 
     @classmethod
     def of_full_path(cls, values: dict) -> Architecture:

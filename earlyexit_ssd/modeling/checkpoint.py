@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
 
-from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.errors import EarlyExitError, shown
 from earlyexit_ssd.files import atomic_path
 from earlyexit_ssd.modeling.architecture import Architecture
 from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
 from earlyexit_ssd.modeling.fused import is_fused
+from earlyexit_ssd.modeling.outputs import RouterSettings
 from earlyexit_ssd.modeling.retrofit import load_every_key, read_weights
+from earlyexit_ssd.plain import typed
 
 FORMAT = "earlyexit_ssd/1"
+
+
+class ModelInfo(TypedDict, total=False):
+    """What the package reads of a model file's ``info``; more may be there.
+
+    router: settings of an ``ExitRouter``, None where the exits are not trained; forced: a gate was passed by force.
+    """
+
+    router: RouterSettings | None
+    forced: bool
 
 
 def save_model(
@@ -56,23 +68,25 @@ def load_model(path: str | os.PathLike[str]) -> tuple[EarlyExitSSDLite, Architec
     if not os.path.isfile(path):
         raise EarlyExitError(f"{path}: no such file of weights; train one with tools/train_net.py")
     content = read_weights(path)
-    if content.get("format") != FORMAT:
+    found = content.get("format")
+    if not isinstance(found, str) or found != FORMAT:
         raise EarlyExitError(
-            f"{path}: expected a model of format {FORMAT}, got {content.get('format')!r}; "
+            f"{path}: expected a model of format {FORMAT}, got {shown(found)}; "
             "a torchvision checkpoint goes into MODEL.WEIGHTS of a training configuration"
         )
     lacking = [key for key in ("architecture", "model", "info") if not isinstance(content.get(key), dict)]
     if lacking:
         raise EarlyExitError(f"{path}: the file lacks '{lacking[0]}'; write it anew with save_model")
     try:
+        info = typed(ModelInfo, content["info"], "info")
         architecture = Architecture.from_dict(content["architecture"])
         model = architecture.build()
     except EarlyExitError as error:
-        raise EarlyExitError(f"{path}: {error}") from None
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise EarlyExitError(f"{path}: {error}; write it anew with save_model") from None
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
         raise EarlyExitError(f"{path}: its architecture cannot be built ({error}); write it anew") from None
     load_every_key(model, content["model"], path)
-    return model.eval(), architecture, content["info"]
+    return model.eval(), architecture, info
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor
 
+from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.modeling.matching import Assignment
 
 Head = dict[str, Tensor]
@@ -55,6 +56,21 @@ class Router(Protocol):
 
     def temperature_loss(self, logits: Tensor, assignment: Assignment, exit_index: int) -> Tensor | None:
         """[N, A, C] raw logits to a scalar that fits this exit's temperature, or None where it is fixed."""
+
+
+class _NeededSettings(TypedDict):
+    num_exits: Annotated[int, 1, 15]
+
+
+class RouterSettings(_NeededSettings, total=False):
+    """What ``ExitRouter.to_dict`` gives, as it stands in model files and certificates; the rest has defaults."""
+
+    policy: str
+    parameters: Any
+    thresholds: list[Annotated[float, 0, CLOSED]]
+    temperatures: list[Annotated[float, 0, 1000]]
+    temperature_bounds: list[Annotated[float, 0, 1000]]
+    hybrid: bool
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.outputs import Router
@@ -47,14 +49,31 @@ class Pretrained:
         path = weights_path(name_or_path)
         model, _, info = load_model(path)
         if router and info.get("router"):
-            model.router = _make_router(path, info["router"], model.num_early_exits)
+            try:
+                model.router = make_router(model, info["router"])
+            except EarlyExitError as error:
+                raise EarlyExitError(f"{path}: {error}; load it with router=False") from None
         return model
 
 
-def _make_router(path: os.PathLike[str], settings: dict, exits: int) -> Router:
+def make_router(model: EarlyExitSSDLite, settings: Mapping[str, Any]) -> Router:
+    """The router of a file's settings, tried on a blank photo: what is fitted for another model fails there.
+
+    Raises:
+        EarlyExitError: the settings are those of no router, or of another model's.
+    """
+    training = model.training
+    device = next(model.parameters()).device
     try:
-        router = _router_makers[0](**settings)
-        check_router(router, exits)
-        return router
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise EarlyExitError(f"{path}: its routing cannot be used ({error}); load it with router=False") from None
+        router = _router_makers[0](**settings).to(device)
+        check_router(router, model.num_early_exits)
+        model.eval()
+        with torch.no_grad():
+            outputs = model.exit_outputs([torch.zeros(3, *model.transform.fixed_size, device=device)])
+            for index in range(model.num_early_exits):
+                router.confidence(outputs.signals(index), index)
+    except Exception as error:  # policies may be anybody's, and their parameters anything
+        raise EarlyExitError(f"its routing cannot be used ({error})") from None
+    finally:
+        model.train(training)
+    return router

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 from torchvision.models.detection.ssd import SSD
 
-from earlyexit_ssd.errors import EarlyExitError, nearest
+from earlyexit_ssd.errors import EarlyExitError, nearest, shown
 from earlyexit_ssd.modeling.architecture import Architecture
 from earlyexit_ssd.modeling.folding import (
     ClassChange,
@@ -22,9 +22,13 @@ from earlyexit_ssd.modeling.folding import (
     plan_class_change,
     slice_rows,
 )
+from earlyexit_ssd.plain import require_bounded
 
 COCO_CLASSES = tuple(SSDLite320_MobileNet_V3_Large_Weights.COCO_V1.meta["categories"][1:])
 """torchvision's names of the labels 1..90; "N/A" where COCO skips a number."""
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def retrofit(
@@ -99,8 +103,7 @@ def load_full_path(
     require_weights(weights)
     content = read_weights(weights)
     state = content.get("model", content)
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise EarlyExitError(f"{weights}: expected a state dict of tensors, got keys {', '.join(list(content)[:3])}")
+    require_state(state, weights)
     if not isinstance(content.get("architecture"), dict):
         return state, None
     full_path = {key: value for key, value in state.items() if key.startswith(("backbone.", "head."))}
@@ -135,11 +138,37 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise EarlyExitError(
             f"{path}: expected a dict of weights, got a {type(content).__name__}; save model.state_dict()"
         )
+    try:
+        require_bounded(content)
+    except ValueError as error:
+        raise EarlyExitError(f"{path}: {error}, no file of weights has that; save model.state_dict()") from None
     return content
 
 
+def require_state(state: object, source: str | os.PathLike[str]) -> None:
+    """Check that it is a state dict: names and ordinary tensors.
+
+    Raises:
+        EarlyExitError: a key that is no text, a value that is no tensor, or one that is sparse, quantised, complex or
+            without data.
+    """
+    fix = "save model.state_dict()"
+    if not isinstance(state, dict) or not state:
+        raise EarlyExitError(f"{source}: expected a state dict of tensors, got {shown(state)}; {fix}")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise EarlyExitError(
+                f"{source}: expected names and tensors, got {shown(key, 50)}: {type(value).__name__}; {fix}"
+            )
+        dense = value.layout == torch.strided and value.device.type != "meta" and not value.is_nested
+        if not dense or value.is_quantized or value.is_complex():
+            kind = f"{value.layout} {value.dtype} on {value.device}"
+            raise EarlyExitError(f"{source}: {key} is {kind}, expected an ordinary tensor of numbers; {fix}")
+
+
 def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: str | os.PathLike[str]) -> None:
-    """Load strictly; the first difference is named in one line."""
+    """Load strictly; the first difference is named in one line, NaN too."""
+    require_state(state, source)
     expected = module.state_dict()
     problems = [f"lacks {key}" for key in expected if key not in state]
     problems += [f"has {key}, which the model lacks" for key in state if key not in expected]
@@ -153,10 +182,16 @@ def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: st
             f"{source} does not fit the model: {problems[0]} ({len(problems)} differences); "
             "check MODEL.WIDTH, MODEL.WEIGHTS_CLASSES and the number of classes"
         )
+    for key, value in expected.items():
+        given = state[key]
+        if given.dtype not in (_FLOATS if value.is_floating_point() else _INTEGERS):
+            raise EarlyExitError(f"{source}: {key} is {given.dtype}, the model has {value.dtype}; save it anew")
+        if not given.float().isfinite().all():
+            raise EarlyExitError(f"{source}: {key} has NaN or infinity, its training went wrong; take other weights")
     module.load_state_dict(state)
 
 
 def _has_reduced_tail(state: dict[str, Tensor], width: float) -> bool:
     """The last trunk layer has 480 channels in the reduced tail and 960 in the full one, times the width."""
     last = state.get("backbone.features.1.3.0.weight")
-    return last is None or last.shape[0] < 720 * width
+    return last is None or not last.dim() or last.shape[0] < 720 * width

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 from earlyexit_ssd.errors import EarlyExitError, nearest
 from earlyexit_ssd.files import sha256
 from earlyexit_ssd.modeling.retrofit import read_weights
+from earlyexit_ssd.plain import read_json
 
 FOLDER = Path(__file__).resolve().parents[1] / "weights"
 """``NAME.pth``, a model file, and ``NAME.json``, what is known of it; tools/export_weights.py writes both."""
@@ -60,8 +60,9 @@ def describe(path: Path) -> Weights:
     Raises:
         EarlyExitError: the file is not what tools/export_weights.py writes.
     """
+    fix = "install the package again"
+    entry = read_json(path, "description of weights", fix)
     try:
-        entry = json.loads(path.read_text(encoding="utf-8"))
         classes = entry["classes"]
         meta = {
             "categories": ["__background__", *classes],
@@ -75,10 +76,8 @@ def describe(path: Path) -> Weights:
             "_metrics": {name: split["exits"] for name, split in entry["metrics"].items()},
             "_docs": f"SSDLite320 MobileNetV3-Large with early exits for {', '.join(classes)}; weights in fp16.",
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EarlyExitError(
-            f"{path}: not a description of weights ({type(error).__name__}: {error}); install the package again"
-        ) from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise EarlyExitError(f"{path}: not a description of weights ({type(error).__name__}: {error}); {fix}") from None
     return Weights(path.with_suffix(".pth").as_uri(), SSDLite320_MobileNet_V3_Large_Weights.COCO_V1.transforms, meta)
 
 

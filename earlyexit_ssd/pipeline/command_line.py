@@ -26,7 +26,7 @@ def run_tool(job: Callable[[], None], after_a_stop: str = "run it again") -> int
     try:
         job()
     except GateFailed as error:
-        return _stop(str(error), EXIT_GATE_FAILED)
+        return _stop("\n".join([str(error), *error.advice]), EXIT_GATE_FAILED)
     except EarlyExitError as error:
         return _stop(str(error), EXIT_BAD_INPUT)
     except Interrupted as error:
@@ -45,7 +45,5 @@ class _LineHandler(logging.Handler):
 
 def _stop(message: str, code: int) -> int:
     if is_first_process():
-        if "Original Traceback" in message:  # from a loader's worker: the traceback, and last the line itself
-            message = message.strip().splitlines()[-1].partition("Error: ")[2]
         write_line(f"error: {message}" if code == EXIT_BAD_INPUT else message)
     return code

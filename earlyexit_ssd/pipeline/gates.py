@@ -65,10 +65,14 @@ class GateFailed(EarlyExitError):
     """A phase's detector does not do what the next phase needs."""
 
     def __init__(self, gate: Gate) -> None:
-        advice = "".join(f"\n  try: {line}" for line in gate.advice)
-        # no bad input: several lines, for people to read
-        ValueError.__init__(self, f"{gate}{advice}\n  or go on with --force, which every later report will say")
+        super().__init__(gate)
         self.gate = gate
+
+    @property
+    def advice(self) -> list[str]:
+        """What to do now, a line each."""
+        tries = [f"  try: {line}" for line in self.gate.advice]
+        return [*tries, "  or go on with --force, which every later report will say"]
 
 
 def baseline_gate(figures: dict, limits: dict[str, float]) -> Gate:

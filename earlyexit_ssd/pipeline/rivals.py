@@ -42,7 +42,8 @@ def check_rivals(cfg: CfgNode, device: torch.device) -> None:
         if not Path(path).is_file():
             raise ConfigError(f"EVAL.RIVALS.{key} has {path}: no such file")
     if cfg.EVAL.RUNTIME != EAGER or (rivals.ENABLED and rivals.ONNX):
-        deploy_package("onnxruntime")
+        for name in ("onnx", "onnxruntime"):
+            deploy_package(name)
 
 
 def build_rivals(

@@ -15,13 +15,13 @@ from pathlib import Path
 import albumentations
 import torch
 import torchvision
-import yaml
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.config import get_cfg
-from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.errors import EarlyExitError, shown
 from earlyexit_ssd.files import make_folder, write_json, write_text
 from earlyexit_ssd.pipeline.gates import Gate
+from earlyexit_ssd.plain import parse_yaml, read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class RunFolder:
         if not path.is_file():
             return {}
         # a key that came later had its default
-        defaults, current = (_flat(yaml.safe_load(one.dump())) for one in (get_cfg(), cfg))
+        defaults, current = (_flat(parse_yaml(one.dump())) for one in (get_cfg(), cfg))
         stored = {**defaults, **_flat(_read_dict(path))}
         changed = {}
         for key in sorted({*stored, *current}):
@@ -120,7 +120,8 @@ class RunFolder:
             phase = next((phase for phase, keys in _SETTINGS_OF_PHASES.items() if key.startswith(keys)), None)
             if phase is None or self.finished(phase):
                 raise EarlyExitError(
-                    f"{path}: the run to resume has {key} = {stored.get(key)!r}, now it is {current.get(key)!r}; "
+                    f"{path}: the run to resume has {key} = {shown(stored.get(key))}, now it is "
+                    f"{shown(current.get(key))}; "
                     "set it back, or name another folder (OUTPUT_DIR)"
                 )
             if ".GATE." not in key:  # another gate looks at the same training
@@ -164,14 +165,10 @@ class RunFolder:
 
 def _read_dict(path: Path) -> dict:
     """A YAML or JSON file that this class has written; JSON is YAML."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        content = " ".join(str(error).split())
+    fix = "restore it, or name another folder (OUTPUT_DIR)"
+    content = read_yaml(path, "file of a run", fix)
     if not isinstance(content, dict):
-        raise EarlyExitError(
-            f"{path}: not what a run has written (got {content!r:.60}); restore it, or name another folder (OUTPUT_DIR)"
-        )
+        raise EarlyExitError(f"{path}: not what a run has written (got {shown(content)}); {fix}")
     return content
 
 

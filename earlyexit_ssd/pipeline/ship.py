@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -13,12 +12,13 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.errors import EarlyExitError, shown
 from earlyexit_ssd.files import write_bytes, write_json
 from earlyexit_ssd.modeling import EarlyExitSSDLite, load_model
 from earlyexit_ssd.modeling.half import half_file
 from earlyexit_ssd.modeling.retrofit import read_weights
 from earlyexit_ssd.pipeline.build import build_router
+from earlyexit_ssd.plain import read_json
 
 MAX_BYTES = 12_000_000
 """Every version of a binary stays in the repository's history."""
@@ -96,31 +96,34 @@ def _figures(
     result: str | os.PathLike[str], routing: Mapping[str, Any], shipped: Shipped
 ) -> tuple[str, dict[str, Any]]:
     """The name of the test split, and of its metrics.json what the description repeats."""
+    fix = f"write it with tools/eval_exits.py --weights {shipped.weights}"
+    metrics = read_json(result, "metrics.json of an evaluation", fix)
+    keys = ("AP", "AP50", "AP50_interval", "mmacs", "ms", "share")
     try:
-        metrics = json.loads(Path(result).read_text(encoding="utf-8"))
         context, routed = metrics["context"], metrics["routed"]
         measured = context.get("weights_sha256")
         rows = {row["name"]: {**row, "share": routed["exit_share"][row["name"]]} for row in metrics["exits"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        rows["routed"] = {**routed, "share": None}
+        policy = {key: routed[key] for key in ("policy", "thresholds")}
+        figures = {
+            "results": Path(result).as_posix(),
+            "images": context["images"],
+            "without_exits": {key: metrics["without_exits"][key] for key in ("mmacs", "ms")},
+            "exits": {name: {key: row[key] for key in keys} for name, row in rows.items()},
+        }
+        splits = "+".join(context["splits"])
+    except (KeyError, TypeError, AttributeError) as error:
         raise EarlyExitError(
-            f"{result}: not the metrics.json of an evaluation ({type(error).__name__}: {error}); "
-            f"write it with tools/eval_exits.py --weights {shipped.weights}"
+            f"{result}: not the metrics.json of an evaluation ({type(error).__name__}: {error}); {fix}"
         ) from None
     if measured != shipped.sha256:
         raise EarlyExitError(
             f"{result}: measured with weights of sha256 {str(measured)[:8]}, the shipped ones have "
             f"{shipped.sha256[:8]}; measure again with tools/eval_exits.py --weights {shipped.weights}"
         )
-    for key in ("policy", "thresholds"):
-        if routed[key] != routing[key]:
+    for key, value in policy.items():
+        if value != routing[key]:
             raise EarlyExitError(
-                f"{result}: routed with {key} {routed[key]}, the shipped model has {routing[key]}; use one --config"
+                f"{result}: routed with {key} {shown(value)}, the shipped model has {routing[key]}; use one --config"
             )
-    keys = ("AP", "AP50", "AP50_interval", "mmacs", "ms", "share")
-    rows["routed"] = {**routed, "share": None}
-    return "+".join(context["splits"]), {
-        "results": Path(result).as_posix(),
-        "images": context["images"],
-        "without_exits": {key: metrics["without_exits"][key] for key in ("mmacs", "ms")},
-        "exits": {name: {key: row[key] for key in keys} for name, row in rows.items()},
-    }
+    return splits, figures

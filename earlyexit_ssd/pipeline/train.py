@@ -13,6 +13,7 @@ from fvcore.common.config import CfgNode
 from earlyexit_ssd.engine.distributed import barrier, is_main, process_group
 from earlyexit_ssd.files import atomic_path, write_image
 from earlyexit_ssd.modeling import load_model, save_model
+from earlyexit_ssd.modeling.retrofit import load_every_key
 from earlyexit_ssd.pipeline.build import build_device, build_losses, build_router
 from earlyexit_ssd.pipeline.evaluate import evaluate_model
 from earlyexit_ssd.pipeline.gates import GateFailed
@@ -89,10 +90,10 @@ def _run_phase(run: Run, name: str, force: bool) -> None:
 def _take_over(run: Run, path: Path, phase: str) -> None:
     model, architecture, info = load_model(path)
     if phase == "baseline":  # it trains no exits: they stay as this configuration builds them
-        run.model.backbone.load_state_dict(model.backbone.state_dict())
-        run.model.head.load_state_dict(model.head.state_dict())
+        load_every_key(run.model.backbone, model.backbone.state_dict(), path)
+        load_every_key(run.model.head, model.head.state_dict(), path)
         return
     run.model, run.architecture = model.to(run.device), architecture
     run.model.losses = build_losses(run.cfg)
-    if info["router"]:
+    if info.get("router"):
         run.model.router = build_router(run.cfg, info["router"], run.cfg.ROUTING.LEARN_TEMPERATURES).to(run.device)

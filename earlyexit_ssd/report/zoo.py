@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import posixpath
 import sys
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import write_text
 from earlyexit_ssd.modeling.weights import FOLDER
+from earlyexit_ssd.plain import read_json
 from earlyexit_ssd.report.table import number, share
 
 HEADER = """\
@@ -52,7 +52,9 @@ def section(name: str, entry: Mapping[str, Any], page_folder: str = "docs") -> s
 def tables(folder: Path = FOLDER) -> str:
     """A section for each description in ``folder``."""
     paths = sorted(folder.glob("*.json"))
-    return "\n".join(section(path.stem, json.loads(path.read_text(encoding="utf-8"))) for path in paths)
+    return "\n".join(
+        section(path.stem, read_json(path, "description of weights", "install the package again")) for path in paths
+    )
 
 
 def renew(page: str, content: str) -> str:

@@ -8,8 +8,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypedDict
 
 from torch import nn
 
@@ -18,11 +17,59 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import write_json
 from earlyexit_ssd.modeling.checkpoint import weights_hash
 from earlyexit_ssd.modeling.fused import is_fused
+from earlyexit_ssd.modeling.outputs import RouterSettings
+from earlyexit_ssd.modeling.pretrained import make_router
+from earlyexit_ssd.plain import build, read_json
 from earlyexit_ssd.routing.drift_reference import Reference
 from earlyexit_ssd.routing.router import ExitRouter
 
+Share = Annotated[float, 0, 1]
+
 FORMAT = "earlyexit_ssd certificate/1"
 CHECKSUM = "content_sha256"
+_ADVICE = "write one with tools/calibrate.py"
+
+
+KINDS = {"speedup": ("value",), "ap_drop": ("value", "delta"), "risk": ("epsilon", "delta", "bound")}
+"""Kinds of targets -> their numbers."""
+
+
+class _NeededOfTarget(TypedDict):
+    kind: Literal["speedup", "ap_drop", "risk"]
+    reference: Literal["full", "labels"]
+    score: Share
+    iou: Share
+
+
+class Target(_NeededOfTarget, total=False):
+    """What was asked for."""
+
+    value: float
+    epsilon: Share
+    delta: Share
+    bound: str
+
+
+class Measured(TypedDict, total=False):
+    """What was measured on the calibration photos."""
+
+    photos: Annotated[int, 1, 2**63]
+    loss: float
+    AP50: float | None
+    AP50_full: float | None
+    exit_share: dict[str, Share]
+    cost: float
+    speedup: float
+    loss_bound: float | None
+    AP50_lost_bound: float | None
+
+
+class Costs(TypedDict, total=False):
+    """What a photo costs that leaves at each exit, and without exits."""
+
+    unit: Literal["ms", "mmacs"]
+    exits: list[float]
+    plain: float
 
 
 @dataclass(frozen=True)
@@ -45,10 +92,10 @@ class Certificate:
         versions: of the software.
     """
 
-    router: dict[str, Any]
-    target: dict[str, Any]
-    measured: dict[str, Any]
-    cost_model: dict[str, Any]
+    router: RouterSettings
+    target: Target
+    measured: Measured
+    cost_model: Costs
     weights_sha256: str
     photos_sha256: tuple[str, ...]
     photo_list_sha256: str
@@ -76,14 +123,13 @@ class Certificate:
                 f"the certificate is for weights {self.weights_sha256[:12]}, the model has {weights_hash(model)[:12]}; "
                 "calibrate again with tools/calibrate.py"
             )
-        try:
-            router = ExitRouter(**self.router)
-        except (TypeError, KeyError, ValueError, RuntimeError, EarlyExitError) as error:
-            raise EarlyExitError(f"the certificate's router cannot be used ({error}); calibrate again") from None
         calibrated, own = (", ".join(names[:-1]) for names in (self.drift["exit_names"], model.exit_names))
         if calibrated != own:  # an empty exit has no weights to be known by
             raise EarlyExitError(f"the certificate is for the exits {calibrated}, the model has {own}; calibrate again")
-        return router.to(next(model.parameters()).device)
+        try:
+            return make_router(model, self.router)
+        except EarlyExitError as error:
+            raise EarlyExitError(f"the certificate: {error}; calibrate again") from None
 
     def require_unseen(self, photos: Iterable[tuple[str | os.PathLike[str], str]]) -> None:
         """Refuse photos that calibrated: figures on them flatter.
@@ -115,29 +161,48 @@ def load_certificate(path: str | os.PathLike[str]) -> Certificate:
     Raises:
         EarlyExitError: no such file, not a certificate, or one that was edited by hand.
     """
-    advice = "write one with tools/calibrate.py"
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise EarlyExitError(f"{path}: no readable certificate ({error.strerror}); {advice}") from None
-    except ValueError as error:
-        raise EarlyExitError(f"{path}: not JSON ({error}); {advice}") from None
-    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-        raise EarlyExitError(f"{path}: expected a certificate of format {FORMAT!r}; {advice}")
+    return parse_certificate(read_json(path, "certificate", _ADVICE), path)
+
+
+def parse_certificate(content: Any, source: str | os.PathLike[str]) -> Certificate:
+    """The certificate that a file holds as plain types; every part is checked.
+
+    Args:
+        source: the file, for messages.
+
+    Raises:
+        EarlyExitError: a part is missing, unknown, of another type or not what the calibration wrote.
+    """
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise EarlyExitError(f"{source}: expected a certificate of format {FORMAT!r}; {_ADVICE}")
+    content = {key: value for key, value in content.items() if key != "format"}
     checksum = content.pop(CHECKSUM, None)
-    names = {field.name for field in dataclasses.fields(Certificate)}
-    if names != set(content):
-        wrong = sorted(names ^ set(content))[0]
-        raise EarlyExitError(f"{path}: the key '{wrong}' is {'missing' if wrong in names else 'unknown'}; {advice}")
-    types = {"photos_sha256": list, "weights_sha256": str, "photo_list_sha256": str}
-    for name in sorted(names):
-        if not isinstance(content[name], types.get(name, dict)):
-            raise EarlyExitError(f"{path}: '{name}' is {content[name]!r:.40}, no certificate has that; {advice}")
+    try:
+        certificate = build(Certificate, content)
+        _require_whole(certificate)
+    except EarlyExitError as error:
+        raise EarlyExitError(f"{source}: {error}, no certificate has that; {_ADVICE}") from None
     if checksum != _checksum({"format": FORMAT, **content}):
         raise EarlyExitError(
-            f"{path}: the content does not fit its '{CHECKSUM}', so it is not what a calibration found; {advice}"
+            f"{source}: the content does not fit its '{CHECKSUM}', so it is not what a calibration found; {_ADVICE}"
         )
-    return Certificate(**{**content, "photos_sha256": tuple(content["photos_sha256"])})
+    return certificate
+
+
+def _require_whole(certificate: Certificate) -> None:
+    """Every number that the target's kind needs is there, and the parts speak of as many exits."""
+    router, target = certificate.router, certificate.target
+    for part, values, needed in (("router", router, ("thresholds",)), ("target", target, KINDS[target["kind"]])):
+        for key in needed:
+            if key not in values:
+                raise EarlyExitError(f"the key '{part}.{key}' is missing")
+    exits, thresholds = router["num_exits"], len(router["thresholds"])
+    names = certificate.drift_reference().exit_names
+    if thresholds not in (1, exits) or len(names) != exits + 1:
+        raise EarlyExitError(
+            f"router has {exits} exits and {thresholds} thresholds, drift has {len(names)} exit_names; expected one "
+            "threshold for each exit, and one name more"
+        )
 
 
 def _checksum(content: dict[str, Any]) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from torch import Tensor
 
 from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.plain import build, check_fields
 from earlyexit_ssd.routing.two_sample import QUANTILES, sample_quantiles
 
 Values = Tensor | np.ndarray | Sequence[float]
@@ -30,17 +32,16 @@ class Reference:
         EarlyExitError: values that cannot come from one calibration.
     """
 
-    photos: int
+    photos: Annotated[int, 1, 2**63]
     exit_names: tuple[str, ...]
-    exit_counts: tuple[int, ...]
+    exit_counts: tuple[Annotated[int, 0, 2**63], ...]
     confidences: tuple[tuple[float, ...], ...]
 
     def __post_init__(self) -> None:
+        check_fields(self)
         exits, counts = len(self.exit_names), list(self.exit_counts)
         if exits < 2 or len(set(self.exit_names)) < exits:
             raise EarlyExitError(f"exit_names {self.exit_names}: expected early exits and the full path, no name twice")
-        if not all(type(count) is int and count >= 0 for count in [self.photos, *counts]) or self.photos < 1:
-            raise EarlyExitError(f"photos {self.photos}, exit_counts {counts}: expected whole numbers, some photos")
         if len(counts) != exits or sum(counts) != self.photos:
             raise EarlyExitError(f"exit_counts {counts}: expected one for each of {exits} exits, sum {self.photos}")
         if len(self.confidences) != exits - 1:
@@ -50,8 +51,8 @@ class Reference:
                 found = f"{len(quantiles)} quantiles for {count} photos"
                 raise EarlyExitError(f"confidences of {name}: {found}, expected {QUANTILES}, or none for no photo")
             for before, value in zip((-math.inf, *quantiles), quantiles, strict=False):
-                if not (math.isfinite(value) and before <= value):
-                    raise EarlyExitError(f"confidences of {name} have {value}, expected finite numbers >= {before}")
+                if value < before:
+                    raise EarlyExitError(f"confidences of {name} have {value}, expected numbers >= {before}")
 
     @classmethod
     def from_decisions(cls, exit_names: Sequence[str], exit_index: Values, confidences: Sequence[Values]) -> Reference:
@@ -87,11 +88,9 @@ class Reference:
             EarlyExitError: other keys, types or values; the certificate is damaged or of another kind.
         """
         try:
-            rows = tuple(tuple(quantiles) for quantiles in values["confidences"])
-            lists = {key: tuple(values[key]) for key in ("exit_names", "exit_counts")}
-            return cls(**{**values, **lists, "confidences": rows})
-        except (KeyError, TypeError) as error:
-            raise EarlyExitError(f"drift reference cannot be read ({error!r}); calibrate again") from None
+            return build(cls, values, "drift")
+        except EarlyExitError as error:
+            raise EarlyExitError(f"drift reference cannot be read ({error}); calibrate again") from None
 
 
 def exit_indices(values: Values, names: Sequence[str]) -> np.ndarray:

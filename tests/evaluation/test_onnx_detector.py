@@ -67,6 +67,53 @@ def test_unusable_files_are_one_line(boxes_file, tmp_path):
         OnnxDetector(boxes_file(), "yolox")([torch.rand(3, 64, 64)])
 
 
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 64, 64), (1, 3, 100_000, 100_000), (1, 1, 3, 64, 64), (3, "h", 64), (1, 3, 0, 64)]
+)
+def test_batches_and_inputs_that_nobody_has_memory_for(boxes_file, shape):
+    with pytest.raises(EarlyExitError, match=r"constant\.onnx: expected (an input \[1, 3|one input of a fixed size)"):
+        OnnxDetector(boxes_file(shape), "boxes")
+
+
+@pytest.fixture
+def outside(boxes_file, tmp_path):
+    """The file in a folder of its own; its scores stand in ``location``, seen from there."""
+
+    def build(location):
+        model = onnx.load(boxes_file())
+        node = next(node for node in model.graph.node if node.output[0] == "scores")
+        model.graph.node.remove(node)
+        scores = TensorProto(name="scores", data_type=TensorProto.FLOAT, dims=(2,), data_location=TensorProto.EXTERNAL)
+        scores.external_data.add(key="location", value=location)
+        model.graph.initializer.append(scores)
+        path = tmp_path / "folder" / "split.onnx"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(model.SerializeToString())
+        return path
+
+    return build
+
+
+def test_weights_beside_the_file_are_read_and_no_others(outside, tmp_path):
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "scores.bin", tmp_path / "folder" / "scores.bin"):
+        path.write_bytes(torch.tensor([0.9, 0.5]).numpy().tobytes())
+    (tmp_path / "folder" / "link.bin").symlink_to(tmp_path / "scores.bin")
+    (found,) = OnnxDetector(outside("scores.bin"), "boxes")([torch.rand(3, 64, 64)])
+    assert found["scores"].tolist() == pytest.approx([0.9, 0.5])
+    for location in (
+        "../scores.bin",
+        str(tmp_path / "scores.bin"),
+        "link.bin",
+        "none.bin",
+        "",
+        ".",
+        "*/_ORT_MEM_ADDR_/*",
+    ):
+        with pytest.raises(EarlyExitError, match=r"split\.onnx: its tensor 'scores' has data in .*own folder"):
+            OnnxDetector(outside(location), "boxes")
+
+
 @pytest.mark.shared
 def test_yolox_has_its_published_ap(shared_root):
     """0.258 on all of COCO's val2017; with RGB instead of BGR these photos give 0.234, with inputs in [0, 1] zero."""

@@ -87,7 +87,7 @@ def test_the_full_path_under_branches_of_an_older_version(checkpoint, tmp_path):
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in found.state_dict().items())
     content["architecture"]["widht"] = 1.0
     torch.save(content, tmp_path / "model.pth")
-    with pytest.raises(EarlyExitError, match=r"model\.pth: unknown key 'widht'"):
+    with pytest.raises(EarlyExitError, match=r"model\.pth: the key 'widht' is unknown"):
         retrofit(wanted, tmp_path / "model.pth")
 
 

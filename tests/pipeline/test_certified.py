@@ -18,7 +18,16 @@ def certificate(kind="risk", score=0.5):
     reference = Reference.from_decisions(EXITS, [0] * 150 + [1] * 150, [[0.75] * 300])
     return Certificate(
         router=ExitRouter(1).to_dict(),
-        target={"kind": kind, "score": score, "iou": 0.5},
+        target={
+            "kind": kind,
+            "score": score,
+            "iou": 0.5,
+            "reference": "full",
+            "value": 2.0,
+            "epsilon": 0.02,
+            "delta": 0.05,
+            "bound": "betting",
+        },
         measured={},
         cost_model={},
         weights_sha256="",

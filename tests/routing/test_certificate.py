@@ -11,6 +11,8 @@ from earlyexit_ssd.routing.certificate import Certificate, load_certificate
 from earlyexit_ssd.routing.drift_reference import Reference
 from tests.modeling.conftest import small_model
 
+POINT = {"score": 0.5, "iou": 0.5}
+
 
 @pytest.fixture
 def model():
@@ -21,7 +23,7 @@ def model():
 def certificate(model):
     return Certificate(
         router=ExitRouter(2, policy="entropy", thresholds=[0.6, 2.0], temperatures=[1.5, 0.8]).to_dict(),
-        target={"kind": "risk", "epsilon": 0.02, "delta": 0.05},
+        target={"kind": "risk", "epsilon": 0.02, "delta": 0.05, "bound": "betting", "reference": "full", **POINT},
         measured={"photos": 3, "loss": 0.01},
         cost_model={"unit": "mmacs", "exits": [1.0, 2.0, 3.0], "plain": 2.5},
         weights_sha256=weights_hash(model),
@@ -114,5 +116,5 @@ def test_unknown_key_and_no_file(certificate, tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "more": 1}))
     with pytest.raises(EarlyExitError, match="the key 'more' is unknown"):
         load_certificate(path)
-    with pytest.raises(EarlyExitError, match="no readable certificate.*tools/calibrate.py"):
+    with pytest.raises(EarlyExitError, match="no such certificate.*tools/calibrate.py"):
         load_certificate(tmp_path / "none.json")

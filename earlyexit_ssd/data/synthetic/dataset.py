@@ -85,7 +85,7 @@ def _settings_of(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         return json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"{folder} holds no readable settings.json, so the renderer has not made it; "
             "move it away or delete it, or set DATA.ROOT to another folder"

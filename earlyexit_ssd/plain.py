@@ -1,0 +1,271 @@
+"""Plain data that anybody may have written: JSON and YAML files, bounded in size and depth, and checked by type.
+
+A type says what is expected: dataclasses and ``TypedDict``, ``tuple[int, ...]``, ``float | None``, ``Literal``, and
+``Annotated[float, 0, 1]`` for a number with its least and its largest value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import types
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain, islice
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+import yaml
+
+from earlyexit_ssd.errors import EarlyExitError, nearest, shown
+
+T = TypeVar("T")
+
+DEEPEST = 32
+MOST_VALUES = 2_000_000
+MOST_YAML_VALUES, MOST_YAML_BYTES = 100_000, 2**18
+"""YAML is read slowly, and an alias repeats what it stands for."""
+
+
+def require_bounded(value: Any, most: int = MOST_VALUES) -> None:
+    """Look at nested dicts and lists level by level; what refers to itself has no end.
+
+    Raises:
+        ValueError: nested deeper than `DEEPEST`, more than ``most`` values, or an integer beyond 64 bits.
+    """
+    level, count = [value], 0
+    for _ in range(DEEPEST):
+        for item in level:
+            if isinstance(item, int) and item.bit_length() > 64:
+                raise ValueError("a whole number of more than 64 bits")
+        level = list(islice(chain.from_iterable(map(_children, level)), most + 1))
+        count += len(level)
+        if count > most:
+            raise ValueError(f"more than {most} values")
+        if not level:
+            return
+    raise ValueError(f"nested more than {DEEPEST} deep")
+
+
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, yaml.CollectionNode):
+        value = value.value
+    if isinstance(value, Mapping):
+        return chain(value, value.values())
+    return value if isinstance(value, (list, tuple, set)) else ()
+
+
+def read_json(path: str | os.PathLike[str], what: str, fix: str, error: type[EarlyExitError] = EarlyExitError) -> Any:
+    """The content of a JSON file; no key twice, no NaN.
+
+    Args:
+        what: the file is to be, for messages; fix: what to do where it is not; error: the class to raise.
+
+    Raises:
+        EarlyExitError: no such regular file, or not JSON.
+    """
+    return _read(path, _parse_json, "JSON", what, fix, error)
+
+
+def read_yaml(path: str | os.PathLike[str], what: str, fix: str, error: type[EarlyExitError] = EarlyExitError) -> Any:
+    """The content of a YAML file, see :func:`parse_yaml`; else as :func:`read_json`."""
+    return _read(path, parse_yaml, "valid YAML", what, fix, error)
+
+
+def _read(
+    path: str | os.PathLike[str],
+    parse: Callable[[str], Any],
+    kind: str,
+    what: str,
+    fix: str,
+    error: type[EarlyExitError],
+) -> Any:
+    try:
+        text = read_bytes(path).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise error(f"{path}: no such {what}; {fix}") from None
+    except (OSError, ValueError) as problem:
+        reason = getattr(problem, "strerror", None) or problem
+        raise error(f"{path}: cannot be read as a {what} ({reason}); {fix}") from None
+    try:
+        return parse(text)
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{path}: not {kind} ({problem}); {fix}") from None
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Of a regular file; a pipe or a device might never end.
+
+    Raises:
+        OSError: no such file, or no regular one.
+        ValueError: the path holds a NUL.
+    """
+    path = Path(path)
+    path.stat()
+    if not path.is_file():
+        raise OSError(0, "it is no regular file")
+    return path.read_bytes()
+
+
+def _parse_json(text: str) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"the key {shown(next(key for key in keys if keys.count(key) > 1))} is given twice")
+        return found
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no number of JSON")
+
+    value = json.loads(text, object_pairs_hook=once, parse_constant=refuse)
+    require_bounded(value)
+    return value
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML's plain types; a date is text, other tags are refused, and no key is given twice."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [pair for pair in pairs if not pair[0].endswith(":timestamp")]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    yaml_constructors = {  # noqa: RUF012
+        tag: make
+        for tag, make in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in ("null", "bool", "int", "float", "str", "seq", "map")
+    }
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {shown(key.value)} is given twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return node
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text: dicts, lists, text, numbers, truth values and None.
+
+    Raises:
+        ValueError: not YAML, too large or too deep, a key given twice, or a tag of something else; one line.
+    """
+    if len(text) > MOST_YAML_BYTES:
+        raise ValueError(f"{len(text)} characters, at most {MOST_YAML_BYTES} are read")
+    try:
+        loader = _PlainLoader(text)
+        node = loader.get_single_node()
+        require_bounded(node, MOST_YAML_VALUES)  # aliases counted as often as they are used, before they are followed
+        value = None if node is None else loader.construct_document(node)
+        require_bounded(value, MOST_YAML_VALUES)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except Exception as error:  # PyYAML's makers of numbers and the like raise whatever comes
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    return value
+
+
+def build(kind: type[T], values: Mapping[str, Any], name: str = "") -> T:
+    """A dataclass of the values that a file has under its fields' names.
+
+    Raises:
+        EarlyExitError: a key is unknown or missing, or a value is not what the field's type says.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    place = f"{name}: " if name else ""
+    if not isinstance(values, Mapping):
+        raise _unexpected(name or kind.__name__, values, "keys and values")
+    for key in values:
+        if key not in fields:
+            raise EarlyExitError(f"{place}the key {shown(key)} is unknown{nearest(str(key), fields)}")
+    for key, field in sorted(fields.items()):
+        has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        if key not in values and not has_default:
+            raise EarlyExitError(f"{place}the key '{key}' is missing")
+    hints = _hints(kind)
+    return kind(**{key: typed(hints[key], value, f"{name}.{key}" if name else key) for key, value in values.items()})
+
+
+def check_fields(instance: Any) -> None:
+    """Of a dataclass, in its ``__post_init__``: fields are of their types, lists become the tuples that they stand for.
+
+    Raises:
+        EarlyExitError: one is not.
+    """
+    for key, kind in _hints(type(instance)).items():
+        object.__setattr__(instance, key, typed(kind, getattr(instance, key), key))
+
+
+def typed(kind: Any, value: Any, name: str) -> Any:
+    """``value`` if it is what the type ``kind`` says, lists as tuples where that says so.
+
+    Raises:
+        EarlyExitError: it is not; the message has ``name``, the value and what was expected.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin is Annotated:
+        number = typed(arguments[0], value, name)
+        if not arguments[1] <= number <= arguments[2]:
+            raise _unexpected(name, value, f"{arguments[1]} to {arguments[2]}")
+        return number
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return typed(next(one for one in arguments if one is not type(None)), value, name)
+    if origin is Literal:
+        if not isinstance(value, str) or value not in arguments:
+            raise _unexpected(name, value, f"one of {', '.join(arguments)}")
+        return value
+    if origin in (tuple, list):
+        if not isinstance(value, (tuple, list)):
+            raise _unexpected(name, value, "a list")
+        return origin(typed(arguments[0], item, f"{name}[{place}]") for place, item in enumerate(value))
+    if origin is dict or is_typeddict(kind) or dataclasses.is_dataclass(kind):
+        return _mapping(kind, value, name)
+    return _scalar(kind, value, name)
+
+
+def _mapping(kind: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(kind) and isinstance(value, kind):
+        return value
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise _unexpected(name, value, "keys that are text, and values")
+    if dataclasses.is_dataclass(kind):
+        return build(kind, value, name)
+    if get_origin(kind) is dict:
+        return {key: typed(get_args(kind)[1], item, f"{name}.{key}") for key, item in value.items()}
+    for key in sorted(kind.__required_keys__):
+        if key not in value:
+            raise EarlyExitError(f"the key '{name}.{key}' is missing")
+    hints = _hints(kind)  # keys beside them are somebody's own
+    return {key: typed(hints.get(key, Any), item, f"{name}.{key}") for key, item in value.items()}
+
+
+def _scalar(kind: type, value: Any, name: str) -> Any:
+    wanted = {bool: bool, int: Integral, float: Real, str: str}[kind]
+    fits = isinstance(value, wanted) and (kind is bool or not isinstance(value, bool))
+    if not fits or (kind is float and not math.isfinite(value)):
+        text = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}[kind]
+        raise _unexpected(name, value, text)
+    return value
+
+
+def _unexpected(name: str, value: Any, expected: str) -> EarlyExitError:
+    return EarlyExitError(f"{name} is {shown(value)}, expected {expected}")
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)

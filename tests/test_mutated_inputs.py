@@ -1,0 +1,651 @@
+"""Valid files of every kind, damaged by a seed: they are taken, or refused in one line; nothing else, and no hang."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import random
+import signal
+import string
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import onnx
+import pytest
+import torch
+import yaml
+from onnx import TensorProto, helper
+from PIL import Image
+
+from earlyexit_ssd import EarlyExitSSDLite, ExitRouter
+from earlyexit_ssd.config import load_config
+from earlyexit_ssd.data import load_dataset
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.evaluation.onnx_cost import count_onnx_mmacs
+from earlyexit_ssd.evaluation.onnx_detector import OnnxDetector
+from earlyexit_ssd.modeling import Architecture, retrofit, save_model
+from earlyexit_ssd.modeling.checkpoint import weights_hash
+from earlyexit_ssd.routing import DriftMonitor
+from earlyexit_ssd.routing import certificate as certificates
+from earlyexit_ssd.routing.certificate import Certificate, load_certificate
+from earlyexit_ssd.routing.drift_reference import Reference
+
+SECONDS = 20
+"""That any one input may take, on a machine that does other things too."""
+
+PHOTO = torch.rand(3, 40, 60, generator=torch.Generator().manual_seed(0))
+TINY = Architecture(("chair", "cat"), image_size=64, width=0.1, exit_layers=(8,), channels=8, depth=(0,))
+SIZE = (60, 40)
+DATES = ("2024-13-45", "2024-01-01", "12:30:99", "0x" + "f" * 5000, "1e999", "9" * 5000, ".nan", "-.inf", "~", "010")
+TEXTS = (
+    "",
+    "x" * 10_000,
+    "a\nb",
+    "a\0b",
+    "\ud800",
+    "../../x",
+    "/etc/passwd",
+    "x" * 300 + ".png",
+    "ﬀ\u202e",
+    "%s {0}",
+    *DATES,
+)
+VALUES: tuple[Any, ...] = (
+    None, True, False, 0, 1, -1, 2, 0.5, -0.0, 1e308, -1e-320, 2**31, 2**63, 2**64, -(2**63), 10**400,
+    float("nan"), float("inf"), [], {}, [[]], [None], {"a": 1}, {"": None}, [1, "2", 3.0], *TEXTS,
+)  # fmt: skip
+
+
+def deep(levels: int, leaf: Any = 1) -> Any:
+    """A list in a list in a list."""
+    for _ in range(levels):
+        leaf = [leaf]
+    return leaf
+
+
+def places(tree: Any, limit: int = 4000) -> list[tuple[Any, Any]]:
+    """(container, key or index) of every value in a tree of dicts and lists."""
+    found, todo = [], [tree]
+    while todo and len(found) < limit:
+        node = todo.pop()
+        keys = list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
+        found += [(node, key) for key in keys]
+        todo += [node[key] for key in keys]
+    return found
+
+
+def damage(tree: Any, rng: random.Random, values: tuple[Any, ...] = VALUES) -> Any:
+    """One to three changes in a copy of the tree: values, keys, order, depth."""
+    tree = copy.deepcopy(tree)
+    for _ in range(rng.randint(1, 3)):
+        if not (at := places(tree)):
+            return rng.choice(values)
+        node, key = rng.choice(at)
+        change = rng.randrange(9)
+        if change == 0:
+            del node[key]
+        elif change == 1:
+            other, place = rng.choice(at)
+            node[key] = copy.deepcopy(other[place]) if place in other or isinstance(other, list) else None
+        elif change == 2:
+            node[key] = deep(rng.choice((3, 40, 300)), node[key])
+        elif change == 3 and isinstance(node, dict):
+            node[rng.choice((7, "x", f"{key} ", "__class__", "x" * 10_000, "a\nb"))] = node.pop(key)
+        elif change == 4 and isinstance(node, list):
+            node.extend([copy.deepcopy(node[key])] * rng.choice((1, 3, 500)))
+        elif change == 5 and isinstance(node[key], (int, float)):
+            node[key] = node[key] * rng.choice((-1, 0, 1e-9, 1e9, 10**30))
+        elif change == 6:
+            node[key] = str(node[key])
+        else:
+            node[key] = rng.choice(values)
+    return tree
+
+
+def damage_bytes(content: bytes, rng: random.Random) -> bytes:
+    """Bits turned, pieces cut out, doubled or exchanged, the end missing, rubbish before or behind."""
+    data = bytearray(content)
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        start = rng.randrange(len(data) + 1)
+        end = min(len(data), start + rng.choice((1, 4, 40)))
+        change = rng.randrange(6)
+        if change == 0 and start < len(data):
+            data[start] ^= 1 << rng.randrange(8)
+        elif change == 1:
+            del data[start:end]
+        elif change == 2:
+            data[start:start] = data[start:end] * rng.choice((1, 50))
+        elif change == 3:
+            del data[start:]
+        elif change == 4:
+            data[start:end] = rng.randbytes(end - start)
+        else:
+            data[start:start] = rng.choice((b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\n", b"&a ", b"[" * 2000, b"{"))
+    return bytes(data)
+
+
+def as_json(tree: Any, rng: random.Random) -> bytes:
+    """With NaN as Python writes it; now and then a key twice, or nested beyond every reader."""
+    try:
+        text = json.dumps(tree)
+    except (ValueError, RecursionError):
+        return b"[" * 100_000
+    if rng.random() < 0.1:
+        key = rng.choice([one for one in text.split('"')[1::2]] or ["a"])
+        text = text.replace("{", f'{{"{key}": 1, ', 1)
+    if rng.random() < 0.05:
+        text = text.replace(": ", ": " + '{"a":' * 5000, 1)
+    return text.encode("utf-8", "surrogatepass")
+
+
+BOMB = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))
+MERGES = "\n".join(f"m{n}: &m{n} {{<<: [{', '.join([f'*m{n - 1}'] * 9)}]}}" for n in range(1, 12))
+YAML_PIECES = (
+    "!!int x", "!!timestamp x", "!!float x", "!!bool x", "!!binary x", "!!python/object:os.system x", "!!set {a}",
+    "!!omap [a]", "&a [*a]", "&a {x: *a}", "{? [1] : 2}", "{? {a: 1} : 2}", "[" * 1500, "{a: " * 1500, "? ", "- ", "|\n",
+    "{SEED: 1, SEED: 2}", "<<: 1", "!!int ''", *DATES, '"a\\0b"', '"\\ud800"', "'" + "x" * 10_000 + "'",
+)  # fmt: skip
+
+
+def yaml_text(tree: dict, rng: random.Random) -> str:
+    """The tree as YAML, with pieces of YAML for some values, and bombs now and then."""
+    try:
+        text = yaml.safe_dump(tree, allow_unicode=True)
+    except (yaml.YAMLError, RecursionError, ValueError):
+        text = "SEED: 1\n"
+    lines = text.splitlines()
+    if rng.random() < 0.5 and lines:
+        at = rng.randrange(len(lines))
+        lines[at] = f"{lines[at].partition(':')[0]}: {rng.choice(YAML_PIECES)}"
+    if rng.random() < 0.05:
+        lines += ["a0: &a0 [x]", BOMB, "SEED: *a11"]
+    if rng.random() < 0.05:
+        lines += ["m0: &m0 {x: 1}", MERGES]
+    return "\n".join(lines) + "\n"
+
+
+# ---- what is read, each with a valid file, a way to damage it and a use of it ----
+
+
+class Kind(NamedTuple):
+    """write: a damaged file into a folder, by a seed, or a valid one for None; use: what must not break."""
+
+    inputs: int
+    write: Callable[[Path, random.Random | None], Any]
+    use: Callable[[Path, Any], object]
+
+
+CONFIG = {
+    "SEED": 3, "DATA": {"TRAIN": ["a"], "CALIB": ["b"], "TEST": ["c"], "DATASETS": [["a", "x.json", "x"]], "CLASSES": ["chair"]},
+    "MODEL": {"WIDTH": 0.5, "IMAGE_SIZE": 160, "SCORE_THRESH": 0.01}, "EXITS": {"LAYERS": [6, 12], "EMPTY": [6], "COPY": [0.5]},
+    "ROUTING": {"POLICY": "entropy", "THRESHOLDS": [0.5, 2], "TEMPERATURES": [1.0], "TEMPERATURE_BOUNDS": [0.5, 3.0]},
+    "PHASES": ["baseline", "exits"], "EVAL": {"RIVALS": {"SIZES": [96], "ONNX": ["yolox:a.onnx"]}}, "OUTPUT_DIR": "out",
+}  # fmt: skip
+
+
+def write_config(folder: Path, rng: random.Random | None) -> None:
+    """``config.yaml`` over ``base.yaml``."""
+    (folder / "base.yaml").write_text("THREADS: 1\n")
+    tree = {"_BASE_": "base.yaml", **CONFIG}
+    if rng is None:
+        return (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    if rng.random() < 0.02:
+        for number in range(1100):
+            (folder / f"{number}.yaml").write_text(f"_BASE_: {number + 1}.yaml\n")
+        tree["_BASE_"] = "0.yaml"
+    content = yaml_text(damage(tree, rng), rng).encode("utf-8", "surrogatepass")
+    return (folder / "config.yaml").write_bytes(damage_bytes(content, rng) if rng.random() < 0.3 else content)
+
+
+def write_overrides(folder: Path, rng: random.Random | None) -> list[str]:
+    """Keys and values of the command line."""
+    flat = [
+        (f"{part}.{key}", value)
+        for part, keys in CONFIG.items()
+        if isinstance(keys, dict)
+        for key, value in keys.items()
+    ]
+    pairs = [(key, json.dumps(value)) for key, value in flat if not isinstance(value, dict)]
+    if rng is None:
+        return [text for pair in pairs for text in pair]
+    words = [text for pair in rng.sample(pairs, 3) for text in pair]
+    for _ in range(rng.randint(1, 2)):
+        at = rng.randrange(len(words))
+        words[at] = rng.choice(
+            [*TEXTS, *YAML_PIECES, words[at] + ".X", words[at][1:], str(rng.choice(VALUES[:24])), "&a [x]"]
+        )
+    return words[: rng.choice((6, 6, 5))]
+
+
+def write_photos(folder: Path, names: list[str]) -> None:
+    folder.mkdir(exist_ok=True)
+    for number, name in enumerate(names):
+        Image.new("RGB", SIZE, (number * 40, 90, 200)).save(folder / name)
+
+
+COCO = {
+    "images": [{"id": number, "file_name": f"{number}.png", "width": 60, "height": 40} for number in (10, 20, 30)],
+    "annotations": [
+        {"id": 1, "image_id": 10, "category_id": 62, "bbox": [5, 6, 20, 30], "area": 500.0, "iscrowd": 0},
+        {"id": 2, "image_id": 20, "category_id": 3, "bbox": [30, 10, 10, 10], "iscrowd": 1},
+    ],
+    "categories": [{"id": 62, "name": "chair"}, {"id": 3, "name": "cat"}],
+}
+
+
+def write_coco(folder: Path, rng: random.Random | None) -> tuple[str, str, str]:
+    write_photos(folder / "photos", ["10.png", "20.png", "30.png"])
+    content = json.dumps(COCO).encode() if rng is None else as_json(damage(COCO, rng), rng)
+    if rng and rng.random() < 0.2:
+        content = damage_bytes(content, rng)
+    (folder / "coco.json").write_bytes(content)
+    return "tiny", "coco.json", "photos"
+
+
+OBJECT = "<object><name>{}</name><difficult>0</difficult><bndbox><xmin>5</xmin><ymin>6</ymin><xmax>25</xmax><ymax>36</ymax></bndbox></object>"
+XML = (
+    "<annotation><filename>0.png</filename><size><width>60</width><height>40</height></size>"
+    + OBJECT.format("chair")
+    + OBJECT.format("sofa")
+    + "</annotation>"
+)
+
+
+def xml(rng: random.Random | None) -> bytes:
+    """Values, tags and bytes of an annotation changed."""
+    if rng is None:
+        return XML.encode()
+    pieces = XML.replace("<", "\n<").replace(">", ">\n").split("\n")
+    for _ in range(rng.randint(1, 3)):
+        at = rng.randrange(len(pieces))
+        change = rng.randrange(5)
+        if change == 0:
+            pieces[at] = str(rng.choice(VALUES))
+        elif change == 1:
+            pieces.insert(
+                at,
+                rng.choice(
+                    ("<a>" * 3000, "<!DOCTYPE a [<!ENTITY b 'c'>]>", "&b;", "<?xml version='1.0' encoding='x'?>")
+                ),
+            )
+        elif change == 2:
+            del pieces[at]
+        elif change == 3:
+            pieces[at] *= rng.choice((2, 200))
+        else:
+            other = rng.randrange(len(pieces))
+            pieces[at], pieces[other] = pieces[other], pieces[at]
+    content = "".join(pieces).encode("utf-8", "surrogatepass")
+    return damage_bytes(content, rng) if rng.random() < 0.3 else content
+
+
+def write_xml(folder: Path, rng: random.Random | None) -> tuple[str, str, str]:
+    write_photos(folder / "photos", ["0.png", "1.png"])
+    (folder / "xml").mkdir()
+    (folder / "xml" / "0.xml").write_bytes(xml(rng))
+    (folder / "xml" / "1.xml").write_text(XML)
+    return "tiny", "xml", "photos"
+
+
+def write_devkit(folder: Path, rng: random.Random | None) -> tuple[str, str, str]:
+    """The list of a split is damaged, or is no file at all."""
+    for part in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (folder / "VOC" / part).mkdir(parents=True)
+    write_photos(folder / "VOC" / "JPEGImages", ["0.png", "1.png"])
+    for number in range(2):
+        (folder / "VOC" / "Annotations" / f"{number}.xml").write_text(XML)
+    listing = folder / "VOC" / "ImageSets" / "Main" / "train.txt"
+    content = b"0\n1\n"
+    if rng is not None:
+        lines = ["0", "1", "0 -1", *rng.sample(TEXTS, 2)]
+        rng.shuffle(lines)
+        content = damage_bytes("\n".join(lines).encode("utf-8", "surrogatepass"), rng)
+        if rng.random() < 0.05:
+            listing.mkdir()
+            return "tiny", "VOC", "train"
+    listing.write_bytes(content)
+    return "tiny", "VOC", "train"
+
+
+def write_photo(folder: Path, rng: random.Random | None) -> tuple[str, str, str]:
+    """Photos of several formats; one is damaged, or is no file."""
+    (folder / "photos").mkdir()
+    suffix, mode = (
+        ("png", "RGB")
+        if rng is None
+        else rng.choice(
+            (("png", "RGB"), ("png", "LA"), ("png", "P"), ("jpg", "CMYK"), ("bmp", "RGB"), ("webp", "RGBA"))
+        )
+    )
+    path = folder / "photos" / f"0.{suffix}"
+    Image.effect_noise(SIZE, 50).convert("RGB").convert(mode if mode != "LA" else "L").save(path)
+    write_photos(folder / "photos", ["1.png"])
+    if rng is None:
+        return "tiny", "", "photos"
+    if rng.random() < 0.1:
+        path.unlink()
+        rng.choice((lambda: os.mkfifo(path), path.mkdir, lambda: path.symlink_to(path), lambda: path.touch()))()
+    else:
+        path.write_bytes(damage_bytes(path.read_bytes(), rng))
+    return "tiny", "", "photos"
+
+
+def use_data(folder: Path, names: tuple[str, str, str]) -> None:
+    """Every photo of the set, as training and evaluation read it."""
+    cfg = load_config(None, ["DATA.ROOT", str(folder), "DATA.TRAIN", "tiny", "DATA.DATASETS", json.dumps([names])])
+    cfg.defrost()
+    cfg.DATA.ON_BAD = ("repair", "skip", "refuse")[sum(map(ord, folder.name)) % 3]
+    cfg.DATA.CLASSES = ("chair",) if not names[1] else ()
+    for train in (False, True):
+        dataset = load_dataset(cfg, "tiny", train=train, need_boxes=False)
+        for index in range(len(dataset)):
+            dataset[index]
+
+
+class Models:
+    """Made once: a model with one exit, its file's content and its certificate."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = TINY.build().eval()
+        router = ExitRouter(
+            1, policy="foreseen_emptiness", parameters=[{"weight": [0.0] * self._evidence(), "bias": 0.0}]
+        )
+        self.info = {"phase": "exits", "forced": False, "router": router.to_dict()}
+        self.state = {key: value for key, value in self.model.state_dict().items() if not key.startswith("router.")}
+        self.content = {
+            "format": "earlyexit_ssd/1",
+            "architecture": TINY.to_dict(),
+            "model": self.state,
+            "info": self.info,
+        }
+        plain = TINY.build_detector()
+        self.reference = {
+            "model": plain.state_dict(),
+            "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]},
+            "epoch": 3,
+        }
+        drift = Reference.from_decisions(("exit8", "full"), [0, 0, 1], [[0.9, 0.7, 0.2]])
+        self.certificate = json.loads(
+            json.dumps(
+                {
+                    "format": certificates.FORMAT,
+                    "router": router.to_dict(),
+                    "target": {
+                        "kind": "risk",
+                        "epsilon": 0.1,
+                        "delta": 0.05,
+                        "bound": "betting",
+                        "reference": "full",
+                        "score": 0.5,
+                        "iou": 0.5,
+                    },
+                    "measured": {
+                        "photos": 3,
+                        "loss": 0.1,
+                        "AP50": None,
+                        "exit_share": {"exit8": 0.5, "full": 0.5},
+                        "speedup": 1.2,
+                    },
+                    "cost_model": {"unit": "ms", "exits": [1.0, 2.0], "plain": 1.9, "measured": {}},
+                    "weights_sha256": weights_hash(self.model),
+                    "photos_sha256": ["ab" * 8, "cd" * 8],
+                    "photo_list_sha256": "ef",
+                    "drift": drift.to_dict(),
+                    "versions": {"torch": torch.__version__},
+                }
+            )
+        )
+
+    def _evidence(self) -> int:
+        outputs = self.model.exit_outputs([PHOTO])
+        return outputs.taps[0].shape[1] + 1
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    return MODELS[0] if MODELS else MODELS.append(Models()) or MODELS[0]
+
+
+MODELS: list[Models] = []
+
+
+def hostile_tensor(value: torch.Tensor, rng: random.Random) -> Any:
+    """What a state dict must not hold, or not there."""
+    changes: tuple[Callable[[], Any], ...] = (
+        lambda: value.to(torch.int64), lambda: value.to(torch.complex64), lambda: value.to(torch.bool), lambda: value.double(),
+        lambda: value.to("meta"), lambda: value.float().to_sparse(), lambda: value * float("nan"), lambda: value[None], lambda: value.flatten()[:0],
+        lambda: torch.zeros(()), lambda: torch.quantize_per_tensor(value.float(), 0.1, 0, torch.qint8), lambda: value.tolist(),
+        lambda: value.float().to(torch.float8_e4m3fn), lambda: torch.zeros(1).expand(10**6), lambda: value.flatten().float().requires_grad_(),
+        lambda: rng.choice(VALUES),
+    )  # fmt: skip
+    return rng.choice(changes)()
+
+
+def damage_weights(content: dict, rng: random.Random) -> Any:
+    """The description as a tree, or some tensors, or the names of some."""
+    content = {**content, "model": dict(content["model"])}
+    tensors = content["model"]
+    change = rng.randrange(4)
+    if change == 0:
+        for key in rng.sample(sorted(tensors), rng.choice((1, 3))):
+            tensors[key] = hostile_tensor(tensors[key], rng)
+    elif change == 1:
+        key = rng.choice(sorted(tensors))
+        tensors[rng.choice((7, None, b"x", ("a",), f"module.{key}", "x" * 10_000, "a\nb", 0.5))] = tensors.pop(key)
+    else:
+        rest = damage({key: value for key, value in content.items() if key != "model"}, rng)
+        content = {**rest, "model": tensors} if isinstance(rest, dict) else rest
+    if rng.random() < 0.1 and isinstance(content, dict):
+        knot: list[Any] = [1]
+        for _ in range(40):
+            knot = [knot, knot]
+        content[rng.choice(("info", "more", "architecture"))] = rng.choice((knot, {"classes": knot}, Namespace(a=1)))
+    return content
+
+
+def save_damaged(content: dict, path: Path, rng: random.Random | None) -> None:
+    if rng is None:
+        torch.save(content, path)
+        return
+    try:
+        torch.save(damage_weights(content, rng) if rng.random() < 0.8 else content, path)
+    except Exception:  # some values cannot be saved
+        torch.save(content, path)
+    if rng.random() < 0.25:
+        path.write_bytes(damage_bytes(path.read_bytes(), rng))
+
+
+def write_model(folder: Path, rng: random.Random | None) -> None:
+    save_damaged(MODELS[0].content, folder / "model.pth", rng)
+
+
+@torch.no_grad()
+def use_model(folder: Path, _: None) -> None:
+    EarlyExitSSDLite.from_pretrained(folder / "model.pth")([PHOTO])
+
+
+def write_reference(folder: Path, rng: random.Random | None) -> None:
+    save_damaged(MODELS[0].reference, folder / "checkpoint.pth", rng)
+
+
+@torch.no_grad()
+def use_reference(folder: Path, _: None) -> None:
+    detector, *_ = retrofit(TINY, folder / "checkpoint.pth")
+    detector.eval()([PHOTO])
+
+
+def write_certificate(folder: Path, rng: random.Random | None) -> None:
+    """Mostly with the checksum that its content has, as somebody would write it who knows how."""
+    tree = MODELS[0].certificate if rng is None else damage(MODELS[0].certificate, rng)
+    if isinstance(tree, dict) and (rng is None or rng.random() < 0.8):
+        with contextlib.suppress(Exception):  # what is no JSON has no checksum
+            plain = json.loads(json.dumps(tree))
+            tree = {**tree, certificates.CHECKSUM: certificates._checksum(plain)}
+    content = json.dumps(tree).encode() if rng is None else as_json(tree, rng)
+    if rng and rng.random() < 0.1:
+        content = damage_bytes(content, rng)
+    (folder / "certificate.json").write_bytes(content)
+
+
+@torch.no_grad()
+def use_certificate(folder: Path, _: None) -> None:
+    certificate: Certificate = load_certificate(folder / "certificate.json")
+    assert certificate.closed in (True, False)
+    assert 0 <= certificate.target["score"] <= 1
+    certificate.require_unseen([("a.jpg", "00" * 32)])
+    DriftMonitor(certificate.drift_reference()).update([0] * 300, [0.5] * 300)
+    model = MODELS[0].model
+    try:
+        model.router = certificate.router_for(model)
+        model([PHOTO])
+    finally:
+        model.router = None
+
+
+def exported() -> onnx.ModelProto:
+    """A convolution whose mean is the score of one box."""
+    weights = helper.make_tensor("weights", TensorProto.FLOAT, (1, 3, 1, 1), [0.1, 0.2, 0.3])
+    boxes = helper.make_tensor("corners", TensorProto.FLOAT, (1, 4), [1, 2, 30, 40])
+    label = helper.make_tensor("label", TensorProto.INT64, (1,), [62])
+    nodes = [
+        helper.make_node("Conv", ["image", "weights"], ["map"], strides=[2, 2]),
+        helper.make_node("GlobalAveragePool", ["map"], ["mean"]),
+        helper.make_node("Flatten", ["mean"], ["flat"], axis=0),
+        helper.make_node("Squeeze", ["flat", "axis"], ["scores"]),
+        helper.make_node("Identity", ["corners"], ["boxes"]),
+        helper.make_node("Identity", ["label"], ["labels"]),
+    ]
+    outputs = [
+        ("boxes", TensorProto.FLOAT, (1, 4)),
+        ("scores", TensorProto.FLOAT, (1,)),
+        ("labels", TensorProto.INT64, (1,)),
+    ]
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("image", TensorProto.FLOAT, (1, 3, 32, 32))],
+        [helper.make_tensor_value_info(*output) for output in outputs],
+        [weights, boxes, label, helper.make_tensor("axis", TensorProto.INT64, (1,), [0])],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+
+
+def write_onnx(folder: Path, rng: random.Random | None) -> None:
+    model = exported()
+    graph = model.graph
+    for _ in range(rng.randint(1, 2) if rng else 0):
+        change, node, tensor = rng.randrange(8), rng.choice(graph.node), rng.choice(graph.initializer)
+        if change == 0:
+            value = rng.choice([*graph.input, *graph.output])
+            dims = value.type.tensor_type.shape.dim
+            dim = rng.choice(dims)
+            dim.dim_value = rng.choice((-1, 0, 1, 2, 4, 33, 100_000, 2**31, 2**62))
+            if rng.random() < 0.2:
+                dim.dim_param = "n"
+        elif change == 1:
+            node.op_type = rng.choice(
+                ("Relu", "Nope", "Loop", "If", "Cast", "ReduceMean", "MatMul", "NonZero", "", "Shape")
+            )
+        elif change == 2:
+            tensor.external_data.add(
+                key="location",
+                value=rng.choice((*TEXTS[3:8], "beside.bin", "../x", "*/_ORT_MEM_ADDR_/*"))
+                .encode("utf-8", "replace")
+                .decode(),
+            )
+            tensor.data_location = TensorProto.EXTERNAL
+            tensor.ClearField(rng.choice(("raw_data", "float_data", "int64_data")))
+        elif change == 3:
+            del tensor.dims[:]
+            tensor.dims.extend(rng.choice(((0,), (2, 3, 1, 1), (-1,), (2**40,), (1, 3, 5, 5), ())))
+        elif change == 4:
+            tensor.data_type = rng.randrange(0, 25)
+        elif change == 5:
+            value = rng.choice([*graph.input, *graph.output])
+            value.type.tensor_type.elem_type = rng.randrange(0, 25)
+        elif change == 6:
+            node.input[0] = rng.choice(("", "scores", "boxes", "image", "none", "label"))
+        else:
+            helper.set_model_props(
+                model,
+                {
+                    "classes": rng.choice(
+                        (",", "chair", "", "x" * 10_000, "a\nb, c", ",".join(string.ascii_letters * 2))
+                    )
+                },
+            )
+    content = model.SerializeToString()
+    (folder / "rival.onnx").write_bytes(damage_bytes(content, rng) if rng and rng.random() < 0.3 else content)
+    (folder / "beside.bin").write_bytes(bytes(40))
+
+
+def use_onnx(folder: Path, _: None) -> None:
+    detector = OnnxDetector(folder / "rival.onnx", "boxes")
+    detector([PHOTO])
+    count_onnx_mmacs(detector.content)
+
+
+KINDS = {
+    "configuration": Kind(200, write_config, lambda folder, _: load_config(folder / "config.yaml")),
+    "overrides": Kind(150, write_overrides, lambda folder, words: load_config(None, words)),
+    "COCO": Kind(140, write_coco, use_data),
+    "VOC": Kind(100, write_xml, use_data),
+    "devkit": Kind(50, write_devkit, use_data),
+    "photos": Kind(70, write_photo, use_data),
+    "certificate": Kind(160, write_certificate, use_certificate),
+    "model": Kind(60, write_model, use_model),
+    "reference": Kind(50, write_reference, use_reference),
+    "ONNX": Kind(100, write_onnx, use_onnx),
+}
+
+
+class Hangs(BaseException):
+    """No ``except Exception`` on the way takes it for an error of the file."""
+
+
+@contextlib.contextmanager
+def time_limit() -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise Hangs(f"more than {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def escapes(kind: Kind, folder: Path, seed: str | None) -> str | None:
+    """What is wrong with how an input was met; "refused" where nothing is; None where it was taken."""
+    folder.mkdir(parents=True)
+    given = kind.write(folder, None if seed is None else random.Random(seed))
+    try:
+        with time_limit():
+            kind.use(folder, given)
+    except EarlyExitError as error:
+        message = str(error)
+        return "refused" if message.isprintable() and 10 < len(message) < 300 else f"message {message!r}"
+    except (Exception, Hangs) as error:
+        return f"{type(error).__name__}: {error!s:.200}"
+    return None
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_damaged_files_are_taken_or_refused_in_one_line(name, tmp_path, models):
+    kind = KINDS[name]
+    assert escapes(kind, tmp_path / "valid", None) is None
+    found = {
+        seed: escapes(kind, tmp_path / seed, seed) for seed in (f"{name}{number}" for number in range(kind.inputs))
+    }
+    wrong = {seed: text for seed, text in found.items() if text not in (None, "refused")}
+    assert not wrong, f"{len(wrong)} of {kind.inputs}: {dict(list(wrong.items())[:10])}"
+    assert "refused" in found.values()
+
+
+def test_there_are_a_thousand():
+    assert sum(kind.inputs for kind in KINDS.values()) >= 1000
