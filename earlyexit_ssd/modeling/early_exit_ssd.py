@@ -202,6 +202,7 @@ class EarlyExitSSDLite(Pretrained, SSD):
             targets: in train mode, per image ``boxes`` [n, 4] xyxy absolute pixels and ``labels`` [n] in 1..K;
                 n may be 0.
         """
+        validate.check_not_traced(None if self.training else self.router)
         validate.check_images(images)
         validate.check_head(self.head, self.num_classes)
         if self.training:
@@ -272,7 +273,6 @@ class EarlyExitSSDLite(Pretrained, SSD):
         sizes = self.default_boxes(batch), batch.image_sizes, photo_sizes
         if self.router is None:
             return self._finish(self.head(self.trunk_maps(batch.tensors)[1]), *sizes)
-        validate.check_not_traced()
         validate.check_router(self.router, self.num_early_exits)
         compute = route_hybrid if self.router.hybrid else route
         head, exit_index, confidence = compute(self, batch.tensors)

@@ -33,7 +33,7 @@ def check_images(images: Sequence[Tensor]) -> None:
             raise EarlyExitError(
                 f"image {index}: expected a float tensor [3, H, W] in [0, 1], got {image.dtype} {list(image.shape)}"
             )
-        if image.device.type == "cpu" and not torch.jit.is_tracing():
+        if image.device.type == "cpu" and not is_traced():
             _check_values(index, image)
 
 
@@ -126,13 +126,18 @@ def check_head(head: nn.Module, num_classes: int) -> None:
         )
 
 
-def check_not_traced() -> None:
-    """Routing is control flow, and a trace would hold the exit of its sample photo for all photos."""
+def is_traced() -> bool:
+    """Whether what runs is being recorded, for TorchScript, ONNX or torch.export; torch.compile looks at values too."""
     if hasattr(torch.compiler, "is_exporting"):
         exporting = torch.compiler.is_exporting()
     else:  # before torch 2.7
         exporting = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
-    if torch.jit.is_tracing() or exporting:
+    return torch.jit.is_tracing() or exporting
+
+
+def check_not_traced(router: object) -> None:
+    """Routing is control flow, and a trace would hold the exit of its sample photo for all photos."""
+    if router is not None and is_traced():
         raise EarlyExitError(
             "a model with a router cannot be traced or exported: every photo would take the sample photo's exit; set "
             "model.router = None (the full path), or export PathToExit(model, exit_index, alone=True)"
