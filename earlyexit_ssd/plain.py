@@ -223,7 +223,9 @@ def typed(kind: Any, value: Any, name: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return typed(next(one for one in arguments if one is not type(None)), value, name)
+        kinds = [one for one in arguments if one is not type(None)]
+        mappings = [one for one in kinds if get_origin(one) is dict]
+        return typed(mappings[0] if mappings and isinstance(value, dict) else kinds[0], value, name)
     if origin is Literal:
         if not isinstance(value, str) or value not in arguments:
             raise _unexpected(name, value, f"one of {', '.join(arguments)}")

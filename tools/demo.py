@@ -7,11 +7,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from earlyexit_ssd import EarlyExitSSDLite, EarlyExitSSDLite_Weights
+from earlyexit_ssd import EarlyExitSSDLite_Weights
+from earlyexit_ssd.config import load_config
 from earlyexit_ssd.errors import DataError, EarlyExitError
 from earlyexit_ssd.files import make_folder, write_image
 from earlyexit_ssd.pipeline.command_line import run_tool
-from earlyexit_ssd.pipeline.demo import Answer, look, photo_paths, picture_paths, require_score, warm_up
+from earlyexit_ssd.pipeline.demo import Answer, look, open_demo, photo_paths, picture_paths, require_score, warm_up
 from earlyexit_ssd.progress import write_line
 
 NAMES = [name.lower() for name in EarlyExitSSDLite_Weights.__members__]
@@ -24,6 +25,8 @@ examples:
       every picture of a folder; what each exit sees, side by side, the exit taken framed
   python tools/demo.py room.jpg --weights output/quickstart/model.pth
       a model of your own
+  python tools/demo.py room.jpg --weights checkpoint.pth --config mine.yaml
+      exits that torchvision's train.py trained; the configuration describes them and their routing
 
 Shipped weights: {", ".join(NAMES)}; what they are worth: docs/model_zoo.md
 exit codes: 0 done, 2 some photo could not be read (the others are done)
@@ -37,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("photos", nargs="+", metavar="PHOTO", help="photos, or folders of them")
     parser.add_argument("--weights", default=DEFAULT, help=f"a shipped name or a model.pth; {DEFAULT} by default")
+    parser.add_argument("--config", help="YAML file that describes a checkpoint, and routes")
     parser.add_argument("--out", default="output/demo", help="folder of the pictures; output/demo by default")
     parser.add_argument("--score", type=float, default=0.5, help="least score of what is shown; 0.5")
     parser.add_argument("--all-exits", action="store_true", help="show what every exit sees")
@@ -49,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     require_score(args.score)
     photos = photo_paths(args.photos)
     make_folder(args.out)
-    model = EarlyExitSSDLite.from_pretrained(args.weights)
+    model = open_demo(args.weights, load_config(args.config) if args.config else None)
     warm_up(model)
     failed = 0
     for photo, picture in zip(photos, picture_paths(photos, args.out), strict=True):

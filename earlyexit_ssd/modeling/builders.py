@@ -1,25 +1,38 @@
 """Builders in torchvision's style, found by ``torchvision.models.get_model``."""
 
 # Annotations stay objects here: torchvision.models.get_model_weights reads the weights' enum from them.
-from collections.abc import Sequence
+import dataclasses
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torchvision.models import MobileNet_V3_Large_Weights
 from torchvision.models._api import register_model
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights, ssdlite320_mobilenet_v3_large
 
+from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.keywords import suggest_keywords
+from earlyexit_ssd.modeling import validate
+from earlyexit_ssd.modeling.architecture import Architecture
+from earlyexit_ssd.modeling.checkpoint import load_model
 from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
 from earlyexit_ssd.modeling.losses import LossSettings
 from earlyexit_ssd.modeling.outputs import Router
-from earlyexit_ssd.modeling.retrofit import COCO_CLASSES
+from earlyexit_ssd.modeling.pretrained import names_of
+from earlyexit_ssd.modeling.retrofit import COCO_CLASSES, torchvision_name
 from earlyexit_ssd.modeling.ssdlite import build_ssdlite
+from earlyexit_ssd.modeling.validate import LEAST_SCORE
+from earlyexit_ssd.modeling.weights import ShippedWeights, weights_path
+
+POST_PROCESSING = ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
 
 
 @register_model()
 @suggest_keywords
 def earlyexit_ssdlite320_mobilenet_v3_large(
     *,
-    weights: SSDLite320_MobileNet_V3_Large_Weights | str | None = None,
+    weights: SSDLite320_MobileNet_V3_Large_Weights | ShippedWeights | str | os.PathLike | None = None,
     progress: bool = True,
     num_classes: int | None = None,
     weights_backbone: MobileNet_V3_Large_Weights | str | None = MobileNet_V3_Large_Weights.IMAGENET1K_V1,
@@ -35,7 +48,7 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
     classes: Sequence[str] | None = None,
     losses: LossSettings | None = None,
     router: Router | None = None,
-    score_thresh: float = 0.001,
+    score_thresh: float | Mapping[str, float] = LEAST_SCORE,
     nms_thresh: float = 0.55,
     detections_per_img: int = 300,
     topk_candidates: int = 300,
@@ -43,7 +56,9 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
     """torchvision's ``ssdlite320_mobilenet_v3_large`` with early exits.
 
     Args:
-        weights: torchvision's COCO weights of the full path (downloaded by torchvision); the exits start untrained.
+        weights: torchvision's COCO weights of the full path (downloaded by torchvision); the exits start untrained. Or
+            a file: a checkpoint of torchvision's SSDLite, with exits that fit the arguments or without, or a model file
+            of this project, which knows its own. Its routing comes with ``EarlyExitSSDLite.from_pretrained``.
         progress: show the download's progress.
         num_classes: outputs per default box, background included; 91 by default.
         weights_backbone: ImageNet weights of the trunk where ``weights`` is None.
@@ -52,12 +67,15 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
             ``weights_backbone=None``.
         exit_layers, channels, depth, copy, head_rank, empty, classes, losses, router: see
             :class:`EarlyExitSSDLite`.
-        score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing.
+        score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing; ``score_thresh`` may be a dict
+            of class names to least scores.
     """
+    if weights is not None and (isinstance(weights, ShippedWeights) or torchvision_name(weights) is None):
+        return _from_file(weights, **{key: value for key, value in locals().items() if key != "weights"})
     weights = SSDLite320_MobileNet_V3_Large_Weights.verify(weights)
     weights_backbone = MobileNet_V3_Large_Weights.verify(weights_backbone)
     post_processing = {
-        "score_thresh": score_thresh,
+        "score_thresh": LEAST_SCORE,  # names need the classes, so the model takes it
         "nms_thresh": nms_thresh,
         "detections_per_img": detections_per_img,
         "topk_candidates": topk_candidates,
@@ -91,7 +109,7 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
         )
     if classes is None and detector.head.classification_head.num_columns == len(COCO_CLASSES) + 1:
         classes = COCO_CLASSES
-    return EarlyExitSSDLite(
+    model = EarlyExitSSDLite(
         detector,
         exit_layers=exit_layers,
         channels=channels,
@@ -103,3 +121,49 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
         losses=losses,
         router=router,
     )
+    model.score_thresh = score_thresh
+    return model
+
+
+def _from_file(weights: ShippedWeights | str | os.PathLike, **given: Any) -> EarlyExitSSDLite:
+    """The model in a file; where the file does not say how it was built, as the arguments say.
+
+    Raises:
+        EarlyExitError: no such file, or one that does not fit the arguments.
+    """
+    path, classes = weights_path(weights), given["classes"]
+    names = {field.name for field in dataclasses.fields(Architecture)} & set(given) - {"classes"}
+    wanted = {name: _as_tuple(given[name]) for name in names}
+
+    def describe(outputs: int, _: tuple[str, ...]) -> Architecture:
+        return Architecture(names_of(outputs, classes), **{**wanted, "score_thresh": LEAST_SCORE})
+
+    model, architecture, _ = load_model(path, describe)
+    if given["trainable_backbone_layers"] is not None:
+        raise EarlyExitError(f"{path}: trainable_backbone_layers need torchvision's weights; use model.freeze_trunk()")
+    if given["num_classes"] not in (None, model.num_classes):
+        raise EarlyExitError(
+            f"{path} has {model.num_classes} outputs, num_classes is {given['num_classes']}; leave it out (a training "
+            "with MODEL.WEIGHTS and MODEL.FOLD changes classes)"
+        )
+    if classes is not None and tuple(classes) != model.classes:
+        raise EarlyExitError(f"{path}: its classes are {', '.join(model.classes)[:120]}; leave classes out")
+    defaults = inspect.signature(earlyexit_ssdlite320_mobilenet_v3_large).parameters
+    for name, value in wanted.items():
+        if value == _as_tuple(defaults[name].default):
+            continue  # nothing was asked for
+        if name in POST_PROCESSING:
+            setattr(model, name, value)
+        elif value != getattr(architecture, name):
+            built = getattr(architecture, name)
+            raise EarlyExitError(f"{path} was built with {name} {built}, given is {value!s:.60}; leave it out")
+    if given["losses"] is not None:
+        validate.check_losses(given["losses"], model.num_early_exits)
+        model.losses = given["losses"]
+    validate.check_router(given["router"], model.num_early_exits)
+    model.router = given["router"]
+    return model.train()
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (list, tuple)) else value

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ class EarlyExitSSDLite(Pretrained, SSD):
         router: decides who leaves early in eval mode; None runs the full path alone.
 
     Attributes:
+        score_thresh: least score of a detection, or class name -> least score (classes that are not named keep 0.001).
         exit_names: shallow to deep, such as ``("exit8", "exit12", "full")``.
         exit_layers: their layers, 16 for the full path. ``grids``: (height, width) of the head's six maps, cells.
         empty: per early exit, whether it has no branch.
@@ -75,7 +77,6 @@ class EarlyExitSSDLite(Pretrained, SSD):
             image_mean=detector.transform.image_mean,
             image_std=detector.transform.image_std,
             head=detector.head,
-            score_thresh=detector.score_thresh,
             nms_thresh=detector.nms_thresh,
             detections_per_img=detector.detections_per_img,
             iou_thresh=detector.proposal_matcher.high_threshold,
@@ -87,6 +88,9 @@ class EarlyExitSSDLite(Pretrained, SSD):
         arguments.check_exit_layers(exit_layers, empty)
         self.classes = tuple(classes or (f"class_{label}" for label in range(1, num_classes)))
         arguments.check_class_names(self.classes, num_classes)
+        self.score_thresh = detector.score_thresh
+        self.width = getattr(detector, "width", 1.0)
+        self.branch_settings = {"channels": channels, "depth": depth, "copy": copy, "head_rank": head_rank}
         self.exit_layers = (*exit_layers, LAST_LAYER)
         self.exit_names = (*(f"exit{layer}" for layer in exit_layers), "full")
         self.empty = tuple(layer in empty for layer in exit_layers)
@@ -96,7 +100,6 @@ class EarlyExitSSDLite(Pretrained, SSD):
         self.router = router
         self.norm_frozen = False
         self._trunk_frozen = False
-        self.trunk = SegmentedTrunk(self.backbone, exit_layers)
         self.grids = self._dry_run()
         self.branches = build_branches(self, channels=channels, depth=depth, copy=copy, head_rank=head_rank)
         self.inherit()
@@ -105,6 +108,20 @@ class EarlyExitSSDLite(Pretrained, SSD):
         """Start the branches' tails and heads from what the full path knows now."""
         for branch in self.branches.values():
             branch.inherit(self.backbone, self.head)
+
+    @property
+    def trunk(self) -> SegmentedTrunk:
+        """The layers that the backbone has now, also after one was replaced."""
+        return SegmentedTrunk(self.backbone, self.exit_layers[:-1])
+
+    @property
+    def score_thresh(self) -> float | dict[str, float]:
+        """Least score of a detection, one number or by class name."""
+        return self._score_thresh
+
+    @score_thresh.setter
+    def score_thresh(self, value: float | Mapping[str, float]) -> None:
+        self._score_thresh = validate.score_thresh(value, getattr(self, "classes", ()))
 
     @property
     def num_classes(self) -> int:
@@ -185,13 +202,15 @@ class EarlyExitSSDLite(Pretrained, SSD):
             targets: in train mode, per image ``boxes`` [n, 4] xyxy absolute pixels and ``labels`` [n] in 1..K;
                 n may be 0.
         """
+        validate.check_not_traced(None if self.training else self.router)
         validate.check_images(images)
+        validate.check_head(self.head, self.num_classes)
         if self.training:
             return self._training_losses(images, targets)
         return self._detections(images)
 
     def _training_losses(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None) -> dict[str, Tensor]:
-        validate.check_targets(targets, len(images), self.classes)
+        targets = validate.check_targets(targets, len(images), self.classes)
         validate.check_batch(self, len(images))
         batch, targets = self.transform(images, targets)
         taps, maps = self.trunk_maps(batch.tensors)
@@ -211,6 +230,31 @@ class EarlyExitSSDLite(Pretrained, SSD):
     def detections(self, outputs: ExitOutputs, exit_index: int) -> list[dict[str, Tensor]]:
         """Detections of one exit: per image ``boxes`` xyxy in the photo's pixels, ``labels`` and ``scores``."""
         return self._finish(outputs.heads[exit_index], outputs.anchors, outputs.network_sizes, outputs.photo_sizes)
+
+    def postprocess_detections(
+        self, head_outputs: Head, image_anchors: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        """torchvision's own; least scores by class are cut between its suppression and its limit per image.
+
+        Suppression works within a class, from the surest box down, so what is cut later has suppressed nothing.
+        """
+        if not isinstance(self.score_thresh, Mapping):
+            return super().postprocess_detections(head_outputs, image_anchors, image_shapes)
+        least = [self.score_thresh.get(name, validate.LEAST_SCORE) for name in self.classes]
+        unlimited = types.SimpleNamespace(
+            box_coder=self.box_coder,
+            score_thresh=min(least),
+            nms_thresh=self.nms_thresh,
+            topk_candidates=self.topk_candidates,
+            detections_per_img=None,
+        )
+        cuts = torch.tensor([0.0, *least], device=image_anchors[0].device)
+        detections = SSD.postprocess_detections(unlimited, head_outputs, image_anchors, image_shapes)
+        kept = [found["scores"] > cuts[found["labels"]] for found in detections]
+        return [
+            {key: value[keep][: self.detections_per_img] for key, value in found.items()}
+            for found, keep in zip(detections, kept, strict=True)
+        ]
 
     def _finish(
         self,

@@ -24,14 +24,14 @@ class EmptyExit(nn.Module):
 
     def __init__(self, num_boxes: int, num_classes: int) -> None:
         super().__init__()
-        self._num_boxes, self._num_classes = num_boxes, num_classes
+        self._num_boxes, self.num_classes = num_boxes, num_classes
 
     def inherit(self, backbone: nn.Module, head: nn.Module) -> None:
         """There is nothing to take over."""
 
     def forward(self, tap: Tensor) -> Head:
         """The head's outputs for a tap [N, C, S, S], with no object in them."""
-        logits = tap.new_full((len(tap), self._num_boxes, self._num_classes), NO_OBJECT)
+        logits = tap.new_full((len(tap), self._num_boxes, self.num_classes), NO_OBJECT)
         logits[..., 0] = 0.0
         return {"cls_logits": logits, "bbox_regression": tap.new_zeros(len(tap), self._num_boxes, 4)}
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,8 @@ from earlyexit_ssd.modeling.validate import check_router
 if TYPE_CHECKING:
     from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
     from earlyexit_ssd.modeling.weights import ShippedWeights
+
+logger = logging.getLogger(__name__)
 
 _router_makers: list[Callable[..., Router]] = []
 
@@ -29,31 +32,87 @@ class Pretrained:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | os.PathLike[str] | ShippedWeights, *, router: bool = True
+        cls,
+        name_or_path: str | os.PathLike[str] | ShippedWeights,
+        *,
+        router: bool = True,
+        classes: Sequence[str] | None = None,
     ) -> EarlyExitSSDLite:
         """A trained model in eval mode on the CPU, in fp32.
 
         Args:
             name_or_path: weights that come with the package, as a member of ``EarlyExitSSDLite_Weights`` or its name
-                in any case (``"chair"``), else the path of a model file of this project (``"output/my/model.pth"``).
+                in any case (``"chair"``), else the path of a model file of this project (``"output/my/model.pth"``), or
+                of a checkpoint of torchvision's SSDLite, with exits or without. Exits that a file has not start
+                untrained, and every photo takes the full path.
             router: photos leave at the exit that the file's routing chooses; otherwise, and where the file has no
                 routing, every photo takes the full path.
+            classes: names of the labels 1..K, for a checkpoint, which has none. By default COCO's where the head has
+                COCO's 91 outputs, else ``class_1`` and so on.
 
         Raises:
-            EarlyExitError: neither a name nor a file, a damaged file, or one that is no model of this project.
+            EarlyExitError: neither a name nor a file, a damaged file, one with another detector, or with another number
+                of classes.
         """
-        # both import the class that inherits from this one
+        # these import the class that inherits from this one
+        from earlyexit_ssd.modeling.architecture import Architecture
         from earlyexit_ssd.modeling.checkpoint import load_model
         from earlyexit_ssd.modeling.weights import weights_path
 
+        def describe(outputs: int, exits: tuple[str, ...]) -> Architecture:
+            layers = {"exit_layers": tuple(int(name[4:]) for name in exits)} if exits else {}
+            return Architecture(names_of(outputs, classes), **layers)
+
         path = weights_path(name_or_path)
-        model, _, info = load_model(path)
+        model, _, info = load_model(path, describe)
+        if classes is not None and tuple(classes) != model.classes:
+            raise EarlyExitError(f"{path}: its classes are {', '.join(model.classes)[:120]}; leave classes out")
+        if not info.get("exits", True):
+            logger.warning("%s: has no exits; those of the model are untrained, the full path is as it was", path)
         if router and info.get("router"):
             try:
                 model.router = make_router(model, info["router"])
             except EarlyExitError as error:
                 raise EarlyExitError(f"{path}: {error}; load it with router=False") from None
         return model
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one file of everything: weights, architecture, classes, post-processing, and the routing with its
+        temperatures. :meth:`from_pretrained` and the tools' ``--weights`` read it.
+
+        Raises:
+            EarlyExitError: the model was fused for inference, its layers were replaced by others, or its router is
+                none of this project's.
+        """
+        from earlyexit_ssd.modeling.checkpoint import save_model
+
+        if self.router is not None and not hasattr(self.router, "to_dict"):
+            raise EarlyExitError(
+                f"{path}: a {type(self.router).__name__} cannot be written; save with router = None, and give it back "
+                "after from_pretrained"
+            )
+        save_model(path, self, info={"router": None if self.router is None else self.router.to_dict()})
+
+
+def names_of(outputs: int, classes: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Names of the labels of a head with so many outputs: those given, else COCO's or numbers.
+
+    Raises:
+        EarlyExitError: another number of names.
+    """
+    from earlyexit_ssd.modeling.retrofit import COCO_CLASSES
+
+    if classes is None:
+        if outputs == len(COCO_CLASSES) + 1:
+            return COCO_CLASSES
+        logger.warning("the file names no classes: they are class_1 to class_%d; give classes=[...]", outputs - 1)
+        return tuple(f"class_{label}" for label in range(1, outputs))
+    if isinstance(classes, str) or len(classes) != outputs - 1:
+        raise EarlyExitError(
+            f"its head has {outputs} outputs, so {outputs - 1} classes beside background, classes are {classes!r:.60}; "
+            "name each one in the order of the labels"
+        )
+    return tuple(classes)
 
 
 def make_router(model: EarlyExitSSDLite, settings: Mapping[str, Any]) -> Router:

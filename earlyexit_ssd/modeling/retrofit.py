@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from earlyexit_ssd.modeling.folding import (
     plan_class_change,
     slice_rows,
 )
+from earlyexit_ssd.modeling.foreign import find_detector, has_reduced_tail
 from earlyexit_ssd.plain import require_bounded
 
 COCO_CLASSES = tuple(SSDLite320_MobileNet_V3_Large_Weights.COCO_V1.meta["categories"][1:])
@@ -55,7 +58,7 @@ def retrofit(
     """
     state, own = load_full_path(weights)
     source = own.classes if own else tuple(source_classes or architecture.classes)
-    architecture = dataclasses.replace(architecture, reduced_tail=_has_reduced_tail(state, architecture.width))
+    architecture = dataclasses.replace(architecture, reduced_tail=has_reduced_tail(state, architecture.width))
     head_outputs, folded_rows = (own.head_outputs, own.folded_rows) if own else (0, ())
     original = dataclasses.replace(architecture, classes=source, head_outputs=head_outputs, folded_rows=folded_rows)
     detector = original.build_detector()
@@ -102,11 +105,11 @@ def load_full_path(
             ) from None
     require_weights(weights)
     content = read_weights(weights)
-    state = content.get("model", content)
+    state = find_detector(content, weights)
     require_state(state, weights)
+    full_path = {key: value for key, value in state.items() if not key.startswith(("branches.", "router."))}
     if not isinstance(content.get("architecture"), dict):
-        return state, None
-    full_path = {key: value for key, value in state.items() if key.startswith(("backbone.", "head."))}
+        return full_path, None
     try:
         return full_path, Architecture.of_full_path(content["architecture"])
     except EarlyExitError as error:
@@ -126,13 +129,20 @@ def require_weights(weights: str | os.PathLike[str] | SSDLite320_MobileNet_V3_La
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A file of tensors and plain types; nothing in it is executed."""
+    """A file of tensors and plain types; nothing in it is executed.
+
+    ``argparse.Namespace`` is plain too: torchvision's reference training stores its arguments in one.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file raises anything; nothing of it may be unpickled otherwise
+        held = re.search(r"GLOBAL ([\w.]{1,60})", str(error))
+        fix = "save model.state_dict() alone" if held else "fetch or train it again"
         raise EarlyExitError(
-            f"{path}: not a file of weights that can be read safely ({type(error).__name__}); expected what torch.save "
-            "writes, tensors and plain types only: fetch or train it again"
+            f"{path}: not a file of weights that can be read safely ({type(error).__name__}"
+            f"{f', it holds {held[1]}' if held else ''}); expected what torch.save writes, tensors and plain types "
+            f"only: {fix}"
         ) from None
     if not isinstance(content, dict):
         raise EarlyExitError(
@@ -178,9 +188,14 @@ def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: st
         if key in state and state[key].shape != value.shape
     ]
     if problems:
+        branches = all("branches." in problem for problem in problems)
+        check = (
+            "EXITS (in Python copy, depth, channels, head_rank)"
+            if branches
+            else "MODEL.WIDTH, MODEL.WEIGHTS_CLASSES and the number of classes"
+        )
         raise EarlyExitError(
-            f"{source} does not fit the model: {problems[0]} ({len(problems)} differences); "
-            "check MODEL.WIDTH, MODEL.WEIGHTS_CLASSES and the number of classes"
+            f"{source} does not fit the model: {problems[0]} ({len(problems)} differences); check {check}"
         )
     for key, value in expected.items():
         given = state[key]
@@ -189,9 +204,3 @@ def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: st
         if not given.float().isfinite().all():
             raise EarlyExitError(f"{source}: {key} has NaN or infinity, its training went wrong; take other weights")
     module.load_state_dict(state)
-
-
-def _has_reduced_tail(state: dict[str, Tensor], width: float) -> bool:
-    """The last trunk layer has 480 channels in the reduced tail and 960 in the full one, times the width."""
-    last = state.get("backbone.features.1.3.0.weight")
-    return last is None or not last.dim() or last.shape[0] < 720 * width

@@ -61,7 +61,7 @@ def build_ssdlite(
     anchor_generator = DefaultBoxGenerator([[2, 3] for _ in range(6)], min_ratio=0.2, max_ratio=0.95)
     out_channels = detection_utils.retrieve_out_channels(backbone, size)
     head = SSDLiteHead(out_channels, anchor_generator.num_anchors_per_location(), num_classes, norm_layer)
-    return SSD(
+    detector = SSD(
         backbone,
         anchor_generator,
         size,
@@ -74,6 +74,8 @@ def build_ssdlite(
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     )
+    detector.width = width  # no layer tells it exactly
+    return detector
 
 
 def _feature_extractor(layers: nn.Sequential, width: float) -> SSDLiteFeatureExtractorMobileNet:

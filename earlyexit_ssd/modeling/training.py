@@ -29,7 +29,7 @@ class FullPath(nn.Module):
         """``bbox_regression`` and ``classification``, as torchvision's SSD names them."""
         model = self._model[0]
         check_images(images)
-        check_targets(targets, len(images), model.classes)
+        targets = check_targets(targets, len(images), model.classes)
         check_batch(self, len(images))
         batch, targets = model.transform(images, targets)
         _, maps = model.trunk_maps(batch.tensors)
@@ -80,7 +80,7 @@ def default_boxes(model: EarlyExitSSDLite, device: torch.device) -> Tensor:
 @torch.no_grad()
 def compute_taps(model: EarlyExitSSDLite, images: list[Tensor], targets: Targets) -> TapBatch:
     """Run the full path once, in the mode that the model is in; ``targets`` in photo pixels."""
-    check_targets(targets, len(images), model.classes)
+    targets = check_targets(targets, len(images), model.classes)
     batch, targets = model.transform(images, targets)
     taps, maps = model.trunk_maps(batch.tensors)
     return TapBatch(taps, model.head(maps), targets)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from earlyexit_ssd.errors import EarlyExitError
+
 LAST_LAYER = 16
 
 
@@ -30,19 +32,29 @@ class TrunkState:
 class SegmentedTrunk:
     """A view of a torchvision ``SSDLiteFeatureExtractorMobileNet`` cut behind the exit layers.
 
-    Not a module: the parameters stay where torchvision has them, under the same names. ``features[0]`` holds the
-    layers up to the one before C4 and C4's expansion, ``features[1]`` the rest of C4 and the layers behind it.
+    Made anew for each use, since layers may have been replaced. Not a module: the parameters stay where torchvision has
+    them, under the same names. ``features[0]`` holds the layers up to the one before C4 and C4's expansion,
+    ``features[1]`` the rest of C4 and the layers behind it.
 
     Args:
         backbone: the feature extractor.
         exit_layers: trunk layers (torchvision's numbering, stem 0) behind which a segment ends, increasing.
+
+    Raises:
+        EarlyExitError: another kind of backbone.
     """
 
     def __init__(self, backbone: nn.Module, exit_layers: Sequence[int]) -> None:
-        head_part, tail_part = backbone.features
-        self._steps = [*head_part, *tail_part]
+        try:
+            head_part, tail_part = backbone.features
+            self._steps = [*head_part, *tail_part]
+            self._extra = list(backbone.extra)
+        except (AttributeError, TypeError, ValueError):
+            raise EarlyExitError(
+                f"backbone is a {type(backbone).__name__}, expected torchvision's SSDLiteFeatureExtractorMobileNet "
+                "(`features` in two parts, and `extra`): its layers are run one by one, to leave between them"
+            ) from None
         self._finest_step = len(head_part) - 1
-        self._extra = backbone.extra
         stops = [self._step_of(layer) + 1 for layer in exit_layers]
         self._ranges = list(zip([0, *stops], [*stops, len(self._steps)], strict=True))
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.errors import EarlyExitError, nearest
+from earlyexit_ssd.modeling.folding import num_outputs
 from earlyexit_ssd.modeling.losses import LossSettings
 
 SLACK = 0.5
 """That augmentation and interpolation may leave [0, 1] by."""
+
+LEAST_SCORE = 0.001
+"""Of a class that ``score_thresh`` does not name: torchvision's own for SSDLite."""
+
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 def check_images(images: Sequence[Tensor]) -> None:
@@ -26,7 +33,7 @@ def check_images(images: Sequence[Tensor]) -> None:
             raise EarlyExitError(
                 f"image {index}: expected a float tensor [3, H, W] in [0, 1], got {image.dtype} {list(image.shape)}"
             )
-        if image.device.type == "cpu" and not torch.jit.is_tracing():
+        if image.device.type == "cpu" and not is_traced():
             _check_values(index, image)
 
 
@@ -40,38 +47,101 @@ def _check_values(index: int, image: Tensor) -> None:
         )
 
 
-def check_targets(targets: Sequence[dict[str, Tensor]] | None, count: int, classes: Sequence[str]) -> None:
-    """Targets have boxes xyxy with positive width and height, and labels in 1..K."""
+def check_targets(
+    targets: Sequence[dict[str, Tensor]] | None, count: int, classes: Sequence[str]
+) -> list[dict[str, Tensor]]:
+    """The targets with fp32 boxes xyxy, of positive width and height, and int64 labels in 1..K; other keys stay.
+
+    Boxes of any number type and labels of any integer type are taken: numpy's boxes are float64.
+    """
     if targets is None or len(targets) != count:
         raise EarlyExitError(
             f"train mode needs one target per image: {count} images, {targets and len(targets)} targets"
         )
-    for index, target in enumerate(targets):
-        boxes, labels = (_tensor_of(target, key, index) for key in ("boxes", "labels"))
-        if boxes.dim() != 2 or boxes.shape[1] != 4 or len(boxes) != len(labels):
-            raise EarlyExitError(
-                f"target {index}: expected boxes [n, 4] and labels [n], "
-                f"got {list(boxes.shape)} and {list(labels.shape)}"
-            )
-        bad = ~((boxes[:, 2:] > boxes[:, :2]).all(1) & torch.isfinite(boxes).all(1))
-        if bad.any():
-            first = int(bad.nonzero()[0])
-            raise EarlyExitError(
-                f"target {index}, box {first}: {boxes[first].tolist()} has no positive width and height (xyxy expected)"
-            )
-        if len(labels) and not (int(labels.min()) >= 1 and int(labels.max()) <= len(classes)):
-            raise EarlyExitError(
-                f"target {index}: labels {int(labels.min())}..{int(labels.max())}, "
-                f"expected 1..{len(classes)} (0 is background)"
-            )
+    return [_checked(target, index, classes) for index, target in enumerate(targets)]
+
+
+def _checked(target: dict[str, Tensor], index: int, classes: Sequence[str]) -> dict[str, Tensor]:
+    boxes, labels = (_tensor_of(target, key, index) for key in ("boxes", "labels"))
+    if boxes.dim() != 2 or boxes.shape[1] != 4 or labels.dim() != 1 or len(boxes) != len(labels):
+        raise EarlyExitError(
+            f"target {index}: expected boxes [n, 4] and labels [n], got {list(boxes.shape)} and {list(labels.shape)}"
+        )
+    if not (boxes.is_floating_point() or boxes.dtype in WHOLE):
+        raise EarlyExitError(f"target {index}: boxes are {boxes.dtype}, expected numbers such as torch.float32")
+    if labels.dtype not in WHOLE and len(labels):  # torch.zeros(0) is a float, and means that there are none
+        raise EarlyExitError(f"target {index}: labels are {labels.dtype}, expected whole numbers such as torch.int64")
+    boxes, labels = boxes.to(torch.float32), labels.to(torch.int64)
+    bad = ~((boxes[:, 2:] > boxes[:, :2]).all(1) & torch.isfinite(boxes).all(1))
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        raise EarlyExitError(
+            f"target {index}, box {first}: {boxes[first].tolist()} has no positive width and height (xyxy expected)"
+        )
+    if len(labels) and not (int(labels.min()) >= 1 and int(labels.max()) <= len(classes)):
+        raise EarlyExitError(
+            f"target {index}: labels {int(labels.min())}..{int(labels.max())}, "
+            f"expected 1..{len(classes)} (0 is background)"
+        )
+    return {**target, "boxes": boxes, "labels": labels}
 
 
 def _tensor_of(target: object, key: str, index: int) -> Tensor:
-    value = target.get(key) if isinstance(target, dict) else None
+    value = target.get(key) if isinstance(target, Mapping) else None
     if not isinstance(value, Tensor):
-        found = f"{key} {type(value).__name__}" if isinstance(target, dict) and key in target else f"no {key}"
-        raise EarlyExitError(f"target {index}: expected a dict with the tensors boxes and labels, it has {found}")
+        kind = f"{type(value).__name__}{f' of {value.dtype}' if hasattr(value, 'dtype') else ''}"
+        found = f"{key} {kind}" if isinstance(target, Mapping) and key in target else f"no {key}"
+        fix = "; make a tensor of it, torch.as_tensor" if isinstance(target, Mapping) and key in target else ""
+        raise EarlyExitError(f"target {index}: expected a dict with the tensors boxes and labels, it has {found}{fix}")
     return value
+
+
+def score_thresh(value: object, classes: Sequence[str]) -> float | dict[str, float]:
+    """A least score, or class name -> least score in the order of ``classes``, checked."""
+    if not isinstance(value, Mapping):
+        if isinstance(value, bool) or not isinstance(value, Real) or value != value:
+            raise EarlyExitError(
+                f"score_thresh is {value!r:.60}, expected a number, or a dict of class names to numbers"
+            )
+        return value
+    for name, score in value.items():
+        if name not in classes:
+            hint = nearest(str(name), classes) or f"; the classes are {', '.join(classes)[:100]}"
+            raise EarlyExitError(f"score_thresh names {name!r:.60}, no class of the model{hint}")
+        if isinstance(score, bool) or not isinstance(score, Real) or not 0 <= score <= 1:
+            raise EarlyExitError(f"score_thresh of {name!r:.60} is {score!r:.40}, expected a number in [0, 1]")
+    if not value:
+        raise EarlyExitError("score_thresh is an empty dict, expected a number, or a dict of class names to numbers")
+    return {name: float(value[name]) for name in dict.fromkeys(classes) if name in value}
+
+
+def check_head(head: nn.Module, num_classes: int) -> None:
+    """The full path's head says as many classes as the model has, also after it was replaced."""
+    classification = getattr(head, "classification_head", None)
+    outputs = num_outputs(classification) if hasattr(classification, "num_columns") else num_classes
+    if outputs != num_classes:
+        raise EarlyExitError(
+            f"the head has {outputs} outputs, the model {num_classes} (background and its classes): build the model "
+            "anew, EarlyExitSSDLite(detector, classes=...), so that the exits have them too"
+        )
+
+
+def is_traced() -> bool:
+    """Whether what runs is being recorded, for TorchScript, ONNX or torch.export; torch.compile looks at values too."""
+    if hasattr(torch.compiler, "is_exporting"):
+        exporting = torch.compiler.is_exporting()
+    else:  # before torch 2.7
+        exporting = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    return torch.jit.is_tracing() or exporting
+
+
+def check_not_traced(router: object) -> None:
+    """Routing is control flow, and a trace would hold the exit of its sample photo for all photos."""
+    if router is not None and is_traced():
+        raise EarlyExitError(
+            "a model with a router cannot be traced or exported: every photo would take the sample photo's exit; set "
+            "model.router = None (the full path), or export PathToExit(model, exit_index, alone=True)"
+        )
 
 
 def check_losses(losses: object, exits: int) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
+from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
 from torchvision.models import MobileNet_V3_Large_Weights
 
+from earlyexit_ssd.data.build import class_names
 from earlyexit_ssd.errors import ConfigError, EarlyExitError, nearest
 from earlyexit_ssd.evaluation.quality import EvaluationSettings
 from earlyexit_ssd.evaluation.runtime import EAGER
@@ -18,8 +21,10 @@ from earlyexit_ssd.modeling import (
     EarlyExitSSDLite,
     LossSettings,
     build_ssdlite,
+    load_model,
     retrofit,
 )
+from earlyexit_ssd.modeling.folding import plan_class_change
 from earlyexit_ssd.modeling.retrofit import torchvision_name
 from earlyexit_ssd.routing import ExitRouter
 
@@ -108,6 +113,41 @@ def build_model(cfg: CfgNode, classes: tuple[str, ...]) -> tuple[EarlyExitSSDLit
     model = architecture.add_exits(detector)
     model.losses = build_losses(cfg)
     return model, architecture
+
+
+def open_model(cfg: CfgNode, weights: str | os.PathLike[str]) -> tuple[EarlyExitSSDLite, Architecture, dict[str, Any]]:
+    """A trained model in eval mode on the CPU, its architecture and its info, whose ``router`` holds what was trained.
+
+    ``weights`` may be a model of this project, or a checkpoint of torchvision's reference training that has exits: the
+    configuration describes it then (MODEL, EXITS, DATA.CLASSES in the order of the labels). A head of COCO's 91 outputs
+    keeps the classes of the configuration, and the others are folded into background.
+
+    Raises:
+        EarlyExitError: unusable weights, or a configuration that describes others.
+    """
+
+    def describe(outputs: int, exits: tuple[str, ...]) -> Architecture:
+        if not exits:
+            raise ConfigError("a detector without exits; train them: MODEL.WEIGHTS with tools/train_net.py")
+        classes = class_names(cfg)
+        architecture = build_architecture(cfg, classes)
+        if outputs == len(classes) + 1:
+            return architecture
+        if outputs != len(COCO_CLASSES) + 1:
+            raise ConfigError(
+                f"its head has {outputs} outputs, so {outputs - 1} classes beside background, the configuration has "
+                f"{len(classes)}; name them all in DATA.CLASSES, in the order of the labels"
+            )
+        change = plan_class_change(COCO_CLASSES, classes)
+        if None in change.rows:
+            raise ConfigError(f"its head has COCO's classes, which cannot be told to be others ({change})")
+        logger.info("%s: COCO's classes, %s", weights, change)
+        return dataclasses.replace(architecture, head_outputs=outputs, folded_rows=change.rows, folded_branches=True)
+
+    model, architecture, info = load_model(weights, describe)
+    if info.get("temperatures"):
+        info = {**info, "router": {"num_exits": model.num_early_exits, "temperatures": info["temperatures"]}}
+    return model, architecture, info
 
 
 def source_classes(weights: str, classes: str) -> tuple[str, ...] | None:

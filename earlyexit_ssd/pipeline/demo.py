@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from fvcore.common.config import CfgNode
 from PIL import Image
 from torch import Tensor
 
@@ -17,7 +18,9 @@ from earlyexit_ssd.data.folder import find_files
 from earlyexit_ssd.data.images import PHOTO_SUFFIXES, as_tensor, read_image
 from earlyexit_ssd.errors import DataError, EarlyExitError
 from earlyexit_ssd.modeling import EarlyExitSSDLite
+from earlyexit_ssd.pipeline.build import build_router, open_model
 from earlyexit_ssd.report.pictures import Example, detection_grid
+from earlyexit_ssd.routing import load_certificate
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,23 @@ class Answer:
     ms: float
     found: tuple[tuple[str, float, tuple[float, ...]], ...]
     picture: Image.Image
+
+
+def open_demo(weights: str | os.PathLike[str], cfg: CfgNode | None = None) -> EarlyExitSSDLite:
+    """The model to show: shipped weights or a file with its own routing, or, with a configuration, what that describes
+    and routes.
+
+    Raises:
+        EarlyExitError: unusable weights, or a certificate that is not theirs.
+    """
+    if cfg is None:
+        return EarlyExitSSDLite.from_pretrained(weights)
+    model, _, info = open_model(cfg, weights)
+    if cfg.ROUTING.CERTIFICATE:
+        model.router = load_certificate(cfg.ROUTING.CERTIFICATE).router_for(model)
+    else:
+        model.router = build_router(cfg, {"num_exits": model.num_early_exits, **(info.get("router") or {})})
+    return model
 
 
 def require_score(score: float) -> None:

@@ -16,12 +16,13 @@ from earlyexit_ssd.evaluation.metrics import evaluate_exits
 from earlyexit_ssd.evaluation.rivals import exits_alone
 from earlyexit_ssd.evaluation.routed import choose_exits
 from earlyexit_ssd.files import make_folder, sha256
-from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, load_model
+from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite
 from earlyexit_ssd.pipeline.build import (
     build_architecture,
     build_evaluation,
     build_router,
     evaluation_device,
+    open_model,
     with_classes,
 )
 from earlyexit_ssd.pipeline.certified import drift_of, open_certificate
@@ -39,7 +40,7 @@ def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str |
 
     Args:
         cfg: its DATA, EVAL and ROUTING sections, DEVICE and SEED are used; the classes are those of the weights.
-        weights: a model of this project.
+        weights: a model of this project, or a checkpoint that ``cfg`` describes, see `open_model`.
         out_dir: folder of results.
 
     Returns:
@@ -51,7 +52,7 @@ def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str |
     make_folder(out_dir)
     device = evaluation_device(cfg)
     check_rivals(cfg, device)
-    model, architecture, info = load_model(weights)
+    model, architecture, info = open_model(cfg, weights)
     _warn_of_differences(cfg, architecture)
     cfg = with_classes(cfg, architecture.classes)
     dataset = load_dataset(cfg, cfg.DATA.TEST)
@@ -99,7 +100,7 @@ def _warn_of_differences(cfg: CfgNode, architecture: Architecture) -> None:
     """The weights know how they were built; a configuration that says otherwise is not followed, so it is named."""
     wanted = build_architecture(cfg, tuple(cfg.DATA.CLASSES) or architecture.classes).to_dict()
     for name, value in architecture.to_dict().items():
-        if name not in ("reduced_tail", "head_outputs", "folded_rows") and wanted[name] != value:
+        if name not in ("reduced_tail", "head_outputs", "folded_rows", "folded_branches") and wanted[name] != value:
             logger.warning(
                 "%s: the configuration says %r, the weights were made with %r and keep it", name, wanted[name], value
             )

@@ -24,8 +24,8 @@ from earlyexit_ssd.evaluation.choices import ExitMatches, ap_of_choice, exit_mat
 from earlyexit_ssd.evaluation.photo_losses import losses_against_full, losses_against_labels
 from earlyexit_ssd.evaluation.recording import Recording, record
 from earlyexit_ssd.files import make_folder
-from earlyexit_ssd.modeling import EarlyExitSSDLite, load_model
-from earlyexit_ssd.pipeline.build import evaluation_device, with_classes
+from earlyexit_ssd.modeling import EarlyExitSSDLite
+from earlyexit_ssd.pipeline.build import evaluation_device, open_model, with_classes
 from earlyexit_ssd.pipeline.rivals import check_rivals
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.routing import ExitRouter
@@ -132,7 +132,7 @@ def open_recorded(
     make_folder(out)
     device = evaluation_device(cfg)
     check_rivals(cfg, device)
-    model, architecture, info = load_model(weights)
+    model, architecture, info = open_model(cfg, weights)
     require_few(model.num_early_exits)
     cfg = with_classes(cfg, architecture.classes)
     return Recorded(cfg, model.to(device), info, disjoint_sets(cfg, measured), out / "recordings")

@@ -110,6 +110,10 @@ class LearnedGain(nn.Module):
                 "fitted model for every early exit; calibrate again (tools/calibrate.py)"
             ) from None
         self.requires_grad_(False)
+        self._fold()
+        self.register_load_state_dict_post_hook(_fold_again)
+
+    def _fold(self) -> None:
         for index, model in enumerate(self.models):
             for name, value in zip(("weight", "bias", "output"), model.folded(), strict=True):
                 self.register_buffer(f"{name}{index}", value, persistent=False)
@@ -122,6 +126,11 @@ class LearnedGain(nn.Module):
         weight, bias, output = (getattr(self, f"{name}{exit_index}") for name in ("weight", "bias", "output"))
         rows = torch.addmm(bias, model.inputs(signals), weight)
         return torch.addmv(rows[:, HIDDEN], rows[:, :HIDDEN].tanh(), output).sigmoid()
+
+
+def _fold_again(policy: LearnedGain, _: object) -> None:
+    """What is derived from the numbers follows them when a state dict brings others."""
+    policy._fold()
 
 
 def to_plain(model: GainModel) -> dict[str, list]:

@@ -57,15 +57,23 @@ def register_policy(name: str, boxes: int | None = None) -> Callable[[Callable[.
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if name in POLICIES or name in FITTED_POLICIES:
             raise EarlyExitError(f"routing policy '{name}' is registered already; choose another name")
-
-        def policy(signals: ExitSignals, exit_index: int) -> Tensor:
-            return function(signals.logits)
-
-        policy.boxes = boxes
-        POLICIES[name] = policy
+        POLICIES[name] = RegisteredPolicy(name, function, boxes)
         return function
 
     return register
+
+
+class RegisteredPolicy:
+    """A function of the logits as a policy; it is pickled by its name, so that models with a router can be."""
+
+    def __init__(self, name: str, function: Callable[..., Tensor], boxes: int | None) -> None:
+        self.name, self.function, self.boxes = name, function, boxes
+
+    def __call__(self, signals: ExitSignals, exit_index: int) -> Tensor:
+        return self.function(signals.logits)
+
+    def __reduce__(self) -> tuple:
+        return get_policy, (self.name,)
 
 
 def get_policy(name: str, parameters: Any = None) -> Policy:

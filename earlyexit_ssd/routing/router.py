@@ -34,6 +34,8 @@ class ExitRouter(nn.Module):
         learn_temperatures: fit the temperatures by likelihood (Guo et al. 2017) while the exits train. The logits
             take no gradient from it, so that the detector cannot be bent by its own confidence.
 
+    ``thresholds``, ``temperatures`` and ``policy`` can be assigned later too, and are checked as here.
+
     Raises:
         EarlyExitError: an unknown policy, a number that is not in its range, or a wrong count.
     """
@@ -57,12 +59,8 @@ class ExitRouter(nn.Module):
         if type(hybrid) is not bool:
             raise EarlyExitError(f"hybrid is {hybrid!r}, expected True or False")
         self.num_exits = num_exits
-        self.policy = policy
         self.hybrid = hybrid
-        self._plain_parameters = parameters
-        self._policy = get_policy(policy, parameters)
-        self._boxes: int | None = getattr(self._policy, "boxes", None)
-        self._foresees: bool = getattr(self._policy, "foresees", False)
+        self._look_up(policy, parameters)
         self.temperature_bounds = tuple(temperature_bounds)
         if len(self.temperature_bounds) != 2 or not 0 < self.temperature_bounds[0] < self.temperature_bounds[1]:
             raise EarlyExitError(f"temperature_bounds {self.temperature_bounds}: expected 0 < low < high")
@@ -73,6 +71,29 @@ class ExitRouter(nn.Module):
             self.temperatures = nn.Parameter(temperature)
         else:
             self.register_buffer("temperatures", temperature)
+
+    def _look_up(self, policy: str, parameters: Any) -> None:
+        found = get_policy(policy, parameters)
+        self._modules.pop("_policy", None)  # a module does not let itself be replaced by a function
+        self._policy, self._plain_parameters = found, parameters
+        self.__dict__["policy"] = policy
+        self._boxes: int | None = getattr(found, "boxes", None)
+        self._foresees: bool = getattr(found, "foresees", False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Plain numbers for thresholds and temperatures, and a name for the policy, checked as in the constructor."""
+        if name == "policy":
+            self._look_up(value, None)
+        elif name in ("thresholds", "temperatures") and hasattr(self, name):
+            bounds = (0.0, CLOSED) if name == "thresholds" else self.temperature_bounds
+            old = getattr(self, name)
+            new = _per_exit(name, value, self.num_exits, *bounds).to(old)
+            if name in self._parameters:  # an optimizer may hold it
+                old.data.copy_(new)
+            else:
+                self._buffers[name] = new
+        else:
+            super().__setattr__(name, value)
 
     def confidence(self, signals: ExitSignals, exit_index: int) -> Tensor:
         """Confidences [N] in [0, 1] at an exit; the full path is exit ``num_exits``.
@@ -164,9 +185,11 @@ def _per_exit(name: str, values: Sequence[float] | float, count: int, low: float
     try:
         values = torch.as_tensor(values, dtype=torch.float64).flatten().tolist()
     except (TypeError, ValueError, RuntimeError):
-        raise EarlyExitError(f"{name} is {values!r}, expected one number, or one for each of {count} exits") from None
+        raise EarlyExitError(
+            f"{name} is {values!r:.60}, expected one number, or one for each of {count} exits"
+        ) from None
     if len(values) not in (1, count):
-        raise EarlyExitError(f"{name} {values}: expected one number, or one for each of {count} exits")
+        raise EarlyExitError(f"{name} {values!r:.60}: expected one number, or one for each of {count} exits")
     rounding = 1e-6  # a bound that fp32 cannot hold comes back from a file a little beside it
     for value in values:
         if not low - rounding <= value <= high + rounding:

@@ -9,6 +9,7 @@ import torch
 from earlyexit_ssd import EarlyExitSSDLite, ExitRouter
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import build_ssdlite
+from earlyexit_ssd.modeling.training import FullPath
 from earlyexit_ssd.modeling.validate import check_images, check_router, check_targets
 
 
@@ -32,12 +33,39 @@ def test_a_little_outside_is_what_interpolation_does():
     check_images([torch.tensor([-0.2, 1.3, 0.5])[:, None, None].expand(3, 4, 4)])
 
 
+BOX = torch.tensor([[20, 30, 70, 90]])
+
+
+@pytest.mark.parametrize("boxes", [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8])
+@pytest.mark.parametrize("labels", [torch.int64, torch.int32, torch.int16, torch.uint8, torch.uint16])
+def test_targets_of_any_number_type_train_alike(model, boxes, labels):
+    photos = [torch.full((3, 96, 96), 0.4), torch.full((3, 80, 120), 0.6)]
+    plain = [
+        {"boxes": BOX.float(), "labels": torch.tensor([2])},
+        {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0)},
+    ]
+    other = [{"boxes": BOX.to(boxes), "labels": torch.tensor([2]).to(labels)}, plain[1]]
+    for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        norm.momentum = 0.0
+    with torch.no_grad():
+        expected, found = (model.train()(photos, targets) for targets in (plain, other))
+        whole = FullPath(model).train()(photos, other)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert all(torch.equal(whole[key], expected[key]) for key in whole)
+    assert other[0]["boxes"].dtype == boxes  # the caller's are left alone
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [
         (None, "target 1: expected a dict with the tensors boxes and labels, it has no boxes"),
         ({"boxes": torch.zeros(0, 4)}, "target 1: .* it has no labels"),
         ({"boxes": [[1, 2, 3, 4]], "labels": [1]}, "target 1: .* it has boxes list"),
+        ({"boxes": np.ones((1, 4)), "labels": [1]}, "target 1: .* boxes ndarray of float64; .* torch.as_tensor"),
+        ({"boxes": torch.ones(1, 4) > 0, "labels": torch.ones(1)}, "target 1: boxes are torch.bool, expected numbers"),
+        ({"boxes": BOX, "labels": torch.ones(1)}, "target 1: labels are torch.float32, expected whole numbers"),
+        ({"boxes": BOX, "labels": torch.ones(1) > 0}, "target 1: labels are torch.bool, expected whole numbers"),
+        ({"boxes": BOX, "labels": torch.ones(1, 1, dtype=torch.int64)}, r"target 1: expected boxes .* and \[1, 1\]"),
         ({"boxes": torch.ones(1, 3), "labels": torch.ones(1)}, r"target 1: expected boxes \[n, 4\] and labels \[n\]"),
     ],
 )

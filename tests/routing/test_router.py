@@ -161,3 +161,32 @@ def test_a_policy_gives_one_number_per_image(own_policy):
     router = own_policy(lambda logits: logits.amax(-1))
     with pytest.raises(EarlyExitError, match=r"'of_a_test' gives \[2, 3\], expected one number per image"):
         router.confidence(ExitSignals(torch.ones(2, 3, 4)), 0)
+
+
+@pytest.mark.parametrize("learnt", [False, True])
+def test_numbers_are_assigned_and_checked(learnt):
+    router = ExitRouter(2, learn_temperatures=learnt)
+    router.thresholds = [0.5, 0.7]
+    router.temperatures = (1.5, 2.0)
+    assert router.thresholds.tolist() == pytest.approx([0.5, 0.7]) and router.temperatures.tolist() == [1.5, 2.0]
+    assert router.leaves(torch.tensor([0.6]), 0).item() and not router.leaves(torch.tensor([0.6]), 1).item()
+    assert isinstance(router.temperatures, torch.nn.Parameter) == learnt
+    assert set(router.state_dict()) == {"thresholds", "temperatures"}
+    router.thresholds = torch.tensor(0.9)
+    assert router.to_dict()["thresholds"] == pytest.approx([0.9, 0.9])
+    for wrong in ([0.1, 0.2, 0.3], [0.5, float("nan")], [float("inf"), 0.5], [-0.1, 0.5], [0.5, 3.0], "high", None):
+        with pytest.raises(EarlyExitError, match="^thresholds "):
+            router.thresholds = wrong
+    with pytest.raises(EarlyExitError, match="^temperatures has 9.0"):
+        router.temperatures = [1.0, 9.0]
+    assert router.thresholds.tolist() == pytest.approx([0.9, 0.9])
+
+
+def test_the_policy_is_assigned_by_name():
+    router = ExitRouter(2, policy="balanced_ambiguity", parameters=[1.0, 2.0])
+    router.policy = "emptiness"
+    assert router.to_dict() == ExitRouter(2, policy="emptiness").to_dict()
+    assert "_policy" not in dict(router.named_children())
+    with pytest.raises(EarlyExitError, match="did you mean 'emptiness'"):
+        router.policy = "emptines"
+    assert router.policy == "emptiness"
