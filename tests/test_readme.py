@@ -65,8 +65,13 @@ def test_rivals_tables_are_what_was_measured(run):
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("docs/results/*/metrics.json")), ids=lambda path: path.parent.name)
 def test_stored_verdicts_are_today_s(path):
+    """Those of before verdicts had marks ship what ships today, but for what no rival was held against."""
     metrics = json.loads(path.read_text(encoding="utf-8"))
-    assert metrics["verdict"] == asdict(judge(metrics, metrics["context"]["forced"]))
+    stored, today = metrics["verdict"], asdict(judge(metrics, metrics["context"]["forced"]))
+    if "findings" in stored:
+        assert stored == today
+    else:
+        assert today["ship"] is (stored["ship"] and bool(metrics["rivals"]))
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("docs/results/*/metrics.json")), ids=lambda path: path.parent.name)

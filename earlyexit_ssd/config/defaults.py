@@ -9,18 +9,18 @@ from earlyexit_ssd.config.defaults_training import _C
 
 # ---- routing ----------------------------------------------------------------------------------------------
 _C.ROUTING = Node()
-# How sure an exit is, one number per image: max_foreground, ambiguous_mass, entropy, margin, emptiness,
+# How sure an exit is, one number per image: ambiguous_mass, max_foreground, entropy, margin, emptiness,
 # mean_foreground; balanced_ambiguity, foreseen_emptiness and learned_gain, which are fitted (they need a certificate).
-# In Python also one of your own (docs/routing.md).
-_C.ROUTING.POLICY = "max_foreground"
+# In Python also one of your own. Which is good at what: docs/routing.md.
+_C.ROUTING.POLICY = "ambiguous_mass"
 # Nobody leaves: classes from the first exit that is sure, boxes from the full path, whose classification head is then
 # spared. Pays with many classes.
 _C.ROUTING.HYBRID = False
 # Certificate that tools/calibrate.py wrote for the weights; it replaces policy, thresholds and temperatures.
 _C.ROUTING.CERTIFICATE = ""
 # An image leaves at the first exit whose confidence reaches that exit's threshold, in [0, 1]; one number serves all. 2
-# closes an exit.
-_C.ROUTING.THRESHOLDS = (0.6,)
+# closes an exit: by default every image takes the full path, until tools/calibrate.py finds thresholds on your photos.
+_C.ROUTING.THRESHOLDS = (2.0,)
 # Temperatures that divide the exits' logits before the policy sees them: where they start; one number serves all.
 # A trained model keeps its own.
 _C.ROUTING.TEMPERATURES = (1.0,)

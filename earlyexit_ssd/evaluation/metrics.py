@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torchvision
 from pycocotools.coco import COCO
@@ -22,12 +23,20 @@ from earlyexit_ssd.evaluation.cost import (
     mmacs_to_exit,
 )
 from earlyexit_ssd.evaluation.operating_point import empty_images
-from earlyexit_ssd.evaluation.quality import EvaluationSettings, Quality, evaluate_detections
+from earlyexit_ssd.evaluation.photo_losses import losses_against_full, losses_against_labels
+from earlyexit_ssd.evaluation.quality import (
+    EvaluationSettings,
+    Quality,
+    describe_boxes,
+    evaluate_detections,
+    listed_interval,
+)
 from earlyexit_ssd.evaluation.rivals import Rival, evaluate_rivals
 from earlyexit_ssd.evaluation.routed import choose_exits, exit_share, mean_cost, routed_detections
 from earlyexit_ssd.evaluation.runtime import time_in_runtime
-from earlyexit_ssd.evaluation.verdict import judge
+from earlyexit_ssd.evaluation.verdict import asked_value, judge
 from earlyexit_ssd.modeling.paths import AllOutputs, PathToExit
+from earlyexit_ssd.routing.certificate import Certificate
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,8 @@ def evaluate_exits(
     forced: bool = False,
     collected: Collected | None = None,
     rivals: Sequence[Rival] = (),
+    certificate: Certificate | None = None,
+    taken_over: bool = False,
 ) -> dict[str, Any]:
     """Evaluate every exit and the routed detector; the network runs once per photo.
 
@@ -66,10 +77,12 @@ def evaluate_exits(
         forced: the run went on past a failed gate.
         collected: what `collect` returned for these photos, when the caller has it already.
         rivals: static detectors to hold the routed one against.
+        certificate: that the router comes from; what it was asked for is checked on these photos.
+        taken_over: the full path is a checkpoint as it was, so the exits are held against it alone.
 
     Returns:
-        ``context``, ``exits``, ``without_exits``, ``routed``, ``rivals`` and ``verdict``: plain numbers, strings, lists
-        and None.
+        ``context``, ``exits``, ``without_exits``, ``routed``, ``rivals``, ``verdict`` and, with a certificate,
+        ``certificate``: plain numbers, strings, lists and None.
     """
     collected = collected or collect(model, loader, router)
     _check_same_images(collected, ground_truth)
@@ -78,7 +91,7 @@ def evaluate_exits(
     chosen = choose_exits(collected.confidences, router.thresholds.tolist())
     routed = evaluate_detections(ground_truth, routed_detections(collected, chosen), settings)
     metrics = {
-        "context": _context(model, ground_truth, settings, splits, forced),
+        "context": {**_context(model, ground_truth, settings, splits, forced), "taken_over": taken_over},
         "exits": [_exit_entry(model, index, collected, costs, qualities) for index in range(len(qualities))],
         "without_exits": {
             "mmacs": costs.plain_mmacs,
@@ -88,8 +101,53 @@ def evaluate_exits(
         "routed": _routed_entry(model, router, routed, chosen, costs),
         "rivals": evaluate_rivals(rivals, costs.rival_timings, loader, ground_truth, routed, settings),
     }
+    metrics["exits"][-1]["found"] = describe_boxes(ground_truth, collected.detections[-1])
+    if certificate is not None:
+        metrics["certificate"] = check_promise(
+            certificate, ground_truth, collected, chosen, (qualities[-1], routed), costs, settings
+        )
     metrics["verdict"] = asdict(judge(metrics, forced))
     return metrics
+
+
+def check_promise(
+    certificate: Certificate,
+    ground_truth: COCO,
+    collected: Collected,
+    chosen: Tensor,
+    full_and_routed: tuple[Quality, Quality],
+    costs: Costs,
+    settings: EvaluationSettings,
+) -> dict[str, Any]:
+    """What a certificate was asked for, against what these photos say.
+
+    Returns:
+        ``target`` (the certificate's), ``measured`` (AP50 lost, missed and added per photo, or the speed-up in the
+        certificate's unit of cost), its 95 % bootstrap ``interval``, and whether it is ``kept``; None where undefined.
+    """
+    target, asked = certificate.target, asked_value(certificate.target)
+    draws = np.random.default_rng(settings.seed).integers(len(chosen), size=(settings.resamples, len(chosen)))
+    if target["kind"] == "ap_drop":
+        full, routed = full_and_routed
+        before, after = full.figures["AP50"], routed.figures["AP50"]
+        measured = None if before is None or after is None else before - after
+        interval = full.ap50_minus(routed)
+    elif target["kind"] == "risk":
+        measure = losses_against_labels if target["reference"] == "labels" else losses_against_full
+        exits = [routed_detections(collected, chosen), collected.detections[-1]]
+        losses = measure(ground_truth, exits, target["score"], target["iou"])[:, 0]
+        measured, interval = float(losses.mean()), listed_interval(losses[draws].mean(axis=1))
+    else:
+        in_ms = certificate.cost_model["unit"] == "ms"
+        of_exits = [timing.ms for timing in costs.timings] if in_ms else costs.mmacs
+        plain = costs.plain_timing.ms if in_ms else costs.plain_mmacs
+        of_photos = np.array(of_exits)[chosen.numpy()]
+        measured, interval = float(plain / of_photos.mean()), listed_interval(plain / of_photos[draws].mean(axis=1))
+    tiny = 1e-9  # what was asked for may be met exactly
+    kept = None
+    if measured is not None:
+        kept = measured >= asked - tiny if target["kind"] == "speedup" else measured <= asked + tiny
+    return {"target": dict(target), "measured": measured, "interval": interval, "kept": kept}
 
 
 def measure_costs(
@@ -135,6 +193,7 @@ def _routed_entry(model: nn.Module, router: Any, quality: Quality, chosen: Tenso
     return {
         "policy": str(router.policy),
         "thresholds": router.thresholds.tolist(),
+        "hybrid": bool(router.hybrid),
         **quality.figures,
         "exit_share": exit_share(chosen, model.exit_names),
         "mmacs": mean_cost(chosen, costs.mmacs),

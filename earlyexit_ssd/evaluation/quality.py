@@ -43,7 +43,7 @@ class Quality:
 
     def ap50_minus(self, other: Quality) -> list[float] | None:
         """95 % interval of the difference in AP50, on the same draws of photos; None where it is undefined."""
-        return _listed(self.ap50_values - other.ap50_values)
+        return listed_interval(self.ap50_values - other.ap50_values)
 
 
 def evaluate_detections(ground_truth: COCO, detections: Detections, settings: EvaluationSettings) -> Quality:
@@ -53,13 +53,38 @@ def evaluate_detections(ground_truth: COCO, detections: Detections, settings: Ev
     matches = matches_of([evaluation])
     everyone = np.zeros(matches.photos, dtype=np.int64)
     (draws,) = bootstrap_choices(matches, [everyone], settings.resamples, settings.seed, ap50_only=False)
-    intervals = {"AP_interval": _listed(draws.AP), "AP50_interval": _listed(draws.AP50)}
+    intervals = {"AP_interval": listed_interval(draws.AP), "AP50_interval": listed_interval(draws.AP50)}
     figures = asdict(summarize(evaluation)) | intervals | point
     del figures["images"], figures["empty_images"]  # the same for every exit: in the context
     return Quality(figures, draws.AP50)
 
 
-def _listed(values: np.ndarray) -> list[float] | None:
+def describe_boxes(ground_truth: COCO, detections: Detections) -> dict[str, Any]:
+    """What every box of a detector has in common, whatever there is to find: it shows a detector that is broken.
+
+    Returns:
+        ``boxes`` (how many), ``score_mean``, ``score_std``, and ``outside_share``: of the boxes, those with less than
+        half of their area inside the photo, or with none at all; None where there is no box.
+    """
+    scores = np.concatenate([np.zeros(0), *(found["scores"].numpy() for found in detections.values())])
+    outside = [np.zeros(0, dtype=bool)]
+    for image_id, found in detections.items():
+        image, boxes = ground_truth.imgs.get(image_id, {}), found["boxes"].double().numpy()
+        size = np.array([image.get("width", np.inf), image.get("height", np.inf)])
+        inside = np.prod(np.maximum(np.minimum(boxes[:, 2:], size) - np.maximum(boxes[:, :2], 0), 0), axis=1)
+        area = np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0), axis=1)
+        outside.append(~((inside > 0) & (inside >= area / 2)))  # NaN is outside
+    if not scores.size:
+        return {"boxes": 0, "score_mean": None, "score_std": None, "outside_share": None}
+    return {
+        "boxes": int(scores.size),
+        "score_mean": float(scores.mean()),
+        "score_std": float(scores.std()),
+        "outside_share": float(np.concatenate(outside).mean()),
+    }
+
+
+def listed_interval(values: np.ndarray) -> list[float] | None:
     """The interval, as JSON has it."""
     bounds = interval(values)
     return list(bounds) if bounds else None

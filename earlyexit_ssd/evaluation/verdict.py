@@ -1,20 +1,33 @@
 """The figures in plain words: are these exits worth shipping?
 
-Each rule reads the metrics of `evaluate_exits` and says what it finds; add a rule by adding a function to
-`RULES`.
+The first question is whether the full path detects; where it does not, nothing else is said. Then each rule reads the
+metrics of `evaluate_exits` and says what it finds; add a rule by adding a function to `RULES`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.evaluation.runtime import runtime_of
 from earlyexit_ssd.routing.policies import foresees
 
+DETECTS_AP50 = 0.05
+"""Below it a full path does not detect, whatever else is measured."""
+DOUBTFUL_AP50 = 0.20
+"""Below it scores that are all alike, or boxes outside the photos, show a detector that does not detect either."""
+ALIKE = 0.2
+"""Scores are alike where their standard deviation is below this share of their mean; a detector's is some 1 or more."""
+ENOUGH_BOXES = 20
+"""Fewer show no pattern."""
+
 MOVE_DEEPER_AP50 = 0.30
 WORTH_IT_AP50 = 0.35
+FIRST_EXIT_SHARE = 0.75
+"""Of the full path's AP50, for the first exit on a checkpoint that was taken over as it is."""
+DEEPEST_SHARE = 0.85
 LARGEST_LOSS = 0.10
 AP50_TOLERANCE = 0.005
 """Half a point of AP50 is less than a few hundred photos can tell apart: no sign of a mistake, no reason for exits."""
@@ -24,44 +37,90 @@ Metrics = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence of the verdict; with ``blocks``, a reason not to ship the exits."""
+    """One sentence of the verdict; with ``veto``, a reason not to ship the exits."""
 
     line: str
-    blocks: bool = False
+    veto: bool = False
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """``ship`` is True when no finding speaks against it; ``lines`` are the findings, one sentence each."""
+    """What the rules found.
+
+    Attributes:
+        ship: no finding is a veto.
+        what: to ship: ``routed``, or the one exit that takes every photo (``exit8 alone``); None if not ``ship``.
+        findings: one sentence each.
+    """
 
     ship: bool
-    lines: list[str]
+    what: str | None
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def lines(self) -> list[str]:
+        """The sentences alone."""
+        return [finding.line for finding in self.findings]
 
 
 Rule = Callable[[Metrics], list[Finding]]
 
 
-def first_exit_detects(metrics: Metrics) -> list[Finding]:
-    """The first exit with a branch: under 0.30 AP50 must move deeper, above 0.35 is worth it, between is borderline."""
-    if len(metrics["exits"]) < 2:
-        return [Finding("the model has no early exit: there is nothing to ship", blocks=True)]
-    early = [one for one in metrics["exits"][:-1] if not one.get("empty")]
-    if not early:
-        return [Finding("the early exits are empty: only photos that seem to show nothing leave there")]
-    first = early[0]
-    name, ap50 = first["name"], first["AP50"]
+def full_path_detects(metrics: Metrics) -> list[Finding]:
+    """The rule before all others: exits on a detector that does not detect are worth nothing."""
+    full = metrics["exits"][-1]
+    ap50, found = full["AP50"], full.get("found") or {}
     if ap50 is None:
-        return [Finding(f"{name}: AP50 is undefined, since the photos show no object to find", blocks=True)]
+        return [Finding("AP50 is undefined, since the photos show no object to find: nothing can be said", veto=True)]
+    signs = []
+    enough = found.get("boxes", 0) >= ENOUGH_BOXES
+    if enough and found["score_std"] < ALIKE * found["score_mean"]:
+        signs.append(f"its scores are all alike ({found['score_mean']:.3f} ± {found['score_std']:.3f})")
+    if enough and found["outside_share"] > 0.5:
+        signs.append(f"{found['outside_share']:.0%} of its boxes lie outside the photos")
+    if ap50 >= (DOUBTFUL_AP50 if signs else DETECTS_AP50):
+        return []
+    signs.insert(0, f"AP50 {ap50:.3f}" if found.get("boxes", 1) else f"AP50 {ap50:.3f}, without a single box")
+    fix = "train it, or look at its weights, classes and boxes, before anything is said of exits"
+    return [Finding(f"the full path does not detect ({'; '.join(signs)}): {fix}", veto=True)]
+
+
+def exits_pass_their_gates(metrics: Metrics) -> list[Finding]:
+    """The first exit in use against 0.30 and 0.35 AP50, the deepest against the full path; on a checkpoint that was
+    taken over as it is, both against that checkpoint on the same photos."""
+    if len(metrics["exits"]) < 2:
+        return [Finding("the model has no early exit: there is nothing to ship", veto=True)]
+    used = _exits_in_use(metrics)
+    if not used:
+        return [Finding("the early exits are empty: only photos that seem to show nothing leave there")]
+    first, deepest, full = used[0], used[-1], metrics["exits"][-1]["AP50"]
+    if first["AP50"] is None or deepest["AP50"] is None:
+        return [Finding(f"{first['name']}: AP50 is undefined, since the photos show no object to find", veto=True)]
+    findings = [_first_exit(first, full, metrics.get("context", {}).get("taken_over", False))]
+    if full and deepest["AP50"] < DEEPEST_SHARE * full:
+        share = f"{deepest['name']}: AP50 {deepest['AP50']:.3f} is {deepest['AP50'] / full:.1%} of the full path's"
+        findings.append(Finding(f"{share} {full:.3f}, under {DEEPEST_SHARE:.0%}: it needs more training", veto=True))
+    return findings
+
+
+def _first_exit(first: Metrics, full: float | None, taken_over: bool) -> Finding:
+    ap50, figure = first["AP50"], f"{first['name']}: AP50 {first['AP50']:.3f}"
+    if taken_over and full:
+        share = f"{figure} is {ap50 / full:.1%} of the {full:.3f} of the checkpoint taken over"
+        if ap50 < FIRST_EXIT_SHARE * full:
+            return Finding(f"{share}, under {FIRST_EXIT_SHARE:.0%}: move it deeper", veto=True)
+        return Finding(f"{share}, {FIRST_EXIT_SHARE:.0%} or more: worth it")
     if ap50 < MOVE_DEEPER_AP50:
-        return [Finding(f"{name}: AP50 {ap50:.3f} is under {MOVE_DEEPER_AP50:.2f}: move it deeper", blocks=True)]
+        return Finding(f"{figure} is under {MOVE_DEEPER_AP50:.2f}: move it deeper", veto=True)
     if ap50 > WORTH_IT_AP50:
-        return [Finding(f"{name}: AP50 {ap50:.3f} is above {WORTH_IT_AP50:.2f}: worth it")]
-    return [Finding(f"{name}: AP50 {ap50:.3f} is between {MOVE_DEEPER_AP50:.2f} and {WORTH_IT_AP50:.2f}: borderline")]
+        return Finding(f"{figure} is above {WORTH_IT_AP50:.2f}: worth it")
+    return Finding(f"{figure} is between {MOVE_DEEPER_AP50:.2f} and {WORTH_IT_AP50:.2f}: borderline")
 
 
 def exits_stay_below_full(metrics: Metrics) -> list[Finding]:
     """An early exit that beats the full path shows a mistake (a spoilt full path, exits mixed up), unless the paired
-    interval of (full - exit) reaches above zero: then other photos might say otherwise, and it is no veto."""
+    interval of (full - exit) reaches above zero: then other photos might say otherwise, and it is no veto. Nor is it
+    where that exit takes every photo: nobody takes the full path then."""
     *early, full = metrics["exits"]
     if full["AP50"] is None:
         return []
@@ -73,10 +132,12 @@ def exits_stay_below_full(metrics: Metrics) -> list[Finding]:
         figures = f"{one['name']}: AP50 {one['AP50']:.3f} is above {full['name']}'s {full['AP50']:.3f}"
         if _within_noise(one):
             findings.append(Finding(f"{figures}, but not clearly: with other photos it might not be"))
+        elif one["name"] == exit_that_does(metrics):
+            findings.append(Finding(f"{figures}: was the full path trained to its end?"))
         else:
             wrong = "something is wrong: was the full path trained to its end, and is it unchanged since?"
             unless = "If the exits have learnt from photos of a kind that it never saw, ship that exit alone"
-            findings.append(Finding(f"{figures}: {wrong} {unless}", blocks=True))
+            findings.append(Finding(f"{figures}: {wrong} {unless}", veto=True))
     return findings
 
 
@@ -88,50 +149,93 @@ def exits_save_time(metrics: Metrics) -> list[Finding]:
             f"{one['name']}: {one['ms']:.1f} ms, no less than the {plain:.1f} ms without exits:"
             " leaving there saves nothing"
         )
-        for one in metrics["exits"][:-1]
+        for one in _open_exits(metrics)
         if one["ms"] >= plain
     ]
 
 
 def routing_uses_exits(metrics: Metrics) -> list[Finding]:
-    """Every photo at one exit means that the router decides nothing."""
-    share = metrics["routed"]["exit_share"]
-    only = [name for name, value in share.items() if value == 1.0]
-    if not only or len(share) < 2:
+    """Where every photo takes one exit the router decides nothing: that exit alone is to be shipped, if it is good."""
+    only = _only_exit(metrics)
+    if only is None:
         return []
+    if only == metrics["exits"][-1]["name"]:
+        return [Finding(_why_nobody_leaves(metrics), veto=True)]
+    if only == exit_that_does(metrics):
+        return [Finding(f"every image leaves at {only}: ship {only} alone, without the other branches and the router")]
     fix = "change the thresholds (ROUTING.THRESHOLDS), or calibrate for another target"
+    return [Finding(f"every image leaves at {only}: routing collapsed; {fix}", veto=True)]
+
+
+def _why_nobody_leaves(metrics: Metrics) -> str:
+    routed = metrics["routed"]
     empty = all(one.get("empty") for one in metrics["exits"][:-1])
-    if only[0] == metrics["exits"][-1]["name"] and empty and not foresees(metrics["routed"].get("policy")):
+    closed = routed.get("thresholds") and not _open_exits(metrics)
+    if closed and metrics.get("certificate"):
+        return "the certificate opens no exit, every image takes the full path: allow a larger loss, or train the exits"
+    if empty and not foresees(routed.get("policy")):
         fix = "let tools/calibrate.py fit a policy that foresees empty frames (ROUTING.POLICY foreseen_emptiness)"
-    return [Finding(f"every image leaves at {only[0]}: routing collapsed; {fix}", blocks=True)]
+    elif closed:
+        fix = "open them with tools/calibrate.py (--ap-drop 0.01) and evaluate with its certificate"
+        return f"every exit is closed until routing is calibrated, every image takes the full path: {fix}"
+    else:
+        fix = "change the thresholds (ROUTING.THRESHOLDS), or calibrate for another target"
+    return f"every image leaves at {metrics['exits'][-1]['name']}: routing collapsed; {fix}"
 
 
 def routing_is_faster(metrics: Metrics) -> list[Finding]:
     """The routed detector must take less time than the same detector without exits."""
     speedup = metrics["routed"]["speedup"]
-    if speedup is None:
+    if speedup is None or _nobody_leaves(metrics):
         return []
     routed, plain = metrics["routed"]["ms"], metrics["without_exits"]["ms"]
     times = f"{routed:.1f} ms routed against {plain:.1f} ms without exits, {speedup:.2f}x"
     if speedup <= 1.0:
-        return [Finding(f"no speed gain ({times}): do not ship exits", blocks=True)]
+        return [Finding(f"no speed gain ({times}): do not ship exits", veto=True)]
     low, high = metrics["without_exits"]["ms_interval"]
     if routed >= low:
         noise = f"{times}, inside the interval {low:.1f} to {high:.1f} ms of the latter"
-        return [Finding(f"no clear speed gain ({noise}): do not ship exits", blocks=True)]
+        return [Finding(f"no clear speed gain ({noise}): do not ship exits", veto=True)]
     return [Finding(f"routing is faster ({times})")]
 
 
+def promise_is_kept(metrics: Metrics) -> list[Finding]:
+    """What the certificate was asked for, against what these photos say; what was not kept is a veto."""
+    promise = metrics.get("certificate")
+    if not promise:
+        return []
+    target, measured, interval = promise["target"], promise["measured"], promise["interval"]
+    value, kind = asked_value(target), target["kind"]
+    figure = "{:.2f}x" if kind == "speedup" else "{:.4f}"
+    text = "undefined" if measured is None else figure.format(measured)
+    if interval:
+        text += " [{}, {}]".format(*map(figure.format, interval))
+    score = f" at score {target['score']:g}" if target.get("score") is not None else ""
+    asked, got = {
+        "speedup": (f"a speed-up of {value:g}x", f"{text} is reached"),
+        "ap_drop": (f"at most {value:g} AP50 lost", f"{text} is lost"),
+        "risk": (f"at most {value:g} missed and added per photo{score}", f"{text} is missed and added"),
+    }[kind]
+    sure = f" (delta {target['delta']:g})" if "delta" in target else ""
+    kept = bool(promise["kept"])
+    line = f"the certificate was asked for {asked}{sure}; on these photos {got}: {'kept' if kept else 'not kept'}"
+    return [Finding(line, veto=not kept)]
+
+
 def routing_keeps_accuracy(metrics: Metrics) -> list[Finding]:
-    """The routed detector may lose a tenth of the full path's AP50, the bargain that this project is after."""
+    """The routed detector may lose a tenth of the full path's AP50, the bargain that this project is after; where a
+    certificate names another loss, that one counts."""
     full, routed = metrics["exits"][-1]["AP50"], metrics["routed"]["AP50"]
-    if not full or routed is None:
+    if not full or routed is None or _nobody_leaves(metrics):
         return []
     lost = 1 - routed / full
-    figures = f"AP50 {routed:.3f} routed against {full:.3f}"
+    figures = f"AP50 {routed:.3f} routed against {full:.3f}{_objects_found(metrics)}"
+    if _asked_for_ap(metrics):
+        return [Finding(f"accuracy: {figures}")]
     if lost > LARGEST_LOSS:
         line = f"routing loses {lost:.0%} of the full path's AP50 ({figures}), more than {LARGEST_LOSS:.0%}"
-        return [Finding(f"{line}: raise ROUTING.THRESHOLDS, or calibrate to lose less", blocks=True)]
+        fix = "calibrate to lose less" if metrics.get("certificate") else "raise ROUTING.THRESHOLDS, or calibrate"
+        return [Finding(f"{line}: {fix}", veto=True)]
     return [Finding(f"routing keeps the accuracy ({figures})")]
 
 
@@ -144,16 +248,17 @@ def no_static_net_is_better(metrics: Metrics) -> list[Finding]:
     if better:
         most = max(one["AP50"] for one in better)
         best = min((one for one in better if one["AP50"] >= most - AP50_TOLERANCE), key=lambda one: one["ms"])
-        return [Finding(f"ship the small net: {_comparison(best, routed)}", blocks=True)]
+        return [Finding(f"ship the small net: {_comparison(best, routed)}", veto=True)]
     nearest = min(comparable, key=lambda one: _shortfall(one, routed))
     return [Finding(f"no static net is better than routing; the nearest: {_comparison(nearest, routed)}")]
 
 
 def rivals_were_evaluated(metrics: Metrics) -> list[Finding]:
-    """Without rivals nobody knows whether a smaller net is the better choice; no veto, but said."""
-    if metrics.get("rivals") or len(metrics["exits"]) < 2:
+    """Without a rival nobody knows whether a smaller net is the better choice, so nothing is shipped."""
+    if len(metrics["exits"]) < 2 or _comparable(metrics):
         return []
-    return [Finding("no static net was evaluated beside it (EVAL.RIVALS): a smaller one may be the better choice")]
+    what = "could be compared with it" if metrics.get("rivals") else "was evaluated beside it"
+    return [Finding(f"no static net {what} (EVAL.RIVALS): a smaller one may be the better choice", veto=True)]
 
 
 def full_path_is_worth_having(metrics: Metrics) -> list[Finding]:
@@ -181,11 +286,12 @@ def rivals_share_the_runtime(metrics: Metrics) -> list[Finding]:
 
 
 RULES: tuple[Rule, ...] = (
-    first_exit_detects,
+    exits_pass_their_gates,
     exits_stay_below_full,
     exits_save_time,
     routing_uses_exits,
     routing_is_faster,
+    promise_is_kept,
     routing_keeps_accuracy,
     rivals_were_evaluated,
     full_path_is_worth_having,
@@ -195,18 +301,85 @@ RULES: tuple[Rule, ...] = (
 
 
 def judge(metrics: Metrics, forced: bool = False, rules: Sequence[Rule] = RULES) -> Verdict:
-    """Apply the rules to the metrics of `evaluate_exits`.
+    """Whether the full path detects; if it does, what the rules say to the metrics of `evaluate_exits`.
 
     Args:
-        metrics: with the keys ``exits``, ``without_exits`` and ``routed``, and where there are rivals ``rivals``.
-        forced: the run went on with --force past a gate that had failed; the verdict says so first.
+        metrics: with the keys ``exits``, ``without_exits`` and ``routed``, and where there are some ``rivals`` and
+            ``certificate``.
+        forced: the run went on with --force past a gate that had failed: a veto, which the verdict says first.
         rules: the rules, in the order of their lines.
     """
+    findings = full_path_detects(metrics)
+    if findings:
+        said = "; --force was used on the way" if forced else ""
+        return Verdict(False, None, [Finding(findings[0].line + said, veto=True)])
     findings = [finding for rule in rules for finding in rule(metrics)]
-    lines = [finding.line for finding in findings]
     if forced:
-        lines.insert(0, "--force was used: a gate failed on the way to these figures, and the run went on")
-    return Verdict(ship=not any(finding.blocks for finding in findings), lines=lines)
+        line = "--force was used: a gate failed on the way to these figures, and the run went on"
+        findings.insert(0, Finding(line, veto=True))
+    if any(finding.veto for finding in findings):
+        return Verdict(False, None, findings)
+    one = exit_that_does(metrics)
+    return Verdict(True, f"{one} alone" if one else "routed", findings)
+
+
+def asked_value(target: Mapping[str, Any]) -> float:
+    """The number of a certificate's target; of a risk it was called ``epsilon``."""
+    return target["value"] if "value" in target else target["epsilon"]
+
+
+def exit_that_does(metrics: Metrics) -> str | None:
+    """The early exit that takes every photo, keeps the accuracy and is clearly faster than the detector without exits;
+    None where there is none."""
+    only, routed, full = _only_exit(metrics), metrics["routed"], metrics["exits"][-1]
+    if only in (None, full["name"]) or routed.get("hybrid") or routed["AP50"] is None or routed["speedup"] is None:
+        return None
+    if _asked_for_ap(metrics):
+        keeps = metrics["certificate"]["kept"]
+    else:
+        keeps = routed["AP50"] >= (1 - LARGEST_LOSS) * (full["AP50"] or 0.0)
+    faster = routed["speedup"] > 1 and routed["ms"] < metrics["without_exits"]["ms_interval"][0]
+    return only if keeps and faster else None
+
+
+def _only_exit(metrics: Metrics) -> str | None:
+    """The exit that every photo takes."""
+    share = metrics["routed"]["exit_share"]
+    return next((name for name, value in share.items() if value == 1.0), None) if len(share) > 1 else None
+
+
+def _nobody_leaves(metrics: Metrics) -> bool:
+    return _only_exit(metrics) == metrics["exits"][-1]["name"]
+
+
+def _asked_for_ap(metrics: Metrics) -> bool:
+    promise = metrics.get("certificate")
+    return bool(promise) and promise["target"]["kind"] == "ap_drop"
+
+
+def _open_exits(metrics: Metrics) -> list[Metrics]:
+    """The early exits where photos may leave."""
+    early = metrics["exits"][:-1]
+    thresholds = metrics["routed"].get("thresholds") or [0.0] * len(early)
+    return [one for one, threshold in zip(early, thresholds, strict=True) if threshold < CLOSED]
+
+
+def _exits_in_use(metrics: Metrics) -> list[Metrics]:
+    """The exits with a branch whose accuracy counts: the one that does for all, else the open ones, else all."""
+    one = exit_that_does(metrics)
+    candidates = [row for row in metrics["exits"][:-1] if row["name"] == one] or _open_exits(metrics)
+    return [row for row in candidates or metrics["exits"][:-1] if not row.get("empty")]
+
+
+def _objects_found(metrics: Metrics) -> str:
+    """Objects found at the deployed score, by the full path and routed."""
+    full, routed = metrics["exits"][-1], metrics["routed"]
+    if "true_positives" not in full or "true_positives" not in routed:
+        return ""
+    objects = full["true_positives"] + full["false_negatives"]
+    score = f"at score {metrics['context']['score']:g} " if "score" in metrics.get("context", {}) else ""
+    found = f"{full['true_positives']} of {objects} found by the full path, {routed['true_positives']} routed"
+    return f"; {score}{found}"
 
 
 def _within_noise(one: Mapping[str, Any]) -> bool:
@@ -216,9 +389,13 @@ def _within_noise(one: Mapping[str, Any]) -> bool:
 
 
 def _comparable(metrics: Metrics) -> list[Metrics]:
-    """The rivals that were timed in the exits' runtime and have an AP50."""
-    runtime = runtime_of(metrics)
-    return [one for one in metrics.get("rivals", []) if one["AP50"] is not None and one["runtime"] == runtime]
+    """The rivals that were timed in the exits' runtime and have an AP50; not the exit that is to be shipped itself."""
+    runtime, itself = runtime_of(metrics), f"{exit_that_does(metrics)} alone"
+    return [
+        one
+        for one in metrics.get("rivals", [])
+        if one["AP50"] is not None and one["runtime"] == runtime and one["name"] != itself
+    ]
 
 
 def _dominates(rival: Metrics, routed: Metrics) -> bool:

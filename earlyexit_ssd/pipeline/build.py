@@ -41,6 +41,11 @@ def require_full_path(cfg: CfgNode, who: str) -> None:
         raise ConfigError(f"{who} needs a trained full path: set MODEL.WEIGHTS to a checkpoint or a model.pth")
 
 
+def takes_over(cfg: CfgNode) -> bool:
+    """Whether the full path is the checkpoint of MODEL.WEIGHTS as it is, since no baseline phase trains it."""
+    return bool(cfg.MODEL.WEIGHTS) and not ("baseline" in cfg.PHASES and cfg.BASELINE.EPOCHS)
+
+
 def evaluation_device(cfg: CfgNode) -> torch.device:
     """As `build_device`, but in fp32 whatever ENGINE.AMP is; where EVAL.RUNTIME measures the CPU, ``auto`` is the CPU.
 

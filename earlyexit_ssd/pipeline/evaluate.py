@@ -23,6 +23,7 @@ from earlyexit_ssd.pipeline.build import (
     build_router,
     evaluation_device,
     open_model,
+    takes_over,
     with_classes,
 )
 from earlyexit_ssd.pipeline.certified import drift_of, open_certificate
@@ -74,6 +75,8 @@ def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str |
         forced=info.get("forced", False),
         collected=collected,
         rivals=rivals,
+        certificate=certificate,
+        taken_over=info.get("taken_over", takes_over(cfg)),
     )
     metrics["context"]["weights_sha256"] = sha256(weights)
     chosen = choose_exits(collected.confidences, router.thresholds.tolist()).tolist()

@@ -5,25 +5,42 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from fvcore.common.config import CfgNode
+
+from earlyexit_ssd.config import get_cfg
 from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
+from earlyexit_ssd.pipeline.build import takes_over
+
+DEEPEST_USEFUL_LAYER = 12
+"""A branch behind a later layer saves next to nothing."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One figure against its limit; None (undefined) fails."""
+    """One figure against its limit; None (undefined) fails.
+
+    Attributes:
+        limit: the least value; None where the figure is only shown.
+        of: what the limit is a share of, in words; empty for an absolute one.
+    """
 
     name: str
     value: float | None
-    limit: float
+    limit: float | None
+    of: str = ""
 
     @property
     def passed(self) -> bool:
         """Whether the figure reaches the limit."""
-        return self.value is not None and self.value >= self.limit
+        return self.limit is None or (self.value is not None and self.value >= self.limit)
 
     def __str__(self) -> str:
         value = "undefined" if self.value is None else f"{self.value:.3f}"
-        return f"{self.name} {value} {'>=' if self.passed else '<'} {self.limit:.3f}"
+        if self.limit is None:
+            return f"{self.name} {value}"
+        of = f" ({self.of})" if self.of else ""
+        return f"{self.name} {value} {'>=' if self.passed else '<'} {self.limit:.3f}{of}"
 
 
 @dataclass(frozen=True)
@@ -75,34 +92,98 @@ class GateFailed(EarlyExitError):
         return [*tries, "  or go on with --force, which every later report will say"]
 
 
-def baseline_gate(figures: dict, limits: dict[str, float]) -> Gate:
-    """AP50, precision and recall of the full path (``figures``) against ``limits``, keys in lower case but AP50."""
-    checks = tuple(Check(name, figures[name], limit) for name, limit in limits.items())
-    advice = (
-        "more epochs (BASELINE.EPOCHS) or a higher rate (BASELINE.LR); log.jsonl shows whether the loss still falls",
-        "look at training_photos.png in the run's folder: are boxes missing, shifted or of another class?",
-        "start from trained weights (MODEL.WEIGHTS) or an ImageNet trunk (MODEL.WEIGHTS_BACKBONE)",
-    )
-    return Gate("baseline", checks, advice)
+def baseline_limits(cfg: CfgNode, reference: Mapping[str, float | None] | None = None) -> dict[str, float | None]:
+    """What the full path must reach, by figure; None where a figure is only shown.
+
+    A checkpoint that is taken over as it is need only detect, which no limit of the configuration can take away; of
+    those the ones count for it that are not the default.
+
+    Args:
+        reference: figures of the checkpoint that BASELINE.GATE.RELATIVE speaks of.
+    """
+    gate, default = cfg.BASELINE.GATE, get_cfg().BASELINE.GATE
+    keys = {"AP50": "AP50", "precision": "PRECISION", "recall": "RECALL"}
+    if reference is not None:
+        limits = {name: gate.RELATIVE * (reference[name] or 0.0) for name in keys}
+    elif takes_over(cfg):
+        limits = {name: gate[key] if gate[key] != default[key] else None for name, key in keys.items()}
+    else:
+        return {name: gate[key] for name, key in keys.items()}
+    return {**limits, "AP50": max(limits["AP50"] or 0.0, DETECTS_AP50)}
 
 
-def exits_gate(ap50: Mapping[str, float | None], first_limit: float, deepest_share: float) -> Gate:
+def baseline_gate(
+    figures: Mapping[str, float | None], limits: Mapping[str, float | None], advice: tuple[str, ...] = ()
+) -> Gate:
+    """AP50, precision and recall of the full path (``figures``) against :func:`baseline_limits`."""
+    return Gate("baseline", tuple(Check(name, figures[name], limit) for name, limit in limits.items()), advice)
+
+
+def baseline_advice(cfg: CfgNode) -> tuple[str, ...]:
+    """What to try after the gate; nothing that is set already."""
+    phase, model = cfg.BASELINE, cfg.MODEL
+    if not phase.EPOCHS:
+        train = "train the full path: BASELINE.EPOCHS is 0"
+    else:
+        train = (
+            f"more than {phase.EPOCHS} epochs (BASELINE.EPOCHS) or another rate than {phase.LR:g} (BASELINE.LR); "
+            "log.jsonl shows whether the loss still falls"
+        )
+    advice = [train, "look at training_photos.png in the run's folder: are boxes missing, shifted or of another class?"]
+    if model.WEIGHTS:
+        advice.append("are the checkpoint's classes in its own order, and does it detect by itself?")
+    elif model.WEIGHTS_BACKBONE:
+        advice.append("start from weights of a trained detector (MODEL.WEIGHTS)")
+    else:
+        advice.append("start from trained weights (MODEL.WEIGHTS) or an ImageNet trunk (MODEL.WEIGHTS_BACKBONE)")
+    return tuple(advice)
+
+
+def exits_gate(
+    ap50: Mapping[str, float | None],
+    first_limit: float,
+    deepest_share: float,
+    advice: tuple[str, ...] = (),
+    first_share: float | None = None,
+) -> Gate:
     """The first exit's AP50, and the deepest early exit's against the full path's.
 
     Args:
         ap50: of the exits that have a branch, shallow to deep, and of the full path, by name.
+        first_limit, deepest_share: absolute for the first exit, a share of the full path's AP50 for the deepest.
+        first_share: of a full path that was taken over as it is: replaces ``first_limit``, and the full path must
+            detect at all.
     """
     names, values = list(ap50), list(ap50.values())
     if len(names) == 1:
         return Gate("exits", ())
-    full = values[-1] or 1.0  # where the full path finds nothing, no exit passes
-    checks = (
-        Check(f"{names[0]} AP50", values[0], first_limit),
-        Check(f"{names[-2]} AP50", values[-2], deepest_share * full),
-    )
-    advice = (
-        f"move the exit deeper (EXITS.LAYERS): {names[0]} sees too little of the trunk",
-        "more epochs (EXITS_PHASE.EPOCHS), more views (EXITS_PHASE.CACHE_VIEWS) or a wider branch (EXITS.COPY)",
-        "more photos; the full path alone can teach from photos without boxes (LOSS.SUPERVISION teacher)",
-    )
-    return Gate("exits", checks, advice)
+    found = values[-1] or 0.0
+    full = found or 1.0  # where the full path finds nothing, no exit passes
+    of = "{:.0%} of " + f"{names[-1]}'s {found:.3f}"
+    deepest = Check(f"{names[-2]} AP50", values[-2], deepest_share * full, of.format(deepest_share))
+    if first_share is None:
+        return Gate("exits", (Check(f"{names[0]} AP50", values[0], first_limit), deepest), advice)
+    first = Check(f"{names[0]} AP50", values[0], first_share * full, of.format(first_share))
+    return Gate("exits", (Check(f"{names[-1]} AP50", values[-1], DETECTS_AP50), first, deepest), advice)
+
+
+def exits_advice(cfg: CfgNode, first: str, layer: int) -> tuple[str, ...]:
+    """What to try after the gate; nothing that is set already, or as far as it goes.
+
+    Args:
+        first, layer: name and trunk layer of the first exit with a branch.
+    """
+    phase, advice = cfg.EXITS_PHASE, []
+    if layer < DEEPEST_USEFUL_LAYER:
+        advice.append(f"move the exit deeper than layer {layer} (EXITS.LAYERS): {first} sees too little of the trunk")
+    more = [f"more than {phase.EPOCHS} epochs (EXITS_PHASE.EPOCHS)"]
+    if not phase.EPOCHS:
+        more = ["train the exits: EXITS_PHASE.EPOCHS is 0"]
+    elif phase.CACHE:
+        more.append(f"more than {phase.CACHE_VIEWS} views of a photo (EXITS_PHASE.CACHE_VIEWS)")
+    if min(cfg.EXITS.COPY) < 1:
+        more.append(f"wider branches than {', '.join(f'{share:g}' for share in cfg.EXITS.COPY)} (EXITS.COPY)")
+    advice.append(", ".join(more))
+    teacher = "; the full path alone can teach from photos without boxes (LOSS.SUPERVISION teacher)"
+    advice.append("more photos" + ("" if cfg.LOSS.SUPERVISION == "teacher" else teacher))
+    return tuple(advice)

@@ -18,9 +18,17 @@ from earlyexit_ssd.engine.distributed import rank, world_size
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import EarlyExitSSDLite, LossSettings, retrofit
 from earlyexit_ssd.modeling.training import Branches, FullPath
-from earlyexit_ssd.pipeline.build import build_router, source_classes
+from earlyexit_ssd.pipeline.build import build_router, source_classes, takes_over
 from earlyexit_ssd.pipeline.fit import fit, photo_loader
-from earlyexit_ssd.pipeline.gates import Check, Gate, baseline_gate, exits_gate
+from earlyexit_ssd.pipeline.gates import (
+    Check,
+    Gate,
+    baseline_advice,
+    baseline_gate,
+    baseline_limits,
+    exits_advice,
+    exits_gate,
+)
 from earlyexit_ssd.pipeline.run import Run
 
 logger = logging.getLogger(__name__)
@@ -29,40 +37,35 @@ logger = logging.getLogger(__name__)
 def baseline(run: Run) -> Gate:
     """Train the full path, then check that it detects."""
     phase, model = run.cfg.BASELINE, run.model
-    limits = _baseline_limits(run)
+    limits = baseline_limits(run.cfg, _reference_figures(run))
     if phase.EPOCHS:
         model.norm_frozen = phase.FREEZE_NORM
         fit(run, "baseline", FullPath(model), photo_loader(run, phase.BATCH_SIZE))
         model.norm_frozen = False
-    figures = run.calib_quality.of_full_path(model)
-    return baseline_gate(figures, limits)
+    return baseline_gate(run.calib_quality.of_full_path(model), limits, baseline_advice(run.cfg))
 
 
-def _baseline_limits(run: Run) -> dict[str, float]:
+def _reference_figures(run: Run) -> dict[str, float | None] | None:
+    """Of the checkpoint that the gate is relative to, if it is."""
     gate = run.cfg.BASELINE.GATE
-    limits = {"AP50": gate.AP50, "precision": gate.PRECISION, "recall": gate.RECALL}
     if not gate.RELATIVE:
-        return limits
+        return None
     weights = gate.REFERENCE or run.cfg.MODEL.WEIGHTS
     known = gate.REFERENCE_CLASSES if gate.REFERENCE else run.cfg.MODEL.WEIGHTS_CLASSES
     detector, architecture, _ = retrofit(run.architecture, weights, source_classes(weights, known), run.cfg.MODEL.FOLD)
-    figures = run.calib_quality.of_full_path(architecture.add_exits(detector).to(run.device))
-    return {name: gate.RELATIVE * (figures[name] or 0.0) for name in limits}
+    return run.calib_quality.of_full_path(architecture.add_exits(detector).to(run.device))
 
 
 def exits(run: Run) -> Gate:
     """Train the branches, then check that the exits detect."""
     train_branches(run)
-    gate = run.cfg.EXITS_PHASE.GATE
-    model = run.model
-    ap50 = {
-        name: figures["AP50"]
-        for name, figures, empty in zip(
-            model.exit_names, run.calib_quality.of_exits(model), (*model.empty, False), strict=True
-        )
-        if not empty
-    }
-    return exits_gate(ap50, gate.FIRST_EXIT_AP50, gate.DEEPEST_SHARE)
+    gate, model = run.cfg.EXITS_PHASE.GATE, run.model
+    exits = zip(model.exit_names, model.exit_layers, run.calib_quality.of_exits(model), strict=True)
+    branched = [one for one, empty in zip(exits, (*model.empty, False), strict=True) if not empty]
+    ap50 = {name: figures["AP50"] for name, _, figures in branched}
+    first_share = gate.FIRST_EXIT_SHARE if takes_over(run.cfg) else None
+    advice = exits_advice(run.cfg, *branched[0][:2])
+    return exits_gate(ap50, gate.FIRST_EXIT_AP50, gate.DEEPEST_SHARE, advice, first_share)
 
 
 def train_branches(run: Run) -> None:

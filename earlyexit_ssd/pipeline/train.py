@@ -14,7 +14,7 @@ from earlyexit_ssd.engine.distributed import barrier, is_main, process_group
 from earlyexit_ssd.files import atomic_path, write_image
 from earlyexit_ssd.modeling import load_model, save_model
 from earlyexit_ssd.modeling.retrofit import load_every_key
-from earlyexit_ssd.pipeline.build import build_device, build_losses, build_router
+from earlyexit_ssd.pipeline.build import build_device, build_losses, build_router, takes_over
 from earlyexit_ssd.pipeline.evaluate import evaluate_model
 from earlyexit_ssd.pipeline.gates import GateFailed
 from earlyexit_ssd.pipeline.phases import PHASE_FUNCTIONS
@@ -77,7 +77,8 @@ def _run_phase(run: Run, name: str, force: bool) -> None:
     gate = dataclasses.replace(gate, forced=force and not gate.passed)
     if is_main():
         router = run.model.router.to_dict() if run.model.router is not None else None
-        info = {"phase": name, "forced": gate.forced or run.folder.forced(), "router": router}
+        forced = gate.forced or run.folder.forced()
+        info = {"phase": name, "forced": forced, "router": router, "taken_over": takes_over(run.cfg)}
         save_model(path, run.model, run.architecture, info)
         run.folder.write_gate(gate)
         run.folder.remove_taps()

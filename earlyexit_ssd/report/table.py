@@ -78,10 +78,19 @@ def text_report(metrics: Mapping[str, Any]) -> str:
         "",
         text_table(metrics),
         "",
-        f"verdict: {'ship the exits' if verdict['ship'] else 'do not ship these exits as they are'}",
-        *(f"  - {line}" for line in verdict["lines"]),
+        *verdict_lines(verdict),
     ]
     return "\n".join(lines)
+
+
+def verdict_lines(verdict: Mapping[str, Any]) -> list[str]:
+    """The verdict, its reasons, and apart from them what was found besides."""
+    vetoes = [f"  - veto: {one['line']}" for one in verdict["findings"] if one["veto"]]
+    others = [f"  - {one['line']}" for one in verdict["findings"] if not one["veto"]]
+    if verdict["ship"]:
+        exits = "the exits" if verdict["what"] == "routed" else verdict["what"]
+        return [f"verdict: ship {exits}", *others]
+    return ["verdict: do not ship these exits as they are", *vetoes, *(["found besides:", *others] if others else [])]
 
 
 def _cells(metrics: Mapping[str, Any]) -> list[list[str]]:

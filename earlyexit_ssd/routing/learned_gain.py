@@ -125,7 +125,10 @@ class LearnedGain(nn.Module):
         model = self.models[exit_index]
         weight, bias, output = (getattr(self, f"{name}{exit_index}") for name in ("weight", "bias", "output"))
         rows = torch.addmm(bias, model.inputs(signals), weight)
-        return torch.addmv(rows[:, HIDDEN], rows[:, :HIDDEN].tanh(), output).sigmoid()
+        hidden = rows[:, :HIDDEN].tanh()
+        return (
+            torch.addmm(rows[:, HIDDEN:], hidden, output[:, None]).squeeze(1).sigmoid()
+        )  # addmv has no export to ONNX
 
 
 def _fold_again(policy: LearnedGain, _: object) -> None:

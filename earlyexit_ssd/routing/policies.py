@@ -198,6 +198,8 @@ def at_boxes(logits: Tensor, boxes: Tensor) -> Tensor:
 def undecided(probability: Tensor) -> Tensor:
     """``probability`` where it is `AMBIGUOUS`, else 0."""
     low, high = AMBIGUOUS
+    if torch.onnx.is_in_onnx_export():  # it knows no threshold but 0
+        return probability * ((probability > low) & (probability < high))
     return F.threshold(probability, low, 0.0) * (probability < high)
 
 

@@ -25,7 +25,8 @@ class ExitRouter(nn.Module):
         num_exits: early exits, the full path not counted.
         policy: name of a confidence rule, see :mod:`earlyexit_ssd.routing.policies`.
         parameters: of a policy that is fitted, such as ``learned_gain``; None for the others.
-        thresholds: one per exit, or one for all, in [0, 1], or `CLOSED`: nobody leaves there.
+        thresholds: one per exit, or one for all, in [0, 1], or `CLOSED`: nobody leaves there. By default every exit is
+            closed, since no threshold is safe on photos that nobody has calibrated on (``tools/calibrate.py``).
         temperatures: one per exit, or one for all; logits are divided by them before the policy sees them. The full
             path keeps its own scores (temperature 1).
         hybrid: nobody leaves: a photo takes its classes from the first exit that is sure and its boxes from the full
@@ -45,9 +46,9 @@ class ExitRouter(nn.Module):
         self,
         num_exits: int,
         *,
-        policy: str = "max_foreground",
+        policy: str = "ambiguous_mass",
         parameters: Any = None,
-        thresholds: Sequence[float] | float = (0.6,),
+        thresholds: Sequence[float] | float = CLOSED,
         temperatures: Sequence[float] | float = (1.0,),
         hybrid: bool = False,
         temperature_bounds: tuple[float, float] = (0.5, 3.0),
@@ -130,6 +131,11 @@ class ExitRouter(nn.Module):
             temperature = temperature.clamp(*self.temperature_bounds)
         return logits.float() / temperature
 
+    @property
+    def closed(self) -> bool:
+        """No exit is open: every image takes the full path."""
+        return bool((self.thresholds >= CLOSED).all())
+
     def needs(self, exit_index: int) -> bool:
         """Whether the exit has to be scored: images may leave there."""
         return exit_index >= self.num_exits or float(self.thresholds[exit_index]) < CLOSED
@@ -176,7 +182,7 @@ class ExitRouter(nn.Module):
         }
 
     def extra_repr(self) -> str:
-        thresholds = [round(value, 4) for value in self.thresholds.tolist()]
+        thresholds = ["closed" if value >= CLOSED else round(value, 4) for value in self.thresholds.tolist()]
         temperatures = [round(value, 3) for value in self.temperatures.tolist()]
         return f"policy={self.policy}, thresholds={thresholds}, temperatures={temperatures}"
 

@@ -156,7 +156,7 @@ def test_median_interval_covers():
 
 def test_closed_exits_cost_no_head(small_model):
     """Exit 8's head, tail maps and scoring are spared; what exit 12 takes from it is still computed."""
-    everything = cost.mmacs_to_exit(small_model, ExitRouter(2))
+    everything = cost.mmacs_to_exit(small_model, ExitRouter(2, thresholds=0.5))
     first_closed = cost.mmacs_to_exit(small_model, ExitRouter(2, thresholds=[CLOSED, 0.5]))
     all_closed = cost.mmacs_to_exit(small_model, ExitRouter(2, thresholds=CLOSED))
     assert everything == cost.mmacs_to_exit(small_model)

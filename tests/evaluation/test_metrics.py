@@ -10,9 +10,10 @@ from earlyexit_ssd.errors import DataError
 from earlyexit_ssd.evaluation.collect import Collected, collect
 from earlyexit_ssd.evaluation.cost import PlainPath, example_input
 from earlyexit_ssd.evaluation.metrics import evaluate_exits
-from earlyexit_ssd.evaluation.quality import EvaluationSettings
+from earlyexit_ssd.evaluation.quality import EvaluationSettings, describe_boxes
 from earlyexit_ssd.evaluation.rivals import PLAIN, Rival
 from earlyexit_ssd.evaluation.routed import choose_exits
+from earlyexit_ssd.routing.certificate import Certificate
 from earlyexit_ssd.routing.router import ExitRouter
 
 SETTINGS = EvaluationSettings(score=0.3, timing_runs=6, resamples=20)
@@ -47,7 +48,7 @@ def objects(ground_truth):
 @pytest.fixture(scope="module")
 def metrics(small_model, collected, objects):
     """With a rival that finds what the full path finds."""
-    router = ExitRouter(2, thresholds=(0.5, 0.6))
+    router = ExitRouter(2, policy="max_foreground", thresholds=(0.5, 0.6))
     network, found = PlainPath(small_model), collected.detections[2]
     more = {"collected": collected, "rivals": [Rival("small", PLAIN, network, example_input(small_model), 7.0, found)]}
     return evaluate_exits(small_model, [], objects, router, SETTINGS, splits=("toy_test",), **more)
@@ -56,17 +57,19 @@ def metrics(small_model, collected, objects):
 def test_documented_keys(metrics):
     assert set(metrics) == {"context", "exits", "without_exits", "routed", "rivals", "verdict"}
     exit_keys = QUALITY | {"name", "layer", "confidence", "mmacs", "ms", "ms_interval"}
-    assert set(metrics["exits"][-1]) == exit_keys
+    assert set(metrics["exits"][-1]) == exit_keys | {"found"}
     assert set(metrics["exits"][0]) == exit_keys | {"empty", "AP50_below_full_interval"}
     assert set(metrics["routed"]) == QUALITY | {
         "policy",
         "thresholds",
+        "hybrid",
         "exit_share",
         "mmacs",
         "ms",
         "speedup",
     }
-    assert set(metrics["verdict"]) == {"ship", "lines"}
+    assert set(metrics["verdict"]) == {"ship", "what", "findings"}
+    assert all(set(finding) == {"line", "veto"} for finding in metrics["verdict"]["findings"])
     assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
 
 
@@ -109,12 +112,13 @@ def test_rivals_are_rows_of_their_own(metrics):
     (rival,) = metrics["rivals"]
     assert (rival["name"], rival["mmacs"], rival["AP50"]) == ("small", 7.0, pytest.approx(1.0))
     assert rival["ms_interval"][0] <= rival["ms"] <= rival["ms_interval"][1]
-    assert any("small" in line for line in metrics["verdict"]["lines"])
+    assert any("small" in finding["line"] for finding in metrics["verdict"]["findings"])
 
 
 def test_exported_networks_are_timed(small_model, collected, objects):
     settings = EvaluationSettings(timing_runs=1, resamples=0, runtime="onnxruntime")
-    metrics = evaluate_exits(small_model, [], objects, ExitRouter(2), settings, collected=collected)
+    router = ExitRouter(2, thresholds=0.6)
+    metrics = evaluate_exits(small_model, [], objects, router, settings, collected=collected)
     assert metrics["context"]["runtime"] == "onnxruntime"
     assert all(one["ms"] > 0 for one in (*metrics["exits"], metrics["without_exits"]))
 
@@ -127,9 +131,63 @@ def test_runs_the_network_itself(small_model, ground_truth):
     metrics = evaluate_exits(small_model, loader, coco, router, SETTINGS, forced=True)
     assert metrics["routed"]["exit_share"] == {"exit8": 1.0, "exit12": 0.0, "full": 0.0}
     assert metrics["routed"]["AP50"] == metrics["exits"][0]["AP50"]
-    assert any("routing collapsed" in line for line in metrics["verdict"]["lines"])
-    assert "--force" in metrics["verdict"]["lines"][0]
-    assert metrics["context"]["forced"]
+    # it is untrained: nothing else is said of it
+    (finding,) = metrics["verdict"]["findings"]
+    assert finding["veto"] and "does not detect" in finding["line"] and "--force" in finding["line"]
+    assert metrics["context"]["forced"] and not metrics["context"]["taken_over"]
+
+
+def certificate(kind, unit="mmacs", **target):
+    target = {"kind": kind, "reference": "full", "score": 0.3, "iou": 0.5, **target}
+    return Certificate({}, target, {}, {"unit": unit}, "", (), "", {}, {})
+
+
+@pytest.mark.parametrize(
+    ("asked", "measured", "kept"),
+    [
+        ({"kind": "ap_drop", "value": 0.4, "delta": 0.05}, 0.5, False),
+        ({"kind": "ap_drop", "value": 0.5, "delta": 0.05}, 0.5, True),
+        # photo 1 of three keeps what the full path finds, photo 2 loses its one object, photo 3 has none
+        ({"kind": "risk", "epsilon": 1 / 3, "delta": 0.05}, 1 / 3, True),
+        ({"kind": "risk", "value": 0.3, "delta": 0.05, "reference": "labels"}, 1 / 3, False),
+    ],
+)
+def test_what_the_certificate_was_asked_for(small_model, collected, objects, asked, measured, kept):
+    """Photo 1 leaves at exit 12 and photo 2 at exit 8."""
+    router = ExitRouter(2, thresholds=(0.5, 0.6))
+    more = {"collected": collected, "certificate": certificate(**asked)}
+    metrics = evaluate_exits(small_model, [], objects, router, SETTINGS, **more)
+    found = metrics["certificate"]
+    assert (found["measured"], found["kept"]) == (pytest.approx(measured), kept)
+    assert found["target"]["kind"] == asked["kind"]
+    assert found["interval"][0] <= measured <= found["interval"][1]
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+@pytest.mark.parametrize("unit", ["ms", "mmacs"])
+def test_a_speed_up_is_checked_in_the_unit_of_the_certificate(small_model, collected, objects, unit):
+    router = ExitRouter(2, thresholds=(0.5, 0.6))
+    more = {"collected": collected, "certificate": certificate("speedup", unit, value=0.01)}
+    metrics = evaluate_exits(small_model, [], objects, router, SETTINGS, **more)
+    assert metrics["certificate"]["kept"] is True
+    expected = metrics["without_exits"][unit] / (sum(one[unit] for one in metrics["exits"]) / 3)
+    assert metrics["certificate"]["measured"] == pytest.approx(expected)
+
+
+def test_boxes_of_a_broken_detector(ground_truth, found):
+    """Photos of 640 px: half a box outside still counts as inside, one without area does not."""
+    truth = ground_truth(2, [])
+    boxes = [(600.0, 0.0, 680.0, 80.0), (601.0, 0.0, 680.0, 79.0), (640.0, 5.0, 640.0, 9.0), (5e3, 5e3, 6e3, 6e3)]
+    seen = describe_boxes(truth, {1: found(*[(1, 0.2, box) for box in boxes]), 2: found()})
+    assert seen == {
+        "boxes": 4,
+        "score_mean": pytest.approx(0.2),
+        "score_std": pytest.approx(0.0),
+        "outside_share": 0.75,
+    }
+    assert describe_boxes(truth, {1: found()}) == dict.fromkeys(("score_mean", "score_std", "outside_share")) | {
+        "boxes": 0
+    }
 
 
 def test_routing_is_what_the_model_does(small_model):

@@ -14,14 +14,17 @@ from earlyexit_ssd.errors import ConfigError, EarlyExitError
 from earlyexit_ssd.evaluation import runtime
 from earlyexit_ssd.evaluation.cost import example_input, time_modules
 from earlyexit_ssd.evaluation.runtime import OnnxNetwork, deploy_package, export_onnx, in_runtime
+from earlyexit_ssd.modeling.outputs import ExitSignals
 from earlyexit_ssd.modeling.paths import AllOutputs, PathToExit
 from earlyexit_ssd.routing import ExitRouter
+from earlyexit_ssd.routing.learned_gain import GainModel, to_plain
+from earlyexit_ssd.routing.policies import FITTED_POLICIES, POLICIES
 
 
 def test_a_path_keeps_its_outputs_and_its_mode(small_model, capfd):
     """Heads of earlier branches and the router's scores are computed too: they are outputs, so nothing drops them."""
     model = copy.deepcopy(small_model).train()
-    path, example = AllOutputs(PathToExit(model, 1, ExitRouter(2))), example_input(model)
+    path, example = AllOutputs(PathToExit(model, 1, ExitRouter(2, thresholds=0.6))), example_input(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         network = in_runtime(path, example, "onnxruntime")
@@ -34,6 +37,31 @@ def test_a_path_keeps_its_outputs_and_its_mode(small_model, capfd):
     for mine, theirs in zip(found, expected, strict=True):
         assert torch.allclose(mine, theirs, atol=1e-4)
     assert time_modules([network], example, runs=1)[0].ms > 0
+
+
+class Scoring(nn.Module):
+    """What a router says of logits."""
+
+    def __init__(self, router):
+        super().__init__()
+        self.router = router
+
+    def forward(self, logits):
+        return self.router.confidence(ExitSignals(logits, logits.flip(1), logits[:, :4, 0]), 1)
+
+
+@pytest.mark.parametrize("policy", [*sorted(POLICIES), *sorted(FITTED_POLICIES)])
+def test_every_policy_can_be_exported(policy):
+    fitted = {
+        "learned_gain": [to_plain(GainModel(2))] * 2,
+        "foreseen_emptiness": [{"weight": [0.1] * 5, "bias": 0.0}] * 2,
+        "balanced_ambiguity": [0.5, 1.5],
+    }
+    router = ExitRouter(2, policy=policy, thresholds=0.5, parameters=fitted.get(policy))
+    logits = torch.randn(1, 700, 3, generator=torch.Generator().manual_seed(0)) - torch.tensor([-4.0, 0.0, 0.0])
+    scoring = Scoring(router)
+    (found,) = in_runtime(scoring, logits, "onnxruntime")(logits)
+    assert found.tolist() == pytest.approx(scoring(logits).tolist(), abs=1e-5)
 
 
 def test_eager_is_the_module_itself():

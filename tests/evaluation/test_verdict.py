@@ -6,6 +6,20 @@ import pytest
 
 from earlyexit_ssd.evaluation.verdict import RULES, Finding, judge
 
+
+def rival(name, ap50, ms, difference=(-0.02, 0.02), runtime="eager"):
+    """``difference``: the interval of routed - rival; the milliseconds are known to 1."""
+    return {
+        "name": name,
+        "AP50": ap50,
+        "ms": ms,
+        "ms_interval": [ms - 1, ms + 1],
+        "routed_minus_rival_AP50_interval": difference,
+        "runtime": runtime,
+    }
+
+
+SMALLER, LARGER = rival("plain 192", 0.60, 15.0), rival("plain 256", 0.71, 35.0)
 GOOD = {
     "exits": [
         {"name": "exit8", "AP50": 0.55, "ms": 20.0, "AP50_below_full_interval": [0.1, 0.2]},
@@ -19,6 +33,7 @@ GOOD = {
         "ms": 29.5,
         "speedup": 40 / 29.5,
     },
+    "rivals": [SMALLER],
 }
 
 ALL_STAY = {"exit8_empty": True, "exit12_empty": True, "routed_exit_share": {"exit8": 0, "exit12": 0, "full": 1.0}}
@@ -34,21 +49,29 @@ def changed(**changes):
     return metrics
 
 
+def vetoes(verdict):
+    return [finding.line for finding in verdict.findings if finding.veto]
+
+
 def test_good_exits_ship():
     verdict = judge(GOOD)
-    assert verdict.ship
+    assert (verdict.ship, verdict.what) == (True, "routed")
     assert verdict.lines == [
         "exit8: AP50 0.550 is above 0.35: worth it",
         "routing is faster (29.5 ms routed against 40.0 ms without exits, 1.36x)",
         "routing keeps the accuracy (AP50 0.700 routed against 0.720)",
-        "no static net was evaluated beside it (EVAL.RIVALS): a smaller one may be the better choice",
+        "no static net is better than routing; the nearest: plain 192 has AP50 0.600 against 0.700 routed, in 15.0 ms"
+        " against 29.5 (-0.100 AP50, -49% time)",
     ]
+    assert not any(finding.veto for finding in verdict.findings)
 
 
 @pytest.mark.parametrize(
     ("changes", "words", "ships"),
     [
         ({"exit8_AP50": 0.299}, "move it deeper", False),
+        ({"exit12_AP50": 0.611}, "exit12: AP50 0.611 is 84.9% of the full path's 0.720, under 85%", False),
+        ({"exit12_AP50": 0.613}, "worth it", True),
         ({"exit8_AP50": 0.30}, "borderline", True),
         ({"exit8_AP50": 0.35}, "borderline", True),
         ({"exit8_AP50": 0.351}, "worth it", True),
@@ -69,7 +92,7 @@ def test_good_exits_ship():
             False,
         ),
         (
-            {"routed_exit_share": {"exit8": 1.0, "exit12": 0.0, "full": 0.0}},
+            {"routed_exit_share": {"exit8": 1.0, "exit12": 0.0, "full": 0.0}, "routed_AP50": 0.55},
             "at exit8: routing collapsed",
             False,
         ),
@@ -111,11 +134,11 @@ def test_undefined_full_path_does_not_crash():
     assert not judge(changed(exit8_AP50=None, exit12_AP50=None, full_AP50=None, routed_speedup=None)).ship
 
 
-def test_force_is_said_first_and_changes_nothing_else():
+def test_force_is_said_first_and_is_a_veto():
     verdict = judge(GOOD, forced=True)
-    assert "--force" in verdict.lines[0]
-    assert verdict.lines[1:] == judge(GOOD).lines
-    assert verdict.ship
+    assert verdict.findings[0].veto and "--force" in verdict.lines[0]
+    assert verdict.findings[1:] == judge(GOOD).findings
+    assert (verdict.ship, verdict.what) == (False, None)
 
 
 def test_without_early_exits_nothing_ships():
@@ -129,30 +152,15 @@ def test_without_early_exits_nothing_ships():
 
 def test_a_rule_can_be_added():
     def rival(metrics):
-        return [Finding("a smaller detector is as good and faster", blocks=True)]
+        return [Finding("a smaller detector is as good and faster", veto=True)]
 
     verdict = judge(GOOD, rules=(*RULES, rival))
     assert verdict.lines[-1] == "a smaller detector is as good and faster"
     assert not verdict.ship
 
 
-def rival(name, ap50, ms, difference=(-0.02, 0.02), runtime="eager"):
-    """``difference``: the interval of routed - rival; the milliseconds are known to 1."""
-    return {
-        "name": name,
-        "AP50": ap50,
-        "ms": ms,
-        "ms_interval": [ms - 1, ms + 1],
-        "routed_minus_rival_AP50_interval": difference,
-        "runtime": runtime,
-    }
-
-
 def with_rivals(*rivals, **context):
     return {**GOOD, "rivals": list(rivals), "context": context}
-
-
-SMALLER, LARGER = rival("plain 192", 0.60, 15.0), rival("plain 256", 0.71, 35.0)
 
 
 @pytest.mark.parametrize(
@@ -204,17 +212,21 @@ def test_milliseconds_of_two_runtimes_are_not_compared():
     foreign = rival("yolox", 0.9, 5.0, (-0.3, -0.1), runtime="onnxruntime")
     verdict = judge(with_rivals(SMALLER, foreign))
     assert verdict.ship
-    assert "the nearest: plain 192" in verdict.lines[-2]
+    assert "the nearest: plain 192" in verdict.lines[-2] and not verdict.findings[-1].veto
     assert verdict.lines[-1] == (
         "yolox: timed in ONNX Runtime, the exits in eager PyTorch, so their ms are not compared;"
         " set EVAL.RUNTIME to onnxruntime"
     )
-    assert judge(with_rivals(foreign)).lines[:-1] == judge(GOOD).lines[:-1]  # rivals there were
+    alone = judge(with_rivals(foreign))  # there was a rival, but nothing to compare
+    assert any("no static net could be compared with it" in line for line in alone.lines) and not alone.ship
     assert not judge(with_rivals(foreign, runtime="onnxruntime")).ship
 
 
-def test_without_rivals_nothing_changes():
-    assert judge(with_rivals()) == judge(GOOD)
+def test_nothing_is_shipped_that_no_rival_was_held_against():
+    line = "no static net was evaluated beside it (EVAL.RIVALS): a smaller one may be the better choice"
+    for metrics in (with_rivals(), {key: value for key, value in GOOD.items() if key != "rivals"}):
+        verdict = judge(metrics)
+        assert not verdict.ship and vetoes(verdict) == [line]
 
 
 @pytest.mark.parametrize(
@@ -238,3 +250,169 @@ def test_a_rival_of_the_detector_without_exits_is_named(one, named):
 def test_rivals_of_a_routed_detector_that_finds_nothing():
     metrics = changed(routed_AP50=0.0)
     assert not judge({**metrics, "rivals": [rival("net", 0.0, 20.0)]}).ship
+
+
+EIGHT = {"exit8": 1.0, "exit12": 0.0, "full": 0.0}
+
+
+def test_one_exit_that_does_for_every_photo_is_what_to_ship():
+    """It keeps nine tenths of the accuracy and is clearly faster; itself shipped alone is no rival of it."""
+    metrics = changed(routed_exit_share=EIGHT, routed_AP50=0.66, routed_ms=20.5, exit8_AP50=0.66)
+    metrics["routed"]["speedup"] = 40 / 20.5
+    metrics["rivals"].append(rival("exit8 alone", 0.66, 18.0))
+    verdict = judge(metrics)
+    assert (verdict.ship, verdict.what) == (True, "exit8 alone")
+    assert "every image leaves at exit8: ship exit8 alone, without the other branches and the router" in verdict.lines
+    assert not any("collapsed" in line for line in verdict.lines)
+    metrics["rivals"].append(rival("plain 224", 0.67, 15.0))  # another net still is one
+    assert vetoes(judge(metrics))[0].startswith("ship the small net: plain 224")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"AP50": 0.647},  # more than a tenth is lost
+        {"ms": 38.0, "speedup": 40 / 38},  # inside the interval of the detector without exits
+        {"hybrid": True},  # the boxes are the full path's
+    ],
+)
+def test_otherwise_it_is_no_solution(changes):
+    metrics = changed(routed_exit_share=EIGHT, exit8_AP50=0.66)
+    metrics["routed"] |= {"AP50": 0.66, "ms": 20.5, "speedup": 40 / 20.5, **changes}
+    verdict = judge(metrics)
+    assert not verdict.ship and any("at exit8: routing collapsed" in line for line in vetoes(verdict))
+
+
+def test_an_exit_above_the_full_path_that_takes_every_photo_is_to_be_shipped():
+    metrics = changed(exit8_AP50=0.9, exit8_AP50_below_full_interval=[-0.3, -0.1], routed_exit_share=EIGHT)
+    metrics["routed"] |= {"AP50": 0.9, "ms": 20.5, "speedup": 40 / 20.5}
+    verdict = judge(metrics)
+    assert (verdict.ship, verdict.what) == (True, "exit8 alone")
+    assert "exit8: AP50 0.900 is above full's 0.720: was the full path trained to its end?" in verdict.lines
+
+
+def test_until_routing_is_calibrated_the_verdict_says_so():
+    nobody = {"routed_exit_share": {"exit8": 0.0, "exit12": 0.0, "full": 1.0}, "routed_thresholds": [2.0, 2.0]}
+    verdict = judge(changed(**nobody, routed_speedup=0.99, routed_ms=40.4))
+    assert vetoes(verdict) == [
+        "every exit is closed until routing is calibrated, every image takes the full path: open them with"
+        " tools/calibrate.py (--ap-drop 0.01) and evaluate with its certificate"
+    ]
+    with_certificate = {**changed(**nobody), "certificate": promise("ap_drop", 0.01, 0.0)}
+    assert vetoes(judge(with_certificate))[0].startswith("the certificate opens no exit")
+
+
+def test_exits_that_are_closed_are_not_judged():
+    closed = {"routed_thresholds": [2.0, 0.5], "exit8_AP50": 0.1, "exit8_ms": 41.0}
+    verdict = judge(changed(**closed))
+    assert verdict.ship and verdict.lines[0] == "exit12: AP50 0.660 is above 0.35: worth it"
+    assert not any("exit8" in line for line in verdict.lines)
+
+
+@pytest.mark.parametrize(
+    ("ap50", "ships"),
+    [(0.151, True), (0.149, False)],
+)
+def test_exits_on_a_checkpoint_taken_over_are_held_against_it(ap50, ships):
+    """AP50 0.2 is what the checkpoint has; three quarters of it are asked of the first exit, whatever 0.30 says."""
+    metrics = changed(full_AP50=0.2, exit8_AP50=ap50, exit12_AP50=0.18, routed_AP50=0.19)
+    metrics |= {"context": {"taken_over": True}, "rivals": [rival("plain 192", 0.1, 15.0)]}
+    verdict = judge(metrics)
+    assert verdict.ship is ships
+    share = {0.151: "75.5% of the 0.200 of the checkpoint taken over, 75% or more: worth it"}
+    share[0.149] = "74.5% of the 0.200 of the checkpoint taken over, under 75%: move it deeper"
+    assert verdict.lines[0] == f"exit8: AP50 {ap50:.3f} is {share[ap50]}"
+    assert not judge({**metrics, "context": {}}).ship
+
+
+FOUND = {"boxes": 2400, "score_mean": 0.2, "score_std": 0.25, "outside_share": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("ap50", "found", "words"),
+    [
+        (0.049, None, "AP50 0.049"),
+        (0.0, {"boxes": 0, "score_mean": None, "score_std": None, "outside_share": None}, "without a single box"),
+        (0.19, {**FOUND, "score_std": 0.039}, "AP50 0.190; its scores are all alike (0.200 ± 0.039)"),
+        (0.19, {**FOUND, "outside_share": 0.51}, "AP50 0.190; 51% of its boxes lie outside the photos"),
+        (None, FOUND, "AP50 is undefined, since the photos show no object to find"),
+    ],
+)
+def test_of_a_detector_that_does_not_detect_nothing_else_is_said(ap50, found, words):
+    for forced in (False, True):
+        verdict = judge({**changed(full_AP50=ap50, full_found=found), "rivals": []}, forced)
+        assert (verdict.ship, verdict.what) == (False, None)
+        (finding,) = verdict.findings
+        assert finding.veto and words in finding.line
+        assert ("--force" in finding.line) is forced
+
+
+@pytest.mark.parametrize(
+    ("ap50", "found"),
+    [
+        (0.05, FOUND),
+        (0.05, None),
+        (0.20, {**FOUND, "score_std": 0.0, "outside_share": 1.0}),
+        (0.06, {**FOUND, "boxes": 19, "score_std": 0.0}),
+    ],
+)
+def test_a_weak_detector_is_still_a_detector(ap50, found):
+    assert len(judge(changed(full_AP50=ap50, full_found=found)).findings) > 1
+
+
+def promise(kind, asked, measured, interval=None, **more):
+    kept = None if measured is None else measured >= asked if kind == "speedup" else measured <= asked
+    more = {"value": asked, **more} if "epsilon" not in more else more
+    return {"target": {"kind": kind, **more}, "measured": measured, "interval": interval, "kept": kept}
+
+
+@pytest.mark.parametrize(
+    ("certificate", "line", "kept"),
+    [
+        (
+            promise("ap_drop", 0.01, 0.029, [0.002, 0.061], delta=0.05, score=0.5),
+            "the certificate was asked for at most 0.01 AP50 lost (delta 0.05); on these photos 0.0290 [0.0020, 0.0610]"
+            " is lost: not kept",
+            False,
+        ),
+        (promise("ap_drop", 0.1, 0.029), "on these photos 0.0290 is lost: kept", True),
+        (
+            promise("risk", 0.05, 0.051, [0.03, 0.07], delta=0.1, score=0.4, epsilon=0.05),
+            "asked for at most 0.05 missed and added per photo at score 0.4 (delta 0.1); on these photos 0.0510 [0.0300,"
+            " 0.0700] is missed and added: not kept",
+            False,
+        ),
+        (promise("risk", 0.05, 0.05, score=0.5), "0.0500 is missed and added: kept", True),
+        (
+            promise("speedup", 1.4, 1.38, [1.37, 1.39]),
+            "asked for a speed-up of 1.4x; on these photos 1.38x [1.37x, 1.39x] is reached: not kept",
+            False,
+        ),
+        (promise("speedup", 1.4, 1.4), "1.40x is reached: kept", True),
+        (promise("ap_drop", 0.01, None), "undefined is lost: not kept", False),
+    ],
+)
+def test_what_was_asked_of_the_certificate_is_checked(certificate, line, kept):
+    verdict = judge({**GOOD, "certificate": certificate})
+    (finding,) = [one for one in verdict.findings if "the certificate was asked" in one.line]
+    assert line in finding.line
+    assert verdict.ship is kept and finding.veto is not kept
+    if certificate["target"]["kind"] == "ap_drop":  # what was asked counts, no other measure of accuracy
+        assert not any("keeps the accuracy" in one for one in verdict.lines)
+        assert "accuracy: AP50 0.700 routed against 0.720" in verdict.lines
+
+
+def test_a_loss_that_was_asked_for_may_be_large():
+    metrics = {**changed(routed_AP50=0.61), "certificate": promise("ap_drop", 0.2, 0.11)}
+    assert judge(metrics).ship
+    other = {**changed(routed_AP50=0.61), "certificate": promise("risk", 0.2, 0.12, score=0.5)}
+    assert "routing loses 15%" in vetoes(judge(other))[0] and "ROUTING.THRESHOLDS" not in vetoes(judge(other))[0]
+
+
+def test_objects_found_at_the_deployed_score_stand_beside_ap50():
+    metrics = changed(full_true_positives=22, full_false_negatives=114, routed_true_positives=21)
+    metrics["context"] = {"score": 0.5}
+    assert (
+        "routing keeps the accuracy (AP50 0.700 routed against 0.720;"
+        " at score 0.5 22 of 136 found by the full path, 21 routed)" in judge(metrics).lines
+    )

@@ -16,7 +16,7 @@ FIGURES = {"AP": 0.25, "AP50": 0.5, "AP50_interval": [0.25, 0.75], "mmacs": 8.0,
 
 def configuration(threshold: float):
     cfg = get_cfg()
-    cfg.ROUTING.THRESHOLDS = (threshold,)
+    cfg.ROUTING.POLICY, cfg.ROUTING.THRESHOLDS = "max_foreground", (threshold,)
     return cfg
 
 

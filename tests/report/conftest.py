@@ -48,7 +48,11 @@ def metrics() -> dict:
         ],
         "without_exits": {"mmacs": 405.3, "ms": 43.0, "ms_interval": [42.0, 44.0]},
         "routed": {**routed, "policy": "max_foreground", "thresholds": [0.6, 0.6], "speedup": 1.43},
-        "verdict": {"ship": True, "lines": ["exit8: AP50 0.550 is above 0.35: worth it"]},
+        "verdict": {
+            "ship": True,
+            "what": "routed",
+            "findings": [{"line": "exit8: AP50 0.550 is above 0.35: worth it", "veto": False}],
+        },
     }
 
 

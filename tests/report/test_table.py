@@ -46,8 +46,22 @@ def test_report_says_what_and_how_and_the_verdict(metrics):
     assert text_table(metrics) in text
     assert "ms of one image in eager PyTorch on cpu, 1 thread(s)\n" in text
     assert "verdict: ship the exits\n  - exit8: AP50" in text
-    metrics["verdict"]["ship"] = False
-    assert "do not ship these exits" in text_report(metrics)
+
+
+def test_what_is_no_reason_stands_apart_from_the_vetoes(metrics):
+    slow = {"line": "no speed gain", "veto": True}
+    metrics["verdict"] = {"ship": False, "what": None, "findings": [*metrics["verdict"]["findings"], slow]}
+    assert text_report(metrics).endswith(
+        "verdict: do not ship these exits as they are\n  - veto: no speed gain\n"
+        "found besides:\n  - exit8: AP50 0.550 is above 0.35: worth it"
+    )
+    metrics["verdict"] = {"ship": False, "what": None, "findings": [slow]}
+    assert text_report(metrics).endswith("as they are\n  - veto: no speed gain")
+
+
+def test_one_exit_alone_is_named(metrics):
+    metrics["verdict"]["what"] = "exit8 alone"
+    assert "verdict: ship exit8 alone\n  - exit8: AP50" in text_report(metrics)
 
 
 def test_rivals_stand_below(with_rivals):

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from earlyexit_ssd import ExitRouter
+from earlyexit_ssd.config import CLOSED, load_config
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.matching import Assignment
 from earlyexit_ssd.modeling.outputs import ExitSignals
@@ -23,8 +24,17 @@ def test_threshold_is_reached_from_above_or_met():
     assert router.leaves(confidence, 2).tolist() == [True, True]
 
 
+def test_nobody_leaves_until_thresholds_are_given():
+    router = ExitRouter(2)
+    assert router.closed and "closed" in repr(router)
+    assert not router.leaves(torch.ones(3), 0).any()
+    assert router.policy == load_config().ROUTING.POLICY == "ambiguous_mass"
+    assert load_config().ROUTING.THRESHOLDS == (CLOSED,)
+    assert not ExitRouter(2, thresholds=[CLOSED, 0.5]).closed
+
+
 def test_temperature_by_hand():
-    router = ExitRouter(1, temperatures=[2.0])
+    router = ExitRouter(1, policy="max_foreground", temperatures=[2.0])
     assert router.confidence(ExitSignals(LOGITS), 0).tolist() == pytest.approx(
         torch.sigmoid(torch.tensor([1.0, -1.5])).tolist()
     )
