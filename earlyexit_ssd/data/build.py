@@ -23,7 +23,11 @@ NO_CLASS = "{} names no class; set DATA.CLASSES to what is to be detected"
 
 
 def load_dataset(
-    cfg: CfgNode, names: str | Sequence[str], train: bool = False, need_boxes: bool | None = None
+    cfg: CfgNode,
+    names: str | Sequence[str],
+    train: bool = False,
+    need_boxes: bool | None = None,
+    unlabelled: bool = False,
 ) -> DetectionDataset:
     """Read, check and join data sets, and keep the wanted classes.
 
@@ -33,6 +37,7 @@ def load_dataset(
         train: limit the negatives, augment, and leave out objects to ignore.
         need_boxes: refuse a set without any wanted object, by default in training alone, and photos that nobody
             labelled, unless it is False.
+        unlabelled: photos that nobody labelled may stand where boxes are needed: the full path says what is there.
 
     Raises:
         ConfigError: an unknown data set.
@@ -44,7 +49,8 @@ def load_dataset(
     classes = tuple(data.CLASSES) or (union_of_classes(raws) if names == tuple(data.TRAIN) else class_names(cfg))
     if not classes and not any(raw.labelled for raw in raws):
         raise DataError(NO_CLASS.format(" + ".join(names)))
-    if need_boxes is not False:
+    labelled = all(raw.labelled for raw in raws)
+    if need_boxes is not False and not unlabelled:
         _require_labelled(raws, train)
     records = select_classes(raws, classes, train)
     if train:
@@ -59,15 +65,18 @@ def load_dataset(
     transforms = build_transforms(data.AUGMENTATION) if train else None
     objects = sum(not annotation.ignore for record in records for annotation in record.annotations)
     negatives = sum(not record.has_targets for record in records)
-    if not objects and (train if need_boxes is None else need_boxes):
+    if not objects and (labelled or not unlabelled) and (train if need_boxes is None else need_boxes):
         wanted, purpose = ", ".join(classes) or "any class", "learnt" if train else "measured"
         fixes = ["add photos that show it", "name other DATA.CLASSES"]
         fixes += ["let the full path teach (LOSS.SUPERVISION teacher)"] if train else []
         raise DataError(
             f"{title}: no box of {wanted} in {len(records)} photos; nothing can be {purpose}: {', or '.join(fixes)}"
         )
-    logger.info("%s: %d photos, %d boxes, %d photos without any", title, len(records), objects, negatives)
-    return DetectionDataset(records, classes, transforms, train, cfg.SEED, data.ON_BAD)
+    if labelled:
+        logger.info("%s: %d photos, %d boxes, %d photos without any", title, len(records), objects, negatives)
+    else:
+        logger.info("%s: %d photos, %d boxes; nobody labelled some of the photos", title, len(records), objects)
+    return DetectionDataset(records, classes, transforms, train, cfg.SEED, data.ON_BAD, labelled)
 
 
 def _require_labelled(raws: Sequence[RawDataset], train: bool) -> None:

@@ -22,7 +22,8 @@ from earlyexit_ssd.evaluation.cost import (
     mmacs_to_exit,
 )
 from earlyexit_ssd.evaluation.operating_point import empty_images
-from earlyexit_ssd.evaluation.quality import EvaluationSettings, Quality, evaluate_detections
+from earlyexit_ssd.evaluation.photo_losses import as_ground_truth
+from earlyexit_ssd.evaluation.quality import EvaluationSettings, Quality, evaluate_agreement, evaluate_detections
 from earlyexit_ssd.evaluation.rivals import Rival, evaluate_rivals
 from earlyexit_ssd.evaluation.routed import choose_exits, exit_share, mean_cost, routed_detections
 from earlyexit_ssd.evaluation.runtime import time_in_runtime
@@ -52,6 +53,7 @@ def evaluate_exits(
     forced: bool = False,
     collected: Collected | None = None,
     rivals: Sequence[Rival] = (),
+    labelled: bool = True,
 ) -> dict[str, Any]:
     """Evaluate every exit and the routed detector; the network runs once per photo.
 
@@ -66,6 +68,8 @@ def evaluate_exits(
         forced: the run went on past a failed gate.
         collected: what `collect` returned for these photos, when the caller has it already.
         rivals: static detectors to hold the routed one against.
+        labelled: False where nobody labelled the photos: what the full path finds at the score is what is there, all
+            figures are agreement with it, and AP is None.
 
     Returns:
         ``context``, ``exits``, ``without_exits``, ``routed``, ``rivals`` and ``verdict``: plain numbers, strings, lists
@@ -74,11 +78,14 @@ def evaluate_exits(
     collected = collected or collect(model, loader, router)
     _check_same_images(collected, ground_truth)
     costs = measure_costs(model, settings, router, rivals)
-    qualities = [evaluate_detections(ground_truth, found, settings) for found in collected.detections]
+    judged = evaluate_detections if labelled else evaluate_agreement
+    if not labelled:
+        ground_truth = as_ground_truth(ground_truth, collected.detections[-1], settings.score)
+    qualities = [judged(ground_truth, found, settings) for found in collected.detections]
     chosen = choose_exits(collected.confidences, router.thresholds.tolist())
-    routed = evaluate_detections(ground_truth, routed_detections(collected, chosen), settings)
+    routed = judged(ground_truth, routed_detections(collected, chosen), settings)
     metrics = {
-        "context": _context(model, ground_truth, settings, splits, forced),
+        "context": {**_context(model, ground_truth, settings, splits, forced), "labelled": labelled},
         "exits": [_exit_entry(model, index, collected, costs, qualities) for index in range(len(qualities))],
         "without_exits": {
             "mmacs": costs.plain_mmacs,

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 _router_makers: list[Callable[..., Router]] = []
 
 
-def register_router(make: Callable[..., Router]) -> None:
-    """Say what makes a router of the settings in a model file. ``routing`` does, as modeling may not import it."""
-    _router_makers[:] = [make]
+def register_router(make: Callable[..., Router], make_certified: Callable[..., Router]) -> None:
+    """Say what makes a router of a model file: of its settings, or of certificate, path and model where it was
+    calibrated. ``routing`` does, as modeling may not import it."""
+    _router_makers[:] = [make, make_certified]
 
 
 class Pretrained:
@@ -38,7 +39,8 @@ class Pretrained:
                 routing, every photo takes the full path.
 
         Raises:
-            EarlyExitError: neither a name nor a file, a damaged file, or one that is no model of this project.
+            EarlyExitError: neither a name nor a file, a damaged file, one that is no model of this project, or one
+                whose certificate is for other weights.
         """
         # both import the class that inherits from this one
         from earlyexit_ssd.modeling.checkpoint import load_model
@@ -47,14 +49,16 @@ class Pretrained:
         path = weights_path(name_or_path)
         model, _, info = load_model(path)
         if router and info.get("router"):
-            model.router = _make_router(path, info["router"], model.num_early_exits)
+            model.router = _make_router(path, info, model)
         return model
 
 
-def _make_router(path: os.PathLike[str], settings: dict, exits: int) -> Router:
+def _make_router(path: os.PathLike[str], info: dict, model: EarlyExitSSDLite) -> Router:
+    make, make_certified = _router_makers
     try:
-        router = _router_makers[0](**settings)
-        check_router(router, exits)
+        certificate = info.get("certificate")
+        router = make_certified(certificate, path, model) if certificate else make(**info["router"])
+        check_router(router, model.num_early_exits)
         return router
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise EarlyExitError(f"{path}: its routing cannot be used ({error}); load it with router=False") from None

@@ -55,7 +55,7 @@ def evaluate_routing(
         EarlyExitError: unusable weights, data or settings, or splits that share photos.
     """
     names, out = _known(policies), Path(out_dir)
-    recorded = open_recorded(cfg, weights, out, measured=("CALIB", "TEST"))
+    recorded = open_recorded(cfg, weights, out, measured=("CALIB", "TEST"), near=False)
     cfg, model = recorded.cfg, recorded.model
     names = _deciding(names, policies, model, weights)
     calib, test = recorded.replay("CALIB"), recorded.replay("TEST")

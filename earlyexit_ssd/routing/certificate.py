@@ -33,10 +33,15 @@ class Certificate:
         router: the settings of an `ExitRouter`: policy with its parameters, thresholds, temperatures.
         target: what was asked for: ``kind`` (``speedup``, ``ap_drop`` or ``risk``) and its numbers (``value``;
             ``ap_drop`` has ``delta`` too, ``risk`` has ``epsilon``, ``delta`` and ``bound``, the inequality),
-            ``reference`` (full or labels), ``score`` and ``iou``.
+            ``reference`` (full or labels), ``score`` and ``iou``; where it was asked for ``block`` (photos of a folder
+            that are one draw) and ``learned`` (thresholds of a soft exit).
         measured: on the calibration photos: ``photos``, ``loss`` (mean per photo), ``AP50``, ``AP50_full``,
             ``exit_share``, ``cost``, ``speedup``; for a risk ``loss_bound`` (the upper confidence bound of the loss at
-            delta, were this the only step tested), for an AP drop ``AP50_lost_bound``.
+            delta, were this the only step tested), for an AP drop ``AP50_lost_bound`` and, where there were fewer
+            photos, ``photos_needed``. ``labelled`` is False where nobody labelled the photos: then AP50 is None.
+            ``agreement`` with the full path at the score: its ``objects``, how many were ``kept``, how many ``added``,
+            and the share of the ``same_photos``. ``equal_photos`` and ``near_equal_photos`` were left out, since
+            others stand for them; ``blocks`` is how many there were.
         cost_model: ``unit`` (ms or mmacs), ``exits``, ``plain``, and where milliseconds were measured.
         weights_sha256: of the network's parameters and buffers.
         photos_sha256: the calibration photos' contents, each the first 16 hexadecimal digits.
@@ -83,6 +88,7 @@ class Certificate:
         calibrated, own = (", ".join(names[:-1]) for names in (self.drift["exit_names"], model.exit_names))
         if calibrated != own:  # an empty exit has no weights to be known by
             raise EarlyExitError(f"the certificate is for the exits {calibrated}, the model has {own}; calibrate again")
+        router.certificate = self
         return router.to(next(model.parameters()).device)
 
     def require_unseen(self, photos: Iterable[tuple[str | os.PathLike[str], str]]) -> None:
@@ -103,10 +109,14 @@ class Certificate:
         """For a `DriftMonitor`."""
         return Reference.from_dict(self.drift)
 
+    def to_dict(self) -> dict[str, Any]:
+        """What a file of it holds, as it comes back from JSON; `certificate_of` reads it."""
+        content = json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}))
+        return {**content, CHECKSUM: _checksum(content)}
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file."""
-        content = {"format": FORMAT, **dataclasses.asdict(self)}
-        write_json(path, {**content, CHECKSUM: _checksum(content)})
+        write_json(path, self.to_dict())
 
 
 def load_certificate(path: str | os.PathLike[str]) -> Certificate:
@@ -122,6 +132,17 @@ def load_certificate(path: str | os.PathLike[str]) -> Certificate:
         raise EarlyExitError(f"{path}: no readable certificate ({error.strerror}); {advice}") from None
     except ValueError as error:
         raise EarlyExitError(f"{path}: not JSON ({error}); {advice}") from None
+    return certificate_of(content, path)
+
+
+def certificate_of(content: Any, path: str | os.PathLike[str]) -> Certificate:
+    """A certificate of what `Certificate.to_dict` gave, found in the file ``path``.
+
+    Raises:
+        EarlyExitError: as `load_certificate`.
+    """
+    advice = "write one with tools/calibrate.py"
+    content = dict(content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise EarlyExitError(f"{path}: expected a certificate of format {FORMAT!r}; {advice}")
     checksum = content.pop(CHECKSUM, None)

@@ -35,6 +35,9 @@ class ExitRouter(nn.Module):
         learn_temperatures: fit the temperatures by likelihood (Guo et al. 2017) while the exits train. The logits
             take no gradient from it, so that the detector cannot be bent by its own confidence.
 
+    Attributes:
+        certificate: the `Certificate` that it was made from, if any: what is promised, and the photos that calibrated.
+
     Raises:
         EarlyExitError: an unknown policy, a number that is not in its range, or a wrong count.
     """
@@ -57,6 +60,7 @@ class ExitRouter(nn.Module):
             raise EarlyExitError(f"num_exits is {num_exits!r}, expected the number of early exits, 1 or more")
         if type(hybrid) is not bool:
             raise EarlyExitError(f"hybrid is {hybrid!r}, expected True or False")
+        self.certificate: Any = None
         self.num_exits = num_exits
         self.policy = policy
         self.hybrid = hybrid
