@@ -134,7 +134,8 @@ def check_guarantee(
         Target("risk", epsilon, delta)  # raises where they are impossible
     require_known(cfg.ROUTING.POLICY)
     measured = ("CALIB", "TEST") if cfg.CALIBRATION.REFERENCE == "labels" else ("CALIB",)
-    recorded = open_recorded(cfg, weights, out, measured)
+    unlabelled = cfg.CALIBRATION.REFERENCE == "full"
+    recorded = open_recorded(cfg, weights, out, measured, unlabelled=unlabelled, once=("CALIB", "TEST"))
     cfg, model, reference = recorded.cfg, recorded.model, cfg.CALIBRATION.REFERENCE
     require_deciding(cfg.ROUTING.POLICY, model, weights)
     calib, test, train = (recorded.replay(name) for name in ("CALIB", "TEST", "TRAIN"))

@@ -27,7 +27,7 @@ from earlyexit_ssd.data import load_dataset
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.onnx_cost import count_onnx_mmacs
 from earlyexit_ssd.evaluation.onnx_detector import OnnxDetector
-from earlyexit_ssd.modeling import Architecture, retrofit, save_model
+from earlyexit_ssd.modeling import Architecture, retrofit
 from earlyexit_ssd.modeling.checkpoint import weights_hash
 from earlyexit_ssd.routing import DriftMonitor
 from earlyexit_ssd.routing import certificate as certificates

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 from earlyexit_ssd.config import load_config
+from earlyexit_ssd.data.repeats import Block
+from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.pipeline.calibrate import Target, calibrate
 from earlyexit_ssd.pipeline.command_line import run_tool
 
@@ -20,9 +22,14 @@ examples:
   python tools/calibrate.py --config configs/voc_animals.yaml --speedup 1.4 EVAL.RUNTIME onnxruntime
       as good as it gets at a mean cost of the detector without exits / 1.4, measured in ONNX Runtime
 
-Only the calib split (DATA.CALIB) decides; TRAIN fits what a policy has to fit, TEST is not looked at. Use the
-certificate with tools/eval_exits.py ... ROUTING.CERTIFICATE certificate.json, or in Python with
-load_certificate("certificate.json").router_for(model). How it works: docs/routing.md
+  python tools/calibrate.py --config configs/voc_animals.yaml --risk 0.05 --block 5s --fps 5 \
+      DATA.DATASETS "[[learn, '', frames/learn], [calib, '', frames/calib], [test, '', frames/test]]" \
+      DATA.TRAIN "[learn]" DATA.CALIB "[calib]" DATA.TEST "[test]"
+      on a camera's own frames, which nobody labelled, five of them a second: blocks of 5 s count, not frames
+
+Only the calib split (DATA.CALIB) decides; TRAIN fits what a policy has to fit, TEST is not looked at. The
+model.pth that it writes routes as calibrated wherever a model is taken (--weights of tools/eval_exits.py and
+tools/demo.py, from_pretrained); the certificate alone goes into ROUTING.CERTIFICATE. How it works: docs/routing.md
 """
 
 
@@ -39,6 +46,14 @@ def main(arguments: list[str] | None = None) -> int:
     target.add_argument("--ap-drop", type=float, help="AP50 lost against the full path, at most, in 1 - delta of draws")
     target.add_argument("--risk", type=float, help="expected loss per photo, at most, with probability 1 - delta")
     parser.add_argument("--delta", type=float, default=0.05, help="of --risk and --ap-drop; 0.05")
+    parser.add_argument("--learned", action="store_true", help="learn thresholds with a soft exit instead of a search")
+    parser.add_argument(
+        "--block",
+        metavar="SECONDS|N",
+        help="of --risk and --ap-drop: consecutive photos of a folder, such as frames of a video, count as one draw: "
+        "25 (photos) or 5s (seconds, with --fps)",
+    )
+    parser.add_argument("--fps", type=float, help="photos of a folder per second, for --block in seconds")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="override keys of the configuration")
     args = parser.parse_intermixed_args(arguments)
 
@@ -48,9 +63,12 @@ def main(arguments: list[str] | None = None) -> int:
         out = Path(args.out or Path(cfg.OUTPUT_DIR) / "calibration")
         chosen = {"speedup": args.speedup, "ap_drop": args.ap_drop, "risk": args.risk}
         kind, value = next((kind, value) for kind, value in chosen.items() if value is not None)
-        calibrate(cfg, weights, Target(kind, value, args.delta), out)
+        if args.fps is not None and args.block is None:
+            raise EarlyExitError("--fps is for --block in seconds, such as --block 5s")
+        block = None if args.block is None else Block.parse(args.block, args.fps)
+        calibrate(cfg, weights, Target(kind, value, args.delta, block, args.learned), out)
         print((out / "calibration.txt").read_text(encoding="utf-8"))
-        print(f"results: {out}/ (certificate.json, calibration.txt, reliability.png)")
+        print(f"results: {out}/ (model.pth, which routes so; certificate.json, calibration.txt, reliability.png)")
 
     return run_tool(job)
 

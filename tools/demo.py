@@ -7,10 +7,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from earlyexit_ssd import EarlyExitSSDLite_Weights
+from earlyexit_ssd import EarlyExitSSDLite, EarlyExitSSDLite_Weights
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.errors import DataError, EarlyExitError
-from earlyexit_ssd.files import make_folder, write_image
+from earlyexit_ssd.files import make_folder, sha256, write_image
 from earlyexit_ssd.pipeline.command_line import run_tool
 from earlyexit_ssd.pipeline.demo import Answer, look, open_demo, photo_paths, picture_paths, require_score, warm_up
 from earlyexit_ssd.progress import write_line
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
     photos = photo_paths(args.photos)
     make_folder(args.out)
     model = open_demo(args.weights, load_config(args.config) if args.config else None)
+    note_calibration_photos(model, photos)
     warm_up(model)
     failed = 0
     for photo, picture in zip(photos, picture_paths(photos, args.out), strict=True):
@@ -67,6 +68,17 @@ def run(args: argparse.Namespace) -> None:
         print(report(photo, answer, picture))
     if failed:
         raise EarlyExitError(f"{failed} of {len(photos)} photos could not be used, see above")
+
+
+def note_calibration_photos(model: EarlyExitSSDLite, photos: list[Path]) -> None:
+    """Say which photos calibrated the model's routing: what it does on them flatters."""
+    certificate = getattr(model.router, "certificate", None)
+    if certificate is None:
+        return
+    try:
+        certificate.require_unseen((photo, sha256(photo)) for photo in photos if photo.is_file())
+    except EarlyExitError as error:
+        write_line(f"note: {error}")
 
 
 def report(photo: Path, answer: Answer, picture: Path) -> str:

@@ -37,7 +37,7 @@ _CHOICES = {
     "JOINT.TEACHER": LOSS_CHOICES["teacher"],
     "CALIBRATION.REFERENCE": ("full", "labels"),
     "CALIBRATION.BOUND": ("hoeffding_bentkus", "betting"),
-    "CALIBRATION.COST": ("ms", "mmacs"),
+    "CALIBRATION.COST": ("auto", "ms", "mmacs"),
     "EXITS_PHASE.CACHE_DTYPE": ("float16", "float32"),
     "ENGINE.AMP": ("off", "bf16", "fp16"),
     "BASELINE.OPTIMIZER": ("sgd", "adamw"),

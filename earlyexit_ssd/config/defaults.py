@@ -35,8 +35,9 @@ _C.CALIBRATION = Node()
 _C.CALIBRATION.REFERENCE = "full"
 # The inequality behind a risk target: betting (tighter for losses that are rarely 1) or hoeffding_bentkus.
 _C.CALIBRATION.BOUND = "betting"
-# Cost of a photo: ms (measured here, in EVAL.RUNTIME) or mmacs.
-_C.CALIBRATION.COST = "ms"
+# Cost of a photo: auto (milliseconds, measured here: in ONNX Runtime where its packages are installed and the model is
+# on a CPU, else in EVAL.RUNTIME), ms (in EVAL.RUNTIME) or mmacs.
+_C.CALIBRATION.COST = "auto"
 # Training photos, a seeded choice, that a risk target's path of thresholds and the policies learned_gain and
 # foreseen_emptiness are fitted on (for a risk target balanced_ambiguity too); 0 takes all of them.
 _C.CALIBRATION.TRAIN_PHOTOS = 1000

@@ -24,7 +24,11 @@ NO_CLASS = "{} names no class; set DATA.CLASSES to what is to be detected"
 
 
 def load_dataset(
-    cfg: CfgNode, names: str | Sequence[str], train: bool = False, need_boxes: bool | None = None
+    cfg: CfgNode,
+    names: str | Sequence[str],
+    train: bool = False,
+    need_boxes: bool | None = None,
+    unlabelled: bool = False,
 ) -> DetectionDataset:
     """Read, check and join data sets, and keep the wanted classes.
 
@@ -34,6 +38,7 @@ def load_dataset(
         train: limit the negatives, augment, and leave out objects to ignore.
         need_boxes: refuse a set without any wanted object, by default in training alone, and photos that nobody
             labelled, unless it is False.
+        unlabelled: photos that nobody labelled may stand where boxes are needed: the full path says what is there.
 
     Raises:
         ConfigError: an unknown data set.
@@ -45,7 +50,8 @@ def load_dataset(
     classes = tuple(data.CLASSES) or (union_of_classes(raws) if names == tuple(data.TRAIN) else class_names(cfg))
     if not classes and not any(raw.labelled for raw in raws):
         raise DataError(NO_CLASS.format(" + ".join(names)))
-    if need_boxes is not False:
+    labelled = all(raw.labelled for raw in raws)
+    if need_boxes is not False and not unlabelled:
         _require_labelled(raws, train)
     records = select_classes(raws, classes, train)
     if train:
@@ -63,7 +69,7 @@ def load_dataset(
     flags = [annotation.ignore for record in records for annotation in record.annotations]
     ignored, objects = sum(flags), len(flags) - sum(flags)
     negatives = sum(not record.has_targets for record in records)
-    if not objects and (train if need_boxes is None else need_boxes):
+    if not objects and (labelled or not unlabelled) and (train if need_boxes is None else need_boxes):
         wanted, purpose = few(classes) or "any class", "learnt" if train else "measured"
         fixes = ["add photos that show it", "name other DATA.CLASSES"]
         fixes += ["let the full path teach (LOSS.SUPERVISION teacher)"] if train else []
@@ -73,8 +79,9 @@ def load_dataset(
             fixes[0] = "set these flags to 0 where the objects are ordinary ones (mask exports write iscrowd 1)"
         raise DataError(f"{title}: {found} in {len(records)} photos; nothing can be {purpose}: {', or '.join(fixes)}")
     also = f" and {ignored} to ignore" if ignored else ""
-    logger.info("%s: %d photos, %d boxes%s, %d photos without any", title, len(records), objects, also, negatives)
-    return DetectionDataset(records, classes, transforms, train, cfg.SEED, data.ON_BAD)
+    without = f"{negatives} photos without any" if labelled else "nobody labelled some of the photos"
+    logger.info("%s: %d photos, %d boxes%s, %s", title, len(records), objects, also, without)
+    return DetectionDataset(records, classes, transforms, train, cfg.SEED, data.ON_BAD, labelled)
 
 
 def _require_labelled(raws: Sequence[RawDataset], train: bool) -> None:

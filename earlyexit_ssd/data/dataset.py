@@ -40,6 +40,7 @@ class DetectionDataset(torch.utils.data.Dataset):
             Otherwise objects to ignore stay, with ``iscrowd`` 1, and a photo that cannot be decoded is an
             error, since an evaluation of other photos than stated would be wrong.
         on_bad: "refuse" makes a photo that cannot be decoded an error in training too.
+        labelled: False where nobody labelled some of the photos: that no box is there says nothing about them.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class DetectionDataset(torch.utils.data.Dataset):
         train: bool = False,
         seed: int = 0,
         on_bad: str = "repair",
+        labelled: bool = True,
     ) -> None:
         if on_bad not in MODES:
             raise DataError(f"on_bad is {on_bad!r}, expected one of {', '.join(MODES)}")
@@ -60,6 +62,7 @@ class DetectionDataset(torch.utils.data.Dataset):
         self.seed = seed
         self.epoch = 0
         self.on_bad = on_bad
+        self.labelled = labelled
         self._paths = {record.image_id: record.path for record in self.records}
         self._undecodable: set[int] = set()
         if len(self._paths) < len(self.records):
@@ -81,8 +84,12 @@ class DetectionDataset(torch.utils.data.Dataset):
 
     def repeated(self, counts: Sequence[int]) -> DetectionDataset:
         """The same photos, photo i ``counts[i]`` times in a row, each time in a view of its own."""
+        return self.subset([record for record, count in zip(self.records, counts, strict=True) for _ in range(count)])
+
+    def subset(self, records: Sequence[Record]) -> DetectionDataset:
+        """The same data set with these of its photos."""
         other = copy.copy(self)
-        other.records = tuple(record for record, count in zip(self.records, counts, strict=True) for _ in range(count))
+        other.records = tuple(records)
         return other
 
     def get_height_and_width(self, index: int) -> tuple[int, int]:

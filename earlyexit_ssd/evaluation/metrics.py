@@ -23,11 +23,12 @@ from earlyexit_ssd.evaluation.cost import (
     mmacs_to_exit,
 )
 from earlyexit_ssd.evaluation.operating_point import empty_images
-from earlyexit_ssd.evaluation.photo_losses import losses_against_full, losses_against_labels
+from earlyexit_ssd.evaluation.photo_losses import as_ground_truth, losses_against_full, losses_against_labels
 from earlyexit_ssd.evaluation.quality import (
     EvaluationSettings,
     Quality,
     describe_boxes,
+    evaluate_agreement,
     evaluate_detections,
     listed_interval,
 )
@@ -63,6 +64,7 @@ def evaluate_exits(
     rivals: Sequence[Rival] = (),
     certificate: Certificate | None = None,
     taken_over: bool = False,
+    labelled: bool = True,
 ) -> dict[str, Any]:
     """Evaluate every exit and the routed detector; the network runs once per photo.
 
@@ -79,6 +81,8 @@ def evaluate_exits(
         rivals: static detectors to hold the routed one against.
         certificate: that the router comes from; what it was asked for is checked on these photos.
         taken_over: the full path is a checkpoint as it was, so the exits are held against it alone.
+        labelled: False where nobody labelled the photos: what the full path finds at the score is what is there, all
+            figures are agreement with it, and AP is None.
 
     Returns:
         ``context``, ``exits``, ``without_exits``, ``routed``, ``rivals``, ``verdict`` and, with a certificate,
@@ -87,11 +91,18 @@ def evaluate_exits(
     collected = collected or collect(model, loader, router)
     _check_same_images(collected, ground_truth)
     costs = measure_costs(model, settings, router, rivals)
-    qualities = [evaluate_detections(ground_truth, found, settings) for found in collected.detections]
+    judged = evaluate_detections if labelled else evaluate_agreement
+    if not labelled:
+        ground_truth = as_ground_truth(ground_truth, collected.detections[-1], settings.score)
+    qualities = [judged(ground_truth, found, settings) for found in collected.detections]
     chosen = choose_exits(collected.confidences, router.thresholds.tolist())
-    routed = evaluate_detections(ground_truth, routed_detections(collected, chosen), settings)
+    routed = judged(ground_truth, routed_detections(collected, chosen), settings)
     metrics = {
-        "context": {**_context(model, ground_truth, settings, splits, forced), "taken_over": taken_over},
+        "context": {
+            **_context(model, ground_truth, settings, splits, forced),
+            "taken_over": taken_over,
+            "labelled": labelled,
+        },
         "exits": [_exit_entry(model, index, collected, costs, qualities) for index in range(len(qualities))],
         "without_exits": {
             "mmacs": costs.plain_mmacs,

@@ -46,7 +46,7 @@ def losses_against_full(ground_truth: COCO, exits: Sequence[Detections], score: 
         ground_truth: names the photos and the classes; its objects are not looked at.
         exits: per exit, the full path last.
     """
-    truth = _as_ground_truth(ground_truth, exits[-1], score)
+    truth = as_ground_truth(ground_truth, exits[-1], score)
     return np.stack([_share(photo_counts(truth, found, score, iou)) for found in exits], axis=1)
 
 
@@ -70,7 +70,31 @@ def _share(counts: PhotoCounts) -> np.ndarray:
     return np.minimum((counts.misses + counts.false_positives) / np.maximum(counts.hits + counts.misses, 1), 1.0)
 
 
-def _as_ground_truth(template: COCO, detections: Detections, score: float) -> COCO:
+@dataclass(frozen=True)
+class Agreement:
+    """How far a detector says what the full path says, at a score and an IoU.
+
+    Attributes:
+        objects: what the full path finds in all photos; kept: how many of them the detector finds.
+        added: what it finds beyond them.
+        same_photos: share of the photos with nothing lost and nothing added; None without a photo.
+    """
+
+    objects: int
+    kept: int
+    added: int
+    same_photos: float | None
+
+
+def agreement(ground_truth: COCO, full: Detections, found: Detections, score: float, iou: float) -> Agreement:
+    """Of what a detector has found with what the full path has; no label is looked at."""
+    counts = photo_counts(as_ground_truth(ground_truth, full, score), found, score, iou)
+    same = (counts.misses + counts.false_positives) == 0
+    objects, kept = int((counts.hits + counts.misses).sum()), int(counts.hits.sum())
+    return Agreement(objects, kept, int(counts.false_positives.sum()), float(same.mean()) if len(same) else None)
+
+
+def as_ground_truth(template: COCO, detections: Detections, score: float) -> COCO:
     """The detections from ``score`` on as objects of the template's photos and classes."""
     annotations: list[Mapping] = []
     for image_id, found in detections.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -82,6 +83,13 @@ def describe_boxes(ground_truth: COCO, detections: Detections) -> dict[str, Any]
         "score_std": float(scores.std()),
         "outside_share": float(np.concatenate(outside).mean()),
     }
+
+
+def evaluate_agreement(full_path: COCO, detections: Detections, settings: EvaluationSettings) -> Quality:
+    """The same figures against what the full path says, where nobody labelled the photos; AP claims accuracy: None."""
+    found = evaluate_detections(full_path, detections, dataclasses.replace(settings, resamples=0))
+    figures = {key: None if key.startswith("AP") else value for key, value in found.figures.items()}
+    return Quality(figures, found.ap50_values)
 
 
 def listed_interval(values: np.ndarray) -> list[float] | None:

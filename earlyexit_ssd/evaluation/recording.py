@@ -82,7 +82,9 @@ class Recording:
         ]
 
 
-def record(model: nn.Module, loader: Batches, photos: int, folder: Path, key: str) -> Recording:
+def record(
+    model: nn.Module, loader: Batches, photos: int, folder: Path, key: str, taught_from: float | None = None
+) -> Recording:
     """The recording in ``folder``, made first where it is missing or was made of something else.
 
     Args:
@@ -91,12 +93,14 @@ def record(model: nn.Module, loader: Batches, photos: int, folder: Path, key: st
         photos: how many there are.
         folder: to write to.
         key: a text that changes with everything a recording depends on but the weights: its photos.
+        taught_from: for photos that nobody labelled: what the full path finds from this score on is what is there.
 
     Raises:
         DataError: an image id occurs twice.
     """
     exits = f"{model.exit_names} {tuple(model.empty)}"  # an empty exit has no weights to be known by
-    key = hashlib.sha256(f"{key} {weights_hash(model)} {exits}".encode()).hexdigest()
+    key = f"{key} {weights_hash(model)} {exits}" + ("" if taught_from is None else f" taught from {taught_from}")
+    key = hashlib.sha256(key.encode()).hexdigest()
     if stored_key(folder / "recording.json") == key:
         try:
             return Recording(folder)
@@ -104,11 +108,11 @@ def record(model: nn.Module, loader: Batches, photos: int, folder: Path, key: st
             logger.warning("%s: the recording is damaged (%s); it is made anew", folder, type(error).__name__)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recording.json").unlink(missing_ok=True)
-    _fill(model, loader, photos, folder, key)
+    _fill(model, loader, photos, folder, key, taught_from)
     return Recording(folder)
 
 
-def _fill(model: nn.Module, loader: Batches, photos: int, folder: Path, key: str) -> None:
+def _fill(model: nn.Module, loader: Batches, photos: int, folder: Path, key: str, taught_from: float | None) -> None:
     image_ids: list[int] = []
     detections: list[dict[int, dict[str, Tensor]]] = [{} for _ in model.exit_names]
     arrays: dict[str, np.memmap] = {}
@@ -119,7 +123,9 @@ def _fill(model: nn.Module, loader: Batches, photos: int, folder: Path, key: str
             images = [image.to(device) for image in images]
             outputs = model.exit_outputs(images)
             start = len(image_ids)
-            rows = _rows(model, outputs, targets)
+            answers = [model.detections(outputs, index) for index in range(len(detections))]
+            seen = targets if taught_from is None else [_from(one, taught_from) for one in answers[-1]]
+            rows = _rows(model, outputs, seen)
             if not arrays:
                 size = photos * sum(values[0].nbytes for values in rows.values())
                 fix = "name another folder (--out), or fewer photos (CALIBRATION.TRAIN_PHOTOS, DATA.LIMIT)"
@@ -130,8 +136,8 @@ def _fill(model: nn.Module, loader: Batches, photos: int, folder: Path, key: str
                     arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", values.dtype, shape)
                 arrays[name][start : start + len(images)] = values
             image_ids += [int(target["image_id"]) for target in targets]
-            for index, found in enumerate(detections):
-                found.update(zip(image_ids[start:], map(compact, model.detections(outputs, index)), strict=True))
+            for found, answer in zip(detections, answers, strict=True):
+                found.update(zip(image_ids[start:], map(compact, answer), strict=True))
             bar.update(len(images))
     bar.close()
     require_unique(image_ids)
@@ -141,6 +147,12 @@ def _fill(model: nn.Module, loader: Batches, photos: int, folder: Path, key: str
         torch.save(detections, temporary)
     info = {"image_ids": image_ids, "early_exits": model.num_early_exits, "empty": list(model.empty), "key": key}
     write_json(folder / "recording.json", info)
+
+
+def _from(found: dict[str, Tensor], score: float) -> dict[str, Tensor]:
+    """Detections from this score on, as targets."""
+    keep = found["scores"] >= score
+    return {"boxes": found["boxes"][keep].float(), "labels": found["labels"][keep]}
 
 
 def _rows(model: nn.Module, outputs: ExitOutputs, targets: list[dict[str, Any]]) -> dict[str, np.ndarray]:

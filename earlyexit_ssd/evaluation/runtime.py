@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import io
 import os
 import warnings
@@ -38,6 +38,11 @@ def deploy_package(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise EarlyExitError(f"ONNX needs the package {name} ({error}): pip install onnx onnxruntime") from None
+
+
+def runtime_installed() -> bool:
+    """Whether the packages of the extra ``deploy`` are there; nothing is imported."""
+    return all(importlib.util.find_spec(name) is not None for name in ("onnx", "onnxruntime"))
 
 
 class OnnxNetwork(nn.Module):

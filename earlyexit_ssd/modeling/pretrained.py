@@ -22,9 +22,10 @@ logger = logging.getLogger(__name__)
 _router_makers: list[Callable[..., Router]] = []
 
 
-def register_router(make: Callable[..., Router]) -> None:
-    """Say what makes a router of the settings in a model file. ``routing`` does, as modeling may not import it."""
-    _router_makers[:] = [make]
+def register_router(make: Callable[..., Router], make_certified: Callable[..., Router]) -> None:
+    """Say what makes a router of a model file: of its settings, or of certificate, path and model where it was
+    calibrated. ``routing`` does, as modeling may not import it."""
+    _router_makers[:] = [make, make_certified]
 
 
 class Pretrained:
@@ -51,8 +52,8 @@ class Pretrained:
                 COCO's 91 outputs, else ``class_1`` and so on.
 
         Raises:
-            EarlyExitError: neither a name nor a file, a damaged file, one with another detector, or with another number
-                of classes.
+            EarlyExitError: neither a name nor a file, a damaged file, one with another detector, with another number
+                of classes, or one whose certificate is for other weights.
         """
         # these import the class that inherits from this one
         from earlyexit_ssd.modeling.architecture import Architecture
@@ -71,7 +72,11 @@ class Pretrained:
             logger.warning("%s: has no exits; those of the model are untrained, the full path is as it was", path)
         if router and info.get("router"):
             try:
-                model.router = make_router(model, info["router"])
+                certificate = info.get("certificate")
+                if certificate:
+                    model.router = _router_makers[1](certificate, path, model)
+                else:
+                    model.router = make_router(model, info["router"])
             except EarlyExitError as error:
                 raise EarlyExitError(f"{path}: {error}; load it with router=False") from None
         return model

@@ -222,8 +222,12 @@ def build_router(cfg: CfgNode, stored: dict | None = None, learn: bool = False) 
 
 
 def trained_temperatures(cfg: CfgNode, info: dict, exits: int) -> list[float]:
-    """Those that a model's training has fitted (``info`` of its file), else those of the configuration."""
+    """Those that a model's training has fitted (``info`` of its file), else those of the configuration.
+
+    The router in a calibrated model's file may have temperatures of the calibration photos; beside it are these.
+    """
     temperatures = (info.get("router") or {}).get("temperatures", cfg.ROUTING.TEMPERATURES)
+    temperatures = info.get("trained_temperatures", temperatures)
     bounds = cfg.ROUTING.TEMPERATURE_BOUNDS
     return ExitRouter(exits, temperatures=temperatures, temperature_bounds=bounds).temperatures.tolist()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +17,15 @@ import torchvision
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.data.repeats import Block, block_of_each
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.bootstrap import bootstrap_choices
 from earlyexit_ssd.evaluation.choices import ap_of_choice
-from earlyexit_ssd.modeling import EarlyExitSSDLite
-from earlyexit_ssd.modeling.checkpoint import weights_hash
+from earlyexit_ssd.modeling.checkpoint import save_model, weights_hash
 from earlyexit_ssd.pipeline.build import trained_temperatures
 from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
 from earlyexit_ssd.pipeline.fit_router import fit_policy, fit_temperatures, learns, per_exit, require_deciding
-from earlyexit_ssd.pipeline.replay import Replay, open_recorded
+from earlyexit_ssd.pipeline.replay import Recorded, Replay, open_recorded
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.calibration import write_calibration
 from earlyexit_ssd.routing import ExitRouter
@@ -32,8 +34,12 @@ from earlyexit_ssd.routing.certify import Certified, certify, safe_to_bold
 from earlyexit_ssd.routing.drift_reference import Reference
 from earlyexit_ssd.routing.policies import require_known
 from earlyexit_ssd.routing.search import Grid, cheapest_within, pareto_path, threshold_grid
+from earlyexit_ssd.routing.soft_exit import learned_grid
 
 logger = logging.getLogger(__name__)
+
+LEAST_DROP = 0.005
+"""Of AP50: less than this no number of photos tells apart."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +52,15 @@ class Target:
             at most, with probability 1 - delta).
         value: the number.
         delta: of an ap_drop or risk target, in (0, 1).
+        block: consecutive photos of a folder that are one draw, such as frames of a video; None: every photo is one.
+        learned: thresholds are learnt with a soft exit instead of searched for among all combinations.
     """
 
     kind: str
     value: float
     delta: float = 0.05
+    block: Block | None = None
+    learned: bool = False
 
     def __post_init__(self) -> None:
         expected = {
@@ -65,6 +75,8 @@ class Target:
             raise EarlyExitError(f"{self.kind} is {self.value:g}, expected {text}")
         if not 0 < self.delta < 1:
             raise EarlyExitError(f"delta is {self.delta:g}, expected a number in (0, 1), such as 0.05")
+        if self.block is not None and self.kind == "speedup":
+            raise EarlyExitError("--block is for --risk and --ap-drop; a speed-up is fitted and promises nothing")
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,11 @@ class Found:
 def calibrate(
     cfg: CfgNode, weights: str | os.PathLike[str], target: Target, out_dir: str | os.PathLike[str]
 ) -> Certificate:
-    """Fit temperatures and policy, search thresholds, and write certificate.json, a report and a diagram.
+    """Fit temperatures and policy, search thresholds, and write certificate.json, a report, a diagram and model.pth,
+    the model with this routing in it.
+
+    Where nobody labelled the calibration photos, the full path's answers stand for labels: agreement with it is
+    reported, and no AP.
 
     Args:
         cfg: its DATA, ROUTING, CALIBRATION and EVAL sections are used; the classes are those of the weights.
@@ -92,8 +108,10 @@ def calibrate(
     """
     out = Path(out_dir)
     require_known(cfg.ROUTING.POLICY)
-    recorded = open_recorded(cfg, weights, out)
+    near = target.kind != "speedup" and target.block is None  # frames of a video do look equal, as those to come will
+    recorded = open_recorded(cfg, weights, out, unlabelled=True, near=near)
     cfg, model = recorded.cfg, recorded.model
+    _require_reference(cfg, target, recorded)
     require_deciding(cfg.ROUTING.POLICY, model, weights)
     calib = recorded.replay("CALIB")
     needs_train = target.kind == "risk" or learns(cfg.ROUTING.POLICY)
@@ -105,27 +123,66 @@ def calibrate(
         temperatures, counted = trained_temperatures(cfg, recorded.info, model.num_early_exits), train
     router = fit_policy(cfg, cfg.ROUTING.POLICY, temperatures, train, counted)
     costs = measure_cost_model(cfg, model, router)
-    found = _search(cfg, target, router, calib, train, costs)
-    certificate = _certificate(cfg, model, target, router, calib, costs, found)
+    blocks = None
+    if target.block is not None:
+        paths = [record.path for record in recorded.sets["CALIB"].records]
+        blocks = block_of_each(paths, target.block.photos)[calib.order]
+    found = _search(cfg, target, router, calib, train, costs, blocks)
+    certificate = _certificate(recorded, target, router, calib, costs, found)
     write_calibration(out, certificate, fitted)
+    info = {**recorded.info, "router": certificate.router, "certificate": certificate.to_dict()}
+    info["trained_temperatures"] = trained_temperatures(cfg, recorded.info, model.num_early_exits)
+    save_model(out / "model.pth", model, recorded.architecture, info)
     return certificate
 
 
+def _require_reference(cfg: CfgNode, target: Target, recorded: Recorded) -> None:
+    """What needs boxes is refused on photos that nobody labelled."""
+    for name in ("CALIB", "TRAIN"):
+        if recorded.sets[name].labelled:
+            continue
+        photos = f"DATA.{name} ({', '.join(cfg.DATA[name]):.100}) has photos that nobody labelled"
+        if cfg.CALIBRATION.REFERENCE == "labels":
+            raise EarlyExitError(
+                f"CALIBRATION.REFERENCE is labels, and {photos}; set it to full, or name sets with boxes"
+            )
+        if target.kind == "ap_drop" and name == "CALIB":
+            raise EarlyExitError(
+                f"--ap-drop needs boxes, and {photos}; use --risk or --speedup, which go by what the full path says"
+            )
+
+
+def _grid(target: Target, confidences: list[np.ndarray], losses: np.ndarray, costs: CostModel) -> Grid:
+    """The combinations to choose from: all of them, or those learnt with a soft exit at even mean costs."""
+    if not target.learned:
+        return threshold_grid(confidences)
+    budgets = [costs.plain / target.value] if target.kind == "speedup" else []
+    return learned_grid(confidences, losses, costs.per_exit, budgets)
+
+
 def _search(
-    cfg: CfgNode, target: Target, router: ExitRouter, calib: Replay, train: Replay | None, costs: CostModel
+    cfg: CfgNode,
+    target: Target,
+    router: ExitRouter,
+    calib: Replay,
+    train: Replay | None,
+    costs: CostModel,
+    blocks: np.ndarray | None,
 ) -> Found:
-    confidences = calib.confidences(router)
+    confidences, reference = calib.confidences(router), cfg.CALIBRATION.REFERENCE
+    draws = len(calib.recording) if blocks is None else int(blocks.max()) + 1
+    more = {} if blocks is None else {"blocks": draws}
     if target.kind == "risk":
-        reference = cfg.CALIBRATION.REFERENCE
-        path = safe_to_bold(train.confidences(router), train.losses(reference), costs.of_each)
-        losses, step_costs = calib.losses(reference), costs.of_each(path)
+        seen, seen_losses = train.confidences(router), train.losses(reference)
+        path = safe_to_bold(seen, seen_losses, costs.of_each, _grid(target, seen, seen_losses, costs))
+        losses, step_costs, bound = calib.losses(reference), costs.of_each(path), cfg.CALIBRATION.BOUND
         found = certify(
-            path, confidences, losses, step_costs, target.value, target.delta, cfg.CALIBRATION.BOUND, cfg.SEED
+            path, confidences, losses, step_costs, target.value, target.delta, bound, cfg.SEED, groups=blocks
         )
         if found.step == 0:
-            _warn_closed(target, found, len(calib.recording))
-        return Found(found.thresholds, found.choice, {"loss_bound": found.bound, "steps": found.passed})
-    grid = threshold_grid(confidences)
+            _warn_closed(target, found, draws)
+        return Found(found.thresholds, found.choice, {"loss_bound": found.bound, "steps": found.passed, **more})
+    grid = _grid(target, confidences, calib.losses(reference), costs)
     mean_costs = grid.mean_cost(costs.of_each(grid.thresholds))
     ap50 = calib.ap50_of(grid.choices, "thresholds")
     if target.kind == "speedup":
@@ -136,8 +193,16 @@ def _search(
                 f"{costs.plain / mean_costs.min():.2f}; ask for less, or plan a shallower exit (tools/plan_exits.py)"
             )
         return Found(tuple(float(value) for value in grid.thresholds[chosen]), grid.choices[chosen], {})
-    mean_losses = grid.mean(calib.losses(cfg.CALIBRATION.REFERENCE))
-    return _cheapest_that_keeps(target, calib, grid, mean_costs, mean_losses, ap50, cfg.SEED)
+    needed = _photos_for(target)
+    if draws < needed:
+        more["photos_needed"] = needed
+        logger.warning(
+            "%d %s are few for %g AP50 lost with probability %g: %d would do; take more, or allow a larger loss",
+            draws, _units(target), target.value, 1 - target.delta, needed,
+        )  # fmt: skip
+    mean_losses = grid.mean(calib.losses(reference))
+    found = _cheapest_that_keeps(target, calib, grid, mean_costs, mean_losses, ap50, cfg.SEED, blocks)
+    return Found(found.thresholds, found.choice, {**found.more, **more})
 
 
 def _cheapest_that_keeps(
@@ -148,6 +213,7 @@ def _cheapest_that_keeps(
     mean_losses: np.ndarray,
     ap50: np.ndarray,
     seed: int,
+    blocks: np.ndarray | None = None,
 ) -> Found:
     """The least cost at which the AP50 lost stays within the target in 1 - delta of the draws of photos (bootstrap).
 
@@ -160,9 +226,9 @@ def _cheapest_that_keeps(
     closed = (grid.thresholds >= CLOSED).all(1).argmax()  # what costs more than all closed is not worth opening
     path = path[(lost[path] <= target.value) & (mean_costs[path] < mean_costs[closed])]
     affordable = path[np.argsort(mean_costs[path], kind="stable")]
-    kept = bootstrap_choices(calib.matches, [full], seed=seed)[0]
+    kept = bootstrap_choices(calib.matches, [full], seed=seed, groups=blocks)[0]
     for candidate in progress(affordable, desc="AP50 lost"):
-        routed = bootstrap_choices(calib.matches, [grid.choices[candidate]], seed=seed)[0]
+        routed = bootstrap_choices(calib.matches, [grid.choices[candidate]], seed=seed, groups=blocks)[0]
         bound = float(np.nanquantile(kept.AP50 - routed.AP50, 1 - target.delta))
         thresholds = tuple(float(value) for value in grid.thresholds[candidate])
         if bound <= target.value:
@@ -171,42 +237,56 @@ def _cheapest_that_keeps(
     return Found((CLOSED,) * calib.recording.early_exits, full, {"AP50_lost_bound": 0.0})
 
 
+def _units(target: Target) -> str:
+    return "calibration photos" if target.block is None else f"blocks of {target.block.photos} calibration photos"
+
+
+def _photos_for(target: Target) -> int:
+    """The photos among which a fault as frequent as the target allows shows at all with probability 1 - delta."""
+    return math.ceil(math.log(target.delta) / math.log1p(-min(max(target.value, LEAST_DROP), 0.99)))
+
+
 def _warn_closed(target: Target, found: Certified, photos: int) -> None:
     needed = found.photos_needed
     if found.passed:
         advice = "what passed costs more than the full path alone: another policy, cheaper branches or a larger risk"
     elif needed:
-        advice = f"{max(needed, photos + 1)} calibration photos like these would do"
+        advice = f"{max(needed, photos + 1)} {_units(target)} like these would do"
     else:
         advice = "the exits are not good enough for it: allow a larger risk, or train them longer"
     logger.warning(
-        "no exit is opened at a risk of %g with probability %g on %d photos: all stay closed; %s",
+        "no exit is opened at a risk of %g with probability %g on %d %s: all stay closed; %s",
         target.value,
         1 - target.delta,
         photos,
+        _units(target),
         advice,
     )
 
 
+def _ap50(calib: Replay, choice: np.ndarray) -> float | None:
+    """None where nobody labelled the photos."""
+    return ap_of_choice(calib.matches, choice, ap50_only=True).AP50 if calib.labelled else None
+
+
 def _certificate(
-    cfg: CfgNode,
-    model: EarlyExitSSDLite,
-    target: Target,
-    router: ExitRouter,
-    calib: Replay,
-    costs: CostModel,
-    found: Found,
+    recorded: Recorded, target: Target, router: ExitRouter, calib: Replay, costs: CostModel, found: Found
 ) -> Certificate:
+    cfg, model, repeats = recorded.cfg, recorded.model, recorded.repeats["CALIB"]
     exits = len(model.exit_names)
     losses = calib.losses(cfg.CALIBRATION.REFERENCE)
     confidences = calib.confidences(router)
-    photos = tuple(sorted(digest[:16] for digest in calib.photos_sha256))
+    photos = tuple(sorted(digest[:16] for digest in (*calib.photos_sha256, *repeats.near_sha256)))
     rows = np.arange(len(found.choice))
     measured = {
         "photos": len(found.choice),
         "loss": float(losses[rows, found.choice].mean()),
-        "AP50": ap_of_choice(calib.matches, found.choice, ap50_only=True).AP50,
-        "AP50_full": ap_of_choice(calib.matches, np.full(len(rows), exits - 1), ap50_only=True).AP50,
+        "labelled": calib.labelled,
+        "AP50": _ap50(calib, found.choice),
+        "AP50_full": _ap50(calib, np.full(len(rows), exits - 1)),
+        "agreement": dataclasses.asdict(calib.agreement(found.choice)),
+        "equal_photos": repeats.equal,
+        "near_equal_photos": repeats.near,
         "exit_share": dict(
             zip(model.exit_names, (np.bincount(found.choice, minlength=exits) / len(rows)).tolist(), strict=True)
         ),
@@ -221,6 +301,8 @@ def _certificate(
             "kind": target.kind,
             **(risk if target.kind == "risk" else {"value": target.value}),
             **({"delta": target.delta} if target.kind == "ap_drop" else {}),
+            **({"block": target.block.photos} if target.block else {}),
+            **({"learned": True} if target.learned else {}),
             "reference": cfg.CALIBRATION.REFERENCE,
             "score": cfg.EVAL.SCORE,
             "iou": cfg.EVAL.IOU,

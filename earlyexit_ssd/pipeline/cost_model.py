@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,14 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 from fvcore.common.config import CfgNode
+from torch import Tensor, nn
 
 from earlyexit_ssd.config import CLOSED
-from earlyexit_ssd.evaluation.cost import PlainPath, count_mmacs, example_input
-from earlyexit_ssd.evaluation.runtime import time_in_runtime
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.evaluation.cost import PlainPath, Timing, count_mmacs, example_input
+from earlyexit_ssd.evaluation.quality import EvaluationSettings
+from earlyexit_ssd.evaluation.runtime import ONNX_RUNTIME, runtime_installed, time_in_runtime
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.paths import AllOutputs, PathToExit
 from earlyexit_ssd.pipeline.build import build_evaluation
 from earlyexit_ssd.routing import ExitRouter
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,15 +80,19 @@ def measure_cost_model(cfg: CfgNode, model: EarlyExitSSDLite, router: ExitRouter
     if cfg.CALIBRATION.COST == "mmacs":
         costs = [count_mmacs(network, example) for network in (*networks, plain)]
         return CostModel("mmacs", dict(zip(keys, costs, strict=False)), router.num_exits, costs[-1], {})
-    timings = time_in_runtime(
-        [*networks, plain],
-        [example] * (len(networks) + 1),
-        settings.runtime,
-        settings.timing_runs,
-        settings.timing_threads,
-    )
+    deployed = cfg.CALIBRATION.COST == "auto" and example.device.type == "cpu" and runtime_installed()
+    runtime = ONNX_RUNTIME if deployed else settings.runtime
+    networks.append(plain)
+    try:
+        timings = _timed(networks, example, runtime, settings)
+    except EarlyExitError as error:
+        if runtime == settings.runtime:
+            raise
+        logger.warning("costs are measured in %s instead of ONNX Runtime: %s", settings.runtime, error)
+        runtime = settings.runtime
+        timings = _timed(networks, example, runtime, settings)
     measured = {
-        "runtime": settings.runtime,
+        "runtime": runtime,
         "threads": settings.timing_threads,
         "runs": settings.timing_runs,
         "machine": torch.cuda.get_device_name(example.device)
@@ -91,3 +101,7 @@ def measure_cost_model(cfg: CfgNode, model: EarlyExitSSDLite, router: ExitRouter
     }
     costs = [timing.ms for timing in timings]
     return CostModel("ms", dict(zip(keys, costs, strict=False)), router.num_exits, costs[-1], measured)
+
+
+def _timed(networks: Sequence[nn.Module], example: Tensor, runtime: str, settings: EvaluationSettings) -> list[Timing]:
+    return time_in_runtime(networks, [example] * len(networks), runtime, settings.timing_runs, settings.timing_threads)

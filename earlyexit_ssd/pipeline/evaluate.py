@@ -30,8 +30,6 @@ from earlyexit_ssd.pipeline.certified import drift_of, open_certificate
 from earlyexit_ssd.pipeline.rivals import build_rivals, check_rivals
 from earlyexit_ssd.report.pictures import Example, choose_examples, detection_grid
 from earlyexit_ssd.report.results import write_results
-from earlyexit_ssd.routing import ExitRouter
-from earlyexit_ssd.routing.certificate import Certificate
 
 logger = logging.getLogger(__name__)
 
@@ -56,14 +54,20 @@ def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str |
     model, architecture, info = open_model(cfg, weights)
     _warn_of_differences(cfg, architecture)
     cfg = with_classes(cfg, architecture.classes)
-    dataset = load_dataset(cfg, cfg.DATA.TEST)
+    dataset = load_dataset(cfg, cfg.DATA.TEST, unlabelled=True)
     ground_truth = to_coco(dataset)
     loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, train=False, seed=cfg.SEED)
-    certificate, router = _router(cfg, model, dataset, info)
+    opened = open_certificate(cfg, model, dataset, info.get("certificate"), weights)
+    stored = {"num_exits": model.num_early_exits, **(info.get("router") or {})}
+    certificate, router = opened or (None, build_router(cfg, stored))
     router = router.to(device)
-    rivals = build_rivals(cfg, model, architecture, device)
+    if not dataset.labelled:
+        logger.warning("nobody labelled %s: agreement with the full path is measured, no AP", " + ".join(cfg.DATA.TEST))
+    rivals = build_rivals(cfg, model, architecture, device) if dataset.labelled else []  # AP judges them
     collected = collect(model.to(device), loader, router)
-    if cfg.EVAL.RIVALS.ENABLED and not router.hybrid:  # a hybrid's exits have the full path's boxes
+    if (
+        cfg.EVAL.RIVALS.ENABLED and dataset.labelled and not router.hybrid
+    ):  # a hybrid's exits have the full path's boxes
         rivals = [*exits_alone(model, collected), *rivals]
     metrics = evaluate_exits(
         model,
@@ -77,6 +81,7 @@ def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str |
         rivals=rivals,
         certificate=certificate,
         taken_over=info.get("taken_over", takes_over(cfg)),
+        labelled=dataset.labelled,
     )
     metrics["context"]["weights_sha256"] = sha256(weights)
     chosen = choose_exits(collected.confidences, router.thresholds.tolist()).tolist()
@@ -87,16 +92,6 @@ def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str |
         pictures["detections"] = _detection_picture(cfg, model, dataset, collected, chosen)
     write_results(Path(out_dir), metrics, pictures)
     return metrics
-
-
-def _router(
-    cfg: CfgNode, model: EarlyExitSSDLite, dataset: DetectionDataset, info: dict[str, Any]
-) -> tuple[Certificate | None, ExitRouter]:
-    """The certificate and its router where there is one, for photos that it was not calibrated on; else the
-    configuration's."""
-    if cfg.ROUTING.CERTIFICATE:
-        return open_certificate(cfg, model, dataset)
-    return None, build_router(cfg, {"num_exits": model.num_early_exits, **(info.get("router") or {})})
 
 
 def _warn_of_differences(cfg: CfgNode, architecture: Architecture) -> None:

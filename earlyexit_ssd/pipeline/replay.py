@@ -19,12 +19,19 @@ from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset, to_
 from earlyexit_ssd.data.classes import limit_photos
 from earlyexit_ssd.data.disjoint import require_disjoint
 from earlyexit_ssd.data.fingerprint import fingerprint, photo_hashes
+from earlyexit_ssd.data.repeats import Repeats, distinct
 from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.evaluation.choices import ExitMatches, ap_of_choice, exit_matches
-from earlyexit_ssd.evaluation.photo_losses import losses_against_full, losses_against_labels
+from earlyexit_ssd.evaluation.photo_losses import (
+    Agreement,
+    agreement,
+    as_ground_truth,
+    losses_against_full,
+    losses_against_labels,
+)
 from earlyexit_ssd.evaluation.recording import Recording, record
 from earlyexit_ssd.files import make_folder
-from earlyexit_ssd.modeling import EarlyExitSSDLite
+from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite
 from earlyexit_ssd.pipeline.build import evaluation_device, open_model, with_classes
 from earlyexit_ssd.pipeline.rivals import check_rivals
 from earlyexit_ssd.progress import progress
@@ -34,13 +41,18 @@ from earlyexit_ssd.routing.search import require_few
 
 @dataclass
 class Replay:
-    """A recorded split. Every [n] and [n, exits] is by rising image id."""
+    """A recorded split. Every [n] and [n, exits] is by rising image id.
+
+    Where nobody labelled the photos (``labelled`` False), ``ground_truth`` is what the full path finds at the deployed
+    score: figures against it are agreement with the full path, no accuracy.
+    """
 
     recording: Recording
     ground_truth: COCO
     photos_sha256: tuple[str, ...]
     score: float
     iou: float
+    labelled: bool = True
     _losses: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property
@@ -64,6 +76,13 @@ class Replay:
             measure = {"full": losses_against_full, "labels": losses_against_labels}[reference]
             self._losses[reference] = measure(self.ground_truth, self.recording.detections, self.score, self.iou)
         return self._losses[reference]
+
+    def agreement(self, choice: np.ndarray) -> Agreement:
+        """With the full path, where the photos take these exits [n]."""
+        exits = self.recording.detections
+        ids = np.asarray(self.recording.image_ids)[self.order]
+        found = {int(image): exits[taken][int(image)] for image, taken in zip(ids, choice, strict=True)}
+        return agreement(self.ground_truth, exits[-1], found, self.score, self.iou)
 
     def confidences(self, router: ExitRouter) -> list[np.ndarray]:
         """Per early exit [n]."""
@@ -89,8 +108,11 @@ def replay_split(cfg: CfgNode, model: EarlyExitSSDLite, dataset: DetectionDatase
     hashes = [digest for _, digest in photo_hashes(dataset)]
     ground_truth = to_coco(dataset)
     loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, train=False, seed=cfg.SEED)
-    recording = record(model, loader, len(dataset), folder, fingerprint(dataset, hashes))
-    return Replay(recording, ground_truth, tuple(hashes), cfg.EVAL.SCORE, cfg.EVAL.IOU)
+    taught_from = None if dataset.labelled else cfg.EVAL.SCORE
+    recording = record(model, loader, len(dataset), folder, fingerprint(dataset, hashes), taught_from)
+    if not dataset.labelled:
+        ground_truth = as_ground_truth(ground_truth, recording.detections[-1], cfg.EVAL.SCORE)
+    return Replay(recording, ground_truth, tuple(hashes), cfg.EVAL.SCORE, cfg.EVAL.IOU, dataset.labelled)
 
 
 @dataclass(frozen=True)
@@ -99,13 +121,16 @@ class Recorded:
 
     Attributes:
         cfg: with the classes of the weights; model: on its device; info: of the model's file.
-        sets: TRAIN, CALIB and TEST, see :func:`disjoint_sets`.
+        architecture: of the model; sets: TRAIN, CALIB and TEST, see :func:`disjoint_sets`.
+        repeats: by set, photos that were left out since they are there already.
     """
 
     cfg: CfgNode
     model: EarlyExitSSDLite
+    architecture: Architecture
     info: dict[str, Any]
     sets: dict[str, DetectionDataset]
+    repeats: dict[str, Repeats]
     folder: Path
 
     def replay(self, name: str) -> Replay:
@@ -114,12 +139,21 @@ class Recorded:
 
 
 def open_recorded(
-    cfg: CfgNode, weights: str | os.PathLike[str], out: Path, measured: Sequence[str] = ("CALIB",)
+    cfg: CfgNode,
+    weights: str | os.PathLike[str],
+    out: Path,
+    measured: Sequence[str] = ("CALIB",),
+    *,
+    unlabelled: bool = False,
+    once: Sequence[str] = ("CALIB",),
+    near: bool = True,
 ) -> Recorded:
     """What can be missing is found here, before the network runs: runtime, weights, photos, room for results.
 
     Args:
         measured: splits that need labels; with CALIBRATION.REFERENCE labels those of TRAIN are needed too.
+        unlabelled: photos that nobody labelled will do all the same, with the full path's answers as labels.
+        once: sets in which equal photos count once; near: those that only look equal too, see `distinct`.
 
     Raises:
         EarlyExitError: unusable weights, data or settings, a certificate, or splits that share photos.
@@ -135,18 +169,30 @@ def open_recorded(
     model, architecture, info = open_model(cfg, weights)
     require_few(model.num_early_exits)
     cfg = with_classes(cfg, architecture.classes)
-    return Recorded(cfg, model.to(device), info, disjoint_sets(cfg, measured), out / "recordings")
+    sets, repeats = disjoint_sets(cfg, measured, unlabelled, once, near)
+    return Recorded(cfg, model.to(device), architecture, info, sets, repeats, out / "recordings")
 
 
-def disjoint_sets(cfg: CfgNode, measured: Sequence[str] = ("CALIB",)) -> dict[str, DetectionDataset]:
-    """TRAIN (CALIBRATION.TRAIN_PHOTOS of it, not augmented), CALIB and TEST; ``measured`` as in `open_recorded`.
+def disjoint_sets(
+    cfg: CfgNode,
+    measured: Sequence[str] = ("CALIB",),
+    unlabelled: bool = False,
+    once: Sequence[str] = ("CALIB",),
+    near: bool = True,
+) -> tuple[dict[str, DetectionDataset], dict[str, Repeats]]:
+    """TRAIN (CALIBRATION.TRAIN_PHOTOS of it, not augmented), CALIB and TEST; arguments as in `open_recorded`.
 
     Raises:
         DataError: a photo is in two of the whole splits, or photos that measure have no box.
     """
     labelled = {*measured, "TRAIN"} if cfg.CALIBRATION.REFERENCE == "labels" else {*measured}
-    sets = {name: load_dataset(cfg, cfg.DATA[name], need_boxes=name in labelled) for name in ("TRAIN", "CALIB", "TEST")}
+    sets = {
+        name: load_dataset(cfg, cfg.DATA[name], need_boxes=name in labelled, unlabelled=unlabelled)
+        for name in ("TRAIN", "CALIB", "TEST")
+    }
+    repeats = {}
+    for name in once:
+        sets[name], repeats[name] = distinct(sets[name], near)
     require_disjoint(**sets)
-    records = limit_photos(sets["TRAIN"].records, cfg.CALIBRATION.TRAIN_PHOTOS, cfg.SEED)
-    sets["TRAIN"] = DetectionDataset(records, sets["TRAIN"].classes, None, False, cfg.SEED, cfg.DATA.ON_BAD)
-    return sets
+    sets["TRAIN"] = sets["TRAIN"].subset(limit_photos(sets["TRAIN"].records, cfg.CALIBRATION.TRAIN_PHOTOS, cfg.SEED))
+    return sets, repeats

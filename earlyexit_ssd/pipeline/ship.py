@@ -63,7 +63,8 @@ def ship_weights(
     if info.get("forced"):
         raise EarlyExitError(f"{source}: a gate was passed by --force; only models that passed their gates are shipped")
     routing = build_router(cfg, info["router"]).to_dict()
-    content = half_file({**read_weights(source), "info": {**info, "router": routing}})
+    kept = {key: value for key, value in info.items() if key != "certificate"}  # it is for the weights in fp32
+    content = half_file({**read_weights(source), "info": {**kept, "router": routing}})
     path = Path(folder) / f"{name}.pth"
     if len(content) > MAX_BYTES:
         raise EarlyExitError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -28,7 +29,7 @@ def write_calibration(folder: Path, certificate: Certificate, temperatures: Sequ
 def calibration_report(certificate: Certificate, temperatures: Sequence[FittedTemperature]) -> str:
     """A line per exit, and what is promised."""
     measured, unit = certificate.measured, certificate.cost_model["unit"]
-    lines = [f"policy {certificate.router['policy']}, {measured['photos']} calibration photos", ""]
+    lines = [f"policy {certificate.router['policy']}, {measured['photos']} calibration photos{_left_out(measured)}", ""]
     lines.append(
         f"{'exit':8} {'threshold':>10} {'share':>8} {unit:>9} {'temperature':>12} {'fitted':>7} {'ECE at 1':>9} "
         f"{'fitted':>7}"
@@ -51,28 +52,61 @@ def calibration_report(certificate: Certificate, temperatures: Sequence[FittedTe
     return "\n".join(lines)
 
 
+def _left_out(measured: Mapping[str, Any]) -> str:
+    parts = {"copies": measured.get("equal_photos"), "photos that look equal": measured.get("near_equal_photos")}
+    shown = " and ".join(f"{count} {what}" for what, count in parts.items() if count)
+    return f" ({shown} left out: each photo counts once)" if shown else ""
+
+
+def _agreement(certificate: Certificate) -> list[str]:
+    """How far routing says what the full path says."""
+    found, score = certificate.measured.get("agreement"), certificate.target["score"]
+    if not found:
+        return []
+    same = (
+        ""
+        if found["same_photos"] is None
+        else f"; the same answer for {100 * found['same_photos']:.1f} % of the photos"
+    )
+    return [
+        f"agreement with the full path at score {score:g}: {found['kept']} of its {found['objects']} objects kept, "
+        f"{found['added']} added{same}"
+    ]
+
+
 def _promise(certificate: Certificate) -> list[str]:
     measured, target, unit = certificate.measured, certificate.target, certificate.cost_model["unit"]
     against = "what the full path says" if target["reference"] == "full" else "the labels"
+    accuracy = "nobody labelled these photos, so AP is not known"
+    if measured.get("labelled", True):
+        accuracy = f"AP50 {figure(measured['AP50'])}, full path {figure(measured['AP50_full'])}"
     lines = [
-        f"AP50 {figure(measured['AP50'])}, full path {figure(measured['AP50_full'])}; "
-        f"loss per photo {measured['loss']:.4f} against {against}",
+        f"{accuracy}; loss per photo {measured['loss']:.4f} against {against}",
+        *_agreement(certificate),
         f"mean cost {measured['cost']:.1f} {unit}, "
         f"{measured['speedup']:.2f} times as fast as the detector without exits",
     ]
+    draws, drawn = "the calibration photos", "photo"
+    if target.get("block"):
+        size = target["block"]
+        draws, drawn = f"the {measured['blocks']} blocks of {size} calibration photos", f"block of {size}"
     if target["kind"] == "risk":
         promise = (
             "every exit stays closed: nothing is lost, nothing gained"
             if certificate.closed
-            else f"with probability {1 - target['delta']:g} over the draw of the calibration photos the expected loss "
-            f"per photo is at most {target['epsilon']:g} (bound {measured['loss_bound']:.4f}, {target['bound']})"
+            else f"with probability {1 - target['delta']:g} over the draw of {draws} the expected loss "
+            f"per {drawn} is at most {target['epsilon']:g} (bound {measured['loss_bound']:.4f}, {target['bound']})"
         )
         lines.append(promise)
     if target["kind"] == "ap_drop":
         lines.append(
-            f"in {1 - target['delta']:.0%} of bootstrap draws of the calibration photos at most "
+            f"in {1 - target['delta']:.0%} of bootstrap draws of {draws} at most "
             f"{measured['AP50_lost_bound']:.4f} AP50 is lost (target {target['value']:g})"
         )
+        if "photos_needed" in measured:
+            lines.append(
+                f"these are few for that: at least {measured['photos_needed']} are needed, see docs/routing.md"
+            )
     return lines
 
 

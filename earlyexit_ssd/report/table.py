@@ -70,8 +70,11 @@ def text_report(metrics: Mapping[str, Any]) -> str:
     context, verdict = metrics["context"], metrics["verdict"]
     splits = ", ".join(context["splits"]) or "unnamed data"
     others = any(row.get("other_runtime") for row in static_rows(metrics))
+    labelled = context.get("labelled", True)
     lines = [
-        f"{splits}: {context['images']} photos, {context['empty_images']} of them without an object",
+        f"{splits}: {context['images']} photos, {context['empty_images']} of them without an object"
+        + ("" if labelled else " by the full path; nobody labelled them"),
+        *([] if labelled else ["P to loc.err: agreement with what the full path finds; AP is not known"]),
         f"P to loc.err at score {context['score']:g} and IoU {context['iou']:g};"
         f" ms of one image in {timing_title(metrics)}"
         + ("; ORT: in ONNX Runtime, not to be compared" if others else ""),

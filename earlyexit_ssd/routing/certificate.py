@@ -48,6 +48,8 @@ class Target(_NeededOfTarget, total=False):
     epsilon: Share
     delta: Share
     bound: str
+    block: Annotated[int, 1, 2**31]
+    learned: bool
 
 
 class Measured(TypedDict, total=False):
@@ -62,6 +64,13 @@ class Measured(TypedDict, total=False):
     speedup: float
     loss_bound: float | None
     AP50_lost_bound: float | None
+    photos_needed: int
+    labelled: bool
+    agreement: dict[str, float | None]
+    equal_photos: int
+    near_equal_photos: int
+    blocks: int
+    steps: int
 
 
 class Costs(TypedDict, total=False):
@@ -80,10 +89,15 @@ class Certificate:
         router: the settings of an `ExitRouter`: policy with its parameters, thresholds, temperatures.
         target: what was asked for: ``kind`` (``speedup``, ``ap_drop`` or ``risk``) and its numbers (``value``;
             ``ap_drop`` has ``delta`` too, ``risk`` has ``epsilon``, ``delta`` and ``bound``, the inequality),
-            ``reference`` (full or labels), ``score`` and ``iou``.
+            ``reference`` (full or labels), ``score`` and ``iou``; where it was asked for ``block`` (photos of a folder
+            that are one draw) and ``learned`` (thresholds of a soft exit).
         measured: on the calibration photos: ``photos``, ``loss`` (mean per photo), ``AP50``, ``AP50_full``,
             ``exit_share``, ``cost``, ``speedup``; for a risk ``loss_bound`` (the upper confidence bound of the loss at
-            delta, were this the only step tested), for an AP drop ``AP50_lost_bound``.
+            delta, were this the only step tested), for an AP drop ``AP50_lost_bound`` and, where there were fewer
+            photos, ``photos_needed``. ``labelled`` is False where nobody labelled the photos: then AP50 is None.
+            ``agreement`` with the full path at the score: its ``objects``, how many were ``kept``, how many ``added``,
+            and the share of the ``same_photos``. ``equal_photos`` and ``near_equal_photos`` were left out, since
+            others stand for them; ``blocks`` is how many there were.
         cost_model: ``unit`` (ms or mmacs), ``exits``, ``plain``, and where milliseconds were measured.
         weights_sha256: of the network's parameters and buffers.
         photos_sha256: the calibration photos' contents, each the first 16 hexadecimal digits.
@@ -127,9 +141,11 @@ class Certificate:
         if calibrated != own:  # an empty exit has no weights to be known by
             raise EarlyExitError(f"the certificate is for the exits {calibrated}, the model has {own}; calibrate again")
         try:
-            return make_router(model, self.router)
+            router = make_router(model, self.router)
         except EarlyExitError as error:
             raise EarlyExitError(f"the certificate: {error}; calibrate again") from None
+        router.certificate = self
+        return router
 
     def require_unseen(self, photos: Iterable[tuple[str | os.PathLike[str], str]]) -> None:
         """Refuse photos that calibrated: figures on them flatter.
@@ -149,10 +165,14 @@ class Certificate:
         """For a `DriftMonitor`."""
         return Reference.from_dict(self.drift)
 
+    def to_dict(self) -> dict[str, Any]:
+        """What a file of it holds, as it comes back from JSON; `parse_certificate` reads it."""
+        content = json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}))
+        return {**content, CHECKSUM: _checksum(content)}
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file."""
-        content = {"format": FORMAT, **dataclasses.asdict(self)}
-        write_json(path, {**content, CHECKSUM: _checksum(content)})
+        write_json(path, self.to_dict())
 
 
 def load_certificate(path: str | os.PathLike[str]) -> Certificate:

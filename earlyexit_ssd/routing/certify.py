@@ -9,7 +9,7 @@ import numpy as np
 
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.routing.risk import BOUNDS, fixed_sequence_test, photos_needed, upper_bound
-from earlyexit_ssd.routing.search import choose, pareto_path, threshold_grid
+from earlyexit_ssd.routing.search import Grid, choose, pareto_path, threshold_grid
 
 LONGEST_PATH = 80
 """Steps of the path; more of them cost time, fewer leave larger gaps between thresholds."""
@@ -23,11 +23,11 @@ class Certified:
         step: the path's step that was chosen; 0 is the closed one.
         thresholds: per early exit.
         choice: exit of every calibration photo, [n].
-        loss: mean over them.
+        loss: mean over them, or over their groups.
         bound: upper confidence bound of the expected loss at level delta, were this the only step.
         passed: steps of the path that passed, the closed one not counted.
-        photos_needed: where none passed, how many calibration photos would certify the first open step if they lost
-            what these did; None where no number would.
+        photos_needed: where none passed, how many calibration photos (or groups) would certify the first open step if
+            they lost what these did; None where no number would.
     """
 
     step: int
@@ -40,7 +40,10 @@ class Certified:
 
 
 def safe_to_bold(
-    confidences: Sequence[np.ndarray], losses: np.ndarray, costs: Callable[[np.ndarray], np.ndarray]
+    confidences: Sequence[np.ndarray],
+    losses: np.ndarray,
+    costs: Callable[[np.ndarray], np.ndarray],
+    grid: Grid | None = None,
 ) -> np.ndarray:
     """Thresholds of all exits from everything closed to ever cheaper ones, [steps, early exits].
 
@@ -52,8 +55,9 @@ def safe_to_bold(
         confidences: per early exit [m].
         losses: [m, exits].
         costs: thresholds [M, early exits] to the exits' costs with them [M, exits].
+        grid: the combinations to choose from; by default all that `threshold_grid` makes.
     """
-    grid = threshold_grid(confidences)
+    grid = grid or threshold_grid(confidences)
     path = pareto_path(grid.mean(losses), grid.mean_cost(costs(grid.thresholds)))
     thresholds = grid.thresholds[path]
     if len(thresholds) > LONGEST_PATH:
@@ -71,6 +75,7 @@ def certify(
     delta: float,
     bound: str = "betting",
     seed: int | None = 0,
+    groups: np.ndarray | None = None,
 ) -> Certified:
     """Walk along ``path`` as long as every step's risk is at most ``epsilon`` with probability 1 - ``delta``, and take
     the step that costs the calibration photos least.
@@ -87,11 +92,15 @@ def certify(
         seed: of the order in which the photos are tested. The betting bound stops at its best moment, so data sets or
             hours of a day that stand one behind the other would be judged by the first of them. None: as they
             come, for photos that are in random order already.
+        groups: of photos that go together, numbered from 0, [n]: the mean over the photos of a group is one loss, and
+            the promise is for the draw of groups. None: every photo is a group.
     """
     p_value, rows = BOUNDS[bound], np.arange(len(losses))
-    order = rows if seed is None else np.random.default_rng(seed).permutation(len(losses))
+    sizes = np.ones(len(losses)) if groups is None else np.bincount(groups)
+    order = np.arange(len(sizes)) if seed is None else np.random.default_rng(seed).permutation(len(sizes))
     choices = [choose(confidences, thresholds) for thresholds in path]
-    risks = [losses[rows, choice][order] for choice in choices]
+    groups = rows if groups is None else groups
+    risks = [(np.bincount(groups, losses[rows, choice]) / sizes)[order] for choice in choices]
     passed = fixed_sequence_test((p_value(risk, epsilon) for risk in risks[1:]), delta)  # step 0 is the full path
     needed = photos_needed(risks[1], epsilon, delta, p_value) if passed == 0 and len(path) > 1 else None
     chosen = min(range(passed + 1), key=lambda step: costs[step][choices[step]].mean())

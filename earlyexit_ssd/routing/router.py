@@ -37,6 +37,9 @@ class ExitRouter(nn.Module):
 
     ``thresholds``, ``temperatures`` and ``policy`` can be assigned later too, and are checked as here.
 
+    Attributes:
+        certificate: the `Certificate` that it was made from, if any: what is promised, and the photos that calibrated.
+
     Raises:
         EarlyExitError: an unknown policy, a number that is not in its range, or a wrong count.
     """
@@ -59,6 +62,7 @@ class ExitRouter(nn.Module):
             raise EarlyExitError(f"num_exits is {num_exits!r}, expected the number of early exits, 1 or more")
         if type(hybrid) is not bool:
             raise EarlyExitError(f"hybrid is {hybrid!r}, expected True or False")
+        self.certificate: Any = None
         self.num_exits = num_exits
         self.hybrid = hybrid
         self._look_up(policy, parameters)

@@ -2,8 +2,8 @@
 
 A photo leaves exit k with probability s_k = sigmoid((c_k - t_k) / width), c_k its confidence, so it takes exit k with
 q_k = s_k (1 - s_1) ... (1 - s_{k-1}); the thresholds t minimise the mean of sum_k q_k (loss_k + price * cost_k). The
-soft exit follows Bolukbasi et al. 2017, "Adaptive neural networks for efficient inference", section 3; it is there to
-be compared with the search (benchmarks/README.md).
+soft exit follows Bolukbasi et al. 2017, "Adaptive neural networks for efficient inference", section 3; how it compares
+with the search: benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from torch import Tensor
 
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.routing.search import choose, open_sets
+from earlyexit_ssd.progress import progress
+from earlyexit_ssd.routing.search import Grid, choose, open_sets
 
 STEPS = 150
 WIDTHS = (0.1, 0.01)
 """First and last width of the soft exit, in ranks (see `learn_thresholds`); it shrinks geometrically."""
+BUDGETS = 20
+"""Mean costs, from that of the cheapest exit to that of the full path alone, that `learned_grid` learns for."""
 HALVINGS = 10
 """Of the interval that holds the price."""
 
@@ -55,6 +58,29 @@ def learn_open_exits(
     if best is None:
         raise EarlyExitError(f"no exit has a mean cost of {budget:g} or less; give a larger budget")
     return best
+
+
+def learned_grid(
+    confidences: Sequence[np.ndarray],
+    losses: np.ndarray,
+    costs_with: Callable[[Sequence[float]], np.ndarray],
+    more_budgets: Sequence[float] = (),
+) -> Grid:
+    """Thresholds as `learn_open_exits` finds them at even mean costs, all exits closed first, as a grid to choose from.
+
+    Args:
+        confidences, losses, costs_with: as there.
+        more_budgets: mean costs to learn for beside the even ones; those that no exit has are left out.
+    """
+    closed = [CLOSED] * len(confidences)
+    dearest = float(costs_with(closed)[-1])
+    least = min(float(costs_with(flags)[kept[0]]) for flags, kept in open_sets(len(confidences)))
+    budgets = {*np.linspace(least, dearest, BUDGETS).tolist(), *(one for one in more_budgets if one >= least)}
+    found = [closed]
+    for budget in progress(sorted(budgets, reverse=True), desc="learn thresholds"):
+        found.append(learn_open_exits(confidences, losses, costs_with, budget).tolist())
+    thresholds = np.unique(np.array(found, dtype=np.float32), axis=0)
+    return Grid(thresholds, np.stack([choose(confidences, row) for row in thresholds]))
 
 
 def learn_thresholds(

@@ -242,7 +242,10 @@ def test_boxes_as_shares(make_coco, tmp_path):
     raw, problems = read(tmp_path)
     assert len(raw.records[0].annotations) == 2
     assert problems.counts == {"box in shares of the photo": 1}
-    assert "annotation 0 of photo tiny10.png has bbox [0.1, 0.2, 0.34, 0.33]" in problems.examples["box in shares of the photo"]
+    assert (
+        "annotation 0 of photo tiny10.png has bbox [0.1, 0.2, 0.34, 0.33]"
+        in problems.examples["box in shares of the photo"]
+    )
 
 
 def test_ids_that_no_integer_of_64_bits_holds_are_numbered(make_coco, tmp_path):

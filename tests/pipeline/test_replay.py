@@ -16,7 +16,7 @@ def test_what_measures_needs_labels(monkeypatch, reference, measured, expected):
     """Photos that nobody labelled would stand for some that show nothing."""
     asked = {}
 
-    def load_dataset(cfg, names, need_boxes):
+    def load_dataset(cfg, names, need_boxes, unlabelled):
         asked[next(split for split in ("TRAIN", "CALIB", "TEST") if cfg.DATA[split] == names)] = need_boxes
 
     class Loaded(Exception):

@@ -1,0 +1,162 @@
+"""Photos that are no draws of their own: equal ones, near-equal ones, and the frames of one video.
+
+What calibration promises is for independent draws. A photo that is there three times is one draw, so it counts once.
+Frames of one video are not independent either, but no two of them are the same: these are taken block by block.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from earlyexit_ssd.data.dataset import DetectionDataset
+from earlyexit_ssd.data.fingerprint import photo_hashes
+from earlyexit_ssd.errors import DataError, EarlyExitError
+from earlyexit_ssd.progress import progress
+
+logger = logging.getLogger(__name__)
+
+# Measured on 120 photos saved anew (JPEG at quality 30 to 90, WebP, half the size): at most 4 bits and 15 grey levels.
+# Of different photos no two are nearer than 12 bits.
+MOST_BITS = 4
+MOST_GREY = 16
+_GRID = 16
+_BITS = np.array([bin(value).count("1") for value in range(256)], dtype=np.uint8)
+
+
+@dataclass(frozen=True)
+class Block:
+    """How many consecutive photos of a folder make a block.
+
+    Attributes:
+        photos: at least 1.
+        text: what the user asked for.
+    """
+
+    photos: int
+    text: str
+
+    @classmethod
+    def parse(cls, text: str, fps: float | None = None) -> Block:
+        """``"25"`` (photos), or ``"5s"`` (seconds) where ``fps`` says how many photos of the folder make one.
+
+        Raises:
+            EarlyExitError: no such number, or seconds without ``fps``.
+        """
+        found = re.fullmatch(r"\s*(\d+|\d*\.?\d+(?=\s*s))\s*(s?)\s*", str(text))
+        if found is None or not float(found[1]) > 0:
+            raise EarlyExitError(f"block is {text!r:.60}, expected photos such as 25, or seconds such as 5s with --fps")
+        if not found[2]:
+            if fps is not None:
+                raise EarlyExitError(
+                    f"block is {text!r:.60}, photos, so --fps has no part in it; give seconds, such as 5s"
+                )
+            return cls(int(found[1]), found[0].strip())
+        if fps is None:
+            raise EarlyExitError(
+                f"block is {text!r:.60}, and photos do not say when they were taken: give --fps, the photos of the "
+                "folder per second (of a video at 25 of which every fifth frame was kept: 5), or a number of photos"
+            )
+        if not 0 < fps < float("inf"):
+            raise EarlyExitError(f"fps is {fps:g}, expected photos per second, above 0, such as 5")
+        return cls(max(1, round(float(found[1]) * fps)), f"{found[0].strip()} at {fps:g} photos a second")
+
+
+def block_of_each(paths: Sequence[Path], photos: int) -> np.ndarray:
+    """The block of every photo, numbered from 0: so many photos of a folder that follow each other by file name.
+
+    Numbers in names count as numbers, so that 10 follows 9. The last block of a folder may be shorter.
+    """
+    order = sorted(range(len(paths)), key=lambda index: (str(paths[index].parent), _in_order(paths[index].name)))
+    blocks, current, place, folder = np.zeros(len(paths), dtype=np.int64), -1, 0, None
+    for index in order:
+        if paths[index].parent != folder:
+            folder, place = paths[index].parent, 0
+        current += place % photos == 0
+        blocks[index] = current
+        place += 1
+    return blocks
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Photos that were left out, since another one stands for them: ``equal`` in content, ``near`` to it in looks.
+
+    ``near_sha256`` are the contents of the latter.
+    """
+
+    equal: int = 0
+    near: int = 0
+    near_sha256: tuple[str, ...] = ()
+
+
+def distinct(dataset: DetectionDataset, near: bool = True) -> tuple[DetectionDataset, Repeats]:
+    """The data set with each photo once, the first of those that are equal, and what was left out, which is logged.
+
+    Args:
+        near: the same picture saved anew counts as the same too; not so for the frames of a video.
+
+    Raises:
+        DataError: a photo cannot be read.
+    """
+    digests = [digest for _, digest in photo_hashes(dataset)]
+    _, first = np.unique(digests, return_index=True)
+    kept = sorted(first.tolist())
+    equal = len(digests) - len(kept)
+    alone = _unlike([dataset.records[index].path for index in kept]) if near else range(len(kept))
+    left_out = sorted(set(range(len(kept))) - set(alone))
+    found = Repeats(equal, len(left_out), tuple(digests[kept[index]] for index in left_out))
+    if found.near:
+        logger.warning(
+            "%d of %d photos look like another one and count once; if these are frames of a video, calibrate on blocks "
+            "(--block) instead",
+            found.near,
+            len(kept),
+        )
+    if equal:
+        logger.warning("%d of %d photos are copies of another one and count once", equal, len(digests))
+    return dataset.subset([dataset.records[kept[index]] for index in alone]), found
+
+
+def _unlike(paths: Sequence[Path]) -> list[int]:
+    """Indices of the photos that look like none before them."""
+    bits, grey = np.zeros((len(paths), 8), np.uint8), np.zeros((len(paths), _GRID, _GRID), np.int16)
+    alone: list[int] = []
+    for index, path in enumerate(progress(paths, desc="compare photos")):
+        bits[index], grey[index] = look_of(path)
+        nearest = np.array(alone)[_BITS[bits[alone] ^ bits[index]].sum(1) <= MOST_BITS] if alone else []
+        if not any(np.abs(grey[other] - grey[index]).max() <= MOST_GREY for other in nearest):
+            alone.append(index)
+    return alone
+
+
+def look_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """What a photo looks like: a difference hash, 64 bits in uint8 [8], and a small grey picture, int16 [16, 16].
+
+    A bit says whether the grey of a cell (9 x 8 of them) is below that of its right neighbour. Saved anew, a photo
+    keeps nearly all bits. Where something small moves they stay too, but a cell of the grey picture changes.
+
+    Raises:
+        DataError: the photo cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            image.draft("L", (256, 256))  # JPEG is decoded no larger than needed
+            pixels = image.convert("L")
+            cells = np.asarray(pixels.resize((9, 8), Image.Resampling.BOX), np.int16)
+            grey = np.asarray(pixels.resize((_GRID, _GRID), Image.Resampling.BOX), np.int16)
+    except Exception as error:  # Pillow's decoders raise a dozen types on broken files
+        raise DataError(
+            f"{path}: not a readable photo ({' '.join(str(error).split())[:80]}); mend or remove it"
+        ) from None
+    return np.packbits(cells[:, 1:] > cells[:, :-1]), grey
