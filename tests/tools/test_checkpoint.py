@@ -1,0 +1,111 @@
+"""A detector with exits that torchvision's train.py trained, through our tools."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.models import get_model
+
+import earlyexit_ssd  # noqa: F401 - registers the builder
+from earlyexit_ssd.config import load_config
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.files import write_text
+from earlyexit_ssd.modeling import COCO_CLASSES
+from earlyexit_ssd.pipeline.build import open_model
+from tests.tools.conftest import final_weights
+from tools import calibrate, demo, eval_exits
+
+QUICK = ["EVAL.PICTURES", "0", "EVAL.RIVALS.ENABLED", "false"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(trained):
+    """The weights of a run as ``train.py`` stores them."""
+    root, arguments = trained
+    state = {f"module.{key}": value for key, value in final_weights(root / "run").items()}
+    path = root / "model_25.pth"
+    torch.save({"model": state, "epoch": 25, "args": argparse.Namespace(dataset="coco", lr=0.01)}, path)
+    return str(path), arguments
+
+
+def figures(folder):
+    metrics = json.loads((folder / "metrics.json").read_text())
+    timed = ("ms", "ms_mean", "ms_std", "ms_p95", "fps")
+    return [
+        {key: value for key, value in entry.items() if key.startswith("AP") and key not in timed}
+        for entry in metrics["exits"]
+    ]
+
+
+def test_evaluated_and_calibrated_as_the_run_s_own(checkpoint, tmp_path, capsys):
+    path, arguments = checkpoint
+    assert eval_exits.main([*arguments, *QUICK, "--out", str(tmp_path / "own")]) == 0
+    assert eval_exits.main([*arguments, *QUICK, "--weights", path, "--out", str(tmp_path / "foreign")]) == 0
+    assert figures(tmp_path / "own") == figures(tmp_path / "foreign") and len(figures(tmp_path / "own")) == 3
+    target = ["--speedup", "0.1", "--out", str(tmp_path / "cal"), "CALIBRATION.COST", "mmacs"]
+    assert calibrate.main([*arguments, "--weights", path, *target]) == 0
+    use = ["ROUTING.CERTIFICATE", str(tmp_path / "cal" / "certificate.json")]
+    assert eval_exits.main([*arguments, *QUICK, "--weights", path, "--out", str(tmp_path / "third"), *use]) == 0
+    capsys.readouterr()
+
+
+def test_demonstrated_with_its_configuration(checkpoint, tmp_path, capsys):
+    path, arguments = checkpoint
+    config = arguments[arguments.index("--config") + 1]
+    Image.new("RGB", (80, 60), (200, 30, 30)).save(tmp_path / "photo.png")
+    shown = [str(tmp_path / "photo.png"), "--weights", path, "--out", str(tmp_path / "out")]
+    assert demo.main([*shown, "--config", config]) == 0
+    assert ", confidence " in capsys.readouterr().out
+    assert demo.main(shown) == 2  # 64 px and a quarter of the width are in no checkpoint
+    assert "does not fit the model" in capsys.readouterr().err
+
+
+def test_a_configuration_that_describes_another_is_one_line(checkpoint, tmp_path, capsys):
+    path, arguments = checkpoint
+    for more, message in (
+        (["EXITS.LAYERS", "[6]"], "its exits are exit8, exit12, described are exit6; set EXITS.LAYERS"),
+        (["EXITS.CHANNELS", "24"], "check EXITS"),
+        (["MODEL.WIDTH", "0.5"], "check MODEL.WIDTH"),
+        (
+            ["DATA.CLASSES", "[chair, lamp]"],
+            "its head has 2 outputs, so 1 classes beside background, the configuration has 2",
+        ),
+    ):
+        assert eval_exits.main([*arguments, "--weights", path, "--out", str(tmp_path / "out"), *more]) == 2
+        assert message in capsys.readouterr().err
+    plain = get_model("ssdlite320_mobilenet_v3_large", weights=None, weights_backbone=None, num_classes=2)
+    torch.save({"model": plain.state_dict()}, tmp_path / "plain.pth")
+    assert eval_exits.main([*arguments, "--weights", str(tmp_path / "plain.pth"), "--out", str(tmp_path / "out")]) == 2
+    assert "plain.pth: a detector without exits; train them: MODEL.WEIGHTS" in capsys.readouterr().err
+
+
+def test_of_coco_s_91_outputs_the_configuration_s_classes(tmp_path):
+    small = {"image_size": 96, "width": 0.25, "channels": 16, "depth": (1,), "exit_layers": (4, 8), "empty": (4,)}
+    whole = get_model("earlyexit_ssdlite320_mobilenet_v3_large", weights=None, weights_backbone=None, **small).eval()
+    for module in whole.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    torch.save({"model": whole.state_dict()}, tmp_path / "coco.pth")
+    write_text(
+        tmp_path / "c.yaml",
+        "DATA: {CLASSES: [chair, person]}\nMODEL: {IMAGE_SIZE: 96, WIDTH: 0.25}\n"
+        "EXITS: {LAYERS: [4, 8], EMPTY: [4], CHANNELS: 16, DEPTH: 1}\n",
+    )
+    cfg = load_config(tmp_path / "c.yaml")
+    model, architecture, _ = open_model(cfg, tmp_path / "coco.pth")
+    assert model.classes == ("chair", "person") and architecture.folded_branches
+    rows = [COCO_CLASSES.index(name) + 1 for name in model.classes]
+    photo = [torch.rand(3, 96, 96)]
+    with torch.no_grad():
+        pairs = zip(model.exit_outputs(photo).heads, whole.exit_outputs(photo).heads, strict=True)
+        for one, other in pairs:
+            expected = other["cls_logits"].softmax(-1)[..., rows]
+            assert torch.allclose(one["cls_logits"].softmax(-1)[..., 1:], expected, atol=1e-6)
+    model.save(tmp_path / "model.pth")
+    assert open_model(cfg, tmp_path / "model.pth")[1] == architecture
+    cfg.defrost()
+    cfg.DATA.CLASSES = ("chair", "unicorn")
+    with pytest.raises(EarlyExitError, match=r"coco\.pth: its head has COCO's classes.*unicorn"):
+        open_model(cfg, tmp_path / "coco.pth")
