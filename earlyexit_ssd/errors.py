@@ -18,6 +18,10 @@ class DataError(EarlyExitError):
     """A data set, a record or an image that cannot be used."""
 
 
+class CannotWrite(EarlyExitError):
+    """A file that could not be written: a full disk, a quota, a folder that is read-only."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """``" (did you mean 'x'?)"`` for the valid name that is closest to ``name``, or an empty string."""
     by_lower_case = {candidate.lower(): candidate for candidate in valid}

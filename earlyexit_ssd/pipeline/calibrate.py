@@ -18,6 +18,7 @@ from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.bootstrap import bootstrap_choices
 from earlyexit_ssd.evaluation.choices import ap_of_choice
+from earlyexit_ssd.files import locks_folder
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.checkpoint import weights_hash
 from earlyexit_ssd.pipeline.build import trained_temperatures
@@ -76,6 +77,7 @@ class Found:
     more: dict[str, Any]
 
 
+@locks_folder("out_dir")
 def calibrate(
     cfg: CfgNode, weights: str | os.PathLike[str], target: Target, out_dir: str | os.PathLike[str]
 ) -> Certificate:

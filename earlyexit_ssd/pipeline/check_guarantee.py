@@ -13,7 +13,7 @@ from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.resplits import check_certificates
-from earlyexit_ssd.files import write_json
+from earlyexit_ssd.files import locks_folder, write_json
 from earlyexit_ssd.pipeline.build import trained_temperatures
 from earlyexit_ssd.pipeline.calibrate import Target
 from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
@@ -23,6 +23,7 @@ from earlyexit_ssd.routing.certify import safe_to_bold
 from earlyexit_ssd.routing.policies import require_known
 
 
+@locks_folder("out_dir")
 def check_guarantee(
     cfg: CfgNode,
     weights: str | os.PathLike[str],

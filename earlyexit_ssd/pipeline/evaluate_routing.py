@@ -15,6 +15,7 @@ from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.evaluation.reference_lines import line_of, overthinking
 from earlyexit_ssd.evaluation.scoring_time import time_scoring
 from earlyexit_ssd.evaluation.throughput import mixed_throughput
+from earlyexit_ssd.files import locks_folder
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
 from earlyexit_ssd.pipeline.fit_router import fit_policy, fit_temperatures, learns, per_exit, require_deciding
@@ -37,6 +38,7 @@ from earlyexit_ssd.routing.soft_exit import learn_open_exits
 REFERENCE_POLICY = "max_foreground"
 
 
+@locks_folder("out_dir")
 def evaluate_routing(
     cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str | os.PathLike[str], policies: Sequence[str] = ()
 ) -> dict[str, Any]:
