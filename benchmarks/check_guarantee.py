@@ -20,7 +20,7 @@ from scipy import stats
 
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.files import write_json
+from earlyexit_ssd.files import locks_folder, write_json
 from earlyexit_ssd.pipeline.build import trained_temperatures
 from earlyexit_ssd.pipeline.calibrate import Target
 from earlyexit_ssd.pipeline.command_line import run_tool
@@ -115,6 +115,7 @@ def check_certificates(
     )
 
 
+@locks_folder("out")
 def check_guarantee(
     cfg: CfgNode, weights: str | Path, out: Path, delta: float = 0.05, splits: int = 1000
 ) -> dict[str, Any]:

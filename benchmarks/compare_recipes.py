@@ -26,7 +26,7 @@ from earlyexit_ssd.data import load_dataset
 from earlyexit_ssd.data.fingerprint import fingerprint
 from earlyexit_ssd.errors import ConfigError, EarlyExitError
 from earlyexit_ssd.evaluation.cost import mmacs_to_exit
-from earlyexit_ssd.files import make_folder, sha256, write_json, write_text
+from earlyexit_ssd.files import locks_folder, make_folder, sha256, write_json, write_text
 from earlyexit_ssd.pipeline.build import build_device, require_full_path, with_classes
 from earlyexit_ssd.pipeline.command_line import run_tool
 from earlyexit_ssd.pipeline.phases import shown, tap_loader, train_branches
@@ -78,6 +78,7 @@ def read_recipes(path: str | Path) -> Recipes:
     return {str(name): {**shared, **keys} for name, keys in recipes.items()}
 
 
+@locks_folder("out_dir")
 def compare_recipes(
     config: str | Path, overrides: Sequence[str], recipes: Recipes, seeds: Sequence[int], out_dir: Path
 ) -> list[dict[str, Any]]:
@@ -111,7 +112,6 @@ def compare_recipes(
         for name, keys in recipes.items()
         for seed in dict.fromkeys(seeds)
     ]
-    make_folder(out_dir)
     rows, contents = [], {}
     for name, seed, cfg, folder in trials:
         photos = f"{cfg.DATA} {cfg.SEED}"  # the seed chooses among them

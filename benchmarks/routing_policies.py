@@ -37,7 +37,7 @@ from earlyexit_ssd.evaluation.choices import ExitMatches, ap_of_choice
 from earlyexit_ssd.evaluation.coco import Detections
 from earlyexit_ssd.evaluation.cost import PlainPath, Timing, time_modules
 from earlyexit_ssd.evaluation.photo_losses import photo_counts
-from earlyexit_ssd.files import write_image, write_json, write_text
+from earlyexit_ssd.files import locks_folder, write_image, write_json, write_text
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.conditional import route
 from earlyexit_ssd.modeling.fused import fuse_for_inference
@@ -557,6 +557,7 @@ def _leak(
 # ---------------------------------------------------------------------------------------------- all policies
 
 
+@locks_folder("out")
 def evaluate_routing(cfg: CfgNode, weights: str | Path, out: Path, policies: Sequence[str] = ()) -> dict[str, Any]:
     """Compare policies on DATA.TEST with thresholds from DATA.CALIB; write routing.json, the table and the chart.
 

@@ -30,6 +30,10 @@ class DataError(EarlyExitError):
     """A data set, a record or an image that cannot be used."""
 
 
+class CannotWrite(EarlyExitError):
+    """A file that could not be written: a full disk, a quota, a folder that is read-only."""
+
+
 def one_line(message: str) -> str:
     """``message`` without line breaks and control characters; where it is too long, without the front of long words
     (paths) and then without its middle."""

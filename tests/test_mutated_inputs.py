@@ -55,9 +55,33 @@ TEXTS = (
     *DATES,
 )
 VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 0.5, -0.0, 1e308, -1e-320, 2**31, 2**63, 2**64, -(2**63), 10**400,
-    float("nan"), float("inf"), [], {}, [[]], [None], {"a": 1}, {"": None}, [1, "2", 3.0], *TEXTS,
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    0.5,
+    -0.0,
+    1e308,
+    -1e-320,
+    2**31,
+    2**63,
+    2**64,
+    -(2**63),
+    10**400,
+    float("nan"),
+    float("inf"),
+    [],
+    {},
+    [[]],
+    [None],
+    {"a": 1},
+    {"": None},
+    [1, "2", 3.0],
+    *TEXTS,
+)
 
 
 def deep(levels: int, leaf: Any = 1) -> Any:
@@ -145,10 +169,31 @@ def as_json(tree: Any, rng: random.Random) -> bytes:
 BOMB = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))
 MERGES = "\n".join(f"m{n}: &m{n} {{<<: [{', '.join([f'*m{n - 1}'] * 9)}]}}" for n in range(1, 12))
 YAML_PIECES = (
-    "!!int x", "!!timestamp x", "!!float x", "!!bool x", "!!binary x", "!!python/object:os.system x", "!!set {a}",
-    "!!omap [a]", "&a [*a]", "&a {x: *a}", "{? [1] : 2}", "{? {a: 1} : 2}", "[" * 1500, "{a: " * 1500, "? ", "- ", "|\n",
-    "{SEED: 1, SEED: 2}", "<<: 1", "!!int ''", *DATES, '"a\\0b"', '"\\ud800"', "'" + "x" * 10_000 + "'",
-)  # fmt: skip
+    "!!int x",
+    "!!timestamp x",
+    "!!float x",
+    "!!bool x",
+    "!!binary x",
+    "!!python/object:os.system x",
+    "!!set {a}",
+    "!!omap [a]",
+    "&a [*a]",
+    "&a {x: *a}",
+    "{? [1] : 2}",
+    "{? {a: 1} : 2}",
+    "[" * 1500,
+    "{a: " * 1500,
+    "? ",
+    "- ",
+    "|\n",
+    "{SEED: 1, SEED: 2}",
+    "<<: 1",
+    "!!int ''",
+    *DATES,
+    '"a\\0b"',
+    '"\\ud800"',
+    "'" + "x" * 10_000 + "'",
+)
 
 
 def yaml_text(tree: dict, rng: random.Random) -> str:
@@ -180,11 +225,15 @@ class Kind(NamedTuple):
 
 
 CONFIG = {
-    "SEED": 3, "DATA": {"TRAIN": ["a"], "CALIB": ["b"], "TEST": ["c"], "DATASETS": [["a", "x.json", "x"]], "CLASSES": ["chair"]},
-    "MODEL": {"WIDTH": 0.5, "IMAGE_SIZE": 160, "SCORE_THRESH": 0.01}, "EXITS": {"LAYERS": [6, 12], "EMPTY": [6], "COPY": [0.5]},
+    "SEED": 3,
+    "DATA": {"TRAIN": ["a"], "CALIB": ["b"], "TEST": ["c"], "DATASETS": [["a", "x.json", "x"]], "CLASSES": ["chair"]},
+    "MODEL": {"WIDTH": 0.5, "IMAGE_SIZE": 160, "SCORE_THRESH": 0.01},
+    "EXITS": {"LAYERS": [6, 12], "EMPTY": [6], "COPY": [0.5]},
     "ROUTING": {"POLICY": "entropy", "THRESHOLDS": [0.5, 2], "TEMPERATURES": [1.0], "TEMPERATURE_BOUNDS": [0.5, 3.0]},
-    "PHASES": ["baseline", "exits"], "EVAL": {"RIVALS": {"SIZES": [96], "ONNX": ["yolox:a.onnx"]}}, "OUTPUT_DIR": "out",
-}  # fmt: skip
+    "PHASES": ["baseline", "exits"],
+    "EVAL": {"RIVALS": {"SIZES": [96], "ONNX": ["yolox:a.onnx"]}},
+    "OUTPUT_DIR": "out",
+}
 
 
 def write_config(folder: Path, rng: random.Random | None) -> None:
@@ -246,7 +295,10 @@ def write_coco(folder: Path, rng: random.Random | None) -> tuple[str, str, str]:
     return "tiny", "coco.json", "photos"
 
 
-OBJECT = "<object><name>{}</name><difficult>0</difficult><bndbox><xmin>5</xmin><ymin>6</ymin><xmax>25</xmax><ymax>36</ymax></bndbox></object>"
+OBJECT = (
+    "<object><name>{}</name><difficult>0</difficult>"
+    "<bndbox><xmin>5</xmin><ymin>6</ymin><xmax>25</xmax><ymax>36</ymax></bndbox></object>"
+)
 XML = (
     "<annotation><filename>0.png</filename><size><width>60</width><height>40</height></size>"
     + OBJECT.format("chair")
@@ -417,12 +469,23 @@ MODELS: list[Models] = []
 def hostile_tensor(value: torch.Tensor, rng: random.Random) -> Any:
     """What a state dict must not hold, or not there."""
     changes: tuple[Callable[[], Any], ...] = (
-        lambda: value.to(torch.int64), lambda: value.to(torch.complex64), lambda: value.to(torch.bool), lambda: value.double(),
-        lambda: value.to("meta"), lambda: value.float().to_sparse(), lambda: value * float("nan"), lambda: value[None], lambda: value.flatten()[:0],
-        lambda: torch.zeros(()), lambda: torch.quantize_per_tensor(value.float(), 0.1, 0, torch.qint8), lambda: value.tolist(),
-        lambda: value.float().to(torch.float8_e4m3fn), lambda: torch.zeros(1).expand(10**6), lambda: value.flatten().float().requires_grad_(),
+        lambda: value.to(torch.int64),
+        lambda: value.to(torch.complex64),
+        lambda: value.to(torch.bool),
+        lambda: value.double(),
+        lambda: value.to("meta"),
+        lambda: value.float().to_sparse(),
+        lambda: value * float("nan"),
+        lambda: value[None],
+        lambda: value.flatten()[:0],
+        lambda: torch.zeros(()),
+        lambda: torch.quantize_per_tensor(value.float(), 0.1, 0, torch.qint8),
+        lambda: value.tolist(),
+        lambda: value.float().to(torch.float8_e4m3fn),
+        lambda: torch.zeros(1).expand(10**6),
+        lambda: value.flatten().float().requires_grad_(),
         lambda: rng.choice(VALUES),
-    )  # fmt: skip
+    )
     return rng.choice(changes)()
 
 
@@ -526,10 +589,12 @@ def exported() -> onnx.ModelProto:
         ("labels", TensorProto.INT64, (1,)),
     ]
     graph = helper.make_graph(
-        nodes, "g", [helper.make_tensor_value_info("image", TensorProto.FLOAT, (1, 3, 32, 32))],
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, (1, 3, 32, 32))],
         [helper.make_tensor_value_info(*output) for output in outputs],
         [weights, boxes, label, helper.make_tensor("axis", TensorProto.INT64, (1,), [0])],
-    )  # fmt: skip
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
 
 

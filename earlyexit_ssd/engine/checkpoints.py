@@ -6,13 +6,11 @@ import signal
 from pathlib import Path
 from types import FrameType
 
-import torch
-
 from earlyexit_ssd.engine.distributed import any_process, barrier, is_main
 from earlyexit_ssd.engine.ema import ExponentialMovingAverage
 from earlyexit_ssd.engine.trainer import Hook, Trainer
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.files import atomic_path
+from earlyexit_ssd.files import write_torch
 from earlyexit_ssd.modeling.retrofit import read_weights
 
 
@@ -57,8 +55,7 @@ class Checkpoint(Hook):
                 "scaler": trainer.scaler.state_dict(),
                 "ema": self.ema.state_dict() if self.ema else None,
             }
-            with atomic_path(self.path) as temporary:
-                torch.save(state, temporary)
+            write_torch(self.path, state)
         barrier()
 
     def _load(self, trainer: Trainer) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 
 from earlyexit_ssd.engine.distributed import is_main
 from earlyexit_ssd.engine.ema import ExponentialMovingAverage
 from earlyexit_ssd.engine.trainer import Hook, Trainer
-from earlyexit_ssd.files import write_text
+from earlyexit_ssd.files import append_text, make_folder, write_text, writing
 from earlyexit_ssd.progress import progress
 
 
@@ -67,11 +71,11 @@ class Log(Hook):
     def before_training(self, trainer: Trainer) -> None:
         if not is_main():
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         if self.path.is_file():
             kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= trainer.step]
             write_text(self.path, "".join(f"{line}\n" for line in kept))
-        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=trainer.step + 1)
+        self.board = _Board(self.folder / "tensorboard", trainer.step + 1)
         self.started = time.perf_counter()
 
     def after_step(self, trainer: Trainer) -> None:
@@ -85,14 +89,40 @@ class Log(Hook):
             **trainer.losses,
             "seconds": round(time.perf_counter() - self.started, 2),
         }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-        for key, value in entry.items():
-            self.board.add_scalar(key, value, trainer.step)
+        append_text(self.path, json.dumps(entry) + "\n")
+        self.board.write(trainer.step, entry)
 
     def after_training(self, trainer: Trainer) -> None:
         if is_main():
             self.board.close()
+
+
+class _Board:
+    """Scalars for TensorBoard, written at once: `SummaryWriter` does it in a thread, where nobody hears of a full disk.
+
+    Args:
+        folder: of the event files; a new one is made. first_step: what older files hold from it on is not shown.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        make_folder(folder)
+        self.path = folder / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}"
+        with writing(self.path):
+            self._file = RecordWriter(open(self.path, "ab", buffering=0))  # noqa: SIM115
+        self._add(file_version="brain.Event:2")
+        self._add(step=first_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Those that are defined."""
+        scalars = [{"tag": key, "simple_value": value} for key, value in values.items() if value is not None]
+        self._add(step=step, summary=summary_pb2.Summary(value=[summary_pb2.Summary.Value(**one) for one in scalars]))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _add(self, **fields: Any) -> None:
+        with writing(self.path):
+            self._file.write(event_pb2.Event(wall_time=time.time(), **fields).SerializeToString())
 
 
 def _step(line: str) -> float:

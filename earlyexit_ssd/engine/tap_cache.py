@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from earlyexit_ssd.engine.batches import to_device
 from earlyexit_ssd.engine.distributed import barrier, is_main
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.files import atomic_path, require_space, stored_key, write_json
+from earlyexit_ssd.files import make_folder, new_array, require_space, stored_key, write_json, write_torch, writing
 from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
 from earlyexit_ssd.modeling.training import TapBatch, compute_taps
 from earlyexit_ssd.progress import progress
@@ -74,17 +74,18 @@ class TapCache:
         """
         key = hashlib.sha256(f"{contents} {_weights_hash(model)} {self.views} {self._dtype}".encode()).hexdigest()
         if is_main() and not self._is_whole(key):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "cache.json").unlink(missing_ok=True)
+            make_folder(self.folder)
+            with writing(self.folder):
+                (self.folder / "cache.json").unlink(missing_ok=True)
             what = f"the taps of {self.photos} photos x {self.views} views"
             fix = "set EXITS_PHASE.CACHE_VIEWS lower, or EXITS_PHASE.CACHE to false"
             require_space(self.folder, self.photos * self.views * self._row_bytes, what, fix)
             self._open("w+")
             targets = list(self._fill(model, loader))
-            for array in self._arrays.values():
-                array.flush()
-            with atomic_path(self.folder / "targets.pt") as temporary:
-                torch.save(targets, temporary)
+            with writing(self.folder):
+                for array in self._arrays.values():
+                    array.flush()
+            write_torch(self.folder / "targets.pt", targets)
             write_json(self.folder / "cache.json", {"key": key, "photos": self.photos, "views": self.views})
         barrier()
         self._read()
@@ -140,7 +141,7 @@ class TapCache:
             if mode == "r":
                 self._arrays[name] = np.load(path, mmap_mode="r")
             else:
-                self._arrays[name] = np.lib.format.open_memmap(path, mode, self._dtype, (rows, *shape))
+                self._arrays[name] = new_array(path, self._dtype, (rows, *shape))
 
 
 class CachedLoader:

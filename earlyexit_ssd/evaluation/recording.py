@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from earlyexit_ssd.evaluation.collect import Batches, compact, require_unique
 from earlyexit_ssd.evaluation.mode import evaluating
-from earlyexit_ssd.files import atomic_path, require_space, stored_key, write_json
+from earlyexit_ssd.files import make_folder, new_array, require_space, stored_key, write_json, write_torch, writing
 from earlyexit_ssd.modeling.checkpoint import weights_hash
 from earlyexit_ssd.modeling.outputs import ExitOutputs, ExitSignals
 from earlyexit_ssd.progress import progress
@@ -106,8 +106,9 @@ def record(
             return Recording(folder)
         except Exception as error:  # damaged arrays and archives raise anything
             logger.warning("%s: the recording is damaged (%s); it is made anew", folder, type(error).__name__)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recording.json").unlink(missing_ok=True)
+    make_folder(folder)
+    with writing(folder):
+        (folder / "recording.json").unlink(missing_ok=True)
     _fill(model, loader, photos, folder, key, taught_from)
     return Recording(folder)
 
@@ -133,7 +134,7 @@ def _fill(model: nn.Module, loader: Batches, photos: int, folder: Path, key: str
             for name, values in rows.items():
                 if name not in arrays:
                     shape = (photos, *values.shape[1:])
-                    arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", values.dtype, shape)
+                    arrays[name] = new_array(folder / f"{name}.npy", values.dtype, shape)
                 arrays[name][start : start + len(images)] = values
             image_ids += [int(target["image_id"]) for target in targets]
             for found, answer in zip(detections, answers, strict=True):
@@ -141,10 +142,10 @@ def _fill(model: nn.Module, loader: Batches, photos: int, folder: Path, key: str
             bar.update(len(images))
     bar.close()
     require_unique(image_ids)
-    for array in arrays.values():
-        array.flush()
-    with atomic_path(folder / "detections.pt") as temporary:
-        torch.save(detections, temporary)
+    with writing(folder):
+        for array in arrays.values():
+            array.flush()
+    write_torch(folder / "detections.pt", detections)
     info = {"image_ids": image_ids, "early_exits": model.num_early_exits, "empty": list(model.empty), "key": key}
     write_json(folder / "recording.json", info)
 

@@ -8,11 +8,10 @@ import os
 from collections.abc import Callable
 from typing import Any, TypedDict
 
-import torch
 from torch import nn
 
 from earlyexit_ssd.errors import EarlyExitError, shown
-from earlyexit_ssd.files import atomic_path
+from earlyexit_ssd.files import write_torch
 from earlyexit_ssd.modeling.architecture import Architecture
 from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
 from earlyexit_ssd.modeling.foreign import exit_names_of, find_detector, has_reduced_tail, outputs_of
@@ -64,11 +63,8 @@ def save_model(
     if ours != described:
         raise EarlyExitError(f"{path}: the architecture says {described}, the model is {ours}; give its own")
     state = {key: value.cpu() for key, value in model.state_dict().items() if not key.startswith("router.")}
-    with atomic_path(path) as temporary:
-        torch.save(
-            {"format": FORMAT, "architecture": architecture.to_dict(), "model": state, "info": info or {}},
-            temporary,
-        )
+    content = {"format": FORMAT, "architecture": architecture.to_dict(), "model": state, "info": info or {}}
+    write_torch(path, content)
 
 
 def load_model(

@@ -21,6 +21,7 @@ from earlyexit_ssd.data.repeats import Block, block_of_each
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.bootstrap import bootstrap_choices
 from earlyexit_ssd.evaluation.choices import ap_of_choice
+from earlyexit_ssd.files import locks_folder
 from earlyexit_ssd.modeling.checkpoint import save_model, weights_hash
 from earlyexit_ssd.pipeline.build import trained_temperatures
 from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
@@ -88,6 +89,7 @@ class Found:
     more: dict[str, Any]
 
 
+@locks_folder("out_dir")
 def calibrate(
     cfg: CfgNode, weights: str | os.PathLike[str], target: Target, out_dir: str | os.PathLike[str]
 ) -> Certificate:

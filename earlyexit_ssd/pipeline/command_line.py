@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import logging
+import os
 import signal
+import sys
 from collections.abc import Callable
 
-from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.errors import CannotWrite, EarlyExitError
+from earlyexit_ssd.files import NO_ROOM, cannot_write
 from earlyexit_ssd.pipeline.fit import Interrupted
 from earlyexit_ssd.pipeline.gates import GateFailed
 from earlyexit_ssd.progress import is_first_process, write_line
@@ -19,16 +25,24 @@ def run_tool(job: Callable[[], None], after_a_stop: str = "run it again") -> int
 
     ``after_a_stop``: what the user reads when a signal has stopped the job.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file name that the console cannot show is no reason to stop
+            stream.reconfigure(errors="backslashreplace")
     handler = _LineHandler()
     logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s", handlers=[handler], force=True)
     logging.getLogger("fvcore").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C; a training saves first
     try:
         job()
+        sys.stdout.flush()
     except GateFailed as error:
         return _stop("\n".join([str(error), *error.advice]), EXIT_GATE_FAILED)
+    except CannotWrite as error:
+        return _stop(f"{error} and {after_a_stop}", EXIT_BAD_INPUT)
     except EarlyExitError as error:
         return _stop(str(error), EXIT_BAD_INPUT)
+    except OSError as error:
+        return _stop(f"{_told(error)} and {after_a_stop}", EXIT_BAD_INPUT)
     except Interrupted as error:
         return _stop(f"{error}; {after_a_stop}", EXIT_INTERRUPTED)
     except KeyboardInterrupt:
@@ -43,7 +57,35 @@ class _LineHandler(logging.Handler):
         write_line(self.format(record))
 
 
+def _told(error: OSError) -> str:
+    """What the system says, of which file, if it says that."""
+    if _broken(sys.stdout):
+        return str(cannot_write("standard output", error, "look at what reads it"))
+    name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else "a file"
+    if error.errno in (*NO_ROOM, errno.EROFS):
+        return str(cannot_write(name, error))
+    return f"{name}: {error.strerror or type(error).__name__}; mend it"
+
+
+def _broken(stream: io.TextIOBase) -> bool:
+    """Whether a stream cannot be written; it then leads nowhere, or Python would stumble over it at its end."""
+    try:
+        stream.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            stream.flush()
+        return True
+    return False
+
+
 def _stop(message: str, code: int) -> int:
+    with contextlib.suppress(OSError):  # stderr may lie on the full disk
+        _say(message, code)
+    _broken(sys.stdout), _broken(sys.stderr)
+    return code
+
+
+def _say(message: str, code: int) -> None:
     if is_first_process():
         write_line(f"error: {message}" if code == EXIT_BAD_INPUT else message)
-    return code

@@ -15,7 +15,7 @@ from earlyexit_ssd.evaluation.collect import Collected, collect
 from earlyexit_ssd.evaluation.metrics import evaluate_exits
 from earlyexit_ssd.evaluation.rivals import exits_alone
 from earlyexit_ssd.evaluation.routed import choose_exits
-from earlyexit_ssd.files import make_folder, sha256
+from earlyexit_ssd.files import locks_folder, sha256
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite
 from earlyexit_ssd.pipeline.build import (
     build_architecture,
@@ -34,6 +34,7 @@ from earlyexit_ssd.report.results import write_results
 logger = logging.getLogger(__name__)
 
 
+@locks_folder("out_dir")
 def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """Evaluate on DATA.TEST and write metrics.json, the table, the charts and the pictures into ``out_dir``.
 
@@ -48,7 +49,6 @@ def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str |
     Raises:
         EarlyExitError: unusable weights, data or settings.
     """
-    make_folder(out_dir)
     device = evaluation_device(cfg)
     check_rivals(cfg, device)
     model, architecture, info = open_model(cfg, weights)

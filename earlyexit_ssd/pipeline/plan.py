@@ -16,7 +16,7 @@ from earlyexit_ssd.config import C4_LAYER, check_config
 from earlyexit_ssd.data import class_names
 from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.evaluation.placement import SHARES, Placement, measure_placements, propose
-from earlyexit_ssd.files import make_folder, write_image, write_json, write_text
+from earlyexit_ssd.files import locks_folder, write_image, write_json, write_text
 from earlyexit_ssd.pipeline.build import build_device, build_model, build_router, evaluation_device, require_full_path
 from earlyexit_ssd.pipeline.phases import train_branches
 from earlyexit_ssd.pipeline.prepare import prepare
@@ -27,6 +27,7 @@ ALL_LAYERS = tuple(range(1, C4_LAYER))
 """Those from which a branch can copy its first map; behind the others there is next to nothing to save."""
 
 
+@locks_folder("out_dir")
 def plan_exits(
     cfg: CfgNode,
     out_dir: Path,
@@ -50,7 +51,6 @@ def plan_exits(
         EarlyExitError: unusable settings, data or weights.
     """
     cfg = _with_exits(cfg, layers, speedup, probe_epochs)
-    make_folder(out_dir)
     placements, full_ap50 = _measure(cfg), None
     if probe_epochs:
         *ap50, full_ap50 = _probe(cfg, out_dir)

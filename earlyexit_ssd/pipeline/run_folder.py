@@ -19,7 +19,7 @@ from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.config import get_cfg
 from earlyexit_ssd.errors import EarlyExitError, shown
-from earlyexit_ssd.files import make_folder, write_json, write_text
+from earlyexit_ssd.files import make_folder, write_json, write_text, writing
 from earlyexit_ssd.pipeline.gates import Gate
 from earlyexit_ssd.plain import parse_yaml, read_yaml
 
@@ -139,9 +139,10 @@ class RunFolder:
         files = [path for path in folder.glob("*") if path.name != "taps" and not path.name.startswith("before_")]
         if files:
             target = next(path for number in count(1) if not (path := folder / f"before_{number}").exists())
-            target.mkdir()
-            for path in files:
-                path.rename(target / path.name)
+            with writing(target):
+                target.mkdir()
+                for path in files:
+                    path.rename(target / path.name)
 
     def write_gate(self, gate: Gate) -> None:
         """Record a phase as finished."""

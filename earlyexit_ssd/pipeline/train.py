@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.engine.distributed import barrier, is_main, process_group
-from earlyexit_ssd.files import atomic_path, write_image
+from earlyexit_ssd.files import locked_folder, write_bytes, write_image
 from earlyexit_ssd.modeling import load_model, save_model
 from earlyexit_ssd.modeling.retrofit import load_every_key
 from earlyexit_ssd.pipeline.build import build_device, build_losses, build_router, takes_over
@@ -43,7 +43,8 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> dict[str, 
         Interrupted: a signal stopped a phase; everything is saved.
     """
     device = build_device(cfg)
-    with process_group(device):
+    # the first of torchrun's processes holds the folder for all of them
+    with process_group(device), locked_folder(cfg.OUTPUT_DIR) if is_main() else contextlib.nullcontext():
         folder = RunFolder(Path(cfg.OUTPUT_DIR))
         if is_main():
             folder.require_free(cfg, resume)
@@ -57,8 +58,7 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> dict[str, 
             _run_phase(run, phase, force)
         if not is_main():
             return {}
-        with atomic_path(folder.model) as temporary:
-            shutil.copyfile(folder.phase(cfg.PHASES[-1]) / "model.pth", temporary)
+        write_bytes(folder.model, (folder.phase(cfg.PHASES[-1]) / "model.pth").read_bytes())
         return evaluate_model(run.cfg, folder.model, folder.root)
 
 

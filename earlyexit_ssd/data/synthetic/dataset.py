@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import multiprocessing
@@ -17,14 +18,19 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from earlyexit_ssd.data.synthetic.scene import Box, render_scene
 from earlyexit_ssd.errors import DataError
-from earlyexit_ssd.files import write_json
+from earlyexit_ssd.files import lock, make_folder, write_image, write_json, writing
 from earlyexit_ssd.progress import progress
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 FOLDER = "synthetic_chairs"
 SPLITS = ("train", "calib", "test")
@@ -53,21 +59,54 @@ def ensure_synthetic(
         workers: processes that render; by default one per core that this process may use, at most 8.
 
     Raises:
-        DataError: impossible settings, or a folder of that name which this function has not made.
+        DataError: impossible settings, a folder of that name which this function has not made, or one of other
+            settings that another process uses.
     """
     root = Path(root)
     settings = {"version": VERSION, "sizes": list(sizes), "image_size": image_size, "seed": seed}
     _check(sizes, image_size, seed)
     target = root / FOLDER
-    if _settings_of(target) == settings:
+    while not (_settings_of(target) == settings and _hold(target, settings)):
+        with lock(root / f".{FOLDER}.lock", f"{target} (it is being rendered)", wait=True):
+            if _settings_of(target) != settings:  # another process may have made it meanwhile
+                _require_unused(target)
+                with _temporary_folder(root) as temporary:
+                    _logger.info("rendering %d synthetic scenes into %s", sum(sizes), target)
+                    made = temporary / FOLDER
+                    _render_all(made, sizes, image_size, seed, workers or _cores())
+                    write_json(made / "settings.json", settings)
+                    with writing(target):
+                        _put(made, target, settings)
+
+
+_in_use: dict[Path, BinaryIO] = {}
+"""Settings files that this process keeps locked, to its end: photos are read one by one."""
+
+
+def _hold(target: Path, settings: dict[str, Any]) -> bool:
+    """Keep other processes from replacing the folder by one of other settings; False: one just has."""
+    if fcntl is not None and target not in _in_use:
+        _in_use[target] = open(target / "settings.json", "rb")  # noqa: SIM115
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(_in_use[target], fcntl.LOCK_SH)
+    return _settings_of(target) == settings
+
+
+def _require_unused(target: Path) -> None:
+    """Raise a DataError where another process takes photos from the folder."""
+    if target in _in_use:
+        _in_use.pop(target).close()
+    if fcntl is None or not (target / "settings.json").is_file():
         return
-    root.mkdir(parents=True, exist_ok=True)
-    with _temporary_folder(root) as temporary:
-        _logger.info("rendering %d synthetic scenes into %s", sum(sizes), target)
-        made = temporary / FOLDER
-        _render_all(made, sizes, image_size, seed, workers or _cores())
-        write_json(made / "settings.json", settings)
-        _put(made, target, settings)
+    with open(target / "settings.json", "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise DataError(
+                    f"{target} is in use by another process, with other DATA.SYNTHETIC settings; "
+                    "wait until it has ended, or set DATA.ROOT to another folder"
+                ) from None
 
 
 def _check(sizes: tuple[int, int, int], image_size: int, seed: int) -> None:
@@ -99,7 +138,8 @@ def _temporary_folder(root: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             if time.time() - other.stat().st_mtime > _STALE:
                 shutil.rmtree(other)
-    folder = Path(tempfile.mkdtemp(prefix=f".{FOLDER}.", suffix=".partial", dir=root))
+    with writing(root):
+        folder = Path(tempfile.mkdtemp(prefix=f".{FOLDER}.", suffix=".partial", dir=root))
     try:
         yield folder
     finally:
@@ -122,12 +162,11 @@ def _put(made: Path, target: Path, settings: dict[str, Any]) -> None:
 def _render_all(folder: Path, sizes: tuple[int, int, int], image_size: int, seed: int, workers: int) -> None:
     jobs = []
     for split, size in enumerate(sizes):
-        (folder / SPLITS[split]).mkdir(parents=True)
+        make_folder(folder / SPLITS[split])
         jobs += [(sum(sizes[:split]) + index + 1, split, index) for index in range(size)]
     render = partial(_render_one, folder, image_size, seed)
     with _mapper(min(workers, len(jobs))) as mapper:
         results = list(progress(mapper(render, jobs), desc="rendering scenes", total=len(jobs)))
-    (folder / "annotations").mkdir()
     for split, name in enumerate(SPLITS):
         chosen = [(job[0], boxes) for job, boxes in zip(jobs, results, strict=True) if job[1] == split]
         write_json(folder / "annotations" / f"instances_{name}.json", coco_json(chosen, image_size))
@@ -137,7 +176,7 @@ def _render_one(folder: Path, image_size: int, seed: int, job: tuple[int, int, i
     """Render and save one picture; ``job`` is (image id, split, place in the split)."""
     image_id, split, index = job
     image, boxes = render_scene(np.random.default_rng((seed, split, index)), image_size)
-    image.save(folder / SPLITS[split] / file_name(image_id), quality=QUALITY)
+    write_image(folder / SPLITS[split] / file_name(image_id), image, quality=QUALITY)
     return boxes
 
 
