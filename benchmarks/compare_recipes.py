@@ -134,7 +134,8 @@ def _configuration(config: str | Path, overrides: Sequence[str], name: str, keys
         raise ConfigError(f"recipe {name!r}: SEED is given, but every recipe is trained with each of --seeds; use that")
     own = [text for key, value in keys.items() for text in (str(key), str(value))]
     try:
-        cfg = load_config(config, [*overrides, "PHASES", "[baseline, exits]", *own, "SEED", str(seed)])
+        fixed = ["PHASES", "[baseline, exits]", "ENGINE.CURVE_PERIOD", "0"]  # no curves: the minutes are compared
+        cfg = load_config(config, [*overrides, *fixed, *own, "SEED", str(seed)])
     except ConfigError as error:
         raise ConfigError(f"recipe {name!r}: {str(error).removeprefix('command line: ')}") from None
     require_full_path(cfg, f"recipe {name!r}")

@@ -14,11 +14,17 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def progress(iterable: Iterable | None = None, desc: str = "", total: int | None = None) -> tqdm:
-    """A tqdm bar on stderr: live on a terminal, a line every 30 seconds in a log file, silent on ranks above 0."""
+def progress(iterable: Iterable | None = None, desc: str | None = "", total: int | None = None) -> tqdm:
+    """A tqdm bar on stderr: live on a terminal, a line every 30 seconds in a log file, silent on ranks above 0 and
+    with ``desc`` None."""
     interval = 0.2 if sys.stderr.isatty() else 30.0
     return tqdm(
-        iterable, desc=desc, total=total, mininterval=interval, disable=not is_first_process(), dynamic_ncols=True
+        iterable,
+        desc=desc,
+        total=total,
+        mininterval=interval,
+        disable=desc is None or not is_first_process(),
+        dynamic_ncols=True,
     )
 
 

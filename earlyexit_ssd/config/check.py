@@ -56,12 +56,13 @@ _POSITIVE = (
     "MODEL.WIDTH", "MODEL.DETECTIONS_PER_IMG", "MODEL.TOPK_CANDIDATES", "DATA.SYNTHETIC.SIZES",
     "LOSS.NEG_TO_POS_RATIO", "ROUTING.TEMPERATURES", "ROUTING.TEMPERATURE_BOUNDS",
     "EXITS_PHASE.CACHE_VIEWS", "EXITS_PHASE.CACHE_GIB", "ENGINE.CHECKPOINT_PERIOD", "ENGINE.LOG_PERIOD",
+    "ENGINE.CURVE_PHOTOS",
     "EVAL.BATCH_SIZE", "EVAL.TIMING_RUNS", "EVAL.TIMING_THREADS", "JOINT.FULL_PATH_LR_FACTOR",
     *(f"{phase}.{key}" for phase in PHASE_SECTIONS.values() for key in ("BATCH_SIZE", "LR")),
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "SEED", "THREADS", "CALIBRATION.TRAIN_PHOTOS", "EXITS.HEAD_RANK", "EXITS.CHANNELS", "DATA.LIMIT",
-    "DATA.WORKERS", "LOSS.MIN_NEGATIVES",
+    "DATA.WORKERS", "LOSS.MIN_NEGATIVES", "ENGINE.CURVE_PERIOD",
     "LOSS.FOCAL_GAMMA",
     "LOSS.EXIT_WEIGHTS", "JOINT.EXIT_WEIGHTS", "LOSS.FULL_WEIGHT", "LOSS.DISTILLATION_WEIGHT",
     "LOSS.DISTILLATION_BOX_WEIGHT", "EVAL.PICTURES", "DATA.SYNTHETIC.SEED",
@@ -118,8 +119,6 @@ def _check_exits(cfg: CfgNode) -> None:
     _require(len(weights) in (0, 1, len(layers)), "JOINT.EXIT_WEIGHTS", weights, f"none, one, or {len(layers)} numbers")
     for value in cfg.EXITS.COPY:
         _require(value > 0, "EXITS.COPY", value, "a share above 0, at most 1")
-    before_c4 = cfg.EXITS.CHANNELS > 0 or all(one < C4_LAYER or one in cfg.EXITS.EMPTY for one in layers)
-    _require(before_c4, "EXITS.LAYERS", layers, f"layers below {C4_LAYER} with EXITS.CHANNELS 0, which copies it")
     for value in cfg.EXITS.DEPTH:
         inside = _is_whole(value) and 0 <= value <= TAIL_BLOCKS
         _require(inside, "EXITS.DEPTH", value, f"0 to {TAIL_BLOCKS} blocks")

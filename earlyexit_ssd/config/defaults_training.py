@@ -87,10 +87,11 @@ _C.EXITS = Node()
 # Trunk layers behind which a branch leaves, increasing, 1 to 15 (torchvision's numbering, the stem is 0).
 _C.EXITS.LAYERS = (8, 12)
 # Channels of a branch's first map; the others are as wide as the full path's. 0: as many as there are in the copy of
-# the full path's own first map, and its predictors with it.
+# the full path's own first map, and its predictors with it (behind layers 13 to 15, where there is nothing to copy, a
+# new map and new predictors).
 _C.EXITS.CHANNELS = 0
 # Residual blocks that a branch copies from the full path's tail, 0 to 2, for each exit or one for all; they work on
-# the second grid.
+# the second grid. Behind layers 14 and 15, with CHANNELS 0, only those that the trunk has not run yet.
 _C.EXITS.DEPTH = (2,)
 # A branch leads from the tap to the tail through copies of the full path's layers that have no residual (those behind
 # the tap of 2, 4, 7, 11 and 13): the share of their channels that stays, in (0, 1], for each exit or one for all.
@@ -212,3 +213,7 @@ _C.ENGINE.AMP = "off"
 _C.ENGINE.CHECKPOINT_PERIOD = 200
 # Steps between lines of the log.
 _C.ENGINE.LOG_PERIOD = 20
+# Epochs between points of the curves (AP of every exit, exit shares, temperatures); 0 makes none.
+_C.ENGINE.CURVE_PERIOD = 1
+# Photos of the calib split, a seeded choice, that the curves are measured on. They show where a training goes, no more.
+_C.ENGINE.CURVE_PHOTOS = 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,24 @@ class ProgressBar(Hook):
 
 
 class Log(Hook):
-    """Losses and learning rate as JSON lines and for TensorBoard; a resumed run drops the lines it will write again."""
+    """JSON lines and the same for TensorBoard; a resumed run drops the lines it will write again.
 
-    def __init__(self, folder: Path, period: int) -> None:
+    Args:
+        folder: for log.jsonl and tensorboard/.
+        period: steps between lines with the learning rate, the ``loss`` and its parts ``loss/<name>``.
+        measure: what a line holds too at the end of epochs, by name; None is undefined. It runs in the first process.
+        measure_period: epochs between these; 0 has none. The last epoch is one of them.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        period: int,
+        measure: Callable[[], Mapping[str, float | None]] | None = None,
+        measure_period: int = 1,
+    ) -> None:
         self.folder, self.period = folder, period
+        self.measure, self.measure_period = measure, measure_period if measure else 0
         self.path = folder / "log.jsonl"
 
     def before_training(self, trainer: Trainer) -> None:
@@ -79,14 +93,20 @@ class Log(Hook):
         self.started = time.perf_counter()
 
     def after_step(self, trainer: Trainer) -> None:
-        if not is_main() or (trainer.step % self.period and trainer.step != trainer.total_steps):
+        if not is_main():
+            return
+        last = trainer.step == trainer.total_steps
+        epoch, inside = divmod(trainer.step, len(trainer.loader))
+        measured = self.measure_period and not inside and (last or epoch % self.measure_period == 0)
+        if not (last or measured or trainer.step % self.period == 0):
             return
         entry = {
             "step": trainer.step,
             "epoch": trainer.step / len(trainer.loader),
             "lr": trainer.optimizer.param_groups[0]["lr"],
             "loss": sum(trainer.losses.values()),
-            **trainer.losses,
+            **{f"loss/{name}": value for name, value in trainer.losses.items()},
+            **(self.measure() if measured else {}),
             "seconds": round(time.perf_counter() - self.started, 2),
         }
         append_text(self.path, json.dumps(entry) + "\n")
@@ -95,6 +115,13 @@ class Log(Hook):
     def after_training(self, trainer: Trainer) -> None:
         if is_main():
             self.board.close()
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a phase's log.jsonl; none where there is no such file."""
+    path = folder / "log.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if _step(line) < float("inf")]
 
 
 class _Board:

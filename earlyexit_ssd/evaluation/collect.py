@@ -33,7 +33,9 @@ class Collected:
     confidences: list[Tensor]
 
 
-def collect(model: nn.Module, loader: Batches, router: Any | None = None) -> Collected:
+def collect(
+    model: nn.Module, loader: Batches, router: Any | None = None, title: str | None = "evaluate exits"
+) -> Collected:
     """All exits of ``model`` on every photo of ``loader``, each photo computed once.
 
     Args:
@@ -41,6 +43,7 @@ def collect(model: nn.Module, loader: Batches, router: Any | None = None) -> Col
         loader: batches of (images, targets) as `earlyexit_ssd.data.build_loader` makes them, without
             augmentation.
         router: an `ExitRouter` for the confidences, or None for none.
+        title: of the progress bar; None shows none.
 
     Raises:
         DataError: an image id occurs twice.
@@ -51,7 +54,7 @@ def collect(model: nn.Module, loader: Batches, router: Any | None = None) -> Col
     confidences: list[list[Tensor]] = [[] for _ in exits]
     device = next(model.parameters()).device
     with evaluating(model):
-        for images, targets in progress(loader, desc="evaluate exits"):
+        for images, targets in progress(loader, desc=title):
             outputs = model.exit_outputs([image.to(device) for image in images])
             if router is not None and router.hybrid:
                 outputs = outputs.on_full_boxes()
@@ -67,13 +70,13 @@ def collect(model: nn.Module, loader: Batches, router: Any | None = None) -> Col
     return Collected(image_ids, detections, kept)
 
 
-def collect_detections(model: nn.Module, loader: Batches) -> dict[int, ImageDetections]:
+def collect_detections(model: nn.Module, loader: Batches, title: str | None = "evaluate") -> dict[int, ImageDetections]:
     """Detections per image id of any detector with torchvision's interface, such as a reference."""
     detections: dict[int, ImageDetections] = {}
     image_ids: list[int] = []
     device = next(itertools.chain(model.parameters(), model.buffers())).device
     with evaluating(model):
-        for images, targets in progress(loader, desc="evaluate"):
+        for images, targets in progress(loader, desc=title):
             found = model([image.to(device) for image in images])
             image_ids += _image_ids(targets)
             detections.update(zip(_image_ids(targets), map(compact, found), strict=True))

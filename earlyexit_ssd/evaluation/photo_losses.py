@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from pycocotools.coco import COCO
+from torch import Tensor
 
 from earlyexit_ssd.evaluation.coco import Detections, xywh
+from earlyexit_ssd.evaluation.collect import Collected
 from earlyexit_ssd.evaluation.operating_point import match_class
+from earlyexit_ssd.evaluation.routed import routed_detections
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,45 @@ def photo_counts(ground_truth: COCO, detections: Detections, score: float, iou: 
             found = match_class(objects, detections.get(image_id), category_id, score, iou)
             counts[:, row] += len(found.ious), found.false_negatives, found.false_positives
     return PhotoCounts(*counts)
+
+
+def photo_list(
+    ground_truth: COCO,
+    collected: Collected,
+    chosen: Tensor,
+    exit_names: Sequence[str],
+    files: Callable[[int], object],
+    score: float,
+    iou: float,
+) -> list[dict[str, Any]]:
+    """A row for every photo, in the order of ``collected``, by the exit that it takes (``chosen`` [n]).
+
+    ``file``, ``exit`` (its name), ``confidence`` (the router's there; None where its policy has none), ``objects``,
+    ``found`` of them, ``lost`` (objects missed beyond what the full path misses there) and ``added`` (false positives
+    beyond the full path's); all at ``score`` and ``iou``.
+
+    Args:
+        files: image id -> file.
+    """
+    routed = photo_counts(ground_truth, routed_detections(collected, chosen), score, iou)
+    full = photo_counts(ground_truth, collected.detections[-1], score, iou)
+    row_of = {image_id: row for row, image_id in enumerate(sorted(ground_truth.getImgIds()))}
+    rows = []
+    for place, (image_id, exit_index) in enumerate(zip(collected.image_ids, chosen.tolist(), strict=True)):
+        row = row_of[image_id]
+        confidence = float(collected.confidences[exit_index][place])
+        rows.append(
+            {
+                "file": str(files(image_id)),
+                "exit": exit_names[exit_index],
+                "confidence": confidence if confidence >= 0 else None,
+                "objects": int(routed.hits[row] + routed.misses[row]),
+                "found": int(routed.hits[row]),
+                "lost": max(0, int(routed.misses[row] - full.misses[row])),
+                "added": max(0, int(routed.false_positives[row] - full.false_positives[row])),
+            }
+        )
+    return rows
 
 
 def losses_against_full(ground_truth: COCO, exits: Sequence[Detections], score: float, iou: float) -> np.ndarray:

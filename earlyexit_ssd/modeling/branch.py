@@ -23,14 +23,12 @@ class Branch(nn.Module):
     Args:
         copied: the way to the tail through thinned copies of the full path's own layers.
         finest_grid: side of the first map, cells.
-        channels: of the first map; 0 takes the expansion of the copied C4 for it, with the full path's own predictors.
+        channels: of the first map; 0 takes the expansion of the copied C4 for it, with the full path's own predictors;
+            behind C4, which has none to copy, a new map of as many channels.
         tail: a copy of the full path's, this branch's own.
         num_anchors: default boxes per cell of each grid.
         num_classes: outputs per default box, background included.
         head_rank: channels between the two steps of the class predictors; 0 leaves them in one step.
-
-    Raises:
-        ValueError: ``channels`` 0 behind C4.
     """
 
     def __init__(
@@ -46,13 +44,12 @@ class Branch(nn.Module):
     ) -> None:
         super().__init__()
         self.copied, self.tail = copied, tail
-        if channels:
+        if channels or copied.c4 is None:
+            channels = channels or copied.first_channels
             self.fine = _pointwise(copied.fine_channels, channels)
             self.smooth = _depthwise(channels)
-        elif copied.expanded_channels is None:
-            raise ValueError("channels 0: only a copied C4 (a tap at layer 12 or before) has a first map of its own")
         else:
-            channels = copied.expanded_channels
+            channels = copied.first_channels
             self.fine = self.smooth = None
         self.top_down = _pointwise(tail.in_channels, channels)
         self.head = SSDLiteHead([channels, *tail.out_channels], num_anchors, num_classes, norm_layer)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from earlyexit_ssd.config import TAIL_BLOCKS
+from earlyexit_ssd.config import LAST_LAYER, TAIL_BLOCKS
 from earlyexit_ssd.modeling import arguments
 from earlyexit_ssd.modeling.branch import Branch
 from earlyexit_ssd.modeling.empty import EmptyExit, num_default_boxes
@@ -43,11 +43,14 @@ def build_branches(
         if model.empty[index]:
             branches[name] = EmptyExit(num_default_boxes(model.grids, boxes_per_cell), model.num_classes)
             continue
+        # Behind C4 the trunk itself has run some of the tail's blocks; with channels they stay as in older model files.
+        behind = LAST_LAYER - 1 - model.exit_layers[index]
+        blocks = depths[index] if channels else min(depths[index], behind)
         branches[name] = Branch(
             copied=CopiedShortCut(model.backbone, model.exit_layers[index], shares[index]),
             finest_grid=model.grids[0][0],
             channels=channels,
-            tail=Tail(model.backbone, depths[index]),
+            tail=Tail(model.backbone, blocks),
             num_anchors=boxes_per_cell,
             num_classes=model.num_classes,
             head_rank=head_rank,

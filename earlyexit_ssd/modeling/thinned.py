@@ -22,7 +22,7 @@ class ThinnedBlock(nn.Sequential):
     def __init__(self, layers: Sequence[nn.Module], keep: float) -> None:
         channels = layers[-1][0].in_channels
         expands = layers[0][0].groups == 1
-        count = min(channels, max(8, round(keep * channels / 8) * 8)) if expands else channels
+        count = _kept(channels, keep) if expands else channels
         super().__init__(*_slice(layers, torch.arange(count)))
         self.requires_grad_(True)
 
@@ -60,7 +60,8 @@ class CopiedShortCut(nn.Module):
 
     Attributes:
         fine_channels: of the map that C4 starts from.
-        expanded_channels: of C4's expansion, the full path's first map; None behind C4.
+        first_channels: of C4's expansion here, which in the full path is the first map; behind C4, as many as a copy
+            would keep of it.
     """
 
     def __init__(self, backbone: nn.Module, layer: int, keep: float) -> None:
@@ -69,7 +70,8 @@ class CopiedShortCut(nn.Module):
         blocks = [ThinnedBlock(block, keep) for block in _blocks_behind(backbone, layer)]
         self.before = nn.Sequential(*blocks[:-1])
         self.c4 = blocks[-1] if blocks else None
-        self.expanded_channels = self.c4.expanded_channels if blocks else None
+        first_map = backbone.features[0][-1].out_channels
+        self.first_channels = self.c4.expanded_channels if blocks else _kept(first_map, keep)
         self.fine_channels = self.c4[0][0].in_channels if blocks else backbone.features[1][0][-1].out_channels
 
     def inherit(self, backbone: nn.Module) -> Tensor | None:
@@ -89,6 +91,11 @@ class CopiedShortCut(nn.Module):
         for layer in rest:
             coarse = layer(coarse)
         return fine, expanded, coarse
+
+
+def _kept(channels: int, keep: float) -> int:
+    """A share of the channels, a multiple of 8."""
+    return min(channels, max(8, round(keep * channels / 8) * 8))
 
 
 def _blocks_behind(backbone: nn.Module, layer: int) -> list[list[nn.Module]]:

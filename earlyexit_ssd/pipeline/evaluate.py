@@ -13,6 +13,7 @@ from PIL import Image
 from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset, to_coco
 from earlyexit_ssd.evaluation.collect import Collected, collect
 from earlyexit_ssd.evaluation.metrics import evaluate_exits
+from earlyexit_ssd.evaluation.photo_losses import photo_list
 from earlyexit_ssd.evaluation.rivals import exits_alone
 from earlyexit_ssd.evaluation.routed import choose_exits
 from earlyexit_ssd.files import locks_folder, sha256
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @locks_folder("out_dir")
 def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> dict[str, Any]:
-    """Evaluate on DATA.TEST and write metrics.json, the table, the charts and the pictures into ``out_dir``.
+    """Evaluate on DATA.TEST and write metrics.json, table, photos.csv, charts and pictures into ``out_dir``.
 
     Args:
         cfg: its DATA, EVAL and ROUTING sections, DEVICE and SEED are used; the classes are those of the weights.
@@ -84,13 +85,15 @@ def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str |
         labelled=dataset.labelled,
     )
     metrics["context"]["weights_sha256"] = sha256(weights)
-    chosen = choose_exits(collected.confidences, router.thresholds.tolist()).tolist()
+    taken = choose_exits(collected.confidences, router.thresholds.tolist())
+    photos = photo_list(ground_truth, collected, taken, model.exit_names, dataset.paths, cfg.EVAL.SCORE, cfg.EVAL.IOU)
+    chosen = taken.tolist()
     if certificate is not None:
         metrics["drift"] = drift_of(certificate, collected, chosen)
     pictures = {}
     if cfg.EVAL.PICTURES:
         pictures["detections"] = _detection_picture(cfg, model, dataset, collected, chosen)
-    write_results(Path(out_dir), metrics, pictures)
+    write_results(Path(out_dir), metrics, pictures, photos)
     return metrics
 
 

@@ -44,7 +44,14 @@ def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoad
     ema = ExponentialMovingAverage(model, phase.EMA) if phase.EMA else None
     # Outermost, the checkpoint moves to where it left off before the others start, and saves when they are done.
     checkpoint = Checkpoint(folder / "last.pth", cfg.ENGINE.CHECKPOINT_PERIOD, ema)
-    hooks = [checkpoint, ProgressBar(name), Log(folder, cfg.ENGINE.LOG_PERIOD)]
+    curves = run.curve_quality if cfg.ENGINE.CURVE_PERIOD else None
+    log = Log(
+        folder,
+        cfg.ENGINE.LOG_PERIOD,
+        curves and (lambda: curves.curve_point(ema.average if ema else model)),
+        cfg.ENGINE.CURVE_PERIOD,
+    )
+    hooks = [checkpoint, ProgressBar(name), log]
     hooks += [UpdateAverage(ema)] if ema else []
     hooks += [ClampTemperatures(model.router)] if isinstance(model.router, nn.Module) else []
     # A third faster on a CPU, where most of the time goes into depthwise convolutions; on CUDA these are many times

@@ -76,6 +76,7 @@ def _with_exits(cfg: CfgNode, layers: Sequence[int], speedup: float, probe_epoch
     cfg.LOSS.EXIT_WEIGHTS, cfg.JOINT.EXIT_WEIGHTS = (1.0,), ()
     cfg.ROUTING.THRESHOLDS, cfg.ROUTING.TEMPERATURES = (0.5,), (1.0,)
     cfg.EXITS_PHASE.EPOCHS, cfg.EXITS_PHASE.CACHE_VIEWS = probe_epochs, 1
+    cfg.ENGINE.CURVE_PERIOD = 0
     check_config(cfg)
     cfg.freeze()
     return cfg

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import torch
 from fvcore.common.config import CfgNode
 
@@ -29,5 +30,15 @@ class Run:
     @property
     def calib_quality(self) -> SplitQuality:
         """Figures on the calib split; intervals are left out, a gate compares single figures."""
+        return self._quality(self.calib_set, self.cfg.DATA.WORKERS)
+
+    @property
+    def curve_quality(self) -> SplitQuality:
+        """The same on a few of the photos, for the training's curves."""
+        photos = len(self.calib_set)
+        chosen = np.random.default_rng(self.cfg.SEED).permutation(photos)[: self.cfg.ENGINE.CURVE_PHOTOS]
+        return self._quality(self.calib_set.repeated(np.isin(np.arange(photos), chosen).tolist()), workers=0)
+
+    def _quality(self, photos: DetectionDataset, workers: int) -> SplitQuality:
         settings = EvaluationSettings(score=self.cfg.EVAL.SCORE, iou=self.cfg.EVAL.IOU, resamples=0)
-        return SplitQuality(self.calib_set, settings, self.cfg.EVAL.BATCH_SIZE, self.cfg.DATA.WORKERS)
+        return SplitQuality(photos, settings, self.cfg.EVAL.BATCH_SIZE, workers)

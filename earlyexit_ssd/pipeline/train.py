@@ -10,6 +10,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from earlyexit_ssd.engine import read_log
 from earlyexit_ssd.engine.distributed import barrier, is_main, process_group
 from earlyexit_ssd.files import locked_folder, write_bytes, write_image
 from earlyexit_ssd.modeling import load_model, save_model
@@ -22,6 +23,7 @@ from earlyexit_ssd.pipeline.prepare import prepare
 from earlyexit_ssd.pipeline.run import Run
 from earlyexit_ssd.pipeline.run_folder import RunFolder
 from earlyexit_ssd.report.pictures import photo_grid
+from earlyexit_ssd.report.plot import training_curves
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +76,10 @@ def _run_phase(run: Run, name: str, force: bool) -> None:
     phases = run.cfg.PHASES
     logger.info("phase %s (%d of %d)", name, phases.index(name) + 1, len(phases))
     gate = PHASE_FUNCTIONS[name](run)
+    if is_main():
+        curves = training_curves({phase: read_log(run.folder.phase(phase)) for phase in phases})
+        if curves is not None:
+            write_image(run.folder.root / "curves.png", curves)
     gate = dataclasses.replace(gate, forced=force and not gate.passed)
     if is_main():
         router = run.model.router.to_dict() if run.model.router is not None else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,6 +86,51 @@ def _label(axes: Axes, metrics: Mapping[str, Any]) -> None:
     axes.set_ylabel("AP50")
     axes.set_title(data_title(metrics), loc="left")
     axes.set_title("bars: 95 % intervals", loc="right", fontsize=9, color="#718096")
+
+
+def training_curves(phases: Mapping[str, Sequence[Mapping[str, Any]]]) -> Image.Image | None:
+    """AP50 of every exit, the share of the photos that leave there and its temperature, epoch by epoch.
+
+    Args:
+        phases: name -> lines of its log, in the order of training; the epochs are counted on from phase to phase.
+
+    Returns:
+        the picture, with a row for each of the three that was measured; None where none was.
+    """
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {kind: {} for kind in _CURVES}
+    starts, start = {}, 0.0
+    for phase, lines in phases.items():
+        starts[phase] = start
+        for line in lines:
+            for key, value in line.items():
+                kind, _, name = key.partition("/")
+                if kind in curves and value is not None:
+                    curves[kind].setdefault(name, []).append((start + line["epoch"], value))
+        start += max((line["epoch"] for line in lines), default=0.0)
+    curves = {kind: points for kind, points in curves.items() if points}
+    if not curves:
+        return None
+
+    def draw(axes: np.ndarray) -> None:
+        names = list(dict.fromkeys(name for points in curves.values() for name in points))
+        names.sort(key=lambda name: (name == "full", int(name.removeprefix("exit")) if name != "full" else 0))
+        for row, (kind, points) in zip(axes[:, 0], curves.items(), strict=True):
+            for name in (name for name in names if name in points):
+                color = PLAIN if name == "full" else f"C{names.index(name)}"
+                row.plot(*zip(*points[name], strict=True), color=color, marker=".", label=name)
+            row.set_ylabel(_CURVES[kind])
+            for begin in list(starts.values())[1:]:
+                row.axvline(begin, color=PLAIN, linewidth=0.8, linestyle=":")
+        for phase, begin in starts.items():
+            axes[0, 0].annotate(phase, (begin, 1.0), (3, 3), xycoords=("data", "axes fraction"), **_ABOVE)
+        axes[0, 0].legend(loc="best", frameon=False)
+        axes[-1, 0].set_xlabel("epoch")
+
+    return draw_charts(draw, len(curves), 1, (7.5, 1.0 + 2.2 * len(curves)))
+
+
+_CURVES = {"AP50": "AP50", "share": "share of photos", "temperature": "temperature"}
+_ABOVE = {"textcoords": "offset points", "fontsize": 9, "color": PLAIN}
 
 
 def data_title(metrics: Mapping[str, Any]) -> str:

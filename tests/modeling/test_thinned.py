@@ -68,7 +68,8 @@ def test_exit_before_c4_starts_as_the_full_path(backbone):
 def test_residual_layers_are_left_out(backbone, layer, blocks):
     short_cut = CopiedShortCut(backbone, layer, 0.5)
     assert len(short_cut.before) + (short_cut.c4 is not None) == blocks
-    assert (short_cut.expanded_channels is None) == (layer >= 13)
+    # half of C4's expansion, 168 channels at this width, as a multiple of 8; also where nothing is copied
+    assert short_cut.first_channels == 80
 
 
 def test_copies_learn_on_their_own(backbone):
@@ -81,9 +82,19 @@ def test_copies_learn_on_their_own(backbone):
     assert backbone.features[0][-1][0].weight.abs().sum() > 0
 
 
-def test_first_map_of_its_own_needs_a_copied_c4():
-    with pytest.raises(ValueError, match="channels 0"):
-        small_model(exit_layers=(13,), channels=0, copy=(0.5,))
+def test_behind_c4_a_branch_runs_what_the_trunk_has_not_run():
+    model = small_model(exit_layers=(12, 13, 14, 15), channels=0, copy=(0.5,), depth=(2,)).train()
+    assert [len(branch.tail.blocks) for branch in model.branches.values()] == [2, 2, 1, 0]
+    images = [torch.rand(3, 96, 96)] * 2
+    targets = [{"boxes": torch.tensor([[5.0, 5, 50, 60]]), "labels": torch.tensor([1])}] * 2
+    sum(model(images, targets).values()).backward()
+    for branch in model.branches.values():
+        assert all(parameter.grad is not None for parameter in branch.parameters())
+
+
+def test_older_models_with_channels_behind_c4_keep_their_blocks():
+    model = small_model(exit_layers=(14, 15), channels=16, depth=(2,))
+    assert [len(branch.tail.blocks) for branch in model.branches.values()] == [2, 2]
 
 
 @pytest.mark.parametrize("channels", [0, 16])
