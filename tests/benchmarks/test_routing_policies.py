@@ -384,7 +384,13 @@ def test_stored_tables_are_those_of_the_stored_figures(folder):
     assert (folder / "routing.md").read_text(encoding="utf-8") == routing_table(results) + "\n"
 
 
-def test_policies_are_held_against_coin_and_oracle(trained, capsys):
+@pytest.fixture
+def briefly(monkeypatch):
+    """Few steps where thresholds are learnt; tests of `soft_exit` look at them."""
+    monkeypatch.setattr(soft_exit, "STEPS", 5)
+
+
+def test_policies_are_held_against_coin_and_oracle(trained, capsys, briefly):
     root, arguments = trained[0], [*trained[1], "CALIBRATION.COST", "mmacs"]
     policies = ["--policies", "ambiguous_mass,learned_gain"]
     assert routing_policies.main([*arguments, "--out", str(root / "routing"), *policies]) == 0
@@ -426,12 +432,6 @@ def retrofitted(trained, tiny, name, *keys):
     keys = ("MODEL.WEIGHTS", weights, "BASELINE.EPOCHS", "0", "EXITS_PHASE.EPOCHS", "0", *keys)
     assert train_net.main(tiny(name, "--force", "EVAL.PICTURES", "0", "EVAL.RIVALS.ENABLED", "false", *keys)) == 0
     return tiny(name, "EVAL.SCORE", "0.02", "CALIBRATION.COST", "mmacs", *keys)
-
-
-@pytest.fixture
-def briefly(monkeypatch):
-    """Few steps where thresholds are learnt; for tests that do not look at them."""
-    monkeypatch.setattr(soft_exit, "STEPS", 5)
 
 
 def test_empty_exits_have_the_policies_that_foresee(trained, tiny, tmp_path, capsys, briefly):
