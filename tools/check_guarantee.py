@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="YAML file that names the splits (DATA)")
-    parser.add_argument("--weights", help="a model.pth of this project; by default the one in OUTPUT_DIR")
+    parser.add_argument("--weights", help="a model.pth, or a checkpoint with exits; by default that of OUTPUT_DIR")
     parser.add_argument("--out", required=True, help="folder for guarantee.json and the recordings")
     parser.add_argument("--delta", type=float, default=0.05, help="0.05")
     parser.add_argument("--splits", type=int, default=1000, help="1000")

@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="YAML file that names the splits (DATA)")
-    parser.add_argument("--weights", help="a model.pth of this project; by default the one in OUTPUT_DIR")
+    parser.add_argument("--weights", help="a model.pth, or a checkpoint with exits; by default that of OUTPUT_DIR")
     parser.add_argument("--out", required=True, help="folder for routing.json, the table, the chart and the recordings")
     parser.add_argument("--policies", default="", help="names with commas between; by default all that there are")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="override keys of the configuration")
