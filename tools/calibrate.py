@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="YAML file that names the splits (DATA)")
-    parser.add_argument("--weights", help="a model.pth of this project; by default the one in OUTPUT_DIR")
+    parser.add_argument("--weights", help="a model.pth, or a checkpoint with exits; by default that of OUTPUT_DIR")
     parser.add_argument("--out", help="folder of the certificate; OUTPUT_DIR/calibration by default")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--speedup", type=float, help="at least, against the detector without exits, in mean cost")

@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="YAML file that names the test split (DATA.TEST)")
-    parser.add_argument("--weights", help="a model.pth of this project; by default the one in OUTPUT_DIR")
+    parser.add_argument("--weights", help="a model.pth, or a checkpoint with exits; by default that of OUTPUT_DIR")
     parser.add_argument("--out", required=True, help="folder for metrics.json, the table, the charts and the pictures")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="override keys of the configuration")
     args = parser.parse_intermixed_args(arguments)

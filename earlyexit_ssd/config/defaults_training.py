@@ -64,7 +64,8 @@ _C.MODEL = Node()
 _C.MODEL.IMAGE_SIZE = 320
 # Width multiplier of the MobileNetV3-Large trunk (and of the extra layers behind it).
 _C.MODEL.WIDTH = 1.0
-# Checkpoint to retrofit: a path, or a name of torchvision's SSDLite320_MobileNet_V3_Large_Weights (COCO_V1).
+# Checkpoint to retrofit: a path, also of what torchvision's reference training wrote, or a name of torchvision's
+# SSDLite320_MobileNet_V3_Large_Weights (COCO_V1).
 _C.MODEL.WEIGHTS = ""
 # Names of the checkpoint's classes, when it is a path: "coco" (91 outputs), or "" where they are this run's own.
 _C.MODEL.WEIGHTS_CLASSES = ""
