@@ -125,10 +125,8 @@ class LearnedGain(nn.Module):
         model = self.models[exit_index]
         weight, bias, output = (getattr(self, f"{name}{exit_index}") for name in ("weight", "bias", "output"))
         rows = torch.addmm(bias, model.inputs(signals), weight)
-        hidden = rows[:, :HIDDEN].tanh()
-        return (
-            torch.addmm(rows[:, HIDDEN:], hidden, output[:, None]).squeeze(1).sigmoid()
-        )  # addmv has no export to ONNX
+        hidden = rows[:, :HIDDEN].tanh()  # no addmv below: it has no export to ONNX
+        return torch.addmm(rows[:, HIDDEN:], hidden, output[:, None]).squeeze(1).sigmoid()
 
 
 def _fold_again(policy: LearnedGain, _: object) -> None:

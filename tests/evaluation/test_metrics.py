@@ -179,15 +179,10 @@ def test_boxes_of_a_broken_detector(ground_truth, found):
     truth = ground_truth(2, [])
     boxes = [(600.0, 0.0, 680.0, 80.0), (601.0, 0.0, 680.0, 79.0), (640.0, 5.0, 640.0, 9.0), (5e3, 5e3, 6e3, 6e3)]
     seen = describe_boxes(truth, {1: found(*[(1, 0.2, box) for box in boxes]), 2: found()})
-    assert seen == {
-        "boxes": 4,
-        "score_mean": pytest.approx(0.2),
-        "score_std": pytest.approx(0.0),
-        "outside_share": 0.75,
-    }
-    assert describe_boxes(truth, {1: found()}) == dict.fromkeys(("score_mean", "score_std", "outside_share")) | {
-        "boxes": 0
-    }
+    assert (seen["boxes"], seen["outside_share"]) == (4, 0.75)
+    assert (seen["score_mean"], seen["score_std"]) == pytest.approx((0.2, 0.0))
+    nothing = describe_boxes(truth, {1: found()})
+    assert nothing == {"boxes": 0, "score_mean": None, "score_std": None, "outside_share": None}
 
 
 def test_routing_is_what_the_model_does(small_model):

@@ -378,8 +378,8 @@ def promise(kind, asked, measured, interval=None, **more):
         (promise("ap_drop", 0.1, 0.029), "on these photos 0.0290 is lost: kept", True),
         (
             promise("risk", 0.05, 0.051, [0.03, 0.07], delta=0.1, score=0.4, epsilon=0.05),
-            "asked for at most 0.05 missed and added per photo at score 0.4 (delta 0.1); on these photos "
-            "0.0510 [0.0300, 0.0700] is missed and added: not kept",
+            "asked for at most 0.05 missed and added per photo at score 0.4 (delta 0.1); on these photos 0.0510"
+            " [0.0300, 0.0700] is missed and added: not kept",
             False,
         ),
         (promise("risk", 0.05, 0.05, score=0.5), "0.0500 is missed and added: kept", True),

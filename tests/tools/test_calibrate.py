@@ -37,6 +37,7 @@ def test_certificate_is_used_and_refuses_what_it_must(trained, capsys):
     use = ["ROUTING.CERTIFICATE", str(out / "certificate.json"), "EVAL.PICTURES", "0", "EVAL.RIVALS.ENABLED", "false"]
     assert eval_exits.main([*arguments, "--out", str(root / "results"), *use]) == 0
     metrics = json.loads((root / "results" / "metrics.json").read_text())
+    assert metrics["certificate"]["target"]["value"] == 1.0 and metrics["certificate"]["kept"] is True
     assert metrics["routed"]["thresholds"] == certificate.router["thresholds"]
     assert metrics["routed"]["exit_share"]["exit8"] == 1.0
     assert metrics["drift"]["shares"]["exit8"] == metrics["drift"]["calibration_shares"]["exit8"] == 1.0
@@ -101,7 +102,7 @@ def test_empty_exits_are_calibrated_without_training(trained, capsys):
     assert train_net.main([*config, "--force", *own]) == 0
     assert "there is no branch to train" in capsys.readouterr().err
     assert calibrate.main([*config, "--ap-drop", "1.0", *own]) == 2
-    assert "policy 'max_foreground' looks at logits, which the empty exits of" in capsys.readouterr().err
+    assert "policy 'ambiguous_mass' looks at logits, which the empty exits of" in capsys.readouterr().err
     more = ["ROUTING.POLICY", "foreseen_emptiness", "CALIBRATION.COST", "mmacs"]
     assert calibrate.main([*config, "--ap-drop", "1.0", *own, *more]) == 0
     certificate = load_certificate(out / "calibration" / "certificate.json")

@@ -33,7 +33,14 @@ def test_missing_and_foreign_weights(tiny, tmp_path, capsys):
 
 def test_static_rivals_stand_beside_the_exits(trained, tmp_path, capsys):
     root, arguments = trained
-    rivals = ["EVAL.RIVALS.SIZES", "[80]", "EVAL.RIVALS.FULL_PATHS", str(root / "run" / "baseline" / "model.pth")]
+    rivals = [
+        "ROUTING.THRESHOLDS",
+        "[0.5]",
+        "EVAL.RIVALS.SIZES",
+        "[80]",
+        "EVAL.RIVALS.FULL_PATHS",
+        str(root / "run" / "baseline" / "model.pth"),
+    ]
     assert eval_exits.main([*arguments, "--out", str(tmp_path / "out"), *rivals, "EVAL.RUNTIME", "onnxruntime"]) == 0
     assert (tmp_path / "out" / "ap_against_cost.png").is_file()
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())

@@ -3,8 +3,12 @@ import math
 
 import pytest
 import torch
+from torchvision.io import decode_image
+from torchvision.models import get_model
 
+from earlyexit_ssd import EarlyExitSSDLite, ExitRouter
 from earlyexit_ssd.data.synthetic.dataset import FOLDER
+from earlyexit_ssd.evaluation.verdict import judge
 from earlyexit_ssd.pipeline import phases
 from tests.tools.conftest import log, run_command, train_command
 from tools import eval_exits, train_net
@@ -18,7 +22,8 @@ def test_main_job_leaves_everything(tiny, tmp_path, capsys):
     metrics = json.loads((folder / "metrics.json").read_text())
     assert [entry["name"] for entry in metrics["exits"]] == ["exit8", "exit12", "full"]
     assert sum(metrics["routed"]["exit_share"].values()) == pytest.approx(1)
-    assert any("--force" in line for line in metrics["verdict"]["lines"])
+    (finding,) = metrics["verdict"]["findings"]  # so short a training teaches nothing: no more is to be said
+    assert finding["veto"] and "the full path does not detect" in finding["line"] and "--force" in finding["line"]
     run = json.loads((folder / "run.json").read_text())
     assert run["seed"] == 0
     assert run["torch"] == torch.__version__
@@ -35,7 +40,7 @@ def test_failed_gate_ends_with_3_and_says_what_to_try(tiny, tmp_path, capsys):
     assert train_net.main(tiny("run")) == 3
     error = capsys.readouterr().err
     assert "gate of phase baseline failed: AP50" in error
-    assert "try: more epochs" in error
+    assert "try: more than 2 epochs (BASELINE.EPOCHS)" in error
     assert not (tmp_path / "run" / "exits").exists()
     # The advice can be followed: the phase starts afresh with more epochs, later phases with what they like.
     more = ("BASELINE.EPOCHS", "3", "BASELINE.GATE.AP50", "0.0", "BASELINE.GATE.PRECISION", "0.0")
@@ -48,6 +53,25 @@ def test_failed_gate_ends_with_3_and_says_what_to_try(tiny, tmp_path, capsys):
     assert (tmp_path / "run" / "baseline" / "before_1" / "last.pth").is_file()
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert [entry["name"] for entry in metrics["exits"]] == ["exit10", "full"]
+
+
+def test_nobody_leaves_before_routing_is_calibrated_on_the_new_photos(trained, data_root):
+    """Fresh exits on photos that nobody has calibrated on: whatever they say, the full path answers, and it is said."""
+    metrics = json.loads((trained[0] / "run" / "metrics.json").read_text())
+    assert metrics["routed"]["exit_share"] == {"exit8": 0.0, "exit12": 0.0, "full": 1.0}
+    assert metrics["routed"]["AP50"] == metrics["exits"][-1]["AP50"]
+    assert metrics["routed"]["mmacs"] == metrics["without_exits"]["mmacs"]  # no branch is paid for
+    found = {**metrics, "exits": [{**row, "AP50": 0.5, "found": None} for row in metrics["exits"]]}
+    assert any("every exit is closed until routing is calibrated" in line for line in judge(found).lines)
+    photos = [decode_image(str(path)) / 255 for path in sorted((data_root / FOLDER / "test").glob("*.*"))]
+    model = EarlyExitSSDLite.from_pretrained(trained[0] / "run" / "model.pth")
+    fresh = get_model(
+        "earlyexit_ssdlite320_mobilenet_v3_large", weights_backbone=None, num_classes=2, image_size=64, width=0.25,
+        router=ExitRouter(2),
+    ).eval()  # fmt: skip
+    with torch.inference_mode():
+        for detector in (model, fresh):
+            assert {int(one["exit_index"]) for one in detector(photos)} == {2}
 
 
 def test_flags_and_keys_in_any_order(tiny, tmp_path):
