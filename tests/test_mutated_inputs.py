@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import json
 import os
 import random
@@ -18,6 +19,7 @@ import onnx
 import pytest
 import torch
 import yaml
+from earlyexit_ssd.pipeline.recipes import read_recipes
 from onnx import TensorProto, helper
 from PIL import Image
 
@@ -29,6 +31,8 @@ from earlyexit_ssd.evaluation.onnx_cost import count_onnx_mmacs
 from earlyexit_ssd.evaluation.onnx_detector import OnnxDetector
 from earlyexit_ssd.modeling import Architecture, retrofit
 from earlyexit_ssd.modeling.checkpoint import weights_hash
+from earlyexit_ssd.modeling.weights import FOLDER, describe
+from earlyexit_ssd.pipeline.run_folder import RunFolder
 from earlyexit_ssd.routing import DriftMonitor
 from earlyexit_ssd.routing import certificate as certificates
 from earlyexit_ssd.routing.certificate import Certificate, load_certificate
@@ -159,7 +163,7 @@ def as_json(tree: Any, rng: random.Random) -> bytes:
     except (ValueError, RecursionError):
         return b"[" * 100_000
     if rng.random() < 0.1:
-        key = rng.choice([one for one in text.split('"')[1::2]] or ["a"])
+        key = rng.choice(text.split('"')[1::2] or ["a"])
         text = text.replace("{", f'{{"{key}": 1, ', 1)
     if rng.random() < 0.05:
         text = text.replace(": ", ": " + '{"a":' * 5000, 1)
@@ -169,31 +173,10 @@ def as_json(tree: Any, rng: random.Random) -> bytes:
 BOMB = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))
 MERGES = "\n".join(f"m{n}: &m{n} {{<<: [{', '.join([f'*m{n - 1}'] * 9)}]}}" for n in range(1, 12))
 YAML_PIECES = (
-    "!!int x",
-    "!!timestamp x",
-    "!!float x",
-    "!!bool x",
-    "!!binary x",
-    "!!python/object:os.system x",
-    "!!set {a}",
-    "!!omap [a]",
-    "&a [*a]",
-    "&a {x: *a}",
-    "{? [1] : 2}",
-    "{? {a: 1} : 2}",
-    "[" * 1500,
-    "{a: " * 1500,
-    "? ",
-    "- ",
-    "|\n",
-    "{SEED: 1, SEED: 2}",
-    "<<: 1",
-    "!!int ''",
-    *DATES,
-    '"a\\0b"',
-    '"\\ud800"',
-    "'" + "x" * 10_000 + "'",
-)
+    "!!int x", "!!timestamp x", "!!float x", "!!bool x", "!!binary x", "!!python/object:os.system x", "!!set {a}",
+    "!!omap [a]", "&a [*a]", "&a {x: *a}", "{? [1] : 2}", "{? {a: 1} : 2}", "[" * 1500, "{a: " * 1500, "? ", "- ",
+    "{SEED: 1, SEED: 2}", "<<: 1", "!!int ''", *DATES, '"a\\0b"', '"\\ud800"', "'" + "x" * 10_000 + "'",
+)  # fmt: skip
 
 
 def yaml_text(tree: dict, rng: random.Random) -> str:
@@ -226,7 +209,7 @@ class Kind(NamedTuple):
 
 CONFIG = {
     "SEED": 3,
-    "DATA": {"TRAIN": ["a"], "CALIB": ["b"], "TEST": ["c"], "DATASETS": [["a", "x.json", "x"]], "CLASSES": ["chair"]},
+    "DATA": {"TRAIN": ["a"], "CALIB": ["b"], "DATASETS": [["a", "x.json", "x"]], "CLASSES": ["chair"]},
     "MODEL": {"WIDTH": 0.5, "IMAGE_SIZE": 160, "SCORE_THRESH": 0.01},
     "EXITS": {"LAYERS": [6, 12], "EMPTY": [6], "COPY": [0.5]},
     "ROUTING": {"POLICY": "entropy", "THRESHOLDS": [0.5, 2], "TEMPERATURES": [1.0], "TEMPERATURE_BOUNDS": [0.5, 3.0]},
@@ -469,23 +452,12 @@ MODELS: list[Models] = []
 def hostile_tensor(value: torch.Tensor, rng: random.Random) -> Any:
     """What a state dict must not hold, or not there."""
     changes: tuple[Callable[[], Any], ...] = (
-        lambda: value.to(torch.int64),
-        lambda: value.to(torch.complex64),
-        lambda: value.to(torch.bool),
-        lambda: value.double(),
-        lambda: value.to("meta"),
-        lambda: value.float().to_sparse(),
-        lambda: value * float("nan"),
-        lambda: value[None],
-        lambda: value.flatten()[:0],
-        lambda: torch.zeros(()),
+        lambda: value.to(rng.choice((torch.int64, torch.complex64, torch.bool, torch.float64, torch.float8_e4m3fn))),
+        lambda: value.to("meta"), lambda: value.float().to_sparse(), lambda: value * float("nan"), lambda: value[None],
+        lambda: value.flatten()[:0], lambda: torch.zeros(()), lambda: value.tolist(), lambda: rng.choice(VALUES),
         lambda: torch.quantize_per_tensor(value.float(), 0.1, 0, torch.qint8),
-        lambda: value.tolist(),
-        lambda: value.float().to(torch.float8_e4m3fn),
-        lambda: torch.zeros(1).expand(10**6),
-        lambda: value.flatten().float().requires_grad_(),
-        lambda: rng.choice(VALUES),
-    )
+        lambda: torch.zeros(1).expand(10**6), lambda: value.flatten().float().requires_grad_(),
+    )  # fmt: skip
     return rng.choice(changes)()
 
 
@@ -653,6 +625,40 @@ def use_onnx(folder: Path, _: None) -> None:
     count_onnx_mmacs(detector.content)
 
 
+def write_others(folder: Path, rng: random.Random | None) -> str:
+    """What the package writes for itself: a run's configuration and gate, a description of weights, recipes."""
+    name = rng.choice(sorted(OTHERS)) if rng else "gate"
+    tree, suffix, _ = OTHERS[name]
+    tree = tree if rng is None else damage(tree, rng)
+    content = yaml_text(tree, rng).encode("utf-8", "surrogatepass") if suffix == "yaml" else as_json(tree, rng)
+    (folder / f"file.{suffix}").write_bytes(damage_bytes(content, rng) if rng and rng.random() < 0.3 else content)
+    return name
+
+
+def read_run(path: Path) -> None:
+    """As the configuration of a run to go on with."""
+    run = RunFolder(path.parent / "run")
+    run.root.mkdir()
+    (run.root / "config.yaml").write_bytes(path.read_bytes())
+    run.require_free(load_config(None, ["OUTPUT_DIR", "x"]), resume=True)
+
+
+def read_gate(path: Path) -> None:
+    """As that of a phase."""
+    run = RunFolder(path.parent / "run")
+    run.phase("exits").mkdir(parents=True)
+    (run.phase("exits") / "gate.json").write_bytes(path.read_bytes())
+    assert (run.finished("exits"), run.forced()) in itertools.product((True, False), repeat=2)
+
+
+OTHERS: dict[str, tuple[Any, str, Callable[[Path], object]]] = {
+    "gate": ({"phase": "exits", "passed": True, "forced": False, "checks": []}, "json", read_gate),
+    "configuration": (CONFIG, "yaml", read_run),
+    "recipes": ({"_ALL_": {"EXITS.DEPTH": [1]}, "thin": {"EXITS.COPY": [0.25]}}, "yaml", read_recipes),
+    "description": (json.loads(next(FOLDER.glob("*.json")).read_text()), "json", describe),
+}
+
+
 KINDS = {
     "configuration": Kind(200, write_config, lambda folder, _: load_config(folder / "config.yaml")),
     "overrides": Kind(150, write_overrides, lambda folder, words: load_config(None, words)),
@@ -663,7 +669,8 @@ KINDS = {
     "certificate": Kind(160, write_certificate, use_certificate),
     "model": Kind(60, write_model, use_model),
     "reference": Kind(50, write_reference, use_reference),
-    "ONNX": Kind(100, write_onnx, use_onnx),
+    "ONNX": Kind(200, write_onnx, use_onnx),
+    "others": Kind(150, write_others, lambda folder, name: OTHERS[name][2](next(folder.glob("file.*")))),
 }
 
 

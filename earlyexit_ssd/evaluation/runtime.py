@@ -70,16 +70,19 @@ class OnnxNetwork(nn.Module):
         self.name = name
         _require_own_data(content, name, folder)
         options = runtime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+        options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.load_model_format", "ONNX")  # what was looked at, nothing else
         if folder is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         try:
-            self.session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            self.session = runtime.InferenceSession(
+                content, options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
+            inputs = self.session.get_inputs()
+            self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
         except Exception as error:  # a damaged or foreign file raises whatever its reader does
             raise EarlyExitError(f"{name}: ONNX Runtime cannot load it ({_first_line(error)})") from None
-        inputs = self.session.get_inputs()
         shape = inputs[0].shape if inputs else []
         self.input_shape = tuple(1 if place == 0 and not isinstance(n, int) else n for place, n in enumerate(shape))
         if len(inputs) != 1 or not all(isinstance(length, int) and length > 0 for length in self.input_shape):
@@ -87,7 +90,6 @@ class OnnxNetwork(nn.Module):
             raise EarlyExitError(f"{name}: expected one input of a fixed size, got {found}; export it with one")
         if inputs[0].type != "tensor(float)":
             raise EarlyExitError(f"{name}: its input is {inputs[0].type}, expected tensor(float); export it in fp32")
-        self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
         self._input_name = inputs[0].name
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -134,9 +136,16 @@ def _tensors(message: Any, kind: type) -> Iterator[Any]:
                 yield from _tensors(part, kind)
 
 
-def _lies_in(location: str, folder: str | os.PathLike[str]) -> bool:
-    """Links are followed; backslashes and drives are Windows' way out."""
-    if not location or "\0" in location or "\\" in location or ":" in location or os.path.isabs(location):
+def _lies_in(location: str | bytes, folder: str | os.PathLike[str]) -> bool:
+    """Links are followed; backslashes and drives are Windows' way out, and bytes no text."""
+    if (
+        not isinstance(location, str)
+        or not location
+        or "\0" in location
+        or "\\" in location
+        or ":" in location
+        or os.path.isabs(location)
+    ):
         return False
     root = os.path.realpath(folder)
     path = os.path.realpath(os.path.join(root, location))

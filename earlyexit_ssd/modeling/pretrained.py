@@ -134,7 +134,7 @@ def make_router(model: EarlyExitSSDLite, settings: Mapping[str, Any]) -> Router:
         model.eval()
         with torch.no_grad():
             outputs = model.exit_outputs([torch.zeros(3, *model.transform.fixed_size, device=device)])
-            for index in range(model.num_early_exits):
+            for index in range(model.num_early_exits + 1):
                 router.confidence(outputs.signals(index), index)
     except Exception as error:  # policies may be anybody's, and their parameters anything
         raise EarlyExitError(f"its routing cannot be used ({error})") from None
