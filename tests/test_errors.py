@@ -14,6 +14,7 @@ from earlyexit_ssd.errors import DataError, EarlyExitError, shown
     [
         ("a.json: bad; mend it", "a.json: bad; mend it"),
         ("class 'a\nb'\r\n  is bad", "class 'a b' is bad"),
+        ("two  blanks.jpg: 猫", "two  blanks.jpg: 猫"),
         ("\x1b[31m\ud800\0", "\\x1b[31m\\ud800\\x00"),
     ],
 )
@@ -38,9 +39,14 @@ def test_errors_pickle():
     assert str(pickle.loads(pickle.dumps(DataError("a.jpg: no such photo")))) == "a.jpg: no such photo"
 
 
-def test_values_are_shown_short():
-    assert shown("a") == "'a'" and shown([1, 2.5]) == "[1, 2.5]"
+def test_values_of_any_size_are_shown_at_once():
+    knot = [1]
+    for _ in range(200):
+        knot = [knot, knot]
+    knot.append(knot)
     deep: list = []
     for _ in range(100_000):
         deep = [deep]
-    assert len(shown(deep)) < 80 and len(shown("x" * 10_000)) < 100 and len(shown(10**400)) < 100
+    for value in (knot, deep, "x" * 10**7, 10**5000, {number: knot for number in range(1000)}, [10**5000]):
+        assert len(shown(value)) <= 100
+    assert shown({"a": [1, "b"]}) == "{'a': [1, 'b']}"

@@ -274,6 +274,9 @@ def write_coco(folder: Path, rng: random.Random | None) -> tuple[str, str, str]:
     content = json.dumps(COCO).encode() if rng is None else as_json(damage(COCO, rng), rng)
     if rng and rng.random() < 0.2:
         content = damage_bytes(content, rng)
+        if rng.random() < 0.1:  # a pipe never ends
+            (folder / "photos" / "10.png").unlink()
+            os.mkfifo(folder / "photos" / "10.png")
     (folder / "coco.json").write_bytes(content)
     return "tiny", "coco.json", "photos"
 

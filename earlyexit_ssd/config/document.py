@@ -30,7 +30,8 @@ Every key with its default. The file is generated from `earlyexit_ssd/config/def
 
 A configuration is a YAML file that names only what differs; `_BASE_: other.yaml` (relative to the file) puts another
 one underneath. On the command line `KEY VALUE` pairs go last and win: `EXITS.LAYERS "[6, 12]" SEED 3`. Unknown keys,
-wrong types and impossible values stop the run before it starts.
+wrong types and impossible values stop the run before it starts. So do a key given twice and a chain of more than 20
+`_BASE_` files. A date is text; of YAML's tags only those of plain types are read.
 """
 
 

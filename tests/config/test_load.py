@@ -1,3 +1,5 @@
+import os
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,6 +50,64 @@ def test_mistakes_are_one_line(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message) as error:
         load_config(write(tmp_path / "bad.yaml", text))
     assert "\n" not in str(error.value)
+
+
+BOMB = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))
+MERGES = "\n".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("SEED: !!int x", "not valid YAML .*invalid literal for int"),
+        ("OUTPUT_DIR: !!timestamp x", "not valid YAML .*could not determine a constructor"),
+        ("SEED: !!python/name:os.system", "not valid YAML .*could not determine a constructor"),
+        ("DATA: &a {TRAIN: *a}", "nested more than 32 deep"),
+        (f"DATA: {{TRAIN: {'[' * 40}{']' * 40}}}", "nested more than 32 deep"),
+        (f"DATA: {'[' * 2000}", "nested too deeply"),
+        (f"a0: &a0 [x]\n{BOMB}", "more than 100000 values"),
+        (f"a0: &a0 {{x: 1}}\n{MERGES}", "more than 100000 values"),
+        ("SEED: 1\nSEED: 2", "the key 'SEED' is given twice"),
+        ("DATA: {ROOT: a, ROOT: b}", "the key 'ROOT' is given twice"),
+        (f"SEED: {'9' * 400}", "a whole number of more than 64 bits"),
+        (f"SEED: 0x{'f' * 5000}", "a whole number of more than 64 bits"),
+        ('OUTPUT_DIR: "a\\0b"', "OUTPUT_DIR has .*expected text without control characters"),
+        ('DATA: {CLASSES: ["a\\nb"]}', "DATA.CLASSES has .*expected text without control characters"),
+        ('_BASE_: "a\\0b"', "_BASE_ is .*expected the name of a YAML file"),
+        ("_BASE_: [a, b]", "_BASE_ is .*expected the name of a YAML file"),
+        (f"SEED: {'x' * 10_000}", "bad.yaml: SEED expects a whole number .*got 'xxx"),
+        (f"{'x' * 1000}: 1", "bad.yaml: unknown key xxx"),
+        ("MODEL: {WIDTH: 1000000}", "MODEL.WIDTH is 1000000.0, expected at most 4"),
+        ("THREADS: 4611686018427387904", "THREADS is 4611686018427387904, expected at most 1024"),
+    ],
+)
+def test_whatever_yaml_can_say_is_one_short_line(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(write(tmp_path / "bad.yaml", text))
+    assert str(error.value).isprintable() and len(str(error.value)) < 300
+
+
+def test_dates_are_text_and_anchors_serve():
+    cfg = load_config(None, ["OUTPUT_DIR", "2024-01-01", "DATA.CLASSES", "[2024-13-45, &a chair, 'x']"])
+    assert (cfg.OUTPUT_DIR, cfg.DATA.CLASSES) == ("2024-01-01", ("2024-13-45", "chair", "x"))
+
+
+def test_an_endless_chain_of_bases(tmp_path):
+    for number in range(1100):
+        write(tmp_path / f"{number}.yaml", f"_BASE_: {number + 1}.yaml")
+    with pytest.raises(ConfigError, match="_BASE_ leads through more than 20 files; put them together"):
+        load_config(tmp_path / "0.yaml")
+
+
+def test_paths_that_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path, message in (
+        (tmp_path / "pipe.yaml", "no regular file"),
+        (tmp_path, "no regular file"),
+        ("a\0b", "null byte"),
+    ):
+        with pytest.raises(ConfigError, match=f"cannot be read as a configuration file .*{message}"):
+            load_config(path)
 
 
 @pytest.mark.parametrize(

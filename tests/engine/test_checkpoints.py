@@ -2,9 +2,11 @@ import contextlib
 import os
 import signal
 
+import pytest
 import torch
 
 from earlyexit_ssd.engine import Checkpoint, ExponentialMovingAverage, Hook, UpdateAverage
+from earlyexit_ssd.errors import EarlyExitError
 from tests.engine.conftest import line_trainer
 
 
@@ -58,6 +60,15 @@ def test_signal_saves_and_stops(tmp_path):
     assert checkpoint.signal_name == "SIGTERM"
     assert torch.load(path, weights_only=True)["step"] == 5
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("change", [{"step": "x"}, {"model": {}}, {"optimizer": None}, {"ema": {"average": 3}}])
+def test_a_state_of_something_else_is_one_line(tmp_path, change):
+    path = tmp_path / "last.pth"
+    averaged_trainer(path)[0].run()
+    torch.save(torch.load(path, weights_only=True) | change, path)
+    with pytest.raises(EarlyExitError, match=r"last\.pth: not the state of this training .*move it away"):
+        averaged_trainer(path)[0].run()
 
 
 def test_no_half_file_is_left(tmp_path):

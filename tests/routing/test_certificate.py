@@ -110,6 +110,53 @@ def test_other_files(tmp_path, text, message):
         load_certificate(path)
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value", "message"),
+    [
+        ("router", "thresholds", None, "'router.thresholds' is missing"),
+        ("router", "thresholds", "0.5", "router.thresholds is '0.5', expected a list"),
+        ("router", "thresholds", [True, 2.0], r"router.thresholds\[0\] is True, expected a finite number"),
+        ("router", "thresholds", [0.5] * 3, "router has 2 exits and 3 thresholds"),
+        ("router", "num_exits", 1, "router has 1 exits and 2 thresholds, drift has 3 exit_names"),
+        ("target", "score", None, "'target.score' is missing"),
+        ("target", "score", "0.5", "target.score is '0.5', expected a finite number"),
+        ("target", "iou", 1.5, "target.iou is 1.5, expected 0 to 1"),
+        ("target", "kind", ["risk"], r"target.kind is \['risk'\], expected one of speedup, ap_drop, risk"),
+        ("target", "epsilon", None, "'target.epsilon' is missing"),
+        ("drift", "exit_names", None, "drift reference cannot be read .*'exit_names' is missing"),
+        ("drift", "exit_names", [1, 2, 3], r"drift.exit_names\[0\] is 1, expected text"),
+        ("drift", "exit_names", "abc", "drift.exit_names is 'abc', expected a list"),
+        ("measured", "photos", 0, "measured.photos is 0, expected 1 to"),
+        ("cost_model", "exits", [1.0, None], r"cost_model.exits\[1\] is None"),
+    ],
+)
+def test_parts_that_are_missing_or_of_another_type(certificate, tmp_path, part, key, value, message):
+    """Whatever the checksum says."""
+    values = {name: one for name, one in getattr(certificate, part).items() if name != key}
+    changed = dataclasses.replace(certificate, **{part: values if value is None else {**values, key: value}})
+    changed.save(tmp_path / "certificate.json")
+    with pytest.raises(EarlyExitError, match=message):
+        load_certificate(tmp_path / "certificate.json")
+
+
+def test_a_key_given_twice_and_deep_nesting(certificate, tmp_path):
+    path = tmp_path / "certificate.json"
+    certificate.save(path)
+    text = path.read_text()
+    path.write_text(text.replace('"epsilon"', '"epsilon": 0.001, "epsilon"'))
+    with pytest.raises(EarlyExitError, match="the key 'epsilon' is given twice"):
+        load_certificate(path)
+    path.write_text(text.replace('"versions": {', '"versions": {"x": ' + "[" * 500 + "]" * 500 + ", "))
+    with pytest.raises(EarlyExitError, match="nested more than 32 deep"):
+        load_certificate(path)
+
+
+def test_a_policy_fitted_for_another_model_is_found_before_the_first_photo(certificate, model):
+    fitted = ExitRouter(2, policy="foreseen_emptiness", parameters=[{"weight": [0.0] * 5, "bias": 0.0}] * 2)
+    with pytest.raises(EarlyExitError, match="the certificate: its routing cannot be used .*calibrate again"):
+        dataclasses.replace(certificate, router=fitted.to_dict()).router_for(model)
+
+
 def test_unknown_key_and_no_file(certificate, tmp_path):
     path = tmp_path / "certificate.json"
     certificate.save(path)
