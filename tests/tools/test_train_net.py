@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from earlyexit_ssd.data.synthetic.dataset import FOLDER
+from earlyexit_ssd.data.shapes import FOLDER
 from earlyexit_ssd.pipeline import phases
 from tests.tools.conftest import log, run_command, train_command
 from tools import eval_exits, train_net
