@@ -151,12 +151,12 @@ def chair(rng: Generator) -> list:
     t, rail, gap, count = *rng.uniform((0.02, 0.04, 0.0), (0.035, 0.09, 0.2)), int(rng.integers(2, 5))
     pieces = [(x * (w - t) / 2, 0, t, back) for x in (-1, 1)]  # x, z, width and height
     if kind < 0.6:  # a panel
-        pieces += [(0, gap, w - t, back - gap)]
+        pieces += [(0, gap, w - 2 * t, back - gap)]
     elif kind < 0.8:  # rails from post to post
-        pieces += [(0, back * (i + 0.8) / count - rail, w - t, rail) for i in range(count)]
+        pieces += [(0, back * (i + 0.8) / count - rail, w - 2 * t, rail) for i in range(count)]
     else:  # upright slats
         slats = [(w * ((i + 1) / (count + 1) - 0.5), 0, 0.7 * t, back - rail) for i in range(count)]
-        pieces += [*slats, (0, back - rail, w, rail)]
+        pieces += [*slats, (0, back - rail, w - 2 * t, rail)]
     return parts + [part(x, (d - t) / 2, h + z, (width, t, height), cover) for x, z, width, height in pieces]
 
 
