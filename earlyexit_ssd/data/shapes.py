@@ -199,7 +199,7 @@ def _at_wall(rng: Generator, flat: bool) -> list:
 
 def _pattern(rng: Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Brightness factors around 1 at (u, v) of a surface: planks, stripes, tiles, a chequerboard or patches."""
-    (a, b), k, strength = rng.uniform(0.08, 0.5, 2), rng.choice((0, 0, 1, 7)), rng.uniform(0.0, 0.25)
+    (a, b), k, strength = rng.uniform(0.08, 0.5, 2).tolist(), (0, 0, 1, 7)[rng.integers(4)], rng.uniform(0.0, 0.25)
     tones = rng.uniform(1 - strength, 1 + strength, rng.choice((2, 61))).astype(np.float32)
     return tones[(np.floor(u / a) + k * np.floor(v / b)).astype(np.int32) % len(tones)]
 
@@ -209,8 +209,7 @@ def _empty_room(rng: Generator, room: np.ndarray, camera: Camera, light: Light, 
     size, (lamp, ambient) = camera.size, light
     grid = ((np.arange(size, dtype=np.float32) + 0.5) / size - 0.5) / camera.focal
     rays = [right * grid + (down * grid)[:, None] + forward for right, down, forward in camera.axes.T]
-    rays = [np.where(np.abs(ray) < 1e-6, np.float32(1e-6), ray) for ray in rays]
-    steps = [(np.where(ray > 0, end, 0) - at) / ray for ray, end, at in zip(rays, room, camera.eye, strict=True)]
+    steps = [(np.where(ray >= 0, end, 0) - at) / ray for ray, end, at in zip(rays, room, camera.eye, strict=True)]
     step = np.minimum(np.minimum(steps[0], steps[1]), steps[2])
     x, y, z = (at + ray * step for at, ray in zip(camera.eye, rays, strict=True))
     floor, ceiling = (step == steps[2]) & (rays[2] < 0), (step == steps[2]) & (rays[2] > 0)
@@ -283,7 +282,7 @@ def render_scene(rng: Generator, size: int) -> tuple[Image.Image, list[Box]]:
     # What a camera adds: it is sometimes out of focus, tinted, over- or underexposed, with noise.
     photo = Image.frombuffer("RGBX", canvas.shape[:2], canvas, "raw", "RGBX", 0, 1).reduce(SCALE).convert("RGB")
     if rng.random() < 0.4:
-        photo = photo.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.9) * size / 160))
+        photo = photo.filter(ImageFilter.BoxBlur(rng.uniform(0.3, 0.9) * size / 160))
     gain = (rng.normal(1, 0.05, 3) * rng.uniform(0.75, 1.2)).astype(np.float32)
     noise = rng.standard_normal((size, size, 1), np.float32) * np.float32(rng.uniform(0.5, 4))
     return Image.fromarray(np.clip(np.asarray(photo) * gain + noise, 0, 255).astype(np.uint8)), boxes
