@@ -12,7 +12,7 @@ from earlyexit_ssd.data import catalog
 from earlyexit_ssd.data.coco import read_coco
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import RawDataset
-from earlyexit_ssd.data.synthetic import ensure_synthetic
+from earlyexit_ssd.data.shapes import ensure_synthetic
 from earlyexit_ssd.data.voc import read_voc
 from earlyexit_ssd.errors import DataError
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from earlyexit_ssd.data.synthetic.dataset import FOLDER
+from earlyexit_ssd.data.shapes import FOLDER
 from tests.tools.conftest import ROOT, final_weights, log, run_command, train_command
 from tools import train_net
 

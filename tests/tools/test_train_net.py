@@ -7,7 +7,7 @@ from torchvision.io import decode_image
 from torchvision.models import get_model
 
 from earlyexit_ssd import EarlyExitSSDLite, ExitRouter
-from earlyexit_ssd.data.synthetic.dataset import FOLDER
+from earlyexit_ssd.data.shapes import FOLDER
 from earlyexit_ssd.evaluation.verdict import judge
 from earlyexit_ssd.pipeline import phases
 from tests.tools.conftest import log, run_command, train_command

@@ -1,0 +1,319 @@
+"""The rendered scenes, and the data set that is made of them."""
+
+import json
+import multiprocessing
+import re
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+from earlyexit_ssd.data import shapes
+from earlyexit_ssd.data.shapes import FOLDER, MIN_SIDE, SPLITS, Camera, Thing, ensure_synthetic, part, render_scene
+from earlyexit_ssd.errors import DataError
+
+GREY = np.full(3, 0.5)
+LIGHT = (np.array([2.0, 0.0, 2.5]), 0.6)
+SIZES = (8, 3, 4)
+
+
+def slab(x, y, width, height, chair=True):
+    """An upright slab whose near side is at depth ``y``."""
+    return Thing([part(0, 0, 0, (width, 0.02, height), GREY)], x, y + 0.01, chair=chair)
+
+
+def boxes_of(*things):
+    """Pixels of what ``things`` show: 60 + 120 * x / depth, and 60 - 120 * (z - 1) / depth for a camera at x = 2."""
+    return shapes.paint(list(things), Camera((2, 0, 1), 0, 0, 1, 120), np.zeros((240, 240, 4), np.uint8), LIGHT)
+
+
+def first_hits(boxes, camera):
+    """For each pixel of the supersampled picture which of ``boxes`` [N, 8, 3] (1, 2, ...) its ray meets first, else 0:
+    each one cut out of space by the planes of its faces."""
+    side = camera.size * shapes.SCALE
+    grid = ((np.arange(side) + 0.5) / side - 0.5) / camera.focal
+    right, down, forward = camera.axes.astype(float)
+    rays = grid[None, :, None] * right + grid[:, None, None] * down + forward
+    nearest, hits = np.full((side, side), np.inf), np.zeros((side, side), int)
+    for number, corners in enumerate(boxes, 1):
+        enter, leave = np.zeros((side, side)), np.full((side, side), np.inf)
+        for a, b, c in ((0, 1, 5), (1, 2, 6), (2, 3, 7), (3, 0, 4), (4, 5, 6), (0, 3, 2)):
+            normal = np.cross(corners[b] - corners[a], corners[c] - corners[a])
+            normal = normal * -np.sign(normal @ (corners.mean(axis=0) - corners[a]))
+            slope, away = rays @ normal, (corners[a] - camera.eye) @ normal
+            meets = away / np.where(slope == 0, 1e-12, slope)
+            enter = np.where(slope < 0, np.maximum(enter, meets), enter)
+            leave = np.where(slope > 0, np.minimum(leave, meets), leave)
+        front = (enter < leave) & (enter < nearest)
+        nearest[front], hits[front] = enter[front], number
+    return hits
+
+
+def share_unlike(expected, picture):
+    """Of pixels that are in ``picture`` like none of the nine around them in ``expected``: edges may lie beside."""
+    near = [np.roll(expected, (dy, dx), (0, 1)) == picture for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+    return (~np.any(near, axis=0)).mean()
+
+
+def test_a_box_holds_what_shows_of_its_chair():
+    assert boxes_of(slab(2.0, 2.0, 0.5, 1.0)) == [pytest.approx((45, 60, 75, 120), abs=1.0)]
+    assert boxes_of(slab(3.0, 2.0, 0.5, 1.5)) == [pytest.approx((105, 30, 120, 120), abs=1.0)]  # cut by the frame
+    both = boxes_of(slab(1.4, 3.0, 0.5, 1.0), slab(2.6, 3.0, 0.5, 1.0))
+    assert [box[0] for box in both] == pytest.approx([26, 74], abs=1.0)
+    # A table hides all that is left of x = 2, that is of column 60, in whatever order they are given.
+    chair, table = slab(2.0, 4.0, 1.0, 1.0), slab(1.25, 2.0, 1.5, 1.5, chair=False)
+    for things in ((chair, table), (table, chair)):
+        assert boxes_of(*things) == [pytest.approx((60, 60, 75, 90), abs=1.0)]
+
+
+def test_the_middle_of_what_stands_before_may_be_farther_away():
+    # The table's left end, at column 60 - 120 * 0.03 / 1.5, hides the right end of the chair behind it.
+    chair, table = slab(1.9, 2.08, 0.3, 1.0), slab(3.97, 1.5, 4.0, 1.5, chair=False)
+    assert boxes_of(chair, table)[0][2] == pytest.approx(57.6, abs=1.0)
+
+
+def test_parts_hide_what_is_behind_and_below_them():
+    camera = Camera((2, 0, 1.4), 0, 0.3, 1, 64)
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        build = (shapes.chair, shapes._other, lambda rng: shapes._at_wall(rng, False))[seed % 3]
+        parts = np.array(build(rng))
+        parts[:, 7:] = (np.arange(len(parts))[:, None] + 1.0) / 255 / 1.2  # the red of a part is its number
+        canvas, yaw = np.zeros((128, 128, 4), np.uint8), rng.uniform(0, 6.3) if seed % 3 < 2 else rng.uniform(-0.5, 0.5)
+        thing = Thing(parts, 2, 2.5, yaw)
+        shapes.paint([thing], camera, canvas, (LIGHT[0], 1.2))
+        assert share_unlike(first_hits(thing.corners, camera), canvas[..., 0]) < 0.004, build
+
+
+def test_a_chair_that_hardly_shows_has_no_box():
+    # 80 % of the chair's 60 columns are behind the table; the other one is five pixels wide.
+    hidden, table, thin = slab(2.0, 4.0, 2.0, 1.0), slab(1.7, 2.0, 1.2, 1.5, chair=False), slab(3.6, 5.0, 0.2, 1.0)
+    assert boxes_of(hidden, table, thin) == [None, None]
+    assert boxes_of(slab(1.0, 4.0, 0.5, 1.0), hidden, table)[1] is None
+
+
+def test_boxes_are_tight_around_the_pixels_that_rays_meet(monkeypatch):
+    painted, paint, wrong = [], shapes.paint, []
+
+    def keep(things, camera, canvas, light):
+        painted.append((list(things), camera, canvas, paint(things, camera, canvas, light)))
+        return painted[-1][-1]
+
+    monkeypatch.setattr(shapes, "paint", keep)
+    for seed in range(12):
+        render_scene(np.random.default_rng(seed), 64)
+    for things, camera, canvas, boxes in painted:
+        labels = [sum(t.chair for t in things[: place + 1]) * thing.chair for place, thing in enumerate(things)]
+        labels = [0, *(label for thing, label in zip(things, labels, strict=True) for _ in thing.parts)]
+        owners = np.array(labels)[first_hits(np.concatenate([thing.corners for thing in things]), camera)]
+        wrong.append(share_unlike(owners, canvas[..., 3]))
+        for label, box in enumerate(boxes, 1):
+            if box:
+                rows, columns = np.nonzero(owners == label)
+                expected = columns.min() / 2, rows.min() / 2, (columns.max() + 1) / 2, (rows.max() + 1) / 2
+                assert box == pytest.approx(expected, abs=1.0)
+    assert sum(len(boxes) for *_, boxes in painted) >= 8
+    assert max(wrong) < 0.005 and np.mean(wrong) < 0.001
+
+
+def test_light_falls_from_the_lamp():
+    canvas = np.zeros((240, 240, 4), np.uint8)
+    cube = Thing([part(0, 0, 0, (0.5, 0.5, 0.5), GREY)], 2.0, 3.0)
+    shapes.paint([cube], Camera((2, 0, 1), 0, 0, 1, 120), canvas, (np.array([2.0, 3.0, 2.5]), 0.5))
+    # The top is 1.2 times, the front 0.5 times as bright as the colour, 0.5 * 255.
+    assert canvas[160, 120, 0] == 153 and canvas[190, 120].tolist() == [64, 64, 64, 0]
+
+
+def test_a_chair_has_a_back_above_a_seat_and_all_stand_on_the_floor():
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        chair, others = np.array(shapes.chair(rng)), [shapes._other(rng), shapes._at_wall(rng, False)]
+        top = chair[:, 2] + chair[:, 5]
+        assert 0.7 < top.max() < 1.3 and (chair[top > top.max() - 0.01, 1] > 0.1).all()  # behind the sitter
+        assert (chair[(top > 0.4) & (top < 0.75), 3] > 0.35).any()  # the seat
+        for parts in (chair, *map(np.array, others)):
+            assert 0 <= parts[:, 2].min() <= 0.05 and (parts[:, 2] + parts[:, 5]).max() < 2.3
+            assert np.isfinite(parts).all() and (parts[:, 3:6] > 0).all() and (parts[:, 7:] >= 0).all()
+
+
+def test_a_scene_depends_on_its_numbers_only():
+    first, second = (render_scene(np.random.default_rng((1, 0, 5)), 96) for _ in range(2))
+    assert first[0].tobytes() == second[0].tobytes() and first[1] == second[1]
+    for other in ((2, 0, 5), (1, 1, 5), (1, 0, 6)):
+        assert render_scene(np.random.default_rng(other), 96)[0].tobytes() != first[0].tobytes()
+
+
+def test_half_of_the_scenes_are_empty_and_no_cue_but_the_chairs_tells_which(monkeypatch):
+    counts, furnish = [], shapes._furnish
+
+    def count(*arguments):
+        things = furnish(*arguments)
+        counts.append((arguments[-1], len(things)))
+        assert arguments[-1] or not any(thing.chair for thing in things)
+        assert all((t.corners[..., :2] > 0).all() and (t.corners < (*arguments[1][:2], 9)).all() for t in things)
+        return things
+
+    monkeypatch.setattr(shapes, "_furnish", count)
+    scenes = [render_scene(np.random.default_rng((0, 0, index)), 64) for index in range(300)]
+    empty = np.array([not boxes for _, boxes in scenes])
+    assert 0.44 <= empty.mean() <= 0.56
+    things = [np.mean([number for kind, number in counts if kind == chairs]) for chairs in (False, True)]
+    assert things[0] == pytest.approx(things[1], rel=0.12)
+    bright = np.array([np.asarray(photo).mean() for photo, _ in scenes])
+    assert bright[empty].mean() == pytest.approx(bright[~empty].mean(), abs=0.3 * bright.std())
+    for photo, boxes in scenes:
+        assert photo.mode == "RGB" and photo.size == (64, 64) and len(boxes) <= 4
+        for x1, y1, x2, y2 in boxes:
+            assert x1 >= 0 and x1 + MIN_SIDE <= x2 <= 64 and y1 >= 0 and y1 + MIN_SIDE <= y2 <= 64
+    sides = np.sqrt([(x2 - x1) * (y2 - y1) for _, boxes in scenes for x1, y1, x2, y2 in boxes])
+    assert np.quantile(sides, 0.9) > 1.8 * np.quantile(sides, 0.1)
+
+
+# ---- the data set on disk ---------------------------------------------------------------------------------
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def renderer(root, sizes):
+    """A process of its own that renders, as one of several would."""
+    process = multiprocessing.get_context("fork").Process(target=ensure_synthetic, args=(root, sizes, 96, 0))
+    process.start()
+    return process
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("datasets")
+    ensure_synthetic(root, SIZES, 96, seed=0)
+    return root
+
+
+def test_pycocotools_reads_every_split(root):
+    seen = []
+    for split, size in zip(SPLITS, SIZES, strict=True):
+        coco = COCO(root / FOLDER / "annotations" / f"instances_{split}.json")
+        assert len(coco.imgs) == size and len(coco.anns) == len(coco.dataset["annotations"])  # no id twice
+        assert coco.loadCats(coco.getCatIds()) == [{"id": 62, "name": "chair", "supercategory": "furniture"}]
+        for image in coco.imgs.values():
+            with Image.open(root / FOLDER / split / image["file_name"]) as picture:
+                assert picture.format == "JPEG" and picture.size == (image["width"], image["height"]) == (96, 96)
+        for annotation in coco.anns.values():
+            x, y, width, height = annotation["bbox"]
+            assert x >= 0 and y >= 0 and x + width <= 96 and y + height <= 96
+            assert annotation["area"] == width * height and annotation["iscrowd"] == 0
+            assert annotation["image_id"] in coco.imgs
+        seen += list(coco.imgs)
+    assert sorted(seen) == list(range(1, sum(SIZES) + 1)) and (root / FOLDER / "train" / "000001.jpg").exists()
+
+
+def test_files_hold_the_scenes_of_their_numbers(root, tmp_path):
+    photo, boxes = render_scene(np.random.default_rng((0, 2, 1)), 96)
+    coco = json.loads((root / FOLDER / "annotations" / "instances_test.json").read_text())
+    image_id = SIZES[0] + SIZES[1] + 2
+    found = [record["bbox"] for record in coco["annotations"] if record["image_id"] == image_id]
+    assert found == [[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2 in boxes]
+    photo.save(tmp_path / "again.jpg", quality=90)
+    assert (tmp_path / "again.jpg").read_bytes() == (root / FOLDER / "test" / f"{image_id:06d}.jpg").read_bytes()
+
+
+def test_processes_at_once_end_with_one_set(root, tmp_path):
+    processes = [renderer(tmp_path, SIZES) for _ in range(2)]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert contents(tmp_path / FOLDER) == contents(root / FOLDER)
+    assert [path.name for path in tmp_path.iterdir()] == [FOLDER]
+
+
+def test_the_faster_process_wins(root, tmp_path, monkeypatch):
+    render = shapes._render
+
+    def overtaken(*arguments):
+        monkeypatch.setattr(shapes, "_render", render)
+        ensure_synthetic(tmp_path, SIZES, 96, seed=0)
+        render(*arguments)
+
+    monkeypatch.setattr(shapes, "_render", overtaken)
+    ensure_synthetic(tmp_path, SIZES, 96, seed=0)
+    assert contents(tmp_path / FOLDER) == contents(root / FOLDER)
+    assert [path.name for path in tmp_path.iterdir()] == [FOLDER]
+
+
+def test_a_killed_run_leaves_no_half_set_and_the_next_starts_again(root, tmp_path):
+    process = renderer(tmp_path, (100_000, 0, 0))
+    while not list(tmp_path.glob(f".{FOLDER}.*.partial/*/train/*.jpg")):
+        assert process.is_alive()
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    assert not (tmp_path / FOLDER).exists()
+    ensure_synthetic(tmp_path, SIZES, 96, seed=0)
+    assert contents(tmp_path / FOLDER) == contents(root / FOLDER)
+
+
+def test_made_once_and_again_when_settings_change(tmp_path, monkeypatch):
+    ensure_synthetic(tmp_path, (2, 1, 1), 64, seed=0)
+    first = contents(tmp_path / FOLDER)
+    with monkeypatch.context() as patch:
+        patch.setattr(shapes, "_render", lambda *_: pytest.fail("rendered again"))
+        ensure_synthetic(tmp_path, (2, 1, 1), 64, seed=0)
+    ensure_synthetic(tmp_path, (1, 1, 1), 64, seed=1)
+    second = contents(tmp_path / FOLDER)
+    assert len(second) == len(first) - 1 and all(first.get(path) != content for path, content in second.items())
+    assert [path.name for path in tmp_path.iterdir()] == [FOLDER]
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_an_interrupted_run_leaves_what_was_there(tmp_path, monkeypatch, before):
+    if before:
+        ensure_synthetic(tmp_path, (1, 1, 1), 64, seed=0)
+    there, render, calls = contents(tmp_path), render_scene, iter(range(100))
+
+    def interrupted(rng, size):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return render(rng, size)
+
+    monkeypatch.setattr(shapes, "render_scene", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ensure_synthetic(tmp_path, (20, 1, 1), 64, seed=5)
+    assert contents(tmp_path) == there and len(list(tmp_path.iterdir())) == before
+
+
+def test_leftovers_of_killed_runs_go(tmp_path):
+    old = tmp_path / f".{FOLDER}.old.partial"
+    old.mkdir()
+    (old / "000001.jpg").write_bytes(b"half")
+    ensure_synthetic(tmp_path, (1, 1, 1), 64, seed=0)
+    assert [path.name for path in tmp_path.iterdir()] == [FOLDER]
+
+
+@pytest.mark.parametrize("name", ["mine.txt", "settings.json", None])
+def test_what_somebody_else_has_made_is_not_touched(tmp_path, name):
+    mine = tmp_path / FOLDER / name if name else tmp_path / FOLDER
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("precious")
+    with pytest.raises(DataError, match=r"no readable settings\.json.*set DATA\.ROOT"):
+        ensure_synthetic(tmp_path, (1, 1, 1), 64, seed=0)
+    assert mine.read_text() == "precious"
+
+
+def test_an_empty_split_is_an_empty_list(tmp_path):
+    (tmp_path / FOLDER).mkdir()  # an empty folder is in nobody's way
+    ensure_synthetic(tmp_path, (1, 0, 0), 64, seed=0)
+    coco = json.loads((tmp_path / FOLDER / "annotations" / "instances_test.json").read_text())
+    assert coco["images"] == coco["annotations"] == []
+
+
+@pytest.mark.parametrize(
+    ("sizes", "image_size", "seed"), [((1, 2), 64, 0), ((1, -1, 1), 64, 0), ((1, 1, 1), 8, 0), ((1, 1, 1), 64, -1)]
+)
+def test_impossible_settings_are_refused(tmp_path, sizes, image_size, seed):
+    named = re.escape(f"'sizes': {list(sizes)}, 'image_size': {image_size}, 'seed': {seed}}}; expected three sizes")
+    with pytest.raises(DataError, match=named):
+        ensure_synthetic(tmp_path, sizes, image_size, seed)
+    assert not list(tmp_path.iterdir())
