@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
 from torchvision.models import MobileNet_V3_Large_Weights
 from torchvision.models._api import register_model
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights, ssdlite320_mobilenet_v3_large
@@ -107,6 +108,8 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
             trainable_backbone_layers=trainable_backbone_layers,
             **post_processing,
         )
+    if weights is None and weights_backbone is None:
+        _initialise(detector.backbone)
     if classes is None and detector.head.classification_head.num_columns == len(COCO_CLASSES) + 1:
         classes = COCO_CLASSES
     model = EarlyExitSSDLite(
@@ -123,6 +126,17 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
     )
     model.score_thresh = score_thresh
     return model
+
+
+def _initialise(backbone: nn.Module) -> None:
+    """He initialisation (He et al. 2015, "Delving deep into rectifiers", equation 10) of an untrained trunk.
+
+    torchvision draws its weights with a standard deviation of 0.03. In eval mode the signal then vanishes: all logits
+    are 1e-15 and all scores equal, whatever the layers are, so that an export or an exchanged layer cannot be checked.
+    """
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
 
 def _from_file(weights: ShippedWeights | str | os.PathLike, **given: Any) -> EarlyExitSSDLite:

@@ -45,3 +45,12 @@ def test_arguments_are_keyword_only_and_known():
         builder(score_treshold=0.5, **OFFLINE)
     with pytest.raises(ValueError, match="need image_size=320"):
         builder(image_size=96, trainable_backbone_layers=2, **OFFLINE)
+
+
+def test_an_untrained_detector_answers_by_its_layers():
+    """Two of them differ, and their scores are not all the same."""
+    first, second = (torchvision.models.get_model(NAME, num_classes=3, **OFFLINE).eval() for _ in range(2))
+    with torch.no_grad():
+        outputs = [model.exit_outputs([torch.rand(3, 96, 96)]).heads[-1]["cls_logits"] for model in (first, second)]
+    scores = [logits.softmax(-1) for logits in outputs]
+    assert scores[0].std() > 1e-3 and not torch.allclose(*scores)
