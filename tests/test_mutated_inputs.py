@@ -633,7 +633,10 @@ def write_others(folder: Path, rng: random.Random | None) -> str:
     name = rng.choice(sorted(OTHERS)) if rng else "gate"
     tree, suffix, _ = OTHERS[name]
     tree = tree if rng is None else damage(tree, rng)
-    content = yaml_text(tree, rng).encode("utf-8", "surrogatepass") if suffix == "yaml" else as_json(tree, rng)
+    if rng is None:
+        content = json.dumps(tree).encode()
+    else:
+        content = yaml_text(tree, rng).encode("utf-8", "surrogatepass") if suffix == "yaml" else as_json(tree, rng)
     (folder / f"file.{suffix}").write_bytes(damage_bytes(content, rng) if rng and rng.random() < 0.3 else content)
     return name
 
