@@ -122,19 +122,19 @@ def lock(path: str | os.PathLike[str], what: str, *, wait: bool = False) -> Iter
                 path.unlink()
 
 
-def _locked_file(path: Path, what: str, wait: bool) -> io.BufferedRandom:
+def _locked_file(path: Path, what: str, wait: bool) -> io.FileIO:
     """Open and locked, with this process's number in it; closing it frees the lock."""
     while True:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(path, "a+b")  # noqa: SIM115
+            file = open(path, "a+b", buffering=0)  # noqa: SIM115
         try:
             _acquire(file, what, wait)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # else its holder has just removed it
-                    file.truncate(0)
-                    file.write(str(os.getpid()).encode())
-                    file.flush()
+                    with contextlib.suppress(OSError):  # a full disk can be locked all the same
+                        file.truncate(0)
+                        file.write(str(os.getpid()).encode())
                     return file
         except BaseException:
             file.close()
@@ -142,7 +142,7 @@ def _locked_file(path: Path, what: str, wait: bool) -> io.BufferedRandom:
         file.close()
 
 
-def _acquire(file: io.BufferedRandom, what: str, wait: bool) -> None:
+def _acquire(file: io.FileIO, what: str, wait: bool) -> None:
     try:
         _lock_file(file, wait=False)
         return
@@ -161,14 +161,14 @@ def _acquire(file: io.BufferedRandom, what: str, wait: bool) -> None:
 try:
     import fcntl
 
-    def _lock_file(file: io.BufferedRandom, wait: bool) -> None:
+    def _lock_file(file: io.FileIO, wait: bool) -> None:
         # of the process, not of the file: a forked worker that outlives this process does not hold it
         fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 except ImportError:  # Windows
     import msvcrt
 
-    def _lock_file(file: io.BufferedRandom, wait: bool) -> None:
+    def _lock_file(file: io.FileIO, wait: bool) -> None:
         file.seek(1 << 30)  # a byte far behind the content, so that others can read who holds it
         while True:
             try:

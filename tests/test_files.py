@@ -1,7 +1,42 @@
-import pytest
+import os
+import signal
+import subprocess
+import sys
+import time
 
-from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.files import atomic_path, make_folder, sha256, stored_key, write_bytes, write_json, write_text
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from earlyexit_ssd.errors import CannotWrite, EarlyExitError
+from earlyexit_ssd.files import (
+    append_text,
+    atomic_path,
+    lock,
+    locked_folder,
+    make_folder,
+    new_array,
+    sha256,
+    stored_key,
+    write_bytes,
+    write_image,
+    write_json,
+    write_text,
+    write_torch,
+)
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+WRITERS = {
+    "a.txt": lambda path: write_text(path, "x" * 2000),
+    "a.json": lambda path: write_json(path, ["x"] * 2000),
+    "a.bin": lambda path: write_bytes(path, b"x" * 2000),
+    "a.png": lambda path: write_image(path, PICTURE),
+    "a.jpg": lambda path: write_image(path, PICTURE, quality=90),
+    "a.pth": lambda path: write_torch(path, torch.zeros(2000)),
+    "a.jsonl": lambda path: append_text(path, "x" * 2000),
+    "a.npy": lambda path: new_array(path, np.dtype("float32"), (100, 20)),
+}
 
 
 def test_a_failure_leaves_the_old_file(tmp_path):
@@ -41,3 +76,96 @@ def test_a_key_that_is_not_known(tmp_path, content):
     assert stored_key(tmp_path / "a.json") is None
     write_json(tmp_path / "a.json", {"key": "abc"})
     assert stored_key(tmp_path / "a.json") == "abc"
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_is_one_line_with_the_file_and_leaves_no_half(tmp_path, small_files, name):
+    (tmp_path / "a.png").write_bytes(b"old")
+    with small_files(1000), pytest.raises(CannotWrite) as caught:
+        WRITERS[name](tmp_path / name)
+    assert str(caught.value) == f"{tmp_path / name}: cannot be written (File too large); make room"
+    assert (tmp_path / "a.png").read_bytes() == b"old"
+    assert {path.name for path in tmp_path.iterdir()} <= {"a.png", "a.jsonl"}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_is_written_can_be_read(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    assert (tmp_path / name).stat().st_size >= 1000
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_is_no_folder_is_one_line(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(CannotWrite, match=r"cannot be written \((Not a directory|File exists)\); name another folder"):
+        WRITERS[name](tmp_path / "file" / name)
+
+
+def test_long_paths_are_cut(tmp_path):
+    with pytest.raises(CannotWrite) as caught:
+        write_text(tmp_path / ("x" * 300), "")
+    assert len(str(caught.value)) < 250 and "File name too long" in str(caught.value)
+
+
+def test_names_that_are_not_utf_8_are_escaped(tmp_path):
+    write_text(tmp_path / "a.txt", "caf\udce9 \u043a")
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "caf\\udce9 \u043a"
+
+
+HOLD = """
+import sys, time
+from earlyexit_ssd.files import locked_folder
+with locked_folder(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+FORK = """
+import os, sys, time
+from earlyexit_ssd.files import locked_folder
+with locked_folder(sys.argv[1]):
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+def hold(folder, seconds: float) -> subprocess.Popen:
+    """Another process that holds the folder by the time this returns."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), str(seconds)], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    return process
+
+
+def test_a_folder_belongs_to_one_process_until_it_is_killed(tmp_path):
+    with hold(tmp_path, 60) as other:
+        with pytest.raises(EarlyExitError) as caught, locked_folder(tmp_path):
+            pass
+        message = f"{tmp_path} is in use by process {other.pid}; wait until it has ended, or name another folder"
+        assert str(caught.value) == message
+        os.kill(other.pid, signal.SIGKILL)
+        other.wait()
+        with locked_folder(tmp_path), locked_folder(tmp_path):  # a tool that calls another one
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_process_leaves_no_lock_to_its_workers(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", FORK, str(tmp_path)], stdout=subprocess.PIPE) as process:
+        child = int(process.stdout.readline())
+        process.kill()
+        process.wait()
+        try:
+            with locked_folder(tmp_path):
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_waiting_for_a_lock(tmp_path):
+    with hold(tmp_path, 1.0), lock(tmp_path / ".lock", "it", wait=True):
+        start = time.monotonic()
+        with pytest.raises(subprocess.CalledProcessError):  # now it is this process's
+            subprocess.run([sys.executable, "-c", HOLD, str(tmp_path), "0"], check=True, stderr=subprocess.DEVNULL)
+        assert time.monotonic() - start < 60

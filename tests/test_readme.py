@@ -104,3 +104,47 @@ def test_results_name_no_path_of_one_machine():
     stored = [path for folder in ("docs", "benchmarks") for path in (ROOT / folder / "results").rglob("*.json")]
     wrong = [path for path in stored if '"/' in path.read_text(encoding="utf-8")]
     assert wrong == []
+
+
+QUALITY = (
+    *("AP", "AP50", "AP75", "AP_interval", "AP50_interval", "AP_small", "AP_medium", "AP_large", "per_class"),
+    *("precision", "recall", "f1", "false_positives_per_image", "false_positives_per_empty_image"),
+    *("localization_error", "true_positives", "false_positives", "false_negatives"),
+)
+DOCUMENTED = {
+    "exits": (*QUALITY, "name", "layer", "confidence", "mmacs", "ms", "ms_interval"),
+    "routed": (*QUALITY, "policy", "thresholds", "exit_share", "ms", "mmacs", "speedup"),
+    "rivals": (
+        *QUALITY,
+        *("name", "source", "kind", "input_size", "runtime", "mmacs", "ms", "ms_interval"),
+        "routed_minus_rival_AP50_interval",
+    ),
+    "without_exits": ("mmacs", "ms", "ms_interval"),
+    "context": (
+        *("splits", "images", "empty_images", "classes", "score", "iou", "runs", "threads", "resamples", "seed"),
+        *("runtime", "device", "torch", "torchvision", "forced", "weights_sha256"),
+    ),
+}
+"""Keys of docs/metrics.md by the parts of metrics.json."""
+
+
+@pytest.mark.parametrize("part", DOCUMENTED)
+def test_the_keys_are_those_of_the_documentation(part):
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert [key for key in DOCUMENTED[part] if not re.search(rf"[`{{,]{key}[`.,}}]", text)] == []
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("docs/results/*/metrics.json")), ids=lambda path: path.parent.name)
+def test_stored_results_have_every_documented_key(path):
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    missing = []
+    for part, keys in DOCUMENTED.items():
+        rows = metrics[part] if isinstance(metrics[part], list) else [metrics[part]]
+        missing += [f"{part} {row.get('name', '')}: {key}" for row in rows for key in keys if key not in row]
+    missing += [
+        f"{row['name']}: {key}"
+        for row in metrics["exits"][:-1]
+        for key in ("empty", "AP50_below_full_interval")
+        if key not in row
+    ]
+    assert missing == []

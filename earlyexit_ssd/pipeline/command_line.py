@@ -58,31 +58,30 @@ class _LineHandler(logging.Handler):
 
 
 def _told(error: OSError) -> str:
-    """What the system says, of which file, if it says that."""
-    if _broken(sys.stdout):
+    """What the system says, and of which file: whoever writes one names it, so that print() is left."""
+    if error.filename is None and error.errno in (*NO_ROOM, errno.EPIPE, errno.EIO):
         return str(cannot_write("standard output", error, "look at what reads it"))
-    name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else "a file"
-    if error.errno in (*NO_ROOM, errno.EROFS):
-        return str(cannot_write(name, error))
-    return f"{name}: {error.strerror or type(error).__name__}; mend it"
+    name = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+    if name and error.errno in (*NO_ROOM, errno.EROFS):
+        return str(cannot_write(name[:-2], error))
+    return f"{name}{error.strerror or ' '.join(str(error).split())[:200] or type(error).__name__}; mend it"
 
 
-def _broken(stream: io.TextIOBase) -> bool:
-    """Whether a stream cannot be written; it then leads nowhere, or Python would stumble over it at its end."""
+def _leave_broken(stream: io.TextIOBase) -> None:
+    """Let a stream that cannot be written lead nowhere, or Python would stumble over it at its end."""
     try:
         stream.flush()
     except OSError:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             stream.flush()
-        return True
-    return False
 
 
 def _stop(message: str, code: int) -> int:
     with contextlib.suppress(OSError):  # stderr may lie on the full disk
         _say(message, code)
-    _broken(sys.stdout), _broken(sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        _leave_broken(stream)
     return code
 
 

@@ -125,6 +125,7 @@ def training_curves(phases: Mapping[str, Sequence[Mapping[str, Any]]]) -> Image.
             axes[0, 0].annotate(phase, (begin, 1.0), (3, 3), xycoords=("data", "axes fraction"), **_ABOVE)
         axes[0, 0].legend(loc="best", frameon=False)
         axes[-1, 0].set_xlabel("epoch")
+        axes[-1, 0].set_xlim(0, 1.02 * start)
 
     return draw_charts(draw, len(curves), 1, (7.5, 1.0 + 2.2 * len(curves)))
 

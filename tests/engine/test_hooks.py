@@ -1,10 +1,13 @@
 import contextlib
 import json
 
+import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from earlyexit_ssd import ExitRouter
-from earlyexit_ssd.engine import Checkpoint, ClampTemperatures, Log
+from earlyexit_ssd.engine import Checkpoint, ClampTemperatures, Log, read_log
+from earlyexit_ssd.errors import CannotWrite
 from tests.engine.conftest import line_trainer
 from tests.engine.test_checkpoints import Raise
 
@@ -16,7 +19,7 @@ def lines(folder):
 def test_log_has_every_period_and_the_end(tmp_path):
     line_trainer([Log(tmp_path, 7)]).run()
     assert [entry["step"] for entry in lines(tmp_path)] == [7, 14, 21, 28, 30]
-    assert {"lr", "loss", "square", "epoch", "seconds"} <= lines(tmp_path)[0].keys()
+    assert {"lr", "loss", "loss/square", "epoch", "seconds"} <= lines(tmp_path)[0].keys()
     assert any((tmp_path / "tensorboard").iterdir())
 
 
@@ -40,3 +43,35 @@ def test_temperatures_stay_in_their_bounds_after_every_step():
             assert router.temperatures.tolist() == [3.0, 3.0]
 
     assert line_trainer([Watch(router)], epochs=1).run()
+
+
+def test_the_end_of_an_epoch_holds_what_is_measured(tmp_path):
+    """Ten steps an epoch; a line of every second epoch and of the last one, in the line of its step."""
+    found = iter([{"AP50/exit8": None, "temperature/exit8": 1.5}, {"AP50/exit8": 0.25, "temperature/exit8": 1.25}])
+    line_trainer([Log(tmp_path, 20, lambda: next(found), measure_period=2)]).run()
+    assert [(line["step"], line.get("AP50/exit8"), line.get("temperature/exit8")) for line in read_log(tmp_path)] == [
+        (20, None, 1.5),
+        (30, 0.25, 1.25),
+    ]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("temperature/exit8")] == [(20, 1.5), (30, 1.25)]
+    assert [(event.step, event.value) for event in board.Scalars("AP50/exit8")] == [(30, 0.25)]
+
+
+def test_a_resumed_board_shows_no_step_twice(tmp_path):
+    with contextlib.suppress(MemoryError):
+        line_trainer([Checkpoint(tmp_path / "last.pth", 10), Log(tmp_path, 3), Raise(17)]).run()
+    line_trainer([Checkpoint(tmp_path / "last.pth", 10), Log(tmp_path, 3)]).run()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("loss")] == [3, 6, 9, 12, 15, 18, 21, 24, 27, 30]
+
+
+@pytest.mark.parametrize("file", ["log.jsonl", "tensorboard/events"])
+def test_a_full_disk_stops_at_the_first_line(tmp_path, file, small_files, monkeypatch):
+    if file == "tensorboard/events":
+        monkeypatch.setattr("earlyexit_ssd.engine.hooks.append_text", lambda *_: None)
+    with (
+        small_files(150),
+        pytest.raises(CannotWrite, match=rf"{file}.*: cannot be written \(File too large\); make room"),
+    ):
+        line_trainer([Log(tmp_path, 1)]).run()

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
+from earlyexit_ssd.evaluation.collect import Collected
 from earlyexit_ssd.evaluation.operating_point import operating_point
-from earlyexit_ssd.evaluation.photo_losses import losses_against_full, losses_against_labels, photo_counts
+from earlyexit_ssd.evaluation.photo_losses import losses_against_full, losses_against_labels, photo_counts, photo_list
 
 HERE, THERE, FAR = (10.0, 10.0, 110.0, 110.0), (200.0, 200.0, 300.0, 320.0), (400.0, 400.0, 500.0, 500.0)
 
@@ -58,3 +60,18 @@ def test_losses_are_shares(random_case):
         losses = measure(truth, [others, detections], 0.3, 0.5)
         assert losses.shape == (40, 2) and (losses >= 0).all() and (losses <= 1).all()
         assert np.ptp(losses[:, 0]) > 0
+
+
+def test_a_row_for_every_photo_in_the_order_of_the_data_set(case):
+    """Photo 1 leaves early: of two objects one is found, one that the full path finds is lost, one is added. Photo 3,
+    without an object, leaves early too and spares the full path's false alarm. Photo 2 goes on to the end."""
+    truth, early, full = case
+    confidences = [torch.tensor([0.5, 0.9, 0.75]), torch.tensor([0.25, -1.0, 0.1])]
+    collected = Collected([2, 3, 1], [early, full], confidences)
+    rows = photo_list(truth, collected, torch.tensor([1, 0, 0]), ("exit8", "full"), "photos/{}.jpg".format, 0.5, 0.5)
+    names = ("file", "exit", "confidence", "objects", "found", "lost", "added")
+    assert rows == [
+        dict(zip(names, ("photos/2.jpg", "full", 0.25, 1, 1, 0, 0), strict=True)),
+        dict(zip(names, ("photos/3.jpg", "exit8", pytest.approx(0.9), 0, 0, 0, 0), strict=True)),
+        dict(zip(names, ("photos/1.jpg", "exit8", 0.75, 2, 1, 1, 1), strict=True)),
+    ]

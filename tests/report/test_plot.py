@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import ImageColor
 
-from earlyexit_ssd.report.plot import PLAIN, ROUTED, accuracy_against_time
+from earlyexit_ssd.report.plot import PLAIN, ROUTED, accuracy_against_time, training_curves
 
 
 def has(picture, color):
@@ -26,3 +26,14 @@ def test_undefined_points_are_left_out(metrics):
 def test_interval_beside_its_value(metrics):
     metrics["routed"]["AP50_interval"] = [0.7, 0.8]  # a percentile interval may miss the value
     accuracy_against_time(metrics)
+
+
+def test_curves_of_a_training():
+    baseline = [{"epoch": 0.5, "loss": 3.0}, {"epoch": 1.0, "AP/full": 0.1, "AP50/full": 0.2}]
+    line = {"AP50/exit8": 0.1, "AP50/full": 0.2, "share/exit8": 0.25, "share/full": 0.75, "temperature/exit8": 1.5}
+    exits = [{"epoch": 1.0, **line}, {"epoch": 2.0, **line, "AP50/exit8": None}]
+    one, all_three = (training_curves(phases) for phases in ({"baseline": baseline}, {"exits": exits}))
+    assert one.height < all_three.height  # AP50 alone; AP50, shares and temperatures
+    both = training_curves({"baseline": baseline, "exits": exits, "joint": []})
+    assert has(both, PLAIN)
+    assert training_curves({"baseline": baseline[:1], "exits": []}) is None

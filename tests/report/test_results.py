@@ -27,3 +27,17 @@ def test_nan_is_refused_and_leaves_the_old_file(metrics, tmp_path):
     with pytest.raises(ValueError):
         write_results(tmp_path, metrics)
     assert (tmp_path / "metrics.json").read_text() == before
+
+
+def test_photos_are_a_table_of_comma_separated_values(metrics, tmp_path):
+    rows = [
+        {"file": "caf\udce9, \u043a.jpg", "exit": "exit8", "confidence": 0.5, "objects": 2, "found": 1},
+        {"file": "b.jpg", "exit": "full", "confidence": None, "objects": 0, "found": 0},
+    ]
+    paths = write_results(tmp_path, metrics, photos=rows)
+    assert sorted(paths) == sorted(tmp_path.iterdir())
+    assert (tmp_path / "photos.csv").read_text(encoding="utf-8").splitlines() == [
+        "file,exit,confidence,objects,found",
+        '"caf\\udce9, \u043a.jpg",exit8,0.5,2,1',
+        "b.jpg,full,,0,0",
+    ]

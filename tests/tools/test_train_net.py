@@ -112,8 +112,8 @@ def test_photos_without_boxes_teach_through_the_full_path(tiny, trained, data_ro
     assert "mine: no box of chair in 24 photos; nothing can be learnt" in capsys.readouterr().err
     assert train_net.main(tiny("teacher", "--force", *own, "LOSS.SUPERVISION", "teacher")) == 0
     entries = log(tmp_path / "teacher", "exits")
-    assert "exit8_distillation" in entries[0] and "exit8_classification" not in entries[0]
-    assert entries[-1]["exit8_distillation"] < entries[0]["exit8_distillation"]
+    assert "loss/exit8_distillation" in entries[0] and "loss/exit8_classification" not in entries[0]
+    assert entries[-1]["loss/exit8_distillation"] < entries[0]["loss/exit8_distillation"]
 
 
 def test_changed_full_path_is_found(tiny, monkeypatch, capsys):
@@ -156,4 +156,4 @@ def test_two_processes_have_the_losses_of_one(tiny, tmp_path):
     assert len(one) == len(two) == 6
     for mine, theirs in zip(one, two, strict=True):
         for key in ("bbox_regression", "classification"):
-            assert theirs[key] == pytest.approx(mine[key], abs=1e-4)
+            assert theirs[f"loss/{key}"] == pytest.approx(mine[f"loss/{key}"], abs=1e-4)

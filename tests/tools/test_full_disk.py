@@ -1,0 +1,54 @@
+"""Every tool on a disk that is full: one line, what is written stays, and the run goes on when there is room."""
+
+import pytest
+
+from tests.tools.conftest import final_weights
+from tools import calibrate, demo, eval_exits, eval_routing, plan_exits, train_net
+
+
+def the_error(capsys) -> str:
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(line) < 300
+    return line
+
+
+def test_a_run_that_found_no_room_goes_on(tiny, trained, tmp_path, capsys, small_files):
+    """Smaller than a checkpoint, larger than the pictures."""
+    with small_files(400_000):
+        assert train_net.main(tiny("run", "--force")) == 2
+    expected = "last.pth: cannot be written (File too large); make room and go on with --resume"
+    assert the_error(capsys).endswith(expected)
+    assert train_net.main(tiny("run", "--force", "--resume")) == 0
+    assert final_weights(tmp_path / "run").keys() == final_weights(trained[0] / "run").keys()
+    assert not list((tmp_path / "run").rglob("*.partial*"))
+
+
+@pytest.mark.parametrize("size", [0, 1000])
+@pytest.mark.parametrize(
+    ("tool", "more"),
+    [
+        (eval_exits, []),
+        (calibrate, ["--speedup", "1.0001", "CALIBRATION.COST", "mmacs"]),
+        (eval_routing, ["--policies", "margin"]),
+        (plan_exits, ["--layers", "8"]),
+    ],
+)
+def test_tools(trained, tmp_path, capsys, small_files, tool, more, size):
+    with small_files(size):
+        assert tool.main([*trained[1], "--out", str(tmp_path / "out"), *more, "EVAL.RIVALS.ENABLED", "false"]) == 2
+    assert the_error(capsys).endswith("cannot be written (File too large); make room and run it again")
+
+
+def test_demo(tmp_path, data_root, trained, capsys, small_files):
+    photo = next((data_root / "synthetic_chairs" / "test").iterdir())
+    weights = str(trained[0] / "run" / "model.pth")
+    with small_files(100):
+        assert demo.main([str(photo), "--weights", weights, "--out", str(tmp_path / "out")]) == 2
+    expected = f"{photo.stem}.png: cannot be written (File too large); make room and run it again"
+    assert the_error(capsys).endswith(expected)
+
+
+def test_a_folder_that_is_none(trained, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert eval_exits.main([*trained[1], "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "cannot be a folder of results (Not a directory); name another one" in the_error(capsys)
