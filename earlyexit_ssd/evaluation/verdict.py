@@ -169,17 +169,17 @@ def routing_uses_exits(metrics: Metrics) -> list[Finding]:
 
 def _why_nobody_leaves(metrics: Metrics) -> str:
     routed = metrics["routed"]
-    empty = all(one.get("empty") for one in metrics["exits"][:-1])
     closed = routed.get("thresholds") and not _open_exits(metrics)
     if closed and metrics.get("certificate"):
         return "the certificate opens no exit, every image takes the full path: allow a larger loss, or train the exits"
-    if empty and not foresees(routed.get("policy")):
-        fix = "let tools/calibrate.py fit a policy that foresees empty frames (ROUTING.POLICY foreseen_emptiness)"
-    elif closed:
-        fix = "open them with tools/calibrate.py (--ap-drop 0.01) and evaluate with its certificate"
+    blind = all(one.get("empty") for one in metrics["exits"][:-1]) and not foresees(routed.get("policy"))
+    if closed:
+        policy = " ROUTING.POLICY foreseen_emptiness" if blind else ""
+        fix = f"open them with tools/calibrate.py (--ap-drop 0.01{policy}) and evaluate with its certificate"
         return f"every exit is closed until routing is calibrated, every image takes the full path: {fix}"
-    else:
-        fix = "change the thresholds (ROUTING.THRESHOLDS), or calibrate for another target"
+    fix = "change the thresholds (ROUTING.THRESHOLDS), or calibrate for another target"
+    if blind:
+        fix = "let tools/calibrate.py fit a policy that foresees empty frames (ROUTING.POLICY foreseen_emptiness)"
     return f"every image leaves at {metrics['exits'][-1]['name']}: routing collapsed; {fix}"
 
 

@@ -298,6 +298,8 @@ def test_until_routing_is_calibrated_the_verdict_says_so():
         "every exit is closed until routing is calibrated, every image takes the full path: open them with"
         " tools/calibrate.py (--ap-drop 0.01) and evaluate with its certificate"
     ]
+    empty = changed(**nobody, exit8_empty=True, exit12_empty=True)
+    assert "tools/calibrate.py (--ap-drop 0.01 ROUTING.POLICY foreseen_emptiness)" in vetoes(judge(empty))[0]
     with_certificate = {**changed(**nobody), "certificate": promise("ap_drop", 0.01, 0.0)}
     assert vetoes(judge(with_certificate))[0].startswith("the certificate opens no exit")
 
