@@ -49,16 +49,3 @@ def test_modeling_knows_no_trainer_and_evaluation_no_plot():
 def test_tools_are_thin():
     for path in (PACKAGE.parent / "tools").glob("*.py"):
         assert len(path.read_text(encoding="utf-8").splitlines()) < 120, path
-
-
-def test_files_and_functions_stay_short():
-    """A file over 250 lines, or a function over 50 (signature and docstring aside), hides an idea."""
-    wrong = []
-    for path in (*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "tests").rglob("*.py")):
-        content = path.read_text(encoding="utf-8")
-        wrong += [str(path)] if len(content.splitlines()) > 250 else []
-        for node in ast.walk(ast.parse(content)):
-            if isinstance(node, ast.FunctionDef):
-                body = node.body[1:] if ast.get_docstring(node) else node.body
-                wrong += [f"{path}: {node.name}"] if body and node.end_lineno - body[0].lineno >= 50 else []
-    assert wrong == []

@@ -5,6 +5,8 @@ import pytest
 
 from earlyexit_ssd.evaluation.operating_point import operating_point
 from earlyexit_ssd.evaluation.photo_losses import (
+    Agreement,
+    agreement,
     errors_against_labels,
     losses_against_full,
     losses_against_labels,
@@ -64,3 +66,11 @@ def test_losses_are_shares(random_case):
         losses = measure(truth, [others, detections], 0.3, 0.5)
         assert losses.shape == (40, 2) and (losses >= 0).all() and (losses <= 1).all()
         assert np.ptp(losses[:, 0]) > 0
+
+
+def test_agreement_by_hand(case):
+    """The full path says HERE and THERE, FAR, HERE; the early exit finds the first and adds FAR to photo 1."""
+    truth, early, full = case
+    assert agreement(truth, full, early, 0.5, 0.5) == Agreement(objects=4, kept=1, added=1, same_photos=0.0)
+    assert agreement(truth, full, full, 0.5, 0.5) == Agreement(objects=4, kept=4, added=0, same_photos=1.0)
+    assert agreement(truth, full, early, 0.95, 0.5) == Agreement(objects=0, kept=0, added=0, same_photos=1.0)
