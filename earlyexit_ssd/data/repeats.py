@@ -49,7 +49,7 @@ class Block:
         Raises:
             EarlyExitError: no such number, or seconds without ``fps``.
         """
-        found = re.fullmatch(r"\s*(\d+|\d*\.?\d+(?=\s*s))\s*(s?)\s*", str(text))
+        found = re.fullmatch(r"\s*(\d{1,6}|\d{0,6}\.?\d{1,6}(?=\s*s))\s*(s?)\s*", str(text))
         if found is None or not float(found[1]) > 0:
             raise EarlyExitError(f"block is {text!r:.60}, expected photos such as 25, or seconds such as 5s with --fps")
         if not found[2]:

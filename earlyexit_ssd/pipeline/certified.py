@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_certificate(
-    cfg: CfgNode, model: nn.Module, dataset: DetectionDataset, stored: Any, weights: str | os.PathLike[str]
+    cfg: CfgNode, model: nn.Module, dataset: DetectionDataset, stored: Any = None, weights: str | os.PathLike[str] = ""
 ) -> tuple[Certificate, ExitRouter] | None:
     """The certificate of ROUTING.CERTIFICATE, else the one in the model's file, and its router; None without any.
 

@@ -60,9 +60,10 @@ def _left_out(measured: Mapping[str, Any]) -> str:
 
 def _agreement(certificate: Certificate) -> list[str]:
     """How far routing says what the full path says."""
-    found, score = certificate.measured.get("agreement"), certificate.target["score"]
+    found = certificate.measured.get("agreement")
     if not found:
         return []
+    score = certificate.target["score"]
     same = (
         ""
         if found["same_photos"] is None

@@ -74,3 +74,13 @@ def test_nothing_to_find(images, ground_truth):
     matches = matches_of([coco_evaluation(ground_truth(images, []), {})])
     (draws,) = bootstrap_choices(matches, [np.zeros(images, int)], resamples=3, ap50_only=False)
     assert np.isnan(draws).all()
+
+
+def test_photos_of_a_group_are_drawn_together(three_exits):
+    coco, exits = three_exits
+    matches, choice, groups = exit_matches(coco, exits), np.ones(12, int), np.arange(12) // 4
+    (draws,) = bootstrap_choices(matches, [choice], resamples=5, seed=7, groups=groups)
+    generator = np.random.default_rng(7)
+    for ap50 in draws.AP50:
+        weights = np.bincount(generator.integers(3, size=3), minlength=3)[groups]
+        assert ap50 == ap_of_choice(matches, choice, weights, ap50_only=True).AP50

@@ -6,7 +6,14 @@ import torch
 
 from earlyexit_ssd.evaluation.collect import Collected
 from earlyexit_ssd.evaluation.operating_point import operating_point
-from earlyexit_ssd.evaluation.photo_losses import losses_against_full, losses_against_labels, photo_counts, photo_list
+from earlyexit_ssd.evaluation.photo_losses import (
+    Agreement,
+    agreement,
+    losses_against_full,
+    losses_against_labels,
+    photo_counts,
+    photo_list,
+)
 
 HERE, THERE, FAR = (10.0, 10.0, 110.0, 110.0), (200.0, 200.0, 300.0, 320.0), (400.0, 400.0, 500.0, 500.0)
 
@@ -75,3 +82,11 @@ def test_a_row_for_every_photo_in_the_order_of_the_data_set(case):
         dict(zip(names, ("photos/3.jpg", "exit8", pytest.approx(0.9), 0, 0, 0, 0), strict=True)),
         dict(zip(names, ("photos/1.jpg", "exit8", 0.75, 2, 1, 1, 1), strict=True)),
     ]
+
+
+def test_agreement_by_hand(case):
+    """The full path says HERE and THERE, FAR, HERE; the early exit finds the first and adds FAR to photo 1."""
+    truth, early, full = case
+    assert agreement(truth, full, early, 0.5, 0.5) == Agreement(objects=4, kept=1, added=1, same_photos=0.0)
+    assert agreement(truth, full, full, 0.5, 0.5) == Agreement(objects=4, kept=4, added=0, same_photos=1.0)
+    assert agreement(truth, full, early, 0.95, 0.5) == Agreement(objects=0, kept=0, added=0, same_photos=1.0)

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.data.repeats import Block
+from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.pipeline import calibrate
 from earlyexit_ssd.routing.search import Grid
 
@@ -34,3 +36,16 @@ def test_an_ap_drop_opens_no_exit_that_makes_photos_dearer(monkeypatch, caplog, 
     assert found.thresholds == ((0.9,) if opened else (CLOSED,))
     assert found.choice.tolist() == ([0, 1, 1, 1] if opened else [1, 1, 1, 1])
     assert ("no exit can be opened at 0.01 AP50 lost" in caplog.text) is not opened
+
+
+@pytest.mark.parametrize(
+    ("value", "delta", "needed"), [(0.01, 0.05, 299), (0.05, 0.05, 59), (0.0, 0.05, 598), (1.0, 0.05, 1)]
+)
+def test_photos_that_an_ap_drop_needs(value, delta, needed):
+    """0.99^299 < 0.05 < 0.99^298: a fault in one photo of a hundred then shows with probability 0.95."""
+    assert calibrate._photos_for(calibrate.Target("ap_drop", value, delta)) == needed
+
+
+def test_blocks_are_for_what_promises():
+    with pytest.raises(EarlyExitError, match="--block is for --risk and --ap-drop"):
+        calibrate.Target("speedup", 1.2, block=Block(5, "5"))

@@ -3,7 +3,9 @@ import pytest
 
 from earlyexit_ssd import ExitRouter
 from earlyexit_ssd.config import CLOSED, load_config
-from earlyexit_ssd.evaluation.cost import mmacs_to_exit
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.evaluation.cost import Timing, mmacs_to_exit
+from earlyexit_ssd.pipeline import cost_model
 from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
 from tests.modeling.conftest import small_model
 
@@ -31,3 +33,28 @@ def test_measured_costs_are_those_of_the_paths(changes):
             [expected[index] for index in opened]
         )
     assert costs.per_exit([CLOSED, CLOSED])[2] == pytest.approx(costs.plain)
+
+
+@pytest.mark.parametrize(
+    ("cost", "installed", "fails", "runtime"),
+    [
+        ("auto", True, False, "onnxruntime"),
+        ("auto", False, False, "eager"),
+        ("ms", True, False, "eager"),
+        ("auto", True, True, "eager"),
+    ],
+)
+def test_milliseconds_are_those_of_onnx_runtime_where_it_is_installed(
+    monkeypatch, caplog, cost, installed, fails, runtime
+):
+    def timed(networks, examples, runtime, runs, threads):
+        if fails and runtime == "onnxruntime":
+            raise EarlyExitError("no export to ONNX (such a layer)")
+        return [Timing(1.0, 1.0, 1.0)] * len(networks)
+
+    monkeypatch.setattr(cost_model, "time_in_runtime", timed)
+    monkeypatch.setattr(cost_model, "runtime_installed", lambda: installed)
+    model = small_model(exit_layers=(8,))
+    found = measure_cost_model(load_config(None, ["CALIBRATION.COST", cost]), model, ExitRouter(1))
+    assert found.measured["runtime"] == runtime and found.unit == "ms"
+    assert ("costs are measured in eager instead of ONNX Runtime: no export to ONNX" in caplog.text) is fails

@@ -26,6 +26,7 @@ def test_what_measures_needs_labels(monkeypatch, reference, measured, expected):
         raise Loaded
 
     monkeypatch.setattr(replay, "load_dataset", load_dataset)
+    monkeypatch.setattr(replay, "distinct", lambda dataset, near: (dataset, None))
     monkeypatch.setattr(replay, "require_disjoint", require_disjoint)
     with pytest.raises(Loaded):
         replay.disjoint_sets(load_config(None, ["CALIBRATION.REFERENCE", reference]), measured)

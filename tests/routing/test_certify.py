@@ -94,3 +94,33 @@ def test_data_sets_that_stand_one_behind_the_other_are_mixed_before_they_are_tes
     assert {found.step for found in mixed} == {0}
     fine = certify(path, [np.full(900, 0.9)], np.zeros((900, 2)), costs, 0.02, 0.05, seed=0)
     assert fine.step == 1 and fine.choice.tolist() == [0] * 900
+
+
+def test_frames_of_a_scene_are_one_draw():
+    """Ten frames of a scene lose alike: an exit that loses 0.205 where 0.2 is allowed opens far more often than delta
+    allows if every frame counts, and does not if blocks of ten do. Losses of frames differ, that of a block is their
+    mean."""
+    path, costs = np.array([[CLOSED], [0.5]]), np.array([[2.0, 2.0], [1.0, 2.0]])
+
+    def opened(groups):
+        steps = 0
+        for seed in range(300):
+            generator = np.random.default_rng(seed)
+            lost = np.repeat(generator.random(40) < 0.205, 10) * (generator.random(400) < 0.9)
+            losses = np.stack([lost, np.zeros(400)], axis=1)
+            steps += certify(path, [np.full(400, 0.9)], losses, costs, 0.9 * 0.2, 0.1, groups=groups).step
+        return steps / 300
+
+    assert opened(np.arange(400) // 10) <= 0.1 < 0.2 < opened(None)
+
+
+def test_a_block_s_loss_is_the_mean_over_its_frames_and_n_counts_blocks():
+    path = np.array([[CLOSED], [0.5]])
+    losses = np.array([[0.3, 0.0], [0.1, 0.0], [0.4, 0.0]])
+    found = certify(path, [np.full(3, 0.9)], losses, np.array([[2.0, 2.0], [1.0, 2.0]]), 0.9, 0.9, groups=[0, 0, 1])
+    assert found.step == 1 and found.loss == pytest.approx((0.2 + 0.4) / 2)
+    nothing = np.zeros((90, 2))
+    closed = certify(
+        path, [np.full(90, 0.9)], nothing, nothing[:2], 0.02, 0.05, "hoeffding_bentkus", groups=np.arange(90) // 3
+    )
+    assert closed.passed == 0 and closed.photos_needed == 149  # blocks: 0.98^149 < 0.05 < 0.98^148

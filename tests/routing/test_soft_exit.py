@@ -4,8 +4,8 @@ import torch
 
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.routing.search import choose
-from earlyexit_ssd.routing.soft_exit import _unrank, learn_open_exits, learn_thresholds, soft_shares
+from earlyexit_ssd.routing.search import cheapest_within, choose
+from earlyexit_ssd.routing.soft_exit import _unrank, learn_open_exits, learn_thresholds, learned_grid, soft_shares
 
 
 def test_shares_by_hand():
@@ -70,3 +70,12 @@ def test_a_closed_exit_makes_the_deeper_ones_affordable():
     assert choose(confidences, thresholds).tolist() == [1] * 20
     with pytest.raises(EarlyExitError, match="no exit has a mean cost of 0.5 or less"):
         learn_open_exits(confidences, losses, costs_with, budget=0.5)
+
+
+def test_a_grid_of_learnt_thresholds_goes_from_closed_to_cheapest(photos):
+    confidences, losses, easy = photos
+    grid = learned_grid(confidences, losses, lambda thresholds: np.array([1.0, 3.0]), [2.0])
+    costs = grid.mean_cost(np.tile([1.0, 3.0], (len(grid.thresholds), 1)))
+    assert (grid.thresholds >= CLOSED).any() and costs.max() == 3.0 and costs.min() == 1.0
+    best = cheapest_within(costs, grid.mean(losses), 2.0)  # the one asked for: the easy half leaves
+    assert grid.choices[best].tolist() == (~easy).astype(int).tolist()

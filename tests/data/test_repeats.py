@@ -1,0 +1,132 @@
+"""A photo that is there three times is one draw; frames of one video are taken block by block."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.data import DetectionDataset, Record
+from earlyexit_ssd.data.repeats import Block, block_of_each, distinct, look_of
+from earlyexit_ssd.errors import DataError, EarlyExitError
+from earlyexit_ssd.routing.certify import certify
+
+
+def scene(seed: int) -> Image.Image:
+    """Smooth like a photo, different for each seed."""
+    noise = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), np.uint8)
+    return Image.fromarray(noise).resize((160, 120), Image.Resampling.BICUBIC)
+
+
+def dataset(paths) -> DetectionDataset:
+    return DetectionDataset([Record(i, path, 160, 120) for i, path in enumerate(paths, start=1)], ("chair",))
+
+
+def kept(dataset: DetectionDataset) -> list[str]:
+    return [record.path.name for record in dataset.records]
+
+
+@pytest.fixture
+def five(tmp_path):
+    """A photo, a copy of it, two of the same picture saved anew, and another photo."""
+    scene(0).save(tmp_path / "a.png")
+    shutil.copy(tmp_path / "a.png", tmp_path / "copy.png")
+    scene(0).save(tmp_path / "again.jpg", quality=60)
+    scene(0).resize((80, 60)).save(tmp_path / "small.jpg", quality=85)
+    scene(1).save(tmp_path / "b.png")
+    return [tmp_path / name for name in ("a.png", "copy.png", "again.jpg", "small.jpg", "b.png")]
+
+
+def test_copies_and_pictures_saved_anew_count_once(five, caplog):
+    one, repeats = distinct(dataset(five))
+    assert kept(one) == ["a.png", "b.png"] and (repeats.equal, repeats.near) == (1, 2)
+    assert len(repeats.near_sha256) == 2
+    assert "1 of 5 photos are copies of another one and count once" in caplog.text
+    assert "2 of 4 photos look like another one and count once; if these are frames of a video" in caplog.text
+
+
+def test_frames_of_a_video_are_compared_by_content_alone(five):
+    one, repeats = distinct(dataset(five), near=False)
+    assert kept(one) == ["a.png", "again.jpg", "small.jpg", "b.png"] and (repeats.equal, repeats.near) == (1, 0)
+
+
+def test_a_photo_listed_twice_counts_once(five):
+    assert kept(distinct(dataset([five[0], five[4], five[0]]))[0]) == ["a.png", "b.png"]
+
+
+def test_a_small_thing_that_moves_makes_another_photo(tmp_path):
+    paths = []
+    for place in (20, 100):
+        image = scene(0)
+        image.paste((255, 255, 255), (place, 40, place + 12, 56))
+        image.save(tmp_path / f"{place}.png")
+        paths.append(tmp_path / f"{place}.png")
+    assert len(distinct(dataset(paths))[0]) == 2
+
+
+def test_an_unreadable_photo(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="a.jpg: not a readable photo"):
+        look_of(tmp_path / "a.jpg")
+
+
+def test_a_list_that_has_each_photo_three_times_keeps_the_promise(tmp_path):
+    """The expected loss of what such a list certifies exceeds epsilon far more often than in delta of the draws; of the
+    photos that are left it does not."""
+    paths = []
+    for index in range(60):
+        scene(index).save(tmp_path / f"{index}.png")
+        for name, quality in (("a", 90), ("b", 60)):
+            scene(index).save(tmp_path / f"{index}{name}.jpg", quality=quality)
+        paths += [tmp_path / f"{index}{name}" for name in (".png", "a.jpg", "b.jpg")]
+    path, costs = np.array([[CLOSED], [0.5]]), np.array([[2.0, 2.0], [1.0, 2.0]])
+
+    def broken(listed):
+        """Share of 400 draws in which an exit opens whose photos lose 0.201 on average, where 0.2 is allowed."""
+        rows, draws, opened = np.array([int(Path(name).stem.rstrip("ab")) for name in listed]), 400, 0
+        for seed in range(draws):
+            lost = np.stack([np.random.default_rng(seed).random(60) < 0.201, np.zeros(60)], axis=1)[rows]
+            opened += certify(path, [np.full(len(rows), 0.9)], lost, costs, 0.2, 0.05, "hoeffding_bentkus").step
+        return opened / draws
+
+    left = kept(distinct(dataset(paths))[0])
+    assert len(left) == 60
+    assert broken(left) <= 0.05 < 0.1 < broken([path.name for path in paths])
+
+
+@pytest.mark.parametrize(
+    ("text", "fps", "photos"), [("25", None, 25), ("5s", 5, 25), ("0.5 s", 4, 2), ("1s", 0.1, 1), ("2.5s", 2, 5)]
+)
+def test_blocks_of_photos_or_seconds(text, fps, photos):
+    assert Block.parse(text, fps).photos == photos
+
+
+@pytest.mark.parametrize(
+    ("text", "fps", "message"),
+    [
+        ("5s", None, "photos do not say when they were taken: give --fps"),
+        ("25", 5, "--fps has no part in it"),
+        ("0", None, "expected photos such as 25"),
+        ("0s", 5, "expected photos such as 25"),
+        ("-3", None, "expected photos such as 25"),
+        ("2.5", None, "expected photos such as 25"),
+        ("5m", None, "expected photos such as 25"),
+        ("", None, "expected photos such as 25"),
+        ("9" * 500, None, "expected photos such as 25"),
+        ("5s", 0, "fps is 0, expected photos per second"),
+        ("5s", float("nan"), "fps is nan, expected photos per second"),
+    ],
+)
+def test_no_blocks(text, fps, message):
+    with pytest.raises(EarlyExitError) as error:
+        Block.parse(text, fps)
+    assert message in str(error.value) and len(str(error.value)) < 300
+
+
+def test_a_block_is_consecutive_photos_of_a_folder():
+    """10 follows 9 whatever the list's order is; the next folder begins a block of its own."""
+    names = ["cam/f10.jpg", "cam/f9.jpg", "cam/f8.jpg", "door/f1.jpg", "cam/f11.jpg", "cam/f100.jpg"]
+    assert block_of_each([Path(name) for name in names], 2).tolist() == [1, 0, 0, 3, 1, 2]
+    assert block_of_each([], 2).tolist() == []
