@@ -168,6 +168,12 @@ try:
 except ImportError:  # Windows
     import msvcrt
 
+    def _share_file(file: io.BufferedReader) -> None:
+        """Windows keeps an open file from being replaced."""
+
+    def _is_shared(file: io.BufferedReader) -> bool:
+        return False
+
     def _lock_file(file: io.FileIO, wait: bool) -> None:
         file.seek(1 << 30)  # a byte far behind the content, so that others can read who holds it
         while True:
@@ -176,6 +182,27 @@ except ImportError:  # Windows
             except OSError:
                 if not wait:  # LK_LOCK gives up after ten seconds
                     raise
+
+
+_in_use: dict[Path, io.BufferedReader] = {}
+
+
+def use_file(path: Path) -> None:
+    """Mark a file as in use by this process until it ends; other processes may use it too, but should not replace it."""
+    if path not in _in_use:
+        _in_use[path] = open(path, "rb")  # noqa: SIM115
+        with contextlib.suppress(OSError):  # a file system without locks
+            _share_file(_in_use[path])
+
+
+def used_by_others(path: Path) -> bool:
+    """Whether another process has marked the file with :func:`use_file`; this one no longer uses it."""
+    if path in _in_use:
+        _in_use.pop(path).close()
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return _is_shared(file)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from numpy.random import Generator
 from PIL import Image, ImageFilter
 
 from earlyexit_ssd.errors import DataError
-from earlyexit_ssd.files import lock, make_folder, write_image, write_json, writing
+from earlyexit_ssd.files import lock, make_folder, use_file, used_by_others, write_image, write_json, writing
 from earlyexit_ssd.progress import progress
 
 FOLDER = "synthetic_chairs"
@@ -301,12 +301,16 @@ def ensure_synthetic(root: Path, sizes: tuple[int, int, int], image_size: int, s
     if len(sizes) != 3 or min(sizes) < 0 or image_size < 64 or seed < 0:
         raise DataError(f"DATA.SYNTHETIC is {settings}; expected three sizes >= 0, at least 64 pixels and a seed >= 0")
     target = Path(root) / FOLDER
+    marker = target / "settings.json"
     if _settings_of(target) == settings:
-        return
+        return use_file(marker)
     make_folder(root)
     with lock(target.with_name(f".{FOLDER}.lock"), f"{target} (it is being rendered)", wait=True), writing(target):
         if _settings_of(target) == settings:  # another process has rendered it meanwhile
-            return
+            return use_file(marker)
+        if used_by_others(marker):
+            fix = "wait until it has ended, or set DATA.ROOT to another folder"
+            raise DataError(f"{target} is in use by another process, with other DATA.SYNTHETIC settings; {fix}")
         for killed in target.parent.glob(f".{FOLDER}.*.partial"):
             shutil.rmtree(killed, ignore_errors=True)
         with tempfile.TemporaryDirectory(
@@ -318,6 +322,7 @@ def ensure_synthetic(root: Path, sizes: tuple[int, int, int], image_size: int, s
             if target.exists():  # a set made with other settings, or an empty folder
                 os.replace(target, Path(temporary) / "outdated")
             os.replace(made, target)
+    use_file(marker)
 
 
 def _settings_of(folder: Path) -> dict[str, object] | None:

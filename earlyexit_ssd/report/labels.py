@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.text import Annotation
+from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
 GAP, MARKER = 7, 9
@@ -39,9 +39,16 @@ def place_labels(
     frame = axes.get_window_extent()
     for point, text, color in zip(points, texts, colors, strict=True):
         label = axes.annotate(text, point, textcoords="offset points", xytext=(0, 0), color=color, fontsize=9)
+        make_drawable(label)
         label.set_in_layout(False)
         costs = [_cost(_extent(label, place), taken, frame) for place in PLACES]
         taken.append(_extent(label, PLACES[costs.index(min(costs))]))
+
+
+def make_drawable(text: Text) -> None:
+    """A name of a file is no formula, and may hold bytes that are no character."""
+    text.set_parse_math(False)
+    text.set_text(text.get_text().encode("utf-8", "backslashreplace").decode())
 
 
 def _extent(label: Annotation, place: tuple[float, float, str, str]) -> Bbox:

@@ -9,8 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
+from earlyexit_ssd.report.labels import make_drawable
 from earlyexit_ssd.report.rows import timing_title, with_branches
 
 EXITS, ROUTED, PLAIN = "#2b6cb0", "#dd6b20", "#4a5568"
@@ -33,6 +35,8 @@ def draw_charts(
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     draw(all_axes)
+    for text in figure.findobj(Text):
+        make_drawable(text)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 

@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import re
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -317,3 +319,36 @@ def test_impossible_settings_are_refused(tmp_path, sizes, image_size, seed):
     with pytest.raises(DataError, match=named):
         ensure_synthetic(tmp_path, sizes, image_size, seed)
     assert not list(tmp_path.iterdir())
+
+
+USE = """
+import sys, time
+from pathlib import Path
+from earlyexit_ssd.data.shapes import ensure_synthetic
+ensure_synthetic(Path(sys.argv[1]), (2, 1, 1), 64, seed=int(sys.argv[2]))
+print("has it", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_set_that_another_process_uses_is_not_replaced(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", USE, str(tmp_path), "0"], stdout=subprocess.PIPE) as user:
+        assert user.stdout.readline() == b"has it\n"
+        ensure_synthetic(tmp_path, (2, 1, 1), 64, seed=0)  # the same settings are shared
+        before = contents(tmp_path / FOLDER)
+        with pytest.raises(DataError, match="in use by another process, with other DATA.SYNTHETIC settings"):
+            ensure_synthetic(tmp_path, (1, 1, 1), 64, seed=5)
+        assert contents(tmp_path / FOLDER) == before
+        user.kill()
+        user.wait()
+    ensure_synthetic(tmp_path, (1, 1, 1), 64, seed=5)
+    assert contents(tmp_path / FOLDER) != before
+
+
+def test_two_processes_render_once(tmp_path):
+    command = [sys.executable, "-c", USE.replace("time.sleep(60)", ""), str(tmp_path), "0"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum("rendering scenes" in error for _, error in outputs) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [FOLDER]

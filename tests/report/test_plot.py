@@ -1,9 +1,11 @@
 """The chart."""
 
 import numpy as np
+import pytest
 from PIL import ImageColor
 
 from earlyexit_ssd.report.plot import PLAIN, ROUTED, accuracy_against_time, training_curves
+from earlyexit_ssd.report.rivals import accuracy_against_cost
 
 
 def has(picture, color):
@@ -37,3 +39,11 @@ def test_curves_of_a_training():
     both = training_curves({"baseline": baseline, "exits": exits, "joint": []})
     assert has(both, PLAIN)
     assert training_curves({"baseline": baseline[:1], "exits": []}) is None
+
+
+@pytest.mark.parametrize("name", ["caf\udce9.onnx", "cost $5, $x_{$.onnx"])
+def test_any_name_can_be_drawn(with_rivals, name):
+    with_rivals["context"]["splits"] = [name]
+    with_rivals["rivals"][0]["name"] = name
+    assert has(accuracy_against_time(with_rivals), ROUTED)
+    assert accuracy_against_cost(with_rivals).width > 0

@@ -14,7 +14,7 @@ def the_error(capsys) -> str:
 
 def test_a_run_that_found_no_room_goes_on(tiny, trained, tmp_path, capsys, small_files):
     """Smaller than a checkpoint, larger than the pictures."""
-    with small_files(400_000):
+    with small_files(1_500_000):
         assert train_net.main(tiny("run", "--force")) == 2
     expected = "last.pth: cannot be written (File too large); make room and go on with --resume"
     assert the_error(capsys).endswith(expected)
@@ -35,7 +35,7 @@ def test_a_run_that_found_no_room_goes_on(tiny, trained, tmp_path, capsys, small
 )
 def test_tools(trained, tmp_path, capsys, small_files, tool, more, size):
     with small_files(size):
-        assert tool.main([*trained[1], "--out", str(tmp_path / "out"), *more, "EVAL.RIVALS.ENABLED", "false"]) == 2
+        assert tool.main([*more, *trained[1], "--out", str(tmp_path / "out"), "EVAL.RIVALS.ENABLED", "false"]) == 2
     assert the_error(capsys).endswith("cannot be written (File too large); make room and run it again")
 
 

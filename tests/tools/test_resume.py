@@ -100,6 +100,11 @@ def test_killed_run_resumes_to_the_same_weights(tiny, tmp_path, kills, more):
         expected, found = final_weights(tmp_path / "whole"), final_weights(folder)
         assert all(torch.equal(expected[key], found[key]) for key in expected), phase
         assert [entry["step"] for entry in log(folder, phase)] == list(range(1, 13))
+        assert without_time(log(folder, phase)) == without_time(log(tmp_path / "whole", phase)), "its curves too"
+
+
+def without_time(lines):
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -116,6 +121,23 @@ def test_signal_saves_and_says_how_to_go_on(tiny, tmp_path, number):
     assert f"{number.name}: saved step" in error
     assert "--resume" in error
     assert torch.load(tmp_path / "run" / "baseline" / "last.pth", weights_only=True)["step"] > 0
+
+
+@pytest.mark.parametrize("flags", [(), ("--resume",)])
+def test_a_folder_in_use_is_refused(tiny, tmp_path, flags, capsys):
+    """By a run that has only just started, or is in the middle."""
+    command = [*train_command(), *tiny("run", "--force", "BASELINE.EPOCHS", "500")]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        path = tmp_path / "run" / ("baseline/last.pth" if flags else ".lock")
+        deadline = time.monotonic() + 100
+        while time.monotonic() < deadline and not (path.is_file() and path.read_bytes()):
+            time.sleep(0.05)
+        assert train_net.main(tiny("run", "--force", *flags, "BASELINE.EPOCHS", "500")) == 2
+        assert f"{tmp_path / 'run'} is in use by process {process.pid}; wait" in capsys.readouterr().err
+        process.kill()
+    assert train_net.main(tiny("run", "--force", "--resume", "BASELINE.EPOCHS", "1", "PHASES", "[baseline]")) == 0
+    steps = [entry["step"] for entry in log(tmp_path / "run", "baseline")]
+    assert steps == list(range(1, 7))
 
 
 def test_run_of_an_older_version_goes_on(tiny, tmp_path):

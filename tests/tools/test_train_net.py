@@ -116,6 +116,33 @@ def test_photos_without_boxes_teach_through_the_full_path(tiny, trained, data_ro
     assert entries[-1]["loss/exit8_distillation"] < entries[0]["loss/exit8_distillation"]
 
 
+def test_exits_behind_the_last_layers_and_the_curves_of_their_training(tiny, tmp_path):
+    """With no other key than the layers: as wide as by default, and with the blocks that are left."""
+    more = ("EXITS.LAYERS", "[12, 14]", "EXITS.CHANNELS", "0", "EXITS.DEPTH", "[2]")
+    assert train_net.main(tiny("run", "--force", *more)) == 0
+    run = tmp_path / "run"
+    assert [one["name"] for one in json.loads((run / "metrics.json").read_text())["exits"]] == [
+        "exit12",
+        "exit14",
+        "full",
+    ]
+    ends = [line for line in log(run, "baseline") if "AP50/full" in line]
+    assert [line["epoch"] for line in ends] == [1.0, 2.0] and not any("AP50/exit12" in line for line in ends)
+    *_, last = log(run, "exits")
+    names = ("exit12", "exit14", "full")
+    assert {key for key in last if "/" in key and not key.startswith("loss/")} == {
+        *(f"{kind}/{name}" for kind in ("AP", "AP50", "share") for name in names),
+        *("temperature/exit12", "temperature/exit14"),
+    }
+    assert sum(last[f"share/{name}"] for name in names) == pytest.approx(1.0)
+    router = torch.load(run / "model.pth", weights_only=True)["info"]["router"]
+    assert [last["temperature/exit12"], last["temperature/exit14"]] == router["temperatures"]
+    assert "loss/exit12_temperature" in last
+    assert (run / "curves.png").is_file()
+    photos = (run / "photos.csv").read_text().splitlines()
+    assert photos[0] == "file,exit,confidence,objects,found,lost,added" and len(photos) == 1 + 8
+
+
 def test_changed_full_path_is_found(tiny, monkeypatch, capsys):
     fit = phases.fit
 
