@@ -161,6 +161,16 @@ def _acquire(file: io.FileIO, what: str, wait: bool) -> None:
 try:
     import fcntl
 
+    def _share_file(file: io.BufferedReader) -> None:
+        fcntl.flock(file, fcntl.LOCK_SH)
+
+    def _is_shared(file: io.BufferedReader) -> bool:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in (errno.EACCES, errno.EAGAIN)
+        return False
+
     def _lock_file(file: io.FileIO, wait: bool) -> None:
         # of the process, not of the file: a forked worker that outlives this process does not hold it
         fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -188,7 +198,7 @@ _in_use: dict[Path, io.BufferedReader] = {}
 
 
 def use_file(path: Path) -> None:
-    """Mark a file as in use by this process until it ends; other processes may use it too, but should not replace it."""
+    """Mark a file as in use by this process until it ends; others may use it too, but should not replace it."""
     if path not in _in_use:
         _in_use[path] = open(path, "rb")  # noqa: SIM115
         with contextlib.suppress(OSError):  # a file system without locks

@@ -319,7 +319,7 @@ def ensure_synthetic(root: Path, sizes: tuple[int, int, int], image_size: int, s
             made = Path(temporary) / FOLDER
             _render(made, sizes, image_size, seed)
             write_json(made / "settings.json", settings)
-            if target.exists():  # a set made with other settings, or an empty folder
+            if target.exists():  # another set, or an empty folder
                 os.replace(target, Path(temporary) / "outdated")
             os.replace(made, target)
     use_file(marker)
