@@ -89,6 +89,7 @@ def evaluate_agreement(full_path: COCO, detections: Detections, settings: Evalua
     """The same figures against what the full path says, where nobody labelled the photos; AP claims accuracy: None."""
     found = evaluate_detections(full_path, detections, dataclasses.replace(settings, resamples=0))
     figures = {key: None if key.startswith("AP") else value for key, value in found.figures.items()}
+    figures["per_class"] = {name: dict.fromkeys(values) for name, values in figures["per_class"].items()}
     return Quality(figures, found.ap50_values)
 
 

@@ -68,6 +68,7 @@ def test_a_speed_on_frames_and_the_model_that_routes(camera, trained, capsys, tm
     printed = capsys.readouterr().out
     metrics = json.loads((tmp_path / "results" / "metrics.json").read_text())
     assert metrics["routed"]["thresholds"] == certificate.router["thresholds"] and "drift" in metrics
+    assert metrics["routed"]["per_class"]["chair"] == {"AP": None, "AP50": None}
     assert metrics["routed"]["AP50"] is None and metrics["context"]["labelled"] is False
     assert metrics["exits"][-1]["recall"] in (1.0, None) and not metrics["verdict"]["ship"]
     assert "agreement with what the full path finds; AP is not known" in printed
