@@ -18,19 +18,17 @@ import numpy as np
 from fvcore.common.config import CfgNode
 from scipy import stats
 
+from earlyexit_ssd.calibration.risk import certify, safe_to_bold
+from earlyexit_ssd.calibration.thresholds import choose
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import locks_folder, write_json
 from earlyexit_ssd.pipeline.build import trained_temperatures
 from earlyexit_ssd.pipeline.calibrate import Target
 from earlyexit_ssd.pipeline.command_line import run_tool
-from earlyexit_ssd.pipeline.cost_model import measure_cost_model
-from earlyexit_ssd.pipeline.fit_router import fit_policy, require_deciding
-from earlyexit_ssd.pipeline.replay import open_recorded
+from earlyexit_ssd.pipeline.replay import fit_policy, measure_cost_model, open_recorded, require_deciding
 from earlyexit_ssd.progress import progress
-from earlyexit_ssd.routing.certify import certify, safe_to_bold
 from earlyexit_ssd.routing.policies import require_known
-from earlyexit_ssd.routing.search import choose
 
 EPSILONS = (0.01, 0.02, 0.05)
 EXAMPLES = """

@@ -31,28 +31,38 @@ from PIL import Image
 from pycocotools.coco import COCO
 from torch import Tensor, nn
 
+from earlyexit_ssd.calibration.thresholds import cheapest_within, choose, learn_open_exits, open_sets, threshold_grid
 from earlyexit_ssd.config import CLOSED, load_config
-from earlyexit_ssd.evaluation.bootstrap import bootstrap_choices, interval
-from earlyexit_ssd.evaluation.choices import ExitMatches, ap_of_choice
-from earlyexit_ssd.evaluation.coco import Detections
 from earlyexit_ssd.evaluation.cost import PlainPath, Timing, time_modules
-from earlyexit_ssd.evaluation.photo_losses import photo_counts
+from earlyexit_ssd.evaluation.matches import (
+    Detections,
+    ExitMatches,
+    ap_of_choice,
+    bootstrap_choices,
+    interval,
+    photo_counts,
+)
 from earlyexit_ssd.files import locks_folder, write_image, write_json, write_text
 from earlyexit_ssd.modeling import EarlyExitSSDLite
-from earlyexit_ssd.modeling.conditional import route
-from earlyexit_ssd.modeling.fused import fuse_for_inference
+from earlyexit_ssd.modeling.detector import fuse_for_inference, route
 from earlyexit_ssd.modeling.outputs import ExitSignals, Router
 from earlyexit_ssd.pipeline.command_line import run_tool
-from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
-from earlyexit_ssd.pipeline.fit_router import fit_policy, fit_temperatures, learns, per_exit, require_deciding
-from earlyexit_ssd.pipeline.replay import Replay, open_recorded
+from earlyexit_ssd.pipeline.replay import (
+    CostModel,
+    Replay,
+    fit_policy,
+    fit_temperatures,
+    learns,
+    measure_cost_model,
+    open_recorded,
+    per_exit,
+    require_deciding,
+)
 from earlyexit_ssd.progress import progress
-from earlyexit_ssd.report.numbers import figure
-from earlyexit_ssd.report.plot import PLAIN, draw_chart
+from earlyexit_ssd.report.charts import PLAIN, draw_chart
+from earlyexit_ssd.report.tables import figure
 from earlyexit_ssd.routing import ExitRouter
 from earlyexit_ssd.routing.policies import FITTED_POLICIES, POLICIES, foresees, require_known
-from earlyexit_ssd.routing.search import cheapest_within, choose, open_sets, threshold_grid
-from earlyexit_ssd.routing.soft_exit import learn_open_exits
 
 REFERENCE_POLICY = "max_foreground"
 BUDGETS = 5

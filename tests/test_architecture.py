@@ -8,7 +8,7 @@ from setuptools import find_packages
 import earlyexit_ssd
 
 PACKAGE = Path(earlyexit_ssd.__file__).parent
-ORDER = ["config", "data", "modeling", "engine", "routing", "evaluation", "report", "pipeline"]
+ORDER = ["config", "data", "modeling", "engine", "routing", "calibration", "evaluation", "report", "pipeline"]
 COMMON = {"errors", "files", "keywords", "plain", "progress"}
 
 

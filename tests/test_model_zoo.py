@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from earlyexit_ssd import EarlyExitSSDLite_Weights
-from earlyexit_ssd.report.zoo import renew, tables
+from earlyexit_ssd.report.tables import renew, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "model_zoo.md").read_text(encoding="utf-8")
@@ -33,7 +33,7 @@ def cells(metrics: dict, name: str) -> str:
 
 
 def test_the_page_is_current():
-    assert renew(PAGE, tables()) == PAGE, "run python -m earlyexit_ssd.report.zoo docs/model_zoo.md"
+    assert renew(PAGE, tables()) == PAGE, "run python -m earlyexit_ssd.report.tables docs/model_zoo.md"
 
 
 def test_rows_of_the_page_are_what_was_measured():

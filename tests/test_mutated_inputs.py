@@ -24,19 +24,17 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from earlyexit_ssd import EarlyExitSSDLite, ExitRouter
+from earlyexit_ssd.calibration import DriftMonitor
+from earlyexit_ssd.calibration import certificate as certificates
+from earlyexit_ssd.calibration.certificate import Certificate, load_certificate
+from earlyexit_ssd.calibration.drift import Reference
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.data import load_dataset
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.evaluation.onnx_cost import count_onnx_mmacs
-from earlyexit_ssd.evaluation.onnx_detector import OnnxDetector
+from earlyexit_ssd.evaluation.onnx import OnnxDetector, count_onnx_mmacs
 from earlyexit_ssd.modeling import Architecture, retrofit
-from earlyexit_ssd.modeling.checkpoint import weights_hash
-from earlyexit_ssd.modeling.weights import FOLDER, describe
-from earlyexit_ssd.pipeline.run_folder import RunFolder
-from earlyexit_ssd.routing import DriftMonitor
-from earlyexit_ssd.routing import certificate as certificates
-from earlyexit_ssd.routing.certificate import Certificate, load_certificate
-from earlyexit_ssd.routing.drift_reference import Reference
+from earlyexit_ssd.modeling.checkpoint import FOLDER, describe, weights_hash
+from earlyexit_ssd.pipeline.run import RunFolder
 
 SECONDS = 20
 """That any one input may take, on a machine that does other things too."""

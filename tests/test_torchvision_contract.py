@@ -17,19 +17,11 @@ from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 
 import earlyexit_ssd
 from earlyexit_ssd.data import Annotation, DetectionDataset, Record, to_coco
-from earlyexit_ssd.evaluation.coco import CocoMetrics, coco_metrics
+from earlyexit_ssd.evaluation.matches import CocoMetrics, coco_metrics
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.routing import ExitRouter
 from tests.modeling.conftest import small_model
-from tests.reference_scripts import (
-    average_precisions,
-    detect,
-    ground_truth_of,
-    loader_of,
-    sgd,
-    train_epoch,
-    trainable,
-)
+from tests.reference_scripts import average_precisions, detect, ground_truth_of, loader_of, sgd, train_epoch, trainable
 
 NAME = "earlyexit_ssdlite320_mobilenet_v3_large"
 TINY = {"weights": None, "weights_backbone": None, "num_classes": 3, "image_size": 96, "width": 0.25, "channels": 16}

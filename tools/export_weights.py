@@ -7,7 +7,7 @@ import argparse
 import sys
 
 from earlyexit_ssd.config import load_config
-from earlyexit_ssd.modeling.weights import FOLDER
+from earlyexit_ssd.modeling.checkpoint import FOLDER
 from earlyexit_ssd.pipeline.command_line import run_tool
 from earlyexit_ssd.pipeline.ship import ship_weights
 
@@ -21,7 +21,7 @@ examples, in this order:
   python tools/export_weights.py output/chair/model.pth --name chair --config configs/chair.yaml \\
       --metrics docs/results/zoo_chair_*/metrics.json
       the same weights to the byte, and the figures in chair.json
-  python -m earlyexit_ssd.report.zoo docs/model_zoo.md
+  python -m earlyexit_ssd.report.tables docs/model_zoo.md
       writes the tables of the model zoo anew
 """
 

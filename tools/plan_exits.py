@@ -10,7 +10,7 @@ from pathlib import Path
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.pipeline.command_line import run_tool
 from earlyexit_ssd.pipeline.plan import ALL_LAYERS, plan_exits
-from earlyexit_ssd.report.placement import placement_report
+from earlyexit_ssd.report.charts import placement_report
 
 EXAMPLES = """
 examples:

@@ -9,7 +9,7 @@ import sys
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.pipeline import train
 from earlyexit_ssd.pipeline.command_line import run_tool
-from earlyexit_ssd.report.table import text_report
+from earlyexit_ssd.report.tables import text_report
 
 EXAMPLES = """
 examples:

@@ -16,7 +16,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from earlyexit_ssd.config import defaults, defaults_training
+from earlyexit_ssd.config import defaults
 from earlyexit_ssd.files import write_text
 
 TREE, FACTORY, SHARED = "_C", "_phase", "phase"
@@ -25,7 +25,7 @@ TREE, FACTORY, SHARED = "_C", "_phase", "phase"
 _HEADING = re.compile(r"# -{4} (.+?) -+$")
 _INTRODUCTION = """# Configuration
 
-Every key with its default. The file is generated from `earlyexit_ssd/config/defaults*.py`:
+Every key with its default. The file is generated from `earlyexit_ssd/config/defaults.py`:
 `python -m earlyexit_ssd.config.document docs/config.md`.
 
 A configuration is a YAML file that names only what differs; `_BASE_: other.yaml` (relative to the file) puts another
@@ -153,8 +153,8 @@ def document() -> str:
 
 
 def sources() -> str:
-    """The sources of the defaults, one behind the other."""
-    return "\n".join(Path(part.__file__).read_text(encoding="utf-8") for part in (defaults_training, defaults))
+    """The source of the defaults."""
+    return Path(defaults.__file__).read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ from typing import Any
 from earlyexit_ssd.data.checks import are_shares, check_names, check_shares, read_flags
 from earlyexit_ssd.data.folder import photo_path
 from earlyexit_ssd.data.images import read_header
-from earlyexit_ssd.data.problems import Problems
-from earlyexit_ssd.data.records import Annotation, RawDataset, Record
+from earlyexit_ssd.data.records import Annotation, Problems, RawDataset, Record
 from earlyexit_ssd.errors import DataError, shown
 
 _SECTIONS = ("images", "annotations", "categories")

@@ -2,24 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
+import hashlib
+import io
+import itertools
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
+from fvcore.common.config import CfgNode
+from pycocotools.coco import COCO
 from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
 
-from earlyexit_ssd.data.checks import describe
+from earlyexit_ssd.data import catalog
+from earlyexit_ssd.data.checks import (
+    check_boxes,
+    check_photos,
+    clip_boxes,
+    describe,
+    drop_repeated_files,
+    file_identity,
+)
 from earlyexit_ssd.data.images import as_tensor, read_image
-from earlyexit_ssd.data.problems import MODES
-from earlyexit_ssd.data.records import Annotation, Record
-from earlyexit_ssd.data.seeding import mixed_seed
-from earlyexit_ssd.data.transforms import Augmentation
+from earlyexit_ssd.data.records import (
+    MODES,
+    Annotation,
+    Problems,
+    RawDataset,
+    Record,
+    few,
+    limit_negatives,
+    limit_photos,
+    select_classes,
+    union_of_classes,
+)
+from earlyexit_ssd.data.transforms import Augmentation, build_transforms, mixed_seed
 from earlyexit_ssd.errors import DataError
+from earlyexit_ssd.files import sha256
 
 logger = logging.getLogger(__name__)
+
 
 Target = dict[str, Tensor | int]
 
@@ -160,3 +189,369 @@ def _target(
         "area": torch.from_numpy(areas),
         "iscrowd": torch.tensor([int(a.ignore) for a in annotations], dtype=torch.int64),
     }
+
+
+# Photos of rare classes are shown more often: class-balanced sampling.
+
+
+def repeat_rare_classes(dataset: DetectionDataset, threshold: float, seed: int) -> DetectionDataset:
+    """A training set with each photo r times (Gupta et al. 2019, "LVIS", appendix B.2).
+
+    r = max over the photo's classes of max(1, sqrt(threshold / f)), f the share of the photos that show the class. The
+    fraction of r is rounded up or down by chance. Every repetition is augmented in its own way.
+
+    Args:
+        threshold: classes on fewer than this share of the photos count as rare; 0 repeats none.
+        seed: of the rounding.
+    """
+    if not threshold:
+        return dataset
+    factors = repeat_factors(dataset, threshold)
+    counts = np.floor(factors + np.random.default_rng(seed).random(len(factors))).astype(int)
+    logger.info("photos of rare classes are repeated: %d photos are shown %d times in all", len(counts), counts.sum())
+    return dataset.repeated(counts.tolist())
+
+
+def repeat_factors(dataset: DetectionDataset, threshold: float) -> np.ndarray:
+    """r of every photo, float [len(dataset)], 1 or more; see :func:`repeat_rare_classes`."""
+    shown = [{one.label for one in record.annotations if not one.ignore} for record in dataset.records]
+    photos = Counter(label for labels in shown for label in labels)
+    factor = {label: max(1.0, (threshold * len(shown) / count) ** 0.5) for label, count in photos.items()}
+    return np.array([max((factor[label] for label in labels), default=1.0) for labels in shown])
+
+
+# What a data set holds, as a number that changes with any of it.
+
+
+def photo_hashes(dataset: DetectionDataset) -> list[tuple[Path, str]]:
+    """Path and SHA-256 of every photo's file.
+
+    Raises:
+        DataError: a photo cannot be read.
+    """
+    digest = functools.cache(sha256)  # photos of rare classes occur several times
+    try:
+        return [(record.path, digest(record.path)) for record in dataset.records]
+    except OSError as error:
+        raise DataError(f"{error.filename}: no readable photo ({error.strerror}); put it there") from None
+
+
+def fingerprint(dataset: DetectionDataset, hashes: Sequence[str] | None = None) -> str:
+    """SHA-256 over the classes and, photo by photo in their order, the file's content, number, size and objects.
+
+    Where the files lie has no part in it. Augmentation has none either: it is of the settings.
+
+    Args:
+        hashes: of the photos' files, where they are known already; see `photo_hashes`.
+
+    Raises:
+        DataError: a photo cannot be read.
+    """
+    digest = hashlib.sha256(repr(dataset.classes).encode())
+    hashes = [content for _, content in photo_hashes(dataset)] if hashes is None else hashes
+    for record, content in zip(dataset.records, hashes, strict=True):
+        objects = [(one.box, one.label, one.ignore, one.area) for one in record.annotations]
+        digest.update(repr((content, record.image_id, record.width, record.height, objects)).encode())
+    return digest.hexdigest()
+
+
+# Photos that teach, choose and test must be different photos; that their sets have different names is not enough.
+
+
+def require_disjoint(**datasets: DetectionDataset) -> None:
+    """Check that no photo is in two of the data sets, nor twice in one of them.
+
+    Two sets share a photo if they name the same file, or files of the same bytes: copies under other names leak as
+    much. Within one set only paths are compared. Only files of equal size are read.
+
+    Raises:
+        DataError: the sets, the first photo that they share, and how many there are; or a photo cannot be read.
+    """
+    digest = functools.cache(sha256)
+    try:
+        by_size = {name: _by_size(name, dataset) for name, dataset in datasets.items()}
+        for (first, ours), (second, theirs) in itertools.combinations(by_size.items(), 2):
+            sizes = [size for size in ours if size in theirs]
+            known = {digest(path): path for size in sizes for path in ours[size]}
+            shared = [(known[digest(p)], p) for size in sizes for p in theirs[size] if digest(p) in known]
+            if shared:
+                raise DataError(
+                    f"{first} and {second} share photos ({len(shared)}), the first: {shared[0][0]} and {shared[0][1]}; "
+                    "take them out of one of the two, since figures on photos that taught flatter"
+                )
+    except OSError as error:
+        raise DataError(f"{error.filename}: no readable photo ({error.strerror}); put it there") from None
+
+
+def require_unique(name: str, records: Iterable[Record]) -> None:
+    """Check that no photo file is twice among the records of the set ``name``.
+
+    Raises:
+        DataError: the first that is.
+    """
+    seen = set()
+    for record in records:
+        identity = file_identity(record.path)
+        if identity is not None and identity in seen:
+            raise DataError(
+                f"{name} has the photo {record.path} twice; name each file once, in one of the set's data sets"
+            )
+        seen.add(identity)
+
+
+def _by_size(name: str, dataset: DetectionDataset) -> dict[int, list[Path]]:
+    """Size in bytes -> the photos of that size."""
+    require_unique(name, dataset.records)
+    by_size: dict[int, list[Path]] = {}
+    for record in dataset.records:
+        path = record.path.resolve()
+        by_size.setdefault(path.stat().st_size, []).append(path)
+    return by_size
+
+
+# A data set as pycocotools' ground truth.
+
+
+def to_coco(dataset: DetectionDataset) -> COCO:
+    """The data set's photos and objects; category ids are the labels 1..K.
+
+    Objects to ignore have ``iscrowd`` 1, the only way to tell pycocotools. Annotations are numbered from 1,
+    since pycocotools takes a match with number 0 for no match. Nothing is printed and no photo is read.
+    """
+    images = [
+        {"id": r.image_id, "file_name": str(r.path), "width": r.width, "height": r.height} for r in dataset.records
+    ]
+    annotations = []
+    for record in dataset.records:
+        for annotation in record.annotations:
+            x1, y1, x2, y2 = annotation.box
+            width, height = x2 - x1, y2 - y1
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": record.image_id,
+                    "category_id": annotation.label,
+                    "bbox": [x1, y1, width, height],
+                    "area": width * height if annotation.area is None else annotation.area,
+                    "iscrowd": int(annotation.ignore),
+                }
+            )
+    coco = COCO()
+    coco.dataset = {
+        "info": {},
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": label, "name": name} for label, name in enumerate(dataset.classes, start=1)],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+# Batches in an order that depends on seed and epoch only, the same for any number of processes.
+
+
+class EpochSampler(Sampler[int]):
+    """The photos of one process, in the order of one epoch.
+
+    Training shuffles by (seed, epoch). Batch k of that global order is dealt out over the processes, so
+    that the processes' k-th batches together are the k-th batch of a single process. The incomplete batch
+    at the end is dropped if there is a full one. Evaluation deals out the photos in their own order, all of
+    them.
+
+    Args:
+        dataset: its ``set_epoch`` is called along, so that one call chooses order and views.
+        batch_size: photos of a batch over all processes.
+    """
+
+    def __init__(
+        self,
+        dataset: DetectionDataset,
+        batch_size: int,
+        train: bool,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.train = train
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.start = 0
+        self.epoch: int | None = None
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the order, and how many batches of it are left out because a run is resumed behind them."""
+        self.epoch, self.start = epoch, start
+        self.dataset.set_epoch(epoch)
+
+    def global_order(self) -> list[int]:
+        """Indices of this epoch over all processes, those that ``start`` leaves out included."""
+        count = len(self.dataset)
+        if not self.train:
+            return list(range(count))
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch or 0))
+        order = torch.randperm(count, generator=generator).tolist()
+        return order[: max(count // self.batch_size, 1) * self.batch_size]
+
+    def __iter__(self) -> Iterator[int]:
+        # the batch size is a multiple of the process count, so this deals out every batch evenly
+        return iter(self.global_order()[self.start * self.batch_size :][self.rank :: self.world_size])
+
+    def __len__(self) -> int:
+        count = len(self.dataset)
+        if self.train and count >= self.batch_size:
+            count -= count % self.batch_size
+        count = max(0, count - self.start * self.batch_size)
+        return len(range(self.rank, count, self.world_size))
+
+
+def build_loader(
+    dataset: DetectionDataset,
+    batch_size: int,
+    workers: int,
+    train: bool,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> DataLoader:
+    """Batches of ``(list of images, list of targets)``; ``loader.sampler.set_epoch(epoch)`` goes first.
+
+    Args:
+        batch_size: photos of a batch over all processes.
+        workers: processes that load; 0 loads in this one.
+        rank, world_size: this process among those that train together.
+
+    Raises:
+        DataError: an empty data set, or a batch that cannot be dealt out evenly.
+    """
+    if batch_size < 1 or batch_size % world_size:
+        raise DataError(f"batch size {batch_size} cannot be dealt out evenly over {world_size} processes")
+    if len(dataset) < (world_size if train else 1):
+        raise DataError(f"a data set of {len(dataset)} photos is too small for {world_size} process(es)")
+    if workers:
+        _one_thread()  # a forked worker would wait for ever for the threads that OpenCV has started in this process
+    sampler = EpochSampler(dataset, batch_size, train, seed, rank, world_size)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size // world_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=_one_thread,
+        pin_memory=torch.cuda.is_available(),
+        # its own, for without one an iterator draws from the global generator, which a resumed run must not
+        generator=torch.Generator(),
+    )
+
+
+def collate(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
+    """Photos have different sizes and numbers of objects, so a batch is two lists."""
+    images, targets = zip(*samples, strict=True)
+    return list(images), list(targets)
+
+
+def _one_thread(worker: int = 0) -> None:
+    """Workers share the cores; 0 ends OpenCV's own threads."""
+    cv2.setNumThreads(0)
+
+
+# From names in the configuration to a data set that is ready to load.
+
+NO_CLASS = "{} names no class; set DATA.CLASSES to what is to be detected"
+
+
+def load_dataset(
+    cfg: CfgNode,
+    names: str | Sequence[str],
+    train: bool = False,
+    need_boxes: bool | None = None,
+    unlabelled: bool = False,
+) -> DetectionDataset:
+    """Read, check and join data sets, and keep the wanted classes.
+
+    Args:
+        cfg: the whole configuration; its ``DATA`` node and ``SEED`` are used.
+        names: names of the catalog or of ``DATA.DATASETS``.
+        train: limit the negatives, augment, and leave out objects to ignore.
+        need_boxes: refuse a set without any wanted object, by default in training alone, and photos that nobody
+            labelled, unless it is False.
+        unlabelled: photos that nobody labelled may stand where boxes are needed: the full path says what is there.
+
+    Raises:
+        ConfigError: an unknown data set.
+        DataError: missing files, a broken record (``DATA.ON_BAD`` "refuse"), an unknown class, no photo left.
+    """
+    names = (names,) if isinstance(names, str) else tuple(names)
+    data = cfg.DATA
+    raws = [read_dataset(cfg, name) for name in names]
+    classes = tuple(data.CLASSES) or (union_of_classes(raws) if names == tuple(data.TRAIN) else class_names(cfg))
+    if not classes and not any(raw.labelled for raw in raws):
+        raise DataError(NO_CLASS.format(" + ".join(names)))
+    labelled = all(raw.labelled for raw in raws)
+    if need_boxes is not False and not unlabelled:
+        _require_labelled(raws, train)
+    records = select_classes(raws, classes, train)
+    if train:
+        records = limit_negatives(records, data.NEGATIVE_SHARE, cfg.SEED)
+    records = limit_photos(records, data.LIMIT, cfg.SEED)
+    problems = Problems(data.ON_BAD)
+    records = clip_boxes(check_photos(records, problems), problems)
+    title = " + ".join(names)
+    problems.log(title)
+    if not records:
+        raise DataError(f"{title}: no usable photo is left; check the folder of the photos")
+    transforms = build_transforms(data.AUGMENTATION) if train else None
+    if len(names) > 1:
+        require_unique(title, records)
+    flags = [annotation.ignore for record in records for annotation in record.annotations]
+    ignored, objects = sum(flags), len(flags) - sum(flags)
+    negatives = sum(not record.has_targets for record in records)
+    if not objects and (labelled or not unlabelled) and (train if need_boxes is None else need_boxes):
+        wanted, purpose = few(classes) or "any class", "learnt" if train else "measured"
+        fixes = ["add photos that show it", "name other DATA.CLASSES"]
+        fixes += ["let the full path teach (LOSS.SUPERVISION teacher)"] if train else []
+        found = f"no box of {wanted}"
+        if ignored:
+            found = f"{ignored} boxes of {wanted}, all of them marked iscrowd, difficult or ignore,"
+            fixes[0] = "set these flags to 0 where the objects are ordinary ones (mask exports write iscrowd 1)"
+        raise DataError(f"{title}: {found} in {len(records)} photos; nothing can be {purpose}: {', or '.join(fixes)}")
+    also = f" and {ignored} to ignore" if ignored else ""
+    without = f"{negatives} photos without any" if labelled else "nobody labelled some of the photos"
+    logger.info("%s: %d photos, %d boxes%s, %s", title, len(records), objects, also, without)
+    return DetectionDataset(records, classes, transforms, train, cfg.SEED, data.ON_BAD, labelled)
+
+
+def _require_labelled(raws: Sequence[RawDataset], train: bool) -> None:
+    """Where boxes teach or measure, a photo that nobody labelled would stand for one that shows nothing."""
+    for raw in raws:
+        if not raw.labelled:
+            fix = ", or let the full path teach, without a joint phase (LOSS.SUPERVISION teacher)" if train else ""
+            raise DataError(
+                f"data set '{raw.name}' is a folder of photos that nobody labelled, and boxes are needed here; "
+                f"name data sets with boxes{fix}"
+            )
+
+
+def read_dataset(cfg: CfgNode, name: str) -> RawDataset:
+    """One data set with usable boxes and all of its classes; its photo files are not yet looked at.
+
+    Raises:
+        ConfigError, DataError: as :func:`load_dataset`.
+    """
+    problems = Problems(cfg.DATA.ON_BAD)
+    raw = drop_repeated_files(check_boxes(catalog.load(name, cfg.DATA, problems), problems), problems)
+    problems.log(name)
+    return raw
+
+
+def class_names(cfg: CfgNode) -> tuple[str, ...]:
+    """The classes of the run, in label order: ``DATA.CLASSES``, or every class of the training sets."""
+    if cfg.DATA.CLASSES:
+        return tuple(cfg.DATA.CLASSES)
+    names = union_of_classes([catalog.load(name, cfg.DATA, Problems("repair")) for name in cfg.DATA.TRAIN])
+    if not names:
+        raise DataError(NO_CLASS.format(" + ".join(cfg.DATA.TRAIN)))
+    return names

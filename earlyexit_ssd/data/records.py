@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from earlyexit_ssd.errors import DataError, nearest, one_line
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +67,233 @@ class RawDataset:
     records: tuple[Record, ...]
     open_classes: bool = False
     labelled: bool = True
+
+
+# What to do with broken records: repair them and count, refuse the first one, or skip their photos.
+
+MODES = ("repair", "refuse", "skip")
+
+# What `repair` does about each kind of problem.
+REPAIRS = {
+    "box outside the photo": "clipped, or dropped where nothing of it is inside",
+    "box without area": "dropped",
+    "box with NaN or infinity": "dropped",
+    "malformed box": "dropped",
+    "box in shares of the photo": "dropped; multiply it by width and height",
+    "unusable flag": "taken as not set",
+    "two names of one class": "joined",
+    "one file under two ids": "copies dropped; all of them dropped where their objects differ",
+    "photo outside the photo folder": "photo dropped; DATA.ALLOW_OUTSIDE True takes it",
+    "two photos of one name": "photo dropped, since nobody knows whose boxes these are",
+    "photo of another name than its annotations": "the one taken that <filename> names",
+    "unknown label": "box dropped",
+    "annotation without a needed key": "dropped",
+    "annotation of an unknown photo": "dropped",
+    "malformed annotation id": "its place in the file taken",
+    "unusable area": "the box's own taken",
+    "duplicate annotation id": "copies dropped, different boxes kept",
+    "duplicate photo id": "copies dropped; dropped both where they are different photos",
+    "malformed photo entry": "dropped",
+    "photo without width and height": "taken from the file",
+    "unreadable annotation file": "photo dropped",
+    "missing photo file": "photo dropped",
+    "unreadable photo file": "photo dropped",
+    "photo of another size than annotated": "boxes scaled",
+    "photo with width and height swapped": "swapped back, boxes as they are",
+    "grey photo": "read as RGB",
+    "palette photo": "read as RGB",
+    "photo with transparency": "laid on white",
+    "photo of more than 8 bits": "scaled to 8 bits",
+    "CMYK photo": "read as RGB",
+    "photo of other colours": "read as RGB",
+    "EXIF-rotated photo": "turned as its annotated size says",
+}
+
+
+# What is said of a data set and is no fault in a record, so that it is never refused.
+NOTES = {
+    "photo without annotations": "left out",
+    "file of another kind": "left out",
+    "set with small boxes only": "taken as pixels; are they percent or thousandths of the photo?",
+}
+
+
+class Problems:
+    """Collects the problems of one data set by kind.
+
+    Args:
+        on_bad: "repair" counts them (the caller repairs), "refuse" raises at the first, "skip" counts them
+            and remembers their photos, which are then left out.
+    """
+
+    def __init__(self, on_bad: str = "repair") -> None:
+        if on_bad not in MODES:
+            raise DataError(f"DATA.ON_BAD is {on_bad!r}, expected one of {', '.join(MODES)}")
+        self.on_bad = on_bad
+        self.counts: dict[str, int] = {}
+        self.examples: dict[str, str] = {}
+        self._left_out: set[int] = set()
+        self._skips: dict[str, int] = {}
+
+    def add(self, kind: str, message: str, image_id: int | None = None) -> None:
+        """Note a problem of photo ``image_id`` (None: of no photo); ``message`` names file, record and value.
+
+        Raises:
+            DataError: in mode "refuse".
+        """
+        if self.on_bad == "refuse":
+            raise DataError(f"{message}: {kind}; correct it, or set DATA.ON_BAD to repair or skip")
+        self.note(kind, message)
+        if self.on_bad == "skip" and image_id is not None:
+            self._left_out.add(image_id)
+            self._skips[kind] = self._skips.get(kind, 0) + 1
+
+    def note(self, kind: str, message: str) -> None:
+        """Count what is no fault of a record, in any mode: a kind of ``NOTES``."""
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        self.examples.setdefault(kind, message)
+
+    def leave_out(self, image_id: int) -> None:
+        """Drop this photo whatever the mode is: it cannot be repaired."""
+        self._left_out.add(image_id)
+
+    def keeps(self, image_id: int) -> bool:
+        """Whether the photo stays in the data set."""
+        return image_id not in self._left_out
+
+    def log(self, name: str) -> None:
+        """One warning per kind: how many, what was done, and the first of them. Forgets the counts."""
+        for kind, count in self.counts.items():
+            first = one_line(self.examples[kind])
+            logger.warning("%s: %d x %s (%s); the first: %s", name, count, kind, self._done(kind), first)
+        for notes in (self.counts, self.examples, self._skips):
+            notes.clear()
+
+    def _done(self, kind: str) -> str:
+        if kind in NOTES:
+            return NOTES[kind]
+        skips = self._skips.get(kind, 0)
+        if not skips:
+            return REPAIRS[kind]
+        return "photo left out" + (f", or {REPAIRS[kind]} where no photo is known" if skips < self.counts[kind] else "")
+
+
+# Which classes are detected: filter, rename and number the classes of one data set or several.
+
+NAMED = 8
+"""Classes that a message names at most."""
+
+# VOC's names -> COCO's names of the same classes.
+ALIASES = {
+    "aeroplane": "airplane",
+    "diningtable": "dining table",
+    "motorbike": "motorcycle",
+    "pottedplant": "potted plant",
+    "sofa": "couch",
+    "tvmonitor": "tv",
+}
+
+
+def canonical(name: str) -> str:
+    """The form in which class names are compared: lower case, COCO's word where VOC has another."""
+    name = " ".join(name.lower().replace("_", " ").split())
+    return ALIASES.get(name, ALIASES.get(name.replace(" ", ""), name))
+
+
+def union_of_classes(raws: Sequence[RawDataset]) -> tuple[str, ...]:
+    """Every class of the data sets, in order of first appearance."""
+    names: dict[str, str] = {}
+    for raw in raws:
+        for name in raw.classes:
+            names.setdefault(canonical(name), name)
+    return tuple(names.values())
+
+
+def select_classes(raws: Sequence[RawDataset], classes: Sequence[str], train: bool = False) -> list[Record]:
+    """The photos of all data sets, with the wanted objects only, labelled 1..K in the order of ``classes``.
+
+    Photos without a wanted object stay, as negatives. With more than one data set the photos are numbered
+    anew from 1, since each set has its own numbers.
+
+    Args:
+        train: the photos are to teach the classes, so that a set with ``open_classes`` must show them too.
+
+    Raises:
+        DataError: a class that none of the data sets has, or a class named twice.
+    """
+    labels = {canonical(name): label for label, name in enumerate(classes, start=1)}
+    if len(labels) < len(classes):
+        raise DataError(f"DATA.CLASSES is {tuple(classes)}: the same class twice; name each once")
+    _check_classes(raws, classes, train)
+    records = [_relabel(record, _label_map(raw, labels)) for raw in raws for record in raw.records]
+    if len(raws) > 1:
+        records = [dataclasses.replace(record, image_id=i) for i, record in enumerate(records, start=1)]
+    return records
+
+
+def _label_map(raw: RawDataset, labels: dict[str, int]) -> dict[int, int]:
+    """The data set's label -> ours, for the wanted classes."""
+    own = ((label, canonical(name)) for label, name in enumerate(raw.classes, start=1))
+    return {label: labels[name] for label, name in own if name in labels}
+
+
+def _relabel(record: Record, label_map: dict[int, int]) -> Record:
+    annotations = tuple(
+        dataclasses.replace(annotation, label=label_map[annotation.label])
+        for annotation in record.annotations
+        if annotation.label in label_map
+    )
+    return dataclasses.replace(record, annotations=annotations)
+
+
+def _check_classes(raws: Sequence[RawDataset], classes: Sequence[str], train: bool) -> None:
+    """Unknown classes are an error; absent ones a warning: a set without their labels teaches background."""
+    known = {canonical(name) for raw in raws for name in raw.classes}
+    may_lack_some = any(raw.open_classes and not (train and raw.labelled) for raw in raws)
+    for name in classes:
+        if canonical(name) not in known and not may_lack_some:
+            sets = ", ".join(raw.name for raw in raws)
+            listed = ", ".join(union_of_classes(raws)[:20]) or "none"
+            raise DataError(
+                f"DATA.CLASSES has {name!r}, which {sets} does not have"
+                f"{nearest(name, union_of_classes(raws))}; classes there: {listed}"
+            )
+    for raw in (raw for raw in raws if raw.labelled):
+        shown = {(one.label, one.ignore) for record in raw.records for one in record.annotations}
+        named = {(canonical(raw.classes[label - 1]), flag) for label, flag in shown if 1 <= label <= len(raw.classes)}
+        ignored = {name for name, flag in named if flag}
+        absent = [name for name in classes if (canonical(name), False) not in named]
+        absent = [f"{name} (but some to ignore)" if canonical(name) in ignored else name for name in absent]
+        if absent:
+            logger.warning("%s has no box of %s", raw.name, one_line(few(absent)))
+
+
+def few(names: Sequence[str]) -> str:
+    """The first ``NAMED`` names for a message, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{', '.join(names[:NAMED])}{more}"
+
+
+def limit_negatives(records: list[Record], share: float, seed: int) -> list[Record]:
+    """Drop photos without an object, by a seeded choice, until they are at most ``share`` of the photos.
+
+    Where no photo has an object, all stay: there is nothing to be a share of.
+
+    Args:
+        share: in [0, 1); -1 keeps all.
+    """
+    if share < 0:
+        return records
+    negatives = [place for place, record in enumerate(records) if not record.has_targets]
+    wanted = round((len(records) - len(negatives)) * share / (1 - share))
+    if len(negatives) <= wanted or len(negatives) == len(records):
+        return records
+    kept = set(random.Random(seed).sample(negatives, wanted))
+    return [record for place, record in enumerate(records) if record.has_targets or place in kept]
+
+
+def limit_photos(records: list[Record], limit: int, seed: int) -> list[Record]:
+    """A seeded choice of ``limit`` photos in their old order; 0 keeps all."""
+    if not 0 < limit < len(records):
+        return records
+    return [records[place] for place in sorted(random.Random(seed).sample(range(len(records)), limit))]

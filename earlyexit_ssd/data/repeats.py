@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from earlyexit_ssd.data.dataset import DetectionDataset
-from earlyexit_ssd.data.fingerprint import photo_hashes
+from earlyexit_ssd.data.dataset import DetectionDataset, photo_hashes
 from earlyexit_ssd.errors import DataError, EarlyExitError
 from earlyexit_ssd.progress import progress
 

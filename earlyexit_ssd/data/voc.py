@@ -11,11 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PureWindowsPath
 
 from earlyexit_ssd.data.checks import are_shares, check_names, check_shares, read_flags
-from earlyexit_ssd.data.classes import ALIASES
 from earlyexit_ssd.data.folder import find_files, photo_path
 from earlyexit_ssd.data.images import PHOTO_SUFFIXES, read_header
-from earlyexit_ssd.data.problems import Problems
-from earlyexit_ssd.data.records import Annotation, RawDataset, Record
+from earlyexit_ssd.data.records import ALIASES, Annotation, Problems, RawDataset, Record
 from earlyexit_ssd.errors import DataError, shown
 
 # VOC's twenty classes under COCO's names, in VOC's (alphabetical) order.

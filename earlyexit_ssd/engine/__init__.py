@@ -1,12 +1,16 @@
 """The training engine: a plain loop, hooks around it, and batches of photos or of cached taps."""
 
-from earlyexit_ssd.engine.batches import PhotoLoader
-from earlyexit_ssd.engine.checkpoints import Checkpoint
-from earlyexit_ssd.engine.ema import ExponentialMovingAverage
-from earlyexit_ssd.engine.hooks import ClampTemperatures, Log, ProgressBar, UpdateAverage, read_log
-from earlyexit_ssd.engine.optimizer import build_optimizer, learning_rate
-from earlyexit_ssd.engine.tap_cache import CachedLoader, TapCache
-from earlyexit_ssd.engine.trainer import Hook, Trainer, TrainingDiverged
+from earlyexit_ssd.engine.cache import CachedLoader, TapCache
+from earlyexit_ssd.engine.hooks import Checkpoint, ClampTemperatures, Log, ProgressBar, UpdateAverage, read_log
+from earlyexit_ssd.engine.loop import (
+    ExponentialMovingAverage,
+    Hook,
+    PhotoLoader,
+    Trainer,
+    TrainingDiverged,
+    build_optimizer,
+    learning_rate,
+)
 
 __all__ = [
     "CachedLoader",

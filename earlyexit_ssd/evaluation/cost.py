@@ -1,25 +1,202 @@
-"""What an image pays up to each exit: multiply-accumulates and milliseconds.
-
-Both are of the network (trunk, branches, head) on a normalised input: resizing the photo and post-processing are
-not counted. The way to an exit holds every earlier branch, as routing runs them; with a router, its scoring too.
-"""
+"""The runtimes that networks are timed in: eager PyTorch, and ONNX Runtime, whose packages are optional."""
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import math
+import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from earlyexit_ssd.evaluation.mode import evaluating
+from earlyexit_ssd.errors import EarlyExitError, shown
+from earlyexit_ssd.evaluation.outputs import evaluating
+from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit
 from earlyexit_ssd.modeling.outputs import Router
-from earlyexit_ssd.modeling.paths import AllOutputs, PathToExit
 from earlyexit_ssd.progress import progress
+
+EAGER, ONNX_RUNTIME = "eager", "onnxruntime"
+RUNTIME_TITLES = {EAGER: "eager PyTorch", ONNX_RUNTIME: "ONNX Runtime"}
+"""Their names in configuration and metrics.json -> in tables and charts."""
+
+
+def runtime_of(metrics: Mapping[str, Any]) -> str:
+    """What the exits of a metrics.json were timed in; evaluations of before the rivals knew eager PyTorch alone."""
+    return metrics.get("context", {}).get("runtime", EAGER)
+
+
+def deploy_package(name: str) -> ModuleType:
+    """A package of the extra ``deploy``: onnx or onnxruntime.
+
+    Raises:
+        EarlyExitError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise EarlyExitError(f"ONNX needs the package {name} ({error}): pip install onnx onnxruntime") from None
+
+
+def runtime_installed() -> bool:
+    """Whether the packages of the extra ``deploy`` are there; nothing is imported."""
+    return all(importlib.util.find_spec(name) is not None for name in ("onnx", "onnxruntime"))
+
+
+class OnnxNetwork(nn.Module):
+    """An ONNX graph in ONNX Runtime on the CPU: its input tensor to the list of its output tensors.
+
+    Args:
+        content: the file's bytes.
+        threads: of ONNX Runtime, within an operator; idle ones sleep, so that what is timed next has the cores.
+        name: of the file, for messages.
+        folder: where the file may have weights outside itself; None: nowhere.
+
+    Attributes:
+        input_shape: of its only input, a free first dimension taken as 1.
+        metadata: what the file says about itself, text by key.
+
+    Raises:
+        EarlyExitError: no graph that ONNX Runtime runs, several inputs, or one of no fixed size or not in fp32.
+    """
+
+    def __init__(
+        self, content: bytes, threads: int = 1, name: str = "the network", folder: str | os.PathLike[str] | None = None
+    ) -> None:
+        super().__init__()
+        runtime = deploy_package("onnxruntime")
+        self.name = name
+        _require_own_data(content, name, folder)
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.load_model_format", "ONNX")  # what was looked at, nothing else
+        if folder is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        try:
+            self.session = runtime.InferenceSession(
+                content, options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
+            inputs = self.session.get_inputs()
+            self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
+        except Exception as error:  # a damaged or foreign file raises whatever its reader does
+            raise EarlyExitError(f"{name}: ONNX Runtime cannot load it ({_first_line(error)})") from None
+        shape = inputs[0].shape if inputs else []
+        self.input_shape = tuple(1 if place == 0 and not isinstance(n, int) else n for place, n in enumerate(shape))
+        if len(inputs) != 1 or not all(isinstance(length, int) and length > 0 for length in self.input_shape):
+            found = ", ".join(f"{one.name} {one.shape}" for one in inputs) or "none"
+            raise EarlyExitError(f"{name}: expected one input of a fixed size, got {found}; export it with one")
+        if inputs[0].type != "tensor(float)":
+            raise EarlyExitError(f"{name}: its input is {inputs[0].type}, expected tensor(float); export it in fp32")
+        self._input_name = inputs[0].name
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """``input_shape`` float32 on the CPU to the outputs, in the file's order.
+
+        Raises:
+            EarlyExitError: the graph fails, or gives something else than tensors of numbers.
+        """
+        try:
+            return [torch.from_numpy(output) for output in self.session.run(None, {self._input_name: x.numpy()})]
+        except Exception as error:  # ONNX Runtime has classes of its own for each kind of failure
+            raise EarlyExitError(f"{self.name}: it does not run ({_first_line(error)}); export it anew") from None
+
+
+def _require_own_data(content: bytes, name: str, folder: str | os.PathLike[str] | None) -> None:
+    """Before ONNX Runtime opens them: weights outside the file are regular files in its folder or below.
+
+    Raises:
+        EarlyExitError: not an ONNX file, or data elsewhere.
+    """
+    onnx = deploy_package("onnx")
+    try:
+        model = onnx.load_model_from_string(content)
+    except Exception as error:
+        raise EarlyExitError(f"{name}: ONNX Runtime cannot load it ({_first_line(error)})") from None
+    for tensor in _tensors(model, onnx.TensorProto):
+        if tensor.external_data or tensor.data_location == tensor.EXTERNAL:
+            locations = [entry.value for entry in tensor.external_data if entry.key == "location"]
+            if len(locations) != 1 or folder is None or not _lies_in(locations[0], folder):
+                raise EarlyExitError(
+                    f"{name}: its tensor {shown(tensor.name)} has data in {shown(locations)}, expected a file in its"
+                    " own folder; export it with the weights inside"
+                )
+
+
+def _tensors(message: Any, kind: type) -> Iterator[Any]:
+    """Every tensor in a message of protobuf: weights, constants, those of functions and of bodies of loops."""
+    if isinstance(message, kind):
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in value if isinstance(value, Sequence) or hasattr(value, "add") else (value,):
+                yield from _tensors(part, kind)
+
+
+def _lies_in(location: str | bytes, folder: str | os.PathLike[str]) -> bool:
+    """Links are followed; backslashes and drives are Windows' way out, and bytes no text."""
+    if (
+        not isinstance(location, str)
+        or not location
+        or "\0" in location
+        or "\\" in location
+        or ":" in location
+        or os.path.isabs(location)
+    ):
+        return False
+    root = os.path.realpath(folder)
+    path = os.path.realpath(os.path.join(root, location))
+    return os.path.commonpath([root, path]) == root and os.path.isfile(path)
+
+
+def in_runtime(network: nn.Module, example: Tensor, runtime: str, threads: int = 1) -> nn.Module:
+    """``network`` as ``runtime`` runs it on inputs of the example's shape; a graph from a file stays what it is."""
+    as_it_is = runtime == EAGER or isinstance(network, OnnxNetwork)
+    return network if as_it_is else OnnxNetwork(export_onnx(network, example), threads)
+
+
+def time_in_runtime(
+    networks: Sequence[nn.Module], examples: Sequence[Tensor], runtime: str, runs: int, threads: int
+) -> list[Timing]:
+    """`time_modules` of the networks as ``runtime`` runs them, each on its example."""
+    pairs = list(zip(networks, examples, strict=True))
+    pairs = pairs if runtime == EAGER else progress(pairs, desc="export to ONNX")
+    return time_modules([in_runtime(*pair, runtime, threads) for pair in pairs], examples, runs, threads, desc="time")
+
+
+def export_onnx(network: nn.Module, example: Tensor) -> bytes:
+    """The network as an ONNX file for inputs of the example's shape, weights included, by PyTorch's exporter.
+
+    The one on TorchScript: torch 2.6's newer one (``dynamo=True``) fails on BatchNorm with today's onnxscript, and both
+    give graphs of equal speed.
+
+    Raises:
+        EarlyExitError: the exporter cannot follow the network, or a package is missing.
+    """
+    deploy_package("onnx")
+    content = io.BytesIO()
+    with evaluating(network), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer: about shapes, which are fixed, and about its own future
+        try:
+            torch.onnx.export(network, (example.cpu(),), content, dynamo=False)
+        except Exception as error:
+            raise EarlyExitError(f"no export to ONNX ({_first_line(error)}); set EVAL.RUNTIME to eager") from error
+    return content.getvalue()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+# What an image pays up to each exit: multiply-accumulates and milliseconds.
 
 COUNTED = ("conv", "linear", "addmm")
 """fvcore's names of convolutions and linear layers."""

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from earlyexit_ssd.evaluation.cost import PlainPath, example_input, mmacs_to_exit
-from earlyexit_ssd.evaluation.runtime import EAGER, time_in_runtime
+from earlyexit_ssd.evaluation.cost import EAGER, PlainPath, example_input, mmacs_to_exit, time_in_runtime
+from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit
 from earlyexit_ssd.modeling.outputs import Router
-from earlyexit_ssd.modeling.paths import AllOutputs, PathToExit
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
 """Shares of the photos that leave early for which the speed-up is given."""

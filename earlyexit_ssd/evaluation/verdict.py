@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from earlyexit_ssd.config import CLOSED
-from earlyexit_ssd.evaluation.runtime import runtime_of
+from earlyexit_ssd.evaluation.cost import runtime_of
 from earlyexit_ssd.routing.policies import foresees
 
 DETECTS_AP50 = 0.05

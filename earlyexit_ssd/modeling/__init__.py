@@ -1,16 +1,12 @@
 """The model: torchvision's SSDLite, tapped, with branches that share its default boxes."""
 
-from earlyexit_ssd.modeling.architecture import Architecture
 from earlyexit_ssd.modeling.builders import earlyexit_ssdlite320_mobilenet_v3_large
-from earlyexit_ssd.modeling.checkpoint import load_model, save_model
-from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
-from earlyexit_ssd.modeling.fused import fuse_for_inference
+from earlyexit_ssd.modeling.checkpoint import EarlyExitSSDLite_Weights, load_model, save_model
+from earlyexit_ssd.modeling.detector import EarlyExitSSDLite, PathToExit, fuse_for_inference
 from earlyexit_ssd.modeling.losses import LossSettings
 from earlyexit_ssd.modeling.outputs import ExitOutputs, Router
-from earlyexit_ssd.modeling.paths import PathToExit
-from earlyexit_ssd.modeling.retrofit import COCO_CLASSES, retrofit
-from earlyexit_ssd.modeling.ssdlite import build_ssdlite
-from earlyexit_ssd.modeling.weights import EarlyExitSSDLite_Weights
+from earlyexit_ssd.modeling.retrofit import COCO_CLASSES, Architecture, retrofit
+from earlyexit_ssd.modeling.trunk import build_ssdlite
 
 __all__ = [
     "COCO_CLASSES",

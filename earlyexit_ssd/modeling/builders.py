@@ -15,16 +15,14 @@ from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights, 
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.keywords import suggest_keywords
 from earlyexit_ssd.modeling import validate
-from earlyexit_ssd.modeling.architecture import Architecture
-from earlyexit_ssd.modeling.checkpoint import load_model
-from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
+from earlyexit_ssd.modeling.checkpoint import ShippedWeights, load_model, weights_path
+from earlyexit_ssd.modeling.detector import EarlyExitSSDLite
 from earlyexit_ssd.modeling.losses import LossSettings
 from earlyexit_ssd.modeling.outputs import Router
 from earlyexit_ssd.modeling.pretrained import names_of
-from earlyexit_ssd.modeling.retrofit import COCO_CLASSES, torchvision_name
-from earlyexit_ssd.modeling.ssdlite import build_ssdlite
+from earlyexit_ssd.modeling.retrofit import COCO_CLASSES, Architecture, torchvision_name
+from earlyexit_ssd.modeling.trunk import build_ssdlite
 from earlyexit_ssd.modeling.validate import LEAST_SCORE
-from earlyexit_ssd.modeling.weights import ShippedWeights, weights_path
 
 POST_PROCESSING = ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
 
@@ -64,7 +62,7 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
         num_classes: outputs per default box, background included; 91 by default.
         weights_backbone: ImageNet weights of the trunk where ``weights`` is None.
         trainable_backbone_layers: as torchvision's; it needs ``image_size=320`` and ``width=1.0``.
-        image_size, width: see :func:`earlyexit_ssd.modeling.ssdlite.build_ssdlite`; another width than 1.0 needs
+        image_size, width: see :func:`earlyexit_ssd.modeling.trunk.build_ssdlite`; another width than 1.0 needs
             ``weights_backbone=None``.
         exit_layers, channels, depth, copy, head_rank, empty, classes, losses, router: see
             :class:`EarlyExitSSDLite`.

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypedDict
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torchvision.models._api import Weights, WeightsEnum
+from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 
-from earlyexit_ssd.errors import EarlyExitError, shown
-from earlyexit_ssd.files import write_torch
-from earlyexit_ssd.modeling.architecture import Architecture
-from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
-from earlyexit_ssd.modeling.foreign import exit_names_of, find_detector, has_reduced_tail, outputs_of
-from earlyexit_ssd.modeling.fused import is_fused
+from earlyexit_ssd.errors import EarlyExitError, nearest, shown
+from earlyexit_ssd.files import sha256, write_torch
+from earlyexit_ssd.modeling.detector import EarlyExitSSDLite, is_fused
 from earlyexit_ssd.modeling.outputs import RouterSettings
-from earlyexit_ssd.modeling.retrofit import load_every_key, read_weights
-from earlyexit_ssd.plain import typed
+from earlyexit_ssd.modeling.retrofit import (
+    Architecture,
+    exit_names_of,
+    find_detector,
+    has_reduced_tail,
+    load_every_key,
+    outputs_of,
+    read_weights,
+)
+from earlyexit_ssd.plain import read_json, typed
 
 FORMAT = "earlyexit_ssd/1"
 
@@ -147,3 +157,144 @@ def weights_hash(model: nn.Module) -> str:
         if not name.startswith("router."):
             digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+# A model file in half precision: half the bytes, for weights that come with the project.
+
+
+def half_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The floating-point tensors of a state dict rounded to fp16, the counters as they are.
+
+    All of one type are views into one buffer, since ``torch.save`` spends 200 bytes on each buffer and a model has a
+    thousand tensors. BatchNorm's statistics are rounded too: a variance under fp16's smallest number (6e-8) becomes 0,
+    and BatchNorm adds 1e-3 to it anyway. ``load_state_dict`` makes fp32 of it again.
+
+    Raises:
+        EarlyExitError: a value that is not finite in fp16 (over 65504, or NaN).
+    """
+    groups: dict[torch.dtype, list[str]] = {}
+    for name, value in state.items():
+        groups.setdefault(torch.float16 if value.is_floating_point() else value.dtype, []).append(name)
+    views: dict[str, Tensor] = {}
+    for dtype, names in groups.items():
+        buffer = torch.cat([state[name].detach().cpu().flatten().to(dtype) for name in names])
+        sizes = [state[name].numel() for name in names]
+        for name, part in zip(names, buffer.split(sizes), strict=True):
+            if dtype == torch.float16 and not part.isfinite().all():
+                raise EarlyExitError(f"{name}: a value that fp16 cannot hold (over 65504 or NaN); train it again")
+            views[name] = part.view(state[name].shape)
+    return {name: views[name] for name in state}
+
+
+def half_file(content: dict[str, Any]) -> bytes:
+    """The bytes of a model file (what ``save_model`` writes, as ``read_weights`` reads it) in half precision.
+
+    The same content gives the same bytes, so that its sha256 can be compared.
+    """
+    buffer = io.BytesIO()  # torch.save writes a path's name into the file, but not a buffer's
+    torch.save({**content, "model": half_state(content["model"])}, buffer)
+    return buffer.getvalue()
+
+
+# Weights that come with the package, as an enum in torchvision's style.
+
+FOLDER = Path(__file__).resolve().parents[1] / "weights"
+"""``NAME.pth``, a model file, and ``NAME.json``, what is known of it; tools/export_weights.py writes both."""
+
+
+class ShippedWeights(WeightsEnum):
+    """What the members of :data:`EarlyExitSSDLite_Weights` can do beside torchvision's ``transforms`` and ``meta``.
+
+    ``meta`` holds ``categories`` (by label, background first), ``exits``, ``num_params``, ``min_size``, ``recipe``,
+    ``sha256``, ``bytes``, ``_file_size`` (MiB, as torchvision counts), ``_metrics`` (test split -> exit or "routed"
+    -> figure -> value) and ``_docs``.
+    """
+
+    @property
+    def path(self) -> Path:
+        """The model file."""
+        return FOLDER / f"{self.name.lower()}.pth"
+
+    def check(self) -> None:
+        """Compare the file with its sha256.
+
+        Raises:
+            EarlyExitError: it is missing, damaged, or a pointer of Git LFS.
+        """
+        fix = "install the package again, or `git checkout` the file"
+        if not self.path.is_file():
+            raise EarlyExitError(f"{self.path}: the weights {self.name.lower()} are missing; {fix}")
+        digest = sha256(self.path)
+        if digest != self.meta["sha256"]:
+            raise EarlyExitError(
+                f"{self.path}: damaged ({self.path.stat().st_size} bytes with sha256 {digest[:8]}, expected "
+                f"{self.meta['bytes']} with {self.meta['sha256'][:8]}); {fix}"
+            )
+
+    def get_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Of the whole model, exits included, in fp16; torchvision's arguments are about downloads and ignored."""
+        self.check()
+        return read_weights(self.path)["model"]
+
+
+def describe(path: Path) -> Weights:
+    """The value of a member from its JSON file.
+
+    Raises:
+        EarlyExitError: the file is not what tools/export_weights.py writes.
+    """
+    fix = "install the package again"
+    entry = read_json(path, "description of weights", fix)
+    try:
+        classes = entry["classes"]
+        meta = {
+            "categories": ["__background__", *classes],
+            "exits": entry["exits"],
+            "num_params": entry["num_params"],
+            "min_size": (1, 1),
+            "recipe": entry["recipe"],
+            "sha256": entry["sha256"],
+            "bytes": entry["bytes"],
+            "_file_size": round(entry["bytes"] / 2**20, 3),
+            "_metrics": {name: split["exits"] for name, split in entry["metrics"].items()},
+            "_docs": f"SSDLite320 MobileNetV3-Large with early exits for {', '.join(classes)}; weights in fp16.",
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise EarlyExitError(f"{path}: not a description of weights ({type(error).__name__}: {error}); {fix}") from None
+    return Weights(path.with_suffix(".pth").as_uri(), SSDLite320_MobileNet_V3_Large_Weights.COCO_V1.transforms, meta)
+
+
+EarlyExitSSDLite_Weights = ShippedWeights(
+    "EarlyExitSSDLite_Weights",
+    {path.stem.upper(): describe(path) for path in sorted(FOLDER.glob("*.json"))},
+    module=__name__,
+)
+"""One member for each description in the package's folder of weights, such as ``CHAIR``."""
+
+
+def find_weights(name: str | os.PathLike[str] | ShippedWeights) -> ShippedWeights | None:
+    """The member of that name, in capitals or not, with the enum's name before it or not; None for anything else."""
+    if isinstance(name, ShippedWeights):
+        return name
+    return EarlyExitSSDLite_Weights.__members__.get(
+        str(name).removeprefix(f"{EarlyExitSSDLite_Weights.__name__}.").upper()
+    )
+
+
+def weights_path(name_or_path: str | os.PathLike[str] | ShippedWeights) -> Path:
+    """The checked file of shipped weights, or the file that ``name_or_path`` is; a shipped name goes first.
+
+    Raises:
+        EarlyExitError: it is neither, or the shipped file is damaged.
+    """
+    member = find_weights(name_or_path)
+    if member is not None:
+        member.check()
+        return member.path
+    if not Path(name_or_path).is_file():
+        names = [name.lower() for name in EarlyExitSSDLite_Weights.__members__]
+        raise EarlyExitError(
+            f"weights '{name_or_path}': no such file, and none of the shipped ones ({', '.join(names)})"
+            f"{nearest(str(name_or_path), names)}"
+        )
+    return Path(name_or_path)

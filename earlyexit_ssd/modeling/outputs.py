@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from earlyexit_ssd.config import CLOSED
-from earlyexit_ssd.modeling.matching import Assignment
+from earlyexit_ssd.modeling.losses import Assignment
 
 Head = dict[str, Tensor]
 """``{"cls_logits": [N, A, C], "bbox_regression": [N, A, 4]}`` of one exit."""

@@ -14,8 +14,8 @@ from earlyexit_ssd.modeling.outputs import Router
 from earlyexit_ssd.modeling.validate import check_router
 
 if TYPE_CHECKING:
-    from earlyexit_ssd.modeling.early_exit_ssd import EarlyExitSSDLite
-    from earlyexit_ssd.modeling.weights import ShippedWeights
+    from earlyexit_ssd.modeling.checkpoint import ShippedWeights
+    from earlyexit_ssd.modeling.detector import EarlyExitSSDLite
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +56,8 @@ class Pretrained:
                 of classes, or one whose certificate is for other weights.
         """
         # these import the class that inherits from this one
-        from earlyexit_ssd.modeling.architecture import Architecture
-        from earlyexit_ssd.modeling.checkpoint import load_model
-        from earlyexit_ssd.modeling.weights import weights_path
+        from earlyexit_ssd.modeling.checkpoint import load_model, weights_path
+        from earlyexit_ssd.modeling.retrofit import Architecture
 
         def describe(outputs: int, exits: tuple[str, ...]) -> Architecture:
             layers = {"exit_layers": tuple(int(name[4:]) for name in exits)} if exits else {}

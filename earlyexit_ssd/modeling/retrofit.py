@@ -1,31 +1,324 @@
-"""Take a trained torchvision SSDLite, from torchvision's weights or a file, and change its classes if asked."""
+"""Find a detector's state dict in what other programs save: training scripts, wrappers, averages of weights."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.error import URLError
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD
 
+from earlyexit_ssd.config import LARGEST_SIDE, MOST_CHANNELS, MOST_WIDTH
 from earlyexit_ssd.errors import EarlyExitError, nearest, shown
-from earlyexit_ssd.modeling.architecture import Architecture
-from earlyexit_ssd.modeling.folding import (
+from earlyexit_ssd.modeling.detector import EarlyExitSSDLite
+from earlyexit_ssd.modeling.heads import (
     ClassChange,
     FoldedClassificationHead,
+    cut_head,
+    is_folded,
     plan_class_change,
     slice_rows,
 )
-from earlyexit_ssd.modeling.foreign import find_detector, has_reduced_tail
-from earlyexit_ssd.plain import require_bounded
+from earlyexit_ssd.modeling.trunk import build_ssdlite
+from earlyexit_ssd.modeling.validate import LEAST_SCORE
+from earlyexit_ssd.plain import build, check_fields, require_bounded
+
+logger = logging.getLogger(__name__)
+
+
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""Parts that DataParallel, AveragedModel, torch.compile and the like put into keys, anywhere."""
+
+USUAL = ("", "model", "state_dict", "model_state_dict")
+"""Where the weights that were trained stand, if a file holds several."""
+
+DEPTH = 4
+_ROOT = re.compile(r"(?:^|\.)(?=backbone\.features\.0\.)")
+_AVERAGE = re.compile(r"(?:^|[._])(?:ema|swa|avg)(?:$|[._])|averag|shadow|teacher", re.IGNORECASE)
+
+
+def find_detector(content: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The state dict of an SSDLite, with or without exits, under torchvision's names.
+
+    It may lie under other keys (``{"model": ..., "epoch": ...}``), and its keys may share a prefix and hold those of
+    wrappers, in any nesting. Of trained weights and their average the trained ones are taken. What lies outside the
+    detector (an optimizer, a loss, ``n_averaged``) is left out.
+
+    Raises:
+        EarlyExitError: there is none, or there are several and none has the usual name.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for place, mapping in _mappings(content):
+        for prefix, state in _detectors(mapping, path).items():
+            found[".".join(filter(None, (place, prefix)))] = state
+    if not found:
+        keys = ", ".join(str(key)[:40] for key in list(content)[:3]) or "none"
+        raise EarlyExitError(
+            f"{path}: expected a state dict of tensors of an SSDLite with a MobileNetV3-Large "
+            f"(backbone.features.0.0.0.weight, ...), got keys {keys}"
+        )
+    names = [name for name in found if not _AVERAGE.search(name)] or list(found)
+    names = [name for name in names if name in USUAL] or names
+    if len(names) > 1:
+        raise EarlyExitError(
+            f"{path}: holds several detectors ({', '.join(names)[:120]}); save the one that is meant alone"
+        )
+    others = sorted(set(found) - set(names))
+    if others:
+        logger.warning("%s: the weights of '%s' are taken, not those of %s", path, names[0], ", ".join(others))
+    return found[names[0]]
+
+
+def _mappings(content: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every dict in ``content`` with the keys that lead there; none twice, since pickles may hold circles."""
+    level, seen = [("", content)], set()
+    for _ in range(DEPTH):
+        following = []
+        for place, mapping in level:
+            if id(mapping) in seen:
+                continue
+            seen.add(id(mapping))
+            yield place, mapping
+            following += [
+                (f"{place}.{key}" if place else key, value)
+                for key, value in mapping.items()
+                if isinstance(key, str) and isinstance(value, Mapping)
+            ]
+        level = following
+
+
+def _detectors(mapping: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
+    """The detectors among the tensors of one dict, by the prefix of their keys without its last dot."""
+    tensors: dict[str, Tensor] = {}
+    for key, value in mapping.items():
+        if isinstance(key, str) and isinstance(value, Tensor):
+            name = ".".join(part for part in key.split(".") if part not in WRAPPERS)
+            if name in tensors:
+                raise EarlyExitError(f"{path}: {key:.80} is there with and without a wrapper's prefix; save one")
+            tensors[name] = value
+    prefixes = sorted({name[: match.end()] for name in tensors if (match := _ROOT.search(name))}, key=len)
+    states: dict[str, dict[str, Tensor]] = {prefix.rstrip("."): {} for prefix in prefixes}
+    for name, value in tensors.items():
+        own = [prefix for prefix in prefixes if name.startswith(prefix)]
+        if own and name.rpartition(".")[2] != "n_averaged":
+            states[own[-1].rstrip(".")][name.removeprefix(own[-1])] = value
+    return states
+
+
+def outputs_of(state: Mapping[str, Tensor], boxes_per_cell: int = 6) -> int:
+    """Outputs per default box of a detector's head, background included; 0 where it cannot be told."""
+    last = state.get("head.classification_head.module_list.0.1.bias")
+    return 0 if last is None else len(last) // boxes_per_cell
+
+
+def exit_names_of(state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Names of the exits whose branches are in a state dict, shallow to deep."""
+    names = {match[1] for key in state if (match := re.match(r"branches\.(exit\d{1,3})\.", key))}
+    return tuple(sorted(names, key=lambda name: int(name[4:])))
+
+
+def has_reduced_tail(state: Mapping[str, Tensor], width: float) -> bool:
+    """The last trunk layer has 480 channels in the reduced tail and 960 in the full one, times the width."""
+    last = state.get("backbone.features.1.3.0.weight")
+    return last is None or last.shape[0] < 720 * width
+
+
+# A description of a model that builds it again: stored beside the weights, so that one file is enough.
+
+Channels = Annotated[int, 0, MOST_CHANNELS]
+Rows = Annotated[int, 0, 100_000]
+Share = Annotated[float, 0, 1]
+Count = Annotated[int, 1, 2**31]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything that fixes the shapes and the post-processing of an :class:`EarlyExitSSDLite`.
+
+    Attributes:
+        classes: names of the labels 1..K.
+        image_size: side of the network input, pixels.
+        width, reduced_tail: of the trunk; see :func:`build_ssdlite`.
+        head_outputs, folded_rows: outputs per default box of a folded head, and the rows of ``classes`` in it;
+            0 and empty where the head has the classes' own rows.
+        folded_branches: the branches' heads are folded as the full path's is; otherwise they have the classes alone.
+        exit_layers, channels, depth, copy, head_rank, empty: of the exits; see :class:`EarlyExitSSDLite`.
+        score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing; the first may be by class.
+
+    Raises:
+        EarlyExitError: a field of another type or out of its range.
+    """
+
+    classes: tuple[str, ...]
+    image_size: Annotated[int, 1, LARGEST_SIDE] = 320
+    width: Annotated[float, 0.01, MOST_WIDTH] = 1.0
+    reduced_tail: bool = True
+    head_outputs: Rows = 0
+    folded_rows: tuple[Rows, ...] = ()
+    exit_layers: tuple[int, ...] = (8, 12)
+    channels: Channels = 0
+    depth: tuple[int, ...] = (2,)
+    copy: tuple[float, ...] = (0.5,)
+    head_rank: Channels = 0
+    empty: tuple[int, ...] = ()
+    folded_branches: bool = False
+    score_thresh: Share | dict[str, Share] = 0.001
+    nms_thresh: Share = 0.55
+    detections_per_img: Count = 300
+    topk_candidates: Count = 300
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.classes:
+            raise EarlyExitError("classes is empty, expected at least one name")
+        rows, classes = self.folded_rows, len(self.classes)
+        fits = len(rows) == len(set(rows)) == classes and all(1 <= row < self.head_outputs for row in rows)
+        if bool(self.head_outputs) != bool(rows) or (rows and not fits):
+            raise EarlyExitError(
+                f"folded_rows is {shown(rows)} of {self.head_outputs} head_outputs, expected a row from 1 on for each "
+                f"of {classes} classes, or none"
+            )
+
+    def to_dict(self) -> dict:
+        """Plain types only, for JSON and for files that are read with ``weights_only=True``."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Architecture:
+        """The inverse of :meth:`to_dict`; unknown keys and wrong types are errors."""
+        values = dict(values)
+        older = {key: values.pop(key) for key in ("attention", "cascade") if key in values}
+        described = build(cls, values)
+        new_layers = older.get("attention") is not None and not all(values.get("copy", [0.0]))
+        cascade = older.get("cascade", False) and len(described.exit_layers) - len(described.empty) > 1
+        if new_layers or cascade:
+            raise EarlyExitError(
+                "its branches have layers (attention, or a cascade from exit to exit) that this version has not: "
+                "train the exits again from its full path (MODEL.WEIGHTS, minutes)"
+            )
+        return described
+
+    @classmethod
+    def of(cls, model: EarlyExitSSDLite) -> Architecture:
+        """The description of a model as it is now.
+
+        Raises:
+            EarlyExitError: layers, default boxes or normalisation are not those that this description can build.
+        """
+        head, settings = model.head.classification_head, dict(model.branch_settings)
+        if is_folded(head):
+            branches = [part.head.classification_head for part in model.branches.values() if hasattr(part, "head")]
+            settings |= {"head_outputs": head.num_columns, "folded_rows": head.wanted.tolist()}
+            settings["folded_branches"] = any(map(is_folded, branches))
+        for name in ("classes", "width", "score_thresh", "nms_thresh", "detections_per_img", "topk_candidates"):
+            settings[name] = getattr(model, name)
+        settings["image_size"] = model.transform.fixed_size[0]
+        settings["reduced_tail"] = has_reduced_tail(model.state_dict(), model.width)
+        settings["exit_layers"] = model.exit_layers[:-1]
+        settings["empty"] = [layer for layer, empty in zip(model.exit_layers, model.empty, strict=False) if empty]
+        architecture = cls(
+            **{name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in settings.items()}
+        )
+        with torch.random.fork_rng(devices=[]):
+            built = _fixed(architecture.build())
+        own = _fixed(model)
+        for name in {**built, **own}:
+            if built.get(name) != own.get(name):
+                raise EarlyExitError(
+                    f"the model is not as it was built: {name:.80} is {own.get(name)!s:.60}, expected "
+                    f"{built.get(name)!s:.60}; a file of it could not be read again: save its state_dict() instead"
+                )
+        return architecture
+
+    @classmethod
+    def of_full_path(cls, values: dict) -> Architecture:
+        """The description of a model as far as its full path goes; its branches may be those of an older version."""
+        branches = {"exit_layers", "channels", "depth", "copy", "cascade", "head_rank", "empty", "attention"}
+        return cls.from_dict({key: value for key, value in values.items() if key not in branches})
+
+    def build_detector(self) -> SSD:
+        """The torchvision detector under the exits, untrained."""
+        detector = build_ssdlite(
+            num_classes=self.head_outputs or len(self.classes) + 1,
+            image_size=self.image_size,
+            width=self.width,
+            reduced_tail=self.reduced_tail,
+            score_thresh=self.lowest_score,
+            nms_thresh=self.nms_thresh,
+            detections_per_img=self.detections_per_img,
+            topk_candidates=self.topk_candidates,
+        )
+        if self.folded_rows:
+            head = detector.head
+            head.classification_head = FoldedClassificationHead(head.classification_head, self.folded_rows)
+        return detector
+
+    @property
+    def lowest_score(self) -> float:
+        """Of ``score_thresh``: what a detector without names of classes can cut at."""
+        cuts = self.score_thresh
+        return min(cuts.get(name, LEAST_SCORE) for name in self.classes) if isinstance(cuts, Mapping) else cuts
+
+    def add_exits(self, detector: SSD) -> EarlyExitSSDLite:
+        """Exits on a detector of this architecture."""
+        model = EarlyExitSSDLite(
+            detector,
+            exit_layers=self.exit_layers,
+            channels=self.channels,
+            depth=self.depth,
+            copy=self.copy,
+            head_rank=self.head_rank,
+            empty=self.empty,
+            classes=self.classes,
+        )
+        model.score_thresh = self.score_thresh
+        return model
+
+    def build(self) -> EarlyExitSSDLite:
+        """The whole model, untrained."""
+        if not self.folded_branches:
+            return self.add_exits(self.build_detector())
+        whole = tuple(f"class_{row}" for row in range(1, self.head_outputs))
+        unfolded = {"classes": whole, "head_outputs": 0, "folded_rows": (), "folded_branches": False}
+        model = dataclasses.replace(self, score_thresh=self.lowest_score, **unfolded).build()
+        fold_model(model, self.classes, self.folded_rows)
+        model.score_thresh = self.score_thresh
+        return model
+
+
+def fold_model(model: EarlyExitSSDLite, classes: Sequence[str], rows: Sequence[int]) -> None:
+    """Give a model the ``classes`` in the ``rows`` of its heads, the full path's and the branches', and fold the others
+    into background, so that every score stays what it was."""
+    for part in (model, *model.branches.values()):
+        if hasattr(part, "head"):
+            part.head.classification_head = FoldedClassificationHead(part.head.classification_head, rows)
+        else:
+            part.num_classes = len(classes) + 1
+    model.classes = tuple(classes)
+
+
+def _fixed(model: EarlyExitSSDLite) -> dict[str, object]:
+    """What a description fixes, by name."""
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items() if not key.startswith("router.")}
+    normalisation = {name: list(getattr(model.transform, name)) for name in ("image_mean", "image_std", "fixed_size")}
+    return {**shapes, **normalisation, "anchor_generator": repr(model.anchor_generator)}
+
+
+# Take a trained torchvision SSDLite, from torchvision's weights or a file, and change its classes if asked.
 
 COCO_CLASSES = tuple(SSDLite320_MobileNet_V3_Large_Weights.COCO_V1.meta["categories"][1:])
 """torchvision's names of the labels 1..90; "N/A" where COCO skips a number."""
@@ -204,3 +497,60 @@ def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: st
         if not given.float().isfinite().all():
             raise EarlyExitError(f"{source}: {key} has NaN or infinity, its training went wrong; take other weights")
     module.load_state_dict(state)
+
+
+# A trained detector without exits at another input size, as it stands.
+
+
+def resize_detector(model: EarlyExitSSDLite, architecture: Architecture, size: int, *, cut: bool = False) -> SSD:
+    """The full path's weights at an input side of ``size`` pixels; in eval mode, on the model's device.
+
+    With ``cut`` a folded classification head (``MODEL.FOLD exact``) keeps the rows of the model's classes alone, which
+    takes no training: the cheapest detector without exits that these weights make.
+
+    The default boxes keep their places and sides in pixels. torchvision's are shares of the input, but a convolution
+    has learnt how an object of so many pixels looks: with boxes that shrink along, everything is found too small.
+    """
+    detector = dataclasses.replace(architecture, image_size=size).build_detector()
+    state = {key: value for key, value in model.state_dict().items() if key.startswith(("backbone.", "head."))}
+    detector.load_state_dict(state)
+    if cut:
+        detector.head.classification_head = cut_head(detector.head.classification_head)
+    detector.anchor_generator = PixelBoxes(detector.anchor_generator, model.grids, architecture.image_size, size)
+    return detector.to(next(model.parameters()).device).eval()
+
+
+class PixelBoxes(nn.Module):
+    """Default boxes for one input size at the places and of the sides, in pixels, that they have for another.
+
+    Args:
+        generator: torchvision's, whose boxes are shares of the input.
+        grids: (height, width) of the six maps at that size, cells.
+        trained_size: the side of the input that the weights know, pixels.
+        size: of the inputs to come.
+    """
+
+    def __init__(
+        self, generator: DefaultBoxGenerator, grids: Sequence[tuple[int, int]], trained_size: int, size: int
+    ) -> None:
+        super().__init__()
+        self.generator = DefaultBoxGenerator(
+            generator.aspect_ratios,
+            scales=generator.scales,
+            steps=[trained_size / side for side, _ in grids],
+            clip=generator.clip,
+        )
+        self.factor = trained_size / size
+
+    def num_anchors_per_location(self) -> list[int]:
+        """Default boxes per cell of each grid."""
+        return self.generator.num_anchors_per_location()
+
+    def forward(self, images: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """Per image [A, 4] xyxy in network pixels."""
+        return [self._scale(boxes) for boxes in self.generator(images, feature_maps)]
+
+    def _scale(self, boxes: Tensor) -> Tensor:
+        """The centres are right, since steps are pixels; the sides are still shares of the input."""
+        centres, halves = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * self.factor
+        return torch.cat([centres - halves, centres + halves], 1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from earlyexit_ssd.errors import EarlyExitError, nearest
-from earlyexit_ssd.modeling.folding import num_outputs
+from earlyexit_ssd.modeling.heads import num_outputs
 from earlyexit_ssd.modeling.losses import LossSettings
 
 SLACK = 0.5

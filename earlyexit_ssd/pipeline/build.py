@@ -11,10 +11,10 @@ import torch
 from fvcore.common.config import CfgNode
 from torchvision.models import MobileNet_V3_Large_Weights
 
-from earlyexit_ssd.data.build import class_names
+from earlyexit_ssd.data.dataset import class_names
 from earlyexit_ssd.errors import ConfigError, EarlyExitError, nearest
-from earlyexit_ssd.evaluation.quality import EvaluationSettings
-from earlyexit_ssd.evaluation.runtime import EAGER
+from earlyexit_ssd.evaluation.cost import EAGER
+from earlyexit_ssd.evaluation.results import EvaluationSettings
 from earlyexit_ssd.modeling import (
     COCO_CLASSES,
     Architecture,
@@ -24,7 +24,7 @@ from earlyexit_ssd.modeling import (
     load_model,
     retrofit,
 )
-from earlyexit_ssd.modeling.folding import plan_class_change
+from earlyexit_ssd.modeling.heads import plan_class_change
 from earlyexit_ssd.modeling.retrofit import torchvision_name
 from earlyexit_ssd.routing import ExitRouter
 

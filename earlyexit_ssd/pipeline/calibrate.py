@@ -16,26 +16,33 @@ import torch
 import torchvision
 from fvcore.common.config import CfgNode
 
+from earlyexit_ssd.calibration.certificate import Certificate
+from earlyexit_ssd.calibration.drift import Reference
+from earlyexit_ssd.calibration.risk import Certified, certify, safe_to_bold
+from earlyexit_ssd.calibration.thresholds import Grid, cheapest_within, learned_grid, pareto_path, threshold_grid
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.data.repeats import Block, block_of_each
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.evaluation.bootstrap import bootstrap_choices
-from earlyexit_ssd.evaluation.choices import ap_of_choice
+from earlyexit_ssd.evaluation.matches import ap_of_choice, bootstrap_choices
 from earlyexit_ssd.files import locks_folder
 from earlyexit_ssd.modeling.checkpoint import save_model, weights_hash
 from earlyexit_ssd.pipeline.build import trained_temperatures
-from earlyexit_ssd.pipeline.cost_model import CostModel, measure_cost_model
-from earlyexit_ssd.pipeline.fit_router import fit_policy, fit_temperatures, learns, per_exit, require_deciding
-from earlyexit_ssd.pipeline.replay import Recorded, Replay, open_recorded
+from earlyexit_ssd.pipeline.replay import (
+    CostModel,
+    Recorded,
+    Replay,
+    fit_policy,
+    fit_temperatures,
+    learns,
+    measure_cost_model,
+    open_recorded,
+    per_exit,
+    require_deciding,
+)
 from earlyexit_ssd.progress import progress
-from earlyexit_ssd.report.calibration import write_calibration
+from earlyexit_ssd.report.results import write_calibration
 from earlyexit_ssd.routing import ExitRouter
-from earlyexit_ssd.routing.certificate import Certificate
-from earlyexit_ssd.routing.certify import Certified, certify, safe_to_bold
-from earlyexit_ssd.routing.drift_reference import Reference
 from earlyexit_ssd.routing.policies import require_known
-from earlyexit_ssd.routing.search import Grid, cheapest_within, pareto_path, threshold_grid
-from earlyexit_ssd.routing.soft_exit import learned_grid
 
 logger = logging.getLogger(__name__)
 

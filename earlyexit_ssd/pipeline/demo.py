@@ -14,13 +14,13 @@ from fvcore.common.config import CfgNode
 from PIL import Image
 from torch import Tensor
 
+from earlyexit_ssd.calibration import load_certificate
 from earlyexit_ssd.data.folder import find_files
 from earlyexit_ssd.data.images import PHOTO_SUFFIXES, as_tensor, read_image
 from earlyexit_ssd.errors import DataError, EarlyExitError
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.pipeline.build import build_router, open_model
 from earlyexit_ssd.report.pictures import Example, detection_grid
-from earlyexit_ssd.routing import load_certificate
 
 logger = logging.getLogger(__name__)
 

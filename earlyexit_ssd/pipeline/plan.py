@@ -19,9 +19,9 @@ from earlyexit_ssd.evaluation.placement import SHARES, Placement, measure_placem
 from earlyexit_ssd.files import locks_folder, write_image, write_json, write_text
 from earlyexit_ssd.pipeline.build import build_device, build_model, build_router, evaluation_device, require_full_path
 from earlyexit_ssd.pipeline.phases import train_branches
-from earlyexit_ssd.pipeline.prepare import prepare
-from earlyexit_ssd.pipeline.run_folder import RunFolder
-from earlyexit_ssd.report.placement import placement_chart, placement_report
+from earlyexit_ssd.pipeline.run import RunFolder
+from earlyexit_ssd.pipeline.train import prepare
+from earlyexit_ssd.report.charts import placement_chart, placement_report
 
 ALL_LAYERS = tuple(range(1, C4_LAYER))
 """Those from which a branch can copy its first map; behind the others there is next to nothing to save."""

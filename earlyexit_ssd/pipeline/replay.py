@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import logging
 import os
+import platform
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,30 +17,66 @@ import numpy as np
 import torch
 from fvcore.common.config import CfgNode
 from pycocotools.coco import COCO
-from torch import Tensor
+from torch import Tensor, nn
 
+from earlyexit_ssd.calibration.temperature import (
+    FittedTemperature,
+    contested_boxes,
+    fit_temperature,
+    reliability,
+    stopped_by,
+)
+from earlyexit_ssd.calibration.thresholds import require_few
+from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset, to_coco
-from earlyexit_ssd.data.classes import limit_photos
-from earlyexit_ssd.data.disjoint import require_disjoint
-from earlyexit_ssd.data.fingerprint import fingerprint, photo_hashes
+from earlyexit_ssd.data.dataset import fingerprint, photo_hashes, require_disjoint
+from earlyexit_ssd.data.records import limit_photos
 from earlyexit_ssd.data.repeats import Repeats, distinct
-from earlyexit_ssd.errors import ConfigError
-from earlyexit_ssd.evaluation.choices import ExitMatches, ap_of_choice, exit_matches
-from earlyexit_ssd.evaluation.photo_losses import (
+from earlyexit_ssd.errors import ConfigError, EarlyExitError
+from earlyexit_ssd.evaluation.cost import (
+    ONNX_RUNTIME,
+    PlainPath,
+    Timing,
+    count_mmacs,
+    example_input,
+    runtime_installed,
+    time_in_runtime,
+)
+from earlyexit_ssd.evaluation.matches import (
     Agreement,
+    ExitMatches,
     agreement,
+    ap_of_choice,
     as_ground_truth,
+    exit_matches,
     losses_against_full,
     losses_against_labels,
 )
-from earlyexit_ssd.evaluation.recording import Recording, record
+from earlyexit_ssd.evaluation.outputs import Recording, record
+from earlyexit_ssd.evaluation.results import EvaluationSettings
 from earlyexit_ssd.files import make_folder
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite
-from earlyexit_ssd.pipeline.build import evaluation_device, open_model, with_classes
-from earlyexit_ssd.pipeline.rivals import check_rivals
+from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit
+from earlyexit_ssd.modeling.outputs import ExitSignals
+from earlyexit_ssd.pipeline.build import build_evaluation, evaluation_device, open_model, with_classes
+from earlyexit_ssd.pipeline.evaluate import check_rivals
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.routing import ExitRouter
-from earlyexit_ssd.routing.search import require_few
+from earlyexit_ssd.routing.policies import (
+    FITTED_POLICIES,
+    ForeseenEmptiness,
+    GainModel,
+    LearnedGain,
+    class_weights,
+    evidence,
+    fit_foresight,
+    fit_gain,
+    foresees,
+    looked_at,
+    to_plain,
+)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -196,3 +236,206 @@ def disjoint_sets(
     require_disjoint(**sets)
     sets["TRAIN"] = sets["TRAIN"].subset(limit_photos(sets["TRAIN"].records, cfg.CALIBRATION.TRAIN_PHOTOS, cfg.SEED))
     return sets, repeats
+
+
+# What calibration fits before it searches thresholds: temperatures, and the parameters of a policy that has some.
+
+
+def fit_temperatures(cfg: CfgNode, exit_names: Sequence[str], calib: Replay) -> list[FittedTemperature]:
+    """Of every early exit with a branch, by likelihood on ``calib``; one that its bounds stop is a warning."""
+    bounds, found = cfg.ROUTING.TEMPERATURE_BOUNDS, []
+    for index in range(calib.recording.early_exits):
+        if calib.recording.empty[index]:
+            continue
+        logits, labels = contested_boxes(calib.logits_and_labels(index))
+        temperature = fit_temperature(logits, labels, bounds)
+        bound = stopped_by(temperature, bounds)
+        if bound is not None:
+            logger.warning(
+                "temperature of %s is at its bound %g: its probabilities are off by more than a temperature can mend",
+                exit_names[index],
+                bound,
+            )
+        before, after = reliability(logits, labels, 1.0), reliability(logits, labels, temperature)
+        found.append(FittedTemperature(exit_names[index], temperature, before, after))
+    return found
+
+
+def per_exit(fitted: Sequence[FittedTemperature], exit_names: Sequence[str]) -> list[float]:
+    """The temperature of every early exit; 1 where it has none."""
+    found = {one.exit_name: one.temperature for one in fitted}
+    return [found.get(name, 1.0) for name in exit_names[:-1]]
+
+
+def fit_policy(
+    cfg: CfgNode, policy: str, temperatures: Sequence[float], train: Replay | None, counted: Replay | None = None
+) -> ExitRouter:
+    """A router with this policy, fitted where it has parameters, and every exit closed.
+
+    Args:
+        train: what a policy learns from.
+        counted: whose labels say how rare a class is; by default ``train``. Calibration photos are the nearest to
+            those to come, but may not both choose a policy and test its risk.
+    """
+    fits = {
+        "learned_gain": lambda: fit_learned_gain(train, cfg.CALIBRATION.REFERENCE, temperatures, cfg.SEED),
+        "foreseen_emptiness": lambda: fit_foreseen_emptiness(train, temperatures),
+        "balanced_ambiguity": lambda: fit_class_weights(train if counted is None else counted),
+    }
+    parameters = fits[policy]() if policy in FITTED_POLICIES else None
+    return ExitRouter(
+        len(temperatures),
+        policy=policy,
+        parameters=parameters,
+        thresholds=CLOSED,
+        temperatures=temperatures,
+        temperature_bounds=cfg.ROUTING.TEMPERATURE_BOUNDS,
+    )
+
+
+def learns(policy: str) -> bool:
+    """Whether it is fitted on training photos; one that only counts labels takes those of any photos."""
+    return policy in FITTED_POLICIES and not getattr(FITTED_POLICIES[policy], "only_counts", False)
+
+
+def require_deciding(policy: str, model: EarlyExitSSDLite, weights: str | os.PathLike[str]) -> None:
+    """Raise where the policy lets nobody leave: every exit is empty, and it looks at what exits say."""
+    if all(model.empty) and not foresees(policy):
+        raise EarlyExitError(
+            f"policy '{policy}' looks at logits, which the empty exits of {weights} have not; "
+            "take foreseen_emptiness or learned_gain (ROUTING.POLICY)"
+        )
+
+
+def fit_learned_gain(train: Replay, reference: str, temperatures: Sequence[float], seed: int) -> list[dict[str, list]]:
+    """Per early exit the parameters of a model that predicts a photo's loss if it leaves there, in deviations."""
+    losses = torch.from_numpy(train.losses(reference)).float()
+    fitted = []
+    for index in range(train.recording.early_exits):
+        gain = losses[:, index] - losses[:, -1]
+        inputs = _inputs(train, index, temperatures)[torch.from_numpy(train.order)]
+        fitted.append(to_plain(fit_gain(inputs, gain / gain.std(unbiased=False).clamp(min=1e-6), seed=seed)))
+    return fitted
+
+
+def fit_foreseen_emptiness(train: Replay, temperatures: Sequence[float]) -> list[dict[str, list | float]]:
+    """Per early exit the regression of the full path's largest score; no label is looked at."""
+    found, image_ids = train.recording.detections[-1], train.recording.image_ids
+    boxes = ForeseenEmptiness.boxes
+    largest = torch.tensor([max(found[image_id]["scores"].tolist(), default=0.0) for image_id in image_ids])
+    return [
+        fit_foresight(torch.cat([evidence(signals) for signals in _shown(train, index, temperatures, boxes)]), largest)
+        for index in range(train.recording.early_exits)
+    ]
+
+
+def fit_class_weights(counted: Replay) -> list[float]:
+    """A weight for every class, the more the fewer objects of it the photos show; crowds do not count.
+
+    Raises:
+        EarlyExitError: the photos show none, or have no labels.
+    """
+    truth = counted.ground_truth
+    objects = Counter(one["category_id"] for one in truth.anns.values() if not one["iscrowd"])
+    if not objects:
+        raise EarlyExitError(
+            "policy 'balanced_ambiguity' counts objects, and the photos have no labelled one; give labels (of "
+            "DATA.TRAIN for a risk, else of DATA.CALIB), or take ambiguous_mass (ROUTING.POLICY)"
+        )
+    return class_weights([objects[category] for category in sorted(truth.getCatIds())])
+
+
+def _inputs(train: Replay, index: int, temperatures: Sequence[float]) -> Tensor:
+    """What the model of exit ``index`` sees of every photo, in the order of the recording."""
+    model = GainModel(train.recording.taps[index].shape[1] // 2)
+    return torch.cat([model.inputs(signals) for signals in _shown(train, index, temperatures, LearnedGain.boxes)])
+
+
+def _shown(train: Replay, index: int, temperatures: Sequence[float], boxes: int) -> Iterator[ExitSignals]:
+    """The signals of an exit as a policy sees them that looks at so many ``boxes``."""
+    for signals in train.recording.signals(index):
+        seen = looked_at(signals, boxes)
+        yield ExitSignals(seen.logits / temperatures[index], seen.tap, seen.empty)
+
+
+# What a photo costs by the exit it takes and the exits that are open, as calibration and its certificate use it.
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Costs of one photo.
+
+    Attributes:
+        unit: ``ms`` or ``mmacs``.
+        paths: which early exits before it are open (a text of 0 and 1, shallow to deep, without its own) -> cost of
+            the way to an exit: the trunk to there, the open branches on the way with their scoring, and its own.
+        early_exits: how many there are.
+        plain: of the detector without exits.
+        measured: how: runtime, threads, runs and machine; empty for MMACs.
+    """
+
+    unit: str
+    paths: dict[str, float]
+    early_exits: int
+    plain: float
+    measured: dict[str, Any]
+
+    def per_exit(self, thresholds: Sequence[float] | None = None) -> np.ndarray:
+        """[exits]: cost to each exit with these thresholds, the full path last; None: everything is open."""
+        flags = [1] * self.early_exits if thresholds is None else [int(value < CLOSED) for value in thresholds]
+        text = "".join(map(str, flags))
+        return np.array([self.paths[text[:index]] for index in range(self.early_exits + 1)])
+
+    def of_each(self, thresholds: np.ndarray) -> np.ndarray:
+        """[M, exits] for the thresholds [M, early exits]."""
+        return np.stack([self.per_exit(row) for row in thresholds])
+
+    def speedup(self, choice: np.ndarray, thresholds: Sequence[float]) -> float:
+        """Against the detector without exits, of photos that take these exits [n]."""
+        return self.plain / float(self.per_exit(thresholds)[choice].mean())
+
+    def to_dict(self, thresholds: Sequence[float] | None = None) -> dict[str, Any]:
+        """Plain types for JSON; the exits' costs are those with these thresholds."""
+        exits = self.per_exit(thresholds).tolist()
+        return {"unit": self.unit, "exits": exits, "plain": self.plain, "measured": self.measured}
+
+
+def measure_cost_model(cfg: CfgNode, model: EarlyExitSSDLite, router: ExitRouter) -> CostModel:
+    """In the unit of CALIBRATION.COST, with the timing settings of EVAL; the router's policy is scored on the way."""
+    settings, example = build_evaluation(cfg), example_input(model)
+    keys, networks = [], []
+    for count in range(router.num_exits + 1):
+        for flags in itertools.product((1, 0), repeat=count):
+            thresholds = [0.0 if flag else CLOSED for flag in flags] + [0.0] * (router.num_exits - count)
+            opened = ExitRouter(**{**router.to_dict(), "thresholds": thresholds}).to(example.device)
+            keys.append("".join(map(str, flags)))
+            networks.append(AllOutputs(PathToExit(model, count, opened)))
+    plain = PlainPath(model)
+    if cfg.CALIBRATION.COST == "mmacs":
+        costs = [count_mmacs(network, example) for network in (*networks, plain)]
+        return CostModel("mmacs", dict(zip(keys, costs, strict=False)), router.num_exits, costs[-1], {})
+    deployed = cfg.CALIBRATION.COST == "auto" and example.device.type == "cpu" and runtime_installed()
+    runtime = ONNX_RUNTIME if deployed else settings.runtime
+    networks.append(plain)
+    try:
+        timings = _timed(networks, example, runtime, settings)
+    except EarlyExitError as error:
+        if runtime == settings.runtime:
+            raise
+        logger.warning("costs are measured in %s instead of ONNX Runtime: %s", settings.runtime, error)
+        runtime = settings.runtime
+        timings = _timed(networks, example, runtime, settings)
+    measured = {
+        "runtime": runtime,
+        "threads": settings.timing_threads,
+        "runs": settings.timing_runs,
+        "machine": torch.cuda.get_device_name(example.device)
+        if example.device.type == "cuda"
+        else platform.processor() or platform.machine(),
+    }
+    costs = [timing.ms for timing in timings]
+    return CostModel("ms", dict(zip(keys, costs, strict=False)), router.num_exits, costs[-1], measured)
+
+
+def _timed(networks: Sequence[nn.Module], example: Tensor, runtime: str, settings: EvaluationSettings) -> list[Timing]:
+    return time_in_runtime(networks, [example] * len(networks), runtime, settings.timing_runs, settings.timing_threads)

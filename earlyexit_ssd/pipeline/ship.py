@@ -15,7 +15,7 @@ from fvcore.common.config import CfgNode
 from earlyexit_ssd.errors import EarlyExitError, shown
 from earlyexit_ssd.files import write_bytes, write_json
 from earlyexit_ssd.modeling import EarlyExitSSDLite, load_model
-from earlyexit_ssd.modeling.half import half_file
+from earlyexit_ssd.modeling.checkpoint import half_file
 from earlyexit_ssd.modeling.retrofit import read_weights
 from earlyexit_ssd.pipeline.build import build_router
 from earlyexit_ssd.plain import read_json

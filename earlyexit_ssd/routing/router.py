@@ -14,7 +14,6 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.keywords import suggest_keywords
 from earlyexit_ssd.modeling.losses import mean_over_processes
 from earlyexit_ssd.modeling.outputs import ExitSignals
-from earlyexit_ssd.routing import balanced_ambiguity, foreseen, learned_gain  # noqa: F401  (they register their policies)
 from earlyexit_ssd.routing.policies import get_policy, looked_at
 
 

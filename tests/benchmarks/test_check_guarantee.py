@@ -6,8 +6,8 @@ import pytest
 
 from benchmarks import check_guarantee
 from benchmarks.check_guarantee import Resplits, check_certificates, guarantee_report
-from earlyexit_ssd.routing.certify import safe_to_bold
-from tests.routing.test_certify import COSTS, photos, same_costs
+from earlyexit_ssd.calibration.risk import safe_to_bold
+from tests.calibration.test_risk import COSTS, photos, same_costs
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_holds_and_is_not_far_from_the_best(case):
 
 def test_a_bound_that_is_none_is_found_out(case, monkeypatch):
     """With p-values that only look at the mean, the test photos exceed epsilon about every other time."""
-    from earlyexit_ssd.routing import certify
+    from earlyexit_ssd.calibration import risk as certify
 
     monkeypatch.setitem(certify.BOUNDS, "naive", lambda losses, epsilon: float(losses.mean() > epsilon))
     assert check(case, bound="naive").exceeded > 2 * check(case).tolerance

@@ -35,13 +35,14 @@ from benchmarks.routing_policies import (
     time_scoring,
     with_interval,
 )
+from earlyexit_ssd.calibration import thresholds as soft_exit
+from earlyexit_ssd.calibration.thresholds import choose
 from earlyexit_ssd.config import CLOSED
-from earlyexit_ssd.evaluation.choices import exit_matches
 from earlyexit_ssd.evaluation.cost import Timing
+from earlyexit_ssd.evaluation.matches import exit_matches
 from earlyexit_ssd.modeling.outputs import ExitSignals
-from earlyexit_ssd.pipeline.cost_model import CostModel
-from earlyexit_ssd.routing import ExitRouter, soft_exit
-from earlyexit_ssd.routing.search import choose
+from earlyexit_ssd.pipeline.replay import CostModel
+from earlyexit_ssd.routing import ExitRouter
 from tools import train_net
 
 RESULTS = Path(routing_policies.__file__).parent / "results"

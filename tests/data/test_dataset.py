@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import os
+import shutil
+import time
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from pycocotools.cocoeval import COCOeval
 
-from earlyexit_ssd.data.dataset import DetectionDataset
+from earlyexit_ssd.data import class_names, load_dataset, require_disjoint
+from earlyexit_ssd.data.dataset import (
+    DetectionDataset,
+    EpochSampler,
+    build_loader,
+    fingerprint,
+    repeat_factors,
+    repeat_rare_classes,
+    to_coco,
+)
 from earlyexit_ssd.data.records import Annotation, Record
 from earlyexit_ssd.data.transforms import build_transforms
-from earlyexit_ssd.errors import DataError
+from earlyexit_ssd.errors import ConfigError, DataError
 
 CHAIR = Annotation((5, 6, 25, 36), 1, area=500.0)
 CROWD = Annotation((30, 10, 40, 20), 2, ignore=True)
@@ -125,3 +143,576 @@ def test_repeated_photos_have_views_of_their_own(records):
     assert [int(dataset[place][1]["image_id"]) for place in range(len(dataset))] == [7, 7, 7, 8]
     first, second, third = (dataset[place][0] for place in range(3))
     assert not torch.equal(first, second) and not torch.equal(second, third)
+
+
+# Photos of rare classes, shown more often.
+
+
+def photos(*labels, ignore=()):
+    """A data set of photos that show these labels."""
+    records = [
+        Record(number, Path(f"{number}.jpg"), 60, 40, tuple(Annotation((0, 0, 9, 9), a, a in ignore) for a in shown))
+        for number, shown in enumerate(labels)
+    ]
+    return DetectionDataset(records, ("chair", "cat", "dog"), train=True)
+
+
+def test_factors_by_hand():
+    """Of eight photos, one shows a cat and two a dog: f = 1/8 and 1/4, at t = 1/2 the roots of 4 and 2."""
+    dataset = photos((1,), (1,), (1,), (1, 2), (1, 3), (3, 3), (), (1,))
+    assert repeat_factors(dataset, 0.5) == pytest.approx([1, 1, 1, 2, 2**0.5, 2**0.5, 1, 1])
+
+
+def test_objects_to_ignore_show_no_class():
+    assert repeat_factors(photos((1,), (2,), ignore=(2,)), 1.0) == pytest.approx([2**0.5, 1])
+
+
+def test_repeated_photos_stay_together_and_keep_their_numbers():
+    dataset = photos((1,), (1,), (1,), (1, 2))
+    repeated = repeat_rare_classes(dataset, 1.0, seed=0)  # the cat's factor is the root of 4
+    assert [record.image_id for record in repeated.records[-2:]] == [3, 3]
+    assert repeated.paths(3) == Path("3.jpg")
+    assert len(dataset) == 4
+    assert repeat_rare_classes(dataset, 0.0, seed=0) is dataset
+
+
+def test_fractions_are_rounded_by_chance_and_by_seed():
+    dataset = photos(*[(1,)] * 900, *[(2,)] * 100)  # factors: 1 at t = 0.225, and 1.5 for the cats
+    counts = [len(repeat_rare_classes(dataset, 0.225, seed)) for seed in (0, 0, 1)]
+    assert counts[0] == counts[1] != counts[2]
+    assert np.array(counts) == pytest.approx(1050, abs=25)
+
+
+# What a data set holds has one number, wherever it lies.
+
+BOX = Annotation((1.0, 2.0, 3.0, 4.0), 1)
+
+
+@pytest.fixture
+def record(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"a photo")
+    return Record(7, tmp_path / "a.jpg", 10, 20, (BOX,))
+
+
+def of(*records, classes=("chair", "cat")):
+    return fingerprint(DetectionDataset(records, classes))
+
+
+def test_it_changes_with_all_that_teaches(record, tmp_path):
+    (tmp_path / "b.jpg").write_bytes(b"another")
+    changed = [
+        dataclasses.replace(record, annotations=(dataclasses.replace(BOX, box=(1.0, 2.0, 3.0, 4.5)),)),
+        dataclasses.replace(record, annotations=(dataclasses.replace(BOX, label=2),)),
+        dataclasses.replace(record, annotations=(dataclasses.replace(BOX, ignore=True),)),
+        dataclasses.replace(record, annotations=()),
+        dataclasses.replace(record, path=tmp_path / "b.jpg"),
+        dataclasses.replace(record, image_id=8),
+    ]
+    found = [
+        of(record),
+        of(record, changed[5]),
+        of(record, classes=("cat", "chair")),
+        *(of(other) for other in changed),
+    ]
+    assert len(set(found)) == len(found)
+
+
+def test_the_place_of_the_files_does_not_matter(record, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    moved = shutil.copy(record.path, tmp_path / "elsewhere" / "c.jpg")
+    assert of(record) == of(dataclasses.replace(record, path=tmp_path / moved))
+
+
+def test_a_missing_photo_is_named(record):
+    record.path.unlink()
+    with pytest.raises(DataError, match=r"a.jpg: no readable photo"):
+        of(record)
+
+
+# A photo that teaches must not test, whatever its name is.
+
+
+def dataset(*paths: Path) -> DetectionDataset:
+    return DetectionDataset([Record(i, path, 60, 40) for i, path in enumerate(paths, start=1)], ("chair",))
+
+
+def test_different_photos(photo_file):
+    """Also where they are of equal size, and where a set has two copies for itself."""
+    a, b, c = (photo_file(f"{name}.bmp") for name in "abc")
+    copy = Path(shutil.copy(a, a.with_name("copy.bmp")))
+    assert len({path.stat().st_size for path in (a, b, c)}) == 1
+    require_disjoint(train=dataset(a, copy), calib=dataset(b), test=dataset(c))
+
+
+@pytest.mark.parametrize("how", ["same path", "detour", "symlink", "copy"])
+def test_a_shared_photo(photo_file, tmp_path, how):
+    """The first of them, as each set names it, and their count."""
+    a, b, c = (photo_file(f"{name}.png") for name in "abc")
+    (tmp_path / "other").mkdir()
+    again = {"same path": b, "detour": tmp_path / "other" / ".." / "b.png"}.get(how, tmp_path / "other" / "again.png")
+    if how == "symlink":
+        again.symlink_to(b)
+    elif how == "copy":
+        shutil.copy(b, again)
+    with pytest.raises(DataError, match=r"^train and test share photos \(1\), the first: ") as error:
+        require_disjoint(train=dataset(a, b), calib=dataset(c), test=dataset(again))
+    assert f"the first: {b} and {again if how == 'copy' else b}; " in str(error.value)
+    assert "take them out of one of the two" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_set_that_has_a_photo_twice(make_coco):
+    """Here by two names of one file of annotations."""
+    cfg = make_coco()
+    cfg.DATA.DATASETS = (*cfg.DATA.DATASETS, ("again", "tiny.json", "tiny"))
+    with pytest.raises(DataError, match=r"^tiny \+ again has the photo .*tiny10.png twice; name each file once"):
+        load_dataset(cfg, ("tiny", "again"))
+    with pytest.raises(DataError, match=r"^train has the photo .*tiny10.png twice; name each file once"):
+        require_disjoint(train=dataset(*[load_dataset(cfg, "tiny").records[0].path] * 2))
+
+
+def test_a_missing_photo(photo_file):
+    photo = photo_file("a.png")
+    photo.unlink()
+    with pytest.raises(DataError, match=r"a.png: no readable photo \(No such file or directory\)"):
+        require_disjoint(train=dataset(photo))
+
+
+def test_only_files_of_equal_size_are_read(photo_file, monkeypatch):
+    photos = [photo_file("a.png"), photo_file("b.png", (50, 40)), photo_file("c.png", (40, 40))]
+    monkeypatch.setattr(Path, "read_bytes", lambda self: pytest.fail(f"{self} was read"))
+    require_disjoint(train=dataset(photos[0]), calib=dataset(photos[1]), test=dataset(photos[2]))
+
+
+def test_cheap(tmp_path):
+    """3,000 photos of 100 kB, all of one size, in less than 2 s of this process's time: the machine is shared."""
+    paths = [tmp_path / f"{number}.bin" for number in range(3000)]
+    for path in paths:
+        path.write_bytes(os.urandom(16) * 6250)
+    start = time.process_time()
+    require_disjoint(train=dataset(*paths[:2000]), calib=dataset(*paths[2000:2500]), test=dataset(*paths[2500:]))
+    assert time.process_time() - start < 2
+
+
+# pycocotools gets the same photos and objects, as does torchvision's reference conversion.
+
+
+@pytest.fixture
+def dataset_of_test_ground_truth(photo_file):
+    chair = Annotation((5, 6, 25.5, 36), 1, area=500.0)
+    crowd = Annotation((30, 10, 40, 20), 2, ignore=True)
+    records = [
+        Record(7, photo_file("a.png"), 60, 40, (chair, crowd)),
+        Record(8, photo_file("b.png"), 60, 40, ()),
+        Record(9, photo_file("c.png"), 60, 40, (crowd,)),
+    ]
+    return DetectionDataset(records, ("chair", "cat"))
+
+
+def test_by_hand(dataset_of_test_ground_truth, capsys):
+    coco = to_coco(dataset_of_test_ground_truth)
+    assert capsys.readouterr().out == ""
+    assert coco.getImgIds() == [7, 8, 9]
+    assert coco.loadCats([1, 2]) == [{"id": 1, "name": "chair"}, {"id": 2, "name": "cat"}]
+    assert coco.loadAnns([1, 2, 3]) == [
+        {"id": 1, "image_id": 7, "category_id": 1, "bbox": [5, 6, 20.5, 30], "area": 500.0, "iscrowd": 0},
+        {"id": 2, "image_id": 7, "category_id": 2, "bbox": [30, 10, 10, 10], "area": 100, "iscrowd": 1},
+        {"id": 3, "image_id": 9, "category_id": 2, "bbox": [30, 10, 10, 10], "area": 100, "iscrowd": 1},
+    ]
+
+
+def test_the_same_as_by_iterating_the_data_set(dataset_of_test_ground_truth):
+    """What torchvision's reference evaluation reads from a data set."""
+    coco = to_coco(dataset_of_test_ground_truth)
+    for index in range(len(dataset_of_test_ground_truth)):
+        image, target = dataset_of_test_ground_truth[index]
+        entry = coco.imgs[target["image_id"]]
+        assert (entry["width"], entry["height"]) == (image.shape[-1], image.shape[-2])
+        boxes = target["boxes"].clone()
+        boxes[:, 2:] -= boxes[:, :2]
+        own = coco.imgToAnns[target["image_id"]]
+        assert [a["bbox"] for a in own] == boxes.tolist()
+        assert [a["area"] for a in own] == target["area"].tolist()
+        assert [a["iscrowd"] for a in own] == target["iscrowd"].tolist()
+        assert [a["category_id"] for a in own] == target["labels"].tolist()
+
+
+def test_evaluation_ignores_what_is_to_be_ignored(dataset_of_test_ground_truth, capsys):
+    """One perfect chair; the detection on the crowd of cats counts neither for nor against."""
+    coco = to_coco(dataset_of_test_ground_truth)
+    results = coco.loadRes(
+        [
+            {"image_id": 7, "category_id": 1, "bbox": [5, 6, 20.5, 30], "score": 0.9},
+            {"image_id": 7, "category_id": 2, "bbox": [30, 10, 10, 10], "score": 0.9},
+        ]
+    )
+    evaluation = COCOeval(coco, results, "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert evaluation.stats[0] == pytest.approx(1.0)
+    assert (evaluation.eval["precision"][:, :, 1] == -1).all(), "no cat to find"
+
+
+def test_without_any_object(photo_file):
+    coco = to_coco(DetectionDataset([Record(1, photo_file("a.png"), 60, 40)], ("chair",)))
+    assert coco.getAnnIds() == []
+    assert coco.getImgIds() == [1]
+
+
+# The order of photos, for one process, several, and a resumed run.
+
+
+class Numbers:
+    """A data set of a given length that remembers its epoch."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.epoch = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int):
+        return torch.tensor([index, self.epoch or 0]), {}
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+def batches(count, batch_size, epoch=0, start=0, **options) -> list[list[int]]:
+    loader = build_loader(Numbers(count), batch_size, 0, seed=options.pop("seed", 0), **options)
+    loader.sampler.set_epoch(epoch, start)
+    found = [[int(image[0]) for image in images] for images, _ in loader]
+    assert len(found) == len(loader)
+    return found
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    count=st.integers(1, 60), per_process=st.integers(1, 5), world=st.integers(1, 4), epoch=st.integers(0, 5),
+    start=st.integers(0, 3), train=st.booleans(),
+)  # fmt: skip
+def test_union_over_the_processes_is_the_single_process_batch(count, per_process, world, epoch, start, train):
+    size = per_process * world
+    if train and count < world:
+        return
+    alone = batches(count, size, epoch, train=train, start=start)
+    dealt = [
+        batches(count, size, epoch, train=train, rank=rank, world_size=world, start=start) for rank in range(world)
+    ]
+    for k, batch in enumerate(alone):
+        union = [index for own in dealt for index in (own[k] if k < len(own) else [])]
+        assert sorted(union) == sorted(batch)
+    assert sum(map(len, dealt)) <= world * len(alone)
+    if train:
+        assert len({len(own) for own in dealt}) == 1, "every process takes as many steps"
+
+
+@given(st.integers(1, 50), st.integers(1, 12))
+@settings(deadline=None, max_examples=40)
+def test_training_drops_an_incomplete_batch_if_there_is_a_full_one(count, size):
+    lengths = [len(batch) for batch in batches(count, size, train=True)]
+    assert lengths == ([size] * (count // size) if count >= size else [count])
+
+
+def test_evaluation_takes_every_photo_once_in_order():
+    assert batches(7, 3, train=False) == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+def test_order_depends_on_seed_and_epoch_only():
+    first = batches(50, 5, 2, train=True)
+    torch.manual_seed(77)
+    assert batches(50, 5, 2, train=True) == first
+    assert batches(50, 5, 3, train=True) != first
+    assert batches(50, 5, 2, train=True, seed=1) != first
+    assert sorted(index for batch in first for index in batch) == list(range(50))
+
+
+def test_resuming_within_an_epoch():
+    whole = [batches(20, 4, epoch, train=True) for epoch in (1, 2)]
+    loader = build_loader(Numbers(20), 4, 0, True, 0)
+    for epoch, start, expected in ((1, 3, whole[0][3:]), (2, 0, whole[1])):
+        loader.sampler.set_epoch(epoch, start)
+        assert len(loader) == len(expected)
+        for _ in range(2):
+            assert [[int(image[0]) for image in images] for images, _ in loader] == expected
+
+
+def test_set_epoch_reaches_the_data_set_and_its_workers():
+    loader = build_loader(Numbers(4), 2, 1, True, 0)
+    for epoch in (5, 6):
+        loader.sampler.set_epoch(epoch)
+        assert {int(image[1]) for images, _ in loader for image in images} == {epoch}
+
+
+def test_the_global_generator_is_left_alone():
+    """Else a run that was resumed, and so opens one loader more, would differ from one that was not."""
+    state = torch.get_rng_state()
+    batches(8, 2, train=True)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_workers_see_the_same_views(photo_file):
+    records = [Record(i, photo_file(f"{i}.jpg"), 60, 40, (Annotation((5, 6, 25, 36), 1),)) for i in range(1, 5)]
+    views = []
+    for workers in (0, 2):
+        dataset = DetectionDataset(records, ("chair",), build_transforms("ssd"), train=True)
+        loader = build_loader(dataset, 2, workers, True, 0)
+        loader.sampler.set_epoch(1)
+        views.append(
+            [(image, target) for images, targets in loader for image, target in zip(images, targets, strict=True)]
+        )
+    for (image, target), (image2, target2) in zip(*views, strict=True):
+        assert torch.equal(image, image2)
+        assert torch.equal(target["boxes"], target2["boxes"])
+        assert target["image_id"] == target2["image_id"]
+
+
+class Blurred(Numbers):
+    """Photos that OpenCV works on with several threads."""
+
+    def __getitem__(self, index: int):
+        return torch.from_numpy(cv2.GaussianBlur(np.zeros((2000, 2000, 3), np.uint8), (31, 31), 0)), {}
+
+
+def test_workers_do_not_wait_for_threads_of_this_process():
+    """A forked worker has OpenCV's pool of threads without the threads: it hung at its first photo."""
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(4)
+    try:
+        dataset = Blurred(2)
+        dataset[0]  # starts them
+        loader = build_loader(dataset, 1, 1, True, 0)
+        loader.timeout = 20  # seconds; it raises then
+        assert len(list(loader)) == 2
+    finally:
+        cv2.setNumThreads(before)
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "world", "message"),
+    [(10, 5, 2, "batch size 5 cannot be dealt out evenly over 2"), (10, 0, 1, "batch size 0"), (0, 4, 1, "0 photos"),
+     (1, 4, 2, "1 photos is too small for 2")],
+)  # fmt: skip
+def test_impossible_batches(count, size, world, message):
+    with pytest.raises(DataError, match=message):
+        build_loader(Numbers(count), size, 0, True, 0, world_size=world)
+
+
+def test_sampler_without_set_epoch_is_epoch_zero():
+    sampler = EpochSampler(Numbers(9), 3, True, 0)
+    order = list(sampler)
+    sampler.set_epoch(0)
+    assert list(sampler) == order
+
+
+# From the configuration to a data set, all steps together.
+
+
+def test_all_classes_of_the_file(make_coco):
+    cfg = make_coco()
+    dataset = load_dataset(cfg, ["tiny"])
+    assert dataset.classes == ("chair", "cat")
+    assert [len(record.annotations) for record in dataset.records] == [2, 1, 0]
+    assert dataset[0][1]["iscrowd"].tolist() == [0, 1]
+
+
+def test_one_class_detector(make_coco):
+    cfg = make_coco()
+    cfg.DATA.CLASSES = ("chair",)
+    dataset = load_dataset(cfg, "tiny", train=True)
+    assert dataset.classes == ("chair",)
+    assert [dataset[i][1]["labels"].tolist() for i in range(3)] == [[1], [], []], "the difficult chair is no target"
+    assert len(to_coco(load_dataset(cfg, "tiny")).anns) == 2
+
+
+def test_two_sets_and_the_classes_of_the_training_set(make_coco):
+    make_coco(name="other", categories=[{"id": 62, "name": "dog"}, {"id": 3, "name": "Cat"}])
+    cfg = make_coco()
+    cfg.DATA.DATASETS = (*cfg.DATA.DATASETS, ("other", "other.json", "other"))
+    joined = load_dataset(cfg, ("tiny", "other"))
+    assert joined.classes == ("chair", "cat"), "those of DATA.TRAIN, as any other set gets"
+    assert [record.image_id for record in joined.records] == [1, 2, 3, 4, 5, 6]
+    assert [a.label for record in joined.records for a in record.annotations] == [1, 2, 1, 2]
+    cfg.DATA.TRAIN = ("tiny", "other")
+    assert load_dataset(cfg, ("tiny", "other")).classes == class_names(cfg) == ("chair", "cat", "dog")
+    cfg.DATA.CLASSES = ("dog",)
+    assert class_names(cfg) == ("dog",)
+
+
+def test_negative_share_and_limit(make_coco):
+    cfg = make_coco(photos=tuple({"id": i, "file_name": f"{i}.png", "width": 60, "height": 40} for i in range(40, 50)))
+    cfg.DATA.NEGATIVE_SHARE = 0.5
+    assert len(load_dataset(cfg, "tiny", train=True)) == 2, "a photo with a difficult chair alone teaches nothing"
+    assert len(load_dataset(cfg, "tiny")) == 13, "evaluation keeps all negatives"
+    cfg.DATA.LIMIT = 2
+    first = [record.image_id for record in load_dataset(cfg, "tiny").records]
+    assert len(first) == 2
+    assert [record.image_id for record in load_dataset(cfg, "tiny").records] == first
+
+
+def test_bad_records_of_all_kinds(make_coco, tmp_path, on_bad, caplog):
+    cfg = make_coco(
+        entries=(
+            {"id": 4, "image_id": 30, "category_id": 62, "bbox": [5, 5, 0, 5]},
+            {"id": 5, "image_id": 40, "category_id": 62, "bbox": [5, 5, 10, 10]},
+            {"id": 6, "image_id": 50, "category_id": 62, "bbox": [-5, 5, 15, 10]},
+        ),
+        photos=(
+            {"id": 40, "file_name": "lost.png", "width": 60, "height": 40},
+            {"id": 50, "file_name": "big.png", "width": 120, "height": 80},
+        ),
+    )
+    (tmp_path / "tiny" / "lost.png").unlink()
+    (tmp_path / "tiny" / "big.png").unlink()
+    (tmp_path / "tiny" / "tiny10.png").rename(tmp_path / "tiny" / "big.png")
+    cfg.DATA.ON_BAD = on_bad
+    if on_bad == "refuse":
+        with pytest.raises(DataError, match=r"tiny.json: photo tiny30.png .id 30., annotation 4 has box"):
+            load_dataset(cfg, "tiny")
+        return
+    with caplog.at_level(logging.WARNING):
+        dataset = load_dataset(cfg, "tiny")
+    kept = {record.image_id: record for record in dataset.records}
+    assert set(kept) == ({20, 30, 50} if on_bad == "repair" else {20})
+    if on_bad == "repair":
+        assert kept[50].annotations[0].box == (0, 2.5, 5, 7.5)
+        assert (kept[50].width, kept[50].height) == (60, 40)
+    # of a photo that is left out for its size, the boxes are not looked at
+    counts = {"box without area": 1, "box outside the photo": int(on_bad == "repair"), "2 x missing photo file": 1}
+    for kind, count in counts.items():
+        assert sum(kind in message for message in caplog.messages) == count
+    for image, target in (dataset[i] for i in range(len(dataset))):
+        assert image.shape == (3, 40, 60)
+        assert (target["boxes"][:, 2:] > target["boxes"][:, :2]).all()
+
+
+def test_nothing_left_or_nothing_to_learn(make_coco, tmp_path):
+    cfg = make_coco()
+    cfg.DATA.CLASSES = ("cat",)
+    (tmp_path / "tiny.json").write_text(
+        (tmp_path / "tiny.json").read_text().replace('"category_id": 3', '"category_id": 62')
+    )
+    for share in (-1.0, 0.5):
+        cfg.DATA.NEGATIVE_SHARE = share
+        with pytest.raises(DataError, match="no box of cat in 3 photos.*DATA.CLASSES"):
+            load_dataset(cfg, "tiny", train=True)
+    for photo in (tmp_path / "tiny").iterdir():
+        photo.unlink()
+    with pytest.raises(DataError, match="no usable photo is left"):
+        load_dataset(cfg, "tiny")
+
+
+def test_unknown_data_set(make_coco):
+    with pytest.raises(ConfigError, match="'tinny'"):
+        load_dataset(make_coco(), ["tinny"])
+
+
+def test_loader_end_to_end(make_coco):
+    cfg = make_coco()
+    cfg.DATA.AUGMENTATION = "ssdlite"
+    dataset = load_dataset(cfg, "tiny", train=True)
+    loader = build_loader(dataset, 2, 0, True, cfg.SEED)
+    loader.sampler.set_epoch(1)
+    images, targets = next(iter(loader))
+    assert len(images) == len(targets) == 2
+    assert all(isinstance(image, torch.Tensor) and image.shape[0] == 3 for image in images)
+
+
+def test_xml_folders_of_ones_own(make_coco, make_voc, voc_xml, voc_object):
+    """Which classes occur differs from folder to folder; photos without any are negatives."""
+    cup, mug = (voc_xml(voc_object(name, (1, 1, 20, 20))) for name in ("cup", "mug"))
+    make_voc({"c": cup, "m": mug}, folder="train")
+    make_voc({"c": cup}, folder="calib")
+    make_voc({"n": voc_xml()}, folder="empty")
+    cfg = make_coco()
+    cfg.DATA.DATASETS = tuple(
+        (name, f"{name}/Annotations", f"{name}/JPEGImages") for name in ("train", "calib", "empty")
+    )
+    cfg.DATA.TRAIN = ("train", "empty")
+    train = load_dataset(cfg, cfg.DATA.TRAIN, train=True)
+    assert (train.classes, len(train)) == (("cup", "mug"), 3)
+    for chosen in ((), ("mug",)):
+        cfg.DATA.CLASSES = chosen
+        for name in ("calib", "empty"):
+            assert (load_dataset(cfg, name).classes, len(load_dataset(cfg, name))) == (chosen or ("cup", "mug"), 1)
+    cfg.DATA.CLASSES = ("mgu",)
+    with pytest.raises(DataError, match=r"'mgu', which train, empty does not have \(did you mean 'mug'\?\)"):
+        load_dataset(cfg, cfg.DATA.TRAIN, train=True)
+    cfg.DATA.CLASSES, cfg.DATA.TRAIN = (), ("empty",)
+    with pytest.raises(DataError, match="no box of any class in 1 photos"):
+        load_dataset(cfg, cfg.DATA.TRAIN, train=True)
+
+
+def test_boxes_of_a_photo_whose_sides_are_swapped(make_coco, caplog):
+    """They are neither stretched nor cut to the wrong size; what is outside the real one is."""
+    image = {"id": 10, "file_name": "turned.png", "width": 40, "height": 60}
+    boxes = ([30, 10, 25, 20], [50, 30, 20, 20])
+    entries = [{"id": i, "image_id": 10, "category_id": 62, "bbox": box} for i, box in enumerate(boxes)]
+    dataset = load_dataset(make_coco(photos=(image,), images=[image], annotations=entries), "tiny")
+    assert [a.box for a in dataset.records[0].annotations] == [(30, 10, 55, 30), (50, 30, 60, 40)]
+    assert dataset[0][0].shape == (3, 40, 60)
+    assert sum("1 x photo with width and height swapped" in message for message in caplog.messages) == 1
+    assert sum("1 x box outside the photo" in message for message in caplog.messages) == 1
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    ("name", "photos", "chair_photos", "chairs"),
+    [
+        ("voc2012_animals_test", 614, 26, 40),
+        ("furniture_test", 340, 100, 100),
+        ("coco_2017_val", 327, 41, 138),  # two of them crowds
+        ("voc_xml_sample_trainval", 74, None, 13),
+    ],
+)
+def test_shared_sets(make_coco, shared_root, name, photos, chair_photos, chairs):
+    cfg = make_coco()
+    cfg.DATA.ROOT = str(shared_root / "data")
+    cfg.DATA.CLASSES = ("chair",)
+    cfg.DATA.DATASETS = ()
+    cfg.DATA.ON_BAD = "refuse"
+    dataset = load_dataset(cfg, name)
+    counts = [len(record.annotations) for record in dataset.records]
+    assert len(dataset) == photos
+    assert sum(counts) == chairs
+    assert chair_photos is None or sum(count > 0 for count in counts) == chair_photos
+    image, target = dataset[counts.index(max(counts))]
+    assert image.shape[1:] == (dataset.records[counts.index(max(counts))].height, image.shape[2])
+    assert len(target["boxes"]) == max(counts)
+
+
+def test_boxes_to_ignore_are_not_passed_over_in_silence(make_coco, caplog):
+    box = {"image_id": 10, "category_id": 62, "bbox": [5, 5, 10, 10]}
+    cfg = make_coco(annotations=[{"id": 1, "iscrowd": 1, **box}, {"id": 2, "difficult": "yes", **box}])
+    cfg.DATA.CLASSES = ("chair",)
+    said = "tiny: 2 boxes of chair, all of them marked iscrowd, difficult or ignore, in 3 photos; nothing can be learnt"
+    with pytest.raises(DataError, match=said):
+        load_dataset(cfg, "tiny", train=True)
+    with caplog.at_level(logging.INFO):
+        load_dataset(cfg, "tiny")
+    assert "tiny has no box of chair (but some to ignore)" in caplog.messages
+    assert "tiny: 3 photos, 0 boxes and 2 to ignore, 3 photos without any" in caplog.messages
+
+
+def test_a_file_that_is_named_twice_is_counted(make_coco, caplog):
+    """As an export writes the frames of two videos: boxes of one would be misses in the other."""
+    cfg = make_coco(photos=({"id": 40, "file_name": "tiny10.png", "width": 60, "height": 40},))
+    assert [record.image_id for record in load_dataset(cfg, "tiny").records] == [20, 30]
+    assert "1 x one file under two ids" in caplog.text
+    cfg.DATA.ON_BAD = "refuse"
+    with pytest.raises(DataError, match="photo tiny10.png .id 40. is the file of id 10: one file under two ids"):
+        load_dataset(cfg, "tiny")
+
+
+def test_the_key_that_allows_photos_outside(make_coco, tmp_path):
+    cfg = make_coco()
+    cfg.DATA.DATASETS = (("tiny", "tiny.json", "empty"),)
+    (tmp_path / "empty").mkdir()
+    text = (tmp_path / "tiny.json").read_text()
+    (tmp_path / "tiny.json").write_text(text.replace('"tiny', f'"{tmp_path}/tiny/tiny'))
+    with pytest.raises(DataError, match="no usable photo is left"):
+        load_dataset(cfg, "tiny")
+    cfg.DATA.ALLOW_OUTSIDE = True
+    assert len(load_dataset(cfg, "tiny")) == 3

@@ -14,7 +14,7 @@ import pytest
 
 from earlyexit_ssd.config import get_cfg
 from earlyexit_ssd.data import load_dataset, to_coco
-from earlyexit_ssd.data.problems import MODES
+from earlyexit_ssd.data.records import MODES
 from earlyexit_ssd.errors import EarlyExitError
 from tests.data.conftest import write_photo
 

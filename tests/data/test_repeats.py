@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from earlyexit_ssd.calibration.risk import certify
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.data import DetectionDataset, Record
 from earlyexit_ssd.data.repeats import Block, block_of_each, distinct, look_of
 from earlyexit_ssd.errors import DataError, EarlyExitError
-from earlyexit_ssd.routing.certify import certify
 
 
 def scene(seed: int) -> Image.Image:

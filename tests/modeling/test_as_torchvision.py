@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from earlyexit_ssd import EarlyExitSSDLite, ExitRouter, fuse_for_inference
+from earlyexit_ssd.calibration import DriftMonitor
+from earlyexit_ssd.calibration.drift import Reference
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import Architecture, save_model
-from earlyexit_ssd.modeling.architecture import fold_model
-from earlyexit_ssd.routing import DriftMonitor
-from earlyexit_ssd.routing.drift_reference import Reference
+from earlyexit_ssd.modeling.retrofit import fold_model
 from earlyexit_ssd.routing.policies import POLICIES, register_policy
 from tests.modeling.conftest import SMALL, small_model
 

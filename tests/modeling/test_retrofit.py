@@ -1,14 +1,211 @@
+"""Checkpoints that other programs wrote."""
+
+from __future__ import annotations
+
+import argparse
+import os
 import pickle
 
 import pytest
 import torch
 import torchvision
+from torch.optim.swa_utils import AveragedModel
+from torchvision.models import get_model
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights, ssdlite320_mobilenet_v3_large
+from torchvision.models.detection.image_list import ImageList
 
+from earlyexit_ssd import EarlyExitSSDLite, EarlyExitSSDLite_Weights, ExitRouter
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import COCO_CLASSES, Architecture, load_model, retrofit, save_model
-from earlyexit_ssd.modeling.retrofit import load_full_path
-from tests.modeling.conftest import SMALL
+from earlyexit_ssd.modeling.retrofit import load_full_path, read_weights, resize_detector
+from tests.modeling.conftest import SMALL, small_model
+
+NAME = "earlyexit_ssdlite320_mobilenet_v3_large"
+
+
+@pytest.fixture(scope="module")
+def state():
+    torch.manual_seed(4)
+    return dict(Architecture(**SMALL).build_detector().state_dict())
+
+
+def prefixed(state, prefix):
+    return {prefix + key: value for key, value in state.items()}
+
+
+def as_train_py_writes(state):
+    """``references/detection/train.py`` stores its arguments, an ``argparse.Namespace``, beside the weights."""
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    weight.sum().backward()
+    optimizer.step()
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [16, 22])
+    return {
+        "model": state,
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": schedule.state_dict(),
+        "args": argparse.Namespace(lr=0.1, data_path="coco", lr_steps=[16, 22], amp=False, resume=None),
+        "epoch": 25,
+    }
+
+
+def same(found, state):
+    return found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        as_train_py_writes,
+        lambda state: prefixed(state, "module."),
+        lambda state: {"model": prefixed(state, "_orig_mod.module.")},
+        lambda state: {"epoch": 3, "state_dict": {**prefixed(state, "model."), "loss.weight": torch.ones(3)}},
+        lambda state: {"model_ema": {"n_averaged": torch.tensor(7), **prefixed(state, "module.")}},
+        lambda state: {"ema": {"n_averaged": torch.tensor(7), **prefixed(state, "ema_model.module._orig_mod.")}},
+        lambda state: {"training": {"best": {"state_dict": prefixed(state, "net.module.")}}},
+        lambda state: {
+            key.replace("backbone.features.0", "backbone._orig_mod.features.0"): state[key] for key in state
+        },
+    ],
+    ids=["train.py", "ddp", "compiled", "lightning", "ema", "ema_model", "deep", "compiled backbone"],
+)
+def test_every_key_under_whatever_wraps_it(tmp_path, state, wrap):
+    torch.save(wrap(state), tmp_path / "c.pth")
+    found, own = load_full_path(tmp_path / "c.pth")
+    assert own is None and same(found, state)
+
+
+def test_an_average_as_pytorch_makes_it(tmp_path, state):
+    model = Architecture(**SMALL).build_detector()
+    model.load_state_dict(state)
+    torch.save(AveragedModel(model).state_dict(), tmp_path / "c.pth")
+    assert same(load_full_path(tmp_path / "c.pth")[0], state)
+
+
+def test_of_weights_and_their_average_the_weights(tmp_path, state, caplog):
+    average = {key: value + 1 for key, value in state.items()}
+    for name, content in (
+        ("two dicts", {"model_ema": prefixed(average, "module."), "model": state}),
+        ("one dict", {"state_dict": {**prefixed(average, "ema_model.module."), **prefixed(state, "model.")}}),
+    ):
+        caplog.clear()
+        torch.save(content, tmp_path / f"{name}.pth")
+        assert same(load_full_path(tmp_path / f"{name}.pth")[0], state), name
+        assert "are taken, not those of" in caplog.text
+    torch.save({"student": state, "pupil": average}, tmp_path / "c.pth")
+    with pytest.raises(EarlyExitError, match=r"holds several detectors \(student, pupil\)"):
+        load_full_path(tmp_path / "c.pth")
+    torch.save({**state, **prefixed(state, "module.")}, tmp_path / "c.pth")
+    with pytest.raises(EarlyExitError, match="with and without a wrapper's prefix"):
+        load_full_path(tmp_path / "c.pth")
+
+
+def test_another_detector_is_named(tmp_path):
+    torch.save({"model": {"backbone.body.conv1.weight": torch.zeros(1)}, "epoch": 1}, tmp_path / "c.pth")
+    with pytest.raises(
+        EarlyExitError, match=r"expected a state dict of tensors of an SSDLite .* got keys model, epoch"
+    ):
+        load_full_path(tmp_path / "c.pth")
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+@pytest.mark.parametrize("place", ["beside", "inside"])
+def test_code_is_refused_wherever_it_hides(tmp_path, state, place):
+    content = as_train_py_writes(state)
+    content["args" if place == "beside" else "more"] = Evil()
+    if place == "inside":
+        content["args"].transform = content.pop("more")
+    torch.save(content, tmp_path / "evil.pth")
+    with pytest.raises(EarlyExitError, match=r"evil\.pth: .* it holds posix\.system") as error:
+        load_full_path(tmp_path / "evil.pth")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+    torch.save({"model": state}, tmp_path / "plain.pth")
+    read_weights(tmp_path / "plain.pth")
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()  # only while we read
+    (tmp_path / "old.pth").write_bytes(pickle.dumps({"args": Evil()}, protocol=2))
+    with pytest.raises(EarlyExitError, match="not a file of weights"):
+        load_full_path(tmp_path / "old.pth")
+
+
+SMALL_ARGUMENTS = {key: value for key, value in SMALL.items() if key != "classes"}
+
+
+def trained(tmp_path, **changes):
+    """A model with exits, and the checkpoint that train.py writes of it."""
+    model = small_model(**changes).eval()
+    for parameter in model.branches.parameters():
+        parameter.data.mul_(1.5)
+    torch.save(as_train_py_writes(model.state_dict()), tmp_path / "checkpoint.pth")
+    return model, tmp_path / "checkpoint.pth"
+
+
+def test_exits_that_train_py_trained(tmp_path, images):
+    model, path = trained(tmp_path, exit_layers=(6, 12))
+    again = get_model(NAME, weights=path, exit_layers=[6, 12], classes=["chair", "table"], **SMALL_ARGUMENTS)
+    assert again.training and again.classes == ("chair", "table")
+    assert same(again.state_dict(), model.state_dict())
+    assert same(load_full_path(path)[0], {k: v for k, v in model.state_dict().items() if "branches" not in k})
+    with pytest.raises(
+        EarlyExitError, match=r"its exits are exit6, exit12, described are exit8, exit12; set .*\[6, 12\]"
+    ):
+        get_model(NAME, weights=path, **SMALL_ARGUMENTS)
+    with pytest.raises(EarlyExitError, match=r"checkpoint\.pth has 3 outputs, num_classes is 5"):
+        get_model(NAME, weights=path, num_classes=5, exit_layers=[6, 12], **SMALL_ARGUMENTS)
+    with pytest.raises(EarlyExitError, match=r"branches\.exit6.* check EXITS"):
+        get_model(NAME, weights=path, exit_layers=[6, 12], **{**SMALL_ARGUMENTS, "depth": (2,)})
+
+
+def test_temperatures_that_were_trained_with_the_exits_are_told(tmp_path):
+    model = small_model()
+    model.router = ExitRouter(2, temperatures=[1.5, 2.0], learn_temperatures=True)
+    torch.save(prefixed(model.state_dict(), "module."), tmp_path / "c.pth")
+    again, _, info = load_model(tmp_path / "c.pth", lambda *_: Architecture(**SMALL))
+    assert info == {"exits": True, "temperatures": [1.5, 2.0]} and again.router is None
+
+
+def test_a_plain_detector_gets_untrained_exits(tmp_path, caplog):
+    plain = get_model("ssdlite320_mobilenet_v3_large", weights=None, weights_backbone=None, num_classes=4).eval()
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    model = EarlyExitSSDLite.from_pretrained(tmp_path / "plain.pth")
+    assert model.classes == ("class_1", "class_2", "class_3") and model.router is None and not model.training
+    assert "give classes=[...]" in caplog.text and "has no exits" in caplog.text
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in plain.state_dict().items())
+    tail = model.branches["exit8"].tail.last.state_dict()
+    assert same(tail, plain.backbone.features[1][3].state_dict())  # exits start from this full path
+    named = EarlyExitSSDLite.from_pretrained(tmp_path / "plain.pth", classes=["cup", "bowl", "fork"])
+    assert named.classes == ("cup", "bowl", "fork")
+    with pytest.raises(EarlyExitError, match=r"plain\.pth: its head has 4 outputs, so 3 classes .* \['cup'\]"):
+        EarlyExitSSDLite.from_pretrained(tmp_path / "plain.pth", classes=["cup"])
+    with pytest.raises(EarlyExitError, match="its classes are chair; leave classes out"):
+        EarlyExitSSDLite.from_pretrained("chair", classes=["cup"])
+    by_builder = get_model(NAME, weights=str(tmp_path / "plain.pth"), exit_layers=[4], router=ExitRouter(1))
+    assert by_builder.exit_names == ("exit4", "full") and by_builder.router is not None
+    with pytest.raises(EarlyExitError, match="use model.freeze_trunk"):
+        get_model(NAME, weights=str(tmp_path / "plain.pth"), trainable_backbone_layers=2)
+    with pytest.raises(EarlyExitError, match="no such file"):
+        get_model(NAME, weights=str(tmp_path / "none.pth"))
+
+
+def test_coco_s_head_has_coco_s_classes(tmp_path):
+    plain = get_model("ssdlite320_mobilenet_v3_large", weights=None, weights_backbone=None, num_classes=91)
+    torch.save({"model": plain.state_dict()}, tmp_path / "coco.pth")
+    assert EarlyExitSSDLite.from_pretrained(tmp_path / "coco.pth").classes == COCO_CLASSES
+
+
+def test_get_model_takes_model_files_and_shipped_weights(tmp_path):
+    small_model(exit_layers=(6,)).save(tmp_path / "model.pth")
+    model = get_model(NAME, weights=tmp_path / "model.pth", nms_thresh=0.3)
+    assert (model.exit_layers, model.classes, model.nms_thresh) == ((6, 16), ("chair", "table"), 0.3)
+    with pytest.raises(EarlyExitError, match=r"was built with exit_layers \(6,\), given is \(4,\)"):
+        get_model(NAME, weights=tmp_path / "model.pth", exit_layers=[4])
+    assert get_model(NAME, weights=EarlyExitSSDLite_Weights.CHAIR).classes == ("chair",)
+
+
+# modeling.test_retrofit.
 
 SOURCE = ("person", "chair", "couch")
 
@@ -152,3 +349,46 @@ def test_coco_weights_give_torchvision_s_detections(shared_root):
     image = [torch.rand(3, 240, 320)]
     found, expected = model(image)[0], reference.eval()(image)[0]
     assert max((found[key] - expected[key]).abs().max().item() for key in expected) == 0
+
+
+# The plain detector at other sizes.
+
+ARCHITECTURE = Architecture(**SMALL)
+
+
+def boxes_of(generator, size: int) -> list[torch.Tensor]:
+    """Default boxes of each grid, [side, side, boxes per cell, 4]."""
+    sides = [side for side, _ in small_model(image_size=size).grids]
+    maps = [torch.zeros(1, 1, side, side) for side in sides]
+    (boxes,) = generator(ImageList(torch.zeros(1, 3, size, size), [(size, size)]), maps)
+    parts = boxes.split([6 * side * side for side in sides])
+    return [part.reshape(side, side, 6, 4) for part, side in zip(parts, sides, strict=True)]
+
+
+@pytest.mark.parametrize("size", [64, 160])
+def test_default_boxes_keep_their_pixels(model, size):
+    own = boxes_of(model.anchor_generator, 96)
+    others = boxes_of(resize_detector(model, ARCHITECTURE, size).anchor_generator, size)
+    for mine, theirs in zip(own, others, strict=True):
+        both = min(len(mine), len(theirs))
+        assert torch.allclose(mine[:both, :both], theirs[:both, :both], atol=1e-3)
+
+
+def test_at_its_own_size_it_is_the_full_path(model, images):
+    model.eval()
+    with torch.no_grad():
+        expected, found = model(images), resize_detector(model, ARCHITECTURE, 96)(images)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(mine["boxes"], theirs["boxes"], atol=1e-3)
+        assert torch.equal(mine["labels"], theirs["labels"])
+
+
+def test_weights_are_the_model_s_and_the_model_is_left_alone(model, images):
+    model.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    detector = resize_detector(model, ARCHITECTURE, 64)
+    assert not detector.training
+    with torch.no_grad():
+        detector(images)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(torch.equal(value, before[key]) for key, value in detector.state_dict().items())

@@ -1,3 +1,7 @@
+"""None"""
+
+from __future__ import annotations
+
 import pytest
 import torch
 

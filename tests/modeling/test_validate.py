@@ -9,7 +9,7 @@ import torch
 from earlyexit_ssd import EarlyExitSSDLite, ExitRouter
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import build_ssdlite
-from earlyexit_ssd.modeling.training import FullPath
+from earlyexit_ssd.modeling.detector import FullPath
 from earlyexit_ssd.modeling.validate import check_images, check_router, check_targets
 
 

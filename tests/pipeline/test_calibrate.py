@@ -3,11 +3,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from earlyexit_ssd.calibration.thresholds import Grid
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.data.repeats import Block
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.pipeline import calibrate
-from earlyexit_ssd.routing.search import Grid
 
 
 class FourPhotos:

@@ -1,16 +1,21 @@
+"""None"""
+
+from __future__ import annotations
+
 import pytest
 import torch
 
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import LossSettings
-from earlyexit_ssd.modeling.training import TapBatch
-from earlyexit_ssd.pipeline import fit, phases
-from earlyexit_ssd.pipeline.fit import lr_factors
+from earlyexit_ssd.modeling.detector import TapBatch
+from earlyexit_ssd.pipeline import phases
+from earlyexit_ssd.pipeline import phases as fit
 from earlyexit_ssd.pipeline.phases import (
     full_path_fingerprint,
     joint,
     joint_losses,
+    lr_factors,
     require_same_full_path,
     shown,
 )

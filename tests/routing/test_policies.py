@@ -1,16 +1,41 @@
+"""None"""
+
+from __future__ import annotations
+
+import json
 import math
 import time
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.evaluation.cost import mmacs_to_exit
+from earlyexit_ssd.evaluation.outputs import evaluating
+from earlyexit_ssd.modeling import Architecture
 from earlyexit_ssd.modeling.outputs import ExitSignals
 from earlyexit_ssd.routing import POLICIES, ExitRouter, get_policy
-from earlyexit_ssd.routing.learned_gain import GainModel, to_plain
-from earlyexit_ssd.routing.policies import FITTED_POLICIES, below, largest_of, looked_at, register_policy
+from earlyexit_ssd.routing.policies import (
+    FITTED_POLICIES,
+    LEAST_PROBABILITY,
+    LEVELS,
+    NUM_STATISTICS,
+    GainModel,
+    LearnedGain,
+    below,
+    class_weights,
+    evidence,
+    fit_foresight,
+    fit_gain,
+    largest_of,
+    logit_statistics,
+    looked_at,
+    register_policy,
+    to_plain,
+)
 
 # Two images, two default boxes, background and two classes; probabilities by softmax of logs.
 PROBABILITIES = torch.tensor([[[0.9, 0.05, 0.05], [0.5, 0.4, 0.1]], [[0.2, 0.7, 0.1], [0.98, 0.01, 0.01]]])
@@ -161,3 +186,243 @@ def test_quick_enough(name, outputs):
     finally:
         torch.set_num_threads(threads)
     assert min(times) < 0.003
+
+
+# routing.test_balanced_ambiguity.
+
+# Probabilities of background and of two classes at three default boxes of two photos.
+PROBABILITIES_of_test_balanced_ambiguity = torch.tensor(
+    [
+        [[0.70, 0.20, 0.10], [0.98, 0.01, 0.01], [0.10, 0.10, 0.80]],  # undecided: 0.20 of class 1
+        [[0.60, 0.10, 0.30], [0.50, 0.40, 0.10], [0.97, 0.02, 0.01]],  # 0.30 of class 2 and 0.40 of class 1
+    ]
+)
+
+
+def confidence(weights, probabilities=PROBABILITIES_of_test_balanced_ambiguity, **more):
+    router = ExitRouter(1, policy="balanced_ambiguity", parameters=weights, **more)
+    return router.confidence(ExitSignals(probabilities.log(), torch.zeros(len(probabilities), 1)), 0)
+
+
+def test_what_is_undecided_counts_by_the_weight_of_its_class():
+    expected = torch.tensor([1 / (1 + 0.5 * 0.20), 1 / (1 + 4.0 * 0.30 + 0.5 * 0.40)])
+    torch.testing.assert_close(confidence([0.5, 4.0]), expected)
+
+
+def test_equal_weights_are_ambiguous_mass():
+    signals = ExitSignals((torch.randn(5, 128, 4) * 2), torch.zeros(5, 1))
+    plain = ExitRouter(1, policy="ambiguous_mass").confidence(signals, 0)
+    balanced = ExitRouter(1, policy="balanced_ambiguity", parameters=[1.0] * 3).confidence(signals, 0)
+    torch.testing.assert_close(balanced, plain)
+
+
+def test_a_photo_with_nothing_undecided_is_sure():
+    sure = torch.tensor([[[0.98, 0.01, 0.01], [0.01, 0.98, 0.01]]])
+    assert confidence([9.0, 9.0], sure).tolist() == [1.0]
+
+
+def test_the_rarer_a_class_the_more_it_weighs():
+    assert class_weights([9, 4]) == [0.75, 1.5]  # (10 + 5) / 2 over 10 and over 5
+    assert class_weights([3, 3, 3]) == [1.0, 1.0, 1.0]
+    assert class_weights([0, 2]) == [2.0, 2 / 3]  # a class without an object has a weight all the same
+
+
+@pytest.mark.parametrize("missing", [None, []])
+def test_it_has_to_be_fitted(missing):
+    with pytest.raises(EarlyExitError, match="'balanced_ambiguity' has no parameters; tools/calibrate.py fits it"):
+        ExitRouter(1, policy="balanced_ambiguity", parameters=missing)
+
+
+@pytest.mark.parametrize("wrong", [3, [0.5, "a"], [0.5, 0.0], [0.5, float("nan")], {"cat": 1.0}])
+def test_what_is_no_weight_is_refused(wrong):
+    with pytest.raises(EarlyExitError, match="its parameters are .*, expected a positive weight for every class"):
+        ExitRouter(1, policy="balanced_ambiguity", parameters=wrong)
+
+
+def test_weights_of_other_classes_are_refused():
+    with pytest.raises(EarlyExitError, match="has weights of 3 classes, the model has 2; calibrate again"):
+        confidence([1.0, 1.0, 1.0])
+
+
+# routing.test_learned_gain.
+
+
+def logits_of(*probabilities):
+    """One image whose default boxes have these class probabilities, background first."""
+    return torch.tensor([probabilities]).log() + 2
+
+
+def test_statistics_by_hand():
+    logits = logits_of((0.15, 0.8, 0.05), (0.75, 0.05, 0.2), (0.98, 0.01, 0.01))
+    values = logit_statistics(logits)[0]
+    # largest object probabilities 0.8, 0.2 (undecided), 0.01
+    above = [2, 2, 2, 1, 1, 1, 1, 1, 1, 0, 0]
+    assert LEVELS[3] == 0.2 and LEVELS[9] == 0.8
+    close = pytest.approx
+    counts = values[:11].exp() - 1
+    expected = torch.tensor(above).float()
+    expected[3], expected[9] = counts[3], counts[9]  # exactly on the level: rounding decides
+    assert counts.tolist() == close(expected.tolist(), abs=1e-4)
+    assert (values[11:13].exp() - 1).tolist() == close([0.8 + 0.2 + 0.01, 0.2], abs=1e-4)
+    assert values[13:].tolist() == close([0.8, 0.2], abs=1e-4)
+
+
+def test_one_class_has_no_second():
+    values = logit_statistics(torch.randn(3, 40, 2))
+    assert values.shape == (3, NUM_STATISTICS)
+    assert values.isfinite().all()
+    assert values[:, -1].abs().max() == 0
+
+
+def test_fits_what_the_statistics_can_say():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(600, NUM_STATISTICS + 6, generator=generator) * 3 + 5
+    gains = 0.2 * (inputs[:, 2] - 5) + 0.1 * (inputs[:, NUM_STATISTICS + 1] - 5)
+    model = fit_gain(inputs[:400], gains[:400])
+    error = (model(inputs[400:]) - gains[400:]).pow(2).mean()
+    assert error < 0.2 * gains[400:].var()
+    assert fit_gain(inputs[:400], gains[:400])(inputs).equal(model(inputs))  # the same seed, the same model
+
+
+def test_the_policy_says_what_the_model_says():
+    """The router's shorter way to the same number: 1 / (1 + exp(gain))."""
+    generator = torch.Generator().manual_seed(1)
+    signals = ExitSignals(torch.randn(3, 300, 5, generator=generator), torch.randn(3, 6))
+    inputs = GainModel(6).inputs(signals)
+    model = fit_gain(torch.cat([inputs, inputs.flip(0) * 1.3]), torch.randn(6, generator=generator))
+    policy = LearnedGain([to_plain(GainModel(6)), to_plain(model)])
+    assert torch.allclose(policy(signals, 1), torch.sigmoid(-model(inputs)), atol=1e-5)
+    assert policy(signals, 2).tolist() == [1.0] * 3
+
+
+def test_a_few_hundred_parameters():
+    assert sum(parameter.numel() for parameter in GainModel(112).parameters()) < 400
+
+
+def test_router_with_its_parameters_goes_through_json():
+    torch.manual_seed(0)
+    models = [GainModel(4), GainModel(6)]
+    for model in models:
+        torch.nn.init.normal_(model.skip.weight)
+    settings = ExitRouter(
+        2, policy="learned_gain", parameters=[to_plain(model) for model in models], thresholds=[0.4, 0.5]
+    ).to_dict()
+    router = ExitRouter(**json.loads(json.dumps(settings)))
+    assert list(router.parameters()) == [] or not any(p.requires_grad for p in router.parameters())
+    signals = ExitSignals(torch.randn(5, 30, 3), torch.rand(5, 12))
+    expected = torch.sigmoid(-models[1](models[1].inputs(signals)))
+    assert router.confidence(signals, 1).tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+    assert router.confidence(signals, 2).tolist() == [1.0] * 5  # nothing to gain behind the full path
+
+
+@pytest.mark.parametrize("wrong", [3, "abc", [3], [{}], [{"tap.weight": 0.5}], [{"tap.weight": [[0.1, 0.2]]}]])
+def test_parameters_of_another_kind_are_refused(wrong):
+    with pytest.raises(EarlyExitError, match="'learned_gain': its parameters are .*, expected the numbers of a fitted"):
+        ExitRouter(1, policy="learned_gain", parameters=wrong)
+
+
+def test_numbers_that_a_state_dict_brings_are_used():
+    """What is folded at first would otherwise go on deciding."""
+    first, second = (LearnedGain([to_plain(random_model(seed))]) for seed in (1, 2))
+    signals = ExitSignals(torch.randn(3, 20, 4), None, torch.randn(3, 6))
+    assert not torch.allclose(first(signals, 0), second(signals, 0))
+    first.load_state_dict(second.state_dict())
+    assert torch.equal(first(signals, 0), second(signals, 0))
+
+
+def random_model(seed):
+    model = GainModel(3)
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    return model
+
+
+# routing.test_foreseen.
+
+
+def test_evidence_is_the_tap_and_what_a_branch_says():
+    tap, logits = torch.tensor([[1.0, 2.0]]), torch.tensor([[[0.25, 0.75], [0.9, 0.1]]]).log()
+    assert evidence(ExitSignals(logits, tap=tap, empty=True)).tolist() == [[1, 2]]
+    assert evidence(ExitSignals(logits, tap=tap))[0].tolist() == pytest.approx([1, 2, np.log(3)])
+
+
+def test_confidence_by_hand():
+    router = ExitRouter(1, policy="foreseen_emptiness", parameters=[{"weight": [1.0, -2.0], "bias": 0.5}])
+    signals = ExitSignals(torch.zeros(1, 3, 2), tap=torch.tensor([[2.0, 0.25]]), empty=True)
+    assert router.confidence(signals, 0).item() == pytest.approx(1 / (1 + np.exp(2.0)))
+    full = ExitSignals(torch.tensor([[[0.25, 0.75], [0.9, 0.1]]]).log())
+    assert router.confidence(full, 1).item() == pytest.approx(0.25)
+    again = ExitRouter(**router.to_dict())
+    assert again.confidence(signals, 0).equal(router.confidence(signals, 0))
+
+
+def test_without_parameters_it_says_what_fits_it():
+    with pytest.raises(EarlyExitError, match="tools/calibrate.py fits it"):
+        ExitRouter(1, policy="foreseen_emptiness")
+
+
+@pytest.mark.parametrize(
+    "wrong", [3, "abc", [3], {"weight": [0.1]}, [{"weights": [0.1]}], [{"weight": "a", "bias": 0}]]
+)
+def test_parameters_of_another_kind_are_refused_of_test_foreseen(wrong):
+    with pytest.raises(EarlyExitError, match="'foreseen_emptiness': its parameters are .*, expected weight and bias"):
+        ExitRouter(1, policy="foreseen_emptiness", parameters=wrong)
+
+
+def test_finds_a_linear_rule_and_shrinks_noise():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(300, 20, generator=generator) * 3 + 1
+    true = torch.zeros(20)
+    true[:2] = torch.tensor([0.5, -0.3])
+    logits = inputs @ true + 0.2
+    fitted = fit_foresight(inputs, torch.sigmoid(logits))
+    assert fitted["weight"] == pytest.approx(true.tolist(), abs=0.01)
+    assert fitted["bias"] == pytest.approx(0.2, abs=0.02)
+    noise = fit_foresight(inputs, torch.rand(300, generator=generator))
+    assert np.abs(noise["weight"]).max() < 0.05
+
+
+def test_leave_one_out_by_leaving_one_out():
+    """The penalty that it takes has the least error of fits that really leave a photo out."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(25, 12, generator=generator)
+    probability = torch.sigmoid(inputs[:, 0] + torch.randn(25, generator=generator))
+    targets = torch.logit(probability, eps=LEAST_PROBABILITY).double()
+    scaled = ((inputs - inputs.mean(0)) / inputs.std(0, unbiased=False)).double()
+
+    def ridge(rows, penalty):
+        x, y = torch.cat([scaled[rows], torch.ones(len(rows), 1)], dim=1), targets[rows]
+        weight = torch.diag(torch.tensor([penalty] * 12 + [0.0], dtype=torch.float64))
+        return torch.linalg.solve(x.T @ x + weight, x.T @ y)
+
+    def error(penalty):
+        total = 0.0
+        for left_out in range(25):
+            solution = ridge([row for row in range(25) if row != left_out], penalty)
+            total += (scaled[left_out] @ solution[:-1] + solution[-1] - targets[left_out]) ** 2
+        return total
+
+    best = min((10.0**power for power in range(-1, 6)), key=error)
+    expected = ridge(list(range(25)), best)[:-1] / inputs.std(0, unbiased=False)
+    assert fit_foresight(inputs, probability)["weight"] == pytest.approx(expected.tolist(), rel=1e-3)
+
+
+def test_its_scoring_can_be_counted_and_traced():
+    """As costs are measured and networks exported."""
+    model = Architecture(("chair",), image_size=96, width=0.25, exit_layers=(6, 8), empty=(6,)).build()
+    channels = [branch_input(model, index) for index in range(2)]
+    parameters = [
+        {"weight": [0.0] * (2 * channels[0]), "bias": 0.0},
+        {"weight": [0.0] * (2 * channels[1] + 1), "bias": 0.0},
+    ]
+    router = ExitRouter(2, policy="foreseen_emptiness", parameters=parameters, thresholds=0.9)
+    costs = mmacs_to_exit(model, router)
+    assert costs == sorted(costs)
+    assert costs[1] - mmacs_to_exit(model)[1] == pytest.approx(sum(2 * count for count in channels) / 1e6, rel=0.1)
+
+
+def branch_input(model, index):
+    """Channels of an exit's tap."""
+    with evaluating(model):
+        return model.trunk_maps(torch.zeros(1, 3, 96, 96))[0][index].shape[1]

@@ -1,3 +1,7 @@
+"""None"""
+
+from __future__ import annotations
+
 import math
 
 import numpy as np
@@ -9,7 +13,7 @@ from hypothesis import strategies as st
 from earlyexit_ssd import ExitRouter
 from earlyexit_ssd.config import CLOSED, load_config
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.modeling.matching import Assignment
+from earlyexit_ssd.modeling.losses import Assignment
 from earlyexit_ssd.modeling.outputs import ExitSignals
 from earlyexit_ssd.routing import POLICIES, register_policy
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from earlyexit_ssd import EarlyExitSSDLite
-from earlyexit_ssd.routing.certificate import load_certificate
+from earlyexit_ssd.calibration.certificate import load_certificate
 from tools import calibrate, eval_exits, train_net
 
 

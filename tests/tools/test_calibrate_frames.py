@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from earlyexit_ssd import EarlyExitSSDLite
+from earlyexit_ssd.calibration.certificate import load_certificate
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.routing.certificate import load_certificate
 from tools import calibrate, check_guarantee, demo, eval_exits
 
 QUICK = ["CALIBRATION.COST", "mmacs", "EVAL.PICTURES", "1", "EVAL.TIMING_RUNS", "1"]

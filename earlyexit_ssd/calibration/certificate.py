@@ -1,0 +1,230 @@
+"""What a calibration promises, for which weights, and how it came about: a small JSON file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypedDict
+
+from torch import nn
+
+from earlyexit_ssd.calibration.drift import Reference
+from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.files import write_json
+from earlyexit_ssd.modeling.checkpoint import weights_hash
+from earlyexit_ssd.modeling.detector import is_fused
+from earlyexit_ssd.modeling.outputs import RouterSettings
+from earlyexit_ssd.modeling.pretrained import make_router
+from earlyexit_ssd.plain import build, read_json
+from earlyexit_ssd.routing.router import ExitRouter
+
+Share = Annotated[float, 0, 1]
+
+FORMAT = "earlyexit_ssd certificate/1"
+CHECKSUM = "content_sha256"
+_ADVICE = "write one with tools/calibrate.py"
+
+
+KINDS = {"speedup": ("value",), "ap_drop": ("value", "delta"), "risk": ("epsilon", "delta", "bound")}
+"""Kinds of targets -> their numbers."""
+
+
+class _NeededOfTarget(TypedDict):
+    kind: Literal["speedup", "ap_drop", "risk"]
+    reference: Literal["full", "labels"]
+    score: Share
+    iou: Share
+
+
+class Target(_NeededOfTarget, total=False):
+    """What was asked for."""
+
+    value: float
+    epsilon: Share
+    delta: Share
+    bound: str
+    block: Annotated[int, 1, 2**31]
+    learned: bool
+
+
+class Measured(TypedDict, total=False):
+    """What was measured on the calibration photos."""
+
+    photos: Annotated[int, 1, 2**63]
+    loss: float
+    AP50: float | None
+    AP50_full: float | None
+    exit_share: dict[str, Share]
+    cost: float
+    speedup: float
+    loss_bound: float | None
+    AP50_lost_bound: float | None
+    photos_needed: int
+    labelled: bool
+    agreement: dict[str, float | None]
+    equal_photos: int
+    near_equal_photos: int
+    blocks: int
+    steps: int
+
+
+class Costs(TypedDict, total=False):
+    """What a photo costs that leaves at each exit, and without exits."""
+
+    unit: Literal["ms", "mmacs"]
+    exits: list[float]
+    plain: float
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Routing for one model, and what was measured on the calibration photos.
+
+    Attributes:
+        router: the settings of an `ExitRouter`: policy with its parameters, thresholds, temperatures.
+        target: what was asked for: ``kind`` (``speedup``, ``ap_drop`` or ``risk``) and its numbers (``value``;
+            ``ap_drop`` has ``delta`` too, ``risk`` has ``epsilon``, ``delta`` and ``bound``, the inequality),
+            ``reference`` (full or labels), ``score`` and ``iou``; where it was asked for ``block`` (photos of a folder
+            that are one draw) and ``learned`` (thresholds of a soft exit).
+        measured: on the calibration photos: ``photos``, ``loss`` (mean per photo), ``AP50``, ``AP50_full``,
+            ``exit_share``, ``cost``, ``speedup``; for a risk ``loss_bound`` (the upper confidence bound of the loss at
+            delta, were this the only step tested), for an AP drop ``AP50_lost_bound`` and, where there were fewer
+            photos, ``photos_needed``. ``labelled`` is False where nobody labelled the photos: then AP50 is None.
+            ``agreement`` with the full path at the score: its ``objects``, how many were ``kept``, how many ``added``,
+            and the share of the ``same_photos``. ``equal_photos`` and ``near_equal_photos`` were left out, since
+            others stand for them; ``blocks`` is how many there were.
+        cost_model: ``unit`` (ms or mmacs), ``exits``, ``plain``, and where milliseconds were measured.
+        weights_sha256: of the network's parameters and buffers.
+        photos_sha256: the calibration photos' contents, each the first 16 hexadecimal digits.
+        photo_list_sha256: of the sorted list of those.
+        drift: the calibration photos' decisions, for a `DriftMonitor`.
+        versions: of the software.
+    """
+
+    router: RouterSettings
+    target: Target
+    measured: Measured
+    cost_model: Costs
+    weights_sha256: str
+    photos_sha256: tuple[str, ...]
+    photo_list_sha256: str
+    drift: dict[str, Any]
+    versions: dict[str, str]
+
+    @property
+    def closed(self) -> bool:
+        """No exit is open: everything takes the full path."""
+        return all(threshold >= CLOSED for threshold in self.router["thresholds"])
+
+    def router_for(self, model: nn.Module) -> ExitRouter:
+        """The router, for the weights that it was calibrated with.
+
+        Raises:
+            EarlyExitError: the model has other weights, those of a fused model among them.
+        """
+        if is_fused(model):
+            raise EarlyExitError(
+                "the model is fused for inference, so its weights are not the certificate's; give it the certificate's "
+                "router first, then fuse it (the router goes along)"
+            )
+        if weights_hash(model) != self.weights_sha256:
+            raise EarlyExitError(
+                f"the certificate is for weights {self.weights_sha256[:12]}, the model has {weights_hash(model)[:12]}; "
+                "calibrate again with tools/calibrate.py"
+            )
+        calibrated, own = (", ".join(names[:-1]) for names in (self.drift["exit_names"], model.exit_names))
+        if calibrated != own:  # an empty exit has no weights to be known by
+            raise EarlyExitError(f"the certificate is for the exits {calibrated}, the model has {own}; calibrate again")
+        try:
+            router = make_router(model, self.router)
+        except EarlyExitError as error:
+            raise EarlyExitError(f"the certificate: {error}; calibrate again") from None
+        router.certificate = self
+        return router
+
+    def require_unseen(self, photos: Iterable[tuple[str | os.PathLike[str], str]]) -> None:
+        """Refuse photos that calibrated: figures on them flatter.
+
+        Args:
+            photos: path and SHA-256 of each.
+        """
+        known = set(self.photos_sha256)
+        shared = [path for path, digest in photos if digest[:16] in known]
+        if shared:
+            raise EarlyExitError(
+                f"{shared[0]} ({len(shared)} photos in all) is in the certificate's calibration list; "
+                "evaluate on photos that were not calibrated on"
+            )
+
+    def drift_reference(self) -> Reference:
+        """For a `DriftMonitor`."""
+        return Reference.from_dict(self.drift)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a file of it holds, as it comes back from JSON; `parse_certificate` reads it."""
+        content = json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}))
+        return {**content, CHECKSUM: _checksum(content)}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file."""
+        write_json(path, self.to_dict())
+
+
+def load_certificate(path: str | os.PathLike[str]) -> Certificate:
+    """Read a certificate.
+
+    Raises:
+        EarlyExitError: no such file, not a certificate, or one that was edited by hand.
+    """
+    return parse_certificate(read_json(path, "certificate", _ADVICE), path)
+
+
+def parse_certificate(content: Any, source: str | os.PathLike[str]) -> Certificate:
+    """The certificate that a file holds as plain types; every part is checked.
+
+    Args:
+        source: the file, for messages.
+
+    Raises:
+        EarlyExitError: a part is missing, unknown, of another type or not what the calibration wrote.
+    """
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise EarlyExitError(f"{source}: expected a certificate of format {FORMAT!r}; {_ADVICE}")
+    content = {key: value for key, value in content.items() if key != "format"}
+    checksum = content.pop(CHECKSUM, None)
+    try:
+        certificate = build(Certificate, content)
+        _require_whole(certificate)
+    except EarlyExitError as error:
+        raise EarlyExitError(f"{source}: {error}, no certificate has that; {_ADVICE}") from None
+    if checksum != _checksum({"format": FORMAT, **content}):
+        raise EarlyExitError(
+            f"{source}: the content does not fit its '{CHECKSUM}', so it is not what a calibration found; {_ADVICE}"
+        )
+    return certificate
+
+
+def _require_whole(certificate: Certificate) -> None:
+    """Every number that the target's kind needs is there, and the parts speak of as many exits."""
+    router, target = certificate.router, certificate.target
+    for part, values, needed in (("router", router, ("thresholds",)), ("target", target, KINDS[target["kind"]])):
+        for key in needed:
+            if key not in values:
+                raise EarlyExitError(f"the key '{part}.{key}' is missing")
+    exits, thresholds = router["num_exits"], len(router["thresholds"])
+    names = certificate.drift_reference().exit_names
+    if thresholds not in (1, exits) or len(names) != exits + 1:
+        raise EarlyExitError(
+            f"router has {exits} exits and {thresholds} thresholds, drift has {len(names)} exit_names; expected one "
+            "threshold for each exit, and one name more"
+        )
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """SHA-256 of the content as it comes back from JSON."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,323 @@
+"""Tests of whether two samples come from one distribution, the second known by its size and a few quantiles."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+from scipy.special import gammaln
+from torch import Tensor
+
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.keywords import suggest_keywords
+from earlyexit_ssd.plain import build, check_fields
+
+logger = logging.getLogger(__name__)
+
+
+QUANTILES = 21
+"""Stored of the confidences at an exit: those at levels 0, 1/20, ..., 1."""
+
+
+def fisher_p_value(count: int, photos: int, reference_count: int, reference_photos: int) -> float:
+    """Two-sided p-value, in [0, 1], that two samples have the same share (Fisher 1935, exact for any sizes).
+
+    Args:
+        count, photos: photos that took an exit, out of how many, at least 1.
+        reference_count, reference_photos: the same in calibration.
+    """
+    took = count + reference_count
+    support = np.arange(max(0, took - reference_photos), min(photos, took) + 1)  # tables with the same margins
+    chosen = gammaln(support + 1) + gammaln(photos - support + 1)
+    left = gammaln(took - support + 1) + gammaln(reference_photos - took + support + 1)
+    weights = np.exp((chosen + left).min() - chosen - left)  # hypergeometric; scipy's own takes 20 times as long
+    rounding = 1 + 1e-7  # between tables that are equally likely
+    return float(weights[weights <= weights[count - support[0]] * rounding].sum() / weights.sum())
+
+
+def quantile_distance(values: np.ndarray, quantiles: np.ndarray) -> float:
+    """Smallest Kolmogorov-Smirnov distance, in [0, 1], from ``values`` [n] to any sample with these sorted quantiles.
+
+    Where k of the 21 quantiles are <= x, the sample's share that is <= x lies in [(k - 1) / 20, k / 20], and is 0 for
+    k = 0 and 1 for k = 21. What the share of ``values`` leaves this band by, at most, is the distance: never above the
+    one to the sample itself and at most 1/20 below, so that its p-value is conservative, with ties too.
+    """
+    points = np.concatenate([values, quantiles])  # where either side steps; both are 0 below
+    share = np.searchsorted(np.sort(values), points, side="right") / len(values)
+    below = np.searchsorted(quantiles, points, side="right")
+    steps = len(quantiles) - 1
+    low, high = np.maximum(below - 1, 0) / steps, np.minimum(below, steps) / steps
+    return float(max(0.0, (share - high).max(), (low - share).max()))
+
+
+def distance_p_value(distance: float, count: int, reference_count: int) -> float:
+    """Bound e * exp(-2 m n / (m + n) * distance^2) on the p-value of a two-sample Kolmogorov-Smirnov distance.
+
+    The inequality of Dvoretzky, Kiefer and Wolfowitz for two samples. Wei & Dudley (2012) show that the constant 2 of
+    large samples fails for equal sizes below 458 and the very smallest ones, and found it to hold for the others that
+    they computed. e holds for those too, and widens the critical distance by 2 % only at the levels used here.
+
+    Args:
+        distance: in [0, 1].
+        count, reference_count: sizes m and n of the samples, at least 1.
+    """
+    effective = count * reference_count / (count + reference_count)
+    return min(1.0, math.exp(1 - 2 * effective * distance**2))
+
+
+def sample_quantiles(values: np.ndarray) -> tuple[float, ...]:
+    """Of [n], per level j / 20 the smallest of the values that a share of at least this does not exceed."""
+    if not len(values):
+        return ()
+    steps = QUANTILES - 1
+    ranks = (np.arange(QUANTILES) * len(values) + steps - 1) // steps  # rounded up, in whole numbers to be exact
+    return tuple(np.sort(values)[np.maximum(ranks, 1) - 1].tolist())
+
+
+# What the photos of calibration did, for the certificate, and the checks of such decisions.
+
+Values = Tensor | np.ndarray | Sequence[float]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the photos of calibration did, small enough for the certificate.
+
+    Attributes:
+        photos: how many there were, at least 1.
+        exit_names: shallow to deep, the full path last.
+        exit_counts: photos that left at each exit, the full path last; they sum to ``photos``.
+        confidences: per early exit, of the confidences there of the photos that left there, the :data:`QUANTILES`
+            quantiles (each one of the confidences itself, not rounded); empty where none left.
+
+    Raises:
+        EarlyExitError: values that cannot come from one calibration.
+    """
+
+    photos: Annotated[int, 1, 2**63]
+    exit_names: tuple[str, ...]
+    exit_counts: tuple[Annotated[int, 0, 2**63], ...]
+    confidences: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        exits, counts = len(self.exit_names), list(self.exit_counts)
+        if exits < 2 or len(set(self.exit_names)) < exits:
+            raise EarlyExitError(f"exit_names {self.exit_names}: expected early exits and the full path, no name twice")
+        if len(counts) != exits or sum(counts) != self.photos:
+            raise EarlyExitError(f"exit_counts {counts}: expected one for each of {exits} exits, sum {self.photos}")
+        if len(self.confidences) != exits - 1:
+            raise EarlyExitError(f"confidences of {len(self.confidences)} exits: expected the {exits - 1} early ones")
+        for name, count, quantiles in zip(self.exit_names, counts, self.confidences, strict=False):
+            if len(quantiles) != (QUANTILES if count else 0):
+                found = f"{len(quantiles)} quantiles for {count} photos"
+                raise EarlyExitError(f"confidences of {name}: {found}, expected {QUANTILES}, or none for no photo")
+            for before, value in zip((-math.inf, *quantiles), quantiles, strict=False):
+                if value < before:
+                    raise EarlyExitError(f"confidences of {name} have {value}, expected numbers >= {before}")
+
+    @classmethod
+    def from_decisions(cls, exit_names: Sequence[str], exit_index: Values, confidences: Sequence[Values]) -> Reference:
+        """Of the decisions on the photos of calibration.
+
+        Args:
+            exit_names: shallow to deep, the full path last.
+            exit_index: int [n], the exit that each photo took; the full path is the last name's index.
+            confidences: per early exit [n], each photo's confidence there; looked at only where the photo left.
+
+        Raises:
+            EarlyExitError: shapes that do not fit, an exit that has no name, a confidence that is no finite number.
+        """
+        taken = exit_indices(exit_index, exit_names)
+        left = [numbers(values, len(taken))[taken == index] for index, values in enumerate(confidences)]
+        counts = np.bincount(taken, minlength=len(exit_names)).tolist()
+        return cls(len(taken), tuple(exit_names), tuple(counts), tuple(map(sample_quantiles, left)))
+
+    def to_dict(self) -> dict:
+        """Plain types for JSON."""
+        return {
+            "photos": self.photos,
+            "exit_names": list(self.exit_names),
+            "exit_counts": list(self.exit_counts),
+            "confidences": [list(quantiles) for quantiles in self.confidences],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Reference:
+        """The reference that :meth:`to_dict` wrote.
+
+        Raises:
+            EarlyExitError: other keys, types or values; the certificate is damaged or of another kind.
+        """
+        try:
+            return build(cls, values, "drift")
+        except EarlyExitError as error:
+            raise EarlyExitError(f"drift reference cannot be read ({error}); calibrate again") from None
+
+
+def exit_indices(values: Values, names: Sequence[str]) -> np.ndarray:
+    """Indices of exits, checked, int64 [m]."""
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):  # an empty list is a float to numpy
+        raise EarlyExitError(
+            f"exit_index {array.dtype} {array.shape}: expected whole numbers [m]; stack the detections'"
+        )
+    wrong = array[(array < 0) | (array >= len(names))]
+    if wrong.size:
+        raise EarlyExitError(
+            f"exit_index has {wrong[0]}, the reference knows 0 to {len(names) - 1}: {', '.join(names)}"
+        )
+    return array.astype(np.int64)
+
+
+def numbers(values: Values, count: int) -> np.ndarray:
+    """float64 [count]."""
+    array = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else np.asarray(values, np.float64)
+    if array.shape != (count,):
+        raise EarlyExitError(f"confidence has shape {array.shape}, expected ({count},), one per exit_index")
+    return array
+
+
+# Warn when the photos at run time no longer look like those that the router was calibrated on.
+
+WINDOW = 200
+"""Photos that are compared with those of calibration at a time."""
+
+
+class DriftMonitor:
+    """Compare the last photos with those of calibration: how many leave at which exit, and how confident they are.
+
+    When ``window`` photos are there, and again after every half window, two kinds of tests compare them with the
+    reference. Both allow for the calibration having seen a finite sample too:
+
+    - the share of each exit, by Fisher's exact test (:func:`fisher_p_value`);
+    - the confidences of the photos that left at an early exit, by a Kolmogorov-Smirnov distance
+      (:func:`quantile_distance`, :func:`distance_p_value`). Below 5 photos at the exit no distance is enough.
+
+    **False alarms.** A check spends ``alpha``, split evenly over its tests (Bonferroni), so for photos like those of
+    calibration the expected number of checks that warn is at most ``alpha`` each, or ``20,000 * alpha / window`` in
+    10,000 photos: 0.1 by default, one in 100,000 photos. That windows overlap does not matter to an expectation. It is
+    one over calibrations too: after an unlucky calibration false alarms come in bursts. And it holds for photos that
+    are drawn independently. Neighbouring frames of a video repeat each other: pass on only some of them, seconds apart.
+
+    Args:
+        reference: of the calibration.
+        window: photos that are compared, at least 1; fewer react faster and see only larger changes.
+        alpha: probability of a false alarm per check, in (0, 1).
+
+    Raises:
+        EarlyExitError: a number that is not in its range.
+    """
+
+    @suggest_keywords
+    def __init__(self, reference: Reference, window: int = WINDOW, alpha: float = 0.001) -> None:
+        if type(window) is not int or window < 1:
+            raise EarlyExitError(f"window {window}: expected a whole number of photos, at least 1")
+        if not 0 < alpha < 1:
+            raise EarlyExitError(f"alpha {alpha}: expected a number in (0, 1), such as 0.001")
+        self.reference, self.window, self.alpha = reference, window, alpha
+        self._last: deque[tuple[int, float]] = deque(maxlen=window)
+        self._photos, self._until_check = 0, window
+        self._level = alpha / (2 * len(reference.exit_names) - 1)  # a test per share and per early exit's confidences
+        self._active: dict[str, str] = {}
+        self._logged_at: dict[str, int] = {}
+
+    def update(self, exit_index: Values, confidence: Values) -> list[str]:
+        """Take the decisions of a batch, in the order of the photos; how they are cut into batches changes no test.
+
+        Args:
+            exit_index: int [m], the exit that each photo took.
+            confidence: [m], its confidence there; at the full path it may be anything, also NaN.
+
+        Returns:
+            one line per cause that a check within these photos warned of. They are also logged, each cause at most
+            once per ``window`` photos.
+
+        Raises:
+            EarlyExitError: decisions of another model, or not finite; none of the batch is taken then.
+        """
+        names = self.reference.exit_names
+        taken = exit_indices(exit_index, names)
+        confidence = numbers(confidence, len(taken))
+        for photo in np.flatnonzero((taken < len(names) - 1) & ~np.isfinite(confidence)):
+            where = f"confidence of photo {photo} at {names[taken[photo]]}"
+            raise EarlyExitError(f"{where} is {confidence[photo]}, expected a finite number; look at photo and weights")
+        found: dict[str, str] = {}
+        for decision in zip(taken.tolist(), confidence.tolist(), strict=True):
+            self._last.append(decision)
+            self._photos += 1
+            self._until_check -= 1
+            if self._until_check == 0:
+                found |= self._check()
+        return list(found.values())
+
+    def status(self) -> dict:
+        """``photos`` seen, ``in_window`` of them kept, the exits' ``shares`` of these by name (None before the first
+        photo), their ``calibration_shares``, and the ``warnings`` of the last check."""
+        reference, size = self.reference, len(self._last)
+        taken = [exit_index for exit_index, _ in self._last]
+        now = {name: taken.count(index) for index, name in enumerate(reference.exit_names)}
+        before = dict(zip(reference.exit_names, reference.exit_counts, strict=True))
+        return {
+            "photos": self._photos,
+            "in_window": size,
+            "shares": {name: count / size for name, count in now.items()} if size else None,
+            "calibration_shares": {name: count / reference.photos for name, count in before.items()},
+            "warnings": list(self._active.values()),
+        }
+
+    def _check(self) -> dict[str, str]:
+        """Compare, log, and return the warnings by cause."""
+        self._until_check = (self.window + 1) // 2
+        taken = np.array([exit_index for exit_index, _ in self._last])
+        confidence = np.array([value for _, value in self._last])
+        causes = {"shares": self._share_warning(taken)}
+        for index, name in enumerate(self.reference.exit_names[:-1]):
+            causes[f"confidences at {name}"] = self._confidence_warning(index, confidence[taken == index])
+        advice = "calibrate again, the certificate speaks of other photos"
+        self._active = {cause: f"drift: {text}: {advice}" for cause, text in causes.items() if text}
+        for cause, warning in self._active.items():
+            if self._photos - self._logged_at.get(cause, -self.window) >= self.window:
+                self._logged_at[cause] = self._photos
+                logger.warning(warning)
+        return self._active
+
+    def _share_warning(self, taken: np.ndarray) -> str | None:
+        """About the exit whose share [window] has changed most; where one rises another falls, so one line will do."""
+        reference = self.reference
+        counts = np.bincount(taken, minlength=len(reference.exit_names)).tolist()
+        p_values = [
+            fisher_p_value(count, self.window, before, reference.photos)
+            for count, before in zip(counts, reference.exit_counts, strict=True)
+        ]
+        exit_index = int(np.argmin(p_values))
+        if p_values[exit_index] > self._level:
+            return None
+        now, before = counts[exit_index] / self.window, reference.exit_counts[exit_index] / reference.photos
+        return (
+            f"{reference.exit_names[exit_index]} took {100 * now:.3g} % of the last {self.window} photos, "
+            f"{100 * before:.3g} % in calibration ({_shown(p_values[exit_index])})"
+        )
+
+    def _confidence_warning(self, exit_index: int, confidence: np.ndarray) -> str | None:
+        """About the confidences [n] of the photos in the window that left at an early exit."""
+        name, count = self.reference.exit_names[exit_index], self.reference.exit_counts[exit_index]
+        if not count or not len(confidence):  # nothing to compare; the shares tell
+            return None
+        quantiles = np.array(self.reference.confidences[exit_index])
+        p_value = distance_p_value(quantile_distance(confidence, quantiles), len(confidence), count)
+        if p_value > self._level:
+            return None
+        return (
+            f"the confidences at {name} have moved, median {np.median(confidence):.3g} of {len(confidence)} among the "
+            f"last {self.window} photos, {quantiles[QUANTILES // 2]:.3g} in calibration ({_shown(p_value)})"
+        )
+
+
+def _shown(p_value: float) -> str:
+    return "p < 1e-15" if p_value < 1e-15 else f"p = {p_value:.0e}".replace("e-0", "e-")

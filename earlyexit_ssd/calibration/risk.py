@@ -1,0 +1,315 @@
+"""Finite-sample control of the mean of a loss in [0, 1], such as the loss per photo of leaving early.
+
+A p-value here tests H0: E[loss] > epsilon. Where it is at most delta, "the mean loss is at most epsilon" holds
+with probability 1 - delta over the draw of the photos, whatever the distribution of the losses and however many
+photos there are. The photos must be independent draws of one source, and not those that the rule was fitted on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from earlyexit_ssd.calibration.thresholds import Grid, choose, pareto_path, threshold_grid
+from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.errors import EarlyExitError
+
+PValue = Callable[[np.ndarray, float], float]
+
+BET_CAP = 0.75  # share of the largest bet that cannot go bankrupt; Waudby-Smith & Ramdas suggest 1/2 or 3/4
+ROUNDING = 1e-9  # sums of losses this close above a whole number are that number
+TOLERANCE = 1e-6  # of upper_bound
+MOST_PHOTOS = 10**6  # photos_needed does not count further
+
+
+def hoeffding_bentkus_p_value(losses: np.ndarray, epsilon: float) -> float:
+    """The Hoeffding-Bentkus p-value of H0: E[loss] > epsilon, in [0, 1]; falls as ``epsilon`` grows.
+
+    With m the mean of n losses, the smaller of exp(-n h(min(m, epsilon), epsilon)), where h(a, b) =
+    a log(a / b) + (1 - a) log((1 - a) / (1 - b)), and e P(Binomial(n, epsilon) <= ceil(n m)). From Bates et al.
+    2021, "Distribution-free, risk-controlling prediction sets", section 3.1; as a p-value in Angelopoulos et al.
+    2021, "Learn then test". The order of the photos does not matter.
+
+    Args:
+        losses: [n], in [0, 1], one per photo; no photo gives 1.0.
+        epsilon: the largest mean loss to be accepted, in (0, 1).
+
+    Raises:
+        EarlyExitError: a loss or ``epsilon`` outside its range.
+    """
+    losses = _checked_losses(losses)
+    _check_share("epsilon", epsilon)
+    count = len(losses)
+    if count == 0:
+        return 1.0
+    total = math.fsum(losses)  # exact, so that ten losses of 0.1 are 1, not a little more
+    hoeffding = math.exp(-count * _divergence(min(total / count, epsilon), epsilon))
+    return min(hoeffding, _bentkus(math.ceil(total - ROUNDING), count, epsilon))
+
+
+def betting_p_value(losses: np.ndarray, epsilon: float, *, delta: float = 0.1) -> float:
+    """The betting p-value of H0: E[loss] > epsilon, in [0, 1]; falls as ``epsilon`` grows.
+
+    A gambler bets against H0, photo by photo: K_t = prod_{i <= t} (1 - nu_i (L_i - epsilon)), and the p-value is
+    min(1, 1 / max_t K_t) (Ville's inequality). The bets look at past losses only:
+
+        nu_i = min(BET_CAP / (1 - epsilon), sqrt(2 log(1 / delta) / (n s_{i-1}))),
+        m_i = (1/2 + sum_{j <= i} L_j) / (i + 1),    s_i = (1/4 + sum_{j <= i} (L_j - m_j)^2) / (i + 1).
+
+    From Waudby-Smith & Ramdas 2024, "Estimating means of bounded random variables by betting", in the form of
+    Bates et al. 2021, section 3.1, who cap at 1. Our cap leaves 1 - BET_CAP of the capital after a loss of 1.
+
+    Args:
+        losses: [n], in [0, 1], one per photo, in the order of the bets; no photo gives 1.0. The caller fixes the
+            order without a look at the losses, by a seeded shuffle: photos that stand by data set or by hour are not
+            exchangeable as they come, and taking the best of several orders is not valid.
+        epsilon: the largest mean loss to be accepted, in (0, 1).
+        delta: the level that the bets are tuned for, in (0, 1). The p-value is valid at every level.
+
+    Raises:
+        EarlyExitError: a loss, ``epsilon`` or ``delta`` outside its range.
+    """
+    losses = _checked_losses(losses)
+    _check_share("epsilon", epsilon)
+    _check_share("delta", delta)
+    count = len(losses)
+    if count == 0:
+        return 1.0
+    divisor = np.arange(1, count + 1) + 1
+    mean = (0.5 + np.cumsum(losses)) / divisor
+    variance = (0.25 + np.cumsum((losses - mean) ** 2)) / divisor
+    past_variance = np.concatenate([[0.25], variance[:-1]])
+    bet = np.minimum(BET_CAP / (1 - epsilon), np.sqrt(2 * math.log(1 / delta) / (count * past_variance)))
+    log_capital = np.cumsum(np.log1p(-bet * (losses - epsilon)))
+    return math.exp(-max(0.0, float(log_capital.max())))
+
+
+BOUNDS: dict[str, PValue] = {"hoeffding_bentkus": hoeffding_bentkus_p_value, "betting": betting_p_value}
+
+
+def upper_bound(losses: np.ndarray, delta: float, p_value: PValue = hoeffding_bentkus_p_value) -> float:
+    """The mean loss that is not exceeded with probability 1 - ``delta``, in (0, 1]; 1.0 where nothing is certain.
+
+    The smallest epsilon with ``p_value(losses, epsilon) <= delta``, at most 1e-6 above it, never below.
+
+    Args:
+        losses: [n], in [0, 1], one per photo.
+        delta: in (0, 1).
+        p_value: one of :data:`BOUNDS`, or another that falls as its epsilon grows.
+
+    Raises:
+        EarlyExitError: a loss or ``delta`` outside its range.
+    """
+    _check_share("delta", delta)
+    low, high = 0.0, 1.0  # no mean exceeds 1
+    while high - low > TOLERANCE:
+        middle = (low + high) / 2
+        if p_value(losses, middle) <= delta:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def fixed_sequence_test(p_values: Iterable[float], delta: float) -> int:
+    """How many hypotheses are rejected, from the start of the sequence to the first p-value above ``delta``.
+
+    The chance that any of the rejected hypotheses is true is at most ``delta``, where the order was fixed before
+    the photos were seen. Fixed-sequence testing in Angelopoulos et al. 2021, "Learn then test".
+
+    Args:
+        p_values: one per hypothesis, in [0, 1]; read no further than to the first one above ``delta``.
+        delta: in (0, 1).
+
+    Raises:
+        EarlyExitError: a p-value outside [0, 1], or ``delta`` outside (0, 1).
+    """
+    _check_share("delta", delta)
+    rejected = 0
+    for index, value in enumerate(p_values):
+        if not 0 <= value <= 1:
+            raise EarlyExitError(f"p_values[{index}] is {value}, expected a p-value in [0, 1]")
+        if value > delta:
+            break
+        rejected += 1
+    return rejected
+
+
+def photos_needed(
+    losses: np.ndarray, epsilon: float, delta: float, p_value: PValue = hoeffding_bentkus_p_value
+) -> int | None:
+    """About how many photos ``p_value`` needs to certify ``epsilon`` if further ones lose what these did, in turn.
+
+    A plan, not a promise: the next measurement will have other losses.
+
+    Args:
+        losses: [n], in [0, 1], one per photo.
+        epsilon: the largest mean loss to be accepted, in (0, 1).
+        delta: in (0, 1).
+        p_value: one of :data:`BOUNDS`.
+
+    Returns:
+        The count; None where the mean is not below ``epsilon``, or so little that it takes over 10^6.
+
+    Raises:
+        EarlyExitError: a number outside its range.
+    """
+    losses = _checked_losses(losses)
+    _check_share("epsilon", epsilon)
+    _check_share("delta", delta)
+
+    def enough(count: int) -> bool:
+        return p_value(np.resize(losses, count), epsilon) <= delta
+
+    if not losses.size or losses.mean() >= epsilon or not enough(MOST_PHOTOS):
+        return None
+    return _first(enough, start=1)
+
+
+def _first(holds: Callable[[int], bool], start: int) -> int:
+    """The smallest integer from ``start`` on where ``holds``, which stays true once it is: doubling, then bisection."""
+    low, step = start - 1, 1
+    while not holds(low + step):
+        low, step = low + step, 2 * step
+    high = low + step
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def _divergence(a: float, b: float) -> float:
+    """Kullback-Leibler divergence of Bernoulli(a) from Bernoulli(b), for 0 <= a <= b < 1; at least 0."""
+    value = (a * math.log(a / b) if a else 0.0) + (1 - a) * (math.log1p(-a) - math.log1p(-b))
+    return max(value, 0.0)  # rounding
+
+
+def _bentkus(total: int, count: int, epsilon: float) -> float:
+    """e P(Binomial(count, epsilon) <= total); above 1 where it says nothing."""
+    return math.e * float(stats.binom.cdf(total, count, epsilon))
+
+
+def _checked_losses(losses: np.ndarray) -> np.ndarray:
+    losses = np.asarray(losses, dtype=np.float64)
+    if losses.ndim != 1:
+        raise EarlyExitError(f"losses has shape {losses.shape}, expected [n], one loss per photo")
+    wrong = np.flatnonzero(~((losses >= 0) & (losses <= 1)))
+    if wrong.size:
+        value = losses[wrong[0]]
+        raise EarlyExitError(f"losses[{wrong[0]}] is {value}, expected a number in [0, 1]; rescale or clip the losses")
+    return losses
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise EarlyExitError(f"{name} is {value}, expected a number in (0, 1), such as 0.1")
+
+
+# Learn then test: walk from safe thresholds to bold ones and stop where the risk can no longer be ruled out.
+
+LONGEST_PATH = 80
+"""Steps of the path; more of them cost time, fewer leave larger gaps between thresholds."""
+
+
+@dataclass(frozen=True)
+class Certified:
+    """The cheapest thresholds that passed.
+
+    Attributes:
+        step: the path's step that was chosen; 0 is the closed one.
+        thresholds: per early exit.
+        choice: exit of every calibration photo, [n].
+        loss: mean over them, or over their groups.
+        bound: upper confidence bound of the expected loss at level delta, were this the only step.
+        passed: steps of the path that passed, the closed one not counted.
+        photos_needed: where none passed, how many calibration photos (or groups) would certify the first open step if
+            they lost what these did; None where no number would.
+    """
+
+    step: int
+    thresholds: tuple[float, ...]
+    choice: np.ndarray
+    loss: float
+    bound: float
+    passed: int
+    photos_needed: int | None = None
+
+
+def safe_to_bold(
+    confidences: Sequence[np.ndarray],
+    losses: np.ndarray,
+    costs: Callable[[np.ndarray], np.ndarray],
+    grid: Grid | None = None,
+) -> np.ndarray:
+    """Thresholds of all exits from everything closed to ever cheaper ones, [steps, early exits].
+
+    The path is what no other combination beats in mean loss and mean cost, on photos that are not those of the
+    calibration; so it is fixed before these are looked at, and each step may be tested at the whole level (fixed
+    sequence testing in Angelopoulos et al. 2021, "Learn then test", section 2.2, with the sequence from other data).
+
+    Args:
+        confidences: per early exit [m].
+        losses: [m, exits].
+        costs: thresholds [M, early exits] to the exits' costs with them [M, exits].
+        grid: the combinations to choose from; by default all that `threshold_grid` makes.
+    """
+    grid = grid or threshold_grid(confidences)
+    path = pareto_path(grid.mean(losses), grid.mean_cost(costs(grid.thresholds)))
+    thresholds = grid.thresholds[path]
+    if len(thresholds) > LONGEST_PATH:
+        thresholds = thresholds[np.unique(np.linspace(0, len(thresholds) - 1, LONGEST_PATH).round().astype(int))]
+    closed = np.full((1, len(confidences)), CLOSED, dtype=np.float32)
+    return np.concatenate([closed, thresholds[(thresholds < CLOSED).any(1)]])
+
+
+def certify(
+    path: np.ndarray,
+    confidences: Sequence[np.ndarray],
+    losses: np.ndarray,
+    costs: np.ndarray,
+    epsilon: float,
+    delta: float,
+    bound: str = "betting",
+    seed: int | None = 0,
+    groups: np.ndarray | None = None,
+) -> Certified:
+    """Walk along ``path`` as long as every step's risk is at most ``epsilon`` with probability 1 - ``delta``, and take
+    the step that costs the calibration photos least.
+
+    The promise is one for all steps that passed at once, so any of them may be chosen, by the same photos too.
+
+    Args:
+        path: from :func:`safe_to_bold`; its first step is closed.
+        confidences: per early exit, of the calibration photos [n].
+        losses: of these, [n, exits] in [0, 1].
+        costs: of the exits at each step of the path, [steps, exits].
+        epsilon, delta: in (0, 1).
+        bound: a key of `BOUNDS`, chosen beforehand.
+        seed: of the order in which the photos are tested. The betting bound stops at its best moment, so data sets or
+            hours of a day that stand one behind the other would be judged by the first of them. None: as they
+            come, for photos that are in random order already.
+        groups: of photos that go together, numbered from 0, [n]: the mean over the photos of a group is one loss, and
+            the promise is for the draw of groups. None: every photo is a group.
+    """
+    p_value, rows = BOUNDS[bound], np.arange(len(losses))
+    sizes = np.ones(len(losses)) if groups is None else np.bincount(groups)
+    order = np.arange(len(sizes)) if seed is None else np.random.default_rng(seed).permutation(len(sizes))
+    choices = [choose(confidences, thresholds) for thresholds in path]
+    groups = rows if groups is None else groups
+    risks = [(np.bincount(groups, losses[rows, choice]) / sizes)[order] for choice in choices]
+    passed = fixed_sequence_test((p_value(risk, epsilon) for risk in risks[1:]), delta)  # step 0 is the full path
+    needed = photos_needed(risks[1], epsilon, delta, p_value) if passed == 0 and len(path) > 1 else None
+    chosen = min(range(passed + 1), key=lambda step: costs[step][choices[step]].mean())
+    return Certified(
+        step=chosen,
+        thresholds=tuple(float(value) for value in path[chosen]),
+        choice=choices[chosen],
+        loss=float(risks[chosen].mean()),
+        bound=0.0 if chosen == 0 else upper_bound(risks[chosen], delta, p_value),
+        passed=passed,
+        photos_needed=needed,
+    )

@@ -1,0 +1,212 @@
+"""Taps of a frozen trunk on disk, computed once per photo and view."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from earlyexit_ssd.engine.loop import to_device
+from earlyexit_ssd.engine.processes import barrier, is_main
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.files import make_folder, new_array, require_space, stored_key, write_json, write_torch, writing
+from earlyexit_ssd.modeling.detector import EarlyExitSSDLite, TapBatch, compute_taps
+from earlyexit_ssd.progress import progress
+
+logger = logging.getLogger(__name__)
+
+
+ARRAYS_OF_HEAD = ("cls_logits", "bbox_regression")
+
+
+class TapCache:
+    """Rows of arrays, view after view; row ``view * photos + index`` is that view of that photo.
+
+    Args:
+        folder: where ``*.npy``, ``targets.pt`` and ``cache.json`` are.
+        model: for the shapes of a row.
+        photos, views: how many.
+        dtype: ``float16`` (a relative difference of up to 2^-11 to what was computed) or ``float32`` (none).
+    """
+
+    def __init__(self, folder: Path, model: EarlyExitSSDLite, photos: int, views: int, dtype: str = "float16") -> None:
+        self.folder, self.photos, self.views = folder, photos, views
+        self._dtype = np.dtype(dtype)
+        self._shapes = _row_shapes(model)
+        self._arrays: dict[str, np.memmap] = {}
+        self.targets: list[dict[str, Tensor]] = []
+
+    @property
+    def gibibytes(self) -> float:
+        """Size on disk."""
+        return self.photos * self.views * self._row_bytes / 2**30
+
+    @property
+    def _row_bytes(self) -> int:
+        return sum(self._dtype.itemsize * int(np.prod(shape)) for shape in self._shapes.values())
+
+    def require_budget(self, gibibytes: float) -> None:
+        """Raise where the cache would be larger than allowed, with the number of views that fits."""
+        if self.gibibytes > gibibytes:
+            fits = int(gibibytes * 2**30 // (self.photos * self._row_bytes))
+            fix = f"set EXITS_PHASE.CACHE_VIEWS to {fits}" if fits else "set EXITS_PHASE.CACHE to false"
+            raise EarlyExitError(
+                f"the tap cache of {self.photos} photos x {self.views} views needs {self.gibibytes:.1f} GiB, "
+                f"EXITS_PHASE.CACHE_GIB allows {gibibytes}; raise it, or {fix}"
+            )
+
+    def build(self, model: EarlyExitSSDLite, loader: DataLoader, contents: str) -> None:
+        """Fill the cache where it is not whole.
+
+        Args:
+            loader: gives the photos in order, its data set the views.
+            contents: a text that changes with the photos, their boxes and views; with another one, or other weights,
+                the cache is made anew.
+
+        Raises:
+            EarlyExitError: the disk has no room for it.
+        """
+        key = hashlib.sha256(f"{contents} {_weights_hash(model)} {self.views} {self._dtype}".encode()).hexdigest()
+        if is_main() and not self._is_whole(key):
+            make_folder(self.folder)
+            with writing(self.folder):
+                (self.folder / "cache.json").unlink(missing_ok=True)
+            what = f"the taps of {self.photos} photos x {self.views} views"
+            fix = "set EXITS_PHASE.CACHE_VIEWS lower, or EXITS_PHASE.CACHE to false"
+            require_space(self.folder, self.photos * self.views * self._row_bytes, what, fix)
+            self._open("w+")
+            targets = list(self._fill(model, loader))
+            with writing(self.folder):
+                for array in self._arrays.values():
+                    array.flush()
+            write_torch(self.folder / "targets.pt", targets)
+            write_json(self.folder / "cache.json", {"key": key, "photos": self.photos, "views": self.views})
+        barrier()
+        self._read()
+
+    def _fill(self, model: EarlyExitSSDLite, loader: DataLoader) -> Iterator[dict[str, Tensor]]:
+        device = next(model.parameters()).device
+        was_training = model.training
+        model.eval()
+        row, largest = 0, float(np.finfo(self._dtype).max)
+        bar = progress(desc="cache taps", total=self.photos * self.views)
+        for view in range(self.views):
+            loader.sampler.set_epoch(view)
+            for images, targets in loader:
+                batch = compute_taps(model, [image.to(device) for image in images], to_device(targets, device))
+                for name, values in _named(batch).items():
+                    values = values.clamp(-largest, largest).cpu().numpy()
+                    self._arrays[name][row : row + len(images)] = values
+                row += len(images)
+                bar.update(len(images))
+                for target in batch.targets:
+                    # copied: a tensor from a worker process holds a file open for as long as it lives
+                    yield {key: torch.as_tensor(target[key]).cpu().clone() for key in ("boxes", "labels", "image_id")}
+        bar.close()
+        model.train(was_training)
+
+    def rows(self, rows: np.ndarray, device: torch.device) -> TapBatch:
+        """The stored rows as a batch in fp32."""
+        order = np.sort(rows)
+        values = {
+            name: torch.from_numpy(array[order].astype(np.float32)).to(device) for name, array in self._arrays.items()
+        }
+        head = {name: values.pop(name) for name in ARRAYS_OF_HEAD}
+        return TapBatch(list(values.values()), head, to_device([self.targets[row] for row in order], device))
+
+    def _is_whole(self, key: str) -> bool:
+        if stored_key(self.folder / "cache.json") != key:
+            return False
+        try:
+            self._read()
+        except Exception as error:  # damaged arrays and archives raise anything
+            logger.warning("%s: the cache is damaged (%s); it is made anew", self.folder, type(error).__name__)
+            return False
+        return True
+
+    def _read(self) -> None:
+        self._open("r")
+        self.targets = torch.load(self.folder / "targets.pt", weights_only=True)
+
+    def _open(self, mode: str) -> None:
+        rows = self.photos * self.views
+        for name, shape in self._shapes.items():
+            path = self.folder / f"{name}.npy"
+            if mode == "r":
+                self._arrays[name] = np.load(path, mmap_mode="r")
+            else:
+                self._arrays[name] = new_array(path, self._dtype, (rows, *shape))
+
+
+class CachedLoader:
+    """Batches of cached taps: an epoch shows each photo once, in a view that moves on from epoch to epoch.
+
+    The incomplete batch at the end of an epoch is left out.
+
+    Args:
+        cache: a built cache.
+        batch_size: rows per step over all processes, at most as many as there are photos.
+        seed: of the order.
+        device: where the batches go.
+        rank, world_size: this process's share of each batch.
+    """
+
+    def __init__(
+        self,
+        cache: TapCache,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.cache, self.seed, self.device = cache, seed, device
+        self.batch_size = min(batch_size, cache.photos)
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self) -> int:
+        return self.cache.photos // self.batch_size
+
+    def epoch(self, epoch: int, start: int) -> Iterable[TapBatch]:
+        """The batches of ``epoch`` from number ``start`` on."""
+        photos = self.cache.photos
+        order = np.random.default_rng([self.seed, epoch]).permutation(photos)
+        views = (np.arange(photos) + epoch) % self.cache.views
+        for batch in range(start, len(self)):
+            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size][self.rank :: self.world_size]
+            yield self.cache.rows(views[chosen] * photos + chosen, self.device)
+
+
+def _named(batch: TapBatch) -> dict[str, Tensor]:
+    taps = {f"tap{index}": tap for index, tap in enumerate(batch.taps)}
+    return {**taps, **{name: batch.head[name] for name in ARRAYS_OF_HEAD}}
+
+
+@torch.no_grad()
+def _row_shapes(model: EarlyExitSSDLite) -> dict[str, tuple[int, ...]]:
+    """Shapes of one image's arrays, from a blank image."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    blank = torch.zeros(3, *model.transform.fixed_size, device=device)
+    target = {
+        "boxes": torch.zeros(0, 4, device=device),
+        "labels": torch.zeros(0, dtype=torch.int64, device=device),
+    }
+    batch = compute_taps(model, [blank], [target])
+    model.train(was_training)
+    return {name: tuple(values.shape[1:]) for name, values in _named(batch).items()}
+
+
+def _weights_hash(model: EarlyExitSSDLite) -> str:
+    digest = hashlib.sha256(repr(model.exit_layers).encode())
+    for module in (model.backbone, model.head):
+        for value in module.state_dict().values():
+            digest.update(value.cpu().numpy().tobytes())
+    return digest.hexdigest()

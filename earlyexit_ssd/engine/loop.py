@@ -1,0 +1,282 @@
+"""Optimizers and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from earlyexit_ssd.engine.processes import mean_of
+from earlyexit_ssd.errors import EarlyExitError
+
+
+def build_optimizer(
+    model: nn.Module, name: str, lr: float, weight_decay: float, lr_factors: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
+    """``sgd`` (momentum 0.9) or ``adamw`` over what requires a gradient; norms, biases and scalars do not decay.
+
+    Args:
+        lr_factors: beginnings of parameters' names to what their rate is multiplied by; 1 for all others. A group
+            of parameters keeps its factor under ``lr_factor``.
+    """
+
+    def factor(parameter_name: str) -> float:
+        return next((value for start, value in (lr_factors or {}).items() if parameter_name.startswith(start)), 1.0)
+
+    def kind(named: tuple[str, nn.Parameter]) -> tuple[float, float]:
+        return factor(named[0]), weight_decay if named[1].ndim > 1 else 0.0
+
+    named = [(key, parameter) for key, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {
+            "params": [parameter for _, parameter in members],
+            "lr": lr * lr_factor,
+            "lr_factor": lr_factor,
+            "weight_decay": decay,
+        }
+        for (lr_factor, decay), members in itertools.groupby(sorted(named, key=kind, reverse=True), kind)
+    ]
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=lr)
+
+
+def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
+    """Linear warm-up over the share ``warmup`` of all steps, then a cosine to zero (Loshchilov and Hutter 2017)."""
+    warmup_steps = int(total * warmup)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total - warmup_steps)))
+
+
+# Batches of photos for the loop, the same ones for the same (epoch, batch) in every run.
+
+
+class PhotoLoader:
+    """A loader of photos as the loop wants it.
+
+    Args:
+        loader: from :func:`earlyexit_ssd.data.build_loader` with ``train=True``.
+        device: where the batches go.
+    """
+
+    def __init__(self, loader: DataLoader, device: torch.device) -> None:
+        self.loader, self.device = loader, device
+        self._steps = len(loader)
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def epoch(self, epoch: int, start: int) -> Iterator[tuple[list[Tensor], list[dict]]]:
+        """The batches of ``epoch`` from number ``start`` on, on the device."""
+        self.loader.sampler.set_epoch(epoch, start)
+        for images, targets in self.loader:
+            yield (
+                [image.to(self.device, non_blocking=True) for image in images],
+                to_device(targets, self.device),
+            )
+
+
+def to_device(targets: list[dict], device: torch.device) -> list[dict]:
+    """Move the tensors of targets; numbers stay as they are."""
+    return [
+        {key: value.to(device) if isinstance(value, Tensor) else value for key, value in target.items()}
+        for target in targets
+    ]
+
+
+# An exponential moving average of the weights.
+
+
+class ExponentialMovingAverage:
+    """Averages parameters and floating-point buffers; the decay warms up, so that early noise is forgotten.
+
+    Args:
+        model: what is averaged.
+        decay: largest decay; after ``t`` updates it is ``min(decay, (1 + t) / (10 + t))``.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.average = copy.deepcopy(model).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take one step towards ``model``."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for mine, theirs in zip(self.average.state_dict().values(), model.state_dict().values(), strict=True):
+            if mine.is_floating_point():
+                mine.lerp_(theirs, 1 - decay)
+            else:
+                mine.copy_(theirs)
+
+    def state_dict(self) -> dict:
+        """For a checkpoint."""
+        return {"updates": self.updates, "average": self.average.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.updates = state["updates"]
+        self.average.load_state_dict(state["average"])
+
+
+# The training loop: read it top to bottom. Everything that is not a step is a hook.
+
+
+class TrainingDiverged(EarlyExitError):
+    """A loss or a gradient became NaN or infinite."""
+
+
+class Loader(Protocol):
+    """What the loop asks of a loader of batches."""
+
+    def __len__(self) -> int:
+        """Steps in an epoch."""
+
+    def epoch(self, epoch: int, start: int) -> Iterable[Any]:
+        """The batches of ``epoch`` from number ``start`` on; the same ones for the same numbers."""
+
+
+class Hook:
+    """Something that happens around the steps; override what is needed.
+
+    Hooks nest like blocks: each enters in the order of the list, and what comes after a step or the training is
+    called in the reverse order.
+    """
+
+    def before_training(self, trainer: Trainer) -> None:
+        """Once, before the first step of this process; a checkpoint may move the trainer's position here."""
+
+    def after_step(self, trainer: Trainer) -> None:
+        """After every step; ``trainer.losses`` holds the means over all processes."""
+
+    def after_training(self, trainer: Trainer) -> None:
+        """Once, when the training ends, is stopped or fails: give back what was taken."""
+
+
+class Trainer:
+    """Minimise the sum of a dict of losses over a number of epochs.
+
+    All randomness comes from the loader, a function of (epoch, batch), so the position (``step``) and the weights
+    are the whole state.
+
+    Args:
+        model: what is trained and saved.
+        compute_losses: a batch to a dict of scalar losses; it may be a DistributedDataParallel around ``model``.
+        loader: the batches.
+        optimizer: over the model's parameters.
+        epochs, peak_lr, warmup: the schedule.
+        clip_gradient: largest norm of the gradient; 0 does not clip.
+        amp: ``off``, ``bf16`` or ``fp16``.
+        device: where it runs.
+        hooks: nested in this order.
+        describe: a batch to the names of its photos, for messages.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        compute_losses: Callable[[Any], dict[str, Tensor]],
+        loader: Loader,
+        optimizer: torch.optim.Optimizer,
+        epochs: int,
+        peak_lr: float,
+        warmup: float = 0.0,
+        clip_gradient: float = 0.0,
+        amp: str = "off",
+        device: torch.device | None = None,
+        hooks: Sequence[Hook] = (),
+        describe: Callable[[Any], list[str]] = lambda batch: [],
+    ) -> None:
+        self.model, self.compute_losses, self.loader, self.optimizer = (
+            model,
+            compute_losses,
+            loader,
+            optimizer,
+        )
+        self.epochs, self.peak_lr, self.warmup, self.clip_gradient = epochs, peak_lr, warmup, clip_gradient
+        self.device = device or torch.device("cpu")
+        self.hooks, self.describe = list(hooks), describe
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
+        self._amp_type = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+        self.step = 0
+        self.losses: dict[str, float] = {}
+        self.stop = False
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole training."""
+        return self.epochs * len(self.loader)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the current step."""
+        return learning_rate(self.step, self.total_steps, self.peak_lr, self.warmup)
+
+    def run(self) -> bool:
+        """Train to the end; False if a hook set ``stop`` before.
+
+        Raises:
+            TrainingDiverged: a loss or a gradient is NaN or infinite; the weights are those of the step before.
+        """
+        for hook in self.hooks:
+            hook.before_training(self)
+        try:
+            while self.step < self.total_steps and not self.stop:
+                self.model.train()
+                self._train_epoch(*divmod(self.step, len(self.loader)))
+        finally:
+            for hook in reversed(self.hooks):
+                hook.after_training(self)
+        return not self.stop
+
+    def _train_epoch(self, epoch: int, start: int) -> None:
+        for batch in self.loader.epoch(epoch, start):
+            self.train_step(batch)
+            self.step += 1
+            for hook in reversed(self.hooks):
+                hook.after_step(self)
+            if self.stop:
+                return
+
+    def train_step(self, batch: Any) -> None:
+        """Forward, backward, update."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * group.get("lr_factor", 1.0)
+        with self._autocast():
+            losses = self.compute_losses(batch)
+        self.losses = mean_of(losses)
+        self._require_finite(self.losses, batch)
+        self.optimizer.zero_grad()
+        self.scaler.scale(sum(losses.values())).backward()
+        self.scaler.unscale_(self.optimizer)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.clip_gradient or float("inf"))
+        if not self.scaler.is_enabled():  # with fp16 such steps happen, and the scaler skips them
+            self._require_finite({"norm of the gradient": norm.item()}, batch)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        if self._amp_type is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self._amp_type)
+
+    def _require_finite(self, values: dict[str, float], batch: Any) -> None:
+        bad = {key: value for key, value in values.items() if not abs(value) < float("inf")}
+        if bad:
+            figures = ", ".join(f"{key} = {value}" for key, value in bad.items())
+            raise TrainingDiverged(
+                f"step {self.step}: {figures} for the photos {', '.join(self.describe(batch))}; "
+                "look at these photos and boxes, lower LR or set CLIP_GRADIENT; the last checkpoint is kept"
+            )

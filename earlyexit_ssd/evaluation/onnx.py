@@ -1,0 +1,248 @@
+"""What exported detectors take and give: photo to input, outputs to boxes; one entry of `FORMATS` each."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import batched_nms
+
+from earlyexit_ssd.config import LARGEST_SIDE
+from earlyexit_ssd.errors import EarlyExitError, one_line, shown
+from earlyexit_ssd.evaluation.cost import OnnxNetwork, deploy_package
+from earlyexit_ssd.modeling.retrofit import COCO_CLASSES
+from earlyexit_ssd.plain import read_bytes
+
+logger = logging.getLogger(__name__)
+
+
+Size = tuple[int, int]
+Found = dict[str, Tensor]
+"""``boxes`` [N, 4] xyxy, ``scores`` [N] and ``labels`` [N] of one photo."""
+
+YOLOX_STRIDES = (8, 16, 32)
+YOLOX_PADDING = 114.0
+LEAST_SCORE, NMS_IOU, MOST_DETECTIONS = 0.001, 0.65, 300
+
+
+@dataclass(frozen=True)
+class OnnxFormat:
+    """One way of exporting a detector.
+
+    classes: names of the labels 1..K, unless the file names its own.
+    prepare: photo [3, H, W] RGB in [0, 1] and input size (height, width) to the input [3, height, width] and the
+        scales (x, y) from photo to input.
+    decode: outputs, input size and K to what was found, boxes in the input's pixels.
+    """
+
+    classes: tuple[str, ...]
+    prepare: Callable[[Tensor, Size], tuple[Tensor, tuple[float, float]]]
+    decode: Callable[[Sequence[Tensor], Size, int], Found]
+
+
+def letterbox(photo: Tensor, size: Size) -> tuple[Tensor, tuple[float, float]]:
+    """YOLOX's input: BGR in [0, 255], the photo's shape kept, in the upper left corner on grey."""
+    height, width = size
+    scale = min(height / photo.shape[1], width / photo.shape[2])
+    inner = (max(int(photo.shape[1] * scale), 1), max(int(photo.shape[2] * scale), 1))
+    pixels = F.interpolate(photo[None] * 255, inner, mode="bilinear")[0]
+    padded = F.pad(pixels, (0, width - inner[1], 0, height - inner[0]), value=YOLOX_PADDING)
+    return padded.flip(0), (scale, scale)
+
+
+def decode_yolox(outputs: Sequence[Tensor], size: Size, num_classes: int) -> Found:
+    """YOLOX's raw output [1, cells, 5 + K] (Ge et al. 2021): box, objectness and class probabilities of each cell.
+
+    A box is its centre, as an offset from the cell's corner, and the logarithms of its sides, all in strides. Each cell
+    is of its best class; the score is objectness times that class's probability; non-maximum suppression goes class by
+    class.
+    """
+    cells, strides = _yolox_cells(size)
+    expected = [1, len(cells), 5 + num_classes]
+    if [list(output.shape) for output in outputs] != [expected]:
+        shapes = ", ".join(str(list(output.shape)) for output in outputs)
+        raise EarlyExitError(f"format yolox: expected one output {expected} for {num_classes} classes, got {shapes}")
+    rows = outputs[0][0].float()
+    probability, best = rows[:, 5:].max(1)
+    scores = rows[:, 4] * probability
+    keep = scores >= LEAST_SCORE
+    centres = (rows[keep, :2] + cells[keep]) * strides[keep]
+    halves = rows[keep, 2:4].exp() * strides[keep] / 2
+    boxes, scores, labels = torch.cat([centres - halves, centres + halves], 1), scores[keep], best[keep] + 1
+    order = batched_nms(boxes, scores, labels, NMS_IOU)[:MOST_DETECTIONS]
+    return {"boxes": boxes[order], "scores": scores[order], "labels": labels[order]}
+
+
+def _yolox_cells(size: Size) -> tuple[Tensor, Tensor]:
+    """Corners [cells, 2] (x, y in cells) and strides [cells, 1] of all grids, fine to coarse, row by row."""
+    corners, strides = [], []
+    for stride in YOLOX_STRIDES:
+        y, x = torch.meshgrid(torch.arange(size[0] // stride), torch.arange(size[1] // stride), indexing="ij")
+        corners.append(torch.stack([x, y], -1).reshape(-1, 2))
+        strides.append(torch.full((y.numel(), 1), stride))
+    return torch.cat(corners).float(), torch.cat(strides).float()
+
+
+def squeeze(photo: Tensor, size: Size) -> tuple[Tensor, tuple[float, float]]:
+    """The photo in [0, 1], squeezed to the input's shape as torchvision's SSD does it."""
+    scales = size[1] / photo.shape[2], size[0] / photo.shape[1]
+    return F.interpolate(photo[None], size, mode="bilinear", align_corners=False)[0], scales
+
+
+def decode_boxes(outputs: Sequence[Tensor], size: Size, num_classes: int) -> Found:
+    """Finished detections in any order: boxes [N, 4] xyxy, scores [N], whole-numbered labels [N] in 1..K; a batch of
+    one is fine."""
+    floats = sorted((one for one in outputs if one.is_floating_point()), key=Tensor.dim)
+    whole = [one for one in outputs if not one.is_floating_point()]
+    fits = len(floats) == 2 and len(whole) == 1 and floats[1].shape[-1] == 4 and floats[1].dim() > floats[0].dim()
+    if not fits or not floats[0].numel() == whole[0].numel() == floats[1].numel() // 4:
+        shapes = ", ".join(f"{one.dtype} {list(one.shape)}" for one in outputs)
+        raise EarlyExitError(f"format boxes: expected boxes [N, 4], scores [N] and integer labels [N], got {shapes}")
+    labels = whole[0].flatten().long()
+    strange = labels[(labels < 1) | (labels > num_classes)]
+    if len(strange):
+        raise EarlyExitError(f"format boxes: label {int(strange[0])}, but {num_classes} names of classes")
+    return {"boxes": floats[1].reshape(-1, 4).float(), "scores": floats[0].flatten().float(), "labels": labels}
+
+
+FORMATS: dict[str, OnnxFormat] = {
+    "yolox": OnnxFormat(tuple(name for name in COCO_CLASSES if name != "N/A"), letterbox, decode_yolox),
+    "boxes": OnnxFormat(COCO_CLASSES, squeeze, decode_boxes),
+}
+"""Names in EVAL.RIVALS.ONNX -> how to use such a file."""
+
+
+# Multiply-accumulates of an ONNX file, in the convention of `count_mmacs`: convolutions and linear layers.
+
+Shape = tuple[int, ...]
+
+
+def count_onnx_mmacs(content: bytes) -> float | None:
+    """Millions of multiply-accumulates of one image; None where the graph's shapes cannot be inferred.
+
+    Counted are Conv, ConvTranspose, Gemm, and MatMul with constant weights; a product of two activations is no linear
+    layer. Bodies of loops and conditions are not looked into.
+    """
+    onnx = deploy_package("onnx")
+    try:
+        return _count_graph(onnx, onnx.load_from_string(content))
+    except Exception as error:  # a foreign graph may break every rule that its inference of shapes relies on
+        logger.warning("multiply-accumulates of an ONNX file cannot be counted (%s)", one_line(str(error)))
+        return None
+
+
+def _count_graph(onnx: ModuleType, model: Any) -> float | None:
+    for value in model.graph.input:
+        first = value.type.tensor_type.shape.dim[0] if value.type.tensor_type.shape.dim else None
+        if first is not None and not first.dim_value:
+            first.dim_value = 1
+    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    shapes, constants = _shapes(graph), _constants(graph)
+    counts = [_count(node, shapes, constants) for node in graph.node]
+    return None if None in counts else sum(counts) / 1e6
+
+
+def _shapes(graph: Any) -> dict[str, Shape]:
+    """Of every tensor whose lengths are all known."""
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    for node in graph.node:
+        value = next((one for one in node.attribute if one.name == "value"), None)
+        if node.op_type == "Constant" and value is not None:
+            shapes[node.output[0]] = tuple(value.t.dims)
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        lengths = tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
+        if all(lengths):
+            shapes.setdefault(value.name, lengths)
+    return shapes
+
+
+def _constants(graph: Any) -> set[str]:
+    """Names of the tensors that no input changes: weights, and what is made of weights alone."""
+    names = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" or (node.input and names.issuperset(filter(None, node.input))):
+            names.update(node.output)
+    return names
+
+
+def _count(node: Any, shapes: Mapping[str, Shape], constants: set[str]) -> int | None:
+    """Multiply-accumulates of one node, 0 where it has none that count, None where a shape is not known."""
+    counted = node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
+    if not counted or (node.op_type == "MatMul" and constants.isdisjoint(node.input)):
+        return 0
+    data, weights, output = (shapes.get(name) for name in (node.input[0], node.input[1], node.output[0]))
+    if data is None or weights is None or output is None:
+        return None
+    if node.op_type == "ConvTranspose":  # each input value meets its kernel: [in, out / groups, *kernel]
+        return math.prod(data) * math.prod(weights[1:])
+    if node.op_type == "Conv":  # each output value has its kernel: [out, in / groups, *kernel]
+        return math.prod(output) * math.prod(weights[1:])
+    transposed = node.op_type == "Gemm" and any(one.name == "transA" and one.i for one in node.attribute)
+    return math.prod(output) * data[0 if transposed else -1]
+
+
+# An exported detector with torchvision's interface.
+
+
+class OnnxDetector(nn.Module):
+    """``detector(photos)`` is one dict per photo: ``boxes`` [n, 4] xyxy in its pixels, ``scores``, ``labels`` 1..K.
+
+    Args:
+        path: an ONNX file for one photo.
+        file_format: a name of `FORMATS`.
+        threads: of ONNX Runtime.
+
+    Attributes:
+        network: the graph alone.
+        classes: the K names: those in the file's metadata under ``classes``, separated by commas, or the format's.
+
+    Raises:
+        EarlyExitError: the file cannot be read or run.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], file_format: str, threads: int = 1) -> None:
+        super().__init__()
+        if file_format not in FORMATS:
+            raise EarlyExitError(f"format {shown(file_format)}: expected one of {', '.join(FORMATS)}")
+        try:
+            content = read_bytes(path)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise EarlyExitError(f"{path}: cannot be read as an ONNX file ({reason})") from None
+        self.path, self.content, self.format = path, content, FORMATS[file_format]
+        self.network = OnnxNetwork(content, threads, str(path), Path(path).parent)
+        shape = self.network.input_shape
+        if shape[:-2] not in ((3,), (1, 3)) or max(shape) > LARGEST_SIDE:
+            raise EarlyExitError(
+                f"{path}: expected an input [1, 3, height, width], it is {list(shape)}; a batch is one photo, and "
+                f"sides are {LARGEST_SIDE} pixels at most"
+            )
+        named = self.network.metadata.get("classes", "")
+        self.classes = tuple(name.strip() for name in named.split(",")) if named else self.format.classes
+
+    def forward(self, photos: list[Tensor]) -> list[Found]:
+        """Detections in photos [3, H, W] RGB in [0, 1]."""
+        return [self._detect(photo) for photo in photos]
+
+    def _detect(self, photo: Tensor) -> Found:
+        size = self.network.input_shape[-2:]
+        x, scales = self.format.prepare(photo.cpu(), size)
+        try:
+            found = self.format.decode(self.network(x.reshape(self.network.input_shape)), size, len(self.classes))
+        except EarlyExitError as error:
+            raise EarlyExitError(f"{self.path}: {error}; its metadata may name its classes") from None
+        if not all(found[key].isfinite().all() for key in ("boxes", "scores")):
+            raise EarlyExitError(f"{self.path}: its boxes or scores are not finite; export it anew")
+        height, width = photo.shape[-2:]
+        boxes = found["boxes"] / torch.tensor([*scales, *scales])
+        limits = torch.tensor([width, height, width, height], dtype=boxes.dtype)
+        return found | {"boxes": boxes.clamp(min=0).minimum(limits)}

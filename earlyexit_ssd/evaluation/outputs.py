@@ -1,0 +1,332 @@
+"""Evaluate a model and leave it as it was found."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from earlyexit_ssd.calibration.thresholds import choose
+from earlyexit_ssd.errors import DataError, EarlyExitError
+from earlyexit_ssd.files import make_folder, new_array, require_space, stored_key, write_json, write_torch, writing
+from earlyexit_ssd.modeling.checkpoint import weights_hash
+from earlyexit_ssd.modeling.outputs import ExitOutputs, ExitSignals
+from earlyexit_ssd.progress import progress
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; afterwards every sub-module has its own train/eval flag back.
+
+    The flags are restored one by one, because a model with a frozen part is in neither mode as a whole.
+    """
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+# Run a detector over a data set once and keep what every exit found.
+
+Batches = Iterable[tuple[list[Tensor], list[dict[str, Any]]]]
+ImageDetections = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What every exit says about every photo, on the CPU.
+
+    image_ids: in the order of the loader.
+    detections: per exit, shallow to deep, image id -> ``boxes`` [N,4] xyxy in the photo's pixels, ``scores``
+        [N], ``labels`` [N].
+    confidences: per exit the router's confidence [n] in the order of ``image_ids``; empty without a router.
+    """
+
+    image_ids: list[int]
+    detections: list[dict[int, ImageDetections]]
+    confidences: list[Tensor]
+
+
+def collect(
+    model: nn.Module, loader: Batches, router: Any | None = None, title: str | None = "evaluate exits"
+) -> Collected:
+    """All exits of ``model`` on every photo of ``loader``, each photo computed once.
+
+    Args:
+        model: an `EarlyExitSSDLite`; its mode is restored afterwards.
+        loader: batches of (images, targets) as `earlyexit_ssd.data.build_loader` makes them, without
+            augmentation.
+        router: an `ExitRouter` for the confidences, or None for none.
+        title: of the progress bar; None shows none.
+
+    Raises:
+        DataError: an image id occurs twice.
+    """
+    exits = range(len(model.exit_names))
+    image_ids: list[int] = []
+    detections: list[dict[int, ImageDetections]] = [{} for _ in exits]
+    confidences: list[list[Tensor]] = [[] for _ in exits]
+    device = next(model.parameters()).device
+    with evaluating(model):
+        for images, targets in progress(loader, desc=title):
+            outputs = model.exit_outputs([image.to(device) for image in images])
+            if router is not None and router.hybrid:
+                outputs = outputs.on_full_boxes()
+            image_ids += _image_ids(targets)
+            for index in exits:
+                found = model.detections(outputs, index)
+                detections[index].update(zip(_image_ids(targets), map(compact, found), strict=True))
+                if router is not None:
+                    confidence = router.confidence(outputs.signals(index), index)
+                    confidences[index].append(confidence.float().cpu())
+    require_unique(image_ids)
+    kept = [torch.cat(values) if values else torch.zeros(0) for values in confidences] if router is not None else []
+    return Collected(image_ids, detections, kept)
+
+
+def collect_detections(model: nn.Module, loader: Batches, title: str | None = "evaluate") -> dict[int, ImageDetections]:
+    """Detections per image id of any detector with torchvision's interface, such as a reference."""
+    detections: dict[int, ImageDetections] = {}
+    image_ids: list[int] = []
+    device = next(itertools.chain(model.parameters(), model.buffers())).device
+    with evaluating(model):
+        for images, targets in progress(loader, desc=title):
+            found = model([image.to(device) for image in images])
+            image_ids += _image_ids(targets)
+            detections.update(zip(_image_ids(targets), map(compact, found), strict=True))
+    require_unique(image_ids)
+    return detections
+
+
+def compact(found: dict[str, Tensor]) -> ImageDetections:
+    """A photo's detections on the CPU, nothing else that a model says about it."""
+    return {
+        "boxes": found["boxes"].float().cpu(),
+        "scores": found["scores"].float().cpu(),
+        "labels": found["labels"].cpu(),
+    }
+
+
+def _image_ids(targets: list[dict[str, Any]]) -> list[int]:
+    return [int(target["image_id"]) for target in targets]
+
+
+def require_unique(image_ids: list[int]) -> None:
+    """Raise a DataError where an id occurs twice."""
+    seen: set[int] = set()
+    for image_id in image_ids:
+        if image_id in seen:
+            raise DataError(f"image id {image_id} comes twice in the evaluated data set; ids must be unique")
+        seen.add(image_id)
+
+
+# The routed detector, put together from what every exit found.
+
+
+def choose_exits(confidences: Sequence[Tensor], thresholds: Sequence[float]) -> Tensor:
+    """The exit of every photo: the first whose confidence reaches its threshold; the last takes the rest.
+
+    Args:
+        confidences: per exit, shallow to deep, [n].
+        thresholds: one per early exit; the last exit needs none.
+
+    Returns:
+        int64 [n], indices of exits.
+    """
+    last = len(confidences) - 1
+    if len(thresholds) != last:
+        raise EarlyExitError(f"{len(thresholds)} thresholds for {last} early exits: give one for each")
+    if last == 0:
+        return torch.zeros(len(confidences[0]), dtype=torch.int64)
+    return torch.from_numpy(choose([values.numpy() for values in confidences[:-1]], thresholds).astype(np.int64))
+
+
+def routed_detections(collected: Collected, chosen: Tensor) -> dict[int, ImageDetections]:
+    """Per image id, the detections of its exit ``chosen`` [n] (in the order of ``collected.image_ids``)."""
+    return {
+        image_id: collected.detections[index][image_id]
+        for image_id, index in zip(collected.image_ids, chosen.tolist(), strict=True)
+    }
+
+
+def exit_share(chosen: Tensor, exit_names: Sequence[str]) -> dict[str, float]:
+    """Share of the photos that take each exit, in [0, 1], summing to 1 (all 0 without photos)."""
+    counts = torch.bincount(chosen, minlength=len(exit_names)).tolist()
+    return {name: count / max(len(chosen), 1) for name, count in zip(exit_names, counts, strict=True)}
+
+
+def mean_cost(chosen: Tensor, costs: Sequence[float]) -> float | None:
+    """Mean over the photos of the cost of the exit each takes (milliseconds, MMACs); None without photos."""
+    return torch.tensor(costs, dtype=torch.float64)[chosen].mean().item() if len(chosen) else None
+
+
+# Every exit's outputs for every photo of a split, on disk: one pass over the network, then any policy and threshold.
+
+REPLAY_BATCH = 64
+"""Photos whose logits are in memory at a time."""
+
+
+class Recording:
+    """A split as every exit saw it; rows are photos in the order of ``image_ids``.
+
+    Args:
+        folder: of a whole recording, see :func:`record`.
+
+    Attributes:
+        image_ids: [n].
+        logits: per early exit [n, A, C], raw, on disk.
+        taps: per early exit [n, 2 * channels], pooled, on disk.
+        empty: per early exit, whether it has no branch.
+        labels: of the default boxes by matching with the objects, [n, A], on disk.
+        detections: per exit, the full path last, image id -> ``boxes``, ``scores`` and ``labels``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        info = json.loads((folder / "recording.json").read_text(encoding="utf-8"))
+        self.image_ids: list[int] = info["image_ids"]
+        early = range(info["early_exits"])
+        self.empty: list[bool] = info["empty"]
+        self.logits = [np.load(folder / f"logits{index}.npy", mmap_mode="r") for index in early]
+        self.taps = [np.load(folder / f"tap{index}.npy", mmap_mode="r") for index in early]
+        self.labels = np.load(folder / "labels.npy", mmap_mode="r")
+        self.detections = torch.load(folder / "detections.pt", weights_only=True)
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @property
+    def early_exits(self) -> int:
+        """How many exits come before the full path."""
+        return len(self.logits)
+
+    def signals(self, exit_index: int) -> Iterator[ExitSignals]:
+        """What a router sees at an early exit, batch after batch."""
+        for start in range(0, len(self), REPLAY_BATCH):
+            rows = slice(start, start + REPLAY_BATCH)
+            logits, tap = (_tensor(values[exit_index][rows]) for values in (self.logits, self.taps))
+            yield ExitSignals(logits, tap, self.empty[exit_index])
+
+    @torch.no_grad()
+    def confidences(self, router: Any) -> list[Tensor]:
+        """Per early exit the confidence that ``router`` has in every photo, [n]."""
+        return [
+            torch.cat(
+                [router.confidence(signals, index).float() for signals in self.signals(index)] or [torch.zeros(0)]
+            )
+            for index in range(self.early_exits)
+        ]
+
+
+def record(
+    model: nn.Module, loader: Batches, photos: int, folder: Path, key: str, taught_from: float | None = None
+) -> Recording:
+    """The recording in ``folder``, made first where it is missing or was made of something else.
+
+    Args:
+        model: an `EarlyExitSSDLite`; its mode is restored afterwards.
+        loader: batches of (images, targets) without augmentation.
+        photos: how many there are.
+        folder: to write to.
+        key: a text that changes with everything a recording depends on but the weights: its photos.
+        taught_from: for photos that nobody labelled: what the full path finds from this score on is what is there.
+
+    Raises:
+        DataError: an image id occurs twice.
+    """
+    exits = f"{model.exit_names} {tuple(model.empty)}"  # an empty exit has no weights to be known by
+    key = f"{key} {weights_hash(model)} {exits}" + ("" if taught_from is None else f" taught from {taught_from}")
+    key = hashlib.sha256(key.encode()).hexdigest()
+    if stored_key(folder / "recording.json") == key:
+        try:
+            return Recording(folder)
+        except Exception as error:  # damaged arrays and archives raise anything
+            logger.warning("%s: the recording is damaged (%s); it is made anew", folder, type(error).__name__)
+    make_folder(folder)
+    with writing(folder):
+        (folder / "recording.json").unlink(missing_ok=True)
+    _fill(model, loader, photos, folder, key, taught_from)
+    return Recording(folder)
+
+
+def _fill(model: nn.Module, loader: Batches, photos: int, folder: Path, key: str, taught_from: float | None) -> None:
+    image_ids: list[int] = []
+    detections: list[dict[int, dict[str, Tensor]]] = [{} for _ in model.exit_names]
+    arrays: dict[str, np.memmap] = {}
+    device = next(model.parameters()).device
+    bar = progress(desc="record exits", total=photos)
+    with evaluating(model):
+        for images, targets in loader:
+            images = [image.to(device) for image in images]
+            outputs = model.exit_outputs(images)
+            start = len(image_ids)
+            answers = [model.detections(outputs, index) for index in range(len(detections))]
+            seen = targets if taught_from is None else [_from(one, taught_from) for one in answers[-1]]
+            rows = _rows(model, outputs, seen)
+            if not arrays:
+                size = photos * sum(values[0].nbytes for values in rows.values())
+                fix = "name another folder (--out), or fewer photos (CALIBRATION.TRAIN_PHOTOS, DATA.LIMIT)"
+                require_space(folder, size, f"recording {photos} photos", fix)
+            for name, values in rows.items():
+                if name not in arrays:
+                    shape = (photos, *values.shape[1:])
+                    arrays[name] = new_array(folder / f"{name}.npy", values.dtype, shape)
+                arrays[name][start : start + len(images)] = values
+            image_ids += [int(target["image_id"]) for target in targets]
+            for found, answer in zip(detections, answers, strict=True):
+                found.update(zip(image_ids[start:], map(compact, answer), strict=True))
+            bar.update(len(images))
+    bar.close()
+    require_unique(image_ids)
+    with writing(folder):
+        for array in arrays.values():
+            array.flush()
+    write_torch(folder / "detections.pt", detections)
+    info = {"image_ids": image_ids, "early_exits": model.num_early_exits, "empty": list(model.empty), "key": key}
+    write_json(folder / "recording.json", info)
+
+
+def _from(found: dict[str, Tensor], score: float) -> dict[str, Tensor]:
+    """Detections from this score on, as targets."""
+    keep = found["scores"] >= score
+    return {"boxes": found["boxes"][keep].float(), "labels": found["labels"][keep]}
+
+
+def _rows(model: nn.Module, outputs: ExitOutputs, targets: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    rows = {"labels": _labels(model, outputs, targets)}
+    for index, tap in enumerate(outputs.taps):
+        rows |= {f"logits{index}": outputs.heads[index]["cls_logits"].float(), f"tap{index}": tap.float()}
+    return {name: values.cpu().numpy() for name, values in rows.items()}
+
+
+def _labels(model: nn.Module, outputs: ExitOutputs, targets: list[dict[str, Any]]) -> Tensor:
+    """Labels of the default boxes, [N, A] int16; 0 is background."""
+    device = outputs.anchors[0].device
+    scaled = []
+    for target, (height, width), photo in zip(targets, outputs.network_sizes, outputs.photo_sizes, strict=True):
+        scale = torch.tensor([width / photo[1], height / photo[0]] * 2, device=device)
+        counted = torch.as_tensor(target.get("iscrowd", torch.zeros(len(target["labels"])))) == 0
+        boxes, labels = target["boxes"][counted], target["labels"][counted]
+        scaled.append({"boxes": boxes.to(device) * scale, "labels": labels.to(device)})
+    return model.assign(scaled, outputs.anchors).labels.to(torch.int16)
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.array(values))

@@ -1,0 +1,360 @@
+"""None"""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import fisher_exact
+
+from earlyexit_ssd.calibration.drift import (
+    QUANTILES,
+    DriftMonitor,
+    Reference,
+    distance_p_value,
+    fisher_p_value,
+    quantile_distance,
+    sample_quantiles,
+)
+from earlyexit_ssd.errors import EarlyExitError
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.floats(0, 1), st.floats(0, 1))
+def test_fisher_is_scipys(photos, reference_photos, share, reference_share):
+    count, before = round(share * photos), round(reference_share * reference_photos)
+    expected = fisher_exact([[count, photos - count], [before, reference_photos - before]]).pvalue
+    assert fisher_p_value(count, photos, before, reference_photos) == pytest.approx(expected, rel=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=70), st.lists(st.integers(0, 9), min_size=1, max_size=70))
+def test_distance_to_quantiles_is_within_one_step_of_that_to_the_sample(values, sample):
+    stored = sample_quantiles(np.array(sample))
+    points = np.arange(10)
+    share = [(np.array(numbers)[:, None] <= points).mean(0) for numbers in (values, sample)]
+    true = abs(share[0] - share[1]).max()
+    distance = quantile_distance(np.array(values), np.array(stored))
+    assert true - 1 / (QUANTILES - 1) - 1e-9 <= distance <= true + 1e-9
+
+
+@pytest.mark.parametrize(("count", "reference_count"), [(1, 1), (2, 3), (5, 5), (9, 9), (7, 12), (16, 16), (6, 24)])
+def test_distance_p_value_bounds_the_exact_one(count, reference_count):
+    # Count the orders in which the two samples can come whose shares never differ by ``gap`` / (m n) or more.
+    for gap in range(1, count * reference_count + 1):
+        paths = np.zeros((count + 1, reference_count + 1))
+        for first in range(count + 1):
+            for second in range(reference_count + 1):
+                if abs(first * reference_count - second * count) < gap:
+                    ways = (paths[first - 1, second] if first else 0) + (paths[first, second - 1] if second else 0)
+                    paths[first, second] = ways if first or second else 1
+        total = np.prod([(reference_count + k) / k for k in range(1, count + 1)])
+        exact = 1 - paths[-1, -1] / total
+        assert exact <= distance_p_value(gap / (count * reference_count), count, reference_count) + 1e-12
+
+
+# What calibration leaves for the drift check.
+
+GOOD = {
+    "photos": 3,
+    "exit_names": ["exit8", "exit12", "full"],
+    "exit_counts": [2, 0, 1],
+    "confidences": [[0.5] * 11 + [0.75] * 10, []],
+}
+
+
+def test_reference_by_hand():
+    confidences = [[0.9, 0.8, float("nan"), 0.7], [float("nan"), 0.1, 0.6, 0.2]]
+    reference = Reference.from_decisions(NAMES, [0, 0, 1, 2], confidences)
+    assert (reference.photos, reference.exit_names, reference.exit_counts) == (4, NAMES, (2, 1, 1))
+    # Half of the two values are at most 0.8, so levels 0 to 1/2 are 0.8.
+    assert reference.confidences == ((0.8,) * 11 + (0.9,) * 10, (0.6,) * 21)
+
+
+def test_quantiles_are_exact_where_a_level_is_a_whole_number_of_photos():
+    values = np.arange(1, 21) / 32
+    reference = Reference.from_decisions(("exit8", "full"), np.zeros(20, int), [values])
+    assert reference.confidences == ((1 / 32, *values),)
+
+
+def test_reference_goes_through_json():
+    reference = reference_of(*decisions(np.random.default_rng(0), 1000))
+    assert Reference.from_dict(json.loads(json.dumps(reference.to_dict()))) == reference
+    nobody_left = Reference.from_decisions(NAMES, [2, 2], [[0.1, 0.2], [0.3, 0.2]])
+    assert nobody_left.confidences == ((), ())
+    assert Reference.from_dict(json.loads(json.dumps(nobody_left.to_dict()))) == nobody_left
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"photos": 4}, r"exit_counts \[2, 0, 1\]: expected one for each of 3 exits, sum 4"),
+        ({"photos": "3"}, "photos is '3', expected a whole number"),
+        ({"photos": 0, "exit_counts": [0, 0, 0]}, "photos is 0, expected 1 to"),
+        ({"exit_counts": [2, 1]}, "one for each of 3 exits"),
+        ({"exit_counts": [4, 0, -1]}, r"exit_counts\[2\] is -1, expected 0 to"),
+        ({"exit_counts": [2.0, 0, 1]}, r"exit_counts\[0\] is 2.0, expected a whole number"),
+        ({"exit_counts": 3}, "cannot be read .*calibrate again"),
+        ({"exit_names": ["full"]}, "expected early exits and the full path"),
+        ({"exit_names": ["exit8", "exit8", "full"]}, "no name twice"),
+        ({"confidences": [[0.75] * 11 + [0.5] * 10, []]}, "confidences of exit8 have 0.5, expected .* >= 0.75"),
+        (
+            {"confidences": [[0.5] * 20 + [float("nan")], []]},
+            r"\[0\]\[20\] is nan, expected a finite number",
+        ),
+        ({"confidences": [[float("-inf")] + [0.5] * 20, []]}, r"confidences\[0\]\[0\] is -inf"),
+        ({"confidences": [["0.5"] * 21, []]}, "cannot be read"),
+        ({"confidences": [[0.5] * 20, []]}, "exit8: 20 quantiles for 2 photos, expected 21"),
+        ({"confidences": [[], []]}, "exit8: 0 quantiles for 2 photos"),
+        ({"confidences": [[0.5] * 21, [0.5] * 21]}, "exit12: 21 quantiles for 0 photos, .* or none for no photo"),
+        ({"confidences": [[0.5] * 21]}, "confidences of 1 exits: expected the 2 early ones"),
+        ({"confidences": None}, "cannot be read"),
+        ({"window": 200}, "cannot be read .*window"),
+    ],
+)
+def test_impossible_references(values, message):
+    assert Reference.from_dict(GOOD).to_dict() == GOOD
+    with pytest.raises(EarlyExitError, match=message):
+        Reference.from_dict({**GOOD, **values})
+
+
+@pytest.mark.parametrize("values", [None, [], {}, {"photos": 3}])
+def test_no_reference(values):
+    with pytest.raises(EarlyExitError, match="drift reference cannot be read"):
+        Reference.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("exit_index", "confidences", "message"),
+    [
+        ([0, 1], [[0.9, 0.9]], "confidences of 1 exits"),
+        ([0, 1], [[0.9], [0.9]], "confidence has shape .1,., expected .2,."),
+        ([0, 3], [[0.9, 0.9]] * 2, "exit_index has 3"),
+        ([0, 1], [[float("nan"), 0.9]] * 2, r"confidences\[0\]\[0\] is nan"),
+        ([], [[], []], "photos is 0"),
+    ],
+)
+def test_impossible_calibrations(exit_index, confidences, message):
+    with pytest.raises(EarlyExitError, match=message):
+        Reference.from_decisions(NAMES, exit_index, confidences)
+
+
+# routing.test_drift.
+
+NAMES = ("exit8", "exit12", "full")
+SHARES = (0.42, 0.38, 0.2)
+
+
+def decisions(generator, photos, shares=SHARES, power=1.0):
+    """Exits [photos] and the confidences there in [0.5, 1]: uniform for ``power`` 1, higher ones for less."""
+    return generator.choice(3, photos, p=shares), 0.5 + 0.5 * generator.random(photos) ** power
+
+
+def reference_of(exit_index, confidence):
+    return Reference.from_decisions(NAMES, exit_index, [confidence, confidence])
+
+
+@pytest.fixture
+def reference():
+    return reference_of(*decisions(np.random.default_rng(0), 1000))
+
+
+def warnings_of(monitor, exit_index, confidence, batch=50):
+    """Of each batch that had any."""
+    starts = range(0, len(exit_index), batch)
+    found = [monitor.update(exit_index[at : at + batch], confidence[at : at + batch]) for at in starts]
+    return [warnings for warnings in found if warnings]
+
+
+@pytest.mark.parametrize(("alpha", "streams", "photos", "window"), [(0.2, 30, 2000, 200), (0.2, 30, 400, 20)])
+def test_false_alarms_are_at_most_those_documented(alpha, streams, photos, window):
+    assert false_alarms(alpha, streams, photos, window) / (streams * photos) <= 2 * alpha / window
+
+
+def test_false_alarms_by_default():
+    # 4 in 400,000 photos are documented (2 or 3 are the truth); 10 are three standard deviations above.
+    assert false_alarms(0.001, 200, 2000, 200) <= 10
+
+
+def false_alarms(alpha, streams, photos, window):
+    """Checks that warn, in streams like their own calibration."""
+    alarms = 0
+    for seed in range(streams):
+        generator = np.random.default_rng(seed)
+        monitor = DriftMonitor(reference_of(*decisions(generator, 400)), window=window, alpha=alpha)
+        alarms += len(warnings_of(monitor, *decisions(generator, photos), batch=window // 2))
+    return alarms
+
+
+def test_shifted_shares_are_told_within_two_windows(reference, caplog):
+    generator = np.random.default_rng(1)
+    monitor = DriftMonitor(reference)
+    assert warnings_of(monitor, *decisions(generator, 1000)) == []
+    with caplog.at_level(logging.WARNING):
+        found = warnings_of(monitor, *decisions(generator, 400, shares=(0.7, 0.2, 0.1)))
+    (warning,) = found[-1]
+    assert warning.startswith("drift: exit8 took ") and "% of the last 200 photos, " in warning
+    assert warning.endswith("): calibrate again, the certificate speaks of other photos")
+    assert "\n" not in warning
+    assert monitor.status()["warnings"] == [warning]
+    assert caplog.messages[-1].startswith("drift: exit8 took ")
+
+
+def test_warning_by_hand():
+    reference = Reference.from_decisions(("exit8", "full"), [0] * 42 + [1] * 58, [np.full(100, 0.75)])
+    monitor = DriftMonitor(reference, window=100)
+    p_value = fisher_exact([[71, 29], [42, 58]]).pvalue
+    assert 1e-5 < p_value < 1e-4
+    assert monitor.update([0] * 71 + [1] * 29, np.full(100, 0.75)) == [
+        f"drift: exit8 took 71 % of the last 100 photos, 42 % in calibration (p = {p_value * 1e5:.0f}e-5): "
+        "calibrate again, the certificate speaks of other photos"
+    ]
+
+
+def test_shifted_confidences_with_equal_shares_are_told_within_two_windows(reference):
+    generator = np.random.default_rng(2)
+    monitor = DriftMonitor(reference)
+    exit_index, confidence = decisions(generator, 1400)
+    confidence[1000:][exit_index[1000:] == 0] **= 0.4
+    assert warnings_of(monitor, exit_index[:1000], confidence[:1000]) == []
+    found = warnings_of(monitor, exit_index[1000:], confidence[1000:])
+    assert all(len(warnings) == 1 for warnings in found)
+    assert found[-1][0].startswith("drift: the confidences at exit8 have moved, median 0.")
+
+
+def test_warnings_end_with_the_drift(reference):
+    generator = np.random.default_rng(3)
+    monitor = DriftMonitor(reference)
+    assert monitor.update(*decisions(generator, 200, shares=(0.9, 0.05, 0.05)))
+    monitor.update(*decisions(generator, 200))
+    assert monitor.status()["warnings"] == []
+
+
+def test_each_cause_is_logged_once_per_window(reference, caplog):
+    monitor = DriftMonitor(reference, window=100)
+    exit_index, confidence = np.zeros(400, int), np.full(400, 0.99)
+    with caplog.at_level(logging.WARNING):
+        found = warnings_of(monitor, exit_index, confidence)
+    assert [len(warnings) for warnings in found] == [2] * 7  # at 100, 150, ..., 400 photos
+    assert len(caplog.messages) == 2 * 4
+    assert {record.name for record in caplog.records} == {"earlyexit_ssd.calibration.drift"}
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 70), st.lists(st.integers(0, 40), min_size=1, max_size=12))
+def test_batches_may_be_cut_anywhere(window, sizes):
+    exit_index, confidence = decisions(np.random.default_rng(4), sum(sizes), shares=(0.1, 0.1, 0.8), power=0.1)
+    reference = reference_of(*decisions(np.random.default_rng(5), 300))
+    whole, parts = (DriftMonitor(reference, window=window, alpha=0.1) for _ in range(2))
+    told = whole.update(exit_index, confidence)
+    cut = np.cumsum(sizes)[:-1]
+    told_in_parts = [
+        warning
+        for batch in zip(np.split(exit_index, cut), np.split(confidence, cut), strict=True)
+        for warning in parts.update(*batch)
+    ]
+    assert set(told) <= set(told_in_parts)
+    assert whole.status() == parts.status()
+
+
+def test_no_check_before_the_window_is_full(reference):
+    monitor = DriftMonitor(reference)
+    assert monitor.update([0] * 199, [0.99] * 199) == []
+    assert len(monitor.update([0], [0.99])) == 2
+    assert monitor.update([0] * 99, [0.99] * 99) == []
+    assert len(monitor.update([0], [0.99])) == 2
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 7])
+def test_small_windows(reference, window):
+    monitor = DriftMonitor(reference, window=window)
+    warnings_of(monitor, *decisions(np.random.default_rng(6), 50), batch=4)
+    assert monitor.status()["in_window"] == window
+    # Seven photos that all do what one in five did: 0.2 ** 7 is below 0.001 / 5.
+    assert bool(monitor.update([2] * 2 * window, [0.0] * 2 * window)) == (window == 7)
+
+
+@pytest.mark.filterwarnings("error")  # numpy divides by no photos in silence otherwise
+def test_exit_that_nobody_took_in_calibration():
+    reference = Reference.from_decisions(NAMES, [0, 2] * 200, [np.linspace(0.5, 1, 400)] * 2)
+    assert reference.exit_counts == (200, 0, 200)
+    monitor = DriftMonitor(reference)
+    (warning,) = monitor.update([1, 2] * 100, [0.9] * 200)
+    assert warning.startswith("drift: exit")
+    few = DriftMonitor(reference).update([1] * 2 + [0, 2] * 99, np.linspace(0.5, 1, 200))
+    assert few == []
+
+
+def test_full_path_alone():
+    reference = Reference.from_decisions(NAMES, [2] * 300, [np.zeros(300)] * 2)
+    monitor = DriftMonitor(reference)
+    assert monitor.update([2] * 200, [float("nan")] * 200) == []  # the confidence at the full path is not looked at
+    assert monitor.update([0] * 100, [0.9] * 100)[0].startswith("drift: exit8 took 50 % of the last 200 photos, 0 % in")
+
+
+def test_one_confidence_for_all_photos():
+    reference = Reference.from_decisions(("exit8", "full"), [0, 1] * 200, [np.zeros(400)])
+    assert DriftMonitor(reference).update([0, 1] * 100, np.zeros(200)) == []
+    (warning,) = DriftMonitor(reference).update([0, 1] * 100, np.full(200, 1e-6))
+    assert warning.startswith("drift: the confidences at exit8 have moved, median 1e-06 of 100 among the last 200")
+    assert "0 in calibration (p < 1e-15)" in warning
+
+
+def test_status(reference):
+    monitor = DriftMonitor(reference, window=4)
+    shares = dict(zip(NAMES, [count / 1000 for count in reference.exit_counts], strict=True))
+    empty = {"photos": 0, "in_window": 0, "shares": None, "calibration_shares": shares, "warnings": []}
+    assert monitor.status() == empty
+    monitor.update([2, 2, 0, 0, 1, 0], [0.9] * 6)
+    now = {"exit8": 0.75, "exit12": 0.25, "full": 0.0}
+    assert monitor.status() == {**empty, "photos": 6, "in_window": 4, "shares": now}
+
+
+def test_takes_the_models_tensors(reference):
+    monitor = DriftMonitor(reference, window=4)
+    monitor.update(torch.tensor([0, 2]), torch.tensor([0.5, 0.5], dtype=torch.bfloat16, requires_grad=True))
+    assert monitor.update(torch.tensor([], dtype=torch.long), torch.tensor([])) == monitor.update([], []) == []
+    assert monitor.status()["photos"] == 2
+
+
+@pytest.mark.parametrize(
+    ("exit_index", "confidence", "message"),
+    [
+        ([0, 3], [0.9, 0.9], "exit_index has 3, the reference knows 0 to 2: exit8, exit12, full"),
+        ([-1], [0.9], "exit_index has -1"),
+        ([0.0], [0.9], "float64 .1,.: expected whole numbers"),
+        (0, 0.9, "expected whole numbers .m."),
+        ([0, 1], [0.9], "confidence has shape .1,., expected .2,."),
+        ([2, 0], [0.9, float("nan")], "confidence of photo 1 at exit8 is nan, expected a finite number"),
+        ([1], [float("inf")], "confidence of photo 0 at exit12 is inf"),
+    ],
+)
+def test_impossible_decisions(reference, exit_index, confidence, message):
+    monitor = DriftMonitor(reference)
+    with pytest.raises(EarlyExitError, match=message):
+        monitor.update(exit_index, confidence)
+    assert monitor.status()["photos"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"window": 0}, "window 0: expected a whole number of photos"),
+        ({"window": 1.5}, "window 1.5"),
+        ({"alpha": 0.0}, "alpha 0.0: expected a number in"),
+        ({"alpha": float("nan")}, "alpha nan"),
+    ],
+)
+def test_impossible_settings(reference, arguments, message):
+    with pytest.raises(EarlyExitError, match=message):
+        DriftMonitor(reference, **arguments)
+
+
+def test_misspelt_keyword(reference):
+    with pytest.raises(TypeError, match="did you mean 'window'"):
+        DriftMonitor(reference, windows=100)

@@ -1,0 +1,160 @@
+"""None"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from earlyexit_ssd.calibration.thresholds import (
+    _unrank,
+    candidates,
+    cheapest_within,
+    choose,
+    learn_open_exits,
+    learn_thresholds,
+    learned_grid,
+    pareto_path,
+    soft_shares,
+    threshold_grid,
+)
+from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.errors import EarlyExitError
+
+CONFIDENCES = [np.array([0.9, 0.2, 0.5, 0.1]), np.array([0.1, 0.8, 0.9, 0.3])]
+
+
+def test_the_first_exit_that_is_sure_enough():
+    assert choose(CONFIDENCES, [0.5, 0.8]).tolist() == [0, 1, 0, 2]
+    assert choose(CONFIDENCES, [CLOSED, 0.0]).tolist() == [1, 1, 1, 1]
+    assert choose(CONFIDENCES, [CLOSED, CLOSED]).tolist() == [2, 2, 2, 2]
+
+
+def test_compares_in_the_precision_of_the_router():
+    """0.1 in fp32 is above 0.1 in fp64: a threshold of 0.1 must let a confidence of 0.1 leave."""
+    assert choose([np.array([0.1], np.float64)], [float(np.float32(0.1))]).tolist() == [0]
+
+
+def test_candidates_lie_between_the_values():
+    values = np.array([0.1, 0.3, 0.3, 0.7])
+    assert candidates(values, 2).tolist() == pytest.approx([CLOSED, 0.5, 0.2, 0.0])
+    assert candidates(np.array([0.4, 0.4]), 5).tolist() == [CLOSED, 0.0]
+
+
+def test_grid_holds_every_combination_once():
+    grid = threshold_grid(CONFIDENCES, 8)
+    assert len({tuple(row) for row in grid.choices.tolist()}) == len(grid.choices)
+    assert all(choose(CONFIDENCES, row).tolist() == list(choice) for row, choice in zip(*grid_parts(grid), strict=True))
+    assert [2, 2, 2, 2] in grid.choices.tolist() and [0, 0, 0, 0] in grid.choices.tolist()
+    costs = np.tile([1.0, 2.0, 4.0], (len(grid.choices), 1))
+    row = grid.choices.tolist().index([0, 1, 0, 2])
+    costs[row, 1] = 3.0
+    assert grid.mean_cost(costs)[row] == pytest.approx((1 + 3 + 1 + 4) / 4)
+    losses = np.arange(12.0).reshape(4, 3)
+    assert grid.mean(losses)[row] == pytest.approx((0 + 4 + 6 + 11) / 4)
+
+
+def grid_parts(grid):
+    return grid.thresholds, grid.choices
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=30))
+def test_pareto_path_is_what_nothing_beats(points):
+    loss, cost = np.array(points, dtype=float).T
+    path = pareto_path(loss, cost)
+    assert (np.diff(loss[path]) > 0).all() and (np.diff(cost[path]) < 0).all()
+    for one in path:
+        assert not ((loss <= loss[one]) & (cost < cost[one])).any()
+        assert not ((loss < loss[one]) & (cost <= cost[one])).any()
+    assert loss[path[0]] == loss.min() and cost[path[-1]] == cost.min()
+
+
+def test_more_exits_than_are_searched():
+    with pytest.raises(EarlyExitError, match="6 early exits: .* over 5 at most; take a model with fewer"):
+        threshold_grid([np.zeros(3)] * 6)
+
+
+def test_cheapest_within_a_limit():
+    loss, cost = np.array([0.0, 0.02, 0.01, 0.05]), np.array([9.0, 4.0, 4.0, 1.0])
+    assert cheapest_within(loss, cost, 0.02) == 2
+    assert cheapest_within(loss, cost, 0.05) == 3
+    assert cheapest_within(loss + 1, cost, 0.5) is None
+
+
+# routing.test_soft_exit.
+
+
+def test_shares_by_hand():
+    shares = soft_shares(torch.tensor([[0.5, 0.7]]), torch.tensor([0.5, 0.7 - np.log(3)]), width=1.0)
+    assert shares[0].tolist() == pytest.approx([0.5, 0.5 * 0.75, 0.5 * 0.25])
+
+
+def test_shares_harden():
+    shares = soft_shares(torch.tensor([[0.2, 0.9], [0.8, 0.9], [0.2, 0.1]]), torch.tensor([0.5, 0.5]), width=1e-3)
+    assert shares.round().tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 1]]
+
+
+@pytest.fixture
+def photos():
+    """Half of the photos lose nothing at the exit, and its confidence says which."""
+    generator = np.random.default_rng(0)
+    easy = np.arange(200) < 100
+    losses = np.stack([np.where(easy, 0.0, 1.0), np.zeros(200)], axis=1)
+    return [np.where(easy, 0.9, 0.1) + 0.05 * generator.random(200)], losses, easy
+
+
+def test_finds_the_photos_that_lose_nothing(photos):
+    confidences, losses, easy = photos
+    thresholds = learn_thresholds(confidences, losses, np.array([1.0, 3.0]), budget=2.0)
+    choice = choose(confidences, thresholds)
+    assert np.where(choice == 0, 1.0, 3.0).mean() <= 2.0
+    assert (choice[easy] == 0).mean() > 0.95
+
+
+@pytest.mark.parametrize("budget", [1.0, 1.5, 2.5])
+def test_keeps_the_budget(photos, budget):
+    confidences, losses, _ = photos
+    choice = choose(confidences, learn_thresholds(confidences, losses, np.array([1.0, 3.0]), budget))
+    assert np.where(choice == 0, 1.0, 3.0).mean() <= budget + 0.02
+
+
+def test_equal_confidences_leave_together_or_not_at_all():
+    """Six photos of ten are equally sure; their rank is 0.7, so at 0.8 none of them leaves."""
+    values = np.array([0.1, 0.2, 0.3, 0.4, *[1.0] * 6])
+    assert _unrank(values, 0.8) == CLOSED
+    assert _unrank(values, 0.7) == 1.0
+    assert _unrank(values, 0.35) == pytest.approx(0.4)
+    assert _unrank(values, -0.5) == pytest.approx(0.1)
+
+
+def test_nobody_leaves_where_nobody_can():
+    """A policy that looks at logits has -1 at an empty exit."""
+    assert _unrank(np.full(5, -1.0), 0.0) == CLOSED
+
+
+def test_a_closed_exit_makes_the_deeper_ones_affordable():
+    """Exit 1 is always wrong and exit 2 always right; with exit 1 open exit 2 costs 3, closed 2."""
+    confidences = [np.linspace(0, 1, 20), np.linspace(0, 1, 20)]
+    losses = np.tile([1.0, 0.0, 0.0], (20, 1))
+
+    def costs_with(thresholds):
+        first, second = (threshold < CLOSED for threshold in thresholds)
+        return np.array([1.0, 2.0 + first, 4.0 + first + second])
+
+    thresholds = learn_open_exits(confidences, losses, costs_with, budget=2.0)
+    assert thresholds[0] == CLOSED
+    assert choose(confidences, thresholds).tolist() == [1] * 20
+    with pytest.raises(EarlyExitError, match="no exit has a mean cost of 0.5 or less"):
+        learn_open_exits(confidences, losses, costs_with, budget=0.5)
+
+
+def test_a_grid_of_learnt_thresholds_goes_from_closed_to_cheapest(photos):
+    confidences, losses, easy = photos
+    grid = learned_grid(confidences, losses, lambda thresholds: np.array([1.0, 3.0]), [2.0])
+    costs = grid.mean_cost(np.tile([1.0, 3.0], (len(grid.thresholds), 1)))
+    assert (grid.thresholds >= CLOSED).any() and costs.max() == 3.0 and costs.min() == 1.0
+    best = cheapest_within(costs, grid.mean(losses), 2.0)  # the one asked for: the easy half leaves
+    assert (grid.choices[best] == ~easy).mean() > 0.98

@@ -1,0 +1,165 @@
+"""None"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from earlyexit_ssd.data import Annotation, DetectionDataset, Record, build_loader
+from earlyexit_ssd.data.transforms import build_transforms
+from earlyexit_ssd.engine import CachedLoader, TapCache
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.files import write_image
+from earlyexit_ssd.modeling.detector import Branches, compute_taps
+from tests.modeling.conftest import small_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    from PIL import Image
+
+    records = []
+    for index in range(6):
+        pixels = np.random.default_rng(index).integers(0, 255, (40, 48, 3), dtype=np.uint8)
+        write_image(tmp_path / f"{index}.png", Image.fromarray(pixels))
+        box = Annotation((4.0, 4.0, 30.0, 20.0 + index), 1 + index % 2)
+        records.append(Record(index + 1, tmp_path / f"{index}.png", 48, 40, (box,)))
+    return DetectionDataset(records, ("chair", "table"), build_transforms("flip"), train=True)
+
+
+def build(folder, dataset, views=2, key="a", dtype="float16", workers=0):
+    model = small_model()
+    cache = TapCache(folder, model, len(dataset), views, dtype)
+    cache.build(model, build_loader(dataset, 4, workers, train=False, seed=0), key)
+    return cache, model
+
+
+def test_rows_are_the_taps_of_that_view(tmp_path, dataset):
+    cache, model = build(tmp_path / "taps", dataset)
+    for view in range(2):
+        samples = [dataset.sample(index, view) for index in range(6)]
+        model.eval()
+        expected = compute_taps(model, [image for image, _ in samples], [dict(target) for _, target in samples])
+        found = cache.rows(np.arange(6) + 6 * view, CPU)
+        for one, other in zip(found.taps, expected.taps, strict=True):
+            # fp16 keeps 11 bits; the batches of the cache have another size.
+            assert torch.allclose(one, other, rtol=2e-3, atol=2e-3)
+        assert torch.allclose(found.head["cls_logits"], expected.head["cls_logits"], rtol=2e-3, atol=2e-3)
+        for one, other in zip(found.targets, expected.targets, strict=True):
+            assert torch.equal(one["boxes"], other["boxes"])
+            assert int(one["image_id"]) == other["image_id"]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0.0), ("float16", 2.0**-11)])
+def test_cached_and_computed_taps_differ_by_rounding_alone(tmp_path, dataset, dtype, tolerance):
+    cache, model = build(tmp_path / "taps", dataset, views=1, dtype=dtype)
+    model.eval()
+    for rows in (np.arange(4), np.arange(4, 6)):  # the batches that filled it: sums depend on the batch's size
+        images, targets = zip(*(dataset.sample(int(row), 0) for row in rows), strict=True)
+        expected = compute_taps(model, list(images), [dict(target) for target in targets])
+        found = cache.rows(rows, CPU)
+        pairs = [*zip(found.taps, expected.taps, strict=True), *((found.head[k], expected.head[k]) for k in found.head)]
+        for one, other in pairs:
+            assert ((one - other).abs() <= tolerance * other.abs() + 2.0**-24 * (tolerance > 0)).all()
+
+
+def test_training_on_a_float32_cache_is_training_on_the_photos(tmp_path, dataset):
+    cache, model = build(tmp_path / "taps", dataset, views=1, dtype="float32")
+    images, targets = zip(*(dataset.sample(row, 0) for row in range(4)), strict=True)
+    model.freeze_trunk()
+    model.train()
+    start = {key: value.clone() for key, value in model.branches.state_dict().items()}
+    from_photos = model(list(images), [dict(target) for target in targets])
+    model.branches.load_state_dict(start)  # BatchNorm's statistics have moved
+    from_cache = Branches(model)(cache.rows(np.arange(4), CPU))
+    assert all(torch.equal(value, from_photos[name]) for name, value in from_cache.items())
+
+
+def test_a_whole_cache_is_used_again_and_another_key_is_not(tmp_path, dataset):
+    folder = tmp_path / "taps"
+    build(folder, dataset)
+    written = (folder / "tap0.npy").stat().st_mtime_ns
+    build(folder, dataset)
+    assert (folder / "tap0.npy").stat().st_mtime_ns == written
+    build(folder, dataset, key="b")
+    assert (folder / "tap0.npy").stat().st_mtime_ns != written
+
+
+def test_a_cache_that_was_cut_short_is_made_anew(tmp_path, dataset):
+    folder = tmp_path / "taps"
+    build(folder, dataset)
+    (folder / "cache.json").unlink()
+    (folder / "tap0.npy").write_bytes(b"half")
+    build(folder, dataset)
+
+
+@pytest.mark.parametrize("name", ["tap0.npy", "targets.pt"])
+def test_a_damaged_cache_is_made_anew(tmp_path, dataset, caplog, name):
+    folder = tmp_path / "taps"
+    build(folder, dataset)
+    (folder / name).write_bytes(b"half")
+    cache, _ = build(folder, dataset)
+    assert len(cache.rows(np.arange(6), CPU).targets) == 6
+    assert "the cache is damaged" in caplog.text
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files by /proc")
+def test_no_file_stays_open_for_what_worker_processes_send(tmp_path, dataset):
+    import resource  # of Unix alone
+
+    records = [replace(dataset.records[index % 6], image_id=index + 1) for index in range(200)]
+    many = DetectionDataset(records, dataset.classes, dataset.transforms, train=True)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 150, limits[1]))
+    try:
+        cache, _ = build(tmp_path / "taps", many, views=1, workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(cache.targets) == 200
+
+
+def test_a_full_disk_is_found_before_it_is_filled(tmp_path, dataset, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(
+        EarlyExitError, match="the taps of 6 photos x 2 views takes .* GiB, 0.0 are free; set EXITS_PHASE"
+    ):
+        build(tmp_path / "taps", dataset)
+
+
+def test_budget(tmp_path, dataset):
+    cache = TapCache(tmp_path, small_model(), 10**6, 4)
+    with pytest.raises(EarlyExitError, match=r"needs .* GiB, .* set EXITS_PHASE.CACHE to false"):
+        cache.require_budget(0.1)
+    with pytest.raises(EarlyExitError, match="set EXITS_PHASE.CACHE_VIEWS to 2"):
+        cache.require_budget(cache.gibibytes * 0.6)
+    cache.require_budget(cache.gibibytes)
+
+
+def test_an_epoch_shows_each_photo_once_and_views_move_on(tmp_path, dataset):
+    cache, _ = build(tmp_path / "taps", dataset)
+    loader = CachedLoader(cache, 3, 0, CPU)
+    seen = []
+    cache.rows = lambda rows, device: seen.append(rows)
+    for epoch in range(2):
+        list(loader.epoch(epoch, 0))
+    rows = np.concatenate(seen)
+    assert sorted(rows[:6] % 6) == sorted(rows[6:] % 6) == list(range(6))
+    assert sorted(rows) == list(range(12))
+
+
+def test_processes_share_the_batch(tmp_path, dataset):
+    cache, _ = build(tmp_path / "taps", dataset)
+    cache.rows = lambda rows, device: list(rows)
+    whole = list(CachedLoader(cache, 4, 0, CPU).epoch(1, 0))
+    parts = [list(CachedLoader(cache, 4, 0, CPU, rank, 2).epoch(1, 0)) for rank in range(2)]
+    for batch, first, second in zip(whole, *parts, strict=True):
+        assert sorted(batch) == sorted(first + second)
+        assert len(first) == len(second)

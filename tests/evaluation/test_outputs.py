@@ -1,0 +1,335 @@
+"""A model is left as it was found."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from earlyexit_ssd import EarlyExitSSDLite
+from earlyexit_ssd.config import CLOSED, load_config
+from earlyexit_ssd.data import build_loader, load_dataset
+from earlyexit_ssd.errors import DataError, EarlyExitError
+from earlyexit_ssd.evaluation.outputs import (
+    Collected,
+    Recording,
+    choose_exits,
+    collect,
+    collect_detections,
+    evaluating,
+    exit_share,
+    mean_cost,
+    record,
+    routed_detections,
+)
+from earlyexit_ssd.modeling.outputs import ExitOutputs
+from earlyexit_ssd.routing import POLICIES, ExitRouter
+from tests.modeling.conftest import small_model as detector
+
+
+def test_every_flag_comes_back():
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.Dropout())
+    model.train()
+    model[0].eval()
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+        assert not torch.is_grad_enabled()
+    assert [module.training for module in model.modules()] == [True, False, True]
+
+
+def test_also_after_an_error():
+    model = nn.Dropout()
+    with pytest.raises(RuntimeError), evaluating(model):
+        raise RuntimeError
+    assert model.training
+    assert torch.is_grad_enabled()
+
+
+# One pass for all exits.
+
+
+class TwoExits(nn.Module):
+    """The value of a photo is its score; exit 1 scores half of it."""
+
+    exit_names = ("exit8", "full")
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.passes = 0
+
+    def exit_outputs(self, images):
+        assert not self.training
+        self.passes += 1
+        values = torch.stack([image.mean() for image in images]) * self.weight
+        heads = ({"cls_logits": values / 2}, {"cls_logits": values})
+        return ExitOutputs(heads, (values[:, None],), [], [], [], (False,))
+
+    def detections(self, outputs, index):
+        return [
+            {"boxes": torch.zeros(1, 4), "scores": value[None], "labels": torch.ones(1, dtype=torch.int64)}
+            for value in outputs.heads[index]["cls_logits"]
+        ]
+
+    def forward(self, images):
+        return self.detections(self.exit_outputs(images), 1)
+
+
+class Identity:
+    hybrid = False
+
+    def confidence(self, signals, index):
+        return signals.logits + index
+
+
+def batches(*ids):
+    def sample(image_id):
+        return torch.full((3, 4, 4), image_id / 10), {"image_id": image_id}
+
+    return [tuple(map(list, zip(*map(sample, batch), strict=True))) for batch in ids]
+
+
+def test_every_exit_of_every_photo_in_the_loaders_order():
+    model = TwoExits().train()
+    collected = collect(model, batches((5, 2), (4,)), Identity())
+    assert collected.image_ids == [5, 2, 4]
+    assert model.passes == 2
+    assert [found["scores"].item() for found in collected.detections[0].values()] == pytest.approx([0.25, 0.1, 0.2])
+    assert collected.detections[1][4]["scores"].item() == pytest.approx(0.4)
+    assert collected.confidences[0].tolist() == pytest.approx([0.25, 0.1, 0.2])
+    assert collected.confidences[1].tolist() == pytest.approx([1.5, 1.2, 1.4])
+    assert not collected.detections[0][5]["scores"].requires_grad
+    assert model.training
+
+
+def test_without_router_no_confidences():
+    assert collect(TwoExits(), batches((1,))).confidences == []
+
+
+def test_no_photos():
+    collected = collect(TwoExits(), [], Identity())
+    assert collected.image_ids == []
+    assert [one.shape for one in collected.confidences] == [(0,), (0,)]
+
+
+def test_any_detector():
+    assert collect_detections(TwoExits(), batches((3,), (1,)))[3]["scores"].item() == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("run", [collect, collect_detections])
+def test_an_id_twice_is_refused(run):
+    with pytest.raises(DataError, match="image id 2 comes twice"):
+        run(TwoExits(), batches((1, 2), (2,)))
+
+
+# Putting the routed detector together.
+
+CONFIDENCES = [torch.tensor([0.9, 0.2, 0.6, 0.1]), torch.tensor([0.1, 0.8, 0.9, 0.2]), torch.zeros(4)]
+
+
+def test_first_exit_that_is_sure_enough():
+    assert choose_exits(CONFIDENCES, [0.6, 0.7]).tolist() == [0, 1, 0, 2]  # 0.6 reaches 0.6
+
+
+def test_only_the_full_path():
+    assert choose_exits([torch.tensor([0.0, 1.0])], []).tolist() == [0, 0]
+
+
+def test_one_threshold_per_early_exit():
+    with pytest.raises(EarlyExitError, match="1 thresholds for 2 early exits"):
+        choose_exits(CONFIDENCES, [0.5])
+
+
+@given(
+    st.lists(st.tuples(*[st.floats(0, 1, width=32)] * 3), max_size=6),
+    st.tuples(*[st.floats(0, 1, width=32)] * 2),
+)
+def test_is_the_first_that_reaches_its_threshold(rows, thresholds):
+    confidences = list(torch.tensor(rows, dtype=torch.float32).reshape(-1, 3).T)
+    expected = [next((i for i in range(2) if row[i] >= thresholds[i]), 2) for row in rows]
+    assert choose_exits(confidences, thresholds).tolist() == expected
+
+
+def test_detections_of_the_chosen_exit():
+    collected = Collected([7, 3], [{7: {"a": 0}, 3: {"a": 1}}, {7: {"a": 2}, 3: {"a": 3}}], [])
+    assert routed_detections(collected, torch.tensor([1, 0])) == {7: {"a": 2}, 3: {"a": 1}}
+
+
+def test_shares_and_costs():
+    chosen = torch.tensor([0, 2, 2, 2])
+    assert exit_share(chosen, ("exit8", "exit12", "full")) == {"exit8": 0.25, "exit12": 0.0, "full": 0.75}
+    assert mean_cost(chosen, [10.0, 20.0, 40.0]) == 32.5
+
+
+def test_no_photos_of_test_routed():
+    nothing = torch.zeros(0, dtype=torch.int64)
+    assert exit_share(nothing, ("exit8", "full")) == {"exit8": 0.0, "full": 0.0}
+    assert mean_cost(nothing, [1.0, 2.0]) is None
+
+
+# One pass is written down; replaying it gives what the live model gives.
+
+SIZES = ((96, 96), (80, 120), (50, 60), (96, 96), (120, 70))
+
+
+def photos():
+    generator = torch.Generator().manual_seed(3)
+    samples = []
+    for index, (height, width) in enumerate(SIZES):
+        box = torch.tensor([[5.0, 5.0, width / 2, height / 2]])
+        boxes = box if index % 2 else torch.zeros(0, 4)
+        labels = torch.ones(len(boxes), dtype=torch.int64)
+        target = {"image_id": 10 - index, "boxes": boxes, "labels": labels}
+        samples.append((torch.rand(3, height, width, generator=generator), target))
+    return samples
+
+
+def batches_of_test_recording(size):
+    samples = photos()
+    return [
+        tuple(map(list, zip(*samples[start : start + size], strict=True))) for start in range(0, len(samples), size)
+    ]
+
+
+@pytest.fixture(scope="module")
+def recording(small_model, tmp_path_factory):
+    return record(
+        small_model, batches_of_test_recording(2), len(SIZES), tmp_path_factory.mktemp("recording"), "these photos"
+    )
+
+
+def test_holds_what_collect_gives(small_model, recording):
+    router = ExitRouter(2, policy="entropy", temperatures=(1.5, 0.7))
+    live = collect(small_model, batches_of_test_recording(2), router)
+    assert recording.image_ids == live.image_ids == [10, 9, 8, 7, 6]
+    for mine, theirs in zip(recording.detections, live.detections, strict=True):
+        assert all(torch.equal(mine[key][part], theirs[key][part]) for key in theirs for part in theirs[key])
+    for mine, theirs in zip(recording.confidences(router), live.confidences[:-1], strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_replay_and_the_live_router_decide_alike(small_model, recording, policy, size):
+    router = ExitRouter(2, policy=policy)
+    confidences = recording.confidences(router)
+    # thresholds between two photos, so that every exit gets some
+    middles = [
+        values.sort().values[1:3].mean().item() if values.unique().numel() > 1 else CLOSED for values in confidences
+    ]
+    small_model.router = ExitRouter(2, policy=policy, thresholds=middles)
+    try:
+        with evaluating(small_model), torch.inference_mode():
+            live = [
+                int(found["exit_index"])
+                for images, _ in batches_of_test_recording(size)
+                for found in small_model(images)
+            ]
+    finally:
+        small_model.router = None
+    assert choose_exits([*confidences, torch.ones(len(recording))], middles).tolist() == live
+    assert len(set(live)) > 1
+
+
+def test_labels_are_the_matchings(small_model, recording):
+    counts = (recording.labels > 0).sum(1).tolist()
+    assert [count > 0 for count in counts] == [False, True, False, True, False]
+    height, width = SIZES[1]
+    target = {"boxes": torch.tensor([[5.0, 5.0, width / 2, height / 2]]), "labels": torch.tensor([1])}
+    images, targets = small_model.transform([torch.rand(3, height, width)], [target])
+    expected = small_model.assign(targets, small_model.default_boxes(images)).labels[0]
+    assert recording.labels[1].tolist() == expected.tolist()
+
+
+def test_made_once_and_again_where_anything_changed(small_model, tmp_path):
+    record(small_model, batches_of_test_recording(2), len(SIZES), tmp_path, "these photos")
+
+    class Forbidden:
+        def __iter__(self):
+            raise AssertionError("the network ran again")
+
+    assert len(record(small_model, Forbidden(), len(SIZES), tmp_path, "these photos")) == len(SIZES)
+    with pytest.raises(AssertionError, match="ran again"):
+        record(small_model, Forbidden(), len(SIZES), tmp_path, "other photos")
+    assert not (tmp_path / "recording.json").exists()  # what is half made is no recording
+    record(small_model, batches_of_test_recording(2), len(SIZES), tmp_path, "these photos")
+    weight = next(small_model.branches.parameters())
+    with torch.no_grad():
+        weight.add_(1.0)
+    try:
+        with pytest.raises(AssertionError, match="ran again"):
+            record(small_model, Forbidden(), len(SIZES), tmp_path, "these photos")
+    finally:
+        with torch.no_grad():
+            weight.sub_(1.0)
+
+
+def test_empty_exits_behind_another_layer_are_recorded_anew(tmp_path):
+    """They have no weights, so nothing else tells such models apart."""
+    taps = []
+    for layer in (8, 10):
+        model = detector(exit_layers=(layer,), empty=(layer,))
+        recording = record(model, batches_of_test_recording(2), len(SIZES), tmp_path, "these photos")
+        taps.append(torch.cat([signals.tap for signals in recording.signals(0)]))
+    assert not taps[0].equal(taps[1])
+
+
+def test_ids_are_unique(small_model, tmp_path):
+    with pytest.raises(DataError, match="image id 10 comes twice"):
+        record(small_model, batches_of_test_recording(5) * 2, 2 * len(SIZES), tmp_path, "twice")
+
+
+def test_plain_files(recording):
+    info = json.loads((recording.folder / "recording.json").read_text())
+    assert info["image_ids"] == [10, 9, 8, 7, 6]
+    assert Recording(recording.folder).early_exits == 2
+
+
+def test_no_room_on_the_disk(small_model, tmp_path, monkeypatch):
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage(2000, 1000, 1000))
+    with pytest.raises(EarlyExitError, match=r"recording 5 photos takes 0.0 GiB, 0.0 are free; name another folder"):
+        record(small_model, batches_of_test_recording(2), len(SIZES), tmp_path, "these photos")
+
+
+def test_damaged_note_is_recorded_anew(small_model, tmp_path):
+    record(small_model, batches_of_test_recording(2), len(SIZES), tmp_path, "these photos")
+    (tmp_path / "recording.json").write_text("[]")
+    assert len(record(small_model, batches_of_test_recording(2), len(SIZES), tmp_path, "these photos")) == len(SIZES)
+    for name in ("labels.npy", "detections.pt"):
+        (tmp_path / name).write_bytes(b"cut off")
+        assert len(record(small_model, batches_of_test_recording(2), len(SIZES), tmp_path, "these photos")) == len(
+            SIZES
+        )
+
+
+@pytest.mark.shared
+def test_replay_and_the_live_router_agree_on_real_photos(shared_root, tmp_path):
+    """Every decision on the shipped detector's test photos, with thresholds at their middle confidences.
+
+    64 of the 614 photos, to be quick; EARLYEXIT_SSD_TEST_PHOTOS=0 takes all of them.
+    """
+    model = EarlyExitSSDLite.from_pretrained("voc_animals", router=False)
+    overrides = ["DATA.ROOT", str(shared_root / "data"), "DATA.CLASSES", str(list(model.classes))]
+    overrides += ["DATA.LIMIT", os.environ.get("EARLYEXIT_SSD_TEST_PHOTOS", "64")]
+    dataset = load_dataset(load_config(None, overrides), "voc2012_animals_test")
+    found = record(model, build_loader(dataset, 16, 0, train=False, seed=0), len(dataset), tmp_path, "real photos")
+    router = ExitRouter(model.num_early_exits, policy="ambiguous_mass")
+    first, second = found.confidences(router)
+    middle = len(dataset) // 2
+    thresholds = [values.sort().values[middle - 1 : middle + 1].mean().item() for values in (first, second)]
+    model.router = ExitRouter(model.num_early_exits, policy="ambiguous_mass", thresholds=thresholds)
+    replayed = choose_exits([first, second, torch.ones(len(found))], thresholds).tolist()
+    assert set(replayed) == {0, 1, 2}
+    for size in (1, 4, 16):
+        with torch.inference_mode():
+            loader = build_loader(dataset, size, 0, train=False, seed=0)
+            live = [int(one["exit_index"]) for images, _ in loader for one in model(images)]
+        assert live == replayed, size

@@ -1,0 +1,287 @@
+"""None"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from earlyexit_ssd import ExitRouter
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.evaluation.cost import mmacs_to_exit
+from earlyexit_ssd.evaluation.outputs import evaluating
+from earlyexit_ssd.modeling.branches import (
+    CopiedShortCut,
+    EmptyExit,
+    Tail,
+    ThinnedBlock,
+    inherit_head,
+    num_default_boxes,
+)
+from earlyexit_ssd.modeling.heads import FoldedClassificationHead
+from earlyexit_ssd.modeling.outputs import ExitSignals
+from tests.modeling.conftest import small_model
+
+
+def test_fed_with_the_full_path_s_map_it_gives_the_full_path_s_maps():
+    model = small_model().eval()
+    tail = Tail(model.backbone, depth=2).eval()
+    expansion, rest = model.backbone.features
+    projected = rest[0](expansion(torch.rand(2, 3, 96, 96)))
+    expected, x = [], projected
+    for layer in rest[1:]:
+        x = layer(x)
+    for block in (None, *model.backbone.extra):
+        x = x if block is None else block(x)
+        expected.append(x)
+    _, maps = tail(projected)
+    assert all(torch.equal(one, other) for one, other in zip(maps, expected, strict=True))
+    assert tail.in_channels == projected.shape[1]
+    assert tail.out_channels == [one.shape[1] for one in maps]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_weights_are_copies_that_can_be_fetched_again(depth):
+    model = small_model()
+    tail = Tail(model.backbone, depth)
+    assert len(tail.blocks) == depth
+    last_block = model.backbone.features[1][2]
+    with torch.no_grad():
+        for parameter in last_block.parameters():
+            parameter.add_(1.0)
+    if depth:
+        assert not torch.equal(next(tail.blocks[-1].parameters()), next(last_block.parameters()))
+    tail.inherit(model.backbone)
+    if depth:
+        pairs = zip(tail.blocks[-1].parameters(), last_block.parameters(), strict=True)
+        assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
+    assert all(parameter.requires_grad for parameter in tail.parameters())
+
+
+def test_depth_has_an_end():
+    with pytest.raises(ValueError, match="depth 3: a branch's tail has 0 to 2 residual blocks"):
+        Tail(small_model().backbone, 3)
+
+
+def test_head_takes_the_wanted_rows():
+    model, wide = small_model(), small_model(classes=tuple("abcd"))
+    wide.head.classification_head = FoldedClassificationHead(wide.head.classification_head, (4, 2))
+    mine = model.branches["exit8"].head
+    first = mine.classification_head.module_list[0][1].weight.clone()
+    inherit_head(mine, wide.head)
+    old = wide.head.classification_head.module_list[1][1].weight.view(6, 5, -1)
+    new = mine.classification_head.module_list[1][1].weight.view(6, 3, -1)
+    assert torch.equal(new, old[:, [0, 4, 2]])
+    assert torch.equal(mine.classification_head.module_list[0][1].weight, first)
+    for one, other in zip(
+        mine.regression_head.module_list[1:].parameters(),
+        wide.head.regression_head.module_list[1:].parameters(),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+
+
+def test_a_model_s_branches_follow_its_full_path():
+    model = small_model()
+    with torch.no_grad():
+        for parameter in model.backbone.features[1].parameters():
+            parameter.mul_(2.0)
+    model.inherit()
+    for branch in model.branches.values():
+        assert torch.equal(branch.tail.last[0].weight, model.backbone.features[1][-1][0].weight)
+
+
+# Copies of the full path's layers: the same function where nothing is left out.
+
+
+@pytest.fixture
+def backbone():
+    """With statistics and scales that differ from channel to channel."""
+    backbone = small_model().backbone.eval()
+    generator = torch.Generator().manual_seed(0)
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for values in (module.weight.data, module.bias.data, module.running_mean, module.running_var):
+                values.copy_(torch.rand(values.shape, generator=generator) + 0.5)
+    return backbone
+
+
+@pytest.mark.parametrize("layer", [2, 4, 7, 11])
+def test_a_whole_copy_is_the_block(backbone, layer):
+    block = list(backbone.features[0][layer].block)
+    copied = ThinnedBlock(block, 1.0)
+    copied.inherit(block)
+    x = torch.rand(2, block[0][0].in_channels, 8, 8)
+    assert torch.equal(copied.eval()(x), backbone.features[0][layer].block(x))
+
+
+def test_channels_that_reach_nothing_go_first(backbone):
+    """Half of the expansion is cut off at the projection: the other half, kept, is the whole block."""
+    block = list(backbone.features[0][7].block)
+    channels = block[-1][0].in_channels
+    used = torch.randperm(channels, generator=torch.Generator().manual_seed(1))[: channels // 2].sort().values
+    with torch.no_grad():
+        unused = torch.ones(channels, dtype=torch.bool)
+        unused[used] = False
+        block[-1][0].weight[:, unused] = 0.0
+    copied = ThinnedBlock(block, (channels // 2 // 8) * 8 / channels)
+    kept = copied.inherit(block)
+    assert set(kept.tolist()) <= set(used.tolist())
+    assert copied.expanded_channels == len(kept) == channels // 2 // 8 * 8
+
+
+def test_attention_and_norms_follow_their_channels(backbone):
+    """A channel that is kept has the same value before the projection's attention as in the block."""
+    block = list(backbone.features[0][11].block)
+    copied = ThinnedBlock(block, 0.5).eval()
+    kept = copied.inherit(block)
+    x = torch.rand(1, block[0][0].in_channels, 6, 6)
+    assert torch.allclose(copied[1](copied[0](x)), block[1](block[0](x))[:, kept], atol=1e-6)
+    assert torch.equal(copied[2].fc2.weight, block[2].fc2.weight[kept])
+    assert torch.equal(copied[2].fc1.weight, block[2].fc1.weight[:, kept])
+
+
+def test_exit_before_c4_starts_as_the_full_path(backbone):
+    model = small_model(exit_layers=(12,), copy=(1.0,), channels=0, depth=(2,)).eval()
+    model.backbone.load_state_dict(backbone.state_dict())
+    model.inherit()
+    early, full = model.exit_outputs([torch.rand(3, 96, 96)]).heads
+    assert torch.equal(early["cls_logits"], full["cls_logits"])
+    assert torch.equal(early["bbox_regression"], full["bbox_regression"])
+
+
+@pytest.mark.parametrize(("layer", "blocks"), [(1, 5), (4, 3), (6, 3), (8, 2), (12, 1), (13, 0), (15, 0)])
+def test_residual_layers_are_left_out(backbone, layer, blocks):
+    short_cut = CopiedShortCut(backbone, layer, 0.5)
+    assert len(short_cut.before) + (short_cut.c4 is not None) == blocks
+    # half of C4's expansion, 168 channels at this width, as a multiple of 8; also where nothing is copied
+    assert short_cut.first_channels == 80
+
+
+def test_copies_learn_on_their_own(backbone):
+    for parameter in backbone.parameters():
+        parameter.requires_grad_(False)
+    short_cut = CopiedShortCut(backbone, 8, 0.5)
+    short_cut.inherit(backbone)
+    assert all(parameter.requires_grad for parameter in short_cut.parameters())
+    short_cut.c4[0][0].weight.data.zero_()
+    assert backbone.features[0][-1][0].weight.abs().sum() > 0
+
+
+def test_behind_c4_a_branch_runs_what_the_trunk_has_not_run():
+    model = small_model(exit_layers=(12, 13, 14, 15), channels=0, copy=(0.5,), depth=(2,)).train()
+    assert [len(branch.tail.blocks) for branch in model.branches.values()] == [2, 2, 1, 0]
+    images = [torch.rand(3, 96, 96)] * 2
+    targets = [{"boxes": torch.tensor([[5.0, 5, 50, 60]]), "labels": torch.tensor([1])}] * 2
+    sum(model(images, targets).values()).backward()
+    for branch in model.branches.values():
+        assert all(parameter.grad is not None for parameter in branch.parameters())
+
+
+def test_older_models_with_channels_behind_c4_keep_their_blocks():
+    model = small_model(exit_layers=(14, 15), channels=16, depth=(2,))
+    assert [len(branch.tail.blocks) for branch in model.branches.values()] == [2, 2]
+
+
+@pytest.mark.parametrize("channels", [0, 16])
+def test_a_model_with_copies_comes_back_from_its_description(channels):
+    model = small_model(exit_layers=(6, 12), copy=(0.5,), channels=channels)
+    again = small_model(exit_layers=(6, 12), copy=(0.5,), channels=channels)
+    again.load_state_dict(model.state_dict())
+    image = [torch.rand(3, 96, 96)]
+    for mine, theirs in zip(
+        again.eval().exit_outputs(image).heads, model.eval().exit_outputs(image).heads, strict=True
+    ):
+        assert torch.equal(mine["cls_logits"], theirs["cls_logits"])
+
+
+def test_shares_are_one_for_each_exit():
+    model = small_model(exit_layers=(8, 12), copy=(0.5, 1.0))
+    widths = [branch.copied.c4.expanded_channels for branch in model.branches.values()]
+    assert widths[0] < widths[1] == model.backbone.features[0][-1][0].out_channels
+    for wrong in ((0.5, 0.5, 0.5), (1.5,), (0.0,)):
+        with pytest.raises(EarlyExitError, match="copy .*: expected one number in"):
+            small_model(exit_layers=(8, 12), copy=wrong)
+
+
+# modeling.test_empty.
+
+
+def test_it_says_background_at_every_default_box():
+    head = EmptyExit(5, 3)(torch.ones(2, 4, 6, 6))
+    assert head["cls_logits"].softmax(-1).allclose(torch.tensor([1.0, 0, 0]).expand(2, 5, 3))
+    assert head["bbox_regression"].equal(torch.zeros(2, 5, 4))
+
+
+def test_default_boxes_by_hand():
+    assert num_default_boxes([(2, 3), (1, 1)], [6, 4]) == 6 * 6 + 4
+
+
+def test_shapes_are_those_of_the_other_exits(images):
+    model = small_model(exit_layers=(6, 8, 12), empty=(6,))
+    with evaluating(model):
+        outputs = model.exit_outputs(images)
+    assert len({head["cls_logits"].shape for head in outputs.heads}) == 1
+    assert model.detections(outputs, 0)[0]["scores"].numel() == 0
+    assert model.detections(outputs, 1)[0]["scores"].numel() > 0
+    assert outputs.signals(0).empty and not outputs.signals(1).empty
+
+
+def test_it_costs_nothing():
+    with_exit, without = small_model(exit_layers=(6, 8), empty=(6,)), small_model(exit_layers=(8,))
+    assert mmacs_to_exit(with_exit)[1:] == pytest.approx(mmacs_to_exit(without))
+    assert with_exit.state_dict().keys() == without.state_dict().keys()
+
+
+def test_it_takes_no_part_in_training(images, targets):
+    model = small_model(exit_layers=(6, 8), empty=(6,))
+    model.train()
+    losses = model(images, targets)
+    assert {key.partition("_")[0] for key in losses} == {"bbox", "classification", "exit8"}
+
+
+class LooksAtTheTap:
+    """A router that sends brighter taps than the mean of a batch away at the first exit."""
+
+    hybrid, policy = False, "test"
+
+    def needs(self, exit_index):
+        return True
+
+    def confidence(self, signals, exit_index):
+        assert signals.empty == (exit_index == 0)
+        return signals.tap.sum(1) if signals.tap is not None else signals.logits[:, 0, 0]
+
+    def leaves(self, confidence, exit_index):
+        return confidence > confidence.mean()
+
+
+def test_who_leaves_there_has_an_empty_answer(images):
+    model = small_model(exit_layers=(6, 8), empty=(6,))
+    model.router = LooksAtTheTap()
+    with evaluating(model):
+        found = model(images)
+    exits = [int(one["exit_index"]) for one in found]
+    assert 0 in exits and max(exits) > 0
+    assert all((len(one["scores"]) == 0) == (index == 0) for one, index in zip(found, exits, strict=True))
+
+
+@pytest.mark.parametrize("policy", ["max_foreground", "emptiness", "entropy", "ambiguous_mass"])
+def test_policies_of_logits_let_nobody_leave_there(policy):
+    signals = ExitSignals(EmptyExit(5, 3)(torch.ones(2, 4, 6, 6))["cls_logits"], empty=True)
+    router = ExitRouter(1, policy=policy, thresholds=0.0)
+    assert router.leaves(router.confidence(signals, 0), 0).tolist() == [False, False]
+
+
+def test_a_layer_without_an_exit_is_refused():
+    with pytest.raises(ValueError, match=r"empty has 7, expected some of the exits' layers \(6, 8\)"):
+        small_model(exit_layers=(6, 8), empty=(7,))
+
+
+# modeling.test_branch.
+
+
+def test_only_the_first_map_is_narrow():
+    model = small_model(channels=16)
+    found = [block[1].in_channels for block in model.branches["exit8"].head.classification_head.module_list]
+    full = [block[1].in_channels for block in model.head.classification_head.module_list]
+    assert found == [16, *full[1:]]

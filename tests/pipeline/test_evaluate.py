@@ -1,0 +1,213 @@
+"""None"""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from earlyexit_ssd.calibration.certificate import Certificate
+from earlyexit_ssd.calibration.drift import Reference
+from earlyexit_ssd.config import load_config
+from earlyexit_ssd.errors import ConfigError, EarlyExitError
+from earlyexit_ssd.evaluation.cost import export_onnx, mmacs_to_exit
+from earlyexit_ssd.modeling import Architecture, PathToExit, save_model
+from earlyexit_ssd.pipeline.evaluate import build_rivals, check_rivals, drift_of, open_certificate, smaller_sizes
+from earlyexit_ssd.routing import ExitRouter
+
+EXITS = ("exit8", "full")
+
+
+def certificate(kind="risk", score=0.5):
+    reference = Reference.from_decisions(EXITS, [0] * 150 + [1] * 150, [[0.75] * 300])
+    return Certificate(
+        router=ExitRouter(1).to_dict(),
+        target={
+            "kind": kind,
+            "score": score,
+            "iou": 0.5,
+            "reference": "full",
+            "value": 2.0,
+            "epsilon": 0.02,
+            "delta": 0.05,
+            "bound": "betting",
+        },
+        measured={},
+        cost_model={},
+        weights_sha256="",
+        photos_sha256=(),
+        photo_list_sha256="",
+        drift=reference.to_dict(),
+        versions={},
+    )
+
+
+@pytest.fixture
+def open_one(monkeypatch, tmp_path):
+    """Open a certificate at EVAL.SCORE 0.5; weights and photos are others' business."""
+
+    def opened(one):
+        one = dataclasses.replace(one)
+        monkeypatch.setattr(Certificate, "router_for", lambda self, model: ExitRouter(1))
+        one.save(tmp_path / "certificate.json")
+        path = ["ROUTING.CERTIFICATE", str(tmp_path / "certificate.json"), "EVAL.SCORE", "0.5", "EVAL.IOU", "0.5"]
+        return open_certificate(load_config(None, path), None, SimpleNamespace(records=[]))
+
+    return opened
+
+
+def test_a_risk_holds_at_its_own_score_only(open_one, caplog):
+    assert open_one(certificate())[0].target["score"] == 0.5
+    with pytest.raises(ConfigError, match="speaks of score 0.3 and IoU 0.5, EVAL has 0.5 and 0.5; set EVAL.SCORE"):
+        open_one(certificate(score=0.3))
+    assert open_one(certificate("speedup", score=0.3))[1].num_exits == 1
+    assert "speaks of score 0.3" in caplog.text
+
+
+def test_photos_unlike_those_of_calibration_are_said_to_be(caplog):
+    collected = SimpleNamespace(confidences=[torch.full((300,), 0.75), torch.zeros(300)])
+    alike = drift_of(certificate(), collected, [0, 1] * 150)
+    assert alike["warnings"] == [] and alike["window"] == 200 and alike["shares"] == {"exit8": 0.5, "full": 0.5}
+    changed = drift_of(certificate(), collected, [1] * 300)
+    assert len(changed["warnings"]) >= 1 and "exit8 took 0 % of the last 200 photos" in changed["warnings"][0]
+    assert "calibrate again" in caplog.text
+
+
+def test_few_photos_are_compared_all_at_once():
+    collected = SimpleNamespace(confidences=[torch.full((3,), 0.75), torch.zeros(3)])
+    assert drift_of(certificate(), collected, [0, 1, 0])["window"] == 3
+    assert drift_of(certificate(), collected, [])["shares"] is None
+
+
+# Rivals from the configuration, on small untrained models.
+
+CPU = torch.device("cpu")
+
+
+def architecture(**changes) -> Architecture:
+    small = {"classes": ("chair", "table"), "image_size": 96, "width": 0.25, "channels": 16, "depth": (1,)}
+    return Architecture(**{**small, **changes})
+
+
+def rivals(*overrides: str, **changes):
+    described = architecture(**changes)
+    return build_rivals(load_config(None, overrides), described.build().eval(), described, CPU)
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Path of a model, in a folder of its own as a run's is."""
+
+    def write(folder: str = "run", **changes) -> str:
+        described = architecture(**changes)
+        save_model(tmp_path / folder / "model.pth", described.build(), described)
+        return str(tmp_path / folder / "model.pth")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("size", "sizes"), [(320, (256, 224, 192)), (512, (416, 352, 320)), (160, (128, 112, 96)), (96, (80, 64)), (64, ())]
+)
+def test_smaller_sizes(size, sizes):
+    assert smaller_sizes(size) == sizes
+
+
+def test_plain_nets_of_the_wanted_sizes():
+    built = rivals("EVAL.RIVALS.SIZES", "[64, 96, 128, 64]")
+    assert [one.name for one in built] == ["plain 64", "plain 128"]  # 96 px is the detector without exits itself
+    assert [one.example.shape[-1] for one in built] == [64, 128]
+    assert built[0].mmacs < built[1].mmacs
+    photos = [torch.rand(3, 50, 70)]
+    with torch.no_grad():
+        assert all(one.found(photos)[0]["boxes"].shape[1] == 4 for one in built)
+
+
+def test_a_folded_head_is_cut_for_the_cheapest_plain_nets():
+    built = rivals("EVAL.RIVALS.SIZES", "[64]", head_outputs=9, folded_rows=(3, 5))
+    assert [one.name for one in built] == ["plain 64", "plain 96, cut head", "plain 64, cut head"]
+    assert [one.kind for one in built] == ["plain", "cut_head", "cut_head"]
+    assert built[2].mmacs < built[0].mmacs
+    with torch.no_grad():
+        assert set(built[2].found([torch.rand(3, 50, 70)])[0]["labels"].tolist()) <= {1, 2}
+
+
+def test_the_full_path_of_another_run(file):
+    path = file("small_run", image_size=64, classes=("table", "lamp", "chair"))
+    built = rivals("EVAL.RIVALS.FULL_PATHS", path, "EVAL.RIVALS.SIZES", "[64]")
+    assert [(one.name, one.kind, one.source) for one in built] == [
+        ("plain 64", "plain", None),
+        ("plain 64, small_run", "plain", path),
+    ]
+    with torch.no_grad():
+        labels = built[1].found([torch.rand(3, 64, 64)])[0]["labels"]
+    assert set(labels.tolist()) <= {1, 2}
+
+
+def test_a_single_exit_runs_nothing_behind_it(file, monkeypatch):
+    path = file("twelve", exit_layers=(12,))
+    (*_, rival) = rivals("EVAL.RIVALS.SINGLE_EXITS", path)
+    assert (rival.name, rival.kind, rival.source) == ("exit12 alone, twelve", "single_exit", path)
+    model = rival.found.detector
+    assert rival.mmacs == pytest.approx(mmacs_to_exit(model)[0])
+    photos = [torch.rand(3, 96, 96)]
+    expected = model.detections(model.exit_outputs(photos), 0)[0]
+    monkeypatch.setattr(model.head, "forward", None)  # the full path would fail
+    with torch.no_grad():
+        found = rival.found(photos)[0]
+    assert torch.allclose(found["boxes"], expected["boxes"], atol=1e-3)
+    assert torch.equal(found["labels"], expected["labels"])
+
+
+def test_a_model_with_two_exits_is_no_single_exit(file):
+    with pytest.raises(EarlyExitError, match=r"takes models with one early exit, it has exit8, exit12; train"):
+        rivals("EVAL.RIVALS.SINGLE_EXITS", file())
+
+
+def test_an_exported_detector(tmp_path):
+    class Boxes(torch.nn.Module):
+        def forward(self, x):
+            corner = x.mean()
+            return torch.stack([corner, corner, corner + 9, corner + 9])[None], corner[None], torch.ones(1).long() * 62
+
+    (tmp_path / "box.onnx").write_bytes(export_onnx(Boxes(), torch.zeros(1, 3, 64, 64)))
+    (*_, rival) = rivals("EVAL.RIVALS.ONNX", f"boxes:{tmp_path}/box.onnx")
+    assert (rival.name, rival.kind, rival.mmacs, rival.runtime("eager")) == ("box", "onnx", 0.0, "onnxruntime")
+    found = rival.found([torch.zeros(3, 64, 128)])[0]
+    assert found["boxes"].tolist() == [[0, 0, 18, 9]]
+    assert found["labels"].tolist() == [1]  # COCO's chair, which is our first class
+
+
+def test_outputs_of_another_format_are_found_while_building(tmp_path):
+    (tmp_path / "net.onnx").write_bytes(export_onnx(torch.nn.ReLU(), torch.zeros(1, 3, 64, 64)))
+    with pytest.raises(EarlyExitError, match="net.onnx: format boxes: expected boxes"):
+        rivals("EVAL.RIVALS.ONNX", f"boxes:{tmp_path}/net.onnx")
+
+
+def test_switched_off():
+    assert rivals("EVAL.RIVALS.ENABLED", "false", "EVAL.RIVALS.SIZES", "[64]") == []
+
+
+@pytest.mark.parametrize("key", ["FULL_PATHS", "SINGLE_EXITS", "ONNX"])
+def test_missing_files_are_found_early(key):
+    value = "boxes:none.file" if key == "ONNX" else "none.file"
+    with pytest.raises(ConfigError, match=f"EVAL.RIVALS.{key} has none.file: no such file"):
+        check_rivals(load_config(None, [f"EVAL.RIVALS.{key}", value]), CPU)
+    check_rivals(load_config(None, [f"EVAL.RIVALS.{key}", value, "EVAL.RIVALS.ENABLED", "false"]), CPU)
+
+
+def test_onnx_runtime_measures_the_cpu():
+    cfg = load_config(None, ["EVAL.RUNTIME", "onnxruntime"])
+    check_rivals(cfg, CPU)
+    with pytest.raises(ConfigError, match="DEVICE is cuda; set it to cpu"):
+        check_rivals(cfg, torch.device("cuda"))
+
+
+def test_the_router_of_a_single_exit_lets_everything_leave(file):
+    (*_, rival) = rivals("EVAL.RIVALS.SINGLE_EXITS", file(exit_layers=(8,)))
+    assert isinstance(rival.network, PathToExit)
+    assert isinstance(rival.found.detector.router, ExitRouter)
+    with torch.no_grad():
+        assert rival.found.detector([torch.zeros(3, 96, 96)])[0]["exit_index"].item() == 0

@@ -1,0 +1,178 @@
+"""None"""
+
+from __future__ import annotations
+
+import pytest
+
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.evaluation.cost import runtime_of
+from earlyexit_ssd.report.tables import (
+    exit_rows,
+    figure,
+    markdown_table,
+    renew,
+    section,
+    static_rows,
+    text_report,
+    text_table,
+    timing_title,
+)
+
+
+def test_three_decimals_or_a_dash():
+    assert (figure(0.12345), figure(0.0), figure(None)) == ("0.123", "0.000", "-")
+
+
+# What is compared.
+
+
+def test_exits_and_routed(metrics):
+    rows = exit_rows(metrics)
+    assert [row["name"] for row in rows] == ["exit8", "exit12", "full", "routed"]
+    assert [row.get("share") for row in rows] == [0.5, 0.25, 0.25, None]
+
+
+def test_static_detectors(with_rivals):
+    plain, small, foreign = static_rows(with_rivals)
+    assert (plain["name"], plain["AP50"], plain["ms"], plain["mmacs"]) == ("without exits", 0.72, 43.0, 405.3)
+    assert "layer" not in plain and "confidence" not in plain
+    assert (small["other_runtime"], foreign["other_runtime"]) == (None, "ORT")
+
+
+def test_metrics_of_before_the_rivals(metrics):
+    assert runtime_of(metrics) == "eager"
+    assert timing_title(metrics) == "eager PyTorch on cpu, 1 thread(s)"
+    assert len(static_rows(metrics)) == 1
+
+
+# The table as text and as Markdown.
+
+ROUTED_CELLS = ["routed", "-", "0.390", "0.650", "0.800", "0.500", "0.615", "0.25", "0.12", "0.210", "-", "300", "30.0"]
+
+
+def test_rows_and_cells(metrics):
+    header, line, *rows = text_table(metrics).splitlines()
+    expected = "exit layer AP AP50 P R F1 FP/img FP/empty loc.err confidence MMAC ms share"
+    assert " ".join(header.split()) == expected
+    assert set(line) == {"-", " "}
+    assert [row.split()[0] for row in rows] == ["exit8", "exit12", "full", "routed", "without"]
+    assert rows[3].split()[:13] == ROUTED_CELLS
+    # what the full path finds, at the cost of the detector without exits
+    assert rows[4].split()[1:5] == ["exits", "-", "0.432", "0.720"]
+    assert rows[4].split()[-4:] == ["-", "405", "43.0", "-"]
+    assert "0.61 ± 0.20" in rows[0]
+    assert rows[0].endswith("50.0 %")
+
+
+def test_undefined_is_a_dash(metrics):
+    assert text_table(metrics).splitlines()[2].split()[8] == "-"
+
+
+def test_columns_are_aligned(metrics):
+    metrics["exits"][0]["mmacs"] = 123456.0
+    lines = text_table(metrics).splitlines()
+    assert len({len(line) for line in lines[1:5]}) == 1
+    ends = [line.index(cell) + len(cell) for line, cell in zip(lines[2:5], ["123456", "350", "480"], strict=True)]
+    assert len(set(ends)) == 1
+
+
+def test_markdown(metrics):
+    lines = markdown_table(metrics).splitlines()
+    assert lines[1].startswith("| :-- | --: |")
+    assert {line.count("|") for line in lines} == {15}
+    assert lines[-2].startswith("| routed | - | 0.390 | 0.650 |")
+    assert lines[-1].startswith("| without exits | - | 0.432 | 0.720 |")
+
+
+def test_report_says_what_and_how_and_the_verdict(metrics):
+    text = text_report(metrics)
+    assert "toy_test: 614 photos, 0 of them without an object" in text
+    assert "score 0.5 and IoU 0.5" in text
+    assert text_table(metrics) in text
+    assert "ms of one image in eager PyTorch on cpu, 1 thread(s)\n" in text
+    assert "verdict: ship the exits\n  - exit8: AP50" in text
+
+
+def test_what_is_no_reason_stands_apart_from_the_vetoes(metrics):
+    slow = {"line": "no speed gain", "veto": True}
+    metrics["verdict"] = {"ship": False, "what": None, "findings": [*metrics["verdict"]["findings"], slow]}
+    assert text_report(metrics).endswith(
+        "verdict: do not ship these exits as they are\n  - veto: no speed gain\n"
+        "found besides:\n  - exit8: AP50 0.550 is above 0.35: worth it"
+    )
+    metrics["verdict"] = {"ship": False, "what": None, "findings": [slow]}
+    assert text_report(metrics).endswith("as they are\n  - veto: no speed gain")
+
+
+def test_one_exit_alone_is_named(metrics):
+    metrics["verdict"]["what"] = "exit8 alone"
+    assert "verdict: ship exit8 alone\n  - exit8: AP50" in text_report(metrics)
+
+
+def test_rivals_stand_below(with_rivals):
+    *_, small, foreign = text_table(with_rivals).splitlines()
+    assert small.split()[:5] == ["plain", "256", "-", "0.384", "0.640"]
+    assert small.split()[-3:] == ["330", "33.0", "-"]
+    assert foreign.split()[:4] == ["yolox_nano", "-", "0.426", "0.710"]
+    assert foreign.split()[-4:] == ["-", "15.0", "ORT", "-"]
+
+
+def test_another_runtime_is_said(with_rivals):
+    assert "ORT: in ONNX Runtime, not to be compared" in text_report(with_rivals)
+    with_rivals["context"]["runtime"] = "onnxruntime"
+    del with_rivals["rivals"][0]
+    text = text_report(with_rivals)
+    assert "ms of one image in ONNX Runtime on cpu" in text
+    assert "ORT" not in text
+
+
+# report.test_zoo.
+
+FIGURES = {"AP": 0.25, "AP50": 0.5, "AP50_interval": [0.4375, 0.5625], "mmacs": 245.6, "ms": 22.46, "share": 0.125}
+ENTRY = {
+    "classes": ["cat", "dog"],
+    "num_params": 5_619_676,
+    "bytes": 11_505_061,
+    "sha256": "ba7816bf8f01cfea",
+    "recipe": "train it",
+    "routing": {"policy": "max_foreground", "thresholds": [0.800000011920929, 0.5]},
+    "metrics": {
+        "pets_test": {
+            "results": "docs/results/pets/metrics.json",
+            "images": 614,
+            "without_exits": {"mmacs": 583.2, "ms": 35.0},
+            "exits": {
+                "exit8": FIGURES,
+                "routed": {**FIGURES, "AP": None, "AP50": None, "AP50_interval": None, "share": None},
+            },
+        }
+    },
+}
+
+
+def test_a_section():
+    assert (
+        section("pets", ENTRY)
+        == """\
+## `pets`
+
+- 2 classes: cat, dog
+- 5.62 M parameters, 11.5 MB, sha256 `ba7816bf`
+- routing: `max_foreground`, thresholds 0.8, 0.5
+- recipe: `train it`
+
+| test split | photos | exit | AP50 [95 %] | AP | MMAC | ms | share |
+| :-- | --: | :-- | :-- | --: | --: | --: | --: |
+| [pets_test](results/pets/metrics.json) | 614 | exit8 | 0.500 [0.438, 0.562] | 0.250 | 246 | 22.5 | 12.5 % |
+| [pets_test](results/pets/metrics.json) | 614 | routed | - | - | 246 | 22.5 | - |
+| [pets_test](results/pets/metrics.json) | 614 | without exits | - | - | 583 | 35.0 | - |
+"""
+    )
+
+
+def test_only_what_is_between_the_marks_is_renewed():
+    page = "a\n<!-- tables of report/zoo.py begin -->\nold\n<!-- tables of report/zoo.py end -->\nb\n"
+    new = "a\n<!-- tables of report/zoo.py begin -->\n\nnew\n\n<!-- tables of report/zoo.py end -->\nb\n"
+    assert renew(page, "new\n") == renew(new, "new\n") == new
+    with pytest.raises(EarlyExitError, match="lacks the lines <!-- tables of report/zoo.py begin -->"):
+        renew("a\nb\n", "new")
