@@ -149,7 +149,7 @@ def baseline_advice(cfg: CfgNode) -> tuple[str, ...]:
         train = "train the full path: BASELINE.EPOCHS is 0"
     else:
         train = (
-            f"more than {phase.EPOCHS} epochs (BASELINE.EPOCHS) or another rate than {phase.LR:g} (BASELINE.LR); "
+            f"more epochs than {phase.EPOCHS} (BASELINE.EPOCHS) or another rate than {phase.LR:g} (BASELINE.LR); "
             "log.jsonl shows whether the loss still falls"
         )
     advice = [train, "look at training_photos.png in the run's folder: are boxes missing, shifted or of another class?"]
@@ -198,12 +198,12 @@ def exits_advice(cfg: CfgNode, first: str, layer: int) -> tuple[str, ...]:
     """
     phase, advice = cfg.EXITS_PHASE, []
     if layer < DEEPEST_USEFUL_LAYER:
-        advice.append(f"move the exit deeper than layer {layer} (EXITS.LAYERS): {first} sees too little of the trunk")
-    more = [f"more than {phase.EPOCHS} epochs (EXITS_PHASE.EPOCHS)"]
+        advice.append(f"move the exit deeper (EXITS.LAYERS): {first} sees too little of the trunk")
+    more = [f"more epochs than {phase.EPOCHS} (EXITS_PHASE.EPOCHS)"]
     if not phase.EPOCHS:
         more = ["train the exits: EXITS_PHASE.EPOCHS is 0"]
     elif phase.CACHE:
-        more.append(f"more than {phase.CACHE_VIEWS} views of a photo (EXITS_PHASE.CACHE_VIEWS)")
+        more.append(f"more views of a photo than {phase.CACHE_VIEWS} (EXITS_PHASE.CACHE_VIEWS)")
     if min(cfg.EXITS.COPY) < 1:
         more.append(f"wider branches than {', '.join(f'{share:g}' for share in cfg.EXITS.COPY)} (EXITS.COPY)")
     advice.append(", ".join(more))

@@ -91,10 +91,10 @@ def test_exits_on_a_checkpoint_taken_over_are_held_against_it(ap50, passed):
 @pytest.mark.parametrize(
     ("keys", "named", "unnamed"),
     [
-        ([], ["more than 24 epochs", "BASELINE.LR", "MODEL.WEIGHTS)", "MODEL.WEIGHTS_BACKBONE"], []),
+        ([], ["more epochs than 24", "BASELINE.LR", "MODEL.WEIGHTS)", "MODEL.WEIGHTS_BACKBONE"], []),
         (["MODEL.WEIGHTS_BACKBONE", "IMAGENET1K_V1"], ["MODEL.WEIGHTS)"], ["MODEL.WEIGHTS_BACKBONE"]),
         (["MODEL.WEIGHTS", "COCO_V1"], ["BASELINE.EPOCHS"], ["MODEL.WEIGHTS"]),
-        (TAKEN_OVER, ["train the full path: BASELINE.EPOCHS is 0"], ["MODEL.WEIGHTS", "more than"]),
+        (TAKEN_OVER, ["train the full path: BASELINE.EPOCHS is 0"], ["MODEL.WEIGHTS", "more epochs"]),
     ],
 )
 def test_advice_for_the_baseline_names_nothing_that_is_set(keys, named, unnamed):
@@ -105,11 +105,22 @@ def test_advice_for_the_baseline_names_nothing_that_is_set(keys, named, unnamed)
 @pytest.mark.parametrize(
     ("keys", "layer", "named", "unnamed"),
     [
-        ([], 8, ["EXITS.LAYERS", "more than 8 epochs", "2 views", "than 0.5 (EXITS.COPY)", "SUPERVISION teacher"], []),
+        (
+            [],
+            8,
+            [
+                "EXITS.LAYERS",
+                "more epochs than 8",
+                "more views of a photo than 2",
+                "than 0.5 (EXITS.COPY)",
+                "SUPERVISION teacher",
+            ],
+            [],
+        ),
         (["EXITS.COPY", "[1.0]"], 8, ["EXITS.LAYERS"], ["EXITS.COPY"]),
         (["EXITS.COPY", "[1.0, 0.25]"], 8, ["than 1, 0.25 (EXITS.COPY)"], []),
         (["EXITS_PHASE.CACHE", "False"], 8, ["EXITS_PHASE.EPOCHS"], ["CACHE_VIEWS"]),
-        (["EXITS_PHASE.EPOCHS", "0"], 8, ["EXITS_PHASE.EPOCHS is 0"], ["CACHE_VIEWS", "more than"]),
+        (["EXITS_PHASE.EPOCHS", "0"], 8, ["EXITS_PHASE.EPOCHS is 0"], ["CACHE_VIEWS", "more epochs"]),
         (["LOSS.SUPERVISION", "teacher"], 8, ["more photos"], ["SUPERVISION"]),
         (["EXITS.LAYERS", "[12]"], 12, ["more photos"], ["EXITS.LAYERS"]),
     ],

@@ -40,7 +40,7 @@ def test_failed_gate_ends_with_3_and_says_what_to_try(tiny, tmp_path, capsys):
     assert train_net.main(tiny("run")) == 3
     error = capsys.readouterr().err
     assert "gate of phase baseline failed: AP50" in error
-    assert "try: more than 2 epochs (BASELINE.EPOCHS)" in error
+    assert "try: more epochs than 2 (BASELINE.EPOCHS)" in error
     assert not (tmp_path / "run" / "exits").exists()
     # The advice can be followed: the phase starts afresh with more epochs, later phases with what they like.
     more = ("BASELINE.EPOCHS", "3", "BASELINE.GATE.AP50", "0.0", "BASELINE.GATE.PRECISION", "0.0")
