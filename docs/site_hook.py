@@ -45,6 +45,11 @@ def on_files(files: Files, config) -> Files:
     return files
 
 
+def on_page_content(html: str, page, config, files) -> str:
+    """Sphinx's roles in docstrings mean nothing here; the name after them stays."""
+    return re.sub(r":(?:class|func|meth|mod|attr):(?=<code)", "", html)
+
+
 def on_page_markdown(markdown: str, page, config, files) -> str:
     """Links as the site has them."""
     path = original(page.file.src_uri)
