@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from earlyexit_ssd.config import get_cfg
 from earlyexit_ssd.evaluation.verdict import judge
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,6 +114,23 @@ def test_links_lead_to_files_and_headings_that_are_there(page):
         if not other.exists() or (anchor and anchor not in anchors(other)):
             wrong.append(target)
     assert wrong == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_keys_and_files_that_are_named_are_there(page):
+    """The changelog names what is gone, too."""
+    text, tree = page.read_text(encoding="utf-8"), get_cfg()
+    sections = "|".join(key for key, value in tree.items() if isinstance(value, dict))
+    known = {f"{section}.{key}" for section in sections.split("|") for key in paths(tree[section])}
+    keys = set(re.findall(rf"\b(?:{sections})(?:\.[A-Z_\d]+)+", text)) if page.name != "CHANGELOG.md" else set()
+    files = set(re.findall(r"\b(?:tools|benchmarks|configs|tests|docs|earlyexit_ssd)/[\w/]+\.\w+", text))
+    assert sorted(keys - known) + sorted(file for file in files if not (ROOT / file).exists()) == []
+
+
+def paths(tree: dict) -> list[str]:
+    """Every key of a configuration, sections among them, as dotted names."""
+    below = [f"{key}.{path}" for key, value in tree.items() if isinstance(value, dict) for path in paths(value)]
+    return [*tree, *below]
 
 
 def test_results_name_no_path_of_one_machine():
