@@ -32,5 +32,9 @@ setup(
         "tensorboard",
         "tqdm",
     ],
-    extras_require={"deploy": DEPLOY, "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", *DEPLOY]},
+    extras_require={
+        "deploy": DEPLOY,
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", *DEPLOY],
+        "docs": ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27,<2"],
+    },
 )

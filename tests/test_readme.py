@@ -1,4 +1,4 @@
-"""Every figure of the README's tables is the one in the metrics.json that it comes from."""
+"""The documents: figures of their tables are those of the metrics.json files, and links lead somewhere."""
 
 import json
 import re
@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from earlyexit_ssd.config import get_cfg
 from earlyexit_ssd.evaluation.verdict import judge
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ROW = re.compile(r"^\| \[[\w ]+\]\(docs/results/(?P<run>\w+)/metrics\.json\) \| (?P<figures>.+) \|$", re.M)
+CHOOSING = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+ROW = re.compile(r"^\| \[[^\]]+\]\((?:docs/)?results/(?P<run>\w+)/metrics\.json\) \| (?P<figures>.+) \|$", re.M)
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"]
 THREE_EXITS = ("voc_exit6", "voc_joint")
 
@@ -20,31 +22,45 @@ def read(run: str) -> dict:
     return json.loads((ROOT / "docs" / "results" / run / "metrics.json").read_text(encoding="utf-8"))
 
 
-def ap50(metrics: dict, name: str) -> str:
-    """AP50 of an exit with its interval; "empty" where it has no branch, "-" where there is no such exit."""
-    row = {one["name"]: one for one in metrics["exits"]}.get(name)
-    if row is None or row.get("empty"):
-        return "-" if row is None else "empty"
+def interval(row: dict) -> str:
+    """AP50 with its interval."""
     return "{:.3f} [{:.3f}, {:.3f}]".format(row["AP50"], *row["AP50_interval"])
 
 
 def cells(run: str) -> str:
     """A row's figures."""
     metrics = read(run)
+    rows = {one["name"]: one for one in metrics["exits"]}
     if run in THREE_EXITS:
-        return " | ".join(ap50(metrics, name) for name in ("full", "exit12", "exit8", "exit6"))
+        return " | ".join(interval(rows[name]) for name in ("full", "exit12", "exit8", "exit6"))
     routed, plain = metrics["routed"], metrics["without_exits"]
-    exits = [ap50(metrics, name) for name in ("full", "exit12", "exit8")]
-    cost = [f"{routed['mmacs']:.0f} / {plain['mmacs']:.0f}", f"{routed['ms']:.1f} / {plain['ms']:.1f}"]
     verdict = "ship" if metrics["verdict"]["ship"] else "do not ship"
-    return " | ".join([str(metrics["context"]["images"]), *exits, f"{routed['AP50']:.3f}", *cost, verdict])
+    figures = [interval(rows["full"]), interval(routed), f"{plain['ms']:.1f}", f"{routed['ms']:.1f}", verdict]
+    return " | ".join([str(metrics["context"]["images"]), *figures])
 
 
-def test_results_tables_are_what_was_measured():
-    rows = list(ROW.finditer(README))
-    assert len(rows) == 8
+@pytest.mark.parametrize(("page", "number"), [(README, 5), (CHOOSING, 2)], ids=["README", "choosing"])
+def test_results_tables_are_what_was_measured(page, number):
+    rows = list(ROW.finditer(page))
+    assert len(rows) == number
     for row in rows:
         assert row["figures"] == cells(row["run"]), row.group()
+
+
+def test_the_readme_is_one_page():
+    assert len(README.splitlines()) <= 110
+
+
+def test_the_readme_s_python_runs(capsys):
+    (code,) = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("left at ")
+
+
+def test_the_picture_is_what_its_script_draws():
+    script: dict = {"__name__": "draw_network"}
+    exec((ROOT / "docs" / "draw_network.py").read_text(encoding="utf-8"), script)
+    assert (ROOT / "docs" / "network.svg").read_text(encoding="utf-8") == script["network"]()
 
 
 @pytest.mark.parametrize("run", ["chair_stream", "zoo_voc_animals"])
@@ -60,7 +76,7 @@ def test_rivals_tables_are_what_was_measured(run):
         "".format(**row)
         for row in sorted(rows, key=lambda row: row["mmacs"])
     ]
-    assert "\n".join(lines) in README, "\n".join(lines)
+    assert "\n".join(lines) in CHOOSING, "\n".join(lines)
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("docs/results/*/metrics.json")), ids=lambda path: path.parent.name)
@@ -98,6 +114,23 @@ def test_links_lead_to_files_and_headings_that_are_there(page):
         if not other.exists() or (anchor and anchor not in anchors(other)):
             wrong.append(target)
     assert wrong == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_keys_and_files_that_are_named_are_there(page):
+    """The changelog names what is gone, too."""
+    text, tree = page.read_text(encoding="utf-8"), get_cfg()
+    sections = "|".join(key for key, value in tree.items() if isinstance(value, dict))
+    known = {f"{section}.{key}" for section in sections.split("|") for key in paths(tree[section])}
+    keys = set(re.findall(rf"\b(?:{sections})(?:\.[A-Z_\d]+)+", text)) if page.name != "CHANGELOG.md" else set()
+    files = set(re.findall(r"\b(?:tools|benchmarks|configs|tests|docs|earlyexit_ssd)/[\w/]+\.\w+", text))
+    assert sorted(keys - known) + sorted(file for file in files if not (ROOT / file).exists()) == []
+
+
+def paths(tree: dict) -> list[str]:
+    """Every key of a configuration, sections among them, as dotted names."""
+    below = [f"{key}.{path}" for key, value in tree.items() if isinstance(value, dict) for path in paths(value)]
+    return [*tree, *below]
 
 
 def test_results_name_no_path_of_one_machine():
