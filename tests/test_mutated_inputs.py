@@ -19,10 +19,10 @@ import onnx
 import pytest
 import torch
 import yaml
-from earlyexit_ssd.pipeline.recipes import read_recipes
 from onnx import TensorProto, helper
 from PIL import Image
 
+from benchmarks.compare_recipes import read_recipes
 from earlyexit_ssd import EarlyExitSSDLite, ExitRouter
 from earlyexit_ssd.calibration import DriftMonitor
 from earlyexit_ssd.calibration import certificate as certificates
@@ -347,6 +347,41 @@ def write_devkit(folder: Path, rng: random.Random | None) -> tuple[str, str, str
     return "tiny", "VOC", "train"
 
 
+YOLO = {"path": ".", "train": ["images/a", "list.txt"], "nc": 2, "names": {0: "chair", 1: "cat"}}
+LABELS = "0 0.5 0.5 0.5 0.6\n1 0.25 0.5 0.5 0.2 0.75 0.5 0.5 0.8\n"
+
+
+def write_yolo(folder: Path, rng: random.Random | None) -> tuple[str, str, str]:
+    """data.yaml, a list of photos or the labels of one are damaged."""
+    root = folder / "yolo"
+    for part in ("images", "labels/a"):
+        (root / part).mkdir(parents=True)
+    write_photos(root / "images" / "a", ["0.png", "1.png"])
+    write_photos(root / "images" / "b", ["2.png"])
+    write_photos(folder / "secret", ["3.png"])
+    texts = {"data.yaml": yaml.safe_dump(YOLO), "list.txt": "./images/b/2.png\n", "labels/a/0.txt": LABELS}
+    contents = {name: text.encode() for name, text in texts.items()}
+    if rng is not None:
+        name = rng.choice(sorted(texts))
+        if name == "data.yaml":
+            text = yaml_text(damage(YOLO, rng, (*VALUES, "../secret", str(folder / "secret"))), rng)
+        else:
+            words = texts[name].replace("\n", " \n ").split(" ")
+            for _ in range(rng.randint(1, 3)):
+                secret = f"\n{folder}/secret/3.png"
+                words[rng.randrange(len(words))] = str(rng.choice((*VALUES, "1", "-1", "7 ", "\n", secret)))
+            text = " ".join(words)
+        contents[name] = text.encode("utf-8", "surrogatepass")
+        if rng.random() < 0.3:
+            contents[name] = damage_bytes(contents[name], rng)
+    for name, content in contents.items():
+        (root / name).write_bytes(content)
+    if rng and rng.random() < 0.1:
+        path = root / rng.choice(("labels/a/1.txt", "images/a/9.png", "images/b/9.png"))
+        rng.choice((path.mkdir, lambda: os.mkfifo(path), lambda: path.symlink_to(path)))()
+    return "tiny", "yolo/data.yaml", "train"
+
+
 def write_photo(folder: Path, rng: random.Random | None) -> tuple[str, str, str]:
     """Photos of several formats; one is damaged, or is no file."""
     (folder / "photos").mkdir()
@@ -378,6 +413,7 @@ def use_data(folder: Path, names: tuple[str, str, str]) -> None:
     cfg.DATA.CLASSES = ("chair",) if not names[1] else ()
     for train in (False, True):
         dataset = load_dataset(cfg, "tiny", train=train, need_boxes=False)
+        assert all("secret" not in str(record.path) for record in dataset.records)
         for index in range(len(dataset)):
             dataset[index]
 
@@ -669,6 +705,7 @@ KINDS = {
     "COCO": Kind(140, write_coco, use_data),
     "VOC": Kind(100, write_xml, use_data),
     "devkit": Kind(50, write_devkit, use_data),
+    "YOLO": Kind(200, write_yolo, use_data),
     "photos": Kind(70, write_photo, use_data),
     "certificate": Kind(160, write_certificate, use_certificate),
     "model": Kind(60, write_model, use_model),
