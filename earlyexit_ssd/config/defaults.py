@@ -1,4 +1,4 @@
-"""The default configuration, first part: data, model, exits, losses, phases, engine. The rest is in defaults.py."""
+"""The default configuration: every key with a comment, from which docs/config.md is made."""
 
 from __future__ import annotations
 
@@ -220,9 +220,6 @@ _C.ENGINE.LOG_PERIOD = 20
 _C.ENGINE.CURVE_PERIOD = 1
 # Photos of the calib split, a seeded choice, that the curves are measured on. They show where a training goes, no more.
 _C.ENGINE.CURVE_PHOTOS = 64
-
-
-# The one default configuration tree: routing, calibration and evaluation on top of defaults_training.py.
 
 # ---- routing ----------------------------------------------------------------------------------------------
 _C.ROUTING = Node()

@@ -76,7 +76,7 @@ MERGES = "\n".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for 
         ('_BASE_: "a\\0b"', "_BASE_ is .*expected the name of a YAML file"),
         ("_BASE_: [a, b]", "_BASE_ is .*expected the name of a YAML file"),
         (f"SEED: {'x' * 10_000}", "bad.yaml: SEED expects a whole number .*got 'xxx"),
-        (f"{'x' * 1000}: 1", "bad.yaml: unknown key xxx"),
+        (f"{'x' * 1000}: 1", "bad.yaml: unknown key .*xxx"),
         ("MODEL: {WIDTH: 1000000}", "MODEL.WIDTH is 1000000.0, expected at most 4"),
         ("THREADS: 4611686018427387904", "THREADS is 4611686018427387904, expected at most 1024"),
     ],
@@ -115,7 +115,7 @@ def test_paths_that_are_no_files(tmp_path):
     [
         (["SEED"], "the last key 'SEED' has no value"),
         (["EXIT.LAYERS", "8"], r"unknown key EXIT \(did you mean 'EXITS'\?\)"),
-        (["SEED.A", "8"], "unknown key SEED.A: SEED is a value, no key is below it"),
+        (["SEED.A", "8"], "SEED expects a whole number .*got {'A': 8}"),
         (["XYZ.WIDTH", "8"], "unknown key XYZ; the top level has OUTPUT_DIR, SEED"),
         (["MODEL.WIDTH", "wide"], "command line: MODEL.WIDTH expects a number"),
     ],
