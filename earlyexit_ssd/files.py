@@ -144,8 +144,7 @@ def _locked_file(path: Path, what: str, wait: bool) -> io.FileIO:
 
 def _acquire(file: io.FileIO, what: str, wait: bool) -> None:
     try:
-        _lock_file(file, wait=False)
-        return
+        return _lock_file(file, wait=False)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             logger.warning("%s: this file system has no locks (%s); run one process at a time", what, error.strerror)
@@ -269,8 +268,7 @@ def new_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
         try:
             array = np.lib.format.open_memmap(path, "w+", dtype, shape)
             if hasattr(os, "posix_fallocate"):  # not on macOS and Windows
-                with open(path, "r+b") as file:
-                    _reserve(file.fileno(), path.stat().st_size)
+                _reserve(path)
         except OSError:
             with contextlib.suppress(OSError):
                 path.unlink()  # it may be what has filled the disk
@@ -278,12 +276,13 @@ def new_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
     return array
 
 
-def _reserve(file: int, size: int) -> None:
-    try:
-        os.posix_fallocate(file, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot
-            raise
+def _reserve(path: Path) -> None:
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot
+                raise
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

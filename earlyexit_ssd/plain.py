@@ -67,22 +67,15 @@ def read_json(path: str | os.PathLike[str], what: str, fix: str, error: type[Ear
     Raises:
         EarlyExitError: no such regular file, or not JSON.
     """
-    return _read(path, _parse_json, "JSON", what, fix, error)
+    return _read(path, what, fix, error, _parse_json, "JSON")
 
 
 def read_yaml(path: str | os.PathLike[str], what: str, fix: str, error: type[EarlyExitError] = EarlyExitError) -> Any:
     """The content of a YAML file, see :func:`parse_yaml`; else as :func:`read_json`."""
-    return _read(path, parse_yaml, "valid YAML", what, fix, error)
+    return _read(path, what, fix, error, parse_yaml, "valid YAML")
 
 
-def _read(
-    path: str | os.PathLike[str],
-    parse: Callable[[str], Any],
-    kind: str,
-    what: str,
-    fix: str,
-    error: type[EarlyExitError],
-) -> Any:
+def _read(path: Any, what: str, fix: str, error: type[EarlyExitError], parse: Callable[[str], Any], kind: str) -> Any:
     try:
         text = read_bytes(path).decode("utf-8-sig")
     except FileNotFoundError:
@@ -175,25 +168,30 @@ def parse_yaml(text: str) -> Any:
     return value
 
 
-def build(kind: type[T], values: Mapping[str, Any], name: str = "") -> T:
-    """A dataclass of the values that a file has under its fields' names.
+def build(kind: type[T], values: Any, name: str = "") -> T:
+    """A dataclass, or a dict as a ``TypedDict`` says, of the values that a file has under their names.
 
     Raises:
-        EarlyExitError: a key is unknown or missing, or a value is not what the field's type says.
+        EarlyExitError: a key is unknown or missing, or a value is not what its type says.
     """
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    place = f"{name}: " if name else ""
-    if not isinstance(values, Mapping):
-        raise _unexpected(name or kind.__name__, values, "keys and values")
-    for key in values:
-        if key not in fields:
-            raise EarlyExitError(f"{place}the key {shown(key)} is unknown{nearest(str(key), fields)}")
-    for key, field in sorted(fields.items()):
-        has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-        if key not in values and not has_default:
-            raise EarlyExitError(f"{place}the key '{key}' is missing")
-    hints = _hints(kind)
-    return kind(**{key: typed(hints[key], value, f"{name}.{key}" if name else key) for key, value in values.items()})
+    if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+        expected = "keys that are text" if isinstance(values, Mapping) else "keys and values"
+        raise _unexpected(name or kind.__name__, values, expected)
+    hints, inside = _hints(kind), f"{name}." if name else ""
+    if is_typeddict(kind):
+        place, needed = "the key ", kind.__required_keys__  # keys beside them are somebody's own
+    else:
+        place = f"{name}: the key " if name else "the key "
+        missing = dataclasses.MISSING
+        needed = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is missing}
+        for key in values:
+            if key not in hints:
+                raise EarlyExitError(f"{place}{shown(key)} is unknown{nearest(key, hints)}")
+    for key in sorted(needed):
+        if key not in values:
+            full = f"{inside}{key}" if is_typeddict(kind) else key
+            raise EarlyExitError(f"{place}'{full}' is missing")
+    return kind(**{key: typed(hints.get(key, Any), value, f"{inside}{key}") for key, value in values.items()})
 
 
 def check_fields(instance: Any) -> None:
@@ -213,8 +211,10 @@ def typed(kind: Any, value: Any, name: str) -> Any:
         EarlyExitError: it is not; the message has ``name``, the value and what was expected.
     """
     origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any:
+    if kind is Any or (dataclasses.is_dataclass(kind) and isinstance(value, kind)):
         return value
+    if is_typeddict(kind) or dataclasses.is_dataclass(kind):
+        return build(kind, value, name)
     if origin is Annotated:
         number = typed(arguments[0], value, name)
         if not arguments[1] <= number <= arguments[2]:
@@ -224,44 +224,33 @@ def typed(kind: Any, value: Any, name: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         kinds = [one for one in arguments if one is not type(None)]
-        mappings = [one for one in kinds if get_origin(one) is dict]
-        return typed(mappings[0] if mappings and isinstance(value, dict) else kinds[0], value, name)
+        mappings = [one for one in kinds if get_origin(one) is dict and isinstance(value, dict)]
+        return typed((mappings or kinds)[0], value, name)
     if origin is Literal:
         if not isinstance(value, str) or value not in arguments:
             raise _unexpected(name, value, f"one of {', '.join(arguments)}")
         return value
     if origin in (tuple, list):
-        if not isinstance(value, (tuple, list)):
+        if not isinstance(value, tuple | list):
             raise _unexpected(name, value, "a list")
         return origin(typed(arguments[0], item, f"{name}[{place}]") for place, item in enumerate(value))
-    if origin is dict or is_typeddict(kind) or dataclasses.is_dataclass(kind):
-        return _mapping(kind, value, name)
-    return _scalar(kind, value, name)
-
-
-def _mapping(kind: Any, value: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(kind) and isinstance(value, kind):
-        return value
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise _unexpected(name, value, "keys that are text, and values")
-    if dataclasses.is_dataclass(kind):
-        return build(kind, value, name)
-    if get_origin(kind) is dict:
-        return {key: typed(get_args(kind)[1], item, f"{name}.{key}") for key, item in value.items()}
-    for key in sorted(kind.__required_keys__):
-        if key not in value:
-            raise EarlyExitError(f"the key '{name}.{key}' is missing")
-    hints = _hints(kind)  # keys beside them are somebody's own
-    return {key: typed(hints.get(key, Any), item, f"{name}.{key}") for key, item in value.items()}
-
-
-def _scalar(kind: type, value: Any, name: str) -> Any:
-    wanted = {bool: bool, int: Integral, float: Real, str: str}[kind]
+    if origin is dict:
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise _unexpected(name, value, "keys that are text, and values")
+        return {key: typed(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
+    wanted, text = _SCALARS[kind]
     fits = isinstance(value, wanted) and (kind is bool or not isinstance(value, bool))
     if not fits or (kind is float and not math.isfinite(value)):
-        text = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}[kind]
         raise _unexpected(name, value, text)
     return value
+
+
+_SCALARS: dict[type, tuple[type, str]] = {
+    bool: (bool, "true or false"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a finite number"),
+    str: (str, "text"),
+}
 
 
 def _unexpected(name: str, value: Any, expected: str) -> EarlyExitError:

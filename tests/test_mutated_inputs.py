@@ -19,17 +19,18 @@ import onnx
 import pytest
 import torch
 import yaml
-from earlyexit_ssd.pipeline.recipes import read_recipes
 from onnx import TensorProto, helper
 from PIL import Image
 
+from benchmarks.compare_recipes import read_recipes
 from earlyexit_ssd import EarlyExitSSDLite, ExitRouter
 from earlyexit_ssd.calibration import DriftMonitor
 from earlyexit_ssd.calibration import certificate as certificates
 from earlyexit_ssd.calibration.certificate import Certificate, load_certificate
 from earlyexit_ssd.calibration.drift import Reference
 from earlyexit_ssd.config import load_config
-from earlyexit_ssd.data import load_dataset
+from earlyexit_ssd.data import load_dataset, to_coco
+from earlyexit_ssd.data.records import MODES
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.onnx import OnnxDetector, count_onnx_mmacs
 from earlyexit_ssd.modeling import Architecture, retrofit
@@ -42,48 +43,29 @@ SECONDS = 20
 PHOTO = torch.rand(3, 40, 60, generator=torch.Generator().manual_seed(0))
 TINY = Architecture(("chair", "cat"), image_size=64, width=0.1, exit_layers=(8,), channels=8, depth=(0,))
 SIZE = (60, 40)
+SECRET = "secret/s.png"
+# file names that lead out of a set's own folder, or to what never ends; "ABSOLUTE" becomes the folder of the test
+PATHS = (
+    f"../{SECRET}",
+    f"../../{SECRET}",
+    f"ABSOLUTE/{SECRET}",
+    "../secret",
+    "/dev/zero",
+    "pipe.png",
+    "",
+    "..",
+    "1.png",
+)
 DATES = ("2024-13-45", "2024-01-01", "12:30:99", "0x" + "f" * 5000, "1e999", "9" * 5000, ".nan", "-.inf", "~", "010")
 TEXTS = (
-    "",
-    "x" * 10_000,
-    "a\nb",
-    "a\0b",
-    "\ud800",
-    "../../x",
-    "/etc/passwd",
-    "x" * 300 + ".png",
-    "ﬀ\u202e",
-    "%s {0}",
-    *DATES,
-)
+    "", "x" * 10_000, "a\nb", "a\0b", "\ud800", "\x1b", "../../x", "/etc/passwd", "x" * 300 + ".png", "ﬀ\u202e",
+    "%s {0}", "no", "Unspecified", "1", *DATES,
+)  # fmt: skip
 VALUES: tuple[Any, ...] = (
-    None,
-    True,
-    False,
-    0,
-    1,
-    -1,
-    2,
-    0.5,
-    -0.0,
-    1e308,
-    -1e-320,
-    2**31,
-    2**63,
-    2**64,
-    -(2**63),
-    10**400,
-    float("nan"),
-    float("inf"),
-    [],
-    {},
-    [[]],
-    [None],
-    {"a": 1},
-    {"": None},
-    [1, "2", 3.0],
+    None, True, False, 0, 1, -1, 2, 0.5, -0.0, 1e308, -1e-320, 5e-324, 2**31, 2**53, 2**63, 2**64, -(2**63), 10**400,
+    float("nan"), float("inf"), -float("inf"), [], {}, [[]], [None], {"a": 1}, {"": None}, [1, "2", 3.0], [1, 2, 3, 4],
     *TEXTS,
-)
+)  # fmt: skip
 
 
 def deep(levels: int, leaf: Any = 1) -> Any:
@@ -111,8 +93,12 @@ def damage(tree: Any, rng: random.Random, values: tuple[Any, ...] = VALUES) -> A
         if not (at := places(tree)):
             return rng.choice(values)
         node, key = rng.choice(at)
-        change = rng.randrange(9)
-        if change == 0:
+        change = rng.randrange(10)
+        names = [(inner, name) for inner, name in at if isinstance(inner, dict | list) and isinstance(inner[name], str)]
+        if change == 9 and names:
+            inner, name = rng.choice(names)
+            inner[name] = rng.choice(PATHS)
+        elif change == 0:
             del node[key]
         elif change == 1:
             other, place = rng.choice(at)
@@ -224,7 +210,7 @@ def write_config(folder: Path, rng: random.Random | None) -> None:
     if rng is None:
         return (folder / "config.yaml").write_text(yaml.safe_dump(tree))
     if rng.random() < 0.02:
-        for number in range(1100):
+        for number in range(25):
             (folder / f"{number}.yaml").write_text(f"_BASE_: {number + 1}.yaml\n")
         tree["_BASE_"] = "0.yaml"
     content = yaml_text(damage(tree, rng), rng).encode("utf-8", "surrogatepass")
@@ -251,31 +237,42 @@ def write_overrides(folder: Path, rng: random.Random | None) -> list[str]:
     return words[: rng.choice((6, 6, 5))]
 
 
-def write_photos(folder: Path, names: list[str]) -> None:
-    folder.mkdir(exist_ok=True)
+Set = tuple[str, str, str]
+"""As DATA.DATASETS has it."""
+
+
+def write_photos(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(names):
         Image.new("RGB", SIZE, (number * 40, 90, 200)).save(folder / name)
 
 
+def write_set(root: Path, rng: random.Random | None, contents: dict[str, bytes], photos: str) -> None:
+    """The files of a data set, now and then with damaged bytes; a photo that is not in it, and an endless pipe."""
+    if rng and rng.random() < 0.2:
+        name = rng.choice(sorted(contents))
+        contents[name] = damage_bytes(contents[name], rng)
+    for name, content in contents.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content.replace(b"ABSOLUTE", str(root).encode()))
+    write_photos(root / "secret", "s.png")
+    os.mkfifo(root / photos / "pipe.png")
+
+
 COCO = {
-    "images": [{"id": number, "file_name": f"{number}.png", "width": 60, "height": 40} for number in (10, 20, 30)],
+    "images": [{"id": number, "file_name": f"{number}.png", "width": 60, "height": 40} for number in range(3)],
     "annotations": [
-        {"id": 1, "image_id": 10, "category_id": 62, "bbox": [5, 6, 20, 30], "area": 500.0, "iscrowd": 0},
-        {"id": 2, "image_id": 20, "category_id": 3, "bbox": [30, 10, 10, 10], "iscrowd": 1},
+        {"id": 1, "image_id": 0, "category_id": 62, "bbox": [5, 6, 20, 30], "area": 500.0, "iscrowd": 0},
+        {"id": 2, "image_id": 1, "category_id": 3, "bbox": [30, 10, 10, 10], "ignore": 1, "difficult": 0},
     ],
     "categories": [{"id": 62, "name": "chair"}, {"id": 3, "name": "cat"}],
 }
 
 
-def write_coco(folder: Path, rng: random.Random | None) -> tuple[str, str, str]:
-    write_photos(folder / "photos", ["10.png", "20.png", "30.png"])
+def write_coco(folder: Path, rng: random.Random | None) -> Set:
+    write_photos(folder / "photos", "0.png", "1.png", "2.png")
     content = json.dumps(COCO).encode() if rng is None else as_json(damage(COCO, rng), rng)
-    if rng and rng.random() < 0.2:
-        content = damage_bytes(content, rng)
-        if rng.random() < 0.1:  # a pipe never ends
-            (folder / "photos" / "10.png").unlink()
-            os.mkfifo(folder / "photos" / "10.png")
-    (folder / "coco.json").write_bytes(content)
+    write_set(folder, rng, {"coco.json": content}, "photos")
     return "tiny", "coco.json", "photos"
 
 
@@ -289,97 +286,104 @@ XML = (
     + OBJECT.format("sofa")
     + "</annotation>"
 )
+XML_PIECES = (
+    "<a>" * 3000, "<!DOCTYPE a [<!ENTITY b 'c'>]>", "&b;", "<?xml version='1.0' encoding='x'?>", "&amp;", "]]>", "<a/>",
+    "&#0;", "CHAIR", "é",
+)  # fmt: skip
 
 
 def xml(rng: random.Random | None) -> bytes:
     """Values, tags and bytes of an annotation changed."""
-    if rng is None:
-        return XML.encode()
     pieces = XML.replace("<", "\n<").replace(">", ">\n").split("\n")
-    for _ in range(rng.randint(1, 3)):
-        at = rng.randrange(len(pieces))
-        change = rng.randrange(5)
+    for _ in range(rng.randint(1, 3) if rng else 0):
+        at, other = rng.randrange(len(pieces)), rng.randrange(len(pieces))
+        change = rng.randrange(6)
         if change == 0:
             pieces[at] = str(rng.choice(VALUES))
         elif change == 1:
-            pieces.insert(
-                at,
-                rng.choice(
-                    ("<a>" * 3000, "<!DOCTYPE a [<!ENTITY b 'c'>]>", "&b;", "<?xml version='1.0' encoding='x'?>")
-                ),
-            )
+            pieces.insert(at, rng.choice(XML_PIECES))
         elif change == 2:
             del pieces[at]
         elif change == 3:
             pieces[at] *= rng.choice((2, 200))
+        elif change == 4 and "0.png" in pieces:
+            pieces[pieces.index("0.png")] = rng.choice(PATHS)
         else:
-            other = rng.randrange(len(pieces))
             pieces[at], pieces[other] = pieces[other], pieces[at]
-    content = "".join(pieces).encode("utf-8", "surrogatepass")
-    return damage_bytes(content, rng) if rng.random() < 0.3 else content
+    return "".join(pieces).encode("utf-16" if rng and rng.random() < 0.05 else "utf-8", "surrogatepass")
 
 
-def write_xml(folder: Path, rng: random.Random | None) -> tuple[str, str, str]:
-    write_photos(folder / "photos", ["0.png", "1.png"])
-    (folder / "xml").mkdir()
-    (folder / "xml" / "0.xml").write_bytes(xml(rng))
-    (folder / "xml" / "1.xml").write_text(XML)
+def write_xml(folder: Path, rng: random.Random | None) -> Set:
+    write_photos(folder / "photos", "0.png", "1.png")
+    write_set(folder, rng, {"xml/0.xml": xml(rng), "xml/1.xml": XML.replace("0.png", "1.png").encode()}, "photos")
     return "tiny", "xml", "photos"
 
 
-def write_devkit(folder: Path, rng: random.Random | None) -> tuple[str, str, str]:
+def write_devkit(folder: Path, rng: random.Random | None) -> Set:
     """The list of a split is damaged, or is no file at all."""
-    for part in ("Annotations", "ImageSets/Main", "JPEGImages"):
-        (folder / "VOC" / part).mkdir(parents=True)
-    write_photos(folder / "VOC" / "JPEGImages", ["0.png", "1.png"])
-    for number in range(2):
-        (folder / "VOC" / "Annotations" / f"{number}.xml").write_text(XML)
-    listing = folder / "VOC" / "ImageSets" / "Main" / "train.txt"
-    content = b"0\n1\n"
+    write_photos(folder / "VOC" / "JPEGImages", "0.png", "1.png")
+    lines = ["0", "1"]
     if rng is not None:
-        lines = ["0", "1", "0 -1", *rng.sample(TEXTS, 2)]
+        lines += ["0 -1", *rng.sample((*TEXTS, *(name.removesuffix(".png") for name in PATHS)), 3)]
         rng.shuffle(lines)
-        content = damage_bytes("\n".join(lines).encode("utf-8", "surrogatepass"), rng)
-        if rng.random() < 0.05:
-            listing.mkdir()
-            return "tiny", "VOC", "train"
-    listing.write_bytes(content)
+    listing = "VOC/ImageSets/Main/train.txt"
+    texts = {"secret/s.xml": XML, listing: "\n".join(lines), **{f"VOC/Annotations/{n}.xml": XML for n in range(2)}}
+    if rng and rng.random() < 0.05:
+        del texts[listing]
+        (folder / listing).mkdir(parents=True)
+    contents = {name: text.encode("utf-8", "surrogatepass") for name, text in texts.items()}
+    write_set(folder, rng, contents, "VOC/JPEGImages")
     return "tiny", "VOC", "train"
 
 
-def write_photo(folder: Path, rng: random.Random | None) -> tuple[str, str, str]:
+YOLO = {"path": ".", "train": ["images/a", "list.txt"], "nc": 2, "names": {0: "chair", 1: "cat"}}
+
+
+def write_yolo(folder: Path, rng: random.Random | None) -> Set:
+    """data.yaml, a list of photos or the labels of one are damaged."""
+    write_photos(folder / "yolo/images/a", "0.png", "1.png")
+    write_photos(folder / "yolo/images/b", "2.png")
+    labels = "0 0.5 0.5 0.5 0.6\n1 0.25 0.5 0.5 0.2 0.75 0.5 0.5 0.8\n"
+    texts = {"data.yaml": yaml.safe_dump(YOLO), "list.txt": "./images/b/2.png\n", "labels/a/0.txt": labels}
+    name = rng.choice(sorted(texts)) if rng else ""
+    if rng and name == "data.yaml":
+        texts[name] = yaml_text(damage(YOLO, rng), rng)
+    elif rng:
+        words = texts[name].replace("\n", " \n ").split(" ")
+        for _ in range(rng.randint(1, 3)):
+            words[rng.randrange(len(words))] = str(rng.choice(rng.choice((VALUES, [f"\n{path}\n" for path in PATHS]))))
+        texts[name] = " ".join(words)
+    contents = {f"yolo/{key}": text.encode("utf-8", "surrogatepass") for key, text in texts.items()}
+    write_set(folder, rng, contents, "yolo/images/a")
+    return "tiny", "yolo/data.yaml", "train"
+
+
+def write_photo(folder: Path, rng: random.Random | None) -> Set:
     """Photos of several formats; one is damaged, or is no file."""
-    (folder / "photos").mkdir()
-    suffix, mode = (
-        ("png", "RGB")
-        if rng is None
-        else rng.choice(
-            (("png", "RGB"), ("png", "LA"), ("png", "P"), ("jpg", "CMYK"), ("bmp", "RGB"), ("webp", "RGBA"))
-        )
-    )
+    kinds = (("png", "RGB"), ("png", "L"), ("png", "P"), ("jpg", "CMYK"), ("bmp", "RGB"), ("webp", "RGBA"))
+    suffix, mode = rng.choice(kinds) if rng else kinds[0]
+    write_photos(folder / "photos", "1.png")
     path = folder / "photos" / f"0.{suffix}"
-    Image.effect_noise(SIZE, 50).convert("RGB").convert(mode if mode != "LA" else "L").save(path)
-    write_photos(folder / "photos", ["1.png"])
-    if rng is None:
-        return "tiny", "", "photos"
-    if rng.random() < 0.1:
+    Image.effect_noise(SIZE, 50).convert("RGB").convert(mode).save(path)
+    if rng and rng.random() < 0.1:
         path.unlink()
         rng.choice((lambda: os.mkfifo(path), path.mkdir, lambda: path.symlink_to(path), lambda: path.touch()))()
-    else:
+    elif rng:
         path.write_bytes(damage_bytes(path.read_bytes(), rng))
     return "tiny", "", "photos"
 
 
-def use_data(folder: Path, names: tuple[str, str, str]) -> None:
-    """Every photo of the set, as training and evaluation read it."""
-    cfg = load_config(None, ["DATA.ROOT", str(folder), "DATA.TRAIN", "tiny", "DATA.DATASETS", json.dumps([names])])
+def use_data(folder: Path, entry: Set) -> None:
+    """Every photo of the set, as training and evaluation read it; none of them lies elsewhere."""
+    cfg = load_config(None, ["DATA.ROOT", str(folder), "DATA.TRAIN", "tiny", "DATA.DATASETS", json.dumps([entry])])
     cfg.defrost()
-    cfg.DATA.ON_BAD = ("repair", "skip", "refuse")[sum(map(ord, folder.name)) % 3]
-    cfg.DATA.CLASSES = ("chair",) if not names[1] else ()
+    cfg.DATA.ON_BAD = MODES[sum(map(ord, folder.name)) % 3]
+    cfg.DATA.CLASSES = ("chair",) if not entry[1] else ()
     for train in (False, True):
         dataset = load_dataset(cfg, "tiny", train=train, need_boxes=False)
-        for index in range(len(dataset)):
-            dataset[index]
+        for record in dataset.records:
+            assert folder.name in str(record.path) and "secret" not in str(record.path), record.path
+        assert len([dataset[index] for index in range(len(dataset))]) == len(to_coco(dataset).imgs)
 
 
 class Models:
@@ -406,36 +410,21 @@ class Models:
             "epoch": 3,
         }
         drift = Reference.from_decisions(("exit8", "full"), [0, 0, 1], [[0.9, 0.7, 0.2]])
-        self.certificate = json.loads(
-            json.dumps(
-                {
-                    "format": certificates.FORMAT,
-                    "router": router.to_dict(),
-                    "target": {
-                        "kind": "risk",
-                        "epsilon": 0.1,
-                        "delta": 0.05,
-                        "bound": "betting",
-                        "reference": "full",
-                        "score": 0.5,
-                        "iou": 0.5,
-                    },
-                    "measured": {
-                        "photos": 3,
-                        "loss": 0.1,
-                        "AP50": None,
-                        "exit_share": {"exit8": 0.5, "full": 0.5},
-                        "speedup": 1.2,
-                    },
-                    "cost_model": {"unit": "ms", "exits": [1.0, 2.0], "plain": 1.9, "measured": {}},
-                    "weights_sha256": weights_hash(self.model),
-                    "photos_sha256": ["ab" * 8, "cd" * 8],
-                    "photo_list_sha256": "ef",
-                    "drift": drift.to_dict(),
-                    "versions": {"torch": torch.__version__},
-                }
-            )
-        )
+        shares = {"exit8": 0.5, "full": 0.5}
+        target = {"kind": "risk", "epsilon": 0.1, "delta": 0.05, "bound": "betting", "reference": "full"}
+        content = {
+            "format": certificates.FORMAT,
+            "router": router.to_dict(),
+            "target": {**target, "score": 0.5, "iou": 0.5},
+            "measured": {"photos": 3, "loss": 0.1, "AP50": None, "exit_share": shares, "speedup": 1.2},
+            "cost_model": {"unit": "ms", "exits": [1.0, 2.0], "plain": 1.9, "measured": {}},
+            "weights_sha256": weights_hash(self.model),
+            "photos_sha256": ["ab" * 8, "cd" * 8],
+            "photo_list_sha256": "ef",
+            "drift": drift.to_dict(),
+            "versions": {"torch": torch.__version__},
+        }
+        self.certificate = json.loads(json.dumps(content))
 
     def _evidence(self) -> int:
         outputs = self.model.exit_outputs([PHOTO])
@@ -545,9 +534,12 @@ def use_certificate(folder: Path, _: None) -> None:
 
 def exported() -> onnx.ModelProto:
     """A convolution whose mean is the score of one box."""
-    weights = helper.make_tensor("weights", TensorProto.FLOAT, (1, 3, 1, 1), [0.1, 0.2, 0.3])
-    boxes = helper.make_tensor("corners", TensorProto.FLOAT, (1, 4), [1, 2, 30, 40])
-    label = helper.make_tensor("label", TensorProto.INT64, (1,), [62])
+    constants = [
+        helper.make_tensor("weights", TensorProto.FLOAT, (1, 3, 1, 1), [0.1, 0.2, 0.3]),
+        helper.make_tensor("corners", TensorProto.FLOAT, (1, 4), [1, 2, 30, 40]),
+        helper.make_tensor("label", TensorProto.INT64, (1,), [62]),
+        helper.make_tensor("axis", TensorProto.INT64, (1,), [0]),
+    ]
     nodes = [
         helper.make_node("Conv", ["image", "weights"], ["map"], strides=[2, 2]),
         helper.make_node("GlobalAveragePool", ["map"], ["mean"]),
@@ -556,19 +548,22 @@ def exported() -> onnx.ModelProto:
         helper.make_node("Identity", ["corners"], ["boxes"]),
         helper.make_node("Identity", ["label"], ["labels"]),
     ]
-    outputs = [
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, (1, 3, 32, 32))
+    kinds = (
         ("boxes", TensorProto.FLOAT, (1, 4)),
         ("scores", TensorProto.FLOAT, (1,)),
         ("labels", TensorProto.INT64, (1,)),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, (1, 3, 32, 32))],
-        [helper.make_tensor_value_info(*output) for output in outputs],
-        [weights, boxes, label, helper.make_tensor("axis", TensorProto.INT64, (1,), [0])],
     )
+    outputs = [helper.make_tensor_value_info(*kind) for kind in kinds]
+    graph = helper.make_graph(nodes, "g", [image], outputs, constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+
+
+DIMS = (-1, 0, 1, 2, 4, 33, 100_000, 2**31, 2**62)
+OPS = ("Relu", "Nope", "Loop", "If", "Cast", "ReduceMean", "MatMul", "NonZero", "", "Shape")
+SHAPES = ((0,), (2, 3, 1, 1), (-1,), (2**40,), (1, 3, 5, 5), ())
+LOCATIONS = ("a\0b", "\ud800", "../../x", "/etc/passwd", "beside.bin", "../x", "*/_ORT_MEM_ADDR_/*")
+CLASSES = (",", "chair", "", "x" * 10_000, "a\nb, c", ",".join(string.ascii_letters * 2))
 
 
 def write_onnx(folder: Path, rng: random.Random | None) -> None:
@@ -576,45 +571,30 @@ def write_onnx(folder: Path, rng: random.Random | None) -> None:
     graph = model.graph
     for _ in range(rng.randint(1, 2) if rng else 0):
         change, node, tensor = rng.randrange(8), rng.choice(graph.node), rng.choice(graph.initializer)
+        value = rng.choice([*graph.input, *graph.output]).type.tensor_type
         if change == 0:
-            value = rng.choice([*graph.input, *graph.output])
-            dims = value.type.tensor_type.shape.dim
-            dim = rng.choice(dims)
-            dim.dim_value = rng.choice((-1, 0, 1, 2, 4, 33, 100_000, 2**31, 2**62))
+            dim = rng.choice(value.shape.dim)
+            dim.dim_value = rng.choice(DIMS)
             if rng.random() < 0.2:
                 dim.dim_param = "n"
         elif change == 1:
-            node.op_type = rng.choice(
-                ("Relu", "Nope", "Loop", "If", "Cast", "ReduceMean", "MatMul", "NonZero", "", "Shape")
-            )
+            node.op_type = rng.choice(OPS)
         elif change == 2:
-            tensor.external_data.add(
-                key="location",
-                value=rng.choice((*TEXTS[3:8], "beside.bin", "../x", "*/_ORT_MEM_ADDR_/*"))
-                .encode("utf-8", "replace")
-                .decode(),
-            )
+            location = rng.choice(LOCATIONS).encode("utf-8", "replace").decode()
+            tensor.external_data.add(key="location", value=location)
             tensor.data_location = TensorProto.EXTERNAL
             tensor.ClearField(rng.choice(("raw_data", "float_data", "int64_data")))
         elif change == 3:
             del tensor.dims[:]
-            tensor.dims.extend(rng.choice(((0,), (2, 3, 1, 1), (-1,), (2**40,), (1, 3, 5, 5), ())))
+            tensor.dims.extend(rng.choice(SHAPES))
         elif change == 4:
             tensor.data_type = rng.randrange(0, 25)
         elif change == 5:
-            value = rng.choice([*graph.input, *graph.output])
-            value.type.tensor_type.elem_type = rng.randrange(0, 25)
+            value.elem_type = rng.randrange(0, 25)
         elif change == 6:
             node.input[0] = rng.choice(("", "scores", "boxes", "image", "none", "label"))
         else:
-            helper.set_model_props(
-                model,
-                {
-                    "classes": rng.choice(
-                        (",", "chair", "", "x" * 10_000, "a\nb, c", ",".join(string.ascii_letters * 2))
-                    )
-                },
-            )
+            helper.set_model_props(model, {"classes": rng.choice(CLASSES)})
     content = model.SerializeToString()
     (folder / "rival.onnx").write_bytes(damage_bytes(content, rng) if rng and rng.random() < 0.3 else content)
     (folder / "beside.bin").write_bytes(bytes(40))
@@ -666,10 +646,11 @@ OTHERS: dict[str, tuple[Any, str, Callable[[Path], object]]] = {
 KINDS = {
     "configuration": Kind(200, write_config, lambda folder, _: load_config(folder / "config.yaml")),
     "overrides": Kind(150, write_overrides, lambda folder, words: load_config(None, words)),
-    "COCO": Kind(140, write_coco, use_data),
-    "VOC": Kind(100, write_xml, use_data),
-    "devkit": Kind(50, write_devkit, use_data),
-    "photos": Kind(70, write_photo, use_data),
+    "COCO": Kind(500, write_coco, use_data),
+    "VOC": Kind(400, write_xml, use_data),
+    "devkit": Kind(80, write_devkit, use_data),
+    "YOLO": Kind(300, write_yolo, use_data),
+    "photos": Kind(250, write_photo, use_data),
     "certificate": Kind(160, write_certificate, use_certificate),
     "model": Kind(60, write_model, use_model),
     "reference": Kind(50, write_reference, use_reference),

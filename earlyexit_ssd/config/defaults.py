@@ -1,4 +1,4 @@
-"""The default configuration, first part: data, model, exits, losses, phases, engine. The rest is in defaults.py."""
+"""The default configuration: every key with a comment, from which docs/config.md is made."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _C.DATA = Node()
 # Root of the data sets. Empty: the environment variable EARLYEXIT_SSD_DATASETS, else ./datasets.
 _C.DATA.ROOT = ""
 # Your own sets, a triple each, paths relative to the root: (name, COCO JSON file, photo folder),
-# (name, folder of VOC XML files, photo folder), (name, VOC devkit folder such as VOC2012, split) or, for photos without
-# boxes (LOSS.SUPERVISION teacher), (name, "", photo folder).
+# (name, folder of VOC XML files, photo folder), (name, VOC devkit folder such as VOC2012, split), (name, data.yaml of
+# YOLO data, split) or, for photos without boxes (LOSS.SUPERVISION teacher), (name, "", photo folder).
 _C.DATA.DATASETS = ()
 # Fetch voc_2007_* and voc_2012_* with torchvision when they are missing (needs a network).
 _C.DATA.DOWNLOAD = False
@@ -35,8 +35,8 @@ _C.DATA.TEST = ("synthetic_chairs_test",)
 _C.DATA.CLASSES = ()
 # What to do with a record that is broken: repair (counted warning), refuse (stop, one line) or skip.
 _C.DATA.ON_BAD = "repair"
-# Take photos that an annotation file names outside its photo folder (absolute names, ../). By default they are broken
-# records.
+# Take photos that an annotation file names outside its photo folder (absolute names, ../), and YOLO data outside the
+# folder of data.yaml. By default they are broken records.
 _C.DATA.ALLOW_OUTSIDE = False
 # Largest share of training photos without any wanted object, in [0, 1): a seeded choice of them is left out. -1 keeps
 # them as they come.
@@ -225,9 +225,6 @@ _C.ENGINE.LOG_PERIOD = 20
 _C.ENGINE.CURVE_PERIOD = 1
 # Photos of the calib split, a seeded choice, that the curves are measured on. They show where a training goes, no more.
 _C.ENGINE.CURVE_PHOTOS = 64
-
-
-# The one default configuration tree: routing, calibration and evaluation on top of defaults_training.py.
 
 # ---- routing ----------------------------------------------------------------------------------------------
 _C.ROUTING = Node()

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ast
-import io
 import itertools
 import json
 import re
 import sys
-import tokenize
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +16,8 @@ from fvcore.common.config import CfgNode
 from earlyexit_ssd.config import defaults
 from earlyexit_ssd.files import write_text
 
-TREE, FACTORY, SHARED = "_C", "_phase", "phase"
-"""Names in the sources: the tree, the function that makes a phase's node, and that node inside the function."""
-
 _HEADING = re.compile(r"# -{4} (.+?) -+$")
+_KEY = re.compile(r"(_C|phase)\.([\w.]+) = (.*)")  # of the tree, or of the node that _phase() makes
 _INTRODUCTION = """# Configuration
 
 Every key with its default. The file is generated from `earlyexit_ssd/config/defaults.py`:
@@ -59,63 +54,25 @@ class Entry:
 
 def read_entries(source: str) -> list[Entry]:
     """The keys of a source like the defaults', in its order; shared keys come before the first node with them."""
-    comments = _comments(source)
+    users = tuple(re.findall(r"^_C\.(\w+) = _phase\(", source, re.MULTILINE))
     entries: list[Entry] = []
-    factory: ast.FunctionDef | None = None
-    body = ast.parse(source).body
-    users = tuple(name for statement in body if (name := _target(statement, TREE)) and _calls(statement, FACTORY))
-    for statement in body:
-        section = _section(comments, statement.lineno)
-        if isinstance(statement, ast.FunctionDef) and statement.name == FACTORY:
-            factory = statement
-        elif name := _target(statement, TREE):
-            if name in users[:1] and factory:
-                shared = [(_target(line, SHARED), line.lineno) for line in factory.body]
-                entries += [Entry(section, key, _above(comments, line), users) for key, line in shared if key]
-            comment = _above(comments, statement.lineno)
-            if comment or not isinstance(statement.value, ast.Call):
-                entries.append(Entry(section, name, comment))
+    shared: list[Entry] = []
+    section, comments = "", []
+    for line in map(str.strip, source.splitlines()):
+        if heading := _HEADING.match(line):
+            section, comments = heading[1], []
+        elif line.startswith("#"):
+            comments.append(line.removeprefix("#").strip())
+        else:
+            comment, comments = " ".join(comments), []
+            root, name, value = match.groups() if (match := _KEY.match(line)) else ("", "", "")
+            if root == "phase":
+                shared.append(Entry(section, name, comment, users))
+            elif root:
+                entries += shared if name in users[:1] else []
+                if comment or not value.startswith(("Node(", "_phase(")):
+                    entries.append(Entry(section, name, comment))
     return entries
-
-
-def _comments(source: str) -> dict[int, str]:
-    """Line number -> the comment that the line consists of."""
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return {
-        token.start[0]: token.string
-        for token in tokens
-        if token.type == tokenize.COMMENT and token.line.strip() == token.string
-    }
-
-
-def _above(comments: dict[int, str], line: int) -> str:
-    """The comment that ends on the line above, headings apart."""
-    lines: list[str] = []
-    while (text := comments.get(line - 1 - len(lines))) and not _HEADING.match(text):
-        lines.insert(0, text.removeprefix("#").strip())
-    return " ".join(lines)
-
-
-def _section(comments: dict[int, str], line: int) -> str:
-    """The last heading above ``line``."""
-    headings = [match[1] for number, text in comments.items() if number < line and (match := _HEADING.match(text))]
-    return headings[-1] if headings else ""
-
-
-def _target(statement: ast.stmt, root: str) -> str:
-    """``DATA.ROOT`` for ``root.DATA.ROOT = ...``; empty for any other statement."""
-    if not isinstance(statement, ast.Assign):
-        return ""
-    target, names = statement.targets[0], []
-    while isinstance(target, ast.Attribute):
-        names.insert(0, target.attr)
-        target = target.value
-    return ".".join(names) if isinstance(target, ast.Name) and target.id == root else ""
-
-
-def _calls(statement: ast.stmt, function: str) -> bool:
-    value = getattr(statement, "value", None)
-    return isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == function
 
 
 def render(entries: Sequence[Entry], cfg: CfgNode) -> str:

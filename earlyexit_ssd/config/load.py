@@ -1,9 +1,14 @@
-"""Read a YAML configuration over the defaults; every key and every type is checked before anything runs."""
+"""Read a YAML configuration over the defaults; every key and every type is checked before anything runs.
+
+The tree is fvcore's `CfgNode`. Its own loader is not used: it follows every YAML alias, takes no whole number for 0.5
+and reads a text such as "3" as a number.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,7 @@ from earlyexit_ssd.plain import parse_yaml, read_yaml
 
 _BASE_KEY = "_BASE_"
 _LONGEST_CHAIN = 20
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list"}
 
 
 def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> CfgNode:
@@ -32,8 +38,14 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
     if path is not None:
         path = Path(path)
         for source, tree in reversed(_read_chain(path)):
-            _merge(cfg, tree, (), str(source))
-    _merge_overrides(cfg, overrides)
+            _merge(cfg, tree, str(source))
+    if len(overrides) % 2:
+        raise ConfigError(f"command line: expected KEY VALUE pairs, the last key {shown(overrides[-1])} has no value")
+    for key, text in zip(overrides[::2], overrides[1::2], strict=True):
+        tree = _parse(str(text))  # from Python they may be values
+        for part in reversed(str(key).split(".")):
+            tree = {part: tree}
+        _merge(cfg, tree, "command line")
     if cfg.OUTPUT_DIR == "auto":
         cfg.OUTPUT_DIR = f"output/{path.stem if path else 'defaults'}"
     try:
@@ -68,91 +80,51 @@ def _read_chain(path: Path) -> list[tuple[Path, dict]]:
     raise ConfigError(f"{path}: {_BASE_KEY} leads through more than {_LONGEST_CHAIN} files; put them together")
 
 
-def _merge(node: CfgNode, tree: dict, prefix: tuple[str, ...], source: str) -> None:
+def _merge(node: CfgNode, tree: Mapping, source: str, above: str = "") -> None:
     for key, value in tree.items():
-        if isinstance(node.get(key), CfgNode) and isinstance(value, dict):
-            _merge(node[key], value, (*prefix, key), source)
+        if key not in node:
+            hint = nearest(str(key), node) or f"; {above.rstrip('.') or 'the top level'} has {', '.join(node)}"
+            raise ConfigError(f"{source}: unknown key {above}{key}{hint}")
+        if isinstance(node[key], CfgNode) and isinstance(value, Mapping):
+            _merge(node[key], value, source, f"{above}{key}.")
         else:
-            _set(node, str(key), value, prefix, source)
-
-
-def _set(node: CfgNode, key: str, value: Any, prefix: tuple[str, ...], source: str) -> None:
-    full_key = ".".join((*prefix, key))
-    _require_known(node, key, prefix, source)
-    node[key] = _convert(value, node[key], full_key, source)
-
-
-def _require_known(node: CfgNode, key: str, prefix: tuple[str, ...], source: str) -> None:
-    if key not in node:
-        hint = nearest(key, node) or f"; {'.'.join(prefix) or 'the top level'} has {', '.join(node)}"
-        raise ConfigError(f"{source}: unknown key {'.'.join((*prefix, key))}{hint}")
+            node[key] = _convert(value, node[key], f"{above}{key}", source)
 
 
 def _convert(value: Any, default: Any, key: str, source: str) -> Any:
     """``value`` in the type of ``default``; only lossless conversions are made."""
     if isinstance(default, str) and isinstance(value, bool):
         value = "on" if value else "off"  # YAML 1.1 reads these words as true and false
-    if isinstance(default, bool) or isinstance(value, bool):
-        fits = isinstance(default, bool) and isinstance(value, bool)
-    elif isinstance(default, float):
-        value = _number_from_text(value)
-        fits = isinstance(value, (int, float))
+    elif isinstance(default, float) and isinstance(value, str):
+        with contextlib.suppress(ValueError):  # it reads 1e-3 as text
+            value = float(value)
     elif isinstance(default, tuple):
         value = _as_tuple(value)
-        fits = isinstance(value, tuple)
-    else:
-        fits = isinstance(value, type(default))
-    if not fits:
-        raise ConfigError(f"{source}: {key} expects {_describe(default)}, got {shown(value)}")
-    _require_plain_text(value, key, source)
+    wanted = int | float if isinstance(default, float) else type(default)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and not isinstance(default, bool)):
+        keys = isinstance(default, CfgNode)
+        kind = f"keys below it ({', '.join(default)})" if keys else f"{_KINDS[type(default)]} (default {default!r})"
+        raise ConfigError(f"{source}: {key} expects {kind}, got {shown(value)}")
+    if any(ord(sign) < 32 or 0xD800 <= ord(sign) < 0xE000 for text in _texts(value) for sign in text):
+        # no path, name or file could hold it
+        raise ConfigError(f"{source}: {key} has {shown(value)}, expected text without control characters")
     return float(value) if isinstance(default, float) else value
 
 
-def _require_plain_text(value: Any, key: str, source: str) -> None:
-    """No text inside has a control character or half a sign: no path, name or file could hold it."""
+def _texts(value: Any) -> Iterator[str]:
+    """All text in a value."""
     if isinstance(value, tuple):
         for item in value:
-            _require_plain_text(item, key, source)
-    elif isinstance(value, str) and any(ord(sign) < 32 or 0xD800 <= ord(sign) < 0xE000 for sign in value):
-        raise ConfigError(f"{source}: {key} has {shown(value)}, expected text without control characters")
-
-
-def _number_from_text(value: Any) -> Any:
-    """YAML 1.1 reads ``1e-3`` as text; people mean the number."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+            yield from _texts(item)
+    elif isinstance(value, str):
+        yield value
 
 
 def _as_tuple(value: Any) -> Any:
     """A list becomes a tuple, inner lists too; a single text or number becomes a tuple of one."""
-    if isinstance(value, (list, tuple)):
-        return tuple(_as_tuple(item) if isinstance(item, (list, tuple)) else item for item in value)
-    return (value,) if isinstance(value, (str, int, float)) else value
-
-
-def _describe(default: Any) -> str:
-    kind = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list"}
-    if isinstance(default, CfgNode):
-        return f"keys below it ({', '.join(default)})"
-    return f"{kind[type(default)]} (default {default!r})"
-
-
-def _merge_overrides(cfg: CfgNode, overrides: Sequence[str]) -> None:
-    if len(overrides) % 2:
-        raise ConfigError(f"command line: expected KEY VALUE pairs, the last key {shown(overrides[-1])} has no value")
-    for full_key, text in zip(overrides[::2], overrides[1::2], strict=True):
-        full_key, text = str(full_key), str(text)  # from Python they may be values
-        *parents, key = full_key.split(".")
-        node = cfg
-        for depth, parent in enumerate(parents):
-            _require_known(node, parent, tuple(parents[:depth]), "command line")
-            node = node[parent]
-            if not isinstance(node, CfgNode):
-                value_key = ".".join(parents[: depth + 1])
-                raise ConfigError(f"command line: unknown key {full_key}: {value_key} is a value, no key is below it")
-        _set(node, key, _parse(text), tuple(parents), "command line")
+    if isinstance(value, list | tuple):
+        return tuple(_as_tuple(item) if isinstance(item, list | tuple) else item for item in value)
+    return (value,) if isinstance(value, str | int | float) else value
 
 
 def _parse(text: str) -> Any:

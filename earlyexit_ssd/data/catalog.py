@@ -1,4 +1,4 @@
-"""Data sets by name."""
+"""Data sets by name: entries of DATA.DATASETS, read by the format that recognises them, and sets that are built in."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from pathlib import Path
 
 from fvcore.common.config import CfgNode
 
-from earlyexit_ssd.data.coco import read_coco
-from earlyexit_ssd.data.folder import read_photo_folder
-from earlyexit_ssd.data.records import Problems, RawDataset
+from earlyexit_ssd.data import coco, folder, voc, yolo  # noqa: F401 - they register their formats
+from earlyexit_ssd.data.records import FORMATS, Problems, RawDataset
 from earlyexit_ssd.data.shapes import ensure_synthetic
-from earlyexit_ssd.data.voc import read_voc, read_xml_folder
 from earlyexit_ssd.errors import ConfigError, DataError, nearest, shown
 
 ROOT_VARIABLE = "EARLYEXIT_SSD_DATASETS"
@@ -37,22 +35,34 @@ def register(name: str, loader: Loader) -> None:
 
 def register_coco(name: str, annotations: str | os.PathLike[str], images: str | os.PathLike[str]) -> None:
     """Make a COCO JSON file and its folder of photos known by ``name``; paths are relative to the root."""
-
-    def load(root: Path, data: CfgNode, problems: Problems) -> RawDataset:
-        _require(name, root, root / annotations, root / images)
-        return read_coco(name, root / annotations, root / images, problems, data.ALLOW_OUTSIDE)
-
-    register(name, load)
+    register(name, _entry(name, annotations, images))
 
 
 def register_voc(name: str, devkit: str | os.PathLike[str], split: str) -> None:
     """Make a split of a VOC devkit (such as VOC2012) known by ``name``; the path is relative to the root."""
+    register(name, _entry(name, devkit, split))
+
+
+def _entry(name: str, annotations: str | os.PathLike[str], photos: str | os.PathLike[str]) -> Loader:
+    """The loader of an entry as ``DATA.DATASETS`` has them."""
 
     def load(root: Path, data: CfgNode, problems: Problems) -> RawDataset:
-        _require(name, root, root / devkit)
-        return read_voc(name, root / devkit, split, problems, data.ALLOW_OUTSIDE)
+        path = root / annotations
+        known = next(one for one in reversed(FORMATS.values()) if one.recognises(str(annotations), path))
+        for needed in ([path] if annotations else []) + ([] if known.names_split else [root / photos]):
+            _require(name, needed)
+        second = photos if known.names_split else root / photos
+        return known.read(name, path, second, problems, data.ALLOW_OUTSIDE)
 
-    register(name, load)
+    return load
+
+
+def _require(name: str, path: Path, otherwise: str = "put it there") -> None:
+    if not os.path.exists(path):
+        raise DataError(
+            f"{os.path.abspath(path)}: data set {name!r} is not there; set DATA.ROOT or the environment variable "
+            f"{ROOT_VARIABLE} to the folder of the data sets, or {otherwise}"
+        )
 
 
 def names() -> tuple[str, ...]:
@@ -94,10 +104,9 @@ def load(name: str, data: CfgNode, problems: Problems) -> RawDataset:
         ConfigError: an unknown name, or ``DATA.DATASETS`` that are no triples of distinct names.
         DataError: missing files, or (mode "refuse") a broken record.
     """
-    root, own = dataset_root(data), _own_sets(data)
-    if name in own:
-        return _load_own(name, *own[name], root, problems, data.ALLOW_OUTSIDE)
-    return get(name)(root, data, problems)
+    own = _own_sets(data)
+    loader = _entry(name, *own[name]) if name in own else get(name)
+    return loader(dataset_root(data), data, problems)
 
 
 def _own_sets(data: CfgNode) -> dict[str, tuple[str, str]]:
@@ -120,29 +129,6 @@ def dataset_root(data: CfgNode) -> Path:
     return Path(os.path.expanduser(data.ROOT or os.environ.get(ROOT_VARIABLE) or "datasets"))
 
 
-def _load_own(
-    name: str, annotations: str, photos: str, root: Path, problems: Problems, allow_outside: bool
-) -> RawDataset:
-    if not annotations:
-        _require(name, root, root / photos)
-        return read_photo_folder(name, root / photos, problems)
-    if os.path.isdir(root / annotations / "ImageSets" / "Main"):
-        return read_voc(name, root / annotations, photos, problems, allow_outside)
-    _require(name, root, root / annotations, root / photos)
-    if os.path.isdir(root / annotations):
-        return read_xml_folder(name, root / annotations, root / photos, problems, allow_outside)
-    return read_coco(name, root / annotations, root / photos, problems, allow_outside)
-
-
-def _require(name: str, root: Path, *paths: Path) -> None:
-    for path in paths:
-        if not os.path.exists(path):
-            raise DataError(
-                f"{os.path.abspath(path)}: data set {name!r} is not there; set DATA.ROOT or the environment variable "
-                f"{ROOT_VARIABLE} to the folder of the data sets, or put it there"
-            )
-
-
 # The data sets that the catalog knows from the start.
 
 _VOC_SPLITS = {"2007": ("trainval", "test"), "2012": ("train", "val", "trainval")}
@@ -151,45 +137,37 @@ _VOC_SPLITS = {"2007": ("trainval", "test"), "2012": ("train", "val", "trainval"
 def register_builtin() -> None:
     """Register them all; called once, when the package is imported."""
     for split in ("train", "calib", "test"):
-        _register_synthetic(split)
+        _register_synthetic(f"synthetic_chairs_{split}", split)
         for name in ("voc2012_animals", "furniture"):
             register_coco(f"{name}_{split}", f"{name}/annotations/instances_{split}.json", f"{name}/{split}")
     for split in ("train", "val"):
-        annotations = f"coco/annotations/instances_{split}2017.json"
-        register_coco(f"coco_2017_{split}", annotations, f"coco/{split}2017")
+        register_coco(f"coco_2017_{split}", f"coco/annotations/instances_{split}2017.json", f"coco/{split}2017")
     for year, splits in _VOC_SPLITS.items():
         for split in splits:
-            _register_voc(year, split)
+            _register_voc(f"voc_{year}_{split}", year, split)
     register_voc("voc_xml_sample_trainval", "voc_xml_sample/VOCdevkit/VOC2012", "trainval")
 
 
-def _register_synthetic(split: str) -> None:
-    name = f"synthetic_chairs_{split}"
+def _register_synthetic(name: str, split: str) -> None:
+    rendered = _entry(name, f"synthetic_chairs/annotations/instances_{split}.json", f"synthetic_chairs/{split}")
 
     def load(root: Path, data: CfgNode, problems: Problems) -> RawDataset:
         settings = data.SYNTHETIC
         ensure_synthetic(root, tuple(settings.SIZES), settings.IMAGE_SIZE, settings.SEED)
-        folder = root / "synthetic_chairs"
-        return read_coco(name, folder / "annotations" / f"instances_{split}.json", folder / split, problems)
+        return rendered(root, data, problems)
 
     register(name, load)
 
 
-def _register_voc(year: str, split: str) -> None:
-    name = f"voc_{year}_{split}"
+def _register_voc(name: str, year: str, split: str) -> None:
+    devkit = f"VOCdevkit/VOC{year}"
 
     def load(root: Path, data: CfgNode, problems: Problems) -> RawDataset:
-        devkit = root / "VOCdevkit" / f"VOC{year}"
-        listing = devkit / "ImageSets" / "Main" / f"{split}.txt"
-        if not os.path.isfile(listing):
-            if not data.DOWNLOAD:
-                raise DataError(
-                    f"{os.path.abspath(listing)}: data set {name!r} is not there; set DATA.ROOT or "
-                    f"the environment variable {ROOT_VARIABLE} to the folder that holds VOCdevkit, "
-                    "or set DATA.DOWNLOAD to True"
-                )
+        listing = root / devkit / "ImageSets" / "Main" / f"{split}.txt"
+        if data.DOWNLOAD and not os.path.isfile(listing):
             download_voc(root, year, split)
-        return read_voc(name, devkit, split, problems, data.ALLOW_OUTSIDE)
+        _require(name, listing, "set DATA.DOWNLOAD to True")
+        return _entry(name, devkit, split)(root, data, problems)
 
     register(name, load)
 

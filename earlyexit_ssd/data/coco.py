@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from earlyexit_ssd.data.checks import are_shares, check_names, check_shares, read_flags
+from earlyexit_ssd.data.checks import are_shares, check_names, check_unit, read_flags
 from earlyexit_ssd.data.folder import photo_path
 from earlyexit_ssd.data.images import read_header
-from earlyexit_ssd.data.records import Annotation, Problems, RawDataset, Record
+from earlyexit_ssd.data.records import Annotation, Problems, RawDataset, Record, register_format
 from earlyexit_ssd.errors import DataError, shown
 
 _SECTIONS = ("images", "annotations", "categories")
@@ -19,6 +19,8 @@ _FLAGS = ("iscrowd", "difficult", "ignore")
 _LARGEST_ID = 2**53  # exact in the floats that pycocotools and JSON make of numbers
 
 
+# any file that no format registered later recognises
+@register_format("coco", lambda annotations, path: bool(annotations) and not os.path.isdir(path))
 def read_coco(
     name: str, annotations: Path, images: Path, problems: Problems, allow_outside: bool = False
 ) -> RawDataset:
@@ -167,7 +169,7 @@ def _read_annotations(
             area = None
         box = (x, y, x + width, y + height)
         objects[number].append(Annotation(box, labels[entry["category_id"]], ignore, area, annotation_id))
-    check_shares(shares, total, source, problems)
+    check_unit(shares, total, source, problems)
     return objects
 
 

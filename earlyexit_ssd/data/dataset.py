@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import hashlib
 import io
@@ -12,6 +13,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -33,7 +35,6 @@ from earlyexit_ssd.data.checks import (
 from earlyexit_ssd.data.images import as_tensor, read_image
 from earlyexit_ssd.data.records import (
     MODES,
-    Annotation,
     Problems,
     RawDataset,
     Record,
@@ -48,7 +49,6 @@ from earlyexit_ssd.errors import DataError
 from earlyexit_ssd.files import sha256
 
 logger = logging.getLogger(__name__)
-
 
 Target = dict[str, Tensor | int]
 
@@ -132,16 +132,24 @@ class DetectionDataset(torch.utils.data.Dataset):
         Raises:
             DataError: the photo cannot be decoded (see ``train`` and ``on_bad``).
         """
-        record, image = self._read(range(len(self))[index])
+        index = range(len(self))[index]
+        record, image = self._read(index)
         annotations = [a for a in record.annotations if not (self.train and a.ignore)]
         boxes = np.array([a.box for a in annotations], np.float32).reshape(-1, 4)
-        labels = np.array([a.label for a in annotations], np.int64)
-        if self.transforms is None:
-            return as_tensor(image), _target(record, boxes, labels, annotations)
-        seed = mixed_seed(self.seed, epoch, range(len(self))[index])
-        kept = np.arange(len(annotations))
-        image, boxes, kept = self.transforms(image, boxes, kept, seed)
-        return as_tensor(image), _target(record, boxes, labels[kept], [annotations[k] for k in kept], cropped=True)
+        if self.transforms is not None:
+            seed = mixed_seed(self.seed, epoch, index)
+            image, boxes, kept = self.transforms(image, boxes, np.arange(len(annotations)), seed)
+            # the annotated areas no longer hold, the boxes' own are taken
+            annotations = [dataclasses.replace(annotations[k], area=None) for k in kept]
+        own = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).tolist()
+        areas = [a.area if a.area is not None else area for a, area in zip(annotations, own, strict=True)]
+        return as_tensor(image), {
+            "boxes": torch.from_numpy(boxes),
+            "labels": torch.tensor([a.label for a in annotations], dtype=torch.int64),
+            "image_id": record.image_id,
+            "area": torch.tensor(areas, dtype=torch.float32),
+            "iscrowd": torch.tensor([int(a.ignore) for a in annotations], dtype=torch.int64),
+        }
 
     def _read(self, index: int) -> tuple[Record, np.ndarray]:
         """The photo, or in training the next one that can be decoded."""
@@ -168,27 +176,6 @@ def _read_photo(record: Record) -> np.ndarray:
             "load the data set with load_dataset, which scales the boxes"
         )
     return image
-
-
-def _target(
-    record: Record,
-    boxes: np.ndarray,
-    labels: np.ndarray,
-    annotations: list[Annotation],
-    cropped: bool = False,
-) -> Target:
-    """``cropped``: the annotated areas no longer hold, the boxes' own are taken."""
-    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    if not cropped:
-        own = zip(annotations, areas, strict=True)
-        areas = np.array([a.area if a.area is not None else area for a, area in own], np.float32)
-    return {
-        "boxes": torch.from_numpy(boxes),
-        "labels": torch.from_numpy(labels),
-        "image_id": record.image_id,
-        "area": torch.from_numpy(areas),
-        "iscrowd": torch.tensor([int(a.ignore) for a in annotations], dtype=torch.int64),
-    }
 
 
 # Photos of rare classes are shown more often: class-balanced sampling.
@@ -304,8 +291,7 @@ def _by_size(name: str, dataset: DetectionDataset) -> dict[int, list[Path]]:
     require_unique(name, dataset.records)
     by_size: dict[int, list[Path]] = {}
     for record in dataset.records:
-        path = record.path.resolve()
-        by_size.setdefault(path.stat().st_size, []).append(path)
+        by_size.setdefault(record.path.stat().st_size, []).append(record.path.resolve())
     return by_size
 
 
@@ -318,28 +304,20 @@ def to_coco(dataset: DetectionDataset) -> COCO:
     Objects to ignore have ``iscrowd`` 1, the only way to tell pycocotools. Annotations are numbered from 1,
     since pycocotools takes a match with number 0 for no match. Nothing is printed and no photo is read.
     """
-    images = [
-        {"id": r.image_id, "file_name": str(r.path), "width": r.width, "height": r.height} for r in dataset.records
-    ]
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for record in dataset.records:
-        for annotation in record.annotations:
-            x1, y1, x2, y2 = annotation.box
-            width, height = x2 - x1, y2 - y1
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": record.image_id,
-                    "category_id": annotation.label,
-                    "bbox": [x1, y1, width, height],
-                    "area": width * height if annotation.area is None else annotation.area,
-                    "iscrowd": int(annotation.ignore),
-                }
-            )
+        for one in record.annotations:
+            x1, y1, x2, y2 = one.box
+            bbox, number = [x1, y1, x2 - x1, y2 - y1], len(annotations) + 1
+            area = bbox[2] * bbox[3] if one.area is None else one.area
+            ids = {"id": number, "image_id": record.image_id, "category_id": one.label}
+            annotations.append({**ids, "bbox": bbox, "area": area, "iscrowd": int(one.ignore)})
     coco = COCO()
     coco.dataset = {
         "info": {},
-        "images": images,
+        "images": [
+            {"id": r.image_id, "file_name": str(r.path), "width": r.width, "height": r.height} for r in dataset.records
+        ],
         "annotations": annotations,
         "categories": [{"id": label, "name": name} for label, name in enumerate(dataset.classes, start=1)],
     }
@@ -365,22 +343,11 @@ class EpochSampler(Sampler[int]):
     """
 
     def __init__(
-        self,
-        dataset: DetectionDataset,
-        batch_size: int,
-        train: bool,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
+        self, dataset: DetectionDataset, batch_size: int, train: bool, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.train = train
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.start = 0
-        self.epoch: int | None = None
+        self.dataset, self.batch_size, self.train, self.seed = dataset, batch_size, train, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch, self.start = 0, 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose the order, and how many batches of it are left out because a run is resumed behind them."""
@@ -392,7 +359,7 @@ class EpochSampler(Sampler[int]):
         count = len(self.dataset)
         if not self.train:
             return list(range(count))
-        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch or 0))
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
         order = torch.randperm(count, generator=generator).tolist()
         return order[: max(count // self.batch_size, 1) * self.batch_size]
 
@@ -404,18 +371,11 @@ class EpochSampler(Sampler[int]):
         count = len(self.dataset)
         if self.train and count >= self.batch_size:
             count -= count % self.batch_size
-        count = max(0, count - self.start * self.batch_size)
-        return len(range(self.rank, count, self.world_size))
+        return len(range(self.rank + self.start * self.batch_size, count, self.world_size))
 
 
 def build_loader(
-    dataset: DetectionDataset,
-    batch_size: int,
-    workers: int,
-    train: bool,
-    seed: int,
-    rank: int = 0,
-    world_size: int = 1,
+    dataset: DetectionDataset, batch_size: int, workers: int, train: bool, seed: int, rank: int = 0, world_size: int = 1
 ) -> DataLoader:
     """Batches of ``(list of images, list of targets)``; ``loader.sampler.set_epoch(epoch)`` goes first.
 
@@ -433,11 +393,10 @@ def build_loader(
         raise DataError(f"a data set of {len(dataset)} photos is too small for {world_size} process(es)")
     if workers:
         _one_thread()  # a forked worker would wait for ever for the threads that OpenCV has started in this process
-    sampler = EpochSampler(dataset, batch_size, train, seed, rank, world_size)
     return DataLoader(
         dataset,
         batch_size=batch_size // world_size,
-        sampler=sampler,
+        sampler=EpochSampler(dataset, batch_size, train, seed, rank, world_size),
         num_workers=workers,
         collate_fn=collate,
         worker_init_fn=_one_thread,
@@ -485,12 +444,11 @@ def load_dataset(
         DataError: missing files, a broken record (``DATA.ON_BAD`` "refuse"), an unknown class, no photo left.
     """
     names = (names,) if isinstance(names, str) else tuple(names)
-    data = cfg.DATA
+    data, title = cfg.DATA, " + ".join(names)
     raws = [read_dataset(cfg, name) for name in names]
     classes = tuple(data.CLASSES) or (union_of_classes(raws) if names == tuple(data.TRAIN) else class_names(cfg))
     if not classes and not any(raw.labelled for raw in raws):
-        raise DataError(NO_CLASS.format(" + ".join(names)))
-    labelled = all(raw.labelled for raw in raws)
+        raise DataError(NO_CLASS.format(title))
     if need_boxes is not False and not unlabelled:
         _require_labelled(raws, train)
     records = select_classes(raws, classes, train)
@@ -499,29 +457,33 @@ def load_dataset(
     records = limit_photos(records, data.LIMIT, cfg.SEED)
     problems = Problems(data.ON_BAD)
     records = clip_boxes(check_photos(records, problems), problems)
-    title = " + ".join(names)
     problems.log(title)
     if not records:
         raise DataError(f"{title}: no usable photo is left; check the folder of the photos")
     transforms = build_transforms(data.AUGMENTATION) if train else None
     if len(names) > 1:
         require_unique(title, records)
+    labelled = all(raw.labelled for raw in raws)
     flags = [annotation.ignore for record in records for annotation in record.annotations]
     ignored, objects = sum(flags), len(flags) - sum(flags)
-    negatives = sum(not record.has_targets for record in records)
     if not objects and (labelled or not unlabelled) and (train if need_boxes is None else need_boxes):
-        wanted, purpose = few(classes) or "any class", "learnt" if train else "measured"
-        fixes = ["add photos that show it", "name other DATA.CLASSES"]
-        fixes += ["let the full path teach (LOSS.SUPERVISION teacher)"] if train else []
-        found = f"no box of {wanted}"
-        if ignored:
-            found = f"{ignored} boxes of {wanted}, all of them marked iscrowd, difficult or ignore,"
-            fixes[0] = "set these flags to 0 where the objects are ordinary ones (mask exports write iscrowd 1)"
-        raise DataError(f"{title}: {found} in {len(records)} photos; nothing can be {purpose}: {', or '.join(fixes)}")
+        raise DataError(f"{title}: {_without_boxes(classes, len(records), ignored, train)}")
     also = f" and {ignored} to ignore" if ignored else ""
+    negatives = sum(not record.has_targets for record in records)
     without = f"{negatives} photos without any" if labelled else "nobody labelled some of the photos"
     logger.info("%s: %d photos, %d boxes%s, %s", title, len(records), objects, also, without)
     return DetectionDataset(records, classes, transforms, train, cfg.SEED, data.ON_BAD, labelled)
+
+
+def _without_boxes(classes: Sequence[str], photos: int, ignored: int, train: bool) -> str:
+    """What to say of a set without a wanted object; ``ignored``: objects that are marked as not to be counted."""
+    wanted, purpose = few(classes) or "any class", "learnt" if train else "measured"
+    found, fixes = f"no box of {wanted}", ["add photos that show it", "name other DATA.CLASSES"]
+    if ignored:
+        found = f"{ignored} boxes of {wanted}, all of them marked iscrowd, difficult or ignore,"
+        fixes[0] = "set these flags to 0 where the objects are ordinary ones (mask exports write iscrowd 1)"
+    fixes += ["let the full path teach (LOSS.SUPERVISION teacher)"] if train else []
+    return f"{found} in {photos} photos; nothing can be {purpose}: {', or '.join(fixes)}"
 
 
 def _require_labelled(raws: Sequence[RawDataset], train: bool) -> None:

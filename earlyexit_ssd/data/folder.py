@@ -7,15 +7,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from earlyexit_ssd.data.images import PHOTO_SUFFIXES, read_header
-from earlyexit_ssd.data.records import Problems, RawDataset, Record
+from earlyexit_ssd.data.records import Problems, RawDataset, Record, register_format
 from earlyexit_ssd.errors import DataError
 from earlyexit_ssd.progress import progress
 
 
-def read_photo_folder(name: str, folder: Path, problems: Problems) -> RawDataset:
+@register_format("photos", lambda annotations, path: not annotations)
+def read_photo_folder(
+    name: str, annotations: Path, folder: Path, problems: Problems, allow_outside: bool = False
+) -> RawDataset:
     """Every photo in ``folder`` and the folders in it, in the order of their paths; hidden files are left out.
 
     Args:
+        annotations, allow_outside: of no use here; there are no annotations.
         problems: takes what is wrong with single photos.
 
     Raises:

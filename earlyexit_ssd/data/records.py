@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +87,9 @@ REPAIRS = {
     "two photos of one name": "photo dropped, since nobody knows whose boxes these are",
     "photo of another name than its annotations": "the one taken that <filename> names",
     "unknown label": "box dropped",
+    "box in pixels": "dropped; divide x by the photo's width and y by its height",
+    "malformed line of labels": "dropped",
+    "duplicate line of labels": "copies dropped",
     "annotation without a needed key": "dropped",
     "annotation of an unknown photo": "dropped",
     "malformed annotation id": "its place in the file taken",
@@ -113,6 +116,7 @@ REPAIRS = {
 # What is said of a data set and is no fault in a record, so that it is never refused.
 NOTES = {
     "photo without annotations": "left out",
+    "photo without a file of labels": "taken as one without objects",
     "file of another kind": "left out",
     "set with small boxes only": "taken as pixels; are they percent or thousandths of the photo?",
 }
@@ -176,6 +180,41 @@ class Problems:
         if not skips:
             return REPAIRS[kind]
         return "photo left out" + (f", or {REPAIRS[kind]} where no photo is known" if skips < self.counts[kind] else "")
+
+
+# How data sets are written: a reader for each format.
+
+Reader = Callable[..., RawDataset]
+"""(name, path of the annotations, folder of photos or name of a split, problems, allow_outside) -> data set."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the entries (name, annotations, photos or split) of ``DATA.DATASETS`` in this format are known and read.
+
+    Attributes:
+        recognises: (annotations as the entry has them, their path) -> whether they are in this format.
+        names_split: the third part of an entry is the name of a split, not a folder of photos.
+    """
+
+    recognises: Callable[[str, Path], bool]
+    names_split: bool
+    read: Reader
+
+
+FORMATS: dict[str, Format] = {}
+
+
+def register_format(
+    name: str, recognises: Callable[[str, Path], bool], names_split: bool = False
+) -> Callable[[Reader], Reader]:
+    """Decorate the reader of a format. Of several that recognise an entry the last one reads it."""
+
+    def register(read: Reader) -> Reader:
+        FORMATS[name] = Format(recognises, names_split, read)
+        return read
+
+    return register
 
 
 # Which classes are detected: filter, rename and number the classes of one data set or several.

@@ -10,10 +10,10 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PureWindowsPath
 
-from earlyexit_ssd.data.checks import are_shares, check_names, check_shares, read_flags
+from earlyexit_ssd.data.checks import are_shares, check_names, check_unit, read_flags
 from earlyexit_ssd.data.folder import find_files, photo_path
 from earlyexit_ssd.data.images import PHOTO_SUFFIXES, read_header
-from earlyexit_ssd.data.records import ALIASES, Annotation, Problems, RawDataset, Record
+from earlyexit_ssd.data.records import ALIASES, Annotation, Problems, RawDataset, Record, register_format
 from earlyexit_ssd.errors import DataError, shown
 
 # VOC's twenty classes under COCO's names, in VOC's (alphabetical) order.
@@ -31,6 +31,11 @@ _COLUMN = re.compile(r"[ \t]+(-1|0|1)$")
 _Object = tuple[tuple[float, float, float, float], str, bool, int]
 
 
+def _is_devkit(path: Path) -> bool:
+    return os.path.isdir(path / "ImageSets" / "Main")
+
+
+@register_format("voc", lambda annotations, path: bool(annotations) and _is_devkit(path), names_split=True)
 def read_voc(name: str, devkit: Path, split: str, problems: Problems, allow_outside: bool = False) -> RawDataset:
     """Read the photos that ``<devkit>/ImageSets/Main/<split>.txt`` lists; ``devkit`` is like VOC2012.
 
@@ -63,6 +68,7 @@ def read_voc(name: str, devkit: Path, split: str, problems: Problems, allow_outs
     return _read(name, folder, devkit / "JPEGImages", sources, problems, allow_outside, VOC_CLASSES)
 
 
+@register_format("xml", lambda annotations, path: bool(annotations) and os.path.isdir(path) and not _is_devkit(path))
 def read_xml_folder(
     name: str, annotations: Path, images: Path, problems: Problems, allow_outside: bool = False
 ) -> RawDataset:
@@ -157,7 +163,7 @@ def _read(
         width, height = _read_size(tree, source, path, number, problems)
         found.append((Record(number, path, width, height, source=source), []))
         found[-1][1].extend(_read_objects(tree, source, number, problems, shares))
-    check_shares(shares, len(shares) + sum(len(objects) for _, objects in found), annotations, problems)
+    check_unit(shares, len(shares) + sum(len(objects) for _, objects in found), annotations, problems)
     found = [(record, objects) for record, objects in found if problems.keeps(record.image_id)]
     names = sorted({name for _, objects in found for _, name, _, _ in objects})
     check_names(names, annotations, problems)

@@ -115,7 +115,7 @@ def test_paths_that_are_no_files(tmp_path):
     [
         (["SEED"], "the last key 'SEED' has no value"),
         (["EXIT.LAYERS", "8"], r"unknown key EXIT \(did you mean 'EXITS'\?\)"),
-        (["SEED.A", "8"], "unknown key SEED.A: SEED is a value, no key is below it"),
+        (["SEED.A", "8"], "SEED expects a whole number .*got {'A': 8}"),
         (["XYZ.WIDTH", "8"], "unknown key XYZ; the top level has OUTPUT_DIR, SEED"),
         (["MODEL.WIDTH", "wide"], "command line: MODEL.WIDTH expects a number"),
     ],

@@ -18,7 +18,7 @@ from earlyexit_ssd.data.checks import (
     check_boxes,
     check_names,
     check_photos,
-    check_shares,
+    check_unit,
     clip,
     clip_boxes,
     drop_repeated_files,
@@ -184,14 +184,14 @@ def test_an_unusable_flag_is_counted_once_an_object(on_bad):
 def test_most_boxes_as_shares_are_an_error_in_every_mode_and_few_are_counted(on_bad):
     found = [("a.json: annotation 1", 7), ("a.json: annotation 2", 8)]
     with pytest.raises(DataError, match=r"^a.json: 2 of 3 boxes lie in 0..1 .*multiply them by its width and height"):
-        check_shares(found, 3, Path("a.json"), Problems(on_bad))
+        check_unit(found, 3, Path("a.json"), Problems(on_bad))
     problems = Problems(on_bad)
-    check_shares([], 0, Path("a.json"), problems)
+    check_unit([], 0, Path("a.json"), problems)
     if on_bad == "refuse":
         with pytest.raises(DataError, match="^a.json: annotation 1: box in shares of the photo"):
-            check_shares(found, 4, Path("a.json"), problems)
+            check_unit(found, 4, Path("a.json"), problems)
         return
-    check_shares(found, 4, Path("a.json"), problems)
+    check_unit(found, 4, Path("a.json"), problems)
     assert problems.counts == {"box in shares of the photo": 2}
 
 
