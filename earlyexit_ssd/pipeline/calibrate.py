@@ -33,7 +33,6 @@ from earlyexit_ssd.pipeline.replay import (
     Replay,
     fit_policy,
     fit_temperatures,
-    learns,
     measure_cost_model,
     open_recorded,
     per_exit,
@@ -42,7 +41,7 @@ from earlyexit_ssd.pipeline.replay import (
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.results import write_calibration
 from earlyexit_ssd.routing import ExitRouter
-from earlyexit_ssd.routing.policies import require_known
+from earlyexit_ssd.routing.policies import needs_training_photos, require_known
 
 logger = logging.getLogger(__name__)
 
@@ -123,14 +122,13 @@ def calibrate(
     _require_reference(cfg, target, recorded)
     require_deciding(cfg.ROUTING.POLICY, model, weights)
     calib = recorded.replay("CALIB")
-    needs_train = target.kind == "risk" or learns(cfg.ROUTING.POLICY)
-    train = recorded.replay("TRAIN") if needs_train else None
+    trains = target.kind == "risk" or needs_training_photos(cfg.ROUTING.POLICY)
+    train = recorded.replay("TRAIN") if trains else None
     fitted = fit_temperatures(cfg, model.exit_names, calib)
     temperatures = per_exit(fitted, model.exit_names)
-    counted = calib
     if target.kind == "risk":  # what is fitted on the calibration photos may not be tested on them
-        temperatures, counted = trained_temperatures(cfg, recorded.info, model.num_early_exits), train
-    router = fit_policy(cfg, cfg.ROUTING.POLICY, temperatures, train, counted)
+        temperatures = trained_temperatures(cfg, recorded.info, model.num_early_exits)
+    router = fit_policy(cfg, cfg.ROUTING.POLICY, temperatures, calib if train is None else train)
     costs = measure_cost_model(cfg, model, router)
     blocks = None
     if target.block is not None:

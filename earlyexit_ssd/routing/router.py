@@ -82,7 +82,7 @@ class ExitRouter(nn.Module):
         self._policy, self._plain_parameters = found, parameters
         self.__dict__["policy"] = policy
         self._boxes: int | None = getattr(found, "boxes", None)
-        self._foresees: bool = getattr(found, "foresees", False)
+        self._reads_taps: bool = getattr(found, "reads_taps", False)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Plain numbers for thresholds and temperatures, and a name for the policy, checked as in the constructor."""
@@ -107,7 +107,7 @@ class ExitRouter(nn.Module):
         Raises:
             EarlyExitError: the policy gives something else than one number per image.
         """
-        if signals.empty and not self._foresees:
+        if signals.empty and not self._reads_taps:
             return -torch.ones_like(signals.logits[:, 0, 0], dtype=torch.float32)
         confidence = self._policy(self.shown(signals, exit_index), exit_index)
         if confidence.dim() != 1:
