@@ -634,7 +634,7 @@ def _context(cfg: CfgNode, study: Study) -> dict[str, Any]:
         "iou": cfg.EVAL.IOU,
         "seed": cfg.SEED,
         "reference": cfg.CALIBRATION.REFERENCE,
-        "cost_model": study.costs.to_dict(),
+        "cost_model": asdict(study.costs.certified()),
     }
 
 

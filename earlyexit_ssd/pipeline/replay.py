@@ -19,6 +19,7 @@ from fvcore.common.config import CfgNode
 from pycocotools.coco import COCO
 from torch import Tensor, nn
 
+from earlyexit_ssd.calibration.certificate import CertifiedCosts
 from earlyexit_ssd.calibration.temperature import (
     FittedTemperature,
     contested_boxes,
@@ -36,7 +37,6 @@ from earlyexit_ssd.errors import ConfigError, EarlyExitError
 from earlyexit_ssd.evaluation.cost import (
     ONNX_RUNTIME,
     PlainPath,
-    Timing,
     count_mmacs,
     example_input,
     runtime_installed,
@@ -53,7 +53,6 @@ from earlyexit_ssd.evaluation.matches import (
     losses_against_labels,
 )
 from earlyexit_ssd.evaluation.outputs import Recording, record
-from earlyexit_ssd.evaluation.results import EvaluationSettings
 from earlyexit_ssd.files import make_folder
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite
 from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit
@@ -328,24 +327,23 @@ class CostModel:
 
     Attributes:
         unit: ``ms`` or ``mmacs``.
-        paths: which early exits before it are open (a text of 0 and 1, shallow to deep, without its own) -> cost of
-            the way to an exit: the trunk to there, the open branches on the way with their scoring, and its own.
+        paths: for each early exit before it whether it is open, shallow to deep -> cost of the way to an exit: the
+            trunk to there, the open branches on the way with their scoring, and its own branch.
         early_exits: how many there are.
         plain: of the detector without exits.
         measured: how: runtime, threads, runs and machine; empty for MMACs.
     """
 
     unit: str
-    paths: dict[str, float]
+    paths: dict[tuple[bool, ...], float]
     early_exits: int
     plain: float
     measured: dict[str, Any]
 
     def per_exit(self, thresholds: Sequence[float] | None = None) -> np.ndarray:
         """[exits]: cost to each exit with these thresholds, the full path last; None: everything is open."""
-        flags = [1] * self.early_exits if thresholds is None else [int(value < CLOSED) for value in thresholds]
-        text = "".join(map(str, flags))
-        return np.array([self.paths[text[:index]] for index in range(self.early_exits + 1)])
+        opened = (True,) * self.early_exits if thresholds is None else tuple(value < CLOSED for value in thresholds)
+        return np.array([self.paths[opened[:index]] for index in range(self.early_exits + 1)])
 
     def of_each(self, thresholds: np.ndarray) -> np.ndarray:
         """[M, exits] for the thresholds [M, early exits]."""
@@ -355,48 +353,44 @@ class CostModel:
         """Against the detector without exits, of photos that take these exits [n]."""
         return self.plain / float(self.per_exit(thresholds)[choice].mean())
 
-    def to_dict(self, thresholds: Sequence[float] | None = None) -> dict[str, Any]:
-        """Plain types for JSON; the exits' costs are those with these thresholds."""
-        exits = self.per_exit(thresholds).tolist()
-        return {"unit": self.unit, "exits": exits, "plain": self.plain, "measured": self.measured}
+    def certified(self, thresholds: Sequence[float] | None = None) -> CertifiedCosts:
+        """For a certificate or a results file; the exits' costs are those with these thresholds."""
+        exits = tuple(self.per_exit(thresholds).tolist())
+        return CertifiedCosts(unit=self.unit, exits=exits, plain=self.plain, measured=self.measured)
 
 
 def measure_cost_model(cfg: CfgNode, model: EarlyExitSSDLite, router: ExitRouter) -> CostModel:
     """In the unit of CALIBRATION.COST, with the timing settings of EVAL; the router's policy is scored on the way."""
-    settings, example = build_evaluation(cfg), example_input(model)
-    keys, networks = [], []
-    for count in range(router.num_exits + 1):
-        for flags in itertools.product((1, 0), repeat=count):
-            thresholds = [0.0 if flag else CLOSED for flag in flags] + [0.0] * (router.num_exits - count)
-            opened = ExitRouter(**{**router.to_dict(), "thresholds": thresholds}).to(example.device)
-            keys.append("".join(map(str, flags)))
-            networks.append(AllOutputs(PathToExit(model, count, opened)))
-    plain = PlainPath(model)
+    settings, example, early_exits = build_evaluation(cfg), example_input(model), router.num_exits
+    paths = [opened for count in range(early_exits + 1) for opened in itertools.product((True, False), repeat=count)]
+    networks: list[nn.Module] = []
+    for opened in paths:
+        thresholds = [0.0 if flag else CLOSED for flag in opened] + [0.0] * (early_exits - len(opened))
+        on_the_way = ExitRouter(**{**router.to_dict(), "thresholds": thresholds}).to(example.device)
+        networks.append(AllOutputs(PathToExit(model, len(opened), on_the_way)))
+    networks.append(PlainPath(model))
+
+    def timed(runtime: str) -> list[float]:
+        runs, threads = settings.timing_runs, settings.timing_threads
+        return [one.ms for one in time_in_runtime(networks, [example] * len(networks), runtime, runs, threads)]
+
+    def cost_model(unit: str, costs: Sequence[float], measured: dict[str, Any]) -> CostModel:
+        return CostModel(unit, dict(zip(paths, costs, strict=False)), early_exits, costs[-1], measured)
+
     if cfg.CALIBRATION.COST == "mmacs":
-        costs = [count_mmacs(network, example) for network in (*networks, plain)]
-        return CostModel("mmacs", dict(zip(keys, costs, strict=False)), router.num_exits, costs[-1], {})
-    deployed = cfg.CALIBRATION.COST == "auto" and example.device.type == "cpu" and runtime_installed()
-    runtime = ONNX_RUNTIME if deployed else settings.runtime
-    networks.append(plain)
+        return cost_model("mmacs", [count_mmacs(network, example) for network in networks], {})
+    on_cpu = example.device.type == "cpu"
+    runtime = ONNX_RUNTIME if cfg.CALIBRATION.COST == "auto" and on_cpu and runtime_installed() else settings.runtime
     try:
-        timings = _timed(networks, example, runtime, settings)
+        costs = timed(runtime)
     except EarlyExitError as error:
         if runtime == settings.runtime:
             raise
         logger.warning("costs are measured in %s instead of ONNX Runtime: %s", settings.runtime, error)
         runtime = settings.runtime
-        timings = _timed(networks, example, runtime, settings)
-    measured = {
-        "runtime": runtime,
-        "threads": settings.timing_threads,
-        "runs": settings.timing_runs,
-        "machine": torch.cuda.get_device_name(example.device)
-        if example.device.type == "cuda"
-        else platform.processor() or platform.machine(),
-    }
-    costs = [timing.ms for timing in timings]
-    return CostModel("ms", dict(zip(keys, costs, strict=False)), router.num_exits, costs[-1], measured)
-
-
-def _timed(networks: Sequence[nn.Module], example: Tensor, runtime: str, settings: EvaluationSettings) -> list[Timing]:
-    return time_in_runtime(networks, [example] * len(networks), runtime, settings.timing_runs, settings.timing_threads)
+        costs = timed(runtime)
+    machine = platform.processor() or platform.machine()
+    if example.device.type == "cuda":
+        machine = torch.cuda.get_device_name(example.device)
+    measured = {"runtime": runtime, "threads": settings.timing_threads, "runs": settings.timing_runs}
+    return cost_model("ms", costs, {**measured, "machine": machine})

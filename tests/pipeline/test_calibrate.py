@@ -34,7 +34,7 @@ def test_an_ap_drop_opens_no_exit_that_makes_photos_dearer(monkeypatch, caplog, 
     monkeypatch.setattr(calibrate, "ap_of_choice", lambda *_, **__: SimpleNamespace(AP50=0.5))
     monkeypatch.setattr(calibrate, "bootstrap_choices", lambda *_, **__: same)
     grid = Grid(np.array([[CLOSED], [0.9], [0.1]]), np.array([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 0]], dtype=np.int8))
-    found = calibrate._cheapest_that_keeps(
+    found = calibrate.cheapest_that_keeps(
         calibrate.Target("ap_drop", 0.01, 0.05),
         SimpleNamespace(recording=FourPhotos(), matches=None),
         grid,
@@ -44,7 +44,7 @@ def test_an_ap_drop_opens_no_exit_that_makes_photos_dearer(monkeypatch, caplog, 
         seed=0,
     )
     assert found.thresholds == ((0.9,) if opened else (CLOSED,))
-    assert found.choice.tolist() == ([0, 1, 1, 1] if opened else [1, 1, 1, 1])
+    assert found.exits.tolist() == ([0, 1, 1, 1] if opened else [1, 1, 1, 1])
     assert ("no exit can be opened at 0.01 AP50 lost" in caplog.text) is not opened
 
 
@@ -53,7 +53,7 @@ def test_an_ap_drop_opens_no_exit_that_makes_photos_dearer(monkeypatch, caplog, 
 )
 def test_photos_that_an_ap_drop_needs(value, delta, needed):
     """0.99^299 < 0.05 < 0.99^298: a fault in one photo of a hundred then shows with probability 0.95."""
-    assert calibrate._photos_for(calibrate.Target("ap_drop", value, delta)) == needed
+    assert calibrate.photos_for(calibrate.Target("ap_drop", value, delta)) == needed
 
 
 def test_blocks_are_for_what_promises():

@@ -126,7 +126,13 @@ def test_photos_without_a_label_count_nothing():
         fit_policy(load_config(), "balanced_ambiguity", [1.0], unlabelled)
 
 
-MODEL = CostModel("mmacs", {"": 10, "1": 22, "0": 20, "11": 45, "10": 42, "01": 43, "00": 40}, 2, 40.0, {})
+MODEL = CostModel(
+    "mmacs",
+    {(): 10, (True,): 22, (False,): 20, (True, True): 45, (True, False): 42, (False, True): 43, (False, False): 40},
+    2,
+    40.0,
+    {},
+)
 
 
 def test_closed_exits_are_not_paid():

@@ -19,8 +19,8 @@ def test_risk(trained, policy, capsys):
     printed = capsys.readouterr().out
     assert f"policy {policy}, 8 calibration photos" in printed and "with probability 0.8" in printed
     certificate = load_certificate(out / "certificate.json")
-    assert certificate.target["epsilon"] == 0.9 and certificate.measured["loss"] <= 0.9
-    assert certificate.measured["loss_bound"] <= 0.9 + 1e-6
+    assert certificate.target.epsilon == 0.9 and certificate.measured.loss <= 0.9
+    assert certificate.measured.loss_bound <= 0.9 + 1e-6
     assert len(certificate.photos_sha256) == 8
     with Image.open(out / "reliability.png") as picture:
         assert np.asarray(picture).std() > 5
@@ -31,9 +31,9 @@ def test_certificate_is_used_and_refuses_what_it_must(trained, capsys):
     out = root / "drop"
     assert calibrate.main([*arguments, "--out", str(out), "--ap-drop", "1.0", "CALIBRATION.COST", "mmacs"]) == 0
     certificate = load_certificate(out / "certificate.json")
-    assert certificate.target["delta"] == 0.05
+    assert certificate.target.delta == 0.05
     assert "in 95% of bootstrap draws of the calibration photos at most" in capsys.readouterr().out
-    assert certificate.measured["exit_share"]["exit8"] == 1.0  # any loss is allowed: the cheapest wins
+    assert certificate.measured.exit_share["exit8"] == 1.0  # any loss is allowed: the cheapest wins
     use = ["ROUTING.CERTIFICATE", str(out / "certificate.json"), "EVAL.PICTURES", "0", "EVAL.RIVALS.ENABLED", "false"]
     assert eval_exits.main([*arguments, "--out", str(root / "results"), *use]) == 0
     metrics = json.loads((root / "results" / "metrics.json").read_text())
@@ -106,7 +106,7 @@ def test_empty_exits_are_calibrated_without_training(trained, capsys):
     more = ["ROUTING.POLICY", "foreseen_emptiness", "CALIBRATION.COST", "mmacs"]
     assert calibrate.main([*config, "--ap-drop", "1.0", *own, *more]) == 0
     certificate = load_certificate(out / "calibration" / "certificate.json")
-    assert certificate.measured["exit_share"]["exit8"] == 1.0
+    assert certificate.measured.exit_share["exit8"] == 1.0
     use = ["ROUTING.CERTIFICATE", str(out / "calibration" / "certificate.json")]
     assert eval_exits.main([*config, "--out", str(out / "results"), *own, *use]) == 0
     metrics = json.loads((out / "results" / "metrics.json").read_text())
