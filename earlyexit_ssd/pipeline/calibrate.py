@@ -24,6 +24,7 @@ from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.data.repeats import Block, block_of_each
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.matches import ap_of_choice, bootstrap_choices
+from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
 from earlyexit_ssd.files import locks_folder
 from earlyexit_ssd.modeling.checkpoint import save_model, weights_hash
 from earlyexit_ssd.pipeline.build import trained_temperatures
@@ -196,6 +197,16 @@ class Search:
                 "%d %s are few for %g AP50 lost with probability %g: %d would do; take more, or allow a larger loss",
                 self.draws, self.units, target.value, 1 - target.delta, few,
             )  # fmt: skip
+        full = np.full(len(self.calib.recording), self.calib.recording.early_exits)
+        ap50_full = ap_of_choice(self.calib.matches, full, ap50_only=True).AP50 or 0.0
+        if ap50_full < DETECTS_AP50:  # there is hardly any AP to lose
+            logger.warning(
+                "the full path does not detect: AP50 %.3f on the calibration photos, expected %g or more: all exits "
+                "stay closed; train it first, or look at MODEL.WEIGHTS and DATA.CLASSES",
+                ap50_full, DETECTS_AP50,
+            )  # fmt: skip
+            closed = (CLOSED,) * self.calib.recording.early_exits
+            return Chosen(closed, full, Measured(AP50_lost_bound=0.0, photos_needed=few))
         grid = self._grid(self.confidences, self.losses)
         mean_costs = grid.mean_cost(self.costs.of_each(grid.thresholds))
         ap50 = self.calib.ap50_of(grid.choices, "thresholds")

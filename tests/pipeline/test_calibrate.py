@@ -16,6 +16,7 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import Architecture
 from earlyexit_ssd.modeling.checkpoint import save_model
 from earlyexit_ssd.pipeline import calibrate
+from earlyexit_ssd.pipeline.replay import CostModel
 from earlyexit_ssd.routing import FittedPolicy, register_policy
 from earlyexit_ssd.routing.policies import FITTED_POLICIES
 
@@ -46,6 +47,30 @@ def test_an_ap_drop_opens_no_exit_that_makes_photos_dearer(monkeypatch, caplog, 
     assert found.thresholds == ((0.9,) if opened else (CLOSED,))
     assert found.exits.tolist() == ([0, 1, 1, 1] if opened else [1, 1, 1, 1])
     assert ("no exit can be opened at 0.01 AP50 lost" in caplog.text) is not opened
+
+
+@pytest.mark.parametrize(("ap50", "opened"), [(None, False), (0.0, False), (0.049, False), (0.051, True)])
+def test_an_ap_drop_of_what_does_not_detect_opens_nothing(monkeypatch, caplog, ap50, opened):
+    """Where the full path finds hardly anything, leaving early loses hardly any AP50."""
+    monkeypatch.setattr(calibrate, "ap_of_choice", lambda *_, **__: SimpleNamespace(AP50=ap50))
+    same = [SimpleNamespace(AP50=np.full(10, 0.04))] * 2
+    monkeypatch.setattr(calibrate, "bootstrap_choices", lambda *_, **__: same)
+    calib = SimpleNamespace(
+        recording=FourPhotos(),
+        matches=None,
+        confidences=lambda router: [np.array([0.9, 0.8, 0.7, 0.6])],
+        losses=lambda reference: np.zeros((4, 2)),
+        ap50_of=lambda choices, title: np.full(len(choices), ap50 or 0.0),
+    )
+    costs = CostModel("mmacs", {(): 1.0, (True,): 4.0, (False,): 3.0}, 1, 3.0, {})
+    search = calibrate.Search(load_config(), calibrate.Target("ap_drop", 0.1), None, calib, None, costs, None)
+    chosen = search.run()
+    assert chosen.thresholds == ((0.0,) if opened else (CLOSED,))
+    assert chosen.exits.tolist() == ([0] * 4 if opened else [1] * 4)
+    assert chosen.measured.AP50_lost_bound == 0.0 and chosen.measured.photos_needed == 29
+    said = [record.getMessage() for record in caplog.records if "does not detect" in record.getMessage()]
+    assert len(said) == (0 if opened else 1)
+    assert opened or ("all exits stay closed" in said[0] and len(said[0]) < 300)
 
 
 @pytest.mark.parametrize(
