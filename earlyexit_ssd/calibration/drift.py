@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import warnings
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import numpy as np
@@ -98,7 +99,7 @@ class Reference:
 
         Args:
             exit_names: shallow to deep, the full path last.
-            exit_index: int [n], the exit that each photo took; the full path is the last name's index.
+            exit_index: int [n], the exit that each photo took.
             confidences: per early exit [n], each photo's confidence there; looked at only where the photo left.
 
         Raises:
@@ -111,20 +112,11 @@ class Reference:
 
     def to_dict(self) -> dict:
         """Plain types for JSON."""
-        return {
-            "photos": self.photos,
-            "exit_names": list(self.exit_names),
-            "exit_counts": list(self.exit_counts),
-            "confidences": [list(quantiles) for quantiles in self.confidences],
-        }
+        return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_dict(cls, values: dict) -> Reference:
-        """The reference that :meth:`to_dict` wrote.
-
-        Raises:
-            EarlyExitError: other keys, types or values; the certificate is damaged or of another kind.
-        """
+        """The reference that :meth:`to_dict` wrote; an EarlyExitError for other keys, types or values."""
         try:
             return build(cls, values, "drift")
         except EarlyExitError as error:
@@ -157,18 +149,14 @@ def numbers(values: Values, count: int) -> np.ndarray:
 class DriftMonitor:
     """Compare the last photos with those of calibration: how many leave at which exit, and how confident they are.
 
-    When ``window`` photos are there, and again after every half window, two kinds of tests compare them with the
-    reference. Both allow for the calibration having seen a finite sample too:
-
-    - the share of each exit, by Fisher's exact test;
-    - the confidences of the photos that left at an early exit, by a two-sample Kolmogorov-Smirnov test against
-      :func:`nearest_sample`.
+    When ``window`` photos are there, and again after every half window, the share of each exit is compared by Fisher's
+    exact test, and the confidences of the photos that left at an early exit by a two-sample Kolmogorov-Smirnov test
+    against :func:`nearest_sample`. Both allow for the calibration having seen a finite sample too.
 
     **False alarms.** A check spends ``alpha``, split evenly over its tests (Bonferroni), so for photos like those of
-    calibration the expected number of checks that warn is at most ``alpha`` each, or ``20,000 * alpha / window`` in
-    10,000 photos: 0.1 by default, one in 100,000 photos. That windows overlap does not matter to an expectation. It is
-    one over calibrations too: after an unlucky calibration false alarms come in bursts. And it holds for photos that
-    are drawn independently. Neighbouring frames of a video repeat each other: pass on only some of them, seconds apart.
+    calibration the expected number of checks that warn is at most ``20,000 * alpha / window`` in 10,000 photos: 0.1 by
+    default. It is an expectation over calibrations too: after an unlucky one false alarms come in bursts. It holds for
+    photos that are drawn independently. Of the frames of a video pass on only some, seconds apart.
 
     Args:
         reference: of the calibration.
@@ -226,21 +214,20 @@ class DriftMonitor:
         photo), their ``calibration_shares``, and the ``warnings`` of the last check."""
         reference, size = self.reference, len(self._last)
         taken = [exit_index for exit_index, _ in self._last]
-        now = {name: taken.count(index) for index, name in enumerate(reference.exit_names)}
-        before = dict(zip(reference.exit_names, reference.exit_counts, strict=True))
+        shares = {name: taken.count(index) / size for index, name in enumerate(reference.exit_names)} if size else None
+        before = zip(reference.exit_names, reference.exit_counts, strict=True)
         return {
             "photos": self._photos,
             "in_window": size,
-            "shares": {name: count / size for name, count in now.items()} if size else None,
-            "calibration_shares": {name: count / reference.photos for name, count in before.items()},
+            "shares": shares,
+            "calibration_shares": {name: count / reference.photos for name, count in before},
             "warnings": list(self._active.values()),
         }
 
     def _check(self) -> dict[str, str]:
         """Compare, log, and return the warnings by cause."""
         self._until_check = (self.window + 1) // 2
-        taken = np.array([exit_index for exit_index, _ in self._last])
-        confidence = np.array([value for _, value in self._last])
+        taken, confidence = (np.array(values) for values in zip(*self._last, strict=True))
         causes = {"shares": self._share_warning(taken)}
         for index, name in enumerate(self.reference.exit_names[:-1]):
             causes[f"confidences at {name}"] = self._confidence_warning(index, confidence[taken == index])

@@ -27,30 +27,23 @@ Policy = Callable[[ExitSignals, int], Tensor]
 
 AMBIGUOUS = (0.05, 0.6)
 """Probabilities of an object between which a default box counts as undecided."""
-
-CANDIDATES = 512
-"""Default boxes that most rules look at; behind them there is nothing but sure background."""
-
-FEWER_CANDIDATES = 128
-"""Of rules that look for the largest probability, or closer at each box."""
-
-_VECTOR = 32
+CANDIDATES, FEWER_CANDIDATES = 512, 128
+"""Default boxes that most rules look at, and those that look for the largest probability or closer at each box. All
+others are sure background."""
 
 
 class RecordedPhotos(Protocol):
     """What a policy is fitted on: photos as every exit saw them. Rows are photos, in the same order everywhere.
 
     Attributes:
-        temperatures: one per early exit; there are as many early exits.
-        seed: for whatever is drawn.
+        temperatures: one per early exit; seed: for whatever is drawn.
     """
 
     temperatures: Sequence[float]
     seed: int
 
     def signals(self, exit_index: int, boxes: int | None = None) -> Iterator[ExitSignals]:
-        """Of an early exit, batch after batch, as the router shows them: logits divided by the temperature, of the
-        ``boxes`` default boxes only."""
+        """Of an early exit, batch after batch, as the router shows them: tempered, ``boxes`` default boxes only."""
 
     def losses(self) -> Tensor:
         """[n, exits], the full path last: what a photo loses that takes this exit, in [0, 1]."""
@@ -63,15 +56,10 @@ class RecordedPhotos(Protocol):
 
 
 class FittedPolicy(nn.Module):
-    """A policy with numbers of its own; register a subclass by name, and calibration fits it::
+    """A policy with numbers of its own. Register a subclass by name, and calibration fits it.
 
-        @register_policy("few_objects")
-        class FewObjects(FittedPolicy):
-            def __init__(self, parameters): ...             # what ``fit`` gave, as it comes back from JSON
-            def forward(self, signals, exit_index): ...     # confidences [N] in [0, 1]
-
-            @classmethod
-            def fit(cls, photos): ...                       # numbers, lists and dicts
+    ``__init__(parameters)`` takes what ``fit`` gave, as it comes back from JSON; ``forward(signals, exit_index)`` gives
+    confidences [N] in [0, 1].
 
     Attributes:
         boxes: default boxes of each image that the router shows it; None: all.
@@ -87,11 +75,7 @@ class FittedPolicy(nn.Module):
 
     @classmethod
     def fit(cls, photos: RecordedPhotos) -> Any:
-        """The parameters, as plain types for JSON.
-
-        Raises:
-            EarlyExitError: these photos do not say what it takes.
-        """
+        """The parameters, as plain types for JSON; an EarlyExitError where the photos do not say them."""
         raise NotImplementedError
 
 
@@ -101,14 +85,13 @@ Registered = TypeVar("Registered", bound=Callable)
 
 
 def register_policy(name: str, boxes: int | None = None) -> Callable[[Registered], Registered]:
-    """Register a function of the logits [N, A, C], or a `FittedPolicy`, under ``name``.
+    """Register a function of the logits [N, A, C], or a `FittedPolicy`, under ``name`` for ``ROUTING.POLICY``.
 
     Args:
-        name: for ``ROUTING.POLICY``.
         boxes: the router shows it so many default boxes of each image only, see :func:`looked_at`; None: all.
 
     Raises:
-        EarlyExitError: the name is taken, or ``boxes`` is below 1.
+        EarlyExitError: the name is taken or no text, ``boxes`` is below 1, or a class is no `FittedPolicy`.
     """
     if not isinstance(name, str):
         raise EarlyExitError(f'register_policy takes the policy\'s name, got {name!r}; write @register_policy("name")')
@@ -121,8 +104,7 @@ def register_policy(name: str, boxes: int | None = None) -> Callable[[Registered
         if not isinstance(policy, type):
             POLICIES[name] = RegisteredPolicy(name, policy, boxes)
         elif issubclass(policy, FittedPolicy):
-            policy.boxes = boxes
-            FITTED_POLICIES[name] = policy
+            FITTED_POLICIES[name], policy.boxes = policy, boxes
         else:
             raise EarlyExitError(f"routing policy '{name}' is the class {policy.__name__}; derive it from FittedPolicy")
         return policy
@@ -255,10 +237,9 @@ def looked_at(signals: ExitSignals, boxes: int | None) -> ExitSignals:
 def largest_of(values: Tensor) -> Tensor:
     """``values.amax(-1)``, in up to half of the time: PyTorch vectorises over a last dimension of whole 32s only."""
     classes = values.shape[-1]
-    if classes < _VECTOR or classes % _VECTOR == 0:
+    if classes < 32 or classes % 32 == 0:
         return values.amax(-1)
-    whole = classes - classes % _VECTOR
-    return torch.maximum(values[..., :whole].amax(-1), values[..., -_VECTOR:].amax(-1))
+    return torch.maximum(values[..., : classes - classes % 32].amax(-1), values[..., -32:].amax(-1))
 
 
 def below(values: Tensor, largest: Tensor) -> Tensor:
@@ -284,12 +265,9 @@ def undecided(probability: Tensor) -> Tensor:
 
 
 class Odds:
-    """Softmax of raw logits [N, A, C] by way of the odds against background: over so short a last dimension that is
-    five times as fast as PyTorch's own.
-
-    Attributes:
-        odds: exp(logit - background's logit), [N, A, C]; above e^60 it makes no difference any more.
-        total: their sum [N, A]; ``odds / total`` are the probabilities.
+    """Softmax of raw logits [N, A, C] by the odds against background: five times as fast as PyTorch's own over so short
+    a last dimension. ``odds`` [N, A, C] are exp(logit - background's logit), ``total`` [N, A] their sum, and
+    ``odds / total`` the probabilities.
     """
 
     def __init__(self, logits: Tensor) -> None:
@@ -375,11 +353,9 @@ class BalancedAmbiguity(FittedPolicy):
 
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Probabilities above which default boxes are counted."""
-
 _LEVELS = torch.tensor(LEVELS)  # made once: from a list it takes as long as ten operations
-
 NUM_STATISTICS = len(LEVELS) + 4
-HIDDEN = 8
+HIDDEN, GAIN_STEPS = 8, 600
 
 
 def logit_statistics(logits: Tensor) -> Tensor:
@@ -421,17 +397,6 @@ class GainModel(nn.Module):
         statistics, tap = inputs[:, :NUM_STATISTICS], inputs[:, NUM_STATISTICS:]
         return (self.output(torch.tanh(self.hidden(statistics))) + self.skip(statistics) + self.tap(tap)).squeeze(1)
 
-    @torch.no_grad()
-    def folded(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Minus the gain in a third of the operations: an affine map of the inputs to the hidden layer before tanh and
-        the linear terms, weight [inputs, HIDDEN + 1] and bias [HIDDEN + 1], and what tanh is weighed by, [HIDDEN, 1].
-        """
-        none = self.tap.weight.new_zeros(HIDDEN, self.tap_channels)
-        linear = torch.cat([self.skip.weight, self.tap.weight], 1)
-        weight = torch.cat([torch.cat([self.hidden.weight, none], 1), -linear]) / self.scale
-        bias = torch.cat([self.hidden.bias, -self.output.bias]) - weight @ self.mean
-        return weight.T.contiguous(), bias, -self.output.weight.T
-
     def to_plain(self) -> dict[str, list]:
         """The numbers as nested lists, for a model file or JSON."""
         return {name: value.tolist() for name, value in self.state_dict().items()}
@@ -450,17 +415,15 @@ def gain_inputs(signals: ExitSignals, tap_channels: int) -> Tensor:
     return torch.cat([logit_statistics(signals.logits), signals.tap[:, :tap_channels]], dim=1)
 
 
-def fit_gain(
-    inputs: Tensor, gains: Tensor, steps: int = 600, lr: float = 0.01, weight_decay: float = 1.0, seed: int = 0
-) -> GainModel:
+def fit_gain(inputs: Tensor, gains: Tensor, seed: int = 0) -> GainModel:
     """Least squares (AdamW, full batch) of the gains [n] on the inputs [n, NUM_STATISTICS + tap_channels]."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = GainModel(inputs.shape[1] - NUM_STATISTICS)
     model.mean, model.scale = inputs.mean(0), inputs.std(0).clamp(min=1e-3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=1.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, GAIN_STEPS)
+    for _ in range(GAIN_STEPS):
         optimizer.zero_grad()
         ((model(inputs) - gains) ** 2).mean().backward()
         optimizer.step()
@@ -483,10 +446,7 @@ class LearnedGain(FittedPolicy):
 
     def __init__(self, parameters: Sequence[dict[str, list]]) -> None:
         super().__init__()
-        self.early_exits = len(parameters)
-        for index, values in enumerate(parameters):
-            for name, value in zip(("weight", "bias", "output"), GainModel.from_plain(values).folded(), strict=True):
-                self.register_buffer(f"{name}{index}", value)
+        self.models = nn.ModuleList(map(GainModel.from_plain, parameters)).requires_grad_(False)
 
     @classmethod
     def fit(cls, photos: RecordedPhotos) -> list[dict[str, list]]:
@@ -501,12 +461,10 @@ class LearnedGain(FittedPolicy):
 
     def forward(self, signals: ExitSignals, exit_index: int) -> Tensor:
         """Confidences [N]; 1 at the full path, behind which there is nothing to gain."""
-        if exit_index >= self.early_exits:
+        if exit_index >= len(self.models):
             return torch.ones_like(signals.logits[:, 0, 0])
-        weight, bias, output = (getattr(self, f"{name}{exit_index}") for name in ("weight", "bias", "output"))
-        rows = torch.addmm(bias, gain_inputs(signals, len(weight) - NUM_STATISTICS), weight)
-        hidden = rows[:, :HIDDEN].tanh()  # no addmv below: it has no export to ONNX
-        return torch.addmm(rows[:, HIDDEN:], hidden, output).squeeze(1).sigmoid()
+        model = self.models[exit_index]
+        return torch.sigmoid(-model(gain_inputs(signals, model.tap_channels)))
 
 
 PENALTIES = tuple(10.0**power for power in range(-1, 6))
@@ -555,12 +513,8 @@ def evidence(signals: ExitSignals) -> Tensor:
     """The pooled tap and, where the exit has a branch, the logit of the largest probability that it says: [N, d]."""
     if signals.empty:
         return signals.tap
-    return torch.cat([signals.tap, to_logits(Odds(signals.logits).largest.amax(-1))[:, None]], dim=1)
-
-
-def to_logits(probability: Tensor) -> Tensor:
-    """log(p / (1 - p)), with p held `LEAST_PROBABILITY` from 0 and 1."""
-    return torch.logit(probability, eps=LEAST_PROBABILITY)
+    largest = Odds(signals.logits).largest.amax(-1, keepdim=True)
+    return torch.cat([signals.tap, torch.logit(largest, eps=LEAST_PROBABILITY)], dim=1)
 
 
 def fit_foresight(inputs: Tensor, probability: Tensor) -> dict[str, list | float]:
@@ -572,7 +526,7 @@ def fit_foresight(inputs: Tensor, probability: Tensor) -> dict[str, list | float
     Returns:
         ``weight`` [d] and ``bias`` for the inputs as they are, plain numbers.
     """
-    inputs, targets = inputs.double(), to_logits(probability.double())
+    inputs, targets = inputs.double(), torch.logit(probability.double(), eps=LEAST_PROBABILITY)
     mean, scale = inputs.mean(0), inputs.std(0, unbiased=False).clamp(min=1e-3)
     left, values, right = torch.linalg.svd((inputs - mean) / scale, full_matrices=False)
     projected = left.T @ (targets - targets.mean())
