@@ -160,7 +160,7 @@ def check_guarantee(
         "photos": len(losses),
         "calibration_photos": len(calib.recording),
         "seed": cfg.SEED,
-        "cost_model": costs.to_dict(),
+        "cost_model": asdict(costs.certified()),
     }
     results = {"context": context, "resplits": [asdict(one) for one in found]}
     write_json(out / "guarantee.json", results)

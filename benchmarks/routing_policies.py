@@ -52,7 +52,6 @@ from earlyexit_ssd.pipeline.replay import (
     Replay,
     fit_policy,
     fit_temperatures,
-    learns,
     measure_cost_model,
     open_recorded,
     per_exit,
@@ -62,7 +61,7 @@ from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.charts import PLAIN, draw_chart
 from earlyexit_ssd.report.tables import figure
 from earlyexit_ssd.routing import ExitRouter
-from earlyexit_ssd.routing.policies import FITTED_POLICIES, POLICIES, foresees, require_known
+from earlyexit_ssd.routing.policies import FITTED_POLICIES, POLICIES, needs_training_photos, reads_taps, require_known
 
 REFERENCE_POLICY = "max_foreground"
 BUDGETS = 5
@@ -591,11 +590,13 @@ def evaluate_routing(cfg: CfgNode, weights: str | Path, out: Path, policies: Seq
     for name in policies:
         require_deciding(name, model, weights)
     if all(model.empty):  # only policies that look at the trunk let photos leave
-        names = [name for name in names if foresees(name)]
+        names = [name for name in names if reads_taps(name)]
     calib, test = recorded.replay("CALIB"), recorded.replay("TEST")
-    train = recorded.replay("TRAIN") if any(map(learns, names)) else None
+    train = recorded.replay("TRAIN") if any(map(needs_training_photos, names)) else None
     temperatures = per_exit(fit_temperatures(cfg, model.exit_names, calib), model.exit_names)
-    routers = {name: fit_policy(cfg, name, temperatures, train, calib) for name in names}
+    routers = {
+        name: fit_policy(cfg, name, temperatures, train if needs_training_photos(name) else calib) for name in names
+    }
     # first, before the evaluation fragments the memory: no process that serves photos does that
     scoring_ms = _scoring_ms(cfg, routers, test)
     # one cost model for all policies, so that their budgets are equal
@@ -633,7 +634,7 @@ def _context(cfg: CfgNode, study: Study) -> dict[str, Any]:
         "iou": cfg.EVAL.IOU,
         "seed": cfg.SEED,
         "reference": cfg.CALIBRATION.REFERENCE,
-        "cost_model": study.costs.to_dict(),
+        "cost_model": asdict(study.costs.certified()),
     }
 
 

@@ -521,7 +521,7 @@ def write_certificate(folder: Path, rng: random.Random | None) -> None:
 def use_certificate(folder: Path, _: None) -> None:
     certificate: Certificate = load_certificate(folder / "certificate.json")
     assert certificate.closed in (True, False)
-    assert 0 <= certificate.target["score"] <= 1
+    assert 0 <= certificate.target.score <= 1
     certificate.require_unseen([("a.jpg", "00" * 32)])
     DriftMonitor(certificate.drift_reference()).update([0] * 300, [0.5] * 300)
     model = MODELS[0].model

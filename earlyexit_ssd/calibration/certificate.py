@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal
 
 from torch import nn
 
@@ -29,56 +29,83 @@ FORMAT = "earlyexit_ssd certificate/1"
 CHECKSUM = "content_sha256"
 _ADVICE = "write one with tools/calibrate.py"
 
+NUMBERS = {"speedup": ("value",), "ap_drop": ("value", "delta"), "risk": ("epsilon", "delta", "bound")}
+"""Of each kind of target, what it cannot do without."""
 
-KINDS = {"speedup": ("value",), "ap_drop": ("value", "delta"), "risk": ("epsilon", "delta", "bound")}
-"""Kinds of targets -> their numbers."""
 
+@dataclass(frozen=True, kw_only=True)
+class CertifiedTarget:
+    """What was asked for; None where a kind of target does not have it.
 
-class _NeededOfTarget(TypedDict):
+    Attributes:
+        reference: what losses are counted against; score, iou: at which they are counted.
+        value: of a speed-up or an AP drop; epsilon: of a risk; delta: of a risk or an AP drop.
+        bound: the inequality of a risk.
+        block: photos of a folder that are one draw; learned: thresholds of a soft exit.
+    """
+
     kind: Literal["speedup", "ap_drop", "risk"]
     reference: Literal["full", "labels"]
     score: Share
     iou: Share
+    value: float | None = None
+    epsilon: Share | None = None
+    delta: Share | None = None
+    bound: str | None = None
+    block: Annotated[int, 1, 2**31] | None = None
+    learned: bool | None = None
 
 
-class Target(_NeededOfTarget, total=False):
-    """What was asked for."""
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What was measured on the calibration photos.
 
-    value: float
-    epsilon: Share
-    delta: Share
-    bound: str
-    block: Annotated[int, 1, 2**31]
-    learned: bool
+    Attributes:
+        loss: mean per photo; cost: mean, in the unit of the costs; speedup: against the detector without exits.
+        AP50, AP50_full: routed and of the full path; None where nobody labelled the photos (``labelled`` False).
+        loss_bound: of a risk, the upper confidence bound of the loss at delta, were this the only step tested; steps:
+            how many were tested and passed.
+        AP50_lost_bound: of an AP drop; photos_needed: where there were fewer.
+        agreement: with the full path at the score: its ``objects``, how many were ``kept``, how many ``added``, and the
+            share of the ``same_photos``.
+        equal_photos, near_equal_photos: left out, since others stand for them; blocks: how many there were.
+    """
+
+    photos: Annotated[int, 1, 2**63] | None = None
+    loss: float | None = None
+    AP50: float | None = None
+    AP50_full: float | None = None
+    exit_share: dict[str, Share] | None = None
+    cost: float | None = None
+    speedup: float | None = None
+    loss_bound: float | None = None
+    AP50_lost_bound: float | None = None
+    photos_needed: int | None = None
+    labelled: bool | None = None
+    agreement: dict[str, float | None] | None = None
+    equal_photos: int | None = None
+    near_equal_photos: int | None = None
+    blocks: int | None = None
+    steps: int | None = None
 
 
-class Measured(TypedDict, total=False):
-    """What was measured on the calibration photos."""
+@dataclass(frozen=True, kw_only=True)
+class CertifiedCosts:
+    """What a photo costs that leaves at each exit, and without exits; ``measured`` says where milliseconds were."""
 
-    photos: Annotated[int, 1, 2**63]
-    loss: float
-    AP50: float | None
-    AP50_full: float | None
-    exit_share: dict[str, Share]
-    cost: float
-    speedup: float
-    loss_bound: float | None
-    AP50_lost_bound: float | None
-    photos_needed: int
-    labelled: bool
-    agreement: dict[str, float | None]
-    equal_photos: int
-    near_equal_photos: int
-    blocks: int
-    steps: int
+    unit: Literal["ms", "mmacs"] | None = None
+    exits: tuple[float, ...] | None = None
+    plain: float | None = None
+    measured: dict[str, Any] | None = None
 
 
-class Costs(TypedDict, total=False):
-    """What a photo costs that leaves at each exit, and without exits."""
+NULL = ("AP50", "AP50_full")
+"""Written as null where they are None; other parts that are None are left out."""
 
-    unit: Literal["ms", "mmacs"]
-    exits: list[float]
-    plain: float
+
+def plain_part(part: CertifiedTarget | Measured | CertifiedCosts) -> dict[str, Any]:
+    """As it stands in JSON."""
+    return {key: value for key, value in dataclasses.asdict(part).items() if value is not None or key in NULL}
 
 
 @dataclass(frozen=True)
@@ -87,18 +114,6 @@ class Certificate:
 
     Attributes:
         router: the settings of an `ExitRouter`: policy with its parameters, thresholds, temperatures.
-        target: what was asked for: ``kind`` (``speedup``, ``ap_drop`` or ``risk``) and its numbers (``value``;
-            ``ap_drop`` has ``delta`` too, ``risk`` has ``epsilon``, ``delta`` and ``bound``, the inequality),
-            ``reference`` (full or labels), ``score`` and ``iou``; where it was asked for ``block`` (photos of a folder
-            that are one draw) and ``learned`` (thresholds of a soft exit).
-        measured: on the calibration photos: ``photos``, ``loss`` (mean per photo), ``AP50``, ``AP50_full``,
-            ``exit_share``, ``cost``, ``speedup``; for a risk ``loss_bound`` (the upper confidence bound of the loss at
-            delta, were this the only step tested), for an AP drop ``AP50_lost_bound`` and, where there were fewer
-            photos, ``photos_needed``. ``labelled`` is False where nobody labelled the photos: then AP50 is None.
-            ``agreement`` with the full path at the score: its ``objects``, how many were ``kept``, how many ``added``,
-            and the share of the ``same_photos``. ``equal_photos`` and ``near_equal_photos`` were left out, since
-            others stand for them; ``blocks`` is how many there were.
-        cost_model: ``unit`` (ms or mmacs), ``exits``, ``plain``, and where milliseconds were measured.
         weights_sha256: of the network's parameters and buffers.
         photos_sha256: the calibration photos' contents, each the first 16 hexadecimal digits.
         photo_list_sha256: of the sorted list of those.
@@ -107,9 +122,9 @@ class Certificate:
     """
 
     router: RouterSettings
-    target: Target
+    target: CertifiedTarget
     measured: Measured
-    cost_model: Costs
+    cost_model: CertifiedCosts
     weights_sha256: str
     photos_sha256: tuple[str, ...]
     photo_list_sha256: str
@@ -167,7 +182,8 @@ class Certificate:
 
     def to_dict(self) -> dict[str, Any]:
         """What a file of it holds, as it comes back from JSON; `parse_certificate` reads it."""
-        content = json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}))
+        parts = {name: plain_part(getattr(self, name)) for name in ("target", "measured", "cost_model")}
+        content = json.loads(json.dumps({"format": FORMAT, **vars(self), **parts}))
         return {**content, CHECKSUM: _checksum(content)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -212,10 +228,11 @@ def parse_certificate(content: Any, source: str | os.PathLike[str]) -> Certifica
 def _require_whole(certificate: Certificate) -> None:
     """Every number that the target's kind needs is there, and the parts speak of as many exits."""
     router, target = certificate.router, certificate.target
-    for part, values, needed in (("router", router, ("thresholds",)), ("target", target, KINDS[target["kind"]])):
-        for key in needed:
-            if key not in values:
-                raise EarlyExitError(f"the key '{part}.{key}' is missing")
+    missing = [f"target.{key}" for key in NUMBERS[target.kind] if getattr(target, key) is None]
+    if "thresholds" not in router:
+        missing.insert(0, "router.thresholds")
+    if missing:
+        raise EarlyExitError(f"the key '{missing[0]}' is missing")
     exits, thresholds = router["num_exits"], len(router["thresholds"])
     names = certificate.drift_reference().exit_names
     if thresholds not in (1, exits) or len(names) != exits + 1:

@@ -1,16 +1,18 @@
-"""Tests of whether two samples come from one distribution, the second known by its size and a few quantiles."""
+"""Warn when the photos at run time no longer look like those that the router was calibrated on."""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import warnings
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import numpy as np
-from scipy.special import gammaln
+from scipy.stats import fisher_exact, ks_2samp
 from torch import Tensor
 
 from earlyexit_ssd.errors import EarlyExitError
@@ -19,69 +21,39 @@ from earlyexit_ssd.plain import build, check_fields
 
 logger = logging.getLogger(__name__)
 
+Values = Tensor | np.ndarray | Sequence[float]
 
 QUANTILES = 21
 """Stored of the confidences at an exit: those at levels 0, 1/20, ..., 1."""
 
-
-def fisher_p_value(count: int, photos: int, reference_count: int, reference_photos: int) -> float:
-    """Two-sided p-value, in [0, 1], that two samples have the same share (Fisher 1935, exact for any sizes).
-
-    Args:
-        count, photos: photos that took an exit, out of how many, at least 1.
-        reference_count, reference_photos: the same in calibration.
-    """
-    took = count + reference_count
-    support = np.arange(max(0, took - reference_photos), min(photos, took) + 1)  # tables with the same margins
-    chosen = gammaln(support + 1) + gammaln(photos - support + 1)
-    left = gammaln(took - support + 1) + gammaln(reference_photos - took + support + 1)
-    weights = np.exp((chosen + left).min() - chosen - left)  # hypergeometric; scipy's own takes 20 times as long
-    rounding = 1 + 1e-7  # between tables that are equally likely
-    return float(weights[weights <= weights[count - support[0]] * rounding].sum() / weights.sum())
+WINDOW = 200
+"""Photos that are compared with those of calibration at a time."""
 
 
-def quantile_distance(values: np.ndarray, quantiles: np.ndarray) -> float:
-    """Smallest Kolmogorov-Smirnov distance, in [0, 1], from ``values`` [n] to any sample with these sorted quantiles.
-
-    Where k of the 21 quantiles are <= x, the sample's share that is <= x lies in [(k - 1) / 20, k / 20], and is 0 for
-    k = 0 and 1 for k = 21. What the share of ``values`` leaves this band by, at most, is the distance: never above the
-    one to the sample itself and at most 1/20 below, so that its p-value is conservative, with ties too.
-    """
-    points = np.concatenate([values, quantiles])  # where either side steps; both are 0 below
-    share = np.searchsorted(np.sort(values), points, side="right") / len(values)
-    below = np.searchsorted(quantiles, points, side="right")
-    steps = len(quantiles) - 1
-    low, high = np.maximum(below - 1, 0) / steps, np.minimum(below, steps) / steps
-    return float(max(0.0, (share - high).max(), (low - share).max()))
-
-
-def distance_p_value(distance: float, count: int, reference_count: int) -> float:
-    """Bound e * exp(-2 m n / (m + n) * distance^2) on the p-value of a two-sample Kolmogorov-Smirnov distance.
-
-    The inequality of Dvoretzky, Kiefer and Wolfowitz for two samples. Wei & Dudley (2012) show that the constant 2 of
-    large samples fails for equal sizes below 458 and the very smallest ones, and found it to hold for the others that
-    they computed. e holds for those too, and widens the critical distance by 2 % only at the levels used here.
-
-    Args:
-        distance: in [0, 1].
-        count, reference_count: sizes m and n of the samples, at least 1.
-    """
-    effective = count * reference_count / (count + reference_count)
-    return min(1.0, math.exp(1 - 2 * effective * distance**2))
+def quantile_ranks(count: int) -> np.ndarray:
+    """The place of each quantile in a sorted sample of ``count``, from 0: per level j / 20 the smallest of the values
+    that a share of at least this does not exceed."""
+    steps = QUANTILES - 1
+    return np.maximum((np.arange(QUANTILES) * count + steps - 1) // steps, 1) - 1  # whole numbers, to be exact
 
 
 def sample_quantiles(values: np.ndarray) -> tuple[float, ...]:
-    """Of [n], per level j / 20 the smallest of the values that a share of at least this does not exceed."""
-    if not len(values):
-        return ()
-    steps = QUANTILES - 1
-    ranks = (np.arange(QUANTILES) * len(values) + steps - 1) // steps  # rounded up, in whole numbers to be exact
-    return tuple(np.sort(values)[np.maximum(ranks, 1) - 1].tolist())
+    """The `QUANTILES` quantiles of [n], each one of the values; none of an empty sample."""
+    return tuple(np.sort(values)[quantile_ranks(len(values))].tolist()) if len(values) else ()
 
 
-# What the photos of calibration did, for the certificate, and the checks of such decisions.
+def nearest_sample(values: np.ndarray, quantiles: np.ndarray, count: int) -> np.ndarray:
+    """A sorted sample [count] that has these ``quantiles`` and is otherwise as like ``values`` [m] as they allow.
 
-Values = Tensor | np.ndarray | Sequence[float]
+    Its Kolmogorov-Smirnov distance from ``values`` exceeds neither that of the sample which the quantiles are from nor
+    1 / (2 count), whichever is larger; so its p-value is conservative, with ties too. Each place is filled with the
+    value at that level of ``values``, moved into the quantiles before and after it. Where it is not moved, the distance
+    is at most 1 / (2 count); where it is, no sample with these quantiles is nearer.
+    """
+    places, known = np.arange(count), quantile_ranks(count)
+    low = quantiles[np.searchsorted(known, places, side="right") - 1]
+    high = quantiles[np.searchsorted(known, places, side="left")]
+    return np.clip(np.quantile(values, (places + 0.5) / count, method="inverted_cdf"), low, high)
 
 
 @dataclass(frozen=True)
@@ -127,7 +99,7 @@ class Reference:
 
         Args:
             exit_names: shallow to deep, the full path last.
-            exit_index: int [n], the exit that each photo took; the full path is the last name's index.
+            exit_index: int [n], the exit that each photo took.
             confidences: per early exit [n], each photo's confidence there; looked at only where the photo left.
 
         Raises:
@@ -140,20 +112,11 @@ class Reference:
 
     def to_dict(self) -> dict:
         """Plain types for JSON."""
-        return {
-            "photos": self.photos,
-            "exit_names": list(self.exit_names),
-            "exit_counts": list(self.exit_counts),
-            "confidences": [list(quantiles) for quantiles in self.confidences],
-        }
+        return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_dict(cls, values: dict) -> Reference:
-        """The reference that :meth:`to_dict` wrote.
-
-        Raises:
-            EarlyExitError: other keys, types or values; the certificate is damaged or of another kind.
-        """
+        """The reference that :meth:`to_dict` wrote; an EarlyExitError for other keys, types or values."""
         try:
             return build(cls, values, "drift")
         except EarlyExitError as error:
@@ -183,27 +146,17 @@ def numbers(values: Values, count: int) -> np.ndarray:
     return array
 
 
-# Warn when the photos at run time no longer look like those that the router was calibrated on.
-
-WINDOW = 200
-"""Photos that are compared with those of calibration at a time."""
-
-
 class DriftMonitor:
     """Compare the last photos with those of calibration: how many leave at which exit, and how confident they are.
 
-    When ``window`` photos are there, and again after every half window, two kinds of tests compare them with the
-    reference. Both allow for the calibration having seen a finite sample too:
-
-    - the share of each exit, by Fisher's exact test (:func:`fisher_p_value`);
-    - the confidences of the photos that left at an early exit, by a Kolmogorov-Smirnov distance
-      (:func:`quantile_distance`, :func:`distance_p_value`). Below 5 photos at the exit no distance is enough.
+    When ``window`` photos are there, and again after every half window, the share of each exit is compared by Fisher's
+    exact test, and the confidences of the photos that left at an early exit by a two-sample Kolmogorov-Smirnov test
+    against :func:`nearest_sample`. Both allow for the calibration having seen a finite sample too.
 
     **False alarms.** A check spends ``alpha``, split evenly over its tests (Bonferroni), so for photos like those of
-    calibration the expected number of checks that warn is at most ``alpha`` each, or ``20,000 * alpha / window`` in
-    10,000 photos: 0.1 by default, one in 100,000 photos. That windows overlap does not matter to an expectation. It is
-    one over calibrations too: after an unlucky calibration false alarms come in bursts. And it holds for photos that
-    are drawn independently. Neighbouring frames of a video repeat each other: pass on only some of them, seconds apart.
+    calibration the expected number of checks that warn is at most ``20,000 * alpha / window`` in 10,000 photos: 0.1 by
+    default. It is an expectation over calibrations too: after an unlucky one false alarms come in bursts. It holds for
+    photos that are drawn independently. Of the frames of a video pass on only some, seconds apart.
 
     Args:
         reference: of the calibration.
@@ -261,21 +214,20 @@ class DriftMonitor:
         photo), their ``calibration_shares``, and the ``warnings`` of the last check."""
         reference, size = self.reference, len(self._last)
         taken = [exit_index for exit_index, _ in self._last]
-        now = {name: taken.count(index) for index, name in enumerate(reference.exit_names)}
-        before = dict(zip(reference.exit_names, reference.exit_counts, strict=True))
+        shares = {name: taken.count(index) / size for index, name in enumerate(reference.exit_names)} if size else None
+        before = zip(reference.exit_names, reference.exit_counts, strict=True)
         return {
             "photos": self._photos,
             "in_window": size,
-            "shares": {name: count / size for name, count in now.items()} if size else None,
-            "calibration_shares": {name: count / reference.photos for name, count in before.items()},
+            "shares": shares,
+            "calibration_shares": {name: count / reference.photos for name, count in before},
             "warnings": list(self._active.values()),
         }
 
     def _check(self) -> dict[str, str]:
         """Compare, log, and return the warnings by cause."""
         self._until_check = (self.window + 1) // 2
-        taken = np.array([exit_index for exit_index, _ in self._last])
-        confidence = np.array([value for _, value in self._last])
+        taken, confidence = (np.array(values) for values in zip(*self._last, strict=True))
         causes = {"shares": self._share_warning(taken)}
         for index, name in enumerate(self.reference.exit_names[:-1]):
             causes[f"confidences at {name}"] = self._confidence_warning(index, confidence[taken == index])
@@ -292,7 +244,7 @@ class DriftMonitor:
         reference = self.reference
         counts = np.bincount(taken, minlength=len(reference.exit_names)).tolist()
         p_values = [
-            fisher_p_value(count, self.window, before, reference.photos)
+            fisher_exact([[count, self.window - count], [before, reference.photos - before]]).pvalue
             for count, before in zip(counts, reference.exit_counts, strict=True)
         ]
         exit_index = int(np.argmin(p_values))
@@ -301,7 +253,7 @@ class DriftMonitor:
         now, before = counts[exit_index] / self.window, reference.exit_counts[exit_index] / reference.photos
         return (
             f"{reference.exit_names[exit_index]} took {100 * now:.3g} % of the last {self.window} photos, "
-            f"{100 * before:.3g} % in calibration ({_shown(p_values[exit_index])})"
+            f"{100 * before:.3g} % in calibration ({_p_text(p_values[exit_index])})"
         )
 
     def _confidence_warning(self, exit_index: int, confidence: np.ndarray) -> str | None:
@@ -310,14 +262,16 @@ class DriftMonitor:
         if not count or not len(confidence):  # nothing to compare; the shares tell
             return None
         quantiles = np.array(self.reference.confidences[exit_index])
-        p_value = distance_p_value(quantile_distance(confidence, quantiles), len(confidence), count)
+        with warnings.catch_warnings():  # where rounding takes an exact p-value above 1, scipy takes the asymptotic one
+            warnings.simplefilter("ignore", RuntimeWarning)
+            p_value = ks_2samp(confidence, nearest_sample(confidence, quantiles, count)).pvalue
         if p_value > self._level:
             return None
         return (
             f"the confidences at {name} have moved, median {np.median(confidence):.3g} of {len(confidence)} among the "
-            f"last {self.window} photos, {quantiles[QUANTILES // 2]:.3g} in calibration ({_shown(p_value)})"
+            f"last {self.window} photos, {quantiles[QUANTILES // 2]:.3g} in calibration ({_p_text(p_value)})"
         )
 
 
-def _shown(p_value: float) -> str:
+def _p_text(p_value: float) -> str:
     return "p < 1e-15" if p_value < 1e-15 else f"p = {p_value:.0e}".replace("e-0", "e-")

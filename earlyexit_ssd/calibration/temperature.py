@@ -20,12 +20,9 @@ AT_BOUND = 0.01
 
 @dataclass(frozen=True)
 class Reliability:
-    """How often an exit is right where it says it is so sure.
-
-    Attributes:
-        confidence, accuracy, count: per bin of the probability of the most probable object class, `BINS` of equal
-            width.
-        expected_error: sum over the bins of count / total * |accuracy - confidence| (Guo et al. 2017, equation 3).
+    """How often an exit is right where it says it is so sure, in `BINS` bins of equal width of the probability of the
+    most probable object class; ``expected_error`` is the sum over them of count / total * |accuracy - confidence| (Guo
+    et al. 2017, equation 3).
     """
 
     confidence: tuple[float, ...]
@@ -46,7 +43,7 @@ class FittedTemperature:
 
 @torch.no_grad()
 def contested_boxes(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The default boxes that matter: on an object, or with an object probability of `LEAST_PROBABILITY` at least.
+    """The default boxes on an object, or with an object probability of `LEAST_PROBABILITY` at least.
 
     The others, 98 % of them, are sure background; counted in, they would decide the temperature alone.
 
@@ -66,20 +63,14 @@ def contested_boxes(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, T
 
 @torch.no_grad()
 def fit_temperature(logits: Tensor, labels: Tensor, bounds: tuple[float, float]) -> float:
-    """The temperature T in ``bounds`` at which softmax(logits / T) gives the labels the largest likelihood (Guo et al.
-    2017, section 4.2).
-
-    Args:
-        logits: [M, C]; labels: [M].
-    """
+    """The temperature T in ``bounds`` at which softmax(logits / T), [M, C], gives the labels [M] the largest likelihood
+    (Guo et al. 2017, section 4.2)."""
     if not len(logits):
         return 1.0
     found = minimize_scalar(
-        lambda temperature: F.cross_entropy(logits / temperature, labels).item(),
-        bounds=bounds,
-        method="bounded",
+        lambda temperature: F.cross_entropy(logits / temperature, labels).item(), bounds=bounds, method="bounded",
         options={"xatol": 1e-3},
-    )
+    )  # fmt: skip
     return float(found.x)
 
 

@@ -105,7 +105,7 @@ _C.EXITS.DEPTH = (2,)
 # the tap of 2, 4, 7, 11 and 13): the share of their channels that stays, in (0, 1], for each exit or one for all.
 _C.EXITS.COPY = (0.5,)
 # Those of EXITS.LAYERS that have no branch: photos in which there is nothing to find leave there, with an empty answer
-# and at no further cost. A policy that looks at the trunk foresees it: foreseen_emptiness or learned_gain.
+# and at no further cost. A policy that looks at the trunk decides there, such as foreseen_emptiness.
 _C.EXITS.EMPTY = ()
 # Class predictors in two steps with this many channels between, where that is cheaper (many classes); 0: in one.
 _C.EXITS.HEAD_RANK = 0
@@ -228,9 +228,8 @@ _C.ENGINE.CURVE_PHOTOS = 64
 
 # ---- routing ----------------------------------------------------------------------------------------------
 _C.ROUTING = Node()
-# How sure an exit is, one number per image: ambiguous_mass, max_foreground, entropy, margin, emptiness,
-# mean_foreground; balanced_ambiguity, foreseen_emptiness and learned_gain, which are fitted (they need a certificate).
-# In Python also one of your own. Which is good at what: docs/routing.md.
+# How sure an exit is, one number per image, by the name of a policy. docs/routing.md has all of them, which are fitted
+# (they need a certificate), and how to register one of your own.
 _C.ROUTING.POLICY = "ambiguous_mass"
 # Nobody leaves: classes from the first exit that is sure, boxes from the full path, whose classification head is then
 # spared. Pays with many classes.
@@ -257,8 +256,8 @@ _C.CALIBRATION.BOUND = "betting"
 # Cost of a photo: auto (milliseconds, measured here: in ONNX Runtime where its packages are installed and the model is
 # on a CPU, else in EVAL.RUNTIME), ms (in EVAL.RUNTIME) or mmacs.
 _C.CALIBRATION.COST = "auto"
-# Training photos, a seeded choice, that a risk target's path of thresholds and the policies learned_gain and
-# foreseen_emptiness are fitted on (for a risk target balanced_ambiguity too); 0 takes all of them.
+# Training photos, a seeded choice, that a risk target's path of thresholds and the policies with numbers of their own
+# are fitted on; 0 takes all of them.
 _C.CALIBRATION.TRAIN_PHOTOS = 1000
 
 # ---- evaluation -------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torchvision
 from pycocotools.coco import COCO
 from torch import Tensor, nn
 
-from earlyexit_ssd.calibration.certificate import Certificate
+from earlyexit_ssd.calibration.certificate import Certificate, plain_part
 from earlyexit_ssd.data import canonical
 from earlyexit_ssd.errors import DataError, EarlyExitError, nearest
 from earlyexit_ssd.evaluation.cost import (
@@ -52,7 +52,7 @@ from earlyexit_ssd.evaluation.outputs import (
     mean_cost,
     routed_detections,
 )
-from earlyexit_ssd.evaluation.verdict import asked_value, judge
+from earlyexit_ssd.evaluation.verdict import judge
 from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit
 
 logger = logging.getLogger(__name__)
@@ -387,20 +387,21 @@ def check_promise(
         ``target`` (the certificate's), ``measured`` (AP50 lost, missed and added per photo, or the speed-up in the
         certificate's unit of cost), its 95 % bootstrap ``interval``, and whether it is ``kept``; None where undefined.
     """
-    target, asked = certificate.target, asked_value(certificate.target)
+    target = certificate.target
+    asked = target.epsilon if target.value is None else target.value
     draws = np.random.default_rng(settings.seed).integers(len(chosen), size=(settings.resamples, len(chosen)))
-    if target["kind"] == "ap_drop":
+    if target.kind == "ap_drop":
         full, routed = full_and_routed
         before, after = full.figures["AP50"], routed.figures["AP50"]
         measured = None if before is None or after is None else before - after
         interval = full.ap50_minus(routed)
-    elif target["kind"] == "risk":
-        measure = losses_against_labels if target["reference"] == "labels" else losses_against_full
+    elif target.kind == "risk":
+        measure = losses_against_labels if target.reference == "labels" else losses_against_full
         exits = [routed_detections(collected, chosen), collected.detections[-1]]
-        losses = measure(ground_truth, exits, target["score"], target["iou"])[:, 0]
+        losses = measure(ground_truth, exits, target.score, target.iou)[:, 0]
         measured, interval = float(losses.mean()), listed_interval(losses[draws].mean(axis=1))
     else:
-        in_ms = certificate.cost_model["unit"] == "ms"
+        in_ms = certificate.cost_model.unit == "ms"
         of_exits = [timing.ms for timing in costs.timings] if in_ms else costs.mmacs
         plain = costs.plain_timing.ms if in_ms else costs.plain_mmacs
         of_photos = np.array(of_exits)[chosen.numpy()]
@@ -408,8 +409,8 @@ def check_promise(
     tiny = 1e-9  # what was asked for may be met exactly
     kept = None
     if measured is not None:
-        kept = measured >= asked - tiny if target["kind"] == "speedup" else measured <= asked + tiny
-    return {"target": dict(target), "measured": measured, "interval": interval, "kept": kept}
+        kept = measured >= asked - tiny if target.kind == "speedup" else measured <= asked + tiny
+    return {"target": plain_part(target), "measured": measured, "interval": interval, "kept": kept}
 
 
 def measure_costs(

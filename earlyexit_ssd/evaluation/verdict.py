@@ -12,7 +12,7 @@ from typing import Any
 
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.evaluation.cost import runtime_of
-from earlyexit_ssd.routing.policies import foresees
+from earlyexit_ssd.routing.policies import reads_taps
 
 DETECTS_AP50 = 0.05
 """Below it a full path does not detect, whatever else is measured."""
@@ -172,7 +172,7 @@ def _why_nobody_leaves(metrics: Metrics) -> str:
     closed = routed.get("thresholds") and not _open_exits(metrics)
     if closed and metrics.get("certificate"):
         return "the certificate opens no exit, every image takes the full path: allow a larger loss, or train the exits"
-    blind = all(one.get("empty") for one in metrics["exits"][:-1]) and not foresees(routed.get("policy"))
+    blind = all(one.get("empty") for one in metrics["exits"][:-1]) and not reads_taps(routed.get("policy"))
     if closed:
         policy = " ROUTING.POLICY foreseen_emptiness" if blind else ""
         fix = f"open them with tools/calibrate.py (--ap-drop 0.01{policy}) and evaluate with its certificate"

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torchvision
 from fvcore.common.config import CfgNode
 
-from earlyexit_ssd.calibration.certificate import Certificate
+from earlyexit_ssd.calibration.certificate import Certificate, CertifiedTarget, Measured
 from earlyexit_ssd.calibration.drift import Reference
-from earlyexit_ssd.calibration.risk import Certified, certify, safe_to_bold
+from earlyexit_ssd.calibration.risk import certify, safe_to_bold
 from earlyexit_ssd.calibration.thresholds import Grid, cheapest_within, learned_grid, pareto_path, threshold_grid
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.data.repeats import Block, block_of_each
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.matches import ap_of_choice, bootstrap_choices
+from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
 from earlyexit_ssd.files import locks_folder
 from earlyexit_ssd.modeling.checkpoint import save_model, weights_hash
 from earlyexit_ssd.pipeline.build import trained_temperatures
@@ -33,7 +34,6 @@ from earlyexit_ssd.pipeline.replay import (
     Replay,
     fit_policy,
     fit_temperatures,
-    learns,
     measure_cost_model,
     open_recorded,
     per_exit,
@@ -42,7 +42,7 @@ from earlyexit_ssd.pipeline.replay import (
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.results import write_calibration
 from earlyexit_ssd.routing import ExitRouter
-from earlyexit_ssd.routing.policies import require_known
+from earlyexit_ssd.routing.policies import needs_training_photos, require_known
 
 logger = logging.getLogger(__name__)
 
@@ -88,12 +88,133 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Found:
-    """Thresholds, the exit of every calibration photo [n], and what more is to be said about the target."""
+class Chosen:
+    """Thresholds, the exit of every calibration photo [n], and what the search measured on the way."""
 
     thresholds: tuple[float, ...]
-    choice: np.ndarray
-    more: dict[str, Any]
+    exits: np.ndarray
+    measured: Measured
+
+
+@dataclass(frozen=True)
+class Search:
+    """What thresholds are chosen by.
+
+    Attributes:
+        router: with its policy fitted; confidences: of the calibration photos, per early exit [n].
+        train: for a risk: photos that give the path of thresholds.
+        blocks: of photos that are one draw, numbered from 0, [n]; None: every photo is one.
+    """
+
+    cfg: CfgNode
+    target: Target
+    router: ExitRouter
+    calib: Replay
+    train: Replay | None
+    costs: CostModel
+    blocks: np.ndarray | None
+
+    @functools.cached_property
+    def confidences(self) -> list[np.ndarray]:
+        return self.calib.confidences(self.router)
+
+    @functools.cached_property
+    def losses(self) -> np.ndarray:
+        """Of the calibration photos, [n, exits]."""
+        return self.calib.losses(self.cfg.CALIBRATION.REFERENCE)
+
+    @property
+    def draws(self) -> int:
+        """Calibration photos, or blocks of them."""
+        return len(self.calib.recording) if self.blocks is None else int(self.blocks.max()) + 1
+
+    @property
+    def units(self) -> str:
+        """What is drawn, in words."""
+        block = self.target.block
+        return "calibration photos" if block is None else f"blocks of {block.photos} calibration photos"
+
+    def run(self) -> Chosen:
+        """Thresholds for the target.
+
+        Raises:
+            EarlyExitError: a speed-up that is out of reach.
+        """
+        search = {"risk": self._for_risk, "speedup": self._for_speedup, "ap_drop": self._for_ap_drop}
+        chosen = search[self.target.kind]()
+        if self.blocks is not None:
+            chosen = replace(chosen, measured=replace(chosen.measured, blocks=self.draws))
+        return chosen
+
+    def _grid(self, confidences: list[np.ndarray], losses: np.ndarray) -> Grid:
+        """The combinations to choose from: all of them, or those learnt with a soft exit at even mean costs."""
+        if not self.target.learned:
+            return threshold_grid(confidences)
+        budgets = [self.costs.plain / self.target.value] if self.target.kind == "speedup" else []
+        return learned_grid(confidences, losses, self.costs.per_exit, budgets)
+
+    def _for_risk(self) -> Chosen:
+        target, costs, settings = self.target, self.costs, self.cfg.CALIBRATION
+        seen, losses = self.train.confidences(self.router), self.train.losses(settings.REFERENCE)
+        path = safe_to_bold(seen, losses, costs.of_each, self._grid(seen, losses))
+        found = certify(
+            path, self.confidences, self.losses, costs.of_each(path), target.value, target.delta, settings.BOUND,
+            self.cfg.SEED, groups=self.blocks,
+        )  # fmt: skip
+        if found.step == 0:
+            if found.passed:
+                advice = (
+                    "what passed costs more than the full path alone: another policy, cheaper branches or a larger risk"
+                )
+            elif found.photos_needed:
+                advice = f"{max(found.photos_needed, self.draws + 1)} {self.units} like these would do"
+            else:
+                advice = "the exits are not good enough for it: allow a larger risk, or train them longer"
+            logger.warning(
+                "no exit is opened at a risk of %g with probability %g on %d %s: all stay closed; %s",
+                target.value, 1 - target.delta, self.draws, self.units, advice,
+            )  # fmt: skip
+        return Chosen(found.thresholds, found.choice, Measured(loss_bound=found.bound, steps=found.passed))
+
+    def _for_speedup(self) -> Chosen:
+        grid = self._grid(self.confidences, self.losses)
+        mean_costs = grid.mean_cost(self.costs.of_each(grid.thresholds))
+        ap50 = self.calib.ap50_of(grid.choices, "thresholds")
+        best = cheapest_within(mean_costs, -ap50, self.costs.plain / self.target.value)
+        if best is None:
+            raise EarlyExitError(
+                f"a speed-up of {self.target.value:g} is out of reach: with every photo at the first exit it is "
+                f"{self.costs.plain / mean_costs.min():.2f}; "
+                "ask for less, or plan a shallower exit (tools/plan_exits.py)"
+            )
+        return Chosen(tuple(grid.thresholds[best].tolist()), grid.choices[best], Measured())
+
+    def _for_ap_drop(self) -> Chosen:
+        target, needed = self.target, photos_for(self.target)
+        few = needed if self.draws < needed else None
+        if few:
+            logger.warning(
+                "%d %s are few for %g AP50 lost with probability %g: %d would do; take more, or allow a larger loss",
+                self.draws, self.units, target.value, 1 - target.delta, few,
+            )  # fmt: skip
+        full = np.full(len(self.calib.recording), self.calib.recording.early_exits)
+        ap50_full = ap_of_choice(self.calib.matches, full, ap50_only=True).AP50 or 0.0
+        if ap50_full < DETECTS_AP50:  # there is hardly any AP to lose
+            logger.warning(
+                "the full path does not detect: AP50 %.3f on the calibration photos, expected %g or more: all exits "
+                "stay closed; train it first, or look at MODEL.WEIGHTS and DATA.CLASSES",
+                ap50_full, DETECTS_AP50,
+            )  # fmt: skip
+            closed = (CLOSED,) * self.calib.recording.early_exits
+            return Chosen(closed, full, Measured(AP50_lost_bound=0.0, photos_needed=few))
+        grid = self._grid(self.confidences, self.losses)
+        mean_costs = grid.mean_cost(self.costs.of_each(grid.thresholds))
+        ap50 = self.calib.ap50_of(grid.choices, "thresholds")
+        mean_losses = grid.mean(self.losses)
+        chosen = cheapest_that_keeps(
+            target, self.calib, grid, mean_costs, mean_losses, ap50, self.cfg.SEED, self.blocks
+        )
+        return replace(chosen, measured=replace(chosen.measured, photos_needed=few))
 
 
 @locks_folder("out_dir")
@@ -123,21 +244,20 @@ def calibrate(
     _require_reference(cfg, target, recorded)
     require_deciding(cfg.ROUTING.POLICY, model, weights)
     calib = recorded.replay("CALIB")
-    needs_train = target.kind == "risk" or learns(cfg.ROUTING.POLICY)
-    train = recorded.replay("TRAIN") if needs_train else None
+    trains = target.kind == "risk" or needs_training_photos(cfg.ROUTING.POLICY)
+    train = recorded.replay("TRAIN") if trains else None
     fitted = fit_temperatures(cfg, model.exit_names, calib)
     temperatures = per_exit(fitted, model.exit_names)
-    counted = calib
     if target.kind == "risk":  # what is fitted on the calibration photos may not be tested on them
-        temperatures, counted = trained_temperatures(cfg, recorded.info, model.num_early_exits), train
-    router = fit_policy(cfg, cfg.ROUTING.POLICY, temperatures, train, counted)
+        temperatures = trained_temperatures(cfg, recorded.info, model.num_early_exits)
+    router = fit_policy(cfg, cfg.ROUTING.POLICY, temperatures, calib if train is None else train)
     costs = measure_cost_model(cfg, model, router)
     blocks = None
     if target.block is not None:
         paths = [record.path for record in recorded.sets["CALIB"].records]
         blocks = block_of_each(paths, target.block.photos)[calib.order]
-    found = _search(cfg, target, router, calib, train, costs, blocks)
-    certificate = _certificate(recorded, target, router, calib, costs, found)
+    search = Search(cfg, target, router, calib, train, costs, blocks)
+    certificate = _certificate(recorded, search, search.run())
     write_calibration(out, certificate, fitted)
     info = {**recorded.info, "router": certificate.router, "certificate": certificate.to_dict()}
     info["trained_temperatures"] = trained_temperatures(cfg, recorded.info, model.num_early_exits)
@@ -161,60 +281,7 @@ def _require_reference(cfg: CfgNode, target: Target, recorded: Recorded) -> None
             )
 
 
-def _grid(target: Target, confidences: list[np.ndarray], losses: np.ndarray, costs: CostModel) -> Grid:
-    """The combinations to choose from: all of them, or those learnt with a soft exit at even mean costs."""
-    if not target.learned:
-        return threshold_grid(confidences)
-    budgets = [costs.plain / target.value] if target.kind == "speedup" else []
-    return learned_grid(confidences, losses, costs.per_exit, budgets)
-
-
-def _search(
-    cfg: CfgNode,
-    target: Target,
-    router: ExitRouter,
-    calib: Replay,
-    train: Replay | None,
-    costs: CostModel,
-    blocks: np.ndarray | None,
-) -> Found:
-    confidences, reference = calib.confidences(router), cfg.CALIBRATION.REFERENCE
-    draws = len(calib.recording) if blocks is None else int(blocks.max()) + 1
-    more = {} if blocks is None else {"blocks": draws}
-    if target.kind == "risk":
-        seen, seen_losses = train.confidences(router), train.losses(reference)
-        path = safe_to_bold(seen, seen_losses, costs.of_each, _grid(target, seen, seen_losses, costs))
-        losses, step_costs, bound = calib.losses(reference), costs.of_each(path), cfg.CALIBRATION.BOUND
-        found = certify(
-            path, confidences, losses, step_costs, target.value, target.delta, bound, cfg.SEED, groups=blocks
-        )
-        if found.step == 0:
-            _warn_closed(target, found, draws)
-        return Found(found.thresholds, found.choice, {"loss_bound": found.bound, "steps": found.passed, **more})
-    grid = _grid(target, confidences, calib.losses(reference), costs)
-    mean_costs = grid.mean_cost(costs.of_each(grid.thresholds))
-    ap50 = calib.ap50_of(grid.choices, "thresholds")
-    if target.kind == "speedup":
-        chosen = cheapest_within(mean_costs, -ap50, costs.plain / target.value)
-        if chosen is None:
-            raise EarlyExitError(
-                f"a speed-up of {target.value:g} is out of reach: with every photo at the first exit it is "
-                f"{costs.plain / mean_costs.min():.2f}; ask for less, or plan a shallower exit (tools/plan_exits.py)"
-            )
-        return Found(tuple(float(value) for value in grid.thresholds[chosen]), grid.choices[chosen], {})
-    needed = _photos_for(target)
-    if draws < needed:
-        more["photos_needed"] = needed
-        logger.warning(
-            "%d %s are few for %g AP50 lost with probability %g: %d would do; take more, or allow a larger loss",
-            draws, _units(target), target.value, 1 - target.delta, needed,
-        )  # fmt: skip
-    mean_losses = grid.mean(calib.losses(reference))
-    found = _cheapest_that_keeps(target, calib, grid, mean_costs, mean_losses, ap50, cfg.SEED, blocks)
-    return Found(found.thresholds, found.choice, {**found.more, **more})
-
-
-def _cheapest_that_keeps(
+def cheapest_that_keeps(
     target: Target,
     calib: Replay,
     grid: Grid,
@@ -223,7 +290,7 @@ def _cheapest_that_keeps(
     ap50: np.ndarray,
     seed: int,
     blocks: np.ndarray | None = None,
-) -> Found:
+) -> Chosen:
     """The least cost at which the AP50 lost stays within the target in 1 - delta of the draws of photos (bootstrap).
 
     The best of thousands of combinations looks better on the photos that chose it than on others; a bound that holds
@@ -239,88 +306,63 @@ def _cheapest_that_keeps(
     for candidate in progress(affordable, desc="AP50 lost"):
         routed = bootstrap_choices(calib.matches, [grid.choices[candidate]], seed=seed, groups=blocks)[0]
         bound = float(np.nanquantile(kept.AP50 - routed.AP50, 1 - target.delta))
-        thresholds = tuple(float(value) for value in grid.thresholds[candidate])
         if bound <= target.value:
-            return Found(thresholds, grid.choices[candidate], {"AP50_lost_bound": bound})
+            thresholds = tuple(grid.thresholds[candidate].tolist())
+            return Chosen(thresholds, grid.choices[candidate], Measured(AP50_lost_bound=bound))
     logger.warning("no exit can be opened at %g AP50 lost on these photos: all stay closed", target.value)
-    return Found((CLOSED,) * calib.recording.early_exits, full, {"AP50_lost_bound": 0.0})
+    return Chosen((CLOSED,) * calib.recording.early_exits, full, Measured(AP50_lost_bound=0.0))
 
 
-def _units(target: Target) -> str:
-    return "calibration photos" if target.block is None else f"blocks of {target.block.photos} calibration photos"
-
-
-def _photos_for(target: Target) -> int:
+def photos_for(target: Target) -> int:
     """The photos among which a fault as frequent as the target allows shows at all with probability 1 - delta."""
     return math.ceil(math.log(target.delta) / math.log1p(-min(max(target.value, LEAST_DROP), 0.99)))
 
 
-def _warn_closed(target: Target, found: Certified, photos: int) -> None:
-    needed = found.photos_needed
-    if found.passed:
-        advice = "what passed costs more than the full path alone: another policy, cheaper branches or a larger risk"
-    elif needed:
-        advice = f"{max(needed, photos + 1)} {_units(target)} like these would do"
-    else:
-        advice = "the exits are not good enough for it: allow a larger risk, or train them longer"
-    logger.warning(
-        "no exit is opened at a risk of %g with probability %g on %d %s: all stay closed; %s",
-        target.value,
-        1 - target.delta,
-        photos,
-        _units(target),
-        advice,
-    )
-
-
-def _ap50(calib: Replay, choice: np.ndarray) -> float | None:
-    """None where nobody labelled the photos."""
-    return ap_of_choice(calib.matches, choice, ap50_only=True).AP50 if calib.labelled else None
-
-
-def _certificate(
-    recorded: Recorded, target: Target, router: ExitRouter, calib: Replay, costs: CostModel, found: Found
-) -> Certificate:
+def _certificate(recorded: Recorded, search: Search, chosen: Chosen) -> Certificate:
     cfg, model, repeats = recorded.cfg, recorded.model, recorded.repeats["CALIB"]
-    exits = len(model.exit_names)
-    losses = calib.losses(cfg.CALIBRATION.REFERENCE)
-    confidences = calib.confidences(router)
+    target, calib, costs, names = search.target, search.calib, search.costs, model.exit_names
     photos = tuple(sorted(digest[:16] for digest in (*calib.photos_sha256, *repeats.near_sha256)))
-    rows = np.arange(len(found.choice))
-    measured = {
-        "photos": len(found.choice),
-        "loss": float(losses[rows, found.choice].mean()),
-        "labelled": calib.labelled,
-        "AP50": _ap50(calib, found.choice),
-        "AP50_full": _ap50(calib, np.full(len(rows), exits - 1)),
-        "agreement": dataclasses.asdict(calib.agreement(found.choice)),
-        "equal_photos": repeats.equal,
-        "near_equal_photos": repeats.near,
-        "exit_share": dict(
-            zip(model.exit_names, (np.bincount(found.choice, minlength=exits) / len(rows)).tolist(), strict=True)
-        ),
-        "cost": float(costs.per_exit(found.thresholds)[found.choice].mean()),
-        "speedup": costs.speedup(found.choice, found.thresholds),
-        **found.more,
-    }
-    risk = {"epsilon": target.value, "delta": target.delta, "bound": cfg.CALIBRATION.BOUND}
+    count, exits = len(chosen.exits), len(names)
+    shares = (np.bincount(chosen.exits, minlength=exits) / count).tolist()
+
+    def ap50(choice: np.ndarray) -> float | None:
+        return ap_of_choice(calib.matches, choice, ap50_only=True).AP50 if calib.labelled else None
+
+    measured = replace(
+        chosen.measured,
+        photos=count,
+        loss=float(search.losses[np.arange(count), chosen.exits].mean()),
+        labelled=calib.labelled,
+        AP50=ap50(chosen.exits),
+        AP50_full=ap50(np.full(count, exits - 1)),
+        agreement=dataclasses.asdict(calib.agreement(chosen.exits)),
+        equal_photos=repeats.equal,
+        near_equal_photos=repeats.near,
+        exit_share=dict(zip(names, shares, strict=True)),
+        cost=float(costs.per_exit(chosen.thresholds)[chosen.exits].mean()),
+        speedup=costs.speedup(chosen.exits, chosen.thresholds),
+    )
+    is_risk = target.kind == "risk"
+    asked = CertifiedTarget(
+        kind=target.kind,
+        reference=cfg.CALIBRATION.REFERENCE,
+        score=cfg.EVAL.SCORE,
+        iou=cfg.EVAL.IOU,
+        value=None if is_risk else target.value,
+        epsilon=target.value if is_risk else None,
+        delta=None if target.kind == "speedup" else target.delta,
+        bound=cfg.CALIBRATION.BOUND if is_risk else None,
+        block=target.block.photos if target.block else None,
+        learned=target.learned or None,
+    )
     return Certificate(
-        router={**router.to_dict(), "thresholds": list(found.thresholds)},
-        target={
-            "kind": target.kind,
-            **(risk if target.kind == "risk" else {"value": target.value}),
-            **({"delta": target.delta} if target.kind == "ap_drop" else {}),
-            **({"block": target.block.photos} if target.block else {}),
-            **({"learned": True} if target.learned else {}),
-            "reference": cfg.CALIBRATION.REFERENCE,
-            "score": cfg.EVAL.SCORE,
-            "iou": cfg.EVAL.IOU,
-        },
+        router={**search.router.to_dict(), "thresholds": list(chosen.thresholds)},
+        target=asked,
         measured=measured,
-        cost_model=costs.to_dict(found.thresholds),
+        cost_model=costs.certified(chosen.thresholds),
         weights_sha256=weights_hash(model),
         photos_sha256=photos,
         photo_list_sha256=hashlib.sha256("".join(photos).encode()).hexdigest(),
-        drift=Reference.from_decisions(model.exit_names, found.choice.astype(np.int64), confidences).to_dict(),
+        drift=Reference.from_decisions(names, chosen.exits.astype(np.int64), search.confidences).to_dict(),
         versions={"torch": torch.__version__, "torchvision": torchvision.__version__},
     )

@@ -81,14 +81,14 @@ def open_certificate(
 
 def _check_operating_point(cfg: CfgNode, certificate: Certificate, source: str | os.PathLike[str]) -> None:
     """A risk is counted at a score and an IoU and holds there only."""
-    score, iou = certificate.target["score"], certificate.target["iou"]
+    score, iou = certificate.target.score, certificate.target.iou
     if (score, iou) == (cfg.EVAL.SCORE, cfg.EVAL.IOU):
         return
     text = (
         f"{source}: the certificate speaks of score {score:g} and IoU {iou:g}, "
         f"EVAL has {cfg.EVAL.SCORE:g} and {cfg.EVAL.IOU:g}"
     )
-    if certificate.target["kind"] == "risk":
+    if certificate.target.kind == "risk":
         raise ConfigError(f"{text}; set EVAL.SCORE and EVAL.IOU to the certificate's, or calibrate again")
     logger.warning(text)
 

@@ -19,6 +19,7 @@ from fvcore.common.config import CfgNode
 from pycocotools.coco import COCO
 from torch import Tensor, nn
 
+from earlyexit_ssd.calibration.certificate import CertifiedCosts
 from earlyexit_ssd.calibration.temperature import (
     FittedTemperature,
     contested_boxes,
@@ -36,7 +37,6 @@ from earlyexit_ssd.errors import ConfigError, EarlyExitError
 from earlyexit_ssd.evaluation.cost import (
     ONNX_RUNTIME,
     PlainPath,
-    Timing,
     count_mmacs,
     example_input,
     runtime_installed,
@@ -53,7 +53,6 @@ from earlyexit_ssd.evaluation.matches import (
     losses_against_labels,
 )
 from earlyexit_ssd.evaluation.outputs import Recording, record
-from earlyexit_ssd.evaluation.results import EvaluationSettings
 from earlyexit_ssd.files import make_folder
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite
 from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit
@@ -62,19 +61,7 @@ from earlyexit_ssd.pipeline.build import build_evaluation, evaluation_device, op
 from earlyexit_ssd.pipeline.evaluate import check_rivals
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.routing import ExitRouter
-from earlyexit_ssd.routing.policies import (
-    FITTED_POLICIES,
-    ForeseenEmptiness,
-    GainModel,
-    LearnedGain,
-    class_weights,
-    evidence,
-    fit_foresight,
-    fit_gain,
-    foresees,
-    looked_at,
-    to_plain,
-)
+from earlyexit_ssd.routing.policies import FITTED_POLICIES, looked_at, reads_taps
 
 logger = logging.getLogger(__name__)
 
@@ -267,22 +254,50 @@ def per_exit(fitted: Sequence[FittedTemperature], exit_names: Sequence[str]) -> 
     return [found.get(name, 1.0) for name in exit_names[:-1]]
 
 
-def fit_policy(
-    cfg: CfgNode, policy: str, temperatures: Sequence[float], train: Replay | None, counted: Replay | None = None
-) -> ExitRouter:
-    """A router with this policy, fitted where it has parameters, and every exit closed.
+@dataclass(frozen=True)
+class FittingPhotos:
+    """A recorded split as policies are fitted on it, see `RecordedPhotos`; rows are in the order of the recording."""
+
+    replay: Replay
+    temperatures: Sequence[float]
+    reference: str
+    seed: int
+
+    def signals(self, exit_index: int, boxes: int | None = None) -> Iterator[ExitSignals]:
+        """Of an early exit as the router shows them, batch after batch."""
+        for signals in self.replay.recording.signals(exit_index):
+            seen = looked_at(signals, boxes)
+            yield ExitSignals(seen.logits / self.temperatures[exit_index], seen.tap, seen.empty)
+
+    def losses(self) -> Tensor:
+        """[n, exits], against CALIBRATION.REFERENCE."""
+        return torch.from_numpy(self.replay.losses(self.reference)[np.argsort(self.replay.order)]).float()
+
+    def largest_scores(self) -> Tensor:
+        """[n], of the full path."""
+        found = self.replay.recording.detections[-1]
+        return torch.tensor(
+            [max(found[photo]["scores"].tolist(), default=0.0) for photo in self.replay.recording.image_ids]
+        )
+
+    def object_counts(self) -> list[int]:
+        """Of every class; crowds do not count."""
+        truth = self.replay.ground_truth
+        counts = Counter(one["category_id"] for one in truth.anns.values() if not one["iscrowd"])
+        return [counts[category] for category in sorted(truth.getCatIds())]
+
+
+def fit_policy(cfg: CfgNode, policy: str, temperatures: Sequence[float], photos: Replay) -> ExitRouter:
+    """A router with this policy, fitted on ``photos`` where it has numbers of its own, and every exit closed.
 
     Args:
-        train: what a policy learns from.
-        counted: whose labels say how rare a class is; by default ``train``. Calibration photos are the nearest to
-            those to come, but may not both choose a policy and test its risk.
+        photos: calibration photos, but for a risk and for a policy that `needs_training_photos`: photos may not both
+            fit a policy and test its risk.
     """
-    fits = {
-        "learned_gain": lambda: fit_learned_gain(train, cfg.CALIBRATION.REFERENCE, temperatures, cfg.SEED),
-        "foreseen_emptiness": lambda: fit_foreseen_emptiness(train, temperatures),
-        "balanced_ambiguity": lambda: fit_class_weights(train if counted is None else counted),
-    }
-    parameters = fits[policy]() if policy in FITTED_POLICIES else None
+    parameters = None
+    if policy in FITTED_POLICIES:
+        fitting = FittingPhotos(photos, temperatures, cfg.CALIBRATION.REFERENCE, cfg.SEED)
+        parameters = FITTED_POLICIES[policy].fit(fitting)
     return ExitRouter(
         len(temperatures),
         policy=policy,
@@ -293,69 +308,14 @@ def fit_policy(
     )
 
 
-def learns(policy: str) -> bool:
-    """Whether it is fitted on training photos; one that only counts labels takes those of any photos."""
-    return policy in FITTED_POLICIES and not getattr(FITTED_POLICIES[policy], "only_counts", False)
-
-
 def require_deciding(policy: str, model: EarlyExitSSDLite, weights: str | os.PathLike[str]) -> None:
     """Raise where the policy lets nobody leave: every exit is empty, and it looks at what exits say."""
-    if all(model.empty) and not foresees(policy):
+    if all(model.empty) and not reads_taps(policy):
+        fits = " or ".join(name for name in FITTED_POLICIES if reads_taps(name))
         raise EarlyExitError(
             f"policy '{policy}' looks at logits, which the empty exits of {weights} have not; "
-            "take foreseen_emptiness or learned_gain (ROUTING.POLICY)"
+            f"take {fits} (ROUTING.POLICY)"
         )
-
-
-def fit_learned_gain(train: Replay, reference: str, temperatures: Sequence[float], seed: int) -> list[dict[str, list]]:
-    """Per early exit the parameters of a model that predicts a photo's loss if it leaves there, in deviations."""
-    losses = torch.from_numpy(train.losses(reference)).float()
-    fitted = []
-    for index in range(train.recording.early_exits):
-        gain = losses[:, index] - losses[:, -1]
-        inputs = _inputs(train, index, temperatures)[torch.from_numpy(train.order)]
-        fitted.append(to_plain(fit_gain(inputs, gain / gain.std(unbiased=False).clamp(min=1e-6), seed=seed)))
-    return fitted
-
-
-def fit_foreseen_emptiness(train: Replay, temperatures: Sequence[float]) -> list[dict[str, list | float]]:
-    """Per early exit the regression of the full path's largest score; no label is looked at."""
-    found, image_ids = train.recording.detections[-1], train.recording.image_ids
-    boxes = ForeseenEmptiness.boxes
-    largest = torch.tensor([max(found[image_id]["scores"].tolist(), default=0.0) for image_id in image_ids])
-    return [
-        fit_foresight(torch.cat([evidence(signals) for signals in _shown(train, index, temperatures, boxes)]), largest)
-        for index in range(train.recording.early_exits)
-    ]
-
-
-def fit_class_weights(counted: Replay) -> list[float]:
-    """A weight for every class, the more the fewer objects of it the photos show; crowds do not count.
-
-    Raises:
-        EarlyExitError: the photos show none, or have no labels.
-    """
-    truth = counted.ground_truth
-    objects = Counter(one["category_id"] for one in truth.anns.values() if not one["iscrowd"])
-    if not objects:
-        raise EarlyExitError(
-            "policy 'balanced_ambiguity' counts objects, and the photos have no labelled one; give labels (of "
-            "DATA.TRAIN for a risk, else of DATA.CALIB), or take ambiguous_mass (ROUTING.POLICY)"
-        )
-    return class_weights([objects[category] for category in sorted(truth.getCatIds())])
-
-
-def _inputs(train: Replay, index: int, temperatures: Sequence[float]) -> Tensor:
-    """What the model of exit ``index`` sees of every photo, in the order of the recording."""
-    model = GainModel(train.recording.taps[index].shape[1] // 2)
-    return torch.cat([model.inputs(signals) for signals in _shown(train, index, temperatures, LearnedGain.boxes)])
-
-
-def _shown(train: Replay, index: int, temperatures: Sequence[float], boxes: int) -> Iterator[ExitSignals]:
-    """The signals of an exit as a policy sees them that looks at so many ``boxes``."""
-    for signals in train.recording.signals(index):
-        seen = looked_at(signals, boxes)
-        yield ExitSignals(seen.logits / temperatures[index], seen.tap, seen.empty)
 
 
 # What a photo costs by the exit it takes and the exits that are open, as calibration and its certificate use it.
@@ -367,24 +327,23 @@ class CostModel:
 
     Attributes:
         unit: ``ms`` or ``mmacs``.
-        paths: which early exits before it are open (a text of 0 and 1, shallow to deep, without its own) -> cost of
-            the way to an exit: the trunk to there, the open branches on the way with their scoring, and its own.
+        paths: for each early exit before it whether it is open, shallow to deep -> cost of the way to an exit: the
+            trunk to there, the open branches on the way with their scoring, and its own branch.
         early_exits: how many there are.
         plain: of the detector without exits.
         measured: how: runtime, threads, runs and machine; empty for MMACs.
     """
 
     unit: str
-    paths: dict[str, float]
+    paths: dict[tuple[bool, ...], float]
     early_exits: int
     plain: float
     measured: dict[str, Any]
 
     def per_exit(self, thresholds: Sequence[float] | None = None) -> np.ndarray:
         """[exits]: cost to each exit with these thresholds, the full path last; None: everything is open."""
-        flags = [1] * self.early_exits if thresholds is None else [int(value < CLOSED) for value in thresholds]
-        text = "".join(map(str, flags))
-        return np.array([self.paths[text[:index]] for index in range(self.early_exits + 1)])
+        opened = (True,) * self.early_exits if thresholds is None else tuple(value < CLOSED for value in thresholds)
+        return np.array([self.paths[opened[:index]] for index in range(self.early_exits + 1)])
 
     def of_each(self, thresholds: np.ndarray) -> np.ndarray:
         """[M, exits] for the thresholds [M, early exits]."""
@@ -394,48 +353,44 @@ class CostModel:
         """Against the detector without exits, of photos that take these exits [n]."""
         return self.plain / float(self.per_exit(thresholds)[choice].mean())
 
-    def to_dict(self, thresholds: Sequence[float] | None = None) -> dict[str, Any]:
-        """Plain types for JSON; the exits' costs are those with these thresholds."""
-        exits = self.per_exit(thresholds).tolist()
-        return {"unit": self.unit, "exits": exits, "plain": self.plain, "measured": self.measured}
+    def certified(self, thresholds: Sequence[float] | None = None) -> CertifiedCosts:
+        """For a certificate or a results file; the exits' costs are those with these thresholds."""
+        exits = tuple(self.per_exit(thresholds).tolist())
+        return CertifiedCosts(unit=self.unit, exits=exits, plain=self.plain, measured=self.measured)
 
 
 def measure_cost_model(cfg: CfgNode, model: EarlyExitSSDLite, router: ExitRouter) -> CostModel:
     """In the unit of CALIBRATION.COST, with the timing settings of EVAL; the router's policy is scored on the way."""
-    settings, example = build_evaluation(cfg), example_input(model)
-    keys, networks = [], []
-    for count in range(router.num_exits + 1):
-        for flags in itertools.product((1, 0), repeat=count):
-            thresholds = [0.0 if flag else CLOSED for flag in flags] + [0.0] * (router.num_exits - count)
-            opened = ExitRouter(**{**router.to_dict(), "thresholds": thresholds}).to(example.device)
-            keys.append("".join(map(str, flags)))
-            networks.append(AllOutputs(PathToExit(model, count, opened)))
-    plain = PlainPath(model)
+    settings, example, early_exits = build_evaluation(cfg), example_input(model), router.num_exits
+    paths = [opened for count in range(early_exits + 1) for opened in itertools.product((True, False), repeat=count)]
+    networks: list[nn.Module] = []
+    for opened in paths:
+        thresholds = [0.0 if flag else CLOSED for flag in opened] + [0.0] * (early_exits - len(opened))
+        on_the_way = ExitRouter(**{**router.to_dict(), "thresholds": thresholds}).to(example.device)
+        networks.append(AllOutputs(PathToExit(model, len(opened), on_the_way)))
+    networks.append(PlainPath(model))
+
+    def timed(runtime: str) -> list[float]:
+        runs, threads = settings.timing_runs, settings.timing_threads
+        return [one.ms for one in time_in_runtime(networks, [example] * len(networks), runtime, runs, threads)]
+
+    def cost_model(unit: str, costs: Sequence[float], measured: dict[str, Any]) -> CostModel:
+        return CostModel(unit, dict(zip(paths, costs, strict=False)), early_exits, costs[-1], measured)
+
     if cfg.CALIBRATION.COST == "mmacs":
-        costs = [count_mmacs(network, example) for network in (*networks, plain)]
-        return CostModel("mmacs", dict(zip(keys, costs, strict=False)), router.num_exits, costs[-1], {})
-    deployed = cfg.CALIBRATION.COST == "auto" and example.device.type == "cpu" and runtime_installed()
-    runtime = ONNX_RUNTIME if deployed else settings.runtime
-    networks.append(plain)
+        return cost_model("mmacs", [count_mmacs(network, example) for network in networks], {})
+    on_cpu = example.device.type == "cpu"
+    runtime = ONNX_RUNTIME if cfg.CALIBRATION.COST == "auto" and on_cpu and runtime_installed() else settings.runtime
     try:
-        timings = _timed(networks, example, runtime, settings)
+        costs = timed(runtime)
     except EarlyExitError as error:
         if runtime == settings.runtime:
             raise
         logger.warning("costs are measured in %s instead of ONNX Runtime: %s", settings.runtime, error)
         runtime = settings.runtime
-        timings = _timed(networks, example, runtime, settings)
-    measured = {
-        "runtime": runtime,
-        "threads": settings.timing_threads,
-        "runs": settings.timing_runs,
-        "machine": torch.cuda.get_device_name(example.device)
-        if example.device.type == "cuda"
-        else platform.processor() or platform.machine(),
-    }
-    costs = [timing.ms for timing in timings]
-    return CostModel("ms", dict(zip(keys, costs, strict=False)), router.num_exits, costs[-1], measured)
-
-
-def _timed(networks: Sequence[nn.Module], example: Tensor, runtime: str, settings: EvaluationSettings) -> list[Timing]:
-    return time_in_runtime(networks, [example] * len(networks), runtime, settings.timing_runs, settings.timing_threads)
+        costs = timed(runtime)
+    machine = platform.processor() or platform.machine()
+    if example.device.type == "cuda":
+        machine = torch.cuda.get_device_name(example.device)
+    measured = {"runtime": runtime, "threads": settings.timing_threads, "runs": settings.timing_runs}
+    return cost_model("ms", costs, {**measured, "machine": machine})

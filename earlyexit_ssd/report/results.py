@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from PIL import Image
 
-from earlyexit_ssd.calibration.certificate import Certificate
+from earlyexit_ssd.calibration.certificate import Certificate, Measured
 from earlyexit_ssd.calibration.temperature import FittedTemperature, Reliability
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.files import write_image, write_json, write_text
@@ -31,17 +31,17 @@ def write_calibration(folder: Path, certificate: Certificate, temperatures: Sequ
 
 def calibration_report(certificate: Certificate, temperatures: Sequence[FittedTemperature]) -> str:
     """A line per exit, and what is promised."""
-    measured, unit = certificate.measured, certificate.cost_model["unit"]
-    lines = [f"policy {certificate.router['policy']}, {measured['photos']} calibration photos{_left_out(measured)}", ""]
+    measured, unit = certificate.measured, certificate.cost_model.unit
+    lines = [f"policy {certificate.router['policy']}, {measured.photos} calibration photos{_left_out(measured)}", ""]
     lines.append(
         f"{'exit':8} {'threshold':>10} {'share':>8} {unit:>9} {'temperature':>12} {'fitted':>7} {'ECE at 1':>9} "
         f"{'fitted':>7}"
     )
-    costs = [*certificate.cost_model["exits"]]
+    costs = certificate.cost_model.exits
     by_name = {fitted.exit_name: fitted for fitted in temperatures}
     router = certificate.router
     for (name, share), threshold, temperature, cost in zip(
-        measured["exit_share"].items(), router["thresholds"], router["temperatures"], costs, strict=False
+        measured.exit_share.items(), router["thresholds"], router["temperatures"], costs, strict=False
     ):
         shown = "closed" if threshold >= CLOSED else f"{threshold:.4f}"
         line = f"{name:8} {shown:>10} {100 * share:6.1f} % {cost:9.1f}"
@@ -50,23 +50,23 @@ def calibration_report(certificate: Certificate, temperatures: Sequence[FittedTe
             line += f" {temperature:12.2f} {fitted.temperature:7.2f} {fitted.before.expected_error:9.3f}"
             line += f" {fitted.after.expected_error:7.3f}"
         lines.append(line)
-    lines.append(f"{'full':8} {'':>10} {100 * measured['exit_share']['full']:6.1f} % {costs[-1]:9.1f}")
+    lines.append(f"{'full':8} {'':>10} {100 * measured.exit_share['full']:6.1f} % {costs[-1]:9.1f}")
     lines += ["", *_promise(certificate)]
     return "\n".join(lines)
 
 
-def _left_out(measured: Mapping[str, Any]) -> str:
-    parts = {"copies": measured.get("equal_photos"), "photos that look equal": measured.get("near_equal_photos")}
+def _left_out(measured: Measured) -> str:
+    parts = {"copies": measured.equal_photos, "photos that look equal": measured.near_equal_photos}
     shown = " and ".join(f"{count} {what}" for what, count in parts.items() if count)
     return f" ({shown} left out: each photo counts once)" if shown else ""
 
 
 def _agreement(certificate: Certificate) -> list[str]:
     """How far routing says what the full path says."""
-    found = certificate.measured.get("agreement")
+    found = certificate.measured.agreement
     if not found:
         return []
-    score = certificate.target["score"]
+    score = certificate.target.score
     same = (
         ""
         if found["same_photos"] is None
@@ -79,38 +79,35 @@ def _agreement(certificate: Certificate) -> list[str]:
 
 
 def _promise(certificate: Certificate) -> list[str]:
-    measured, target, unit = certificate.measured, certificate.target, certificate.cost_model["unit"]
-    against = "what the full path says" if target["reference"] == "full" else "the labels"
+    measured, target, unit = certificate.measured, certificate.target, certificate.cost_model.unit
+    against = "what the full path says" if target.reference == "full" else "the labels"
     accuracy = "nobody labelled these photos, so AP is not known"
-    if measured.get("labelled", True):
-        accuracy = f"AP50 {figure(measured['AP50'])}, full path {figure(measured['AP50_full'])}"
+    if measured.labelled is not False:
+        accuracy = f"AP50 {figure(measured.AP50)}, full path {figure(measured.AP50_full)}"
     lines = [
-        f"{accuracy}; loss per photo {measured['loss']:.4f} against {against}",
+        f"{accuracy}; loss per photo {measured.loss:.4f} against {against}",
         *_agreement(certificate),
-        f"mean cost {measured['cost']:.1f} {unit}, "
-        f"{measured['speedup']:.2f} times as fast as the detector without exits",
+        f"mean cost {measured.cost:.1f} {unit}, {measured.speedup:.2f} times as fast as the detector without exits",
     ]
     draws, drawn = "the calibration photos", "photo"
-    if target.get("block"):
-        size = target["block"]
-        draws, drawn = f"the {measured['blocks']} blocks of {size} calibration photos", f"block of {size}"
-    if target["kind"] == "risk":
+    if target.block:
+        size = target.block
+        draws, drawn = f"the {measured.blocks} blocks of {size} calibration photos", f"block of {size}"
+    if target.kind == "risk":
         promise = (
             "every exit stays closed: nothing is lost, nothing gained"
             if certificate.closed
-            else f"with probability {1 - target['delta']:g} over the draw of {draws} the expected loss "
-            f"per {drawn} is at most {target['epsilon']:g} (bound {measured['loss_bound']:.4f}, {target['bound']})"
+            else f"with probability {1 - target.delta:g} over the draw of {draws} the expected loss "
+            f"per {drawn} is at most {target.epsilon:g} (bound {measured.loss_bound:.4f}, {target.bound})"
         )
         lines.append(promise)
-    if target["kind"] == "ap_drop":
+    if target.kind == "ap_drop":
         lines.append(
-            f"in {1 - target['delta']:.0%} of bootstrap draws of {draws} at most "
-            f"{measured['AP50_lost_bound']:.4f} AP50 is lost (target {target['value']:g})"
+            f"in {1 - target.delta:.0%} of bootstrap draws of {draws} at most "
+            f"{measured.AP50_lost_bound:.4f} AP50 is lost (target {target.value:g})"
         )
-        if "photos_needed" in measured:
-            lines.append(
-                f"these are few for that: at least {measured['photos_needed']} are needed, see docs/routing.md"
-            )
+        if measured.photos_needed is not None:
+            lines.append(f"these are few for that: at least {measured.photos_needed} are needed, see docs/routing.md")
     return lines
 
 

@@ -1,17 +1,19 @@
-"""Policies: what an exit has said about an image, as one number; the higher, the less there is to gain by going on.
+"""Policies: how confident an exit is about an image, as one number; the higher, the less there is to gain by going on.
 
-A new one is a function and a name::
+A policy without numbers of its own is a function of the raw logits [N, A, C], background first::
 
     @register_policy("largest_logit")
     def largest_logit(logits: Tensor) -> Tensor:
         return logits[..., 1:].amax((-1, -2)).sigmoid()
+
+A policy with numbers of its own is a class, see :class:`FittedPolicy`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,40 +27,87 @@ Policy = Callable[[ExitSignals, int], Tensor]
 
 AMBIGUOUS = (0.05, 0.6)
 """Probabilities of an object between which a default box counts as undecided."""
+CANDIDATES, FEWER_CANDIDATES = 512, 128
+"""Default boxes that most rules look at, and those that look for the largest probability or closer at each box. All
+others are sure background."""
 
-CANDIDATES = 512
-"""Default boxes that most rules look at; behind them there is nothing but sure background."""
 
-FEWER_CANDIDATES = 128
-"""Of rules that look for the largest probability, or closer at each box."""
+class RecordedPhotos(Protocol):
+    """What a policy is fitted on: photos as every exit saw them. Rows are photos, in the same order everywhere.
 
-_VECTOR = 32
+    Attributes:
+        temperatures: one per early exit; seed: for whatever is drawn.
+    """
+
+    temperatures: Sequence[float]
+    seed: int
+
+    def signals(self, exit_index: int, boxes: int | None = None) -> Iterator[ExitSignals]:
+        """Of an early exit, batch after batch, as the router shows them: tempered, ``boxes`` default boxes only."""
+
+    def losses(self) -> Tensor:
+        """[n, exits], the full path last: what a photo loses that takes this exit, in [0, 1]."""
+
+    def largest_scores(self) -> Tensor:
+        """[n]: the largest score among what the full path finds; 0 where it finds nothing."""
+
+    def object_counts(self) -> list[int]:
+        """Labelled objects of every class; crowds do not count."""
+
+
+class FittedPolicy(nn.Module):
+    """A policy with numbers of its own. Register a subclass by name, and calibration fits it.
+
+    ``__init__(parameters)`` takes what ``fit`` gave, as it comes back from JSON; ``forward(signals, exit_index)`` gives
+    confidences [N] in [0, 1].
+
+    Attributes:
+        boxes: default boxes of each image that the router shows it; None: all.
+        reads_taps: it looks at the trunk's features, so it can judge an exit without a branch.
+        needs_training_photos: it may not be fitted on photos that calibrate. False where it only counts labels.
+        expected: what the parameters are, for messages.
+    """
+
+    boxes: int | None = None
+    reads_taps = False
+    needs_training_photos = True
+    expected = "what its fit() gives"
+
+    @classmethod
+    def fit(cls, photos: RecordedPhotos) -> Any:
+        """The parameters, as plain types for JSON; an EarlyExitError where the photos do not say them."""
+        raise NotImplementedError
+
 
 POLICIES: dict[str, Policy] = {}
-FITTED_POLICIES: dict[str, Callable[[Any], Policy]] = {}
-"""Policies with numbers of their own, by name: what makes one from its parameters (plain types; None: not fitted)."""
+FITTED_POLICIES: dict[str, type[FittedPolicy]] = {}
+Registered = TypeVar("Registered", bound=Callable)
 
 
-def register_policy(name: str, boxes: int | None = None) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Register a function of the logits [N, A, C] under ``name``.
+def register_policy(name: str, boxes: int | None = None) -> Callable[[Registered], Registered]:
+    """Register a function of the logits [N, A, C], or a `FittedPolicy`, under ``name`` for ``ROUTING.POLICY``.
 
     Args:
-        name: for ``ROUTING.POLICY``.
         boxes: the router shows it so many default boxes of each image only, see :func:`looked_at`; None: all.
 
     Raises:
-        EarlyExitError: the name is taken, or ``boxes`` is below 1.
+        EarlyExitError: the name is taken or no text, ``boxes`` is below 1, or a class is no `FittedPolicy`.
     """
     if not isinstance(name, str):
         raise EarlyExitError(f'register_policy takes the policy\'s name, got {name!r}; write @register_policy("name")')
     if boxes is not None and (type(boxes) is not int or boxes < 1):
         raise EarlyExitError(f"routing policy '{name}' looks at {boxes} default boxes; give 1 or more, or None for all")
 
-    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def register(policy: Registered) -> Registered:
         if name in POLICIES or name in FITTED_POLICIES:
             raise EarlyExitError(f"routing policy '{name}' is registered already; choose another name")
-        POLICIES[name] = RegisteredPolicy(name, function, boxes)
-        return function
+        if not isinstance(policy, type):
+            POLICIES[name] = RegisteredPolicy(name, policy, boxes)
+        elif issubclass(policy, FittedPolicy):
+            FITTED_POLICIES[name], policy.boxes = policy, boxes
+        else:
+            raise EarlyExitError(f"routing policy '{name}' is the class {policy.__name__}; derive it from FittedPolicy")
+        return policy
 
     return register
 
@@ -80,18 +129,26 @@ def get_policy(name: str, parameters: Any = None) -> Policy:
     """The policy of that name, with its parameters if it is one that is fitted.
 
     Raises:
-        EarlyExitError: an unknown name (the message has the nearest one), or parameters missing or given in vain.
+        EarlyExitError: an unknown name (the message has the nearest one), or parameters that are missing, given in
+            vain or of another policy.
     """
     require_known(name)
-    if name in FITTED_POLICIES:
-        if not parameters:
-            raise EarlyExitError(
-                f"routing policy '{name}' has no parameters; tools/calibrate.py fits it and writes a certificate"
-            )
-        return FITTED_POLICIES[name](parameters)
-    if parameters is not None:
-        raise EarlyExitError(f"routing policy '{name}' has no parameters, some were given; leave them out")
-    return POLICIES[name]
+    if name not in FITTED_POLICIES:
+        if parameters is not None:
+            raise EarlyExitError(f"routing policy '{name}' has no parameters, some were given; leave them out")
+        return POLICIES[name]
+    policy = FITTED_POLICIES[name]
+    if not parameters:
+        raise EarlyExitError(
+            f"routing policy '{name}' has no parameters; tools/calibrate.py fits it and writes a certificate"
+        )
+    try:
+        return policy(parameters)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as problem:
+        raise EarlyExitError(
+            f"routing policy '{name}': its parameters are {str(parameters)[:60]}, expected {policy.expected}; "
+            "calibrate again (tools/calibrate.py)"
+        ) from problem
 
 
 def require_known(name: str) -> None:
@@ -104,9 +161,14 @@ def require_known(name: str) -> None:
         raise EarlyExitError(f"unknown routing policy '{name}'{hint}")
 
 
-def foresees(name: str) -> bool:
+def reads_taps(name: str | None) -> bool:
     """Whether the policy looks at the trunk, and so can judge an exit without a branch."""
-    return getattr(FITTED_POLICIES.get(name), "foresees", False)
+    return name in FITTED_POLICIES and FITTED_POLICIES[name].reads_taps
+
+
+def needs_training_photos(name: str) -> bool:
+    """Whether the policy is fitted on photos that may not calibrate."""
+    return name in FITTED_POLICIES and FITTED_POLICIES[name].needs_training_photos
 
 
 @register_policy("mean_foreground")
@@ -175,10 +237,9 @@ def looked_at(signals: ExitSignals, boxes: int | None) -> ExitSignals:
 def largest_of(values: Tensor) -> Tensor:
     """``values.amax(-1)``, in up to half of the time: PyTorch vectorises over a last dimension of whole 32s only."""
     classes = values.shape[-1]
-    if classes < _VECTOR or classes % _VECTOR == 0:
+    if classes < 32 or classes % 32 == 0:
         return values.amax(-1)
-    whole = classes - classes % _VECTOR
-    return torch.maximum(values[..., :whole].amax(-1), values[..., -_VECTOR:].amax(-1))
+    return torch.maximum(values[..., : classes - classes % 32].amax(-1), values[..., -32:].amax(-1))
 
 
 def below(values: Tensor, largest: Tensor) -> Tensor:
@@ -204,12 +265,9 @@ def undecided(probability: Tensor) -> Tensor:
 
 
 class Odds:
-    """Softmax of raw logits [N, A, C] by way of the odds against background: over so short a last dimension that is
-    five times as fast as PyTorch's own.
-
-    Attributes:
-        odds: exp(logit - background's logit), [N, A, C]; above e^60 it makes no difference any more.
-        total: their sum [N, A]; ``odds / total`` are the probabilities.
+    """Softmax of raw logits [N, A, C] by the odds against background: five times as fast as PyTorch's own over so short
+    a last dimension. ``odds`` [N, A, C] are exp(logit - background's logit), ``total`` [N, A] their sum, and
+    ``odds / total`` the probabilities.
     """
 
     def __init__(self, logits: Tensor) -> None:
@@ -239,33 +297,43 @@ def _ahead_of_background(logits: Tensor) -> Tensor:
     return (logits - logits[..., :1]).clamp_(max=60.0)
 
 
-# A fitted policy for a mean over classes: what an exit leaves undecided counts more, the rarer its class is.
+@register_policy("balanced_ambiguity", FEWER_CANDIDATES)
+class BalancedAmbiguity(FittedPolicy):
+    """For a mean over classes: what an exit leaves undecided counts more, the rarer its class is.
 
-
-class BalancedAmbiguity(nn.Module):
-    """Confidence: 1 / (1 + m), m the sum of weight * probability over the default boxes that are undecided
-    (`AMBIGUOUS`), by the weight of each one's most probable class.
+    Confidence: 1 / (1 + m), m the sum of weight * probability over the default boxes that are undecided (`AMBIGUOUS`),
+    by the weight of each one's most probable class.
 
     Args:
-        parameters: a weight for every class but background, as :func:`class_weights` gives them.
-
-    Raises:
-        EarlyExitError: something else than positive numbers.
+        parameters: a positive weight for every class but background.
     """
 
-    boxes = FEWER_CANDIDATES
-    only_counts = True  # labels, of whichever photos: it needs no training photos
+    needs_training_photos = False
+    expected = "a positive weight for every class"
 
     def __init__(self, parameters: Sequence[float]) -> None:
         super().__init__()
-        if not isinstance(parameters, (list, tuple)) or not all(
+        if type(parameters) not in (list, tuple) or not all(
             type(value) in (int, float) and 0 < value < math.inf for value in parameters
         ):
-            raise EarlyExitError(
-                f"routing policy 'balanced_ambiguity': its parameters are {parameters!r}, expected a positive weight "
-                "for every class; calibrate again (tools/calibrate.py)"
-            )
+            raise ValueError
         self.register_buffer("weights", torch.tensor(parameters, dtype=torch.float32))
+
+    @classmethod
+    def fit(cls, photos: RecordedPhotos) -> list[float]:
+        """mean(n + 1) / (n + 1), n the objects of a class: 1 where all are alike.
+
+        Raises:
+            EarlyExitError: the photos show no object, or have no labels.
+        """
+        objects = photos.object_counts()
+        if not any(objects):
+            raise EarlyExitError(
+                "policy 'balanced_ambiguity' counts objects, and the photos have no labelled one; give labels (of "
+                "DATA.TRAIN for a risk, else of DATA.CALIB), or take ambiguous_mass (ROUTING.POLICY)"
+            )
+        counts = torch.tensor(objects, dtype=torch.float64) + 1
+        return (counts.mean() / counts).tolist()
 
     def forward(self, signals: ExitSignals, exit_index: int) -> Tensor:
         """Confidences [N].
@@ -283,24 +351,11 @@ class BalancedAmbiguity(nn.Module):
         return 1 / (1 + (undecided(best / odds.total) * self.weights[classes]).sum(-1))
 
 
-def class_weights(objects: Sequence[int]) -> list[float]:
-    """Of every class, from how many objects of it there are: mean(n + 1) / (n + 1), 1 where all are alike."""
-    counts = torch.tensor(objects, dtype=torch.float64) + 1
-    return (counts.mean() / counts).tolist()
-
-
-FITTED_POLICIES["balanced_ambiguity"] = BalancedAmbiguity
-
-
-# The learned policy: a small model says what going on would add for this image.
-
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Probabilities above which default boxes are counted."""
-
 _LEVELS = torch.tensor(LEVELS)  # made once: from a list it takes as long as ten operations
-
 NUM_STATISTICS = len(LEVELS) + 4
-HIDDEN = 8
+HIDDEN, GAIN_STEPS = 8, 600
 
 
 def logit_statistics(logits: Tensor) -> Tensor:
@@ -311,17 +366,11 @@ def logit_statistics(logits: Tensor) -> Tensor:
     """
     odds = Odds(logits)
     by_box_and_class = odds.odds[..., 1:] / odds.total[..., None]
-    probability, by_class = by_box_and_class.amax(-1), _two_largest(by_box_and_class.amax(1))
+    probability, by_class = by_box_and_class.amax(-1), by_box_and_class.amax(1)
     counts = (probability[..., None] > _LEVELS.to(probability)).sum(1, dtype=probability.dtype)
     sums = torch.stack([probability, undecided(probability)], 1).sum(-1)
-    return torch.cat([torch.cat([counts, sums], 1).log1p(), by_class], 1)
-
-
-def _two_largest(values: Tensor) -> Tensor:
-    """[..., C] to [..., 2]; the second is 0 where there is one class."""
-    if values.shape[-1] == 1:
-        return torch.nn.functional.pad(values, (0, 1))
-    return values.topk(2, dim=-1).values
+    two_largest = by_class.topk(2, dim=-1).values if by_class.shape[-1] > 1 else F.pad(by_class, (0, 1))
+    return torch.cat([torch.cat([counts, sums], 1).log1p(), two_largest], 1)
 
 
 class GainModel(nn.Module):
@@ -342,98 +391,39 @@ class GainModel(nn.Module):
         for layer in (self.output, self.skip, self.tap):
             nn.init.zeros_(layer.weight)
 
-    def inputs(self, signals: ExitSignals) -> Tensor:
-        """[N, NUM_STATISTICS + tap_channels], as `forward` takes them."""
-        return torch.cat([logit_statistics(signals.logits), signals.tap[:, : self.tap_channels]], dim=1)
-
     def forward(self, inputs: Tensor) -> Tensor:
-        """`inputs` to gains [N]."""
+        """What :func:`gain_inputs` gives to gains [N]."""
         inputs = (inputs - self.mean) / self.scale
         statistics, tap = inputs[:, :NUM_STATISTICS], inputs[:, NUM_STATISTICS:]
         return (self.output(torch.tanh(self.hidden(statistics))) + self.skip(statistics) + self.tap(tap)).squeeze(1)
 
-    @torch.no_grad()
-    def folded(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Minus the gain in a third of the operations: an affine map of `inputs` to the hidden layer before tanh and
-        the linear terms, weight [inputs, HIDDEN + 1] and bias [HIDDEN + 1], and what tanh is weighed by, [HIDDEN].
-        """
-        none = self.tap.weight.new_zeros(HIDDEN, self.tap_channels)
-        linear = torch.cat([self.skip.weight, self.tap.weight], 1)
-        weight = torch.cat([torch.cat([self.hidden.weight, none], 1), -linear]) / self.scale
-        bias = torch.cat([self.hidden.bias, -self.output.bias]) - weight @ self.mean
-        return weight.T.contiguous(), bias, -self.output.weight[0]
+    def to_plain(self) -> dict[str, list]:
+        """The numbers as nested lists, for a model file or JSON."""
+        return {name: value.tolist() for name, value in self.state_dict().items()}
+
+    @classmethod
+    def from_plain(cls, values: dict[str, list]) -> GainModel:
+        """The model that :meth:`to_plain` described."""
+        state = {name: torch.tensor(value) for name, value in values.items()}
+        model = cls(state["tap.weight"].shape[1])
+        model.load_state_dict(state)
+        return model
 
 
-class LearnedGain(nn.Module):
-    """The policy: confidence 1 / (1 + exp(gain)), so that a common threshold means a common gain at every exit.
-
-    Args:
-        parameters: per early exit what :func:`to_plain` gave, plain numbers.
-
-    Raises:
-        EarlyExitError: something else.
-    """
-
-    boxes = FEWER_CANDIDATES
-    foresees = True  # it looks at the tap, so an exit without a branch can be judged
-
-    def __init__(self, parameters: Sequence[dict[str, list]]) -> None:
-        super().__init__()
-        try:
-            self.models = nn.ModuleList(_from_plain(one) for one in parameters)
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-            raise EarlyExitError(
-                f"routing policy 'learned_gain': its parameters are {str(parameters)[:60]}, expected the numbers of a "
-                "fitted model for every early exit; calibrate again (tools/calibrate.py)"
-            ) from None
-        self.requires_grad_(False)
-        self._fold()
-        self.register_load_state_dict_post_hook(_fold_again)
-
-    def _fold(self) -> None:
-        for index, model in enumerate(self.models):
-            for name, value in zip(("weight", "bias", "output"), model.folded(), strict=True):
-                self.register_buffer(f"{name}{index}", value, persistent=False)
-
-    def forward(self, signals: ExitSignals, exit_index: int) -> Tensor:
-        """Confidences [N]; 1 at the full path, behind which there is nothing to gain."""
-        if exit_index >= len(self.models):
-            return torch.ones_like(signals.logits[:, 0, 0])
-        model = self.models[exit_index]
-        weight, bias, output = (getattr(self, f"{name}{exit_index}") for name in ("weight", "bias", "output"))
-        rows = torch.addmm(bias, model.inputs(signals), weight)
-        hidden = rows[:, :HIDDEN].tanh()  # no addmv below: it has no export to ONNX
-        return torch.addmm(rows[:, HIDDEN:], hidden, output[:, None]).squeeze(1).sigmoid()
+def gain_inputs(signals: ExitSignals, tap_channels: int) -> Tensor:
+    """What a `GainModel` looks at: [N, NUM_STATISTICS + tap_channels]."""
+    return torch.cat([logit_statistics(signals.logits), signals.tap[:, :tap_channels]], dim=1)
 
 
-def _fold_again(policy: LearnedGain, _: object) -> None:
-    """What is derived from the numbers follows them when a state dict brings others."""
-    policy._fold()
-
-
-def to_plain(model: GainModel) -> dict[str, list]:
-    """The model's numbers as nested lists, for a model file or JSON."""
-    return {name: value.tolist() for name, value in model.state_dict().items()}
-
-
-def _from_plain(values: dict[str, list]) -> GainModel:
-    state = {name: torch.tensor(value) for name, value in values.items()}
-    model = GainModel(state["tap.weight"].shape[1])
-    model.load_state_dict(state)
-    return model
-
-
-def fit_gain(
-    inputs: Tensor, gains: Tensor, steps: int = 600, lr: float = 0.01, weight_decay: float = 1.0, seed: int = 0
-) -> GainModel:
+def fit_gain(inputs: Tensor, gains: Tensor, seed: int = 0) -> GainModel:
     """Least squares (AdamW, full batch) of the gains [n] on the inputs [n, NUM_STATISTICS + tap_channels]."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = GainModel(inputs.shape[1] - NUM_STATISTICS)
     model.mean, model.scale = inputs.mean(0), inputs.std(0).clamp(min=1e-3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=1.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, GAIN_STEPS)
+    for _ in range(GAIN_STEPS):
         optimizer.zero_grad()
         ((model(inputs) - gains) ** 2).mean().backward()
         optimizer.step()
@@ -441,47 +431,80 @@ def fit_gain(
     return model
 
 
-FITTED_POLICIES["learned_gain"] = LearnedGain
+@register_policy("learned_gain", FEWER_CANDIDATES)
+class LearnedGain(FittedPolicy):
+    """A small model says what going on would gain for this image.
 
+    Confidence: 1 / (1 + exp(gain)), so that a common threshold means a common gain at every exit.
 
-# A fitted policy that foresees an empty answer: linear in what the trunk has seen so far.
+    Args:
+        parameters: per early exit what :meth:`GainModel.to_plain` gave.
+    """
+
+    reads_taps = True
+    expected = "the numbers of a fitted model for every early exit"
+
+    def __init__(self, parameters: Sequence[dict[str, list]]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(map(GainModel.from_plain, parameters)).requires_grad_(False)
+
+    @classmethod
+    def fit(cls, photos: RecordedPhotos) -> list[dict[str, list]]:
+        """Per early exit a model that predicts what a photo loses there and not at the full path, in deviations."""
+        losses, fitted = photos.losses(), []
+        for index in range(len(photos.temperatures)):
+            gain = losses[:, index] - losses[:, -1]
+            seen = [gain_inputs(one, one.tap.shape[1] // 2) for one in photos.signals(index, cls.boxes)]
+            gain = gain / gain.std(unbiased=False).clamp(min=1e-6)
+            fitted.append(fit_gain(torch.cat(seen), gain, seed=photos.seed).to_plain())
+        return fitted
+
+    def forward(self, signals: ExitSignals, exit_index: int) -> Tensor:
+        """Confidences [N]; 1 at the full path, behind which there is nothing to gain."""
+        if exit_index >= len(self.models):
+            return torch.ones_like(signals.logits[:, 0, 0])
+        model = self.models[exit_index]
+        return torch.sigmoid(-model(gain_inputs(signals, model.tap_channels)))
+
 
 PENALTIES = tuple(10.0**power for power in range(-1, 6))
 LEAST_PROBABILITY = 1e-3
 """Probabilities are held this far from 0 and 1 before their logits are taken."""
 
 
-class ForeseenEmptiness(nn.Module):
-    """Confidence: 1 - the largest probability of any object that the full path is expected to say.
+@register_policy("foreseen_emptiness", FEWER_CANDIDATES)
+class ForeseenEmptiness(FittedPolicy):
+    """An empty answer is foreseen: linear in what the trunk has seen so far.
+
+    Confidence: 1 - the largest probability of any object that the full path is expected to say.
 
     Args:
-        parameters: per early exit ``{"weight": [d], "bias": float}`` for :func:`evidence`, plain numbers, as
-            :func:`fit_foresight` gives them.
-
-    Raises:
-        EarlyExitError: something else.
+        parameters: per early exit ``{"weight": [d], "bias": float}`` for :func:`evidence`.
     """
 
-    boxes = FEWER_CANDIDATES
-    foresees = True  # it looks at the tap, so an exit without a branch can be judged
+    reads_taps = True
+    expected = "weight and bias, numbers, for every early exit"
 
     def __init__(self, parameters: Sequence[dict]) -> None:
         super().__init__()
-        try:
-            self._count = len(parameters)
-            for index, values in enumerate(parameters):
-                self.register_buffer(f"weight{index}", torch.tensor(values["weight"]))
-                self.register_buffer(f"bias{index}", torch.tensor(values["bias"]))
-        except (KeyError, RuntimeError, TypeError, ValueError):
-            raise EarlyExitError(
-                f"routing policy 'foreseen_emptiness': its parameters are {str(parameters)[:60]}, expected weight and "
-                "bias, numbers, for every early exit; calibrate again (tools/calibrate.py)"
-            ) from None
+        self.early_exits = len(parameters)
+        for index, values in enumerate(parameters):
+            self.register_buffer(f"weight{index}", torch.tensor(values["weight"]))
+            self.register_buffer(f"bias{index}", torch.tensor(values["bias"]))
+
+    @classmethod
+    def fit(cls, photos: RecordedPhotos) -> list[dict[str, list | float]]:
+        """Per early exit the regression of the full path's largest score; no label is looked at."""
+        largest = photos.largest_scores()
+        return [
+            fit_foresight(torch.cat([evidence(one) for one in photos.signals(index, cls.boxes)]), largest)
+            for index in range(len(photos.temperatures))
+        ]
 
     def forward(self, signals: ExitSignals, exit_index: int) -> Tensor:
         """Confidences [N]; at the full path 1 - its own largest probability."""
-        if exit_index >= self._count:
-            return 1 - Odds(signals.logits).largest.amax(-1)
+        if exit_index >= self.early_exits:
+            return emptiness(signals.logits)
         weight, bias = getattr(self, f"weight{exit_index}"), getattr(self, f"bias{exit_index}")
         return torch.sigmoid(-F.linear(evidence(signals), weight[None], bias[None])[:, 0])
 
@@ -490,12 +513,8 @@ def evidence(signals: ExitSignals) -> Tensor:
     """The pooled tap and, where the exit has a branch, the logit of the largest probability that it says: [N, d]."""
     if signals.empty:
         return signals.tap
-    return torch.cat([signals.tap, to_logits(Odds(signals.logits).largest.amax(-1))[:, None]], dim=1)
-
-
-def to_logits(probability: Tensor) -> Tensor:
-    """log(p / (1 - p)), with p held `LEAST_PROBABILITY` from 0 and 1."""
-    return torch.logit(probability, eps=LEAST_PROBABILITY)
+    largest = Odds(signals.logits).largest.amax(-1, keepdim=True)
+    return torch.cat([signals.tap, torch.logit(largest, eps=LEAST_PROBABILITY)], dim=1)
 
 
 def fit_foresight(inputs: Tensor, probability: Tensor) -> dict[str, list | float]:
@@ -507,7 +526,7 @@ def fit_foresight(inputs: Tensor, probability: Tensor) -> dict[str, list | float
     Returns:
         ``weight`` [d] and ``bias`` for the inputs as they are, plain numbers.
     """
-    inputs, targets = inputs.double(), to_logits(probability.double())
+    inputs, targets = inputs.double(), torch.logit(probability.double(), eps=LEAST_PROBABILITY)
     mean, scale = inputs.mean(0), inputs.std(0, unbiased=False).clamp(min=1e-3)
     left, values, right = torch.linalg.svd((inputs - mean) / scale, full_matrices=False)
     projected = left.T @ (targets - targets.mean())
@@ -521,6 +540,3 @@ def fit_foresight(inputs: Tensor, probability: Tensor) -> dict[str, list | float
             best = error, right.T @ (values / (values**2 + penalty) * projected)
     weight = best[1] / scale
     return {"weight": weight.float().tolist(), "bias": float(targets.mean() - mean @ weight)}
-
-
-FITTED_POLICIES["foreseen_emptiness"] = ForeseenEmptiness

@@ -34,10 +34,8 @@ class ExitRouter(nn.Module):
         learn_temperatures: fit the temperatures by likelihood (Guo et al. 2017) while the exits train. The logits
             take no gradient from it, so that the detector cannot be bent by its own confidence.
 
-    ``thresholds``, ``temperatures`` and ``policy`` can be assigned later too, and are checked as here.
-
-    Attributes:
-        certificate: the `Certificate` that it was made from, if any: what is promised, and the photos that calibrated.
+    ``thresholds``, ``temperatures`` and ``policy`` can be assigned later too, and are checked as here. ``certificate``
+    is the `Certificate` that the router was made from, if any.
 
     Raises:
         EarlyExitError: an unknown policy, a number that is not in its range, or a wrong count.
@@ -62,15 +60,13 @@ class ExitRouter(nn.Module):
         if type(hybrid) is not bool:
             raise EarlyExitError(f"hybrid is {hybrid!r}, expected True or False")
         self.certificate: Any = None
-        self.num_exits = num_exits
-        self.hybrid = hybrid
+        self.num_exits, self.hybrid = num_exits, hybrid
         self._look_up(policy, parameters)
         self.temperature_bounds = tuple(temperature_bounds)
         if len(self.temperature_bounds) != 2 or not 0 < self.temperature_bounds[0] < self.temperature_bounds[1]:
             raise EarlyExitError(f"temperature_bounds {self.temperature_bounds}: expected 0 < low < high")
-        low, high = self.temperature_bounds
         self.register_buffer("thresholds", _per_exit("thresholds", thresholds, num_exits, 0.0, CLOSED))
-        temperature = _per_exit("temperatures", temperatures, num_exits, low, high)
+        temperature = _per_exit("temperatures", temperatures, num_exits, *self.temperature_bounds)
         if learn_temperatures:
             self.temperatures = nn.Parameter(temperature)
         else:
@@ -81,8 +77,7 @@ class ExitRouter(nn.Module):
         self._modules.pop("_policy", None)  # a module does not let itself be replaced by a function
         self._policy, self._plain_parameters = found, parameters
         self.__dict__["policy"] = policy
-        self._boxes: int | None = getattr(found, "boxes", None)
-        self._foresees: bool = getattr(found, "foresees", False)
+        self._boxes, self._reads_taps = found.boxes, getattr(found, "reads_taps", False)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Plain numbers for thresholds and temperatures, and a name for the policy, checked as in the constructor."""
@@ -107,23 +102,22 @@ class ExitRouter(nn.Module):
         Raises:
             EarlyExitError: the policy gives something else than one number per image.
         """
-        if signals.empty and not self._foresees:
+        if signals.empty and not self._reads_taps:
             return -torch.ones_like(signals.logits[:, 0, 0], dtype=torch.float32)
-        confidence = self._policy(self.shown(signals, exit_index), exit_index)
+        confidence = self._policy(self.view_of_policy(signals, exit_index), exit_index)
         if confidence.dim() != 1:
             raise EarlyExitError(
                 f"routing policy '{self.policy}' gives {list(confidence.shape)}, expected one number per image, [N]"
             )
         return confidence.clamp(0.0, 1.0)
 
-    def shown(self, signals: ExitSignals, exit_index: int) -> ExitSignals:
+    def view_of_policy(self, signals: ExitSignals, exit_index: int) -> ExitSignals:
         """What the policy sees: tempered logits of the default boxes that it looks at."""
-        given = signals.logits
-        signals = looked_at(signals, self._boxes)
-        logits = self.tempered(signals.logits, exit_index)
-        if logits is given:  # a policy may work in place, and detections are made of these
+        seen = looked_at(signals, self._boxes)
+        logits = self.tempered(seen.logits, exit_index)
+        if logits is signals.logits:  # a policy may work in place, and detections are made of these
             logits = logits.clone()
-        return ExitSignals(logits, signals.tap, signals.empty)
+        return ExitSignals(logits, seen.tap, seen.empty)
 
     def tempered(self, logits: Tensor, exit_index: int) -> Tensor:
         """Raw logits of an exit in fp32, divided by its temperature; those of the full path stay as they are."""
@@ -186,19 +180,17 @@ class ExitRouter(nn.Module):
 
     def extra_repr(self) -> str:
         thresholds = ["closed" if value >= CLOSED else round(value, 4) for value in self.thresholds.tolist()]
-        temperatures = [round(value, 3) for value in self.temperatures.tolist()]
-        return f"policy={self.policy}, thresholds={thresholds}, temperatures={temperatures}"
+        return f"policy={self.policy}, thresholds={thresholds}, temperatures={self.temperatures.tolist()}"
 
 
 def _per_exit(name: str, values: Sequence[float] | float, count: int, low: float, high: float) -> Tensor:
+    problem = EarlyExitError(f"{name} is {values!r:.60}, expected one number, or one for each of {count} exits")
     try:
         values = torch.as_tensor(values, dtype=torch.float64).flatten().tolist()
     except (TypeError, ValueError, RuntimeError):
-        raise EarlyExitError(
-            f"{name} is {values!r:.60}, expected one number, or one for each of {count} exits"
-        ) from None
+        raise problem from None
     if len(values) not in (1, count):
-        raise EarlyExitError(f"{name} {values!r:.60}: expected one number, or one for each of {count} exits")
+        raise problem
     rounding = 1e-6  # a bound that fp32 cannot hold comes back from a file a little beside it
     for value in values:
         if not low - rounding <= value <= high + rounding:

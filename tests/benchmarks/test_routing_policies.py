@@ -164,7 +164,19 @@ def test_errors_are_shares(random_case):
 
 def test_budgets_lie_between_the_first_exit_with_a_branch_and_the_full_path():
     costs = CostModel(
-        "mmacs", {"": 4.0, "1": 6.0, "0": 5.0, "11": 14.0, "01": 13.0, "10": 12.0, "00": 10.0}, 2, 9.0, {}
+        "mmacs",
+        {
+            (): 4.0,
+            (True,): 6.0,
+            (False,): 5.0,
+            (True, True): 14.0,
+            (False, True): 13.0,
+            (True, False): 12.0,
+            (False, False): 10.0,
+        },
+        2,
+        9.0,
+        {},
     )
     names = ("exit8", "exit12", "full")
     assert Study(None, None, costs, names, (False, False), 0).budgets() == pytest.approx([5, 6, 7, 8, 9])

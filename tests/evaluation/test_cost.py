@@ -31,7 +31,7 @@ from earlyexit_ssd.evaluation.cost import (
 from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit
 from earlyexit_ssd.modeling.outputs import ExitSignals
 from earlyexit_ssd.routing import ExitRouter
-from earlyexit_ssd.routing.policies import FITTED_POLICIES, POLICIES, GainModel, to_plain
+from earlyexit_ssd.routing.policies import FITTED_POLICIES, POLICIES, GainModel
 
 
 def test_a_path_keeps_its_outputs_and_its_mode(small_model, capfd):
@@ -66,7 +66,7 @@ class Scoring(nn.Module):
 @pytest.mark.parametrize("policy", [*sorted(POLICIES), *sorted(FITTED_POLICIES)])
 def test_every_policy_can_be_exported(policy):
     fitted = {
-        "learned_gain": [to_plain(GainModel(2))] * 2,
+        "learned_gain": [GainModel(2).to_plain()] * 2,
         "foreseen_emptiness": [{"weight": [0.1] * 5, "bias": 0.0}] * 2,
         "balanced_ambiguity": [0.5, 1.5],
     }

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from earlyexit_ssd.calibration.certificate import Certificate
+from earlyexit_ssd.calibration.certificate import Certificate, CertifiedCosts, CertifiedTarget, Measured
 from earlyexit_ssd.calibration.drift import Reference
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.errors import ConfigError, EarlyExitError
@@ -24,18 +24,11 @@ def certificate(kind="risk", score=0.5):
     reference = Reference.from_decisions(EXITS, [0] * 150 + [1] * 150, [[0.75] * 300])
     return Certificate(
         router=ExitRouter(1).to_dict(),
-        target={
-            "kind": kind,
-            "score": score,
-            "iou": 0.5,
-            "reference": "full",
-            "value": 2.0,
-            "epsilon": 0.02,
-            "delta": 0.05,
-            "bound": "betting",
-        },
-        measured={},
-        cost_model={},
+        target=CertifiedTarget(
+            kind=kind, score=score, iou=0.5, reference="full", value=2.0, epsilon=0.02, delta=0.05, bound="betting"
+        ),
+        measured=Measured(),
+        cost_model=CertifiedCosts(),
         weights_sha256="",
         photos_sha256=(),
         photo_list_sha256="",
@@ -59,7 +52,7 @@ def open_one(monkeypatch, tmp_path):
 
 
 def test_a_risk_holds_at_its_own_score_only(open_one, caplog):
-    assert open_one(certificate())[0].target["score"] == 0.5
+    assert open_one(certificate())[0].target.score == 0.5
     with pytest.raises(ConfigError, match="speaks of score 0.3 and IoU 0.5, EVAL has 0.5 and 0.5; set EVAL.SCORE"):
         open_one(certificate(score=0.3))
     assert open_one(certificate("speedup", score=0.3))[1].num_exits == 1

@@ -1,4 +1,4 @@
-"""None"""
+"""A recorded split: what policies are fitted on, and what photos cost."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.cost import Timing, mmacs_to_exit
 from earlyexit_ssd.modeling.outputs import ExitSignals
 from earlyexit_ssd.pipeline import replay
-from earlyexit_ssd.pipeline import replay as cost_model
 from earlyexit_ssd.pipeline.replay import (
     CostModel,
-    fit_foreseen_emptiness,
+    FittingPhotos,
     fit_policy,
-    learns,
     measure_cost_model,
     per_exit,
 )
-from earlyexit_ssd.routing.policies import FITTED_POLICIES, POLICIES
+from earlyexit_ssd.routing.policies import ForeseenEmptiness
 from tests.modeling.conftest import small_model
 
 
@@ -57,9 +55,6 @@ def test_what_measures_needs_labels(monkeypatch, reference, measured, expected):
     assert asked == expected
 
 
-# pipeline.test_fit_router.
-
-
 class Recording:
     """Fifty photos; the tap's first channel says what the full path will."""
 
@@ -85,7 +80,7 @@ class Replay:
 
 
 def test_foresight_is_of_the_full_path_s_largest_score():
-    (fitted,) = fit_foreseen_emptiness(Replay(), [1.0])
+    (fitted,) = ForeseenEmptiness.fit(FittingPhotos(Replay(), [1.0], "full", 0))
     assert fitted["weight"][0] == pytest.approx(1.0, abs=0.3)
     assert max(abs(value) for value in fitted["weight"][1:]) < 0.3
 
@@ -103,16 +98,26 @@ def test_exits_without_a_temperature_have_one():
     assert per_exit(found, ("exit8", "exit12", "full")) == [1.0, 1.5]
 
 
-def test_classes_weigh_by_the_photos_that_are_counted():
-    def replay(*objects):  # of class 1 and of class 2, and a crowd of class 2 that does not count
-        rows = [(1, 0)] * objects[0] + [(2, 0)] * objects[1] + [(2, 1)]
-        annotations = {index: {"category_id": label, "iscrowd": crowd} for index, (label, crowd) in enumerate(rows)}
-        return SimpleNamespace(ground_truth=SimpleNamespace(anns=annotations, getCatIds=lambda: [2, 1]))
-
-    train, calib = replay(1, 3), replay(9, 4)
-    router = fit_policy(load_config(), "balanced_ambiguity", [1.0], train, calib)
-    assert router.to_dict()["parameters"] == [0.75, 1.5]
-    assert fit_policy(load_config(), "balanced_ambiguity", [1.0], train).to_dict()["parameters"] == [1.5, 0.75]
+def test_what_a_policy_is_fitted_on():
+    """Rows are in the order of the recording, here photo 7 before photo 3; crowds do not count."""
+    logits = torch.tensor([[[0.0, 2.0], [4.0, 0.0]]])
+    full = {3: {"scores": torch.tensor([0.5, 0.25])}, 7: {"scores": torch.zeros(0)}}
+    rows = [{"category_id": label, "iscrowd": crowd} for label, crowd in ((1, 0), (3, 0), (3, 0), (3, 1))]
+    recording = SimpleNamespace(
+        signals=lambda index: iter([ExitSignals(logits, torch.ones(1, 2))]), detections=[{}, full], image_ids=[7, 3]
+    )
+    recorded = SimpleNamespace(
+        recording=recording,
+        ground_truth=SimpleNamespace(anns=dict(enumerate(rows)), getCatIds=lambda: [2, 3, 1]),
+        order=np.array([1, 0]),
+        losses=lambda reference: {"full": np.array([[0.3, 0.0], [0.7, 0.0]])}[reference],  # by rising image id
+    )
+    photos = FittingPhotos(recorded, [2.0], "full", 5)
+    (signals,) = photos.signals(0, boxes=1)
+    assert signals.logits.tolist() == [[[0.0, 1.0]]] and signals.tap.tolist() == [[1.0, 1.0]]
+    assert photos.losses()[:, 0].tolist() == pytest.approx([0.7, 0.3])
+    assert photos.largest_scores().tolist() == [0.0, 0.5]
+    assert photos.object_counts() == [1, 0, 2]
 
 
 def test_photos_without_a_label_count_nothing():
@@ -121,14 +126,13 @@ def test_photos_without_a_label_count_nothing():
         fit_policy(load_config(), "balanced_ambiguity", [1.0], unlabelled)
 
 
-def test_what_counts_labels_needs_no_training_photos():
-    learning = {"learned_gain", "foreseen_emptiness"}
-    assert {name for name in (*POLICIES, *FITTED_POLICIES) if learns(name)} == learning
-
-
-# pipeline.test_cost_model.
-
-MODEL = CostModel("mmacs", {"": 10, "1": 22, "0": 20, "11": 45, "10": 42, "01": 43, "00": 40}, 2, 40.0, {})
+MODEL = CostModel(
+    "mmacs",
+    {(): 10, (True,): 22, (False,): 20, (True, True): 45, (True, False): 42, (False, True): 43, (False, False): 40},
+    2,
+    40.0,
+    {},
+)
 
 
 def test_closed_exits_are_not_paid():
@@ -171,8 +175,8 @@ def test_milliseconds_are_those_of_onnx_runtime_where_it_is_installed(
             raise EarlyExitError("no export to ONNX (such a layer)")
         return [Timing(1.0, 1.0, 1.0, 1, 1)] * len(networks)
 
-    monkeypatch.setattr(cost_model, "time_in_runtime", timed)
-    monkeypatch.setattr(cost_model, "runtime_installed", lambda: installed)
+    monkeypatch.setattr(replay, "time_in_runtime", timed)
+    monkeypatch.setattr(replay, "runtime_installed", lambda: installed)
     model = small_model(exit_layers=(8,))
     found = measure_cost_model(load_config(None, ["CALIBRATION.COST", cost]), model, ExitRouter(1))
     assert found.measured["runtime"] == runtime and found.unit == "ms"

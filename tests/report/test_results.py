@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from earlyexit_ssd.calibration.certificate import CertifiedCosts, CertifiedTarget, Measured
 from earlyexit_ssd.calibration.temperature import FittedTemperature, Reliability
 from earlyexit_ssd.report.results import calibration_report, write_results
 from earlyexit_ssd.report.tables import text_table
@@ -18,12 +19,14 @@ def test_the_temperature_is_the_router_s_own():
     before, after = (Reliability((), (), (), error) for error in (0.2, 0.1))
     certificate = SimpleNamespace(
         router={"policy": "entropy", "thresholds": [0.5], "temperatures": [1.0]},
-        measured={
+        measured=Measured(**{
             "photos": 9, "exit_share": {"exit8": 0.25, "full": 0.75}, "AP50": 0.5, "AP50_full": 0.6,
             "loss": 0.01, "loss_bound": 0.02, "cost": 3.0, "speedup": 1.5, "steps": 3,
-        },
-        target={"kind": "risk", "epsilon": 0.05, "bound": "betting", "delta": 0.05, "reference": "full"},
-        cost_model={"unit": "mmacs", "exits": [2.0, 4.0]},
+        }),
+        target=CertifiedTarget(
+            kind="risk", epsilon=0.05, bound="betting", delta=0.05, reference="full", score=0.5, iou=0.5
+        ),
+        cost_model=CertifiedCosts(unit="mmacs", exits=(2.0, 4.0)),
         closed=False,
     )  # fmt: skip
     lines = calibration_report(certificate, [FittedTemperature("exit8", 1.7, before, after)]).splitlines()
@@ -34,17 +37,17 @@ def test_the_temperature_is_the_router_s_own():
 def test_photos_that_nobody_labelled_claim_no_ap():
     certificate = SimpleNamespace(
         router={"policy": "entropy", "thresholds": [0.5], "temperatures": [1.0]},
-        measured={
+        measured=Measured(**{
             "photos": 60, "exit_share": {"exit8": 0.25, "full": 0.75}, "AP50": None, "AP50_full": None, "loss": 0.01,
             "loss_bound": 0.02, "cost": 3.0, "speedup": 1.5, "steps": 3, "labelled": False, "blocks": 12,
             "agreement": {"objects": 22, "kept": 21, "added": 1, "same_photos": 0.9},
             "equal_photos": 3, "near_equal_photos": 0,
-        },
-        target={
+        }),
+        target=CertifiedTarget(**{
             "kind": "risk", "epsilon": 0.05, "bound": "betting", "delta": 0.05, "reference": "full", "score": 0.4,
-            "block": 5,
-        },
-        cost_model={"unit": "mmacs", "exits": [2.0, 4.0]},
+            "iou": 0.5, "block": 5,
+        }),
+        cost_model=CertifiedCosts(unit="mmacs", exits=(2.0, 4.0)),
         closed=False,
     )  # fmt: skip
     text = calibration_report(certificate, [])

@@ -1,10 +1,11 @@
-"""None"""
+"""Confidences against tensors written by hand."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,18 +24,20 @@ from earlyexit_ssd.routing.policies import (
     LEAST_PROBABILITY,
     LEVELS,
     NUM_STATISTICS,
+    BalancedAmbiguity,
     GainModel,
     LearnedGain,
     below,
-    class_weights,
     evidence,
     fit_foresight,
     fit_gain,
+    gain_inputs,
     largest_of,
     logit_statistics,
     looked_at,
+    needs_training_photos,
+    reads_taps,
     register_policy,
-    to_plain,
 )
 
 # Two images, two default boxes, background and two classes; probabilities by softmax of logs.
@@ -123,6 +126,19 @@ def test_names_are_names_and_taken_once():
         register_policy("learned_gain")(len)
 
 
+def test_a_fitted_policy_derives_from_the_class_that_says_what_it_has():
+    with pytest.raises(EarlyExitError, match="'none' is the class Linear; derive it from FittedPolicy"):
+        register_policy("none")(torch.nn.Linear)
+
+
+def test_what_policies_need():
+    """One that counts labels alone needs no training photos; one that looks at the trunk judges empty exits."""
+    names = (*POLICIES, *FITTED_POLICIES)
+    assert {name for name in names if needs_training_photos(name)} == {"learned_gain", "foreseen_emptiness"}
+    assert {name for name in names if reads_taps(name)} == {"learned_gain", "foreseen_emptiness"}
+    assert not reads_taps("unknown") and not reads_taps(None)
+
+
 def test_parameters_are_for_policies_that_are_fitted():
     with pytest.raises(EarlyExitError, match="'entropy' has no parameters"):
         get_policy("entropy", [{}])
@@ -171,7 +187,7 @@ def test_quick_enough(name, outputs):
     """The limit is 0.3 ms per image on one thread; ten times that here, since the machine may be busy."""
     logits, tap, threads = torch.randn(4, 3234, outputs), torch.randn(4, 160), torch.get_num_threads()
     fitted = {
-        "learned_gain": [to_plain(GainModel(80))] * 2,
+        "learned_gain": [GainModel(80).to_plain()] * 2,
         "foreseen_emptiness": [{"weight": [0.1] * 161, "bias": 0.0}] * 2,
         "balanced_ambiguity": [0.5] * (outputs - 1),
     }
@@ -188,10 +204,8 @@ def test_quick_enough(name, outputs):
     assert min(times) < 0.003
 
 
-# routing.test_balanced_ambiguity.
-
 # Probabilities of background and of two classes at three default boxes of two photos.
-PROBABILITIES_of_test_balanced_ambiguity = torch.tensor(
+UNDECIDED = torch.tensor(
     [
         [[0.70, 0.20, 0.10], [0.98, 0.01, 0.01], [0.10, 0.10, 0.80]],  # undecided: 0.20 of class 1
         [[0.60, 0.10, 0.30], [0.50, 0.40, 0.10], [0.97, 0.02, 0.01]],  # 0.30 of class 2 and 0.40 of class 1
@@ -199,7 +213,7 @@ PROBABILITIES_of_test_balanced_ambiguity = torch.tensor(
 )
 
 
-def confidence(weights, probabilities=PROBABILITIES_of_test_balanced_ambiguity, **more):
+def confidence(weights, probabilities=UNDECIDED, **more):
     router = ExitRouter(1, policy="balanced_ambiguity", parameters=weights, **more)
     return router.confidence(ExitSignals(probabilities.log(), torch.zeros(len(probabilities), 1)), 0)
 
@@ -222,9 +236,14 @@ def test_a_photo_with_nothing_undecided_is_sure():
 
 
 def test_the_rarer_a_class_the_more_it_weighs():
-    assert class_weights([9, 4]) == [0.75, 1.5]  # (10 + 5) / 2 over 10 and over 5
-    assert class_weights([3, 3, 3]) == [1.0, 1.0, 1.0]
-    assert class_weights([0, 2]) == [2.0, 2 / 3]  # a class without an object has a weight all the same
+    def weights(*objects):
+        return BalancedAmbiguity.fit(SimpleNamespace(object_counts=lambda: list(objects)))
+
+    assert weights(9, 4) == [0.75, 1.5]  # (10 + 5) / 2 over 10 and over 5
+    assert weights(3, 3, 3) == [1.0, 1.0, 1.0]
+    assert weights(0, 2) == [2.0, 2 / 3]  # a class without an object has a weight all the same
+    with pytest.raises(EarlyExitError, match="'balanced_ambiguity' counts objects, and the photos have no labelled"):
+        weights(0, 0)
 
 
 @pytest.mark.parametrize("missing", [None, []])
@@ -242,9 +261,6 @@ def test_what_is_no_weight_is_refused(wrong):
 def test_weights_of_other_classes_are_refused():
     with pytest.raises(EarlyExitError, match="has weights of 3 classes, the model has 2; calibrate again"):
         confidence([1.0, 1.0, 1.0])
-
-
-# routing.test_learned_gain.
 
 
 def logits_of(*probabilities):
@@ -288,9 +304,9 @@ def test_the_policy_says_what_the_model_says():
     """The router's shorter way to the same number: 1 / (1 + exp(gain))."""
     generator = torch.Generator().manual_seed(1)
     signals = ExitSignals(torch.randn(3, 300, 5, generator=generator), torch.randn(3, 6))
-    inputs = GainModel(6).inputs(signals)
+    inputs = gain_inputs(signals, 6)
     model = fit_gain(torch.cat([inputs, inputs.flip(0) * 1.3]), torch.randn(6, generator=generator))
-    policy = LearnedGain([to_plain(GainModel(6)), to_plain(model)])
+    policy = LearnedGain([GainModel(6).to_plain(), model.to_plain()])
     assert torch.allclose(policy(signals, 1), torch.sigmoid(-model(inputs)), atol=1e-5)
     assert policy(signals, 2).tolist() == [1.0] * 3
 
@@ -305,12 +321,12 @@ def test_router_with_its_parameters_goes_through_json():
     for model in models:
         torch.nn.init.normal_(model.skip.weight)
     settings = ExitRouter(
-        2, policy="learned_gain", parameters=[to_plain(model) for model in models], thresholds=[0.4, 0.5]
+        2, policy="learned_gain", parameters=[model.to_plain() for model in models], thresholds=[0.4, 0.5]
     ).to_dict()
     router = ExitRouter(**json.loads(json.dumps(settings)))
     assert list(router.parameters()) == [] or not any(p.requires_grad for p in router.parameters())
     signals = ExitSignals(torch.randn(5, 30, 3), torch.rand(5, 12))
-    expected = torch.sigmoid(-models[1](models[1].inputs(signals)))
+    expected = torch.sigmoid(-models[1](gain_inputs(signals, 6)))
     assert router.confidence(signals, 1).tolist() == pytest.approx(expected.tolist(), abs=1e-6)
     assert router.confidence(signals, 2).tolist() == [1.0] * 5  # nothing to gain behind the full path
 
@@ -323,7 +339,7 @@ def test_parameters_of_another_kind_are_refused(wrong):
 
 def test_numbers_that_a_state_dict_brings_are_used():
     """What is folded at first would otherwise go on deciding."""
-    first, second = (LearnedGain([to_plain(random_model(seed))]) for seed in (1, 2))
+    first, second = (LearnedGain([random_model(seed).to_plain()]) for seed in (1, 2))
     signals = ExitSignals(torch.randn(3, 20, 4), torch.randn(3, 6))
     assert not torch.allclose(first(signals, 0), second(signals, 0))
     first.load_state_dict(second.state_dict())
@@ -336,9 +352,6 @@ def random_model(seed):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
     return model
-
-
-# routing.test_foreseen.
 
 
 def test_evidence_is_the_tap_and_what_a_branch_says():

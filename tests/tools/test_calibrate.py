@@ -9,6 +9,8 @@ from earlyexit_ssd import EarlyExitSSDLite
 from earlyexit_ssd.calibration.certificate import load_certificate
 from tools import calibrate, eval_exits, train_net
 
+DETECTS = "earlyexit_ssd.pipeline.calibrate.DETECTS_AP50"
+
 
 @pytest.mark.parametrize("policy", ["ambiguous_mass", "learned_gain"])
 def test_risk(trained, policy, capsys):
@@ -19,21 +21,22 @@ def test_risk(trained, policy, capsys):
     printed = capsys.readouterr().out
     assert f"policy {policy}, 8 calibration photos" in printed and "with probability 0.8" in printed
     certificate = load_certificate(out / "certificate.json")
-    assert certificate.target["epsilon"] == 0.9 and certificate.measured["loss"] <= 0.9
-    assert certificate.measured["loss_bound"] <= 0.9 + 1e-6
+    assert certificate.target.epsilon == 0.9 and certificate.measured.loss <= 0.9
+    assert certificate.measured.loss_bound <= 0.9 + 1e-6
     assert len(certificate.photos_sha256) == 8
     with Image.open(out / "reliability.png") as picture:
         assert np.asarray(picture).std() > 5
 
 
-def test_certificate_is_used_and_refuses_what_it_must(trained, capsys):
+def test_certificate_is_used_and_refuses_what_it_must(trained, capsys, monkeypatch):
     root, arguments = trained
+    monkeypatch.setattr(DETECTS, 0.0)  # what was trained for seconds does not
     out = root / "drop"
     assert calibrate.main([*arguments, "--out", str(out), "--ap-drop", "1.0", "CALIBRATION.COST", "mmacs"]) == 0
     certificate = load_certificate(out / "certificate.json")
-    assert certificate.target["delta"] == 0.05
+    assert certificate.target.delta == 0.05
     assert "in 95% of bootstrap draws of the calibration photos at most" in capsys.readouterr().out
-    assert certificate.measured["exit_share"]["exit8"] == 1.0  # any loss is allowed: the cheapest wins
+    assert certificate.measured.exit_share["exit8"] == 1.0  # any loss is allowed: the cheapest wins
     use = ["ROUTING.CERTIFICATE", str(out / "certificate.json"), "EVAL.PICTURES", "0", "EVAL.RIVALS.ENABLED", "false"]
     assert eval_exits.main([*arguments, "--out", str(root / "results"), *use]) == 0
     metrics = json.loads((root / "results" / "metrics.json").read_text())
@@ -57,13 +60,17 @@ def test_certificate_is_used_and_refuses_what_it_must(trained, capsys):
     assert "calibrate again" in capsys.readouterr().err
 
 
-def test_recordings_are_used_again(trained, capsys):
+def test_recordings_are_used_again(trained, capsys, monkeypatch):
     root, arguments = trained
     command = [*arguments, "--out", str(root / "drop"), "--ap-drop", "0.5", "CALIBRATION.COST", "mmacs"]
     assert calibrate.main(command) == 0
     capsys.readouterr()
     assert calibrate.main(command) == 0
     assert "record exits" not in capsys.readouterr().err
+    monkeypatch.setattr(DETECTS, 1.01)
+    assert calibrate.main(command) == 0
+    assert "the full path does not detect: AP50 0." in capsys.readouterr().err
+    assert load_certificate(root / "drop" / "certificate.json").closed
 
 
 def test_out_of_reach_and_too_few_photos(trained, capsys):
@@ -93,9 +100,10 @@ def test_impossible_targets(trained, more, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_empty_exits_are_calibrated_without_training(trained, capsys):
+def test_empty_exits_are_calibrated_without_training(trained, capsys, monkeypatch):
     """Empty exits on a full path that is there already: nothing to train, who leaves is foreseen from the trunk."""
     root, arguments = trained
+    monkeypatch.setattr(DETECTS, 0.0)
     out, config = root / "empty", arguments[:2]
     own = [*arguments[2:], "EXITS.EMPTY", "[8, 12]", "OUTPUT_DIR", str(out), "EVAL.PICTURES", "0"]
     own += ["MODEL.WEIGHTS", str(root / "run" / "baseline" / "model.pth"), "BASELINE.EPOCHS", "0"]
@@ -106,7 +114,7 @@ def test_empty_exits_are_calibrated_without_training(trained, capsys):
     more = ["ROUTING.POLICY", "foreseen_emptiness", "CALIBRATION.COST", "mmacs"]
     assert calibrate.main([*config, "--ap-drop", "1.0", *own, *more]) == 0
     certificate = load_certificate(out / "calibration" / "certificate.json")
-    assert certificate.measured["exit_share"]["exit8"] == 1.0
+    assert certificate.measured.exit_share["exit8"] == 1.0
     use = ["ROUTING.CERTIFICATE", str(out / "calibration" / "certificate.json")]
     assert eval_exits.main([*config, "--out", str(out / "results"), *own, *use]) == 0
     metrics = json.loads((out / "results" / "metrics.json").read_text())

@@ -47,8 +47,8 @@ def test_a_risk_on_frames_without_boxes(camera, policy, capsys):
     )
     assert "AP is not known" in captured.out and "agreement with the full path at score 0.02: " in captured.out
     measured = load_certificate(out / "certificate.json").measured
-    assert measured["AP50"] is None and measured["labelled"] is False and measured["photos"] == 8
-    agreed = measured["agreement"]
+    assert measured.AP50 is None and measured.labelled is False and measured.photos == 8
+    agreed = measured.agreement
     assert 0 <= agreed["kept"] <= agreed["objects"] and agreed["objects"] > 0
     assert len(load_certificate(out / "certificate.json").photos_sha256) == 16  # those that only look equal among them
 
@@ -108,8 +108,8 @@ def test_blocks_and_learnt_thresholds(camera, capsys):
     command = ["--risk", "0.9", "--delta", "0.5", "--block", "2s", "--fps", "2", "--learned", "--out", str(out)]
     assert calibrate.main([*arguments, *command]) == 0
     certificate = load_certificate(out / "certificate.json")
-    assert certificate.target["block"] == 4 and certificate.target["learned"] is True
-    assert certificate.measured["photos"] == 16 and certificate.measured["blocks"] == 4  # what only looks equal stays
+    assert certificate.target.block == 4 and certificate.target.learned is True
+    assert certificate.measured.photos == 16 and certificate.measured.blocks == 4  # what only looks equal stays
     assert "over the draw of the 4 blocks of 4 calibration photos" in capsys.readouterr().out or certificate.closed
     assert EarlyExitSSDLite.from_pretrained(out / "model.pth").router.certificate == certificate
 
@@ -142,7 +142,7 @@ def test_an_ap_drop_on_few_photos_warns(trained, capsys):
     captured = capsys.readouterr()
     assert "8 calibration photos are few for 0.01 AP50 lost with probability 0.95: 299 would do" in captured.err
     assert "these are few for that: at least 299 are needed" in captured.out
-    assert load_certificate(root / "few" / "certificate.json").measured["photos_needed"] == 299
+    assert load_certificate(root / "few" / "certificate.json").measured.photos_needed == 299
 
 
 def test_a_guarantee_is_tried_on_distinct_frames(camera):
