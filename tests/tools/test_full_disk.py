@@ -2,8 +2,9 @@
 
 import pytest
 
+from benchmarks import routing_policies
 from tests.tools.conftest import final_weights
-from tools import calibrate, demo, eval_exits, eval_routing, plan_exits, train_net
+from tools import calibrate, demo, eval_exits, plan_exits, train_net
 
 
 def the_error(capsys) -> str:
@@ -29,7 +30,7 @@ def test_a_run_that_found_no_room_goes_on(tiny, trained, tmp_path, capsys, small
     [
         (eval_exits, []),
         (calibrate, ["--speedup", "1.0001", "CALIBRATION.COST", "mmacs"]),
-        (eval_routing, ["--policies", "margin"]),
+        (routing_policies, ["--policies", "margin"]),
         (plan_exits, ["--layers", "8"]),
     ],
 )
