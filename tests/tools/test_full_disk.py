@@ -36,7 +36,7 @@ def test_a_run_that_found_no_room_goes_on(tiny, trained, tmp_path, capsys, small
 )
 def test_tools(trained, tmp_path, capsys, small_files, tool, more, size):
     with small_files(size):
-        assert tool.main([*more, *trained[1], "--out", str(tmp_path / "out"), "EVAL.RIVALS.ENABLED", "false"]) == 2
+        assert tool.main([*more, *trained[1], "--out", str(tmp_path / "out")]) == 2
     assert the_error(capsys).endswith("cannot be written (File too large); make room and run it again")
 
 
