@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from fvcore.common.config import CfgNode
 from PIL import Image
-from torch import Tensor
 
 from earlyexit_ssd.calibration import load_certificate
 from earlyexit_ssd.data.folder import find_files
@@ -187,12 +186,7 @@ def look(model: EarlyExitSSDLite, photo: str | os.PathLike[str], score: float, a
     else:
         title = name if confidence is None else f"{name}, confidence {confidence:.2f}"
         picture = detection_grid([Example(image, None, [detection])], [title], model.classes, score, ONE_TILE)
-    return Answer(index, name, confidence, ms, _found(model, detection, score), picture)
-
-
-def _found(
-    model: EarlyExitSSDLite, detection: dict[str, Tensor], score: float
-) -> tuple[tuple[str, float, tuple[float, ...]], ...]:
     order = detection["scores"].argsort(descending=True)
     rows = zip(*(detection[key][order].tolist() for key in ("labels", "scores", "boxes")), strict=True)
-    return tuple((model.classes[label - 1], value, tuple(box)) for label, value, box in rows if value >= score)
+    found = tuple((model.classes[label - 1], value, tuple(box)) for label, value, box in rows if value >= score)
+    return Answer(index, name, confidence, ms, found, picture)
