@@ -16,6 +16,8 @@ setup(
     license="BSD-3-Clause",
     python_requires=">=3.10",
     packages=find_packages(include=["earlyexit_ssd", "earlyexit_ssd.*"]),
+    py_modules=["earlyexit_command"],
+    entry_points={"console_scripts": ["earlyexit = earlyexit_command:main"]},
     package_data={"earlyexit_ssd": ["py.typed", "weights/*.pth", "weights/*.json"]},
     install_requires=[
         "torch",

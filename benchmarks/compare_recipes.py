@@ -29,7 +29,7 @@ from earlyexit_ssd.evaluation.cost import mmacs_to_exit
 from earlyexit_ssd.files import locks_folder, make_folder, sha256, write_json, write_text
 from earlyexit_ssd.pipeline.build import build_device, require_full_path, with_classes
 from earlyexit_ssd.pipeline.command_line import run_tool
-from earlyexit_ssd.pipeline.phases import shown, tap_loader, train_branches
+from earlyexit_ssd.pipeline.phases import tap_loader, train_branches, views_of
 from earlyexit_ssd.pipeline.run import RunFolder
 from earlyexit_ssd.pipeline.train import prepare
 from earlyexit_ssd.plain import read_json, read_yaml
@@ -192,7 +192,7 @@ def _stored(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _train(cfg: CfgNode, folder: Path, taps: Path, row: dict[str, Any]) -> dict[str, Any]:
     """The figures of a recipe; ``row["seconds"]``, kept in the folder, is what training has taken in all sessions."""
-    views = [shown(cfg), cfg.MODEL, cfg.EXITS.LAYERS, cfg.EXITS_PHASE.CACHE_VIEWS, cfg.EXITS_PHASE.CACHE_DTYPE]
+    views = [views_of(cfg), cfg.MODEL, cfg.EXITS.LAYERS, cfg.EXITS_PHASE.CACHE_VIEWS, cfg.EXITS_PHASE.CACHE_DTYPE]
     shared = taps / hashlib.sha256(repr(views).encode()).hexdigest()[:12]
     run = prepare(cfg, RunFolder(folder, shared), build_device(cfg))
     run.model.freeze_trunk()

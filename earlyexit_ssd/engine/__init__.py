@@ -1,7 +1,7 @@
 """The training engine: a plain loop, hooks around it, and batches of photos or of cached taps."""
 
 from earlyexit_ssd.engine.cache import CachedLoader, TapCache
-from earlyexit_ssd.engine.hooks import Checkpoint, ClampTemperatures, Log, ProgressBar, UpdateAverage, read_log
+from earlyexit_ssd.engine.hooks import AfterStep, Checkpoint, Log, ProgressBar, read_log
 from earlyexit_ssd.engine.loop import (
     ExponentialMovingAverage,
     Hook,
@@ -13,9 +13,9 @@ from earlyexit_ssd.engine.loop import (
 )
 
 __all__ = [
+    "AfterStep",
     "CachedLoader",
     "Checkpoint",
-    "ClampTemperatures",
     "ExponentialMovingAverage",
     "Hook",
     "Log",
@@ -24,7 +24,6 @@ __all__ = [
     "TapCache",
     "Trainer",
     "TrainingDiverged",
-    "UpdateAverage",
     "build_optimizer",
     "learning_rate",
     "read_log",

@@ -40,6 +40,7 @@ class TapCache:
         self.folder, self.photos, self.views = folder, photos, views
         self._dtype = np.dtype(dtype)
         self._shapes = _row_shapes(model)
+        self._row_bytes = sum(self._dtype.itemsize * int(np.prod(shape)) for shape in self._shapes.values())
         self._arrays: dict[str, np.memmap] = {}
         self.targets: list[dict[str, Tensor]] = []
 
@@ -47,10 +48,6 @@ class TapCache:
     def gibibytes(self) -> float:
         """Size on disk."""
         return self.photos * self.views * self._row_bytes / 2**30
-
-    @property
-    def _row_bytes(self) -> int:
-        return sum(self._dtype.itemsize * int(np.prod(shape)) for shape in self._shapes.values())
 
     def require_budget(self, gibibytes: float) -> None:
         """Raise where the cache would be larger than allowed, with the number of views that fits."""
@@ -159,17 +156,10 @@ class CachedLoader:
     """
 
     def __init__(
-        self,
-        cache: TapCache,
-        batch_size: int,
-        seed: int,
-        device: torch.device,
-        rank: int = 0,
-        world_size: int = 1,
+        self, cache: TapCache, batch_size: int, seed: int, device: torch.device, rank: int = 0, world_size: int = 1
     ) -> None:
-        self.cache, self.seed, self.device = cache, seed, device
+        self.cache, self.seed, self.device, self.rank, self.world_size = cache, seed, device, rank, world_size
         self.batch_size = min(batch_size, cache.photos)
-        self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
         return self.cache.photos // self.batch_size
@@ -196,11 +186,8 @@ def _row_shapes(model: EarlyExitSSDLite) -> dict[str, tuple[int, ...]]:
     model.eval()
     device = next(model.parameters()).device
     blank = torch.zeros(3, *model.transform.fixed_size, device=device)
-    target = {
-        "boxes": torch.zeros(0, 4, device=device),
-        "labels": torch.zeros(0, dtype=torch.int64, device=device),
-    }
-    batch = compute_taps(model, [blank], [target])
+    nothing = {"boxes": blank.new_zeros(0, 4), "labels": blank.new_zeros(0, dtype=torch.int64)}
+    batch = compute_taps(model, [blank], [nothing])
     model.train(was_training)
     return {name: tuple(values.shape[1:]) for name, values in _named(batch).items()}
 

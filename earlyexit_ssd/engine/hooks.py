@@ -1,4 +1,4 @@
-"""Save the state of a training so that a killed run goes on as if it had not been killed."""
+"""Hooks around the training loop: checkpoints that a killed run goes on from, a log with curves, a progress bar."""
 
 from __future__ import annotations
 
@@ -86,27 +86,14 @@ class Checkpoint(Hook):
             ) from None
 
 
-# What happens after the steps, one small hook each.
+class AfterStep(Hook):
+    """Call ``function(model)`` after every step, such as to update averaged weights or to hold values in bounds."""
 
-
-class ClampTemperatures(Hook):
-    """Hold a router's temperatures in their bounds after every step."""
-
-    def __init__(self, router: nn.Module) -> None:
-        self.router = router
+    def __init__(self, function: Callable[[nn.Module], None]) -> None:
+        self.function = function
 
     def after_step(self, trainer: Trainer) -> None:
-        self.router.clamp_temperatures()
-
-
-class UpdateAverage(Hook):
-    """Move the averaged weights after every step."""
-
-    def __init__(self, average: ExponentialMovingAverage) -> None:
-        self.average = average
-
-    def after_step(self, trainer: Trainer) -> None:
-        self.average.update(trainer.model)
+        self.function(trainer.model)
 
 
 class ProgressBar(Hook):
@@ -121,9 +108,8 @@ class ProgressBar(Hook):
 
     def after_step(self, trainer: Trainer) -> None:
         epoch = min(trainer.epochs, trainer.step // len(trainer.loader) + 1)
-        self.bar.set_postfix_str(
-            f"epoch {epoch}/{trainer.epochs}, loss {sum(trainer.losses.values()):.3f}", refresh=False
-        )
+        loss = sum(trainer.losses.values())
+        self.bar.set_postfix_str(f"epoch {epoch}/{trainer.epochs}, loss {loss:.3f}", refresh=False)
         self.bar.update()
 
     def after_training(self, trainer: Trainer) -> None:

@@ -1,8 +1,7 @@
-"""Optimizers and the learning-rate schedule."""
+"""The training loop, its optimizer and schedule, batches of photos, averaged weights. What is no step is a hook."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import math
@@ -34,15 +33,10 @@ def build_optimizer(
         return factor(named[0]), weight_decay if named[1].ndim > 1 else 0.0
 
     named = [(key, parameter) for key, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
-        {
-            "params": [parameter for _, parameter in members],
-            "lr": lr * lr_factor,
-            "lr_factor": lr_factor,
-            "weight_decay": decay,
-        }
-        for (lr_factor, decay), members in itertools.groupby(sorted(named, key=kind, reverse=True), kind)
-    ]
+    groups = []
+    for (lr_factor, decay), members in itertools.groupby(sorted(named, key=kind, reverse=True), kind):
+        rates = {"lr": lr * lr_factor, "lr_factor": lr_factor, "weight_decay": decay}
+        groups.append({"params": [parameter for _, parameter in members], **rates})
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=0.9)
     return torch.optim.AdamW(groups, lr=lr)
@@ -56,11 +50,8 @@ def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total - warmup_steps)))
 
 
-# Batches of photos for the loop, the same ones for the same (epoch, batch) in every run.
-
-
 class PhotoLoader:
-    """A loader of photos as the loop wants it.
+    """Batches of photos for the loop, the same ones for the same (epoch, batch) in every run.
 
     Args:
         loader: from :func:`earlyexit_ssd.data.build_loader` with ``train=True``.
@@ -78,10 +69,7 @@ class PhotoLoader:
         """The batches of ``epoch`` from number ``start`` on, on the device."""
         self.loader.sampler.set_epoch(epoch, start)
         for images, targets in self.loader:
-            yield (
-                [image.to(self.device, non_blocking=True) for image in images],
-                to_device(targets, self.device),
-            )
+            yield [image.to(self.device, non_blocking=True) for image in images], to_device(targets, self.device)
 
 
 def to_device(targets: list[dict], device: torch.device) -> list[dict]:
@@ -90,9 +78,6 @@ def to_device(targets: list[dict], device: torch.device) -> list[dict]:
         {key: value.to(device) if isinstance(value, Tensor) else value for key, value in target.items()}
         for target in targets
     ]
-
-
-# An exponential moving average of the weights.
 
 
 class ExponentialMovingAverage:
@@ -129,9 +114,6 @@ class ExponentialMovingAverage:
         self.average.load_state_dict(state["average"])
 
 
-# The training loop: read it top to bottom. Everything that is not a step is a hook.
-
-
 class TrainingDiverged(EarlyExitError):
     """A loss or a gradient became NaN or infinite."""
 
@@ -149,8 +131,7 @@ class Loader(Protocol):
 class Hook:
     """Something that happens around the steps; override what is needed.
 
-    Hooks nest like blocks: each enters in the order of the list, and what comes after a step or the training is
-    called in the reverse order.
+    Hooks are called in the order of the list before the training, and in the reverse order after a step and at the end.
     """
 
     def before_training(self, trainer: Trainer) -> None:
@@ -198,12 +179,7 @@ class Trainer:
         hooks: Sequence[Hook] = (),
         describe: Callable[[Any], list[str]] = lambda batch: [],
     ) -> None:
-        self.model, self.compute_losses, self.loader, self.optimizer = (
-            model,
-            compute_losses,
-            loader,
-            optimizer,
-        )
+        self.model, self.compute_losses, self.loader, self.optimizer = model, compute_losses, loader, optimizer
         self.epochs, self.peak_lr, self.warmup, self.clip_gradient = epochs, peak_lr, warmup, clip_gradient
         self.device = device or torch.device("cpu")
         self.hooks, self.describe = list(hooks), describe
@@ -217,11 +193,6 @@ class Trainer:
     def total_steps(self) -> int:
         """Steps of the whole training."""
         return self.epochs * len(self.loader)
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of the current step."""
-        return learning_rate(self.step, self.total_steps, self.peak_lr, self.warmup)
 
     def run(self) -> bool:
         """Train to the end; False if a hook set ``stop`` before.
@@ -251,9 +222,10 @@ class Trainer:
 
     def train_step(self, batch: Any) -> None:
         """Forward, backward, update."""
+        rate = learning_rate(self.step, self.total_steps, self.peak_lr, self.warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * group.get("lr_factor", 1.0)
-        with self._autocast():
+            group["lr"] = rate * group.get("lr_factor", 1.0)
+        with torch.autocast(self.device.type, self._amp_type, enabled=self._amp_type is not None):
             losses = self.compute_losses(batch)
         self.losses = mean_of(losses)
         self._require_finite(self.losses, batch)
@@ -266,11 +238,6 @@ class Trainer:
             self._require_finite({"norm of the gradient": norm.item()}, batch)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        if self._amp_type is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self._amp_type)
 
     def _require_finite(self, values: dict[str, float], batch: Any) -> None:
         bad = {key: value for key, value in values.items() if not abs(value) < float("inf")}

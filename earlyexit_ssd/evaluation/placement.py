@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from earlyexit_ssd.evaluation.cost import EAGER, PlainPath, example_input, mmacs_to_exit, time_in_runtime
+from earlyexit_ssd.evaluation.cost import EAGER, PlainPath, count_mmacs, example_input, time_in_runtime
 from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit
 from earlyexit_ssd.modeling.outputs import Router
 
@@ -77,9 +77,10 @@ def measure_placements(
     paths = [AllOutputs(PathToExit(model, index, router)) for model in models.values() for index in (0, 1)]
     networks = [*paths, PlainPath(first)]
     *timings, plain = time_in_runtime(networks, [example_input(first)] * len(networks), runtime, runs, threads)
+    mmacs = [count_mmacs(AllOutputs(PathToExit(model, 0)), example_input(model)) for model in models.values()]
     return [
-        Placement(layer, mmacs_to_exit(model)[0], leaves.ms, goes_on.ms, plain.ms)
-        for (layer, model), leaves, goes_on in zip(models.items(), timings[::2], timings[1::2], strict=True)
+        Placement(layer, cost, leaves.ms, goes_on.ms, plain.ms)
+        for layer, cost, leaves, goes_on in zip(models, mmacs, timings[::2], timings[1::2], strict=True)
     ]
 
 

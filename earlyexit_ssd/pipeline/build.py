@@ -188,13 +188,9 @@ def _imagenet_detector(cfg: CfgNode, architecture: Architecture):
     weights = backbone_weights(cfg.MODEL.WEIGHTS_BACKBONE)
     if cfg.MODEL.WIDTH != 1.0:
         raise ConfigError(f"MODEL.WIDTH is {cfg.MODEL.WIDTH}, ImageNet weights of the trunk need 1.0")
+    sizes = {"num_classes": len(architecture.classes) + 1, "image_size": architecture.image_size}
     try:
-        return build_ssdlite(
-            num_classes=len(architecture.classes) + 1,
-            image_size=architecture.image_size,
-            reduced_tail=False,
-            weights_backbone=weights,
-        )
+        return build_ssdlite(**sizes, reduced_tail=False, weights_backbone=weights)
     except OSError as error:
         raise EarlyExitError(
             f"ImageNet weights {weights.name} could not be downloaded ({error}); "
@@ -203,7 +199,7 @@ def _imagenet_detector(cfg: CfgNode, architecture: Architecture):
 
 
 def build_losses(cfg: CfgNode) -> LossSettings:
-    """The LOSS section; its keys are the settings' names in capitals."""
+    """The LOSS section, whose keys are the settings' names in capitals."""
     return LossSettings(**{key.lower(): value for key, value in cfg.LOSS.items()})
 
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from fvcore.common.config import CfgNode
 from PIL import Image
-from torch import Tensor
 
 from earlyexit_ssd.calibration import load_certificate
 from earlyexit_ssd.data.folder import find_files
 from earlyexit_ssd.data.images import PHOTO_SUFFIXES, as_tensor, read_image
 from earlyexit_ssd.errors import DataError, EarlyExitError
+from earlyexit_ssd.files import make_folder, sha256, write_image
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.pipeline.build import build_router, open_model
 from earlyexit_ssd.report.pictures import Example, detection_grid
@@ -47,6 +47,57 @@ class Answer:
     picture: Image.Image
 
 
+def demonstrate(
+    photos: Sequence[str | os.PathLike[str]],
+    weights: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    cfg: CfgNode | None = None,
+    score: float = 0.5,
+    all_exits: bool = False,
+) -> Iterator[str | DataError]:
+    """Look at each photo and write its picture into the folder ``out``.
+
+    Args:
+        photos: files, and folders of them; weights, cfg: see :func:`open_demo`; score, all_exits: see :func:`look`.
+
+    Yields:
+        what there is to say of a photo, a line for it and one for each detection, or why it could not be read.
+
+    Raises:
+        EarlyExitError: unusable weights or score, or a folder without photos.
+    """
+    if not 0 <= score <= 1:
+        raise EarlyExitError(f"score {score}: expected a number in [0, 1]")
+    paths = photo_paths(photos)
+    make_folder(out)
+    model = open_demo(weights, cfg)
+    _note_calibration_photos(model, paths)
+    with torch.no_grad():
+        model([torch.zeros(3, 320, 320)])  # the first call is slower than the others
+    for photo, picture in zip(paths, picture_paths(paths, out), strict=True):
+        try:
+            answer = look(model, photo, score, all_exits)
+        except DataError as error:
+            yield error
+            continue
+        write_image(picture, answer.picture)
+        sure = "" if answer.confidence is None else f", confidence {answer.confidence:.2f}"
+        lines = [f"{photo}: {answer.exit_name}{sure}, {answer.ms:.0f} ms, {len(answer.found)} found -> {picture}"]
+        for name, value, box in answer.found:
+            lines.append(f"  {name} {value:.2f} at {', '.join(f'{side:.0f}' for side in box)}")
+        yield "\n".join(lines)
+
+
+def _note_calibration_photos(model: EarlyExitSSDLite, photos: Sequence[Path]) -> None:
+    """Say which photos calibrated the model's routing: what it does on them flatters."""
+    certificate = getattr(model.router, "certificate", None)
+    try:
+        if certificate is not None:
+            certificate.require_unseen((photo, sha256(photo)) for photo in photos if photo.is_file())
+    except EarlyExitError as error:
+        logger.warning("%s", error)
+
+
 def open_demo(weights: str | os.PathLike[str], cfg: CfgNode | None = None) -> EarlyExitSSDLite:
     """The model to show: shipped weights or a file with its own routing, or, with a configuration, what that describes
     and routes.
@@ -62,12 +113,6 @@ def open_demo(weights: str | os.PathLike[str], cfg: CfgNode | None = None) -> Ea
     else:
         model.router = build_router(cfg, {"num_exits": model.num_early_exits, **(info.get("router") or {})})
     return model
-
-
-def require_score(score: float) -> None:
-    """Refuse a least score outside [0, 1]."""
-    if not 0 <= score <= 1:
-        raise EarlyExitError(f"score {score}: expected a number in [0, 1]")
 
 
 def photo_paths(arguments: Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -113,12 +158,6 @@ def picture_paths(photos: Sequence[Path], folder: str | os.PathLike[str]) -> lis
 
 
 @torch.no_grad()
-def warm_up(model: EarlyExitSSDLite) -> None:
-    """One call, since the first is slower than the others."""
-    model([torch.zeros(3, 320, 320)])
-
-
-@torch.no_grad()
 def look(model: EarlyExitSSDLite, photo: str | os.PathLike[str], score: float, all_exits: bool = False) -> Answer:
     """Run one photo through the model, which is in eval mode on the CPU.
 
@@ -147,12 +186,7 @@ def look(model: EarlyExitSSDLite, photo: str | os.PathLike[str], score: float, a
     else:
         title = name if confidence is None else f"{name}, confidence {confidence:.2f}"
         picture = detection_grid([Example(image, None, [detection])], [title], model.classes, score, ONE_TILE)
-    return Answer(index, name, confidence, ms, _found(model, detection, score), picture)
-
-
-def _found(
-    model: EarlyExitSSDLite, detection: dict[str, Tensor], score: float
-) -> tuple[tuple[str, float, tuple[float, ...]], ...]:
     order = detection["scores"].argsort(descending=True)
     rows = zip(*(detection[key][order].tolist() for key in ("labels", "scores", "boxes")), strict=True)
-    return tuple((model.classes[label - 1], value, tuple(box)) for label, value, box in rows if value >= score)
+    found = tuple((model.classes[label - 1], value, tuple(box)) for label, value, box in rows if value >= score)
+    return Answer(index, name, confidence, ms, found, picture)

@@ -1,4 +1,4 @@
-"""One training with a phase's settings, from its last checkpoint if there is one."""
+"""The phases of a run: each trains, passes its gate, and leaves a model that the next one starts from."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from earlyexit_ssd.config import PHASE_SECTIONS
 from earlyexit_ssd.data import DetectionDataset, build_loader
 from earlyexit_ssd.data.dataset import fingerprint
 from earlyexit_ssd.engine import (
+    AfterStep,
     CachedLoader,
     Checkpoint,
-    ClampTemperatures,
     ExponentialMovingAverage,
     Log,
     PhotoLoader,
     ProgressBar,
     TapCache,
     Trainer,
-    UpdateAverage,
     build_optimizer,
 )
 from earlyexit_ssd.engine.processes import rank, same_everywhere, world_size
@@ -34,16 +33,16 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import EarlyExitSSDLite, LossSettings, retrofit
 from earlyexit_ssd.modeling.detector import Branches, FullPath, TapBatch
 from earlyexit_ssd.pipeline.build import build_router, source_classes, takes_over
-from earlyexit_ssd.pipeline.run import (
+from earlyexit_ssd.pipeline.gates import (
     Check,
     Gate,
-    Run,
     baseline_advice,
     baseline_gate,
     baseline_limits,
     exits_advice,
     exits_gate,
 )
+from earlyexit_ssd.pipeline.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -65,15 +64,10 @@ def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoad
     # Outermost, the checkpoint moves to where it left off before the others start, and saves when they are done.
     checkpoint = Checkpoint(folder / "last.pth", cfg.ENGINE.CHECKPOINT_PERIOD, ema)
     curves = run.curve_quality if cfg.ENGINE.CURVE_PERIOD else None
-    log = Log(
-        folder,
-        cfg.ENGINE.LOG_PERIOD,
-        curves and (lambda: curves.curve_point(ema.average if ema else model)),
-        cfg.ENGINE.CURVE_PERIOD,
-    )
-    hooks = [checkpoint, ProgressBar(name), log]
-    hooks += [UpdateAverage(ema)] if ema else []
-    hooks += [ClampTemperatures(model.router)] if isinstance(model.router, nn.Module) else []
+    measure = curves and (lambda: curves.curve_point(ema.average if ema else model))
+    hooks = [checkpoint, ProgressBar(name), Log(folder, cfg.ENGINE.LOG_PERIOD, measure, cfg.ENGINE.CURVE_PERIOD)]
+    hooks += [AfterStep(ema.update)] if ema else []
+    hooks += [AfterStep(lambda _: model.router.clamp_temperatures())] if isinstance(model.router, nn.Module) else []
     # A third faster on a CPU, where most of the time goes into depthwise convolutions; on CUDA these are many times
     # slower so. Not with bf16: there oneDNN's gradient of depthwise convolutions on 1x1 maps is infinite now and then
     # (torch 2.6 and 2.14).
@@ -105,7 +99,7 @@ def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoad
 
 
 def lr_factors(phase: CfgNode) -> dict[str, float]:
-    """Of the full path's two parts in the joint phase; the other phases train everything at one rate."""
+    """What multiplies the rate of the full path's two parts in the joint phase; the other phases have one rate."""
     factor = phase.get("FULL_PATH_LR_FACTOR", 1.0)
     return {f"{wrapper}{part}.": factor for wrapper in ("", "module.") for part in ("backbone", "head")}
 
@@ -116,12 +110,10 @@ def _photo_names(dataset: DetectionDataset, batch: Any) -> list[str]:
 
 
 def photo_loader(run: Run, batch_size: int) -> PhotoLoader:
+    """Batches of the training photos."""
     cfg = run.cfg
     loader = build_loader(run.train_set, batch_size, cfg.DATA.WORKERS, True, cfg.SEED, rank(), world_size())
     return PhotoLoader(loader, run.device)
-
-
-# The phases of a training run: each trains, passes its gate, and leaves a model that the next one starts from.
 
 
 def baseline(run: Run) -> Gate:
@@ -218,7 +210,7 @@ def tap_cache(run: Run) -> TapCache:
     return cache
 
 
-def shown(cfg: CfgNode) -> str:
+def views_of(cfg: CfgNode) -> str:
     """The settings that decide which photos and views a training sees, as a text; not where the photos lie."""
     others = ("ROOT", "WORKERS", "DOWNLOAD", "CALIB", "TEST")
     return f"{ {key: value for key, value in cfg.DATA.items() if key not in others} } {cfg.SEED}"
@@ -228,7 +220,7 @@ def tap_loader(run: Run) -> CachedLoader:
     """Batches of the tap cache, which is filled first where it is not whole."""
     cfg, phase, cache = run.cfg, run.cfg.EXITS_PHASE, tap_cache(run)
     loader = build_loader(run.train_set, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, False, cfg.SEED)
-    cache.build(run.model, loader, f"{shown(cfg)} {fingerprint(run.train_set)}")
+    cache.build(run.model, loader, f"{views_of(cfg)} {fingerprint(run.train_set)}")
     return CachedLoader(cache, phase.BATCH_SIZE, cfg.SEED, run.device, rank(), world_size())
 
 

@@ -1,15 +1,14 @@
-"""Gates: figures that a phase must reach before the next one starts."""
+"""A run: its folder, what all of its phases work on, and the figures that they look at."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -26,206 +25,16 @@ from earlyexit_ssd.errors import EarlyExitError, shown
 from earlyexit_ssd.evaluation.matches import Detections, coco_evaluation, summarize
 from earlyexit_ssd.evaluation.outputs import choose_exits, collect, collect_detections, exit_share
 from earlyexit_ssd.evaluation.results import EvaluationSettings, evaluate_detections
-from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
 from earlyexit_ssd.files import make_folder, write_json, write_text, writing
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite
-from earlyexit_ssd.pipeline.build import takes_over
+from earlyexit_ssd.pipeline.gates import Gate
 from earlyexit_ssd.plain import parse_yaml, read_yaml
 
 logger = logging.getLogger(__name__)
 
-
-DEEPEST_USEFUL_LAYER = 12
-"""A branch behind a later layer saves next to nothing."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One figure against its limit; None (undefined) fails.
-
-    Attributes:
-        limit: the least value; None where the figure is only shown.
-        of: what the limit is a share of, in words; empty for an absolute one.
-    """
-
-    name: str
-    value: float | None
-    limit: float | None
-    of: str = ""
-
-    @property
-    def passed(self) -> bool:
-        """Whether the figure reaches the limit."""
-        return self.limit is None or (self.value is not None and self.value >= self.limit)
-
-    def __str__(self) -> str:
-        value = "undefined" if self.value is None else f"{self.value:.3f}"
-        if self.limit is None:
-            return f"{self.name} {value}"
-        of = f" ({self.of})" if self.of else ""
-        return f"{self.name} {value} {'>=' if self.passed else '<'} {self.limit:.3f}{of}"
-
-
-@dataclass(frozen=True)
-class Gate:
-    """The outcome of a phase's gate.
-
-    Attributes:
-        phase: name of the phase.
-        checks: what was looked at.
-        advice: what to try if a check fails.
-        forced: the run went on although the gate failed.
-    """
-
-    phase: str
-    checks: tuple[Check, ...]
-    advice: tuple[str, ...] = field(default=())
-    forced: bool = False
-
-    @property
-    def passed(self) -> bool:
-        """Whether every check passed."""
-        return all(check.passed for check in self.checks)
-
-    def __str__(self) -> str:
-        state = "passed" if self.passed else "failed, forced" if self.forced else "failed"
-        return f"gate of phase {self.phase} {state}: {', '.join(map(str, self.checks))}"
-
-    def to_dict(self) -> dict:
-        """For gate.json."""
-        return {
-            "phase": self.phase,
-            "passed": self.passed,
-            "forced": self.forced,
-            "checks": [vars(check) | {"passed": check.passed} for check in self.checks],
-        }
-
-
-class GateFailed(EarlyExitError):
-    """A phase's detector does not do what the next phase needs."""
-
-    def __init__(self, gate: Gate) -> None:
-        super().__init__(gate)
-        self.gate = gate
-
-    @property
-    def advice(self) -> list[str]:
-        """What to do now, a line each."""
-        tries = [f"  try: {line}" for line in self.gate.advice]
-        return [*tries, "  or go on with --force, which every later report will say"]
-
-
-def baseline_limits(cfg: CfgNode, reference: Mapping[str, float | None] | None = None) -> dict[str, float | None]:
-    """What the full path must reach, by figure; None where a figure is only shown.
-
-    A checkpoint that is taken over as it is need only detect, which no limit of the configuration can take away; of
-    those the ones count for it that are not the default.
-
-    Args:
-        reference: figures of the checkpoint that BASELINE.GATE.RELATIVE speaks of.
-    """
-    gate, default = cfg.BASELINE.GATE, get_cfg().BASELINE.GATE
-    keys = {"AP50": "AP50", "precision": "PRECISION", "recall": "RECALL"}
-    if reference is not None:
-        limits = {name: gate.RELATIVE * (reference[name] or 0.0) for name in keys}
-    elif takes_over(cfg):
-        limits = {name: gate[key] if gate[key] != default[key] else None for name, key in keys.items()}
-    else:
-        return {name: gate[key] for name, key in keys.items()}
-    return {**limits, "AP50": max(limits["AP50"] or 0.0, DETECTS_AP50)}
-
-
-def baseline_gate(
-    figures: Mapping[str, float | None], limits: Mapping[str, float | None], advice: tuple[str, ...] = ()
-) -> Gate:
-    """AP50, precision and recall of the full path (``figures``) against :func:`baseline_limits`."""
-    return Gate("baseline", tuple(Check(name, figures[name], limit) for name, limit in limits.items()), advice)
-
-
-def baseline_advice(cfg: CfgNode) -> tuple[str, ...]:
-    """What to try after the gate; nothing that is set already."""
-    phase, model = cfg.BASELINE, cfg.MODEL
-    if not phase.EPOCHS:
-        train = "train the full path: BASELINE.EPOCHS is 0"
-    else:
-        train = (
-            f"more epochs than {phase.EPOCHS} (BASELINE.EPOCHS) or another rate than {phase.LR:g} (BASELINE.LR); "
-            "log.jsonl shows whether the loss still falls"
-        )
-    advice = [train, "look at training_photos.png in the run's folder: are boxes missing, shifted or of another class?"]
-    if model.WEIGHTS:
-        advice.append("are the checkpoint's classes in its own order, and does it detect by itself?")
-    elif model.WEIGHTS_BACKBONE:
-        advice.append("start from weights of a trained detector (MODEL.WEIGHTS)")
-    else:
-        advice.append("start from trained weights (MODEL.WEIGHTS) or an ImageNet trunk (MODEL.WEIGHTS_BACKBONE)")
-    return tuple(advice)
-
-
-def exits_gate(
-    ap50: Mapping[str, float | None],
-    first_limit: float,
-    deepest_share: float,
-    advice: tuple[str, ...] = (),
-    first_share: float | None = None,
-) -> Gate:
-    """The first exit's AP50, and the deepest early exit's against the full path's.
-
-    Args:
-        ap50: of the exits that have a branch, shallow to deep, and of the full path, by name.
-        first_limit, deepest_share: absolute for the first exit, a share of the full path's AP50 for the deepest.
-        first_share: of a full path that was taken over as it is: replaces ``first_limit``, and the full path must
-            detect at all.
-    """
-    names, values = list(ap50), list(ap50.values())
-    if len(names) == 1:
-        return Gate("exits", ())
-    found = values[-1] or 0.0
-    full = found or 1.0  # where the full path finds nothing, no exit passes
-    of = "{:.0%} of " + f"{names[-1]}'s {found:.3f}"
-    deepest = Check(f"{names[-2]} AP50", values[-2], deepest_share * full, of.format(deepest_share))
-    if first_share is None:
-        return Gate("exits", (Check(f"{names[0]} AP50", values[0], first_limit), deepest), advice)
-    first = Check(f"{names[0]} AP50", values[0], first_share * full, of.format(first_share))
-    return Gate("exits", (Check(f"{names[-1]} AP50", values[-1], DETECTS_AP50), first, deepest), advice)
-
-
-def exits_advice(cfg: CfgNode, first: str, layer: int) -> tuple[str, ...]:
-    """What to try after the gate; nothing that is set already, or as far as it goes.
-
-    Args:
-        first, layer: name and trunk layer of the first exit with a branch.
-    """
-    phase, advice = cfg.EXITS_PHASE, []
-    if layer < DEEPEST_USEFUL_LAYER:
-        advice.append(f"move the exit deeper (EXITS.LAYERS): {first} sees too little of the trunk")
-    more = [f"more epochs than {phase.EPOCHS} (EXITS_PHASE.EPOCHS)"]
-    if not phase.EPOCHS:
-        more = ["train the exits: EXITS_PHASE.EPOCHS is 0"]
-    elif phase.CACHE:
-        more.append(f"more views of a photo than {phase.CACHE_VIEWS} (EXITS_PHASE.CACHE_VIEWS)")
-    if min(cfg.EXITS.COPY) < 1:
-        more.append(f"wider branches than {', '.join(f'{share:g}' for share in cfg.EXITS.COPY)} (EXITS.COPY)")
-    advice.append(", ".join(more))
-    teacher = "; the full path alone can teach from photos without boxes (LOSS.SUPERVISION teacher)"
-    advice.append("more photos" + ("" if cfg.LOSS.SUPERVISION == "teacher" else teacher))
-    return tuple(advice)
-
-
-# The folder of a run: its configuration, versions, phases, and what was already done.
-
 _MAY_CHANGE = (
-    "OUTPUT_DIR",
-    "DEVICE",
-    "THREADS",
-    "DATA.ROOT",
-    "DATA.WORKERS",
-    "ENGINE.CHECKPOINT_PERIOD",
-    "ENGINE.LOG_PERIOD",
-    "ENGINE.CURVE_PERIOD",
-    "EVAL.",
-    "CALIBRATION.",
-    "EXITS_PHASE.CACHE_GIB",
+    *("OUTPUT_DIR", "DEVICE", "THREADS", "DATA.ROOT", "DATA.WORKERS", "EVAL.", "CALIBRATION.", "EXITS_PHASE.CACHE_GIB"),
+    *("ENGINE.CHECKPOINT_PERIOD", "ENGINE.LOG_PERIOD", "ENGINE.CURVE_PERIOD"),
 )
 _SETTINGS_OF_PHASES = {
     "baseline": ("BASELINE.",),
@@ -287,7 +96,7 @@ class RunFolder:
             logger.info("phase %s starts afresh, since %s has changed", phase, key)
             self._set_aside(phase)
         write_text(self.root / "config.yaml", cfg.dump())
-        write_json(self.root / "run.json", describe_run(cfg))
+        write_json(self.root / "run.json", describe_run(cfg.SEED))
 
     def _changed_phases(self, cfg: CfgNode) -> dict[str, str]:
         """Unfinished phase -> a key by which the stored configuration and ``cfg`` train it differently.
@@ -311,15 +120,14 @@ class RunFolder:
             if phase is None or self.finished(phase):
                 raise EarlyExitError(
                     f"{path}: the run to resume has {key} = {shown(stored.get(key))}, now it is "
-                    f"{shown(current.get(key))}; "
-                    "set it back, or name another folder (OUTPUT_DIR)"
+                    f"{shown(current.get(key))}; set it back, or name another folder (OUTPUT_DIR)"
                 )
             if ".GATE." not in key:  # another gate looks at the same training
                 changed[phase] = key
         return changed
 
     def _only_the_end_differs(self, stored: Sequence[str], current: Sequence[str]) -> bool:
-        """Phases were added behind those of before, or unfinished ones at the end left out."""
+        """Phases were added at the end, or unfinished ones at the end left out."""
         shorter, longer = sorted((list(stored), list(current)), key=len)
         return longer[: len(shorter)] == shorter and not any(map(self.finished, longer[len(shorter) :]))
 
@@ -363,11 +171,11 @@ def _read_dict(path: Path) -> dict:
     return content
 
 
-def describe_run(cfg: CfgNode) -> dict:
+def describe_run(seed: int) -> dict:
     """Versions, machine, seed and command."""
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "seed": cfg.SEED,
+        "seed": seed,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -384,8 +192,6 @@ def _flat(tree: dict, prefix: str = "") -> dict:
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
-
-# Figures of a model on one split, for the gates and for the curves of a training.
 
 Figures = dict[str, Any]
 
@@ -432,10 +238,7 @@ class SplitQuality:
         return {f"AP/{name}": figures.AP, f"AP50/{name}": figures.AP50}
 
 
-# What all phases of a run work on.
-
-
-@dataclasses.dataclass
+@dataclass
 class Run:
     """What all phases work on."""
 
@@ -449,7 +252,7 @@ class Run:
 
     @property
     def calib_quality(self) -> SplitQuality:
-        """Figures on the calib split; intervals are left out, a gate compares single figures."""
+        """Figures on the calib split."""
         return self._quality(self.calib_set, self.cfg.DATA.WORKERS)
 
     @property
@@ -460,5 +263,6 @@ class Run:
         return self._quality(self.calib_set.repeated(np.isin(np.arange(photos), chosen).tolist()), workers=0)
 
     def _quality(self, photos: DetectionDataset, workers: int) -> SplitQuality:
+        # a gate compares single figures: no interval
         settings = EvaluationSettings(score=self.cfg.EVAL.SCORE, iou=self.cfg.EVAL.IOU, resamples=0)
         return SplitQuality(photos, settings, self.cfg.EVAL.BATCH_SIZE, workers)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.errors import EarlyExitError, shown
 from earlyexit_ssd.files import write_bytes, write_json
-from earlyexit_ssd.modeling import EarlyExitSSDLite, load_model
+from earlyexit_ssd.modeling import load_model
 from earlyexit_ssd.modeling.checkpoint import half_file
+from earlyexit_ssd.modeling.outputs import RouterSettings
 from earlyexit_ssd.modeling.retrofit import read_weights
 from earlyexit_ssd.pipeline.build import build_router
 from earlyexit_ssd.plain import read_json
@@ -72,30 +72,22 @@ def ship_weights(
             "number of exits, or set MODEL.FOLD to rows (a head without the classes that are not wanted)"
         )
     shipped = Shipped(path, path.with_suffix(".json"), len(content), hashlib.sha256(content).hexdigest())
-    metrics = dict(_figures(result, routing, shipped) for result in results)
-    write_bytes(path, content)
-    write_json(shipped.description, _description(model, shipped, routing, recipe, metrics))
-    return shipped
-
-
-def _description(
-    model: EarlyExitSSDLite, shipped: Shipped, routing: Mapping[str, Any], recipe: str, metrics: Mapping[str, Any]
-) -> dict[str, Any]:
-    return {
+    description = {
         "classes": list(model.classes),
         "exits": list(model.exit_names),
         "num_params": sum(parameter.numel() for parameter in model.parameters()),
         "bytes": shipped.size,
         "sha256": shipped.sha256,
         "recipe": recipe,
-        "routing": dict(routing),
-        "metrics": dict(metrics),
+        "routing": routing,
+        "metrics": dict(_figures(result, routing, shipped) for result in results),
     }
+    write_bytes(path, content)
+    write_json(shipped.description, description)
+    return shipped
 
 
-def _figures(
-    result: str | os.PathLike[str], routing: Mapping[str, Any], shipped: Shipped
-) -> tuple[str, dict[str, Any]]:
+def _figures(result: str | os.PathLike[str], routing: RouterSettings, shipped: Shipped) -> tuple[str, dict]:
     """The name of the test split, and of its metrics.json what the description repeats."""
     fix = f"write it with tools/eval_exits.py --weights {shipped.weights}"
     metrics = read_json(result, "metrics.json of an evaluation", fix)

@@ -1,4 +1,4 @@
-"""Everything that a run works on, checked before it starts."""
+"""The main job, from photos with boxes to a detector with exits. What it works on is checked before it starts."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ from earlyexit_ssd.pipeline.build import (
     with_classes,
 )
 from earlyexit_ssd.pipeline.evaluate import check_rivals, evaluate_model
+from earlyexit_ssd.pipeline.gates import GateFailed
 from earlyexit_ssd.pipeline.phases import PHASE_FUNCTIONS, tap_cache
-from earlyexit_ssd.pipeline.run import GateFailed, Run, RunFolder
+from earlyexit_ssd.pipeline.run import Run, RunFolder
 from earlyexit_ssd.report.charts import training_curves
 from earlyexit_ssd.report.pictures import photo_grid
 
@@ -88,9 +89,6 @@ def _check_names(cfg: CfgNode) -> None:
                 f"{section}.BATCH_SIZE is {size}, expected a multiple of the {processes} processes, "
                 "two images or more for each"
             )
-
-
-# The main job: from photos with boxes to a detector with exits, gated and evaluated.
 
 
 def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> dict[str, Any]:

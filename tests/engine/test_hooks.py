@@ -13,12 +13,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from earlyexit_ssd import ExitRouter
 from earlyexit_ssd.engine import (
+    AfterStep,
     Checkpoint,
-    ClampTemperatures,
     ExponentialMovingAverage,
     Hook,
     Log,
-    UpdateAverage,
     read_log,
 )
 from earlyexit_ssd.errors import CannotWrite, EarlyExitError
@@ -43,7 +42,7 @@ def weights(trainer):
 def averaged_trainer(path, *more, **changes):
     trainer = line_trainer(**changes)
     ema = ExponentialMovingAverage(trainer.model, 0.9)
-    trainer.hooks = [Checkpoint(path, 4, ema), UpdateAverage(ema), *more]
+    trainer.hooks = [Checkpoint(path, 4, ema), AfterStep(ema.update), *more]
     return trainer, ema
 
 
@@ -117,14 +116,14 @@ def test_resumed_log_has_no_step_twice(tmp_path):
 def test_temperatures_stay_in_their_bounds_after_every_step():
     router = ExitRouter(2, learn_temperatures=True)
 
-    class Watch(ClampTemperatures):
-        def after_step(self, trainer):
-            with torch.no_grad():
-                router.temperatures.add_(10.0)
-            super().after_step(trainer)
-            assert router.temperatures.tolist() == [3.0, 3.0]
+    seen = []
 
-    assert line_trainer([Watch(router)], epochs=1).run()
+    def push(model):
+        router.temperatures.data.add_(10.0)
+
+    hooks = [lambda model: seen.append(router.temperatures.tolist()), lambda model: router.clamp_temperatures(), push]
+    assert line_trainer([AfterStep(hook) for hook in hooks], epochs=1).run()  # the last one first
+    assert seen == [[3.0, 3.0]] * 10
 
 
 def test_the_end_of_an_epoch_holds_what_is_measured(tmp_path):

@@ -187,4 +187,5 @@ def test_a_group_of_parameters_has_its_share_of_the_rate():
     trainer.optimizer = torch.optim.SGD([{"params": [weight], "lr_factor": 0.25}, {"params": [bias]}], lr=1.0)
     trainer.train_step(next(iter(trainer.loader.epoch(0, 0))))
     slow, normal = trainer.optimizer.param_groups
-    assert (slow["lr"], normal["lr"]) == (0.25 * trainer.lr, trainer.lr)
+    rate = learning_rate(0, trainer.total_steps, trainer.peak_lr, trainer.warmup)
+    assert (slow["lr"], normal["lr"]) == (0.25 * rate, rate)

@@ -1,5 +1,6 @@
 import errno
 import io
+import logging
 import os
 import signal
 import subprocess
@@ -68,33 +69,41 @@ def test_an_error_of_the_system_is_one_line(capsys, error, line):
     assert found.startswith(f"error: {line}") and found.endswith(" and go on with --resume")
 
 
-SAY = r"""
-import logging, sys
-from earlyexit_ssd.pipeline.command_line import run_tool
-def job():
+def say():
     logging.getLogger("x").info("log caf\udce9 \u043a")
     print("found caf\udce9 \u043a \u00b1")
-sys.exit(run_tool(job))
-"""
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8:strict", "utf-16", "latin-1:strict"])
-def test_any_console_shows_any_name(encoding):
-    environment = {**os.environ, "PYTHONIOENCODING": encoding}
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", SAY], env=environment, capture_output=True)
-    assert result.returncode == 0, result.stderr
-    code = encoding.partition(":")[0]
-    assert result.stdout.decode(code).startswith("found caf\\udce9 ")
-    assert "log caf\\udce9" in result.stderr.decode(code)
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8", "utf-16", "latin-1"])
+def test_any_console_shows_any_name(encoding, monkeypatch):
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding, errors="strict") for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    assert run_tool(say) == 0
+    out, err = (stream.buffer.getvalue().decode(encoding) for stream in streams.values() if not stream.flush())
+    assert out.startswith("found caf\\udce9 ")
+    assert "log caf\\udce9" in err
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
-def test_a_full_standard_output_is_one_line():
+def test_a_full_standard_output_is_one_line(monkeypatch, capsys):
     with open("/dev/full", "w") as full:
-        result = subprocess.run([sys.executable, "-W", "ignore", "-c", SAY], stdout=full, stderr=subprocess.PIPE)
-        assert result.returncode == 2
-        lines = result.stderr.decode().splitlines()
-        assert lines[-1].startswith("error: standard output: cannot be written (No space left on device); make room")
+        monkeypatch.setattr(sys, "stdout", full)
+        assert run_tool(say) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: standard output: cannot be written (No space left on device); make room")
+
+
+SAY = """
+import sys
+from earlyexit_ssd.pipeline.command_line import run_tool
+sys.exit(run_tool(lambda: print("found")))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_python_does_not_stumble_over_full_streams_at_its_end():
+    with open("/dev/full", "w") as full:
         both = subprocess.run([sys.executable, "-W", "ignore", "-c", SAY], stdout=full, stderr=full)
         assert both.returncode == 2
 

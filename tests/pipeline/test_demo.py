@@ -5,7 +5,7 @@ from PIL import Image
 
 from earlyexit_ssd import ExitRouter
 from earlyexit_ssd.errors import DataError, EarlyExitError
-from earlyexit_ssd.pipeline.demo import look, photo_paths, picture_paths, require_score
+from earlyexit_ssd.pipeline.demo import demonstrate, look, photo_paths, picture_paths
 from tests.modeling.conftest import small_model
 
 
@@ -75,7 +75,7 @@ def test_scores_below_are_left_out(photo):
     assert look(model, photo, 1.0).found == ()
     for score in (-0.1, 1.5):
         with pytest.raises(EarlyExitError, match=f"score {score}: expected"):
-            require_score(score)
+            next(demonstrate([photo], "chair", photo.parent / "out", score=score))
 
 
 def test_without_a_router_the_full_path_answers(photo):

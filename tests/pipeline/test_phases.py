@@ -17,7 +17,7 @@ from earlyexit_ssd.pipeline.phases import (
     joint_losses,
     lr_factors,
     require_same_full_path,
-    shown,
+    views_of,
 )
 from earlyexit_ssd.pipeline.run import Run
 from tests.modeling.conftest import small_model
@@ -113,6 +113,6 @@ def test_full_path_has_its_share_of_the_rate_in_the_joint_phase_alone():
 
 def test_cached_taps_depend_on_the_photos_and_views_alone():
     same = ["DATA.WORKERS", "0", "DATA.CALIB", "[coco_2017_val]", "DATA.DOWNLOAD", "True"]
-    assert shown(load_config(None, same)) == shown(load_config(None))
+    assert views_of(load_config(None, same)) == views_of(load_config(None))
     for key, value in (("DATA.AUGMENTATION", "ssd"), ("SEED", "1"), ("DATA.SYNTHETIC.SEED", "1")):
-        assert shown(load_config(None, [key, value])) != shown(load_config(None)), key
+        assert views_of(load_config(None, [key, value])) != views_of(load_config(None)), key

@@ -37,7 +37,7 @@ def test_certificate_is_used_and_refuses_what_it_must(trained, capsys, monkeypat
     assert certificate.target.delta == 0.05
     assert "in 95% of bootstrap draws of the calibration photos at most" in capsys.readouterr().out
     assert certificate.measured.exit_share["exit8"] == 1.0  # any loss is allowed: the cheapest wins
-    use = ["ROUTING.CERTIFICATE", str(out / "certificate.json"), "EVAL.PICTURES", "0", "EVAL.RIVALS.ENABLED", "false"]
+    use = ["ROUTING.CERTIFICATE", str(out / "certificate.json")]
     assert eval_exits.main([*arguments, "--out", str(root / "results"), *use]) == 0
     metrics = json.loads((root / "results" / "metrics.json").read_text())
     assert metrics["certificate"]["target"]["value"] == 1.0 and metrics["certificate"]["kept"] is True
@@ -105,7 +105,7 @@ def test_empty_exits_are_calibrated_without_training(trained, capsys, monkeypatc
     root, arguments = trained
     monkeypatch.setattr(DETECTS, 0.0)
     out, config = root / "empty", arguments[:2]
-    own = [*arguments[2:], "EXITS.EMPTY", "[8, 12]", "OUTPUT_DIR", str(out), "EVAL.PICTURES", "0"]
+    own = [*arguments[2:], "EXITS.EMPTY", "[8, 12]", "OUTPUT_DIR", str(out), "EVAL.RIVALS.ENABLED", "true"]
     own += ["MODEL.WEIGHTS", str(root / "run" / "baseline" / "model.pth"), "BASELINE.EPOCHS", "0"]
     assert train_net.main([*config, "--force", *own]) == 0
     assert "there is no branch to train" in capsys.readouterr().err

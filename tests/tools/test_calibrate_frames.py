@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import check_guarantee
 from earlyexit_ssd import EarlyExitSSDLite
 from earlyexit_ssd.calibration.certificate import load_certificate
 from earlyexit_ssd.errors import EarlyExitError
-from tools import calibrate, check_guarantee, demo, eval_exits
+from tools import calibrate, demo, eval_exits
 
 QUICK = ["CALIBRATION.COST", "mmacs", "EVAL.PICTURES", "1", "EVAL.TIMING_RUNS", "1"]
 

@@ -17,8 +17,6 @@ from earlyexit_ssd.pipeline.build import open_model
 from tests.tools.conftest import final_weights
 from tools import calibrate, demo, eval_exits
 
-QUICK = ["EVAL.PICTURES", "0", "EVAL.RIVALS.ENABLED", "false"]
-
 
 @pytest.fixture(scope="module")
 def checkpoint(trained):
@@ -41,13 +39,13 @@ def figures(folder):
 
 def test_evaluated_and_calibrated_as_the_run_s_own(checkpoint, tmp_path, capsys):
     path, arguments = checkpoint
-    assert eval_exits.main([*arguments, *QUICK, "--out", str(tmp_path / "own")]) == 0
-    assert eval_exits.main([*arguments, *QUICK, "--weights", path, "--out", str(tmp_path / "foreign")]) == 0
+    assert eval_exits.main([*arguments, "--out", str(tmp_path / "own")]) == 0
+    assert eval_exits.main([*arguments, "--weights", path, "--out", str(tmp_path / "foreign")]) == 0
     assert figures(tmp_path / "own") == figures(tmp_path / "foreign") and len(figures(tmp_path / "own")) == 3
     target = ["--speedup", "0.1", "--out", str(tmp_path / "cal"), "CALIBRATION.COST", "mmacs"]
     assert calibrate.main([*arguments, "--weights", path, *target]) == 0
     use = ["ROUTING.CERTIFICATE", str(tmp_path / "cal" / "certificate.json")]
-    assert eval_exits.main([*arguments, *QUICK, "--weights", path, "--out", str(tmp_path / "third"), *use]) == 0
+    assert eval_exits.main([*arguments, "--weights", path, "--out", str(tmp_path / "third"), *use]) == 0
     capsys.readouterr()
 
 

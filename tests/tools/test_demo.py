@@ -1,4 +1,3 @@
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ def test_shipped_weights_on_a_folder(photos, tmp_path, capsys):
 
 
 def test_as_a_command_with_no_other_file(photos, tmp_path):
-    command = [sys.executable, str(ROOT / "tools" / "demo.py"), str(photos / "grey.png"), "--all-exits"]
+    command = [str(ROOT / "tools" / "demo.py"), str(photos / "grey.png"), "--all-exits"]
     result = run_command([*command, "--out", str(tmp_path / "out")])
     assert "grey.png: " in result.stdout
     assert Image.open(tmp_path / "out" / "grey.png").width == 3 * 328 + 8

@@ -34,6 +34,8 @@ def test_missing_and_foreign_weights(tiny, tmp_path, capsys):
 def test_static_rivals_stand_beside_the_exits(trained, tmp_path, capsys):
     root, arguments = trained
     rivals = [
+        "EVAL.RIVALS.ENABLED",
+        "true",
         "ROUTING.THRESHOLDS",
         "[0.5]",
         "EVAL.RIVALS.SIZES",

@@ -2,8 +2,9 @@
 
 import pytest
 
+from benchmarks import routing_policies
 from tests.tools.conftest import final_weights
-from tools import calibrate, demo, eval_exits, eval_routing, plan_exits, train_net
+from tools import calibrate, demo, eval_exits, plan_exits, train_net
 
 
 def the_error(capsys) -> str:
@@ -29,13 +30,13 @@ def test_a_run_that_found_no_room_goes_on(tiny, trained, tmp_path, capsys, small
     [
         (eval_exits, []),
         (calibrate, ["--speedup", "1.0001", "CALIBRATION.COST", "mmacs"]),
-        (eval_routing, ["--policies", "margin"]),
+        (routing_policies, ["--policies", "margin"]),
         (plan_exits, ["--layers", "8"]),
     ],
 )
 def test_tools(trained, tmp_path, capsys, small_files, tool, more, size):
     with small_files(size):
-        assert tool.main([*more, *trained[1], "--out", str(tmp_path / "out"), "EVAL.RIVALS.ENABLED", "false"]) == 2
+        assert tool.main([*more, *trained[1], "--out", str(tmp_path / "out")]) == 2
     assert the_error(capsys).endswith("cannot be written (File too large); make room and run it again")
 
 

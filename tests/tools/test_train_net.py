@@ -1,5 +1,6 @@
 import json
 import math
+import socket
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ from earlyexit_ssd import EarlyExitSSDLite, ExitRouter
 from earlyexit_ssd.data.shapes import FOLDER
 from earlyexit_ssd.evaluation.verdict import judge
 from earlyexit_ssd.pipeline import phases
-from tests.tools.conftest import log, run_command, train_command
+from tests.tools.conftest import ROOT, log, run_command, start_training
 from tools import eval_exits, train_net
 
 
 def test_main_job_leaves_everything(tiny, tmp_path, capsys):
-    assert train_net.main(tiny("run", "--force", "PHASES", "[baseline, exits, joint]")) == 0
+    whole = ("PHASES", "[baseline, exits, joint]", "EVAL.PICTURES", "2", "EVAL.RIVALS.ENABLED", "true")
+    assert train_net.main(tiny("run", "--force", *whole)) == 0
     folder = tmp_path / "run"
     names = {path.name for path in folder.iterdir()}
     assert {"config.yaml", "run.json", "metrics.json", "table.txt", "detections.png", "model.pth"} <= names
@@ -76,7 +78,8 @@ def test_nobody_leaves_before_routing_is_calibrated_on_the_new_photos(trained, d
 
 def test_flags_and_keys_in_any_order(tiny, tmp_path):
     config, overrides = tiny("run")[:2], tiny("run")[2:]
-    assert train_net.main([*overrides, "--force", "PHASES", "[baseline]", *config, "SEED", "1"]) == 0
+    epochs = ["BASELINE.EPOCHS", "0"]
+    assert train_net.main([*overrides, "--force", "PHASES", "[baseline]", *config, "SEED", "1", *epochs]) == 0
 
 
 @pytest.mark.parametrize(
@@ -90,7 +93,10 @@ def test_flags_and_keys_in_any_order(tiny, tmp_path):
         (["BASELINE.GATE.RELATIVE", "0.9"], "expected 0 without BASELINE.GATE.REFERENCE"),
         (["BASELINE.GATE.RELATIVE", "0.9", "BASELINE.GATE.REFERENCE", "none.pth"], "none.pth: no such file"),
         (["MODEL.WEIGHTS_BACKBONE", "IMAGENET_V1"], "did you mean 'IMAGENET1K_V1'"),
-        (["EVAL.RIVALS.ONNX", "yolox:none.onnx"], "EVAL.RIVALS.ONNX has none.onnx: no such file"),
+        (
+            ["EVAL.RIVALS.ENABLED", "true", "EVAL.RIVALS.ONNX", "yolox:none.onnx"],
+            "EVAL.RIVALS.ONNX has none.onnx: no such file",
+        ),
         (["DATA.TEST", "nowhere"], "no data set is named 'nowhere'"),
         (["EXITS_PHASE.CACHE_GIB", "1e-6"], "EXITS_PHASE.CACHE_GIB allows"),
     ],
@@ -164,21 +170,24 @@ def test_mixed_precision_trains_every_phase(tiny, tmp_path):
         assert all(math.isfinite(entry["loss"]) for entry in log(tmp_path / "run", phase))
 
 
-LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-
-
 def test_two_processes_end_with_one_model(tiny, tmp_path):
     """BatchNorm's statistics are each process's own until the phase ends; the next one checks that they are one."""
     more = ("--force", "BASELINE.EPOCHS", "1", "EXITS_PHASE.EPOCHS", "1", "EXITS_PHASE.CACHE", "false")
-    run_command([*train_command(*LAUNCHER), *tiny("two", *more)])
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run_command([*launcher, str(ROOT / "tools" / "train_net.py"), *tiny("two", *more)])
     assert (tmp_path / "two" / "metrics.json").is_file()
 
 
 def test_two_processes_have_the_losses_of_one(tiny, tmp_path):
     # BatchNorm's statistics are per process, so they are frozen here.
     more = ("--force", "BASELINE.FREEZE_NORM", "true", "BASELINE.EPOCHS", "1", "PHASES", "[baseline]")
-    run_command([*train_command(), *tiny("one", *more)])
-    run_command([*train_command(*LAUNCHER), *tiny("two", *more)])
+    assert train_net.main(tiny("one", *more)) == 0
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    both = [start_training(tiny("two", *more), RANK=rank, LOCAL_RANK=rank, **group) for rank in ("0", "1")]
+    for process in both:
+        process.join(timeout=120)
+        assert process.exitcode == 0
     one, two = log(tmp_path / "one", "baseline"), log(tmp_path / "two", "baseline")
     assert len(one) == len(two) == 6
     for mine, theirs in zip(one, two, strict=True):

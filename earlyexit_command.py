@@ -1,0 +1,340 @@
+"""The command ``earlyexit``: its subcommands, their arguments and examples, and the job that each one starts.
+
+The module lies beside the package, because importing the package imports torch. A job imports what it needs when it
+starts, so that ``--help`` and mistakes in the arguments are answered at once. The scripts in tools/ are the same
+commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SHIPPED = sorted(path.stem for path in (Path(__file__).parent / "earlyexit_ssd" / "weights").glob("*.json"))
+DEFAULT_WEIGHTS = "voc_animals" if "voc_animals" in SHIPPED else "".join(SHIPPED[:1])
+
+TOP_EXAMPLES = """
+examples:
+  earlyexit train --config configs/quickstart.yaml
+      render a synthetic data set, train everything from scratch, evaluate: no download, minutes on a CPU
+  earlyexit demo dog.jpg
+      detect on a photo of yours with weights that come with the package
+  earlyexit train --help
+      the arguments of a command, with more examples
+"""
+TRAIN_EXAMPLES = """
+examples:
+  %(prog)s --config configs/quickstart.yaml
+      render a synthetic data set, train everything from scratch, evaluate: no download, minutes on a CPU
+  %(prog)s --config configs/voc_animals.yaml DATA.ROOT ~/data MODEL.WEIGHTS COCO_V1
+      put exits on torchvision's COCO detector for seven classes
+  %(prog)s --config my.yaml --resume
+      go on with a run that was stopped or killed
+  torchrun --nproc-per-node 2 tools/train_net.py --config my.yaml
+      two processes on one global batch
+
+exit codes: 0 done, 2 bad input, 3 a gate failed (the figures and what to try are printed), 130 stopped by a signal
+Every key and its default: docs/config.md
+"""
+EVALUATE_EXAMPLES = """
+examples:
+  %(prog)s --config configs/quickstart.yaml --out results
+      the model that the training left in the configuration's OUTPUT_DIR, on its test split
+  %(prog)s --config configs/voc_animals.yaml --weights model.pth --out results \\
+      ROUTING.POLICY max_foreground ROUTING.THRESHOLDS "(0.5, 0.7)"
+      other weights, another routing
+  %(prog)s --config configs/voc_animals.yaml --out results EVAL.RUNTIME onnxruntime \\
+      EVAL.RIVALS.ONNX "['yolox:yolox_nano.onnx']" EVAL.RIVALS.SINGLE_EXITS "[output/exit12/model.pth]"
+      more rivals than the plain net at smaller inputs and each exit alone; all timed in ONNX Runtime
+
+How to read the figures: docs/metrics.md
+"""
+CALIBRATE_EXAMPLES = """
+examples:
+  %(prog)s --config configs/voc_animals.yaml --risk 0.02 --delta 0.05
+      with probability 0.95, a photo loses at most 2 %% of what the full path finds, on average
+  %(prog)s --config configs/chair_stream.yaml --ap-drop 0.01 ROUTING.POLICY foreseen_emptiness
+      as cheap as it gets with at most 0.01 AP50 lost in 95 %% of the draws of calibration photos
+  %(prog)s --config configs/voc_animals.yaml --speedup 1.4 EVAL.RUNTIME onnxruntime
+      as good as it gets at a mean cost of the detector without exits / 1.4, measured in ONNX Runtime
+  %(prog)s --config configs/voc_animals.yaml --risk 0.05 --block 5s --fps 5 \\
+      DATA.DATASETS "[[learn, '', frames/learn], [calib, '', frames/calib], [test, '', frames/test]]" \\
+      DATA.TRAIN "[learn]" DATA.CALIB "[calib]" DATA.TEST "[test]"
+      on a camera's own frames, which nobody labelled, five of them a second: blocks of 5 s count, not frames
+
+Only the calib split (DATA.CALIB) decides; TRAIN fits what a policy has to fit, TEST is not looked at. The model.pth
+that it writes routes as calibrated wherever a model is taken (--weights of evaluate and demo, from_pretrained); the
+certificate alone goes into ROUTING.CERTIFICATE. How it works: docs/routing.md
+"""
+PLAN_EXAMPLES = """
+examples:
+  %(prog)s --config configs/voc_animals.yaml --speedup 1.5
+      cost of an exit behind every layer and what it can save, in minutes; no photo is read (with MODEL.WEIGHTS "" not
+      even weights)
+  %(prog)s --config configs/voc_animals.yaml --layers 4 6 8 10 12 --probe-epochs 3
+      train probe branches too (minutes, on cached taps) and propose one or two exits
+  %(prog)s --config configs/voc_animals.yaml --speedup 1.5 EVAL.RUNTIME onnxruntime
+      the same in ONNX Runtime, where you will run it (pip install -e '.[deploy]')
+
+The probes are judged on the calib split (DATA.CALIB). Configurations may leave EXITS.LAYERS as it is.
+"""
+DEMO_EXAMPLES = f"""
+examples:
+  %(prog)s dog.jpg street.png
+      print what is found and write output/demo/dog.png and street.png
+  %(prog)s ~/photos --all-exits --score 0.3
+      every picture of a folder; what each exit sees, side by side, the exit taken framed
+  %(prog)s room.jpg --weights output/quickstart/model.pth
+      a model of your own
+  %(prog)s room.jpg --weights checkpoint.pth --config mine.yaml
+      exits that torchvision's train.py trained; the configuration describes them and their routing
+
+Shipped weights: {", ".join(SHIPPED)}; what they are worth: docs/model_zoo.md
+exit codes: 0 done, 2 some photo could not be read (the others are done)
+"""
+EXPORT_EXAMPLES = """
+examples, in this order:
+  %(prog)s output/chair/model.pth --name chair --config configs/chair.yaml
+      writes chair.pth and chair.json into earlyexit_ssd/weights; the routing is the configuration's
+  earlyexit evaluate --config configs/chair.yaml --weights earlyexit_ssd/weights/chair.pth \\
+      --out docs/results/zoo_chair_coco DATA.TEST "[coco_2017_val]"
+      measures these very weights, once for each test set
+  %(prog)s output/chair/model.pth --name chair --config configs/chair.yaml \\
+      --metrics docs/results/zoo_chair_*/metrics.json
+      the same weights to the byte, and the figures in chair.json
+  python -m earlyexit_ssd.report.tables docs/model_zoo.md
+      writes the tables of the model zoo anew
+"""
+
+
+def add_config(parser: argparse.ArgumentParser, what: str) -> None:
+    """``--config`` and the keys that override it."""
+    parser.add_argument("--config", required=True, help=f"YAML file {what}; configs/ has examples")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="override keys of the configuration")
+
+
+def train_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser, "of the run")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in OUTPUT_DIR")
+    parser.add_argument("--force", action="store_true", help="go on past a failed gate; every later report says so")
+
+
+def train(args: argparse.Namespace) -> None:
+    from earlyexit_ssd.config import load_config
+    from earlyexit_ssd.pipeline import train
+    from earlyexit_ssd.report.tables import text_report
+
+    cfg = load_config(args.config, args.overrides)
+    metrics = train(cfg, args.resume, args.force)
+    if metrics:
+        print(text_report(metrics))
+        print(f"\nresults: {cfg.OUTPUT_DIR}/ (metrics.json, model.pth, pictures)")
+
+
+def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser, "that names the test split (DATA.TEST)")
+    parser.add_argument("--weights", help="a model.pth, or a checkpoint with exits; by default that of OUTPUT_DIR")
+    parser.add_argument("--out", required=True, help="folder for metrics.json, the table, the charts and the pictures")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from earlyexit_ssd.config import load_config
+    from earlyexit_ssd.pipeline import evaluate_model
+    from earlyexit_ssd.report.tables import text_report
+
+    cfg = load_config(args.config, args.overrides)
+    print(text_report(evaluate_model(cfg, args.weights or Path(cfg.OUTPUT_DIR) / "model.pth", args.out)))
+    print(f"\nresults: {args.out}/ (metrics.json, table, charts, pictures)")
+
+
+def calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser, "that names the splits (DATA)")
+    parser.add_argument("--weights", help="a model.pth, or a checkpoint with exits; by default that of OUTPUT_DIR")
+    parser.add_argument("--out", help="folder of the certificate; OUTPUT_DIR/calibration by default")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--speedup", type=float, help="at least, against the detector without exits, in mean cost")
+    target.add_argument("--ap-drop", type=float, help="AP50 lost against the full path, at most, in 1 - delta of draws")
+    target.add_argument("--risk", type=float, help="expected loss per photo, at most, with probability 1 - delta")
+    parser.add_argument("--delta", type=float, default=0.05, help="of --risk and --ap-drop; 0.05")
+    parser.add_argument("--learned", action="store_true", help="learn thresholds with a soft exit instead of a search")
+    parser.add_argument(
+        "--block",
+        metavar="SECONDS|N",
+        help="of --risk and --ap-drop: consecutive photos of a folder, such as frames of a video, count as one draw: "
+        "25 (photos) or 5s (seconds, with --fps)",
+    )
+    parser.add_argument("--fps", type=float, help="photos of a folder per second, for --block in seconds")
+
+
+def calibrate(args: argparse.Namespace) -> None:
+    from earlyexit_ssd.config import load_config
+    from earlyexit_ssd.data.repeats import Block
+    from earlyexit_ssd.errors import EarlyExitError
+    from earlyexit_ssd.pipeline.calibrate import Target, calibrate
+
+    cfg = load_config(args.config, args.overrides)
+    out = Path(args.out or Path(cfg.OUTPUT_DIR) / "calibration")
+    kind = next(kind for kind in ("speedup", "ap_drop", "risk") if getattr(args, kind) is not None)
+    if args.fps is not None and args.block is None:
+        raise EarlyExitError("--fps is for --block in seconds, such as --block 5s")
+    block = None if args.block is None else Block.parse(args.block, args.fps)
+    target = Target(kind, getattr(args, kind), args.delta, block, args.learned)
+    calibrate(cfg, args.weights or Path(cfg.OUTPUT_DIR) / "model.pth", target, out)
+    print((out / "calibration.txt").read_text(encoding="utf-8"))
+    print(f"results: {out}/ (model.pth, which routes so; certificate.json, calibration.txt, reliability.png)")
+
+
+def plan_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser, "of a training to come")
+    parser.add_argument("--layers", type=int, nargs="+", help="trunk layers to look at; 1 to 12")
+    parser.add_argument("--speedup", type=float, default=2.0, help="wanted, against the detector without exits; 2.0")
+    parser.add_argument("--probe-epochs", type=int, default=0, help="epochs of the probe branches; 0 trains none")
+    parser.add_argument("--out", help="folder of the results; OUTPUT_DIR/placement by default")
+
+
+def plan(args: argparse.Namespace) -> None:
+    from earlyexit_ssd.config import load_config
+    from earlyexit_ssd.pipeline.plan import ALL_LAYERS, plan_exits
+    from earlyexit_ssd.report.charts import placement_report
+
+    cfg = load_config(args.config, args.overrides)
+    out = Path(args.out or Path(cfg.OUTPUT_DIR) / "placement")
+    print(placement_report(plan_exits(cfg, out, args.layers or ALL_LAYERS, args.speedup, args.probe_epochs)))
+    print(f"\nresults: {out}/ (placement.json, table, chart)")
+
+
+def demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("photos", nargs="+", metavar="PHOTO", help="photos, or folders of them")
+    parser.add_argument(
+        "--weights", default=DEFAULT_WEIGHTS, help=f"a shipped name or a model.pth; {DEFAULT_WEIGHTS} by default"
+    )
+    parser.add_argument("--config", help="YAML file that describes a checkpoint, and routes")
+    parser.add_argument("--out", default="output/demo", help="folder of the pictures; output/demo by default")
+    parser.add_argument("--score", type=float, default=0.5, help="least score of what is shown; 0.5")
+    parser.add_argument("--all-exits", action="store_true", help="show what every exit sees")
+
+
+def demo(args: argparse.Namespace) -> None:
+    from earlyexit_ssd.config import load_config
+    from earlyexit_ssd.errors import DataError, EarlyExitError
+    from earlyexit_ssd.pipeline.demo import demonstrate
+    from earlyexit_ssd.progress import write_line
+
+    cfg = load_config(args.config) if args.config else None
+    photos = failed = 0
+    for answer in demonstrate(args.photos, args.weights, args.out, cfg, args.score, args.all_exits):
+        photos += 1
+        if isinstance(answer, DataError):
+            failed += 1
+            write_line(f"error: {answer}")
+        else:
+            print(answer)
+    if failed:
+        raise EarlyExitError(f"{failed} of {photos} photos could not be used, see above")
+
+
+def export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="model.pth of a finished run")
+    parser.add_argument("--name", required=True, help="what from_pretrained will call it, such as voc_animals")
+    parser.add_argument("--config", required=True, help="YAML file of the run; its ROUTING section is stored")
+    parser.add_argument("--metrics", nargs="+", default=[], help="metrics.json files measured with the shipped weights")
+    parser.add_argument("--recipe", help="command that trains it; by default earlyexit train with --config and --set")
+    parser.add_argument("--out", help="folder of the two files; the package's own by default")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="override keys of the configuration")
+
+
+def export_weights(args: argparse.Namespace) -> None:
+    from earlyexit_ssd.config import load_config
+    from earlyexit_ssd.modeling.checkpoint import FOLDER
+    from earlyexit_ssd.pipeline.ship import ship_weights
+
+    cfg = load_config(args.config, args.set)
+    recipe = args.recipe or " ".join(["earlyexit train --config", args.config, *args.set])
+    shipped = ship_weights(args.model, args.name, args.out or FOLDER, cfg, recipe, args.metrics)
+    print(f"{shipped.weights}: {shipped.size} bytes, sha256 {shipped.sha256}")
+    print(f"{shipped.description}: figures of {len(args.metrics)} test sets")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its line in ``earlyexit --help``, its arguments and its job.
+
+    examples: the end of its help; ``%(prog)s`` stands for the command.
+    after_a_stop: what the user reads when a signal or a full disk has stopped the job.
+    """
+
+    summary: str
+    examples: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    job: Callable[[argparse.Namespace], None]
+    after_a_stop: str = "run it again"
+
+
+COMMANDS = {
+    "train": Command(
+        "Train a detector with early exits, phase by phase, each with its gate, and evaluate it.",
+        TRAIN_EXAMPLES, train_arguments, train, after_a_stop="go on with --resume",
+    ),
+    "evaluate": Command(
+        "Evaluate every exit of a trained detector, the routed one and static rivals; say which is worth shipping.",
+        EVALUATE_EXAMPLES, evaluate_arguments, evaluate,
+    ),
+    "calibrate": Command(
+        "Calibrate the routing of a trained detector to what you state, and write a certificate of it.",
+        CALIBRATE_EXAMPLES, calibrate_arguments, calibrate,
+    ),
+    "plan": Command(
+        "Say where exits can pay on this machine: cost, ceiling of the speed-up, and with probes the expected AP50.",
+        PLAN_EXAMPLES, plan_arguments, plan,
+    ),
+    "demo": Command(
+        "Detect on your own photos with weights that come with the package: what is found, and at which exit.",
+        DEMO_EXAMPLES, demo_arguments, demo,
+    ),
+    "export-weights": Command(
+        "Make a trained model one that comes with the package: fp16 weights and their description, under 12 MB.",
+        EXPORT_EXAMPLES, export_arguments, export_weights,
+    ),
+}  # fmt: skip
+
+
+def run(name: str, prog: str, arguments: Sequence[str] | None = None) -> int:
+    """Parse ``arguments`` (by default those of the process) for the subcommand ``name`` and do its job.
+
+    Args:
+        prog: how the user calls it, for the help.
+
+    Returns:
+        the exit code, see :func:`earlyexit_ssd.pipeline.command_line.run_tool`.
+    """
+    command = COMMANDS[name]
+    parser = _parser(prog, command.summary, command.examples)
+    command.add_arguments(parser)
+    args = parser.parse_intermixed_args(arguments)
+    from earlyexit_ssd.pipeline.command_line import run_tool
+
+    return run_tool(lambda: command.job(args), command.after_a_stop)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command ``earlyexit``: the first word names the subcommand, the others are its arguments."""
+    words = sys.argv[1:] if arguments is None else arguments
+    parser = _parser("earlyexit", "SSDLite detectors with early exits, from photos to certified routing.", TOP_EXAMPLES)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    for name, command in COMMANDS.items():
+        subparsers.add_parser(name, help=command.summary, add_help=False)
+    name = parser.parse_args(words[:1]).command
+    return run(name, f"earlyexit {name}", words[1:])
+
+
+def _parser(prog: str, description: str, examples: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=prog, description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

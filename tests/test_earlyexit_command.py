@@ -1,0 +1,85 @@
+"""The command ``earlyexit`` and the scripts in tools/, which are the same commands."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import earlyexit_command
+from earlyexit_command import COMMANDS, main
+from earlyexit_ssd.modeling import EarlyExitSSDLite_Weights
+from earlyexit_ssd.pipeline.plan import ALL_LAYERS
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = {
+    "train": "train_net",
+    "evaluate": "eval_exits",
+    "calibrate": "calibrate",
+    "plan": "plan_exits",
+    "demo": "demo",
+    "export-weights": "export_weights",
+}
+HELP = """
+import resource, sys
+from earlyexit_command import COMMANDS, main
+from tools import calibrate, demo, eval_exits, export_weights, plan_exits, train_net
+
+scripts = [tool.main for tool in (calibrate, demo, eval_exits, export_weights, plan_exits, train_net)]
+commands = [lambda words, name=name: main([name, *words]) for name in COMMANDS]
+for command in [main, *scripts, *commands]:
+    try:
+        command(["--help"])
+    except SystemExit as stop:
+        assert stop.code == 0
+heavy = {"torch", "torchvision", "numpy", "earlyexit_ssd"} & set(sys.modules)
+assert not heavy, heavy
+usage = resource.getrusage(resource.RUSAGE_SELF)
+print("seconds:", usage.ru_utime + usage.ru_stime)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="measures CPU time as POSIX does")
+def test_every_help_is_there_at_once():
+    result = subprocess.run([sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("examples") >= 13
+    assert float(result.stdout.split()[-1]) < 2  # all thirteen together
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_teaches_the_command_as_it_was_called(name, capsys):
+    for call, prog in (
+        (main, f"earlyexit {name}"),
+        (importlib.import_module(f"tools.{SCRIPTS[name]}").main, f"python tools/{SCRIPTS[name]}.py"),
+    ):
+        with pytest.raises(SystemExit):
+            call([name, "--help"] if call is main else ["--help"])
+        text = capsys.readouterr().out
+        assert text.startswith(f"usage: {prog} ") and text.partition("\nexamples")[2].count(f"  {prog} ") >= 2
+        assert "%(" not in text and "%%" not in text
+
+
+def test_a_command_gets_its_arguments_and_returns_its_exit_code(tmp_path, capsys):
+    assert main(["train", "--config", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml: no such configuration file" in capsys.readouterr().err
+    for words in ([], ["trian"], ["train"]):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 2
+    assert "--config" in capsys.readouterr().err
+
+
+def test_what_is_known_without_the_package_is_what_the_package_says():
+    assert [name.lower() for name in EarlyExitSSDLite_Weights.__members__] == earlyexit_command.SHIPPED
+    assert earlyexit_command.DEFAULT_WEIGHTS in earlyexit_command.SHIPPED
+    assert (ALL_LAYERS[0], ALL_LAYERS[-1]) == (1, 12)  # so the help of plan says
+
+
+def test_the_wheel_has_the_command():
+    setup = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    words = {word.arg: word.value for node in ast.walk(setup) if isinstance(node, ast.Call) for word in node.keywords}
+    assert ast.literal_eval(words["py_modules"]) == ["earlyexit_command"]
+    assert ast.literal_eval(words["entry_points"]) == {"console_scripts": ["earlyexit = earlyexit_command:main"]}
