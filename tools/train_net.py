@@ -40,9 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     def job() -> None:
         cfg = load_config(args.config, args.overrides)
-        metrics = train(cfg, args.resume, args.force)
-        if metrics:
-            print(text_report(metrics))
+        results = train(cfg, args.resume, args.force)
+        if results:
+            print(text_report(results))
             print(f"\nresults: {cfg.OUTPUT_DIR}/ (metrics.json, model.pth, pictures)")
 
     return run_tool(job, after_a_stop="go on with --resume")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
@@ -50,10 +51,11 @@ def place_labels(
         taken.append(_extent(label, PLACES[costs.index(min(costs))]))
 
 
-def make_drawable(text: Text) -> None:
-    """A name of a file is no formula, and may hold bytes that are no character."""
-    text.set_parse_math(False)
-    text.set_text(text.get_text().encode("utf-8", "backslashreplace").decode())
+def make_drawable(artist: Artist) -> None:
+    """All texts in it: a name of a file is no formula, and may hold bytes that are no character."""
+    for text in artist.findobj(Text):
+        text.set_parse_math(False)
+        text.set_text(text.get_text().encode("utf-8", "backslashreplace").decode())
 
 
 def _extent(label: Annotation, place: tuple[float, float, str, str]) -> Bbox:
