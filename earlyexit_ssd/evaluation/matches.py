@@ -111,7 +111,7 @@ class ExitMatches:
     def table(self, condition: int) -> _Table:
         """The counts behind AP by one condition, made once."""
         if condition not in self._tables:
-            self._tables[condition] = _build_table(self, condition)
+            self._tables[condition] = _Table.of(self, condition)
         return self._tables[condition]
 
 
@@ -139,50 +139,36 @@ def exit_matches(
     for unknown in (image_id for found in exits for image_id in found if image_id not in ground_truth.imgs):
         raise DataError(f"detections of image {unknown}: the ground truth has no image of this id")
     conditions = [(size, threshold) for size in sizes for threshold in IOU_THRESHOLDS.tolist()] + [("all", iou)]
-    rules = _Rules.of(conditions)
+    limits = [(min(iou, 1 - 1e-10), *SIZES[size]) for size, iou in conditions]  # equal boxes match at 1
+    rules = tuple(np.array(column)[:, None] for column in zip(*limits, strict=True))
     image_ids, categories = sorted(ground_truth.getImgIds()), sorted(ground_truth.getCatIds())
     objects = {size: np.zeros((len(categories), len(image_ids)), np.int64) for size, _ in conditions}
-    matched = []
+    cells = []
     for photo, image_id in enumerate(image_ids):
         truth = _Objects.of(ground_truth.imgToAnns.get(image_id, []))
         for size, counts in objects.items():
             counted = truth.labels[truth.counted(*SIZES[size])]
             counts[:, photo] = [np.count_nonzero(counted == category) for category in categories]
-        matched += [_match_photo(truth, found.get(image_id), rules) for found in exits]
-    cells = np.repeat(np.arange(len(matched)), [len(one.scores) for one in matched])
-    labels, scores, overlap = (
-        np.concatenate([getattr(one, name) for one in matched] or [np.zeros(0)]) for name in _PHOTO_ARRAYS
-    )
-    nothing = np.zeros((len(conditions), 0), bool)
-    hit, ignored = (
-        np.concatenate([nothing, *(getattr(one, name) for one in matched)], axis=1) for name in ("hit", "ignored")
-    )
+        cells += [_match_photo(truth, found.get(image_id), rules) for found in exits]
+    # per cell [D], [D], [D], [C, D], [C, D]; all of them are in the order of photos, exits and scores
+    cell_of = np.repeat(np.arange(len(cells)), [len(scores) for _, scores, *_ in cells])
+    nothing = _match_photo(_Objects.of([]), None, rules)
+    labels, scores, overlap, hit, ignored = (np.concatenate(one, axis=-1) for one in zip(nothing, *cells, strict=True))
     classes = []
     for index, category in enumerate(categories):
         own = np.flatnonzero(labels == category)
-        rank = np.arange(len(own)) - np.searchsorted(cells[own], cells[own])
+        rank = np.arange(len(own)) - np.searchsorted(cell_of[own], cell_of[own])
         order = np.argsort(-scores[own], kind="stable")
         own, rank = own[order], rank[order]
-        photo, exit_index = np.divmod(cells[own], len(exits))
+        photo_and_exit = np.divmod(cell_of[own], len(exits))
         counts = {size: values[index] for size, values in objects.items()}
-        name = ground_truth.cats[category]["name"]
-        parts = (hit[:, own], ignored[:, own], overlap[own], photo, exit_index, rank, scores[own])
-        classes.append(ClassMatches(name, *parts, counts))
+        name, matched = ground_truth.cats[category]["name"], (hit[:, own], ignored[:, own], overlap[own])
+        classes.append(ClassMatches(name, *matched, *photo_and_exit, rank, scores[own], counts))
     return ExitMatches(classes, conditions, image_ids, len(exits))
 
 
-@dataclass(frozen=True)
-class _Rules:
-    """The conditions as columns, [C, 1]: the least IoU, and the least and largest area of counted objects."""
-
-    iou: np.ndarray
-    smallest: np.ndarray
-    largest: np.ndarray
-
-    @classmethod
-    def of(cls, conditions: Sequence[tuple[str, float]]) -> _Rules:
-        rows = [(min(iou, 1 - 1e-10), *SIZES[size]) for size, iou in conditions]  # equal boxes match at 1
-        return cls(*(np.array(column)[:, None] for column in zip(*rows, strict=True)))
+_Rules = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Of the conditions, [C, 1] each: the least IoU, and the least and largest area of counted objects."""
 
 
 @dataclass(frozen=True)
@@ -207,63 +193,52 @@ class _Objects:
         return ~self.crowd & (self.areas >= smallest) & (self.areas <= largest)
 
 
-_PHOTO_ARRAYS = ("labels", "scores", "overlap")
-
-
-@dataclass(frozen=True)
-class _PhotoMatches:
-    """Of one photo and exit, the surest detection first; as in `ClassMatches`."""
-
-    labels: np.ndarray
-    scores: np.ndarray
-    overlap: np.ndarray
-    hit: np.ndarray
-    ignored: np.ndarray
-
-
-def _match_photo(truth: _Objects, found: Mapping[str, Tensor] | None, rules: _Rules) -> _PhotoMatches:
+def _match_photo(truth: _Objects, found: Mapping[str, Tensor] | None, rules: _Rules) -> tuple[np.ndarray, ...]:
+    """Of one photo and exit, the surest detection first: labels, scores, overlap [D], hit and ignored [C, D]."""
     count = 0 if found is None else len(found["scores"])
-    hit = np.zeros((len(rules.iou), count), bool)
+    (hit, taken), overlap = np.zeros((2, len(rules[0]), count), bool), np.zeros(count)
     if not count:
-        return _PhotoMatches(np.zeros(0, np.int64), np.zeros(0), np.zeros(0), hit, hit)
+        return np.zeros(0, np.int64), np.zeros(0), overlap, hit, taken
     scores = found["scores"].double().numpy()
     order = np.argsort(-scores, kind="stable")
     labels, boxes = found["labels"].numpy()[order], xywh(found["boxes"]).double().numpy()[order]
-    taken, overlap = hit.copy(), np.zeros(count)
+    counted = truth.counted(*rules[1:])
     for label in np.unique(truth.labels).tolist():
         mine, own = np.flatnonzero(labels == label), np.flatnonzero(truth.labels == label)
         if len(mine):
-            _match_class(boxes, mine, truth, own, rules, (hit, taken, overlap))
+            crowd = truth.crowd[own]
+            overlaps = np.asarray(mask.iou(boxes[mine], truth.boxes[own], crowd.astype(np.uint8).tolist()))
+            _match_class(overlaps, counted[:, own], crowd, rules[0], mine, (hit, taken, overlap))
     areas = boxes[:, 2] * boxes[:, 3]
-    other_size = (areas < rules.smallest) | (areas > rules.largest)
-    return _PhotoMatches(labels, scores[order], overlap, hit, ~hit & (taken | other_size))
+    other_size = (areas < rules[1]) | (areas > rules[2])
+    return labels, scores[order], overlap, hit, ~hit & (taken | other_size)
 
 
 def _match_class(
-    boxes: np.ndarray,
-    mine: np.ndarray,
-    truth: _Objects,
-    own: np.ndarray,
-    rules: _Rules,
+    overlaps: np.ndarray,
+    counted: np.ndarray,
+    crowd: np.ndarray,
+    least_iou: np.ndarray,
+    rows: np.ndarray,
     into: tuple[np.ndarray, np.ndarray, np.ndarray],
 ) -> None:
-    """Write ``hit``, ``taken`` (by a counted or an ignored object) and ``overlap`` of the detections ``mine``."""
+    """Write ``hit``, ``taken`` (by a counted or an ignored object) and ``overlap`` of a class's detections ``rows``.
+
+    Args:
+        overlaps: [D, G]; counted: [C, G]; crowd: [G]; least_iou: [C, 1].
+    """
     hit, taken, overlap = into
-    crowd = truth.crowd[own]
-    counted = truth.counted(rules.smallest, rules.largest)[:, own]
-    overlaps = np.asarray(mask.iou(boxes[mine], truth.boxes[own], crowd.astype(np.uint8).tolist()))
     free = np.ones(counted.shape, bool)
-    for row in np.flatnonzero((overlaps >= rules.iou.min()).any(axis=1)).tolist():
+    for row in np.flatnonzero((overlaps >= least_iou.min()).any(axis=1)).tolist():
         ious = overlaps[row]
-        near = (ious >= rules.iou) & (free | crowd)
+        near = (ious >= least_iou) & (free | crowd)
         real = near & counted
-        is_hit = real.any(axis=1)
+        is_hit, takes = real.any(axis=1), near.any(axis=1)
         pool = np.where(np.where(is_hit[:, None], real, near), ious, -1.0)
         best = pool.shape[1] - 1 - pool[:, ::-1].argmax(axis=1)  # among equals the last one, as pycocotools takes
-        takes = near.any(axis=1)
         free[np.flatnonzero(takes), best[takes]] = False
-        hit[:, mine[row]], taken[:, mine[row]] = is_hit, takes
-        overlap[mine[row]] = ious[best[-1]] if is_hit[-1] else 0.0
+        hit[:, rows[row]], taken[:, rows[row]] = is_hit, takes
+        overlap[rows[row]] = ious[best[-1]] if is_hit[-1] else 0.0
 
 
 def xywh(boxes: Tensor) -> Tensor:
@@ -383,6 +358,25 @@ class _Table:
     false_slots: list[np.ndarray]
     false_counts: np.ndarray
 
+    @classmethod
+    def of(cls, matches: ExitMatches, condition: int) -> _Table:
+        bounds, empty = [0], np.zeros(0, dtype=np.int64)
+        hit_cells, false_cells, slots = [empty], [empty], [empty]
+        for one in matches.classes:
+            cell, counts = one.photo * matches.exits + one.exit, one.rank < AP_DETECTIONS
+            hits = np.flatnonzero(one.hit[condition] & counts)
+            false = np.flatnonzero(~(one.hit[condition] | one.ignored[condition]) & counts)
+            slot = np.searchsorted(hits, false)
+            matters = slot < len(hits)
+            hit_cells.append(cell[hits])
+            false_cells.append(cell[false[matters]])
+            slots.append(bounds[-1] + slot[matters])
+            bounds.append(bounds[-1] + len(hits))
+        cells = np.concatenate(false_cells)
+        counts = np.bincount(cells, minlength=matches.photos * matches.exits)
+        by_cell = np.concatenate(slots)[np.argsort(cells, kind="stable")]
+        return cls(np.concatenate(hit_cells), np.array(bounds), np.split(by_cell, np.cumsum(counts)[:-1]), counts)
+
 
 def _curves(matches: ExitMatches, condition: int, cells: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
     """Interpolated precision of the classes with objects, [R, classes]."""
@@ -405,25 +399,6 @@ def _curves(matches: ExitMatches, condition: int, cells: np.ndarray, weights: np
             position = np.searchsorted(true / objects, RECALLS, side="left")
             curves.append(np.append(envelope, 0.0)[position])
     return np.stack(curves, axis=1) if curves else np.zeros((len(RECALLS), 0))
-
-
-def _build_table(matches: ExitMatches, condition: int) -> _Table:
-    bounds, empty = [0], np.zeros(0, dtype=np.int64)
-    hit_cells, false_cells, slots = [empty], [empty], [empty]
-    for one in matches.classes:
-        cell, counts = one.photo * matches.exits + one.exit, one.rank < AP_DETECTIONS
-        hits = np.flatnonzero(one.hit[condition] & counts)
-        false = np.flatnonzero(~(one.hit[condition] | one.ignored[condition]) & counts)
-        slot = np.searchsorted(hits, false)
-        matters = slot < len(hits)
-        hit_cells.append(cell[hits])
-        false_cells.append(cell[false[matters]])
-        slots.append(bounds[-1] + slot[matters])
-        bounds.append(bounds[-1] + len(hits))
-    cells = np.concatenate(false_cells)
-    counts = np.bincount(cells, minlength=matches.photos * matches.exits)
-    by_cell = np.concatenate(slots)[np.argsort(cells, kind="stable")]
-    return _Table(np.concatenate(hit_cells), np.array(bounds), np.split(by_cell, np.cumsum(counts)[:-1]), counts)
 
 
 # What single photos win and lose at a score: hits, misses and false positives.
@@ -479,10 +454,8 @@ def photo_list(
     row_of = {image_id: row for row, image_id in enumerate(sorted(collected.image_ids))}
     rows = []
     for place, (image_id, taken) in enumerate(zip(collected.image_ids, chosen.tolist(), strict=True)):
-        hits, misses, false = (
-            values[row_of[image_id]].tolist() for values in (counts.hits, counts.misses, counts.false_positives)
-        )
-        confidence = float(collected.confidences[taken][place])
+        row, confidence = row_of[image_id], float(collected.confidences[taken][place])
+        hits, misses, false = (one[row].tolist() for one in (counts.hits, counts.misses, counts.false_positives))
         rows.append(
             {
                 "file": str(files(image_id)),
