@@ -28,14 +28,12 @@ import torch
 from fvcore.common.config import CfgNode
 from matplotlib.axes import Axes
 from PIL import Image
-from pycocotools.coco import COCO
 from torch import Tensor, nn
 
 from earlyexit_ssd.calibration.thresholds import cheapest_within, choose, learn_open_exits, open_sets, threshold_grid
 from earlyexit_ssd.config import CLOSED, load_config
 from earlyexit_ssd.evaluation.cost import PlainPath, Timing, time_modules
 from earlyexit_ssd.evaluation.matches import (
-    Detections,
     ExitMatches,
     ap_of_choice,
     bootstrap_choices,
@@ -123,17 +121,14 @@ def coin(matches: ExitMatches, choice: np.ndarray, costs: np.ndarray, seed: int 
     return Line(float(costs[choice].mean()), *values)
 
 
-def errors_against_labels(ground_truth: COCO, exits: Sequence[Detections], score: float, iou: float) -> np.ndarray:
+def errors_against_labels(matches: ExitMatches, score: float) -> np.ndarray:
     """Share of the answer that is wrong at every exit, [n, exits] in [0, 1]: (missed + false) / (objects + false).
 
     0 where a photo without objects has an empty answer.
     """
-    errors = []
-    for found in exits:
-        counts = photo_counts(ground_truth, found, score, iou)
-        wrong = counts.misses + counts.false_positives
-        errors.append(wrong / np.maximum(wrong + counts.hits, 1))
-    return np.stack(errors, axis=1)
+    counts = photo_counts(matches, score)
+    wrong = counts.misses + counts.false_positives
+    return wrong / np.maximum(wrong + counts.hits, 1)
 
 
 def oracle_choice(errors: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray:
@@ -400,8 +395,7 @@ class Split:
 
     @classmethod
     def of(cls, replay: Replay) -> Split:
-        found = replay.recording.detections
-        return cls(replay, errors_against_labels(replay.ground_truth, found, replay.score, replay.iou))
+        return cls(replay, errors_against_labels(replay.matches, replay.score))
 
     @property
     def matches(self) -> ExitMatches:

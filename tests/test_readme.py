@@ -2,12 +2,12 @@
 
 import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from earlyexit_ssd.config import get_cfg
+from earlyexit_ssd.evaluation.results import Results
 from earlyexit_ssd.evaluation.verdict import judge
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,7 +83,8 @@ def test_rivals_tables_are_what_was_measured(run):
 def test_stored_verdicts_are_today_s(path):
     """Those of before verdicts had marks ship what ships today, but for what no rival was held against."""
     metrics = json.loads(path.read_text(encoding="utf-8"))
-    stored, today = metrics["verdict"], asdict(judge(metrics, metrics["context"]["forced"]))
+    results = Results.from_json(metrics)
+    stored, today = metrics["verdict"], judge(results, results.context.forced).to_json()
     if "findings" in stored:
         assert stored == today
     else:

@@ -9,7 +9,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -26,11 +26,6 @@ from earlyexit_ssd.progress import progress
 EAGER, ONNX_RUNTIME = "eager", "onnxruntime"
 RUNTIME_TITLES = {EAGER: "eager PyTorch", ONNX_RUNTIME: "ONNX Runtime"}
 """Their names in configuration and metrics.json -> in tables and charts."""
-
-
-def runtime_of(metrics: Mapping[str, Any]) -> str:
-    """What the exits of a metrics.json were timed in; evaluations of before the rivals knew eager PyTorch alone."""
-    return metrics.get("context", {}).get("runtime", EAGER)
 
 
 def deploy_package(name: str) -> ModuleType:

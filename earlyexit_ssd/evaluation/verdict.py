@@ -1,17 +1,16 @@
 """The figures in plain words: are these exits worth shipping?
 
-The first question is whether the full path detects; where it does not, nothing else is said. Then each rule reads the
-metrics of `evaluate_exits` and says what it finds; add a rule by adding a function to `RULES`.
+The first question is whether the full path detects; where it does not, nothing else is said. Then each rule of `RULES`
+reads the results and says what it finds. What a rule says when, is in docs/metrics.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from earlyexit_ssd.config import CLOSED
-from earlyexit_ssd.evaluation.cost import runtime_of
+from earlyexit_ssd.evaluation.results import ExitResult, Finding, Results, RivalResult, RoutedResult, Verdict
 from earlyexit_ssd.routing.policies import reads_taps
 
 DETECTS_AP50 = 0.05
@@ -32,79 +31,71 @@ LARGEST_LOSS = 0.10
 AP50_TOLERANCE = 0.005
 """Half a point of AP50 is less than a few hundred photos can tell apart: no sign of a mistake, no reason for exits."""
 
-Metrics = Mapping[str, Any]
+Rule = Callable[[Results], Iterable[Finding]]
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One sentence of the verdict; with ``veto``, a reason not to ship the exits."""
+def judge(results: Results, forced: bool = False, rules: Sequence[Rule] | None = None) -> Verdict:
+    """Whether the full path detects; if it does, what the rules say.
 
-    line: str
-    veto: bool = False
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the rules found.
-
-    Attributes:
-        ship: no finding is a veto.
-        what: to ship: ``routed``, or the one exit that takes every photo (``exit8 alone``); None if not ``ship``.
-        findings: one sentence each.
+    Args:
+        results: their own verdict is not read.
+        forced: the run went on with --force past a gate that had failed: a veto, which the verdict says first.
+        rules: in the order of their lines; `RULES` by default.
     """
+    rules = RULES if rules is None else rules
+    if not results.context.labelled:
+        rules = (agrees_with_full, routing_is_faster)  # the others speak of accuracy
+    elif findings := list(full_path_detects(results)):
+        said = "; --force was used on the way" if forced else ""
+        return Verdict(False, None, (Finding(findings[0].line + said, veto=True),))
+    findings = [finding for rule in rules for finding in rule(results)]
+    if forced:
+        line = "--force was used: a gate failed on the way to these figures, and the run went on"
+        findings.insert(0, Finding(line, veto=True))
+    ship = not any(finding.veto for finding in findings)
+    one = exit_that_does(results)
+    return Verdict(ship, (f"{one} alone" if one else "routed") if ship else None, tuple(findings))
 
-    ship: bool
-    what: str | None
-    findings: list[Finding] = field(default_factory=list)
 
-    @property
-    def lines(self) -> list[str]:
-        """The sentences alone."""
-        return [finding.line for finding in self.findings]
-
-
-Rule = Callable[[Metrics], list[Finding]]
-
-
-def full_path_detects(metrics: Metrics) -> list[Finding]:
+def full_path_detects(results: Results) -> Iterator[Finding]:
     """The rule before all others: exits on a detector that does not detect are worth nothing."""
-    full = metrics["exits"][-1]
-    ap50, found = full["AP50"], full.get("found") or {}
+    ap50, boxes = results.full.ap50, results.full.found
     if ap50 is None:
-        return [Finding("AP50 is undefined, since the photos show no object to find: nothing can be said", veto=True)]
+        yield Finding("AP50 is undefined, since the photos show no object to find: nothing can be said", veto=True)
+        return
     signs = []
-    enough = found.get("boxes", 0) >= ENOUGH_BOXES
-    if enough and found["score_std"] < ALIKE * found["score_mean"]:
-        signs.append(f"its scores are all alike ({found['score_mean']:.3f} ± {found['score_std']:.3f})")
-    if enough and found["outside_share"] > 0.5:
-        signs.append(f"{found['outside_share']:.0%} of its boxes lie outside the photos")
-    if ap50 >= (DOUBTFUL_AP50 if signs else DETECTS_AP50):
-        return []
-    signs.insert(0, f"AP50 {ap50:.3f}" if found.get("boxes", 1) else f"AP50 {ap50:.3f}, without a single box")
-    fix = "train it, or look at its weights, classes and boxes, before anything is said of exits"
-    return [Finding(f"the full path does not detect ({'; '.join(signs)}): {fix}", veto=True)]
+    enough = boxes is not None and boxes.boxes >= ENOUGH_BOXES
+    if enough and boxes.score_std < ALIKE * boxes.score_mean:
+        signs.append(f"its scores are all alike ({boxes.score_mean:.3f} ± {boxes.score_std:.3f})")
+    if enough and boxes.outside_share > 0.5:
+        signs.append(f"{boxes.outside_share:.0%} of its boxes lie outside the photos")
+    if ap50 < (DOUBTFUL_AP50 if signs else DETECTS_AP50):
+        none = ", without a single box" if boxes is not None and not boxes.boxes else ""
+        fix = "train it, or look at its weights, classes and boxes, before anything is said of exits"
+        signs = "; ".join([f"AP50 {ap50:.3f}{none}", *signs])
+        yield Finding(f"the full path does not detect ({signs}): {fix}", veto=True)
 
 
-def exits_pass_their_gates(metrics: Metrics) -> list[Finding]:
+def exits_pass_their_gates(results: Results) -> Iterator[Finding]:
     """The first exit in use against 0.30 and 0.35 AP50, the deepest against the full path; on a checkpoint that was
     taken over as it is, both against that checkpoint on the same photos."""
-    if len(metrics["exits"]) < 2:
-        return [Finding("the model has no early exit: there is nothing to ship", veto=True)]
-    used = _exits_in_use(metrics)
-    if not used:
-        return [Finding("the early exits are empty: only photos that seem to show nothing leave there")]
-    first, deepest, full = used[0], used[-1], metrics["exits"][-1]["AP50"]
-    if first["AP50"] is None or deepest["AP50"] is None:
-        return [Finding(f"{first['name']}: AP50 is undefined, since the photos show no object to find", veto=True)]
-    findings = [_first_exit(first, full, metrics.get("context", {}).get("taken_over", False))]
-    if full and deepest["AP50"] < DEEPEST_SHARE * full:
-        share = f"{deepest['name']}: AP50 {deepest['AP50']:.3f} is {deepest['AP50'] / full:.1%} of the full path's"
-        findings.append(Finding(f"{share} {full:.3f}, under {DEEPEST_SHARE:.0%}: it needs more training", veto=True))
-    return findings
+    used, full = _exits_in_use(results), results.full.ap50
+    if not results.early:
+        yield Finding("the model has no early exit: there is nothing to ship", veto=True)
+    elif not used:
+        yield Finding("the early exits are empty: only photos that seem to show nothing leave there")
+    elif used[0].ap50 is None or used[-1].ap50 is None:
+        yield Finding(f"{used[0].name}: AP50 is undefined, since the photos show no object to find", veto=True)
+    else:
+        yield _first_exit(used[0], full, results.context.taken_over)
+        name, ap50 = used[-1].name, used[-1].ap50
+        if full and ap50 < DEEPEST_SHARE * full:
+            share = f"{name}: AP50 {ap50:.3f} is {ap50 / full:.1%} of the full path's {full:.3f}"
+            yield Finding(f"{share}, under {DEEPEST_SHARE:.0%}: it needs more training", veto=True)
 
 
-def _first_exit(first: Metrics, full: float | None, taken_over: bool) -> Finding:
-    ap50, figure = first["AP50"], f"{first['name']}: AP50 {first['AP50']:.3f}"
+def _first_exit(first: ExitResult, full: float | None, taken_over: bool) -> Finding:
+    ap50, figure = first.ap50, f"{first.name}: AP50 {first.ap50:.3f}"
     if taken_over and full:
         share = f"{figure} is {ap50 / full:.1%} of the {full:.3f} of the checkpoint taken over"
         if ap50 < FIRST_EXIT_SHARE * full:
@@ -117,172 +108,171 @@ def _first_exit(first: Metrics, full: float | None, taken_over: bool) -> Finding
     return Finding(f"{figure} is between {MOVE_DEEPER_AP50:.2f} and {WORTH_IT_AP50:.2f}: borderline")
 
 
-def exits_stay_below_full(metrics: Metrics) -> list[Finding]:
-    """An early exit that beats the full path shows a mistake (a spoilt full path, exits mixed up), unless the paired
-    interval of (full - exit) reaches above zero: then other photos might say otherwise, and it is no veto. Nor is it
-    where that exit takes every photo: nobody takes the full path then."""
-    *early, full = metrics["exits"]
-    if full["AP50"] is None:
-        return []
-    limit = full["AP50"] + AP50_TOLERANCE
-    findings = []
-    for one in early:
-        if one["AP50"] is None or one["AP50"] <= limit:
+def exits_stay_below_full(results: Results) -> Iterator[Finding]:
+    """An early exit that beats the full path shows a mistake: a spoilt full path, or exits mixed up.
+
+    It is no veto where the paired interval of (full - exit) reaches above zero, since other photos might say otherwise,
+    nor where that exit takes every photo, since nobody takes the full path then.
+    """
+    full = results.full
+    for one in results.early:
+        if full.ap50 is None or one.ap50 is None or one.ap50 <= full.ap50 + AP50_TOLERANCE:
             continue
-        figures = f"{one['name']}: AP50 {one['AP50']:.3f} is above {full['name']}'s {full['AP50']:.3f}"
-        if _within_noise(one):
-            findings.append(Finding(f"{figures}, but not clearly: with other photos it might not be"))
-        elif one["name"] == exit_that_does(metrics):
-            findings.append(Finding(f"{figures}: was the full path trained to its end?"))
+        figures = f"{one.name}: AP50 {one.ap50:.3f} is above {full.name}'s {full.ap50:.3f}"
+        difference = one.AP50_below_full_interval
+        if difference and difference[1] > 0:
+            yield Finding(f"{figures}, but not clearly: with other photos it might not be")
+        elif one.name == exit_that_does(results):
+            yield Finding(f"{figures}: was the full path trained to its end?")
         else:
             wrong = "something is wrong: was the full path trained to its end, and is it unchanged since?"
             unless = "If the exits have learnt from photos of a kind that it never saw, ship that exit alone"
-            findings.append(Finding(f"{figures}: {wrong} {unless}", veto=True))
-    return findings
+            yield Finding(f"{figures}: {wrong} {unless}", veto=True)
 
 
-def exits_save_time(metrics: Metrics) -> list[Finding]:
-    """Note the early exits that take as long as the whole detector without exits; no veto by itself."""
-    plain = metrics["without_exits"]["ms"]
-    return [
-        Finding(
-            f"{one['name']}: {one['ms']:.1f} ms, no less than the {plain:.1f} ms without exits:"
-            " leaving there saves nothing"
-        )
-        for one in _open_exits(metrics)
-        if one["ms"] >= plain
-    ]
+def exits_save_time(results: Results) -> Iterator[Finding]:
+    """Early exits that take as long as the whole detector without exits; no veto by itself."""
+    plain = results.without_exits.ms
+    for one in _open_exits(results):
+        if one.ms >= plain:
+            figures = f"{one.name}: {one.ms:.1f} ms, no less than the {plain:.1f} ms without exits"
+            yield Finding(f"{figures}: leaving there saves nothing")
 
 
-def routing_uses_exits(metrics: Metrics) -> list[Finding]:
+def routing_uses_exits(results: Results) -> Iterator[Finding]:
     """Where every photo takes one exit the router decides nothing: that exit alone is to be shipped, if it is good."""
-    only = _only_exit(metrics)
-    if only is None:
-        return []
-    if only == metrics["exits"][-1]["name"]:
-        return [Finding(_why_nobody_leaves(metrics), veto=True)]
-    if only == exit_that_does(metrics):
-        return [Finding(f"every image leaves at {only}: ship {only} alone, without the other branches and the router")]
+    only = _only_exit(results)
     fix = "change the thresholds (ROUTING.THRESHOLDS), or calibrate for another target"
-    return [Finding(f"every image leaves at {only}: routing collapsed; {fix}", veto=True)]
+    if only == results.full.name:
+        yield Finding(_why_nobody_leaves(results, fix), veto=True)
+    elif only and only == exit_that_does(results):
+        yield Finding(f"every image leaves at {only}: ship {only} alone, without the other branches and the router")
+    elif only:
+        yield Finding(f"every image leaves at {only}: routing collapsed; {fix}", veto=True)
 
 
-def _why_nobody_leaves(metrics: Metrics) -> str:
-    routed = metrics["routed"]
-    closed = routed.get("thresholds") and not _open_exits(metrics)
-    if closed and metrics.get("certificate"):
+def _why_nobody_leaves(results: Results, fix: str) -> str:
+    closed = results.routed.thresholds and not _open_exits(results)
+    if closed and results.certificate:
         return "the certificate opens no exit, every image takes the full path: allow a larger loss, or train the exits"
-    blind = all(one.get("empty") for one in metrics["exits"][:-1]) and not reads_taps(routed.get("policy"))
+    blind = all(one.empty for one in results.early) and not reads_taps(results.routed.policy)
     if closed:
         policy = " ROUTING.POLICY foreseen_emptiness" if blind else ""
         fix = f"open them with tools/calibrate.py (--ap-drop 0.01{policy}) and evaluate with its certificate"
         return f"every exit is closed until routing is calibrated, every image takes the full path: {fix}"
-    fix = "change the thresholds (ROUTING.THRESHOLDS), or calibrate for another target"
     if blind:
         fix = "let tools/calibrate.py fit a policy that foresees empty frames (ROUTING.POLICY foreseen_emptiness)"
-    return f"every image leaves at {metrics['exits'][-1]['name']}: routing collapsed; {fix}"
+    return f"every image leaves at {results.full.name}: routing collapsed; {fix}"
 
 
-def routing_is_faster(metrics: Metrics) -> list[Finding]:
+def routing_is_faster(results: Results) -> Iterator[Finding]:
     """The routed detector must take less time than the same detector without exits."""
-    speedup = metrics["routed"]["speedup"]
-    if speedup is None or _nobody_leaves(metrics):
-        return []
-    routed, plain = metrics["routed"]["ms"], metrics["without_exits"]["ms"]
-    times = f"{routed:.1f} ms routed against {plain:.1f} ms without exits, {speedup:.2f}x"
+    speedup, routed, plain = results.routed.speedup, results.routed.ms, results.without_exits
+    if speedup is None or _only_exit(results) == results.full.name:
+        return
+    times = f"{routed:.1f} ms routed against {plain.ms:.1f} ms without exits, {speedup:.2f}x"
+    low, high = plain.ms_interval
     if speedup <= 1.0:
-        return [Finding(f"no speed gain ({times}): do not ship exits", veto=True)]
-    low, high = metrics["without_exits"]["ms_interval"]
-    if routed >= low:
+        yield Finding(f"no speed gain ({times}): do not ship exits", veto=True)
+    elif routed >= low:
         noise = f"{times}, inside the interval {low:.1f} to {high:.1f} ms of the latter"
-        return [Finding(f"no clear speed gain ({noise}): do not ship exits", veto=True)]
-    return [Finding(f"routing is faster ({times})")]
+        yield Finding(f"no clear speed gain ({noise}): do not ship exits", veto=True)
+    else:
+        yield Finding(f"routing is faster ({times})")
 
 
-def promise_is_kept(metrics: Metrics) -> list[Finding]:
+def promise_is_kept(results: Results) -> Iterator[Finding]:
     """What the certificate was asked for, against what these photos say; what was not kept is a veto."""
-    promise = metrics.get("certificate")
-    if not promise:
-        return []
-    target, measured, interval = promise["target"], promise["measured"], promise["interval"]
-    value, kind = asked_value(target), target["kind"]
+    promise = results.certificate
+    if promise is None:
+        return
+    target, value, kind = promise.target, asked_value(promise.target), promise.target["kind"]
     figure = "{:.2f}x" if kind == "speedup" else "{:.4f}"
-    text = "undefined" if measured is None else figure.format(measured)
-    if interval:
-        text += " [{}, {}]".format(*map(figure.format, interval))
+    text = "undefined" if promise.measured is None else figure.format(promise.measured)
+    if promise.interval:
+        text += " [{}, {}]".format(*map(figure.format, promise.interval))
     score = f" at score {target['score']:g}" if target.get("score") is not None else ""
     asked, got = {
         "speedup": (f"a speed-up of {value:g}x", f"{text} is reached"),
         "ap_drop": (f"at most {value:g} AP50 lost", f"{text} is lost"),
         "risk": (f"at most {value:g} missed and added per photo{score}", f"{text} is missed and added"),
     }[kind]
-    sure = f" (delta {target['delta']:g})" if "delta" in target else ""
-    kept = bool(promise["kept"])
-    line = f"the certificate was asked for {asked}{sure}; on these photos {got}: {'kept' if kept else 'not kept'}"
-    return [Finding(line, veto=not kept)]
+    sure, kept = f" (delta {target['delta']:g})" if "delta" in target else "", "kept" if promise.kept else "not kept"
+    line = f"the certificate was asked for {asked}{sure}; on these photos {got}: {kept}"
+    yield Finding(line, veto=not promise.kept)
 
 
-def routing_keeps_accuracy(metrics: Metrics) -> list[Finding]:
-    """The routed detector may lose a tenth of the full path's AP50, the bargain that this project is after; where a
-    certificate names another loss, that one counts."""
-    full, routed = metrics["exits"][-1]["AP50"], metrics["routed"]["AP50"]
-    if not full or routed is None or _nobody_leaves(metrics):
-        return []
+def routing_keeps_accuracy(results: Results) -> Iterator[Finding]:
+    """The routed detector may lose a tenth of the full path's AP50; where a certificate names another loss, that one
+    counts."""
+    full, routed = results.full.ap50, results.routed.ap50
+    if not full or routed is None or _only_exit(results) == results.full.name:
+        return
+    figures = f"AP50 {routed:.3f} routed against {full:.3f}{_objects_found(results)}"
     lost = 1 - routed / full
-    figures = f"AP50 {routed:.3f} routed against {full:.3f}{_objects_found(metrics)}"
-    if _asked_for_ap(metrics):
-        return [Finding(f"accuracy: {figures}")]
-    if lost > LARGEST_LOSS:
+    if _asked_for_ap(results):
+        yield Finding(f"accuracy: {figures}")
+    elif lost > LARGEST_LOSS:
+        fix = "calibrate to lose less" if results.certificate else "raise ROUTING.THRESHOLDS, or calibrate"
         line = f"routing loses {lost:.0%} of the full path's AP50 ({figures}), more than {LARGEST_LOSS:.0%}"
-        fix = "calibrate to lose less" if metrics.get("certificate") else "raise ROUTING.THRESHOLDS, or calibrate"
-        return [Finding(f"{line}: {fix}", veto=True)]
-    return [Finding(f"routing keeps the accuracy ({figures})")]
+        yield Finding(f"{line}: {fix}", veto=True)
+    else:
+        yield Finding(f"routing keeps the accuracy ({figures})")
 
 
-def no_static_net_is_better(metrics: Metrics) -> list[Finding]:
+def _objects_found(results: Results) -> str:
+    """Objects found at the deployed score, by the full path and routed."""
+    full, missed = map(results.full.number, ("true_positives", "false_negatives"))
+    routed = results.routed.number("true_positives")
+    if full is None or routed is None:
+        return ""
+    score = "" if results.context.score is None else f"at score {results.context.score:g} "
+    return f"; {score}{full} of {full + missed} found by the full path, {routed} routed"
+
+
+def rivals_were_evaluated(results: Results) -> Iterator[Finding]:
+    """Without a rival nobody knows whether a smaller net is the better choice, so nothing is shipped."""
+    if results.early and not _comparable(results):
+        what = "could be compared with it" if results.rivals else "was evaluated beside it"
+        yield Finding(f"no static net {what} (EVAL.RIVALS): a smaller one may be the better choice", veto=True)
+
+
+def full_path_is_worth_having(results: Results) -> Iterator[Finding]:
+    """A rival that beats the detector without exits too: then the exits are not what to look at first; no veto."""
+    full, plain = results.full.ap50, results.without_exits.ms
+    better = [
+        one
+        for one in _comparable(results)
+        if full is not None and one.ap50 > full + AP50_TOLERANCE and one.ms_interval[1] < plain
+    ]
+    if better:
+        best = max(better, key=lambda one: one.ap50)
+        against = f"AP50 {best.ap50:.3f} against {full:.3f}, in {best.ms:.1f} ms against {plain:.1f}"
+        line = f"{best.name} has more AP50 than the detector without exits, in less time ({against})"
+        yield Finding(f"{line}: look at it first")
+
+
+def no_static_net_is_better(results: Results) -> Iterator[Finding]:
     """A rival that is at least as accurate and as fast, and clearly better in one of them, is what to ship."""
-    routed, comparable = metrics["routed"], _comparable(metrics)
-    if not comparable or routed["AP50"] is None or routed["ms"] is None:
-        return []
+    routed, comparable = results.routed, _comparable(results)
+    if not comparable or routed.ap50 is None or routed.ms is None:
+        return
     better = [one for one in comparable if _dominates(one, routed)]
     if better:
-        most = max(one["AP50"] for one in better)
-        best = min((one for one in better if one["AP50"] >= most - AP50_TOLERANCE), key=lambda one: one["ms"])
-        return [Finding(f"ship the small net: {_comparison(best, routed)}", veto=True)]
-    nearest = min(comparable, key=lambda one: _shortfall(one, routed))
-    return [Finding(f"no static net is better than routing; the nearest: {_comparison(nearest, routed)}")]
+        most = max(one.ap50 for one in better)
+        best = min((one for one in better if one.ap50 >= most - AP50_TOLERANCE), key=lambda one: one.ms)
+        yield Finding(f"ship the small net: {_comparison(best, routed)}", veto=True)
+    else:
+        nearest = min(comparable, key=lambda one: _shortfall(one, routed))
+        yield Finding(f"no static net is better than routing; the nearest: {_comparison(nearest, routed)}")
 
 
-def rivals_were_evaluated(metrics: Metrics) -> list[Finding]:
-    """Without a rival nobody knows whether a smaller net is the better choice, so nothing is shipped."""
-    if len(metrics["exits"]) < 2 or _comparable(metrics):
-        return []
-    what = "could be compared with it" if metrics.get("rivals") else "was evaluated beside it"
-    return [Finding(f"no static net {what} (EVAL.RIVALS): a smaller one may be the better choice", veto=True)]
-
-
-def full_path_is_worth_having(metrics: Metrics) -> list[Finding]:
-    """A rival that beats the detector without exits too: then the exits are not what to look at first; no veto."""
-    full, plain = metrics["exits"][-1], metrics["without_exits"]
-    if full["AP50"] is None:
-        return []
-    more = [one for one in _comparable(metrics) if one["AP50"] > full["AP50"] + AP50_TOLERANCE]
-    better = [one for one in more if one["ms_interval"][1] < plain["ms"]]
-    if not better:
-        return []
-    best = max(better, key=lambda one: one["AP50"])
-    against = f"AP50 {best['AP50']:.3f} against {full['AP50']:.3f}, in {best['ms']:.1f} ms against {plain['ms']:.1f}"
-    line = f"{best['name']} has more AP50 than the detector without exits, in less time ({against})"
-    return [Finding(f"{line}: look at it first")]
-
-
-def rivals_share_the_runtime(metrics: Metrics) -> list[Finding]:
+def rivals_share_the_runtime(results: Results) -> Iterator[Finding]:
     """Milliseconds of two runtimes say nothing about two networks."""
-    others = [one["name"] for one in metrics.get("rivals", []) if one["runtime"] != runtime_of(metrics)]
-    if not others:
-        return []
-    line = f"{', '.join(others)}: timed in ONNX Runtime, the exits in eager PyTorch, so their ms are not compared"
-    return [Finding(f"{line}; set EVAL.RUNTIME to onnxruntime")]
+    others = [one.name for one in results.rivals if one.runtime != results.context.runtime]
+    if others:
+        line = "timed in ONNX Runtime, the exits in eager PyTorch, so their ms are not compared"
+        yield Finding(f"{', '.join(others)}: {line}; set EVAL.RUNTIME to onnxruntime")
 
 
 RULES: tuple[Rule, ...] = (
@@ -300,37 +290,12 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def agrees_with_full(metrics: Metrics) -> list[Finding]:
+def agrees_with_full(results: Results) -> Iterator[Finding]:
     """On photos that nobody labelled: how far routing says what the full path says, right or wrong."""
-    routed = metrics["routed"]
-    kept, lost, added = (routed[key] for key in ("true_positives", "false_negatives", "false_positives"))
+    kept, lost, added = map(results.routed.number, ("true_positives", "false_negatives", "false_positives"))
     figures = f"routing keeps {kept} of the {kept + lost} objects that the full path finds and adds {added}"
     line = f"nobody labelled these photos: {figures}; how accurate either is they cannot say"
-    return [Finding(line, veto=True)]
-
-
-def judge(metrics: Metrics, forced: bool = False, rules: Sequence[Rule] = RULES) -> Verdict:
-    """Whether the full path detects; if it does, what the rules say to the metrics of `evaluate_exits`.
-
-    Args:
-        metrics: with the keys ``exits``, ``without_exits`` and ``routed``, and where there are some ``rivals`` and
-            ``certificate``.
-        forced: the run went on with --force past a gate that had failed: a veto, which the verdict says first.
-        rules: the rules, in the order of their lines.
-    """
-    if not metrics.get("context", {}).get("labelled", True):
-        rules = (agrees_with_full, routing_is_faster)  # the others speak of accuracy
-    elif findings := full_path_detects(metrics):
-        said = "; --force was used on the way" if forced else ""
-        return Verdict(False, None, [Finding(findings[0].line + said, veto=True)])
-    findings = [finding for rule in rules for finding in rule(metrics)]
-    if forced:
-        line = "--force was used: a gate failed on the way to these figures, and the run went on"
-        findings.insert(0, Finding(line, veto=True))
-    if any(finding.veto for finding in findings):
-        return Verdict(False, None, findings)
-    one = exit_that_does(metrics)
-    return Verdict(True, f"{one} alone" if one else "routed", findings)
+    yield Finding(line, veto=True)
 
 
 def asked_value(target: Mapping[str, Any]) -> float:
@@ -338,93 +303,65 @@ def asked_value(target: Mapping[str, Any]) -> float:
     return target["value"] if "value" in target else target["epsilon"]
 
 
-def exit_that_does(metrics: Metrics) -> str | None:
+def exit_that_does(results: Results) -> str | None:
     """The early exit that takes every photo, keeps the accuracy and is clearly faster than the detector without exits;
     None where there is none."""
-    only, routed, full = _only_exit(metrics), metrics["routed"], metrics["exits"][-1]
-    if only in (None, full["name"]) or routed.get("hybrid") or routed["AP50"] is None or routed["speedup"] is None:
+    only, routed, full = _only_exit(results), results.routed, results.full
+    if only in (None, full.name) or routed.hybrid or routed.ap50 is None or routed.speedup is None:
         return None
-    if _asked_for_ap(metrics):
-        keeps = metrics["certificate"]["kept"]
+    if _asked_for_ap(results):
+        keeps = results.certificate.kept
     else:
-        keeps = routed["AP50"] >= (1 - LARGEST_LOSS) * (full["AP50"] or 0.0)
-    faster = routed["speedup"] > 1 and routed["ms"] < metrics["without_exits"]["ms_interval"][0]
+        keeps = routed.ap50 >= (1 - LARGEST_LOSS) * (full.ap50 or 0.0)
+    faster = routed.speedup > 1 and routed.ms < results.without_exits.ms_interval[0]
     return only if keeps and faster else None
 
 
-def _only_exit(metrics: Metrics) -> str | None:
-    """The exit that every photo takes."""
-    share = metrics["routed"]["exit_share"]
+def _only_exit(results: Results) -> str | None:
+    """The exit that every photo takes; None where there is no early exit."""
+    share = results.routed.exit_share
     return next((name for name, value in share.items() if value == 1.0), None) if len(share) > 1 else None
 
 
-def _nobody_leaves(metrics: Metrics) -> bool:
-    return _only_exit(metrics) == metrics["exits"][-1]["name"]
+def _asked_for_ap(results: Results) -> bool:
+    return results.certificate is not None and results.certificate.target["kind"] == "ap_drop"
 
 
-def _asked_for_ap(metrics: Metrics) -> bool:
-    promise = metrics.get("certificate")
-    return bool(promise) and promise["target"]["kind"] == "ap_drop"
-
-
-def _open_exits(metrics: Metrics) -> list[Metrics]:
+def _open_exits(results: Results) -> list[ExitResult]:
     """The early exits where photos may leave."""
-    early = metrics["exits"][:-1]
-    thresholds = metrics["routed"].get("thresholds") or [0.0] * len(early)
-    return [one for one, threshold in zip(early, thresholds, strict=True) if threshold < CLOSED]
+    thresholds = results.routed.thresholds or [0.0] * len(results.early)
+    return [one for one, threshold in zip(results.early, thresholds, strict=True) if threshold < CLOSED]
 
 
-def _exits_in_use(metrics: Metrics) -> list[Metrics]:
+def _exits_in_use(results: Results) -> list[ExitResult]:
     """The exits with a branch whose accuracy counts: the one that does for all, else the open ones, else all."""
-    one = exit_that_does(metrics)
-    candidates = [row for row in metrics["exits"][:-1] if row["name"] == one] or _open_exits(metrics)
-    return [row for row in candidates or metrics["exits"][:-1] if not row.get("empty")]
+    only = [one for one in results.early if one.name == exit_that_does(results)]
+    return [one for one in only or _open_exits(results) or results.early if not one.empty]
 
 
-def _objects_found(metrics: Metrics) -> str:
-    """Objects found at the deployed score, by the full path and routed."""
-    full, routed = metrics["exits"][-1], metrics["routed"]
-    if "true_positives" not in full or "true_positives" not in routed:
-        return ""
-    objects = full["true_positives"] + full["false_negatives"]
-    score = f"at score {metrics['context']['score']:g} " if "score" in metrics.get("context", {}) else ""
-    found = f"{full['true_positives']} of {objects} found by the full path, {routed['true_positives']} routed"
-    return f"; {score}{found}"
-
-
-def _within_noise(one: Mapping[str, Any]) -> bool:
-    """Whether the paired interval of (full - exit) reaches above zero."""
-    below_full = one.get("AP50_below_full_interval")
-    return bool(below_full and below_full[1] > 0)
-
-
-def _comparable(metrics: Metrics) -> list[Metrics]:
+def _comparable(results: Results) -> list[RivalResult]:
     """The rivals that were timed in the exits' runtime and have an AP50; not the exit that is to be shipped itself."""
-    runtime, itself = runtime_of(metrics), f"{exit_that_does(metrics)} alone"
-    return [
-        one
-        for one in metrics.get("rivals", [])
-        if one["AP50"] is not None and one["runtime"] == runtime and one["name"] != itself
-    ]
+    itself = f"{exit_that_does(results)} alone"
+    same = [one for one in results.rivals if one.runtime == results.context.runtime]
+    return [one for one in same if one.ap50 is not None and one.name != itself]
 
 
-def _dominates(rival: Metrics, routed: Metrics) -> bool:
+def _dominates(rival: RivalResult, routed: RoutedResult) -> bool:
     """In neither figure worse (AP50 within the tolerance), and in one of them better by more than its interval."""
-    if rival["AP50"] < routed["AP50"] - AP50_TOLERANCE or rival["ms"] > routed["ms"]:
+    if rival.ap50 < routed.ap50 - AP50_TOLERANCE or rival.ms > routed.ms:
         return False
-    difference = rival["routed_minus_rival_AP50_interval"]
-    return rival["ms_interval"][1] < routed["ms"] or (difference is not None and difference[1] < 0)
+    difference = rival.routed_minus_rival_AP50_interval
+    return rival.ms_interval[1] < routed.ms or (difference is not None and difference[1] < 0)
 
 
-def _shortfall(rival: Metrics, routed: Metrics) -> float:
+def _shortfall(rival: RivalResult, routed: RoutedResult) -> float:
     """What the rival lacks, as shares of the routed detector's figures; 0 where it lacks nothing."""
-    accuracy = 1 - rival["AP50"] / routed["AP50"] if routed["AP50"] else 0.0
-    return max(accuracy, 0.0) + max(rival["ms"] / routed["ms"] - 1, 0.0)
+    accuracy = 1 - rival.ap50 / routed.ap50 if routed.ap50 else 0.0
+    return max(accuracy, 0.0) + max(rival.ms / routed.ms - 1, 0.0)
 
 
-def _comparison(rival: Metrics, routed: Metrics) -> str:
+def _comparison(rival: RivalResult, routed: RoutedResult) -> str:
     return (
-        f"{rival['name']} has AP50 {rival['AP50']:.3f} against {routed['AP50']:.3f} routed, in {rival['ms']:.1f} ms"
-        f" against {routed['ms']:.1f} ({rival['AP50'] - routed['AP50']:+.3f} AP50,"
-        f" {rival['ms'] / routed['ms'] - 1:+.0%} time)"
+        f"{rival.name} has AP50 {rival.ap50:.3f} against {routed.ap50:.3f} routed, in {rival.ms:.1f} ms against "
+        f"{routed.ms:.1f} ({rival.ap50 - routed.ap50:+.3f} AP50, {rival.ms / routed.ms - 1:+.0%} time)"
     )

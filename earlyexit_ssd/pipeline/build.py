@@ -14,7 +14,7 @@ from torchvision.models import MobileNet_V3_Large_Weights
 from earlyexit_ssd.data.dataset import class_names
 from earlyexit_ssd.errors import ConfigError, EarlyExitError, nearest
 from earlyexit_ssd.evaluation.cost import EAGER
-from earlyexit_ssd.evaluation.results import EvaluationSettings
+from earlyexit_ssd.evaluation.metrics import EvaluationSettings
 from earlyexit_ssd.modeling import (
     COCO_CLASSES,
     Architecture,

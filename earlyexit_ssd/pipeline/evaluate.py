@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,7 @@ from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset, to_
 from earlyexit_ssd.data.dataset import photo_hashes
 from earlyexit_ssd.errors import ConfigError, EarlyExitError
 from earlyexit_ssd.evaluation.cost import EAGER, PlainPath, count_mmacs, deploy_package, example_input
-from earlyexit_ssd.evaluation.matches import photo_list
-from earlyexit_ssd.evaluation.onnx import OnnxDetector, count_onnx_mmacs
-from earlyexit_ssd.evaluation.outputs import Collected, choose_exits, collect
-from earlyexit_ssd.evaluation.results import (
+from earlyexit_ssd.evaluation.evaluate import (
     CUT_HEAD,
     ONNX,
     PLAIN,
@@ -33,6 +31,10 @@ from earlyexit_ssd.evaluation.results import (
     evaluate_exits,
     exits_alone,
 )
+from earlyexit_ssd.evaluation.matches import photo_list
+from earlyexit_ssd.evaluation.onnx import OnnxDetector, count_onnx_mmacs
+from earlyexit_ssd.evaluation.outputs import Collected, collect
+from earlyexit_ssd.evaluation.results import DriftResult, Results
 from earlyexit_ssd.files import locks_folder, sha256
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, PathToExit, load_model
 from earlyexit_ssd.modeling.heads import is_folded
@@ -93,21 +95,16 @@ def _check_operating_point(cfg: CfgNode, certificate: Certificate, source: str |
     logger.warning(text)
 
 
-def drift_of(certificate: Certificate, collected: Collected, chosen: list[int]) -> dict[str, Any]:
+def drift_of(certificate: Certificate, collected: Collected, chosen: list[int]) -> DriftResult:
     """Whether the photos look like those of calibration, all at once where they are few; warnings are logged too.
 
     Args:
         chosen: the exit of every photo, in the order of ``collected``.
-
-    Returns:
-        ``window`` (photos compared at a time), ``warnings`` (one line per cause, of all checks) and the last
-        ``shares`` of the exits beside ``calibration_shares``.
     """
     monitor = DriftMonitor(certificate.drift_reference(), min(WINDOW, max(1, len(chosen))))
     confidences = [float(collected.confidences[exit_index][photo]) for photo, exit_index in enumerate(chosen)]
-    warnings = monitor.update(chosen, confidences)
-    shares = {key: value for key, value in monitor.status().items() if key.endswith("shares")}
-    return {"window": monitor.window, "warnings": warnings, **shares}
+    warnings, status = monitor.update(chosen, confidences), monitor.status()
+    return DriftResult(monitor.window, warnings, status["shares"], status["calibration_shares"])
 
 
 # The rivals that EVAL.RIVALS asks for: plain nets, single exits, exported detectors.
@@ -227,7 +224,7 @@ def _short(path: str) -> str:
 
 
 @locks_folder("out_dir")
-def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> dict[str, Any]:
+def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> Results:
     """Evaluate on DATA.TEST and write metrics.json, table, photos.csv, charts and pictures into ``out_dir``.
 
     Args:
@@ -261,7 +258,7 @@ def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str |
         cfg.EVAL.RIVALS.ENABLED and dataset.labelled and not router.hybrid
     ):  # a hybrid's exits have the full path's boxes
         rivals = [*exits_alone(model, collected), *rivals]
-    metrics = evaluate_exits(
+    evaluation = evaluate_exits(
         model,
         loader,
         ground_truth,
@@ -275,17 +272,16 @@ def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str |
         taken_over=info.get("taken_over", takes_over(cfg)),
         labelled=dataset.labelled,
     )
-    metrics["context"]["weights_sha256"] = sha256(weights)
-    taken = choose_exits(collected.confidences, router.thresholds.tolist())
-    photos = photo_list(ground_truth, collected, taken, model.exit_names, dataset.paths, cfg.EVAL.SCORE, cfg.EVAL.IOU)
-    chosen = taken.tolist()
+    results, chosen = evaluation.results, evaluation.chosen.tolist()
+    results = replace(results, context=replace(results.context, weights_sha256=sha256(weights)))
     if certificate is not None:
-        metrics["drift"] = drift_of(certificate, collected, chosen)
+        results = replace(results, drift=drift_of(certificate, collected, chosen))
+    photos = photo_list(evaluation.counts, collected, evaluation.chosen, model.exit_names, dataset.paths)
     pictures = {}
     if cfg.EVAL.PICTURES:
         pictures["detections"] = _detection_picture(cfg, model, dataset, collected, chosen)
-    write_results(Path(out_dir), metrics, pictures, photos)
-    return metrics
+    write_results(Path(out_dir), results, pictures, photos)
+    return results
 
 
 def _warn_of_differences(cfg: CfgNode, architecture: Architecture) -> None:

@@ -50,8 +50,9 @@ from earlyexit_ssd.evaluation.matches import (
     as_ground_truth,
     exit_matches,
     losses_against_full,
-    losses_against_labels,
+    photo_counts,
 )
+from earlyexit_ssd.evaluation.metrics import EvaluationSettings
 from earlyexit_ssd.evaluation.outputs import Recording, record
 from earlyexit_ssd.files import make_folder
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite
@@ -90,7 +91,7 @@ class Replay:
     @functools.cached_property
     def matches(self) -> ExitMatches:
         """Every exit's matches with the objects, for AP of any choice."""
-        return exit_matches(self.ground_truth, self.recording.detections)
+        return exit_matches(self.ground_truth, self.recording.detections, self.iou)
 
     def ap50_of(self, choices: np.ndarray, title: str) -> np.ndarray:
         """[M]: AP50 of each choice of exits [M, n]; 0 without an object. ``title`` is the progress bar's."""
@@ -100,8 +101,11 @@ class Replay:
     def losses(self, reference: str) -> np.ndarray:
         """Per photo and exit, [n, exits], against what the ``full`` path says or against the ``labels``."""
         if reference not in self._losses:
-            measure = {"full": losses_against_full, "labels": losses_against_labels}[reference]
-            self._losses[reference] = measure(self.ground_truth, self.recording.detections, self.score, self.iou)
+            if reference == "labels":
+                losses = photo_counts(self.matches, self.score).losses_against_labels()
+            else:
+                losses = losses_against_full(self.ground_truth, self.recording.detections, self.score, self.iou)
+            self._losses[reference] = losses
         return self._losses[reference]
 
     def agreement(self, choice: np.ndarray) -> Agreement:

@@ -22,9 +22,11 @@ from fvcore.common.config import CfgNode
 from earlyexit_ssd.config import get_cfg
 from earlyexit_ssd.data import DetectionDataset, build_loader, to_coco
 from earlyexit_ssd.errors import EarlyExitError, shown
-from earlyexit_ssd.evaluation.matches import Detections, coco_evaluation, summarize
+from earlyexit_ssd.evaluation.evaluate import evaluate_detections
+from earlyexit_ssd.evaluation.matches import Detections, ap_of_choice, exit_matches
+from earlyexit_ssd.evaluation.metrics import EvaluationSettings
 from earlyexit_ssd.evaluation.outputs import choose_exits, collect, collect_detections, exit_share
-from earlyexit_ssd.evaluation.results import EvaluationSettings, evaluate_detections
+from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
 from earlyexit_ssd.files import make_folder, write_json, write_text, writing
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite
 from earlyexit_ssd.pipeline.gates import Gate
@@ -234,7 +236,8 @@ class SplitQuality:
         return point | {f"{key}/{name}": value for key, values in named.items() for name, value in values.items()}
 
     def _ap(self, name: str, found: Detections) -> dict[str, float | None]:
-        figures = summarize(coco_evaluation(self._ground_truth, found))
+        matches = exit_matches(self._ground_truth, [found])
+        figures = ap_of_choice(matches, np.zeros(matches.photos, np.int64))
         return {f"AP/{name}": figures.AP, f"AP50/{name}": figures.AP50}
 
 

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
@@ -16,6 +15,7 @@ from earlyexit_ssd.data import catalog, load_dataset, repeat_rare_classes, requi
 from earlyexit_ssd.engine import read_log
 from earlyexit_ssd.engine.processes import barrier, is_main, process_group, world_size
 from earlyexit_ssd.errors import ConfigError
+from earlyexit_ssd.evaluation.results import Results
 from earlyexit_ssd.files import locked_folder, write_bytes, write_image
 from earlyexit_ssd.modeling import load_model, save_model
 from earlyexit_ssd.modeling.retrofit import load_every_key, require_weights
@@ -91,7 +91,7 @@ def _check_names(cfg: CfgNode) -> None:
             )
 
 
-def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> dict[str, Any]:
+def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> Results | None:
     """Run the phases of the configuration, then evaluate on the test split.
 
     Args:
@@ -100,7 +100,7 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> dict[str, 
         force: go on past a failed gate; every later report says so.
 
     Returns:
-        the metrics that are in metrics.json; empty on processes other than the first.
+        what is in metrics.json; None on processes other than the first.
 
     Raises:
         EarlyExitError: unusable settings, data or weights, or a training that diverged.
@@ -122,7 +122,7 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> dict[str, 
         for phase in cfg.PHASES:
             _run_phase(run, phase, force)
         if not is_main():
-            return {}
+            return None
         write_bytes(folder.model, (folder.phase(cfg.PHASES[-1]) / "model.pth").read_bytes())
         return evaluate_model(run.cfg, folder.model, folder.root)
 

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from earlyexit_ssd.evaluation.cost import RUNTIME_TITLES
+from earlyexit_ssd.evaluation.results import Interval, Results
 from earlyexit_ssd.report.pictures import make_drawable, place_labels
-from earlyexit_ssd.report.tables import Row, exit_rows, static_rows, timing_title, with_branches
+from earlyexit_ssd.report.tables import Row, data_title, exit_rows, static_rows, timing_title
 
 EXITS, ROUTED, PLAIN = "#2b6cb0", "#dd6b20", "#4a5568"
 
@@ -40,55 +41,39 @@ def draw_charts(
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def accuracy_against_time(metrics: Mapping[str, Any]) -> Image.Image:
+def accuracy_against_time(results: Results) -> Image.Image:
     """AP50 against milliseconds; bars are 95 % intervals, undefined points are left out."""
-    return draw_chart(lambda axes: _draw_accuracy(axes, metrics))
+    return draw_chart(lambda axes: _draw_accuracy(axes, results))
 
 
-def _draw_accuracy(axes: Axes, metrics: Mapping[str, Any]) -> None:
-    exits, plain, routed = metrics["exits"], metrics["without_exits"], metrics["routed"]
-    defined = [one for one in with_branches(exits) if one["AP50"] is not None]
-    times, values = [one["ms"] for one in defined], [one["AP50"] for one in defined]
-    axes.plot(times, values, color=EXITS, alpha=0.35, zorder=1)
-    for one in defined:
-        _point(axes, one, one["name"], EXITS, "o")
-    _point(axes, {**exits[-1], **plain}, "without exits", PLAIN, "s", above=True)
-    _point(axes, routed, "routed", ROUTED, "D", above=True)
-    _label(axes, metrics)
+def _draw_accuracy(axes: Axes, results: Results) -> None:
+    *exits, routed = exit_rows(results)
+    exits = _with_branches(exits)
+    line = _points(exits, "AP50", "ms")
+    axes.plot([x for x, _ in line], [y for _, y in line], color=EXITS, alpha=0.35, zorder=1)
+    for one in exits:
+        _point(axes, one, EXITS, "o")
+    _point(axes, static_rows(results)[0], PLAIN, "s", above=True)
+    _point(axes, routed, ROUTED, "D", above=True)
+    axes.set_xlabel(f"ms per image ({timing_title(results)})")
+    axes.set_ylabel("AP50")
+    axes.set_title(data_title(results), loc="left")
+    axes.set_title("bars: 95 % intervals", loc="right", fontsize=9, color="#718096")
 
 
-def _point(axes: Axes, row: Mapping[str, Any], label: str, color: str, marker: str, above: bool = False) -> None:
+def _point(axes: Axes, row: Row, color: str, marker: str, above: bool = False) -> None:
     """A marker with its bars; the exits' curve rises, so above to the left and below to the right are free."""
-    if row["AP50"] is None or row["ms"] is None:
-        return
-    x, y = row["ms"], row["AP50"]
-    axes.errorbar(
-        x,
-        y,
-        xerr=_bars(x, row.get("ms_interval")),
-        yerr=_bars(y, row.get("AP50_interval")),
-        fmt=marker,
-        color=color,
-        markersize=8,
-        elinewidth=1.2,
-        capsize=3,
-        zorder=2,
-    )
-    offset, horizontal, vertical = ((-8, 7), "right", "bottom") if above else ((8, -7), "left", "top")
-    place = {"textcoords": "offset points", "ha": horizontal, "va": vertical}
-    axes.annotate(f"{label}  {y:.3f}", (x, y), offset, color=color, **place)
+    for x, y in _points([row], "AP50", "ms"):
+        bars = {"xerr": _bars(x, row.ms_interval), "yerr": _bars(y, row.figures.get("AP50_interval"))}
+        axes.errorbar(x, y, **bars, fmt=marker, color=color, markersize=8, elinewidth=1.2, capsize=3, zorder=2)
+        offset, horizontal, vertical = ((-8, 7), "right", "bottom") if above else ((8, -7), "left", "top")
+        place = {"textcoords": "offset points", "ha": horizontal, "va": vertical}
+        axes.annotate(f"{row.name}  {y:.3f}", (x, y), offset, color=color, **place)
 
 
-def _bars(value: float, interval: list[float] | None) -> list[list[float]] | None:
+def _bars(value: float, interval: Interval) -> list[list[float]] | None:
     """Lengths below and above ``value``; a percentile interval may miss the value itself."""
     return [[max(value - interval[0], 0.0)], [max(interval[1] - value, 0.0)]] if interval else None
-
-
-def _label(axes: Axes, metrics: Mapping[str, Any]) -> None:
-    axes.set_xlabel(f"ms per image ({timing_title(metrics)})")
-    axes.set_ylabel("AP50")
-    axes.set_title(data_title(metrics), loc="left")
-    axes.set_title("bars: 95 % intervals", loc="right", fontsize=9, color="#718096")
 
 
 def training_curves(phases: Mapping[str, Sequence[Mapping[str, Any]]]) -> Image.Image | None:
@@ -137,85 +122,75 @@ _CURVES = {"AP50": "AP50", "share": "share of photos", "temperature": "temperatu
 _ABOVE = {"textcoords": "offset points", "fontsize": 9, "color": PLAIN}
 
 
-def data_title(metrics: Mapping[str, Any]) -> str:
-    """What was evaluated."""
-    context = metrics["context"]
-    return f"{', '.join(context['splits']) or 'unnamed data'}: {context['images']} photos"
-
-
 # The chart of exits and static rivals: accuracy against time and against operations.
 
 STYLES = {
+    "exit": (EXITS, "o"),
+    "routed": (ROUTED, "D"),
     "single_exit": ("#00838f", "v"),
     "plain": (PLAIN, "s"),
     "cut_head": ("#8d6e63", "p"),
     "onnx": ("#805ad5", "^"),
 }
-"""Kinds of rivals -> colour and marker."""
+"""Kinds of rows -> colour and marker."""
 
 
-def accuracy_against_cost(metrics: Mapping[str, Any]) -> Image.Image:
+def accuracy_against_cost(results: Results) -> Image.Image:
     """AP and AP50 (rows) against milliseconds and MMACs (columns); undefined points are left out.
 
     What was timed in another runtime than the exits has a hollow marker in the column of milliseconds.
     """
-    return draw_charts(lambda axes: _draw(axes, metrics), 2, 2, (13, 9))
+    return draw_charts(lambda axes: _draw_cost(axes, results), 2, 2, (13, 9))
 
 
-def _draw(all_axes: np.ndarray, metrics: Mapping[str, Any]) -> None:
-    for axes, quality in zip(all_axes, ("AP", "AP50"), strict=True):
-        axes[0].set_ylabel(quality)
-        for one, cost in zip(axes, ("ms", "mmacs"), strict=True):
-            _draw_points(one, metrics, quality, cost)
-    for axes, title in zip(all_axes[-1], (f"ms per image ({timing_title(metrics)})", "MMAC per image"), strict=True):
+def _draw_cost(all_axes: np.ndarray, results: Results) -> None:
+    rows = _with_branches([*exit_rows(results), *static_rows(results)])
+    panels = [
+        (all_axes[row, column], rows, quality, cost)
+        for row, quality in enumerate(("AP", "AP50"))
+        for column, cost in enumerate(("ms", "mmacs"))
+    ]
+    for panel in panels:
+        _draw_points(*panel)
+    for axes, title in zip(all_axes[-1], (f"ms per image ({timing_title(results)})", "MMAC per image"), strict=True):
         axes.set_xlabel(title)
-    all_axes[0, 0].set_title(data_title(metrics), loc="left")
+    for axes, title in zip(all_axes[:, 0], ("AP", "AP50"), strict=True):
+        axes.set_ylabel(title)
+    all_axes[0, 0].set_title(data_title(results), loc="left")
     make_drawable(all_axes[0, 0].figure)
     all_axes[0, 0].figure.draw_without_rendering()  # now it is settled where points are
-    for axes, quality in zip(all_axes, ("AP", "AP50"), strict=True):
-        for one, cost in zip(axes, ("ms", "mmacs"), strict=True):
-            _name_points(one, metrics, quality, cost)
+    for panel in panels:
+        _name_points(*panel)
 
 
-def _draw_points(axes: Axes, metrics: Mapping[str, Any], quality: str, cost: str) -> None:
-    families = [(_family(metrics, kind, cost), STYLES[kind][0]) for kind in ("plain", "cut_head")]
-    for rows, color in ((with_branches(metrics["exits"]), EXITS), *families):
-        line = _points(rows, quality, cost)
-        axes.plot([x for x, _ in line], [y for _, y in line], color=color, alpha=0.3, zorder=1)
-    for row, color, marker in _styled(metrics):
+def _draw_points(axes: Axes, rows: Sequence[Row], quality: str, cost: str) -> None:
+    for kind in ("exit", "plain", "cut_head"):  # a line joins one network at several costs: no other file's
+        family = [row for row in rows if row.kind == kind and row.source is None]
+        line = _points(family if kind == "exit" else sorted(family, key=lambda row: row.number(cost)), quality, cost)
+        axes.plot([x for x, _ in line], [y for _, y in line], color=STYLES[kind][0], alpha=0.3, zorder=1)
+    for row in rows:
+        color, marker = STYLES[row.kind]
         for x, y in _points([row], quality, cost):
-            filled = cost != "ms" or not row.get("other_runtime")
+            filled = cost != "ms" or not row.other_runtime
             axes.plot(x, y, marker, color=color, markersize=8, markerfacecolor=color if filled else "white", zorder=2)
     axes.margins(0.12)
 
 
-def _name_points(axes: Axes, metrics: Mapping[str, Any], quality: str, cost: str) -> None:
+def _name_points(axes: Axes, rows: Sequence[Row], quality: str, cost: str) -> None:
     """After all points of the row and column, which share their scales."""
-    named = [(row, color) for row, color, _ in _styled(metrics) if _points([row], quality, cost)]
-    texts = [_name(row, cost) for row, _ in named]
-    place_labels(axes, _points([row for row, _ in named], quality, cost), texts, [color for _, color in named])
+    named = [row for row in rows if _points([row], quality, cost)]
+    texts = [f"{row.name} ({row.other_runtime})" if cost == "ms" and row.other_runtime else row.name for row in named]
+    place_labels(axes, _points(named, quality, cost), texts, [STYLES[row.kind][0] for row in named])
 
 
-def _styled(metrics: Mapping[str, Any]) -> list[tuple[Row, str, str]]:
-    """Rows with colour and marker."""
-    *exits, routed = exit_rows(metrics)
-    ours = [*((row, EXITS, "o") for row in with_branches(exits)), (routed, ROUTED, "D")]
-    return [*ours, *((row, *STYLES[row.get("kind", "plain")]) for row in static_rows(metrics))]
+def _with_branches(rows: Sequence[Row]) -> list[Row]:
+    """The rows without empty exits, which have no accuracy to draw."""
+    return [row for row in rows if not row.empty]
 
 
 def _points(rows: Sequence[Row], quality: str, cost: str) -> list[tuple[float, float]]:
-    return [(row[cost], row[quality]) for row in rows if row[cost] is not None and row[quality] is not None]
-
-
-def _family(metrics: Mapping[str, Any], kind: str, cost: str) -> list[Row]:
-    """One network at several sizes, which a line may join: no other file's."""
-    rows = (row for row in static_rows(metrics) if row.get("kind", "plain") == kind and row.get("source") is None)
-    return sorted(rows, key=lambda row: row[cost])
-
-
-def _name(row: Row, cost: str) -> str:
-    other = row.get("other_runtime") if cost == "ms" else None
-    return f"{row['name']} ({other})" if other else row["name"]
+    points = [(row.number(cost), row.number(quality)) for row in rows]
+    return [point for point in points if None not in point]
 
 
 # The placement advisor's findings as a table and a chart.

@@ -16,6 +16,7 @@ from PIL import Image
 from earlyexit_ssd.calibration.certificate import Certificate, Measured
 from earlyexit_ssd.calibration.temperature import FittedTemperature, Reliability
 from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.evaluation.results import Results
 from earlyexit_ssd.files import write_image, write_json, write_text
 from earlyexit_ssd.report.charts import EXITS, PLAIN, ROUTED, accuracy_against_cost, accuracy_against_time, draw_charts
 from earlyexit_ssd.report.tables import figure, markdown_table, text_report
@@ -140,7 +141,7 @@ def _draw_curve(axes: Axes, reliability: Reliability, color: str, label: str) ->
 
 def write_results(
     out_dir: str | os.PathLike[str],
-    metrics: Mapping[str, Any],
+    results: Results,
     pictures: Mapping[str, Image.Image] | None = None,
     photos: Sequence[Mapping[str, Any]] = (),
 ) -> list[Path]:
@@ -148,7 +149,7 @@ def write_results(
 
     Args:
         out_dir: made if missing; files of an earlier evaluation are replaced.
-        metrics: of `earlyexit_ssd.evaluation.results.evaluate_exits`.
+        results: of `earlyexit_ssd.evaluation.evaluate.evaluate_exits`.
         pictures: name of a file without suffix -> picture, written as PNG.
         photos: rows of photos.csv, `earlyexit_ssd.evaluation.matches.photo_list`; without one there is no file.
 
@@ -157,11 +158,11 @@ def write_results(
         the pictures.
     """
     folder = Path(out_dir)
-    charts = {"ap50_against_ms": accuracy_against_time(metrics), "ap_against_cost": accuracy_against_cost(metrics)}
+    charts = {"ap50_against_ms": accuracy_against_time(results), "ap_against_cost": accuracy_against_cost(results)}
     images = {**charts, **(pictures or {})}
-    write_json(folder / "metrics.json", metrics)
-    write_text(folder / "table.txt", text_report(metrics) + "\n")
-    write_text(folder / "table.md", markdown_table(metrics) + "\n")
+    write_json(folder / "metrics.json", results.to_json())
+    write_text(folder / "table.txt", text_report(results) + "\n")
+    write_text(folder / "table.md", markdown_table(results) + "\n")
     if photos:
         write_text(folder / "photos.csv", _csv(photos))
     for name, image in images.items():

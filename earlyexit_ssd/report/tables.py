@@ -1,108 +1,133 @@
-"""Numbers as the reports write them."""
+"""The figures of all exits and their rivals as tables: plain text for a terminal, Markdown for a README, the zoo's."""
 
 from __future__ import annotations
 
 import posixpath
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.evaluation.cost import EAGER, ONNX_RUNTIME, RUNTIME_TITLES, runtime_of
+from earlyexit_ssd.evaluation.cost import EAGER, ONNX_RUNTIME, RUNTIME_TITLES
+from earlyexit_ssd.evaluation.metrics import METRICS, Figures
+from earlyexit_ssd.evaluation.results import ConfidenceSummary, Interval, Results, Verdict
 from earlyexit_ssd.files import write_text
 from earlyexit_ssd.modeling.checkpoint import FOLDER
 from earlyexit_ssd.plain import read_json
 
-
-def figure(value: float | None) -> str:
-    """Three decimals; a dash where there is none."""
-    return "-" if value is None else f"{value:.3f}"
-
-
-# Everything that a table or a chart compares: exits, routed, without exits, and the static rivals.
-
-Row = Mapping[str, Any]
 SHORT_RUNTIMES = {EAGER: "eager", ONNX_RUNTIME: "ORT"}
 
 
-def timing_title(metrics: Mapping[str, Any]) -> str:
-    """Runtime, device and threads of the milliseconds."""
-    context = metrics["context"]
-    return f"{RUNTIME_TITLES[runtime_of(metrics)]} on {context['device']}, {context['threads']} thread(s)"
+def figure(value: float | None, digits: int = 3) -> str:
+    """Rounded; a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
-def exit_rows(metrics: Mapping[str, Any]) -> list[Row]:
-    """The exits with the ``share`` of the photos that leave there, then ``routed``."""
-    routed = metrics["routed"]
-    shares = routed["exit_share"]
-    return [*({**row, "share": shares.get(row["name"])} for row in metrics["exits"]), {"name": "routed", **routed}]
+@dataclass(frozen=True)
+class Row:
+    """What a table and a chart compare: an exit, the routed detector, or a static one.
 
-
-def with_branches(rows: Sequence[Row]) -> list[Row]:
-    """The rows without empty exits, which have no accuracy to draw."""
-    return [row for row in rows if not row.get("empty")]
-
-
-def static_rows(metrics: Mapping[str, Any]) -> list[Row]:
-    """``without exits``, which finds what the full path finds, then the rivals.
-
-    Rows of another runtime than the exits' have its short name in ``other_runtime``.
+    kind: ``exit``, ``routed``, or a rival's. share: of the photos that leave there. other_runtime: short name of the
+    runtime, where it is not the exits'.
     """
-    full = {key: value for key, value in metrics["exits"][-1].items() if key not in ("layer", "confidence")}
-    rows = [{**full, "name": "without exits", **metrics["without_exits"]}]
-    for rival in metrics.get("rivals", []):
-        other = rival["runtime"] != runtime_of(metrics)
-        rows.append({**rival, "other_runtime": SHORT_RUNTIMES[rival["runtime"]] if other else None})
+
+    name: str
+    kind: str
+    figures: Figures
+    mmacs: float | None
+    ms: float | None
+    ms_interval: Interval = None
+    layer: int | None = None
+    confidence: ConfidenceSummary | None = None
+    share: float | None = None
+    source: str | None = None
+    other_runtime: str | None = None
+    empty: bool = False
+
+    def number(self, name: str) -> float | None:
+        """``ms``, ``mmacs`` or a figure."""
+        return getattr(self, name) if name in ("ms", "mmacs") else self.figures.get(name)
+
+
+def exit_rows(results: Results) -> list[Row]:
+    """The exits, then ``routed``."""
+    routed = results.routed
+    rows = [
+        Row(
+            *(one.name, "exit", one.figures, one.mmacs, one.ms, one.ms_interval, one.layer, one.confidence),
+            share=routed.exit_share.get(one.name),
+            empty=bool(one.empty),
+        )
+        for one in results.exits
+    ]
+    return [*rows, Row("routed", "routed", routed.figures, routed.mmacs, routed.ms)]
+
+
+def static_rows(results: Results) -> list[Row]:
+    """``without exits``, which finds what the full path finds, then the rivals."""
+    plain = results.without_exits
+    rows = [Row("without exits", "plain", results.full.figures, plain.mmacs, plain.ms, plain.ms_interval)]
+    for one in results.rivals:
+        other = None if one.runtime == results.context.runtime else SHORT_RUNTIMES[one.runtime]
+        more = {"source": one.source, "other_runtime": other}
+        rows.append(Row(one.name, one.kind, one.figures, one.mmacs, one.ms, one.ms_interval, **more))
     return rows
 
 
-# The figures of all exits and their rivals as a table: plain text for a terminal, Markdown for a README.
+def timing_title(results: Results) -> str:
+    """Runtime, device and threads of the milliseconds."""
+    context = results.context
+    return f"{RUNTIME_TITLES[context.runtime]} on {context.device}, {context.threads} thread(s)"
 
 
-def number(key: str, digits: int) -> Callable[[Row], str]:
-    """A cell of a row's figure; ``-`` where it lacks it, or it is undefined."""
-    return lambda row: "-" if row.get(key) is None else f"{row[key]:.{digits}f}"
+def data_title(results: Results) -> str:
+    """What was evaluated."""
+    return f"{', '.join(results.context.splits) or 'unnamed data'}: {results.context.images} photos"
 
 
 def _confidence(row: Row) -> str:
-    summary = row.get("confidence")
-    return f"{summary['mean']:.2f} ± {summary['std']:.2f}" if summary else "-"
+    return f"{row.confidence.mean:.2f} ± {row.confidence.std:.2f}" if row.confidence else "-"
 
 
-def share(row: Row) -> str:
-    """A cell of the share of the photos."""
-    return "-" if row.get("share") is None else f"{100 * row['share']:.1f} %"
+def share(value: float | None) -> str:
+    """A share of the photos."""
+    return "-" if value is None else f"{100 * value:.1f} %"
 
 
 def _milliseconds(row: Row) -> str:
-    text, other = number("ms", 1)(row), row.get("other_runtime")
-    return f"{text} {other}" if other else text
+    return f"{figure(row.ms, 1)} {row.other_runtime}" if row.other_runtime else figure(row.ms, 1)
 
 
-COLUMNS: dict[str, Callable[[Row], str]] = {
-    "exit": lambda row: str(row["name"]),
-    "layer": number("layer", 0),
-    "AP": number("AP", 3),
-    "AP50": number("AP50", 3),
-    "P": number("precision", 3),
-    "R": number("recall", 3),
-    "F1": number("f1", 3),
-    "FP/img": number("false_positives_per_image", 2),
-    "FP/empty": number("false_positives_per_empty_image", 2),
-    "loc.err": number("localization_error", 3),
-    "confidence": _confidence,
-    "MMAC": number("mmacs", 0),
-    "ms": _milliseconds,
-    "share": share,
-}
-"""Heading -> text of a cell; the first column is aligned left, the others right."""
+def columns() -> dict[str, Callable[[Row], str]]:
+    """Heading -> text of a cell; the first column is aligned left, the others right."""
+    figures = {heading: place for metric in METRICS for heading, place in metric.columns.items()}
+
+    def cell(name: str, digits: int) -> Callable[[Row], str]:
+        return lambda row: figure(row.number(name), digits)
+
+    return {
+        "exit": lambda row: row.name,
+        "layer": lambda row: figure(row.layer, 0),
+        **{heading: cell(*place) for heading, place in figures.items()},
+        "confidence": _confidence,
+        "MMAC": cell("mmacs", 0),
+        "ms": _milliseconds,
+        "share": lambda row: share(row.share),
+    }
 
 
-def text_table(metrics: Mapping[str, Any]) -> str:
+def _cells(results: Results) -> list[list[str]]:
+    """Heading and rows as text."""
+    rows, cells = [*exit_rows(results), *static_rows(results)], columns()
+    return [list(cells), *[[cell(row) for cell in cells.values()] for row in rows]]
+
+
+def text_table(results: Results) -> str:
     """Exits, routed, without exits and rivals, one row each, columns aligned; undefined figures are "-"."""
-    rows = _cells(metrics)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    rows = _cells(results)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for name, *cells in rows:
         right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
@@ -110,48 +135,40 @@ def text_table(metrics: Mapping[str, Any]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def markdown_table(metrics: Mapping[str, Any]) -> str:
+def markdown_table(results: Results) -> str:
     """The same table in Markdown."""
-    header, *rows = _cells(metrics)
+    header, *rows = _cells(results)
     lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def text_report(metrics: Mapping[str, Any]) -> str:
+def text_report(results: Results) -> str:
     """What was evaluated, the table and the verdict, for the terminal and table.txt."""
-    context, verdict = metrics["context"], metrics["verdict"]
-    splits = ", ".join(context["splits"]) or "unnamed data"
-    others = any(row.get("other_runtime") for row in static_rows(metrics))
-    labelled = context.get("labelled", True)
+    context = results.context
+    others = any(row.other_runtime for row in static_rows(results))
+    by = "" if context.labelled else " by the full path; nobody labelled them"
+    agreement = "P to loc.err: agreement with what the full path finds; AP is not known"
     lines = [
-        f"{splits}: {context['images']} photos, {context['empty_images']} of them without an object"
-        + ("" if labelled else " by the full path; nobody labelled them"),
-        *([] if labelled else ["P to loc.err: agreement with what the full path finds; AP is not known"]),
-        f"P to loc.err at score {context['score']:g} and IoU {context['iou']:g};"
-        f" ms of one image in {timing_title(metrics)}"
+        f"{data_title(results)}, {context.empty_images} of them without an object{by}",
+        *([] if context.labelled else [agreement]),
+        f"P to loc.err at score {context.score:g} and IoU {context.iou:g};"
+        f" ms of one image in {timing_title(results)}"
         + ("; ORT: in ONNX Runtime, not to be compared" if others else ""),
         "",
-        text_table(metrics),
+        text_table(results),
         "",
-        *verdict_lines(verdict),
+        *(verdict_lines(results.verdict) if results.verdict else []),
     ]
     return "\n".join(lines)
 
 
-def verdict_lines(verdict: Mapping[str, Any]) -> list[str]:
+def verdict_lines(verdict: Verdict) -> list[str]:
     """The verdict, its reasons, and apart from them what was found besides."""
-    vetoes = [f"  - veto: {one['line']}" for one in verdict["findings"] if one["veto"]]
-    others = [f"  - {one['line']}" for one in verdict["findings"] if not one["veto"]]
-    if verdict["ship"]:
-        exits = "the exits" if verdict["what"] == "routed" else verdict["what"]
-        return [f"verdict: ship {exits}", *others]
+    vetoes = [f"  - veto: {one.line}" for one in verdict.findings if one.veto]
+    others = [f"  - {one.line}" for one in verdict.findings if not one.veto]
+    if verdict.ship:
+        return [f"verdict: ship {'the exits' if verdict.what == 'routed' else verdict.what}", *others]
     return ["verdict: do not ship these exits as they are", *vetoes, *(["found besides:", *others] if others else [])]
-
-
-def _cells(metrics: Mapping[str, Any]) -> list[list[str]]:
-    """Heading and rows as text."""
-    rows = [*exit_rows(metrics), *static_rows(metrics)]
-    return [list(COLUMNS), *[[cell(row) for cell in COLUMNS.values()] for row in rows]]
 
 
 # The tables of docs/model_zoo.md: ``python -m earlyexit_ssd.report.zoo docs/model_zoo.md``.
@@ -215,8 +232,9 @@ def renew(page: str, content: str) -> str:
 def _row(link: str, photos: int, exit_name: str, row: Mapping[str, Any]) -> str:
     """Cells that ``row`` lacks, or that are undefined, are ``-``."""
     bounds = row.get("AP50_interval")
-    ap50 = number("AP50", 3)(row) + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else "")
-    figures = [ap50, *(number(key, digits)(row) for key, digits in (("AP", 3), ("mmacs", 0), ("ms", 1))), share(row)]
+    ap50 = figure(row.get("AP50")) + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else "")
+    numbers = (figure(row.get(key), digits) for key, digits in (("AP", 3), ("mmacs", 0), ("ms", 1)))
+    figures = [ap50, *numbers, share(row.get("share"))]
     return f"| {' | '.join([link, str(photos), exit_name, *figures])} |"
 
 

@@ -152,12 +152,17 @@ def test_errors_by_hand(ground_truth, found):
     truth = ground_truth(3, [(1, 1, here), (1, 2, there), (2, 1, far)])
     early = {1: found((1, 0.9, here), (1, 0.8, far), (2, 0.3, there)), 2: found((1, 0.2, far)), 3: found()}
     full = {1: found((1, 0.9, here), (2, 0.9, there)), 2: found((1, 0.7, far)), 3: found((1, 0.6, here))}
-    assert errors_against_labels(truth, [early, full], 0.5, 0.5).tolist() == [[2 / 3, 0.0], [1.0, 0.0], [0.0, 1.0]]
+    errors = errors_against_labels(exit_matches(truth, [early, full]), 0.5)
+    assert errors.tolist() == [
+        [2 / 3, 0.0],
+        [1.0, 0.0],
+        [0.0, 1.0],
+    ]
 
 
 def test_errors_are_shares(random_case):
     truth, detections = random_case(5, images=40)
-    errors = errors_against_labels(truth, [random_case(6, images=40)[1], detections], 0.3, 0.5)
+    errors = errors_against_labels(exit_matches(truth, [random_case(6, images=40)[1], detections]), 0.3)
     assert errors.shape == (40, 2) and (errors >= 0).all() and (errors <= 1).all()
     assert np.ptp(errors[:, 0]) > 0
 

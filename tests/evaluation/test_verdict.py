@@ -4,7 +4,9 @@ import copy
 
 import pytest
 
-from earlyexit_ssd.evaluation.verdict import RULES, Finding, judge
+from earlyexit_ssd.evaluation import verdict as rules
+from earlyexit_ssd.evaluation.results import Finding, Results
+from earlyexit_ssd.evaluation.verdict import RULES
 
 
 def rival(name, ap50, ms, difference=(-0.02, 0.02), runtime="eager"):
@@ -47,6 +49,10 @@ def changed(**changes):
         row = metrics["routed"] if where == "routed" else next(e for e in metrics["exits"] if e["name"] == where)
         row[name] = value
     return metrics
+
+
+def judge(metrics, forced=False, **more):
+    return rules.judge(Results.from_json(metrics), forced, **more)
 
 
 def vetoes(verdict):

@@ -62,16 +62,16 @@ def test_a_risk_holds_at_its_own_score_only(open_one, caplog):
 def test_photos_unlike_those_of_calibration_are_said_to_be(caplog):
     collected = SimpleNamespace(confidences=[torch.full((300,), 0.75), torch.zeros(300)])
     alike = drift_of(certificate(), collected, [0, 1] * 150)
-    assert alike["warnings"] == [] and alike["window"] == 200 and alike["shares"] == {"exit8": 0.5, "full": 0.5}
+    assert alike.warnings == [] and alike.window == 200 and alike.shares == {"exit8": 0.5, "full": 0.5}
     changed = drift_of(certificate(), collected, [1] * 300)
-    assert len(changed["warnings"]) >= 1 and "exit8 took 0 % of the last 200 photos" in changed["warnings"][0]
+    assert len(changed.warnings) >= 1 and "exit8 took 0 % of the last 200 photos" in changed.warnings[0]
     assert "calibrate again" in caplog.text
 
 
 def test_few_photos_are_compared_all_at_once():
     collected = SimpleNamespace(confidences=[torch.full((3,), 0.75), torch.zeros(3)])
-    assert drift_of(certificate(), collected, [0, 1, 0])["window"] == 3
-    assert drift_of(certificate(), collected, [])["shares"] is None
+    assert drift_of(certificate(), collected, [0, 1, 0]).window == 3
+    assert drift_of(certificate(), collected, []).shares is None
 
 
 # Rivals from the configuration, on small untrained models.
@@ -115,7 +115,7 @@ def test_plain_nets_of_the_wanted_sizes():
     assert built[0].mmacs < built[1].mmacs
     photos = [torch.rand(3, 50, 70)]
     with torch.no_grad():
-        assert all(one.found(photos)[0]["boxes"].shape[1] == 4 for one in built)
+        assert all(one.detector(photos)[0]["boxes"].shape[1] == 4 for one in built)
 
 
 def test_a_folded_head_is_cut_for_the_cheapest_plain_nets():
@@ -124,7 +124,7 @@ def test_a_folded_head_is_cut_for_the_cheapest_plain_nets():
     assert [one.kind for one in built] == ["plain", "cut_head", "cut_head"]
     assert built[2].mmacs < built[0].mmacs
     with torch.no_grad():
-        assert set(built[2].found([torch.rand(3, 50, 70)])[0]["labels"].tolist()) <= {1, 2}
+        assert set(built[2].detector([torch.rand(3, 50, 70)])[0]["labels"].tolist()) <= {1, 2}
 
 
 def test_the_full_path_of_another_run(file):
@@ -135,7 +135,7 @@ def test_the_full_path_of_another_run(file):
         ("plain 64, small_run", "plain", path),
     ]
     with torch.no_grad():
-        labels = built[1].found([torch.rand(3, 64, 64)])[0]["labels"]
+        labels = built[1].detector([torch.rand(3, 64, 64)])[0]["labels"]
     assert set(labels.tolist()) <= {1, 2}
 
 
@@ -143,13 +143,13 @@ def test_a_single_exit_runs_nothing_behind_it(file, monkeypatch):
     path = file("twelve", exit_layers=(12,))
     (*_, rival) = rivals("EVAL.RIVALS.SINGLE_EXITS", path)
     assert (rival.name, rival.kind, rival.source) == ("exit12 alone, twelve", "single_exit", path)
-    model = rival.found.detector
+    model = rival.detector.detector
     assert rival.mmacs == pytest.approx(mmacs_to_exit(model)[0])
     photos = [torch.rand(3, 96, 96)]
     expected = model.detections(model.exit_outputs(photos), 0)[0]
     monkeypatch.setattr(model.head, "forward", None)  # the full path would fail
     with torch.no_grad():
-        found = rival.found(photos)[0]
+        found = rival.detector(photos)[0]
     assert torch.allclose(found["boxes"], expected["boxes"], atol=1e-3)
     assert torch.equal(found["labels"], expected["labels"])
 
@@ -168,7 +168,7 @@ def test_an_exported_detector(tmp_path):
     (tmp_path / "box.onnx").write_bytes(export_onnx(Boxes(), torch.zeros(1, 3, 64, 64)))
     (*_, rival) = rivals("EVAL.RIVALS.ONNX", f"boxes:{tmp_path}/box.onnx")
     assert (rival.name, rival.kind, rival.mmacs, rival.runtime("eager")) == ("box", "onnx", 0.0, "onnxruntime")
-    found = rival.found([torch.zeros(3, 64, 128)])[0]
+    found = rival.detector([torch.zeros(3, 64, 128)])[0]
     assert found["boxes"].tolist() == [[0, 0, 18, 9]]
     assert found["labels"].tolist() == [1]  # COCO's chair, which is our first class
 
@@ -201,6 +201,6 @@ def test_onnx_runtime_measures_the_cpu():
 def test_the_router_of_a_single_exit_lets_everything_leave(file):
     (*_, rival) = rivals("EVAL.RIVALS.SINGLE_EXITS", file(exit_layers=(8,)))
     assert isinstance(rival.network, PathToExit)
-    assert isinstance(rival.found.detector.router, ExitRouter)
+    assert isinstance(rival.detector.detector.router, ExitRouter)
     with torch.no_grad():
-        assert rival.found.detector([torch.zeros(3, 96, 96)])[0]["exit_index"].item() == 0
+        assert rival.detector.detector([torch.zeros(3, 96, 96)])[0]["exit_index"].item() == 0

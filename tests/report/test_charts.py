@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import ImageColor
 
+from earlyexit_ssd.evaluation.results import Results
 from earlyexit_ssd.report.charts import (
     PLAIN,
     ROUTED,
@@ -25,7 +26,7 @@ def has(picture, color):
 
 
 def test_size_and_points(metrics):
-    picture = accuracy_against_time(metrics)
+    picture = accuracy_against_time(Results.from_json(metrics))
     assert picture.size == (960, 640)
     assert has(picture, ROUTED)
     assert has(picture, PLAIN)
@@ -34,12 +35,12 @@ def test_size_and_points(metrics):
 def test_undefined_points_are_left_out(metrics):
     for row in (*metrics["exits"], metrics["routed"]):
         row["AP50"] = row["AP50_interval"] = None
-    assert not has(accuracy_against_time(metrics), ROUTED)
+    assert not has(accuracy_against_time(Results.from_json(metrics)), ROUTED)
 
 
 def test_interval_beside_its_value(metrics):
     metrics["routed"]["AP50_interval"] = [0.7, 0.8]  # a percentile interval may miss the value
-    accuracy_against_time(metrics)
+    accuracy_against_time(Results.from_json(metrics))
 
 
 def test_curves_of_a_training():
@@ -57,8 +58,8 @@ def test_curves_of_a_training():
 def test_any_name_can_be_drawn(with_rivals, name):
     with_rivals["context"]["splits"] = [name]
     with_rivals["rivals"][0]["name"] = name
-    assert has(accuracy_against_time(with_rivals), ROUTED)
-    assert accuracy_against_cost(with_rivals).width > 0
+    assert has(accuracy_against_time(Results.from_json(with_rivals)), ROUTED)
+    assert accuracy_against_cost(Results.from_json(with_rivals)).width > 0
 
 
 # The chart of exits and rivals.
@@ -69,7 +70,7 @@ def pixels(picture, color):
 
 
 def test_size_and_points_of_test_rivals(with_rivals):
-    picture = accuracy_against_cost(with_rivals)
+    picture = accuracy_against_cost(Results.from_json(with_rivals))
     assert picture.size == (1664, 1152)
     routed, foreign = pixels(picture, ROUTED), pixels(picture, STYLES["onnx"][0])
     half = picture.width // 2
@@ -80,7 +81,7 @@ def test_size_and_points_of_test_rivals(with_rivals):
 def test_older_metrics_and_undefined_points(metrics):
     for row in (*metrics["exits"], metrics["routed"]):
         row["AP50"] = None
-    picture = accuracy_against_cost(metrics)
+    picture = accuracy_against_cost(Results.from_json(metrics))
     assert pixels(picture, ROUTED)[: picture.height // 2].any()
     assert not pixels(picture, ROUTED)[picture.height // 2 :].any()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.evaluation.cost import runtime_of
+from earlyexit_ssd.evaluation.results import Results
 from earlyexit_ssd.report.tables import (
     exit_rows,
     figure,
@@ -27,22 +27,21 @@ def test_three_decimals_or_a_dash():
 
 
 def test_exits_and_routed(metrics):
-    rows = exit_rows(metrics)
-    assert [row["name"] for row in rows] == ["exit8", "exit12", "full", "routed"]
-    assert [row.get("share") for row in rows] == [0.5, 0.25, 0.25, None]
+    rows = exit_rows(Results.from_json(metrics))
+    assert [row.name for row in rows] == ["exit8", "exit12", "full", "routed"]
+    assert [row.share for row in rows] == [0.5, 0.25, 0.25, None]
 
 
 def test_static_detectors(with_rivals):
-    plain, small, foreign = static_rows(with_rivals)
-    assert (plain["name"], plain["AP50"], plain["ms"], plain["mmacs"]) == ("without exits", 0.72, 43.0, 405.3)
-    assert "layer" not in plain and "confidence" not in plain
-    assert (small["other_runtime"], foreign["other_runtime"]) == (None, "ORT")
+    plain, small, foreign = static_rows(Results.from_json(with_rivals))
+    assert (plain.name, plain.number("AP50"), plain.ms, plain.mmacs) == ("without exits", 0.72, 43.0, 405.3)
+    assert plain.layer is None and plain.confidence is None
+    assert (small.other_runtime, foreign.other_runtime) == (None, "ORT")
 
 
 def test_metrics_of_before_the_rivals(metrics):
-    assert runtime_of(metrics) == "eager"
-    assert timing_title(metrics) == "eager PyTorch on cpu, 1 thread(s)"
-    assert len(static_rows(metrics)) == 1
+    assert timing_title(Results.from_json(metrics)) == "eager PyTorch on cpu, 1 thread(s)"
+    assert len(static_rows(Results.from_json(metrics))) == 1
 
 
 # The table as text and as Markdown.
@@ -51,7 +50,7 @@ ROUTED_CELLS = ["routed", "-", "0.390", "0.650", "0.800", "0.500", "0.615", "0.2
 
 
 def test_rows_and_cells(metrics):
-    header, line, *rows = text_table(metrics).splitlines()
+    header, line, *rows = text_table(Results.from_json(metrics)).splitlines()
     expected = "exit layer AP AP50 P R F1 FP/img FP/empty loc.err confidence MMAC ms share"
     assert " ".join(header.split()) == expected
     assert set(line) == {"-", " "}
@@ -65,19 +64,19 @@ def test_rows_and_cells(metrics):
 
 
 def test_undefined_is_a_dash(metrics):
-    assert text_table(metrics).splitlines()[2].split()[8] == "-"
+    assert text_table(Results.from_json(metrics)).splitlines()[2].split()[8] == "-"
 
 
 def test_columns_are_aligned(metrics):
     metrics["exits"][0]["mmacs"] = 123456.0
-    lines = text_table(metrics).splitlines()
+    lines = text_table(Results.from_json(metrics)).splitlines()
     assert len({len(line) for line in lines[1:5]}) == 1
     ends = [line.index(cell) + len(cell) for line, cell in zip(lines[2:5], ["123456", "350", "480"], strict=True)]
     assert len(set(ends)) == 1
 
 
 def test_markdown(metrics):
-    lines = markdown_table(metrics).splitlines()
+    lines = markdown_table(Results.from_json(metrics)).splitlines()
     assert lines[1].startswith("| :-- | --: |")
     assert {line.count("|") for line in lines} == {15}
     assert lines[-2].startswith("| routed | - | 0.390 | 0.650 |")
@@ -85,10 +84,10 @@ def test_markdown(metrics):
 
 
 def test_report_says_what_and_how_and_the_verdict(metrics):
-    text = text_report(metrics)
+    text = text_report(Results.from_json(metrics))
     assert "toy_test: 614 photos, 0 of them without an object" in text
     assert "score 0.5 and IoU 0.5" in text
-    assert text_table(metrics) in text
+    assert text_table(Results.from_json(metrics)) in text
     assert "ms of one image in eager PyTorch on cpu, 1 thread(s)\n" in text
     assert "verdict: ship the exits\n  - exit8: AP50" in text
 
@@ -96,21 +95,21 @@ def test_report_says_what_and_how_and_the_verdict(metrics):
 def test_what_is_no_reason_stands_apart_from_the_vetoes(metrics):
     slow = {"line": "no speed gain", "veto": True}
     metrics["verdict"] = {"ship": False, "what": None, "findings": [*metrics["verdict"]["findings"], slow]}
-    assert text_report(metrics).endswith(
+    assert text_report(Results.from_json(metrics)).endswith(
         "verdict: do not ship these exits as they are\n  - veto: no speed gain\n"
         "found besides:\n  - exit8: AP50 0.550 is above 0.35: worth it"
     )
     metrics["verdict"] = {"ship": False, "what": None, "findings": [slow]}
-    assert text_report(metrics).endswith("as they are\n  - veto: no speed gain")
+    assert text_report(Results.from_json(metrics)).endswith("as they are\n  - veto: no speed gain")
 
 
 def test_one_exit_alone_is_named(metrics):
     metrics["verdict"]["what"] = "exit8 alone"
-    assert "verdict: ship exit8 alone\n  - exit8: AP50" in text_report(metrics)
+    assert "verdict: ship exit8 alone\n  - exit8: AP50" in text_report(Results.from_json(metrics))
 
 
 def test_rivals_stand_below(with_rivals):
-    *_, small, foreign = text_table(with_rivals).splitlines()
+    *_, small, foreign = text_table(Results.from_json(with_rivals)).splitlines()
     assert small.split()[:5] == ["plain", "256", "-", "0.384", "0.640"]
     assert small.split()[-3:] == ["330", "33.0", "-"]
     assert foreign.split()[:4] == ["yolox_nano", "-", "0.426", "0.710"]
@@ -118,10 +117,10 @@ def test_rivals_stand_below(with_rivals):
 
 
 def test_another_runtime_is_said(with_rivals):
-    assert "ORT: in ONNX Runtime, not to be compared" in text_report(with_rivals)
+    assert "ORT: in ONNX Runtime, not to be compared" in text_report(Results.from_json(with_rivals))
     with_rivals["context"]["runtime"] = "onnxruntime"
     del with_rivals["rivals"][0]
-    text = text_report(with_rivals)
+    text = text_report(Results.from_json(with_rivals))
     assert "ms of one image in ONNX Runtime on cpu" in text
     assert "ORT" not in text
 

@@ -9,6 +9,7 @@ from torchvision.models import get_model
 
 from earlyexit_ssd import EarlyExitSSDLite, ExitRouter
 from earlyexit_ssd.data.shapes import FOLDER
+from earlyexit_ssd.evaluation.results import Results
 from earlyexit_ssd.evaluation.verdict import judge
 from earlyexit_ssd.pipeline import phases
 from tests.tools.conftest import ROOT, log, run_command, start_training
@@ -64,7 +65,9 @@ def test_nobody_leaves_before_routing_is_calibrated_on_the_new_photos(trained, d
     assert metrics["routed"]["AP50"] == metrics["exits"][-1]["AP50"]
     assert metrics["routed"]["mmacs"] == metrics["without_exits"]["mmacs"]  # no branch is paid for
     found = {**metrics, "exits": [{**row, "AP50": 0.5, "found": None} for row in metrics["exits"]]}
-    assert any("every exit is closed until routing is calibrated" in line for line in judge(found).lines)
+    assert any(
+        "every exit is closed until routing is calibrated" in line for line in judge(Results.from_json(found)).lines
+    )
     photos = [decode_image(str(path)) / 255 for path in sorted((data_root / FOLDER / "test").glob("*.*"))]
     model = EarlyExitSSDLite.from_pretrained(trained[0] / "run" / "model.pth")
     fresh = get_model(

@@ -1,0 +1,185 @@
+"""The figures of one detector on a set of photos.
+
+A metric is a function of a `DetectorEvaluation` that returns named figures. `register_metric` puts them into
+metrics.json, and with ``columns`` into the table.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from earlyexit_ssd.evaluation.cost import EAGER
+from earlyexit_ssd.evaluation.matches import (
+    SIZES,
+    Draws,
+    ExitMatches,
+    bootstrap_choices,
+    interval,
+    mean_precision,
+    precision_curves,
+)
+
+Figure = float | list[float] | dict[str, dict[str, float | None]] | None
+Figures = dict[str, Figure]
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How to evaluate.
+
+    score, iou: where precision, recall and the like are counted, in [0, 1].
+    timing_runs, timing_threads: single-image runs per exit, and the CPU threads they use.
+    runtime: what runs the networks meanwhile, a key of `RUNTIME_TITLES`.
+    resamples, seed: of the bootstrap over photos; 0 resamples leave the intervals out.
+    """
+
+    score: float = 0.5
+    iou: float = 0.5
+    timing_runs: int = 30
+    timing_threads: int = 1
+    runtime: str = EAGER
+    resamples: int = 200
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class DetectorEvaluation:
+    """What metrics read.
+
+    matches: of one detector (`ExitMatches.choose`), with all `SIZES`.
+    labelled: False where the objects are what the full path finds: then accuracy is not known.
+    """
+
+    matches: ExitMatches
+    settings: EvaluationSettings
+    labelled: bool = True
+
+    @functools.cached_property
+    def draws(self) -> Draws:
+        """AP and AP50 in bootstrap draws; detectors on the same photos share their draws."""
+        resamples = self.settings.resamples if self.labelled else 0
+        everyone = np.zeros(self.matches.photos, np.int64)
+        return bootstrap_choices(self.matches, [everyone], resamples, self.settings.seed, ap50_only=False)[0]
+
+    @functools.cached_property
+    def figures(self) -> Figures:
+        """Of all registered metrics."""
+        figures: Figures = {}
+        for metric in METRICS:
+            found = metric.measure(self)
+            figures |= found if self.labelled or not metric.needs_labels else _undefined(found)
+        return figures
+
+    def ap50_minus(self, other: DetectorEvaluation) -> list[float] | None:
+        """95 % interval of the difference in AP50, on the same draws of photos; None where it is undefined."""
+        return interval(self.draws.AP50 - other.draws.AP50)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A function, and where its figures go.
+
+    columns: heading in the table -> name of a figure and its decimals.
+    needs_labels: its figures are None on photos that nobody labelled.
+    """
+
+    measure: Callable[[DetectorEvaluation], Figures]
+    columns: Mapping[str, tuple[str, int]]
+    needs_labels: bool
+
+
+METRICS: list[Metric] = []
+"""In the order of metrics.json and of the table."""
+
+
+def register_metric(
+    columns: Mapping[str, tuple[str, int]] | None = None, needs_labels: bool = False
+) -> Callable[[Callable[[DetectorEvaluation], Figures]], Callable[[DetectorEvaluation], Figures]]:
+    """Decorator of a metric; arguments as in `Metric`."""
+
+    def register(measure: Callable[[DetectorEvaluation], Figures]) -> Callable[[DetectorEvaluation], Figures]:
+        METRICS.append(Metric(measure, columns or {}, needs_labels))
+        return measure
+
+    return register
+
+
+def _undefined(figures: Figures) -> Figures:
+    return {key: _undefined(value) if isinstance(value, dict) else None for key, value in figures.items()}
+
+
+@register_metric({"AP": ("AP", 3), "AP50": ("AP50", 3)}, needs_labels=True)
+def average_precision(detector: DetectorEvaluation) -> Figures:
+    """COCO's average precisions, digit for digit those of pycocotools."""
+    matches = detector.matches
+    curves = {size: precision_curves(matches, size) for size in SIZES}
+    half, three_quarters = curves["all"][:1], curves["all"][5:6]
+    figures: Figures = {"AP": mean_precision(curves["all"]), "AP50": mean_precision(half)}
+    figures["AP75"] = mean_precision(three_quarters)
+    figures |= {f"AP_{size}": mean_precision(curves[size]) for size in ("small", "medium", "large")}
+    numbers = iter(range(curves["all"][0].shape[1]))
+    columns = [next(numbers) if one.objects.any() else None for one in matches.classes]
+    figures["per_class"] = {
+        one.name: {"AP": _of_class(curves["all"], column), "AP50": _of_class(half, column)}
+        for one, column in zip(matches.classes, columns, strict=True)
+    }
+    return figures
+
+
+def _of_class(curves: Sequence[np.ndarray], column: int | None) -> float | None:
+    return None if column is None else mean_precision([curve[:, column] for curve in curves])
+
+
+@register_metric(needs_labels=True)
+def bootstrap_intervals(detector: DetectorEvaluation) -> Figures:
+    """What other photos of the same kind would give, with 95 % confidence."""
+    return {"AP_interval": interval(detector.draws.AP), "AP50_interval": interval(detector.draws.AP50)}
+
+
+@register_metric(
+    {
+        "P": ("precision", 3),
+        "R": ("recall", 3),
+        "F1": ("f1", 3),
+        "FP/img": ("false_positives_per_image", 2),
+        "FP/empty": ("false_positives_per_empty_image", 2),
+        "loc.err": ("localization_error", 3),
+    }
+)
+def operating_point(detector: DetectorEvaluation) -> Figures:
+    """What a user sees at one score, over all photos and classes; see docs/metrics.md.
+
+    Precision is None when nothing was detected, recall when there was nothing to find. A photo is empty when it has no
+    counted object. The localization error is 1 - mean IoU of the true positives with their objects.
+    """
+    matches, score = detector.matches, detector.settings.score
+    hits, false = [np.zeros((2, 0))], [np.zeros(0, np.int64)]
+    for one in matches.classes:
+        sure = one.score >= score
+        hit, wrong = one.hit[-1] & sure, ~(one.hit[-1] | one.ignored[-1]) & sure
+        hits.append(np.stack([one.photo[hit], one.overlap[hit]]))
+        false.append(one.photo[wrong])
+    photos, ious = np.concatenate(hits, axis=1)
+    ious = ious[np.argsort(photos, kind="stable")]  # photo by photo: a mean depends on the order in its last digit
+    empty = matches.objects == 0
+    false_by_photo = np.bincount(np.concatenate(false), minlength=matches.photos)
+    tp, fp, fn = len(ious), int(false_by_photo.sum()), int(matches.objects.sum()) - len(ious)
+    return {
+        "precision": _ratio(tp, tp + fp),
+        "recall": _ratio(tp, tp + fn),
+        "f1": _ratio(2 * tp, 2 * tp + fp + fn),
+        "false_positives_per_image": _ratio(fp, matches.photos),
+        "false_positives_per_empty_image": _ratio(int(false_by_photo[empty].sum()), int(empty.sum())),
+        "localization_error": 1.0 - float(np.mean(ious)) if tp else None,
+        "true_positives": tp,
+        "false_positives": fp,
+        "false_negatives": fn,
+    }
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None

@@ -1,0 +1,413 @@
+"""All figures of small detectors: parts, rivals, keys, consistency."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from earlyexit_ssd.calibration.certificate import Certificate
+from earlyexit_ssd.errors import DataError, EarlyExitError
+from earlyexit_ssd.evaluation import evaluate
+from earlyexit_ssd.evaluation.cost import OnnxNetwork, PlainPath, Timing, example_input, export_onnx, mmacs_to_exit
+from earlyexit_ssd.evaluation.evaluate import (
+    ONNX,
+    PLAIN,
+    Rival,
+    WantedClasses,
+    describe_boxes,
+    evaluate_detections,
+    evaluate_rivals,
+    exits_alone,
+    summarize_confidence,
+)
+from earlyexit_ssd.evaluation.matches import Draws, bootstrap_choices, exit_matches, interval
+from earlyexit_ssd.evaluation.metrics import METRICS, DetectorEvaluation, EvaluationSettings, register_metric
+from earlyexit_ssd.evaluation.outputs import Collected, choose_exits, collect, evaluating
+from earlyexit_ssd.evaluation.results import BoxSummary
+from earlyexit_ssd.modeling import PathToExit
+from earlyexit_ssd.report.tables import Row, columns
+from earlyexit_ssd.routing.router import ExitRouter
+
+
+def test_by_hand():
+    summary = summarize_confidence(torch.tensor([0.25, 0.75]))
+    assert (summary.mean, summary.std, summary.min, summary.max) == (0.5, 0.25, 0.25, 0.75)
+
+
+def test_one_photo_has_no_spread():
+    assert summarize_confidence(torch.tensor([0.5])).std == 0.0
+
+
+def test_none_without_photos():
+    assert summarize_confidence(torch.zeros(0)) is None
+
+
+def test_none_where_the_policy_has_nothing_to_look_at():
+    assert summarize_confidence(torch.full((3,), -1.0)) is None
+
+
+def test_mean_of_many_equal_values_is_exact():
+    assert summarize_confidence(torch.full((100_000,), 0.1)).mean == pytest.approx(0.1, abs=1e-7)
+
+
+# Figures of one set of detections.
+
+SETTINGS = EvaluationSettings(score=0.3, resamples=20)
+
+
+def test_intervals_are_the_bootstrap_s(random_case):
+    coco, detections = random_case(1)
+    figures = evaluate_detections(coco, detections, SETTINGS).figures
+    matches = exit_matches(coco, [detections])
+    (draws,) = bootstrap_choices(matches, [np.zeros(matches.photos, int)], resamples=20, ap50_only=False)
+    assert figures["AP_interval"] == interval(draws.AP)
+    assert figures["AP50_interval"] == interval(draws.AP50)
+    low, high = figures["AP_interval"]
+    assert 0 <= low < high <= 1
+
+
+def test_no_resamples_no_interval(random_case):
+    quality = evaluate_detections(*random_case(1), EvaluationSettings(resamples=0))
+    assert quality.figures["AP50_interval"] is None and quality.figures["AP_interval"] is None
+
+
+def drawn(values):
+    one = DetectorEvaluation(None, SETTINGS)
+    vars(one)["draws"] = Draws(np.zeros(3), np.array(values))
+    return one
+
+
+def test_difference_on_the_same_draws():
+    first, second = drawn([0.5, 0.6, 0.7]), drawn([0.4, 0.5, 0.6])
+    assert first.ap50_minus(second) == pytest.approx([0.1, 0.1])
+    assert first.ap50_minus(drawn([np.nan] * 3)) is None
+
+
+@pytest.fixture
+def restored_metrics():
+    before = METRICS.copy()
+    yield
+    METRICS[:] = before
+
+
+def test_a_metric_is_registered_in_one_place(restored_metrics, random_case):
+    """It is in metrics.json, and in the table if it says so; without labels it may be undefined."""
+
+    @register_metric({"boxes/img": ("boxes_per_image", 1)}, needs_labels=True)
+    def boxes_per_image(detector):
+        return {"boxes_per_image": sum(len(one.score) for one in detector.matches.classes) / detector.matches.photos}
+
+    coco, detections = random_case(1)
+    figures = evaluate_detections(coco, detections, SETTINGS).figures
+    assert figures["boxes_per_image"] == sum(len(one["labels"]) for one in detections.values()) / 12
+    assert evaluate_detections(coco, detections, SETTINGS, labelled=False).figures["boxes_per_image"] is None
+    row = Row("exit8", "exit", figures, 1.0, 1.0)
+    assert columns()["boxes/img"](row) == f"{figures['boxes_per_image']:.1f}"
+
+
+# Rows of rivals, with detections made by hand.
+
+RIVAL_SETTINGS = EvaluationSettings(resamples=20)
+BOX, FAR = (10.0, 10.0, 110.0, 110.0), (300.0, 300.0, 400.0, 400.0)
+TIMING = Timing(5.0, 4.0, 7.0, threads=1, runs=3)
+
+
+class Finds(nn.Module):
+    """The box in every photo."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.register_buffer("boxes", found["boxes"])
+        self.found = found
+
+    def forward(self, photos):
+        return [self.found for _ in photos]
+
+
+@pytest.fixture
+def rows(ground_truth, found):
+    """Two photos, an object each; the routed detector finds both, the first rival one, the second none."""
+    truth = ground_truth(2, [(1, 1, BOX), (2, 1, FAR)], ("cat",))
+    routed = evaluate_detections(truth, {1: found((1, 0.9, BOX)), 2: found((1, 0.9, FAR))}, RIVAL_SETTINGS)
+    loader = [([torch.zeros(3, 8, 8)] * 2, [{"image_id": 1}, {"image_id": 2}])]
+    example, network = torch.zeros(1, 3, 64, 32), nn.Identity()
+    exported = OnnxNetwork(export_onnx(nn.ReLU(), example))
+    rivals = [
+        Rival("half", PLAIN, network, example, 12.5, Finds(found((1, 0.8, BOX)))),
+        Rival("blind", ONNX, exported, example, None, {1: found(), 2: found()}, "/models/of/mine/blind.onnx"),
+    ]
+    results = evaluate_rivals(rivals, [TIMING, TIMING], loader, truth, routed)
+    return [one.to_json() for one in results]
+
+
+def test_rows(rows):
+    half, blind = rows
+    # recall 0.5 at precision 1: 51 of 101 recall points, and the false alarm comes later
+    assert half["AP50"] == pytest.approx(51 / 101)
+    assert (half["precision"], half["recall"]) == (0.5, 0.5)
+    assert (half["name"], half["kind"], half["source"]) == ("half", "plain", None)
+    assert (half["input_size"], half["mmacs"]) == ([64, 32], 12.5)
+    assert (half["ms"], half["ms_interval"], half["runtime"]) == (5.0, [4.0, 7.0], "eager")
+    assert (blind["kind"], blind["source"], blind["AP50"], blind["mmacs"]) == ("onnx", "blind.onnx", 0.0, None)
+
+
+def test_a_graph_from_a_file_has_its_own_runtime(rows):
+    assert rows[1]["runtime"] == "onnxruntime"
+
+
+def test_differences_are_paired(rows):
+    assert rows[1]["routed_minus_rival_AP50_interval"] == pytest.approx([1.0, 1.0])
+    low, high = rows[0]["routed_minus_rival_AP50_interval"]
+    assert 0 <= low <= 50 / 101 <= high <= 1
+
+
+def test_every_exit_is_a_detector_already(small_model, found):
+    first, second, full = {1: found((1, 0.9, BOX))}, {1: found()}, {1: found()}
+    rivals = exits_alone(small_model, Collected([1], [first, second, full], []))
+    assert [(rival.name, rival.kind) for rival in rivals] == [
+        ("exit8 alone", "single_exit"),
+        ("exit12 alone", "single_exit"),
+    ]
+    assert rivals[0].detector is first and rivals[1].detector is second
+    to_first, to_second, _ = mmacs_to_exit(small_model)
+    assert rivals[0].mmacs == pytest.approx(to_first)
+    assert rivals[1].mmacs < to_second  # the first branch is not in it
+    for index, rival in enumerate(rivals):
+        with evaluating(rival.network), torch.no_grad():
+            logits, boxes = rival.network(rival.example)
+            beside_the_others, _ = PathToExit(small_model, index)(rival.example)
+        assert logits.shape[1:] == (boxes.shape[1], 3)
+        assert torch.equal(logits, beside_the_others)
+
+
+# Labels by name.
+
+
+class Says(nn.Module):
+    """The same labels for every photo."""
+
+    def __init__(self, *labels):
+        super().__init__()
+        self.labels = torch.tensor(labels)
+
+    def forward(self, photos):
+        count = len(self.labels)
+        found = {"boxes": torch.arange(4.0 * count).view(count, 4), "scores": torch.linspace(1, 0.1, count)}
+        return [{**found, "labels": self.labels} for _ in photos]
+
+
+def test_labels_are_the_wanted_ones_and_others_are_dropped():
+    detector = WantedClasses(Says(3, 1, 2, 3), ("person", "tv", "Sofa"), ("couch", "person"), "rival")
+    first, second = detector([torch.zeros(3, 8, 8)] * 2)
+    assert first["labels"].tolist() == second["labels"].tolist() == [1, 2, 1]
+    assert first["boxes"][:, 0].tolist() == [0, 4, 12]
+    assert first["scores"].tolist() == pytest.approx([1.0, 0.7, 0.1])
+
+
+def test_a_class_that_it_lacks_is_named(caplog):
+    WantedClasses(Says(1), ("person",), ("person", "lamp"), "rival")
+    assert "rival knows no lamp" in caplog.text
+
+
+def test_no_class_in_common():
+    with pytest.raises(EarlyExitError, match=r"rival: knows none of chiar, lamp \(did you mean 'chair'\?\)"):
+        WantedClasses(Says(1), ("chair",), ("chiar", "lamp"), "rival")
+
+
+# All figures of a small untrained detector: keys, consistency, JSON.
+
+METRICS_SETTINGS = EvaluationSettings(score=0.3, timing_runs=6, resamples=20)
+QUALITY = {
+    *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "per_class", "AP_interval"),
+    "AP50_interval",
+    *("precision", "recall", "f1", "false_positives_per_image", "false_positives_per_empty_image"),
+    *("localization_error", "true_positives", "false_positives", "false_negatives"),
+}
+
+
+def evaluate_exits(*args, **more):
+    return evaluate.evaluate_exits(*args, **more).results.to_json()
+
+
+@pytest.fixture(scope="module")
+def collected(found):
+    """The full path finds both objects, exit 12 one, exit 8 none; exit 8 is sure of photo 2 only."""
+    nothing = {1: found(), 2: found(), 3: found()}
+    one = {**nothing, 1: found((1, 0.9, BOX))}
+    both = {**one, 2: found((2, 0.8, FAR))}
+    confidences = [
+        torch.tensor([0.2, 0.9, 0.1]),
+        torch.tensor([0.7, 0.0, 0.3]),
+        torch.tensor([1.0, 1.0, 0.0]),
+    ]
+    return Collected([1, 2, 3], [nothing, one, both], confidences)
+
+
+@pytest.fixture(scope="module")
+def objects(ground_truth):
+    return ground_truth(3, [(1, 1, BOX), (2, 2, FAR)])
+
+
+@pytest.fixture(scope="module")
+def metrics(small_model, collected, objects):
+    """With a rival that finds what the full path finds."""
+    router = ExitRouter(2, policy="max_foreground", thresholds=(0.5, 0.6))
+    network, found = PlainPath(small_model), collected.detections[2]
+    more = {"collected": collected, "rivals": [Rival("small", PLAIN, network, example_input(small_model), 7.0, found)]}
+    return evaluate_exits(small_model, [], objects, router, METRICS_SETTINGS, splits=("toy_test",), **more)
+
+
+def test_documented_keys(metrics):
+    assert set(metrics) == {"context", "exits", "without_exits", "routed", "rivals", "verdict"}
+    exit_keys = QUALITY | {"name", "layer", "confidence", "mmacs", "ms", "ms_interval"}
+    assert set(metrics["exits"][-1]) == exit_keys | {"found"}
+    assert set(metrics["exits"][0]) == exit_keys | {"empty", "AP50_below_full_interval"}
+    assert set(metrics["routed"]) == QUALITY | {
+        "policy",
+        "thresholds",
+        "hybrid",
+        "exit_share",
+        "mmacs",
+        "ms",
+        "speedup",
+    }
+    assert set(metrics["verdict"]) == {"ship", "what", "findings"}
+    assert all(set(finding) == {"line", "veto"} for finding in metrics["verdict"]["findings"])
+    assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
+
+
+def test_exits_in_order(metrics):
+    assert [one["name"] for one in metrics["exits"]] == ["exit8", "exit12", "full"]
+    assert [one["layer"] for one in metrics["exits"]] == [8, 12, 16]
+    assert [one["AP50"] for one in metrics["exits"]] == pytest.approx([0.0, 0.5, 1.0])
+    assert [one["recall"] for one in metrics["exits"]] == [0.0, 0.5, 1.0]
+    assert metrics["exits"][1]["per_class"]["dog"]["AP50"] == 0.0
+    assert metrics["exits"][0]["confidence"]["mean"] == pytest.approx(0.4)
+
+
+def test_interval_of_the_loss_against_the_full_path(metrics):
+    assert metrics["exits"][0]["AP50_below_full_interval"] == pytest.approx([1.0, 1.0])
+    low, high = metrics["exits"][1]["AP50_below_full_interval"]
+    assert 0 <= low < high <= 1
+
+
+def test_routed(metrics):
+    routed = metrics["routed"]
+    # photo 1 leaves at exit 12, photo 2 at exit 8 (and loses its object), photo 3 goes through
+    assert routed["exit_share"] == pytest.approx({"exit8": 1 / 3, "exit12": 1 / 3, "full": 1 / 3})
+    assert routed["AP50"] == pytest.approx(0.5)
+    assert routed["thresholds"] == pytest.approx([0.5, 0.6])
+    assert routed["policy"] == "max_foreground"
+    assert routed["ms"] == pytest.approx(sum(one["ms"] for one in metrics["exits"]) / 3)
+    assert routed["mmacs"] == pytest.approx(sum(one["mmacs"] for one in metrics["exits"]) / 3)
+    assert routed["speedup"] == pytest.approx(metrics["without_exits"]["ms"] / routed["ms"])
+
+
+def test_context(metrics):
+    context = metrics["context"]
+    assert (context["images"], context["empty_images"], context["splits"]) == (3, 1, ["toy_test"])
+    assert (context["score"], context["iou"], context["runs"], context["threads"]) == (0.3, 0.5, 6, 1)
+    assert (context["device"], context["torch"], context["forced"]) == ("cpu", torch.__version__, False)
+    assert context["runtime"] == "eager"
+
+
+def test_rivals_are_rows_of_their_own(metrics):
+    (rival,) = metrics["rivals"]
+    assert (rival["name"], rival["mmacs"], rival["AP50"]) == ("small", 7.0, pytest.approx(1.0))
+    assert rival["ms_interval"][0] <= rival["ms"] <= rival["ms_interval"][1]
+    assert any("small" in finding["line"] for finding in metrics["verdict"]["findings"])
+
+
+def test_exported_networks_are_timed(small_model, collected, objects):
+    settings = EvaluationSettings(timing_runs=1, resamples=0, runtime="onnxruntime")
+    router = ExitRouter(2, thresholds=0.6)
+    metrics = evaluate_exits(small_model, [], objects, router, settings, collected=collected)
+    assert metrics["context"]["runtime"] == "onnxruntime"
+    assert all(one["ms"] > 0 for one in (*metrics["exits"], metrics["without_exits"]))
+
+
+def test_runs_the_network_itself(small_model, ground_truth):
+    router = ExitRouter(2, thresholds=(0.0, 0.0))
+    images = torch.rand(2, 3, 64, 80)
+    loader = [([images[0]], [{"image_id": 1}]), ([images[1]], [{"image_id": 2}])]
+    coco = ground_truth(2, [(1, 1, BOX)])
+    metrics = evaluate_exits(small_model, loader, coco, router, METRICS_SETTINGS, forced=True)
+    assert metrics["routed"]["exit_share"] == {"exit8": 1.0, "exit12": 0.0, "full": 0.0}
+    assert metrics["routed"]["AP50"] == metrics["exits"][0]["AP50"]
+    # it is untrained: nothing else is said of it
+    (finding,) = metrics["verdict"]["findings"]
+    assert finding["veto"] and "does not detect" in finding["line"] and "--force" in finding["line"]
+    assert metrics["context"]["forced"] and not metrics["context"]["taken_over"]
+
+
+def certificate(kind, unit="mmacs", **target):
+    target = {"kind": kind, "reference": "full", "score": 0.3, "iou": 0.5, **target}
+    return Certificate({}, target, {}, {"unit": unit}, "", (), "", {}, {})
+
+
+@pytest.mark.parametrize(
+    ("asked", "measured", "kept"),
+    [
+        ({"kind": "ap_drop", "value": 0.4, "delta": 0.05}, 0.5, False),
+        ({"kind": "ap_drop", "value": 0.5, "delta": 0.05}, 0.5, True),
+        # photo 1 of three keeps what the full path finds, photo 2 loses its one object, photo 3 has none
+        ({"kind": "risk", "epsilon": 1 / 3, "delta": 0.05}, 1 / 3, True),
+        ({"kind": "risk", "value": 0.3, "delta": 0.05, "reference": "labels"}, 1 / 3, False),
+    ],
+)
+def test_what_the_certificate_was_asked_for(small_model, collected, objects, asked, measured, kept):
+    """Photo 1 leaves at exit 12 and photo 2 at exit 8."""
+    router = ExitRouter(2, thresholds=(0.5, 0.6))
+    more = {"collected": collected, "certificate": certificate(**asked)}
+    metrics = evaluate_exits(small_model, [], objects, router, METRICS_SETTINGS, **more)
+    found = metrics["certificate"]
+    assert (found["measured"], found["kept"]) == (pytest.approx(measured), kept)
+    assert found["target"]["kind"] == asked["kind"]
+    assert found["interval"][0] <= measured <= found["interval"][1]
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+@pytest.mark.parametrize("unit", ["ms", "mmacs"])
+def test_a_speed_up_is_checked_in_the_unit_of_the_certificate(small_model, collected, objects, unit):
+    router = ExitRouter(2, thresholds=(0.5, 0.6))
+    more = {"collected": collected, "certificate": certificate("speedup", unit, value=0.01)}
+    metrics = evaluate_exits(small_model, [], objects, router, METRICS_SETTINGS, **more)
+    assert metrics["certificate"]["kept"] is True
+    expected = metrics["without_exits"][unit] / (sum(one[unit] for one in metrics["exits"]) / 3)
+    assert metrics["certificate"]["measured"] == pytest.approx(expected)
+
+
+def test_boxes_of_a_broken_detector(ground_truth, found):
+    """Photos of 640 px: half a box outside still counts as inside, one without area does not."""
+    truth = ground_truth(2, [])
+    boxes = [(600.0, 0.0, 680.0, 80.0), (601.0, 0.0, 680.0, 79.0), (640.0, 5.0, 640.0, 9.0), (5e3, 5e3, 6e3, 6e3)]
+    seen = describe_boxes(truth, {1: found(*[(1, 0.2, box) for box in boxes]), 2: found()})
+    assert (seen.boxes, seen.outside_share) == (4, 0.75)
+    assert (seen.score_mean, seen.score_std) == pytest.approx((0.2, 0.0))
+    assert describe_boxes(truth, {1: found()}) == BoxSummary(0, None, None, None)
+
+
+def test_routing_is_what_the_model_does(small_model):
+    """The exits put together from one pass equal those of the routed model."""
+    router = ExitRouter(2, thresholds=(0.0, 0.0))
+    images = [torch.rand(3, 64, 80) * brightness / 6 for brightness in range(1, 7)]
+    loader = [(images, [{"image_id": index} for index in range(6)])]
+    middle = collect(small_model, loader, router).confidences[0].median().item()
+    router.thresholds.copy_(torch.tensor([middle, 1.0]))
+    model = copy.deepcopy(small_model).eval()
+    model.router = router
+    with torch.no_grad():
+        taken = [found["exit_index"].item() for found in model(images)]
+    confidences = collect(model, loader, router).confidences
+    assert choose_exits(confidences, router.thresholds.tolist()).tolist() == taken
+    assert len(set(taken)) == 2
+
+
+def test_photos_that_were_not_evaluated_are_refused(small_model, collected, ground_truth):
+    with pytest.raises(DataError, match=r"image 4 \(2 in all\)"):
+        evaluate_exits(small_model, [], ground_truth(5, []), ExitRouter(2), METRICS_SETTINGS, collected=collected)
