@@ -52,7 +52,6 @@ from earlyexit_ssd.evaluation.matches import (
     losses_against_full,
     photo_counts,
 )
-from earlyexit_ssd.evaluation.metrics import EvaluationSettings
 from earlyexit_ssd.evaluation.outputs import Recording, record
 from earlyexit_ssd.files import make_folder
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite

@@ -26,7 +26,6 @@ from earlyexit_ssd.evaluation.evaluate import evaluate_detections
 from earlyexit_ssd.evaluation.matches import Detections, ap_of_choice, exit_matches
 from earlyexit_ssd.evaluation.metrics import EvaluationSettings
 from earlyexit_ssd.evaluation.outputs import choose_exits, collect, collect_detections, exit_share
-from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
 from earlyexit_ssd.files import make_folder, write_json, write_text, writing
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite
 from earlyexit_ssd.pipeline.gates import Gate

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from earlyexit_ssd.calibration.certificate import Certificate
+from earlyexit_ssd.calibration.certificate import Certificate, CertifiedCosts, CertifiedTarget, Measured
 from earlyexit_ssd.errors import DataError, EarlyExitError
 from earlyexit_ssd.evaluation import evaluate
 from earlyexit_ssd.evaluation.cost import OnnxNetwork, PlainPath, Timing, example_input, export_onnx, mmacs_to_exit
@@ -346,8 +346,8 @@ def test_runs_the_network_itself(small_model, ground_truth):
 
 
 def certificate(kind, unit="mmacs", **target):
-    target = {"kind": kind, "reference": "full", "score": 0.3, "iou": 0.5, **target}
-    return Certificate({}, target, {}, {"unit": unit}, "", (), "", {}, {})
+    target = CertifiedTarget(**{"kind": kind, "reference": "full", "score": 0.3, "iou": 0.5, **target})
+    return Certificate({}, target, Measured(), CertifiedCosts(unit=unit), "", (), "", {}, {})
 
 
 @pytest.mark.parametrize(
