@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from earlyexit_ssd.data.images import read_header
 from earlyexit_ssd.data.records import Annotation, Problems, RawDataset, Record, canonical
@@ -42,9 +44,24 @@ def read_flags(flags: dict[str, object], where: str, problems: Problems, image_i
     """Whether any of an object's flags (name -> value) is set; unusable ones are counted once an object."""
     read = {name: flag(value) for name, value in flags.items()}
     for name in [name for name, state in read.items() if state is None][:1]:
-        message = f"{where} has {name} {shown(flags[name])}, expected 0 or 1"
-        problems.add("unusable flag", message, image_id)
+        problems.add("unusable flag", f"{where} has {name} {shown(flags[name])}, expected 0 or 1", image_id)
     return any(read.values())
+
+
+def annotated_size(
+    width: object, height: object, where: str, path: Path, number: int, problems: Problems, kind: Any = int | float
+) -> tuple[int, int]:
+    """Width and height as a file gives them, as numbers or another ``kind``; the photo's own where it gives none."""
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        size = int(float(width)), int(float(height))
+        if min(size) >= 1 and all(isinstance(side, kind) and not isinstance(side, bool) for side in (width, height)):
+            return size
+    found = f"{where} has width {shown(width)} and height {shown(height)}"
+    problems.add("photo without width and height", found, number)
+    try:
+        return read_header(path).size
+    except DataError:
+        return 1, 1  # the check of the files reports it
 
 
 def check_names(names: Iterable[str], source: Path, problems: Problems) -> None:
@@ -95,21 +112,25 @@ def check_boxes(raw: RawDataset, problems: Problems) -> RawDataset:
     Raises:
         DataError: in mode "refuse", one line that names file, photo, annotation and value.
     """
-    _check_unit(raw, problems)
+    _note_small_boxes(raw, problems)
     records = []
     for record in raw.records:
         usable = []
-        for annotation in record.annotations:
-            problem = _problem(annotation, record, len(raw.classes))
-            if problem is None:
-                usable.append(annotation)
+        for one in record.annotations:
+            if not 1 <= one.label <= len(raw.classes):
+                found = f"{describe(record, one.id)} has label {one.label}, expected 1 to {len(raw.classes)}"
+                problems.add("unknown label", found, record.image_id)
+            elif not all(map(math.isfinite, one.box)):
+                problems.add("box with NaN or infinity", _describe_box(one, record), record.image_id)
+            elif not has_area(one.box):
+                problems.add("box without area", _describe_box(one, record), record.image_id)
             else:
-                problems.add(*problem, record.image_id)
+                usable.append(one)
         records.append(dataclasses.replace(record, annotations=tuple(usable)))
     return dataclasses.replace(raw, records=tuple(r for r in records if problems.keeps(r.image_id)))
 
 
-def _check_unit(raw: RawDataset, problems: Problems) -> None:
+def _note_small_boxes(raw: RawDataset, problems: Problems) -> None:
     """Boxes in percent or thousandths stay in one corner of large photos. They may be right, so nothing is refused."""
     shown_on = [record for record in raw.records if record.annotations]
     corners = [max(one.box[2:]) for record in shown_on for one in record.annotations]
@@ -117,20 +138,7 @@ def _check_unit(raw: RawDataset, problems: Problems) -> None:
         large = all(min(record.width, record.height) > 3 * top for record in shown_on)
         if large and len(corners) > 3 and max(corners) <= top:
             message = f"{raw.name}: all {len(corners)} boxes lie in 0..{top}, the photos are more than 3 times as large"
-            problems.note("set with small boxes only", message)
-            break
-
-
-def _problem(annotation: Annotation, record: Record, num_classes: int) -> tuple[str, str] | None:
-    """(kind, message) of what makes an object unusable in a photo of any size, if anything does."""
-    if not 1 <= annotation.label <= num_classes:
-        place = describe(record, annotation.id)
-        return "unknown label", f"{place} has label {annotation.label}, expected 1 to {num_classes}"
-    if not all(math.isfinite(value) for value in annotation.box):
-        return "box with NaN or infinity", _describe_box(annotation, record)
-    if not has_area(annotation.box):
-        return "box without area", _describe_box(annotation, record)
-    return None
+            return problems.note("set with small boxes only", message)
 
 
 def _describe_box(annotation: Annotation, record: Record) -> str:
@@ -195,8 +203,7 @@ def check_photos(records: Sequence[Record], problems: Problems) -> list[Record]:
     Raises:
         DataError: in mode "refuse", one line that names the file.
     """
-    many: Iterable[Record] = progress(records, desc="checking photos") if len(records) >= _MANY else records
-    checked = (_check(record, problems) for record in many)
+    checked = (_check(r, problems) for r in progress(records, "checking photos" if len(records) >= _MANY else None))
     return [record for record in checked if record is not None and problems.keeps(record.image_id)]
 
 
@@ -222,14 +229,12 @@ def drop_repeated_files(raw: RawDataset, problems: Problems) -> RawDataset:
     for record in raw.records:
         identity = file_identity(record.path)
         other = record if identity is None else first.setdefault(identity, record)
-        if other is record:
-            continue
-        problems.add(
-            "one file under two ids", f"{describe(record)} is the file of id {other.image_id}", record.image_id
-        )
-        problems.leave_out(record.image_id)
-        if _objects(record) != _objects(other):
-            problems.leave_out(other.image_id)
+        if other is not record:
+            same = f"{describe(record)} is the file of id {other.image_id}"
+            problems.add("one file under two ids", same, record.image_id)
+            problems.leave_out(record.image_id)
+            if _objects(record) != _objects(other):
+                problems.leave_out(other.image_id)
     return dataclasses.replace(raw, records=tuple(r for r in raw.records if problems.keeps(r.image_id)))
 
 
@@ -260,13 +265,10 @@ def _check(record: Record, problems: Problems) -> Record | None:
 
 def resize_record(record: Record, width: int, height: int) -> Record:
     """The record for the same photo at another size."""
-    horizontal, vertical = width / record.width, height / record.height
-    annotations = tuple(_scale(annotation, horizontal, vertical) for annotation in record.annotations)
-    return dataclasses.replace(record, width=width, height=height, annotations=annotations)
-
-
-def _scale(annotation: Annotation, horizontal: float, vertical: float) -> Annotation:
-    x1, y1, x2, y2 = annotation.box
-    box = (x1 * horizontal, y1 * vertical, x2 * horizontal, y2 * vertical)
-    area = None if annotation.area is None else annotation.area * horizontal * vertical
-    return dataclasses.replace(annotation, box=box, area=area)
+    across, down = width / record.width, height / record.height
+    annotations = []
+    for one in record.annotations:
+        x1, y1, x2, y2 = one.box
+        area = None if one.area is None else one.area * across * down
+        annotations.append(dataclasses.replace(one, box=(x1 * across, y1 * down, x2 * across, y2 * down), area=area))
+    return dataclasses.replace(record, width=width, height=height, annotations=tuple(annotations))

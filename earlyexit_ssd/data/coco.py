@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 from pathlib import Path
 from typing import Any
 
-from earlyexit_ssd.data.checks import are_shares, check_names, check_unit, read_flags
+from earlyexit_ssd.data.checks import annotated_size, are_shares, check_names, check_unit, read_flags
 from earlyexit_ssd.data.folder import photo_path
-from earlyexit_ssd.data.images import read_header
 from earlyexit_ssd.data.records import Annotation, Problems, RawDataset, Record, register_format
 from earlyexit_ssd.errors import DataError, shown
 
@@ -44,11 +44,8 @@ def read_coco(
     check_names((entry["name"] for entry in tree["categories"]), annotations, problems)
     photos = _read_photos(tree["images"], annotations, images, problems, allow_outside)
     objects = _read_annotations(tree["annotations"], annotations, photos, labels, problems)
-    records = tuple(
-        Record(number, path, width, height, tuple(objects[number]), annotations)
-        for number, path, width, height in photos.values()
-        if problems.keeps(number)
-    )
+    kept = [photo for photo in photos.values() if problems.keeps(photo.image_id)]
+    records = tuple(dataclasses.replace(photo, annotations=tuple(objects[photo.image_id])) for photo in kept)
     return RawDataset(name, classes, records)
 
 
@@ -85,10 +82,10 @@ def _read_categories(entries: list[dict[str, Any]], source: Path) -> tuple[tuple
 
 def _read_photos(
     entries: list[dict[str, Any]], source: Path, folder: Path, problems: Problems, allow_outside: bool
-) -> dict[Any, tuple[int, Path, int, int]]:
-    """The file's image id -> image id (an integer), path, width, height."""
+) -> dict[Any, Record]:
+    """The file's image id -> the photo, without objects yet."""
     keep_ids = all(isinstance(one := entry.get("id"), int) and abs(one) < _LARGEST_ID for entry in entries)
-    photos: dict[Any, tuple[int, Path, int, int]] = {}
+    photos: dict[Any, Record] = {}
     for place, entry in enumerate(entries):
         where = f"{source}: images[{place}]"
         photo_id, file_name = entry.get("id"), entry.get("file_name")
@@ -99,52 +96,36 @@ def _read_photos(
         path = inside or folder / file_name
         if photo_id in photos:
             problems.add("duplicate photo id", f"{where} ({file_name}) repeats id {shown(photo_id)}")
-            if photos[photo_id][1] != path:
-                problems.leave_out(photos[photo_id][0])  # whose boxes are they?
+            if photos[photo_id].path != path:
+                problems.leave_out(photos[photo_id].image_id)  # whose boxes are they?
             continue
-        number = photo_id if keep_ids else place + 1
+        number, size = photo_id if keep_ids else place + 1, (1, 1)
         if inside is None:
             problems.add("photo outside the photo folder", f"{where} has file_name {shown(file_name)}", number)
             problems.leave_out(number)
-            width = height = 1
         else:
-            width, height = _read_size(entry, where, path, number, problems)
-        photos[photo_id] = (number, path, width, height)
+            where = f"{where} ({path.name})"
+            size = annotated_size(entry.get("width"), entry.get("height"), where, path, number, problems)
+        photos[photo_id] = Record(number, path, *size, source=source)
     return photos
 
 
-def _read_size(entry: dict[str, Any], where: str, path: Path, number: int, problems: Problems) -> tuple[int, int]:
-    width, height = _number(entry.get("width")), _number(entry.get("height"))
-    if 1 <= width < math.inf and 1 <= height < math.inf:
-        return int(width), int(height)
-    sides = f"width {shown(entry.get('width'))} and height {shown(entry.get('height'))}"
-    problems.add("photo without width and height", f"{where} ({path.name}) has {sides}", number)
-    try:
-        return read_header(path).size
-    except DataError:
-        return 1, 1  # the check of the files reports it
-
-
 def _read_annotations(
-    entries: list[dict[str, Any]],
-    source: Path,
-    photos: dict[Any, tuple[int, Path, int, int]],
-    labels: dict[Any, int],
-    problems: Problems,
+    entries: list[dict[str, Any]], source: Path, photos: dict[Any, Record], labels: dict[Any, int], problems: Problems
 ) -> dict[int, list[Annotation]]:
     """Image id -> its objects."""
-    objects: dict[int, list[Annotation]] = {photo[0]: [] for photo in photos.values()}
+    objects: dict[int, list[Annotation]] = {photo.image_id: [] for photo in photos.values()}
     seen: dict[Any, dict[str, Any]] = {}
     shares: list[tuple[str, int]] = []  # message, image id
     total = 0
     for place, entry in enumerate(entries):
         photo = photos.get(_hashable(entry.get("image_id")))
-        number = photo[0] if photo else None
-        problem = _problem(entry, photo, labels)
+        number = photo.image_id if photo else None
         annotation_id = entry.get("id", f"[{place}]")
         if isinstance(annotation_id, list | dict):
-            expected = "its id is to be a number or text"
-            problems.add("malformed annotation id", f"{_where(source, entry, photo)}: {expected}", number)
+            problems.add(
+                "malformed annotation id", f"{_where(source, entry, photo)}: its id is to be a number or text", number
+            )
             annotation_id = f"[{place}]"
         if annotation_id in seen:
             where = _where(source, entry, photo)
@@ -152,11 +133,11 @@ def _read_annotations(
             if _content(seen[annotation_id]) == _content(entry):
                 continue
         seen[annotation_id] = entry
-        if problem is not None:
+        if problem := _problem(entry, photo, labels):
             kind, value = problem
             problems.add(kind, f"{_where(source, entry, photo)} has {value}", number)
             continue
-        x, y, width, height = (_number(value) for value in entry["bbox"])
+        x, y, width, height = map(_number, entry["bbox"])
         total += 1
         if min(width, height) > 0 and are_shares((x, y, width, height)):
             shares.append((f"{_where(source, entry, photo)} has bbox {shown(entry['bbox'])}", number))
@@ -173,9 +154,7 @@ def _read_annotations(
     return objects
 
 
-def _problem(
-    entry: dict[str, Any], photo: tuple[int, Path, int, int] | None, labels: dict[Any, int]
-) -> tuple[str, str] | None:
+def _problem(entry: dict[str, Any], photo: Record | None, labels: dict[Any, int]) -> tuple[str, str] | None:
     """(kind, value) of what makes an annotation unusable, if anything does."""
     for key in ("image_id", "category_id", "bbox"):
         if key not in entry:
@@ -183,18 +162,15 @@ def _problem(
     if photo is None:
         return "annotation of an unknown photo", f"image_id {shown(entry['image_id'])}"
     if _hashable(entry["category_id"]) not in labels:
-        return (
-            "unknown label",
-            f"category_id {shown(entry['category_id'])}, which is none of the file's categories",
-        )
+        return "unknown label", f"category_id {shown(entry['category_id'])}, which is none of the file's categories"
     box = entry["bbox"]
     if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
         return "malformed box", f"bbox {shown(box)}, expected [x, y, width, height]"
     return None
 
 
-def _where(source: Path, entry: dict[str, Any], photo: tuple[int, Path, int, int] | None) -> str:
-    name = f" of photo {photo[1].name}" if photo else ""
+def _where(source: Path, entry: dict[str, Any], photo: Record | None) -> str:
+    name = f" of photo {photo.path.name}" if photo else ""
     return f"{source}: annotation {shown(entry.get('id'))}{name}"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from earlyexit_ssd.data.images import PHOTO_SUFFIXES, read_header
 from earlyexit_ssd.data.records import Problems, RawDataset, Record, register_format
 from earlyexit_ssd.errors import DataError
+from earlyexit_ssd.plain import read_bytes
 from earlyexit_ssd.progress import progress
 
 
@@ -81,3 +82,15 @@ def photo_path(folder: Path, name: str, allow_outside: bool) -> Path | None:
     else:
         outside = name.split(os.sep)[0] == os.pardir
     return None if outside and not allow_outside else folder / name
+
+
+def read_list(listing: Path) -> list[str]:
+    """The lines of a file that lists photos.
+
+    Raises:
+        DataError: it cannot be read, or is not in UTF-8.
+    """
+    try:
+        return read_bytes(listing).decode("utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{listing}: cannot be read as a list of photos ({error}); write it in UTF-8") from None

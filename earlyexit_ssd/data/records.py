@@ -176,8 +176,7 @@ class Problems:
     def _done(self, kind: str) -> str:
         if kind in NOTES:
             return NOTES[kind]
-        skips = self._skips.get(kind, 0)
-        if not skips:
+        if not (skips := self._skips.get(kind, 0)):
             return REPAIRS[kind]
         return "photo left out" + (f", or {REPAIRS[kind]} where no photo is known" if skips < self.counts[kind] else "")
 
@@ -264,45 +263,32 @@ def select_classes(raws: Sequence[RawDataset], classes: Sequence[str], train: bo
     if len(labels) < len(classes):
         raise DataError(f"DATA.CLASSES is {tuple(classes)}: the same class twice; name each once")
     _check_classes(raws, classes, train)
-    records = [_relabel(record, _label_map(raw, labels)) for raw in raws for record in raw.records]
-    if len(raws) > 1:
-        records = [dataclasses.replace(record, image_id=i) for i, record in enumerate(records, start=1)]
+    records: list[Record] = []
+    for raw in raws:
+        ours = {label: labels.get(canonical(name)) for label, name in enumerate(raw.classes, start=1)}
+        for record in raw.records:
+            wanted = [(one, label) for one in record.annotations if (label := ours.get(one.label))]
+            annotations = tuple(dataclasses.replace(one, label=label) for one, label in wanted)
+            image_id = record.image_id if len(raws) == 1 else len(records) + 1
+            records.append(dataclasses.replace(record, image_id=image_id, annotations=annotations))
     return records
-
-
-def _label_map(raw: RawDataset, labels: dict[str, int]) -> dict[int, int]:
-    """The data set's label -> ours, for the wanted classes."""
-    own = ((label, canonical(name)) for label, name in enumerate(raw.classes, start=1))
-    return {label: labels[name] for label, name in own if name in labels}
-
-
-def _relabel(record: Record, label_map: dict[int, int]) -> Record:
-    annotations = tuple(
-        dataclasses.replace(annotation, label=label_map[annotation.label])
-        for annotation in record.annotations
-        if annotation.label in label_map
-    )
-    return dataclasses.replace(record, annotations=annotations)
 
 
 def _check_classes(raws: Sequence[RawDataset], classes: Sequence[str], train: bool) -> None:
     """Unknown classes are an error; absent ones a warning: a set without their labels teaches background."""
-    known = {canonical(name) for raw in raws for name in raw.classes}
+    there = union_of_classes(raws)
+    known = set(map(canonical, there))
     may_lack_some = any(raw.open_classes and not (train and raw.labelled) for raw in raws)
     for name in classes:
         if canonical(name) not in known and not may_lack_some:
-            sets = ", ".join(raw.name for raw in raws)
-            listed = ", ".join(union_of_classes(raws)[:20]) or "none"
-            raise DataError(
-                f"DATA.CLASSES has {name!r}, which {sets} does not have"
-                f"{nearest(name, union_of_classes(raws))}; classes there: {listed}"
-            )
+            sets, listed = ", ".join(raw.name for raw in raws), ", ".join(there[:20]) or "none"
+            hint = nearest(name, there)
+            raise DataError(f"DATA.CLASSES has {name!r}, which {sets} does not have{hint}; classes there: {listed}")
     for raw in (raw for raw in raws if raw.labelled):
         shown = {(one.label, one.ignore) for record in raw.records for one in record.annotations}
         named = {(canonical(raw.classes[label - 1]), flag) for label, flag in shown if 1 <= label <= len(raw.classes)}
-        ignored = {name for name, flag in named if flag}
         absent = [name for name in classes if (canonical(name), False) not in named]
-        absent = [f"{name} (but some to ignore)" if canonical(name) in ignored else name for name in absent]
+        absent = [f"{name} (but some to ignore)" if (canonical(name), True) in named else name for name in absent]
         if absent:
             logger.warning("%s has no box of %s", raw.name, one_line(few(absent)))
 
@@ -321,11 +307,9 @@ def limit_negatives(records: list[Record], share: float, seed: int) -> list[Reco
     Args:
         share: in [0, 1); -1 keeps all.
     """
-    if share < 0:
-        return records
     negatives = [place for place, record in enumerate(records) if not record.has_targets]
     wanted = round((len(records) - len(negatives)) * share / (1 - share))
-    if len(negatives) <= wanted or len(negatives) == len(records):
+    if share < 0 or len(negatives) <= wanted or len(negatives) == len(records):
         return records
     kept = set(random.Random(seed).sample(negatives, wanted))
     return [record for place, record in enumerate(records) if record.has_targets or place in kept]

@@ -193,18 +193,9 @@ def build_transforms(preset: str) -> Augmentation | None:
     if preset != "flip":
         chain.insert(0, RandomIoUCrop(p=1.0))
     if preset == "ssd":
-        chain[:0] = [*_photometric_distortion(), RandomZoomOut(p=0.5)]
+        # each change of colours is made to half of the photos
+        same = {"brightness": (1.0, 1.0), "contrast": (1.0, 1.0), "saturation": (1.0, 1.0), "hue": (0.0, 0.0)}
+        bounds = {"brightness": (0.875, 1.125), "contrast": (0.5, 1.5), "saturation": (0.5, 1.5), "hue": (-0.05, 0.05)}
+        jitter = [A.ColorJitter(**{**same, name: bound}, p=0.5) for name, bound in bounds.items()]
+        chain[:0] = [*jitter, A.ChannelShuffle(p=0.5), RandomZoomOut(p=0.5)]
     return Augmentation(chain)
-
-
-def _photometric_distortion() -> list[A.BasicTransform]:
-    """Brightness, contrast, saturation, hue and the order of the channels, each for half of the photos."""
-    neutral = {"brightness": (1.0, 1.0), "contrast": (1.0, 1.0), "saturation": (1.0, 1.0), "hue": (0.0, 0.0)}
-    changes = {
-        "brightness": (0.875, 1.125),
-        "contrast": (0.5, 1.5),
-        "saturation": (0.5, 1.5),
-        "hue": (-0.05, 0.05),
-    }
-    steps = [A.ColorJitter(**{**neutral, name: bounds}, p=0.5) for name, bounds in changes.items()]
-    return [*steps, A.ChannelShuffle(p=0.5)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import posixpath
@@ -10,9 +11,9 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PureWindowsPath
 
-from earlyexit_ssd.data.checks import are_shares, check_names, check_unit, read_flags
-from earlyexit_ssd.data.folder import find_files, photo_path
-from earlyexit_ssd.data.images import PHOTO_SUFFIXES, read_header
+from earlyexit_ssd.data.checks import annotated_size, are_shares, check_names, check_unit, read_flags
+from earlyexit_ssd.data.folder import find_files, photo_path, read_list
+from earlyexit_ssd.data.images import PHOTO_SUFFIXES
 from earlyexit_ssd.data.records import ALIASES, Annotation, Problems, RawDataset, Record, register_format
 from earlyexit_ssd.errors import DataError, shown
 
@@ -53,10 +54,7 @@ def read_voc(name: str, devkit: Path, split: str, problems: Problems, allow_outs
     if not os.path.isfile(listing):
         splits = ", ".join(sorted(path.stem for path in listing.parent.glob("*.txt"))) or "no split at all"
         raise DataError(f"{listing}: no such list of photos; {listing.parent} has {splits}")
-    try:
-        lines = listing.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{listing}: cannot be read as a list of photos ({error}); write it in UTF-8") from None
+    lines = read_list(listing)
     look_up = _look_up(_XML)
     sources = []
     for number, stem in enumerate(_stems(lines, lambda stem: bool(look_up(folder / stem))), start=1):
@@ -134,7 +132,7 @@ def _look_up(suffixes: Sequence[str]) -> Callable[[Path], list[Path]]:
 
 
 def _read(
-    name: str,
+    title: str,
     annotations: Path,
     images: Path,
     sources: Sequence[tuple[int, str, Path]],
@@ -160,30 +158,25 @@ def _read(
             problems.add("unreadable annotation file", f"{source}: {error}", number)
             continue
         path = _find_photo(images, stem, tree, source, number, photos, problems, allow_outside)
-        width, height = _read_size(tree, source, path, number, problems)
-        found.append((Record(number, path, width, height, source=source), []))
-        found[-1][1].extend(_read_objects(tree, source, number, problems, shares))
+        sides = tree.findtext("size/width"), tree.findtext("size/height")
+        size = annotated_size(*sides, str(source), path, number, problems, str)
+        objects = _read_objects(tree, source, number, problems, shares)
+        found.append((Record(number, path, *size, source=source), objects))
     check_unit(shares, len(shares) + sum(len(objects) for _, objects in found), annotations, problems)
     found = [(record, objects) for record, objects in found if problems.keeps(record.image_id)]
     names = sorted({name for _, objects in found for _, name, _, _ in objects})
     check_names(names, annotations, problems)
-    classes = _class_names((ALIASES.get(name, name) for name in names), benchmark)
-    records = tuple(_labelled(record, objects, classes) for record, objects in found)
-    return RawDataset(name, classes, records, open_classes=True)
-
-
-def _class_names(names: Iterable[str], benchmark: tuple[str, ...]) -> tuple[str, ...]:
-    """The names found, sorted; those of the benchmark where all that is found is among them."""
-    found = set(names)
-    return benchmark if found and found <= set(benchmark) else tuple(sorted(found))
-
-
-def _labelled(record: Record, objects: list[_Object], classes: tuple[str, ...]) -> Record:
-    annotations = tuple(
-        Annotation(box, classes.index(ALIASES.get(name, name)) + 1, difficult, None, number)
-        for box, name, difficult, number in objects
-    )
-    return Record(record.image_id, record.path, record.width, record.height, annotations, record.source)
+    occurring = {ALIASES.get(name, name) for name in names}
+    # those of the benchmark where all that is found is among them
+    classes = benchmark if occurring and occurring <= set(benchmark) else tuple(sorted(occurring))
+    labels = {name: label for label, name in enumerate(classes, start=1)}
+    records = []
+    for record, objects in found:
+        annotations = (
+            Annotation(box, labels[ALIASES.get(name, name)], ignore, None, at) for box, name, ignore, at in objects
+        )
+        records.append(dataclasses.replace(record, annotations=tuple(annotations)))
+    return RawDataset(title, classes, tuple(records), open_classes=True)
 
 
 def _find_photo(
@@ -220,21 +213,6 @@ def _find_photo(
         problems.add("photo outside the photo folder", f"{source}: <filename> is {shown(named)}", number)
         problems.leave_out(number)
     return own[0] if own else images / (last or f"{stem}.jpg")
-
-
-def _read_size(tree: ElementTree.Element, source: Path, path: Path, number: int, problems: Problems) -> tuple[int, int]:
-    texts = [tree.findtext(f"size/{side}") for side in ("width", "height")]
-    try:
-        width, height = (int(float(text)) for text in texts)
-        if min(width, height) >= 1:
-            return width, height
-    except (TypeError, ValueError, OverflowError):
-        pass
-    problems.add("photo without width and height", f"{source}: width and height are {shown(texts)}", number)
-    try:
-        return read_header(path).size
-    except DataError:
-        return 1, 1  # the check of the files reports it
 
 
 def _read_objects(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from earlyexit_ssd.data.checks import check_names, check_unit
-from earlyexit_ssd.data.folder import find_files, photo_path
+from earlyexit_ssd.data.folder import find_files, photo_path, read_list
 from earlyexit_ssd.data.images import PHOTO_SUFFIXES, read_header
 from earlyexit_ssd.data.records import Annotation, Problems, RawDataset, Record, register_format
 from earlyexit_ssd.errors import DataError, nearest, shown
@@ -109,27 +109,16 @@ def _list_photos(
                 if path.suffix not in (".txt", ".cache"):
                     problems.note("file of another kind", str(path))
         elif os.path.isfile(place) and place.suffix == ".txt":
-            photos += _read_list(place, folder, problems, allow_outside)
+            for line in filter(None, map(str.strip, read_list(place))):
+                photo = photo_path(folder, os.path.join(place.parent, line), allow_outside)
+                if photo is None:
+                    problems.add("photo outside the photo folder", f"{place}: has {shown(line)}")
+                else:
+                    photos.append(photo)
         else:
             raise DataError(f"{description}: {split} is {place}, no folder of photos and no text file with a list")
     if not photos:
         raise DataError(f"{description}: {split} has no photo ({', '.join(PHOTO_SUFFIXES)})")
-    return photos
-
-
-def _read_list(listing: Path, folder: Path, problems: Problems, allow_outside: bool) -> list[Path]:
-    """Photos by name, one a line, relative to the folder of the list."""
-    try:
-        lines = read_bytes(listing).decode("utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{listing}: cannot be read as a list of photos ({error}); write it in UTF-8") from None
-    photos: list[Path] = []
-    for line in filter(None, map(str.strip, lines)):
-        photo = photo_path(folder, os.path.join(listing.parent, line), allow_outside)
-        if photo is None:
-            problems.add("photo outside the photo folder", f"{listing}: has {shown(line)}")
-        else:
-            photos.append(photo)
     return photos
 
 

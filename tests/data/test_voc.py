@@ -90,7 +90,7 @@ def test_missing_split_names_those_there_are(make_voc, voc_xml):
             "annotation without a needed key",
             "object 1 has no name",
         ),
-        ("<annotation/>", "photo without width and height", "width and height are"),
+        ("<annotation/>", "photo without width and height", "width None and height None"),
         (
             "<annotation><size><width>0</width><height>40</height></size></annotation>",
             "photo without width and height",
