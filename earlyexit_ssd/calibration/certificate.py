@@ -137,11 +137,7 @@ class Certificate:
         return all(threshold >= CLOSED for threshold in self.router["thresholds"])
 
     def router_for(self, model: nn.Module) -> ExitRouter:
-        """The router, for the weights that it was calibrated with.
-
-        Raises:
-            EarlyExitError: the model has other weights, those of a fused model among them.
-        """
+        """The router, for the weights that it was calibrated with; an EarlyExitError for others, fused ones too."""
         if is_fused(model):
             raise EarlyExitError(
                 "the model is fused for inference, so its weights are not the certificate's; give it the certificate's "
@@ -163,11 +159,7 @@ class Certificate:
         return router
 
     def require_unseen(self, photos: Iterable[tuple[str | os.PathLike[str], str]]) -> None:
-        """Refuse photos that calibrated: figures on them flatter.
-
-        Args:
-            photos: path and SHA-256 of each.
-        """
+        """Refuse photos (path and SHA-256 of each) that calibrated: figures on them flatter."""
         known = set(self.photos_sha256)
         shared = [path for path, digest in photos if digest[:16] in known]
         if shared:
@@ -192,19 +184,12 @@ class Certificate:
 
 
 def load_certificate(path: str | os.PathLike[str]) -> Certificate:
-    """Read a certificate.
-
-    Raises:
-        EarlyExitError: no such file, not a certificate, or one that was edited by hand.
-    """
+    """Read a certificate; an EarlyExitError where there is no such file, or none that a calibration wrote."""
     return parse_certificate(read_json(path, "certificate", _ADVICE), path)
 
 
 def parse_certificate(content: Any, source: str | os.PathLike[str]) -> Certificate:
-    """The certificate that a file holds as plain types; every part is checked.
-
-    Args:
-        source: the file, for messages.
+    """The certificate that a file holds as plain types; ``source`` is the file, for messages.
 
     Raises:
         EarlyExitError: a part is missing, unknown, of another type or not what the calibration wrote.

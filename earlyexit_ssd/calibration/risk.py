@@ -31,8 +31,7 @@ def hoeffding_bentkus_p_value(losses: np.ndarray, epsilon: float) -> float:
 
     With m the mean of n losses, the smaller of exp(-n h(min(m, epsilon), epsilon)), where h(a, b) =
     a log(a / b) + (1 - a) log((1 - a) / (1 - b)), and e P(Binomial(n, epsilon) <= ceil(n m)). From Bates et al.
-    2021, "Distribution-free, risk-controlling prediction sets", section 3.1; as a p-value in Angelopoulos et al.
-    2021, "Learn then test". The order of the photos does not matter.
+    2021, "Distribution-free, risk-controlling prediction sets", section 3.1. The order of the photos does not matter.
 
     Args:
         losses: [n], in [0, 1], one per photo; no photo gives 1.0.
@@ -47,8 +46,11 @@ def hoeffding_bentkus_p_value(losses: np.ndarray, epsilon: float) -> float:
     if count == 0:
         return 1.0
     total = math.fsum(losses)  # exact, so that ten losses of 0.1 are 1, not a little more
-    hoeffding = math.exp(-count * _divergence(min(total / count, epsilon), epsilon))
-    return min(hoeffding, _bentkus(math.ceil(total - ROUNDING), count, epsilon))
+    mean = min(total / count, epsilon)
+    divergence = mean * math.log(mean / epsilon) if mean else 0.0
+    divergence += (1 - mean) * (math.log1p(-mean) - math.log1p(-epsilon))
+    bentkus = math.e * float(stats.binom.cdf(math.ceil(total - ROUNDING), count, epsilon))
+    return min(1.0, math.exp(-count * divergence), bentkus)
 
 
 def betting_p_value(losses: np.ndarray, epsilon: float, *, delta: float = 0.1) -> float:
@@ -64,9 +66,8 @@ def betting_p_value(losses: np.ndarray, epsilon: float, *, delta: float = 0.1) -
     Bates et al. 2021, section 3.1, who cap at 1. Our cap leaves 1 - BET_CAP of the capital after a loss of 1.
 
     Args:
-        losses: [n], in [0, 1], one per photo, in the order of the bets; no photo gives 1.0. The caller fixes the
-            order without a look at the losses, by a seeded shuffle: photos that stand by data set or by hour are not
-            exchangeable as they come, and taking the best of several orders is not valid.
+        losses: [n], in [0, 1], in the order of the bets; no photo gives 1.0. Fix the order without a look at the
+            losses, by a seeded shuffle: photos that stand by data set or by hour are not exchangeable as they come.
         epsilon: the largest mean loss to be accepted, in (0, 1).
         delta: the level that the bets are tuned for, in (0, 1). The p-value is valid at every level.
 
@@ -94,12 +95,8 @@ BOUNDS: dict[str, PValue] = {"hoeffding_bentkus": hoeffding_bentkus_p_value, "be
 def upper_bound(losses: np.ndarray, delta: float, p_value: PValue = hoeffding_bentkus_p_value) -> float:
     """The mean loss that is not exceeded with probability 1 - ``delta``, in (0, 1]; 1.0 where nothing is certain.
 
-    The smallest epsilon with ``p_value(losses, epsilon) <= delta``, at most 1e-6 above it, never below.
-
-    Args:
-        losses: [n], in [0, 1], one per photo.
-        delta: in (0, 1).
-        p_value: one of :data:`BOUNDS`, or another that falls as its epsilon grows.
+    The smallest epsilon with ``p_value(losses, epsilon) <= delta``, at most 1e-6 above it, never below. ``losses`` are
+    [n], in [0, 1]; ``p_value`` is one of :data:`BOUNDS`, or another that falls as its epsilon grows.
 
     Raises:
         EarlyExitError: a loss or ``delta`` outside its range.
@@ -116,14 +113,11 @@ def upper_bound(losses: np.ndarray, delta: float, p_value: PValue = hoeffding_be
 
 
 def fixed_sequence_test(p_values: Iterable[float], delta: float) -> int:
-    """How many hypotheses are rejected, from the start of the sequence to the first p-value above ``delta``.
+    """How many hypotheses are rejected, from the start of the sequence to the first p-value above ``delta``, behind
+    which none is read.
 
     The chance that any of the rejected hypotheses is true is at most ``delta``, where the order was fixed before
     the photos were seen. Fixed-sequence testing in Angelopoulos et al. 2021, "Learn then test".
-
-    Args:
-        p_values: one per hypothesis, in [0, 1]; read no further than to the first one above ``delta``.
-        delta: in (0, 1).
 
     Raises:
         EarlyExitError: a p-value outside [0, 1], or ``delta`` outside (0, 1).
@@ -142,18 +136,8 @@ def fixed_sequence_test(p_values: Iterable[float], delta: float) -> int:
 def photos_needed(
     losses: np.ndarray, epsilon: float, delta: float, p_value: PValue = hoeffding_bentkus_p_value
 ) -> int | None:
-    """About how many photos ``p_value`` needs to certify ``epsilon`` if further ones lose what these did, in turn.
-
-    A plan, not a promise: the next measurement will have other losses.
-
-    Args:
-        losses: [n], in [0, 1], one per photo.
-        epsilon: the largest mean loss to be accepted, in (0, 1).
-        delta: in (0, 1).
-        p_value: one of :data:`BOUNDS`.
-
-    Returns:
-        The count; None where the mean is not below ``epsilon``, or so little that it takes over 10^6.
+    """About how many photos ``p_value`` needs to certify ``epsilon`` if further ones lose what these did, in turn: a
+    plan, not a promise. None where the mean is not below ``epsilon``, or so little that it takes over 10^6.
 
     Raises:
         EarlyExitError: a number outside its range.
@@ -167,30 +151,13 @@ def photos_needed(
 
     if not losses.size or losses.mean() >= epsilon or not enough(MOST_PHOTOS):
         return None
-    return _first(enough, start=1)
-
-
-def _first(holds: Callable[[int], bool], start: int) -> int:
-    """The smallest integer from ``start`` on where ``holds``, which stays true once it is: doubling, then bisection."""
-    low, step = start - 1, 1
-    while not holds(low + step):
-        low, step = low + step, 2 * step
-    high = low + step
+    low, high = 0, 1  # doubling, then bisection: what is enough once stays so
+    while not enough(high):
+        low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
+        low, high = (low, middle) if enough(middle) else (middle, high)
     return high
-
-
-def _divergence(a: float, b: float) -> float:
-    """Kullback-Leibler divergence of Bernoulli(a) from Bernoulli(b), for 0 <= a <= b < 1; at least 0."""
-    value = (a * math.log(a / b) if a else 0.0) + (1 - a) * (math.log1p(-a) - math.log1p(-b))
-    return max(value, 0.0)  # rounding
-
-
-def _bentkus(total: int, count: int, epsilon: float) -> float:
-    """e P(Binomial(count, epsilon) <= total); above 1 where it says nothing."""
-    return math.e * float(stats.binom.cdf(total, count, epsilon))
 
 
 def _checked_losses(losses: np.ndarray) -> np.ndarray:
@@ -209,8 +176,6 @@ def _check_share(name: str, value: float) -> None:
         raise EarlyExitError(f"{name} is {value}, expected a number in (0, 1), such as 0.1")
 
 
-# Learn then test: walk from safe thresholds to bold ones and stop where the risk can no longer be ruled out.
-
 LONGEST_PATH = 80
 """Steps of the path; more of them cost time, fewer leave larger gaps between thresholds."""
 
@@ -221,8 +186,7 @@ class Certified:
 
     Attributes:
         step: the path's step that was chosen; 0 is the closed one.
-        thresholds: per early exit.
-        choice: exit of every calibration photo, [n].
+        thresholds: per early exit; choice: exit of every calibration photo, [n].
         loss: mean over them, or over their groups.
         bound: upper confidence bound of the expected loss at level delta, were this the only step.
         passed: steps of the path that passed, the closed one not counted.
@@ -248,12 +212,10 @@ def safe_to_bold(
     """Thresholds of all exits from everything closed to ever cheaper ones, [steps, early exits].
 
     The path is what no other combination beats in mean loss and mean cost, on photos that are not those of the
-    calibration; so it is fixed before these are looked at, and each step may be tested at the whole level (fixed
-    sequence testing in Angelopoulos et al. 2021, "Learn then test", section 2.2, with the sequence from other data).
+    calibration; so it is fixed before these are looked at, and each step may be tested at the whole level.
 
     Args:
-        confidences: per early exit [m].
-        losses: [m, exits].
+        confidences: per early exit [m]; losses: [m, exits].
         costs: thresholds [M, early exits] to the exits' costs with them [M, exits].
         grid: the combinations to choose from; by default all that `threshold_grid` makes.
     """
@@ -284,14 +246,11 @@ def certify(
 
     Args:
         path: from :func:`safe_to_bold`; its first step is closed.
-        confidences: per early exit, of the calibration photos [n].
-        losses: of these, [n, exits] in [0, 1].
+        confidences: per early exit, of the calibration photos [n]; losses: of these, [n, exits] in [0, 1].
         costs: of the exits at each step of the path, [steps, exits].
-        epsilon, delta: in (0, 1).
         bound: a key of `BOUNDS`, chosen beforehand.
-        seed: of the order in which the photos are tested. The betting bound stops at its best moment, so data sets or
-            hours of a day that stand one behind the other would be judged by the first of them. None: as they
-            come, for photos that are in random order already.
+        seed: of the order in which the photos are tested; None: as they come, if that is a random order already. The
+            betting bound stops at its best moment: of data sets one behind the other the first alone would decide.
         groups: of photos that go together, numbered from 0, [n]: the mean over the photos of a group is one loss, and
             the promise is for the draw of groups. None: every photo is a group.
     """

@@ -16,8 +16,6 @@ from earlyexit_ssd.progress import progress
 
 LARGEST_GRID = 20_000
 """Combinations that are looked at, at most; the candidates of each exit become fewer with more exits."""
-
-
 MOST_EXITS = 5
 """Early exits whose thresholds are searched jointly; with more of them the grid is too coarse to mean anything."""
 
@@ -40,12 +38,8 @@ class Grid:
 
 
 def choose(confidences: Sequence[np.ndarray], thresholds: Sequence[float]) -> np.ndarray:
-    """The exit of every photo, int8 [n]: the first whose confidence reaches its threshold, else the full path.
-
-    Args:
-        confidences: per early exit [n].
-        thresholds: one per early exit.
-    """
+    """The exit of every photo, int8 [n]: the first whose confidence (per early exit [n]) reaches its threshold, else
+    the full path."""
     choice = np.full(len(confidences[0]), len(confidences), dtype=np.int8)
     for index in reversed(range(len(confidences))):
         # as the router compares: both in fp32
@@ -103,15 +97,12 @@ def cheapest_within(loss: np.ndarray, cost: np.ndarray, limit: float) -> int | N
     return int(allowed[np.lexsort((loss[allowed], cost[allowed]))[0]]) if len(allowed) else None
 
 
-# Thresholds learnt by gradient: a soft exit and a term for the cost, instead of a search over combinations.
-
-STEPS = 150
+STEPS, HALVINGS = 150, 10
+"""Of the descent, and of the interval that holds the price of cost."""
 WIDTHS = (0.1, 0.01)
 """First and last width of the soft exit, in ranks (see `learn_thresholds`); it shrinks geometrically."""
 BUDGETS = 20
 """Mean costs, from that of the cheapest exit to that of the full path alone, that `learned_grid` learns for."""
-HALVINGS = 10
-"""Of the interval that holds the price."""
 
 
 def learn_open_exits(
@@ -124,8 +115,7 @@ def learn_open_exits(
     closed exit makes the deeper ones cheaper, which no gradient sees.
 
     Args:
-        confidences: per early exit [n].
-        losses: per photo and exit, [n, exits].
+        confidences: per early exit [n]; losses: per photo and exit, [n, exits].
         costs_with: thresholds (0, or `CLOSED`) of the early exits to the costs [exits].
         budget: mean cost; at least that of one of the exits.
     """
@@ -154,9 +144,7 @@ def learned_grid(
 ) -> Grid:
     """Thresholds as `learn_open_exits` finds them at even mean costs, all exits closed first, as a grid to choose from.
 
-    Args:
-        confidences, losses, costs_with: as there.
-        more_budgets: mean costs to learn for beside the even ones; those that no exit has are left out.
+    ``more_budgets`` are mean costs to learn for beside the even ones; those that no exit has are left out.
     """
     closed = [CLOSED] * len(confidences)
     dearest = float(costs_with(closed)[-1])
@@ -174,29 +162,23 @@ def learn_thresholds(
 ) -> np.ndarray:
     """Thresholds [early exits] whose mean cost is at most ``budget``, at the lowest price of cost that gives it.
 
-    Confidences are replaced by their ranks in [0, 1] over all photos of an exit, so that one width fits every policy.
-
-    Args:
-        confidences: per early exit [n].
-        losses: per photo and exit, [n, exits].
-        costs: of the exits, [exits], with all of them open.
-        budget: mean cost, in the unit of ``costs``.
+    Confidences (per early exit [n]) are replaced by their ranks in [0, 1] over all photos of an exit, so that one width
+    fits every policy. ``losses`` are [n, exits], ``costs`` those of the exits with all of them open.
     """
     ranks = torch.stack([_ranks(values) for values in confidences], dim=1)
-    shares = torch.from_numpy(np.asarray(costs, dtype=np.float32)) / float(np.max(costs))
-    low, high, found = 0.0, 10.0, None
+    dearest, losses = float(np.max(costs)), torch.from_numpy(losses.astype(np.float32))
+    shares = torch.from_numpy(np.asarray(costs, dtype=np.float32)) / dearest
+    low, high, best = 0.0, 10.0, torch.zeros(len(confidences))
     for _ in range(HALVINGS):
         price = (low + high) / 2
-        thresholds = _descend(ranks, torch.from_numpy(losses.astype(np.float32)), shares, price)
-        if float(shares[_hard(ranks, thresholds)].mean()) * float(np.max(costs)) <= budget:
-            high, found = price, thresholds
+        thresholds = _descend(ranks, losses, shares, price)
+        leaves = torch.cat([ranks >= thresholds, torch.ones(len(ranks), 1, dtype=torch.bool)], dim=1)
+        if float(shares[leaves.float().argmax(1)].mean()) * dearest <= budget:
+            high, best = price, thresholds
         else:
             low = price
-    if found is None:
-        found = torch.zeros(len(confidences))
-    return np.array(
-        [_unrank(values, float(rank)) for values, rank in zip(confidences, found, strict=True)], dtype=np.float32
-    )
+    pairs = zip(confidences, best.tolist(), strict=True)
+    return np.array([_unrank(values, rank) for values, rank in pairs], dtype=np.float32)
 
 
 def soft_shares(ranks: Tensor, thresholds: Tensor, width: float) -> Tensor:
@@ -215,12 +197,6 @@ def _descend(ranks: Tensor, losses: Tensor, costs: Tensor, price: float) -> Tens
         (soft_shares(ranks, thresholds, width) * (losses + price * costs)).sum(1).mean().backward()
         optimizer.step()
     return thresholds.detach()
-
-
-def _hard(ranks: Tensor, thresholds: Tensor) -> Tensor:
-    """The exit that each photo takes without softness, [n]."""
-    leaves = torch.cat([ranks >= thresholds, torch.ones(len(ranks), 1, dtype=torch.bool)], dim=1)
-    return leaves.float().argmax(1)
 
 
 def _ranks(values: np.ndarray) -> Tensor:

@@ -101,9 +101,9 @@ class Search:
     """What thresholds are chosen by.
 
     Attributes:
-        router: with its policy fitted; confidences: of the calibration photos, per early exit [n].
-        train: for a risk: photos that give the path of thresholds.
-        blocks: of photos that are one draw, numbered from 0, [n]; None: every photo is one.
+        router: with its policy fitted; train: for a risk, photos that give the path of thresholds.
+        blocks: of calibration photos that are one draw, numbered from 0, [n]; None: every photo is one.
+        confidences: of the calibration photos, per early exit [n]; losses: of these, [n, exits].
     """
 
     cfg: CfgNode
@@ -120,7 +120,6 @@ class Search:
 
     @functools.cached_property
     def losses(self) -> np.ndarray:
-        """Of the calibration photos, [n, exits]."""
         return self.calib.losses(self.cfg.CALIBRATION.REFERENCE)
 
     @property
@@ -135,41 +134,34 @@ class Search:
         return "calibration photos" if block is None else f"blocks of {block.photos} calibration photos"
 
     def run(self) -> Chosen:
-        """Thresholds for the target.
+        """Thresholds for the target; an EarlyExitError for a speed-up that is out of reach."""
+        chosen = getattr(self, f"_for_{self.target.kind}")()
+        blocks = None if self.blocks is None else self.draws
+        return replace(chosen, measured=replace(chosen.measured, blocks=blocks))
 
-        Raises:
-            EarlyExitError: a speed-up that is out of reach.
-        """
-        search = {"risk": self._for_risk, "speedup": self._for_speedup, "ap_drop": self._for_ap_drop}
-        chosen = search[self.target.kind]()
-        if self.blocks is not None:
-            chosen = replace(chosen, measured=replace(chosen.measured, blocks=self.draws))
-        return chosen
-
-    def _grid(self, confidences: list[np.ndarray], losses: np.ndarray) -> Grid:
-        """The combinations to choose from: all of them, or those learnt with a soft exit at even mean costs."""
-        if not self.target.learned:
-            return threshold_grid(confidences)
-        budgets = [self.costs.plain / self.target.value] if self.target.kind == "speedup" else []
-        return learned_grid(confidences, losses, self.costs.per_exit, budgets)
+    def _grid(self, confidences: list[np.ndarray], losses: np.ndarray) -> tuple[Grid, np.ndarray]:
+        """The combinations to choose from (all of them, or those learnt with a soft exit) and their mean costs."""
+        if self.target.learned:
+            budgets = [self.costs.plain / self.target.value] if self.target.kind == "speedup" else []
+            grid = learned_grid(confidences, losses, self.costs.per_exit, budgets)
+        else:
+            grid = threshold_grid(confidences)
+        return grid, grid.mean_cost(self.costs.of_each(grid.thresholds))
 
     def _for_risk(self) -> Chosen:
         target, costs, settings = self.target, self.costs, self.cfg.CALIBRATION
         seen, losses = self.train.confidences(self.router), self.train.losses(settings.REFERENCE)
-        path = safe_to_bold(seen, losses, costs.of_each, self._grid(seen, losses))
+        path = safe_to_bold(seen, losses, costs.of_each, self._grid(seen, losses)[0])
         found = certify(
             path, self.confidences, self.losses, costs.of_each(path), target.value, target.delta, settings.BOUND,
             self.cfg.SEED, groups=self.blocks,
         )  # fmt: skip
         if found.step == 0:
+            advice = "the exits are not good enough for it: allow a larger risk, or train them longer"
             if found.passed:
-                advice = (
-                    "what passed costs more than the full path alone: another policy, cheaper branches or a larger risk"
-                )
+                advice = "what passed costs more than the full path: another policy, cheaper branches or a larger risk"
             elif found.photos_needed:
                 advice = f"{max(found.photos_needed, self.draws + 1)} {self.units} like these would do"
-            else:
-                advice = "the exits are not good enough for it: allow a larger risk, or train them longer"
             logger.warning(
                 "no exit is opened at a risk of %g with probability %g on %d %s: all stay closed; %s",
                 target.value, 1 - target.delta, self.draws, self.units, advice,
@@ -177,8 +169,7 @@ class Search:
         return Chosen(found.thresholds, found.choice, Measured(loss_bound=found.bound, steps=found.passed))
 
     def _for_speedup(self) -> Chosen:
-        grid = self._grid(self.confidences, self.losses)
-        mean_costs = grid.mean_cost(self.costs.of_each(grid.thresholds))
+        grid, mean_costs = self._grid(self.confidences, self.losses)
         ap50 = self.calib.ap50_of(grid.choices, "thresholds")
         best = cheapest_within(mean_costs, -ap50, self.costs.plain / self.target.value)
         if best is None:
@@ -190,31 +181,48 @@ class Search:
         return Chosen(tuple(grid.thresholds[best].tolist()), grid.choices[best], Measured())
 
     def _for_ap_drop(self) -> Chosen:
-        target, needed = self.target, photos_for(self.target)
-        few = needed if self.draws < needed else None
+        """The least cost at which the AP50 lost stays within the target in 1 - delta of the draws of photos.
+
+        The best of thousands of combinations looks better on the photos that chose it than on others. A bootstrap bound
+        makes up for that. Looked at are combinations that no other beats in cost and either AP50 or loss.
+        """
+        target, matches, seed = self.target, self.calib.matches, self.cfg.SEED
+        few = needed if self.draws < (needed := photos_for(target)) else None
         if few:
             logger.warning(
                 "%d %s are few for %g AP50 lost with probability %g: %d would do; take more, or allow a larger loss",
                 self.draws, self.units, target.value, 1 - target.delta, few,
             )  # fmt: skip
-        full = np.full(len(self.calib.recording), self.calib.recording.early_exits)
-        ap50_full = ap_of_choice(self.calib.matches, full, ap50_only=True).AP50 or 0.0
+        exits = self.calib.recording.early_exits
+        full = np.full(len(self.calib.recording), exits)
+        closed = Chosen((CLOSED,) * exits, full, Measured(AP50_lost_bound=0.0, photos_needed=few))
+        ap50_full = ap_of_choice(matches, full, ap50_only=True).AP50 or 0.0
         if ap50_full < DETECTS_AP50:  # there is hardly any AP to lose
             logger.warning(
                 "the full path does not detect: AP50 %.3f on the calibration photos, expected %g or more: all exits "
                 "stay closed; train it first, or look at MODEL.WEIGHTS and DATA.CLASSES",
                 ap50_full, DETECTS_AP50,
             )  # fmt: skip
-            closed = (CLOSED,) * self.calib.recording.early_exits
-            return Chosen(closed, full, Measured(AP50_lost_bound=0.0, photos_needed=few))
-        grid = self._grid(self.confidences, self.losses)
-        mean_costs = grid.mean_cost(self.costs.of_each(grid.thresholds))
-        ap50 = self.calib.ap50_of(grid.choices, "thresholds")
-        mean_losses = grid.mean(self.losses)
-        chosen = cheapest_that_keeps(
-            target, self.calib, grid, mean_costs, mean_losses, ap50, self.cfg.SEED, self.blocks
-        )
-        return replace(chosen, measured=replace(chosen.measured, photos_needed=few))
+            return closed
+        grid, mean_costs = self._grid(self.confidences, self.losses)
+        lost = ap50_full - self.calib.ap50_of(grid.choices, "thresholds")
+        path = np.union1d(pareto_path(lost, mean_costs), pareto_path(grid.mean(self.losses), mean_costs))
+        all_closed = (grid.thresholds >= CLOSED).all(1).argmax()  # what costs more than that is not worth opening
+        path = path[(lost[path] <= target.value) & (mean_costs[path] < mean_costs[all_closed])]
+        kept = bootstrap_choices(matches, [full], seed=seed, groups=self.blocks)[0]
+        for candidate in progress(path[np.argsort(mean_costs[path], kind="stable")], desc="AP50 lost"):
+            routed = bootstrap_choices(matches, [grid.choices[candidate]], seed=seed, groups=self.blocks)[0]
+            bound = float(np.nanquantile(kept.AP50 - routed.AP50, 1 - target.delta))
+            if bound <= target.value:
+                measured = replace(closed.measured, AP50_lost_bound=bound)
+                return Chosen(tuple(grid.thresholds[candidate].tolist()), grid.choices[candidate], measured)
+        logger.warning("no exit can be opened at %g AP50 lost on these photos: all stay closed", target.value)
+        return closed
+
+
+def photos_for(target: Target) -> int:
+    """The photos among which a fault as frequent as the target allows shows at all with probability 1 - delta."""
+    return math.ceil(math.log(target.delta) / math.log1p(-min(max(target.value, LEAST_DROP), 0.99)))
 
 
 @locks_folder("out_dir")
@@ -230,8 +238,7 @@ def calibrate(
     Args:
         cfg: its DATA, ROUTING, CALIBRATION and EVAL sections are used; the classes are those of the weights.
         weights: a model of this project.
-        target: what to reach.
-        out_dir: for the certificate and the recordings of the splits.
+        out_dir: for the results and the recordings of the splits.
 
     Raises:
         EarlyExitError: unusable weights, data or settings, splits that share photos, or a target out of reach.
@@ -243,9 +250,8 @@ def calibrate(
     cfg, model = recorded.cfg, recorded.model
     _require_reference(cfg, target, recorded)
     require_deciding(cfg.ROUTING.POLICY, model, weights)
-    calib = recorded.replay("CALIB")
     trains = target.kind == "risk" or needs_training_photos(cfg.ROUTING.POLICY)
-    train = recorded.replay("TRAIN") if trains else None
+    calib, train = recorded.replay("CALIB"), recorded.replay("TRAIN") if trains else None
     fitted = fit_temperatures(cfg, model.exit_names, calib)
     temperatures = per_exit(fitted, model.exit_names)
     if target.kind == "risk":  # what is fitted on the calibration photos may not be tested on them
@@ -281,43 +287,6 @@ def _require_reference(cfg: CfgNode, target: Target, recorded: Recorded) -> None
             )
 
 
-def cheapest_that_keeps(
-    target: Target,
-    calib: Replay,
-    grid: Grid,
-    mean_costs: np.ndarray,
-    mean_losses: np.ndarray,
-    ap50: np.ndarray,
-    seed: int,
-    blocks: np.ndarray | None = None,
-) -> Chosen:
-    """The least cost at which the AP50 lost stays within the target in 1 - delta of the draws of photos (bootstrap).
-
-    The best of thousands of combinations looks better on the photos that chose it than on others; a bound that holds
-    on most draws of them makes up for that. Looked at are those that no other beats in cost and either AP50 or loss.
-    """
-    full = np.full(len(calib.recording), calib.recording.early_exits)
-    lost = (ap_of_choice(calib.matches, full, ap50_only=True).AP50 or 0.0) - ap50
-    path = np.unique(np.concatenate([pareto_path(values, mean_costs) for values in (lost, mean_losses)]))
-    closed = (grid.thresholds >= CLOSED).all(1).argmax()  # what costs more than all closed is not worth opening
-    path = path[(lost[path] <= target.value) & (mean_costs[path] < mean_costs[closed])]
-    affordable = path[np.argsort(mean_costs[path], kind="stable")]
-    kept = bootstrap_choices(calib.matches, [full], seed=seed, groups=blocks)[0]
-    for candidate in progress(affordable, desc="AP50 lost"):
-        routed = bootstrap_choices(calib.matches, [grid.choices[candidate]], seed=seed, groups=blocks)[0]
-        bound = float(np.nanquantile(kept.AP50 - routed.AP50, 1 - target.delta))
-        if bound <= target.value:
-            thresholds = tuple(grid.thresholds[candidate].tolist())
-            return Chosen(thresholds, grid.choices[candidate], Measured(AP50_lost_bound=bound))
-    logger.warning("no exit can be opened at %g AP50 lost on these photos: all stay closed", target.value)
-    return Chosen((CLOSED,) * calib.recording.early_exits, full, Measured(AP50_lost_bound=0.0))
-
-
-def photos_for(target: Target) -> int:
-    """The photos among which a fault as frequent as the target allows shows at all with probability 1 - delta."""
-    return math.ceil(math.log(target.delta) / math.log1p(-min(max(target.value, LEAST_DROP), 0.99)))
-
-
 def _certificate(recorded: Recorded, search: Search, chosen: Chosen) -> Certificate:
     cfg, model, repeats = recorded.cfg, recorded.model, recorded.repeats["CALIB"]
     target, calib, costs, names = search.target, search.calib, search.costs, model.exit_names
@@ -342,18 +311,16 @@ def _certificate(recorded: Recorded, search: Search, chosen: Chosen) -> Certific
         cost=float(costs.per_exit(chosen.thresholds)[chosen.exits].mean()),
         speedup=costs.speedup(chosen.exits, chosen.thresholds),
     )
-    is_risk = target.kind == "risk"
+    risk = target.kind == "risk"
     asked = CertifiedTarget(
         kind=target.kind,
+        **({"epsilon": target.value, "bound": cfg.CALIBRATION.BOUND} if risk else {"value": target.value}),
+        delta=None if target.kind == "speedup" else target.delta,
+        block=target.block.photos if target.block else None,
+        learned=target.learned or None,
         reference=cfg.CALIBRATION.REFERENCE,
         score=cfg.EVAL.SCORE,
         iou=cfg.EVAL.IOU,
-        value=None if is_risk else target.value,
-        epsilon=target.value if is_risk else None,
-        delta=None if target.kind == "speedup" else target.delta,
-        bound=cfg.CALIBRATION.BOUND if is_risk else None,
-        block=target.block.photos if target.block else None,
-        learned=target.learned or None,
     )
     return Certificate(
         router={**search.router.to_dict(), "thresholds": list(chosen.thresholds)},

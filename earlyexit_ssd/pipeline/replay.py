@@ -127,24 +127,6 @@ class Replay:
             yield signals.logits, torch.from_numpy(np.array(labels))
 
 
-def replay_split(cfg: CfgNode, model: EarlyExitSSDLite, dataset: DetectionDataset, folder: Path) -> Replay:
-    """Record the data set's photos in ``folder`` unless that is done; the model is on the device to use.
-
-    Raises:
-        ConfigError: hybrid routing; what is recorded is what photos get that leave.
-    """
-    if cfg.ROUTING.HYBRID:
-        raise ConfigError("ROUTING.HYBRID is true: calibration knows photos that leave only; set it to false")
-    hashes = [digest for _, digest in photo_hashes(dataset)]
-    ground_truth = to_coco(dataset)
-    loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, train=False, seed=cfg.SEED)
-    taught_from = None if dataset.labelled else cfg.EVAL.SCORE
-    recording = record(model, loader, len(dataset), folder, fingerprint(dataset, hashes), taught_from)
-    if not dataset.labelled:
-        ground_truth = as_ground_truth(ground_truth, recording.detections[-1], cfg.EVAL.SCORE)
-    return Replay(recording, ground_truth, tuple(hashes), cfg.EVAL.SCORE, cfg.EVAL.IOU, dataset.labelled)
-
-
 @dataclass(frozen=True)
 class Recorded:
     """A model, its splits, and where their recordings are.
@@ -165,7 +147,16 @@ class Recorded:
 
     def replay(self, name: str) -> Replay:
         """The split of that name, recorded if it is not yet."""
-        return replay_split(self.cfg, self.model, self.sets[name], self.folder / name.lower())
+        evaluation, dataset = self.cfg.EVAL, self.sets[name]
+        hashes = [digest for _, digest in photo_hashes(dataset)]
+        loader = build_loader(dataset, evaluation.BATCH_SIZE, self.cfg.DATA.WORKERS, train=False, seed=self.cfg.SEED)
+        taught_from = None if dataset.labelled else evaluation.SCORE
+        key = fingerprint(dataset, hashes)
+        recording = record(self.model, loader, len(dataset), self.folder / name.lower(), key, taught_from)
+        ground_truth = to_coco(dataset)
+        if not dataset.labelled:
+            ground_truth = as_ground_truth(ground_truth, recording.detections[-1], evaluation.SCORE)
+        return Replay(recording, ground_truth, tuple(hashes), evaluation.SCORE, evaluation.IOU, dataset.labelled)
 
 
 def open_recorded(
@@ -188,6 +179,8 @@ def open_recorded(
     Raises:
         EarlyExitError: unusable weights, data or settings, a certificate, or splits that share photos.
     """
+    if cfg.ROUTING.HYBRID:
+        raise ConfigError("ROUTING.HYBRID is true: calibration knows photos that leave only; set it to false")
     if cfg.ROUTING.CERTIFICATE:
         raise ConfigError(
             f"ROUTING.CERTIFICATE is {cfg.ROUTING.CERTIFICATE}: only tools/eval_exits.py goes by a certificate, here "
@@ -226,9 +219,6 @@ def disjoint_sets(
     require_disjoint(**sets)
     sets["TRAIN"] = sets["TRAIN"].subset(limit_photos(sets["TRAIN"].records, cfg.CALIBRATION.TRAIN_PHOTOS, cfg.SEED))
     return sets, repeats
-
-
-# What calibration fits before it searches thresholds: temperatures, and the parameters of a policy that has some.
 
 
 def fit_temperatures(cfg: CfgNode, exit_names: Sequence[str], calib: Replay) -> list[FittedTemperature]:
@@ -319,9 +309,6 @@ def require_deciding(policy: str, model: EarlyExitSSDLite, weights: str | os.Pat
             f"policy '{policy}' looks at logits, which the empty exits of {weights} have not; "
             f"take {fits} (ROUTING.POLICY)"
         )
-
-
-# What a photo costs by the exit it takes and the exits that are open, as calibration and its certificate use it.
 
 
 @dataclass(frozen=True)

@@ -35,15 +35,17 @@ def test_an_ap_drop_opens_no_exit_that_makes_photos_dearer(monkeypatch, caplog, 
     monkeypatch.setattr(calibrate, "ap_of_choice", lambda *_, **__: SimpleNamespace(AP50=0.5))
     monkeypatch.setattr(calibrate, "bootstrap_choices", lambda *_, **__: same)
     grid = Grid(np.array([[CLOSED], [0.9], [0.1]]), np.array([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 0]], dtype=np.int8))
-    found = calibrate.cheapest_that_keeps(
-        calibrate.Target("ap_drop", 0.01, 0.05),
-        SimpleNamespace(recording=FourPhotos(), matches=None),
-        grid,
-        mean_costs=np.array([4.0, cost, 1.0]),
-        mean_losses=np.array([0.0, 0.1, 0.9]),
-        ap50=np.array([0.5, 0.51, 0.2]),
-        seed=0,
+    monkeypatch.setattr(calibrate, "threshold_grid", lambda confidences: grid)
+    calib = SimpleNamespace(
+        recording=FourPhotos(),
+        matches=None,
+        confidences=lambda router: None,
+        losses=lambda reference: np.array([[0.4, 0.0], [0.9, 0.0], [0.9, 0.0], [0.9, 0.0]]),
+        ap50_of=lambda choices, title: np.array([0.5, 0.51, 0.2]),
     )
+    costs = SimpleNamespace(of_each=lambda thresholds: np.array([[4.0, 4.0], [cost, cost], [1.0, 1.0]]))
+    target = calibrate.Target("ap_drop", 0.01, 0.05)
+    found = calibrate.Search(load_config(), target, None, calib, None, costs, None).run()
     assert found.thresholds == ((0.9,) if opened else (CLOSED,))
     assert found.exits.tolist() == ([0, 1, 1, 1] if opened else [1, 1, 1, 1])
     assert ("no exit can be opened at 0.01 AP50 lost" in caplog.text) is not opened
