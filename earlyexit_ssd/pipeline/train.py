@@ -81,10 +81,8 @@ def _check_names(cfg: CfgNode) -> None:
     for section in (PHASE_SECTIONS[phase] for phase in cfg.PHASES):
         size, processes = cfg[section].BATCH_SIZE, world_size()
         if size % processes or size < 2 * processes:
-            raise ConfigError(
-                f"{section}.BATCH_SIZE is {size}, expected a multiple of the {processes} processes, "
-                "two images or more for each"
-            )
+            expected = f"a multiple of the {processes} processes, two images or more for each"
+            raise ConfigError(f"{section}.BATCH_SIZE is {size}, expected {expected}")
 
 
 def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> dict[str, Any]:
