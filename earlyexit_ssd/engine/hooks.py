@@ -22,6 +22,8 @@ from earlyexit_ssd.files import append_text, make_folder, write_text, write_torc
 from earlyexit_ssd.modeling.retrofit import read_weights
 from earlyexit_ssd.progress import progress
 
+Measure = Callable[[], Mapping[str, float | None]]
+
 
 class Checkpoint(Hook):
     """Write ``path`` every ``period`` steps and at the end of each epoch; read it before training if it is there.
@@ -68,10 +70,11 @@ class Checkpoint(Hook):
         barrier()
 
     def _load(self, trainer: Trainer) -> None:
+        fix = "move it away: the phase then starts afresh"
         try:
             state = read_weights(self.path)
         except EarlyExitError as error:
-            raise EarlyExitError(f"{error}; or move it away: the phase then starts afresh") from None
+            raise EarlyExitError(f"{error}; or {fix}") from None
         try:
             trainer.step = int(state["step"])
             trainer.model.load_state_dict(state["model"])
@@ -80,10 +83,8 @@ class Checkpoint(Hook):
             if self.ema:
                 self.ema.load_state_dict(state["ema"])
         except Exception as error:  # optimizers and modules raise whatever their parts do
-            raise EarlyExitError(
-                f"{self.path}: not the state of this training ({type(error).__name__}: {error}); move it away: the "
-                "phase then starts afresh"
-            ) from None
+            reason = f"{type(error).__name__}: {error}"
+            raise EarlyExitError(f"{self.path}: not the state of this training ({reason}); {fix}") from None
 
 
 class AfterStep(Hook):
@@ -126,13 +127,7 @@ class Log(Hook):
         measure_period: epochs between these; 0 has none. The last epoch is one of them.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        period: int,
-        measure: Callable[[], Mapping[str, float | None]] | None = None,
-        measure_period: int = 1,
-    ) -> None:
+    def __init__(self, folder: Path, period: int, measure: Measure | None = None, measure_period: int = 1) -> None:
         self.folder, self.period = folder, period
         self.measure, self.measure_period = measure, measure_period if measure else 0
         self.path = folder / "log.jsonl"

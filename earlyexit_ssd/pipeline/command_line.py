@@ -1,4 +1,4 @@
-"""What the tools share: logging, errors in one line, exit codes."""
+"""What all commands share: logging, errors in one line, exit codes."""
 
 from __future__ import annotations
 
@@ -79,12 +79,8 @@ def _leave_broken(stream: io.TextIOBase) -> None:
 
 def _stop(message: str, code: int) -> int:
     with contextlib.suppress(OSError):  # stderr may lie on the full disk
-        _say(message, code)
+        if is_first_process():
+            write_line(f"error: {message}" if code == EXIT_BAD_INPUT else message)
     for stream in (sys.stdout, sys.stderr):
         _leave_broken(stream)
     return code
-
-
-def _say(message: str, code: int) -> None:
-    if is_first_process():
-        write_line(f"error: {message}" if code == EXIT_BAD_INPUT else message)

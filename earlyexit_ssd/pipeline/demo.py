@@ -32,11 +32,9 @@ ONE_TILE, MANY_TILES = 640, 320
 class Answer:
     """What the model says about one photo.
 
-    exit_index, exit_name: the exit taken; without a router the full path.
-    confidence: of that exit by the router's policy; None without a router.
-    ms: of the whole call, resizing and post-processing included.
-    found: detections of that exit with at least the score asked for, the surest first: class, score, xyxy in pixels.
-    picture: the photo with boxes, under a line that says which exit; or what every exit sees, side by side.
+    exit_index, exit_name: the exit taken; without a router the full path. confidence: of that exit, None without a
+    router. ms: of the whole call. found: that exit's detections, the surest first: class, score, xyxy in pixels.
+    picture: the photo with boxes, or what every exit sees, side by side.
     """
 
     exit_index: int
@@ -99,8 +97,7 @@ def _note_calibration_photos(model: EarlyExitSSDLite, photos: Sequence[Path]) ->
 
 
 def open_demo(weights: str | os.PathLike[str], cfg: CfgNode | None = None) -> EarlyExitSSDLite:
-    """The model to show: shipped weights or a file with its own routing, or, with a configuration, what that describes
-    and routes.
+    """Shipped weights or a file, with its own routing or with that of a configuration.
 
     Raises:
         EarlyExitError: unusable weights, or a certificate that is not theirs.
@@ -116,9 +113,7 @@ def open_demo(weights: str | os.PathLike[str], cfg: CfgNode | None = None) -> Ea
 
 
 def photo_paths(arguments: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """Files as they are, and for a folder the photos in and below it, as training on it would take them.
-
-    A warning counts what else is there.
+    """Files as they are, and for a folder the photos in and below it; a warning counts what else is there.
 
     Raises:
         DataError: a folder without a picture.
@@ -130,9 +125,8 @@ def photo_paths(arguments: Sequence[str | os.PathLike[str]]) -> list[Path]:
             continue
         inside, others = find_files(argument, PHOTO_SUFFIXES)
         if others:
-            logger.warning(
-                "%s: %d files left out, which are no photos; the first: %s", argument, len(others), others[0]
-            )
+            text = "%s: %d files left out, which are no photos; the first: %s"
+            logger.warning(text, argument, len(others), others[0])
         if not inside:
             raise DataError(f"{argument}: no picture in this folder; name photos, or a folder that holds some")
         paths += inside
@@ -140,10 +134,7 @@ def photo_paths(arguments: Sequence[str | os.PathLike[str]]) -> list[Path]:
 
 
 def picture_paths(photos: Sequence[Path], folder: str | os.PathLike[str]) -> list[Path]:
-    """A PNG in ``folder`` for each photo, of its name; photos of equal names get numbers: dog.png, dog_2.png.
-
-    No photo is overwritten, where they lie in ``folder`` themselves.
-    """
+    """A PNG in ``folder`` for each photo; equal names get numbers (dog.png, dog_2.png), and no photo is overwritten."""
     folder = Path(folder)
     taken = {photo.name.lower().removesuffix(".png") for photo in photos if photo.parent.resolve() == folder.resolve()}
     names = []
@@ -162,7 +153,6 @@ def look(model: EarlyExitSSDLite, photo: str | os.PathLike[str], score: float, a
     """Run one photo through the model, which is in eval mode on the CPU.
 
     Args:
-        photo: a file in any format and orientation that ``read_image`` takes.
         score: least score of a detection that is reported, in [0, 1].
         all_exits: draw what every exit sees; what is reported is the exit taken all the same.
 

@@ -20,9 +20,7 @@ DEEPEST_USEFUL_LAYER = 12
 class Check:
     """One figure against its limit; None (undefined) fails.
 
-    Attributes:
-        limit: the least value; None where the figure is only shown.
-        of: what the limit is a share of, in words; empty for an absolute one.
+    limit: the least value; None where the figure is only shown. of: what it is a share of, empty for an absolute one.
     """
 
     name: str
@@ -87,11 +85,8 @@ class GateFailed(EarlyExitError):
 def baseline_limits(cfg: CfgNode, reference: Mapping[str, float | None] | None = None) -> dict[str, float | None]:
     """What the full path must reach, by figure; None where a figure is only shown.
 
-    A checkpoint that is taken over as it is need only detect, which no limit of the configuration can take away; of
-    those the ones count for it that are not the default.
-
-    Args:
-        reference: figures of the checkpoint that BASELINE.GATE.RELATIVE speaks of.
+    A checkpoint that is taken over as it is need only detect. Of the configuration's limits those count for it that are
+    not the default; none of them can lower that. ``reference`` has the figures that BASELINE.GATE.RELATIVE multiplies.
     """
     gate, default = cfg.BASELINE.GATE, get_cfg().BASELINE.GATE
     limits = {name: gate[name.upper()] for name in ("AP50", "precision", "recall")}

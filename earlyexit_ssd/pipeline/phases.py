@@ -30,6 +30,7 @@ from earlyexit_ssd.engine import (
 )
 from earlyexit_ssd.engine.processes import rank, same_everywhere, world_size
 from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.evaluation.outputs import evaluating
 from earlyexit_ssd.modeling import EarlyExitSSDLite, LossSettings, retrofit
 from earlyexit_ssd.modeling.detector import Branches, FullPath, TapBatch
 from earlyexit_ssd.pipeline.build import build_router, source_classes, takes_over
@@ -229,12 +230,8 @@ def full_path_fingerprint(model: EarlyExitSSDLite) -> dict[str, Tensor]:
     state = {key: value.clone() for key, value in model.state_dict().items() if key.startswith(("backbone.", "head."))}
     device = next(model.parameters()).device
     image = torch.rand(1, 3, *model.transform.fixed_size, generator=torch.Generator().manual_seed(0)).to(device)
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        outputs = model.head(model.trunk_maps(image)[1])
-    model.train(was_training)
-    return {**state, **outputs}
+    with evaluating(model):
+        return {**state, **model.head(model.trunk_maps(image)[1])}
 
 
 def require_same_full_path(before: dict[str, Tensor], model: EarlyExitSSDLite) -> None:

@@ -38,8 +38,7 @@ def plan_exits(
 
     Args:
         cfg: its MODEL, EXITS (but for the layers) and EVAL timing are used; with probes DATA and EXITS_PHASE too.
-        out_dir: for placement.json, the table and the chart.
-        layers: trunk layers, increasing.
+        out_dir: for placement.json, the table and the chart; layers: increasing.
         speedup: wanted, against the detector without exits.
         probe_epochs: epochs of probe branches on cached taps; 0 trains none, and nothing is proposed.
 

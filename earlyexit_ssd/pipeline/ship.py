@@ -94,7 +94,7 @@ def _figures(result: str | os.PathLike[str], routing: RouterSettings, shipped: S
     keys = ("AP", "AP50", "AP50_interval", "mmacs", "ms", "share")
     try:
         context, routed = metrics["context"], metrics["routed"]
-        measured = context.get("weights_sha256")
+        measured = str(context.get("weights_sha256"))
         rows = {row["name"]: {**row, "share": routed["exit_share"][row["name"]]} for row in metrics["exits"]}
         rows["routed"] = {**routed, "share": None}
         policy = {key: routed[key] for key in ("policy", "thresholds")}
@@ -111,7 +111,7 @@ def _figures(result: str | os.PathLike[str], routing: RouterSettings, shipped: S
         ) from None
     if measured != shipped.sha256:
         raise EarlyExitError(
-            f"{result}: measured with weights of sha256 {str(measured)[:8]}, the shipped ones have "
+            f"{result}: measured with weights of sha256 {measured[:8]}, the shipped ones have "
             f"{shipped.sha256[:8]}; measure again with tools/eval_exits.py --weights {shipped.weights}"
         )
     for key, value in policy.items():

@@ -40,11 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
-    """Load all data and build the model, so that what is missing is found before anything is written or trained.
-
-    Raises:
-        EarlyExitError: unusable settings, data or weights.
-    """
+    """Load all data and build the model, so that an unusable setting, photo or weight is found before anything else."""
     _check_names(cfg)
     if cfg.ROUTING.CERTIFICATE:
         raise ConfigError("ROUTING.CERTIFICATE is for weights that exist; leave it out of a training")
@@ -69,7 +65,7 @@ def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
 
 def learns_from_labels(cfg: CfgNode) -> bool:
     """Whether any phase does; where the full path learns, it has no other teacher."""
-    whole = any(phase in cfg.PHASES and cfg[PHASE_SECTIONS[phase]].EPOCHS for phase in ("baseline", "joint"))
+    whole = [phase for phase in ("baseline", "joint") if phase in cfg.PHASES and cfg[PHASE_SECTIONS[phase]].EPOCHS]
     return cfg.LOSS.SUPERVISION == "labels" or bool(whole)
 
 
@@ -85,10 +81,8 @@ def _check_names(cfg: CfgNode) -> None:
     for section in (PHASE_SECTIONS[phase] for phase in cfg.PHASES):
         size, processes = cfg[section].BATCH_SIZE, world_size()
         if size % processes or size < 2 * processes:
-            raise ConfigError(
-                f"{section}.BATCH_SIZE is {size}, expected a multiple of the {processes} processes, "
-                "two images or more for each"
-            )
+            expected = f"a multiple of the {processes} processes, two images or more for each"
+            raise ConfigError(f"{section}.BATCH_SIZE is {size}, expected {expected}")
 
 
 def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> Results | None:

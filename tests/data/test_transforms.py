@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import runpy
+import sys
 import time
 
 import numpy as np
@@ -15,6 +17,7 @@ from torchvision import tv_tensors
 from torchvision.ops import box_iou
 from torchvision.transforms import v2
 
+import earlyexit_ssd
 from earlyexit_ssd.data.transforms import (
     CANVAS,
     PRESETS,
@@ -246,5 +249,18 @@ def test_cheap():
         assert sorted(times)[20] < 0.015
 
 
-def test_albumentations_is_told_not_to_ask_for_newer_versions():
-    assert os.environ["NO_ALBUMENTATIONS_UPDATE"] == "1"
+def test_albumentations_is_told_not_to_ask_for_newer_versions(monkeypatch):
+    """The variable is set by the time the first part of the package is looked for."""
+    seen = []
+
+    class Finder:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            seen.append((name, os.environ.get("NO_ALBUMENTATIONS_UPDATE")))
+
+    monkeypatch.delenv("NO_ALBUMENTATIONS_UPDATE")
+    monkeypatch.setattr(sys, "meta_path", [Finder])
+    monkeypatch.delitem(sys.modules, "earlyexit_ssd.calibration")
+    with pytest.raises(ModuleNotFoundError):
+        runpy.run_path(earlyexit_ssd.__file__)
+    assert seen == [("earlyexit_ssd.calibration", "1")]
