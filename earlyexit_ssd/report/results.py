@@ -1,4 +1,4 @@
-"""What a calibration found: a page of text and a reliability diagram."""
+"""The folders of results: what a calibration wrote, and what an evaluation did."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,6 +15,7 @@ from PIL import Image
 from earlyexit_ssd.calibration.certificate import Certificate
 from earlyexit_ssd.calibration.temperature import FittedTemperature, Reliability
 from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.evaluation.matches import PhotoRow
 from earlyexit_ssd.evaluation.results import Results
 from earlyexit_ssd.files import write_image, write_json, write_text
 from earlyexit_ssd.report.charts import EXITS, PLAIN, ROUTED, accuracy_against_cost, accuracy_against_time, draw_charts
@@ -32,87 +32,66 @@ def write_calibration(folder: Path, certificate: Certificate, temperatures: Sequ
 
 def calibration_report(certificate: Certificate, temperatures: Sequence[FittedTemperature]) -> str:
     """A line per exit, and what is promised."""
-    measured, unit = certificate.measured, certificate.cost_model["unit"]
-    lines = [f"policy {certificate.router['policy']}, {measured['photos']} calibration photos{_left_out(measured)}", ""]
-    lines.append(
+    measured, unit, router = certificate.measured, certificate.cost_model["unit"], certificate.router
+    copies = {"copies": measured.get("equal_photos"), "photos that look equal": measured.get("near_equal_photos")}
+    left_out = " and ".join(f"{count} {what}" for what, count in copies.items() if count)
+    note = f" ({left_out} left out: each photo counts once)" if left_out else ""
+    lines = [
+        f"policy {router['policy']}, {measured['photos']} calibration photos{note}",
+        "",
         f"{'exit':8} {'threshold':>10} {'share':>8} {unit:>9} {'temperature':>12} {'fitted':>7} {'ECE at 1':>9} "
-        f"{'fitted':>7}"
-    )
-    costs = [*certificate.cost_model["exits"]]
-    by_name = {fitted.exit_name: fitted for fitted in temperatures}
-    router = certificate.router
-    for (name, share), threshold, temperature, cost in zip(
-        measured["exit_share"].items(), router["thresholds"], router["temperatures"], costs, strict=False
-    ):
-        shown = "closed" if threshold >= CLOSED else f"{threshold:.4f}"
-        line = f"{name:8} {shown:>10} {100 * share:6.1f} % {cost:9.1f}"
+        f"{'fitted':>7}",
+    ]
+    costs, by_name = certificate.cost_model["exits"], {fitted.exit_name: fitted for fitted in temperatures}
+    shares = measured["exit_share"].items()
+    rows = zip(shares, [*router["thresholds"], None], [*router["temperatures"], None], costs, strict=True)
+    for (name, share), threshold, temperature, cost in rows:
+        cell = "" if threshold is None else "closed" if threshold >= CLOSED else f"{threshold:.4f}"
+        line = f"{name:8} {cell:>10} {100 * share:6.1f} % {cost:9.1f}"
         if name in by_name:  # an exit with a branch
             fitted = by_name[name]
             line += f" {temperature:12.2f} {fitted.temperature:7.2f} {fitted.before.expected_error:9.3f}"
             line += f" {fitted.after.expected_error:7.3f}"
         lines.append(line)
-    lines.append(f"{'full':8} {'':>10} {100 * measured['exit_share']['full']:6.1f} % {costs[-1]:9.1f}")
-    lines += ["", *_promise(certificate)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_accuracy(certificate), *_promise(certificate)])
 
 
-def _left_out(measured: Mapping[str, Any]) -> str:
-    parts = {"copies": measured.get("equal_photos"), "photos that look equal": measured.get("near_equal_photos")}
-    shown = " and ".join(f"{count} {what}" for what, count in parts.items() if count)
-    return f" ({shown} left out: each photo counts once)" if shown else ""
-
-
-def _agreement(certificate: Certificate) -> list[str]:
-    """How far routing says what the full path says."""
-    found = certificate.measured.get("agreement")
-    if not found:
-        return []
-    score = certificate.target["score"]
-    same = (
-        ""
-        if found["same_photos"] is None
-        else f"; the same answer for {100 * found['same_photos']:.1f} % of the photos"
-    )
-    return [
-        f"agreement with the full path at score {score:g}: {found['kept']} of its {found['objects']} objects kept, "
-        f"{found['added']} added{same}"
-    ]
-
-
-def _promise(certificate: Certificate) -> list[str]:
+def _accuracy(certificate: Certificate) -> list[str]:
+    """What was measured on the calibration photos: accuracy, agreement with the full path, and cost."""
     measured, target, unit = certificate.measured, certificate.target, certificate.cost_model["unit"]
     against = "what the full path says" if target["reference"] == "full" else "the labels"
     accuracy = "nobody labelled these photos, so AP is not known"
     if measured.get("labelled", True):
         accuracy = f"AP50 {figure(measured['AP50'])}, full path {figure(measured['AP50_full'])}"
-    lines = [
-        f"{accuracy}; loss per photo {measured['loss']:.4f} against {against}",
-        *_agreement(certificate),
-        f"mean cost {measured['cost']:.1f} {unit}, "
-        f"{measured['speedup']:.2f} times as fast as the detector without exits",
-    ]
+    lines = [f"{accuracy}; loss per photo {measured['loss']:.4f} against {against}"]
+    agreement = measured.get("agreement")
+    if agreement:
+        same = agreement["same_photos"]
+        answers = "" if same is None else f"; the same answer for {100 * same:.1f} % of the photos"
+        kept = f"{agreement['kept']} of its {agreement['objects']} objects kept, {agreement['added']} added"
+        lines.append(f"agreement with the full path at score {target['score']:g}: {kept}{answers}")
+    times = f"{measured['speedup']:.2f} times as fast as the detector without exits"
+    return [*lines, f"mean cost {measured['cost']:.1f} {unit}, {times}"]
+
+
+def _promise(certificate: Certificate) -> list[str]:
+    measured, target, size = certificate.measured, certificate.target, certificate.target.get("block")
     draws, drawn = "the calibration photos", "photo"
-    if target.get("block"):
-        size = target["block"]
+    if size:
         draws, drawn = f"the {measured['blocks']} blocks of {size} calibration photos", f"block of {size}"
+    if target["kind"] == "risk" and certificate.closed:
+        return ["every exit stays closed: nothing is lost, nothing gained"]
     if target["kind"] == "risk":
-        promise = (
-            "every exit stays closed: nothing is lost, nothing gained"
-            if certificate.closed
-            else f"with probability {1 - target['delta']:g} over the draw of {draws} the expected loss "
+        return [
+            f"with probability {1 - target['delta']:g} over the draw of {draws} the expected loss "
             f"per {drawn} is at most {target['epsilon']:g} (bound {measured['loss_bound']:.4f}, {target['bound']})"
-        )
-        lines.append(promise)
-    if target["kind"] == "ap_drop":
-        lines.append(
-            f"in {1 - target['delta']:.0%} of bootstrap draws of {draws} at most "
-            f"{measured['AP50_lost_bound']:.4f} AP50 is lost (target {target['value']:g})"
-        )
-        if "photos_needed" in measured:
-            lines.append(
-                f"these are few for that: at least {measured['photos_needed']} are needed, see docs/routing.md"
-            )
-    return lines
+        ]
+    if target["kind"] != "ap_drop":
+        return []
+    lost = f"at most {measured['AP50_lost_bound']:.4f} AP50 is lost (target {target['value']:g})"
+    few = "these are few for that: at least {} are needed, see docs/routing.md"
+    needed = [few.format(measured["photos_needed"])] if "photos_needed" in measured else []
+    return [f"in {1 - target['delta']:.0%} of bootstrap draws of {draws} {lost}", *needed]
 
 
 def reliability_diagram(temperatures: Sequence[FittedTemperature]) -> Image.Image:
@@ -146,7 +125,7 @@ def write_results(
     out_dir: str | os.PathLike[str],
     results: Results,
     pictures: Mapping[str, Image.Image] | None = None,
-    photos: Sequence[Mapping[str, Any]] = (),
+    photos: Sequence[PhotoRow] = (),
 ) -> list[Path]:
     """Write what an evaluation found; each file appears complete or not at all.
 
@@ -174,7 +153,7 @@ def write_results(
     return [folder / name for name in (*texts, *(f"{name}.png" for name in images))]
 
 
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+def _csv(rows: Sequence[PhotoRow]) -> str:
     """With a header; None is an empty field."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
