@@ -27,6 +27,9 @@ from earlyexit_ssd.evaluation.outputs import Collected
 Detections = Mapping[int, Mapping[str, Tensor]]
 """Image id -> ``boxes`` [N,4] (xyxy, photo pixels), ``scores`` [N] and ``labels`` [N] (category ids)."""
 
+PhotoRow = dict[str, str | float | None]
+"""A row of photos.csv, by column."""
+
 SIZES = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
 """COCO's sizes of objects -> least and largest area, square pixels of the photo."""
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -440,7 +443,7 @@ def photo_list(
     chosen: Tensor,
     exit_names: Sequence[str],
     files: Callable[[int], object],
-) -> list[dict[str, str | float | None]]:
+) -> list[PhotoRow]:
     """A row for every photo, in the order of ``collected``, by the exit that it takes (``chosen`` [n]).
 
     ``file``, ``exit`` (its name), ``confidence`` (the router's there; None where its policy has none), ``objects``,

@@ -1,4 +1,4 @@
-"""What exported detectors take and give: photo to input, outputs to boxes; one entry of `FORMATS` each."""
+"""Detectors from ONNX files: what each format takes and gives (an entry of `FORMATS`), and their cost."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torchvision.ops import batched_nms
 from earlyexit_ssd.config import LARGEST_SIDE
 from earlyexit_ssd.errors import EarlyExitError, one_line, shown
 from earlyexit_ssd.evaluation.cost import OnnxNetwork, deploy_package
+from earlyexit_ssd.evaluation.outputs import ImageDetections
 from earlyexit_ssd.modeling.retrofit import COCO_CLASSES
 from earlyexit_ssd.plain import read_bytes
 
@@ -26,8 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 Size = tuple[int, int]
-Found = dict[str, Tensor]
-"""``boxes`` [N, 4] xyxy, ``scores`` [N] and ``labels`` [N] of one photo."""
+"""Height and width, pixels."""
 
 YOLOX_STRIDES = (8, 16, 32)
 YOLOX_PADDING = 114.0
@@ -41,12 +41,12 @@ class OnnxFormat:
     classes: names of the labels 1..K, unless the file names its own.
     prepare: photo [3, H, W] RGB in [0, 1] and input size (height, width) to the input [3, height, width] and the
         scales (x, y) from photo to input.
-    decode: outputs, input size and K to what was found, boxes in the input's pixels.
+    decode: outputs, input size and K to detections, boxes in the input's pixels.
     """
 
     classes: tuple[str, ...]
     prepare: Callable[[Tensor, Size], tuple[Tensor, tuple[float, float]]]
-    decode: Callable[[Sequence[Tensor], Size, int], Found]
+    decode: Callable[[Sequence[Tensor], Size, int], ImageDetections]
 
 
 def letterbox(photo: Tensor, size: Size) -> tuple[Tensor, tuple[float, float]]:
@@ -59,14 +59,19 @@ def letterbox(photo: Tensor, size: Size) -> tuple[Tensor, tuple[float, float]]:
     return padded.flip(0), (scale, scale)
 
 
-def decode_yolox(outputs: Sequence[Tensor], size: Size, num_classes: int) -> Found:
+def decode_yolox(outputs: Sequence[Tensor], size: Size, num_classes: int) -> ImageDetections:
     """YOLOX's raw output [1, cells, 5 + K] (Ge et al. 2021): box, objectness and class probabilities of each cell.
 
     A box is its centre, as an offset from the cell's corner, and the logarithms of its sides, all in strides. Each cell
     is of its best class; the score is objectness times that class's probability; non-maximum suppression goes class by
     class.
     """
-    cells, strides = _yolox_cells(size)
+    corners, strides = [], []
+    for stride in YOLOX_STRIDES:  # the grids fine to coarse, row by row
+        y, x = torch.meshgrid(torch.arange(size[0] // stride), torch.arange(size[1] // stride), indexing="ij")
+        corners.append(torch.stack([x, y], -1).reshape(-1, 2).float())
+        strides.append(torch.full((y.numel(), 1), stride))
+    cells, strides = torch.cat(corners), torch.cat(strides)
     expected = [1, len(cells), 5 + num_classes]
     if [list(output.shape) for output in outputs] != [expected]:
         shapes = ", ".join(str(list(output.shape)) for output in outputs)
@@ -82,23 +87,13 @@ def decode_yolox(outputs: Sequence[Tensor], size: Size, num_classes: int) -> Fou
     return {"boxes": boxes[order], "scores": scores[order], "labels": labels[order]}
 
 
-def _yolox_cells(size: Size) -> tuple[Tensor, Tensor]:
-    """Corners [cells, 2] (x, y in cells) and strides [cells, 1] of all grids, fine to coarse, row by row."""
-    corners, strides = [], []
-    for stride in YOLOX_STRIDES:
-        y, x = torch.meshgrid(torch.arange(size[0] // stride), torch.arange(size[1] // stride), indexing="ij")
-        corners.append(torch.stack([x, y], -1).reshape(-1, 2))
-        strides.append(torch.full((y.numel(), 1), stride))
-    return torch.cat(corners).float(), torch.cat(strides).float()
-
-
 def squeeze(photo: Tensor, size: Size) -> tuple[Tensor, tuple[float, float]]:
     """The photo in [0, 1], squeezed to the input's shape as torchvision's SSD does it."""
     scales = size[1] / photo.shape[2], size[0] / photo.shape[1]
     return F.interpolate(photo[None], size, mode="bilinear", align_corners=False)[0], scales
 
 
-def decode_boxes(outputs: Sequence[Tensor], size: Size, num_classes: int) -> Found:
+def decode_boxes(outputs: Sequence[Tensor], size: Size, num_classes: int) -> ImageDetections:
     """Finished detections in any order: boxes [N, 4] xyxy, scores [N], whole-numbered labels [N] in 1..K; a batch of
     one is fine."""
     floats = sorted((one for one in outputs if one.is_floating_point()), key=Tensor.dim)
@@ -229,11 +224,11 @@ class OnnxDetector(nn.Module):
         named = self.network.metadata.get("classes", "")
         self.classes = tuple(name.strip() for name in named.split(",")) if named else self.format.classes
 
-    def forward(self, photos: list[Tensor]) -> list[Found]:
+    def forward(self, photos: list[Tensor]) -> list[ImageDetections]:
         """Detections in photos [3, H, W] RGB in [0, 1]."""
         return [self._detect(photo) for photo in photos]
 
-    def _detect(self, photo: Tensor) -> Found:
+    def _detect(self, photo: Tensor) -> ImageDetections:
         size = self.network.input_shape[-2:]
         x, scales = self.format.prepare(photo.cpu(), size)
         try:

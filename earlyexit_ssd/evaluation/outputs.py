@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,11 +131,9 @@ def _image_ids(targets: list[dict[str, Any]]) -> list[int]:
 
 def require_unique(image_ids: list[int]) -> None:
     """Raise a DataError where an id occurs twice."""
-    seen: set[int] = set()
-    for image_id in image_ids:
-        if image_id in seen:
+    for image_id, count in Counter(image_ids).items():
+        if count > 1:
             raise DataError(f"image id {image_id} comes twice in the evaluated data set; ids must be unique")
-        seen.add(image_id)
 
 
 # The routed detector, put together from what every exit found.

@@ -1,8 +1,10 @@
-"""Names beside points, where they cover least."""
+"""What is drawn: names beside the points of a chart, and photos with their detections."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -175,12 +177,8 @@ def choose_examples(chosen: Sequence[int], empty: Sequence[bool], count: int, se
 
 def _in_turns(indices: Sequence[int], chosen: Sequence[int]) -> list[int]:
     """Reorder so that the exits take turns."""
-    seen: dict[int, int] = {}
-    turn = {}
-    for index in indices:
-        turn[index] = seen.get(chosen[index], 0)
-        seen[chosen[index]] = turn[index] + 1
-    return sorted(indices, key=lambda index: (turn[index], chosen[index]))
+    turns: dict[int, Iterator[int]] = defaultdict(itertools.count)
+    return sorted(indices, key=lambda index: (next(turns[chosen[index]]), chosen[index]))
 
 
 def _tiles(example: Example, classes: Sequence[str], score: float, tile: int) -> list[Image.Image]:

@@ -1,4 +1,4 @@
-"""What a calibration found: a page of text and a reliability diagram."""
+"""The folders of results: what a calibration wrote, and what an evaluation did."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,6 +15,7 @@ from PIL import Image
 from earlyexit_ssd.calibration.certificate import Certificate, Measured
 from earlyexit_ssd.calibration.temperature import FittedTemperature, Reliability
 from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.evaluation.matches import PhotoRow
 from earlyexit_ssd.evaluation.results import Results
 from earlyexit_ssd.files import write_image, write_json, write_text
 from earlyexit_ssd.report.charts import EXITS, PLAIN, ROUTED, accuracy_against_cost, accuracy_against_time, draw_charts
@@ -143,7 +143,7 @@ def write_results(
     out_dir: str | os.PathLike[str],
     results: Results,
     pictures: Mapping[str, Image.Image] | None = None,
-    photos: Sequence[Mapping[str, Any]] = (),
+    photos: Sequence[PhotoRow] = (),
 ) -> list[Path]:
     """Write what an evaluation found; each file appears complete or not at all.
 
@@ -171,7 +171,7 @@ def write_results(
     return [folder / name for name in (*texts, *(f"{name}.png" for name in images))]
 
 
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+def _csv(rows: Sequence[PhotoRow]) -> str:
     """With a header; None is an empty field."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")

@@ -189,7 +189,7 @@ def photos():
     return samples
 
 
-def batches_of_test_recording(size):
+def recorded_batches(size):
     samples = photos()
     return [
         tuple(map(list, zip(*samples[start : start + size], strict=True))) for start in range(0, len(samples), size)
@@ -198,14 +198,12 @@ def batches_of_test_recording(size):
 
 @pytest.fixture(scope="module")
 def recording(small_model, tmp_path_factory):
-    return record(
-        small_model, batches_of_test_recording(2), len(SIZES), tmp_path_factory.mktemp("recording"), "these photos"
-    )
+    return record(small_model, recorded_batches(2), len(SIZES), tmp_path_factory.mktemp("recording"), "these photos")
 
 
 def test_holds_what_collect_gives(small_model, recording):
     router = ExitRouter(2, policy="entropy", temperatures=(1.5, 0.7))
-    live = collect(small_model, batches_of_test_recording(2), router)
+    live = collect(small_model, recorded_batches(2), router)
     assert recording.image_ids == live.image_ids == [10, 9, 8, 7, 6]
     for mine, theirs in zip(recording.detections, live.detections, strict=True):
         assert all(torch.equal(mine[key][part], theirs[key][part]) for key in theirs for part in theirs[key])
@@ -225,11 +223,7 @@ def test_replay_and_the_live_router_decide_alike(small_model, recording, policy,
     small_model.router = ExitRouter(2, policy=policy, thresholds=middles)
     try:
         with evaluating(small_model), torch.inference_mode():
-            live = [
-                int(found["exit_index"])
-                for images, _ in batches_of_test_recording(size)
-                for found in small_model(images)
-            ]
+            live = [int(found["exit_index"]) for images, _ in recorded_batches(size) for found in small_model(images)]
     finally:
         small_model.router = None
     assert choose_exits([*confidences, torch.ones(len(recording))], middles).tolist() == live
@@ -247,7 +241,7 @@ def test_labels_are_the_matchings(small_model, recording):
 
 
 def test_made_once_and_again_where_anything_changed(small_model, tmp_path):
-    record(small_model, batches_of_test_recording(2), len(SIZES), tmp_path, "these photos")
+    record(small_model, recorded_batches(2), len(SIZES), tmp_path, "these photos")
 
     class Forbidden:
         def __iter__(self):
@@ -257,7 +251,7 @@ def test_made_once_and_again_where_anything_changed(small_model, tmp_path):
     with pytest.raises(AssertionError, match="ran again"):
         record(small_model, Forbidden(), len(SIZES), tmp_path, "other photos")
     assert not (tmp_path / "recording.json").exists()  # what is half made is no recording
-    record(small_model, batches_of_test_recording(2), len(SIZES), tmp_path, "these photos")
+    record(small_model, recorded_batches(2), len(SIZES), tmp_path, "these photos")
     weight = next(small_model.branches.parameters())
     with torch.no_grad():
         weight.add_(1.0)
@@ -274,14 +268,14 @@ def test_empty_exits_behind_another_layer_are_recorded_anew(tmp_path):
     taps = []
     for layer in (8, 10):
         model = detector(exit_layers=(layer,), empty=(layer,))
-        recording = record(model, batches_of_test_recording(2), len(SIZES), tmp_path, "these photos")
+        recording = record(model, recorded_batches(2), len(SIZES), tmp_path, "these photos")
         taps.append(torch.cat([signals.tap for signals in recording.signals(0)]))
     assert not taps[0].equal(taps[1])
 
 
 def test_ids_are_unique(small_model, tmp_path):
     with pytest.raises(DataError, match="image id 10 comes twice"):
-        record(small_model, batches_of_test_recording(5) * 2, 2 * len(SIZES), tmp_path, "twice")
+        record(small_model, recorded_batches(5) * 2, 2 * len(SIZES), tmp_path, "twice")
 
 
 def test_plain_files(recording):
@@ -296,18 +290,16 @@ def test_no_room_on_the_disk(small_model, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage(2000, 1000, 1000))
     with pytest.raises(EarlyExitError, match=r"recording 5 photos takes 0.0 GiB, 0.0 are free; name another folder"):
-        record(small_model, batches_of_test_recording(2), len(SIZES), tmp_path, "these photos")
+        record(small_model, recorded_batches(2), len(SIZES), tmp_path, "these photos")
 
 
 def test_damaged_note_is_recorded_anew(small_model, tmp_path):
-    record(small_model, batches_of_test_recording(2), len(SIZES), tmp_path, "these photos")
+    record(small_model, recorded_batches(2), len(SIZES), tmp_path, "these photos")
     (tmp_path / "recording.json").write_text("[]")
-    assert len(record(small_model, batches_of_test_recording(2), len(SIZES), tmp_path, "these photos")) == len(SIZES)
+    assert len(record(small_model, recorded_batches(2), len(SIZES), tmp_path, "these photos")) == len(SIZES)
     for name in ("labels.npy", "detections.pt"):
         (tmp_path / name).write_bytes(b"cut off")
-        assert len(record(small_model, batches_of_test_recording(2), len(SIZES), tmp_path, "these photos")) == len(
-            SIZES
-        )
+        assert len(record(small_model, recorded_batches(2), len(SIZES), tmp_path, "these photos")) == len(SIZES)
 
 
 @pytest.mark.shared
@@ -339,7 +331,9 @@ def test_where_nobody_labelled_the_full_path_says_what_is_there(small_model, rec
     """The boxes given have no part in it; another score makes another recording."""
     score = max(float(found["scores"].max()) for found in recording.detections[-1].values()) - 1e-6
     folder = tmp_path / "taught"
-    taught = record(small_model, batches(2), len(SIZES), folder, "these photos", taught_from=score)
+    taught = record(small_model, recorded_batches(2), len(SIZES), folder, "these photos", taught_from=score)
     best = [max(taught.detections[-1][photo]["scores"].tolist()) >= score for photo in taught.image_ids]
     assert [bool(labels.any()) for labels in taught.labels] == best and 0 < sum(best) < len(SIZES)
-    assert record(small_model, batches(2), len(SIZES), folder, "these photos", taught_from=2.0).labels.max() == 0
+    assert (
+        record(small_model, recorded_batches(2), len(SIZES), folder, "these photos", taught_from=2.0).labels.max() == 0
+    )
