@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
 
 from earlyexit_ssd.errors import nearest
@@ -19,10 +19,19 @@ def suggest_keywords(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        for name in kwargs:
-            if name not in names:
-                hint = nearest(name, names) or f"; it takes {', '.join(names)}"
-                raise TypeError(f"{function.__qualname__} got an unknown keyword argument '{name}'{hint}")
+        require_known(function, kwargs, names)
         return function(*args, **kwargs)
 
     return checked
+
+
+def require_known(function: Callable, given: Iterable[str], names: list[str]) -> None:
+    """Check that the keywords ``given`` to ``function`` are some of ``names``.
+
+    Raises:
+        TypeError: one is not; the message has the nearest.
+    """
+    for name in given:
+        if name not in names:
+            hint = nearest(name, names) or f"; it takes {', '.join(names)}"
+            raise TypeError(f"{function.__qualname__} got an unknown keyword argument '{name}'{hint}")

@@ -112,6 +112,8 @@ def _check_exits(cfg: CfgNode) -> None:
     _require(list(layers) == sorted(set(layers)), "EXITS.LAYERS", layers, "increasing layers, each once")
     for layer in cfg.EXITS.EMPTY:
         _require(layer in layers, "EXITS.EMPTY", layer, f"some of EXITS.LAYERS {list(layers)}")
+    kinds = cfg.EXITS.BRANCH
+    _require(len(kinds) in (1, len(layers)), "EXITS.BRANCH", kinds, f"one kind, or one for each of {len(layers)} exits")
     for key in ("EXITS.COPY", "EXITS.DEPTH", "LOSS.EXIT_WEIGHTS", "ROUTING.THRESHOLDS", "ROUTING.TEMPERATURES"):
         value = _get(cfg, key)
         _require(len(value) in (1, len(layers)), key, value, f"one number, or one for each of {len(layers)} exits")

@@ -91,8 +91,13 @@ _C.EXITS = Node()
 _C.EXITS.LAYERS = (8, 12)
 # Channels of a branch's first map; the others are as wide as the full path's. 0: as many as there are in the copy of
 # the full path's own first map, and its predictors with it (behind layers 13 to 15, where there is nothing to copy, a
-# new map and new predictors).
+# new map and new predictors). Of a light branch, the channels of every map; 0: 64.
 _C.EXITS.CHANNELS = 0
+# Kind of the branches, one for all exits or one for each: copied (copies of the full path's own layers), light (few
+# layers of its own: attention on the tap, context from the exit before, a narrow pyramid) or a kind of yours.
+_C.EXITS.BRANCH = ("copied",)
+# Whether a light branch looks at what the exit before has seen (a cascade), where that is light too.
+_C.EXITS.CONTEXT = True
 # Residual blocks that a branch copies from the full path's tail, 0 to 2, for each exit or one for all; they work on
 # the second grid. Behind layers 14 and 15, with CHANNELS 0, only those that the trunk has not run yet.
 _C.EXITS.DEPTH = (2,)

@@ -16,7 +16,8 @@ from earlyexit_ssd.engine.loop import to_device
 from earlyexit_ssd.engine.processes import barrier, is_main
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import make_folder, new_array, require_space, stored_key, write_json, write_torch, writing
-from earlyexit_ssd.modeling.detector import EarlyExitSSDLite, TapBatch, compute_taps
+from earlyexit_ssd.modeling import EarlyExitSSDLite
+from earlyexit_ssd.modeling.detector import TapBatch, compute_taps
 from earlyexit_ssd.progress import progress
 
 logger = logging.getLogger(__name__)

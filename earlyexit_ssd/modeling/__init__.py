@@ -1,23 +1,27 @@
 """The model: torchvision's SSDLite, tapped, with branches that share its default boxes."""
 
-from earlyexit_ssd.modeling.builders import earlyexit_ssdlite320_mobilenet_v3_large
+from earlyexit_ssd.modeling.branches import Exit, describe_exits
 from earlyexit_ssd.modeling.checkpoint import EarlyExitSSDLite_Weights, load_model, save_model
-from earlyexit_ssd.modeling.detector import EarlyExitSSDLite, PathToExit, fuse_for_inference
+from earlyexit_ssd.modeling.detector import EarlyExitDetector, PathToExit, fuse_for_inference
 from earlyexit_ssd.modeling.losses import LossSettings
 from earlyexit_ssd.modeling.outputs import ExitOutputs, Router
 from earlyexit_ssd.modeling.retrofit import COCO_CLASSES, Architecture, retrofit
+from earlyexit_ssd.modeling.ssdlite import EarlyExitSSDLite, earlyexit_ssdlite320_mobilenet_v3_large
 from earlyexit_ssd.modeling.trunk import build_ssdlite
 
 __all__ = [
     "COCO_CLASSES",
     "Architecture",
+    "EarlyExitDetector",
     "EarlyExitSSDLite",
     "EarlyExitSSDLite_Weights",
+    "Exit",
     "ExitOutputs",
     "LossSettings",
     "PathToExit",
     "Router",
     "build_ssdlite",
+    "describe_exits",
     "earlyexit_ssdlite320_mobilenet_v3_large",
     "fuse_for_inference",
     "load_model",

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from numbers import Integral, Real
 
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.modeling.trunk import LAST_LAYER
 
 
 def is_number(value: object, whole: bool = False) -> bool:
@@ -31,13 +30,10 @@ def whole_number(name: str, value: object) -> None:
         raise EarlyExitError(f"{name} is {value!r:.60}, expected a whole number from 0 on")
 
 
-def check_exit_layers(layers: tuple[int, ...], empty: tuple[int, ...] = ()) -> None:
-    """Exits leave behind increasing trunk layers, the last one excepted; ``empty`` names some of them."""
-    if not layers or layers != tuple(sorted({layer for layer in layers if 1 <= layer < LAST_LAYER})):
-        raise EarlyExitError(f"exit_layers {layers}: expected increasing trunk layers from 1 to {LAST_LAYER - 1}")
-    for layer in empty:
-        if layer not in layers:
-            raise EarlyExitError(f"empty has {layer}, expected some of the exits' layers {layers}")
+def check_exit_layers(layers: tuple[int, ...], last_layer: int) -> None:
+    """Exits leave behind increasing trunk layers, the last one excepted."""
+    if not layers or layers != tuple(sorted({layer for layer in layers if 1 <= layer < last_layer})):
+        raise EarlyExitError(f"exit_layers {layers}: expected increasing trunk layers from 1 to {last_layer - 1}")
 
 
 def one_for_each(name: str, values: tuple[float, ...], exits: int, highest: float, zero: bool = True) -> list[float]:

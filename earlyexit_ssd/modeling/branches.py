@@ -1,25 +1,292 @@
-"""What follows C4 in the full path, as a branch's own copy: it knows far more than a few photos can teach."""
+"""Exits: their description, the kinds of branches behind them, and one function that builds any of them."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.ssdlite import SSDLiteHead
-from torchvision.ops.misc import Conv2dNormActivation
+from torchvision.ops.misc import Conv2dNormActivation, SqueezeExcitation
 
-from earlyexit_ssd.config import C4_LAYER, LAST_LAYER, TAIL_BLOCKS
+from earlyexit_ssd.config import C4_LAYER, LAST_LAYER, MOST_CHANNELS, TAIL_BLOCKS
+from earlyexit_ssd.errors import EarlyExitError, nearest
+from earlyexit_ssd.keywords import require_known
 from earlyexit_ssd.modeling import arguments
 from earlyexit_ssd.modeling.heads import FactorisedPredictor, copy_rows, factorise, is_folded
 from earlyexit_ssd.modeling.outputs import Head
 from earlyexit_ssd.modeling.trunk import norm_layer
 
-if TYPE_CHECKING:
-    from earlyexit_ssd.modeling.detector import EarlyExitSSDLite
+T = TypeVar("T", bound=Callable)
+
+
+# The kinds of branches, and the description of one exit.
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of a kind of branches: a number from 0 on, or a truth value where ``default`` is one.
+
+    Attributes:
+        default: where nothing is given; its type says what is expected.
+        highest: largest number.
+        zero: whether 0 is allowed.
+        by_exit: in :func:`describe_exits` it is a sequence, one number for all exits or one for each.
+    """
+
+    default: bool | float
+    highest: float = MOST_CHANNELS
+    zero: bool = True
+    by_exit: bool = False
+
+    def of_each(self, name: str, value: object, exits: int) -> list:
+        """The value for each of ``exits`` exits.
+
+        Raises:
+            EarlyExitError: another type, out of range, or for another number of exits.
+        """
+        given = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        if isinstance(self.default, bool):
+            if len(given) not in (1, exits) or not all(isinstance(one, bool) for one in given):
+                raise EarlyExitError(f"{name} is {value!r:.60}, expected True or False, or one for each exit")
+            return list(given) * (exits // len(given))
+        whole = isinstance(self.default, int)
+        if self.by_exit or isinstance(value, (list, tuple)):
+            given = arguments.numbers(name, value, whole)
+        elif whole:
+            arguments.whole_number(name, value)
+        given = tuple(int(one) if whole else float(one) for one in given)
+        return arguments.one_for_each(name, given, exits, self.highest, self.zero)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a branch stands, and what it has to give.
+
+    Attributes:
+        backbone: the detector's, whose layers may be copied.
+        layer: trunk layer of the tap; ``tap``: its (channels, height, width).
+        grids: (height, width) of the head's maps, cells; ``boxes_per_cell``: default boxes in each cell of each.
+        num_classes: outputs per default box, background included.
+        context: channels of the map that the exit before passes on; 0 where it passes none.
+    """
+
+    backbone: nn.Module
+    layer: int
+    tap: tuple[int, int, int]
+    grids: Sequence[tuple[int, int]]
+    boxes_per_cell: Sequence[int]
+    num_classes: int
+    context: int = 0
+
+
+@dataclass(frozen=True)
+class BranchKind:
+    """How a kind of branches is built: ``build(place, **arguments)``."""
+
+    build: Callable[..., Branch]
+    arguments: Mapping[str, Argument]
+
+
+BRANCHES: dict[str, BranchKind] = {}
+"""Name of a kind -> the kind; :func:`register_branch` adds to it."""
+
+
+def register_branch(name: str, **known: Argument) -> Callable[[T], T]:
+    """Decorate what builds a branch from its :class:`Place` and the arguments ``known``: exits may name it then."""
+
+    def register(build: T) -> T:
+        BRANCHES[name] = BranchKind(build, known)
+        return build
+
+    return register
+
+
+@dataclass(frozen=True)
+class Exit:
+    """The description of one early exit: configuration, builders, model and model files all mean it by this.
+
+    Attributes:
+        layer: trunk layer behind which it leaves (torchvision's numbering, the stem is 0).
+        branch: kind of its branch, a name in :data:`BRANCHES`.
+        arguments: of the branch; those that are not given take the kind's defaults.
+
+    Raises:
+        EarlyExitError: an unknown kind or argument, or a value out of its range.
+    """
+
+    layer: int
+    branch: str = "copied"
+    arguments: dict[str, bool | float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        arguments.whole_number("layer", self.layer)
+        if not isinstance(self.branch, str) or self.branch not in BRANCHES:
+            listed = ", ".join(BRANCHES)
+            hint = nearest(str(self.branch), BRANCHES)
+            raise EarlyExitError(f"branch is {self.branch!r:.60}, expected one of {listed}{hint}")
+        known = BRANCHES[self.branch].arguments
+        for name in self.arguments:
+            if name not in known:
+                hint = nearest(str(name), known) or f"; it takes {', '.join(known) or 'none'}"
+                raise EarlyExitError(f"a {self.branch} branch has no argument {name!r:.60}{hint}")
+        given = {name: self.arguments.get(name, argument.default) for name, argument in known.items()}
+        wrap = {name: [value] if known[name].by_exit else value for name, value in given.items()}
+        values = {name: known[name].of_each(name, value, 1)[0] for name, value in wrap.items()}
+        object.__setattr__(self, "arguments", values)
+
+    @property
+    def name(self) -> str:
+        """Such as ``exit8``."""
+        return f"exit{self.layer}"
+
+    @property
+    def empty(self) -> bool:
+        """Whether it has no branch."""
+        return self.branch == "empty"
+
+
+def exit_words() -> list[str]:
+    """Keywords of :func:`describe_exits`."""
+    return [
+        "exit_layers",
+        "branch",
+        "empty",
+        *dict.fromkeys(name for kind in BRANCHES.values() for name in kind.arguments),
+    ]
+
+
+def describe_exits(
+    exit_layers: Sequence[int] = (8, 12),
+    branch: str | Sequence[str] = "copied",
+    empty: Sequence[int] = (),
+    **given: object,
+) -> tuple[Exit, ...]:
+    """Exits from keywords, each for all of them or with a value for each.
+
+    Args:
+        exit_layers: trunk layers behind which a branch leaves, increasing.
+        branch: kind of all branches, or one for each exit.
+        empty: those of ``exit_layers`` that have no branch.
+        given: arguments of the branches; a kind takes those that it knows.
+
+    Raises:
+        EarlyExitError: a value that cannot be.
+    """
+    layers = tuple(map(int, arguments.numbers("exit_layers", exit_layers, whole=True)))
+    empty = arguments.numbers("empty", empty, whole=True)
+    kinds = (branch,) if isinstance(branch, str) else tuple(branch) if isinstance(branch, (list, tuple)) else ()
+    if len(kinds) not in (1, len(layers)):
+        raise EarlyExitError(
+            f"branch is {branch!r:.60}, expected one of {', '.join(BRANCHES)}, or one for each of {len(layers)} exits"
+        )
+    for layer in empty:
+        if layer not in layers:
+            raise EarlyExitError(f"empty has {layer}, expected some of the exits' layers {layers}")
+    kinds = kinds * (len(layers) // len(kinds))
+    declared = {name: argument for kind in BRANCHES.values() for name, argument in kind.arguments.items()}
+    require_known(describe_exits, given, exit_words())
+    values = {name: declared[name].of_each(name, value, len(layers)) for name, value in given.items()}
+    exits = []
+    for index, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
+        kind = "empty" if layer in empty else kind
+        known = BRANCHES[kind].arguments if isinstance(kind, str) and kind in BRANCHES else {}
+        exits.append(Exit(layer, kind, {name: value[index] for name, value in values.items() if name in known}))
+    return tuple(exits)
+
+
+def exit_keywords(exits: Sequence[Exit]) -> dict[str, object]:
+    """The keywords that :func:`describe_exits` makes these exits of; plain types, as model files hold them."""
+    words: dict[str, object] = {"exit_layers": tuple(one.layer for one in exits)}
+    kinds = [one.branch for one in exits if not one.empty]
+    words["branch"] = tuple(one.branch for one in exits) if len(set(kinds)) > 1 else (*kinds, "copied")[0]
+    for name in exit_words()[3:]:
+        having = [one.arguments[name] for one in exits if name in one.arguments]
+        if having:
+            argument = next(BRANCHES[one.branch].arguments[name] for one in exits if name in one.arguments)
+            same = len(set(having)) == 1
+            each = having[:1] if same else [one.arguments.get(name, having[0]) for one in exits]
+            words[name] = each[0] if same and not argument.by_exit else tuple(each)
+    words["empty"] = tuple(one.layer for one in exits if one.empty)
+    return words
+
+
+def takes_exits(function: T) -> T:
+    """Let ``function``, or the class, take the keywords of :func:`describe_exits` in the place of ``exits``.
+
+    A misspelt keyword raises ``TypeError`` with the name that was probably meant.
+    """
+    if isinstance(function, type):
+        function.__init__ = takes_exits(function.__init__)
+        return function
+    own = [name for name in inspect.signature(function).parameters if name != "self"]
+
+    @functools.wraps(function)
+    def described(*args: object, **given: object) -> object:
+        words = exit_words()
+        require_known(function, given, [*own, *words])
+        asked = {name: given.pop(name) for name in words if name in given}
+        if asked:
+            if given.get("exits") is not None:
+                raise TypeError(f"{function.__qualname__} got exits and {next(iter(asked))}; give one of them")
+            given["exits"] = describe_exits(**asked)
+        return function(*args, **given)
+
+    return described
+
+
+class Branch(nn.Module):
+    """From the tap of an exit to the outputs of the same default boxes as the full path's.
+
+    Attributes:
+        context_channels: of the map that it passes on to the next exit; 0 where it passes none.
+    """
+
+    context_channels = 0
+
+    def inherit(self, backbone: nn.Module, head: nn.Module) -> None:
+        """Start from what the full path knows now; by default there is nothing to take over."""
+
+    def context(self, tap: Tensor, before: Tensor | None) -> Tensor | None:
+        """What the head and the next exit look at beside the tap, from the exit's tap and the context ``before``."""
+        return None
+
+    def forward(self, tap: Tensor, context: Tensor | None = None) -> Head:
+        """A tap [N, C, H, W] to ``cls_logits`` [N, A, C] and ``bbox_regression`` [N, A, 4].
+
+        Args:
+            tap: behind the exit's layer.
+            context: what :meth:`context` gave for it.
+        """
+        raise NotImplementedError
+
+
+def build_branches(
+    exits: Sequence[Exit],
+    backbone: nn.Module,
+    taps: Sequence[tuple[int, int, int]],
+    grids: Sequence[tuple[int, int]],
+    boxes_per_cell: Sequence[int],
+    num_classes: int,
+) -> nn.ModuleDict:
+    """Name of the exit -> its branch, not yet with the full path's weights; the arguments are those of `Place`."""
+    branches, context = nn.ModuleDict(), 0
+    for one, tap in zip(exits, taps, strict=True):
+        place = Place(backbone, one.layer, tap, grids, boxes_per_cell, num_classes, context)
+        branches[one.name] = BRANCHES[one.branch].build(place, **one.arguments)
+        context = branches[one.name].context_channels
+    return branches
+
+
+# The kind "copied": what follows C4 in the full path, as a branch's own copy, which knows far more than a few photos
+# can teach; before it, thinned copies of the layers that lead there.
 
 
 class Tail(nn.Module):
@@ -110,9 +377,6 @@ def _take_rows(new: nn.Module, old: nn.Conv2d, columns: int, rows: list[int]) ->
         new.approximate(whole)
     else:
         copy_rows(new, old, columns, rows)
-
-
-# Thinned copies of the full path's own layers as the short cut of a branch; the residual ones are left out.
 
 
 class ThinnedBlock(nn.Sequential):
@@ -243,45 +507,7 @@ def _set(module: nn.Module, name: str, values: Tensor) -> None:
     setattr(module, name, nn.Parameter(values) if isinstance(getattr(module, name), nn.Parameter) else values)
 
 
-# An exit without a branch: photos in which there is nothing to find leave there with an empty answer.
-
-NO_OBJECT = -30.0
-"""Logit of every class but background, whose own is 0: a probability of 1e-13."""
-
-
-class EmptyExit(nn.Module):
-    """In the place of a :class:`earlyexit_ssd.modeling.branches.Branch`: says background everywhere, and costs nothing.
-
-    Whether a photo may leave here has to be foreseen from the tap, before any branch is computed.
-
-    Args:
-        num_boxes: default boxes of an image.
-        num_classes: outputs per default box, background included.
-    """
-
-    def __init__(self, num_boxes: int, num_classes: int) -> None:
-        super().__init__()
-        self._num_boxes, self.num_classes = num_boxes, num_classes
-
-    def inherit(self, backbone: nn.Module, head: nn.Module) -> None:
-        """There is nothing to take over."""
-
-    def forward(self, tap: Tensor) -> Head:
-        """The head's outputs for a tap [N, C, S, S], with no object in them."""
-        logits = tap.new_full((len(tap), self._num_boxes, self.num_classes), NO_OBJECT)
-        logits[..., 0] = 0.0
-        return {"cls_logits": logits, "bbox_regression": tap.new_zeros(len(tap), self._num_boxes, 4)}
-
-
-def num_default_boxes(grids: Sequence[tuple[int, int]], boxes_per_cell: Sequence[int]) -> int:
-    """Default boxes of an image from its grids (height, width) and the boxes in each of a grid's cells."""
-    return sum(height * width * count for (height, width), count in zip(grids, boxes_per_cell, strict=True))
-
-
-# One exit: from a tap of the trunk to the logits and boxes of the same default boxes as the full path.
-
-
-class Branch(nn.Module):
+class CopiedBranch(Branch):
     """A short cut from a tap to where the full path's tail begins, that tail again, a first map, and a head.
 
     The tail works on the second grid, four times cheaper than the first; what it has understood flows, upsampled,
@@ -333,8 +559,8 @@ class Branch(nn.Module):
             inherit_first_predictors(self.head, head, kept)
             nn.init.zeros_(self.top_down[1].weight)  # at first the map is the full path's
 
-    def forward(self, tap: Tensor) -> Head:
-        """A tap [N, C, S, S] of the exit's layer to ``cls_logits`` [N, A, C] and ``bbox_regression`` [N, A, 4]."""
+    def forward(self, tap: Tensor, context: Tensor | None = None) -> Head:
+        """See :meth:`Branch.forward`."""
         fine, expanded, coarse = self.copied(tap)
         coarse, maps = self.tail(coarse)
         size = (self._finest_grid, self._finest_grid)
@@ -343,56 +569,166 @@ class Branch(nn.Module):
         return self.head([first if self.smooth is None else self.smooth(first), *maps])
 
 
+_FIRST_CHANNELS = Argument(0)
+_HEAD_RANK = Argument(0)
+
+
+@register_branch(
+    "copied",
+    channels=_FIRST_CHANNELS,
+    depth=Argument(2, TAIL_BLOCKS, by_exit=True),
+    copy=Argument(0.5, 1, zero=False, by_exit=True),
+    head_rank=_HEAD_RANK,
+)
+def build_copied(place: Place, *, channels: int, depth: int, copy: float, head_rank: int) -> CopiedBranch:
+    """The arguments are those of :class:`CopiedBranch`, `Tail` (``depth``) and `CopiedShortCut` (``copy``)."""
+    if not hasattr(place.backbone, "features") or len(place.backbone.features) != 2:
+        raise EarlyExitError(
+            "a copied branch copies layers of torchvision's SSDLite with a MobileNetV3, this detector has others: take "
+            "branch='light' (EXITS.BRANCH light)"
+        )
+    # Behind C4 the trunk itself has run some of the tail's blocks; with channels they stay as in older model files.
+    blocks = depth if channels else min(depth, LAST_LAYER - 1 - place.layer)
+    return CopiedBranch(
+        copied=CopiedShortCut(place.backbone, place.layer, copy),
+        finest_grid=place.grids[0][0],
+        channels=channels,
+        tail=Tail(place.backbone, blocks),
+        num_anchors=list(place.boxes_per_cell),
+        num_classes=place.num_classes,
+        head_rank=head_rank,
+    )
+
+
+# The kind "light": layers of its own, few, that fit any detector.
+
+
+def _halvings(side: int, grid: int) -> int:
+    """Convolutions of stride 2 that bring ``side`` cells near ``grid``, and not below it."""
+    count = 0
+    while (side + 1) // 2 >= grid and side > grid:
+        side, count = (side + 1) // 2, count + 1
+    return count
+
+
+class PyramidStep(nn.Module):
+    """From a map to one of a given grid: depthwise convolutions of stride 2 while they fit, then the nearest cells."""
+
+    def __init__(self, channels: int, sizes: tuple[tuple[int, int], tuple[int, int]]) -> None:
+        super().__init__()
+        start, self._grid = sizes
+        strides = [2] * min(_halvings(side, goal) for side, goal in zip(start, self._grid, strict=True)) or [1]
+        self.layers = nn.Sequential()
+        for stride in strides:
+            self.layers.append(_depthwise(channels, kernel_size=3, stride=stride))
+            self.layers.append(_pointwise(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to [N, C, *grid]."""
+        x = self.layers(x)
+        return x if x.shape[-2:] == self._grid else F.interpolate(x, self._grid)
+
+
+@register_branch("light", channels=_FIRST_CHANNELS, context=Argument(True), head_rank=_HEAD_RANK)
+class LightBranch(Branch):
+    """Squeeze-excitation attention on the tap (Hu et al. 2018), context from the exit before, a narrow pyramid.
+
+    The cascade: an exit adds what the exit before has seen, brought to its own grid, to its own view of the tap. So
+    the exit before is computed up to there even where nobody can leave at it.
+
+    Args:
+        place: where it stands.
+        channels: of every map of the pyramid; 0 takes 64.
+        context: look at what the exit before passes on; it passes something if it is ``light`` too.
+        head_rank: channels between the two steps of the class predictors; 0 leaves them in one step.
+    """
+
+    def __init__(self, place: Place, *, channels: int, context: bool, head_rank: int) -> None:
+        super().__init__()
+        width = self.context_channels = channels or 64
+        tap_channels = place.tap[0]
+        self.attention = SqueezeExcitation(tap_channels, max(8, tap_channels // 4))
+        self.narrow = _pointwise(tap_channels, width)
+        self.cascade = _pointwise(place.context, width) if context and place.context else None
+        sizes = [(place.tap[1], place.tap[2]), *(tuple(grid) for grid in place.grids)]
+        self.pyramid = nn.ModuleList(PyramidStep(width, pair) for pair in pairwise(sizes))
+        boxes = list(place.boxes_per_cell)
+        self.head = SSDLiteHead([width] * len(boxes), boxes, place.num_classes, norm_layer)
+        if head_rank:
+            factorise(self.head.classification_head, head_rank)
+
+    def context(self, tap: Tensor, before: Tensor | None) -> Tensor:
+        """The narrow map [N, channels, H, W] that the pyramid starts from."""
+        x = self.narrow(self.attention(tap))
+        if self.cascade is not None:
+            x = x + F.interpolate(self.cascade(before), tap.shape[-2:])
+        return x
+
+    def forward(self, tap: Tensor, context: Tensor | None = None) -> Head:
+        """See :meth:`Branch.forward`."""
+        maps = []
+        for step in self.pyramid:
+            context = step(context)
+            maps.append(context)
+        return self.head(maps)
+
+
 def _pointwise(in_channels: int, out_channels: int) -> Conv2dNormActivation:
     return Conv2dNormActivation(
         in_channels, out_channels, kernel_size=1, norm_layer=norm_layer, activation_layer=nn.Hardswish
     )
 
 
-def _depthwise(channels: int) -> Conv2dNormActivation:
+def _depthwise(channels: int, kernel_size: int = 5, stride: int = 1) -> Conv2dNormActivation:
     return Conv2dNormActivation(
-        channels, channels, kernel_size=5, groups=channels, norm_layer=norm_layer, activation_layer=nn.Hardswish
+        channels,
+        channels,
+        kernel_size=kernel_size,
+        stride=stride,
+        groups=channels,
+        norm_layer=norm_layer,
+        activation_layer=nn.Hardswish,
     )
 
 
-# The branches of a detector, one for each of its early exits.
+# The kind "empty": no branch. Photos in which there is nothing to find leave there with an empty answer.
+
+NO_OBJECT = -30.0
+"""Logit of every class but background, whose own is 0: a probability of 1e-13."""
 
 
-def build_branches(
-    model: EarlyExitSSDLite,
-    *,
-    channels: int,
-    depth: Sequence[int],
-    copy: Sequence[float],
-    head_rank: int,
-) -> nn.ModuleDict:
-    """Name of the exit -> its branch, not yet with the full path's weights, or an empty exit.
+class EmptyExit(Branch):
+    """Says background everywhere, and costs nothing; it hands the context before it on.
+
+    Whether a photo may leave here has to be foreseen from the tap, before any branch is computed.
 
     Args:
-        model: with its trunk, head, exits and grids.
-        channels, depth, copy, head_rank: see the model.
+        num_boxes: default boxes of an image.
+        num_classes: outputs per default box, background included.
+        context_channels: of the context before it.
     """
-    boxes_per_cell = model.anchor_generator.num_anchors_per_location()
-    copy, depth = arguments.numbers("copy", copy), arguments.numbers("depth", depth, whole=True)
-    shares = arguments.one_for_each("copy", copy, model.num_early_exits, highest=1, zero=False)
-    depths = arguments.one_for_each("depth", depth, model.num_early_exits, highest=TAIL_BLOCKS)
-    arguments.whole_number("channels", channels)
-    arguments.whole_number("head_rank", head_rank)
-    branches = nn.ModuleDict()
-    for index, name in enumerate(model.exit_names[:-1]):
-        if model.empty[index]:
-            branches[name] = EmptyExit(num_default_boxes(model.grids, boxes_per_cell), model.num_classes)
-            continue
-        # Behind C4 the trunk itself has run some of the tail's blocks; with channels they stay as in older model files.
-        behind = LAST_LAYER - 1 - model.exit_layers[index]
-        blocks = depths[index] if channels else min(depths[index], behind)
-        branches[name] = Branch(
-            copied=CopiedShortCut(model.backbone, model.exit_layers[index], shares[index]),
-            finest_grid=model.grids[0][0],
-            channels=channels,
-            tail=Tail(model.backbone, blocks),
-            num_anchors=boxes_per_cell,
-            num_classes=model.num_classes,
-            head_rank=head_rank,
-        )
-    return branches
+
+    def __init__(self, num_boxes: int, num_classes: int, context_channels: int = 0) -> None:
+        super().__init__()
+        self._num_boxes, self.num_classes, self.context_channels = num_boxes, num_classes, context_channels
+
+    def context(self, tap: Tensor, before: Tensor | None) -> Tensor | None:
+        """The context ``before``."""
+        return before
+
+    def forward(self, tap: Tensor, context: Tensor | None = None) -> Head:
+        """The head's outputs for a tap [N, C, H, W], with no object in them."""
+        logits = tap.new_full((len(tap), self._num_boxes, self.num_classes), NO_OBJECT)
+        logits[..., 0] = 0.0
+        return {"cls_logits": logits, "bbox_regression": tap.new_zeros(len(tap), self._num_boxes, 4)}
+
+
+@register_branch("empty")
+def build_empty(place: Place) -> EmptyExit:
+    """An :class:`EmptyExit`."""
+    return EmptyExit(num_default_boxes(place.grids, place.boxes_per_cell), place.num_classes, place.context)
+
+
+def num_default_boxes(grids: Sequence[tuple[int, int]], boxes_per_cell: Sequence[int]) -> int:
+    """Default boxes of an image from its grids (height, width) and the boxes in each of a grid's cells."""
+    return sum(height * width * count for (height, width), count in zip(grids, boxes_per_cell, strict=True))

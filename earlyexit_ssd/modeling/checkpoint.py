@@ -17,7 +17,7 @@ from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 
 from earlyexit_ssd.errors import EarlyExitError, nearest, shown
 from earlyexit_ssd.files import sha256, write_torch
-from earlyexit_ssd.modeling.detector import EarlyExitSSDLite, is_fused
+from earlyexit_ssd.modeling.detector import EarlyExitDetector, is_fused
 from earlyexit_ssd.modeling.outputs import RouterSettings
 from earlyexit_ssd.modeling.retrofit import (
     Architecture,
@@ -48,7 +48,7 @@ class ModelInfo(TypedDict, total=False):
 
 def save_model(
     path: str | os.PathLike[str],
-    model: EarlyExitSSDLite,
+    model: EarlyExitDetector,
     architecture: Architecture | None = None,
     info: dict[str, Any] | None = None,
 ) -> None:
@@ -79,7 +79,7 @@ def save_model(
 
 def load_model(
     path: str | os.PathLike[str], describe: Describe | None = None
-) -> tuple[EarlyExitSSDLite, Architecture, dict[str, Any]]:
+) -> tuple[EarlyExitDetector, Architecture, dict[str, Any]]:
     """Read what :func:`save_model` wrote: the model in eval mode on the CPU, its architecture and its info.
 
     The model has no router and the default losses; ``ExitRouter(**info["router"])`` makes the router it was saved with.
@@ -118,7 +118,7 @@ def load_model(
 
 def _load_foreign(
     path: str | os.PathLike[str], content: dict[str, Any], describe: Describe
-) -> tuple[EarlyExitSSDLite, Architecture, dict[str, Any]]:
+) -> tuple[EarlyExitDetector, Architecture, dict[str, Any]]:
     state = find_detector(content, path)
     outputs, exits = outputs_of(state), exit_names_of(state)
     if outputs < 2:

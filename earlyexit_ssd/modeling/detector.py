@@ -1,12 +1,14 @@
-"""The losses of the whole detector: a dict of weighted scalars with the same keys on every call."""
+"""A torchvision SSD with early exits: one walk from exit to exit, its detections and its losses."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +17,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD
 
-from earlyexit_ssd.keywords import suggest_keywords
+from earlyexit_ssd.errors import EarlyExitError, nearest
 from earlyexit_ssd.modeling import arguments, validate
-from earlyexit_ssd.modeling.branches import build_branches
+from earlyexit_ssd.modeling.branches import Exit, build_branches, describe_exits, takes_exits
 from earlyexit_ssd.modeling.heads import num_outputs
 from earlyexit_ssd.modeling.losses import Assignment, LossSettings, assign, detection_losses, distillation_loss
 from earlyexit_ssd.modeling.outputs import ExitOutputs, ExitSignals, Head, Router, pool_tap
-from earlyexit_ssd.modeling.pretrained import Pretrained
-from earlyexit_ssd.modeling.trunk import LAST_LAYER, SegmentedTrunk, TrunkState
+from earlyexit_ssd.modeling.trunk import Trunk, TrunkState
 from earlyexit_ssd.modeling.validate import check_batch, check_images, check_targets
 
 
@@ -72,75 +73,127 @@ def early_exit_losses(
     return losses
 
 
-# Compute each image to its exit and no further.
+# One walk: from exit to exit, and at each of them what is asked for.
 
 
-def route(model: EarlyExitSSDLite, x: Tensor) -> tuple[Head, Tensor, Tensor]:
+@dataclass
+class Stop:
+    """A batch at one exit of its walk.
+
+    Attributes:
+        model: the detector; ``trunk``: its layers.
+        index: of the exit; the number of early exits at the full path.
+        state: of the trunk. ``context``: of the branch there, see :meth:`Branch.context`.
+    """
+
+    model: EarlyExitDetector
+    trunk: Trunk
+    index: int
+    state: TrunkState
+    context: Tensor | None = None
+
+    @property
+    def full(self) -> bool:
+        """Whether this is the full path, the end of the walk."""
+        return self.index == self.model.num_early_exits
+
+    @property
+    def tap(self) -> Tensor:
+        """[N, C, H, W] behind the exit's layer."""
+        return self.state.x
+
+    def maps(self) -> list[Tensor]:
+        """At the full path, the maps of its head."""
+        return self.trunk.feature_maps(self.state)
+
+    def head(self) -> Head:
+        """The outputs of this exit; computed at each call."""
+        if self.full:
+            return self.model.head(self.maps())
+        return self.model.branches[self.model.exit_names[self.index]](self.tap, self.context)
+
+    def signals(self, head: Head) -> ExitSignals:
+        """What a router sees here."""
+        if self.full:
+            return ExitSignals(head["cls_logits"])
+        return ExitSignals(head["cls_logits"], pool_tap(self.tap), self.model.empty[self.index])
+
+    def select(self, images: Tensor) -> Stop:
+        """The same for some images alone: a boolean mask [N], or indices."""
+        context = None if self.context is None else self.context[images]
+        return dataclasses.replace(self, state=self.state.select(images), context=context)
+
+    def keep(self, images: Tensor) -> None:
+        """Let these images go on alone, those of the boolean mask [N]."""
+        rest = self.select(images)
+        self.state, self.context = rest.state, rest.context
+
+
+def walk(model: EarlyExitDetector, x: Tensor, branches: bool = True) -> Iterator[Stop]:
+    """Go from exit to exit, the full path last; what is behind a stop is computed when the walk goes on.
+
+    Args:
+        model: the detector.
+        x: normalised images [N, 3, S, S].
+        branches: whether branches are asked for; without, no context is computed for them.
+    """
+    trunk, state, context = model.trunk, TrunkState(x), None
+    for index, name in enumerate(model.exit_names):
+        state = trunk.run(state, index)
+        if branches and index < model.num_early_exits:
+            context = model.branches[name].context(state.x, context)
+        stop = Stop(model, trunk, index, state, context)
+        yield stop
+        state, context = stop.state, stop.context
+
+
+def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
     """Compute every image to the exit that its router takes, and no further.
+
+    With a hybrid router the trunk is run for every image: an image whose exit is sure takes its classes from there, all
+    take the boxes of the full path, whose classification head is computed for the others alone.
 
     Args:
         model: with a router.
         x: normalised images [N, 3, S, S].
 
     Returns:
-        the head outputs of each image's own exit, its exit's index [N] and its confidence there [N] (at the full
-        path: the confidence by the same rule).
+        the head outputs of each image's own exit, its exit's index [N] (of the classes) and its confidence there [N]
+        (at the full path: the confidence by the same rule).
     """
+    router, boxes = model.router, {}
     active = torch.arange(len(x), device=x.device)
-    state = TrunkState(x)
     parts: list[tuple[Tensor, Head, int, Tensor]] = []
-    for index, branch in enumerate(model.branches.values()):
-        state = model.trunk.run(state, index)
-        if not model.router.needs(index):
+    for stop in walk(model, x):
+        if stop.full and router.hybrid:
+            maps = stop.maps()
+            boxes = {"bbox_regression": model.head.regression_head(maps)}
+        if not len(active) or not (stop.full or router.needs(stop.index)):
             continue
-        head = branch(state.x)
-        logits = head["cls_logits"]
-        confidence = model.router.confidence(ExitSignals(logits, pool_tap(state.x), model.empty[index]), index)
-        leave = model.router.leaves(confidence, index)
-        if leave.all():
-            parts.append((active, head, index, confidence))
-            break
-        if leave.any():
-            parts.append((active[leave], {key: value[leave] for key, value in head.items()}, index, confidence[leave]))
-            active, state = active[~leave], state.select(~leave)
-    else:
-        last = model.num_early_exits
-        head = model.head(model.trunk.feature_maps(model.trunk.run(state, last)))
-        confidence = model.router.confidence(ExitSignals(head["cls_logits"]), last)
-        parts.append((active, head, last, confidence))
-    return _in_order(parts)
-
-
-def route_hybrid(model: EarlyExitSSDLite, x: Tensor) -> tuple[Head, Tensor, Tensor]:
-    """Run the trunk for every image; an image whose exit is sure takes its classes from there, all take the boxes of
-    the full path, whose classification head is computed for the others alone.
-
-    Args and returns as :func:`route`; the exit's index is that of the classes.
-    """
-    open_images = torch.arange(len(x), device=x.device)
-    state = TrunkState(x)
-    parts: list[tuple[Tensor, Head, int, Tensor]] = []
-    for index, branch in enumerate(model.branches.values()):
-        state = model.trunk.run(state, index)
-        tap = state.x[open_images]
-        if not model.router.needs(index):
-            continue
-        if not len(open_images):
-            continue
-        head = branch(tap)
-        logits = head["cls_logits"]
-        confidence = model.router.confidence(ExitSignals(logits, pool_tap(tap), model.empty[index]), index)
-        sure = model.router.leaves(confidence, index)
-        parts.append((open_images[sure], {"cls_logits": logits[sure]}, index, confidence[sure]))
-        open_images = open_images[~sure]
-    last = model.num_early_exits
-    maps = model.trunk.feature_maps(model.trunk.run(state, last))
-    if len(open_images):
-        logits = model.head.classification_head([feature[open_images] for feature in maps])
-        confidence = model.router.confidence(ExitSignals(logits), last)
-        parts.append((open_images, {"cls_logits": logits}, last, confidence))
+        if boxes:
+            head = {"cls_logits": model.head.classification_head([feature[active] for feature in maps])}
+            here = stop
+        else:
+            here = stop.select(active) if router.hybrid else stop
+            head = here.head()
+        confidence = router.confidence(here.signals(head), stop.index)
+        leave = None if stop.full else router.leaves(confidence, stop.index)
+        if router.hybrid:
+            head = {"cls_logits": head["cls_logits"]}
+        if leave is None or leave.all():  # logits are large: do not copy them for nothing
+            parts.append((active, head, stop.index, confidence))
+            active = active[:0]
+            if not router.hybrid:
+                break
+        elif leave.any():
+            parts.append(
+                (active[leave], {key: value[leave] for key, value in head.items()}, stop.index, confidence[leave])
+            )
+            active = active[~leave]
+            if not router.hybrid:
+                stop.keep(~leave)
     head, exit_index, confidence = _in_order(parts)
-    return {**head, "bbox_regression": model.head.regression_head(maps)}, exit_index, confidence
+    return {**head, **boxes}, exit_index, confidence
 
 
 def _in_order(parts: list[tuple[Tensor, Head, int, Tensor]]) -> tuple[Head, Tensor, Tensor]:
@@ -161,25 +214,51 @@ def _put(positions: list[Tensor], values: list[Tensor]) -> Tensor:
     return out
 
 
-# torchvision's SSDLite with early exits.
+# The detector, whatever its backbone is.
+
+DETECTORS: dict[str, type[EarlyExitDetector]] = {}
+"""torchvision's name of a detector -> the same with early exits; :func:`register_detector` adds to it."""
+
+D = TypeVar("D", bound="type[EarlyExitDetector]")
 
 
-class EarlyExitSSDLite(Pretrained, SSD):
-    """A torchvision SSDLite with branches behind some trunk layers.
+def register_detector(name: str) -> Callable[[D], D]:
+    """Decorate a class of detectors with early exits, so that configuration and model files may name it."""
+
+    def register(kind: D) -> D:
+        kind.detector_name = name
+        DETECTORS[name] = kind
+        return kind
+
+    return register
+
+
+def detector_class(name: str) -> type[EarlyExitDetector]:
+    """The class of a registered name.
+
+    Raises:
+        EarlyExitError: there is none; the message has the nearest name.
+    """
+    if name not in DETECTORS:
+        listed = ", ".join(DETECTORS)
+        raise EarlyExitError(f"detector is {name!r:.60}, expected one of {listed}{nearest(str(name), DETECTORS)}")
+    return DETECTORS[name]
+
+
+class EarlyExitDetector(SSD):
+    """A torchvision SSD with branches behind some trunk layers.
 
     Every parameter and buffer of the torchvision detector keeps its name, and without a router the detections are
     torchvision's own. In train mode ``model(images, targets)`` returns a dict of scalar losses (all exits at once),
     in eval mode one dict per image with ``boxes`` [n, 4] xyxy in the photo's pixels, ``labels`` [n] and ``scores``
     [n]; with a router also ``exit_index`` and ``exit_confidence``, scalar tensors.
 
+    A kind of detectors says its ``last_layer`` and implements ``trunk`` and ``build_plain``.
+
     Args:
-        detector: a torchvision SSDLite; its parts are used, not copied.
-        exit_layers: trunk layers behind which a branch leaves, increasing, 1..15 (the stem is 0).
-        channels, head_rank: see :class:`earlyexit_ssd.modeling.branches.Branch`.
-        empty: those of ``exit_layers`` that have no branch (:class:`earlyexit_ssd.modeling.branches.EmptyExit`).
-        copy: per exit, or one for all, the share of the channels, in (0, 1], that stay in a
-            :class:`earlyexit_ssd.modeling.branches.CopiedShortCut`.
-        depth: per exit, or one for all, the residual blocks of a :class:`earlyexit_ssd.modeling.branches.Tail`, 0 to 2.
+        detector: a torchvision detector; its parts are used, not copied.
+        exits: shallow to deep; instead of it, the keywords of :func:`earlyexit_ssd.modeling.branches.describe_exits`
+            (``exit_layers``, ``branch``, ``empty`` and the branches' arguments).
         classes: names of the labels 1..K, background not among them; by default ``class_1`` and so on.
         losses: what is minimised in training.
         router: decides who leaves early in eval mode; None runs the full path alone.
@@ -187,24 +266,23 @@ class EarlyExitSSDLite(Pretrained, SSD):
     Attributes:
         score_thresh: least score of a detection, or class name -> least score (classes that are not named keep 0.001).
         exit_names: shallow to deep, such as ``("exit8", "exit12", "full")``.
-        exit_layers: their layers, 16 for the full path. ``grids``: (height, width) of the head's six maps, cells.
+        exit_layers: their layers, `last_layer` for the full path. ``grids``: (height, width) of the head's maps, cells.
         empty: per early exit, whether it has no branch.
 
     Raises:
         ValueError: an impossible exit layer, or a number of classes that the detector's head does not have.
     """
 
-    @suggest_keywords
+    detector_name: ClassVar[str]
+    last_layer: ClassVar[int]
+    """Behind which the full path begins; exits leave from 1 to the one before."""
+
+    @takes_exits
     def __init__(
         self,
         detector: SSD,
         *,
-        exit_layers: Sequence[int] = (8, 12),
-        channels: int = 0,
-        depth: Sequence[int] = (2,),
-        copy: Sequence[float] = (0.5,),
-        head_rank: int = 0,
-        empty: Sequence[int] = (),
+        exits: Sequence[Exit] | None = None,
         classes: Sequence[str] | None = None,
         losses: LossSettings | None = None,
         router: Router | None = None,
@@ -224,36 +302,41 @@ class EarlyExitSSDLite(Pretrained, SSD):
             topk_candidates=detector.topk_candidates,
             positive_fraction=1 / (1 + detector.neg_to_pos_ratio),
         )
-        exit_layers = arguments.numbers("exit_layers", exit_layers, whole=True)
-        empty = arguments.numbers("empty", empty, whole=True)
-        arguments.check_exit_layers(exit_layers, empty)
+        self.exits = tuple(describe_exits() if exits is None else exits)
+        layers = tuple(one.layer for one in self.exits)
+        arguments.check_exit_layers(layers, self.last_layer)
         self.classes = tuple(classes or (f"class_{label}" for label in range(1, num_classes)))
         arguments.check_class_names(self.classes, num_classes)
         self.score_thresh = detector.score_thresh
         self.width = getattr(detector, "width", 1.0)
-        self.branch_settings = {"channels": channels, "depth": depth, "copy": copy, "head_rank": head_rank}
-        self.exit_layers = (*exit_layers, LAST_LAYER)
-        self.exit_names = (*(f"exit{layer}" for layer in exit_layers), "full")
-        self.empty = tuple(layer in empty for layer in exit_layers)
+        self.exit_layers = (*layers, self.last_layer)
+        self.exit_names = (*(one.name for one in self.exits), "full")
+        self.empty = tuple(one.empty for one in self.exits)
         self.losses = losses if losses is not None else LossSettings()
-        validate.check_losses(self.losses, len(exit_layers))
-        validate.check_router(router, len(exit_layers))
+        validate.check_losses(self.losses, len(layers))
+        validate.check_router(router, len(layers))
         self.router = router
         self.norm_frozen = False
         self._trunk_frozen = False
-        self.grids = self._dry_run()
-        self.branches = build_branches(self, channels=channels, depth=depth, copy=copy, head_rank=head_rank)
+        taps, self.grids = self._dry_run()
+        boxes_per_cell = self.anchor_generator.num_anchors_per_location()
+        self.branches = build_branches(self.exits, self.backbone, taps, self.grids, boxes_per_cell, num_classes)
         self.inherit()
+
+    @property
+    def trunk(self) -> Trunk:
+        """The layers that the backbone has now, also after one was replaced, cut behind the exits."""
+        raise NotImplementedError
+
+    @classmethod
+    def build_plain(cls, **settings: object) -> SSD:
+        """torchvision's detector without exits, untrained; keywords as :func:`build_ssdlite`'s."""
+        raise NotImplementedError
 
     def inherit(self) -> None:
         """Start the branches' tails and heads from what the full path knows now."""
         for branch in self.branches.values():
             branch.inherit(self.backbone, self.head)
-
-    @property
-    def trunk(self) -> SegmentedTrunk:
-        """The layers that the backbone has now, also after one was replaced."""
-        return SegmentedTrunk(self.backbone, self.exit_layers[:-1])
 
     @property
     def score_thresh(self) -> float | dict[str, float]:
@@ -275,28 +358,28 @@ class EarlyExitSSDLite(Pretrained, SSD):
         return len(self.exit_layers) - 1
 
     @torch.no_grad()
-    def _dry_run(self) -> list[tuple[int, int]]:
-        """The grids, from a blank image; BatchNorm statistics are left alone."""
+    def _dry_run(self) -> tuple[list[tuple[int, int, int]], list[tuple[int, int]]]:
+        """The taps' shapes and the grids, from a blank image; BatchNorm statistics are left alone."""
         was_training = self.training
         self.backbone.eval()
         parameter = next(self.backbone.parameters())
         blank = torch.zeros(1, 3, *self.transform.fixed_size, device=parameter.device, dtype=parameter.dtype)
-        _, maps = self.trunk_maps(blank)
+        taps, maps = self.trunk_maps(blank)
         self.backbone.train(was_training)
-        return [tuple(feature.shape[-2:]) for feature in maps]
+        return [tuple(tap.shape[1:]) for tap in taps], [tuple(feature.shape[-2:]) for feature in maps]
 
     def trunk_maps(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Normalised images [N, 3, S, S] to the taps (one per early exit) and the six maps of the full path."""
-        state, taps = TrunkState(x), []
-        for segment in range(self.num_early_exits):
-            state = self.trunk.run(state, segment)
-            taps.append(state.x)
-        state = self.trunk.run(state, self.num_early_exits)
-        return taps, self.trunk.feature_maps(state)
+        """Normalised images [N, 3, S, S] to the taps (one per early exit) and the maps of the full path."""
+        *early, last = walk(self, x, branches=False)
+        return [stop.tap for stop in early], last.maps()
 
     def branch_heads(self, taps: Sequence[Tensor]) -> list[Head]:
         """Heads of all early exits from their taps."""
-        return [branch(tap) for branch, tap in zip(self.branches.values(), taps, strict=True)]
+        heads, context = [], None
+        for branch, tap in zip(self.branches.values(), taps, strict=True):
+            context = branch.context(tap, context)
+            heads.append(branch(tap, context))
+        return heads
 
     def default_boxes(self, images: ImageList) -> list[Tensor]:
         """Per image [A, 4] xyxy in network pixels, in fp32 whatever autocast does to the maps."""
@@ -310,7 +393,7 @@ class EarlyExitSSDLite(Pretrained, SSD):
             module.requires_grad_(not frozen)
         self.train(self.training)
 
-    def train(self, mode: bool = True) -> EarlyExitSSDLite:
+    def train(self, mode: bool = True) -> EarlyExitDetector:
         """As ``nn.Module.train``, but what is frozen stays in eval mode."""
         super().train(mode)
         if self._trunk_frozen:
@@ -354,8 +437,7 @@ class EarlyExitSSDLite(Pretrained, SSD):
         targets = validate.check_targets(targets, len(images), self.classes)
         validate.check_batch(self, len(images))
         batch, targets = self.transform(images, targets)
-        taps, maps = self.trunk_maps(batch.tensors)
-        heads = [*self.branch_heads(taps), self.head(maps)]
+        heads = [stop.head() for stop in walk(self, batch.tensors)]
         return self.compute_losses(heads, self.assign(targets, self.default_boxes(batch)))
 
     def exit_outputs(self, images: list[Tensor]) -> ExitOutputs:
@@ -363,9 +445,8 @@ class EarlyExitSSDLite(Pretrained, SSD):
         validate.check_images(images)
         photo_sizes = [tuple(image.shape[-2:]) for image in images]
         batch, _ = self.transform(images, None)
-        taps, maps = self.trunk_maps(batch.tensors)
-        heads = (*self.branch_heads(taps), self.head(maps))
-        pooled = tuple(pool_tap(tap) for tap in taps)
+        stops = list(walk(self, batch.tensors))
+        heads, pooled = tuple(stop.head() for stop in stops), tuple(pool_tap(stop.tap) for stop in stops[:-1])
         return ExitOutputs(heads, pooled, self.default_boxes(batch), batch.image_sizes, photo_sizes, self.empty)
 
     def detections(self, outputs: ExitOutputs, exit_index: int) -> list[dict[str, Tensor]]:
@@ -415,8 +496,7 @@ class EarlyExitSSDLite(Pretrained, SSD):
         if self.router is None:
             return self._finish(self.head(self.trunk_maps(batch.tensors)[1]), *sizes)
         validate.check_router(self.router, self.num_early_exits)
-        compute = route_hybrid if self.router.hybrid else route
-        head, exit_index, confidence = compute(self, batch.tensors)
+        head, exit_index, confidence = route(self, batch.tensors)
         detections = self._finish(head, *sizes)
         for index, detection in enumerate(detections):
             detection["exit_index"], detection["exit_confidence"] = exit_index[index], confidence[index]
@@ -439,7 +519,7 @@ class PathToExit(nn.Module):
     """
 
     def __init__(
-        self, model: EarlyExitSSDLite, exit_index: int, router: Router | None = None, *, alone: bool = False
+        self, model: EarlyExitDetector, exit_index: int, router: Router | None = None, *, alone: bool = False
     ) -> None:
         super().__init__()
         if not 0 <= exit_index <= model.num_early_exits:
@@ -453,31 +533,22 @@ class PathToExit(nn.Module):
 
     def run(self, x: Tensor) -> tuple[list[Head], list[Tensor]]:
         """The heads of all exits on the way, this one's last, and the router's confidences [N] in the early ones."""
-        model, state = self.model, TrunkState(x)
         heads: list[Head] = []
         confidences: list[Tensor] = []
-        for index, branch in enumerate(model.branches.values()):
-            state = model.trunk.run(state, index)
-            spared = self.alone if self.router is None else not self.router.needs(index)
-            if spared and index != self.exit_index:
+        hybrid = self.router is not None and self.router.hybrid
+        for stop in walk(self.model, x):
+            early = stop.index < self.exit_index
+            if early and (self.alone if self.router is None else not self.router.needs(stop.index)):
                 continue
-            head = branch(state.x)
-            heads.append(head)
-            if self.router is not None:
-                signals = ExitSignals(head["cls_logits"], pool_tap(state.x), model.empty[index])
-                confidences.append(self.router.confidence(signals, index))
-            if index == self.exit_index:
-                if self.router is not None and self.router.hybrid:
-                    heads[-1] = {**head, "bbox_regression": self._full_boxes(state, index)}
-                return heads, confidences
-        state = model.trunk.run(state, model.num_early_exits)
-        return [*heads, model.head(model.trunk.feature_maps(state))], confidences
-
-    def _full_boxes(self, state: TrunkState, exit_index: int) -> Tensor:
-        """The full path's box regression, from the state at an exit on."""
-        for segment in range(exit_index + 1, self.model.num_early_exits + 1):
-            state = self.model.trunk.run(state, segment)
-        return self.model.head.regression_head(self.model.trunk.feature_maps(state))
+            if stop.index <= self.exit_index:
+                heads.append(stop.head())
+                if self.router is not None and not stop.full:
+                    confidences.append(self.router.confidence(stop.signals(heads[-1]), stop.index))
+            elif stop.full:
+                heads[-1] = {**heads[-1], "bbox_regression": self.model.head.regression_head(stop.maps())}
+            if stop.index == self.exit_index and not hybrid:
+                break
+        return heads, confidences
 
 
 class AllOutputs(nn.Module):
@@ -504,7 +575,7 @@ def is_fused(model: nn.Module) -> bool:
     return getattr(model, "fused", False)
 
 
-def fuse_for_inference(model: EarlyExitSSDLite) -> EarlyExitSSDLite:
+def fuse_for_inference(model: EarlyExitDetector) -> EarlyExitDetector:
     """A copy in eval mode with every BatchNorm folded into its convolution and, on a CPU, the channels last in memory.
 
     Detections are the model's up to rounding in fp32. Its router goes along. The copy cannot be trained, saved or
@@ -530,7 +601,7 @@ Targets = list[dict[str, Tensor]]
 class FullPath(nn.Module):
     """Losses of the full path; the branches are not computed and take no gradient."""
 
-    def __init__(self, model: EarlyExitSSDLite) -> None:
+    def __init__(self, model: EarlyExitDetector) -> None:
         super().__init__()
         self.backbone, self.head = model.backbone, model.head
         # Behind a list, so that the branches' parameters are not this module's.
@@ -566,7 +637,7 @@ class TapBatch:
 class Branches(nn.Module):
     """Losses of the branches alone; the same figures as the whole model with a frozen trunk on the same images."""
 
-    def __init__(self, model: EarlyExitSSDLite) -> None:
+    def __init__(self, model: EarlyExitDetector) -> None:
         super().__init__()
         self.branches = model.branches
         if isinstance(model.router, nn.Module):
@@ -582,14 +653,14 @@ class Branches(nn.Module):
         return model.compute_losses(heads, model.assign(batch.targets, anchors))
 
 
-def default_boxes(model: EarlyExitSSDLite, device: torch.device) -> Tensor:
+def default_boxes(model: EarlyExitDetector, device: torch.device) -> Tensor:
     """[A, 4] xyxy in network pixels: those of any image, since all have the network's size."""
     width, height = model.transform.fixed_size
     return model.default_boxes(ImageList(torch.empty(1, 3, height, width, device=device), [(height, width)]))[0]
 
 
 @torch.no_grad()
-def compute_taps(model: EarlyExitSSDLite, images: list[Tensor], targets: Targets) -> TapBatch:
+def compute_taps(model: EarlyExitDetector, images: list[Tensor], targets: Targets) -> TapBatch:
     """Run the full path once, in the mode that the model is in; ``targets`` in photo pixels."""
     targets = check_targets(targets, len(images), model.classes)
     batch, targets = model.transform(images, targets)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 
 from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.modeling.checkpoint import ShippedWeights, load_model, save_model, weights_path
+from earlyexit_ssd.modeling.detector import EarlyExitDetector
 from earlyexit_ssd.modeling.outputs import Router
+from earlyexit_ssd.modeling.retrofit import COCO_CLASSES, Architecture
 from earlyexit_ssd.modeling.validate import check_router
 
-if TYPE_CHECKING:
-    from earlyexit_ssd.modeling.checkpoint import ShippedWeights
-    from earlyexit_ssd.modeling.detector import EarlyExitSSDLite
-
 logger = logging.getLogger(__name__)
+P = TypeVar("P", bound="Pretrained")
 
 _router_makers: list[Callable[..., Router]] = []
 
@@ -28,17 +28,17 @@ def register_router(make: Callable[..., Router], make_certified: Callable[..., R
     _router_makers[:] = [make, make_certified]
 
 
-class Pretrained:
-    """What a model class needs in order to be made from a file."""
+class Pretrained(EarlyExitDetector):
+    """A detector with early exits that is made from a file and written to one."""
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[P],
         name_or_path: str | os.PathLike[str] | ShippedWeights,
         *,
         router: bool = True,
         classes: Sequence[str] | None = None,
-    ) -> EarlyExitSSDLite:
+    ) -> P:
         """A trained model in eval mode on the CPU, in fp32.
 
         Args:
@@ -55,16 +55,15 @@ class Pretrained:
             EarlyExitError: neither a name nor a file, a damaged file, one with another detector, with another number
                 of classes, or one whose certificate is for other weights.
         """
-        # these import the class that inherits from this one
-        from earlyexit_ssd.modeling.checkpoint import load_model, weights_path
-        from earlyexit_ssd.modeling.retrofit import Architecture
 
         def describe(outputs: int, exits: tuple[str, ...]) -> Architecture:
             layers = {"exit_layers": tuple(int(name[4:]) for name in exits)} if exits else {}
-            return Architecture(names_of(outputs, classes), **layers)
+            return Architecture(names_of(outputs, classes), detector=cls.detector_name, **layers)
 
         path = weights_path(name_or_path)
-        model, _, info = load_model(path, describe)
+        model, architecture, info = load_model(path, describe)
+        if not isinstance(model, cls):
+            raise EarlyExitError(f"{path}: a {architecture.detector}, expected {cls.detector_name}; take its own class")
         if classes is not None and tuple(classes) != model.classes:
             raise EarlyExitError(f"{path}: its classes are {', '.join(model.classes)[:120]}; leave classes out")
         if not info.get("exits", True):
@@ -88,8 +87,6 @@ class Pretrained:
             EarlyExitError: the model was fused for inference, its layers were replaced by others, or its router is
                 none of this project's.
         """
-        from earlyexit_ssd.modeling.checkpoint import save_model
-
         if self.router is not None and not hasattr(self.router, "to_dict"):
             raise EarlyExitError(
                 f"{path}: a {type(self.router).__name__} cannot be written; save with router = None, and give it back "
@@ -104,8 +101,6 @@ def names_of(outputs: int, classes: Sequence[str] | None = None) -> tuple[str, .
     Raises:
         EarlyExitError: another number of names.
     """
-    from earlyexit_ssd.modeling.retrofit import COCO_CLASSES
-
     if classes is None:
         if outputs == len(COCO_CLASSES) + 1:
             return COCO_CLASSES
@@ -119,7 +114,7 @@ def names_of(outputs: int, classes: Sequence[str] | None = None) -> tuple[str, .
     return tuple(classes)
 
 
-def make_router(model: EarlyExitSSDLite, settings: Mapping[str, Any]) -> Router:
+def make_router(model: EarlyExitDetector, settings: Mapping[str, Any]) -> Router:
     """The router of a file's settings, tried on a blank photo: what is fitted for another model fails there.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Find a detector's state dict in what other programs save: training scripts, wrappers, averages of weights."""
+"""A trained detector under the exits: its description, its weights in any file, and its classes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.error import URLError
@@ -20,9 +20,10 @@ from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD
 
-from earlyexit_ssd.config import LARGEST_SIDE, MOST_CHANNELS, MOST_WIDTH
+from earlyexit_ssd.config import LARGEST_SIDE, MOST_WIDTH
 from earlyexit_ssd.errors import EarlyExitError, nearest, shown
-from earlyexit_ssd.modeling.detector import EarlyExitSSDLite
+from earlyexit_ssd.modeling.branches import Exit, describe_exits, exit_keywords, exit_words, takes_exits
+from earlyexit_ssd.modeling.detector import EarlyExitDetector, detector_class
 from earlyexit_ssd.modeling.heads import (
     ClassChange,
     FoldedClassificationHead,
@@ -31,7 +32,6 @@ from earlyexit_ssd.modeling.heads import (
     plan_class_change,
     slice_rows,
 )
-from earlyexit_ssd.modeling.trunk import build_ssdlite
 from earlyexit_ssd.modeling.validate import LEAST_SCORE
 from earlyexit_ssd.plain import build, check_fields, require_bounded
 
@@ -117,10 +117,12 @@ def _detectors(mapping: Mapping[str, Any], path: str | os.PathLike[str]) -> dict
     return states
 
 
-def outputs_of(state: Mapping[str, Tensor], boxes_per_cell: int = 6) -> int:
+def outputs_of(state: Mapping[str, Tensor]) -> int:
     """Outputs per default box of a detector's head, background included; 0 where it cannot be told."""
-    last = state.get("head.classification_head.module_list.0.1.bias")
-    return 0 if last is None else len(last) // boxes_per_cell
+    for last, boxes in (("0.1.bias", 6), ("0.bias", 4)):  # SSDLite's head, and SSD's
+        if f"head.classification_head.module_list.{last}" in state:
+            return len(state[f"head.classification_head.module_list.{last}"]) // boxes
+    return 0
 
 
 def exit_names_of(state: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -137,24 +139,27 @@ def has_reduced_tail(state: Mapping[str, Tensor], width: float) -> bool:
 
 # A description of a model that builds it again: stored beside the weights, so that one file is enough.
 
-Channels = Annotated[int, 0, MOST_CHANNELS]
 Rows = Annotated[int, 0, 100_000]
 Share = Annotated[float, 0, 1]
 Count = Annotated[int, 1, 2**31]
 
 
+@takes_exits
 @dataclass(frozen=True)
 class Architecture:
-    """Everything that fixes the shapes and the post-processing of an :class:`EarlyExitSSDLite`.
+    """Everything that fixes the shapes and the post-processing of a detector with early exits.
+
+    In the place of ``exits`` it takes the keywords of :func:`earlyexit_ssd.modeling.branches.describe_exits`.
 
     Attributes:
         classes: names of the labels 1..K.
+        detector: torchvision's name of the detector under the exits.
         image_size: side of the network input, pixels.
         width, reduced_tail: of the trunk; see :func:`build_ssdlite`.
         head_outputs, folded_rows: outputs per default box of a folded head, and the rows of ``classes`` in it;
             0 and empty where the head has the classes' own rows.
         folded_branches: the branches' heads are folded as the full path's is; otherwise they have the classes alone.
-        exit_layers, channels, depth, copy, head_rank, empty: of the exits; see :class:`EarlyExitSSDLite`.
+        exits: shallow to deep.
         score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing; the first may be by class.
 
     Raises:
@@ -162,17 +167,13 @@ class Architecture:
     """
 
     classes: tuple[str, ...]
+    detector: str = "ssdlite320_mobilenet_v3_large"
     image_size: Annotated[int, 1, LARGEST_SIDE] = 320
     width: Annotated[float, 0.01, MOST_WIDTH] = 1.0
     reduced_tail: bool = True
     head_outputs: Rows = 0
     folded_rows: tuple[Rows, ...] = ()
-    exit_layers: tuple[int, ...] = (8, 12)
-    channels: Channels = 0
-    depth: tuple[int, ...] = (2,)
-    copy: tuple[float, ...] = (0.5,)
-    head_rank: Channels = 0
-    empty: tuple[int, ...] = ()
+    exits: tuple[Exit, ...] = field(default_factory=describe_exits)
     folded_branches: bool = False
     score_thresh: Share | dict[str, Share] = 0.001
     nms_thresh: Share = 0.55
@@ -191,35 +192,41 @@ class Architecture:
                 f"of {classes} classes, or none"
             )
 
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """The exits' trunk layers."""
+        return tuple(one.layer for one in self.exits)
+
     def to_dict(self) -> dict:
         """Plain types only, for JSON and for files that are read with ``weights_only=True``."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
-        }
+        values = {name.name: getattr(self, name.name) for name in dataclasses.fields(self)}
+        values |= exit_keywords(values.pop("exits"))
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: dict) -> Architecture:
         """The inverse of :meth:`to_dict`; unknown keys and wrong types are errors."""
         values = dict(values)
         older = {key: values.pop(key) for key in ("attention", "cascade") if key in values}
-        described = build(cls, values)
-        new_layers = older.get("attention") is not None and not all(values.get("copy", [0.0]))
-        cascade = older.get("cascade", False) and len(described.exit_layers) - len(described.empty) > 1
-        if new_layers or cascade:
+        words = {key: values.pop(key) for key in exit_words() if key in values}
+        copied = words.get("copy", [0.0])
+        new_layers = older.get("attention") is not None and isinstance(copied, (list, tuple)) and not all(copied)
+        exits = () if new_layers else describe_exits(**words)
+        if new_layers or (older.get("cascade", False) and sum(not one.empty for one in exits) > 1):
             raise EarlyExitError(
                 "its branches have layers (attention, or a cascade from exit to exit) that this version has not: "
                 "train the exits again from its full path (MODEL.WEIGHTS, minutes)"
             )
-        return described
+        return build(cls, {**values, "exits": exits})
 
     @classmethod
-    def of(cls, model: EarlyExitSSDLite) -> Architecture:
+    def of(cls, model: EarlyExitDetector) -> Architecture:
         """The description of a model as it is now.
 
         Raises:
             EarlyExitError: layers, default boxes or normalisation are not those that this description can build.
         """
-        head, settings = model.head.classification_head, dict(model.branch_settings)
+        head, settings = model.head.classification_head, {"detector": model.detector_name, "exits": model.exits}
         if is_folded(head):
             branches = [part.head.classification_head for part in model.branches.values() if hasattr(part, "head")]
             settings |= {"head_outputs": head.num_columns, "folded_rows": head.wanted.tolist()}
@@ -228,8 +235,6 @@ class Architecture:
             settings[name] = getattr(model, name)
         settings["image_size"] = model.transform.fixed_size[0]
         settings["reduced_tail"] = has_reduced_tail(model.state_dict(), model.width)
-        settings["exit_layers"] = model.exit_layers[:-1]
-        settings["empty"] = [layer for layer, empty in zip(model.exit_layers, model.empty, strict=False) if empty]
         architecture = cls(
             **{name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in settings.items()}
         )
@@ -247,12 +252,12 @@ class Architecture:
     @classmethod
     def of_full_path(cls, values: dict) -> Architecture:
         """The description of a model as far as its full path goes; its branches may be those of an older version."""
-        branches = {"exit_layers", "channels", "depth", "copy", "cascade", "head_rank", "empty", "attention"}
+        branches = {"attention", "cascade", *exit_words()}
         return cls.from_dict({key: value for key, value in values.items() if key not in branches})
 
     def build_detector(self) -> SSD:
         """The torchvision detector under the exits, untrained."""
-        detector = build_ssdlite(
+        detector = detector_class(self.detector).build_plain(
             num_classes=self.head_outputs or len(self.classes) + 1,
             image_size=self.image_size,
             width=self.width,
@@ -273,22 +278,13 @@ class Architecture:
         cuts = self.score_thresh
         return min(cuts.get(name, LEAST_SCORE) for name in self.classes) if isinstance(cuts, Mapping) else cuts
 
-    def add_exits(self, detector: SSD) -> EarlyExitSSDLite:
+    def add_exits(self, detector: SSD) -> EarlyExitDetector:
         """Exits on a detector of this architecture."""
-        model = EarlyExitSSDLite(
-            detector,
-            exit_layers=self.exit_layers,
-            channels=self.channels,
-            depth=self.depth,
-            copy=self.copy,
-            head_rank=self.head_rank,
-            empty=self.empty,
-            classes=self.classes,
-        )
+        model = detector_class(self.detector)(detector, exits=self.exits, classes=self.classes)
         model.score_thresh = self.score_thresh
         return model
 
-    def build(self) -> EarlyExitSSDLite:
+    def build(self) -> EarlyExitDetector:
         """The whole model, untrained."""
         if not self.folded_branches:
             return self.add_exits(self.build_detector())
@@ -300,7 +296,7 @@ class Architecture:
         return model
 
 
-def fold_model(model: EarlyExitSSDLite, classes: Sequence[str], rows: Sequence[int]) -> None:
+def fold_model(model: EarlyExitDetector, classes: Sequence[str], rows: Sequence[int]) -> None:
     """Give a model the ``classes`` in the ``rows`` of its heads, the full path's and the branches', and fold the others
     into background, so that every score stays what it was."""
     for part in (model, *model.branches.values()):
@@ -311,7 +307,7 @@ def fold_model(model: EarlyExitSSDLite, classes: Sequence[str], rows: Sequence[i
     model.classes = tuple(classes)
 
 
-def _fixed(model: EarlyExitSSDLite) -> dict[str, object]:
+def _fixed(model: EarlyExitDetector) -> dict[str, object]:
     """What a description fixes, by name."""
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items() if not key.startswith("router.")}
     normalisation = {name: list(getattr(model.transform, name)) for name in ("image_mean", "image_std", "fixed_size")}
@@ -502,7 +498,7 @@ def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: st
 # A trained detector without exits at another input size, as it stands.
 
 
-def resize_detector(model: EarlyExitSSDLite, architecture: Architecture, size: int, *, cut: bool = False) -> SSD:
+def resize_detector(model: EarlyExitDetector, architecture: Architecture, size: int, *, cut: bool = False) -> SSD:
     """The full path's weights at an input side of ``size`` pixels; in eval mode, on the model's device.
 
     With ``cut`` a folded classification head (``MODEL.FOLD exact``) keeps the rows of the model's classes alone, which

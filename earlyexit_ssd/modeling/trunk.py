@@ -88,9 +88,7 @@ def _feature_extractor(layers: nn.Sequential, width: float) -> SSDLiteFeatureExt
     return SSDLiteFeatureExtractorMobileNet(layers, strided[-1], norm_layer, width_mult=width)
 
 
-# Run torchvision's SSDLite backbone in segments that end at the exits, without rewriting it.
-
-LAST_LAYER = 16
+# A backbone in segments that end at the exits, without rewriting it.
 
 
 @dataclass(frozen=True)
@@ -110,12 +108,41 @@ class TrunkState:
         return TrunkState(self.x[keep], None if self.finest is None else self.finest[keep])
 
 
-class SegmentedTrunk:
-    """A view of a torchvision ``SSDLiteFeatureExtractorMobileNet`` cut behind the exit layers.
+class Trunk:
+    """The layers of a detector's backbone as steps, cut behind the exits.
 
     Made anew for each use, since layers may have been replaced. Not a module: the parameters stay where torchvision has
-    them, under the same names. ``features[0]`` holds the layers up to the one before C4 and C4's expansion,
-    ``features[1]`` the rest of C4 and the layers behind it.
+    them, under the same names.
+
+    Args:
+        steps: the layers up to the last one that an exit may leave behind, in order.
+        ends: for each exit the number of steps before it, increasing.
+        finest_step: index of the step whose output is the finest map of the head.
+    """
+
+    def __init__(self, steps: Sequence[nn.Module], ends: Sequence[int], finest_step: int) -> None:
+        self._steps, self._finest_step = steps, finest_step
+        self._ranges = list(zip([0, *ends], [*ends, len(steps)], strict=True))
+
+    def run(self, state: TrunkState, segment: int) -> TrunkState:
+        """Run segment ``segment`` (0 ends at the first exit; the last one ends the trunk)."""
+        x, finest = state.x, state.finest
+        for step in range(*self._ranges[segment]):
+            x = self._steps[step](x)
+            if step == self._finest_step:
+                finest = x
+        return TrunkState(x, finest)
+
+    def feature_maps(self, state: TrunkState) -> list[Tensor]:
+        """The maps of the full path's head, fine to coarse, from the state behind the last segment."""
+        raise NotImplementedError
+
+
+class SegmentedTrunk(Trunk):
+    """Of a torchvision ``SSDLiteFeatureExtractorMobileNet``.
+
+    ``features[0]`` holds the layers up to the one before C4 and C4's expansion, ``features[1]`` the rest of C4 and the
+    layers behind it.
 
     Args:
         backbone: the feature extractor.
@@ -128,32 +155,19 @@ class SegmentedTrunk:
     def __init__(self, backbone: nn.Module, exit_layers: Sequence[int]) -> None:
         try:
             head_part, tail_part = backbone.features
-            self._steps = [*head_part, *tail_part]
+            steps = [*head_part, *tail_part]
             self._extra = list(backbone.extra)
         except (AttributeError, TypeError, ValueError):
             raise EarlyExitError(
                 f"backbone is a {type(backbone).__name__}, expected torchvision's SSDLiteFeatureExtractorMobileNet "
                 "(`features` in two parts, and `extra`): its layers are run one by one, to leave between them"
             ) from None
-        self._finest_step = len(head_part) - 1
-        stops = [self._step_of(layer) + 1 for layer in exit_layers]
-        self._ranges = list(zip([0, *stops], [*stops, len(self._steps)], strict=True))
-
-    def _step_of(self, layer: int) -> int:
-        """C4 (layer 13) takes two steps: its expansion and the rest."""
-        return layer if layer < self._finest_step else layer + 1
-
-    def run(self, state: TrunkState, segment: int) -> TrunkState:
-        """Run segment ``segment`` (0 ends at the first exit; the last one ends the trunk)."""
-        x, finest = state.x, state.finest
-        for step in range(*self._ranges[segment]):
-            x = self._steps[step](x)
-            if step == self._finest_step:
-                finest = x
-        return TrunkState(x, finest)
+        finest = len(head_part) - 1
+        # C4 takes two steps: its expansion and the rest
+        super().__init__(steps, [layer + 1 if layer < finest else layer + 2 for layer in exit_layers], finest)
 
     def feature_maps(self, state: TrunkState) -> list[Tensor]:
-        """The six maps of the full path's head, from the state behind the last segment."""
+        """See :meth:`Trunk.feature_maps`."""
         maps = [state.finest, state.x]
         for block in self._extra:
             maps.append(block(maps[-1]))

@@ -19,8 +19,10 @@ from earlyexit_ssd.modeling import (
     COCO_CLASSES,
     Architecture,
     EarlyExitSSDLite,
+    Exit,
     LossSettings,
     build_ssdlite,
+    describe_exits,
     load_model,
     retrofit,
 )
@@ -84,6 +86,19 @@ def _device(cfg: CfgNode, name: str) -> torch.device:
     return device
 
 
+def build_exits(cfg: CfgNode) -> tuple[Exit, ...]:
+    """The EXITS section; its keys are those of `describe_exits` in capitals.
+
+    Raises:
+        ConfigError: an unknown kind of branches.
+    """
+    section = {key.lower(): value for key, value in cfg.EXITS.items()}
+    try:
+        return describe_exits(section.pop("layers"), **section)
+    except EarlyExitError as error:
+        raise ConfigError(f"EXITS: {error}") from None
+
+
 def build_architecture(cfg: CfgNode, classes: tuple[str, ...]) -> Architecture:
     """The model that the configuration describes, for these classes."""
     return Architecture(
@@ -91,12 +106,7 @@ def build_architecture(cfg: CfgNode, classes: tuple[str, ...]) -> Architecture:
         image_size=cfg.MODEL.IMAGE_SIZE,
         width=cfg.MODEL.WIDTH,
         reduced_tail=not cfg.MODEL.WEIGHTS_BACKBONE,
-        exit_layers=cfg.EXITS.LAYERS,
-        channels=cfg.EXITS.CHANNELS,
-        depth=cfg.EXITS.DEPTH,
-        copy=cfg.EXITS.COPY,
-        head_rank=cfg.EXITS.HEAD_RANK,
-        empty=cfg.EXITS.EMPTY,
+        exits=build_exits(cfg),
         score_thresh=cfg.MODEL.SCORE_THRESH,
         nms_thresh=cfg.MODEL.NMS_THRESH,
         detections_per_img=cfg.MODEL.DETECTIONS_PER_IMG,

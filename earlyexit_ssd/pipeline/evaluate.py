@@ -291,10 +291,12 @@ def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str |
 def _warn_of_differences(cfg: CfgNode, architecture: Architecture) -> None:
     """The weights know how they were built; a configuration that says otherwise is not followed, so it is named."""
     wanted = build_architecture(cfg, tuple(cfg.DATA.CLASSES) or architecture.classes).to_dict()
-    for name, value in architecture.to_dict().items():
-        if name not in ("reduced_tail", "head_outputs", "folded_rows", "folded_branches") and wanted[name] != value:
+    own = architecture.to_dict()
+    for name in wanted | own:
+        said, value = wanted.get(name), own.get(name)
+        if name not in ("reduced_tail", "head_outputs", "folded_rows", "folded_branches") and said != value:
             logger.warning(
-                "%s: the configuration says %r, the weights were made with %r and keep it", name, wanted[name], value
+                "%s: the configuration says %r, the weights were made with %r and keep it", name, said, value
             )
 
 

@@ -87,8 +87,8 @@ def _measure(cfg: CfgNode) -> list[Placement]:
     device = evaluation_device(cfg)
     model, architecture = build_model(cfg, class_names(cfg))
     singles = {
-        layer: dataclasses.replace(architecture, exit_layers=(layer,)).add_exits(model).to(device)
-        for layer in cfg.EXITS.LAYERS
+        one.layer: dataclasses.replace(architecture, exits=(one,)).add_exits(model).to(device)
+        for one in architecture.exits
     }
     router = build_router(cfg, {"num_exits": 1}).to(device)
     return measure_placements(singles, router, cfg.EVAL.TIMING_RUNS, cfg.EVAL.TIMING_THREADS, cfg.EVAL.RUNTIME)

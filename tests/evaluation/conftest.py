@@ -11,7 +11,7 @@ import torch
 from pycocotools.coco import COCO
 from torch import nn
 
-from earlyexit_ssd.modeling.builders import earlyexit_ssdlite320_mobilenet_v3_large
+from earlyexit_ssd.modeling.ssdlite import earlyexit_ssdlite320_mobilenet_v3_large
 
 Object = tuple[int, int, tuple[float, float, float, float]] | tuple[int, int, tuple[float, float, float, float], int]
 

@@ -1,7 +1,6 @@
-"""Builders in torchvision's style, found by ``torchvision.models.get_model``."""
+"""torchvision's SSDLite320 MobileNetV3-Large with early exits; ``torchvision.models.get_model`` finds its builder."""
 
 # Annotations stay objects here: torchvision.models.get_model_weights reads the weights' enum from them.
-import dataclasses
 import inspect
 import os
 from collections.abc import Mapping, Sequence
@@ -12,23 +11,37 @@ from torchvision.models import MobileNet_V3_Large_Weights
 from torchvision.models._api import register_model
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights, ssdlite320_mobilenet_v3_large
 
+from earlyexit_ssd.config import LAST_LAYER
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.keywords import suggest_keywords
 from earlyexit_ssd.modeling import validate
+from earlyexit_ssd.modeling.branches import Exit, describe_exits, exit_keywords, takes_exits
 from earlyexit_ssd.modeling.checkpoint import ShippedWeights, load_model, weights_path
-from earlyexit_ssd.modeling.detector import EarlyExitSSDLite
+from earlyexit_ssd.modeling.detector import register_detector
 from earlyexit_ssd.modeling.losses import LossSettings
 from earlyexit_ssd.modeling.outputs import Router
-from earlyexit_ssd.modeling.pretrained import names_of
+from earlyexit_ssd.modeling.pretrained import Pretrained, names_of
 from earlyexit_ssd.modeling.retrofit import COCO_CLASSES, Architecture, torchvision_name
-from earlyexit_ssd.modeling.trunk import build_ssdlite
+from earlyexit_ssd.modeling.trunk import SegmentedTrunk, build_ssdlite
 from earlyexit_ssd.modeling.validate import LEAST_SCORE
 
 POST_PROCESSING = ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
 
 
+@register_detector("ssdlite320_mobilenet_v3_large")
+class EarlyExitSSDLite(Pretrained):
+    """torchvision's SSDLite with a MobileNetV3 and early exits; see :class:`EarlyExitDetector`."""
+
+    last_layer = LAST_LAYER
+    build_plain = staticmethod(build_ssdlite)
+
+    @property
+    def trunk(self) -> SegmentedTrunk:
+        """See :class:`EarlyExitDetector`."""
+        return SegmentedTrunk(self.backbone, self.exit_layers[:-1])
+
+
 @register_model()
-@suggest_keywords
+@takes_exits
 def earlyexit_ssdlite320_mobilenet_v3_large(
     *,
     weights: SSDLite320_MobileNet_V3_Large_Weights | ShippedWeights | str | os.PathLike | None = None,
@@ -38,12 +51,7 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
     trainable_backbone_layers: int | None = None,
     image_size: int = 320,
     width: float = 1.0,
-    exit_layers: Sequence[int] = (8, 12),
-    channels: int = 0,
-    depth: Sequence[int] = (2,),
-    copy: Sequence[float] = (0.5,),
-    head_rank: int = 0,
-    empty: Sequence[int] = (),
+    exits: Sequence[Exit] | None = None,
     classes: Sequence[str] | None = None,
     losses: LossSettings | None = None,
     router: Router | None = None,
@@ -64,8 +72,8 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
         trainable_backbone_layers: as torchvision's; it needs ``image_size=320`` and ``width=1.0``.
         image_size, width: see :func:`earlyexit_ssd.modeling.trunk.build_ssdlite`; another width than 1.0 needs
             ``weights_backbone=None``.
-        exit_layers, channels, depth, copy, head_rank, empty, classes, losses, router: see
-            :class:`EarlyExitSSDLite`.
+        exits, classes, losses, router: see :class:`EarlyExitDetector`; in the place of ``exits`` the keywords of
+            :func:`earlyexit_ssd.modeling.branches.describe_exits`.
         score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing; ``score_thresh`` may be a dict
             of class names to least scores.
     """
@@ -112,12 +120,7 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
         classes = COCO_CLASSES
     model = EarlyExitSSDLite(
         detector,
-        exit_layers=exit_layers,
-        channels=channels,
-        depth=depth,
-        copy=copy,
-        head_rank=head_rank,
-        empty=empty,
+        exits=exits,
         classes=classes,
         losses=losses,
         router=router,
@@ -144,11 +147,12 @@ def _from_file(weights: ShippedWeights | str | os.PathLike, **given: Any) -> Ear
         EarlyExitError: no such file, or one that does not fit the arguments.
     """
     path, classes = weights_path(weights), given["classes"]
-    names = {field.name for field in dataclasses.fields(Architecture)} & set(given) - {"classes"}
-    wanted = {name: _as_tuple(given[name]) for name in names}
+    names = (*POST_PROCESSING, "image_size", "width")
+    wanted = {name: given[name] for name in names}
+    exits = describe_exits() if given["exits"] is None else tuple(given["exits"])
 
     def describe(outputs: int, _: tuple[str, ...]) -> Architecture:
-        return Architecture(names_of(outputs, classes), **{**wanted, "score_thresh": LEAST_SCORE})
+        return Architecture(names_of(outputs, classes), exits=exits, **{**wanted, "score_thresh": LEAST_SCORE})
 
     model, architecture, _ = load_model(path, describe)
     if given["trainable_backbone_layers"] is not None:
@@ -161,21 +165,20 @@ def _from_file(weights: ShippedWeights | str | os.PathLike, **given: Any) -> Ear
     if classes is not None and tuple(classes) != model.classes:
         raise EarlyExitError(f"{path}: its classes are {', '.join(model.classes)[:120]}; leave classes out")
     defaults = inspect.signature(earlyexit_ssdlite320_mobilenet_v3_large).parameters
-    for name, value in wanted.items():
-        if value == _as_tuple(defaults[name].default):
+    built = {**architecture.to_dict(), **exit_keywords(architecture.exits)}
+    plain = {name: defaults[name].default for name in wanted} | exit_keywords(describe_exits())
+    for name, value in {**wanted, **exit_keywords(exits)}.items():
+        if value == plain.get(name):
             continue  # nothing was asked for
         if name in POST_PROCESSING:
             setattr(model, name, value)
-        elif value != getattr(architecture, name):
-            built = getattr(architecture, name)
-            raise EarlyExitError(f"{path} was built with {name} {built}, given is {value!s:.60}; leave it out")
+        elif value != built.get(name):
+            raise EarlyExitError(
+                f"{path} was built with {name} {built.get(name)}, given is {value!s:.60}; leave it out"
+            )
     if given["losses"] is not None:
         validate.check_losses(given["losses"], model.num_early_exits)
         model.losses = given["losses"]
     validate.check_router(given["router"], model.num_early_exits)
     model.router = given["router"]
     return model.train()
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, (list, tuple)) else value
