@@ -62,6 +62,9 @@ _C.DATA.SYNTHETIC.SEED = 0
 
 # ---- model ------------------------------------------------------------------------------------------------
 _C.MODEL = Node()
+# The detector under the exits, by torchvision's name: ssdlite320_mobilenet_v3_large, or ssd300_vgg16 (with IMAGE_SIZE
+# 300, EXITS.BRANCH light, and for ImageNet weights WEIGHTS_BACKBONE IMAGENET1K_FEATURES).
+_C.MODEL.NAME = "ssdlite320_mobilenet_v3_large"
 # Side of the square network input, pixels.
 _C.MODEL.IMAGE_SIZE = 320
 # Width multiplier of the MobileNetV3-Large trunk (and of the extra layers behind it).

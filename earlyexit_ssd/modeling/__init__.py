@@ -6,6 +6,7 @@ from earlyexit_ssd.modeling.detector import EarlyExitDetector, PathToExit, fuse_
 from earlyexit_ssd.modeling.losses import LossSettings
 from earlyexit_ssd.modeling.outputs import ExitOutputs, Router
 from earlyexit_ssd.modeling.retrofit import COCO_CLASSES, Architecture, retrofit
+from earlyexit_ssd.modeling.ssd300 import EarlyExitSSD300, earlyexit_ssd300_vgg16
 from earlyexit_ssd.modeling.ssdlite import EarlyExitSSDLite, earlyexit_ssdlite320_mobilenet_v3_large
 from earlyexit_ssd.modeling.trunk import build_ssdlite
 
@@ -13,6 +14,7 @@ __all__ = [
     "COCO_CLASSES",
     "Architecture",
     "EarlyExitDetector",
+    "EarlyExitSSD300",
     "EarlyExitSSDLite",
     "EarlyExitSSDLite_Weights",
     "Exit",
@@ -22,6 +24,7 @@ __all__ = [
     "Router",
     "build_ssdlite",
     "describe_exits",
+    "earlyexit_ssd300_vgg16",
     "earlyexit_ssdlite320_mobilenet_v3_large",
     "fuse_for_inference",
     "load_model",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models._api import WeightsEnum
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD
 
@@ -241,7 +242,9 @@ def detector_class(name: str) -> type[EarlyExitDetector]:
     """
     if name not in DETECTORS:
         listed = ", ".join(DETECTORS)
-        raise EarlyExitError(f"detector is {name!r:.60}, expected one of {listed}{nearest(str(name), DETECTORS)}")
+        raise EarlyExitError(
+            f"detector (MODEL.NAME) is {name!r:.60}, expected one of {listed}{nearest(str(name), DETECTORS)}"
+        )
     return DETECTORS[name]
 
 
@@ -253,7 +256,7 @@ class EarlyExitDetector(SSD):
     in eval mode one dict per image with ``boxes`` [n, 4] xyxy in the photo's pixels, ``labels`` [n] and ``scores``
     [n]; with a router also ``exit_index`` and ``exit_confidence``, scalar tensors.
 
-    A kind of detectors says its ``last_layer`` and implements ``trunk`` and ``build_plain``.
+    A kind of detectors names ``last_layer`` and torchvision's weights, and implements ``trunk`` and ``build_plain``.
 
     Args:
         detector: a torchvision detector; its parts are used, not copied.
@@ -276,6 +279,9 @@ class EarlyExitDetector(SSD):
     detector_name: ClassVar[str]
     last_layer: ClassVar[int]
     """Behind which the full path begins; exits leave from 1 to the one before."""
+    plain_weights: ClassVar[type[WeightsEnum]]
+    backbone_weights: ClassVar[type[WeightsEnum]]
+    """torchvision's weights of the detector without exits, and of its trunk."""
 
     @takes_exits
     def __init__(

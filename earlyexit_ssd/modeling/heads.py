@@ -104,13 +104,18 @@ def slice_rows(head: SSDScoringHead, rows: Sequence[int | None]) -> None:
     The background of a sliced head no longer holds the other classes, so scores rise a little where they stood.
     """
     columns = head.num_columns
-    for block in head.module_list:
-        block[1] = _slice_convolution(block[1], columns, rows)
+    for index, block in enumerate(head.module_list):
+        if isinstance(block, nn.Conv2d):  # SSD's predictors; SSDLite's have a depthwise convolution before them
+            head.module_list[index] = _slice_convolution(block, columns, rows)
+        else:
+            block[1] = _slice_convolution(block[1], columns, rows)
     head.num_columns = len(rows) + 1
 
 
 def _slice_convolution(old: nn.Conv2d, columns: int, rows: Sequence[int | None]) -> nn.Conv2d:
-    new = nn.Conv2d(old.in_channels, old.out_channels // columns * (len(rows) + 1), 1)
+    new = nn.Conv2d(
+        old.in_channels, old.out_channels // columns * (len(rows) + 1), old.kernel_size, padding=old.padding
+    )
     nn.init.normal_(new.weight, std=0.03)
     nn.init.zeros_(new.bias)
     copy_rows(new, old, columns, (0, *rows))
@@ -121,11 +126,11 @@ def _slice_convolution(old: nn.Conv2d, columns: int, rows: Sequence[int | None])
 def copy_rows(new: nn.Conv2d, old: nn.Conv2d, columns: int, rows: Sequence[int | None]) -> None:
     """Class ``i`` of ``new`` takes row ``rows[i]`` of the ``columns`` of ``old``; None leaves it as it is.
 
-    Output channels of both 1x1 convolutions are ordered [anchor, class].
+    Output channels of both convolutions are ordered [anchor, class].
     """
     anchors = old.out_channels // columns
     weight, bias = old.weight.view(anchors, columns, -1), old.bias.view(anchors, columns)
-    new_weight, new_bias = new.weight.view(anchors, -1, old.in_channels), new.bias.view(anchors, -1)
+    new_weight, new_bias = new.weight.view(anchors, -1, weight.shape[-1]), new.bias.view(anchors, -1)
     for target, row in enumerate(rows):
         if row is not None:
             new_weight[:, target], new_bias[:, target] = weight[:, row], bias[:, row]

@@ -15,6 +15,7 @@ from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
+from torchvision.models._api import WeightsEnum
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
@@ -182,6 +183,7 @@ class Architecture:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        detector_class(self.detector)
         if not self.classes:
             raise EarlyExitError("classes is empty, expected at least one name")
         rows, classes = self.folded_rows, len(self.classes)
@@ -345,7 +347,7 @@ def retrofit(
     Raises:
         EarlyExitError: unreadable weights, weights of other shapes, or classes that the checkpoint cannot give.
     """
-    state, own = load_full_path(weights)
+    state, own = load_full_path(weights, detector_class(architecture.detector).plain_weights)
     source = own.classes if own else tuple(source_classes or architecture.classes)
     architecture = dataclasses.replace(architecture, reduced_tail=has_reduced_tail(state, architecture.width))
     head_outputs, folded_rows = (own.head_outputs, own.folded_rows) if own else (0, ())
@@ -370,23 +372,27 @@ def retrofit(
     return detector, dataclasses.replace(architecture, head_outputs=0, folded_rows=()), change
 
 
-def torchvision_name(weights: str | os.PathLike[str] | SSDLite320_MobileNet_V3_Large_Weights) -> str | None:
-    """The name among torchvision's weights, without the enum's; None where ``weights`` is a path."""
-    name = str(weights).removeprefix(f"{SSDLite320_MobileNet_V3_Large_Weights.__name__}.")
-    return name if name in SSDLite320_MobileNet_V3_Large_Weights.__members__ else None
+def torchvision_name(
+    weights: str | os.PathLike[str] | WeightsEnum,
+    kind: type[WeightsEnum] = SSDLite320_MobileNet_V3_Large_Weights,
+) -> str | None:
+    """The name among torchvision's weights of a ``kind``, without the enum's; None where ``weights`` is a path."""
+    name = str(weights).removeprefix(f"{kind.__name__}.")
+    return name if name in kind.__members__ else None
 
 
 def load_full_path(
-    weights: str | os.PathLike[str] | SSDLite320_MobileNet_V3_Large_Weights,
+    weights: str | os.PathLike[str] | WeightsEnum,
+    kind: type[WeightsEnum] = SSDLite320_MobileNet_V3_Large_Weights,
 ) -> tuple[dict[str, Tensor], Architecture | None]:
     """State dict of a detector without exits, and its description where the file is a model of this project.
 
-    A name of torchvision's weights is downloaded by torchvision.
+    A name of torchvision's weights of that ``kind`` is downloaded by torchvision.
     """
-    name = torchvision_name(weights)
+    name = torchvision_name(weights, kind)
     if name:
         try:
-            return SSDLite320_MobileNet_V3_Large_Weights[name].get_state_dict(progress=True, check_hash=True), None
+            return kind[name].get_state_dict(progress=True, check_hash=True), None
         except (URLError, OSError) as error:
             raise EarlyExitError(
                 f"torchvision's weights {weights} could not be downloaded ({error}); "

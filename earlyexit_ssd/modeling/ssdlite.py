@@ -32,6 +32,7 @@ class EarlyExitSSDLite(Pretrained):
     """torchvision's SSDLite with a MobileNetV3 and early exits; see :class:`EarlyExitDetector`."""
 
     last_layer = LAST_LAYER
+    plain_weights, backbone_weights = SSDLite320_MobileNet_V3_Large_Weights, MobileNet_V3_Large_Weights
     build_plain = staticmethod(build_ssdlite)
 
     @property

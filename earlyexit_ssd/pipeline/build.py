@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
-from torchvision.models import MobileNet_V3_Large_Weights
+from torchvision.models._api import WeightsEnum
 
 from earlyexit_ssd.data.dataset import class_names
 from earlyexit_ssd.errors import ConfigError, EarlyExitError, nearest
@@ -21,11 +21,11 @@ from earlyexit_ssd.modeling import (
     EarlyExitSSDLite,
     Exit,
     LossSettings,
-    build_ssdlite,
     describe_exits,
     load_model,
     retrofit,
 )
+from earlyexit_ssd.modeling.detector import detector_class
 from earlyexit_ssd.modeling.heads import plan_class_change
 from earlyexit_ssd.modeling.retrofit import torchvision_name
 from earlyexit_ssd.routing import ExitRouter
@@ -103,6 +103,7 @@ def build_architecture(cfg: CfgNode, classes: tuple[str, ...]) -> Architecture:
     """The model that the configuration describes, for these classes."""
     return Architecture(
         classes=classes,
+        detector=cfg.MODEL.NAME,
         image_size=cfg.MODEL.IMAGE_SIZE,
         width=cfg.MODEL.WIDTH,
         reduced_tail=not cfg.MODEL.WEIGHTS_BACKBONE,
@@ -170,13 +171,13 @@ def source_classes(weights: str, classes: str) -> tuple[str, ...] | None:
     return COCO_CLASSES if classes == "coco" or torchvision_name(weights) else None
 
 
-def backbone_weights(name: str) -> MobileNet_V3_Large_Weights:
-    """ImageNet weights of the trunk by torchvision's name.
+def backbone_weights(cfg: CfgNode) -> WeightsEnum:
+    """MODEL.WEIGHTS_BACKBONE, ImageNet weights of the trunk by torchvision's name.
 
     Raises:
         ConfigError: torchvision has none of that name.
     """
-    names = MobileNet_V3_Large_Weights.__members__
+    names, name = detector_class(cfg.MODEL.NAME).backbone_weights.__members__, cfg.MODEL.WEIGHTS_BACKBONE
     if name not in names:
         raise ConfigError(
             f"MODEL.WEIGHTS_BACKBONE is {name!r}, expected one of {', '.join(names)}{nearest(name, names)}"
@@ -185,12 +186,16 @@ def backbone_weights(name: str) -> MobileNet_V3_Large_Weights:
 
 
 def _imagenet_detector(cfg: CfgNode, architecture: Architecture):
-    weights = backbone_weights(cfg.MODEL.WEIGHTS_BACKBONE)
+    weights = backbone_weights(cfg)
     if cfg.MODEL.WIDTH != 1.0:
         raise ConfigError(f"MODEL.WIDTH is {cfg.MODEL.WIDTH}, ImageNet weights of the trunk need 1.0")
-    sizes = {"num_classes": len(architecture.classes) + 1, "image_size": architecture.image_size}
     try:
-        return build_ssdlite(**sizes, reduced_tail=False, weights_backbone=weights)
+        return detector_class(architecture.detector).build_plain(
+            num_classes=len(architecture.classes) + 1,
+            image_size=architecture.image_size,
+            reduced_tail=False,
+            weights_backbone=weights,
+        )
     except OSError as error:
         raise EarlyExitError(
             f"ImageNet weights {weights.name} could not be downloaded ({error}); "

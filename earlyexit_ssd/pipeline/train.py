@@ -21,6 +21,7 @@ from earlyexit_ssd.modeling import load_model, save_model
 from earlyexit_ssd.modeling.retrofit import load_every_key, require_weights
 from earlyexit_ssd.pipeline.build import (
     backbone_weights,
+    build_architecture,
     build_device,
     build_losses,
     build_model,
@@ -76,8 +77,9 @@ def _check_names(cfg: CfgNode) -> None:
     for weights in (cfg.MODEL.WEIGHTS, cfg.BASELINE.GATE.REFERENCE):
         if weights:
             require_weights(weights)
+    build_architecture(cfg, ("object",))  # MODEL.NAME, EXITS.BRANCH and the branches' arguments
     if cfg.MODEL.WEIGHTS_BACKBONE:
-        backbone_weights(cfg.MODEL.WEIGHTS_BACKBONE)
+        backbone_weights(cfg)
     for section in (PHASE_SECTIONS[phase] for phase in cfg.PHASES):
         size, processes = cfg[section].BATCH_SIZE, world_size()
         if size % processes or size < 2 * processes:

@@ -9,17 +9,27 @@ from earlyexit_ssd import ExitRouter
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.cost import mmacs_to_exit
 from earlyexit_ssd.evaluation.outputs import evaluating
+from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, PathToExit
 from earlyexit_ssd.modeling.branches import (
+    BRANCHES,
+    Branch,
     CopiedShortCut,
     EmptyExit,
+    Exit,
+    LightBranch,
+    Place,
+    PyramidStep,
     Tail,
     ThinnedBlock,
+    describe_exits,
+    exit_keywords,
     inherit_head,
     num_default_boxes,
+    register_branch,
 )
 from earlyexit_ssd.modeling.heads import FoldedClassificationHead
 from earlyexit_ssd.modeling.outputs import ExitSignals
-from tests.modeling.conftest import small_model
+from tests.modeling.conftest import SMALL, small_model
 
 
 def test_fed_with_the_full_path_s_map_it_gives_the_full_path_s_maps():
@@ -285,3 +295,165 @@ def test_only_the_first_map_is_narrow():
     found = [block[1].in_channels for block in model.branches["exit8"].head.classification_head.module_list]
     full = [block[1].in_channels for block in model.head.classification_head.module_list]
     assert found == [16, *full[1:]]
+
+
+# The description of an exit.
+
+
+def test_keywords_are_spread_over_the_exits():
+    assert describe_exits((4, 8, 12), branch=("light", "copied", "copied"), empty=(8,), copy=(0.25, 0.5, 1.0)) == (
+        Exit(4, "light", {"channels": 0, "context": True, "head_rank": 0}),
+        Exit(8, "empty", {}),
+        Exit(12, "copied", {"channels": 0, "depth": 2, "copy": 1.0, "head_rank": 0}),
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {},
+        {"exit_layers": (4, 8, 12), "copy": (0.25, 0.5, 1.0), "depth": (0, 1, 2), "empty": (4,)},
+        {"exit_layers": (6, 8), "branch": "light", "context": False, "channels": 32},
+        {"exit_layers": (6, 8, 12), "branch": ("light", "copied", "light"), "channels": [8, 16, 24], "empty": (12,)},
+        {"exit_layers": (6,), "empty": (6,)},
+    ],
+    ids=str,
+)
+def test_exits_and_their_keywords_are_the_same(words):
+    exits = describe_exits(**words)
+    assert describe_exits(**exit_keywords(exits)) == exits
+    architecture = Architecture(("chair",), exits=exits)
+    assert Architecture.from_dict(architecture.to_dict()) == architecture
+
+
+def test_a_description_of_the_first_format_is_read():
+    """As it stands in the files of before: no kind of branches, and no argument for each exit alone."""
+    older = {"exit_layers": [6, 8], "channels": 0, "depth": [2], "copy": [0.5], "head_rank": 64, "empty": [6]}
+    copied = {"channels": 0, "depth": 2, "copy": 0.5, "head_rank": 64}
+    assert Architecture.from_dict({"classes": ["chair"], **older}).exits == (
+        Exit(6, "empty"),
+        Exit(8, "copied", copied),
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Exit(8, "lihgt"), "branch is 'lihgt', expected one of copied, light, empty .did you mean 'light'"),
+        (lambda: Exit(8, ["light"]), r"branch is \['light'\], expected one of"),
+        (lambda: Exit(8, "light", {"depth": 1}), "a light branch has no argument 'depth'"),
+        (lambda: Exit(8, "copied", {"copy": 0.0}), r"copy \[0.0\]: expected one number in \(0, 1\]"),
+        (lambda: Exit(8.5), "layer is 8.5, expected a whole number"),
+        (lambda: describe_exits((6, 8), branch=("light",) * 3), "or one for each of 2 exits"),
+        (lambda: describe_exits((6, 8), branch="light", context=1), "context is 1, expected True or False"),
+        (lambda: describe_exits((6, 8), channels=5000), r"channels \[5000\]: expected one number in \[0, 4096\]"),
+    ],
+)
+def test_what_describes_no_exit(make, message):
+    with pytest.raises(EarlyExitError, match=message):
+        make()
+
+
+def test_exits_and_their_keywords_are_not_given_together():
+    with pytest.raises(TypeError, match="got exits and exit_layers; give one of them"):
+        Architecture(("chair",), exits=(Exit(8),), exit_layers=(8,))
+
+
+def test_a_kind_of_branches_is_added_in_one_place(images, monkeypatch):
+    """Keywords, description, model and training know it from its registration."""
+    monkeypatch.setattr("earlyexit_ssd.modeling.branches.BRANCHES", dict(BRANCHES))
+
+    class Constant(Branch):
+        def __init__(self, place: Place) -> None:
+            super().__init__()
+            boxes = num_default_boxes(place.grids, place.boxes_per_cell)
+            self.logits = torch.nn.Parameter(torch.zeros(boxes, place.num_classes))
+
+        def forward(self, tap, context=None):
+            count = len(tap)
+            boxes = tap.new_zeros(count, len(self.logits), 4)
+            return {"cls_logits": self.logits.expand(count, -1, -1), "bbox_regression": boxes}
+
+    register_branch("constant")(Constant)
+    model = small_model(branch=("constant", "copied"))
+    outputs = model.eval().exit_outputs(images)
+    assert outputs.heads[0]["cls_logits"].shape == outputs.heads[2]["cls_logits"].shape
+    assert Architecture.of(model).to_dict()["branch"] == ["constant", "copied"]
+
+
+# The kind "light".
+
+
+@pytest.mark.parametrize(
+    ("sizes", "strides"),
+    [
+        (((40, 40), (20, 20)), [2]),
+        (((75, 75), (38, 38)), [2]),
+        (((80, 80), (20, 20)), [2, 2]),
+        (((20, 20), (20, 20)), [1]),
+        (((10, 10), (20, 20)), [1]),
+        (((3, 3), (1, 1)), [2, 2]),
+    ],
+)
+def test_a_step_of_the_pyramid_reaches_its_grid(sizes, strides):
+    step = PyramidStep(8, sizes).eval()
+    assert [layer[0].stride[0] for layer in step.layers[::2]] == strides
+    assert step(torch.rand(2, 8, *sizes[0])).shape == (2, 8, *sizes[1])
+
+
+@pytest.mark.parametrize("changes", [{}, {"exit_layers": (2, 6, 13, 15)}, {"exit_layers": (4, 8, 12), "empty": (8,)}])
+def test_light_branches_give_all_default_boxes_and_learn(changes, images, targets):
+    model = small_model(branch="light", channels=8, **changes).train()
+    losses = model(images, targets)
+    sum(losses.values()).backward()
+    assert all(parameter.grad is not None for parameter in model.branches.parameters())
+    outputs = model.eval().exit_outputs(images)
+    assert len({head["cls_logits"].shape for head in outputs.heads}) == 1
+    branch = next(one for one in model.branches.values() if isinstance(one, LightBranch))
+    assert {block[1].in_channels for block in branch.head.classification_head.module_list} == {8}
+
+
+@pytest.mark.parametrize("empty", [(), (8,)])
+def test_an_exit_sees_what_the_exit_before_has_seen(images, empty):
+    """Across an exit without a branch too, and not where the cascade is off."""
+
+    def last_exit(model):
+        return model.eval().exit_outputs(images).heads[-2]["cls_logits"]
+
+    for context in (True, False):
+        model = small_model(branch="light", exit_layers=(6, 8, 12), empty=empty, channels=8, context=context)
+        before = last_exit(model)
+        torch.nn.init.constant_(model.branches["exit6"].narrow[1].bias, 3.0)
+        assert torch.equal(before, last_exit(model)) != context
+        assert (model.branches["exit12"].cascade is not None) == context
+
+
+def test_light_branches_are_routed_as_they_are_in_one_pass(images):
+    """The context goes along with the images that go on, past an exit that is closed too."""
+    model = small_model(branch="light", exit_layers=(6, 8, 12), channels=8).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    outputs = model.exit_outputs(images)
+    at_8 = outputs.heads[1]["cls_logits"].softmax(-1)[..., 1:].amax((1, 2)).sort().values
+    for hybrid in (False, True):
+        model.router = ExitRouter(
+            3, policy="max_foreground", thresholds=[2.0, float(at_8[1:].mean()), 0.0], hybrid=hybrid
+        )
+        expected = outputs.on_full_boxes() if hybrid else outputs
+        taken = [int(one["exit_index"]) for one in model(images)]
+        assert set(taken) == {1, 2}
+        for index, (found, exit_index) in enumerate(zip(model(images), taken, strict=True)):
+            other = model.detections(expected, exit_index)[index]
+            assert torch.allclose(found["scores"], other["scores"], atol=1e-5)
+        path = PathToExit(model, 2, model.router)(model.transform(images)[0].tensors)
+        assert torch.allclose(path[0], outputs.heads[2]["cls_logits"], atol=1e-5)
+
+
+def test_a_saved_light_model_is_the_model(images, tmp_path):
+    model = small_model(branch=("light", "copied"), channels=16).eval()
+    model.save(tmp_path / "m.pth")
+    again = EarlyExitSSDLite.from_pretrained(tmp_path / "m.pth")
+    assert again.exits == model.exits == Architecture(**SMALL, branch=("light", "copied")).exits
+    for one, other in zip(again.exit_outputs(images).heads, model.exit_outputs(images).heads, strict=True):
+        assert torch.equal(one["cls_logits"], other["cls_logits"])

@@ -1,9 +1,18 @@
 import pytest
+from torchvision.models import VGG16_Weights
 
 from earlyexit_ssd.config import load_config
-from earlyexit_ssd.errors import ConfigError
+from earlyexit_ssd.errors import ConfigError, EarlyExitError
+from earlyexit_ssd.modeling import Exit
 from earlyexit_ssd.pipeline import build
-from earlyexit_ssd.pipeline.build import build_device, build_router, evaluation_device
+from earlyexit_ssd.pipeline.build import (
+    backbone_weights,
+    build_architecture,
+    build_device,
+    build_exits,
+    build_router,
+    evaluation_device,
+)
 
 
 def test_thresholds_of_another_model_are_refused():
@@ -29,3 +38,37 @@ def test_mixed_precision_is_of_training_alone():
     assert evaluation_device(cfg).type == "cpu"
     with pytest.raises(ConfigError, match="ENGINE.AMP 'fp16' needs CUDA, DEVICE is cpu; use bf16 or off"):
         build_device(cfg)
+
+
+def test_the_exits_section_describes_the_exits():
+    keys = ["EXITS.LAYERS", "[6, 8, 12]", "EXITS.EMPTY", "[6]", "EXITS.BRANCH", "['copied', 'light', 'copied']"]
+    cfg = load_config(None, [*keys, "EXITS.COPY", "[0.5, 0.5, 0.25]", "EXITS.CONTEXT", "False"])
+    assert build_exits(cfg) == (
+        Exit(6, "empty"),
+        Exit(8, "light", {"context": False}),
+        Exit(12, "copied", {"copy": 0.25}),
+    )
+    architecture = build_architecture(cfg, ("chair",))
+    assert architecture.exits == build_exits(cfg) and architecture.detector == "ssdlite320_mobilenet_v3_large"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["EXITS.BRANCH", "['lihgt']"], "EXITS: branch is 'lihgt', expected one of copied, light, empty"),
+        (
+            ["MODEL.NAME", "ssd300_vgg17"],
+            "MODEL.NAME. is 'ssd300_vgg17', expected one of .* .did you mean 'ssd300_vgg16'",
+        ),
+    ],
+)
+def test_kinds_that_there_are_not(keys, message):
+    with pytest.raises(EarlyExitError, match=message):
+        build_architecture(load_config(None, keys), ("chair",))
+
+
+def test_imagenet_weights_are_those_of_the_detector():
+    cfg = load_config(None, ["MODEL.NAME", "ssd300_vgg16", "MODEL.WEIGHTS_BACKBONE", "IMAGENET1K_FEATURES"])
+    assert backbone_weights(cfg) is VGG16_Weights.IMAGENET1K_FEATURES
+    with pytest.raises(ConfigError, match="MODEL.WEIGHTS_BACKBONE is 'IMAGENET1K_V9', expected one of IMAGENET1K_V1"):
+        backbone_weights(load_config(None, ["MODEL.WEIGHTS_BACKBONE", "IMAGENET1K_V9"]))

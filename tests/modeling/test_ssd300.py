@@ -1,0 +1,107 @@
+"""The second detector: torchvision's SSD300, at its own size, with random weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from earlyexit_ssd import ExitRouter
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.modeling import Architecture, EarlyExitSSD300, EarlyExitSSDLite, LossSettings, build_ssdlite
+from earlyexit_ssd.modeling.detector import Branches, compute_taps
+from earlyexit_ssd.modeling.ssd300 import VGGTrunk
+
+NAME = "earlyexit_ssd300_vgg16"
+OFFLINE = {"weights": None, "weights_backbone": None}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """With outputs that differ from box to box."""
+    torch.manual_seed(0)
+    detector = torchvision.models.get_model("ssd300_vgg16", num_classes=3, **OFFLINE).eval()
+    for block in detector.head.classification_head.module_list:
+        nn.init.normal_(block.weight, std=0.02)
+    return detector
+
+
+@pytest.fixture
+def model(plain):
+    torch.manual_seed(0)
+    return EarlyExitSSD300(plain, branch="light", exit_layers=(7, 10), channels=16, classes=("red", "blue")).eval()
+
+
+def photo(colour):
+    """A square of one colour on grey, 60 to 180 pixels."""
+    image = torch.full((3, 300, 300), 0.5)
+    image[:, 60:180, 60:180] = torch.tensor(colour)[:, None, None]
+    return image
+
+
+def test_with_exits_off_a_checkpoint_answers_as_in_torchvision(plain, tmp_path):
+    torch.save({"model": plain.state_dict()}, tmp_path / "ssd300.pth")
+    model = torchvision.models.get_model(NAME, weights=tmp_path / "ssd300.pth").eval()
+    own = {key: value for key, value in model.state_dict().items() if not key.startswith("branches.")}
+    assert own.keys() == plain.state_dict().keys()
+    assert all(torch.equal(value, own[key]) for key, value in plain.state_dict().items())
+    images = [torch.rand(3, 240, 320), photo((0.9, 0.1, 0.1))]
+    with torch.no_grad():
+        found, expected = model(images), plain(images)
+    assert sum(len(one["scores"]) for one in expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in other)
+
+
+def test_every_exit_has_the_full_path_s_default_boxes_and_is_taken(model):
+    image = photo((0.9, 0.1, 0.1))
+    with torch.no_grad():
+        outputs = model.exit_outputs([image])
+        model.router = ExitRouter(2, thresholds=[2.0, 0.0])
+        (found,) = model([image])
+    # 38 and 1 cells with 4 boxes, 19, 10 and 5 with 6, 3 with 4
+    boxes = 4 * (38**2 + 3**2 + 1) + 6 * (19**2 + 10**2 + 5**2)
+    assert {tuple(head["cls_logits"].shape) for head in outputs.heads} == {(1, boxes, 3)}
+    assert int(found["exit_index"]) == 1
+    assert torch.equal(found["scores"], model.detections(outputs, 1)[0]["scores"])
+
+
+def test_its_exits_learn(model):
+    """Two photos, the trunk frozen: the losses of both exits fall."""
+    model.freeze_trunk()
+    model.losses = LossSettings(teacher="none")
+    images = [photo((0.9, 0.1, 0.1)), photo((0.1, 0.1, 0.9))]
+    targets = [{"boxes": torch.tensor([[60.0, 60, 180, 180]]), "labels": torch.tensor([label])} for label in (1, 2)]
+    batch, branches = compute_taps(model, images, targets), Branches(model).train()
+    optimizer = torch.optim.AdamW(branches.parameters(), lr=0.01)
+    losses = []
+    for _ in range(15):
+        loss = sum(branches(batch).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_a_file_of_it_comes_back(model, tmp_path):
+    model.save(tmp_path / "m.pth")
+    again = EarlyExitSSD300.from_pretrained(tmp_path / "m.pth")
+    assert again.exits == model.exits and again.classes == ("red", "blue")
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    with pytest.raises(EarlyExitError, match="a ssd300_vgg16, expected ssdlite320_mobilenet_v3_large"):
+        EarlyExitSSDLite.from_pretrained(tmp_path / "m.pth")
+
+
+def test_what_cannot_be_is_said(plain):
+    with pytest.raises(EarlyExitError, match="this detector has others: take branch='light'"):
+        EarlyExitSSD300(plain, exit_layers=(7,))
+    with pytest.raises(ValueError, match="increasing trunk layers from 1 to 14"):
+        EarlyExitSSD300(plain, exit_layers=(15,), branch="light")
+    with pytest.raises(EarlyExitError, match="it has 300 and 1 alone"):
+        Architecture(("chair",), detector="ssd300_vgg16", branch="light").build_detector()
+    with pytest.raises(EarlyExitError, match="did you mean 'ssd300_vgg16'"):
+        Architecture(("chair",), detector="ssd300_vgg17").build_detector()
+    with pytest.raises(EarlyExitError, match="expected torchvision's SSDFeatureExtractorVGG"):
+        VGGTrunk(build_ssdlite(num_classes=2, image_size=96, width=0.25).backbone, (7,))
