@@ -73,3 +73,25 @@ def distribution_packages() -> list[str]:
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "find_packages"
     )
     return find_packages(str(root), **{word.arg: ast.literal_eval(word.value) for word in call.keywords})
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """Imports inside functions count too."""
+    modules = {
+        "earlyexit_ssd." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+        for path in PACKAGE.rglob("*.py")
+    }
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    imports: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        found = [
+            f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}" in modules else node.module
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        ]
+        imports[name] = {module for module in found if module in modules}
+    while leaves := [name for name, found in imports.items() if not found & imports.keys()]:
+        for name in leaves:
+            del imports[name]
+    assert imports == {}
