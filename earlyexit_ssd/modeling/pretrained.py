@@ -81,7 +81,8 @@ class Pretrained(EarlyExitDetector):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one file of everything: weights, architecture, classes, post-processing, and the routing with its
-        temperatures. :meth:`from_pretrained` and the tools' ``--weights`` read it.
+        temperatures. :meth:`from_pretrained` and the tools' ``--weights`` read it. The certificate of a router goes
+        along while the router is as it was calibrated.
 
         Raises:
             EarlyExitError: the model was fused for inference, its layers were replaced by others, or its router is
@@ -92,7 +93,12 @@ class Pretrained(EarlyExitDetector):
                 f"{path}: a {type(self.router).__name__} cannot be written; save with router = None, and give it back "
                 "after from_pretrained"
             )
-        save_model(path, self, info={"router": None if self.router is None else self.router.to_dict()})
+        settings = None if self.router is None else self.router.to_dict()
+        certificate = getattr(self.router, "certificate", None)
+        as_calibrated = certificate is not None and settings == type(self.router)(**certificate.router).to_dict()
+        save_model(
+            path, self, info={"router": settings, **({"certificate": certificate.to_dict()} if as_calibrated else {})}
+        )
 
 
 def names_of(outputs: int, classes: Sequence[str] | None = None) -> tuple[str, ...]:

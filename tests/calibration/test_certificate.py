@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from earlyexit_ssd import ExitRouter, fuse_for_inference
+from earlyexit_ssd import EarlyExitSSDLite, ExitRouter, fuse_for_inference
 from earlyexit_ssd.calibration.certificate import (
     Certificate,
     CertifiedCosts,
@@ -77,6 +77,16 @@ def test_routes_the_model_that_it_was_made_for(certificate, model):
         next(model.branches.parameters()).view(-1)[0] += 1e-3
     with pytest.raises(EarlyExitError, match="the certificate is for weights .*calibrate again"):
         certificate.router_for(model)
+
+
+def test_goes_along_in_the_model_s_file_while_the_router_is_as_calibrated(certificate, model, tmp_path):
+    model.router = certificate.router_for(model)
+    model.save(tmp_path / "model.pth")
+    again = EarlyExitSSDLite.from_pretrained(tmp_path / "model.pth")
+    assert again.router.certificate == certificate
+    again.router.thresholds = [0.7, 2.0]
+    again.save(tmp_path / "other.pth")
+    assert EarlyExitSSDLite.from_pretrained(tmp_path / "other.pth").router.certificate is None
 
 
 def test_exits_behind_other_layers_are_refused(certificate, model):
