@@ -52,8 +52,8 @@ from earlyexit_ssd.pipeline.replay import (
     fit_temperatures,
     measure_cost_model,
     open_recorded,
-    per_exit,
     require_deciding,
+    temperatures_of,
 )
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.charts import PLAIN, draw_chart
@@ -587,7 +587,7 @@ def evaluate_routing(cfg: CfgNode, weights: str | Path, out: Path, policies: Seq
         names = [name for name in names if reads_taps(name)]
     calib, test = recorded.replay("CALIB"), recorded.replay("TEST")
     train = recorded.replay("TRAIN") if any(map(needs_training_photos, names)) else None
-    temperatures = per_exit(fit_temperatures(cfg, model.exit_names, calib), model.exit_names)
+    temperatures = temperatures_of(fit_temperatures(cfg, model.exit_names, calib), model.exit_names)
     routers = {
         name: fit_policy(cfg, name, temperatures, train if needs_training_photos(name) else calib) for name in names
     }

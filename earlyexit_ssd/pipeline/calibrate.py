@@ -36,8 +36,8 @@ from earlyexit_ssd.pipeline.replay import (
     fit_temperatures,
     measure_cost_model,
     open_recorded,
-    per_exit,
     require_deciding,
+    temperatures_of,
 )
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.results import write_calibration
@@ -187,7 +187,8 @@ class Search:
         makes up for that. Looked at are combinations that no other beats in cost and either AP50 or loss.
         """
         target, matches, seed = self.target, self.calib.matches, self.cfg.SEED
-        few = needed if self.draws < (needed := photos_for(target)) else None
+        needed = photos_for(target)
+        few = needed if self.draws < needed else None
         if few:
             logger.warning(
                 "%d %s are few for %g AP50 lost with probability %g: %d would do; take more, or allow a larger loss",
@@ -253,7 +254,7 @@ def calibrate(
     trains = target.kind == "risk" or needs_training_photos(cfg.ROUTING.POLICY)
     calib, train = recorded.replay("CALIB"), recorded.replay("TRAIN") if trains else None
     fitted = fit_temperatures(cfg, model.exit_names, calib)
-    temperatures = per_exit(fitted, model.exit_names)
+    temperatures = temperatures_of(fitted, model.exit_names)
     if target.kind == "risk":  # what is fitted on the calibration photos may not be tested on them
         temperatures = trained_temperatures(cfg, recorded.info, model.num_early_exits)
     router = fit_policy(cfg, cfg.ROUTING.POLICY, temperatures, calib if train is None else train)

@@ -61,7 +61,7 @@ from earlyexit_ssd.pipeline.build import build_evaluation, evaluation_device, op
 from earlyexit_ssd.pipeline.evaluate import check_rivals
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.routing import ExitRouter
-from earlyexit_ssd.routing.policies import FITTED_POLICIES, looked_at, reads_taps
+from earlyexit_ssd.routing.policies import FITTED_POLICIES, at_likeliest_boxes, reads_taps
 
 logger = logging.getLogger(__name__)
 
@@ -241,7 +241,7 @@ def fit_temperatures(cfg: CfgNode, exit_names: Sequence[str], calib: Replay) -> 
     return found
 
 
-def per_exit(fitted: Sequence[FittedTemperature], exit_names: Sequence[str]) -> list[float]:
+def temperatures_of(fitted: Sequence[FittedTemperature], exit_names: Sequence[str]) -> list[float]:
     """The temperature of every early exit; 1 where it has none."""
     found = {one.exit_name: one.temperature for one in fitted}
     return [found.get(name, 1.0) for name in exit_names[:-1]]
@@ -259,7 +259,7 @@ class FittingPhotos:
     def signals(self, exit_index: int, boxes: int | None = None) -> Iterator[ExitSignals]:
         """Of an early exit as the router shows them, batch after batch."""
         for signals in self.replay.recording.signals(exit_index):
-            seen = looked_at(signals, boxes)
+            seen = at_likeliest_boxes(signals, boxes)
             yield ExitSignals(seen.logits / self.temperatures[exit_index], seen.tap, seen.empty)
 
     def losses(self) -> Tensor:

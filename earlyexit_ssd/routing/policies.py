@@ -88,7 +88,7 @@ def register_policy(name: str, boxes: int | None = None) -> Callable[[Registered
     """Register a function of the logits [N, A, C], or a `FittedPolicy`, under ``name`` for ``ROUTING.POLICY``.
 
     Args:
-        boxes: the router shows it so many default boxes of each image only, see :func:`looked_at`; None: all.
+        boxes: the router shows it so many default boxes of each image only, see :func:`at_likeliest_boxes`; None: all.
 
     Raises:
         EarlyExitError: the name is taken or no text, ``boxes`` is below 1, or a class is no `FittedPolicy`.
@@ -205,7 +205,7 @@ def margin(logits: Tensor) -> Tensor:
     """Lead of the most probable class over the second, a mean over the default boxes weighted by foreground."""
     odds = Odds(logits)
     first = odds.odds.amax(-1)
-    ahead = (first - below(odds.odds, first).amax(-1)) / odds.total
+    ahead = (first - without_largest(odds.odds, first).amax(-1)) / odds.total
     return (ahead * odds.foreground).sum(-1) / odds.foreground.sum(-1).clamp(min=1e-12)
 
 
@@ -221,7 +221,7 @@ def emptiness(logits: Tensor) -> Tensor:
     return 1 - Odds(logits).largest.amax(-1)
 
 
-def looked_at(signals: ExitSignals, boxes: int | None) -> ExitSignals:
+def at_likeliest_boxes(signals: ExitSignals, boxes: int | None) -> ExitSignals:
     """The signals at the ``boxes`` default boxes whose objects' logits lead background's most at this exit (None: all).
 
     With many classes the softmax over all of them is what costs; a temperature does not change their order.
@@ -242,7 +242,7 @@ def largest_of(values: Tensor) -> Tensor:
     return torch.maximum(values[..., : classes - classes % 32].amax(-1), values[..., -32:].amax(-1))
 
 
-def below(values: Tensor, largest: Tensor) -> Tensor:
+def without_largest(values: Tensor, largest: Tensor) -> Tensor:
     """``values`` [..., C], none negative, with 0 where they equal ``largest`` [...]; faster than a mask."""
     return (largest[..., None] - values).sign_().mul_(values)
 
@@ -301,11 +301,8 @@ def _ahead_of_background(logits: Tensor) -> Tensor:
 class BalancedAmbiguity(FittedPolicy):
     """For a mean over classes: what an exit leaves undecided counts more, the rarer its class is.
 
-    Confidence: 1 / (1 + m), m the sum of weight * probability over the default boxes that are undecided (`AMBIGUOUS`),
-    by the weight of each one's most probable class.
-
-    Args:
-        parameters: a positive weight for every class but background.
+    1 / (1 + m), m the sum of weight * probability over the default boxes that are undecided (`AMBIGUOUS`), by the
+    weight of each one's most probable class. ``parameters`` are a positive weight for every class but background.
     """
 
     needs_training_photos = False
@@ -321,11 +318,7 @@ class BalancedAmbiguity(FittedPolicy):
 
     @classmethod
     def fit(cls, photos: RecordedPhotos) -> list[float]:
-        """mean(n + 1) / (n + 1), n the objects of a class: 1 where all are alike.
-
-        Raises:
-            EarlyExitError: the photos show no object, or have no labels.
-        """
+        """mean(n + 1) / (n + 1), n the objects of a class; an EarlyExitError where no photo has a labelled object."""
         objects = photos.object_counts()
         if not any(objects):
             raise EarlyExitError(
@@ -336,11 +329,7 @@ class BalancedAmbiguity(FittedPolicy):
         return (counts.mean() / counts).tolist()
 
     def forward(self, signals: ExitSignals, exit_index: int) -> Tensor:
-        """Confidences [N].
-
-        Raises:
-            EarlyExitError: the exit says another number of classes than there are weights.
-        """
+        """Confidences [N]; an EarlyExitError where the exit says another number of classes than there are weights."""
         if signals.logits.shape[-1] - 1 != len(self.weights):
             raise EarlyExitError(
                 f"routing policy 'balanced_ambiguity' has weights of {len(self.weights)} classes, the model has "
@@ -361,8 +350,8 @@ HIDDEN, GAIN_STEPS = 8, 600
 def logit_statistics(logits: Tensor) -> Tensor:
     """How many default boxes are how sure, and how much is undecided: [N, A, C] to [N, `NUM_STATISTICS`].
 
-    With p the largest object probability of a default box: log(1 + x) of the number of p
-    above each of `LEVELS`, of the sum of p and of the sum of undecided p; the largest p of any class and of a second.
+    With p the largest object probability of a default box: log(1 + x) of the number of p above each of `LEVELS`, of the
+    sum of p and of the sum of undecided p; the largest p of any class and of a second.
     """
     odds = Odds(logits)
     by_box_and_class = odds.odds[..., 1:] / odds.total[..., None]
@@ -435,10 +424,8 @@ def fit_gain(inputs: Tensor, gains: Tensor, seed: int = 0) -> GainModel:
 class LearnedGain(FittedPolicy):
     """A small model says what going on would gain for this image.
 
-    Confidence: 1 / (1 + exp(gain)), so that a common threshold means a common gain at every exit.
-
-    Args:
-        parameters: per early exit what :meth:`GainModel.to_plain` gave.
+    1 / (1 + exp(gain)), so that a common threshold means a common gain at every exit. ``parameters`` are, per early
+    exit, what :meth:`GainModel.to_plain` gave.
     """
 
     reads_taps = True
@@ -476,10 +463,8 @@ LEAST_PROBABILITY = 1e-3
 class ForeseenEmptiness(FittedPolicy):
     """An empty answer is foreseen: linear in what the trunk has seen so far.
 
-    Confidence: 1 - the largest probability of any object that the full path is expected to say.
-
-    Args:
-        parameters: per early exit ``{"weight": [d], "bias": float}`` for :func:`evidence`.
+    1 - the largest probability of any object that the full path is expected to say. ``parameters`` are, per early exit,
+    ``{"weight": [d], "bias": float}`` for :func:`evidence`.
     """
 
     reads_taps = True

@@ -14,7 +14,7 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.keywords import suggest_keywords
 from earlyexit_ssd.modeling.losses import mean_over_processes
 from earlyexit_ssd.modeling.outputs import ExitSignals
-from earlyexit_ssd.routing.policies import get_policy, looked_at
+from earlyexit_ssd.routing.policies import at_likeliest_boxes, get_policy
 
 
 class ExitRouter(nn.Module):
@@ -113,7 +113,7 @@ class ExitRouter(nn.Module):
 
     def view_of_policy(self, signals: ExitSignals, exit_index: int) -> ExitSignals:
         """What the policy sees: tempered logits of the default boxes that it looks at."""
-        seen = looked_at(signals, self._boxes)
+        seen = at_likeliest_boxes(signals, self._boxes)
         logits = self.tempered(seen.logits, exit_index)
         if logits is signals.logits:  # a policy may work in place, and detections are made of these
             logits = logits.clone()

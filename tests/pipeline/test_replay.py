@@ -20,7 +20,7 @@ from earlyexit_ssd.pipeline.replay import (
     FittingPhotos,
     fit_policy,
     measure_cost_model,
-    per_exit,
+    temperatures_of,
 )
 from earlyexit_ssd.routing.policies import ForeseenEmptiness
 from tests.modeling.conftest import small_model
@@ -95,7 +95,7 @@ def test_a_fitted_router_lets_nobody_leave_yet():
 
 def test_exits_without_a_temperature_have_one():
     found = [FittedTemperature("exit12", 1.5, *[Reliability((), (), (), 0.0)] * 2)]
-    assert per_exit(found, ("exit8", "exit12", "full")) == [1.0, 1.5]
+    assert temperatures_of(found, ("exit8", "exit12", "full")) == [1.0, 1.5]
 
 
 def test_what_a_policy_is_fitted_on():

@@ -27,17 +27,17 @@ from earlyexit_ssd.routing.policies import (
     BalancedAmbiguity,
     GainModel,
     LearnedGain,
-    below,
+    at_likeliest_boxes,
     evidence,
     fit_foresight,
     fit_gain,
     gain_inputs,
     largest_of,
     logit_statistics,
-    looked_at,
     needs_training_photos,
     reads_taps,
     register_policy,
+    without_largest,
 )
 
 # Two images, two default boxes, background and two classes; probabilities by softmax of logs.
@@ -163,12 +163,12 @@ def test_looks_at_the_boxes_whose_objects_lead_most():
     # leads over background, box by box: -1, 3, 0, 2
     logits = torch.tensor([[[1.0, -2, 0], [0, 3, 1], [2, 2, 1], [-3, -4, -1]]])
     signals = ExitSignals(logits, torch.ones(1, 6))
-    seen = looked_at(signals, 2)
+    seen = at_likeliest_boxes(signals, 2)
     order = seen.logits[0, :, 1].argsort(descending=True)
     assert seen.logits[0, order].tolist() == [[0, 3, 1], [-3, -4, -1]]
     assert seen.tap is signals.tap
-    assert looked_at(signals, None) is signals and looked_at(signals, 4) is signals
-    pair = looked_at(ExitSignals(torch.cat([logits, logits.flip(1)])), 2).logits.sort(1).values
+    assert at_likeliest_boxes(signals, None) is signals and at_likeliest_boxes(signals, 4) is signals
+    pair = at_likeliest_boxes(ExitSignals(torch.cat([logits, logits.flip(1)])), 2).logits.sort(1).values
     assert pair[0].equal(pair[1])
 
 
@@ -178,7 +178,9 @@ def test_largest_of_any_number_of_classes(classes):
     assert largest_of(values).equal(values.amax(-1))
     assert largest_of(values.flip(-1)).equal(values.amax(-1))
     values = values.abs()
-    assert below(values, values.amax(-1)).equal(values.masked_fill(values == values.amax(-1, keepdim=True), 0.0))
+    assert without_largest(values, values.amax(-1)).equal(
+        values.masked_fill(values == values.amax(-1, keepdim=True), 0.0)
+    )
 
 
 @pytest.mark.parametrize("outputs", [8, 81])
