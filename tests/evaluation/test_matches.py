@@ -228,6 +228,15 @@ def test_each_detection_takes_the_best_free_object(ground_truth, found):
     assert cats.overlap.tolist() == pytest.approx([1.0, 90 / 110, 0.0])
 
 
+def test_among_equals_the_last_object_is_taken_as_pycocotools_does(ground_truth, found):
+    left, middle, right = ((x, 0.0, x + 100.0, 100.0) for x in (0.0, 10.0, 20.0))
+    coco = ground_truth(1, [(1, 1, left), (1, 1, right)])
+    detections = {1: found((1, 0.9, middle), (1, 0.8, right))}  # the second lies too far from the first object
+    (cats, _) = exit_matches(coco, [detections], iou=0.75).classes
+    assert cats.hit[-1].tolist() == [True, False]
+    assert [evaluated(coco, detections).AP] == direct(coco, detections).stats[:1].tolist()
+
+
 # The bootstrap draws photos; what a draw is worth is ap_of_choice's, which test_choices holds against pycocotools.
 
 
@@ -505,6 +514,11 @@ def test_counts_by_rising_image_id(case):
     assert counts.hits.tolist() == [[1], [0], [0]]
     assert counts.misses.tolist() == [[1], [1], [0]]
     assert counts.false_positives.tolist() == [[1], [0], [0]]
+
+
+def test_counts_hold_from_the_score_on(ground_truth, found):
+    counts = photo_counts(exit_matches(ground_truth(1, [(1, 1, FIRST)]), [{1: found((1, 0.5, FIRST))}]), 0.5)
+    assert counts.hits.tolist() == [[1]]
 
 
 @pytest.mark.parametrize("seed", range(3))
