@@ -234,7 +234,7 @@ def test_among_equals_the_last_object_is_taken_as_pycocotools_does(ground_truth,
     detections = {1: found((1, 0.9, middle), (1, 0.8, right))}  # the second lies too far from the first object
     (cats, _) = exit_matches(coco, [detections], iou=0.75).classes
     assert cats.hit[-1].tolist() == [True, False]
-    assert [evaluated(coco, detections).AP] == direct(coco, detections).stats[:1].tolist()
+    assert direct(coco, detections).stats[:1].tolist() == [evaluated(coco, detections).AP]
 
 
 # The bootstrap draws photos; what a draw is worth is ap_of_choice's, which test_choices holds against pycocotools.
