@@ -16,10 +16,10 @@ from matplotlib.transforms import Bbox
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-GAP, MARKER = 7, 9
+LABEL_GAP, MARKER = 7, 9
 """Points between marker and text; pixels around a marker that are its own."""
 PLACES = [
-    (x * GAP * far, y * GAP * far, horizontal, vertical)
+    (x * LABEL_GAP * far, y * LABEL_GAP * far, horizontal, vertical)
     for far in (1, 2.2, 3.6)
     for x, horizontal, y, vertical in (
         (1, "left", -0.6, "top"),

@@ -367,10 +367,6 @@ def two_exits(ground_truth, found):
     )
 
 
-def mixed_of_test_choices(exits, choice):
-    return {image_id: exits[choice[image_id - 1]][image_id] for image_id in exits[0]}
-
-
 def figures(evaluation):
     return APs(*(None if value < 0 else value for value in evaluation.stats[:2]))
 
@@ -410,13 +406,13 @@ def test_the_stack(two_exits):
 
 @settings(max_examples=30, deadline=None)
 @given(seed=seeds)
-def test_equals_pycocotools_of_test_choices(exits_case, seed):
+def test_any_choice_equals_pycocotools(exits_case, seed):
     coco, exits = exits_case(seed)
     matches = exit_matches(coco, exits)
     choices = [np.full(PHOTOS, index) for index in range(EXITS)]
     choices.append(np.random.default_rng(seed).integers(EXITS, size=PHOTOS))
     for choice in choices:
-        expected = figures(direct(coco, mixed_of_test_choices(exits, choice)))
+        expected = figures(direct(coco, mixed(exits, choice.tolist())))
         assert ap_of_choice(matches, choice) == expected
         assert ap_of_choice(matches, choice, ap50_only=True) == APs(None, expected.AP50)
         assert ap_of_choice(matches, choice, np.ones(PHOTOS, dtype=int)) == expected
@@ -458,7 +454,7 @@ def test_bootstrap_of_ap(two_exits):
 
 
 @pytest.mark.parametrize("images", [0, 3])
-def test_nothing_to_find_of_test_choices(images, ground_truth):
+def test_no_choice_has_anything_to_find(images, ground_truth):
     matches = exit_matches(ground_truth(images, []), [{}, {}])
     choice = np.zeros(images, dtype=int)
     assert ap_of_choice(matches, choice) == APs(None, None)
