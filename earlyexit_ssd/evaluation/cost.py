@@ -1,4 +1,4 @@
-"""The runtimes that networks are timed in: eager PyTorch, and ONNX Runtime, whose packages are optional."""
+"""What an image pays up to each exit, in multiply-accumulates and milliseconds; eager PyTorch or ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -190,8 +190,6 @@ def export_onnx(network: nn.Module, example: Tensor) -> bytes:
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
-
-# What an image pays up to each exit: multiply-accumulates and milliseconds.
 
 COUNTED = ("conv", "linear", "addmm")
 """fvcore's names of convolutions and linear layers."""

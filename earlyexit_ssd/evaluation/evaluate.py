@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -59,9 +58,11 @@ from earlyexit_ssd.evaluation.results import (
     Results,
     RivalResult,
     RoutedResult,
+    Target,
 )
 from earlyexit_ssd.evaluation.verdict import asked_value, judge
 from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit
+from earlyexit_ssd.routing import ExitRouter
 
 logger = logging.getLogger(__name__)
 
@@ -255,16 +256,12 @@ def evaluate_exits(
     model: nn.Module,
     loader: Batches,
     ground_truth: COCO,
-    router: Any,
+    router: ExitRouter,
     settings: EvaluationSettings,
-    *,
-    splits: Sequence[str] = (),
-    forced: bool = False,
+    context: Context | None = None,
     collected: Collected | None = None,
     rivals: Sequence[Rival] = (),
     certificate: Certificate | None = None,
-    taken_over: bool = False,
-    labelled: bool = True,
 ) -> Evaluation:
     """Evaluate every exit and the routed detector; the network runs once per photo.
 
@@ -273,50 +270,27 @@ def evaluate_exits(
         loader: batches of the photos without augmentation; read once, unless ``collected`` is given, and once for
             each rival that has to find its detections.
         ground_truth: the same photos' objects (`earlyexit_ssd.data.to_coco`).
-        router: an `ExitRouter`.
         settings: thresholds, timing and bootstrap.
-        splits: names of the data sets, for the record.
-        forced: the run went on past a failed gate.
+        context: what the caller knows: ``splits``, ``forced``, ``taken_over`` and ``weights_sha256``, which the verdict
+            and the record need, and ``labelled``. Where nobody labelled the photos, what the full path finds at the
+            score is what is there; all figures are agreement with it, and AP is None.
         collected: what `collect` returned for these photos, when the caller has it already.
         rivals: static detectors to hold the routed one against.
         certificate: that the router comes from; what it was asked for is checked on these photos.
-        taken_over: the full path is a checkpoint as it was, so the exits are held against it alone.
-        labelled: False where nobody labelled the photos: what the full path finds at the score is what is there, all
-            figures are agreement with it, and AP is None.
     """
-    collected = collected or collect(model, loader, router)
+    context, collected = context or Context(), collected or collect(model, loader, router)
     _check_same_images(collected, ground_truth)
     costs = measure_costs(model, settings, router, rivals)
-    full_path = collected.detections[-1]
-    if not labelled:
-        ground_truth = as_ground_truth(ground_truth, full_path, settings.score)
+    if not context.labelled:
+        ground_truth = as_ground_truth(ground_truth, collected.detections[-1], settings.score)
     matches = exit_matches(ground_truth, collected.detections, settings.iou, tuple(SIZES))
     chosen = choose_exits(collected.confidences, router.thresholds.tolist())
     choices = [*(np.full(matches.photos, index) for index in range(matches.exits)), _by_image(collected, chosen)]
-    *exits, routed = (DetectorEvaluation(matches.choose(choice), settings, labelled) for choice in choices)
+    *exits, routed = (DetectorEvaluation(matches.choose(choice), settings, context.labelled) for choice in choices)
     *early, full = (_exit_result(model, index, collected, costs, exits) for index in range(len(exits)))
-    device = next(model.parameters()).device
     results = Results(
-        context=Context(
-            splits=list(splits),
-            images=len(ground_truth.imgs),
-            empty_images=int((matches.objects == 0).sum()),
-            classes=list(model.classes),
-            score=settings.score,
-            iou=settings.iou,
-            runs=settings.timing_runs,
-            threads=settings.timing_threads,
-            resamples=settings.resamples,
-            seed=settings.seed,
-            runtime=settings.runtime,
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            torch=torch.__version__,
-            torchvision=torchvision.__version__,
-            forced=forced,
-            taken_over=taken_over,
-            labelled=labelled,
-        ),
-        exits=(*early, replace(full, found=describe_boxes(ground_truth, full_path))),
+        context=_context(context, model, matches, settings),
+        exits=(*early, replace(full, found=describe_boxes(ground_truth, collected.detections[-1]))),
         without_exits=costs.plain,
         routed=_routed_result(model, router, routed, chosen, costs),
         rivals=evaluate_rivals(rivals, costs.rival_timings, loader, ground_truth, routed),
@@ -324,8 +298,28 @@ def evaluate_exits(
     if certificate is not None:
         kept = check_promise(certificate, ground_truth, collected, chosen, matches, (exits[-1], routed), costs)
         results = replace(results, certificate=kept)
-    results = replace(results, verdict=judge(results, forced))
+    results = replace(results, verdict=judge(results))
     return Evaluation(results, photo_counts(matches, settings.score), chosen)
+
+
+def _context(context: Context, model: nn.Module, matches: ExitMatches, settings: EvaluationSettings) -> Context:
+    device = next(model.parameters()).device
+    return replace(
+        context,
+        images=matches.photos,
+        empty_images=int((matches.objects == 0).sum()),
+        classes=list(model.classes),
+        score=settings.score,
+        iou=settings.iou,
+        runs=settings.timing_runs,
+        threads=settings.timing_threads,
+        resamples=settings.resamples,
+        seed=settings.seed,
+        runtime=settings.runtime,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        torch=torch.__version__,
+        torchvision=torchvision.__version__,
+    )
 
 
 def check_promise(
@@ -361,7 +355,7 @@ def check_promise(
 
 
 def _losses(
-    target: Mapping[str, Any], ground_truth: COCO, collected: Collected, chosen: Tensor, matches: ExitMatches
+    target: Target, ground_truth: COCO, collected: Collected, chosen: Tensor, matches: ExitMatches
 ) -> np.ndarray:
     """Loss of every routed photo [n], by rising image id, as the target of a risk counts it."""
     score, iou = target["score"], target["iou"]
@@ -380,7 +374,7 @@ def _by_image(collected: Collected, chosen: Tensor) -> np.ndarray:
 
 
 def measure_costs(
-    model: nn.Module, settings: EvaluationSettings, router: Any | None = None, rivals: Sequence[Rival] = ()
+    model: nn.Module, settings: EvaluationSettings, router: ExitRouter | None = None, rivals: Sequence[Rival] = ()
 ) -> Costs:
     """MMACs and milliseconds of one image; exits, scoring by ``router`` included, plain detector and rivals are timed
     in turns, in the runtime of ``settings``."""
@@ -421,7 +415,7 @@ def _exit_result(
 
 
 def _routed_result(
-    model: nn.Module, router: Any, evaluation: DetectorEvaluation, chosen: Tensor, costs: Costs
+    model: nn.Module, router: ExitRouter, evaluation: DetectorEvaluation, chosen: Tensor, costs: Costs
 ) -> RoutedResult:
     milliseconds = mean_cost(chosen, [timing.ms for timing in costs.timings])
     return RoutedResult(

@@ -12,7 +12,7 @@ import functools
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -184,7 +184,7 @@ class _Objects:
     areas: np.ndarray
 
     @classmethod
-    def of(cls, annotations: Sequence[Mapping[str, Any]]) -> _Objects:
+    def of(cls, annotations: Sequence[Mapping[str, float | list[float]]]) -> _Objects:
         return cls(
             np.array([one["bbox"] for one in annotations], np.float64).reshape(-1, 4),
             np.array([one["category_id"] for one in annotations], np.int64),

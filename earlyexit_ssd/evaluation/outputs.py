@@ -1,4 +1,4 @@
-"""Evaluate a model and leave it as it was found."""
+"""Run a detector over photos and keep what every exit says: in memory, or on disk for any policy and threshold."""
 
 from __future__ import annotations
 
@@ -46,8 +46,10 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 # Run a detector over a data set once and keep what every exit found.
 
-Batches = Iterable[tuple[list[Tensor], list[dict[str, Any]]]]
+Targets = list[dict[str, Tensor | int]]
+Batches = Iterable[tuple[list[Tensor], Targets]]
 ImageDetections = dict[str, Tensor]
+"""``boxes`` [N,4] xyxy, ``scores`` [N] and ``labels`` [N] of one photo."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def compact(found: dict[str, Tensor]) -> ImageDetections:
     }
 
 
-def _image_ids(targets: list[dict[str, Any]]) -> list[int]:
+def _image_ids(targets: Targets) -> list[int]:
     return [int(target["image_id"]) for target in targets]
 
 
@@ -308,14 +310,14 @@ def _from(found: dict[str, Tensor], score: float) -> dict[str, Tensor]:
     return {"boxes": found["boxes"][keep].float(), "labels": found["labels"][keep]}
 
 
-def _rows(model: nn.Module, outputs: ExitOutputs, targets: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+def _rows(model: nn.Module, outputs: ExitOutputs, targets: Targets) -> dict[str, np.ndarray]:
     rows = {"labels": _labels(model, outputs, targets)}
     for index, tap in enumerate(outputs.taps):
         rows |= {f"logits{index}": outputs.heads[index]["cls_logits"].float(), f"tap{index}": tap.float()}
     return {name: values.cpu().numpy() for name, values in rows.items()}
 
 
-def _labels(model: nn.Module, outputs: ExitOutputs, targets: list[dict[str, Any]]) -> Tensor:
+def _labels(model: nn.Module, outputs: ExitOutputs, targets: Targets) -> Tensor:
     """Labels of the default boxes, [N, A] int16; 0 is background."""
     device = outputs.anchors[0].device
     scaled = []

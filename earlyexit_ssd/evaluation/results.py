@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 from earlyexit_ssd.evaluation.cost import EAGER
 from earlyexit_ssd.evaluation.metrics import Figure, Figures
 
+Target = Mapping[str, str | float | None]
+"""A certificate's: ``kind``, its number (``value``), ``reference``, ``score``, ``iou`` and ``delta``."""
 Interval = list[float] | None
 """Both ends of a 95 % interval; None where it is undefined."""
 
@@ -203,7 +205,7 @@ class CertificateResult(Record):
     unit of cost; interval: its 95 % bootstrap interval; kept: whether it is what was asked for.
     """
 
-    target: dict[str, Any]
+    target: Target
     measured: float | None
     interval: Interval
     kept: bool | None

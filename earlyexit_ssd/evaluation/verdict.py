@@ -6,11 +6,10 @@ reads the results and says what it finds. What a rule says when, is in docs/metr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from earlyexit_ssd.config import CLOSED
-from earlyexit_ssd.evaluation.results import ExitResult, Finding, Results, RivalResult, RoutedResult, Verdict
+from earlyexit_ssd.evaluation.results import ExitResult, Finding, Results, RivalResult, RoutedResult, Target, Verdict
 from earlyexit_ssd.routing.policies import reads_taps
 
 DETECTS_AP50 = 0.05
@@ -34,15 +33,12 @@ AP50_TOLERANCE = 0.005
 Rule = Callable[[Results], Iterable[Finding]]
 
 
-def judge(results: Results, forced: bool = False, rules: Sequence[Rule] | None = None) -> Verdict:
-    """Whether the full path detects; if it does, what the rules say.
+def judge(results: Results, rules: Sequence[Rule] | None = None) -> Verdict:
+    """Whether the full path detects; if it does, what the rules say, `RULES` by default, in their order.
 
-    Args:
-        results: their own verdict is not read.
-        forced: the run went on with --force past a gate that had failed: a veto, which the verdict says first.
-        rules: in the order of their lines; `RULES` by default.
+    That the run went on with --force past a gate that had failed is a veto, which the verdict says first.
     """
-    rules = RULES if rules is None else rules
+    rules, forced = RULES if rules is None else rules, results.context.forced
     if not results.context.labelled:
         rules = (agrees_with_full, routing_is_faster)  # the others speak of accuracy
     elif findings := list(full_path_detects(results)):
@@ -298,7 +294,7 @@ def agrees_with_full(results: Results) -> Iterator[Finding]:
     yield Finding(line, veto=True)
 
 
-def asked_value(target: Mapping[str, Any]) -> float:
+def asked_value(target: Target) -> float:
     """The number of a certificate's target; of a risk it was called ``epsilon``."""
     return target["value"] if "value" in target else target["epsilon"]
 

@@ -1,4 +1,4 @@
-"""Evaluation with a certificate: what it refuses, and whether the photos still look like its own."""
+"""Evaluate a trained model on a split: certificate, rivals, figures, table and pictures."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from earlyexit_ssd.evaluation.evaluate import (
 from earlyexit_ssd.evaluation.matches import photo_list
 from earlyexit_ssd.evaluation.onnx import OnnxDetector, count_onnx_mmacs
 from earlyexit_ssd.evaluation.outputs import Collected, collect
-from earlyexit_ssd.evaluation.results import DriftResult, Results
+from earlyexit_ssd.evaluation.results import Context, DriftResult, Results
 from earlyexit_ssd.files import locks_folder, sha256
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, PathToExit, load_model
 from earlyexit_ssd.modeling.heads import is_folded
@@ -264,16 +264,18 @@ def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str |
         ground_truth,
         router,
         build_evaluation(cfg),
-        splits=cfg.DATA.TEST,
-        forced=info.get("forced", False),
-        collected=collected,
-        rivals=rivals,
-        certificate=certificate,
-        taken_over=info.get("taken_over", takes_over(cfg)),
-        labelled=dataset.labelled,
+        Context(
+            splits=list(cfg.DATA.TEST),
+            forced=info.get("forced", False),
+            taken_over=info.get("taken_over", takes_over(cfg)),
+            labelled=dataset.labelled,
+            weights_sha256=sha256(weights),
+        ),
+        collected,
+        rivals,
+        certificate,
     )
     results, chosen = evaluation.results, evaluation.chosen.tolist()
-    results = replace(results, context=replace(results.context, weights_sha256=sha256(weights)))
     if certificate is not None:
         results = replace(results, drift=drift_of(certificate, collected, chosen))
     photos = photo_list(evaluation.counts, collected, evaluation.chosen, model.exit_names, dataset.paths)

@@ -76,7 +76,7 @@ def _bars(value: float, interval: Interval) -> list[list[float]] | None:
     return [[max(value - interval[0], 0.0)], [max(interval[1] - value, 0.0)]] if interval else None
 
 
-def training_curves(phases: Mapping[str, Sequence[Mapping[str, Any]]]) -> Image.Image | None:
+def training_curves(phases: Mapping[str, Sequence[Mapping[str, float | None]]]) -> Image.Image | None:
     """AP50 of every exit, the share of the photos that leave there and its temperature, epoch by epoch.
 
     Args:

@@ -229,7 +229,7 @@ def renew(page: str, content: str) -> str:
     return f"{before}{BEGIN}\n{content}\n{END}{after}"
 
 
-def _row(link: str, photos: int, exit_name: str, row: Mapping[str, Any]) -> str:
+def _row(link: str, photos: int, exit_name: str, row: Figures) -> str:
     """Cells that ``row`` lacks, or that are undefined, are ``-``."""
     bounds = row.get("AP50_interval")
     ap50 = figure(row.get("AP50")) + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else "")

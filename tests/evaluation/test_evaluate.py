@@ -28,7 +28,7 @@ from earlyexit_ssd.evaluation.evaluate import (
 from earlyexit_ssd.evaluation.matches import Draws, bootstrap_choices, exit_matches, interval
 from earlyexit_ssd.evaluation.metrics import METRICS, DetectorEvaluation, EvaluationSettings, register_metric
 from earlyexit_ssd.evaluation.outputs import Collected, choose_exits, collect, evaluating
-from earlyexit_ssd.evaluation.results import BoxSummary
+from earlyexit_ssd.evaluation.results import BoxSummary, Context
 from earlyexit_ssd.modeling import PathToExit
 from earlyexit_ssd.report.tables import Row, columns
 from earlyexit_ssd.routing.router import ExitRouter
@@ -259,7 +259,7 @@ def metrics(small_model, collected, objects):
     router = ExitRouter(2, policy="max_foreground", thresholds=(0.5, 0.6))
     network, found = PlainPath(small_model), collected.detections[2]
     more = {"collected": collected, "rivals": [Rival("small", PLAIN, network, example_input(small_model), 7.0, found)]}
-    return evaluate_exits(small_model, [], objects, router, METRICS_SETTINGS, splits=("toy_test",), **more)
+    return evaluate_exits(small_model, [], objects, router, METRICS_SETTINGS, Context(splits=["toy_test"]), **more)
 
 
 def test_documented_keys(metrics):
@@ -336,7 +336,7 @@ def test_runs_the_network_itself(small_model, ground_truth):
     images = torch.rand(2, 3, 64, 80)
     loader = [([images[0]], [{"image_id": 1}]), ([images[1]], [{"image_id": 2}])]
     coco = ground_truth(2, [(1, 1, BOX)])
-    metrics = evaluate_exits(small_model, loader, coco, router, METRICS_SETTINGS, forced=True)
+    metrics = evaluate_exits(small_model, loader, coco, router, METRICS_SETTINGS, Context(forced=True))
     assert metrics["routed"]["exit_share"] == {"exit8": 1.0, "exit12": 0.0, "full": 0.0}
     assert metrics["routed"]["AP50"] == metrics["exits"][0]["AP50"]
     # it is untrained: nothing else is said of it

@@ -228,6 +228,15 @@ def test_each_detection_takes_the_best_free_object(ground_truth, found):
     assert cats.overlap.tolist() == pytest.approx([1.0, 90 / 110, 0.0])
 
 
+def test_among_equals_the_last_object_is_taken_as_pycocotools_does(ground_truth, found):
+    left, middle, right = ((x, 0.0, x + 100.0, 100.0) for x in (0.0, 10.0, 20.0))
+    coco = ground_truth(1, [(1, 1, left), (1, 1, right)])
+    detections = {1: found((1, 0.9, middle), (1, 0.8, right))}  # the second lies too far from the first object
+    (cats, _) = exit_matches(coco, [detections], iou=0.75).classes
+    assert cats.hit[-1].tolist() == [True, False]
+    assert direct(coco, detections).stats[:1].tolist() == [evaluated(coco, detections).AP]
+
+
 # The bootstrap draws photos; what a draw is worth is ap_of_choice's, which test_choices holds against pycocotools.
 
 
@@ -358,10 +367,6 @@ def two_exits(ground_truth, found):
     )
 
 
-def mixed_of_test_choices(exits, choice):
-    return {image_id: exits[choice[image_id - 1]][image_id] for image_id in exits[0]}
-
-
 def figures(evaluation):
     return APs(*(None if value < 0 else value for value in evaluation.stats[:2]))
 
@@ -401,13 +406,13 @@ def test_the_stack(two_exits):
 
 @settings(max_examples=30, deadline=None)
 @given(seed=seeds)
-def test_equals_pycocotools_of_test_choices(exits_case, seed):
+def test_any_choice_equals_pycocotools(exits_case, seed):
     coco, exits = exits_case(seed)
     matches = exit_matches(coco, exits)
     choices = [np.full(PHOTOS, index) for index in range(EXITS)]
     choices.append(np.random.default_rng(seed).integers(EXITS, size=PHOTOS))
     for choice in choices:
-        expected = figures(direct(coco, mixed_of_test_choices(exits, choice)))
+        expected = figures(direct(coco, mixed(exits, choice.tolist())))
         assert ap_of_choice(matches, choice) == expected
         assert ap_of_choice(matches, choice, ap50_only=True) == APs(None, expected.AP50)
         assert ap_of_choice(matches, choice, np.ones(PHOTOS, dtype=int)) == expected
@@ -449,7 +454,7 @@ def test_bootstrap_of_ap(two_exits):
 
 
 @pytest.mark.parametrize("images", [0, 3])
-def test_nothing_to_find_of_test_choices(images, ground_truth):
+def test_no_choice_has_anything_to_find(images, ground_truth):
     matches = exit_matches(ground_truth(images, []), [{}, {}])
     choice = np.zeros(images, dtype=int)
     assert ap_of_choice(matches, choice) == APs(None, None)
@@ -505,6 +510,11 @@ def test_counts_by_rising_image_id(case):
     assert counts.hits.tolist() == [[1], [0], [0]]
     assert counts.misses.tolist() == [[1], [1], [0]]
     assert counts.false_positives.tolist() == [[1], [0], [0]]
+
+
+def test_counts_hold_from_the_score_on(ground_truth, found):
+    counts = photo_counts(exit_matches(ground_truth(1, [(1, 1, FIRST)]), [{1: found((1, 0.5, FIRST))}]), 0.5)
+    assert counts.hits.tolist() == [[1]]
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -166,7 +166,7 @@ def test_shares_and_costs():
     assert mean_cost(chosen, [10.0, 20.0, 40.0]) == 32.5
 
 
-def test_no_photos_of_test_routed():
+def test_shares_and_costs_without_photos():
     nothing = torch.zeros(0, dtype=torch.int64)
     assert exit_share(nothing, ("exit8", "full")) == {"exit8": 0.0, "full": 0.0}
     assert mean_cost(nothing, [1.0, 2.0]) is None

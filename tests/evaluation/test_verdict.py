@@ -52,7 +52,8 @@ def changed(**changes):
 
 
 def judge(metrics, forced=False, **more):
-    return rules.judge(Results.from_json(metrics), forced, **more)
+    context = {"forced": forced, **metrics.get("context", {})}
+    return rules.judge(Results.from_json({**metrics, "context": context}), **more)
 
 
 def vetoes(verdict):

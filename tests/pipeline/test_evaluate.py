@@ -1,4 +1,4 @@
-"""None"""
+"""Certificates, drift and rivals of an evaluation."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def pixels(picture, color):
     return (np.asarray(picture) == ImageColor.getrgb(color)).all(axis=-1)
 
 
-def test_size_and_points_of_test_rivals(with_rivals):
+def test_size_and_points_beside_rivals(with_rivals):
     picture = accuracy_against_cost(Results.from_json(with_rivals))
     assert picture.size == (1664, 1152)
     routed, foreign = pixels(picture, ROUTED), pixels(picture, STYLES["onnx"][0])
@@ -86,7 +86,7 @@ def test_older_metrics_and_undefined_points(metrics):
     assert not pixels(picture, ROUTED)[picture.height // 2 :].any()
 
 
-# report.test_placement.
+# The placement advisor's table and chart.
 
 ROW = {"layer": 8, "mmacs": 246.0, "ms": 20.0, "full_ms": 48.0, "plain_ms": 40.0, "AP50": 0.6}
 PLAN = {

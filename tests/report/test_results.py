@@ -1,4 +1,4 @@
-"""None"""
+"""What calibration and evaluation write."""
 
 from __future__ import annotations
 

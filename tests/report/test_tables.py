@@ -1,4 +1,4 @@
-"""None"""
+"""Tables of figures and verdicts."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_another_runtime_is_said(with_rivals):
     assert "ORT" not in text
 
 
-# report.test_zoo.
+# The model zoo's page.
 
 FIGURES = {"AP": 0.25, "AP50": 0.5, "AP50_interval": [0.4375, 0.5625], "mmacs": 245.6, "ms": 22.46, "share": 0.125}
 ENTRY = {
