@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from earlyexit_ssd.errors import EarlyExitError, shown
 from earlyexit_ssd.evaluation.outputs import evaluating
@@ -198,8 +199,8 @@ def _first_line(error: Exception) -> str:
 
 # What an image pays up to each exit: multiply-accumulates and milliseconds.
 
-COUNTED = ("conv", "linear", "addmm")
-"""fvcore's names of convolutions and linear layers."""
+COUNTED = (torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm)
+"""Convolutions and linear layers, with and without a bias."""
 
 WARM_UP_RUNS = 3
 
@@ -233,7 +234,7 @@ def mmacs_to_exit(model: nn.Module, router: Router | None = None) -> list[float]
     """Millions of multiply-accumulates of one image to each exit, shallow to deep; the last is the full path.
 
     Convention: convolutions and linear layers only; BatchNorm, activations, pooling and additions are not
-    counted, and one multiplication with its addition counts once. (fvcore's total counts BatchNorm too.) Branches that
+    counted, and one multiplication with its addition counts once. Branches that
     ``router`` has closed are not computed.
     """
     example = example_input(model)
@@ -243,14 +244,10 @@ def mmacs_to_exit(model: nn.Module, router: Router | None = None) -> list[float]
 
 def count_mmacs(module: nn.Module, example: Tensor) -> float:
     """Millions of multiply-accumulates of ``module(example)``, in the convention of `mmacs_to_exit`."""
-    with evaluating(module), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the tracer: about shapes, and about its own future on import
-        from fvcore.nn import FlopCountAnalysis
-
-        analysis = FlopCountAnalysis(module, example)
-        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-        by_operator = analysis.by_operator()
-    return sum(by_operator[name] for name in COUNTED) / 1e6
+    with evaluating(module), FlopCounterMode(display=False) as counter:
+        module(example)
+    operations = counter.get_flop_counts()["Global"]
+    return sum(operations.get(operator, 0) for operator in COUNTED) / 2e6  # a multiply-accumulate is two of them
 
 
 def time_modules(
