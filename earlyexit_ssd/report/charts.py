@@ -9,7 +9,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 from PIL import Image
 
 from earlyexit_ssd.evaluation.cost import RUNTIME_TITLES
@@ -36,8 +35,7 @@ def draw_charts(
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     draw(all_axes)
-    for text in figure.findobj(Text):
-        make_drawable(text)
+    make_drawable(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
@@ -172,6 +170,7 @@ def _draw(all_axes: np.ndarray, metrics: Mapping[str, Any]) -> None:
     for axes, title in zip(all_axes[-1], (f"ms per image ({timing_title(metrics)})", "MMAC per image"), strict=True):
         axes.set_xlabel(title)
     all_axes[0, 0].set_title(data_title(metrics), loc="left")
+    make_drawable(all_axes[0, 0].figure)
     all_axes[0, 0].figure.draw_without_rendering()  # now it is settled where points are
     for axes, quality in zip(all_axes, ("AP", "AP50"), strict=True):
         for one, cost in zip(axes, ("ms", "mmacs"), strict=True):

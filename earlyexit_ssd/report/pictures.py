@@ -7,16 +7,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-GAP, MARKER = 7, 9
+LABEL_GAP, MARKER = 7, 9
 """Points between marker and text; pixels around a marker that are its own."""
 PLACES = [
-    (x * GAP * far, y * GAP * far, horizontal, vertical)
+    (x * LABEL_GAP * far, y * LABEL_GAP * far, horizontal, vertical)
     for far in (1, 2.2, 3.6)
     for x, horizontal, y, vertical in (
         (1, "left", -0.6, "top"),
@@ -50,10 +51,11 @@ def place_labels(
         taken.append(_extent(label, PLACES[costs.index(min(costs))]))
 
 
-def make_drawable(text: Text) -> None:
-    """A name of a file is no formula, and may hold bytes that are no character."""
-    text.set_parse_math(False)
-    text.set_text(text.get_text().encode("utf-8", "backslashreplace").decode())
+def make_drawable(artist: Artist) -> None:
+    """Take all texts in it as they are: a name is no formula, and bytes in it that are no character are escaped."""
+    for text in artist.findobj(Text):
+        text.set_parse_math(False)
+        text.set_text(text.get_text().encode("utf-8", "backslashreplace").decode())
 
 
 def _extent(label: Annotation, place: tuple[float, float, str, str]) -> Bbox:

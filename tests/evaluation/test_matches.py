@@ -314,7 +314,7 @@ def test_photos_of_a_group_are_drawn_together(three_exits):
 # Any choice of exits has pycocotools' AP, weighted photos and bootstrap draws included.
 
 PHOTOS, EXITS = 7, 3
-HERE, LOW, AWAY = (0, 0, 100, 100), (0, 0, 100, 67), (300, 300, 400, 400)  # IoU of LOW with HERE: 0.67
+CORNER, LOW, AWAY = (0, 0, 100, 100), (0, 0, 100, 67), (300, 300, 400, 400)  # IoU of LOW with CORNER: 0.67
 seeds = st.integers(0, 10_000)
 
 
@@ -352,10 +352,10 @@ def exits_case(random_case):
 def two_exits(ground_truth, found):
     """Two photos with a cat; the deep exit finds both, the second one at IoU 0.67."""
     return exit_matches(
-        ground_truth(2, [(1, 1, HERE), (2, 1, HERE)]),
+        ground_truth(2, [(1, 1, CORNER), (2, 1, CORNER)]),
         [
-            {1: found((1, 0.9, HERE)), 2: found((1, 0.8, AWAY))},
-            {1: found((1, 0.95, AWAY), (1, 0.7, HERE)), 2: found((1, 0.6, LOW))},
+            {1: found((1, 0.9, CORNER)), 2: found((1, 0.8, AWAY))},
+            {1: found((1, 0.95, AWAY), (1, 0.7, CORNER)), 2: found((1, 0.6, LOW))},
         ],
     )
 
@@ -435,10 +435,10 @@ def test_weights_equal_a_data_set_with_repeated_photos(exits_case, ground_truth,
 
 
 def test_only_100_detections_of_a_class_and_photo_count(ground_truth, found):
-    coco = ground_truth(1, [(1, 1, HERE)])
+    coco = ground_truth(1, [(1, 1, CORNER)])
     crowded = [(1, 0.9, AWAY)] * 99 + [(2, 0.9, AWAY)]
-    last = {1: found(*crowded, (1, 0.1, HERE))}
-    late = {1: found(*crowded, (1, 0.2, AWAY), (1, 0.1, HERE))}
+    last = {1: found(*crowded, (1, 0.1, CORNER))}
+    late = {1: found(*crowded, (1, 0.2, AWAY), (1, 0.1, CORNER))}
     matches = exit_matches(coco, [last, late])
     assert ap_of_choice(matches, [0], ap50_only=True) == APs(None, pytest.approx(1 / 100))
     assert ap_of_choice(matches, [1], ap50_only=True) == APs(None, 0)
@@ -458,7 +458,7 @@ def test_nothing_to_find_of_test_choices(images, ground_truth):
 
 
 def test_nothing_found(ground_truth):
-    matches = exit_matches(ground_truth(2, [(1, 1, HERE)]), [{}, {}])
+    matches = exit_matches(ground_truth(2, [(1, 1, CORNER)]), [{}, {}])
     assert ap_of_choice(matches, [0, 1]) == APs(0, 0)
 
 
@@ -484,16 +484,16 @@ def test_errors(two_exits, ground_truth, found):
 
 # Counts and losses of single photos, by hand.
 
-HERE, THERE, FAR = (10.0, 10.0, 110.0, 110.0), (200.0, 200.0, 300.0, 320.0), (400.0, 400.0, 500.0, 500.0)
+HERE, THERE, FARTHER = (10.0, 10.0, 110.0, 110.0), (200.0, 200.0, 300.0, 320.0), (400.0, 400.0, 500.0, 500.0)
 
 
 @pytest.fixture
 def case(ground_truth, found):
     """Photo 3 has no object, photo 1 two; ids are not in the order of the list of photos."""
-    truth = ground_truth(3, [(1, 1, HERE), (1, 2, THERE), (2, 1, FAR)])
+    truth = ground_truth(3, [(1, 1, HERE), (1, 2, THERE), (2, 1, FARTHER)])
     truth.imgs = {image_id: truth.imgs[image_id] for image_id in (2, 3, 1)}
-    early = {1: found((1, 0.9, HERE), (1, 0.8, FAR), (2, 0.3, THERE)), 2: found((1, 0.2, FAR)), 3: found()}
-    full = {1: found((1, 0.9, HERE), (2, 0.9, THERE)), 2: found((1, 0.7, FAR)), 3: found((1, 0.6, HERE))}
+    early = {1: found((1, 0.9, HERE), (1, 0.8, FARTHER), (2, 0.3, THERE)), 2: found((1, 0.2, FARTHER)), 3: found()}
+    full = {1: found((1, 0.9, HERE), (2, 0.9, THERE)), 2: found((1, 0.7, FARTHER)), 3: found((1, 0.6, HERE))}
     return truth, early, full
 
 
@@ -518,7 +518,7 @@ def test_against_the_full_path(case):
     losses = losses_against_full(truth, [early, full], 0.5, 0.5)
     # photo 1: one of two missed and one added; photo 2: its only one missed; photo 3: the full path's false one
     assert losses.tolist() == [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]
-    assert losses_against_full(truth, [early, full], 0.25, 0.5)[0, 0] == 0.5  # now THERE is found, FAR still added
+    assert losses_against_full(truth, [early, full], 0.25, 0.5)[0, 0] == 0.5  # now THERE is found, FARTHER still added
     assert losses_against_full(truth, [early, full], 0.95, 0.5).tolist() == [[0.0, 0.0]] * 3  # nobody says anything
 
 
@@ -554,7 +554,7 @@ def test_a_row_for_every_photo_in_the_order_of_the_data_set(case):
 
 
 def test_agreement_by_hand(case):
-    """The full path says HERE and THERE, FAR, HERE; the early exit finds the first and adds FAR to photo 1."""
+    """The full path says HERE and THERE, FARTHER, HERE; the early exit finds the first and adds FARTHER to photo 1."""
     truth, early, full = case
     assert agreement(truth, full, early, 0.5, 0.5) == Agreement(objects=4, kept=1, added=1, same_photos=0.0)
     assert agreement(truth, full, full, 0.5, 0.5) == Agreement(objects=4, kept=4, added=0, same_photos=1.0)

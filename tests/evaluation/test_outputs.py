@@ -333,3 +333,13 @@ def test_replay_and_the_live_router_agree_on_real_photos(shared_root, tmp_path):
             loader = build_loader(dataset, size, 0, train=False, seed=0)
             live = [int(one["exit_index"]) for images, _ in loader for one in model(images)]
         assert live == replayed, size
+
+
+def test_where_nobody_labelled_the_full_path_says_what_is_there(small_model, recording, tmp_path):
+    """The boxes given have no part in it; another score makes another recording."""
+    score = max(float(found["scores"].max()) for found in recording.detections[-1].values()) - 1e-6
+    folder = tmp_path / "taught"
+    taught = record(small_model, batches(2), len(SIZES), folder, "these photos", taught_from=score)
+    best = [max(taught.detections[-1][photo]["scores"].tolist()) >= score for photo in taught.image_ids]
+    assert [bool(labels.any()) for labels in taught.labels] == best and 0 < sum(best) < len(SIZES)
+    assert record(small_model, batches(2), len(SIZES), folder, "these photos", taught_from=2.0).labels.max() == 0
