@@ -10,7 +10,6 @@ import torch
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.pipeline.train import learns_from_labels
 
-train_module = importlib.import_module("earlyexit_ssd.pipeline.train")  # the package has a function of that name
 TEACHER = ("LOSS.SUPERVISION", "teacher", "LOSS.TEACHER", "full", "BASELINE.EPOCHS", "0")
 
 

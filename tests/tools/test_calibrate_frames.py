@@ -9,6 +9,7 @@ from PIL import Image
 
 from benchmarks import check_guarantee
 from earlyexit_ssd import EarlyExitSSDLite
+from earlyexit_ssd.calibration import thresholds
 from earlyexit_ssd.calibration.certificate import load_certificate
 from earlyexit_ssd.errors import EarlyExitError
 from tools import calibrate, demo, eval_exits
@@ -36,6 +37,14 @@ def camera(trained, data_root, tmp_path_factory):
     return root, [*trained[1], *sets, *QUICK, *weights]
 
 
+@pytest.fixture(scope="module")
+def sped_up(camera):
+    """The folder of a calibration to a speed."""
+    root, arguments = camera
+    assert calibrate.main([*arguments, "--speedup", "1.05", "--out", str(root / "speed")]) == 0
+    return root / "speed"
+
+
 @pytest.mark.parametrize("policy", ["ambiguous_mass", "balanced_ambiguity", "learned_gain"])
 def test_a_risk_on_frames_without_boxes(camera, policy, capsys):
     root, arguments = camera
@@ -54,10 +63,8 @@ def test_a_risk_on_frames_without_boxes(camera, policy, capsys):
     assert len(load_certificate(out / "certificate.json").photos_sha256) == 16  # those that only look equal among them
 
 
-def test_a_speed_on_frames_and_the_model_that_routes(camera, trained, capsys, tmp_path):
-    root, arguments = camera
-    out = root / "speed"
-    assert calibrate.main([*arguments, "--speedup", "1.05", "--out", str(out)]) == 0
+def test_a_speed_on_frames_and_the_model_that_routes(camera, sped_up, trained, capsys, tmp_path):
+    (root, arguments), out = camera, sped_up
     certificate = load_certificate(out / "certificate.json")
     model = EarlyExitSSDLite.from_pretrained(out / "model.pth")
     assert model.router.thresholds.tolist() == pytest.approx(certificate.router["thresholds"])
@@ -92,10 +99,9 @@ def test_a_speed_on_frames_and_the_model_that_routes(camera, trained, capsys, tm
     assert "the certificate is for weights" in capsys.readouterr().err
 
 
-def test_the_temperatures_of_the_training_stay_beside_those_that_were_calibrated(camera):
-    root, arguments = camera
-    first, again = root / "fitted", root / "fitted_again"
-    assert calibrate.main([*arguments, "--speedup", "1.05", "--out", str(first)]) == 0
+def test_the_temperatures_of_the_training_stay_beside_those_that_were_calibrated(camera, sped_up):
+    (root, arguments), first = camera, sped_up
+    again = root / "fitted_again"
     trained_info, info = (torch.load(path, weights_only=True)["info"] for path in (arguments[-1], first / "model.pth"))
     assert info["trained_temperatures"] == trained_info["router"]["temperatures"] != info["router"]["temperatures"]
     risk = [*arguments[:-1], str(first / "model.pth"), "--risk", "0.9", "--delta", "0.3", "--out", str(again)]
@@ -103,9 +109,11 @@ def test_the_temperatures_of_the_training_stay_beside_those_that_were_calibrated
     assert load_certificate(again / "certificate.json").router["temperatures"] == info["trained_temperatures"]
 
 
-def test_blocks_and_learnt_thresholds(camera, capsys):
+def test_blocks_and_learnt_thresholds(camera, capsys, monkeypatch):
     root, arguments = camera
     out = root / "blocks"
+    monkeypatch.setattr(thresholds, "BUDGETS", 4)
+    monkeypatch.setattr(thresholds, "STEPS", 50)
     command = ["--risk", "0.9", "--delta", "0.5", "--block", "2s", "--fps", "2", "--learned", "--out", str(out)]
     assert calibrate.main([*arguments, *command]) == 0
     certificate = load_certificate(out / "certificate.json")
