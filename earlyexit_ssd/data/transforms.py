@@ -9,6 +9,7 @@ import albumentations as A
 import cv2
 import numpy as np
 
+from earlyexit_ssd.config.check import CHOICES
 from earlyexit_ssd.errors import ConfigError, nearest
 
 # Random numbers that depend on nothing but the numbers they are named by.
@@ -146,7 +147,7 @@ class RandomZoomOut(A.DualTransform):
 
 # Augmentation by name; the presets do what those of torchvision's detection reference do.
 
-PRESETS = ("ssdlite", "ssd", "flip", "none")
+PRESETS = CHOICES["DATA.AUGMENTATION"]
 
 
 class Augmentation:
