@@ -12,8 +12,6 @@ import numpy as np
 from earlyexit_ssd.config.check import CHOICES
 from earlyexit_ssd.errors import ConfigError, nearest
 
-# Random numbers that depend on nothing but the numbers they are named by.
-
 
 def mixed_seed(*numbers: int) -> int:
     """A seed in [0, 2**63) for each tuple of non-negative integers, such as (seed, epoch, index).
@@ -21,9 +19,6 @@ def mixed_seed(*numbers: int) -> int:
     NumPy promises that ``SeedSequence`` never changes, so a run resumed years later sees the same views.
     """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-# The crop of SSD's training: a window that overlaps some object by a drawn least IoU.
 
 
 class RandomIoUCrop(A.DualTransform):

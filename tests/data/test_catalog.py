@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from earlyexit_ssd.config import get_cfg
-from earlyexit_ssd.data import catalog
+from earlyexit_ssd.data import catalog, records
 from earlyexit_ssd.data import catalog as builtin
-from earlyexit_ssd.data import records
 from earlyexit_ssd.data.records import Problems, RawDataset
 from earlyexit_ssd.errors import ConfigError, DataError
 
