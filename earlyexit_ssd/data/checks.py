@@ -183,8 +183,6 @@ def has_area(box: Box) -> bool:
     return box[2] - box[0] >= SMALLEST_SIDE and box[3] - box[1] >= SMALLEST_SIDE
 
 
-# Photo files are checked before anything trains: they exist, open, are whole and have the right size.
-
 # Headers are read at some thousands a second; a bar is shown where that is felt.
 _MANY = 5000
 

@@ -406,8 +406,6 @@ def _one_thread(worker: int = 0) -> None:
     cv2.setNumThreads(0)
 
 
-# From names in the configuration to a data set that is ready to load.
-
 NO_CLASS = "{} names no class; set DATA.CLASSES to what is to be detected"
 
 

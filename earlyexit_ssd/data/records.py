@@ -171,8 +171,6 @@ class Problems:
         return "photo left out" + (f", or {REPAIRS[kind]} where no photo is known" if skips < self.counts[kind] else "")
 
 
-# How data sets are written: a reader for each format.
-
 Reader = Callable[..., RawDataset]
 """(name, path of the annotations, folder of photos or name of a split, problems, allow_outside) -> data set."""
 
@@ -210,8 +208,6 @@ def register_format(
 
     return register
 
-
-# Which classes are detected: filter, rename and number the classes of one data set or several.
 
 NAMED = 8
 """Classes that a message names at most."""

@@ -95,8 +95,6 @@ def pairwise_iou(boxes: np.ndarray, windows: np.ndarray) -> np.ndarray:
     return shared / (areas - shared)
 
 
-# The zoom-out of SSD's training: the photo made smaller, somewhere on a plain canvas, for small objects.
-
 # ImageNet's mean colour, 0..255.
 CANVAS = (124, 116, 104)
 
@@ -139,8 +137,6 @@ class RandomZoomOut(A.DualTransform):
         moved[:, [1, 3]] = (bboxes[:, [1, 3]] * new_height + top) / height
         return moved
 
-
-# Augmentation by name; the presets do what those of torchvision's detection reference do.
 
 PRESETS = CHOICES["DATA.AUGMENTATION"]
 
