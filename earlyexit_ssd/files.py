@@ -160,15 +160,8 @@ def _acquire(file: io.FileIO, what: str, wait: bool) -> None:
 try:
     import fcntl
 
-    def _share_file(file: io.BufferedReader) -> None:
-        fcntl.flock(file, fcntl.LOCK_SH)
-
-    def _is_shared(file: io.BufferedReader) -> bool:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            return error.errno in (errno.EACCES, errno.EAGAIN)
-        return False
+    def _mark(file: io.BufferedReader, alone: bool) -> None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
 
     def _lock_file(file: io.FileIO, wait: bool) -> None:
         # of the process, not of the file: a forked worker that outlives this process does not hold it
@@ -177,11 +170,8 @@ try:
 except ImportError:  # Windows
     import msvcrt
 
-    def _share_file(file: io.BufferedReader) -> None:
+    def _mark(file: io.BufferedReader, alone: bool) -> None:
         """Windows keeps an open file from being replaced."""
-
-    def _is_shared(file: io.BufferedReader) -> bool:
-        return False
 
     def _lock_file(file: io.FileIO, wait: bool) -> None:
         file.seek(1 << 30)  # a byte far behind the content, so that others can read who holds it
@@ -201,7 +191,7 @@ def use_file(path: Path) -> None:
     if path not in _in_use:
         _in_use[path] = open(path, "rb")  # noqa: SIM115
         with contextlib.suppress(OSError):  # a file system without locks
-            _share_file(_in_use[path])
+            _mark(_in_use[path], alone=False)
 
 
 def used_by_others(path: Path) -> bool:
@@ -211,7 +201,11 @@ def used_by_others(path: Path) -> bool:
     if not path.is_file():
         return False
     with open(path, "rb") as file:
-        return _is_shared(file)
+        try:
+            _mark(file, alone=True)
+        except OSError as error:
+            return error.errno in (errno.EACCES, errno.EAGAIN)
+    return False
 
 
 @contextlib.contextmanager

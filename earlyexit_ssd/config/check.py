@@ -28,7 +28,7 @@ LOSS_CHOICES = {
     "teacher": ("none", "full", "next"),
 }
 
-_CHOICES = {
+CHOICES = {
     "PHASES": PHASES,
     "DATA.ON_BAD": ("repair", "refuse", "skip"),
     "DATA.AUGMENTATION": ("ssdlite", "ssd", "flip", "none"),
@@ -157,7 +157,7 @@ _OF_THE_WHOLE: Sequence[Rule] = (
 
 def check_config(cfg: CfgNode) -> None:
     """Raise :class:`ConfigError` for the first impossible value."""
-    for key, choices in _CHOICES.items():
+    for key, choices in CHOICES.items():
         for value in _values(cfg, key):
             if value not in choices:
                 listed = ", ".join(map(repr, choices))

@@ -1,4 +1,4 @@
-"""Data: photos with boxes from COCO, VOC or rendered scenes, checked, filtered, augmented and batched."""
+"""Data: photos with boxes from COCO, VOC, YOLO or rendered scenes, checked, filtered, augmented and batched."""
 
 from earlyexit_ssd.data.catalog import get, register, register_builtin, register_coco, register_voc
 from earlyexit_ssd.data.dataset import (
@@ -10,7 +10,7 @@ from earlyexit_ssd.data.dataset import (
     require_disjoint,
     to_coco,
 )
-from earlyexit_ssd.data.records import Annotation, RawDataset, Record, canonical
+from earlyexit_ssd.data.records import Annotation, RawDataset, Record, canonical, register_format
 
 register_builtin()
 
@@ -26,6 +26,7 @@ __all__ = [
     "load_dataset",
     "register",
     "register_coco",
+    "register_format",
     "register_voc",
     "repeat_rare_classes",
     "require_disjoint",

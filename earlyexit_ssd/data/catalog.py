@@ -129,8 +129,6 @@ def dataset_root(data: CfgNode) -> Path:
     return Path(os.path.expanduser(data.ROOT or os.environ.get(ROOT_VARIABLE) or "datasets"))
 
 
-# The data sets that the catalog knows from the start.
-
 _VOC_SPLITS = {"2007": ("trainval", "test"), "2012": ("train", "val", "trainval")}
 
 

@@ -79,19 +79,13 @@ def are_shares(box: Box) -> bool:
     return all(-0.05 <= value <= 1.05 for value in box)
 
 
-_UNITS = {
-    "box in shares of the photo": "lie in 0..1 and look like shares of the photo; multiply them by its width and height"
-    ", since boxes are in pixels",
-    "box in pixels": "lie outside 0..1 and look like pixels; divide them by the photo's width and height",
-}
-
-
 def check_unit(
     suspects: Sequence[tuple[str, int]],
     total: int,
     source: Path,
     problems: Problems,
     kind: str = "box in shares of the photo",
+    advice: str = "lie in 0..1 and look like shares of the photo; multiply them by its width and height",
 ) -> None:
     """Count the boxes of a file that look like being in another unit (message, number of the photo).
 
@@ -99,7 +93,7 @@ def check_unit(
         DataError: in every mode, where they are most of the file's ``total``: the whole file is in that unit.
     """
     if 2 * len(suspects) > total:
-        raise DataError(f"{source}: {len(suspects)} of {total} boxes {_UNITS[kind]}")
+        raise DataError(f"{source}: {len(suspects)} of {total} boxes {advice}")
     for message, image_id in suspects:
         problems.add(kind, message, image_id)
 
@@ -188,8 +182,6 @@ def has_area(box: Box) -> bool:
     """Whether an xyxy box is at least ``SMALLEST_SIDE`` wide and high."""
     return box[2] - box[0] >= SMALLEST_SIDE and box[3] - box[1] >= SMALLEST_SIDE
 
-
-# Photo files are checked before anything trains: they exist, open, are whole and have the right size.
 
 # Headers are read at some thousands a second; a bar is shown where that is felt.
 _MANY = 5000

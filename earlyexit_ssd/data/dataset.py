@@ -178,9 +178,6 @@ def _read_photo(record: Record) -> np.ndarray:
     return image
 
 
-# Photos of rare classes are shown more often: class-balanced sampling.
-
-
 def repeat_rare_classes(dataset: DetectionDataset, threshold: float, seed: int) -> DetectionDataset:
     """A training set with each photo r times (Gupta et al. 2019, "LVIS", appendix B.2).
 
@@ -207,9 +204,6 @@ def repeat_factors(dataset: DetectionDataset, threshold: float) -> np.ndarray:
     return np.array([max((factor[label] for label in labels), default=1.0) for labels in shown])
 
 
-# What a data set holds, as a number that changes with any of it.
-
-
 def photo_hashes(dataset: DetectionDataset) -> list[tuple[Path, str]]:
     """Path and SHA-256 of every photo's file.
 
@@ -217,8 +211,14 @@ def photo_hashes(dataset: DetectionDataset) -> list[tuple[Path, str]]:
         DataError: a photo cannot be read.
     """
     digest = functools.cache(sha256)  # photos of rare classes occur several times
-    try:
+    with _readable_photos():
         return [(record.path, digest(record.path)) for record in dataset.records]
+
+
+@contextlib.contextmanager
+def _readable_photos() -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise DataError(f"{error.filename}: no readable photo ({error.strerror}); put it there") from None
 
@@ -242,9 +242,6 @@ def fingerprint(dataset: DetectionDataset, hashes: Sequence[str] | None = None) 
     return digest.hexdigest()
 
 
-# Photos that teach, choose and test must be different photos; that their sets have different names is not enough.
-
-
 def require_disjoint(**datasets: DetectionDataset) -> None:
     """Check that no photo is in two of the data sets, nor twice in one of them.
 
@@ -255,7 +252,7 @@ def require_disjoint(**datasets: DetectionDataset) -> None:
         DataError: the sets, the first photo that they share, and how many there are; or a photo cannot be read.
     """
     digest = functools.cache(sha256)
-    try:
+    with _readable_photos():
         by_size = {name: _by_size(name, dataset) for name, dataset in datasets.items()}
         for (first, ours), (second, theirs) in itertools.combinations(by_size.items(), 2):
             sizes = [size for size in ours if size in theirs]
@@ -266,8 +263,6 @@ def require_disjoint(**datasets: DetectionDataset) -> None:
                     f"{first} and {second} share photos ({len(shared)}), the first: {shared[0][0]} and {shared[0][1]}; "
                     "take them out of one of the two, since figures on photos that taught flatter"
                 )
-    except OSError as error:
-        raise DataError(f"{error.filename}: no readable photo ({error.strerror}); put it there") from None
 
 
 def require_unique(name: str, records: Iterable[Record]) -> None:
@@ -293,9 +288,6 @@ def _by_size(name: str, dataset: DetectionDataset) -> dict[int, list[Path]]:
     for record in dataset.records:
         by_size.setdefault(record.path.stat().st_size, []).append(record.path.resolve())
     return by_size
-
-
-# A data set as pycocotools' ground truth.
 
 
 def to_coco(dataset: DetectionDataset) -> COCO:
@@ -324,9 +316,6 @@ def to_coco(dataset: DetectionDataset) -> COCO:
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
-
-
-# Batches in an order that depends on seed and epoch only, the same for any number of processes.
 
 
 class EpochSampler(Sampler[int]):
@@ -416,8 +405,6 @@ def _one_thread(worker: int = 0) -> None:
     """Workers share the cores; 0 ends OpenCV's own threads."""
     cv2.setNumThreads(0)
 
-
-# From names in the configuration to a data set that is ready to load.
 
 NO_CLASS = "{} names no class; set DATA.CLASSES to what is to be detected"
 

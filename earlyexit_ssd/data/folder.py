@@ -13,14 +13,10 @@ from earlyexit_ssd.plain import read_bytes
 from earlyexit_ssd.progress import progress
 
 
-@register_format("photos", lambda annotations, path: not annotations)
-def read_photo_folder(
-    name: str, annotations: Path, folder: Path, problems: Problems, allow_outside: bool = False
-) -> RawDataset:
+def read_photo_folder(name: str, folder: Path, problems: Problems) -> RawDataset:
     """Every photo in ``folder`` and the folders in it, in the order of their paths; hidden files are left out.
 
     Args:
-        annotations, allow_outside: of no use here; there are no annotations.
         problems: takes what is wrong with single photos.
 
     Raises:
@@ -42,6 +38,11 @@ def read_photo_folder(
     for path in others:
         problems.note("file of another kind", str(path))
     return RawDataset(name, (), tuple(records), open_classes=True, labelled=False)
+
+
+@register_format("photos", lambda annotations, path: not annotations)
+def _read_entry(name: str, annotations: Path, folder: Path, problems: Problems, allow_outside: bool) -> RawDataset:
+    return read_photo_folder(name, folder, problems)
 
 
 def find_files(folder: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[Path]]:

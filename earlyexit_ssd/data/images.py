@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -76,15 +78,10 @@ def read_image(path: PathLike, annotated_size: Size | None = None) -> np.ndarray
     Raises:
         DataError: the file is missing, no image, truncated, or of more than ``LARGEST_PHOTO`` pixels.
     """
-    try:
-        with _open(path) as image:
-            turn = _turn(image, annotated_size)
-            rgb = _to_rgb(image)
-            return np.array(rgb if turn is None else rgb.transpose(turn))
-    except DataError:
-        raise
-    except Exception as error:  # Pillow's decoders raise a dozen types on broken files
-        raise _unreadable(path, error) from None
+    with _opened(path) as image:
+        turn = _turn(image, annotated_size)
+        rgb = _to_rgb(image)
+        return np.array(rgb if turn is None else rgb.transpose(turn))
 
 
 def as_tensor(image: np.ndarray) -> Tensor:
@@ -107,37 +104,40 @@ def read_header(path: PathLike, annotated_size: Size | None = None) -> PhotoHead
     Raises:
         DataError: as :func:`read_image`.
     """
-    try:
-        with _open(path) as image:
-            size = _upright(image.size, _turn(image, annotated_size))
-            header = PhotoHeader(size, _peculiarities(image))
-            kind = image.format
-            if kind == "PNG":
-                image.verify()
-        if kind not in ("JPEG", "MPO", "PNG") or (kind != "PNG" and not _ends_with(path, _JPEG_END)):
+    with _opened(path) as image:
+        size = _upright(image.size, _turn(image, annotated_size))
+        header = PhotoHeader(size, _peculiarities(image))
+        if image.format == "PNG":
+            image.verify()
+        elif image.format not in ("JPEG", "MPO") or not _ends_with(path, _JPEG_END):
             read_image(path)
-    except DataError:
-        raise
-    except Exception as error:  # as above
-        raise _unreadable(path, error) from None
     return header
 
 
-def _open(path: PathLike) -> Image.Image:
-    """A regular file, since a pipe or a device may have no end, of a size that memory holds."""
+@contextlib.contextmanager
+def _opened(path: PathLike) -> Iterator[Image.Image]:
+    """A regular file, since a pipe or a device may have no end, of a size that memory holds.
+
+    Raises:
+        DataError: it is none, or what is done with it fails.
+    """
     if not os.path.isfile(path):
-        there = os.path.exists(path)
-        raise DataError(
-            f"{path}: {'no file but a folder, pipe or device, expected a photo' if there else 'no such photo'}"
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image = Image.open(path)
-    if image.width * image.height > LARGEST_PHOTO:
-        image.close()
-        sizes = f"{image.width} x {image.height} pixels, expected {LARGEST_PHOTO:,} in all at most"
-        raise DataError(f"{path}: photo of {sizes}; save it smaller")
-    return image
+        what = "no file but a folder, pipe or device, expected a photo" if os.path.exists(path) else "no such photo"
+        raise DataError(f"{path}: {what}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path)
+        with image:
+            if image.width * image.height > LARGEST_PHOTO:
+                sizes = f"{image.width} x {image.height} pixels, expected {LARGEST_PHOTO:,} in all at most"
+                raise DataError(f"{path}: photo of {sizes}; save it smaller")
+            yield image
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's decoders raise a dozen types on broken files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path}: not a readable photo ({reason})") from None
 
 
 def _peculiarities(image: Image.Image) -> dict[str, str]:
@@ -188,7 +188,3 @@ def _ends_with(path: PathLike, marker: bytes) -> bool:
     with open(path, "rb") as file:
         file.seek(max(0, os.path.getsize(path) - 64))
         return file.read().rstrip(b"\0").endswith(marker)
-
-
-def _unreadable(path: PathLike, error: Exception) -> DataError:
-    return DataError(f"{path}: not a readable photo ({' '.join(str(error).split()) or type(error).__name__})")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from earlyexit_ssd.config.check import CHOICES
 from earlyexit_ssd.errors import DataError, nearest, one_line
 
 logger = logging.getLogger(__name__)
@@ -70,10 +71,9 @@ class RawDataset:
 
 
 # What to do with broken records: repair them and count, refuse the first one, or skip their photos.
+MODES = CHOICES["DATA.ON_BAD"]
 
-MODES = ("repair", "refuse", "skip")
-
-# What `repair` does about each kind of problem.
+# What `repair` does about each kind of problem; formats add their own.
 REPAIRS = {
     "box outside the photo": "clipped, or dropped where nothing of it is inside",
     "box without area": "dropped",
@@ -87,9 +87,6 @@ REPAIRS = {
     "two photos of one name": "photo dropped, since nobody knows whose boxes these are",
     "photo of another name than its annotations": "the one taken that <filename> names",
     "unknown label": "box dropped",
-    "box in pixels": "dropped; divide x by the photo's width and y by its height",
-    "malformed line of labels": "dropped",
-    "duplicate line of labels": "copies dropped",
     "annotation without a needed key": "dropped",
     "annotation of an unknown photo": "dropped",
     "malformed annotation id": "its place in the file taken",
@@ -110,13 +107,8 @@ REPAIRS = {
     "CMYK photo": "read as RGB",
     "photo of other colours": "read as RGB",
     "EXIF-rotated photo": "turned as its annotated size says",
-}
-
-
-# What is said of a data set and is no fault in a record, so that it is never refused.
-NOTES = {
+    # said of a data set and no fault in a record, so that it is never refused
     "photo without annotations": "left out",
-    "photo without a file of labels": "taken as one without objects",
     "file of another kind": "left out",
     "set with small boxes only": "taken as pixels; are they percent or thousandths of the photo?",
 }
@@ -153,7 +145,7 @@ class Problems:
             self._skips[kind] = self._skips.get(kind, 0) + 1
 
     def note(self, kind: str, message: str) -> None:
-        """Count what is no fault of a record, in any mode: a kind of ``NOTES``."""
+        """Count what is no fault of a record, in any mode."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
         self.examples.setdefault(kind, message)
 
@@ -174,14 +166,10 @@ class Problems:
             notes.clear()
 
     def _done(self, kind: str) -> str:
-        if kind in NOTES:
-            return NOTES[kind]
         if not (skips := self._skips.get(kind, 0)):
             return REPAIRS[kind]
         return "photo left out" + (f", or {REPAIRS[kind]} where no photo is known" if skips < self.counts[kind] else "")
 
-
-# How data sets are written: a reader for each format.
 
 Reader = Callable[..., RawDataset]
 """(name, path of the annotations, folder of photos or name of a split, problems, allow_outside) -> data set."""
@@ -205,18 +193,21 @@ FORMATS: dict[str, Format] = {}
 
 
 def register_format(
-    name: str, recognises: Callable[[str, Path], bool], names_split: bool = False
+    name: str, recognises: Callable[[str, Path], bool], names_split: bool = False, **repairs: str
 ) -> Callable[[Reader], Reader]:
-    """Decorate the reader of a format. Of several that recognise an entry the last one reads it."""
+    """Decorate the reader of a format. Of several that recognise an entry the last one reads it.
+
+    Args:
+        repairs: what is done about kinds of problems that no other format has, with _ for blanks.
+    """
 
     def register(read: Reader) -> Reader:
+        REPAIRS.update({kind.replace("_", " "): done for kind, done in repairs.items()})
         FORMATS[name] = Format(recognises, names_split, read)
         return read
 
     return register
 
-
-# Which classes are detected: filter, rename and number the classes of one data set or several.
 
 NAMED = 8
 """Classes that a message names at most."""

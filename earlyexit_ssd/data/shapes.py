@@ -313,9 +313,7 @@ def ensure_synthetic(root: Path, sizes: tuple[int, int, int], image_size: int, s
             raise DataError(f"{target} is in use by another process, with other DATA.SYNTHETIC settings; {fix}")
         for killed in target.parent.glob(f".{FOLDER}.*.partial"):
             shutil.rmtree(killed, ignore_errors=True)
-        with tempfile.TemporaryDirectory(
-            ".partial", f".{FOLDER}.", target.parent, ignore_cleanup_errors=True
-        ) as temporary:
+        with tempfile.TemporaryDirectory(".partial", f".{FOLDER}.", root, ignore_cleanup_errors=True) as temporary:
             made = Path(temporary) / FOLDER
             _render(made, sizes, image_size, seed)
             write_json(made / "settings.json", settings)

@@ -9,9 +9,8 @@ import albumentations as A
 import cv2
 import numpy as np
 
+from earlyexit_ssd.config.check import CHOICES
 from earlyexit_ssd.errors import ConfigError, nearest
-
-# Random numbers that depend on nothing but the numbers they are named by.
 
 
 def mixed_seed(*numbers: int) -> int:
@@ -20,9 +19,6 @@ def mixed_seed(*numbers: int) -> int:
     NumPy promises that ``SeedSequence`` never changes, so a run resumed years later sees the same views.
     """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-# The crop of SSD's training: a window that overlaps some object by a drawn least IoU.
 
 
 class RandomIoUCrop(A.DualTransform):
@@ -99,8 +95,6 @@ def pairwise_iou(boxes: np.ndarray, windows: np.ndarray) -> np.ndarray:
     return shared / (areas - shared)
 
 
-# The zoom-out of SSD's training: the photo made smaller, somewhere on a plain canvas, for small objects.
-
 # ImageNet's mean colour, 0..255.
 CANVAS = (124, 116, 104)
 
@@ -144,9 +138,7 @@ class RandomZoomOut(A.DualTransform):
         return moved
 
 
-# Augmentation by name; the presets do what those of torchvision's detection reference do.
-
-PRESETS = ("ssdlite", "ssd", "flip", "none")
+PRESETS = CHOICES["DATA.AUGMENTATION"]
 
 
 class Augmentation:

@@ -19,7 +19,15 @@ from earlyexit_ssd.progress import progress
 _TOLERANCE = 0.01
 
 
-@register_format("yolo", lambda annotations, path: path.suffix.lower() in (".yaml", ".yml"), names_split=True)
+@register_format(
+    "yolo",
+    lambda annotations, path: path.suffix.lower() in (".yaml", ".yml"),
+    names_split=True,
+    box_in_pixels="dropped; divide x by the photo's width and y by its height",
+    malformed_line_of_labels="dropped",
+    duplicate_line_of_labels="copies dropped",
+    photo_without_a_file_of_labels="taken as one without objects",
+)
 def read_yolo(name: str, description: Path, split: str, problems: Problems, allow_outside: bool = False) -> RawDataset:
     """Read a split of a data set in Ultralytics' layout.
 
@@ -65,7 +73,8 @@ def read_yolo(name: str, description: Path, split: str, problems: Problems, allo
         record = Record(number, photo, *size, source=labels)
         records.append(_with_labels(record, text, len(classes), "kpt_shape" in tree, in_pixels, problems))
     total = len(in_pixels) + sum(len(record.annotations) for record in records)
-    check_unit(in_pixels, total, description, problems, "box in pixels")
+    advice = "lie outside 0..1 and look like pixels; divide them by the photo's width and height"
+    check_unit(in_pixels, total, description, problems, "box in pixels", advice)
     return RawDataset(name, classes, tuple(record for record in records if problems.keeps(record.image_id)))
 
 

@@ -1,6 +1,7 @@
 import pytest
+from fvcore.common.config import CfgNode
 
-from earlyexit_ssd.config import load_config
+from earlyexit_ssd.config import check, get_cfg, load_config
 from earlyexit_ssd.errors import ConfigError
 
 
@@ -84,3 +85,20 @@ def test_supervision_by_a_teacher_needs_one():
 
 def test_the_defaults_are_possible():
     load_config()
+
+
+def test_a_certificate_and_hybrid_routing_exclude_each_other():
+    with pytest.raises(ConfigError, match=r"ROUTING.HYBRID is True, expected false with ROUTING.CERTIFICATE"):
+        load_config(None, ["ROUTING.HYBRID", "true", "ROUTING.CERTIFICATE", "c.json"])
+
+
+def test_every_number_has_a_rule():
+    def numbers(node, above=""):
+        for key, value in node.items():
+            if isinstance(value, CfgNode):
+                yield from numbers(value, f"{above}{key}.")
+            elif isinstance(value, int | float | tuple) and not isinstance(value, bool):
+                yield f"{above}{key}"
+
+    ruled = {key for keys, *_ in check._OF_EACH_VALUE for key in keys.split()} | set(check.CHOICES)
+    assert set(numbers(get_cfg())) - ruled == {"DATA.DATASETS"}  # which the catalog checks

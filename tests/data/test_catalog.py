@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from earlyexit_ssd.config import get_cfg
-from earlyexit_ssd.data import catalog
+from earlyexit_ssd.data import catalog, records
 from earlyexit_ssd.data import catalog as builtin
 from earlyexit_ssd.data.records import Problems, RawDataset
 from earlyexit_ssd.errors import ConfigError, DataError
@@ -77,6 +77,28 @@ def test_own_sets_of_the_configuration(make_coco, make_voc, voc_xml, voc_object)
     for name, count in (("one", 3), ("two", 2), ("three", 2)):
         raw = load(name, cfg)
         assert (raw.name, len(raw.records)) == (name, count)
+
+
+def test_a_format_of_ones_own_comes_before_the_others(make_coco, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(records, "FORMATS", dict(records.FORMATS))
+    monkeypatch.setattr(catalog, "FORMATS", records.FORMATS)
+    monkeypatch.setattr(records, "REPAIRS", dict(records.REPAIRS))
+
+    @records.register_format("rows", lambda given, path: path.suffix == ".csv", names_split=True, empty_row="dropped")
+    def read_rows(name, table, split, problems, allow_outside):
+        problems.add("empty row", f"{table}: row 2")
+        return RawDataset(name, (split,), ())
+
+    cfg = make_coco()
+    cfg.DATA.DATASETS = (*cfg.DATA.DATASETS, ("mine", "rows.csv", "mugs"))
+    with pytest.raises(DataError, match=r"rows.csv: data set 'mine' is not there"):
+        load("mine", cfg)
+    (tmp_path / "rows.csv").touch()
+    problems = Problems()
+    assert catalog.load("mine", cfg.DATA, problems) == RawDataset("mine", ("mugs",), ())
+    problems.log("mine")
+    assert "1 x empty row (dropped); the first: " in caplog.text
+    assert load("tiny", cfg).classes == ("chair", "cat")
 
 
 def test_own_sets_come_before_built_in_ones(make_coco):

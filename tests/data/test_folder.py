@@ -41,26 +41,26 @@ def test_photos_are_found_in_order_and_hidden_ones_are_not(folder):
 
 
 def test_records_have_sizes_and_no_boxes(folder):
-    raw = read_photo_folder("mine", Path(), folder, Problems("refuse"))
+    raw = read_photo_folder("mine", folder, Problems("refuse"))
     assert [(record.image_id, record.width, record.height) for record in raw.records] == [(1, 60, 40), (2, 30, 50)]
     assert not raw.labelled and not any(record.annotations for record in raw.records)
 
 
 def test_a_folder_without_photos_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"data set 'mine' has no photo \(.jpg, "):
-        read_photo_folder("mine", Path(), tmp_path, Problems("repair"))
+        read_photo_folder("mine", tmp_path, Problems("repair"))
 
 
 def test_a_file_is_no_folder(folder):
     with pytest.raises(DataError, match="b.png: data set 'mine' is a file, expected a folder of photos"):
-        read_photo_folder("mine", Path(), folder / "b.png", Problems("repair"))
+        read_photo_folder("mine", folder / "b.png", Problems("repair"))
 
 
 def test_a_broken_photo_is_dropped_or_refused(folder):
     (folder / "c.jpg").write_bytes(b"no picture")
-    assert len(read_photo_folder("mine", Path(), folder, Problems("repair")).records) == 2
+    assert len(read_photo_folder("mine", folder, Problems("repair")).records) == 2
     with pytest.raises(DataError, match="c.jpg"):
-        read_photo_folder("mine", Path(), folder, Problems("refuse"))
+        read_photo_folder("mine", folder, Problems("refuse"))
 
 
 def test_it_loads_for_any_class_where_no_box_is_needed(folder, tmp_path, caplog):
@@ -118,7 +118,7 @@ def test_every_photo_of_a_folder_is_read_or_counted(tmp_path, caplog):
     os.mkfifo(tmp_path / "photos/pipe.jpg")
     (tmp_path / "photos/clip.mp4").write_bytes(b"")
     problems = Problems("refuse")
-    raw = read_photo_folder("mine", Path(), tmp_path / "photos", problems)
+    raw = read_photo_folder("mine", tmp_path / "photos", problems)
     assert [record.path.name for record in raw.records] == ["a.jpg", "b.AVIF", "c.gif", "d.jpe", "e.jfif", "f.jpg"]
     assert problems.counts == {"file of another kind": 2}
     problems.log("mine")
