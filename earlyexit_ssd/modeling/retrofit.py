@@ -518,7 +518,8 @@ def resize_detector(model: EarlyExitDetector, architecture: Architecture, size: 
     detector.load_state_dict(state)
     if cut:
         detector.head.classification_head = cut_head(detector.head.classification_head)
-    detector.anchor_generator = PixelBoxes(detector.anchor_generator, model.grids, architecture.image_size, size)
+    if size != architecture.image_size:
+        detector.anchor_generator = PixelBoxes(detector.anchor_generator, model.grids, architecture.image_size, size)
     return detector.to(next(model.parameters()).device).eval()
 
 
