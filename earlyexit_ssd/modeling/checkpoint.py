@@ -21,6 +21,7 @@ from earlyexit_ssd.modeling.detector import EarlyExitDetector, is_fused
 from earlyexit_ssd.modeling.outputs import RouterSettings
 from earlyexit_ssd.modeling.retrofit import (
     Architecture,
+    Content,
     exit_names_of,
     find_detector,
     has_reduced_tail,
@@ -39,18 +40,21 @@ Describe = Callable[[int, tuple[str, ...]], Architecture]
 class ModelInfo(TypedDict, total=False):
     """What the package reads of a model file's ``info``; more may be there.
 
-    router: settings of an ``ExitRouter``, None where the exits are not trained; forced: a gate was passed by force.
+    router: settings of an ``ExitRouter``, None where the exits are not trained; forced: a gate was passed by force. Of
+    the checkpoints of other programs: whether they have ``exits``, and the ``temperatures`` trained with them.
     """
 
     router: RouterSettings | None
     forced: bool
+    exits: bool
+    temperatures: list[float] | None
 
 
 def save_model(
     path: str | os.PathLike[str],
     model: EarlyExitDetector,
     architecture: Architecture | None = None,
-    info: dict[str, Any] | None = None,
+    info: ModelInfo | None = None,
 ) -> None:
     """Write the model without its router; ``info`` holds plain types (phase, forced, the router's settings).
 
@@ -79,7 +83,7 @@ def save_model(
 
 def load_model(
     path: str | os.PathLike[str], describe: Describe | None = None
-) -> tuple[EarlyExitDetector, Architecture, dict[str, Any]]:
+) -> tuple[EarlyExitDetector, Architecture, ModelInfo]:
     """Read what :func:`save_model` wrote: the model in eval mode on the CPU, its architecture and its info.
 
     The model has no router and the default losses; ``ExitRouter(**info["router"])`` makes the router it was saved with.
@@ -117,8 +121,8 @@ def load_model(
 
 
 def _load_foreign(
-    path: str | os.PathLike[str], content: dict[str, Any], describe: Describe
-) -> tuple[EarlyExitDetector, Architecture, dict[str, Any]]:
+    path: str | os.PathLike[str], content: Content, describe: Describe
+) -> tuple[EarlyExitDetector, Architecture, ModelInfo]:
     state = find_detector(content, path)
     outputs, exits = outputs_of(state), exit_names_of(state)
     if outputs < 2:
@@ -186,7 +190,7 @@ def half_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: views[name] for name in state}
 
 
-def half_file(content: dict[str, Any]) -> bytes:
+def half_file(content: Content) -> bytes:
     """The bytes of a model file (what ``save_model`` writes, as ``read_weights`` reads it) in half precision.
 
     The same content gives the same bytes, so that its sha256 can be compared.

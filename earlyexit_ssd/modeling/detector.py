@@ -282,6 +282,8 @@ class EarlyExitDetector(SSD):
     plain_weights: ClassVar[type[WeightsEnum]]
     backbone_weights: ClassVar[type[WeightsEnum]]
     """torchvision's weights of the detector without exits, and of its trunk."""
+    any_size: ClassVar[bool] = True
+    """Whether its layers fit inputs of other sizes than torchvision's."""
 
     @takes_exits
     def __init__(

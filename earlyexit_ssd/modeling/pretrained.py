@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.checkpoint import ShippedWeights, load_model, save_model, weights_path
 from earlyexit_ssd.modeling.detector import EarlyExitDetector
-from earlyexit_ssd.modeling.outputs import Router
+from earlyexit_ssd.modeling.outputs import Router, RouterSettings
 from earlyexit_ssd.modeling.retrofit import COCO_CLASSES, Architecture
 from earlyexit_ssd.modeling.validate import check_router
 
@@ -120,7 +120,7 @@ def names_of(outputs: int, classes: Sequence[str] | None = None) -> tuple[str, .
     return tuple(classes)
 
 
-def make_router(model: EarlyExitDetector, settings: Mapping[str, Any]) -> Router:
+def make_router(model: EarlyExitDetector, settings: RouterSettings) -> Router:
     """The router of a file's settings, tried on a blank photo: what is fitted for another model fails there.
 
     Raises:

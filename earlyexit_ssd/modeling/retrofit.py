@@ -38,6 +38,8 @@ from earlyexit_ssd.plain import build, check_fields, require_bounded
 
 logger = logging.getLogger(__name__)
 
+Content = Mapping[str, Any]
+"""What a file of weights holds: tensors and plain types, in dicts and lists."""
 
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """Parts that DataParallel, AveragedModel, torch.compile and the like put into keys, anywhere."""
@@ -50,7 +52,7 @@ _ROOT = re.compile(r"(?:^|\.)(?=backbone\.features\.0\.)")
 _AVERAGE = re.compile(r"(?:^|[._])(?:ema|swa|avg)(?:$|[._])|averag|shadow|teacher", re.IGNORECASE)
 
 
-def find_detector(content: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def find_detector(content: Content, path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The state dict of an SSDLite, with or without exits, under torchvision's names.
 
     It may lie under other keys (``{"model": ..., "epoch": ...}``), and its keys may share a prefix and hold those of
@@ -82,7 +84,7 @@ def find_detector(content: Mapping[str, Any], path: str | os.PathLike[str]) -> d
     return found[names[0]]
 
 
-def _mappings(content: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _mappings(content: Content) -> Iterator[tuple[str, Content]]:
     """Every dict in ``content`` with the keys that lead there; none twice, since pickles may hold circles."""
     level, seen = [("", content)], set()
     for _ in range(DEPTH):
@@ -100,7 +102,7 @@ def _mappings(content: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, An
         level = following
 
 
-def _detectors(mapping: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
+def _detectors(mapping: Content, path: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
     """The detectors among the tensors of one dict, by the prefix of their keys without its last dot."""
     tensors: dict[str, Tensor] = {}
     for key, value in mapping.items():
@@ -423,7 +425,7 @@ def require_weights(weights: str | os.PathLike[str] | SSDLite320_MobileNet_V3_La
         raise EarlyExitError(f"weights {weights}: no such file{hint}")
 
 
-def read_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_weights(path: str | os.PathLike[str]) -> Content:
     """A file of tensors and plain types; nothing in it is executed.
 
     ``argparse.Namespace`` is plain too: torchvision's reference training stores its arguments in one.
@@ -518,7 +520,8 @@ def resize_detector(model: EarlyExitDetector, architecture: Architecture, size: 
     detector.load_state_dict(state)
     if cut:
         detector.head.classification_head = cut_head(detector.head.classification_head)
-    detector.anchor_generator = PixelBoxes(detector.anchor_generator, model.grids, architecture.image_size, size)
+    if size != architecture.image_size:
+        detector.anchor_generator = PixelBoxes(detector.anchor_generator, model.grids, architecture.image_size, size)
     return detector.to(next(model.parameters()).device).eval()
 
 

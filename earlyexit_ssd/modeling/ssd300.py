@@ -81,7 +81,7 @@ class EarlyExitSSD300(Pretrained):
     Its exits have a ``light`` branch, or none (``empty``).
     """
 
-    last_layer = LAST_LAYER
+    last_layer, any_size = LAST_LAYER, False
     plain_weights, backbone_weights = SSD300_VGG16_Weights, VGG16_Weights
 
     @property

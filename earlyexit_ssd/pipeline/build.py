@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
@@ -25,6 +24,7 @@ from earlyexit_ssd.modeling import (
     load_model,
     retrofit,
 )
+from earlyexit_ssd.modeling.checkpoint import ModelInfo
 from earlyexit_ssd.modeling.detector import detector_class
 from earlyexit_ssd.modeling.heads import plan_class_change
 from earlyexit_ssd.modeling.retrofit import torchvision_name
@@ -131,7 +131,7 @@ def build_model(cfg: CfgNode, classes: tuple[str, ...]) -> tuple[EarlyExitSSDLit
     return model, architecture
 
 
-def open_model(cfg: CfgNode, weights: str | os.PathLike[str]) -> tuple[EarlyExitSSDLite, Architecture, dict[str, Any]]:
+def open_model(cfg: CfgNode, weights: str | os.PathLike[str]) -> tuple[EarlyExitSSDLite, Architecture, ModelInfo]:
     """A trained model in eval mode on the CPU, its architecture and its info, whose ``router`` holds what was trained.
 
     ``weights`` may be a model of this project, or a checkpoint of torchvision's reference training that has exits: the

@@ -152,7 +152,8 @@ def build_rivals(
     if not rivals.ENABLED:
         return []
     classes, own_size = architecture.classes, architecture.image_size
-    sizes = [size for size in dict.fromkeys(rivals.SIZES or smaller_sizes(own_size)) if size != own_size]
+    asked = rivals.SIZES or (smaller_sizes(own_size) if model.any_size else ())
+    sizes = [size for size in dict.fromkeys(asked) if size != own_size]
     model = model.to(device)
     plain = {f"plain {size}": resize_detector(model, architecture, size) for size in sizes}
     cut_sizes = (own_size, *sizes) if is_folded(model.head.classification_head) else ()

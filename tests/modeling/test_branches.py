@@ -1,4 +1,4 @@
-"""None"""
+"""What exits are described by, and the branches of every kind."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_shares_are_one_for_each_exit():
             small_model(exit_layers=(8, 12), copy=wrong)
 
 
-# modeling.test_empty.
+# The kind "empty".
 
 
 def test_it_says_background_at_every_default_box():
@@ -287,7 +287,7 @@ def test_a_layer_without_an_exit_is_refused():
         small_model(exit_layers=(6, 8), empty=(7,))
 
 
-# modeling.test_branch.
+# The kind "copied" as a whole.
 
 
 def test_only_the_first_map_is_narrow():

@@ -1,4 +1,4 @@
-"""None"""
+"""Model files, and the weights that come with the package."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_branches_of_new_layers_are_refused_by_name(tmp_path):
         load_model(tmp_path / "old.pth")
 
 
-# modeling.test_half.
+# Half precision.
 
 
 def test_values_shapes_and_order():
@@ -178,7 +178,7 @@ def test_nothing_in_the_file_needs_unpickling():
     assert set(torch.load(io.BytesIO(half_file(content)), weights_only=True)) == set(content)
 
 
-# modeling.test_weights.
+# The weights that come with the package.
 
 ENTRY = {
     "classes": ["cat", "dog"],

@@ -1,4 +1,4 @@
-"""None"""
+"""The walk from exit to exit, and what detects, trains and times by it."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_hybrid_spares_the_last_classification_head_where_all_are_sure():
     assert last_head == branch_12 == []
 
 
-# modeling.test_early_exit_ssd.
+# The detector.
 
 
 def test_without_router_the_detections_are_torchvision_s(images):
@@ -391,7 +391,7 @@ def test_any_size_width_and_exits(changes):
     assert len(model(images)) == 2
 
 
-# modeling.test_paths.
+# The path to one exit.
 
 
 def test_path_gives_the_exit_s_outputs(model, images):
@@ -429,7 +429,7 @@ def test_hybrid_path_ends_with_the_boxes_of_the_full_path(model, images):
         assert torch.equal(boxes, found.heads[-1]["bbox_regression"])
 
 
-# modeling.test_fused.
+# Fused for inference.
 
 
 @pytest.fixture
@@ -485,7 +485,7 @@ def test_a_model_with_other_normalisation_is_saved(trained, tmp_path):
     assert (tmp_path / "model.pth").is_file()
 
 
-# modeling.test_training.
+# What a phase trains.
 
 
 def test_branches_from_taps_have_the_whole_model_s_losses_and_gradients(images, targets):

@@ -1,4 +1,4 @@
-"""None"""
+"""Heads: folded, cut and factorised."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_no_class_in_common():
         plan_class_change(SOURCE, ("chairs",))
 
 
-# modeling.test_factorised.
+# In two thin steps.
 
 
 def convolution(weight, bias):

@@ -1,4 +1,4 @@
-"""None"""
+"""The losses of one exit."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_photo_without_objects_is_background():
     assert not result.foreground.any()
 
 
-# modeling.test_losses.
+# Whole losses.
 
 LOG2 = math.log(2)
 

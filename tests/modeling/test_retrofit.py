@@ -205,7 +205,7 @@ def test_get_model_takes_model_files_and_shipped_weights(tmp_path):
     assert get_model(NAME, weights=EarlyExitSSDLite_Weights.CHAIR).classes == ("chair",)
 
 
-# modeling.test_retrofit.
+# Other classes.
 
 SOURCE = ("person", "chair", "couch")
 

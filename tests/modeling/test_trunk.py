@@ -1,4 +1,4 @@
-"""None"""
+"""The backbone in segments."""
 
 from __future__ import annotations
 

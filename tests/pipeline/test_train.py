@@ -37,7 +37,8 @@ def test_the_runtime_is_checked_where_it_will_evaluate(monkeypatch):
     def check_rivals(cfg, device):
         raise Checked(device.type)
 
-    monkeypatch.setattr(train_module, "check_rivals", check_rivals)
+    module = importlib.import_module("earlyexit_ssd.pipeline.train")  # the folder's ``train`` is the function
+    monkeypatch.setattr(module, "check_rivals", check_rivals)
     cfg = load_config(None, ["EVAL.RUNTIME", "onnxruntime"])
     with pytest.raises(Checked, match="^cpu$"):
-        train_module.prepare(cfg, None, torch.device("cuda"))
+        module.prepare(cfg, None, torch.device("cuda"))
