@@ -144,11 +144,11 @@ class ExitResult(DetectorResult):
     figures: Figures = field(default_factory=dict)
     empty: bool | None = None
     AP50_below_full_interval: Interval = None
-    found: BoxSummary | None = None
     confidence: ConfidenceSummary | None = None
     mmacs: float | None = None
     ms: float | None = None
     ms_interval: Interval = None
+    found: BoxSummary | None = None
     left_out = ("empty", "found")
 
     def to_json(self) -> dict[str, Any]:
