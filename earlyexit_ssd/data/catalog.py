@@ -10,7 +10,8 @@ from pathlib import Path
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.data import coco, folder, voc, yolo  # noqa: F401 - they register their formats
-from earlyexit_ssd.data.records import FORMATS, Problems, RawDataset
+from earlyexit_ssd.data.problems import Problems
+from earlyexit_ssd.data.records import FORMATS, RawDataset
 from earlyexit_ssd.data.shapes import ensure_synthetic
 from earlyexit_ssd.errors import ConfigError, DataError, nearest, shown
 

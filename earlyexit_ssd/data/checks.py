@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from earlyexit_ssd.data.images import read_header
-from earlyexit_ssd.data.records import Annotation, Problems, RawDataset, Record, canonical
+from earlyexit_ssd.data.problems import Problems
+from earlyexit_ssd.data.records import Annotation, RawDataset, Record, canonical
 from earlyexit_ssd.errors import DataError, shown
 from earlyexit_ssd.progress import progress
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from earlyexit_ssd.data.checks import annotated_size, are_shares, check_names, check_unit, read_flags
 from earlyexit_ssd.data.folder import photo_path
-from earlyexit_ssd.data.records import Annotation, Problems, RawDataset, Record, register_format
+from earlyexit_ssd.data.problems import Problems
+from earlyexit_ssd.data.records import Annotation, RawDataset, Record, register_format
 from earlyexit_ssd.errors import DataError, shown
 
 _SECTIONS = ("images", "annotations", "categories")

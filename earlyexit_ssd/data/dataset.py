@@ -33,9 +33,8 @@ from earlyexit_ssd.data.checks import (
     file_identity,
 )
 from earlyexit_ssd.data.images import as_tensor, read_image
+from earlyexit_ssd.data.problems import MODES, Problems
 from earlyexit_ssd.data.records import (
-    MODES,
-    Problems,
     RawDataset,
     Record,
     few,

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from earlyexit_ssd.data.images import PHOTO_SUFFIXES, read_header
-from earlyexit_ssd.data.records import Problems, RawDataset, Record, register_format
+from earlyexit_ssd.data.problems import Problems
+from earlyexit_ssd.data.records import RawDataset, Record, register_format
 from earlyexit_ssd.errors import DataError
 from earlyexit_ssd.plain import read_bytes
 from earlyexit_ssd.progress import progress

@@ -13,7 +13,7 @@ from fvcore.common.config import CfgNode
 from PIL import Image
 
 from earlyexit_ssd.config import get_cfg
-from earlyexit_ssd.data.records import MODES
+from earlyexit_ssd.data.problems import MODES
 
 CATEGORIES = ({"id": 62, "name": "chair"}, {"id": 3, "name": "cat"})
 # x, y, width, height in a photo of 60 x 40: two chairs and a cat

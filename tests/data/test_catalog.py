@@ -10,7 +10,8 @@ import pytest
 from earlyexit_ssd.config import get_cfg
 from earlyexit_ssd.data import catalog, records
 from earlyexit_ssd.data import catalog as builtin
-from earlyexit_ssd.data.records import Problems, RawDataset
+from earlyexit_ssd.data.problems import Problems
+from earlyexit_ssd.data.records import RawDataset
 from earlyexit_ssd.errors import ConfigError, DataError
 
 

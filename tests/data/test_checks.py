@@ -27,7 +27,8 @@ from earlyexit_ssd.data.checks import (
     read_flags,
     resize_record,
 )
-from earlyexit_ssd.data.records import Annotation, Problems, RawDataset, Record
+from earlyexit_ssd.data.problems import Problems
+from earlyexit_ssd.data.records import Annotation, RawDataset, Record
 from earlyexit_ssd.errors import DataError
 
 GOOD = Annotation((1, 2, 11, 12), 1, id=1)

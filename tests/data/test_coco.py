@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from earlyexit_ssd.data.coco import read_coco
-from earlyexit_ssd.data.records import Problems
+from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.errors import DataError, shown
 from tests.data.conftest import write_photo
 

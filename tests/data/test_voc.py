@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from earlyexit_ssd.data.records import Problems
+from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.voc import VOC_CLASSES, read_voc, read_xml_folder
 from earlyexit_ssd.errors import DataError
 from tests.data.conftest import write_photo

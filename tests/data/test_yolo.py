@@ -8,7 +8,8 @@ import pytest
 
 from earlyexit_ssd.config import get_cfg
 from earlyexit_ssd.data import load_dataset
-from earlyexit_ssd.data.records import Problems, RawDataset
+from earlyexit_ssd.data.problems import Problems
+from earlyexit_ssd.data.records import RawDataset
 from earlyexit_ssd.data.yolo import read_yolo
 from earlyexit_ssd.errors import DataError
 from tests.data.conftest import write_photo
