@@ -78,7 +78,6 @@ def read_recipes(path: str | Path) -> Recipes:
     return {str(name): {**shared, **keys} for name, keys in recipes.items()}
 
 
-@locks_folder("out_dir")
 def compare_recipes(
     config: str | Path, overrides: Sequence[str], recipes: Recipes, seeds: Sequence[int], out_dir: Path
 ) -> list[dict[str, Any]]:
@@ -112,6 +111,12 @@ def compare_recipes(
         for name, keys in recipes.items()
         for seed in dict.fromkeys(seeds)
     ]
+    return _train_all(trials, out_dir)
+
+
+@locks_folder("out_dir")
+def _train_all(trials: Sequence[tuple[str, int, CfgNode, Path]], out_dir: Path) -> list[dict[str, Any]]:
+    """A row for each recipe's name, seed, configuration and folder; those of an earlier comparison are not trained."""
     rows, contents = [], {}
     for name, seed, cfg, folder in trials:
         photos = f"{cfg.DATA} {cfg.SEED}"  # the seed chooses among them

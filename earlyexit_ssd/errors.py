@@ -18,8 +18,9 @@ _START = 170
 class EarlyExitError(ValueError):
     """Base of every error that the package raises for bad input; its message is one line under 300 characters."""
 
-    def __init__(self, message: object = "") -> None:
-        super().__init__(one_line(str(message)))
+    def __str__(self) -> str:
+        # not when it is made: torch.export traces the line that raises
+        return one_line(super().__str__())
 
 
 class ConfigError(EarlyExitError):

@@ -16,7 +16,7 @@ from earlyexit_ssd.config import C4_LAYER, check_config
 from earlyexit_ssd.data import class_names
 from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.evaluation.placement import SHARES, Placement, measure_placements, propose
-from earlyexit_ssd.files import locks_folder, write_image, write_json, write_text
+from earlyexit_ssd.files import locked_folder, write_image, write_json, write_text
 from earlyexit_ssd.pipeline.build import build_device, build_model, build_router, evaluation_device, require_full_path
 from earlyexit_ssd.pipeline.phases import train_branches
 from earlyexit_ssd.pipeline.run import RunFolder
@@ -27,7 +27,6 @@ ALL_LAYERS = tuple(range(1, C4_LAYER))
 """Those from which a branch can copy its first map; behind the others there is next to nothing to save."""
 
 
-@locks_folder("out_dir")
 def plan_exits(
     cfg: CfgNode,
     out_dir: Path,
@@ -51,15 +50,16 @@ def plan_exits(
         EarlyExitError: unusable settings, data or weights.
     """
     cfg = _with_exits(cfg, layers, speedup, probe_epochs)
-    placements, full_ap50 = _measure(cfg), None
-    if probe_epochs:
-        *ap50, full_ap50 = _probe(cfg, out_dir)
-        placements = [dataclasses.replace(one, AP50=value) for one, value in zip(placements, ap50, strict=True)]
-    plan = _describe(cfg, placements, full_ap50, speedup)
-    write_json(out_dir / "placement.json", plan)
-    write_text(out_dir / "placement.txt", placement_report(plan) + "\n")
-    write_image(out_dir / "placement.png", placement_chart(plan))
-    return plan
+    with locked_folder(out_dir):
+        placements, full_ap50 = _measure(cfg), None
+        if probe_epochs:
+            *ap50, full_ap50 = _probe(cfg, out_dir)
+            placements = [dataclasses.replace(one, AP50=value) for one, value in zip(placements, ap50, strict=True)]
+        plan = _describe(cfg, placements, full_ap50, speedup)
+        write_json(out_dir / "placement.json", plan)
+        write_text(out_dir / "placement.txt", placement_report(plan) + "\n")
+        write_image(out_dir / "placement.png", placement_chart(plan))
+        return plan
 
 
 def _with_exits(cfg: CfgNode, layers: Sequence[int], speedup: float, probe_epochs: int) -> CfgNode:

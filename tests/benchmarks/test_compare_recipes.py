@@ -81,7 +81,7 @@ def test_recipes_with_weights_of_their_own_are_known_by_them(command, trained, t
         ("", "expected lines such as"),
         ("_ALL_: {EXITS.DEPTH: 1}\n", "_ALL_ alone, which is for every recipe; add one"),
         ("one two: {}\none_two: {}\n", "recipes 'one two' and 'one_two' would share the folder one_two"),
-        ("a: [\n", "cannot be read as recipes"),
+        ("a: [\n", "not valid YAML"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_trains(command, tmp_path, capsys, recipes, message):

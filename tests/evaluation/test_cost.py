@@ -48,7 +48,7 @@ def test_a_path_keeps_its_outputs_and_its_mode(small_model, capfd):
         expected, found = path.eval()(example), network(example)
     assert len(found) == 6
     for mine, theirs in zip(found, expected, strict=True):
-        assert torch.allclose(mine, theirs, atol=1e-4)
+        assert (mine - theirs).abs().max() < 1e-4 * max(1.0, float(theirs.abs().max()))
     assert time_modules([network], example, runs=1)[0].ms > 0
 
 
@@ -60,7 +60,7 @@ class Scoring(nn.Module):
         self.router = router
 
     def forward(self, logits):
-        return self.router.confidence(ExitSignals(logits, logits.flip(1), logits[:, :4, 0]), 1)
+        return self.router.confidence(ExitSignals(logits, logits[:, :4, 0]), 1)
 
 
 @pytest.mark.parametrize("policy", [*sorted(POLICIES), *sorted(FITTED_POLICIES)])

@@ -411,7 +411,7 @@ def test_no_such_exit(model):
 def test_all_outputs_are_those_of_every_exit_on_the_way(model, images):
     model.eval()
     batch, _ = model.transform(images)
-    found, router = model.exit_outputs(images), ExitRouter(2, policy="entropy", temperatures=(1.0, 2.0))
+    found, router = model.exit_outputs(images), ExitRouter(2, policy="entropy", thresholds=0.5, temperatures=(1.0, 2.0))
     outputs = AllOutputs(PathToExit(model, 2, router))(batch.tensors)
     expected = [tensor for head in found.heads for tensor in head.values()]
     expected += [router.confidence(found.signals(index), index) for index in (0, 1)]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
 from earlyexit_ssd.config import load_config
-from earlyexit_ssd.pipeline import train as prepare
 from earlyexit_ssd.pipeline.train import learns_from_labels
 
+train_module = importlib.import_module("earlyexit_ssd.pipeline.train")  # the package has a function of that name
 TEACHER = ("LOSS.SUPERVISION", "teacher", "LOSS.TEACHER", "full", "BASELINE.EPOCHS", "0")
 
 
@@ -36,7 +38,7 @@ def test_the_runtime_is_checked_where_it_will_evaluate(monkeypatch):
     def check_rivals(cfg, device):
         raise Checked(device.type)
 
-    monkeypatch.setattr(prepare, "check_rivals", check_rivals)
+    monkeypatch.setattr(train_module, "check_rivals", check_rivals)
     cfg = load_config(None, ["EVAL.RUNTIME", "onnxruntime"])
     with pytest.raises(Checked, match="^cpu$"):
-        prepare.prepare(cfg, None, torch.device("cuda"))
+        train_module.prepare(cfg, None, torch.device("cuda"))

@@ -324,7 +324,7 @@ def test_parameters_of_another_kind_are_refused(wrong):
 def test_numbers_that_a_state_dict_brings_are_used():
     """What is folded at first would otherwise go on deciding."""
     first, second = (LearnedGain([to_plain(random_model(seed))]) for seed in (1, 2))
-    signals = ExitSignals(torch.randn(3, 20, 4), None, torch.randn(3, 6))
+    signals = ExitSignals(torch.randn(3, 20, 4), torch.randn(3, 6))
     assert not torch.allclose(first(signals, 0), second(signals, 0))
     first.load_state_dict(second.state_dict())
     assert torch.equal(first(signals, 0), second(signals, 0))

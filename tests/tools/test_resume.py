@@ -47,7 +47,7 @@ def test_a_resume_that_cannot_start_leaves_the_run_alone(tiny, tmp_path, capsys)
     ("file", "message"),
     [
         ("config.yaml", "config.yaml: not what a run has written"),
-        ("baseline/gate.json", "gate.json: not what a run has written"),
+        ("baseline/gate.json", "gate.json: not valid YAML"),
         ("baseline/last.pth", "last.pth: not a file of weights that can be read safely"),
         ("baseline/model.pth", "model.pth: not a file of weights that can be read safely"),
     ],
