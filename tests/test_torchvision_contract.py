@@ -195,8 +195,8 @@ def test_size_without_reading_the_photo(test_set):
 
 
 def test_found_by_name():
-    assert models.list_models(include="earlyexit*") == [NAME]
-    assert models.list_models(module=earlyexit_ssd.modeling) == [NAME]
+    assert models.list_models(include="earlyexit*") == ["earlyexit_ssd300_vgg16", NAME]
+    assert models.list_models(module=earlyexit_ssd.modeling) == ["earlyexit_ssd300_vgg16", NAME]
     assert models.get_model_builder(NAME) is earlyexit_ssd.earlyexit_ssdlite320_mobilenet_v3_large
     assert models.get_model_weights(NAME) is SSDLite320_MobileNet_V3_Large_Weights
     model = models.get_model(NAME, trainable_backbone_layers=None, **TINY)

@@ -83,7 +83,7 @@ def test_own_sets_of_the_configuration(make_coco, make_voc, voc_xml, voc_object)
 def test_a_format_of_ones_own_comes_before_the_others(make_coco, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(records, "FORMATS", dict(records.FORMATS))
     monkeypatch.setattr(catalog, "FORMATS", records.FORMATS)
-    monkeypatch.setattr(records, "REPAIRS", dict(records.REPAIRS))
+    monkeypatch.setitem(records.REPAIRS, "empty row", "")  # taken out again
 
     @records.register_format("rows", lambda given, path: path.suffix == ".csv", names_split=True, empty_row="dropped")
     def read_rows(name, table, split, problems, allow_outside):
