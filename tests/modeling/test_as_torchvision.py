@@ -119,7 +119,9 @@ def test_a_routed_model_is_not_traced(policy, hybrid):
     with pytest.raises(EarlyExitError, match=r"cannot be traced or exported: .* model.router = None"):
         torch.jit.trace(Wrapped(model), (image,))
     for strict in (False, True):
-        with pytest.raises(Exception, match="cannot be traced or exported"):
+        # before torch 2.7 PyTorch refuses a strict export in its own words
+        ours = not strict or hasattr(torch.compiler, "is_exporting")
+        with pytest.raises(Exception, match="cannot be traced or exported" if ours else None):
             torch.export.export(Wrapped(model), (image,), strict=strict)
     with torch.no_grad():
         assert "exit_index" in model([image])[0]
