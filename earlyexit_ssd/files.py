@@ -216,9 +216,15 @@ def locked_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
         CannotWrite: it cannot be made or written to.
         EarlyExitError: another process writes there.
     """
+    made = not Path(folder).exists()
     make_folder(folder)
-    with lock(Path(folder) / ".lock", str(folder)):
-        yield
+    try:
+        with lock(Path(folder) / ".lock", str(folder)):
+            yield
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # it holds results; an empty one goes again
+                Path(folder).rmdir()
 
 
 def locks_folder(parameter: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -169,3 +169,15 @@ def test_waiting_for_a_lock(tmp_path):
         with pytest.raises(subprocess.CalledProcessError):  # now it is this process's
             subprocess.run([sys.executable, "-c", HOLD, str(tmp_path), "0"], check=True, stderr=subprocess.DEVNULL)
         assert time.monotonic() - start < 60
+
+
+def test_a_folder_that_was_made_for_nothing_goes_again(tmp_path):
+    with pytest.raises(ValueError, match="wrong"), locked_folder(tmp_path / "new"):
+        raise ValueError("wrong")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    with locked_folder(tmp_path / "old"):
+        pass
+    with locked_folder(tmp_path / "kept"):
+        (tmp_path / "kept" / "result.txt").touch()
+    assert (tmp_path / "old").is_dir() and (tmp_path / "kept" / "result.txt").is_file()
