@@ -12,6 +12,7 @@ from earlyexit_ssd.config.check import (
     PHASES,
     TAIL_BLOCKS,
     check_config,
+    num_exits,
 )
 from earlyexit_ssd.config.defaults import get_cfg
 from earlyexit_ssd.config.load import load_config
@@ -30,4 +31,5 @@ __all__ = [
     "check_config",
     "get_cfg",
     "load_config",
+    "num_exits",
 ]

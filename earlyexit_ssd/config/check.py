@@ -107,6 +107,9 @@ _OF_EACH_VALUE: Sequence[Rule] = (
     ("MODEL.IMAGE_SIZE DATA.SYNTHETIC.IMAGE_SIZE", _SIDE, _whole(64, LARGEST_SIDE)),
     ("EVAL.RIVALS.SIZES", f"whole numbers from {_SIDE}", _whole(64, LARGEST_SIDE)),
     ("EXITS.LAYERS", f"trunk layers 1 to {LAST_LAYER - 1}", _whole(1, LAST_LAYER - 1)),
+    ("EXITS.GLANCES", f"pairs of pixels (32 to {LARGEST_SIDE}) and a trunk layer, such as [[128, 12]]",
+     lambda one, *_: isinstance(one, tuple) and len(one) == 2 and _whole(32, LARGEST_SIDE)(one[0])
+     and _whole(1, LAST_LAYER - 1)(one[1])),
     ("EXITS.EMPTY", "some of EXITS.LAYERS {layers}", lambda one, _, cfg: one in cfg.EXITS.LAYERS),
     ("EXITS.COPY", "a share above 0, at most 1", lambda one, *_: one > 0),
     ("EXITS.DEPTH", f"0 to {TAIL_BLOCKS} blocks", _whole(0, TAIL_BLOCKS)),
@@ -126,14 +129,20 @@ _OF_EACH_VALUE: Sequence[Rule] = (
      lambda one, *_: str(one).partition(":")[0] in RIVAL_FORMATS),
 )
 _OF_THE_WHOLE: Sequence[Rule] = (
-    ("EXITS.LAYERS", "at least one layer, such as [8, 12]", lambda layers, *_: len(layers) > 0),
+    ("EXITS.LAYERS", "at least one layer, such as [8, 12], or EXITS.GLANCES",
+     lambda layers, _, cfg: len(layers) + len(cfg.EXITS.GLANCES) > 0),
+    ("EXITS.GLANCES", "glances of increasing pixels",
+     lambda glances, *_: [one[0] for one in glances] == sorted({one[0] for one in glances})),
     ("EXITS.LAYERS", "increasing layers, each once", lambda layers, *_: list(layers) == sorted(set(layers))),
-    ("EXITS.COPY EXITS.DEPTH LOSS.EXIT_WEIGHTS ROUTING.THRESHOLDS ROUTING.TEMPERATURES",
-     "one number, or one for each of {exits} exits", lambda values, _, cfg: len(values) in (1, len(cfg.EXITS.LAYERS))),
-    ("EXITS.BRANCH", "one kind, or one for each of {exits} exits",
+    ("EXITS.COPY EXITS.DEPTH",
+     "one number, or one for each of EXITS.LAYERS {layers}",
+     lambda values, _, cfg: len(values) in (1, len(cfg.EXITS.LAYERS))),
+    ("EXITS.BRANCH", "one kind, or one for each of EXITS.LAYERS {layers}",
      lambda kinds, _, cfg: len(kinds) in (1, len(cfg.EXITS.LAYERS))),
+    ("LOSS.EXIT_WEIGHTS ROUTING.THRESHOLDS ROUTING.TEMPERATURES",
+     "one number, or one for each of {exits} exits", lambda values, _, cfg: len(values) in (1, num_exits(cfg))),
     ("JOINT.EXIT_WEIGHTS", "none, one, or {exits} numbers",
-     lambda values, _, cfg: len(values) in (0, 1, len(cfg.EXITS.LAYERS))),
+     lambda values, _, cfg: len(values) in (0, 1, num_exits(cfg))),
     ("ROUTING.TEMPERATURE_BOUNDS", "[low, high] with low below high, such as [0.5, 3.0]",
      lambda bounds, *_: len(bounds) == 2 and bounds[0] < bounds[1]),
     ("ROUTING.TEMPERATURES", "numbers inside {bounds}", lambda values, _, cfg:
@@ -155,6 +164,11 @@ _OF_THE_WHOLE: Sequence[Rule] = (
 # fmt: on
 
 
+def num_exits(cfg: CfgNode) -> int:
+    """Early exits that the configuration describes, glances among them."""
+    return len(cfg.EXITS.GLANCES) + len(cfg.EXITS.LAYERS)
+
+
 def check_config(cfg: CfgNode) -> None:
     """Raise :class:`ConfigError` for the first impossible value."""
     for key, choices in CHOICES.items():
@@ -168,7 +182,7 @@ def check_config(cfg: CfgNode) -> None:
                 for value in get(cfg, key):
                     if not holds(value, _value(cfg, key), cfg):
                         layers, bounds = cfg.EXITS.LAYERS, cfg.ROUTING.TEMPERATURE_BOUNDS
-                        text = expected.format(exits=len(layers), layers=list(layers), bounds=bounds)
+                        text = expected.format(exits=num_exits(cfg), layers=list(layers), bounds=bounds)
                         raise ConfigError(f"{key} is {shown(value)}, expected {text}")
 
 

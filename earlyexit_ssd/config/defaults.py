@@ -96,6 +96,10 @@ _C.EXITS.LAYERS = (8, 12)
 # the full path's own first map, and its predictors with it (behind layers 13 to 15, where there is nothing to copy, a
 # new map and new predictors). Of a light branch, the channels of every map; 0: 64.
 _C.EXITS.CHANNELS = 0
+# Looks at a small copy of the photo before the network runs: [pixels, layer] of each, such as [[128, 12]]. The same
+# trunk sees the copy, and a policy that looks at the trunk (foreseen_emptiness) decides whether there is anything to
+# find. Glances come before LAYERS, in THRESHOLDS and TEMPERATURES too; LAYERS may be [] then.
+_C.EXITS.GLANCES = ()
 # Kind of the branches, one for all exits or one for each: copied (copies of the full path's own layers), light (few
 # layers of its own: attention on the tap, context from the exit before, a narrow pyramid) or a kind of yours.
 _C.EXITS.BRANCH = ("copied",)

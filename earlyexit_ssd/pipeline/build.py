@@ -10,6 +10,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torchvision.models._api import WeightsEnum
 
+from earlyexit_ssd.config import num_exits
 from earlyexit_ssd.data.dataset import class_names
 from earlyexit_ssd.errors import ConfigError, EarlyExitError, nearest
 from earlyexit_ssd.evaluation.cost import EAGER
@@ -215,7 +216,7 @@ def build_router(cfg: CfgNode, stored: dict | None = None, learn: bool = False) 
         ConfigError: thresholds for another number of exits.
     """
     stored = stored or {}
-    exits, given = stored.get("num_exits", len(cfg.EXITS.LAYERS)), len(cfg.ROUTING.THRESHOLDS)
+    exits, given = stored.get("num_exits", num_exits(cfg)), len(cfg.ROUTING.THRESHOLDS)
     if given not in (1, exits):
         raise ConfigError(
             f"ROUTING.THRESHOLDS has {given} numbers, the model has {exits} early exits: give one for all, "
