@@ -21,6 +21,7 @@ PHASE_SECTIONS = {"baseline": "BASELINE", "exits": "EXITS_PHASE", "joint": "JOIN
 LAST_LAYER = 16
 TAIL_BLOCKS = 2
 LARGEST_SIDE, MOST_WIDTH, MOST_CHANNELS = 4096, 4, 4096
+TARGETS = ("ap_drop", "risk", "speedup")
 RIVAL_FORMATS = ("yolox", "boxes")
 LOSS_CHOICES = {
     "classification": ("mined", "focal"),
@@ -37,6 +38,7 @@ CHOICES = {
     "BASELINE.GATE.REFERENCE_CLASSES": ("", "coco"),
     **{f"LOSS.{key.upper()}": choices for key, choices in LOSS_CHOICES.items()},
     "JOINT.TEACHER": LOSS_CHOICES["teacher"],
+    "CALIBRATION.TARGET": ("", *TARGETS),
     "CALIBRATION.REFERENCE": ("full", "labels"),
     "CALIBRATION.BOUND": ("hoeffding_bentkus", "betting"),
     "CALIBRATION.COST": ("auto", "ms", "mmacs"),
@@ -89,7 +91,7 @@ _OF_EACH_VALUE: Sequence[Rule] = (
     ("MODEL.WIDTH MODEL.DETECTIONS_PER_IMG MODEL.TOPK_CANDIDATES DATA.SYNTHETIC.SIZES LOSS.NEG_TO_POS_RATIO "
      "ROUTING.TEMPERATURES ROUTING.TEMPERATURE_BOUNDS EXITS_PHASE.CACHE_VIEWS EXITS_PHASE.CACHE_GIB "
      "ENGINE.CHECKPOINT_PERIOD ENGINE.LOG_PERIOD ENGINE.CURVE_PHOTOS EVAL.BATCH_SIZE EVAL.TIMING_RUNS "
-     "EVAL.TIMING_THREADS JOINT.FULL_PATH_LR_FACTOR " + _of_phases("BATCH_SIZE LR"),
+     "EVAL.TIMING_THREADS JOINT.FULL_PATH_LR_FACTOR CALIBRATION.VALUE CALIBRATION.DELTA " + _of_phases("BATCH_SIZE LR"),
      "a number above 0", _number(lambda one: one > 0)),
     ("SEED THREADS CALIBRATION.TRAIN_PHOTOS EXITS.HEAD_RANK EXITS.CHANNELS DATA.LIMIT DATA.WORKERS LOSS.MIN_NEGATIVES "
      "ENGINE.CURVE_PERIOD LOSS.FOCAL_GAMMA LOSS.EXIT_WEIGHTS JOINT.EXIT_WEIGHTS LOSS.FULL_WEIGHT EVAL.PICTURES "
@@ -103,6 +105,7 @@ _OF_EACH_VALUE: Sequence[Rule] = (
     )),
     ("SEED DATA.SYNTHETIC.SEED", "a number below 2^63", lambda one, *_: one < 2**63),
     (_of_phases("BATCH_SIZE"), "2 or more: BatchNorm cannot normalise a single image", lambda one, *_: one >= 2),
+    ("CALIBRATION.DELTA", "a probability below 1", lambda one, *_: one < 1),
     (_of_phases("EMA"), "a decay below 1", lambda one, *_: one < 1),
     ("MODEL.IMAGE_SIZE DATA.SYNTHETIC.IMAGE_SIZE", _SIDE, _whole(64, LARGEST_SIDE)),
     ("EVAL.RIVALS.SIZES", f"whole numbers from {_SIDE}", _whole(64, LARGEST_SIDE)),
@@ -149,6 +152,8 @@ _OF_THE_WHOLE: Sequence[Rule] = (
      cfg.ROUTING.TEMPERATURE_BOUNDS[0] <= min(values) <= max(values) <= cfg.ROUTING.TEMPERATURE_BOUNDS[1]),
     ("ROUTING.HYBRID", "false with ROUTING.CERTIFICATE, which speaks of photos that leave",
      lambda hybrid, _, cfg: not (hybrid and cfg.ROUTING.CERTIFICATE)),
+    ("CALIBRATION.TARGET", "'' with ROUTING.HYBRID, which lets no photo leave",
+     lambda target, _, cfg: not (target and cfg.ROUTING.HYBRID)),
     ("PHASES", f"some of {PHASES}", lambda phases, *_: len(phases) > 0),
     ("PHASES", f"each phase once, in the order {PHASES}",
      lambda phases, *_: list(phases) == sorted(set(phases), key=PHASES.index)),

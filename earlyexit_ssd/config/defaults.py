@@ -256,6 +256,12 @@ _C.ROUTING.LEARN_TEMPERATURES = True
 
 # ---- calibration ------------------------------------------------------------------------------------------
 _C.CALIBRATION = Node()
+# What a training calibrates its exits to before it evaluates, as tools/calibrate.py would: ap_drop (AP50 lost), risk
+# (loss per photo), speedup, or "" for not at all. ROUTING.POLICY may then be one that is fitted.
+_C.CALIBRATION.TARGET = ""
+# The target's number, such as 0.01 AP50 lost; it holds with probability 1 - DELTA.
+_C.CALIBRATION.VALUE = 0.01
+_C.CALIBRATION.DELTA = 0.05
 # What a photo's loss is measured against: full (what the full path says; no label is needed) or labels.
 _C.CALIBRATION.REFERENCE = "full"
 # The inequality behind a risk target: betting (tighter for losses that are rarely 1) or hoeffding_bentkus.

@@ -192,7 +192,7 @@ class Recording:
 
     Attributes:
         image_ids: [n].
-        logits: per early exit [n, A, C], raw, on disk.
+        logits: per early exit [n, A, C], raw, on disk; [n, 1, C] of an empty exit.
         taps: per early exit [n, 2 * channels], pooled, on disk.
         empty: per early exit, whether it has no branch.
         labels: of the default boxes by matching with the objects, [n, A], on disk.
@@ -313,8 +313,12 @@ def _from(found: dict[str, Tensor], score: float) -> dict[str, Tensor]:
 def _rows(model: nn.Module, outputs: ExitOutputs, targets: Targets) -> dict[str, np.ndarray]:
     rows = {"labels": _labels(model, outputs, targets)}
     for index, tap in enumerate(outputs.taps):
-        rows |= {f"logits{index}": outputs.heads[index]["cls_logits"].float(), f"tap{index}": tap.float()}
-    return {name: values.cpu().numpy() for name, values in rows.items()}
+        logits = outputs.heads[index]["cls_logits"]
+        # every default box of an empty exit says the same: one is enough
+        rows |= {f"logits{index}": logits[:, :1] if model.empty[index] else logits, f"tap{index}": tap}
+    return {
+        name: (values.float() if values.is_floating_point() else values).cpu().numpy() for name, values in rows.items()
+    }
 
 
 def _labels(model: nn.Module, outputs: ExitOutputs, targets: Targets) -> Tensor:

@@ -87,6 +87,12 @@ class Target:
             raise EarlyExitError("--block is for --risk and --ap-drop; a speed-up is fitted and promises nothing")
 
 
+def build_target(cfg: CfgNode) -> Target:
+    """The target in the CALIBRATION section."""
+    section = cfg.CALIBRATION
+    return Target(section.TARGET, section.VALUE, section.DELTA)
+
+
 @dataclass(frozen=True)
 class Chosen:
     """Thresholds, the exit of every calibration photo [n], and what the search measured on the way."""
