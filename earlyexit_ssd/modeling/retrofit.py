@@ -158,6 +158,8 @@ class Architecture:
         classes: names of the labels 1..K.
         detector: torchvision's name of the detector under the exits.
         image_size: side of the network input, pixels.
+        trained_size: that the weights know; where it is another one, the default boxes keep the places and sides in
+            pixels that they have there (`PixelBoxes`). 0: ``image_size``.
         width, reduced_tail: of the trunk; see :func:`build_ssdlite`.
         head_outputs, folded_rows: outputs per default box of a folded head, and the rows of ``classes`` in it;
             0 and empty where the head has the classes' own rows.
@@ -182,6 +184,7 @@ class Architecture:
     nms_thresh: Share = 0.55
     detections_per_img: Count = 300
     topk_candidates: Count = 300
+    trained_size: Annotated[int, 0, LARGEST_SIDE] = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -238,6 +241,7 @@ class Architecture:
         for name in ("classes", "width", "score_thresh", "nms_thresh", "detections_per_img", "topk_candidates"):
             settings[name] = getattr(model, name)
         settings["image_size"] = model.transform.fixed_size[0]
+        settings["trained_size"] = getattr(model.anchor_generator, "trained_size", 0)
         settings["reduced_tail"] = has_reduced_tail(model.state_dict(), model.width)
         architecture = cls(
             **{name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in settings.items()}
@@ -274,6 +278,9 @@ class Architecture:
         if self.folded_rows:
             head = detector.head
             head.classification_head = FoldedClassificationHead(head.classification_head, self.folded_rows)
+        if self.trained_size not in (0, self.image_size):
+            grids = grids_of(detector.backbone, self.trained_size)
+            detector.anchor_generator = PixelBoxes(detector.anchor_generator, grids, self.trained_size, self.image_size)
         return detector
 
     @property
@@ -515,14 +522,22 @@ def resize_detector(model: EarlyExitDetector, architecture: Architecture, size: 
     The default boxes keep their places and sides in pixels. torchvision's are shares of the input, but a convolution
     has learnt how an object of so many pixels looks: with boxes that shrink along, everything is found too small.
     """
-    detector = dataclasses.replace(architecture, image_size=size).build_detector()
+    trained_size = architecture.trained_size or architecture.image_size
+    detector = dataclasses.replace(architecture, image_size=size, trained_size=trained_size).build_detector()
     state = {key: value for key, value in model.state_dict().items() if key.startswith(("backbone.", "head."))}
     detector.load_state_dict(state)
     if cut:
         detector.head.classification_head = cut_head(detector.head.classification_head)
-    if size != architecture.image_size:
-        detector.anchor_generator = PixelBoxes(detector.anchor_generator, model.grids, architecture.image_size, size)
     return detector.to(next(model.parameters()).device).eval()
+
+
+@torch.no_grad()
+def grids_of(backbone: nn.Module, size: int) -> list[tuple[int, int]]:
+    """(height, width) of the head's maps, cells, of an input with sides of ``size`` pixels."""
+    was_training = backbone.training
+    maps = backbone.eval()(torch.zeros(1, 3, size, size, device=next(backbone.parameters()).device)).values()
+    backbone.train(was_training)
+    return [tuple(feature.shape[-2:]) for feature in maps]
 
 
 class PixelBoxes(nn.Module):
@@ -545,7 +560,10 @@ class PixelBoxes(nn.Module):
             steps=[trained_size / side for side, _ in grids],
             clip=generator.clip,
         )
-        self.factor = trained_size / size
+        self.trained_size, self.factor = trained_size, trained_size / size
+
+    def extra_repr(self) -> str:
+        return f"trained_size={self.trained_size}, {self.generator}"
 
     def num_anchors_per_location(self) -> list[int]:
         """Default boxes per cell of each grid."""
