@@ -142,7 +142,7 @@ def build_model(cfg: CfgNode, classes: tuple[str, ...]) -> tuple[EarlyExitSSDLit
 
 
 def _photos_to_compare_on(cfg: CfgNode, classes: tuple[str, ...]) -> Iterator[Tensor]:
-    """A seeded choice of DATA.TRAIN, [3, H, W] in [0, 1], not augmented; no file is read until the first is asked for."""
+    """A seeded choice of DATA.TRAIN, [3, H, W] in [0, 1], not augmented; nothing is read until one is asked for."""
     dataset = load_dataset(with_classes(cfg, classes), cfg.DATA.TRAIN, train=True, need_boxes=False)
     dataset = dataset.subset(limit_photos(dataset.records, COMPARED_PHOTOS, cfg.SEED))
     dataset.transforms = None
