@@ -81,7 +81,7 @@ _C.MODEL.WEIGHTS_CLASSES = ""
 _C.MODEL.FOLD = "exact"
 # "compact" keeps as few competing classes as it takes for a wanted class's score to differ by at most this from the
 # whole head's, on average over the default boxes where "rows" would find something (a score of 0.05). 0 keeps all.
-_C.MODEL.COMPACT_TOLERANCE = 0.002
+_C.MODEL.COMPACT_TOLERANCE = 0.0015
 # ImageNet weights of the trunk when MODEL.WEIGHTS is empty: a name of MobileNet_V3_Large_Weights, or "".
 _C.MODEL.WEIGHTS_BACKBONE = ""
 # Post-processing, as in torchvision's SSD: detections of a lower score are dropped.

@@ -348,7 +348,7 @@ def retrofit(
     source_classes: Sequence[str] | None = None,
     fold: str = "exact",
     photos: Iterable[Tensor] | None = None,
-    tolerance: float = 0.002,
+    tolerance: float = 0.0015,
 ) -> tuple[SSD, Architecture, ClassChange | None]:
     """A trained torchvision detector with the wanted classes, every key of the checkpoint used.
 
