@@ -3,6 +3,7 @@
 from earlyexit_ssd.config.check import (
     C4_LAYER,
     CLOSED,
+    FOLDS,
     LARGEST_SIDE,
     LAST_LAYER,
     LOSS_CHOICES,
@@ -20,6 +21,7 @@ from earlyexit_ssd.config.load import load_config
 __all__ = [
     "C4_LAYER",
     "CLOSED",
+    "FOLDS",
     "LARGEST_SIDE",
     "LAST_LAYER",
     "LOSS_CHOICES",

@@ -364,10 +364,11 @@ class Tail(nn.Module):
 def inherit_head(mine: SSDLiteHead, full: SSDLiteHead) -> None:
     """Take the full path's predictors of all maps but the first, which has other channels in a branch.
 
-    Of a folded head the wanted classes' rows are taken; its background starts as the checkpoint's own.
+    Of a folded head the wanted classes' rows are taken, and background starts as the checkpoint's own; a head that is
+    folded alike takes all rows.
     """
     theirs = full.classification_head
-    rows = _wanted_rows(theirs)
+    rows = _inherited_rows(mine.classification_head, theirs)
     for new, old in zip(mine.classification_head.module_list[1:], theirs.module_list[1:], strict=True):
         new[0].load_state_dict(old[0].state_dict())
         _take_rows(new[1], old[1], theirs.num_columns, rows)
@@ -379,7 +380,7 @@ def inherit_head(mine: SSDLiteHead, full: SSDLiteHead) -> None:
 def inherit_first_predictors(mine: SSDLiteHead, full: SSDLiteHead, kept: Tensor) -> None:
     """Take the full path's predictors of the first map, for the channels ``kept`` of it that the branch has."""
     theirs = full.classification_head
-    rows = _wanted_rows(theirs)
+    rows = _inherited_rows(mine.classification_head, theirs)
     for new_head, old_head in ((mine.classification_head, theirs), (mine.regression_head, full.regression_head)):
         new, old = new_head.module_list[0], old_head.module_list[0]
         new[0][0].weight.copy_(old[0][0].weight[kept])
@@ -395,9 +396,11 @@ def inherit_first_predictors(mine: SSDLiteHead, full: SSDLiteHead, kept: Tensor)
             new[1].load_state_dict(narrow.state_dict())
 
 
-def _wanted_rows(head: nn.Module) -> list[int]:
-    """Background's row and those of the classes that the branch has."""
-    return [0, *head.wanted.tolist()] if is_folded(head) else list(range(head.num_columns))
+def _inherited_rows(mine: nn.Module, theirs: nn.Module) -> list[int]:
+    """For each row of the branch's head its row in the full path's."""
+    if is_folded(theirs) and not is_folded(mine):
+        return [0, *theirs.wanted.tolist()]
+    return list(range(theirs.num_columns))
 
 
 def _take_rows(new: nn.Module, old: nn.Conv2d, columns: int, rows: list[int]) -> None:

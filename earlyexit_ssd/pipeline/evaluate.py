@@ -291,9 +291,10 @@ def _warn_of_differences(cfg: CfgNode, architecture: Architecture) -> None:
     """The weights know how they were built; a configuration that says otherwise is not followed, so it is named."""
     wanted = build_architecture(cfg, tuple(cfg.DATA.CLASSES) or architecture.classes).to_dict()
     own = architecture.to_dict()
+    made_of_weights = ("reduced_tail", "head_outputs", "folded_rows", "folded_branches", "competing")
     for name in wanted | own:
         said, value = wanted.get(name), own.get(name)
-        if name not in ("reduced_tail", "head_outputs", "folded_rows", "folded_branches") and said != value:
+        if name not in made_of_weights and said != value:
             logger.warning(
                 "%s: the configuration says %r, the weights were made with %r and keep it", name, said, value
             )
