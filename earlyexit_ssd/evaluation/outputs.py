@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import itertools
 import json
@@ -212,6 +213,14 @@ class Recording:
 
     def __len__(self) -> int:
         return len(self.image_ids)
+
+    def only(self, exits: Sequence[int]) -> Recording:
+        """The recording of a model that has these early exits alone, and the full path."""
+        part = copy.copy(self)
+        for name in ("logits", "taps", "empty"):
+            setattr(part, name, [getattr(self, name)[index] for index in exits])
+        part.detections = [self.detections[index] for index in (*exits, -1)]
+        return part
 
     @property
     def early_exits(self) -> int:

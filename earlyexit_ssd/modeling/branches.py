@@ -240,7 +240,7 @@ def check_exits(exits: Sequence[Exit], last_layer: int) -> None:
     """Glances of increasing pixels come first, then exits behind increasing layers; none behind ``last_layer``."""
     glances = [one for one in exits if one.pixels is not None]
     layers = tuple(one.layer for one in exits[len(glances) :])
-    if layers or not glances:
+    if layers:
         arguments.check_exit_layers(layers, last_layer)
     pixels = [one.pixels for one in exits[: len(glances)]]
     if None in pixels or pixels != sorted(set(pixels)):

@@ -128,7 +128,7 @@ def build_model(cfg: CfgNode, classes: tuple[str, ...]) -> tuple[EarlyExitSSDLit
     architecture = build_architecture(cfg, classes)
     if cfg.MODEL.WEIGHTS:
         source = source_classes(cfg.MODEL.WEIGHTS, cfg.MODEL.WEIGHTS_CLASSES)
-        photos, tolerance = _photos_to_compare_on(cfg, classes), cfg.MODEL.COMPACT_TOLERANCE
+        photos, tolerance = photos_to_compare_on(cfg, classes), cfg.MODEL.COMPACT_TOLERANCE
         detector, architecture, change = retrofit(
             architecture, cfg.MODEL.WEIGHTS, source, cfg.MODEL.FOLD, photos, tolerance
         )
@@ -142,7 +142,7 @@ def build_model(cfg: CfgNode, classes: tuple[str, ...]) -> tuple[EarlyExitSSDLit
     return model, architecture
 
 
-def _photos_to_compare_on(cfg: CfgNode, classes: tuple[str, ...]) -> Iterator[Tensor]:
+def photos_to_compare_on(cfg: CfgNode, classes: tuple[str, ...]) -> Iterator[Tensor]:
     """A seeded choice of DATA.TRAIN, [3, H, W] in [0, 1], not augmented; nothing is read until one is asked for."""
     dataset = load_dataset(with_classes(cfg, classes), cfg.DATA.TRAIN, train=True, need_boxes=False)
     dataset = dataset.subset(limit_photos(dataset.records, COMPARED_PHOTOS, cfg.SEED))

@@ -1,8 +1,8 @@
 """The search for what to ship: input size, head, glances, exits and their combinations, measured on this machine.
 
-Every candidate is a net (the full path with some head at some input size) and the exits that are open on it. AP and
-objects lost are measured on the calib split, where the fastest candidate that holds the accuracy budget is chosen; that
-one is evaluated on the test split. Nothing is chosen there.
+A candidate is a net (the full path with some head at some input size) and the exits that are open on it. AP50 and
+objects lost are measured on the calib split. The fastest candidate that holds the accuracy budget there is evaluated on
+the test split, where nothing is chosen.
 """
 
 from __future__ import annotations
@@ -14,37 +14,53 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from fvcore.common.config import CfgNode
-from torch import nn
+from torchvision.models.detection.ssd import SSDScoringHead
 
-from earlyexit_ssd.calibration.certificate import Certificate, CertifiedTarget, Measured
-from earlyexit_ssd.calibration.drift import Reference
-from earlyexit_ssd.calibration.thresholds import threshold_grid
 from earlyexit_ssd.config import CLOSED
-from earlyexit_ssd.data import DetectionDataset, to_coco
-from earlyexit_ssd.errors import ConfigError, EarlyExitError
-from earlyexit_ssd.evaluation.evaluate import Rival, evaluate_detections
-from earlyexit_ssd.evaluation.cost import PlainPath, count_mmacs, example_input, time_in_runtime
-from earlyexit_ssd.evaluation.matches import ExitMatches, exit_matches, photo_counts
+from earlyexit_ssd.data import build_loader, class_names
+from earlyexit_ssd.data.dataset import fingerprint
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.evaluation.cost import ONNX_RUNTIME, PlainPath, example_input, time_in_runtime
+from earlyexit_ssd.evaluation.matches import agreement, ap_of_choice, bootstrap_choices
 from earlyexit_ssd.evaluation.outputs import collect_detections
-from earlyexit_ssd.evaluation.results import Record
+from earlyexit_ssd.evaluation.results import Interval, Record, Results
 from earlyexit_ssd.files import locks_folder, write_image, write_json, write_text
-from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, save_model
-from earlyexit_ssd.modeling.branches import describe_exits
-from earlyexit_ssd.modeling.checkpoint import weights_hash
-from earlyexit_ssd.modeling.heads import is_folded
-from earlyexit_ssd.pipeline.build import build_architecture, build_evaluation, build_model, evaluation_device
-from earlyexit_ssd.pipeline.calibrate import BudgetSearch, Target
-from earlyexit_ssd.pipeline.evaluate import build_onnx_rivals, evaluate_model, smaller_sizes
-from earlyexit_ssd.pipeline.replay import Recorded, Replay, disjoint_sets, fit_policy
+from earlyexit_ssd.modeling import COCO_CLASSES, Architecture, Exit, describe_exits, save_model
+from earlyexit_ssd.modeling.checkpoint import ModelInfo, weights_hash
+from earlyexit_ssd.modeling.compact import find_competing_rows
+from earlyexit_ssd.modeling.heads import slice_rows
+from earlyexit_ssd.modeling.retrofit import resize_detector
+from earlyexit_ssd.pipeline.build import (
+    build_evaluation,
+    build_model,
+    evaluation_device,
+    open_model,
+    photos_to_compare_on,
+    with_classes,
+)
+from earlyexit_ssd.pipeline.calibrate import Chosen, Search, Target, certificate_of
+from earlyexit_ssd.pipeline.evaluate import evaluate_model, onnx_rivals
+from earlyexit_ssd.pipeline.replay import (
+    Recorded,
+    Replay,
+    disjoint_sets,
+    fit_policy,
+    fit_temperatures,
+    measure_cost_model,
+    temperatures_of,
+)
+from earlyexit_ssd.plain import read_json
 from earlyexit_ssd.progress import progress
+from earlyexit_ssd.report.charts import candidates_chart
+from earlyexit_ssd.routing import ExitRouter
+from earlyexit_ssd.routing.policies import needs_training_photos
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +105,7 @@ class Candidate(Record):
         name: in words, such as "288 px, compact head, glance at 128 px".
         image_size: pixels; fold: of the head; exits: names of those that are open, in the order of the walk.
         policy, thresholds: of these exits.
-        AP50, lost, lost_bound: on the calib split; lost against the detector as it is, and its bound in 1 - delta draws.
+        AP50, lost, lost_bound: on the calib split; lost against the detector as it is, and the bound of it.
         objects_kept, objects: of those that the detector as it is finds at EVAL.SCORE.
         ms: mean per photo; speedup: against the detector as it is, in the same run.
         holds: whether the bound is within the budget.
@@ -168,14 +184,14 @@ class Optimizer:
     def __init__(self, cfg: CfgNode, weights: str | os.PathLike[str] | None, goal: Goal, out: Path) -> None:
         self.goal, self.out, self.device = goal, out, evaluation_device(cfg)
         if weights is None:
-            classes = class_names(cfg)
-            self.model, self.architecture = build_model(_without_branches(cfg), classes)
-            self.info: ModelInfo = {"taken_over": True}
+            model, architecture = build_model(_as_it_is(cfg), class_names(cfg))
+            self.model, self.architecture, self.info = model, architecture, {"taken_over": True}
         else:
             self.model, self.architecture, self.info = open_model(cfg, weights)
         self.cfg = with_classes(cfg, self.architecture.classes)
         self.model = self.model.to(self.device).eval()
         self.sets, self.repeats = disjoint_sets(self.cfg, ("CALIB",))
+        self._nets: dict[tuple[str, int], Net] = {}
         self.base = self._net("as it is", self.architecture.image_size)
         self.reference = self.base.calib.recording.detections[-1]
         text = f"{weights_hash(self.model)} {self.goal} {fingerprint(self.sets['CALIB'])} {self._settings()}"
@@ -197,8 +213,8 @@ class Optimizer:
         """Sides of the input, pixels, largest first."""
         own = self.architecture.image_size
         step = 32 if own >= 256 else 16
-        asked = self.cfg.EVAL.RIVALS.SIZES or [round(share * own / step) * step for share in SHARES]
-        return sorted({own, *(side for side in asked if model_fits(self.model, side))}, reverse=True)
+        smaller = [round(share * own / step) * step for share in SHARES] if self.model.any_size else []
+        return sorted({own, *(self.cfg.EVAL.RIVALS.SIZES or smaller)}, reverse=True)
 
     def exits_at(self, size: int) -> tuple[Exit, ...]:
         """Glances, and at the detector's own size the exits that it has."""
@@ -221,12 +237,17 @@ class Optimizer:
             plan += [(size, fold, one) for one in dict.fromkeys(sets)]
         return plan
 
-    @functools.lru_cache(maxsize=2)
     def _net(self, fold: str, size: int) -> Net:
+        """It is kept until the next one is asked for; what it says about the photos is on disk."""
+        if self._nets.keys() != {(fold, size)}:
+            self._nets = {(fold, size): self._build_net(fold, size)}
+        return self._nets[fold, size]
+
+    def _build_net(self, fold: str, size: int) -> Net:
         own = self.architecture.image_size
         architecture, state = self.architecture, self.model.state_dict()
         if fold == "compact":
-            architecture, state = self._compact()
+            architecture, state = self._compact
         trained = architecture.trained_size or own
         exits = self.exits_at(size)
         if fold == "compact":
@@ -239,8 +260,19 @@ class Optimizer:
         return Net(fold, recorded, recorded.replay("CALIB"), recorded.replay("TRAIN"))
 
     @functools.cached_property
-    def _base_detector(self) -> nn.Module:
-        return self.base.recorded.model
+    def _compact(self) -> tuple[Architecture, dict[str, torch.Tensor]]:
+        """The full path with a compact head (`earlyexit_ssd.modeling.compact`), at its own size."""
+        detector = resize_detector(self.model, self.architecture, self.architecture.image_size)
+        head, wanted = detector.head.classification_head, self.architecture.folded_rows
+        whole = detector.head.classification_head = SSDScoringHead(head.module_list, head.num_columns)
+        photos = photos_to_compare_on(self.cfg, self.architecture.classes)
+        others = find_competing_rows(detector, wanted, photos, self.cfg.MODEL.COMPACT_TOLERANCE)
+        slice_rows(whole, (*wanted, *others))
+        known = COCO_CLASSES if head.num_columns == len(COCO_CLASSES) + 1 else None
+        names = tuple(known[row - 1] if known else f"class_{row}" for row in others)
+        rows = tuple(range(1, len(wanted) + 1))
+        folded = {"head_outputs": whole.num_columns, "folded_rows": rows, "competing": names, "folded_branches": True}
+        return dataclasses.replace(self.architecture, **folded), detector.state_dict()
 
     # How it is measured.
 
@@ -264,7 +296,7 @@ class Optimizer:
         fitted = fit_temperatures(cfg, model.exit_names, net.calib)
         photos = net.train if needs_training_photos(policy) else net.calib
         router = fit_policy(cfg, policy, temperatures_of(fitted, model.exit_names), photos)
-        costs = measure_cost_model(cfg, model, router, self._base_detector)
+        costs = measure_cost_model(cfg, model, router, self.base.recorded.model)
         target = Target("ap_drop", self.goal.ap_drop, self.goal.delta)
         search = Search(cfg, target, router, net.calib, None, costs, reference=self.reference)
         chosen = search.run()
@@ -275,12 +307,18 @@ class Optimizer:
         return Found(dataclasses.replace(candidate, exits=model.exit_names[:-1]), net, search, chosen)
 
     def _without_exits(self, net: Net) -> Found:
-        costs = measure_cost_model(self.cfg, net.recorded.model, ExitRouter(0), self._base_detector)
+        costs = measure_cost_model(self.cfg, net.recorded.model, ExitRouter(0), self.base.recorded.model)
         choice = np.zeros(len(net.calib.recording), np.int64)
         return Found(self._judged(net, (), choice, costs.paths[()], costs.plain), net)
 
     def _judged(
-        self, net: Net, exits: tuple[str, ...], choice: np.ndarray, ms: float, base_ms: float, bound: float | None = None
+        self,
+        net: Net,
+        exits: tuple[str, ...],
+        choice: np.ndarray,
+        ms: float,
+        base_ms: float,
+        bound: float | None = None,
     ) -> Candidate:
         matches, reference = net.calib.matches_beside(self.reference)
         before, after = (ap_of_choice(matches, one, ap50_only=True).AP50 for one in (reference, choice))
@@ -304,6 +342,37 @@ class Optimizer:
             holds=bound <= self.goal.ap_drop,
         )
 
+    def rivals(self) -> list[Candidate]:
+        """Small nets from ONNX files (EVAL.RIVALS.ONNX) on the calib split; they stand in the chart."""
+        cfg, dataset = self.cfg, self.sets["CALIB"]
+        settings, found = build_evaluation(cfg), []
+        for rival in onnx_rivals(cfg, self.architecture.classes):
+            loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, train=False, seed=cfg.SEED)
+            detections = collect_detections(rival.detector, loader)
+            networks = [rival.network, PlainPath(self.base.recorded.model)]
+            examples = [rival.example, example_input(self.base.recorded.model)]
+            runs, threads = settings.timing_runs, settings.timing_threads
+            timing, base = time_in_runtime(networks, examples, ONNX_RUNTIME, runs, threads)
+            matches, choice = self.base.calib.matches_beside(detections)
+            after = ap_of_choice(matches, choice, ap50_only=True).AP50
+            before = ap_of_choice(matches, choice - 1, ap50_only=True).AP50
+            lost = None if before is None or after is None else before - after
+            ms = {"ms": timing.ms, "speedup": base.ms / timing.ms, "mmacs": rival.mmacs}
+            size = int(rival.example.shape[-1])
+            found.append(Candidate(rival.name, size, "its own", AP50=after, lost=lost, **ms, rival=True))
+        return found
+
+
+def _as_it_is(cfg: CfgNode) -> CfgNode:
+    """The whole head, and no branch, which would be untrained."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.FOLD = "rows" if cfg.MODEL.FOLD == "rows" else "exact"
+    if set(cfg.EXITS.LAYERS) != set(cfg.EXITS.EMPTY):
+        cfg.EXITS.LAYERS, cfg.EXITS.EMPTY = (), ()
+    cfg.freeze()
+    return cfg
+
 
 def describe(size: int, fold: str, exits: Sequence[str], own_size: int) -> str:
     """A candidate in words."""
@@ -312,3 +381,210 @@ def describe(size: int, fold: str, exits: Sequence[str], own_size: int) -> str:
     for name in exits:
         words.append(f"glance at {name.removeprefix('glance')} px" if name.startswith("glance") else name)
     return ", ".join(words) or "the detector as it is"
+
+
+# The whole job.
+
+
+@dataclass(frozen=True)
+class TestFigures(Record):
+    """On the test split; intervals are 95 %, of other photos."""
+
+    splits: list[str]
+    photos: int
+    AP: float | None
+    AP_base: float | None
+    AP50: float | None
+    AP50_base: float | None
+    AP50_lost_interval: Interval
+    objects_found: int | None
+    objects_found_base: int | None
+    mmacs: float | None
+    mmacs_base: float | None
+    ms: float | None
+    ms_base: float | None
+    ms_base_interval: Interval
+    runtime: str
+    threads: int | None
+
+    @property
+    def speedup(self) -> float | None:
+        return self.ms_base / self.ms if self.ms and self.ms_base else None
+
+
+@dataclass(frozen=True)
+class Outcome(Record):
+    """What `optimize` found; the JSON of optimize.json.
+
+    Attributes:
+        base: the detector as it is, and chosen, the candidate to ship (None: nothing is faster and holds the budget),
+            on the calib split. candidates: all, rivals among them.
+        test: of the chosen one and the detector as it is, on the test split.
+        ship: the chosen one is faster than the detector as it is on the test split's photos and loses no more than the
+            budget there.
+        summary: the paragraph in words.
+    """
+
+    base: Candidate
+    chosen: Candidate | None
+    candidates: tuple[Candidate, ...]
+    test: TestFigures | None
+    ship: bool
+    summary: str
+
+
+@locks_folder("out_dir")
+def optimize(
+    cfg: CfgNode, goal: Goal, out_dir: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None
+) -> Outcome:
+    """Search what to ship, and write it: model.pth, its evaluation test/, optimize.json, candidates.png, summary.txt.
+
+    A search that was stopped goes on where it was.
+
+    Args:
+        cfg: see `Optimizer`.
+        weights: a trained model of this project; None: the checkpoint MODEL.WEIGHTS.
+
+    Raises:
+        EarlyExitError: unusable weights, data or settings.
+    """
+    out, started = Path(out_dir), time.monotonic()
+    search = Optimizer(cfg, weights, goal, out)
+    store = _Store(out / "candidates.json", search.key)
+    plan = search.plan()
+    hopeless: set[tuple[int, str]] = set()
+    for size, fold, exits in progress(plan, desc="candidates"):
+        if goal.minutes is not None and time.monotonic() - started > 60 * goal.minutes:
+            logger.warning("%g minutes are over: %d of %d candidates were tried", goal.minutes, len(store), len(plan))
+            break
+        name = f"{size} {fold} {' '.join(exits)}"
+        if name in store or (size, fold) in hopeless:
+            continue
+        candidate = search.measure(size, fold, exits).candidate
+        store.add(name, candidate)
+        logger.info("%s", candidate)
+        if not exits and candidate.lost is not None and candidate.lost > HOPELESS * goal.ap_drop:
+            hopeless.add((size, fold))
+    measured, rivals = store.candidates, search.rivals()
+    chosen = choose_candidate(measured, goal)
+    outcome = _write(search, measured[0], chosen, (*measured, *rivals))
+    write_json(out / "optimize.json", outcome.to_json())
+    write_text(out / "summary.txt", outcome.summary + "\n")
+    write_image(out / "candidates.png", candidates_chart(outcome.candidates, outcome.chosen, cfg.EVAL.RUNTIME))
+    return outcome
+
+
+def choose_candidate(candidates: Sequence[Candidate], goal: Goal) -> Candidate | None:
+    """The fastest that holds the budget; where a speed is asked for that none of them has, the one of the least loss
+    that has it. None where nothing is faster than the detector as it is."""
+
+    def fast(one: Candidate) -> bool:
+        return (goal.speedup is None or one.speedup >= goal.speedup) and (goal.ms is None or one.ms <= goal.ms)
+
+    known = [one for one in candidates[1:] if one.ms is not None and one.lost is not None and one.speedup > 1]
+    holding = [one for one in known if one.holds]
+    if holding and (fast(best := min(holding, key=lambda one: 1 / one.speedup)) or not any(map(fast, known))):
+        return best
+    asked = [one for one in known if fast(one)] if goal.speedup or goal.ms else []
+    return min(asked, key=lambda one: one.lost, default=min(holding, key=lambda one: 1 / one.speedup, default=None))
+
+
+class _Store:
+    """The measured candidates on disk, by name; those of another search are left out."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self._path, self._key = path, key
+        self._found: dict[str, Candidate] = {}
+        if path.is_file():
+            content = read_json(path, "candidates of a search", "delete it")
+            if isinstance(content, dict) and content.get("key") == key:
+                self._found = {name: Candidate.from_json(one) for name, one in content["candidates"].items()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._found
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def add(self, name: str, candidate: Candidate) -> None:
+        self._found[name] = candidate
+        found = {name: one.to_json() for name, one in self._found.items()}
+        write_json(self._path, {"key": self._key, "candidates": found})
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        return list(self._found.values())
+
+
+def _write(search: Optimizer, base: Candidate, chosen: Candidate | None, candidates: Sequence[Candidate]) -> Outcome:
+    """Write the chosen model and evaluate it on the test split, the detector as it is beside it."""
+    out = search.out
+    if chosen is None:
+        least = min((one for one in candidates if not one.rival and one is not base and one.lost is not None),
+                    key=lambda one: one.lost_bound, default=None)  # fmt: skip
+        nearest = "" if least is None else f"; the nearest: {least} (bound {least.lost_bound:.3f})"
+        asked = f"nothing faster holds {search.goal.ap_drop:g} AP50 lost on the calib split"
+        summary = f"{asked}: ship the detector as it is{nearest}"
+        return Outcome(base, None, tuple(candidates), None, False, summary)
+    found = search.measure(chosen.image_size, chosen.fold, chosen.exits)
+    recorded = found.net.recorded
+    info: ModelInfo = {**search.info}
+    if found.search is not None:
+        certificate = certificate_of(recorded, found.search, found.chosen)
+        info |= {"router": certificate.router, "certificate": certificate.to_dict()}
+    else:
+        info = {key: value for key, value in info.items() if key not in ("router", "certificate")}
+    save_model(out / "model.pth", recorded.model, recorded.architecture, info)
+    plain = dataclasses.replace(search.architecture, exits=())
+    detector = resize_detector(search.model, search.architecture, search.architecture.image_size)
+    save_model(out / "base.pth", plain.add_exits(detector), plain, {})
+    cfg = search.cfg.clone()
+    cfg.defrost()
+    cfg.EVAL.RIVALS.FULL_PATHS = (*cfg.EVAL.RIVALS.FULL_PATHS, str(out / "base.pth"))
+    cfg.freeze()
+    results = evaluate_model(cfg, out / "model.pth", out / "test")
+    test = _test_figures(results)
+    ship = test.speedup is not None and test.ms < test.ms_base_interval[0]
+    ship = ship and test.AP50 is not None and test.AP50_base - test.AP50 <= search.goal.ap_drop
+    return Outcome(base, chosen, tuple(candidates), test, ship, _summary(chosen, test, ship, search.goal))
+
+
+def _test_figures(results: Results) -> TestFigures:
+    routed = results.routed
+    base = next(one for one in results.rivals if one.source == "base.pth")
+    low_high = base.routed_minus_rival_AP50_interval
+    return TestFigures(
+        splits=results.context.splits,
+        photos=results.context.images,
+        AP=routed.number("AP"),
+        AP_base=base.number("AP"),
+        AP50=routed.ap50,
+        AP50_base=base.ap50,
+        AP50_lost_interval=None if low_high is None else [-low_high[1], -low_high[0]],
+        objects_found=routed.number("true_positives"),
+        objects_found_base=base.number("true_positives"),
+        mmacs=routed.mmacs,
+        mmacs_base=base.mmacs,
+        ms=routed.ms,
+        ms_base=base.ms,
+        ms_base_interval=base.ms_interval,
+        runtime=results.context.runtime,
+        threads=results.context.threads,
+    )
+
+
+def _summary(chosen: Candidate, test: TestFigures, ship: bool, goal: Goal) -> str:
+    """One paragraph in words."""
+    lost = "undefined" if test.AP50 is None else f"{test.AP50_base - test.AP50:.3f}"
+    interval = "" if test.AP50_lost_interval is None else " [{:.3f}, {:.3f}]".format(*test.AP50_lost_interval)
+    times = f"{test.ms:.1f} ms against {test.ms_base:.1f}, {test.runtime}, {test.threads} thread"
+    found = f"{test.objects_found} objects found where your detector finds {test.objects_found_base}"
+    figures = (
+        f"{chosen.name}: {test.speedup:.2f} times as fast as your detector ({times}), {lost} AP50 lost{interval}, "
+        f"{found}, on {test.photos} test photos ({', '.join(test.splits)})"
+    )
+    if ship:
+        return f"ship it. {figures}."
+    return (
+        f"do not ship it: on the test photos it does not hold {goal.ap_drop:g} AP50 lost, or is no faster. {figures}."
+    )
