@@ -183,6 +183,7 @@ class Optimizer:
 
     def __init__(self, cfg: CfgNode, weights: str | os.PathLike[str] | None, goal: Goal, out: Path) -> None:
         self.goal, self.out, self.device = goal, out, evaluation_device(cfg)
+        cfg = _measured_in_ms(cfg)
         if weights is None:
             model, architecture = build_model(_as_it_is(cfg), class_names(cfg))
             self.model, self.architecture, self.info = model, architecture, {"taken_over": True}
@@ -363,6 +364,15 @@ class Optimizer:
         return found
 
 
+def _measured_in_ms(cfg: CfgNode) -> CfgNode:
+    """Milliseconds of EVAL.RUNTIME decide, whatever unit a calibration takes."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.CALIBRATION.COST = "ms"
+    cfg.freeze()
+    return cfg
+
+
 def _as_it_is(cfg: CfgNode) -> CfgNode:
     """The whole head, and no branch, which would be untrained."""
     cfg = cfg.clone()
@@ -454,7 +464,7 @@ def optimize(
     plan = search.plan()
     hopeless: set[tuple[int, str]] = set()
     for size, fold, exits in progress(plan, desc="candidates"):
-        if goal.minutes is not None and time.monotonic() - started > 60 * goal.minutes:
+        if len(store) and goal.minutes is not None and time.monotonic() - started > 60 * goal.minutes:
             logger.warning("%g minutes are over: %d of %d candidates were tried", goal.minutes, len(store), len(plan))
             break
         name = f"{size} {fold} {' '.join(exits)}"
