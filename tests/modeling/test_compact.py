@@ -152,6 +152,13 @@ def test_without_unwanted_classes_compact_is_exact(weights):
     assert all(torch.equal(value, exact.state_dict()[key]) for key, value in found.state_dict().items())
 
 
+def test_the_head_that_was_asked_for_says_nothing_about_the_next(weights):
+    """As where a gate holds a compact model against its whole checkpoint."""
+    _, architecture, _ = compact(weights)
+    _, again, _ = retrofit(architecture, weights, SOURCE, "exact")
+    assert (again.head_outputs, again.folded_rows, again.competing, again.folded_branches) == (5, (2,), (), False)
+
+
 def test_where_nothing_competes_compact_is_rows(weights):
     detector, architecture, change = compact(weights, tolerance=1.0)
     _, expected, _ = retrofit(CHAIR, weights, SOURCE, "rows")
