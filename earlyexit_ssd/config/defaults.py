@@ -174,6 +174,9 @@ def _phase(epochs: int, lr: float) -> Node:
 
 
 _C.BASELINE = _phase(epochs=24, lr=0.001)
+# Input sides, pixels, that batches are shrunk to in turn, such as [320, 320, 256, 128]; () trains at MODEL.IMAGE_SIZE
+# alone. A detector that has learnt from small inputs is good at a smaller size and at a glance too.
+_C.BASELINE.SIZES = ()
 # Keep BatchNorm's statistics as they are (a pretrained trunk, small batches, several processes).
 _C.BASELINE.FREEZE_NORM = False
 # Gate on the calib split: figures that the full path must reach. A checkpoint that is taken over as it is
