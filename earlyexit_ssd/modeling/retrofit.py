@@ -14,11 +14,9 @@ from typing import Annotated, Any
 from urllib.error import URLError
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models._api import WeightsEnum
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
-from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
-from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD, SSDScoringHead
 
 from earlyexit_ssd.config import FOLDS, LARGEST_SIDE, MOST_WIDTH
