@@ -1,4 +1,4 @@
-"""Read a YAML configuration over the defaults; every key and every type is checked before anything runs.
+"""Read a YAML configuration over defaults.yaml; every key and every type is checked before anything runs.
 
 The tree is fvcore's `CfgNode`. Its own loader is not used: it follows every YAML alias, takes no whole number for 0.5
 and reads a text such as "3" as a number.
@@ -7,6 +7,7 @@ and reads a text such as "3" as a number.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,13 +16,28 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.config.check import check_config
-from earlyexit_ssd.config.defaults import get_cfg
 from earlyexit_ssd.errors import ConfigError, nearest, shown
 from earlyexit_ssd.plain import parse_yaml, read_yaml
 
+DEFAULTS = Path(__file__).with_name("defaults.yaml")
 _BASE_KEY = "_BASE_"
 _LONGEST_CHAIN = 20
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list"}
+
+
+def get_cfg() -> CfgNode:
+    """A fresh copy of the defaults."""
+    return _defaults().clone()
+
+
+@functools.cache
+def _defaults() -> CfgNode:
+    return _as_node(parse_yaml(DEFAULTS.read_text(encoding="utf-8")))
+
+
+def _as_node(tree: Mapping) -> CfgNode:
+    values = {key: _as_tuple(value) if isinstance(value, list) else value for key, value in tree.items()}
+    return CfgNode({key: _as_node(value) if isinstance(value, Mapping) else value for key, value in values.items()})
 
 
 def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> CfgNode:
