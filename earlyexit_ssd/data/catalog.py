@@ -148,12 +148,10 @@ def register_builtin() -> None:
 
 
 def _register_synthetic(name: str, split: str) -> None:
-    rendered = _entry(name, f"synthetic_chairs/annotations/instances_{split}.json", f"synthetic_chairs/{split}")
-
     def load(root: Path, data: CfgNode, problems: Problems) -> RawDataset:
         settings = data.SYNTHETIC
-        ensure_synthetic(root, tuple(settings.SIZES), settings.IMAGE_SIZE, settings.SEED)
-        return rendered(root, data, problems)
+        made = ensure_synthetic(root, tuple(settings.SIZES), settings.IMAGE_SIZE, settings.SEED).relative_to(root)
+        return _entry(name, made / "annotations" / f"instances_{split}.json", made / split)(root, data, problems)
 
     register(name, load)
 
