@@ -55,18 +55,16 @@ Target = dict[str, Tensor | int]
 class DetectionDataset(torch.utils.data.Dataset):
     """``dataset[i]`` is ``(image, target)``.
 
-    The image is float32 [3, H, W] RGB in [0, 1], at the photo's own size. The target holds ``boxes``
-    float32 [N, 4] (xyxy, pixels), ``labels`` int64 [N] in 1..K, ``image_id`` int, ``area`` float32 [N]
-    (square pixels) and ``iscrowd`` int64 [N].
+    The image is float32 [3, H, W] RGB in [0, 1], at the photo's own size. The target holds ``boxes`` float32 [N, 4]
+    (xyxy, pixels), ``labels`` int64 [N] in 1..K, ``image_id`` int, ``area`` float32 [N] (square pixels) and ``iscrowd``
+    int64 [N].
 
     Args:
-        records: photos whose labels index ``classes`` from 1.
-        classes: the K names.
+        records: photos whose labels index ``classes``, the K names, from 1.
         transforms: augmentation; its random numbers depend on (seed, epoch, index) only, so that a resumed
             run, or any number of processes, sees exactly the same views.
-        train: drop objects to ignore (crowd, difficult), and step over photos that cannot be decoded.
-            Otherwise objects to ignore stay, with ``iscrowd`` 1, and a photo that cannot be decoded is an
-            error, since an evaluation of other photos than stated would be wrong.
+        train: drop objects to ignore (crowd, difficult), and step over photos that cannot be decoded. Otherwise they
+            stay, with ``iscrowd`` 1, and a photo that cannot be decoded is an error.
         on_bad: "refuse" makes a photo that cannot be decoded an error in training too.
         labelled: False where nobody labelled some of the photos: that no box is there says nothing about them.
     """
@@ -83,14 +81,9 @@ class DetectionDataset(torch.utils.data.Dataset):
     ) -> None:
         if on_bad not in MODES:
             raise DataError(f"on_bad is {on_bad!r}, expected one of {', '.join(MODES)}")
-        self.records = tuple(records)
-        self.classes = tuple(classes)
-        self.transforms = transforms
-        self.train = train
-        self.seed = seed
-        self.epoch = 0
-        self.on_bad = on_bad
-        self.labelled = labelled
+        self.records, self.classes = tuple(records), tuple(classes)
+        self.transforms, self.train, self.on_bad, self.labelled = transforms, train, on_bad, labelled
+        self.seed, self.epoch = seed, 0
         self._paths = {record.image_id: record.path for record in self.records}
         self._undecodable: set[int] = set()
         if len(self._paths) < len(self.records):
@@ -122,8 +115,7 @@ class DetectionDataset(torch.utils.data.Dataset):
 
     def get_height_and_width(self, index: int) -> tuple[int, int]:
         """Size of photo ``index``, unread; torchvision's grouping by aspect ratio loads every photo without it."""
-        record = self.records[index]
-        return record.height, record.width
+        return self.records[index].height, self.records[index].width
 
     def sample(self, index: int, epoch: int) -> tuple[Tensor, Target]:
         """Photo ``index`` as epoch ``epoch`` sees it, whatever :meth:`set_epoch` said.
@@ -161,8 +153,8 @@ class DetectionDataset(torch.utils.data.Dataset):
                     raise
                 if record.image_id not in self._undecodable:
                     self._undecodable.add(record.image_id)
-                    count = len(self._undecodable)
-                    logger.warning("%s; the next photo stands in for it (%d such so far)", error, count)
+                    text = "%s; the next photo stands in for it (%d such so far)"
+                    logger.warning(text, error, len(self._undecodable))
         raise DataError(f"none of {len(self)} photos can be decoded; the first is {self.records[index].path}")
 
 
@@ -250,13 +242,15 @@ def require_disjoint(**datasets: DetectionDataset) -> None:
     Raises:
         DataError: the sets, the first photo that they share, and how many there are; or a photo cannot be read.
     """
-    digest = functools.cache(sha256)
+    digest, sizes = functools.cache(sha256), {}
     with _readable_photos():
-        by_size = {name: _by_size(name, dataset) for name, dataset in datasets.items()}
-        for (first, ours), (second, theirs) in itertools.combinations(by_size.items(), 2):
-            sizes = [size for size in ours if size in theirs]
-            known = {digest(path): path for size in sizes for path in ours[size]}
-            shared = [(known[digest(p)], p) for size in sizes for p in theirs[size] if digest(p) in known]
+        for name, dataset in datasets.items():
+            require_unique(name, dataset.records)
+            sizes[name] = {record.path.resolve(): record.path.stat().st_size for record in dataset.records}
+        for (first, ours), (second, theirs) in itertools.combinations(sizes.items(), 2):
+            common = set(ours.values()) & set(theirs.values())
+            known = {digest(path): path for path, size in ours.items() if size in common}
+            shared = [(known[digest(p)], p) for p, size in theirs.items() if size in common and digest(p) in known]
             if shared:
                 raise DataError(
                     f"{first} and {second} share photos ({len(shared)}), the first: {shared[0][0]} and {shared[0][1]}; "
@@ -278,15 +272,6 @@ def require_unique(name: str, records: Iterable[Record]) -> None:
                 f"{name} has the photo {record.path} twice; name each file once, in one of the set's data sets"
             )
         seen.add(identity)
-
-
-def _by_size(name: str, dataset: DetectionDataset) -> dict[int, list[Path]]:
-    """Size in bytes -> the photos of that size."""
-    require_unique(name, dataset.records)
-    by_size: dict[int, list[Path]] = {}
-    for record in dataset.records:
-        by_size.setdefault(record.path.stat().st_size, []).append(record.path.resolve())
-    return by_size
 
 
 def to_coco(dataset: DetectionDataset) -> COCO:
@@ -325,9 +310,7 @@ class EpochSampler(Sampler[int]):
     at the end is dropped if there is a full one. Evaluation deals out the photos in their own order, all of
     them.
 
-    Args:
-        dataset: its ``set_epoch`` is called along, so that one call chooses order and views.
-        batch_size: photos of a batch over all processes.
+    ``set_epoch`` is the data set's too, so that one call chooses order and views; ``batch_size`` is over all processes.
     """
 
     def __init__(
@@ -356,10 +339,7 @@ class EpochSampler(Sampler[int]):
         return iter(self.global_order()[self.start * self.batch_size :][self.rank :: self.world_size])
 
     def __len__(self) -> int:
-        count = len(self.dataset)
-        if self.train and count >= self.batch_size:
-            count -= count % self.batch_size
-        return len(range(self.rank + self.start * self.batch_size, count, self.world_size))
+        return sum(1 for _ in self)
 
 
 def build_loader(
@@ -381,17 +361,11 @@ def build_loader(
         raise DataError(f"a data set of {len(dataset)} photos is too small for {world_size} process(es)")
     if workers:
         _one_thread()  # a forked worker would wait for ever for the threads that OpenCV has started in this process
-    return DataLoader(
-        dataset,
-        batch_size=batch_size // world_size,
-        sampler=EpochSampler(dataset, batch_size, train, seed, rank, world_size),
-        num_workers=workers,
-        collate_fn=collate,
-        worker_init_fn=_one_thread,
-        pin_memory=torch.cuda.is_available(),
-        # its own, for without one an iterator draws from the global generator, which a resumed run must not
-        generator=torch.Generator(),
-    )
+    options = {"collate_fn": collate, "worker_init_fn": _one_thread, "pin_memory": torch.cuda.is_available()}
+    sampler = EpochSampler(dataset, batch_size, train, seed, rank, world_size)
+    # without one of its own an iterator draws from the global generator, which a resumed run must not
+    own = torch.Generator()
+    return DataLoader(dataset, batch_size // world_size, sampler=sampler, num_workers=workers, generator=own, **options)
 
 
 def collate(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
@@ -435,8 +409,11 @@ def load_dataset(
     classes = tuple(data.CLASSES) or (union_of_classes(raws) if names == tuple(data.TRAIN) else class_names(cfg))
     if not classes and not any(raw.labelled for raw in raws):
         raise DataError(NO_CLASS.format(title))
-    if need_boxes is not False and not unlabelled:
-        _require_labelled(raws, train)
+    unknown = [raw.name for raw in raws if not raw.labelled]  # their photos would stand for some that show nothing
+    if unknown and need_boxes is not False and not unlabelled:
+        fix = ", or let the full path teach, without a joint phase (LOSS.SUPERVISION teacher)" if train else ""
+        needs = "is a folder of photos that nobody labelled, and boxes are needed here; name data sets with boxes"
+        raise DataError(f"data set '{unknown[0]}' {needs}{fix}")
     records = select_classes(raws, classes, train)
     if train:
         records = limit_negatives(records, data.NEGATIVE_SHARE, cfg.SEED)
@@ -462,7 +439,6 @@ def load_dataset(
 
 
 def _without_boxes(classes: Sequence[str], photos: int, ignored: int, train: bool) -> str:
-    """What to say of a set without a wanted object; ``ignored``: objects that are marked as not to be counted."""
     wanted, purpose = few(classes) or "any class", "learnt" if train else "measured"
     found, fixes = f"no box of {wanted}", ["add photos that show it", "name other DATA.CLASSES"]
     if ignored:
@@ -470,17 +446,6 @@ def _without_boxes(classes: Sequence[str], photos: int, ignored: int, train: boo
         fixes[0] = "set these flags to 0 where the objects are ordinary ones (mask exports write iscrowd 1)"
     fixes += ["let the full path teach (LOSS.SUPERVISION teacher)"] if train else []
     return f"{found} in {photos} photos; nothing can be {purpose}: {', or '.join(fixes)}"
-
-
-def _require_labelled(raws: Sequence[RawDataset], train: bool) -> None:
-    """Where boxes teach or measure, a photo that nobody labelled would stand for one that shows nothing."""
-    for raw in raws:
-        if not raw.labelled:
-            fix = ", or let the full path teach, without a joint phase (LOSS.SUPERVISION teacher)" if train else ""
-            raise DataError(
-                f"data set '{raw.name}' is a folder of photos that nobody labelled, and boxes are needed here; "
-                f"name data sets with boxes{fix}"
-            )
 
 
 def read_dataset(cfg: CfgNode, name: str) -> RawDataset:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,10 @@ class Record:
     def has_targets(self) -> bool:
         """Whether any object is a training target; crowds and difficult objects are not."""
         return any(not annotation.ignore for annotation in self.annotations)
+
+    def holding(self, annotations: Iterable[Annotation]) -> Record:
+        """The same photo with these objects."""
+        return dataclasses.replace(self, annotations=tuple(annotations))
 
 
 @dataclass(frozen=True)
@@ -158,9 +162,9 @@ def select_classes(raws: Sequence[RawDataset], classes: Sequence[str], train: bo
         ours = {label: labels.get(canonical(name)) for label, name in enumerate(raw.classes, start=1)}
         for record in raw.records:
             wanted = [(one, label) for one in record.annotations if (label := ours.get(one.label))]
-            annotations = tuple(dataclasses.replace(one, label=label) for one, label in wanted)
+            objects = (dataclasses.replace(one, label=label) for one, label in wanted)
             image_id = record.image_id if len(raws) == 1 else len(records) + 1
-            records.append(dataclasses.replace(record, image_id=image_id, annotations=annotations))
+            records.append(dataclasses.replace(record, image_id=image_id).holding(objects))
     return records
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 import posixpath
@@ -170,14 +169,12 @@ def _read(
     occurring = {ALIASES.get(name, name) for name in names}
     # those of the benchmark where all that is found is among them
     classes = benchmark if occurring and occurring <= set(benchmark) else tuple(sorted(occurring))
-    labels = {name: label for label, name in enumerate(classes, start=1)}
-    records = []
-    for record, objects in found:
-        annotations = (
-            Annotation(box, labels[ALIASES.get(name, name)], ignore, None, at) for box, name, ignore, at in objects
-        )
-        records.append(dataclasses.replace(record, annotations=tuple(annotations)))
-    return RawDataset(title, classes, tuple(records), open_classes=True)
+    labels = {name: classes.index(ALIASES.get(name, name)) + 1 for name in names}
+    records = tuple(
+        record.holding(Annotation(box, labels[name], ignore, None, at) for box, name, ignore, at in objects)
+        for record, objects in found
+    )
+    return RawDataset(title, classes, records, open_classes=True)
 
 
 def _find_photo(
@@ -222,20 +219,20 @@ def _read_objects(
     objects: list[_Object] = []
     for number, element in enumerate(tree.findall("object"), start=1):
         name = " ".join((element.findtext("name") or "").split())
-        where = f"{source}: object {number} ({name})"
         if not name:
-            message = f"{source}: object {number} has no name"
-            problems.add("annotation without a needed key", message, photo_number)
+            found = f"{source}: object {number} has no name"
+            problems.add("annotation without a needed key", found, photo_number)
             continue
         texts = [element.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
+        where = f"{source}: object {number} ({name})"
+        found = f"{where} has xmin, ymin, xmax, ymax = {shown(texts)}"
         try:
-            xmin, ymin, xmax, ymax = (float(text) for text in texts)
+            xmin, ymin, xmax, ymax = map(float, texts)
         except (TypeError, ValueError):
-            message = f"{where} has xmin, ymin, xmax, ymax = {shown(texts)}"
-            problems.add("malformed box", message, photo_number)
+            problems.add("malformed box", found, photo_number)
             continue
         if xmax > xmin and ymax > ymin and are_shares((xmin, ymin, xmax, ymax)):
-            shares.append((f"{where} has xmin, ymin, xmax, ymax = {shown(texts)}", photo_number))
+            shares.append((found, photo_number))
             continue
         difficult = read_flags({"difficult": element.findtext("difficult")}, where, problems, photo_number)
         objects.append(((xmin - 1, ymin - 1, xmax, ymax), name, difficult, number))

@@ -76,7 +76,7 @@ def read_yolo(name: str, description: Path, split: str, problems: Problems, allo
     total = len(in_pixels) + sum(len(record.annotations) for record in records)
     advice = "lie outside 0..1 and look like pixels; divide them by the photo's width and height"
     check_unit(in_pixels, total, description, problems, "box in pixels", advice)
-    return RawDataset(name, classes, tuple(record for record in records if problems.keeps(record.image_id)))
+    return RawDataset(name, classes, problems.kept(records))
 
 
 def _read_names(names: object, source: Path) -> tuple[str, ...]:
@@ -170,7 +170,7 @@ def _with_labels(
         else:
             box = _box(values, record.width, record.height)
             found[(label, *values)] = Annotation(box, int(label) + 1, id=number)
-    return Record(record.image_id, record.path, record.width, record.height, tuple(found.values()), record.source)
+    return record.holding(found.values())
 
 
 def _box(values: list[float], width: int, height: int) -> tuple[float, float, float, float]:
