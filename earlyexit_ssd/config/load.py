@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,19 +121,15 @@ def _convert(value: Any, default: Any, key: str, source: str) -> Any:
         keys = isinstance(default, CfgNode)
         kind = f"keys below it ({', '.join(default)})" if keys else f"{_KINDS[type(default)]} (default {default!r})"
         raise ConfigError(f"{source}: {key} expects {kind}, got {shown(value)}")
-    if any(ord(sign) < 32 or 0xD800 <= ord(sign) < 0xE000 for text in _texts(value) for sign in text):
-        # no path, name or file could hold it
+    if any(ord(sign) < 32 or 0xD800 <= ord(sign) < 0xE000 for sign in _text_in(value)):  # no path could hold it
         raise ConfigError(f"{source}: {key} has {shown(value)}, expected text without control characters")
     return float(value) if isinstance(default, float) else value
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """All text in a value."""
+def _text_in(value: Any) -> str:
     if isinstance(value, tuple):
-        for item in value:
-            yield from _texts(item)
-    elif isinstance(value, str):
-        yield value
+        return "".join(map(_text_in, value))
+    return value if isinstance(value, str) else ""
 
 
 def _as_tuple(value: Any) -> Any:

@@ -23,6 +23,8 @@ from earlyexit_ssd.modeling.retrofit import read_weights
 from earlyexit_ssd.progress import progress
 
 Measure = Callable[[], Mapping[str, float | None]]
+LogLine = dict[str, float | None]
+"""``step``, ``epoch``, ``lr``, ``loss`` and its parts ``loss/<name>``, ``seconds`` and what was measured."""
 
 
 class Checkpoint(Hook):
@@ -167,7 +169,7 @@ class Log(Hook):
             self.board.close()
 
 
-def read_log(folder: Path) -> list[dict[str, Any]]:
+def read_log(folder: Path) -> list[LogLine]:
     """The lines of a phase's log.jsonl; none where there is no such file."""
     path = folder / "log.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -177,8 +179,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 class _Board:
     """Scalars for TensorBoard, written at once: `SummaryWriter` does it in a thread, where nobody hears of a full disk.
 
-    Args:
-        folder: of the event files; a new one is made. first_step: what older files hold from it on is not shown.
+    What older files of ``folder`` hold from ``first_step`` on is not shown.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
