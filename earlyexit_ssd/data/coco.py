@@ -32,8 +32,7 @@ def read_coco(
     whatever their ids are. ``iscrowd``, ``difficult`` and ``ignore`` all become ``Annotation.ignore``.
 
     Args:
-        annotations: the JSON file.
-        images: folder that ``file_name`` is relative to.
+        annotations: the JSON file; ``file_name`` in it is relative to the folder ``images``.
         problems: takes what is wrong with single records.
         allow_outside: take photos whose ``file_name`` leads outside the folder.
 

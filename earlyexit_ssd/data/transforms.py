@@ -12,6 +12,8 @@ import numpy as np
 from earlyexit_ssd.config.check import CHOICES
 from earlyexit_ssd.errors import ConfigError, nearest
 
+Window = tuple[int, int, int, int]
+
 
 def mixed_seed(*numbers: int) -> int:
     """A seed in [0, 2**63) for each tuple of non-negative integers, such as (seed, epoch, index).
@@ -37,7 +39,7 @@ class RandomIoUCrop(A.DualTransform):
 
     _targets = A.core.type_definitions.Targets.IMAGE, A.core.type_definitions.Targets.BBOXES
 
-    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    def get_params_dependent_on_data(self, params: dict, data: dict) -> dict[str, Window]:
         height, width = params["shape"][:2]
         boxes = np.asarray(data["bboxes"], np.float64)[:, :4] * (width, height, width, height)
         window = None
@@ -48,9 +50,7 @@ class RandomIoUCrop(A.DualTransform):
             window = self._find_window(boxes, width, height, least_iou)
         return {"window": (0, 0, width, height) if window is None else window}
 
-    def _find_window(
-        self, boxes: np.ndarray, width: int, height: int, least_iou: float
-    ) -> tuple[int, int, int, int] | None:
+    def _find_window(self, boxes: np.ndarray, width: int, height: int, least_iou: float) -> Window | None:
         """The first of ``TRIALS`` random windows that fits, as x1, y1, x2, y2 in whole pixels."""
         low, high = self.SCALE
         sizes = (self.random_generator.uniform(low, high, (self.TRIALS, 2)) * (width, height)).astype(int)
@@ -63,11 +63,11 @@ class RandomIoUCrop(A.DualTransform):
         fits = shaped & (overlaps.max(axis=1) >= least_iou)
         return tuple(windows[fits.argmax()].tolist()) if fits.any() else None
 
-    def apply(self, img: np.ndarray, window: tuple[int, int, int, int], **params: Any) -> np.ndarray:
+    def apply(self, img: np.ndarray, window: Window, **params: Any) -> np.ndarray:
         x1, y1, x2, y2 = window
         return img[y1:y2, x1:x2]
 
-    def apply_to_bboxes(self, bboxes: np.ndarray, window: tuple[int, int, int, int], **params: Any) -> np.ndarray:
+    def apply_to_bboxes(self, bboxes: np.ndarray, window: Window, **params: Any) -> np.ndarray:
         """Normalised boxes [N, 4 + columns] -> those centred inside, in the window's coordinates."""
         height, width = params["shape"][:2]
         if window == (0, 0, width, height):
@@ -112,7 +112,7 @@ class RandomZoomOut(A.DualTransform):
         super().__init__(p=p)
         self.largest = largest
 
-    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    def get_params_dependent_on_data(self, params: dict, data: dict) -> dict[str, Window]:
         height, width = params["shape"][:2]
         ratio = self.py_random.uniform(1.0, self.largest)
         new_width, new_height = max(1, int(width / ratio)), max(1, int(height / ratio))
@@ -120,7 +120,7 @@ class RandomZoomOut(A.DualTransform):
         top = int(self.py_random.random() * (height - new_height))
         return {"place": (left, top, new_width, new_height)}
 
-    def apply(self, img: np.ndarray, place: tuple[int, int, int, int], **params: Any) -> np.ndarray:
+    def apply(self, img: np.ndarray, place: Window, **params: Any) -> np.ndarray:
         left, top, width, height = place
         canvas = np.empty_like(img)
         canvas[:] = CANVAS
@@ -128,7 +128,7 @@ class RandomZoomOut(A.DualTransform):
         canvas[top : top + height, left : left + width] = small
         return canvas
 
-    def apply_to_bboxes(self, bboxes: np.ndarray, place: tuple[int, int, int, int], **params: Any) -> np.ndarray:
+    def apply_to_bboxes(self, bboxes: np.ndarray, place: Window, **params: Any) -> np.ndarray:
         """Normalised boxes [N, 4 + more columns] in the canvas' coordinates."""
         height, width = params["shape"][:2]
         left, top, new_width, new_height = place
@@ -152,17 +152,8 @@ class Augmentation:
     def __call__(
         self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, seed: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Augment a photo.
-
-        Args:
-            image: uint8 RGB [H, W, 3].
-            boxes: float [N, 4], xyxy in pixels.
-            labels: int [N].
-            seed: the same seed gives the same result, in any process.
-
-        Returns:
-            image uint8 [H', W', 3], boxes float32 [M, 4] in its pixels, labels int64 [M], M <= N.
-        """
+        """Image uint8 RGB [H, W, 3], boxes float [N, 4] (xyxy, pixels) and labels int [N] to the augmented ones: uint8
+        [H', W', 3], float32 [M, 4] in its pixels and int64 [M], M <= N. The same seed gives the same in any process."""
         # one generator: set_random_seed gives each transform the same numbers, so they would act together
         self._compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
         result = self._compose(image=image, bboxes=boxes, labels=labels)
