@@ -39,11 +39,7 @@ NO_ROOM = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Say of an ``OSError`` inside that ``path`` cannot be written, why, and what to do.
-
-    Raises:
-        CannotWrite: it cannot.
-    """
+    """Raise an ``OSError`` inside as the `CannotWrite` of ``path``: why, and what to do."""
     try:
         yield
     except OSError as error:
@@ -54,8 +50,7 @@ def cannot_write(path: str | os.PathLike[str], error: OSError, otherwise: str = 
     """The error for the user; long paths are cut at their front. ``otherwise``: what to do where no room is missing."""
     shown = os.fspath(path)
     shown = shown if len(shown) <= 120 else f"...{shown[-117:]}"
-    otherwise = otherwise or "name another folder or make it writable"
-    fix = "make room" if error.errno in NO_ROOM else otherwise
+    fix = "make room" if error.errno in NO_ROOM else otherwise or "name another folder or make it writable"
     return CannotWrite(f"{shown}: cannot be written ({error.strerror or type(error).__name__}); {fix}")
 
 
@@ -102,15 +97,11 @@ def lock(path: str | os.PathLike[str], what: str, *, wait: bool = False) -> Iter
     """Hold the file ``path`` as a lock, which the system frees when this process ends, however it ends.
 
     Within a process it can be held any number of times. Processes that this one has forked do not hold it. A file
-    system (or Windows) without these locks gives none, with a warning.
-
-    Args:
-        path: made if missing, with the number of this process in it, and removed afterwards.
-        what: that is in use, for the message.
-        wait: until the others are done, rather than raise.
+    system (or Windows) without these locks gives none, with a warning. The file is made, holds the number of this
+    process and is removed afterwards.
 
     Raises:
-        EarlyExitError: another process holds it.
+        EarlyExitError: another process holds it, unless this one is to ``wait``; ``what`` is in use, it says.
         CannotWrite: the file cannot be made.
     """
     path = Path(path).resolve()
@@ -164,12 +155,8 @@ def _acquire(file: io.FileIO, what: str, wait: bool) -> None:
 
 @contextlib.contextmanager
 def locked_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Make a folder for results and hold it, so that two processes never write into one.
-
-    Raises:
-        CannotWrite: it cannot be made or written to.
-        EarlyExitError: another process writes there.
-    """
+    """Make a folder for results and hold it, so that two processes never write into one; errors as of
+    :func:`make_folder` and :func:`lock`."""
     made = not Path(folder).exists()
     make_folder(folder)
     try:
@@ -198,13 +185,10 @@ def locks_folder(parameter: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def require_space(folder: Path, size: int, what: str, fix: str) -> None:
-    """Arrays are made sparse, and a full disk would end the process without a word.
-
-    Args:
-        folder: exists already; size: bytes that ``what`` takes there; fix: what to do where they are not free.
+    """Check that the ``size`` bytes that ``what`` takes in a folder are free; ``fix`` says what to do where not.
 
     Raises:
-        EarlyExitError: they are not free.
+        EarlyExitError: they are not.
     """
     free = shutil.disk_usage(folder).free
     if size > 0.95 * free:

@@ -13,7 +13,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -23,15 +22,7 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from earlyexit_ssd.data import catalog
-from earlyexit_ssd.data.checks import (
-    check_boxes,
-    check_photos,
-    clip_boxes,
-    describe,
-    drop_repeated_files,
-    file_identity,
-)
+from earlyexit_ssd.data import catalog, checks
 from earlyexit_ssd.data.images import as_tensor, read_image
 from earlyexit_ssd.data.problems import MODES, Problems
 from earlyexit_ssd.data.records import (
@@ -163,7 +154,7 @@ def _read_photo(record: Record) -> np.ndarray:
     if image.shape[:2] != (record.height, record.width):
         height, width = image.shape[:2]
         raise DataError(
-            f"{describe(record)} is {width} x {height}, annotated as {record.width} x {record.height}; "
+            f"{checks.describe(record)} is {width} x {height}, annotated as {record.width} x {record.height}; "
             "load the data set with load_dataset, which scales the boxes"
         )
     return image
@@ -173,11 +164,8 @@ def repeat_rare_classes(dataset: DetectionDataset, threshold: float, seed: int) 
     """A training set with each photo r times (Gupta et al. 2019, "LVIS", appendix B.2).
 
     r = max over the photo's classes of max(1, sqrt(threshold / f)), f the share of the photos that show the class. The
-    fraction of r is rounded up or down by chance. Every repetition is augmented in its own way.
-
-    Args:
-        threshold: classes on fewer than this share of the photos count as rare; 0 repeats none.
-        seed: of the rounding.
+    fraction of r is rounded up or down by chance (``seed``). Every repetition is augmented in its own way. Classes on
+    fewer than the share ``threshold`` of the photos count as rare; 0 repeats none.
     """
     if not threshold:
         return dataset
@@ -217,10 +205,7 @@ def _readable_photos() -> Iterator[None]:
 def fingerprint(dataset: DetectionDataset, hashes: Sequence[str] | None = None) -> str:
     """SHA-256 over the classes and, photo by photo in their order, the file's content, number, size and objects.
 
-    Where the files lie has no part in it. Augmentation has none either: it is of the settings.
-
-    Args:
-        hashes: of the photos' files, where they are known already; see `photo_hashes`.
+    Where the files lie has no part in it, nor has augmentation. ``hashes`` are `photo_hashes` that are known already.
 
     Raises:
         DataError: a photo cannot be read.
@@ -266,11 +251,10 @@ def require_unique(name: str, records: Iterable[Record]) -> None:
     """
     seen = set()
     for record in records:
-        identity = file_identity(record.path)
+        identity = checks.file_identity(record.path)
         if identity is not None and identity in seen:
-            raise DataError(
-                f"{name} has the photo {record.path} twice; name each file once, in one of the set's data sets"
-            )
+            fix = "name each file once, in one of the set's data sets"
+            raise DataError(f"{name} has the photo {record.path} twice; {fix}")
         seen.add(identity)
 
 
@@ -280,23 +264,18 @@ def to_coco(dataset: DetectionDataset) -> COCO:
     Objects to ignore have ``iscrowd`` 1, the only way to tell pycocotools. Annotations are numbered from 1,
     since pycocotools takes a match with number 0 for no match. Nothing is printed and no photo is read.
     """
-    annotations: list[dict[str, Any]] = []
+    coco, images, annotations = COCO(), [], []
     for record in dataset.records:
+        name, sides = str(record.path), {"width": record.width, "height": record.height}
+        images.append({"id": record.image_id, "file_name": name, **sides})
         for one in record.annotations:
             x1, y1, x2, y2 = one.box
             bbox, number = [x1, y1, x2 - x1, y2 - y1], len(annotations) + 1
             area = bbox[2] * bbox[3] if one.area is None else one.area
             ids = {"id": number, "image_id": record.image_id, "category_id": one.label}
             annotations.append({**ids, "bbox": bbox, "area": area, "iscrowd": int(one.ignore)})
-    coco = COCO()
-    coco.dataset = {
-        "info": {},
-        "images": [
-            {"id": r.image_id, "file_name": str(r.path), "width": r.width, "height": r.height} for r in dataset.records
-        ],
-        "annotations": annotations,
-        "categories": [{"id": label, "name": name} for label, name in enumerate(dataset.classes, start=1)],
-    }
+    categories = [{"id": label, "name": name} for label, name in enumerate(dataset.classes, start=1)]
+    coco.dataset = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
@@ -347,10 +326,7 @@ def build_loader(
 ) -> DataLoader:
     """Batches of ``(list of images, list of targets)``; ``loader.sampler.set_epoch(epoch)`` goes first.
 
-    Args:
-        batch_size: photos of a batch over all processes.
-        workers: processes that load; 0 loads in this one.
-        rank, world_size: this process among those that train together.
+    ``batch_size`` is over all processes, of which this is number ``rank``. With 0 ``workers`` it loads by itself.
 
     Raises:
         DataError: an empty data set, or a batch that cannot be dealt out evenly.
@@ -419,7 +395,7 @@ def load_dataset(
         records = limit_negatives(records, data.NEGATIVE_SHARE, cfg.SEED)
     records = limit_photos(records, data.LIMIT, cfg.SEED)
     problems = Problems(data.ON_BAD)
-    records = clip_boxes(check_photos(records, problems), problems)
+    records = checks.clip_boxes(checks.check_photos(records, problems), problems)
     problems.log(title)
     if not records:
         raise DataError(f"{title}: no usable photo is left; check the folder of the photos")
@@ -455,7 +431,8 @@ def read_dataset(cfg: CfgNode, name: str) -> RawDataset:
         ConfigError, DataError: as :func:`load_dataset`.
     """
     problems = Problems(cfg.DATA.ON_BAD)
-    raw = drop_repeated_files(check_boxes(catalog.load(name, cfg.DATA, problems), problems), problems)
+    raw = checks.check_boxes(catalog.load(name, cfg.DATA, problems), problems)
+    raw = checks.drop_repeated_files(raw, problems)
     problems.log(name)
     return raw
 

@@ -47,11 +47,8 @@ def read_image(path: PathLike, annotated_size: Size | None = None) -> np.ndarray
     """The photo as uint8 RGB [H, W, 3].
 
     Grey is repeated, transparency is laid on white, palettes are looked up, 16 bits are scaled to 8, CMYK
-    is converted, and the first frame of an animation is taken. EXIF rotation is applied unless
-    ``annotated_size`` shows that the boxes refer to the stored picture (see :func:`read_header`).
-
-    Args:
-        annotated_size: (width, height) of the picture in its annotations, if there are any.
+    is converted, and the first frame of an animation is taken. EXIF rotation is applied unless ``annotated_size``
+    (width, height) shows that the boxes refer to the stored picture (see :func:`read_header`).
 
     Raises:
         DataError: the file is missing, no image, truncated, or of more than ``LARGEST_PHOTO`` pixels.
@@ -92,11 +89,7 @@ def read_header(path: PathLike, annotated_size: Size | None = None) -> PhotoHead
 
 @contextlib.contextmanager
 def _opened(path: PathLike) -> Iterator[Image.Image]:
-    """A regular file, since a pipe or a device may have no end, of a size that memory holds.
-
-    Raises:
-        DataError: it is none, or what is done with it fails.
-    """
+    """A regular file, since a pipe or a device may have no end, of a size that memory holds."""
     if not os.path.isfile(path):
         what = "no file but a folder, pipe or device, expected a photo" if os.path.exists(path) else "no such photo"
         raise DataError(f"{path}: {what}")
