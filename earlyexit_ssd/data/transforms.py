@@ -8,6 +8,8 @@ from typing import Any
 import albumentations as A
 import cv2
 import numpy as np
+import torch
+from torchvision.ops import box_iou
 
 from earlyexit_ssd.config.check import CHOICES
 from earlyexit_ssd.errors import ConfigError, nearest
@@ -26,10 +28,9 @@ def mixed_seed(*numbers: int) -> int:
 class RandomIoUCrop(A.DualTransform):
     """torchvision's ``RandomIoUCrop`` (Liu et al. 2016, section 2.2) as an albumentations transform.
 
-    A least IoU is drawn, of which 1.0 means no crop. A window of 0.3 to 1 of each side and an aspect ratio
-    of 0.5 to 2 is then sought in which the centre of some object lies, that object and the window
-    overlapping by the least IoU; after 40 failures another least IoU is drawn. Objects whose centre is
-    outside are dropped, the others are cut at the window. A photo without objects stays whole.
+    A least IoU is drawn, of which 1.0 means no crop. A window of 0.3 to 1 of each side and an aspect ratio of 0.5 to 2
+    is then sought in which the centre of some object lies, that object and the window overlapping by the least IoU;
+    after 40 failures another is drawn. Objects whose centre is outside are dropped, the others are cut at the window.
     """
 
     SCALE = (0.3, 1.0)
@@ -88,11 +89,7 @@ def centres_inside(boxes: np.ndarray, windows: np.ndarray) -> np.ndarray:
 
 def pairwise_iou(boxes: np.ndarray, windows: np.ndarray) -> np.ndarray:
     """IoU of each window [M, 4] with each box [N, 4] (xyxy): [M, N]."""
-    corner1 = np.maximum(windows[:, None, :2], boxes[None, :, :2])
-    corner2 = np.minimum(windows[:, None, 2:], boxes[None, :, 2:])
-    shared = (corner2 - corner1).clip(0).prod(axis=2)
-    areas = (windows[:, 2:] - windows[:, :2]).prod(axis=1)[:, None] + (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    return shared / (areas - shared)
+    return box_iou(*(torch.from_numpy(corners.astype(np.float64)) for corners in (windows, boxes))).numpy()
 
 
 # ImageNet's mean colour, 0..255.
@@ -102,8 +99,8 @@ CANVAS = (124, 116, 104)
 class RandomZoomOut(A.DualTransform):
     """Shrink the photo by 1 to ``largest`` and put it at a random place of a canvas of the photo's old size.
 
-    torchvision's ``RandomZoomOut`` enlarges the canvas instead; the detector's resize makes both the same
-    picture, and this one does not make 16 times the pixels on the way.
+    torchvision's ``RandomZoomOut`` enlarges the canvas instead, up to 16 times the pixels. After the detector's resize
+    both are the same picture.
     """
 
     _targets = A.core.type_definitions.Targets.IMAGE, A.core.type_definitions.Targets.BBOXES

@@ -54,8 +54,7 @@ def read_yolo(name: str, description: Path, split: str, problems: Problems, allo
     check_names(classes, description, problems)
     folder = Path(os.path.abspath(description.parent))
     photos = _list_photos(tree, description, folder, split, problems, allow_outside)
-    records: list[Record] = []
-    in_pixels: list[tuple[str, int]] = []  # message, number of the photo
+    records, in_pixels = list[Record](), list[tuple[str, int]]()  # the latter: message, number of the photo
     for number, photo in enumerate(progress(photos, desc=f"read {name}"), start=1):
         labels = _label_path(photo, folder)
         try:
