@@ -41,20 +41,18 @@ def _as_node(tree: Mapping) -> CfgNode:
 
 
 def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> CfgNode:
-    """The defaults, overlaid with the file's ``_BASE_`` chain, the file, and ``KEY VALUE`` overrides.
+    """The defaults, overlaid with the chain of ``_BASE_`` of the YAML file ``path``, the file, and ``KEY VALUE`` pairs.
 
     Args:
-        path: YAML file; ``_BASE_`` in it names another one, relative to it. None takes the defaults alone.
         overrides: alternating keys and values, ``["EXITS.LAYERS", "(6, 12)", "SEED", "3"]``.
 
     Raises:
         ConfigError: an unknown key, a wrong type or an impossible value; the message names the source and the fix.
     """
     cfg = get_cfg()
-    if path is not None:
-        path = Path(path)
-        for source, tree in reversed(_read_chain(path)):
-            _merge(cfg, tree, str(source))
+    path = None if path is None else Path(path)
+    for source, tree in reversed(_read_chain(path) if path else []):
+        _merge(cfg, tree, str(source))
     if len(overrides) % 2:
         raise ConfigError(f"command line: expected KEY VALUE pairs, the last key {shown(overrides[-1])} has no value")
     for key, text in zip(overrides[::2], overrides[1::2], strict=True):
@@ -67,8 +65,8 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
     try:
         check_config(cfg)
     except ConfigError as error:
-        on_command_line = str(error).split(" ")[0] in map(str, overrides[::2])
-        source = "command line" if on_command_line else path or "the configuration"
+        overridden = str(error).split(" ")[0] in map(str, overrides[::2])
+        source = "command line" if overridden else path or "the configuration"
         raise ConfigError(f"{source}: {error}") from None
     cfg.freeze()
     return cfg
