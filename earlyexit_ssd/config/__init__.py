@@ -3,6 +3,7 @@
 from earlyexit_ssd.config.check import (
     C4_LAYER,
     CLOSED,
+    FOLDS,
     LARGEST_SIDE,
     LAST_LAYER,
     LOSS_CHOICES,
@@ -12,12 +13,14 @@ from earlyexit_ssd.config.check import (
     PHASES,
     TAIL_BLOCKS,
     check_config,
+    num_exits,
 )
 from earlyexit_ssd.config.load import get_cfg, load_config
 
 __all__ = [
     "C4_LAYER",
     "CLOSED",
+    "FOLDS",
     "LARGEST_SIDE",
     "LAST_LAYER",
     "LOSS_CHOICES",
@@ -29,4 +32,5 @@ __all__ = [
     "check_config",
     "get_cfg",
     "load_config",
+    "num_exits",
 ]
