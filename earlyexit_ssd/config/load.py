@@ -51,7 +51,7 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
     """
     cfg = get_cfg()
     path = None if path is None else Path(path)
-    for source, tree in reversed(_read_chain(path) if path else []):
+    for source, tree in _read_chain(path) if path else []:
         _merge(cfg, tree, str(source))
     if len(overrides) % 2:
         raise ConfigError(f"command line: expected KEY VALUE pairs, the last key {shown(overrides[-1])} has no value")
@@ -72,26 +72,22 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
     return cfg
 
 
-def _read_chain(path: Path) -> list[tuple[Path, dict]]:
-    """The file and those underneath it, each with its keys."""
-    chain: list[tuple[Path, dict]] = []
-    seen: set[str] = set()
-    while len(chain) < _LONGEST_CHAIN:
-        tree = read_yaml(path, "configuration file", "look in configs/ for examples", ConfigError)
-        tree = {} if tree is None else tree
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{path}: expected KEY: value lines, got a {type(tree).__name__}")
-        seen.add(os.path.realpath(path))
-        base = tree.pop(_BASE_KEY, None)
-        chain.append((path, tree))
-        if base is None:
-            return chain
-        if not isinstance(base, str) or "\0" in base:
-            raise ConfigError(f"{path}: {_BASE_KEY} is {shown(base)}, expected the name of a YAML file")
-        path = path.parent / base
-        if os.path.realpath(path) in seen:
-            raise ConfigError(f"{path}: {_BASE_KEY} goes in a circle; remove one of them")
-    raise ConfigError(f"{path}: {_BASE_KEY} leads through more than {_LONGEST_CHAIN} files; put them together")
+def _read_chain(path: Path, above: tuple[str, ...] = ()) -> list[tuple[Path, dict]]:
+    """The file and those underneath it, the lowest first, each with its keys; ``above`` are those that led here."""
+    if above and os.path.realpath(path) in above:  # the first may be no path at all
+        raise ConfigError(f"{path}: {_BASE_KEY} goes in a circle; remove one of them")
+    if len(above) == _LONGEST_CHAIN:
+        raise ConfigError(f"{path}: {_BASE_KEY} leads through more than {_LONGEST_CHAIN} files; put them together")
+    tree = read_yaml(path, "configuration file", "look in configs/ for examples", ConfigError)
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected KEY: value lines, got a {type(tree).__name__}")
+    base = tree.pop(_BASE_KEY, None)
+    if base is None:
+        return [(path, tree)]
+    if not isinstance(base, str) or "\0" in base:
+        raise ConfigError(f"{path}: {_BASE_KEY} is {shown(base)}, expected the name of a YAML file")
+    return [*_read_chain(path.parent / base, (*above, os.path.realpath(path))), (path, tree)]
 
 
 def _merge(node: CfgNode, tree: Mapping, source: str, above: str = "") -> None:

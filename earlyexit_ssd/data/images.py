@@ -67,13 +67,11 @@ def as_tensor(image: np.ndarray) -> Tensor:
 def read_header(path: PathLike, annotated_size: Size | None = None) -> PhotoHeader:
     """The size that :func:`read_image` will return, and what it will have to convert, without decoding.
 
-    Some tools annotate the stored picture, others the upright one. The annotated size tells which, for
-    rotations by a quarter: where it equals the stored size and not the upright one, the picture stays as
-    stored. In every other case (half turns, mirrored, square, sizes that match neither) the EXIF rotation
-    is applied.
+    Some tools annotate the stored picture, others the upright one. Where the annotated size equals the stored size and
+    not the upright one, the picture stays as stored. In every other case (half turns, mirrored, square, sizes that
+    match neither) the EXIF rotation is applied.
 
-    Truncated files are found here too: JPEG by its end marker, PNG by its checksums, other formats by
-    decoding.
+    Truncated files are found too: JPEG by its end marker, PNG by its checksums, other formats by decoding.
 
     Raises:
         DataError: as :func:`read_image`.
