@@ -176,7 +176,7 @@ class Search:
             raise EarlyExitError(
                 f"a speed-up of {self.target.value:g} is out of reach: with every photo at the first exit it is "
                 f"{self.costs.plain / mean_costs.min():.2f}; "
-                "ask for less, or plan a shallower exit (tools/plan_exits.py)"
+                "ask for less, or train a shallower exit (EXITS.LAYERS)"
             )
         return Chosen(tuple(grid.thresholds[best].tolist()), grid.choices[best], Measured())
 

@@ -18,7 +18,7 @@ from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.evaluation.matches import PhotoRow
 from earlyexit_ssd.evaluation.results import Results
 from earlyexit_ssd.files import write_image, write_json, write_text
-from earlyexit_ssd.report.charts import EXITS, PLAIN, ROUTED, accuracy_against_cost, accuracy_against_time, draw_charts
+from earlyexit_ssd.report.charts import EXITS, PLAIN, ROUTED, accuracy_against_cost, draw_charts
 from earlyexit_ssd.report.tables import figure, markdown_table, text_report
 
 
@@ -154,12 +154,10 @@ def write_results(
         photos: rows of photos.csv, `earlyexit_ssd.evaluation.matches.photo_list`; without one there is no file.
 
     Returns:
-        the paths written: metrics.json, table.txt, table.md, photos.csv, ap50_against_ms.png, ap_against_cost.png and
-        the pictures.
+        the paths written: metrics.json, table.txt, table.md, photos.csv, ap_against_cost.png and the pictures.
     """
     folder = Path(out_dir)
-    charts = {"ap50_against_ms": accuracy_against_time(results), "ap_against_cost": accuracy_against_cost(results)}
-    images = {**charts, **(pictures or {})}
+    images = {"ap_against_cost": accuracy_against_cost(results), **(pictures or {})}
     write_json(folder / "metrics.json", results.to_json())
     write_text(folder / "table.txt", text_report(results) + "\n")
     write_text(folder / "table.md", markdown_table(results) + "\n")
