@@ -331,6 +331,6 @@ def _certificate(recorded: Recorded, search: Search, chosen: Chosen) -> Certific
         weights_sha256=weights_hash(model),
         photos_sha256=photos,
         photo_list_sha256=hashlib.sha256("".join(photos).encode()).hexdigest(),
-        drift=Reference.from_decisions(names, chosen.exits.astype(np.int64), search.confidences).to_dict(),
+        drift=Reference.from_decisions(names, chosen.exits.astype(np.int64), search.confidences),
         versions={"torch": torch.__version__, "torchvision": torchvision.__version__},
     )
