@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -141,40 +141,29 @@ def _count_graph(onnx: ModuleType, model: Any) -> float | None:
         if first is not None and not first.dim_value:
             first.dim_value = 1
     graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    shapes, constants = _shapes(graph), _constants(graph)
-    counts = [_count(node, shapes, constants) for node in graph.node]
+    shapes: dict[str, Shape] = {}
+    for value in (*graph.output, *graph.value_info, *graph.input):
+        lengths = tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
+        if all(lengths):
+            shapes[value.name] = lengths
+    shapes |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    constants = {tensor.name for tensor in graph.initializer}  # what no input changes
+    counts = []
+    for node in graph.node:
+        if node.op_type == "Constant" or (node.input and constants.issuperset(filter(None, node.input))):
+            constants.update(node.output)
+        for attribute in node.attribute:
+            if node.op_type == "Constant" and attribute.name == "value":
+                shapes[node.output[0]] = tuple(attribute.t.dims)
+        if node.op_type in ("Conv", "ConvTranspose", "Gemm") or (
+            node.op_type == "MatMul" and not constants.isdisjoint(node.input)
+        ):
+            counts.append(_count(node, *(shapes.get(name) for name in (*node.input[:2], node.output[0]))))
     return None if None in counts else sum(counts) / 1e6
 
 
-def _shapes(graph: Any) -> dict[str, Shape]:
-    """Of every tensor whose lengths are all known."""
-    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    for node in graph.node:
-        value = next((one for one in node.attribute if one.name == "value"), None)
-        if node.op_type == "Constant" and value is not None:
-            shapes[node.output[0]] = tuple(value.t.dims)
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        lengths = tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
-        if all(lengths):
-            shapes.setdefault(value.name, lengths)
-    return shapes
-
-
-def _constants(graph: Any) -> set[str]:
-    """Names of the tensors that no input changes: weights, and what is made of weights alone."""
-    names = {tensor.name for tensor in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Constant" or (node.input and names.issuperset(filter(None, node.input))):
-            names.update(node.output)
-    return names
-
-
-def _count(node: Any, shapes: Mapping[str, Shape], constants: set[str]) -> int | None:
-    """Multiply-accumulates of one node, 0 where it has none that count, None where a shape is not known."""
-    counted = node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
-    if not counted or (node.op_type == "MatMul" and constants.isdisjoint(node.input)):
-        return 0
-    data, weights, output = (shapes.get(name) for name in (node.input[0], node.input[1], node.output[0]))
+def _count(node: Any, data: Shape | None, weights: Shape | None, output: Shape | None) -> int | None:
+    """Multiply-accumulates of one node, None where a shape is not known."""
     if data is None or weights is None or output is None:
         return None
     if node.op_type == "ConvTranspose":  # each input value meets its kernel: [in, out / groups, *kernel]
