@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -34,10 +35,7 @@ others are sure background."""
 
 class RecordedPhotos(Protocol):
     """What a policy is fitted on: photos as every exit saw them. Rows are photos, in the same order everywhere.
-
-    Attributes:
-        temperatures: one per early exit; seed: for whatever is drawn.
-    """
+    ``temperatures`` has one per early exit; ``seed`` is for whatever is drawn."""
 
     temperatures: Sequence[float]
     seed: int
@@ -79,7 +77,22 @@ class FittedPolicy(nn.Module):
         raise NotImplementedError
 
 
-POLICIES: dict[str, Policy] = {}
+@dataclass(frozen=True)
+class RegisteredPolicy:
+    """A function of the logits as a policy; it is pickled by its name, so that models with a router can be."""
+
+    name: str
+    function: Callable[..., Tensor]
+    boxes: int | None
+
+    def __call__(self, signals: ExitSignals, exit_index: int) -> Tensor:
+        return self.function(signals.logits)
+
+    def __reduce__(self) -> tuple:
+        return get_policy, (self.name,)
+
+
+POLICIES: dict[str, RegisteredPolicy] = {}
 FITTED_POLICIES: dict[str, type[FittedPolicy]] = {}
 Registered = TypeVar("Registered", bound=Callable)
 
@@ -112,19 +125,6 @@ def register_policy(name: str, boxes: int | None = None) -> Callable[[Registered
     return register
 
 
-class RegisteredPolicy:
-    """A function of the logits as a policy; it is pickled by its name, so that models with a router can be."""
-
-    def __init__(self, name: str, function: Callable[..., Tensor], boxes: int | None) -> None:
-        self.name, self.function, self.boxes = name, function, boxes
-
-    def __call__(self, signals: ExitSignals, exit_index: int) -> Tensor:
-        return self.function(signals.logits)
-
-    def __reduce__(self) -> tuple:
-        return get_policy, (self.name,)
-
-
 def get_policy(name: str, parameters: Any = None) -> Policy:
     """The policy of that name, with its parameters if it is one that is fitted.
 
@@ -139,16 +139,13 @@ def get_policy(name: str, parameters: Any = None) -> Policy:
         return POLICIES[name]
     policy = FITTED_POLICIES[name]
     if not parameters:
-        raise EarlyExitError(
-            f"routing policy '{name}' has no parameters; tools/calibrate.py fits it and writes a certificate"
-        )
+        fix = "tools/calibrate.py fits it and writes a certificate"
+        raise EarlyExitError(f"routing policy '{name}' has no parameters; {fix}")
     try:
         return policy(parameters)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as problem:
-        raise EarlyExitError(
-            f"routing policy '{name}': its parameters are {str(parameters)[:60]}, expected {policy.expected}; "
-            "calibrate again (tools/calibrate.py)"
-        ) from problem
+        wrong = f"its parameters are {str(parameters)[:60]}, expected {policy.expected}"
+        raise EarlyExitError(f"routing policy '{name}': {wrong}; calibrate again (tools/calibrate.py)") from problem
 
 
 def require_known(name: str) -> None:
@@ -226,12 +223,18 @@ def at_likeliest_boxes(signals: ExitSignals, boxes: int | None) -> ExitSignals:
 
     With many classes the softmax over all of them is what costs; a temperature does not change their order.
     """
-    count = signals.logits.shape[1]
+    logits = signals.logits
+    images, count, classes = logits.shape
     if boxes is None or boxes >= count:
         return signals
-    lead = largest_of(signals.logits[..., 1:]) - signals.logits[..., 0]
+    lead = largest_of(logits[..., 1:]) - logits[..., 0]
     where = lead.topk(boxes, dim=-1, sorted=False).indices
-    return ExitSignals(at_boxes(signals.logits, where), signals.tap, signals.empty)
+    if images == 1:  # the usual case, and every small operation counts there
+        chosen = logits[0].index_select(0, where[0])[None]
+    else:  # whole rows, which is faster than ``gather``
+        rows = where + torch.arange(0, images * count, count, device=where.device)[:, None]
+        chosen = logits.reshape(-1, classes).index_select(0, rows.flatten()).view(images, -1, classes)
+    return ExitSignals(chosen, signals.tap, signals.empty)
 
 
 def largest_of(values: Tensor) -> Tensor:
@@ -245,15 +248,6 @@ def largest_of(values: Tensor) -> Tensor:
 def without_largest(values: Tensor, largest: Tensor) -> Tensor:
     """``values`` [..., C], none negative, with 0 where they equal ``largest`` [...]; faster than a mask."""
     return (largest[..., None] - values).sign_().mul_(values)
-
-
-def at_boxes(logits: Tensor, boxes: Tensor) -> Tensor:
-    """[N, A, C] at the default boxes [N, K]: [N, K, C]; whole rows, which is faster than ``gather``."""
-    images, count, classes = logits.shape
-    if images == 1:  # the usual case, and every small operation counts there
-        return logits[0].index_select(0, boxes[0])[None]
-    rows = boxes + torch.arange(0, images * count, count, device=boxes.device)[:, None]
-    return logits.reshape(-1, classes).index_select(0, rows.flatten()).view(images, -1, classes)
 
 
 def undecided(probability: Tensor) -> Tensor:
@@ -321,20 +315,19 @@ class BalancedAmbiguity(FittedPolicy):
         """mean(n + 1) / (n + 1), n the objects of a class; an EarlyExitError where no photo has a labelled object."""
         objects = photos.object_counts()
         if not any(objects):
+            fix = "give labels (of DATA.TRAIN for a risk, else of DATA.CALIB), or take ambiguous_mass (ROUTING.POLICY)"
             raise EarlyExitError(
-                "policy 'balanced_ambiguity' counts objects, and the photos have no labelled one; give labels (of "
-                "DATA.TRAIN for a risk, else of DATA.CALIB), or take ambiguous_mass (ROUTING.POLICY)"
+                f"policy 'balanced_ambiguity' counts objects, and the photos have no labelled one; {fix}"
             )
         counts = torch.tensor(objects, dtype=torch.float64) + 1
         return (counts.mean() / counts).tolist()
 
     def forward(self, signals: ExitSignals, exit_index: int) -> Tensor:
         """Confidences [N]; an EarlyExitError where the exit says another number of classes than there are weights."""
-        if signals.logits.shape[-1] - 1 != len(self.weights):
-            raise EarlyExitError(
-                f"routing policy 'balanced_ambiguity' has weights of {len(self.weights)} classes, the model has "
-                f"{signals.logits.shape[-1] - 1}; calibrate again (tools/calibrate.py)"
-            )
+        own, classes = len(self.weights), signals.logits.shape[-1] - 1
+        if own != classes:
+            wrong = f"routing policy 'balanced_ambiguity' has weights of {own} classes, the model has {classes}"
+            raise EarlyExitError(f"{wrong}; calibrate again (tools/calibrate.py)")
         odds = Odds(signals.logits)
         best, classes = odds.odds[..., 1:].max(-1)
         return 1 / (1 + (undecided(best / odds.total) * self.weights[classes]).sum(-1))
@@ -363,16 +356,14 @@ def logit_statistics(logits: Tensor) -> Tensor:
 
 
 class GainModel(nn.Module):
-    """Statistics and pooled tap to the gain of going on, one number per image.
-
-    A perceptron with one hidden layer on the standardised statistics, and a linear term in the tap's channel means.
-    """
+    """Statistics and pooled tap to the gain of going on, one number per image: a perceptron with one hidden layer on
+    the standardised statistics, and a linear term in the tap's channel means."""
 
     def __init__(self, tap_channels: int) -> None:
         super().__init__()
         self.tap_channels = tap_channels
-        self.register_buffer("mean", torch.zeros(NUM_STATISTICS + tap_channels))
-        self.register_buffer("scale", torch.ones(NUM_STATISTICS + tap_channels))
+        for name, fill in (("mean", 0.0), ("scale", 1.0)):
+            self.register_buffer(name, torch.full((NUM_STATISTICS + tap_channels,), fill))
         self.hidden = nn.Linear(NUM_STATISTICS, HIDDEN)
         self.output = nn.Linear(HIDDEN, 1)
         self.skip = nn.Linear(NUM_STATISTICS, 1, bias=False)
@@ -392,7 +383,6 @@ class GainModel(nn.Module):
 
     @classmethod
     def from_plain(cls, values: dict[str, list]) -> GainModel:
-        """The model that :meth:`to_plain` described."""
         state = {name: torch.tensor(value) for name, value in values.items()}
         model = cls(state["tap.weight"].shape[1])
         model.load_state_dict(state)
@@ -425,7 +415,7 @@ class LearnedGain(FittedPolicy):
     """A small model says what going on would gain for this image.
 
     1 / (1 + exp(gain)), so that a common threshold means a common gain at every exit. ``parameters`` are, per early
-    exit, what :meth:`GainModel.to_plain` gave.
+    exit, what `GainModel.to_plain` gave.
     """
 
     reads_taps = True
