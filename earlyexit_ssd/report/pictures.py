@@ -46,9 +46,7 @@ def detection_grid(
     """The picture of all ``examples`` under a line of column names, without the ground truth if no example has one.
 
     Args:
-        examples: rows.
-        exit_names: names of the columns behind the ground truth, shallow to deep.
-        classes: names of the labels 1..K.
+        exit_names: names of the columns behind the ground truth, shallow to deep; classes: of the labels 1..K.
         score: detections below it are not drawn.
         tile: width of a tile and its largest height, pixels; photos keep their shape inside it.
     """
@@ -67,8 +65,10 @@ def detection_grid(
         for column, one in enumerate(row):
             corner = (GAP + column * (tile + GAP), top)
             picture.paste(one, corner)
-            if example.exit_index is not None and column == example.exit_index + first:
-                _frame(draw, corner, one.size)
+            if example.exit_index is not None and column == example.exit_index + first:  # in the gap: it hides nothing
+                left, above = corner[0] - GAP // 2, corner[1] - GAP // 2
+                box = (left, above, left + one.width + GAP - 1, above + one.height + GAP - 1)
+                draw.rectangle(box, outline=FRAME, width=GAP // 2)
         top += row[0].height + GAP
     return picture
 
@@ -79,9 +79,7 @@ def photo_grid(
     """Photos with their boxes, ``columns`` a row: what a training sees, augmentation included.
 
     Args:
-        samples: image float [3,H,W] in [0, 1] and target (as :class:`Example` has them).
-        classes: names of the labels 1..K.
-        columns: photos a row.
+        samples: image float [3,H,W] in [0, 1] and target, as an `Example` has them; classes: of the labels 1..K.
         tile: width of a photo and its largest height, pixels.
     """
     rows = -(-len(samples) // columns)
@@ -94,14 +92,8 @@ def photo_grid(
 
 
 def choose_examples(chosen: Sequence[int], empty: Sequence[bool], count: int, seed: int = 0) -> list[int]:
-    """Indices of up to ``count`` photos that show every exit taken, a quarter of them without an object.
-
-    Args:
-        chosen: the exit that each photo takes.
-        empty: whether the photo holds no object.
-        count: photos wanted.
-        seed: of the shuffle that picks among the photos of an exit.
-    """
+    """Indices of up to ``count`` photos that show every exit taken (``chosen``), a quarter of them without an object
+    (``empty``); ``seed`` is of the shuffle that picks among the photos of an exit."""
     order = np.random.default_rng(seed).permutation(len(chosen)).tolist()
     with_object = _in_turns([index for index in order if not empty[index]], chosen)
     without = _in_turns([index for index in order if empty[index]], chosen)
@@ -117,7 +109,13 @@ def _in_turns(indices: Sequence[int], chosen: Sequence[int]) -> list[int]:
 
 def _tiles(example: Example, classes: Sequence[str], score: float, tile: int) -> list[Image.Image]:
     """The photo with its ground truth, then with what each exit found."""
-    photo, scale = _fit(example.image, tile)
+    pixels = (example.image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    photo = Image.fromarray(np.ascontiguousarray(pixels))
+    scale = tile / max(photo.size)
+    width, height = (max(round(side * scale), 1) for side in photo.size)
+    fitted = photo.resize((width, height), Image.Resampling.LANCZOS)
+    photo = Image.new("RGB", (tile, height), PADDING)
+    photo.paste(fitted, (0, 0))
     target = example.target or {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     labels = target["labels"].tolist()
     ignored = target["iscrowd"].tolist() if "iscrowd" in target else [0] * len(labels)
@@ -127,23 +125,10 @@ def _tiles(example: Example, classes: Sequence[str], score: float, tile: int) ->
         order = found["scores"].argsort(descending=True)
         order = order[found["scores"][order] >= score]
         boxes, scores, labels = (found[key][order] for key in ("boxes", "scores", "labels"))
-        texts = [
-            f"{_name(label, classes)} {value:.2f}"
-            for label, value in zip(labels.tolist(), scores.tolist(), strict=True)
-        ]
-        tiles.append(_draw_boxes(photo.copy(), boxes * scale, texts, [_color(label) for label in labels.tolist()]))
+        labels, scores = labels.tolist(), scores.tolist()
+        texts = [f"{_name(label, classes)} {value:.2f}" for label, value in zip(labels, scores, strict=True)]
+        tiles.append(_draw_boxes(photo.copy(), boxes * scale, texts, [_color(label) for label in labels]))
     return tiles
-
-
-def _fit(image: Tensor, tile: int) -> tuple[Image.Image, float]:
-    """The photo at the tile's size, on a background ``tile`` wide and as high as the photo, and its scale."""
-    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    photo = Image.fromarray(np.ascontiguousarray(pixels))
-    scale = tile / max(photo.size)
-    width, height = (max(round(side * scale), 1) for side in photo.size)
-    fitted = Image.new("RGB", (tile, height), PADDING)
-    fitted.paste(photo.resize((width, height), Image.Resampling.LANCZOS), (0, 0))
-    return fitted, scale
 
 
 def _draw_boxes(image: Image.Image, boxes: Tensor, texts: Sequence[str], colors: Sequence[str]) -> Image.Image:
@@ -167,13 +152,6 @@ def _draw_boxes(image: Image.Image, boxes: Tensor, texts: Sequence[str], colors:
         draw.rectangle((x, y, x + width, y + height), fill=color)
         draw.text((x + 3, y), text, "white", font)
     return image
-
-
-def _frame(draw: ImageDraw.ImageDraw, corner: tuple[int, int], size: tuple[int, int]) -> None:
-    """A frame around a tile, in the gap, so that it hides nothing."""
-    left, top = corner[0] - GAP // 2, corner[1] - GAP // 2
-    box = (left, top, left + size[0] + GAP - 1, top + size[1] + GAP - 1)
-    draw.rectangle(box, outline=FRAME, width=GAP // 2)
 
 
 def _name(label: int, classes: Sequence[str]) -> str:

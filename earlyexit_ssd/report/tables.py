@@ -79,17 +79,9 @@ def data_title(results: Results) -> str:
     return f"{', '.join(results.context.splits) or 'unnamed data'}: {results.context.images} photos"
 
 
-def _confidence(row: Row) -> str:
-    return f"{row.confidence.mean:.2f} ± {row.confidence.std:.2f}" if row.confidence else "-"
-
-
 def share(value: float | None) -> str:
     """A share of the photos."""
     return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def _milliseconds(row: Row) -> str:
-    return f"{figure(row.ms, 1)} {row.other_runtime}" if row.other_runtime else figure(row.ms, 1)
 
 
 def columns() -> dict[str, Callable[[Row], str]]:
@@ -103,9 +95,9 @@ def columns() -> dict[str, Callable[[Row], str]]:
         "exit": lambda row: row.name,
         "layer": lambda row: figure(row.layer, 0),
         **{heading: cell(*place) for heading, place in figures.items()},
-        "confidence": _confidence,
+        "confidence": lambda row: f"{row.confidence.mean:.2f} ± {row.confidence.std:.2f}" if row.confidence else "-",
         "MMAC": cell("mmacs", 0),
-        "ms": _milliseconds,
+        "ms": lambda row: " ".join(filter(None, (figure(row.ms, 1), row.other_runtime))),
         "share": lambda row: share(row.share),
     }
 
