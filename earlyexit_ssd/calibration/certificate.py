@@ -34,11 +34,9 @@ _ADVICE = "write one with tools/calibrate.py"
 class CertifiedTarget:
     """What was asked for; None where a kind of target does not have it.
 
-    Attributes:
-        reference: what losses are counted against; score, iou: at which they are counted.
-        value: of a speed-up or an AP drop; epsilon: of a risk; delta: of a risk or an AP drop.
-        bound: the inequality of a risk.
-        block: photos of a folder that are one draw; learned: thresholds of a soft exit.
+    Losses are counted against ``reference``, at ``score`` and ``iou``. ``value`` is of a speed-up or an AP drop,
+    ``epsilon`` and the inequality ``bound`` of a risk, ``delta`` of a risk or an AP drop. ``block`` photos of a folder
+    are one draw; ``learned`` are thresholds of a soft exit.
     """
 
     kind: Literal["speedup", "ap_drop", "risk"]
@@ -63,8 +61,7 @@ class Measured:
         loss_bound: of a risk, the upper confidence bound of the loss at delta, were this the only step tested; steps:
             how many were tested and passed.
         AP50_lost_bound: of an AP drop; photos_needed: where there were fewer.
-        agreement: with the full path at the score: its ``objects``, how many were ``kept``, how many ``added``, and the
-            share of the ``same_photos``.
+        agreement: the fields of `earlyexit_ssd.evaluation.matches.Agreement`.
         equal_photos, near_equal_photos: left out, since others stand for them; blocks: how many there were.
     """
 
@@ -126,7 +123,7 @@ class Certificate:
 
     @property
     def closed(self) -> bool:
-        """No exit is open: everything takes the full path."""
+        """Everything takes the full path."""
         return all(threshold >= CLOSED for threshold in self.router["thresholds"])
 
     def router_for(self, model: nn.Module) -> ExitRouter:
@@ -165,7 +162,6 @@ class Certificate:
         return {**content, CHECKSUM: _checksum(content)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file."""
         write_json(path, self.to_dict())
 
 
@@ -182,14 +178,13 @@ def parse_certificate(content: Any, source: str | os.PathLike[str]) -> Certifica
     """
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise EarlyExitError(f"{source}: expected a certificate of format {FORMAT!r}; {_ADVICE}")
-    content = {key: value for key, value in content.items() if key != "format"}
-    checksum = content.pop(CHECKSUM, None)
+    checked = {key: value for key, value in content.items() if key != CHECKSUM}
     try:
-        certificate = build(Certificate, content)
+        certificate = build(Certificate, {key: value for key, value in checked.items() if key != "format"})
         _require_whole(certificate)
     except EarlyExitError as error:
         raise EarlyExitError(f"{source}: {error}, no certificate has that; {_ADVICE}") from None
-    if checksum != _checksum({"format": FORMAT, **content}):
+    if content.get(CHECKSUM) != _checksum(checked):
         told = f"the content does not fit its '{CHECKSUM}', so it is not what a calibration found"
         raise EarlyExitError(f"{source}: {told}; {_ADVICE}")
     return certificate
@@ -211,6 +206,5 @@ def _require_whole(certificate: Certificate) -> None:
         raise EarlyExitError(f"{found}; expected one threshold for each exit, and one name more")
 
 
-def _checksum(content: dict[str, Any]) -> str:
-    """SHA-256 of the content as it comes back from JSON."""
-    return hashlib.sha256(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode()).hexdigest()
+def _checksum(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

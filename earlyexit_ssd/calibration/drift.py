@@ -44,10 +44,9 @@ def sample_quantiles(values: np.ndarray) -> tuple[float, ...]:
 def nearest_sample(values: np.ndarray, quantiles: np.ndarray, count: int) -> np.ndarray:
     """A sorted sample [count] that has these ``quantiles`` and is otherwise as like ``values`` [m] as they allow.
 
-    Its Kolmogorov-Smirnov distance from ``values`` exceeds neither that of the sample which the quantiles are from nor
-    1 / (2 count), whichever is larger; so its p-value is conservative, with ties too. Each place is filled with the
-    value at that level of ``values``, moved into the quantiles before and after it. Where it is not moved, the distance
-    is at most 1 / (2 count); where it is, no sample with these quantiles is nearer.
+    Each place is filled with the value at that level of ``values``, moved into the quantiles before and after it. Its
+    Kolmogorov-Smirnov distance from ``values`` is at most the larger of 1 / (2 count) and that of the sample which the
+    quantiles are from, so its p-value is conservative, with ties too.
     """
     places, known = np.arange(count), _ranks(count)
     low = quantiles[np.searchsorted(known, places, side="right") - 1]
@@ -60,8 +59,7 @@ class Reference:
     """What the photos of calibration did, small enough for the certificate.
 
     Attributes:
-        photos: how many there were, at least 1.
-        exit_names: shallow to deep, the full path last.
+        photos: how many there were, at least 1; exit_names: shallow to deep, the full path last.
         exit_counts: photos that left at each exit, the full path last; they sum to ``photos``.
         confidences: per early exit, of the confidences there of the photos that left there, the :data:`QUANTILES`
             quantiles (each one of the confidences itself, not rounded); empty where none left.
@@ -81,13 +79,11 @@ class Reference:
         if len(names) < 2 or len(set(names)) < len(names):
             raise EarlyExitError(f"exit_names {names}: expected early exits and the full path, no name twice")
         if len(counts) != len(names) or sum(counts) != self.photos:
-            raise EarlyExitError(
-                f"exit_counts {counts}: expected one for each of {len(names)} exits, sum {self.photos}"
-            )
-        if len(self.confidences) != len(names) - 1:
-            raise EarlyExitError(
-                f"confidences of {len(self.confidences)} exits: expected the {len(names) - 1} early ones"
-            )
+            expected = f"expected one for each of {len(names)} exits, sum {self.photos}"
+            raise EarlyExitError(f"exit_counts {counts}: {expected}")
+        early = len(self.confidences)
+        if early != len(names) - 1:
+            raise EarlyExitError(f"confidences of {early} exits: expected the {len(names) - 1} early ones")
         for name, count, quantiles in zip(names, counts, self.confidences, strict=False):
             if len(quantiles) != (QUANTILES if count else 0):
                 found = f"{len(quantiles)} quantiles for {count} photos"
@@ -105,8 +101,6 @@ class Reference:
             exit_index: int [n], the exit that each photo took.
             confidences: per early exit [n], each photo's confidence there; looked at only where the photo left.
 
-        Raises:
-            EarlyExitError: shapes that do not fit, an exit that has no name, a confidence that is no finite number.
         """
         taken = _exits(exit_index, exit_names)
         left = [_numbers(values, len(taken))[taken == index] for index, values in enumerate(confidences)]
@@ -147,12 +141,8 @@ class DriftMonitor:
     photos that are drawn independently. Of the frames of a video pass on only some, seconds apart.
 
     Args:
-        reference: of the calibration.
         window: photos that are compared, at least 1; fewer react faster and see only larger changes.
         alpha: probability of a false alarm per check, in (0, 1).
-
-    Raises:
-        EarlyExitError: a number that is not in its range.
     """
 
     @suggest_keywords
@@ -176,8 +166,7 @@ class DriftMonitor:
             confidence: [m], its confidence there; at the full path it may be anything, also NaN.
 
         Returns:
-            one line per cause that a check within these photos warned of. They are also logged, each cause at most
-            once per ``window`` photos.
+            one line per cause that a check within these photos warned of; each is logged once per ``window`` photos.
 
         Raises:
             EarlyExitError: decisions of another model, or not finite; none of the batch is taken then.
@@ -191,8 +180,7 @@ class DriftMonitor:
         found: dict[str, str] = {}
         for decision in zip(taken.tolist(), confidence.tolist(), strict=True):
             self._last.append(decision)
-            self._photos += 1
-            self._until_check -= 1
+            self._photos, self._until_check = self._photos + 1, self._until_check - 1
             if self._until_check == 0:
                 found |= self._check()
         return list(found.values())

@@ -113,18 +113,16 @@ def learn_open_exits(
     closed exit makes the deeper ones cheaper, which no gradient sees.
 
     Args:
-        confidences: per early exit [n]; losses: per photo and exit, [n, exits].
+        confidences: per early exit [n]; losses: [n, exits]; budget: mean cost, at least that of one of the exits.
         costs_with: thresholds (0, or `CLOSED`) of the early exits to the costs [exits].
-        budget: mean cost; at least that of one of the exits.
     """
     best, least = None, np.inf
     for closed, kept in open_sets(len(confidences)):
         thresholds, costs = np.array(closed, dtype=np.float32), costs_with(closed)
         opened = kept[:-1]
         if len(opened):
-            thresholds[opened] = learn_thresholds(
-                [confidences[index] for index in opened], losses[:, kept], costs[kept], budget
-            )
+            seen = [confidences[index] for index in opened]
+            thresholds[opened] = learn_thresholds(seen, losses[:, kept], costs[kept], budget)
         choice = choose(confidences, thresholds)
         loss = losses[np.arange(len(choice)), choice].mean()
         if costs[choice].mean() <= budget * (1 + 1e-9) and loss < least:

@@ -91,7 +91,7 @@ class ExitMatches:
 
     @property
     def half(self) -> int:
-        """The index of the condition IoU 0.5 for objects of all sizes."""
+        """Index of the condition: IoU 0.5, all sizes."""
         return self.conditions.index(("all", 0.5))
 
     @functools.cached_property
@@ -286,10 +286,9 @@ def ap_of_choice(
     """
     cells = np.arange(matches.photos) * matches.exits + _choice(matches, choice)
     weights = None if weights is None else _one_each(matches, "weights", weights)
-    if ap50_only:
-        return APs(None, mean_precision([_curves(matches, matches.half, cells, weights)]))
-    curves = [_curves(matches, index, cells, weights) for index in range(len(IOU_THRESHOLDS))]
-    return APs(mean_precision(curves), mean_precision(curves[:1]))
+    conditions = [matches.half] if ap50_only else range(len(IOU_THRESHOLDS))
+    curves = [_curves(matches, index, cells, weights) for index in conditions]
+    return APs(None if ap50_only else mean_precision(curves), mean_precision(curves[:1]))
 
 
 def precision_curves(matches: ExitMatches, size: str = "all") -> list[np.ndarray]:

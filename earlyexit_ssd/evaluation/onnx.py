@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 """Height and width, pixels."""
+Shape = tuple[int, ...]
 
 YOLOX_STRIDES = (8, 16, 32)
 YOLOX_PADDING = 114.0
@@ -62,9 +63,8 @@ def letterbox(photo: Tensor, size: Size) -> tuple[Tensor, tuple[float, float]]:
 def decode_yolox(outputs: Sequence[Tensor], size: Size, num_classes: int) -> ImageDetections:
     """YOLOX's raw output [1, cells, 5 + K] (Ge et al. 2021): box, objectness and class probabilities of each cell.
 
-    A box is its centre, as an offset from the cell's corner, and the logarithms of its sides, all in strides. Each cell
-    is of its best class; the score is objectness times that class's probability; non-maximum suppression goes class by
-    class.
+    A box is its centre, as an offset from the cell's corner, and the logarithms of its sides, all in strides. The score
+    is objectness times the best class's probability; non-maximum suppression goes class by class.
     """
     corners, strides = [], []
     for stride in YOLOX_STRIDES:  # the grids fine to coarse, row by row
@@ -118,8 +118,6 @@ FORMATS: dict[str, OnnxFormat] = {
 
 # Multiply-accumulates of an ONNX file, in the convention of `count_mmacs`: convolutions and linear layers.
 
-Shape = tuple[int, ...]
-
 
 def count_onnx_mmacs(content: bytes) -> float | None:
     """Millions of multiply-accumulates of one image; None where the graph's shapes cannot be inferred.
@@ -163,7 +161,6 @@ def _count_graph(onnx: ModuleType, model: Any) -> float | None:
 
 
 def _count(node: Any, data: Shape | None, weights: Shape | None, output: Shape | None) -> int | None:
-    """Multiply-accumulates of one node, None where a shape is not known."""
     if data is None or weights is None or output is None:
         return None
     if node.op_type == "ConvTranspose":  # each input value meets its kernel: [in, out / groups, *kernel]
@@ -206,16 +203,14 @@ class OnnxDetector(nn.Module):
         self.network = OnnxNetwork(content, threads, str(path), Path(path).parent)
         shape = self.network.input_shape
         if shape[:-2] not in ((3,), (1, 3)) or max(shape) > LARGEST_SIDE:
-            raise EarlyExitError(
-                f"{path}: expected an input [1, 3, height, width], it is {list(shape)}; a batch is one photo, and "
-                f"sides are {LARGEST_SIDE} pixels at most"
-            )
+            limits = f"a batch is one photo, and sides are {LARGEST_SIDE} pixels at most"
+            raise EarlyExitError(f"{path}: expected an input [1, 3, height, width], it is {list(shape)}; {limits}")
         named = self.network.metadata.get("classes", "")
         self.classes = tuple(name.strip() for name in named.split(",")) if named else self.format.classes
 
     def forward(self, photos: list[Tensor]) -> list[ImageDetections]:
         """Detections in photos [3, H, W] RGB in [0, 1]."""
-        return [self._detect(photo) for photo in photos]
+        return list(map(self._detect, photos))
 
     def _detect(self, photo: Tensor) -> ImageDetections:
         size = self.network.input_shape[-2:]

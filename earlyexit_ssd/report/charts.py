@@ -72,8 +72,11 @@ def accuracy_against_cost(results: Results) -> Image.Image:
         all_axes[0, 1].set_title("bars: 95 % intervals", loc="right", fontsize=9)
         make_drawable(all_axes[0, 0].figure)
         all_axes[0, 0].figure.draw_without_rendering()  # now it is settled where points are
-        for axes, panel in zip(all_axes.flat, panels, strict=True):
-            _name_points(axes, rows, *panel)
+        for axes, (quality, cost) in zip(all_axes.flat, panels, strict=True):
+            named = [row for row in rows if _points([row], quality, cost)]
+            other = [f" ({row.other_runtime})" if cost == "ms" and row.other_runtime else "" for row in named]
+            texts = [row.name + runtime for row, runtime in zip(named, other, strict=True)]
+            place_labels(axes, _points(named, quality, cost), texts, [STYLES[row.kind][0] for row in named])
 
     return draw_charts(draw, 2, 2, (13, 9))
 
@@ -86,8 +89,9 @@ def _draw_points(axes: Axes, rows: Sequence[Row], quality: str, cost: str) -> No
     for row in rows:
         color, marker = STYLES[row.kind]
         for x, y in _points([row], quality, cost):
-            bars = _bars(x, row.ms_interval if cost == "ms" else None), _bars(y, row.figures.get(f"{quality}_interval"))
-            axes.errorbar(x, y, xerr=bars[0], yerr=bars[1], fmt="none", ecolor=color, elinewidth=1, alpha=0.5, zorder=1)
+            across = _bars(x, row.ms_interval if cost == "ms" else None)
+            along = _bars(y, row.figures.get(f"{quality}_interval"))
+            axes.errorbar(x, y, along, across, fmt="none", ecolor=color, elinewidth=1, alpha=0.5, zorder=1)
             filled = cost != "ms" or not row.other_runtime
             axes.plot(x, y, marker, color=color, markersize=8, markerfacecolor=color if filled else "white", zorder=2)
     axes.margins(0.12)
@@ -96,12 +100,6 @@ def _draw_points(axes: Axes, rows: Sequence[Row], quality: str, cost: str) -> No
 def _bars(value: float, interval: Interval) -> list[list[float]] | None:
     """Lengths below and above ``value``; a percentile interval may miss the value itself."""
     return [[max(value - interval[0], 0.0)], [max(interval[1] - value, 0.0)]] if interval else None
-
-
-def _name_points(axes: Axes, rows: Sequence[Row], quality: str, cost: str) -> None:
-    named = [row for row in rows if _points([row], quality, cost)]
-    texts = [f"{row.name} ({row.other_runtime})" if cost == "ms" and row.other_runtime else row.name for row in named]
-    place_labels(axes, _points(named, quality, cost), texts, [STYLES[row.kind][0] for row in named])
 
 
 def _points(rows: Sequence[Row], quality: str, cost: str) -> list[tuple[float, float]]:

@@ -126,12 +126,8 @@ def register_policy(name: str, boxes: int | None = None) -> Callable[[Registered
 
 
 def get_policy(name: str, parameters: Any = None) -> Policy:
-    """The policy of that name, with its parameters if it is one that is fitted.
-
-    Raises:
-        EarlyExitError: an unknown name (the message has the nearest one), or parameters that are missing, given in
-            vain or of another policy.
-    """
+    """The policy of that name, with its parameters if it is one that is fitted; an EarlyExitError for an unknown name,
+    and for parameters that are missing, given in vain or of another policy."""
     require_known(name)
     if name not in FITTED_POLICIES:
         if parameters is not None:
@@ -149,7 +145,7 @@ def get_policy(name: str, parameters: Any = None) -> Policy:
 
 
 def require_known(name: str) -> None:
-    """Raise where no policy has that name, before any work is done for it; the message has the nearest one."""
+    """Raise where no policy has that name; the message has the nearest one."""
     names = [*POLICIES, *FITTED_POLICIES]
     if not isinstance(name, str):
         raise EarlyExitError(f"routing policy {name!r}: expected the name that it is registered by")
@@ -170,10 +166,8 @@ def needs_training_photos(name: str) -> bool:
 
 @register_policy("mean_foreground")
 def mean_foreground(logits: Tensor) -> Tensor:
-    """Mean over the default boxes of the foreground probability, 1 - p(background).
-
-    The rule of the project's history. A perfect detector has some 0.7 % foreground, so it is near zero by nature.
-    """
+    """Mean over the default boxes of the foreground probability, 1 - p(background): the rule of the project's history.
+    A perfect detector has some 0.7 % foreground, so it is near zero by nature."""
     total = exp_(logits - logits[..., :1]).sum(-1)  # over all default boxes every pass counts; infinity does no harm
     return 1 - total.reciprocal().mean(-1)
 
@@ -186,10 +180,8 @@ def max_foreground(logits: Tensor) -> Tensor:
 
 @register_policy("entropy", CANDIDATES)
 def entropy(logits: Tensor) -> Tensor:
-    """1 - H / log C, H the mean over the default boxes of the entropy of their classes.
-
-    BranchyNet's rule (Teerapittayanon et al. 2016, section III-B) with its one answer replaced by many.
-    """
+    """1 - H / log C, H the mean over the default boxes of the entropy of their classes: BranchyNet's rule
+    (Teerapittayanon et al. 2016, section III-B) with its one answer replaced by many."""
     differences = _ahead_of_background(logits)
     odds = exp_(differences.clone())
     total = odds.sum(-1)
@@ -219,10 +211,8 @@ def emptiness(logits: Tensor) -> Tensor:
 
 
 def at_likeliest_boxes(signals: ExitSignals, boxes: int | None) -> ExitSignals:
-    """The signals at the ``boxes`` default boxes whose objects' logits lead background's most at this exit (None: all).
-
-    With many classes the softmax over all of them is what costs; a temperature does not change their order.
-    """
+    """The signals at the ``boxes`` default boxes whose objects' logits lead background's most at this exit (None: all):
+    the softmax over all of them is what costs. A temperature does not change their order."""
     logits = signals.logits
     images, count, classes = logits.shape
     if boxes is None or boxes >= count:
@@ -260,9 +250,7 @@ def undecided(probability: Tensor) -> Tensor:
 
 class Odds:
     """Softmax of raw logits [N, A, C] by the odds against background: five times as fast as PyTorch's own over so short
-    a last dimension. ``odds`` [N, A, C] are exp(logit - background's logit), ``total`` [N, A] their sum, and
-    ``odds / total`` the probabilities.
-    """
+    a last dimension. ``odds`` [N, A, C] are exp(logit - background's logit), ``total`` [N, A] is their sum."""
 
     def __init__(self, logits: Tensor) -> None:
         self.odds = exp_(_ahead_of_background(logits))  # in place: fresh memory costs more than arithmetic
@@ -293,11 +281,9 @@ def _ahead_of_background(logits: Tensor) -> Tensor:
 
 @register_policy("balanced_ambiguity", FEWER_CANDIDATES)
 class BalancedAmbiguity(FittedPolicy):
-    """For a mean over classes: what an exit leaves undecided counts more, the rarer its class is.
-
-    1 / (1 + m), m the sum of weight * probability over the default boxes that are undecided (`AMBIGUOUS`), by the
-    weight of each one's most probable class. ``parameters`` are a positive weight for every class but background.
-    """
+    """For a mean over classes: what an exit leaves undecided counts more, the rarer its class is. 1 / (1 + m), m the
+    sum of weight * probability over the default boxes that are undecided (`AMBIGUOUS`), by the weight of each one's
+    most probable class. ``parameters`` are a positive weight for every class but background."""
 
     needs_training_photos = False
     expected = "a positive weight for every class"
@@ -412,11 +398,8 @@ def fit_gain(inputs: Tensor, gains: Tensor, seed: int = 0) -> GainModel:
 
 @register_policy("learned_gain", FEWER_CANDIDATES)
 class LearnedGain(FittedPolicy):
-    """A small model says what going on would gain for this image.
-
-    1 / (1 + exp(gain)), so that a common threshold means a common gain at every exit. ``parameters`` are, per early
-    exit, what `GainModel.to_plain` gave.
-    """
+    """1 / (1 + exp(gain)), gain what a small model says that going on would gain for this image: a common threshold
+    means a common gain at every exit. ``parameters`` are, per early exit, what `GainModel.to_plain` gave."""
 
     reads_taps = True
     expected = "the numbers of a fitted model for every early exit"
@@ -451,11 +434,9 @@ LEAST_PROBABILITY = 1e-3
 
 @register_policy("foreseen_emptiness", FEWER_CANDIDATES)
 class ForeseenEmptiness(FittedPolicy):
-    """An empty answer is foreseen: linear in what the trunk has seen so far.
-
-    1 - the largest probability of any object that the full path is expected to say. ``parameters`` are, per early exit,
-    ``{"weight": [d], "bias": float}`` for :func:`evidence`.
-    """
+    """An empty answer is foreseen, linear in what the trunk has seen so far: 1 - the largest probability of any object
+    that the full path is expected to say. ``parameters`` are, per early exit, ``{"weight": [d], "bias": float}`` for
+    :func:`evidence`."""
 
     reads_taps = True
     expected = "weight and bias, numbers, for every early exit"
@@ -493,13 +474,11 @@ def evidence(signals: ExitSignals) -> Tensor:
 
 
 def fit_foresight(inputs: Tensor, probability: Tensor) -> dict[str, list | float]:
-    """Ridge regression of the logit of ``probability`` [n] on ``inputs`` [n, d], its penalty by leave-one-out.
+    """Ridge regression of the logit of ``probability`` [n] on ``inputs`` [n, d], its penalty by leave-one-out:
+    ``weight`` [d] and ``bias`` for the inputs as they are, plain numbers.
 
     With X the standardised inputs, the residual of a photo left out is (y - Xw) / (1 - h), h the diagonal of
     X (X'X + penalty)^-1 X' + 1/n (Golub, Heath and Wahba 1979, equation 1.3).
-
-    Returns:
-        ``weight`` [d] and ``bias`` for the inputs as they are, plain numbers.
     """
     inputs, targets = inputs.double(), torch.logit(probability.double(), eps=LEAST_PROBABILITY)
     mean, scale = inputs.mean(0), inputs.std(0, unbiased=False).clamp(min=1e-3)
