@@ -7,6 +7,7 @@ photos there are. The photos must be independent draws of one source, and not th
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -136,13 +137,10 @@ def photos_needed(
 
     if not losses.size or losses.mean() >= epsilon or not enough(MOST_PHOTOS):
         return None
-    low, high = 0, 1  # doubling, then bisection: what is enough once stays so
+    high = 1  # doubling, then bisection: what is enough once stays so
     while not enough(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
+        high *= 2
+    return bisect.bisect_left(range(high + 1), True, lo=high // 2 + 1, key=enough)
 
 
 def _checked(losses: np.ndarray, **shares: float) -> np.ndarray:
@@ -197,7 +195,7 @@ def safe_to_bold(
     Args:
         confidences: per early exit [m]; losses: [m, exits].
         costs: thresholds [M, early exits] to the exits' costs with them [M, exits].
-        grid: the combinations to choose from; by default all that `threshold_grid` makes.
+        grid: the combinations to choose from; by default all of `threshold_grid`.
     """
     grid = grid or threshold_grid(confidences)
     path = pareto_path(grid.mean(losses), grid.mean_cost(costs(grid.thresholds)))

@@ -195,15 +195,16 @@ class SplitQuality:
         """Figures of the model without routing."""
         router, model.router = model.router, None
         try:
-            detections = collect_detections(model, self._loader)
+            return self._figures(collect_detections(model, self._loader))
         finally:
             model.router = router
-        return evaluate_detections(self._ground_truth, detections, self._settings).figures
 
     def of_exits(self, model: EarlyExitSSDLite) -> list[Figures]:
         """Figures of every exit, the full path last."""
-        detections = collect(model, self._loader).detections
-        return [evaluate_detections(self._ground_truth, found, self._settings).figures for found in detections]
+        return list(map(self._figures, collect(model, self._loader).detections))
+
+    def _figures(self, found: Detections) -> Figures:
+        return evaluate_detections(self._ground_truth, found, self._settings).figures
 
     def curve_point(self, model: EarlyExitSSDLite) -> dict[str, float | None]:
         """``AP/<exit>`` and ``AP50/<exit>`` of the exits that have a branch; ``share/<exit>`` of the photos that leave
