@@ -19,6 +19,7 @@ import torch
 from numpy.typing import ArrayLike
 from pycocotools import mask
 from pycocotools.coco import COCO
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from earlyexit_ssd.errors import DataError, EarlyExitError
@@ -27,6 +28,7 @@ from earlyexit_ssd.evaluation.outputs import Collected
 Detections = Mapping[int, Mapping[str, Tensor]]
 """Image id -> ``boxes`` [N,4] (xyxy, photo pixels), ``scores`` [N] and ``labels`` [N] (category ids)."""
 
+_Counted = list[tuple[np.ndarray, csr_array]]
 PhotoRow = dict[str, str | float | None]
 """A row of photos.csv, by column."""
 
@@ -82,7 +84,7 @@ class ExitMatches:
     conditions: list[tuple[str, float]]
     image_ids: list[int]
     exits: int
-    _tables: dict[int, _Table] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _counted: dict[int, _Counted] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def photos(self) -> int:
@@ -110,11 +112,23 @@ class ExitMatches:
             classes.append(ClassMatches(one.name, *parts, here, one.rank[keep], one.score[keep], one.objects_by_size))
         return ExitMatches(classes, self.conditions, self.image_ids, 1)
 
-    def table(self, condition: int) -> _Table:
-        """The counts behind AP by one condition, made once."""
-        if condition not in self._tables:
-            self._tables[condition] = _Table.of(self, condition)
-        return self._tables[condition]
+    def counted(self, condition: int) -> _Counted:
+        """What AP by one condition is counted from, per class: only the precision at hits decides it.
+
+        A cell is a photo's exit, ``photo * K + exit``. The cells of the hits, int [H], in falling order of the scores;
+        and how many false positives of each cell stand between a hit and the one before, [H, cells].
+        """
+        if condition not in self._counted:
+            found = self._counted[condition] = []
+            for one in self.classes:
+                cell, counts = one.photo * self.exits + one.exit, one.rank < AP_DETECTIONS
+                hits = np.flatnonzero(one.hit[condition] & counts)
+                false = np.flatnonzero(~(one.hit[condition] | one.ignored[condition]) & counts)
+                false = false[: np.searchsorted(false, hits[-1])] if len(hits) else false[:0]
+                places = np.searchsorted(hits, false), cell[false]
+                shape = len(hits), self.photos * self.exits
+                found.append((cell[hits], csr_array((np.ones(len(false)), places), shape=shape)))
+        return self._counted[condition]
 
 
 def exit_matches(
@@ -317,51 +331,17 @@ def _one_each(matches: ExitMatches, name: str, values: ArrayLike) -> np.ndarray:
     return values.astype(np.int64)
 
 
-@dataclass(frozen=True)
-class _Table:
-    """One condition's matches as counts: only the precision at hits decides AP, so a false positive is known by the hit
-    that follows it. A cell is a photo's exit, ``photo * K + exit``; one that is not chosen has weight 0.
-
-    hit_cells: int [H], in the order of the classes, then of the ranking. bounds: int [classes + 1], where each class
-    starts among them. false_cells, false_slots: int [F], the cell of each false positive, and the hit that follows.
-    """
-
-    hit_cells: np.ndarray
-    bounds: np.ndarray
-    false_cells: np.ndarray
-    false_slots: np.ndarray
-
-    @classmethod
-    def of(cls, matches: ExitMatches, condition: int) -> _Table:
-        bounds, none = [0], np.zeros(0, dtype=np.int64)
-        hit_cells, false_cells, false_slots = [none], [none], [none]
-        for one in matches.classes:
-            cell, counts = one.photo * matches.exits + one.exit, one.rank < AP_DETECTIONS
-            hits = np.flatnonzero(one.hit[condition] & counts)
-            false = np.flatnonzero(~(one.hit[condition] | one.ignored[condition]) & counts)
-            slots = np.searchsorted(hits, false)
-            matters = slots < len(hits)  # those behind the last hit do not
-            hit_cells.append(cell[hits])
-            false_cells.append(cell[false[matters]])
-            false_slots.append(bounds[-1] + slots[matters])
-            bounds.append(bounds[-1] + len(hits))
-        return cls(*map(np.concatenate, (hit_cells, [bounds], false_cells, false_slots)))
-
-
 def _curves(matches: ExitMatches, condition: int, cells: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
-    """Interpolated precision of the classes with objects, [R, classes]."""
-    table, size = matches.table(condition), matches.conditions[condition][0]
-    cell_weights = np.zeros(matches.photos * matches.exits)
+    """Interpolated precision of the classes with objects, [R, classes]; ``cells`` that are not named have weight 0."""
+    size, cell_weights = matches.conditions[condition][0], np.zeros(matches.photos * matches.exits)
     cell_weights[cells] = 1 if weights is None else weights
-    hit_weights, false_weights = cell_weights[table.hit_cells], cell_weights[table.false_cells]
-    false_weights = np.bincount(table.false_slots, false_weights, minlength=len(hit_weights))
     curves = []
-    for one, start, end in zip(matches.classes, table.bounds[:-1], table.bounds[1:], strict=True):
+    for one, (hits, false) in zip(matches.classes, matches.counted(condition), strict=True):
         counts = one.objects_by_size[size]
         objects = int(counts.sum() if weights is None else weights @ counts)
         if objects:
-            true, false = np.cumsum(hit_weights[start:end]), np.cumsum(false_weights[start:end])
-            precision = true / (false + true + np.spacing(1))
+            true, wrong = np.cumsum(cell_weights[hits]), np.cumsum(false @ cell_weights)
+            precision = true / (wrong + true + np.spacing(1))
             # the best precision at this recall or a higher one
             envelope = np.maximum.accumulate(precision[::-1])[::-1]
             position = np.searchsorted(true / objects, RECALLS, side="left")
