@@ -279,8 +279,8 @@ def bootstrap_choices(
         weights = np.bincount(generator.integers(count, size=count) if count else [], minlength=count)
         weights = weights if groups is None else weights[groups]
         for draws, one in zip(values, chosen, strict=True):
-            found = ap_of_choice(one, everyone, weights, ap50_only=ap50_only)
-            draws.AP[index], draws.AP50[index] = found.AP, found.AP50  # numpy stores None as NaN
+            # numpy stores None as NaN
+            draws.AP[index], draws.AP50[index] = ap_of_choice(one, everyone, weights, ap50_only=ap50_only)
     return values
 
 

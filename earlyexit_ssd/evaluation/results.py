@@ -136,13 +136,10 @@ class ExitResult(DetectorResult):
     ms: float | None = None
     ms_interval: Interval = None
     found: BoxSummary | None = None
-    left_out = ("empty", "found")
 
-    def to_json(self) -> dict[str, Any]:
-        entries = super().to_json()
-        if self.empty is None:
-            del entries["AP50_below_full_interval"]
-        return entries
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        return ("empty", "found") if self.empty is not None else ("empty", "found", "AP50_below_full_interval")
 
 
 @dataclass(frozen=True)

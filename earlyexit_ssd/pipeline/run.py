@@ -223,8 +223,8 @@ class SplitQuality:
 
     def _ap(self, name: str, found: Detections) -> dict[str, float | None]:
         matches = exit_matches(self._ground_truth, [found])
-        figures = ap_of_choice(matches, np.zeros(matches.photos, np.int64))
-        return {f"AP/{name}": figures.AP, f"AP50/{name}": figures.AP50}
+        ap, ap50 = ap_of_choice(matches, np.zeros(matches.photos, np.int64))
+        return {f"AP/{name}": ap, f"AP50/{name}": ap50}
 
 
 @dataclass
