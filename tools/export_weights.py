@@ -45,7 +45,7 @@ def export_weights(source: str | Path, name: str, folder: Path, cfg, recipe: str
     content = half_file({**read_weights(source), "info": {**kept, "router": routing}})
     path = folder / f"{name}.pth"
     if len(content) > MAX_BYTES:
-        fix = "reduce EXITS.COPY, EXITS.DEPTH or the number of exits, or set MODEL.FOLD to rows"
+        fix = "reduce EXITS.COPY, EXITS.DEPTH or the number of exits, or set MODEL.FOLD to compact"
         raise EarlyExitError(f"{path}: {len(content)} bytes, at most {MAX_BYTES} are shipped; {fix}")
     digest = hashlib.sha256(content).hexdigest()
     description = {

@@ -35,7 +35,7 @@ class Record:
             elif isinstance(value, Record):
                 entries[one.name] = value.to_json()
             elif isinstance(value, tuple):
-                entries[one.name] = [part.to_json() for part in value]
+                entries[one.name] = [part.to_json() if isinstance(part, Record) else part for part in value]
             elif value is not None or one.name not in self.left_out:
                 entries[one.name] = value
         return entries

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import ClassVar, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -20,11 +21,11 @@ from torchvision.models.detection.ssd import SSD
 
 from earlyexit_ssd.errors import EarlyExitError, nearest
 from earlyexit_ssd.modeling import arguments, validate
-from earlyexit_ssd.modeling.branches import Exit, build_branches, describe_exits, takes_exits
+from earlyexit_ssd.modeling.branches import Exit, build_branches, check_exits, describe_exits, takes_exits
 from earlyexit_ssd.modeling.heads import num_outputs
 from earlyexit_ssd.modeling.losses import Assignment, LossSettings, assign, detection_losses, distillation_loss
 from earlyexit_ssd.modeling.outputs import ExitOutputs, ExitSignals, Head, Router, pool_tap
-from earlyexit_ssd.modeling.trunk import Trunk, TrunkState
+from earlyexit_ssd.modeling.trunk import PixelBoxes, Trunk, TrunkState, small_copy
 from earlyexit_ssd.modeling.validate import check_batch, check_images, check_targets
 
 
@@ -85,6 +86,7 @@ class Stop:
         model: the detector; ``trunk``: its layers.
         index: of the exit; the number of early exits at the full path.
         state: of the trunk. ``context``: of the branch there, see :meth:`Branch.context`.
+        glance: features of the small copies, where the exit is a glance and was asked for its tap.
     """
 
     model: EarlyExitDetector
@@ -92,6 +94,7 @@ class Stop:
     index: int
     state: TrunkState
     context: Tensor | None = None
+    glance: Tensor | None = None
 
     @property
     def full(self) -> bool:
@@ -100,8 +103,13 @@ class Stop:
 
     @property
     def tap(self) -> Tensor:
-        """[N, C, H, W] behind the exit's layer."""
-        return self.state.x
+        """[N, C, H, W] behind the exit's layer; a glance is computed here, at the first call."""
+        exit = self.model.exits[self.index] if not self.full else None
+        if exit is None or exit.pixels is None:
+            return self.state.x
+        if self.glance is None:
+            self.glance = self.trunk.features(small_copy(self.state.x, exit.pixels), exit.layer)
+        return self.glance
 
     def maps(self) -> list[Tensor]:
         """At the full path, the maps of its head."""
@@ -111,7 +119,9 @@ class Stop:
         """The outputs of this exit; computed at each call."""
         if self.full:
             return self.model.head(self.maps())
-        return self.model.branches[self.model.exit_names[self.index]](self.tap, self.context)
+        branch = self.model.branches[self.model.exit_names[self.index]]
+        # An empty exit says the same whatever it sees, so that no glance is computed for its head.
+        return branch(self.state.x if self.model.empty[self.index] else self.tap, self.context)
 
     def signals(self, head: Head) -> ExitSignals:
         """What a router sees here."""
@@ -121,13 +131,13 @@ class Stop:
 
     def select(self, images: Tensor) -> Stop:
         """The same for some images alone: a boolean mask [N], or indices."""
-        context = None if self.context is None else self.context[images]
-        return dataclasses.replace(self, state=self.state.select(images), context=context)
+        context, glance = (None if one is None else one[images] for one in (self.context, self.glance))
+        return dataclasses.replace(self, state=self.state.select(images), context=context, glance=glance)
 
     def keep(self, images: Tensor) -> None:
         """Let these images go on alone, those of the boolean mask [N]."""
         rest = self.select(images)
-        self.state, self.context = rest.state, rest.context
+        self.state, self.context, self.glance = rest.state, rest.context, rest.glance
 
 
 def walk(model: EarlyExitDetector, x: Tensor, branches: bool = True) -> Iterator[Stop]:
@@ -138,11 +148,12 @@ def walk(model: EarlyExitDetector, x: Tensor, branches: bool = True) -> Iterator
         x: normalised images [N, 3, S, S].
         branches: whether branches are asked for; without, no context is computed for them.
     """
-    trunk, state, context = model.trunk, TrunkState(x), None
+    trunk, state, context, glances = model.trunk, TrunkState(x), None, model.num_glances
     for index, name in enumerate(model.exit_names):
-        state = trunk.run(state, index)
-        if branches and index < model.num_early_exits:
-            context = model.branches[name].context(state.x, context)
+        if index >= glances:
+            state = trunk.run(state, index - glances)
+            if branches and index < model.num_early_exits:
+                context = model.branches[name].context(state.x, context)
         stop = Stop(model, trunk, index, state, context)
         yield stop
         state, context = stop.state, stop.context
@@ -268,7 +279,7 @@ class EarlyExitDetector(SSD):
 
     Attributes:
         score_thresh: least score of a detection, or class name -> least score (classes that are not named keep 0.001).
-        exit_names: shallow to deep, such as ``("exit8", "exit12", "full")``.
+        exit_names: in the order of the walk, such as ``("glance128", "exit8", "exit12", "full")``.
         exit_layers: their layers, `last_layer` for the full path. ``grids``: (height, width) of the head's maps, cells.
         empty: per early exit, whether it has no branch.
 
@@ -312,7 +323,7 @@ class EarlyExitDetector(SSD):
         )
         self.exits = tuple(describe_exits() if exits is None else exits)
         layers = tuple(one.layer for one in self.exits)
-        arguments.check_exit_layers(layers, self.last_layer)
+        check_exits(self.exits, self.last_layer)
         self.classes = tuple(classes or (f"class_{label}" for label in range(1, num_classes)))
         arguments.check_class_names(self.classes, num_classes)
         self.score_thresh = detector.score_thresh
@@ -359,6 +370,16 @@ class EarlyExitDetector(SSD):
     def num_classes(self) -> int:
         """Outputs per default box, background included."""
         return len(self.classes) + 1
+
+    @property
+    def num_glances(self) -> int:
+        """Early exits that look at a small copy of the image; they come first."""
+        return sum(one.pixels is not None for one in self.exits)
+
+    @property
+    def segment_layers(self) -> tuple[int, ...]:
+        """Layers behind which the trunk is cut, on the image at its full size."""
+        return self.exit_layers[self.num_glances : -1]
 
     @property
     def num_early_exits(self) -> int:
@@ -607,11 +628,17 @@ Targets = list[dict[str, Tensor]]
 
 
 class FullPath(nn.Module):
-    """Losses of the full path; the branches are not computed and take no gradient."""
+    """Losses of the full path; the branches are not computed and take no gradient.
 
-    def __init__(self, model: EarlyExitDetector) -> None:
+    Args:
+        model: the detector.
+        sides: of the inputs, pixels, in turn; a batch is shrunk to one of them, chosen by its photos, so that a resumed
+            training does the same. The default boxes keep their sides in pixels (`PixelBoxes`). Empty: the model's own.
+    """
+
+    def __init__(self, model: EarlyExitDetector, sides: Sequence[int] = ()) -> None:
         super().__init__()
-        self.backbone, self.head = model.backbone, model.head
+        self.backbone, self.head, self._sides = model.backbone, model.head, tuple(sides)
         # Behind a list, so that the branches' parameters are not this module's.
         self._model = [model]
 
@@ -622,9 +649,21 @@ class FullPath(nn.Module):
         targets = check_targets(targets, len(images), model.classes)
         check_batch(self, len(images))
         batch, targets = model.transform(images, targets)
-        _, maps = model.trunk_maps(batch.tensors)
-        assignment = model.assign(targets, model.default_boxes(batch))
-        return full_path_losses(self.head(maps), assignment, model.losses)
+        side, own = self._side(targets), batch.tensors.shape[-1]
+        if side in (None, own):
+            maps, anchors = model.trunk_maps(batch.tensors)[1], model.default_boxes(batch)
+        else:
+            x = F.interpolate(batch.tensors, (side, side), mode="bilinear", antialias=True)
+            targets = [{**target, "boxes": target["boxes"] * (side / own)} for target in targets]
+            maps = model.trunk_maps(x)[1]
+            boxes = PixelBoxes(model.anchor_generator, model.grids, own, side)
+            anchors = boxes(ImageList(x, [(side, side)] * len(x)), [one.detach().float() for one in maps])
+        return full_path_losses(self.head(maps), model.assign(targets, anchors), model.losses)
+
+    def _side(self, targets: Targets) -> int | None:
+        if not self._sides:
+            return None
+        return self._sides[sum(int(target["image_id"]) for target in targets) % len(self._sides)]
 
 
 @dataclass(frozen=True)

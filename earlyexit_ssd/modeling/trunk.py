@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import MobileNet_V3_Large_Weights, mobilenet_v3_large
 from torchvision.models.detection import _utils as detection_utils
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.ssdlite import SSDLiteFeatureExtractorMobileNet, SSDLiteHead, _normal_init
 
@@ -116,13 +119,24 @@ class Trunk:
 
     Args:
         steps: the layers up to the last one that an exit may leave behind, in order.
-        ends: for each exit the number of steps before it, increasing.
+        exit_layers: behind which a segment ends, increasing.
         finest_step: index of the step whose output is the finest map of the head.
     """
 
-    def __init__(self, steps: Sequence[nn.Module], ends: Sequence[int], finest_step: int) -> None:
+    def __init__(self, steps: Sequence[nn.Module], exit_layers: Sequence[int], finest_step: int) -> None:
         self._steps, self._finest_step = steps, finest_step
+        ends = [self._end(layer) for layer in exit_layers]
         self._ranges = list(zip([0, *ends], [*ends, len(steps)], strict=True))
+
+    def _end(self, layer: int) -> int:
+        """How many steps come before the exit behind ``layer``."""
+        return layer
+
+    def features(self, x: Tensor, layer: int) -> Tensor:
+        """Images [N, 3, S, S] of any side to the output of ``layer``, [N, C, H, W]."""
+        for step in self._steps[: self._end(layer)]:
+            x = step(x)
+        return x
 
     def run(self, state: TrunkState, segment: int) -> TrunkState:
         """Run segment ``segment`` (0 ends at the first exit; the last one ends the trunk)."""
@@ -162,9 +176,11 @@ class SegmentedTrunk(Trunk):
                 f"backbone is a {type(backbone).__name__}, expected torchvision's SSDLiteFeatureExtractorMobileNet "
                 "(`features` in two parts, and `extra`): its layers are run one by one, to leave between them"
             ) from None
-        finest = len(head_part) - 1
-        # C4 takes two steps: its expansion and the rest
-        super().__init__(steps, [layer + 1 if layer < finest else layer + 2 for layer in exit_layers], finest)
+        super().__init__(steps, exit_layers, finest_step=len(head_part) - 1)
+
+    def _end(self, layer: int) -> int:
+        """C4 takes two steps: its expansion and the rest."""
+        return layer + 1 if layer < self._finest_step else layer + 2
 
     def feature_maps(self, state: TrunkState) -> list[Tensor]:
         """See :meth:`Trunk.feature_maps`."""
@@ -172,3 +188,63 @@ class SegmentedTrunk(Trunk):
         for block in self._extra:
             maps.append(block(maps[-1]))
         return maps
+
+
+def small_copy(x: Tensor, pixels: int) -> Tensor:
+    """Images [N, 3, S, S] at a side of ``pixels``: bilinear to a multiple of it near S, then means over whole cells.
+
+    Bilinear interpolation alone skips pixels where it shrinks by more than two.
+    """
+    side = int(x.shape[-1])  # a tracer makes tensors of shapes
+    times = max(1, round(side / pixels))
+    if side != times * pixels:
+        x = F.interpolate(x, (times * pixels, times * pixels), mode="bilinear", align_corners=False)
+    return F.avg_pool2d(x, times) if times > 1 else x
+
+
+@torch.no_grad()
+def grids_of(backbone: nn.Module, size: int) -> list[tuple[int, int]]:
+    """(height, width) of the head's maps, cells, of an input with sides of ``size`` pixels."""
+    was_training = backbone.training
+    maps = backbone.eval()(torch.zeros(1, 3, size, size, device=next(backbone.parameters()).device)).values()
+    backbone.train(was_training)
+    return [tuple(feature.shape[-2:]) for feature in maps]
+
+
+class PixelBoxes(nn.Module):
+    """Default boxes for one input size at the places and of the sides, in pixels, that they have for another.
+
+    Args:
+        generator: torchvision's, whose boxes are shares of the input.
+        grids: (height, width) of the six maps at that size, cells.
+        trained_size: the side of the input that the weights know, pixels.
+        size: of the inputs to come.
+    """
+
+    def __init__(
+        self, generator: DefaultBoxGenerator, grids: Sequence[tuple[int, int]], trained_size: int, size: int
+    ) -> None:
+        super().__init__()
+        self.generator = DefaultBoxGenerator(
+            generator.aspect_ratios,
+            scales=generator.scales,
+            steps=[trained_size / side for side, _ in grids],
+            clip=generator.clip,
+        )
+        self.trained_size, self.factor = trained_size, trained_size / size
+
+    def extra_repr(self) -> str:
+        return f"trained_size={self.trained_size}, {self.generator}"
+
+    def num_anchors_per_location(self) -> list[int]:
+        """Default boxes per cell of each grid."""
+        return self.generator.num_anchors_per_location()
+
+    def forward(self, images: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """Per image [A, 4] xyxy in network pixels."""
+        return [self._scale(boxes) for boxes in self.generator(images, feature_maps)]
+
+    def _scale(self, boxes: Tensor) -> Tensor:
+        """The centres are right, since steps are pixels; the sides are still shares of the input."""
+        centres, halves = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * self.factor
+        return torch.cat([centres - halves, centres + halves], 1)

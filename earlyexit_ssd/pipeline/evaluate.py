@@ -163,7 +163,7 @@ def build_rivals(
         *(_plain(name, detector, classes, classes, None, CUT_HEAD) for name, detector in cut.items()),
         *(_full_path(path, classes, device) for path in rivals.FULL_PATHS),
         *(_single_exit(path, classes, device) for path in rivals.SINGLE_EXITS),
-        *(_onnx(entry, classes, cfg.EVAL.TIMING_THREADS) for entry in rivals.ONNX),
+        *onnx_rivals(cfg, classes),
     ]
 
 
@@ -207,6 +207,11 @@ def _single_exit(path: str, classes: tuple[str, ...], device: torch.device) -> R
     return Rival(name, SINGLE_EXIT, network, example, count_mmacs(network, example), found, path)
 
 
+def onnx_rivals(cfg: CfgNode, classes: tuple[str, ...]) -> list[Rival]:
+    """Those of EVAL.RIVALS.ONNX."""
+    return [_onnx(entry, classes, cfg.EVAL.TIMING_THREADS) for entry in cfg.EVAL.RIVALS.ONNX]
+
+
 def _onnx(entry: str, classes: tuple[str, ...], threads: int) -> Rival:
     file_format, _, path = entry.partition(":")
     detector = OnnxDetector(path, file_format, threads)
@@ -225,13 +230,16 @@ def _short(path: str) -> str:
 
 
 @locks_folder("out_dir")
-def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> Results:
+def evaluate_model(
+    cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str | os.PathLike[str], compare: bool = True
+) -> Results:
     """Evaluate on DATA.TEST and write metrics.json, table, photos.csv, charts and pictures into ``out_dir``.
 
     Args:
         cfg: its DATA, EVAL and ROUTING sections, DEVICE and SEED are used; the classes are those of the weights.
         weights: a model of this project, or a checkpoint that ``cfg`` describes, see `open_model`.
         out_dir: folder of results.
+        compare: warn where ``cfg`` describes another model than ``weights`` hold.
 
     Returns:
         what is in metrics.json.
@@ -242,7 +250,8 @@ def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str |
     device = evaluation_device(cfg)
     check_rivals(cfg, device)
     model, architecture, info = open_model(cfg, weights)
-    _warn_of_differences(cfg, architecture)
+    if compare:
+        _warn_of_differences(cfg, architecture)
     cfg = with_classes(cfg, architecture.classes)
     dataset = load_dataset(cfg, cfg.DATA.TEST, unlabelled=True)
     ground_truth = to_coco(dataset)
@@ -291,9 +300,10 @@ def _warn_of_differences(cfg: CfgNode, architecture: Architecture) -> None:
     """The weights know how they were built; a configuration that says otherwise is not followed, so it is named."""
     wanted = build_architecture(cfg, tuple(cfg.DATA.CLASSES) or architecture.classes).to_dict()
     own = architecture.to_dict()
+    made_of_weights = ("reduced_tail", "head_outputs", "folded_rows", "folded_branches", "competing")
     for name in wanted | own:
         said, value = wanted.get(name), own.get(name)
-        if name not in ("reduced_tail", "head_outputs", "folded_rows", "folded_branches") and said != value:
+        if name not in made_of_weights and said != value:
             logger.warning(
                 "%s: the configuration says %r, the weights were made with %r and keep it", name, said, value
             )

@@ -123,7 +123,7 @@ def baseline(run: Run) -> Gate:
     limits = baseline_limits(run.cfg, _reference_figures(run))
     if phase.EPOCHS:
         model.norm_frozen = phase.FREEZE_NORM
-        fit(run, "baseline", FullPath(model), photo_loader(run, phase.BATCH_SIZE))
+        fit(run, "baseline", FullPath(model, phase.SIZES), photo_loader(run, phase.BATCH_SIZE))
         model.norm_frozen = False
     return baseline_gate(run.calib_quality.of_full_path(model), limits, baseline_advice(run.cfg))
 
@@ -135,7 +135,8 @@ def _reference_figures(run: Run) -> dict[str, float | None] | None:
         return None
     weights = gate.REFERENCE or run.cfg.MODEL.WEIGHTS
     known = gate.REFERENCE_CLASSES if gate.REFERENCE else run.cfg.MODEL.WEIGHTS_CLASSES
-    detector, architecture, _ = retrofit(run.architecture, weights, source_classes(weights, known), run.cfg.MODEL.FOLD)
+    fold = "rows" if run.cfg.MODEL.FOLD == "rows" else "exact"  # whose figures a compact head is to keep
+    detector, architecture, _ = retrofit(run.architecture, weights, source_classes(weights, known), fold)
     return run.calib_quality.of_full_path(architecture.add_exits(detector).to(run.device))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -13,6 +14,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from PIL import Image
 
+from earlyexit_ssd.evaluation.cost import RUNTIME_TITLES
 from earlyexit_ssd.evaluation.results import Interval, Results
 from earlyexit_ssd.report.tables import Row, data_title, exit_rows, static_rows, timing_title
 
@@ -204,3 +206,41 @@ def training_curves(phases: Mapping[str, Sequence[Mapping[str, float | None]]]) 
         axes[-1, 0].set_xlim(0, 1.02 * start)
 
     return draw_charts(draw, len(curves), 1, (7.5, 1.0 + 2.2 * len(curves)))
+
+
+class Candidate(Protocol):
+    """What the chart of a search shows."""
+
+    name: str
+    exits: Sequence[str]
+    AP50: float | None
+    ms: float | None
+    rival: bool
+
+
+def candidates_chart(candidates: Sequence[Candidate], chosen: Candidate | None, runtime: str) -> Image.Image:
+    """AP50 on the calib split against mean milliseconds of every candidate; the frontier is drawn, rivals are squares.
+
+    Args:
+        candidates: with ``name``, ``AP50``, ``ms``, ``exits`` and ``rival``, the detector as it is first.
+        chosen: the one to ship.
+        runtime: that measured them.
+    """
+    known = [one for one in candidates if one.ms is not None and one.AP50 is not None]
+    own = sorted((one for one in known if not one.rival), key=lambda one: one.ms)
+    best = np.maximum.accumulate([one.AP50 for one in own]) if own else []
+    frontier = [one for one, before in zip(own, [-1.0, *best[:-1]], strict=True) if before < one.AP50] if own else []
+
+    def draw(axes: Axes) -> None:
+        axes.plot([one.ms for one in frontier], [one.AP50 for one in frontier], color=EXITS, alpha=0.4, zorder=1)
+        for one in known:
+            color = ROUTED if one == chosen else PLAIN if one.rival or not one.exits else EXITS
+            axes.plot(one.ms, one.AP50, "s" if one.rival else "o", color=color, markersize=6, zorder=2)
+            if one in frontier or one.rival or one is candidates[0]:
+                bold = {"fontweight": "bold"} if one == chosen else {}
+                place = {"textcoords": "offset points", "fontsize": 7, "color": color}
+                axes.annotate(one.name, (one.ms, one.AP50), (5, -9), **place, **bold)
+        axes.set_xlabel(f"ms per image, mean over the calib photos ({RUNTIME_TITLES[runtime]})")
+        axes.set_ylabel("AP50 on the calib split")
+
+    return draw_charts(lambda all_axes: draw(all_axes[0, 0]))
