@@ -17,14 +17,15 @@ SCRIPTS = {
     "train": "train_net",
     "evaluate": "eval_exits",
     "calibrate": "calibrate",
+    "optimize": "optimize",
     "demo": "demo",
 }
 HELP = """
 import resource, sys
 from earlyexit_command import COMMANDS, main
-from tools import calibrate, demo, eval_exits, export_weights, train_net
+from tools import calibrate, demo, eval_exits, export_weights, optimize, train_net
 
-scripts = [tool.main for tool in (calibrate, demo, eval_exits, export_weights, train_net)]
+scripts = [tool.main for tool in (calibrate, demo, eval_exits, export_weights, optimize, train_net)]
 commands = [lambda words, name=name: main([name, *words]) for name in COMMANDS]
 for command in [main, *scripts, *commands]:
     try:
@@ -42,8 +43,8 @@ print("seconds:", usage.ru_utime + usage.ru_stime)
 def test_every_help_is_there_at_once():
     result = subprocess.run([sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("examples") >= 10
-    assert float(result.stdout.split()[-1]) < 2  # all ten together
+    assert result.stdout.count("examples") >= 12
+    assert float(result.stdout.split()[-1]) < 2  # all twelve together
 
 
 @pytest.mark.parametrize("name", COMMANDS)
