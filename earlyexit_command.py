@@ -308,13 +308,13 @@ def run(name: str, prog: str, arguments: Sequence[str] | None = None) -> int:
         prog: how the user calls it, for the help.
 
     Returns:
-        the exit code, see :func:`earlyexit_ssd.pipeline.command_line.run_tool`.
+        the exit code, see :func:`earlyexit_ssd.command_line.run_tool`.
     """
     command = COMMANDS[name]
     parser = _parser(prog, command.summary, command.examples)
     command.add_arguments(parser)
     args = parser.parse_intermixed_args(arguments)
-    from earlyexit_ssd.pipeline.command_line import run_tool
+    from earlyexit_ssd.command_line import run_tool
 
     return run_tool(lambda: command.job(args), command.after_a_stop)
 

@@ -9,7 +9,7 @@ import earlyexit_ssd
 
 PACKAGE = Path(earlyexit_ssd.__file__).parent
 ORDER = ["config", "data", "modeling", "engine", "routing", "calibration", "evaluation", "report", "pipeline"]
-COMMON = {"errors", "files", "keywords", "plain", "progress"}
+COMMON = {"bounds", "command_line", "errors", "files", "images", "keywords", "plain", "progress"}
 
 
 def imported_parts(path: Path) -> set[str]:

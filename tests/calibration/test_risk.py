@@ -12,17 +12,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from earlyexit_ssd.calibration.risk import (
+from earlyexit_ssd.bounds import (
     BOUNDS,
-    LONGEST_PATH,
     betting_p_value,
-    certify,
     fixed_sequence_test,
     hoeffding_bentkus_p_value,
-    photos_needed,
-    safe_to_bold,
     upper_bound,
 )
+from earlyexit_ssd.calibration.risk import LONGEST_PATH, certify, photos_needed, safe_to_bold
 from earlyexit_ssd.calibration.thresholds import choose
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.errors import EarlyExitError

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from earlyexit_ssd.errors import DataError
 
@@ -82,12 +81,6 @@ def read_image(path: PathLike, annotated_size: Size | None = None) -> np.ndarray
         turn = _turn(image, annotated_size)
         rgb = _to_rgb(image)
         return np.array(rgb if turn is None else rgb.transpose(turn))
-
-
-def as_tensor(image: np.ndarray) -> Tensor:
-    """What :func:`read_image` gives as the model takes it: float32 [3, H, W] in [0, 1]."""
-    pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-    return pixels.to(torch.float32).div_(255)
 
 
 def read_header(path: PathLike, annotated_size: Size | None = None) -> PhotoHeader:
@@ -188,3 +181,30 @@ def _ends_with(path: PathLike, marker: bytes) -> bool:
     with open(path, "rb") as file:
         file.seek(max(0, os.path.getsize(path) - 64))
         return file.read().rstrip(b"\0").endswith(marker)
+
+
+def find_files(folder: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """Files of ``suffixes`` (in any case) in and below ``folder``, and all others, sorted; hidden ones are left out.
+
+    Folders that are symbolic links are looked into, each once.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+    found: tuple[list[Path], list[Path]] = [], []
+    for path in _files(folder):
+        found[not (path.suffix.lower() in suffixes and os.path.isfile(path))].append(path)
+    return sorted(found[0]), sorted(found[1])
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); make the folder readable") from None
+
+    seen: set[str] = set()
+    for here, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        place = os.path.realpath(here)
+        folders[:] = [] if place in seen else [name for name in folders if name[0] != "."]
+        if place not in seen:
+            yield from (Path(here, name) for name in files if name[0] != ".")
+        seen.add(place)
