@@ -19,6 +19,7 @@ PValue = Callable[[np.ndarray, float], float]
 BET_CAP = 0.75  # share of the largest bet that cannot go bankrupt; Waudby-Smith & Ramdas suggest 1/2 or 3/4
 ROUNDING = 1e-9  # sums of losses this close above a whole number are that number
 TOLERANCE = 1e-6  # of upper_bound
+MOST_PHOTOS = 10**6  # photos_needed does not count further
 
 
 def hoeffding_bentkus_p_value(losses: np.ndarray, epsilon: float) -> float:
@@ -37,8 +38,8 @@ def hoeffding_bentkus_p_value(losses: np.ndarray, epsilon: float) -> float:
     """
     from scipy import stats  # not there where only the runtime is installed
 
-    losses = checked_losses(losses)
-    check_share("epsilon", epsilon)
+    losses = _checked_losses(losses)
+    _check_share("epsilon", epsilon)
     count = len(losses)
     if count == 0:
         return 1.0
@@ -71,9 +72,9 @@ def betting_p_value(losses: np.ndarray, epsilon: float, *, delta: float = 0.1) -
     Raises:
         EarlyExitError: a loss, ``epsilon`` or ``delta`` outside its range.
     """
-    losses = checked_losses(losses)
-    check_share("epsilon", epsilon)
-    check_share("delta", delta)
+    losses = _checked_losses(losses)
+    _check_share("epsilon", epsilon)
+    _check_share("delta", delta)
     count = len(losses)
     if count == 0:
         return 1.0
@@ -98,7 +99,7 @@ def upper_bound(losses: np.ndarray, delta: float, p_value: PValue = hoeffding_be
     Raises:
         EarlyExitError: a loss or ``delta`` outside its range.
     """
-    check_share("delta", delta)
+    _check_share("delta", delta)
     low, high = 0.0, 1.0  # no mean exceeds 1
     while high - low > TOLERANCE:
         middle = (low + high) / 2
@@ -119,7 +120,7 @@ def fixed_sequence_test(p_values: Iterable[float], delta: float) -> int:
     Raises:
         EarlyExitError: a p-value outside [0, 1], or ``delta`` outside (0, 1).
     """
-    check_share("delta", delta)
+    _check_share("delta", delta)
     rejected = 0
     for index, value in enumerate(p_values):
         if not 0 <= value <= 1:
@@ -130,7 +131,34 @@ def fixed_sequence_test(p_values: Iterable[float], delta: float) -> int:
     return rejected
 
 
-def checked_losses(losses: np.ndarray) -> np.ndarray:
+def photos_needed(
+    losses: np.ndarray, epsilon: float, delta: float, p_value: PValue = hoeffding_bentkus_p_value
+) -> int | None:
+    """About how many photos ``p_value`` needs to certify ``epsilon`` if further ones lose what these did, in turn: a
+    plan, not a promise. None where the mean is not below ``epsilon``, or so little that it takes over 10^6.
+
+    Raises:
+        EarlyExitError: a number outside its range.
+    """
+    losses = _checked_losses(losses)
+    _check_share("epsilon", epsilon)
+    _check_share("delta", delta)
+
+    def enough(count: int) -> bool:
+        return p_value(np.resize(losses, count), epsilon) <= delta
+
+    if not losses.size or losses.mean() >= epsilon or not enough(MOST_PHOTOS):
+        return None
+    low, high = 0, 1  # doubling, then bisection: what is enough once stays so
+    while not enough(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def _checked_losses(losses: np.ndarray) -> np.ndarray:
     losses = np.asarray(losses, dtype=np.float64)
     if losses.ndim != 1:
         raise EarlyExitError(f"losses has shape {losses.shape}, expected [n], one loss per photo")
@@ -141,6 +169,6 @@ def checked_losses(losses: np.ndarray) -> np.ndarray:
     return losses
 
 
-def check_share(name: str, value: float) -> None:
+def _check_share(name: str, value: float) -> None:
     if not 0 < value < 1:
         raise EarlyExitError(f"{name} is {value}, expected a number in (0, 1), such as 0.1")

@@ -8,8 +8,8 @@ from setuptools import find_packages
 import earlyexit_ssd
 
 PACKAGE = Path(earlyexit_ssd.__file__).parent
-ORDER = ["config", "data", "modeling", "engine", "routing", "calibration", "evaluation", "report", "pipeline"]
-COMMON = {"bounds", "command_line", "errors", "files", "images", "keywords", "plain", "progress"}
+ORDER = ["config", "data", "modeling", "engine", "routing", "calibration", "evaluation", "report", "deploy", "pipeline"]
+COMMON = {"bounds", "command_line", "drawing", "errors", "files", "images", "keywords", "plain", "progress"}
 
 
 def imported_parts(path: Path) -> set[str]:

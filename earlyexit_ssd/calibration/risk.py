@@ -9,45 +9,12 @@ import numpy as np
 
 from earlyexit_ssd.bounds import (
     BOUNDS,
-    PValue,
-    check_share,
-    checked_losses,
     fixed_sequence_test,
-    hoeffding_bentkus_p_value,
+    photos_needed,
     upper_bound,
 )
 from earlyexit_ssd.calibration.thresholds import Grid, choose, pareto_path, threshold_grid
 from earlyexit_ssd.config import CLOSED
-
-MOST_PHOTOS = 10**6  # photos_needed does not count further
-
-
-def photos_needed(
-    losses: np.ndarray, epsilon: float, delta: float, p_value: PValue = hoeffding_bentkus_p_value
-) -> int | None:
-    """About how many photos ``p_value`` needs to certify ``epsilon`` if further ones lose what these did, in turn: a
-    plan, not a promise. None where the mean is not below ``epsilon``, or so little that it takes over 10^6.
-
-    Raises:
-        EarlyExitError: a number outside its range.
-    """
-    losses = checked_losses(losses)
-    check_share("epsilon", epsilon)
-    check_share("delta", delta)
-
-    def enough(count: int) -> bool:
-        return p_value(np.resize(losses, count), epsilon) <= delta
-
-    if not losses.size or losses.mean() >= epsilon or not enough(MOST_PHOTOS):
-        return None
-    low, high = 0, 1  # doubling, then bisection: what is enough once stays so
-    while not enough(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
-
 
 LONGEST_PATH = 80
 """Steps of the path; more of them cost time, fewer leave larger gaps between thresholds."""

@@ -13,8 +13,10 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
+
+from earlyexit_ssd.drawing import color_of, draw_boxes, font_of
 
 LABEL_GAP, MARKER = 7, 9
 """Points between marker and text; pixels around a marker that are its own."""
@@ -82,7 +84,6 @@ TILE = 320
 GAP = 8
 HEADER = 30
 BACKGROUND, PADDING, INK, FRAME, IGNORED = "#ffffff", "#edf2f7", "#1a202c", "#dd6b20", "#718096"
-PALETTE = ("#e53e3e", "#3182ce", "#38a169", "#d69e2e", "#805ad5", "#00a3c4", "#d53f8c", "#975a16")
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,9 @@ def detection_grid(
     picture = Image.new("RGB", (width, HEADER + sum(row[0].height + GAP for row in rows)), BACKGROUND)
     draw = ImageDraw.Draw(picture)
     for column, name in enumerate(columns):
-        draw.text((GAP + column * (tile + GAP), HEADER / 2), name, INK, _font(16), anchor="lm")
+        draw.text((GAP + column * (tile + GAP), HEADER / 2), name, INK, font_of(16), anchor="lm")
     if any(example.exit_index is not None for example in examples):
-        draw.text((width - GAP, HEADER / 2), "framed: the exit routed to", FRAME, _font(12), anchor="rm")
+        draw.text((width - GAP, HEADER / 2), "framed: the exit routed to", FRAME, font_of(12), anchor="rm")
     top = HEADER
     for example, row in zip(examples, rows, strict=True):
         for column, one in enumerate(row):
@@ -187,8 +188,12 @@ def _tiles(example: Example, classes: Sequence[str], score: float, tile: int) ->
     target = example.target or {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     labels = target["labels"].tolist()
     ignored = target["iscrowd"].tolist() if "iscrowd" in target else [0] * len(labels)
-    colors = [IGNORED if skip else _color(label) for label, skip in zip(labels, ignored, strict=True)]
-    tiles = [_draw_boxes(photo.copy(), target["boxes"] * scale, [_name(label, classes) for label in labels], colors)]
+    colors = [IGNORED if skip else color_of(label) for label, skip in zip(labels, ignored, strict=True)]
+    tiles = [
+        draw_boxes(
+            photo.copy(), (target["boxes"] * scale).tolist(), [_name(label, classes) for label in labels], colors
+        )
+    ]
     for found in example.detections:
         order = found["scores"].argsort(descending=True)
         order = order[found["scores"][order] >= score]
@@ -197,7 +202,9 @@ def _tiles(example: Example, classes: Sequence[str], score: float, tile: int) ->
             f"{_name(label, classes)} {value:.2f}"
             for label, value in zip(labels.tolist(), scores.tolist(), strict=True)
         ]
-        tiles.append(_draw_boxes(photo.copy(), boxes * scale, texts, [_color(label) for label in labels.tolist()]))
+        tiles.append(
+            draw_boxes(photo.copy(), (boxes * scale).tolist(), texts, [color_of(label) for label in labels.tolist()])
+        )
     return tiles
 
 
@@ -212,29 +219,6 @@ def _fit(image: Tensor, tile: int) -> tuple[Image.Image, float]:
     return fitted, scale
 
 
-def _draw_boxes(image: Image.Image, boxes: Tensor, texts: Sequence[str], colors: Sequence[str]) -> Image.Image:
-    """Draw xyxy ``boxes`` [N,4] in the image's pixels, the most important first.
-
-    A box's text stands above it, or inside at the top edge; it is left out where it would cover another text, since
-    in a crowd the texts would hide the photo.
-    """
-    draw, font = ImageDraw.Draw(image), _font(12)
-    for (x1, y1, x2, y2), color in reversed(list(zip(boxes.tolist(), colors, strict=True))):
-        draw.rectangle((x1, y1, max(x2, x1), max(y2, y1)), outline=color, width=2)
-    height = sum(font.getmetrics())
-    taken: list[tuple[float, float, float]] = []
-    for (x1, y1, *_), text, color in zip(boxes.tolist(), texts, colors, strict=True):
-        width = draw.textlength(text, font) + 6
-        x = min(max(x1, 0), max(image.width - width, 0))
-        y = y1 - height if y1 >= height else max(y1, 0)
-        if any(x < end and start < x + width and abs(y - other) < height for start, end, other in taken):
-            continue
-        taken.append((x, x + width, y))
-        draw.rectangle((x, y, x + width, y + height), fill=color)
-        draw.text((x + 3, y), text, "white", font)
-    return image
-
-
 def _frame(draw: ImageDraw.ImageDraw, corner: tuple[int, int], size: tuple[int, int]) -> None:
     """A frame around a tile, in the gap, so that it hides nothing."""
     left, top = corner[0] - GAP // 2, corner[1] - GAP // 2
@@ -244,12 +228,3 @@ def _frame(draw: ImageDraw.ImageDraw, corner: tuple[int, int], size: tuple[int, 
 
 def _name(label: int, classes: Sequence[str]) -> str:
     return classes[label - 1] if 1 <= label <= len(classes) else f"label {label}"
-
-
-def _color(label: int) -> str:
-    return PALETTE[(label - 1) % len(PALETTE)]
-
-
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    """Pillow's own font, so that no font file is needed."""
-    return ImageFont.load_default(size)

@@ -17,9 +17,10 @@ from earlyexit_ssd.bounds import (
     betting_p_value,
     fixed_sequence_test,
     hoeffding_bentkus_p_value,
+    photos_needed,
     upper_bound,
 )
-from earlyexit_ssd.calibration.risk import LONGEST_PATH, certify, photos_needed, safe_to_bold
+from earlyexit_ssd.calibration.risk import LONGEST_PATH, certify, safe_to_bold
 from earlyexit_ssd.calibration.thresholds import choose
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.errors import EarlyExitError

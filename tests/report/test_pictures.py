@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from PIL import ImageColor
 
+from earlyexit_ssd.drawing import PALETTE
 from earlyexit_ssd.report.pictures import (
     FRAME,
     GAP,
     HEADER,
     IGNORED,
-    PALETTE,
     TILE,
     Example,
     choose_examples,
