@@ -130,16 +130,18 @@ class Stop:
         self.state, self.context = rest.state, rest.context
 
 
-def walk(model: EarlyExitDetector, x: Tensor, branches: bool = True) -> Iterator[Stop]:
+def walk(model: EarlyExitDetector, x: Tensor, branches: bool = True, behind: Stop | None = None) -> Iterator[Stop]:
     """Go from exit to exit, the full path last; what is behind a stop is computed when the walk goes on.
 
     Args:
         model: the detector.
         x: normalised images [N, 3, S, S].
         branches: whether branches are asked for; without, no context is computed for them.
+        behind: go on from this stop rather than from the images.
     """
-    trunk, state, context = model.trunk, TrunkState(x), None
-    for index, name in enumerate(model.exit_names):
+    trunk = model.trunk
+    state, context, first = (TrunkState(x), None, 0) if behind is None else (behind.state, behind.context, behind.index + 1)
+    for index, name in list(enumerate(model.exit_names))[first:]:
         state = trunk.run(state, index)
         if branches and index < model.num_early_exits:
             context = model.branches[name].context(state.x, context)
