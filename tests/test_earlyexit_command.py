@@ -19,15 +19,15 @@ SCRIPTS = {
     "evaluate": "eval_exits",
     "calibrate": "calibrate",
     "plan": "plan_exits",
-    "demo": "demo",
+    "predict": "predict",
     "export-weights": "export_weights",
 }
 HELP = """
 import resource, sys
 from earlyexit_command import COMMANDS, main
-from tools import calibrate, demo, eval_exits, export_weights, plan_exits, train_net
+from tools import calibrate, eval_exits, export_weights, plan_exits, predict, train_net
 
-scripts = [tool.main for tool in (calibrate, demo, eval_exits, export_weights, plan_exits, train_net)]
+scripts = [tool.main for tool in (calibrate, eval_exits, export_weights, plan_exits, predict, train_net)]
 commands = [lambda words, name=name: main([name, *words]) for name in COMMANDS]
 for command in [main, *scripts, *commands]:
     try:

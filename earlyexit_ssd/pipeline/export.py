@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from earlyexit_ssd.config import CLOSED
-from earlyexit_ssd.data.images import as_tensor, read_image
+from earlyexit_ssd.data.dataset import as_tensor
 from earlyexit_ssd.data.shapes import render_scene
 from earlyexit_ssd.deploy import Detections, Predictor
 from earlyexit_ssd.deploy.graph import (
@@ -42,6 +42,7 @@ from earlyexit_ssd.errors import EarlyExitError, one_line
 from earlyexit_ssd.evaluation.cost import deploy_package
 from earlyexit_ssd.evaluation.outputs import evaluating
 from earlyexit_ssd.files import make_folder, write_json, writing
+from earlyexit_ssd.images import read_image
 from earlyexit_ssd.modeling.detector import EarlyExitDetector, Stop, default_boxes, walk
 from earlyexit_ssd.modeling.pretrained import current_certificate
 from earlyexit_ssd.modeling.trunk import TrunkState
