@@ -430,6 +430,8 @@ class OpenVino:
 
 
 def _openvino_metadata(model: Any) -> dict[str, str]:
-    if not model.has_rt_info("earlyexit_ssd"):
+    """What stood in the ONNX file's metadata."""
+    if not model.has_rt_info("framework"):
         return {}
-    return {key: value.astype(str) for key, value in model.get_rt_info("earlyexit_ssd").value.items()}
+    found = {key: model.get_rt_info(["framework", key]).value for key in model.get_rt_info("framework").value}
+    return {key: value for key, value in found.items() if isinstance(value, str)}

@@ -31,6 +31,7 @@ from earlyexit_ssd.deploy.graph import (
     STATE,
     Contract,
     Segment,
+    expand_log_sum_exp,
     first_stage,
     last_stage,
     put_together,
@@ -220,7 +221,9 @@ class SegmentNetwork(nn.Module):
             except Exception as error:
                 name = self.model.exit_names[self.index]
                 raise EarlyExitError(f"{name} cannot be exported to ONNX ({one_line(str(error))[:200]})") from error
-        return onnx.load_from_string(content.getvalue()), found
+        exported = onnx.load_from_string(content.getvalue())
+        expand_log_sum_exp(exported)
+        return exported, found
 
 
 def _segments(model: EarlyExitDetector) -> list[tuple[SegmentNetwork, Segment]]:
@@ -287,9 +290,9 @@ def _metadata(model: EarlyExitDetector) -> dict[str, str]:
 # The three ways of writing them.
 
 
-def _write_onnx(parts: _Parts, path: Path) -> None:
+def _write_onnx(parts: _Parts, path: Path, required: bool = False) -> None:
     whole = put_together([segment for _, segment in parts.segments], parts.contract, parts.metadata)
-    path.write_bytes(whole.SerializeToString())
+    path.write_bytes((required_inputs(whole) if required else whole).SerializeToString())
 
 
 def _write_staged(parts: _Parts, folder: Path) -> None:
@@ -306,17 +309,12 @@ def _write_staged(parts: _Parts, folder: Path) -> None:
 
 def _write_openvino(parts: _Parts, path: Path) -> None:
     openvino = deploy_package("openvino")
-    whole = required_inputs(put_together([segment for _, segment in parts.segments], parts.contract, {}))
+    _write_onnx(parts, path.with_suffix(".onnx"), required=True)
     try:
-        with tempfile.NamedTemporaryFile(suffix=".onnx", dir=path.parent) as file:
-            file.write(whole.SerializeToString())
-            file.flush()
-            model = openvino.convert_model(file.name)
+        model = openvino.convert_model(path.with_suffix(".onnx"))
+        openvino.save_model(model, path, compress_to_fp16=False)
     except Exception as error:
-        raise EarlyExitError(f"{path}: OpenVINO cannot convert the detector ({one_line(str(error))[:150]})") from None
-    for key, value in parts.metadata.items():
-        model.set_rt_info(value, ["earlyexit_ssd", key])
-    openvino.save_model(model, path, compress_to_fp16=False)
+        raise EarlyExitError(f"OpenVINO cannot convert the detector ({one_line(str(error))[:200]})") from None
 
 
 WRITERS: dict[str, Callable[[_Parts, Path], None]] = {
@@ -410,7 +408,7 @@ Found = Sequence[np.ndarray]
 def _unpaired(mine: Found, theirs: Found) -> Found:
     """Those of either side that have no equal on the other, `BOXES` and `SCORES` aside."""
     boxes, labels, scores = (_differences(one, other) for one, other in zip(mine, theirs, strict=True))
-    equal = (boxes.reshape(len(mine[1]), len(theirs[1]), -1).max(-1, initial=0) <= BOXES) & (labels == 0)
+    equal = (boxes.max(-1) <= BOXES) & (labels == 0)
     equal &= scores <= SCORES
     left, taken = [], np.zeros(len(theirs[1]), bool)
     for row in range(len(equal)):
