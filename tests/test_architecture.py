@@ -8,7 +8,8 @@ from setuptools import find_packages
 import earlyexit_ssd
 
 PACKAGE = Path(earlyexit_ssd.__file__).parent
-ORDER = ["config", "data", "modeling", "engine", "routing", "calibration", "evaluation", "report", "pipeline"]
+ORDER = ["deploy", "config", "data", "modeling", "engine", "routing", "calibration", "evaluation", "report", "pipeline"]
+"""deploy comes first, since it runs without all others; pipeline writes what it runs."""
 COMMON = {"errors", "files", "keywords", "plain", "progress"}
 
 
@@ -40,6 +41,11 @@ def test_imports_flow_one_way():
 
 def test_common_files_import_no_part():
     assert all(not imported_parts(PACKAGE / f"{name}.py") & set(ORDER) for name in COMMON)
+
+
+def test_what_runs_without_pytorch_needs_errors_alone():
+    for path in (PACKAGE / "deploy").glob("*.py"):
+        assert imported_parts(path) <= {"deploy", "errors"}, path
 
 
 def test_modeling_knows_no_trainer_and_evaluation_no_plot():

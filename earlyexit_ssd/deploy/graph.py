@@ -254,8 +254,8 @@ def required_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def expand_log_sum_exp(model: onnx.ModelProto) -> None:
-    """Write every ``ReduceLogSumExp`` as the operators that it stands for, in place: nine times as fast in ONNX Runtime,
-    and OpenVINO 2026 sums over all axes instead."""
+    """Write every ``ReduceLogSumExp`` as the operators that it stands for, in place: nine times as fast in ONNX
+    Runtime, and OpenVINO 2026 sums over all axes instead."""
     graph, nodes = model.graph, []
     for node in graph.node:
         if node.op_type != "ReduceLogSumExp":
@@ -360,9 +360,7 @@ def normalised(scope: Scope, image: str, size: str, contract: Contract) -> str:
     pixels = small("Transpose", small("Cast", image, to=TensorProto.FLOAT), perm=[2, 0, 1])
     pixels = small("Unsqueeze", pixels, small.constant([0], np.int64))
     target = small.constant([1, 3, height, width], np.int64)
-    resized = small(
-        "Resize", pixels, "", "", target, mode="linear", coordinate_transformation_mode="half_pixel"
-    )
+    resized = small("Resize", pixels, "", "", target, mode="linear", coordinate_transformation_mode="half_pixel")
 
     top, bottom, down = _neighbours(large, size, 0, height)
     left, right, across = _neighbours(large, size, 1, width)
