@@ -116,6 +116,18 @@ examples, in this order:
       writes the tables of the model zoo anew
 """
 
+DEPLOY_EXAMPLES = """
+examples:
+  %(prog)s output/chair/model.pth --out chair.onnx
+      one file from photo to detections, routed as calibrated; held against the model on rendered photos first
+  %(prog)s voc_animals --out animals --format staged --photos ~/photos
+      shipped weights; a folder with a file for each segment, compared on photos of yours
+  %(prog)s output/chair/model.pth --out chair.xml --format openvino
+      OpenVINO's own format (pip install openvino)
+
+How to run what it writes, without PyTorch: docs/deploy.md
+"""
+
 
 def add_config(parser: argparse.ArgumentParser, what: str) -> None:
     """``--config`` and the keys that override it."""
@@ -328,6 +340,25 @@ def _calibrate_stream(args: argparse.Namespace, detector: object, sources: list)
         print("every n-th frame (--stride) is at least as good on these frames: use that instead")
 
 
+def deploy_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help=f"model.pth of a run, or shipped weights: {', '.join(SHIPPED)}")
+    parser.add_argument("--out", required=True, help="file (.onnx, .xml) or, of staged files, folder to write")
+    parser.add_argument("--format", default="onnx", choices=("onnx", "staged", "openvino"), help="onnx by default")
+    parser.add_argument("--photos", nargs="+", default=[], help="photos or folders to compare on; else rendered ones")
+    parser.add_argument("--full", action="store_true", help="the full path alone, without exits")
+
+
+def export(args: argparse.Namespace) -> None:
+    from earlyexit_ssd.deploy.sources import find_sources
+    from earlyexit_ssd.pipeline.export import export_detector, open_any
+
+    model = open_any(args.model, router=not args.full)
+    photos = [source.name for source in find_sources(args.photos) if source.kind == "photo"]
+    exported = export_detector(model, args.out, args.format, photos)
+    print(exported)
+    print(f"run it: from earlyexit_ssd.deploy import Predictor; Predictor({args.out!r}{exported.runtime})(photo)")
+
+
 def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="model.pth of a finished run")
     parser.add_argument("--name", required=True, help="what from_pretrained will call it, such as voc_animals")
@@ -385,6 +416,10 @@ COMMANDS = {
     "predict": Command(
         "Detect in photos, videos and cameras: what is found, at which exit, in how many milliseconds.",
         PREDICT_EXAMPLES, predict_arguments, predict,
+    ),
+    "export": Command(
+        "Write a detector with its routing as one file that ONNX Runtime or OpenVINO runs, without PyTorch.",
+        DEPLOY_EXAMPLES, deploy_arguments, export,
     ),
     "export-weights": Command(
         "Make a trained model one that comes with the package: fp16 weights and their description, under 12 MB.",

@@ -3,7 +3,8 @@
 The names below are imported when they are first asked for, so that `earlyexit_ssd.deploy` needs no PyTorch.
 """
 
-import importlib
+import importlib.abc
+import importlib.util
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -55,3 +56,31 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# `torchvision.models.get_model` finds our builders, whichever of the two packages is imported first.
+
+
+class _Registration(importlib.abc.MetaPathFinder):
+    """Register the builders once torchvision has been imported, and not before, since that takes seconds."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> object:
+        if name != "torchvision":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+            spec.loader.exec_module = lambda module: (load(module), _register())
+        return spec
+
+
+def _register() -> None:
+    if f"{__name__}.modeling" not in sys.modules:  # which may have asked for torchvision
+        importlib.import_module(f"{__name__}.modeling")
+
+
+if "torchvision" in sys.modules:
+    _register()
+else:
+    sys.meta_path.insert(0, _Registration())

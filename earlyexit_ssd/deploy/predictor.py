@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -142,7 +142,9 @@ class Predictor:
             EarlyExitError: one is no photo; the message has its place.
         """
         if isinstance(images, np.ndarray) and images.ndim < 4:
-            raise EarlyExitError(f"images {list(images.shape)}: expected a list of photos; call predictor(image) for one")
+            raise EarlyExitError(
+                f"images {list(images.shape)}: expected a list of photos; call predictor(image) for one"
+            )
         return [self._detect(image, f"image {place}", self._thresholds) for place, image in enumerate(images)]
 
     def warm_up(self, runs: int = 2) -> None:
@@ -430,6 +432,8 @@ class OpenVino:
 
 
 def _openvino_metadata(model: Any) -> dict[str, str]:
-    if not model.has_rt_info("earlyexit_ssd"):
+    """What stood in the ONNX file's metadata."""
+    if not model.has_rt_info("framework"):
         return {}
-    return {key: value.astype(str) for key, value in model.get_rt_info("earlyexit_ssd").value.items()}
+    found = {key: model.get_rt_info(["framework", key]).value for key in model.get_rt_info("framework").value}
+    return {key: value for key, value in found.items() if isinstance(value, str)}

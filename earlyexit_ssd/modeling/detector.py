@@ -140,7 +140,9 @@ def walk(model: EarlyExitDetector, x: Tensor, branches: bool = True, behind: Sto
         behind: go on from this stop rather than from the images.
     """
     trunk = model.trunk
-    state, context, first = (TrunkState(x), None, 0) if behind is None else (behind.state, behind.context, behind.index + 1)
+    state, context, first = (
+        (TrunkState(x), None, 0) if behind is None else (behind.state, behind.context, behind.index + 1)
+    )
     for index, name in list(enumerate(model.exit_names))[first:]:
         state = trunk.run(state, index)
         if branches and index < model.num_early_exits:

@@ -31,6 +31,7 @@ from earlyexit_ssd.deploy.graph import (
     STATE,
     Contract,
     Segment,
+    expand_log_sum_exp,
     first_stage,
     last_stage,
     put_together,
@@ -43,8 +44,11 @@ from earlyexit_ssd.evaluation.cost import deploy_package
 from earlyexit_ssd.evaluation.outputs import evaluating
 from earlyexit_ssd.files import make_folder, write_json, writing
 from earlyexit_ssd.images import read_image
-from earlyexit_ssd.modeling.detector import EarlyExitDetector, Stop, default_boxes, walk
+from earlyexit_ssd.modeling import EarlyExitSSDLite
+from earlyexit_ssd.modeling.checkpoint import weights_path
+from earlyexit_ssd.modeling.detector import DETECTORS, EarlyExitDetector, Stop, default_boxes, walk
 from earlyexit_ssd.modeling.pretrained import current_certificate
+from earlyexit_ssd.modeling.retrofit import read_weights
 from earlyexit_ssd.modeling.trunk import TrunkState
 from earlyexit_ssd.modeling.validate import LEAST_SCORE
 from earlyexit_ssd.progress import progress
@@ -56,8 +60,8 @@ SUFFIXES: dict[str, str] = {"onnx": ".onnx", "staged": "", "openvino": ".xml"}
 RENDERED, RAW = 8, 4
 """Photos that are rendered where none are given, and of which the heads are compared number by number."""
 LOGITS, BOXES, SCORES = 1e-4, 0.1, 1e-3
-"""Largest differences from the model: of the heads' outputs (or of this share of the largest), of boxes in pixels of the
-photo, and of scores."""
+"""Largest differences from the model: of the heads' outputs (or of this share of the largest), of boxes in pixels of
+the photo, and of scores."""
 NEAR, OVERLAPS = 1e-5, 1e-4
 """How near its threshold a confidence or a score, or the IoU of two boxes, may fall on its other side."""
 
@@ -71,6 +75,7 @@ class Exported:
         photos: compared; detections: of the model in them.
         borderline: photos that took another exit since their confidence is within 1e-5 of a threshold, or lost or won
             a detection that is as near to a least score, the overlap of a suppression, or the last place.
+        runtime: what `Predictor` takes beside the path.
     """
 
     path: Path
@@ -78,6 +83,27 @@ class Exported:
     photos: int
     detections: int
     borderline: int
+    runtime: str = ""
+
+    def __str__(self) -> str:
+        said = f"exits and {self.detections} detections in {self.photos} photos are the model's"
+        rounding = (
+            f"; {self.borderline} of the photos differ in a decision as near as rounding" if self.borderline else ""
+        )
+        return f"{self.path}: {self.size / 1e6:.1f} MB; {said}{rounding}"
+
+
+def open_any(name_or_path: str | os.PathLike[str], router: bool = True) -> EarlyExitDetector:
+    """A model of any kind of detectors from shipped weights or a model file; ``router=False`` leaves the routing out.
+
+    Raises:
+        EarlyExitError: as :meth:`EarlyExitSSDLite.from_pretrained`.
+    """
+    content = read_weights(weights_path(name_or_path))
+    described = content.get("architecture")
+    name = described.get("detector") if isinstance(described, dict) else None
+    kind = DETECTORS.get(name, EarlyExitSSDLite) if isinstance(name, str) else EarlyExitSSDLite
+    return kind.from_pretrained(name_or_path, router=router)
 
 
 def export_detector(
@@ -126,7 +152,8 @@ def export_detector(
             exported = _compare(model, Predictor(made, runtime), compared)
             _move(made, path)
     files = [*path.iterdir()] if path.is_dir() else [path, *_weights_beside(path)]
-    return Exported(path, sum(file.stat().st_size for file in files), *exported)
+    runtime = ", 'openvino'" if file_format == "openvino" else ""
+    return Exported(path, sum(file.stat().st_size for file in files), *exported, runtime)
 
 
 def _weights_beside(path: Path) -> list[Path]:
@@ -167,9 +194,7 @@ class SegmentNetwork(nn.Module):
         inputs, outputs: names of its tensors, known after the first call.
     """
 
-    def __init__(
-        self, model: EarlyExitDetector, before: int | None, index: int, head: bool, onward: bool
-    ) -> None:
+    def __init__(self, model: EarlyExitDetector, before: int | None, index: int, head: bool, onward: bool) -> None:
         super().__init__()
         self.model, self.before, self.index, self.head, self.onward = model, before, index, head, onward
         self.eval()  # the exporter gives the model back the mode of this
@@ -221,7 +246,9 @@ class SegmentNetwork(nn.Module):
             except Exception as error:
                 name = self.model.exit_names[self.index]
                 raise EarlyExitError(f"{name} cannot be exported to ONNX ({one_line(str(error))[:200]})") from error
-        return onnx.load_from_string(content.getvalue()), found
+        exported = onnx.load_from_string(content.getvalue())
+        expand_log_sum_exp(exported)
+        return exported, found
 
 
 def _segments(model: EarlyExitDetector) -> list[tuple[SegmentNetwork, Segment]]:
@@ -288,9 +315,9 @@ def _metadata(model: EarlyExitDetector) -> dict[str, str]:
 # The three ways of writing them.
 
 
-def _write_onnx(parts: _Parts, path: Path) -> None:
+def _write_onnx(parts: _Parts, path: Path, required: bool = False) -> None:
     whole = put_together([segment for _, segment in parts.segments], parts.contract, parts.metadata)
-    path.write_bytes(whole.SerializeToString())
+    path.write_bytes((required_inputs(whole) if required else whole).SerializeToString())
 
 
 def _write_staged(parts: _Parts, folder: Path) -> None:
@@ -307,17 +334,12 @@ def _write_staged(parts: _Parts, folder: Path) -> None:
 
 def _write_openvino(parts: _Parts, path: Path) -> None:
     openvino = deploy_package("openvino")
-    whole = required_inputs(put_together([segment for _, segment in parts.segments], parts.contract, {}))
+    _write_onnx(parts, path.with_suffix(".onnx"), required=True)
     try:
-        with tempfile.NamedTemporaryFile(suffix=".onnx", dir=path.parent) as file:
-            file.write(whole.SerializeToString())
-            file.flush()
-            model = openvino.convert_model(file.name)
+        model = openvino.convert_model(path.with_suffix(".onnx"))
+        openvino.save_model(model, path, compress_to_fp16=False)
     except Exception as error:
-        raise EarlyExitError(f"{path}: OpenVINO cannot convert the detector ({one_line(str(error))[:150]})") from None
-    for key, value in parts.metadata.items():
-        model.set_rt_info(value, ["earlyexit_ssd", key])
-    openvino.save_model(model, path, compress_to_fp16=False)
+        raise EarlyExitError(f"OpenVINO cannot convert the detector ({one_line(str(error))[:200]})") from None
 
 
 WRITERS: dict[str, Callable[[_Parts, Path], None]] = {
@@ -390,8 +412,8 @@ def _is_same(model: EarlyExitDetector, photo: np.ndarray, expected: dict[str, Te
         if abs(confidence - threshold) <= NEAR:
             return False
         raise EarlyExitError(
-            f"the file leaves at {found.exit_name}, the model at {model.exit_names[index]} (confidence {confidence:.6f} "
-            f"at {model.exit_names[first]}, threshold {threshold:.6f})"
+            f"the file leaves at {found.exit_name}, the model at {model.exit_names[index]} (confidence "
+            f"{confidence:.6f} at {model.exit_names[first]}, threshold {threshold:.6f})"
         )
     mine = [expected[key].numpy() for key in ("boxes", "labels", "scores")]
     theirs = [found.boxes, found.labels, found.scores]
@@ -400,7 +422,9 @@ def _is_same(model: EarlyExitDetector, photo: np.ndarray, expected: dict[str, Te
         return True
     unexplained = _unexplained(model, photo, index, mine, theirs, alone)
     if unexplained:
-        raise EarlyExitError(f"{len(unexplained)} detections at {found.exit_name} are not the model's: {unexplained[0]}")
+        raise EarlyExitError(
+            f"{len(unexplained)} detections at {found.exit_name} are not the model's: {unexplained[0]}"
+        )
     return False
 
 
@@ -411,7 +435,7 @@ Found = Sequence[np.ndarray]
 def _unpaired(mine: Found, theirs: Found) -> Found:
     """Those of either side that have no equal on the other, `BOXES` and `SCORES` aside."""
     boxes, labels, scores = (_differences(one, other) for one, other in zip(mine, theirs, strict=True))
-    equal = (boxes.reshape(len(mine[1]), len(theirs[1]), -1).max(-1, initial=0) <= BOXES) & (labels == 0)
+    equal = (boxes.max(-1) <= BOXES) & (labels == 0)
     equal &= scores <= SCORES
     left, taken = [], np.zeros(len(theirs[1]), bool)
     for row in range(len(equal)):

@@ -219,7 +219,13 @@ def test_a_window_that_cannot_open_is_one_line(tmp_path, monkeypatch):
 
 TORCHLESS = """
 import sys
-sys.modules.update(dict.fromkeys(("torch", "torchvision", "scipy", "matplotlib", "fvcore", "cv2", "tqdm")))
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "torchvision", "scipy", "matplotlib", "fvcore", "cv2", "tqdm", "yaml"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Missing())
 import earlyexit_ssd.deploy.predict, earlyexit_ssd.deploy.stream, earlyexit_ssd.command_line
 from earlyexit_command import main
 sys.exit(main(sys.argv[1:]))
