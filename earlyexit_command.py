@@ -264,7 +264,7 @@ def predict_arguments(parser: argparse.ArgumentParser) -> None:
     )
     stream.add_argument("--delta", default="0.05", help="of the promise; none promises nothing; 0.05")
     stream.add_argument("--block", type=int, default=150, help="consecutive frames that count as one draw; 150")
-    stream.add_argument("--most-repeats", type=int, default=30, help="of an answer in a row; 30")
+    stream.add_argument("--most-repeats", type=int, default=10, help="of an answer in a row; 10")
 
 
 def predict(args: argparse.Namespace) -> None:
@@ -312,7 +312,7 @@ def predict(args: argparse.Namespace) -> None:
 
 def _calibrate_stream(args: argparse.Namespace, detector: object, sources: list) -> None:
     from earlyexit_ssd.deploy.predict import images_of
-    from earlyexit_ssd.deploy.stream import calibrate_stream
+    from earlyexit_ssd.deploy.stream import FEW_EVENTS, calibrate_stream
     from earlyexit_ssd.errors import EarlyExitError
 
     if not args.stream:
@@ -336,6 +336,8 @@ def _calibrate_stream(args: argparse.Namespace, detector: object, sources: list)
     print(
         f"{args.stream}: an answer is repeated at a change of at most {rule.threshold:.2f} grey levels\n{rule.figures}"
     )
+    if rule.figures.events < FEW_EVENTS:
+        print("that is little: record hours in which more happens, since the rule is as good as what was there to miss")
     if not rule.figures.wins:
         print("every n-th frame (--stride) is at least as good on these frames: use that instead")
 

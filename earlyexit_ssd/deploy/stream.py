@@ -33,14 +33,18 @@ REPEATED = "repeated"
 """``exit_name`` of an answer that is given again; its ``exit_index`` is -1."""
 CELLS = 32
 """Of the small picture along the longer side. An object that fills one is 10 px wide in a detector's input of 320."""
-SAMPLES = 16
-"""Pixels of the frame along a cell's side that are averaged, at most: sensor noise falls to a sixteenth."""
+ROWS = 8
+"""Of the frame that are averaged in a cell, at most; all their pixels are, so that sensor noise nearly vanishes."""
 CLOSE = 0.1
 """A detection this near to the least score is a close call: a little noise adds it or takes it away."""
 CLOSE_WEIGHT = 2.0
 """Changes count so many times where the last answer holds a close call."""
-THRESHOLDS = tuple(0.25 * 2 ** (step / 4) for step in range(33))
-"""Grey levels from safe to bold, 0.25 to 64; fixed before any frame is seen, so that they can be tested in turn."""
+THRESHOLDS = tuple(0.25 * 2 ** (step / 4) for step in range(25))
+"""Grey levels from safe to bold, 0.25 to 16; fixed before any frame is seen, so that they can be tested in turn."""
+MOST_REPEATS = 10
+"""Whatever a calibration did not see, what comes in is seen so many frames later at the latest."""
+FEW_EVENTS = 10
+"""Fewer changes of the answer say little about a rule."""
 SAME_IOU = 0.5
 FORMAT = "earlyexit_ssd stream rule/1"
 ADVICE = "write one with earlyexit predict --calibrate-stream"
@@ -51,8 +55,8 @@ Share = Annotated[float, 0, 1]
 def small_picture(image: np.ndarray) -> np.ndarray:
     """A frame uint8 [H, W, 3] as means of square cells, `CELLS` along its longer side: uint8 [h, w, 3]."""
     cell = max(1, max(image.shape[:2]) // CELLS)
-    step = max(1, cell // SAMPLES)
-    return np.asarray(Image.fromarray(np.ascontiguousarray(image[::step, ::step])).reduce(max(1, cell // step)))
+    step = max(1, cell // ROWS)
+    return np.asarray(Image.fromarray(image[::step]).reduce((cell, max(1, cell // step))))
 
 
 def change(one: np.ndarray, other: np.ndarray) -> float:
@@ -105,6 +109,7 @@ class StreamFigures:
     Attributes:
         frames, block, blocks: frames in all, frames that count as one draw, and how many such draws there were.
         share: of changed answers that was asked for; delta: of the promise, None where there is none.
+        events: how often the detector's own answer differed from that to the frame before: what there was to miss.
         changed: share of the frames whose answer differed from the detector's own.
         bound: what that share does not exceed with probability 1 - delta; None without a promise.
         computed: share of the frames that were computed.
@@ -117,6 +122,7 @@ class StreamFigures:
     blocks: Annotated[int, 0, 2**63]
     share: Share
     delta: Share | None
+    events: Annotated[int, 0, 2**63]
     changed: Share
     bound: Share | None
     computed: Share
@@ -137,7 +143,8 @@ class StreamFigures:
             promise = f"at most {self.bound:.1%} with probability {1 - self.delta:g}, {self.blocks} blocks"
         return (
             f"{self.frames} frames, {self.computed:.1%} computed, {self.speedup:.1f} times as fast; {self.changed:.1%} "
-            f"of the answers changed ({promise}); every n-th frame at the same cost: {self.every_nth_changed:.1%}"
+            f"of the answers changed ({promise}); every n-th frame at the same cost: {self.every_nth_changed:.1%}; "
+            f"the detector's own answer changed {self.events} times"
         )
 
 
@@ -331,6 +338,7 @@ class Recording:
             blocks=len(blocks),
             share=share,
             delta=delta,
+            events=sum(not self._equal(index, index + 1) for index in range(len(self) - 1)),
             changed=float(changed.mean()),
             bound=bound,
             computed=float(computed.mean()),
@@ -354,7 +362,7 @@ def calibrate_stream(
     delta: float | None = 0.05,
     block: int = 150,
     score: float = 0.5,
-    most_repeats: int = 30,
+    most_repeats: int = MOST_REPEATS,
     total: int | None = None,
 ) -> StreamRule:
     """The boldest rule that changes at most ``share`` of the answers, from a camera's own frames.

@@ -176,7 +176,7 @@ def comings(blocks, length=40, every=10):
 def test_calibration_keeps_its_share_and_saves():
     rule = calibrate_stream(RedBox(), comings(100), 0.05, 0.05, block=40)
     figures = rule.figures
-    assert figures.frames == 4000 and figures.blocks == 100
+    assert figures.frames == 4000 and figures.blocks == 100 and figures.events == 30
     assert figures.changed <= figures.bound <= 0.05
     assert figures.computed < 0.2 and figures.wins
     computed, right = run(comings(30), rule)
