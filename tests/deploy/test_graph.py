@@ -57,7 +57,7 @@ def test_photos_are_resized_as_torchvision_does(monkeypatch, size, large):
 
 @pytest.mark.parametrize(
     ("score_thresh", "topk_candidates", "detections_per_img"),
-    [(0.2, 300, 300), (0.001, 10, 300), (0.001, 300, 7), (0.001, 5, 3), ({"cat": 0.4}, 20, 9), (0.99, 300, 300)],
+    [(0.2, 300, 300), (0.001, 10, 300), (0.001, 300, 7), (0.001, 5, 3), ({"cat": 0.4}, 20, 9), (1.0, 300, 300)],
 )
 def test_detections_are_torchvision_s(score_thresh, topk_candidates, detections_per_img):
     model = build_model(topk_candidates=topk_candidates, detections_per_img=detections_per_img)
@@ -86,7 +86,7 @@ def test_detections_are_torchvision_s(score_thresh, topk_candidates, detections_
     assert found["labels"].tolist() == expected["labels"].tolist()
     assert np.allclose(found["boxes"], expected["boxes"], atol=1e-3)
     assert np.allclose(found["scores"], expected["scores"], atol=1e-6)
-    assert len(found["boxes"]) == 0 if score_thresh == 0.99 else 0 < len(found["boxes"]) <= detections_per_img
+    assert len(found["boxes"]) == 0 if score_thresh == 1.0 else 0 < len(found["boxes"]) <= detections_per_img
 
 
 @pytest.mark.parametrize("keep", [0, 1])

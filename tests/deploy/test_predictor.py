@@ -187,7 +187,7 @@ def test_one_photo_is_no_list_of_photos(predictor):
         predictor.predict(np.zeros((8, 8, 3), np.uint8))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (4000, 4), (1300, 1100)])
+@pytest.mark.parametrize("size", [(1, 1), (1000, 4), (1300, 1100)])
 def test_photos_of_any_size(model, predictor, size):
     photo = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     expected, found = expected_of(model, photo), predictor(photo)
