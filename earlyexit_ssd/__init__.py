@@ -80,7 +80,7 @@ def _register() -> None:
         importlib.import_module(f"{__name__}.modeling")
 
 
-if "torchvision" in sys.modules:
+if sys.modules.get("torchvision"):
     _register()
 else:
     sys.meta_path.insert(0, _Registration())

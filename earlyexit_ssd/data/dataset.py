@@ -32,6 +32,7 @@ from earlyexit_ssd.data.checks import (
     drop_repeated_files,
     file_identity,
 )
+from earlyexit_ssd.data.images import as_tensor, read_image
 from earlyexit_ssd.data.problems import MODES, Problems
 from earlyexit_ssd.data.records import (
     RawDataset,
@@ -45,17 +46,10 @@ from earlyexit_ssd.data.records import (
 from earlyexit_ssd.data.transforms import Augmentation, build_transforms, mixed_seed
 from earlyexit_ssd.errors import DataError
 from earlyexit_ssd.files import sha256
-from earlyexit_ssd.images import read_image
 
 logger = logging.getLogger(__name__)
 
 Target = dict[str, Tensor | int]
-
-
-def as_tensor(image: np.ndarray) -> Tensor:
-    """A photo as the model takes it: float32 [3, H, W] in [0, 1]."""
-    pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-    return pixels.to(torch.float32).div_(255)
 
 
 class DetectionDataset(torch.utils.data.Dataset):

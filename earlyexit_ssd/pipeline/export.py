@@ -18,10 +18,10 @@ import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, clip_boxes_to_image
 
 from earlyexit_ssd.config import CLOSED
-from earlyexit_ssd.data.dataset import as_tensor
+from earlyexit_ssd.data.images import as_tensor, read_image
 from earlyexit_ssd.data.shapes import render_scene
 from earlyexit_ssd.deploy import Detections, Predictor
 from earlyexit_ssd.deploy.graph import (
@@ -43,7 +43,6 @@ from earlyexit_ssd.errors import EarlyExitError, one_line
 from earlyexit_ssd.evaluation.cost import deploy_package
 from earlyexit_ssd.evaluation.outputs import evaluating
 from earlyexit_ssd.files import make_folder, write_json, writing
-from earlyexit_ssd.images import read_image
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.checkpoint import weights_path
 from earlyexit_ssd.modeling.detector import DETECTORS, EarlyExitDetector, Stop, default_boxes, walk
@@ -62,7 +61,7 @@ RENDERED, RAW = 8, 4
 LOGITS, BOXES, SCORES = 1e-4, 0.1, 1e-3
 """Largest differences from the model: of the heads' outputs (or of this share of the largest), of boxes in pixels of
 the photo, and of scores."""
-NEAR, OVERLAPS = 1e-5, 1e-4
+NEAR, NEAR_OVERLAP = 1e-5, 1e-4
 """How near its threshold a confidence or a score, or the IoU of two boxes, may fall on its other side."""
 
 
@@ -336,7 +335,7 @@ def _write_openvino(parts: _Parts, path: Path) -> None:
     openvino = deploy_package("openvino")
     _write_onnx(parts, path.with_suffix(".onnx"), required=True)
     try:
-        model = openvino.convert_model(path.with_suffix(".onnx"))
+        model = openvino.Core().read_model(path.with_suffix(".onnx"))
         openvino.save_model(model, path, compress_to_fp16=False)
     except Exception as error:
         raise EarlyExitError(f"OpenVINO cannot convert the detector ({one_line(str(error))[:200]})") from None
@@ -454,26 +453,48 @@ def _differences(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 def _unexplained(
     model: EarlyExitDetector, photo: np.ndarray, index: int, mine: Found, theirs: Found, alone: Found
 ) -> list[str]:
-    """Of the detections that only one side has, those that no decision as near as rounding may turn round explains: at
-    a least score, the last place of a class or of the photo, or the overlap of a suppression."""
-    head = model.exit_outputs([as_tensor(photo)]).heads[index]
-    scores = head["cls_logits"][0].softmax(-1)[:, 1:]
-    ranked = scores.topk(min(model.topk_candidates, len(scores)), dim=0).values[-1].numpy()
-    floors = np.maximum(ranked, np.array(_least_scores(model)))
+    """Of the detections that only one side has, those that rounding does not explain.
+
+    It may where they are candidates of the model too and a decision is as near: at a least score, the last place of a
+    class or of the photo, the overlap of a suppression, or two overlapping boxes of one score. What such a one
+    suppresses, or no longer does, follows.
+    """
+    boxes, scores = _candidates(model, photo, index)
+    ranked = np.sort(scores, axis=0)[-min(model.topk_candidates, len(scores))]
+    floors = np.maximum(ranked, _least_scores(model))
     last = mine[2][-1] if len(mine[2]) == model.detections_per_img else -1.0
-    everything = [np.concatenate(pair) for pair in zip(mine, theirs, strict=True)]
-    problems = []
+    shown = [np.concatenate(pair) for pair in zip(mine, theirs, strict=True)]
+    known, explained = [], []
     for box, label, score in zip(*alone, strict=True):
-        same = everything[1] == label
-        overlaps = box_iou(torch.from_numpy(box[None]), torch.from_numpy(everything[0][same]))[0].numpy()
-        followed = box_iou(torch.from_numpy(box[None]), torch.from_numpy(alone[0][alone[1] == label]))[0].numpy()
-        near = (
-            abs(score - floors[label - 1]) <= NEAR
-            or abs(score - last) <= NEAR
-            or bool((np.abs(overlaps - model.nms_thresh) <= OVERLAPS).any())
-            or int((followed > model.nms_thresh).sum()) > 1
+        far = np.abs(boxes - box).max(1) / BOXES, np.abs(scores[:, label - 1] - score) / SCORES
+        known.append(bool((np.maximum(*far) <= 1).any()))
+        overlaps = _overlaps(box[None], shown[0][shown[1] == label])[0]
+        borders = np.array([score - floors[label - 1], score - last])
+        explained.append(
+            bool((np.abs(borders) <= NEAR).any() or (np.abs(overlaps - model.nms_thresh) <= NEAR_OVERLAP).any())
         )
-        if not near:
-            where = [round(float(value), 1) for value in box]
-            problems.append(f"{model.classes[label - 1]} {score:.4f} at {where}")
-    return problems
+    together = (_overlaps(alone[0], alone[0]) > model.nms_thresh) & (alone[1][:, None] == alone[1])
+    np.fill_diagonal(together, False)
+    ties = together & (np.abs(alone[2][:, None] - alone[2]) <= NEAR)
+    reasons = np.array(explained) | ties.any(1)
+    for _ in range(len(reasons)):
+        reasons = reasons | (together & reasons).any(1)
+    return [
+        f"{model.classes[label - 1]} {score:.4f} at {[round(float(value), 1) for value in box]}"
+        for box, label, score, reason in zip(*alone, reasons & known, strict=True)
+        if not reason
+    ]
+
+
+def _overlaps(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return box_iou(torch.from_numpy(one), torch.from_numpy(other)).numpy()
+
+
+def _candidates(model: EarlyExitDetector, photo: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes [A, 4] in the photo's pixels and scores [A, K] of an exit, before any is dropped."""
+    outputs = model.exit_outputs([as_tensor(photo)])
+    head, size = outputs.heads[index], outputs.network_sizes[0]
+    boxes = model.box_coder.decode_single(head["bbox_regression"][0], outputs.anchors[0])
+    found = {"boxes": clip_boxes_to_image(boxes, size)}
+    (found,) = model.transform.postprocess([found], [size], outputs.photo_sizes)
+    return found["boxes"].numpy(), head["cls_logits"][0].softmax(-1)[:, 1:].numpy()

@@ -1,84 +1,82 @@
-"""A detector that needs no file, and a video that needs no decoder."""
+"""A small routed detector, and what is written of it."""
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from earlyexit_ssd.deploy import Detections, sources
-
-RED = (220, 30, 30)
-
-
-class RedBox:
-    """Finds the one red thing in a frame, with its own score; its exits take turns."""
-
-    classes = ("lamp", "ball")
-    exit_names = ("exit8", "full")
-    certificate = None
-
-    def __init__(self, score: float = 0.9) -> None:
-        self.score, self.calls = score, 0
-
-    def __call__(self, image: np.ndarray) -> Detections:
-        self.calls += 1
-        y, x = np.nonzero((image[..., 0] > 150) & (image[..., 1] < 90))
-        boxes = np.array([[x.min(), y.min(), x.max() + 1, y.max() + 1]] if x.size else np.zeros((0, 4)), np.float32)
-        count, index = len(boxes), self.calls % 2
-        scores, labels = np.full(count, self.score, np.float32), np.full(count, 2, np.int64)
-        return Detections(boxes, labels, ["ball"] * count, scores, index, self.exit_names[index], 0.75, 4.0)
+from earlyexit_ssd import EarlyExitSSDLite, ExitRouter
+from earlyexit_ssd.modeling.ssdlite import earlyexit_ssdlite320_mobilenet_v3_large
+from earlyexit_ssd.pipeline.export import export_detector
+from tests.deploy.fakes import fake_video  # noqa: F401 - a fixture
 
 
-def scene(x: float | None = None, y: int = 20, side: int = 16, level: float = 90, size: tuple[int, int] = (64, 96)):
-    """A grey frame uint8 [H, W, 3], float before rounding, with a red square at ``x``."""
-    frame = np.full((*size, 3), level, np.float32)
-    if x is not None:
-        frame[y : y + side, max(0, round(x)) : max(0, round(x) + side)] = RED
-    return frame.clip(0, 255).round().astype(np.uint8)
+def build_model(**settings: object) -> EarlyExitSSDLite:
+    """Untrained, 96 px, two classes; by default exits behind layers 8 and 12. Photos differ in what they say."""
+    torch.manual_seed(0)
+    settings = {"channels": 32, "score_thresh": 0.3, **settings}
+    model = earlyexit_ssdlite320_mobilenet_v3_large(
+        weights_backbone=None, num_classes=3, image_size=96, width=0.35, classes=("cat", "dog"), **settings
+    )
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    for module in model.backbone.modules():
+        if isinstance(module, nn.Conv2d):  # torchvision's start: larger weights let rounding grow from layer to layer
+            nn.init.normal_(module.weight, std=0.03)
+    with torch.no_grad():
+        outputs = model.exit_outputs(list(torch.rand(8, 3, 96, 96)))
+        for head, part in zip(outputs.heads, [*model.branches.values(), model.head], strict=True):
+            for name, weight in part.named_parameters():
+                if "classification_head" in name and weight.shape[-2:] == (1, 1):
+                    weight.mul_(2 / head["cls_logits"].std())  # scores that differ by more than rounding
+    return model.eval()
 
 
-class FakeCapture:
-    """cv2.VideoCapture of frames RGB; None cannot be grabbed, and "broken" cannot be decoded."""
-
-    def __init__(self, frames: Iterable, total: int, fps: float, opens: bool) -> None:
-        self.frames, self.total, self.fps, self.opens = iter(frames), total, fps, opens
-        self.reopened, self.released = 0, 0
-
-    def isOpened(self) -> bool:
-        return self.opens
-
-    def get(self, key: int) -> float:
-        return {5: self.fps, 7: self.total}[key]
-
-    def set(self, *_: object) -> None: ...
-
-    def grab(self) -> bool:
-        self.frame = next(self.frames, None)
-        return self.frame is not None
-
-    def retrieve(self):
-        return (False, None) if isinstance(self.frame, str) else (True, self.frame[..., ::-1])
-
-    def open(self, place: object) -> None:
-        self.reopened += 1
-
-    def release(self) -> None:
-        self.released += 1
+def build_photos(count: int, seed: int = 0) -> list[np.ndarray]:
+    """Of several sizes, with patches of several colours."""
+    rng = np.random.default_rng(seed)
+    photos = []
+    for height, width in rng.integers(40, 200, (count, 2)):
+        coarse = rng.integers(0, 256, (6, 6, 3), np.uint8)
+        photos.append(coarse[np.arange(height) * 6 // height][:, np.arange(width) * 6 // width])
+    return photos
 
 
-@pytest.fixture
-def fake_video(monkeypatch) -> Callable[..., FakeCapture]:
-    """``fake_video(frames)`` is what every video and camera will give; the rest of OpenCV stays."""
-    cv2 = pytest.importorskip("cv2")
+@pytest.fixture(scope="session")
+def photos() -> list[np.ndarray]:
+    return build_photos(6)
 
-    def play(frames: Iterable, total: int = -1, fps: float = 25.0, opens: bool = True) -> FakeCapture:
-        capture = FakeCapture(frames, total, fps, opens)
-        library = types.SimpleNamespace(**{name: getattr(cv2, name) for name in dir(cv2) if name[0] != "_"})
-        library.VideoCapture = lambda place: capture
-        monkeypatch.setattr(sources, "opencv", lambda: library)
-        return capture
 
-    return play
+@pytest.fixture(scope="session")
+def model(photos) -> EarlyExitSSDLite:
+    """Routed so that a third of the photos leaves at each exit."""
+    model = build_model()
+    model.router = ExitRouter(2, policy="max_foreground", temperatures=(1.5, 0.8))
+    with torch.no_grad():
+        outputs = model.exit_outputs([torch.from_numpy(photo / 255).permute(2, 0, 1).float() for photo in photos])
+        first, second = (model.router.confidence(outputs.signals(index), index).sort() for index in range(2))
+        rest = second.values[torch.isin(second.indices, first.indices[:4])]
+    model.router.thresholds = float(first.values[3:5].mean()), float(rest[1:3].mean())
+    return model
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("exported")
+
+
+@pytest.fixture(scope="session")
+def onnx_file(model, folder) -> Path:
+    export_detector(model, folder / "detector.onnx")
+    return folder / "detector.onnx"
+
+
+@pytest.fixture(scope="session")
+def staged_folder(model, folder) -> Path:
+    export_detector(model, folder / "staged", "staged")
+    return folder / "staged"

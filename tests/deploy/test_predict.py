@@ -13,12 +13,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from earlyexit_ssd.deploy import Predictor
 from earlyexit_ssd.deploy import predict as module
-from earlyexit_ssd.deploy.predict import annotate, images_of, picture_paths, predict, video_paths
-from earlyexit_ssd.deploy.sources import Source
+from earlyexit_ssd.deploy.predict import (
+    annotate,
+    images_of,
+    is_exported,
+    open_predictor,
+    picture_paths,
+    predict,
+    video_paths,
+)
+from earlyexit_ssd.deploy.sources import Source, find_sources
 from earlyexit_ssd.deploy.stream import StreamRule
 from earlyexit_ssd.errors import CannotWrite, DataError, EarlyExitError
-from tests.deploy.conftest import RED, RedBox, scene
+from tests.deploy.fakes import RED, RedBox, scene
 
 ALL = module.SAVES
 
@@ -215,6 +224,30 @@ def test_a_window_that_cannot_open_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(cv2, "imshow", refuse)
     with pytest.raises(EarlyExitError, match="leave --show out, or pip install opencv-python"):
         list(predict(RedBox(), [photo(tmp_path / "a.png")], tmp_path, save=[], show=True))
+
+
+def test_an_exported_detector(tmp_path, onnx_file, photos):
+    """What it finds is what `Predictor` finds, from the score on; close calls are reported to the temporal exit."""
+    paths = [tmp_path / f"{number}.png" for number in range(len(photos))]
+    for path, image in zip(paths, photos, strict=True):
+        Image.fromarray(image).save(path)
+    predictor = open_predictor(onnx_file, "onnxruntime", 1, 0.5)
+    assert predictor.score_thresh.tolist() == pytest.approx([0.4, 0.4])
+    assert open_predictor(onnx_file, "onnxruntime", 1, 0.1).score_thresh.tolist() == pytest.approx([0.3, 0.3])
+    sources = find_sources(paths)
+    told = list(predict(predictor, sources, tmp_path / "out", save=["counts", "csv"], score=0.45))
+    expected = [Predictor(onnx_file)(image) for image in photos]
+    counts = rows(tmp_path / "out" / "counts.csv")
+    assert [row["exit"] for row in counts] == [found.exit_name for found in expected]
+    assert [int(row["found"]) for row in counts] == [int((found.scores >= 0.45).sum()) for found in expected]
+    assert len(rows(tmp_path / "out" / "detections.csv")) == sum(int(row["found"]) for row in counts) > 0
+    assert len(told) == len(photos)
+
+
+@pytest.mark.parametrize("name", ["onnx_file", "staged_folder"])
+def test_what_is_exported_is_told_from_what_is_not(name, request, tmp_path):
+    assert is_exported(request.getfixturevalue(name))
+    assert not is_exported("voc_animals") and not is_exported("model.pth") and not is_exported(tmp_path)
 
 
 TORCHLESS = """

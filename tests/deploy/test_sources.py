@@ -8,7 +8,7 @@ from PIL import Image
 from earlyexit_ssd.deploy import sources
 from earlyexit_ssd.deploy.sources import Frame, Source, find_sources, read_frames
 from earlyexit_ssd.errors import DataError, EarlyExitError
-from tests.deploy.conftest import scene
+from tests.deploy.fakes import scene
 
 
 @pytest.fixture

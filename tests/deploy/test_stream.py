@@ -23,7 +23,7 @@ from earlyexit_ssd.deploy.stream import (
     small_picture,
 )
 from earlyexit_ssd.errors import EarlyExitError
-from tests.deploy.conftest import RedBox, scene
+from tests.deploy.fakes import RedBox, scene
 
 RULE = StreamRule(threshold=2.0, score=0.5, most_repeats=10**6, classes=RedBox.classes)
 
