@@ -72,7 +72,7 @@ def check_saves(names: Iterable[str]) -> tuple[str, ...]:
     Raises:
         EarlyExitError: another name.
     """
-    names = tuple(name for name in names if name != "none")
+    names = tuple(name for name in map(str.strip, names) if name != "none")
     for name in names:
         if name not in SAVES:
             raise EarlyExitError(f"--save {name!r}: expected some of {', '.join(SAVES)}, or none{nearest(name, SAVES)}")

@@ -312,16 +312,17 @@ class Recording:
         spent = self.ms_compared * len(self) + self.ms * computed.sum()
         return float(self.ms * len(self) / spent) if spent else 1.0
 
-    def every_nth(self, speedup: float, phases: int = 8) -> float:
-        """The share of changed answers where frames at even distances are computed, ``speedup`` times fewer than all;
-        the mean over so many starts."""
-        n, frames = max(1.0, speedup), np.arange(len(self))
-        shares = []
+    def nth_frames(self, speedup: float, phases: int = 8) -> list[np.ndarray]:
+        """Frames at even distances, ``speedup`` times fewer than all, from so many starts: bool [n] each."""
+        frames, chosen = np.arange(len(self)), []
         for phase in range(phases):
-            turn = np.floor(frames / n + phase / phases)
-            computed = np.concatenate([[True], turn[1:] > turn[:-1]])
-            shares.append(self.changed(computed).mean())
-        return float(np.mean(shares))
+            turn = np.floor(frames / max(1.0, speedup) + phase / phases)
+            chosen.append(np.concatenate([[True], turn[1:] > turn[:-1]]))
+        return chosen
+
+    def every_nth(self, speedup: float, phases: int = 8) -> float:
+        """The share of changed answers where only :meth:`nth_frames` are computed, mean over the starts."""
+        return float(np.mean([self.changed(computed).mean() for computed in self.nth_frames(speedup, phases)]))
 
     def figures(
         self, threshold: float, most_repeats: int, share: float, delta: float | None, block: int

@@ -6,6 +6,7 @@ import csv
 import gc
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -265,12 +266,14 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_the_command_runs_without_torch_as_far_as_a_file(tmp_path):
-    """Every package that only training needs is missing here."""
-    import subprocess
-
-    (tmp_path / "broken.onnx").write_bytes(b"none")
-    arguments = ["predict", str(photo(tmp_path / "a.png").name), "--weights", str(tmp_path / "broken.onnx")]
-    result = subprocess.run([sys.executable, "-c", TORCHLESS, *arguments], capture_output=True, text=True, check=False)
-    assert result.returncode == 2, result.stderr
-    assert "broken.onnx: ONNX Runtime cannot load it" in result.stderr
+def test_the_command_runs_without_all_that_only_training_needs(tmp_path, onnx_file):
+    rule = StreamRule(threshold=2.0, score=0.5, most_repeats=9, classes=("cat", "dog"))
+    rule.save(tmp_path / "rule.json")
+    first, second = (photo(tmp_path / name).name for name in ("a.png", "b.png"))
+    outputs = ["--out", str(tmp_path / "out"), "--save", "pictures,json,csv,counts"]
+    arguments = [first, second, "--weights", str(onnx_file), *outputs, "--stream", str(tmp_path / "rule.json")]
+    command = [sys.executable, "-c", TORCHLESS, "predict", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert f"{second}: repeated, " in result.stdout  # the same photo under another name
+    assert len(os.listdir(tmp_path / "out")) == 5
