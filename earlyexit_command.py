@@ -89,7 +89,7 @@ examples:
   %(prog)s --config configs/voc_animals.yaml --layers 4 6 8 10 12 --probe-epochs 3
       train probe branches too (minutes, on cached taps) and propose one or two exits
   %(prog)s --config configs/voc_animals.yaml --speedup 1.5 EVAL.RUNTIME onnxruntime
-      the same in ONNX Runtime, where you will run it (pip install -e '.[deploy]')
+      the same in ONNX Runtime, where you will run it
 
 The probes are judged on the calib split (DATA.CALIB). Configurations may leave EXITS.LAYERS as it is.
 """
