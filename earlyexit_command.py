@@ -69,6 +69,18 @@ Only the calib split (DATA.CALIB) decides; TRAIN fits what a policy has to fit, 
 that it writes routes as calibrated wherever a model is taken (--weights of evaluate and predict, from_pretrained); the
 certificate alone goes into ROUTING.CERTIFICATE. How it works: docs/routing.md
 """
+OPTIMIZE_EXAMPLES = """
+examples:
+  %(prog)s --config mine.yaml --ap-drop 0.01
+      the fastest that loses at most 0.01 AP50 in 95 %% of the draws of calib photos
+  %(prog)s --config mine.yaml --weights output/mine/model.pth --speedup 2
+      the branches of a trained model are candidates too; at least twice as fast, with the least loss
+  %(prog)s --config mine.yaml --ms 20 --budget-minutes 30 EVAL.RIVALS.ONNX "['yolox:yolox_nano.onnx']"
+      at most 20 ms a photo; stop searching after 30 minutes; a small net of another kind stands in the chart
+
+The calib split (DATA.CALIB) decides, TRAIN fits what has to be fitted, TEST is looked at once, at the end. A search
+that was stopped goes on where it was. docs/choosing.md says what to expect.
+"""
 PLAN_EXAMPLES = """
 examples:
   %(prog)s --config configs/voc_animals.yaml --speedup 1.5
@@ -77,7 +89,7 @@ examples:
   %(prog)s --config configs/voc_animals.yaml --layers 4 6 8 10 12 --probe-epochs 3
       train probe branches too (minutes, on cached taps) and propose one or two exits
   %(prog)s --config configs/voc_animals.yaml --speedup 1.5 EVAL.RUNTIME onnxruntime
-      the same in ONNX Runtime, where you will run it (pip install -e '.[deploy]')
+      the same in ONNX Runtime, where you will run it
 
 The probes are judged on the calib split (DATA.CALIB). Configurations may leave EXITS.LAYERS as it is.
 """
@@ -223,6 +235,33 @@ def plan(args: argparse.Namespace) -> None:
     out = Path(args.out or Path(cfg.OUTPUT_DIR) / "placement")
     print(placement_report(plan_exits(cfg, out, args.layers or ALL_LAYERS, args.speedup, args.probe_epochs)))
     print(f"\nresults: {out}/ (placement.json, table, chart)")
+
+
+def optimize_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser, "that names the detector (MODEL.WEIGHTS) and the splits (DATA)")
+    parser.add_argument("--weights", help="a model.pth to start from; by default the checkpoint MODEL.WEIGHTS")
+    parser.add_argument("--ap-drop", type=float, default=0.01, help="AP50 lost against the detector as it is; 0.01")
+    parser.add_argument("--delta", type=float, default=0.05, help="it may be more in this share of the draws; 0.05")
+    wanted = parser.add_mutually_exclusive_group()
+    wanted.add_argument("--speedup", type=float, help="wanted, against the detector as it is")
+    wanted.add_argument("--ms", type=float, help="wanted, mean milliseconds per photo on this machine")
+    parser.add_argument("--runtime", choices=("onnxruntime", "eager"), default="onnxruntime", help="that measures")
+    parser.add_argument("--budget-minutes", type=float, help="begin no further candidate after this time")
+    parser.add_argument("--out", help="folder of the results; OUTPUT_DIR/optimize by default")
+
+
+def optimize(args: argparse.Namespace) -> None:
+    from earlyexit_ssd.config import load_config
+    from earlyexit_ssd.pipeline.optimize import Goal, optimize
+
+    cfg = load_config(args.config, [*args.overrides, "EVAL.RUNTIME", args.runtime])
+    out = Path(args.out or Path(cfg.OUTPUT_DIR) / "optimize")
+    goal = Goal(args.ap_drop, args.delta, args.speedup, args.ms, args.budget_minutes)
+    outcome = optimize(cfg, goal, out, args.weights)
+    for one in outcome.candidates:
+        print(one)
+    print(f"\n{outcome.summary}")
+    print(f"\nresults: {out}/ (summary.txt, model.pth, candidates.png, optimize.json, test/)")
 
 
 def predict_arguments(parser: argparse.ArgumentParser) -> None:
@@ -410,6 +449,10 @@ COMMANDS = {
     "calibrate": Command(
         "Calibrate the routing of a trained detector to what you state, and write a certificate of it.",
         CALIBRATE_EXAMPLES, calibrate_arguments, calibrate,
+    ),
+    "optimize": Command(
+        "Search what to ship: input size, head, glances and exits, as fast as it gets within an accuracy budget.",
+        OPTIMIZE_EXAMPLES, optimize_arguments, optimize, after_a_stop="run it again: it goes on where it was",
     ),
     "plan": Command(
         "Say where exits can pay on this machine: cost, ceiling of the speed-up, and with probes the expected AP50.",

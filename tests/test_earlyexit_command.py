@@ -18,6 +18,7 @@ SCRIPTS = {
     "train": "train_net",
     "evaluate": "eval_exits",
     "calibrate": "calibrate",
+    "optimize": "optimize",
     "plan": "plan_exits",
     "predict": "predict",
     "export": "export",

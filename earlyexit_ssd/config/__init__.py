@@ -3,6 +3,7 @@
 from earlyexit_ssd.config.check import (
     C4_LAYER,
     CLOSED,
+    FOLDS,
     LARGEST_SIDE,
     LAST_LAYER,
     LOSS_CHOICES,
@@ -12,6 +13,7 @@ from earlyexit_ssd.config.check import (
     PHASES,
     TAIL_BLOCKS,
     check_config,
+    num_exits,
 )
 from earlyexit_ssd.config.defaults import get_cfg
 from earlyexit_ssd.config.load import load_config
@@ -19,6 +21,7 @@ from earlyexit_ssd.config.load import load_config
 __all__ = [
     "C4_LAYER",
     "CLOSED",
+    "FOLDS",
     "LARGEST_SIDE",
     "LAST_LAYER",
     "LOSS_CHOICES",
@@ -30,4 +33,5 @@ __all__ = [
     "check_config",
     "get_cfg",
     "load_config",
+    "num_exits",
 ]

@@ -21,6 +21,8 @@ PHASE_SECTIONS = {"baseline": "BASELINE", "exits": "EXITS_PHASE", "joint": "JOIN
 LAST_LAYER = 16
 TAIL_BLOCKS = 2
 LARGEST_SIDE, MOST_WIDTH, MOST_CHANNELS = 4096, 4, 4096
+TARGETS = ("ap_drop", "risk", "speedup")
+FOLDS = ("exact", "compact", "rows")
 RIVAL_FORMATS = ("yolox", "boxes")
 LOSS_CHOICES = {
     "classification": ("mined", "focal"),
@@ -32,11 +34,12 @@ CHOICES = {
     "PHASES": PHASES,
     "DATA.ON_BAD": ("repair", "refuse", "skip"),
     "DATA.AUGMENTATION": ("ssdlite", "ssd", "flip", "none"),
-    "MODEL.FOLD": ("exact", "rows"),
+    "MODEL.FOLD": FOLDS,
     "MODEL.WEIGHTS_CLASSES": ("", "coco"),
     "BASELINE.GATE.REFERENCE_CLASSES": ("", "coco"),
     **{f"LOSS.{key.upper()}": choices for key, choices in LOSS_CHOICES.items()},
     "JOINT.TEACHER": LOSS_CHOICES["teacher"],
+    "CALIBRATION.TARGET": ("", *TARGETS),
     "CALIBRATION.REFERENCE": ("full", "labels"),
     "CALIBRATION.BOUND": ("hoeffding_bentkus", "betting"),
     "CALIBRATION.COST": ("auto", "ms", "mmacs"),
@@ -84,12 +87,12 @@ _OF_EACH_VALUE: Sequence[Rule] = (
     ("MODEL.SCORE_THRESH MODEL.NMS_THRESH EVAL.SCORE EVAL.IOU EVAL.PICTURE_SCORE DATA.REPEAT_THRESHOLD EXITS.COPY "
      "LOSS.FOCAL_ALPHA BASELINE.GATE.AP50 BASELINE.GATE.PRECISION BASELINE.GATE.RECALL BASELINE.GATE.RELATIVE "
      "EXITS_PHASE.GATE.FIRST_EXIT_AP50 EXITS_PHASE.GATE.FIRST_EXIT_SHARE EXITS_PHASE.GATE.DEEPEST_SHARE "
-     "JOINT.GATE.MAX_AP50_DROP " + _of_phases("WARMUP EMA"),
+     "JOINT.GATE.MAX_AP50_DROP MODEL.COMPACT_TOLERANCE " + _of_phases("WARMUP EMA"),
      "a number in [0, 1]", _number(lambda one: 0 <= one <= 1)),
     ("MODEL.WIDTH MODEL.DETECTIONS_PER_IMG MODEL.TOPK_CANDIDATES DATA.SYNTHETIC.SIZES LOSS.NEG_TO_POS_RATIO "
      "ROUTING.TEMPERATURES ROUTING.TEMPERATURE_BOUNDS EXITS_PHASE.CACHE_VIEWS EXITS_PHASE.CACHE_GIB "
      "ENGINE.CHECKPOINT_PERIOD ENGINE.LOG_PERIOD ENGINE.CURVE_PHOTOS EVAL.BATCH_SIZE EVAL.TIMING_RUNS "
-     "EVAL.TIMING_THREADS JOINT.FULL_PATH_LR_FACTOR " + _of_phases("BATCH_SIZE LR"),
+     "EVAL.TIMING_THREADS JOINT.FULL_PATH_LR_FACTOR CALIBRATION.VALUE CALIBRATION.DELTA " + _of_phases("BATCH_SIZE LR"),
      "a number above 0", _number(lambda one: one > 0)),
     ("SEED THREADS CALIBRATION.TRAIN_PHOTOS EXITS.HEAD_RANK EXITS.CHANNELS DATA.LIMIT DATA.WORKERS LOSS.MIN_NEGATIVES "
      "ENGINE.CURVE_PERIOD LOSS.FOCAL_GAMMA LOSS.EXIT_WEIGHTS JOINT.EXIT_WEIGHTS LOSS.FULL_WEIGHT EVAL.PICTURES "
@@ -103,10 +106,14 @@ _OF_EACH_VALUE: Sequence[Rule] = (
     )),
     ("SEED DATA.SYNTHETIC.SEED", "a number below 2^63", lambda one, *_: one < 2**63),
     (_of_phases("BATCH_SIZE"), "2 or more: BatchNorm cannot normalise a single image", lambda one, *_: one >= 2),
+    ("CALIBRATION.DELTA", "a probability below 1", lambda one, *_: one < 1),
     (_of_phases("EMA"), "a decay below 1", lambda one, *_: one < 1),
     ("MODEL.IMAGE_SIZE DATA.SYNTHETIC.IMAGE_SIZE", _SIDE, _whole(64, LARGEST_SIDE)),
     ("EVAL.RIVALS.SIZES", f"whole numbers from {_SIDE}", _whole(64, LARGEST_SIDE)),
     ("EXITS.LAYERS", f"trunk layers 1 to {LAST_LAYER - 1}", _whole(1, LAST_LAYER - 1)),
+    ("EXITS.GLANCES", f"pairs of pixels (32 to {LARGEST_SIDE}) and a trunk layer, such as [[128, 12]]",
+     lambda one, *_: isinstance(one, tuple) and len(one) == 2 and _whole(32, LARGEST_SIDE)(one[0])
+     and _whole(1, LAST_LAYER - 1)(one[1])),
     ("EXITS.EMPTY", "some of EXITS.LAYERS {layers}", lambda one, _, cfg: one in cfg.EXITS.LAYERS),
     ("EXITS.COPY", "a share above 0, at most 1", lambda one, *_: one > 0),
     ("EXITS.DEPTH", f"0 to {TAIL_BLOCKS} blocks", _whole(0, TAIL_BLOCKS)),
@@ -126,20 +133,28 @@ _OF_EACH_VALUE: Sequence[Rule] = (
      lambda one, *_: str(one).partition(":")[0] in RIVAL_FORMATS),
 )
 _OF_THE_WHOLE: Sequence[Rule] = (
-    ("EXITS.LAYERS", "at least one layer, such as [8, 12]", lambda layers, *_: len(layers) > 0),
+    ("EXITS.LAYERS", "at least one layer, such as [8, 12], or EXITS.GLANCES",
+     lambda layers, _, cfg: len(layers) + len(cfg.EXITS.GLANCES) > 0),
+    ("EXITS.GLANCES", "glances of increasing pixels",
+     lambda glances, *_: [one[0] for one in glances] == sorted({one[0] for one in glances})),
     ("EXITS.LAYERS", "increasing layers, each once", lambda layers, *_: list(layers) == sorted(set(layers))),
-    ("EXITS.COPY EXITS.DEPTH LOSS.EXIT_WEIGHTS ROUTING.THRESHOLDS ROUTING.TEMPERATURES",
-     "one number, or one for each of {exits} exits", lambda values, _, cfg: len(values) in (1, len(cfg.EXITS.LAYERS))),
-    ("EXITS.BRANCH", "one kind, or one for each of {exits} exits",
+    ("EXITS.COPY EXITS.DEPTH",
+     "one number, or one for each of EXITS.LAYERS {layers}",
+     lambda values, _, cfg: len(values) in (1, len(cfg.EXITS.LAYERS))),
+    ("EXITS.BRANCH", "one kind, or one for each of EXITS.LAYERS {layers}",
      lambda kinds, _, cfg: len(kinds) in (1, len(cfg.EXITS.LAYERS))),
+    ("LOSS.EXIT_WEIGHTS ROUTING.THRESHOLDS ROUTING.TEMPERATURES",
+     "one number, or one for each of {exits} exits", lambda values, _, cfg: len(values) in (1, num_exits(cfg))),
     ("JOINT.EXIT_WEIGHTS", "none, one, or {exits} numbers",
-     lambda values, _, cfg: len(values) in (0, 1, len(cfg.EXITS.LAYERS))),
+     lambda values, _, cfg: len(values) in (0, 1, num_exits(cfg))),
     ("ROUTING.TEMPERATURE_BOUNDS", "[low, high] with low below high, such as [0.5, 3.0]",
      lambda bounds, *_: len(bounds) == 2 and bounds[0] < bounds[1]),
     ("ROUTING.TEMPERATURES", "numbers inside {bounds}", lambda values, _, cfg:
      cfg.ROUTING.TEMPERATURE_BOUNDS[0] <= min(values) <= max(values) <= cfg.ROUTING.TEMPERATURE_BOUNDS[1]),
     ("ROUTING.HYBRID", "false with ROUTING.CERTIFICATE, which speaks of photos that leave",
      lambda hybrid, _, cfg: not (hybrid and cfg.ROUTING.CERTIFICATE)),
+    ("CALIBRATION.TARGET", "'' with ROUTING.HYBRID, which lets no photo leave",
+     lambda target, _, cfg: not (target and cfg.ROUTING.HYBRID)),
     ("PHASES", f"some of {PHASES}", lambda phases, *_: len(phases) > 0),
     ("PHASES", f"each phase once, in the order {PHASES}",
      lambda phases, *_: list(phases) == sorted(set(phases), key=PHASES.index)),
@@ -155,6 +170,11 @@ _OF_THE_WHOLE: Sequence[Rule] = (
 # fmt: on
 
 
+def num_exits(cfg: CfgNode) -> int:
+    """Early exits that the configuration describes, glances among them."""
+    return len(cfg.EXITS.GLANCES) + len(cfg.EXITS.LAYERS)
+
+
 def check_config(cfg: CfgNode) -> None:
     """Raise :class:`ConfigError` for the first impossible value."""
     for key, choices in CHOICES.items():
@@ -168,7 +188,7 @@ def check_config(cfg: CfgNode) -> None:
                 for value in get(cfg, key):
                     if not holds(value, _value(cfg, key), cfg):
                         layers, bounds = cfg.EXITS.LAYERS, cfg.ROUTING.TEMPERATURE_BOUNDS
-                        text = expected.format(exits=len(layers), layers=list(layers), bounds=bounds)
+                        text = expected.format(exits=num_exits(cfg), layers=list(layers), bounds=bounds)
                         raise ConfigError(f"{key} is {shown(value)}, expected {text}")
 
 

@@ -75,8 +75,13 @@ _C.MODEL.WEIGHTS = ""
 # Names of the checkpoint's classes, when it is a path: "coco" (91 outputs), or "" where they are this run's own.
 _C.MODEL.WEIGHTS_CLASSES = ""
 # How a checkpoint with more classes becomes a smaller head. "exact" keeps its rows and folds the unwanted ones
-# into background by log-sum-exp: same scores as before. "rows" keeps the wanted rows and background only: cheaper.
+# into background by log-sum-exp: same scores as before. "compact" does so with the few that compete with the wanted
+# ones, found on photos of DATA.TRAIN without their boxes, and drops the others: far cheaper, almost the same scores.
+# "rows" keeps the wanted rows and background only: cheapest, and some scores are too high.
 _C.MODEL.FOLD = "exact"
+# "compact" keeps as few competing classes as it takes for a wanted class's score to differ by at most this from the
+# whole head's, on average over the default boxes where "rows" would find something (a score of 0.05). 0 keeps all.
+_C.MODEL.COMPACT_TOLERANCE = 0.0015
 # ImageNet weights of the trunk when MODEL.WEIGHTS is empty: a name of MobileNet_V3_Large_Weights, or "".
 _C.MODEL.WEIGHTS_BACKBONE = ""
 # Post-processing, as in torchvision's SSD: detections of a lower score are dropped.
@@ -96,6 +101,10 @@ _C.EXITS.LAYERS = (8, 12)
 # the full path's own first map, and its predictors with it (behind layers 13 to 15, where there is nothing to copy, a
 # new map and new predictors). Of a light branch, the channels of every map; 0: 64.
 _C.EXITS.CHANNELS = 0
+# Looks at a small copy of the photo before the network runs: [pixels, layer] of each, such as [[128, 12]]. The same
+# trunk sees the copy, and a policy that looks at the trunk (foreseen_emptiness) decides whether there is anything to
+# find. Glances come before LAYERS, in THRESHOLDS and TEMPERATURES too; LAYERS may be [] then.
+_C.EXITS.GLANCES = ()
 # Kind of the branches, one for all exits or one for each: copied (copies of the full path's own layers), light (few
 # layers of its own: attention on the tap, context from the exit before, a narrow pyramid) or a kind of yours.
 _C.EXITS.BRANCH = ("copied",)
@@ -252,6 +261,12 @@ _C.ROUTING.LEARN_TEMPERATURES = True
 
 # ---- calibration ------------------------------------------------------------------------------------------
 _C.CALIBRATION = Node()
+# What a training calibrates its exits to before it evaluates, as tools/calibrate.py would: ap_drop (AP50 lost), risk
+# (loss per photo), speedup, or "" for not at all. ROUTING.POLICY may then be one that is fitted.
+_C.CALIBRATION.TARGET = ""
+# The target's number, such as 0.01 AP50 lost; it holds with probability 1 - DELTA.
+_C.CALIBRATION.VALUE = 0.01
+_C.CALIBRATION.DELTA = 0.05
 # What a photo's loss is measured against: full (what the full path says; no label is needed) or labels.
 _C.CALIBRATION.REFERENCE = "full"
 # The inequality behind a risk target: betting (tighter for losses that are rarely 1) or hoeffding_bentkus.

@@ -124,9 +124,12 @@ class Scope:
         here = {prefix + name: where for name, where in inputs.items()}
         for node in graph.node:
             node.input[:] = [here.get(name, name) for name in node.input]
-        self.nodes += graph.node
+            if node.op_type == "Identity" and node.input[0] in inputs.values():  # handed on: no copy
+                here[node.output[0]] = node.input[0]
+            else:
+                self.nodes.append(node)
         self.constants += graph.initializer
-        return {value.name: prefix + value.name for value in model.graph.output}
+        return {one.name: here.get(prefix + one.name, prefix + one.name) for one in model.graph.output}
 
     def either(self, condition: str, then: Answer, otherwise: Answer) -> list[str]:
         """What the one scope or the other gives; both give the same kinds of values."""

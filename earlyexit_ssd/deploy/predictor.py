@@ -62,7 +62,7 @@ class Detections:
         Raises:
             EarlyExitError: the package supervision is not installed.
         """
-        supervision = _package("supervision")
+        supervision = package("supervision")
         names = np.array(self.class_names, dtype=str)
         return supervision.Detections(
             xyxy=self.boxes, confidence=self.scores, class_id=self.labels, data={"class_name": names}
@@ -354,7 +354,12 @@ class _Staged:
 # The runtimes.
 
 
-def _package(name: str) -> ModuleType:
+def package(name: str) -> ModuleType:
+    """A package that not every user has.
+
+    Raises:
+        EarlyExitError: it is not installed.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -377,7 +382,7 @@ class OnnxRuntime:
     """
 
     def __init__(self, content: Path | bytes, name: object, threads: int = 1) -> None:
-        runtime = _package("onnxruntime")
+        runtime = package("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
         options.add_session_config_entry("session.load_model_format", "ONNX")
@@ -409,7 +414,7 @@ class OpenVino:
     """A file in OpenVINO on the CPU, in fp32; see `OnnxRuntime`."""
 
     def __init__(self, path: Path, name: object, threads: int = 1) -> None:
-        runtime = _package("openvino")
+        runtime = package("openvino")
         settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         try:
             model = runtime.Core().read_model(path)

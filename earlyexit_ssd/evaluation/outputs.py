@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import itertools
 import json
@@ -192,7 +193,7 @@ class Recording:
 
     Attributes:
         image_ids: [n].
-        logits: per early exit [n, A, C], raw, on disk.
+        logits: per early exit [n, A, C], raw, on disk; [n, 1, C] of an empty exit.
         taps: per early exit [n, 2 * channels], pooled, on disk.
         empty: per early exit, whether it has no branch.
         labels: of the default boxes by matching with the objects, [n, A], on disk.
@@ -212,6 +213,14 @@ class Recording:
 
     def __len__(self) -> int:
         return len(self.image_ids)
+
+    def only(self, exits: Sequence[int]) -> Recording:
+        """The recording of a model that has these early exits alone, and the full path."""
+        part = copy.copy(self)
+        for name in ("logits", "taps", "empty"):
+            setattr(part, name, [getattr(self, name)[index] for index in exits])
+        part.detections = [self.detections[index] for index in (*exits, -1)]
+        return part
 
     @property
     def early_exits(self) -> int:
@@ -313,8 +322,12 @@ def _from(found: dict[str, Tensor], score: float) -> dict[str, Tensor]:
 def _rows(model: nn.Module, outputs: ExitOutputs, targets: Targets) -> dict[str, np.ndarray]:
     rows = {"labels": _labels(model, outputs, targets)}
     for index, tap in enumerate(outputs.taps):
-        rows |= {f"logits{index}": outputs.heads[index]["cls_logits"].float(), f"tap{index}": tap.float()}
-    return {name: values.cpu().numpy() for name, values in rows.items()}
+        logits = outputs.heads[index]["cls_logits"]
+        # every default box of an empty exit says the same: one is enough
+        rows |= {f"logits{index}": logits[:, :1] if model.empty[index] else logits, f"tap{index}": tap}
+    return {
+        name: (values.float() if values.is_floating_point() else values).cpu().numpy() for name, values in rows.items()
+    }
 
 
 def _labels(model: nn.Module, outputs: ExitOutputs, targets: Targets) -> Tensor:

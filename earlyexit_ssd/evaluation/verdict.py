@@ -38,7 +38,9 @@ def judge(results: Results, rules: Sequence[Rule] | None = None) -> Verdict:
 
     That the run went on with --force past a gate that had failed is a veto, which the verdict says first.
     """
-    rules, forced = RULES if rules is None else rules, results.context.forced
+    forced = results.context.forced
+    if rules is None:
+        rules = RULES if results.early else (has_no_exits, no_static_net_is_better, rivals_share_the_runtime)
     if not results.context.labelled:
         rules = (agrees_with_full, routing_is_faster)  # the others speak of accuracy
     elif findings := list(full_path_detects(results)):
@@ -50,7 +52,14 @@ def judge(results: Results, rules: Sequence[Rule] | None = None) -> Verdict:
         findings.insert(0, Finding(line, veto=True))
     ship = not any(finding.veto for finding in findings)
     one = exit_that_does(results)
-    return Verdict(ship, (f"{one} alone" if one else "routed") if ship else None, tuple(findings))
+    what = f"{one} alone" if one else "routed" if results.early else f"{results.full.name} alone"
+    return Verdict(ship, what if ship else None, tuple(findings))
+
+
+def has_no_exits(results: Results) -> Iterator[Finding]:
+    """A detector without exits, such as a smaller one that a search has chosen, is held against rivals alone."""
+    yield Finding("the model has no early exit: every photo takes its full path")
+    yield from rivals_were_evaluated(results)
 
 
 def full_path_detects(results: Results) -> Iterator[Finding]:
@@ -76,9 +85,7 @@ def exits_pass_their_gates(results: Results) -> Iterator[Finding]:
     """The first exit in use against 0.30 and 0.35 AP50, the deepest against the full path; on a checkpoint that was
     taken over as it is, both against that checkpoint on the same photos."""
     used, full = _exits_in_use(results), results.full.ap50
-    if not results.early:
-        yield Finding("the model has no early exit: there is nothing to ship", veto=True)
-    elif not used:
+    if not used:
         yield Finding("the early exits are empty: only photos that seem to show nothing leave there")
     elif used[0].ap50 is None or used[-1].ap50 is None:
         yield Finding(f"{used[0].name}: AP50 is undefined, since the photos show no object to find", veto=True)
@@ -228,7 +235,7 @@ def _objects_found(results: Results) -> str:
 
 def rivals_were_evaluated(results: Results) -> Iterator[Finding]:
     """Without a rival nobody knows whether a smaller net is the better choice, so nothing is shipped."""
-    if results.early and not _comparable(results):
+    if not _comparable(results):
         what = "could be compared with it" if results.rivals else "was evaluated beside it"
         yield Finding(f"no static net {what} (EVAL.RIVALS): a smaller one may be the better choice", veto=True)
 

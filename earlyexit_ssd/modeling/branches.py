@@ -117,6 +117,8 @@ class Exit:
         layer: trunk layer behind which it leaves (torchvision's numbering, the stem is 0).
         branch: kind of its branch, a name in :data:`BRANCHES`.
         arguments: of the branch; those that are not given take the kind's defaults.
+        pixels: of a glance, the side of the small copy of the image that the trunk looks at before it runs at full
+            size. A glance has no branch (``empty``).
 
     Raises:
         EarlyExitError: an unknown kind or argument, or a value out of its range.
@@ -125,9 +127,14 @@ class Exit:
     layer: int
     branch: str = "copied"
     arguments: dict[str, bool | float] = field(default_factory=dict)
+    pixels: int | None = None
 
     def __post_init__(self) -> None:
         arguments.whole_number("layer", self.layer)
+        if self.pixels is not None and not (arguments.is_number(self.pixels, whole=True) and self.pixels >= 32):
+            raise EarlyExitError(f"a glance at {self.pixels!r:.60} pixels, expected a whole number from 32 on")
+        if self.pixels is not None and self.branch != "empty":
+            raise EarlyExitError(f"a glance with a branch '{self.branch!s:.60}': it has none, expected 'empty'")
         if not isinstance(self.branch, str) or self.branch not in BRANCHES:
             listed = ", ".join(BRANCHES)
             hint = nearest(str(self.branch), BRANCHES)
@@ -144,8 +151,8 @@ class Exit:
 
     @property
     def name(self) -> str:
-        """Such as ``exit8``."""
-        return f"exit{self.layer}"
+        """Such as ``exit8``, or ``glance128`` for a glance at 128 pixels."""
+        return f"exit{self.layer}" if self.pixels is None else f"glance{self.pixels}"
 
     @property
     def empty(self) -> bool:
@@ -159,6 +166,7 @@ def exit_words() -> list[str]:
         "exit_layers",
         "branch",
         "empty",
+        "glances",
         *dict.fromkeys(name for kind in BRANCHES.values() for name in kind.arguments),
     ]
 
@@ -167,6 +175,7 @@ def describe_exits(
     exit_layers: Sequence[int] = (8, 12),
     branch: str | Sequence[str] = "copied",
     empty: Sequence[int] = (),
+    glances: Sequence[Sequence[int]] = (),
     **given: object,
 ) -> tuple[Exit, ...]:
     """Exits from keywords, each for all of them or with a value for each.
@@ -175,6 +184,7 @@ def describe_exits(
         exit_layers: trunk layers behind which a branch leaves, increasing.
         branch: kind of all branches, or one for each exit.
         empty: those of ``exit_layers`` that have no branch.
+        glances: (pixels, layer) of each glance, pixels increasing; they come before the other exits.
         given: arguments of the branches; a kind takes those that it knows.
 
     Raises:
@@ -191,10 +201,10 @@ def describe_exits(
         if layer not in layers:
             raise EarlyExitError(f"empty has {layer}, expected some of the exits' layers {layers}")
     kinds = kinds * (len(layers) // len(kinds))
+    exits = [_glance(one) for one in glances]
     declared = {name: argument for kind in BRANCHES.values() for name, argument in kind.arguments.items()}
     require_known(describe_exits, given, exit_words())
     values = {name: declared[name].of_each(name, value, len(layers)) for name, value in given.items()}
-    exits = []
     for index, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
         kind = "empty" if layer in empty else kind
         known = BRANCHES[kind].arguments if isinstance(kind, str) and kind in BRANCHES else {}
@@ -204,10 +214,12 @@ def describe_exits(
 
 def exit_keywords(exits: Sequence[Exit]) -> dict[str, object]:
     """The keywords that :func:`describe_exits` makes these exits of; plain types, as model files hold them."""
+    glances = tuple((one.pixels, one.layer) for one in exits if one.pixels is not None)
+    exits = exits[len(glances) :]
     words: dict[str, object] = {"exit_layers": tuple(one.layer for one in exits)}
     kinds = [one.branch for one in exits if not one.empty]
     words["branch"] = tuple(one.branch for one in exits) if len(set(kinds)) > 1 else (*kinds, "copied")[0]
-    for name in exit_words()[3:]:
+    for name in exit_words()[4:]:
         having = [one.arguments[name] for one in exits if name in one.arguments]
         if having:
             argument = next(BRANCHES[one.branch].arguments[name] for one in exits if name in one.arguments)
@@ -215,7 +227,26 @@ def exit_keywords(exits: Sequence[Exit]) -> dict[str, object]:
             each = having[:1] if same else [one.arguments.get(name, having[0]) for one in exits]
             words[name] = each[0] if same and not argument.by_exit else tuple(each)
     words["empty"] = tuple(one.layer for one in exits if one.empty)
-    return words
+    return {**words, "glances": glances} if glances else words
+
+
+def _glance(pair: object) -> Exit:
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+        raise EarlyExitError(f"glances has {pair!r:.60}, expected pairs of pixels and a trunk layer, such as (128, 12)")
+    return Exit(pair[1], "empty", pixels=pair[0])
+
+
+def check_exits(exits: Sequence[Exit], last_layer: int) -> None:
+    """Glances of increasing pixels come first, then exits behind increasing layers; none behind ``last_layer``."""
+    glances = [one for one in exits if one.pixels is not None]
+    layers = tuple(one.layer for one in exits[len(glances) :])
+    if layers:
+        arguments.check_exit_layers(layers, last_layer)
+    pixels = [one.pixels for one in exits[: len(glances)]]
+    if None in pixels or pixels != sorted(set(pixels)):
+        raise EarlyExitError(f"glances at {pixels} pixels: expected increasing sides, and glances before other exits")
+    for one in glances:
+        arguments.check_exit_layers((one.layer,), last_layer)
 
 
 def takes_exits(function: T) -> T:
@@ -333,10 +364,11 @@ class Tail(nn.Module):
 def inherit_head(mine: SSDLiteHead, full: SSDLiteHead) -> None:
     """Take the full path's predictors of all maps but the first, which has other channels in a branch.
 
-    Of a folded head the wanted classes' rows are taken; its background starts as the checkpoint's own.
+    Of a folded head the wanted classes' rows are taken, and background starts as the checkpoint's own; a head that is
+    folded alike takes all rows.
     """
     theirs = full.classification_head
-    rows = _wanted_rows(theirs)
+    rows = _inherited_rows(mine.classification_head, theirs)
     for new, old in zip(mine.classification_head.module_list[1:], theirs.module_list[1:], strict=True):
         new[0].load_state_dict(old[0].state_dict())
         _take_rows(new[1], old[1], theirs.num_columns, rows)
@@ -348,7 +380,7 @@ def inherit_head(mine: SSDLiteHead, full: SSDLiteHead) -> None:
 def inherit_first_predictors(mine: SSDLiteHead, full: SSDLiteHead, kept: Tensor) -> None:
     """Take the full path's predictors of the first map, for the channels ``kept`` of it that the branch has."""
     theirs = full.classification_head
-    rows = _wanted_rows(theirs)
+    rows = _inherited_rows(mine.classification_head, theirs)
     for new_head, old_head in ((mine.classification_head, theirs), (mine.regression_head, full.regression_head)):
         new, old = new_head.module_list[0], old_head.module_list[0]
         new[0][0].weight.copy_(old[0][0].weight[kept])
@@ -364,9 +396,11 @@ def inherit_first_predictors(mine: SSDLiteHead, full: SSDLiteHead, kept: Tensor)
             new[1].load_state_dict(narrow.state_dict())
 
 
-def _wanted_rows(head: nn.Module) -> list[int]:
-    """Background's row and those of the classes that the branch has."""
-    return [0, *head.wanted.tolist()] if is_folded(head) else list(range(head.num_columns))
+def _inherited_rows(mine: nn.Module, theirs: nn.Module) -> list[int]:
+    """For each row of the branch's head its row in the full path's."""
+    if is_folded(theirs) and not is_folded(mine):
+        return [0, *theirs.wanted.tolist()]
+    return list(range(theirs.num_columns))
 
 
 def _take_rows(new: nn.Module, old: nn.Conv2d, columns: int, rows: list[int]) -> None:

@@ -20,11 +20,11 @@ from torchvision.models.detection.ssd import SSD
 
 from earlyexit_ssd.errors import EarlyExitError, nearest
 from earlyexit_ssd.modeling import arguments, validate
-from earlyexit_ssd.modeling.branches import Exit, build_branches, describe_exits, takes_exits
+from earlyexit_ssd.modeling.branches import Exit, build_branches, check_exits, describe_exits, takes_exits
 from earlyexit_ssd.modeling.heads import num_outputs
 from earlyexit_ssd.modeling.losses import Assignment, LossSettings, assign, detection_losses, distillation_loss
 from earlyexit_ssd.modeling.outputs import ExitOutputs, ExitSignals, Head, Router, pool_tap
-from earlyexit_ssd.modeling.trunk import Trunk, TrunkState
+from earlyexit_ssd.modeling.trunk import Trunk, TrunkState, small_copy
 from earlyexit_ssd.modeling.validate import check_batch, check_images, check_targets
 
 
@@ -85,6 +85,7 @@ class Stop:
         model: the detector; ``trunk``: its layers.
         index: of the exit; the number of early exits at the full path.
         state: of the trunk. ``context``: of the branch there, see :meth:`Branch.context`.
+        glance: features of the small copies, where the exit is a glance and was asked for its tap.
     """
 
     model: EarlyExitDetector
@@ -92,6 +93,7 @@ class Stop:
     index: int
     state: TrunkState
     context: Tensor | None = None
+    glance: Tensor | None = None
 
     @property
     def full(self) -> bool:
@@ -100,8 +102,13 @@ class Stop:
 
     @property
     def tap(self) -> Tensor:
-        """[N, C, H, W] behind the exit's layer."""
-        return self.state.x
+        """[N, C, H, W] behind the exit's layer; a glance is computed here, at the first call."""
+        exit = self.model.exits[self.index] if not self.full else None
+        if exit is None or exit.pixels is None:
+            return self.state.x
+        if self.glance is None:
+            self.glance = self.trunk.features(small_copy(self.state.x, exit.pixels), exit.layer)
+        return self.glance
 
     def maps(self) -> list[Tensor]:
         """At the full path, the maps of its head."""
@@ -111,7 +118,9 @@ class Stop:
         """The outputs of this exit; computed at each call."""
         if self.full:
             return self.model.head(self.maps())
-        return self.model.branches[self.model.exit_names[self.index]](self.tap, self.context)
+        branch = self.model.branches[self.model.exit_names[self.index]]
+        # An empty exit says the same whatever it sees, so that no glance is computed for its head.
+        return branch(self.state.x if self.model.empty[self.index] else self.tap, self.context)
 
     def signals(self, head: Head) -> ExitSignals:
         """What a router sees here."""
@@ -121,13 +130,13 @@ class Stop:
 
     def select(self, images: Tensor) -> Stop:
         """The same for some images alone: a boolean mask [N], or indices."""
-        context = None if self.context is None else self.context[images]
-        return dataclasses.replace(self, state=self.state.select(images), context=context)
+        context, glance = (None if one is None else one[images] for one in (self.context, self.glance))
+        return dataclasses.replace(self, state=self.state.select(images), context=context, glance=glance)
 
     def keep(self, images: Tensor) -> None:
         """Let these images go on alone, those of the boolean mask [N]."""
         rest = self.select(images)
-        self.state, self.context = rest.state, rest.context
+        self.state, self.context, self.glance = rest.state, rest.context, rest.glance
 
 
 def walk(model: EarlyExitDetector, x: Tensor, branches: bool = True, behind: Stop | None = None) -> Iterator[Stop]:
@@ -139,14 +148,14 @@ def walk(model: EarlyExitDetector, x: Tensor, branches: bool = True, behind: Sto
         branches: whether branches are asked for; without, no context is computed for them.
         behind: go on from this stop rather than from the images.
     """
-    trunk = model.trunk
-    state, context, first = (
-        (TrunkState(x), None, 0) if behind is None else (behind.state, behind.context, behind.index + 1)
-    )
+    trunk, state, context, glances, first = model.trunk, TrunkState(x), None, model.num_glances, 0
+    if behind is not None:
+        state, context, first = behind.state, behind.context, behind.index + 1
     for index, name in list(enumerate(model.exit_names))[first:]:
-        state = trunk.run(state, index)
-        if branches and index < model.num_early_exits:
-            context = model.branches[name].context(state.x, context)
+        if index >= glances:
+            state = trunk.run(state, index - glances)
+            if branches and index < model.num_early_exits:
+                context = model.branches[name].context(state.x, context)
         stop = Stop(model, trunk, index, state, context)
         yield stop
         state, context = stop.state, stop.context
@@ -272,7 +281,7 @@ class EarlyExitDetector(SSD):
 
     Attributes:
         score_thresh: least score of a detection, or class name -> least score (classes that are not named keep 0.001).
-        exit_names: shallow to deep, such as ``("exit8", "exit12", "full")``.
+        exit_names: in the order of the walk, such as ``("glance128", "exit8", "exit12", "full")``.
         exit_layers: their layers, `last_layer` for the full path. ``grids``: (height, width) of the head's maps, cells.
         empty: per early exit, whether it has no branch.
 
@@ -316,7 +325,7 @@ class EarlyExitDetector(SSD):
         )
         self.exits = tuple(describe_exits() if exits is None else exits)
         layers = tuple(one.layer for one in self.exits)
-        arguments.check_exit_layers(layers, self.last_layer)
+        check_exits(self.exits, self.last_layer)
         self.classes = tuple(classes or (f"class_{label}" for label in range(1, num_classes)))
         arguments.check_class_names(self.classes, num_classes)
         self.score_thresh = detector.score_thresh
@@ -363,6 +372,16 @@ class EarlyExitDetector(SSD):
     def num_classes(self) -> int:
         """Outputs per default box, background included."""
         return len(self.classes) + 1
+
+    @property
+    def num_glances(self) -> int:
+        """Early exits that look at a small copy of the image; they come first."""
+        return sum(one.pixels is not None for one in self.exits)
+
+    @property
+    def segment_layers(self) -> tuple[int, ...]:
+        """Layers behind which the trunk is cut, on the image at its full size."""
+        return self.exit_layers[self.num_glances : -1]
 
     @property
     def num_early_exits(self) -> int:

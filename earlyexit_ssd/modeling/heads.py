@@ -23,10 +23,12 @@ class FoldedClassificationHead(SSDScoringHead):
     Args:
         head: torchvision's classification head.
         rows: for each wanted class its row in ``head``, 1-based as labels are (0 is background).
+        competing: names of the others, where ``head`` has only those that compete with the wanted ones.
     """
 
-    def __init__(self, head: SSDScoringHead, rows: Sequence[int]) -> None:
+    def __init__(self, head: SSDScoringHead, rows: Sequence[int], competing: Sequence[str] = ()) -> None:
         super().__init__(head.module_list, head.num_columns)
+        self.competing = tuple(competing)
         self.num_outputs = len(rows) + 1
         others = [row for row in range(head.num_columns) if row not in set(rows)]
         self.register_buffer("wanted", torch.tensor(rows), persistent=False)
@@ -57,17 +59,23 @@ class ClassChange:
         wanted: names of the wanted classes.
         rows: for each wanted class its row in the checkpoint's head, 1-based; None where it starts afresh.
         folded: how many classes of the checkpoint went into background ("N/A" is none).
+        competing: of a compact head, names of those that have a row there, the strongest first; None for other heads.
     """
 
     wanted: tuple[str, ...]
     rows: tuple[int | None, ...]
     folded: int
+    competing: tuple[str, ...] | None = None
 
     def __str__(self) -> str:
         kept = [name for name, row in zip(self.wanted, self.rows, strict=True) if row is not None]
         new = [name for name, row in zip(self.wanted, self.rows, strict=True) if row is None]
         parts = [f"kept the weights of {', '.join(kept)}" if kept else "kept no class"]
-        parts += [f"{self.folded} other classes went into background"] if self.folded else []
+        if self.competing is not None:
+            names = f": {', '.join(self.competing)}" if self.competing else ""
+            parts += [f"{len(self.competing)} of {self.folded} other classes compete and went into background{names}"]
+        elif self.folded:
+            parts += [f"{self.folded} other classes went into background"]
         parts += [f"start afresh: {', '.join(new)}"] if new else []
         return "; ".join(parts)
 

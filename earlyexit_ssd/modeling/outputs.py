@@ -59,7 +59,7 @@ class Router(Protocol):
 
 
 class _NeededSettings(TypedDict):
-    num_exits: Annotated[int, 1, 15]
+    num_exits: Annotated[int, 0, 15]
 
 
 class RouterSettings(_NeededSettings, total=False):

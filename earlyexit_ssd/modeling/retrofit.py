@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,11 +19,12 @@ from torchvision.models._api import WeightsEnum
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.ssd import SSD
+from torchvision.models.detection.ssd import SSD, SSDScoringHead
 
-from earlyexit_ssd.config import LARGEST_SIDE, MOST_WIDTH
+from earlyexit_ssd.config import FOLDS, LARGEST_SIDE, MOST_WIDTH
 from earlyexit_ssd.errors import EarlyExitError, nearest, shown
 from earlyexit_ssd.modeling.branches import Exit, describe_exits, exit_keywords, exit_words, takes_exits
+from earlyexit_ssd.modeling.compact import find_competing_rows
 from earlyexit_ssd.modeling.detector import EarlyExitDetector, detector_class
 from earlyexit_ssd.modeling.heads import (
     ClassChange,
@@ -158,9 +159,13 @@ class Architecture:
         classes: names of the labels 1..K.
         detector: torchvision's name of the detector under the exits.
         image_size: side of the network input, pixels.
+        trained_size: that the weights know; where it is another one, the default boxes keep the places and sides in
+            pixels that they have there (`PixelBoxes`). 0: ``image_size``.
         width, reduced_tail: of the trunk; see :func:`build_ssdlite`.
         head_outputs, folded_rows: outputs per default box of a folded head, and the rows of ``classes`` in it;
             0 and empty where the head has the classes' own rows.
+        competing: of a compact head (``MODEL.FOLD compact``), names of the rows that are folded into background, the
+            strongest first; empty for other heads.
         folded_branches: the branches' heads are folded as the full path's is; otherwise they have the classes alone.
         exits: shallow to deep.
         score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing; the first may be by class.
@@ -176,12 +181,14 @@ class Architecture:
     reduced_tail: bool = True
     head_outputs: Rows = 0
     folded_rows: tuple[Rows, ...] = ()
+    competing: tuple[str, ...] = ()
     exits: tuple[Exit, ...] = field(default_factory=describe_exits)
     folded_branches: bool = False
     score_thresh: Share | dict[str, Share] = 0.001
     nms_thresh: Share = 0.55
     detections_per_img: Count = 300
     topk_candidates: Count = 300
+    trained_size: Annotated[int, 0, LARGEST_SIDE] = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -195,6 +202,13 @@ class Architecture:
                 f"folded_rows is {shown(rows)} of {self.head_outputs} head_outputs, expected a row from 1 on for each "
                 f"of {classes} classes, or none"
             )
+        if self.competing and len(self.competing) != self.head_outputs - 1 - classes:
+            raise EarlyExitError(
+                f"competing has {len(self.competing)} names, expected one for each of {self.head_outputs} head_outputs "
+                f"but background and {classes} classes, or none"
+            )
+        if self.folded_branches and not rows:
+            raise EarlyExitError("folded_branches is true without folded_rows, expected false: no head is folded")
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -234,10 +248,12 @@ class Architecture:
         if is_folded(head):
             branches = [part.head.classification_head for part in model.branches.values() if hasattr(part, "head")]
             settings |= {"head_outputs": head.num_columns, "folded_rows": head.wanted.tolist()}
-            settings["folded_branches"] = any(map(is_folded, branches))
+            settings["competing"] = head.competing
+            settings["folded_branches"] = bool(head.competing) or any(map(is_folded, branches))
         for name in ("classes", "width", "score_thresh", "nms_thresh", "detections_per_img", "topk_candidates"):
             settings[name] = getattr(model, name)
         settings["image_size"] = model.transform.fixed_size[0]
+        settings["trained_size"] = getattr(model.anchor_generator, "trained_size", 0)
         settings["reduced_tail"] = has_reduced_tail(model.state_dict(), model.width)
         architecture = cls(
             **{name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in settings.items()}
@@ -273,7 +289,11 @@ class Architecture:
         )
         if self.folded_rows:
             head = detector.head
-            head.classification_head = FoldedClassificationHead(head.classification_head, self.folded_rows)
+            folded = FoldedClassificationHead(head.classification_head, self.folded_rows, self.competing)
+            head.classification_head = folded
+        if self.trained_size not in (0, self.image_size):
+            grids = grids_of(detector.backbone, self.trained_size)
+            detector.anchor_generator = PixelBoxes(detector.anchor_generator, grids, self.trained_size, self.image_size)
         return detector
 
     @property
@@ -284,28 +304,30 @@ class Architecture:
 
     def add_exits(self, detector: SSD) -> EarlyExitDetector:
         """Exits on a detector of this architecture."""
-        model = detector_class(self.detector)(detector, exits=self.exits, classes=self.classes)
+        head, classes = detector.head, self.classes
+        if self.folded_branches:  # they are built of all rows, as the full path's is, and both are folded then
+            whole = head.classification_head
+            head.classification_head = SSDScoringHead(whole.module_list, whole.num_columns)
+            classes = None
+        model = detector_class(self.detector)(detector, exits=self.exits, classes=classes)
+        if self.folded_branches:
+            fold_model(model, self.classes, self.folded_rows, self.competing)
         model.score_thresh = self.score_thresh
         return model
 
     def build(self) -> EarlyExitDetector:
         """The whole model, untrained."""
-        if not self.folded_branches:
-            return self.add_exits(self.build_detector())
-        whole = tuple(f"class_{row}" for row in range(1, self.head_outputs))
-        unfolded = {"classes": whole, "head_outputs": 0, "folded_rows": (), "folded_branches": False}
-        model = dataclasses.replace(self, score_thresh=self.lowest_score, **unfolded).build()
-        fold_model(model, self.classes, self.folded_rows)
-        model.score_thresh = self.score_thresh
-        return model
+        return self.add_exits(self.build_detector())
 
 
-def fold_model(model: EarlyExitDetector, classes: Sequence[str], rows: Sequence[int]) -> None:
+def fold_model(
+    model: EarlyExitDetector, classes: Sequence[str], rows: Sequence[int], competing: Sequence[str] = ()
+) -> None:
     """Give a model the ``classes`` in the ``rows`` of its heads, the full path's and the branches', and fold the others
-    into background, so that every score stays what it was."""
+    (``competing``: their names) into background, so that every score stays what it was."""
     for part in (model, *model.branches.values()):
         if hasattr(part, "head"):
-            part.head.classification_head = FoldedClassificationHead(part.head.classification_head, rows)
+            part.head.classification_head = FoldedClassificationHead(part.head.classification_head, rows, competing)
         else:
             part.num_classes = len(classes) + 1
     model.classes = tuple(classes)
@@ -332,6 +354,8 @@ def retrofit(
     weights: str | os.PathLike[str] | SSDLite320_MobileNet_V3_Large_Weights,
     source_classes: Sequence[str] | None = None,
     fold: str = "exact",
+    photos: Iterable[Tensor] | None = None,
+    tolerance: float = 0.0015,
 ) -> tuple[SSD, Architecture, ClassChange | None]:
     """A trained torchvision detector with the wanted classes, every key of the checkpoint used.
 
@@ -341,37 +365,64 @@ def retrofit(
             may also be a model of this project; its branches are left out.
         source_classes: names of the checkpoint's labels 1..K; None where they are the wanted ones. A model of this
             project knows its own.
-        fold: ``exact`` (fold unwanted classes, same scores as before) or ``rows`` (drop them, a smaller head).
+        fold: ``exact`` (fold unwanted classes, same scores as before), ``compact`` (fold those that compete with the
+            wanted ones, drop the others: a smaller head, almost the same scores) or ``rows`` (drop all of them). Where
+            no class is unwanted, ``compact`` is ``exact``.
+        photos: of ``compact``, on which the competing classes are found, [3, H, W] in [0, 1]; they are looked at only
+            where they are needed.
+        tolerance: of ``compact``, see :func:`earlyexit_ssd.modeling.compact.competing_rows`.
 
     Returns:
         the detector, the architecture it has now, and what became of the classes (None if nothing changed).
 
     Raises:
-        EarlyExitError: unreadable weights, weights of other shapes, or classes that the checkpoint cannot give.
+        EarlyExitError: unreadable weights, weights of other shapes, classes that the checkpoint cannot give, an unknown
+            ``fold``, or ``compact`` without photos that show what it looks for.
     """
+    if fold not in FOLDS:
+        raise EarlyExitError(
+            f"fold (MODEL.FOLD) is {shown(fold)}, expected one of {', '.join(FOLDS)}{nearest(str(fold), FOLDS)}"
+        )
     state, own = load_full_path(weights, detector_class(architecture.detector).plain_weights)
     source = own.classes if own else tuple(source_classes or architecture.classes)
-    architecture = dataclasses.replace(architecture, reduced_tail=has_reduced_tail(state, architecture.width))
-    head_outputs, folded_rows = (own.head_outputs, own.folded_rows) if own else (0, ())
-    original = dataclasses.replace(architecture, classes=source, head_outputs=head_outputs, folded_rows=folded_rows)
+    plain = {"head_outputs": 0, "folded_rows": (), "competing": (), "folded_branches": False}
+    reduced_tail = has_reduced_tail(state, architecture.width)
+    architecture = dataclasses.replace(architecture, reduced_tail=reduced_tail, **plain)
+    head = {"head_outputs": own.head_outputs, "folded_rows": own.folded_rows, "competing": own.competing} if own else {}
+    original = dataclasses.replace(architecture, classes=source, **head, folded_branches=bool(own and own.competing))
     detector = original.build_detector()
     load_every_key(detector, state, weights)
     if source == architecture.classes:
         return detector, original, None
-    if folded_rows:
+    if original.folded_rows:
         raise EarlyExitError(
             f"{weights}: its classes ({', '.join(source)}) were folded before; start from the checkpoint it came from"
         )
     change = plan_class_change(source, architecture.classes)
-    head = detector.head
-    if fold == "exact":
-        if None in change.rows:
-            raise EarlyExitError(f"MODEL.FOLD 'exact' cannot add classes ({change}); set MODEL.FOLD to 'rows'")
-        head.classification_head = FoldedClassificationHead(head.classification_head, change.rows)
-        changed = dataclasses.replace(architecture, head_outputs=len(source) + 1, folded_rows=change.rows)
-        return detector, changed, change
-    slice_rows(head.classification_head, change.rows)
-    return detector, dataclasses.replace(architecture, head_outputs=0, folded_rows=()), change
+    head, rows, competing = detector.head, change.rows, ()
+    if fold != "rows" and None in rows:
+        raise EarlyExitError(f"MODEL.FOLD '{fold}' cannot add classes ({change}); set MODEL.FOLD to 'rows'")
+    if fold == "compact" and change.folded:
+        if photos is None:
+            raise EarlyExitError("MODEL.FOLD 'compact' finds the classes that compete on photos; give retrofit photos")
+        others = find_competing_rows(detector, rows, photos, tolerance)
+        competing = tuple(source[row - 1] for row in others)
+        change = dataclasses.replace(change, competing=competing)
+        slice_rows(head.classification_head, (*rows, *others))
+        rows = tuple(range(1, len(rows) + 1))
+    if fold == "rows" or change.competing == ():
+        slice_rows(head.classification_head, rows)
+        return detector, architecture, change
+    folded = FoldedClassificationHead(head.classification_head, rows, competing)
+    head.classification_head = folded
+    changed = dataclasses.replace(
+        architecture,
+        head_outputs=folded.num_columns,
+        folded_rows=rows,
+        competing=competing,
+        folded_branches=bool(competing),
+    )
+    return detector, changed, change
 
 
 def torchvision_name(
@@ -515,14 +566,22 @@ def resize_detector(model: EarlyExitDetector, architecture: Architecture, size: 
     The default boxes keep their places and sides in pixels. torchvision's are shares of the input, but a convolution
     has learnt how an object of so many pixels looks: with boxes that shrink along, everything is found too small.
     """
-    detector = dataclasses.replace(architecture, image_size=size).build_detector()
+    trained_size = architecture.trained_size or architecture.image_size
+    detector = dataclasses.replace(architecture, image_size=size, trained_size=trained_size).build_detector()
     state = {key: value for key, value in model.state_dict().items() if key.startswith(("backbone.", "head."))}
     detector.load_state_dict(state)
     if cut:
         detector.head.classification_head = cut_head(detector.head.classification_head)
-    if size != architecture.image_size:
-        detector.anchor_generator = PixelBoxes(detector.anchor_generator, model.grids, architecture.image_size, size)
     return detector.to(next(model.parameters()).device).eval()
+
+
+@torch.no_grad()
+def grids_of(backbone: nn.Module, size: int) -> list[tuple[int, int]]:
+    """(height, width) of the head's maps, cells, of an input with sides of ``size`` pixels."""
+    was_training = backbone.training
+    maps = backbone.eval()(torch.zeros(1, 3, size, size, device=next(backbone.parameters()).device)).values()
+    backbone.train(was_training)
+    return [tuple(feature.shape[-2:]) for feature in maps]
 
 
 class PixelBoxes(nn.Module):
@@ -545,7 +604,10 @@ class PixelBoxes(nn.Module):
             steps=[trained_size / side for side, _ in grids],
             clip=generator.clip,
         )
-        self.factor = trained_size / size
+        self.trained_size, self.factor = trained_size, trained_size / size
+
+    def extra_repr(self) -> str:
+        return f"trained_size={self.trained_size}, {self.generator}"
 
     def num_anchors_per_location(self) -> list[int]:
         """Default boxes per cell of each grid."""

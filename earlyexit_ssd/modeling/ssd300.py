@@ -87,7 +87,7 @@ class EarlyExitSSD300(Pretrained):
     @property
     def trunk(self) -> VGGTrunk:
         """See :class:`EarlyExitDetector`."""
-        return VGGTrunk(self.backbone, self.exit_layers[:-1])
+        return VGGTrunk(self.backbone, self.segment_layers)
 
     @classmethod
     def build_plain(

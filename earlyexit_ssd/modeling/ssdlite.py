@@ -38,7 +38,7 @@ class EarlyExitSSDLite(Pretrained):
     @property
     def trunk(self) -> SegmentedTrunk:
         """See :class:`EarlyExitDetector`."""
-        return SegmentedTrunk(self.backbone, self.exit_layers[:-1])
+        return SegmentedTrunk(self.backbone, self.segment_layers)
 
 
 @register_model()

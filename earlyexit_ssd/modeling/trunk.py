@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import MobileNet_V3_Large_Weights, mobilenet_v3_large
 from torchvision.models.detection import _utils as detection_utils
@@ -116,13 +117,24 @@ class Trunk:
 
     Args:
         steps: the layers up to the last one that an exit may leave behind, in order.
-        ends: for each exit the number of steps before it, increasing.
+        exit_layers: behind which a segment ends, increasing.
         finest_step: index of the step whose output is the finest map of the head.
     """
 
-    def __init__(self, steps: Sequence[nn.Module], ends: Sequence[int], finest_step: int) -> None:
+    def __init__(self, steps: Sequence[nn.Module], exit_layers: Sequence[int], finest_step: int) -> None:
         self._steps, self._finest_step = steps, finest_step
+        ends = [self._end(layer) for layer in exit_layers]
         self._ranges = list(zip([0, *ends], [*ends, len(steps)], strict=True))
+
+    def _end(self, layer: int) -> int:
+        """How many steps come before the exit behind ``layer``."""
+        return layer
+
+    def features(self, x: Tensor, layer: int) -> Tensor:
+        """Images [N, 3, S, S] of any side to the output of ``layer``, [N, C, H, W]."""
+        for step in self._steps[: self._end(layer)]:
+            x = step(x)
+        return x
 
     def run(self, state: TrunkState, segment: int) -> TrunkState:
         """Run segment ``segment`` (0 ends at the first exit; the last one ends the trunk)."""
@@ -162,9 +174,11 @@ class SegmentedTrunk(Trunk):
                 f"backbone is a {type(backbone).__name__}, expected torchvision's SSDLiteFeatureExtractorMobileNet "
                 "(`features` in two parts, and `extra`): its layers are run one by one, to leave between them"
             ) from None
-        finest = len(head_part) - 1
-        # C4 takes two steps: its expansion and the rest
-        super().__init__(steps, [layer + 1 if layer < finest else layer + 2 for layer in exit_layers], finest)
+        super().__init__(steps, exit_layers, finest_step=len(head_part) - 1)
+
+    def _end(self, layer: int) -> int:
+        """C4 takes two steps: its expansion and the rest."""
+        return layer + 1 if layer < self._finest_step else layer + 2
 
     def feature_maps(self, state: TrunkState) -> list[Tensor]:
         """See :meth:`Trunk.feature_maps`."""
@@ -172,3 +186,15 @@ class SegmentedTrunk(Trunk):
         for block in self._extra:
             maps.append(block(maps[-1]))
         return maps
+
+
+def small_copy(x: Tensor, pixels: int) -> Tensor:
+    """Images [N, 3, S, S] at a side of ``pixels``: bilinear to a multiple of it near S, then means over whole cells.
+
+    Bilinear interpolation alone skips pixels where it shrinks by more than two.
+    """
+    side = int(x.shape[-1])  # a tracer makes tensors of shapes
+    times = max(1, round(side / pixels))
+    if side != times * pixels:
+        x = F.interpolate(x, (times * pixels, times * pixels), mode="bilinear", align_corners=False)
+    return F.avg_pool2d(x, times) if times > 1 else x

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Iterator
 
 import torch
 from fvcore.common.config import CfgNode
+from torch import Tensor
 from torchvision.models._api import WeightsEnum
 
-from earlyexit_ssd.data.dataset import class_names
+from earlyexit_ssd.config import num_exits
+from earlyexit_ssd.data.dataset import build_loader, class_names, load_dataset
+from earlyexit_ssd.data.records import limit_photos
 from earlyexit_ssd.errors import ConfigError, EarlyExitError, nearest
 from earlyexit_ssd.evaluation.cost import EAGER
 from earlyexit_ssd.evaluation.metrics import EvaluationSettings
@@ -28,9 +32,13 @@ from earlyexit_ssd.modeling.checkpoint import ModelInfo
 from earlyexit_ssd.modeling.detector import detector_class
 from earlyexit_ssd.modeling.heads import plan_class_change
 from earlyexit_ssd.modeling.retrofit import torchvision_name
+from earlyexit_ssd.progress import progress
 from earlyexit_ssd.routing import ExitRouter
 
 logger = logging.getLogger(__name__)
+
+COMPARED_PHOTOS = 300
+"""Photos on which MODEL.FOLD compact finds the classes that compete."""
 
 
 def require_full_path(cfg: CfgNode, who: str) -> None:
@@ -120,7 +128,10 @@ def build_model(cfg: CfgNode, classes: tuple[str, ...]) -> tuple[EarlyExitSSDLit
     architecture = build_architecture(cfg, classes)
     if cfg.MODEL.WEIGHTS:
         source = source_classes(cfg.MODEL.WEIGHTS, cfg.MODEL.WEIGHTS_CLASSES)
-        detector, architecture, change = retrofit(architecture, cfg.MODEL.WEIGHTS, source, cfg.MODEL.FOLD)
+        photos, tolerance = photos_to_compare_on(cfg, classes), cfg.MODEL.COMPACT_TOLERANCE
+        detector, architecture, change = retrofit(
+            architecture, cfg.MODEL.WEIGHTS, source, cfg.MODEL.FOLD, photos, tolerance
+        )
         logger.info("%s: %s", cfg.MODEL.WEIGHTS, change or "every class and weight kept")
     elif cfg.MODEL.WEIGHTS_BACKBONE:
         detector = _imagenet_detector(cfg, architecture)
@@ -129,6 +140,16 @@ def build_model(cfg: CfgNode, classes: tuple[str, ...]) -> tuple[EarlyExitSSDLit
     model = architecture.add_exits(detector)
     model.losses = build_losses(cfg)
     return model, architecture
+
+
+def photos_to_compare_on(cfg: CfgNode, classes: tuple[str, ...]) -> Iterator[Tensor]:
+    """A seeded choice of DATA.TRAIN, [3, H, W] in [0, 1], not augmented; nothing is read until one is asked for."""
+    dataset = load_dataset(with_classes(cfg, classes), cfg.DATA.TRAIN, train=True, need_boxes=False)
+    dataset = dataset.subset(limit_photos(dataset.records, COMPARED_PHOTOS, cfg.SEED))
+    dataset.transforms = None
+    loader = build_loader(dataset, 1, cfg.DATA.WORKERS, False, cfg.SEED)
+    for images, _ in progress(loader, "competing classes"):
+        yield images[0]
 
 
 def open_model(cfg: CfgNode, weights: str | os.PathLike[str]) -> tuple[EarlyExitSSDLite, Architecture, ModelInfo]:
@@ -215,7 +236,7 @@ def build_router(cfg: CfgNode, stored: dict | None = None, learn: bool = False) 
         ConfigError: thresholds for another number of exits.
     """
     stored = stored or {}
-    exits, given = stored.get("num_exits", len(cfg.EXITS.LAYERS)), len(cfg.ROUTING.THRESHOLDS)
+    exits, given = stored.get("num_exits", num_exits(cfg)), len(cfg.ROUTING.THRESHOLDS)
     if given not in (1, exits):
         raise ConfigError(
             f"ROUTING.THRESHOLDS has {given} numbers, the model has {exits} early exits: give one for all, "

@@ -23,7 +23,7 @@ from earlyexit_ssd.calibration.thresholds import Grid, cheapest_within, learned_
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.data.repeats import Block, block_of_each
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.evaluation.matches import ap_of_choice, bootstrap_choices
+from earlyexit_ssd.evaluation.matches import Detections, ap_of_choice, bootstrap_choices
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
 from earlyexit_ssd.files import locks_folder
 from earlyexit_ssd.modeling.checkpoint import save_model, weights_hash
@@ -87,6 +87,12 @@ class Target:
             raise EarlyExitError("--block is for --risk and --ap-drop; a speed-up is fitted and promises nothing")
 
 
+def build_target(cfg: CfgNode) -> Target:
+    """The target in the CALIBRATION section."""
+    section = cfg.CALIBRATION
+    return Target(section.TARGET, section.VALUE, section.DELTA)
+
+
 @dataclass(frozen=True)
 class Chosen:
     """Thresholds, the exit of every calibration photo [n], and what the search measured on the way."""
@@ -102,6 +108,7 @@ class Search:
 
     Attributes:
         router: with its policy fitted; train: for a risk, photos that give the path of thresholds.
+        reference: detections on the calibration photos that AP50 is lost against; None: the full path's own.
         blocks: of calibration photos that are one draw, numbered from 0, [n]; None: every photo is one.
         confidences: of the calibration photos, per early exit [n]; losses: of these, [n, exits].
     """
@@ -112,7 +119,8 @@ class Search:
     calib: Replay
     train: Replay | None
     costs: CostModel
-    blocks: np.ndarray | None
+    blocks: np.ndarray | None = None
+    reference: Detections | None = None
 
     @functools.cached_property
     def confidences(self) -> list[np.ndarray]:
@@ -186,7 +194,8 @@ class Search:
         The best of thousands of combinations looks better on the photos that chose it than on others. A bootstrap bound
         makes up for that. Looked at are combinations that no other beats in cost and either AP50 or loss.
         """
-        target, matches, seed = self.target, self.calib.matches, self.cfg.SEED
+        target, seed = self.target, self.cfg.SEED
+        matches, reference = self.calib.matches_beside(self.reference)
         needed = photos_for(target)
         few = needed if self.draws < needed else None
         if few:
@@ -197,7 +206,7 @@ class Search:
         exits = self.calib.recording.early_exits
         full = np.full(len(self.calib.recording), exits)
         closed = Chosen((CLOSED,) * exits, full, Measured(AP50_lost_bound=0.0, photos_needed=few))
-        ap50_full = ap_of_choice(matches, full, ap50_only=True).AP50 or 0.0
+        ap50_full = ap_of_choice(matches, reference, ap50_only=True).AP50 or 0.0
         if ap50_full < DETECTS_AP50:  # there is hardly any AP to lose
             logger.warning(
                 "the full path does not detect: AP50 %.3f on the calibration photos, expected %g or more: all exits "
@@ -209,8 +218,9 @@ class Search:
         lost = ap50_full - self.calib.ap50_of(grid.choices, "thresholds")
         path = np.union1d(pareto_path(lost, mean_costs), pareto_path(grid.mean(self.losses), mean_costs))
         all_closed = (grid.thresholds >= CLOSED).all(1).argmax()  # what costs more than that is not worth opening
-        path = path[(lost[path] <= target.value) & (mean_costs[path] < mean_costs[all_closed])]
-        kept = bootstrap_choices(matches, [full], seed=seed, groups=self.blocks)[0]
+        limit = mean_costs[all_closed] + (0.0 if self.reference is None else 1e-9)
+        path = path[(lost[path] <= target.value) & (mean_costs[path] < limit)]
+        kept = bootstrap_choices(matches, [reference], seed=seed, groups=self.blocks)[0]
         for candidate in progress(path[np.argsort(mean_costs[path], kind="stable")], desc="AP50 lost"):
             routed = bootstrap_choices(matches, [grid.choices[candidate]], seed=seed, groups=self.blocks)[0]
             bound = float(np.nanquantile(kept.AP50 - routed.AP50, 1 - target.delta))
@@ -264,7 +274,7 @@ def calibrate(
         paths = [record.path for record in recorded.sets["CALIB"].records]
         blocks = block_of_each(paths, target.block.photos)[calib.order]
     search = Search(cfg, target, router, calib, train, costs, blocks)
-    certificate = _certificate(recorded, search, search.run())
+    certificate = certificate_of(recorded, search, search.run())
     write_calibration(out, certificate, fitted)
     info = {**recorded.info, "router": certificate.router, "certificate": certificate.to_dict()}
     info["trained_temperatures"] = trained_temperatures(cfg, recorded.info, model.num_early_exits)
@@ -288,7 +298,8 @@ def _require_reference(cfg: CfgNode, target: Target, recorded: Recorded) -> None
             )
 
 
-def _certificate(recorded: Recorded, search: Search, chosen: Chosen) -> Certificate:
+def certificate_of(recorded: Recorded, search: Search, chosen: Chosen) -> Certificate:
+    """What was chosen, for one model, and what was measured on the calibration photos."""
     cfg, model, repeats = recorded.cfg, recorded.model, recorded.repeats["CALIB"]
     target, calib, costs, names = search.target, search.calib, search.costs, model.exit_names
     photos = tuple(sorted(digest[:16] for digest in (*calib.photos_sha256, *repeats.near_sha256)))

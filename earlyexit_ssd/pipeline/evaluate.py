@@ -163,7 +163,7 @@ def build_rivals(
         *(_plain(name, detector, classes, classes, None, CUT_HEAD) for name, detector in cut.items()),
         *(_full_path(path, classes, device) for path in rivals.FULL_PATHS),
         *(_single_exit(path, classes, device) for path in rivals.SINGLE_EXITS),
-        *(_onnx(entry, classes, cfg.EVAL.TIMING_THREADS) for entry in rivals.ONNX),
+        *onnx_rivals(cfg, classes),
     ]
 
 
@@ -205,6 +205,11 @@ def _single_exit(path: str, classes: tuple[str, ...], device: torch.device) -> R
     network, example = PathToExit(model, 0), example_input(model)
     found = WantedClasses(model, architecture.classes, classes, path).to(device)
     return Rival(name, SINGLE_EXIT, network, example, count_mmacs(network, example), found, path)
+
+
+def onnx_rivals(cfg: CfgNode, classes: tuple[str, ...]) -> list[Rival]:
+    """Those of EVAL.RIVALS.ONNX."""
+    return [_onnx(entry, classes, cfg.EVAL.TIMING_THREADS) for entry in cfg.EVAL.RIVALS.ONNX]
 
 
 def _onnx(entry: str, classes: tuple[str, ...], threads: int) -> Rival:
@@ -291,9 +296,10 @@ def _warn_of_differences(cfg: CfgNode, architecture: Architecture) -> None:
     """The weights know how they were built; a configuration that says otherwise is not followed, so it is named."""
     wanted = build_architecture(cfg, tuple(cfg.DATA.CLASSES) or architecture.classes).to_dict()
     own = architecture.to_dict()
+    made_of_weights = ("reduced_tail", "head_outputs", "folded_rows", "folded_branches", "competing")
     for name in wanted | own:
         said, value = wanted.get(name), own.get(name)
-        if name not in ("reduced_tail", "head_outputs", "folded_rows", "folded_branches") and said != value:
+        if name not in made_of_weights and said != value:
             logger.warning(
                 "%s: the configuration says %r, the weights were made with %r and keep it", name, said, value
             )

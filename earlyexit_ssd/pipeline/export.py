@@ -38,9 +38,8 @@ from earlyexit_ssd.deploy.graph import (
     required_inputs,
     stage,
 )
-from earlyexit_ssd.deploy.predictor import FORMAT, MANIFEST, OnnxRuntime
+from earlyexit_ssd.deploy.predictor import FORMAT, MANIFEST, OnnxRuntime, package
 from earlyexit_ssd.errors import EarlyExitError, one_line
-from earlyexit_ssd.evaluation.cost import deploy_package
 from earlyexit_ssd.evaluation.outputs import evaluating
 from earlyexit_ssd.files import make_folder, write_json, writing
 from earlyexit_ssd.modeling import EarlyExitSSDLite
@@ -332,7 +331,7 @@ def _write_staged(parts: _Parts, folder: Path) -> None:
 
 
 def _write_openvino(parts: _Parts, path: Path) -> None:
-    openvino = deploy_package("openvino")
+    openvino = package("openvino")
     _write_onnx(parts, path.with_suffix(".onnx"), required=True)
     try:
         model = openvino.Core().read_model(path.with_suffix(".onnx"))

@@ -131,7 +131,8 @@ def _reference_figures(run: Run) -> dict[str, float | None] | None:
         return None
     weights = gate.REFERENCE or run.cfg.MODEL.WEIGHTS
     known = gate.REFERENCE_CLASSES if gate.REFERENCE else run.cfg.MODEL.WEIGHTS_CLASSES
-    detector, architecture, _ = retrofit(run.architecture, weights, source_classes(weights, known), run.cfg.MODEL.FOLD)
+    fold = "rows" if run.cfg.MODEL.FOLD == "rows" else "exact"  # whose figures a compact head is to keep
+    detector, architecture, _ = retrofit(run.architecture, weights, source_classes(weights, known), fold)
     return run.calib_quality.of_full_path(architecture.add_exits(detector).to(run.device))
 
 

@@ -44,6 +44,7 @@ from earlyexit_ssd.evaluation.cost import (
 )
 from earlyexit_ssd.evaluation.matches import (
     Agreement,
+    Detections,
     ExitMatches,
     agreement,
     ap_of_choice,
@@ -92,6 +93,14 @@ class Replay:
         """Every exit's matches with the objects, for AP of any choice."""
         return exit_matches(self.ground_truth, self.recording.detections, self.iou)
 
+    def matches_beside(self, reference: Detections | None) -> tuple[ExitMatches, np.ndarray]:
+        """The matches with a reference detector as one more exit, and the choice [n] of it for every photo; without
+        one, the full path is the reference."""
+        if reference is None:
+            return self.matches, np.full(len(self.recording), self.matches.exits - 1)
+        exits = [*self.recording.detections, reference]
+        return exit_matches(self.ground_truth, exits, self.iou), np.full(len(self.recording), len(exits) - 1)
+
     def ap50_of(self, choices: np.ndarray, title: str) -> np.ndarray:
         """[M]: AP50 of each choice of exits [M, n]; 0 without an object. ``title`` is the progress bar's."""
         found = (ap_of_choice(self.matches, choice, ap50_only=True).AP50 for choice in progress(choices, desc=title))
@@ -107,12 +116,16 @@ class Replay:
             self._losses[reference] = losses
         return self._losses[reference]
 
-    def agreement(self, choice: np.ndarray) -> Agreement:
-        """With the full path, where the photos take these exits [n]."""
+    def detections_of(self, choice: np.ndarray) -> Detections:
+        """By image id, where the photos take these exits [n]."""
         exits = self.recording.detections
         ids = np.asarray(self.recording.image_ids)[self.order]
-        found = {int(image): exits[taken][int(image)] for image, taken in zip(ids, choice, strict=True)}
-        return agreement(self.ground_truth, exits[-1], found, self.score, self.iou)
+        return {int(image): exits[taken][int(image)] for image, taken in zip(ids, choice, strict=True)}
+
+    def agreement(self, choice: np.ndarray) -> Agreement:
+        """With the full path, where the photos take these exits [n]."""
+        found = self.detections_of(choice)
+        return agreement(self.ground_truth, self.recording.detections[-1], found, self.score, self.iou)
 
     def confidences(self, router: ExitRouter) -> list[np.ndarray]:
         """Per early exit [n]."""
@@ -349,8 +362,13 @@ class CostModel:
         return CertifiedCosts(unit=self.unit, exits=exits, plain=self.plain, measured=self.measured)
 
 
-def measure_cost_model(cfg: CfgNode, model: EarlyExitSSDLite, router: ExitRouter) -> CostModel:
-    """In the unit of CALIBRATION.COST, with the timing settings of EVAL; the router's policy is scored on the way."""
+def measure_cost_model(
+    cfg: CfgNode, model: EarlyExitSSDLite, router: ExitRouter, plain: nn.Module | None = None
+) -> CostModel:
+    """In the unit of CALIBRATION.COST, with the timing settings of EVAL; the router's policy is scored on the way.
+
+    ``plain`` is another detector without exits than the model's own, to be measured in the same run.
+    """
     settings, example, early_exits = build_evaluation(cfg), example_input(model), router.num_exits
     paths = [opened for count in range(early_exits + 1) for opened in itertools.product((True, False), repeat=count)]
     networks: list[nn.Module] = []
@@ -358,17 +376,19 @@ def measure_cost_model(cfg: CfgNode, model: EarlyExitSSDLite, router: ExitRouter
         thresholds = [0.0 if flag else CLOSED for flag in opened] + [0.0] * (early_exits - len(opened))
         on_the_way = ExitRouter(**{**router.to_dict(), "thresholds": thresholds}).to(example.device)
         networks.append(AllOutputs(PathToExit(model, len(opened), on_the_way)))
-    networks.append(PlainPath(model))
+    networks.append(PlainPath(model if plain is None else plain))
+    examples = [*[example] * len(paths), example if plain is None else example_input(plain)]
 
     def timed(runtime: str) -> list[float]:
         runs, threads = settings.timing_runs, settings.timing_threads
-        return [one.ms for one in time_in_runtime(networks, [example] * len(networks), runtime, runs, threads)]
+        return [one.ms for one in time_in_runtime(networks, examples, runtime, runs, threads)]
 
     def cost_model(unit: str, costs: Sequence[float], measured: dict[str, Any]) -> CostModel:
         return CostModel(unit, dict(zip(paths, costs, strict=False)), early_exits, costs[-1], measured)
 
     if cfg.CALIBRATION.COST == "mmacs":
-        return cost_model("mmacs", [count_mmacs(network, example) for network in networks], {})
+        pairs = zip(networks, examples, strict=True)
+        return cost_model("mmacs", [count_mmacs(network, one) for network, one in pairs], {})
     on_cpu = example.device.type == "cpu"
     runtime = ONNX_RUNTIME if cfg.CALIBRATION.COST == "auto" and on_cpu and runtime_installed() else settings.runtime
     try:

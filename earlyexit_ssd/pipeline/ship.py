@@ -69,7 +69,7 @@ def ship_weights(
     if len(content) > MAX_BYTES:
         raise EarlyExitError(
             f"{path}: {len(content)} bytes, at most {MAX_BYTES} are shipped; reduce EXITS.COPY, EXITS.DEPTH or the "
-            "number of exits, or set MODEL.FOLD to rows (a head without the classes that are not wanted)"
+            "number of exits, or set MODEL.FOLD to compact or rows (a smaller head)"
         )
     shipped = Shipped(path, path.with_suffix(".json"), len(content), hashlib.sha256(content).hexdigest())
     description = {

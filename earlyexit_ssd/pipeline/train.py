@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from fvcore.common.config import CfgNode
 
-from earlyexit_ssd.config import PHASE_SECTIONS
+from earlyexit_ssd.config import PHASE_SECTIONS, get_cfg
 from earlyexit_ssd.data import catalog, load_dataset, repeat_rare_classes, require_disjoint
 from earlyexit_ssd.engine import read_log
 from earlyexit_ssd.engine.processes import barrier, is_main, process_group, world_size
@@ -30,11 +30,13 @@ from earlyexit_ssd.pipeline.build import (
     takes_over,
     with_classes,
 )
+from earlyexit_ssd.pipeline.calibrate import build_target, calibrate
 from earlyexit_ssd.pipeline.evaluate import check_rivals, evaluate_model
 from earlyexit_ssd.pipeline.phases import PHASE_FUNCTIONS, tap_cache
 from earlyexit_ssd.pipeline.run import Run, RunFolder
 from earlyexit_ssd.report.charts import training_curves
 from earlyexit_ssd.report.pictures import photo_grid
+from earlyexit_ssd.routing.policies import FITTED_POLICIES
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,9 @@ def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
     _check_names(cfg)
     if cfg.ROUTING.CERTIFICATE:
         raise ConfigError("ROUTING.CERTIFICATE is for weights that exist; leave it out of a training")
+    if cfg.CALIBRATION.TARGET:
+        build_target(cfg)  # raises where its number is out of range
+        cfg = _routing_of_training(cfg)
     build_router(cfg)  # raises where its policy is unknown, or one that training cannot fit
     check_rivals(cfg, evaluation_device(cfg))
     if not is_main():
@@ -61,6 +66,17 @@ def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
     if "exits" in cfg.PHASES and cfg.EXITS_PHASE.EPOCHS and cfg.EXITS_PHASE.CACHE and not all(model.empty):
         tap_cache(run)  # raises where it would be too large
     return run
+
+
+def _routing_of_training(cfg: CfgNode) -> CfgNode:
+    """A policy that calibration will fit cannot route before: the default one stands in for it."""
+    if cfg.ROUTING.POLICY not in FITTED_POLICIES:
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.ROUTING.POLICY = get_cfg().ROUTING.POLICY
+    cfg.freeze()
+    return cfg
 
 
 def learns_from_labels(cfg: CfgNode) -> bool:
@@ -87,7 +103,7 @@ def _check_names(cfg: CfgNode) -> None:
 
 
 def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> Results | None:
-    """Run the phases of the configuration, then evaluate on the test split.
+    """Run the phases of the configuration, calibrate if asked (CALIBRATION.TARGET), then evaluate on the test split.
 
     Args:
         cfg: from :func:`earlyexit_ssd.config.load_config`.
@@ -118,8 +134,13 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> Results | 
             _run_phase(run, phase, force)
         if not is_main():
             return None
-        write_bytes(folder.model, (folder.phase(cfg.PHASES[-1]) / "model.pth").read_bytes())
-        return evaluate_model(run.cfg, folder.model, folder.root)
+        trained = folder.phase(cfg.PHASES[-1]) / "model.pth"
+        cfg = with_classes(cfg, run.cfg.DATA.CLASSES)
+        if cfg.CALIBRATION.TARGET:
+            calibrate(cfg, trained, build_target(cfg), folder.phase("calibration"))
+            trained = folder.phase("calibration") / "model.pth"
+        write_bytes(folder.model, trained.read_bytes())
+        return evaluate_model(cfg, folder.model, folder.root)
 
 
 def _run_phase(run: Run, name: str, force: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -254,3 +254,41 @@ def _draw_placements(axes: Axes, plan: Plan) -> None:
     axes.set_ylabel("speed-up against the detector without exits")
     axes.set_xticks(layers)
     axes.legend(frameon=False)
+
+
+class Candidate(Protocol):
+    """What the chart of a search shows."""
+
+    name: str
+    exits: Sequence[str]
+    AP50: float | None
+    ms: float | None
+    rival: bool
+
+
+def candidates_chart(candidates: Sequence[Candidate], chosen: Candidate | None, runtime: str) -> Image.Image:
+    """AP50 on the calib split against mean milliseconds of every candidate; the frontier is drawn, rivals are squares.
+
+    Args:
+        candidates: with ``name``, ``AP50``, ``ms``, ``exits`` and ``rival``, the detector as it is first.
+        chosen: the one to ship.
+        runtime: that measured them.
+    """
+    known = [one for one in candidates if one.ms is not None and one.AP50 is not None]
+    own = sorted((one for one in known if not one.rival), key=lambda one: one.ms)
+    best = np.maximum.accumulate([one.AP50 for one in own]) if own else []
+    frontier = [one for one, before in zip(own, [-1.0, *best[:-1]], strict=True) if before < one.AP50] if own else []
+
+    def draw(axes: Axes) -> None:
+        axes.plot([one.ms for one in frontier], [one.AP50 for one in frontier], color=EXITS, alpha=0.4, zorder=1)
+        for one in known:
+            color = ROUTED if one == chosen else PLAIN if one.rival or not one.exits else EXITS
+            axes.plot(one.ms, one.AP50, "s" if one.rival else "o", color=color, markersize=6, zorder=2)
+            if one in frontier or one.rival or one is candidates[0]:
+                bold = {"fontweight": "bold"} if one == chosen else {}
+                place = {"textcoords": "offset points", "fontsize": 7, "color": color}
+                axes.annotate(one.name, (one.ms, one.AP50), (5, -9), **place, **bold)
+        axes.set_xlabel(f"ms per image, mean over the calib photos ({RUNTIME_TITLES[runtime]})")
+        axes.set_ylabel("AP50 on the calib split")
+
+    return draw_chart(draw)

@@ -55,8 +55,8 @@ class ExitRouter(nn.Module):
         learn_temperatures: bool = False,
     ) -> None:
         super().__init__()
-        if type(num_exits) is not int or num_exits < 1:
-            raise EarlyExitError(f"num_exits is {num_exits!r}, expected the number of early exits, 1 or more")
+        if type(num_exits) is not int or num_exits < 0:
+            raise EarlyExitError(f"num_exits is {num_exits!r}, expected the number of early exits")
         if type(hybrid) is not bool:
             raise EarlyExitError(f"hybrid is {hybrid!r}, expected True or False")
         self.certificate: Any = None

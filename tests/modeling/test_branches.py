@@ -316,6 +316,8 @@ def test_keywords_are_spread_over_the_exits():
         {"exit_layers": (6, 8), "branch": "light", "context": False, "channels": 32},
         {"exit_layers": (6, 8, 12), "branch": ("light", "copied", "light"), "channels": [8, 16, 24], "empty": (12,)},
         {"exit_layers": (6,), "empty": (6,)},
+        {"exit_layers": (6, 8), "empty": (6,), "copy": (0.5, 1.0), "glances": ((64, 8), (128, 12))},
+        {"exit_layers": (), "glances": [[64, 8]]},
     ],
     ids=str,
 )
@@ -340,6 +342,9 @@ def test_a_description_of_the_first_format_is_read():
     ("make", "message"),
     [
         (lambda: Exit(8, "lihgt"), "branch is 'lihgt', expected one of copied, light, empty .did you mean 'light'"),
+        (lambda: describe_exits(glances=[128, 12]), "glances has 128, expected pairs of pixels and a trunk layer"),
+        (lambda: describe_exits(glances=[(16, 12)]), "a glance at 16 pixels, expected a whole number from 32 on"),
+        (lambda: Exit(8, "light", pixels=64), "a glance with a branch 'light': it has none, expected 'empty'"),
         (lambda: Exit(8, ["light"]), r"branch is \['light'\], expected one of"),
         (lambda: Exit(8, "light", {"depth": 1}), "a light branch has no argument 'depth'"),
         (lambda: Exit(8, "copied", {"copy": 0.0}), r"copy \[0.0\]: expected one number in \(0, 1\]"),

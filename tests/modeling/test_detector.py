@@ -9,10 +9,13 @@ import torch
 from torch import nn
 
 from earlyexit_ssd import ExitRouter, fuse_for_inference
+from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, PathToExit, save_model
+from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, Exit, PathToExit, save_model
 from earlyexit_ssd.modeling.detector import AllOutputs, Branches, FullPath, compute_taps, early_exit_losses
 from earlyexit_ssd.modeling.losses import Assignment, LossSettings
+from earlyexit_ssd.modeling.outputs import pool_tap
+from earlyexit_ssd.modeling.trunk import SegmentedTrunk, small_copy
 from tests.modeling.conftest import SMALL, small_model
 
 
@@ -514,3 +517,82 @@ def test_full_path_trains_no_branch(model, images, targets):
     names = [name for name, _ in module.named_parameters()]
     assert all(name.startswith(("backbone.", "head.")) for name in names)
     assert len(names) == sum(1 for name, _ in model.named_parameters() if not name.startswith("branches."))
+
+
+# Glances: exits that look at a small copy of the image.
+
+
+def glancing(**changes):
+    """A glance at 64 pixels behind layer 12, then exit 8 with a branch."""
+    return small_model(exit_layers=(8,), glances=((64, 12),), **changes).eval()
+
+
+def foresight(model, bias):
+    """A policy that is equally sure of every image at every exit: sigmoid(-bias)."""
+    taps = model.exit_outputs(ONE).taps
+    sizes = [tap.shape[1] + (not empty) for tap, empty in zip(taps, model.empty, strict=True)]
+    return [{"weight": [0.0] * size, "bias": bias} for size in sizes]
+
+
+ONE = [torch.rand(3, 80, 90, generator=torch.Generator().manual_seed(3))]
+
+
+def test_a_glance_is_the_trunk_on_a_small_copy(images):
+    model = glancing()
+    assert model.exit_names == ("glance64", "exit8", "full")
+    assert model.empty == (True, False)
+    batch, _ = model.transform(images, None)
+    tap = model.trunk.features(small_copy(batch.tensors, 64), 12)
+    assert torch.equal(model.exit_outputs(images).taps[0], pool_tap(tap))
+
+
+def test_a_glance_has_no_parameters_and_leaves_the_full_path_as_it_is(images):
+    model, plain = glancing(), small_model(exit_layers=(8,)).eval()
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    plain.load_state_dict(model.state_dict())
+    model.router = ExitRouter(2)
+    for found, expected in zip(model(images), plain(images), strict=True):
+        assert torch.equal(found["boxes"], expected["boxes"])
+
+
+def test_who_leaves_at_a_glance_has_an_empty_answer_and_the_others_go_on(images):
+    model = glancing()
+    weight = foresight(model, 0.0)
+    outputs = model.exit_outputs(images)
+    feature = int(outputs.taps[0].std(0).argmax())
+    values = outputs.taps[0][:, feature]
+    slope = 4 / float(values.std())
+    weight[0]["weight"][feature], weight[0]["bias"] = slope, -slope * float(values.sort().values[:2].mean())
+    model.router = ExitRouter(2, policy="foreseen_emptiness", parameters=weight, thresholds=[0.5, CLOSED])
+    leave = model.router.confidence(outputs.signals(0), 0) >= 0.5
+    assert 0 < leave.sum() < 3
+    full = [model.detections(outputs, 2)[index] for index in range(3)]
+    for found, leaves, expected in zip(model(images), leave.tolist(), full, strict=True):
+        assert int(found["exit_index"]) == (0 if leaves else 2)
+        assert len(found["boxes"]) == 0 if leaves else torch.equal(found["boxes"], expected["boxes"])
+
+
+def test_a_closed_glance_is_not_computed(images, monkeypatch):
+    model = glancing()
+    model.router = ExitRouter(
+        2, policy="foreseen_emptiness", parameters=foresight(model, 9.0), thresholds=[CLOSED, 0.5]
+    )
+    monkeypatch.setattr(SegmentedTrunk, "features", lambda *_: pytest.fail("computed"))
+    assert all(int(found["exit_index"]) == 2 for found in model(images))
+
+
+def test_training_does_not_run_the_trunk_on_small_copies(images, targets, monkeypatch):
+    """Their statistics would go into BatchNorm."""
+    model = glancing().train()
+    monkeypatch.setattr(SegmentedTrunk, "features", lambda *_: pytest.fail("computed"))
+    losses = model(images, targets)
+    assert not any("glance" in key for key in losses)
+
+
+def test_glances_come_first_and_grow():
+    detector = small_model().eval()
+    glance, branch = Exit(12, "empty", pixels=64), Exit(8, "light")
+    with pytest.raises(EarlyExitError, match="expected increasing sides, and glances before other exits"):
+        EarlyExitSSDLite(detector, exits=(branch, glance), classes=detector.classes)
+    with pytest.raises(EarlyExitError, match="increasing trunk layers from 1 to 15"):
+        EarlyExitSSDLite(detector, exits=(Exit(16, "empty", pixels=64),), classes=detector.classes)

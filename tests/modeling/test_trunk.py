@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from earlyexit_ssd.modeling.trunk import SegmentedTrunk, TrunkState
+from earlyexit_ssd.modeling.trunk import SegmentedTrunk, TrunkState, small_copy
 from tests.modeling.conftest import small_model
 
 
@@ -38,3 +38,18 @@ def test_selected_images_go_on_alone():
     kept = state.select(torch.tensor([True, False, True]))
     assert kept.x.flatten().tolist() == [0, 2]
     assert kept.finest.flatten().tolist() == [0, 4]
+
+
+def test_features_of_a_layer_are_those_of_the_segment_that_ends_there():
+    backbone = small_model().backbone.eval()
+    x = torch.rand(1, 3, 64, 64)
+    for layer in (8, 14):
+        trunk = SegmentedTrunk(backbone, (layer,))
+        assert torch.equal(trunk.features(x, layer), trunk.run(TrunkState(x), 0).x)
+
+
+def test_a_small_copy_has_means_over_whole_cells():
+    x = torch.arange(16.0).reshape(1, 1, 4, 4)
+    assert small_copy(x, 2).tolist() == [[[[2.5, 4.5], [10.5, 12.5]]]]
+    assert torch.equal(small_copy(x, 4), x)
+    assert small_copy(torch.full((2, 3, 10, 10), 0.25), 4).equal(torch.full((2, 3, 4, 4), 0.25))

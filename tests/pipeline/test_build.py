@@ -1,15 +1,19 @@
+import cv2
+import numpy as np
 import pytest
+import torch
 from torchvision.models import VGG16_Weights
 
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.errors import ConfigError, EarlyExitError
-from earlyexit_ssd.modeling import Exit
+from earlyexit_ssd.modeling import Architecture, Exit, save_model
 from earlyexit_ssd.pipeline import build
 from earlyexit_ssd.pipeline.build import (
     backbone_weights,
     build_architecture,
     build_device,
     build_exits,
+    build_model,
     build_router,
     evaluation_device,
 )
@@ -72,3 +76,30 @@ def test_imagenet_weights_are_those_of_the_detector():
     assert backbone_weights(cfg) is VGG16_Weights.IMAGENET1K_FEATURES
     with pytest.raises(ConfigError, match="MODEL.WEIGHTS_BACKBONE is 'IMAGENET1K_V9', expected one of IMAGENET1K_V1"):
         backbone_weights(load_config(None, ["MODEL.WEIGHTS_BACKBONE", "IMAGENET1K_V9"]))
+
+
+def test_a_compact_head_looks_at_photos_of_train_without_boxes(tmp_path, monkeypatch):
+    """Of a model that says background 0.1, couch 0.4, chair 0.2, bench 0.2, bed 0.1 everywhere."""
+    source = Architecture(classes=("couch", "chair", "bench", "bed"), image_size=96, width=0.25, exit_layers=(8,))
+    model = source.build()
+    with torch.no_grad():
+        for block in model.head.classification_head.module_list:
+            block[1].weight.zero_()
+            block[1].bias.copy_(torch.tensor([0.1, 0.4, 0.2, 0.2, 0.1]).log().repeat(6))
+    save_model(tmp_path / "model.pth", model)
+    (tmp_path / "street").mkdir()
+    for number in range(4):
+        cv2.imwrite(str(tmp_path / "street" / f"{number}.png"), np.full((40, 60, 3), 40 * number, np.uint8))
+    keys = ["DATA.ROOT", str(tmp_path), "DATA.DATASETS", '[["street", "", "street"]]', "DATA.TRAIN", "[street]"]
+    keys += ["DATA.WORKERS", "0", "MODEL.WEIGHTS", str(tmp_path / "model.pth"), "MODEL.IMAGE_SIZE", "96"]
+    keys += ["MODEL.WIDTH", "0.25", "MODEL.FOLD", "compact", "MODEL.COMPACT_TOLERANCE", "0.05"]
+    monkeypatch.setattr(build, "COMPARED_PHOTOS", 3)
+    seen = []
+    monkeypatch.setattr(build, "progress", lambda loader, _: seen.extend(loader) or seen)
+    found, architecture = build_model(load_config(None, keys), ("chair",))
+    assert [list(images[0].shape) for images, _ in seen] == [[3, 40, 60]] * 3
+    assert architecture.competing == ("couch", "bench") and found.classes == ("chair",)
+    assert [branch.head.classification_head.num_columns for branch in found.branches.values()] == [4, 4]
+    monkeypatch.setattr(build, "load_dataset", lambda *_, **__: pytest.fail("no photo is needed"))
+    _, architecture = build_model(load_config(None, keys), source.classes)
+    assert architecture.head_outputs == 0

@@ -46,18 +46,26 @@ def node_kinds(graph) -> set[str]:
     return kinds
 
 
-@pytest.mark.parametrize("empty", [(4, 8), (8,), (4, 8, 12)])
-def test_exits_without_a_branch_answer_with_nothing(tmp_path, paths, empty):
-    model = build_model(exit_layers=(4, 8, 12), empty=empty)
+@pytest.mark.parametrize(
+    "exits",
+    [
+        {"exit_layers": (4, 8), "empty": (4, 8)},
+        {"exit_layers": (4, 8), "empty": (8,)},
+        {"exit_layers": (8,), "glances": ((32, 12), (64, 8))},
+    ],
+)
+def test_exits_without_a_branch_and_glances_answer_with_nothing(tmp_path, paths, exits):
+    model = build_model(**exits)
+    last = model.num_early_exits
     model.router = foresight(model, 0.5)
     exported = export_detector(model, tmp_path / "detector.onnx", photos=paths)
-    assert (exported.photos, exported.borderline) == (6, 0) and exported.size == exported.path.stat().st_size
+    assert exported.photos == 6 and exported.size == exported.path.stat().st_size
     predictor, photo = Predictor(exported.path), np.asarray(Image.open(paths[0]))
     for index, name in enumerate(predictor.exit_names):
-        predictor._thresholds[:] = [0.0 if place >= index else 2.0 for place in range(3)]
+        predictor._thresholds[:] = [0.0 if place >= index else 2.0 for place in range(last)]
         found = predictor(photo)
         assert found.exit_name == name and found.boxes.shape == (len(found), 4)
-        assert (len(found) == 0) == (index < 3 and model.empty[index])
+        assert (len(found) == 0) == (index < last and model.empty[index])
 
 
 def test_batch_norm_is_folded_and_closed_exits_are_left_out(tmp_path, paths, onnx_file, model):
@@ -92,7 +100,7 @@ def test_least_scores_by_class_go_along(tmp_path, paths, model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"nms_thresh": 0.3}, "detections at .* are not the model's: (cat|dog) 0"),
+        ({"nms_thresh": 0.3}, "detections at .* are not the model's: (cat|dog) [01]"),
         ({"mean": (0.6, 0.5, 0.5)}, "not the model's|leaves at"),
         ({"box_weights": (11.0, 10.0, 5.0, 5.0)}, "not the model's"),
         ({"thresholds": np.float32([0.0, 0.0])}, r"the file leaves at exit8, the model at \w+ \(confidence"),

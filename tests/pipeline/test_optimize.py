@@ -1,0 +1,60 @@
+"""What a search ships, and its words."""
+
+from __future__ import annotations
+
+import pytest
+
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.pipeline.optimize import Candidate, Goal, choose_candidate, describe
+
+
+def candidate(name, speedup, lost, holds, ms=None):
+    return Candidate(name, 320, "as it is", lost=lost, holds=holds, ms=ms or 10 / speedup, speedup=speedup)
+
+
+BASE = candidate("base", 1.0, 0.0, True)
+SAFE = candidate("safe", 1.5, 0.002, True)
+FAST = candidate("fast", 2.0, 0.009, True)
+BOLD = candidate("bold", 3.0, 0.03, False)
+SLOW = candidate("slow", 0.9, 0.0, True)
+
+
+@pytest.mark.parametrize(
+    ("goal", "expected"),
+    [
+        (Goal(), FAST),  # the fastest that holds the budget
+        (Goal(speedup=1.2), FAST),
+        (Goal(speedup=2.5), BOLD),  # none that holds is so fast: the least loss among those that are
+        (Goal(ms=4.0), BOLD),
+        (Goal(speedup=9.0), FAST),  # nothing is so fast
+    ],
+)
+def test_the_fastest_that_holds_the_budget_is_chosen(goal, expected):
+    assert choose_candidate([BASE, SLOW, SAFE, FAST, BOLD], goal) == expected
+
+
+def test_nothing_is_chosen_where_nothing_is_faster():
+    assert choose_candidate([BASE, SLOW, candidate("undefined", 2.0, None, False)], Goal()) is None
+    assert choose_candidate([BASE, BOLD], Goal()) is None
+
+
+def test_candidates_in_words():
+    assert describe(320, "as it is", (), 320) == "the detector as it is"
+    words = describe(256, "compact", ("glance96", "exit8"), 320)
+    assert words == "256 px, compact head, glance at 96 px, exit8"
+    found = Candidate("x", 256, "compact", lost=0.0061, objects=22, objects_kept=21, ms=5.0, speedup=2.8)
+    assert str(found) == "x: 2.80 times as fast, 0.006 AP50 lost, 21 of 22 objects kept"
+    assert Candidate.from_json(found.to_json()) == found or found.exits == ()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"ap_drop": 2.0}, r"ap_drop is 2, expected a number in \[0, 1\]"),
+        ({"speedup": 0.0}, "speedup is 0, expected a number above 0"),
+        ({"minutes": -1.0}, "minutes is -1, expected a number above 0"),
+    ],
+)
+def test_an_impossible_goal_is_one_line(values, message):
+    with pytest.raises(EarlyExitError, match=message):
+        Goal(**values)

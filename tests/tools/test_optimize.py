@@ -1,0 +1,56 @@
+import json
+
+import pytest
+
+from earlyexit_ssd import EarlyExitSSDLite
+from earlyexit_ssd.modeling import load_model
+from tools import optimize
+
+DETECTS = "earlyexit_ssd.pipeline.calibrate.DETECTS_AP50"
+FAST = ("EVAL.RIVALS.SIZES", "[96]", "EXITS.GLANCES", "[[32, 12]]")
+
+
+def command(trained, out, *flags):
+    root, arguments = trained
+    weights = ["--weights", str(root / "run" / "model.pth")]
+    return [*arguments, *weights, "--out", str(out), "--runtime", "eager", *flags]
+
+
+def test_what_is_found_is_written_and_gone_on_with(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(DETECTS, 0.0)  # what was trained for seconds does not
+    out = tmp_path / "found"
+    assert optimize.main([*command(trained, out, "--ap-drop", "1.0", "--budget-minutes", "0.0001"), *FAST]) == 0
+    first = json.loads((out / "candidates.json").read_text())["candidates"]
+    assert len(first) <= 1  # the time was over before it began
+    assert optimize.main([*command(trained, out, "--ap-drop", "1.0"), *FAST]) == 0
+    found = json.loads((out / "optimize.json").read_text())
+    names = [one["name"] for one in found["candidates"]]
+    assert names[0] == "the detector as it is" and "96 px" in names
+    assert found["base"]["speedup"] == pytest.approx(1, abs=0.9) and found["base"]["lost"] == 0
+    chosen = found["chosen"]
+    assert chosen["speedup"] == max(one["speedup"] for one in found["candidates"] if one["holds"])
+    assert found["test"]["photos"] == 8
+    printed = capsys.readouterr().out
+    assert found["summary"] in printed and found["summary"] == (out / "summary.txt").read_text().strip()
+    assert (out / "candidates.png").stat().st_size > 0
+    model, architecture, info = load_model(out / "model.pth")
+    assert architecture.image_size == chosen["image_size"]
+    assert list(model.exit_names[:-1]) == chosen["exits"]
+    if chosen["exits"]:
+        assert info["certificate"]["target"]["value"] == 1.0
+    assert EarlyExitSSDLite.from_pretrained(out / "model.pth").exit_names == model.exit_names
+    metrics = json.loads((out / "test" / "metrics.json").read_text())
+    assert metrics["routed"]["AP50"] == found["test"]["AP50"]
+
+
+def test_where_nothing_holds_the_detector_as_it_is_stays(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("earlyexit_ssd.pipeline.optimize.choose_candidate", lambda *_: None)
+    out = tmp_path / "nothing"
+    assert optimize.main([*command(trained, out, "--budget-minutes", "0.0001"), *FAST]) == 0
+    assert "ship the detector as it is" in capsys.readouterr().out
+    assert json.loads((out / "optimize.json").read_text())["ship"] is False
+
+
+def test_mistakes_are_one_line(trained, tmp_path, capsys):
+    assert optimize.main(command(trained, tmp_path / "x", "--ap-drop", "2")) == 2
+    assert "ap_drop is 2, expected a number in [0, 1]" in capsys.readouterr().err
