@@ -323,8 +323,13 @@ def predict(args: argparse.Namespace) -> None:
             raise EarlyExitError(f"{args.weights} is exported; --config and --all-exits are for a model.pth")
         detector = open_predictor(args.weights, args.runtime, args.threads or 1, args.score)
     else:
-        import torch
-
+        try:
+            import torch
+        except ImportError:
+            raise EarlyExitError(
+                f"{args.weights} runs in PyTorch, which is not installed; name an exported detector with --weights, as "
+                "earlyexit export writes it"
+            ) from None
         from earlyexit_ssd.config import load_config
         from earlyexit_ssd.pipeline.predictor import open_torch_predictor
 

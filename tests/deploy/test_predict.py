@@ -277,3 +277,6 @@ def test_the_command_runs_without_all_that_only_training_needs(tmp_path, onnx_fi
     assert result.returncode == 0, result.stderr
     assert f"{second}: repeated, " in result.stdout  # the same photo under another name
     assert len(os.listdir(tmp_path / "out")) == 5
+    command = [sys.executable, "-c", TORCHLESS, "predict", first]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and "voc_animals runs in PyTorch, which is not installed" in result.stderr
