@@ -16,9 +16,6 @@ from earlyexit_ssd.progress import progress
 def read_photo_folder(name: str, folder: Path, problems: Problems) -> RawDataset:
     """Every photo in ``folder`` and the folders in it, in the order of their paths; hidden files are left out.
 
-    Args:
-        problems: takes what is wrong with single photos.
-
     Raises:
         DataError: not a folder, no photo there, or (mode "refuse") one that cannot be read.
     """
@@ -30,19 +27,17 @@ def read_photo_folder(name: str, folder: Path, problems: Problems) -> RawDataset
     records = []
     for number, path in enumerate(progress(paths, desc=f"read {name}"), start=1):
         try:
-            width, height = read_header(path).size
+            records.append(Record(number, path, *read_header(path).size))
         except DataError as error:
             problems.add("unreadable photo file", str(error), number)
-            continue
-        records.append(Record(number, path, width, height))
     for path in others:
         problems.note("file of another kind", str(path))
     return RawDataset(name, (), tuple(records), open_classes=True, labelled=False)
 
 
-@register_format("photos", lambda annotations, path: not annotations)
-def _read_entry(name: str, annotations: Path, folder: Path, problems: Problems, allow_outside: bool) -> RawDataset:
-    return read_photo_folder(name, folder, problems)
+register_format("photos", lambda annotations, path: not annotations)(
+    lambda name, annotations, folder, problems, allow_outside: read_photo_folder(name, folder, problems)
+)
 
 
 def photo_path(folder: Path, name: str, allow_outside: bool) -> Path | None:

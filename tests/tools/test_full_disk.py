@@ -41,7 +41,7 @@ def test_tools(trained, tmp_path, capsys, small_files, tool, more, size):
 
 
 def test_predict(tmp_path, data_root, trained, capsys, small_files):
-    photo = next((data_root / "synthetic_chairs" / "test").iterdir())
+    photo = next((data_root / "synthetic_chairs").glob("*/test/*.jpg"))
     weights = str(trained[0] / "run" / "model.pth")
     with small_files(100):
         assert predict.main([str(photo), "--weights", weights, "--out", str(tmp_path / "out")]) == 2
