@@ -241,3 +241,6 @@ def test_bounds_are_called_alike():
     assert list(BOUNDS) == ["hoeffding_bentkus", "betting"]
     for p_value in BOUNDS.values():
         assert list(inspect.signature(p_value).parameters)[:2] == ["losses", "epsilon"]
+
+
+# routing.test_certify.

@@ -7,12 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from earlyexit_ssd.bounds import (
-    BOUNDS,
-    fixed_sequence_test,
-    photos_needed,
-    upper_bound,
-)
+from earlyexit_ssd.bounds import BOUNDS, fixed_sequence_test, photos_needed, upper_bound
 from earlyexit_ssd.calibration.thresholds import Grid, choose, pareto_path, threshold_grid
 from earlyexit_ssd.config import CLOSED
 
@@ -22,12 +17,10 @@ LONGEST_PATH = 80
 
 @dataclass(frozen=True)
 class Certified:
-    """The cheapest thresholds that passed.
+    """The cheapest thresholds that passed: of step ``step`` of the path, 0 is the closed one.
 
     Attributes:
-        step: the path's step that was chosen; 0 is the closed one.
-        thresholds: per early exit; choice: exit of every calibration photo, [n].
-        loss: mean over them, or over their groups.
+        thresholds: per early exit; choice: exit of every calibration photo, [n]; loss: mean over them or their groups.
         bound: upper confidence bound of the expected loss at level delta, were this the only step.
         passed: steps of the path that passed, the closed one not counted.
         photos_needed: where none passed, how many calibration photos (or groups) would certify the first open step if
@@ -57,7 +50,7 @@ def safe_to_bold(
     Args:
         confidences: per early exit [m]; losses: [m, exits].
         costs: thresholds [M, early exits] to the exits' costs with them [M, exits].
-        grid: the combinations to choose from; by default all that `threshold_grid` makes.
+        grid: the combinations to choose from; by default all of `threshold_grid`.
     """
     grid = grid or threshold_grid(confidences)
     path = pareto_path(grid.mean(losses), grid.mean_cost(costs(grid.thresholds)))
@@ -103,12 +96,6 @@ def certify(
     passed = fixed_sequence_test((p_value(risk, epsilon) for risk in risks[1:]), delta)  # step 0 is the full path
     needed = photos_needed(risks[1], epsilon, delta, p_value) if passed == 0 and len(path) > 1 else None
     chosen = min(range(passed + 1), key=lambda step: costs[step][choices[step]].mean())
-    return Certified(
-        step=chosen,
-        thresholds=tuple(float(value) for value in path[chosen]),
-        choice=choices[chosen],
-        loss=float(risks[chosen].mean()),
-        bound=0.0 if chosen == 0 else upper_bound(risks[chosen], delta, p_value),
-        passed=passed,
-        photos_needed=needed,
-    )
+    certain = 0.0 if chosen == 0 else upper_bound(risks[chosen], delta, p_value)
+    thresholds, loss = tuple(float(value) for value in path[chosen]), float(risks[chosen].mean())
+    return Certified(chosen, thresholds, choices[chosen], loss, certain, passed, needed)

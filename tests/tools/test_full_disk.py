@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import routing_policies
 from tests.tools.conftest import final_weights
-from tools import calibrate, eval_exits, plan_exits, predict, train_net
+from tools import calibrate, eval_exits, predict, train_net
 
 
 def the_error(capsys) -> str:
@@ -31,7 +31,6 @@ def test_a_run_that_found_no_room_goes_on(tiny, trained, tmp_path, capsys, small
         (eval_exits, []),
         (calibrate, ["--speedup", "1.0001", "CALIBRATION.COST", "mmacs"]),
         (routing_policies, ["--policies", "margin"]),
-        (plan_exits, ["--layers", "8"]),
     ],
 )
 def test_tools(trained, tmp_path, capsys, small_files, tool, more, size):
