@@ -33,7 +33,8 @@ OUTPUTS = {
 }
 
 LARGE = 1_300_000
-"""Pixels from which fetching the pixels that a resize looks at is cheaper than converting the whole photo."""
+"""Pixels of a photo, where fetching what a resize looks at gets cheaper than converting the whole in ONNX Runtime. In
+OpenVINO it always is."""
 LOG_LIMIT = math.log(1000.0 / 16)
 """Of a box's side against its default box's, as torchvision's ``BoxCoder`` limits it."""
 
@@ -71,6 +72,7 @@ class Contract:
         nms_thresh: IoU above which the less sure box of a class is dropped.
         topk_candidates: boxes of a class that are looked at, the surest ones.
         detections_per_img: at most.
+        large: pixels of a photo above which only those are converted that the resize looks at.
     """
 
     size: tuple[int, int]
@@ -83,6 +85,7 @@ class Contract:
     nms_thresh: float
     topk_candidates: int
     detections_per_img: int
+    large: int = LARGE
 
 
 class Scope:
@@ -106,6 +109,11 @@ class Scope:
         name = f"constant_{next(self.numbers)}"
         self.constants.append(numpy_helper.from_array(np.asarray(value, dtype), name))
         return name
+
+    def zeros(self, shape: Sequence[int], kind: int) -> str:
+        """The name of zeros; OpenVINO forgets the shape of a constant that has no value."""
+        zero = helper.make_tensor("zero", kind, [1], [0])
+        return self("ConstantOfShape", self.constant(shape, np.int64), value=zero)
 
     def many(self, count: int, kind: str, *inputs: str, **attributes: Any) -> list[str]:
         """Add a node; the names of its outputs."""
@@ -296,9 +304,9 @@ def _answer(
     leaves, stay, go_on = _leaves(scope, segment, found), scope.inside(), scope.inside()
     kinds = list(OUTPUTS.values())
     nothing = [
-        stay.constant(np.zeros((0, 4))),
-        stay.constant(np.zeros(0), np.int64),
-        stay.constant(np.zeros(0)),
+        stay.zeros([0, 4], TensorProto.FLOAT),
+        stay.zeros([0], TensorProto.INT64),
+        stay.zeros([0], TensorProto.FLOAT),
         stay.constant(segment.index, np.int64),
         stay("Squeeze", found[CONFIDENCE]),
     ]
@@ -349,37 +357,43 @@ def _state(found: Mapping[str, str]) -> dict[str, str]:
 
 
 def normalised(scope: Scope, image: str, size: str, contract: Contract) -> str:
-    """uint8 [H, W, 3] and its ``size`` (H, W) to float32 [1, 3, *contract.size], bilinear without antialiasing.
-
-    A small photo is converted and resized as a whole. Of a large one, the four pixels around each point are fetched
-    first: a resize looks at no others.
-    """
+    """uint8 [H, W, 3] and its ``size`` (H, W) to float32 [1, 3, *contract.size], bilinear without antialiasing."""
     mean, std = np.asarray(contract.mean, np.float64), np.asarray(contract.std, np.float64)
     scale, shift = (values.reshape(1, 3, 1, 1) for values in (1 / (255 * std), -mean / std))
-    height, width = contract.size
-    large, small = scope.inside(), scope.inside()
-    is_large = scope("Greater", scope("ReduceProd", size, keepdims=0), scope.constant(LARGE, np.int64))
-
-    pixels = small("Transpose", small("Cast", image, to=TensorProto.FLOAT), perm=[2, 0, 1])
-    pixels = small("Unsqueeze", pixels, small.constant([0], np.int64))
-    target = small.constant([1, 3, height, width], np.int64)
-    resized = small("Resize", pixels, "", "", target, mode="linear", coordinate_transformation_mode="half_pixel")
-
-    top, bottom, down = _neighbours(large, size, 0, height)
-    left, right, across = _neighbours(large, size, 1, width)
-    rows = large("Gather", image, large("Concat", top, bottom, axis=0), axis=0)
-    corners = large("Gather", rows, large("Concat", left, right, axis=0), axis=1)
-    halves = large.many(2, "Split", large("Cast", corners, to=TensorProto.FLOAT), axis=0)
-    between = _between(large, *halves, large("Reshape", down, large.constant([height, 1, 1], np.int64)))
-    halves = large.many(2, "Split", between, axis=1)
-    between = _between(large, *halves, large("Reshape", across, large.constant([1, width, 1], np.int64)))
-    fetched = large("Transpose", between, perm=[2, 0, 1])
-    fetched = large("Unsqueeze", fetched, large.constant([0], np.int64))
-
-    shape = [1, 3, height, width]
-    branches = [Answer(one, [(name, TensorProto.FLOAT, shape)]) for one, name in ((large, fetched), (small, resized))]
-    (x,) = scope.either(is_large, *branches)
+    if contract.large == 0:
+        x = _fetched(scope, image, size, contract)
+    else:
+        large, small = scope.inside(), scope.inside()
+        is_large = scope("Greater", scope("ReduceProd", size, keepdims=0), scope.constant(contract.large, np.int64))
+        pairs = ((large, _fetched(large, image, size, contract)), (small, _resized(small, image, contract)))
+        (x,) = scope.either(
+            is_large, *(Answer(one, [(name, TensorProto.FLOAT, [1, 3, *contract.size])]) for one, name in pairs)
+        )
     return scope("Add", scope("Mul", x, scope.constant(scale)), scope.constant(shift))
+
+
+def _resized(scope: Scope, image: str, contract: Contract) -> str:
+    """The whole photo is converted and resized."""
+    pixels = scope("Transpose", scope("Cast", image, to=TensorProto.FLOAT), perm=[2, 0, 1])
+    pixels = scope("Unsqueeze", pixels, scope.constant([0], np.int64))
+    target = scope.constant([1, 3, *contract.size], np.int64)
+    return scope("Resize", pixels, "", "", target, mode="linear", coordinate_transformation_mode="half_pixel")
+
+
+def _fetched(scope: Scope, image: str, size: str, contract: Contract) -> str:
+    """The four pixels around each point are fetched first: a resize looks at no others."""
+    height, width = contract.size
+    top, bottom, down = _neighbours(scope, size, 0, height)
+    left, right, across = _neighbours(scope, size, 1, width)
+    down = scope("Reshape", down, scope.constant([height, 1, 1], np.int64))
+    across = scope("Reshape", across, scope.constant([1, width, 1], np.int64))
+    rows = []
+    for row in (top, bottom):
+        row = scope("Gather", image, row, axis=0)
+        ends = [scope("Gather", row, end, axis=1) for end in (left, right)]
+        rows.append(_between(scope, *(scope("Cast", end, to=TensorProto.FLOAT) for end in ends), across))
+    pixels = scope("Transpose", _between(scope, *rows, down), perm=[2, 0, 1])
+    return scope("Unsqueeze", pixels, scope.constant([0], np.int64))
 
 
 def _neighbours(scope: Scope, size: str, axis: int, count: int) -> tuple[str, str, str]:
@@ -435,7 +449,8 @@ def detections(scope: Scope, cls_logits: str, bbox_regression: str, size: str, c
     photo = scope("Gather", scope("Cast", size, to=TensorProto.FLOAT), scope.constant([1, 0, 1, 0], np.int64))
     height, width = contract.size
     ratio = scope("Div", photo, scope.constant([width, height, width, height]))
-    return [scope("Mul", found, ratio), labels, ordered]
+    found = scope("Reshape", scope("Mul", found, ratio), scope.constant([-1, 4], np.int64))  # OpenVINO asks for a rank
+    return [found, labels, ordered]
 
 
 def _surest(scope: Scope, scores: str, candidates: str, contract: Contract) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import json
 import os
@@ -60,8 +61,8 @@ RENDERED, RAW = 8, 4
 LOGITS, BOXES, SCORES = 1e-4, 0.1, 1e-3
 """Largest differences from the model: of the heads' outputs (or of this share of the largest), of boxes in pixels of
 the photo, and of scores."""
-NEAR, NEAR_OVERLAP = 1e-5, 1e-4
-"""How near its threshold a confidence or a score, or the IoU of two boxes, may fall on its other side."""
+NEAR_CONFIDENCE, NEAR = 1e-5, 1e-4
+"""How near its threshold a confidence, or a score and the IoU of two boxes, may fall on its other side."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Exported:
         path: of the file, or of the folder of staged files; size: bytes of all of it.
         photos: compared; detections: of the model in them.
         borderline: photos that took another exit since their confidence is within 1e-5 of a threshold, or lost or won
-            a detection that is as near to a least score, the overlap of a suppression, or the last place.
+            a detection that is within 1e-4 of a least score, the overlap of a suppression, or the last place.
         runtime: what `Predictor` takes beside the path.
     """
 
@@ -313,9 +314,10 @@ def _metadata(model: EarlyExitDetector) -> dict[str, str]:
 # The three ways of writing them.
 
 
-def _write_onnx(parts: _Parts, path: Path, required: bool = False) -> None:
-    whole = put_together([segment for _, segment in parts.segments], parts.contract, parts.metadata)
-    path.write_bytes((required_inputs(whole) if required else whole).SerializeToString())
+def _write_onnx(parts: _Parts, path: Path, for_openvino: bool = False) -> None:
+    contract = dataclasses.replace(parts.contract, large=0) if for_openvino else parts.contract
+    whole = put_together([segment for _, segment in parts.segments], contract, parts.metadata)
+    path.write_bytes((required_inputs(whole) if for_openvino else whole).SerializeToString())
 
 
 def _write_staged(parts: _Parts, folder: Path) -> None:
@@ -332,7 +334,7 @@ def _write_staged(parts: _Parts, folder: Path) -> None:
 
 def _write_openvino(parts: _Parts, path: Path) -> None:
     openvino = package("openvino")
-    _write_onnx(parts, path.with_suffix(".onnx"), required=True)
+    _write_onnx(parts, path.with_suffix(".onnx"), for_openvino=True)
     try:
         model = openvino.Core().read_model(path.with_suffix(".onnx"))
         openvino.save_model(model, path, compress_to_fp16=False)
@@ -407,7 +409,7 @@ def _is_same(model: EarlyExitDetector, photo: np.ndarray, expected: dict[str, Te
         first = min(index, found.exit_index)
         confidence = float(model.router.confidence(model.exit_outputs([as_tensor(photo)]).signals(first), first))
         threshold = float(model.router.thresholds[first])
-        if abs(confidence - threshold) <= NEAR:
+        if abs(confidence - threshold) <= NEAR_CONFIDENCE:
             return False
         raise EarlyExitError(
             f"the file leaves at {found.exit_name}, the model at {model.exit_names[index]} (confidence "
@@ -469,9 +471,7 @@ def _unexplained(
         known.append(bool((np.maximum(*far) <= 1).any()))
         overlaps = _overlaps(box[None], shown[0][shown[1] == label])[0]
         borders = np.array([score - floors[label - 1], score - last])
-        explained.append(
-            bool((np.abs(borders) <= NEAR).any() or (np.abs(overlaps - model.nms_thresh) <= NEAR_OVERLAP).any())
-        )
+        explained.append(bool((np.abs(borders) <= NEAR).any() or (np.abs(overlaps - model.nms_thresh) <= NEAR).any()))
     together = (_overlaps(alone[0], alone[0]) > model.nms_thresh) & (alone[1][:, None] == alone[1])
     np.fill_diagonal(together, False)
     ties = together & (np.abs(alone[2][:, None] - alone[2]) <= NEAR)

@@ -165,11 +165,16 @@ def test_a_folder_of_staged_files_replaces_an_earlier_one_and_nothing_else(tmp_p
     assert {path.name for path in tmp_path.iterdir()} == {"mine", "staged"}
 
 
-def test_openvino_s_own_format(tmp_path, paths, model):
+@pytest.mark.parametrize("nested", [False, True])
+def test_openvino_s_own_format(tmp_path, paths, model, nested):
     pytest.importorskip("openvino")
+    if nested:
+        model = build_model(exit_layers=(8,), glances=((32, 12),))
+        model.router = foresight(model, (0.5, 0.5))
     exported = export_detector(model, tmp_path / "detector.xml", "openvino", paths)
     assert {path.name for path in tmp_path.iterdir()} == {"detector.xml", "detector.bin"}
-    predictor = Predictor(exported.path, "openvino", thresholds={"exit8": 0.0}, score_thresh={"cat": 0.9})
+    thresholds = dict.fromkeys(model.exit_names[:-1], 2.0) | {"exit8": 0.0}
+    predictor = Predictor(exported.path, "openvino", thresholds=thresholds, score_thresh={"cat": 0.9})
     found = predictor(np.asarray(Image.open(paths[0])))
     assert found.exit_name == "exit8" and predictor.classes == ("cat", "dog")
 
