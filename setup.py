@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-DEPLOY = ["onnx", "onnxruntime"]
+RUNTIME = ["numpy", "onnxruntime", "pillow"]
 
 setup(
     name="earlyexit_ssd",
@@ -23,6 +23,8 @@ setup(
         "torch",
         "torchvision>=0.21,<0.30",
         "numpy",
+        "onnx",
+        "onnxruntime",
         "scipy",
         "pillow>=10.1",
         "pycocotools>=2.0.7",
@@ -35,8 +37,8 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "deploy": DEPLOY,
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", *DEPLOY],
+        "runtime": RUNTIME,  # all that earlyexit_ssd.deploy needs, with pip install --no-deps (docs/deploy.md)
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff"],
         "docs": ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27,<2"],
     },
 )

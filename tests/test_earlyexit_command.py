@@ -18,14 +18,15 @@ SCRIPTS = {
     "evaluate": "eval_exits",
     "calibrate": "calibrate",
     "optimize": "optimize",
-    "demo": "demo",
+    "predict": "predict",
+    "export": "export",
 }
 HELP = """
 import resource, sys
 from earlyexit_command import COMMANDS, main
-from tools import calibrate, demo, eval_exits, export_weights, optimize, train_net
+from tools import calibrate, eval_exits, export, export_weights, optimize, predict, train_net
 
-scripts = [tool.main for tool in (calibrate, demo, eval_exits, export_weights, optimize, train_net)]
+scripts = [tool.main for tool in (calibrate, eval_exits, export, export_weights, optimize, predict, train_net)]
 commands = [lambda words, name=name: main([name, *words]) for name in COMMANDS]
 for command in [main, *scripts, *commands]:
     try:
@@ -43,8 +44,8 @@ print("seconds:", usage.ru_utime + usage.ru_stime)
 def test_every_help_is_there_at_once():
     result = subprocess.run([sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("examples") >= 12
-    assert float(result.stdout.split()[-1]) < 2  # all twelve together
+    assert result.stdout.count("examples") >= 14
+    assert float(result.stdout.split()[-1]) < 2  # all fourteen together
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -30,7 +30,7 @@ RUNTIME_TITLES = {EAGER: "eager PyTorch", ONNX_RUNTIME: "ONNX Runtime"}
 
 
 def deploy_package(name: str) -> ModuleType:
-    """A package of the extra ``deploy``: onnx or onnxruntime.
+    """The package onnx or onnxruntime.
 
     Raises:
         EarlyExitError: it is not installed.
@@ -42,7 +42,7 @@ def deploy_package(name: str) -> ModuleType:
 
 
 def runtime_installed() -> bool:
-    """Whether the packages of the extra ``deploy`` are there; nothing is imported."""
+    """Whether the packages onnx and onnxruntime are there; nothing is imported."""
     return all(importlib.util.find_spec(name) is not None for name in ("onnx", "onnxruntime"))
 
 
