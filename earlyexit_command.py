@@ -81,18 +81,6 @@ examples:
 The calib split (DATA.CALIB) decides, TRAIN fits what has to be fitted, TEST is looked at once, at the end. A search
 that was stopped goes on where it was. docs/choosing.md says what to expect.
 """
-PLAN_EXAMPLES = """
-examples:
-  %(prog)s --config configs/voc_animals.yaml --speedup 1.5
-      cost of an exit behind every layer and what it can save, in minutes; no photo is read (with MODEL.WEIGHTS "" not
-      even weights)
-  %(prog)s --config configs/voc_animals.yaml --layers 4 6 8 10 12 --probe-epochs 3
-      train probe branches too (minutes, on cached taps) and propose one or two exits
-  %(prog)s --config configs/voc_animals.yaml --speedup 1.5 EVAL.RUNTIME onnxruntime
-      the same in ONNX Runtime, where you will run it
-
-The probes are judged on the calib split (DATA.CALIB). Configurations may leave EXITS.LAYERS as it is.
-"""
 DEMO_EXAMPLES = f"""
 examples:
   %(prog)s dog.jpg street.png
@@ -108,20 +96,6 @@ Shipped weights: {", ".join(SHIPPED)}; what they are worth: docs/model_zoo.md
 exit codes: 0 done, 2 some photo could not be read (the others are done)
 """
 EXPORT_EXAMPLES = """
-examples, in this order:
-  %(prog)s output/chair/model.pth --name chair --config configs/chair.yaml
-      writes chair.pth and chair.json into earlyexit_ssd/weights; the routing is the configuration's
-  earlyexit evaluate --config configs/chair.yaml --weights earlyexit_ssd/weights/chair.pth \\
-      --out docs/results/zoo_chair_coco DATA.TEST "[coco_2017_val]"
-      measures these very weights, once for each test set
-  %(prog)s output/chair/model.pth --name chair --config configs/chair.yaml \\
-      --metrics docs/results/zoo_chair_*/metrics.json
-      the same weights to the byte, and the figures in chair.json
-  python -m earlyexit_ssd.report.tables docs/model_zoo.md
-      writes the tables of the model zoo anew
-"""
-
-DEPLOY_EXAMPLES = """
 examples:
   %(prog)s output/chair/model.pth --out chair.onnx
       one file from photo to detections, routed as calibrated; held against the model on rendered photos first
@@ -211,25 +185,6 @@ def calibrate(args: argparse.Namespace) -> None:
     print(f"results: {out}/ (model.pth, which routes so; certificate.json, calibration.txt, reliability.png)")
 
 
-def plan_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config(parser, "of a training to come")
-    parser.add_argument("--layers", type=int, nargs="+", help="trunk layers to look at; 1 to 12")
-    parser.add_argument("--speedup", type=float, default=2.0, help="wanted, against the detector without exits; 2.0")
-    parser.add_argument("--probe-epochs", type=int, default=0, help="epochs of the probe branches; 0 trains none")
-    parser.add_argument("--out", help="folder of the results; OUTPUT_DIR/placement by default")
-
-
-def plan(args: argparse.Namespace) -> None:
-    from earlyexit_ssd.config import load_config
-    from earlyexit_ssd.pipeline.plan import ALL_LAYERS, plan_exits
-    from earlyexit_ssd.report.charts import placement_report
-
-    cfg = load_config(args.config, args.overrides)
-    out = Path(args.out or Path(cfg.OUTPUT_DIR) / "placement")
-    print(placement_report(plan_exits(cfg, out, args.layers or ALL_LAYERS, args.speedup, args.probe_epochs)))
-    print(f"\nresults: {out}/ (placement.json, table, chart)")
-
-
 def optimize_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, "that names the detector (MODEL.WEIGHTS) and the splits (DATA)")
     parser.add_argument("--weights", help="a model.pth to start from; by default the checkpoint MODEL.WEIGHTS")
@@ -287,7 +242,7 @@ def demo(args: argparse.Namespace) -> None:
         raise EarlyExitError(f"{failed} of {photos} photos could not be used, see above")
 
 
-def deploy_arguments(parser: argparse.ArgumentParser) -> None:
+def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=f"model.pth of a run, or shipped weights: {', '.join(SHIPPED)}")
     parser.add_argument("--out", required=True, help="file (.onnx, .xml) or, of staged files, folder to write")
     parser.add_argument("--format", default="onnx", choices=("onnx", "staged", "openvino"), help="onnx by default")
@@ -303,28 +258,6 @@ def export(args: argparse.Namespace) -> None:
     exported = export_detector(model, args.out, args.format, photo_paths(args.photos))
     print(exported)
     print(f"run it: from earlyexit_ssd.deploy import Predictor; Predictor({args.out!r}{exported.runtime})(photo)")
-
-
-def export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="model.pth of a finished run")
-    parser.add_argument("--name", required=True, help="what from_pretrained will call it, such as voc_animals")
-    parser.add_argument("--config", required=True, help="YAML file of the run; its ROUTING section is stored")
-    parser.add_argument("--metrics", nargs="+", default=[], help="metrics.json files measured with the shipped weights")
-    parser.add_argument("--recipe", help="command that trains it; by default earlyexit train with --config and --set")
-    parser.add_argument("--out", help="folder of the two files; the package's own by default")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="override keys of the configuration")
-
-
-def export_weights(args: argparse.Namespace) -> None:
-    from earlyexit_ssd.config import load_config
-    from earlyexit_ssd.modeling.checkpoint import FOLDER
-    from earlyexit_ssd.pipeline.ship import ship_weights
-
-    cfg = load_config(args.config, args.set)
-    recipe = args.recipe or " ".join(["earlyexit train --config", args.config, *args.set])
-    shipped = ship_weights(args.model, args.name, args.out or FOLDER, cfg, recipe, args.metrics)
-    print(f"{shipped.weights}: {shipped.size} bytes, sha256 {shipped.sha256}")
-    print(f"{shipped.description}: figures of {len(args.metrics)} test sets")
 
 
 @dataclass(frozen=True)
@@ -359,21 +292,13 @@ COMMANDS = {
         "Search what to ship: input size, head, glances and exits, as fast as it gets within an accuracy budget.",
         OPTIMIZE_EXAMPLES, optimize_arguments, optimize, after_a_stop="run it again: it goes on where it was",
     ),
-    "plan": Command(
-        "Say where exits can pay on this machine: cost, ceiling of the speed-up, and with probes the expected AP50.",
-        PLAN_EXAMPLES, plan_arguments, plan,
-    ),
     "demo": Command(
         "Detect on your own photos with weights that come with the package: what is found, and at which exit.",
         DEMO_EXAMPLES, demo_arguments, demo,
     ),
     "export": Command(
         "Write a detector with its routing as one file that ONNX Runtime or OpenVINO runs, without PyTorch.",
-        DEPLOY_EXAMPLES, deploy_arguments, export,
-    ),
-    "export-weights": Command(
-        "Make a trained model one that comes with the package: fp16 weights and their description, under 12 MB.",
-        EXPORT_EXAMPLES, export_arguments, export_weights,
+        EXPORT_EXAMPLES, export_arguments, export,
     ),
 }  # fmt: skip
 

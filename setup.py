@@ -18,7 +18,7 @@ setup(
     packages=find_packages(include=["earlyexit_ssd", "earlyexit_ssd.*"]),
     py_modules=["earlyexit_command"],
     entry_points={"console_scripts": ["earlyexit = earlyexit_command:main"]},
-    package_data={"earlyexit_ssd": ["py.typed", "weights/*.pth", "weights/*.json"]},
+    package_data={"earlyexit_ssd": ["py.typed", "config/defaults.yaml", "weights/*.pth", "weights/*.json"]},
     install_requires=[
         "torch",
         "torchvision>=0.21,<0.30",

@@ -56,7 +56,7 @@ from earlyexit_ssd.pipeline.replay import (
     temperatures_of,
 )
 from earlyexit_ssd.progress import progress
-from earlyexit_ssd.report.charts import PLAIN, draw_chart
+from earlyexit_ssd.report.charts import PLAIN, draw_charts
 from earlyexit_ssd.report.tables import figure
 from earlyexit_ssd.routing import ExitRouter
 from earlyexit_ssd.routing.policies import FITTED_POLICIES, POLICIES, needs_training_photos, reads_taps, require_known
@@ -852,7 +852,7 @@ def routing_chart(results: Mapping[str, Any]) -> Image.Image:
         axes.set_ylabel("AP50")
         axes.legend(frameon=False, fontsize=8)
 
-    return draw_chart(draw)
+    return draw_charts(lambda all_axes: draw(all_axes[0, 0]))
 
 
 def _draw_line(axes: Axes, entries: Sequence[Mapping[str, Any]], **style: Any) -> None:

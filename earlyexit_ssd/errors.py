@@ -10,9 +10,7 @@ from typing import Any
 
 LONGEST = 299
 """Characters of a message."""
-
-_START = 170
-"""Of these the first ones of a message that is too long: the file and the record. Its end, the fix, stays too."""
+_START = 170  # of these for its start, the file and the record, where it is too long; its end, the fix, stays too
 
 
 class EarlyExitError(ValueError):
@@ -52,16 +50,14 @@ def one_line(message: str) -> str:
     return text[:_START] + gap + text[_START + len(gap) - LONGEST :]
 
 
-class _Short(reprlib.Repr):
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict, self.maxstring = 4, 12, 12, 6, 80
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict, _SHORT.maxstring = 4, 12, 12, 6, 80
 
 
 def shown(value: Any, longest: int = 100) -> str:
     """``repr`` in at most ``longest`` characters and in no time, however large, deep or tangled ``value`` is."""
     try:
-        text = _Short().repr(value)
+        text = _SHORT.repr(value)
     except Exception:  # such as a whole number with more digits than Python prints
         text = f"a {type(value).__name__}"
     return text if len(text) <= longest else f"{text[: longest - 3]}..."

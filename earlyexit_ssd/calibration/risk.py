@@ -7,6 +7,7 @@ photos there are. The photos must be independent draws of one source, and not th
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -40,8 +41,7 @@ def hoeffding_bentkus_p_value(losses: np.ndarray, epsilon: float) -> float:
     Raises:
         EarlyExitError: a loss or ``epsilon`` outside its range.
     """
-    losses = _checked_losses(losses)
-    _check_share("epsilon", epsilon)
+    losses = _checked(losses, epsilon=epsilon)
     count = len(losses)
     if count == 0:
         return 1.0
@@ -74,9 +74,7 @@ def betting_p_value(losses: np.ndarray, epsilon: float, *, delta: float = 0.1) -
     Raises:
         EarlyExitError: a loss, ``epsilon`` or ``delta`` outside its range.
     """
-    losses = _checked_losses(losses)
-    _check_share("epsilon", epsilon)
-    _check_share("delta", delta)
+    losses = _checked(losses, epsilon=epsilon, delta=delta)
     count = len(losses)
     if count == 0:
         return 1.0
@@ -97,11 +95,8 @@ def upper_bound(losses: np.ndarray, delta: float, p_value: PValue = hoeffding_be
 
     The smallest epsilon with ``p_value(losses, epsilon) <= delta``, at most 1e-6 above it, never below. ``losses`` are
     [n], in [0, 1]; ``p_value`` is one of :data:`BOUNDS`, or another that falls as its epsilon grows.
-
-    Raises:
-        EarlyExitError: a loss or ``delta`` outside its range.
     """
-    _check_share("delta", delta)
+    losses = _checked(losses, delta=delta)
     low, high = 0.0, 1.0  # no mean exceeds 1
     while high - low > TOLERANCE:
         middle = (low + high) / 2
@@ -118,11 +113,8 @@ def fixed_sequence_test(p_values: Iterable[float], delta: float) -> int:
 
     The chance that any of the rejected hypotheses is true is at most ``delta``, where the order was fixed before
     the photos were seen. Fixed-sequence testing in Angelopoulos et al. 2021, "Learn then test".
-
-    Raises:
-        EarlyExitError: a p-value outside [0, 1], or ``delta`` outside (0, 1).
     """
-    _check_share("delta", delta)
+    _checked([], delta=delta)
     rejected = 0
     for index, value in enumerate(p_values):
         if not 0 <= value <= 1:
@@ -137,43 +129,31 @@ def photos_needed(
     losses: np.ndarray, epsilon: float, delta: float, p_value: PValue = hoeffding_bentkus_p_value
 ) -> int | None:
     """About how many photos ``p_value`` needs to certify ``epsilon`` if further ones lose what these did, in turn: a
-    plan, not a promise. None where the mean is not below ``epsilon``, or so little that it takes over 10^6.
-
-    Raises:
-        EarlyExitError: a number outside its range.
-    """
-    losses = _checked_losses(losses)
-    _check_share("epsilon", epsilon)
-    _check_share("delta", delta)
+    plan, not a promise. None where the mean is not below ``epsilon``, or so little that it takes over 10^6."""
+    losses = _checked(losses, epsilon=epsilon, delta=delta)
 
     def enough(count: int) -> bool:
         return p_value(np.resize(losses, count), epsilon) <= delta
 
     if not losses.size or losses.mean() >= epsilon or not enough(MOST_PHOTOS):
         return None
-    low, high = 0, 1  # doubling, then bisection: what is enough once stays so
+    high = 1  # doubling, then bisection: what is enough once stays so
     while not enough(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
+        high *= 2
+    return bisect.bisect_left(range(high + 1), True, lo=high // 2 + 1, key=enough)
 
 
-def _checked_losses(losses: np.ndarray) -> np.ndarray:
+def _checked(losses: np.ndarray, **shares: float) -> np.ndarray:
     losses = np.asarray(losses, dtype=np.float64)
     if losses.ndim != 1:
         raise EarlyExitError(f"losses has shape {losses.shape}, expected [n], one loss per photo")
-    wrong = np.flatnonzero(~((losses >= 0) & (losses <= 1)))
-    if wrong.size:
-        value = losses[wrong[0]]
-        raise EarlyExitError(f"losses[{wrong[0]}] is {value}, expected a number in [0, 1]; rescale or clip the losses")
+    for index in np.flatnonzero(~((losses >= 0) & (losses <= 1)))[:1]:
+        wrong = f"losses[{index}] is {losses[index]}"
+        raise EarlyExitError(f"{wrong}, expected a number in [0, 1]; rescale or clip the losses")
+    for name, value in shares.items():
+        if not 0 < value < 1:
+            raise EarlyExitError(f"{name} is {value}, expected a number in (0, 1), such as 0.1")
     return losses
-
-
-def _check_share(name: str, value: float) -> None:
-    if not 0 < value < 1:
-        raise EarlyExitError(f"{name} is {value}, expected a number in (0, 1), such as 0.1")
 
 
 LONGEST_PATH = 80
@@ -182,12 +162,10 @@ LONGEST_PATH = 80
 
 @dataclass(frozen=True)
 class Certified:
-    """The cheapest thresholds that passed.
+    """The cheapest thresholds that passed: of step ``step`` of the path, 0 is the closed one.
 
     Attributes:
-        step: the path's step that was chosen; 0 is the closed one.
-        thresholds: per early exit; choice: exit of every calibration photo, [n].
-        loss: mean over them, or over their groups.
+        thresholds: per early exit; choice: exit of every calibration photo, [n]; loss: mean over them or their groups.
         bound: upper confidence bound of the expected loss at level delta, were this the only step.
         passed: steps of the path that passed, the closed one not counted.
         photos_needed: where none passed, how many calibration photos (or groups) would certify the first open step if
@@ -217,7 +195,7 @@ def safe_to_bold(
     Args:
         confidences: per early exit [m]; losses: [m, exits].
         costs: thresholds [M, early exits] to the exits' costs with them [M, exits].
-        grid: the combinations to choose from; by default all that `threshold_grid` makes.
+        grid: the combinations to choose from; by default all of `threshold_grid`.
     """
     grid = grid or threshold_grid(confidences)
     path = pareto_path(grid.mean(losses), grid.mean_cost(costs(grid.thresholds)))
@@ -263,12 +241,6 @@ def certify(
     passed = fixed_sequence_test((p_value(risk, epsilon) for risk in risks[1:]), delta)  # step 0 is the full path
     needed = photos_needed(risks[1], epsilon, delta, p_value) if passed == 0 and len(path) > 1 else None
     chosen = min(range(passed + 1), key=lambda step: costs[step][choices[step]].mean())
-    return Certified(
-        step=chosen,
-        thresholds=tuple(float(value) for value in path[chosen]),
-        choice=choices[chosen],
-        loss=float(risks[chosen].mean()),
-        bound=0.0 if chosen == 0 else upper_bound(risks[chosen], delta, p_value),
-        passed=passed,
-        photos_needed=needed,
-    )
+    certain = 0.0 if chosen == 0 else upper_bound(risks[chosen], delta, p_value)
+    thresholds, loss = tuple(float(value) for value in path[chosen]), float(risks[chosen].mean())
+    return Certified(chosen, thresholds, choices[chosen], loss, certain, passed, needed)

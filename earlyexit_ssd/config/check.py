@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,10 +14,8 @@ from earlyexit_ssd.errors import ConfigError, nearest, shown
 PHASES = ("baseline", "exits", "joint")
 CLOSED = 2.0
 """A threshold that no confidence reaches."""
-
 C4_LAYER = 13
 """Its expansion is the full path's first map."""
-
 PHASE_SECTIONS = {"baseline": "BASELINE", "exits": "EXITS_PHASE", "joint": "JOINT"}
 LAST_LAYER = 16
 TAIL_BLOCKS = 2
@@ -109,6 +108,7 @@ _OF_EACH_VALUE: Sequence[Rule] = (
     ("CALIBRATION.DELTA", "a probability below 1", lambda one, *_: one < 1),
     (_of_phases("EMA"), "a decay below 1", lambda one, *_: one < 1),
     ("MODEL.IMAGE_SIZE DATA.SYNTHETIC.IMAGE_SIZE", _SIDE, _whole(64, LARGEST_SIDE)),
+    ("BASELINE.SIZES", f"whole numbers from 32 to {LARGEST_SIDE} pixels", _whole(32, LARGEST_SIDE)),
     ("EVAL.RIVALS.SIZES", f"whole numbers from {_SIDE}", _whole(64, LARGEST_SIDE)),
     ("EXITS.LAYERS", f"trunk layers 1 to {LAST_LAYER - 1}", _whole(1, LAST_LAYER - 1)),
     ("EXITS.GLANCES", f"pairs of pixels (32 to {LARGEST_SIDE}) and a trunk layer, such as [[128, 12]]",
@@ -192,12 +192,10 @@ def check_config(cfg: CfgNode) -> None:
                         raise ConfigError(f"{key} is {shown(value)}, expected {text}")
 
 
+def _value(cfg: CfgNode, key: str) -> Any:
+    return functools.reduce(lambda node, part: node[part], key.split("."), cfg)
+
+
 def _values(cfg: CfgNode, key: str) -> Sequence[Any]:
     value = _value(cfg, key)
     return value if isinstance(value, tuple) else (value,)
-
-
-def _value(cfg: CfgNode, key: str) -> Any:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from earlyexit_ssd.data.images import PHOTO_SUFFIXES, read_header
@@ -17,9 +17,6 @@ from earlyexit_ssd.progress import progress
 def read_photo_folder(name: str, folder: Path, problems: Problems) -> RawDataset:
     """Every photo in ``folder`` and the folders in it, in the order of their paths; hidden files are left out.
 
-    Args:
-        problems: takes what is wrong with single photos.
-
     Raises:
         DataError: not a folder, no photo there, or (mode "refuse") one that cannot be read.
     """
@@ -31,19 +28,17 @@ def read_photo_folder(name: str, folder: Path, problems: Problems) -> RawDataset
     records = []
     for number, path in enumerate(progress(paths, desc=f"read {name}"), start=1):
         try:
-            width, height = read_header(path).size
+            records.append(Record(number, path, *read_header(path).size))
         except DataError as error:
             problems.add("unreadable photo file", str(error), number)
-            continue
-        records.append(Record(number, path, width, height))
     for path in others:
         problems.note("file of another kind", str(path))
     return RawDataset(name, (), tuple(records), open_classes=True, labelled=False)
 
 
-@register_format("photos", lambda annotations, path: not annotations)
-def _read_entry(name: str, annotations: Path, folder: Path, problems: Problems, allow_outside: bool) -> RawDataset:
-    return read_photo_folder(name, folder, problems)
+register_format("photos", lambda annotations, path: not annotations)(
+    lambda name, annotations, folder, problems, allow_outside: read_photo_folder(name, folder, problems)
+)
 
 
 def find_files(folder: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[Path]]:
@@ -54,23 +49,19 @@ def find_files(folder: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[
     Raises:
         DataError: a folder cannot be read.
     """
-    found: tuple[list[Path], list[Path]] = [], []
-    for path in _files(folder):
-        found[not (path.suffix.lower() in suffixes and os.path.isfile(path))].append(path)
-    return sorted(found[0]), sorted(found[1])
 
-
-def _files(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror}); make the folder readable") from None
 
+    found: tuple[list[Path], list[Path]] = [], []
     seen: set[str] = set()
     for here, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         place = os.path.realpath(here)
         folders[:] = [] if place in seen else [name for name in folders if name[0] != "."]
-        if place not in seen:
-            yield from (Path(here, name) for name in files if name[0] != ".")
+        for path in [] if place in seen else [Path(here, name) for name in files if name[0] != "."]:
+            found[not (path.suffix.lower() in suffixes and os.path.isfile(path))].append(path)
         seen.add(place)
+    return sorted(found[0]), sorted(found[1])
 
 
 def photo_path(folder: Path, name: str, allow_outside: bool) -> Path | None:

@@ -11,36 +11,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from PIL.Image import Transpose
 from torch import Tensor
 
 from earlyexit_ssd.errors import DataError
 
 _ORIENTATION_TAG = 0x0112
-# EXIF orientation -> how to turn the stored picture upright; 5 to 8 swap width and height.
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_JPEG_END = b"\xff\xd9"
+# What turns a picture of EXIF orientation 2, 3, ... 8 upright.
+_TURNS = (
+    *(Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM),
+    *(Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90),
+)
 _WHITE = (255, 255, 255, 255)
-
-# Pillow's modes that read_image has to convert, and what such a photo is called.
-_PECULIAR_MODES = {
-    "1": "grey photo",
-    "L": "grey photo",
-    "LA": "photo with transparency",
-    "La": "photo with transparency",
-    "PA": "photo with transparency",
-    "RGBA": "photo with transparency",
-    "RGBa": "photo with transparency",
-    "P": "palette photo",
-    "CMYK": "CMYK photo",
-}
 
 Size = tuple[int, int]
 PathLike = str | os.PathLike[str]
@@ -53,35 +35,27 @@ LARGEST_PHOTO = 89_478_485
 
 
 class PhotoHeader(NamedTuple):
-    """What is known of a photo without decoding it.
-
-    Attributes:
-        size: (width, height) that :func:`read_image` will return.
-        peculiarities: kind -> value of what :func:`read_image` has to convert, such as
-            ``{"EXIF-rotated photo": "EXIF orientation 6"}``; empty for 8-bit RGB that lies upright.
-    """
+    """What is known of a photo without decoding it."""
 
     size: Size
+    """(width, height) that :func:`read_image` will return."""
     peculiarities: dict[str, str]
+    """Kind -> value of what it has to convert, such as ``{"EXIF-rotated photo": "EXIF orientation 6"}``."""
 
 
 def read_image(path: PathLike, annotated_size: Size | None = None) -> np.ndarray:
     """The photo as uint8 RGB [H, W, 3].
 
     Grey is repeated, transparency is laid on white, palettes are looked up, 16 bits are scaled to 8, CMYK
-    is converted, and the first frame of an animation is taken. EXIF rotation is applied unless
-    ``annotated_size`` shows that the boxes refer to the stored picture (see :func:`read_header`).
-
-    Args:
-        annotated_size: (width, height) of the picture in its annotations, if there are any.
+    is converted, and the first frame of an animation is taken. EXIF rotation is applied unless ``annotated_size``
+    (width, height) shows that the boxes refer to the stored picture (see :func:`read_header`).
 
     Raises:
         DataError: the file is missing, no image, truncated, or of more than ``LARGEST_PHOTO`` pixels.
     """
     with _opened(path) as image:
-        turn = _turn(image, annotated_size)
-        rgb = _to_rgb(image)
-        return np.array(rgb if turn is None else rgb.transpose(turn))
+        orientation, rgb = _orientation(image, annotated_size), _to_rgb(image)
+        return np.array(rgb if orientation == 1 else rgb.transpose(_TURNS[orientation - 2]))
 
 
 def as_tensor(image: np.ndarray) -> Tensor:
@@ -93,34 +67,27 @@ def as_tensor(image: np.ndarray) -> Tensor:
 def read_header(path: PathLike, annotated_size: Size | None = None) -> PhotoHeader:
     """The size that :func:`read_image` will return, and what it will have to convert, without decoding.
 
-    Some tools annotate the stored picture, others the upright one. The annotated size tells which, for
-    rotations by a quarter: where it equals the stored size and not the upright one, the picture stays as
-    stored. In every other case (half turns, mirrored, square, sizes that match neither) the EXIF rotation
-    is applied.
+    Some tools annotate the stored picture, others the upright one. Where the annotated size equals the stored size and
+    not the upright one, the picture stays as stored. In every other case (half turns, mirrored, square, sizes that
+    match neither) the EXIF rotation is applied.
 
-    Truncated files are found here too: JPEG by its end marker, PNG by its checksums, other formats by
-    decoding.
+    Truncated files are found too: JPEG by its end marker, PNG by its checksums, other formats by decoding.
 
     Raises:
         DataError: as :func:`read_image`.
     """
     with _opened(path) as image:
-        size = _upright(image.size, _turn(image, annotated_size))
-        header = PhotoHeader(size, _peculiarities(image))
+        header = PhotoHeader(_upright(image, _orientation(image, annotated_size)), _peculiarities(image))
         if image.format == "PNG":
             image.verify()
-        elif image.format not in ("JPEG", "MPO") or not _ends_with(path, _JPEG_END):
+        elif image.format not in ("JPEG", "MPO") or not _ends_as_jpeg(path):
             read_image(path)
     return header
 
 
 @contextlib.contextmanager
 def _opened(path: PathLike) -> Iterator[Image.Image]:
-    """A regular file, since a pipe or a device may have no end, of a size that memory holds.
-
-    Raises:
-        DataError: it is none, or what is done with it fails.
-    """
+    """A regular file, since a pipe or a device may have no end, of a size that memory holds."""
     if not os.path.isfile(path):
         what = "no file but a folder, pipe or device, expected a photo" if os.path.exists(path) else "no such photo"
         raise DataError(f"{path}: {what}")
@@ -141,36 +108,37 @@ def _opened(path: PathLike) -> Iterator[Image.Image]:
 
 
 def _peculiarities(image: Image.Image) -> dict[str, str]:
-    found = {}
-    deep = image.mode[0] in "IF" or any(";16" in str(tile) for tile in image.tile)
-    if deep:
-        found["photo of more than 8 bits"] = f"Pillow mode {image.mode}"
-    if "transparency" in image.info:
-        found["photo with transparency"] = f"Pillow mode {image.mode}"
+    kinds = []
+    if image.mode[0] in "IF" or any(";16" in str(tile) for tile in image.tile):
+        kinds.append("photo of more than 8 bits")
+    if "transparency" in image.info or image.mode.endswith(("A", "a")):
+        kinds.append("photo with transparency")
     elif image.mode != "RGB" and image.mode[0] not in "IF":
-        found[_PECULIAR_MODES.get(image.mode, "photo of other colours")] = f"Pillow mode {image.mode}"
-    if _turn(image, None) is not None:
-        found["EXIF-rotated photo"] = f"EXIF orientation {image.getexif()[_ORIENTATION_TAG]}"
+        named = {"1": "grey photo", "L": "grey photo", "P": "palette photo", "CMYK": "CMYK photo"}
+        kinds.append(named.get(image.mode, "photo of other colours"))
+    found = dict.fromkeys(kinds, f"Pillow mode {image.mode}")
+    if (orientation := _orientation(image)) > 1:
+        found["EXIF-rotated photo"] = f"EXIF orientation {orientation}"
     return found
 
 
-def _turn(image: Image.Image, annotated_size: Size | None) -> Image.Transpose | None:
+def _orientation(image: Image.Image, annotated_size: Size | None = None) -> int:
+    """EXIF's number, 5 to 8 for a quarter turn; 1 where the picture is to stay as it is stored."""
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
-        return None  # Pillow turns TIFF itself, and would decode a whole PNG to look for EXIF behind its pixels
-    turn = _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1))
-    stored, upright = image.size, _upright(image.size, turn)
-    return None if annotated_size == stored and annotated_size != upright else turn
+        return 1  # Pillow turns TIFF itself, and would decode a whole PNG to look for EXIF behind its pixels
+    found = image.getexif().get(_ORIENTATION_TAG, 1)
+    stays = found not in range(2, 9) or image.size == annotated_size != _upright(image, found)
+    return 1 if stays else found
 
 
-def _upright(stored: Size, turn: Image.Transpose | None) -> Size:
-    swaps = turn in (_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8])
-    return (stored[1], stored[0]) if swaps else stored
+def _upright(image: Image.Image, orientation: int) -> Size:
+    return image.size[::-1] if orientation >= 5 else image.size
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return _to_8_bits(image).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode.endswith(("A", "a")) or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, _WHITE), rgba).convert("RGB")
     return image.convert("RGB")
@@ -183,8 +151,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(values * scale).clip(0, 255).astype(np.uint8))
 
 
-def _ends_with(path: PathLike, marker: bytes) -> bool:
-    """Whether the file ends with ``marker``, padding of zeros aside."""
+def _ends_as_jpeg(path: PathLike) -> bool:
+    """Padding of zeros aside."""
     with open(path, "rb") as file:
         file.seek(max(0, os.path.getsize(path) - 64))
-        return file.read().rstrip(b"\0").endswith(marker)
+        return file.read().rstrip(b"\0").endswith(b"\xff\xd9")

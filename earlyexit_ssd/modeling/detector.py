@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import ClassVar, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -24,7 +25,7 @@ from earlyexit_ssd.modeling.branches import Exit, build_branches, check_exits, d
 from earlyexit_ssd.modeling.heads import num_outputs
 from earlyexit_ssd.modeling.losses import Assignment, LossSettings, assign, detection_losses, distillation_loss
 from earlyexit_ssd.modeling.outputs import ExitOutputs, ExitSignals, Head, Router, pool_tap
-from earlyexit_ssd.modeling.trunk import Trunk, TrunkState, small_copy
+from earlyexit_ssd.modeling.trunk import PixelBoxes, Trunk, TrunkState, small_copy
 from earlyexit_ssd.modeling.validate import check_batch, check_images, check_targets
 
 
@@ -630,11 +631,17 @@ Targets = list[dict[str, Tensor]]
 
 
 class FullPath(nn.Module):
-    """Losses of the full path; the branches are not computed and take no gradient."""
+    """Losses of the full path; the branches are not computed and take no gradient.
 
-    def __init__(self, model: EarlyExitDetector) -> None:
+    Args:
+        model: the detector.
+        sides: of the inputs, pixels, in turn; a batch is shrunk to one of them, chosen by its photos, so that a resumed
+            training does the same. The default boxes keep their sides in pixels (`PixelBoxes`). Empty: the model's own.
+    """
+
+    def __init__(self, model: EarlyExitDetector, sides: Sequence[int] = ()) -> None:
         super().__init__()
-        self.backbone, self.head = model.backbone, model.head
+        self.backbone, self.head, self._sides = model.backbone, model.head, tuple(sides)
         # Behind a list, so that the branches' parameters are not this module's.
         self._model = [model]
 
@@ -645,9 +652,21 @@ class FullPath(nn.Module):
         targets = check_targets(targets, len(images), model.classes)
         check_batch(self, len(images))
         batch, targets = model.transform(images, targets)
-        _, maps = model.trunk_maps(batch.tensors)
-        assignment = model.assign(targets, model.default_boxes(batch))
-        return full_path_losses(self.head(maps), assignment, model.losses)
+        side, own = self._side(targets), batch.tensors.shape[-1]
+        if side in (None, own):
+            maps, anchors = model.trunk_maps(batch.tensors)[1], model.default_boxes(batch)
+        else:
+            x = F.interpolate(batch.tensors, (side, side), mode="bilinear", antialias=True)
+            targets = [{**target, "boxes": target["boxes"] * (side / own)} for target in targets]
+            maps = model.trunk_maps(x)[1]
+            boxes = PixelBoxes(model.anchor_generator, model.grids, own, side)
+            anchors = boxes(ImageList(x, [(side, side)] * len(x)), [one.detach().float() for one in maps])
+        return full_path_losses(self.head(maps), model.assign(targets, anchors), model.losses)
+
+    def _side(self, targets: Targets) -> int | None:
+        if not self._sides:
+            return None
+        return self._sides[sum(int(target["image_id"]) for target in targets) % len(self._sides)]
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,9 @@ from typing import Annotated, Any
 from urllib.error import URLError
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models._api import WeightsEnum
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
-from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
-from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD, SSDScoringHead
 
 from earlyexit_ssd.config import FOLDS, LARGEST_SIDE, MOST_WIDTH
@@ -34,6 +32,7 @@ from earlyexit_ssd.modeling.heads import (
     plan_class_change,
     slice_rows,
 )
+from earlyexit_ssd.modeling.trunk import PixelBoxes, grids_of
 from earlyexit_ssd.modeling.validate import LEAST_SCORE
 from earlyexit_ssd.plain import build, check_fields, require_bounded
 
@@ -573,51 +572,3 @@ def resize_detector(model: EarlyExitDetector, architecture: Architecture, size: 
     if cut:
         detector.head.classification_head = cut_head(detector.head.classification_head)
     return detector.to(next(model.parameters()).device).eval()
-
-
-@torch.no_grad()
-def grids_of(backbone: nn.Module, size: int) -> list[tuple[int, int]]:
-    """(height, width) of the head's maps, cells, of an input with sides of ``size`` pixels."""
-    was_training = backbone.training
-    maps = backbone.eval()(torch.zeros(1, 3, size, size, device=next(backbone.parameters()).device)).values()
-    backbone.train(was_training)
-    return [tuple(feature.shape[-2:]) for feature in maps]
-
-
-class PixelBoxes(nn.Module):
-    """Default boxes for one input size at the places and of the sides, in pixels, that they have for another.
-
-    Args:
-        generator: torchvision's, whose boxes are shares of the input.
-        grids: (height, width) of the six maps at that size, cells.
-        trained_size: the side of the input that the weights know, pixels.
-        size: of the inputs to come.
-    """
-
-    def __init__(
-        self, generator: DefaultBoxGenerator, grids: Sequence[tuple[int, int]], trained_size: int, size: int
-    ) -> None:
-        super().__init__()
-        self.generator = DefaultBoxGenerator(
-            generator.aspect_ratios,
-            scales=generator.scales,
-            steps=[trained_size / side for side, _ in grids],
-            clip=generator.clip,
-        )
-        self.trained_size, self.factor = trained_size, trained_size / size
-
-    def extra_repr(self) -> str:
-        return f"trained_size={self.trained_size}, {self.generator}"
-
-    def num_anchors_per_location(self) -> list[int]:
-        """Default boxes per cell of each grid."""
-        return self.generator.num_anchors_per_location()
-
-    def forward(self, images: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        """Per image [A, 4] xyxy in network pixels."""
-        return [self._scale(boxes) for boxes in self.generator(images, feature_maps)]
-
-    def _scale(self, boxes: Tensor) -> Tensor:
-        """The centres are right, since steps are pixels; the sides are still shares of the input."""
-        centres, halves = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * self.factor
-        return torch.cat([centres - halves, centres + halves], 1)

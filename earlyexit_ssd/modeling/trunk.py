@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import MobileNet_V3_Large_Weights, mobilenet_v3_large
 from torchvision.models.detection import _utils as detection_utils
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.ssdlite import SSDLiteFeatureExtractorMobileNet, SSDLiteHead, _normal_init
 
@@ -198,3 +200,51 @@ def small_copy(x: Tensor, pixels: int) -> Tensor:
     if side != times * pixels:
         x = F.interpolate(x, (times * pixels, times * pixels), mode="bilinear", align_corners=False)
     return F.avg_pool2d(x, times) if times > 1 else x
+
+
+@torch.no_grad()
+def grids_of(backbone: nn.Module, size: int) -> list[tuple[int, int]]:
+    """(height, width) of the head's maps, cells, of an input with sides of ``size`` pixels."""
+    was_training = backbone.training
+    maps = backbone.eval()(torch.zeros(1, 3, size, size, device=next(backbone.parameters()).device)).values()
+    backbone.train(was_training)
+    return [tuple(feature.shape[-2:]) for feature in maps]
+
+
+class PixelBoxes(nn.Module):
+    """Default boxes for one input size at the places and of the sides, in pixels, that they have for another.
+
+    Args:
+        generator: torchvision's, whose boxes are shares of the input.
+        grids: (height, width) of the six maps at that size, cells.
+        trained_size: the side of the input that the weights know, pixels.
+        size: of the inputs to come.
+    """
+
+    def __init__(
+        self, generator: DefaultBoxGenerator, grids: Sequence[tuple[int, int]], trained_size: int, size: int
+    ) -> None:
+        super().__init__()
+        self.generator = DefaultBoxGenerator(
+            generator.aspect_ratios,
+            scales=generator.scales,
+            steps=[trained_size / side for side, _ in grids],
+            clip=generator.clip,
+        )
+        self.trained_size, self.factor = trained_size, trained_size / size
+
+    def extra_repr(self) -> str:
+        return f"trained_size={self.trained_size}, {self.generator}"
+
+    def num_anchors_per_location(self) -> list[int]:
+        """Default boxes per cell of each grid."""
+        return self.generator.num_anchors_per_location()
+
+    def forward(self, images: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """Per image [A, 4] xyxy in network pixels."""
+        return [self._scale(boxes) for boxes in self.generator(images, feature_maps)]
+
+    def _scale(self, boxes: Tensor) -> Tensor:
+        """The centres are right, since steps are pixels; the sides are still shares of the input."""
+        centres, halves = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * self.factor
+        return torch.cat([centres - halves, centres + halves], 1)

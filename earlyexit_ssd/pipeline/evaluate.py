@@ -101,7 +101,7 @@ def drift_of(certificate: Certificate, collected: Collected, chosen: list[int]) 
     Args:
         chosen: the exit of every photo, in the order of ``collected``.
     """
-    monitor = DriftMonitor(certificate.drift_reference(), min(WINDOW, max(1, len(chosen))))
+    monitor = DriftMonitor(certificate.drift, min(WINDOW, max(1, len(chosen))))
     confidences = [float(collected.confidences[exit_index][photo]) for photo, exit_index in enumerate(chosen)]
     warnings, status = monitor.update(chosen, confidences), monitor.status()
     return DriftResult(monitor.window, warnings, status["shares"], status["calibration_shares"])
@@ -230,13 +230,16 @@ def _short(path: str) -> str:
 
 
 @locks_folder("out_dir")
-def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> Results:
+def evaluate_model(
+    cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str | os.PathLike[str], compare: bool = True
+) -> Results:
     """Evaluate on DATA.TEST and write metrics.json, table, photos.csv, charts and pictures into ``out_dir``.
 
     Args:
         cfg: its DATA, EVAL and ROUTING sections, DEVICE and SEED are used; the classes are those of the weights.
         weights: a model of this project, or a checkpoint that ``cfg`` describes, see `open_model`.
         out_dir: folder of results.
+        compare: warn where ``cfg`` describes another model than ``weights`` hold.
 
     Returns:
         what is in metrics.json.
@@ -247,7 +250,8 @@ def evaluate_model(cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str |
     device = evaluation_device(cfg)
     check_rivals(cfg, device)
     model, architecture, info = open_model(cfg, weights)
-    _warn_of_differences(cfg, architecture)
+    if compare:
+        _warn_of_differences(cfg, architecture)
     cfg = with_classes(cfg, architecture.classes)
     dataset = load_dataset(cfg, cfg.DATA.TEST, unlabelled=True)
     ground_truth = to_coco(dataset)

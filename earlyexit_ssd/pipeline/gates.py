@@ -30,7 +30,6 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the figure reaches the limit."""
         return self.limit is None or (self.value is not None and self.value >= self.limit)
 
     def __str__(self) -> str:
@@ -55,7 +54,6 @@ class Gate:
 
     @property
     def passed(self) -> bool:
-        """Whether every check passed."""
         return all(check.passed for check in self.checks)
 
     def __str__(self) -> str:
@@ -102,7 +100,7 @@ def baseline_limits(cfg: CfgNode, reference: Mapping[str, float | None] | None =
 def baseline_gate(
     figures: Mapping[str, float | None], limits: Mapping[str, float | None], advice: tuple[str, ...] = ()
 ) -> Gate:
-    """AP50, precision and recall of the full path (``figures``) against :func:`baseline_limits`."""
+    """AP50, precision and recall of the full path against :func:`baseline_limits`."""
     return Gate("baseline", tuple(Check(name, figures[name], limit) for name, limit in limits.items()), advice)
 
 
@@ -110,10 +108,8 @@ def baseline_advice(cfg: CfgNode) -> tuple[str, ...]:
     """What to try after the gate; nothing that is set already."""
     phase, train = cfg.BASELINE, "train the full path: BASELINE.EPOCHS is 0"
     if phase.EPOCHS:
-        train = (
-            f"more epochs than {phase.EPOCHS} (BASELINE.EPOCHS) or another rate than {phase.LR:g} (BASELINE.LR); "
-            "log.jsonl shows whether the loss still falls"
-        )
+        more = f"more epochs than {phase.EPOCHS} (BASELINE.EPOCHS) or another rate than {phase.LR:g} (BASELINE.LR)"
+        train = f"{more}; log.jsonl shows whether the loss still falls"
     start = "start from trained weights (MODEL.WEIGHTS) or an ImageNet trunk (MODEL.WEIGHTS_BACKBONE)"
     if cfg.MODEL.WEIGHTS:
         start = "are the checkpoint's classes in its own order, and does it detect by itself?"
@@ -155,11 +151,8 @@ def exits_gate(
 
 
 def exits_advice(cfg: CfgNode, first: str, layer: int) -> tuple[str, ...]:
-    """What to try after the gate; nothing that is set already, or as far as it goes.
-
-    Args:
-        first, layer: name and trunk layer of the first exit with a branch.
-    """
+    """What to try after the gate; nothing that is set already, or as far as it goes. ``first`` and ``layer`` are name
+    and trunk layer of the first exit with a branch."""
     phase, advice = cfg.EXITS_PHASE, []
     if layer < DEEPEST_USEFUL_LAYER:
         advice.append(f"move the exit deeper (EXITS.LAYERS): {first} sees too little of the trunk")

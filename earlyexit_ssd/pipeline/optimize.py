@@ -550,9 +550,10 @@ def _write(search: Optimizer, base: Candidate, chosen: Candidate | None, candida
     save_model(out / "base.pth", plain.add_exits(detector), plain, {})
     cfg = search.cfg.clone()
     cfg.defrost()
+    cfg.EVAL.RIVALS.ENABLED = True
     cfg.EVAL.RIVALS.FULL_PATHS = (*cfg.EVAL.RIVALS.FULL_PATHS, str(out / "base.pth"))
     cfg.freeze()
-    results = evaluate_model(cfg, out / "model.pth", out / "test")
+    results = evaluate_model(cfg, out / "model.pth", out / "test", compare=False)
     test = _test_figures(results)
     ship = test.speedup is not None and test.ms < test.ms_base_interval[0]
     ship = ship and test.AP50 is not None and test.AP50_base - test.AP50 <= search.goal.ap_drop

@@ -123,7 +123,7 @@ def baseline(run: Run) -> Gate:
     limits = baseline_limits(run.cfg, _reference_figures(run))
     if phase.EPOCHS:
         model.norm_frozen = phase.FREEZE_NORM
-        fit(run, "baseline", FullPath(model), photo_loader(run, phase.BATCH_SIZE))
+        fit(run, "baseline", FullPath(model, phase.SIZES), photo_loader(run, phase.BATCH_SIZE))
         model.norm_frozen = False
     return baseline_gate(run.calib_quality.of_full_path(model), limits, baseline_advice(run.cfg))
 

@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from earlyexit_ssd.calibration import risk
 from earlyexit_ssd.calibration.risk import (
     BOUNDS,
     LONGEST_PATH,
@@ -311,6 +312,13 @@ def test_closed_where_nothing_passes_and_says_how_many_photos_it_takes():
     assert certify(path, confidences, losses, same_costs(path), 0.02, 0.05, "betting").photos_needed is None
 
 
+@pytest.fixture
+def no_advice(monkeypatch):
+    """How many photos would do takes most of the time, and is not looked at."""
+    monkeypatch.setattr(risk, "photos_needed", lambda *_: None)
+
+
+@pytest.mark.usefixtures("no_advice")
 @pytest.mark.parametrize("bound", ["hoeffding_bentkus", "betting"])
 def test_holds_over_draws_of_the_calibration_photos(bound):
     """The expected loss of what is certified exceeds epsilon in at most delta of the draws."""
@@ -341,6 +349,7 @@ def test_data_sets_that_stand_one_behind_the_other_are_mixed_before_they_are_tes
     assert fine.step == 1 and fine.choice.tolist() == [0] * 900
 
 
+@pytest.mark.usefixtures("no_advice")
 def test_frames_of_a_scene_are_one_draw():
     """Ten frames of a scene lose alike: an exit that loses 0.205 where 0.2 is allowed opens far more often than delta
     allows if every frame counts, and does not if blocks of ten do. Losses of frames differ, that of a block is their
