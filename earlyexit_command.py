@@ -81,7 +81,11 @@ examples:
 The calib split (DATA.CALIB) decides, TRAIN fits what has to be fitted, TEST is looked at once, at the end. A search
 that was stopped goes on where it was. docs/choosing.md says what to expect.
 """
+<<<<<<< HEAD
 PREDICT_EXAMPLES = f"""
+=======
+DEMO_EXAMPLES = f"""
+>>>>>>> wdeploy
 examples:
   %(prog)s dog.jpg street.png
       with weights that come with the package: print what is found and write output/predict/dog.png and street.png
@@ -102,8 +106,7 @@ examples:
 Shipped weights: {", ".join(SHIPPED)}; what they are worth: docs/model_zoo.md. More: docs/predict.md
 exit codes: 0 done, 2 something could not be read (the rest is done), 130 stopped by a signal
 """
-
-DEPLOY_EXAMPLES = """
+EXPORT_EXAMPLES = """
 examples:
   %(prog)s output/chair/model.pth --out chair.onnx
       one file from photo to detections, routed as calibrated; held against the model on rendered photos first
@@ -342,7 +345,11 @@ def _calibrate_stream(args: argparse.Namespace, detector: object, sources: list)
         print("every n-th frame (--stride) is at least as good on these frames: use that instead")
 
 
+<<<<<<< HEAD
 def deploy_arguments(parser: argparse.ArgumentParser) -> None:
+=======
+def export_arguments(parser: argparse.ArgumentParser) -> None:
+>>>>>>> wdeploy
     parser.add_argument("model", help=f"model.pth of a run, or shipped weights: {', '.join(SHIPPED)}")
     parser.add_argument("--out", required=True, help="file (.onnx, .xml) or, of staged files, folder to write")
     parser.add_argument("--format", default="onnx", choices=("onnx", "staged", "openvino"), help="onnx by default")
@@ -399,7 +406,7 @@ COMMANDS = {
     ),
     "export": Command(
         "Write a detector with its routing as one file that ONNX Runtime or OpenVINO runs, without PyTorch.",
-        DEPLOY_EXAMPLES, deploy_arguments, export,
+        EXPORT_EXAMPLES, export_arguments, export,
     ),
 }  # fmt: skip
 
