@@ -81,11 +81,7 @@ examples:
 The calib split (DATA.CALIB) decides, TRAIN fits what has to be fitted, TEST is looked at once, at the end. A search
 that was stopped goes on where it was. docs/choosing.md says what to expect.
 """
-<<<<<<< HEAD
 PREDICT_EXAMPLES = f"""
-=======
-DEMO_EXAMPLES = f"""
->>>>>>> wdeploy
 examples:
   %(prog)s dog.jpg street.png
       with weights that come with the package: print what is found and write output/predict/dog.png and street.png
@@ -345,11 +341,7 @@ def _calibrate_stream(args: argparse.Namespace, detector: object, sources: list)
         print("every n-th frame (--stride) is at least as good on these frames: use that instead")
 
 
-<<<<<<< HEAD
 def deploy_arguments(parser: argparse.ArgumentParser) -> None:
-=======
-def export_arguments(parser: argparse.ArgumentParser) -> None:
->>>>>>> wdeploy
     parser.add_argument("model", help=f"model.pth of a run, or shipped weights: {', '.join(SHIPPED)}")
     parser.add_argument("--out", required=True, help="file (.onnx, .xml) or, of staged files, folder to write")
     parser.add_argument("--format", default="onnx", choices=("onnx", "staged", "openvino"), help="onnx by default")
@@ -406,7 +398,7 @@ COMMANDS = {
     ),
     "export": Command(
         "Write a detector with its routing as one file that ONNX Runtime or OpenVINO runs, without PyTorch.",
-        EXPORT_EXAMPLES, export_arguments, export,
+        EXPORT_EXAMPLES, deploy_arguments, export,
     ),
 }  # fmt: skip
 
