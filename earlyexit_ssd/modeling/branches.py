@@ -1,4 +1,7 @@
-"""Exits: their description, the kinds of branches behind them, and one function that builds any of them."""
+"""Early exits: their description, the kinds of branches, and the function that builds them.
+
+A *tap* is the output of the trunk layer that an exit is attached to. A *branch* computes detections from it.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +35,13 @@ T = TypeVar("T", bound=Callable)
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument of a kind of branches: a number from 0 on, or a truth value where ``default`` is one.
+    """One argument of a branch kind: a number >= 0, or a bool if ``default`` is a bool.
 
     Attributes:
-        default: where nothing is given; its type says what is expected.
-        highest: largest number.
+        default: default value; its type is the expected type.
+        highest: largest allowed number.
         zero: whether 0 is allowed.
-        by_exit: in :func:`describe_exits` it is a sequence, one number for all exits or one for each.
+        by_exit: in :func:`describe_exits` the argument is a sequence, one number for all exits or one for each.
     """
 
     default: bool | float
@@ -47,10 +50,10 @@ class Argument:
     by_exit: bool = False
 
     def of_each(self, name: str, value: object, exits: int) -> list:
-        """The value for each of ``exits`` exits.
+        """A list of the values of ``exits`` exits.
 
         Raises:
-            EarlyExitError: another type, out of range, or for another number of exits.
+            EarlyExitError: wrong type, out of range, or wrong number of values.
         """
         given = tuple(value) if isinstance(value, (list, tuple)) else (value,)
         if isinstance(self.default, bool):
@@ -68,14 +71,16 @@ class Argument:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a branch stands, and what it has to give.
+    """The position of a branch, and the shapes of its input and outputs.
 
     Attributes:
-        backbone: the detector's, whose layers may be copied.
-        layer: trunk layer of the tap; ``tap``: its (channels, height, width).
-        grids: (height, width) of the head's maps, cells; ``boxes_per_cell``: default boxes in each cell of each.
+        backbone: the detector's backbone, whose layers may be copied.
+        layer: trunk layer of the tap.
+        tap: (channels, height, width) of the tap.
+        grids: (height, width) of the head's feature maps, in cells.
+        boxes_per_cell: default boxes per cell of each grid.
         num_classes: outputs per default box, background included.
-        context: channels of the map that the exit before passes on; 0 where it passes none.
+        context: channels of the map that the previous exit passes on; 0 for none.
     """
 
     backbone: nn.Module
@@ -89,18 +94,18 @@ class Place:
 
 @dataclass(frozen=True)
 class BranchKind:
-    """How a kind of branches is built: ``build(place, **arguments)``."""
+    """A kind of branch: its builder ``build(place, **arguments)`` and its arguments."""
 
     build: Callable[..., Branch]
     arguments: Mapping[str, Argument]
 
 
 BRANCHES: dict[str, BranchKind] = {}
-"""Name of a kind -> the kind; :func:`register_branch` adds to it."""
+"""Name -> branch kind; filled by :func:`register_branch`."""
 
 
 def register_branch(name: str, **known: Argument) -> Callable[[T], T]:
-    """Decorate what builds a branch from its :class:`Place` and the arguments ``known``: exits may name it then."""
+    """Decorator: register a builder that takes a :class:`Place` and the arguments ``known`` as branch kind ``name``."""
 
     def register(build: T) -> T:
         BRANCHES[name] = BranchKind(build, known)
@@ -111,14 +116,14 @@ def register_branch(name: str, **known: Argument) -> Callable[[T], T]:
 
 @dataclass(frozen=True)
 class Exit:
-    """The description of one early exit: configuration, builders, model and model files all mean it by this.
+    """Description of one early exit, shared by configuration, builders, model and model files.
 
     Attributes:
-        layer: trunk layer behind which it leaves (torchvision's numbering, the stem is 0).
+        layer: trunk layer that the exit is attached to (torchvision's numbering, the stem is 0).
         branch: kind of its branch, a name in :data:`BRANCHES`.
-        arguments: of the branch; those that are not given take the kind's defaults.
-        pixels: of a glance, the side of the small copy of the image that the trunk looks at before it runs at full
-            size. A glance has no branch (``empty``).
+        arguments: arguments of the branch; missing ones get the kind's defaults.
+        pixels: side of the small copy of the image, in pixels, if the exit is a glance: the trunk runs on the copy up
+            to ``layer`` before the full-size pass. A glance has no branch (``empty``). None for other exits.
 
     Raises:
         EarlyExitError: an unknown kind or argument, or a value out of its range.
@@ -151,7 +156,7 @@ class Exit:
 
     @property
     def name(self) -> str:
-        """Such as ``exit8``, or ``glance128`` for a glance at 128 pixels."""
+        """Name such as ``exit8``, or ``glance128`` for a glance at 128 pixels."""
         return f"exit{self.layer}" if self.pixels is None else f"glance{self.pixels}"
 
     @property
@@ -178,17 +183,17 @@ def describe_exits(
     glances: Sequence[Sequence[int]] = (),
     **given: object,
 ) -> tuple[Exit, ...]:
-    """Exits from keywords, each for all of them or with a value for each.
+    """Build the description of all exits from keywords.
 
     Args:
-        exit_layers: trunk layers behind which a branch leaves, increasing.
+        exit_layers: trunk layers of the exits other than glances, increasing.
         branch: kind of all branches, or one for each exit.
-        empty: those of ``exit_layers`` that have no branch.
+        empty: layers in ``exit_layers`` whose exit has no branch.
         glances: (pixels, layer) of each glance, pixels increasing; they come before the other exits.
-        given: arguments of the branches; a kind takes those that it knows.
+        given: arguments of the branches, one value for all exits or one for each; a kind uses those that it has.
 
     Raises:
-        EarlyExitError: a value that cannot be.
+        EarlyExitError: an invalid value.
     """
     layers = tuple(map(int, arguments.numbers("exit_layers", exit_layers, whole=True)))
     empty = arguments.numbers("empty", empty, whole=True)
@@ -213,7 +218,7 @@ def describe_exits(
 
 
 def exit_keywords(exits: Sequence[Exit]) -> dict[str, object]:
-    """The keywords that :func:`describe_exits` makes these exits of; plain types, as model files hold them."""
+    """The inverse of :func:`describe_exits`: its keywords for these exits, in plain types for model files."""
     glances = tuple((one.pixels, one.layer) for one in exits if one.pixels is not None)
     exits = exits[len(glances) :]
     words: dict[str, object] = {"exit_layers": tuple(one.layer for one in exits)}
@@ -237,7 +242,7 @@ def _glance(pair: object) -> Exit:
 
 
 def check_exits(exits: Sequence[Exit], last_layer: int) -> None:
-    """Glances of increasing pixels come first, then exits behind increasing layers; none behind ``last_layer``."""
+    """Check the order: glances of increasing pixels, then exits of increasing layers, all before ``last_layer``."""
     glances = [one for one in exits if one.pixels is not None]
     layers = tuple(one.layer for one in exits[len(glances) :])
     if layers:
@@ -250,9 +255,9 @@ def check_exits(exits: Sequence[Exit], last_layer: int) -> None:
 
 
 def takes_exits(function: T) -> T:
-    """Let ``function``, or the class, take the keywords of :func:`describe_exits` in the place of ``exits``.
+    """Decorator: the function or class also accepts the keywords of :func:`describe_exits` instead of ``exits``.
 
-    A misspelt keyword raises ``TypeError`` with the name that was probably meant.
+    A misspelt keyword raises ``TypeError`` with the nearest name.
     """
     if isinstance(function, type):
         function.__init__ = takes_exits(function.__init__)
@@ -274,27 +279,27 @@ def takes_exits(function: T) -> T:
 
 
 class Branch(nn.Module):
-    """From the tap of an exit to the outputs of the same default boxes as the full path's.
+    """Base class: from an exit's tap to head outputs for the same default boxes as the full path's.
 
     Attributes:
-        context_channels: of the map that it passes on to the next exit; 0 where it passes none.
+        context_channels: channels of the map that it passes on to the next exit; 0 for none.
     """
 
     context_channels = 0
 
     def inherit(self, backbone: nn.Module, head: nn.Module) -> None:
-        """Start from what the full path knows now; by default there is nothing to take over."""
+        """Copy current weights of the full path; a branch without such layers does nothing."""
 
     def context(self, tap: Tensor, before: Tensor | None) -> Tensor | None:
-        """What the head and the next exit look at beside the tap, from the exit's tap and the context ``before``."""
+        """A map for the head and the next exit, from the tap and the previous exit's context ``before``."""
         return None
 
     def forward(self, tap: Tensor, context: Tensor | None = None) -> Head:
         """A tap [N, C, H, W] to ``cls_logits`` [N, A, C] and ``bbox_regression`` [N, A, 4].
 
         Args:
-            tap: behind the exit's layer.
-            context: what :meth:`context` gave for it.
+            tap: output of the exit's trunk layer.
+            context: result of :meth:`context` for it.
         """
         raise NotImplementedError
 
@@ -307,7 +312,7 @@ def build_branches(
     boxes_per_cell: Sequence[int],
     num_classes: int,
 ) -> nn.ModuleDict:
-    """Name of the exit -> its branch, not yet with the full path's weights; the arguments are those of `Place`."""
+    """Exit name -> its branch, before the full path's weights are copied; arguments as in `Place`."""
     branches, context = nn.ModuleDict(), 0
     for one, tap in zip(exits, taps, strict=True):
         place = Place(backbone, one.layer, tap, grids, boxes_per_cell, num_classes, context)
@@ -316,20 +321,20 @@ def build_branches(
     return branches
 
 
-# The kind "copied": what follows C4 in the full path, as a branch's own copy, which knows far more than a few photos
-# can teach; before it, thinned copies of the layers that lead there.
+# The kind "copied": the layers behind C4 of the full path as the branch's own copy, preceded by thinned copies of the
+# layers that lead there. Copied weights need far fewer photos than new layers.
 
 
 class Tail(nn.Module):
-    """Trunk layers 14 to 16 and the four extra maps of a torchvision SSDLite, with the weights that it has now.
+    """Copy of trunk layers 14 to 16 and the four extra blocks of a torchvision SSDLite, with its current weights.
 
     Args:
         backbone: torchvision's ``SSDLiteFeatureExtractorMobileNet``; its layers are copied.
-        depth: residual blocks of the two (layers 14 and 15) to keep, the last ones.
+        depth: how many of the two residual blocks (layers 14 and 15) to keep; the last ones stay.
 
     Attributes:
-        in_channels: of the map that it starts from, 80 at width 1.0 with the reduced tail.
-        out_channels: of the five maps that it gives, fine to coarse.
+        in_channels: channels of the input map, 80 at width 1.0 with the reduced tail.
+        out_channels: channels of the five output maps, fine to coarse.
     """
 
     def __init__(self, backbone: nn.Module, depth: int) -> None:
@@ -345,14 +350,14 @@ class Tail(nn.Module):
         self.out_channels = [last.out_channels, *(block[-1].out_channels for block in backbone.extra)]
 
     def inherit(self, backbone: nn.Module) -> None:
-        """Take the weights that the full path has now."""
+        """Copy the full path's current weights."""
         _, *blocks, last = backbone.features[1]
         pairs = [*zip(reversed(self.blocks), reversed(blocks), strict=False), (self.last, last)]
         for mine, theirs in (*pairs, (self.extra, backbone.extra)):
             mine.load_state_dict(theirs.state_dict())
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """[N, in_channels, S, S] to the same behind the residual blocks, and the five maps of the head."""
+        """[N, in_channels, S, S] to the output of the residual blocks (same shape) and the head's five coarser maps."""
         x = self.blocks(x)
         maps = [self.last(x)]
         for block in self.extra:
@@ -362,10 +367,10 @@ class Tail(nn.Module):
 
 @torch.no_grad()
 def inherit_head(mine: SSDLiteHead, full: SSDLiteHead) -> None:
-    """Take the full path's predictors of all maps but the first, which has other channels in a branch.
+    """Copy the full path's predictors of all maps but the first, whose channels differ in a branch.
 
-    Of a folded head the wanted classes' rows are taken, and background starts as the checkpoint's own; a head that is
-    folded alike takes all rows.
+    If only the full path's head is folded, background and the wanted classes are copied. Background then lacks the
+    folded classes. If both heads are folded, all classes are copied.
     """
     theirs = full.classification_head
     rows = _inherited_rows(mine.classification_head, theirs)
@@ -378,7 +383,7 @@ def inherit_head(mine: SSDLiteHead, full: SSDLiteHead) -> None:
 
 @torch.no_grad()
 def inherit_first_predictors(mine: SSDLiteHead, full: SSDLiteHead, kept: Tensor) -> None:
-    """Take the full path's predictors of the first map, for the channels ``kept`` of it that the branch has."""
+    """Copy the full path's predictors of the first map, restricted to the branch's channels ``kept`` (indices)."""
     theirs = full.classification_head
     rows = _inherited_rows(mine.classification_head, theirs)
     for new_head, old_head in ((mine.classification_head, theirs), (mine.regression_head, full.regression_head)):
@@ -397,14 +402,14 @@ def inherit_first_predictors(mine: SSDLiteHead, full: SSDLiteHead, kept: Tensor)
 
 
 def _inherited_rows(mine: nn.Module, theirs: nn.Module) -> list[int]:
-    """For each row of the branch's head its row in the full path's."""
+    """For each class index of the branch's head the class index in the full path's head."""
     if is_folded(theirs) and not is_folded(mine):
         return [0, *theirs.wanted.tolist()]
     return list(range(theirs.num_columns))
 
 
 def _take_rows(new: nn.Module, old: nn.Conv2d, columns: int, rows: list[int]) -> None:
-    """The rows of ``old``, or the nearest that a factorised predictor can have."""
+    """Copy the classes ``rows`` of ``old``; a factorised predictor gets the nearest weights of its rank."""
     if isinstance(new, FactorisedPredictor):
         whole = nn.Conv2d(new.in_channels, new.out_channels, 1).to(old.weight)
         copy_rows(whole, old, columns, rows)
@@ -414,11 +419,11 @@ def _take_rows(new: nn.Module, old: nn.Conv2d, columns: int, rows: list[int]) ->
 
 
 class ThinnedBlock(nn.Sequential):
-    """An inverted residual without its residual: expansion, depthwise convolution, attention if there, projection.
+    """Copy of an inverted residual block with fewer expansion channels and no residual connection.
 
     Args:
-        layers: those of the block that it copies.
-        keep: share of the expansion's channels that stay, in (0, 1].
+        layers: the block's layers: expansion, depthwise convolution, squeeze-excitation (optional), projection.
+        keep: share of the expansion's channels to keep, in (0, 1].
     """
 
     def __init__(self, layers: Sequence[nn.Module], keep: float) -> None:
@@ -434,11 +439,11 @@ class ThinnedBlock(nn.Sequential):
         return self[-1][0].in_channels
 
     def inherit(self, layers: Sequence[nn.Module]) -> Tensor:
-        """Take the weights that the copied block has now, of the channels that matter most; returns their indices.
+        """Copy the block's current weights of the most important channels; returns the channels' indices.
 
-        A channel matters as much as the projection takes from it: the norm of its column there times the root mean
-        square of the normalised depthwise output, sqrt(scale^2 + shift^2) of the BatchNorm (Li et al. 2017, "Pruning
-        filters for efficient ConvNets", rates filters by their norms).
+        Importance is the norm of the channel's column in the projection times the root mean square of the depthwise
+        output, sqrt(scale^2 + shift^2) of its BatchNorm (after Li et al. 2017, "Pruning filters for efficient
+        ConvNets", who rank filters by their norms).
         """
         norm = next(layer[1] for layer in layers[:-1] if not hasattr(layer, "fc1") and layer[0].groups > 1)
         size = (norm.weight**2 + norm.bias**2).sqrt()
@@ -449,21 +454,20 @@ class ThinnedBlock(nn.Sequential):
 
 
 class CopiedShortCut(nn.Module):
-    """From a tap to the first and the second grid through thinned copies of the layers that change the shape.
+    """Thinned copies of the layers without residual connection between a tap and C4's output.
 
-    A residual layer adds little to what passes through it, and a trained network works without some of them (Veit et
-    al. 2016, "Residual networks behave like ensembles of relatively shallow networks"). Of the layers behind a tap,
-    2, 4, 7, 11 and C4 (13) have no residual.
+    A trained network tolerates the removal of some residual blocks (Veit et al. 2016, "Residual networks behave like
+    ensembles of relatively shallow networks"). Layers 2, 4, 7, 11 and C4 (13) have no residual connection.
 
     Args:
         backbone: torchvision's ``SSDLiteFeatureExtractorMobileNet``.
-        layer: of the tap.
-        keep: share of every expansion's channels that stays, in (0, 1].
+        layer: trunk layer of the tap.
+        keep: share of every expansion's channels to keep, in (0, 1].
 
     Attributes:
-        fine_channels: of the map that C4 starts from.
-        first_channels: of C4's expansion here, which in the full path is the first map; behind C4, as many as a copy
-            would keep of it.
+        fine_channels: channels of C4's input; behind C4, of the tap.
+        first_channels: channels of the copied C4's expansion, the head's first map; behind C4, the number that a copy
+            would have.
     """
 
     def __init__(self, backbone: nn.Module, layer: int, keep: float) -> None:
@@ -477,14 +481,14 @@ class CopiedShortCut(nn.Module):
         self.fine_channels = self.c4[0][0].in_channels if blocks else backbone.features[1][0][-1].out_channels
 
     def inherit(self, backbone: nn.Module) -> Tensor | None:
-        """Take the weights that the full path has now; returns the channels of C4's expansion that are kept."""
+        """Copy the full path's current weights; returns the kept channels of C4's expansion, None behind C4."""
         modules = [*self.before, *([self.c4] if self.c4 is not None else [])]
         blocks = _blocks_behind(backbone, self._layer)
         kept = [module.inherit(block) for module, block in zip(modules, blocks, strict=True)]
         return kept[-1] if kept else None
 
     def forward(self, tap: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The map before C4 [N, fine_channels, S, S], C4's expansion (None behind C4), and what C4 makes of it."""
+        """C4's input [N, fine_channels, S, S], C4's expansion (None behind C4), and C4's output."""
         fine = self.before(tap)
         if self.c4 is None:
             return fine, None, fine
@@ -496,19 +500,19 @@ class CopiedShortCut(nn.Module):
 
 
 def _kept(channels: int, keep: float) -> int:
-    """A share of the channels, a multiple of 8."""
+    """``keep`` of the channels, rounded to a multiple of 8."""
     return min(channels, max(8, round(keep * channels / 8) * 8))
 
 
 def _blocks_behind(backbone: nn.Module, layer: int) -> list[list[nn.Module]]:
-    """The layers of every block behind ``layer`` that has no residual, C4 last."""
+    """The layers of each block behind ``layer`` that has no residual connection, up to C4."""
     first, second = backbone.features
     blocks = [list(block.block) for block in first[layer + 1 : -1] if not block.use_res_connect]
     return [*blocks, [first[-1], *second[0]]] if layer < C4_LAYER else []
 
 
 def _slice(layers: Sequence[nn.Module], channels: Tensor) -> list[nn.Module]:
-    """Copies of a block's layers with these channels between expansion and projection only."""
+    """Copies of a block's layers with only these ``channels`` (indices) between expansion and projection."""
     layers = [copy.deepcopy(layer) for layer in layers]
     *inner, projection = layers
     for layer in inner:
@@ -526,7 +530,7 @@ def _slice(layers: Sequence[nn.Module], channels: Tensor) -> list[nn.Module]:
 
 
 def _take(convolution: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> None:
-    """Give the convolution other channels."""
+    """Replace the convolution's weights, and its channel counts accordingly."""
     depthwise = convolution.groups > 1
     convolution.out_channels = len(weight)
     convolution.in_channels = len(weight) if depthwise else weight.shape[1]
@@ -542,17 +546,17 @@ def _set(module: nn.Module, name: str, values: Tensor) -> None:
 
 
 class CopiedBranch(Branch):
-    """A short cut from a tap to where the full path's tail begins, that tail again, a first map, and a head.
+    """A branch of copied layers: short cut to C4's output, tail, first map, and head.
 
-    The tail works on the second grid, four times cheaper than the first; what it has understood flows, upsampled,
-    back to the first map (top-down, Lin et al. 2017, FPN).
+    The tail works on the second grid, which has a quarter of the first grid's cells. Its output is upsampled and added
+    to the first map (top-down connection, Lin et al. 2017, FPN).
 
     Args:
-        copied: the way to the tail through thinned copies of the full path's own layers.
+        copied: thinned copies of the layers up to C4's output.
         finest_grid: side of the first map, cells.
-        channels: of the first map; 0 takes the expansion of the copied C4 for it, with the full path's own predictors;
-            behind C4, which has none to copy, a new map of as many channels.
-        tail: a copy of the full path's, this branch's own.
+        channels: channels of the first map, a new layer. 0: the first map is the copied C4's expansion, with copied
+            predictors; an exit behind C4 gets a new layer of the same number of channels.
+        tail: this branch's copy of the full path's tail.
         num_anchors: default boxes per cell of each grid.
         num_classes: outputs per default box, background included.
         head_rank: channels between the two steps of the class predictors; 0 leaves them in one step.
@@ -585,13 +589,13 @@ class CopiedBranch(Branch):
         self._finest_grid = finest_grid
 
     def inherit(self, backbone: nn.Module, head: SSDLiteHead) -> None:
-        """Take the weights that the full path has now."""
+        """Copy the full path's current weights."""
         self.tail.inherit(backbone)
         inherit_head(self.head, head)
         kept = self.copied.inherit(backbone)
         if self.fine is None:
             inherit_first_predictors(self.head, head, kept)
-            nn.init.zeros_(self.top_down[1].weight)  # at first the map is the full path's
+            nn.init.zeros_(self.top_down[1].weight)  # the first map starts as the copied one
 
     def forward(self, tap: Tensor, context: Tensor | None = None) -> Head:
         """See :meth:`Branch.forward`."""
@@ -615,13 +619,13 @@ _HEAD_RANK = Argument(0)
     head_rank=_HEAD_RANK,
 )
 def build_copied(place: Place, *, channels: int, depth: int, copy: float, head_rank: int) -> CopiedBranch:
-    """The arguments are those of :class:`CopiedBranch`, `Tail` (``depth``) and `CopiedShortCut` (``copy``)."""
+    """Arguments as in :class:`CopiedBranch`, `Tail` (``depth``) and `CopiedShortCut` (``copy``: its ``keep``)."""
     if not hasattr(place.backbone, "features") or len(place.backbone.features) != 2:
         raise EarlyExitError(
             "a copied branch copies layers of torchvision's SSDLite with a MobileNetV3, this detector has others: take "
             "branch='light' (EXITS.BRANCH light)"
         )
-    # Behind C4 the trunk itself has run some of the tail's blocks; with channels they stay as in older model files.
+    # Behind C4 the trunk has already run some of the tail's blocks. With channels, older model files contain them.
     blocks = depth if channels else min(depth, LAST_LAYER - 1 - place.layer)
     return CopiedBranch(
         copied=CopiedShortCut(place.backbone, place.layer, copy),
@@ -634,11 +638,11 @@ def build_copied(place: Place, *, channels: int, depth: int, copy: float, head_r
     )
 
 
-# The kind "light": layers of its own, few, that fit any detector.
+# The kind "light": a few new layers, for any detector.
 
 
 def _halvings(side: int, grid: int) -> int:
-    """Convolutions of stride 2 that bring ``side`` cells near ``grid``, and not below it."""
+    """Number of stride-2 convolutions that shrink ``side`` cells towards ``grid`` without going below it."""
     count = 0
     while (side + 1) // 2 >= grid and side > grid:
         side, count = (side + 1) // 2, count + 1
@@ -646,7 +650,7 @@ def _halvings(side: int, grid: int) -> int:
 
 
 class PyramidStep(nn.Module):
-    """From a map to one of a given grid: depthwise convolutions of stride 2 while they fit, then the nearest cells."""
+    """From a map to one of a given grid: stride-2 depthwise convolutions, then nearest-neighbour resizing if needed."""
 
     def __init__(self, channels: int, sizes: tuple[tuple[int, int], tuple[int, int]]) -> None:
         super().__init__()
@@ -665,15 +669,15 @@ class PyramidStep(nn.Module):
 
 @register_branch("light", channels=_FIRST_CHANNELS, context=Argument(True), head_rank=_HEAD_RANK)
 class LightBranch(Branch):
-    """Squeeze-excitation attention on the tap (Hu et al. 2018), context from the exit before, a narrow pyramid.
+    """Squeeze-excitation on the tap (Hu et al. 2018), context from the previous exit, and a narrow feature pyramid.
 
-    The cascade: an exit adds what the exit before has seen, brought to its own grid, to its own view of the tap. So
-    the exit before is computed up to there even where nobody can leave at it.
+    The context is the previous exit's narrow map, resized and added to this exit's. It is computed even if the previous
+    exit is closed.
 
     Args:
-        place: where it stands.
-        channels: of every map of the pyramid; 0 takes 64.
-        context: look at what the exit before passes on; it passes something if it is ``light`` too.
+        place: position and shapes.
+        channels: channels of every map of the pyramid; 0 means 64.
+        context: use the previous exit's context; a ``light`` exit passes one on.
         head_rank: channels between the two steps of the class predictors; 0 leaves them in one step.
     """
 
@@ -692,7 +696,7 @@ class LightBranch(Branch):
             factorise(self.head.classification_head, head_rank)
 
     def context(self, tap: Tensor, before: Tensor | None) -> Tensor:
-        """The narrow map [N, channels, H, W] that the pyramid starts from."""
+        """The narrow map [N, channels, H, W], input of the pyramid."""
         x = self.narrow(self.attention(tap))
         if self.cascade is not None:
             x = x + F.interpolate(self.cascade(before), tap.shape[-2:])
@@ -725,21 +729,21 @@ def _depthwise(channels: int, kernel_size: int = 5, stride: int = 1) -> Conv2dNo
     )
 
 
-# The kind "empty": no branch. Photos in which there is nothing to find leave there with an empty answer.
+# The kind "empty": no branch. Photos that leave there have no detections.
 
 NO_OBJECT = -30.0
-"""Logit of every class but background, whose own is 0: a probability of 1e-13."""
+"""Logit of every class; background's is 0, so each class has a probability of 1e-13."""
 
 
 class EmptyExit(Branch):
-    """Says background everywhere, and costs nothing; it hands the context before it on.
+    """Predicts background for every default box without computation, and passes the previous context on.
 
-    Whether a photo may leave here has to be foreseen from the tap, before any branch is computed.
+    The logits hold no information, so routing needs a policy that predicts from the tap whether the photo is empty.
 
     Args:
-        num_boxes: default boxes of an image.
+        num_boxes: default boxes per image.
         num_classes: outputs per default box, background included.
-        context_channels: of the context before it.
+        context_channels: channels of the previous exit's context.
     """
 
     def __init__(self, num_boxes: int, num_classes: int, context_channels: int = 0) -> None:
@@ -751,7 +755,7 @@ class EmptyExit(Branch):
         return before
 
     def forward(self, tap: Tensor, context: Tensor | None = None) -> Head:
-        """The head's outputs for a tap [N, C, H, W], with no object in them."""
+        """Head outputs without objects for a tap [N, C, H, W]."""
         logits = tap.new_full((len(tap), self._num_boxes, self.num_classes), NO_OBJECT)
         logits[..., 0] = 0.0
         return {"cls_logits": logits, "bbox_regression": tap.new_zeros(len(tap), self._num_boxes, 4)}
@@ -759,10 +763,10 @@ class EmptyExit(Branch):
 
 @register_branch("empty")
 def build_empty(place: Place) -> EmptyExit:
-    """An :class:`EmptyExit`."""
+    """Build an :class:`EmptyExit`; it has no arguments."""
     return EmptyExit(num_default_boxes(place.grids, place.boxes_per_cell), place.num_classes, place.context)
 
 
 def num_default_boxes(grids: Sequence[tuple[int, int]], boxes_per_cell: Sequence[int]) -> int:
-    """Default boxes of an image from its grids (height, width) and the boxes in each of a grid's cells."""
+    """Number of default boxes per image, from the grids (height, width) and the boxes per cell of each."""
     return sum(height * width * count for (height, width), count in zip(grids, boxes_per_cell, strict=True))

@@ -1,4 +1,4 @@
-"""Model files: weights, the architecture that rebuilds the model, and what was measured; read with weights_only."""
+"""Model files: weights, the architecture that rebuilds the model, and training results; read with weights_only."""
 
 from __future__ import annotations
 
@@ -34,14 +34,18 @@ from earlyexit_ssd.plain import read_json, typed
 FORMAT = "earlyexit_ssd/1"
 
 Describe = Callable[[int, tuple[str, ...]], Architecture]
-"""Outputs of a foreign checkpoint's head (background included) and the names of its exits to its description."""
+"""Function from a foreign checkpoint's outputs per default box (background included) and exit names to its
+architecture."""
 
 
 class ModelInfo(TypedDict, total=False):
-    """What the package reads of a model file's ``info``; more may be there.
+    """The entries of a model file's ``info`` that the package reads; it may hold others.
 
-    router: settings of an ``ExitRouter``, None where the exits are not trained; forced: a gate was passed by force. Of
-    the checkpoints of other programs: whether they have ``exits``, and the ``temperatures`` trained with them.
+    Attributes:
+        router: settings of an ``ExitRouter``; None if the exits are not trained.
+        forced: training continued past a failed gate.
+        exits: whether a checkpoint of another program has exits.
+        temperatures: temperatures in a checkpoint of another program.
     """
 
     router: RouterSettings | None
@@ -58,11 +62,11 @@ def save_model(
 ) -> None:
     """Write the model without its router; ``info`` holds plain types (phase, forced, the router's settings).
 
-    Without an ``architecture`` the model is asked for its own.
+    Without an ``architecture``, the model's own is determined.
 
     Raises:
-        EarlyExitError: the model was fused for inference or changed since it was built, or the architecture is another
-            one's.
+        EarlyExitError: the model was fused for inference, was changed since it was built, or does not fit the
+            architecture.
     """
     if is_fused(model):
         raise EarlyExitError(f"{path}: a model fused for inference cannot be saved; save the one that it was made of")
@@ -75,7 +79,7 @@ def save_model(
         (tuple(one.classes), tuple(one.exit_layers)[: model.num_early_exits]) for one in (model, architecture)
     )
     if ours != described:
-        raise EarlyExitError(f"{path}: the architecture says {described}, the model is {ours}; give its own")
+        raise EarlyExitError(f"{path}: the architecture has {described}, the model {ours}; pass the model's own")
     state = {key: value.cpu() for key, value in model.state_dict().items() if not key.startswith("router.")}
     content = {"format": FORMAT, "architecture": architecture.to_dict(), "model": state, "info": info or {}}
     write_torch(path, content)
@@ -84,12 +88,11 @@ def save_model(
 def load_model(
     path: str | os.PathLike[str], describe: Describe | None = None
 ) -> tuple[EarlyExitDetector, Architecture, ModelInfo]:
-    """Read what :func:`save_model` wrote: the model in eval mode on the CPU, its architecture and its info.
+    """Read a file of :func:`save_model`: the model in eval mode on the CPU, its architecture and its info.
 
-    The model has no router and the default losses; ``ExitRouter(**info["router"])`` makes the router it was saved with.
-    With ``describe`` a checkpoint of another program is taken too (:func:`find_detector`), such as one of torchvision's
-    reference training; its info says whether it has ``exits``, which start untrained otherwise, and the
-    ``temperatures`` that were trained with them.
+    The model has no router and the default losses; ``ExitRouter(**info["router"])`` creates the saved router.
+    With ``describe``, checkpoints of other programs (:func:`find_detector`) are accepted too, such as those of
+    torchvision's reference training. Exits that such a checkpoint lacks are untrained, see `ModelInfo`.
 
     Raises:
         EarlyExitError: the file is no model of this project or does not fit its own description.
@@ -152,8 +155,7 @@ def _load_foreign(
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of every parameter and buffer of the network, its input size and post-processing; how it is routed does
-    not count."""
+    """SHA-256 of the network's parameters, buffers, input size and post-processing settings, without the router."""
     settings = ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
     values = [tuple(model.transform.fixed_size), *(getattr(model, name) for name in settings)]
     digest = hashlib.sha256(repr(values).encode())
@@ -163,15 +165,15 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-# A model file in half precision: half the bytes, for weights that come with the project.
+# Model files in half precision, half as large, for weights shipped with the project.
 
 
 def half_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The floating-point tensors of a state dict rounded to fp16, the counters as they are.
+    """A copy of a state dict with floating-point tensors rounded to fp16; integer tensors stay.
 
-    All of one type are views into one buffer, since ``torch.save`` spends 200 bytes on each buffer and a model has a
-    thousand tensors. BatchNorm's statistics are rounded too: a variance under fp16's smallest number (6e-8) becomes 0,
-    and BatchNorm adds 1e-3 to it anyway. ``load_state_dict`` makes fp32 of it again.
+    Tensors of one type are views into one buffer, since ``torch.save`` adds 200 bytes per buffer and a model has a
+    thousand tensors. BatchNorm statistics are rounded too: a variance below fp16's smallest number (6e-8) becomes 0,
+    which is harmless, since BatchNorm adds 1e-3. ``load_state_dict`` converts back to fp32.
 
     Raises:
         EarlyExitError: a value that is not finite in fp16 (over 65504, or NaN).
@@ -191,23 +193,23 @@ def half_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def half_file(content: Content) -> bytes:
-    """The bytes of a model file (what ``save_model`` writes, as ``read_weights`` reads it) in half precision.
+    """The bytes of a model file in half precision; ``content`` is what ``read_weights`` returns for it.
 
-    The same content gives the same bytes, so that its sha256 can be compared.
+    The same content gives the same bytes and the same sha256.
     """
     buffer = io.BytesIO()  # torch.save writes a path's name into the file, but not a buffer's
     torch.save({**content, "model": half_state(content["model"])}, buffer)
     return buffer.getvalue()
 
 
-# Weights that come with the package, as an enum in torchvision's style.
+# Weights shipped with the package, as an enum in torchvision's style.
 
 FOLDER = Path(__file__).resolve().parents[1] / "weights"
-"""``NAME.pth``, a model file, and ``NAME.json``, what is known of it; tools/export_weights.py writes both."""
+"""Folder of ``NAME.pth`` (model file) and ``NAME.json`` (description); tools/export_weights.py writes both."""
 
 
 class ShippedWeights(WeightsEnum):
-    """What the members of :data:`EarlyExitSSDLite_Weights` can do beside torchvision's ``transforms`` and ``meta``.
+    """Base class of :data:`EarlyExitSSDLite_Weights`; adds methods to torchvision's ``transforms`` and ``meta``.
 
     ``meta`` holds ``categories`` (by label, background first), ``exits``, ``num_params``, ``min_size``, ``recipe``,
     ``sha256``, ``bytes``, ``_file_size`` (MiB, as torchvision counts), ``_metrics`` (test split -> exit or "routed"
@@ -223,7 +225,7 @@ class ShippedWeights(WeightsEnum):
         """Compare the file with its sha256.
 
         Raises:
-            EarlyExitError: it is missing, damaged, or a pointer of Git LFS.
+            EarlyExitError: the file is missing, damaged, or a Git LFS pointer.
         """
         fix = "install the package again, or `git checkout` the file"
         if not self.path.is_file():
@@ -236,16 +238,16 @@ class ShippedWeights(WeightsEnum):
             )
 
     def get_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Of the whole model, exits included, in fp16; torchvision's arguments are about downloads and ignored."""
+        """State dict of the whole model with its exits, in fp16; torchvision's download arguments are ignored."""
         self.check()
         return read_weights(self.path)["model"]
 
 
 def describe(path: Path) -> Weights:
-    """The value of a member from its JSON file.
+    """The ``Weights`` value of an enum member, from its JSON file.
 
     Raises:
-        EarlyExitError: the file is not what tools/export_weights.py writes.
+        EarlyExitError: not a file of tools/export_weights.py.
     """
     fix = "install the package again"
     entry = read_json(path, "description of weights", fix)
@@ -273,11 +275,11 @@ EarlyExitSSDLite_Weights = ShippedWeights(
     {path.stem.upper(): describe(path) for path in sorted(FOLDER.glob("*.json"))},
     module=__name__,
 )
-"""One member for each description in the package's folder of weights, such as ``CHAIR``."""
+"""One member per description in :data:`FOLDER`, such as ``CHAIR``."""
 
 
 def find_weights(name: str | os.PathLike[str] | ShippedWeights) -> ShippedWeights | None:
-    """The member of that name, in capitals or not, with the enum's name before it or not; None for anything else."""
+    """The member called ``name``, in any case, with or without the enum's name as prefix; None if there is none."""
     if isinstance(name, ShippedWeights):
         return name
     return EarlyExitSSDLite_Weights.__members__.get(
@@ -286,10 +288,10 @@ def find_weights(name: str | os.PathLike[str] | ShippedWeights) -> ShippedWeight
 
 
 def weights_path(name_or_path: str | os.PathLike[str] | ShippedWeights) -> Path:
-    """The checked file of shipped weights, or the file that ``name_or_path`` is; a shipped name goes first.
+    """Path of the checked file of shipped weights, or ``name_or_path`` itself; a shipped name has priority.
 
     Raises:
-        EarlyExitError: it is neither, or the shipped file is damaged.
+        EarlyExitError: neither a shipped name nor a file, or the shipped file is damaged.
     """
     member = find_weights(name_or_path)
     if member is not None:

@@ -1,7 +1,8 @@
-"""Compact heads: which classes of a trained head compete with the wanted ones, found on photos without labels.
+"""Compact heads: find the classes of a trained head that compete with the wanted ones, on photos without labels.
 
-A head that is cut to background and the wanted classes gives them the probability of all others, and a sofa becomes a
-chair. Few of the others take much of it. With these few folded into background, the scores are almost as they were.
+In a head cut to background and the wanted classes, the softmax redistributes the probability of all other classes: a
+sofa may be detected as a chair. Most of that probability belongs to a few competing classes. A compact head keeps these
+and folds them into background, so that the scores stay almost the same. Rows are class indices, 0 is background.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from earlyexit_ssd.errors import EarlyExitError
 logger = logging.getLogger(__name__)
 
 LEAST_CUT_SCORE = 0.05
-"""A default box counts where a head cut to background and the wanted classes gives one of these at least this score."""
+"""A default box counts if a head cut to background and the wanted classes gives a wanted class at least this score."""
 
 
 def competing_rows(logits: Tensor, wanted: Sequence[int], tolerance: float) -> list[int]:
-    """The fewest rows that keep the wanted classes' scores, the one with the largest probability first.
+    """The fewest competing classes that preserve the wanted classes' scores, largest probability first.
 
-    Unwanted rows are taken in the order of their summed probability over all default boxes, until
+    Unwanted classes are added by decreasing probability, summed over the default boxes, until
     :func:`score_difference` is at most ``tolerance``.
 
     Args:
-        logits: whole head's [M, C] at the default boxes that count (:func:`fires`), background in column 0; M > 0.
+        logits: whole head's logits [M, C], M > 0, at the default boxes that count (:func:`fires`).
         wanted: rows of the wanted classes, from 1 on.
-        tolerance: largest mean difference of a score; 0 keeps every row.
+        tolerance: largest mean difference of a score; 0 keeps every class.
     """
     probabilities = logits.double().softmax(-1)
     others = [row for row in range(1, logits.shape[1]) if row not in set(wanted)]
@@ -43,13 +44,13 @@ def competing_rows(logits: Tensor, wanted: Sequence[int], tolerance: float) -> l
 
 
 def score_difference(probabilities: Tensor, wanted: Sequence[int], kept: Sequence[int]) -> float:
-    """By how much the wanted classes' scores rise when only the rows ``kept`` stay beside them and background.
+    """Mean rise of the wanted classes' scores when the head keeps only background, ``wanted`` and ``kept``.
 
-    Each default box counts with the wanted class that rises most; the mean over the boxes is returned. All of a box's
-    scores are divided by the probability of the rows that stay.
+    All scores of a default box are divided by the probability of the classes that stay. Each box counts with the wanted
+    class of the largest rise.
 
     Args:
-        probabilities: of the whole head, [M, C], background in column 0.
+        probabilities: softmax of the whole head, [M, C].
         wanted, kept: rows, from 1 on.
     """
     highest = probabilities[:, list(wanted)].amax(-1)
@@ -58,23 +59,23 @@ def score_difference(probabilities: Tensor, wanted: Sequence[int], kept: Sequenc
 
 
 def fires(logits: Tensor, wanted: Sequence[int]) -> Tensor:
-    """Where a head cut to background and the ``wanted`` rows would find something: [..., C] to a boolean mask [...]."""
+    """Where a head cut to background and ``wanted`` would detect something: logits [..., C] to a bool mask [...]."""
     cut = logits[..., [0, *wanted]].softmax(-1)
     return cut[..., 1:].amax(-1) >= LEAST_CUT_SCORE
 
 
 @torch.no_grad()
 def find_competing_rows(detector: SSD, wanted: Sequence[int], photos: Iterable[Tensor], tolerance: float) -> list[int]:
-    """:func:`competing_rows` of a detector's head on photos; they go through the network one by one.
+    """:func:`competing_rows` of a detector's head on photos, which are computed one by one.
 
     Args:
-        detector: torchvision's, with its whole head.
+        detector: a torchvision detector with its whole head.
         wanted: rows of the wanted classes, from 1 on.
         photos: [3, H, W] in [0, 1], any sizes.
         tolerance: see :func:`competing_rows`.
 
     Raises:
-        EarlyExitError: no photo, or nothing in them looks like a wanted class.
+        EarlyExitError: no photo, or no default box that counts.
     """
     was_training, device = detector.training, next(detector.parameters()).device
     detector.eval()

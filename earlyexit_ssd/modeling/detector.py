@@ -1,4 +1,7 @@
-"""A torchvision SSD with early exits: one walk from exit to exit, its detections and its losses."""
+"""A torchvision SSD with early exits: the forward pass from exit to exit, detections and losses.
+
+A *glance* is an early exit that runs the first trunk layers on a small copy of the image before the full-size pass.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ from earlyexit_ssd.modeling.validate import check_batch, check_images, check_tar
 
 
 def full_path_losses(head: Head, assignment: Assignment, settings: LossSettings) -> dict[str, Tensor]:
-    """``bbox_regression`` and ``classification``, as torchvision's SSD names them, times ``full_weight``."""
+    """The full path's losses times ``full_weight``, under torchvision's names (see `detection_losses`)."""
     losses = detection_losses(head, assignment, settings)
     return {key: settings.full_weight * value for key, value in losses.items()}
 
@@ -42,17 +45,17 @@ def early_exit_losses(
     settings: LossSettings,
     router: Router | None = None,
 ) -> dict[str, Tensor]:
-    """Per exit ``<name>_bbox_regression`` and ``_classification``; where asked ``_distillation`` and ``_temperature``.
+    """Per exit ``<name>_bbox_regression`` and ``_classification``; optionally ``_distillation`` and ``_temperature``.
 
-    With ``supervision="teacher"`` the labels are not looked at: the teacher's most probable classes stand in for
-    them where a temperature is fitted.
+    With ``supervision="teacher"`` the labels are not used. Temperatures are then fitted to the full path's most
+    probable classes.
 
     Args:
         names: index -> name of the early exits that have a branch.
-        heads: of the early exits and, last, of the full path.
-        assignment: one matching for all exits.
+        heads: outputs of all exits, shallow to deep, the full path last.
+        assignment: targets of the default boxes, shared by all exits.
         settings: weights and teacher.
-        router: fits its temperatures if it learns them.
+        router: adds a temperature loss per exit if its temperatures are learned.
     """
     if settings.supervision == "teacher":
         labels = heads[-1]["cls_logits"].detach().argmax(-1)
@@ -64,7 +67,7 @@ def early_exit_losses(
             for key, value in detection_losses(heads[index], assignment, settings).items():
                 losses[f"{name}_{key}"] = weight * value
         if settings.teacher != "none":
-            deeper = [other for other in names if other > index]  # an exit without a branch has nothing to teach
+            deeper = [other for other in names if other > index]  # an exit without a branch is no teacher
             teacher = heads[deeper[0] if deeper and settings.teacher == "next" else -1]
             value = distillation_loss(heads[index], teacher, settings)
             losses[f"{name}_distillation"] = weight * settings.distillation_weight * value
@@ -75,18 +78,20 @@ def early_exit_losses(
     return losses
 
 
-# One walk: from exit to exit, and at each of them what is asked for.
+# The forward pass: from exit to exit, each computing only what is requested.
 
 
 @dataclass
 class Stop:
-    """A batch at one exit of its walk.
+    """A batch at one exit of the forward pass.
 
     Attributes:
-        model: the detector; ``trunk``: its layers.
-        index: of the exit; the number of early exits at the full path.
-        state: of the trunk. ``context``: of the branch there, see :meth:`Branch.context`.
-        glance: features of the small copies, where the exit is a glance and was asked for its tap.
+        model: the detector.
+        trunk: its layers.
+        index: index of the exit; the full path's index is the number of early exits.
+        state: state of the trunk behind the layers run so far.
+        context: map that the branch passes on, see :meth:`Branch.context`.
+        glance: at a glance, its features [N, C, H, W] of the small copies; None until :attr:`tap` is first read.
     """
 
     model: EarlyExitDetector
@@ -98,12 +103,12 @@ class Stop:
 
     @property
     def full(self) -> bool:
-        """Whether this is the full path, the end of the walk."""
+        """Whether this is the full path, the last exit."""
         return self.index == self.model.num_early_exits
 
     @property
     def tap(self) -> Tensor:
-        """[N, C, H, W] behind the exit's layer; a glance is computed here, at the first call."""
+        """Output of the exit's trunk layer [N, C, H, W]; a glance computes it at the first call."""
         exit = self.model.exits[self.index] if not self.full else None
         if exit is None or exit.pixels is None:
             return self.state.x
@@ -112,7 +117,7 @@ class Stop:
         return self.glance
 
     def maps(self) -> list[Tensor]:
-        """At the full path, the maps of its head."""
+        """The feature maps of the full path's head; only at the full path."""
         return self.trunk.feature_maps(self.state)
 
     def head(self) -> Head:
@@ -120,34 +125,34 @@ class Stop:
         if self.full:
             return self.model.head(self.maps())
         branch = self.model.branches[self.model.exit_names[self.index]]
-        # An empty exit says the same whatever it sees, so that no glance is computed for its head.
+        # An empty exit's outputs do not depend on the tap: its glance need not be computed.
         return branch(self.state.x if self.model.empty[self.index] else self.tap, self.context)
 
     def signals(self, head: Head) -> ExitSignals:
-        """What a router sees here."""
+        """The router's inputs at this exit."""
         if self.full:
             return ExitSignals(head["cls_logits"])
         return ExitSignals(head["cls_logits"], pool_tap(self.tap), self.model.empty[self.index])
 
     def select(self, images: Tensor) -> Stop:
-        """The same for some images alone: a boolean mask [N], or indices."""
+        """A copy with some of the images only (``images``: boolean mask [N] or indices)."""
         context, glance = (None if one is None else one[images] for one in (self.context, self.glance))
         return dataclasses.replace(self, state=self.state.select(images), context=context, glance=glance)
 
     def keep(self, images: Tensor) -> None:
-        """Let these images go on alone, those of the boolean mask [N]."""
+        """Continue with some of the images only (``images``: boolean mask [N])."""
         rest = self.select(images)
         self.state, self.context, self.glance = rest.state, rest.context, rest.glance
 
 
 def walk(model: EarlyExitDetector, x: Tensor, branches: bool = True, behind: Stop | None = None) -> Iterator[Stop]:
-    """Go from exit to exit, the full path last; what is behind a stop is computed when the walk goes on.
+    """Yield every exit in order, the full path last; deeper layers are computed when the next exit is requested.
 
     Args:
         model: the detector.
         x: normalised images [N, 3, S, S].
-        branches: whether branches are asked for; without, no context is computed for them.
-        behind: go on from this stop rather than from the images.
+        branches: whether heads of the branches will be computed; False skips their context.
+        behind: continue behind this exit instead of starting from ``x``.
     """
     trunk, state, context, glances, first = model.trunk, TrunkState(x), None, model.num_glances, 0
     if behind is not None:
@@ -163,18 +168,18 @@ def walk(model: EarlyExitDetector, x: Tensor, branches: bool = True, behind: Sto
 
 
 def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
-    """Compute every image to the exit that its router takes, and no further.
+    """Compute every image as far as the exit that the router chooses for it.
 
-    With a hybrid router the trunk is run for every image: an image whose exit is sure takes its classes from there, all
-    take the boxes of the full path, whose classification head is computed for the others alone.
+    With a hybrid router every image runs the whole trunk and takes its boxes from the full path. Its classes come from
+    the first confident exit. The full path's classification head runs only for images without one.
 
     Args:
-        model: with a router.
+        model: a detector with a router.
         x: normalised images [N, 3, S, S].
 
     Returns:
-        the head outputs of each image's own exit, its exit's index [N] (of the classes) and its confidence there [N]
-        (at the full path: the confidence by the same rule).
+        the head outputs of each image's exit, the exit's index [N] (with a hybrid router, of the classes' exit) and the
+        confidence there [N]. The full path's confidence is computed by the same policy.
     """
     router, boxes = model.router, {}
     active = torch.arange(len(x), device=x.device)
@@ -195,7 +200,7 @@ def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
         leave = None if stop.full else router.leaves(confidence, stop.index)
         if router.hybrid:
             head = {"cls_logits": head["cls_logits"]}
-        if leave is None or leave.all():  # logits are large: do not copy them for nothing
+        if leave is None or leave.all():  # logits are large: avoid a copy
             parts.append((active, head, stop.index, confidence))
             active = active[:0]
             if not router.hybrid:
@@ -212,9 +217,9 @@ def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
 
 
 def _in_order(parts: list[tuple[Tensor, Head, int, Tensor]]) -> tuple[Head, Tensor, Tensor]:
-    """Join the images of all exits in the order in which they came."""
+    """Join the images of all exits in their original order."""
     indices = [torch.full_like(positions, index) for positions, _, index, _ in parts]
-    if len(parts) == 1:  # logits are large: do not copy them for nothing
+    if len(parts) == 1:  # logits are large: avoid a copy
         return parts[0][1], indices[0], parts[0][3]
     positions = [positions for positions, *_ in parts]
     head = {key: _put(positions, [head[key] for _, head, _, _ in parts]) for key in parts[0][1]}
@@ -222,23 +227,23 @@ def _in_order(parts: list[tuple[Tensor, Head, int, Tensor]]) -> tuple[Head, Tens
 
 
 def _put(positions: list[Tensor], values: list[Tensor]) -> Tensor:
-    """[n_i, ...] of every part to [N, ...], each row at its position."""
+    """Scatter the rows [n_i, ...] of every part to their positions in [N, ...]."""
     out = values[0].new_empty(sum(map(len, positions)), *values[0].shape[1:])
     for where, value in zip(positions, values, strict=True):
         out.index_copy_(0, where, value)
     return out
 
 
-# The detector, whatever its backbone is.
+# The detector, independent of its backbone.
 
 DETECTORS: dict[str, type[EarlyExitDetector]] = {}
-"""torchvision's name of a detector -> the same with early exits; :func:`register_detector` adds to it."""
+"""torchvision's detector name -> the class of that detector with early exits; filled by :func:`register_detector`."""
 
 D = TypeVar("D", bound="type[EarlyExitDetector]")
 
 
 def register_detector(name: str) -> Callable[[D], D]:
-    """Decorate a class of detectors with early exits, so that configuration and model files may name it."""
+    """Class decorator: register an `EarlyExitDetector` under ``name`` for configuration and model files."""
 
     def register(kind: D) -> D:
         kind.detector_name = name
@@ -249,10 +254,10 @@ def register_detector(name: str) -> Callable[[D], D]:
 
 
 def detector_class(name: str) -> type[EarlyExitDetector]:
-    """The class of a registered name.
+    """The detector class registered under ``name``.
 
     Raises:
-        EarlyExitError: there is none; the message has the nearest name.
+        EarlyExitError: no class has that name; the message has the nearest one.
     """
     if name not in DETECTORS:
         listed = ", ".join(DETECTORS)
@@ -270,34 +275,35 @@ class EarlyExitDetector(SSD):
     in eval mode one dict per image with ``boxes`` [n, 4] xyxy in the photo's pixels, ``labels`` [n] and ``scores``
     [n]; with a router also ``exit_index`` and ``exit_confidence``, scalar tensors.
 
-    A kind of detectors names ``last_layer`` and torchvision's weights, and implements ``trunk`` and ``build_plain``.
+    A subclass sets ``last_layer`` and torchvision's weights, and implements ``trunk`` and ``build_plain``.
 
     Args:
         detector: a torchvision detector; its parts are used, not copied.
-        exits: shallow to deep; instead of it, the keywords of :func:`earlyexit_ssd.modeling.branches.describe_exits`
-            (``exit_layers``, ``branch``, ``empty`` and the branches' arguments).
-        classes: names of the labels 1..K, background not among them; by default ``class_1`` and so on.
-        losses: what is minimised in training.
-        router: decides who leaves early in eval mode; None runs the full path alone.
+        exits: shallow to deep; or pass the keywords of :func:`earlyexit_ssd.modeling.branches.describe_exits`
+            (``exit_layers``, ``branch``, ``empty`` and the branches' arguments) instead.
+        classes: names of the labels 1..K without background; by default ``class_1`` and so on.
+        losses: loss settings of training.
+        router: chooses each image's exit in eval mode; None runs the full path only.
 
     Attributes:
-        score_thresh: least score of a detection, or class name -> least score (classes that are not named keep 0.001).
-        exit_names: in the order of the walk, such as ``("glance128", "exit8", "exit12", "full")``.
-        exit_layers: their layers, `last_layer` for the full path. ``grids``: (height, width) of the head's maps, cells.
+        score_thresh: lowest score of a detection, or class name -> lowest score (0.001 for other classes).
+        exit_names: names in the order of computation, such as ``("glance128", "exit8", "exit12", "full")``.
+        exit_layers: trunk layer of each exit; `last_layer` for the full path.
+        grids: (height, width) of the head's feature maps, in cells.
         empty: per early exit, whether it has no branch.
 
     Raises:
-        ValueError: an impossible exit layer, or a number of classes that the detector's head does not have.
+        ValueError: an impossible exit layer, or a number of classes that does not fit the detector's head.
     """
 
     detector_name: ClassVar[str]
     last_layer: ClassVar[int]
-    """Behind which the full path begins; exits leave from 1 to the one before."""
+    """Last trunk layer; early exits attach to layers 1 to ``last_layer - 1``."""
     plain_weights: ClassVar[type[WeightsEnum]]
     backbone_weights: ClassVar[type[WeightsEnum]]
-    """torchvision's weights of the detector without exits, and of its trunk."""
+    """torchvision's weight enums of the detector without exits and of its trunk."""
     any_size: ClassVar[bool] = True
-    """Whether its layers fit inputs of other sizes than torchvision's."""
+    """Whether the layers fit other input sizes than torchvision's."""
 
     @takes_exits
     def __init__(
@@ -347,22 +353,22 @@ class EarlyExitDetector(SSD):
 
     @property
     def trunk(self) -> Trunk:
-        """The layers that the backbone has now, also after one was replaced, cut behind the exits."""
+        """The backbone's current layers (one may have been replaced), in segments that end at the exits."""
         raise NotImplementedError
 
     @classmethod
     def build_plain(cls, **settings: object) -> SSD:
-        """torchvision's detector without exits, untrained; keywords as :func:`build_ssdlite`'s."""
+        """torchvision's detector without exits, untrained; keywords as in :func:`build_ssdlite`."""
         raise NotImplementedError
 
     def inherit(self) -> None:
-        """Start the branches' tails and heads from what the full path knows now."""
+        """Copy the full path's current weights into the branches where they have such layers."""
         for branch in self.branches.values():
             branch.inherit(self.backbone, self.head)
 
     @property
     def score_thresh(self) -> float | dict[str, float]:
-        """Least score of a detection, one number or by class name."""
+        """Lowest score of a detection, one number or per class name."""
         return self._score_thresh
 
     @score_thresh.setter
@@ -376,22 +382,22 @@ class EarlyExitDetector(SSD):
 
     @property
     def num_glances(self) -> int:
-        """Early exits that look at a small copy of the image; they come first."""
+        """Number of glances; they come before the other early exits."""
         return sum(one.pixels is not None for one in self.exits)
 
     @property
     def segment_layers(self) -> tuple[int, ...]:
-        """Layers behind which the trunk is cut, on the image at its full size."""
+        """Layers behind which the trunk is cut in the full-size pass."""
         return self.exit_layers[self.num_glances : -1]
 
     @property
     def num_early_exits(self) -> int:
-        """Exits before the full path."""
+        """Number of exits before the full path."""
         return len(self.exit_layers) - 1
 
     @torch.no_grad()
     def _dry_run(self) -> tuple[list[tuple[int, int, int]], list[tuple[int, int]]]:
-        """The taps' shapes and the grids, from a blank image; BatchNorm statistics are left alone."""
+        """Shapes (C, H, W) of the taps and (height, width) of the grids, from a blank image in eval mode."""
         was_training = self.training
         self.backbone.eval()
         parameter = next(self.backbone.parameters())
@@ -401,7 +407,7 @@ class EarlyExitDetector(SSD):
         return [tuple(tap.shape[1:]) for tap in taps], [tuple(feature.shape[-2:]) for feature in maps]
 
     def trunk_maps(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Normalised images [N, 3, S, S] to the taps (one per early exit) and the maps of the full path."""
+        """Normalised images [N, 3, S, S] to the taps (one per early exit) and the full path's feature maps."""
         *early, last = walk(self, x, branches=False)
         return [stop.tap for stop in early], last.maps()
 
@@ -414,19 +420,19 @@ class EarlyExitDetector(SSD):
         return heads
 
     def default_boxes(self, images: ImageList) -> list[Tensor]:
-        """Per image [A, 4] xyxy in network pixels, in fp32 whatever autocast does to the maps."""
+        """Per image [A, 4] xyxy in network pixels, in fp32 also under autocast."""
         maps = [images.tensors.new_empty((1, 0, *grid), dtype=torch.float32) for grid in self.grids]
         return self.anchor_generator(images, maps)
 
     def freeze_trunk(self, frozen: bool = True) -> None:
-        """Train the branches only: the full path takes no gradient and its BatchNorm stays in eval mode."""
+        """Train the branches only: the full path gets no gradient and its BatchNorm stays in eval mode."""
         self._trunk_frozen = frozen
         for module in (self.backbone, self.head):
             module.requires_grad_(not frozen)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> EarlyExitDetector:
-        """As ``nn.Module.train``, but what is frozen stays in eval mode."""
+        """As ``nn.Module.train``, but frozen parts stay in eval mode."""
         super().train(mode)
         if self._trunk_frozen:
             self.backbone.eval()
@@ -438,14 +444,14 @@ class EarlyExitDetector(SSD):
         return self
 
     def compute_losses(self, heads: Sequence[Head], assignment: Assignment) -> dict[str, Tensor]:
-        """Weighted losses of all exits (heads shallow to deep, the full path last); the frozen full path has none."""
+        """Weighted losses of all exits (heads shallow to deep, the full path last); none of a frozen full path."""
         validate.check_router(self.router, self.num_early_exits, trains=True)
         full = {} if self._trunk_frozen else full_path_losses(heads[-1], assignment, self.losses)
         names = {index: self.exit_names[index] for index, empty in enumerate(self.empty) if not empty}
         return full | early_exit_losses(names, heads, assignment, self.losses, self.router)
 
     def assign(self, targets: list[dict[str, Tensor]], anchors: list[Tensor]) -> Assignment:
-        """Match targets (network pixels) with default boxes; one matching serves every exit."""
+        """Match targets (network pixels) with default boxes; all exits share the result."""
         return assign(targets, anchors, self.proposal_matcher, self.box_coder)
 
     def forward(
@@ -463,7 +469,7 @@ class EarlyExitDetector(SSD):
         validate.check_head(self.head, self.num_classes)
         if self.training:
             return self._training_losses(images, targets)
-        return self._detections(images)
+        return self._routed_detections(images)
 
     def _training_losses(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None) -> dict[str, Tensor]:
         targets = validate.check_targets(targets, len(images), self.classes)
@@ -473,7 +479,7 @@ class EarlyExitDetector(SSD):
         return self.compute_losses(heads, self.assign(targets, self.default_boxes(batch)))
 
     def exit_outputs(self, images: list[Tensor]) -> ExitOutputs:
-        """One pass over the network for all exits, unrouted."""
+        """Outputs of all exits from one forward pass, without routing."""
         validate.check_images(images)
         photo_sizes = [tuple(image.shape[-2:]) for image in images]
         batch, _ = self.transform(images, None)
@@ -483,19 +489,20 @@ class EarlyExitDetector(SSD):
 
     def detections(self, outputs: ExitOutputs, exit_index: int) -> list[dict[str, Tensor]]:
         """Detections of one exit: per image ``boxes`` xyxy in the photo's pixels, ``labels`` and ``scores``."""
-        return self._finish(outputs.heads[exit_index], outputs.anchors, outputs.network_sizes, outputs.photo_sizes)
+        return self._postprocess(outputs.heads[exit_index], outputs.anchors, outputs.network_sizes, outputs.photo_sizes)
 
     def postprocess_detections(
         self, head_outputs: Head, image_anchors: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
-        """torchvision's own; least scores by class are cut between its suppression and its limit per image.
+        """As torchvision; thresholds per class are applied after NMS and before the limit per image.
 
-        Suppression works within a class, from the surest box down, so what is cut later has suppressed nothing.
+        This equals thresholding before NMS: NMS works within a class, and a removed box can only have suppressed boxes
+        of lower score, which are removed too.
         """
         if not isinstance(self.score_thresh, Mapping):
             return super().postprocess_detections(head_outputs, image_anchors, image_shapes)
         least = [self.score_thresh.get(name, validate.LEAST_SCORE) for name in self.classes]
-        unlimited = types.SimpleNamespace(
+        unlimited = types.SimpleNamespace(  # torchvision's method reads these attributes only
             box_coder=self.box_coder,
             score_thresh=min(least),
             nms_thresh=self.nms_thresh,
@@ -510,7 +517,7 @@ class EarlyExitDetector(SSD):
             for found, keep in zip(detections, kept, strict=True)
         ]
 
-    def _finish(
+    def _postprocess(
         self,
         head: Head,
         anchors: list[Tensor],
@@ -520,34 +527,34 @@ class EarlyExitDetector(SSD):
         detections = self.postprocess_detections(head, anchors, network_sizes)
         return self.transform.postprocess(detections, network_sizes, photo_sizes)
 
-    def _detections(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        """Of the full path, or with a router of each image's exit."""
+    def _routed_detections(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        """Detections of each image's exit; of the full path without a router."""
         photo_sizes = [tuple(image.shape[-2:]) for image in images]
         batch, _ = self.transform(images, None)
         sizes = self.default_boxes(batch), batch.image_sizes, photo_sizes
         if self.router is None:
-            return self._finish(self.head(self.trunk_maps(batch.tensors)[1]), *sizes)
+            return self._postprocess(self.head(self.trunk_maps(batch.tensors)[1]), *sizes)
         validate.check_router(self.router, self.num_early_exits)
         head, exit_index, confidence = route(self, batch.tensors)
-        detections = self._finish(head, *sizes)
+        detections = self._postprocess(head, *sizes)
         for index, detection in enumerate(detections):
             detection["exit_index"], detection["exit_confidence"] = exit_index[index], confidence[index]
         return detections
 
 
-# The network up to one exit, as a module of its own: for counting operations, timing and export.
+# The network up to one exit as a module: for operation counts, timing and export.
 
 
 class PathToExit(nn.Module):
-    """What a routed image pays for leaving at ``exit_index``: the trunk to there and every branch on the way.
+    """Everything computed for an image that leaves at ``exit_index``: the trunk and all branches up to there.
 
     Args:
         model: the model; its parts are used, not copied.
         exit_index: 0 for the first exit, the number of early exits for the full path.
-        router: scores every exit on the way, as it does when it decides, and spares those that it has closed; None
-            leaves the scoring out and computes every branch.
-        alone: without a router, leaves out the branches before the exit's own, which knows nothing of them: the exit
-            as a detector of its own.
+        router: computes the confidence of every exit on the way and skips closed exits; None computes every branch and
+            no confidence.
+        alone: without a router, skip the branches before ``exit_index``: the exit as a detector of its own. A branch
+            does not depend on earlier branches, except for their context.
     """
 
     def __init__(
@@ -564,7 +571,7 @@ class PathToExit(nn.Module):
         return head["cls_logits"], head["bbox_regression"]
 
     def run(self, x: Tensor) -> tuple[list[Head], list[Tensor]]:
-        """The heads of all exits on the way, this one's last, and the router's confidences [N] in the early ones."""
+        """The heads of all exits up to this one, and the router's confidences [N] at the early ones."""
         heads: list[Head] = []
         confidences: list[Tensor] = []
         hybrid = self.router is not None and self.router.hybrid
@@ -584,9 +591,9 @@ class PathToExit(nn.Module):
 
 
 class AllOutputs(nn.Module):
-    """A path that returns everything it pays for: what earlier branches and the router say, too.
+    """A path that also returns the outputs of earlier branches and the router's confidences.
 
-    Tracers and exporters drop whatever reaches no output.
+    Tracers and exporters drop operations that reach no output, so their cost would be missing.
     """
 
     def __init__(self, path: PathToExit) -> None:
@@ -599,7 +606,7 @@ class AllOutputs(nn.Module):
         return [*(tensor for head in heads for tensor in head.values()), *confidences]
 
 
-# A model for inference alone: the same answers, up to rounding, in about half of the time in eager PyTorch.
+# A model for inference: the same detections up to rounding, in about half the time in eager PyTorch.
 
 
 def is_fused(model: nn.Module) -> bool:
@@ -608,10 +615,10 @@ def is_fused(model: nn.Module) -> bool:
 
 
 def fuse_for_inference(model: EarlyExitDetector) -> EarlyExitDetector:
-    """A copy in eval mode with every BatchNorm folded into its convolution and, on a CPU, the channels last in memory.
+    """A copy in eval mode with every BatchNorm fused into its convolution; on a CPU in channels-last format.
 
-    Detections are the model's up to rounding in fp32. Its router goes along. The copy cannot be trained, saved or
-    matched with a certificate: keep the model, and give it its router first.
+    Detections equal the model's up to fp32 rounding. The router is copied too, so set it first. The copy cannot be
+    trained, saved or compared with a certificate: keep the original model for that.
     """
     fused = copy.deepcopy(model).eval().requires_grad_(False)
     fused.fused = True
@@ -625,28 +632,29 @@ def fuse_for_inference(model: EarlyExitDetector) -> EarlyExitDetector:
     return fused
 
 
-# What a phase trains: the full path alone, the branches alone from stored taps, or (the model itself) everything.
+# Losses of the training phases: of the full path, or of the branches from stored taps; the model itself has all.
 
 Targets = list[dict[str, Tensor]]
 
 
 class FullPath(nn.Module):
-    """Losses of the full path; the branches are not computed and take no gradient.
+    """Losses of the full path; the branches are not computed and get no gradient.
 
     Args:
         model: the detector.
-        sides: of the inputs, pixels, in turn; a batch is shrunk to one of them, chosen by its photos, so that a resumed
-            training does the same. The default boxes keep their sides in pixels (`PixelBoxes`). Empty: the model's own.
+        sides: input sides in pixels for multi-scale training; empty: the model's own. The side of a batch depends on
+            its image ids, so that a resumed training repeats it. Default boxes keep their size in pixels
+            (`PixelBoxes`).
     """
 
     def __init__(self, model: EarlyExitDetector, sides: Sequence[int] = ()) -> None:
         super().__init__()
         self.backbone, self.head, self._sides = model.backbone, model.head, tuple(sides)
-        # Behind a list, so that the branches' parameters are not this module's.
+        # In a list, so that the branches' parameters are not registered here.
         self._model = [model]
 
     def forward(self, images: list[Tensor], targets: Targets) -> dict[str, Tensor]:
-        """``bbox_regression`` and ``classification``, as torchvision's SSD names them."""
+        """``bbox_regression`` and ``classification``, as in torchvision's SSD."""
         model = self._model[0]
         check_images(images)
         targets = check_targets(targets, len(images), model.classes)
@@ -671,11 +679,11 @@ class FullPath(nn.Module):
 
 @dataclass(frozen=True)
 class TapBatch:
-    """What the frozen full path gave for a batch.
+    """Outputs of the frozen full path for a batch.
 
     Attributes:
         taps: per early exit [N, C, H, W].
-        head: the full path's outputs, the teacher.
+        head: the full path's head outputs, the teacher.
         targets: per image ``boxes`` [n, 4] xyxy in network pixels and ``labels`` [n].
     """
 
@@ -685,7 +693,7 @@ class TapBatch:
 
 
 class Branches(nn.Module):
-    """Losses of the branches alone; the same figures as the whole model with a frozen trunk on the same images."""
+    """Losses of the branches from stored taps; equal to the whole model's with a frozen trunk on the same images."""
 
     def __init__(self, model: EarlyExitDetector) -> None:
         super().__init__()
@@ -704,14 +712,14 @@ class Branches(nn.Module):
 
 
 def default_boxes(model: EarlyExitDetector, device: torch.device) -> Tensor:
-    """[A, 4] xyxy in network pixels: those of any image, since all have the network's size."""
+    """Default boxes [A, 4] xyxy in network pixels; the same for every image."""
     width, height = model.transform.fixed_size
     return model.default_boxes(ImageList(torch.empty(1, 3, height, width, device=device), [(height, width)]))[0]
 
 
 @torch.no_grad()
 def compute_taps(model: EarlyExitDetector, images: list[Tensor], targets: Targets) -> TapBatch:
-    """Run the full path once, in the mode that the model is in; ``targets`` in photo pixels."""
+    """Run the full path once, in the model's current mode; ``targets`` in photo pixels."""
     targets = check_targets(targets, len(images), model.classes)
     batch, targets = model.transform(images, targets)
     taps, maps = model.trunk_maps(batch.tensors)

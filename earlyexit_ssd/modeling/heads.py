@@ -1,4 +1,7 @@
-"""Change the classes of a trained head and keep its weights."""
+"""Change the classes of a trained head and keep its weights.
+
+A *row* is a class index of the head, 0 for background. To *fold* a class is to add its probability to background's.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,15 @@ from earlyexit_ssd.errors import EarlyExitError, nearest
 
 
 class FoldedClassificationHead(SSDScoringHead):
-    """All rows of a trained classification head, the unwanted ones folded into background.
+    """A trained classification head with all its classes, the unwanted ones folded into background.
 
-    The folded background logit is the log-sum-exp of the background's and the unwanted classes' logits, so that the
-    softmax over the result gives every wanted class the very probability it had. Parameters keep their names.
+    The background logit becomes the log-sum-exp of the background's and the unwanted classes' logits, so that the
+    softmax gives every wanted class the same probability as before. Parameters keep their names.
 
     Args:
         head: torchvision's classification head.
-        rows: for each wanted class its row in ``head``, 1-based as labels are (0 is background).
-        competing: names of the others, where ``head`` has only those that compete with the wanted ones.
+        rows: for each wanted class its row in ``head``, from 1 on.
+        competing: names of the unwanted classes if ``head`` is compact; empty otherwise.
     """
 
     def __init__(self, head: SSDScoringHead, rows: Sequence[int], competing: Sequence[str] = ()) -> None:
@@ -35,31 +38,31 @@ class FoldedClassificationHead(SSDScoringHead):
         self.register_buffer("others", torch.tensor(others), persistent=False)
 
     def forward(self, x: list[Tensor]) -> Tensor:
-        """Six maps to logits [N, A, 1 + wanted]."""
+        """Feature maps to logits [N, A, 1 + wanted classes]."""
         logits = super().forward(x)
         background = logits[..., self.others].logsumexp(-1, keepdim=True)
         return torch.cat([background, logits[..., self.wanted]], -1)
 
 
 def is_folded(head: nn.Module) -> bool:
-    """Whether a classification head has rows of classes that it does not report."""
+    """Whether a classification head folds classes into background."""
     return isinstance(head, FoldedClassificationHead)
 
 
 def num_outputs(head: SSDScoringHead) -> int:
-    """Logits per default box that a classification head gives, background included."""
+    """Logits per default box that a classification head returns, background included."""
     return head.num_outputs if is_folded(head) else head.num_columns
 
 
 @dataclass(frozen=True)
 class ClassChange:
-    """What became of a checkpoint's classes.
+    """How the wanted classes map to a checkpoint's classes.
 
     Attributes:
         wanted: names of the wanted classes.
-        rows: for each wanted class its row in the checkpoint's head, 1-based; None where it starts afresh.
-        folded: how many classes of the checkpoint went into background ("N/A" is none).
-        competing: of a compact head, names of those that have a row there, the strongest first; None for other heads.
+        rows: for each wanted class its row in the checkpoint's head, from 1 on; None for a new class.
+        folded: number of the checkpoint's other classes ("N/A" does not count).
+        competing: names of the competing classes of a compact head, largest probability first; None for other heads.
     """
 
     wanted: tuple[str, ...]
@@ -76,21 +79,21 @@ class ClassChange:
             parts += [f"{len(self.competing)} of {self.folded} other classes compete and went into background{names}"]
         elif self.folded:
             parts += [f"{self.folded} other classes went into background"]
-        parts += [f"start afresh: {', '.join(new)}"] if new else []
+        parts += [f"new classes: {', '.join(new)}"] if new else []
         return "; ".join(parts)
 
 
 def plan_class_change(source: Sequence[str], wanted: Sequence[str]) -> ClassChange:
-    """Find the wanted classes among those of a checkpoint (``source`` without background, in label order).
+    """Find the wanted classes among a checkpoint's (``source``: names in label order, without background).
 
     Raises:
-        EarlyExitError: not one of the wanted classes is there.
+        EarlyExitError: the checkpoint has none of the wanted classes.
     """
     labels = {canonical(name): label for label, name in enumerate(source, start=1)}
     rows = tuple(labels.get(canonical(name)) for name in wanted)
     if all(row is None for row in rows):
         raise EarlyExitError(
-            f"the checkpoint knows none of the classes {', '.join(wanted)}{nearest(wanted[0], source)}; "
+            f"the checkpoint has none of the classes {', '.join(wanted)}{nearest(wanted[0], source)}; "
             "train from ImageNet weights (MODEL.WEIGHTS_BACKBONE) or correct DATA.CLASSES"
         )
     kept = sum(row is not None for row in rows)
@@ -99,7 +102,7 @@ def plan_class_change(source: Sequence[str], wanted: Sequence[str]) -> ClassChan
 
 
 def cut_head(head: FoldedClassificationHead) -> SSDScoringHead:
-    """A head of background and the wanted rows alone: cheaper, but the scores rise a little (see `slice_rows`)."""
+    """A head of background and the wanted classes only: cheaper, but scores rise a little (see `slice_rows`)."""
     cut = SSDScoringHead(copy.deepcopy(head.module_list), head.num_columns)
     slice_rows(cut, head.wanted.tolist())
     return cut
@@ -107,9 +110,9 @@ def cut_head(head: FoldedClassificationHead) -> SSDScoringHead:
 
 @torch.no_grad()
 def slice_rows(head: SSDScoringHead, rows: Sequence[int | None]) -> None:
-    """Keep background and the wanted ``rows`` of ``head`` in place; new classes (None) start afresh.
+    """Reduce ``head`` in place to background and the classes ``rows``; None is a new class with random weights.
 
-    The background of a sliced head no longer holds the other classes, so scores rise a little where they stood.
+    The softmax no longer includes the removed classes, so scores rise a little where these had probability.
     """
     columns = head.num_columns
     for index, block in enumerate(head.module_list):
@@ -132,9 +135,9 @@ def _slice_convolution(old: nn.Conv2d, columns: int, rows: Sequence[int | None])
 
 @torch.no_grad()
 def copy_rows(new: nn.Conv2d, old: nn.Conv2d, columns: int, rows: Sequence[int | None]) -> None:
-    """Class ``i`` of ``new`` takes row ``rows[i]`` of the ``columns`` of ``old``; None leaves it as it is.
+    """Copy class ``rows[i]`` of ``old``, which has ``columns`` classes, to class ``i`` of ``new``; None copies nothing.
 
-    Output channels of both convolutions are ordered [anchor, class].
+    The output channels of both convolutions are ordered [default box, class].
     """
     anchors = old.out_channels // columns
     weight, bias = old.weight.view(anchors, columns, -1), old.bias.view(anchors, columns)
@@ -144,14 +147,14 @@ def copy_rows(new: nn.Conv2d, old: nn.Conv2d, columns: int, rows: Sequence[int |
             new_weight[:, target], new_bias[:, target] = weight[:, row], bias[:, row]
 
 
-# Classification heads of many classes at a low cost: each predictor in two thin steps.
+# Cheaper classification heads of many classes: low-rank factorisation of each predictor.
 
 
 class FactorisedPredictor(nn.Sequential):
-    """A 1x1 convolution as two: to ``rank`` channels, and from there to the outputs.
+    """A 1x1 convolution factorised into two 1x1 convolutions.
 
     Args:
-        in_channels, out_channels: of the convolution that it stands for.
+        in_channels, out_channels: channels of the factorised convolution.
         rank: channels between the two.
     """
 
@@ -161,8 +164,8 @@ class FactorisedPredictor(nn.Sequential):
 
     @torch.no_grad()
     def approximate(self, convolution: nn.Conv2d) -> None:
-        """Take the nearest weights of this rank in least squares, from the largest singular values (Eckart and Young
-        1936); with a rank of ``min(in_channels, out_channels)`` both give the same outputs."""
+        """Set the least-squares approximation of this rank from the largest singular values (Eckart and Young 1936);
+        it is exact for a rank of ``min(in_channels, out_channels)``."""
         narrow, wide = self
         left, values, right = torch.linalg.svd(convolution.weight.flatten(1), full_matrices=False)
         rank = min(narrow.out_channels, len(values))
@@ -173,7 +176,7 @@ class FactorisedPredictor(nn.Sequential):
 
 
 def factorise(head: SSDScoringHead, rank: int) -> None:
-    """Put a `FactorisedPredictor` in the place of each predictor of ``head`` that it makes cheaper."""
+    """Replace each predictor of ``head`` by a `FactorisedPredictor` where that is cheaper."""
     for block in head.module_list:
         old = block[1]
         if rank * (old.in_channels + old.out_channels) < old.in_channels * old.out_channels:

@@ -1,4 +1,4 @@
-"""Assign default boxes to objects once; the result serves every exit, since all share the default boxes."""
+"""Training targets and losses. Default boxes are assigned to objects once, since all exits share them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from earlyexit_ssd.modeling.arguments import is_number, numbers
 
 @dataclass(frozen=True)
 class Assignment:
-    """What each default box should say.
+    """Training targets of the default boxes.
 
     Attributes:
         labels: [N, A] int64, 0 for background.
@@ -29,14 +29,14 @@ class Assignment:
 
     @property
     def foreground(self) -> Tensor:
-        """[N, A] bool, the default boxes that belong to an object."""
+        """[N, A] bool, the default boxes assigned to an object."""
         return self.labels > 0
 
 
 def assign(
     targets: list[dict[str, Tensor]], anchors: list[Tensor], matcher: Matcher, box_coder: BoxCoder
 ) -> Assignment:
-    """Match by IoU with torchvision's ``SSDMatcher``: 0.5, plus the best default box of every object.
+    """Match by IoU with torchvision's ``SSDMatcher``: IoU of at least 0.5, plus each object's best default box.
 
     Args:
         targets: per image ``boxes`` [n, 4] xyxy in network pixels and ``labels`` [n] in 1..K; n may be 0.
@@ -64,19 +64,19 @@ def assign(
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What is minimised; the keys of the configuration's LOSS section.
+    """Settings of the training losses, with the keys of the configuration's LOSS section.
 
     Attributes:
         classification: ``mined`` or ``focal``.
         neg_to_pos_ratio: mined negatives per positive (SSD: 3).
-        min_negatives: mined negatives per image at least. torchvision's SSD has 0 and learns nothing from an
+        min_negatives: least number of mined negatives per image. torchvision's SSD has 0 and learns nothing from an
             image without objects.
-        focal_alpha, focal_gamma: of the focal loss.
+        focal_alpha, focal_gamma: parameters of the focal loss.
         exit_weights: weight per exit, shallow to deep, or one for all.
         full_weight: weight of the full path.
-        supervision: ``labels``, or ``teacher``: the exits learn by distillation alone, and photos need no boxes.
+        supervision: ``labels``, or ``teacher``: the exits learn by distillation only, and photos need no boxes.
         teacher: ``none``, ``full`` or ``next`` (the next deeper exit).
-        distillation_weight, distillation_box_weight: of the distillation.
+        distillation_weight, distillation_box_weight: weights of the distillation loss and of its box part.
     """
 
     classification: str = "mined"
@@ -125,7 +125,7 @@ def mined_negatives(background_loss: Tensor, foreground: Tensor, ratio: float, m
         background_loss: [N, A] loss of every default box.
         foreground: [N, A] bool.
         ratio: negatives per positive.
-        minimum: negatives per image at least.
+        minimum: least number of negatives per image.
 
     Returns:
         [N, A] bool.
@@ -139,8 +139,8 @@ def mined_negatives(background_loss: Tensor, foreground: Tensor, ratio: float, m
 def detection_losses(head: dict[str, Tensor], assignment: Assignment, settings: LossSettings) -> dict[str, Tensor]:
     """``bbox_regression`` and ``classification`` of one exit, both scalars.
 
-    With ``min_negatives=0`` and ``mined`` they are torchvision's. The count that divides them is the number of
-    positives, or a third of the mined negatives (1/ratio) where the minimum has brought in more of those.
+    With ``mined`` and ``min_negatives=0`` they equal torchvision's. Both sums are divided by the number of positives,
+    or by the number of mined negatives over ``neg_to_pos_ratio`` if that is larger.
     """
     logits, labels, foreground = head["cls_logits"].float(), assignment.labels, assignment.foreground
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
@@ -166,10 +166,10 @@ def _focal(cross_entropy: Tensor, foreground: Tensor, settings: LossSettings) ->
 
 
 def distillation_loss(student: dict[str, Tensor], teacher: dict[str, Tensor], settings: LossSettings) -> Tensor:
-    """Say what the teacher says, anchor by anchor (Hinton et al. 2015); needs no labels.
+    """Distillation per default box (Hinton et al. 2015); needs no labels.
 
     Kullback-Leibler divergence of the classes over all default boxes, plus the boxes' smooth L1 distance weighted by
-    the teacher's foreground probability; both divided by the teacher's foreground mass.
+    the teacher's foreground probability. Both are divided by the sum of that probability.
 
     Args:
         student, teacher: ``cls_logits`` [N, A, C] and ``bbox_regression`` [N, A, 4]; no gradient to the teacher.

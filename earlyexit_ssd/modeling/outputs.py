@@ -1,4 +1,4 @@
-"""What exits say, what a router looks at, and what the model asks of it."""
+"""Outputs of the exits, inputs of a router, and the interface between model and router."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.modeling.losses import Assignment
 
 Head = dict[str, Tensor]
-"""``{"cls_logits": [N, A, C], "bbox_regression": [N, A, 4]}`` of one exit."""
+"""Outputs of one exit: ``{"cls_logits": [N, A, C], "bbox_regression": [N, A, 4]}``."""
 
 
 @dataclass(frozen=True)
 class ExitSignals:
-    """What a router may look at when it decides on the images of a batch at one exit.
+    """Inputs of a router at one exit, for a batch of images.
 
     Attributes:
         logits: raw class logits [N, A, C], background in column 0.
-        tap: the exit's tap, pooled by :func:`pool_tap`, [N, 2 * channels]; None behind the full path.
-        empty: the exit has no branch, so its logits say nothing.
+        tap: the exit's tap, pooled by :func:`pool_tap`, [N, 2 * channels]; None at the full path.
+        empty: the exit has no branch, so its logits hold no information.
     """
 
     logits: Tensor
@@ -32,30 +32,31 @@ class ExitSignals:
 
 
 def pool_tap(tap: Tensor) -> Tensor:
-    """[N, channels, S, S] to each channel's mean and largest value over the cells, [N, 2 * channels]."""
+    """Mean and maximum of each channel over the cells: [N, channels, H, W] to [N, 2 * channels]."""
     return torch.cat([tap.mean((-2, -1)), tap.amax((-2, -1))], dim=1)
 
 
 class Router(Protocol):
-    """What the model asks of a router; :class:`earlyexit_ssd.routing.ExitRouter` is one.
+    """Interface of a router; :class:`earlyexit_ssd.routing.ExitRouter` implements it.
 
     Attributes:
-        hybrid: images do not leave: they take the classes of the exit that is sure and the boxes of the full path.
+        hybrid: every image runs the whole trunk, takes its classes from the first confident exit and its boxes from the
+            full path.
     """
 
     hybrid: bool
 
     def confidence(self, signals: ExitSignals, exit_index: int) -> Tensor:
-        """One number per image, [N]."""
+        """Confidence of the exit in each image, [N]."""
 
     def needs(self, exit_index: int) -> bool:
-        """Whether the exit has to be scored; where nobody can leave, its head need not be computed."""
+        """Whether the confidence at the exit is needed; False for a closed exit, whose head is not computed."""
 
     def leaves(self, confidence: Tensor, exit_index: int) -> Tensor:
-        """[N] bool: which images need no deeper exit."""
+        """Which images leave at the exit, [N] bool."""
 
     def temperature_loss(self, logits: Tensor, assignment: Assignment, exit_index: int) -> Tensor | None:
-        """[N, A, C] raw logits to a scalar that fits this exit's temperature, or None where it is fixed."""
+        """Scalar loss that fits this exit's temperature to raw logits [N, A, C]; None if it is fixed."""
 
 
 class _NeededSettings(TypedDict):
@@ -63,7 +64,7 @@ class _NeededSettings(TypedDict):
 
 
 class RouterSettings(_NeededSettings, total=False):
-    """What ``ExitRouter.to_dict`` gives, as it stands in model files and certificates; the rest has defaults."""
+    """Result of ``ExitRouter.to_dict``, stored in model files and certificates; missing keys have defaults."""
 
     policy: str
     parameters: Any
@@ -79,9 +80,9 @@ class ExitOutputs:
 
     Attributes:
         heads: shallow to deep, the full path last.
-        taps: of the early exits, pooled by :func:`pool_tap`, [N, 2 * channels] each.
+        taps: per early exit the tap, pooled by :func:`pool_tap`, [N, 2 * channels].
         anchors: per image [A, 4] xyxy in network pixels, the same for every exit.
-        network_sizes, photo_sizes: per image (height, width) of the network input and of the photo.
+        network_sizes, photo_sizes: per image (height, width) in pixels of the network input and of the photo.
         empty: per early exit, whether it has no branch.
     """
 
@@ -93,12 +94,12 @@ class ExitOutputs:
     empty: tuple[bool, ...]
 
     def on_full_boxes(self) -> ExitOutputs:
-        """Every exit's classes on the boxes of the full path, as a hybrid router answers."""
+        """A copy with the full path's boxes at every exit, as with a hybrid router."""
         boxes = self.heads[-1]["bbox_regression"]
         return dataclasses.replace(self, heads=tuple({**head, "bbox_regression": boxes} for head in self.heads))
 
     def signals(self, exit_index: int) -> ExitSignals:
-        """What a router sees at this exit."""
+        """The router's inputs at this exit."""
         logits = self.heads[exit_index]["cls_logits"]
         if exit_index == len(self.taps):
             return ExitSignals(logits)

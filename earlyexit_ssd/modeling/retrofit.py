@@ -1,4 +1,4 @@
-"""A trained detector under the exits: its description, its weights in any file, and its classes."""
+"""Start from a trained detector: read its weights from any file, describe its architecture, change its classes."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ from earlyexit_ssd.plain import build, check_fields, require_bounded
 logger = logging.getLogger(__name__)
 
 Content = Mapping[str, Any]
-"""What a file of weights holds: tensors and plain types, in dicts and lists."""
+"""Content of a weight file: tensors and plain types, in dicts and lists."""
 
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""Parts that DataParallel, AveragedModel, torch.compile and the like put into keys, anywhere."""
+"""Key components that DataParallel, AveragedModel, torch.compile and others add, at any place."""
 
 USUAL = ("", "model", "state_dict", "model_state_dict")
-"""Where the weights that were trained stand, if a file holds several."""
+"""Keys of the trained weights, preferred if a file holds several state dicts."""
 
 DEPTH = 4
 _ROOT = re.compile(r"(?:^|\.)(?=backbone\.features\.0\.)")
@@ -53,14 +53,14 @@ _AVERAGE = re.compile(r"(?:^|[._])(?:ema|swa|avg)(?:$|[._])|averag|shadow|teache
 
 
 def find_detector(content: Content, path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The state dict of an SSDLite, with or without exits, under torchvision's names.
+    """Find the state dict of an SSDLite, with or without exits, and return it under torchvision's names.
 
-    It may lie under other keys (``{"model": ..., "epoch": ...}``), and its keys may share a prefix and hold those of
-    wrappers, in any nesting. Of trained weights and their average the trained ones are taken. What lies outside the
-    detector (an optimizer, a loss, ``n_averaged``) is left out.
+    It may be nested (``{"model": ..., "epoch": ...}``). Its keys may share a prefix and contain prefixes of wrappers.
+    If a file holds trained weights and their moving average, the trained weights are used. Entries outside the
+    detector (optimizer, loss, ``n_averaged``) are ignored.
 
     Raises:
-        EarlyExitError: there is none, or there are several and none has the usual name.
+        EarlyExitError: no detector, or several of which none has a usual name.
     """
     found: dict[str, dict[str, Tensor]] = {}
     for place, mapping in _mappings(content):
@@ -85,7 +85,7 @@ def find_detector(content: Content, path: str | os.PathLike[str]) -> dict[str, T
 
 
 def _mappings(content: Content) -> Iterator[tuple[str, Content]]:
-    """Every dict in ``content`` with the keys that lead there; none twice, since pickles may hold circles."""
+    """Every nested dict of ``content`` with its dotted path, each once, since pickles may contain cycles."""
     level, seen = [("", content)], set()
     for _ in range(DEPTH):
         following = []
@@ -103,7 +103,7 @@ def _mappings(content: Content) -> Iterator[tuple[str, Content]]:
 
 
 def _detectors(mapping: Content, path: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
-    """The detectors among the tensors of one dict, by the prefix of their keys without its last dot."""
+    """Key prefix (without its last dot) -> state dict, of the detectors among the tensors of one dict."""
     tensors: dict[str, Tensor] = {}
     for key, value in mapping.items():
         if isinstance(key, str) and isinstance(value, Tensor):
@@ -121,7 +121,7 @@ def _detectors(mapping: Content, path: str | os.PathLike[str]) -> dict[str, dict
 
 
 def outputs_of(state: Mapping[str, Tensor]) -> int:
-    """Outputs per default box of a detector's head, background included; 0 where it cannot be told."""
+    """Outputs per default box of a detector's head, background included; 0 if the head is not in ``state``."""
     for last, boxes in (("0.1.bias", 6), ("0.bias", 4)):  # SSDLite's head, and SSD's
         if f"head.classification_head.module_list.{last}" in state:
             return len(state[f"head.classification_head.module_list.{last}"]) // boxes
@@ -135,12 +135,12 @@ def exit_names_of(state: Mapping[str, Tensor]) -> tuple[str, ...]:
 
 
 def has_reduced_tail(state: Mapping[str, Tensor], width: float) -> bool:
-    """The last trunk layer has 480 channels in the reduced tail and 960 in the full one, times the width."""
+    """Whether the last trunk layer has 480 channels (reduced tail) rather than 960, times the width."""
     last = state.get("backbone.features.1.3.0.weight")
     return last is None or last.shape[0] < 720 * width
 
 
-# A description of a model that builds it again: stored beside the weights, so that one file is enough.
+# The description from which a model is rebuilt, stored beside its weights in the same file.
 
 Rows = Annotated[int, 0, 100_000]
 Share = Annotated[float, 0, 1]
@@ -150,27 +150,29 @@ Count = Annotated[int, 1, 2**31]
 @takes_exits
 @dataclass(frozen=True)
 class Architecture:
-    """Everything that fixes the shapes and the post-processing of a detector with early exits.
+    """All settings that determine the shapes and the post-processing of a detector with early exits.
 
-    In the place of ``exits`` it takes the keywords of :func:`earlyexit_ssd.modeling.branches.describe_exits`.
+    Instead of ``exits`` it accepts the keywords of :func:`earlyexit_ssd.modeling.branches.describe_exits`.
 
     Attributes:
         classes: names of the labels 1..K.
-        detector: torchvision's name of the detector under the exits.
+        detector: torchvision's name of the detector without exits.
         image_size: side of the network input, pixels.
-        trained_size: that the weights know; where it is another one, the default boxes keep the places and sides in
-            pixels that they have there (`PixelBoxes`). 0: ``image_size``.
-        width, reduced_tail: of the trunk; see :func:`build_ssdlite`.
-        head_outputs, folded_rows: outputs per default box of a folded head, and the rows of ``classes`` in it;
-            0 and empty where the head has the classes' own rows.
-        competing: of a compact head (``MODEL.FOLD compact``), names of the rows that are folded into background, the
-            strongest first; empty for other heads.
-        folded_branches: the branches' heads are folded as the full path's is; otherwise they have the classes alone.
+        trained_size: side of the input that the weights were trained at, pixels; 0: ``image_size``. If it differs from
+            ``image_size``, default boxes keep their size in pixels (`PixelBoxes`).
+        width, reduced_tail: shape of the trunk, see :func:`build_ssdlite`.
+        head_outputs: outputs per default box of a folded head, before folding; 0 if the head is not folded.
+        folded_rows: class indices of ``classes`` in a folded head; empty if the head is not folded.
+        competing: names of the classes that a compact head (``MODEL.FOLD compact``) folds into background, largest
+            probability first; empty for other heads.
+        folded_branches: whether the branches' heads are folded like the full path's. Otherwise they have only
+            background and ``classes``.
         exits: shallow to deep.
-        score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing; the first may be by class.
+        score_thresh: lowest score of a detection, one number or per class name.
+        nms_thresh, detections_per_img, topk_candidates: post-processing as in torchvision's SSD.
 
     Raises:
-        EarlyExitError: a field of another type or out of its range.
+        EarlyExitError: a field of a wrong type or out of its range.
     """
 
     classes: tuple[str, ...]
@@ -211,11 +213,11 @@ class Architecture:
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
-        """The exits' trunk layers."""
+        """Trunk layers of the early exits."""
         return tuple(one.layer for one in self.exits)
 
     def to_dict(self) -> dict:
-        """Plain types only, for JSON and for files that are read with ``weights_only=True``."""
+        """A dict of plain types, for JSON and for files read with ``weights_only=True``."""
         values = {name.name: getattr(self, name.name) for name in dataclasses.fields(self)}
         values |= exit_keywords(values.pop("exits"))
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
@@ -231,17 +233,17 @@ class Architecture:
         exits = () if new_layers else describe_exits(**words)
         if new_layers or (older.get("cascade", False) and sum(not one.empty for one in exits) > 1):
             raise EarlyExitError(
-                "its branches have layers (attention, or a cascade from exit to exit) that this version has not: "
-                "train the exits again from its full path (MODEL.WEIGHTS, minutes)"
+                "its branches have layers that this version does not support (attention, or a cascade from exit to "
+                "exit): train the exits again from its full path (MODEL.WEIGHTS, minutes)"
             )
         return build(cls, {**values, "exits": exits})
 
     @classmethod
     def of(cls, model: EarlyExitDetector) -> Architecture:
-        """The description of a model as it is now.
+        """The description of a model in its current state.
 
         Raises:
-            EarlyExitError: layers, default boxes or normalisation are not those that this description can build.
+            EarlyExitError: layers, default boxes or normalisation were changed, so no description rebuilds the model.
         """
         head, settings = model.head.classification_head, {"detector": model.detector_name, "exits": model.exits}
         if is_folded(head):
@@ -258,8 +260,8 @@ class Architecture:
             **{name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in settings.items()}
         )
         with torch.random.fork_rng(devices=[]):
-            built = _fixed(architecture.build())
-        own = _fixed(model)
+            built = _described_parts(architecture.build())
+        own = _described_parts(model)
         for name in {**built, **own}:
             if built.get(name) != own.get(name):
                 raise EarlyExitError(
@@ -270,12 +272,12 @@ class Architecture:
 
     @classmethod
     def of_full_path(cls, values: dict) -> Architecture:
-        """The description of a model as far as its full path goes; its branches may be those of an older version."""
+        """The description of a model's full path only; its branches may come from an unsupported older version."""
         branches = {"attention", "cascade", *exit_words()}
         return cls.from_dict({key: value for key, value in values.items() if key not in branches})
 
     def build_detector(self) -> SSD:
-        """The torchvision detector under the exits, untrained."""
+        """The torchvision detector without exits, untrained."""
         detector = detector_class(self.detector).build_plain(
             num_classes=self.head_outputs or len(self.classes) + 1,
             image_size=self.image_size,
@@ -297,14 +299,14 @@ class Architecture:
 
     @property
     def lowest_score(self) -> float:
-        """Of ``score_thresh``: what a detector without names of classes can cut at."""
+        """The lowest of the scores in ``score_thresh``, for a detector with one threshold for all classes."""
         cuts = self.score_thresh
         return min(cuts.get(name, LEAST_SCORE) for name in self.classes) if isinstance(cuts, Mapping) else cuts
 
     def add_exits(self, detector: SSD) -> EarlyExitDetector:
-        """Exits on a detector of this architecture."""
+        """Add the exits to a detector of this architecture."""
         head, classes = detector.head, self.classes
-        if self.folded_branches:  # they are built of all rows, as the full path's is, and both are folded then
+        if self.folded_branches:  # build the branches with all classes of the full path's head, then fold both
             whole = head.classification_head
             head.classification_head = SSDScoringHead(whole.module_list, whole.num_columns)
             classes = None
@@ -322,8 +324,8 @@ class Architecture:
 def fold_model(
     model: EarlyExitDetector, classes: Sequence[str], rows: Sequence[int], competing: Sequence[str] = ()
 ) -> None:
-    """Give a model the ``classes`` in the ``rows`` of its heads, the full path's and the branches', and fold the others
-    (``competing``: their names) into background, so that every score stays what it was."""
+    """Fold all classes except ``classes``, whose class indices are ``rows``, into background, in the heads of the full
+    path and of the branches. Scores stay the same. ``competing``: names of the folded classes of a compact head."""
     for part in (model, *model.branches.values()):
         if hasattr(part, "head"):
             part.head.classification_head = FoldedClassificationHead(part.head.classification_head, rows, competing)
@@ -332,14 +334,14 @@ def fold_model(
     model.classes = tuple(classes)
 
 
-def _fixed(model: EarlyExitDetector) -> dict[str, object]:
-    """What a description fixes, by name."""
+def _described_parts(model: EarlyExitDetector) -> dict[str, object]:
+    """Name -> value of everything that a description determines: shapes, normalisation and default boxes."""
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items() if not key.startswith("router.")}
     normalisation = {name: list(getattr(model.transform, name)) for name in ("image_mean", "image_std", "fixed_size")}
     return {**shapes, **normalisation, "anchor_generator": repr(model.anchor_generator)}
 
 
-# Take a trained torchvision SSDLite, from torchvision's weights or a file, and change its classes if asked.
+# Load a trained torchvision SSDLite, from torchvision's weights or a file, and change its classes.
 
 COCO_CLASSES = tuple(SSDLite320_MobileNet_V3_Large_Weights.COCO_V1.meta["categories"][1:])
 """torchvision's names of the labels 1..90; "N/A" where COCO skips a number."""
@@ -356,27 +358,26 @@ def retrofit(
     photos: Iterable[Tensor] | None = None,
     tolerance: float = 0.0015,
 ) -> tuple[SSD, Architecture, ClassChange | None]:
-    """A trained torchvision detector with the wanted classes, every key of the checkpoint used.
+    """Load a trained torchvision detector and change its classes; every key of the checkpoint is used.
 
     Args:
         architecture: the wanted model; its ``classes`` are the wanted ones.
         weights: a path, or a member of torchvision's ``SSDLite320_MobileNet_V3_Large_Weights`` or its name. A path
-            may also be a model of this project; its branches are left out.
-        source_classes: names of the checkpoint's labels 1..K; None where they are the wanted ones. A model of this
-            project knows its own.
-        fold: ``exact`` (fold unwanted classes, same scores as before), ``compact`` (fold those that compete with the
-            wanted ones, drop the others: a smaller head, almost the same scores) or ``rows`` (drop all of them). Where
-            no class is unwanted, ``compact`` is ``exact``.
-        photos: of ``compact``, on which the competing classes are found, [3, H, W] in [0, 1]; they are looked at only
-            where they are needed.
-        tolerance: of ``compact``, see :func:`earlyexit_ssd.modeling.compact.competing_rows`.
+            may also be a model of this project, whose branches are ignored.
+        source_classes: names of the checkpoint's labels 1..K; None if they are the wanted ones. A model file of this
+            project contains its own.
+        fold: what happens to the unwanted classes. ``exact``: fold all of them; scores stay the same. ``compact``: fold
+            the competing ones and drop the others; a smaller head, scores stay almost the same; like ``exact`` if no
+            class is unwanted. ``rows``: drop all of them.
+        photos: for ``compact``: photos to find the competing classes on, [3, H, W] in [0, 1]; read only if needed.
+        tolerance: for ``compact``, see :func:`earlyexit_ssd.modeling.compact.competing_rows`.
 
     Returns:
-        the detector, the architecture it has now, and what became of the classes (None if nothing changed).
+        the detector, its architecture, and the change of its classes (None if nothing changed).
 
     Raises:
-        EarlyExitError: unreadable weights, weights of other shapes, classes that the checkpoint cannot give, an unknown
-            ``fold``, or ``compact`` without photos that show what it looks for.
+        EarlyExitError: unreadable weights, wrong shapes, a class that the checkpoint lacks, an unknown ``fold``, or
+            ``compact`` without photos on which competing classes can be found.
     """
     if fold not in FOLDS:
         raise EarlyExitError(
@@ -428,7 +429,7 @@ def torchvision_name(
     weights: str | os.PathLike[str] | WeightsEnum,
     kind: type[WeightsEnum] = SSDLite320_MobileNet_V3_Large_Weights,
 ) -> str | None:
-    """The name among torchvision's weights of a ``kind``, without the enum's; None where ``weights`` is a path."""
+    """Member name (without the enum's) in torchvision's weight enum ``kind``; None if ``weights`` is a path."""
     name = str(weights).removeprefix(f"{kind.__name__}.")
     return name if name in kind.__members__ else None
 
@@ -437,9 +438,9 @@ def load_full_path(
     weights: str | os.PathLike[str] | WeightsEnum,
     kind: type[WeightsEnum] = SSDLite320_MobileNet_V3_Large_Weights,
 ) -> tuple[dict[str, Tensor], Architecture | None]:
-    """State dict of a detector without exits, and its description where the file is a model of this project.
+    """State dict of a detector without exits, and its description if the file is a model of this project.
 
-    A name of torchvision's weights of that ``kind`` is downloaded by torchvision.
+    If ``weights`` is a member name of torchvision's enum ``kind``, torchvision downloads them.
     """
     name = torchvision_name(weights, kind)
     if name:
@@ -464,7 +465,7 @@ def load_full_path(
 
 
 def require_weights(weights: str | os.PathLike[str] | SSDLite320_MobileNet_V3_Large_Weights) -> None:
-    """Check that ``weights`` is a file, or a name of torchvision's weights; nothing is read.
+    """Check that ``weights`` is a file or a name of torchvision's weights, without reading it.
 
     Raises:
         EarlyExitError: it is neither; the message has the nearest name.
@@ -476,14 +477,14 @@ def require_weights(weights: str | os.PathLike[str] | SSDLite320_MobileNet_V3_La
 
 
 def read_weights(path: str | os.PathLike[str]) -> Content:
-    """A file of tensors and plain types; nothing in it is executed.
+    """Read a file of tensors and plain types; no code in it is executed.
 
-    ``argparse.Namespace`` is plain too: torchvision's reference training stores its arguments in one.
+    ``argparse.Namespace`` is allowed: torchvision's reference training stores its arguments in one.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or foreign file raises anything; nothing of it may be unpickled otherwise
+    except Exception as error:  # a damaged or foreign file may raise any exception; no unsafe unpickling instead
         held = re.search(r"GLOBAL ([\w.]{1,60})", str(error))
         fix = "save model.state_dict() alone" if held else "fetch or train it again"
         raise EarlyExitError(
@@ -506,8 +507,8 @@ def require_state(state: object, source: str | os.PathLike[str]) -> None:
     """Check that it is a state dict: names and ordinary tensors.
 
     Raises:
-        EarlyExitError: a key that is no text, a value that is no tensor, or one that is sparse, quantised, complex or
-            without data.
+        EarlyExitError: a key that is no string, a value that is no tensor, or a sparse, quantised, complex or meta
+            tensor.
     """
     fix = "save model.state_dict()"
     if not isinstance(state, dict) or not state:
@@ -524,7 +525,11 @@ def require_state(state: object, source: str | os.PathLike[str]) -> None:
 
 
 def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: str | os.PathLike[str]) -> None:
-    """Load strictly; the first difference is named in one line, NaN too."""
+    """Load a state dict strictly.
+
+    Raises:
+        EarlyExitError: a missing, unexpected or non-finite key, a wrong shape or type; the message names the first.
+    """
     require_state(state, source)
     expected = module.state_dict()
     problems = [f"lacks {key}" for key in expected if key not in state]
@@ -553,17 +558,17 @@ def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: st
     module.load_state_dict(state)
 
 
-# A trained detector without exits at another input size, as it stands.
+# A trained detector without exits at another input size, without training.
 
 
 def resize_detector(model: EarlyExitDetector, architecture: Architecture, size: int, *, cut: bool = False) -> SSD:
-    """The full path's weights at an input side of ``size`` pixels; in eval mode, on the model's device.
+    """The full path at an input of ``size`` x ``size`` pixels, in eval mode, on the model's device.
 
-    With ``cut`` a folded classification head (``MODEL.FOLD exact``) keeps the rows of the model's classes alone, which
-    takes no training: the cheapest detector without exits that these weights make.
+    With ``cut`` a folded classification head (``MODEL.FOLD exact``) keeps only background and the model's classes. This
+    is the cheapest detector without exits that these weights give without training.
 
-    The default boxes keep their places and sides in pixels. torchvision's are shares of the input, but a convolution
-    has learnt how an object of so many pixels looks: with boxes that shrink along, everything is found too small.
+    Default boxes keep their size in pixels (`PixelBoxes`). torchvision's would scale with the input, but convolutions
+    have learned objects of a certain size in pixels: all boxes would be found too small.
     """
     trained_size = architecture.trained_size or architecture.image_size
     detector = dataclasses.replace(architecture, image_size=size, trained_size=trained_size).build_detector()

@@ -1,4 +1,4 @@
-"""torchvision's SSDLite320 MobileNetV3-Large, for any input size and width, from torchvision's own parts."""
+"""torchvision's SSDLite320 MobileNetV3-Large for any input size and width, built from torchvision's parts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torchvision.models.detection.ssdlite import SSDLiteFeatureExtractorMobileNe
 from earlyexit_ssd.errors import EarlyExitError
 
 norm_layer = partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
-"""BatchNorm as torchvision's SSDLite uses it."""
+"""BatchNorm with the settings of torchvision's SSDLite."""
 
 
 def build_ssdlite(
@@ -38,12 +38,12 @@ def build_ssdlite(
     """A torchvision ``SSD`` with torchvision's SSDLite layers; at 320 px and width 1.0 it is torchvision's model.
 
     Args:
-        num_classes: outputs per anchor, background included.
+        num_classes: outputs per default box, background included.
         image_size: side of the square input, pixels.
-        width: multiplier of every layer's channels, those behind the trunk included.
+        width: multiplier of the channels of every layer, including those behind the trunk.
         reduced_tail: halve the channels behind C4, as torchvision's COCO weights do (MobileNetV3 paper, table 6).
             ImageNet weights have the full tail.
-        weights_backbone: ImageNet weights of the trunk; they fix ``width`` to 1.0 and ``reduced_tail`` to False.
+        weights_backbone: ImageNet weights of the trunk; they need ``width=1.0`` and ``reduced_tail=False``.
         progress: show the download's progress.
         score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing, as torchvision's SSD.
 
@@ -81,7 +81,7 @@ def build_ssdlite(
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     )
-    detector.width = width  # no layer tells it exactly
+    detector.width = width  # channel counts are rounded, so the layers do not determine it
     return detector
 
 
@@ -91,35 +91,35 @@ def _feature_extractor(layers: nn.Sequential, width: float) -> SSDLiteFeatureExt
     return SSDLiteFeatureExtractorMobileNet(layers, strided[-1], norm_layer, width_mult=width)
 
 
-# A backbone in segments that end at the exits, without rewriting it.
+# The unchanged backbone as segments that end at the exits.
 
 
 @dataclass(frozen=True)
 class TrunkState:
-    """Where a batch stands in the trunk.
+    """Intermediate state of a batch in the trunk.
 
     Attributes:
-        x: output of the last layer run, [N, C, H, W]; at an exit, this is the tap.
-        finest: the expansion of C4, the finest map of the full path's head; None before it is reached.
+        x: output of the last layer that was run, [N, C, H, W]; at an exit, this is the tap.
+        finest: C4's expansion, the finest map of the full path's head; None before that layer.
     """
 
     x: Tensor
     finest: Tensor | None = None
 
     def select(self, keep: Tensor) -> TrunkState:
-        """The images of the boolean mask ``keep`` [N]; the others are computed no further."""
+        """The state of some images only (``keep``: boolean mask [N] or indices)."""
         return TrunkState(self.x[keep], None if self.finest is None else self.finest[keep])
 
 
 class Trunk:
-    """The layers of a detector's backbone as steps, cut behind the exits.
+    """The layers of a detector's backbone as steps, grouped into segments that end at the exits.
 
-    Made anew for each use, since layers may have been replaced. Not a module: the parameters stay where torchvision has
-    them, under the same names.
+    It is created for each use, since layers may have been replaced. It is no module, so the parameters keep
+    torchvision's names.
 
     Args:
-        steps: the layers up to the last one that an exit may leave behind, in order.
-        exit_layers: behind which a segment ends, increasing.
+        steps: the trunk's layers in order.
+        exit_layers: trunk layers at which a segment ends, increasing.
         finest_step: index of the step whose output is the finest map of the head.
     """
 
@@ -129,11 +129,11 @@ class Trunk:
         self._ranges = list(zip([0, *ends], [*ends, len(steps)], strict=True))
 
     def _end(self, layer: int) -> int:
-        """How many steps come before the exit behind ``layer``."""
+        """Number of steps up to and including the trunk layer ``layer``."""
         return layer
 
     def features(self, x: Tensor, layer: int) -> Tensor:
-        """Images [N, 3, S, S] of any side to the output of ``layer``, [N, C, H, W]."""
+        """Images [N, 3, S, S] of any size to the output of ``layer``, [N, C, H, W]."""
         for step in self._steps[: self._end(layer)]:
             x = step(x)
         return x
@@ -148,19 +148,18 @@ class Trunk:
         return TrunkState(x, finest)
 
     def feature_maps(self, state: TrunkState) -> list[Tensor]:
-        """The maps of the full path's head, fine to coarse, from the state behind the last segment."""
+        """The feature maps of the full path's head, fine to coarse, from the state after the last segment."""
         raise NotImplementedError
 
 
 class SegmentedTrunk(Trunk):
-    """Of a torchvision ``SSDLiteFeatureExtractorMobileNet``.
+    """The trunk of torchvision's ``SSDLiteFeatureExtractorMobileNet``.
 
-    ``features[0]`` holds the layers up to the one before C4 and C4's expansion, ``features[1]`` the rest of C4 and the
-    layers behind it.
+    ``features[0]`` ends with C4's expansion. ``features[1]`` is the rest of C4 and the layers behind it.
 
     Args:
         backbone: the feature extractor.
-        exit_layers: trunk layers (torchvision's numbering, stem 0) behind which a segment ends, increasing.
+        exit_layers: trunk layers (torchvision's numbering, stem 0) at which a segment ends, increasing.
 
     Raises:
         EarlyExitError: another kind of backbone.
@@ -179,7 +178,7 @@ class SegmentedTrunk(Trunk):
         super().__init__(steps, exit_layers, finest_step=len(head_part) - 1)
 
     def _end(self, layer: int) -> int:
-        """C4 takes two steps: its expansion and the rest."""
+        """See :meth:`Trunk._end`; C4 is two steps, its expansion and the rest."""
         return layer + 1 if layer < self._finest_step else layer + 2
 
     def feature_maps(self, state: TrunkState) -> list[Tensor]:
@@ -191,9 +190,9 @@ class SegmentedTrunk(Trunk):
 
 
 def small_copy(x: Tensor, pixels: int) -> Tensor:
-    """Images [N, 3, S, S] at a side of ``pixels``: bilinear to a multiple of it near S, then means over whole cells.
+    """Images [N, 3, S, S] resized to a side of ``pixels``: bilinear to the nearest multiple, then average pooling.
 
-    Bilinear interpolation alone skips pixels where it shrinks by more than two.
+    Bilinear interpolation alone would skip pixels when it shrinks by more than a factor of two.
     """
     side = int(x.shape[-1])  # a tracer makes tensors of shapes
     times = max(1, round(side / pixels))
@@ -204,7 +203,7 @@ def small_copy(x: Tensor, pixels: int) -> Tensor:
 
 @torch.no_grad()
 def grids_of(backbone: nn.Module, size: int) -> list[tuple[int, int]]:
-    """(height, width) of the head's maps, cells, of an input with sides of ``size`` pixels."""
+    """(height, width) in cells of the head's feature maps for an input of ``size`` x ``size`` pixels."""
     was_training = backbone.training
     maps = backbone.eval()(torch.zeros(1, 3, size, size, device=next(backbone.parameters()).device)).values()
     backbone.train(was_training)
@@ -212,13 +211,13 @@ def grids_of(backbone: nn.Module, size: int) -> list[tuple[int, int]]:
 
 
 class PixelBoxes(nn.Module):
-    """Default boxes for one input size at the places and of the sides, in pixels, that they have for another.
+    """Default boxes that keep, at another input size, the spacing and side lengths in pixels of the trained size.
 
     Args:
-        generator: torchvision's, whose boxes are shares of the input.
-        grids: (height, width) of the six maps at that size, cells.
-        trained_size: the side of the input that the weights know, pixels.
-        size: of the inputs to come.
+        generator: torchvision's generator, whose boxes scale with the input.
+        grids: (height, width) in cells of the feature maps at ``trained_size``.
+        trained_size: side of the input that the weights were trained at, pixels.
+        size: side of the input that they are used at, pixels.
     """
 
     def __init__(
@@ -245,6 +244,6 @@ class PixelBoxes(nn.Module):
         return [self._scale(boxes) for boxes in self.generator(images, feature_maps)]
 
     def _scale(self, boxes: Tensor) -> Tensor:
-        """The centres are right, since steps are pixels; the sides are still shares of the input."""
+        """Scale the sides, which the generator scales with the input; the centres follow ``steps`` and are right."""
         centres, halves = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * self.factor
         return torch.cat([centres - halves, centres + halves], 1)

@@ -1,4 +1,4 @@
-"""Checks of what is handed to the model, one line each: what was expected, what came, and which image."""
+"""Checks of the model's inputs, with one-line errors: which image, what was expected, what was given."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from earlyexit_ssd.modeling.heads import num_outputs
 from earlyexit_ssd.modeling.losses import LossSettings
 
 SLACK = 0.5
-"""That augmentation and interpolation may leave [0, 1] by."""
+"""How far pixel values may lie outside [0, 1], because of augmentation and interpolation."""
 
 LEAST_SCORE = 0.001
-"""Of a class that ``score_thresh`` does not name: torchvision's own for SSDLite."""
+"""Lowest score of a class that ``score_thresh`` does not name; torchvision's default for SSDLite."""
 
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 def check_images(images: Sequence[Tensor]) -> None:
-    """Images are [3, H, W] float tensors in [0, 1]; the values are looked at on a CPU only, where it costs no wait."""
+    """Check for float tensors [3, H, W] in [0, 1]; values only on the CPU, since a GPU would have to synchronise."""
     if not len(images):
         raise EarlyExitError("no image: expected a list of at least one float tensor [3, H, W]")
     for index, image in enumerate(images):
@@ -38,7 +38,7 @@ def check_images(images: Sequence[Tensor]) -> None:
 
 
 def _check_values(index: int, image: Tensor) -> None:
-    """Pixels as integers, normalised twice, or not a number: detectors say "nothing there" to all of these."""
+    """Check the range; pixels in 0..255, pixels normalised twice or NaN would silently give no detections."""
     low, high = (float(value) for value in image.aminmax())
     if not (low >= -SLACK and high <= 1 + SLACK):
         raise EarlyExitError(
@@ -50,9 +50,9 @@ def _check_values(index: int, image: Tensor) -> None:
 def check_targets(
     targets: Sequence[dict[str, Tensor]] | None, count: int, classes: Sequence[str]
 ) -> list[dict[str, Tensor]]:
-    """The targets with fp32 boxes xyxy, of positive width and height, and int64 labels in 1..K; other keys stay.
+    """The targets with fp32 boxes xyxy of positive width and height and int64 labels in 1..K; other keys stay.
 
-    Boxes of any number type and labels of any integer type are taken: numpy's boxes are float64.
+    Boxes of any number type and labels of any integer type are accepted: numpy's boxes are float64.
     """
     if targets is None or len(targets) != count:
         raise EarlyExitError(
@@ -69,7 +69,7 @@ def _checked(target: dict[str, Tensor], index: int, classes: Sequence[str]) -> d
         )
     if not (boxes.is_floating_point() or boxes.dtype in WHOLE):
         raise EarlyExitError(f"target {index}: boxes are {boxes.dtype}, expected numbers such as torch.float32")
-    if labels.dtype not in WHOLE and len(labels):  # torch.zeros(0) is a float, and means that there are none
+    if labels.dtype not in WHOLE and len(labels):  # torch.zeros(0) is float, and means no labels
         raise EarlyExitError(f"target {index}: labels are {labels.dtype}, expected whole numbers such as torch.int64")
     boxes, labels = boxes.to(torch.float32), labels.to(torch.int64)
     bad = ~((boxes[:, 2:] > boxes[:, :2]).all(1) & torch.isfinite(boxes).all(1))
@@ -97,7 +97,7 @@ def _tensor_of(target: object, key: str, index: int) -> Tensor:
 
 
 def score_thresh(value: object, classes: Sequence[str]) -> float | dict[str, float]:
-    """A least score, or class name -> least score in the order of ``classes``, checked."""
+    """The checked lowest score, or class name -> lowest score in the order of ``classes``."""
     if not isinstance(value, Mapping):
         if isinstance(value, bool) or not isinstance(value, Real) or value != value:
             raise EarlyExitError(
@@ -116,7 +116,7 @@ def score_thresh(value: object, classes: Sequence[str]) -> float | dict[str, flo
 
 
 def check_head(head: nn.Module, num_classes: int) -> None:
-    """The full path's head says as many classes as the model has, also after it was replaced."""
+    """Check that the full path's head, which may have been replaced, has the model's number of classes."""
     classification = getattr(head, "classification_head", None)
     outputs = num_outputs(classification) if hasattr(classification, "num_columns") else num_classes
     if outputs != num_classes:
@@ -127,7 +127,8 @@ def check_head(head: nn.Module, num_classes: int) -> None:
 
 
 def is_traced() -> bool:
-    """Whether what runs is being recorded, for TorchScript, ONNX or torch.export; torch.compile looks at values too."""
+    """Whether the model is being traced for TorchScript, ONNX or torch.export; False under torch.compile, which can
+    read values."""
     if hasattr(torch.compiler, "is_exporting"):
         exporting = torch.compiler.is_exporting()
     else:  # before torch 2.7
@@ -136,7 +137,7 @@ def is_traced() -> bool:
 
 
 def check_not_traced(router: object) -> None:
-    """Routing is control flow, and a trace would hold the exit of its sample photo for all photos."""
+    """Refuse to trace a model with a router: the trace would contain the sample photo's exit for all photos."""
     if router is not None and is_traced():
         raise EarlyExitError(
             "a model with a router cannot be traced or exported: every photo would take the sample photo's exit; "
@@ -145,7 +146,7 @@ def check_not_traced(router: object) -> None:
 
 
 def check_losses(losses: object, exits: int) -> None:
-    """What the model is given to train with is what it says, for as many exits as there are."""
+    """Check the type of the loss settings and the number of exit weights."""
     if not isinstance(losses, LossSettings):
         raise EarlyExitError(f"losses is {losses!r:.60}, expected a LossSettings")
     if len(losses.exit_weights) not in (1, exits):
@@ -156,19 +157,18 @@ def check_losses(losses: object, exits: int) -> None:
 
 
 def check_router(router: object, count: int, trains: bool = False) -> None:
-    """A router, where there is one, answers what a `Router` is asked, in training for its temperatures too, and
-    decides for as many exits as there are."""
+    """Check that a router is None or implements `Router` for ``count`` early exits; ``trains``: its loss too."""
     asked = ("confidence", "needs", "leaves", *(("temperature_loss",) if trains else ()))
     answers = all(callable(getattr(router, name, None)) for name in asked) and hasattr(router, "hybrid")
     if router is not None and (isinstance(router, type) or not answers):
         raise EarlyExitError(f"router is {router!r:.60}, expected an ExitRouter, or None")
     known = getattr(router, "num_exits", count)
     if known != count:
-        raise EarlyExitError(f"the router knows {known} early exits, the model has {count}; build it with {count}")
+        raise EarlyExitError(f"the router is for {known} early exits, the model has {count}; build it with {count}")
 
 
 def check_batch(model: nn.Module, count: int) -> None:
-    """BatchNorm cannot normalise the 1x1 map of a single image; say so before it does."""
+    """Refuse a training batch of one image: BatchNorm cannot normalise its 1x1 map."""
     trains_norm = any(module.training for module in model.modules() if isinstance(module, _BatchNorm))
     if count == 1 and trains_norm:
         raise EarlyExitError(

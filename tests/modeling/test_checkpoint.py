@@ -109,7 +109,7 @@ def test_tangled_values_are_refused_at_once(tmp_path):
 def test_another_model_s_description_is_not_written(tmp_path):
     model = Architecture(**SMALL).build()
     for wrong in ({"classes": ("a", "b")}, {"exit_layers": (6, 12)}):
-        with pytest.raises(EarlyExitError, match="the architecture says .*; give its own"):
+        with pytest.raises(EarlyExitError, match="the architecture has .*; pass the model.s own"):
             save_model(tmp_path / "model.pth", model, Architecture(**{**SMALL, **wrong}))
     assert not list(tmp_path.iterdir())
 

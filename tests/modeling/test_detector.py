@@ -321,9 +321,9 @@ def test_anchors_stay_exact_under_autocast(model, images):
 
 def test_router_for_another_number_of_exits_is_refused(model, images, targets):
     model.router = ExitRouter(1)
-    with pytest.raises(ValueError, match="the router knows 1 early exits, the model has 2"):
+    with pytest.raises(ValueError, match="the router is for 1 early exits, the model has 2"):
         model.eval()(images)
-    with pytest.raises(ValueError, match="the router knows 1 early exits"):
+    with pytest.raises(ValueError, match="the router is for 1 early exits"):
         model.train()(images, targets)
 
 

@@ -36,7 +36,7 @@ def test_routing_that_cannot_be_used_is_one_line(tmp_path):
     with pytest.raises(EarlyExitError, match="its routing cannot be used .*'thresholds'"):
         EarlyExitSSDLite.from_pretrained(path)
     path = save(tmp_path / "model.pth", ExitRouter(5).to_dict())
-    with pytest.raises(EarlyExitError, match="its routing cannot be used .the router knows 5 early exits"):
+    with pytest.raises(EarlyExitError, match="its routing cannot be used .the router is for 5 early exits"):
         EarlyExitSSDLite.from_pretrained(path)
     path = save(tmp_path / "model.pth", {"num_exits": 2, "temperature_bounds": [1.0]})
     with pytest.raises(EarlyExitError, match="its routing cannot be used .temperature_bounds"):
