@@ -53,8 +53,6 @@ def early_exit_losses(
     Args:
         names: index -> name of the early exits that have a branch.
         heads: outputs of all exits, shallow to deep, the full path last.
-        assignment: targets of the default boxes, shared by all exits.
-        settings: weights and teacher.
         router: adds a temperature loss per exit if its temperatures are learned.
     """
     if settings.supervision == "teacher":
@@ -86,8 +84,6 @@ class Stop:
     """A batch at one exit of the forward pass.
 
     Attributes:
-        model: the detector.
-        trunk: its layers.
         index: index of the exit; the full path's index is the number of early exits.
         state: state of the trunk behind the layers run so far.
         context: map that the branch passes on, see :meth:`Branch.context`.
@@ -149,7 +145,6 @@ def walk(model: EarlyExitDetector, x: Tensor, branches: bool = True, behind: Sto
     """Yield every exit in order, the full path last; deeper layers are computed when the next exit is requested.
 
     Args:
-        model: the detector.
         x: normalised images [N, 3, S, S].
         branches: whether heads of the branches will be computed; False skips their context.
         behind: continue behind this exit instead of starting from ``x``.
@@ -174,7 +169,6 @@ def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
     the first confident exit. The full path's classification head runs only for images without one.
 
     Args:
-        model: a detector with a router.
         x: normalised images [N, 3, S, S].
 
     Returns:
@@ -641,7 +635,6 @@ class FullPath(nn.Module):
     """Losses of the full path; the branches are not computed and get no gradient.
 
     Args:
-        model: the detector.
         sides: input sides in pixels for multi-scale training; empty: the model's own. The side of a batch depends on
             its image ids, so that a resumed training repeats it. Default boxes keep their size in pixels
             (`PixelBoxes`).
