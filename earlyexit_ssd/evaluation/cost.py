@@ -1,4 +1,4 @@
-"""What an image pays up to each exit, in multiply-accumulates and milliseconds; eager PyTorch or ONNX Runtime."""
+"""Cost of one image up to each exit, in multiply-accumulates and milliseconds (eager PyTorch or ONNX Runtime)."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from earlyexit_ssd.progress import progress
 
 EAGER, ONNX_RUNTIME = "eager", "onnxruntime"
 RUNTIME_TITLES = {EAGER: "eager PyTorch", ONNX_RUNTIME: "ONNX Runtime"}
-"""Their names in configuration and metrics.json -> in tables and charts."""
+"""Name of a runtime in configuration and metrics.json -> name in tables and charts."""
 
 
 def deploy_package(name: str) -> ModuleType:
-    """The package onnx or onnxruntime.
+    """Import the package onnx or onnxruntime.
 
     Raises:
         EarlyExitError: it is not installed.
@@ -42,25 +42,26 @@ def deploy_package(name: str) -> ModuleType:
 
 
 def runtime_installed() -> bool:
-    """Whether the packages onnx and onnxruntime are there; nothing is imported."""
+    """Whether onnx and onnxruntime are installed; nothing is imported."""
     return all(importlib.util.find_spec(name) is not None for name in ("onnx", "onnxruntime"))
 
 
 class OnnxNetwork(nn.Module):
-    """An ONNX graph in ONNX Runtime on the CPU: its input tensor to the list of its output tensors.
+    """An ONNX graph in ONNX Runtime on the CPU: from its input tensor to the list of its output tensors.
 
     Args:
         content: the file's bytes.
-        threads: of ONNX Runtime, within an operator; idle ones sleep, so that what is timed next has the cores.
-        name: of the file, for messages.
-        folder: where the file may have weights outside itself; None: nowhere.
+        threads: intra-op threads of ONNX Runtime; idle ones sleep, so that they do not disturb the next timing.
+        name: name of the file, for messages.
+        folder: folder of the file's external weights; None: external weights are an error.
 
     Attributes:
-        input_shape: of its only input, a free first dimension taken as 1.
-        metadata: what the file says about itself, text by key.
+        input_shape: shape of the only input; a free first dimension becomes 1.
+        metadata: the file's metadata, key -> text.
 
     Raises:
-        EarlyExitError: no graph that ONNX Runtime runs, several inputs, or one of no fixed size or not in fp32.
+        EarlyExitError: ONNX Runtime cannot run the graph, or it has several inputs, no fixed input size or no fp32
+            input.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class OnnxNetwork(nn.Module):
         options = runtime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.load_model_format", "ONNX")  # what was looked at, nothing else
+        options.add_session_config_entry("session.load_model_format", "ONNX")  # the format that was checked
         if folder is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         try:
@@ -82,7 +83,7 @@ class OnnxNetwork(nn.Module):
             )
             inputs = self.session.get_inputs()
             self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
-        except Exception as error:  # a damaged or foreign file raises whatever its reader does
+        except Exception as error:  # a damaged or foreign file may raise any exception
             raise EarlyExitError(f"{name}: ONNX Runtime cannot load it ({_first_line(error)})") from None
         shape = inputs[0].shape if inputs else []
         self.input_shape = tuple(1 if place == 0 and not isinstance(n, int) else n for place, n in enumerate(shape))
@@ -97,7 +98,7 @@ class OnnxNetwork(nn.Module):
         """``input_shape`` float32 on the CPU to the outputs, in the file's order.
 
         Raises:
-            EarlyExitError: the graph fails, or gives something else than tensors of numbers.
+            EarlyExitError: the graph fails, or an output is no tensor of numbers.
         """
         try:
             return [torch.from_numpy(output) for output in self.session.run(None, {self._input_name: x.numpy()})]
@@ -106,10 +107,10 @@ class OnnxNetwork(nn.Module):
 
 
 def _require_own_data(content: bytes, name: str, folder: str | os.PathLike[str] | None) -> None:
-    """Before ONNX Runtime opens them: weights outside the file are regular files in its folder or below.
+    """Check, before ONNX Runtime opens them, that external weights are regular files in ``folder`` or below.
 
     Raises:
-        EarlyExitError: not an ONNX file, or data elsewhere.
+        EarlyExitError: not an ONNX file, or external weights elsewhere.
     """
     onnx = deploy_package("onnx")
     try:
@@ -127,7 +128,7 @@ def _require_own_data(content: bytes, name: str, folder: str | os.PathLike[str] 
 
 
 def _tensors(message: Any, kind: type) -> Iterator[Any]:
-    """Every tensor in a message of protobuf: weights, constants, those of functions and of bodies of loops."""
+    """Every tensor in a protobuf message: weights and constants, also in functions and loop bodies."""
     if isinstance(message, kind):
         yield message
         return
@@ -138,7 +139,7 @@ def _tensors(message: Any, kind: type) -> Iterator[Any]:
 
 
 def _lies_in(location: str | bytes, folder: str | os.PathLike[str]) -> bool:
-    """Links are followed; backslashes and drives are Windows' way out, and bytes no text."""
+    """Whether ``location`` is a file in ``folder`` after following links; Windows paths and bytes are refused."""
     if (
         not isinstance(location, str)
         or not location
@@ -154,7 +155,7 @@ def _lies_in(location: str | bytes, folder: str | os.PathLike[str]) -> bool:
 
 
 def in_runtime(network: nn.Module, example: Tensor, runtime: str, threads: int = 1) -> nn.Module:
-    """``network`` as ``runtime`` runs it on inputs of the example's shape; a graph from a file stays what it is."""
+    """``network`` converted for ``runtime`` and inputs of the example's shape; an `OnnxNetwork` is returned as is."""
     as_it_is = runtime == EAGER or isinstance(network, OnnxNetwork)
     return network if as_it_is else OnnxNetwork(export_onnx(network, example), threads)
 
@@ -162,25 +163,25 @@ def in_runtime(network: nn.Module, example: Tensor, runtime: str, threads: int =
 def time_in_runtime(
     networks: Sequence[nn.Module], examples: Sequence[Tensor], runtime: str, runs: int, threads: int
 ) -> list[Timing]:
-    """`time_modules` of the networks as ``runtime`` runs them, each on its example."""
+    """Time each network in ``runtime`` on its example, see `time_modules`."""
     pairs = list(zip(networks, examples, strict=True))
     pairs = pairs if runtime == EAGER else progress(pairs, desc="export to ONNX")
     return time_modules([in_runtime(*pair, runtime, threads) for pair in pairs], examples, runs, threads, desc="time")
 
 
 def export_onnx(network: nn.Module, example: Tensor) -> bytes:
-    """The network as an ONNX file for inputs of the example's shape, weights included, by PyTorch's exporter.
+    """Bytes of an ONNX file of the network, weights included, for inputs of the example's shape.
 
-    The one on TorchScript: torch 2.6's newer one (``dynamo=True``) fails on BatchNorm with today's onnxscript, and both
-    give graphs of equal speed.
+    It uses the exporter based on TorchScript: torch 2.6's newer one (``dynamo=True``) fails on BatchNorm with current
+    onnxscript, and its graphs are not faster.
 
     Raises:
-        EarlyExitError: the exporter cannot follow the network, or a package is missing.
+        EarlyExitError: the export failed, or a package is missing.
     """
     deploy_package("onnx")
     content = io.BytesIO()
     with evaluating(network), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the tracer: about shapes, which are fixed, and about its own future
+        warnings.simplefilter("ignore")  # tracer warnings about shapes, which are fixed, and deprecation
         try:
             torch.onnx.export(network, (example.cpu(),), content, dynamo=False)
         except Exception as error:
@@ -193,14 +194,14 @@ def _first_line(error: Exception) -> str:
 
 
 COUNTED = (torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm)
-"""Convolutions and linear layers."""
+"""Counted operators: convolutions and linear layers."""
 
 WARM_UP_RUNS = 3
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Median milliseconds of one image, with an interval that holds the true median with 95 % confidence."""
+    """Median milliseconds ``ms`` of one image with its 95 % confidence interval [``low``, ``high``]."""
 
     ms: float
     low: float
@@ -210,9 +211,9 @@ class Timing:
 
 
 class PlainPath(nn.Module):
-    """The detector without exits: what the full path costs if no branch is run on the way.
+    """The detector without exits, for measuring the full path without branches.
 
-    Normalised input [N,3,S,S] -> the head's dict of ``cls_logits`` [N,A,C] and ``bbox_regression`` [N,A,4].
+    Normalised input [N, 3, S, S] to the head's dict of ``cls_logits`` [N, A, C] and ``bbox_regression`` [N, A, 4].
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -226,9 +227,8 @@ class PlainPath(nn.Module):
 def mmacs_to_exit(model: nn.Module, router: Router | None = None) -> list[float]:
     """Millions of multiply-accumulates of one image to each exit, shallow to deep; the last is the full path.
 
-    Convention: convolutions and linear layers only; BatchNorm, activations, pooling and additions are not
-    counted, and one multiplication with its addition counts once. Branches that
-    ``router`` has closed are not computed.
+    Only convolutions and linear layers count, not BatchNorm, activations, pooling and additions. One multiplication
+    with its addition counts once. Branches of exits that ``router`` has closed do not count.
     """
     example = example_input(model)
     paths = [PathToExit(model, index, router) for index in range(len(model.exit_names))]
@@ -240,7 +240,7 @@ def count_mmacs(module: nn.Module, example: Tensor) -> float:
     with evaluating(module), FlopCounterMode(display=False) as counter:
         module(example)
     counts = counter.get_flop_counts().get("Global", {})
-    return sum(count for operator, count in counts.items() if operator in COUNTED) / 2e6  # PyTorch counts both
+    return sum(count for operator, count in counts.items() if operator in COUNTED) / 2e6  # 2 FLOP per MAC
 
 
 def time_modules(
@@ -250,15 +250,16 @@ def time_modules(
     threads: int = 1,
     desc: str = "",
 ) -> list[Timing]:
-    """Time each module on its example ``runs`` times, in turns, so that a drift of the machine hits all alike.
+    """Time each module ``runs`` times, in turns, so that changes of the machine's speed affect all equally.
 
-    ``threads`` of the CPU are used meanwhile, then PyTorch's own number is restored. CUDA is synchronised
-    around every run. Each module is warmed up first.
+    Each module is warmed up first, and CUDA is synchronised around every run.
 
     Args:
-        modules: called with one tensor.
-        examples: one for each module, or one for all.
-        desc: of a progress bar over the rounds; without it there is none.
+        modules: modules of one tensor argument.
+        examples: one input for each module, or one for all.
+        runs: timed runs per module.
+        threads: PyTorch's CPU threads during timing; the previous number is restored.
+        desc: title of a progress bar over the rounds; empty: no bar.
     """
     examples = [examples] * len(modules) if isinstance(examples, Tensor) else examples
     milliseconds: list[list[float]] = [[] for _ in modules]
@@ -278,14 +279,13 @@ def time_modules(
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median of ``values`` and a 95 % confidence interval of it from the order statistics (no distribution
-    assumed).
+    """Median of ``values`` and its distribution-free 95 % confidence interval from order statistics.
 
-    Fewer than six values cannot give 95 %; then the interval is their range.
+    With fewer than six values 95 % is impossible, and the interval is their range.
     """
     ordered = sorted(values)
     n, below, rank = len(ordered), 0.0, 0
-    # the number of values under the true median is binomial(n, 1/2); leave at most 2.5 % on either side
+    # the number of values below the true median is binomial(n, 1/2): leave at most 2.5 % on either side
     while rank < n // 2:
         below += math.comb(n, rank) / 2**n
         if below > 0.025:
@@ -296,7 +296,7 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def example_input(model: nn.Module) -> Tensor:
-    """A random normalised batch of one, [1,3,H,W], of the model's input size, on its device."""
+    """A random normalised input [1, 3, H, W] of the model's input size, on its device."""
     width, height = model.transform.fixed_size
     generator = torch.Generator().manual_seed(0)
     return torch.randn(1, 3, height, width, generator=generator).to(next(model.parameters()).device)

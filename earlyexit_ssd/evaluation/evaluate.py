@@ -1,4 +1,4 @@
-"""Evaluate a detector with exits: every exit, the routed detector, and the rivals that one would ship instead."""
+"""Evaluate a detector with exits: every exit, the routed detector, and rivals that could be shipped instead of it."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ logger = logging.getLogger(__name__)
 def evaluate_detections(
     ground_truth: COCO, detections: Detections, settings: EvaluationSettings, labelled: bool = True
 ) -> DetectorEvaluation:
-    """One detector's detections against the objects; its ``figures`` are computed when they are read."""
+    """Evaluate detections against labelled objects; the ``figures`` of the result are computed when first read."""
     matches = exit_matches(ground_truth, [detections], settings.iou, tuple(SIZES))
     return DetectorEvaluation(matches, settings, labelled)
 
 
 def summarize_confidence(confidence: Tensor) -> ConfidenceSummary | None:
-    """Summary of the confidences [n] of n photos; None where there is none: no photo, or below 0, since the router's
-    policy has nothing to look at there (an exit without a branch)."""
+    """Summary of the confidences [n]. Values below 0 mean that the policy cannot compute one (exit without a branch)
+    and are ignored; None if none is left."""
     values = confidence[confidence >= 0].double()
     if values.numel() == 0:
         return None
@@ -87,7 +87,7 @@ def summarize_confidence(confidence: Tensor) -> ConfidenceSummary | None:
 
 
 def describe_boxes(ground_truth: COCO, detections: Detections) -> BoxSummary:
-    """What all boxes of a detector have in common, whatever there is to find."""
+    """Number, scores and share outside the image of all detected boxes, independent of labels."""
     scores = np.concatenate([np.zeros(0), *(found["scores"].numpy() for found in detections.values())])
     outside = [np.zeros(0, dtype=bool)]
     for image_id, found in detections.items():
@@ -103,23 +103,24 @@ def describe_boxes(ground_truth: COCO, detections: Detections) -> BoxSummary:
     )
 
 
-# Static detectors that a routed one is held against: what one would ship instead.
+# Rivals: detectors without routing.
 
 PLAIN, CUT_HEAD, SINGLE_EXIT, ONNX = "plain", "cut_head", "single_exit", "onnx"
-"""Kinds: the detector without exits at another size, the same with a head of the wanted classes alone, one exit shipped
-alone, a foreign detector from a file."""
+"""Kinds of rivals: the detector without exits at some input size, the same with a head of only the wanted classes, one
+exit without routing, a detector from an ONNX file."""
 
 
 @dataclass(frozen=True)
 class Rival:
-    """A detector that has no choice.
+    """A detector without routing, compared with the routed one.
 
-    name: in tables.
-    kind: `PLAIN`, `CUT_HEAD`, `SINGLE_EXIT` or `ONNX`.
-    network: what is timed, on ``example`` [1, 3, height, width].
-    mmacs: millions of multiply-accumulates; None where they cannot be counted.
-    detector: a module with torchvision's interface, or the detections that it has found; labels are the evaluated ones.
-    source: the file it comes from; None where it is the evaluated model's.
+    Attributes:
+        name: name in tables.
+        kind: `PLAIN`, `CUT_HEAD`, `SINGLE_EXIT` or `ONNX`.
+        network, example: the module that is timed, and its input [1, 3, height, width].
+        mmacs: millions of multiply-accumulates; None if they cannot be counted.
+        detector: a module with torchvision's interface, or its detections; labels are those of the evaluated classes.
+        source: file that it comes from; None if it is part of the evaluated model.
     """
 
     name: str
@@ -131,13 +132,13 @@ class Rival:
     source: str | None = None
 
     def runtime(self, default: str) -> str:
-        """What it is timed in, ``default`` for everything that is not a graph from a file."""
+        """Runtime for its timing: ONNX Runtime for a graph from a file, otherwise ``default``."""
         return ONNX_RUNTIME if isinstance(self.network, OnnxNetwork) else default
 
 
 def exits_alone(model: nn.Module, collected: Collected) -> list[Rival]:
-    """Every exit of an `EarlyExitSSDLite` that has a branch, as a detector of its own: a branch has nothing of the
-    others in it, so its detections are the same without them."""
+    """Every exit of an `EarlyExitSSDLite` that has a branch, as a rival; its detections do not depend on the heads of
+    other exits."""
     rivals, example = [], example_input(model)
     for index, name in enumerate(model.exit_names[:-1]):
         if not model.empty[index]:
@@ -154,12 +155,12 @@ def evaluate_rivals(
     ground_truth: COCO,
     routed: DetectorEvaluation,
 ) -> tuple[RivalResult, ...]:
-    """Results in the order of ``rivals``.
+    """Evaluate the rivals, in order.
 
     Args:
-        timings: of their networks, measured in turns with the exits.
-        loader, ground_truth: the photos that the exits were evaluated on.
-        routed: the routed detector, for differences on the same draws of photos.
+        rivals, timings: detectors to compare, and the timing of each.
+        loader, ground_truth: photos and objects that the exits were evaluated on.
+        routed: the routed detector's evaluation, for paired bootstrap differences.
     """
     settings, results = routed.settings, []
     for rival, timing in zip(rivals, timings, strict=True):
@@ -183,20 +184,21 @@ def evaluate_rivals(
     return tuple(results)
 
 
-# Another detector's classes as those that are evaluated.
+# Map another detector's classes to the evaluated ones.
 
 
 class WantedClasses(nn.Module):
-    """A detector whose labels are those of ``wanted``; what it finds of other classes is dropped.
+    """Wrap a detector to return only the classes ``wanted``, with their labels.
 
     Args:
-        detector: list of photos to one dict each, with ``boxes`` [n, 4], ``scores`` [n] and ``labels`` [n] in 1..K.
-        source: its K names.
-        wanted: names of the labels 1.. that are evaluated; names are compared as data sets' are (VOC's, COCO's).
-        name: of the detector, for messages.
+        detector: module from a list of photos to one dict each, with ``boxes`` [n, 4], ``scores`` [n] and ``labels``
+            [n] in 1..K.
+        source: its K class names.
+        wanted: names of the evaluated labels 1, 2, ...; synonyms of VOC and COCO names match.
+        name: name of the detector, for messages.
 
     Raises:
-        EarlyExitError: the detector knows none of the wanted classes.
+        EarlyExitError: the detector has none of the wanted classes.
     """
 
     def __init__(self, detector: nn.Module, source: Sequence[str], wanted: Sequence[str], name: str) -> None:
@@ -205,14 +207,14 @@ class WantedClasses(nn.Module):
         lookup = [0, *(labels.get(canonical(one), 0) for one in source)]
         absent = [one for label, one in enumerate(wanted, start=1) if label not in lookup]
         if len(absent) == len(wanted):
-            raise EarlyExitError(f"{name}: knows none of {', '.join(wanted)}{nearest(wanted[0], source)}")
+            raise EarlyExitError(f"{name}: has none of the classes {', '.join(wanted)}{nearest(wanted[0], source)}")
         if absent:
-            logger.warning("%s knows no %s: its AP there is 0", name, ", ".join(absent))
+            logger.warning("%s has no class %s: its AP there is 0", name, ", ".join(absent))
         self.detector = detector
         self.register_buffer("lookup", torch.tensor(lookup))
 
     def forward(self, photos: list[Tensor]) -> list[dict[str, Tensor]]:
-        """Detections of the wanted classes, labelled 1.. in their order."""
+        """Detections of the wanted classes, with labels 1, 2, ... in the order of ``wanted``."""
         return [self._translate(found) for found in self.detector(photos)]
 
     def _translate(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -221,12 +223,12 @@ class WantedClasses(nn.Module):
         return {"boxes": found["boxes"][keep], "scores": found["scores"][keep], "labels": labels[keep]}
 
 
-# All figures of a detector with exits.
+# The evaluation of a detector with exits.
 
 
 @dataclass(frozen=True)
 class Costs:
-    """MMACs and timing to each exit, shallow to deep, and of the detector without exits; timing of the rivals."""
+    """Costs of one image: to each exit (shallow to deep), of the detector without exits (``plain``), and of rivals."""
 
     mmacs: list[float]
     timings: list[Timing]
@@ -234,18 +236,15 @@ class Costs:
     rival_timings: list[Timing]
 
     def routed(self, chosen: Tensor, unit: str) -> np.ndarray:
-        """Cost of every photo by the exit that it takes (``chosen`` [n]), in ``ms`` or ``mmacs``."""
+        """Cost per photo [n] in ``ms`` or ``mmacs``, from the photos' exits ``chosen`` [n]."""
         of_exits = [timing.ms for timing in self.timings] if unit == "ms" else self.mmacs
         return np.array(of_exits)[chosen.numpy()]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The results, and what photos.csv is made of.
-
-    counts: of the photos at every exit, at the score and IoU of the settings. chosen: the exit of every photo [n], in
-    the order of the collected ones.
-    """
+    """The results, and for photos.csv ``counts`` per photo and exit, at the settings' score and IoU, and the exit
+    ``chosen`` for every photo [n], in the order of the collected photos."""
 
     results: Results
     counts: PhotoCounts
@@ -263,20 +262,20 @@ def evaluate_exits(
     rivals: Sequence[Rival] = (),
     certificate: Certificate | None = None,
 ) -> Evaluation:
-    """Evaluate every exit and the routed detector; the network runs once per photo.
+    """Evaluate every exit and the routed detector, in one forward pass per photo.
 
     Args:
         model: an `EarlyExitSSDLite` on the device to measure.
-        loader: batches of the photos without augmentation; read once, unless ``collected`` is given, and once for
-            each rival that has to find its detections.
+        loader: batches of the photos without augmentation; read once, unless ``collected`` is given, and once per rival
+            without detections.
         ground_truth: the same photos' objects (`earlyexit_ssd.data.to_coco`).
         settings: thresholds, timing and bootstrap.
-        context: what the caller knows: ``splits``, ``forced``, ``taken_over`` and ``weights_sha256``, which the verdict
-            and the record need, and ``labelled``. Where nobody labelled the photos, what the full path finds at the
-            score is what is there; all figures are agreement with it, and AP is None.
-        collected: what `collect` returned for these photos, when the caller has it already.
-        rivals: static detectors to hold the routed one against.
-        certificate: that the router comes from; what it was asked for is checked on these photos.
+        context: ``splits``, ``forced``, ``taken_over`` and ``weights_sha256`` for verdict and record, and
+            ``labelled``. For photos without labels the full path's detections at the settings' score are the objects:
+            all figures measure agreement with it, and AP is None.
+        collected: result of `collect` for these photos, if available.
+        rivals: detectors to compare with the routed one.
+        certificate: the router's certificate; its target is checked on these photos.
     """
     context, collected = context or Context(), collected or collect(model, loader, router)
     _check_same_images(collected, ground_truth)
@@ -296,8 +295,8 @@ def evaluate_exits(
         rivals=evaluate_rivals(rivals, costs.rival_timings, loader, ground_truth, routed),
     )
     if certificate is not None:
-        kept = check_promise(certificate, ground_truth, collected, chosen, matches, (exits[-1], routed), costs)
-        results = replace(results, certificate=kept)
+        checked = check_certificate(certificate, ground_truth, collected, chosen, matches, (exits[-1], routed), costs)
+        results = replace(results, certificate=checked)
     results = replace(results, verdict=judge(results))
     return Evaluation(results, photo_counts(matches, settings.score), chosen)
 
@@ -322,7 +321,7 @@ def _context(context: Context, model: nn.Module, matches: ExitMatches, settings:
     )
 
 
-def check_promise(
+def check_certificate(
     certificate: Certificate,
     ground_truth: COCO,
     collected: Collected,
@@ -331,7 +330,7 @@ def check_promise(
     full_and_routed: tuple[DetectorEvaluation, DetectorEvaluation],
     costs: Costs,
 ) -> CertificateResult:
-    """What a certificate was asked for, against what these photos say."""
+    """Compare a certificate's target with the value measured on these photos."""
     target, settings = plain_part(certificate.target), full_and_routed[0].settings
     asked = asked_value(target)
     draws = np.random.default_rng(settings.seed).integers(len(chosen), size=(settings.resamples, len(chosen)))
@@ -347,7 +346,7 @@ def check_promise(
         unit = "ms" if certificate.cost_model.unit == "ms" else "mmacs"
         plain, of_photos = getattr(costs.plain, unit), costs.routed(chosen, unit)
         measured, bounds = float(plain / of_photos.mean()), interval(plain / of_photos[draws].mean(axis=1))
-    tiny = 1e-9  # what was asked for may be met exactly
+    tiny = 1e-9  # rounding error of a target that is met exactly
     kept = None
     if measured is not None:
         kept = measured >= asked - tiny if target["kind"] == "speedup" else measured <= asked + tiny
@@ -357,7 +356,7 @@ def check_promise(
 def _losses(
     target: Target, ground_truth: COCO, collected: Collected, chosen: Tensor, matches: ExitMatches
 ) -> np.ndarray:
-    """Loss of every routed photo [n], by rising image id, as the target of a risk counts it."""
+    """Loss per routed photo [n] in [0, 1] as defined by a risk target, by increasing image id."""
     score, iou = target["score"], target["iou"]
     if target["reference"] != "labels":
         exits = [routed_detections(collected, chosen), collected.detections[-1]]
@@ -369,15 +368,15 @@ def _losses(
 
 
 def _by_image(collected: Collected, chosen: Tensor) -> np.ndarray:
-    """The exits that the photos take, by rising image id."""
+    """Exits of the photos [n], by increasing image id."""
     return chosen.numpy()[np.argsort(collected.image_ids, kind="stable")]
 
 
 def measure_costs(
     model: nn.Module, settings: EvaluationSettings, router: ExitRouter | None = None, rivals: Sequence[Rival] = ()
 ) -> Costs:
-    """MMACs and milliseconds of one image; exits, scoring by ``router`` included, plain detector and rivals are timed
-    in turns, in the runtime of ``settings``."""
+    """MMACs and milliseconds of one image to each exit (with the router's confidences), of the detector without exits
+    and of the rivals; timed in turns in the runtime of ``settings``."""
     example, plain = example_input(model), PlainPath(model)
     paths = [AllOutputs(PathToExit(model, index, router)) for index in range(len(model.exit_names))]
     networks = [*paths, plain, *(rival.network for rival in rivals)]

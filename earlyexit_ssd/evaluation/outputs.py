@@ -1,4 +1,4 @@
-"""Run a detector over photos and keep what every exit says: in memory, or on disk for any policy and threshold."""
+"""Run a detector on photos and keep the outputs of every exit, in memory or on disk."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; afterwards every sub-module has its own train/eval flag back.
+    """Context of eval mode without gradients; restores the train/eval flag of every sub-module.
 
-    The flags are restored one by one, because a model with a frozen part is in neither mode as a whole.
+    The flags are restored one by one, because they differ in a model with a frozen part.
     """
     flags = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
@@ -45,22 +45,22 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-# Run a detector over a data set once and keep what every exit found.
+# Detections of every exit, in memory.
 
 Targets = list[dict[str, Tensor | int]]
 Batches = Iterable[tuple[list[Tensor], Targets]]
 ImageDetections = dict[str, Tensor]
-"""``boxes`` [N,4] xyxy, ``scores`` [N] and ``labels`` [N] of one photo."""
+"""``boxes`` [N, 4] xyxy in the photo's pixels, ``scores`` [N] and ``labels`` [N] of one photo."""
 
 
 @dataclass(frozen=True)
 class Collected:
-    """What every exit says about every photo, on the CPU.
+    """Detections and confidences of every exit for every photo, on the CPU.
 
-    image_ids: in the order of the loader.
-    detections: per exit, shallow to deep, image id -> ``boxes`` [N,4] xyxy in the photo's pixels, ``scores``
-        [N], ``labels`` [N].
-    confidences: per exit the router's confidence [n] in the order of ``image_ids``; empty without a router.
+    Attributes:
+        image_ids: in the order of the loader.
+        detections: per exit, shallow to deep, image id -> detections.
+        confidences: per exit the router's confidence [n] in the order of ``image_ids``; empty without a router.
     """
 
     image_ids: list[int]
@@ -71,14 +71,13 @@ class Collected:
 def collect(
     model: nn.Module, loader: Batches, router: Any | None = None, title: str | None = "evaluate exits"
 ) -> Collected:
-    """All exits of ``model`` on every photo of ``loader``, each photo computed once.
+    """Run all exits of ``model`` on every photo of ``loader``, in one forward pass per photo.
 
     Args:
         model: an `EarlyExitSSDLite`; its mode is restored afterwards.
-        loader: batches of (images, targets) as `earlyexit_ssd.data.build_loader` makes them, without
-            augmentation.
-        router: an `ExitRouter` for the confidences, or None for none.
-        title: of the progress bar; None shows none.
+        loader: batches of (images, targets) from `earlyexit_ssd.data.build_loader`, without augmentation.
+        router: an `ExitRouter` that computes the confidences; None: no confidences.
+        title: title of the progress bar; None: no bar.
 
     Raises:
         DataError: an image id occurs twice.
@@ -96,7 +95,7 @@ def collect(
             image_ids += _image_ids(targets)
             for index in exits:
                 found = model.detections(outputs, index)
-                detections[index].update(zip(_image_ids(targets), map(compact, found), strict=True))
+                detections[index].update(zip(_image_ids(targets), map(_on_cpu, found), strict=True))
                 if router is not None:
                     confidence = router.confidence(outputs.signals(index), index)
                     confidences[index].append(confidence.float().cpu())
@@ -106,7 +105,7 @@ def collect(
 
 
 def collect_detections(model: nn.Module, loader: Batches, title: str | None = "evaluate") -> dict[int, ImageDetections]:
-    """Detections per image id of any detector with torchvision's interface, such as a reference."""
+    """Image id -> detections of any detector with torchvision's interface."""
     detections: dict[int, ImageDetections] = {}
     image_ids: list[int] = []
     device = next(itertools.chain(model.parameters(), model.buffers())).device
@@ -114,13 +113,13 @@ def collect_detections(model: nn.Module, loader: Batches, title: str | None = "e
         for images, targets in progress(loader, desc=title):
             found = model([image.to(device) for image in images])
             image_ids += _image_ids(targets)
-            detections.update(zip(_image_ids(targets), map(compact, found), strict=True))
+            detections.update(zip(_image_ids(targets), map(_on_cpu, found), strict=True))
     require_unique(image_ids)
     return detections
 
 
-def compact(found: dict[str, Tensor]) -> ImageDetections:
-    """A photo's detections on the CPU, nothing else that a model says about it."""
+def _on_cpu(found: dict[str, Tensor]) -> ImageDetections:
+    """A photo's detections on the CPU, without other outputs of the model."""
     return {
         "boxes": found["boxes"].float().cpu(),
         "scores": found["scores"].float().cpu(),
@@ -133,24 +132,24 @@ def _image_ids(targets: Targets) -> list[int]:
 
 
 def require_unique(image_ids: list[int]) -> None:
-    """Raise a DataError where an id occurs twice."""
+    """Raise a DataError if an id occurs twice."""
     for image_id, count in Counter(image_ids).items():
         if count > 1:
-            raise DataError(f"image id {image_id} comes twice in the evaluated data set; ids must be unique")
+            raise DataError(f"image id {image_id} occurs twice in the evaluated data set; ids must be unique")
 
 
-# The routed detector, put together from what every exit found.
+# The routed detector, from the detections of every exit.
 
 
 def choose_exits(confidences: Sequence[Tensor], thresholds: Sequence[float]) -> Tensor:
-    """The exit of every photo: the first whose confidence reaches its threshold; the last takes the rest.
+    """The exit of every photo: the first whose confidence reaches its threshold, otherwise the last.
 
     Args:
         confidences: per exit, shallow to deep, [n].
-        thresholds: one per early exit; the last exit needs none.
+        thresholds: one per early exit; none for the last exit.
 
     Returns:
-        int64 [n], indices of exits.
+        exit indices, int64 [n].
     """
     last = len(confidences) - 1
     if len(thresholds) != last:
@@ -161,7 +160,7 @@ def choose_exits(confidences: Sequence[Tensor], thresholds: Sequence[float]) -> 
 
 
 def routed_detections(collected: Collected, chosen: Tensor) -> dict[int, ImageDetections]:
-    """Per image id, the detections of its exit ``chosen`` [n] (in the order of ``collected.image_ids``)."""
+    """Image id -> detections of its exit ``chosen`` [n] (in the order of ``collected.image_ids``)."""
     return {
         image_id: collected.detections[index][image_id]
         for image_id, index in zip(collected.image_ids, chosen.tolist(), strict=True)
@@ -169,35 +168,36 @@ def routed_detections(collected: Collected, chosen: Tensor) -> dict[int, ImageDe
 
 
 def exit_share(chosen: Tensor, exit_names: Sequence[str]) -> dict[str, float]:
-    """Share of the photos that take each exit, in [0, 1], summing to 1 (all 0 without photos)."""
+    """Share of the photos that leave at each exit, in [0, 1], summing to 1 (all 0 without photos)."""
     counts = torch.bincount(chosen, minlength=len(exit_names)).tolist()
     return {name: count / max(len(chosen), 1) for name, count in zip(exit_names, counts, strict=True)}
 
 
 def mean_cost(chosen: Tensor, costs: Sequence[float]) -> float | None:
-    """Mean over the photos of the cost of the exit each takes (milliseconds, MMACs); None without photos."""
+    """Mean cost per photo, from the ``costs`` per exit (milliseconds or MMACs); None without photos."""
     return torch.tensor(costs, dtype=torch.float64)[chosen].mean().item() if len(chosen) else None
 
 
-# Every exit's outputs for every photo of a split, on disk: one pass over the network, then any policy and threshold.
+# Outputs of every exit on disk: one forward pass per photo, then any policy and threshold without the network.
 
 REPLAY_BATCH = 64
 """Photos whose logits are in memory at a time."""
 
 
 class Recording:
-    """A split as every exit saw it; rows are photos in the order of ``image_ids``.
+    """The recorded outputs of every exit for the photos of a split, in the order of ``image_ids``.
 
     Args:
-        folder: of a whole recording, see :func:`record`.
+        folder: folder of a complete recording, see :func:`record`.
 
     Attributes:
         image_ids: [n].
-        logits: per early exit [n, A, C], raw, on disk; [n, 1, C] of an empty exit.
-        taps: per early exit [n, 2 * channels], pooled, on disk.
-        exit_names: of the early exits; empty: whether they have no branch.
-        labels: of the default boxes by matching with the objects, [n, A], on disk.
-        detections: per exit, the full path last, image id -> ``boxes``, ``scores`` and ``labels``.
+        logits: per early exit raw class logits [n, A, C], on disk; [n, 1, C] for an empty exit.
+        taps: per early exit the pooled tap [n, 2 * channels], on disk.
+        exit_names: names of the early exits.
+        empty: per early exit, whether it has no branch.
+        labels: labels of the default boxes after matching with the objects, [n, A], on disk.
+        detections: per exit, the full path last, image id -> detections.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -216,7 +216,7 @@ class Recording:
         return len(self.image_ids)
 
     def only(self, names: Sequence[str]) -> Recording:
-        """The recording of a model that has these early exits alone, and the full path."""
+        """The recording of a model with only these early exits and the full path."""
         part, exits = copy.copy(self), [self.exit_names.index(name) for name in names]
         part.exit_names = list(names)
         for name in ("logits", "taps", "empty"):
@@ -226,11 +226,11 @@ class Recording:
 
     @property
     def early_exits(self) -> int:
-        """How many exits come before the full path."""
+        """Number of exits before the full path."""
         return len(self.logits)
 
     def signals(self, exit_index: int) -> Iterator[ExitSignals]:
-        """What a router sees at an early exit, batch after batch."""
+        """The router's inputs at an early exit, batch by batch."""
         for start in range(0, len(self), REPLAY_BATCH):
             rows = slice(start, start + REPLAY_BATCH)
             logits, tap = (_tensor(values[exit_index][rows]) for values in (self.logits, self.taps))
@@ -238,7 +238,7 @@ class Recording:
 
     @torch.no_grad()
     def confidences(self, router: Any) -> list[Tensor]:
-        """Per early exit the confidence that ``router`` has in every photo, [n]."""
+        """Per early exit the router's confidence in every photo, [n]."""
         return [
             torch.cat(
                 [router.confidence(signals, index).float() for signals in self.signals(index)] or [torch.zeros(0)]
@@ -248,37 +248,41 @@ class Recording:
 
 
 def record(
-    model: nn.Module, loader: Batches, photos: int, folder: Path, key: str, taught_from: float | None = None
+    model: nn.Module, loader: Batches, photos: int, folder: Path, key: str, pseudo_label_score: float | None = None
 ) -> Recording:
-    """The recording in ``folder``, made first where it is missing or was made of something else.
+    """The recording in ``folder``; it is written first if it is missing or of other photos, weights or exits.
 
     Args:
         model: an `EarlyExitSSDLite`; its mode is restored afterwards.
         loader: batches of (images, targets) without augmentation.
-        photos: how many there are.
-        folder: to write to.
-        key: a text that changes with everything a recording depends on but the weights: its photos.
-        taught_from: for photos that nobody labelled: what the full path finds from this score on is what is there.
+        photos: number of photos.
+        folder: folder of the recording.
+        key: text that identifies the photos; weights and exits are added to it.
+        pseudo_label_score: for photos without labels: the full path's detections of at least this score are used as
+            labels. None: use the targets.
 
     Raises:
         DataError: an image id occurs twice.
     """
-    exits = f"{model.exit_names} {tuple(model.empty)}"  # an empty exit has no weights to be known by
-    key = f"{key} {weights_hash(model)} {exits}" + ("" if taught_from is None else f" taught from {taught_from}")
+    exits = f"{model.exit_names} {tuple(model.empty)}"  # empty exits have no weights, so the hash lacks them
+    labels = "" if pseudo_label_score is None else f" taught from {pseudo_label_score}"
+    key = f"{key} {weights_hash(model)} {exits}{labels}"
     key = hashlib.sha256(key.encode()).hexdigest()
     if stored_key(folder / "recording.json") == key:
         try:
             return Recording(folder)
-        except Exception as error:  # damaged arrays and archives raise anything
-            logger.warning("%s: the recording is damaged (%s); it is made anew", folder, type(error).__name__)
+        except Exception as error:  # damaged arrays and archives raise any exception
+            logger.warning("%s: the recording is damaged (%s); recording again", folder, type(error).__name__)
     make_folder(folder)
     with writing(folder):
         (folder / "recording.json").unlink(missing_ok=True)
-    _fill(model, loader, photos, folder, key, taught_from)
+    _write(model, loader, photos, folder, key, pseudo_label_score)
     return Recording(folder)
 
 
-def _fill(model: nn.Module, loader: Batches, photos: int, folder: Path, key: str, taught_from: float | None) -> None:
+def _write(
+    model: nn.Module, loader: Batches, photos: int, folder: Path, key: str, pseudo_label_score: float | None
+) -> None:
     image_ids: list[int] = []
     detections: list[dict[int, dict[str, Tensor]]] = [{} for _ in model.exit_names]
     arrays: dict[str, np.memmap] = {}
@@ -289,9 +293,10 @@ def _fill(model: nn.Module, loader: Batches, photos: int, folder: Path, key: str
             images = [image.to(device) for image in images]
             outputs = model.exit_outputs(images)
             start = len(image_ids)
-            answers = [model.detections(outputs, index) for index in range(len(detections))]
-            seen = targets if taught_from is None else [_from(one, taught_from) for one in answers[-1]]
-            rows = _rows(model, outputs, seen)
+            found = [model.detections(outputs, index) for index in range(len(detections))]
+            score = pseudo_label_score
+            labelled = targets if score is None else [_pseudo_labels(one, score) for one in found[-1]]
+            rows = _rows(model, outputs, labelled)
             if not arrays:
                 size = photos * sum(values[0].nbytes for values in rows.values())
                 fix = "name another folder (--out), or fewer photos (CALIBRATION.TRAIN_PHOTOS, DATA.LIMIT)"
@@ -302,8 +307,8 @@ def _fill(model: nn.Module, loader: Batches, photos: int, folder: Path, key: str
                     arrays[name] = new_array(folder / f"{name}.npy", values.dtype, shape)
                 arrays[name][start : start + len(images)] = values
             image_ids += [int(target["image_id"]) for target in targets]
-            for found, answer in zip(detections, answers, strict=True):
-                found.update(zip(image_ids[start:], map(compact, answer), strict=True))
+            for of_exit, batch in zip(detections, found, strict=True):
+                of_exit.update(zip(image_ids[start:], map(_on_cpu, batch), strict=True))
             bar.update(len(images))
     bar.close()
     require_unique(image_ids)
@@ -316,8 +321,8 @@ def _fill(model: nn.Module, loader: Batches, photos: int, folder: Path, key: str
     write_json(folder / "recording.json", info)
 
 
-def _from(found: dict[str, Tensor], score: float) -> dict[str, Tensor]:
-    """Detections from this score on, as targets."""
+def _pseudo_labels(found: dict[str, Tensor], score: float) -> dict[str, Tensor]:
+    """Detections of at least this score as a target."""
     keep = found["scores"] >= score
     return {"boxes": found["boxes"][keep].float(), "labels": found["labels"][keep]}
 
@@ -326,7 +331,7 @@ def _rows(model: nn.Module, outputs: ExitOutputs, targets: Targets) -> dict[str,
     rows = {"labels": _labels(model, outputs, targets)}
     for index, tap in enumerate(outputs.taps):
         logits = outputs.heads[index]["cls_logits"]
-        # every default box of an empty exit says the same: one is enough
+        # all default boxes of an empty exit have the same logits: store one
         rows |= {f"logits{index}": logits[:, :1] if model.empty[index] else logits, f"tap{index}": tap}
     return {
         name: (values.float() if values.is_floating_point() else values).cpu().numpy() for name, values in rows.items()
@@ -334,7 +339,7 @@ def _rows(model: nn.Module, outputs: ExitOutputs, targets: Targets) -> dict[str,
 
 
 def _labels(model: nn.Module, outputs: ExitOutputs, targets: Targets) -> Tensor:
-    """Labels of the default boxes, [N, A] int16; 0 is background."""
+    """Labels of the default boxes after matching, [N, A] int16; 0 is background."""
     device = outputs.anchors[0].device
     scaled = []
     for target, (height, width), photo in zip(targets, outputs.network_sizes, outputs.photo_sizes, strict=True):

@@ -1,4 +1,4 @@
-"""A split as recorded by every exit, with all that routing is judged by."""
+"""Replay routing on a split from the recorded outputs of every exit, without running the network again."""
 
 from __future__ import annotations
 
@@ -69,10 +69,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Replay:
-    """A recorded split. Every [n] and [n, exits] is by rising image id.
+    """A recorded split. Every [n] and [n, exits] is in the order of increasing image ids.
 
-    Where nobody labelled the photos (``labelled`` False), ``ground_truth`` is what the full path finds at the deployed
-    score: figures against it are agreement with the full path, no accuracy.
+    Attributes:
+        ground_truth: the objects. For photos without labels (``labelled`` False): the full path's detections at the
+            deployed score, so that figures measure agreement with the full path, not accuracy.
+        score, iou: lowest score of a detection and IoU of a match.
     """
 
     recording: Recording
@@ -85,33 +87,33 @@ class Replay:
 
     @functools.cached_property
     def order(self) -> np.ndarray:
-        """Rows of the recording by rising image id, [n]."""
+        """Rows of the recording in the order of increasing image ids, [n]."""
         return np.argsort(self.recording.image_ids)
 
     @functools.cached_property
     def matches(self) -> ExitMatches:
-        """Every exit's matches with the objects, for AP of any choice."""
+        """Matches of every exit's detections with the objects."""
         return exit_matches(self.ground_truth, self.recording.detections, self.iou)
 
     def only(self, names: Sequence[str]) -> Replay:
-        """That of a model with these exits alone, and the full path."""
+        """The replay of a model with only these exits and the full path."""
         return replace(self, recording=self.recording.only(names))
 
     def matches_beside(self, reference: Detections | None) -> tuple[ExitMatches, np.ndarray]:
-        """The matches with a reference detector as one more exit, and the choice [n] of it for every photo; without
-        one, the full path is the reference."""
+        """The matches with a reference detector as an additional last exit, and its index for every photo [n]; without
+        ``reference``, the full path is the reference."""
         if reference is None:
             return self.matches, np.full(len(self.recording), self.matches.exits - 1)
         exits = [*self.recording.detections, reference]
         return exit_matches(self.ground_truth, exits, self.iou), np.full(len(self.recording), len(exits) - 1)
 
     def ap50_of(self, choices: np.ndarray, title: str) -> np.ndarray:
-        """[M]: AP50 of each choice of exits [M, n]; 0 without an object. ``title`` is the progress bar's."""
+        """AP50 [M] of each choice of exits [M, n]; 0 without objects. ``title``: title of the progress bar."""
         found = (ap_of_choice(self.matches, choice, ap50_only=True).AP50 for choice in progress(choices, desc=title))
         return np.array([value or 0.0 for value in found])
 
     def losses(self, reference: str) -> np.ndarray:
-        """Per photo and exit, [n, exits], against what the ``full`` path says or against the ``labels``."""
+        """Loss per photo and exit [n, exits] in [0, 1] against the ``full`` path's detections or the ``labels``."""
         if reference not in self._losses:
             if reference == "labels":
                 losses = photo_counts(self.matches, self.score).losses_against_labels()
@@ -121,22 +123,22 @@ class Replay:
         return self._losses[reference]
 
     def detections_of(self, choice: np.ndarray) -> Detections:
-        """By image id, where the photos take these exits [n]."""
+        """Image id -> detections if the photos leave at these exits [n]."""
         exits = self.recording.detections
         ids = np.asarray(self.recording.image_ids)[self.order]
         return {int(image): exits[taken][int(image)] for image, taken in zip(ids, choice, strict=True)}
 
     def agreement(self, choice: np.ndarray) -> Agreement:
-        """With the full path, where the photos take these exits [n]."""
+        """Agreement with the full path if the photos leave at these exits [n]."""
         found = self.detections_of(choice)
         return agreement(self.ground_truth, self.recording.detections[-1], found, self.score, self.iou)
 
     def confidences(self, router: ExitRouter) -> list[np.ndarray]:
-        """Per early exit [n]."""
+        """Per early exit the router's confidences [n]."""
         return [values.numpy()[self.order] for values in self.recording.confidences(router)]
 
     def logits_and_labels(self, exit_index: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Raw logits [N, A, C] of an early exit and the default boxes' labels [N, A], batch after batch."""
+        """Raw logits [N, A, C] of an early exit and the default boxes' labels [N, A], batch by batch."""
         start = 0
         for signals in self.recording.signals(exit_index):
             labels = self.recording.labels[start : start + len(signals.logits)]
@@ -146,12 +148,13 @@ class Replay:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A model, its splits, and where their recordings are.
+    """A model, its splits, and the folder of their recordings.
 
     Attributes:
-        cfg: with the classes of the weights; model: on its device; info: of the model's file.
-        architecture: of the model; sets: TRAIN, CALIB and TEST, see :func:`disjoint_sets`.
-        repeats: by set, photos that were left out since they are there already.
+        cfg: configuration with the classes of the weights.
+        model, architecture: the model on its device, and its description.
+        info: ``info`` of the model's file.
+        sets, repeats: TRAIN, CALIB and TEST, and per set the duplicate photos left out, see :func:`disjoint_sets`.
     """
 
     cfg: CfgNode
@@ -163,13 +166,13 @@ class Recorded:
     folder: Path
 
     def replay(self, name: str) -> Replay:
-        """The split of that name, recorded if it is not yet."""
+        """The replay of a split; it is recorded first if needed."""
         evaluation, dataset = self.cfg.EVAL, self.sets[name]
         hashes = [digest for _, digest in photo_hashes(dataset)]
         loader = build_loader(dataset, evaluation.BATCH_SIZE, self.cfg.DATA.WORKERS, train=False, seed=self.cfg.SEED)
-        taught_from = None if dataset.labelled else evaluation.SCORE
+        pseudo_label_score = None if dataset.labelled else evaluation.SCORE
         key = fingerprint(dataset, hashes)
-        recording = record(self.model, loader, len(dataset), self.folder / name.lower(), key, taught_from)
+        recording = record(self.model, loader, len(dataset), self.folder / name.lower(), key, pseudo_label_score)
         ground_truth = to_coco(dataset)
         if not dataset.labelled:
             ground_truth = as_ground_truth(ground_truth, recording.detections[-1], evaluation.SCORE)
@@ -186,22 +189,22 @@ def open_recorded(
     once: Sequence[str] = ("CALIB",),
     near: bool = True,
 ) -> Recorded:
-    """What can be missing is found here, before the network runs: runtime, weights, photos, room for results.
+    """Open a model and its splits; missing runtimes, weights, photos or disk space are found before the network runs.
 
     Args:
-        measured: splits that need labels; with CALIBRATION.REFERENCE labels those of TRAIN are needed too.
-        unlabelled: photos that nobody labelled will do all the same, with the full path's answers as labels.
-        once: sets in which equal photos count once; near: those that only look equal too, see `distinct`.
+        measured: splits that need labels; TRAIN needs them too if CALIBRATION.REFERENCE is ``labels``.
+        unlabelled: accept photos without labels and use the full path's detections as labels.
+        once, near: sets in which duplicate photos count once, and whether near-duplicates are duplicates (`distinct`).
 
     Raises:
         EarlyExitError: unusable weights, data or settings, a certificate, or splits that share photos.
     """
     if cfg.ROUTING.HYBRID:
-        raise ConfigError("ROUTING.HYBRID is true: calibration knows photos that leave only; set it to false")
+        raise ConfigError("ROUTING.HYBRID is true: calibration does not support hybrid routing; set it to false")
     if cfg.ROUTING.CERTIFICATE:
         raise ConfigError(
-            f"ROUTING.CERTIFICATE is {cfg.ROUTING.CERTIFICATE}: only tools/eval_exits.py goes by a certificate, here "
-            "routing is found anew; leave it out, or give ROUTING.CERTIFICATE ''"
+            f"ROUTING.CERTIFICATE is {cfg.ROUTING.CERTIFICATE}: only tools/eval_exits.py uses a certificate, here "
+            "routing is calibrated again; leave it out, or give ROUTING.CERTIFICATE ''"
         )
     make_folder(out)
     device = evaluation_device(cfg)
@@ -220,10 +223,11 @@ def disjoint_sets(
     once: Sequence[str] = ("CALIB",),
     near: bool = True,
 ) -> tuple[dict[str, DetectionDataset], dict[str, Repeats]]:
-    """TRAIN (CALIBRATION.TRAIN_PHOTOS of it, not augmented), CALIB and TEST; arguments as in `open_recorded`.
+    """TRAIN (CALIBRATION.TRAIN_PHOTOS of it, not augmented), CALIB and TEST, and the duplicates left out of each;
+    arguments as in `open_recorded`.
 
     Raises:
-        DataError: a photo is in two of the whole splits, or photos that measure have no box.
+        DataError: a photo is in two of the complete splits, or a split that needs labels has no box.
     """
     labelled = {*measured, "TRAIN"} if cfg.CALIBRATION.REFERENCE == "labels" else {*measured}
     sets = {
@@ -239,7 +243,7 @@ def disjoint_sets(
 
 
 def fit_temperatures(cfg: CfgNode, exit_names: Sequence[str], calib: Replay) -> list[FittedTemperature]:
-    """Of every early exit with a branch, by likelihood on ``calib``; one that its bounds stop is a warning."""
+    """Maximum-likelihood temperature of every exit with a branch; logs a warning where one reaches its bounds."""
     bounds, found = cfg.ROUTING.TEMPERATURE_BOUNDS, []
     for index in range(calib.recording.early_exits):
         if calib.recording.empty[index]:
@@ -249,7 +253,7 @@ def fit_temperatures(cfg: CfgNode, exit_names: Sequence[str], calib: Replay) -> 
         bound = stopped_by(temperature, bounds)
         if bound is not None:
             logger.warning(
-                "temperature of %s is at its bound %g: its probabilities are off by more than a temperature can mend",
+                "temperature of %s is at its bound %g: a temperature cannot calibrate its probabilities",
                 exit_names[index],
                 bound,
             )
@@ -259,14 +263,14 @@ def fit_temperatures(cfg: CfgNode, exit_names: Sequence[str], calib: Replay) -> 
 
 
 def temperatures_of(fitted: Sequence[FittedTemperature], exit_names: Sequence[str]) -> list[float]:
-    """The temperature of every early exit; 1 where it has none."""
+    """The temperature of every early exit; 1 for exits without one."""
     found = {one.exit_name: one.temperature for one in fitted}
     return [found.get(name, 1.0) for name in exit_names[:-1]]
 
 
 @dataclass(frozen=True)
 class FittingPhotos:
-    """A recorded split as policies are fitted on it, see `RecordedPhotos`; rows are in the order of the recording."""
+    """A recorded split for fitting policies, see `RecordedPhotos`; [n] is in the order of the recording."""
 
     replay: Replay
     temperatures: Sequence[float]
@@ -274,35 +278,36 @@ class FittingPhotos:
     seed: int
 
     def signals(self, exit_index: int, boxes: int | None = None) -> Iterator[ExitSignals]:
-        """Of an early exit as the router shows them, batch after batch."""
+        """The policy's inputs at an early exit, logits divided by the temperature, batch by batch."""
         for signals in self.replay.recording.signals(exit_index):
             seen = at_likeliest_boxes(signals, boxes)
             yield ExitSignals(seen.logits / self.temperatures[exit_index], seen.tap, seen.empty)
 
     def losses(self) -> Tensor:
-        """[n, exits], against CALIBRATION.REFERENCE."""
+        """Loss per photo and exit [n, exits] against CALIBRATION.REFERENCE."""
         return torch.from_numpy(self.replay.losses(self.reference)[np.argsort(self.replay.order)]).float()
 
     def largest_scores(self) -> Tensor:
-        """[n], of the full path."""
+        """Largest score of the full path per photo [n]; 0 without a detection."""
         found = self.replay.recording.detections[-1]
         return torch.tensor(
             [max(found[photo]["scores"].tolist(), default=0.0) for photo in self.replay.recording.image_ids]
         )
 
     def object_counts(self) -> list[int]:
-        """Of every class; crowds do not count."""
+        """Number of labelled objects per class, without crowds."""
         truth = self.replay.ground_truth
         counts = Counter(one["category_id"] for one in truth.anns.values() if not one["iscrowd"])
         return [counts[category] for category in sorted(truth.getCatIds())]
 
 
 def fit_policy(cfg: CfgNode, policy: str, temperatures: Sequence[float], photos: Replay) -> ExitRouter:
-    """A router with this policy, fitted on ``photos`` where it has numbers of its own, and every exit closed.
+    """A router with this policy and all exits closed; a policy with parameters is fitted on ``photos``.
 
     Args:
-        photos: calibration photos, but for a risk and for a policy that `needs_training_photos`: photos may not both
-            fit a policy and test its risk.
+        temperatures: one per early exit.
+        photos: calibration photos; training photos for a risk target, since the same photos must not fit a policy and
+            test its risk, and for a policy that `needs_training_photos`.
     """
     parameters = None
     if policy in FITTED_POLICIES:
@@ -319,12 +324,12 @@ def fit_policy(cfg: CfgNode, policy: str, temperatures: Sequence[float], photos:
 
 
 def require_deciding(policy: str, model: EarlyExitSSDLite, weights: str | os.PathLike[str]) -> None:
-    """Raise where the policy lets nobody leave: every exit is empty, and it looks at what exits say."""
+    """Raise an EarlyExitError if no photo can leave: every exit is empty, and the policy reads only logits."""
     if all(model.empty) and not reads_taps(policy):
         fits = " or ".join(name for name in FITTED_POLICIES if reads_taps(name))
         raise EarlyExitError(
-            f"policy '{policy}' looks at logits, which the empty exits of {weights} have not; "
-            f"take {fits} (ROUTING.POLICY)"
+            f"policy '{policy}' reads logits, but all exits of {weights} are empty and have none; "
+            f"use {fits} (ROUTING.POLICY)"
         )
 
 
@@ -334,11 +339,10 @@ class CostModel:
 
     Attributes:
         unit: ``ms`` or ``mmacs``.
-        paths: for each early exit before it whether it is open, shallow to deep -> cost of the way to an exit: the
-            trunk to there, the open branches on the way with their scoring, and its own branch.
-        early_exits: how many there are.
-        plain: of the detector without exits.
-        measured: how: runtime, threads, runs and machine; empty for MMACs.
+        paths: key: whether each earlier exit is open, shallow to deep (the length is the exit's index). Value: cost up
+            to and including that exit: trunk, open branches and their confidences.
+        plain: cost of the detector without exits.
+        measured: runtime, threads, runs and machine; empty for MMACs.
     """
 
     unit: str
@@ -348,20 +352,20 @@ class CostModel:
     measured: dict[str, Any]
 
     def per_exit(self, thresholds: Sequence[float] | None = None) -> np.ndarray:
-        """[exits]: cost to each exit with these thresholds, the full path last; None: everything is open."""
+        """Cost [exits] to each exit with these thresholds, the full path last; None: all exits are open."""
         opened = (True,) * self.early_exits if thresholds is None else tuple(value < CLOSED for value in thresholds)
         return np.array([self.paths[opened[:index]] for index in range(self.early_exits + 1)])
 
     def of_each(self, thresholds: np.ndarray) -> np.ndarray:
-        """[M, exits] for the thresholds [M, early exits]."""
+        """Costs [M, exits] for thresholds [M, early exits], see :meth:`per_exit`."""
         return np.stack([self.per_exit(row) for row in thresholds])
 
     def speedup(self, choice: np.ndarray, thresholds: Sequence[float]) -> float:
-        """Against the detector without exits, of photos that take these exits [n]."""
+        """Speed relative to the detector without exits if the photos leave at these exits [n]."""
         return self.plain / float(self.per_exit(thresholds)[choice].mean())
 
     def certified(self, thresholds: Sequence[float] | None = None) -> CertifiedCosts:
-        """For a certificate or a results file; the exits' costs are those with these thresholds."""
+        """The costs with these thresholds, for a certificate or a results file."""
         exits = tuple(self.per_exit(thresholds).tolist())
         return CertifiedCosts(unit=self.unit, exits=exits, plain=self.plain, measured=self.measured)
 
@@ -369,9 +373,9 @@ class CostModel:
 def measure_cost_model(
     cfg: CfgNode, model: EarlyExitSSDLite, router: ExitRouter, plain: nn.Module | None = None
 ) -> CostModel:
-    """In the unit of CALIBRATION.COST, with the timing settings of EVAL; the router's policy is scored on the way.
+    """Measure the costs in the unit of CALIBRATION.COST with the timing settings of EVAL, router included.
 
-    ``plain`` is another detector without exits than the model's own, to be measured in the same run.
+    ``plain`` replaces the model without its exits as the detector to compare with.
     """
     settings, example, early_exits = build_evaluation(cfg), example_input(model), router.num_exits
     paths = [opened for count in range(early_exits + 1) for opened in itertools.product((True, False), repeat=count)]

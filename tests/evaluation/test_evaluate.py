@@ -211,11 +211,11 @@ def test_labels_are_the_wanted_ones_and_others_are_dropped():
 
 def test_a_class_that_it_lacks_is_named(caplog):
     WantedClasses(Says(1), ("person",), ("person", "lamp"), "rival")
-    assert "rival knows no lamp" in caplog.text
+    assert "rival has no class lamp" in caplog.text
 
 
 def test_no_class_in_common():
-    with pytest.raises(EarlyExitError, match=r"rival: knows none of chiar, lamp \(did you mean 'chair'\?\)"):
+    with pytest.raises(EarlyExitError, match=r"rival: has none of the classes chiar, lamp \(did you mean 'chair'\?\)"):
         WantedClasses(Says(1), ("chair",), ("chiar", "lamp"), "rival")
 
 

@@ -123,7 +123,7 @@ def test_any_detector():
 
 @pytest.mark.parametrize("run", [collect, collect_detections])
 def test_an_id_twice_is_refused(run):
-    with pytest.raises(DataError, match="image id 2 comes twice"):
+    with pytest.raises(DataError, match="image id 2 occurs twice"):
         run(TwoExits(), batches((1, 2), (2,)))
 
 
@@ -274,7 +274,7 @@ def test_empty_exits_behind_another_layer_are_recorded_anew(tmp_path):
 
 
 def test_ids_are_unique(small_model, tmp_path):
-    with pytest.raises(DataError, match="image id 10 comes twice"):
+    with pytest.raises(DataError, match="image id 10 occurs twice"):
         record(small_model, recorded_batches(5) * 2, 2 * len(SIZES), tmp_path, "twice")
 
 
@@ -327,13 +327,15 @@ def test_replay_and_the_live_router_agree_on_real_photos(shared_root, tmp_path):
         assert live == replayed, size
 
 
-def test_where_nobody_labelled_the_full_path_says_what_is_there(small_model, recording, tmp_path):
-    """The boxes given have no part in it; another score makes another recording."""
+def test_without_labels_the_full_path_s_detections_are_the_labels(small_model, recording, tmp_path):
+    """The targets are ignored; another score makes another recording."""
+
+    def recorded(score):
+        batches = recorded_batches(2)
+        return record(small_model, batches, len(SIZES), tmp_path / "pseudo", "these photos", pseudo_label_score=score)
+
     score = max(float(found["scores"].max()) for found in recording.detections[-1].values()) - 1e-6
-    folder = tmp_path / "taught"
-    taught = record(small_model, recorded_batches(2), len(SIZES), folder, "these photos", taught_from=score)
-    best = [max(taught.detections[-1][photo]["scores"].tolist()) >= score for photo in taught.image_ids]
-    assert [bool(labels.any()) for labels in taught.labels] == best and 0 < sum(best) < len(SIZES)
-    assert (
-        record(small_model, recorded_batches(2), len(SIZES), folder, "these photos", taught_from=2.0).labels.max() == 0
-    )
+    pseudo = recorded(score)
+    best = [max(pseudo.detections[-1][photo]["scores"].tolist()) >= score for photo in pseudo.image_ids]
+    assert [bool(labels.any()) for labels in pseudo.labels] == best and 0 < sum(best) < len(SIZES)
+    assert recorded(2.0).labels.max() == 0
