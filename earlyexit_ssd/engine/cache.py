@@ -1,4 +1,4 @@
-"""Taps of a frozen trunk on disk, computed once per photo and view."""
+"""Taps (outputs of the exits' trunk layers) of a frozen trunk on disk, computed once per photo and augmented view."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ ARRAYS_OF_HEAD = ("cls_logits", "bbox_regression")
 
 
 class TapCache:
-    """Rows of arrays, view after view; row ``view * photos + index`` is that view of that photo.
+    """Arrays with one row per photo and view; row ``view * photos + index`` is a view of photo ``index``.
 
     Args:
-        folder: where ``*.npy``, ``targets.pt`` and ``cache.json`` are.
-        model: for the shapes of a row.
-        photos, views: how many.
-        dtype: ``float16`` (a relative difference of up to 2^-11 to what was computed) or ``float32`` (none).
+        folder: folder of ``*.npy``, ``targets.pt`` and ``cache.json``.
+        model: determines the shape of a row.
+        photos: number of photos.
+        views: number of augmented views per photo.
+        dtype: ``float16`` (relative rounding error up to 2^-11) or ``float32`` (none).
     """
 
     def __init__(self, folder: Path, model: EarlyExitSSDLite, photos: int, views: int, dtype: str = "float16") -> None:
@@ -50,7 +51,7 @@ class TapCache:
         return self.photos * self.views * self._row_bytes / 2**30
 
     def require_budget(self, gibibytes: float) -> None:
-        """Raise where the cache would be larger than allowed, with the number of views that fits."""
+        """Raise an EarlyExitError with the number of views that fit if the cache is larger than ``gibibytes``."""
         if self.gibibytes > gibibytes:
             fits = int(gibibytes * 2**30 // (self.photos * self._row_bytes))
             fix = f"set EXITS_PHASE.CACHE_VIEWS to {fits}" if fits else "set EXITS_PHASE.CACHE to false"
@@ -60,15 +61,15 @@ class TapCache:
             )
 
     def build(self, model: EarlyExitSSDLite, loader: DataLoader, contents: str) -> None:
-        """Fill the cache where it is not whole.
+        """Compute the cache, unless it is complete.
 
         Args:
-            loader: gives the photos in order, its data set the views.
-            contents: a text that changes with the photos, their boxes and views; with another one, or other weights,
-                the cache is made anew.
+            model: the detector with a frozen trunk.
+            loader: loader of the photos in order; its sampler's epoch selects the view.
+            contents: text that identifies photos, boxes and views. The cache is rebuilt if it or the weights change.
 
         Raises:
-            EarlyExitError: the disk has no room for it.
+            EarlyExitError: not enough disk space.
         """
         key = hashlib.sha256(f"{contents} {_weights_hash(model)} {self.views} {self._dtype}".encode()).hexdigest()
         if is_main() and not self._is_whole(key):
@@ -104,13 +105,13 @@ class TapCache:
                 row += len(images)
                 bar.update(len(images))
                 for target in batch.targets:
-                    # copied: a tensor from a worker process holds a file open for as long as it lives
+                    # copied: a tensor from a worker process keeps a file open
                     yield {key: torch.as_tensor(target[key]).cpu().clone() for key in ("boxes", "labels", "image_id")}
         bar.close()
         model.train(was_training)
 
     def rows(self, rows: np.ndarray, device: torch.device) -> TapBatch:
-        """The stored rows as a batch in fp32."""
+        """A batch of stored rows (indices, returned in increasing order) in fp32."""
         order = np.sort(rows)
         values = {
             name: torch.from_numpy(array[order].astype(np.float32)).to(device) for name, array in self._arrays.items()
@@ -123,8 +124,8 @@ class TapCache:
             return False
         try:
             self._read()
-        except Exception as error:  # damaged arrays and archives raise anything
-            logger.warning("%s: the cache is damaged (%s); it is made anew", self.folder, type(error).__name__)
+        except Exception as error:  # damaged arrays and archives raise any exception
+            logger.warning("%s: the cache is damaged (%s); rebuilding it", self.folder, type(error).__name__)
             return False
         return True
 
@@ -143,16 +144,16 @@ class TapCache:
 
 
 class CachedLoader:
-    """Batches of cached taps: an epoch shows each photo once, in a view that moves on from epoch to epoch.
+    """Batches of cached taps; each epoch has every photo once, in the next view.
 
-    The incomplete batch at the end of an epoch is left out.
+    The incomplete batch at the end of an epoch is dropped.
 
     Args:
-        cache: a built cache.
-        batch_size: rows per step over all processes, at most as many as there are photos.
-        seed: of the order.
-        device: where the batches go.
-        rank, world_size: this process's share of each batch.
+        cache: a complete cache.
+        batch_size: rows per step over all processes, reduced to the number of photos.
+        seed: seed of the random order.
+        device: device of the batches.
+        rank, world_size: index of this process and number of processes, which split each batch.
     """
 
     def __init__(
@@ -165,7 +166,7 @@ class CachedLoader:
         return self.cache.photos // self.batch_size
 
     def epoch(self, epoch: int, start: int) -> Iterable[TapBatch]:
-        """The batches of ``epoch`` from number ``start`` on."""
+        """The batches of ``epoch``, beginning with number ``start``."""
         photos = self.cache.photos
         order = np.random.default_rng([self.seed, epoch]).permutation(photos)
         views = (np.arange(photos) + epoch) % self.cache.views
@@ -181,7 +182,7 @@ def _named(batch: TapBatch) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _row_shapes(model: EarlyExitSSDLite) -> dict[str, tuple[int, ...]]:
-    """Shapes of one image's arrays, from a blank image."""
+    """Array name -> shape of one image's values, from a blank image."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
