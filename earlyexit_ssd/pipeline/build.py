@@ -1,4 +1,4 @@
-"""From the configuration to objects."""
+"""Build objects from the configuration: device, model, losses, router."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ COMPARED_PHOTOS = 300
 
 
 def require_full_path(cfg: CfgNode, who: str) -> None:
-    """Check that MODEL.WEIGHTS name a trained full path, for ``who`` trains branches alone.
+    """Check that MODEL.WEIGHTS is set, since ``who`` (for the message) trains only branches.
 
     Raises:
-        ConfigError: they name none.
+        ConfigError: it is empty.
     """
     if not cfg.MODEL.WEIGHTS:
         raise ConfigError(f"{who} needs a trained full path: set MODEL.WEIGHTS to a checkpoint or a model.pth")
 
 
 def takes_over(cfg: CfgNode) -> bool:
-    """Whether the full path is the checkpoint of MODEL.WEIGHTS as it is, since no baseline phase trains it."""
+    """Whether the full path is the unchanged checkpoint of MODEL.WEIGHTS, not trained by a baseline phase."""
     return bool(cfg.MODEL.WEIGHTS) and not ("baseline" in cfg.PHASES and cfg.BASELINE.EPOCHS)
 
 
 def evaluation_device(cfg: CfgNode) -> torch.device:
-    """As `build_device`, but in fp32 whatever ENGINE.AMP is; where EVAL.RUNTIME measures the CPU, ``auto`` is the CPU.
+    """As `build_device`, but ENGINE.AMP does not matter, and ``auto`` is the CPU unless EVAL.RUNTIME is ``eager``.
 
     Raises:
         ConfigError: no such device.
@@ -66,7 +66,7 @@ def evaluation_device(cfg: CfgNode) -> torch.device:
 
 
 def build_device(cfg: CfgNode) -> torch.device:
-    """DEVICE as a device that is there, the process's own one under torchrun; sets THREADS too.
+    """The available device of DEVICE, the process's own GPU under torchrun; also sets PyTorch's threads to THREADS.
 
     Raises:
         ConfigError: no such device, or fp16 without CUDA.
@@ -89,16 +89,16 @@ def _device(cfg: CfgNode, name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"DEVICE {cfg.DEVICE!r} is not to be had here ({str(error).splitlines()[0]}); use auto"
+            f"DEVICE {cfg.DEVICE!r} is not available here ({str(error).splitlines()[0]}); use auto"
         ) from None
     return device
 
 
 def build_exits(cfg: CfgNode) -> tuple[Exit, ...]:
-    """The EXITS section; its keys are those of `describe_exits` in capitals.
+    """The exits of the EXITS section, whose keys are the keywords of `describe_exits` in capitals.
 
     Raises:
-        ConfigError: an unknown kind of branches.
+        ConfigError: an invalid value, such as an unknown branch kind.
     """
     section = {key.lower(): value for key, value in cfg.EXITS.items()}
     try:
@@ -108,7 +108,7 @@ def build_exits(cfg: CfgNode) -> tuple[Exit, ...]:
 
 
 def build_architecture(cfg: CfgNode, classes: tuple[str, ...]) -> Architecture:
-    """The model that the configuration describes, for these classes."""
+    """Description of the configured model for these classes."""
     return Architecture(
         classes=classes,
         detector=cfg.MODEL.NAME,
@@ -124,7 +124,7 @@ def build_architecture(cfg: CfgNode, classes: tuple[str, ...]) -> Architecture:
 
 
 def build_model(cfg: CfgNode, classes: tuple[str, ...]) -> tuple[EarlyExitSSDLite, Architecture]:
-    """A model with its full path from MODEL.WEIGHTS, from ImageNet weights, or untrained; the exits are untrained."""
+    """A model whose full path comes from MODEL.WEIGHTS, has an ImageNet trunk, or is untrained; untrained exits."""
     architecture = build_architecture(cfg, classes)
     if cfg.MODEL.WEIGHTS:
         source = source_classes(cfg.MODEL.WEIGHTS, cfg.MODEL.WEIGHTS_CLASSES)
@@ -143,7 +143,7 @@ def build_model(cfg: CfgNode, classes: tuple[str, ...]) -> tuple[EarlyExitSSDLit
 
 
 def photos_to_compare_on(cfg: CfgNode, classes: tuple[str, ...]) -> Iterator[Tensor]:
-    """A seeded choice of DATA.TRAIN, [3, H, W] in [0, 1], not augmented; nothing is read until one is asked for."""
+    """Yield a seeded sample of DATA.TRAIN, [3, H, W] in [0, 1], not augmented; nothing is read before iteration."""
     dataset = load_dataset(with_classes(cfg, classes), cfg.DATA.TRAIN, train=True, need_boxes=False)
     dataset = dataset.subset(limit_photos(dataset.records, COMPARED_PHOTOS, cfg.SEED))
     dataset.transforms = None
@@ -153,14 +153,15 @@ def photos_to_compare_on(cfg: CfgNode, classes: tuple[str, ...]) -> Iterator[Ten
 
 
 def open_model(cfg: CfgNode, weights: str | os.PathLike[str]) -> tuple[EarlyExitSSDLite, Architecture, ModelInfo]:
-    """A trained model in eval mode on the CPU, its architecture and its info, whose ``router`` holds what was trained.
+    """A trained model in eval mode on the CPU, its architecture and its info.
 
-    ``weights`` may be a model of this project, or a checkpoint of torchvision's reference training that has exits: the
-    configuration describes it then (MODEL, EXITS, DATA.CLASSES in the order of the labels). A head of COCO's 91 outputs
-    keeps the classes of the configuration, and the others are folded into background.
+    ``weights`` may be a model of this project, or a checkpoint of torchvision's reference training with exits. The
+    latter must fit the configuration (MODEL, EXITS, DATA.CLASSES in the order of the labels), and its trained
+    temperatures are in ``info["router"]``. With a head of COCO's 91 outputs, classes that the configuration lacks are
+    folded into background.
 
     Raises:
-        EarlyExitError: unusable weights, or a configuration that describes others.
+        EarlyExitError: unusable weights, or weights that do not fit the configuration.
     """
 
     def describe(outputs: int, exits: tuple[str, ...]) -> Architecture:
@@ -177,7 +178,7 @@ def open_model(cfg: CfgNode, weights: str | os.PathLike[str]) -> tuple[EarlyExit
             )
         change = plan_class_change(COCO_CLASSES, classes)
         if None in change.rows:
-            raise ConfigError(f"its head has COCO's classes, which cannot be told to be others ({change})")
+            raise ConfigError(f"its head has COCO's classes, DATA.CLASSES has others ({change})")
         logger.info("%s: COCO's classes, %s", weights, change)
         return dataclasses.replace(architecture, head_outputs=outputs, folded_rows=change.rows, folded_branches=True)
 
@@ -188,7 +189,7 @@ def open_model(cfg: CfgNode, weights: str | os.PathLike[str]) -> tuple[EarlyExit
 
 
 def source_classes(weights: str, classes: str) -> tuple[str, ...] | None:
-    """Class names of a checkpoint: COCO's for torchvision's own weights, or where the configuration says so."""
+    """Class names of a checkpoint: COCO's for torchvision's weights or if ``classes`` is "coco", otherwise None."""
     return COCO_CLASSES if classes == "coco" or torchvision_name(weights) else None
 
 
@@ -225,15 +226,16 @@ def _imagenet_detector(cfg: CfgNode, architecture: Architecture):
 
 
 def build_losses(cfg: CfgNode) -> LossSettings:
-    """The LOSS section, whose keys are the settings' names in capitals."""
+    """Loss settings of the LOSS section, whose keys are their names in capitals."""
     return LossSettings(**{key.lower(): value for key, value in cfg.LOSS.items()})
 
 
 def build_router(cfg: CfgNode, stored: dict | None = None, learn: bool = False) -> ExitRouter:
-    """The ROUTING section; number of exits and temperatures from a model's info (``stored``) where it has them.
+    """The router of the ROUTING section. ``stored``: router in a model's info, whose number of exits and temperatures
+    have priority. ``learn``: make the temperatures trainable.
 
     Raises:
-        ConfigError: thresholds for another number of exits.
+        ConfigError: a wrong number of thresholds.
     """
     stored = stored or {}
     exits, given = stored.get("num_exits", num_exits(cfg)), len(cfg.ROUTING.THRESHOLDS)
@@ -254,9 +256,9 @@ def build_router(cfg: CfgNode, stored: dict | None = None, learn: bool = False) 
 
 
 def trained_temperatures(cfg: CfgNode, info: dict, exits: int) -> list[float]:
-    """Those that a model's training has fitted (``info`` of its file), else those of the configuration.
+    """Temperatures fitted in training (from the ``info`` of a model's file), otherwise those of the configuration.
 
-    The router in a calibrated model's file may have temperatures of the calibration photos; beside it are these.
+    A calibrated model's router may have temperatures fitted on calibration photos; its info then has both.
     """
     temperatures = (info.get("router") or {}).get("temperatures", cfg.ROUTING.TEMPERATURES)
     temperatures = info.get("trained_temperatures", temperatures)
@@ -265,7 +267,7 @@ def trained_temperatures(cfg: CfgNode, info: dict, exits: int) -> list[float]:
 
 
 def build_evaluation(cfg: CfgNode) -> EvaluationSettings:
-    """The EVAL section."""
+    """Evaluation settings of the EVAL section."""
     return EvaluationSettings(
         score=cfg.EVAL.SCORE,
         iou=cfg.EVAL.IOU,
@@ -277,7 +279,7 @@ def build_evaluation(cfg: CfgNode) -> EvaluationSettings:
 
 
 def with_classes(cfg: CfgNode, classes: tuple[str, ...]) -> CfgNode:
-    """A copy of the configuration with the classes filled in."""
+    """A copy of the configuration with ``classes`` as DATA.CLASSES."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.DATA.CLASSES = tuple(classes)

@@ -1,8 +1,8 @@
-"""The search for what to ship: input size, head, glances, exits and their combinations, measured on this machine.
+"""Search the fastest variant of a detector within an accuracy budget, measured on this machine.
 
-A candidate is a net (the full path with some head at some input size) and the exits that are open on it. AP50 and
-objects lost are measured on the calib split. The fastest candidate that holds the accuracy budget there is evaluated on
-the test split, where nothing is chosen.
+A candidate is a net (the full path with some head at some input size) and a set of open exits, such as glances. A
+glance is an early exit that runs the first trunk layers on a small copy of the image before the full-size pass.
+Candidates are measured on the calib split. The chosen one is then evaluated on the test split.
 """
 
 from __future__ import annotations
@@ -66,22 +66,23 @@ from earlyexit_ssd.routing.policies import needs_training_photos
 logger = logging.getLogger(__name__)
 
 GLANCES = ((96, 12), (128, 12), (160, 12))
-"""Pixels and layer of the glances that are tried where EXITS.GLANCES names none, for an input of 320 pixels; for
-another one the pixels are in proportion, in whole 16s."""
+"""(pixels, layer) of the tried glances if EXITS.GLANCES is empty, for an input of 320 pixels; for other inputs, pixels
+are scaled and rounded to multiples of 16."""
 SHARES = (1.0, 0.9, 0.8, 0.7)
-"""Input sides that are tried, as shares of the detector's own."""
+"""Tried input sides as shares of the detector's own."""
 HOPELESS = 2.0
-"""A net that alone loses this many times the budget is not tried with exits, which can only lose more."""
+"""A net that loses more than this many budgets without exits is not tried with exits, which can only lose more."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What is asked for.
+    """The target of a search. *Base detector* below is the given detector, unchanged and without exits.
 
     Attributes:
-        ap_drop: AP50 that may be lost against the detector as it is, in 1 - ``delta`` of the draws of calib photos.
-        speedup, ms: wanted; None for as fast as it gets.
-        minutes: after which no further candidate is begun; None for all of them.
+        ap_drop, delta: accuracy budget: largest AP50 lost against the base detector, in a share 1 - ``delta`` of the
+            bootstrap draws of calib photos.
+        speedup, ms: wanted speed relative to the base detector, or milliseconds per photo; None: as fast as possible.
+        minutes: time after which no further candidate is started; None: no limit.
     """
 
     ap_drop: float = 0.01
@@ -100,16 +101,18 @@ class Goal:
 
 @dataclass(frozen=True)
 class Candidate(Record):
-    """One way to run the detector, and what was measured of it on the calib split.
+    """One variant of the detector and its figures on the calib split.
 
     Attributes:
-        name: in words, such as "288 px, compact head, glance at 128 px".
-        image_size: pixels; fold: of the head; exits: names of those that are open, in the order of the walk.
-        policy, thresholds: of these exits.
-        AP50, lost, lost_bound: on the calib split; lost against the detector as it is, and the bound of it.
-        objects_kept, objects: of those that the detector as it is finds at EVAL.SCORE.
-        ms: mean per photo; speedup: against the detector as it is, in the same run.
-        holds: whether the bound is within the budget.
+        name: description such as "288 px, compact head, glance at 128 px".
+        image_size, fold: side of the input in pixels, and kind of the head.
+        exits, policy, thresholds: names of the exits in the order of computation, and their routing.
+        AP50, lost: AP50, and AP50 lost against the base detector.
+        lost_bound: upper bound of ``lost`` with confidence 1 - delta.
+        objects, objects_kept: objects that the base detector finds at EVAL.SCORE, and how many of them this one finds.
+        mmacs: millions of multiply-accumulates, of rivals only.
+        ms, speedup: mean milliseconds per photo, and speed relative to the base detector in the same run.
+        holds: whether ``lost_bound`` is within the budget.
     """
 
     name: str
@@ -139,10 +142,11 @@ class Candidate(Record):
 
 @dataclass(frozen=True)
 class Net:
-    """A full path with one head at one input size, and every exit that may be opened on it, recorded.
+    """A full path with one head at one input size and all its exits, with recorded outputs.
 
     Attributes:
-        train: photos that policies are fitted on, as the detector as it is saw them. A glance sees the same there.
+        calib: recording of the calib split.
+        train: recording of the photos that policies are fitted on, from the base detector: taps of a glance are equal.
     """
 
     fold: str
@@ -156,7 +160,7 @@ class Net:
         return self.recorded.architecture.image_size
 
     def with_exits(self, names: Sequence[str]) -> Net:
-        """The same with these exits alone."""
+        """The net with only these exits."""
         model, architecture = self.recorded.model, self.recorded.architecture
         indices = [model.exit_names.index(name) for name in names]
         architecture = dataclasses.replace(architecture, exits=tuple(architecture.exits[index] for index in indices))
@@ -169,7 +173,7 @@ class Net:
 
 @dataclass(frozen=True)
 class Found:
-    """A candidate with what writes it down: the net with its open exits, and what chose its thresholds."""
+    """A candidate with everything needed to save it: its net, the threshold search and its result (None: no exits)."""
 
     candidate: Candidate
     net: Net
@@ -181,8 +185,8 @@ class Optimizer:
     """The search over one detector.
 
     Args:
-        cfg: its MODEL, EXITS, DATA, CALIBRATION and EVAL sections are used.
-        weights: a trained model of this project, whose branches are candidates too; None: MODEL.WEIGHTS.
+        cfg: configuration; its MODEL, EXITS, DATA, CALIBRATION and EVAL sections are used.
+        weights: a trained model of this project, whose branches are tried too; None: MODEL.WEIGHTS.
         out: folder of results and recordings.
     """
 
@@ -190,7 +194,7 @@ class Optimizer:
         self.goal, self.out, self.device = goal, out, evaluation_device(cfg)
         cfg = _measured_in_ms(cfg)
         if weights is None:
-            model, architecture = build_model(_as_it_is(cfg), class_names(cfg))
+            model, architecture = build_model(_base_config(cfg), class_names(cfg))
             self.model, self.architecture, self.info = model, architecture, {"taken_over": True}
         else:
             self.model, self.architecture, self.info = open_model(cfg, weights)
@@ -207,31 +211,31 @@ class Optimizer:
         cfg = self.cfg
         return f"{cfg.EVAL.RUNTIME} {cfg.EVAL.TIMING_THREADS} {cfg.EVAL.SCORE} {cfg.CALIBRATION} {self.plan()}"
 
-    # What is tried.
+    # The plan of candidates.
 
     @property
     def folds(self) -> list[str]:
-        """Heads: as it is, and where rows of other classes are folded into background, as few of them as it takes."""
+        """Kinds of heads: ``as it is``, and ``compact`` if the detector's head folds classes."""
         return ["as it is", *(["compact"] if self.architecture.folded_rows else [])]
 
     @property
     def sizes(self) -> list[int]:
-        """Sides of the input, pixels, largest first."""
+        """Tried sides of the input in pixels, largest first."""
         own = self.architecture.image_size
         step = 32 if own >= 256 else 16
         smaller = [round(share * own / step) * step for share in SHARES] if self.model.any_size else []
         return sorted({own, *(self.cfg.EVAL.RIVALS.SIZES or smaller)}, reverse=True)
 
     def exits_at(self, size: int) -> tuple[Exit, ...]:
-        """Glances, and at the detector's own size the exits that it has."""
+        """Glances smaller than the input; at the detector's own size also its other exits."""
         own = self.architecture.image_size
         glances = self.cfg.EXITS.GLANCES or [(round(pixels * own / 320 / 16) * 16, layer) for pixels, layer in GLANCES]
         others = [one for one in self.architecture.exits if one.pixels is None] if size == own else []
         return (*describe_exits((), glances=[one for one in glances if one[0] < size]), *others)
 
     def plan(self) -> list[tuple[int, str, tuple[str, ...]]]:
-        """Input size, fold and names of the open exits of every candidate: nets without exits first, and those with the
-        whole head and exits last, since they are tried only where a compact head loses too much."""
+        """Input size, kind of head and exit names of every candidate. Nets without exits come first, and the whole head
+        with exits last: its candidates with only glances are skipped if the compact head holds the budget."""
         own, best = self.architecture.image_size, self.folds[-1]
         plan: list[tuple[int, str, tuple[str, ...]]] = [(own, self.folds[0], ())]
         plan += [(size, best, ()) for size in self.sizes]
@@ -246,7 +250,7 @@ class Optimizer:
         return list(dict.fromkeys(plan))
 
     def _net(self, fold: str, size: int) -> Net:
-        """It is kept until the next one is asked for; what it says about the photos is on disk."""
+        """Build a net; only the latest one is kept in memory, since its recording is on disk."""
         if self._nets.keys() != {(fold, size)}:
             self._nets = {(fold, size): self._build_net(fold, size)}
         return self._nets[fold, size]
@@ -283,10 +287,10 @@ class Optimizer:
         folded = {"head_outputs": whole.num_columns, "folded_rows": rows, "competing": names, "folded_branches": True}
         return dataclasses.replace(self.architecture, **folded), detector.state_dict()
 
-    # How it is measured.
+    # Measurement.
 
     def measure(self, size: int, fold: str, exits: tuple[str, ...]) -> Found:
-        """One candidate on the calib split."""
+        """Measure one candidate on the calib split."""
         net = self._net(fold, size).with_exits(exits)
         if not exits:
             return self._without_exits(net)
@@ -294,7 +298,7 @@ class Optimizer:
         return min(found, key=lambda one: (not one.candidate.holds, one.candidate.ms or np.inf))
 
     def _policies(self, net: Net) -> list[str]:
-        """Empty exits need one that foresees; where all have a branch the configuration's is tried too."""
+        """Policies to try; empty exits need one that predicts from the tap, so ROUTING.POLICY is for branches only."""
         empty = net.recorded.model.empty
         if all(empty):
             return ["foreseen_emptiness"]
@@ -309,7 +313,7 @@ class Optimizer:
         search = Search(cfg, self._target(costs), router, net.calib, None, costs, reference=self.reference)
         try:
             chosen = search.run()
-        except EarlyExitError:  # even with every photo at the first exit it is slower than what is wanted
+        except EarlyExitError:  # the wanted speed is impossible even if every photo leaves at the first exit
             search = dataclasses.replace(search, target=Target("ap_drop", self.goal.ap_drop, self.goal.delta))
             chosen = search.run()
         open_ = tuple(n for n, t in zip(model.exit_names, chosen.thresholds, strict=False) if t < CLOSED)
@@ -319,7 +323,7 @@ class Optimizer:
         return Found(dataclasses.replace(candidate, exits=model.exit_names[:-1]), net, search, chosen)
 
     def _target(self, costs: CostModel) -> Target:
-        """What thresholds are searched for: the speed that is wanted, else the accuracy budget."""
+        """Target of the threshold search: the wanted speed, otherwise the accuracy budget."""
         if self.goal.speedup is not None:
             return Target("speedup", self.goal.speedup)
         if self.goal.ms is not None:
@@ -343,10 +347,10 @@ class Optimizer:
         matches, reference = net.calib.matches_beside(self.reference)
         before, after = (ap_of_choice(matches, one, ap50_only=True).AP50 for one in (reference, choice))
         if bound is None:
-            kept, routed = bootstrap_choices(matches, [reference, choice], seed=self.cfg.SEED)
-            bound = float(np.nanquantile(kept.AP50 - routed.AP50, 1 - self.goal.delta))
+            base, routed = bootstrap_choices(matches, [reference, choice], seed=self.cfg.SEED)
+            bound = float(np.nanquantile(base.AP50 - routed.AP50, 1 - self.goal.delta))
         truth, found = net.calib.ground_truth, net.calib.detections_of(choice)
-        said = agreement(truth, self.reference, found, self.cfg.EVAL.SCORE, self.cfg.EVAL.IOU)
+        kept = agreement(truth, self.reference, found, self.cfg.EVAL.SCORE, self.cfg.EVAL.IOU)
         return Candidate(
             name=describe(net.size, net.fold, exits, self.architecture.image_size),
             image_size=net.size,
@@ -355,15 +359,15 @@ class Optimizer:
             AP50=after,
             lost=None if before is None or after is None else before - after,
             lost_bound=bound,
-            objects=said.objects,
-            objects_kept=said.kept,
+            objects=kept.objects,
+            objects_kept=kept.kept,
             ms=ms,
             speedup=base_ms / ms,
             holds=bound <= self.goal.ap_drop,
         )
 
     def rivals(self) -> list[Candidate]:
-        """Small nets from ONNX files (EVAL.RIVALS.ONNX) on the calib split; they stand in the chart."""
+        """Detectors from ONNX files (EVAL.RIVALS.ONNX) on the calib split, for the chart; they are never chosen."""
         cfg, dataset = self.cfg, self.sets["CALIB"]
         settings, found = build_evaluation(cfg), []
         for rival in onnx_rivals(cfg, self.architecture.classes):
@@ -384,7 +388,7 @@ class Optimizer:
 
 
 def _measured_in_ms(cfg: CfgNode) -> CfgNode:
-    """Milliseconds of EVAL.RUNTIME decide, whatever unit a calibration takes."""
+    """A copy of the configuration in which costs are milliseconds of EVAL.RUNTIME."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.CALIBRATION.COST = "ms"
@@ -392,8 +396,8 @@ def _measured_in_ms(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def _as_it_is(cfg: CfgNode) -> CfgNode:
-    """The whole head, and no branch, which would be untrained."""
+def _base_config(cfg: CfgNode) -> CfgNode:
+    """A copy of the configuration with the whole head and without branches, which would be untrained."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.FOLD = "rows" if cfg.MODEL.FOLD == "rows" else "exact"
@@ -404,7 +408,7 @@ def _as_it_is(cfg: CfgNode) -> CfgNode:
 
 
 def describe(size: int, fold: str, exits: Sequence[str], own_size: int) -> str:
-    """A candidate in words."""
+    """The name of a candidate."""
     words = [f"{size} px"] if size != own_size else []
     words += [f"{fold} head"] if fold != "as it is" else []
     for name in exits:
@@ -412,12 +416,12 @@ def describe(size: int, fold: str, exits: Sequence[str], own_size: int) -> str:
     return ", ".join(words) or "the detector as it is"
 
 
-# The whole job.
+# The search, from configuration to files.
 
 
 @dataclass(frozen=True)
 class TestFigures(Record):
-    """On the test split; intervals are 95 %, of other photos."""
+    """Figures of the chosen candidate and of the base detector (``_base``) on the test split; intervals are 95 %."""
 
     splits: list[str]
     photos: int
@@ -443,15 +447,13 @@ class TestFigures(Record):
 
 @dataclass(frozen=True)
 class Outcome(Record):
-    """What `optimize` found; the JSON of optimize.json.
+    """Result of `optimize`, the content of optimize.json.
 
     Attributes:
-        base: the detector as it is, and chosen, the candidate to ship (None: nothing is faster and holds the budget),
-            on the calib split. candidates: all, rivals among them.
-        test: of the chosen one and the detector as it is, on the test split.
-        ship: the chosen one is faster than the detector as it is on the test split's photos and loses no more than the
-            budget there.
-        summary: the paragraph in words.
+        base, candidates: the base detector and all candidates on the calib split, rivals included.
+        chosen: the chosen candidate; None if no faster one holds the budget or the wanted speed.
+        test, ship: figures on the test split; whether the chosen candidate is faster and holds the budget there.
+        summary: one paragraph of text.
     """
 
     base: Candidate
@@ -466,13 +468,12 @@ class Outcome(Record):
 def optimize(
     cfg: CfgNode, goal: Goal, out_dir: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None
 ) -> Outcome:
-    """Search what to ship, and write it: model.pth, its evaluation test/, optimize.json, candidates.png, summary.txt.
+    """Run the search and write model.pth, its evaluation test/, optimize.json, candidates.png and summary.txt.
 
-    A search that was stopped goes on where it was.
+    A stopped search resumes with the candidates that are already measured.
 
     Args:
-        cfg: see `Optimizer`.
-        weights: a trained model of this project; None: the checkpoint MODEL.WEIGHTS.
+        cfg, weights: see `Optimizer`.
 
     Raises:
         EarlyExitError: unusable weights, data or settings.
@@ -484,7 +485,7 @@ def optimize(
     hopeless: set[tuple[int, str]] = set()
     for size, fold, exits in progress(plan, desc="candidates"):
         if len(store) and goal.minutes is not None and time.monotonic() - started > 60 * goal.minutes:
-            logger.warning("%g minutes are over: %d of %d candidates were tried", goal.minutes, len(store), len(plan))
+            logger.warning("stopped after %g minutes: %d of %d candidates tried", goal.minutes, len(store), len(plan))
             break
         name = f"{size} {fold} {' '.join(exits)}"
         if name in store or (size, fold) in hopeless or (exits and fold == "as it is" and _needless(store, exits)):
@@ -504,14 +505,14 @@ def optimize(
 
 
 def _needless(store: _Store, exits: Sequence[str]) -> bool:
-    """Glances on the whole head, where the compact head alone holds the budget."""
+    """Whether to skip the whole head with only glances, since the compact head without exits holds the budget."""
     compact = [one for one in store.candidates if one.fold == "compact" and not one.exits and one.holds]
     return bool(compact) and all(name.startswith("glance") for name in exits)
 
 
 def choose_candidate(candidates: Sequence[Candidate], goal: Goal) -> Candidate | None:
-    """The fastest that holds the budget; where a speed is asked for that none of them has, the one of the least loss
-    that has it. None where nothing is faster than the detector as it is."""
+    """The fastest candidate that holds the budget. If a wanted speed is reached only beyond the budget, the candidate
+    of that speed with the least loss. None if there is neither. ``candidates[0]`` is the base detector."""
 
     def fast(one: Candidate) -> bool:
         return (goal.speedup is None or one.speedup >= goal.speedup) and (goal.ms is None or one.ms <= goal.ms)
@@ -525,7 +526,7 @@ def choose_candidate(candidates: Sequence[Candidate], goal: Goal) -> Candidate |
 
 
 class _Store:
-    """The measured candidates on disk, by name; those of another search are left out."""
+    """The measured candidates on disk, by name; a file of another search (``key``) is ignored."""
 
     def __init__(self, path: Path, key: str) -> None:
         self._path, self._key = path, key
@@ -552,7 +553,7 @@ class _Store:
 
 
 def _write(search: Optimizer, base: Candidate, chosen: Candidate | None, candidates: Sequence[Candidate]) -> Outcome:
-    """Write the chosen model and evaluate it on the test split, the detector as it is beside it."""
+    """Write the chosen model, and evaluate it and the base detector on the test split."""
     out = search.out
     if chosen is None:
         least = min((one for one in candidates if not one.rival and one is not base and one.lost is not None),
@@ -610,7 +611,7 @@ def _test_figures(results: Results) -> TestFigures:
 
 
 def _summary(chosen: Candidate, test: TestFigures, ship: bool, goal: Goal) -> str:
-    """One paragraph in words."""
+    """The summary, one paragraph of text."""
     lost = "undefined" if test.AP50 is None else f"{test.AP50_base - test.AP50:.3f}"
     interval = "" if test.AP50_lost_interval is None else " [{:.3f}, {:.3f}]".format(*test.AP50_lost_interval)
     times = f"{test.ms:.1f} ms against {test.ms_base:.1f}, {test.runtime}, {test.threads} thread"

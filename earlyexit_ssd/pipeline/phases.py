@@ -1,4 +1,4 @@
-"""The phases of a run: each trains, passes its gate, and leaves a model that the next one starts from."""
+"""The phases of a training run. Each one trains, checks its gate, and hands its model to the next."""
 
 from __future__ import annotations
 
@@ -49,25 +49,24 @@ logger = logging.getLogger(__name__)
 
 
 def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoader) -> None:
-    """Train what ``losses`` holds, with the phase's settings; the model ends with the averaged weights if asked.
+    """Train the parameters of ``losses`` as phase ``name``; with EMA the model ends with the averaged weights.
 
     Raises:
-        Interrupted: a signal stopped it.
+        Interrupted: a signal stopped the training.
         TrainingDiverged: a loss is NaN or infinite.
     """
     cfg, model, phase = run.cfg, run.model, run.cfg[PHASE_SECTIONS[name]]
     folder = run.folder.phase(name)
     ema = ExponentialMovingAverage(model, phase.EMA) if phase.EMA else None
-    # Outermost, the checkpoint moves to where it left off before the others start, and saves when they are done.
+    # The checkpoint is outermost: it restores the state before the other hooks start and saves after they end.
     checkpoint = Checkpoint(folder / "last.pth", cfg.ENGINE.CHECKPOINT_PERIOD, ema)
     curves = run.curve_quality if cfg.ENGINE.CURVE_PERIOD else None
     measure = curves and (lambda: curves.curve_point(ema.average if ema else model))
     hooks = [checkpoint, ProgressBar(name), Log(folder, cfg.ENGINE.LOG_PERIOD, measure, cfg.ENGINE.CURVE_PERIOD)]
     hooks += [AfterStep(ema.update)] if ema else []
     hooks += [AfterStep(lambda _: model.router.clamp_temperatures())] if isinstance(model.router, nn.Module) else []
-    # A third faster on a CPU, where most of the time goes into depthwise convolutions; on CUDA these are many times
-    # slower so. Not with bf16: there oneDNN's gradient of depthwise convolutions on 1x1 maps is infinite now and then
-    # (torch 2.6 and 2.14).
+    # channels_last is a third faster on a CPU, where depthwise convolutions dominate, and many times slower on CUDA.
+    # With bf16, oneDNN's gradients of depthwise convolutions on 1x1 maps are sometimes infinite (torch 2.6 and 2.14).
     if run.device.type == "cpu" and cfg.ENGINE.AMP == "off":
         losses.to(memory_format=torch.channels_last)
     if world_size() > 1:
@@ -96,7 +95,7 @@ def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoad
 
 
 def lr_factors(phase: CfgNode) -> dict[str, float]:
-    """What multiplies the rate of the full path's two parts in the joint phase; the other phases have one rate."""
+    """Parameter prefix -> factor of the learning rate: the full path's in the joint phase, 1 in the other phases."""
     factor = phase.get("FULL_PATH_LR_FACTOR", 1.0)
     return {f"{wrapper}{part}.": factor for wrapper in ("", "module.") for part in ("backbone", "head")}
 
@@ -114,7 +113,7 @@ def photo_loader(run: Run, batch_size: int) -> PhotoLoader:
 
 
 def baseline(run: Run) -> Gate:
-    """Train the full path, then check that it detects."""
+    """Train the full path, then check its figures on the calib split."""
     phase, model = run.cfg.BASELINE, run.model
     limits = baseline_limits(run.cfg, _reference_figures(run))
     if phase.EPOCHS:
@@ -125,19 +124,19 @@ def baseline(run: Run) -> Gate:
 
 
 def _reference_figures(run: Run) -> dict[str, float | None] | None:
-    """Of the checkpoint that the gate is relative to, if it is."""
+    """Calib figures of the checkpoint that the gate compares with; None if the gate is not relative."""
     gate = run.cfg.BASELINE.GATE
     if not gate.RELATIVE:
         return None
     weights = gate.REFERENCE or run.cfg.MODEL.WEIGHTS
     known = gate.REFERENCE_CLASSES if gate.REFERENCE else run.cfg.MODEL.WEIGHTS_CLASSES
-    fold = "rows" if run.cfg.MODEL.FOLD == "rows" else "exact"  # whose figures a compact head is to keep
+    fold = "rows" if run.cfg.MODEL.FOLD == "rows" else "exact"  # a compact head is compared with the whole head
     detector, architecture, _ = retrofit(run.architecture, weights, source_classes(weights, known), fold)
     return run.calib_quality.of_full_path(architecture.add_exits(detector).to(run.device))
 
 
 def exits(run: Run) -> Gate:
-    """Train the branches, then check that the exits detect."""
+    """Train the branches, then check the exits' figures on the calib split."""
     train_branches(run)
     gate, model = run.cfg.EXITS_PHASE.GATE, run.model
     exits = zip(model.exit_names, model.exit_layers, run.calib_quality.of_exits(model), strict=True)
@@ -167,7 +166,7 @@ def train_branches(run: Run) -> None:
 
 
 def joint(run: Run) -> Gate:
-    """Train everything at a low rate; the weights of before stay if the full path loses too much."""
+    """Train everything at a low rate; if the full path loses too much AP50, restore the previous weights."""
     phase, model = run.cfg.JOINT, run.model
     before = run.calib_quality.of_full_path(model)["AP50"] or 0.0
     kept, losses = copy.deepcopy(model.state_dict()), model.losses
@@ -179,15 +178,15 @@ def joint(run: Run) -> Gate:
     after = run.calib_quality.of_full_path(model)["AP50"] or 0.0
     check = Check("full AP50", after, before - phase.GATE.MAX_AP50_DROP)
     if not check.passed:
-        logger.warning("joint phase: %s; the weights of the exits phase stay", check)
+        logger.warning("joint phase: %s; the weights of the exits phase are restored", check)
         model.load_state_dict(kept)
         check = Check("full AP50 (weights of the exits phase kept)", before, before)
     return Gate("joint", (check,))
 
 
 def joint_losses(losses: LossSettings, phase: CfgNode, exits: int) -> LossSettings:
-    """The losses with the phase's own teacher and weights: by default 1/(exits left), the full path one of them
-    (Li et al. 2019, "Improved techniques for training adaptive deep networks", gradient equilibrium)."""
+    """The losses with the phase's teacher and exit weights; by default 1 / (exits from this one on, with the full path)
+    (gradient equilibrium, Li et al. 2019, "Improved techniques for training adaptive deep networks")."""
     left = [exits + 1 - index for index in range(exits)]
     weights = tuple(phase.EXIT_WEIGHTS) or tuple(1 / number for number in left)
     return dataclasses.replace(losses, teacher=phase.TEACHER, exit_weights=weights)
@@ -197,10 +196,10 @@ PHASE_FUNCTIONS: dict[str, Callable[[Run], Gate]] = {"baseline": baseline, "exit
 
 
 def tap_cache(run: Run) -> TapCache:
-    """The cache of the exits phase, not yet filled.
+    """The tap cache of the exits phase, not yet computed.
 
     Raises:
-        EarlyExitError: it would be larger than allowed.
+        EarlyExitError: it would exceed EXITS_PHASE.CACHE_GIB.
     """
     phase = run.cfg.EXITS_PHASE
     cache = TapCache(run.folder.taps, run.model, len(run.train_set), phase.CACHE_VIEWS, phase.CACHE_DTYPE)
@@ -209,13 +208,13 @@ def tap_cache(run: Run) -> TapCache:
 
 
 def views_of(cfg: CfgNode) -> str:
-    """The settings that decide which photos and views a training sees, as a text; not where the photos lie."""
+    """The settings that determine photos and augmented views, as a text; file locations do not count."""
     others = ("ROOT", "WORKERS", "DOWNLOAD", "CALIB", "TEST")
     return f"{ {key: value for key, value in cfg.DATA.items() if key not in others} } {cfg.SEED}"
 
 
 def tap_loader(run: Run) -> CachedLoader:
-    """Batches of the tap cache, which is filled first where it is not whole."""
+    """Batches of the tap cache, which is computed first unless it is complete."""
     cfg, phase, cache = run.cfg, run.cfg.EXITS_PHASE, tap_cache(run)
     loader = build_loader(run.train_set, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, False, cfg.SEED)
     cache.build(run.model, loader, f"{views_of(cfg)} {fingerprint(run.train_set)}")
@@ -232,10 +231,10 @@ def full_path_fingerprint(model: EarlyExitSSDLite) -> dict[str, Tensor]:
 
 
 def require_same_full_path(before: dict[str, Tensor], model: EarlyExitSSDLite) -> None:
-    """The exits phase must leave the full path bit-identical (``before`` is its fingerprint).
+    """Check that the full path is bit-identical to its fingerprint ``before`` the exits phase.
 
     Raises:
-        EarlyExitError: it does not; the message names the first tensor.
+        EarlyExitError: it has changed; the message names the first tensor.
     """
     after = full_path_fingerprint(model)
     for key, value in before.items():

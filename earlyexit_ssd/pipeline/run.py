@@ -1,4 +1,4 @@
-"""A run: its folder, what all of its phases work on, and the figures that they look at."""
+"""A training run: its folder, the state shared by its phases, and figures on the calib split."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _SETTINGS_OF_PHASES = {
 class RunFolder:
     """Paths of a run below ``root``: the final model, and a folder for each phase.
 
-    shared_taps: a tap cache that stays, for several runs.
+    shared_taps: folder of a tap cache shared by several runs, which is not deleted; None: a cache in the run's folder.
     """
 
     root: Path
@@ -61,19 +61,18 @@ class RunFolder:
 
     @property
     def taps(self) -> Path:
-        """The tap cache of the exits phase; gigabytes, so it goes when the phase is finished."""
+        """Folder of the tap cache; it takes gigabytes and is deleted after the exits phase."""
         return self.shared_taps or self.phase("exits") / "taps"
 
     def remove_taps(self) -> None:
-        """Delete the tap cache if the exits phase is finished; one that was stopped goes on with it."""
+        """Delete the tap cache if the exits phase is finished; a stopped phase needs it to resume."""
         if self.finished("exits") and not self.shared_taps:
             shutil.rmtree(self.taps, ignore_errors=True)
 
     def require_free(self, cfg: CfgNode, resume: bool) -> None:
-        """Check that the folder holds no run, or, to resume, one that this configuration goes on with.
+        """Check that the folder holds no run or, with ``resume``, one that this configuration can continue.
 
-        The settings of a phase that is not finished may change, as its gate advises; :meth:`start` then sets aside
-        what it has trained.
+        Settings of unfinished phases may change, as a failed gate advises; :meth:`start` then moves their files aside.
 
         Raises:
             EarlyExitError: the folder holds a run already, or one of another configuration.
@@ -82,17 +81,17 @@ class RunFolder:
         fix = "name another folder (OUTPUT_DIR), or delete it"
         if (self.root / "config.yaml").is_file():
             if not resume:
-                raise EarlyExitError(f"{self.root} holds a run already: go on with it (--resume), {fix}")
+                raise EarlyExitError(f"{self.root} holds a run already: continue it (--resume), {fix}")
             self._changed_phases(cfg)
         elif (self.root / "metrics.json").exists():
             raise EarlyExitError(f"{self.root} holds other results; {fix}")
 
     def start(self, cfg: CfgNode) -> None:
-        """Move what phases with changed settings have trained into their ``before_1``, ``before_2`` ...; write
-        configuration and versions."""
+        """Move the files of unfinished phases with changed settings into the phase's folder ``before_1``, ``before_2``
+        and so on, then write configuration and versions."""
         for phase, key in self._changed_phases(cfg).items():
-            logger.info("phase %s starts afresh, since %s has changed", phase, key)
-            folder = self.phase(phase)  # the taps stay: a key tells whether they fit
+            logger.info("phase %s starts again, since %s has changed", phase, key)
+            folder = self.phase(phase)  # the taps stay: their key is checked
             files = [path for path in folder.glob("*") if path.name != "taps" and not path.name.startswith("before_")]
             if files:
                 target = next(path for number in count(1) if not (path := folder / f"before_{number}").exists())
@@ -104,15 +103,15 @@ class RunFolder:
         write_json(self.root / "run.json", describe_run(cfg.SEED))
 
     def _changed_phases(self, cfg: CfgNode) -> dict[str, str]:
-        """Unfinished phase -> a key by which the stored configuration and ``cfg`` train it differently.
+        """Unfinished phase -> a key of its training settings in which ``cfg`` and the stored configuration differ.
 
         Raises:
-            EarlyExitError: they differ in what a finished phase, or the whole run, was made with.
+            EarlyExitError: they differ in a setting of a finished phase or of the whole run.
         """
         path = self.root / "config.yaml"
         if not path.is_file():
             return {}
-        # a key that came later had its default
+        # a key that the stored configuration lacks has its default
         defaults, current = (_flat(parse_yaml(one.dump())) for one in (get_cfg(), cfg))
         stored = {**defaults, **_flat(_read_dict(path))}
         changed = {}
@@ -128,7 +127,7 @@ class RunFolder:
                 values = f"{key} = {shown(stored.get(key))}, now it is {shown(current.get(key))}"
                 fix = "set it back, or name another folder (OUTPUT_DIR)"
                 raise EarlyExitError(f"{path}: the run to resume has {values}; {fix}")
-            if ".GATE." not in key:  # another gate looks at the same training
+            if ".GATE." not in key:  # a changed gate needs no new training
                 changed[phase] = key
         return changed
 
@@ -137,27 +136,27 @@ class RunFolder:
         write_json(self.phase(gate.phase) / "gate.json", gate.to_dict())
 
     def finished(self, phase: str) -> bool:
-        """Whether the phase is trained and its gate passed or was forced."""
+        """Whether the phase was trained and its gate was passed or forced."""
         gate = self._read_gate(phase)
         return bool(gate.get("passed") or gate.get("forced"))
 
     def forced(self) -> bool:
-        """Whether any phase went on past a failed gate."""
+        """Whether any failed gate was forced."""
         gates = [self._read_gate(path.parent.name) for path in self.root.glob("*/gate.json")]
         return any(gate.get("forced") for gate in gates)
 
     def _read_gate(self, phase: str) -> dict:
-        """Empty before the phase's gate was asked."""
+        """Content of gate.json; empty if the gate was not checked yet."""
         path = self.phase(phase) / "gate.json"
         return _read_dict(path) if path.is_file() else {}
 
 
 def _read_dict(path: Path) -> dict:
-    """A YAML or JSON file that this class has written; JSON is YAML."""
+    """Read a YAML or JSON file of a run (JSON is YAML)."""
     fix = "restore it, or name another folder (OUTPUT_DIR)"
     content = read_yaml(path, "file of a run", fix)
     if not isinstance(content, dict):
-        raise EarlyExitError(f"{path}: not what a run has written (got {shown(content)}); {fix}")
+        raise EarlyExitError(f"{path}: expected a dict written by a run, got {shown(content)}; {fix}")
     return content
 
 
@@ -184,7 +183,7 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 
 
 class SplitQuality:
-    """AP50, precision and recall on ``dataset``, of the full path or of every exit."""
+    """Computes figures such as AP50, precision and recall on ``dataset``, of the full path or of every exit."""
 
     def __init__(self, dataset: DetectionDataset, settings: EvaluationSettings, batch_size: int, workers: int) -> None:
         self._loader = build_loader(dataset, batch_size, workers, train=False, seed=0)
@@ -207,8 +206,8 @@ class SplitQuality:
         return evaluate_detections(self._ground_truth, found, self._settings).figures
 
     def curve_point(self, model: EarlyExitSSDLite) -> dict[str, float | None]:
-        """``AP/<exit>`` and ``AP50/<exit>`` of the exits that have a branch; ``share/<exit>`` of the photos that leave
-        there and ``temperature/<exit>``. Without a router, which comes with the exits, of the full path alone."""
+        """A point of the training curves: ``AP/<exit>`` and ``AP50/<exit>`` of exits with a branch, ``share/<exit>`` of
+        leaving photos, ``temperature/<exit>``. Without a router (before the exits phase): only the full path's AP."""
         router = model.router
         if router is None:
             return self._ap("full", collect_detections(model, self._loader, title=None))
@@ -229,7 +228,7 @@ class SplitQuality:
 
 @dataclass
 class Run:
-    """What all phases work on."""
+    """State shared by all phases."""
 
     cfg: CfgNode
     folder: RunFolder
@@ -246,12 +245,12 @@ class Run:
 
     @property
     def curve_quality(self) -> SplitQuality:
-        """The same on a few of the photos, for the training's curves."""
+        """Figures on ENGINE.CURVE_PHOTOS photos of the calib split, for the training curves."""
         photos = len(self.calib_set)
         chosen = np.random.default_rng(self.cfg.SEED).permutation(photos)[: self.cfg.ENGINE.CURVE_PHOTOS]
         return self._quality(self.calib_set.repeated(np.isin(np.arange(photos), chosen).tolist()), workers=0)
 
     def _quality(self, photos: DetectionDataset, workers: int) -> SplitQuality:
-        # a gate compares single figures: no interval
+        # gates compare figures without intervals: no bootstrap
         settings = EvaluationSettings(score=self.cfg.EVAL.SCORE, iou=self.cfg.EVAL.IOU, resamples=0)
         return SplitQuality(photos, settings, self.cfg.EVAL.BATCH_SIZE, workers)

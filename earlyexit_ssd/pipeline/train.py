@@ -1,4 +1,4 @@
-"""The main job, from photos with boxes to a detector with exits. What it works on is checked before it starts."""
+"""Training: from photos with boxes to a detector with exits. All inputs are checked before it starts."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
-    """Load all data and build the model, so that an unusable setting, photo or weight is found before anything else."""
+    """Load all data and build the model, so that unusable settings, photos or weights are found first."""
     _check_names(cfg)
     if cfg.ROUTING.CERTIFICATE:
-        raise ConfigError("ROUTING.CERTIFICATE is for weights that exist; leave it out of a training")
+        raise ConfigError("ROUTING.CERTIFICATE belongs to trained weights; leave it out of a training")
     if cfg.CALIBRATION.TARGET:
-        build_target(cfg)  # raises where its number is out of range
-        cfg = _routing_of_training(cfg)
-    build_router(cfg)  # raises where its policy is unknown, or one that training cannot fit
+        build_target(cfg)  # raises if its number is out of range
+        cfg = _training_routing(cfg)
+    build_router(cfg)  # raises if the policy is unknown, or needs a calibration
     check_rivals(cfg, evaluation_device(cfg))
     if not is_main():
         barrier()  # the first process may render or download
@@ -64,12 +64,12 @@ def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
     model, architecture = build_model(cfg, train_set.classes)
     run = Run(cfg, folder, model.to(device), architecture, train_set, calib_set, device)
     if "exits" in cfg.PHASES and cfg.EXITS_PHASE.EPOCHS and cfg.EXITS_PHASE.CACHE and not all(model.empty):
-        tap_cache(run)  # raises where it would be too large
+        tap_cache(run)  # raises if it would be too large
     return run
 
 
-def _routing_of_training(cfg: CfgNode) -> CfgNode:
-    """A policy that calibration will fit cannot route before: the default one stands in for it."""
+def _training_routing(cfg: CfgNode) -> CfgNode:
+    """The configuration with the default policy instead of one that calibration has yet to fit."""
     if cfg.ROUTING.POLICY not in FITTED_POLICIES:
         return cfg
     cfg = cfg.clone()
@@ -80,13 +80,13 @@ def _routing_of_training(cfg: CfgNode) -> CfgNode:
 
 
 def learns_from_labels(cfg: CfgNode) -> bool:
-    """Whether any phase does; where the full path learns, it has no other teacher."""
+    """Whether any phase needs labels; training of the full path always does."""
     whole = [phase for phase in ("baseline", "joint") if phase in cfg.PHASES and cfg[PHASE_SECTIONS[phase]].EPOCHS]
     return cfg.LOSS.SUPERVISION == "labels" or bool(whole)
 
 
 def _check_names(cfg: CfgNode) -> None:
-    """What is cheap to find out comes first: names of data sets, files of weights, batches for all processes."""
+    """Cheap checks: names of data sets, weight files, and batch sizes for all processes."""
     for name in (*cfg.DATA.TRAIN, *cfg.DATA.CALIB, *cfg.DATA.TEST):
         catalog.require_known(name, cfg.DATA)
     for weights in (cfg.MODEL.WEIGHTS, cfg.BASELINE.GATE.REFERENCE):
@@ -103,15 +103,15 @@ def _check_names(cfg: CfgNode) -> None:
 
 
 def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> Results | None:
-    """Run the phases of the configuration, calibrate if asked (CALIBRATION.TARGET), then evaluate on the test split.
+    """Run the configured phases, calibrate if CALIBRATION.TARGET is set, then evaluate on the test split.
 
     Args:
         cfg: from :func:`earlyexit_ssd.config.load_config`.
-        resume: go on with the run in OUTPUT_DIR.
-        force: go on past a failed gate; every later report says so.
+        resume: continue the run in OUTPUT_DIR.
+        force: continue after a failed gate; every later report mentions it.
 
     Returns:
-        what is in metrics.json; None on processes other than the first.
+        the content of metrics.json; None on processes other than the first.
 
     Raises:
         EarlyExitError: unusable settings, data or weights, or a training that diverged.
@@ -129,7 +129,7 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> Results | 
             folder.start(cfg)
             samples = [run.train_set.sample(index, epoch=0) for index in range(min(12, len(run.train_set)))]
             write_image(folder.root / "training_photos.png", photo_grid(samples, run.train_set.classes))
-        barrier()  # what start() has set aside is not to be read
+        barrier()  # other processes must not read files that start() moves
         for phase in cfg.PHASES:
             _run_phase(run, phase, force)
         if not is_main():
@@ -144,10 +144,10 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> Results | 
 
 
 def _run_phase(run: Run, name: str, force: bool) -> None:
-    """Train the phase and pass its gate, or take over what a run before this one has finished."""
+    """Train the phase and check its gate, or load its model if an earlier run has finished it."""
     path = run.folder.phase(name) / "model.pth"
     if run.folder.finished(name):
-        _take_over(run, path, name)
+        _load_finished(run, path, name)
         if is_main():
             run.folder.remove_taps()
         logger.info("phase %s is finished already: %s", name, path)
@@ -173,9 +173,9 @@ def _run_phase(run: Run, name: str, force: bool) -> None:
         raise gate.failed()
 
 
-def _take_over(run: Run, path: Path, phase: str) -> None:
+def _load_finished(run: Run, path: Path, phase: str) -> None:
     model, architecture, info = load_model(path)
-    if phase == "baseline":  # it trains no exits: they stay as this configuration builds them
+    if phase == "baseline":  # only the full path is loaded: the configuration may describe other exits
         load_every_key(run.model.backbone, model.backbone.state_dict(), path)
         load_every_key(run.model.head, model.head.state_dict(), path)
         return

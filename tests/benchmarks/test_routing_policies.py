@@ -459,7 +459,7 @@ def test_empty_exits_have_the_policies_that_foresee(trained, tiny, tmp_path, cap
     assert set(results["policies"]) == {"foreseen_emptiness", "learned_gain"}
     capsys.readouterr()
     assert routing_policies.main([*arguments, "--out", str(tmp_path / "routing"), "--policies", "margin"]) == 2
-    assert "policy 'margin' looks at logits, which the empty exits of" in capsys.readouterr().err
+    assert "policy 'margin' reads logits, but all exits of" in capsys.readouterr().err
 
 
 def test_budgets_begin_where_every_policy_may_let_photos_leave(trained, tiny, tmp_path, briefly):

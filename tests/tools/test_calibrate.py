@@ -47,7 +47,7 @@ def test_certificate_is_used_and_refuses_what_it_must(trained, capsys, monkeypat
     capsys.readouterr()
     again = ["--out", str(out), "--ap-drop", "1.0", *use]
     assert calibrate.main([*arguments, *again]) == 2
-    assert "only tools/eval_exits.py goes by a certificate" in capsys.readouterr().err
+    assert "only tools/eval_exits.py uses a certificate" in capsys.readouterr().err
     seen = [*use, "DATA.TEST", "[synthetic_chairs_calib]", "DATA.CALIB", "[synthetic_chairs_test]"]
     assert eval_exits.main([*arguments, "--out", str(root / "results"), *seen]) == 2
     assert "is in the certificate's calibration list" in capsys.readouterr().err
@@ -110,7 +110,7 @@ def test_empty_exits_are_calibrated_without_training(trained, capsys, monkeypatc
     assert train_net.main([*config, "--force", *own]) == 0
     assert "there is no branch to train" in capsys.readouterr().err
     assert calibrate.main([*config, "--ap-drop", "1.0", *own]) == 2
-    assert "policy 'ambiguous_mass' looks at logits, which the empty exits of" in capsys.readouterr().err
+    assert "policy 'ambiguous_mass' reads logits, but all exits of" in capsys.readouterr().err
     more = ["ROUTING.POLICY", "foreseen_emptiness", "CALIBRATION.COST", "mmacs"]
     assert calibrate.main([*config, "--ap-drop", "1.0", *own, *more]) == 0
     certificate = load_certificate(out / "calibration" / "certificate.json")

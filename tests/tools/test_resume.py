@@ -64,7 +64,7 @@ def test_a_resume_that_cannot_start_leaves_the_run_alone(tiny, failed, tmp_path,
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("config.yaml", "config.yaml: not what a run has written"),
+        ("config.yaml", "config.yaml: expected a dict written by a run"),
         ("baseline/gate.json", "gate.json: not valid YAML"),
         ("baseline/last.pth", "last.pth: not a file of weights that can be read safely"),
         ("baseline/model.pth", "model.pth: not a file of weights that can be read safely"),

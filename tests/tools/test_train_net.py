@@ -45,11 +45,11 @@ def test_failed_gate_ends_with_3_and_says_what_to_try(tiny, tmp_path, capsys):
     assert "gate of phase baseline failed: AP50" in error
     assert "try: more epochs than 2 (BASELINE.EPOCHS)" in error
     assert not (tmp_path / "run" / "exits").exists()
-    # The advice can be followed: the phase starts afresh with more epochs, later phases with what they like.
+    # The advice can be followed: the phase starts again with more epochs, and later phases may change too.
     more = ("BASELINE.EPOCHS", "3", "BASELINE.GATE.AP50", "0.0", "BASELINE.GATE.PRECISION", "0.0")
     more += ("BASELINE.GATE.RECALL", "0.0", "EXITS.LAYERS", "[10]")
     train_net.main(tiny("run", "--resume", "--force", *more))
-    assert "phase baseline starts afresh, since BASELINE.EPOCHS has changed" in capsys.readouterr().err
+    assert "phase baseline starts again, since BASELINE.EPOCHS has changed" in capsys.readouterr().err
     assert len(log(tmp_path / "run", "baseline")) == 18
     # What was trained before is set aside, not lost.
     assert len(log(tmp_path / "run", "baseline/before_1")) == 12
@@ -92,7 +92,7 @@ def test_flags_and_keys_in_any_order(tiny, tmp_path):
         (["DATA.TRAIN", "synthetic_chair_train"], "did you mean 'synthetic_chairs_train'"),
         (["DATA.CLASSES", "chiar"], "did you mean 'chair'"),
         (["MODEL.WEIGHTS", "nowhere.pth"], "nowhere.pth: no such file"),
-        (["DEVICE", "cuda:77"], "DEVICE 'cuda:77' is not to be had here"),
+        (["DEVICE", "cuda:77"], "DEVICE 'cuda:77' is not available here"),
         (["BASELINE.GATE.RELATIVE", "0.9"], "expected 0 without BASELINE.GATE.REFERENCE"),
         (["BASELINE.GATE.RELATIVE", "0.9", "BASELINE.GATE.REFERENCE", "none.pth"], "none.pth: no such file"),
         (["MODEL.WEIGHTS_BACKBONE", "IMAGENET_V1"], "did you mean 'IMAGENET1K_V1'"),
