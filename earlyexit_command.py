@@ -200,7 +200,9 @@ def optimize_arguments(parser: argparse.ArgumentParser) -> None:
     wanted = parser.add_mutually_exclusive_group()
     wanted.add_argument("--speedup", type=float, help="wanted, against the detector as it is")
     wanted.add_argument("--ms", type=float, help="wanted, mean milliseconds per photo on this machine")
-    parser.add_argument("--runtime", choices=("onnxruntime", "eager"), default="onnxruntime", help="that measures")
+    parser.add_argument(
+        "--runtime", choices=("onnxruntime", "openvino", "eager"), default="onnxruntime", help="for timing; onnxruntime"
+    )
     parser.add_argument("--budget-minutes", type=float, help="begin no further candidate after this time")
     parser.add_argument("--out", help="folder of the results; OUTPUT_DIR/optimize by default")
 
@@ -217,6 +219,8 @@ def optimize(args: argparse.Namespace) -> None:
         print(one)
     print(f"\n{outcome.summary}")
     print(f"\nresults: {out}/ (summary.txt, model.pth, candidates.png, optimize.json, test/)")
+    if outcome.chosen is not None:
+        print(f"run it: earlyexit predict --weights {out}/detector.onnx PHOTO")
 
 
 def predict_arguments(parser: argparse.ArgumentParser) -> None:

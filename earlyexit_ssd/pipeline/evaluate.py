@@ -131,7 +131,7 @@ def check_rivals(cfg: CfgNode, device: torch.device) -> None:
         if not Path(path).is_file():
             raise ConfigError(f"EVAL.RIVALS.{key} has {path}: no such file")
     if cfg.EVAL.RUNTIME != EAGER or (rivals.ENABLED and rivals.ONNX):
-        for name in ("onnx", "onnxruntime"):
+        for name in dict.fromkeys(("onnx", "onnxruntime" if cfg.EVAL.RUNTIME == EAGER else cfg.EVAL.RUNTIME)):
             deploy_package(name)
 
 

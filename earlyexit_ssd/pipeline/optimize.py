@@ -47,6 +47,7 @@ from earlyexit_ssd.pipeline.build import (
 )
 from earlyexit_ssd.pipeline.calibrate import Chosen, Search, Target, certificate_of
 from earlyexit_ssd.pipeline.evaluate import evaluate_model, onnx_rivals
+from earlyexit_ssd.pipeline.export import export_detector, open_any
 from earlyexit_ssd.pipeline.replay import (
     CostModel,
     Recorded,
@@ -70,6 +71,8 @@ GLANCES = ((96, 12), (128, 12), (160, 12))
 another one the pixels are in proportion, in whole 16s."""
 SHARES = (1.0, 0.9, 0.8, 0.7)
 """Input sides that are tried, as shares of the detector's own."""
+EXPORT_PHOTOS = 16
+"""Photos of the calib split on which the exported file is compared with the model."""
 HOPELESS = 2.0
 """A net that alone loses this many times the budget is not tried with exits, which can only lose more."""
 
@@ -466,7 +469,8 @@ class Outcome(Record):
 def optimize(
     cfg: CfgNode, goal: Goal, out_dir: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None
 ) -> Outcome:
-    """Search what to ship, and write it: model.pth, its evaluation test/, optimize.json, candidates.png, summary.txt.
+    """Search what to ship, and write it: model.pth, detector.onnx, test/ (its evaluation), optimize.json, candidates.png
+    and summary.txt.
 
     A search that was stopped goes on where it was.
 
@@ -570,6 +574,8 @@ def _write(search: Optimizer, base: Candidate, chosen: Candidate | None, candida
     else:
         info = {key: value for key, value in info.items() if key not in ("router", "certificate")}
     save_model(out / "model.pth", recorded.model, recorded.architecture, info)
+    photos = [record.path for record in recorded.sets["CALIB"].records[:EXPORT_PHOTOS]]
+    export_detector(open_any(out / "model.pth"), out / "detector.onnx", "onnx", photos)
     plain = dataclasses.replace(search.architecture, exits=())
     detector = resize_detector(search.model, search.architecture, search.architecture.image_size)
     save_model(out / "base.pth", plain.add_exits(detector), plain, {})
