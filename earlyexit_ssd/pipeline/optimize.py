@@ -469,8 +469,9 @@ class Outcome(Record):
 def optimize(
     cfg: CfgNode, goal: Goal, out_dir: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None
 ) -> Outcome:
-    """Search what to ship, and write it: model.pth, detector.onnx, test/ (its evaluation), optimize.json, candidates.png
-    and summary.txt.
+    """Search what to ship, and write it.
+
+    ``out_dir`` gets model.pth, detector.onnx, test/ (its evaluation), optimize.json, candidates.png and summary.txt.
 
     A search that was stopped goes on where it was.
 
