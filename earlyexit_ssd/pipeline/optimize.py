@@ -402,6 +402,8 @@ def _as_it_is(cfg: CfgNode) -> CfgNode:
     cfg.MODEL.FOLD = "rows" if cfg.MODEL.FOLD == "rows" else "exact"
     if set(cfg.EXITS.LAYERS) != set(cfg.EXITS.EMPTY):
         cfg.EXITS.LAYERS, cfg.EXITS.EMPTY = (), ()
+        for key in ("BRANCH", "COPY", "DEPTH"):
+            cfg.EXITS[key] = cfg.EXITS[key][:1]
     cfg.freeze()
     return cfg
 
