@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -78,7 +78,8 @@ class Predictor:
         threads: of the runtime, for one photo.
         score_thresh: least score of a detection, one number or class name -> number (other classes keep the file's);
             None: the file's own.
-        thresholds: of the early exits in place of the file's: exit name -> number in [0, 1], or 2.0, which closes it.
+        thresholds: of the early exits in place of the file's: one for each, or exit name -> threshold; a number in
+            [0, 1], or 2.0, which closes the exit.
 
     Attributes:
         classes: names of the labels 1..K.
@@ -98,7 +99,7 @@ class Predictor:
         runtime: str = "onnxruntime",
         threads: int = 1,
         score_thresh: float | Mapping[str, float] | None = None,
-        thresholds: Mapping[str, float] | None = None,
+        thresholds: Mapping[str, float] | Sequence[float] | None = None,
     ) -> None:
         if runtime not in RUNTIMES:
             raise EarlyExitError(f"runtime {shown(runtime)}: expected one of {', '.join(RUNTIMES)}")
@@ -192,9 +193,12 @@ class Predictor:
             )
         return scores
 
-    def _set_thresholds(self, given: Mapping[str, float] | None) -> None:
+    def _set_thresholds(self, given: Mapping[str, float] | Sequence[float] | None) -> None:
         if given is not None and not isinstance(given, Mapping):
-            raise EarlyExitError(f"thresholds {shown(given)}: expected exit name -> number, such as {{'exit8': 0.9}}")
+            if not isinstance(given, (list, tuple)) or len(given) != len(self.thresholds):
+                names = ", ".join(self.thresholds)
+                raise EarlyExitError(f"thresholds {shown(given)}: expected one for each of {names}, or name -> number")
+            given = dict(zip(self.thresholds, given, strict=True))
         for name, value in (given or {}).items():
             if name not in self.thresholds:
                 hint = nearest(str(name), self.thresholds) or f"; they are {', '.join(self.thresholds)}"
