@@ -31,6 +31,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from earlyexit_ssd.calibration.thresholds import cheapest_within, choose, learn_open_exits, open_sets, threshold_grid
+from earlyexit_ssd.command_line import run_tool
 from earlyexit_ssd.config import CLOSED, load_config
 from earlyexit_ssd.evaluation.cost import PlainPath, Timing, time_modules
 from earlyexit_ssd.evaluation.matches import (
@@ -44,7 +45,6 @@ from earlyexit_ssd.files import locks_folder, write_image, write_json, write_tex
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.detector import fuse_for_inference, route
 from earlyexit_ssd.modeling.outputs import ExitSignals, Router
-from earlyexit_ssd.pipeline.command_line import run_tool
 from earlyexit_ssd.pipeline.replay import (
     CostModel,
     Replay,

@@ -33,6 +33,18 @@ class CannotWrite(EarlyExitError):
     """A file that could not be written: a full disk, a quota, a folder that is read-only."""
 
 
+class GateFailed(EarlyExitError):
+    """A phase's detector does not do what the next phase needs; ``advice`` says what to do now, a line each."""
+
+    def __init__(self, message: str, advice: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.advice = list(advice)
+
+
+class Interrupted(Exception):
+    """A signal stopped the training; everything is saved."""
+
+
 def one_line(message: str) -> str:
     """``message`` without line breaks and control characters; where it is too long, without the front of long words
     (paths) and then without its middle."""

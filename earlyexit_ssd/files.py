@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
-import torch
 from PIL import Image
 
 from earlyexit_ssd.errors import CannotWrite, EarlyExitError
@@ -247,6 +246,8 @@ def write_image(path: str | os.PathLike[str], image: Image.Image, **options: Any
 
 def write_torch(path: str | os.PathLike[str], value: Any) -> None:
     """Write what `torch.save` takes."""
+    import torch  # not there where only the runtime is installed
+
     content = io.BytesIO()  # on a full disk, torch.save says "unexpected pos"; no path in the file makes equal files
     torch.save(value, content)
     write_bytes(path, content.getbuffer())

@@ -18,7 +18,10 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-import yaml
+try:
+    import yaml
+except ImportError:  # where only the runtime is installed; JSON is read all the same
+    yaml = None
 
 from earlyexit_ssd.errors import EarlyExitError, nearest, shown
 
@@ -51,7 +54,7 @@ def require_bounded(value: Any, most: int = MOST_VALUES) -> None:
 
 
 def _children(value: Any) -> Iterable[Any]:
-    value = value.value if isinstance(value, yaml.CollectionNode) else value
+    value = value.value if yaml is not None and isinstance(value, yaml.CollectionNode) else value
     if isinstance(value, Mapping):
         return chain(value, value.values())
     return value if isinstance(value, (list, tuple, set)) else ()
@@ -118,29 +121,31 @@ def _parse_json(text: str) -> Any:
     return value
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """YAML's plain types; a date is text, other tags are refused, and no key is given twice."""
+if yaml is not None:
 
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [pair for pair in pairs if not pair[0].endswith(":timestamp")]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    yaml_constructors = {  # noqa: RUF012
-        tag: make
-        for tag, make in yaml.SafeLoader.yaml_constructors.items()
-        if tag is None or tag.rpartition(":")[2] in ("null", "bool", "int", "float", "str", "seq", "map")
-    }
+    class _PlainLoader(yaml.SafeLoader):
+        """YAML's plain types; a date is text, other tags are refused, and no key is given twice."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
-                if key.value in seen:
-                    found = f"the key {shown(key.value)} is given twice"
-                    raise yaml.constructor.ConstructorError(None, None, found, key.start_mark)
-                seen.add(key.value)
-        return node
+        yaml_implicit_resolvers = {  # noqa: RUF012
+            first: [pair for pair in pairs if not pair[0].endswith(":timestamp")]
+            for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+        yaml_constructors = {  # noqa: RUF012
+            tag: make
+            for tag, make in yaml.SafeLoader.yaml_constructors.items()
+            if tag is None or tag.rpartition(":")[2] in ("null", "bool", "int", "float", "str", "seq", "map")
+        }
+
+        def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+            node = super().compose_mapping_node(anchor)
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
+                    if key.value in seen:
+                        found = f"the key {shown(key.value)} is given twice"
+                        raise yaml.constructor.ConstructorError(None, None, found, key.start_mark)
+                    seen.add(key.value)
+            return node
 
 
 def parse_yaml(text: str) -> Any:

@@ -18,15 +18,15 @@ SCRIPTS = {
     "evaluate": "eval_exits",
     "calibrate": "calibrate",
     "optimize": "optimize",
-    "demo": "demo",
+    "predict": "predict",
     "export": "export",
 }
 HELP = """
 import resource, sys
 from earlyexit_command import COMMANDS, main
-from tools import calibrate, demo, eval_exits, export, export_weights, optimize, train_net
+from tools import calibrate, eval_exits, export, export_weights, optimize, predict, train_net
 
-scripts = [tool.main for tool in (calibrate, demo, eval_exits, export, export_weights, optimize, train_net)]
+scripts = [tool.main for tool in (calibrate, eval_exits, export, export_weights, optimize, predict, train_net)]
 commands = [lambda words, name=name: main([name, *words]) for name in COMMANDS]
 for command in [main, *scripts, *commands]:
     try:

@@ -103,9 +103,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", help="folder of the two files; the package's own by default")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="override keys of the configuration")
     args = parser.parse_args(arguments)
+    from earlyexit_ssd.command_line import run_tool
     from earlyexit_ssd.config import load_config
     from earlyexit_ssd.modeling.checkpoint import FOLDER
-    from earlyexit_ssd.pipeline.command_line import run_tool
 
     def job() -> None:
         cfg, folder = load_config(args.config, args.set), Path(args.out or FOLDER)

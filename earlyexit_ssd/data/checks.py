@@ -10,10 +10,10 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from earlyexit_ssd.data.images import read_header
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import Annotation, RawDataset, Record, canonical
 from earlyexit_ssd.errors import DataError, shown
+from earlyexit_ssd.images import read_header
 from earlyexit_ssd.progress import progress
 
 # COCO files give x and width to two decimals, so that x + width can be 0.01 outside: clipped without being counted.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
-from earlyexit_ssd.data.images import PHOTO_SUFFIXES, read_header
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import RawDataset, Record, register_format
 from earlyexit_ssd.errors import DataError
+from earlyexit_ssd.images import PHOTO_SUFFIXES, find_files, read_header
 from earlyexit_ssd.plain import read_bytes
 from earlyexit_ssd.progress import progress
 
@@ -39,29 +38,6 @@ def read_photo_folder(name: str, folder: Path, problems: Problems) -> RawDataset
 register_format("photos", lambda annotations, path: not annotations)(
     lambda name, annotations, folder, problems, allow_outside: read_photo_folder(name, folder, problems)
 )
-
-
-def find_files(folder: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[Path]]:
-    """Files of ``suffixes`` (in any case) in and below ``folder``, and all others, sorted; hidden ones are left out.
-
-    Folders that are symbolic links are looked into, each once.
-
-    Raises:
-        DataError: a folder cannot be read.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); make the folder readable") from None
-
-    found: tuple[list[Path], list[Path]] = [], []
-    seen: set[str] = set()
-    for here, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        place = os.path.realpath(here)
-        folders[:] = [] if place in seen else [name for name in folders if name[0] != "."]
-        for path in [] if place in seen else [Path(here, name) for name in files if name[0] != "."]:
-            found[not (path.suffix.lower() in suffixes and os.path.isfile(path))].append(path)
-        seen.add(place)
-    return sorted(found[0]), sorted(found[1])
 
 
 def photo_path(folder: Path, name: str, allow_outside: bool) -> Path | None:

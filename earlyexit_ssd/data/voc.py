@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 
 from earlyexit_ssd.data.checks import annotated_size, are_shares, check_names, check_unit, read_flags
-from earlyexit_ssd.data.folder import find_files, photo_path, read_list
-from earlyexit_ssd.data.images import PHOTO_SUFFIXES
+from earlyexit_ssd.data.folder import photo_path, read_list
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import ALIASES, Annotation, RawDataset, Record, register_format
 from earlyexit_ssd.errors import DataError, shown
+from earlyexit_ssd.images import PHOTO_SUFFIXES, find_files
 
 # VOC's twenty classes under COCO's names, in VOC's (alphabetical) order.
 VOC_CLASSES = tuple(

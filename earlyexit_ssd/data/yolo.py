@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from earlyexit_ssd.data.checks import check_names, check_unit
-from earlyexit_ssd.data.folder import find_files, photo_path, read_list
-from earlyexit_ssd.data.images import PHOTO_SUFFIXES, read_header
+from earlyexit_ssd.data.folder import photo_path, read_list
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import Annotation, RawDataset, Record, register_format
 from earlyexit_ssd.errors import DataError, nearest, shown
+from earlyexit_ssd.images import PHOTO_SUFFIXES, find_files, read_header
 from earlyexit_ssd.plain import read_bytes, read_yaml
 from earlyexit_ssd.progress import progress
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.config import get_cfg
-from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.errors import GateFailed
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
 from earlyexit_ssd.pipeline.build import takes_over
 
@@ -60,24 +60,15 @@ class Gate:
         state = "passed" if self.passed else "failed, forced" if self.forced else "failed"
         return f"gate of phase {self.phase} {state}: {', '.join(map(str, self.checks))}"
 
+    def failed(self) -> GateFailed:
+        """The error of it, with what to do now."""
+        tries = [f"  try: {line}" for line in self.advice]
+        return GateFailed(str(self), [*tries, "  or go on with --force, which every later report will say"])
+
     def to_dict(self) -> dict:
         """For gate.json."""
         checks = [vars(check) | {"passed": check.passed} for check in self.checks]
         return {"phase": self.phase, "passed": self.passed, "forced": self.forced, "checks": checks}
-
-
-class GateFailed(EarlyExitError):
-    """A phase's detector does not do what the next phase needs."""
-
-    def __init__(self, gate: Gate) -> None:
-        super().__init__(gate)
-        self.gate = gate
-
-    @property
-    def advice(self) -> list[str]:
-        """What to do now, a line each."""
-        tries = [f"  try: {line}" for line in self.gate.advice]
-        return [*tries, "  or go on with --force, which every later report will say"]
 
 
 def baseline_limits(cfg: CfgNode, reference: Mapping[str, float | None] | None = None) -> dict[str, float | None]:

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
+
+from earlyexit_ssd.drawing import color_of, draw_boxes, font_of
 
 TILE = 320
 GAP = 8
 HEADER = 30
 BACKGROUND, PADDING, INK, FRAME, IGNORED = "#ffffff", "#edf2f7", "#1a202c", "#dd6b20", "#718096"
-PALETTE = ("#e53e3e", "#3182ce", "#38a169", "#d69e2e", "#805ad5", "#00a3c4", "#d53f8c", "#975a16")
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ def detection_grid(
     picture = Image.new("RGB", (width, HEADER + sum(row[0].height + GAP for row in rows)), BACKGROUND)
     draw = ImageDraw.Draw(picture)
     for column, name in enumerate(columns):
-        draw.text((GAP + column * (tile + GAP), HEADER / 2), name, INK, _font(16), anchor="lm")
+        draw.text((GAP + column * (tile + GAP), HEADER / 2), name, INK, font_of(16), anchor="lm")
     if any(example.exit_index is not None for example in examples):
-        draw.text((width - GAP, HEADER / 2), "framed: the exit routed to", FRAME, _font(12), anchor="rm")
+        draw.text((width - GAP, HEADER / 2), "framed: the exit routed to", FRAME, font_of(12), anchor="rm")
     top = HEADER
     for example, row in zip(examples, rows, strict=True):
         for column, one in enumerate(row):
@@ -119,49 +120,18 @@ def _tiles(example: Example, classes: Sequence[str], score: float, tile: int) ->
     target = example.target or {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     labels = target["labels"].tolist()
     ignored = target["iscrowd"].tolist() if "iscrowd" in target else [0] * len(labels)
-    colors = [IGNORED if skip else _color(label) for label, skip in zip(labels, ignored, strict=True)]
-    tiles = [_draw_boxes(photo.copy(), target["boxes"] * scale, [_name(label, classes) for label in labels], colors)]
+    colors = [IGNORED if skip else color_of(label) for label, skip in zip(labels, ignored, strict=True)]
+    names = [_name(label, classes) for label in labels]
+    tiles = [draw_boxes(photo.copy(), (target["boxes"] * scale).tolist(), names, colors)]
     for found in example.detections:
         order = found["scores"].argsort(descending=True)
         order = order[found["scores"][order] >= score]
         boxes, scores, labels = (found[key][order] for key in ("boxes", "scores", "labels"))
         labels, scores = labels.tolist(), scores.tolist()
         texts = [f"{_name(label, classes)} {value:.2f}" for label, value in zip(labels, scores, strict=True)]
-        tiles.append(_draw_boxes(photo.copy(), boxes * scale, texts, [_color(label) for label in labels]))
+        tiles.append(draw_boxes(photo.copy(), (boxes * scale).tolist(), texts, [color_of(label) for label in labels]))
     return tiles
-
-
-def _draw_boxes(image: Image.Image, boxes: Tensor, texts: Sequence[str], colors: Sequence[str]) -> Image.Image:
-    """Draw xyxy ``boxes`` [N,4] in the image's pixels, the most important first.
-
-    A box's text stands above it, or inside at the top edge; it is left out where it would cover another text, since
-    in a crowd the texts would hide the photo.
-    """
-    draw, font = ImageDraw.Draw(image), _font(12)
-    for (x1, y1, x2, y2), color in reversed(list(zip(boxes.tolist(), colors, strict=True))):
-        draw.rectangle((x1, y1, max(x2, x1), max(y2, y1)), outline=color, width=2)
-    height = sum(font.getmetrics())
-    taken: list[tuple[float, float, float]] = []
-    for (x1, y1, *_), text, color in zip(boxes.tolist(), texts, colors, strict=True):
-        width = draw.textlength(text, font) + 6
-        x = min(max(x1, 0), max(image.width - width, 0))
-        y = y1 - height if y1 >= height else max(y1, 0)
-        if any(x < end and start < x + width and abs(y - other) < height for start, end, other in taken):
-            continue
-        taken.append((x, x + width, y))
-        draw.rectangle((x, y, x + width, y + height), fill=color)
-        draw.text((x + 3, y), text, "white", font)
-    return image
 
 
 def _name(label: int, classes: Sequence[str]) -> str:
     return classes[label - 1] if 1 <= label <= len(classes) else f"label {label}"
-
-
-def _color(label: int) -> str:
-    return PALETTE[(label - 1) % len(PALETTE)]
-
-
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    """Pillow's own font, so that no font file is needed."""
-    return ImageFont.load_default(size)

@@ -12,6 +12,7 @@ from torch import nn
 from earlyexit_ssd import EarlyExitSSDLite, ExitRouter
 from earlyexit_ssd.modeling.ssdlite import earlyexit_ssdlite320_mobilenet_v3_large
 from earlyexit_ssd.pipeline.export import export_detector
+from tests.deploy.fakes import fake_video  # noqa: F401 - a fixture
 
 
 def build_model(**settings: object) -> EarlyExitSSDLite:

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ImageColor
 
+from earlyexit_ssd.drawing import PALETTE
 from earlyexit_ssd.report.pictures import (
     FRAME,
     GAP,
     HEADER,
     IGNORED,
-    PALETTE,
     TILE,
     Example,
     choose_examples,

@@ -11,10 +11,8 @@ import signal
 import sys
 from collections.abc import Callable
 
-from earlyexit_ssd.errors import CannotWrite, EarlyExitError
+from earlyexit_ssd.errors import CannotWrite, EarlyExitError, GateFailed, Interrupted
 from earlyexit_ssd.files import NO_ROOM, cannot_write
-from earlyexit_ssd.pipeline.gates import GateFailed
-from earlyexit_ssd.pipeline.phases import Interrupted
 from earlyexit_ssd.progress import is_first_process, write_line
 
 EXIT_BAD_INPUT, EXIT_GATE_FAILED, EXIT_INTERRUPTED = 2, 3, 130
