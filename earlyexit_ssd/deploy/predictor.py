@@ -408,7 +408,7 @@ class OnnxRuntime:
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         try:
-            values = self._session.run(None, {name: feeds[name] for name in self.inputs if name in feeds})
+            values = self._session.run(None, {name: feeds[name] for name in self.inputs})
         except Exception as error:  # ONNX Runtime has a class of its own for each kind of failure
             raise EarlyExitError(f"{self._name}: it does not run ({one_line(str(error))[:150]}); export anew") from None
         return dict(zip(self._outputs, values, strict=True))
@@ -423,9 +423,10 @@ class OpenVino:
         try:
             model = runtime.Core().read_model(path)
             self.metadata = _openvino_metadata(model)
+            # before it is compiled: what is folded away then leaves its names to inputs and outputs
+            self.inputs = [one.any_name for one in model.inputs]
+            self._outputs = [one.any_name for one in model.outputs]
             self._compiled = runtime.Core().compile_model(model, "CPU", settings)
-            self.inputs = [one.any_name for one in self._compiled.inputs]
-            self._outputs = [one.any_name for one in self._compiled.outputs]
         except Exception as error:  # OpenVINO raises RuntimeError for nearly all, with a page of text
             raise _cannot_load(name, "OpenVINO", error) from None
         self._name, self._local = name, threading.local()
@@ -434,7 +435,7 @@ class OpenVino:
         if not hasattr(self._local, "request"):  # a request holds the tensors of one call
             self._local.request = self._compiled.create_infer_request()
         try:
-            found = self._local.request.infer({name: feeds[name] for name in self.inputs if name in feeds})
+            found = self._local.request.infer({place: feeds[name] for place, name in enumerate(self.inputs)})
             return {name: np.array(found[place]) for place, name in enumerate(self._outputs)}
         except Exception as error:
             raise EarlyExitError(f"{self._name}: it does not run ({one_line(str(error))[:150]}); export anew") from None
