@@ -408,7 +408,8 @@ class OnnxRuntime:
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         try:
-            values = self._session.run(None, {name: feeds[name] for name in self.inputs})
+            given = {name: feeds[name] for name in self.inputs if name in feeds}  # it says itself what is missing
+            values = self._session.run(None, given)
         except Exception as error:  # ONNX Runtime has a class of its own for each kind of failure
             raise EarlyExitError(f"{self._name}: it does not run ({one_line(str(error))[:150]}); export anew") from None
         return dict(zip(self._outputs, values, strict=True))
