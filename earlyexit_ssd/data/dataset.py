@@ -322,12 +322,14 @@ class EpochSampler(Sampler[int]):
 
     Training shuffles by (seed, epoch). Batch k of that global order is dealt out over the processes, so
     that the processes' k-th batches together are the k-th batch of a single process. The incomplete batch
-    at the end is dropped if there is a full one. Evaluation deals out the photos in their own order, all of
-    them.
+    at the end is dropped if there is a full one.
+
+    Evaluation keeps the photos' own order and drops none. Batch k of a single process is the whole batch of process
+    k modulo their number: other photos beside it could change a photo's scores in the last digits.
 
     Args:
         dataset: its ``set_epoch`` is called along, so that one call chooses order and views.
-        batch_size: photos of a batch over all processes.
+        batch_size: photos of a batch, in training over all processes.
     """
 
     def __init__(
@@ -352,12 +354,18 @@ class EpochSampler(Sampler[int]):
         return order[: max(count // self.batch_size, 1) * self.batch_size]
 
     def __iter__(self) -> Iterator[int]:
+        order, size = self.global_order()[self.start * self.batch_size :], self.batch_size
+        if not self.train:
+            own = range(self.rank * size, len(order), self.world_size * size)
+            return itertools.chain.from_iterable(order[first : first + size] for first in own)
         # the batch size is a multiple of the process count, so this deals out every batch evenly
-        return iter(self.global_order()[self.start * self.batch_size :][self.rank :: self.world_size])
+        return iter(order[self.rank :: self.world_size])
 
     def __len__(self) -> int:
         count = len(self.dataset)
-        if self.train and count >= self.batch_size:
+        if not self.train:
+            return sum(1 for _ in self)
+        if count >= self.batch_size:
             count -= count % self.batch_size
         return len(range(self.rank + self.start * self.batch_size, count, self.world_size))
 
@@ -368,22 +376,23 @@ def build_loader(
     """Batches of ``(list of images, list of targets)``; ``loader.sampler.set_epoch(epoch)`` goes first.
 
     Args:
-        batch_size: photos of a batch over all processes.
+        batch_size: photos of a batch; in training over all processes.
         workers: processes that load; 0 loads in this one.
-        rank, world_size: this process among those that train together.
+        rank, world_size: this process among those that share the photos, see `EpochSampler`.
 
     Raises:
         DataError: an empty data set, or a batch that cannot be dealt out evenly.
     """
-    if batch_size < 1 or batch_size % world_size:
+    dealt_out = world_size if train else 1  # a batch of an evaluation belongs to one process
+    if batch_size < 1 or batch_size % dealt_out:
         raise DataError(f"batch size {batch_size} cannot be dealt out evenly over {world_size} processes")
-    if len(dataset) < (world_size if train else 1):
+    if len(dataset) < dealt_out:
         raise DataError(f"a data set of {len(dataset)} photos is too small for {world_size} process(es)")
     if workers:
         _one_thread()  # a forked worker would wait for ever for the threads that OpenCV has started in this process
     return DataLoader(
         dataset,
-        batch_size=batch_size // world_size,
+        batch_size=batch_size // dealt_out,
         sampler=EpochSampler(dataset, batch_size, train, seed, rank, world_size),
         num_workers=workers,
         collate_fn=collate,

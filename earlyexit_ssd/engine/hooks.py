@@ -123,7 +123,7 @@ class Log(Hook):
     Args:
         folder: for log.jsonl and tensorboard/.
         period: steps between lines with the learning rate, the ``loss`` and its parts ``loss/<name>``.
-        measure: what a line holds too at the end of epochs, by name; None is undefined. It runs in the first process.
+        measure: what a line holds too at the end of epochs, by name; None is undefined. It runs in every process.
         measure_period: epochs between these; 0 has none. The last epoch is one of them.
     """
 
@@ -143,12 +143,11 @@ class Log(Hook):
         self.started = time.perf_counter()
 
     def after_step(self, trainer: Trainer) -> None:
-        if not is_main():
-            return
         last = trainer.step == trainer.total_steps
         epoch, inside = divmod(trainer.step, len(trainer.loader))
         measured = self.measure_period and not inside and (last or epoch % self.measure_period == 0)
-        if not (last or measured or trainer.step % self.period == 0):
+        figures = self.measure() if measured else {}
+        if not is_main() or not (last or measured or trainer.step % self.period == 0):
             return
         entry = {
             "step": trainer.step,
@@ -156,7 +155,7 @@ class Log(Hook):
             "lr": trainer.optimizer.param_groups[0]["lr"],
             "loss": sum(trainer.losses.values()),
             **{f"loss/{name}": value for name, value in trainer.losses.items()},
-            **(self.measure() if measured else {}),
+            **figures,
             "seconds": round(time.perf_counter() - self.started, 2),
         }
         append_text(self.path, json.dumps(entry) + "\n")
