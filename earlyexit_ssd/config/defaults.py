@@ -283,7 +283,7 @@ _C.CALIBRATION.TRAIN_PHOTOS = 1000
 
 # ---- evaluation -------------------------------------------------------------------------------------------
 _C.EVAL = Node()
-# Photos per batch, for evaluating and for filling the cache of taps.
+# Photos per batch, in each process, for evaluating and for filling the cache of taps.
 _C.EVAL.BATCH_SIZE = 16
 # Score at which precision, recall, F1, false positives and localisation error are counted.
 _C.EVAL.SCORE = 0.5
