@@ -20,7 +20,7 @@ TOP_EXAMPLES = """
 examples:
   earlyexit train --config configs/quickstart.yaml
       render a synthetic data set, train everything from scratch, evaluate: no download, minutes on a CPU
-  earlyexit demo dog.jpg
+  earlyexit predict dog.jpg
       detect on a photo of yours with weights that come with the package
   earlyexit train --help
       the arguments of a command, with more examples
@@ -70,7 +70,7 @@ examples:
       two processes share the photos
 
 Only the calib split (DATA.CALIB) decides; TRAIN fits what a policy has to fit, TEST is not looked at. The model.pth
-that it writes routes as calibrated wherever a model is taken (--weights of evaluate and demo, from_pretrained); the
+that it writes routes as calibrated wherever a model is taken (--weights of evaluate and predict, from_pretrained); the
 certificate alone goes into ROUTING.CERTIFICATE. How it works: docs/routing.md
 """
 OPTIMIZE_EXAMPLES = """
@@ -85,44 +85,38 @@ examples:
 The calib split (DATA.CALIB) decides, TRAIN fits what has to be fitted, TEST is looked at once, at the end. A search
 that was stopped goes on where it was. docs/choosing.md says what to expect.
 """
-PLAN_EXAMPLES = """
-examples:
-  %(prog)s --config configs/voc_animals.yaml --speedup 1.5
-      cost of an exit behind every layer and what it can save, in minutes; no photo is read (with MODEL.WEIGHTS "" not
-      even weights)
-  %(prog)s --config configs/voc_animals.yaml --layers 4 6 8 10 12 --probe-epochs 3
-      train probe branches too (minutes, on cached taps) and propose one or two exits
-  %(prog)s --config configs/voc_animals.yaml --speedup 1.5 EVAL.RUNTIME onnxruntime
-      the same in ONNX Runtime, where you will run it (pip install -e '.[deploy]')
-
-The probes are judged on the calib split (DATA.CALIB). Configurations may leave EXITS.LAYERS as it is.
-"""
-DEMO_EXAMPLES = f"""
+PREDICT_EXAMPLES = f"""
 examples:
   %(prog)s dog.jpg street.png
-      print what is found and write output/demo/dog.png and street.png
-  %(prog)s ~/photos --all-exits --score 0.3
-      every picture of a folder; what each exit sees, side by side, the exit taken framed
-  %(prog)s room.jpg --weights output/quickstart/model.pth
-      a model of your own
+      with weights that come with the package: print what is found and write output/predict/dog.png and street.png
+  %(prog)s --weights detector.onnx ~/photos "frames/*.jpg" --save json,counts
+      an exported detector, without PyTorch; a folder and a pattern; detections.json (COCO results) and counts.csv
+  %(prog)s --weights detector.onnx street.mp4 --save pictures,csv --stride 2
+      every second frame of a video: output/predict/street.mp4 with boxes, exit and milliseconds, and detections.csv
+  %(prog)s --weights detector.onnx 0 --show --save none
+      the first camera, in a window; Ctrl-C or q ends it. rtsp://... is taken too
+  %(prog)s --weights detector.onnx monday.mp4 --calibrate-stream 0.02 --stream camera.json
+  %(prog)s --weights detector.onnx rtsp://... --stream camera.json --save counts
+      repeat the last answer where little changes: at most 2 %% of the answers on this camera's own frames change
+  %(prog)s room.jpg --weights output/quickstart/model.pth --all-exits --score 0.3
+      a model in PyTorch; what each exit sees, side by side, the exit taken framed
   %(prog)s room.jpg --weights checkpoint.pth --config mine.yaml
       exits that torchvision's train.py trained; the configuration describes them and their routing
 
-Shipped weights: {", ".join(SHIPPED)}; what they are worth: docs/model_zoo.md
-exit codes: 0 done, 2 some photo could not be read (the others are done)
+Shipped weights: {", ".join(SHIPPED)}; what they are worth: docs/model_zoo.md. More: docs/predict.md
+exit codes: 0 done, 2 something could not be read (the rest is done), 130 stopped by a signal
 """
-EXPORT_EXAMPLES = """
-examples, in this order:
-  %(prog)s output/chair/model.pth --name chair --config configs/chair.yaml
-      writes chair.pth and chair.json into earlyexit_ssd/weights; the routing is the configuration's
-  earlyexit evaluate --config configs/chair.yaml --weights earlyexit_ssd/weights/chair.pth \\
-      --out docs/results/zoo_chair_coco DATA.TEST "[coco_2017_val]"
-      measures these very weights, once for each test set
-  %(prog)s output/chair/model.pth --name chair --config configs/chair.yaml \\
-      --metrics docs/results/zoo_chair_*/metrics.json
-      the same weights to the byte, and the figures in chair.json
-  python -m earlyexit_ssd.report.tables docs/model_zoo.md
-      writes the tables of the model zoo anew
+
+DEPLOY_EXAMPLES = """
+examples:
+  %(prog)s output/chair/model.pth --out chair.onnx
+      one file from photo to detections, routed as calibrated; held against the model on rendered photos first
+  %(prog)s voc_animals --out animals --format staged --photos ~/photos
+      shipped weights; a folder with a file for each segment, compared on photos of yours
+  %(prog)s output/chair/model.pth --out chair.xml --format openvino
+      OpenVINO's own format (pip install openvino)
+
+How to run what it writes, without PyTorch: docs/deploy.md
 """
 
 
@@ -205,25 +199,6 @@ def calibrate(args: argparse.Namespace) -> None:
         print(f"results: {out}/ (model.pth, which routes so; certificate.json, calibration.txt, reliability.png)")
 
 
-def plan_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config(parser, "of a training to come")
-    parser.add_argument("--layers", type=int, nargs="+", help="trunk layers to look at; 1 to 12")
-    parser.add_argument("--speedup", type=float, default=2.0, help="wanted, against the detector without exits; 2.0")
-    parser.add_argument("--probe-epochs", type=int, default=0, help="epochs of the probe branches; 0 trains none")
-    parser.add_argument("--out", help="folder of the results; OUTPUT_DIR/placement by default")
-
-
-def plan(args: argparse.Namespace) -> None:
-    from earlyexit_ssd.config import load_config
-    from earlyexit_ssd.pipeline.plan import ALL_LAYERS, plan_exits
-    from earlyexit_ssd.report.charts import placement_report
-
-    cfg = load_config(args.config, args.overrides)
-    out = Path(args.out or Path(cfg.OUTPUT_DIR) / "placement")
-    print(placement_report(plan_exits(cfg, out, args.layers or ALL_LAYERS, args.speedup, args.probe_epochs)))
-    print(f"\nresults: {out}/ (placement.json, table, chart)")
-
-
 def optimize_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, "that names the detector (MODEL.WEIGHTS) and the splits (DATA)")
     parser.add_argument("--weights", help="a model.pth to start from; by default the checkpoint MODEL.WEIGHTS")
@@ -251,56 +226,145 @@ def optimize(args: argparse.Namespace) -> None:
     print(f"\nresults: {out}/ (summary.txt, model.pth, candidates.png, optimize.json, test/)")
 
 
-def demo_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("photos", nargs="+", metavar="PHOTO", help="photos, or folders of them")
+def predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--weights", default=DEFAULT_WEIGHTS, help=f"a shipped name or a model.pth; {DEFAULT_WEIGHTS} by default"
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="photo, folder, pattern, video, number of a camera, or address (rtsp://...)",
     )
-    parser.add_argument("--config", help="YAML file that describes a checkpoint, and routes")
-    parser.add_argument("--out", default="output/demo", help="folder of the pictures; output/demo by default")
-    parser.add_argument("--score", type=float, default=0.5, help="least score of what is shown; 0.5")
-    parser.add_argument("--all-exits", action="store_true", help="show what every exit sees")
+    parser.add_argument(
+        "--weights",
+        default=DEFAULT_WEIGHTS,
+        help="an exported detector (.onnx, .xml, a folder of stages), a shipped name or a model.pth (these two run in "
+        f"PyTorch); {DEFAULT_WEIGHTS} by default",
+    )
+    parser.add_argument("--config", help="YAML file that describes a checkpoint of PyTorch, and routes")
+    parser.add_argument("--runtime", choices=["onnxruntime", "openvino"], default="onnxruntime", help="of an export")
+    parser.add_argument("--threads", type=int, help="of the runtime; an export runs on 1, PyTorch on all by default")
+    parser.add_argument("--out", default="output/predict", help="folder of what is written; output/predict by default")
+    parser.add_argument(
+        "--save",
+        default="pictures",
+        metavar="WHAT,...",
+        help="pictures (PNG, MP4), json (COCO results), csv (a row for each detection), counts (a row for each frame), "
+        "none; pictures",
+    )
+    parser.add_argument("--show", action="store_true", help="in a window, too")
+    parser.add_argument("--score", type=float, default=0.5, help="least score of a detection that counts; 0.5")
+    parser.add_argument("--stride", type=int, default=1, help="of videos and cameras take every so many frames; 1")
+    parser.add_argument("--frames", type=int, help="of each video or camera take so many at most")
+    parser.add_argument("--all-exits", action="store_true", help="draw what every exit sees (PyTorch only)")
+    stream = parser.add_argument_group("streams", "repeat the last answer where little has changed")
+    stream.add_argument("--stream", metavar="RULE.json", help="the rule to use, or to write with --calibrate-stream")
+    stream.add_argument(
+        "--calibrate-stream",
+        type=float,
+        metavar="SHARE",
+        help="write a rule that changes at most this share of the answers, from the frames of the sources",
+    )
+    stream.add_argument("--delta", default="0.05", help="of the promise; none promises nothing; 0.05")
+    stream.add_argument("--block", type=int, default=150, help="consecutive frames that count as one draw; 150")
+    stream.add_argument("--most-repeats", type=int, default=10, help="of an answer in a row; 10")
 
 
-def demo(args: argparse.Namespace) -> None:
-    from earlyexit_ssd.config import load_config
+def predict(args: argparse.Namespace) -> None:
+    from earlyexit_ssd.deploy.predict import annotate, is_exported, open_predictor, predict
+    from earlyexit_ssd.deploy.sources import find_sources
+    from earlyexit_ssd.deploy.stream import load_stream_rule
     from earlyexit_ssd.errors import DataError, EarlyExitError
-    from earlyexit_ssd.pipeline.demo import demonstrate
     from earlyexit_ssd.progress import write_line
 
-    cfg = load_config(args.config) if args.config else None
-    photos = failed = 0
-    for answer in demonstrate(args.photos, args.weights, args.out, cfg, args.score, args.all_exits):
-        photos += 1
+    if not 0 <= args.score <= 1:
+        raise EarlyExitError(f"score {args.score}: expected a number in [0, 1]")
+    if args.frames is not None and args.frames < 1:
+        raise EarlyExitError(f"--frames {args.frames}: expected at least 1")
+    sources, draw = find_sources(args.sources), annotate
+    if is_exported(args.weights):
+        if args.config or args.all_exits:
+            raise EarlyExitError(f"{args.weights} is exported; --config and --all-exits are for a model.pth")
+        detector = open_predictor(args.weights, args.runtime, args.threads or 1, args.score)
+    else:
+        try:
+            import torch
+        except ImportError:
+            raise EarlyExitError(
+                f"{args.weights} runs in PyTorch, which is not installed; name an exported detector with --weights, as "
+                "earlyexit export writes it"
+            ) from None
+        from earlyexit_ssd.config import load_config
+        from earlyexit_ssd.pipeline.predictor import open_torch_predictor
+
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        detector = open_torch_predictor(args.weights, load_config(args.config) if args.config else None)
+        detector.note_calibration_photos(source.name for source in sources if source.kind == "photo")
+        draw = detector.side_by_side if args.all_exits else draw
+    if args.calibrate_stream is not None:
+        _calibrate_stream(args, detector, sources)
+        return
+    rule = load_stream_rule(args.stream) if args.stream else None
+    settings = {"save": args.save.split(","), "score": args.score, "stride": args.stride, "most_frames": args.frames}
+    failed = 0
+    for answer in predict(detector, sources, args.out, **settings, show=args.show, rule=rule, draw=draw):
         if isinstance(answer, DataError):
             failed += 1
             write_line(f"error: {answer}")
         else:
             print(answer)
     if failed:
-        raise EarlyExitError(f"{failed} of {photos} photos could not be used, see above")
+        raise EarlyExitError(f"{failed} photos or frames could not be used, see above")
 
 
-def export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="model.pth of a finished run")
-    parser.add_argument("--name", required=True, help="what from_pretrained will call it, such as voc_animals")
-    parser.add_argument("--config", required=True, help="YAML file of the run; its ROUTING section is stored")
-    parser.add_argument("--metrics", nargs="+", default=[], help="metrics.json files measured with the shipped weights")
-    parser.add_argument("--recipe", help="command that trains it; by default earlyexit train with --config and --set")
-    parser.add_argument("--out", help="folder of the two files; the package's own by default")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="override keys of the configuration")
+def _calibrate_stream(args: argparse.Namespace, detector: object, sources: list) -> None:
+    from earlyexit_ssd.deploy.predict import images_of
+    from earlyexit_ssd.deploy.stream import FEW_EVENTS, calibrate_stream
+    from earlyexit_ssd.errors import EarlyExitError
+
+    if not args.stream:
+        raise EarlyExitError(
+            "--calibrate-stream writes a rule: name its file with --stream, such as --stream rule.json"
+        )
+    try:
+        delta = None if args.delta == "none" else float(args.delta)
+    except ValueError:
+        raise EarlyExitError(f"--delta {args.delta}: expected a number in (0, 1), or none") from None
+    rule = calibrate_stream(
+        detector,
+        images_of(sources, args.stride, args.frames),
+        args.calibrate_stream,
+        delta,
+        args.block,
+        args.score,
+        args.most_repeats,
+    )
+    rule.save(args.stream)
+    print(
+        f"{args.stream}: an answer is repeated at a change of at most {rule.threshold:.2f} grey levels\n{rule.figures}"
+    )
+    if rule.figures.events < FEW_EVENTS:
+        print("that is little: record hours in which more happens, since the rule is as good as what was there to miss")
+    if not rule.figures.wins:
+        print("every n-th frame (--stride) is at least as good on these frames: use that instead")
 
 
-def export_weights(args: argparse.Namespace) -> None:
-    from earlyexit_ssd.config import load_config
-    from earlyexit_ssd.modeling.checkpoint import FOLDER
-    from earlyexit_ssd.pipeline.ship import ship_weights
+def deploy_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help=f"model.pth of a run, or shipped weights: {', '.join(SHIPPED)}")
+    parser.add_argument("--out", required=True, help="file (.onnx, .xml) or, of staged files, folder to write")
+    parser.add_argument("--format", default="onnx", choices=("onnx", "staged", "openvino"), help="onnx by default")
+    parser.add_argument("--photos", nargs="+", default=[], help="photos or folders to compare on; else rendered ones")
+    parser.add_argument("--full", action="store_true", help="the full path alone, without exits")
 
-    cfg = load_config(args.config, args.set)
-    recipe = args.recipe or " ".join(["earlyexit train --config", args.config, *args.set])
-    shipped = ship_weights(args.model, args.name, args.out or FOLDER, cfg, recipe, args.metrics)
-    print(f"{shipped.weights}: {shipped.size} bytes, sha256 {shipped.sha256}")
-    print(f"{shipped.description}: figures of {len(args.metrics)} test sets")
+
+def export(args: argparse.Namespace) -> None:
+    from earlyexit_ssd.deploy.sources import find_sources
+    from earlyexit_ssd.pipeline.export import export_detector, open_any
+
+    model = open_any(args.model, router=not args.full)
+    photos = [source.name for source in find_sources(args.photos) if source.kind == "photo"]
+    exported = export_detector(model, args.out, args.format, photos)
+    print(exported)
+    print(f"run it: from earlyexit_ssd.deploy import Predictor; Predictor({args.out!r}{exported.runtime})(photo)")
 
 
 @dataclass(frozen=True)
@@ -335,17 +399,13 @@ COMMANDS = {
         "Search what to ship: input size, head, glances and exits, as fast as it gets within an accuracy budget.",
         OPTIMIZE_EXAMPLES, optimize_arguments, optimize, after_a_stop="run it again: it goes on where it was",
     ),
-    "plan": Command(
-        "Say where exits can pay on this machine: cost, ceiling of the speed-up, and with probes the expected AP50.",
-        PLAN_EXAMPLES, plan_arguments, plan,
+    "predict": Command(
+        "Detect in photos, videos and cameras: what is found, at which exit, in how many milliseconds.",
+        PREDICT_EXAMPLES, predict_arguments, predict,
     ),
-    "demo": Command(
-        "Detect on your own photos with weights that come with the package: what is found, and at which exit.",
-        DEMO_EXAMPLES, demo_arguments, demo,
-    ),
-    "export-weights": Command(
-        "Make a trained model one that comes with the package: fp16 weights and their description, under 12 MB.",
-        EXPORT_EXAMPLES, export_arguments, export_weights,
+    "export": Command(
+        "Write a detector with its routing as one file that ONNX Runtime or OpenVINO runs, without PyTorch.",
+        DEPLOY_EXAMPLES, deploy_arguments, export,
     ),
 }  # fmt: skip
 
@@ -357,13 +417,13 @@ def run(name: str, prog: str, arguments: Sequence[str] | None = None) -> int:
         prog: how the user calls it, for the help.
 
     Returns:
-        the exit code, see :func:`earlyexit_ssd.pipeline.command_line.run_tool`.
+        the exit code, see :func:`earlyexit_ssd.command_line.run_tool`.
     """
     command = COMMANDS[name]
     parser = _parser(prog, command.summary, command.examples)
     command.add_arguments(parser)
     args = parser.parse_intermixed_args(arguments)
-    from earlyexit_ssd.pipeline.command_line import run_tool
+    from earlyexit_ssd.command_line import run_tool
 
     return run_tool(lambda: command.job(args), command.after_a_stop)
 

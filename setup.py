@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-DEPLOY = ["onnx", "onnxruntime"]
+RUNTIME = ["numpy", "onnxruntime", "pillow"]
 
 setup(
     name="earlyexit_ssd",
@@ -18,11 +18,13 @@ setup(
     packages=find_packages(include=["earlyexit_ssd", "earlyexit_ssd.*"]),
     py_modules=["earlyexit_command"],
     entry_points={"console_scripts": ["earlyexit = earlyexit_command:main"]},
-    package_data={"earlyexit_ssd": ["py.typed", "weights/*.pth", "weights/*.json"]},
+    package_data={"earlyexit_ssd": ["py.typed", "config/defaults.yaml", "weights/*.pth", "weights/*.json"]},
     install_requires=[
         "torch",
         "torchvision>=0.21,<0.30",
         "numpy",
+        "onnx",
+        "onnxruntime",
         "scipy",
         "pillow>=10.1",
         "pycocotools>=2.0.7",
@@ -35,8 +37,8 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "deploy": DEPLOY,
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", *DEPLOY],
+        "runtime": RUNTIME,  # all that earlyexit_ssd.deploy needs, with pip install --no-deps (docs/deploy.md)
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff"],
         "docs": ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27,<2"],
     },
 )

@@ -20,12 +20,12 @@ from scipy import stats
 
 from earlyexit_ssd.calibration.risk import certify, safe_to_bold
 from earlyexit_ssd.calibration.thresholds import choose
+from earlyexit_ssd.command_line import run_tool
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import locks_folder, write_json
 from earlyexit_ssd.pipeline.build import trained_temperatures
 from earlyexit_ssd.pipeline.calibrate import Target
-from earlyexit_ssd.pipeline.command_line import run_tool
 from earlyexit_ssd.pipeline.replay import fit_policy, measure_cost_model, open_recorded, require_deciding
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.routing.policies import require_known

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from fvcore.common.config import CfgNode
 
+from earlyexit_ssd.command_line import run_tool
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.data import load_dataset
 from earlyexit_ssd.data.dataset import fingerprint
@@ -28,7 +29,6 @@ from earlyexit_ssd.errors import ConfigError, EarlyExitError
 from earlyexit_ssd.evaluation.cost import mmacs_to_exit
 from earlyexit_ssd.files import locks_folder, make_folder, sha256, write_json, write_text
 from earlyexit_ssd.pipeline.build import build_device, require_full_path, with_classes
-from earlyexit_ssd.pipeline.command_line import run_tool
 from earlyexit_ssd.pipeline.phases import tap_loader, train_branches, views_of
 from earlyexit_ssd.pipeline.run import RunFolder
 from earlyexit_ssd.pipeline.train import prepare

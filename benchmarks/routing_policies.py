@@ -31,6 +31,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from earlyexit_ssd.calibration.thresholds import cheapest_within, choose, learn_open_exits, open_sets, threshold_grid
+from earlyexit_ssd.command_line import run_tool
 from earlyexit_ssd.config import CLOSED, load_config
 from earlyexit_ssd.evaluation.cost import PlainPath, Timing, time_modules
 from earlyexit_ssd.evaluation.matches import (
@@ -44,7 +45,6 @@ from earlyexit_ssd.files import locks_folder, write_image, write_json, write_tex
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.detector import fuse_for_inference, route
 from earlyexit_ssd.modeling.outputs import ExitSignals, Router
-from earlyexit_ssd.pipeline.command_line import run_tool
 from earlyexit_ssd.pipeline.replay import (
     CostModel,
     Replay,
@@ -56,7 +56,7 @@ from earlyexit_ssd.pipeline.replay import (
     temperatures_of,
 )
 from earlyexit_ssd.progress import progress
-from earlyexit_ssd.report.charts import PLAIN, draw_chart
+from earlyexit_ssd.report.charts import PLAIN, draw_charts
 from earlyexit_ssd.report.tables import figure
 from earlyexit_ssd.routing import ExitRouter
 from earlyexit_ssd.routing.policies import FITTED_POLICIES, POLICIES, needs_training_photos, reads_taps, require_known
@@ -852,7 +852,7 @@ def routing_chart(results: Mapping[str, Any]) -> Image.Image:
         axes.set_ylabel("AP50")
         axes.legend(frameon=False, fontsize=8)
 
-    return draw_chart(draw)
+    return draw_charts(lambda all_axes: draw(all_axes[0, 0]))
 
 
 def _draw_line(axes: Axes, entries: Sequence[Mapping[str, Any]], **style: Any) -> None:

@@ -1,18 +1,26 @@
-"""Early exits for torchvision's SSDLite MobileNetV3 detectors, gated and evaluated at every exit."""
+"""Early exits for torchvision's SSDLite MobileNetV3 detectors, gated and evaluated at every exit.
 
+The names below are imported when they are first asked for, so that `earlyexit_ssd.deploy` needs no PyTorch.
+"""
+
+import importlib.abc
+import importlib.util
 import os
+import sys
+from typing import TYPE_CHECKING
 
 # albumentations asks its server for a newer version at import; a library should not.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
-from earlyexit_ssd.calibration import Certificate, DriftMonitor, load_certificate
-from earlyexit_ssd.modeling import (
-    EarlyExitSSDLite,
-    EarlyExitSSDLite_Weights,
-    earlyexit_ssdlite320_mobilenet_v3_large,
-    fuse_for_inference,
-)
-from earlyexit_ssd.routing import ExitRouter
+if TYPE_CHECKING:
+    from earlyexit_ssd.calibration import Certificate, DriftMonitor, load_certificate
+    from earlyexit_ssd.modeling import (
+        EarlyExitSSDLite,
+        EarlyExitSSDLite_Weights,
+        earlyexit_ssdlite320_mobilenet_v3_large,
+        fuse_for_inference,
+    )
+    from earlyexit_ssd.routing import ExitRouter
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,3 +34,53 @@ __all__ = [
     "fuse_for_inference",
     "load_certificate",
 ]
+
+_PARTS = {
+    "calibration": ("Certificate", "DriftMonitor", "load_certificate"),
+    "modeling": (
+        "EarlyExitSSDLite",
+        "EarlyExitSSDLite_Weights",
+        "earlyexit_ssdlite320_mobilenet_v3_large",
+        "fuse_for_inference",
+    ),
+    "routing": ("ExitRouter",),
+}
+
+
+def __getattr__(name: str) -> object:
+    part = next((part for part, names in _PARTS.items() if name in names), None)
+    if part is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{part}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# `torchvision.models.get_model` finds our builders, whichever of the two packages is imported first.
+
+
+class _Registration(importlib.abc.MetaPathFinder):
+    """Register the builders once torchvision has been imported, and not before, since that takes seconds."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> object:
+        if name != "torchvision":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+            spec.loader.exec_module = lambda module: (load(module), _register())
+        return spec
+
+
+def _register() -> None:
+    if f"{__name__}.modeling" not in sys.modules:  # which may have asked for torchvision
+        importlib.import_module(f"{__name__}.modeling")
+
+
+if sys.modules.get("torchvision"):
+    _register()
+else:
+    sys.meta_path.insert(0, _Registration())

@@ -10,9 +10,7 @@ from typing import Any
 
 LONGEST = 299
 """Characters of a message."""
-
-_START = 170
-"""Of these the first ones of a message that is too long: the file and the record. Its end, the fix, stays too."""
+_START = 170  # of these for its start, the file and the record, where it is too long; its end, the fix, stays too
 
 
 class EarlyExitError(ValueError):
@@ -35,6 +33,18 @@ class CannotWrite(EarlyExitError):
     """A file that could not be written: a full disk, a quota, a folder that is read-only."""
 
 
+class GateFailed(EarlyExitError):
+    """A phase's detector does not do what the next phase needs; ``advice`` says what to do now, a line each."""
+
+    def __init__(self, message: str, advice: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.advice = list(advice)
+
+
+class Interrupted(Exception):
+    """A signal stopped the training; everything is saved."""
+
+
 def one_line(message: str) -> str:
     """``message`` without line breaks and control characters; where it is too long, without the front of long words
     (paths) and then without its middle."""
@@ -52,16 +62,14 @@ def one_line(message: str) -> str:
     return text[:_START] + gap + text[_START + len(gap) - LONGEST :]
 
 
-class _Short(reprlib.Repr):
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict, self.maxstring = 4, 12, 12, 6, 80
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict, _SHORT.maxstring = 4, 12, 12, 6, 80
 
 
 def shown(value: Any, longest: int = 100) -> str:
     """``repr`` in at most ``longest`` characters and in no time, however large, deep or tangled ``value`` is."""
     try:
-        text = _Short().repr(value)
+        text = _SHORT.repr(value)
     except Exception:  # such as a whole number with more digits than Python prints
         text = f"a {type(value).__name__}"
     return text if len(text) <= longest else f"{text[: longest - 3]}..."

@@ -20,10 +20,14 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
-import torch
 from PIL import Image
 
 from earlyexit_ssd.errors import CannotWrite, EarlyExitError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +38,7 @@ NO_ROOM = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Say of an ``OSError`` inside that ``path`` cannot be written, why, and what to do.
-
-    Raises:
-        CannotWrite: it cannot.
-    """
+    """Raise an ``OSError`` inside as the `CannotWrite` of ``path``: why, and what to do."""
     try:
         yield
     except OSError as error:
@@ -49,8 +49,7 @@ def cannot_write(path: str | os.PathLike[str], error: OSError, otherwise: str = 
     """The error for the user; long paths are cut at their front. ``otherwise``: what to do where no room is missing."""
     shown = os.fspath(path)
     shown = shown if len(shown) <= 120 else f"...{shown[-117:]}"
-    otherwise = otherwise or "name another folder or make it writable"
-    fix = "make room" if error.errno in NO_ROOM else otherwise
+    fix = "make room" if error.errno in NO_ROOM else otherwise or "name another folder or make it writable"
     return CannotWrite(f"{shown}: cannot be written ({error.strerror or type(error).__name__}); {fix}")
 
 
@@ -97,15 +96,11 @@ def lock(path: str | os.PathLike[str], what: str, *, wait: bool = False) -> Iter
     """Hold the file ``path`` as a lock, which the system frees when this process ends, however it ends.
 
     Within a process it can be held any number of times. Processes that this one has forked do not hold it. A file
-    system without locks gives none, with a warning.
-
-    Args:
-        path: made if missing, with the number of this process in it, and removed afterwards.
-        what: that is in use, for the message.
-        wait: until the others are done, rather than raise.
+    system (or Windows) without these locks gives none, with a warning. The file is made, holds the number of this
+    process and is removed afterwards.
 
     Raises:
-        EarlyExitError: another process holds it.
+        EarlyExitError: another process holds it, unless this one is to ``wait``; ``what`` is in use, it says.
         CannotWrite: the file cannot be made.
     """
     path = Path(path).resolve()
@@ -118,33 +113,33 @@ def lock(path: str | os.PathLike[str], what: str, *, wait: bool = False) -> Iter
             yield
         finally:
             _held.discard(path)
-            with contextlib.suppress(OSError):  # Windows removes no open file
+            with contextlib.suppress(OSError):
                 path.unlink()
 
 
 def _locked_file(path: Path, what: str, wait: bool) -> io.FileIO:
-    """Open and locked, with this process's number in it; closing it frees the lock."""
     while True:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "a+b", buffering=0)  # noqa: SIM115
-        try:
+        with contextlib.ExitStack() as closing:
+            closing.enter_context(file)
             _acquire(file, what, wait)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # else its holder has just removed it
                     with contextlib.suppress(OSError):  # a full disk can be locked all the same
                         file.truncate(0)
                         file.write(str(os.getpid()).encode())
+                    closing.pop_all()
                     return file
-        except BaseException:
-            file.close()
-            raise
-        file.close()
 
 
 def _acquire(file: io.FileIO, what: str, wait: bool) -> None:
+    # of the process, not of the file: a forked worker that outlives this process does not hold it
     try:
-        return _lock_file(file, wait=False)
+        if fcntl is None:
+            raise OSError(errno.ENOLCK, "no fcntl")
+        return fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             logger.warning("%s: this file system has no locks (%s); run one process at a time", what, error.strerror)
@@ -154,68 +149,13 @@ def _acquire(file: io.FileIO, what: str, wait: bool) -> None:
     if not wait:
         raise EarlyExitError(f"{what} is in use by process {owner}; wait until it has ended, or name another folder")
     logger.info("%s is in use by process %s; waiting for it", what, owner)
-    _lock_file(file, wait=True)
-
-
-try:
-    import fcntl
-
-    def _mark(file: io.BufferedReader, alone: bool) -> None:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
-
-    def _lock_file(file: io.FileIO, wait: bool) -> None:
-        # of the process, not of the file: a forked worker that outlives this process does not hold it
-        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-
-except ImportError:  # Windows
-    import msvcrt
-
-    def _mark(file: io.BufferedReader, alone: bool) -> None:
-        """Windows keeps an open file from being replaced."""
-
-    def _lock_file(file: io.FileIO, wait: bool) -> None:
-        file.seek(1 << 30)  # a byte far behind the content, so that others can read who holds it
-        while True:
-            try:
-                return msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
-            except OSError:
-                if not wait:  # LK_LOCK gives up after ten seconds
-                    raise
-
-
-_in_use: dict[Path, io.BufferedReader] = {}
-
-
-def use_file(path: Path) -> None:
-    """Mark a file as in use by this process until it ends; others may use it too, but should not replace it."""
-    if path not in _in_use:
-        _in_use[path] = open(path, "rb")  # noqa: SIM115
-        with contextlib.suppress(OSError):  # a file system without locks
-            _mark(_in_use[path], alone=False)
-
-
-def used_by_others(path: Path) -> bool:
-    """Whether another process has marked the file with :func:`use_file`; this one no longer uses it."""
-    if path in _in_use:
-        _in_use.pop(path).close()
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        try:
-            _mark(file, alone=True)
-        except OSError as error:
-            return error.errno in (errno.EACCES, errno.EAGAIN)
-    return False
+    fcntl.lockf(file, fcntl.LOCK_EX)
 
 
 @contextlib.contextmanager
 def locked_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Make a folder for results and hold it, so that two processes never write into one.
-
-    Raises:
-        CannotWrite: it cannot be made or written to.
-        EarlyExitError: another process writes there.
-    """
+    """Make a folder for results and hold it, so that two processes never write into one; errors as of
+    :func:`make_folder` and :func:`lock`."""
     made = not Path(folder).exists()
     make_folder(folder)
     try:
@@ -244,13 +184,10 @@ def locks_folder(parameter: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def require_space(folder: Path, size: int, what: str, fix: str) -> None:
-    """Arrays are made sparse, and a full disk would end the process without a word.
-
-    Args:
-        folder: exists already; size: bytes that ``what`` takes there; fix: what to do where they are not free.
+    """Check that the ``size`` bytes that ``what`` takes in a folder are free; ``fix`` says what to do where not.
 
     Raises:
-        EarlyExitError: they are not free.
+        EarlyExitError: they are not.
     """
     free = shutil.disk_usage(folder).free
     if size > 0.95 * free:
@@ -264,25 +201,18 @@ def new_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
     Raises:
         CannotWrite: there is no room.
     """
+    array = None
     with writing(path):
         try:
             array = np.lib.format.open_memmap(path, "w+", dtype, shape)
             if hasattr(os, "posix_fallocate"):  # not on macOS and Windows
-                _reserve(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                path.unlink()  # it may be what has filled the disk
-            raise
-    return array
-
-
-def _reserve(path: Path) -> None:
-    with open(path, "r+b") as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+                with open(path, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot
+            if array is None or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot
+                path.unlink(missing_ok=True)  # it may be what has filled the disk
                 raise
+    return array
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -301,8 +231,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write ``content``."""
+def write_bytes(path: str | os.PathLike[str], content: bytes | memoryview) -> None:
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
 
@@ -317,10 +246,11 @@ def write_image(path: str | os.PathLike[str], image: Image.Image, **options: Any
 
 def write_torch(path: str | os.PathLike[str], value: Any) -> None:
     """Write what `torch.save` takes."""
+    import torch  # not there where only the runtime is installed
+
     content = io.BytesIO()  # on a full disk, torch.save says "unexpected pos"; no path in the file makes equal files
     torch.save(value, content)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
+    write_bytes(path, content.getbuffer())
 
 
 def stored_key(path: Path) -> str | None:

@@ -18,7 +18,10 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-import yaml
+try:
+    import yaml
+except ImportError:  # where only the runtime is installed; JSON is read all the same
+    yaml = None
 
 from earlyexit_ssd.errors import EarlyExitError, nearest, shown
 
@@ -51,8 +54,7 @@ def require_bounded(value: Any, most: int = MOST_VALUES) -> None:
 
 
 def _children(value: Any) -> Iterable[Any]:
-    if isinstance(value, yaml.CollectionNode):
-        value = value.value
+    value = value.value if yaml is not None and isinstance(value, yaml.CollectionNode) else value
     if isinstance(value, Mapping):
         return chain(value, value.values())
     return value if isinstance(value, (list, tuple, set)) else ()
@@ -61,11 +63,10 @@ def _children(value: Any) -> Iterable[Any]:
 def read_json(path: str | os.PathLike[str], what: str, fix: str, error: type[EarlyExitError] = EarlyExitError) -> Any:
     """The content of a JSON file; no key twice, no NaN.
 
-    Args:
-        what: the file is to be, for messages; fix: what to do where it is not; error: the class to raise.
+    ``what`` the file is to be and the ``fix`` where it is not are for messages.
 
     Raises:
-        EarlyExitError: no such regular file, or not JSON.
+        EarlyExitError: no such regular file, or not JSON; of the class ``error``.
     """
     return _read(path, what, fix, error, _parse_json, "JSON")
 
@@ -104,11 +105,12 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 
 
 def _parse_json(text: str) -> Any:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"the key {shown(next(key for key in keys if keys.count(key) > 1))} is given twice")
+    def once(pairs: list[tuple[str, Any]]) -> dict:
+        found: dict = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f"the key {shown(key)} is given twice")
+            found[key] = value
         return found
 
     def refuse(name: str) -> None:
@@ -119,30 +121,31 @@ def _parse_json(text: str) -> Any:
     return value
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """YAML's plain types; a date is text, other tags are refused, and no key is given twice."""
+if yaml is not None:
 
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [pair for pair in pairs if not pair[0].endswith(":timestamp")]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    yaml_constructors = {  # noqa: RUF012
-        tag: make
-        for tag, make in yaml.SafeLoader.yaml_constructors.items()
-        if tag is None or tag.rpartition(":")[2] in ("null", "bool", "int", "float", "str", "seq", "map")
-    }
+    class _PlainLoader(yaml.SafeLoader):
+        """YAML's plain types; a date is text, other tags are refused, and no key is given twice."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {shown(key.value)} is given twice", key.start_mark
-                    )
-                seen.add(key.value)
-        return node
+        yaml_implicit_resolvers = {  # noqa: RUF012
+            first: [pair for pair in pairs if not pair[0].endswith(":timestamp")]
+            for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+        yaml_constructors = {  # noqa: RUF012
+            tag: make
+            for tag, make in yaml.SafeLoader.yaml_constructors.items()
+            if tag is None or tag.rpartition(":")[2] in ("null", "bool", "int", "float", "str", "seq", "map")
+        }
+
+        def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+            node = super().compose_mapping_node(anchor)
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
+                    if key.value in seen:
+                        found = f"the key {shown(key.value)} is given twice"
+                        raise yaml.constructor.ConstructorError(None, None, found, key.start_mark)
+                    seen.add(key.value)
+            return node
 
 
 def parse_yaml(text: str) -> Any:
@@ -178,19 +181,16 @@ def build(kind: type[T], values: Any, name: str = "") -> T:
         expected = "keys that are text" if isinstance(values, Mapping) else "keys and values"
         raise _unexpected(name or kind.__name__, values, expected)
     hints, inside = _hints(kind), f"{name}." if name else ""
-    if is_typeddict(kind):
-        place, needed = "the key ", kind.__required_keys__  # keys beside them are somebody's own
+    if is_typeddict(kind):  # keys beside its own are somebody else's
+        place, above, unknown, needed = "", inside, [], kind.__required_keys__
     else:
-        place = f"{name}: the key " if name else "the key "
+        place, above, unknown = f"{name}: " if name else "", "", [key for key in values if key not in hints]
         missing = dataclasses.MISSING
         needed = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is missing}
-        for key in values:
-            if key not in hints:
-                raise EarlyExitError(f"{place}{shown(key)} is unknown{nearest(key, hints)}")
-    for key in sorted(needed):
-        if key not in values:
-            full = f"{inside}{key}" if is_typeddict(kind) else key
-            raise EarlyExitError(f"{place}'{full}' is missing")
+    for key in unknown:
+        raise EarlyExitError(f"{place}the key {shown(key)} is unknown{nearest(key, hints)}")
+    for key in sorted(needed - values.keys()):
+        raise EarlyExitError(f"{place}the key '{above}{key}' is missing")
     return kind(**{key: typed(hints.get(key, Any), value, f"{inside}{key}") for key, value in values.items()})
 
 
@@ -211,14 +211,18 @@ def typed(kind: Any, value: Any, name: str) -> Any:
         EarlyExitError: it is not; the message has ``name``, the value and what was expected.
     """
     origin, arguments = get_origin(kind), get_args(kind)
+
+    def require(fits: bool, expected: str) -> None:
+        if not fits:
+            raise _unexpected(name, value, expected)
+
     if kind is Any or (dataclasses.is_dataclass(kind) and isinstance(value, kind)):
         return value
     if is_typeddict(kind) or dataclasses.is_dataclass(kind):
         return build(kind, value, name)
     if origin is Annotated:
         number = typed(arguments[0], value, name)
-        if not arguments[1] <= number <= arguments[2]:
-            raise _unexpected(name, value, f"{arguments[1]} to {arguments[2]}")
+        require(arguments[1] <= number <= arguments[2], f"{arguments[1]} to {arguments[2]}")
         return number
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -227,21 +231,18 @@ def typed(kind: Any, value: Any, name: str) -> Any:
         mappings = [one for one in kinds if get_origin(one) is dict and isinstance(value, dict)]
         return typed((mappings or kinds)[0], value, name)
     if origin is Literal:
-        if not isinstance(value, str) or value not in arguments:
-            raise _unexpected(name, value, f"one of {', '.join(arguments)}")
+        require(isinstance(value, str) and value in arguments, f"one of {', '.join(arguments)}")
         return value
     if origin in (tuple, list):
-        if not isinstance(value, tuple | list):
-            raise _unexpected(name, value, "a list")
+        require(isinstance(value, tuple | list), "a list")
         return origin(typed(arguments[0], item, f"{name}[{place}]") for place, item in enumerate(value))
     if origin is dict:
-        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            raise _unexpected(name, value, "keys that are text, and values")
+        texts = isinstance(value, dict) and all(isinstance(key, str) for key in value)
+        require(texts, "keys that are text, and values")
         return {key: typed(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
     wanted, text = _SCALARS[kind]
     fits = isinstance(value, wanted) and (kind is bool or not isinstance(value, bool))
-    if not fits or (kind is float and not math.isfinite(value)):
-        raise _unexpected(name, value, text)
+    require(fits and (kind is not float or math.isfinite(value)), text)
     return value
 
 
@@ -258,5 +259,5 @@ def _unexpected(name: str, value: Any, expected: str) -> EarlyExitError:
 
 
 @functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, type]:
     return get_type_hints(kind, include_extras=True)

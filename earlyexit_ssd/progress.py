@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 
-from tqdm import tqdm
+try:
+    from tqdm import tqdm
+except ImportError:  # where only the runtime is installed
+    tqdm = None
 
 
 def is_first_process() -> bool:
@@ -14,20 +18,53 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def progress(iterable: Iterable | None = None, desc: str | None = "", total: int | None = None) -> tqdm:
+class PlainProgress:
+    """A line on stderr every ``interval`` seconds: what there is without tqdm, of its interface what is used here."""
+
+    def __init__(self, iterable: Iterable | None, desc: str, total: int | None, unit: str, interval: float) -> None:
+        self.iterable, self.desc, self.total, self.unit, self.interval = iterable, desc, total, unit, interval
+        self.n, self.start = 0, time.monotonic()
+        self.shown = self.start
+
+    def __iter__(self) -> Iterator:
+        for item in self.iterable or ():
+            yield item
+            self.update()
+
+    def update(self, count: int = 1) -> None:
+        """Count, and say so when it is time."""
+        self.n += count
+        now = time.monotonic()
+        if now - self.shown >= self.interval:
+            self.shown = now
+            of = f"/{self.total}" if self.total else ""
+            write_line(f"{self.desc}: {self.n}{of}, {self.n / (now - self.start):.1f} {self.unit}/s")
+
+    def close(self) -> None:
+        """Nothing to clear."""
+
+    def __enter__(self) -> PlainProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def progress(
+    iterable: Iterable | None = None, desc: str | None = "", total: int | None = None, unit: str = "it"
+) -> tqdm | PlainProgress:
     """A tqdm bar on stderr: live on a terminal, a line every 30 seconds in a log file, silent on ranks above 0 and
-    with ``desc`` None."""
+    with ``desc`` None. Without tqdm, lines."""
+    silent = desc is None or not is_first_process()
+    if tqdm is None:
+        return PlainProgress(iterable, desc or "", total, unit, float("inf") if silent else 10.0)
     interval = 0.2 if sys.stderr.isatty() else 30.0
-    return tqdm(
-        iterable,
-        desc=desc,
-        total=total,
-        mininterval=interval,
-        disable=desc is None or not is_first_process(),
-        dynamic_ncols=True,
-    )
+    return tqdm(iterable, desc=desc, total=total, unit=unit, mininterval=interval, disable=silent, dynamic_ncols=True)
 
 
 def write_line(text: str) -> None:
     """Write a line to stderr, above a bar that is being shown."""
-    tqdm.write(text, file=sys.stderr)
+    if tqdm is None:
+        print(text, file=sys.stderr, flush=True)
+    else:
+        tqdm.write(text, file=sys.stderr)

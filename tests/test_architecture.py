@@ -8,8 +8,9 @@ from setuptools import find_packages
 import earlyexit_ssd
 
 PACKAGE = Path(earlyexit_ssd.__file__).parent
-ORDER = ["config", "data", "modeling", "engine", "routing", "calibration", "evaluation", "report", "pipeline"]
-COMMON = {"errors", "files", "keywords", "plain", "progress"}
+ORDER = ["deploy", "config", "data", "modeling", "engine", "routing", "calibration", "evaluation", "report", "pipeline"]
+"""deploy comes first, since it runs without all others; pipeline writes what it runs."""
+COMMON = {"bounds", "command_line", "drawing", "errors", "files", "images", "keywords", "plain", "progress"}
 
 
 def imported_parts(path: Path) -> set[str]:
@@ -40,6 +41,15 @@ def test_imports_flow_one_way():
 
 def test_common_files_import_no_part():
     assert all(not imported_parts(PACKAGE / f"{name}.py") & set(ORDER) for name in COMMON)
+
+
+def test_what_runs_without_pytorch_needs_no_part_that_imports_it():
+    for path in (PACKAGE / "deploy").glob("*.py"):
+        assert imported_parts(path) <= {"deploy", *COMMON}, path
+    for path in [*(PACKAGE / "deploy").glob("*.py"), *(PACKAGE / f"{name}.py" for name in COMMON)]:
+        first = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.Import)]
+        names = {alias.name.split(".")[0] for node in first for alias in node.names}
+        assert not names & {"torch", "torchvision", "scipy", "cv2"}, path
 
 
 def test_modeling_knows_no_trainer_and_evaluation_no_plot():

@@ -11,23 +11,22 @@ import pytest
 import earlyexit_command
 from earlyexit_command import COMMANDS, main
 from earlyexit_ssd.modeling import EarlyExitSSDLite_Weights
-from earlyexit_ssd.pipeline.plan import ALL_LAYERS
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {
     "train": "train_net",
     "evaluate": "eval_exits",
     "calibrate": "calibrate",
-    "plan": "plan_exits",
-    "demo": "demo",
-    "export-weights": "export_weights",
+    "optimize": "optimize",
+    "predict": "predict",
+    "export": "export",
 }
 HELP = """
 import resource, sys
 from earlyexit_command import COMMANDS, main
-from tools import calibrate, demo, eval_exits, export_weights, plan_exits, train_net
+from tools import calibrate, eval_exits, export, export_weights, optimize, predict, train_net
 
-scripts = [tool.main for tool in (calibrate, demo, eval_exits, export_weights, plan_exits, train_net)]
+scripts = [tool.main for tool in (calibrate, eval_exits, export, export_weights, optimize, predict, train_net)]
 commands = [lambda words, name=name: main([name, *words]) for name in COMMANDS]
 for command in [main, *scripts, *commands]:
     try:
@@ -45,8 +44,8 @@ print("seconds:", usage.ru_utime + usage.ru_stime)
 def test_every_help_is_there_at_once():
     result = subprocess.run([sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("examples") >= 13
-    assert float(result.stdout.split()[-1]) < 2  # all thirteen together
+    assert result.stdout.count("examples") >= 14
+    assert float(result.stdout.split()[-1]) < 2  # all fourteen together
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -75,7 +74,6 @@ def test_a_command_gets_its_arguments_and_returns_its_exit_code(tmp_path, capsys
 def test_what_is_known_without_the_package_is_what_the_package_says():
     assert [name.lower() for name in EarlyExitSSDLite_Weights.__members__] == earlyexit_command.SHIPPED
     assert earlyexit_command.DEFAULT_WEIGHTS in earlyexit_command.SHIPPED
-    assert (ALL_LAYERS[0], ALL_LAYERS[-1]) == (1, 12)  # so the help of plan says
 
 
 def test_the_wheel_has_the_command():

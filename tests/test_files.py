@@ -1,7 +1,6 @@
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from earlyexit_ssd import files
 from earlyexit_ssd.errors import CannotWrite, EarlyExitError
 from earlyexit_ssd.files import (
     append_text,
@@ -113,62 +113,56 @@ def test_names_that_are_not_utf_8_are_escaped(tmp_path):
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "caf\\udce9 \u043a"
 
 
-HOLD = """
-import sys, time
-from earlyexit_ssd.files import locked_folder
-with locked_folder(sys.argv[1]):
-    print("held", flush=True)
-    time.sleep(float(sys.argv[2]))
-"""
-FORK = """
-import os, sys, time
-from earlyexit_ssd.files import locked_folder
-with locked_folder(sys.argv[1]):
-    child = os.fork()
-    if child:
-        print(child, flush=True)
-    time.sleep(60)
-"""
+def held(folder, seconds: float, forks: bool = False) -> multiprocessing.Process:
+    """Another process that holds the folder by the time this returns; of two if it ``forks``."""
 
+    def hold(ready):
+        files._held.clear()  # what this process holds is not the other one's
+        with locked_folder(folder):
+            child = os.fork() if forks else 0
+            if child or not forks:
+                ready.send(child)
+            time.sleep(seconds)
 
-def hold(folder, seconds: float) -> subprocess.Popen:
-    """Another process that holds the folder by the time this returns."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), str(seconds)], stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"held\n"
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=hold, args=(there,))
+    process.start()
+    there.close()
+    process.child = here.recv()  # EOFError if it could not
     return process
 
 
 def test_a_folder_belongs_to_one_process_until_it_is_killed(tmp_path):
-    with hold(tmp_path, 60) as other:
-        with pytest.raises(EarlyExitError) as caught, locked_folder(tmp_path):
-            pass
-        message = f"{tmp_path} is in use by process {other.pid}; wait until it has ended, or name another folder"
-        assert str(caught.value) == message
-        os.kill(other.pid, signal.SIGKILL)
-        other.wait()
-        with locked_folder(tmp_path), locked_folder(tmp_path):  # a tool that calls another one
-            pass
+    other = held(tmp_path, 60)
+    with pytest.raises(EarlyExitError) as caught, locked_folder(tmp_path):
+        pass
+    message = f"{tmp_path} is in use by process {other.pid}; wait until it has ended, or name another folder"
+    assert str(caught.value) == message
+    other.kill()
+    other.join()
+    with locked_folder(tmp_path), locked_folder(tmp_path):  # a tool that calls another one
+        pass
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_killed_process_leaves_no_lock_to_its_workers(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", FORK, str(tmp_path)], stdout=subprocess.PIPE) as process:
-        child = int(process.stdout.readline())
-        process.kill()
-        process.wait()
-        try:
-            with locked_folder(tmp_path):
-                pass
-        finally:
-            os.kill(child, signal.SIGKILL)
+    process = held(tmp_path, 60, forks=True)
+    process.kill()
+    process.join()
+    try:
+        with locked_folder(tmp_path):
+            pass
+    finally:
+        os.kill(process.child, signal.SIGKILL)
 
 
 def test_waiting_for_a_lock(tmp_path):
-    with hold(tmp_path, 1.0), lock(tmp_path / ".lock", "it", wait=True):
-        start = time.monotonic()
-        with pytest.raises(subprocess.CalledProcessError):  # now it is this process's
-            subprocess.run([sys.executable, "-c", HOLD, str(tmp_path), "0"], check=True, stderr=subprocess.DEVNULL)
-        assert time.monotonic() - start < 60
+    held(tmp_path, 0.5)
+    start = time.monotonic()
+    with lock(tmp_path / ".lock", "it", wait=True):
+        assert 0.3 < time.monotonic() - start < 60
+        with pytest.raises(EOFError):  # now it is this process's
+            held(tmp_path, 0)
 
 
 def test_a_folder_that_was_made_for_nothing_goes_again(tmp_path):

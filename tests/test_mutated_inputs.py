@@ -12,6 +12,7 @@ import signal
 import string
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -421,7 +422,7 @@ class Models:
             "weights_sha256": weights_hash(self.model),
             "photos_sha256": ["ab" * 8, "cd" * 8],
             "photo_list_sha256": "ef",
-            "drift": drift.to_dict(),
+            "drift": asdict(drift),
             "versions": {"torch": torch.__version__},
         }
         self.certificate = json.loads(json.dumps(content))
@@ -523,7 +524,7 @@ def use_certificate(folder: Path, _: None) -> None:
     assert certificate.closed in (True, False)
     assert 0 <= certificate.target.score <= 1
     certificate.require_unseen([("a.jpg", "00" * 32)])
-    DriftMonitor(certificate.drift_reference()).update([0] * 300, [0.5] * 300)
+    DriftMonitor(certificate.drift).update([0] * 300, [0.5] * 300)
     model = MODELS[0].model
     try:
         model.router = certificate.router_for(model)

@@ -29,19 +29,14 @@ FORMAT = "earlyexit_ssd certificate/1"
 CHECKSUM = "content_sha256"
 _ADVICE = "write one with tools/calibrate.py"
 
-NUMBERS = {"speedup": ("value",), "ap_drop": ("value", "delta"), "risk": ("epsilon", "delta", "bound")}
-"""Of each kind of target, what it cannot do without."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class CertifiedTarget:
     """What was asked for; None where a kind of target does not have it.
 
-    Attributes:
-        reference: what losses are counted against; score, iou: at which they are counted.
-        value: of a speed-up or an AP drop; epsilon: of a risk; delta: of a risk or an AP drop.
-        bound: the inequality of a risk.
-        block: photos of a folder that are one draw; learned: thresholds of a soft exit.
+    Losses are counted against ``reference``, at ``score`` and ``iou``. ``value`` is of a speed-up or an AP drop,
+    ``epsilon`` and the inequality ``bound`` of a risk, ``delta`` of a risk or an AP drop. ``block`` photos of a folder
+    are one draw; ``learned`` are thresholds of a soft exit.
     """
 
     kind: Literal["speedup", "ap_drop", "risk"]
@@ -66,8 +61,7 @@ class Measured:
         loss_bound: of a risk, the upper confidence bound of the loss at delta, were this the only step tested; steps:
             how many were tested and passed.
         AP50_lost_bound: of an AP drop; photos_needed: where there were fewer.
-        agreement: with the full path at the score: its ``objects``, how many were ``kept``, how many ``added``, and the
-            share of the ``same_photos``.
+        agreement: the fields of `earlyexit_ssd.evaluation.matches.Agreement`.
         equal_photos, near_equal_photos: left out, since others stand for them; blocks: how many there were.
     """
 
@@ -99,13 +93,10 @@ class CertifiedCosts:
     measured: dict[str, Any] | None = None
 
 
-NULL = ("AP50", "AP50_full")
-"""Written as null where they are None; other parts that are None are left out."""
-
-
-def plain_part(part: CertifiedTarget | Measured | CertifiedCosts) -> dict[str, Any]:
-    """As it stands in JSON."""
-    return {key: value for key, value in dataclasses.asdict(part).items() if value is not None or key in NULL}
+def plain_part(part: CertifiedTarget | Measured | CertifiedCosts | Reference) -> dict[str, Any]:
+    """As it stands in JSON: what is None is left out, but for accuracy that nobody knows."""
+    null = ("AP50", "AP50_full")
+    return {key: value for key, value in dataclasses.asdict(part).items() if value is not None or key in null}
 
 
 @dataclass(frozen=True)
@@ -117,8 +108,7 @@ class Certificate:
         weights_sha256: of the network's parameters and buffers.
         photos_sha256: the calibration photos' contents, each the first 16 hexadecimal digits.
         photo_list_sha256: of the sorted list of those.
-        drift: the calibration photos' decisions, for a `DriftMonitor`.
-        versions: of the software.
+        drift: the calibration photos' decisions, the reference of a `DriftMonitor`.
     """
 
     router: RouterSettings
@@ -128,27 +118,24 @@ class Certificate:
     weights_sha256: str
     photos_sha256: tuple[str, ...]
     photo_list_sha256: str
-    drift: dict[str, Any]
+    drift: Reference
     versions: dict[str, str]
 
     @property
     def closed(self) -> bool:
-        """No exit is open: everything takes the full path."""
+        """Everything takes the full path."""
         return all(threshold >= CLOSED for threshold in self.router["thresholds"])
 
     def router_for(self, model: nn.Module) -> ExitRouter:
         """The router, for the weights that it was calibrated with; an EarlyExitError for others, fused ones too."""
         if is_fused(model):
-            raise EarlyExitError(
-                "the model is fused for inference, so its weights are not the certificate's; give it the certificate's "
-                "router first, then fuse it (the router goes along)"
-            )
-        if weights_hash(model) != self.weights_sha256:
-            raise EarlyExitError(
-                f"the certificate is for weights {self.weights_sha256[:12]}, the model has {weights_hash(model)[:12]}; "
-                "calibrate again with tools/calibrate.py"
-            )
-        calibrated, own = (", ".join(names[:-1]) for names in (self.drift["exit_names"], model.exit_names))
+            fix = "give it the certificate's router first, then fuse it (the router goes along)"
+            raise EarlyExitError(f"the model is fused, so its weights are not the certificate's; {fix}")
+        digests = self.weights_sha256, weights_hash(model)
+        if digests[0] != digests[1]:
+            told = "the certificate is for weights {:.12}, the model has {:.12}".format(*digests)
+            raise EarlyExitError(f"{told}; calibrate again with tools/calibrate.py")
+        calibrated, own = (", ".join(names[:-1]) for names in (self.drift.exit_names, model.exit_names))
         if calibrated != own:  # an empty exit has no weights to be known by
             raise EarlyExitError(f"the certificate is for the exits {calibrated}, the model has {own}; calibrate again")
         try:
@@ -163,23 +150,18 @@ class Certificate:
         known = set(self.photos_sha256)
         shared = [path for path, digest in photos if digest[:16] in known]
         if shared:
-            raise EarlyExitError(
-                f"{shared[0]} ({len(shared)} photos in all) is in the certificate's calibration list; "
-                "evaluate on photos that were not calibrated on"
-            )
-
-    def drift_reference(self) -> Reference:
-        """For a `DriftMonitor`."""
-        return Reference.from_dict(self.drift)
+            told = f"{shared[0]} ({len(shared)} photos in all) is in the certificate's calibration list"
+            raise EarlyExitError(f"{told}; evaluate on photos that were not calibrated on")
 
     def to_dict(self) -> dict[str, Any]:
         """What a file of it holds, as it comes back from JSON; `parse_certificate` reads it."""
-        parts = {name: plain_part(getattr(self, name)) for name in ("target", "measured", "cost_model")}
-        content = json.loads(json.dumps({"format": FORMAT, **vars(self), **parts}))
+        parts = {
+            name: plain_part(part) if dataclasses.is_dataclass(part) else part for name, part in vars(self).items()
+        }
+        content = json.loads(json.dumps({"format": FORMAT, **parts}))
         return {**content, CHECKSUM: _checksum(content)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file."""
         write_json(path, self.to_dict())
 
 
@@ -196,37 +178,33 @@ def parse_certificate(content: Any, source: str | os.PathLike[str]) -> Certifica
     """
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise EarlyExitError(f"{source}: expected a certificate of format {FORMAT!r}; {_ADVICE}")
-    content = {key: value for key, value in content.items() if key != "format"}
-    checksum = content.pop(CHECKSUM, None)
+    checked = {key: value for key, value in content.items() if key != CHECKSUM}
     try:
-        certificate = build(Certificate, content)
+        certificate = build(Certificate, {key: value for key, value in checked.items() if key != "format"})
         _require_whole(certificate)
     except EarlyExitError as error:
         raise EarlyExitError(f"{source}: {error}, no certificate has that; {_ADVICE}") from None
-    if checksum != _checksum({"format": FORMAT, **content}):
-        raise EarlyExitError(
-            f"{source}: the content does not fit its '{CHECKSUM}', so it is not what a calibration found; {_ADVICE}"
-        )
+    if content.get(CHECKSUM) != _checksum(checked):
+        told = f"the content does not fit its '{CHECKSUM}', so it is not what a calibration found"
+        raise EarlyExitError(f"{source}: {told}; {_ADVICE}")
     return certificate
 
 
 def _require_whole(certificate: Certificate) -> None:
     """Every number that the target's kind needs is there, and the parts speak of as many exits."""
     router, target = certificate.router, certificate.target
-    missing = [f"target.{key}" for key in NUMBERS[target.kind] if getattr(target, key) is None]
+    needed = {"speedup": ("value",), "ap_drop": ("value", "delta"), "risk": ("epsilon", "delta", "bound")}[target.kind]
+    missing = [f"target.{key}" for key in needed if getattr(target, key) is None]
     if "thresholds" not in router:
         missing.insert(0, "router.thresholds")
     if missing:
         raise EarlyExitError(f"the key '{missing[0]}' is missing")
     exits, thresholds = router["num_exits"], len(router["thresholds"])
-    names = certificate.drift_reference().exit_names
-    if thresholds not in (1, exits) or len(names) != exits + 1:
-        raise EarlyExitError(
-            f"router has {exits} exits and {thresholds} thresholds, drift has {len(names)} exit_names; expected one "
-            "threshold for each exit, and one name more"
-        )
+    names = len(certificate.drift.exit_names)
+    if thresholds not in (1, exits) or names != exits + 1:
+        found = f"router has {exits} exits and {thresholds} thresholds, drift has {names} exit_names"
+        raise EarlyExitError(f"{found}; expected one threshold for each exit, and one name more")
 
 
-def _checksum(content: dict[str, Any]) -> str:
-    """SHA-256 of the content as it comes back from JSON."""
-    return hashlib.sha256(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode()).hexdigest()
+def _checksum(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

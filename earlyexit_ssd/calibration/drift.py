@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import logging
-import math
 import warnings
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.keywords import suggest_keywords
-from earlyexit_ssd.plain import build, check_fields
+from earlyexit_ssd.plain import check_fields
 
 logger = logging.getLogger(__name__)
 
@@ -30,27 +29,26 @@ WINDOW = 200
 """Photos that are compared with those of calibration at a time."""
 
 
-def quantile_ranks(count: int) -> np.ndarray:
-    """The place of each quantile in a sorted sample of ``count``, from 0: per level j / 20 the smallest of the values
-    that a share of at least this does not exceed."""
+def _ranks(count: int) -> np.ndarray:
+    """The place of each quantile in a sorted sample of ``count``: of level j / 20 the smallest value that at least this
+    share does not exceed."""
     steps = QUANTILES - 1
     return np.maximum((np.arange(QUANTILES) * count + steps - 1) // steps, 1) - 1  # whole numbers, to be exact
 
 
 def sample_quantiles(values: np.ndarray) -> tuple[float, ...]:
     """The `QUANTILES` quantiles of [n], each one of the values; none of an empty sample."""
-    return tuple(np.sort(values)[quantile_ranks(len(values))].tolist()) if len(values) else ()
+    return tuple(np.sort(values)[_ranks(len(values))].tolist()) if len(values) else ()
 
 
 def nearest_sample(values: np.ndarray, quantiles: np.ndarray, count: int) -> np.ndarray:
     """A sorted sample [count] that has these ``quantiles`` and is otherwise as like ``values`` [m] as they allow.
 
-    Its Kolmogorov-Smirnov distance from ``values`` exceeds neither that of the sample which the quantiles are from nor
-    1 / (2 count), whichever is larger; so its p-value is conservative, with ties too. Each place is filled with the
-    value at that level of ``values``, moved into the quantiles before and after it. Where it is not moved, the distance
-    is at most 1 / (2 count); where it is, no sample with these quantiles is nearer.
+    Each place is filled with the value at that level of ``values``, moved into the quantiles before and after it. Its
+    Kolmogorov-Smirnov distance from ``values`` is at most the larger of 1 / (2 count) and that of the sample which the
+    quantiles are from, so its p-value is conservative, with ties too.
     """
-    places, known = np.arange(count), quantile_ranks(count)
+    places, known = np.arange(count), _ranks(count)
     low = quantiles[np.searchsorted(known, places, side="right") - 1]
     high = quantiles[np.searchsorted(known, places, side="left")]
     return np.clip(np.quantile(values, (places + 0.5) / count, method="inverted_cdf"), low, high)
@@ -61,8 +59,7 @@ class Reference:
     """What the photos of calibration did, small enough for the certificate.
 
     Attributes:
-        photos: how many there were, at least 1.
-        exit_names: shallow to deep, the full path last.
+        photos: how many there were, at least 1; exit_names: shallow to deep, the full path last.
         exit_counts: photos that left at each exit, the full path last; they sum to ``photos``.
         confidences: per early exit, of the confidences there of the photos that left there, the :data:`QUANTILES`
             quantiles (each one of the confidences itself, not rounded); empty where none left.
@@ -78,67 +75,52 @@ class Reference:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        exits, counts = len(self.exit_names), list(self.exit_counts)
-        if exits < 2 or len(set(self.exit_names)) < exits:
-            raise EarlyExitError(f"exit_names {self.exit_names}: expected early exits and the full path, no name twice")
-        if len(counts) != exits or sum(counts) != self.photos:
-            raise EarlyExitError(f"exit_counts {counts}: expected one for each of {exits} exits, sum {self.photos}")
-        if len(self.confidences) != exits - 1:
-            raise EarlyExitError(f"confidences of {len(self.confidences)} exits: expected the {exits - 1} early ones")
-        for name, count, quantiles in zip(self.exit_names, counts, self.confidences, strict=False):
+        names, counts = self.exit_names, list(self.exit_counts)
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise EarlyExitError(f"exit_names {names}: expected early exits and the full path, no name twice")
+        if len(counts) != len(names) or sum(counts) != self.photos:
+            expected = f"expected one for each of {len(names)} exits, sum {self.photos}"
+            raise EarlyExitError(f"exit_counts {counts}: {expected}")
+        early = len(self.confidences)
+        if early != len(names) - 1:
+            raise EarlyExitError(f"confidences of {early} exits: expected the {len(names) - 1} early ones")
+        for name, count, quantiles in zip(names, counts, self.confidences, strict=False):
             if len(quantiles) != (QUANTILES if count else 0):
                 found = f"{len(quantiles)} quantiles for {count} photos"
                 raise EarlyExitError(f"confidences of {name}: {found}, expected {QUANTILES}, or none for no photo")
-            for before, value in zip((-math.inf, *quantiles), quantiles, strict=False):
+            for before, value in itertools.pairwise(quantiles):
                 if value < before:
                     raise EarlyExitError(f"confidences of {name} have {value}, expected numbers >= {before}")
 
     @classmethod
     def from_decisions(cls, exit_names: Sequence[str], exit_index: Values, confidences: Sequence[Values]) -> Reference:
-        """Of the decisions on the photos of calibration.
+        """What the decisions on the photos of calibration say.
 
         Args:
             exit_names: shallow to deep, the full path last.
             exit_index: int [n], the exit that each photo took.
             confidences: per early exit [n], each photo's confidence there; looked at only where the photo left.
 
-        Raises:
-            EarlyExitError: shapes that do not fit, an exit that has no name, a confidence that is no finite number.
         """
-        taken = exit_indices(exit_index, exit_names)
-        left = [numbers(values, len(taken))[taken == index] for index, values in enumerate(confidences)]
+        taken = _exits(exit_index, exit_names)
+        left = [_numbers(values, len(taken))[taken == index] for index, values in enumerate(confidences)]
         counts = np.bincount(taken, minlength=len(exit_names)).tolist()
         return cls(len(taken), tuple(exit_names), tuple(counts), tuple(map(sample_quantiles, left)))
 
-    def to_dict(self) -> dict:
-        """Plain types for JSON."""
-        return json.loads(json.dumps(asdict(self)))
 
-    @classmethod
-    def from_dict(cls, values: dict) -> Reference:
-        """The reference that :meth:`to_dict` wrote; an EarlyExitError for other keys, types or values."""
-        try:
-            return build(cls, values, "drift")
-        except EarlyExitError as error:
-            raise EarlyExitError(f"drift reference cannot be read ({error}); calibrate again") from None
-
-
-def exit_indices(values: Values, names: Sequence[str]) -> np.ndarray:
+def _exits(values: Values, names: Sequence[str]) -> np.ndarray:
     """Indices of exits, checked, int64 [m]."""
     array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):  # an empty list is a float to numpy
-        raise EarlyExitError(
-            f"exit_index {array.dtype} {array.shape}: expected whole numbers [m]; stack the detections'"
-        )
-    wrong = array[(array < 0) | (array >= len(names))]
-    if wrong.size:
-        raise EarlyExitError(
-            f"exit_index has {wrong[0]}, the reference knows 0 to {len(names) - 1}: {', '.join(names)}"
-        )
+        found = f"exit_index {array.dtype} {array.shape}"
+        raise EarlyExitError(f"{found}: expected whole numbers [m]; stack the detections'")
+    for wrong in array[(array < 0) | (array >= len(names))][:1]:
+        known = f"0 to {len(names) - 1}: {', '.join(names)}"
+        raise EarlyExitError(f"exit_index has {wrong}, the reference knows {known}")
     return array.astype(np.int64)
 
 
-def numbers(values: Values, count: int) -> np.ndarray:
+def _numbers(values: Values, count: int) -> np.ndarray:
     """float64 [count]."""
     array = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else np.asarray(values, np.float64)
     if array.shape != (count,):
@@ -159,12 +141,8 @@ class DriftMonitor:
     photos that are drawn independently. Of the frames of a video pass on only some, seconds apart.
 
     Args:
-        reference: of the calibration.
         window: photos that are compared, at least 1; fewer react faster and see only larger changes.
         alpha: probability of a false alarm per check, in (0, 1).
-
-    Raises:
-        EarlyExitError: a number that is not in its range.
     """
 
     @suggest_keywords
@@ -188,23 +166,21 @@ class DriftMonitor:
             confidence: [m], its confidence there; at the full path it may be anything, also NaN.
 
         Returns:
-            one line per cause that a check within these photos warned of. They are also logged, each cause at most
-            once per ``window`` photos.
+            one line per cause that a check within these photos warned of; each is logged once per ``window`` photos.
 
         Raises:
             EarlyExitError: decisions of another model, or not finite; none of the batch is taken then.
         """
         names = self.reference.exit_names
-        taken = exit_indices(exit_index, names)
-        confidence = numbers(confidence, len(taken))
+        taken = _exits(exit_index, names)
+        confidence = _numbers(confidence, len(taken))
         for photo in np.flatnonzero((taken < len(names) - 1) & ~np.isfinite(confidence)):
             where = f"confidence of photo {photo} at {names[taken[photo]]}"
             raise EarlyExitError(f"{where} is {confidence[photo]}, expected a finite number; look at photo and weights")
         found: dict[str, str] = {}
         for decision in zip(taken.tolist(), confidence.tolist(), strict=True):
             self._last.append(decision)
-            self._photos += 1
-            self._until_check -= 1
+            self._photos, self._until_check = self._photos + 1, self._until_check - 1
             if self._until_check == 0:
                 found |= self._check()
         return list(found.values())
@@ -229,8 +205,8 @@ class DriftMonitor:
         self._until_check = (self.window + 1) // 2
         taken, confidence = (np.array(values) for values in zip(*self._last, strict=True))
         causes = {"shares": self._share_warning(taken)}
-        for index, name in enumerate(self.reference.exit_names[:-1]):
-            causes[f"confidences at {name}"] = self._confidence_warning(index, confidence[taken == index])
+        for index in range(len(self.reference.confidences)):
+            causes[f"confidences {index}"] = self._confidence_warning(index, confidence[taken == index])
         advice = "calibrate again, the certificate speaks of other photos"
         self._active = {cause: f"drift: {text}: {advice}" for cause, text in causes.items() if text}
         for cause, warning in self._active.items():
@@ -241,36 +217,33 @@ class DriftMonitor:
 
     def _share_warning(self, taken: np.ndarray) -> str | None:
         """About the exit whose share [window] has changed most; where one rises another falls, so one line will do."""
-        reference = self.reference
+        reference, window = self.reference, self.window
         counts = np.bincount(taken, minlength=len(reference.exit_names)).tolist()
         p_values = [
-            fisher_exact([[count, self.window - count], [before, reference.photos - before]]).pvalue
+            fisher_exact([[count, window - count], [before, reference.photos - before]]).pvalue
             for count, before in zip(counts, reference.exit_counts, strict=True)
         ]
-        exit_index = int(np.argmin(p_values))
-        if p_values[exit_index] > self._level:
+        index = int(np.argmin(p_values))
+        if p_values[index] > self._level:
             return None
-        now, before = counts[exit_index] / self.window, reference.exit_counts[exit_index] / reference.photos
-        return (
-            f"{reference.exit_names[exit_index]} took {100 * now:.3g} % of the last {self.window} photos, "
-            f"{100 * before:.3g} % in calibration ({_p_text(p_values[exit_index])})"
-        )
+        now, before = counts[index] / window, reference.exit_counts[index] / reference.photos
+        took = f"{reference.exit_names[index]} took {100 * now:.3g} % of the last {window} photos"
+        return f"{took}, {100 * before:.3g} % in calibration ({_p_text(p_values[index])})"
 
-    def _confidence_warning(self, exit_index: int, confidence: np.ndarray) -> str | None:
+    def _confidence_warning(self, index: int, confidence: np.ndarray) -> str | None:
         """About the confidences [n] of the photos in the window that left at an early exit."""
-        name, count = self.reference.exit_names[exit_index], self.reference.exit_counts[exit_index]
+        name, count = self.reference.exit_names[index], self.reference.exit_counts[index]
         if not count or not len(confidence):  # nothing to compare; the shares tell
             return None
-        quantiles = np.array(self.reference.confidences[exit_index])
+        quantiles = np.array(self.reference.confidences[index])
         with warnings.catch_warnings():  # where rounding takes an exact p-value above 1, scipy takes the asymptotic one
             warnings.simplefilter("ignore", RuntimeWarning)
             p_value = ks_2samp(confidence, nearest_sample(confidence, quantiles, count)).pvalue
         if p_value > self._level:
             return None
-        return (
-            f"the confidences at {name} have moved, median {np.median(confidence):.3g} of {len(confidence)} among the "
-            f"last {self.window} photos, {quantiles[QUANTILES // 2]:.3g} in calibration ({_p_text(p_value)})"
-        )
+        now = f"median {np.median(confidence):.3g} of {len(confidence)} among the last {self.window} photos"
+        before = f"{quantiles[QUANTILES // 2]:.3g} in calibration ({_p_text(p_value)})"
+        return f"the confidences at {name} have moved, {now}, {before}"
 
 
 def _p_text(p_value: float) -> str:

@@ -1,180 +1,15 @@
-"""Finite-sample control of the mean of a loss in [0, 1], such as the loss per photo of leaving early.
-
-A p-value here tests H0: E[loss] > epsilon. Where it is at most delta, "the mean loss is at most epsilon" holds
-with probability 1 - delta over the draw of the photos, whatever the distribution of the losses and however many
-photos there are. The photos must be independent draws of one source, and not those that the rule was fitted on.
-"""
+"""Risk control: the cheapest thresholds whose mean loss is small with high probability."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
+from earlyexit_ssd.bounds import BOUNDS, fixed_sequence_test, photos_needed, upper_bound
 from earlyexit_ssd.calibration.thresholds import Grid, choose, pareto_path, threshold_grid
 from earlyexit_ssd.config import CLOSED
-from earlyexit_ssd.errors import EarlyExitError
-
-PValue = Callable[[np.ndarray, float], float]
-
-BET_CAP = 0.75  # share of the largest bet that cannot go bankrupt; Waudby-Smith & Ramdas suggest 1/2 or 3/4
-ROUNDING = 1e-9  # sums of losses this close above a whole number are that number
-TOLERANCE = 1e-6  # of upper_bound
-MOST_PHOTOS = 10**6  # photos_needed does not count further
-
-
-def hoeffding_bentkus_p_value(losses: np.ndarray, epsilon: float) -> float:
-    """The Hoeffding-Bentkus p-value of H0: E[loss] > epsilon, in [0, 1]; falls as ``epsilon`` grows.
-
-    With m the mean of n losses, the smaller of exp(-n h(min(m, epsilon), epsilon)), where h(a, b) =
-    a log(a / b) + (1 - a) log((1 - a) / (1 - b)), and e P(Binomial(n, epsilon) <= ceil(n m)). From Bates et al.
-    2021, "Distribution-free, risk-controlling prediction sets", section 3.1. The order of the photos does not matter.
-
-    Args:
-        losses: [n], in [0, 1], one per photo; no photo gives 1.0.
-        epsilon: the largest mean loss to be accepted, in (0, 1).
-
-    Raises:
-        EarlyExitError: a loss or ``epsilon`` outside its range.
-    """
-    losses = _checked_losses(losses)
-    _check_share("epsilon", epsilon)
-    count = len(losses)
-    if count == 0:
-        return 1.0
-    total = math.fsum(losses)  # exact, so that ten losses of 0.1 are 1, not a little more
-    mean = min(total / count, epsilon)
-    divergence = mean * math.log(mean / epsilon) if mean else 0.0
-    divergence += (1 - mean) * (math.log1p(-mean) - math.log1p(-epsilon))
-    bentkus = math.e * float(stats.binom.cdf(math.ceil(total - ROUNDING), count, epsilon))
-    return min(1.0, math.exp(-count * divergence), bentkus)
-
-
-def betting_p_value(losses: np.ndarray, epsilon: float, *, delta: float = 0.1) -> float:
-    """The betting p-value of H0: E[loss] > epsilon, in [0, 1]; falls as ``epsilon`` grows.
-
-    A gambler bets against H0, photo by photo: K_t = prod_{i <= t} (1 - nu_i (L_i - epsilon)), and the p-value is
-    min(1, 1 / max_t K_t) (Ville's inequality). The bets look at past losses only:
-
-        nu_i = min(BET_CAP / (1 - epsilon), sqrt(2 log(1 / delta) / (n s_{i-1}))),
-        m_i = (1/2 + sum_{j <= i} L_j) / (i + 1),    s_i = (1/4 + sum_{j <= i} (L_j - m_j)^2) / (i + 1).
-
-    From Waudby-Smith & Ramdas 2024, "Estimating means of bounded random variables by betting", in the form of
-    Bates et al. 2021, section 3.1, who cap at 1. Our cap leaves 1 - BET_CAP of the capital after a loss of 1.
-
-    Args:
-        losses: [n], in [0, 1], in the order of the bets; no photo gives 1.0. Fix the order without a look at the
-            losses, by a seeded shuffle: photos that stand by data set or by hour are not exchangeable as they come.
-        epsilon: the largest mean loss to be accepted, in (0, 1).
-        delta: the level that the bets are tuned for, in (0, 1). The p-value is valid at every level.
-
-    Raises:
-        EarlyExitError: a loss, ``epsilon`` or ``delta`` outside its range.
-    """
-    losses = _checked_losses(losses)
-    _check_share("epsilon", epsilon)
-    _check_share("delta", delta)
-    count = len(losses)
-    if count == 0:
-        return 1.0
-    divisor = np.arange(1, count + 1) + 1
-    mean = (0.5 + np.cumsum(losses)) / divisor
-    variance = (0.25 + np.cumsum((losses - mean) ** 2)) / divisor
-    past_variance = np.concatenate([[0.25], variance[:-1]])
-    bet = np.minimum(BET_CAP / (1 - epsilon), np.sqrt(2 * math.log(1 / delta) / (count * past_variance)))
-    log_capital = np.cumsum(np.log1p(-bet * (losses - epsilon)))
-    return math.exp(-max(0.0, float(log_capital.max())))
-
-
-BOUNDS: dict[str, PValue] = {"hoeffding_bentkus": hoeffding_bentkus_p_value, "betting": betting_p_value}
-
-
-def upper_bound(losses: np.ndarray, delta: float, p_value: PValue = hoeffding_bentkus_p_value) -> float:
-    """The mean loss that is not exceeded with probability 1 - ``delta``, in (0, 1]; 1.0 where nothing is certain.
-
-    The smallest epsilon with ``p_value(losses, epsilon) <= delta``, at most 1e-6 above it, never below. ``losses`` are
-    [n], in [0, 1]; ``p_value`` is one of :data:`BOUNDS`, or another that falls as its epsilon grows.
-
-    Raises:
-        EarlyExitError: a loss or ``delta`` outside its range.
-    """
-    _check_share("delta", delta)
-    low, high = 0.0, 1.0  # no mean exceeds 1
-    while high - low > TOLERANCE:
-        middle = (low + high) / 2
-        if p_value(losses, middle) <= delta:
-            high = middle
-        else:
-            low = middle
-    return high
-
-
-def fixed_sequence_test(p_values: Iterable[float], delta: float) -> int:
-    """How many hypotheses are rejected, from the start of the sequence to the first p-value above ``delta``, behind
-    which none is read.
-
-    The chance that any of the rejected hypotheses is true is at most ``delta``, where the order was fixed before
-    the photos were seen. Fixed-sequence testing in Angelopoulos et al. 2021, "Learn then test".
-
-    Raises:
-        EarlyExitError: a p-value outside [0, 1], or ``delta`` outside (0, 1).
-    """
-    _check_share("delta", delta)
-    rejected = 0
-    for index, value in enumerate(p_values):
-        if not 0 <= value <= 1:
-            raise EarlyExitError(f"p_values[{index}] is {value}, expected a p-value in [0, 1]")
-        if value > delta:
-            break
-        rejected += 1
-    return rejected
-
-
-def photos_needed(
-    losses: np.ndarray, epsilon: float, delta: float, p_value: PValue = hoeffding_bentkus_p_value
-) -> int | None:
-    """About how many photos ``p_value`` needs to certify ``epsilon`` if further ones lose what these did, in turn: a
-    plan, not a promise. None where the mean is not below ``epsilon``, or so little that it takes over 10^6.
-
-    Raises:
-        EarlyExitError: a number outside its range.
-    """
-    losses = _checked_losses(losses)
-    _check_share("epsilon", epsilon)
-    _check_share("delta", delta)
-
-    def enough(count: int) -> bool:
-        return p_value(np.resize(losses, count), epsilon) <= delta
-
-    if not losses.size or losses.mean() >= epsilon or not enough(MOST_PHOTOS):
-        return None
-    low, high = 0, 1  # doubling, then bisection: what is enough once stays so
-    while not enough(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
-
-
-def _checked_losses(losses: np.ndarray) -> np.ndarray:
-    losses = np.asarray(losses, dtype=np.float64)
-    if losses.ndim != 1:
-        raise EarlyExitError(f"losses has shape {losses.shape}, expected [n], one loss per photo")
-    wrong = np.flatnonzero(~((losses >= 0) & (losses <= 1)))
-    if wrong.size:
-        value = losses[wrong[0]]
-        raise EarlyExitError(f"losses[{wrong[0]}] is {value}, expected a number in [0, 1]; rescale or clip the losses")
-    return losses
-
-
-def _check_share(name: str, value: float) -> None:
-    if not 0 < value < 1:
-        raise EarlyExitError(f"{name} is {value}, expected a number in (0, 1), such as 0.1")
-
 
 LONGEST_PATH = 80
 """Steps of the path; more of them cost time, fewer leave larger gaps between thresholds."""
@@ -182,12 +17,10 @@ LONGEST_PATH = 80
 
 @dataclass(frozen=True)
 class Certified:
-    """The cheapest thresholds that passed.
+    """The cheapest thresholds that passed: of step ``step`` of the path, 0 is the closed one.
 
     Attributes:
-        step: the path's step that was chosen; 0 is the closed one.
-        thresholds: per early exit; choice: exit of every calibration photo, [n].
-        loss: mean over them, or over their groups.
+        thresholds: per early exit; choice: exit of every calibration photo, [n]; loss: mean over them or their groups.
         bound: upper confidence bound of the expected loss at level delta, were this the only step.
         passed: steps of the path that passed, the closed one not counted.
         photos_needed: where none passed, how many calibration photos (or groups) would certify the first open step if
@@ -217,7 +50,7 @@ def safe_to_bold(
     Args:
         confidences: per early exit [m]; losses: [m, exits].
         costs: thresholds [M, early exits] to the exits' costs with them [M, exits].
-        grid: the combinations to choose from; by default all that `threshold_grid` makes.
+        grid: the combinations to choose from; by default all of `threshold_grid`.
     """
     grid = grid or threshold_grid(confidences)
     path = pareto_path(grid.mean(losses), grid.mean_cost(costs(grid.thresholds)))
@@ -263,12 +96,6 @@ def certify(
     passed = fixed_sequence_test((p_value(risk, epsilon) for risk in risks[1:]), delta)  # step 0 is the full path
     needed = photos_needed(risks[1], epsilon, delta, p_value) if passed == 0 and len(path) > 1 else None
     chosen = min(range(passed + 1), key=lambda step: costs[step][choices[step]].mean())
-    return Certified(
-        step=chosen,
-        thresholds=tuple(float(value) for value in path[chosen]),
-        choice=choices[chosen],
-        loss=float(risks[chosen].mean()),
-        bound=0.0 if chosen == 0 else upper_bound(risks[chosen], delta, p_value),
-        passed=passed,
-        photos_needed=needed,
-    )
+    certain = 0.0 if chosen == 0 else upper_bound(risks[chosen], delta, p_value)
+    thresholds, loss = tuple(float(value) for value in path[chosen]), float(risks[chosen].mean())
+    return Certified(chosen, thresholds, choices[chosen], loss, certain, passed, needed)

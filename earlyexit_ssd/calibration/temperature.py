@@ -43,15 +43,10 @@ class FittedTemperature:
 
 @torch.no_grad()
 def contested_boxes(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The default boxes on an object, or with an object probability of `LEAST_PROBABILITY` at least.
+    """Logits [M, C] and labels [M] of the default boxes on an object, or with an object probability of
+    `LEAST_PROBABILITY` at least, of batches of raw logits [N, A, C] with labels [N, A], 0 for background.
 
     The others, 98 % of them, are sure background; counted in, they would decide the temperature alone.
-
-    Args:
-        batches: raw logits [N, A, C] with labels [N, A], 0 for background.
-
-    Returns:
-        logits [M, C] and labels [M].
     """
     logits, labels = [], []
     for batch, truth in batches:

@@ -78,10 +78,8 @@ def threshold_grid(confidences: Sequence[np.ndarray], count: int | None = None) 
 def require_few(exits: int) -> None:
     """Raise where thresholds of so many early exits are not searched."""
     if exits > MOST_EXITS:
-        raise EarlyExitError(
-            f"{exits} early exits: thresholds are searched jointly over {MOST_EXITS} at most; take a model with fewer "
-            "(EXITS.LAYERS)"
-        )
+        limit = f"thresholds are searched jointly over {MOST_EXITS} at most"
+        raise EarlyExitError(f"{exits} early exits: {limit}; take a model with fewer (EXITS.LAYERS)")
 
 
 def pareto_path(loss: np.ndarray, cost: np.ndarray) -> np.ndarray:
@@ -115,18 +113,16 @@ def learn_open_exits(
     closed exit makes the deeper ones cheaper, which no gradient sees.
 
     Args:
-        confidences: per early exit [n]; losses: per photo and exit, [n, exits].
+        confidences: per early exit [n]; losses: [n, exits]; budget: mean cost, at least that of one of the exits.
         costs_with: thresholds (0, or `CLOSED`) of the early exits to the costs [exits].
-        budget: mean cost; at least that of one of the exits.
     """
     best, least = None, np.inf
     for closed, kept in open_sets(len(confidences)):
         thresholds, costs = np.array(closed, dtype=np.float32), costs_with(closed)
         opened = kept[:-1]
         if len(opened):
-            thresholds[opened] = learn_thresholds(
-                [confidences[index] for index in opened], losses[:, kept], costs[kept], budget
-            )
+            seen = [confidences[index] for index in opened]
+            thresholds[opened] = learn_thresholds(seen, losses[:, kept], costs[kept], budget)
         choice = choose(confidences, thresholds)
         loss = losses[np.arange(len(choice)), choice].mean()
         if costs[choice].mean() <= budget * (1 + 1e-9) and loss < least:
@@ -171,7 +167,14 @@ def learn_thresholds(
     low, high, best = 0.0, 10.0, torch.zeros(len(confidences))
     for _ in range(HALVINGS):
         price = (low + high) / 2
-        thresholds = _descend(ranks, losses, shares, price)
+        thresholds = torch.full((len(confidences),), 0.5, requires_grad=True)
+        optimizer = torch.optim.Adam([thresholds], lr=0.03)
+        for step in range(STEPS):
+            width = WIDTHS[0] * (WIDTHS[1] / WIDTHS[0]) ** (step / STEPS)
+            optimizer.zero_grad()
+            (soft_shares(ranks, thresholds, width) * (losses + price * shares)).sum(1).mean().backward()
+            optimizer.step()
+        thresholds = thresholds.detach()
         leaves = torch.cat([ranks >= thresholds, torch.ones(len(ranks), 1, dtype=torch.bool)], dim=1)
         if float(shares[leaves.float().argmax(1)].mean()) * dearest <= budget:
             high, best = price, thresholds
@@ -186,17 +189,6 @@ def soft_shares(ranks: Tensor, thresholds: Tensor, width: float) -> Tensor:
     leaves = torch.sigmoid((ranks - thresholds) / width)
     stays = torch.cat([torch.ones(len(ranks), 1), (1 - leaves).cumprod(1)], dim=1)
     return torch.cat([leaves * stays[:, :-1], stays[:, -1:]], dim=1)
-
-
-def _descend(ranks: Tensor, losses: Tensor, costs: Tensor, price: float) -> Tensor:
-    thresholds = torch.full((ranks.shape[1],), 0.5, requires_grad=True)
-    optimizer = torch.optim.Adam([thresholds], lr=0.03)
-    for step in range(STEPS):
-        width = WIDTHS[0] * (WIDTHS[1] / WIDTHS[0]) ** (step / STEPS)
-        optimizer.zero_grad()
-        (soft_shares(ranks, thresholds, width) * (losses + price * costs)).sum(1).mean().backward()
-        optimizer.step()
-    return thresholds.detach()
 
 
 def _ranks(values: np.ndarray) -> Tensor:

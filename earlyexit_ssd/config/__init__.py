@@ -15,8 +15,7 @@ from earlyexit_ssd.config.check import (
     check_config,
     num_exits,
 )
-from earlyexit_ssd.config.defaults import get_cfg
-from earlyexit_ssd.config.load import load_config
+from earlyexit_ssd.config.load import get_cfg, load_config
 
 __all__ = [
     "C4_LAYER",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,10 +14,8 @@ from earlyexit_ssd.errors import ConfigError, nearest, shown
 PHASES = ("baseline", "exits", "joint")
 CLOSED = 2.0
 """A threshold that no confidence reaches."""
-
 C4_LAYER = 13
 """Its expansion is the full path's first map."""
-
 PHASE_SECTIONS = {"baseline": "BASELINE", "exits": "EXITS_PHASE", "joint": "JOINT"}
 LAST_LAYER = 16
 TAIL_BLOCKS = 2
@@ -193,12 +192,10 @@ def check_config(cfg: CfgNode) -> None:
                         raise ConfigError(f"{key} is {shown(value)}, expected {text}")
 
 
+def _value(cfg: CfgNode, key: str) -> Any:
+    return functools.reduce(lambda node, part: node[part], key.split("."), cfg)
+
+
 def _values(cfg: CfgNode, key: str) -> Sequence[Any]:
     value = _value(cfg, key)
     return value if isinstance(value, tuple) else (value,)
-
-
-def _value(cfg: CfgNode, key: str) -> Any:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg

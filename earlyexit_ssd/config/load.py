@@ -1,4 +1,4 @@
-"""Read a YAML configuration over the defaults; every key and every type is checked before anything runs.
+"""Read a YAML configuration over defaults.yaml; every key and every type is checked before anything runs.
 
 The tree is fvcore's `CfgNode`. Its own loader is not used: it follows every YAML alias, takes no whole number for 0.5
 and reads a text such as "3" as a number.
@@ -7,38 +7,52 @@ and reads a text such as "3" as a number.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.config.check import check_config
-from earlyexit_ssd.config.defaults import get_cfg
 from earlyexit_ssd.errors import ConfigError, nearest, shown
 from earlyexit_ssd.plain import parse_yaml, read_yaml
 
+DEFAULTS = Path(__file__).with_name("defaults.yaml")
 _BASE_KEY = "_BASE_"
 _LONGEST_CHAIN = 20
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list"}
 
 
+def get_cfg() -> CfgNode:
+    """A fresh copy of the defaults."""
+    return _defaults().clone()
+
+
+@functools.cache
+def _defaults() -> CfgNode:
+    return _as_node(parse_yaml(DEFAULTS.read_text(encoding="utf-8")))
+
+
+def _as_node(tree: Mapping) -> CfgNode:
+    values = {key: _as_tuple(value) if isinstance(value, list) else value for key, value in tree.items()}
+    return CfgNode({key: _as_node(value) if isinstance(value, Mapping) else value for key, value in values.items()})
+
+
 def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> CfgNode:
-    """The defaults, overlaid with the file's ``_BASE_`` chain, the file, and ``KEY VALUE`` overrides.
+    """The defaults, overlaid with the chain of ``_BASE_`` of the YAML file ``path``, the file, and ``KEY VALUE`` pairs.
 
     Args:
-        path: YAML file; ``_BASE_`` in it names another one, relative to it. None takes the defaults alone.
         overrides: alternating keys and values, ``["EXITS.LAYERS", "(6, 12)", "SEED", "3"]``.
 
     Raises:
         ConfigError: an unknown key, a wrong type or an impossible value; the message names the source and the fix.
     """
     cfg = get_cfg()
-    if path is not None:
-        path = Path(path)
-        for source, tree in reversed(_read_chain(path)):
-            _merge(cfg, tree, str(source))
+    path = None if path is None else Path(path)
+    for source, tree in _read_chain(path) if path else []:
+        _merge(cfg, tree, str(source))
     if len(overrides) % 2:
         raise ConfigError(f"command line: expected KEY VALUE pairs, the last key {shown(overrides[-1])} has no value")
     for key, text in zip(overrides[::2], overrides[1::2], strict=True):
@@ -51,33 +65,29 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
     try:
         check_config(cfg)
     except ConfigError as error:
-        on_command_line = str(error).split(" ")[0] in map(str, overrides[::2])
-        source = "command line" if on_command_line else path or "the configuration"
+        overridden = str(error).split(" ")[0] in map(str, overrides[::2])
+        source = "command line" if overridden else path or "the configuration"
         raise ConfigError(f"{source}: {error}") from None
     cfg.freeze()
     return cfg
 
 
-def _read_chain(path: Path) -> list[tuple[Path, dict]]:
-    """The file and those underneath it, each with its keys."""
-    chain: list[tuple[Path, dict]] = []
-    seen: set[str] = set()
-    while len(chain) < _LONGEST_CHAIN:
-        tree = read_yaml(path, "configuration file", "look in configs/ for examples", ConfigError)
-        tree = {} if tree is None else tree
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{path}: expected KEY: value lines, got a {type(tree).__name__}")
-        seen.add(os.path.realpath(path))
-        base = tree.pop(_BASE_KEY, None)
-        chain.append((path, tree))
-        if base is None:
-            return chain
-        if not isinstance(base, str) or "\0" in base:
-            raise ConfigError(f"{path}: {_BASE_KEY} is {shown(base)}, expected the name of a YAML file")
-        path = path.parent / base
-        if os.path.realpath(path) in seen:
-            raise ConfigError(f"{path}: {_BASE_KEY} goes in a circle; remove one of them")
-    raise ConfigError(f"{path}: {_BASE_KEY} leads through more than {_LONGEST_CHAIN} files; put them together")
+def _read_chain(path: Path, above: tuple[str, ...] = ()) -> list[tuple[Path, dict]]:
+    """The file and those underneath it, the lowest first, each with its keys; ``above`` are those that led here."""
+    if above and os.path.realpath(path) in above:  # the first may be no path at all
+        raise ConfigError(f"{path}: {_BASE_KEY} goes in a circle; remove one of them")
+    if len(above) == _LONGEST_CHAIN:
+        raise ConfigError(f"{path}: {_BASE_KEY} leads through more than {_LONGEST_CHAIN} files; put them together")
+    tree = read_yaml(path, "configuration file", "look in configs/ for examples", ConfigError)
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected KEY: value lines, got a {type(tree).__name__}")
+    base = tree.pop(_BASE_KEY, None)
+    if base is None:
+        return [(path, tree)]
+    if not isinstance(base, str) or "\0" in base:
+        raise ConfigError(f"{path}: {_BASE_KEY} is {shown(base)}, expected the name of a YAML file")
+    return [*_read_chain(path.parent / base, (*above, os.path.realpath(path))), (path, tree)]
 
 
 def _merge(node: CfgNode, tree: Mapping, source: str, above: str = "") -> None:
@@ -105,19 +115,15 @@ def _convert(value: Any, default: Any, key: str, source: str) -> Any:
         keys = isinstance(default, CfgNode)
         kind = f"keys below it ({', '.join(default)})" if keys else f"{_KINDS[type(default)]} (default {default!r})"
         raise ConfigError(f"{source}: {key} expects {kind}, got {shown(value)}")
-    if any(ord(sign) < 32 or 0xD800 <= ord(sign) < 0xE000 for text in _texts(value) for sign in text):
-        # no path, name or file could hold it
+    if any(ord(sign) < 32 or 0xD800 <= ord(sign) < 0xE000 for sign in _text_in(value)):  # no path could hold it
         raise ConfigError(f"{source}: {key} has {shown(value)}, expected text without control characters")
     return float(value) if isinstance(default, float) else value
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """All text in a value."""
+def _text_in(value: Any) -> str:
     if isinstance(value, tuple):
-        for item in value:
-            yield from _texts(item)
-    elif isinstance(value, str):
-        yield value
+        return "".join(map(_text_in, value))
+    return value if isinstance(value, str) else ""
 
 
 def _as_tuple(value: Any) -> Any:

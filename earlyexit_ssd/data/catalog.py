@@ -60,10 +60,10 @@ def _entry(name: str, annotations: str | os.PathLike[str], photos: str | os.Path
 
 def _require(name: str, path: Path, otherwise: str = "put it there") -> None:
     if not os.path.exists(path):
-        raise DataError(
-            f"{os.path.abspath(path)}: data set {name!r} is not there; set DATA.ROOT or the environment variable "
-            f"{ROOT_VARIABLE} to the folder of the data sets, or {otherwise}"
+        fix = (
+            f"set DATA.ROOT or the environment variable {ROOT_VARIABLE} to the folder of the data sets, or {otherwise}"
         )
+        raise DataError(f"{os.path.abspath(path)}: data set {name!r} is not there; {fix}")
 
 
 def names() -> tuple[str, ...]:
@@ -79,9 +79,8 @@ def get(name: str) -> Loader:
     """
     if name not in _LOADERS:
         hint = nearest(name, _LOADERS) or f"; known: {', '.join(names())}"
-        raise ConfigError(
-            f"no data set is named {name!r}{hint}; add your own with DATA.DATASETS or earlyexit_ssd.data.register_coco"
-        )
+        fix = "add your own with DATA.DATASETS or earlyexit_ssd.data.register_coco"
+        raise ConfigError(f"no data set is named {name!r}{hint}; {fix}")
     return _LOADERS[name]
 
 
@@ -96,10 +95,7 @@ def require_known(name: str, data: CfgNode) -> None:
 
 
 def load(name: str, data: CfgNode, problems: Problems) -> RawDataset:
-    """Read a data set of the configuration (``DATA.DATASETS``) or of the catalog, unchecked.
-
-    Args:
-        data: the ``DATA`` node of the configuration.
+    """Read a data set of ``DATA.DATASETS`` or of the catalog, unchecked; ``data`` is the node ``DATA``.
 
     Raises:
         ConfigError: an unknown name, or ``DATA.DATASETS`` that are no triples of distinct names.
@@ -115,22 +111,18 @@ def _own_sets(data: CfgNode) -> dict[str, tuple[str, str]]:
     own: dict[str, tuple[str, str]] = {}
     for entry in data.DATASETS:
         if not (isinstance(entry, tuple | list) and len(entry) == 3 and all(isinstance(t, str) for t in entry)):
-            raise ConfigError(
-                f"DATA.DATASETS has {shown(entry)}, expected triples (name, annotations, photos or split)"
-            )
-        name, annotations, photos = entry
+            expected = "triples (name, annotations, photos or split)"
+            raise ConfigError(f"DATA.DATASETS has {shown(entry)}, expected {expected}")
+        name, *places = entry
         if name in own:
             raise ConfigError(f"DATA.DATASETS has two sets named {name!r}; give each its own name")
-        own[name] = annotations, photos
+        own[name] = tuple(places)
     return own
 
 
 def dataset_root(data: CfgNode) -> Path:
     """``DATA.ROOT``, else the environment variable EARLYEXIT_SSD_DATASETS, else ./datasets."""
     return Path(os.path.expanduser(data.ROOT or os.environ.get(ROOT_VARIABLE) or "datasets"))
-
-
-_VOC_SPLITS = {"2007": ("trainval", "test"), "2012": ("train", "val", "trainval")}
 
 
 def register_builtin() -> None:
@@ -141,19 +133,17 @@ def register_builtin() -> None:
             register_coco(f"{name}_{split}", f"{name}/annotations/instances_{split}.json", f"{name}/{split}")
     for split in ("train", "val"):
         register_coco(f"coco_2017_{split}", f"coco/annotations/instances_{split}2017.json", f"coco/{split}2017")
-    for year, splits in _VOC_SPLITS.items():
+    for year, splits in {"2007": ("trainval", "test"), "2012": ("train", "val", "trainval")}.items():
         for split in splits:
             _register_voc(f"voc_{year}_{split}", year, split)
     register_voc("voc_xml_sample_trainval", "voc_xml_sample/VOCdevkit/VOC2012", "trainval")
 
 
 def _register_synthetic(name: str, split: str) -> None:
-    rendered = _entry(name, f"synthetic_chairs/annotations/instances_{split}.json", f"synthetic_chairs/{split}")
-
     def load(root: Path, data: CfgNode, problems: Problems) -> RawDataset:
         settings = data.SYNTHETIC
-        ensure_synthetic(root, tuple(settings.SIZES), settings.IMAGE_SIZE, settings.SEED)
-        return rendered(root, data, problems)
+        made = ensure_synthetic(root, tuple(settings.SIZES), settings.IMAGE_SIZE, settings.SEED).relative_to(root)
+        return _entry(name, made / "annotations" / f"instances_{split}.json", made / split)(root, data, problems)
 
     register(name, load)
 
@@ -184,19 +174,10 @@ def download_voc(root: Path, year: str, split: str) -> None:
     try:
         staging.mkdir(parents=True, exist_ok=True)
         VOCDetection(str(staging), year=year, image_set=split, download=True)
-        _move_in(staging / name, root / name)
+        for part in sorted((staging / name).iterdir(), key=lambda part: part.name == "ImageSets"):
+            shutil.copytree(part, root / name / part.name, copy_function=os.replace, dirs_exist_ok=True)
         shutil.rmtree(staging)
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(
-            f"VOC {year} could not be downloaded to {root.resolve()} ({reason}); check the network, "
-            "or unpack the VOCdevkit there by hand"
-        ) from None
-
-
-def _move_in(source: Path, target: Path) -> None:
-    """Move the files of a devkit into another, which may hold those of other splits; its lists of photos last."""
-    files = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
-    for path in sorted(files, key=lambda path: (path.parts[0] == "ImageSets", path)):
-        (target / path).parent.mkdir(parents=True, exist_ok=True)
-        (source / path).replace(target / path)
+        fix = "check the network, or unpack the VOCdevkit there by hand"
+        raise DataError(f"VOC {year} could not be downloaded to {root.resolve()} ({reason}); {fix}") from None

@@ -10,14 +10,14 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from earlyexit_ssd.data.images import read_header
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import Annotation, RawDataset, Record, canonical
 from earlyexit_ssd.errors import DataError, shown
+from earlyexit_ssd.images import read_header
 from earlyexit_ssd.progress import progress
 
 # COCO files give x and width to two decimals, so that x + width can be 0.01 outside: clipped without being counted.
-# Farther outside is no rounding: of 17,700 boxes of COCO, VOC and Roboflow 57 are 0.01 outside, none is more.
+# Of 17,700 boxes of COCO, VOC and Roboflow 57 are 0.01 outside, none is more.
 OUTSIDE_TOLERANCE = 0.02
 # Thinner boxes have no area in float32 at the photo sizes in use.
 SMALLEST_SIDE = 0.01
@@ -31,21 +31,18 @@ def flag(value: object) -> bool | None:
     As number, boolean or text, in any case. None: it says neither.
     """
     text = "" if value is None else str(value).strip().lower() if isinstance(value, str | int | float) else "?"
-    if text in ("true", "yes"):
-        return True
-    if text in ("false", "no", "unspecified", ""):
-        return False
-    try:
-        return {0.0: False, 1.0: True}.get(float(text))
-    except ValueError:
-        return None
+    words = {"true": 1, "yes": 1, "false": 0, "no": 0, "unspecified": 0, "": 0}
+    with contextlib.suppress(ValueError):
+        return {0.0: False, 1.0: True}.get(float(words.get(text, text)))
+    return None
 
 
 def read_flags(flags: dict[str, object], where: str, problems: Problems, image_id: int) -> bool:
     """Whether any of an object's flags (name -> value) is set; unusable ones are counted once an object."""
     read = {name: flag(value) for name, value in flags.items()}
-    for name in [name for name, state in read.items() if state is None][:1]:
-        problems.add("unusable flag", f"{where} has {name} {shown(flags[name])}, expected 0 or 1", image_id)
+    if unusable := [name for name, state in read.items() if state is None]:
+        found = f"{where} has {unusable[0]} {shown(flags[unusable[0]])}, expected 0 or 1"
+        problems.add("unusable flag", found, image_id)
     return any(read.values())
 
 
@@ -107,22 +104,23 @@ def check_boxes(raw: RawDataset, problems: Problems) -> RawDataset:
     Raises:
         DataError: in mode "refuse", one line that names file, photo, annotation and value.
     """
+
+    def usable(one: Annotation, record: Record) -> bool:
+        if not 1 <= one.label <= len(raw.classes):
+            kind = "unknown label"
+            found = f"{describe(record, one.id)} has label {one.label}, expected 1 to {len(raw.classes)}"
+        elif not all(map(math.isfinite, one.box)):
+            kind, found = "box with NaN or infinity", _describe_box(one, record)
+        elif not has_area(one.box):
+            kind, found = "box without area", _describe_box(one, record)
+        else:
+            return True
+        problems.add(kind, found, record.image_id)
+        return False
+
     _note_small_boxes(raw, problems)
-    records = []
-    for record in raw.records:
-        usable = []
-        for one in record.annotations:
-            if not 1 <= one.label <= len(raw.classes):
-                found = f"{describe(record, one.id)} has label {one.label}, expected 1 to {len(raw.classes)}"
-                problems.add("unknown label", found, record.image_id)
-            elif not all(map(math.isfinite, one.box)):
-                problems.add("box with NaN or infinity", _describe_box(one, record), record.image_id)
-            elif not has_area(one.box):
-                problems.add("box without area", _describe_box(one, record), record.image_id)
-            else:
-                usable.append(one)
-        records.append(dataclasses.replace(record, annotations=tuple(usable)))
-    return dataclasses.replace(raw, records=tuple(r for r in records if problems.keeps(r.image_id)))
+    records = [r.holding(one for one in r.annotations if usable(one, r)) for r in raw.records]
+    return dataclasses.replace(raw, records=problems.kept(records))
 
 
 def _note_small_boxes(raw: RawDataset, problems: Problems) -> None:
@@ -137,8 +135,7 @@ def _note_small_boxes(raw: RawDataset, problems: Problems) -> None:
 
 
 def _describe_box(annotation: Annotation, record: Record) -> str:
-    box = ", ".join(f"{value:g}" for value in annotation.box)
-    place = describe(record, annotation.id)
+    box, place = ", ".join(f"{value:g}" for value in annotation.box), describe(record, annotation.id)
     return f"{place} has box x1, y1, x2, y2 = {box} in a photo of {record.width} x {record.height}"
 
 
@@ -150,8 +147,7 @@ def clip_boxes(records: Sequence[Record], problems: Problems) -> list[Record]:
     Raises:
         DataError: as :func:`check_boxes`.
     """
-    clipped = [dataclasses.replace(record, annotations=tuple(_inside(record, problems))) for record in records]
-    return [record for record in clipped if problems.keeps(record.image_id)]
+    return list(problems.kept([record.holding(_inside(record, problems)) for record in records]))
 
 
 def _inside(record: Record, problems: Problems) -> Iterator[Annotation]:
@@ -184,10 +180,6 @@ def has_area(box: Box) -> bool:
     return box[2] - box[0] >= SMALLEST_SIDE and box[3] - box[1] >= SMALLEST_SIDE
 
 
-# Headers are read at some thousands a second; a bar is shown where that is felt.
-_MANY = 5000
-
-
 def check_photos(records: Sequence[Record], problems: Problems) -> list[Record]:
     """The records whose photo can be used, boxes and size in the pixels of the picture that will be read.
 
@@ -196,8 +188,9 @@ def check_photos(records: Sequence[Record], problems: Problems) -> list[Record]:
     Raises:
         DataError: in mode "refuse", one line that names the file.
     """
-    checked = (_check(r, problems) for r in progress(records, "checking photos" if len(records) >= _MANY else None))
-    return [record for record in checked if record is not None and problems.keeps(record.image_id)]
+    title = "checking photos" if len(records) >= 5000 else None  # headers are read at some thousands a second
+    checked = [_check(record, problems) for record in progress(records, title)]
+    return list(problems.kept(filter(None, checked)))
 
 
 def file_identity(path: Path) -> Hashable:
@@ -226,13 +219,10 @@ def drop_repeated_files(raw: RawDataset, problems: Problems) -> RawDataset:
             same = f"{describe(record)} is the file of id {other.image_id}"
             problems.add("one file under two ids", same, record.image_id)
             problems.leave_out(record.image_id)
-            if _objects(record) != _objects(other):
+            mine, its = (sorted((one.box, one.label, one.ignore) for one in r.annotations) for r in (record, other))
+            if mine != its:
                 problems.leave_out(other.image_id)
-    return dataclasses.replace(raw, records=tuple(r for r in raw.records if problems.keeps(r.image_id)))
-
-
-def _objects(record: Record) -> list[tuple]:
-    return sorted((one.box, one.label, one.ignore) for one in record.annotations)
+    return dataclasses.replace(raw, records=problems.kept(raw.records))
 
 
 def _check(record: Record, problems: Problems) -> Record | None:
@@ -247,21 +237,20 @@ def _check(record: Record, problems: Problems) -> Record | None:
         problems.add(kind, f"{describe(record)} has {value}", record.image_id)
     if actual == size:
         return record
-    swapped = actual == (size[1], size[0])
+    swapped = actual == size[::-1]
     kind = "photo with width and height swapped" if swapped else "photo of another size than annotated"
     sizes = f"is {actual[0]} x {actual[1]}, annotated as {size[0]} x {size[1]}"
     problems.add(kind, f"{describe(record)} {sizes}", record.image_id)
-    if swapped:
-        return dataclasses.replace(record, width=actual[0], height=actual[1])
-    return resize_record(record, *actual)
+    return dataclasses.replace(record, width=actual[0], height=actual[1]) if swapped else resize_record(record, *actual)
 
 
 def resize_record(record: Record, width: int, height: int) -> Record:
     """The record for the same photo at another size."""
     across, down = width / record.width, height / record.height
-    annotations = []
-    for one in record.annotations:
+
+    def resized(one: Annotation) -> Annotation:
         x1, y1, x2, y2 = one.box
         area = None if one.area is None else one.area * across * down
-        annotations.append(dataclasses.replace(one, box=(x1 * across, y1 * down, x2 * across, y2 * down), area=area))
-    return dataclasses.replace(record, width=width, height=height, annotations=tuple(annotations))
+        return dataclasses.replace(one, box=(x1 * across, y1 * down, x2 * across, y2 * down), area=area)
+
+    return dataclasses.replace(record, width=width, height=height).holding(map(resized, record.annotations))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -16,8 +15,10 @@ from earlyexit_ssd.data.records import Annotation, RawDataset, Record, register_
 from earlyexit_ssd.errors import DataError, shown
 
 _SECTIONS = ("images", "annotations", "categories")
+_NEEDED = ("image_id", "category_id", "bbox")
 _FLAGS = ("iscrowd", "difficult", "ignore")
 _LARGEST_ID = 2**53  # exact in the floats that pycocotools and JSON make of numbers
+_Entry = dict[str, Any]  # an object of the file, unchecked
 
 
 # any file that no format registered later recognises
@@ -27,13 +28,11 @@ def read_coco(
 ) -> RawDataset:
     """Read a COCO detection file.
 
-    Boxes come as x, y, width, height and leave as x1, y1, x2, y2. Labels are places in the file's
-    ``categories``, whatever their ids are. ``iscrowd``, ``difficult`` and ``ignore`` all become
-    ``Annotation.ignore``.
+    Boxes come as x, y, width, height and leave as x1, y1, x2, y2. Labels are places in the file's ``categories``,
+    whatever their ids are. ``iscrowd``, ``difficult`` and ``ignore`` all become ``Annotation.ignore``.
 
     Args:
-        annotations: the JSON file.
-        images: folder that ``file_name`` is relative to.
+        annotations: the JSON file; ``file_name`` in it is relative to the folder ``images``.
         problems: takes what is wrong with single records.
         allow_outside: take photos whose ``file_name`` leads outside the folder.
 
@@ -45,12 +44,11 @@ def read_coco(
     check_names((entry["name"] for entry in tree["categories"]), annotations, problems)
     photos = _read_photos(tree["images"], annotations, images, problems, allow_outside)
     objects = _read_annotations(tree["annotations"], annotations, photos, labels, problems)
-    kept = [photo for photo in photos.values() if problems.keeps(photo.image_id)]
-    records = tuple(dataclasses.replace(photo, annotations=tuple(objects[photo.image_id])) for photo in kept)
-    return RawDataset(name, classes, records)
+    records = [photo.holding(objects[photo.image_id]) for photo in problems.kept(photos.values())]
+    return RawDataset(name, classes, tuple(records))
 
 
-def _load(path: Path) -> dict[str, list[dict[str, Any]]]:
+def _load(path: Path) -> dict[str, list[_Entry]]:
     if not os.path.isfile(path):
         raise DataError(f"{path}: no such annotation file; correct its path in DATA.DATASETS, or DATA.ROOT")
     try:
@@ -66,15 +64,14 @@ def _load(path: Path) -> dict[str, list[dict[str, Any]]]:
     return tree
 
 
-def _read_categories(entries: list[dict[str, Any]], source: Path) -> tuple[tuple[str, ...], dict[Any, int]]:
+def _read_categories(entries: list[_Entry], source: Path) -> tuple[tuple[str, ...], dict[Any, int]]:
     """Class names in the file's order, and the label of each category id."""
     labels: dict[Any, int] = {}
     for place, entry in enumerate(entries):
         name = entry.get("name")
         if _hashable(entry.get("id")) is None or not isinstance(name, str) or not name.strip():
-            raise DataError(
-                f"{source}: categories[{place}] is {shown(entry)}, expected an id (number or text) and a name"
-            )
+            expected = "an id (number or text) and a name"
+            raise DataError(f"{source}: categories[{place}] is {shown(entry)}, expected {expected}")
         if entry["id"] in labels:
             raise DataError(f"{source}: categories[{place}] repeats id {shown(entry['id'])}; give each its own")
         labels[entry["id"]] = place + 1
@@ -82,7 +79,7 @@ def _read_categories(entries: list[dict[str, Any]], source: Path) -> tuple[tuple
 
 
 def _read_photos(
-    entries: list[dict[str, Any]], source: Path, folder: Path, problems: Problems, allow_outside: bool
+    entries: list[_Entry], source: Path, folder: Path, problems: Problems, allow_outside: bool
 ) -> dict[Any, Record]:
     """The file's image id -> the photo, without objects yet."""
     keep_ids = all(isinstance(one := entry.get("id"), int) and abs(one) < _LARGEST_ID for entry in entries)
@@ -112,11 +109,16 @@ def _read_photos(
 
 
 def _read_annotations(
-    entries: list[dict[str, Any]], source: Path, photos: dict[Any, Record], labels: dict[Any, int], problems: Problems
+    entries: list[_Entry], source: Path, photos: dict[Any, Record], labels: dict[Any, int], problems: Problems
 ) -> dict[int, list[Annotation]]:
     """Image id -> its objects."""
+
+    def where(entry: _Entry) -> str:
+        photo = photos.get(_hashable(entry.get("image_id")))
+        return f"{source}: annotation {shown(entry.get('id'))}" + (f" of photo {photo.path.name}" if photo else "")
+
     objects: dict[int, list[Annotation]] = {photo.image_id: [] for photo in photos.values()}
-    seen: dict[Any, dict[str, Any]] = {}
+    seen: dict[Any, _Entry] = {}
     shares: list[tuple[str, int]] = []  # message, image id
     total = 0
     for place, entry in enumerate(entries):
@@ -124,30 +126,26 @@ def _read_annotations(
         number = photo.image_id if photo else None
         annotation_id = entry.get("id", f"[{place}]")
         if isinstance(annotation_id, list | dict):
-            problems.add(
-                "malformed annotation id", f"{_where(source, entry, photo)}: its id is to be a number or text", number
-            )
+            problems.add("malformed annotation id", f"{where(entry)}: its id is to be a number or text", number)
             annotation_id = f"[{place}]"
         if annotation_id in seen:
-            where = _where(source, entry, photo)
-            problems.add("duplicate annotation id", f"{where} repeats id {shown(annotation_id)}", number)
-            if _content(seen[annotation_id]) == _content(entry):
+            problems.add("duplicate annotation id", f"{where(entry)} repeats id {shown(annotation_id)}", number)
+            if all(seen[annotation_id].get(key) == entry.get(key) for key in _NEEDED):
                 continue
         seen[annotation_id] = entry
         if problem := _problem(entry, photo, labels):
-            kind, value = problem
-            problems.add(kind, f"{_where(source, entry, photo)} has {value}", number)
+            problems.add(problem[0], f"{where(entry)} has {problem[1]}", number)
             continue
         x, y, width, height = map(_number, entry["bbox"])
         total += 1
         if min(width, height) > 0 and are_shares((x, y, width, height)):
-            shares.append((f"{_where(source, entry, photo)} has bbox {shown(entry['bbox'])}", number))
+            shares.append((f"{where(entry)} has bbox {shown(entry['bbox'])}", number))
             continue
         flags = {key: entry[key] for key in _FLAGS if entry.get(key)}
-        ignore = bool(flags) and read_flags(flags, _where(source, entry, photo), problems, number)
+        ignore = bool(flags) and read_flags(flags, where(entry), problems, number)
         area = None if entry.get("area") is None else _number(entry["area"])
         if area is not None and not 0 < area < math.inf:
-            problems.add("unusable area", f"{_where(source, entry, photo)} has area {shown(entry['area'])}", number)
+            problems.add("unusable area", f"{where(entry)} has area {shown(entry['area'])}", number)
             area = None
         box = (x, y, x + width, y + height)
         objects[number].append(Annotation(box, labels[entry["category_id"]], ignore, area, annotation_id))
@@ -155,9 +153,9 @@ def _read_annotations(
     return objects
 
 
-def _problem(entry: dict[str, Any], photo: Record | None, labels: dict[Any, int]) -> tuple[str, str] | None:
+def _problem(entry: _Entry, photo: Record | None, labels: dict[Any, int]) -> tuple[str, str] | None:
     """(kind, value) of what makes an annotation unusable, if anything does."""
-    for key in ("image_id", "category_id", "bbox"):
+    for key in _NEEDED:
         if key not in entry:
             return "annotation without a needed key", f"no {key!r}"
     if photo is None:
@@ -168,15 +166,6 @@ def _problem(entry: dict[str, Any], photo: Record | None, labels: dict[Any, int]
     if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
         return "malformed box", f"bbox {shown(box)}, expected [x, y, width, height]"
     return None
-
-
-def _where(source: Path, entry: dict[str, Any], photo: Record | None) -> str:
-    name = f" of photo {photo.path.name}" if photo else ""
-    return f"{source}: annotation {shown(entry.get('id'))}{name}"
-
-
-def _content(entry: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(entry.get(key) for key in ("image_id", "category_id", "bbox"))
 
 
 def _is_number(value: Any) -> bool:

@@ -13,7 +13,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -23,15 +22,7 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from earlyexit_ssd.data import catalog
-from earlyexit_ssd.data.checks import (
-    check_boxes,
-    check_photos,
-    clip_boxes,
-    describe,
-    drop_repeated_files,
-    file_identity,
-)
+from earlyexit_ssd.data import catalog, checks
 from earlyexit_ssd.data.images import as_tensor, read_image
 from earlyexit_ssd.data.problems import MODES, Problems
 from earlyexit_ssd.data.records import (
@@ -55,18 +46,16 @@ Target = dict[str, Tensor | int]
 class DetectionDataset(torch.utils.data.Dataset):
     """``dataset[i]`` is ``(image, target)``.
 
-    The image is float32 [3, H, W] RGB in [0, 1], at the photo's own size. The target holds ``boxes``
-    float32 [N, 4] (xyxy, pixels), ``labels`` int64 [N] in 1..K, ``image_id`` int, ``area`` float32 [N]
-    (square pixels) and ``iscrowd`` int64 [N].
+    The image is float32 [3, H, W] RGB in [0, 1], at the photo's own size. The target holds ``boxes`` float32 [N, 4]
+    (xyxy, pixels), ``labels`` int64 [N] in 1..K, ``image_id`` int, ``area`` float32 [N] (square pixels) and ``iscrowd``
+    int64 [N].
 
     Args:
-        records: photos whose labels index ``classes`` from 1.
-        classes: the K names.
+        records: photos whose labels index ``classes``, the K names, from 1.
         transforms: augmentation; its random numbers depend on (seed, epoch, index) only, so that a resumed
             run, or any number of processes, sees exactly the same views.
-        train: drop objects to ignore (crowd, difficult), and step over photos that cannot be decoded.
-            Otherwise objects to ignore stay, with ``iscrowd`` 1, and a photo that cannot be decoded is an
-            error, since an evaluation of other photos than stated would be wrong.
+        train: drop objects to ignore (crowd, difficult), and step over photos that cannot be decoded. Otherwise they
+            stay, with ``iscrowd`` 1, and a photo that cannot be decoded is an error.
         on_bad: "refuse" makes a photo that cannot be decoded an error in training too.
         labelled: False where nobody labelled some of the photos: that no box is there says nothing about them.
     """
@@ -83,14 +72,9 @@ class DetectionDataset(torch.utils.data.Dataset):
     ) -> None:
         if on_bad not in MODES:
             raise DataError(f"on_bad is {on_bad!r}, expected one of {', '.join(MODES)}")
-        self.records = tuple(records)
-        self.classes = tuple(classes)
-        self.transforms = transforms
-        self.train = train
-        self.seed = seed
-        self.epoch = 0
-        self.on_bad = on_bad
-        self.labelled = labelled
+        self.records, self.classes = tuple(records), tuple(classes)
+        self.transforms, self.train, self.on_bad, self.labelled = transforms, train, on_bad, labelled
+        self.seed, self.epoch = seed, 0
         self._paths = {record.image_id: record.path for record in self.records}
         self._undecodable: set[int] = set()
         if len(self._paths) < len(self.records):
@@ -122,8 +106,7 @@ class DetectionDataset(torch.utils.data.Dataset):
 
     def get_height_and_width(self, index: int) -> tuple[int, int]:
         """Size of photo ``index``, unread; torchvision's grouping by aspect ratio loads every photo without it."""
-        record = self.records[index]
-        return record.height, record.width
+        return self.records[index].height, self.records[index].width
 
     def sample(self, index: int, epoch: int) -> tuple[Tensor, Target]:
         """Photo ``index`` as epoch ``epoch`` sees it, whatever :meth:`set_epoch` said.
@@ -161,8 +144,8 @@ class DetectionDataset(torch.utils.data.Dataset):
                     raise
                 if record.image_id not in self._undecodable:
                     self._undecodable.add(record.image_id)
-                    count = len(self._undecodable)
-                    logger.warning("%s; the next photo stands in for it (%d such so far)", error, count)
+                    text = "%s; the next photo stands in for it (%d such so far)"
+                    logger.warning(text, error, len(self._undecodable))
         raise DataError(f"none of {len(self)} photos can be decoded; the first is {self.records[index].path}")
 
 
@@ -171,7 +154,7 @@ def _read_photo(record: Record) -> np.ndarray:
     if image.shape[:2] != (record.height, record.width):
         height, width = image.shape[:2]
         raise DataError(
-            f"{describe(record)} is {width} x {height}, annotated as {record.width} x {record.height}; "
+            f"{checks.describe(record)} is {width} x {height}, annotated as {record.width} x {record.height}; "
             "load the data set with load_dataset, which scales the boxes"
         )
     return image
@@ -181,11 +164,8 @@ def repeat_rare_classes(dataset: DetectionDataset, threshold: float, seed: int) 
     """A training set with each photo r times (Gupta et al. 2019, "LVIS", appendix B.2).
 
     r = max over the photo's classes of max(1, sqrt(threshold / f)), f the share of the photos that show the class. The
-    fraction of r is rounded up or down by chance. Every repetition is augmented in its own way.
-
-    Args:
-        threshold: classes on fewer than this share of the photos count as rare; 0 repeats none.
-        seed: of the rounding.
+    fraction of r is rounded up or down by chance (``seed``). Every repetition is augmented in its own way. Classes on
+    fewer than the share ``threshold`` of the photos count as rare; 0 repeats none.
     """
     if not threshold:
         return dataset
@@ -225,10 +205,7 @@ def _readable_photos() -> Iterator[None]:
 def fingerprint(dataset: DetectionDataset, hashes: Sequence[str] | None = None) -> str:
     """SHA-256 over the classes and, photo by photo in their order, the file's content, number, size and objects.
 
-    Where the files lie has no part in it. Augmentation has none either: it is of the settings.
-
-    Args:
-        hashes: of the photos' files, where they are known already; see `photo_hashes`.
+    Where the files lie has no part in it, nor has augmentation. ``hashes`` are `photo_hashes` that are known already.
 
     Raises:
         DataError: a photo cannot be read.
@@ -250,13 +227,15 @@ def require_disjoint(**datasets: DetectionDataset) -> None:
     Raises:
         DataError: the sets, the first photo that they share, and how many there are; or a photo cannot be read.
     """
-    digest = functools.cache(sha256)
+    digest, sizes = functools.cache(sha256), {}
     with _readable_photos():
-        by_size = {name: _by_size(name, dataset) for name, dataset in datasets.items()}
-        for (first, ours), (second, theirs) in itertools.combinations(by_size.items(), 2):
-            sizes = [size for size in ours if size in theirs]
-            known = {digest(path): path for size in sizes for path in ours[size]}
-            shared = [(known[digest(p)], p) for size in sizes for p in theirs[size] if digest(p) in known]
+        for name, dataset in datasets.items():
+            require_unique(name, dataset.records)
+            sizes[name] = {record.path.resolve(): record.path.stat().st_size for record in dataset.records}
+        for (first, ours), (second, theirs) in itertools.combinations(sizes.items(), 2):
+            common = set(ours.values()) & set(theirs.values())
+            known = {digest(path): path for path, size in ours.items() if size in common}
+            shared = [(known[digest(p)], p) for p, size in theirs.items() if size in common and digest(p) in known]
             if shared:
                 raise DataError(
                     f"{first} and {second} share photos ({len(shared)}), the first: {shared[0][0]} and {shared[0][1]}; "
@@ -272,21 +251,11 @@ def require_unique(name: str, records: Iterable[Record]) -> None:
     """
     seen = set()
     for record in records:
-        identity = file_identity(record.path)
+        identity = checks.file_identity(record.path)
         if identity is not None and identity in seen:
-            raise DataError(
-                f"{name} has the photo {record.path} twice; name each file once, in one of the set's data sets"
-            )
+            fix = "name each file once, in one of the set's data sets"
+            raise DataError(f"{name} has the photo {record.path} twice; {fix}")
         seen.add(identity)
-
-
-def _by_size(name: str, dataset: DetectionDataset) -> dict[int, list[Path]]:
-    """Size in bytes -> the photos of that size."""
-    require_unique(name, dataset.records)
-    by_size: dict[int, list[Path]] = {}
-    for record in dataset.records:
-        by_size.setdefault(record.path.stat().st_size, []).append(record.path.resolve())
-    return by_size
 
 
 def to_coco(dataset: DetectionDataset) -> COCO:
@@ -295,23 +264,18 @@ def to_coco(dataset: DetectionDataset) -> COCO:
     Objects to ignore have ``iscrowd`` 1, the only way to tell pycocotools. Annotations are numbered from 1,
     since pycocotools takes a match with number 0 for no match. Nothing is printed and no photo is read.
     """
-    annotations: list[dict[str, Any]] = []
+    coco, images, annotations = COCO(), [], []
     for record in dataset.records:
+        name, sides = str(record.path), {"width": record.width, "height": record.height}
+        images.append({"id": record.image_id, "file_name": name, **sides})
         for one in record.annotations:
             x1, y1, x2, y2 = one.box
             bbox, number = [x1, y1, x2 - x1, y2 - y1], len(annotations) + 1
             area = bbox[2] * bbox[3] if one.area is None else one.area
             ids = {"id": number, "image_id": record.image_id, "category_id": one.label}
             annotations.append({**ids, "bbox": bbox, "area": area, "iscrowd": int(one.ignore)})
-    coco = COCO()
-    coco.dataset = {
-        "info": {},
-        "images": [
-            {"id": r.image_id, "file_name": str(r.path), "width": r.width, "height": r.height} for r in dataset.records
-        ],
-        "annotations": annotations,
-        "categories": [{"id": label, "name": name} for label, name in enumerate(dataset.classes, start=1)],
-    }
+    categories = [{"id": label, "name": name} for label, name in enumerate(dataset.classes, start=1)]
+    coco.dataset = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
@@ -327,9 +291,8 @@ class EpochSampler(Sampler[int]):
     Evaluation keeps the photos' own order and drops none. Batch k of a single process is the whole batch of process
     k modulo their number: other photos beside it could change a photo's scores in the last digits.
 
-    Args:
-        dataset: its ``set_epoch`` is called along, so that one call chooses order and views.
-        batch_size: photos of a batch, in training over all processes.
+    ``set_epoch`` is the data set's too, so that one call chooses order and views; ``batch_size`` is over all processes
+    in training.
     """
 
     def __init__(
@@ -362,12 +325,7 @@ class EpochSampler(Sampler[int]):
         return iter(order[self.rank :: self.world_size])
 
     def __len__(self) -> int:
-        count = len(self.dataset)
-        if not self.train:
-            return sum(1 for _ in self)
-        if count >= self.batch_size:
-            count -= count % self.batch_size
-        return len(range(self.rank + self.start * self.batch_size, count, self.world_size))
+        return sum(1 for _ in self)
 
 
 def build_loader(
@@ -375,10 +333,8 @@ def build_loader(
 ) -> DataLoader:
     """Batches of ``(list of images, list of targets)``; ``loader.sampler.set_epoch(epoch)`` goes first.
 
-    Args:
-        batch_size: photos of a batch; in training over all processes.
-        workers: processes that load; 0 loads in this one.
-        rank, world_size: this process among those that share the photos, see `EpochSampler`.
+    In training ``batch_size`` is over all processes, of which this is number ``rank``. With 0 ``workers`` it loads by
+    itself. What the processes share: see `EpochSampler`.
 
     Raises:
         DataError: an empty data set, or a batch that cannot be dealt out evenly.
@@ -390,17 +346,11 @@ def build_loader(
         raise DataError(f"a data set of {len(dataset)} photos is too small for {world_size} process(es)")
     if workers:
         _one_thread()  # a forked worker would wait for ever for the threads that OpenCV has started in this process
-    return DataLoader(
-        dataset,
-        batch_size=batch_size // dealt_out,
-        sampler=EpochSampler(dataset, batch_size, train, seed, rank, world_size),
-        num_workers=workers,
-        collate_fn=collate,
-        worker_init_fn=_one_thread,
-        pin_memory=torch.cuda.is_available(),
-        # its own, for without one an iterator draws from the global generator, which a resumed run must not
-        generator=torch.Generator(),
-    )
+    options = {"collate_fn": collate, "worker_init_fn": _one_thread, "pin_memory": torch.cuda.is_available()}
+    sampler = EpochSampler(dataset, batch_size, train, seed, rank, world_size)
+    # without one of its own an iterator draws from the global generator, which a resumed run must not
+    own = torch.Generator()
+    return DataLoader(dataset, batch_size // dealt_out, sampler=sampler, num_workers=workers, generator=own, **options)
 
 
 def collate(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
@@ -444,14 +394,17 @@ def load_dataset(
     classes = tuple(data.CLASSES) or (union_of_classes(raws) if names == tuple(data.TRAIN) else class_names(cfg))
     if not classes and not any(raw.labelled for raw in raws):
         raise DataError(NO_CLASS.format(title))
-    if need_boxes is not False and not unlabelled:
-        _require_labelled(raws, train)
+    unknown = [raw.name for raw in raws if not raw.labelled]  # their photos would stand for some that show nothing
+    if unknown and need_boxes is not False and not unlabelled:
+        fix = ", or let the full path teach, without a joint phase (LOSS.SUPERVISION teacher)" if train else ""
+        needs = "is a folder of photos that nobody labelled, and boxes are needed here; name data sets with boxes"
+        raise DataError(f"data set '{unknown[0]}' {needs}{fix}")
     records = select_classes(raws, classes, train)
     if train:
         records = limit_negatives(records, data.NEGATIVE_SHARE, cfg.SEED)
     records = limit_photos(records, data.LIMIT, cfg.SEED)
     problems = Problems(data.ON_BAD)
-    records = clip_boxes(check_photos(records, problems), problems)
+    records = checks.clip_boxes(checks.check_photos(records, problems), problems)
     problems.log(title)
     if not records:
         raise DataError(f"{title}: no usable photo is left; check the folder of the photos")
@@ -471,7 +424,6 @@ def load_dataset(
 
 
 def _without_boxes(classes: Sequence[str], photos: int, ignored: int, train: bool) -> str:
-    """What to say of a set without a wanted object; ``ignored``: objects that are marked as not to be counted."""
     wanted, purpose = few(classes) or "any class", "learnt" if train else "measured"
     found, fixes = f"no box of {wanted}", ["add photos that show it", "name other DATA.CLASSES"]
     if ignored:
@@ -481,17 +433,6 @@ def _without_boxes(classes: Sequence[str], photos: int, ignored: int, train: boo
     return f"{found} in {photos} photos; nothing can be {purpose}: {', or '.join(fixes)}"
 
 
-def _require_labelled(raws: Sequence[RawDataset], train: bool) -> None:
-    """Where boxes teach or measure, a photo that nobody labelled would stand for one that shows nothing."""
-    for raw in raws:
-        if not raw.labelled:
-            fix = ", or let the full path teach, without a joint phase (LOSS.SUPERVISION teacher)" if train else ""
-            raise DataError(
-                f"data set '{raw.name}' is a folder of photos that nobody labelled, and boxes are needed here; "
-                f"name data sets with boxes{fix}"
-            )
-
-
 def read_dataset(cfg: CfgNode, name: str) -> RawDataset:
     """One data set with usable boxes and all of its classes; its photo files are not yet looked at.
 
@@ -499,7 +440,8 @@ def read_dataset(cfg: CfgNode, name: str) -> RawDataset:
         ConfigError, DataError: as :func:`load_dataset`.
     """
     problems = Problems(cfg.DATA.ON_BAD)
-    raw = drop_repeated_files(check_boxes(catalog.load(name, cfg.DATA, problems), problems), problems)
+    raw = checks.check_boxes(catalog.load(name, cfg.DATA, problems), problems)
+    raw = checks.drop_repeated_files(raw, problems)
     problems.log(name)
     return raw
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from earlyexit_ssd.data.images import PHOTO_SUFFIXES, read_header
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import RawDataset, Record, register_format
 from earlyexit_ssd.errors import DataError
+from earlyexit_ssd.images import PHOTO_SUFFIXES, find_files, read_header
 from earlyexit_ssd.plain import read_bytes
 from earlyexit_ssd.progress import progress
 
 
 def read_photo_folder(name: str, folder: Path, problems: Problems) -> RawDataset:
     """Every photo in ``folder`` and the folders in it, in the order of their paths; hidden files are left out.
-
-    Args:
-        problems: takes what is wrong with single photos.
 
     Raises:
         DataError: not a folder, no photo there, or (mode "refuse") one that cannot be read.
@@ -31,46 +27,17 @@ def read_photo_folder(name: str, folder: Path, problems: Problems) -> RawDataset
     records = []
     for number, path in enumerate(progress(paths, desc=f"read {name}"), start=1):
         try:
-            width, height = read_header(path).size
+            records.append(Record(number, path, *read_header(path).size))
         except DataError as error:
             problems.add("unreadable photo file", str(error), number)
-            continue
-        records.append(Record(number, path, width, height))
     for path in others:
         problems.note("file of another kind", str(path))
     return RawDataset(name, (), tuple(records), open_classes=True, labelled=False)
 
 
-@register_format("photos", lambda annotations, path: not annotations)
-def _read_entry(name: str, annotations: Path, folder: Path, problems: Problems, allow_outside: bool) -> RawDataset:
-    return read_photo_folder(name, folder, problems)
-
-
-def find_files(folder: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[Path]]:
-    """Files of ``suffixes`` (in any case) in and below ``folder``, and all others, sorted; hidden ones are left out.
-
-    Folders that are symbolic links are looked into, each once.
-
-    Raises:
-        DataError: a folder cannot be read.
-    """
-    found: tuple[list[Path], list[Path]] = [], []
-    for path in _files(folder):
-        found[not (path.suffix.lower() in suffixes and os.path.isfile(path))].append(path)
-    return sorted(found[0]), sorted(found[1])
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); make the folder readable") from None
-
-    seen: set[str] = set()
-    for here, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        place = os.path.realpath(here)
-        folders[:] = [] if place in seen else [name for name in folders if name[0] != "."]
-        if place not in seen:
-            yield from (Path(here, name) for name in files if name[0] != ".")
-        seen.add(place)
+register_format("photos", lambda annotations, path: not annotations)(
+    lambda name, annotations, folder, problems, allow_outside: read_photo_folder(name, folder, problems)
+)
 
 
 def photo_path(folder: Path, name: str, allow_outside: bool) -> Path | None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
 
 from earlyexit_ssd.config.check import CHOICES
 from earlyexit_ssd.errors import DataError, one_line
@@ -56,19 +59,18 @@ REPAIRS = {
 class Problems:
     """Collects the problems of one data set by kind.
 
-    Args:
-        on_bad: "repair" counts them (the caller repairs), "refuse" raises at the first, "skip" counts them
-            and remembers their photos, which are then left out.
+    ``on_bad``: "repair" counts them (the caller repairs), "refuse" raises at the first, "skip" counts them and
+    remembers their photos, which are then left out.
     """
 
     def __init__(self, on_bad: str = "repair") -> None:
         if on_bad not in MODES:
             raise DataError(f"DATA.ON_BAD is {on_bad!r}, expected one of {', '.join(MODES)}")
         self.on_bad = on_bad
-        self.counts: dict[str, int] = {}
+        self.counts: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
         self._left_out: set[int] = set()
-        self._skips: dict[str, int] = {}
+        self._skips: Counter[str] = Counter()
 
     def add(self, kind: str, message: str, image_id: int | None = None) -> None:
         """Note a problem of photo ``image_id`` (None: of no photo); ``message`` names file, record and value.
@@ -81,11 +83,11 @@ class Problems:
         self.note(kind, message)
         if self.on_bad == "skip" and image_id is not None:
             self._left_out.add(image_id)
-            self._skips[kind] = self._skips.get(kind, 0) + 1
+            self._skips[kind] += 1
 
     def note(self, kind: str, message: str) -> None:
         """Count what is no fault of a record, in any mode."""
-        self.counts[kind] = self.counts.get(kind, 0) + 1
+        self.counts[kind] += 1
         self.examples.setdefault(kind, message)
 
     def leave_out(self, image_id: int) -> None:
@@ -96,15 +98,17 @@ class Problems:
         """Whether the photo stays in the data set."""
         return image_id not in self._left_out
 
+    def kept(self, records: Iterable[Any]) -> tuple[Any, ...]:
+        """The records of photos that stay."""
+        return tuple(record for record in records if self.keeps(record.image_id))
+
     def log(self, name: str) -> None:
         """One warning per kind: how many, what was done, and the first of them. Forgets the counts."""
         for kind, count in self.counts.items():
             first = one_line(self.examples[kind])
-            logger.warning("%s: %d x %s (%s); the first: %s", name, count, kind, self._done(kind), first)
+            done = REPAIRS[kind]
+            if skips := self._skips[kind]:
+                done = "photo left out" + (f", or {done} where no photo is known" if skips < count else "")
+            logger.warning("%s: %d x %s (%s); the first: %s", name, count, kind, done, first)
         for notes in (self.counts, self.examples, self._skips):
             notes.clear()
-
-    def _done(self, kind: str) -> str:
-        if not (skips := self._skips.get(kind, 0)):
-            return REPAIRS[kind]
-        return "photo left out" + (f", or {REPAIRS[kind]} where no photo is known" if skips < self.counts[kind] else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +54,10 @@ class Record:
         """Whether any object is a training target; crowds and difficult objects are not."""
         return any(not annotation.ignore for annotation in self.annotations)
 
+    def holding(self, annotations: Iterable[Annotation]) -> Record:
+        """The same photo with these objects."""
+        return dataclasses.replace(self, annotations=tuple(annotations))
+
 
 @dataclass(frozen=True)
 class RawDataset:
@@ -76,15 +80,12 @@ Reader = Callable[..., RawDataset]
 
 @dataclass(frozen=True)
 class Format:
-    """How the entries (name, annotations, photos or split) of ``DATA.DATASETS`` in this format are known and read.
-
-    Attributes:
-        recognises: (annotations as the entry has them, their path) -> whether they are in this format.
-        names_split: the third part of an entry is the name of a split, not a folder of photos.
-    """
+    """How the entries (name, annotations, photos or split) of ``DATA.DATASETS`` in this format are known and read."""
 
     recognises: Callable[[str, Path], bool]
+    """(annotations as the entry has them, their path) -> whether they are in this format."""
     names_split: bool
+    """The third part of an entry is the name of a split, not a folder of photos."""
     read: Reader
 
 
@@ -96,8 +97,7 @@ def register_format(
 ) -> Callable[[Reader], Reader]:
     """Decorate the reader of a format. Of several that recognise an entry the last one reads it.
 
-    Args:
-        repairs: what is done about kinds of problems that no other format has, with _ for blanks.
+    ``repairs``: what is done about kinds of problems that no other format has, with _ for blanks.
     """
 
     def register(read: Reader) -> Reader:
@@ -107,9 +107,6 @@ def register_format(
 
     return register
 
-
-NAMED = 8
-"""Classes that a message names at most."""
 
 # VOC's names -> COCO's names of the same classes.
 ALIASES = {
@@ -140,11 +137,8 @@ def union_of_classes(raws: Sequence[RawDataset]) -> tuple[str, ...]:
 def select_classes(raws: Sequence[RawDataset], classes: Sequence[str], train: bool = False) -> list[Record]:
     """The photos of all data sets, with the wanted objects only, labelled 1..K in the order of ``classes``.
 
-    Photos without a wanted object stay, as negatives. With more than one data set the photos are numbered
-    anew from 1, since each set has its own numbers.
-
-    Args:
-        train: the photos are to teach the classes, so that a set with ``open_classes`` must show them too.
+    Photos without a wanted object stay, as negatives. With more than one data set the photos are numbered anew from 1,
+    since each set has its own numbers. To ``train``, sets with ``open_classes`` must show the classes too.
 
     Raises:
         DataError: a class that none of the data sets has, or a class named twice.
@@ -158,9 +152,9 @@ def select_classes(raws: Sequence[RawDataset], classes: Sequence[str], train: bo
         ours = {label: labels.get(canonical(name)) for label, name in enumerate(raw.classes, start=1)}
         for record in raw.records:
             wanted = [(one, label) for one in record.annotations if (label := ours.get(one.label))]
-            annotations = tuple(dataclasses.replace(one, label=label) for one, label in wanted)
+            objects = (dataclasses.replace(one, label=label) for one, label in wanted)
             image_id = record.image_id if len(raws) == 1 else len(records) + 1
-            records.append(dataclasses.replace(record, image_id=image_id, annotations=annotations))
+            records.append(dataclasses.replace(record, image_id=image_id).holding(objects))
     return records
 
 
@@ -184,18 +178,14 @@ def _check_classes(raws: Sequence[RawDataset], classes: Sequence[str], train: bo
 
 
 def few(names: Sequence[str]) -> str:
-    """The first ``NAMED`` names for a message, and how many more there are."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{', '.join(names[:NAMED])}{more}"
+    """The first eight names for a message, and how many more there are."""
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def limit_negatives(records: list[Record], share: float, seed: int) -> list[Record]:
-    """Drop photos without an object, by a seeded choice, until they are at most ``share`` of the photos.
+    """Drop photos without an object, by a seeded choice, until they are at most ``share`` of the photos, in [0, 1).
 
-    Where no photo has an object, all stay: there is nothing to be a share of.
-
-    Args:
-        share: in [0, 1); -1 keeps all.
+    -1 keeps all. Where no photo has an object, all stay: there is nothing to be a share of.
     """
     negatives = [place for place, record in enumerate(records) if not record.has_targets]
     wanted = round((len(records) - len(negatives)) * share / (1 - share))

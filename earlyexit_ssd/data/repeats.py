@@ -6,6 +6,7 @@ Frames of one video are not independent either, but no two of them are the same:
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Sequence
@@ -31,12 +32,7 @@ _BITS = np.array([bin(value).count("1") for value in range(256)], dtype=np.uint8
 
 @dataclass(frozen=True)
 class Block:
-    """How many consecutive photos of a folder make a block.
-
-    Attributes:
-        photos: at least 1.
-        text: what the user asked for.
-    """
+    """How many consecutive ``photos`` of a folder make a block, at least 1, and the ``text`` that asked for it."""
 
     photos: int
     text: str
@@ -48,19 +44,20 @@ class Block:
         Raises:
             EarlyExitError: no such number, or seconds without ``fps``.
         """
-        found = re.fullmatch(r"\s*(\d{1,6}|\d{0,6}\.?\d{1,6}(?=\s*s))\s*(s?)\s*", str(text))
+        found, asked = (
+            re.fullmatch(r"\s*(\d{1,6}|\d{0,6}\.?\d{1,6}(?=\s*s))\s*(s?)\s*", str(text)),
+            f"block is {text!r:.60}",
+        )
         if found is None or not float(found[1]) > 0:
-            raise EarlyExitError(f"block is {text!r:.60}, expected photos such as 25, or seconds such as 5s with --fps")
+            raise EarlyExitError(f"{asked}, expected photos such as 25, or seconds such as 5s with --fps")
         if not found[2]:
             if fps is not None:
-                raise EarlyExitError(
-                    f"block is {text!r:.60}, photos, so --fps has no part in it; give seconds, such as 5s"
-                )
+                raise EarlyExitError(f"{asked}, photos, so --fps has no part in it; give seconds, such as 5s")
             return cls(int(found[1]), found[0].strip())
         if fps is None:
             raise EarlyExitError(
-                f"block is {text!r:.60}, and photos do not say when they were taken: give --fps, the photos of the "
-                "folder per second (of a video at 25 of which every fifth frame was kept: 5), or a number of photos"
+                f"{asked}, and photos do not say when they were taken: give --fps, the photos of the folder per "
+                "second (of a video at 25 of which every fifth frame was kept: 5), or a number of photos"
             )
         if not 0 < fps < float("inf"):
             raise EarlyExitError(f"fps is {fps:g}, expected photos per second, above 0, such as 5")
@@ -72,19 +69,17 @@ def block_of_each(paths: Sequence[Path], photos: int) -> np.ndarray:
 
     Numbers in names count as numbers, so that 10 follows 9. The last block of a folder may be shorter.
     """
-    order = sorted(range(len(paths)), key=lambda index: (str(paths[index].parent), _in_order(paths[index].name)))
-    blocks, current, place, folder = np.zeros(len(paths), dtype=np.int64), -1, 0, None
-    for index in order:
-        if paths[index].parent != folder:
-            folder, place = paths[index].parent, 0
-        current += place % photos == 0
-        blocks[index] = current
-        place += 1
+
+    def place(index: int) -> tuple[str, list[tuple[int, str]]]:
+        parts = re.split(r"(\d+)", paths[index].name)
+        return str(paths[index].parent), [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+
+    blocks, count = np.zeros(len(paths), dtype=np.int64), 0
+    for _, members in itertools.groupby(sorted(range(len(paths)), key=place), lambda index: paths[index].parent):
+        indices = list(members)
+        blocks[indices] = count + np.arange(len(indices)) // photos
+        count = int(blocks[indices[-1]]) + 1
     return blocks
-
-
-def _in_order(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 @dataclass(frozen=True)
@@ -116,12 +111,8 @@ def distinct(dataset: DetectionDataset, near: bool = True) -> tuple[DetectionDat
     left_out = sorted(set(range(len(kept))) - set(alone))
     found = Repeats(equal, len(left_out), tuple(digests[kept[index]] for index in left_out))
     if found.near:
-        logger.warning(
-            "%d of %d photos look like another one and count once; if these are frames of a video, calibrate on blocks "
-            "(--block) instead",
-            found.near,
-            len(kept),
-        )
+        advice = "if these are frames of a video, calibrate on blocks (--block) instead"
+        logger.warning("%d of %d photos look like another one and count once; %s", found.near, len(kept), advice)
     if equal:
         logger.warning("%d of %d photos are copies of another one and count once", equal, len(digests))
     return dataset.subset([dataset.records[kept[index]] for index in alone]), found
@@ -155,7 +146,6 @@ def look_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
             cells = np.asarray(pixels.resize((9, 8), Image.Resampling.BOX), np.int16)
             grey = np.asarray(pixels.resize((_GRID, _GRID), Image.Resampling.BOX), np.int16)
     except Exception as error:  # Pillow's decoders raise a dozen types on broken files
-        raise DataError(
-            f"{path}: not a readable photo ({' '.join(str(error).split())[:80]}); mend or remove it"
-        ) from None
+        reason = " ".join(str(error).split())[:80]
+        raise DataError(f"{path}: not a readable photo ({reason}); mend or remove it") from None
     return np.packbits(cells[:, 1:] > cells[:, :-1]), grey

@@ -7,7 +7,6 @@ x to the right, y away from the camera, z up.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -20,7 +19,7 @@ from numpy.random import Generator
 from PIL import Image, ImageFilter
 
 from earlyexit_ssd.errors import DataError
-from earlyexit_ssd.files import lock, make_folder, use_file, used_by_others, write_image, write_json, writing
+from earlyexit_ssd.files import lock, make_folder, write_image, write_json, writing
 from earlyexit_ssd.progress import progress
 
 FOLDER = "synthetic_chairs"
@@ -286,52 +285,31 @@ def render_scene(rng: Generator, size: int) -> tuple[Image.Image, list[Box]]:
     return Image.fromarray(np.clip(np.asarray(photo) * gain + noise, 0, 255).astype(np.uint8)), boxes
 
 
-def ensure_synthetic(root: Path, sizes: tuple[int, int, int], image_size: int, seed: int) -> None:
-    """Render ``root``/synthetic_chairs (COCO JSON and JPEG) unless it is there with the same settings.
+def ensure_synthetic(root: Path, sizes: tuple[int, int, int], image_size: int, seed: int) -> Path:
+    """The folder below ``root`` of the set with these settings (COCO JSON and JPEG); rendered if it is not there.
 
     A picture of ``image_size`` squared pixels depends on (``seed``, split, its place in the split) only. All is made
     in a temporary folder that is renamed at the end, under a lock: an interrupted run leaves no half data set, and a
     second process waits for the first.
 
     Raises:
-        DataError: impossible settings, or a folder of that name which this function has not made.
+        DataError: impossible settings.
         CannotWrite: the disk is full, or the folder is read-only.
     """
-    settings = {"version": VERSION, "sizes": list(sizes), "image_size": image_size, "seed": seed}
     if len(sizes) != 3 or min(sizes) < 0 or image_size < 64 or seed < 0:
+        settings = {"sizes": list(sizes), "image_size": image_size, "seed": seed}
         raise DataError(f"DATA.SYNTHETIC is {settings}; expected three sizes >= 0, at least 64 pixels and a seed >= 0")
-    target = Path(root) / FOLDER
-    marker = target / "settings.json"
-    if _settings_of(target) == settings:
-        return use_file(marker)
-    make_folder(root)
-    with lock(target.with_name(f".{FOLDER}.lock"), f"{target} (it is being rendered)", wait=True), writing(target):
-        if _settings_of(target) == settings:  # another process has rendered it meanwhile
-            return use_file(marker)
-        if used_by_others(marker):
-            fix = "wait until it has ended, or set DATA.ROOT to another folder"
-            raise DataError(f"{target} is in use by another process, with other DATA.SYNTHETIC settings; {fix}")
-        for killed in target.parent.glob(f".{FOLDER}.*.partial"):
-            shutil.rmtree(killed, ignore_errors=True)
-        with tempfile.TemporaryDirectory(".partial", f".{FOLDER}.", root, ignore_cleanup_errors=True) as temporary:
-            made = Path(temporary) / FOLDER
-            _render(made, sizes, image_size, seed)
-            write_json(made / "settings.json", settings)
-            if target.exists():  # another set, or an empty folder
-                os.replace(target, Path(temporary) / "outdated")
-            os.replace(made, target)
-    use_file(marker)
-
-
-def _settings_of(folder: Path) -> dict[str, object] | None:
-    """What ``folder`` was made with; None if it does not exist or is empty."""
-    if not folder.is_file() and not any(folder.glob("*")):
-        return None
-    try:
-        return json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        fix = "move it away or set DATA.ROOT to another folder"
-        raise DataError(f"{folder}: no readable settings.json, so it was not rendered; {fix}") from None
+    folder, name = Path(root) / FOLDER, f"{image_size}px_{'_'.join(map(str, sizes))}_seed{seed}_v{VERSION}"
+    if not (folder / name).exists():
+        make_folder(folder)
+        with lock(folder / ".lock", f"{folder} (it is being rendered)", wait=True), writing(folder / name):
+            for killed in folder.glob("*.partial"):
+                shutil.rmtree(killed, ignore_errors=True)
+            if not (folder / name).exists():  # else another process has rendered it meanwhile
+                with tempfile.TemporaryDirectory(".partial", dir=folder, ignore_cleanup_errors=True) as temporary:
+                    _render(Path(temporary) / name, sizes, image_size, seed)
+                    os.replace(Path(temporary) / name, folder / name)
+    return folder / name
 
 
 def _render(folder: Path, sizes: tuple[int, int, int], image_size: int, seed: int) -> None:

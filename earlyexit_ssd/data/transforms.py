@@ -8,9 +8,13 @@ from typing import Any
 import albumentations as A
 import cv2
 import numpy as np
+import torch
+from torchvision.ops import box_iou
 
 from earlyexit_ssd.config.check import CHOICES
 from earlyexit_ssd.errors import ConfigError, nearest
+
+Window = tuple[int, int, int, int]
 
 
 def mixed_seed(*numbers: int) -> int:
@@ -24,10 +28,9 @@ def mixed_seed(*numbers: int) -> int:
 class RandomIoUCrop(A.DualTransform):
     """torchvision's ``RandomIoUCrop`` (Liu et al. 2016, section 2.2) as an albumentations transform.
 
-    A least IoU is drawn, of which 1.0 means no crop. A window of 0.3 to 1 of each side and an aspect ratio
-    of 0.5 to 2 is then sought in which the centre of some object lies, that object and the window
-    overlapping by the least IoU; after 40 failures another least IoU is drawn. Objects whose centre is
-    outside are dropped, the others are cut at the window. A photo without objects stays whole.
+    A least IoU is drawn, of which 1.0 means no crop. A window of 0.3 to 1 of each side and an aspect ratio of 0.5 to 2
+    is then sought in which the centre of some object lies, that object and the window overlapping by the least IoU;
+    after 40 failures another is drawn. Objects whose centre is outside are dropped, the others are cut at the window.
     """
 
     SCALE = (0.3, 1.0)
@@ -37,7 +40,7 @@ class RandomIoUCrop(A.DualTransform):
 
     _targets = A.core.type_definitions.Targets.IMAGE, A.core.type_definitions.Targets.BBOXES
 
-    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    def get_params_dependent_on_data(self, params: dict, data: dict) -> dict[str, Window]:
         height, width = params["shape"][:2]
         boxes = np.asarray(data["bboxes"], np.float64)[:, :4] * (width, height, width, height)
         window = None
@@ -48,9 +51,7 @@ class RandomIoUCrop(A.DualTransform):
             window = self._find_window(boxes, width, height, least_iou)
         return {"window": (0, 0, width, height) if window is None else window}
 
-    def _find_window(
-        self, boxes: np.ndarray, width: int, height: int, least_iou: float
-    ) -> tuple[int, int, int, int] | None:
+    def _find_window(self, boxes: np.ndarray, width: int, height: int, least_iou: float) -> Window | None:
         """The first of ``TRIALS`` random windows that fits, as x1, y1, x2, y2 in whole pixels."""
         low, high = self.SCALE
         sizes = (self.random_generator.uniform(low, high, (self.TRIALS, 2)) * (width, height)).astype(int)
@@ -63,11 +64,11 @@ class RandomIoUCrop(A.DualTransform):
         fits = shaped & (overlaps.max(axis=1) >= least_iou)
         return tuple(windows[fits.argmax()].tolist()) if fits.any() else None
 
-    def apply(self, img: np.ndarray, window: tuple[int, int, int, int], **params: Any) -> np.ndarray:
+    def apply(self, img: np.ndarray, window: Window, **params: Any) -> np.ndarray:
         x1, y1, x2, y2 = window
         return img[y1:y2, x1:x2]
 
-    def apply_to_bboxes(self, bboxes: np.ndarray, window: tuple[int, int, int, int], **params: Any) -> np.ndarray:
+    def apply_to_bboxes(self, bboxes: np.ndarray, window: Window, **params: Any) -> np.ndarray:
         """Normalised boxes [N, 4 + columns] -> those centred inside, in the window's coordinates."""
         height, width = params["shape"][:2]
         if window == (0, 0, width, height):
@@ -88,11 +89,7 @@ def centres_inside(boxes: np.ndarray, windows: np.ndarray) -> np.ndarray:
 
 def pairwise_iou(boxes: np.ndarray, windows: np.ndarray) -> np.ndarray:
     """IoU of each window [M, 4] with each box [N, 4] (xyxy): [M, N]."""
-    corner1 = np.maximum(windows[:, None, :2], boxes[None, :, :2])
-    corner2 = np.minimum(windows[:, None, 2:], boxes[None, :, 2:])
-    shared = (corner2 - corner1).clip(0).prod(axis=2)
-    areas = (windows[:, 2:] - windows[:, :2]).prod(axis=1)[:, None] + (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    return shared / (areas - shared)
+    return box_iou(*(torch.from_numpy(corners.astype(np.float64)) for corners in (windows, boxes))).numpy()
 
 
 # ImageNet's mean colour, 0..255.
@@ -102,8 +99,8 @@ CANVAS = (124, 116, 104)
 class RandomZoomOut(A.DualTransform):
     """Shrink the photo by 1 to ``largest`` and put it at a random place of a canvas of the photo's old size.
 
-    torchvision's ``RandomZoomOut`` enlarges the canvas instead; the detector's resize makes both the same
-    picture, and this one does not make 16 times the pixels on the way.
+    torchvision's ``RandomZoomOut`` enlarges the canvas instead, up to 16 times the pixels. After the detector's resize
+    both are the same picture.
     """
 
     _targets = A.core.type_definitions.Targets.IMAGE, A.core.type_definitions.Targets.BBOXES
@@ -112,7 +109,7 @@ class RandomZoomOut(A.DualTransform):
         super().__init__(p=p)
         self.largest = largest
 
-    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    def get_params_dependent_on_data(self, params: dict, data: dict) -> dict[str, Window]:
         height, width = params["shape"][:2]
         ratio = self.py_random.uniform(1.0, self.largest)
         new_width, new_height = max(1, int(width / ratio)), max(1, int(height / ratio))
@@ -120,7 +117,7 @@ class RandomZoomOut(A.DualTransform):
         top = int(self.py_random.random() * (height - new_height))
         return {"place": (left, top, new_width, new_height)}
 
-    def apply(self, img: np.ndarray, place: tuple[int, int, int, int], **params: Any) -> np.ndarray:
+    def apply(self, img: np.ndarray, place: Window, **params: Any) -> np.ndarray:
         left, top, width, height = place
         canvas = np.empty_like(img)
         canvas[:] = CANVAS
@@ -128,7 +125,7 @@ class RandomZoomOut(A.DualTransform):
         canvas[top : top + height, left : left + width] = small
         return canvas
 
-    def apply_to_bboxes(self, bboxes: np.ndarray, place: tuple[int, int, int, int], **params: Any) -> np.ndarray:
+    def apply_to_bboxes(self, bboxes: np.ndarray, place: Window, **params: Any) -> np.ndarray:
         """Normalised boxes [N, 4 + more columns] in the canvas' coordinates."""
         height, width = params["shape"][:2]
         left, top, new_width, new_height = place
@@ -152,17 +149,8 @@ class Augmentation:
     def __call__(
         self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, seed: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Augment a photo.
-
-        Args:
-            image: uint8 RGB [H, W, 3].
-            boxes: float [N, 4], xyxy in pixels.
-            labels: int [N].
-            seed: the same seed gives the same result, in any process.
-
-        Returns:
-            image uint8 [H', W', 3], boxes float32 [M, 4] in its pixels, labels int64 [M], M <= N.
-        """
+        """Image uint8 RGB [H, W, 3], boxes float [N, 4] (xyxy, pixels) and labels int [N] to the augmented ones: uint8
+        [H', W', 3], float32 [M, 4] in its pixels and int64 [M], M <= N. The same seed gives the same in any process."""
         # one generator: set_random_seed gives each transform the same numbers, so they would act together
         self._compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
         result = self._compose(image=image, bboxes=boxes, labels=labels)

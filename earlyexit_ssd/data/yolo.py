@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from earlyexit_ssd.data.checks import check_names, check_unit
-from earlyexit_ssd.data.folder import find_files, photo_path, read_list
-from earlyexit_ssd.data.images import PHOTO_SUFFIXES, read_header
+from earlyexit_ssd.data.folder import photo_path, read_list
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import Annotation, RawDataset, Record, register_format
 from earlyexit_ssd.errors import DataError, nearest, shown
+from earlyexit_ssd.images import PHOTO_SUFFIXES, find_files, read_header
 from earlyexit_ssd.plain import read_bytes, read_yaml
 from earlyexit_ssd.progress import progress
 
@@ -54,8 +54,7 @@ def read_yolo(name: str, description: Path, split: str, problems: Problems, allo
     check_names(classes, description, problems)
     folder = Path(os.path.abspath(description.parent))
     photos = _list_photos(tree, description, folder, split, problems, allow_outside)
-    records: list[Record] = []
-    in_pixels: list[tuple[str, int]] = []  # message, number of the photo
+    records, in_pixels = list[Record](), list[tuple[str, int]]()  # the latter: message, number of the photo
     for number, photo in enumerate(progress(photos, desc=f"read {name}"), start=1):
         labels = _label_path(photo, folder)
         try:
@@ -76,7 +75,7 @@ def read_yolo(name: str, description: Path, split: str, problems: Problems, allo
     total = len(in_pixels) + sum(len(record.annotations) for record in records)
     advice = "lie outside 0..1 and look like pixels; divide them by the photo's width and height"
     check_unit(in_pixels, total, description, problems, "box in pixels", advice)
-    return RawDataset(name, classes, tuple(record for record in records if problems.keeps(record.image_id)))
+    return RawDataset(name, classes, problems.kept(records))
 
 
 def _read_names(names: object, source: Path) -> tuple[str, ...]:
@@ -170,7 +169,7 @@ def _with_labels(
         else:
             box = _box(values, record.width, record.height)
             found[(label, *values)] = Annotation(box, int(label) + 1, id=number)
-    return Record(record.image_id, record.path, record.width, record.height, tuple(found.values()), record.source)
+    return record.holding(found.values())
 
 
 def _box(values: list[float], width: int, height: int) -> tuple[float, float, float, float]:

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,6 +24,8 @@ from earlyexit_ssd.modeling.retrofit import read_weights
 from earlyexit_ssd.progress import progress
 
 Measure = Callable[[], Mapping[str, float | None]]
+LogLine = dict[str, float | None]
+"""``step``, ``epoch``, ``lr``, ``loss`` and its parts ``loss/<name>``, ``seconds`` and what was measured."""
 
 
 class Checkpoint(Hook):
@@ -87,21 +90,21 @@ class Checkpoint(Hook):
             raise EarlyExitError(f"{self.path}: not the state of this training ({reason}); {fix}") from None
 
 
+@dataclass
 class AfterStep(Hook):
     """Call ``function(model)`` after every step, such as to update averaged weights or to hold values in bounds."""
 
-    def __init__(self, function: Callable[[nn.Module], None]) -> None:
-        self.function = function
+    function: Callable[[nn.Module], None]
 
     def after_step(self, trainer: Trainer) -> None:
         self.function(trainer.model)
 
 
+@dataclass
 class ProgressBar(Hook):
     """A bar over all steps with the current total loss."""
 
-    def __init__(self, description: str) -> None:
-        self.description = description
+    description: str
 
     def before_training(self, trainer: Trainer) -> None:
         self.bar = progress(desc=self.description, total=trainer.total_steps)
@@ -117,25 +120,24 @@ class ProgressBar(Hook):
         self.bar.close()
 
 
+@dataclass
 class Log(Hook):
-    """JSON lines and the same for TensorBoard; a resumed run drops the lines it will write again.
+    """JSON lines and the same for TensorBoard; a resumed run drops the lines it will write again."""
 
-    Args:
-        folder: for log.jsonl and tensorboard/.
-        period: steps between lines with the learning rate, the ``loss`` and its parts ``loss/<name>``.
-        measure: what a line holds too at the end of epochs, by name; None is undefined. It runs in every process.
-        measure_period: epochs between these; 0 has none. The last epoch is one of them.
-    """
-
-    def __init__(self, folder: Path, period: int, measure: Measure | None = None, measure_period: int = 1) -> None:
-        self.folder, self.period = folder, period
-        self.measure, self.measure_period = measure, measure_period if measure else 0
-        self.path = folder / "log.jsonl"
+    folder: Path
+    """For log.jsonl and tensorboard/."""
+    period: int
+    """Steps between lines with the learning rate, the ``loss`` and its parts ``loss/<name>``."""
+    measure: Measure | None = None
+    """What a line holds too at the end of epochs, by name; None is undefined. It runs in every process."""
+    measure_period: int = 1
+    """Epochs between these; 0 has none. The last epoch is one of them."""
 
     def before_training(self, trainer: Trainer) -> None:
         if not is_main():
             return
         make_folder(self.folder)
+        self.path = self.folder / "log.jsonl"
         if self.path.is_file():
             kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= trainer.step]
             write_text(self.path, "".join(f"{line}\n" for line in kept))
@@ -145,7 +147,7 @@ class Log(Hook):
     def after_step(self, trainer: Trainer) -> None:
         last = trainer.step == trainer.total_steps
         epoch, inside = divmod(trainer.step, len(trainer.loader))
-        measured = self.measure_period and not inside and (last or epoch % self.measure_period == 0)
+        measured = self.measure and self.measure_period and not inside and (last or epoch % self.measure_period == 0)
         figures = self.measure() if measured else {}
         if not is_main() or not (last or measured or trainer.step % self.period == 0):
             return
@@ -166,7 +168,7 @@ class Log(Hook):
             self.board.close()
 
 
-def read_log(folder: Path) -> list[dict[str, Any]]:
+def read_log(folder: Path) -> list[LogLine]:
     """The lines of a phase's log.jsonl; none where there is no such file."""
     path = folder / "log.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -176,8 +178,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 class _Board:
     """Scalars for TensorBoard, written at once: `SummaryWriter` does it in a thread, where nobody hears of a full disk.
 
-    Args:
-        folder: of the event files; a new one is made. first_step: what older files hold from it on is not shown.
+    What older files of ``folder`` hold from ``first_step`` on is not shown.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:

@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -21,16 +22,13 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """``sgd`` (momentum 0.9) or ``adamw`` over what requires a gradient; norms, biases and scalars do not decay.
 
-    Args:
-        lr_factors: beginnings of parameters' names to what their rate is multiplied by; 1 for all others. A group
-            of parameters keeps its factor under ``lr_factor``.
+    ``lr_factors``: beginnings of parameters' names to what their rate is multiplied by; 1 for all others. A group of
+    parameters keeps its factor under ``lr_factor``.
     """
 
-    def factor(parameter_name: str) -> float:
-        return next((value for start, value in (lr_factors or {}).items() if parameter_name.startswith(start)), 1.0)
-
     def kind(named: tuple[str, nn.Parameter]) -> tuple[float, float]:
-        return factor(named[0]), weight_decay if named[1].ndim > 1 else 0.0
+        factors = (value for start, value in (lr_factors or {}).items() if named[0].startswith(start))
+        return next(factors, 1.0), weight_decay if named[1].ndim > 1 else 0.0
 
     named = [(key, parameter) for key, parameter in model.named_parameters() if parameter.requires_grad]
     groups = []
@@ -53,14 +51,11 @@ def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
 class PhotoLoader:
     """Batches of photos for the loop, the same ones for the same (epoch, batch) in every run.
 
-    Args:
-        loader: from :func:`earlyexit_ssd.data.build_loader` with ``train=True``.
-        device: where the batches go.
+    ``loader`` is from :func:`earlyexit_ssd.data.build_loader` with ``train=True``; the batches go to ``device``.
     """
 
     def __init__(self, loader: DataLoader, device: torch.device) -> None:
-        self.loader, self.device = loader, device
-        self._steps = len(loader)
+        self.loader, self.device, self._steps = loader, device, len(loader)
 
     def __len__(self) -> int:
         return self._steps
@@ -83,14 +78,11 @@ def to_device(targets: list[dict], device: torch.device) -> list[dict]:
 class ExponentialMovingAverage:
     """Averages parameters and floating-point buffers; the decay warms up, so that early noise is forgotten.
 
-    Args:
-        model: what is averaged.
-        decay: largest decay; after ``t`` updates it is ``min(decay, (1 + t) / (10 + t))``.
+    After ``t`` updates it is ``min(decay, (1 + t) / (10 + t))``.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.updates = 0
+        self.decay, self.updates = decay, 0
         self.average = copy.deepcopy(model).requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -144,50 +136,38 @@ class Hook:
         """Once, when the training ends, is stopped or fails: give back what was taken."""
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Trainer:
     """Minimise the sum of a dict of losses over a number of epochs.
 
     All randomness comes from the loader, a function of (epoch, batch), so the position (``step``) and the weights
     are the whole state.
-
-    Args:
-        model: what is trained and saved.
-        compute_losses: a batch to a dict of scalar losses; it may be a DistributedDataParallel around ``model``.
-        loader: the batches.
-        optimizer: over the model's parameters.
-        epochs, peak_lr, warmup: the schedule.
-        clip_gradient: largest norm of the gradient; 0 does not clip.
-        amp: ``off``, ``bf16`` or ``fp16``.
-        device: where it runs.
-        hooks: nested in this order.
-        describe: a batch to the names of its photos, for messages.
     """
 
-    def __init__(
-        self,
-        *,
-        model: nn.Module,
-        compute_losses: Callable[[Any], dict[str, Tensor]],
-        loader: Loader,
-        optimizer: torch.optim.Optimizer,
-        epochs: int,
-        peak_lr: float,
-        warmup: float = 0.0,
-        clip_gradient: float = 0.0,
-        amp: str = "off",
-        device: torch.device | None = None,
-        hooks: Sequence[Hook] = (),
-        describe: Callable[[Any], list[str]] = lambda batch: [],
-    ) -> None:
-        self.model, self.compute_losses, self.loader, self.optimizer = model, compute_losses, loader, optimizer
-        self.epochs, self.peak_lr, self.warmup, self.clip_gradient = epochs, peak_lr, warmup, clip_gradient
-        self.device = device or torch.device("cpu")
-        self.hooks, self.describe = list(hooks), describe
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
-        self._amp_type = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-        self.step = 0
-        self.losses: dict[str, float] = {}
-        self.stop = False
+    model: nn.Module
+    """What is trained and saved."""
+    compute_losses: Callable[[Any], dict[str, Tensor]]
+    """A batch to a dict of scalar losses; it may be a DistributedDataParallel around ``model``."""
+    loader: Loader
+    optimizer: torch.optim.Optimizer
+    epochs: int
+    peak_lr: float
+    warmup: float = 0.0
+    """Share of all steps, see :func:`learning_rate`."""
+    clip_gradient: float = 0.0
+    """Largest norm of the gradient; 0 does not clip."""
+    amp: str = "off"
+    """``off``, ``bf16`` or ``fp16``."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    hooks: Sequence[Hook] = ()
+    """Nested in this order."""
+    describe: Callable[[Any], list[str]] = lambda batch: []
+    """A batch to the names of its photos, for messages."""
+
+    def __post_init__(self) -> None:
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
+        self._amp_type = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.amp]
+        self.step, self.losses, self.stop = 0, dict[str, float](), False
 
     @property
     def total_steps(self) -> int:
@@ -240,10 +220,9 @@ class Trainer:
         self.scaler.update()
 
     def _require_finite(self, values: dict[str, float], batch: Any) -> None:
-        bad = {key: value for key, value in values.items() if not abs(value) < float("inf")}
+        bad = [f"{key} = {value}" for key, value in values.items() if not math.isfinite(value)]
         if bad:
-            figures = ", ".join(f"{key} = {value}" for key, value in bad.items())
             raise TrainingDiverged(
-                f"step {self.step}: {figures} for the photos {', '.join(self.describe(batch))}; "
+                f"step {self.step}: {', '.join(bad)} for the photos {', '.join(self.describe(batch))}; "
                 "look at these photos and boxes, lower LR or set CLIP_GRADIENT; the last checkpoint is kept"
             )

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from earlyexit_ssd.errors import EarlyExitError, shown
 from earlyexit_ssd.evaluation.outputs import evaluating
@@ -29,7 +30,7 @@ RUNTIME_TITLES = {EAGER: "eager PyTorch", ONNX_RUNTIME: "ONNX Runtime"}
 
 
 def deploy_package(name: str) -> ModuleType:
-    """A package of the extra ``deploy``: onnx or onnxruntime.
+    """The package onnx or onnxruntime.
 
     Raises:
         EarlyExitError: it is not installed.
@@ -41,7 +42,7 @@ def deploy_package(name: str) -> ModuleType:
 
 
 def runtime_installed() -> bool:
-    """Whether the packages of the extra ``deploy`` are there; nothing is imported."""
+    """Whether the packages onnx and onnxruntime are there; nothing is imported."""
     return all(importlib.util.find_spec(name) is not None for name in ("onnx", "onnxruntime"))
 
 
@@ -191,8 +192,8 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-COUNTED = ("conv", "linear", "addmm")
-"""fvcore's names of convolutions and linear layers."""
+COUNTED = (torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm)
+"""Convolutions and linear layers."""
 
 WARM_UP_RUNS = 3
 
@@ -226,7 +227,7 @@ def mmacs_to_exit(model: nn.Module, router: Router | None = None) -> list[float]
     """Millions of multiply-accumulates of one image to each exit, shallow to deep; the last is the full path.
 
     Convention: convolutions and linear layers only; BatchNorm, activations, pooling and additions are not
-    counted, and one multiplication with its addition counts once. (fvcore's total counts BatchNorm too.) Branches that
+    counted, and one multiplication with its addition counts once. Branches that
     ``router`` has closed are not computed.
     """
     example = example_input(model)
@@ -236,14 +237,10 @@ def mmacs_to_exit(model: nn.Module, router: Router | None = None) -> list[float]
 
 def count_mmacs(module: nn.Module, example: Tensor) -> float:
     """Millions of multiply-accumulates of ``module(example)``, in the convention of `mmacs_to_exit`."""
-    with evaluating(module), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the tracer: about shapes, and about its own future on import
-        from fvcore.nn import FlopCountAnalysis
-
-        analysis = FlopCountAnalysis(module, example)
-        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-        by_operator = analysis.by_operator()
-    return sum(by_operator[name] for name in COUNTED) / 1e6
+    with evaluating(module), FlopCounterMode(display=False) as counter:
+        module(example)
+    counts = counter.get_flop_counts().get("Global", {})
+    return sum(count for operator, count in counts.items() if operator in COUNTED) / 2e6  # PyTorch counts both
 
 
 def time_modules(

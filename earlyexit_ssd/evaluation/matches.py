@@ -19,6 +19,7 @@ import torch
 from numpy.typing import ArrayLike
 from pycocotools import mask
 from pycocotools.coco import COCO
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from earlyexit_ssd.errors import DataError, EarlyExitError
@@ -27,6 +28,7 @@ from earlyexit_ssd.evaluation.outputs import Collected
 Detections = Mapping[int, Mapping[str, Tensor]]
 """Image id -> ``boxes`` [N,4] (xyxy, photo pixels), ``scores`` [N] and ``labels`` [N] (category ids)."""
 
+_Counted = list[tuple[np.ndarray, csr_array]]
 PhotoRow = dict[str, str | float | None]
 """A row of photos.csv, by column."""
 
@@ -40,9 +42,8 @@ AP_DETECTIONS = 100
 
 @dataclass(frozen=True)
 class ClassMatches:
-    """The matches of one class: every exit's detections, in falling order of the scores.
-
-    Equal scores keep the order of the photos, then of the exits, so that any choice is in pycocotools' order.
+    """The matches of one class: every exit's detections, in falling order of the scores; equal ones keep the order of
+    the photos, then of the exits, so that any choice is in pycocotools' order.
 
     hit: bool [C, D], true positives by condition; never ignored.
     ignored: bool [C, D], neither right nor wrong: on a crowd, or of another size.
@@ -83,7 +84,7 @@ class ExitMatches:
     conditions: list[tuple[str, float]]
     image_ids: list[int]
     exits: int
-    _tables: dict[int, _Table] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _counted: dict[int, _Counted] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def photos(self) -> int:
@@ -92,7 +93,7 @@ class ExitMatches:
 
     @property
     def half(self) -> int:
-        """The index of the condition IoU 0.5 for objects of all sizes."""
+        """Index of the condition: IoU 0.5, all sizes."""
         return self.conditions.index(("all", 0.5))
 
     @functools.cached_property
@@ -111,11 +112,23 @@ class ExitMatches:
             classes.append(ClassMatches(one.name, *parts, here, one.rank[keep], one.score[keep], one.objects_by_size))
         return ExitMatches(classes, self.conditions, self.image_ids, 1)
 
-    def table(self, condition: int) -> _Table:
-        """The counts behind AP by one condition, made once."""
-        if condition not in self._tables:
-            self._tables[condition] = _Table.of(self, condition)
-        return self._tables[condition]
+    def counted(self, condition: int) -> _Counted:
+        """What AP by one condition is counted from, per class: only the precision at hits decides it.
+
+        A cell is a photo's exit, ``photo * K + exit``. The cells of the hits, int [H], in falling order of the scores;
+        and how many false positives of each cell stand between a hit and the one before, [H, cells].
+        """
+        if condition not in self._counted:
+            found = self._counted[condition] = []
+            for one in self.classes:
+                cell, counts = one.photo * self.exits + one.exit, one.rank < AP_DETECTIONS
+                hits = np.flatnonzero(one.hit[condition] & counts)
+                false = np.flatnonzero(~(one.hit[condition] | one.ignored[condition]) & counts)
+                false = false[: np.searchsorted(false, hits[-1])] if len(hits) else false[:0]
+                places = np.searchsorted(hits, false), cell[false]
+                shape = len(hits), self.photos * self.exits
+                found.append((cell[hits], csr_array((np.ones(len(false)), places), shape=shape)))
+        return self._counted[condition]
 
 
 def exit_matches(
@@ -142,106 +155,83 @@ def exit_matches(
     for unknown in (image_id for found in exits for image_id in found if image_id not in ground_truth.imgs):
         raise DataError(f"detections of image {unknown}: the ground truth has no image of this id")
     conditions = [(size, threshold) for size in sizes for threshold in IOU_THRESHOLDS.tolist()] + [("all", iou)]
-    limits = [(min(iou, 1 - 1e-10), *SIZES[size]) for size, iou in conditions]  # equal boxes match at 1
-    rules = tuple(np.array(column)[:, None] for column in zip(*limits, strict=True))
+    limits = [(min(threshold, 1 - 1e-10), *SIZES[size]) for size, threshold in conditions]  # equal boxes match at 1
+    least_iou, smallest, largest = np.array(limits).T[:, :, None]
     image_ids, categories = sorted(ground_truth.getImgIds()), sorted(ground_truth.getCatIds())
-    objects = {size: np.zeros((len(categories), len(image_ids)), np.int64) for size, _ in conditions}
-    cells = []
+    objects = np.zeros((len(categories), len(conditions), len(image_ids)), np.int64)
+    cells = [_match_photo(_Objects.of([], smallest, largest), None, least_iou)]
     for photo, image_id in enumerate(image_ids):
-        truth = _Objects.of(ground_truth.imgToAnns.get(image_id, []))
-        for size, counts in objects.items():
-            counted = truth.labels[truth.counted(*SIZES[size])]
-            counts[:, photo] = [np.count_nonzero(counted == category) for category in categories]
-        cells += [_match_photo(truth, found.get(image_id), rules) for found in exits]
+        truth = _Objects.of(ground_truth.imgToAnns.get(image_id, []), smallest, largest)
+        for label in set(truth.labels.tolist()).intersection(categories):
+            objects[categories.index(label), :, photo] = truth.counted[:, truth.labels == label].sum(axis=1)
+        cells += [_match_photo(truth, found.get(image_id), least_iou) for found in exits]
     # per cell [D], [D], [D], [C, D], [C, D]; all of them are in the order of photos, exits and scores
-    cell_of = np.repeat(np.arange(len(cells)), [len(scores) for _, scores, *_ in cells])
-    nothing = _match_photo(_Objects.of([]), None, rules)
-    labels, scores, overlap, hit, ignored = (np.concatenate(one, axis=-1) for one in zip(nothing, *cells, strict=True))
+    cell_of = np.repeat(np.arange(len(cells)) - 1, [len(scores) for _, scores, *_ in cells])
+    labels, scores, overlap, hit, ignored = (np.concatenate(one, axis=-1) for one in zip(*cells, strict=True))
     classes = []
-    for index, category in enumerate(categories):
+    for category, counts in zip(categories, objects, strict=True):
         own = np.flatnonzero(labels == category)
         rank = np.arange(len(own)) - np.searchsorted(cell_of[own], cell_of[own])
         order = np.argsort(-scores[own], kind="stable")
         own, rank = own[order], rank[order]
-        photo_and_exit = np.divmod(cell_of[own], len(exits))
-        counts = {size: values[index] for size, values in objects.items()}
+        by_size = {size: row for (size, _), row in zip(conditions, counts, strict=True)}
         name, matched = ground_truth.cats[category]["name"], (hit[:, own], ignored[:, own], overlap[own])
-        classes.append(ClassMatches(name, *matched, *photo_and_exit, rank, scores[own], counts))
+        photo_and_exit = np.divmod(cell_of[own], len(exits))
+        classes.append(ClassMatches(name, *matched, *photo_and_exit, rank, scores[own], by_size))
     return ExitMatches(classes, conditions, image_ids, len(exits))
-
-
-_Rules = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Of the conditions, [C, 1] each: the least IoU, and the least and largest area of counted objects."""
 
 
 @dataclass(frozen=True)
 class _Objects:
-    """A photo's objects: boxes [G, 4] xywh, labels [G], crowd [G], areas [G]."""
+    """A photo's objects: boxes [G, 4] xywh, labels [G], crowd [G]. By condition: which are counted [C, G], smallest and
+    largest area [C, 1]."""
 
     boxes: np.ndarray
     labels: np.ndarray
     crowd: np.ndarray
-    areas: np.ndarray
+    counted: np.ndarray
+    smallest: np.ndarray
+    largest: np.ndarray
 
     @classmethod
-    def of(cls, annotations: Sequence[Mapping[str, float | list[float]]]) -> _Objects:
-        return cls(
-            np.array([one["bbox"] for one in annotations], np.float64).reshape(-1, 4),
-            np.array([one["category_id"] for one in annotations], np.int64),
-            np.array([bool(one.get("iscrowd", 0)) for one in annotations], bool),
-            np.array([one["area"] for one in annotations], np.float64),
-        )
-
-    def counted(self, smallest: ArrayLike, largest: ArrayLike) -> np.ndarray:
-        return ~self.crowd & (self.areas >= smallest) & (self.areas <= largest)
+    def of(
+        cls, annotations: Sequence[Mapping[str, float | list[float]]], smallest: np.ndarray, largest: np.ndarray
+    ) -> _Objects:
+        boxes = np.array([one["bbox"] for one in annotations], np.float64).reshape(-1, 4)
+        labels = np.array([one["category_id"] for one in annotations], np.int64)
+        crowd = np.array([bool(one.get("iscrowd", 0)) for one in annotations], bool)
+        areas = np.array([one["area"] for one in annotations], np.float64)
+        return cls(boxes, labels, crowd, ~crowd & (areas >= smallest) & (areas <= largest), smallest, largest)
 
 
-def _match_photo(truth: _Objects, found: Mapping[str, Tensor] | None, rules: _Rules) -> tuple[np.ndarray, ...]:
+def _match_photo(truth: _Objects, found: Mapping[str, Tensor] | None, least_iou: np.ndarray) -> tuple[np.ndarray, ...]:
     """Of one photo and exit, the surest detection first: labels, scores, overlap [D], hit and ignored [C, D]."""
     count = 0 if found is None else len(found["scores"])
-    (hit, taken), overlap = np.zeros((2, len(rules[0]), count), bool), np.zeros(count)
+    (hit, taken), overlap = np.zeros((2, len(least_iou), count), bool), np.zeros(count)
     if not count:
         return np.zeros(0, np.int64), np.zeros(0), overlap, hit, taken
     scores = found["scores"].double().numpy()
     order = np.argsort(-scores, kind="stable")
     labels, boxes = found["labels"].numpy()[order], xywh(found["boxes"]).double().numpy()[order]
-    counted = truth.counted(*rules[1:])
     for label in np.unique(truth.labels).tolist():
         mine, own = np.flatnonzero(labels == label), np.flatnonzero(truth.labels == label)
-        if len(mine):
-            crowd = truth.crowd[own]
-            overlaps = np.asarray(mask.iou(boxes[mine], truth.boxes[own], crowd.astype(np.uint8).tolist()))
-            _match_class(overlaps, counted[:, own], crowd, rules[0], mine, (hit, taken, overlap))
+        if not len(mine):
+            continue
+        crowd, counted = truth.crowd[own], truth.counted[:, own]
+        overlaps = np.asarray(mask.iou(boxes[mine], truth.boxes[own], crowd.astype(np.uint8).tolist()))
+        free = np.ones(counted.shape, bool)
+        for row in np.flatnonzero((overlaps >= least_iou.min()).any(axis=1)).tolist():
+            near = (overlaps[row] >= least_iou) & (free | crowd)
+            real = near & counted
+            is_hit, takes = real.any(axis=1), near.any(axis=1)
+            pool = np.where(np.where(is_hit[:, None], real, near), overlaps[row], -1.0)
+            best = pool.shape[1] - 1 - pool[:, ::-1].argmax(axis=1)  # among equals the last one, as pycocotools takes
+            free[np.flatnonzero(takes), best[takes]] = False
+            hit[:, mine[row]], taken[:, mine[row]] = is_hit, takes
+            overlap[mine[row]] = overlaps[row][best[-1]] if is_hit[-1] else 0.0
     areas = boxes[:, 2] * boxes[:, 3]
-    other_size = (areas < rules[1]) | (areas > rules[2])
+    other_size = (areas < truth.smallest) | (areas > truth.largest)
     return labels, scores[order], overlap, hit, ~hit & (taken | other_size)
-
-
-def _match_class(
-    overlaps: np.ndarray,
-    counted: np.ndarray,
-    crowd: np.ndarray,
-    least_iou: np.ndarray,
-    rows: np.ndarray,
-    into: tuple[np.ndarray, np.ndarray, np.ndarray],
-) -> None:
-    """Write ``hit``, ``taken`` (by a counted or an ignored object) and ``overlap`` of a class's detections ``rows``.
-
-    Args:
-        overlaps: [D, G]; counted: [C, G]; crowd: [G]; least_iou: [C, 1].
-    """
-    hit, taken, overlap = into
-    free = np.ones(counted.shape, bool)
-    for row in np.flatnonzero((overlaps >= least_iou.min()).any(axis=1)).tolist():
-        ious = overlaps[row]
-        near = (ious >= least_iou) & (free | crowd)
-        real = near & counted
-        is_hit, takes = real.any(axis=1), near.any(axis=1)
-        pool = np.where(np.where(is_hit[:, None], real, near), ious, -1.0)
-        best = pool.shape[1] - 1 - pool[:, ::-1].argmax(axis=1)  # among equals the last one, as pycocotools takes
-        free[np.flatnonzero(takes), best[takes]] = False
-        hit[:, rows[row]], taken[:, rows[row]] = is_hit, takes
-        overlap[rows[row]] = ious[best[-1]] if is_hit[-1] else 0.0
 
 
 def xywh(boxes: Tensor) -> Tensor:
@@ -250,6 +240,13 @@ def xywh(boxes: Tensor) -> Tensor:
 
 
 # AP of any choice of exits, one per photo, in milliseconds; and how far it would move with other photos.
+
+
+class APs(NamedTuple):
+    """Average precisions in [0, 1]; ``None`` where there is no object to find, or where it was not asked for."""
+
+    AP: float | None
+    AP50: float | None
 
 
 class Draws(NamedTuple):
@@ -277,13 +274,13 @@ def bootstrap_choices(
     generator = np.random.default_rng(seed)
     chosen = [matches.choose(choice) for choice in choices]
     everyone = np.zeros(matches.photos, np.int64)
-    values = [Draws(np.full(resamples, np.nan), np.full(resamples, np.nan)) for _ in choices]
+    values = [Draws(*np.full((2, resamples), np.nan)) for _ in choices]
     for index in range(resamples):
         weights = np.bincount(generator.integers(count, size=count) if count else [], minlength=count)
         weights = weights if groups is None else weights[groups]
         for draws, one in zip(values, chosen, strict=True):
-            found = ap_of_choice(one, everyone, weights, ap50_only=ap50_only)
-            draws.AP[index], draws.AP50[index] = found.AP, found.AP50  # numpy stores None as NaN
+            # numpy stores None as NaN
+            draws.AP[index], draws.AP50[index] = ap_of_choice(one, everyone, weights, ap50_only=ap50_only)
     return values
 
 
@@ -291,14 +288,6 @@ def interval(values: np.ndarray, level: float = 0.95) -> list[float] | None:
     """The central ``level`` of ``values`` (percentiles), NaN left out; None when nothing is left."""
     values = values[~np.isnan(values)]
     return np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist() if values.size else None
-
-
-@dataclass(frozen=True)
-class APs:
-    """Average precisions in [0, 1]; ``None`` where there is no object to find, or where it was not asked for."""
-
-    AP: float | None
-    AP50: float | None
 
 
 def ap_of_choice(
@@ -311,10 +300,9 @@ def ap_of_choice(
     """
     cells = np.arange(matches.photos) * matches.exits + _choice(matches, choice)
     weights = None if weights is None else _one_each(matches, "weights", weights)
-    if ap50_only:
-        return APs(None, mean_precision([_curves(matches, matches.half, cells, weights)]))
-    curves = [_curves(matches, index, cells, weights) for index in range(len(IOU_THRESHOLDS))]
-    return APs(mean_precision(curves), mean_precision(curves[:1]))
+    conditions = [matches.half] if ap50_only else range(len(IOU_THRESHOLDS))
+    curves = [_curves(matches, index, cells, weights) for index in conditions]
+    return APs(None if ap50_only else mean_precision(curves), mean_precision(curves[:1]))
 
 
 def precision_curves(matches: ExitMatches, size: str = "all") -> list[np.ndarray]:
@@ -343,60 +331,17 @@ def _one_each(matches: ExitMatches, name: str, values: ArrayLike) -> np.ndarray:
     return values.astype(np.int64)
 
 
-@dataclass(frozen=True)
-class _Table:
-    """One condition's matches as counts: only the precision at hits decides AP.
-
-    A cell is a photo's exit, ``photo * K + exit``. The hits of all exits stand in the order of the classes, then
-    of the ranking; a hit that is not chosen has weight 0 and changes nothing.
-
-    hit_cells: int [H], each hit's cell.
-    bounds: int [classes + 1], where each class starts among the hits.
-    false_slots: per cell, the hit that follows each false positive; those behind the last hit do not matter.
-    false_counts: int [n * K], their number per cell.
-    """
-
-    hit_cells: np.ndarray
-    bounds: np.ndarray
-    false_slots: list[np.ndarray]
-    false_counts: np.ndarray
-
-    @classmethod
-    def of(cls, matches: ExitMatches, condition: int) -> _Table:
-        bounds, empty = [0], np.zeros(0, dtype=np.int64)
-        hit_cells, false_cells, slots = [empty], [empty], [empty]
-        for one in matches.classes:
-            cell, counts = one.photo * matches.exits + one.exit, one.rank < AP_DETECTIONS
-            hits = np.flatnonzero(one.hit[condition] & counts)
-            false = np.flatnonzero(~(one.hit[condition] | one.ignored[condition]) & counts)
-            slot = np.searchsorted(hits, false)
-            matters = slot < len(hits)
-            hit_cells.append(cell[hits])
-            false_cells.append(cell[false[matters]])
-            slots.append(bounds[-1] + slot[matters])
-            bounds.append(bounds[-1] + len(hits))
-        cells = np.concatenate(false_cells)
-        counts = np.bincount(cells, minlength=matches.photos * matches.exits)
-        by_cell = np.concatenate(slots)[np.argsort(cells, kind="stable")]
-        return cls(np.concatenate(hit_cells), np.array(bounds), np.split(by_cell, np.cumsum(counts)[:-1]), counts)
-
-
 def _curves(matches: ExitMatches, condition: int, cells: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
-    """Interpolated precision of the classes with objects, [R, classes]."""
-    table, size = matches.table(condition), matches.conditions[condition][0]
-    cell_weights = np.zeros(len(table.false_counts), dtype=np.int64)
+    """Interpolated precision of the classes with objects, [R, classes]; ``cells`` that are not named have weight 0."""
+    size, cell_weights = matches.conditions[condition][0], np.zeros(matches.photos * matches.exits)
     cell_weights[cells] = 1 if weights is None else weights
-    hit_weights = cell_weights[table.hit_cells]
-    slots = np.concatenate([np.zeros(0, np.int64), *(table.false_slots[cell] for cell in cells.tolist())])
-    slot_weights = None if weights is None else np.repeat(weights, table.false_counts[cells])
-    false_weights = np.bincount(slots, slot_weights, minlength=len(hit_weights))
     curves = []
-    for one, start, end in zip(matches.classes, table.bounds[:-1], table.bounds[1:], strict=True):
+    for one, (hits, false) in zip(matches.classes, matches.counted(condition), strict=True):
         counts = one.objects_by_size[size]
         objects = int(counts.sum() if weights is None else weights @ counts)
         if objects:
-            true, false = np.cumsum(hit_weights[start:end]), np.cumsum(false_weights[start:end])
-            precision = true / (false + true + np.spacing(1))
+            true, wrong = np.cumsum(cell_weights[hits]), np.cumsum(false @ cell_weights)
+            precision = true / (wrong + true + np.spacing(1))
             # the best precision at this recall or a higher one
             envelope = np.maximum.accumulate(precision[::-1])[::-1]
             position = np.searchsorted(true / objects, RECALLS, side="left")
@@ -455,34 +400,25 @@ def photo_list(
         files: image id -> file.
     """
     row_of = {image_id: row for row, image_id in enumerate(sorted(collected.image_ids))}
+    names = ("file", "exit", "confidence", "objects", "found", "lost", "added")
     rows = []
     for place, (image_id, taken) in enumerate(zip(collected.image_ids, chosen.tolist(), strict=True)):
-        row, confidence = row_of[image_id], float(collected.confidences[taken][place])
-        hits, misses, false = (one[row].tolist() for one in (counts.hits, counts.misses, counts.false_positives))
-        rows.append(
-            {
-                "file": str(files(image_id)),
-                "exit": exit_names[taken],
-                "confidence": confidence if confidence >= 0 else None,
-                "objects": hits[taken] + misses[taken],
-                "found": hits[taken],
-                "lost": max(0, misses[taken] - misses[-1]),
-                "added": max(0, false[taken] - false[-1]),
-            }
+        hits, misses, false = (
+            one[row_of[image_id]].tolist() for one in (counts.hits, counts.misses, counts.false_positives)
         )
+        confidence = float(collected.confidences[taken][place])
+        beyond = [max(0, one[taken] - one[-1]) for one in (misses, false)]
+        shown = str(files(image_id)), exit_names[taken], confidence if confidence >= 0 else None
+        rows.append(dict(zip(names, (*shown, hits[taken] + misses[taken], hits[taken], *beyond), strict=True)))
     return rows
 
 
 def losses_against_full(ground_truth: COCO, exits: Sequence[Detections], score: float, iou: float) -> np.ndarray:
-    """Loss of every photo at every exit, against what the full path says there; [n, exits] in [0, 1].
+    """Loss of every photo at every exit (the full path last), against what the full path says; [n, exits] in [0, 1].
 
     min(1, (missed + added) / max(1, |F|)): F are the full path's detections from ``score`` on, missed those of F that
     the exit's detections from ``score`` on do not match at ``iou``, added the exit's that match none of F. 0 in the
-    last column. No label is needed.
-
-    Args:
-        ground_truth: names the photos and the classes; its objects are not looked at.
-        exits: per exit, the full path last.
+    last column. No label is needed: of ``ground_truth`` only photos and classes are looked at.
     """
     counts = photo_counts(exit_matches(as_ground_truth(ground_truth, exits[-1], score), exits, iou, ()), score)
     wrong, there = counts.misses + counts.false_positives, counts.hits + counts.misses

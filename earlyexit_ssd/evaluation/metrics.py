@@ -7,7 +7,7 @@ metrics.json, and with ``columns`` into the table.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,8 +61,7 @@ class DetectorEvaluation:
     @functools.cached_property
     def draws(self) -> Draws:
         """AP and AP50 in bootstrap draws; detectors on the same photos share their draws."""
-        resamples = self.settings.resamples if self.labelled else 0
-        everyone = np.zeros(self.matches.photos, np.int64)
+        resamples, everyone = self.settings.resamples if self.labelled else 0, np.zeros(self.matches.photos, np.int64)
         return bootstrap_choices(self.matches, [everyone], resamples, self.settings.seed, ap50_only=False)[0]
 
     @functools.cached_property
@@ -117,21 +116,16 @@ def average_precision(detector: DetectorEvaluation) -> Figures:
     """COCO's average precisions, digit for digit those of pycocotools."""
     matches = detector.matches
     curves = {size: precision_curves(matches, size) for size in SIZES}
-    half, three_quarters = curves["all"][:1], curves["all"][5:6]
+    half = curves["all"][:1]
     figures: Figures = {"AP": mean_precision(curves["all"]), "AP50": mean_precision(half)}
-    figures["AP75"] = mean_precision(three_quarters)
+    figures["AP75"] = mean_precision(curves["all"][5:6])
     figures |= {f"AP_{size}": mean_precision(curves[size]) for size in ("small", "medium", "large")}
-    numbers = iter(range(curves["all"][0].shape[1]))
-    columns = [next(numbers) if one.objects.any() else None for one in matches.classes]
-    figures["per_class"] = {
-        one.name: {"AP": _of_class(curves["all"], column), "AP50": _of_class(half, column)}
-        for one, column in zip(matches.classes, columns, strict=True)
-    }
-    return figures
-
-
-def _of_class(curves: Sequence[np.ndarray], column: int | None) -> float | None:
-    return None if column is None else mean_precision([curve[:, column] for curve in curves])
+    per_class = {one.name: {"AP": None, "AP50": None} for one in matches.classes}
+    with_objects = (one.name for one in matches.classes if one.objects.any())
+    for column, name in enumerate(with_objects):
+        parts = {"AP": curves["all"], "AP50": half}
+        per_class[name] = {key: mean_precision([curve[:, column] for curve in part]) for key, part in parts.items()}
+    return {**figures, "per_class": per_class}
 
 
 @register_metric(needs_labels=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 """Height and width, pixels."""
+Shape = tuple[int, ...]
 
 YOLOX_STRIDES = (8, 16, 32)
 YOLOX_PADDING = 114.0
@@ -62,9 +63,8 @@ def letterbox(photo: Tensor, size: Size) -> tuple[Tensor, tuple[float, float]]:
 def decode_yolox(outputs: Sequence[Tensor], size: Size, num_classes: int) -> ImageDetections:
     """YOLOX's raw output [1, cells, 5 + K] (Ge et al. 2021): box, objectness and class probabilities of each cell.
 
-    A box is its centre, as an offset from the cell's corner, and the logarithms of its sides, all in strides. Each cell
-    is of its best class; the score is objectness times that class's probability; non-maximum suppression goes class by
-    class.
+    A box is its centre, as an offset from the cell's corner, and the logarithms of its sides, all in strides. The score
+    is objectness times the best class's probability; non-maximum suppression goes class by class.
     """
     corners, strides = [], []
     for stride in YOLOX_STRIDES:  # the grids fine to coarse, row by row
@@ -118,8 +118,6 @@ FORMATS: dict[str, OnnxFormat] = {
 
 # Multiply-accumulates of an ONNX file, in the convention of `count_mmacs`: convolutions and linear layers.
 
-Shape = tuple[int, ...]
-
 
 def count_onnx_mmacs(content: bytes) -> float | None:
     """Millions of multiply-accumulates of one image; None where the graph's shapes cannot be inferred.
@@ -141,40 +139,28 @@ def _count_graph(onnx: ModuleType, model: Any) -> float | None:
         if first is not None and not first.dim_value:
             first.dim_value = 1
     graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    shapes, constants = _shapes(graph), _constants(graph)
-    counts = [_count(node, shapes, constants) for node in graph.node]
+    shapes: dict[str, Shape] = {}
+    for value in (*graph.output, *graph.value_info, *graph.input):
+        lengths = tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
+        if all(lengths):
+            shapes[value.name] = lengths
+    shapes |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    constants = {tensor.name for tensor in graph.initializer}  # what no input changes
+    counts = []
+    for node in graph.node:
+        if node.op_type == "Constant" or (node.input and constants.issuperset(filter(None, node.input))):
+            constants.update(node.output)
+        for attribute in node.attribute:
+            if node.op_type == "Constant" and attribute.name == "value":
+                shapes[node.output[0]] = tuple(attribute.t.dims)
+        if node.op_type in ("Conv", "ConvTranspose", "Gemm") or (
+            node.op_type == "MatMul" and not constants.isdisjoint(node.input)
+        ):
+            counts.append(_count(node, *(shapes.get(name) for name in (*node.input[:2], node.output[0]))))
     return None if None in counts else sum(counts) / 1e6
 
 
-def _shapes(graph: Any) -> dict[str, Shape]:
-    """Of every tensor whose lengths are all known."""
-    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    for node in graph.node:
-        value = next((one for one in node.attribute if one.name == "value"), None)
-        if node.op_type == "Constant" and value is not None:
-            shapes[node.output[0]] = tuple(value.t.dims)
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        lengths = tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
-        if all(lengths):
-            shapes.setdefault(value.name, lengths)
-    return shapes
-
-
-def _constants(graph: Any) -> set[str]:
-    """Names of the tensors that no input changes: weights, and what is made of weights alone."""
-    names = {tensor.name for tensor in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Constant" or (node.input and names.issuperset(filter(None, node.input))):
-            names.update(node.output)
-    return names
-
-
-def _count(node: Any, shapes: Mapping[str, Shape], constants: set[str]) -> int | None:
-    """Multiply-accumulates of one node, 0 where it has none that count, None where a shape is not known."""
-    counted = node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
-    if not counted or (node.op_type == "MatMul" and constants.isdisjoint(node.input)):
-        return 0
-    data, weights, output = (shapes.get(name) for name in (node.input[0], node.input[1], node.output[0]))
+def _count(node: Any, data: Shape | None, weights: Shape | None, output: Shape | None) -> int | None:
     if data is None or weights is None or output is None:
         return None
     if node.op_type == "ConvTranspose":  # each input value meets its kernel: [in, out / groups, *kernel]
@@ -217,16 +203,14 @@ class OnnxDetector(nn.Module):
         self.network = OnnxNetwork(content, threads, str(path), Path(path).parent)
         shape = self.network.input_shape
         if shape[:-2] not in ((3,), (1, 3)) or max(shape) > LARGEST_SIDE:
-            raise EarlyExitError(
-                f"{path}: expected an input [1, 3, height, width], it is {list(shape)}; a batch is one photo, and "
-                f"sides are {LARGEST_SIDE} pixels at most"
-            )
+            limits = f"a batch is one photo, and sides are {LARGEST_SIDE} pixels at most"
+            raise EarlyExitError(f"{path}: expected an input [1, 3, height, width], it is {list(shape)}; {limits}")
         named = self.network.metadata.get("classes", "")
         self.classes = tuple(name.strip() for name in named.split(",")) if named else self.format.classes
 
     def forward(self, photos: list[Tensor]) -> list[ImageDetections]:
         """Detections in photos [3, H, W] RGB in [0, 1]."""
-        return [self._detect(photo) for photo in photos]
+        return list(map(self._detect, photos))
 
     def _detect(self, photo: Tensor) -> ImageDetections:
         size = self.network.input_shape[-2:]

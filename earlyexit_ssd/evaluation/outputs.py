@@ -223,7 +223,7 @@ class Recording:
         image_ids: [n].
         logits: per early exit [n, A, C], raw, on disk; [n, 1, C] of an empty exit.
         taps: per early exit [n, 2 * channels], pooled, on disk.
-        empty: per early exit, whether it has no branch.
+        exit_names: of the early exits; empty: whether they have no branch.
         labels: of the default boxes by matching with the objects, [n, A], on disk.
         detections: per exit, the full path last, image id -> ``boxes``, ``scores`` and ``labels``.
     """
@@ -234,6 +234,7 @@ class Recording:
         self.image_ids: list[int] = info["image_ids"]
         early = range(info["early_exits"])
         self.empty: list[bool] = info["empty"]
+        self.exit_names: list[str] = info["exit_names"]
         self.logits = [np.load(folder / f"logits{index}.npy", mmap_mode="r") for index in early]
         self.taps = [np.load(folder / f"tap{index}.npy", mmap_mode="r") for index in early]
         self.labels = np.load(folder / "labels.npy", mmap_mode="r")
@@ -242,9 +243,10 @@ class Recording:
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def only(self, exits: Sequence[int]) -> Recording:
+    def only(self, names: Sequence[str]) -> Recording:
         """The recording of a model that has these early exits alone, and the full path."""
-        part = copy.copy(self)
+        part, exits = copy.copy(self), [self.exit_names.index(name) for name in names]
+        part.exit_names = list(names)
         for name in ("logits", "taps", "empty"):
             setattr(part, name, [getattr(self, name)[index] for index in exits])
         part.detections = [self.detections[index] for index in (*exits, -1)]
@@ -342,8 +344,14 @@ def _fill(model: nn.Module, loader: Batches, photos: int, folder: Path, key: str
     with failing_together(shared):  # the recording is whole when recording.json is there
         if first:
             write_torch(folder / "detections.pt", detections)
-            info = {"image_ids": image_ids, "early_exits": model.num_early_exits, "empty": list(model.empty)}
-            write_json(folder / "recording.json", {**info, "key": key})
+            info = {
+                "image_ids": image_ids,
+                "early_exits": model.num_early_exits,
+                "empty": list(model.empty),
+                "key": key,
+            }
+            info["exit_names"] = list(model.exit_names[:-1])
+            write_json(folder / "recording.json", info)
 
 
 def _make_arrays(model: nn.Module, photos: int, folder: Path) -> None:

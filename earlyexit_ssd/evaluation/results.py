@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -33,8 +32,12 @@ class Record:
             value = getattr(self, one.name)
             if one.name == "figures":
                 entries |= value
+            elif isinstance(value, Record):
+                entries[one.name] = value.to_json()
+            elif isinstance(value, tuple):
+                entries[one.name] = [part.to_json() if isinstance(part, Record) else part for part in value]
             elif value is not None or one.name not in self.left_out:
-                entries[one.name] = _plain(value)
+                entries[one.name] = value
         return entries
 
     @classmethod
@@ -44,31 +47,15 @@ class Record:
         Raises:
             TypeError: a key without a default is missing.
         """
-        parts = _parts(cls)
-        values = {name: _read(part, entries[name]) for name, part in parts.items() if name in entries}
-        if "figures" in parts:
-            values["figures"] = {key: value for key, value in entries.items() if key not in parts}
-        return cls(**values)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Record):
-        return value.to_json()
-    return [_plain(one) for one in value] if isinstance(value, tuple) else value
-
-
-@functools.cache
-def _parts(cls: type) -> dict[str, type[Record] | None]:
-    """Fields -> the record that they hold, alone or in a tuple."""
-    hints = typing.get_type_hints(cls)
-    inner = {one.name: (hints[one.name], *typing.get_args(hints[one.name])) for one in fields(cls)}
-    return {name: next(filter(is_dataclass, hints), None) for name, hints in inner.items()}
-
-
-def _read(part: type[Record] | None, value: Any) -> Any:
-    if part is None or value is None:
-        return value
-    return tuple(map(part.from_json, value)) if isinstance(value, list | tuple) else part.from_json(value)
+        hints, figures, values = typing.get_type_hints(cls), dict(entries), {}
+        names = [one.name for one in fields(cls)]
+        for name in (name for name in names if name in entries):
+            value = figures.pop(name)
+            record = next(filter(is_dataclass, (hints[name], *typing.get_args(hints[name]))), None)
+            if isinstance(value, list) and record:
+                value = tuple(map(record.from_json, value))
+            values[name] = record.from_json(value) if isinstance(value, dict) and record else value
+        return cls(**values, **({"figures": figures} if "figures" in names else {}))
 
 
 @dataclass(frozen=True)
@@ -149,13 +136,10 @@ class ExitResult(DetectorResult):
     ms: float | None = None
     ms_interval: Interval = None
     found: BoxSummary | None = None
-    left_out = ("empty", "found")
 
-    def to_json(self) -> dict[str, Any]:
-        entries = super().to_json()
-        if self.empty is None:
-            del entries["AP50_below_full_interval"]
-        return entries
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        return ("empty", "found") if self.empty is not None else ("empty", "found", "AP50_below_full_interval")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ ALIKE = 0.2
 """Scores are alike where their standard deviation is below this share of their mean; a detector's is some 1 or more."""
 ENOUGH_BOXES = 20
 """Fewer show no pattern."""
-
 MOVE_DEEPER_AP50 = 0.30
 WORTH_IT_AP50 = 0.35
 FIRST_EXIT_SHARE = 0.75
@@ -69,11 +68,11 @@ def full_path_detects(results: Results) -> Iterator[Finding]:
         yield Finding("AP50 is undefined, since the photos show no object to find: nothing can be said", veto=True)
         return
     signs = []
-    enough = boxes is not None and boxes.boxes >= ENOUGH_BOXES
-    if enough and boxes.score_std < ALIKE * boxes.score_mean:
-        signs.append(f"its scores are all alike ({boxes.score_mean:.3f} ± {boxes.score_std:.3f})")
-    if enough and boxes.outside_share > 0.5:
-        signs.append(f"{boxes.outside_share:.0%} of its boxes lie outside the photos")
+    if boxes is not None and boxes.boxes >= ENOUGH_BOXES:
+        if boxes.score_std < ALIKE * boxes.score_mean:
+            signs.append(f"its scores are all alike ({boxes.score_mean:.3f} ± {boxes.score_std:.3f})")
+        if boxes.outside_share > 0.5:
+            signs.append(f"{boxes.outside_share:.0%} of its boxes lie outside the photos")
     if ap50 < (DOUBTFUL_AP50 if signs else DETECTS_AP50):
         none = ", without a single box" if boxes is not None and not boxes.boxes else ""
         fix = "train it, or look at its weights, classes and boxes, before anything is said of exits"
@@ -84,31 +83,34 @@ def full_path_detects(results: Results) -> Iterator[Finding]:
 def exits_pass_their_gates(results: Results) -> Iterator[Finding]:
     """The first exit in use against 0.30 and 0.35 AP50, the deepest against the full path; on a checkpoint that was
     taken over as it is, both against that checkpoint on the same photos."""
-    used, full = _exits_in_use(results), results.full.ap50
+    only = [one for one in results.early if one.name == exit_that_does(results)]
+    used = [one for one in only or _open_exits(results) or results.early if not one.empty]
+    full = results.full.ap50
     if not used:
         yield Finding("the early exits are empty: only photos that seem to show nothing leave there")
     elif used[0].ap50 is None or used[-1].ap50 is None:
         yield Finding(f"{used[0].name}: AP50 is undefined, since the photos show no object to find", veto=True)
     else:
-        yield _first_exit(used[0], full, results.context.taken_over)
+        first = f"{used[0].name}: AP50 {used[0].ap50:.3f}"
+        if results.context.taken_over and full:
+            first += f" is {used[0].ap50 / full:.1%} of the {full:.3f} of the checkpoint taken over"
+            deep_enough = used[0].ap50 >= FIRST_EXIT_SHARE * full
+            said = (
+                f"{FIRST_EXIT_SHARE:.0%} or more: worth it"
+                if deep_enough
+                else f"under {FIRST_EXIT_SHARE:.0%}: move it deeper"
+            )
+            yield Finding(f"{first}, {said}", veto=not deep_enough)
+        elif used[0].ap50 < MOVE_DEEPER_AP50:
+            yield Finding(f"{first} is under {MOVE_DEEPER_AP50:.2f}: move it deeper", veto=True)
+        elif used[0].ap50 > WORTH_IT_AP50:
+            yield Finding(f"{first} is above {WORTH_IT_AP50:.2f}: worth it")
+        else:
+            yield Finding(f"{first} is between {MOVE_DEEPER_AP50:.2f} and {WORTH_IT_AP50:.2f}: borderline")
         name, ap50 = used[-1].name, used[-1].ap50
         if full and ap50 < DEEPEST_SHARE * full:
             share = f"{name}: AP50 {ap50:.3f} is {ap50 / full:.1%} of the full path's {full:.3f}"
             yield Finding(f"{share}, under {DEEPEST_SHARE:.0%}: it needs more training", veto=True)
-
-
-def _first_exit(first: ExitResult, full: float | None, taken_over: bool) -> Finding:
-    ap50, figure = first.ap50, f"{first.name}: AP50 {first.ap50:.3f}"
-    if taken_over and full:
-        share = f"{figure} is {ap50 / full:.1%} of the {full:.3f} of the checkpoint taken over"
-        if ap50 < FIRST_EXIT_SHARE * full:
-            return Finding(f"{share}, under {FIRST_EXIT_SHARE:.0%}: move it deeper", veto=True)
-        return Finding(f"{share}, {FIRST_EXIT_SHARE:.0%} or more: worth it")
-    if ap50 < MOVE_DEEPER_AP50:
-        return Finding(f"{figure} is under {MOVE_DEEPER_AP50:.2f}: move it deeper", veto=True)
-    if ap50 > WORTH_IT_AP50:
-        return Finding(f"{figure} is above {WORTH_IT_AP50:.2f}: worth it")
-    return Finding(f"{figure} is between {MOVE_DEEPER_AP50:.2f} and {WORTH_IT_AP50:.2f}: borderline")
 
 
 def exits_stay_below_full(results: Results) -> Iterator[Finding]:
@@ -211,8 +213,12 @@ def routing_keeps_accuracy(results: Results) -> Iterator[Finding]:
     full, routed = results.full.ap50, results.routed.ap50
     if not full or routed is None or _only_exit(results) == results.full.name:
         return
-    figures = f"AP50 {routed:.3f} routed against {full:.3f}{_objects_found(results)}"
-    lost = 1 - routed / full
+    figures, lost = f"AP50 {routed:.3f} routed against {full:.3f}", 1 - routed / full
+    found, missed = map(results.full.number, ("true_positives", "false_negatives"))
+    hits, score = results.routed.number("true_positives"), results.context.score
+    if found is not None and hits is not None:
+        at = "" if score is None else f"at score {score:g} "
+        figures += f"; {at}{found} of {found + missed} found by the full path, {hits} routed"
     if _asked_for_ap(results):
         yield Finding(f"accuracy: {figures}")
     elif lost > LARGEST_LOSS:
@@ -221,16 +227,6 @@ def routing_keeps_accuracy(results: Results) -> Iterator[Finding]:
         yield Finding(f"{line}: {fix}", veto=True)
     else:
         yield Finding(f"routing keeps the accuracy ({figures})")
-
-
-def _objects_found(results: Results) -> str:
-    """Objects found at the deployed score, by the full path and routed."""
-    full, missed = map(results.full.number, ("true_positives", "false_negatives"))
-    routed = results.routed.number("true_positives")
-    if full is None or routed is None:
-        return ""
-    score = "" if results.context.score is None else f"at score {results.context.score:g} "
-    return f"; {score}{full} of {full + missed} found by the full path, {routed} routed"
 
 
 def rivals_were_evaluated(results: Results) -> Iterator[Finding]:
@@ -242,14 +238,11 @@ def rivals_were_evaluated(results: Results) -> Iterator[Finding]:
 
 def full_path_is_worth_having(results: Results) -> Iterator[Finding]:
     """A rival that beats the detector without exits too: then the exits are not what to look at first; no veto."""
-    full, plain = results.full.ap50, results.without_exits.ms
-    better = [
-        one
-        for one in _comparable(results)
-        if full is not None and one.ap50 > full + AP50_TOLERANCE and one.ms_interval[1] < plain
-    ]
-    if better:
-        best = max(better, key=lambda one: one.ap50)
+    full, plain, rivals = results.full.ap50, results.without_exits.ms, _comparable(results)
+    if full is None or not rivals:
+        return
+    better = [one for one in rivals if one.ap50 > full + AP50_TOLERANCE and one.ms_interval[1] < plain]
+    for best in sorted(better, key=lambda one: -one.ap50)[:1]:
         against = f"AP50 {best.ap50:.3f} against {full:.3f}, in {best.ms:.1f} ms against {plain:.1f}"
         line = f"{best.name} has more AP50 than the detector without exits, in less time ({against})"
         yield Finding(f"{line}: look at it first")
@@ -264,10 +257,13 @@ def no_static_net_is_better(results: Results) -> Iterator[Finding]:
     if better:
         most = max(one.ap50 for one in better)
         best = min((one for one in better if one.ap50 >= most - AP50_TOLERANCE), key=lambda one: one.ms)
-        yield Finding(f"ship the small net: {_comparison(best, routed)}", veto=True)
+        said = "ship the small net"
     else:
-        nearest = min(comparable, key=lambda one: _shortfall(one, routed))
-        yield Finding(f"no static net is better than routing; the nearest: {_comparison(nearest, routed)}")
+        best = min(comparable, key=lambda one: _shortfall(one, routed))
+        said = "no static net is better than routing; the nearest"
+    figures = f"has AP50 {best.ap50:.3f} against {routed.ap50:.3f} routed, in {best.ms:.1f} ms against {routed.ms:.1f}"
+    change = f"{best.ap50 - routed.ap50:+.3f} AP50, {best.ms / routed.ms - 1:+.0%} time"
+    yield Finding(f"{said}: {best.name} {figures} ({change})", veto=bool(better))
 
 
 def rivals_share_the_runtime(results: Results) -> Iterator[Finding]:
@@ -297,8 +293,7 @@ def agrees_with_full(results: Results) -> Iterator[Finding]:
     """On photos that nobody labelled: how far routing says what the full path says, right or wrong."""
     kept, lost, added = map(results.routed.number, ("true_positives", "false_negatives", "false_positives"))
     figures = f"routing keeps {kept} of the {kept + lost} objects that the full path finds and adds {added}"
-    line = f"nobody labelled these photos: {figures}; how accurate either is they cannot say"
-    yield Finding(line, veto=True)
+    yield Finding(f"nobody labelled these photos: {figures}; how accurate either is they cannot say", veto=True)
 
 
 def asked_value(target: Target) -> float:
@@ -336,12 +331,6 @@ def _open_exits(results: Results) -> list[ExitResult]:
     return [one for one, threshold in zip(results.early, thresholds, strict=True) if threshold < CLOSED]
 
 
-def _exits_in_use(results: Results) -> list[ExitResult]:
-    """The exits with a branch whose accuracy counts: the one that does for all, else the open ones, else all."""
-    only = [one for one in results.early if one.name == exit_that_does(results)]
-    return [one for one in only or _open_exits(results) or results.early if not one.empty]
-
-
 def _comparable(results: Results) -> list[RivalResult]:
     """The rivals that were timed in the exits' runtime and have an AP50; not the exit that is to be shipped itself."""
     itself = f"{exit_that_does(results)} alone"
@@ -361,10 +350,3 @@ def _shortfall(rival: RivalResult, routed: RoutedResult) -> float:
     """What the rival lacks, as shares of the routed detector's figures; 0 where it lacks nothing."""
     accuracy = 1 - rival.ap50 / routed.ap50 if routed.ap50 else 0.0
     return max(accuracy, 0.0) + max(rival.ms / routed.ms - 1, 0.0)
-
-
-def _comparison(rival: RivalResult, routed: RoutedResult) -> str:
-    return (
-        f"{rival.name} has AP50 {rival.ap50:.3f} against {routed.ap50:.3f} routed, in {rival.ms:.1f} ms against "
-        f"{routed.ms:.1f} ({rival.ap50 - routed.ap50:+.3f} AP50, {rival.ms / routed.ms - 1:+.0%} time)"
-    )

@@ -140,16 +140,19 @@ class Stop:
         self.state, self.context, self.glance = rest.state, rest.context, rest.glance
 
 
-def walk(model: EarlyExitDetector, x: Tensor, branches: bool = True) -> Iterator[Stop]:
+def walk(model: EarlyExitDetector, x: Tensor, branches: bool = True, behind: Stop | None = None) -> Iterator[Stop]:
     """Go from exit to exit, the full path last; what is behind a stop is computed when the walk goes on.
 
     Args:
         model: the detector.
         x: normalised images [N, 3, S, S].
         branches: whether branches are asked for; without, no context is computed for them.
+        behind: go on from this stop rather than from the images.
     """
-    trunk, state, context, glances = model.trunk, TrunkState(x), None, model.num_glances
-    for index, name in enumerate(model.exit_names):
+    trunk, state, context, glances, first = model.trunk, TrunkState(x), None, model.num_glances, 0
+    if behind is not None:
+        state, context, first = behind.state, behind.context, behind.index + 1
+    for index, name in list(enumerate(model.exit_names))[first:]:
         if index >= glances:
             state = trunk.run(state, index - glances)
             if branches and index < model.num_early_exits:

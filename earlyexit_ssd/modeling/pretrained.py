@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,13 +20,19 @@ from earlyexit_ssd.modeling.validate import check_router
 logger = logging.getLogger(__name__)
 P = TypeVar("P", bound="Pretrained")
 
-_router_makers: list[Callable[..., Router]] = []
+_made: list[Callable[..., Router]] = []
 
 
 def register_router(make: Callable[..., Router], make_certified: Callable[..., Router]) -> None:
     """Say what makes a router of a model file: of its settings, or of certificate, path and model where it was
-    calibrated. ``routing`` does, as modeling may not import it."""
-    _router_makers[:] = [make, make_certified]
+    calibrated. ``calibration`` does, as modeling may not import it."""
+    _made[:] = [make, make_certified]
+
+
+def _router_makers() -> list[Callable[..., Router]]:
+    if not _made:
+        importlib.import_module("earlyexit_ssd.calibration")  # registers them
+    return _made
 
 
 class Pretrained(EarlyExitDetector):
@@ -72,7 +79,7 @@ class Pretrained(EarlyExitDetector):
             try:
                 certificate = info.get("certificate")
                 if certificate:
-                    model.router = _router_makers[1](certificate, path, model)
+                    model.router = _router_makers()[1](certificate, path, model)
                 else:
                     model.router = make_router(model, info["router"])
             except EarlyExitError as error:
@@ -94,11 +101,17 @@ class Pretrained(EarlyExitDetector):
                 "after from_pretrained"
             )
         settings = None if self.router is None else self.router.to_dict()
-        certificate = getattr(self.router, "certificate", None)
-        as_calibrated = certificate is not None and settings == type(self.router)(**certificate.router).to_dict()
+        certificate = current_certificate(self.router)
         save_model(
-            path, self, info={"router": settings, **({"certificate": certificate.to_dict()} if as_calibrated else {})}
+            path, self, info={"router": settings, **({"certificate": certificate.to_dict()} if certificate else {})}
         )
+
+
+def current_certificate(router: Router | None) -> Any:
+    """The certificate of a router that is still as it was calibrated, or None."""
+    certificate = getattr(router, "certificate", None)
+    calibrated = certificate is not None and router.to_dict() == type(router)(**certificate.router).to_dict()
+    return certificate if calibrated else None
 
 
 def names_of(outputs: int, classes: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -129,7 +142,7 @@ def make_router(model: EarlyExitDetector, settings: RouterSettings) -> Router:
     training = model.training
     device = next(model.parameters()).device
     try:
-        router = _router_makers[0](**settings).to(device)
+        router = _router_makers()[0](**settings).to(device)
         check_router(router, model.num_early_exits)
         model.eval()
         with torch.no_grad():

@@ -139,8 +139,8 @@ def check_not_traced(router: object) -> None:
     """Routing is control flow, and a trace would hold the exit of its sample photo for all photos."""
     if router is not None and is_traced():
         raise EarlyExitError(
-            "a model with a router cannot be traced or exported: every photo would take the sample photo's exit; set "
-            "model.router = None (the full path), or export PathToExit(model, exit_index, alone=True)"
+            "a model with a router cannot be traced or exported: every photo would take the sample photo's exit; "
+            "earlyexit export writes one ONNX file that routes, model.router = None leaves the full path alone"
         )
 
 

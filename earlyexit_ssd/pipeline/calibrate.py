@@ -184,7 +184,7 @@ class Search:
             raise EarlyExitError(
                 f"a speed-up of {self.target.value:g} is out of reach: with every photo at the first exit it is "
                 f"{self.costs.plain / mean_costs.min():.2f}; "
-                "ask for less, or plan a shallower exit (tools/plan_exits.py)"
+                "ask for less, or train a shallower exit (EXITS.LAYERS)"
             )
         return Chosen(tuple(grid.thresholds[best].tolist()), grid.choices[best], Measured())
 
@@ -347,6 +347,6 @@ def certificate_of(recorded: Recorded, search: Search, chosen: Chosen) -> Certif
         weights_sha256=weights_hash(model),
         photos_sha256=photos,
         photo_list_sha256=hashlib.sha256("".join(photos).encode()).hexdigest(),
-        drift=Reference.from_decisions(names, chosen.exits.astype(np.int64), search.confidences).to_dict(),
+        drift=Reference.from_decisions(names, chosen.exits.astype(np.int64), search.confidences),
         versions={"torch": torch.__version__, "torchvision": torchvision.__version__},
     )

@@ -103,7 +103,7 @@ def drift_of(certificate: Certificate, collected: Collected, chosen: list[int]) 
     Args:
         chosen: the exit of every photo, in the order of ``collected``.
     """
-    monitor = DriftMonitor(certificate.drift_reference(), min(WINDOW, max(1, len(chosen))))
+    monitor = DriftMonitor(certificate.drift, min(WINDOW, max(1, len(chosen))))
     confidences = [float(collected.confidences[exit_index][photo]) for photo, exit_index in enumerate(chosen)]
     warnings, status = monitor.update(chosen, confidences), monitor.status()
     return DriftResult(monitor.window, warnings, status["shares"], status["calibration_shares"])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.config import get_cfg
-from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.errors import GateFailed
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
 from earlyexit_ssd.pipeline.build import takes_over
 
@@ -30,7 +30,6 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the figure reaches the limit."""
         return self.limit is None or (self.value is not None and self.value >= self.limit)
 
     def __str__(self) -> str:
@@ -55,31 +54,21 @@ class Gate:
 
     @property
     def passed(self) -> bool:
-        """Whether every check passed."""
         return all(check.passed for check in self.checks)
 
     def __str__(self) -> str:
         state = "passed" if self.passed else "failed, forced" if self.forced else "failed"
         return f"gate of phase {self.phase} {state}: {', '.join(map(str, self.checks))}"
 
+    def failed(self) -> GateFailed:
+        """The error of it, with what to do now."""
+        tries = [f"  try: {line}" for line in self.advice]
+        return GateFailed(str(self), [*tries, "  or go on with --force, which every later report will say"])
+
     def to_dict(self) -> dict:
         """For gate.json."""
         checks = [vars(check) | {"passed": check.passed} for check in self.checks]
         return {"phase": self.phase, "passed": self.passed, "forced": self.forced, "checks": checks}
-
-
-class GateFailed(EarlyExitError):
-    """A phase's detector does not do what the next phase needs."""
-
-    def __init__(self, gate: Gate) -> None:
-        super().__init__(gate)
-        self.gate = gate
-
-    @property
-    def advice(self) -> list[str]:
-        """What to do now, a line each."""
-        tries = [f"  try: {line}" for line in self.gate.advice]
-        return [*tries, "  or go on with --force, which every later report will say"]
 
 
 def baseline_limits(cfg: CfgNode, reference: Mapping[str, float | None] | None = None) -> dict[str, float | None]:
@@ -102,7 +91,7 @@ def baseline_limits(cfg: CfgNode, reference: Mapping[str, float | None] | None =
 def baseline_gate(
     figures: Mapping[str, float | None], limits: Mapping[str, float | None], advice: tuple[str, ...] = ()
 ) -> Gate:
-    """AP50, precision and recall of the full path (``figures``) against :func:`baseline_limits`."""
+    """AP50, precision and recall of the full path against :func:`baseline_limits`."""
     return Gate("baseline", tuple(Check(name, figures[name], limit) for name, limit in limits.items()), advice)
 
 
@@ -110,10 +99,8 @@ def baseline_advice(cfg: CfgNode) -> tuple[str, ...]:
     """What to try after the gate; nothing that is set already."""
     phase, train = cfg.BASELINE, "train the full path: BASELINE.EPOCHS is 0"
     if phase.EPOCHS:
-        train = (
-            f"more epochs than {phase.EPOCHS} (BASELINE.EPOCHS) or another rate than {phase.LR:g} (BASELINE.LR); "
-            "log.jsonl shows whether the loss still falls"
-        )
+        more = f"more epochs than {phase.EPOCHS} (BASELINE.EPOCHS) or another rate than {phase.LR:g} (BASELINE.LR)"
+        train = f"{more}; log.jsonl shows whether the loss still falls"
     start = "start from trained weights (MODEL.WEIGHTS) or an ImageNet trunk (MODEL.WEIGHTS_BACKBONE)"
     if cfg.MODEL.WEIGHTS:
         start = "are the checkpoint's classes in its own order, and does it detect by itself?"
@@ -155,11 +142,8 @@ def exits_gate(
 
 
 def exits_advice(cfg: CfgNode, first: str, layer: int) -> tuple[str, ...]:
-    """What to try after the gate; nothing that is set already, or as far as it goes.
-
-    Args:
-        first, layer: name and trunk layer of the first exit with a branch.
-    """
+    """What to try after the gate; nothing that is set already, or as far as it goes. ``first`` and ``layer`` are name
+    and trunk layer of the first exit with a branch."""
     phase, advice = cfg.EXITS_PHASE, []
     if layer < DEEPEST_USEFUL_LAYER:
         advice.append(f"move the exit deeper (EXITS.LAYERS): {first} sees too little of the trunk")

@@ -138,7 +138,11 @@ class Candidate(Record):
 
 @dataclass(frozen=True)
 class Net:
-    """A full path with one head at one input size, and every exit that may be opened on it, recorded."""
+    """A full path with one head at one input size, and every exit that may be opened on it, recorded.
+
+    Attributes:
+        train: photos that policies are fitted on, as the detector as it is saw them. A glance sees the same there.
+    """
 
     fold: str
     recorded: Recorded
@@ -158,8 +162,8 @@ class Net:
         part = architecture.build().to(next(model.parameters()).device).eval()
         state = model.state_dict()
         part.load_state_dict({key: state[key] for key in part.state_dict()})
-        replays = [dataclasses.replace(one, recording=one.recording.only(indices)) for one in (self.calib, self.train)]
-        return Net(self.fold, dataclasses.replace(self.recorded, model=part, architecture=architecture), *replays)
+        recorded = dataclasses.replace(self.recorded, model=part, architecture=architecture)
+        return Net(self.fold, recorded, self.calib.only(names), self.train.only(names))
 
 
 @dataclass(frozen=True)
@@ -225,10 +229,12 @@ class Optimizer:
         return (*describe_exits((), glances=[one for one in glances if one[0] < size]), *others)
 
     def plan(self) -> list[tuple[int, str, tuple[str, ...]]]:
-        """Input size, fold and names of the open exits of every candidate; nets without exits come first."""
-        nets = list(itertools.product(self.sizes, self.folds))
-        plan = [(size, fold, ()) for size, fold in nets]
-        for size, fold in nets:
+        """Input size, fold and names of the open exits of every candidate: nets without exits first, and those with the
+        whole head and exits last, since they are tried only where a compact head loses too much."""
+        own, best = self.architecture.image_size, self.folds[-1]
+        plan: list[tuple[int, str, tuple[str, ...]]] = [(own, self.folds[0], ())]
+        plan += [(size, best, ()) for size in self.sizes]
+        for size, fold in [*((size, best) for size in self.sizes), (own, self.folds[0])]:
             names = [one.name for one in self.exits_at(size)]
             glances = [name for name in names if name.startswith("glance")]
             others = tuple(name for name in names if name not in glances) if fold == "as it is" else ()
@@ -236,7 +242,7 @@ class Optimizer:
             if others:
                 sets += [*((one,) for one in others), others, *((one, *others) for one in glances)]
             plan += [(size, fold, one) for one in dict.fromkeys(sets)]
-        return plan
+        return list(dict.fromkeys(plan))
 
     def _net(self, fold: str, size: int) -> Net:
         """It is kept until the next one is asked for; what it says about the photos is on disk."""
@@ -258,7 +264,8 @@ class Optimizer:
         model.load_state_dict({key: state[key] for key in model.state_dict()})
         folder = self.out / "recordings" / f"{fold.replace(' ', '_')}_{size}"
         recorded = Recorded(self.cfg, model, architecture, self.info, self.sets, self.repeats, folder)
-        return Net(fold, recorded, recorded.replay("CALIB"), recorded.replay("TRAIN"))
+        train = self.base.train if hasattr(self, "base") else recorded.replay("TRAIN")
+        return Net(fold, recorded, recorded.replay("CALIB"), train)
 
     @functools.cached_property
     def _compact(self) -> tuple[Architecture, dict[str, torch.Tensor]]:
@@ -468,7 +475,7 @@ def optimize(
             logger.warning("%g minutes are over: %d of %d candidates were tried", goal.minutes, len(store), len(plan))
             break
         name = f"{size} {fold} {' '.join(exits)}"
-        if name in store or (size, fold) in hopeless:
+        if name in store or (size, fold) in hopeless or (exits and fold == "as it is" and _needless(store, exits)):
             continue
         candidate = search.measure(size, fold, exits).candidate
         store.add(name, candidate)
@@ -482,6 +489,12 @@ def optimize(
     write_text(out / "summary.txt", outcome.summary + "\n")
     write_image(out / "candidates.png", candidates_chart(outcome.candidates, outcome.chosen, cfg.EVAL.RUNTIME))
     return outcome
+
+
+def _needless(store: _Store, exits: Sequence[str]) -> bool:
+    """Glances on the whole head, where the compact head alone holds the budget."""
+    compact = [one for one in store.candidates if one.fold == "compact" and not one.exits and one.holds]
+    return bool(compact) and all(name.startswith("glance") for name in exits)
 
 
 def choose_candidate(candidates: Sequence[Candidate], goal: Goal) -> Candidate | None:

@@ -29,7 +29,7 @@ from earlyexit_ssd.engine import (
     build_optimizer,
 )
 from earlyexit_ssd.engine.processes import rank, same_everywhere, world_size
-from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.errors import EarlyExitError, Interrupted
 from earlyexit_ssd.evaluation.outputs import evaluating
 from earlyexit_ssd.modeling import EarlyExitSSDLite, LossSettings, retrofit
 from earlyexit_ssd.modeling.detector import Branches, FullPath, TapBatch
@@ -46,10 +46,6 @@ from earlyexit_ssd.pipeline.gates import (
 from earlyexit_ssd.pipeline.run import Run
 
 logger = logging.getLogger(__name__)
-
-
-class Interrupted(Exception):
-    """A signal stopped the training; everything is saved."""
 
 
 def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoader) -> None:

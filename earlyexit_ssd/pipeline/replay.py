@@ -9,7 +9,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,10 @@ class Replay:
     def matches(self) -> ExitMatches:
         """Every exit's matches with the objects, for AP of any choice."""
         return exit_matches(self.ground_truth, self.recording.detections, self.iou)
+
+    def only(self, names: Sequence[str]) -> Replay:
+        """That of a model with these exits alone, and the full path."""
+        return replace(self, recording=self.recording.only(names))
 
     def matches_beside(self, reference: Detections | None) -> tuple[ExitMatches, np.ndarray]:
         """The matches with a reference detector as one more exit, and the choice [n] of it for every photo; without

@@ -7,11 +7,9 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import albumentations
 import numpy as np
@@ -25,7 +23,7 @@ from earlyexit_ssd.engine.processes import rank, world_size
 from earlyexit_ssd.errors import EarlyExitError, shown
 from earlyexit_ssd.evaluation.evaluate import evaluate_detections
 from earlyexit_ssd.evaluation.matches import Detections, ap_of_choice, exit_matches
-from earlyexit_ssd.evaluation.metrics import EvaluationSettings
+from earlyexit_ssd.evaluation.metrics import EvaluationSettings, Figures
 from earlyexit_ssd.evaluation.outputs import choose_exits, collect, collect_detections, exit_share
 from earlyexit_ssd.files import make_folder, write_json, write_text, writing
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite
@@ -47,18 +45,19 @@ _SETTINGS_OF_PHASES = {
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run below ``root``; ``shared_taps`` is a tap cache that stays, for several runs."""
+    """Paths of a run below ``root``: the final model, and a folder for each phase.
+
+    shared_taps: a tap cache that stays, for several runs.
+    """
 
     root: Path
     shared_taps: Path | None = None
 
     @property
     def model(self) -> Path:
-        """The final model."""
         return self.root / "model.pth"
 
     def phase(self, name: str) -> Path:
-        """Folder of one phase."""
         return self.root / name
 
     @property
@@ -81,22 +80,27 @@ class RunFolder:
             EarlyExitError: the folder holds a run already, or one of another configuration.
         """
         make_folder(self.root)
-        path = self.root / "config.yaml"
-        if path.is_file():
+        fix = "name another folder (OUTPUT_DIR), or delete it"
+        if (self.root / "config.yaml").is_file():
             if not resume:
-                raise EarlyExitError(
-                    f"{self.root} holds a run already: go on with it (--resume), "
-                    "name another folder (OUTPUT_DIR), or delete it"
-                )
+                raise EarlyExitError(f"{self.root} holds a run already: go on with it (--resume), {fix}")
             self._changed_phases(cfg)
         elif (self.root / "metrics.json").exists():
-            raise EarlyExitError(f"{self.root} holds other results; name another folder (OUTPUT_DIR), or delete it")
+            raise EarlyExitError(f"{self.root} holds other results; {fix}")
 
     def start(self, cfg: CfgNode) -> None:
-        """Set aside what phases with changed settings have trained; write configuration and versions."""
+        """Move what phases with changed settings have trained into their ``before_1``, ``before_2`` ...; write
+        configuration and versions."""
         for phase, key in self._changed_phases(cfg).items():
             logger.info("phase %s starts afresh, since %s has changed", phase, key)
-            self._set_aside(phase)
+            folder = self.phase(phase)  # the taps stay: a key tells whether they fit
+            files = [path for path in folder.glob("*") if path.name != "taps" and not path.name.startswith("before_")]
+            if files:
+                target = next(path for number in count(1) if not (path := folder / f"before_{number}").exists())
+                with writing(target):
+                    target.mkdir()
+                    for path in files:
+                        path.rename(target / path.name)
         write_text(self.root / "config.yaml", cfg.dump())
         write_json(self.root / "run.json", describe_run(cfg.SEED))
 
@@ -116,33 +120,18 @@ class RunFolder:
         for key in sorted({*stored, *current}):
             if stored.get(key) == current.get(key) or key.startswith(_MAY_CHANGE):
                 continue
-            if key == "PHASES" and self._only_the_end_differs(stored[key], current[key]):
-                continue
+            if key == "PHASES":  # added at the end, or unfinished ones at the end left out
+                shorter, longer = sorted((list(stored[key]), list(current[key])), key=len)
+                if longer[: len(shorter)] == shorter and not any(map(self.finished, longer[len(shorter) :])):
+                    continue
             phase = next((phase for phase, keys in _SETTINGS_OF_PHASES.items() if key.startswith(keys)), None)
             if phase is None or self.finished(phase):
-                raise EarlyExitError(
-                    f"{path}: the run to resume has {key} = {shown(stored.get(key))}, now it is "
-                    f"{shown(current.get(key))}; set it back, or name another folder (OUTPUT_DIR)"
-                )
+                values = f"{key} = {shown(stored.get(key))}, now it is {shown(current.get(key))}"
+                fix = "set it back, or name another folder (OUTPUT_DIR)"
+                raise EarlyExitError(f"{path}: the run to resume has {values}; {fix}")
             if ".GATE." not in key:  # another gate looks at the same training
                 changed[phase] = key
         return changed
-
-    def _only_the_end_differs(self, stored: Sequence[str], current: Sequence[str]) -> bool:
-        """Phases were added at the end, or unfinished ones at the end left out."""
-        shorter, longer = sorted((list(stored), list(current)), key=len)
-        return longer[: len(shorter)] == shorter and not any(map(self.finished, longer[len(shorter) :]))
-
-    def _set_aside(self, phase: str) -> None:
-        """Move a phase's files into ``before_1``, ``before_2`` ...; the taps stay, a key tells whether they fit."""
-        folder = self.phase(phase)
-        files = [path for path in folder.glob("*") if path.name != "taps" and not path.name.startswith("before_")]
-        if files:
-            target = next(path for number in count(1) if not (path := folder / f"before_{number}").exists())
-            with writing(target):
-                target.mkdir()
-                for path in files:
-                    path.rename(target / path.name)
 
     def write_gate(self, gate: Gate) -> None:
         """Record a phase as finished."""
@@ -195,9 +184,6 @@ def _flat(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
-Figures = dict[str, Any]
-
-
 class SplitQuality:
     """AP50, precision and recall on ``dataset``, of the full path or of every exit; every process must ask."""
 
@@ -210,15 +196,16 @@ class SplitQuality:
         """Figures of the model without routing."""
         router, model.router = model.router, None
         try:
-            detections = collect_detections(model, self._loader)
+            return self._figures(collect_detections(model, self._loader))
         finally:
             model.router = router
-        return evaluate_detections(self._ground_truth, detections, self._settings).figures
 
     def of_exits(self, model: EarlyExitSSDLite) -> list[Figures]:
         """Figures of every exit, the full path last."""
-        detections = collect(model, self._loader).detections
-        return [evaluate_detections(self._ground_truth, found, self._settings).figures for found in detections]
+        return list(map(self._figures, collect(model, self._loader).detections))
+
+    def _figures(self, found: Detections) -> Figures:
+        return evaluate_detections(self._ground_truth, found, self._settings).figures
 
     def curve_point(self, model: EarlyExitSSDLite) -> dict[str, float | None]:
         """``AP/<exit>`` and ``AP50/<exit>`` of the exits that have a branch; ``share/<exit>`` of the photos that leave
@@ -237,8 +224,8 @@ class SplitQuality:
 
     def _ap(self, name: str, found: Detections) -> dict[str, float | None]:
         matches = exit_matches(self._ground_truth, [found])
-        figures = ap_of_choice(matches, np.zeros(matches.photos, np.int64))
-        return {f"AP/{name}": figures.AP, f"AP50/{name}": figures.AP50}
+        ap, ap50 = ap_of_choice(matches, np.zeros(matches.photos, np.int64))
+        return {f"AP/{name}": ap, f"AP50/{name}": ap50}
 
 
 @dataclass

@@ -32,7 +32,6 @@ from earlyexit_ssd.pipeline.build import (
 )
 from earlyexit_ssd.pipeline.calibrate import build_target, calibrate
 from earlyexit_ssd.pipeline.evaluate import check_rivals, evaluate_model
-from earlyexit_ssd.pipeline.gates import GateFailed
 from earlyexit_ssd.pipeline.phases import PHASE_FUNCTIONS, tap_cache
 from earlyexit_ssd.pipeline.run import Run, RunFolder
 from earlyexit_ssd.report.charts import training_curves
@@ -171,7 +170,7 @@ def _run_phase(run: Run, name: str, force: bool) -> None:
     barrier()
     logger.info("%s", gate)
     if not gate.passed and not force:
-        raise GateFailed(gate)
+        raise gate.failed()
 
 
 def _take_over(run: Run, path: Path, phase: str) -> None:

@@ -1,31 +1,37 @@
-"""Charts: their common frame, and accuracy against time of the exits, the routed detector and the plain one."""
+"""Charts: their common frame, accuracy against time and operations, and the curves of a training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from earlyexit_ssd.evaluation.cost import RUNTIME_TITLES
 from earlyexit_ssd.evaluation.results import Interval, Results
-from earlyexit_ssd.report.pictures import make_drawable, place_labels
 from earlyexit_ssd.report.tables import Row, data_title, exit_rows, static_rows, timing_title
 
 EXITS, ROUTED, PLAIN = "#2b6cb0", "#dd6b20", "#4a5568"
-
-
-def draw_chart(draw: Callable[[Axes], None]) -> Image.Image:
-    """What ``draw`` puts on the axes, as a picture of 960 x 640 pixels."""
-    return draw_charts(lambda axes: draw(axes[0, 0]), 1, 1, (7.5, 5))
+STYLES = {
+    "exit": (EXITS, "o"),
+    "routed": (ROUTED, "D"),
+    "single_exit": ("#00838f", "v"),
+    "plain": (PLAIN, "s"),
+    "cut_head": ("#8d6e63", "p"),
+    "onnx": ("#805ad5", "^"),
+}
+"""Kinds of rows -> colour and marker."""
 
 
 def draw_charts(
-    draw: Callable[[np.ndarray], None], rows: int, columns: int, inches: tuple[float, float]
+    draw: Callable[[np.ndarray], None], rows: int = 1, columns: int = 1, inches: tuple[float, float] = (7.5, 5)
 ) -> Image.Image:
     """What ``draw`` puts on the axes [rows, columns], those of a row and of a column with one scale, at 128 dpi."""
     figure = Figure(figsize=inches, dpi=128, layout="constrained")
@@ -41,39 +47,122 @@ def draw_charts(
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def accuracy_against_time(results: Results) -> Image.Image:
-    """AP50 against milliseconds; bars are 95 % intervals, undefined points are left out."""
-    return draw_chart(lambda axes: _draw_accuracy(axes, results))
+def make_drawable(artist: Artist) -> None:
+    """Take all texts in it as they are: a name is no formula, and bytes in it that are no character are escaped."""
+    for text in artist.findobj(Text):
+        text.set_parse_math(False)
+        text.set_text(text.get_text().encode("utf-8", "backslashreplace").decode())
 
 
-def _draw_accuracy(axes: Axes, results: Results) -> None:
-    *exits, routed = exit_rows(results)
-    exits = _with_branches(exits)
-    line = _points(exits, "AP50", "ms")
-    axes.plot([x for x, _ in line], [y for _, y in line], color=EXITS, alpha=0.35, zorder=1)
-    for one in exits:
-        _point(axes, one, EXITS, "o")
-    _point(axes, static_rows(results)[0], PLAIN, "s", above=True)
-    _point(axes, routed, ROUTED, "D", above=True)
-    axes.set_xlabel(f"ms per image ({timing_title(results)})")
-    axes.set_ylabel("AP50")
-    axes.set_title(data_title(results), loc="left")
-    axes.set_title("bars: 95 % intervals", loc="right", fontsize=9, color="#718096")
+def accuracy_against_cost(results: Results) -> Image.Image:
+    """AP and AP50 (rows) against milliseconds and MMACs (columns) of the exits, routing and the static detectors.
+
+    Bars are 95 % intervals; undefined points and empty exits are left out. What was timed in another runtime than the
+    exits has a hollow marker in the column of milliseconds.
+    """
+    rows = [row for row in (*exit_rows(results), *static_rows(results)) if not row.empty]
+    panels = [(quality, cost) for quality in ("AP", "AP50") for cost in ("ms", "mmacs")]
+
+    def draw(all_axes: np.ndarray) -> None:
+        for axes, panel in zip(all_axes.flat, panels, strict=True):
+            _draw_points(axes, rows, *panel)
+        all_axes[1, 0].set_xlabel(f"ms per image ({timing_title(results)})")
+        all_axes[1, 1].set_xlabel("MMAC per image")
+        for axes, quality in zip(all_axes[:, 0], ("AP", "AP50"), strict=True):
+            axes.set_ylabel(quality)
+        all_axes[0, 0].set_title(data_title(results), loc="left")
+        all_axes[0, 1].set_title("bars: 95 % intervals", loc="right", fontsize=9)
+        make_drawable(all_axes[0, 0].figure)
+        all_axes[0, 0].figure.draw_without_rendering()  # now it is settled where points are
+        for axes, (quality, cost) in zip(all_axes.flat, panels, strict=True):
+            named = [row for row in rows if _points([row], quality, cost)]
+            other = [f" ({row.other_runtime})" if cost == "ms" and row.other_runtime else "" for row in named]
+            texts = [row.name + runtime for row, runtime in zip(named, other, strict=True)]
+            place_labels(axes, _points(named, quality, cost), texts, [STYLES[row.kind][0] for row in named])
+
+    return draw_charts(draw, 2, 2, (13, 9))
 
 
-def _point(axes: Axes, row: Row, color: str, marker: str, above: bool = False) -> None:
-    """A marker with its bars; the exits' curve rises, so above to the left and below to the right are free."""
-    for x, y in _points([row], "AP50", "ms"):
-        bars = {"xerr": _bars(x, row.ms_interval), "yerr": _bars(y, row.figures.get("AP50_interval"))}
-        axes.errorbar(x, y, **bars, fmt=marker, color=color, markersize=8, elinewidth=1.2, capsize=3, zorder=2)
-        offset, horizontal, vertical = ((-8, 7), "right", "bottom") if above else ((8, -7), "left", "top")
-        place = {"textcoords": "offset points", "ha": horizontal, "va": vertical}
-        axes.annotate(f"{row.name}  {y:.3f}", (x, y), offset, color=color, **place)
+def _draw_points(axes: Axes, rows: Sequence[Row], quality: str, cost: str) -> None:
+    for kind in ("exit", "plain", "cut_head"):  # a line joins one network at several costs: no other file's
+        family = [row for row in rows if row.kind == kind and row.source is None]
+        line = _points(family if kind == "exit" else sorted(family, key=lambda row: row.number(cost)), quality, cost)
+        axes.plot([x for x, _ in line], [y for _, y in line], color=STYLES[kind][0], alpha=0.3, zorder=1)
+    for row in rows:
+        color, marker = STYLES[row.kind]
+        for x, y in _points([row], quality, cost):
+            across = _bars(x, row.ms_interval if cost == "ms" else None)
+            along = _bars(y, row.figures.get(f"{quality}_interval"))
+            axes.errorbar(x, y, along, across, fmt="none", ecolor=color, elinewidth=1, alpha=0.5, zorder=1)
+            filled = cost != "ms" or not row.other_runtime
+            axes.plot(x, y, marker, color=color, markersize=8, markerfacecolor=color if filled else "white", zorder=2)
+    axes.margins(0.12)
 
 
 def _bars(value: float, interval: Interval) -> list[list[float]] | None:
     """Lengths below and above ``value``; a percentile interval may miss the value itself."""
     return [[max(value - interval[0], 0.0)], [max(interval[1] - value, 0.0)]] if interval else None
+
+
+def _points(rows: Sequence[Row], quality: str, cost: str) -> list[tuple[float, float]]:
+    points = [(row.number(cost), row.number(quality)) for row in rows]
+    return [point for point in points if None not in point]
+
+
+LABEL_GAP, MARKER = 7, 9
+"""Points between marker and text; pixels around a marker that are its own."""
+PLACES = [
+    (x * LABEL_GAP * far, y * LABEL_GAP * far, horizontal, vertical)
+    for far in (1, 2.2, 3.6)
+    for x, y, horizontal, vertical in (
+        (1, -0.6, "left", "top"),
+        (-1, 0.6, "right", "bottom"),
+        (1, 0.6, "left", "bottom"),
+        (-1, -0.6, "right", "top"),
+        (1.2, 0, "left", "center"),
+        (-1.2, 0, "right", "center"),
+        (0, 1, "center", "bottom"),
+        (0, -1, "center", "top"),
+    )
+]
+"""Offsets in points and alignments, the most wanted first."""
+
+
+def place_labels(
+    axes: Axes, points: Sequence[tuple[float, float]], texts: Sequence[str], colors: Sequence[str]
+) -> None:
+    """Write each text near its point (data coordinates), at the first of `PLACES` that covers least of the others.
+
+    Limits and layout are to be final: draw the figure once before.
+    """
+    centres = axes.transData.transform(points) if len(points) else []
+    taken = [Bbox([[x - MARKER, y - MARKER], [x + MARKER, y + MARKER]]) for x, y in centres]
+    frame = axes.get_window_extent()
+    for point, text, color in zip(points, texts, colors, strict=True):
+        label = axes.annotate(text, point, textcoords="offset points", xytext=(0, 0), color=color, fontsize=9)
+        make_drawable(label)
+        label.set_in_layout(False)
+        extents = []
+        for x, y, horizontal, vertical in PLACES:
+            label.xyann = (x, y)
+            label.set(ha=horizontal, va=vertical)
+            extents.append(label.get_window_extent())
+        costs = [_area(box) - _area(Bbox.intersection(box, frame)) for box in extents]  # what the frame cuts off
+        costs = [
+            round(cost + sum(_area(Bbox.intersection(box, other)) for other in taken), 3)
+            for cost, box in zip(costs, extents, strict=True)
+        ]
+        best = costs.index(min(costs))
+        label.xyann = PLACES[best][:2]
+        label.set(ha=PLACES[best][2], va=PLACES[best][3])
+        taken.append(extents[best])
+
+
+def _area(box: Bbox | None) -> float:
+    return box.width * box.height if box else 0.0
+
+
+_CURVES = {"AP50": "AP50", "share": "share of photos", "temperature": "temperature"}
 
 
 def training_curves(phases: Mapping[str, Sequence[Mapping[str, float | None]]]) -> Image.Image | None:
@@ -98,10 +187,10 @@ def training_curves(phases: Mapping[str, Sequence[Mapping[str, float | None]]]) 
     curves = {kind: points for kind, points in curves.items() if points}
     if not curves:
         return None
+    names = list(dict.fromkeys(name for points in curves.values() for name in points))
+    names.sort(key=lambda name: (name == "full", int(name.removeprefix("exit")) if name != "full" else 0))
 
     def draw(axes: np.ndarray) -> None:
-        names = list(dict.fromkeys(name for points in curves.values() for name in points))
-        names.sort(key=lambda name: (name == "full", int(name.removeprefix("exit")) if name != "full" else 0))
         for row, (kind, points) in zip(axes[:, 0], curves.items(), strict=True):
             for name in (name for name in names if name in points):
                 color = PLAIN if name == "full" else f"C{names.index(name)}"
@@ -109,151 +198,14 @@ def training_curves(phases: Mapping[str, Sequence[Mapping[str, float | None]]]) 
             row.set_ylabel(_CURVES[kind])
             for begin in list(starts.values())[1:]:
                 row.axvline(begin, color=PLAIN, linewidth=0.8, linestyle=":")
+        above = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "fontsize": 9, "color": PLAIN}
         for phase, begin in starts.items():
-            axes[0, 0].annotate(phase, (begin, 1.0), (3, 3), xycoords=("data", "axes fraction"), **_ABOVE)
+            axes[0, 0].annotate(phase, (begin, 1.0), (3, 3), **above)
         axes[0, 0].legend(loc="best", frameon=False)
         axes[-1, 0].set_xlabel("epoch")
         axes[-1, 0].set_xlim(0, 1.02 * start)
 
     return draw_charts(draw, len(curves), 1, (7.5, 1.0 + 2.2 * len(curves)))
-
-
-_CURVES = {"AP50": "AP50", "share": "share of photos", "temperature": "temperature"}
-_ABOVE = {"textcoords": "offset points", "fontsize": 9, "color": PLAIN}
-
-
-# The chart of exits and static rivals: accuracy against time and against operations.
-
-STYLES = {
-    "exit": (EXITS, "o"),
-    "routed": (ROUTED, "D"),
-    "single_exit": ("#00838f", "v"),
-    "plain": (PLAIN, "s"),
-    "cut_head": ("#8d6e63", "p"),
-    "onnx": ("#805ad5", "^"),
-}
-"""Kinds of rows -> colour and marker."""
-
-
-def accuracy_against_cost(results: Results) -> Image.Image:
-    """AP and AP50 (rows) against milliseconds and MMACs (columns); undefined points are left out.
-
-    What was timed in another runtime than the exits has a hollow marker in the column of milliseconds.
-    """
-    return draw_charts(lambda axes: _draw_cost(axes, results), 2, 2, (13, 9))
-
-
-def _draw_cost(all_axes: np.ndarray, results: Results) -> None:
-    rows = _with_branches([*exit_rows(results), *static_rows(results)])
-    panels = [
-        (all_axes[row, column], rows, quality, cost)
-        for row, quality in enumerate(("AP", "AP50"))
-        for column, cost in enumerate(("ms", "mmacs"))
-    ]
-    for panel in panels:
-        _draw_points(*panel)
-    for axes, title in zip(all_axes[-1], (f"ms per image ({timing_title(results)})", "MMAC per image"), strict=True):
-        axes.set_xlabel(title)
-    for axes, title in zip(all_axes[:, 0], ("AP", "AP50"), strict=True):
-        axes.set_ylabel(title)
-    all_axes[0, 0].set_title(data_title(results), loc="left")
-    make_drawable(all_axes[0, 0].figure)
-    all_axes[0, 0].figure.draw_without_rendering()  # now it is settled where points are
-    for panel in panels:
-        _name_points(*panel)
-
-
-def _draw_points(axes: Axes, rows: Sequence[Row], quality: str, cost: str) -> None:
-    for kind in ("exit", "plain", "cut_head"):  # a line joins one network at several costs: no other file's
-        family = [row for row in rows if row.kind == kind and row.source is None]
-        line = _points(family if kind == "exit" else sorted(family, key=lambda row: row.number(cost)), quality, cost)
-        axes.plot([x for x, _ in line], [y for _, y in line], color=STYLES[kind][0], alpha=0.3, zorder=1)
-    for row in rows:
-        color, marker = STYLES[row.kind]
-        for x, y in _points([row], quality, cost):
-            filled = cost != "ms" or not row.other_runtime
-            axes.plot(x, y, marker, color=color, markersize=8, markerfacecolor=color if filled else "white", zorder=2)
-    axes.margins(0.12)
-
-
-def _name_points(axes: Axes, rows: Sequence[Row], quality: str, cost: str) -> None:
-    """After all points of the row and column, which share their scales."""
-    named = [row for row in rows if _points([row], quality, cost)]
-    texts = [f"{row.name} ({row.other_runtime})" if cost == "ms" and row.other_runtime else row.name for row in named]
-    place_labels(axes, _points(named, quality, cost), texts, [STYLES[row.kind][0] for row in named])
-
-
-def _with_branches(rows: Sequence[Row]) -> list[Row]:
-    """The rows without empty exits, which have no accuracy to draw."""
-    return [row for row in rows if not row.empty]
-
-
-def _points(rows: Sequence[Row], quality: str, cost: str) -> list[tuple[float, float]]:
-    points = [(row.number(cost), row.number(quality)) for row in rows]
-    return [point for point in points if None not in point]
-
-
-# The placement advisor's findings as a table and a chart.
-
-Plan = Mapping[str, Any]
-
-
-def placement_report(plan: Plan) -> str:
-    """Table of the layers, and in words which of them can give the wanted speed-up."""
-    context, shares = plan["context"], list(plan["placements"][0]["speedups"])
-    heads = [f"{float(share):.0%}" for share in shares]
-    wanted = f"share for {plan['speedup']:g}x"
-    lines = [
-        f"one exit; ms of one image in {RUNTIME_TITLES[context['runtime']]}, {context['threads']} thread(s); "
-        f"the detector without exits takes {plan['plain_ms']:.1f} ms",
-        "speed-up if that share of the photos leaves there:",
-        "",
-        f"layer  MMAC     ms  {'  '.join(head.rjust(5) for head in heads)}  {wanted}   AP50",
-    ]
-    for row in plan["placements"]:
-        speedups = "  ".join(f"{row['speedups'][share]:4.2f}x" for share in shares)
-        share = row["share_for_speedup"]
-        needed = ("never" if share is None else f"{share:.0%}").rjust(len(wanted))
-        ap50 = "-" if row["AP50"] is None else f"{row['AP50']:.3f}"
-        lines.append(f"{row['layer']:5d}  {row['mmacs']:4.0f}  {row['ms']:5.1f}  {speedups}  {needed}  {ap50:>5}")
-    return "\n".join([*lines, "", _advice(plan)])
-
-
-def _advice(plan: Plan) -> str:
-    able = [str(row["layer"]) for row in plan["placements"] if row["share_for_speedup"] is not None]
-    if not able:
-        return f"no exit can reach {plan['speedup']:g}x, even if every photo leaves there: a smaller detector may"
-    line = f"{plan['speedup']:g}x can be reached by exits behind layers {', '.join(able)}, if enough photos leave"
-    proposal = plan["proposal"]
-    if plan["full_AP50"] is None:
-        return f"{line}; --probe-epochs 3 would say how well they detect"
-    if proposal is None:
-        return f"{line}; none is proposed, since none was found to detect"
-    layers = proposal["layers"]
-    names = [*(f"exit{layer}" for layer in layers), "full"]
-    shares = ", ".join(f"{share:.0%} at {name}" for name, share in zip(names, proposal["shares"], strict=True))
-    return (
-        f"{line}\nproposed: EXITS.LAYERS {list(layers)}: AP50 {proposal['AP50']:.3f} of {plan['full_AP50']:.3f} "
-        f"if chance chose who leaves ({shares}); short probes, so more can be expected of a full training"
-    )
-
-
-def placement_chart(plan: Plan) -> Image.Image:
-    """Speed-up against layer, a line for each share of photos that leave."""
-    return draw_chart(lambda axes: _draw_placements(axes, plan))
-
-
-def _draw_placements(axes: Axes, plan: Plan) -> None:
-    layers = [row["layer"] for row in plan["placements"]]
-    for share in plan["placements"][0]["speedups"]:
-        values = [row["speedups"][share] for row in plan["placements"]]
-        axes.plot(layers, values, marker="o", label=f"{float(share):.0%} of the photos leave")
-    axes.axhline(plan["speedup"], color=PLAIN, linestyle="--", linewidth=1, label="wanted")
-    axes.axhline(1.0, color=PLAIN, linewidth=1)
-    axes.set_xlabel("trunk layer behind which the exit leaves")
-    axes.set_ylabel("speed-up against the detector without exits")
-    axes.set_xticks(layers)
-    axes.legend(frameon=False)
 
 
 class Candidate(Protocol):
@@ -291,4 +243,4 @@ def candidates_chart(candidates: Sequence[Candidate], chosen: Candidate | None, 
         axes.set_xlabel(f"ms per image, mean over the calib photos ({RUNTIME_TITLES[runtime]})")
         axes.set_ylabel("AP50 on the calib split")
 
-    return draw_chart(draw)
+    return draw_charts(lambda all_axes: draw(all_axes[0, 0]))

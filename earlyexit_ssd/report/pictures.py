@@ -1,4 +1,4 @@
-"""What is drawn: names beside the points of a chart, and photos with their detections."""
+"""Photos with their boxes: one photo a row, with ground truth, every exit and the full path in columns."""
 
 from __future__ import annotations
 
@@ -9,80 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from matplotlib.artist import Artist
-from matplotlib.axes import Axes
-from matplotlib.text import Annotation, Text
-from matplotlib.transforms import Bbox
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-LABEL_GAP, MARKER = 7, 9
-"""Points between marker and text; pixels around a marker that are its own."""
-PLACES = [
-    (x * LABEL_GAP * far, y * LABEL_GAP * far, horizontal, vertical)
-    for far in (1, 2.2, 3.6)
-    for x, horizontal, y, vertical in (
-        (1, "left", -0.6, "top"),
-        (-1, "right", 0.6, "bottom"),
-        (1, "left", 0.6, "bottom"),
-        (-1, "right", -0.6, "top"),
-        (1.2, "left", 0, "center"),
-        (-1.2, "right", 0, "center"),
-        (0, "center", 1, "bottom"),
-        (0, "center", -1, "top"),
-    )
-]
-"""Offsets in points and alignments, the most wanted first."""
-
-
-def place_labels(
-    axes: Axes, points: Sequence[tuple[float, float]], texts: Sequence[str], colors: Sequence[str]
-) -> None:
-    """Write each text near its point (data coordinates), at the first of `PLACES` that covers least of the others.
-
-    Limits and layout are to be final: draw the figure once before.
-    """
-    centres = axes.transData.transform(points) if len(points) else []
-    taken = [Bbox([[x - MARKER, y - MARKER], [x + MARKER, y + MARKER]]) for x, y in centres]
-    frame = axes.get_window_extent()
-    for point, text, color in zip(points, texts, colors, strict=True):
-        label = axes.annotate(text, point, textcoords="offset points", xytext=(0, 0), color=color, fontsize=9)
-        make_drawable(label)
-        label.set_in_layout(False)
-        costs = [_cost(_extent(label, place), taken, frame) for place in PLACES]
-        taken.append(_extent(label, PLACES[costs.index(min(costs))]))
-
-
-def make_drawable(artist: Artist) -> None:
-    """Take all texts in it as they are: a name is no formula, and bytes in it that are no character are escaped."""
-    for text in artist.findobj(Text):
-        text.set_parse_math(False)
-        text.set_text(text.get_text().encode("utf-8", "backslashreplace").decode())
-
-
-def _extent(label: Annotation, place: tuple[float, float, str, str]) -> Bbox:
-    """Put the label there; what it covers, pixels."""
-    x, y, horizontal, vertical = place
-    label.xyann = (x, y)
-    label.set(ha=horizontal, va=vertical)
-    return label.get_window_extent()
-
-
-def _cost(box: Bbox, taken: Sequence[Bbox], frame: Bbox) -> float:
-    """Square pixels that the label shares with others, or has outside the frame."""
-    inside = Bbox.intersection(box, frame)
-    outside = box.width * box.height - (inside.width * inside.height if inside else 0.0)
-    shared = (Bbox.intersection(box, other) for other in taken)
-    return round(outside + sum(one.width * one.height for one in shared if one), 3)
-
-
-# Detections side by side: one photo a row; ground truth, every exit and the full path in columns.
+from earlyexit_ssd.drawing import color_of, draw_boxes, font_of
 
 TILE = 320
 GAP = 8
 HEADER = 30
 BACKGROUND, PADDING, INK, FRAME, IGNORED = "#ffffff", "#edf2f7", "#1a202c", "#dd6b20", "#718096"
-PALETTE = ("#e53e3e", "#3182ce", "#38a169", "#d69e2e", "#805ad5", "#00a3c4", "#d53f8c", "#975a16")
 
 
 @dataclass(frozen=True)
@@ -112,9 +47,7 @@ def detection_grid(
     """The picture of all ``examples`` under a line of column names, without the ground truth if no example has one.
 
     Args:
-        examples: rows.
-        exit_names: names of the columns behind the ground truth, shallow to deep.
-        classes: names of the labels 1..K.
+        exit_names: names of the columns behind the ground truth, shallow to deep; classes: of the labels 1..K.
         score: detections below it are not drawn.
         tile: width of a tile and its largest height, pixels; photos keep their shape inside it.
     """
@@ -125,16 +58,18 @@ def detection_grid(
     picture = Image.new("RGB", (width, HEADER + sum(row[0].height + GAP for row in rows)), BACKGROUND)
     draw = ImageDraw.Draw(picture)
     for column, name in enumerate(columns):
-        draw.text((GAP + column * (tile + GAP), HEADER / 2), name, INK, _font(16), anchor="lm")
+        draw.text((GAP + column * (tile + GAP), HEADER / 2), name, INK, font_of(16), anchor="lm")
     if any(example.exit_index is not None for example in examples):
-        draw.text((width - GAP, HEADER / 2), "framed: the exit routed to", FRAME, _font(12), anchor="rm")
+        draw.text((width - GAP, HEADER / 2), "framed: the exit routed to", FRAME, font_of(12), anchor="rm")
     top = HEADER
     for example, row in zip(examples, rows, strict=True):
         for column, one in enumerate(row):
             corner = (GAP + column * (tile + GAP), top)
             picture.paste(one, corner)
-            if example.exit_index is not None and column == example.exit_index + first:
-                _frame(draw, corner, one.size)
+            if example.exit_index is not None and column == example.exit_index + first:  # in the gap: it hides nothing
+                left, above = corner[0] - GAP // 2, corner[1] - GAP // 2
+                box = (left, above, left + one.width + GAP - 1, above + one.height + GAP - 1)
+                draw.rectangle(box, outline=FRAME, width=GAP // 2)
         top += row[0].height + GAP
     return picture
 
@@ -145,9 +80,7 @@ def photo_grid(
     """Photos with their boxes, ``columns`` a row: what a training sees, augmentation included.
 
     Args:
-        samples: image float [3,H,W] in [0, 1] and target (as :class:`Example` has them).
-        classes: names of the labels 1..K.
-        columns: photos a row.
+        samples: image float [3,H,W] in [0, 1] and target, as an `Example` has them; classes: of the labels 1..K.
         tile: width of a photo and its largest height, pixels.
     """
     rows = -(-len(samples) // columns)
@@ -160,14 +93,8 @@ def photo_grid(
 
 
 def choose_examples(chosen: Sequence[int], empty: Sequence[bool], count: int, seed: int = 0) -> list[int]:
-    """Indices of up to ``count`` photos that show every exit taken, a quarter of them without an object.
-
-    Args:
-        chosen: the exit that each photo takes.
-        empty: whether the photo holds no object.
-        count: photos wanted.
-        seed: of the shuffle that picks among the photos of an exit.
-    """
+    """Indices of up to ``count`` photos that show every exit taken (``chosen``), a quarter of them without an object
+    (``empty``); ``seed`` is of the shuffle that picks among the photos of an exit."""
     order = np.random.default_rng(seed).permutation(len(chosen)).tolist()
     with_object = _in_turns([index for index in order if not empty[index]], chosen)
     without = _in_turns([index for index in order if empty[index]], chosen)
@@ -183,73 +110,28 @@ def _in_turns(indices: Sequence[int], chosen: Sequence[int]) -> list[int]:
 
 def _tiles(example: Example, classes: Sequence[str], score: float, tile: int) -> list[Image.Image]:
     """The photo with its ground truth, then with what each exit found."""
-    photo, scale = _fit(example.image, tile)
+    pixels = (example.image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    photo = Image.fromarray(np.ascontiguousarray(pixels))
+    scale = tile / max(photo.size)
+    width, height = (max(round(side * scale), 1) for side in photo.size)
+    fitted = photo.resize((width, height), Image.Resampling.LANCZOS)
+    photo = Image.new("RGB", (tile, height), PADDING)
+    photo.paste(fitted, (0, 0))
     target = example.target or {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     labels = target["labels"].tolist()
     ignored = target["iscrowd"].tolist() if "iscrowd" in target else [0] * len(labels)
-    colors = [IGNORED if skip else _color(label) for label, skip in zip(labels, ignored, strict=True)]
-    tiles = [_draw_boxes(photo.copy(), target["boxes"] * scale, [_name(label, classes) for label in labels], colors)]
+    colors = [IGNORED if skip else color_of(label) for label, skip in zip(labels, ignored, strict=True)]
+    names = [_name(label, classes) for label in labels]
+    tiles = [draw_boxes(photo.copy(), (target["boxes"] * scale).tolist(), names, colors)]
     for found in example.detections:
         order = found["scores"].argsort(descending=True)
         order = order[found["scores"][order] >= score]
         boxes, scores, labels = (found[key][order] for key in ("boxes", "scores", "labels"))
-        texts = [
-            f"{_name(label, classes)} {value:.2f}"
-            for label, value in zip(labels.tolist(), scores.tolist(), strict=True)
-        ]
-        tiles.append(_draw_boxes(photo.copy(), boxes * scale, texts, [_color(label) for label in labels.tolist()]))
+        labels, scores = labels.tolist(), scores.tolist()
+        texts = [f"{_name(label, classes)} {value:.2f}" for label, value in zip(labels, scores, strict=True)]
+        tiles.append(draw_boxes(photo.copy(), (boxes * scale).tolist(), texts, [color_of(label) for label in labels]))
     return tiles
-
-
-def _fit(image: Tensor, tile: int) -> tuple[Image.Image, float]:
-    """The photo at the tile's size, on a background ``tile`` wide and as high as the photo, and its scale."""
-    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    photo = Image.fromarray(np.ascontiguousarray(pixels))
-    scale = tile / max(photo.size)
-    width, height = (max(round(side * scale), 1) for side in photo.size)
-    fitted = Image.new("RGB", (tile, height), PADDING)
-    fitted.paste(photo.resize((width, height), Image.Resampling.LANCZOS), (0, 0))
-    return fitted, scale
-
-
-def _draw_boxes(image: Image.Image, boxes: Tensor, texts: Sequence[str], colors: Sequence[str]) -> Image.Image:
-    """Draw xyxy ``boxes`` [N,4] in the image's pixels, the most important first.
-
-    A box's text stands above it, or inside at the top edge; it is left out where it would cover another text, since
-    in a crowd the texts would hide the photo.
-    """
-    draw, font = ImageDraw.Draw(image), _font(12)
-    for (x1, y1, x2, y2), color in reversed(list(zip(boxes.tolist(), colors, strict=True))):
-        draw.rectangle((x1, y1, max(x2, x1), max(y2, y1)), outline=color, width=2)
-    height = sum(font.getmetrics())
-    taken: list[tuple[float, float, float]] = []
-    for (x1, y1, *_), text, color in zip(boxes.tolist(), texts, colors, strict=True):
-        width = draw.textlength(text, font) + 6
-        x = min(max(x1, 0), max(image.width - width, 0))
-        y = y1 - height if y1 >= height else max(y1, 0)
-        if any(x < end and start < x + width and abs(y - other) < height for start, end, other in taken):
-            continue
-        taken.append((x, x + width, y))
-        draw.rectangle((x, y, x + width, y + height), fill=color)
-        draw.text((x + 3, y), text, "white", font)
-    return image
-
-
-def _frame(draw: ImageDraw.ImageDraw, corner: tuple[int, int], size: tuple[int, int]) -> None:
-    """A frame around a tile, in the gap, so that it hides nothing."""
-    left, top = corner[0] - GAP // 2, corner[1] - GAP // 2
-    box = (left, top, left + size[0] + GAP - 1, top + size[1] + GAP - 1)
-    draw.rectangle(box, outline=FRAME, width=GAP // 2)
 
 
 def _name(label: int, classes: Sequence[str]) -> str:
     return classes[label - 1] if 1 <= label <= len(classes) else f"label {label}"
-
-
-def _color(label: int) -> str:
-    return PALETTE[(label - 1) % len(PALETTE)]
-
-
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    """Pillow's own font, so that no font file is needed."""
-    return ImageFont.load_default(size)

@@ -9,16 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from PIL import Image
 
-from earlyexit_ssd.calibration.certificate import Certificate, Measured
-from earlyexit_ssd.calibration.temperature import FittedTemperature, Reliability
+from earlyexit_ssd.calibration.certificate import Certificate
+from earlyexit_ssd.calibration.temperature import FittedTemperature
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.evaluation.matches import PhotoRow
 from earlyexit_ssd.evaluation.results import Results
 from earlyexit_ssd.files import write_image, write_json, write_text
-from earlyexit_ssd.report.charts import EXITS, PLAIN, ROUTED, accuracy_against_cost, accuracy_against_time, draw_charts
+from earlyexit_ssd.report.charts import EXITS, PLAIN, ROUTED, accuracy_against_cost, draw_charts
 from earlyexit_ssd.report.tables import figure, markdown_table, text_report
 
 
@@ -32,18 +31,19 @@ def write_calibration(folder: Path, certificate: Certificate, temperatures: Sequ
 
 def calibration_report(certificate: Certificate, temperatures: Sequence[FittedTemperature]) -> str:
     """A line per exit, and what is promised."""
-    measured, unit = certificate.measured, certificate.cost_model.unit
-    lines = [f"policy {certificate.router['policy']}, {measured.photos} calibration photos{_left_out(measured)}", ""]
-    lines.append(
-        f"{'exit':8} {'threshold':>10} {'share':>8} {unit:>9} {'temperature':>12} {'fitted':>7} {'ECE at 1':>9} "
-        f"{'fitted':>7}"
-    )
-    costs = certificate.cost_model.exits
+    measured, costs, router = certificate.measured, certificate.cost_model, certificate.router
+    left_out = {"copies": measured.equal_photos, "photos that look equal": measured.near_equal_photos}
+    left_out = " and ".join(f"{count} {what}" for what, count in left_out.items() if count)
+    left_out = f" ({left_out} left out: each photo counts once)" if left_out else ""
+    lines = [
+        f"policy {router['policy']}, {measured.photos} calibration photos{left_out}",
+        "",
+        f"{'exit':8} {'threshold':>10} {'share':>8} {costs.unit:>9} {'temperature':>12} {'fitted':>7} {'ECE at 1':>9} "
+        f"{'fitted':>7}",
+    ]
     by_name = {fitted.exit_name: fitted for fitted in temperatures}
-    router = certificate.router
-    for (name, share), threshold, temperature, cost in zip(
-        measured.exit_share.items(), router["thresholds"], router["temperatures"], costs, strict=False
-    ):
+    rows = zip(measured.exit_share.items(), router["thresholds"], router["temperatures"], costs.exits, strict=False)
+    for (name, share), threshold, temperature, cost in rows:
         shown = "closed" if threshold >= CLOSED else f"{threshold:.4f}"
         line = f"{name:8} {shown:>10} {100 * share:6.1f} % {cost:9.1f}"
         if name in by_name:  # an exit with a branch
@@ -51,32 +51,8 @@ def calibration_report(certificate: Certificate, temperatures: Sequence[FittedTe
             line += f" {temperature:12.2f} {fitted.temperature:7.2f} {fitted.before.expected_error:9.3f}"
             line += f" {fitted.after.expected_error:7.3f}"
         lines.append(line)
-    lines.append(f"{'full':8} {'':>10} {100 * measured.exit_share['full']:6.1f} % {costs[-1]:9.1f}")
-    lines += ["", *_promise(certificate)]
-    return "\n".join(lines)
-
-
-def _left_out(measured: Measured) -> str:
-    parts = {"copies": measured.equal_photos, "photos that look equal": measured.near_equal_photos}
-    shown = " and ".join(f"{count} {what}" for what, count in parts.items() if count)
-    return f" ({shown} left out: each photo counts once)" if shown else ""
-
-
-def _agreement(certificate: Certificate) -> list[str]:
-    """How far routing says what the full path says."""
-    found = certificate.measured.agreement
-    if not found:
-        return []
-    score = certificate.target.score
-    same = (
-        ""
-        if found["same_photos"] is None
-        else f"; the same answer for {100 * found['same_photos']:.1f} % of the photos"
-    )
-    return [
-        f"agreement with the full path at score {score:g}: {found['kept']} of its {found['objects']} objects kept, "
-        f"{found['added']} added{same}"
-    ]
+    lines.append(f"{'full':8} {'':>10} {100 * measured.exit_share['full']:6.1f} % {costs.exits[-1]:9.1f}")
+    return "\n".join([*lines, "", *_promise(certificate)])
 
 
 def _promise(certificate: Certificate) -> list[str]:
@@ -85,28 +61,27 @@ def _promise(certificate: Certificate) -> list[str]:
     accuracy = "nobody labelled these photos, so AP is not known"
     if measured.labelled is not False:
         accuracy = f"AP50 {figure(measured.AP50)}, full path {figure(measured.AP50_full)}"
-    lines = [
-        f"{accuracy}; loss per photo {measured.loss:.4f} against {against}",
-        *_agreement(certificate),
-        f"mean cost {measured.cost:.1f} {unit}, {measured.speedup:.2f} times as fast as the detector without exits",
-    ]
+    lines = [f"{accuracy}; loss per photo {measured.loss:.4f} against {against}"]
+    if found := measured.agreement:
+        line = f"agreement with the full path at score {target.score:g}: {found['kept']} of its {found['objects']}"
+        line += f" objects kept, {found['added']} added"
+        if found["same_photos"] is not None:
+            line += f"; the same answer for {100 * found['same_photos']:.1f} % of the photos"
+        lines.append(line)
+    times = f"{measured.speedup:.2f} times as fast as the detector without exits"
+    lines.append(f"mean cost {measured.cost:.1f} {unit}, {times}")
     draws, drawn = "the calibration photos", "photo"
     if target.block:
-        size = target.block
-        draws, drawn = f"the {measured.blocks} blocks of {size} calibration photos", f"block of {size}"
-    if target.kind == "risk":
-        promise = (
-            "every exit stays closed: nothing is lost, nothing gained"
-            if certificate.closed
-            else f"with probability {1 - target.delta:g} over the draw of {draws} the expected loss "
-            f"per {drawn} is at most {target.epsilon:g} (bound {measured.loss_bound:.4f}, {target.bound})"
-        )
-        lines.append(promise)
-    if target.kind == "ap_drop":
-        lines.append(
-            f"in {1 - target.delta:.0%} of bootstrap draws of {draws} at most "
-            f"{measured.AP50_lost_bound:.4f} AP50 is lost (target {target.value:g})"
-        )
+        drawn = f"block of {target.block}"
+        draws = f"the {measured.blocks} blocks of {target.block} calibration photos"
+    if target.kind == "risk" and certificate.closed:
+        lines.append("every exit stays closed: nothing is lost, nothing gained")
+    elif target.kind == "risk":
+        line = f"with probability {1 - target.delta:g} over the draw of {draws} the expected loss per {drawn}"
+        lines.append(f"{line} is at most {target.epsilon:g} (bound {measured.loss_bound:.4f}, {target.bound})")
+    elif target.kind == "ap_drop":
+        line = f"in {1 - target.delta:.0%} of bootstrap draws of {draws} at most {measured.AP50_lost_bound:.4f} AP50"
+        lines.append(f"{line} is lost (target {target.value:g})")
         if measured.photos_needed is not None:
             lines.append(f"these are few for that: at least {measured.photos_needed} are needed, see docs/routing.md")
     return lines
@@ -115,25 +90,21 @@ def _promise(certificate: Certificate) -> list[str]:
 def reliability_diagram(temperatures: Sequence[FittedTemperature]) -> Image.Image:
     """Per exit, how often the most probable class is right where it has this probability, before and after."""
 
-    def draw(axes: np.ndarray) -> None:
-        for column, fitted in enumerate(temperatures):
-            one = axes[0, column]
-            one.plot([0, 1], [0, 1], color=PLAIN, linestyle=":", linewidth=1)
-            _draw_curve(one, fitted.before, PLAIN, "before")
-            _draw_curve(one, fitted.after, ROUTED if fitted.temperature != 1 else EXITS, "after")
-            one.set_title(f"{fitted.exit_name}, temperature {fitted.temperature:.2f}")
-            one.set_xlabel("probability of the class")
-            one.legend(frameon=False)
-        axes[0, 0].set_ylabel("share that is right")
+    def draw(all_axes: np.ndarray) -> None:
+        for axes, fitted in zip(all_axes[0], temperatures, strict=True):
+            axes.plot([0, 1], [0, 1], color=PLAIN, linestyle=":", linewidth=1)
+            after = ROUTED if fitted.temperature != 1 else EXITS
+            for color, label, found in ((PLAIN, "before", fitted.before), (after, "after", fitted.after)):
+                filled = np.flatnonzero(found.count)
+                confidence, accuracy = np.array(found.confidence)[filled], np.array(found.accuracy)[filled]
+                label = f"{label}, error {found.expected_error:.3f}"
+                axes.plot(confidence, accuracy, color=color, marker="o", label=label)
+            axes.set_title(f"{fitted.exit_name}, temperature {fitted.temperature:.2f}")
+            axes.set_xlabel("probability of the class")
+            axes.legend(frameon=False)
+        all_axes[0, 0].set_ylabel("share that is right")
 
     return draw_charts(draw, 1, len(temperatures), (4.2 * len(temperatures), 4))
-
-
-def _draw_curve(axes: Axes, reliability: Reliability, color: str, label: str) -> None:
-    filled = [index for index, count in enumerate(reliability.count) if count]
-    confidence = [reliability.confidence[index] for index in filled]
-    accuracy = [reliability.accuracy[index] for index in filled]
-    axes.plot(confidence, accuracy, color=color, marker="o", label=f"{label}, error {reliability.expected_error:.3f}")
 
 
 # The folder of results: metrics.json, the table, the charts and the pictures.
@@ -154,27 +125,21 @@ def write_results(
         photos: rows of photos.csv, `earlyexit_ssd.evaluation.matches.photo_list`; without one there is no file.
 
     Returns:
-        the paths written: metrics.json, table.txt, table.md, photos.csv, ap50_against_ms.png, ap_against_cost.png and
-        the pictures.
+        the paths written: metrics.json, table.txt, table.md, photos.csv, ap_against_cost.png and the pictures.
     """
     folder = Path(out_dir)
-    charts = {"ap50_against_ms": accuracy_against_time(results), "ap_against_cost": accuracy_against_cost(results)}
-    images = {**charts, **(pictures or {})}
+    images = {"ap_against_cost": accuracy_against_cost(results), **(pictures or {})}
     write_json(folder / "metrics.json", results.to_json())
     write_text(folder / "table.txt", text_report(results) + "\n")
     write_text(folder / "table.md", markdown_table(results) + "\n")
+    names = ["metrics.json", "table.txt", "table.md"]
     if photos:
-        write_text(folder / "photos.csv", _csv(photos))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(photos[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(photos)  # None is an empty field
+        write_text(folder / "photos.csv", text.getvalue())
+        names.append("photos.csv")
     for name, image in images.items():
         write_image(folder / f"{name}.png", image)
-    texts = ("metrics.json", "table.txt", "table.md", *(["photos.csv"] if photos else []))
-    return [folder / name for name in (*texts, *(f"{name}.png" for name in images))]
-
-
-def _csv(rows: Sequence[PhotoRow]) -> str:
-    """With a header; None is an empty field."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return [folder / name for name in (*names, *(f"{name}.png" for name in images))]

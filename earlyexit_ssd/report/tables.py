@@ -1,21 +1,13 @@
-"""The figures of all exits and their rivals as tables: plain text for a terminal, Markdown for a README, the zoo's."""
+"""The figures of all exits and their rivals as tables: plain text for a terminal, Markdown for a README."""
 
 from __future__ import annotations
 
-import posixpath
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.cost import EAGER, ONNX_RUNTIME, RUNTIME_TITLES
 from earlyexit_ssd.evaluation.metrics import METRICS, Figures
 from earlyexit_ssd.evaluation.results import ConfidenceSummary, Interval, Results, Verdict
-from earlyexit_ssd.files import write_text
-from earlyexit_ssd.modeling.checkpoint import FOLDER
-from earlyexit_ssd.plain import read_json
 
 SHORT_RUNTIMES = {EAGER: "eager", ONNX_RUNTIME: "ORT"}
 
@@ -87,17 +79,9 @@ def data_title(results: Results) -> str:
     return f"{', '.join(results.context.splits) or 'unnamed data'}: {results.context.images} photos"
 
 
-def _confidence(row: Row) -> str:
-    return f"{row.confidence.mean:.2f} ± {row.confidence.std:.2f}" if row.confidence else "-"
-
-
 def share(value: float | None) -> str:
     """A share of the photos."""
     return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def _milliseconds(row: Row) -> str:
-    return f"{figure(row.ms, 1)} {row.other_runtime}" if row.other_runtime else figure(row.ms, 1)
 
 
 def columns() -> dict[str, Callable[[Row], str]]:
@@ -111,9 +95,9 @@ def columns() -> dict[str, Callable[[Row], str]]:
         "exit": lambda row: row.name,
         "layer": lambda row: figure(row.layer, 0),
         **{heading: cell(*place) for heading, place in figures.items()},
-        "confidence": _confidence,
+        "confidence": lambda row: f"{row.confidence.mean:.2f} ± {row.confidence.std:.2f}" if row.confidence else "-",
         "MMAC": cell("mmacs", 0),
-        "ms": _milliseconds,
+        "ms": lambda row: " ".join(filter(None, (figure(row.ms, 1), row.other_runtime))),
         "share": lambda row: share(row.share),
     }
 
@@ -169,79 +153,3 @@ def verdict_lines(verdict: Verdict) -> list[str]:
     if verdict.ship:
         return [f"verdict: ship {'the exits' if verdict.what == 'routed' else verdict.what}", *others]
     return ["verdict: do not ship these exits as they are", *vetoes, *(["found besides:", *others] if others else [])]
-
-
-# The tables of docs/model_zoo.md: ``python -m earlyexit_ssd.report.zoo docs/model_zoo.md``.
-
-HEADER = """\
-| test split | photos | exit | AP50 [95 %] | AP | MMAC | ms | share |
-| :-- | --: | :-- | :-- | --: | --: | --: | --: |"""
-BEGIN, END = "<!-- tables of report/zoo.py begin -->\n", "<!-- tables of report/zoo.py end -->"
-
-
-def section(name: str, entry: Mapping[str, Any], page_folder: str = "docs") -> str:
-    """One model: what it is, and its figures per test split and exit.
-
-    Args:
-        name: as ``from_pretrained`` knows it.
-        entry: its description, as ``pipeline.ship`` writes it.
-        page_folder: folder of the page, from the root of the repository, for the links to the results.
-    """
-    routing = entry["routing"]
-    thresholds = ", ".join(f"{value:.3g}" for value in routing["thresholds"])
-    size = f"{entry['num_params'] / 1e6:.2f} M parameters, {entry['bytes'] / 1e6:.1f} MB"
-    lines = [
-        f"## `{name}`",
-        "",
-        f"- {_plural(len(entry['classes']), 'class', 'classes')}: {', '.join(entry['classes'])}",
-        f"- {size}, sha256 `{entry['sha256'][:8]}`",
-        f"- routing: `{routing['policy']}`, thresholds {thresholds}",
-        f"- recipe: `{entry['recipe']}`",
-        "",
-        HEADER,
-    ]
-    for split, figures in entry["metrics"].items():
-        link = f"[{split}]({posixpath.relpath(figures['results'], page_folder)})"
-        for exit_name, row in figures["exits"].items():
-            lines.append(_row(link, figures["images"], exit_name, row))
-        lines.append(_row(link, figures["images"], "without exits", figures["without_exits"]))
-    return "\n".join(lines) + "\n"
-
-
-def tables(folder: Path = FOLDER) -> str:
-    """A section for each description in ``folder``."""
-    paths = sorted(folder.glob("*.json"))
-    return "\n".join(
-        section(path.stem, read_json(path, "description of weights", "install the package again")) for path in paths
-    )
-
-
-def renew(page: str, content: str) -> str:
-    """The page with ``content`` between its two marks.
-
-    Raises:
-        EarlyExitError: it lacks the marks.
-    """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise EarlyExitError(f"the page lacks the lines {BEGIN.strip()} and {END}; put them where the tables belong")
-    return f"{before}{BEGIN}\n{content}\n{END}{after}"
-
-
-def _row(link: str, photos: int, exit_name: str, row: Figures) -> str:
-    """Cells that ``row`` lacks, or that are undefined, are ``-``."""
-    bounds = row.get("AP50_interval")
-    ap50 = figure(row.get("AP50")) + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else "")
-    numbers = (figure(row.get(key), digits) for key, digits in (("AP", 3), ("mmacs", 0), ("ms", 1)))
-    figures = [ap50, *numbers, share(row.get("share"))]
-    return f"| {' | '.join([link, str(photos), exit_name, *figures])} |"
-
-
-def _plural(count: int, one: str, many: str) -> str:
-    return f"{count} {one if count == 1 else many}"
-
-
-if __name__ == "__main__":
-    target = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/model_zoo.md")
-    write_text(target, renew(target.read_text(encoding="utf-8"), tables()))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -34,10 +35,7 @@ others are sure background."""
 
 class RecordedPhotos(Protocol):
     """What a policy is fitted on: photos as every exit saw them. Rows are photos, in the same order everywhere.
-
-    Attributes:
-        temperatures: one per early exit; seed: for whatever is drawn.
-    """
+    ``temperatures`` has one per early exit; ``seed`` is for whatever is drawn."""
 
     temperatures: Sequence[float]
     seed: int
@@ -79,7 +77,22 @@ class FittedPolicy(nn.Module):
         raise NotImplementedError
 
 
-POLICIES: dict[str, Policy] = {}
+@dataclass(frozen=True)
+class RegisteredPolicy:
+    """A function of the logits as a policy; it is pickled by its name, so that models with a router can be."""
+
+    name: str
+    function: Callable[..., Tensor]
+    boxes: int | None
+
+    def __call__(self, signals: ExitSignals, exit_index: int) -> Tensor:
+        return self.function(signals.logits)
+
+    def __reduce__(self) -> tuple:
+        return get_policy, (self.name,)
+
+
+POLICIES: dict[str, RegisteredPolicy] = {}
 FITTED_POLICIES: dict[str, type[FittedPolicy]] = {}
 Registered = TypeVar("Registered", bound=Callable)
 
@@ -112,26 +125,9 @@ def register_policy(name: str, boxes: int | None = None) -> Callable[[Registered
     return register
 
 
-class RegisteredPolicy:
-    """A function of the logits as a policy; it is pickled by its name, so that models with a router can be."""
-
-    def __init__(self, name: str, function: Callable[..., Tensor], boxes: int | None) -> None:
-        self.name, self.function, self.boxes = name, function, boxes
-
-    def __call__(self, signals: ExitSignals, exit_index: int) -> Tensor:
-        return self.function(signals.logits)
-
-    def __reduce__(self) -> tuple:
-        return get_policy, (self.name,)
-
-
 def get_policy(name: str, parameters: Any = None) -> Policy:
-    """The policy of that name, with its parameters if it is one that is fitted.
-
-    Raises:
-        EarlyExitError: an unknown name (the message has the nearest one), or parameters that are missing, given in
-            vain or of another policy.
-    """
+    """The policy of that name, with its parameters if it is one that is fitted; an EarlyExitError for an unknown name,
+    and for parameters that are missing, given in vain or of another policy."""
     require_known(name)
     if name not in FITTED_POLICIES:
         if parameters is not None:
@@ -139,20 +135,17 @@ def get_policy(name: str, parameters: Any = None) -> Policy:
         return POLICIES[name]
     policy = FITTED_POLICIES[name]
     if not parameters:
-        raise EarlyExitError(
-            f"routing policy '{name}' has no parameters; tools/calibrate.py fits it and writes a certificate"
-        )
+        fix = "tools/calibrate.py fits it and writes a certificate"
+        raise EarlyExitError(f"routing policy '{name}' has no parameters; {fix}")
     try:
         return policy(parameters)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as problem:
-        raise EarlyExitError(
-            f"routing policy '{name}': its parameters are {str(parameters)[:60]}, expected {policy.expected}; "
-            "calibrate again (tools/calibrate.py)"
-        ) from problem
+        wrong = f"its parameters are {str(parameters)[:60]}, expected {policy.expected}"
+        raise EarlyExitError(f"routing policy '{name}': {wrong}; calibrate again (tools/calibrate.py)") from problem
 
 
 def require_known(name: str) -> None:
-    """Raise where no policy has that name, before any work is done for it; the message has the nearest one."""
+    """Raise where no policy has that name; the message has the nearest one."""
     names = [*POLICIES, *FITTED_POLICIES]
     if not isinstance(name, str):
         raise EarlyExitError(f"routing policy {name!r}: expected the name that it is registered by")
@@ -173,10 +166,8 @@ def needs_training_photos(name: str) -> bool:
 
 @register_policy("mean_foreground")
 def mean_foreground(logits: Tensor) -> Tensor:
-    """Mean over the default boxes of the foreground probability, 1 - p(background).
-
-    The rule of the project's history. A perfect detector has some 0.7 % foreground, so it is near zero by nature.
-    """
+    """Mean over the default boxes of the foreground probability, 1 - p(background): the rule of the project's history.
+    A perfect detector has some 0.7 % foreground, so it is near zero by nature."""
     total = exp_(logits - logits[..., :1]).sum(-1)  # over all default boxes every pass counts; infinity does no harm
     return 1 - total.reciprocal().mean(-1)
 
@@ -189,10 +180,8 @@ def max_foreground(logits: Tensor) -> Tensor:
 
 @register_policy("entropy", CANDIDATES)
 def entropy(logits: Tensor) -> Tensor:
-    """1 - H / log C, H the mean over the default boxes of the entropy of their classes.
-
-    BranchyNet's rule (Teerapittayanon et al. 2016, section III-B) with its one answer replaced by many.
-    """
+    """1 - H / log C, H the mean over the default boxes of the entropy of their classes: BranchyNet's rule
+    (Teerapittayanon et al. 2016, section III-B) with its one answer replaced by many."""
     differences = _ahead_of_background(logits)
     odds = exp_(differences.clone())
     total = odds.sum(-1)
@@ -222,16 +211,20 @@ def emptiness(logits: Tensor) -> Tensor:
 
 
 def at_likeliest_boxes(signals: ExitSignals, boxes: int | None) -> ExitSignals:
-    """The signals at the ``boxes`` default boxes whose objects' logits lead background's most at this exit (None: all).
-
-    With many classes the softmax over all of them is what costs; a temperature does not change their order.
-    """
-    count = signals.logits.shape[1]
+    """The signals at the ``boxes`` default boxes whose objects' logits lead background's most at this exit (None: all):
+    the softmax over all of them is what costs. A temperature does not change their order."""
+    logits = signals.logits
+    images, count, classes = logits.shape
     if boxes is None or boxes >= count:
         return signals
-    lead = largest_of(signals.logits[..., 1:]) - signals.logits[..., 0]
+    lead = largest_of(logits[..., 1:]) - logits[..., 0]
     where = lead.topk(boxes, dim=-1, sorted=False).indices
-    return ExitSignals(at_boxes(signals.logits, where), signals.tap, signals.empty)
+    if images == 1:  # the usual case, and every small operation counts there
+        chosen = logits[0].index_select(0, where[0])[None]
+    else:  # whole rows, which is faster than ``gather``
+        rows = where + torch.arange(0, images * count, count, device=where.device)[:, None]
+        chosen = logits.reshape(-1, classes).index_select(0, rows.flatten()).view(images, -1, classes)
+    return ExitSignals(chosen, signals.tap, signals.empty)
 
 
 def largest_of(values: Tensor) -> Tensor:
@@ -247,15 +240,6 @@ def without_largest(values: Tensor, largest: Tensor) -> Tensor:
     return (largest[..., None] - values).sign_().mul_(values)
 
 
-def at_boxes(logits: Tensor, boxes: Tensor) -> Tensor:
-    """[N, A, C] at the default boxes [N, K]: [N, K, C]; whole rows, which is faster than ``gather``."""
-    images, count, classes = logits.shape
-    if images == 1:  # the usual case, and every small operation counts there
-        return logits[0].index_select(0, boxes[0])[None]
-    rows = boxes + torch.arange(0, images * count, count, device=boxes.device)[:, None]
-    return logits.reshape(-1, classes).index_select(0, rows.flatten()).view(images, -1, classes)
-
-
 def undecided(probability: Tensor) -> Tensor:
     """``probability`` where it is `AMBIGUOUS`, else 0."""
     low, high = AMBIGUOUS
@@ -266,9 +250,7 @@ def undecided(probability: Tensor) -> Tensor:
 
 class Odds:
     """Softmax of raw logits [N, A, C] by the odds against background: five times as fast as PyTorch's own over so short
-    a last dimension. ``odds`` [N, A, C] are exp(logit - background's logit), ``total`` [N, A] their sum, and
-    ``odds / total`` the probabilities.
-    """
+    a last dimension. ``odds`` [N, A, C] are exp(logit - background's logit), ``total`` [N, A] is their sum."""
 
     def __init__(self, logits: Tensor) -> None:
         self.odds = exp_(_ahead_of_background(logits))  # in place: fresh memory costs more than arithmetic
@@ -299,11 +281,9 @@ def _ahead_of_background(logits: Tensor) -> Tensor:
 
 @register_policy("balanced_ambiguity", FEWER_CANDIDATES)
 class BalancedAmbiguity(FittedPolicy):
-    """For a mean over classes: what an exit leaves undecided counts more, the rarer its class is.
-
-    1 / (1 + m), m the sum of weight * probability over the default boxes that are undecided (`AMBIGUOUS`), by the
-    weight of each one's most probable class. ``parameters`` are a positive weight for every class but background.
-    """
+    """For a mean over classes: what an exit leaves undecided counts more, the rarer its class is. 1 / (1 + m), m the
+    sum of weight * probability over the default boxes that are undecided (`AMBIGUOUS`), by the weight of each one's
+    most probable class. ``parameters`` are a positive weight for every class but background."""
 
     needs_training_photos = False
     expected = "a positive weight for every class"
@@ -321,20 +301,19 @@ class BalancedAmbiguity(FittedPolicy):
         """mean(n + 1) / (n + 1), n the objects of a class; an EarlyExitError where no photo has a labelled object."""
         objects = photos.object_counts()
         if not any(objects):
+            fix = "give labels (of DATA.TRAIN for a risk, else of DATA.CALIB), or take ambiguous_mass (ROUTING.POLICY)"
             raise EarlyExitError(
-                "policy 'balanced_ambiguity' counts objects, and the photos have no labelled one; give labels (of "
-                "DATA.TRAIN for a risk, else of DATA.CALIB), or take ambiguous_mass (ROUTING.POLICY)"
+                f"policy 'balanced_ambiguity' counts objects, and the photos have no labelled one; {fix}"
             )
         counts = torch.tensor(objects, dtype=torch.float64) + 1
         return (counts.mean() / counts).tolist()
 
     def forward(self, signals: ExitSignals, exit_index: int) -> Tensor:
         """Confidences [N]; an EarlyExitError where the exit says another number of classes than there are weights."""
-        if signals.logits.shape[-1] - 1 != len(self.weights):
-            raise EarlyExitError(
-                f"routing policy 'balanced_ambiguity' has weights of {len(self.weights)} classes, the model has "
-                f"{signals.logits.shape[-1] - 1}; calibrate again (tools/calibrate.py)"
-            )
+        own, classes = len(self.weights), signals.logits.shape[-1] - 1
+        if own != classes:
+            wrong = f"routing policy 'balanced_ambiguity' has weights of {own} classes, the model has {classes}"
+            raise EarlyExitError(f"{wrong}; calibrate again (tools/calibrate.py)")
         odds = Odds(signals.logits)
         best, classes = odds.odds[..., 1:].max(-1)
         return 1 / (1 + (undecided(best / odds.total) * self.weights[classes]).sum(-1))
@@ -363,16 +342,14 @@ def logit_statistics(logits: Tensor) -> Tensor:
 
 
 class GainModel(nn.Module):
-    """Statistics and pooled tap to the gain of going on, one number per image.
-
-    A perceptron with one hidden layer on the standardised statistics, and a linear term in the tap's channel means.
-    """
+    """Statistics and pooled tap to the gain of going on, one number per image: a perceptron with one hidden layer on
+    the standardised statistics, and a linear term in the tap's channel means."""
 
     def __init__(self, tap_channels: int) -> None:
         super().__init__()
         self.tap_channels = tap_channels
-        self.register_buffer("mean", torch.zeros(NUM_STATISTICS + tap_channels))
-        self.register_buffer("scale", torch.ones(NUM_STATISTICS + tap_channels))
+        for name, fill in (("mean", 0.0), ("scale", 1.0)):
+            self.register_buffer(name, torch.full((NUM_STATISTICS + tap_channels,), fill))
         self.hidden = nn.Linear(NUM_STATISTICS, HIDDEN)
         self.output = nn.Linear(HIDDEN, 1)
         self.skip = nn.Linear(NUM_STATISTICS, 1, bias=False)
@@ -392,7 +369,6 @@ class GainModel(nn.Module):
 
     @classmethod
     def from_plain(cls, values: dict[str, list]) -> GainModel:
-        """The model that :meth:`to_plain` described."""
         state = {name: torch.tensor(value) for name, value in values.items()}
         model = cls(state["tap.weight"].shape[1])
         model.load_state_dict(state)
@@ -422,11 +398,8 @@ def fit_gain(inputs: Tensor, gains: Tensor, seed: int = 0) -> GainModel:
 
 @register_policy("learned_gain", FEWER_CANDIDATES)
 class LearnedGain(FittedPolicy):
-    """A small model says what going on would gain for this image.
-
-    1 / (1 + exp(gain)), so that a common threshold means a common gain at every exit. ``parameters`` are, per early
-    exit, what :meth:`GainModel.to_plain` gave.
-    """
+    """1 / (1 + exp(gain)), gain what a small model says that going on would gain for this image: a common threshold
+    means a common gain at every exit. ``parameters`` are, per early exit, what `GainModel.to_plain` gave."""
 
     reads_taps = True
     expected = "the numbers of a fitted model for every early exit"
@@ -461,11 +434,9 @@ LEAST_PROBABILITY = 1e-3
 
 @register_policy("foreseen_emptiness", FEWER_CANDIDATES)
 class ForeseenEmptiness(FittedPolicy):
-    """An empty answer is foreseen: linear in what the trunk has seen so far.
-
-    1 - the largest probability of any object that the full path is expected to say. ``parameters`` are, per early exit,
-    ``{"weight": [d], "bias": float}`` for :func:`evidence`.
-    """
+    """An empty answer is foreseen, linear in what the trunk has seen so far: 1 - the largest probability of any object
+    that the full path is expected to say. ``parameters`` are, per early exit, ``{"weight": [d], "bias": float}`` for
+    :func:`evidence`."""
 
     reads_taps = True
     expected = "weight and bias, numbers, for every early exit"
@@ -503,13 +474,11 @@ def evidence(signals: ExitSignals) -> Tensor:
 
 
 def fit_foresight(inputs: Tensor, probability: Tensor) -> dict[str, list | float]:
-    """Ridge regression of the logit of ``probability`` [n] on ``inputs`` [n, d], its penalty by leave-one-out.
+    """Ridge regression of the logit of ``probability`` [n] on ``inputs`` [n, d], its penalty by leave-one-out:
+    ``weight`` [d] and ``bias`` for the inputs as they are, plain numbers.
 
     With X the standardised inputs, the residual of a photo left out is (y - Xw) / (1 - h), h the diagonal of
     X (X'X + penalty)^-1 X' + 1/n (Golub, Heath and Wahba 1979, equation 1.3).
-
-    Returns:
-        ``weight`` [d] and ``bias`` for the inputs as they are, plain numbers.
     """
     inputs, targets = inputs.double(), torch.logit(probability.double(), eps=LEAST_PROBABILITY)
     mean, scale = inputs.mean(0), inputs.std(0, unbiased=False).clamp(min=1e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from earlyexit_ssd.calibration.drift import (
     sample_quantiles,
 )
 from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.plain import build
 
 
 @pytest.mark.filterwarnings("ignore:ks_2samp")  # rounding takes an exact p-value above 1
@@ -47,6 +49,10 @@ def test_what_the_quantiles_leave_open_is_filled_by_the_values():
     assert nearest[[4, 10, 12]].tolist() == [6, 10.7, 12]
 
 
+def read(values) -> Reference:
+    return build(Reference, values, "drift")
+
+
 GOOD = {
     "photos": 3,
     "exit_names": ["exit8", "exit12", "full"],
@@ -71,10 +77,10 @@ def test_quantiles_are_exact_where_a_level_is_a_whole_number_of_photos():
 
 def test_reference_goes_through_json():
     reference = reference_of(*decisions(np.random.default_rng(0), 1000))
-    assert Reference.from_dict(json.loads(json.dumps(reference.to_dict()))) == reference
+    assert read(json.loads(json.dumps(asdict(reference)))) == reference
     nobody_left = Reference.from_decisions(NAMES, [2, 2], [[0.1, 0.2], [0.3, 0.2]])
     assert nobody_left.confidences == ((), ())
-    assert Reference.from_dict(json.loads(json.dumps(nobody_left.to_dict()))) == nobody_left
+    assert read(json.loads(json.dumps(asdict(nobody_left)))) == nobody_left
 
 
 @pytest.mark.parametrize(
@@ -86,7 +92,7 @@ def test_reference_goes_through_json():
         ({"exit_counts": [2, 1]}, "one for each of 3 exits"),
         ({"exit_counts": [4, 0, -1]}, r"exit_counts\[2\] is -1, expected 0 to"),
         ({"exit_counts": [2.0, 0, 1]}, r"exit_counts\[0\] is 2.0, expected a whole number"),
-        ({"exit_counts": 3}, "cannot be read .*calibrate again"),
+        ({"exit_counts": 3}, "drift.exit_counts is 3, expected a list"),
         ({"exit_names": ["full"]}, "expected early exits and the full path"),
         ({"exit_names": ["exit8", "exit8", "full"]}, "no name twice"),
         ({"confidences": [[0.75] * 11 + [0.5] * 10, []]}, "confidences of exit8 have 0.5, expected .* >= 0.75"),
@@ -95,25 +101,33 @@ def test_reference_goes_through_json():
             r"\[0\]\[20\] is nan, expected a finite number",
         ),
         ({"confidences": [[float("-inf")] + [0.5] * 20, []]}, r"confidences\[0\]\[0\] is -inf"),
-        ({"confidences": [["0.5"] * 21, []]}, "cannot be read"),
+        ({"confidences": [["0.5"] * 21, []]}, r"confidences\[0\]\[0\] is '0.5'"),
         ({"confidences": [[0.5] * 20, []]}, "exit8: 20 quantiles for 2 photos, expected 21"),
         ({"confidences": [[], []]}, "exit8: 0 quantiles for 2 photos"),
         ({"confidences": [[0.5] * 21, [0.5] * 21]}, "exit12: 21 quantiles for 0 photos, .* or none for no photo"),
         ({"confidences": [[0.5] * 21]}, "confidences of 1 exits: expected the 2 early ones"),
-        ({"confidences": None}, "cannot be read"),
-        ({"window": 200}, "cannot be read .*window"),
+        ({"confidences": None}, "drift.confidences is None"),
+        ({"window": 200}, "drift: the key 'window' is unknown"),
     ],
 )
 def test_impossible_references(values, message):
-    assert Reference.from_dict(GOOD).to_dict() == GOOD
+    assert json.loads(json.dumps(asdict(read(GOOD)))) == GOOD
     with pytest.raises(EarlyExitError, match=message):
-        Reference.from_dict({**GOOD, **values})
+        read({**GOOD, **values})
 
 
-@pytest.mark.parametrize("values", [None, [], {}, {"photos": 3}])
-def test_no_reference(values):
-    with pytest.raises(EarlyExitError, match="drift reference cannot be read"):
-        Reference.from_dict(values)
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (None, "drift is None, expected keys"),
+        ([], r"drift is \[\], expected keys"),
+        ({}, "drift: the key 'confidences' is missing"),
+        ({"photos": 3}, "drift: the key 'confidences' is missing"),
+    ],
+)
+def test_no_reference(values, message):
+    with pytest.raises(EarlyExitError, match=message):
+        read(values)
 
 
 @pytest.mark.parametrize(

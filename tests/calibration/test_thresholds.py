@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from earlyexit_ssd.calibration import thresholds
 from earlyexit_ssd.calibration.thresholds import (
     _unrank,
     candidates,
@@ -151,7 +152,8 @@ def test_a_closed_exit_makes_the_deeper_ones_affordable():
         learn_open_exits(confidences, losses, costs_with, budget=0.5)
 
 
-def test_a_grid_of_learnt_thresholds_goes_from_closed_to_cheapest(photos):
+def test_a_grid_of_learnt_thresholds_goes_from_closed_to_cheapest(photos, monkeypatch):
+    monkeypatch.setattr(thresholds, "BUDGETS", 5)
     confidences, losses, easy = photos
     grid = learned_grid(confidences, losses, lambda thresholds: np.array([1.0, 3.0]), [2.0])
     costs = grid.mean_cost(np.tile([1.0, 3.0], (len(grid.thresholds), 1)))

@@ -237,6 +237,7 @@ def test_synthetic_scenes_are_asked_for_with_the_settings(cfg, make_coco, tmp_pa
         (folder / "annotations").mkdir(parents=True)
         shutil.copy(tmp_path / "tiny.json", folder / "annotations" / "instances_calib.json")
         shutil.copytree(tmp_path / "tiny", folder / "calib")
+        return folder
 
     monkeypatch.setattr(builtin, "ensure_synthetic", render)
     cfg.DATA.SYNTHETIC.SIZES = (3, 2, 1)

@@ -7,10 +7,10 @@ from PIL import Image
 
 from earlyexit_ssd.config import get_cfg
 from earlyexit_ssd.data import class_names, load_dataset
-from earlyexit_ssd.data.folder import find_files, photo_path, read_photo_folder
-from earlyexit_ssd.data.images import PHOTO_SUFFIXES
+from earlyexit_ssd.data.folder import photo_path, read_photo_folder
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.errors import DataError
+from earlyexit_ssd.images import PHOTO_SUFFIXES, find_files
 from tests.data.conftest import write_photo
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from earlyexit_ssd.data.images import read_header, read_image
 from earlyexit_ssd.errors import DataError
+from earlyexit_ssd.images import read_header, read_image
 
 ORIENTATION = 0x0112
 

@@ -2,9 +2,8 @@
 
 import json
 import multiprocessing
+import os
 import re
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -14,7 +13,7 @@ from pycocotools.coco import COCO
 
 from earlyexit_ssd.data import shapes
 from earlyexit_ssd.data.shapes import FOLDER, MIN_SIDE, SPLITS, Camera, Thing, ensure_synthetic, part, render_scene
-from earlyexit_ssd.errors import DataError
+from earlyexit_ssd.errors import CannotWrite, DataError
 
 GREY = np.full(3, 0.5)
 LIGHT = (np.array([2.0, 0.0, 2.5]), 0.6)
@@ -188,20 +187,19 @@ def renderer(root, sizes):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("datasets")
-    ensure_synthetic(root, SIZES, 96, seed=0)
-    return root
+def made(tmp_path_factory):
+    return ensure_synthetic(tmp_path_factory.mktemp("datasets"), SIZES, 96, seed=0)
 
 
-def test_pycocotools_reads_every_split(root):
+def test_pycocotools_reads_every_split(made):
+    assert made.parent.name == FOLDER
     seen = []
     for split, size in zip(SPLITS, SIZES, strict=True):
-        coco = COCO(root / FOLDER / "annotations" / f"instances_{split}.json")
+        coco = COCO(made / "annotations" / f"instances_{split}.json")
         assert len(coco.imgs) == size and len(coco.anns) == len(coco.dataset["annotations"])  # no id twice
         assert coco.loadCats(coco.getCatIds()) == [{"id": 62, "name": "chair", "supercategory": "furniture"}]
         for image in coco.imgs.values():
-            with Image.open(root / FOLDER / split / image["file_name"]) as picture:
+            with Image.open(made / split / image["file_name"]) as picture:
                 assert picture.format == "JPEG" and picture.size == (image["width"], image["height"]) == (96, 96)
         for annotation in coco.anns.values():
             x, y, width, height = annotation["bbox"]
@@ -209,70 +207,46 @@ def test_pycocotools_reads_every_split(root):
             assert annotation["area"] == width * height and annotation["iscrowd"] == 0
             assert annotation["image_id"] in coco.imgs
         seen += list(coco.imgs)
-    assert sorted(seen) == list(range(1, sum(SIZES) + 1)) and (root / FOLDER / "train" / "000001.jpg").exists()
+    assert sorted(seen) == list(range(1, sum(SIZES) + 1)) and (made / "train" / "000001.jpg").exists()
 
 
-def test_files_hold_the_scenes_of_their_numbers(root, tmp_path):
+def test_files_hold_the_scenes_of_their_numbers(made, tmp_path):
     photo, boxes = render_scene(np.random.default_rng((0, 2, 1)), 96)
-    coco = json.loads((root / FOLDER / "annotations" / "instances_test.json").read_text())
+    coco = json.loads((made / "annotations" / "instances_test.json").read_text())
     image_id = SIZES[0] + SIZES[1] + 2
     found = [record["bbox"] for record in coco["annotations"] if record["image_id"] == image_id]
     assert found == [[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2 in boxes]
     photo.save(tmp_path / "again.jpg", quality=90)
-    assert (tmp_path / "again.jpg").read_bytes() == (root / FOLDER / "test" / f"{image_id:06d}.jpg").read_bytes()
+    assert (tmp_path / "again.jpg").read_bytes() == (made / "test" / f"{image_id:06d}.jpg").read_bytes()
 
 
-def test_processes_at_once_end_with_one_set(root, tmp_path):
-    processes = [renderer(tmp_path, SIZES) for _ in range(2)]
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0]
-    assert contents(tmp_path / FOLDER) == contents(root / FOLDER)
-    assert [path.name for path in tmp_path.iterdir()] == [FOLDER]
-
-
-def test_the_faster_process_wins(root, tmp_path, monkeypatch):
-    render = shapes._render
-
-    def overtaken(*arguments):
-        monkeypatch.setattr(shapes, "_render", render)
-        ensure_synthetic(tmp_path, SIZES, 96, seed=0)
-        render(*arguments)
-
-    monkeypatch.setattr(shapes, "_render", overtaken)
-    ensure_synthetic(tmp_path, SIZES, 96, seed=0)
-    assert contents(tmp_path / FOLDER) == contents(root / FOLDER)
-    assert [path.name for path in tmp_path.iterdir()] == [FOLDER]
-
-
-def test_a_killed_run_leaves_no_half_set_and_the_next_starts_again(root, tmp_path):
+def test_a_killed_run_leaves_no_half_set_and_the_next_starts_again(made, tmp_path):
     process = renderer(tmp_path, (100_000, 0, 0))
-    while not list(tmp_path.glob(f".{FOLDER}.*.partial/*/train/*.jpg")):
+    while not list(tmp_path.glob(f"{FOLDER}/*.partial/*/train/*.jpg")):
         assert process.is_alive()
         time.sleep(0.02)
     process.kill()
     process.join()
-    assert not (tmp_path / FOLDER).exists()
-    ensure_synthetic(tmp_path, SIZES, 96, seed=0)
-    assert contents(tmp_path / FOLDER) == contents(root / FOLDER)
+    assert contents(ensure_synthetic(tmp_path, SIZES, 96, seed=0)) == contents(made)
+    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == [made.name]
 
 
-def test_made_once_and_again_when_settings_change(tmp_path, monkeypatch):
-    ensure_synthetic(tmp_path, (2, 1, 1), 64, seed=0)
-    first = contents(tmp_path / FOLDER)
-    with monkeypatch.context() as patch:
-        patch.setattr(shapes, "_render", lambda *_: pytest.fail("rendered again"))
-        ensure_synthetic(tmp_path, (2, 1, 1), 64, seed=0)
-    ensure_synthetic(tmp_path, (1, 1, 1), 64, seed=1)
-    second = contents(tmp_path / FOLDER)
+def test_made_once_and_beside_it_where_settings_change(tmp_path, monkeypatch):
+    folder = ensure_synthetic(tmp_path, (2, 1, 1), 64, seed=0)
+    first = contents(folder)
+    other = ensure_synthetic(tmp_path, (1, 1, 1), 64, seed=1)
+    second = contents(other)
     assert len(second) == len(first) - 1 and all(first.get(path) != content for path, content in second.items())
-    assert [path.name for path in tmp_path.iterdir()] == [FOLDER]
+    monkeypatch.setattr(shapes, "_render", lambda *_: pytest.fail("rendered again"))
+    assert ensure_synthetic(tmp_path, (2, 1, 1), 64, seed=0) == folder and contents(folder) == first
+    assert set((tmp_path / FOLDER).iterdir()) == {folder, other}
+    monkeypatch.setattr(shapes, "VERSION", shapes.VERSION + 1)
+    with pytest.raises(pytest.fail.Exception, match="rendered again"):
+        ensure_synthetic(tmp_path, (2, 1, 1), 64, seed=0)
 
 
-@pytest.mark.parametrize("before", [0, 1])
-def test_an_interrupted_run_leaves_what_was_there(tmp_path, monkeypatch, before):
-    if before:
-        ensure_synthetic(tmp_path, (1, 1, 1), 64, seed=0)
+def test_an_interrupted_run_leaves_what_was_there(tmp_path, monkeypatch):
+    ensure_synthetic(tmp_path, (1, 1, 1), 64, seed=0)
     there, render, calls = contents(tmp_path), render_scene, iter(range(100))
 
     def interrupted(rng, size):
@@ -283,31 +257,24 @@ def test_an_interrupted_run_leaves_what_was_there(tmp_path, monkeypatch, before)
     monkeypatch.setattr(shapes, "render_scene", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ensure_synthetic(tmp_path, (20, 1, 1), 64, seed=5)
-    assert contents(tmp_path) == there and len(list(tmp_path.iterdir())) == before
+    assert contents(tmp_path) == there and len(list((tmp_path / FOLDER).iterdir())) == 1
 
 
-def test_leftovers_of_killed_runs_go(tmp_path):
-    old = tmp_path / f".{FOLDER}.old.partial"
-    old.mkdir()
-    (old / "000001.jpg").write_bytes(b"half")
+def test_what_somebody_else_has_made_is_not_touched(tmp_path):
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / "mine.txt").write_text("precious")
     ensure_synthetic(tmp_path, (1, 1, 1), 64, seed=0)
-    assert [path.name for path in tmp_path.iterdir()] == [FOLDER]
-
-
-@pytest.mark.parametrize("name", ["mine.txt", "settings.json", None])
-def test_what_somebody_else_has_made_is_not_touched(tmp_path, name):
-    mine = tmp_path / FOLDER / name if name else tmp_path / FOLDER
-    mine.parent.mkdir(exist_ok=True)
-    mine.write_text("precious")
-    with pytest.raises(DataError, match=r"no readable settings\.json.*set DATA\.ROOT"):
-        ensure_synthetic(tmp_path, (1, 1, 1), 64, seed=0)
-    assert mine.read_text() == "precious"
+    assert (tmp_path / FOLDER / "mine.txt").read_text() == "precious"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / FOLDER).write_text("precious")
+    with pytest.raises(CannotWrite, match="File exists"):
+        ensure_synthetic(tmp_path / "other", (1, 1, 1), 64, seed=0)
+    assert (tmp_path / "other" / FOLDER).read_text() == "precious"
 
 
 def test_an_empty_split_is_an_empty_list(tmp_path):
-    (tmp_path / FOLDER).mkdir()  # an empty folder is in nobody's way
-    ensure_synthetic(tmp_path, (1, 0, 0), 64, seed=0)
-    coco = json.loads((tmp_path / FOLDER / "annotations" / "instances_test.json").read_text())
+    folder = ensure_synthetic(tmp_path, (1, 0, 0), 64, seed=0)
+    coco = json.loads((folder / "annotations" / "instances_test.json").read_text())
     assert coco["images"] == coco["annotations"] == []
 
 
@@ -321,34 +288,18 @@ def test_impossible_settings_are_refused(tmp_path, sizes, image_size, seed):
     assert not list(tmp_path.iterdir())
 
 
-USE = """
-import sys, time
-from pathlib import Path
-from earlyexit_ssd.data.shapes import ensure_synthetic
-ensure_synthetic(Path(sys.argv[1]), (2, 1, 1), 64, seed=int(sys.argv[2]))
-print("has it", flush=True)
-time.sleep(60)
-"""
+def test_two_processes_render_once(made, tmp_path, monkeypatch):
+    render = shapes._render
 
+    def counted(*arguments):
+        (tmp_path / f"rendered_by_{os.getpid()}").touch()
+        render(*arguments)
 
-def test_a_set_that_another_process_uses_is_not_replaced(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", USE, str(tmp_path), "0"], stdout=subprocess.PIPE) as user:
-        assert user.stdout.readline() == b"has it\n"
-        ensure_synthetic(tmp_path, (2, 1, 1), 64, seed=0)  # the same settings are shared
-        before = contents(tmp_path / FOLDER)
-        with pytest.raises(DataError, match="in use by another process, with other DATA.SYNTHETIC settings"):
-            ensure_synthetic(tmp_path, (1, 1, 1), 64, seed=5)
-        assert contents(tmp_path / FOLDER) == before
-        user.kill()
-        user.wait()
-    ensure_synthetic(tmp_path, (1, 1, 1), 64, seed=5)
-    assert contents(tmp_path / FOLDER) != before
-
-
-def test_two_processes_render_once(tmp_path):
-    command = [sys.executable, "-c", USE.replace("time.sleep(60)", ""), str(tmp_path), "0"]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert sum("rendering scenes" in error for _, error in outputs) == 1
-    assert [path.name for path in tmp_path.iterdir()] == [FOLDER]
+    monkeypatch.setattr(shapes, "_render", counted)
+    both = [renderer(tmp_path, SIZES) for _ in range(2)]
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert len(list(tmp_path.glob("rendered_by_*"))) == 1
+    assert contents(tmp_path / FOLDER / made.name) == contents(made)
+    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == [made.name]

@@ -148,13 +148,16 @@ def test_force_is_said_first_and_is_a_veto():
     assert (verdict.ship, verdict.what) == (False, None)
 
 
-def test_without_early_exits_nothing_ships():
+def test_a_detector_without_exits_is_held_against_rivals_alone():
     metrics = copy.deepcopy(GOOD)
     metrics["exits"] = metrics["exits"][-1:]
     metrics["routed"]["exit_share"] = {"full": 1.0}
     verdict = judge(metrics)
-    assert not verdict.ship
+    assert (verdict.ship, verdict.what) == (True, "full alone")
+    assert verdict.lines[0] == "the model has no early exit: every photo takes its full path"
     assert not any("collapsed" in line for line in verdict.lines)
+    metrics["rivals"] = []
+    assert not judge(metrics).ship
 
 
 def test_a_rule_can_be_added():

@@ -32,7 +32,7 @@ def certificate(kind="risk", score=0.5):
         weights_sha256="",
         photos_sha256=(),
         photo_list_sha256="",
-        drift=reference.to_dict(),
+        drift=reference,
         versions={},
     )
 

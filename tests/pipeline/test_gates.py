@@ -6,7 +6,6 @@ from earlyexit_ssd.config import load_config
 from earlyexit_ssd.pipeline.gates import (
     Check,
     Gate,
-    GateFailed,
     baseline_advice,
     baseline_gate,
     baseline_limits,
@@ -126,6 +125,6 @@ def test_advice_for_the_exits_names_nothing_that_is_set(keys, layer, named, unna
 
 
 def test_message_says_what_to_try():
-    error = GateFailed(Gate("exits", (Check("x", 0.1, 0.2),), ("move it",)))
+    error = Gate("exits", (Check("x", 0.1, 0.2),), ("move it",)).failed()
     assert str(error) == "gate of phase exits failed: x 0.100 < 0.200"
     assert error.advice == ["  try: move it", "  or go on with --force, which every later report will say"]

@@ -1,11 +1,14 @@
-"""The chart."""
+"""The charts, and names in them that do not cover each other where there is room."""
 
 from __future__ import annotations
 
-import copy
+import itertools
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from PIL import ImageColor
 
 from earlyexit_ssd.evaluation.results import Results
@@ -13,10 +16,9 @@ from earlyexit_ssd.report.charts import (
     PLAIN,
     ROUTED,
     STYLES,
+    _bars,
     accuracy_against_cost,
-    accuracy_against_time,
-    placement_chart,
-    placement_report,
+    place_labels,
     training_curves,
 )
 
@@ -25,22 +27,10 @@ def has(picture, color):
     return (np.asarray(picture) == ImageColor.getrgb(color)).all(axis=-1).any()
 
 
-def test_size_and_points(metrics):
-    picture = accuracy_against_time(Results.from_json(metrics))
-    assert picture.size == (960, 640)
-    assert has(picture, ROUTED)
-    assert has(picture, PLAIN)
-
-
-def test_undefined_points_are_left_out(metrics):
-    for row in (*metrics["exits"], metrics["routed"]):
-        row["AP50"] = row["AP50_interval"] = None
-    assert not has(accuracy_against_time(Results.from_json(metrics)), ROUTED)
-
-
 def test_interval_beside_its_value(metrics):
     metrics["routed"]["AP50_interval"] = [0.7, 0.8]  # a percentile interval may miss the value
-    accuracy_against_time(Results.from_json(metrics))
+    assert has(accuracy_against_cost(Results.from_json(metrics)), ROUTED)
+    assert _bars(0.65, [0.7, 0.8]) == [[0.0], [pytest.approx(0.15)]]
 
 
 def test_curves_of_a_training():
@@ -58,8 +48,7 @@ def test_curves_of_a_training():
 def test_any_name_can_be_drawn(with_rivals, name):
     with_rivals["context"]["splits"] = [name]
     with_rivals["rivals"][0]["name"] = name
-    assert has(accuracy_against_time(Results.from_json(with_rivals)), ROUTED)
-    assert accuracy_against_cost(Results.from_json(with_rivals)).width > 0
+    assert has(accuracy_against_cost(Results.from_json(with_rivals)), ROUTED)
 
 
 # The chart of exits and rivals.
@@ -86,44 +75,24 @@ def test_older_metrics_and_undefined_points(metrics):
     assert not pixels(picture, ROUTED)[picture.height // 2 :].any()
 
 
-# The placement advisor's table and chart.
-
-ROW = {"layer": 8, "mmacs": 246.0, "ms": 20.0, "full_ms": 48.0, "plain_ms": 40.0, "AP50": 0.6}
-PLAN = {
-    "context": {"threads": 1, "runtime": "onnxruntime"},
-    "speedup": 1.6,
-    "plain_ms": 40.0,
-    "full_AP50": 0.7,
-    "placements": [{**ROW, "speedups": {"0.5": 40 / 34, "1": 2.0}, "share_for_speedup": 0.82}],
-    "proposal": {"layers": [8], "AP50": 0.618, "shares": [0.82, 0.18]},
-}
-
-
-def changed(**changes):
-    return {**copy.deepcopy(PLAN), **changes}
+def test_labels_of_a_cluster_stay_apart_and_inside():
+    figure = Figure(figsize=(6, 4), dpi=100)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    points = [(0, 0), (0.02, 0.01), (0.03, 0.0), (1, 1), (0.98, 1)]
+    axes.plot(*zip(*points, strict=True), "o")
+    figure.draw_without_rendering()
+    place_labels(axes, points, ["first one", "second", "third", "corner", "beside it"], ["black"] * 5)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert [text.get_text() for text in axes.texts] == ["first one", "second", "third", "corner", "beside it"]
+    assert not any(Bbox.intersection(*pair) for pair in itertools.combinations(boxes, 2))
+    frame = axes.get_window_extent()
+    assert all(frame.containsx(box.x0) and frame.containsx(box.x1) for box in boxes)
 
 
-def test_table_and_proposal():
-    lines = placement_report(PLAN).splitlines()
-    assert "ms of one image in ONNX Runtime, 1 thread(s)" in lines[0]
-    assert lines[3].split() == ["layer", "MMAC", "ms", "50%", "100%", "share", "for", "1.6x", "AP50"]
-    assert lines[4].split() == ["8", "246", "20.0", "1.18x", "2.00x", "82%", "0.600"]
-    assert lines[-2] == "1.6x can be reached by exits behind layers 8, if enough photos leave"
-    assert "proposed: EXITS.LAYERS [8]: AP50 0.618 of 0.700" in lines[-1]
-    assert "82% at exit8, 18% at full" in lines[-1]
-
-
-def test_without_probes_it_says_how_to_get_them():
-    assert "--probe-epochs 3" in placement_report(changed(full_AP50=None, proposal=None))
-
-
-def test_out_of_reach():
-    plan = changed(speedup=3.0, proposal=None)
-    plan["placements"][0]["share_for_speedup"] = None
-    report = placement_report(plan)
-    assert "never" in report
-    assert "no exit can reach 3x" in report
-
-
-def test_chart_has_its_size():
-    assert placement_chart(PLAN).size == (960, 640)
+def test_no_points():
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    place_labels(axes, [], [], [])
+    assert not axes.texts

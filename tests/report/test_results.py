@@ -71,7 +71,7 @@ def test_files(metrics, tmp_path):
     paths = write_results(tmp_path / "new", Results.from_json(metrics), {"detections": Image.new("RGB", (5, 4))})
     assert sorted(path.name for path in paths) == sorted(path.name for path in (tmp_path / "new").iterdir())
     assert {path.name for path in paths} == {
-        *("metrics.json", "table.txt", "table.md", "ap50_against_ms.png", "ap_against_cost.png", "detections.png"),
+        *("metrics.json", "table.txt", "table.md", "ap_against_cost.png", "detections.png"),
     }
     assert json.loads((tmp_path / "new" / "metrics.json").read_text()) == Results.from_json(metrics).to_json()
     assert text_table(Results.from_json(metrics)) in (tmp_path / "new" / "table.txt").read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ from earlyexit_ssd import EarlyExitSSDLite
 from earlyexit_ssd.calibration import thresholds
 from earlyexit_ssd.calibration.certificate import load_certificate
 from earlyexit_ssd.errors import EarlyExitError
-from tools import calibrate, demo, eval_exits
+from tools import calibrate, eval_exits, predict
 
 QUICK = ["CALIBRATION.COST", "mmacs", "EVAL.PICTURES", "1", "EVAL.TIMING_RUNS", "1"]
 
@@ -85,7 +85,7 @@ def test_a_speed_on_frames_and_the_model_that_routes(camera, sped_up, trained, c
     assert eval_exits.main([*use, "DATA.TEST", "[calib]", "DATA.CALIB", "[test]"]) == 2
     assert "is in the certificate's calibration list" in capsys.readouterr().err
     photo = next((root / "calib").glob("*_again.jpg"))
-    assert demo.main([str(photo), "--weights", str(out / "model.pth"), "--out", str(tmp_path / "demo")]) == 0
+    assert predict.main([str(photo), "--weights", str(out / "model.pth"), "--out", str(tmp_path / "demo")]) == 0
     assert "is in the certificate's calibration list" in capsys.readouterr().err
 
     content = torch.load(out / "model.pth", weights_only=True)

@@ -15,7 +15,7 @@ from earlyexit_ssd.files import write_text
 from earlyexit_ssd.modeling import COCO_CLASSES
 from earlyexit_ssd.pipeline.build import open_model
 from tests.tools.conftest import final_weights
-from tools import calibrate, demo, eval_exits
+from tools import calibrate, eval_exits, predict
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,9 @@ def test_demonstrated_with_its_configuration(checkpoint, tmp_path, capsys):
     config = arguments[arguments.index("--config") + 1]
     Image.new("RGB", (80, 60), (200, 30, 30)).save(tmp_path / "photo.png")
     shown = [str(tmp_path / "photo.png"), "--weights", path, "--out", str(tmp_path / "out")]
-    assert demo.main([*shown, "--config", config]) == 0
+    assert predict.main([*shown, "--config", config]) == 0
     assert ", confidence " in capsys.readouterr().out
-    assert demo.main(shown) == 2  # 64 px and a quarter of the width are in no checkpoint
+    assert predict.main(shown) == 2  # 64 px and a quarter of the width are in no checkpoint
     assert "does not fit the model" in capsys.readouterr().err
 
 

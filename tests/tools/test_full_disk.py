@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import routing_policies
 from tests.tools.conftest import final_weights
-from tools import calibrate, demo, eval_exits, plan_exits, train_net
+from tools import calibrate, eval_exits, predict, train_net
 
 
 def the_error(capsys) -> str:
@@ -31,7 +31,6 @@ def test_a_run_that_found_no_room_goes_on(tiny, trained, tmp_path, capsys, small
         (eval_exits, []),
         (calibrate, ["--speedup", "1.0001", "CALIBRATION.COST", "mmacs"]),
         (routing_policies, ["--policies", "margin"]),
-        (plan_exits, ["--layers", "8"]),
     ],
 )
 def test_tools(trained, tmp_path, capsys, small_files, tool, more, size):
@@ -40,11 +39,11 @@ def test_tools(trained, tmp_path, capsys, small_files, tool, more, size):
     assert the_error(capsys).endswith("cannot be written (File too large); make room and run it again")
 
 
-def test_demo(tmp_path, data_root, trained, capsys, small_files):
-    photo = next((data_root / "synthetic_chairs" / "test").iterdir())
+def test_predict(tmp_path, data_root, trained, capsys, small_files):
+    photo = next((data_root / "synthetic_chairs").glob("*/test/*.jpg"))
     weights = str(trained[0] / "run" / "model.pth")
     with small_files(100):
-        assert demo.main([str(photo), "--weights", weights, "--out", str(tmp_path / "out")]) == 2
+        assert predict.main([str(photo), "--weights", weights, "--out", str(tmp_path / "out")]) == 2
     expected = f"{photo.stem}.png: cannot be written (File too large); make room and run it again"
     assert the_error(capsys).endswith(expected)
 

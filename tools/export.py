@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""The command ``earlyexit demo`` as a script."""
+"""The command ``earlyexit export`` as a script."""
 
 import sys
 from functools import partial
 
 from earlyexit_command import run
 
-main = partial(run, "demo", "python tools/demo.py")
+main = partial(run, "export", "python tools/export.py")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,35 +5,36 @@ from pathlib import Path
 import pytest
 from fvcore.common.config import CfgNode
 
-from earlyexit_ssd.config import document, get_cfg, load_config
+from earlyexit_ssd.config import get_cfg, load, load_config
+from tools import document_config as document
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 SOURCE = """
-_C = Node()
+# Of the file.
 
 # Where it goes,
 # in two lines.
-_C.FIRST = "a|b"
+FIRST: "a|b"
 
 # ---- the data ------
-_C.DATA = Node()
-_C.DATA.SIZES = (8, 0.5)  # not this one
-
-def _phase(epochs):
-    # How long.
-    phase.EPOCHS = epochs
-    return phase
+DATA:
+  SIZES: [8, 0.5]  # not this one
 
 # The first phase.
-_C.ONE = _phase(epochs=3)
-# Only here.
-_C.ONE.EXTRA = True
-_C.TWO = _phase(epochs=4)
+ONE:
+  <<: &phase
+    # How long.
+    EPOCHS: 3
+  # Only here.
+  EXTRA: true
+TWO:
+  <<: *phase
+  EPOCHS: 4
 """
 
 
 def entries() -> list[document.Entry]:
-    return document.read_entries(document.sources())
+    return document.read_entries(load.DEFAULTS.read_text(encoding="utf-8"))
 
 
 def keys_of(node: CfgNode, prefix: tuple[str, ...] = ()) -> Iterator[str]:
@@ -45,7 +46,7 @@ def keys_of(node: CfgNode, prefix: tuple[str, ...] = ()) -> Iterator[str]:
 
 
 def test_the_page_is_current():
-    command = "python -m earlyexit_ssd.config.document docs/config.md"
+    command = "python tools/document_config.py docs/config.md"
     assert (DOCS / "config.md").read_text(encoding="utf-8") == document.document(), f"run {command}"
 
 
@@ -66,8 +67,8 @@ def test_entries_of_a_source():
     assert document.read_entries(SOURCE) == [
         document.Entry("", "FIRST", "Where it goes, in two lines."),
         document.Entry("the data", "DATA.SIZES", ""),
-        document.Entry("the data", "EPOCHS", "How long.", ("ONE", "TWO")),
         document.Entry("the data", "ONE", "The first phase."),
+        document.Entry("the data", "EPOCHS", "How long.", ("ONE", "TWO")),
         document.Entry("the data", "ONE.EXTRA", "Only here."),
     ]
 
@@ -82,6 +83,7 @@ def test_page_of_entries():
 | Key | Default | Meaning |
 | --- | --- | --- |
 | `DATA.SIZES` | `[8, 0.5]` |  |
+| `ONE` |  | The first phase. |
 
 | Key of each | `ONE` | `TWO` | Meaning |
 | --- | --- | --- | --- |
@@ -89,7 +91,6 @@ def test_page_of_entries():
 
 | Key | Default | Meaning |
 | --- | --- | --- |
-| `ONE` |  | The first phase. |
 | `ONE.EXTRA` | `true` | Only here. |
 """
     )

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""The command ``earlyexit plan`` as a script."""
+"""The command ``earlyexit predict`` as a script."""
 
 import sys
 from functools import partial
 
 from earlyexit_command import run
 
-main = partial(run, "plan", "python tools/plan_exits.py")
+main = partial(run, "predict", "python tools/predict.py")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,10 +11,8 @@ import signal
 import sys
 from collections.abc import Callable
 
-from earlyexit_ssd.errors import CannotWrite, EarlyExitError
+from earlyexit_ssd.errors import CannotWrite, EarlyExitError, GateFailed, Interrupted
 from earlyexit_ssd.files import NO_ROOM, cannot_write
-from earlyexit_ssd.pipeline.gates import GateFailed
-from earlyexit_ssd.pipeline.phases import Interrupted
 from earlyexit_ssd.progress import is_first_process, write_line
 
 EXIT_BAD_INPUT, EXIT_GATE_FAILED, EXIT_INTERRUPTED = 2, 3, 130
@@ -52,10 +50,8 @@ def run_tool(job: Callable[[], None], after_a_stop: str = "run it again") -> int
 
 
 class _LineHandler(logging.Handler):
-    """Log lines that a progress bar does not run into."""
-
     def emit(self, record: logging.LogRecord) -> None:
-        write_line(self.format(record))
+        write_line(self.format(record))  # a progress bar does not run into it
 
 
 def _told(error: OSError) -> str:
@@ -68,20 +64,15 @@ def _told(error: OSError) -> str:
     return f"{name}{error.strerror or ' '.join(str(error).split())[:200] or type(error).__name__}; mend it"
 
 
-def _leave_broken(stream: io.TextIOBase) -> None:
-    """Let a stream that cannot be written lead nowhere, or Python would stumble over it at its end."""
-    try:
-        stream.flush()
-    except OSError:
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            stream.flush()
-
-
 def _stop(message: str, code: int) -> int:
     with contextlib.suppress(OSError):  # stderr may lie on the full disk
         if is_first_process():
             write_line(f"error: {message}" if code == EXIT_BAD_INPUT else message)
     for stream in (sys.stdout, sys.stderr):
-        _leave_broken(stream)
+        try:
+            stream.flush()
+        except OSError:  # let it lead nowhere, or Python would stumble over it at its end
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                stream.flush()
     return code

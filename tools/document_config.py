@@ -1,4 +1,5 @@
-"""docs/config.md from the sources of the defaults: ``python -m earlyexit_ssd.config.document docs/config.md``."""
+#!/usr/bin/env python
+"""docs/config.md from the file of the defaults: ``python tools/document_config.py docs/config.md``."""
 
 from __future__ import annotations
 
@@ -8,20 +9,19 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from earlyexit_ssd.config import defaults
+from earlyexit_ssd.config import get_cfg, load
 from earlyexit_ssd.files import write_text
 
 _HEADING = re.compile(r"# -{4} (.+?) -+$")
-_KEY = re.compile(r"(_C|phase)\.([\w.]+) = (.*)")  # of the tree, or of the node that _phase() makes
+_KEY = re.compile(r"( *)(\w+|<<):(.*)")
 _INTRODUCTION = """# Configuration
 
-Every key with its default. The file is generated from `earlyexit_ssd/config/defaults.py`:
-`python -m earlyexit_ssd.config.document docs/config.md`.
+Every key with its default. The file is generated from `earlyexit_ssd/config/defaults.yaml`:
+`python tools/document_config.py docs/config.md`.
 
 A configuration is a YAML file that names only what differs; `_BASE_: other.yaml` (relative to the file) puts another
 one underneath. On the command line `KEY VALUE` pairs go last and win: `EXITS.LAYERS "[6, 12]" SEED 3`. Unknown keys,
@@ -32,13 +32,9 @@ wrong types and impossible values stop the run before it starts. So do a key giv
 
 @dataclass(frozen=True)
 class Entry:
-    """A key, or a node that has a comment.
+    """A key, or a node that has a comment; ``name`` is in full, of a key that ``sections`` share the last part.
 
-    Attributes:
-        section: the heading above it in the source; empty for the first keys.
-        name: the full name, such as ``DATA.ROOT``; of a key that all phases share the last part, ``EPOCHS``.
-        comment: what stands directly above it, in one line; empty where nothing does.
-        sections: of a shared key the nodes that have it, ``("BASELINE", ...)``; else empty.
+    ``section`` is the heading above it, empty for the first keys. ``comment`` stands directly above it, in one line.
     """
 
     section: str
@@ -53,25 +49,27 @@ class Entry:
 
 
 def read_entries(source: str) -> list[Entry]:
-    """The keys of a source like the defaults', in its order; shared keys come before the first node with them."""
-    users = tuple(re.findall(r"^_C\.(\w+) = _phase\(", source, re.MULTILINE))
+    """The keys of a text like the defaults', in its order."""
+    users = tuple(re.findall(r"^(\w+):\n  <<: [&*]", source, re.MULTILINE))
     entries: list[Entry] = []
-    shared: list[Entry] = []
-    section, comments = "", []
-    for line in map(str.strip, source.splitlines()):
+    section, comments, above = "", [], []
+    for line in source.splitlines():
         if heading := _HEADING.match(line):
             section, comments = heading[1], []
-        elif line.startswith("#"):
-            comments.append(line.removeprefix("#").strip())
-        else:
+        elif line.lstrip().startswith("#"):
+            comments.append(line.lstrip().removeprefix("#").strip())
+        elif match := _KEY.match(line):
             comment, comments = " ".join(comments), []
-            root, name, value = match.groups() if (match := _KEY.match(line)) else ("", "", "")
-            if root == "phase":
-                shared.append(Entry(section, name, comment, users))
-            elif root:
-                entries += shared if name in users[:1] else []
-                if comment or not value.startswith(("Node(", "_phase(")):
-                    entries.append(Entry(section, name, comment))
+            above = [*above[: len(match[1]) // 2], match[2]]
+            is_node = not match[3] or match[2] == "<<"
+            # a node's own value of a shared key is in the table of the shared ones
+            again = above[0] in users and any(above[1:] == [entry.name] for entry in entries if entry.sections)
+            if above[1:2] == ["<<"] and not is_node:
+                entries.append(Entry(section, match[2], comment, users))
+            elif comment or not (is_node or again):
+                entries.append(Entry(section, ".".join(above), comment))
+        else:
+            comments = []
     return entries
 
 
@@ -106,12 +104,7 @@ def _text(comment: str) -> str:
 
 def document() -> str:
     """What docs/config.md should hold."""
-    return render(read_entries(sources()), defaults.get_cfg())
-
-
-def sources() -> str:
-    """The source of the defaults."""
-    return Path(defaults.__file__).read_text(encoding="utf-8")
+    return render(read_entries(load.DEFAULTS.read_text(encoding="utf-8")), get_cfg())
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from tests.tools.conftest import ROOT, run_command
-from tools import demo
+from tools import predict
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def photos(tmp_path) -> Path:
 
 
 def test_shipped_weights_on_a_folder(photos, tmp_path, capsys):
-    assert demo.main([str(photos), "--weights", "chair", "--out", str(tmp_path / "out")]) == 0
+    assert predict.main([str(photos), "--weights", "chair", "--out", str(tmp_path / "out")]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("  ")]
     assert [line.split(":")[0] for line in lines] == [str(photos / "blue.jpg"), str(photos / "grey.png")]
     assert all(" confidence " in line and " ms, " in line for line in lines)
@@ -25,7 +25,7 @@ def test_shipped_weights_on_a_folder(photos, tmp_path, capsys):
 
 
 def test_as_a_command_with_no_other_file(photos, tmp_path):
-    command = [str(ROOT / "tools" / "demo.py"), str(photos / "grey.png"), "--all-exits"]
+    command = [str(ROOT / "tools" / "predict.py"), str(photos / "grey.png"), "--all-exits"]
     result = run_command([*command, "--out", str(tmp_path / "out")])
     assert "grey.png: " in result.stdout
     assert Image.open(tmp_path / "out" / "grey.png").width == 3 * 328 + 8
@@ -34,11 +34,11 @@ def test_as_a_command_with_no_other_file(photos, tmp_path):
 def test_bad_photos_do_not_stop_the_others(photos, tmp_path, capsys):
     (photos / "broken.jpg").write_bytes((photos / "blue.jpg").read_bytes()[:200])
     arguments = [str(tmp_path / "none.jpg"), str(photos), "--weights", "chair", "--out", str(tmp_path / "out")]
-    assert demo.main(arguments) == 2
+    assert predict.main(arguments) == 2
     captured = capsys.readouterr()
     errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
     assert [error.split(": ")[2].split(" (")[0] for error in errors[:2]] == ["no such photo", "not a readable photo"]
-    assert errors[2:] == ["error: 2 of 4 photos could not be used, see above"]
+    assert errors[2:] == ["error: 2 photos or frames could not be used, see above"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["blue.png", "grey.png"]
 
 
@@ -47,17 +47,21 @@ def test_bad_photos_do_not_stop_the_others(photos, tmp_path, capsys):
     [
         (["--weights", "chiar"], "did you mean 'chair'"),
         (["--score", "7"], "score 7.0: expected a number in [0, 1]"),
+        (["--save", "jason"], "--save 'jason': expected some of pictures, json, csv, counts, or none"),
+        (["--stream", "none.json"], "none.json: no such stream rule; write one with earlyexit predict"),
+        (["--calibrate-stream", "0.1"], "name its file with --stream"),
+        (["--weights", "none.onnx"], "none.onnx: no such file"),
     ],
 )
 def test_mistakes_end_with_2_and_one_line(photos, tmp_path, capsys, more, message):
-    assert demo.main([str(photos), "--out", str(tmp_path / "out"), *more]) == 2
+    assert predict.main([str(photos), "--out", str(tmp_path / "out"), *more]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in line
 
 
 def test_help_has_examples_and_the_shipped_names(capsys):
     with pytest.raises(SystemExit):
-        demo.main(["--help"])
+        predict.main(["--help"])
     text = capsys.readouterr().out
-    assert "python tools/demo.py dog.jpg" in text
+    assert "python tools/predict.py dog.jpg" in text
     assert "Shipped weights: chair" in text

@@ -10,8 +10,8 @@ from functools import partial
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
+from earlyexit_ssd.command_line import run_tool
 from earlyexit_ssd.errors import CannotWrite, DataError
-from earlyexit_ssd.pipeline.command_line import run_tool
 
 
 class Broken(Dataset):
@@ -96,7 +96,7 @@ def test_a_full_standard_output_is_one_line(monkeypatch, capsys):
 
 SAY = """
 import sys
-from earlyexit_ssd.pipeline.command_line import run_tool
+from earlyexit_ssd.command_line import run_tool
 sys.exit(run_tool(lambda: print("found")))
 """
 

@@ -1,0 +1,154 @@
+"""Finite-sample control of the mean of a loss in [0, 1], such as the loss per photo of leaving early.
+
+A p-value here tests H0: E[loss] > epsilon. Where it is at most delta, "the mean loss is at most epsilon" holds
+with probability 1 - delta over the draw of the photos, whatever the distribution of the losses and however many
+photos there are. The photos must be independent draws of one source, and not those that the rule was fitted on.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from earlyexit_ssd.errors import EarlyExitError
+
+PValue = Callable[[np.ndarray, float], float]
+
+BET_CAP = 0.75  # share of the largest bet that cannot go bankrupt; Waudby-Smith & Ramdas suggest 1/2 or 3/4
+ROUNDING = 1e-9  # sums of losses this close above a whole number are that number
+TOLERANCE = 1e-6  # of upper_bound
+MOST_PHOTOS = 10**6  # photos_needed does not count further
+
+
+def hoeffding_bentkus_p_value(losses: np.ndarray, epsilon: float) -> float:
+    """The Hoeffding-Bentkus p-value of H0: E[loss] > epsilon, in [0, 1]; falls as ``epsilon`` grows.
+
+    With m the mean of n losses, the smaller of exp(-n h(min(m, epsilon), epsilon)), where h(a, b) =
+    a log(a / b) + (1 - a) log((1 - a) / (1 - b)), and e P(Binomial(n, epsilon) <= ceil(n m)). From Bates et al.
+    2021, "Distribution-free, risk-controlling prediction sets", section 3.1. The order of the photos does not matter.
+
+    Args:
+        losses: [n], in [0, 1], one per photo; no photo gives 1.0.
+        epsilon: the largest mean loss to be accepted, in (0, 1).
+
+    Raises:
+        EarlyExitError: a loss or ``epsilon`` outside its range.
+    """
+    from scipy import stats  # not there where only the runtime is installed
+
+    losses = _checked(losses, epsilon=epsilon)
+    count = len(losses)
+    if count == 0:
+        return 1.0
+    total = math.fsum(losses)  # exact, so that ten losses of 0.1 are 1, not a little more
+    mean = min(total / count, epsilon)
+    divergence = mean * math.log(mean / epsilon) if mean else 0.0
+    divergence += (1 - mean) * (math.log1p(-mean) - math.log1p(-epsilon))
+    bentkus = math.e * float(stats.binom.cdf(math.ceil(total - ROUNDING), count, epsilon))
+    return min(1.0, math.exp(-count * divergence), bentkus)
+
+
+def betting_p_value(losses: np.ndarray, epsilon: float, *, delta: float = 0.1) -> float:
+    """The betting p-value of H0: E[loss] > epsilon, in [0, 1]; falls as ``epsilon`` grows.
+
+    A gambler bets against H0, photo by photo: K_t = prod_{i <= t} (1 - nu_i (L_i - epsilon)), and the p-value is
+    min(1, 1 / max_t K_t) (Ville's inequality). The bets look at past losses only:
+
+        nu_i = min(BET_CAP / (1 - epsilon), sqrt(2 log(1 / delta) / (n s_{i-1}))),
+        m_i = (1/2 + sum_{j <= i} L_j) / (i + 1),    s_i = (1/4 + sum_{j <= i} (L_j - m_j)^2) / (i + 1).
+
+    From Waudby-Smith & Ramdas 2024, "Estimating means of bounded random variables by betting", in the form of
+    Bates et al. 2021, section 3.1, who cap at 1. Our cap leaves 1 - BET_CAP of the capital after a loss of 1.
+
+    Args:
+        losses: [n], in [0, 1], in the order of the bets; no photo gives 1.0. Fix the order without a look at the
+            losses, by a seeded shuffle: photos that stand by data set or by hour are not exchangeable as they come.
+        epsilon: the largest mean loss to be accepted, in (0, 1).
+        delta: the level that the bets are tuned for, in (0, 1). The p-value is valid at every level.
+
+    Raises:
+        EarlyExitError: a loss, ``epsilon`` or ``delta`` outside its range.
+    """
+    losses = _checked(losses, epsilon=epsilon, delta=delta)
+    count = len(losses)
+    if count == 0:
+        return 1.0
+    divisor = np.arange(1, count + 1) + 1
+    mean = (0.5 + np.cumsum(losses)) / divisor
+    variance = (0.25 + np.cumsum((losses - mean) ** 2)) / divisor
+    past_variance = np.concatenate([[0.25], variance[:-1]])
+    bet = np.minimum(BET_CAP / (1 - epsilon), np.sqrt(2 * math.log(1 / delta) / (count * past_variance)))
+    log_capital = np.cumsum(np.log1p(-bet * (losses - epsilon)))
+    return math.exp(-max(0.0, float(log_capital.max())))
+
+
+BOUNDS: dict[str, PValue] = {"hoeffding_bentkus": hoeffding_bentkus_p_value, "betting": betting_p_value}
+
+
+def upper_bound(losses: np.ndarray, delta: float, p_value: PValue = hoeffding_bentkus_p_value) -> float:
+    """The mean loss that is not exceeded with probability 1 - ``delta``, in (0, 1]; 1.0 where nothing is certain.
+
+    The smallest epsilon with ``p_value(losses, epsilon) <= delta``, at most 1e-6 above it, never below. ``losses`` are
+    [n], in [0, 1]; ``p_value`` is one of :data:`BOUNDS`, or another that falls as its epsilon grows.
+    """
+    losses = _checked(losses, delta=delta)
+    low, high = 0.0, 1.0  # no mean exceeds 1
+    while high - low > TOLERANCE:
+        middle = (low + high) / 2
+        if p_value(losses, middle) <= delta:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def fixed_sequence_test(p_values: Iterable[float], delta: float) -> int:
+    """How many hypotheses are rejected, from the start of the sequence to the first p-value above ``delta``, behind
+    which none is read.
+
+    The chance that any of the rejected hypotheses is true is at most ``delta``, where the order was fixed before
+    the photos were seen. Fixed-sequence testing in Angelopoulos et al. 2021, "Learn then test".
+    """
+    _checked([], delta=delta)
+    rejected = 0
+    for index, value in enumerate(p_values):
+        if not 0 <= value <= 1:
+            raise EarlyExitError(f"p_values[{index}] is {value}, expected a p-value in [0, 1]")
+        if value > delta:
+            break
+        rejected += 1
+    return rejected
+
+
+def photos_needed(
+    losses: np.ndarray, epsilon: float, delta: float, p_value: PValue = hoeffding_bentkus_p_value
+) -> int | None:
+    """About how many photos ``p_value`` needs to certify ``epsilon`` if further ones lose what these did, in turn: a
+    plan, not a promise. None where the mean is not below ``epsilon``, or so little that it takes over 10^6."""
+    losses = _checked(losses, epsilon=epsilon, delta=delta)
+
+    def enough(count: int) -> bool:
+        return p_value(np.resize(losses, count), epsilon) <= delta
+
+    if not losses.size or losses.mean() >= epsilon or not enough(MOST_PHOTOS):
+        return None
+    high = 1  # doubling, then bisection: what is enough once stays so
+    while not enough(high):
+        high *= 2
+    return bisect.bisect_left(range(high + 1), True, lo=high // 2 + 1, key=enough)
+
+
+def _checked(losses: np.ndarray, **shares: float) -> np.ndarray:
+    losses = np.asarray(losses, dtype=np.float64)
+    if losses.ndim != 1:
+        raise EarlyExitError(f"losses has shape {losses.shape}, expected [n], one loss per photo")
+    for index in np.flatnonzero(~((losses >= 0) & (losses <= 1)))[:1]:
+        wrong = f"losses[{index}] is {losses[index]}"
+        raise EarlyExitError(f"{wrong}, expected a number in [0, 1]; rescale or clip the losses")
+    for name, value in shares.items():
+        if not 0 < value < 1:
+            raise EarlyExitError(f"{name} is {value}, expected a number in (0, 1), such as 0.1")
+    return losses

@@ -1,0 +1,483 @@
+"""One ONNX graph from a photo to its detections, put together from a routed detector's segments.
+
+What is behind an exit lies in a branch of an ``If``, which a runtime computes only where the photo goes on. Needs the
+package onnx; of PyTorch nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+OPSET, IR_VERSION = 17, 8
+"""Old enough for every runtime of the last years: ONNX 1.12, ONNX Runtime 1.12."""
+
+STATE = ("x", "finest", "context")
+"""What a segment hands to the next one: outputs of these names, and inputs with ``_in`` behind."""
+HEAD = ("cls_logits", "bbox_regression")
+CONFIDENCE = "confidence"
+
+OUTPUTS = {
+    "boxes": (TensorProto.FLOAT, ["n", 4]),
+    "labels": (TensorProto.INT64, ["n"]),
+    "scores": (TensorProto.FLOAT, ["n"]),
+    "exit_index": (TensorProto.INT64, []),
+    "exit_confidence": (TensorProto.FLOAT, []),
+}
+
+LARGE = 1_300_000
+"""Pixels of a photo, where fetching what a resize looks at gets cheaper than converting the whole in ONNX Runtime. In
+OpenVINO it always is."""
+LOG_LIMIT = math.log(1000.0 / 16)
+"""Of a box's side against its default box's, as torchvision's ``BoxCoder`` limits it."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The network from the exit before to this one.
+
+    Attributes:
+        index: of the exit among all that the model has; ``name``: its name.
+        empty: who leaves there leaves with no detection.
+        model: with the inputs and outputs of `STATE` that it needs and gives, the `HEAD` unless it is not asked for,
+            and the router's `CONFIDENCE` [1] where there is one.
+        full: it ends the full path.
+    """
+
+    index: int
+    name: str
+    empty: bool
+    model: onnx.ModelProto
+    full: bool = False
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What surrounds the network.
+
+    Attributes:
+        size: (height, width) of the network's input, pixels.
+        mean, std: per channel, of pixels in [0, 1].
+        anchors: default boxes float32 [A, 4] xyxy in the input's pixels.
+        box_weights: of torchvision's ``BoxCoder``.
+        thresholds: float32, one per early exit of the model.
+        score_thresh: float32, one per class: what is not above it is no detection.
+        nms_thresh: IoU above which the less sure box of a class is dropped.
+        topk_candidates: boxes of a class that are looked at, the surest ones.
+        detections_per_img: at most.
+        large: pixels of a photo above which only those are converted that the resize looks at.
+    """
+
+    size: tuple[int, int]
+    mean: Sequence[float]
+    std: Sequence[float]
+    anchors: np.ndarray
+    box_weights: Sequence[float]
+    thresholds: np.ndarray
+    score_thresh: np.ndarray
+    nms_thresh: float
+    topk_candidates: int
+    detections_per_img: int
+    large: int = LARGE
+
+
+class Scope:
+    """Nodes and constants of a graph, or of one branch of an ``If``, which sees the names around it.
+
+    Args:
+        numbers: that make names unique, shared with the scopes around.
+    """
+
+    def __init__(self, numbers: itertools.count) -> None:
+        self.numbers = numbers
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[TensorProto] = []
+
+    def inside(self) -> Scope:
+        """An empty scope for a branch."""
+        return Scope(self.numbers)
+
+    def constant(self, value: Any, dtype: type = np.float32) -> str:
+        """The name of a constant."""
+        name = f"constant_{next(self.numbers)}"
+        self.constants.append(numpy_helper.from_array(np.asarray(value, dtype), name))
+        return name
+
+    def zeros(self, shape: Sequence[int], kind: int) -> str:
+        """The name of zeros; OpenVINO forgets the shape of a constant that has no value."""
+        zero = helper.make_tensor("zero", kind, [1], [0])
+        return self("ConstantOfShape", self.constant(shape, np.int64), value=zero)
+
+    def many(self, count: int, kind: str, *inputs: str, **attributes: Any) -> list[str]:
+        """Add a node; the names of its outputs."""
+        outputs = [f"{kind.lower()}_{next(self.numbers)}" for _ in range(count)]
+        self.nodes.append(helper.make_node(kind, inputs, outputs, **attributes))
+        return outputs
+
+    def __call__(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        """Add a node; the name of its only output."""
+        return self.many(1, kind, *inputs, **attributes)[0]
+
+    def inline(self, model: onnx.ModelProto, inputs: Mapping[str, str]) -> dict[str, str]:
+        """Add all nodes of a graph, its inputs taken from names of this scope; its outputs' names in this scope."""
+        prefix = f"segment_{next(self.numbers)}_"
+        graph = onnx.compose.add_prefix(model, prefix).graph
+        here = {prefix + name: where for name, where in inputs.items()}
+        for node in graph.node:
+            node.input[:] = [here.get(name, name) for name in node.input]
+            if node.op_type == "Identity" and node.input[0] in inputs.values():  # handed on: no copy
+                here[node.output[0]] = node.input[0]
+            else:
+                self.nodes.append(node)
+        self.constants += graph.initializer
+        return {one.name: here.get(prefix + one.name, prefix + one.name) for one in model.graph.output}
+
+    def either(self, condition: str, then: Answer, otherwise: Answer) -> list[str]:
+        """What the one scope or the other gives; both give the same kinds of values."""
+        graphs = {
+            "then_branch": then.scope.graph("then", then.outputs),
+            "else_branch": otherwise.scope.graph("otherwise", otherwise.outputs),
+        }
+        return self.many(len(then.outputs), "If", condition, **graphs)
+
+    def graph(self, name: str, outputs: Sequence[Value], inputs: Sequence[Any] = ()) -> onnx.GraphProto:
+        """All of it; every output is given by a node of its own."""
+        values = []
+        for where, kind, shape in outputs:
+            values.append(helper.make_tensor_value_info(self("Identity", where), kind, shape))
+        return helper.make_graph(self.nodes, name, inputs, values, self.constants)
+
+
+Value = tuple[str, int, list]
+"""Name, type and shape of an output."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a branch gives."""
+
+    scope: Scope
+    outputs: list[Value]
+
+
+def put_together(segments: Sequence[Segment], contract: Contract, metadata: Mapping[str, str]) -> onnx.ModelProto:
+    """One file: a photo uint8 [height, width, 3] RGB to `OUTPUTS`.
+
+    ``thresholds`` [exits] and ``score_thresh`` [classes] are inputs with defaults.
+
+    Args:
+        segments: shallow to deep, the full path last.
+        metadata: goes into the file.
+    """
+    scope = Scope(itertools.count())
+    size = scope("Slice", scope("Shape", "image"), scope.constant([0], np.int64), scope.constant([2], np.int64))
+    state = {"x_in": normalised(scope, "image", size, contract)}
+    answer = _answer(scope, segments, state, size, contract)
+    outputs = [(name, *kind) for name, kind in zip(answer, OUTPUTS.values(), strict=True)]
+    return _model(scope, outputs, ["image"], contract, metadata)
+
+
+def first_stage(segment: Segment, contract: Contract) -> onnx.ModelProto:
+    """A photo to what the first segment gives."""
+    scope = Scope(itertools.count())
+    size = scope("Slice", scope("Shape", "image"), scope.constant([0], np.int64), scope.constant([2], np.int64))
+    found = scope.inline(segment.model, {"x_in": normalised(scope, "image", size, contract)})
+    kinds = {value.name: value.type.tensor_type for value in segment.model.graph.output}
+    outputs = [
+        (where, kinds[name].elem_type, [one.dim_value for one in kinds[name].shape.dim])
+        for name, where in found.items()
+    ]
+    return _model(scope, outputs, ["image"], contract, {}, names=list(found))
+
+
+def last_stage(contract: Contract) -> onnx.ModelProto:
+    """The head's outputs and ``photo_size`` int64 [2] (height, width) to boxes, labels and scores."""
+    scope = Scope(itertools.count())
+    found = detections(scope, *HEAD, "photo_size", contract)
+    outputs = [(name, *kind) for name, kind in zip(found, OUTPUTS.values(), strict=False)]
+    return _model(scope, outputs, [*HEAD, "photo_size"], contract, {})
+
+
+def stage(segment: Segment) -> onnx.ModelProto:
+    """A segment as a file of its own."""
+    model = onnx.ModelProto()
+    model.CopyFrom(segment.model)
+    return _checked(model)
+
+
+def _model(
+    scope: Scope,
+    outputs: Sequence[Value],
+    inputs: Sequence[str],
+    contract: Contract,
+    metadata: Mapping[str, str],
+    names: Sequence[str] = tuple(OUTPUTS),
+) -> onnx.ModelProto:
+    anchors, classes = len(contract.anchors), len(contract.score_thresh)
+    kinds = {
+        "image": (TensorProto.UINT8, ["height", "width", 3]),
+        "photo_size": (TensorProto.INT64, [2]),
+        "cls_logits": (TensorProto.FLOAT, [1, anchors, classes + 1]),
+        "bbox_regression": (TensorProto.FLOAT, [1, anchors, 4]),
+    }
+    values = [helper.make_tensor_value_info(name, *kinds[name]) for name in inputs]
+    used = {name for node in scope.nodes for name in _names_used(node)}
+    for name in ("thresholds", "score_thresh"):
+        if name in used:
+            default = numpy_helper.from_array(np.asarray(getattr(contract, name), np.float32), name)
+            scope.constants.append(default)
+            values.append(helper.make_tensor_value_info(name, default.data_type, list(default.dims)))
+    graph = scope.graph("earlyexit_ssd", outputs, values)
+    for node, value, name in zip(graph.node[-len(outputs) :], graph.output, names, strict=False):
+        node.output[0] = value.name = name
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="earlyexit_ssd")
+    model.ir_version = IR_VERSION
+    helper.set_model_props(model, dict(metadata))
+    return _checked(model)
+
+
+def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
+    onnx.checker.check_model(model)
+    return model
+
+
+def _names_used(node: onnx.NodeProto) -> list[str]:
+    inner = [part for attribute in node.attribute if attribute.HasField("g") for part in attribute.g.node]
+    return [*node.input, *(name for part in inner for name in _names_used(part))]
+
+
+def required_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same file without defaults of its inputs: for OpenVINO, which takes an input that has one for a constant."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    names = {value.name for value in changed.graph.input}
+    kept = [tensor for tensor in changed.graph.initializer if tensor.name not in names]
+    del changed.graph.initializer[:]
+    changed.graph.initializer.extend(kept)
+    return changed
+
+
+def expand_log_sum_exp(model: onnx.ModelProto) -> None:
+    """Write every ``ReduceLogSumExp`` as the operators that it stands for, in place: nine times as fast in ONNX
+    Runtime, and OpenVINO 2026 sums over all axes instead."""
+    graph, nodes = model.graph, []
+    for node in graph.node:
+        if node.op_type != "ReduceLogSumExp":
+            nodes.append(node)
+            continue
+        (values,), (out,) = node.input, node.output
+        settings = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        axes, keep = settings["axes"], settings.get("keepdims", 1)
+        graph.initializer.append(numpy_helper.from_array(np.array(axes, np.int64), f"{out}_axes"))
+        nodes += [
+            helper.make_node("ReduceMax", [values], [f"{out}_most"], axes=axes, keepdims=1),
+            helper.make_node("Sub", [values, f"{out}_most"], [f"{out}_less"]),
+            helper.make_node("Exp", [f"{out}_less"], [f"{out}_exp"]),
+            helper.make_node("ReduceSum", [f"{out}_exp", f"{out}_axes"], [f"{out}_sum"], keepdims=1),
+            helper.make_node("Log", [f"{out}_sum"], [f"{out}_log"]),
+            helper.make_node("Add", [f"{out}_log", f"{out}_most"], [out if keep else f"{out}_kept"]),
+        ]
+        if not keep:
+            nodes.append(helper.make_node("Squeeze", [f"{out}_kept", f"{out}_axes"], [out]))
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+# From exit to exit.
+
+
+def _answer(
+    scope: Scope, segments: Sequence[Segment], state: Mapping[str, str], size: str, contract: Contract
+) -> list[str]:
+    """The names of all `OUTPUTS`, from the state before the first of the segments."""
+    segment, *deeper = segments
+    found = scope.inline(segment.model, state)
+    if not segment.empty:
+        return _with_detections(scope, _head(scope, segments, found, contract), size, contract)
+    leaves, stay, go_on = _leaves(scope, segment, found), scope.inside(), scope.inside()
+    kinds = list(OUTPUTS.values())
+    nothing = [
+        stay.zeros([0, 4], TensorProto.FLOAT),
+        stay.zeros([0], TensorProto.INT64),
+        stay.zeros([0], TensorProto.FLOAT),
+        stay.constant(segment.index, np.int64),
+        stay("Squeeze", found[CONFIDENCE]),
+    ]
+    rest = _answer(go_on, deeper, _state(found), size, contract)
+    branches = [
+        Answer(one, [(name, *kind) for name, kind in zip(names, kinds, strict=True)])
+        for one, names in ((stay, nothing), (go_on, rest))
+    ]
+    return scope.either(leaves, *branches)
+
+
+def _head(scope: Scope, segments: Sequence[Segment], found: Mapping[str, str], contract: Contract) -> list[str]:
+    """The names of the `HEAD`, ``exit_index`` and ``exit_confidence``, of the exit that the photo takes."""
+    segment, *deeper = segments
+    confidence = scope("Squeeze", found[CONFIDENCE]) if CONFIDENCE in found else scope.constant(np.nan)
+    here = [*(found[name] for name in HEAD), scope.constant(segment.index, np.int64), confidence]
+    if segment.full:
+        return here
+    leaves, stay, go_on = _leaves(scope, segment, found), scope.inside(), scope.inside()
+    behind = _head(go_on, deeper, go_on.inline(deeper[0].model, _state(found)), contract)
+    anchors, outputs = len(contract.anchors), len(contract.score_thresh) + 1
+    kinds = [
+        (TensorProto.FLOAT, [1, anchors, outputs]),
+        (TensorProto.FLOAT, [1, anchors, 4]),
+        *list(OUTPUTS.values())[3:],
+    ]
+    branches = [
+        Answer(one, [(name, *kind) for name, kind in zip(names, kinds, strict=True)])
+        for one, names in ((stay, here), (go_on, behind))
+    ]
+    return scope.either(leaves, *branches)
+
+
+def _with_detections(scope: Scope, head: Sequence[str], size: str, contract: Contract) -> list[str]:
+    return [*detections(scope, head[0], head[1], size, contract), head[2], head[3]]
+
+
+def _leaves(scope: Scope, segment: Segment, found: Mapping[str, str]) -> str:
+    threshold = scope("Gather", "thresholds", scope.constant([segment.index], np.int64))
+    return scope("Squeeze", scope("GreaterOrEqual", found[CONFIDENCE], threshold))
+
+
+def _state(found: Mapping[str, str]) -> dict[str, str]:
+    return {f"{name}_in": found[name] for name in STATE if name in found}
+
+
+# Before and behind the network, as torchvision's GeneralizedRCNNTransform and SSD.postprocess_detections do it.
+
+
+def normalised(scope: Scope, image: str, size: str, contract: Contract) -> str:
+    """uint8 [H, W, 3] and its ``size`` (H, W) to float32 [1, 3, *contract.size], bilinear without antialiasing."""
+    mean, std = np.asarray(contract.mean, np.float64), np.asarray(contract.std, np.float64)
+    scale, shift = (values.reshape(1, 3, 1, 1) for values in (1 / (255 * std), -mean / std))
+    if contract.large == 0:
+        x = _fetched(scope, image, size, contract)
+    else:
+        large, small = scope.inside(), scope.inside()
+        is_large = scope("Greater", scope("ReduceProd", size, keepdims=0), scope.constant(contract.large, np.int64))
+        pairs = ((large, _fetched(large, image, size, contract)), (small, _resized(small, image, contract)))
+        (x,) = scope.either(
+            is_large, *(Answer(one, [(name, TensorProto.FLOAT, [1, 3, *contract.size])]) for one, name in pairs)
+        )
+    return scope("Add", scope("Mul", x, scope.constant(scale)), scope.constant(shift))
+
+
+def _resized(scope: Scope, image: str, contract: Contract) -> str:
+    """The whole photo is converted and resized."""
+    pixels = scope("Transpose", scope("Cast", image, to=TensorProto.FLOAT), perm=[2, 0, 1])
+    pixels = scope("Unsqueeze", pixels, scope.constant([0], np.int64))
+    target = scope.constant([1, 3, *contract.size], np.int64)
+    return scope("Resize", pixels, "", "", target, mode="linear", coordinate_transformation_mode="half_pixel")
+
+
+def _fetched(scope: Scope, image: str, size: str, contract: Contract) -> str:
+    """The four pixels around each point are fetched first: a resize looks at no others."""
+    height, width = contract.size
+    top, bottom, down = _neighbours(scope, size, 0, height)
+    left, right, across = _neighbours(scope, size, 1, width)
+    down = scope("Reshape", down, scope.constant([height, 1, 1], np.int64))
+    across = scope("Reshape", across, scope.constant([1, width, 1], np.int64))
+    rows = []
+    for row in (top, bottom):
+        row = scope("Gather", image, row, axis=0)
+        ends = [scope("Gather", row, end, axis=1) for end in (left, right)]
+        rows.append(_between(scope, *(scope("Cast", end, to=TensorProto.FLOAT) for end in ends), across))
+    pixels = scope("Transpose", _between(scope, *rows, down), perm=[2, 0, 1])
+    return scope("Unsqueeze", pixels, scope.constant([0], np.int64))
+
+
+def _neighbours(scope: Scope, size: str, axis: int, count: int) -> tuple[str, str, str]:
+    """Indices [count] before and behind each point of the input along an axis of the photo, and its way between."""
+    length = scope("Gather", size, scope.constant([axis], np.int64))
+    scale = scope("Div", scope("Cast", length, to=TensorProto.FLOAT), scope.constant([count]))
+    points = scope("Sub", scope("Mul", scope.constant(np.arange(count) + 0.5), scale), scope.constant([0.5]))
+    points = scope("Max", points, scope.constant([0.0]))
+    floor = scope("Floor", points)
+    before, one = scope("Cast", floor, to=TensorProto.INT64), scope.constant([1], np.int64)
+    behind = scope("Min", scope("Add", before, one), scope("Sub", length, one))
+    return before, behind, scope("Sub", points, floor)
+
+
+def _between(scope: Scope, first: str, second: str, share: str) -> str:
+    return scope("Add", first, scope("Mul", scope("Sub", second, first), share))
+
+
+def detections(scope: Scope, cls_logits: str, bbox_regression: str, size: str, contract: Contract) -> list[str]:
+    """Names of boxes, labels and scores, the surest first: one decoding and one suppression, class by class.
+
+    Only default boxes with a class above its least score are decoded. Of what more than ``topk_candidates`` boxes of a
+    class would say, the surest are kept.
+    """
+    zero = scope.constant([0], np.int64)
+    probability = scope("Softmax", scope("Squeeze", cls_logits, zero), axis=1)
+    ends = [scope.constant([value], np.int64) for value in (1, len(contract.score_thresh) + 1, 1)]
+    objects = scope("Slice", probability, *ends)
+    above = scope("Where", scope("Greater", objects, "score_thresh"), objects, scope.constant(0.0))
+    largest = scope("ReduceMax", above, axes=[1], keepdims=0)
+    candidates = scope("NonZero", largest)
+    candidates = scope("Reshape", candidates, scope.constant([-1], np.int64))
+    scores = scope("Transpose", scope("Gather", above, candidates, axis=0), perm=[1, 0])
+    scores = _surest(scope, scores, candidates, contract)
+
+    boxes = _decoded(scope, scope("Gather", scope("Squeeze", bbox_regression, zero), candidates, axis=0), candidates,
+                     contract)  # fmt: skip
+    chosen = scope(
+        "NonMaxSuppression",
+        scope("Unsqueeze", boxes, zero),
+        scope("Unsqueeze", scores, zero),
+        scope.constant([contract.detections_per_img], np.int64),
+        scope.constant([contract.nms_thresh]),
+        scope.constant([0.0]),
+    )
+    _, classes, places = scope.many(3, "Split", chosen, axis=1)
+    kept = scope("GatherND", scores, scope("Concat", classes, places, axis=1))
+    count = scope("Min", scope("Shape", kept), scope.constant([contract.detections_per_img], np.int64))
+    ordered, order = scope.many(2, "TopK", kept, count)
+    one = scope.constant([1], np.int64)
+    labels = scope("Add", scope("Gather", scope("Squeeze", classes, one), order), one)
+    found = scope("Gather", boxes, scope("Gather", scope("Squeeze", places, one), order), axis=0)
+    photo = scope("Gather", scope("Cast", size, to=TensorProto.FLOAT), scope.constant([1, 0, 1, 0], np.int64))
+    height, width = contract.size
+    ratio = scope("Div", photo, scope.constant([width, height, width, height]))
+    found = scope("Reshape", scope("Mul", found, ratio), scope.constant([-1, 4], np.int64))  # OpenVINO asks for a rank
+    return [found, labels, ordered]
+
+
+def _surest(scope: Scope, scores: str, candidates: str, contract: Contract) -> str:
+    """Scores [classes, n], of each class all but the ``topk_candidates`` surest as 0; few candidates cost nothing."""
+    most = scope.constant([contract.topk_candidates], np.int64)
+    too_many, cut, same = scope("Greater", scope("Shape", candidates), most), scope.inside(), scope.inside()
+    values, _ = cut.many(2, "TopK", scores, most, axis=1)
+    least = cut("ReduceMin", values, axes=[1], keepdims=1)
+    kept = cut("Where", cut("GreaterOrEqual", scores, least), scores, cut.constant(0.0))
+    shape = [len(contract.score_thresh), "candidates"]
+    branches = [
+        Answer(one, [(name, TensorProto.FLOAT, shape)]) for one, name in ((cut, kept), (same, same("Identity", scores)))
+    ]
+    return scope.either(scope("Squeeze", too_many), *branches)[0]
+
+
+def _decoded(scope: Scope, offsets: str, candidates: str, contract: Contract) -> str:
+    """Offsets [n, 4] from their default boxes to xyxy in the input's pixels, inside it (torchvision's ``BoxCoder``)."""
+    anchors = np.asarray(contract.anchors, np.float32)
+    sides = anchors[:, 2:] - anchors[:, :2]
+    centres = anchors[:, :2] + np.float32(0.5) * sides
+    sides, centres = (scope("Gather", scope.constant(value), candidates, axis=0) for value in (sides, centres))
+    shift, stretch = scope.many(2, "Split", scope("Div", offsets, scope.constant(contract.box_weights)), axis=1)
+    centres = scope("Add", scope("Mul", shift, sides), centres)
+    stretch = scope("Exp", scope("Min", stretch, scope.constant(LOG_LIMIT)))
+    halves = scope("Mul", scope("Mul", stretch, sides), scope.constant(0.5))
+    corners = scope("Concat", scope("Sub", centres, halves), scope("Add", centres, halves), axis=1)
+    height, width = contract.size
+    inside = scope("Min", corners, scope.constant([width, height, width, height]))
+    return scope("Max", inside, scope.constant(0.0))

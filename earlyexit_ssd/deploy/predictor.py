@@ -1,0 +1,444 @@
+"""Run what ``earlyexit export`` wrote: a photo as a numpy array in, detections out. No PyTorch is imported."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from earlyexit_ssd.errors import EarlyExitError, nearest, one_line, shown
+
+FORMAT = "earlyexit_ssd detector/1"
+MANIFEST = "manifest.json"
+CLOSED = 2.0
+"""A threshold that no confidence reaches."""
+RUNTIMES = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
+"""Name of a runtime -> its package."""
+
+Array = np.ndarray
+Run = Callable[[Mapping[str, Array]], "dict[str, Array]"]
+"""Inputs by name to outputs by name."""
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What was found in a photo, the surest first.
+
+    Attributes:
+        boxes: float32 [n, 4] xyxy in the photo's pixels.
+        labels: int64 [n], 1..K. class_names: of these labels, n of them.
+        scores: float32 [n], in (0, 1].
+        exit_index: that the photo took, 0 for the first; exit_name: its name, ``full`` for the full path.
+        exit_confidence: of the router there, in [0, 1]; None where the file has no router.
+        ms: milliseconds of the whole call.
+    """
+
+    boxes: Array
+    labels: Array
+    class_names: list[str]
+    scores: Array
+    exit_index: int
+    exit_name: str
+    exit_confidence: float | None
+    ms: float
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def to_supervision(self) -> Any:
+        """``supervision.Detections`` with ``class_id`` as ``labels`` and ``data["class_name"]``.
+
+        Raises:
+            EarlyExitError: the package supervision is not installed.
+        """
+        supervision = package("supervision")
+        names = np.array(self.class_names, dtype=str)
+        return supervision.Detections(
+            xyxy=self.boxes, confidence=self.scores, class_id=self.labels, data={"class_name": names}
+        )
+
+
+class Predictor:
+    """``predictor(photo)`` is the photo's `Detections`. Threads may share one.
+
+    Args:
+        path: an ONNX file, a folder of staged files, or an OpenVINO model (.xml), as ``earlyexit export`` writes them.
+        runtime: ``onnxruntime`` or ``openvino``. A file in OpenVINO's own format needs the latter.
+        threads: of the runtime, for one photo.
+        score_thresh: least score of a detection, one number or class name -> number (other classes keep the file's);
+            None: the file's own.
+        thresholds: of the early exits in place of the file's: exit name -> number in [0, 1], or 2.0, which closes it.
+
+    Attributes:
+        classes: names of the labels 1..K.
+        exit_names: shallow to deep, ``full`` last.
+        thresholds: exit name -> threshold; None where the file was written without the exit.
+        certificate: what the calibration promised, as the certificate's JSON; None where there was none.
+        versions: of the software that wrote the file.
+
+    Raises:
+        EarlyExitError: a file that was not exported by this project, is damaged, or which the runtime cannot run; a
+            runtime that is not installed; a number out of its range.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        runtime: str = "onnxruntime",
+        threads: int = 1,
+        score_thresh: float | Mapping[str, float] | None = None,
+        thresholds: Mapping[str, float] | None = None,
+    ) -> None:
+        if runtime not in RUNTIMES:
+            raise EarlyExitError(f"runtime {shown(runtime)}: expected one of {', '.join(RUNTIMES)}")
+        if type(threads) is not int or threads < 1:
+            raise EarlyExitError(f"threads {shown(threads)}: expected a whole number, at least 1")
+        path = Path(path)
+        if not path.exists():
+            raise EarlyExitError(f"{path}: no such file; write it with earlyexit export")
+        if path.suffix == ".xml" and runtime != "openvino":
+            raise EarlyExitError(f"{path}: an OpenVINO model, the runtime is {runtime}; give runtime='openvino'")
+        load = OpenVino if runtime == "openvino" else OnnxRuntime
+        self._network = _Staged(path, load, threads) if path.is_dir() else _OneFile(load(path, path, threads))
+        try:
+            self._description = _Description.of(self._network.metadata)
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise EarlyExitError(f"{path}: not a file of earlyexit export ({reason}); export the model anew") from None
+        self.path, self.runtime, self.threads = path, runtime, threads
+        self.classes, self.exit_names = self._description.classes, self._description.exit_names
+        self.certificate, self.versions = self._description.certificate, self._description.versions
+        self.thresholds = dict(zip(self.exit_names, self._description.thresholds, strict=False))
+        self.score_thresh = self._least_scores(score_thresh)
+        self._set_thresholds(thresholds)
+
+    def __call__(self, image: Array) -> Detections:
+        """Detect in one photo.
+
+        Args:
+            image: RGB uint8 [H, W, 3] of any size. Grey [H, W] is repeated and transparency [H, W, 4] laid on white.
+                Floats in [0, 1] are rounded to 8 bits.
+
+        Raises:
+            EarlyExitError: no such array, with what it is and what was expected.
+        """
+        return self._detect(image, "image", self._thresholds)
+
+    def predict(self, images: Iterable[Array]) -> list[Detections]:
+        """Detect in some photos of any sizes, one after the other: each leaves at its own exit.
+
+        Raises:
+            EarlyExitError: one is no photo; the message has its place.
+        """
+        if isinstance(images, np.ndarray) and images.ndim < 4:
+            raise EarlyExitError(
+                f"images {list(images.shape)}: expected a list of photos; call predictor(image) for one"
+            )
+        return [self._detect(image, f"image {place}", self._thresholds) for place, image in enumerate(images)]
+
+    def warm_up(self, runs: int = 2) -> None:
+        """Run a blank photo, along the exits and to the end: the first calls are slower than the others."""
+        blank = np.zeros((480, 640, 3), np.uint8)
+        for _ in range(runs):
+            for thresholds in (self._thresholds, np.full_like(self._thresholds, CLOSED)):
+                self._detect(blank, "image", thresholds)
+
+    def _detect(self, image: Array, name: str, thresholds: Array) -> Detections:
+        start = time.perf_counter()
+        feeds = {"image": as_photo(image, name), "thresholds": thresholds, "score_thresh": self.score_thresh}
+        boxes, labels, scores, exit_index, confidence = self._network(feeds)
+        if self._network.fixed_scores:
+            keep = scores > self.score_thresh[labels - 1]
+            boxes, labels, scores = boxes[keep], labels[keep], scores[keep]
+        index, confidence = int(exit_index), float(confidence)
+        return Detections(
+            boxes,
+            labels,
+            [self.classes[label - 1] for label in labels.tolist()],
+            scores,
+            index,
+            self.exit_names[index],
+            None if math.isnan(confidence) else confidence,
+            1000 * (time.perf_counter() - start),
+        )
+
+    def _least_scores(self, given: float | Mapping[str, float] | None) -> Array:
+        """float32 [K]."""
+        scores = np.array(self._description.score_thresh, np.float32)
+        if isinstance(given, Mapping):
+            for name, value in given.items():
+                if name not in self.classes:
+                    hint = nearest(str(name), self.classes) or f"; the classes are {', '.join(self.classes)[:100]}"
+                    raise EarlyExitError(f"score_thresh names {shown(name)}, no class of the file{hint}")
+                scores[self.classes.index(name)] = _share(f"score_thresh of {shown(name)}", value)
+        elif given is not None:
+            scores[:] = _share("score_thresh", given)
+        if self._network.fixed_scores and (scores < np.array(self._description.score_thresh, np.float32)).any():
+            least = min(self._description.score_thresh)
+            raise EarlyExitError(
+                f"{self.path}: score_thresh below the file's {least:g}, which OpenVINO takes for a constant in an ONNX "
+                "file; export with --format openvino"
+            )
+        return scores
+
+    def _set_thresholds(self, given: Mapping[str, float] | None) -> None:
+        if given is not None and not isinstance(given, Mapping):
+            raise EarlyExitError(f"thresholds {shown(given)}: expected exit name -> number, such as {{'exit8': 0.9}}")
+        for name, value in (given or {}).items():
+            if name not in self.thresholds:
+                hint = nearest(str(name), self.thresholds) or f"; they are {', '.join(self.thresholds)}"
+                raise EarlyExitError(f"thresholds names {shown(name)}, no early exit of the file{hint}")
+            value = CLOSED if value == CLOSED else _share(f"threshold of {name}", value)
+            if self.thresholds[name] is None and value < CLOSED:
+                raise EarlyExitError(f"{self.path}: {name} was closed when the file was written; export it open")
+            if self._network.fixed_thresholds and value != self.thresholds[name]:
+                raise EarlyExitError(
+                    f"{self.path}: OpenVINO takes thresholds of an ONNX file for constants; export with --format "
+                    "openvino to change them"
+                )
+            if self.thresholds[name] is not None:
+                self.thresholds[name] = value
+        values = [CLOSED if value is None else value for value in self.thresholds.values()]
+        self._thresholds = np.array(values, np.float32)
+
+
+def _share(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+        raise EarlyExitError(f"{name} is {shown(value)}, expected a number in [0, 1]")
+    return float(value)
+
+
+def as_photo(image: object, name: str = "image") -> Array:
+    """The photo as contiguous uint8 RGB [H, W, 3], see :meth:`Predictor.__call__`; ``name`` is for messages.
+
+    Raises:
+        EarlyExitError: it is none.
+    """
+    if not isinstance(image, np.ndarray):
+        raise EarlyExitError(f"{name}: a {type(image).__name__}, expected a numpy array uint8 [H, W, 3] RGB")
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[..., 0]
+    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
+        chw = image.ndim == 3 and image.shape[0] in (1, 3, 4)
+        fix = "; channels come last: image.transpose(1, 2, 0)" if chw else ""
+        raise EarlyExitError(f"{name}: {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3] RGB{fix}")
+    if not image.size:
+        raise EarlyExitError(f"{name}: it has no pixel, its shape is {list(image.shape)}; expected uint8 [H, W, 3] RGB")
+    if image.dtype != np.uint8:
+        image = _as_bytes(image, name)
+    if image.ndim == 2:
+        image = np.repeat(image[..., None], 3, axis=2)
+    elif image.shape[2] == 4:
+        opaque = image[..., 3:].astype(np.float32) / 255
+        image = np.rint(image[..., :3] * opaque + 255 * (1 - opaque)).astype(np.uint8)
+    return np.ascontiguousarray(image)
+
+
+def _as_bytes(image: Array, name: str) -> Array:
+    """Numbers of other types as uint8."""
+    if image.dtype.kind not in "fiu":
+        raise EarlyExitError(f"{name}: values of type {image.dtype}, expected uint8, or floats in [0, 1]")
+    low, high = float(image.min()), float(image.max())
+    largest = 1.0 if image.dtype.kind == "f" else 255.0
+    if not (low >= 0 and high <= largest):  # NaN is neither
+        raise EarlyExitError(
+            f"{name}: {image.dtype} values from {low:g} to {high:g}, expected uint8, or floats in [0, 1] without NaN"
+        )
+    return np.rint(image.astype(np.float32) * 255).astype(np.uint8) if largest == 1 else image.astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class _Description:
+    """What a file says about itself."""
+
+    classes: tuple[str, ...]
+    exit_names: tuple[str, ...]
+    thresholds: tuple[float | None, ...]
+    score_thresh: tuple[float, ...]
+    certificate: dict[str, Any] | None
+    versions: dict[str, str]
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any]) -> _Description:
+        """From text by key; every value but the format is JSON. Raises KeyError, TypeError or ValueError."""
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"its format is {shown(metadata.get('format'))}, expected {FORMAT!r}")
+        read = {key: json.loads(metadata[key]) for key in ("classes", "exit_names", "thresholds", "score_thresh")}
+        found = cls(
+            tuple(map(str, read["classes"])),
+            tuple(map(str, read["exit_names"])),
+            tuple(None if value is None else float(value) for value in read["thresholds"]),
+            tuple(map(float, read["score_thresh"])),
+            json.loads(metadata.get("certificate") or "null"),
+            json.loads(metadata.get("versions") or "{}"),
+        )
+        if len(found.score_thresh) != len(found.classes) or len(found.thresholds) != len(found.exit_names) - 1:
+            raise ValueError("its numbers of classes, exits and thresholds do not fit each other")
+        return found
+
+
+# What is run: one file, or a file for each segment.
+
+Outputs = tuple[Array, Array, Array, Array, Array]
+"""boxes, labels, scores, exit_index, exit_confidence."""
+_NAMES = ("boxes", "labels", "scores", "exit_index", "exit_confidence")
+
+
+class _OneFile:
+    """A whole detector.
+
+    fixed_thresholds, fixed_scores: the file has thresholds, or least scores, which the runtime cannot change.
+    """
+
+    def __init__(self, network: OnnxRuntime | OpenVino) -> None:
+        self._network, self.metadata = network, network.metadata
+        self.fixed_thresholds = "thresholds" not in network.inputs
+        self.fixed_scores = "score_thresh" not in network.inputs
+
+    def __call__(self, feeds: Mapping[str, Array]) -> Outputs:
+        found = self._network({name: feeds[name] for name in self._network.inputs})
+        return tuple(found[name] for name in _NAMES)
+
+
+class _Staged:
+    """A folder with a file for each segment: what is behind an exit is run where the photo goes on."""
+
+    fixed_thresholds = fixed_scores = False
+
+    def __init__(self, folder: Path, load: type[OnnxRuntime | OpenVino], threads: int) -> None:
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            self.metadata = manifest["metadata"]
+            self._segments = [(int(one["exit_index"]), bool(one["empty"])) for one in manifest["segments"]]
+            files = [*(one["file"] for one in manifest["segments"]), manifest["detections"]]
+            if any(Path(file).name != file for file in files):
+                raise ValueError("a file outside the folder")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise EarlyExitError(
+                f"{folder}: its {MANIFEST} cannot be used ({reason}); write the folder with earlyexit export --format "
+                "staged"
+            ) from None
+        *self._networks, self._detections = [load(folder / file, folder / file, threads) for file in files]
+
+    def __call__(self, feeds: Mapping[str, Array]) -> Outputs:
+        image, state = feeds["image"], {"image": feeds["image"]}
+        for (index, empty), network in zip(self._segments, self._networks, strict=True):
+            found = network(state)
+            confidence = found["confidence"][0] if "confidence" in found else np.float32(np.nan)
+            last = network is self._networks[-1]
+            if not last and not confidence >= feeds["thresholds"][index]:
+                state = {f"{name}_in": found[name] for name in ("x", "finest", "context") if name in found}
+                continue
+            if empty and not last:
+                nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.float32)
+                return *nothing, np.int64(index), confidence
+            head = {name: found[name] for name in ("cls_logits", "bbox_regression")}
+            size = np.array(image.shape[:2], np.int64)
+            answer = self._detections({**head, "photo_size": size, "score_thresh": feeds["score_thresh"]})
+            return *(answer[name] for name in _NAMES[:3]), np.int64(index), confidence
+        raise AssertionError("the last segment leaves")
+
+
+# The runtimes.
+
+
+def package(name: str) -> ModuleType:
+    """A package that not every user has.
+
+    Raises:
+        EarlyExitError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise EarlyExitError(f"the package {name} is needed ({error}): pip install {name}") from None
+
+
+def _cannot_load(name: object, runtime: str, error: Exception) -> EarlyExitError:
+    reason = one_line(str(error))[:120] or type(error).__name__
+    return EarlyExitError(f"{name}: {runtime} cannot load it ({reason}); write it with earlyexit export")
+
+
+class OnnxRuntime:
+    """An ONNX graph in ONNX Runtime on the CPU.
+
+    Args:
+        content: a file, or its bytes; name: of it, for messages.
+
+    Attributes:
+        metadata: what the file says about itself; inputs: names of all that it takes.
+    """
+
+    def __init__(self, content: Path | bytes, name: object, threads: int = 1) -> None:
+        runtime = package("onnxruntime")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
+        options.add_session_config_entry("session.load_model_format", "ONNX")
+        try:
+            # from bytes: data outside the file is not looked for, since this project writes none
+            self._session = runtime.InferenceSession(
+                content if isinstance(content, bytes) else content.read_bytes(),
+                options,
+                providers=["CPUExecutionProvider"],
+                enable_fallback=0,
+            )
+            self.metadata = dict(self._session.get_modelmeta().custom_metadata_map)
+        except Exception as error:  # a damaged or foreign file raises whatever its reader does
+            raise _cannot_load(name, "ONNX Runtime", error) from None
+        named = [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
+        self.inputs = [one.name for one in named]
+        self._outputs = [one.name for one in self._session.get_outputs()]
+        self._name = name
+
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        try:
+            values = self._session.run(None, {name: feeds[name] for name in self.inputs if name in feeds})
+        except Exception as error:  # ONNX Runtime has a class of its own for each kind of failure
+            raise EarlyExitError(f"{self._name}: it does not run ({one_line(str(error))[:150]}); export anew") from None
+        return dict(zip(self._outputs, values, strict=True))
+
+
+class OpenVino:
+    """A file in OpenVINO on the CPU, in fp32; see `OnnxRuntime`."""
+
+    def __init__(self, path: Path, name: object, threads: int = 1) -> None:
+        runtime = package("openvino")
+        settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+        try:
+            model = runtime.Core().read_model(path)
+            self.metadata = _openvino_metadata(model)
+            self._compiled = runtime.Core().compile_model(model, "CPU", settings)
+            self.inputs = [one.any_name for one in self._compiled.inputs]
+            self._outputs = [one.any_name for one in self._compiled.outputs]
+        except Exception as error:  # OpenVINO raises RuntimeError for nearly all, with a page of text
+            raise _cannot_load(name, "OpenVINO", error) from None
+        self._name, self._local = name, threading.local()
+
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        if not hasattr(self._local, "request"):  # a request holds the tensors of one call
+            self._local.request = self._compiled.create_infer_request()
+        try:
+            found = self._local.request.infer({name: feeds[name] for name in self.inputs if name in feeds})
+            return {name: np.array(found[place]) for place, name in enumerate(self._outputs)}
+        except Exception as error:
+            raise EarlyExitError(f"{self._name}: it does not run ({one_line(str(error))[:150]}); export anew") from None
+
+
+def _openvino_metadata(model: Any) -> dict[str, str]:
+    """What stood in the ONNX file's metadata."""
+    if not model.has_rt_info("framework"):
+        return {}
+    found = {key: model.get_rt_info(["framework", key]).value for key in model.get_rt_info("framework").value}
+    return {key: value for key, value in found.items() if isinstance(value, str)}

@@ -1,0 +1,187 @@
+"""Where pictures come from: photos, folders, patterns, videos, cameras and network streams, one frame at a time."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+import numpy as np
+
+from earlyexit_ssd.errors import DataError, EarlyExitError
+from earlyexit_ssd.images import PHOTO_SUFFIXES, find_files, read_image
+
+logger = logging.getLogger(__name__)
+
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts")
+"""Of videos that are told from photos by name, in any case."""
+LONGEST_WAIT = 30.0
+"""Seconds between two tries to reach a camera that has gone away; the first wait is of one second, each next twice."""
+SHORT = 2
+"""Frames that a video may have fewer than it says: containers count roughly."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One thing to look at: a photo, a video, or a live stream (camera index, or address such as ``rtsp://...``)."""
+
+    name: str
+    kind: Literal["photo", "video", "live"]
+
+    @property
+    def title(self) -> str:
+        """For people and files: the name without the password of an address."""
+        return re.sub(r"://[^/@]*@", "://", self.name)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One picture.
+
+    Attributes:
+        image: uint8 [H, W, 3], RGB.
+        source: it is from.
+        index: of the frame in its source, from 0; frames that a stride leaves out count.
+        time: seconds from the source's start; None for a photo.
+        fps: of the source, None where it is not known.
+        total: frames of the source, None where it is not known.
+    """
+
+    image: np.ndarray
+    source: Source
+    index: int = 0
+    time: float | None = None
+    fps: float | None = None
+    total: int | None = None
+
+    @property
+    def name(self) -> str:
+        """For people: the photo, or the video and the frame in it."""
+        return self.source.title if self.source.kind == "photo" else f"{self.source.title} frame {self.index}"
+
+
+def find_sources(arguments: Sequence[str | os.PathLike[str]]) -> list[Source]:
+    """What the user has named, in this order.
+
+    A number is a camera, what holds ``://`` a stream, a folder stands for the photos and videos in and below it, and a
+    pattern (``*``, ``?``, ``[...]``, ``**``) for the files that fit it. Every other name is a file.
+
+    Raises:
+        DataError: a folder without photos and videos, or a pattern that nothing fits.
+    """
+    sources: list[Source] = []
+    for argument in map(os.fspath, arguments):
+        if (argument.isdecimal() and not os.path.exists(argument)) or "://" in argument:
+            sources.append(Source(argument, "live"))
+        elif os.path.isdir(argument):
+            inside, others = find_files(Path(argument), PHOTO_SUFFIXES + VIDEO_SUFFIXES)
+            if others:
+                text = "%s: %d files left out, which are no photos and no videos; the first: %s"
+                logger.warning(text, argument, len(others), others[0])
+            if not inside:
+                raise DataError(f"{argument}: no picture in this folder; name photos, or a folder that holds some")
+            sources += map(_file, inside)
+        elif glob.has_magic(argument) and not os.path.exists(argument):
+            fitting = [path for path in sorted(glob.glob(argument, recursive=True)) if os.path.isfile(path)]
+            if not fitting:
+                raise DataError(f"{argument}: no file fits this pattern; look at its folder and its capitals")
+            sources += map(_file, fitting)
+        else:
+            sources.append(_file(argument))
+    return sources
+
+
+def _file(path: str | os.PathLike[str]) -> Source:
+    return Source(os.fspath(path), "video" if Path(path).suffix.lower() in VIDEO_SUFFIXES else "photo")
+
+
+def read_frames(source: Source, stride: int = 1) -> Iterator[Frame | DataError]:
+    """The frames of a source, one in memory at a time; what cannot be read comes as the error that names it.
+
+    A live stream that goes away is tried again until it is back, and each try is logged. Only its first failure to
+    open ends it.
+
+    Args:
+        stride: of a video or a live stream every so many frames are given, from the first on; at least 1.
+
+    Raises:
+        EarlyExitError: a stride below 1, or a video or stream where OpenCV is not installed.
+    """
+    if stride < 1:
+        raise EarlyExitError(f"stride is {stride}, expected 1 (every frame) or more")
+    if source.kind != "photo":
+        yield from _read_video(source, stride)
+        return
+    try:
+        yield Frame(read_image(source.name), source)
+    except DataError as error:
+        yield error
+
+
+def opencv() -> ModuleType:
+    """OpenCV, which only videos and cameras need.
+
+    Raises:
+        EarlyExitError: it is not installed.
+    """
+    try:
+        import cv2
+    except ImportError:
+        raise EarlyExitError(
+            "videos and cameras need OpenCV, which is not installed; pip install opencv-python-headless"
+        ) from None
+    return cv2
+
+
+def _read_video(source: Source, stride: int) -> Iterator[Frame | DataError]:
+    cv2 = opencv()
+    live, place = source.kind == "live", int(source.name) if source.name.isdecimal() else source.name
+    if not live and not os.path.isfile(source.name):
+        yield DataError(f"{source.title}: no such video")
+        return
+    capture = cv2.VideoCapture(place)
+    try:
+        if not capture.isOpened():
+            fix = "check the address, the cable and who else uses it" if live else "convert it to MP4 (H.264)"
+            yield DataError(f"{source.title}: {'camera or stream' if live else 'video'} cannot be opened; {fix}")
+            return
+        if live:
+            capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # what waits in a buffer is old
+        fps = capture.get(cv2.CAP_PROP_FPS)
+        fps = fps if 0 < fps < 1000 else None
+        total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        endless = live and total <= 0  # the address of a file has an end
+        start, wait = time.monotonic(), 1.0
+        for index in itertools.count():
+            while not capture.grab():
+                if not endless:
+                    if index < total - SHORT:
+                        yield DataError(f"{source.title}: ends after {index} of {total} frames; it is cut or damaged")
+                    return
+                logger.warning("%s: no frame comes; trying again in %.0f s", source.title, wait)
+                time.sleep(wait)
+                wait = min(2 * wait, LONGEST_WAIT)
+                capture.release()
+                capture.open(place)
+            if index % stride:
+                continue
+            taken, image = capture.retrieve()
+            if not taken or image is None or image.size == 0:
+                yield DataError(f"{source.title} frame {index}: cannot be decoded")
+                continue
+            if wait > 1:
+                logger.warning("%s: back again", source.title)
+                wait = 1.0
+            seconds = time.monotonic() - start if endless else index / fps if fps else None
+            rgb = cv2.cvtColor(image, cv2.COLOR_BGR2RGB if image.ndim == 3 else cv2.COLOR_GRAY2RGB)
+            yield Frame(rgb, source, index, seconds, fps, None if endless or total <= 0 else total)
+    finally:
+        capture.release()

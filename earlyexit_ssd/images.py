@@ -1,0 +1,174 @@
+"""Photos as arrays: every colour mode becomes 8-bit RGB, every rotation the one the boxes refer to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from PIL.Image import Transpose
+
+from earlyexit_ssd.errors import DataError
+
+_ORIENTATION_TAG = 0x0112
+# What turns a picture of EXIF orientation 2, 3, ... 8 upright.
+_TURNS = (
+    *(Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM),
+    *(Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90),
+)
+_WHITE = (255, 255, 255, 255)
+
+Size = tuple[int, int]
+PathLike = str | os.PathLike[str]
+
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif")
+"""Of photos that are looked for by name, in any case."""
+
+LARGEST_PHOTO = 89_478_485
+"""Pixels; Pillow's own mark. A file of half a megabyte can hold more than the memory does."""
+
+
+class PhotoHeader(NamedTuple):
+    """What is known of a photo without decoding it."""
+
+    size: Size
+    """(width, height) that :func:`read_image` will return."""
+    peculiarities: dict[str, str]
+    """Kind -> value of what it has to convert, such as ``{"EXIF-rotated photo": "EXIF orientation 6"}``."""
+
+
+def read_image(path: PathLike, annotated_size: Size | None = None) -> np.ndarray:
+    """The photo as uint8 RGB [H, W, 3].
+
+    Grey is repeated, transparency is laid on white, palettes are looked up, 16 bits are scaled to 8, CMYK
+    is converted, and the first frame of an animation is taken. EXIF rotation is applied unless ``annotated_size``
+    (width, height) shows that the boxes refer to the stored picture (see :func:`read_header`).
+
+    Raises:
+        DataError: the file is missing, no image, truncated, or of more than ``LARGEST_PHOTO`` pixels.
+    """
+    with _opened(path) as image:
+        orientation, rgb = _orientation(image, annotated_size), _to_rgb(image)
+        return np.array(rgb if orientation == 1 else rgb.transpose(_TURNS[orientation - 2]))
+
+
+def read_header(path: PathLike, annotated_size: Size | None = None) -> PhotoHeader:
+    """The size that :func:`read_image` will return, and what it will have to convert, without decoding.
+
+    Some tools annotate the stored picture, others the upright one. Where the annotated size equals the stored size and
+    not the upright one, the picture stays as stored. In every other case (half turns, mirrored, square, sizes that
+    match neither) the EXIF rotation is applied.
+
+    Truncated files are found too: JPEG by its end marker, PNG by its checksums, other formats by decoding.
+
+    Raises:
+        DataError: as :func:`read_image`.
+    """
+    with _opened(path) as image:
+        header = PhotoHeader(_upright(image, _orientation(image, annotated_size)), _peculiarities(image))
+        if image.format == "PNG":
+            image.verify()
+        elif image.format not in ("JPEG", "MPO") or not _ends_as_jpeg(path):
+            read_image(path)
+    return header
+
+
+@contextlib.contextmanager
+def _opened(path: PathLike) -> Iterator[Image.Image]:
+    """A regular file, since a pipe or a device may have no end, of a size that memory holds."""
+    if not os.path.isfile(path):
+        what = "no file but a folder, pipe or device, expected a photo" if os.path.exists(path) else "no such photo"
+        raise DataError(f"{path}: {what}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path)
+        with image:
+            if image.width * image.height > LARGEST_PHOTO:
+                sizes = f"{image.width} x {image.height} pixels, expected {LARGEST_PHOTO:,} in all at most"
+                raise DataError(f"{path}: photo of {sizes}; save it smaller")
+            yield image
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's decoders raise a dozen types on broken files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path}: not a readable photo ({reason})") from None
+
+
+def _peculiarities(image: Image.Image) -> dict[str, str]:
+    kinds = []
+    if image.mode[0] in "IF" or any(";16" in str(tile) for tile in image.tile):
+        kinds.append("photo of more than 8 bits")
+    if "transparency" in image.info or image.mode.endswith(("A", "a")):
+        kinds.append("photo with transparency")
+    elif image.mode != "RGB" and image.mode[0] not in "IF":
+        named = {"1": "grey photo", "L": "grey photo", "P": "palette photo", "CMYK": "CMYK photo"}
+        kinds.append(named.get(image.mode, "photo of other colours"))
+    found = dict.fromkeys(kinds, f"Pillow mode {image.mode}")
+    if (orientation := _orientation(image)) > 1:
+        found["EXIF-rotated photo"] = f"EXIF orientation {orientation}"
+    return found
+
+
+def _orientation(image: Image.Image, annotated_size: Size | None = None) -> int:
+    """EXIF's number, 5 to 8 for a quarter turn; 1 where the picture is to stay as it is stored."""
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return 1  # Pillow turns TIFF itself, and would decode a whole PNG to look for EXIF behind its pixels
+    found = image.getexif().get(_ORIENTATION_TAG, 1)
+    stays = found not in range(2, 9) or image.size == annotated_size != _upright(image, found)
+    return 1 if stays else found
+
+
+def _upright(image: Image.Image, orientation: int) -> Size:
+    return image.size[::-1] if orientation >= 5 else image.size
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return _to_8_bits(image).convert("RGB")
+    if image.mode.endswith(("A", "a")) or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, _WHITE), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Deep grey to 8 bits: integers hold 0..65535, floats 0..1 or, where they exceed 1, 0..255."""
+    values = np.asarray(image).astype(np.float64)
+    scale = 255 / 65535 if image.mode != "F" else (255.0 if values.max(initial=0) <= 1 else 1.0)
+    return Image.fromarray(np.rint(values * scale).clip(0, 255).astype(np.uint8))
+
+
+def _ends_as_jpeg(path: PathLike) -> bool:
+    """Padding of zeros aside."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - 64))
+        return file.read().rstrip(b"\0").endswith(b"\xff\xd9")
+
+
+def find_files(folder: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """Files of ``suffixes`` (in any case) in and below ``folder``, and all others, sorted; hidden ones are left out.
+
+    Folders that are symbolic links are looked into, each once.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); make the folder readable") from None
+
+    found: tuple[list[Path], list[Path]] = [], []
+    seen: set[str] = set()
+    for here, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        place = os.path.realpath(here)
+        folders[:] = [] if place in seen else [name for name in folders if name[0] != "."]
+        for path in [] if place in seen else [Path(here, name) for name in files if name[0] != "."]:
+            found[not (path.suffix.lower() in suffixes and os.path.isfile(path))].append(path)
+        seen.add(place)
+    return sorted(found[0]), sorted(found[1])

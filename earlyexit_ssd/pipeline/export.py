@@ -1,0 +1,499 @@
+"""Export a routed detector for use without PyTorch, and hold it against the model before anything is written."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+from torchvision.ops import box_iou, clip_boxes_to_image
+
+from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.data.images import as_tensor, read_image
+from earlyexit_ssd.data.shapes import render_scene
+from earlyexit_ssd.deploy import Detections, Predictor
+from earlyexit_ssd.deploy.graph import (
+    CONFIDENCE,
+    HEAD,
+    OPSET,
+    STATE,
+    Contract,
+    Segment,
+    expand_log_sum_exp,
+    first_stage,
+    last_stage,
+    put_together,
+    required_inputs,
+    stage,
+)
+from earlyexit_ssd.deploy.predictor import FORMAT, MANIFEST, OnnxRuntime, package
+from earlyexit_ssd.errors import EarlyExitError, one_line
+from earlyexit_ssd.evaluation.outputs import evaluating
+from earlyexit_ssd.files import make_folder, write_json, writing
+from earlyexit_ssd.modeling import EarlyExitSSDLite
+from earlyexit_ssd.modeling.checkpoint import weights_path
+from earlyexit_ssd.modeling.detector import DETECTORS, EarlyExitDetector, Stop, default_boxes, walk
+from earlyexit_ssd.modeling.pretrained import current_certificate
+from earlyexit_ssd.modeling.retrofit import read_weights
+from earlyexit_ssd.modeling.trunk import TrunkState
+from earlyexit_ssd.modeling.validate import LEAST_SCORE
+from earlyexit_ssd.progress import progress
+
+Format = Literal["onnx", "staged", "openvino"]
+SUFFIXES: dict[str, str] = {"onnx": ".onnx", "staged": "", "openvino": ".xml"}
+"""Format -> how the name of what is written ends; staged files lie in a folder."""
+
+RENDERED, RAW = 8, 4
+"""Photos that are rendered where none are given, and of which the heads are compared number by number."""
+LOGITS, BOXES, SCORES = 1e-4, 0.1, 1e-3
+"""Largest differences from the model: of the heads' outputs (or of this share of the largest), of boxes in pixels of
+the photo, and of scores."""
+NEAR_CONFIDENCE, NEAR = 1e-5, 1e-4
+"""How near its threshold a confidence, or a score and the IoU of two boxes, may fall on its other side."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how it was held against the model.
+
+    Attributes:
+        path: of the file, or of the folder of staged files; size: bytes of all of it.
+        photos: compared; detections: of the model in them.
+        borderline: photos that took another exit since their confidence is within 1e-5 of a threshold, or lost or won
+            a detection that is within 1e-4 of a least score, the overlap of a suppression, or the last place.
+        runtime: what `Predictor` takes beside the path.
+    """
+
+    path: Path
+    size: int
+    photos: int
+    detections: int
+    borderline: int
+    runtime: str = ""
+
+    def __str__(self) -> str:
+        said = f"exits and {self.detections} detections in {self.photos} photos are the model's"
+        rounding = (
+            f"; {self.borderline} of the photos differ in a decision as near as rounding" if self.borderline else ""
+        )
+        return f"{self.path}: {self.size / 1e6:.1f} MB; {said}{rounding}"
+
+
+def open_any(name_or_path: str | os.PathLike[str], router: bool = True) -> EarlyExitDetector:
+    """A model of any kind of detectors from shipped weights or a model file; ``router=False`` leaves the routing out.
+
+    Raises:
+        EarlyExitError: as :meth:`EarlyExitSSDLite.from_pretrained`.
+    """
+    content = read_weights(weights_path(name_or_path))
+    described = content.get("architecture")
+    name = described.get("detector") if isinstance(described, dict) else None
+    kind = DETECTORS.get(name, EarlyExitSSDLite) if isinstance(name, str) else EarlyExitSSDLite
+    return kind.from_pretrained(name_or_path, router=router)
+
+
+def export_detector(
+    model: EarlyExitDetector,
+    path: str | os.PathLike[str],
+    file_format: Format = "onnx",
+    photos: Sequence[str | os.PathLike[str]] = (),
+) -> Exported:
+    """Write a detector that runs without PyTorch, routed as ``model.router`` says; `Predictor` runs it.
+
+    Exits that the router has closed are left out; without a router the file is the full path. What is written is first
+    run on photos: the same exits, detections and heads as the model's, or nothing is written.
+
+    Args:
+        model: left as it is.
+        path: of the file, ending in .onnx or .xml (OpenVINO, with its weights in .bin beside it), or a folder for
+            staged files.
+        file_format: ``onnx``, ``staged`` (a file for each segment) or ``openvino``.
+        photos: to compare on; by default `RENDERED` are rendered.
+
+    Raises:
+        EarlyExitError: a hybrid router, a path that does not fit the format, an unreadable photo, or an answer of the
+            file that differs from the model's.
+    """
+    path = Path(path)
+    if file_format not in get_args(Format):
+        raise EarlyExitError(f"format {file_format!r:.60}: expected one of {', '.join(get_args(Format))}")
+    if path.suffix != SUFFIXES[file_format] and file_format != "staged":
+        raise EarlyExitError(f"{path}: a file of format {file_format} ends in {SUFFIXES[file_format]}; name it so")
+    if getattr(model.router, "hybrid", False):
+        raise EarlyExitError(
+            "a hybrid router cannot be exported: its photos all go to the end; export with hybrid=False, calibrated so"
+        )
+    if path.exists() and path.is_dir() != (file_format == "staged"):
+        raise EarlyExitError(f"{path}: there is {'a folder' if path.is_dir() else 'a file'} of that name; name another")
+    model = copy.deepcopy(model).cpu().eval()
+    with evaluating(model):
+        parts = _Parts(_segments(model), _contract(model), _metadata(model))
+        compared = list(_photos(photos))
+        _compare_heads(model, parts, compared[:RAW])
+        make_folder(path.parent)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name[:40]}.", dir=path.parent) as temporary, writing(path):
+            made = Path(temporary) / path.name
+            WRITERS[file_format](parts, made)
+            runtime = "openvino" if file_format == "openvino" else "onnxruntime"
+            exported = _compare(model, Predictor(made, runtime), compared)
+            _move(made, path)
+    files = [*path.iterdir()] if path.is_dir() else [path, *_weights_beside(path)]
+    runtime = ", 'openvino'" if file_format == "openvino" else ""
+    return Exported(path, sum(file.stat().st_size for file in files), *exported, runtime)
+
+
+def _weights_beside(path: Path) -> list[Path]:
+    return [path.with_suffix(".bin")] if path.suffix == ".xml" else []
+
+
+def _move(made: Path, path: Path) -> None:
+    """Put the files in their place; of a folder, an earlier export is replaced, and nothing else."""
+    if made.is_dir() and path.exists():
+        if any(path.iterdir()) and not (path / MANIFEST).is_file():
+            raise EarlyExitError(f"{path}: holds other files; name a new folder for the staged ones")
+        os.replace(path, made.parent / "before")
+    for weights in _weights_beside(path):
+        os.replace(made.with_suffix(".bin"), weights)
+    os.replace(made, path)
+
+
+# The parts: segments by PyTorch's exporter, and what surrounds them.
+
+
+@dataclass(frozen=True)
+class _Parts:
+    segments: list[tuple[SegmentNetwork, Segment]]
+    contract: Contract
+    metadata: dict[str, str]
+
+
+class SegmentNetwork(nn.Module):
+    """From the stop at the exit before (None: from the images) to the exit ``index``.
+
+    Args:
+        model: with its router.
+        before, index: exits; those between them are not looked at.
+        head: the exit's head is computed, also where the router does not need it.
+        onward: exits with a branch follow, which may look at its context.
+
+    Attributes:
+        inputs, outputs: names of its tensors, known after the first call.
+    """
+
+    def __init__(self, model: EarlyExitDetector, before: int | None, index: int, head: bool, onward: bool) -> None:
+        super().__init__()
+        self.model, self.before, self.index, self.head, self.onward = model, before, index, head, onward
+        self.eval()  # the exporter gives the model back the mode of this
+
+    def run(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state before, by the names of `STATE`, to the state behind, the exit's head and its confidence [N]."""
+        model, behind = self.model, None
+        if self.before is not None:
+            trunk_state = TrunkState(state["x"], state.get("finest"))
+            behind = Stop(model, model.trunk, self.before, trunk_state, state.get("context"))
+        stops = walk(model, state["x"], behind=behind)
+        stop = next(stop for stop in stops if stop.index == self.index)
+        head = stop.head()
+        found: dict[str, Tensor | None] = {}
+        if not stop.full:
+            context = stop.context if self.onward else None
+            found |= {"x": stop.state.x, "finest": stop.state.finest, "context": context}
+        if self.head:
+            found |= head
+        if model.router is not None:
+            found[CONFIDENCE] = model.router.confidence(stop.signals(head), stop.index)
+        return {name: value for name, value in found.items() if value is not None}
+
+    def forward(self, *state: Tensor) -> tuple[Tensor, ...]:
+        """The same with tensors in order, for the exporter."""
+        return tuple(self.run(dict(zip(self.inputs, state, strict=True))).values())
+
+    def to_onnx(self, state: dict[str, Tensor]) -> tuple[onnx.ModelProto, dict[str, Tensor]]:
+        """The segment for inputs of these shapes, by the exporter on TorchScript, and what it gives for these.
+
+        Raises:
+            EarlyExitError: the exporter cannot follow the network.
+        """
+        self.inputs = tuple(state)
+        found = self.run(state)
+        content = io.BytesIO()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the tracer: about shapes, which are fixed, and about its own future
+            try:
+                torch.onnx.export(
+                    self,
+                    tuple(state.values()),
+                    content,
+                    input_names=[f"{name}_in" for name in state],
+                    output_names=list(found),
+                    opset_version=OPSET,
+                    dynamo=False,
+                )
+            except Exception as error:
+                name = self.model.exit_names[self.index]
+                raise EarlyExitError(f"{name} cannot be exported to ONNX ({one_line(str(error))[:200]})") from error
+        exported = onnx.load_from_string(content.getvalue())
+        expand_log_sum_exp(exported)
+        return exported, found
+
+
+def _segments(model: EarlyExitDetector) -> list[tuple[SegmentNetwork, Segment]]:
+    """One for each open exit and one for the full path."""
+    full = model.num_early_exits
+    stops = [*(index for index in range(full) if model.router is not None and model.router.needs(index)), full]
+    size = model.transform.fixed_size[::-1]
+    state = {"x": torch.zeros(1, 3, *size)}
+    segments, says_something = [], False
+    for before, index in zip([None, *stops], stops, strict=False):
+        empty = index < full and model.empty[index]
+        says_something |= not empty
+        onward = any(index < later < full for later in stops)
+        network = SegmentNetwork(model, before, index, head=says_something, onward=onward)
+        exported, found = network.to_onnx(state)
+        segments.append((network, Segment(index, model.exit_names[index], empty, exported, full=index == full)))
+        state = {name: found[name] for name in STATE if name in found}
+    return segments
+
+
+def _contract(model: EarlyExitDetector) -> Contract:
+    width, height = model.transform.fixed_size
+    thresholds = [CLOSED] * model.num_early_exits if model.router is None else model.router.thresholds.tolist()
+    return Contract(
+        size=(height, width),
+        mean=model.transform.image_mean,
+        std=model.transform.image_std,
+        anchors=default_boxes(model, torch.device("cpu")).numpy(),
+        box_weights=model.box_coder.weights,
+        thresholds=np.array(thresholds, np.float32),
+        score_thresh=np.array(_least_scores(model), np.float32),
+        nms_thresh=model.nms_thresh,
+        topk_candidates=model.topk_candidates,
+        detections_per_img=model.detections_per_img,
+    )
+
+
+def _least_scores(model: EarlyExitDetector) -> list[float]:
+    if isinstance(model.score_thresh, Mapping):
+        return [model.score_thresh.get(name, LEAST_SCORE) for name in model.classes]
+    return [model.score_thresh] * len(model.classes)
+
+
+def _metadata(model: EarlyExitDetector) -> dict[str, str]:
+    """What a `Predictor` reads: text by key, JSON but for the format."""
+    contract = _contract(model)
+    names = ("earlyexit_ssd", "torch", "torchvision", "onnx", "onnxruntime")
+    certificate = current_certificate(model.router)
+    values = {
+        "classes": model.classes,
+        "exit_names": model.exit_names,
+        "thresholds": [None if value >= CLOSED else value for value in contract.thresholds.tolist()],
+        "score_thresh": contract.score_thresh.tolist(),
+        "certificate": certificate and certificate.to_dict(),
+        "input": {
+            "image": "uint8 [height, width, 3], RGB, any size; it is resized and normalised inside",
+            "network_size": contract.size,
+        },
+        "versions": {name: version(name) for name in names},
+    }
+    return {"format": FORMAT, **{key: json.dumps(value) for key, value in values.items()}}
+
+
+# The three ways of writing them.
+
+
+def _write_onnx(parts: _Parts, path: Path, for_openvino: bool = False) -> None:
+    contract = dataclasses.replace(parts.contract, large=0) if for_openvino else parts.contract
+    whole = put_together([segment for _, segment in parts.segments], contract, parts.metadata)
+    path.write_bytes((required_inputs(whole) if for_openvino else whole).SerializeToString())
+
+
+def _write_staged(parts: _Parts, folder: Path) -> None:
+    folder.mkdir()
+    rows = []
+    for place, (_, segment) in enumerate(parts.segments):
+        name = f"{place}_{segment.name}.onnx"
+        model = stage(segment) if place else first_stage(segment, parts.contract)
+        (folder / name).write_bytes(model.SerializeToString())
+        rows.append({"file": name, "exit_index": segment.index, "empty": segment.empty})
+    (folder / "detections.onnx").write_bytes(last_stage(parts.contract).SerializeToString())
+    write_json(folder / MANIFEST, {"metadata": parts.metadata, "segments": rows, "detections": "detections.onnx"})
+
+
+def _write_openvino(parts: _Parts, path: Path) -> None:
+    openvino = package("openvino")
+    _write_onnx(parts, path.with_suffix(".onnx"), for_openvino=True)
+    try:
+        model = openvino.Core().read_model(path.with_suffix(".onnx"))
+        openvino.save_model(model, path, compress_to_fp16=False)
+    except Exception as error:
+        raise EarlyExitError(f"OpenVINO cannot convert the detector ({one_line(str(error))[:200]})") from None
+
+
+WRITERS: dict[str, Callable[[_Parts, Path], None]] = {
+    "onnx": _write_onnx,
+    "staged": _write_staged,
+    "openvino": _write_openvino,
+}
+
+
+# Held against the model.
+
+
+def _photos(paths: Sequence[str | os.PathLike[str]]) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and pixels of the photos to compare on."""
+    if not paths:
+        for seed in range(RENDERED):
+            scene, _ = render_scene(np.random.default_rng(seed), 320)
+            yield f"rendered photo {seed}", np.asarray(scene)
+    for path in paths:
+        yield str(path), read_image(path)
+
+
+def _compare_heads(model: EarlyExitDetector, parts: _Parts, photos: Sequence[tuple[str, np.ndarray]]) -> None:
+    """Every segment's outputs, each on what the model gives the segment before it."""
+    runs = [OnnxRuntime(segment.model.SerializeToString(), segment.name) for _, segment in parts.segments]
+    for name, photo in photos:
+        batch, _ = model.transform([as_tensor(photo)])
+        state = {"x": batch.tensors}
+        for (network, segment), run in zip(parts.segments, runs, strict=True):
+            expected = network.run(state)
+            found = run({f"{key}_in": value.numpy() for key, value in state.items()})
+            for key in HEAD:
+                if key in expected:
+                    wrong = np.abs(found[key] - expected[key].numpy()).max()
+                    if not wrong <= LOGITS * max(1.0, float(expected[key].abs().max())):
+                        raise EarlyExitError(
+                            f"{name}: {key} of {segment.name} differ by {wrong:.2g} from the model's, expected "
+                            f"{LOGITS:g}; nothing was written"
+                        )
+            state = {key: expected[key] for key in STATE if key in expected}
+
+
+def _compare(
+    model: EarlyExitDetector, predictor: Predictor, photos: Sequence[tuple[str, np.ndarray]]
+) -> tuple[int, int, int]:
+    """Numbers of photos, of the model's detections, and of photos that differ by rounding alone."""
+    detections = borderline = 0
+    for name, photo in progress(photos, desc="compare with the model"):
+        (expected,) = model([as_tensor(photo)])
+        found = predictor(photo)
+        detections += len(expected["boxes"])
+        try:
+            borderline += not _is_same(model, photo, expected, found)
+        except EarlyExitError as error:
+            raise EarlyExitError(f"{name}: {error}; nothing was written") from None
+    return len(photos), detections, borderline
+
+
+def _is_same(model: EarlyExitDetector, photo: np.ndarray, expected: dict[str, Tensor], found: Detections) -> bool:
+    """Whether exit and detections are the model's; False where rounding explains what differs.
+
+    Raises:
+        EarlyExitError: nothing explains it.
+    """
+    index = int(expected.get("exit_index", model.num_early_exits))
+    if index != found.exit_index:
+        first = min(index, found.exit_index)
+        confidence = float(model.router.confidence(model.exit_outputs([as_tensor(photo)]).signals(first), first))
+        threshold = float(model.router.thresholds[first])
+        if abs(confidence - threshold) <= NEAR_CONFIDENCE:
+            return False
+        raise EarlyExitError(
+            f"the file leaves at {found.exit_name}, the model at {model.exit_names[index]} (confidence "
+            f"{confidence:.6f} at {model.exit_names[first]}, threshold {threshold:.6f})"
+        )
+    mine = [expected[key].numpy() for key in ("boxes", "labels", "scores")]
+    theirs = [found.boxes, found.labels, found.scores]
+    alone = _unpaired(mine, theirs)
+    if not len(alone[0]):
+        return True
+    unexplained = _unexplained(model, photo, index, mine, theirs, alone)
+    if unexplained:
+        raise EarlyExitError(
+            f"{len(unexplained)} detections at {found.exit_name} are not the model's: {unexplained[0]}"
+        )
+    return False
+
+
+Found = Sequence[np.ndarray]
+"""boxes [n, 4], labels [n] and scores [n]."""
+
+
+def _unpaired(mine: Found, theirs: Found) -> Found:
+    """Those of either side that have no equal on the other, `BOXES` and `SCORES` aside."""
+    boxes, labels, scores = (_differences(one, other) for one, other in zip(mine, theirs, strict=True))
+    equal = (boxes.max(-1) <= BOXES) & (labels == 0)
+    equal &= scores <= SCORES
+    left, taken = [], np.zeros(len(theirs[1]), bool)
+    for row in range(len(equal)):
+        free = np.flatnonzero(equal[row] & ~taken)
+        if len(free):
+            taken[free[0]] = True
+        else:
+            left.append(row)
+    return [np.concatenate([one[left], other[~taken]]) for one, other in zip(mine, theirs, strict=True)]
+
+
+def _differences(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return np.abs(one[:, None].astype(np.float64) - other[None].astype(np.float64))
+
+
+def _unexplained(
+    model: EarlyExitDetector, photo: np.ndarray, index: int, mine: Found, theirs: Found, alone: Found
+) -> list[str]:
+    """Of the detections that only one side has, those that rounding does not explain.
+
+    It may where they are candidates of the model too and a decision is as near: at a least score, the last place of a
+    class or of the photo, the overlap of a suppression, or two overlapping boxes of one score. What such a one
+    suppresses, or no longer does, follows.
+    """
+    boxes, scores = _candidates(model, photo, index)
+    ranked = np.sort(scores, axis=0)[-min(model.topk_candidates, len(scores))]
+    floors = np.maximum(ranked, _least_scores(model))
+    last = mine[2][-1] if len(mine[2]) == model.detections_per_img else -1.0
+    shown = [np.concatenate(pair) for pair in zip(mine, theirs, strict=True)]
+    known, explained = [], []
+    for box, label, score in zip(*alone, strict=True):
+        far = np.abs(boxes - box).max(1) / BOXES, np.abs(scores[:, label - 1] - score) / SCORES
+        known.append(bool((np.maximum(*far) <= 1).any()))
+        overlaps = _overlaps(box[None], shown[0][shown[1] == label])[0]
+        borders = np.array([score - floors[label - 1], score - last])
+        explained.append(bool((np.abs(borders) <= NEAR).any() or (np.abs(overlaps - model.nms_thresh) <= NEAR).any()))
+    together = (_overlaps(alone[0], alone[0]) > model.nms_thresh) & (alone[1][:, None] == alone[1])
+    np.fill_diagonal(together, False)
+    ties = together & (np.abs(alone[2][:, None] - alone[2]) <= NEAR)
+    reasons = np.array(explained) | ties.any(1)
+    for _ in range(len(reasons)):
+        reasons = reasons | (together & reasons).any(1)
+    return [
+        f"{model.classes[label - 1]} {score:.4f} at {[round(float(value), 1) for value in box]}"
+        for box, label, score, reason in zip(*alone, reasons & known, strict=True)
+        if not reason
+    ]
+
+
+def _overlaps(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return box_iou(torch.from_numpy(one), torch.from_numpy(other)).numpy()
+
+
+def _candidates(model: EarlyExitDetector, photo: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes [A, 4] in the photo's pixels and scores [A, K] of an exit, before any is dropped."""
+    outputs = model.exit_outputs([as_tensor(photo)])
+    head, size = outputs.heads[index], outputs.network_sizes[0]
+    boxes = model.box_coder.decode_single(head["bbox_regression"][0], outputs.anchors[0])
+    found = {"boxes": clip_boxes_to_image(boxes, size)}
+    (found,) = model.transform.postprocess([found], [size], outputs.photo_sizes)
+    return found["boxes"].numpy(), head["cls_logits"][0].softmax(-1)[:, 1:].numpy()

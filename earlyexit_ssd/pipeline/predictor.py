@@ -1,0 +1,101 @@
+"""A model in PyTorch with the interface of an exported one, to look at photos before anything is exported."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from PIL import Image
+
+from earlyexit_ssd.calibration import load_certificate
+from earlyexit_ssd.data.images import as_tensor
+from earlyexit_ssd.deploy.predictor import Detections
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.files import sha256
+from earlyexit_ssd.modeling import EarlyExitSSDLite
+from earlyexit_ssd.pipeline.build import build_router, open_model
+from earlyexit_ssd.report.pictures import Example, detection_grid
+
+logger = logging.getLogger(__name__)
+
+
+class TorchPredictor:
+    """``predictor(photo)`` is the photo's `Detections`, as those of `earlyexit_ssd.deploy.Predictor`.
+
+    Attributes:
+        model: in eval mode on the CPU; classes: names of the labels 1..K; exit_names: shallow to deep, ``full`` last.
+        certificate: of the calibration, as its JSON; None where the model has none.
+    """
+
+    def __init__(self, model: EarlyExitSSDLite) -> None:
+        self.model = model.eval()
+        self.classes, self.exit_names = tuple(model.classes), tuple(model.exit_names)
+        certificate = getattr(model.router, "certificate", None)
+        self.certificate: dict[str, Any] | None = None if certificate is None else certificate.to_dict()
+
+    @torch.inference_mode()
+    def __call__(self, image: np.ndarray) -> Detections:
+        """Detect in a photo, uint8 [H, W, 3] RGB; without a router the full path answers, with confidence None."""
+        start = time.perf_counter()
+        (found,) = self.model([as_tensor(image)])
+        order = found["scores"].argsort(descending=True)
+        boxes, labels, scores = (found[key][order].numpy() for key in ("boxes", "labels", "scores"))
+        index = int(found.get("exit_index", self.model.num_early_exits))
+        return Detections(
+            boxes,
+            labels,
+            [self.classes[label - 1] for label in labels.tolist()],
+            scores,
+            index,
+            self.exit_names[index],
+            float(found["exit_confidence"]) if "exit_confidence" in found else None,
+            1000 * (time.perf_counter() - start),
+        )
+
+    def warm_up(self) -> None:
+        """Run a blank photo: the first call is slower than the others."""
+        self(np.zeros((320, 320, 3), np.uint8))
+
+    @torch.inference_mode()
+    def side_by_side(self, image: np.ndarray, found: Detections, score: float) -> Image.Image:
+        """What every exit sees in a photo from ``score`` on, the exit taken (that of ``found``) framed."""
+        pixels = as_tensor(image)
+        outputs = self.model.exit_outputs([pixels])
+        seen = [self.model.detections(outputs, index)[0] for index in range(len(self.exit_names))]
+        routed = None if self.model.router is None else found.exit_index
+        return detection_grid([Example(pixels, None, seen, routed)], self.exit_names, self.classes, score)
+
+    def note_calibration_photos(self, photos: Iterable[str | os.PathLike[str]]) -> None:
+        """Say which photos calibrated the model's routing: what it does on them flatters."""
+        certificate = getattr(self.model.router, "certificate", None)
+        try:
+            if certificate is not None:
+                certificate.require_unseen((photo, sha256(photo)) for photo in photos if Path(photo).is_file())
+        except EarlyExitError as error:
+            logger.warning("%s", error)
+
+
+def open_torch_predictor(weights: str | os.PathLike[str], cfg: CfgNode | None = None) -> TorchPredictor:
+    """Shipped weights or a file, with its own routing or with that of a configuration; warm.
+
+    Raises:
+        EarlyExitError: unusable weights, or a certificate that is not theirs.
+    """
+    if cfg is None:
+        model = EarlyExitSSDLite.from_pretrained(weights)
+    else:
+        model, _, info = open_model(cfg, weights)
+        if cfg.ROUTING.CERTIFICATE:
+            model.router = load_certificate(cfg.ROUTING.CERTIFICATE).router_for(model)
+        else:
+            model.router = build_router(cfg, {"num_exits": model.num_early_exits, **(info.get("router") or {})})
+    predictor = TorchPredictor(model)
+    predictor.warm_up()
+    return predictor

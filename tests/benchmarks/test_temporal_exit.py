@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+
+from benchmarks import temporal_exit
+from benchmarks.temporal_exit import OnlyClasses, report
+from earlyexit_ssd.deploy.stream import Recording, StreamRule
+from earlyexit_ssd.errors import EarlyExitError
+from tests.deploy.fakes import RedBox, scene
+
+RULE = StreamRule(threshold=2.0, score=0.5, most_repeats=9, classes=RedBox.classes)
+
+
+def test_a_still_scene_is_as_fast_as_the_repeats_allow():
+    recording = Recording.of(RedBox(), [scene(30)] * 100, 0.5)
+    recording.ms, recording.ms_compared = 10.0, 0.0
+    row = report(recording, RULE, 10)
+    assert row.speedup == pytest.approx((10, 10, 10)) and row.agreement == (1, 1, 1) and row.gain == (0, 0, 0)
+    assert row.frames == 100 and row.events == 0
+
+
+def test_a_ball_that_jumps_is_followed_and_every_nth_frame_is_late():
+    recording = Recording.of(RedBox(), [scene(20 * (index // 25 % 4)) for index in range(400)], 0.5)
+    row = report(recording, RULE, 25)
+    assert row.agreement == (1, 1, 1)
+    assert row.gain[0] > 0.05 and row.gain[1] > 0
+
+
+def test_classes_that_do_not_count_are_left_out():
+    detector = RedBox()
+    assert len(OnlyClasses(detector, ["lamp"])(scene(30))) == 0
+    found = OnlyClasses(detector, ["ball"])(scene(30))
+    assert found.class_names == ["ball"] and found.labels.tolist() == [2]
+    assert OnlyClasses(detector, []).classes == ("lamp", "ball")
+    with pytest.raises(EarlyExitError, match=r"--classes 'bal': no class of the detector \(did you mean 'ball'\?\)"):
+        OnlyClasses(detector, ["bal"])
+
+
+def test_the_table(tmp_path, monkeypatch, capsys):
+    cv2 = pytest.importorskip("cv2")
+    writer = cv2.VideoWriter(str(tmp_path / "a.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 25, (96, 64))
+    for index in range(120):
+        writer.write(np.ascontiguousarray(scene(20 * (index // 10 % 4))[..., ::-1]))
+    writer.release()
+    monkeypatch.setattr(temporal_exit, "open_predictor", lambda *_: RedBox())
+    arguments = [str(tmp_path / "a.mp4"), "--weights", "x.onnx", "--share", "0.2", "--block", "10"]
+    assert temporal_exit.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "nothing promised" in printed and "\n| 60 | " in printed

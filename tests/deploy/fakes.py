@@ -1,0 +1,84 @@
+"""A detector that needs no file, and a video that needs no decoder."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import pytest
+
+from earlyexit_ssd.deploy import Detections, sources
+
+RED = (220, 30, 30)
+
+
+class RedBox:
+    """Finds the one red thing in a frame, with its own score; its exits take turns."""
+
+    classes = ("lamp", "ball")
+    exit_names = ("exit8", "full")
+    certificate = None
+
+    def __init__(self, score: float = 0.9) -> None:
+        self.score, self.calls = score, 0
+
+    def __call__(self, image: np.ndarray) -> Detections:
+        self.calls += 1
+        y, x = np.nonzero((image[..., 0] > 150) & (image[..., 1] < 90))
+        boxes = np.array([[x.min(), y.min(), x.max() + 1, y.max() + 1]] if x.size else np.zeros((0, 4)), np.float32)
+        count, index = len(boxes), self.calls % 2
+        scores, labels = np.full(count, self.score, np.float32), np.full(count, 2, np.int64)
+        return Detections(boxes, labels, ["ball"] * count, scores, index, self.exit_names[index], 0.75, 4.0)
+
+
+def scene(x: float | None = None, y: int = 20, side: int = 16, level: float = 90, size: tuple[int, int] = (64, 96)):
+    """A grey frame uint8 [H, W, 3], float before rounding, with a red square at ``x``."""
+    frame = np.full((*size, 3), level, np.float32)
+    if x is not None:
+        frame[y : y + side, max(0, round(x)) : max(0, round(x) + side)] = RED
+    return frame.clip(0, 255).round().astype(np.uint8)
+
+
+class FakeCapture:
+    """cv2.VideoCapture of frames RGB; None cannot be grabbed, and "broken" cannot be decoded."""
+
+    def __init__(self, frames: Iterable, total: int, fps: float, opens: bool) -> None:
+        self.frames, self.total, self.fps, self.opens = iter(frames), total, fps, opens
+        self.reopened, self.released = 0, 0
+
+    def isOpened(self) -> bool:
+        return self.opens
+
+    def get(self, key: int) -> float:
+        return {5: self.fps, 7: self.total}[key]
+
+    def set(self, *_: object) -> None: ...
+
+    def grab(self) -> bool:
+        self.frame = next(self.frames, None)
+        return self.frame is not None
+
+    def retrieve(self):
+        return (False, None) if isinstance(self.frame, str) else (True, self.frame[..., ::-1])
+
+    def open(self, place: object) -> None:
+        self.reopened += 1
+
+    def release(self) -> None:
+        self.released += 1
+
+
+@pytest.fixture
+def fake_video(monkeypatch) -> Callable[..., FakeCapture]:
+    """``fake_video(frames)`` is what every video and camera will give; the rest of OpenCV stays."""
+    cv2 = pytest.importorskip("cv2")
+
+    def play(frames: Iterable, total: int = -1, fps: float = 25.0, opens: bool = True) -> FakeCapture:
+        capture = FakeCapture(frames, total, fps, opens)
+        library = types.SimpleNamespace(**{name: getattr(cv2, name) for name in dir(cv2) if name[0] != "_"})
+        library.VideoCapture = lambda place: capture
+        monkeypatch.setattr(sources, "opencv", lambda: library)
+        return capture
+
+    return play

@@ -1,0 +1,104 @@
+"""The parts of the graph around the network, against torchvision's own."""
+
+import itertools
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto, helper
+
+from earlyexit_ssd.deploy import graph
+from earlyexit_ssd.deploy.graph import Contract, Scope, expand_log_sum_exp, last_stage, normalised
+from earlyexit_ssd.deploy.predictor import OnnxRuntime
+from earlyexit_ssd.modeling.detector import default_boxes
+from tests.deploy.conftest import build_model
+
+MEAN, STD = (0.5, 0.25, 0.4), (0.5, 0.2, 1.0)
+
+
+def contract(**changes) -> Contract:
+    settings = {
+        "size": (24, 32),
+        "mean": MEAN,
+        "std": STD,
+        "anchors": np.zeros((1, 4), np.float32),
+        "box_weights": (10.0, 10.0, 5.0, 5.0),
+        "thresholds": np.zeros(0, np.float32),
+        "score_thresh": np.zeros(1, np.float32),
+        "nms_thresh": 0.5,
+        "topk_candidates": 300,
+        "detections_per_img": 300,
+    }
+    return Contract(**{**settings, **changes})
+
+
+@pytest.mark.parametrize("large", [0, 1, 10**9])
+@pytest.mark.parametrize("size", [(1, 1), (7, 200), (24, 32), (61, 53)])
+def test_photos_are_resized_as_torchvision_does(size, large):
+    scope = Scope(itertools.count())
+    place = scope("Slice", scope("Shape", "image"), scope.constant([0], np.int64), scope.constant([2], np.int64))
+    x = normalised(scope, "image", place, contract(large=large))
+    photo = helper.make_tensor_value_info("image", TensorProto.UINT8, ["h", "w", 3])
+    model = helper.make_model(
+        scope.graph("test", [(x, TensorProto.FLOAT, [1, 3, 24, 32])], [photo]),
+        opset_imports=[helper.make_opsetid("", graph.OPSET)],
+        ir_version=graph.IR_VERSION,
+    )
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    (found,) = OnnxRuntime(model.SerializeToString(), "test")({"image": image}).values()
+    pixels = torch.from_numpy(image).permute(2, 0, 1) / 255
+    pixels = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    expected = F.interpolate(pixels[None], (24, 32), mode="bilinear", align_corners=False)
+    assert np.allclose(found, expected, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("score_thresh", "topk_candidates", "detections_per_img"),
+    [(0.2, 300, 300), (0.001, 10, 300), (0.001, 300, 7), (0.001, 5, 3), ({"cat": 0.4}, 20, 9), (1.0, 300, 300)],
+)
+def test_detections_are_torchvision_s(score_thresh, topk_candidates, detections_per_img):
+    model = build_model(topk_candidates=topk_candidates, detections_per_img=detections_per_img)
+    model.score_thresh = score_thresh
+    anchors = default_boxes(model, torch.device("cpu"))
+    head = {
+        "cls_logits": 2 * torch.randn(1, len(anchors), 3, generator=torch.Generator().manual_seed(1)),
+        "bbox_regression": 4 * torch.randn(1, len(anchors), 4, generator=torch.Generator().manual_seed(2)),
+    }
+    (expected,) = model.postprocess_detections(head, [anchors], [(96, 96)])
+    (expected,) = model.transform.postprocess([expected], [(96, 96)], [(50, 200)])
+    least = [0.4, 0.001] if isinstance(score_thresh, dict) else [score_thresh] * 2
+    stage = last_stage(
+        contract(
+            size=(96, 96),
+            anchors=anchors.numpy(),
+            score_thresh=np.array(least, np.float32),
+            nms_thresh=model.nms_thresh,
+            topk_candidates=topk_candidates,
+            detections_per_img=detections_per_img,
+        )
+    )
+    feeds = {name: value.numpy() for name, value in head.items()} | {"photo_size": np.array([50, 200])}
+    found = OnnxRuntime(stage.SerializeToString(), "test")(feeds)
+    assert len(found["boxes"]) == len(expected["boxes"])
+    assert found["labels"].tolist() == expected["labels"].tolist()
+    assert np.allclose(found["boxes"], expected["boxes"], atol=1e-3)
+    assert np.allclose(found["scores"], expected["scores"], atol=1e-6)
+    assert len(found["boxes"]) == 0 if score_thresh == 1.0 else 0 < len(found["boxes"]) <= detections_per_img
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+def test_a_log_of_a_sum_of_exponentials_is_what_it_was(keep):
+    values = np.random.default_rng(0).normal(0, 50, (1, 4, 5)).astype(np.float32)
+    node = helper.make_node("ReduceLogSumExp", ["x"], ["y"], axes=[-1], keepdims=keep)
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4, 5])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4, 1] if keep else [1, 4])
+    model = helper.make_model(
+        helper.make_graph([node], "test", [x], [y]), opset_imports=[helper.make_opsetid("", 17)], ir_version=8
+    )
+    expand_log_sum_exp(model)
+    onnx.checker.check_model(model, full_check=True)
+    assert "ReduceLogSumExp" not in {one.op_type for one in model.graph.node}
+    found = OnnxRuntime(model.SerializeToString(), "test")({"x": values})["y"]
+    assert np.allclose(found, torch.from_numpy(values).logsumexp(-1, keepdim=bool(keep)), atol=1e-5)

@@ -1,0 +1,282 @@
+"""The loop over sources and what it writes."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from earlyexit_ssd.deploy import Predictor
+from earlyexit_ssd.deploy import predict as module
+from earlyexit_ssd.deploy.predict import (
+    annotate,
+    images_of,
+    is_exported,
+    open_predictor,
+    picture_paths,
+    predict,
+    video_paths,
+)
+from earlyexit_ssd.deploy.sources import Source, find_sources
+from earlyexit_ssd.deploy.stream import StreamRule
+from earlyexit_ssd.errors import CannotWrite, DataError, EarlyExitError
+from tests.deploy.fakes import RED, RedBox, scene
+
+ALL = module.SAVES
+
+
+@pytest.fixture
+def video(tmp_path) -> Source:
+    (tmp_path / "street.mp4").touch()
+    return Source(str(tmp_path / "street.mp4"), "video")
+
+
+def photo(path: Path, x: float | None = 30) -> Source:
+    Image.fromarray(scene(x)).save(path)
+    return Source(str(path), "photo")
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_photos_and_all_that_is_written(tmp_path):
+    sources = [photo(tmp_path / "a.png"), photo(tmp_path / "b.png", None), Source(str(tmp_path / "none.png"), "photo")]
+    out = tmp_path / "out"
+    first, second, error = predict(RedBox(), sources, out, save=ALL)
+    assert first.splitlines() == [
+        f"{tmp_path}/a.png: full, confidence 0.75, 4 ms, 1 found -> {out}/a.png",
+        "  ball 0.90 at 30, 20, 46, 36",
+    ]
+    assert second == f"{tmp_path}/b.png: exit8, confidence 0.75, 4 ms, 0 found -> {out}/b.png"
+    assert isinstance(error, DataError) and "none.png: no such photo" in str(error)
+    assert sorted(os.listdir(out)) == ["a.png", "b.png", "counts.csv", "detections.csv", "detections.json"]
+    assert Image.open(out / "a.png").size == (96, 64)
+    (found,) = json.loads((out / "detections.json").read_text())
+    assert (found["image_id"], found["category_id"], found["bbox"]) == (1, 2, [30, 20, 16, 16])
+    assert found["score"] == pytest.approx(0.9) and found["source"].endswith("a.png")
+    (row,) = rows(out / "detections.csv")
+    assert [row[key] for key in ("image_id", "class", "x1", "y2")] == ["1", "ball", "30.00", "36.00"]
+    counts = rows(out / "counts.csv")
+    assert [(row["exit"], row["found"], row["lamp"], row["ball"]) for row in counts] == [
+        ("full", "1", "0", "1"),
+        ("exit8", "0", "0", "0"),
+    ]
+
+
+def test_coco_reads_the_results(tmp_path):
+    coco = pytest.importorskip("pycocotools.coco").COCO()
+    list(predict(RedBox(), [photo(tmp_path / "a.png")], tmp_path, save=["json"]))
+    coco.dataset = {"images": [{"id": 1}], "annotations": [], "categories": [{"id": 2}]}
+    coco.createIndex()
+    assert coco.loadRes(str(tmp_path / "detections.json")).anns[1]["bbox"] == [30, 20, 16, 16]
+
+
+def test_scores_below_are_left_out(tmp_path):
+    source = photo(tmp_path / "a.png")
+    assert "0 found" in next(predict(RedBox(0.4), [source], tmp_path, save=[]))
+    assert "1 found" in next(predict(RedBox(0.4), [source], tmp_path, save=[], score=0.4 - 1e-6))
+    with pytest.raises(EarlyExitError, match=r"score 1.5: expected a number in \[0, 1\]"):
+        next(predict(RedBox(), [source], tmp_path, score=1.5))
+    with pytest.raises(EarlyExitError, match=r"--save 'count': expected some of .*\(did you mean 'counts'\?\)"):
+        next(predict(RedBox(), [source], tmp_path, save=["count"]))
+
+
+def test_a_video_and_its_summary(tmp_path, video, fake_video):
+    fake_video([scene(x) for x in range(10)], total=10)
+    (told,) = predict(RedBox(), [video], tmp_path / "out", save=ALL)
+    assert told.startswith(f"{video.name}: 10 frames, ") and told.endswith(f" -> {tmp_path}/out/street.mp4")
+    assert "4.0 ms a computed frame, left at full 50%, exit8 50%" in told
+    assert [row["frame"] for row in rows(tmp_path / "out" / "counts.csv")] == [str(number) for number in range(10)]
+    assert rows(tmp_path / "out" / "counts.csv")[5]["seconds"] == "0.200"
+    import cv2
+
+    written = cv2.VideoCapture(str(tmp_path / "out" / "street.mp4"))
+    assert (written.get(cv2.CAP_PROP_FRAME_COUNT), written.get(cv2.CAP_PROP_FPS)) == (10, 25)
+    taken, image = written.read()
+    assert taken and image.shape == (64, 96, 3)
+
+
+def test_a_broken_frame_is_told_and_skipped(tmp_path, video, fake_video):
+    fake_video([scene(1), "broken", scene(2)], total=3)
+    error, told = predict(RedBox(), [video], tmp_path / "out", save=["counts"])
+    assert "street.mp4 frame 1: cannot be decoded" in str(error) and ": 2 frames, " in told
+    assert [row["frame"] for row in rows(tmp_path / "out" / "counts.csv")] == ["0", "2"]
+
+
+def test_a_temporal_exit_starts_afresh_with_each_video(tmp_path, video, fake_video):
+    rule = StreamRule(threshold=2.0, score=0.5, most_repeats=100, classes=RedBox.classes)
+    detector = RedBox()
+    fake_video([scene(30)] * 20, total=10)
+    told = list(predict(detector, [video, video], tmp_path / "out", save=["counts"], rule=rule, most_frames=10))
+    assert detector.calls == 2 and all("repeated 90%" in line for line in told)
+    assert {row["ball"] for row in rows(tmp_path / "out" / "counts.csv")} == {"1"}
+
+
+def test_a_camera_ends_by_ctrl_c_and_what_it_gave_is_kept(tmp_path, fake_video):
+    def frames():
+        yield from [scene(x) for x in range(5)]
+        raise KeyboardInterrupt
+
+    fake_video(frames(), fps=0)
+    sources = [Source("0", "live"), photo(tmp_path / "a.png")]
+    (told,) = predict(RedBox(), sources, tmp_path / "out", save=ALL)
+    assert told.startswith("0: 5 frames, ") and told.endswith("camera_0.mp4")
+    assert len(rows(tmp_path / "out" / "counts.csv")) == 5
+    assert len(json.loads((tmp_path / "out" / "detections.json").read_text())) == 5
+
+
+def test_a_video_that_is_stopped_leaves_nothing_half(tmp_path, video, fake_video):
+    def frames():
+        yield scene()
+        raise KeyboardInterrupt
+
+    fake_video(frames(), total=9)
+    with pytest.raises(KeyboardInterrupt):
+        list(predict(RedBox(), [video], tmp_path / "out", save=ALL))
+    assert os.listdir(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(("save", "size"), [("pictures", 5000), ("counts", 1000), ("json", 1000)])
+def test_a_full_disk_is_one_line(tmp_path, video, fake_video, small_files, save, size):
+    noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    noise[:50, :50] = RED
+    fake_video([noise] * 40, total=40)
+    with small_files(size), pytest.raises(CannotWrite, match="make room"):
+        list(predict(RedBox(), [video], tmp_path / "out", save=[save]))
+    assert os.listdir(tmp_path / "out") == []
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="looks at itself as Linux does")
+def test_memory_and_open_files_are_flat_over_10000_frames(tmp_path, video, fake_video):
+    """A frame has 9 kB, so that one kept in ten would be 8 MB."""
+
+    class Watched(RedBox):
+        seen: list[tuple[int, int]] = []  # noqa: RUF012
+
+        def __call__(self, image):
+            if self.calls in (1000, 9990):
+                gc.collect()
+                pages = int(Path("/proc/self/statm").read_text().split()[1])
+                self.seen.append((pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd"))))
+            return super().__call__(image)
+
+    fake_video((scene(x % 16, 2, 8, size=(48, 64)) for x in range(10_000)), total=10_000)
+    rule = StreamRule(threshold=0.0, score=0.5, most_repeats=100, classes=RedBox.classes)
+    list(predict(Watched(), [video], tmp_path / "out", save=ALL, rule=rule))
+    (early, files), (late, files_late) = Watched.seen
+    assert files_late == files
+    assert late - early < 4e6  # bytes
+    assert len(rows(tmp_path / "out" / "counts.csv")) == 10_000
+
+
+def test_no_picture_replaces_another_or_a_photo(tmp_path):
+    photos = [
+        tmp_path / "x" / "dog.jpg",
+        tmp_path / "y" / "dog.png",
+        tmp_path / "y" / "Dog.jpg",
+        tmp_path / "out" / "cat.png",
+        tmp_path / "out" / "cow.PNG",  # the same file as cow.png where the disk does not tell cases apart
+    ]
+    names = [path.name for path in picture_paths(photos, tmp_path / "out")]
+    assert names == ["dog.png", "dog_2.png", "Dog_3.png", "cat_2.png", "cow_2.png"]
+    assert all(path.parent == tmp_path / "out" for path in picture_paths(photos, tmp_path / "out"))
+
+
+def test_no_video_replaces_another_or_a_source(tmp_path):
+    sources = [Source(str(tmp_path / "a.mp4"), "video"), Source("x/a.avi", "video"), Source("1", "live")]
+    sources.append(Source("rtsp://me:secret@cam/entrance/", "live"))
+    names = [path.name for path in video_paths(sources, tmp_path)]
+    assert names == ["a_2.mp4", "a_3.mp4", "camera_1.mp4", "entrance.mp4"]
+
+
+def test_what_is_drawn():
+    found = RedBox()(scene(30))
+    picture = np.asarray(annotate(scene(30), found, 0.5))
+    plain = scene(30)
+    assert (picture[20, 32] != plain[20, 32]).any()  # the box
+    assert (picture[2, 2] != plain[2, 2]).any()  # the exit
+    assert (picture[28, 38] == RED).all()
+    assert (np.asarray(annotate(scene(30), found, 0.95))[30:] == plain[30:]).all()
+
+
+def test_pictures_of_a_calibration_are_all_or_an_error(tmp_path, video, fake_video):
+    fake_video([scene(x) for x in range(9)], total=9)
+    assert len(list(images_of([video], stride=2))) == 5
+    with pytest.raises(DataError, match="no such photo"):
+        list(images_of([Source(str(tmp_path / "none.png"), "photo")]))
+
+
+def test_a_window_that_cannot_open_is_one_line(tmp_path, monkeypatch):
+    cv2 = pytest.importorskip("cv2")
+
+    def refuse(*_):
+        raise cv2.error("The function is not implemented")
+
+    monkeypatch.setattr(cv2, "imshow", refuse)
+    with pytest.raises(EarlyExitError, match="leave --show out, or pip install opencv-python"):
+        list(predict(RedBox(), [photo(tmp_path / "a.png")], tmp_path, save=[], show=True))
+
+
+def test_an_exported_detector(tmp_path, onnx_file, photos):
+    """What it finds is what `Predictor` finds, from the score on; close calls are reported to the temporal exit."""
+    paths = [tmp_path / f"{number}.png" for number in range(len(photos))]
+    for path, image in zip(paths, photos, strict=True):
+        Image.fromarray(image).save(path)
+    predictor = open_predictor(onnx_file, "onnxruntime", 1, 0.5)
+    assert predictor.score_thresh.tolist() == pytest.approx([0.4, 0.4])
+    assert open_predictor(onnx_file, "onnxruntime", 1, 0.1).score_thresh.tolist() == pytest.approx([0.3, 0.3])
+    sources = find_sources(paths)
+    told = list(predict(predictor, sources, tmp_path / "out", save=["counts", "csv"], score=0.45))
+    expected = [Predictor(onnx_file)(image) for image in photos]
+    counts = rows(tmp_path / "out" / "counts.csv")
+    assert [row["exit"] for row in counts] == [found.exit_name for found in expected]
+    assert [int(row["found"]) for row in counts] == [int((found.scores >= 0.45).sum()) for found in expected]
+    assert len(rows(tmp_path / "out" / "detections.csv")) == sum(int(row["found"]) for row in counts) > 0
+    assert len(told) == len(photos)
+
+
+@pytest.mark.parametrize("name", ["onnx_file", "staged_folder"])
+def test_what_is_exported_is_told_from_what_is_not(name, request, tmp_path):
+    assert is_exported(request.getfixturevalue(name))
+    assert not is_exported("voc_animals") and not is_exported("model.pth") and not is_exported(tmp_path)
+
+
+TORCHLESS = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "torchvision", "scipy", "matplotlib", "fvcore", "cv2", "tqdm", "yaml"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Missing())
+import earlyexit_ssd.deploy.predict, earlyexit_ssd.deploy.stream, earlyexit_ssd.command_line
+from earlyexit_command import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_the_command_runs_without_all_that_only_training_needs(tmp_path, onnx_file):
+    rule = StreamRule(threshold=2.0, score=0.5, most_repeats=9, classes=("cat", "dog"))
+    rule.save(tmp_path / "rule.json")
+    first, second = (photo(tmp_path / name).name for name in ("a.png", "b.png"))
+    outputs = ["--out", str(tmp_path / "out"), "--save", "pictures,json,csv,counts"]
+    arguments = [first, second, "--weights", str(onnx_file), *outputs, "--stream", str(tmp_path / "rule.json")]
+    command = [sys.executable, "-c", TORCHLESS, "predict", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert f"{second}: repeated, " in result.stdout  # the same photo under another name
+    assert len(os.listdir(tmp_path / "out")) == 5
+    command = [sys.executable, "-c", TORCHLESS, "predict", first]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and "voc_animals runs in PyTorch, which is not installed" in result.stderr

@@ -1,0 +1,262 @@
+"""The predictor: what it takes, what it gives, and that it needs no PyTorch."""
+
+import json
+import shutil
+import subprocess
+import sys
+import types
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from earlyexit_ssd.data.images import as_tensor
+
+from earlyexit_ssd.deploy import Detections, Predictor
+from earlyexit_ssd.deploy.predictor import as_photo
+from earlyexit_ssd.errors import EarlyExitError
+
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "torchvision", "onnx", "scipy", "yaml", "matplotlib"):
+    sys.modules[name] = None  # importing it fails
+import numpy as np
+import earlyexit_ssd
+from earlyexit_ssd.deploy import Predictor
+
+found = Predictor(sys.argv[1])(np.zeros((50, 60, 3), np.uint8))
+print(earlyexit_ssd.__version__, found.exit_name, len(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def predictor(onnx_file):
+    return Predictor(onnx_file)
+
+
+def equal(one: Detections, other: Detections) -> bool:
+    same = all(np.array_equal(getattr(one, key), getattr(other, key)) for key in ("boxes", "labels", "scores"))
+    return same and (one.exit_name, one.exit_confidence) == (other.exit_name, other.exit_confidence)
+
+
+def assert_same(expected: dict, found: Detections) -> None:
+    """Each of the model's detections is there, once; equal scores may come in any order."""
+    rows = [
+        np.column_stack([np.asarray(boxes) / 0.1, np.asarray(scores) / 1e-3, 1e6 * np.asarray(labels)])
+        for boxes, scores, labels in (
+            (expected["boxes"], expected["scores"], expected["labels"]),
+            (found.boxes, found.scores, found.labels),
+        )
+    ]
+    assert len(rows[0]) == len(rows[1]) > 0
+    assert (np.diff(found.scores) <= 0).all()
+    near = np.abs(rows[0][:, None] - rows[1][None]).max(-1)
+    assert near.min(0).max() <= 1 and near.min(1).max() <= 1
+    assert len(set(near.argmin(1))) == len(rows[0])
+
+
+def expected_of(model, photo) -> dict:
+    with torch.no_grad():
+        return model([as_tensor(photo)])[0]
+
+
+def test_it_runs_where_there_is_no_pytorch(onnx_file, predictor):
+    words = [sys.executable, "-c", WITHOUT_TORCH, str(onnx_file)]
+    result = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    found = predictor(np.zeros((50, 60, 3), np.uint8))
+    assert result.stdout.split() == ["0.1.0", found.exit_name, str(len(found))]
+
+
+def test_every_photo_is_answered_as_the_model_does(model, photos, predictor):
+    taken = set()
+    for photo in photos:
+        expected, found = expected_of(model, photo), predictor(photo)
+        taken.add(found.exit_name)
+        assert model.exit_names[expected["exit_index"]] == found.exit_name
+        assert found.exit_confidence == pytest.approx(float(expected["exit_confidence"]), abs=1e-5)
+        assert found.boxes.shape == (len(found), 4) and found.boxes.dtype == np.float32
+        assert found.labels.dtype == np.int64
+        assert_same(expected, found)
+        assert found.class_names == [model.classes[label - 1] for label in found.labels]
+        assert found.ms > 0
+    assert taken == {"exit8", "exit12", "full"}
+
+
+def test_a_file_says_what_it_is(model, predictor):
+    assert predictor.classes == ("cat", "dog") and predictor.exit_names == ("exit8", "exit12", "full")
+    assert list(predictor.thresholds.values()) == pytest.approx(model.router.thresholds.tolist())
+    assert predictor.certificate is None and predictor.versions["torch"] in torch.__version__
+
+
+def test_staged_files_answer_as_the_one_file(predictor, staged_folder, photos):
+    staged = Predictor(staged_folder)
+    for photo in photos:
+        one, other = predictor(photo), staged(photo)
+        assert_same(vars(one), other)
+        assert (one.exit_name, one.exit_confidence) == (other.exit_name, pytest.approx(other.exit_confidence))
+
+
+def test_batches_threads_and_the_warm_up_change_no_answer(predictor, photos):
+    alone = [predictor(photo) for photo in photos]
+    predictor.warm_up()
+    assert all(map(equal, alone, predictor.predict(photos)))
+    with ThreadPoolExecutor(2) as pool:
+        assert all(map(equal, alone * 4, pool.map(predictor, photos * 4)))
+    assert predictor.predict([]) == []
+    assert len(predictor.predict(np.zeros((2, 8, 8, 3), np.uint8))) == 2
+
+
+def test_thresholds_can_be_set(onnx_file, photos, predictor):
+    first = Predictor(onnx_file, thresholds={"exit8": 0.0})
+    last = Predictor(onnx_file, thresholds={"exit8": 2.0, "exit12": 2.0})
+    assert {first(photo).exit_name for photo in photos} == {"exit8"}
+    assert {last(photo).exit_name for photo in photos} == {"full"}
+    middle = Predictor(onnx_file, thresholds={"exit8": 2.0})
+    assert middle.thresholds == {"exit8": 2.0, "exit12": predictor.thresholds["exit12"]}
+
+
+def test_least_scores_can_be_set(model, onnx_file, staged_folder, photos):
+    before = model.score_thresh
+    try:
+        for given in (0.35, {"dog": 0.4}):
+            model.score_thresh = given if given == 0.35 else {"cat": before, **given}
+            for path in (onnx_file, staged_folder):
+                predictor = Predictor(path, score_thresh=given)
+                for photo in photos:
+                    expected, found = expected_of(model, photo), predictor(photo)
+                    assert sorted(found.labels) == sorted(expected["labels"].tolist())
+                    assert np.allclose(found.scores, expected["scores"], atol=1e-3)
+    finally:
+        model.score_thresh = before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"runtime": "tensorrt"}, "runtime 'tensorrt': expected one of onnxruntime, openvino"),
+        ({"threads": 0}, "threads 0: expected a whole number, at least 1"),
+        ({"score_thresh": 1.5}, r"score_thresh is 1.5, expected a number in \[0, 1\]"),
+        ({"score_thresh": float("nan")}, "score_thresh is nan"),
+        ({"score_thresh": {"dgo": 0.1}}, r"names 'dgo', no class of the file \(did you mean 'dog'\?\)"),
+        ({"thresholds": {"exit7": 0.1}}, "names 'exit7', no early exit of the file"),
+        ({"thresholds": {"exit8": -0.1}}, "threshold of exit8 is -0.1"),
+        ({"thresholds": [0.1, 0.2]}, "expected exit name -> number"),
+    ],
+)
+def test_a_setting_that_cannot_be(onnx_file, settings, message):
+    with pytest.raises(EarlyExitError, match=message):
+        Predictor(onnx_file, **settings)
+
+
+def test_arrays_of_other_kinds_become_photos():
+    grey = np.array([[0, 100], [200, 255]], np.uint8)
+    rgb = np.stack([grey, grey, grey], -1)
+    assert np.array_equal(as_photo(grey), rgb) and np.array_equal(as_photo(grey[..., None]), rgb)
+    assert np.array_equal(as_photo(rgb / 255), rgb) and np.array_equal(as_photo(rgb.astype(np.int64)), rgb)
+    assert np.array_equal(as_photo(np.full((2, 2), 0.5, np.float16)), np.full((2, 2, 3), 128))
+    clear = np.concatenate([rgb, np.full((2, 2, 1), 51, np.uint8)], -1)  # a fifth, on white
+    assert as_photo(clear)[..., 0].tolist() == [[204, 224], [244, 255]]
+    turned = np.arange(24, dtype=np.uint8).reshape(4, 2, 3).transpose(1, 0, 2)[:, ::-1]
+    assert as_photo(turned).flags["C_CONTIGUOUS"] and np.array_equal(as_photo(turned), turned)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ([[1, 2]], r"image: a list, expected a numpy array uint8 \[H, W, 3\] RGB"),
+        (np.zeros((3, 8, 9), np.uint8), r"\[3, 8, 9\].*channels come last: image.transpose\(1, 2, 0\)"),
+        (np.zeros((1, 8, 9, 3), np.uint8), r"uint8 \[1, 8, 9, 3\], expected uint8 \[H, W, 3\]"),
+        (np.zeros((0, 9, 3), np.uint8), r"it has no pixel, its shape is \[0, 9, 3\]"),
+        (np.full((8, 9, 3), np.nan), "float64 values from nan to nan, expected uint8, or floats in .* without NaN"),
+        (np.full((8, 9, 3), 200.0, np.float32), "float32 values from 200 to 200"),
+        (np.full((8, 9), 300, np.uint16), "uint16 values from 300 to 300"),
+        (np.zeros((8, 9), bool), "values of type bool"),
+        (np.array([["a"]]), "values of type <U1"),
+    ],
+)
+def test_what_is_no_photo_is_said_in_one_line(predictor, image, message):
+    with pytest.raises(EarlyExitError, match=message):
+        predictor(image)
+    with pytest.raises(EarlyExitError, match="image 1: "):
+        predictor.predict([np.zeros((8, 8), np.uint8), image])
+
+
+def test_one_photo_is_no_list_of_photos(predictor):
+    with pytest.raises(EarlyExitError, match=r"images \[8, 8, 3\]: expected a list"):
+        predictor.predict(np.zeros((8, 8, 3), np.uint8))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1000, 4), (1300, 1100)])
+def test_photos_of_any_size(model, predictor, size):
+    photo = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    expected, found = expected_of(model, photo), predictor(photo)
+    assert found.exit_index == expected["exit_index"]
+    assert_same(expected, found)
+
+
+def test_a_file_that_is_none_is_said_in_one_line(onnx_file, staged_folder, tmp_path):
+    content = onnx_file.read_bytes()
+    for name, bad in (("cut", content[: len(content) // 2]), ("empty", b""), ("text", b"no graph")):
+        path = tmp_path / f"{name}.onnx"
+        path.write_bytes(bad)
+        with pytest.raises(EarlyExitError, match=f"{name}.onnx: ONNX Runtime cannot load it"):
+            Predictor(path)
+    with pytest.raises(EarlyExitError, match="none.onnx: no such file"):
+        Predictor(tmp_path / "none.onnx")
+    shutil.copy(staged_folder / "detections.onnx", tmp_path / "foreign.onnx")
+    with pytest.raises(EarlyExitError, match="foreign.onnx: not a file of earlyexit export"):
+        Predictor(tmp_path / "foreign.onnx")
+    with pytest.raises(EarlyExitError, match="manifest.json cannot be used"):
+        Predictor(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"detections": "../detections.onnx"}, "a file outside the folder"),
+        ({"detections": "other.onnx"}, "other.onnx: ONNX Runtime cannot load it"),
+        ({"segments": 3}, "manifest.json cannot be used"),
+        ({"metadata": {"format": "earlyexit_ssd detector/9"}}, "its format is 'earlyexit_ssd detector/9'"),
+    ],
+)
+def test_a_damaged_folder_is_said_in_one_line(staged_folder, tmp_path, change, message):
+    shutil.copytree(staged_folder, tmp_path / "staged")
+    manifest = tmp_path / "staged" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **change}))
+    with pytest.raises(EarlyExitError, match=message):
+        Predictor(tmp_path / "staged")
+
+
+def test_supervision_takes_the_detections(monkeypatch):
+    found = Detections(
+        np.zeros((1, 4), np.float32), np.array([2]), ["dog"], np.array([0.5], np.float32), 2, "full", None, 1.0
+    )
+    monkeypatch.setitem(sys.modules, "supervision", types.SimpleNamespace(Detections=dict))
+    given = found.to_supervision()
+    assert given["class_id"].tolist() == [2] and given["data"]["class_name"].tolist() == ["dog"]
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(EarlyExitError, match="pip install supervision"):
+        found.to_supervision()
+
+
+def test_a_missing_runtime_is_said_in_one_line(onnx_file, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(EarlyExitError, match="pip install onnxruntime"):
+        Predictor(onnx_file)
+    (tmp_path / "detector.xml").write_text("<net/>")
+    with pytest.raises(EarlyExitError, match="give runtime='openvino'"):
+        Predictor(tmp_path / "detector.xml")
+
+
+def test_openvino_takes_what_stands_in_an_onnx_file_for_constants(onnx_file, predictor, photos):
+    pytest.importorskip("openvino")
+    found = Predictor(onnx_file, "openvino", score_thresh=0.35)
+    for photo in photos:
+        one, other = predictor(photo), found(photo)
+        keep = one.scores > 0.35
+        assert_same({key: getattr(one, key)[keep] for key in ("boxes", "labels", "scores")}, other)
+        assert one.exit_name == other.exit_name
+    for settings in ({"thresholds": {"exit8": 0.2}}, {"score_thresh": 0.1}):
+        with pytest.raises(EarlyExitError, match="export with --format openvino"):
+            Predictor(onnx_file, "openvino", **settings)

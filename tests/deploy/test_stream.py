@@ -1,0 +1,288 @@
+"""The temporal exit on scenes that are drawn, where what is right is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from earlyexit_ssd.deploy import stream
+from earlyexit_ssd.deploy.stream import (
+    REPEATED,
+    Answer,
+    Recording,
+    StreamRule,
+    TemporalExit,
+    block_means,
+    calibrate_stream,
+    change,
+    load_stream_rule,
+    same_answer,
+    small_picture,
+)
+from earlyexit_ssd.errors import EarlyExitError
+from tests.deploy.fakes import RedBox, scene
+
+RULE = StreamRule(threshold=2.0, score=0.5, most_repeats=10**6, classes=RedBox.classes)
+
+
+def run(frames, rule=RULE, detector=None):
+    """The temporal exit on ``frames``: which were computed, and which answers were the detector's own."""
+    detector = detector or RedBox()
+    look, truth = TemporalExit(detector, rule), RedBox(detector.score)
+    computed, right = [], []
+    for frame in frames:
+        found = look(frame)
+        computed.append(found.exit_name != REPEATED)
+        right.append(same_answer(Answer.of(found, rule.score), Answer.of(truth(frame), rule.score)))
+    return np.array(computed), np.array(right)
+
+
+def noisy(frames, deviation, seed=0):
+    """Sensor noise, grey levels."""
+    random = np.random.default_rng(seed)
+    for frame in frames:
+        yield (frame + random.normal(0, deviation, frame.shape)).clip(0, 255).round().astype(np.uint8)
+
+
+def test_the_change_of_two_pictures_by_hand():
+    one, other = np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2, 3), np.uint8)
+    other[0, 0] = 8
+    assert change(one, other) == change(other, one) == 4.0  # sqrt(8 ** 2 / 4)
+    assert change(one, one) == 0.0
+
+
+@pytest.mark.parametrize("size", [(360, 640), (1080, 1920), (48, 40), (5, 7), (1, 1), (1, 4000)])
+def test_the_small_picture_holds_the_frame_s_means(size):
+    frame = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    picture = small_picture(frame)
+    assert picture.dtype == np.uint8 and max(picture.shape[:2]) <= 64 and picture.shape[2] == 3
+    assert picture.mean() == pytest.approx(frame.mean(), abs=12)
+
+
+def test_nothing_changes_nothing_is_computed_again():
+    detector = RedBox()
+    computed, right = run([scene(30)] * 50, detector=detector)
+    assert computed.sum() == 1 and right.all() and detector.calls == 1
+
+
+def test_a_repeated_answer_says_so():
+    look = TemporalExit(RedBox(), RULE)
+    first, second = look(scene(30)), look(scene(30))
+    assert (second.exit_name, second.exit_index, second.exit_confidence) == ("repeated", -1, None)
+    assert second.boxes is first.boxes and second.ms < 4.0
+    look.reset()
+    assert look(scene(30)).exit_name != REPEATED
+
+
+def test_slow_drift_adds_up():
+    """Light that rises by 0.01 grey levels a frame: against the frame before nothing ever changes."""
+    computed, _ = run([scene(level=60 + index * 0.01) for index in range(3000)])
+    assert 8 <= computed.sum() <= 20
+    assert max(np.diff(np.flatnonzero(computed))) < 400
+
+
+def test_a_ball_that_creeps_is_followed():
+    """By its own width in 1,280 frames, less than a pixel in each."""
+    computed, right = run([scene(100 + index / 20, 100, 64, size=(360, 640)) for index in range(1280)])
+    assert right.all()
+    assert 3 <= computed.sum() <= 40
+
+
+def test_a_person_who_stands_still_is_still_there():
+    """Walks in, stands for long, walks out."""
+    path = [*range(-16, 40), *[40] * 500, *range(40, 97)]
+    computed, right = run([scene(x) for x in path])
+    standing = slice(56, 556)
+    assert right[standing].all() and computed[standing].sum() <= 1
+    assert right.mean() > 0.99
+
+
+def test_something_small_that_comes_in_is_seen():
+    """A twentieth of the frame's width."""
+    frames = [scene(size=(360, 640))] * 20 + [scene(300, 200, 32, size=(360, 640))] * 20
+    computed, right = run(frames)
+    assert computed[20] and right.all() and computed.sum() == 2
+
+
+def test_sensor_noise_at_night_is_no_change():
+    frames = [scene(level=25, size=(360, 640))] * 20 + [scene(300, 200, 48, level=25, size=(360, 640))] * 20
+    computed, right = run(noisy(frames, 12))
+    assert computed.sum() == 2 and computed[20] and right.all()
+
+
+def test_a_cut_is_computed_at_once():
+    frames = [scene(10)] * 10 + [scene(70, level=160)] * 10 + [scene(10)] * 10
+    computed, right = run(frames)
+    assert np.flatnonzero(computed).tolist() == [0, 10, 20] and right.all()
+
+
+def test_frames_of_another_size_are_computed():
+    computed, _ = run([scene(10), scene(10, size=(96, 64)), scene(10, size=(96, 64))])
+    assert computed.tolist() == [True, True, False]
+
+
+def test_an_answer_is_repeated_so_often_at_most():
+    computed, _ = run([scene(10)] * 9, dataclasses.replace(RULE, most_repeats=3))
+    assert np.flatnonzero(computed).tolist() == [0, 4, 8]
+
+
+def test_a_close_call_is_repeated_at_half_the_change():
+    frames = [scene(30), scene(30, level=91.6)]  # 1.6 grey levels or a little less
+    assert not run(frames, detector=RedBox(0.9))[0][1]
+    assert run(frames, detector=RedBox(0.55))[0][1] and run(frames, detector=RedBox(0.42))[0][1]
+
+
+def answer(*boxes, labels=None):
+    labels = [1] * len(boxes) if labels is None else labels
+    return Answer(np.array(boxes, np.float32).reshape(-1, 4), np.array(labels, np.int64), False)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (answer(), answer(), True),
+        (answer((0, 0, 10, 10)), answer(), False),
+        (answer((0, 0, 10, 10)), answer((0, 0, 10, 10), labels=[2]), False),
+        (answer((0, 0, 10, 10)), answer((0, 0, 10, 5)), True),  # IoU 0.5
+        (answer((0, 0, 10, 10)), answer((0, 0, 10, 4.9)), False),
+        (answer((0, 0, 10, 10), (20, 0, 30, 10)), answer((20, 0, 30, 10), (0, 0, 10, 10)), True),
+        (
+            answer((0, 0, 10, 10), (0, 0, 10, 10)),
+            answer((0, 0, 10, 10), (20, 0, 30, 10)),
+            False,
+        ),  # one box, two partners
+        (
+            answer((0, 0, 9, 9), (20, 0, 29, 9), labels=[1, 2]),
+            answer((0, 0, 9, 9), (20, 0, 29, 9), labels=[2, 1]),
+            False,
+        ),
+    ],
+)
+def test_the_same_answer(one, other, same):
+    assert same_answer(one, other) is same and same_answer(other, one) is same
+
+
+def comings(blocks, length=40, every=10):
+    """A scene with light that flickers a little, where in each tenth block a ball passes."""
+    random = np.random.default_rng(1)
+    for block in range(blocks):
+        for place in range(length):
+            yield scene(place * 3 - 16 if block % every == 0 else None, level=90 + random.uniform(-0.5, 0.5))
+
+
+def test_calibration_keeps_its_share_and_saves():
+    rule = calibrate_stream(RedBox(), comings(100), 0.05, 0.05, block=40)
+    figures = rule.figures
+    assert figures.frames == 4000 and figures.blocks == 100 and figures.events == 30
+    assert figures.changed <= figures.bound <= 0.05
+    assert figures.computed < 0.2 and figures.wins
+    computed, right = run(comings(30), rule)
+    assert computed.mean() < 0.2 and right.mean() > 0.95
+
+
+def test_a_larger_share_is_bolder_and_a_frame_rule_is_held_against_it():
+    recording = Recording.of(RedBox(), comings(60), 0.5)
+    rules = [calibrate_stream(None, recording, share, None, 40) for share in (0.001, 0.1)]
+    assert rules[0].threshold < rules[1].threshold
+    assert rules[0].figures.computed > rules[1].figures.computed
+    assert all(rule.figures.changed <= share for rule, share in zip(rules, (0.001, 0.1), strict=True))
+    assert rules[0].figures.bound is None and "nothing promised" in str(rules[0].figures)
+
+
+def test_what_a_recording_says_is_what_the_temporal_exit_does():
+    frames = list(comings(30))
+    recording = Recording.of(RedBox(), frames, 0.5)
+    for threshold, most in ((0.5, 5), (4.0, 1000)):
+        rule = dataclasses.replace(RULE, threshold=threshold, most_repeats=most)
+        computed, changed = recording.with_rule(threshold, most)
+        expected, right = run(frames, rule)
+        assert computed.tolist() == expected.tolist() and changed.tolist() == (~right).tolist()
+
+
+def test_every_nth_frame_by_hand():
+    """A ball that jumps each fourth frame: every second frame loses nothing, every fourth starts right once in four."""
+    recording = Recording.of(RedBox(), [scene(20 * (index // 4)) for index in range(16)], 0.5)
+    assert recording.every_nth(1.0) == 0.0
+    computed = np.arange(16) % 4 == 0
+    assert not recording.changed(computed).any()
+    assert recording.changed(np.arange(16) == 0).tolist() == [False] * 4 + [True] * 12
+    assert recording.every_nth(16.0, phases=1) == 12 / 16
+
+
+def test_the_speedup_counts_the_comparison():
+    recording = Recording.of(RedBox(), [scene()] * 4, 0.5)
+    recording.ms, recording.ms_compared = 10.0, 1.0
+    assert recording.speedup(np.array([True, False, False, False])) == pytest.approx(40 / 14)
+
+
+def test_blocks_are_whole():
+    means = block_means(np.array([1, 1, 0, 0, 1, 0, 1]), 2)
+    assert sorted(means.tolist()) == [0.0, 0.5, 1.0]
+    assert block_means(np.ones(3), 4).size == 0
+
+
+def test_too_few_frames_say_how_many_are_needed():
+    with pytest.raises(
+        EarlyExitError, match=r"400 frames are 10 blocks of 40, too few to promise 5\.0% at delta 0\.05"
+    ) as e:
+        calibrate_stream(RedBox(), comings(10, every=100), 0.05, 0.05, block=40)
+    needed = int(str(e.value).partition("about ")[2].split()[0])
+    assert 60 < needed < 120 and "delta none" in str(e.value)
+    assert calibrate_stream(RedBox(), comings(needed, every=1000), 0.05, 0.05, block=40).figures.bound <= 0.05
+
+
+def test_a_detector_that_flickers_is_said():
+    class Flicker(RedBox):
+        def __call__(self, image):
+            return dataclasses.replace(
+                super().__call__(image), scores=np.full(1, 0.2 + 0.6 * (self.calls % 2), np.float32)
+            )
+
+    with pytest.raises(EarlyExitError, match="even the safest rule changes .* the detector itself flickers"):
+        calibrate_stream(Flicker(), [scene(20)] * 100, 0.05, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"share": 0}, "share is 0, expected"),
+        ({"delta": 1.0}, "delta is 1.0, expected"),
+        ({"block": 0}, "block is 0"),
+        ({"frames": []}, "no frame to calibrate on"),
+    ],
+)
+def test_mistakes(settings, message):
+    with pytest.raises(EarlyExitError, match=message):
+        calibrate_stream(RedBox(), **{"frames": [scene()], **settings})
+
+
+def test_a_rule_comes_back_from_its_file(tmp_path):
+    rule = calibrate_stream(RedBox(), comings(20), 0.05, None, block=40)
+    rule.save(tmp_path / "rule.json")
+    assert load_stream_rule(tmp_path / "rule.json") == rule
+    RULE.save(tmp_path / "rule.json")
+    assert load_stream_rule(tmp_path / "rule.json") == RULE
+    content = json.loads((tmp_path / "rule.json").read_text())
+    for change_, message in (
+        ({"format": "x"}, "expected a stream rule of format"),
+        ({"threshold": -1}, "threshold is -1, expected 0 to 255"),
+        ({"speed": 3}, "the key 'speed' is unknown"),
+        ({"classes": "lamp"}, "classes is 'lamp', expected a list"),
+    ):
+        (tmp_path / "rule.json").write_text(json.dumps({**content, **change_}))
+        with pytest.raises(EarlyExitError, match=f"rule.json: .*{message}|rule.json: {message}"):
+            load_stream_rule(tmp_path / "rule.json")
+
+
+def test_a_rule_of_another_detector_or_score():
+    with pytest.raises(EarlyExitError, match="for the classes cat, the detector has lamp, ball"):
+        TemporalExit(RedBox(), dataclasses.replace(RULE, classes=("cat",)))
+    with pytest.raises(EarlyExitError, match="for a least score of 0.5, not 0.3"):
+        TemporalExit(RedBox(), RULE, 0.3)
+
+
+def test_thresholds_go_from_safe_to_bold():
+    assert list(stream.THRESHOLDS) == sorted(stream.THRESHOLDS) and stream.THRESHOLDS[0] < 0.5

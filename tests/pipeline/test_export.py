@@ -1,0 +1,231 @@
+"""What is written is the model's, or it is not written."""
+
+import copy
+import dataclasses
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+from earlyexit_ssd import ExitRouter
+from earlyexit_ssd.deploy import Predictor
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.modeling import EarlyExitSSD300
+from earlyexit_ssd.pipeline import export
+from earlyexit_ssd.pipeline.export import export_detector, open_any
+from tests.deploy.conftest import build_model, build_photos
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for place, photo in enumerate(build_photos(6)):
+        Image.fromarray(photo).save(folder / f"{place}.png")
+    return sorted(folder.iterdir())
+
+
+def foresight(model, thresholds):
+    """A router that looks at the taps, as exits without a branch need it."""
+    taps, _ = model._dry_run()
+    rng = np.random.default_rng(0)
+    parameters = [
+        {"weight": rng.normal(0, 0.3, 2 * tap[0] + (not empty)).tolist(), "bias": 0.0}
+        for tap, empty in zip(taps, model.empty, strict=True)
+    ]
+    return ExitRouter(len(taps), policy="foreseen_emptiness", parameters=parameters, thresholds=thresholds)
+
+
+def node_kinds(graph) -> set[str]:
+    kinds = {node.op_type for node in graph.node}
+    for node in graph.node:
+        for attribute in node.attribute:
+            kinds |= node_kinds(attribute.g) if attribute.HasField("g") else set()
+    return kinds
+
+
+@pytest.mark.parametrize(
+    "exits",
+    [
+        {"exit_layers": (4, 8), "empty": (4, 8)},
+        {"exit_layers": (4, 8), "empty": (8,)},
+        {"exit_layers": (8,), "glances": ((32, 12), (64, 8))},
+    ],
+)
+def test_exits_without_a_branch_and_glances_answer_with_nothing(tmp_path, paths, exits):
+    model = build_model(**exits)
+    last = model.num_early_exits
+    model.router = foresight(model, 0.5)
+    exported = export_detector(model, tmp_path / "detector.onnx", photos=paths)
+    assert exported.photos == 6 and exported.size == exported.path.stat().st_size
+    predictor, photo = Predictor(exported.path), np.asarray(Image.open(paths[0]))
+    for index, name in enumerate(predictor.exit_names):
+        predictor._thresholds[:] = [0.0 if place >= index else 2.0 for place in range(last)]
+        found = predictor(photo)
+        assert found.exit_name == name and found.boxes.shape == (len(found), 4)
+        assert (len(found) == 0) == (index < last and model.empty[index])
+
+
+def test_batch_norm_is_folded_and_closed_exits_are_left_out(tmp_path, paths, onnx_file, model):
+    whole = onnx.load(onnx_file)
+    assert node_kinds(whole.graph) >= {"Conv", "If"} and "BatchNormalization" not in node_kinds(whole.graph)
+    closed = copy.deepcopy(model)
+    closed.router.thresholds = [2.0, *model.router.thresholds.tolist()[1:]]
+    exported = export_detector(closed, tmp_path / "closed.onnx", photos=paths)
+    assert exported.size < onnx_file.stat().st_size
+    predictor = Predictor(exported.path)
+    assert predictor.exit_names == ("exit8", "exit12", "full") and predictor.thresholds["exit8"] is None
+    with pytest.raises(EarlyExitError, match="exit8 was closed when the file was written"):
+        Predictor(exported.path, thresholds={"exit8": 0.5})
+
+
+def test_without_a_router_the_file_is_the_full_path(tmp_path, paths, model):
+    plain = copy.deepcopy(model)
+    plain.router = None
+    exported = export_detector(plain, tmp_path / "full.onnx", photos=paths)
+    found = Predictor(exported.path)(np.zeros((9, 9, 3), np.uint8))
+    assert found.exit_name == "full" and found.exit_confidence is None and exported.detections > 0
+
+
+def test_least_scores_by_class_go_along(tmp_path, paths, model):
+    chosen = copy.deepcopy(model)
+    chosen.score_thresh = {"cat": 0.45}
+    predictor = Predictor(export_detector(chosen, tmp_path / "detector.onnx", photos=paths).path)
+    assert predictor.score_thresh.tolist() == pytest.approx([0.45, 0.001])
+
+
+@pytest.mark.parametrize("file_format", ["onnx", "staged"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"nms_thresh": 0.3}, "detections at .* are not the model's: (cat|dog) [01]"),
+        ({"mean": (0.6, 0.5, 0.5)}, "not the model's|leaves at"),
+        ({"box_weights": (11.0, 10.0, 5.0, 5.0)}, "not the model's"),
+        ({"thresholds": np.float32([0.0, 0.0])}, r"the file leaves at exit8, the model at \w+ \(confidence"),
+    ],
+)
+def test_an_answer_that_is_not_the_model_s_is_refused(
+    tmp_path, paths, model, monkeypatch, change, message, file_format
+):
+    real = export._contract
+    monkeypatch.setattr(export, "_contract", lambda model: dataclasses.replace(real(model), **change))
+    with pytest.raises(EarlyExitError, match=message):
+        export_detector(model, tmp_path / ("a" if file_format == "staged" else "a.onnx"), file_format, paths)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_head_that_is_not_the_model_s_is_refused(tmp_path, paths, model, monkeypatch):
+    real = export._segments
+
+    def changed(model):
+        segments = real(model)
+        weights = max(segments[-1][1].model.graph.initializer, key=lambda one: len(one.raw_data))
+        weights.raw_data = (np.frombuffer(weights.raw_data, np.float32) * np.float32(1.01)).tobytes()
+        return segments
+
+    monkeypatch.setattr(export, "_segments", changed)
+    (tmp_path / "a.onnx").write_text("an earlier file")
+    with pytest.raises(EarlyExitError, match=r"of full differ by .* nothing was written"):
+        export_detector(model, tmp_path / "a.onnx", photos=paths)
+    assert (tmp_path / "a.onnx").read_text() == "an earlier file"
+
+
+def test_a_confidence_at_its_threshold_may_fall_on_either_side(model):
+    photo = build_photos(1)[0]
+    tied = copy.deepcopy(model)
+    with torch.no_grad():
+        tied.router.thresholds = 2.0
+        (expected,) = tied([export.as_tensor(photo)])
+        confidence = float(tied.router.confidence(tied.exit_outputs([export.as_tensor(photo)]).signals(0), 0))
+        found = export.Detections(*[None] * 4, exit_index=0, exit_name="exit8", exit_confidence=None, ms=0)
+        tied.router.thresholds = (confidence + 5e-6, 2.0)
+        assert not export._is_same(tied, photo, expected, found)
+        tied.router.thresholds = (confidence + 5e-5, 2.0)
+        with pytest.raises(EarlyExitError, match="the file leaves at exit8, the model at full"):
+            export._is_same(tied, photo, expected, found)
+
+
+def test_a_folder_of_staged_files_replaces_an_earlier_one_and_nothing_else(tmp_path, paths, model, staged_folder):
+    files = {"0_exit8.onnx", "1_exit12.onnx", "2_full.onnx", "detections.onnx", "manifest.json"}
+    assert {path.name for path in staged_folder.iterdir()} == files
+    plain = copy.deepcopy(model)
+    plain.router = None
+    folder = tmp_path / "staged"
+    folder.mkdir()
+    export_detector(plain, folder, "staged", paths)
+    export_detector(plain, folder, "staged", paths)
+    assert {path.name for path in folder.iterdir()} == {"0_full.onnx", "detections.onnx", "manifest.json"}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(EarlyExitError, match="mine: holds other files"):
+        export_detector(plain, tmp_path / "mine", "staged", paths)
+    assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "staged"}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_openvino_s_own_format(tmp_path, paths, model, nested):
+    pytest.importorskip("openvino")
+    if nested:
+        model = build_model(exit_layers=(8,), glances=((32, 12),))
+        model.router = foresight(model, (0.5, 0.5))
+    exported = export_detector(model, tmp_path / "detector.xml", "openvino", paths)
+    assert {path.name for path in tmp_path.iterdir()} == {"detector.xml", "detector.bin"}
+    thresholds = dict.fromkeys(model.exit_names[:-1], 2.0) | {"exit8": 0.0}
+    predictor = Predictor(exported.path, "openvino", thresholds=thresholds, score_thresh={"cat": 0.9})
+    found = predictor(np.asarray(Image.open(paths[0])))
+    assert found.exit_name == "exit8" and predictor.classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("name", "file_format", "message"),
+    [
+        ("a.pth", "onnx", "a.pth: a file of format onnx ends in .onnx"),
+        ("a.onnx", "openvino", "a file of format openvino ends in .xml"),
+        ("a.onnx", "tflite", "format 'tflite': expected one of onnx, staged, openvino"),
+        ("taken.onnx", "onnx", "taken.onnx: there is a folder of that name"),
+    ],
+)
+def test_a_path_or_a_format_that_cannot_be(tmp_path, model, name, file_format, message):
+    (tmp_path / "taken.onnx").mkdir()
+    with pytest.raises(EarlyExitError, match=message):
+        export_detector(model, tmp_path / name, file_format)
+
+
+def test_a_hybrid_router_is_refused(tmp_path, model):
+    hybrid = copy.deepcopy(model)
+    hybrid.router = ExitRouter(2, hybrid=True)
+    with pytest.raises(EarlyExitError, match="a hybrid router cannot be exported"):
+        export_detector(hybrid, tmp_path / "a.onnx")
+
+
+def test_the_model_and_its_mode_are_left_as_they_were(tmp_path, paths, model):
+    training = copy.deepcopy(model).train()
+    before = {name: value.clone() for name, value in training.state_dict().items()}
+    export_detector(training, tmp_path / "a.onnx", photos=paths[:1])
+    assert training.training and all(torch.equal(value, before[name]) for name, value in training.state_dict().items())
+
+
+def test_models_of_files_are_opened_by_their_kind(tmp_path, model):
+    model.save(tmp_path / "model.pth")
+    assert open_any(tmp_path / "model.pth").router is not None
+    assert open_any(tmp_path / "model.pth", router=False).router is None
+    content = torch.load(tmp_path / "model.pth", weights_only=True)
+    content["architecture"]["detector"] = "ssd300_vgg16"
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(EarlyExitError, match="other.pth"):
+        open_any(tmp_path / "other.pth")
+    assert EarlyExitSSD300.detector_name == "ssd300_vgg16"
+
+
+def test_the_certificate_goes_along_while_the_router_is_as_calibrated(model, monkeypatch):
+    calibrated = copy.deepcopy(model)
+    router = calibrated.router
+    router.certificate = type(
+        "Certificate", (), {"router": router.to_dict(), "to_dict": lambda self: {"format": "x"}}
+    )()
+    assert json.loads(export._metadata(calibrated)["certificate"]) == {"format": "x"}
+    router.thresholds = 0.9
+    assert json.loads(export._metadata(calibrated)["certificate"]) is None

@@ -1,0 +1,55 @@
+"""A model in PyTorch behind the interface of an exported one."""
+
+import numpy as np
+import pytest
+import torch
+
+from earlyexit_ssd import ExitRouter
+from earlyexit_ssd.deploy.predict import annotate
+from earlyexit_ssd.pipeline.predictor import TorchPredictor, open_torch_predictor
+from tests.modeling.conftest import small_model
+
+PHOTO = np.random.default_rng(0).integers(0, 256, (90, 60, 3), dtype=np.uint8)
+
+
+def routed(*thresholds: float) -> TorchPredictor:
+    model = small_model().eval()
+    model.router = ExitRouter(2, thresholds=thresholds)
+    return TorchPredictor(model)
+
+
+@pytest.mark.parametrize(("thresholds", "index", "name"), [((0.0, 1.0), 0, "exit8"), ((1.0, 0.0), 1, "exit12")])
+def test_the_exit_taken_is_the_one_reported(thresholds, index, name):
+    predictor = routed(*thresholds)
+    found = predictor(PHOTO)
+    assert (found.exit_index, found.exit_name) == (index, name)
+    assert 0 < found.exit_confidence < 1 and found.ms > 0
+    image = torch.from_numpy(PHOTO).permute(2, 0, 1) / 255
+    with torch.no_grad():
+        model = predictor.model
+        expected = model.detections(model.exit_outputs([image]), index)[0]
+    assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
+    assert len(found) == len(expected["scores"]) > 0
+    assert found.scores.tolist() == pytest.approx(expected["scores"].sort(descending=True).values.tolist(), abs=1e-5)
+    assert found.class_names == [predictor.classes[label - 1] for label in found.labels]
+    assert set(found.class_names) <= {"chair", "table"}
+    assert found.boxes[:, 3].max() > 60  # it is 90 high
+
+
+def test_without_a_router_the_full_path_answers():
+    found = TorchPredictor(small_model())(PHOTO)
+    assert (found.exit_index, found.exit_name, found.exit_confidence) == (2, "full", None)
+
+
+def test_pictures_of_one_exit_and_of_all():
+    predictor = routed(0.0, 0.0)
+    found = predictor(PHOTO)
+    assert annotate(PHOTO, found, 0.5).size == (60, 90)
+    # 8 px around tiles, a line of 30 px; the photo fills the tile's height.
+    assert predictor.side_by_side(PHOTO, found, 0.5).size == (3 * 328 + 8, 320 + 38)
+
+
+def test_shipped_weights_are_open_and_calibrated():
+    predictor = open_torch_predictor("voc_animals")
+    assert predictor.exit_names[-1] == "full" and "cat" in predictor.classes
+    assert predictor(PHOTO).exit_confidence is not None

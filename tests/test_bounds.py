@@ -1,0 +1,246 @@
+"""Bounds on the mean of a loss."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from earlyexit_ssd.bounds import (
+    BOUNDS,
+    betting_p_value,
+    fixed_sequence_test,
+    hoeffding_bentkus_p_value,
+    photos_needed,
+    upper_bound,
+)
+from earlyexit_ssd.errors import EarlyExitError
+
+both_p_values = pytest.mark.parametrize("p_value", BOUNDS.values(), ids=BOUNDS)
+shares = st.floats(0.001, 0.999)
+loss_lists = st.lists(st.floats(0, 1) | st.sampled_from([0.0, 1.0]), max_size=40)
+
+
+def ones_and_zeros(ones: int, count: int) -> np.ndarray:
+    return np.repeat([1.0, 0.0], [ones, count - ones])
+
+
+def test_no_loss_by_hand():
+    assert hoeffding_bentkus_p_value(np.zeros(148), 0.02) == pytest.approx(0.98**148)
+
+
+def test_hoeffding_part_by_hand():
+    # (epsilon / mean)^sum ((1 - epsilon) / (1 - mean))^(n - sum); the Bentkus part is 11 e / 2^10 = 0.0292
+    assert hoeffding_bentkus_p_value(ones_and_zeros(1, 10), 0.5) == pytest.approx(5 * (5 / 9) ** 9)
+
+
+def test_bentkus_part_by_hand():
+    # 1 + 20 + 190 + 1140 + 4845 of the 2^20 throws of a coin have at most 4 heads; the Hoeffding part is 0.0212
+    assert hoeffding_bentkus_p_value(ones_and_zeros(4, 20), 0.5) == pytest.approx(math.e * 6196 / 2**20)
+
+
+def test_one_where_the_mean_reaches_epsilon():
+    assert hoeffding_bentkus_p_value(ones_and_zeros(5, 10), 0.5) == 1.0
+    assert hoeffding_bentkus_p_value(ones_and_zeros(9, 10), 0.5) == 1.0
+    assert hoeffding_bentkus_p_value(np.full(20, 0.6501974178352687), 0.6501974188352687) == 1.0  # h rounds below 0
+
+
+@pytest.mark.parametrize(
+    ("losses", "whole"),
+    [
+        ([0.5, 0.4] + [1.0] * 3 + [0.0] * 15, 4),  # 3.9 counts as 4
+        ([0.2] * 20, 4),  # np.sum is a little above 4
+        ([0.1 + 0.2] * 10 + [0.0] * 10, 3),  # and so is every one of these losses
+    ],
+)
+def test_sum_of_losses_is_rounded_up_but_not_for_rounding(losses, whole):
+    at_most = sum(math.comb(20, heads) for heads in range(whole + 1))
+    assert hoeffding_bentkus_p_value(np.array(losses), 0.5) == pytest.approx(math.e * at_most / 2**20)
+
+
+def test_bets_by_hand():
+    delta = math.exp(-1 / 8)
+    first = 1 + math.sqrt(0.25 / (2 * 0.25)) * 0.5  # the variance is 1/4 before the first photo
+    second = 1 + math.sqrt(0.25 / (2 * 0.15625)) * 0.5  # (1/4 + (0 - 1/4)^2) / 2 after it
+    assert betting_p_value(np.zeros(2), 0.5, delta=delta) == pytest.approx(1 / (first * second))
+    # Capital that was won once counts, and capital that was never won is that of the start.
+    assert betting_p_value(np.array([0.0, 1.0]), 0.5, delta=delta) == pytest.approx(1 / first)
+    assert betting_p_value(np.array([1.0, 0.0]), 0.5, delta=delta) == 1.0
+
+
+def test_bets_are_capped():
+    assert betting_p_value(np.zeros(2), 0.5, delta=1e-6) == pytest.approx(1 / 1.75**2)
+    # A loss of 1 leaves a quarter of the capital, so the gambler goes on.
+    losses = np.concatenate([np.ones(1), np.zeros(9)])
+    assert betting_p_value(losses, 0.5, delta=1e-9) == pytest.approx(1 / (0.25 * 1.75**9))
+
+
+@both_p_values
+def test_no_photo_says_nothing(p_value):
+    assert p_value(np.zeros(0), 0.3) == 1.0
+    assert upper_bound(np.zeros(0), 0.1, p_value) == 1.0
+
+
+def draw_bernoulli(generator, shape):
+    return (generator.random(shape) < 0.1).astype(float)
+
+
+def draw_beta(generator, shape):
+    return generator.beta(0.5, 4.5, shape)
+
+
+def draw_two_points(generator, shape):
+    return np.where(generator.random(shape) < 0.2, 0.4, 0.025)
+
+
+@pytest.mark.parametrize("delta", [0.05, 0.3])
+@pytest.mark.parametrize("draw", [draw_bernoulli, draw_beta, draw_two_points])
+@both_p_values
+def test_rejects_no_more_than_delta_where_the_mean_is_epsilon(p_value, draw, delta):
+    runs = 2000
+    losses = draw(np.random.default_rng(0), (runs, 120))
+    rejected = sum(p_value(row, 0.1) <= delta for row in losses)
+    assert rejected <= stats.binom.ppf(0.999, runs, delta)
+
+
+@both_p_values
+def test_rejects_where_the_mean_is_well_below_epsilon(p_value):
+    for draw in (draw_bernoulli, draw_beta, draw_two_points):
+        losses = draw(np.random.default_rng(1), 1000)
+        assert p_value(losses, 0.16) < 0.01
+        assert p_value(losses, 0.09) > 0.1
+
+
+def test_betting_makes_use_of_low_variance():
+    losses = np.random.default_rng(0).uniform(0.04, 0.06, 500)
+    assert betting_p_value(losses, 0.07) < 1e-3 < 0.1 < hoeffding_bentkus_p_value(losses, 0.07)
+    assert upper_bound(losses, 0.1, betting_p_value) < upper_bound(losses, 0.1) - 0.01
+
+
+def test_every_level_of_the_bets_is_valid():
+    losses = draw_beta(np.random.default_rng(2), (2000, 60))
+    for level in (1e-6, 0.9):
+        rejected = sum(betting_p_value(row, 0.1, delta=level) <= 0.2 for row in losses)
+        assert rejected <= stats.binom.ppf(0.999, 2000, 0.2)
+
+
+@settings(max_examples=150, deadline=None)
+@given(losses=loss_lists, one=shares, other=shares)
+@example(losses=[0.3] * 10, one=0.3, other=0.30000000001)
+def test_p_values_fall_with_epsilon(losses, one, other):
+    for p_value in BOUNDS.values():
+        above, below = (p_value(np.array(losses), epsilon) for epsilon in (min(one, other), max(one, other)))
+        assert 0 <= below <= above * (1 + 1e-9)
+        assert above <= 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(losses=loss_lists, delta=st.floats(0.001, 0.9))
+def test_upper_bound_is_where_the_p_value_reaches_delta(losses, delta):
+    losses = np.array(losses)
+    for p_value in BOUNDS.values():
+        bound = upper_bound(losses, delta, p_value)
+        assert bound == 1.0 or p_value(losses, bound) <= delta
+        assert bound < 2e-6 or p_value(losses, bound - 1e-6) > delta
+
+
+def test_upper_bound_by_hand():
+    # (1 - epsilon)^100 = 0.1
+    assert upper_bound(np.zeros(100), 0.1) == pytest.approx(1 - 0.1**0.01, abs=1e-6)
+    assert upper_bound(np.ones(100), 0.1) == 1.0
+    assert upper_bound(np.zeros(100), 0.01, partial(betting_p_value, delta=0.01)) < 0.1
+
+
+def test_fixed_sequence_by_hand():
+    assert fixed_sequence_test([0.01, 0.1, 0.11, 0.0], 0.1) == 2
+    assert fixed_sequence_test([0.2, 0.0], 0.1) == 0
+    assert fixed_sequence_test([0.0, 0.05], 0.1) == 2
+    assert fixed_sequence_test([], 0.1) == 0
+
+
+def test_photos_needed_by_hand():
+    assert photos_needed(np.zeros(5), 0.02, 0.05) == 149  # log 0.05 / log 0.98 = 148.28
+    assert photos_needed(np.zeros(1), 0.5, 0.9) == 1
+    # every fifth photo lost, 4 in 20 coin throws: 6196 e / 2^20 = 0.0161, while 19 throws give 5036 e / 2^19 = 0.0261
+    assert photos_needed(np.array([0, 0, 1.0, 0, 0]), 0.5, 0.0161) == 20
+    # the bet reaches its cap soon; with it from the start, log 20 / log(1 + 0.75 / 0.98 * 0.02) = 197.2
+    assert photos_needed(np.zeros(3), 0.02, 0.05, betting_p_value) == 200
+
+
+@both_p_values
+def test_no_number_of_photos_certifies_less_than_the_mean(p_value):
+    for losses in ([0.2], [0.0, 0.6], [1.0], []):
+        assert photos_needed(np.array(losses), 0.2, 0.1, p_value) is None
+
+
+@both_p_values
+def test_no_count_where_the_mean_is_hardly_below_epsilon(p_value):
+    assert photos_needed(np.array([0.2 - 1e-12]), 0.2, 0.1, p_value) is None
+    assert 5000 < photos_needed(np.array([0.0, 0.39]), 0.2, 0.1, p_value) < 10**6
+
+
+@both_p_values
+@given(losses=st.lists(st.floats(0, 0.4), min_size=1, max_size=12), epsilon=st.floats(0.41, 0.9))
+@settings(max_examples=25, deadline=None)
+def test_so_many_photos_pass(p_value, losses, epsilon):
+    needed = photos_needed(np.array(losses), epsilon, 0.1, p_value)
+    assert p_value(np.resize(np.array(losses), needed), epsilon) <= 0.1
+    assert needed == 1 or p_value(np.resize(np.array(losses), needed - 1), epsilon) > 0.1
+
+
+@both_p_values
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ([0.0, 1.2, 3.0], r"losses\[1\] is 1.2, expected a number in \[0, 1\]"),
+        ([-0.1], r"losses\[0\] is -0.1"),
+        ([0.1, 0.2, math.nan], r"losses\[2\] is nan"),
+        ([[0.1, 0.2]], r"losses has shape \(1, 2\), expected \[n\]"),
+        (0.1, r"losses has shape \(\)"),
+    ],
+)
+def test_impossible_losses(p_value, losses, message):
+    with pytest.raises(EarlyExitError, match=message):
+        p_value(np.array(losses), 0.1)
+
+
+@pytest.mark.parametrize("value", [0, 1, -0.1, 1.5, math.nan])
+def test_impossible_epsilon_and_delta(value):
+    losses = np.zeros(3)
+    calls = {
+        "epsilon": [
+            lambda: hoeffding_bentkus_p_value(losses, value),
+            lambda: betting_p_value(losses, value),
+            lambda: photos_needed(losses, value, 0.1),
+        ],
+        "delta": [
+            lambda: betting_p_value(losses, 0.1, delta=value),
+            lambda: upper_bound(losses, value),
+            lambda: fixed_sequence_test([0.1], value),
+            lambda: photos_needed(losses, 0.1, value),
+        ],
+    }
+    for name, functions in calls.items():
+        for function in functions:
+            with pytest.raises(EarlyExitError, match=rf"{name} is {value}, expected a number in \(0, 1\)"):
+                function()
+
+
+def test_impossible_p_value():
+    with pytest.raises(EarlyExitError, match=r"p_values\[2\] is nan, expected a p-value in \[0, 1\]"):
+        fixed_sequence_test([0.05, 0.1, math.nan], 0.1)
+
+
+def test_bounds_are_called_alike():
+    assert list(BOUNDS) == ["hoeffding_bentkus", "betting"]
+    for p_value in BOUNDS.values():
+        assert list(inspect.signature(p_value).parameters)[:2] == ["losses", "epsilon"]
+
+
+# routing.test_certify.
