@@ -106,8 +106,7 @@ examples:
 Shipped weights: {", ".join(SHIPPED)}; what they are worth: docs/model_zoo.md. More: docs/predict.md
 exit codes: 0 done, 2 something could not be read (the rest is done), 130 stopped by a signal
 """
-
-DEPLOY_EXAMPLES = """
+EXPORT_EXAMPLES = """
 examples:
   %(prog)s output/chair/model.pth --out chair.onnx
       one file from photo to detections, routed as calibrated; held against the model on rendered photos first
@@ -405,7 +404,7 @@ COMMANDS = {
     ),
     "export": Command(
         "Write a detector with its routing as one file that ONNX Runtime or OpenVINO runs, without PyTorch.",
-        DEPLOY_EXAMPLES, deploy_arguments, export,
+        EXPORT_EXAMPLES, deploy_arguments, export,
     ),
 }  # fmt: skip
 

@@ -76,7 +76,9 @@ class _Registration(importlib.abc.MetaPathFinder):
 
 
 def _register() -> None:
-    if f"{__name__}.modeling" not in sys.modules:  # which may have asked for torchvision
+    parts = [module for name, module in sys.modules.items() if name.startswith(f"{__name__}.")]
+    # a part that is being imported has asked for torchvision; importing it again from here would go in a circle
+    if not any(getattr(part.__spec__, "_initializing", False) for part in parts):
         importlib.import_module(f"{__name__}.modeling")
 
 

@@ -357,7 +357,7 @@ def _photos(paths: Sequence[str | os.PathLike[str]]) -> Iterator[tuple[str, np.n
     if not paths:
         for seed in range(RENDERED):
             scene, _ = render_scene(np.random.default_rng(seed), 320)
-            yield f"rendered photo {seed}", np.asarray(scene)
+            yield f"rendered photo {seed}", np.array(scene)
     for path in paths:
         yield str(path), read_image(path)
 

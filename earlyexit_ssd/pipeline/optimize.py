@@ -48,6 +48,7 @@ from earlyexit_ssd.pipeline.build import (
 from earlyexit_ssd.pipeline.calibrate import Chosen, Search, Target, certificate_of
 from earlyexit_ssd.pipeline.evaluate import evaluate_model, onnx_rivals
 from earlyexit_ssd.pipeline.replay import (
+    CostModel,
     Recorded,
     Replay,
     disjoint_sets,
@@ -305,14 +306,25 @@ class Optimizer:
         photos = net.train if needs_training_photos(policy) else net.calib
         router = fit_policy(cfg, policy, temperatures_of(fitted, model.exit_names), photos)
         costs = measure_cost_model(cfg, model, router, self.base.recorded.model)
-        target = Target("ap_drop", self.goal.ap_drop, self.goal.delta)
-        search = Search(cfg, target, router, net.calib, None, costs, reference=self.reference)
-        chosen = search.run()
+        search = Search(cfg, self._target(costs), router, net.calib, None, costs, reference=self.reference)
+        try:
+            chosen = search.run()
+        except EarlyExitError:  # even with every photo at the first exit it is slower than what is wanted
+            search = dataclasses.replace(search, target=Target("ap_drop", self.goal.ap_drop, self.goal.delta))
+            chosen = search.run()
         open_ = tuple(n for n, t in zip(model.exit_names, chosen.thresholds, strict=False) if t < CLOSED)
         ms = float(costs.per_exit(chosen.thresholds)[chosen.exits].mean())
         candidate = self._judged(net, open_, chosen.exits, ms, costs.plain, chosen.measured.AP50_lost_bound)
         candidate = dataclasses.replace(candidate, policy=policy, thresholds=chosen.thresholds)
         return Found(dataclasses.replace(candidate, exits=model.exit_names[:-1]), net, search, chosen)
+
+    def _target(self, costs: CostModel) -> Target:
+        """What thresholds are searched for: the speed that is wanted, else the accuracy budget."""
+        if self.goal.speedup is not None:
+            return Target("speedup", self.goal.speedup)
+        if self.goal.ms is not None:
+            return Target("speedup", costs.plain / self.goal.ms)
+        return Target("ap_drop", self.goal.ap_drop, self.goal.delta)
 
     def _without_exits(self, net: Net) -> Found:
         costs = measure_cost_model(self.cfg, net.recorded.model, ExitRouter(0), self.base.recorded.model)

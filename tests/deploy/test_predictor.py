@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from earlyexit_ssd.data.images import as_tensor
 
+from earlyexit_ssd.data.images import as_tensor
 from earlyexit_ssd.deploy import Detections, Predictor
 from earlyexit_ssd.deploy.predictor import as_photo
 from earlyexit_ssd.errors import EarlyExitError

@@ -1,0 +1,21 @@
+"""The command that exports, from a model file to a file that runs."""
+
+import numpy as np
+
+from earlyexit_ssd.deploy import Predictor
+from tests.deploy.conftest import build_model
+from tools import export
+
+
+def test_a_model_file_becomes_one_that_runs_without_pytorch(tmp_path, capsys):
+    build_model().save(tmp_path / "model.pth")
+    out = str(tmp_path / "detector.onnx")
+    assert export.main([str(tmp_path / "model.pth"), "--out", out, "--full"]) == 0
+    said = capsys.readouterr().out
+    assert "detections in 8 photos are the model's" in said and f"Predictor({out!r})(photo)" in said
+    assert Predictor(out)(np.zeros((20, 30, 3), np.uint8)).exit_name == "full"
+
+
+def test_what_cannot_be_exported_is_one_line(tmp_path, capsys):
+    assert export.main([str(tmp_path / "none.pth"), "--out", str(tmp_path / "a.onnx")]) == 2
+    assert "error: " in capsys.readouterr().err and not list(tmp_path.iterdir())
