@@ -72,7 +72,7 @@ def tiny(tmp_path, data_root):
 
 METHODS = multiprocessing.get_all_start_methods()
 FORKS = multiprocessing.get_context("forkserver" if "forkserver" in METHODS else "spawn")
-FORKS.set_forkserver_preload(["earlyexit_ssd.command_line", __name__])
+FORKS.set_forkserver_preload(["earlyexit_ssd.pipeline", __name__])
 
 
 def start_training(
