@@ -1,6 +1,5 @@
 import json
 import math
-import socket
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from earlyexit_ssd.data.shapes import FOLDER
 from earlyexit_ssd.evaluation.results import Results
 from earlyexit_ssd.evaluation.verdict import judge
 from earlyexit_ssd.pipeline import phases
-from tests.tools.conftest import ROOT, log, run_command, start_training
+from tests.tools.conftest import ROOT, log, run_command, run_in_two_processes
 from tools import eval_exits, train_net
 
 
@@ -176,23 +175,26 @@ def test_mixed_precision_trains_every_phase(tiny, tmp_path):
 def test_two_processes_end_with_one_model(tiny, tmp_path):
     """BatchNorm's statistics are each process's own until the phase ends; the next one checks that they are one."""
     more = ("--force", "BASELINE.EPOCHS", "1", "EXITS_PHASE.EPOCHS", "1", "EXITS_PHASE.CACHE", "false")
+    more += ("CALIBRATION.TARGET", "speedup", "CALIBRATION.VALUE", "0.01", "CALIBRATION.COST", "mmacs")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run_command([*launcher, str(ROOT / "tools" / "train_net.py"), *tiny("two", *more)])
+    assert (tmp_path / "two" / "calibration" / "certificate.json").is_file()
     assert (tmp_path / "two" / "metrics.json").is_file()
 
 
 def test_two_processes_have_the_losses_of_one(tiny, tmp_path):
     # BatchNorm's statistics are per process, so they are frozen here.
     more = ("--force", "BASELINE.FREEZE_NORM", "true", "BASELINE.EPOCHS", "1", "PHASES", "[baseline]")
+    more += ("EVAL.BATCH_SIZE", "3", "EVAL.SCORE", "0.02")
     assert train_net.main(tiny("one", *more)) == 0
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    both = [start_training(tiny("two", *more), RANK=rank, LOCAL_RANK=rank, **group) for rank in ("0", "1")]
-    for process in both:
-        process.join(timeout=120)
-        assert process.exitcode == 0
+    assert run_in_two_processes("train_net", tiny("two", *more), tmp_path)[0] == [0, 0]
     one, two = log(tmp_path / "one", "baseline"), log(tmp_path / "two", "baseline")
     assert len(one) == len(two) == 6
     for mine, theirs in zip(one, two, strict=True):
         for key in ("bbox_regression", "classification"):
             assert theirs[f"loss/{key}"] == pytest.approx(mine[f"loss/{key}"], abs=1e-4)
+    # Each measures some of the photos: the end of the last epoch for the curve, and the same weights for the gate.
+    gate = json.loads((tmp_path / "two" / "baseline" / "gate.json").read_text())
+    (measured,) = [check["value"] for check in gate["checks"] if check["name"] == "AP50"]
+    assert two[-1]["AP50/full"] == pytest.approx(measured, abs=1e-6) and measured > 0
+    assert two[-1]["AP50/full"] == pytest.approx(one[-1]["AP50/full"], abs=0.01)
