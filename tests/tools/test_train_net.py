@@ -57,6 +57,12 @@ def test_failed_gate_ends_with_3_and_says_what_to_try(tiny, tmp_path, capsys):
     assert [entry["name"] for entry in metrics["exits"]] == ["exit10", "full"]
 
 
+def rendered(data_root):
+    """The folder of the one rendered set."""
+    (scenes,) = (path.parent for path in (data_root / FOLDER).glob("*/annotations"))
+    return scenes
+
+
 def test_nobody_leaves_before_routing_is_calibrated_on_the_new_photos(trained, data_root):
     """Fresh exits on photos that nobody has calibrated on: whatever they say, the full path answers, and it is said."""
     metrics = json.loads((trained[0] / "run" / "metrics.json").read_text())
@@ -67,7 +73,7 @@ def test_nobody_leaves_before_routing_is_calibrated_on_the_new_photos(trained, d
     assert any(
         "every exit is closed until routing is calibrated" in line for line in judge(Results.from_json(found)).lines
     )
-    photos = [decode_image(str(path)) / 255 for path in sorted((data_root / FOLDER / "test").glob("*.*"))]
+    photos = [decode_image(str(path)) / 255 for path in sorted((rendered(data_root) / "test").glob("*.*"))]
     model = EarlyExitSSDLite.from_pretrained(trained[0] / "run" / "model.pth")
     fresh = get_model(
         "earlyexit_ssdlite320_mobilenet_v3_large", weights_backbone=None, num_classes=2, image_size=64, width=0.25,
@@ -112,9 +118,10 @@ def test_mistakes_end_with_2_and_one_line(tiny, capsys, more, message):
 
 def test_photos_without_boxes_teach_through_the_full_path(tiny, trained, data_root, tmp_path, capsys):
     """The photos of the training split, their boxes taken away."""
-    tree = json.loads((data_root / FOLDER / "annotations" / "instances_train.json").read_text())
+    scenes = rendered(data_root)
+    tree = json.loads((scenes / "annotations" / "instances_train.json").read_text())
     (data_root / "no_boxes.json").write_text(json.dumps({**tree, "annotations": []}))
-    own = ["DATA.DATASETS", f"[[mine, no_boxes.json, {FOLDER}/train]]", "DATA.TRAIN", "mine"]
+    own = ["DATA.DATASETS", f"[[mine, no_boxes.json, {scenes.relative_to(data_root)}/train]]", "DATA.TRAIN", "mine"]
     own += ["MODEL.WEIGHTS", str(trained[0] / "run" / "baseline" / "model.pth"), "BASELINE.EPOCHS", "0"]
     assert train_net.main(tiny("labels", "--force", *own)) == 2
     assert "mine: no box of chair in 24 photos; nothing can be learnt" in capsys.readouterr().err
