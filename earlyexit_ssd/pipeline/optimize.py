@@ -484,6 +484,8 @@ def optimize(
     Raises:
         EarlyExitError: unusable weights, data or settings.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise EarlyExitError("optimize under torchrun: it times networks and runs in one process; start it without")
     out, started = Path(out_dir), time.monotonic()
     search = Optimizer(cfg, weights, goal, out)
     store = _Store(out / "candidates.json", search.key)
