@@ -286,10 +286,13 @@ class EpochSampler(Sampler[int]):
 
     Training shuffles by (seed, epoch). Batch k of that global order is dealt out over the processes, so
     that the processes' k-th batches together are the k-th batch of a single process. The incomplete batch
-    at the end is dropped if there is a full one. Evaluation deals out the photos in their own order, all of
-    them.
+    at the end is dropped if there is a full one.
 
-    ``set_epoch`` is the data set's too, so that one call chooses order and views; ``batch_size`` is over all processes.
+    Evaluation keeps the photos' own order and drops none. Batch k of a single process is the whole batch of process
+    k modulo their number: other photos beside it could change a photo's scores in the last digits.
+
+    ``set_epoch`` is the data set's too, so that one call chooses order and views; ``batch_size`` is over all processes
+    in training.
     """
 
     def __init__(
@@ -314,8 +317,12 @@ class EpochSampler(Sampler[int]):
         return order[: max(count // self.batch_size, 1) * self.batch_size]
 
     def __iter__(self) -> Iterator[int]:
+        order, size = self.global_order()[self.start * self.batch_size :], self.batch_size
+        if not self.train:
+            own = range(self.rank * size, len(order), self.world_size * size)
+            return itertools.chain.from_iterable(order[first : first + size] for first in own)
         # the batch size is a multiple of the process count, so this deals out every batch evenly
-        return iter(self.global_order()[self.start * self.batch_size :][self.rank :: self.world_size])
+        return iter(order[self.rank :: self.world_size])
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -326,14 +333,16 @@ def build_loader(
 ) -> DataLoader:
     """Batches of ``(list of images, list of targets)``; ``loader.sampler.set_epoch(epoch)`` goes first.
 
-    ``batch_size`` is over all processes, of which this is number ``rank``. With 0 ``workers`` it loads by itself.
+    In training ``batch_size`` is over all processes, of which this is number ``rank``. With 0 ``workers`` it loads by
+    itself. What the processes share: see `EpochSampler`.
 
     Raises:
         DataError: an empty data set, or a batch that cannot be dealt out evenly.
     """
-    if batch_size < 1 or batch_size % world_size:
+    dealt_out = world_size if train else 1  # a batch of an evaluation belongs to one process
+    if batch_size < 1 or batch_size % dealt_out:
         raise DataError(f"batch size {batch_size} cannot be dealt out evenly over {world_size} processes")
-    if len(dataset) < (world_size if train else 1):
+    if len(dataset) < dealt_out:
         raise DataError(f"a data set of {len(dataset)} photos is too small for {world_size} process(es)")
     if workers:
         _one_thread()  # a forked worker would wait for ever for the threads that OpenCV has started in this process
@@ -341,7 +350,7 @@ def build_loader(
     sampler = EpochSampler(dataset, batch_size, train, seed, rank, world_size)
     # without one of its own an iterator draws from the global generator, which a resumed run must not
     own = torch.Generator()
-    return DataLoader(dataset, batch_size // world_size, sampler=sampler, num_workers=workers, generator=own, **options)
+    return DataLoader(dataset, batch_size // dealt_out, sampler=sampler, num_workers=workers, generator=own, **options)
 
 
 def collate(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:

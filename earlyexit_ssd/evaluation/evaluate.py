@@ -131,6 +131,10 @@ class Rival:
     detector: nn.Module | Detections
     source: str | None = None
 
+    def found(self, loader: Batches) -> Detections:
+        """What it finds on the photos of ``loader``, or has found already."""
+        return collect_detections(self.detector, loader) if isinstance(self.detector, nn.Module) else self.detector
+
     def runtime(self, default: str) -> str:
         """Runtime for its timing: ONNX Runtime for a graph from a file, otherwise ``default``."""
         return ONNX_RUNTIME if isinstance(self.network, OnnxNetwork) else default
@@ -164,9 +168,7 @@ def evaluate_rivals(
     """
     settings, results = routed.settings, []
     for rival, timing in zip(rivals, timings, strict=True):
-        detector = rival.detector
-        found = collect_detections(detector, loader) if isinstance(detector, nn.Module) else detector
-        evaluation = evaluate_detections(ground_truth, found, settings)
+        evaluation = evaluate_detections(ground_truth, rival.found(loader), settings)
         results.append(
             RivalResult(
                 name=rival.name,

@@ -47,6 +47,7 @@ from earlyexit_ssd.pipeline.build import (
 )
 from earlyexit_ssd.pipeline.calibrate import Chosen, Search, Target, certificate_of
 from earlyexit_ssd.pipeline.evaluate import evaluate_model, onnx_rivals
+from earlyexit_ssd.pipeline.export import export_detector, open_any
 from earlyexit_ssd.pipeline.replay import (
     CostModel,
     Recorded,
@@ -70,6 +71,8 @@ GLANCES = ((96, 12), (128, 12), (160, 12))
 are scaled and rounded to multiples of 16."""
 SHARES = (1.0, 0.9, 0.8, 0.7)
 """Tried input sides as shares of the detector's own."""
+EXPORT_PHOTOS = 16
+"""Photos of the calib split on which the exported file is compared with the model."""
 HOPELESS = 2.0
 """A net that loses more than this many budgets without exits is not tried with exits, which can only lose more."""
 
@@ -403,6 +406,8 @@ def _base_config(cfg: CfgNode) -> CfgNode:
     cfg.MODEL.FOLD = "rows" if cfg.MODEL.FOLD == "rows" else "exact"
     if set(cfg.EXITS.LAYERS) != set(cfg.EXITS.EMPTY):
         cfg.EXITS.LAYERS, cfg.EXITS.EMPTY = (), ()
+        for key in ("BRANCH", "COPY", "DEPTH"):
+            cfg.EXITS[key] = cfg.EXITS[key][:1]
     cfg.freeze()
     return cfg
 
@@ -468,7 +473,9 @@ class Outcome(Record):
 def optimize(
     cfg: CfgNode, goal: Goal, out_dir: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None
 ) -> Outcome:
-    """Run the search and write model.pth, its evaluation test/, optimize.json, candidates.png and summary.txt.
+    """Run the search and write the chosen model.
+
+    ``out_dir`` gets model.pth, detector.onnx, test/ (its evaluation), optimize.json, candidates.png and summary.txt.
 
     A stopped search resumes with the candidates that are already measured.
 
@@ -478,6 +485,8 @@ def optimize(
     Raises:
         EarlyExitError: unusable weights, data or settings.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise EarlyExitError("optimize under torchrun: it times networks and runs in one process; start it without")
     out, started = Path(out_dir), time.monotonic()
     search = Optimizer(cfg, weights, goal, out)
     store = _Store(out / "candidates.json", search.key)
@@ -571,6 +580,8 @@ def _write(search: Optimizer, base: Candidate, chosen: Candidate | None, candida
     else:
         info = {key: value for key, value in info.items() if key not in ("router", "certificate")}
     save_model(out / "model.pth", recorded.model, recorded.architecture, info)
+    photos = [record.path for record in recorded.sets["CALIB"].records[:EXPORT_PHOTOS]]
+    export_detector(open_any(out / "model.pth"), out / "detector.onnx", "onnx", photos)
     plain = dataclasses.replace(search.architecture, exits=())
     detector = resize_detector(search.model, search.architecture, search.architecture.image_size)
     save_model(out / "base.pth", plain.add_exits(detector), plain, {})
