@@ -1,4 +1,4 @@
-"""The model: torchvision's SSDLite, tapped, with branches that share its default boxes."""
+"""The models: torchvision's SSD detectors with early exits, whose branches share the default boxes."""
 
 from earlyexit_ssd.modeling.branches import Exit, describe_exits
 from earlyexit_ssd.modeling.checkpoint import EarlyExitSSDLite_Weights, load_model, save_model

@@ -1,4 +1,4 @@
-"""Checks of what a model is built with, one line each: the argument, what came, and what was expected."""
+"""Checks of a model's arguments, with one-line errors: the argument, its value, and what was expected."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from earlyexit_ssd.errors import EarlyExitError
 
 
 def is_number(value: object, whole: bool = False) -> bool:
-    """Whether it is a finite number from 0 on, ``whole`` an integer; a truth value is none."""
+    """Whether ``value`` is a finite number >= 0 (``whole``: an integer) and no bool."""
     kind = Integral if whole else Real
     return isinstance(value, kind) and not isinstance(value, bool) and 0 <= value < float("inf")
 
 
 def numbers(name: str, values: object, whole: bool = False) -> tuple:
-    """The sequence ``values`` of numbers from 0 on as a tuple; ``whole`` takes integers alone."""
+    """Check a sequence of numbers >= 0 (``whole``: integers) and return it as a tuple."""
     found = values if isinstance(values, Iterable) else (None,)
     found = tuple(found)
     if not all(is_number(value, whole) for value in found):
@@ -25,19 +25,19 @@ def numbers(name: str, values: object, whole: bool = False) -> tuple:
 
 
 def whole_number(name: str, value: object) -> None:
-    """An integer from 0 on."""
+    """Check for an integer >= 0."""
     if not is_number(value, whole=True):
         raise EarlyExitError(f"{name} is {value!r:.60}, expected a whole number from 0 on")
 
 
 def check_exit_layers(layers: tuple[int, ...], last_layer: int) -> None:
-    """Exits leave behind increasing trunk layers, the last one excepted."""
+    """Check for increasing trunk layers from 1 to ``last_layer - 1``."""
     if not layers or layers != tuple(sorted({layer for layer in layers if 1 <= layer < last_layer})):
         raise EarlyExitError(f"exit_layers {layers}: expected increasing trunk layers from 1 to {last_layer - 1}")
 
 
 def one_for_each(name: str, values: tuple[float, ...], exits: int, highest: float, zero: bool = True) -> list[float]:
-    """One value for each exit, from as many in [0, highest], or from one for all; without ``zero`` above 0."""
+    """A list with one value per exit, from ``exits`` values or one for all, in [0, highest]; ``zero``: allow 0."""
     fits = all((value >= 0 if zero else value > 0) and value <= highest for value in values)
     if len(values) not in (1, exits) or not fits:
         interval = f"{'[' if zero else '('}0, {highest}]"
@@ -48,7 +48,7 @@ def one_for_each(name: str, values: tuple[float, ...], exits: int, highest: floa
 
 
 def check_class_names(classes: tuple[str, ...], num_outputs: int) -> None:
-    """There is a name for every output but background."""
+    """Check for one name per output except background."""
     if len(classes) != num_outputs - 1:
         raise EarlyExitError(
             f"{len(classes)} class names for a head with {num_outputs} outputs, one of them background"

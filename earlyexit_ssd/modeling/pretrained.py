@@ -1,4 +1,4 @@
-"""A trained model by its name or file, with the routing that was stored with it."""
+"""Load a trained model with its routing by name or path, and save it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _made: list[Callable[..., Router]] = []
 
 
 def register_router(make: Callable[..., Router], make_certified: Callable[..., Router]) -> None:
-    """Say what makes a router of a model file: of its settings, or of certificate, path and model where it was
-    calibrated. ``calibration`` does, as modeling may not import it."""
+    """Register the functions that build a model file's router: ``make`` from its settings, ``make_certified`` from
+    certificate, path and model. The package ``calibration`` calls this, since modeling must not import it."""
     _made[:] = [make, make_certified]
 
 
@@ -36,7 +36,7 @@ def _router_makers() -> list[Callable[..., Router]]:
 
 
 class Pretrained(EarlyExitDetector):
-    """A detector with early exits that is made from a file and written to one."""
+    """A detector with early exits that can be loaded and saved."""
 
     @classmethod
     def from_pretrained(
@@ -49,18 +49,17 @@ class Pretrained(EarlyExitDetector):
         """A trained model in eval mode on the CPU, in fp32.
 
         Args:
-            name_or_path: weights that come with the package, as a member of ``EarlyExitSSDLite_Weights`` or its name
-                in any case (``"chair"``), else the path of a model file of this project (``"output/my/model.pth"``), or
-                of a checkpoint of torchvision's SSDLite, with exits or without. Exits that a file has not start
-                untrained, and every photo takes the full path.
-            router: photos leave at the exit that the file's routing chooses; otherwise, and where the file has no
-                routing, every photo takes the full path.
-            classes: names of the labels 1..K, for a checkpoint, which has none. By default COCO's where the head has
-                COCO's 91 outputs, else ``class_1`` and so on.
+            name_or_path: shipped weights, as a member of ``EarlyExitSSDLite_Weights`` or its name in any case
+                (``"chair"``); or the path of a model file of this project (``"output/my/model.pth"``) or of a
+                checkpoint of torchvision's SSDLite, with or without exits. Exits that the file lacks are untrained and
+                not used.
+            router: use the file's routing. If False, or if the file has none, every photo runs the full path.
+            classes: names of the labels 1..K, for a checkpoint without names. Default: COCO's for a head of COCO's 91
+                outputs, else ``class_1`` and so on.
 
         Raises:
-            EarlyExitError: neither a name nor a file, a damaged file, one with another detector, with another number
-                of classes, or one whose certificate is for other weights.
+            EarlyExitError: neither a name nor a file, a damaged file, another detector, another number of classes, or
+                a certificate for other weights.
         """
 
         def describe(outputs: int, exits: tuple[str, ...]) -> Architecture:
@@ -74,7 +73,7 @@ class Pretrained(EarlyExitDetector):
         if classes is not None and tuple(classes) != model.classes:
             raise EarlyExitError(f"{path}: its classes are {', '.join(model.classes)[:120]}; leave classes out")
         if not info.get("exits", True):
-            logger.warning("%s: has no exits; those of the model are untrained, the full path is as it was", path)
+            logger.warning("%s: has no exits; those of the model are untrained, the full path is unchanged", path)
         if router and info.get("router"):
             try:
                 certificate = info.get("certificate")
@@ -87,13 +86,12 @@ class Pretrained(EarlyExitDetector):
         return model
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one file of everything: weights, architecture, classes, post-processing, and the routing with its
-        temperatures. :meth:`from_pretrained` and the tools' ``--weights`` read it. The certificate of a router goes
-        along while the router is as it was calibrated.
+        """Write weights, architecture, classes, post-processing and routing to one file, for :meth:`from_pretrained`
+        and the tools' ``--weights``. The router's certificate is included if the router is unchanged since calibration.
 
         Raises:
-            EarlyExitError: the model was fused for inference, its layers were replaced by others, or its router is
-                none of this project's.
+            EarlyExitError: the model was fused for inference, its layers were replaced, or its router is not one of
+                this project.
         """
         if self.router is not None and not hasattr(self.router, "to_dict"):
             raise EarlyExitError(
@@ -108,17 +106,17 @@ class Pretrained(EarlyExitDetector):
 
 
 def current_certificate(router: Router | None) -> Any:
-    """The certificate of a router that is still as it was calibrated, or None."""
+    """The certificate of a router that is unchanged since its calibration, otherwise None."""
     certificate = getattr(router, "certificate", None)
     calibrated = certificate is not None and router.to_dict() == type(router)(**certificate.router).to_dict()
     return certificate if calibrated else None
 
 
 def names_of(outputs: int, classes: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Names of the labels of a head with so many outputs: those given, else COCO's or numbers.
+    """Names of the labels of a head with ``outputs`` outputs: ``classes``, else COCO's for 91 outputs, else numbered.
 
     Raises:
-        EarlyExitError: another number of names.
+        EarlyExitError: a wrong number of names.
     """
     if classes is None:
         if outputs == len(COCO_CLASSES) + 1:
@@ -134,10 +132,10 @@ def names_of(outputs: int, classes: Sequence[str] | None = None) -> tuple[str, .
 
 
 def make_router(model: EarlyExitDetector, settings: RouterSettings) -> Router:
-    """The router of a file's settings, tried on a blank photo: what is fitted for another model fails there.
+    """Build a router from a file's settings and run it on a blank photo, to find settings of another model.
 
     Raises:
-        EarlyExitError: the settings are those of no router, or of another model's.
+        EarlyExitError: invalid settings, or settings of another model.
     """
     training = model.training
     device = next(model.parameters()).device
@@ -149,7 +147,7 @@ def make_router(model: EarlyExitDetector, settings: RouterSettings) -> Router:
             outputs = model.exit_outputs([torch.zeros(3, *model.transform.fixed_size, device=device)])
             for index in range(model.num_early_exits + 1):
                 router.confidence(outputs.signals(index), index)
-    except Exception as error:  # policies may be anybody's, and their parameters anything
+    except Exception as error:  # registered policies and their parameters may raise any exception
         raise EarlyExitError(f"its routing cannot be used ({error})") from None
     finally:
         model.train(training)

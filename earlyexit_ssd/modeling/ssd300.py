@@ -1,4 +1,4 @@
-"""torchvision's SSD300 VGG16 with early exits: a second detector, and what a third one would need."""
+"""torchvision's SSD300 VGG16 with early exits, which also shows how to add another detector."""
 
 # Annotations stay objects here: torchvision.models.get_model_weights reads the weights' enum from them.
 import os
@@ -22,14 +22,14 @@ from earlyexit_ssd.modeling.trunk import Trunk, TrunkState
 
 SIZE = 300
 FINEST_LAYER, LAST_LAYER = 10, 15
-"""conv4_3, whose output is the finest map, and fc7, behind which the extra maps begin."""
+"""conv4_3, whose output is the finest map, and fc7, the last layer before the extra blocks."""
 
 DEFAULT_EXITS = describe_exits((7, 10), "light")
-"""Behind conv3_3 and conv4_3."""
+"""Exits behind conv3_3 and conv4_3."""
 
 
 class Layer(list):
-    """A convolution, the pooling before it where there is one, and the ReLU behind it; a layer of the trunk."""
+    """A layer of the trunk: a convolution with its ReLU and, if present, the pooling before it."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Run the modules one after the other."""
@@ -39,11 +39,11 @@ class Layer(list):
 
 
 class VGGTrunk(Trunk):
-    """A torchvision ``SSDFeatureExtractorVGG``: its layers 1 to 15 are the 13 convolutions of VGG16, fc6 and fc7.
+    """The trunk of torchvision's ``SSDFeatureExtractorVGG``; layers 1 to 15 are VGG16's 13 convolutions, fc6 and fc7.
 
     Args:
         backbone: the feature extractor.
-        exit_layers: behind which a segment ends, increasing.
+        exit_layers: trunk layers at which a segment ends, increasing.
 
     Raises:
         EarlyExitError: another kind of backbone.
@@ -100,14 +100,14 @@ class EarlyExitSSD300(Pretrained):
         weights_backbone: VGG16_Weights | None = None,
         **post_processing: float,
     ) -> SSD:
-        """torchvision's detector without exits; ``reduced_tail`` is SSDLite's and means nothing here.
+        """torchvision's detector without exits; ``reduced_tail`` is for SSDLite and ignored here.
 
         Raises:
             EarlyExitError: another input size or width.
         """
         if image_size != SIZE or width != 1.0:
             raise EarlyExitError(
-                f"ssd300_vgg16 with image_size {image_size} and width {width:g}: it has {SIZE} and 1 alone (MODEL."
+                f"ssd300_vgg16 with image_size {image_size} and width {width:g}: it supports only {SIZE} and 1 (MODEL."
                 "IMAGE_SIZE, MODEL.WIDTH)"
             )
         return ssd300_vgg16(weights=None, weights_backbone=weights_backbone, num_classes=num_classes, **post_processing)
@@ -134,19 +134,19 @@ def earlyexit_ssd300_vgg16(
     """torchvision's ``ssd300_vgg16`` with early exits, which start untrained.
 
     Args:
-        weights: torchvision's COCO weights (downloaded by torchvision), or the file of a checkpoint of the detector
-            without exits; a model file of this project is opened by ``EarlyExitSSD300.from_pretrained``.
+        weights: torchvision's COCO weights (downloaded by torchvision), or a checkpoint file of the detector without
+            exits. For a model file of this project use ``EarlyExitSSD300.from_pretrained``.
         progress: show the download's progress.
         num_classes: outputs per default box, background included; 91 by default, or those of ``weights``.
-        weights_backbone: ImageNet weights of the trunk where ``weights`` is None.
-        trainable_backbone_layers: as torchvision's.
-        exits, classes, losses, router: see :class:`EarlyExitDetector`; in the place of ``exits`` the keywords of
-            :func:`earlyexit_ssd.modeling.branches.describe_exits`, with ``branch="light"``. By default `DEFAULT_EXITS`.
+        weights_backbone: ImageNet weights of the trunk, if ``weights`` is None.
+        trainable_backbone_layers: as in torchvision.
+        exits, classes, losses, router: see :class:`EarlyExitDetector`. Instead of ``exits``: the keywords of
+            :func:`earlyexit_ssd.modeling.branches.describe_exits`, with ``branch="light"``. Default: `DEFAULT_EXITS`.
         score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing; ``score_thresh`` may be a dict
-            of class names to least scores.
+            of class names to lowest scores.
 
     Raises:
-        EarlyExitError: a file that holds no such detector.
+        EarlyExitError: a file without such a detector.
     """
     settings = {"nms_thresh": nms_thresh, "detections_per_img": detections_per_img, "topk_candidates": topk_candidates}
     if weights is None or torchvision_name(weights, SSD300_VGG16_Weights):

@@ -64,26 +64,26 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
     """torchvision's ``ssdlite320_mobilenet_v3_large`` with early exits.
 
     Args:
-        weights: torchvision's COCO weights of the full path (downloaded by torchvision); the exits start untrained. Or
-            a file: a checkpoint of torchvision's SSDLite, with exits that fit the arguments or without, or a model file
-            of this project, which knows its own. Its routing comes with ``EarlyExitSSDLite.from_pretrained``.
+        weights: torchvision's COCO weights of the full path (downloaded by torchvision), with untrained exits. Or a
+            file: a checkpoint of torchvision's SSDLite, without exits or with exits that fit the arguments, or a model
+            file of this project. Only ``EarlyExitSSDLite.from_pretrained`` loads the routing too.
         progress: show the download's progress.
         num_classes: outputs per default box, background included; 91 by default.
-        weights_backbone: ImageNet weights of the trunk where ``weights`` is None.
-        trainable_backbone_layers: as torchvision's; it needs ``image_size=320`` and ``width=1.0``.
+        weights_backbone: ImageNet weights of the trunk, if ``weights`` is None.
+        trainable_backbone_layers: as in torchvision; it needs ``image_size=320`` and ``width=1.0``.
         image_size, width: see :func:`earlyexit_ssd.modeling.trunk.build_ssdlite`; another width than 1.0 needs
             ``weights_backbone=None``.
-        exits, classes, losses, router: see :class:`EarlyExitDetector`; in the place of ``exits`` the keywords of
+        exits, classes, losses, router: see :class:`EarlyExitDetector`. Instead of ``exits``: the keywords of
             :func:`earlyexit_ssd.modeling.branches.describe_exits`.
         score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing; ``score_thresh`` may be a dict
-            of class names to least scores.
+            of class names to lowest scores.
     """
     if weights is not None and (isinstance(weights, ShippedWeights) or torchvision_name(weights) is None):
         return _from_file(weights, **{key: value for key, value in locals().items() if key != "weights"})
     weights = SSDLite320_MobileNet_V3_Large_Weights.verify(weights)
     weights_backbone = MobileNet_V3_Large_Weights.verify(weights_backbone)
     post_processing = {
-        "score_thresh": LEAST_SCORE,  # names need the classes, so the model takes it
+        "score_thresh": LEAST_SCORE,  # set below: names need the model's classes
         "nms_thresh": nms_thresh,
         "detections_per_img": detections_per_img,
         "topk_candidates": topk_candidates,
@@ -133,8 +133,8 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
 def _initialise(backbone: nn.Module) -> None:
     """He initialisation (He et al. 2015, "Delving deep into rectifiers", equation 10) of an untrained trunk.
 
-    torchvision draws its weights with a standard deviation of 0.03. In eval mode the signal then vanishes: all logits
-    are 1e-15 and all scores equal, whatever the layers are, so that an export or an exchanged layer cannot be checked.
+    torchvision uses a standard deviation of 0.03. In eval mode the activations then vanish: all logits are 1e-15 and
+    all scores equal, so that an export or a replaced layer cannot be checked.
     """
     for module in backbone.modules():
         if isinstance(module, nn.Conv2d):
@@ -142,7 +142,7 @@ def _initialise(backbone: nn.Module) -> None:
 
 
 def _from_file(weights: ShippedWeights | str | os.PathLike, **given: Any) -> EarlyExitSSDLite:
-    """The model in a file; where the file does not say how it was built, as the arguments say.
+    """The model in a file; the arguments describe a checkpoint that contains no description of its own.
 
     Raises:
         EarlyExitError: no such file, or one that does not fit the arguments.
