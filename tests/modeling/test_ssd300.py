@@ -99,7 +99,7 @@ def test_what_cannot_be_is_said(plain):
         EarlyExitSSD300(plain, exit_layers=(7,))
     with pytest.raises(ValueError, match="increasing trunk layers from 1 to 14"):
         EarlyExitSSD300(plain, exit_layers=(15,), branch="light")
-    with pytest.raises(EarlyExitError, match="it has 300 and 1 alone"):
+    with pytest.raises(EarlyExitError, match="it supports only 300 and 1"):
         Architecture(("chair",), detector="ssd300_vgg16", branch="light").build_detector()
     with pytest.raises(EarlyExitError, match="did you mean 'ssd300_vgg16'"):
         Architecture(("chair",), detector="ssd300_vgg17").build_detector()
