@@ -1,7 +1,7 @@
-"""One ONNX graph from a photo to its detections, put together from a routed detector's segments.
+"""Build one ONNX graph from a photo to its detections, from the segments of a routed detector.
 
-What is behind an exit lies in a branch of an ``If``, which a runtime computes only where the photo goes on. Needs the
-package onnx; of PyTorch nothing.
+The layers behind an exit are in a branch of an ``If``, so a runtime computes them only for photos that do not leave
+there. This module needs the package onnx and no PyTorch.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 OPSET, IR_VERSION = 17, 8
-"""Old enough for every runtime of the last years: ONNX 1.12, ONNX Runtime 1.12."""
+"""Supported since ONNX 1.12 and ONNX Runtime 1.12."""
 
 STATE = ("x", "finest", "context")
-"""What a segment hands to the next one: outputs of these names, and inputs with ``_in`` behind."""
+"""Tensors passed from segment to segment: outputs of these names, and inputs with the suffix ``_in``."""
 HEAD = ("cls_logits", "bbox_regression")
 CONFIDENCE = "confidence"
 
@@ -33,22 +33,22 @@ OUTPUTS = {
 }
 
 LARGE = 1_300_000
-"""Pixels of a photo, where fetching what a resize looks at gets cheaper than converting the whole in ONNX Runtime. In
-OpenVINO it always is."""
+"""Photo size in pixels above which, in ONNX Runtime, gathering the pixels that a resize reads is faster than converting
+the whole photo. In OpenVINO it always is."""
 LOG_LIMIT = math.log(1000.0 / 16)
-"""Of a box's side against its default box's, as torchvision's ``BoxCoder`` limits it."""
+"""Largest logarithm of a box side over its default box's side, as in torchvision's ``BoxCoder``."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """The network from the exit before to this one.
+    """The network between the previous exit and this one.
 
     Attributes:
-        index: of the exit among all that the model has; ``name``: its name.
-        empty: who leaves there leaves with no detection.
-        model: with the inputs and outputs of `STATE` that it needs and gives, the `HEAD` unless it is not asked for,
-            and the router's `CONFIDENCE` [1] where there is one.
-        full: it ends the full path.
+        index, name: index of the exit among all exits of the model, and its name.
+        empty: whether photos that leave there have no detections.
+        model: graph with its inputs and outputs of `STATE`, the outputs `HEAD` if they are needed, and the router's
+            `CONFIDENCE` [1] if there is a router.
+        full: whether it ends the full path.
     """
 
     index: int
@@ -60,19 +60,19 @@ class Segment:
 
 @dataclass(frozen=True)
 class Contract:
-    """What surrounds the network.
+    """Settings of pre- and post-processing, and the thresholds.
 
     Attributes:
         size: (height, width) of the network's input, pixels.
-        mean, std: per channel, of pixels in [0, 1].
+        mean, std: normalisation per channel, for pixels in [0, 1].
         anchors: default boxes float32 [A, 4] xyxy in the input's pixels.
-        box_weights: of torchvision's ``BoxCoder``.
+        box_weights: weights of torchvision's ``BoxCoder``.
         thresholds: float32, one per early exit of the model.
-        score_thresh: float32, one per class: what is not above it is no detection.
-        nms_thresh: IoU above which the less sure box of a class is dropped.
-        topk_candidates: boxes of a class that are looked at, the surest ones.
-        detections_per_img: at most.
-        large: pixels of a photo above which only those are converted that the resize looks at.
+        score_thresh: float32, one per class; a detection's score is above it.
+        nms_thresh: IoU above which NMS drops the box of lower score.
+        topk_candidates: number of boxes per class that enter NMS, by score.
+        detections_per_img: largest number of detections per photo.
+        large: photo size in pixels, see `LARGE`.
     """
 
     size: tuple[int, int]
@@ -89,10 +89,10 @@ class Contract:
 
 
 class Scope:
-    """Nodes and constants of a graph, or of one branch of an ``If``, which sees the names around it.
+    """Nodes and constants of a graph or of a branch of an ``If``, which can use the names of outer scopes.
 
     Args:
-        numbers: that make names unique, shared with the scopes around.
+        numbers: counter for unique names, shared with the outer scopes.
     """
 
     def __init__(self, numbers: itertools.count) -> None:
@@ -105,34 +105,34 @@ class Scope:
         return Scope(self.numbers)
 
     def constant(self, value: Any, dtype: type = np.float32) -> str:
-        """The name of a constant."""
+        """Add a constant; returns its name."""
         name = f"constant_{next(self.numbers)}"
         self.constants.append(numpy_helper.from_array(np.asarray(value, dtype), name))
         return name
 
     def zeros(self, shape: Sequence[int], kind: int) -> str:
-        """The name of zeros; OpenVINO forgets the shape of a constant that has no value."""
+        """Add zeros of this shape; returns their name. OpenVINO loses the shape of an empty constant."""
         zero = helper.make_tensor("zero", kind, [1], [0])
         return self("ConstantOfShape", self.constant(shape, np.int64), value=zero)
 
     def many(self, count: int, kind: str, *inputs: str, **attributes: Any) -> list[str]:
-        """Add a node; the names of its outputs."""
+        """Add a node; returns the names of its outputs."""
         outputs = [f"{kind.lower()}_{next(self.numbers)}" for _ in range(count)]
         self.nodes.append(helper.make_node(kind, inputs, outputs, **attributes))
         return outputs
 
     def __call__(self, kind: str, *inputs: str, **attributes: Any) -> str:
-        """Add a node; the name of its only output."""
+        """Add a node; returns the name of its only output."""
         return self.many(1, kind, *inputs, **attributes)[0]
 
     def inline(self, model: onnx.ModelProto, inputs: Mapping[str, str]) -> dict[str, str]:
-        """Add all nodes of a graph, its inputs taken from names of this scope; its outputs' names in this scope."""
+        """Add all nodes of a graph; ``inputs`` and the returned outputs: its name -> name in this scope."""
         prefix = f"segment_{next(self.numbers)}_"
         graph = onnx.compose.add_prefix(model, prefix).graph
         here = {prefix + name: where for name, where in inputs.items()}
         for node in graph.node:
             node.input[:] = [here.get(name, name) for name in node.input]
-            if node.op_type == "Identity" and node.input[0] in inputs.values():  # handed on: no copy
+            if node.op_type == "Identity" and node.input[0] in inputs.values():  # passed on without a copy
                 here[node.output[0]] = node.input[0]
             else:
                 self.nodes.append(node)
@@ -140,7 +140,7 @@ class Scope:
         return {one.name: here.get(prefix + one.name, prefix + one.name) for one in model.graph.output}
 
     def either(self, condition: str, then: Answer, otherwise: Answer) -> list[str]:
-        """What the one scope or the other gives; both give the same kinds of values."""
+        """Add an ``If`` with two branches whose outputs have the same types; returns its outputs' names."""
         graphs = {
             "then_branch": then.scope.graph("then", then.outputs),
             "else_branch": otherwise.scope.graph("otherwise", otherwise.outputs),
@@ -148,7 +148,7 @@ class Scope:
         return self.many(len(then.outputs), "If", condition, **graphs)
 
     def graph(self, name: str, outputs: Sequence[Value], inputs: Sequence[Any] = ()) -> onnx.GraphProto:
-        """All of it; every output is given by a node of its own."""
+        """The scope as a graph; each output gets a node of its own."""
         values = []
         for where, kind, shape in outputs:
             values.append(helper.make_tensor_value_info(self("Identity", where), kind, shape))
@@ -161,20 +161,20 @@ Value = tuple[str, int, list]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a branch gives."""
+    """The scope of a branch and its outputs."""
 
     scope: Scope
     outputs: list[Value]
 
 
-def put_together(segments: Sequence[Segment], contract: Contract, metadata: Mapping[str, str]) -> onnx.ModelProto:
-    """One file: a photo uint8 [height, width, 3] RGB to `OUTPUTS`.
+def build_graph(segments: Sequence[Segment], contract: Contract, metadata: Mapping[str, str]) -> onnx.ModelProto:
+    """A model from a photo uint8 [height, width, 3] RGB to `OUTPUTS`.
 
     ``thresholds`` [exits] and ``score_thresh`` [classes] are inputs with defaults.
 
     Args:
         segments: shallow to deep, the full path last.
-        metadata: goes into the file.
+        metadata: metadata of the file, text by key.
     """
     scope = Scope(itertools.count())
     size = scope("Slice", scope("Shape", "image"), scope.constant([0], np.int64), scope.constant([2], np.int64))
@@ -185,7 +185,7 @@ def put_together(segments: Sequence[Segment], contract: Contract, metadata: Mapp
 
 
 def first_stage(segment: Segment, contract: Contract) -> onnx.ModelProto:
-    """A photo to what the first segment gives."""
+    """A graph from a photo to the first segment's outputs."""
     scope = Scope(itertools.count())
     size = scope("Slice", scope("Shape", "image"), scope.constant([0], np.int64), scope.constant([2], np.int64))
     found = scope.inline(segment.model, {"x_in": normalised(scope, "image", size, contract)})
@@ -198,7 +198,7 @@ def first_stage(segment: Segment, contract: Contract) -> onnx.ModelProto:
 
 
 def last_stage(contract: Contract) -> onnx.ModelProto:
-    """The head's outputs and ``photo_size`` int64 [2] (height, width) to boxes, labels and scores."""
+    """A graph from the head's outputs and ``photo_size`` int64 [2] (height, width) to boxes, labels and scores."""
     scope = Scope(itertools.count())
     found = detections(scope, *HEAD, "photo_size", contract)
     outputs = [(name, *kind) for name, kind in zip(found, OUTPUTS.values(), strict=False)]
@@ -206,7 +206,7 @@ def last_stage(contract: Contract) -> onnx.ModelProto:
 
 
 def stage(segment: Segment) -> onnx.ModelProto:
-    """A segment as a file of its own."""
+    """A segment as a model of its own."""
     model = onnx.ModelProto()
     model.CopyFrom(segment.model)
     return _checked(model)
@@ -254,7 +254,7 @@ def _names_used(node: onnx.NodeProto) -> list[str]:
 
 
 def required_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same file without defaults of its inputs: for OpenVINO, which takes an input that has one for a constant."""
+    """A copy without default values of inputs, for OpenVINO, which treats inputs with defaults as constants."""
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
     names = {value.name for value in changed.graph.input}
@@ -265,8 +265,8 @@ def required_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def expand_log_sum_exp(model: onnx.ModelProto) -> None:
-    """Write every ``ReduceLogSumExp`` as the operators that it stands for, in place: nine times as fast in ONNX
-    Runtime, and OpenVINO 2026 sums over all axes instead."""
+    """Replace every ``ReduceLogSumExp`` by elementary operators, in place: nine times as fast in ONNX Runtime, and
+    OpenVINO 2026 would sum over all axes."""
     graph, nodes = model.graph, []
     for node in graph.node:
         if node.op_type != "ReduceLogSumExp":
@@ -290,13 +290,13 @@ def expand_log_sum_exp(model: onnx.ModelProto) -> None:
     graph.node.extend(nodes)
 
 
-# From exit to exit.
+# Routing.
 
 
 def _answer(
     scope: Scope, segments: Sequence[Segment], state: Mapping[str, str], size: str, contract: Contract
 ) -> list[str]:
-    """The names of all `OUTPUTS`, from the state before the first of the segments."""
+    """Add the segments to ``scope``, starting from ``state``; returns the names of all `OUTPUTS`."""
     segment, *deeper = segments
     found = scope.inline(segment.model, state)
     if not segment.empty:
@@ -319,7 +319,7 @@ def _answer(
 
 
 def _head(scope: Scope, segments: Sequence[Segment], found: Mapping[str, str], contract: Contract) -> list[str]:
-    """The names of the `HEAD`, ``exit_index`` and ``exit_confidence``, of the exit that the photo takes."""
+    """Names of the `HEAD`, ``exit_index`` and ``exit_confidence`` of the exit at which the photo leaves."""
     segment, *deeper = segments
     confidence = scope("Squeeze", found[CONFIDENCE]) if CONFIDENCE in found else scope.constant(np.nan)
     here = [*(found[name] for name in HEAD), scope.constant(segment.index, np.int64), confidence]
@@ -353,7 +353,7 @@ def _state(found: Mapping[str, str]) -> dict[str, str]:
     return {f"{name}_in": found[name] for name in STATE if name in found}
 
 
-# Before and behind the network, as torchvision's GeneralizedRCNNTransform and SSD.postprocess_detections do it.
+# Pre- and post-processing as in torchvision's GeneralizedRCNNTransform and SSD.postprocess_detections.
 
 
 def normalised(scope: Scope, image: str, size: str, contract: Contract) -> str:
@@ -373,7 +373,7 @@ def normalised(scope: Scope, image: str, size: str, contract: Contract) -> str:
 
 
 def _resized(scope: Scope, image: str, contract: Contract) -> str:
-    """The whole photo is converted and resized."""
+    """Convert the whole photo, then resize it."""
     pixels = scope("Transpose", scope("Cast", image, to=TensorProto.FLOAT), perm=[2, 0, 1])
     pixels = scope("Unsqueeze", pixels, scope.constant([0], np.int64))
     target = scope.constant([1, 3, *contract.size], np.int64)
@@ -381,7 +381,7 @@ def _resized(scope: Scope, image: str, contract: Contract) -> str:
 
 
 def _fetched(scope: Scope, image: str, size: str, contract: Contract) -> str:
-    """The four pixels around each point are fetched first: a resize looks at no others."""
+    """Resize from the four pixels around each output point, and convert only these."""
     height, width = contract.size
     top, bottom, down = _neighbours(scope, size, 0, height)
     left, right, across = _neighbours(scope, size, 1, width)
@@ -397,7 +397,8 @@ def _fetched(scope: Scope, image: str, size: str, contract: Contract) -> str:
 
 
 def _neighbours(scope: Scope, size: str, axis: int, count: int) -> tuple[str, str, str]:
-    """Indices [count] before and behind each point of the input along an axis of the photo, and its way between."""
+    """Along one axis of the photo, the pixel indices before and after each of ``count`` output points, and the point's
+    relative position between them, [count] each."""
     length = scope("Gather", size, scope.constant([axis], np.int64))
     scale = scope("Div", scope("Cast", length, to=TensorProto.FLOAT), scope.constant([count]))
     points = scope("Sub", scope("Mul", scope.constant(np.arange(count) + 0.5), scale), scope.constant([0.5]))
@@ -413,10 +414,10 @@ def _between(scope: Scope, first: str, second: str, share: str) -> str:
 
 
 def detections(scope: Scope, cls_logits: str, bbox_regression: str, size: str, contract: Contract) -> list[str]:
-    """Names of boxes, labels and scores, the surest first: one decoding and one suppression, class by class.
+    """Names of boxes, labels and scores by decreasing score, after NMS per class.
 
-    Only default boxes with a class above its least score are decoded. Of what more than ``topk_candidates`` boxes of a
-    class would say, the surest are kept.
+    Only default boxes with a class above its lowest score are decoded. Per class, the ``topk_candidates`` of highest
+    score enter NMS.
     """
     zero = scope.constant([0], np.int64)
     probability = scope("Softmax", scope("Squeeze", cls_logits, zero), axis=1)
@@ -454,7 +455,7 @@ def detections(scope: Scope, cls_logits: str, bbox_regression: str, size: str, c
 
 
 def _surest(scope: Scope, scores: str, candidates: str, contract: Contract) -> str:
-    """Scores [classes, n], of each class all but the ``topk_candidates`` surest as 0; few candidates cost nothing."""
+    """Scores [classes, n] with all but the ``topk_candidates`` highest per class set to 0, if there are more."""
     most = scope.constant([contract.topk_candidates], np.int64)
     too_many, cut, same = scope("Greater", scope("Shape", candidates), most), scope.inside(), scope.inside()
     values, _ = cut.many(2, "TopK", scores, most, axis=1)
@@ -468,7 +469,7 @@ def _surest(scope: Scope, scores: str, candidates: str, contract: Contract) -> s
 
 
 def _decoded(scope: Scope, offsets: str, candidates: str, contract: Contract) -> str:
-    """Offsets [n, 4] from their default boxes to xyxy in the input's pixels, inside it (torchvision's ``BoxCoder``)."""
+    """Decode offsets [n, 4] to boxes xyxy in the input's pixels, clipped to it (torchvision's ``BoxCoder``)."""
     anchors = np.asarray(contract.anchors, np.float32)
     sides = anchors[:, 2:] - anchors[:, :2]
     centres = anchors[:, :2] + np.float32(0.5) * sides

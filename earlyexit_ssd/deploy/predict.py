@@ -1,4 +1,4 @@
-"""A detector on photos, videos and cameras: one frame at a time through the detector, then to whoever writes."""
+"""Run a detector on photos, videos and cameras, frame by frame, and write pictures and tables."""
 
 from __future__ import annotations
 
@@ -26,24 +26,23 @@ from earlyexit_ssd.files import atomic_path, make_folder, write_image
 from earlyexit_ssd.progress import progress
 
 SAVES = ("pictures", "json", "csv", "counts")
-"""What can be written: annotated photos (PNG) and videos (MP4), COCO results, a row for each detection, and a row for
-each frame."""
+"""Kinds of output: annotated photos (PNG) and videos (MP4), COCO results, a row per detection, a row per frame."""
 EXPORTED = (".onnx", ".xml")
 LIVE_FPS = 10.0
-"""Of the annotated video of a camera that does not say how many frames a second it gives."""
+"""Frames per second of the annotated video of a camera that does not report its own."""
 
 Draw = Callable[[np.ndarray, Detections, float], Image.Image]
-"""Photo uint8 [H, W, 3], its detections and the least score to the annotated picture."""
+"""Function from a photo uint8 [H, W, 3], its detections and the lowest score to the annotated picture."""
 
 
 def is_exported(path: str | os.PathLike[str]) -> bool:
-    """Whether this names what ``earlyexit export`` writes: an ONNX file, an OpenVINO model, or a folder of stages."""
+    """Whether ``path`` is an output of ``earlyexit export``: an ONNX file, an OpenVINO model or a staged folder."""
     return Path(path).suffix.lower() in EXPORTED or (Path(path) / "manifest.json").is_file()
 
 
 def open_predictor(path: str | os.PathLike[str], runtime: str, threads: int, score: float) -> Predictor:
-    """An exported detector, warm, that reports what reaches ``score`` and what comes close to it, and nothing below
-    the least scores of its file."""
+    """A warmed-up exported detector that reports detections with scores down to ``score - CLOSE``, but not below the
+    file's lowest scores."""
     predictor = Predictor(path, runtime, threads)
     predictor.score_thresh = np.maximum(predictor.score_thresh, np.float32(max(score - CLOSE, 0)))
     predictor.warm_up()
@@ -51,7 +50,7 @@ def open_predictor(path: str | os.PathLike[str], runtime: str, threads: int, sco
 
 
 def annotate(image: np.ndarray, found: Detections, score: float) -> Image.Image:
-    """The photo (uint8 [H, W, 3]) with its detections from ``score`` on, its exit and its milliseconds."""
+    """The photo (uint8 [H, W, 3]) with its detections of at least ``score``, its exit and milliseconds drawn on it."""
     keep = found.scores >= score
     labels, names = found.labels[keep].tolist(), itertools.compress(found.class_names, keep)
     texts = [f"{name} {value:.2f}" for name, value in zip(names, found.scores[keep].tolist(), strict=True)]
@@ -67,10 +66,10 @@ def _sure(found: Detections) -> str:
 
 
 def check_saves(names: Iterable[str]) -> tuple[str, ...]:
-    """Names of `SAVES`; ``none`` is none of them.
+    """Check names of `SAVES` and drop ``none``.
 
     Raises:
-        EarlyExitError: another name.
+        EarlyExitError: an unknown name.
     """
     names = tuple(name for name in map(str.strip, names) if name != "none")
     for name in names:
@@ -92,21 +91,21 @@ def predict(
     rule: StreamRule | None = None,
     draw: Draw = annotate,
 ) -> Iterator[str | DataError]:
-    """Look at every frame of every source and write what is asked for into the folder ``out``.
+    """Detect in every frame of every source, and write the outputs ``save`` into the folder ``out``.
 
-    Files appear when they are whole: the picture of a photo at once, a video when it is through, tables at the end. A
-    live stream is ended by Ctrl-C, and what it gave until then is kept.
+    Files appear when they are complete: the picture of a photo at once, a video at its end, tables at the end of the
+    run. Ctrl-C ends a live stream and keeps its output so far.
 
     Args:
-        detector: a `Predictor`, or what has its ``classes`` and is called like it.
-        save: of `SAVES`.
-        score: least score of a detection that counts, in [0, 1].
-        stride: of videos and streams every so many frames are looked at; most_frames: so many of each, at most.
-        show: in a window; q ends it.
-        rule: of a temporal exit.
+        detector: a `Predictor`, or a function with its call and its ``classes``.
+        save: names of `SAVES`.
+        score: lowest score of a detection, in [0, 1].
+        stride, most_frames: use every ``stride``-th frame of a video or stream, and at most ``most_frames`` of each.
+        show: show the pictures in a window; q ends it.
+        rule: rule of a temporal exit.
 
     Yields:
-        of a photo a line and one for each detection, of a video a line at its end; or why something was not read.
+        one line per photo and per detection in it, one per video at its end, or the reason why a source was not read.
 
     Raises:
         EarlyExitError: a number out of its range, a rule for another detector, or OpenCV missing.
@@ -136,10 +135,10 @@ def predict(
 
 
 def images_of(sources: Sequence[Source], stride: int = 1, most_frames: int | None = None) -> Iterator[np.ndarray]:
-    """The pictures of all sources alone, for a calibration.
+    """Yield the pictures of all sources, for a calibration.
 
     Raises:
-        DataError: one cannot be read.
+        DataError: a picture cannot be read.
     """
     for source in sources:
         for frame in itertools.islice(read_frames(source, stride), most_frames):
@@ -150,7 +149,7 @@ def images_of(sources: Sequence[Source], stride: int = 1, most_frames: int | Non
 
 @dataclass
 class _Job:
-    """One source on its way."""
+    """The processing of one source."""
 
     look: Callable[[np.ndarray], Detections]
     source: Source
@@ -211,7 +210,7 @@ class _Job:
             self.stopped = _show(drawn, wait=0 if photo else 1)
 
     def told(self, found: Detections) -> str:
-        """Of a photo."""
+        """The lines of a photo."""
         keep = np.flatnonzero(found.scores >= self.score)
         where = f" -> {self.path}" if self.path else ""
         lines = [f"{self.source.title}: {found.exit_name}{_sure(found)}, {len(keep)} found{where}"]
@@ -221,7 +220,7 @@ class _Job:
         return "\n".join(lines)
 
     def summary(self, seconds: float) -> str:
-        """Of a video or a stream."""
+        """The line of a video or stream."""
         frames = sum(self.exits.values())
         computed = frames - self.exits[REPEATED]
         shares = ", ".join(f"{name} {count / frames:.0%}" for name, count in self.exits.most_common())
@@ -245,11 +244,11 @@ def picture_paths(photos: Sequence[str | os.PathLike[str]], folder: str | os.Pat
     return names
 
 
-# What is written.
+# Output files.
 
 
 class _Table:
-    """A text file that grows frame by frame under a temporary name, and appears when it is whole."""
+    """A text file, written frame by frame under a temporary name and renamed at the end."""
 
     name: str
 
@@ -269,8 +268,8 @@ class _Table:
 
 
 class _CocoResults(_Table):
-    """COCO's results format: boxes x, y, width, height; ``image_id`` counts frames from 1, and says nothing of the
-    frame, so its source and number stand beside it."""
+    """COCO's results format: boxes x, y, width, height. ``image_id`` counts frames from 1, so each row also has the
+    frame's source and number."""
 
     name = "detections.json"
     _first = True
@@ -298,7 +297,7 @@ class _CocoResults(_Table):
 
 
 class _Rows(_Table):
-    """CSV: a row for each detection."""
+    """CSV with a row per detection."""
 
     name = "detections.csv"
 
@@ -313,7 +312,7 @@ class _Rows(_Table):
 
 
 class _Counts(_Table):
-    """CSV: a row for each frame, with its exit and how many objects of each class were found."""
+    """CSV with a row per frame: its exit and the number of detections per class."""
 
     name = "counts.csv"
 
@@ -340,7 +339,7 @@ def _about(number: int, frame: Frame) -> list[int | str]:
 
 
 class _Video:
-    """An MP4 that is being written; frames of another size are fitted to that of the first."""
+    """An MP4 in progress; frames of other sizes are fitted to the size of the first."""
 
     def __init__(self, path: Path, temporary: Path, fps: float) -> None:
         self.path, self._temporary, self._fps = path, temporary, fps
@@ -361,7 +360,7 @@ class _Video:
         self._frames += 1
 
     def close(self, whole: bool) -> None:
-        """OpenCV does not say when it finds no room, so the frames are counted where the video is ``whole``."""
+        """Finish the file. OpenCV does not report a full disk, so the frames of a ``whole`` video are counted."""
         if self._writer is None:
             return
         self._writer.release()
@@ -402,7 +401,7 @@ def video_paths(sources: Sequence[Source], folder: str | os.PathLike[str]) -> li
 
 
 def _show(picture: Image.Image, wait: int) -> bool:
-    """Put it into the window; ``wait`` milliseconds for a key, 0 for ever. Whether the user wants to stop."""
+    """Show a picture and wait ``wait`` milliseconds for a key (0: for ever); returns whether the user wants to stop."""
     cv2 = opencv()
     try:
         cv2.imshow("earlyexit predict", np.asarray(picture)[..., ::-1])

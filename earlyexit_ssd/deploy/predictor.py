@@ -1,4 +1,4 @@
-"""Run what ``earlyexit export`` wrote: a photo as a numpy array in, detections out. No PyTorch is imported."""
+"""Run exported detectors: from a photo as a numpy array to its detections, without importing PyTorch."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ MANIFEST = "manifest.json"
 CLOSED = 2.0
 """A threshold that no confidence reaches."""
 RUNTIMES = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
-"""Name of a runtime -> its package."""
+"""Name of a runtime -> name of its package."""
 
 Array = np.ndarray
 Run = Callable[[Mapping[str, Array]], "dict[str, Array]"]
-"""Inputs by name to outputs by name."""
+"""Function from inputs by name to outputs by name."""
 
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in a photo, the surest first.
+    """Detections of one photo, by decreasing score.
 
     Attributes:
         boxes: float32 [n, 4] xyxy in the photo's pixels.
-        labels: int64 [n], 1..K. class_names: of these labels, n of them.
+        labels, class_names: int64 [n] in 1..K, and the n class names.
         scores: float32 [n], in (0, 1].
-        exit_index: that the photo took, 0 for the first; exit_name: its name, ``full`` for the full path.
-        exit_confidence: of the router there, in [0, 1]; None where the file has no router.
+        exit_index, exit_name: exit at which the photo left, from 0, and its name; ``full`` for the full path.
+        exit_confidence: the router's confidence there, in [0, 1]; None if the file has no router.
         ms: milliseconds of the whole call.
     """
 
@@ -70,23 +70,23 @@ class Detections:
 
 
 class Predictor:
-    """``predictor(photo)`` is the photo's `Detections`. Threads may share one.
+    """An exported detector; ``predictor(photo)`` returns `Detections`. Several threads may share one predictor.
 
     Args:
-        path: an ONNX file, a folder of staged files, or an OpenVINO model (.xml), as ``earlyexit export`` writes them.
+        path: an ONNX file, a folder of staged files, or an OpenVINO model (.xml), written by ``earlyexit export``.
         runtime: ``onnxruntime`` or ``openvino``. A file in OpenVINO's own format needs the latter.
-        threads: of the runtime, for one photo.
-        score_thresh: least score of a detection, one number or class name -> number (other classes keep the file's);
-            None: the file's own.
-        thresholds: of the early exits in place of the file's: one for each, or exit name -> threshold; a number in
-            [0, 1], or 2.0, which closes the exit.
+        threads: threads of the runtime.
+        score_thresh: lowest score of a detection, one number or class name -> number (other classes keep the file's);
+            None: the file's.
+        thresholds: thresholds of the early exits instead of the file's: one for each, or exit name -> threshold. A
+            confidence is at most 1, so 2.0 closes an exit.
 
     Attributes:
         classes: names of the labels 1..K.
         exit_names: shallow to deep, ``full`` last.
-        thresholds: exit name -> threshold; None where the file was written without the exit.
-        certificate: what the calibration promised, as the certificate's JSON; None where there was none.
-        versions: of the software that wrote the file.
+        thresholds: exit name -> threshold; None for an exit that was not exported.
+        certificate: the calibration's certificate as JSON; None without one.
+        versions: versions of the software that wrote the file.
 
     Raises:
         EarlyExitError: a file that was not exported by this project, is damaged, or which the runtime cannot run; a
@@ -128,19 +128,19 @@ class Predictor:
         """Detect in one photo.
 
         Args:
-            image: RGB uint8 [H, W, 3] of any size. Grey [H, W] is repeated and transparency [H, W, 4] laid on white.
+            image: RGB uint8 [H, W, 3] of any size. Grey [H, W] becomes RGB, and RGBA [H, W, 4] is blended with white.
                 Floats in [0, 1] are rounded to 8 bits.
 
         Raises:
-            EarlyExitError: no such array, with what it is and what was expected.
+            EarlyExitError: an array of another type, shape or range.
         """
         return self._detect(image, "image", self._thresholds)
 
     def predict(self, images: Iterable[Array]) -> list[Detections]:
-        """Detect in some photos of any sizes, one after the other: each leaves at its own exit.
+        """Detect in photos of any sizes, one by one, since each leaves at its own exit.
 
         Raises:
-            EarlyExitError: one is no photo; the message has its place.
+            EarlyExitError: an invalid photo; the message has its index.
         """
         if isinstance(images, np.ndarray) and images.ndim < 4:
             raise EarlyExitError(
@@ -149,7 +149,7 @@ class Predictor:
         return [self._detect(image, f"image {place}", self._thresholds) for place, image in enumerate(images)]
 
     def warm_up(self, runs: int = 2) -> None:
-        """Run a blank photo, along the exits and to the end: the first calls are slower than the others."""
+        """Run a blank photo, routed and through the full path, since the first calls are slower than later ones."""
         blank = np.zeros((480, 640, 3), np.uint8)
         for _ in range(runs):
             for thresholds in (self._thresholds, np.full_like(self._thresholds, CLOSED)):
@@ -175,7 +175,7 @@ class Predictor:
         )
 
     def _least_scores(self, given: float | Mapping[str, float] | None) -> Array:
-        """float32 [K]."""
+        """Lowest score per class, float32 [K]."""
         scores = np.array(self._description.score_thresh, np.float32)
         if isinstance(given, Mapping):
             for name, value in given.items():
@@ -227,7 +227,7 @@ def as_photo(image: object, name: str = "image") -> Array:
     """The photo as contiguous uint8 RGB [H, W, 3], see :meth:`Predictor.__call__`; ``name`` is for messages.
 
     Raises:
-        EarlyExitError: it is none.
+        EarlyExitError: an invalid photo.
     """
     if not isinstance(image, np.ndarray):
         raise EarlyExitError(f"{name}: a {type(image).__name__}, expected a numpy array uint8 [H, W, 3] RGB")
@@ -250,7 +250,7 @@ def as_photo(image: object, name: str = "image") -> Array:
 
 
 def _as_bytes(image: Array, name: str) -> Array:
-    """Numbers of other types as uint8."""
+    """Convert integers in 0..255 or floats in [0, 1] to uint8."""
     if image.dtype.kind not in "fiu":
         raise EarlyExitError(f"{name}: values of type {image.dtype}, expected uint8, or floats in [0, 1]")
     low, high = float(image.min()), float(image.max())
@@ -264,7 +264,7 @@ def _as_bytes(image: Array, name: str) -> Array:
 
 @dataclass(frozen=True)
 class _Description:
-    """What a file says about itself."""
+    """Metadata of an exported file."""
 
     classes: tuple[str, ...]
     exit_names: tuple[str, ...]
@@ -275,7 +275,7 @@ class _Description:
 
     @classmethod
     def of(cls, metadata: Mapping[str, Any]) -> _Description:
-        """From text by key; every value but the format is JSON. Raises KeyError, TypeError or ValueError."""
+        """Parse metadata (text by key, all JSON except the format). Raises KeyError, TypeError or ValueError."""
         if metadata.get("format") != FORMAT:
             raise ValueError(f"its format is {shown(metadata.get('format'))}, expected {FORMAT!r}")
         read = {key: json.loads(metadata[key]) for key in ("classes", "exit_names", "thresholds", "score_thresh")}
@@ -292,7 +292,7 @@ class _Description:
         return found
 
 
-# What is run: one file, or a file for each segment.
+# The network: one file, or one file per segment.
 
 Outputs = tuple[Array, Array, Array, Array, Array]
 """boxes, labels, scores, exit_index, exit_confidence."""
@@ -300,9 +300,9 @@ _NAMES = ("boxes", "labels", "scores", "exit_index", "exit_confidence")
 
 
 class _OneFile:
-    """A whole detector.
+    """A whole detector in one file.
 
-    fixed_thresholds, fixed_scores: the file has thresholds, or least scores, which the runtime cannot change.
+    fixed_thresholds, fixed_scores: whether thresholds and lowest scores are constants of the file, not inputs.
     """
 
     def __init__(self, network: OnnxRuntime | OpenVino) -> None:
@@ -316,7 +316,7 @@ class _OneFile:
 
 
 class _Staged:
-    """A folder with a file for each segment: what is behind an exit is run where the photo goes on."""
+    """A folder with one file per segment; a segment is run only if the photo does not leave before it."""
 
     fixed_thresholds = fixed_scores = False
 
@@ -359,7 +359,7 @@ class _Staged:
 
 
 def package(name: str) -> ModuleType:
-    """A package that not every user has.
+    """Import an optional package.
 
     Raises:
         EarlyExitError: it is not installed.
@@ -379,10 +379,10 @@ class OnnxRuntime:
     """An ONNX graph in ONNX Runtime on the CPU.
 
     Args:
-        content: a file, or its bytes; name: of it, for messages.
+        content, name: a file or its bytes, and its name for messages.
 
     Attributes:
-        metadata: what the file says about itself; inputs: names of all that it takes.
+        metadata, inputs: the file's metadata (text by key), and the names of its inputs.
     """
 
     def __init__(self, content: Path | bytes, name: object, threads: int = 1) -> None:
@@ -391,7 +391,7 @@ class OnnxRuntime:
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
         options.add_session_config_entry("session.load_model_format", "ONNX")
         try:
-            # from bytes: data outside the file is not looked for, since this project writes none
+            # from bytes: external data is not read, since this project writes none
             self._session = runtime.InferenceSession(
                 content if isinstance(content, bytes) else content.read_bytes(),
                 options,
@@ -399,7 +399,7 @@ class OnnxRuntime:
                 enable_fallback=0,
             )
             self.metadata = dict(self._session.get_modelmeta().custom_metadata_map)
-        except Exception as error:  # a damaged or foreign file raises whatever its reader does
+        except Exception as error:  # a damaged or foreign file may raise any exception
             raise _cannot_load(name, "ONNX Runtime", error) from None
         named = [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
         self.inputs = [one.name for one in named]
@@ -408,7 +408,7 @@ class OnnxRuntime:
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         try:
-            given = {name: feeds[name] for name in self.inputs if name in feeds}  # it says itself what is missing
+            given = {name: feeds[name] for name in self.inputs if name in feeds}  # ONNX Runtime reports missing ones
             values = self._session.run(None, given)
         except Exception as error:  # ONNX Runtime has a class of its own for each kind of failure
             raise EarlyExitError(f"{self._name}: it does not run ({one_line(str(error))[:150]}); export anew") from None
@@ -424,7 +424,7 @@ class OpenVino:
         try:
             model = runtime.Core().read_model(path)
             self.metadata = _openvino_metadata(model)
-            # before it is compiled: what is folded away then leaves its names to inputs and outputs
+            # before compilation, which may move names of removed nodes to inputs and outputs
             self.inputs = [one.any_name for one in model.inputs]
             self._outputs = [one.any_name for one in model.outputs]
             self._compiled = runtime.Core().compile_model(model, "CPU", settings)
@@ -443,7 +443,7 @@ class OpenVino:
 
 
 def _openvino_metadata(model: Any) -> dict[str, str]:
-    """What stood in the ONNX file's metadata."""
+    """The metadata of the ONNX file that the model was converted from."""
     if not model.has_rt_info("framework"):
         return {}
     found = {key: model.get_rt_info(["framework", key]).value for key in model.get_rt_info("framework").value}

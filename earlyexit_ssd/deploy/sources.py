@@ -22,23 +22,23 @@ from earlyexit_ssd.images import PHOTO_SUFFIXES, find_files, read_image
 logger = logging.getLogger(__name__)
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts")
-"""Of videos that are told from photos by name, in any case."""
+"""File name suffixes of videos, in any case."""
 LONGEST_WAIT = 30.0
-"""Seconds between two tries to reach a camera that has gone away; the first wait is of one second, each next twice."""
+"""Longest wait in seconds before reconnecting to a lost camera; waits start at one second and double."""
 SHORT = 2
-"""Frames that a video may have fewer than it says: containers count roughly."""
+"""Number of frames by which a video may be shorter than its header states: containers are imprecise."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One thing to look at: a photo, a video, or a live stream (camera index, or address such as ``rtsp://...``)."""
+    """An input: a photo, a video, or a live stream (camera index, or address such as ``rtsp://...``)."""
 
     name: str
     kind: Literal["photo", "video", "live"]
 
     @property
     def title(self) -> str:
-        """For people and files: the name without the password of an address."""
+        """The name for messages and files: without the user and password of an address."""
         return re.sub(r"://[^/@]*@", "://", self.name)
 
 
@@ -48,11 +48,11 @@ class Frame:
 
     Attributes:
         image: uint8 [H, W, 3], RGB.
-        source: it is from.
-        index: of the frame in its source, from 0; frames that a stride leaves out count.
+        source: its source.
+        index: index of the frame in its source, from 0; frames skipped by a stride count.
         time: seconds from the source's start; None for a photo.
-        fps: of the source, None where it is not known.
-        total: frames of the source, None where it is not known.
+        fps: frames per second of the source; None if unknown.
+        total: number of frames of the source; None if unknown.
     """
 
     image: np.ndarray
@@ -64,18 +64,18 @@ class Frame:
 
     @property
     def name(self) -> str:
-        """For people: the photo, or the video and the frame in it."""
+        """Name for messages: the photo, or the video and the frame's index."""
         return self.source.title if self.source.kind == "photo" else f"{self.source.title} frame {self.index}"
 
 
 def find_sources(arguments: Sequence[str | os.PathLike[str]]) -> list[Source]:
-    """What the user has named, in this order.
+    """The sources of command-line arguments, in order.
 
-    A number is a camera, what holds ``://`` a stream, a folder stands for the photos and videos in and below it, and a
-    pattern (``*``, ``?``, ``[...]``, ``**``) for the files that fit it. Every other name is a file.
+    A number is a camera, and an argument with ``://`` a stream. A folder means all photos and videos in and below it, a
+    pattern (``*``, ``?``, ``[...]``, ``**``) all matching files. Everything else is a file.
 
     Raises:
-        DataError: a folder without photos and videos, or a pattern that nothing fits.
+        DataError: a folder without photos and videos, or a pattern without matching files.
     """
     sources: list[Source] = []
     for argument in map(os.fspath, arguments):
@@ -104,13 +104,13 @@ def _file(path: str | os.PathLike[str]) -> Source:
 
 
 def read_frames(source: Source, stride: int = 1) -> Iterator[Frame | DataError]:
-    """The frames of a source, one in memory at a time; what cannot be read comes as the error that names it.
+    """Yield the frames of a source, one in memory at a time; a frame that cannot be read is yielded as an error.
 
-    A live stream that goes away is tried again until it is back, and each try is logged. Only its first failure to
-    open ends it.
+    A lost live stream is reopened until it is back, and each attempt is logged. Only a failure of the first attempt
+    ends it.
 
     Args:
-        stride: of a video or a live stream every so many frames are given, from the first on; at least 1.
+        stride: yield every ``stride``-th frame of a video or live stream, from the first on; at least 1.
 
     Raises:
         EarlyExitError: a stride below 1, or a video or stream where OpenCV is not installed.
@@ -127,7 +127,7 @@ def read_frames(source: Source, stride: int = 1) -> Iterator[Frame | DataError]:
 
 
 def opencv() -> ModuleType:
-    """OpenCV, which only videos and cameras need.
+    """Import OpenCV, which only videos and cameras need.
 
     Raises:
         EarlyExitError: it is not installed.

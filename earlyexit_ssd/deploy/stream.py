@@ -1,8 +1,7 @@
-"""The temporal exit of a video or a camera: where little has changed, the last answer is given again.
+"""The temporal exit for videos and cameras: frames that differ little from an earlier one repeat its detections.
 
-A frame is compared with the last one that was computed, never with the one before it, so that what changes slowly adds
-up. What counts as little is calibrated on the camera's own frames, which nobody labels: the detector's own answers on
-them say how many a rule would have changed.
+A frame is compared with the last computed frame, not with the previous one, so that slow changes add up. The threshold
+is calibrated on unlabelled frames of the camera, by comparing repeated detections with the detector's own.
 """
 
 from __future__ import annotations
@@ -27,24 +26,24 @@ from earlyexit_ssd.plain import build, check_fields, read_json
 from earlyexit_ssd.progress import progress
 
 Detector = Callable[[np.ndarray], Detections]
-"""A `Predictor`, or what is called like one."""
+"""A `Predictor`, or a function with the same call."""
 
 REPEATED = "repeated"
-"""``exit_name`` of an answer that is given again; its ``exit_index`` is -1."""
+"""``exit_name`` of repeated detections; their ``exit_index`` is -1."""
 CELLS = 32
-"""Of the small picture along the longer side. An object that fills one is 10 px wide in a detector's input of 320."""
+"""Cells of the small picture along the longer side. A cell is 10 px wide at a detector input of 320."""
 ROWS = 8
-"""Of the frame that are averaged in a cell, at most; all their pixels are, so that sensor noise nearly vanishes."""
+"""Largest number of frame rows averaged per cell; all their pixels are used, which averages out sensor noise."""
 CLOSE = 0.1
-"""A detection this near to the least score is a close call: a little noise adds it or takes it away."""
+"""A detection whose score differs by less than this from the lowest score is a close call: noise may flip it."""
 CLOSE_WEIGHT = 2.0
-"""Changes count so many times where the last answer holds a close call."""
+"""Factor of the change if the last answer has a close call."""
 THRESHOLDS = tuple(0.25 * 2 ** (step / 4) for step in range(25))
-"""Grey levels from safe to bold, 0.25 to 16; fixed before any frame is seen, so that they can be tested in turn."""
+"""Tested thresholds in grey levels, 0.25 to 16, from safe to bold; fixed in advance for fixed-sequence testing."""
 MOST_REPEATS = 10
-"""Whatever a calibration did not see, what comes in is seen so many frames later at the latest."""
+"""Default of the largest number of repeated frames in a row, which limits the delay of unforeseen changes."""
 FEW_EVENTS = 10
-"""Fewer changes of the answer say little about a rule."""
+"""With fewer changes of the detections in the calibration frames, a rule is poorly tested."""
 SAME_IOU = 0.5
 FORMAT = "earlyexit_ssd stream rule/1"
 ADVICE = "write one with earlyexit predict --calibrate-stream"
@@ -53,22 +52,22 @@ Share = Annotated[float, 0, 1]
 
 
 def small_picture(image: np.ndarray) -> np.ndarray:
-    """A frame uint8 [H, W, 3] as means of square cells, `CELLS` along its longer side: uint8 [h, w, 3]."""
+    """Shrink a frame uint8 [H, W, 3] to means of square cells, `CELLS` along the longer side: uint8 [h, w, 3]."""
     cell = max(1, max(image.shape[:2]) // CELLS)
     step = max(1, cell // ROWS)
     return np.asarray(Image.fromarray(image[::step]).reduce((cell, max(1, cell // step))))
 
 
 def change(one: np.ndarray, other: np.ndarray) -> float:
-    """Root mean square difference of two small pictures of one shape, grey levels in 0 to 255."""
+    """Root mean square difference of two small pictures of the same shape, in grey levels 0 to 255."""
     difference = np.subtract(one, other, dtype=np.float32).ravel()
     return math.sqrt(float(difference @ difference) / difference.size)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Of a detector, as a user with a least score sees it: boxes [n, 4] xyxy and labels [n], and whether a detection,
-    seen or not, is a close call."""
+    """Detections from a lowest score on: boxes [n, 4] xyxy and labels [n], and whether any detection, also one below
+    that score, is a close call."""
 
     boxes: np.ndarray
     labels: np.ndarray
@@ -76,13 +75,13 @@ class Answer:
 
     @classmethod
     def of(cls, found: Detections, score: float) -> Answer:
-        """What is left at a least score of ``score``."""
+        """The detections with at least ``score``."""
         keep = found.scores >= score
         return cls(found.boxes[keep], found.labels[keep], bool((np.abs(found.scores - score) < CLOSE).any()))
 
 
 def same_answer(one: Answer, other: Answer) -> bool:
-    """Whether both hold as many objects of each class, and each box has one of its own in the other at IoU 0.5."""
+    """Whether both have the same number of objects of each class and all boxes match one to one at IoU 0.5."""
     if len(one.labels) != len(other.labels) or (np.sort(one.labels) != np.sort(other.labels)).any():
         return False
     overlap = np.where(one.labels[:, None] == other.labels, _iou(one.boxes, other.boxes), 0.0)
@@ -95,7 +94,7 @@ def same_answer(one: Answer, other: Answer) -> bool:
 
 
 def _iou(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Of boxes xyxy [n, 4] and [m, 4]: [n, m]."""
+    """IoU [n, m] of boxes xyxy [n, 4] and [m, 4]."""
     sides = np.minimum(one[:, None, 2:], other[None, :, 2:]) - np.maximum(one[:, None, :2], other[None, :, :2])
     shared = sides.clip(0).prod(2)
     areas = [(boxes[:, 2:] - boxes[:, :2]).prod(1) for boxes in (one, other)]
@@ -104,17 +103,17 @@ def _iou(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamFigures:
-    """What was measured on the frames that calibrated a rule.
+    """Figures of a rule on its calibration frames.
 
     Attributes:
-        frames, block, blocks: frames in all, frames that count as one draw, and how many such draws there were.
-        share: of changed answers that was asked for; delta: of the promise, None where there is none.
-        events: how often the detector's own answer differed from that to the frame before: what there was to miss.
-        changed: share of the frames whose answer differed from the detector's own.
-        bound: what that share does not exceed with probability 1 - delta; None without a promise.
-        computed: share of the frames that were computed.
-        speedup: milliseconds of all frames computed, through those with the rule, comparisons included.
-        every_nth_changed: the share of changed answers where every n-th frame is computed, at the same speed-up.
+        frames, block, blocks: number of frames, frames per block (one independent draw), and number of blocks.
+        share, delta: wanted largest share of changed answers, and failure probability (None: no guarantee).
+        events: number of frames whose own detections differ from those of the frame before.
+        changed: share of frames whose answer differs from the detector's own.
+        bound: upper bound of that share with probability 1 - delta; None without a guarantee.
+        computed: share of frames that are computed.
+        speedup: time with every frame computed, divided by the time with the rule, comparisons included.
+        every_nth_changed: share of changed answers if every n-th frame is computed instead, at the same speed-up.
     """
 
     frames: Annotated[int, 1, 2**63]
@@ -150,14 +149,14 @@ class StreamFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamRule:
-    """When the last answer is given again, for one camera and one detector.
+    """Rule of a temporal exit, for one camera and one detector.
 
     Attributes:
-        threshold: the largest change (see :func:`change`) at which it is, grey levels.
-        score: least score at which answers were compared; score, like the classes, is to be that of use.
-        most_repeats: an answer is given again so many times in a row at most.
-        classes: of the detector.
-        figures: of the calibration; None for a rule that was set by hand.
+        threshold: largest change (see :func:`change`) at which the last answer is repeated, grey levels.
+        score: lowest score of a detection in the compared answers; it must be used with this score.
+        most_repeats: largest number of repeats in a row.
+        classes: the detector's classes.
+        figures: figures of the calibration; None for a rule set by hand.
     """
 
     threshold: Annotated[float, 0, 255]
@@ -170,12 +169,12 @@ class StreamRule:
         check_fields(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as JSON."""
+        """Write the rule as JSON."""
         write_json(path, {"format": FORMAT, **json.loads(json.dumps(dataclasses.asdict(self)))})
 
 
 def load_stream_rule(path: str | os.PathLike[str]) -> StreamRule:
-    """Read what :meth:`StreamRule.save` has written.
+    """Read a file of :meth:`StreamRule.save`.
 
     Raises:
         EarlyExitError: no such file, or not a rule.
@@ -190,10 +189,10 @@ def load_stream_rule(path: str | os.PathLike[str]) -> StreamRule:
 
 
 class TemporalExit:
-    """A detector for the frames of one camera in turn: where little has changed, its last answer again.
+    """A detector with a temporal exit; call it with the frames of one camera in order.
 
     Raises:
-        EarlyExitError: the rule is for other classes, or for another least score than ``score`` (None: the rule's).
+        EarlyExitError: the rule is for other classes, or for another lowest score than ``score`` (None: the rule's).
     """
 
     def __init__(self, detector: Detector, rule: StreamRule, score: float | None = None) -> None:
@@ -211,14 +210,14 @@ class TemporalExit:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the last answer: another camera comes."""
+        """Forget the last frame, before frames of another camera."""
         self._picture: np.ndarray | None = None
         self._found: Detections | None = None
         self._weight, self._repeats = 1.0, 0
 
     def __call__(self, image: np.ndarray) -> Detections:
-        """Detect in the next frame, uint8 [H, W, 3] RGB; ``exit_name`` `REPEATED` and ``exit_index`` -1 tell an answer
-        that is given again, whose ``ms`` is that of the comparison."""
+        """Detections of the next frame, uint8 [H, W, 3] RGB. Repeated ones have the ``exit_name`` `REPEATED`, the
+        ``exit_index`` -1 and as ``ms`` the time of the comparison."""
         start = time.perf_counter()
         picture = small_picture(image)
         if (
@@ -238,11 +237,11 @@ class TemporalExit:
 
 @dataclass
 class Recording:
-    """What a detector says to every frame of a video, and the small pictures: enough to try any rule.
+    """A detector's answers on the frames of a video with the small pictures, from which any rule can be evaluated.
 
     Attributes:
-        pictures: of the frames in turn; answers: at the least score ``score``.
-        ms: of a frame that is computed, mean; ms_compared: of a small picture and its comparison, mean.
+        pictures, answers: small picture, and answer with the lowest score ``score``, per frame.
+        ms, ms_compared: mean milliseconds of a detection, and of a small picture with its comparison.
     """
 
     score: float
@@ -255,7 +254,7 @@ class Recording:
 
     @classmethod
     def of(cls, detector: Any, frames: Iterable[np.ndarray], score: float, total: int | None = None) -> Recording:
-        """Run ``detector`` on all ``frames`` (uint8 [H, W, 3] RGB); ``total`` is for the progress bar."""
+        """Run ``detector`` on ``frames`` (uint8 [H, W, 3] RGB); ``total``: number of frames for the progress bar."""
         recording = cls(score, tuple(detector.classes))
         ms, compared = [], []
         for image in progress(frames, desc="watch", total=total, unit="frame"):
@@ -276,7 +275,7 @@ class Recording:
         return len(self.answers)
 
     def part(self, start: int, stop: int) -> Recording:
-        """Frames ``start`` to ``stop``, the latter left out."""
+        """Frames ``start`` to ``stop - 1``."""
         inside = slice(start, stop)
         return dataclasses.replace(self, pictures=self.pictures[inside], answers=self.answers[inside], _same={})
 
@@ -295,7 +294,7 @@ class Recording:
         return computed, self.changed(computed)
 
     def changed(self, computed: np.ndarray) -> np.ndarray:
-        """Which answers differ from the detector's own where only the frames ``computed`` (bool [n]) are: bool [n]."""
+        """Which answers change if only the frames ``computed`` (bool [n]) are computed: bool [n]."""
         last = np.maximum.accumulate(np.where(computed, np.arange(len(self)), 0))
         return np.array([not self._equal(int(one), index) for index, one in enumerate(last)], bool)
 
@@ -308,12 +307,12 @@ class Recording:
         return self._same[key]
 
     def speedup(self, computed: np.ndarray) -> float:
-        """Milliseconds of all frames through those with the rule; 1.0 where nothing was timed."""
+        """Time of computing all frames divided by the time of computing ``computed``; 1.0 without timing."""
         spent = self.ms_compared * len(self) + self.ms * computed.sum()
         return float(self.ms * len(self) / spent) if spent else 1.0
 
     def nth_frames(self, speedup: float, phases: int = 8) -> list[np.ndarray]:
-        """Frames at even distances, ``speedup`` times fewer than all, from so many starts: bool [n] each."""
+        """Masks bool [n] of evenly spaced frames, ``speedup`` times fewer than all, one per offset (``phases``)."""
         frames, chosen = np.arange(len(self)), []
         for phase in range(phases):
             turn = np.floor(frames / max(1.0, speedup) + phase / phases)
@@ -321,13 +320,13 @@ class Recording:
         return chosen
 
     def every_nth(self, speedup: float, phases: int = 8) -> float:
-        """The share of changed answers where only :meth:`nth_frames` are computed, mean over the starts."""
+        """Share of changed answers if only :meth:`nth_frames` are computed, mean over the offsets."""
         return float(np.mean([self.changed(computed).mean() for computed in self.nth_frames(speedup, phases)]))
 
     def figures(
         self, threshold: float, most_repeats: int, share: float, delta: float | None, block: int
     ) -> StreamFigures:
-        """What a rule does on these frames."""
+        """Figures of a rule on these frames."""
         computed, changed = self.with_rule(threshold, most_repeats)
         blocks, speedup = block_means(changed, block), self.speedup(computed)
         bound = None
@@ -349,8 +348,8 @@ class Recording:
 
 
 def block_means(changed: np.ndarray, block: int) -> np.ndarray:
-    """The share of changed answers in each ``block`` consecutive frames, in a seeded random order; frames behind the
-    last whole block are left out."""
+    """Share of changed answers per ``block`` consecutive frames, in a seeded random order; an incomplete last block is
+    dropped."""
     whole = len(changed) // block * block
     means = changed[:whole].reshape(-1, block).mean(1)
     return np.random.default_rng(0).permutation(means)
@@ -366,25 +365,24 @@ def calibrate_stream(
     most_repeats: int = MOST_REPEATS,
     total: int | None = None,
 ) -> StreamRule:
-    """The boldest rule that changes at most ``share`` of the answers, from a camera's own frames.
+    """The rule with the largest threshold that changes at most ``share`` of the answers, from a camera's frames.
 
-    Thresholds are tried from safe to bold. With ``delta``, each is tested on blocks of frames by betting (see
-    `earlyexit_ssd.bounds`), and the last one before the first that fails is taken: its share of changed answers is at
-    most ``share`` with probability 1 - ``delta``, if blocks are independent draws of what the camera will see. An
-    answer is changed where the number of objects of a class differs from the detector's own, or a box does not meet
-    one of its own at IoU 0.5.
+    Thresholds are tested in increasing order. With ``delta``, each is tested on blocks of frames by betting (see
+    `earlyexit_ssd.bounds`), until the first failure. The last one that passes changes at most ``share`` of the answers
+    with probability 1 - ``delta``, if blocks and future frames of the camera are independent draws of one distribution.
+    An answer is changed if it differs from the detector's own in the sense of `same_answer`.
 
     Args:
-        detector: a `Predictor`, best with a ``score_thresh`` that is 0.1 below ``score``, so that close calls are seen.
-        frames: uint8 [H, W, 3] RGB in turn, all of one camera, at the rate at which it will run; or a `Recording`.
-        delta: None tests nothing: the measured share alone decides, and nothing is promised.
-        block: consecutive frames that count as one draw; longer than what happens before the camera lasts.
-        score: least score of a detection that counts.
-        most_repeats: an answer is given again so many times in a row at most.
+        detector: a `Predictor`, best with a ``score_thresh`` 0.1 below ``score``, which makes close calls visible.
+        frames: uint8 [H, W, 3] RGB in order, of one camera, at the frame rate of use; or a `Recording`.
+        delta: failure probability; None: choose by the measured share, without a guarantee.
+        block: consecutive frames per draw; longer than an event in front of the camera.
+        score: lowest score of a detection.
+        most_repeats: largest number of repeats in a row.
         total: number of frames, for the progress bar.
 
     Raises:
-        EarlyExitError: a number out of its range, no frames, or too few to promise that.
+        EarlyExitError: a number out of its range, no frames, or too few frames for the guarantee.
     """
     for name, value in (("share", share), ("delta", 0.5 if delta is None else delta)):
         if not 0 < value < 1:

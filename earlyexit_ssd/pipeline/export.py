@@ -32,10 +32,10 @@ from earlyexit_ssd.deploy.graph import (
     STATE,
     Contract,
     Segment,
+    build_graph,
     expand_log_sum_exp,
     first_stage,
     last_stage,
-    put_together,
     required_inputs,
     stage,
 )
@@ -316,7 +316,7 @@ def _metadata(model: EarlyExitDetector) -> dict[str, str]:
 
 def _write_onnx(parts: _Parts, path: Path, for_openvino: bool = False) -> None:
     contract = dataclasses.replace(parts.contract, large=0) if for_openvino else parts.contract
-    whole = put_together([segment for _, segment in parts.segments], contract, parts.metadata)
+    whole = build_graph([segment for _, segment in parts.segments], contract, parts.metadata)
     path.write_bytes((required_inputs(whole) if for_openvino else whole).SerializeToString())
 
 
