@@ -73,6 +73,8 @@ SHARES = (1.0, 0.9, 0.8, 0.7)
 """Tried input sides as shares of the detector's own."""
 EXPORT_PHOTOS = 16
 """Photos of the calib split on which the exported file is compared with the model."""
+GLANCE_PRICE = 0.15
+"""Of the detector's time, roughly: what a glance costs every photo."""
 HOPELESS = 2.0
 """A net that loses more than this many budgets without exits is not tried with exits, which can only lose more."""
 
@@ -236,6 +238,12 @@ class Optimizer:
         others = [one for one in self.architecture.exits if one.pixels is None] if size == own else []
         return (*describe_exits((), glances=[one for one in glances if one[0] < size]), *others)
 
+    @property
+    def shows_empty_photos(self) -> bool:
+        """Whether a glance could pay: the share of calib photos in which nothing is found is above its price."""
+        found = self.reference.values()
+        return sum(not (one["scores"] >= self.cfg.EVAL.SCORE).any() for one in found) > GLANCE_PRICE * len(found)
+
     def plan(self) -> list[tuple[int, str, tuple[str, ...]]]:
         """Input size, kind of head and exit names of every candidate. Nets without exits come first, and the whole head
         with exits last: its candidates with only glances are skipped if the compact head holds the budget."""
@@ -244,8 +252,8 @@ class Optimizer:
         plan += [(size, best, ()) for size in self.sizes]
         for size, fold in [*((size, best) for size in self.sizes), (own, self.folds[0])]:
             names = [one.name for one in self.exits_at(size)]
-            glances = [name for name in names if name.startswith("glance")]
-            others = tuple(name for name in names if name not in glances) if fold == "as it is" else ()
+            glances = [name for name in names if name.startswith("glance")] if self.shows_empty_photos else []
+            others = tuple(name for name in names if not name.startswith("glance")) if fold == "as it is" else ()
             sets = [*((one,) for one in glances), *itertools.combinations(glances, 2)]
             if others:
                 sets += [*((one,) for one in others), others, *((one, *others) for one in glances)]
