@@ -74,7 +74,7 @@ SHARES = (1.0, 0.9, 0.8, 0.7)
 EXPORT_PHOTOS = 16
 """Photos of the calib split on which the exported file is compared with the model."""
 GLANCE_PRICE = 0.15
-"""Of the detector's time, roughly: what a glance costs every photo."""
+"""Approximate cost of a glance as a share of the detector's time; every photo pays it."""
 HOPELESS = 2.0
 """A net that loses more than this many budgets without exits is not tried with exits, which can only lose more."""
 
@@ -240,7 +240,7 @@ class Optimizer:
 
     @property
     def shows_empty_photos(self) -> bool:
-        """Whether a glance could pay: the share of calib photos in which nothing is found is above its price."""
+        """Whether the share of calib photos without detections exceeds `GLANCE_PRICE`, so that glances can save time."""
         found = self.reference.values()
         return sum(not (one["scores"] >= self.cfg.EVAL.SCORE).any() for one in found) > GLANCE_PRICE * len(found)
 
