@@ -240,7 +240,7 @@ class Optimizer:
 
     @property
     def shows_empty_photos(self) -> bool:
-        """Whether the share of calib photos without detections exceeds `GLANCE_PRICE`, so that glances can save time."""
+        """Whether more than a share `GLANCE_PRICE` of calib photos has no detection, so that glances can save time."""
         found = self.reference.values()
         return sum(not (one["scores"] >= self.cfg.EVAL.SCORE).any() for one in found) > GLANCE_PRICE * len(found)
 
