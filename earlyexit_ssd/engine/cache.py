@@ -32,8 +32,7 @@ class TapCache:
     Args:
         folder: folder of ``*.npy``, ``targets.pt`` and ``cache.json``.
         model: determines the shape of a row.
-        photos: number of photos.
-        views: number of augmented views per photo.
+        photos, views: number of photos, and of augmented views of each.
         dtype: ``float16`` (relative rounding error up to 2^-11) or ``float32`` (none).
     """
 

@@ -284,7 +284,6 @@ def record(
         loader: batches of (images, targets) without augmentation. If its photos are split over processes, all of them
             write to the same ``folder``.
         photos: number of photos.
-        folder: folder of the recording.
         key: text that identifies the photos; weights and exits are added to it.
         pseudo_label_score: for photos without labels: the full path's detections of at least this score are used as
             labels. None: use the targets.
@@ -314,9 +313,7 @@ def _stored(folder: Path, key: str) -> Recording | None:
         return None
 
 
-def _write(
-    model: nn.Module, loader: Batches, photos: int, folder: Path, key: str, pseudo_label_score: float | None
-) -> None:
+def _write(model: nn.Module, loader: Batches, photos: int, folder: Path, key: str, score: float | None) -> None:
     shared = shares_photos(loader)
     first = is_main() or not shared
     with failing_together(shared), evaluating(model):
@@ -333,10 +330,7 @@ def _write(
     def of_batch(images: list[Tensor], targets: Targets) -> tuple[list[int], list[list[ImageDetections]]]:
         outputs = model.exit_outputs(images)
         found = [model.detections(outputs, index) for index in range(len(model.exit_names))]
-        if pseudo_label_score is None:
-            labelled = targets
-        else:
-            labelled = [_pseudo_labels(one, pseudo_label_score) for one in found[-1]]
+        labelled = targets if score is None else [_pseudo_labels(one, score) for one in found[-1]]
         rows = list(itertools.islice(places, len(images)))
         for name, values in _rows(model, outputs, labelled).items():
             arrays[name][rows] = values

@@ -75,10 +75,8 @@ class Place:
 
     Attributes:
         backbone: the detector's backbone, whose layers may be copied.
-        layer: trunk layer of the tap.
-        tap: (channels, height, width) of the tap.
-        grids: (height, width) of the head's feature maps, in cells.
-        boxes_per_cell: default boxes per cell of each grid.
+        layer, tap: trunk layer of the tap, and its (channels, height, width).
+        grids, boxes_per_cell: (height, width) in cells of the head's feature maps, and default boxes per cell of each.
         num_classes: outputs per default box, background included.
         context: channels of the map that the previous exit passes on; 0 for none.
     """

@@ -34,8 +34,7 @@ from earlyexit_ssd.plain import read_json, typed
 FORMAT = "earlyexit_ssd/1"
 
 Describe = Callable[[int, tuple[str, ...]], Architecture]
-"""Function from a foreign checkpoint's outputs per default box (background included) and exit names to its
-architecture."""
+"""Function from a checkpoint's outputs per default box (background included) and exit names to its architecture."""
 
 
 class ModelInfo(TypedDict, total=False):
@@ -44,8 +43,7 @@ class ModelInfo(TypedDict, total=False):
     Attributes:
         router: settings of an ``ExitRouter``; None if the exits are not trained.
         forced: training continued past a failed gate.
-        exits: whether a checkpoint of another program has exits.
-        temperatures: temperatures in a checkpoint of another program.
+        exits, temperatures: for checkpoints of other programs: whether it has exits, and its temperatures.
     """
 
     router: RouterSettings | None

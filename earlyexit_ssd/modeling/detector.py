@@ -545,8 +545,7 @@ class PathToExit(nn.Module):
     Args:
         model: the model; its parts are used, not copied.
         exit_index: 0 for the first exit, the number of early exits for the full path.
-        router: computes the confidence of every exit on the way and skips closed exits; None computes every branch and
-            no confidence.
+        router: computes the confidences and skips closed exits; None: every branch and no confidence is computed.
         alone: without a router, skip the branches before ``exit_index``: the exit as a detector of its own. A branch
             does not depend on earlier branches, except for their context.
     """

@@ -525,11 +525,7 @@ def require_state(state: object, source: str | os.PathLike[str]) -> None:
 
 
 def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: str | os.PathLike[str]) -> None:
-    """Load a state dict strictly.
-
-    Raises:
-        EarlyExitError: a missing, unexpected or non-finite key, a wrong shape or type; the message names the first.
-    """
+    """Load strictly; an EarlyExitError names the first missing or unexpected key, wrong shape or type, or NaN."""
     require_state(state, source)
     expected = module.state_dict()
     problems = [f"lacks {key}" for key in expected if key not in state]

@@ -72,10 +72,8 @@ logger = logging.getLogger(__name__)
 class Replay:
     """A recorded split. Every [n] and [n, exits] is in the order of increasing image ids.
 
-    Attributes:
-        ground_truth: the objects. For photos without labels (``labelled`` False): the full path's detections at the
-            deployed score, so that figures measure agreement with the full path, not accuracy.
-        score, iou: lowest score of a detection and IoU of a match.
+    For photos without labels (``labelled`` False), ``ground_truth`` holds the full path's detections of at least
+    ``score``: figures then measure agreement with the full path, not accuracy.
     """
 
     recording: Recording
