@@ -148,7 +148,7 @@ def build_rivals(
         device: where PyTorch's networks run; exported ones stay on the CPU.
 
     Raises:
-        EarlyExitError: a file that is no such detector, or one that knows none of the classes.
+        EarlyExitError: a file that is no such detector, or one that has none of the classes.
     """
     rivals = cfg.EVAL.RIVALS
     if not rivals.ENABLED:
