@@ -196,7 +196,7 @@ def calibrate(args: argparse.Namespace) -> None:
 def optimize_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, "that names the detector (MODEL.WEIGHTS) and the splits (DATA)")
     parser.add_argument("--weights", help="a model.pth to start from; by default the checkpoint MODEL.WEIGHTS")
-    parser.add_argument("--ap-drop", type=float, default=0.01, help="largest AP50 of the detector as it is - AP50; 0.01")
+    parser.add_argument("--ap-drop", type=float, default=0.01, help="largest loss of AP50, 0.01")
     parser.add_argument("--delta", type=float, default=0.05, help="share of the draws that may lose more; 0.05")
     wanted = parser.add_mutually_exclusive_group()
     wanted.add_argument("--speedup", type=float, help="least time of the detector as it is / time of the result")

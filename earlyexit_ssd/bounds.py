@@ -92,7 +92,7 @@ def upper_bound(losses: np.ndarray, delta: float, p_value: PValue = hoeffding_be
     """Upper confidence bound of the expected loss at level ``delta``, in (0, 1].
 
     This is the smallest epsilon with ``p_value(losses, epsilon) <= delta``, at most 1e-6 above it, never below.
-    ``losses`` are [n], in [0, 1]; ``p_value`` is one of :data:`BOUNDS`, or another function that falls as epsilon grows.
+    ``losses`` are [n], in [0, 1]; ``p_value`` is one of :data:`BOUNDS` or another function that falls in epsilon.
     """
     losses = _checked(losses, delta=delta)
     low, high = 0.0, 1.0  # no mean exceeds 1

@@ -127,7 +127,7 @@ class Hook:
     """
 
     def before_training(self, trainer: Trainer) -> None:
-        """Called once, before the first step of this process; a checkpoint is restored here, ``trainer.step`` included."""
+        """Called once, before the first step of this process. A checkpoint is restored here, with ``trainer.step``."""
 
     def after_step(self, trainer: Trainer) -> None:
         """Called after every step. ``trainer.losses`` are means over all processes."""
