@@ -33,7 +33,7 @@ examples:
   %(prog)s --config my.yaml --resume
       continue a run that was stopped or killed
   torchrun --nproc-per-node 2 tools/train_net.py --config my.yaml
-      two processes that share each batch
+      two processes that share each batch, and the photos of evaluations
 
 exit codes: 0 done, 2 bad input, 3 a gate failed (the figures and what to try are printed), 130 stopped by a signal
 Every key and its default: docs/config.md
@@ -48,6 +48,8 @@ examples:
   %(prog)s --config configs/voc_animals.yaml --out results EVAL.RUNTIME onnxruntime \\
       EVAL.RIVALS.ONNX "['yolox:yolox_nano.onnx']" EVAL.RIVALS.SINGLE_EXITS "[output/exit12/model.pth]"
       two more rivals, beside plain detectors with smaller inputs and each exit alone; all timed in ONNX Runtime
+  torchrun --nproc-per-node 2 tools/eval_exits.py --config configs/voc_animals.yaml --out results
+      two processes share the photos; the first one measures milliseconds and writes
 
 How to read the figures: docs/metrics.md
 """
@@ -64,6 +66,8 @@ examples:
       DATA.DATASETS "[[learn, '', frames/learn], [calib, '', frames/calib], [test, '', frames/test]]" \\
       DATA.TRAIN "[learn]" DATA.CALIB "[calib]" DATA.TEST "[test]"
       frames of a camera without labels, 5 per second; frames of 5 s count as one draw
+  torchrun --nproc-per-node 2 tools/calibrate.py --config configs/voc_animals.yaml --ap-drop 0.01
+      two processes share the photos
 
 The calib split (DATA.CALIB) chooses the thresholds. TRAIN fits a policy that has parameters. TEST is not used. The
 result is a model.pth with this routing (for --weights of evaluate and predict, and for from_pretrained) and a
@@ -152,8 +156,10 @@ def evaluate(args: argparse.Namespace) -> None:
     from earlyexit_ssd.report.tables import text_report
 
     cfg = load_config(args.config, args.overrides)
-    print(text_report(evaluate_model(cfg, args.weights or Path(cfg.OUTPUT_DIR) / "model.pth", args.out)))
-    print(f"\nresults: {args.out}/ (metrics.json, table, charts, pictures)")
+    metrics = evaluate_model(cfg, args.weights or Path(cfg.OUTPUT_DIR) / "model.pth", args.out)
+    if metrics:
+        print(text_report(metrics))
+        print(f"\nresults: {args.out}/ (metrics.json, table, charts, pictures)")
 
 
 def calibrate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -188,9 +194,9 @@ def calibrate(args: argparse.Namespace) -> None:
         raise EarlyExitError("--fps is for --block in seconds, such as --block 5s")
     block = None if args.block is None else Block.parse(args.block, args.fps)
     target = Target(kind, getattr(args, kind), args.delta, block, args.learned)
-    calibrate(cfg, args.weights or Path(cfg.OUTPUT_DIR) / "model.pth", target, out)
-    print((out / "calibration.txt").read_text(encoding="utf-8"))
-    print(f"results: {out}/ (model.pth with this routing, certificate.json, calibration.txt, reliability.png)")
+    if calibrate(cfg, args.weights or Path(cfg.OUTPUT_DIR) / "model.pth", target, out):
+        print((out / "calibration.txt").read_text(encoding="utf-8"))
+        print(f"results: {out}/ (model.pth with this routing, certificate.json, calibration.txt, reliability.png)")
 
 
 def optimize_arguments(parser: argparse.ArgumentParser) -> None:
@@ -201,7 +207,9 @@ def optimize_arguments(parser: argparse.ArgumentParser) -> None:
     wanted = parser.add_mutually_exclusive_group()
     wanted.add_argument("--speedup", type=float, help="least time of the detector as it is / time of the result")
     wanted.add_argument("--ms", type=float, help="largest mean milliseconds per photo on this machine")
-    parser.add_argument("--runtime", choices=("onnxruntime", "eager"), default="onnxruntime", help="used for timing")
+    parser.add_argument(
+        "--runtime", choices=("onnxruntime", "openvino", "eager"), default="onnxruntime", help="for timing; onnxruntime"
+    )
     parser.add_argument("--budget-minutes", type=float, help="start no further candidate after this time")
     parser.add_argument("--out", help="folder of the results; OUTPUT_DIR/optimize by default")
 
@@ -218,6 +226,8 @@ def optimize(args: argparse.Namespace) -> None:
         print(one)
     print(f"\n{outcome.summary}")
     print(f"\nresults: {out}/ (summary.txt, model.pth, candidates.png, optimize.json, test/)")
+    if outcome.chosen is not None:
+        print(f"run it: earlyexit predict --weights {out}/detector.onnx PHOTO")
 
 
 def predict_arguments(parser: argparse.ArgumentParser) -> None:

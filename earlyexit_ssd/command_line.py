@@ -27,7 +27,8 @@ def run_tool(job: Callable[[], None], after_a_stop: str = "run it again") -> int
         if isinstance(stream, io.TextIOWrapper):  # a file name that the console cannot show is no reason to stop
             stream.reconfigure(errors="backslashreplace")
     handler = _LineHandler()
-    logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s", handlers=[handler], force=True)
+    level = logging.INFO if is_first_process() else logging.ERROR  # the others say the same
+    logging.basicConfig(level=level, format="%(levelname).1s %(message)s", handlers=[handler], force=True)
     logging.getLogger("fvcore").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C; a training saves first
     try:

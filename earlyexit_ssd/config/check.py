@@ -45,7 +45,7 @@ CHOICES = {
     "EXITS_PHASE.CACHE_DTYPE": ("float16", "float32"),
     "ENGINE.AMP": ("off", "bf16", "fp16"),
     **{f"{phase}.OPTIMIZER": ("sgd", "adamw") for phase in PHASE_SECTIONS.values()},
-    "EVAL.RUNTIME": ("eager", "onnxruntime"),
+    "EVAL.RUNTIME": ("eager", "onnxruntime", "openvino"),
 }
 
 

@@ -288,9 +288,11 @@ class EpochSampler(Sampler[int]):
 
     Training shuffles by (seed, epoch). Batch k of this global order is distributed over the processes, so their k-th
     batches together are the k-th batch of a single process. An incomplete last batch is dropped if there is a full one.
-    Evaluation keeps the order of the data set and drops nothing.
 
-    ``batch_size`` is the sum over all processes. ``set_epoch`` sets the epoch of the data set too.
+    Evaluation keeps the order of the data set and drops nothing. Process r gets whole batches of a single process (r,
+    r + world_size, ...), because other photos in a batch could change a photo's scores in the last digits.
+
+    ``batch_size`` is the sum over all processes in training. ``set_epoch`` sets the epoch of the data set too.
     """
 
     def __init__(
@@ -315,8 +317,12 @@ class EpochSampler(Sampler[int]):
         return order[: max(count // self.batch_size, 1) * self.batch_size]
 
     def __iter__(self) -> Iterator[int]:
+        order, size = self.global_order()[self.start * self.batch_size :], self.batch_size
+        if not self.train:
+            own = range(self.rank * size, len(order), self.world_size * size)
+            return itertools.chain.from_iterable(order[first : first + size] for first in own)
         # the batch size is a multiple of the number of processes, so each batch is distributed evenly
-        return iter(self.global_order()[self.start * self.batch_size :][self.rank :: self.world_size])
+        return iter(order[self.rank :: self.world_size])
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -327,14 +333,16 @@ def build_loader(
 ) -> DataLoader:
     """Loader of batches ``(list of images, list of targets)``; call ``loader.sampler.set_epoch`` before each epoch.
 
-    ``batch_size`` is the sum over all processes; this is process ``rank``. With 0 ``workers`` the process loads itself.
+    In training ``batch_size`` is the sum over all processes; this is process ``rank``. With 0 ``workers`` the process
+    loads itself. See `EpochSampler` for the photos of each process.
 
     Raises:
         DataError: an empty data set, or a batch size that is no multiple of ``world_size``.
     """
-    if batch_size < 1 or batch_size % world_size:
+    dealt_out = world_size if train else 1  # a batch of an evaluation belongs to one process
+    if batch_size < 1 or batch_size % dealt_out:
         raise DataError(f"batch size {batch_size} cannot be dealt out evenly over {world_size} processes")
-    if len(dataset) < (world_size if train else 1):
+    if len(dataset) < dealt_out:
         raise DataError(f"a data set of {len(dataset)} photos is too small for {world_size} process(es)")
     if workers:
         _one_thread()  # OpenCV's threads in this process would block a forked worker for ever
@@ -342,7 +350,7 @@ def build_loader(
     sampler = EpochSampler(dataset, batch_size, train, seed, rank, world_size)
     # an own generator: drawing from the global one would make a resumed run differ
     own = torch.Generator()
-    return DataLoader(dataset, batch_size // world_size, sampler=sampler, num_workers=workers, generator=own, **options)
+    return DataLoader(dataset, batch_size // dealt_out, sampler=sampler, num_workers=workers, generator=own, **options)
 
 
 def collate(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:

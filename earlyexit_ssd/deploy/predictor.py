@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -78,7 +78,8 @@ class Predictor:
         threads: of the runtime, for one photo.
         score_thresh: least score of a detection, one number or class name -> number (other classes keep the file's);
             None: the file's own.
-        thresholds: of the early exits in place of the file's: exit name -> number in [0, 1], or 2.0, which closes it.
+        thresholds: of the early exits in place of the file's: one for each, or exit name -> threshold; a number in
+            [0, 1], or 2.0, which closes the exit.
 
     Attributes:
         classes: names of the labels 1..K.
@@ -98,7 +99,7 @@ class Predictor:
         runtime: str = "onnxruntime",
         threads: int = 1,
         score_thresh: float | Mapping[str, float] | None = None,
-        thresholds: Mapping[str, float] | None = None,
+        thresholds: Mapping[str, float] | Sequence[float] | None = None,
     ) -> None:
         if runtime not in RUNTIMES:
             raise EarlyExitError(f"runtime {shown(runtime)}: expected one of {', '.join(RUNTIMES)}")
@@ -192,9 +193,12 @@ class Predictor:
             )
         return scores
 
-    def _set_thresholds(self, given: Mapping[str, float] | None) -> None:
+    def _set_thresholds(self, given: Mapping[str, float] | Sequence[float] | None) -> None:
         if given is not None and not isinstance(given, Mapping):
-            raise EarlyExitError(f"thresholds {shown(given)}: expected exit name -> number, such as {{'exit8': 0.9}}")
+            if not isinstance(given, (list, tuple)) or len(given) != len(self.thresholds):
+                names = ", ".join(self.thresholds)
+                raise EarlyExitError(f"thresholds {shown(given)}: expected one for each of {names}, or name -> number")
+            given = dict(zip(self.thresholds, given, strict=True))
         for name, value in (given or {}).items():
             if name not in self.thresholds:
                 hint = nearest(str(name), self.thresholds) or f"; they are {', '.join(self.thresholds)}"
@@ -404,7 +408,8 @@ class OnnxRuntime:
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         try:
-            values = self._session.run(None, {name: feeds[name] for name in self.inputs if name in feeds})
+            given = {name: feeds[name] for name in self.inputs if name in feeds}  # it says itself what is missing
+            values = self._session.run(None, given)
         except Exception as error:  # ONNX Runtime has a class of its own for each kind of failure
             raise EarlyExitError(f"{self._name}: it does not run ({one_line(str(error))[:150]}); export anew") from None
         return dict(zip(self._outputs, values, strict=True))
@@ -419,9 +424,10 @@ class OpenVino:
         try:
             model = runtime.Core().read_model(path)
             self.metadata = _openvino_metadata(model)
+            # before it is compiled: what is folded away then leaves its names to inputs and outputs
+            self.inputs = [one.any_name for one in model.inputs]
+            self._outputs = [one.any_name for one in model.outputs]
             self._compiled = runtime.Core().compile_model(model, "CPU", settings)
-            self.inputs = [one.any_name for one in self._compiled.inputs]
-            self._outputs = [one.any_name for one in self._compiled.outputs]
         except Exception as error:  # OpenVINO raises RuntimeError for nearly all, with a page of text
             raise _cannot_load(name, "OpenVINO", error) from None
         self._name, self._local = name, threading.local()
@@ -430,7 +436,7 @@ class OpenVino:
         if not hasattr(self._local, "request"):  # a request holds the tensors of one call
             self._local.request = self._compiled.create_infer_request()
         try:
-            found = self._local.request.infer({name: feeds[name] for name in self.inputs if name in feeds})
+            found = self._local.request.infer({place: feeds[name] for place, name in enumerate(self.inputs)})
             return {name: np.array(found[place]) for place, name in enumerate(self._outputs)}
         except Exception as error:
             raise EarlyExitError(f"{self._name}: it does not run ({one_line(str(error))[:150]}); export anew") from None

@@ -129,7 +129,7 @@ class Log(Hook):
     period: int
     """Steps between lines with the learning rate, the ``loss`` and its parts ``loss/<name>``."""
     measure: Measure | None = None
-    """What a line holds too at the end of epochs, by name; None is undefined. It runs in the first process."""
+    """What a line holds too at the end of epochs, by name; None is undefined. It runs in every process."""
     measure_period: int = 1
     """Epochs between these; 0 has none. The last epoch is one of them."""
 
@@ -145,12 +145,11 @@ class Log(Hook):
         self.started = time.perf_counter()
 
     def after_step(self, trainer: Trainer) -> None:
-        if not is_main():
-            return
         last = trainer.step == trainer.total_steps
         epoch, inside = divmod(trainer.step, len(trainer.loader))
         measured = self.measure and self.measure_period and not inside and (last or epoch % self.measure_period == 0)
-        if not (last or measured or trainer.step % self.period == 0):
+        figures = self.measure() if measured else {}
+        if not is_main() or not (last or measured or trainer.step % self.period == 0):
             return
         entry = {
             "step": trainer.step,
@@ -158,7 +157,7 @@ class Log(Hook):
             "lr": trainer.optimizer.param_groups[0]["lr"],
             "loss": sum(trainer.losses.values()),
             **{f"loss/{name}": value for name, value in trainer.losses.items()},
-            **(self.measure() if measured else {}),
+            **figures,
             "seconds": round(time.perf_counter() - self.started, 2),
         }
         append_text(self.path, json.dumps(entry) + "\n")

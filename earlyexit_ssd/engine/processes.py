@@ -1,4 +1,4 @@
-"""Several processes on one global batch, started by torchrun."""
+"""Several processes, started by torchrun, on one global batch or on shares of the photos."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import contextlib
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from torch import distributed, nn
+
+from earlyexit_ssd.errors import EarlyExitError
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -41,6 +46,39 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(value)
 
 
+def gathered(value: T, active: bool = True) -> list[T]:
+    """The ``value`` of every process, by rank; every process must ask. Tensors must be on the CPU.
+
+    Without ``active`` a process works for itself, and only its own is returned.
+    """
+    values = [value] * (world_size() if active else 1)
+    if len(values) > 1:
+        distributed.all_gather_object(values, value)
+    return values
+
+
+@contextlib.contextmanager
+def failing_together(active: bool = True) -> Iterator[None]:
+    """Raise in every process what one of them raises inside; at the end each waits for the others.
+
+    Without ``active`` a process works for itself.
+
+    Raises:
+        EarlyExitError, OSError: the process's own error, else that of the lowest rank.
+    """
+    error = None
+    try:
+        yield
+    except (EarlyExitError, OSError) as caught:
+        if not active or getattr(caught, "known_to_all", False):  # the others do not wait, or have raised it too
+            raise
+        error = caught
+    first = next((one for one in (error, *gathered(error, active)) if one is not None), None)
+    if first is not None:
+        first.known_to_all = True
+        raise first
+
+
 def same_everywhere(module: nn.Module) -> None:
     """Give every process the first one's weights and buffers: BatchNorm's statistics are each process's own."""
     if world_size() > 1:
@@ -59,13 +97,13 @@ def mean_of(values: dict[str, torch.Tensor]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the group that torchrun describes in the environment; do nothing without one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """Join the group that torchrun describes in the environment; do nothing without one, or inside one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    # The first process may cache taps for hours while the others wait.
+    # The first process may cache taps or calibrate for hours while the others wait.
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     try:
         yield

@@ -24,13 +24,13 @@ from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit
 from earlyexit_ssd.modeling.outputs import Router
 from earlyexit_ssd.progress import progress
 
-EAGER, ONNX_RUNTIME = "eager", "onnxruntime"
-RUNTIME_TITLES = {EAGER: "eager PyTorch", ONNX_RUNTIME: "ONNX Runtime"}
+EAGER, ONNX_RUNTIME, OPENVINO = "eager", "onnxruntime", "openvino"
+RUNTIME_TITLES = {EAGER: "eager PyTorch", ONNX_RUNTIME: "ONNX Runtime", OPENVINO: "OpenVINO"}
 """Their names in configuration and metrics.json -> in tables and charts."""
 
 
 def deploy_package(name: str) -> ModuleType:
-    """The package onnx or onnxruntime.
+    """The package onnx, onnxruntime or openvino.
 
     Raises:
         EarlyExitError: it is not installed.
@@ -38,7 +38,8 @@ def deploy_package(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise EarlyExitError(f"ONNX needs the package {name} ({error}): pip install onnx onnxruntime") from None
+        packages = name if name == OPENVINO else "onnx onnxruntime"
+        raise EarlyExitError(f"the package {name} is missing ({error}): pip install {packages}") from None
 
 
 def runtime_installed() -> bool:
@@ -153,10 +154,27 @@ def _lies_in(location: str | bytes, folder: str | os.PathLike[str]) -> bool:
     return os.path.commonpath([root, path]) == root and os.path.isfile(path)
 
 
+class OpenVinoNetwork(nn.Module):
+    """An ONNX graph in OpenVINO on the CPU, in fp32: its input tensor to the list of its output tensors."""
+
+    def __init__(self, content: bytes, threads: int = 1) -> None:
+        super().__init__()
+        core = deploy_package(OPENVINO).Core()
+        settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        self._request = core.compile_model(core.read_model(content), "CPU", settings).create_infer_request()
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Float32 on the CPU to the outputs, in the graph's order."""
+        found = self._request.infer([x.numpy()], share_inputs=True)
+        return [torch.from_numpy(output) for output in found.values()]
+
+
 def in_runtime(network: nn.Module, example: Tensor, runtime: str, threads: int = 1) -> nn.Module:
     """``network`` as ``runtime`` runs it on inputs of the example's shape; a graph from a file stays what it is."""
-    as_it_is = runtime == EAGER or isinstance(network, OnnxNetwork)
-    return network if as_it_is else OnnxNetwork(export_onnx(network, example), threads)
+    if runtime == EAGER or isinstance(network, OnnxNetwork):
+        return network
+    content = export_onnx(network, example)
+    return OpenVinoNetwork(content, threads) if runtime == OPENVINO else OnnxNetwork(content, threads)
 
 
 def time_in_runtime(

@@ -130,6 +130,10 @@ class Rival:
     detector: nn.Module | Detections
     source: str | None = None
 
+    def found(self, loader: Batches) -> Detections:
+        """What it finds on the photos of ``loader``, or has found already."""
+        return collect_detections(self.detector, loader) if isinstance(self.detector, nn.Module) else self.detector
+
     def runtime(self, default: str) -> str:
         """What it is timed in, ``default`` for everything that is not a graph from a file."""
         return ONNX_RUNTIME if isinstance(self.network, OnnxNetwork) else default
@@ -163,9 +167,7 @@ def evaluate_rivals(
     """
     settings, results = routed.settings, []
     for rival, timing in zip(rivals, timings, strict=True):
-        detector = rival.detector
-        found = collect_detections(detector, loader) if isinstance(detector, nn.Module) else detector
-        evaluation = evaluate_detections(ground_truth, found, settings)
+        evaluation = evaluate_detections(ground_truth, rival.found(loader), settings)
         results.append(
             RivalResult(
                 name=rival.name,

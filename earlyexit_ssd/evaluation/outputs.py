@@ -9,16 +9,17 @@ import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from earlyexit_ssd.calibration.thresholds import choose
+from earlyexit_ssd.engine.processes import failing_together, gathered, is_main
 from earlyexit_ssd.errors import DataError, EarlyExitError
 from earlyexit_ssd.files import make_folder, new_array, require_space, stored_key, write_json, write_torch, writing
 from earlyexit_ssd.modeling.checkpoint import weights_hash
@@ -26,6 +27,8 @@ from earlyexit_ssd.modeling.outputs import ExitOutputs, ExitSignals
 from earlyexit_ssd.progress import progress
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -51,6 +54,31 @@ Targets = list[dict[str, Tensor | int]]
 Batches = Iterable[tuple[list[Tensor], Targets]]
 ImageDetections = dict[str, Tensor]
 """``boxes`` [N,4] xyxy, ``scores`` [N] and ``labels`` [N] of one photo."""
+
+
+def shares_photos(loader: Batches) -> bool:
+    """Whether several processes share the photos of a loader, see `earlyexit_ssd.data.build_loader`."""
+    return getattr(getattr(loader, "sampler", None), "world_size", 1) > 1
+
+
+def over_batches(
+    model: nn.Module, loader: Batches, of_batch: Callable[[list[Tensor], Targets], T], title: str | None
+) -> list[T]:
+    """``of_batch(images, targets)`` of every batch, in order, with the images on the model's device, in eval mode and
+    without gradients.
+
+    Processes that share the photos of ``loader`` compute a part each, and all of them get everything. What is returned
+    is sent between them then: tensors must be on the CPU.
+    """
+    shared = shares_photos(loader)
+    device = next(itertools.chain(model.parameters(), model.buffers())).device
+    with failing_together(shared), evaluating(model):
+        own = [
+            of_batch([image.to(device) for image in images], targets)
+            for images, targets in progress(loader, desc=title)
+        ]
+    turns = itertools.zip_longest(*gathered(own, shared))  # the first batch is rank 0's, the second rank 1's, ...
+    return [result for turn in turns for result in turn if result is not None]
 
 
 @dataclass(frozen=True)
@@ -84,39 +112,39 @@ def collect(
         DataError: an image id occurs twice.
     """
     exits = range(len(model.exit_names))
-    image_ids: list[int] = []
-    detections: list[dict[int, ImageDetections]] = [{} for _ in exits]
-    confidences: list[list[Tensor]] = [[] for _ in exits]
-    device = next(model.parameters()).device
-    with evaluating(model):
-        for images, targets in progress(loader, desc=title):
-            outputs = model.exit_outputs([image.to(device) for image in images])
-            if router is not None and router.hybrid:
-                outputs = outputs.on_full_boxes()
-            image_ids += _image_ids(targets)
-            for index in exits:
-                found = model.detections(outputs, index)
-                detections[index].update(zip(_image_ids(targets), map(compact, found), strict=True))
-                if router is not None:
-                    confidence = router.confidence(outputs.signals(index), index)
-                    confidences[index].append(confidence.float().cpu())
-    require_unique(image_ids)
-    kept = [torch.cat(values) if values else torch.zeros(0) for values in confidences] if router is not None else []
-    return Collected(image_ids, detections, kept)
+    scored = exits if router is not None else ()
+
+    def of_batch(images: list[Tensor], targets: Targets) -> tuple[list[int], list[list[ImageDetections]], list[Tensor]]:
+        outputs = model.exit_outputs(images)
+        if router is not None and router.hybrid:
+            outputs = outputs.on_full_boxes()
+        found = [list(map(compact, model.detections(outputs, index))) for index in exits]
+        confidences = [router.confidence(outputs.signals(index), index).float().cpu() for index in scored]
+        return _image_ids(targets), found, confidences
+
+    batches = over_batches(model, loader, of_batch, title)
+    image_ids, detections = _joined([batch[:2] for batch in batches], len(exits))
+    confidences = [[of_exits[index] for _, _, of_exits in batches] for index in scored]
+    return Collected(image_ids, detections, [torch.cat(values or [torch.zeros(0)]) for values in confidences])
 
 
 def collect_detections(model: nn.Module, loader: Batches, title: str | None = "evaluate") -> dict[int, ImageDetections]:
     """Detections per image id of any detector with torchvision's interface, such as a reference."""
-    detections: dict[int, ImageDetections] = {}
-    image_ids: list[int] = []
-    device = next(itertools.chain(model.parameters(), model.buffers())).device
-    with evaluating(model):
-        for images, targets in progress(loader, desc=title):
-            found = model([image.to(device) for image in images])
-            image_ids += _image_ids(targets)
-            detections.update(zip(_image_ids(targets), map(compact, found), strict=True))
+
+    def of_batch(images: list[Tensor], targets: Targets) -> tuple[list[int], list[list[ImageDetections]]]:
+        return _image_ids(targets), [list(map(compact, model(images)))]
+
+    return _joined(over_batches(model, loader, of_batch, title), 1)[1][0]
+
+
+def _joined(
+    batches: Sequence[tuple[list[int], list[list[ImageDetections]]]], exits: int
+) -> tuple[list[int], list[dict[int, ImageDetections]]]:
+    """The image ids of all batches, and per exit the detections by image id; an id that comes twice is an error."""
+    image_ids = [image_id for ids, _ in batches for image_id in ids]
     require_unique(image_ids)
-    return detections
+    found = ([one for _, of_exits in batches for one in of_exits[index]] for index in range(exits))
+    return image_ids, [dict(zip(image_ids, of_exit, strict=True)) for of_exit in found]
 
 
 def compact(found: dict[str, Tensor]) -> ImageDetections:
@@ -254,7 +282,8 @@ def record(
 
     Args:
         model: an `EarlyExitSSDLite`; its mode is restored afterwards.
-        loader: batches of (images, targets) without augmentation.
+        loader: batches of (images, targets) without augmentation. Processes that share its photos record them
+            together; ``folder`` is the same one for all.
         photos: how many there are.
         folder: to write to.
         key: a text that changes with everything a recording depends on but the weights: its photos.
@@ -266,54 +295,75 @@ def record(
     exits = f"{model.exit_names} {tuple(model.empty)}"  # an empty exit has no weights to be known by
     key = f"{key} {weights_hash(model)} {exits}" + ("" if taught_from is None else f" taught from {taught_from}")
     key = hashlib.sha256(key.encode()).hexdigest()
-    if stored_key(folder / "recording.json") == key:
-        try:
-            return Recording(folder)
-        except Exception as error:  # damaged arrays and archives raise anything
-            logger.warning("%s: the recording is damaged (%s); it is made anew", folder, type(error).__name__)
-    make_folder(folder)
-    with writing(folder):
-        (folder / "recording.json").unlink(missing_ok=True)
+    stored = _stored(folder, key)
+    if all(gathered(stored is not None, shares_photos(loader))):
+        return stored
     _fill(model, loader, photos, folder, key, taught_from)
     return Recording(folder)
 
 
+def _stored(folder: Path, key: str) -> Recording | None:
+    """The recording in the folder, if it is whole and has this key."""
+    if stored_key(folder / "recording.json") != key:
+        return None
+    try:
+        return Recording(folder)
+    except Exception as error:  # damaged arrays and archives raise anything
+        logger.warning("%s: the recording is damaged (%s); it is made anew", folder, type(error).__name__)
+        return None
+
+
 def _fill(model: nn.Module, loader: Batches, photos: int, folder: Path, key: str, taught_from: float | None) -> None:
-    image_ids: list[int] = []
-    detections: list[dict[int, dict[str, Tensor]]] = [{} for _ in model.exit_names]
-    arrays: dict[str, np.memmap] = {}
-    device = next(model.parameters()).device
-    bar = progress(desc="record exits", total=photos)
-    with evaluating(model):
-        for images, targets in loader:
-            images = [image.to(device) for image in images]
-            outputs = model.exit_outputs(images)
-            start = len(image_ids)
-            answers = [model.detections(outputs, index) for index in range(len(detections))]
-            seen = targets if taught_from is None else [_from(one, taught_from) for one in answers[-1]]
-            rows = _rows(model, outputs, seen)
-            if not arrays:
-                size = photos * sum(values[0].nbytes for values in rows.values())
-                fix = "name another folder (--out), or fewer photos (CALIBRATION.TRAIN_PHOTOS, DATA.LIMIT)"
-                require_space(folder, size, f"recording {photos} photos", fix)
-            for name, values in rows.items():
-                if name not in arrays:
-                    shape = (photos, *values.shape[1:])
-                    arrays[name] = new_array(folder / f"{name}.npy", values.dtype, shape)
-                arrays[name][start : start + len(images)] = values
-            image_ids += [int(target["image_id"]) for target in targets]
-            for found, answer in zip(detections, answers, strict=True):
-                found.update(zip(image_ids[start:], map(compact, answer), strict=True))
-            bar.update(len(images))
-    bar.close()
-    require_unique(image_ids)
-    with writing(folder):
+    shared = shares_photos(loader)
+    first = is_main() or not shared
+    with failing_together(shared), evaluating(model):
+        if first:
+            make_folder(folder)
+            with writing(folder):
+                (folder / "recording.json").unlink(missing_ok=True)
+            _make_arrays(model, photos, folder)
+    early = range(model.num_early_exits)
+    names = ["labels", *(f"logits{index}" for index in early), *(f"tap{index}" for index in early)]
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in names}
+    places = iter(list(loader.sampler) if shared else range(photos))
+
+    def of_batch(images: list[Tensor], targets: Targets) -> tuple[list[int], list[list[ImageDetections]]]:
+        outputs = model.exit_outputs(images)
+        answers = [model.detections(outputs, index) for index in range(len(model.exit_names))]
+        seen = targets if taught_from is None else [_from(one, taught_from) for one in answers[-1]]
+        rows = list(itertools.islice(places, len(images)))
+        for name, values in _rows(model, outputs, seen).items():
+            arrays[name][rows] = values
+        return _image_ids(targets), [list(map(compact, answer)) for answer in answers]
+
+    batches = over_batches(model, loader, of_batch, "record exits")
+    image_ids, detections = _joined(batches, len(model.exit_names))
+    with failing_together(shared), writing(folder):
         for array in arrays.values():
             array.flush()
-    write_torch(folder / "detections.pt", detections)
-    info = {"image_ids": image_ids, "early_exits": model.num_early_exits, "empty": list(model.empty), "key": key}
-    info["exit_names"] = list(model.exit_names[:-1])
-    write_json(folder / "recording.json", info)
+    with failing_together(shared):  # the recording is whole when recording.json is there
+        if first:
+            write_torch(folder / "detections.pt", detections)
+            info = {
+                "image_ids": image_ids,
+                "early_exits": model.num_early_exits,
+                "empty": list(model.empty),
+                "key": key,
+            }
+            info["exit_names"] = list(model.exit_names[:-1])
+            write_json(folder / "recording.json", info)
+
+
+def _make_arrays(model: nn.Module, photos: int, folder: Path) -> None:
+    """The files that `_rows` go to, in the shapes that one photo has."""
+    device = next(model.parameters()).device
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    outputs = model.exit_outputs([torch.zeros(3, *model.transform.fixed_size, device=device)])
+    rows = _rows(model, outputs, [nothing])
+    fix = "name another folder (--out), or fewer photos (CALIBRATION.TRAIN_PHOTOS, DATA.LIMIT)"
+    require_space(folder, photos * sum(values.nbytes for values in rows.values()), f"recording {photos} photos", fix)
+    for name, values in rows.items():
+        new_array(folder / f"{name}.npy", values.dtype, (photos, *values.shape[1:]))
 
 
 def _from(found: dict[str, Tensor], score: float) -> dict[str, Tensor]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from fvcore.common.config import CfgNode
@@ -15,9 +17,11 @@ from torchvision.models._api import WeightsEnum
 from earlyexit_ssd.config import num_exits
 from earlyexit_ssd.data.dataset import build_loader, class_names, load_dataset
 from earlyexit_ssd.data.records import limit_photos
+from earlyexit_ssd.engine.processes import failing_together, is_main, process_group
 from earlyexit_ssd.errors import ConfigError, EarlyExitError, nearest
 from earlyexit_ssd.evaluation.cost import EAGER
 from earlyexit_ssd.evaluation.metrics import EvaluationSettings
+from earlyexit_ssd.files import locks_folder
 from earlyexit_ssd.modeling import (
     COCO_CLASSES,
     Architecture,
@@ -36,6 +40,9 @@ from earlyexit_ssd.progress import progress
 from earlyexit_ssd.routing import ExitRouter
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 COMPARED_PHOTOS = 300
 """Photos on which MODEL.FOLD compact finds the classes that compete."""
@@ -63,6 +70,27 @@ def evaluation_device(cfg: CfgNode) -> torch.device:
         ConfigError: no such device.
     """
     return _device(cfg, "cpu" if cfg.DEVICE == "auto" and cfg.EVAL.RUNTIME != EAGER else cfg.DEVICE)
+
+
+def shares_processes(
+    folder: str,
+) -> Callable[[Callable[Concatenate[CfgNode, P], R]], Callable[Concatenate[CfgNode, P], R]]:
+    """Decorate a job that all of torchrun's processes do together, each of them called.
+
+    The first process holds the folder of the parameter ``folder``. An error of one process ends all.
+    """
+
+    def decorate(job: Callable[Concatenate[CfgNode, P], R]) -> Callable[Concatenate[CfgNode, P], R]:
+        holding = locks_folder(folder)(job)
+
+        @functools.wraps(job)
+        def shared(cfg: CfgNode, *args: P.args, **kwargs: P.kwargs) -> R:
+            with process_group(evaluation_device(cfg)), failing_together():
+                return (holding if is_main() else job)(cfg, *args, **kwargs)
+
+        return shared
+
+    return decorate
 
 
 def build_device(cfg: CfgNode) -> torch.device:

@@ -22,12 +22,12 @@ from earlyexit_ssd.calibration.risk import certify, safe_to_bold
 from earlyexit_ssd.calibration.thresholds import Grid, best_within, learned_grid, pareto_path, threshold_grid
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.data.repeats import Block, block_of_each
+from earlyexit_ssd.engine.processes import is_main
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.matches import Detections, ap_of_choice, bootstrap_choices
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
-from earlyexit_ssd.files import locks_folder
 from earlyexit_ssd.modeling.checkpoint import save_model, weights_hash
-from earlyexit_ssd.pipeline.build import trained_temperatures
+from earlyexit_ssd.pipeline.build import shares_processes, trained_temperatures
 from earlyexit_ssd.pipeline.replay import (
     CostModel,
     Recorded,
@@ -243,10 +243,10 @@ def min_photos(target: Target) -> int:
     return math.ceil(math.log(target.delta) / math.log1p(-min(max(target.value, LEAST_DROP), 0.99)))
 
 
-@locks_folder("out_dir")
+@shares_processes("out_dir")
 def calibrate(
     cfg: CfgNode, weights: str | os.PathLike[str], target: Target, out_dir: str | os.PathLike[str]
-) -> Certificate:
+) -> Certificate | None:
     """Fit temperatures and policy, search thresholds, and write certificate.json, a report, a diagram and model.pth
     (the model with this routing).
 
@@ -260,6 +260,9 @@ def calibrate(
         target: the target of the calibration.
         out_dir: folder of the results and of the recorded outputs.
 
+    Returns:
+        the certificate; None on processes other than the first, which only record their share of the photos.
+
     Raises:
         EarlyExitError: unusable weights, data or settings, splits that share photos, or a target out of reach.
     """
@@ -272,6 +275,8 @@ def calibrate(
     require_deciding(cfg.ROUTING.POLICY, model, weights)
     trains = target.kind == "risk" or needs_training_photos(cfg.ROUTING.POLICY)
     calib, train = recorded.replay("CALIB"), recorded.replay("TRAIN") if trains else None
+    if not is_main():
+        return None
     fitted = fit_temperatures(cfg, model.exit_names, calib)
     temperatures = temperatures_of(fitted, model.exit_names)
     if target.kind == "risk":  # temperatures fitted on the calibration photos may not be tested on them

@@ -19,6 +19,7 @@ from earlyexit_ssd.calibration.certificate import Certificate, load_certificate,
 from earlyexit_ssd.calibration.drift import WINDOW
 from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset, to_coco
 from earlyexit_ssd.data.dataset import photo_hashes
+from earlyexit_ssd.engine.processes import is_main, rank, world_size
 from earlyexit_ssd.errors import ConfigError, EarlyExitError
 from earlyexit_ssd.evaluation.cost import EAGER, PlainPath, count_mmacs, deploy_package, example_input
 from earlyexit_ssd.evaluation.evaluate import (
@@ -35,7 +36,7 @@ from earlyexit_ssd.evaluation.matches import photo_list
 from earlyexit_ssd.evaluation.onnx import OnnxDetector, count_onnx_mmacs
 from earlyexit_ssd.evaluation.outputs import Collected, collect
 from earlyexit_ssd.evaluation.results import Context, DriftResult, Results
-from earlyexit_ssd.files import locks_folder, sha256
+from earlyexit_ssd.files import sha256
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, PathToExit, load_model
 from earlyexit_ssd.modeling.heads import is_folded
 from earlyexit_ssd.modeling.retrofit import resize_detector
@@ -45,6 +46,7 @@ from earlyexit_ssd.pipeline.build import (
     build_router,
     evaluation_device,
     open_model,
+    shares_processes,
     takes_over,
     with_classes,
 )
@@ -131,7 +133,7 @@ def check_rivals(cfg: CfgNode, device: torch.device) -> None:
         if not Path(path).is_file():
             raise ConfigError(f"EVAL.RIVALS.{key} has {path}: no such file")
     if cfg.EVAL.RUNTIME != EAGER or (rivals.ENABLED and rivals.ONNX):
-        for name in ("onnx", "onnxruntime"):
+        for name in dict.fromkeys(("onnx", "onnxruntime" if cfg.EVAL.RUNTIME == EAGER else cfg.EVAL.RUNTIME)):
             deploy_package(name)
 
 
@@ -229,10 +231,10 @@ def _short(path: str) -> str:
 # Evaluate a trained model on a split: metrics, table and pictures.
 
 
-@locks_folder("out_dir")
+@shares_processes("out_dir")
 def evaluate_model(
     cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str | os.PathLike[str], compare: bool = True
-) -> Results:
+) -> Results | None:
     """Evaluate on DATA.TEST and write metrics.json, table, photos.csv, charts and pictures into ``out_dir``.
 
     Args:
@@ -242,7 +244,7 @@ def evaluate_model(
         compare: warn where ``cfg`` describes another model than ``weights`` hold.
 
     Returns:
-        what is in metrics.json.
+        what is in metrics.json; None on processes other than the first, which compute their share of the photos.
 
     Raises:
         EarlyExitError: unusable weights, data or settings.
@@ -255,7 +257,8 @@ def evaluate_model(
     cfg = with_classes(cfg, architecture.classes)
     dataset = load_dataset(cfg, cfg.DATA.TEST, unlabelled=True)
     ground_truth = to_coco(dataset)
-    loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, train=False, seed=cfg.SEED)
+    batch_size, workers = cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS
+    loader = build_loader(dataset, batch_size, workers, False, cfg.SEED, rank(), world_size())
     opened = open_certificate(cfg, model, dataset, info.get("certificate"), weights)
     stored = {"num_exits": model.num_early_exits, **(info.get("router") or {})}
     certificate, router = opened or (None, build_router(cfg, stored))
@@ -268,6 +271,9 @@ def evaluate_model(
         cfg.EVAL.RIVALS.ENABLED and dataset.labelled and not router.hybrid
     ):  # a hybrid's exits have the full path's boxes
         rivals = [*exits_alone(model, collected), *rivals]
+    rivals = [replace(rival, detector=rival.found(loader)) for rival in rivals]
+    if not is_main():  # waits at the end, so that the first one measures milliseconds undisturbed
+        return None
     evaluation = evaluate_exits(
         model,
         loader,

@@ -47,6 +47,7 @@ from earlyexit_ssd.pipeline.build import (
 )
 from earlyexit_ssd.pipeline.calibrate import Chosen, Search, Target, certificate_of
 from earlyexit_ssd.pipeline.evaluate import evaluate_model, onnx_rivals
+from earlyexit_ssd.pipeline.export import export_detector, open_any
 from earlyexit_ssd.pipeline.replay import (
     CostModel,
     Recorded,
@@ -70,6 +71,10 @@ GLANCES = ((96, 12), (128, 12), (160, 12))
 another one the pixels are in proportion, in whole 16s."""
 SHARES = (1.0, 0.9, 0.8, 0.7)
 """Input sides that are tried, as shares of the detector's own."""
+EXPORT_PHOTOS = 16
+"""Photos of the calib split on which the exported file is compared with the model."""
+GLANCE_PRICE = 0.15
+"""Of the detector's time, roughly: what a glance costs every photo."""
 HOPELESS = 2.0
 """A net that alone loses this many times the budget is not tried with exits, which can only lose more."""
 
@@ -229,6 +234,12 @@ class Optimizer:
         others = [one for one in self.architecture.exits if one.pixels is None] if size == own else []
         return (*describe_exits((), glances=[one for one in glances if one[0] < size]), *others)
 
+    @property
+    def shows_empty_photos(self) -> bool:
+        """Whether a glance could pay: the share of calib photos in which nothing is found is above its price."""
+        found = self.reference.values()
+        return sum(not (one["scores"] >= self.cfg.EVAL.SCORE).any() for one in found) > GLANCE_PRICE * len(found)
+
     def plan(self) -> list[tuple[int, str, tuple[str, ...]]]:
         """Input size, fold and names of the open exits of every candidate: nets without exits first, and those with the
         whole head and exits last, since they are tried only where a compact head loses too much."""
@@ -237,8 +248,8 @@ class Optimizer:
         plan += [(size, best, ()) for size in self.sizes]
         for size, fold in [*((size, best) for size in self.sizes), (own, self.folds[0])]:
             names = [one.name for one in self.exits_at(size)]
-            glances = [name for name in names if name.startswith("glance")]
-            others = tuple(name for name in names if name not in glances) if fold == "as it is" else ()
+            glances = [name for name in names if name.startswith("glance")] if self.shows_empty_photos else []
+            others = tuple(name for name in names if not name.startswith("glance")) if fold == "as it is" else ()
             sets = [*((one,) for one in glances), *itertools.combinations(glances, 2)]
             if others:
                 sets += [*((one,) for one in others), others, *((one, *others) for one in glances)]
@@ -399,6 +410,8 @@ def _as_it_is(cfg: CfgNode) -> CfgNode:
     cfg.MODEL.FOLD = "rows" if cfg.MODEL.FOLD == "rows" else "exact"
     if set(cfg.EXITS.LAYERS) != set(cfg.EXITS.EMPTY):
         cfg.EXITS.LAYERS, cfg.EXITS.EMPTY = (), ()
+        for key in ("BRANCH", "COPY", "DEPTH"):
+            cfg.EXITS[key] = cfg.EXITS[key][:1]
     cfg.freeze()
     return cfg
 
@@ -466,7 +479,9 @@ class Outcome(Record):
 def optimize(
     cfg: CfgNode, goal: Goal, out_dir: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None
 ) -> Outcome:
-    """Search what to ship, and write it: model.pth, its evaluation test/, optimize.json, candidates.png, summary.txt.
+    """Search what to ship, and write it.
+
+    ``out_dir`` gets model.pth, detector.onnx, test/ (its evaluation), optimize.json, candidates.png and summary.txt.
 
     A search that was stopped goes on where it was.
 
@@ -477,6 +492,8 @@ def optimize(
     Raises:
         EarlyExitError: unusable weights, data or settings.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise EarlyExitError("optimize under torchrun: it times networks and runs in one process; start it without")
     out, started = Path(out_dir), time.monotonic()
     search = Optimizer(cfg, weights, goal, out)
     store = _Store(out / "candidates.json", search.key)
@@ -570,6 +587,8 @@ def _write(search: Optimizer, base: Candidate, chosen: Candidate | None, candida
     else:
         info = {key: value for key, value in info.items() if key not in ("router", "certificate")}
     save_model(out / "model.pth", recorded.model, recorded.architecture, info)
+    photos = [record.path for record in recorded.sets["CALIB"].records[:EXPORT_PHOTOS]]
+    export_detector(open_any(out / "model.pth"), out / "detector.onnx", "onnx", photos)
     plain = dataclasses.replace(search.architecture, exits=())
     detector = resize_detector(search.model, search.architecture, search.architecture.image_size)
     save_model(out / "base.pth", plain.add_exits(detector), plain, {})

@@ -61,8 +61,14 @@ def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoad
     # Outermost, the checkpoint moves to where it left off before the others start, and saves when they are done.
     checkpoint = Checkpoint(folder / "last.pth", cfg.ENGINE.CHECKPOINT_PERIOD, ema)
     curves = run.curve_quality if cfg.ENGINE.CURVE_PERIOD else None
-    measure = curves and (lambda: curves.curve_point(ema.average if ema else model))
-    hooks = [checkpoint, ProgressBar(name), Log(folder, cfg.ENGINE.LOG_PERIOD, measure, cfg.ENGINE.CURVE_PERIOD)]
+
+    def measure() -> dict[str, float | None]:
+        measured = ema.average if ema else model
+        same_everywhere(measured)
+        return curves.curve_point(measured)
+
+    log = Log(folder, cfg.ENGINE.LOG_PERIOD, measure if curves else None, cfg.ENGINE.CURVE_PERIOD)
+    hooks = [checkpoint, ProgressBar(name), log]
     hooks += [AfterStep(ema.update)] if ema else []
     hooks += [AfterStep(lambda _: model.router.clamp_temperatures())] if isinstance(model.router, nn.Module) else []
     # A third faster on a CPU, where most of the time goes into depthwise convolutions; on CUDA these are many times

@@ -33,6 +33,7 @@ from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset, to_
 from earlyexit_ssd.data.dataset import fingerprint, photo_hashes, require_disjoint
 from earlyexit_ssd.data.records import limit_photos
 from earlyexit_ssd.data.repeats import Repeats, distinct
+from earlyexit_ssd.engine.processes import rank, world_size
 from earlyexit_ssd.errors import ConfigError, EarlyExitError
 from earlyexit_ssd.evaluation.cost import (
     ONNX_RUNTIME,
@@ -166,7 +167,8 @@ class Recorded:
         """The split of that name, recorded if it is not yet."""
         evaluation, dataset = self.cfg.EVAL, self.sets[name]
         hashes = [digest for _, digest in photo_hashes(dataset)]
-        loader = build_loader(dataset, evaluation.BATCH_SIZE, self.cfg.DATA.WORKERS, train=False, seed=self.cfg.SEED)
+        batch_size, workers = evaluation.BATCH_SIZE, self.cfg.DATA.WORKERS
+        loader = build_loader(dataset, batch_size, workers, False, self.cfg.SEED, rank(), world_size())
         taught_from = None if dataset.labelled else evaluation.SCORE
         key = fingerprint(dataset, hashes)
         recording = record(self.model, loader, len(dataset), self.folder / name.lower(), key, taught_from)

@@ -19,6 +19,7 @@ from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.config import get_cfg
 from earlyexit_ssd.data import DetectionDataset, build_loader, to_coco
+from earlyexit_ssd.engine.processes import rank, world_size
 from earlyexit_ssd.errors import EarlyExitError, shown
 from earlyexit_ssd.evaluation.evaluate import evaluate_detections
 from earlyexit_ssd.evaluation.matches import Detections, ap_of_choice, exit_matches
@@ -184,10 +185,10 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 
 
 class SplitQuality:
-    """AP50, precision and recall on ``dataset``, of the full path or of every exit."""
+    """AP50, precision and recall on ``dataset``, of the full path or of every exit; every process must ask."""
 
     def __init__(self, dataset: DetectionDataset, settings: EvaluationSettings, batch_size: int, workers: int) -> None:
-        self._loader = build_loader(dataset, batch_size, workers, train=False, seed=0)
+        self._loader = build_loader(dataset, batch_size, workers, False, 0, rank(), world_size())
         self._ground_truth = to_coco(dataset)
         self._settings = settings
 

@@ -13,7 +13,7 @@ from fvcore.common.config import CfgNode
 from earlyexit_ssd.config import PHASE_SECTIONS, get_cfg
 from earlyexit_ssd.data import catalog, load_dataset, repeat_rare_classes, require_disjoint
 from earlyexit_ssd.engine import read_log
-from earlyexit_ssd.engine.processes import barrier, is_main, process_group, world_size
+from earlyexit_ssd.engine.processes import barrier, failing_together, is_main, process_group, world_size
 from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.evaluation.results import Results
 from earlyexit_ssd.files import locked_folder, write_bytes, write_image
@@ -132,14 +132,14 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> Results | 
         barrier()  # what start() has set aside is not to be read
         for phase in cfg.PHASES:
             _run_phase(run, phase, force)
-        if not is_main():
-            return None
         trained = folder.phase(cfg.PHASES[-1]) / "model.pth"
         cfg = with_classes(cfg, run.cfg.DATA.CLASSES)
         if cfg.CALIBRATION.TARGET:
             calibrate(cfg, trained, build_target(cfg), folder.phase("calibration"))
             trained = folder.phase("calibration") / "model.pth"
-        write_bytes(folder.model, trained.read_bytes())
+        with failing_together():  # the other processes read it next
+            if is_main():
+                write_bytes(folder.model, trained.read_bytes())
         return evaluate_model(cfg, folder.model, folder.root)
 
 

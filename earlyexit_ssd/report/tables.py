@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from earlyexit_ssd.evaluation.cost import EAGER, ONNX_RUNTIME, RUNTIME_TITLES
+from earlyexit_ssd.evaluation.cost import EAGER, ONNX_RUNTIME, OPENVINO, RUNTIME_TITLES
 from earlyexit_ssd.evaluation.metrics import METRICS, Figures
 from earlyexit_ssd.evaluation.results import ConfidenceSummary, Interval, Results, Verdict
 
-SHORT_RUNTIMES = {EAGER: "eager", ONNX_RUNTIME: "ORT"}
+SHORT_RUNTIMES = {EAGER: "eager", ONNX_RUNTIME: "ORT", OPENVINO: "OpenVINO"}
 
 
 def figure(value: float | None, digits: int = 3) -> str:

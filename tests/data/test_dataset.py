@@ -391,22 +391,19 @@ def batches(count, batch_size, epoch=0, start=0, **options) -> list[list[int]]:
 @settings(deadline=None, max_examples=60)
 @given(
     count=st.integers(1, 60), per_process=st.integers(1, 5), world=st.integers(1, 4), epoch=st.integers(0, 5),
-    start=st.integers(0, 3), train=st.booleans(),
+    start=st.integers(0, 3),
 )  # fmt: skip
-def test_union_over_the_processes_is_the_single_process_batch(count, per_process, world, epoch, start, train):
+def test_union_over_the_processes_is_the_single_process_batch(count, per_process, world, epoch, start):
     size = per_process * world
-    if train and count < world:
+    if count < world:
         return
-    alone = batches(count, size, epoch, train=train, start=start)
-    dealt = [
-        batches(count, size, epoch, train=train, rank=rank, world_size=world, start=start) for rank in range(world)
-    ]
+    alone = batches(count, size, epoch, train=True, start=start)
+    dealt = [batches(count, size, epoch, train=True, rank=rank, world_size=world, start=start) for rank in range(world)]
     for k, batch in enumerate(alone):
         union = [index for own in dealt for index in (own[k] if k < len(own) else [])]
         assert sorted(union) == sorted(batch)
     assert sum(map(len, dealt)) <= world * len(alone)
-    if train:
-        assert len({len(own) for own in dealt}) == 1, "every process takes as many steps"
+    assert len({len(own) for own in dealt}) == 1, "every process takes as many steps"
 
 
 @given(st.integers(1, 50), st.integers(1, 12))
@@ -418,6 +415,20 @@ def test_training_drops_an_incomplete_batch_if_there_is_a_full_one(count, size):
 
 def test_evaluation_takes_every_photo_once_in_order():
     assert batches(7, 3, train=False) == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+def test_evaluation_deals_out_whole_batches():
+    assert batches(7, 3, train=False, rank=0, world_size=2) == [[0, 1, 2], [6]]
+    assert batches(7, 3, train=False, rank=1, world_size=2) == [[3, 4, 5]]
+    assert batches(2, 3, train=False, rank=1, world_size=2) == []
+
+
+@given(count=st.integers(1, 60), size=st.integers(1, 8), world=st.integers(1, 4), start=st.integers(0, 3))
+@settings(deadline=None, max_examples=40)
+def test_evaluation_in_turns_gives_the_batches_of_a_single_process(count, size, world, start):
+    alone = batches(count, size, train=False, start=start)
+    for rank in range(world):
+        assert batches(count, size, train=False, rank=rank, world_size=world, start=start) == alone[rank::world]
 
 
 def test_order_depends_on_seed_and_epoch_only():

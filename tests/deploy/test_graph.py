@@ -66,6 +66,7 @@ def test_detections_are_torchvision_s(score_thresh, topk_candidates, detections_
         "cls_logits": 2 * torch.randn(1, len(anchors), 3, generator=torch.Generator().manual_seed(1)),
         "bbox_regression": 4 * torch.randn(1, len(anchors), 4, generator=torch.Generator().manual_seed(2)),
     }
+    head["cls_logits"][0, 0] = torch.tensor([-200.0, 200.0, -200.0])  # a score of 1, which is not above 1
     (expected,) = model.postprocess_detections(head, [anchors], [(96, 96)])
     (expected,) = model.transform.postprocess([expected], [(96, 96)], [(50, 200)])
     least = [0.4, 0.001] if isinstance(score_thresh, dict) else [score_thresh] * 2

@@ -109,7 +109,7 @@ def test_batches_threads_and_the_warm_up_change_no_answer(predictor, photos):
 
 def test_thresholds_can_be_set(onnx_file, photos, predictor):
     first = Predictor(onnx_file, thresholds={"exit8": 0.0})
-    last = Predictor(onnx_file, thresholds={"exit8": 2.0, "exit12": 2.0})
+    last = Predictor(onnx_file, thresholds=[2.0, 2.0])
     assert {first(photo).exit_name for photo in photos} == {"exit8"}
     assert {last(photo).exit_name for photo in photos} == {"full"}
     middle = Predictor(onnx_file, thresholds={"exit8": 2.0})
@@ -141,7 +141,8 @@ def test_least_scores_can_be_set(model, onnx_file, staged_folder, photos):
         ({"score_thresh": {"dgo": 0.1}}, r"names 'dgo', no class of the file \(did you mean 'dog'\?\)"),
         ({"thresholds": {"exit7": 0.1}}, "names 'exit7', no early exit of the file"),
         ({"thresholds": {"exit8": -0.1}}, "threshold of exit8 is -0.1"),
-        ({"thresholds": [0.1, 0.2]}, "expected exit name -> number"),
+        ({"thresholds": [0.1]}, "expected one for each of exit8, exit12, or name -> number"),
+        ({"thresholds": 0.5}, "expected one for each of exit8, exit12"),
     ],
 )
 def test_a_setting_that_cannot_be(onnx_file, settings, message):

@@ -327,7 +327,14 @@ def test_router_for_another_number_of_exits_is_refused(model, images, targets):
         model.train()(images, targets)
 
 
-@pytest.mark.parametrize("layers", [(), (0,), (16,), (99,), (12, 8), (8, 8)])
+def test_a_detector_may_have_no_exit(images):
+    model = small_model(exit_layers=()).eval()
+    assert model.exit_names == ("full",)
+    model.router = ExitRouter(0)
+    assert [int(found["exit_index"]) for found in model(images)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("layers", [(0,), (16,), (99,), (12, 8), (8, 8)])
 def test_impossible_exit_layers(layers):
     with pytest.raises(ValueError, match="increasing trunk layers from 1 to 15"):
         small_model(exit_layers=layers)

@@ -39,6 +39,7 @@ def test_an_ap_drop_opens_no_exit_that_makes_photos_dearer(monkeypatch, caplog, 
     calib = SimpleNamespace(
         recording=FourPhotos(),
         matches=None,
+        matches_beside=lambda reference: (None, np.ones(4, np.int64)),
         confidences=lambda router: None,
         losses=lambda reference: np.array([[0.4, 0.0], [0.9, 0.0], [0.9, 0.0], [0.9, 0.0]]),
         ap50_of=lambda choices, title: np.array([0.5, 0.51, 0.2]),
@@ -60,6 +61,7 @@ def test_an_ap_drop_of_what_does_not_detect_opens_nothing(monkeypatch, caplog, a
     calib = SimpleNamespace(
         recording=FourPhotos(),
         matches=None,
+        matches_beside=lambda reference: (None, np.ones(4, np.int64)),
         confidences=lambda router: [np.array([0.9, 0.8, 0.7, 0.6])],
         losses=lambda reference: np.zeros((4, 2)),
         ap50_of=lambda choices, title: np.full(len(choices), ap50 or 0.0),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from multiprocessing.process import BaseProcess
@@ -70,21 +72,37 @@ def tiny(tmp_path, data_root):
 
 METHODS = multiprocessing.get_all_start_methods()
 FORKS = multiprocessing.get_context("forkserver" if "forkserver" in METHODS else "spawn")
-FORKS.set_forkserver_preload(["earlyexit_ssd.command_line", __name__])
+FORKS.set_forkserver_preload(["earlyexit_ssd.pipeline", __name__])
 
 
-def start_training(arguments: list[str], stderr: str | Path = os.devnull, **environment: str) -> BaseProcess:
+def start_training(
+    arguments: list[str], stderr: str | Path = os.devnull, tool: str = "train_net", **environment: str
+) -> BaseProcess:
     """train_net.py in a process of its own, forked from one that has imported torch: that takes seconds."""
-    process = FORKS.Process(target=_train, args=(arguments, stderr, environment))
+    process = FORKS.Process(target=_train, args=(tool, arguments, stderr, environment))
     process.start()
     return process
 
 
-def _train(arguments: list[str], stderr: str | Path, environment: dict[str, str]) -> None:
+def _train(tool: str, arguments: list[str], stderr: str | Path, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     for number, path in ((1, os.devnull), (2, stderr)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    sys.exit(train_net.main(arguments))
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.exit(importlib.import_module(f"tools.{tool}").main(arguments))
+
+
+def run_in_two_processes(tool: str, arguments: list[str], folder: Path) -> tuple[list[int | None], list[str]]:
+    """The exit codes, and what each printed to stderr (kept in ``folder``), of a tool as torchrun starts it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    errors = [folder / f"stderr{rank}" for rank in range(2)]
+    both = [
+        start_training(arguments, errors[rank], tool, RANK=str(rank), LOCAL_RANK=str(rank), **group)
+        for rank in range(2)
+    ]
+    for process in both:
+        process.join(timeout=120)
+    return [process.exitcode for process in both], [path.read_text() for path in errors]
 
 
 def run_command(command: list[str], timeout: float = 120) -> subprocess.CompletedProcess:

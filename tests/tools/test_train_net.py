@@ -1,6 +1,5 @@
 import json
 import math
-import socket
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from earlyexit_ssd.data.shapes import FOLDER
 from earlyexit_ssd.evaluation.results import Results
 from earlyexit_ssd.evaluation.verdict import judge
 from earlyexit_ssd.pipeline import phases
-from tests.tools.conftest import ROOT, log, run_command, start_training
+from tests.tools.conftest import ROOT, log, run_command, run_in_two_processes
 from tools import eval_exits, train_net
 
 
@@ -58,6 +57,12 @@ def test_failed_gate_ends_with_3_and_says_what_to_try(tiny, tmp_path, capsys):
     assert [entry["name"] for entry in metrics["exits"]] == ["exit10", "full"]
 
 
+def rendered(data_root):
+    """The folder of the one rendered set."""
+    (scenes,) = (path.parent for path in (data_root / FOLDER).glob("*/annotations"))
+    return scenes
+
+
 def test_nobody_leaves_before_routing_is_calibrated_on_the_new_photos(trained, data_root):
     """Fresh exits on photos that nobody has calibrated on: whatever they say, the full path answers, and it is said."""
     metrics = json.loads((trained[0] / "run" / "metrics.json").read_text())
@@ -68,7 +73,7 @@ def test_nobody_leaves_before_routing_is_calibrated_on_the_new_photos(trained, d
     assert any(
         "every exit is closed until routing is calibrated" in line for line in judge(Results.from_json(found)).lines
     )
-    photos = [decode_image(str(path)) / 255 for path in sorted((data_root / FOLDER / "test").glob("*.*"))]
+    photos = [decode_image(str(path)) / 255 for path in sorted((rendered(data_root) / "test").glob("*.*"))]
     model = EarlyExitSSDLite.from_pretrained(trained[0] / "run" / "model.pth")
     fresh = get_model(
         "earlyexit_ssdlite320_mobilenet_v3_large", weights_backbone=None, num_classes=2, image_size=64, width=0.25,
@@ -113,9 +118,10 @@ def test_mistakes_end_with_2_and_one_line(tiny, capsys, more, message):
 
 def test_photos_without_boxes_teach_through_the_full_path(tiny, trained, data_root, tmp_path, capsys):
     """The photos of the training split, their boxes taken away."""
-    tree = json.loads((data_root / FOLDER / "annotations" / "instances_train.json").read_text())
+    scenes = rendered(data_root)
+    tree = json.loads((scenes / "annotations" / "instances_train.json").read_text())
     (data_root / "no_boxes.json").write_text(json.dumps({**tree, "annotations": []}))
-    own = ["DATA.DATASETS", f"[[mine, no_boxes.json, {FOLDER}/train]]", "DATA.TRAIN", "mine"]
+    own = ["DATA.DATASETS", f"[[mine, no_boxes.json, {scenes.relative_to(data_root)}/train]]", "DATA.TRAIN", "mine"]
     own += ["MODEL.WEIGHTS", str(trained[0] / "run" / "baseline" / "model.pth"), "BASELINE.EPOCHS", "0"]
     assert train_net.main(tiny("labels", "--force", *own)) == 2
     assert "mine: no box of chair in 24 photos; nothing can be learnt" in capsys.readouterr().err
@@ -176,23 +182,26 @@ def test_mixed_precision_trains_every_phase(tiny, tmp_path):
 def test_two_processes_end_with_one_model(tiny, tmp_path):
     """BatchNorm's statistics are each process's own until the phase ends; the next one checks that they are one."""
     more = ("--force", "BASELINE.EPOCHS", "1", "EXITS_PHASE.EPOCHS", "1", "EXITS_PHASE.CACHE", "false")
+    more += ("CALIBRATION.TARGET", "speedup", "CALIBRATION.VALUE", "0.01", "CALIBRATION.COST", "mmacs")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run_command([*launcher, str(ROOT / "tools" / "train_net.py"), *tiny("two", *more)])
+    assert (tmp_path / "two" / "calibration" / "certificate.json").is_file()
     assert (tmp_path / "two" / "metrics.json").is_file()
 
 
 def test_two_processes_have_the_losses_of_one(tiny, tmp_path):
     # BatchNorm's statistics are per process, so they are frozen here.
     more = ("--force", "BASELINE.FREEZE_NORM", "true", "BASELINE.EPOCHS", "1", "PHASES", "[baseline]")
+    more += ("EVAL.BATCH_SIZE", "3", "EVAL.SCORE", "0.02")
     assert train_net.main(tiny("one", *more)) == 0
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    both = [start_training(tiny("two", *more), RANK=rank, LOCAL_RANK=rank, **group) for rank in ("0", "1")]
-    for process in both:
-        process.join(timeout=120)
-        assert process.exitcode == 0
+    assert run_in_two_processes("train_net", tiny("two", *more), tmp_path)[0] == [0, 0]
     one, two = log(tmp_path / "one", "baseline"), log(tmp_path / "two", "baseline")
     assert len(one) == len(two) == 6
     for mine, theirs in zip(one, two, strict=True):
         for key in ("bbox_regression", "classification"):
             assert theirs[f"loss/{key}"] == pytest.approx(mine[f"loss/{key}"], abs=1e-4)
+    # Each measures some of the photos: the end of the last epoch for the curve, and the same weights for the gate.
+    gate = json.loads((tmp_path / "two" / "baseline" / "gate.json").read_text())
+    (measured,) = [check["value"] for check in gate["checks"] if check["name"] == "AP50"]
+    assert two[-1]["AP50/full"] == pytest.approx(measured, abs=1e-6) and measured > 0
+    assert two[-1]["AP50/full"] == pytest.approx(one[-1]["AP50/full"], abs=0.01)
