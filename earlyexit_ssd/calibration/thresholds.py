@@ -38,10 +38,8 @@ class Grid:
 
 
 def choose(confidences: Sequence[np.ndarray], thresholds: Sequence[float]) -> np.ndarray:
-    """The exit of every photo, int8 [n]: the first whose confidence reaches its threshold, else the full path.
-
-    ``confidences`` has an array [n] for each early exit.
-    """
+    """The exit of every photo, int8 [n]: the first whose confidence ([n] per early exit) reaches its threshold, else
+    the full path."""
     choice = np.full(len(confidences[0]), len(confidences), dtype=np.int8)
     for index in reversed(range(len(confidences))):
         # both in fp32, as in the router
@@ -60,9 +58,7 @@ def open_sets(exits: int) -> Iterator[tuple[list[float], np.ndarray]]:
 
 def candidates(confidence: np.ndarray, count: int) -> np.ndarray:
     """`CLOSED`, then ``count`` even quantiles of an exit's confidences [n] in falling order, then 0 (all photos leave).
-
-    A quantile lies halfway between two neighbouring confidences, so that rounding moves no photo.
-    """
+    A quantile lies halfway between two neighbouring confidences, so that rounding moves no photo."""
     values = np.unique(confidence)
     halfway = (values[1:] + values[:-1]) / 2
     inner = np.unique(np.quantile(halfway, np.linspace(0, 1, count), method="nearest")) if len(halfway) else halfway
@@ -96,10 +92,8 @@ def pareto_path(loss: np.ndarray, cost: np.ndarray) -> np.ndarray:
 
 
 def best_within(bounded: np.ndarray, minimised: np.ndarray, limit: float) -> int | None:
-    """Index of the smallest ``minimised`` [M] where ``bounded`` [M] is at most ``limit``; None if it nowhere is.
-
-    Of equal ones the one with the smallest ``bounded``.
-    """
+    """Index of the smallest ``minimised`` [M], then smallest ``bounded`` [M], of those with ``bounded`` <= ``limit``;
+    None if there is none."""
     allowed = np.flatnonzero(bounded <= limit)
     return int(allowed[np.lexsort((bounded[allowed], minimised[allowed]))[0]]) if len(allowed) else None
 

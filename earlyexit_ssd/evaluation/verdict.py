@@ -37,10 +37,8 @@ Rule = Callable[[Results], Iterable[Finding]]
 
 
 def judge(results: Results, rules: Sequence[Rule] | None = None) -> Verdict:
-    """The verdict by ``rules`` (default `RULES`), whose findings keep the order of the rules.
-
-    A full path that does not detect is the only finding. A failed gate that --force passed is a veto, listed first.
-    """
+    """The verdict by ``rules``, `RULES` by default. If the full path does not detect, this is the only finding. A
+    failed gate that --force passed is a veto, listed first."""
     forced = results.context.forced
     if rules is None:
         rules = RULES if results.early else (has_no_exits, no_rival_is_better, rivals_share_the_runtime)
@@ -85,10 +83,8 @@ def full_path_detects(results: Results) -> Iterator[Finding]:
 
 
 def exits_pass_their_gates(results: Results) -> Iterator[Finding]:
-    """Compare the first exit in use with 0.30 and 0.35 AP50, and the deepest one with the full path.
-
-    If the full path is a checkpoint taken as it is, the first exit is compared with that checkpoint instead.
-    """
+    """Compare the first exit in use with 0.30 and 0.35 AP50 (with the full path, if that is a checkpoint as it was),
+    and the deepest exit with the full path."""
     only = [one for one in results.early if one.name == sufficient_single_exit(results)]
     used = [one for one in only or _open_exits(results) or results.early if not one.empty]
     full = results.full.ap50
@@ -308,10 +304,8 @@ def asked_value(target: Target) -> float:
 
 
 def sufficient_single_exit(results: Results) -> str | None:
-    """The early exit that takes every photo, keeps the accuracy and is clearly faster than the detector without exits.
-
-    None if there is no such exit.
-    """
+    """The early exit that takes every photo, keeps the accuracy and is clearly faster than the detector without exits;
+    None if there is none."""
     only, routed, full = _only_exit(results), results.routed, results.full
     if only in (None, full.name) or routed.hybrid or routed.ap50 is None or routed.speedup is None:
         return None
@@ -347,10 +341,8 @@ def _comparable(results: Results) -> list[RivalResult]:
 
 
 def _dominates(rival: RivalResult, routed: RoutedResult) -> bool:
-    """Whether the rival is not worse in AP50 (within the tolerance) or time, and clearly better in one of them.
-
-    Clearly: the upper end of its time interval is below the routed time, or the paired AP50 interval is below 0.
-    """
+    """Whether the rival is not worse in AP50 (within the tolerance) or time, and clearly better in one of them: its
+    whole time interval is below the routed time, or the paired AP50 interval is below 0."""
     if rival.ap50 < routed.ap50 - AP50_TOLERANCE or rival.ms > routed.ms:
         return False
     difference = rival.routed_minus_rival_AP50_interval

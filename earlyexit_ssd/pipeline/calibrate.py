@@ -254,8 +254,7 @@ def calibrate(
     agreement with the full path instead of AP.
 
     Args:
-        cfg: configuration; its DATA, ROUTING, CALIBRATION and EVAL sections are used. The classes are those of the
-            weights.
+        cfg: its DATA, ROUTING, CALIBRATION and EVAL sections are used; the classes are those of the weights.
         weights: model file of this project.
         target: the target of the calibration.
         out_dir: folder of the results and of the recorded outputs.

@@ -130,11 +130,8 @@ def register_policy(name: str, boxes: int | None = None) -> Callable[[Registered
 
 
 def get_policy(name: str, parameters: Any = None) -> Policy:
-    """The policy ``name``, with its ``parameters`` if it is a fitted one.
-
-    Raises:
-        EarlyExitError: the name is unknown, or the parameters are missing, not wanted or of another policy.
-    """
+    """The policy ``name``, with its ``parameters`` if it is a fitted one; an EarlyExitError for an unknown name and
+    for parameters that are missing, not wanted or of another policy."""
     require_known(name)
     if name not in FITTED_POLICIES:
         if parameters is not None:
@@ -173,10 +170,8 @@ def needs_training_photos(name: str) -> bool:
 
 @register_policy("mean_foreground")
 def mean_foreground(logits: Tensor) -> Tensor:
-    """Mean of the foreground probability, 1 - p(background), over the default boxes.
-
-    It is close to 0 for every photo, since only about 0.7 % of the default boxes match an object. Kept for comparison.
-    """
+    """Mean of the foreground probability, 1 - p(background), over the default boxes; kept for comparison. It is close
+    to 0 for every photo, since only about 0.7 % of the default boxes match an object."""
     total = exp_(logits - logits[..., :1]).sum(-1)  # over all default boxes every pass counts; infinity does no harm
     return 1 - total.reciprocal().mean(-1)
 
@@ -221,9 +216,7 @@ def emptiness(logits: Tensor) -> Tensor:
 
 def at_likeliest_boxes(signals: ExitSignals, boxes: int | None) -> ExitSignals:
     """The signals at the ``boxes`` default boxes with the largest (object logit - background logit); None: all.
-
-    Fewer boxes save time, since the softmax over all of them is slow. A temperature does not change which are chosen.
-    """
+    The softmax over all boxes is slow. A temperature does not change which boxes are chosen."""
     logits = signals.logits
     images, count, classes = logits.shape
     if boxes is None or boxes >= count:
@@ -261,9 +254,7 @@ def undecided(probability: Tensor) -> Tensor:
 
 class Odds:
     """Softmax of raw logits [N, A, C] by the odds against background, five times as fast as PyTorch's for few classes.
-
-    ``odds`` [N, A, C] are exp(logit - background logit), ``total`` [N, A] is their sum.
-    """
+    ``odds`` [N, A, C] are exp(logit - background logit), ``total`` [N, A] is their sum."""
 
     def __init__(self, logits: Tensor) -> None:
         self.odds = exp_(_ahead_of_background(logits))  # in place: fresh memory costs more than arithmetic
@@ -357,11 +348,8 @@ def logit_statistics(logits: Tensor) -> Tensor:
 
 
 class GainModel(nn.Module):
-    """Predicts the gain of going on, one number per image, from logit statistics and the pooled tap.
-
-    It is a perceptron with one hidden layer on the standardised statistics plus a linear term in the tap's channel
-    means.
-    """
+    """Predicts the gain of going on, one number per image: a perceptron with one hidden layer on the standardised
+    statistics, plus a linear term in the tap's channel means."""
 
     def __init__(self, tap_channels: int) -> None:
         super().__init__()
@@ -416,11 +404,8 @@ def fit_gain(inputs: Tensor, gains: Tensor, seed: int = 0) -> GainModel:
 
 @register_policy("learned_gain", FEWER_CANDIDATES)
 class LearnedGain(FittedPolicy):
-    """1 / (1 + exp(gain)), with the gain of going on as a `GainModel` predicts it.
-
-    The same threshold at two exits means the same predicted gain. ``parameters`` are the value of
-    `GainModel.to_plain` for each early exit.
-    """
+    """1 / (1 + exp(gain)), with the gain of going on as a `GainModel` predicts it, so that one threshold means the same
+    gain at every exit. ``parameters`` are the `GainModel.to_plain` of each early exit."""
 
     reads_taps = True
     expected = "the numbers of a fitted model for every early exit"
@@ -458,8 +443,7 @@ class ForeseenEmptiness(FittedPolicy):
     """Confidence 1 - p, with p a prediction of the full path's largest object score.
 
     Ridge regression predicts the logit of p from the pooled tap and, if the exit has a branch, from its own largest
-    score. ``parameters`` are ``{"weight": [d], "bias": float}`` for each early exit; :func:`regression_inputs` gives
-    the d inputs.
+    score (:func:`regression_inputs`). ``parameters`` are ``{"weight": [d], "bias": float}`` for each early exit.
     """
 
     reads_taps = True
@@ -498,10 +482,10 @@ def regression_inputs(signals: ExitSignals) -> Tensor:
 
 
 def fit_largest_score(inputs: Tensor, probability: Tensor) -> dict[str, list | float]:
-    """Ridge regression of the logit of ``probability`` [n] on ``inputs`` [n, d]. Leave-one-out error is minimal.
+    """Ridge regression of the logit of ``probability`` [n] on ``inputs`` [n, d].
 
-    Returns ``weight`` [d] and ``bias`` for the inputs without standardisation, as plain numbers. With X the
-    standardised inputs, the residual of a photo left out is (y - Xw) / (1 - h), where h is the diagonal of
+    The penalty has the least leave-one-out error. ``weight`` [d] and ``bias`` are for inputs that are not standardised.
+    With X the standardised inputs, the residual of a photo left out is (y - Xw) / (1 - h), where h is the diagonal of
     X (X'X + penalty)^-1 X' + 1/n (Golub, Heath and Wahba 1979, equation 1.3).
     """
     inputs, targets = inputs.double(), torch.logit(probability.double(), eps=LEAST_PROBABILITY)
