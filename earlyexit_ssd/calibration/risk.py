@@ -27,7 +27,7 @@ class Certified:
         bound: upper confidence bound of the expected loss at level delta, as if this were the only step tested.
         passed: number of steps that passed, without step 0.
         photos_needed: number of calibration photos (or groups) that would certify the first open step if further ones
-            had the same losses; None if a step passed, or if no number would do.
+            had the same losses; None if a step passed, or if no number is enough.
     """
 
     step: int
