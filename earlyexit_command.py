@@ -1,8 +1,7 @@
-"""The command ``earlyexit``: its subcommands, their arguments and examples, and the job that each one starts.
+"""The command ``earlyexit``: its subcommands with their arguments, examples and jobs.
 
-The module lies beside the package, because importing the package imports torch. A job imports what it needs when it
-starts, so that ``--help`` and mistakes in the arguments are answered at once. The scripts in tools/ are the same
-commands.
+The module lies beside the package, because importing the package imports torch. A job imports the package when it
+starts, so that ``--help`` and wrong arguments need no torch. The scripts in tools/ are the same commands.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ examples:
   %(prog)s --config configs/voc_animals.yaml DATA.ROOT ~/data MODEL.WEIGHTS COCO_V1
       put exits on torchvision's COCO detector for seven classes
   %(prog)s --config my.yaml --resume
-      go on with a run that was stopped or killed
+      continue a run that was stopped or killed
   torchrun --nproc-per-node 2 tools/train_net.py --config my.yaml
-      two processes on one global batch; they share the photos of evaluations too
+      two processes that share each batch, and the photos of evaluations
 
 exit codes: 0 done, 2 bad input, 3 a gate failed (the figures and what to try are printed), 130 stopped by a signal
 Every key and its default: docs/config.md
@@ -42,13 +41,13 @@ Every key and its default: docs/config.md
 EVALUATE_EXAMPLES = """
 examples:
   %(prog)s --config configs/quickstart.yaml --out results
-      the model that the training left in the configuration's OUTPUT_DIR, on its test split
+      the model.pth in OUTPUT_DIR of the configuration, on its test split
   %(prog)s --config configs/voc_animals.yaml --weights model.pth --out results \\
       ROUTING.POLICY max_foreground ROUTING.THRESHOLDS "(0.5, 0.7)"
       other weights, another routing
   %(prog)s --config configs/voc_animals.yaml --out results EVAL.RUNTIME onnxruntime \\
       EVAL.RIVALS.ONNX "['yolox:yolox_nano.onnx']" EVAL.RIVALS.SINGLE_EXITS "[output/exit12/model.pth]"
-      more rivals than the plain net at smaller inputs and each exit alone; all timed in ONNX Runtime
+      two more rivals, beside plain detectors with smaller inputs and each exit alone; all timed in ONNX Runtime
   torchrun --nproc-per-node 2 tools/eval_exits.py --config configs/voc_animals.yaml --out results
       two processes share the photos; the first one measures milliseconds and writes
 
@@ -57,33 +56,34 @@ How to read the figures: docs/metrics.md
 CALIBRATE_EXAMPLES = """
 examples:
   %(prog)s --config configs/voc_animals.yaml --risk 0.02 --delta 0.05
-      with probability 0.95, a photo loses at most 2 %% of what the full path finds, on average
+      the expected loss of a photo (missed and added detections / those of the full path) is at most 0.02, with
+      probability 0.95
   %(prog)s --config configs/chair_stream.yaml --ap-drop 0.01 ROUTING.POLICY foreseen_emptiness
-      as cheap as it gets with at most 0.01 AP50 lost in 95 %% of the draws of calibration photos
+      the least cost with at most 0.01 AP50 lost in 95 %% of the bootstrap draws of calibration photos
   %(prog)s --config configs/voc_animals.yaml --speedup 1.4 EVAL.RUNTIME onnxruntime
-      as good as it gets at a mean cost of the detector without exits / 1.4, measured in ONNX Runtime
+      the best AP50 at 1/1.4 of the cost of the detector without exits, measured in ONNX Runtime
   %(prog)s --config configs/voc_animals.yaml --risk 0.05 --block 5s --fps 5 \\
       DATA.DATASETS "[[learn, '', frames/learn], [calib, '', frames/calib], [test, '', frames/test]]" \\
       DATA.TRAIN "[learn]" DATA.CALIB "[calib]" DATA.TEST "[test]"
-      on a camera's own frames, which nobody labelled, five of them a second: blocks of 5 s count, not frames
+      frames of a camera without labels, 5 per second; frames of 5 s count as one draw
   torchrun --nproc-per-node 2 tools/calibrate.py --config configs/voc_animals.yaml --ap-drop 0.01
       two processes share the photos
 
-Only the calib split (DATA.CALIB) decides; TRAIN fits what a policy has to fit, TEST is not looked at. The model.pth
-that it writes routes as calibrated wherever a model is taken (--weights of evaluate and predict, from_pretrained); the
-certificate alone goes into ROUTING.CERTIFICATE. How it works: docs/routing.md
+The calib split (DATA.CALIB) chooses the thresholds. TRAIN fits a policy that has parameters. TEST is not used. The
+result is a model.pth with this routing (for --weights of evaluate and predict, and for from_pretrained) and a
+certificate (for ROUTING.CERTIFICATE). How it works: docs/routing.md
 """
 OPTIMIZE_EXAMPLES = """
 examples:
   %(prog)s --config mine.yaml --ap-drop 0.01
-      the fastest that loses at most 0.01 AP50 in 95 %% of the draws of calib photos
+      the fastest detector that loses at most 0.01 AP50 in 95 %% of the bootstrap draws of calib photos
   %(prog)s --config mine.yaml --weights output/mine/model.pth --speedup 2
-      the branches of a trained model are candidates too; at least twice as fast, with the least loss
+      at least twice as fast, with the least loss; the branches of a trained model are candidates too
   %(prog)s --config mine.yaml --ms 20 --budget-minutes 30 EVAL.RIVALS.ONNX "['yolox:yolox_nano.onnx']"
-      at most 20 ms a photo; stop searching after 30 minutes; a small net of another kind stands in the chart
+      at most 20 ms a photo; start no candidate after 30 minutes; compare with YOLOX-nano in the chart
 
-The calib split (DATA.CALIB) decides, TRAIN fits what has to be fitted, TEST is looked at once, at the end. A search
-that was stopped goes on where it was. docs/choosing.md says what to expect.
+The calib split (DATA.CALIB) chooses, TRAIN fits policies, TEST is used once, at the end. Run the command again to
+continue a search that was stopped. docs/choosing.md says what to expect.
 """
 PREDICT_EXAMPLES = f"""
 examples:
@@ -97,21 +97,22 @@ examples:
       the first camera, in a window; Ctrl-C or q ends it. rtsp://... is taken too
   %(prog)s --weights detector.onnx monday.mp4 --calibrate-stream 0.02 --stream camera.json
   %(prog)s --weights detector.onnx rtsp://... --stream camera.json --save counts
-      repeat the last answer where little changes: at most 2 %% of the answers on this camera's own frames change
+      calibrate on this camera's frames, then repeat the last detections while the picture changes little: at most
+      2 %% of the frames get other detections than without the rule
   %(prog)s room.jpg --weights output/quickstart/model.pth --all-exits --score 0.3
-      a model in PyTorch; what each exit sees, side by side, the exit taken framed
+      a model in PyTorch; the detections of every exit side by side, with a frame around the exit taken
   %(prog)s room.jpg --weights checkpoint.pth --config mine.yaml
-      exits that torchvision's train.py trained; the configuration describes them and their routing
+      exits trained with torchvision's train.py; the configuration has the exits and their routing
 
-Shipped weights: {", ".join(SHIPPED)}; what they are worth: docs/model_zoo.md. More: docs/predict.md
+Shipped weights: {", ".join(SHIPPED)}; their figures: docs/model_zoo.md. More: docs/predict.md
 exit codes: 0 done, 2 something could not be read (the rest is done), 130 stopped by a signal
 """
 EXPORT_EXAMPLES = """
 examples:
   %(prog)s output/chair/model.pth --out chair.onnx
-      one file from photo to detections, routed as calibrated; held against the model on rendered photos first
+      one file from photo to detections, with the calibrated routing; first compared with the model on rendered photos
   %(prog)s voc_animals --out animals --format staged --photos ~/photos
-      shipped weights; a folder with a file for each segment, compared on photos of yours
+      shipped weights; a folder with a file for each segment, compared with the model on your photos
   %(prog)s output/chair/model.pth --out chair.xml --format openvino
       OpenVINO's own format (pip install openvino)
 
@@ -120,15 +121,15 @@ How to run what it writes, without PyTorch: docs/deploy.md
 
 
 def add_config(parser: argparse.ArgumentParser, what: str) -> None:
-    """``--config`` and the keys that override it."""
+    """Add ``--config`` and the keys that override it."""
     parser.add_argument("--config", required=True, help=f"YAML file {what}; configs/ has examples")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="override keys of the configuration")
 
 
 def train_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, "of the run")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in OUTPUT_DIR")
-    parser.add_argument("--force", action="store_true", help="go on past a failed gate; every later report says so")
+    parser.add_argument("--resume", action="store_true", help="continue the run in OUTPUT_DIR")
+    parser.add_argument("--force", action="store_true", help="continue after a failed gate; every later report says so")
 
 
 def train(args: argparse.Namespace) -> None:
@@ -145,7 +146,7 @@ def train(args: argparse.Namespace) -> None:
 
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, "that names the test split (DATA.TEST)")
-    parser.add_argument("--weights", help="a model.pth, or a checkpoint with exits; by default that of OUTPUT_DIR")
+    parser.add_argument("--weights", help="a model.pth, or a checkpoint with exits; OUTPUT_DIR/model.pth by default")
     parser.add_argument("--out", required=True, help="folder for metrics.json, the table, the charts and the pictures")
 
 
@@ -163,18 +164,18 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, "that names the splits (DATA)")
-    parser.add_argument("--weights", help="a model.pth, or a checkpoint with exits; by default that of OUTPUT_DIR")
+    parser.add_argument("--weights", help="a model.pth, or a checkpoint with exits; OUTPUT_DIR/model.pth by default")
     parser.add_argument("--out", help="folder of the certificate; OUTPUT_DIR/calibration by default")
     target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("--speedup", type=float, help="at least, against the detector without exits, in mean cost")
-    target.add_argument("--ap-drop", type=float, help="AP50 lost against the full path, at most, in 1 - delta of draws")
-    target.add_argument("--risk", type=float, help="expected loss per photo, at most, with probability 1 - delta")
-    parser.add_argument("--delta", type=float, default=0.05, help="of --risk and --ap-drop; 0.05")
-    parser.add_argument("--learned", action="store_true", help="learn thresholds with a soft exit instead of a search")
+    target.add_argument("--speedup", type=float, help="least mean cost without exits / mean cost routed")
+    target.add_argument("--ap-drop", type=float, help="largest loss of AP50, in 1 - delta of the draws")
+    target.add_argument("--risk", type=float, help="largest expected loss per photo, with probability 1 - delta")
+    parser.add_argument("--delta", type=float, default=0.05, help="failure probability for --risk and --ap-drop; 0.05")
+    parser.add_argument("--learned", action="store_true", help="learn thresholds by gradient descent, not by a search")
     parser.add_argument(
         "--block",
         metavar="SECONDS|N",
-        help="of --risk and --ap-drop: consecutive photos of a folder, such as frames of a video, count as one draw: "
+        help="for --risk and --ap-drop: consecutive photos of a folder (frames of a video) that count as one draw, "
         "25 (photos) or 5s (seconds, with --fps)",
     )
     parser.add_argument("--fps", type=float, help="photos of a folder per second, for --block in seconds")
@@ -195,21 +196,21 @@ def calibrate(args: argparse.Namespace) -> None:
     target = Target(kind, getattr(args, kind), args.delta, block, args.learned)
     if calibrate(cfg, args.weights or Path(cfg.OUTPUT_DIR) / "model.pth", target, out):
         print((out / "calibration.txt").read_text(encoding="utf-8"))
-        print(f"results: {out}/ (model.pth, which routes so; certificate.json, calibration.txt, reliability.png)")
+        print(f"results: {out}/ (model.pth with this routing, certificate.json, calibration.txt, reliability.png)")
 
 
 def optimize_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, "that names the detector (MODEL.WEIGHTS) and the splits (DATA)")
     parser.add_argument("--weights", help="a model.pth to start from; by default the checkpoint MODEL.WEIGHTS")
-    parser.add_argument("--ap-drop", type=float, default=0.01, help="AP50 lost against the detector as it is; 0.01")
-    parser.add_argument("--delta", type=float, default=0.05, help="it may be more in this share of the draws; 0.05")
+    parser.add_argument("--ap-drop", type=float, default=0.01, help="largest loss of AP50, 0.01")
+    parser.add_argument("--delta", type=float, default=0.05, help="share of the draws that may lose more; 0.05")
     wanted = parser.add_mutually_exclusive_group()
-    wanted.add_argument("--speedup", type=float, help="wanted, against the detector as it is")
-    wanted.add_argument("--ms", type=float, help="wanted, mean milliseconds per photo on this machine")
+    wanted.add_argument("--speedup", type=float, help="least time of the detector as it is / time of the result")
+    wanted.add_argument("--ms", type=float, help="largest mean milliseconds per photo on this machine")
     parser.add_argument(
         "--runtime", choices=("onnxruntime", "openvino", "eager"), default="onnxruntime", help="for timing; onnxruntime"
     )
-    parser.add_argument("--budget-minutes", type=float, help="begin no further candidate after this time")
+    parser.add_argument("--budget-minutes", type=float, help="start no further candidate after this time")
     parser.add_argument("--out", help="folder of the results; OUTPUT_DIR/optimize by default")
 
 
@@ -242,10 +243,10 @@ def predict_arguments(parser: argparse.ArgumentParser) -> None:
         help="an exported detector (.onnx, .xml, a folder of stages), a shipped name or a model.pth (these two run in "
         f"PyTorch); {DEFAULT_WEIGHTS} by default",
     )
-    parser.add_argument("--config", help="YAML file that describes a checkpoint of PyTorch, and routes")
-    parser.add_argument("--runtime", choices=["onnxruntime", "openvino"], default="onnxruntime", help="of an export")
-    parser.add_argument("--threads", type=int, help="of the runtime; an export runs on 1, PyTorch on all by default")
-    parser.add_argument("--out", default="output/predict", help="folder of what is written; output/predict by default")
+    parser.add_argument("--config", help="YAML file with the exits and the routing of a PyTorch checkpoint")
+    parser.add_argument("--runtime", choices=["onnxruntime", "openvino"], default="onnxruntime", help="for exports")
+    parser.add_argument("--threads", type=int, help="CPU threads; by default 1 for an export, all for PyTorch")
+    parser.add_argument("--out", default="output/predict", help="folder of the results; output/predict by default")
     parser.add_argument(
         "--save",
         default="pictures",
@@ -253,22 +254,22 @@ def predict_arguments(parser: argparse.ArgumentParser) -> None:
         help="pictures (PNG, MP4), json (COCO results), csv (a row for each detection), counts (a row for each frame), "
         "none; pictures",
     )
-    parser.add_argument("--show", action="store_true", help="in a window, too")
-    parser.add_argument("--score", type=float, default=0.5, help="least score of a detection that counts; 0.5")
-    parser.add_argument("--stride", type=int, default=1, help="of videos and cameras take every so many frames; 1")
-    parser.add_argument("--frames", type=int, help="of each video or camera take so many at most")
-    parser.add_argument("--all-exits", action="store_true", help="draw what every exit sees (PyTorch only)")
-    stream = parser.add_argument_group("streams", "repeat the last answer where little has changed")
-    stream.add_argument("--stream", metavar="RULE.json", help="the rule to use, or to write with --calibrate-stream")
+    parser.add_argument("--show", action="store_true", help="show the pictures in a window too")
+    parser.add_argument("--score", type=float, default=0.5, help="least score of a detection; 0.5")
+    parser.add_argument("--stride", type=int, default=1, help="use every n-th frame of videos and cameras; 1")
+    parser.add_argument("--frames", type=int, help="largest number of frames of each video or camera")
+    parser.add_argument("--all-exits", action="store_true", help="draw the detections of every exit (PyTorch only)")
+    stream = parser.add_argument_group("streams", "repeat the last detections while the picture changes little")
+    stream.add_argument("--stream", metavar="RULE.json", help="rule to use, or to write with --calibrate-stream")
     stream.add_argument(
         "--calibrate-stream",
         type=float,
         metavar="SHARE",
-        help="write a rule that changes at most this share of the answers, from the frames of the sources",
+        help="write a rule that changes the detections of at most this share of frames, fitted on the sources",
     )
-    stream.add_argument("--delta", default="0.05", help="of the promise; none promises nothing; 0.05")
+    stream.add_argument("--delta", default="0.05", help="failure probability, or none for no guarantee; 0.05")
     stream.add_argument("--block", type=int, default=150, help="consecutive frames that count as one draw; 150")
-    stream.add_argument("--most-repeats", type=int, default=10, help="of an answer in a row; 10")
+    stream.add_argument("--most-repeats", type=int, default=10, help="largest number of repeats in a row; 10")
 
 
 def predict(args: argparse.Namespace) -> None:
@@ -353,10 +354,10 @@ def _calibrate_stream(args: argparse.Namespace, detector: object, sources: list)
 
 def deploy_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=f"model.pth of a run, or shipped weights: {', '.join(SHIPPED)}")
-    parser.add_argument("--out", required=True, help="file (.onnx, .xml) or, of staged files, folder to write")
+    parser.add_argument("--out", required=True, help="file (.onnx, .xml) to write, or folder with --format staged")
     parser.add_argument("--format", default="onnx", choices=("onnx", "staged", "openvino"), help="onnx by default")
-    parser.add_argument("--photos", nargs="+", default=[], help="photos or folders to compare on; else rendered ones")
-    parser.add_argument("--full", action="store_true", help="the full path alone, without exits")
+    parser.add_argument("--photos", nargs="+", default=[], help="photos for the comparison; rendered ones by default")
+    parser.add_argument("--full", action="store_true", help="export the full path without exits")
 
 
 def export(args: argparse.Namespace) -> None:
@@ -372,10 +373,14 @@ def export(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its line in ``earlyexit --help``, its arguments and its job.
+    """A subcommand.
 
-    examples: the end of its help; ``%(prog)s`` stands for the command.
-    after_a_stop: what the user reads when a signal or a full disk has stopped the job.
+    Attributes:
+        summary: its line in ``earlyexit --help``.
+        examples: the end of its help; ``%(prog)s`` is replaced by the command.
+        add_arguments: function that adds its arguments to a parser.
+        job: function that runs it.
+        after_a_stop: advice to the user after a signal or a full disk has stopped the job.
     """
 
     summary: str
@@ -391,19 +396,19 @@ COMMANDS = {
         TRAIN_EXAMPLES, train_arguments, train, after_a_stop="go on with --resume",
     ),
     "evaluate": Command(
-        "Evaluate every exit of a trained detector, the routed one and static rivals; say which is worth shipping.",
+        "Evaluate every exit of a trained detector, the routed detector and rivals; recommend what to ship.",
         EVALUATE_EXAMPLES, evaluate_arguments, evaluate,
     ),
     "calibrate": Command(
-        "Calibrate the routing of a trained detector to what you state, and write a certificate of it.",
+        "Calibrate the routing of a trained detector for a target of yours, and write a certificate.",
         CALIBRATE_EXAMPLES, calibrate_arguments, calibrate,
     ),
     "optimize": Command(
-        "Search what to ship: input size, head, glances and exits, as fast as it gets within an accuracy budget.",
-        OPTIMIZE_EXAMPLES, optimize_arguments, optimize, after_a_stop="run it again: it goes on where it was",
+        "Search for the fastest detector within an accuracy budget, over input sizes, heads, glances and exits.",
+        OPTIMIZE_EXAMPLES, optimize_arguments, optimize, after_a_stop="run it again to continue",
     ),
     "predict": Command(
-        "Detect in photos, videos and cameras: what is found, at which exit, in how many milliseconds.",
+        "Detect in photos, videos and cameras; print the detections, the exit and the milliseconds.",
         PREDICT_EXAMPLES, predict_arguments, predict,
     ),
     "export": Command(
@@ -414,10 +419,10 @@ COMMANDS = {
 
 
 def run(name: str, prog: str, arguments: Sequence[str] | None = None) -> int:
-    """Parse ``arguments`` (by default those of the process) for the subcommand ``name`` and do its job.
+    """Parse ``arguments`` (by default those of the process) for the subcommand ``name`` and run its job.
 
     Args:
-        prog: how the user calls it, for the help.
+        prog: name of the program in the help.
 
     Returns:
         the exit code, see :func:`earlyexit_ssd.command_line.run_tool`.
@@ -434,7 +439,7 @@ def run(name: str, prog: str, arguments: Sequence[str] | None = None) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command ``earlyexit``: the first word names the subcommand, the others are its arguments."""
     words = sys.argv[1:] if arguments is None else arguments
-    parser = _parser("earlyexit", "SSDLite detectors with early exits, from photos to certified routing.", TOP_EXAMPLES)
+    parser = _parser("earlyexit", "Train, calibrate and deploy SSDLite detectors with early exits.", TOP_EXAMPLES)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name, command in COMMANDS.items():
         subparsers.add_parser(name, help=command.summary, add_help=False)

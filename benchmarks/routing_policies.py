@@ -30,7 +30,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 from torch import Tensor, nn
 
-from earlyexit_ssd.calibration.thresholds import cheapest_within, choose, learn_open_exits, open_sets, threshold_grid
+from earlyexit_ssd.calibration.thresholds import best_within, choose, learn_open_exits, open_sets, threshold_grid
 from earlyexit_ssd.command_line import run_tool
 from earlyexit_ssd.config import CLOSED, load_config
 from earlyexit_ssd.evaluation.cost import PlainPath, Timing, time_modules
@@ -467,7 +467,7 @@ def evaluate_policy(study: Study, router: ExitRouter, name: str) -> tuple[dict[s
     ap50 = study.calib.replay.ap50_of(grid.choices, f"thresholds of {name}")
     budgets, on_test, on_calib = [], [], []
     for budget in study.budgets():
-        thresholds = grid.thresholds[cheapest_within(mean_costs, -ap50, budget)]
+        thresholds = grid.thresholds[best_within(mean_costs, -ap50, budget)]
         on_test.append(compare(study, study.test, test, thresholds))
         on_calib.append(compare(study, study.calib, calib, thresholds))
         budgets.append({"budget": budget, **_figures(study, on_test[-1], thresholds)})

@@ -1,8 +1,8 @@
 """Finite-sample control of the mean of a loss in [0, 1], such as the loss per photo of leaving early.
 
-A p-value here tests H0: E[loss] > epsilon. Where it is at most delta, "the mean loss is at most epsilon" holds
+A p-value here tests H0: E[loss] > epsilon. If it is at most delta, "the mean loss is at most epsilon" holds
 with probability 1 - delta over the draw of the photos, whatever the distribution of the losses and however many
-photos there are. The photos must be independent draws of one source, and not those that the rule was fitted on.
+photos there are. The photos must be independent draws of one source, and other photos than the rule was fitted on.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ PValue = Callable[[np.ndarray, float], float]
 
 BET_CAP = 0.75  # share of the largest bet that cannot go bankrupt; Waudby-Smith & Ramdas suggest 1/2 or 3/4
 ROUNDING = 1e-9  # sums of losses this close above a whole number are that number
-TOLERANCE = 1e-6  # of upper_bound
-MOST_PHOTOS = 10**6  # photos_needed does not count further
+TOLERANCE = 1e-6  # largest error of upper_bound
+MOST_PHOTOS = 10**6  # largest result of photos_needed
 
 
 def hoeffding_bentkus_p_value(losses: np.ndarray, epsilon: float) -> float:
@@ -31,13 +31,13 @@ def hoeffding_bentkus_p_value(losses: np.ndarray, epsilon: float) -> float:
     2021, "Distribution-free, risk-controlling prediction sets", section 3.1. The order of the photos does not matter.
 
     Args:
-        losses: [n], in [0, 1], one per photo; no photo gives 1.0.
+        losses: [n], in [0, 1], one per photo; without a photo the p-value is 1.0.
         epsilon: the largest mean loss to be accepted, in (0, 1).
 
     Raises:
         EarlyExitError: a loss or ``epsilon`` outside its range.
     """
-    from scipy import stats  # not there where only the runtime is installed
+    from scipy import stats  # absent if only the runtime is installed
 
     losses = _checked(losses, epsilon=epsilon)
     count = len(losses)
@@ -61,11 +61,11 @@ def betting_p_value(losses: np.ndarray, epsilon: float, *, delta: float = 0.1) -
         m_i = (1/2 + sum_{j <= i} L_j) / (i + 1),    s_i = (1/4 + sum_{j <= i} (L_j - m_j)^2) / (i + 1).
 
     From Waudby-Smith & Ramdas 2024, "Estimating means of bounded random variables by betting", in the form of
-    Bates et al. 2021, section 3.1, who cap at 1. Our cap leaves 1 - BET_CAP of the capital after a loss of 1.
+    Bates et al. 2021, section 3.1, who cap at 1. This cap leaves 1 - BET_CAP of the capital after a loss of 1.
 
     Args:
-        losses: [n], in [0, 1], in the order of the bets; no photo gives 1.0. Fix the order without a look at the
-            losses, by a seeded shuffle: photos that stand by data set or by hour are not exchangeable as they come.
+        losses: [n], in [0, 1], in the order of the bets; without a photo the p-value is 1.0. Shuffle them with a seed
+            first: photos sorted by data set or by hour are not exchangeable.
         epsilon: the largest mean loss to be accepted, in (0, 1).
         delta: the level that the bets are tuned for, in (0, 1). The p-value is valid at every level.
 
@@ -89,10 +89,10 @@ BOUNDS: dict[str, PValue] = {"hoeffding_bentkus": hoeffding_bentkus_p_value, "be
 
 
 def upper_bound(losses: np.ndarray, delta: float, p_value: PValue = hoeffding_bentkus_p_value) -> float:
-    """The mean loss that is not exceeded with probability 1 - ``delta``, in (0, 1]; 1.0 where nothing is certain.
+    """Upper confidence bound of the expected loss at level ``delta``, in (0, 1].
 
-    The smallest epsilon with ``p_value(losses, epsilon) <= delta``, at most 1e-6 above it, never below. ``losses`` are
-    [n], in [0, 1]; ``p_value`` is one of :data:`BOUNDS`, or another that falls as its epsilon grows.
+    This is the smallest epsilon with ``p_value(losses, epsilon) <= delta``, at most 1e-6 above it, never below.
+    ``losses`` are [n], in [0, 1]; ``p_value`` is one of :data:`BOUNDS` or another function that falls in epsilon.
     """
     losses = _checked(losses, delta=delta)
     low, high = 0.0, 1.0  # no mean exceeds 1
@@ -106,11 +106,10 @@ def upper_bound(losses: np.ndarray, delta: float, p_value: PValue = hoeffding_be
 
 
 def fixed_sequence_test(p_values: Iterable[float], delta: float) -> int:
-    """How many hypotheses are rejected, from the start of the sequence to the first p-value above ``delta``, behind
-    which none is read.
+    """Number of rejected hypotheses: those before the first p-value above ``delta``. No later p-value is read.
 
-    The chance that any of the rejected hypotheses is true is at most ``delta``, where the order was fixed before
-    the photos were seen. Fixed-sequence testing in Angelopoulos et al. 2021, "Learn then test".
+    The probability that any rejected hypothesis is true is at most ``delta``, if the order was fixed before the photos
+    were used. This is fixed-sequence testing (Angelopoulos et al. 2021, "Learn then test").
     """
     _checked([], delta=delta)
     rejected = 0
@@ -126,8 +125,10 @@ def fixed_sequence_test(p_values: Iterable[float], delta: float) -> int:
 def photos_needed(
     losses: np.ndarray, epsilon: float, delta: float, p_value: PValue = hoeffding_bentkus_p_value
 ) -> int | None:
-    """About how many photos ``p_value`` needs to certify ``epsilon`` if further ones lose what these did, in turn: a
-    plan, not a promise. None where the mean is not below ``epsilon``, or so little that it takes over 10^6."""
+    """Estimate of the number of photos that certify ``epsilon``, if further photos repeat the losses of these in turn.
+
+    None if the mean loss is not below ``epsilon``, or if more than 10^6 photos are needed.
+    """
     losses = _checked(losses, epsilon=epsilon, delta=delta)
 
     def enough(count: int) -> bool:
@@ -135,7 +136,7 @@ def photos_needed(
 
     if not losses.size or losses.mean() >= epsilon or not enough(MOST_PHOTOS):
         return None
-    high = 1  # doubling, then bisection: what is enough once stays so
+    high = 1  # doubling, then bisection; a larger number is enough too
     while not enough(high):
         high *= 2
     return bisect.bisect_left(range(high + 1), True, lo=high // 2 + 1, key=enough)

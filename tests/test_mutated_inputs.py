@@ -394,7 +394,7 @@ class Models:
         torch.manual_seed(0)
         self.model = TINY.build().eval()
         router = ExitRouter(
-            1, policy="foreseen_emptiness", parameters=[{"weight": [0.0] * self._evidence(), "bias": 0.0}]
+            1, policy="foreseen_emptiness", parameters=[{"weight": [0.0] * self._regression_inputs(), "bias": 0.0}]
         )
         self.info = {"phase": "exits", "forced": False, "router": router.to_dict()}
         self.state = {key: value for key, value in self.model.state_dict().items() if not key.startswith("router.")}
@@ -427,7 +427,7 @@ class Models:
         }
         self.certificate = json.loads(json.dumps(content))
 
-    def _evidence(self) -> int:
+    def _regression_inputs(self) -> int:
         outputs = self.model.exit_outputs([PHOTO])
         return outputs.taps[0].shape[1] + 1
 

@@ -3,15 +3,25 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from PIL import Image
 
-from earlyexit_ssd.config import get_cfg
+from earlyexit_ssd.config import get_cfg, load_config
+from earlyexit_ssd.data import load_dataset
+from earlyexit_ssd.data.records import FORMATS
 from earlyexit_ssd.evaluation.results import Results
 from earlyexit_ssd.evaluation.verdict import judge
+from earlyexit_ssd.modeling import Architecture, Exit
+from earlyexit_ssd.modeling.branches import BRANCHES
+from earlyexit_ssd.modeling.outputs import ExitSignals
+from earlyexit_ssd.routing.policies import FITTED_POLICIES, POLICIES, get_policy
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXTENDING = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 CHOOSING = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
 ROW = re.compile(r"^\| \[[^\]]+\]\((?:docs/)?results/(?P<run>\w+)/metrics\.json\) \| (?P<figures>.+) \|$", re.M)
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"]
@@ -36,6 +46,9 @@ def cells(run: str) -> str:
     routed, plain = metrics["routed"], metrics["without_exits"]
     verdict = "ship" if metrics["verdict"]["ship"] else "do not ship"
     figures = [interval(rows["full"]), interval(routed), f"{plain['ms']:.1f}", f"{routed['ms']:.1f}", verdict]
+    better = [line for line in judge(Results.from_json(metrics)).lines if line.startswith("ship instead: ")]
+    rivals = [one for one in metrics["rivals"] for line in better if f"instead: {one['name']} has " in line]
+    figures += ["{name}: {AP50:.3f} in {ms:.1f} ms".format(**one) for one in rivals] or ["-"]
     return " | ".join([str(metrics["context"]["images"]), *figures])
 
 
@@ -55,6 +68,49 @@ def test_the_readme_s_python_runs(capsys):
     (code,) = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out.startswith("left at ")
+
+
+@pytest.fixture
+def extensions():
+    """What the examples of docs/extending.md define, registered for one test."""
+    kept = [(registry, dict(registry)) for registry in (POLICIES, FITTED_POLICIES, FORMATS, BRANCHES)]
+    names: dict = {}
+    first, *examples = re.findall(r"^```python\n(.*?)^```", EXTENDING, re.M | re.S)
+    compile(first, "extending.md", "exec")  # it imports the user's module
+    for example in examples:
+        exec(compile(example, "extending.md", "exec"), names)
+    yield names
+    for registry, before in kept:
+        registry.clear()
+        registry.update(before)
+
+
+def test_examples_of_policies_run(extensions):
+    model, tap = extensions["model"], torch.tensor([[1.0, 3.0], [5.0, 7.0]])
+    with torch.inference_mode():
+        assert 0 <= float(model([torch.rand(3, 64, 80)])[0]["exit_confidence"]) <= 1
+    photos = SimpleNamespace(temperatures=[1.0], signals=lambda index: [ExitSignals(torch.zeros(2, 5, 2), tap)])
+    quiet = get_policy("quiet_tap", FITTED_POLICIES["quiet_tap"].fit(photos))
+    assert quiet(ExitSignals(torch.zeros(2, 5, 2), tap), 0).tolist() == pytest.approx([0.880797, 0.119203])
+    assert quiet(ExitSignals(torch.zeros(2, 5, 2)), 1).tolist() == [1, 1]
+
+
+def test_the_example_of_a_data_format_runs(extensions, tmp_path):
+    for photo in ("a.png", "b.png"):
+        Image.new("RGB", (40, 30)).save(tmp_path / photo)
+    lines = "a.png,1,2,11,22,cup\na.png,3,4,x,8,cup\nb.png\n../c.png,0,0,9,9,cup\n"
+    (tmp_path / "train.csv").write_text(lines, encoding="utf-8")
+    sets = f"[[cups, '{tmp_path}/train.csv', '{tmp_path}']]"
+    cfg = load_config(None, ["DATA.DATASETS", sets, "DATA.CLASSES", "[cup]"])
+    first, second = load_dataset(cfg, "cups", need_boxes=False)
+    assert first[1]["boxes"].tolist() == [[1, 2, 11, 22]] and first[1]["labels"].tolist() == [1]
+    assert second[0].shape == (3, 30, 40) and not len(second[1]["boxes"])
+
+
+def test_the_example_of_a_branch_runs(extensions):
+    model = Architecture(classes=("cup",), width=0.25, exits=(Exit(8, "strided", {"channels": 16}),)).build()
+    shallow, full = model.eval().exit_outputs([torch.rand(3, 320, 320)]).heads
+    assert {key: value.shape for key, value in shallow.items()} == {key: value.shape for key, value in full.items()}
 
 
 def test_the_picture_is_what_its_script_draws():

@@ -7,6 +7,7 @@ import posixpath
 import sys
 from pathlib import Path
 
+from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import write_text
 from earlyexit_ssd.modeling.checkpoint import FOLDER
@@ -20,9 +21,13 @@ BEGIN, END = "<!-- tables of tools/model_zoo.py begin -->\n", "<!-- tables of to
 
 
 def section(name: str, entry: dict) -> str:
-    """One model: what it is, and its figures per test split and exit; ``entry`` is its description."""
+    """The section of one model: its description ``entry``, and its figures by test split and exit."""
     routing, count = entry["routing"], len(entry["classes"])
-    thresholds = ", ".join(f"{value:.3g}" for value in routing["thresholds"])
+    early = [name for name in next(iter(entry["metrics"].values()))["exits"] if name not in ("full", "routed")]
+    thresholds = ", ".join(
+        f"{name} " + ("closed" if value >= CLOSED else f"{value:.3g}")
+        for name, value in zip(early, routing["thresholds"], strict=True)
+    )
     size = f"{entry['num_params'] / 1e6:.2f} M parameters, {entry['bytes'] / 1e6:.1f} MB"
     lines = [
         f"## `{name}`",
@@ -46,13 +51,13 @@ def section(name: str, entry: dict) -> str:
 
 
 def tables(folder: Path = FOLDER) -> str:
-    """A section for each description in ``folder``."""
+    """The sections of all descriptions in ``folder``."""
     entries = {path.stem: read_json(path, "description of weights", "restore it") for path in folder.glob("*.json")}
     return "\n".join(section(name, entries[name]) for name in sorted(entries))
 
 
 def renew(page: str, content: str) -> str:
-    """The page with ``content`` between its two marks; an EarlyExitError where it lacks them."""
+    """The page with ``content`` between its two marks; an EarlyExitError if it lacks them."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

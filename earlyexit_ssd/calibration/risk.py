@@ -1,4 +1,4 @@
-"""Risk control: the cheapest thresholds whose mean loss is small with high probability."""
+"""Risk control: the cheapest thresholds whose expected loss is bounded with high probability."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from earlyexit_ssd.calibration.thresholds import Grid, choose, pareto_path, thre
 from earlyexit_ssd.config import CLOSED
 
 LONGEST_PATH = 80
-"""Steps of the path; more of them cost time, fewer leave larger gaps between thresholds."""
+"""Largest number of steps on a path: more steps take time, fewer leave larger gaps between thresholds."""
 
 
 @dataclass(frozen=True)
 class Certified:
-    """The cheapest thresholds that passed: of step ``step`` of the path, 0 is the closed one.
+    """The cheapest thresholds that passed the test.
 
     Attributes:
-        thresholds: per early exit; choice: exit of every calibration photo, [n]; loss: mean over them or their groups.
-        bound: upper confidence bound of the expected loss at level delta, were this the only step.
-        passed: steps of the path that passed, the closed one not counted.
-        photos_needed: where none passed, how many calibration photos (or groups) would certify the first open step if
-            they lost what these did; None where no number would.
+        step: index on the path; 0 is the step with all exits closed.
+        thresholds: one threshold per early exit.
+        choice: exit of every calibration photo, [n].
+        loss: mean loss over the calibration photos or their groups.
+        bound: upper confidence bound of the expected loss at level delta, as if this were the only step tested.
+        passed: number of steps that passed, without step 0.
+        photos_needed: number of calibration photos (or groups) that would certify the first open step if further ones
+            had the same losses; None if a step passed, or if no number is enough.
     """
 
     step: int
@@ -42,15 +45,16 @@ def safe_to_bold(
     costs: Callable[[np.ndarray], np.ndarray],
     grid: Grid | None = None,
 ) -> np.ndarray:
-    """Thresholds of all exits from everything closed to ever cheaper ones, [steps, early exits].
+    """A path of thresholds [steps, early exits], from all exits closed to ever cheaper combinations.
 
-    The path is what no other combination beats in mean loss and mean cost, on photos that are not those of the
-    calibration; so it is fixed before these are looked at, and each step may be tested at the whole level.
+    The steps are the combinations that no other beats in both mean loss and mean cost on m training photos. So the path
+    is fixed before a calibration photo is used, and each step may be tested at the whole level delta.
 
     Args:
-        confidences: per early exit [m]; losses: [m, exits].
-        costs: thresholds [M, early exits] to the exits' costs with them [M, exits].
-        grid: the combinations to choose from; by default all of `threshold_grid`.
+        confidences: one array [m] per early exit.
+        losses: [m, exits].
+        costs: function from thresholds [M, early exits] to the costs of the exits [M, exits].
+        grid: the combinations to choose from; by default `threshold_grid`.
     """
     grid = grid or threshold_grid(confidences)
     path = pareto_path(grid.mean(losses), grid.mean_cost(costs(grid.thresholds)))
@@ -72,20 +76,21 @@ def certify(
     seed: int | None = 0,
     groups: np.ndarray | None = None,
 ) -> Certified:
-    """Walk along ``path`` as long as every step's risk is at most ``epsilon`` with probability 1 - ``delta``, and take
-    the step that costs the calibration photos least.
+    """Test the steps of ``path`` in order until one fails, and take the cheapest step that passed.
 
-    The promise is one for all steps that passed at once, so any of them may be chosen, by the same photos too.
+    A step passes if its expected loss is shown to be at most ``epsilon``. With probability 1 - ``delta`` this holds for
+    all steps that passed together, so the same photos may choose among them (Angelopoulos et al. 2021).
 
     Args:
         path: from :func:`safe_to_bold`; its first step is closed.
-        confidences: per early exit, of the calibration photos [n]; losses: of these, [n, exits] in [0, 1].
-        costs: of the exits at each step of the path, [steps, exits].
+        confidences: one array [n] per early exit, for the calibration photos.
+        losses: [n, exits] in [0, 1], for the calibration photos.
+        costs: costs of the exits at each step, [steps, exits].
         bound: a key of `BOUNDS`, chosen beforehand.
-        seed: of the order in which the photos are tested; None: as they come, if that is a random order already. The
-            betting bound stops at its best moment: of data sets one behind the other the first alone would decide.
-        groups: of photos that go together, numbered from 0, [n]: the mean over the photos of a group is one loss, and
-            the promise is for the draw of groups. None: every photo is a group.
+        seed: seed of the order of the photos; None keeps the given order, which must then be random. The betting bound
+            depends on the order: with data sets one behind the other the first could decide alone.
+        groups: number (from 0) of the group of each photo, [n]. The mean over a group is one loss, and the guarantee is
+            for the draw of groups. None: every photo is a group.
     """
     p_value, rows = BOUNDS[bound], np.arange(len(losses))
     sizes = np.ones(len(losses)) if groups is None else np.bincount(groups)

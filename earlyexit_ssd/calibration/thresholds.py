@@ -1,4 +1,4 @@
-"""Thresholds of all exits at once: every combination of candidates, and which of them are worth a look."""
+"""Search for the thresholds of all exits together, over a grid of candidates or by gradient descent."""
 
 from __future__ import annotations
 
@@ -15,48 +15,50 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.progress import progress
 
 LARGEST_GRID = 20_000
-"""Combinations that are looked at, at most; the candidates of each exit become fewer with more exits."""
+"""Largest number of combinations; with more exits there are fewer candidates per exit."""
 MOST_EXITS = 5
-"""Early exits whose thresholds are searched jointly; with more of them the grid is too coarse to mean anything."""
+"""Largest number of early exits; with more of them the grid would be too coarse."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Combinations of thresholds [M, early exits] and, for each, the exit that every photo takes, int8 [M, n]."""
+    """M combinations of thresholds [M, early exits], and the exit of each photo with each of them, int8 [M, n]."""
 
     thresholds: np.ndarray
     choices: np.ndarray
 
     def mean(self, per_exit: np.ndarray) -> np.ndarray:
-        """[M]: the mean over the photos of what their exit has in ``per_exit`` [n, exits]."""
+        """Mean of ``per_exit`` [n, exits] at the exits that the photos take, [M]."""
         rows = np.arange(self.choices.shape[1])
         return np.stack([per_exit[rows, choice].mean() for choice in self.choices])
 
     def mean_cost(self, costs: np.ndarray) -> np.ndarray:
-        """[M]: the mean cost of the photos; ``costs`` [M, exits], since a closed exit makes the deeper ones cheaper."""
+        """Mean cost of the photos, [M]. ``costs`` are [M, exits], since a closed exit makes the deeper ones cheaper."""
         return np.stack([row[choice].mean() for row, choice in zip(costs, self.choices, strict=True)])
 
 
 def choose(confidences: Sequence[np.ndarray], thresholds: Sequence[float]) -> np.ndarray:
-    """The exit of every photo, int8 [n]: the first whose confidence (per early exit [n]) reaches its threshold, else
+    """The exit of every photo, int8 [n]: the first whose confidence ([n] per early exit) reaches its threshold, else
     the full path."""
     choice = np.full(len(confidences[0]), len(confidences), dtype=np.int8)
     for index in reversed(range(len(confidences))):
-        # as the router compares: both in fp32
+        # both in fp32, as in the router
         choice[confidences[index].astype(np.float32) >= np.float32(thresholds[index])] = index
     return choice
 
 
 def open_sets(exits: int) -> Iterator[tuple[list[float], np.ndarray]]:
-    """Every set of open early exits: thresholds (0, or `CLOSED`), and the exits that photos can then take, the full
-    path the last of them. A closed exit makes the deeper ones cheaper, so costs differ from set to set."""
+    """Every set of open early exits: its thresholds (0 or `CLOSED`) and the indices of the exits that photos can take.
+
+    The last index is the full path. A closed exit makes the deeper ones cheaper, so the costs depend on the set.
+    """
     for flags in itertools.product((True, False), repeat=exits):
         yield [0.0 if flag else CLOSED for flag in flags], np.flatnonzero([*flags, True])
 
 
 def candidates(confidence: np.ndarray, count: int) -> np.ndarray:
-    """Thresholds at ``count`` even quantiles of an exit's confidences [n], halfway between neighbouring values so that
-    rounding moves nobody, the highest first; before them `CLOSED`, last 0: everybody leaves."""
+    """`CLOSED`, then ``count`` even quantiles of an exit's confidences [n] in falling order, then 0 (all photos leave).
+    A quantile lies halfway between two neighbouring confidences, so that rounding moves no photo."""
     values = np.unique(confidence)
     halfway = (values[1:] + values[:-1]) / 2
     inner = np.unique(np.quantile(halfway, np.linspace(0, 1, count), method="nearest")) if len(halfway) else halfway
@@ -64,7 +66,7 @@ def candidates(confidence: np.ndarray, count: int) -> np.ndarray:
 
 
 def threshold_grid(confidences: Sequence[np.ndarray], count: int | None = None) -> Grid:
-    """Every combination of the exits' `candidates`, ``count`` of each; by default as many as `LARGEST_GRID` allows."""
+    """All combinations of ``count`` `candidates` per exit; by default as many as `LARGEST_GRID` allows."""
     exits = len(confidences)
     require_few(exits)
     count = count or min(60, int(LARGEST_GRID ** (1 / exits)) - 2)
@@ -76,31 +78,32 @@ def threshold_grid(confidences: Sequence[np.ndarray], count: int | None = None) 
 
 
 def require_few(exits: int) -> None:
-    """Raise where thresholds of so many early exits are not searched."""
+    """Raise an EarlyExitError if there are more than `MOST_EXITS` early exits."""
     if exits > MOST_EXITS:
         limit = f"thresholds are searched jointly over {MOST_EXITS} at most"
         raise EarlyExitError(f"{exits} early exits: {limit}; take a model with fewer (EXITS.LAYERS)")
 
 
 def pareto_path(loss: np.ndarray, cost: np.ndarray) -> np.ndarray:
-    """Indices of the combinations that none beats in both ``loss`` [M] and ``cost`` [M], by rising loss."""
+    """Indices of the combinations that no other beats in both ``loss`` [M] and ``cost`` [M], by rising loss."""
     order = np.lexsort((cost, loss))
     best = np.minimum.accumulate(np.concatenate([[np.inf], cost[order][:-1]]))
     return order[cost[order] < best]
 
 
-def cheapest_within(loss: np.ndarray, cost: np.ndarray, limit: float) -> int | None:
-    """The combination of least cost whose loss is at most ``limit``; of equal ones the one of least loss."""
-    allowed = np.flatnonzero(loss <= limit)
-    return int(allowed[np.lexsort((loss[allowed], cost[allowed]))[0]]) if len(allowed) else None
+def best_within(bounded: np.ndarray, minimised: np.ndarray, limit: float) -> int | None:
+    """Index of the smallest ``minimised`` [M], then smallest ``bounded`` [M], of those with ``bounded`` <= ``limit``;
+    None if there is none."""
+    allowed = np.flatnonzero(bounded <= limit)
+    return int(allowed[np.lexsort((bounded[allowed], minimised[allowed]))[0]]) if len(allowed) else None
 
 
 STEPS, HALVINGS = 150, 10
-"""Of the descent, and of the interval that holds the price of cost."""
+"""Adam steps per fit, and bisection steps for the weight of the cost (a Lagrange multiplier)."""
 WIDTHS = (0.1, 0.01)
-"""First and last width of the soft exit, in ranks (see `learn_thresholds`); it shrinks geometrically."""
+"""First and last width of the sigmoid that replaces a threshold, in ranks; it shrinks geometrically."""
 BUDGETS = 20
-"""Mean costs, from that of the cheapest exit to that of the full path alone, that `learned_grid` learns for."""
+"""Number of mean costs that `learned_grid` fits thresholds for, from the cheapest exit to the full path alone."""
 
 
 def learn_open_exits(
@@ -109,12 +112,15 @@ def learn_open_exits(
     costs_with: Callable[[Sequence[float]], np.ndarray],
     budget: float,
 ) -> np.ndarray:
-    """Thresholds [early exits] as `learn_thresholds` finds them, for the set of open exits with the least mean loss: a
-    closed exit makes the deeper ones cheaper, which no gradient sees.
+    """Thresholds [early exits] by `learn_thresholds`, for the set of open exits with the least mean loss.
+
+    Every set is tried, because no gradient shows that a closed exit makes the deeper ones cheaper.
 
     Args:
-        confidences: per early exit [n]; losses: [n, exits]; budget: mean cost, at least that of one of the exits.
-        costs_with: thresholds (0, or `CLOSED`) of the early exits to the costs [exits].
+        confidences: one array [n] per early exit.
+        losses: [n, exits].
+        costs_with: function from thresholds (0 or `CLOSED`) of the early exits to the costs [exits].
+        budget: largest mean cost, at least the cost of one exit.
     """
     best, least = None, np.inf
     for closed, kept in open_sets(len(confidences)):
@@ -138,9 +144,9 @@ def learned_grid(
     costs_with: Callable[[Sequence[float]], np.ndarray],
     more_budgets: Sequence[float] = (),
 ) -> Grid:
-    """Thresholds as `learn_open_exits` finds them at even mean costs, all exits closed first, as a grid to choose from.
+    """A grid of the thresholds that `learn_open_exits` finds for evenly spaced budgets, and of all exits closed.
 
-    ``more_budgets`` are mean costs to learn for beside the even ones; those that no exit has are left out.
+    ``more_budgets`` are further mean costs; those below the cheapest exit are left out.
     """
     closed = [CLOSED] * len(confidences)
     dearest = float(costs_with(closed)[-1])
@@ -156,36 +162,37 @@ def learned_grid(
 def learn_thresholds(
     confidences: Sequence[np.ndarray], losses: np.ndarray, costs: np.ndarray, budget: float
 ) -> np.ndarray:
-    """Thresholds [early exits] whose mean cost is at most ``budget``, at the lowest price of cost that gives it.
+    """Thresholds [early exits] of mean cost at most ``budget``, learnt by gradient descent (Bolukbasi et al. 2017).
 
-    Confidences (per early exit [n]) are replaced by their ranks in [0, 1] over all photos of an exit, so that one width
-    fits every policy. ``losses`` are [n, exits], ``costs`` those of the exits with all of them open.
+    Minimised is mean loss + weight * mean relative cost, with a sigmoid in the place of each threshold. Bisection finds
+    the smallest weight that meets the budget. Confidences [n] are replaced by their ranks in [0, 1], so that one width
+    of the sigmoid fits every policy. ``losses`` are [n, exits], ``costs`` [exits] those with all exits open.
     """
     ranks = torch.stack([_ranks(values) for values in confidences], dim=1)
     dearest, losses = float(np.max(costs)), torch.from_numpy(losses.astype(np.float32))
-    shares = torch.from_numpy(np.asarray(costs, dtype=np.float32)) / dearest
+    relative = torch.from_numpy(np.asarray(costs, dtype=np.float32)) / dearest
     low, high, best = 0.0, 10.0, torch.zeros(len(confidences))
     for _ in range(HALVINGS):
-        price = (low + high) / 2
+        weight = (low + high) / 2
         thresholds = torch.full((len(confidences),), 0.5, requires_grad=True)
         optimizer = torch.optim.Adam([thresholds], lr=0.03)
         for step in range(STEPS):
             width = WIDTHS[0] * (WIDTHS[1] / WIDTHS[0]) ** (step / STEPS)
             optimizer.zero_grad()
-            (soft_shares(ranks, thresholds, width) * (losses + price * shares)).sum(1).mean().backward()
+            (exit_probabilities(ranks, thresholds, width) * (losses + weight * relative)).sum(1).mean().backward()
             optimizer.step()
         thresholds = thresholds.detach()
         leaves = torch.cat([ranks >= thresholds, torch.ones(len(ranks), 1, dtype=torch.bool)], dim=1)
-        if float(shares[leaves.float().argmax(1)].mean()) * dearest <= budget:
-            high, best = price, thresholds
+        if float(relative[leaves.float().argmax(1)].mean()) * dearest <= budget:
+            high, best = weight, thresholds
         else:
-            low = price
+            low = weight
     pairs = zip(confidences, best.tolist(), strict=True)
     return np.array([_unrank(values, rank) for values, rank in pairs], dtype=np.float32)
 
 
-def soft_shares(ranks: Tensor, thresholds: Tensor, width: float) -> Tensor:
-    """Probabilities of the exits, the full path last: [n, early exits] to [n, early exits + 1]."""
+def exit_probabilities(ranks: Tensor, thresholds: Tensor, width: float) -> Tensor:
+    """Probability that a photo takes each exit, the full path last: [n, early exits] to [n, early exits + 1]."""
     leaves = torch.sigmoid((ranks - thresholds) / width)
     stays = torch.cat([torch.ones(len(ranks), 1), (1 - leaves).cumprod(1)], dim=1)
     return torch.cat([leaves * stays[:, :-1], stays[:, -1:]], dim=1)
@@ -199,7 +206,7 @@ def _ranks(values: np.ndarray) -> Tensor:
 
 
 def _unrank(values: np.ndarray, rank: float) -> float:
-    """The least confidence of a photo that leaves where those of this rank or a higher one do; `CLOSED` where none may
-    (a confidence below 0 is that of an exit at which nobody leaves)."""
+    """The smallest confidence with at least this rank; `CLOSED` if there is none. A photo with a confidence below 0
+    never leaves at this exit."""
     leaving = values[(_ranks(values).numpy() >= np.float32(rank)) & (values >= 0)]
     return float(leaving.min()) if len(leaving) else CLOSED

@@ -1,4 +1,4 @@
-"""Photos with boxes as a torch data set, in the form that torchvision's detectors and evaluator take."""
+"""Photos with boxes as a torch data set, in the format of torchvision's detectors and evaluator."""
 
 from __future__ import annotations
 
@@ -51,13 +51,15 @@ class DetectionDataset(torch.utils.data.Dataset):
     int64 [N].
 
     Args:
-        records: photos whose labels index ``classes``, the K names, from 1.
-        transforms: augmentation; its random numbers depend on (seed, epoch, index) only, so that a resumed
-            run, or any number of processes, sees exactly the same views.
-        train: drop objects to ignore (crowd, difficult), and step over photos that cannot be decoded. Otherwise they
-            stay, with ``iscrowd`` 1, and a photo that cannot be decoded is an error.
+        records: the photos; label i means ``classes[i - 1]``.
+        classes: names of the K classes.
+        transforms: augmentation. Its random numbers depend on (seed, epoch, index) only, so a resumed run and any
+            number of processes get the same views.
+        train: leave out objects to ignore (crowd, difficult), and replace a photo that cannot be decoded by the next
+            one. Without it such objects stay, with ``iscrowd`` 1, and such a photo is an error.
+        seed: seed of the augmentation.
         on_bad: "refuse" makes a photo that cannot be decoded an error in training too.
-        labelled: False where nobody labelled some of the photos: that no box is there says nothing about them.
+        labelled: False if some photos have no annotations; a photo without boxes may then show objects.
     """
 
     def __init__(
@@ -87,29 +89,29 @@ class DetectionDataset(torch.utils.data.Dataset):
         return self.sample(index, self.epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the views that indexing returns."""
+        """Set the epoch whose augmented views indexing returns."""
         self.epoch = epoch
 
     def paths(self, image_id: int) -> Path:
-        """The file of a photo."""
+        """Path of a photo's file."""
         return self._paths[image_id]
 
     def repeated(self, counts: Sequence[int]) -> DetectionDataset:
-        """The same photos, photo i ``counts[i]`` times in a row, each time in a view of its own."""
+        """This data set with photo i ``counts[i]`` times in a row; each repetition is augmented differently."""
         return self.subset([record for record, count in zip(self.records, counts, strict=True) for _ in range(count)])
 
     def subset(self, records: Sequence[Record]) -> DetectionDataset:
-        """The same data set with these of its photos."""
+        """This data set with the photos ``records`` only."""
         other = copy.copy(self)
         other.records = tuple(records)
         return other
 
     def get_height_and_width(self, index: int) -> tuple[int, int]:
-        """Size of photo ``index``, unread; torchvision's grouping by aspect ratio loads every photo without it."""
+        """Size of photo ``index``, without reading it. Without this method torchvision's grouping loads every photo."""
         return self.records[index].height, self.records[index].width
 
     def sample(self, index: int, epoch: int) -> tuple[Tensor, Target]:
-        """Photo ``index`` as epoch ``epoch`` sees it, whatever :meth:`set_epoch` said.
+        """Photo ``index`` with the augmentation of ``epoch``, which may differ from that of :meth:`set_epoch`.
 
         Raises:
             DataError: the photo cannot be decoded (see ``train`` and ``on_bad``).
@@ -121,7 +123,7 @@ class DetectionDataset(torch.utils.data.Dataset):
         if self.transforms is not None:
             seed = mixed_seed(self.seed, epoch, index)
             image, boxes, kept = self.transforms(image, boxes, np.arange(len(annotations)), seed)
-            # the annotated areas no longer hold, the boxes' own are taken
+            # the annotated areas are no longer valid, so those of the boxes are used
             annotations = [dataclasses.replace(annotations[k], area=None) for k in kept]
         own = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).tolist()
         areas = [a.area if a.area is not None else area for a, area in zip(annotations, own, strict=True)]
@@ -144,7 +146,7 @@ class DetectionDataset(torch.utils.data.Dataset):
                     raise
                 if record.image_id not in self._undecodable:
                     self._undecodable.add(record.image_id)
-                    text = "%s; the next photo stands in for it (%d such so far)"
+                    text = "%s; the next photo replaces it (%d such so far)"
                     logger.warning(text, error, len(self._undecodable))
         raise DataError(f"none of {len(self)} photos can be decoded; the first is {self.records[index].path}")
 
@@ -163,9 +165,9 @@ def _read_photo(record: Record) -> np.ndarray:
 def repeat_rare_classes(dataset: DetectionDataset, threshold: float, seed: int) -> DetectionDataset:
     """A training set with each photo r times (Gupta et al. 2019, "LVIS", appendix B.2).
 
-    r = max over the photo's classes of max(1, sqrt(threshold / f)), f the share of the photos that show the class. The
-    fraction of r is rounded up or down by chance (``seed``). Every repetition is augmented in its own way. Classes on
-    fewer than the share ``threshold`` of the photos count as rare; 0 repeats none.
+    r = max over the photo's classes of max(1, sqrt(threshold / f)), f the share of the photos that show the class. r is
+    rounded up or down at random (``seed``). Each repetition is augmented differently. A class is rare if f is below
+    ``threshold``; 0 repeats nothing.
     """
     if not threshold:
         return dataset
@@ -203,9 +205,9 @@ def _readable_photos() -> Iterator[None]:
 
 
 def fingerprint(dataset: DetectionDataset, hashes: Sequence[str] | None = None) -> str:
-    """SHA-256 over the classes and, photo by photo in their order, the file's content, number, size and objects.
+    """SHA-256 of the classes and of each photo's file content, id, size and objects, in the order of the photos.
 
-    Where the files lie has no part in it, nor has augmentation. ``hashes`` are `photo_hashes` that are known already.
+    Paths and augmentation do not change it. ``hashes`` are the result of `photo_hashes` if it is known already.
 
     Raises:
         DataError: a photo cannot be read.
@@ -219,13 +221,13 @@ def fingerprint(dataset: DetectionDataset, hashes: Sequence[str] | None = None) 
 
 
 def require_disjoint(**datasets: DetectionDataset) -> None:
-    """Check that no photo is in two of the data sets, nor twice in one of them.
+    """Check that no photo is in two of the data sets, or twice in one of them.
 
-    Two sets share a photo if they name the same file, or files of the same bytes: copies under other names leak as
-    much. Within one set only paths are compared. Only files of equal size are read.
+    Two sets share a photo if they have the same file or files with the same content. Within one set only paths are
+    compared. Only files of equal size are read.
 
     Raises:
-        DataError: the sets, the first photo that they share, and how many there are; or a photo cannot be read.
+        DataError: two sets share photos (the message has the first and their number), or a photo cannot be read.
     """
     digest, sizes = functools.cache(sha256), {}
     with _readable_photos():
@@ -239,15 +241,15 @@ def require_disjoint(**datasets: DetectionDataset) -> None:
             if shared:
                 raise DataError(
                     f"{first} and {second} share photos ({len(shared)}), the first: {shared[0][0]} and {shared[0][1]}; "
-                    "take them out of one of the two, since figures on photos that taught flatter"
+                    "metrics on training photos are too high; take them out of one of the two"
                 )
 
 
 def require_unique(name: str, records: Iterable[Record]) -> None:
-    """Check that no photo file is twice among the records of the set ``name``.
+    """Check that the set ``name`` has each photo file once.
 
     Raises:
-        DataError: the first that is.
+        DataError: a file is there twice; the message names the first.
     """
     seen = set()
     for record in records:
@@ -259,15 +261,15 @@ def require_unique(name: str, records: Iterable[Record]) -> None:
 
 
 def to_coco(dataset: DetectionDataset) -> COCO:
-    """The data set's photos and objects; category ids are the labels 1..K.
+    """The photos and objects as pycocotools' COCO; category ids are the labels 1..K.
 
-    Objects to ignore have ``iscrowd`` 1, the only way to tell pycocotools. Annotations are numbered from 1,
-    since pycocotools takes a match with number 0 for no match. Nothing is printed and no photo is read.
+    Objects to ignore have ``iscrowd`` 1, which is pycocotools' only flag for them. Annotation ids start at 1, because
+    pycocotools reads a match with id 0 as no match. Nothing is printed and no photo is read.
     """
     coco, images, annotations = COCO(), [], []
     for record in dataset.records:
-        name, sides = str(record.path), {"width": record.width, "height": record.height}
-        images.append({"id": record.image_id, "file_name": name, **sides})
+        name, size = str(record.path), {"width": record.width, "height": record.height}
+        images.append({"id": record.image_id, "file_name": name, **size})
         for one in record.annotations:
             x1, y1, x2, y2 = one.box
             bbox, number = [x1, y1, x2 - x1, y2 - y1], len(annotations) + 1
@@ -282,17 +284,15 @@ def to_coco(dataset: DetectionDataset) -> COCO:
 
 
 class EpochSampler(Sampler[int]):
-    """The photos of one process, in the order of one epoch.
+    """Indices of the photos of one process in one epoch.
 
-    Training shuffles by (seed, epoch). Batch k of that global order is dealt out over the processes, so
-    that the processes' k-th batches together are the k-th batch of a single process. The incomplete batch
-    at the end is dropped if there is a full one.
+    Training shuffles by (seed, epoch). Batch k of this global order is distributed over the processes, so their k-th
+    batches together are the k-th batch of a single process. An incomplete last batch is dropped if there is a full one.
 
-    Evaluation keeps the photos' own order and drops none. Batch k of a single process is the whole batch of process
-    k modulo their number: other photos beside it could change a photo's scores in the last digits.
+    Evaluation keeps the order of the data set and drops nothing. Process r gets whole batches of a single process (r,
+    r + world_size, ...), because other photos in a batch could change a photo's scores in the last digits.
 
-    ``set_epoch`` is the data set's too, so that one call chooses order and views; ``batch_size`` is over all processes
-    in training.
+    ``batch_size`` is the sum over all processes in training. ``set_epoch`` sets the epoch of the data set too.
     """
 
     def __init__(
@@ -303,12 +303,12 @@ class EpochSampler(Sampler[int]):
         self.epoch, self.start = 0, 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the order, and how many batches of it are left out because a run is resumed behind them."""
+        """Set the epoch, and the number of batches at its start that a resumed run leaves out."""
         self.epoch, self.start = epoch, start
         self.dataset.set_epoch(epoch)
 
     def global_order(self) -> list[int]:
-        """Indices of this epoch over all processes, those that ``start`` leaves out included."""
+        """Indices of this epoch over all processes, including those that ``start`` leaves out."""
         count = len(self.dataset)
         if not self.train:
             return list(range(count))
@@ -321,7 +321,7 @@ class EpochSampler(Sampler[int]):
         if not self.train:
             own = range(self.rank * size, len(order), self.world_size * size)
             return itertools.chain.from_iterable(order[first : first + size] for first in own)
-        # the batch size is a multiple of the process count, so this deals out every batch evenly
+        # the batch size is a multiple of the number of processes, so each batch is distributed evenly
         return iter(order[self.rank :: self.world_size])
 
     def __len__(self) -> int:
@@ -331,13 +331,13 @@ class EpochSampler(Sampler[int]):
 def build_loader(
     dataset: DetectionDataset, batch_size: int, workers: int, train: bool, seed: int, rank: int = 0, world_size: int = 1
 ) -> DataLoader:
-    """Batches of ``(list of images, list of targets)``; ``loader.sampler.set_epoch(epoch)`` goes first.
+    """Loader of batches ``(list of images, list of targets)``; call ``loader.sampler.set_epoch`` before each epoch.
 
-    In training ``batch_size`` is over all processes, of which this is number ``rank``. With 0 ``workers`` it loads by
-    itself. What the processes share: see `EpochSampler`.
+    In training ``batch_size`` is the sum over all processes; this is process ``rank``. With 0 ``workers`` the process
+    loads itself. See `EpochSampler` for the photos of each process.
 
     Raises:
-        DataError: an empty data set, or a batch that cannot be dealt out evenly.
+        DataError: an empty data set, or a batch size that is no multiple of ``world_size``.
     """
     dealt_out = world_size if train else 1  # a batch of an evaluation belongs to one process
     if batch_size < 1 or batch_size % dealt_out:
@@ -345,22 +345,22 @@ def build_loader(
     if len(dataset) < dealt_out:
         raise DataError(f"a data set of {len(dataset)} photos is too small for {world_size} process(es)")
     if workers:
-        _one_thread()  # a forked worker would wait for ever for the threads that OpenCV has started in this process
+        _one_thread()  # OpenCV's threads in this process would block a forked worker for ever
     options = {"collate_fn": collate, "worker_init_fn": _one_thread, "pin_memory": torch.cuda.is_available()}
     sampler = EpochSampler(dataset, batch_size, train, seed, rank, world_size)
-    # without one of its own an iterator draws from the global generator, which a resumed run must not
+    # an own generator: drawing from the global one would make a resumed run differ
     own = torch.Generator()
     return DataLoader(dataset, batch_size // dealt_out, sampler=sampler, num_workers=workers, generator=own, **options)
 
 
 def collate(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
-    """Photos have different sizes and numbers of objects, so a batch is two lists."""
+    """A batch is two lists, since photos differ in size and number of objects."""
     images, targets = zip(*samples, strict=True)
     return list(images), list(targets)
 
 
 def _one_thread(worker: int = 0) -> None:
-    """Workers share the cores; 0 ends OpenCV's own threads."""
+    """Switch off OpenCV's threads: the workers use all cores already."""
     cv2.setNumThreads(0)
 
 
@@ -377,12 +377,12 @@ def load_dataset(
     """Read, check and join data sets, and keep the wanted classes.
 
     Args:
-        cfg: the whole configuration; its ``DATA`` node and ``SEED`` are used.
+        cfg: the configuration; its ``DATA`` node and ``SEED`` are used.
         names: names of the catalog or of ``DATA.DATASETS``.
-        train: limit the negatives, augment, and leave out objects to ignore.
-        need_boxes: refuse a set without any wanted object, by default in training alone, and photos that nobody
-            labelled, unless it is False.
-        unlabelled: photos that nobody labelled may stand where boxes are needed: the full path says what is there.
+        train: limit the photos without objects, augment, and leave out objects to ignore.
+        need_boxes: True refuses a set without any wanted object, False allows it; None refuses it in training only.
+            Photos without annotations are refused unless it is False.
+        unlabelled: allow photos without annotations all the same, since the full path's detections replace them.
 
     Raises:
         ConfigError: an unknown data set.
@@ -394,7 +394,7 @@ def load_dataset(
     classes = tuple(data.CLASSES) or (union_of_classes(raws) if names == tuple(data.TRAIN) else class_names(cfg))
     if not classes and not any(raw.labelled for raw in raws):
         raise DataError(NO_CLASS.format(title))
-    unknown = [raw.name for raw in raws if not raw.labelled]  # their photos would stand for some that show nothing
+    unknown = [raw.name for raw in raws if not raw.labelled]  # else their photos would count as photos without objects
     if unknown and need_boxes is not False and not unlabelled:
         fix = ", or let the full path teach, without a joint phase (LOSS.SUPERVISION teacher)" if train else ""
         needs = "is a folder of photos that nobody labelled, and boxes are needed here; name data sets with boxes"
@@ -434,7 +434,7 @@ def _without_boxes(classes: Sequence[str], photos: int, ignored: int, train: boo
 
 
 def read_dataset(cfg: CfgNode, name: str) -> RawDataset:
-    """One data set with usable boxes and all of its classes; its photo files are not yet looked at.
+    """One data set with checked boxes and all of its classes; its photo files are not read.
 
     Raises:
         ConfigError, DataError: as :func:`load_dataset`.

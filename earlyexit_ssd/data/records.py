@@ -1,4 +1,4 @@
-"""What a data set is once it is read: photos with boxes, whatever the file format was."""
+"""Photos with boxes as the readers return them, independent of the file format."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Annotation:
 
     Attributes:
         box: x1, y1, x2, y2 in absolute pixels of the photo, 0-based; width is ``x2 - x1``.
-        label: 1..K, the class's place in the list of classes plus one; 0 is no class.
+        label: 1..K, the index of the class in the list of classes plus 1.
         ignore: COCO crowd or VOC difficult: never a training target, and detections on it are not counted.
-        area: area in square pixels that sorts the object into small, medium and large; None: the box's own.
-            (COCO gives the area of the object's outline, which is smaller.)
-        id: the number of this object in its file, for messages.
+        area: square pixels, for the sizes small, medium and large; None: the area of the box. (COCO gives the area
+            inside the outline, which is smaller.)
+        id: id of the object in its file, for messages.
     """
 
     box: tuple[float, float, float, float]
@@ -37,9 +37,10 @@ class Annotation:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One photo with its objects; ``width`` and ``height`` are those of the picture that the boxes refer to.
+    """One photo with its objects.
 
-    ``source`` is the file that the annotations came from, for messages.
+    ``width`` and ``height`` are pixels of the picture that the boxes refer to. ``source`` is the annotation file, for
+    messages.
     """
 
     image_id: int
@@ -55,16 +56,20 @@ class Record:
         return any(not annotation.ignore for annotation in self.annotations)
 
     def holding(self, annotations: Iterable[Annotation]) -> Record:
-        """The same photo with these objects."""
+        """A copy with these objects."""
         return dataclasses.replace(self, annotations=tuple(annotations))
 
 
 @dataclass(frozen=True)
 class RawDataset:
-    """What a reader returns, before checks and class filter; labels index ``classes``.
+    """The result of a reader, before checks and selection of classes.
 
-    ``open_classes``: the format declares no classes, so that ``classes`` are those that occur and others may not.
-    ``labelled``: False for photos that nobody has looked at: that no box is there says nothing about them.
+    Attributes:
+        name: name of the data set.
+        classes: names of the classes; label i means ``classes[i - 1]``.
+        records: the photos.
+        open_classes: the format declares no classes. ``classes`` are those that occur; a wanted one may be absent.
+        labelled: False if the photos have no annotations; a photo without boxes may then show objects.
     """
 
     name: str
@@ -75,17 +80,17 @@ class RawDataset:
 
 
 Reader = Callable[..., RawDataset]
-"""(name, path of the annotations, folder of photos or name of a split, problems, allow_outside) -> data set."""
+"""``read(name, annotations, photos, problems, allow_outside)``; ``photos`` is a folder or the name of a split."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """How the entries (name, annotations, photos or split) of ``DATA.DATASETS`` in this format are known and read."""
+    """An annotation format: how to recognise and read its entries (name, annotations, photos) in ``DATA.DATASETS``."""
 
     recognises: Callable[[str, Path], bool]
-    """(annotations as the entry has them, their path) -> whether they are in this format."""
+    """``recognises(annotations, path)``, with the annotations as written in the entry and their absolute path."""
     names_split: bool
-    """The third part of an entry is the name of a split, not a folder of photos."""
+    """Whether the third part of an entry is the name of a split instead of a folder of photos."""
     read: Reader
 
 
@@ -95,9 +100,13 @@ FORMATS: dict[str, Format] = {}
 def register_format(
     name: str, recognises: Callable[[str, Path], bool], names_split: bool = False, **repairs: str
 ) -> Callable[[Reader], Reader]:
-    """Decorate the reader of a format. Of several that recognise an entry the last one reads it.
+    """Decorator that registers the reader of a format. If several formats recognise an entry, the last one reads it.
 
-    ``repairs``: what is done about kinds of problems that no other format has, with _ for blanks.
+    Args:
+        name: name of the format.
+        recognises: see `Format`.
+        names_split: see `Format`.
+        repairs: kind of problem (with _ for a space) -> its repair in words, for problems that only this format has.
     """
 
     def register(read: Reader) -> Reader:
@@ -120,7 +129,7 @@ ALIASES = {
 
 
 def canonical(name: str) -> str:
-    """The form in which class names are compared: lower case, COCO's word where VOC has another."""
+    """A class name for comparisons: lower case, and COCO's word if VOC uses another."""
     name = " ".join(name.lower().replace("_", " ").split())
     return ALIASES.get(name, ALIASES.get(name.replace(" ", ""), name))
 
@@ -135,13 +144,13 @@ def union_of_classes(raws: Sequence[RawDataset]) -> tuple[str, ...]:
 
 
 def select_classes(raws: Sequence[RawDataset], classes: Sequence[str], train: bool = False) -> list[Record]:
-    """The photos of all data sets, with the wanted objects only, labelled 1..K in the order of ``classes``.
+    """The photos of all data sets with the objects of ``classes`` only, labelled 1..K in their order.
 
-    Photos without a wanted object stay, as negatives. With more than one data set the photos are numbered anew from 1,
-    since each set has its own numbers. To ``train``, sets with ``open_classes`` must show the classes too.
+    Photos without such an object stay, as negatives. With several data sets the photos get new ids from 1. In
+    training (``train``) a data set with ``open_classes`` must have the classes too.
 
     Raises:
-        DataError: a class that none of the data sets has, or a class named twice.
+        DataError: no data set has one of the classes, or a class is named twice.
     """
     labels = {canonical(name): label for label, name in enumerate(classes, start=1)}
     if len(labels) < len(classes):
@@ -159,7 +168,8 @@ def select_classes(raws: Sequence[RawDataset], classes: Sequence[str], train: bo
 
 
 def _check_classes(raws: Sequence[RawDataset], classes: Sequence[str], train: bool) -> None:
-    """Unknown classes are an error; absent ones a warning: a set without their labels teaches background."""
+    """A class that no set declares is an error. A class without a box in a set is a warning, since its objects may be
+    unlabelled and would train as background."""
     there = union_of_classes(raws)
     known = set(map(canonical, there))
     may_lack_some = any(raw.open_classes and not (train and raw.labelled) for raw in raws)
@@ -178,14 +188,14 @@ def _check_classes(raws: Sequence[RawDataset], classes: Sequence[str], train: bo
 
 
 def few(names: Sequence[str]) -> str:
-    """The first eight names for a message, and how many more there are."""
+    """The first eight names and the number of others, for a message."""
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def limit_negatives(records: list[Record], share: float, seed: int) -> list[Record]:
-    """Drop photos without an object, by a seeded choice, until they are at most ``share`` of the photos, in [0, 1).
+    """Drop random photos without an object until they are at most ``share`` of all photos, in [0, 1).
 
-    -1 keeps all. Where no photo has an object, all stay: there is nothing to be a share of.
+    -1 keeps all. If no photo has an object, all stay.
     """
     negatives = [place for place, record in enumerate(records) if not record.has_targets]
     wanted = round((len(records) - len(negatives)) * share / (1 - share))
@@ -196,7 +206,7 @@ def limit_negatives(records: list[Record], share: float, seed: int) -> list[Reco
 
 
 def limit_photos(records: list[Record], limit: int, seed: int) -> list[Record]:
-    """A seeded choice of ``limit`` photos in their old order; 0 keeps all."""
+    """``limit`` random photos in their old order; 0 keeps all."""
     if not 0 < limit < len(records):
         return records
     return [records[place] for place in sorted(random.Random(seed).sample(range(len(records)), limit))]

@@ -1,4 +1,4 @@
-"""The training loop, its optimizer and schedule, batches of photos, averaged weights. What is no step is a hook."""
+"""The training loop with its optimizer, schedule, batches and averaged weights. Everything else is a hook."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from earlyexit_ssd.errors import EarlyExitError
 def build_optimizer(
     model: nn.Module, name: str, lr: float, weight_decay: float, lr_factors: Mapping[str, float] | None = None
 ) -> torch.optim.Optimizer:
-    """``sgd`` (momentum 0.9) or ``adamw`` over what requires a gradient; norms, biases and scalars do not decay.
+    """``sgd`` (momentum 0.9) or ``adamw`` over the parameters that require a gradient; norms and biases have no decay.
 
-    ``lr_factors``: beginnings of parameters' names to what their rate is multiplied by; 1 for all others. A group of
-    parameters keeps its factor under ``lr_factor``.
+    ``lr_factors`` maps prefixes of parameter names to factors of the learning rate; other parameters have factor 1. A
+    parameter group stores its factor as ``lr_factor``.
     """
 
     def kind(named: tuple[str, nn.Parameter]) -> tuple[float, float]:
@@ -49,9 +49,9 @@ def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
 
 
 class PhotoLoader:
-    """Batches of photos for the loop, the same ones for the same (epoch, batch) in every run.
+    """Batches of photos on ``device``. Each (epoch, batch) has the same photos and views in every run.
 
-    ``loader`` is from :func:`earlyexit_ssd.data.build_loader` with ``train=True``; the batches go to ``device``.
+    ``loader`` comes from :func:`earlyexit_ssd.data.build_loader` with ``train=True``.
     """
 
     def __init__(self, loader: DataLoader, device: torch.device) -> None:
@@ -68,7 +68,7 @@ class PhotoLoader:
 
 
 def to_device(targets: list[dict], device: torch.device) -> list[dict]:
-    """Move the tensors of targets; numbers stay as they are."""
+    """Move the tensors in the targets to ``device``; other values stay as they are."""
     return [
         {key: value.to(device) if isinstance(value, Tensor) else value for key, value in target.items()}
         for target in targets
@@ -76,9 +76,9 @@ def to_device(targets: list[dict], device: torch.device) -> list[dict]:
 
 
 class ExponentialMovingAverage:
-    """Averages parameters and floating-point buffers; the decay warms up, so that early noise is forgotten.
+    """Moving average of the parameters and floating-point buffers.
 
-    After ``t`` updates it is ``min(decay, (1 + t) / (10 + t))``.
+    The decay after ``t`` updates is ``min(decay, (1 + t) / (10 + t))``, so that early noisy weights have little weight.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -87,7 +87,7 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take one step towards ``model``."""
+        """Move the average towards ``model``."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for mine, theirs in zip(self.average.state_dict().values(), model.state_dict().values(), strict=True):
@@ -97,11 +97,11 @@ class ExponentialMovingAverage:
                 mine.copy_(theirs)
 
     def state_dict(self) -> dict:
-        """For a checkpoint."""
+        """State for a checkpoint."""
         return {"updates": self.updates, "average": self.average.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """The inverse of :meth:`state_dict`."""
+        """Restore a :meth:`state_dict`."""
         self.updates = state["updates"]
         self.average.load_state_dict(state["average"])
 
@@ -111,58 +111,58 @@ class TrainingDiverged(EarlyExitError):
 
 
 class Loader(Protocol):
-    """What the loop asks of a loader of batches."""
+    """Interface of the loader of batches."""
 
     def __len__(self) -> int:
-        """Steps in an epoch."""
+        """Number of batches in an epoch."""
 
     def epoch(self, epoch: int, start: int) -> Iterable[Any]:
-        """The batches of ``epoch`` from number ``start`` on; the same ones for the same numbers."""
+        """The batches of ``epoch`` from number ``start`` on; a function of (epoch, number) only."""
 
 
 class Hook:
-    """Something that happens around the steps; override what is needed.
+    """Base class of hooks: code that runs before the training, after each step and at the end.
 
-    Hooks are called in the order of the list before the training, and in the reverse order after a step and at the end.
+    Before the training the hooks run in the order of the list. After a step and at the end they run in reverse order.
     """
 
     def before_training(self, trainer: Trainer) -> None:
-        """Once, before the first step of this process; a checkpoint may move the trainer's position here."""
+        """Called once, before the first step of this process. A checkpoint is restored here, with ``trainer.step``."""
 
     def after_step(self, trainer: Trainer) -> None:
-        """After every step; ``trainer.losses`` holds the means over all processes."""
+        """Called after every step. ``trainer.losses`` are means over all processes."""
 
     def after_training(self, trainer: Trainer) -> None:
-        """Once, when the training ends, is stopped or fails: give back what was taken."""
+        """Called once, when the training ends, is stopped or fails: release resources."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Trainer:
     """Minimise the sum of a dict of losses over a number of epochs.
 
-    All randomness comes from the loader, a function of (epoch, batch), so the position (``step``) and the weights
-    are the whole state.
+    All randomness is in the loader, a function of (epoch, batch). So ``step``, the weights and the optimizer are the
+    whole state.
     """
 
     model: nn.Module
-    """What is trained and saved."""
+    """The model that is trained and saved."""
     compute_losses: Callable[[Any], dict[str, Tensor]]
-    """A batch to a dict of scalar losses; it may be a DistributedDataParallel around ``model``."""
+    """Function from a batch to a dict of scalar losses, such as a DistributedDataParallel around ``model``."""
     loader: Loader
     optimizer: torch.optim.Optimizer
     epochs: int
     peak_lr: float
     warmup: float = 0.0
-    """Share of all steps, see :func:`learning_rate`."""
+    """Share of all steps with a rising rate, in [0, 1], see :func:`learning_rate`."""
     clip_gradient: float = 0.0
-    """Largest norm of the gradient; 0 does not clip."""
+    """Largest norm of the gradient; 0: no clipping."""
     amp: str = "off"
     """``off``, ``bf16`` or ``fp16``."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     hooks: Sequence[Hook] = ()
-    """Nested in this order."""
+    """See `Hook` for the order of the calls."""
     describe: Callable[[Any], list[str]] = lambda batch: []
-    """A batch to the names of its photos, for messages."""
+    """Function from a batch to the names of its photos, for messages."""
 
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
@@ -171,14 +171,14 @@ class Trainer:
 
     @property
     def total_steps(self) -> int:
-        """Steps of the whole training."""
+        """Number of steps of the whole training."""
         return self.epochs * len(self.loader)
 
     def run(self) -> bool:
-        """Train to the end; False if a hook set ``stop`` before.
+        """Train to the end. False if a hook has set ``stop``.
 
         Raises:
-            TrainingDiverged: a loss or a gradient is NaN or infinite; the weights are those of the step before.
+            TrainingDiverged: a loss or a gradient is NaN or infinite; the weights of the previous step are kept.
         """
         for hook in self.hooks:
             hook.before_training(self)
@@ -201,7 +201,7 @@ class Trainer:
                 return
 
     def train_step(self, batch: Any) -> None:
-        """Forward, backward, update."""
+        """One step: forward, backward, update."""
         rate = learning_rate(self.step, self.total_steps, self.peak_lr, self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_factor", 1.0)
@@ -214,7 +214,7 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.clip_gradient or float("inf"))
-        if not self.scaler.is_enabled():  # with fp16 such steps happen, and the scaler skips them
+        if not self.scaler.is_enabled():  # with fp16 an infinite gradient is normal, and the scaler skips the step
             self._require_finite({"norm of the gradient": norm.item()}, batch)
         self.scaler.step(self.optimizer)
         self.scaler.update()

@@ -1,8 +1,8 @@
-"""Which detection finds which object: the matches that every figure of accuracy is counted from.
+"""Matches of detections with objects. Every figure of accuracy is counted from them.
 
-Every exit is matched once, by pycocotools' rules. A score threshold does not change the matches above it, since the
-surest detections choose first; so AP, its bootstrap, precision and recall, the losses of single photos and the AP of
-any choice of exits all read the same matches.
+Every exit is matched once, by pycocotools' rules. Detections are matched in falling order of their scores, so a score
+threshold does not change the matches above it. AP, its bootstrap, precision, recall, the loss of a photo and the AP of
+any choice of exits therefore use the same matches.
 """
 
 from __future__ import annotations
@@ -37,21 +37,25 @@ SIZES = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
 AP_DETECTIONS = 100
-"""The surest detections of a photo and class that AP looks at."""
+"""AP uses at most so many detections per photo and class, those with the highest scores."""
 
 
 @dataclass(frozen=True)
 class ClassMatches:
-    """The matches of one class: every exit's detections, in falling order of the scores; equal ones keep the order of
-    the photos, then of the exits, so that any choice is in pycocotools' order.
+    """The matches of one class, for the D detections of all exits under C conditions.
 
-    hit: bool [C, D], true positives by condition; never ignored.
-    ignored: bool [C, D], neither right nor wrong: on a crowd, or of another size.
-    overlap: float [D], IoU of a hit with its object by the last condition.
-    photo, exit: int [D], indices of the detection's photo and exit.
-    rank: int [D], how many detections of the same photo, exit and class are surer.
-    score: float [D].
-    objects: int [n], counted objects per photo; objects_by_size: the same for every size.
+    Detections are in falling order of their scores. Equal scores keep the order of the photos, then of the exits, so
+    the detections of any choice of exits are in pycocotools' order.
+
+    Attributes:
+        hit: bool [C, D], whether the detection is a true positive. An ignored detection is none.
+        ignored: bool [C, D], whether the detection is neither right nor wrong: on a crowd, or of another size.
+        overlap: float [D], IoU of a hit with its object under the last condition; else 0.
+        photo: int [D], index of the photo.
+        exit: int [D], index of the exit.
+        rank: int [D], number of detections of the same photo, exit and class that come before.
+        score: float [D].
+        objects_by_size: size -> counted objects per photo, int [n].
     """
 
     name: str
@@ -66,6 +70,7 @@ class ClassMatches:
 
     @property
     def objects(self) -> np.ndarray:
+        """Counted objects of all sizes per photo, int [n]."""
         return self.objects_by_size["all"]
 
 
@@ -73,11 +78,12 @@ class ClassMatches:
 class ExitMatches:
     """The matches of all classes and exits.
 
-    classes: in the order of the category ids.
-    conditions: (size, IoU) under which a detection and an object match; the last is where precision, recall and the
-        losses of photos are counted.
-    image_ids: of the n photos, rising; the order of every [n] of this module.
-    exits: how many there are (K).
+    Attributes:
+        classes: one entry per class, in the order of the category ids.
+        conditions: (size, IoU) under which detections and objects match. Precision, recall and the losses of photos
+            are counted under the last one.
+        image_ids: rising ids of the n photos. Every array [n] of this module has this order.
+        exits: number of exits (K).
     """
 
     classes: list[ClassMatches]
@@ -113,21 +119,22 @@ class ExitMatches:
         return ExitMatches(classes, self.conditions, self.image_ids, 1)
 
     def counted(self, condition: int) -> _Counted:
-        """What AP by one condition is counted from, per class: only the precision at hits decides it.
+        """What AP under one condition is computed from: per class the hits, and the false positives before each hit.
 
-        A cell is a photo's exit, ``photo * K + exit``. The cells of the hits, int [H], in falling order of the scores;
-        and how many false positives of each cell stand between a hit and the one before, [H, cells].
+        A photo and an exit are a *pair* with the index ``photo * K + exit``. The hits are their pairs, int [H], in
+        falling order of the scores. The false positives are counts [H, pairs]: how many of each pair lie between a hit
+        and the hit before. AP depends on the precision at hits only, so nothing else is stored.
         """
         if condition not in self._counted:
             found = self._counted[condition] = []
             for one in self.classes:
-                cell, counts = one.photo * self.exits + one.exit, one.rank < AP_DETECTIONS
+                pair, counts = one.photo * self.exits + one.exit, one.rank < AP_DETECTIONS
                 hits = np.flatnonzero(one.hit[condition] & counts)
                 false = np.flatnonzero(~(one.hit[condition] | one.ignored[condition]) & counts)
                 false = false[: np.searchsorted(false, hits[-1])] if len(hits) else false[:0]
-                places = np.searchsorted(hits, false), cell[false]
+                places = np.searchsorted(hits, false), pair[false]
                 shape = len(hits), self.photos * self.exits
-                found.append((cell[hits], csr_array((np.ones(len(false)), places), shape=shape)))
+                found.append((pair[hits], csr_array((np.ones(len(false)), places), shape=shape)))
         return self._counted[condition]
 
 
@@ -137,18 +144,23 @@ def exit_matches(
     """Match the detections of every exit, shallow to deep, with the objects, photo by photo and class by class.
 
     These are pycocotools' rules. In falling order of the scores each detection takes the free object of its class that
-    it overlaps most, if their IoU reaches the threshold. Failing that, it is ignored if it lies on an ignored object:
-    a crowd (``iscrowd`` = 1, COCO's crowds, VOC's difficult), by the share of its own area and together with any
-    number of others, or an object of another size. Objects that nobody takes are missed. Images without an entry have
-    no detection; labels that are no category of ``ground_truth`` are left out.
+    it overlaps most, if their IoU reaches the threshold. A detection without such an object is ignored in three cases:
+
+    - It overlaps a crowd (``iscrowd`` = 1: COCO's crowds, VOC's difficult). The overlap is then the share of the
+      detection's own area that the crowd covers, and one crowd takes any number of detections.
+    - It overlaps an object of another size.
+    - It is itself of another size.
+
+    Objects without a detection are missed. An image without an entry has no detections. Labels that are no category of
+    ``ground_truth`` are left out.
 
     Args:
-        iou: where precision and recall are counted, in (0, 1].
-        sizes: keys of `SIZES` to give AP for; empty where AP is not wanted.
+        iou: IoU threshold of precision and recall, in (0, 1].
+        sizes: keys of `SIZES` that AP is computed for; empty: no AP.
 
     Raises:
         DataError: detections of an unknown image.
-        EarlyExitError: no exit.
+        EarlyExitError: ``exits`` is empty.
     """
     if not exits:
         raise EarlyExitError("no exits to choose from: give the detections of at least one")
@@ -159,32 +171,32 @@ def exit_matches(
     least_iou, smallest, largest = np.array(limits).T[:, :, None]
     image_ids, categories = sorted(ground_truth.getImgIds()), sorted(ground_truth.getCatIds())
     objects = np.zeros((len(categories), len(conditions), len(image_ids)), np.int64)
-    cells = [_match_photo(_Objects.of([], smallest, largest), None, least_iou)]
+    pairs = [_match_photo(_Objects.of([], smallest, largest), None, least_iou)]
     for photo, image_id in enumerate(image_ids):
         truth = _Objects.of(ground_truth.imgToAnns.get(image_id, []), smallest, largest)
         for label in set(truth.labels.tolist()).intersection(categories):
             objects[categories.index(label), :, photo] = truth.counted[:, truth.labels == label].sum(axis=1)
-        cells += [_match_photo(truth, found.get(image_id), least_iou) for found in exits]
-    # per cell [D], [D], [D], [C, D], [C, D]; all of them are in the order of photos, exits and scores
-    cell_of = np.repeat(np.arange(len(cells)) - 1, [len(scores) for _, scores, *_ in cells])
-    labels, scores, overlap, hit, ignored = (np.concatenate(one, axis=-1) for one in zip(*cells, strict=True))
+        pairs += [_match_photo(truth, found.get(image_id), least_iou) for found in exits]
+    # each pair has labels, scores, overlap [D], hit and ignored [C, D]; the first entry is an empty one for no photo
+    pair_of = np.repeat(np.arange(len(pairs)) - 1, [len(scores) for _, scores, *_ in pairs])
+    labels, scores, overlap, hit, ignored = (np.concatenate(one, axis=-1) for one in zip(*pairs, strict=True))
     classes = []
     for category, counts in zip(categories, objects, strict=True):
         own = np.flatnonzero(labels == category)
-        rank = np.arange(len(own)) - np.searchsorted(cell_of[own], cell_of[own])
+        rank = np.arange(len(own)) - np.searchsorted(pair_of[own], pair_of[own])
         order = np.argsort(-scores[own], kind="stable")
         own, rank = own[order], rank[order]
         by_size = {size: row for (size, _), row in zip(conditions, counts, strict=True)}
         name, matched = ground_truth.cats[category]["name"], (hit[:, own], ignored[:, own], overlap[own])
-        photo_and_exit = np.divmod(cell_of[own], len(exits))
+        photo_and_exit = np.divmod(pair_of[own], len(exits))
         classes.append(ClassMatches(name, *matched, *photo_and_exit, rank, scores[own], by_size))
     return ExitMatches(classes, conditions, image_ids, len(exits))
 
 
 @dataclass(frozen=True)
 class _Objects:
-    """A photo's objects: boxes [G, 4] xywh, labels [G], crowd [G]. By condition: which are counted [C, G], smallest and
-    largest area [C, 1]."""
+    """The G objects of a photo: boxes [G, 4] xywh, labels [G], crowd [G]; counted [C, G] under each condition, whose
+    areas go from smallest [C, 1] to largest [C, 1]."""
 
     boxes: np.ndarray
     labels: np.ndarray
@@ -205,7 +217,7 @@ class _Objects:
 
 
 def _match_photo(truth: _Objects, found: Mapping[str, Tensor] | None, least_iou: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Of one photo and exit, the surest detection first: labels, scores, overlap [D], hit and ignored [C, D]."""
+    """Labels, scores, overlap [D], hit and ignored [C, D] of one photo and exit, in falling order of the scores."""
     count = 0 if found is None else len(found["scores"])
     (hit, taken), overlap = np.zeros((2, len(least_iou), count), bool), np.zeros(count)
     if not count:
@@ -239,18 +251,18 @@ def xywh(boxes: Tensor) -> Tensor:
     return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
 
 
-# AP of any choice of exits, one per photo, in milliseconds; and how far it would move with other photos.
+# AP of any choice of exits, one per photo, and its bootstrap.
 
 
 class APs(NamedTuple):
-    """Average precisions in [0, 1]; ``None`` where there is no object to find, or where it was not asked for."""
+    """Average precisions in [0, 1]; ``None`` if there is no object, or if it was not asked for."""
 
     AP: float | None
     AP50: float | None
 
 
 class Draws(NamedTuple):
-    """AP and AP50 in every draw of photos, float [resamples]; NaN where undefined, or not asked for."""
+    """AP and AP50 in every draw of photos, float [resamples]; NaN if undefined or not asked for."""
 
     AP: np.ndarray
     AP50: np.ndarray
@@ -265,10 +277,10 @@ def bootstrap_choices(
     ap50_only: bool = True,
     groups: np.ndarray | None = None,
 ) -> list[Draws]:
-    """Per choice of exits [n], its figures in ``resamples`` draws of as many photos with replacement.
+    """AP and AP50 of each choice of exits [n] in ``resamples`` bootstrap draws of the photos.
 
-    The same seed draws the same photos, so all values on one data set are paired. ``ap50_only`` is ten times as fast.
-    Photos that go together, numbered from 0 in ``groups`` [n], are drawn together.
+    The same seed draws the same photos, so values on one data set are paired. ``ap50_only`` is ten times as fast.
+    Photos with the same number (from 0) in ``groups`` [n] are drawn together.
     """
     count = matches.photos if groups is None or not len(groups) else int(groups.max()) + 1
     generator = np.random.default_rng(seed)
@@ -298,18 +310,18 @@ def ap_of_choice(
     The figures are pycocotools' for the detections of the chosen exits. Classes without an object among the
     weighted photos are left out. ``ap50_only`` leaves ``AP`` None, which is ten times as fast.
     """
-    cells = np.arange(matches.photos) * matches.exits + _choice(matches, choice)
+    pairs = np.arange(matches.photos) * matches.exits + _choice(matches, choice)
     weights = None if weights is None else _one_each(matches, "weights", weights)
     conditions = [matches.half] if ap50_only else range(len(IOU_THRESHOLDS))
-    curves = [_curves(matches, index, cells, weights) for index in conditions]
+    curves = [_curves(matches, index, pairs, weights) for index in conditions]
     return APs(None if ap50_only else mean_precision(curves), mean_precision(curves[:1]))
 
 
 def precision_curves(matches: ExitMatches, size: str = "all") -> list[np.ndarray]:
     """Interpolated precision of one detector, per IoU threshold [R, classes with an object of the size]."""
     start = matches.conditions.index((size, IOU_THRESHOLDS[0]))
-    cells = np.arange(matches.photos)
-    return [_curves(matches, start + index, cells, None) for index in range(len(IOU_THRESHOLDS))]
+    pairs = np.arange(matches.photos)
+    return [_curves(matches, start + index, pairs, None) for index in range(len(IOU_THRESHOLDS))]
 
 
 def mean_precision(curves: Sequence[np.ndarray]) -> float | None:
@@ -331,16 +343,16 @@ def _one_each(matches: ExitMatches, name: str, values: ArrayLike) -> np.ndarray:
     return values.astype(np.int64)
 
 
-def _curves(matches: ExitMatches, condition: int, cells: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
-    """Interpolated precision of the classes with objects, [R, classes]; ``cells`` that are not named have weight 0."""
-    size, cell_weights = matches.conditions[condition][0], np.zeros(matches.photos * matches.exits)
-    cell_weights[cells] = 1 if weights is None else weights
+def _curves(matches: ExitMatches, condition: int, pairs: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    """Interpolated precision of the classes with objects, [R, classes]; pairs outside ``pairs`` have weight 0."""
+    size, pair_weights = matches.conditions[condition][0], np.zeros(matches.photos * matches.exits)
+    pair_weights[pairs] = 1 if weights is None else weights
     curves = []
     for one, (hits, false) in zip(matches.classes, matches.counted(condition), strict=True):
         counts = one.objects_by_size[size]
         objects = int(counts.sum() if weights is None else weights @ counts)
         if objects:
-            true, wrong = np.cumsum(cell_weights[hits]), np.cumsum(false @ cell_weights)
+            true, wrong = np.cumsum(pair_weights[hits]), np.cumsum(false @ pair_weights)
             precision = true / (wrong + true + np.spacing(1))
             # the best precision at this recall or a higher one
             envelope = np.maximum.accumulate(precision[::-1])[::-1]
@@ -349,35 +361,35 @@ def _curves(matches: ExitMatches, condition: int, cells: np.ndarray, weights: np
     return np.stack(curves, axis=1) if curves else np.zeros((len(RECALLS), 0))
 
 
-# What single photos win and lose at a score: hits, misses and false positives.
+# Hits, misses, false positives and losses of single photos, at a score.
 
 
 @dataclass(frozen=True)
 class PhotoCounts:
-    """Per photo and exit, int [n, K]: objects found, objects missed, detections that are none; classes summed."""
+    """Objects found, objects missed and false positives per photo and exit, int [n, K], summed over the classes."""
 
     hits: np.ndarray
     misses: np.ndarray
     false_positives: np.ndarray
 
     def losses_against_labels(self) -> np.ndarray:
-        """Loss of every photo at every exit, against the objects in it; [n, exits] in [0, 1].
+        """Loss of every photo at every exit against its labels; [n, exits] in [0, 1], 0 in the last column.
 
-        min(1, (max(0, m - m_full) + max(0, f - f_full)) / max(1, objects)): m objects missed and f false positives,
-        each beyond those of the full path. 0 in the last column.
+        min(1, (max(0, m - m_full) + max(0, f - f_full)) / max(1, objects)) with m objects missed and f false
+        positives; m_full and f_full are those of the full path.
         """
         worse = sum(np.maximum(one - one[:, -1:], 0) for one in (self.misses, self.false_positives))
         return np.minimum(worse / np.maximum(self.hits + self.misses, 1), 1.0)
 
 
 def photo_counts(matches: ExitMatches, score: float) -> PhotoCounts:
-    """Counts of the detections with a score of at least ``score``, by the last condition of the matches."""
-    shape, cells = (matches.photos, matches.exits), matches.photos * matches.exits
-    hits, false = np.zeros(cells, np.int64), np.zeros(cells, np.int64)
+    """Counts of the detections with a score of at least ``score``, under the last condition of the matches."""
+    shape, pairs = (matches.photos, matches.exits), matches.photos * matches.exits
+    hits, false = np.zeros(pairs, np.int64), np.zeros(pairs, np.int64)
     for one in matches.classes:
-        cell, sure = one.photo * matches.exits + one.exit, one.score >= score
-        hits += np.bincount(cell[one.hit[-1] & sure], minlength=cells)
-        false += np.bincount(cell[~(one.hit[-1] | one.ignored[-1]) & sure], minlength=cells)
+        pair, sure = one.photo * matches.exits + one.exit, one.score >= score
+        hits += np.bincount(pair[one.hit[-1] & sure], minlength=pairs)
+        false += np.bincount(pair[~(one.hit[-1] | one.ignored[-1]) & sure], minlength=pairs)
     hits = hits.reshape(shape)
     return PhotoCounts(hits, matches.objects[:, None] - hits, false.reshape(shape))
 
@@ -389,15 +401,15 @@ def photo_list(
     exit_names: Sequence[str],
     files: Callable[[int], object],
 ) -> list[PhotoRow]:
-    """A row for every photo, in the order of ``collected``, by the exit that it takes (``chosen`` [n]).
+    """The rows of photos.csv, in the order of ``collected``; photo i takes the exit ``chosen[i]``.
 
-    ``file``, ``exit`` (its name), ``confidence`` (the router's there; None where its policy has none), ``objects``,
-    ``found`` of them, ``lost`` (objects missed beyond what the full path misses there) and ``added`` (false positives
-    beyond the full path's).
+    The columns are ``file``, ``exit`` (its name), ``confidence`` (None if the policy has none), ``objects``, ``found``,
+    ``lost`` (objects missed beyond those that the full path misses) and ``added`` (false positives beyond those of the
+    full path).
 
     Args:
-        counts: of the same photos.
-        files: image id -> file.
+        counts: the counts of the same photos.
+        files: function from an image id to its file.
     """
     row_of = {image_id: row for row, image_id in enumerate(sorted(collected.image_ids))}
     names = ("file", "exit", "confidence", "objects", "found", "lost", "added")
@@ -414,11 +426,11 @@ def photo_list(
 
 
 def losses_against_full(ground_truth: COCO, exits: Sequence[Detections], score: float, iou: float) -> np.ndarray:
-    """Loss of every photo at every exit (the full path last), against what the full path says; [n, exits] in [0, 1].
+    """Loss of every photo at every exit against the full path; [n, exits] in [0, 1], 0 in the last column.
 
-    min(1, (missed + added) / max(1, |F|)): F are the full path's detections from ``score`` on, missed those of F that
-    the exit's detections from ``score`` on do not match at ``iou``, added the exit's that match none of F. 0 in the
-    last column. No label is needed: of ``ground_truth`` only photos and classes are looked at.
+    min(1, (missed + added) / max(1, |F|)), where F are the full path's detections with at least ``score``, missed those
+    of F that no detection of the exit matches at ``iou``, and added the exit's detections that match none of F. Only
+    the photos and classes of ``ground_truth`` are used, not its labels.
     """
     counts = photo_counts(exit_matches(as_ground_truth(ground_truth, exits[-1], score), exits, iou, ()), score)
     wrong, there = counts.misses + counts.false_positives, counts.hits + counts.misses
@@ -427,11 +439,12 @@ def losses_against_full(ground_truth: COCO, exits: Sequence[Detections], score: 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a detector says what the full path says, at a score and an IoU.
+    """Agreement of a detector with the full path, at a score and an IoU.
 
     Attributes:
-        objects: what the full path finds in all photos; kept: how many of them the detector finds.
-        added: what it finds beyond them.
+        objects: number of detections of the full path, over all photos.
+        kept: number of these that the detector finds too.
+        added: number of detections that match none of them.
         same_photos: share of the photos with nothing lost and nothing added; None without a photo.
     """
 
@@ -442,7 +455,7 @@ class Agreement:
 
 
 def agreement(ground_truth: COCO, full: Detections, found: Detections, score: float, iou: float) -> Agreement:
-    """Of what a detector has found with what the full path has; no label is looked at."""
+    """Compare the detections ``found`` with those of the full path, without labels."""
     counts = photo_counts(exit_matches(as_ground_truth(ground_truth, full, score), [found], iou, ()), score)
     same = (counts.misses + counts.false_positives) == 0
     objects, kept = int((counts.hits + counts.misses).sum()), int(counts.hits.sum())
@@ -450,7 +463,7 @@ def agreement(ground_truth: COCO, full: Detections, found: Detections, score: fl
 
 
 def as_ground_truth(template: COCO, detections: Detections, score: float) -> COCO:
-    """The detections from ``score`` on as objects of the template's photos and classes."""
+    """The detections with at least ``score`` as objects of the template's photos and classes."""
     annotations: list[dict[str, int | float | list[float]]] = []
     for image_id, found in detections.items():
         keep = found["scores"] >= score

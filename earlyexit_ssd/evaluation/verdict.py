@@ -1,7 +1,7 @@
-"""The figures in plain words: are these exits worth shipping?
+"""The verdict: whether to ship the exits, and the findings that lead to it.
 
-The first question is whether the full path detects; where it does not, nothing else is said. Then each rule of `RULES`
-reads the results and says what it finds. What a rule says when, is in docs/metrics.md.
+The first rule is whether the full path detects. If it does not, no other rule is applied. Each rule of `RULES` reads
+the results and yields findings. docs/metrics.md lists every finding and its condition.
 """
 
 from __future__ import annotations
@@ -13,33 +13,35 @@ from earlyexit_ssd.evaluation.results import ExitResult, Finding, Results, Rival
 from earlyexit_ssd.routing.policies import reads_taps
 
 DETECTS_AP50 = 0.05
-"""Below it a full path does not detect, whatever else is measured."""
+"""A full path with a lower AP50 does not detect, whatever its other figures are."""
 DOUBTFUL_AP50 = 0.20
-"""Below it scores that are all alike, or boxes outside the photos, show a detector that does not detect either."""
+"""With a lower AP50, scores that are all alike or boxes outside the photos show that the full path does not detect."""
 ALIKE = 0.2
-"""Scores are alike where their standard deviation is below this share of their mean; a detector's is some 1 or more."""
+"""Scores are alike if standard deviation / mean is below this. A detector that works has about 1 or more."""
 ENOUGH_BOXES = 20
-"""Fewer show no pattern."""
+"""With fewer boxes, neither scores nor places are judged."""
 MOVE_DEEPER_AP50 = 0.30
+"""A first exit with a lower AP50 must move to a deeper layer."""
 WORTH_IT_AP50 = 0.35
+"""A first exit with a higher AP50 is worth it."""
 FIRST_EXIT_SHARE = 0.75
-"""Of the full path's AP50, for the first exit on a checkpoint that was taken over as it is."""
+"""Least AP50 of the first exit / AP50 of the full path, if the full path is a checkpoint taken as it is."""
 DEEPEST_SHARE = 0.85
+"""Least AP50 of the deepest exit / AP50 of the full path."""
 LARGEST_LOSS = 0.10
+"""Largest loss of AP50 by routing / AP50 of the full path."""
 AP50_TOLERANCE = 0.005
-"""Half a point of AP50 is less than a few hundred photos can tell apart: no sign of a mistake, no reason for exits."""
+"""A smaller difference in AP50 counts as equal: a few hundred photos cannot show it."""
 
 Rule = Callable[[Results], Iterable[Finding]]
 
 
 def judge(results: Results, rules: Sequence[Rule] | None = None) -> Verdict:
-    """Whether the full path detects; if it does, what the rules say, `RULES` by default, in their order.
-
-    That the run went on with --force past a gate that had failed is a veto, which the verdict says first.
-    """
+    """The verdict by ``rules``, `RULES` by default. If the full path does not detect, this is the only finding. A
+    failed gate that --force passed is a veto, listed first."""
     forced = results.context.forced
     if rules is None:
-        rules = RULES if results.early else (has_no_exits, no_static_net_is_better, rivals_share_the_runtime)
+        rules = RULES if results.early else (has_no_exits, no_rival_is_better, rivals_share_the_runtime)
     if not results.context.labelled:
         rules = (agrees_with_full, routing_is_faster)  # the others speak of accuracy
     elif findings := list(full_path_detects(results)):
@@ -50,19 +52,19 @@ def judge(results: Results, rules: Sequence[Rule] | None = None) -> Verdict:
         line = "--force was used: a gate failed on the way to these figures, and the run went on"
         findings.insert(0, Finding(line, veto=True))
     ship = not any(finding.veto for finding in findings)
-    one = exit_that_does(results)
+    one = sufficient_single_exit(results)
     what = f"{one} alone" if one else "routed" if results.early else f"{results.full.name} alone"
     return Verdict(ship, what if ship else None, tuple(findings))
 
 
 def has_no_exits(results: Results) -> Iterator[Finding]:
-    """A detector without exits, such as a smaller one that a search has chosen, is held against rivals alone."""
+    """A detector without exits, such as one that `optimize` has chosen, is compared with rivals only."""
     yield Finding("the model has no early exit: every photo takes its full path")
     yield from rivals_were_evaluated(results)
 
 
 def full_path_detects(results: Results) -> Iterator[Finding]:
-    """The rule before all others: exits on a detector that does not detect are worth nothing."""
+    """The first rule: exits on a detector that does not detect are worth nothing."""
     ap50, boxes = results.full.ap50, results.full.found
     if ap50 is None:
         yield Finding("AP50 is undefined, since the photos show no object to find: nothing can be said", veto=True)
@@ -75,15 +77,15 @@ def full_path_detects(results: Results) -> Iterator[Finding]:
             signs.append(f"{boxes.outside_share:.0%} of its boxes lie outside the photos")
     if ap50 < (DOUBTFUL_AP50 if signs else DETECTS_AP50):
         none = ", without a single box" if boxes is not None and not boxes.boxes else ""
-        fix = "train it, or look at its weights, classes and boxes, before anything is said of exits"
+        fix = "train it, or check its weights, classes and boxes, before judging exits"
         signs = "; ".join([f"AP50 {ap50:.3f}{none}", *signs])
         yield Finding(f"the full path does not detect ({signs}): {fix}", veto=True)
 
 
 def exits_pass_their_gates(results: Results) -> Iterator[Finding]:
-    """The first exit in use against 0.30 and 0.35 AP50, the deepest against the full path; on a checkpoint that was
-    taken over as it is, both against that checkpoint on the same photos."""
-    only = [one for one in results.early if one.name == exit_that_does(results)]
+    """Compare the first exit in use with 0.30 and 0.35 AP50 (with the full path, if that is a checkpoint as it was),
+    and the deepest exit with the full path."""
+    only = [one for one in results.early if one.name == sufficient_single_exit(results)]
     used = [one for one in only or _open_exits(results) or results.early if not one.empty]
     full = results.full.ap50
     if not used:
@@ -114,10 +116,10 @@ def exits_pass_their_gates(results: Results) -> Iterator[Finding]:
 
 
 def exits_stay_below_full(results: Results) -> Iterator[Finding]:
-    """An early exit that beats the full path shows a mistake: a spoilt full path, or exits mixed up.
+    """An early exit that is better than the full path hints at a mistake, such as a damaged full path.
 
-    It is no veto where the paired interval of (full - exit) reaches above zero, since other photos might say otherwise,
-    nor where that exit takes every photo, since nobody takes the full path then.
+    It is no veto if the paired interval of (full - exit) includes values above 0: other photos might give the opposite
+    result. Nor is it one if that exit takes every photo: no photo takes the full path then.
     """
     full = results.full
     for one in results.early:
@@ -127,16 +129,16 @@ def exits_stay_below_full(results: Results) -> Iterator[Finding]:
         difference = one.AP50_below_full_interval
         if difference and difference[1] > 0:
             yield Finding(f"{figures}, but not clearly: with other photos it might not be")
-        elif one.name == exit_that_does(results):
+        elif one.name == sufficient_single_exit(results):
             yield Finding(f"{figures}: was the full path trained to its end?")
         else:
             wrong = "something is wrong: was the full path trained to its end, and is it unchanged since?"
-            unless = "If the exits have learnt from photos of a kind that it never saw, ship that exit alone"
+            unless = "If only the exits were trained on such photos, ship that exit alone"
             yield Finding(f"{figures}: {wrong} {unless}", veto=True)
 
 
 def exits_save_time(results: Results) -> Iterator[Finding]:
-    """Early exits that take as long as the whole detector without exits; no veto by itself."""
+    """Name the open exits that take as long as the detector without exits. This is no veto."""
     plain = results.without_exits.ms
     for one in _open_exits(results):
         if one.ms >= plain:
@@ -145,12 +147,12 @@ def exits_save_time(results: Results) -> Iterator[Finding]:
 
 
 def routing_uses_exits(results: Results) -> Iterator[Finding]:
-    """Where every photo takes one exit the router decides nothing: that exit alone is to be shipped, if it is good."""
+    """If every photo takes the same exit, the router is useless. That exit is shipped alone if it is good enough."""
     only = _only_exit(results)
     fix = "change the thresholds (ROUTING.THRESHOLDS), or calibrate for another target"
     if only == results.full.name:
         yield Finding(_why_nobody_leaves(results, fix), veto=True)
-    elif only and only == exit_that_does(results):
+    elif only and only == sufficient_single_exit(results):
         yield Finding(f"every image leaves at {only}: ship {only} alone, without the other branches and the router")
     elif only:
         yield Finding(f"every image leaves at {only}: routing collapsed; {fix}", veto=True)
@@ -166,7 +168,7 @@ def _why_nobody_leaves(results: Results, fix: str) -> str:
         fix = f"open them with tools/calibrate.py (--ap-drop 0.01{policy}) and evaluate with its certificate"
         return f"every exit is closed until routing is calibrated, every image takes the full path: {fix}"
     if blind:
-        fix = "let tools/calibrate.py fit a policy that foresees empty frames (ROUTING.POLICY foreseen_emptiness)"
+        fix = "let tools/calibrate.py fit a policy that predicts empty photos (ROUTING.POLICY foreseen_emptiness)"
     return f"every image leaves at {results.full.name}: routing collapsed; {fix}"
 
 
@@ -186,30 +188,30 @@ def routing_is_faster(results: Results) -> Iterator[Finding]:
         yield Finding(f"routing is faster ({times})")
 
 
-def promise_is_kept(results: Results) -> Iterator[Finding]:
-    """What the certificate was asked for, against what these photos say; what was not kept is a veto."""
-    promise = results.certificate
-    if promise is None:
+def certificate_is_kept(results: Results) -> Iterator[Finding]:
+    """Compare the target of the certificate with the figure on these photos. A target that is not met is a veto."""
+    certificate = results.certificate
+    if certificate is None:
         return
-    target, value, kind = promise.target, asked_value(promise.target), promise.target["kind"]
+    target, value, kind = certificate.target, asked_value(certificate.target), certificate.target["kind"]
     figure = "{:.2f}x" if kind == "speedup" else "{:.4f}"
-    text = "undefined" if promise.measured is None else figure.format(promise.measured)
-    if promise.interval:
-        text += " [{}, {}]".format(*map(figure.format, promise.interval))
+    text = "undefined" if certificate.measured is None else figure.format(certificate.measured)
+    if certificate.interval:
+        text += " [{}, {}]".format(*map(figure.format, certificate.interval))
     score = f" at score {target['score']:g}" if target.get("score") is not None else ""
     asked, got = {
         "speedup": (f"a speed-up of {value:g}x", f"{text} is reached"),
         "ap_drop": (f"at most {value:g} AP50 lost", f"{text} is lost"),
         "risk": (f"at most {value:g} missed and added per photo{score}", f"{text} is missed and added"),
     }[kind]
-    sure, kept = f" (delta {target['delta']:g})" if "delta" in target else "", "kept" if promise.kept else "not kept"
+    sure = f" (delta {target['delta']:g})" if "delta" in target else ""
+    kept = "kept" if certificate.kept else "not kept"
     line = f"the certificate was asked for {asked}{sure}; on these photos {got}: {kept}"
-    yield Finding(line, veto=not promise.kept)
+    yield Finding(line, veto=not certificate.kept)
 
 
 def routing_keeps_accuracy(results: Results) -> Iterator[Finding]:
-    """The routed detector may lose a tenth of the full path's AP50; where a certificate names another loss, that one
-    counts."""
+    """The routed detector may lose a tenth of the full path's AP50, or what its certificate allows (``ap_drop``)."""
     full, routed = results.full.ap50, results.routed.ap50
     if not full or routed is None or _only_exit(results) == results.full.name:
         return
@@ -230,14 +232,14 @@ def routing_keeps_accuracy(results: Results) -> Iterator[Finding]:
 
 
 def rivals_were_evaluated(results: Results) -> Iterator[Finding]:
-    """Without a rival nobody knows whether a smaller net is the better choice, so nothing is shipped."""
+    """Without a rival nothing is shipped, since a smaller detector may be the better choice."""
     if not _comparable(results):
         what = "could be compared with it" if results.rivals else "was evaluated beside it"
-        yield Finding(f"no static net {what} (EVAL.RIVALS): a smaller one may be the better choice", veto=True)
+        yield Finding(f"no rival {what} (EVAL.RIVALS): a smaller detector may be the better choice", veto=True)
 
 
 def full_path_is_worth_having(results: Results) -> Iterator[Finding]:
-    """A rival that beats the detector without exits too: then the exits are not what to look at first; no veto."""
+    """Name a rival that is better than the detector without exits: try it before exits. This is no veto."""
     full, plain, rivals = results.full.ap50, results.without_exits.ms, _comparable(results)
     if full is None or not rivals:
         return
@@ -248,8 +250,8 @@ def full_path_is_worth_having(results: Results) -> Iterator[Finding]:
         yield Finding(f"{line}: look at it first")
 
 
-def no_static_net_is_better(results: Results) -> Iterator[Finding]:
-    """A rival that is at least as accurate and as fast, and clearly better in one of them, is what to ship."""
+def no_rival_is_better(results: Results) -> Iterator[Finding]:
+    """Ship a rival instead if it matches the routed detector in AP50 and time and is clearly better in one of them."""
     routed, comparable = results.routed, _comparable(results)
     if not comparable or routed.ap50 is None or routed.ms is None:
         return
@@ -257,17 +259,17 @@ def no_static_net_is_better(results: Results) -> Iterator[Finding]:
     if better:
         most = max(one.ap50 for one in better)
         best = min((one for one in better if one.ap50 >= most - AP50_TOLERANCE), key=lambda one: one.ms)
-        said = "ship the small net"
+        said = "ship instead"
     else:
         best = min(comparable, key=lambda one: _shortfall(one, routed))
-        said = "no static net is better than routing; the nearest"
+        said = "no rival is better than routing; the nearest"
     figures = f"has AP50 {best.ap50:.3f} against {routed.ap50:.3f} routed, in {best.ms:.1f} ms against {routed.ms:.1f}"
     change = f"{best.ap50 - routed.ap50:+.3f} AP50, {best.ms / routed.ms - 1:+.0%} time"
     yield Finding(f"{said}: {best.name} {figures} ({change})", veto=bool(better))
 
 
 def rivals_share_the_runtime(results: Results) -> Iterator[Finding]:
-    """Milliseconds of two runtimes say nothing about two networks."""
+    """Name the rivals that were timed in another runtime: their milliseconds cannot be compared."""
     others = [one.name for one in results.rivals if one.runtime != results.context.runtime]
     if others:
         line = "timed in ONNX Runtime, the exits in eager PyTorch, so their ms are not compared"
@@ -280,30 +282,30 @@ RULES: tuple[Rule, ...] = (
     exits_save_time,
     routing_uses_exits,
     routing_is_faster,
-    promise_is_kept,
+    certificate_is_kept,
     routing_keeps_accuracy,
     rivals_were_evaluated,
     full_path_is_worth_having,
-    no_static_net_is_better,
+    no_rival_is_better,
     rivals_share_the_runtime,
 )
 
 
 def agrees_with_full(results: Results) -> Iterator[Finding]:
-    """On photos that nobody labelled: how far routing says what the full path says, right or wrong."""
+    """On photos without labels: the agreement of the routed detector with the full path, right or wrong."""
     kept, lost, added = map(results.routed.number, ("true_positives", "false_negatives", "false_positives"))
     figures = f"routing keeps {kept} of the {kept + lost} objects that the full path finds and adds {added}"
-    yield Finding(f"nobody labelled these photos: {figures}; how accurate either is they cannot say", veto=True)
+    yield Finding(f"nobody labelled these photos: {figures}; the accuracy of neither is known", veto=True)
 
 
 def asked_value(target: Target) -> float:
-    """The number of a certificate's target; of a risk it was called ``epsilon``."""
+    """The number of a certificate's target (older certificates of a risk call it ``epsilon``)."""
     return target["value"] if "value" in target else target["epsilon"]
 
 
-def exit_that_does(results: Results) -> str | None:
+def sufficient_single_exit(results: Results) -> str | None:
     """The early exit that takes every photo, keeps the accuracy and is clearly faster than the detector without exits;
-    None where there is none."""
+    None if there is none."""
     only, routed, full = _only_exit(results), results.routed, results.full
     if only in (None, full.name) or routed.hybrid or routed.ap50 is None or routed.speedup is None:
         return None
@@ -316,7 +318,7 @@ def exit_that_does(results: Results) -> str | None:
 
 
 def _only_exit(results: Results) -> str | None:
-    """The exit that every photo takes; None where there is no early exit."""
+    """The exit that every photo takes; None if photos take several, or if there is no early exit."""
     share = results.routed.exit_share
     return next((name for name, value in share.items() if value == 1.0), None) if len(share) > 1 else None
 
@@ -332,14 +334,15 @@ def _open_exits(results: Results) -> list[ExitResult]:
 
 
 def _comparable(results: Results) -> list[RivalResult]:
-    """The rivals that were timed in the exits' runtime and have an AP50; not the exit that is to be shipped itself."""
-    itself = f"{exit_that_does(results)} alone"
+    """The rivals with an AP50 that were timed in the runtime of the exits, without the exit that is shipped."""
+    itself = f"{sufficient_single_exit(results)} alone"
     same = [one for one in results.rivals if one.runtime == results.context.runtime]
     return [one for one in same if one.ap50 is not None and one.name != itself]
 
 
 def _dominates(rival: RivalResult, routed: RoutedResult) -> bool:
-    """In neither figure worse (AP50 within the tolerance), and in one of them better by more than its interval."""
+    """Whether the rival is not worse in AP50 (within the tolerance) or time, and clearly better in one of them: its
+    whole time interval is below the routed time, or the paired AP50 interval is below 0."""
     if rival.ap50 < routed.ap50 - AP50_TOLERANCE or rival.ms > routed.ms:
         return False
     difference = rival.routed_minus_rival_AP50_interval
@@ -347,6 +350,6 @@ def _dominates(rival: RivalResult, routed: RoutedResult) -> bool:
 
 
 def _shortfall(rival: RivalResult, routed: RoutedResult) -> float:
-    """What the rival lacks, as shares of the routed detector's figures; 0 where it lacks nothing."""
+    """Missing AP50 plus additional time, each relative to the routed detector; 0 if the rival lacks neither."""
     accuracy = 1 - rival.ap50 / routed.ap50 if routed.ap50 else 0.0
     return max(accuracy, 0.0) + max(rival.ms / routed.ms - 1, 0.0)

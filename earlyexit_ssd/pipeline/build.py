@@ -267,6 +267,8 @@ def build_router(cfg: CfgNode, stored: dict | None = None, learn: bool = False) 
     """
     stored = stored or {}
     exits, given = stored.get("num_exits", num_exits(cfg)), len(cfg.ROUTING.THRESHOLDS)
+    if not exits:
+        return ExitRouter(0)
     if given not in (1, exits):
         raise ConfigError(
             f"ROUTING.THRESHOLDS has {given} numbers, the model has {exits} early exits: give one for all, "

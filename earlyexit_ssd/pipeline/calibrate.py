@@ -1,4 +1,4 @@
-"""Calibrate a trained model's routing on the calib split, to a target that the user states."""
+"""Calibrate the routing of a trained model on the calib split, for a target that the user chooses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fvcore.common.config import CfgNode
 from earlyexit_ssd.calibration.certificate import Certificate, CertifiedTarget, Measured
 from earlyexit_ssd.calibration.drift import Reference
 from earlyexit_ssd.calibration.risk import certify, safe_to_bold
-from earlyexit_ssd.calibration.thresholds import Grid, cheapest_within, learned_grid, pareto_path, threshold_grid
+from earlyexit_ssd.calibration.thresholds import Grid, best_within, learned_grid, pareto_path, threshold_grid
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.data.repeats import Block, block_of_each
 from earlyexit_ssd.engine.processes import is_main
@@ -47,21 +47,22 @@ from earlyexit_ssd.routing.policies import needs_training_photos, require_known
 logger = logging.getLogger(__name__)
 
 LEAST_DROP = 0.005
-"""Of AP50: less than this no number of photos tells apart."""
+"""Smallest loss of AP50 that `min_photos` plans for; a smaller one cannot be measured."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What calibration is to reach.
+    """The target of a calibration.
 
     Attributes:
-        kind: ``speedup`` (at least, against the detector without exits, in mean cost), ``ap_drop`` (AP50 lost against
-            the full path, at most, in 1 - delta of the draws of calibration photos) or ``risk`` (mean loss per photo,
-            at most, with probability 1 - delta).
-        value: the number.
-        delta: of an ap_drop or risk target, in (0, 1).
-        block: consecutive photos of a folder that are one draw, such as frames of a video; None: every photo is one.
-        learned: thresholds are learnt with a soft exit instead of searched for among all combinations.
+        kind: ``speedup``: the mean cost of the detector without exits / the routed mean cost is at least ``value``.
+            ``ap_drop``: the full path's AP50 - the routed AP50 is at most ``value`` in 1 - delta of the bootstrap draws
+            of the calibration photos. ``risk``: the expected loss per photo is at most ``value`` with probability
+            1 - delta.
+        value: above 0 for a speedup, in [0, 1] for an ap_drop, in (0, 1) for a risk.
+        delta: failure probability of an ap_drop or risk, in (0, 1).
+        block: number of consecutive photos of a folder, such as frames of a video, that are one draw; None: 1.
+        learned: learn the thresholds by gradient descent instead of a search over all combinations.
     """
 
     kind: str
@@ -84,7 +85,7 @@ class Target:
         if not 0 < self.delta < 1:
             raise EarlyExitError(f"delta is {self.delta:g}, expected a number in (0, 1), such as 0.05")
         if self.block is not None and self.kind == "speedup":
-            raise EarlyExitError("--block is for --risk and --ap-drop; a speed-up is fitted and promises nothing")
+            raise EarlyExitError("--block is for --risk and --ap-drop; a speed-up is fitted and has no guarantee")
 
 
 def build_target(cfg: CfgNode) -> Target:
@@ -95,7 +96,7 @@ def build_target(cfg: CfgNode) -> Target:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Thresholds, the exit of every calibration photo [n], and what the search measured on the way."""
+    """Thresholds, the exit of every calibration photo [n], and figures that the search measured."""
 
     thresholds: tuple[float, ...]
     exits: np.ndarray
@@ -104,13 +105,16 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Search:
-    """What thresholds are chosen by.
+    """The search for thresholds that meet the target.
 
     Attributes:
-        router: with its policy fitted; train: for a risk, photos that give the path of thresholds.
-        reference: detections on the calibration photos that AP50 is lost against; None: the full path's own.
-        blocks: of calibration photos that are one draw, numbered from 0, [n]; None: every photo is one.
-        confidences: of the calibration photos, per early exit [n]; losses: of these, [n, exits].
+        router: the router with its fitted policy.
+        calib: recorded outputs of the n calibration photos.
+        train: recorded outputs of the training photos, which give a risk its path of thresholds; else None.
+        costs: the costs of the exits.
+        blocks: number (from 0) of the block of each calibration photo, [n]; None: every photo is a block.
+        reference: detections on the calibration photos whose AP50 is the baseline of an ap_drop; None: those of the
+            full path.
     """
 
     cfg: CfgNode
@@ -124,31 +128,33 @@ class Search:
 
     @functools.cached_property
     def confidences(self) -> list[np.ndarray]:
+        """Confidences of the calibration photos, an array [n] per early exit."""
         return self.calib.confidences(self.router)
 
     @functools.cached_property
     def losses(self) -> np.ndarray:
+        """Losses of the calibration photos, [n, exits]."""
         return self.calib.losses(self.cfg.CALIBRATION.REFERENCE)
 
     @property
     def draws(self) -> int:
-        """Calibration photos, or blocks of them."""
+        """Number of calibration photos, or of blocks of them."""
         return len(self.calib.recording) if self.blocks is None else int(self.blocks.max()) + 1
 
     @property
     def units(self) -> str:
-        """What is drawn, in words."""
+        """The name of a draw in messages, plural."""
         block = self.target.block
         return "calibration photos" if block is None else f"blocks of {block.photos} calibration photos"
 
     def run(self) -> Chosen:
-        """Thresholds for the target; an EarlyExitError for a speed-up that is out of reach."""
+        """Find the thresholds; an EarlyExitError if a speed-up cannot be reached."""
         chosen = getattr(self, f"_for_{self.target.kind}")()
         blocks = None if self.blocks is None else self.draws
         return replace(chosen, measured=replace(chosen.measured, blocks=blocks))
 
     def _grid(self, confidences: list[np.ndarray], losses: np.ndarray) -> tuple[Grid, np.ndarray]:
-        """The combinations to choose from (all of them, or those learnt with a soft exit) and their mean costs."""
+        """The combinations to choose from (all of them, or learnt ones) and their mean costs."""
         if self.target.learned:
             budgets = [self.costs.plain / self.target.value] if self.target.kind == "speedup" else []
             grid = learned_grid(confidences, losses, self.costs.per_exit, budgets)
@@ -179,7 +185,7 @@ class Search:
     def _for_speedup(self) -> Chosen:
         grid, mean_costs = self._grid(self.confidences, self.losses)
         ap50 = self.calib.ap50_of(grid.choices, "thresholds")
-        best = cheapest_within(mean_costs, -ap50, self.costs.plain / self.target.value)
+        best = best_within(mean_costs, -ap50, self.costs.plain / self.target.value)
         if best is None:
             raise EarlyExitError(
                 f"a speed-up of {self.target.value:g} is out of reach: with every photo at the first exit it is "
@@ -189,14 +195,14 @@ class Search:
         return Chosen(tuple(grid.thresholds[best].tolist()), grid.choices[best], Measured())
 
     def _for_ap_drop(self) -> Chosen:
-        """The least cost at which the AP50 lost stays within the target in 1 - delta of the draws of photos.
+        """Find the least cost at which at most the target is lost in 1 - delta of the bootstrap draws.
 
-        The best of thousands of combinations looks better on the photos that chose it than on others. A bootstrap bound
-        makes up for that. Looked at are combinations that no other beats in cost and either AP50 or loss.
+        The best of thousands of combinations looks better on the photos that chose it than on others; the bootstrap
+        bound corrects for that. Only combinations that no other beats in cost and either AP50 or loss are tested.
         """
         target, seed = self.target, self.cfg.SEED
         matches, reference = self.calib.matches_beside(self.reference)
-        needed = photos_for(target)
+        needed = min_photos(target)
         few = needed if self.draws < needed else None
         if few:
             logger.warning(
@@ -207,7 +213,7 @@ class Search:
         full = np.full(len(self.calib.recording), exits)
         closed = Chosen((CLOSED,) * exits, full, Measured(AP50_lost_bound=0.0, photos_needed=few))
         ap50_full = ap_of_choice(matches, reference, ap50_only=True).AP50 or 0.0
-        if ap50_full < DETECTS_AP50:  # there is hardly any AP to lose
+        if ap50_full < DETECTS_AP50:  # there is no AP50 to lose
             logger.warning(
                 "the full path does not detect: AP50 %.3f on the calibration photos, expected %g or more: all exits "
                 "stay closed; train it first, or look at MODEL.WEIGHTS and DATA.CLASSES",
@@ -217,7 +223,8 @@ class Search:
         grid, mean_costs = self._grid(self.confidences, self.losses)
         lost = ap50_full - self.calib.ap50_of(grid.choices, "thresholds")
         path = np.union1d(pareto_path(lost, mean_costs), pareto_path(grid.mean(self.losses), mean_costs))
-        all_closed = (grid.thresholds >= CLOSED).all(1).argmax()  # what costs more than that is not worth opening
+        all_closed = (grid.thresholds >= CLOSED).all(1).argmax()  # dearer combinations are left out
+        # a detector with closed exits may lose AP50 against a reference, so it is tested too
         limit = mean_costs[all_closed] + (0.0 if self.reference is None else 1e-9)
         path = path[(lost[path] <= target.value) & (mean_costs[path] < limit)]
         kept = bootstrap_choices(matches, [reference], seed=seed, groups=self.blocks)[0]
@@ -231,8 +238,8 @@ class Search:
         return closed
 
 
-def photos_for(target: Target) -> int:
-    """The photos among which a fault as frequent as the target allows shows at all with probability 1 - delta."""
+def min_photos(target: Target) -> int:
+    """Smallest n such that a fault of frequency ``target.value`` occurs in n photos with probability 1 - delta."""
     return math.ceil(math.log(target.delta) / math.log1p(-min(max(target.value, LEAST_DROP), 0.99)))
 
 
@@ -240,26 +247,27 @@ def photos_for(target: Target) -> int:
 def calibrate(
     cfg: CfgNode, weights: str | os.PathLike[str], target: Target, out_dir: str | os.PathLike[str]
 ) -> Certificate | None:
-    """Fit temperatures and policy, search thresholds, and write certificate.json, a report, a diagram and model.pth,
-    the model with this routing in it.
+    """Fit temperatures and policy, search thresholds, and write certificate.json, a report, a diagram and model.pth
+    (the model with this routing).
 
-    Where nobody labelled the calibration photos, the full path's answers stand for labels: agreement with it is
-    reported, and no AP.
+    If the calibration photos have no labels, the detections of the full path replace them. The report then has the
+    agreement with the full path instead of AP.
 
     Args:
         cfg: its DATA, ROUTING, CALIBRATION and EVAL sections are used; the classes are those of the weights.
-        weights: a model of this project.
-        out_dir: for the results and the recordings of the splits.
+        weights: model file of this project.
+        target: the target of the calibration.
+        out_dir: folder of the results and of the recorded outputs.
 
     Returns:
-        what is in certificate.json; None on processes other than the first, which record their share of the photos.
+        the certificate; None on processes other than the first, which only record their share of the photos.
 
     Raises:
         EarlyExitError: unusable weights, data or settings, splits that share photos, or a target out of reach.
     """
     out = Path(out_dir)
     require_known(cfg.ROUTING.POLICY)
-    near = target.kind != "speedup" and target.block is None  # frames of a video do look equal, as those to come will
+    near = target.kind != "speedup" and target.block is None  # frames of a block may look equal
     recorded = open_recorded(cfg, weights, out, unlabelled=True, near=near)
     cfg, model = recorded.cfg, recorded.model
     _require_reference(cfg, target, recorded)
@@ -270,7 +278,7 @@ def calibrate(
         return None
     fitted = fit_temperatures(cfg, model.exit_names, calib)
     temperatures = temperatures_of(fitted, model.exit_names)
-    if target.kind == "risk":  # what is fitted on the calibration photos may not be tested on them
+    if target.kind == "risk":  # temperatures fitted on the calibration photos may not be tested on them
         temperatures = trained_temperatures(cfg, recorded.info, model.num_early_exits)
     router = fit_policy(cfg, cfg.ROUTING.POLICY, temperatures, calib if train is None else train)
     costs = measure_cost_model(cfg, model, router)
@@ -288,7 +296,7 @@ def calibrate(
 
 
 def _require_reference(cfg: CfgNode, target: Target, recorded: Recorded) -> None:
-    """What needs boxes is refused on photos that nobody labelled."""
+    """Refuse settings that need boxes if the photos have no labels."""
     for name in ("CALIB", "TRAIN"):
         if recorded.sets[name].labelled:
             continue
@@ -299,12 +307,12 @@ def _require_reference(cfg: CfgNode, target: Target, recorded: Recorded) -> None
             )
         if target.kind == "ap_drop" and name == "CALIB":
             raise EarlyExitError(
-                f"--ap-drop needs boxes, and {photos}; use --risk or --speedup, which go by what the full path says"
+                f"--ap-drop needs boxes, and {photos}; use --risk or --speedup, which compare with the full path"
             )
 
 
 def certificate_of(recorded: Recorded, search: Search, chosen: Chosen) -> Certificate:
-    """What was chosen, for one model, and what was measured on the calibration photos."""
+    """The certificate of the chosen thresholds, with the figures on the calibration photos."""
     cfg, model, repeats = recorded.cfg, recorded.model, recorded.repeats["CALIB"]
     target, calib, costs, names = search.target, search.calib, search.costs, model.exit_names
     photos = tuple(sorted(digest[:16] for digest in (*calib.photos_sha256, *repeats.near_sha256)))

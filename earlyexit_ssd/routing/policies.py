@@ -1,12 +1,13 @@
-"""Policies: how confident an exit is about an image, as one number; the higher, the less there is to gain by going on.
+"""Policies: functions from the output of an exit to one confidence per image.
 
-A policy without numbers of its own is a function of the raw logits [N, A, C], background first::
+A high confidence means that little is gained by going on to deeper exits. A policy without fitted parameters is a
+function of the raw logits [N, A, C] of N images, A default boxes and C classes, background first::
 
     @register_policy("largest_logit")
     def largest_logit(logits: Tensor) -> Tensor:
         return logits[..., 1:].amax((-1, -2)).sigmoid()
 
-A policy with numbers of its own is a class, see :class:`FittedPolicy`.
+A policy with fitted parameters is a class, see :class:`FittedPolicy`.
 """
 
 from __future__ import annotations
@@ -27,43 +28,46 @@ Policy = Callable[[ExitSignals, int], Tensor]
 """Signals of an exit and the exit's index to confidences [N] in [0, 1]."""
 
 AMBIGUOUS = (0.05, 0.6)
-"""Probabilities of an object between which a default box counts as undecided."""
+"""A default box is undecided if its largest object probability is between these."""
 CANDIDATES, FEWER_CANDIDATES = 512, 128
-"""Default boxes that most rules look at, and those that look for the largest probability or closer at each box. All
-others are sure background."""
+"""Default boxes per image that a policy reads: 512 for sums over boxes, 128 for maxima and costly statistics. All
+others are almost surely background."""
 
 
 class RecordedPhotos(Protocol):
-    """What a policy is fitted on: photos as every exit saw them. Rows are photos, in the same order everywhere.
-    ``temperatures`` has one per early exit; ``seed`` is for whatever is drawn."""
+    """Recorded outputs of n photos, for fitting a policy. Rows are photos, in the same order in every method."""
 
     temperatures: Sequence[float]
+    """One temperature per early exit."""
     seed: int
+    """Seed of random draws in a fit."""
 
     def signals(self, exit_index: int, boxes: int | None = None) -> Iterator[ExitSignals]:
-        """Of an early exit, batch after batch, as the router shows them: tempered, ``boxes`` default boxes only."""
+        """Signals of an early exit, batch after batch, as the router passes them to the policy: logits divided by the
+        temperature, for the ``boxes`` likeliest default boxes of each photo (None: all)."""
 
     def losses(self) -> Tensor:
-        """[n, exits], the full path last: what a photo loses that takes this exit, in [0, 1]."""
+        """Loss of each photo at each exit, the full path last: [n, exits] in [0, 1]."""
 
     def largest_scores(self) -> Tensor:
-        """[n]: the largest score among what the full path finds; 0 where it finds nothing."""
+        """Largest score of the full path's detections in each photo, [n]; 0 without a detection."""
 
     def object_counts(self) -> list[int]:
-        """Labelled objects of every class; crowds do not count."""
+        """Number of labelled objects of each class, without crowds."""
 
 
 class FittedPolicy(nn.Module):
-    """A policy with numbers of its own. Register a subclass by name, and calibration fits it.
+    """A policy with fitted parameters. Register a subclass by name; calibration then fits it.
 
-    ``__init__(parameters)`` takes what ``fit`` gave, as it comes back from JSON; ``forward(signals, exit_index)`` gives
-    confidences [N] in [0, 1].
+    ``__init__(parameters)`` takes the value of ``fit`` after a round trip through JSON.
+    ``forward(signals, exit_index)`` returns confidences [N] in [0, 1]. It is called for the full path
+    too, with ``exit_index`` = number of early exits.
 
     Attributes:
-        boxes: default boxes of each image that the router shows it; None: all.
-        reads_taps: it looks at the trunk's features, so it can judge an exit without a branch.
-        needs_training_photos: it may not be fitted on photos that calibrate. False where it only counts labels.
-        expected: what the parameters are, for messages.
+        boxes: number of default boxes per image that the policy gets; None: all.
+        reads_taps: whether the policy reads the tap (`ExitSignals.tap`), so that it works at an exit without a branch.
+        needs_training_photos: whether the policy must be fitted on photos other than those of calibration.
+        expected: description of the parameters, for messages.
     """
 
     boxes: int | None = None
@@ -73,13 +77,13 @@ class FittedPolicy(nn.Module):
 
     @classmethod
     def fit(cls, photos: RecordedPhotos) -> Any:
-        """The parameters, as plain types for JSON; an EarlyExitError where the photos do not say them."""
+        """The parameters as plain JSON types; an EarlyExitError if these photos cannot give them."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class RegisteredPolicy:
-    """A function of the logits as a policy; it is pickled by its name, so that models with a router can be."""
+    """A function of the logits as a policy. It is pickled by its name, so that a model with a router can be pickled."""
 
     name: str
     function: Callable[..., Tensor]
@@ -101,7 +105,7 @@ def register_policy(name: str, boxes: int | None = None) -> Callable[[Registered
     """Register a function of the logits [N, A, C], or a `FittedPolicy`, under ``name`` for ``ROUTING.POLICY``.
 
     Args:
-        boxes: the router shows it so many default boxes of each image only, see :func:`at_likeliest_boxes`; None: all.
+        boxes: number of default boxes per image that the policy gets, see :func:`at_likeliest_boxes`; None: all.
 
     Raises:
         EarlyExitError: the name is taken or no text, ``boxes`` is below 1, or a class is no `FittedPolicy`.
@@ -126,8 +130,8 @@ def register_policy(name: str, boxes: int | None = None) -> Callable[[Registered
 
 
 def get_policy(name: str, parameters: Any = None) -> Policy:
-    """The policy of that name, with its parameters if it is one that is fitted; an EarlyExitError for an unknown name,
-    and for parameters that are missing, given in vain or of another policy."""
+    """The policy ``name``, with its ``parameters`` if it is a fitted one; an EarlyExitError for an unknown name and
+    for parameters that are missing, not wanted or of another policy."""
     require_known(name)
     if name not in FITTED_POLICIES:
         if parameters is not None:
@@ -145,7 +149,7 @@ def get_policy(name: str, parameters: Any = None) -> Policy:
 
 
 def require_known(name: str) -> None:
-    """Raise where no policy has that name; the message has the nearest one."""
+    """Raise an EarlyExitError if no policy has that name; the message suggests the most similar one."""
     names = [*POLICIES, *FITTED_POLICIES]
     if not isinstance(name, str):
         raise EarlyExitError(f"routing policy {name!r}: expected the name that it is registered by")
@@ -155,19 +159,19 @@ def require_known(name: str) -> None:
 
 
 def reads_taps(name: str | None) -> bool:
-    """Whether the policy looks at the trunk, and so can judge an exit without a branch."""
+    """Whether the policy reads the tap, so that it works at an exit without a branch."""
     return name in FITTED_POLICIES and FITTED_POLICIES[name].reads_taps
 
 
 def needs_training_photos(name: str) -> bool:
-    """Whether the policy is fitted on photos that may not calibrate."""
+    """Whether the policy must be fitted on photos other than those of calibration."""
     return name in FITTED_POLICIES and FITTED_POLICIES[name].needs_training_photos
 
 
 @register_policy("mean_foreground")
 def mean_foreground(logits: Tensor) -> Tensor:
-    """Mean over the default boxes of the foreground probability, 1 - p(background): the rule of the project's history.
-    A perfect detector has some 0.7 % foreground, so it is near zero by nature."""
+    """Mean of the foreground probability, 1 - p(background), over the default boxes; kept for comparison. It is close
+    to 0 for every photo, since only about 0.7 % of the default boxes match an object."""
     total = exp_(logits - logits[..., :1]).sum(-1)  # over all default boxes every pass counts; infinity does no harm
     return 1 - total.reciprocal().mean(-1)
 
@@ -181,7 +185,7 @@ def max_foreground(logits: Tensor) -> Tensor:
 @register_policy("entropy", CANDIDATES)
 def entropy(logits: Tensor) -> Tensor:
     """1 - H / log C, H the mean over the default boxes of the entropy of their classes: BranchyNet's rule
-    (Teerapittayanon et al. 2016, section III-B) with its one answer replaced by many."""
+    (Teerapittayanon et al. 2016, section III-B) for many boxes instead of one answer."""
     differences = _ahead_of_background(logits)
     odds = exp_(differences.clone())
     total = odds.sum(-1)
@@ -191,7 +195,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 @register_policy("margin", CANDIDATES)
 def margin(logits: Tensor) -> Tensor:
-    """Lead of the most probable class over the second, a mean over the default boxes weighted by foreground."""
+    """Probability of the likeliest class minus that of the second, a mean weighted by the foreground probability."""
     odds = Odds(logits)
     first = odds.odds.amax(-1)
     ahead = (first - without_largest(odds.odds, first).amax(-1)) / odds.total
@@ -200,26 +204,26 @@ def margin(logits: Tensor) -> Tensor:
 
 @register_policy("ambiguous_mass", CANDIDATES)
 def ambiguous_mass(logits: Tensor) -> Tensor:
-    """1 / (1 + m), m the sum of the objects' probabilities over the default boxes that are undecided (`AMBIGUOUS`)."""
+    """1 / (1 + m), m the sum of the largest object probabilities of the undecided default boxes (`AMBIGUOUS`)."""
     return 1 / (1 + undecided(Odds(logits).largest).sum(-1))
 
 
 @register_policy("emptiness", FEWER_CANDIDATES)
 def emptiness(logits: Tensor) -> Tensor:
-    """1 - the largest probability of any object: a frame in which nothing is left undecided leaves with no answer."""
+    """1 - the largest object probability of any default box: a photo leaves if it probably shows nothing."""
     return 1 - Odds(logits).largest.amax(-1)
 
 
 def at_likeliest_boxes(signals: ExitSignals, boxes: int | None) -> ExitSignals:
-    """The signals at the ``boxes`` default boxes whose objects' logits lead background's most at this exit (None: all):
-    the softmax over all of them is what costs. A temperature does not change their order."""
+    """The signals at the ``boxes`` default boxes with the largest (object logit - background logit); None: all.
+    The softmax over all boxes is slow. A temperature does not change which boxes are chosen."""
     logits = signals.logits
     images, count, classes = logits.shape
     if boxes is None or boxes >= count:
         return signals
     lead = largest_of(logits[..., 1:]) - logits[..., 0]
     where = lead.topk(boxes, dim=-1, sorted=False).indices
-    if images == 1:  # the usual case, and every small operation counts there
+    if images == 1:  # the usual case: batch 1, where every small operation counts
         chosen = logits[0].index_select(0, where[0])[None]
     else:  # whole rows, which is faster than ``gather``
         rows = where + torch.arange(0, images * count, count, device=where.device)[:, None]
@@ -243,14 +247,14 @@ def without_largest(values: Tensor, largest: Tensor) -> Tensor:
 def undecided(probability: Tensor) -> Tensor:
     """``probability`` where it is `AMBIGUOUS`, else 0."""
     low, high = AMBIGUOUS
-    if torch.onnx.is_in_onnx_export():  # it knows no threshold but 0
+    if torch.onnx.is_in_onnx_export():  # ONNX has no threshold other than 0
         return probability * ((probability > low) & (probability < high))
     return F.threshold(probability, low, 0.0) * (probability < high)
 
 
 class Odds:
-    """Softmax of raw logits [N, A, C] by the odds against background: five times as fast as PyTorch's own over so short
-    a last dimension. ``odds`` [N, A, C] are exp(logit - background's logit), ``total`` [N, A] is their sum."""
+    """Softmax of raw logits [N, A, C] by the odds against background, five times as fast as PyTorch's for few classes.
+    ``odds`` [N, A, C] are exp(logit - background logit), ``total`` [N, A] is their sum."""
 
     def __init__(self, logits: Tensor) -> None:
         self.odds = exp_(_ahead_of_background(logits))  # in place: fresh memory costs more than arithmetic
@@ -269,21 +273,23 @@ class Odds:
 
 def exp_(values: Tensor) -> Tensor:
     """``values.exp_()`` by way of 2^x: PyTorch's exp is MKL's, which takes three times as long on AMD's processors."""
-    if torch.onnx.is_in_onnx_export():  # it knows no exp2
+    if torch.onnx.is_in_onnx_export():  # ONNX has no exp2
         return values.exp_()
     return values.mul_(math.log2(math.e)).exp2_()
 
 
 def _ahead_of_background(logits: Tensor) -> Tensor:
-    """Logits [N, A, C] less background's; above 60 it makes no difference any more."""
+    """Logits [N, A, C] minus the background logit, at most 60 (a larger value gives the same probability)."""
     return (logits - logits[..., :1]).clamp_(max=60.0)
 
 
 @register_policy("balanced_ambiguity", FEWER_CANDIDATES)
 class BalancedAmbiguity(FittedPolicy):
-    """For a mean over classes: what an exit leaves undecided counts more, the rarer its class is. 1 / (1 + m), m the
-    sum of weight * probability over the default boxes that are undecided (`AMBIGUOUS`), by the weight of each one's
-    most probable class. ``parameters`` are a positive weight for every class but background."""
+    """`ambiguous_mass` with a larger weight for rare classes, because AP is a mean over classes.
+
+    1 / (1 + m), m the sum over the undecided default boxes (`AMBIGUOUS`) of the largest object probability times the
+    weight of its class. ``parameters`` are a positive weight for each class except background.
+    """
 
     needs_training_photos = False
     expected = "a positive weight for every class"
@@ -298,7 +304,7 @@ class BalancedAmbiguity(FittedPolicy):
 
     @classmethod
     def fit(cls, photos: RecordedPhotos) -> list[float]:
-        """mean(n + 1) / (n + 1), n the objects of a class; an EarlyExitError where no photo has a labelled object."""
+        """Weights mean(n + 1) / (n + 1), n the objects of a class; an EarlyExitError without labelled objects."""
         objects = photos.object_counts()
         if not any(objects):
             fix = "give labels (of DATA.TRAIN for a risk, else of DATA.CALIB), or take ambiguous_mass (ROUTING.POLICY)"
@@ -309,7 +315,7 @@ class BalancedAmbiguity(FittedPolicy):
         return (counts.mean() / counts).tolist()
 
     def forward(self, signals: ExitSignals, exit_index: int) -> Tensor:
-        """Confidences [N]; an EarlyExitError where the exit says another number of classes than there are weights."""
+        """Confidences [N]; an EarlyExitError if the number of weights is not the number of classes."""
         own, classes = len(self.weights), signals.logits.shape[-1] - 1
         if own != classes:
             wrong = f"routing policy 'balanced_ambiguity' has weights of {own} classes, the model has {classes}"
@@ -320,17 +326,17 @@ class BalancedAmbiguity(FittedPolicy):
 
 
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-"""Probabilities above which default boxes are counted."""
-_LEVELS = torch.tensor(LEVELS)  # made once: from a list it takes as long as ten operations
+"""Probability levels: the number of default boxes above each is a statistic."""
+_LEVELS = torch.tensor(LEVELS)  # made once, since torch.tensor takes as long as ten operations
 NUM_STATISTICS = len(LEVELS) + 4
 HIDDEN, GAIN_STEPS = 8, 600
 
 
 def logit_statistics(logits: Tensor) -> Tensor:
-    """How many default boxes are how sure, and how much is undecided: [N, A, C] to [N, `NUM_STATISTICS`].
+    """Statistics of the object probabilities: [N, A, C] to [N, `NUM_STATISTICS`].
 
-    With p the largest object probability of a default box: log(1 + x) of the number of p above each of `LEVELS`, of the
-    sum of p and of the sum of undecided p; the largest p of any class and of a second.
+    With p the largest object probability of a default box, they are log(1 + x) of these x: the number of p above each
+    of `LEVELS`, the sum of p, and the sum of undecided p. The last two are the largest p of the two likeliest classes.
     """
     odds = Odds(logits)
     by_box_and_class = odds.odds[..., 1:] / odds.total[..., None]
@@ -342,8 +348,8 @@ def logit_statistics(logits: Tensor) -> Tensor:
 
 
 class GainModel(nn.Module):
-    """Statistics and pooled tap to the gain of going on, one number per image: a perceptron with one hidden layer on
-    the standardised statistics, and a linear term in the tap's channel means."""
+    """Predicts the gain of going on, one number per image: a perceptron with one hidden layer on the standardised
+    statistics, plus a linear term in the tap's channel means."""
 
     def __init__(self, tap_channels: int) -> None:
         super().__init__()
@@ -358,13 +364,13 @@ class GainModel(nn.Module):
             nn.init.zeros_(layer.weight)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """What :func:`gain_inputs` gives to gains [N]."""
+        """Gains [N] from the inputs of :func:`gain_inputs`."""
         inputs = (inputs - self.mean) / self.scale
         statistics, tap = inputs[:, :NUM_STATISTICS], inputs[:, NUM_STATISTICS:]
         return (self.output(torch.tanh(self.hidden(statistics))) + self.skip(statistics) + self.tap(tap)).squeeze(1)
 
     def to_plain(self) -> dict[str, list]:
-        """The numbers as nested lists, for a model file or JSON."""
+        """The parameters as nested lists, for a model file or JSON."""
         return {name: value.tolist() for name, value in self.state_dict().items()}
 
     @classmethod
@@ -376,7 +382,7 @@ class GainModel(nn.Module):
 
 
 def gain_inputs(signals: ExitSignals, tap_channels: int) -> Tensor:
-    """What a `GainModel` looks at: [N, NUM_STATISTICS + tap_channels]."""
+    """The inputs of a `GainModel`, [N, NUM_STATISTICS + tap_channels]."""
     return torch.cat([logit_statistics(signals.logits), signals.tap[:, :tap_channels]], dim=1)
 
 
@@ -398,8 +404,8 @@ def fit_gain(inputs: Tensor, gains: Tensor, seed: int = 0) -> GainModel:
 
 @register_policy("learned_gain", FEWER_CANDIDATES)
 class LearnedGain(FittedPolicy):
-    """1 / (1 + exp(gain)), gain what a small model says that going on would gain for this image: a common threshold
-    means a common gain at every exit. ``parameters`` are, per early exit, what `GainModel.to_plain` gave."""
+    """1 / (1 + exp(gain)), with the gain of going on as a `GainModel` predicts it, so that one threshold means the same
+    gain at every exit. ``parameters`` are the `GainModel.to_plain` of each early exit."""
 
     reads_taps = True
     expected = "the numbers of a fitted model for every early exit"
@@ -410,7 +416,7 @@ class LearnedGain(FittedPolicy):
 
     @classmethod
     def fit(cls, photos: RecordedPhotos) -> list[dict[str, list]]:
-        """Per early exit a model that predicts what a photo loses there and not at the full path, in deviations."""
+        """Fit a model per early exit to (loss at the exit - loss at the full path) / its standard deviation."""
         losses, fitted = photos.losses(), []
         for index in range(len(photos.temperatures)):
             gain = losses[:, index] - losses[:, -1]
@@ -420,7 +426,7 @@ class LearnedGain(FittedPolicy):
         return fitted
 
     def forward(self, signals: ExitSignals, exit_index: int) -> Tensor:
-        """Confidences [N]; 1 at the full path, behind which there is nothing to gain."""
+        """Confidences [N]; 1 at the full path, since no exit follows."""
         if exit_index >= len(self.models):
             return torch.ones_like(signals.logits[:, 0, 0])
         model = self.models[exit_index]
@@ -429,14 +435,16 @@ class LearnedGain(FittedPolicy):
 
 PENALTIES = tuple(10.0**power for power in range(-1, 6))
 LEAST_PROBABILITY = 1e-3
-"""Probabilities are held this far from 0 and 1 before their logits are taken."""
+"""Probabilities are clamped to [this, 1 - this] before their logit is taken."""
 
 
 @register_policy("foreseen_emptiness", FEWER_CANDIDATES)
 class ForeseenEmptiness(FittedPolicy):
-    """An empty answer is foreseen, linear in what the trunk has seen so far: 1 - the largest probability of any object
-    that the full path is expected to say. ``parameters`` are, per early exit, ``{"weight": [d], "bias": float}`` for
-    :func:`evidence`."""
+    """Confidence 1 - p, with p a prediction of the full path's largest object score.
+
+    Ridge regression predicts the logit of p from the pooled tap and, if the exit has a branch, from its own largest
+    score (:func:`regression_inputs`). ``parameters`` are ``{"weight": [d], "bias": float}`` for each early exit.
+    """
 
     reads_taps = True
     expected = "weight and bias, numbers, for every early exit"
@@ -450,34 +458,34 @@ class ForeseenEmptiness(FittedPolicy):
 
     @classmethod
     def fit(cls, photos: RecordedPhotos) -> list[dict[str, list | float]]:
-        """Per early exit the regression of the full path's largest score; no label is looked at."""
+        """Fit a regression of the full path's largest score for each early exit, without labels."""
         largest = photos.largest_scores()
         return [
-            fit_foresight(torch.cat([evidence(one) for one in photos.signals(index, cls.boxes)]), largest)
+            fit_largest_score(torch.cat([regression_inputs(one) for one in photos.signals(index, cls.boxes)]), largest)
             for index in range(len(photos.temperatures))
         ]
 
     def forward(self, signals: ExitSignals, exit_index: int) -> Tensor:
-        """Confidences [N]; at the full path 1 - its own largest probability."""
+        """Confidences [N]; at the full path 1 - its own largest object probability."""
         if exit_index >= self.early_exits:
             return emptiness(signals.logits)
         weight, bias = getattr(self, f"weight{exit_index}"), getattr(self, f"bias{exit_index}")
-        return torch.sigmoid(-F.linear(evidence(signals), weight[None], bias[None])[:, 0])
+        return torch.sigmoid(-F.linear(regression_inputs(signals), weight[None], bias[None])[:, 0])
 
 
-def evidence(signals: ExitSignals) -> Tensor:
-    """The pooled tap and, where the exit has a branch, the logit of the largest probability that it says: [N, d]."""
+def regression_inputs(signals: ExitSignals) -> Tensor:
+    """Inputs [N, d] of the regression: the pooled tap and, if the exit has a branch, the logit of its largest score."""
     if signals.empty:
         return signals.tap
     largest = Odds(signals.logits).largest.amax(-1, keepdim=True)
     return torch.cat([signals.tap, torch.logit(largest, eps=LEAST_PROBABILITY)], dim=1)
 
 
-def fit_foresight(inputs: Tensor, probability: Tensor) -> dict[str, list | float]:
-    """Ridge regression of the logit of ``probability`` [n] on ``inputs`` [n, d], its penalty by leave-one-out:
-    ``weight`` [d] and ``bias`` for the inputs as they are, plain numbers.
+def fit_largest_score(inputs: Tensor, probability: Tensor) -> dict[str, list | float]:
+    """Ridge regression of the logit of ``probability`` [n] on ``inputs`` [n, d].
 
-    With X the standardised inputs, the residual of a photo left out is (y - Xw) / (1 - h), h the diagonal of
+    The penalty has the least leave-one-out error. ``weight`` [d] and ``bias`` are for inputs that are not standardised.
+    With X the standardised inputs, the residual of a photo left out is (y - Xw) / (1 - h), where h is the diagonal of
     X (X'X + penalty)^-1 X' + 1/n (Golub, Heath and Wahba 1979, equation 1.3).
     """
     inputs, targets = inputs.double(), torch.logit(probability.double(), eps=LEAST_PROBABILITY)

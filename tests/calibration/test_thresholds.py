@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from earlyexit_ssd.calibration import thresholds
 from earlyexit_ssd.calibration.thresholds import (
     _unrank,
+    best_within,
     candidates,
-    cheapest_within,
     choose,
+    exit_probabilities,
     learn_open_exits,
     learn_thresholds,
     learned_grid,
     pareto_path,
-    soft_shares,
     threshold_grid,
 )
 from earlyexit_ssd.config import CLOSED
@@ -78,24 +78,25 @@ def test_more_exits_than_are_searched():
         threshold_grid([np.zeros(3)] * 6)
 
 
-def test_cheapest_within_a_limit():
+def test_best_within_a_limit():
     loss, cost = np.array([0.0, 0.02, 0.01, 0.05]), np.array([9.0, 4.0, 4.0, 1.0])
-    assert cheapest_within(loss, cost, 0.02) == 2
-    assert cheapest_within(loss, cost, 0.05) == 3
-    assert cheapest_within(loss + 1, cost, 0.5) is None
+    assert best_within(loss, cost, 0.02) == 2
+    assert best_within(loss, cost, 0.05) == 3
+    assert best_within(loss + 1, cost, 0.5) is None
 
 
 # routing.test_soft_exit.
 
 
 def test_shares_by_hand():
-    shares = soft_shares(torch.tensor([[0.5, 0.7]]), torch.tensor([0.5, 0.7 - np.log(3)]), width=1.0)
+    shares = exit_probabilities(torch.tensor([[0.5, 0.7]]), torch.tensor([0.5, 0.7 - np.log(3)]), width=1.0)
     assert shares[0].tolist() == pytest.approx([0.5, 0.5 * 0.75, 0.5 * 0.25])
 
 
-def test_shares_harden():
-    shares = soft_shares(torch.tensor([[0.2, 0.9], [0.8, 0.9], [0.2, 0.1]]), torch.tensor([0.5, 0.5]), width=1e-3)
-    assert shares.round().tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 1]]
+def test_exit_probabilities_harden():
+    ranks = torch.tensor([[0.2, 0.9], [0.8, 0.9], [0.2, 0.1]])
+    found = exit_probabilities(ranks, torch.tensor([0.5, 0.5]), width=1e-3)
+    assert found.round().tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 1]]
 
 
 @pytest.fixture
@@ -158,5 +159,5 @@ def test_a_grid_of_learnt_thresholds_goes_from_closed_to_cheapest(photos, monkey
     grid = learned_grid(confidences, losses, lambda thresholds: np.array([1.0, 3.0]), [2.0])
     costs = grid.mean_cost(np.tile([1.0, 3.0], (len(grid.thresholds), 1)))
     assert (grid.thresholds >= CLOSED).any() and costs.max() == 3.0 and costs.min() == 1.0
-    best = cheapest_within(costs, grid.mean(losses), 2.0)  # the one asked for: the easy half leaves
+    best = best_within(costs, grid.mean(losses), 2.0)  # the one asked for: the easy half leaves
     assert (grid.choices[best] == ~easy).mean() > 0.98

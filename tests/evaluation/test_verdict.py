@@ -67,7 +67,7 @@ def test_good_exits_ship():
         "exit8: AP50 0.550 is above 0.35: worth it",
         "routing is faster (29.5 ms routed against 40.0 ms without exits, 1.36x)",
         "routing keeps the accuracy (AP50 0.700 routed against 0.720)",
-        "no static net is better than routing; the nearest: plain 192 has AP50 0.600 against 0.700 routed, in 15.0 ms"
+        "no rival is better than routing; the nearest: plain 192 has AP50 0.600 against 0.700 routed, in 15.0 ms"
         " against 29.5 (-0.100 AP50, -49% time)",
     ]
     assert not any(finding.veto for finding in verdict.findings)
@@ -105,7 +105,7 @@ def test_good_exits_ship():
         ),
         ({"exit8_empty": True, "exit8_AP50": 0.0}, "exit12: AP50 0.660 is above 0.35: worth it", True),
         ({"exit8_empty": True, "exit12_empty": True}, "the early exits are empty", True),
-        (ALL_STAY, "tools/calibrate.py fit a policy that foresees", False),
+        (ALL_STAY, "tools/calibrate.py fit a policy that predicts", False),
         ({**ALL_STAY, "routed_policy": "learned_gain"}, "collapsed; change the thresholds (ROUTING.THRESHOLDS)", False),
         ({"routed_AP50": 0.649}, "routing keeps the accuracy", True),
         ({"routed_AP50": 0.64}, "routing loses 11% of the full path's AP50 (AP50 0.640 routed against 0.720)", False),
@@ -188,24 +188,24 @@ def with_rivals(*rivals, **context):
         (rival("net", None, 10.0), True),
     ],
 )
-def test_a_static_net_that_dominates_is_to_be_shipped(one, ships):
+def test_a_rival_that_dominates_is_to_be_shipped(one, ships):
     verdict = judge(with_rivals(SMALLER, one, LARGER))
     assert verdict.ship is ships
-    line = "ship the small net: net has AP50"
+    line = "ship instead: net has AP50"
     assert any(line in found for found in verdict.lines) is not ships
 
 
-def test_the_best_static_net_is_named_with_its_figures():
+def test_the_best_rival_is_named_with_its_figures():
     rivals = [rival("fast", 0.71, 10.0), rival("slow", 0.74, 25.0), rival("best", 0.74, 20.0), SMALLER]
     assert judge(with_rivals(*rivals)).lines[-1] == (
-        "ship the small net: best has AP50 0.740 against 0.700 routed, in 20.0 ms against 29.5 (+0.040 AP50, -32% time)"
+        "ship instead: best has AP50 0.740 against 0.700 routed, in 20.0 ms against 29.5 (+0.040 AP50, -32% time)"
     )
 
 
-def test_of_equally_good_static_nets_the_fastest_is_named():
-    """Half a point of AP50 is what photos cannot tell; it must not decide which net to ship."""
+def test_of_equally_good_rivals_the_fastest_is_named():
+    """Half a point of AP50 is what photos cannot tell; it must not decide which rival to ship."""
     rivals = [rival("accurate", 0.74, 28.0), rival("as good", 0.736, 15.0), rival("worse", 0.734, 10.0)]
-    assert judge(with_rivals(*rivals)).lines[-1].startswith("ship the small net: as good has AP50 0.736")
+    assert judge(with_rivals(*rivals)).lines[-1].startswith("ship instead: as good has AP50 0.736")
 
 
 def test_otherwise_the_nearest_is_named():
@@ -213,7 +213,7 @@ def test_otherwise_the_nearest_is_named():
     verdict = judge(with_rivals(SMALLER, LARGER, rival("close", 0.693, 29.8)))
     assert verdict.ship
     assert verdict.lines[-1] == (
-        "no static net is better than routing; the nearest: close has AP50 0.693 against 0.700 routed, in 29.8 ms"
+        "no rival is better than routing; the nearest: close has AP50 0.693 against 0.700 routed, in 29.8 ms"
         " against 29.5 (-0.007 AP50, +1% time)"
     )
 
@@ -228,12 +228,12 @@ def test_milliseconds_of_two_runtimes_are_not_compared():
         " set EVAL.RUNTIME to onnxruntime"
     )
     alone = judge(with_rivals(foreign))  # there was a rival, but nothing to compare
-    assert any("no static net could be compared with it" in line for line in alone.lines) and not alone.ship
+    assert any("no rival could be compared with it" in line for line in alone.lines) and not alone.ship
     assert not judge(with_rivals(foreign, runtime="onnxruntime")).ship
 
 
-def test_nothing_is_shipped_that_no_rival_was_held_against():
-    line = "no static net was evaluated beside it (EVAL.RIVALS): a smaller one may be the better choice"
+def test_nothing_is_shipped_that_was_compared_with_no_rival():
+    line = "no rival was evaluated beside it (EVAL.RIVALS): a smaller detector may be the better choice"
     for metrics in (with_rivals(), {key: value for key, value in GOOD.items() if key != "rivals"}):
         verdict = judge(metrics)
         assert not verdict.ship and vetoes(verdict) == [line]
@@ -275,7 +275,7 @@ def test_one_exit_that_does_for_every_photo_is_what_to_ship():
     assert "every image leaves at exit8: ship exit8 alone, without the other branches and the router" in verdict.lines
     assert not any("collapsed" in line for line in verdict.lines)
     metrics["rivals"].append(rival("plain 224", 0.67, 15.0))  # another net still is one
-    assert vetoes(judge(metrics))[0].startswith("ship the small net: plain 224")
+    assert vetoes(judge(metrics))[0].startswith("ship instead: plain 224")
 
 
 @pytest.mark.parametrize(

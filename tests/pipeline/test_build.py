@@ -103,3 +103,8 @@ def test_a_compact_head_looks_at_photos_of_train_without_boxes(tmp_path, monkeyp
     monkeypatch.setattr(build, "load_dataset", lambda *_, **__: pytest.fail("no photo is needed"))
     _, architecture = build_model(load_config(None, keys), source.classes)
     assert architecture.head_outputs == 0
+
+
+def test_a_model_without_exits_needs_no_thresholds():
+    cfg = load_config(None, ["ROUTING.THRESHOLDS", "[0.5, 0.6]"])
+    assert build_router(cfg, {"num_exits": 0}).num_exits == 0

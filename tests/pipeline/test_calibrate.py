@@ -82,7 +82,7 @@ def test_an_ap_drop_of_what_does_not_detect_opens_nothing(monkeypatch, caplog, a
 )
 def test_photos_that_an_ap_drop_needs(value, delta, needed):
     """0.99^299 < 0.05 < 0.99^298: a fault in one photo of a hundred then shows with probability 0.95."""
-    assert calibrate.photos_for(calibrate.Target("ap_drop", value, delta)) == needed
+    assert calibrate.min_photos(calibrate.Target("ap_drop", value, delta)) == needed
 
 
 def test_blocks_are_for_what_promises():

@@ -28,15 +28,15 @@ from earlyexit_ssd.routing.policies import (
     GainModel,
     LearnedGain,
     at_likeliest_boxes,
-    evidence,
-    fit_foresight,
     fit_gain,
+    fit_largest_score,
     gain_inputs,
     largest_of,
     logit_statistics,
     needs_training_photos,
     reads_taps,
     register_policy,
+    regression_inputs,
     without_largest,
 )
 
@@ -358,8 +358,8 @@ def random_model(seed):
 
 def test_evidence_is_the_tap_and_what_a_branch_says():
     tap, logits = torch.tensor([[1.0, 2.0]]), torch.tensor([[[0.25, 0.75], [0.9, 0.1]]]).log()
-    assert evidence(ExitSignals(logits, tap=tap, empty=True)).tolist() == [[1, 2]]
-    assert evidence(ExitSignals(logits, tap=tap))[0].tolist() == pytest.approx([1, 2, np.log(3)])
+    assert regression_inputs(ExitSignals(logits, tap=tap, empty=True)).tolist() == [[1, 2]]
+    assert regression_inputs(ExitSignals(logits, tap=tap))[0].tolist() == pytest.approx([1, 2, np.log(3)])
 
 
 def test_confidence_by_hand():
@@ -391,10 +391,10 @@ def test_finds_a_linear_rule_and_shrinks_noise():
     true = torch.zeros(20)
     true[:2] = torch.tensor([0.5, -0.3])
     logits = inputs @ true + 0.2
-    fitted = fit_foresight(inputs, torch.sigmoid(logits))
+    fitted = fit_largest_score(inputs, torch.sigmoid(logits))
     assert fitted["weight"] == pytest.approx(true.tolist(), abs=0.01)
     assert fitted["bias"] == pytest.approx(0.2, abs=0.02)
-    noise = fit_foresight(inputs, torch.rand(300, generator=generator))
+    noise = fit_largest_score(inputs, torch.rand(300, generator=generator))
     assert np.abs(noise["weight"]).max() < 0.05
 
 
@@ -420,7 +420,7 @@ def test_leave_one_out_by_leaving_one_out():
 
     best = min((10.0**power for power in range(-1, 6)), key=error)
     expected = ridge(list(range(25)), best)[:-1] / inputs.std(0, unbiased=False)
-    assert fit_foresight(inputs, probability)["weight"] == pytest.approx(expected.tolist(), rel=1e-3)
+    assert fit_largest_score(inputs, probability)["weight"] == pytest.approx(expected.tolist(), rel=1e-3)
 
 
 def test_its_scoring_can_be_counted_and_traced():

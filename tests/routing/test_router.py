@@ -129,7 +129,7 @@ def test_misspelt_keyword():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"num_exits": 0}, "num_exits is 0, expected the number of early exits"),
+        ({"num_exits": -1}, "num_exits is -1, expected the number of early exits"),
         ({"num_exits": 2.0}, "num_exits is 2.0"),
         ({"hybrid": "no"}, "hybrid is 'no', expected True or False"),
         ({"thresholds": None}, "thresholds is None, expected one number"),
