@@ -27,7 +27,8 @@ import resource, sys
 from earlyexit_command import COMMANDS, main
 from tools import benchmark, calibrate, eval_exits, export, export_weights, optimize, predict, train_net
 
-scripts = [tool.main for tool in (benchmark, calibrate, eval_exits, export, export_weights, optimize, predict, train_net)]
+tools = (benchmark, calibrate, eval_exits, export, export_weights, optimize, predict, train_net)
+scripts = [tool.main for tool in tools]
 commands = [lambda words, name=name: main([name, *words]) for name in COMMANDS]
 for command in [main, *scripts, *commands]:
     try:

@@ -27,6 +27,8 @@ PACKAGES = ("earlyexit_ssd", "numpy", "onnxruntime", "openvino", "torch", "torch
 MIXED, EASY, HARD = "as they come", "all easy", "all hard"
 DRAWS = 2000
 """Of the bootstrap."""
+FEWEST = 6
+"""Calls of which an interval says something."""
 WARM_UP_CALLS = 2
 
 Detect = Callable[[list[np.ndarray]], "list[int | None]"]
@@ -91,14 +93,25 @@ class Times:
 
 @dataclass(frozen=True)
 class Ratio:
-    """With a 95 % bootstrap interval over the calls."""
+    """With a 95 % bootstrap interval over the calls; None where they are fewer than `FEWEST`."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.value:.2f}" + ("" if self.low is None else f" [{self.low:.2f}, {self.high:.2f}]")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A detector's times through those of the detector ``name``: of their means and of their p99."""
+
+    name: str
+    wall: Ratio
+    cpu: Ratio
+    wall_p99: Ratio
+    cpu_p99: Ratio
 
 
 @dataclass(frozen=True)
@@ -110,8 +123,8 @@ class Row:
             (that go through everything), by the first detector.
         photos: in it; calls: timed, each of ``batch`` photos.
         wall, cpu: time on the clock, and of all threads of the process.
-        against: name of the first detector in the same runtime, or the first of all where there is no other.
-        wall_ratio, cpu_ratio: mean time through the mean of ``against``; wall_p99_ratio, cpu_p99_ratio: the same of p99.
+        against: the first detector of the same runtime, or the first of all where it is that itself; None for the
+            first of all.
         peak_mb: memory of the process at its peak; None where the system does not say.
     """
 
@@ -124,11 +137,7 @@ class Row:
     calls: int
     wall: Times
     cpu: Times
-    against: str
-    wall_ratio: Ratio
-    cpu_ratio: Ratio
-    wall_p99_ratio: Ratio
-    cpu_p99_ratio: Ratio
+    against: Comparison | None
     peak_mb: float | None
 
 
@@ -217,31 +226,36 @@ def _rows(
     runtimes = [one.runtime for one in contestants]
     for place, one in enumerate(contestants):
         first = runtimes.index(one.runtime)
-        against = 0 if first == place else first
+        against, comparison = 0 if first == place else first, None
+        if place:
+            ratios = [
+                ratio(times[place, ..., kind], times[against, ..., kind], quantile)
+                for quantile, kind in itertools.product((None, 0.99), range(2))
+            ]
+            comparison = Comparison(contestants[against].name, *ratios)
         wall, cpu = times[place, ..., 0], times[place, ..., 1]
-        ratios = [
-            ratio(times[place, ..., kind], times[against, ..., kind], quantile)
-            for quantile, kind in itertools.product((None, 0.99), range(2))
-        ]
-        yield Row(
-            one.name, one.runtime, threads, batch, stream, photos, wall.size, Times.of(wall), Times.of(cpu),
-            contestants[against].name, *ratios, peaks[place],
-        )  # fmt: skip
+        setting = (threads, batch, stream, photos, wall.size)
+        yield Row(one.name, one.runtime, *setting, Times.of(wall), Times.of(cpu), comparison, peaks[place])
 
 
 def ratio(times: np.ndarray, against: np.ndarray, quantile: float | None = None) -> Ratio:
-    """Mean, or quantile, of ``times`` through that of ``against``, both [rounds, calls], in pairs; calls are drawn, with
-    all their rounds."""
+    """Mean, or quantile, of ``times`` through that of ``against``, both [rounds, calls].
+
+    Calls are drawn in pairs, each with all its rounds.
+    """
 
     def through(one: np.ndarray, other: np.ndarray) -> np.ndarray:
         if quantile is None:
             return one.mean(-1) / other.mean(-1)
         return np.quantile(one, quantile, axis=-1) / np.quantile(other, quantile, axis=-1)
 
+    value = float(through(times.ravel(), against.ravel()))
+    if times.shape[1] < FEWEST:
+        return Ratio(value, None, None)
     drawn = np.random.default_rng(0).integers(0, times.shape[1], (DRAWS, times.shape[1]))
     resampled = [np.concatenate([row[drawn] for row in one], axis=1) for one in (times, against)]
     low, high = np.quantile(through(*resampled), (0.025, 0.975))
-    return Ratio(float(through(times.ravel(), against.ravel())), float(low), float(high))
+    return Ratio(value, float(low), float(high))
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -252,17 +266,17 @@ def table(rows: Sequence[Row]) -> str:
         lines += [
             f"threads {threads}, batch {batch}, {photos} photos {stream}, {calls} calls; milliseconds for a photo",
             "",
-            "| detector | runtime | mean | p50 | p90 | p99 | CPU mean | CPU p99 | held against | mean | CPU mean | p99 "
-            "| CPU p99 | MB |",
+            "| detector | runtime | mean | p50 | p90 | p99 | CPU mean | CPU p99 | MB | against | x mean | x CPU mean "
+            "| x p99 | x CPU p99 |",
             "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for row in inside:
             times = (row.wall.mean, row.wall.p50, row.wall.p90, row.wall.p99, row.cpu.mean, row.cpu.p99)
-            itself = row.against == row.name and row.wall_ratio.low == row.wall_ratio.high
-            ratios = (row.wall_ratio, row.cpu_ratio, row.wall_p99_ratio, row.cpu_p99_ratio)
             cells = [row.name, row.runtime, *(f"{value:.1f}" for value in times)]
-            cells += ["-"] * 5 if itself else [row.against, *map(str, ratios)]
-            lines.append(f"| {' | '.join([*cells, '-' if row.peak_mb is None else f'{row.peak_mb:.0f}'])} |")
+            cells.append("-" if row.peak_mb is None else f"{row.peak_mb:.0f}")
+            one = row.against
+            cells += ["-"] * 5 if one is None else [one.name, *map(str, (one.wall, one.cpu, one.wall_p99, one.cpu_p99))]
+            lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -312,7 +326,7 @@ class _Worker:
             return self._pool.submit(job, *arguments).result()
         except BrokenProcessPool:
             raise EarlyExitError(
-                f"{self.contestant.name}: its process died; there may be too little memory, time fewer detectors at once"
+                f"{self.contestant.name}: its process died, maybe for want of memory; time fewer detectors at once"
             ) from None
 
 
