@@ -10,7 +10,8 @@ import torch
 
 from earlyexit_ssd.data.images import as_tensor
 from earlyexit_ssd.deploy.benchmark import Detect
-from earlyexit_ssd.evaluation.onnx import OnnxDetector
+from earlyexit_ssd.errors import EarlyExitError, shown
+from earlyexit_ssd.evaluation.onnx import FORMATS, OnnxDetector
 from earlyexit_ssd.pipeline.export import open_any
 
 
@@ -46,10 +47,9 @@ class TorchModel:
 
         @torch.inference_mode()
         def detect(photos: list[np.ndarray]) -> list[int | None]:
-            exits = [
-                int(found.get("exit_index", model.num_early_exits)) for found in model(list(map(as_tensor, photos)))
-            ]
-            return [None if index == model.num_early_exits else index for index in exits]
+            full = model.num_early_exits
+            exits = [int(found.get("exit_index", full)) for found in model([as_tensor(photo) for photo in photos])]
+            return [None if index == full else index for index in exits]
 
         return detect
 
@@ -61,6 +61,12 @@ class Rival:
     file_format: str
     path: str
     runtime: str = "ONNX Runtime"
+
+    def __post_init__(self) -> None:
+        if self.file_format not in FORMATS:
+            raise EarlyExitError(
+                f"{self.path}: format {shown(self.file_format)}: expected compile, {' or '.join(FORMATS)} before the colon"
+            )
 
     @property
     def name(self) -> str:
