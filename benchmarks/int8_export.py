@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import sys
@@ -26,10 +27,9 @@ from pycocotools.cocoeval import COCOeval
 from earlyexit_ssd.command_line import run_tool
 from earlyexit_ssd.data.images import as_tensor, read_image
 from earlyexit_ssd.deploy import Predictor
-from earlyexit_ssd.deploy.graph import Segment, put_together
-from earlyexit_ssd.files import write_bytes
+from earlyexit_ssd.files import writing
 from earlyexit_ssd.modeling.detector import EarlyExitDetector
-from earlyexit_ssd.pipeline.export import _contract, _metadata, _segments, open_any
+from earlyexit_ssd.pipeline.export import WRITERS, _contract, _metadata, _Parts, _segments, open_any
 from earlyexit_ssd.progress import progress
 
 EXAMPLES = """
@@ -59,16 +59,14 @@ class Inputs(CalibrationDataReader):
         return next(self._values, None)
 
 
-def quantised(
-    model: EarlyExitDetector, photos: Sequence[Path], activations: str, in_float: Sequence[str]
-) -> onnx.ModelProto:
-    """The full path as one file in 8 bits.
+def quantised(model: EarlyExitDetector, photos: Sequence[Path], activations: str, in_float: Sequence[str]) -> _Parts:
+    """The full path in 8 bits, to be written by a writer of `earlyexit_ssd.pipeline.export`.
 
     Args:
         activations: QUInt8 or QInt8; weights are QInt8, per channel.
         in_float: parts of names of operators that stay in fp32, such as ``head`` or ``fc`` (squeeze-excitation).
     """
-    ((_, segment),) = _segments(model)
+    ((float_network, segment),) = _segments(model)
     left = [node.name for node in segment.model.graph.node if any(part in node.name for part in in_float)]
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
@@ -85,8 +83,8 @@ def quantised(
             nodes_to_exclude=left,
         )
         network = onnx.load(target)
-    segment = Segment(segment.index, segment.name, segment.empty, network, full=True)
-    return put_together([segment], _contract(model), _metadata(model))
+    segment = dataclasses.replace(segment, model=network)
+    return _Parts([(float_network, segment)], _contract(model), _metadata(model))
 
 
 def average_precision(predictor: Predictor, folder: Path, annotations: str) -> tuple[float, float]:
@@ -113,16 +111,19 @@ def average_precision(predictor: Predictor, folder: Path, annotations: str) -> t
 
 def job(args: argparse.Namespace) -> None:
     """Write, and evaluate what was asked for."""
+    file_format = "openvino" if args.out.endswith(".xml") else "onnx"
     model = open_any(args.model, router=False).eval()
     if args.activations != "float":
         photos = sorted(path for path in Path(args.photos).iterdir() if path.suffix == ".jpg")
         chosen = np.random.default_rng(0).permutation(len(photos))[: args.count]
         with torch.no_grad():
-            made = quantised(model, [photos[place] for place in chosen], args.activations, args.float)
-        write_bytes(args.out, made.SerializeToString())
+            parts = quantised(model, [photos[place] for place in chosen], args.activations, args.float)
+        with writing(args.out):
+            WRITERS[file_format](parts, Path(args.out))
     figures = {"file": args.out, "activations": args.activations, "float": args.float}
     if args.ap:
-        figures["AP"], figures["AP50"] = average_precision(Predictor(args.out), Path(args.ap[0]), args.ap[1])
+        predictor = Predictor(args.out, "openvino" if file_format == "openvino" else "onnxruntime")
+        figures["AP"], figures["AP50"] = average_precision(predictor, Path(args.ap[0]), args.ap[1])
     print(json.dumps(figures))
 
 
@@ -132,10 +133,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="model.pth, checkpoint or shipped weights; its full path is taken")
-    parser.add_argument("--out", required=True, help="file to write; with --activations float to evaluate")
+    parser.add_argument("--out", required=True, help="file to write (.onnx, .xml)")
     parser.add_argument("--photos", help="folder that the ranges come from")
     parser.add_argument("--count", type=int, default=100, help="photos for the ranges; 100")
-    parser.add_argument("--activations", choices=["QUInt8", "QInt8", "float"], default="QUInt8", help="QUInt8")
+    parser.add_argument(
+        "--activations", choices=["QUInt8", "QInt8", "float"], default="QUInt8", help="QUInt8; float only evaluates"
+    )
     parser.add_argument("--float", nargs="+", default=[], metavar="PART", help="parts of names that stay in fp32")
     parser.add_argument("--ap", nargs=2, metavar=("PHOTOS", "JSON"), help="folder and COCO annotations")
     args = parser.parse_args(arguments)

@@ -1,13 +1,13 @@
 import json
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from PIL import Image
 
 from benchmarks.int8_export import average_precision, main, quantised
 from earlyexit_ssd.deploy import Predictor
+from earlyexit_ssd.pipeline.export import WRITERS
 from tests.deploy.conftest import build_model, build_photos
 
 
@@ -19,7 +19,9 @@ def photos(tmp_path_factory):
     return sorted(folder.iterdir())
 
 
-def convolutions_in_float(made: onnx.ModelProto) -> list[str]:
+def convolutions_in_float(parts) -> list[str]:
+    ((_, segment),) = parts.segments
+    made = segment.model
     rounded = {node.output[0] for node in made.graph.node if node.op_type == "DequantizeLinear"}
     return [node.name for node in made.graph.node if node.op_type == "Conv" and node.input[0] not in rounded]
 
@@ -31,7 +33,7 @@ def test_all_convolutions_are_quantised_but_those_that_are_named(photos, tmp_pat
     assert convolutions_in_float(everything) == []
     left = convolutions_in_float(without_head)
     assert left and all("head" in name for name in left)
-    onnx.save(everything, tmp_path / "int8.onnx")
+    WRITERS["onnx"](everything, tmp_path / "int8.onnx")
     found = Predictor(tmp_path / "int8.onnx")(np.array(Image.open(photos[0])))
     assert found.exit_name == "full" and np.isfinite(found.boxes).all()
 
