@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--photos", help="folder that the ranges come from")
     parser.add_argument("--count", type=int, default=100, help="photos for the ranges; 100")
     parser.add_argument(
-        "--activations", choices=["QUInt8", "QInt8", "float"], default="QUInt8", help="QUInt8; float only evaluates"
+        "--activations", choices=["QUInt8", "QInt8", "float"], default="QUInt8", help="QUInt8; float writes nothing"
     )
     parser.add_argument("--float", nargs="+", default=[], metavar="PART", help="parts of names that stay in fp32")
     parser.add_argument("--ap", nargs=2, metavar=("PHOTOS", "JSON"), help="folder and COCO annotations")
