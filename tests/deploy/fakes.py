@@ -37,7 +37,7 @@ class RedBox:
 
 @dataclass(frozen=True)
 class Waiter:
-    """Waits, and lets dark photos leave at its second exit; without ``routed`` none."""
+    """Waits, and lets dark photos leave at its second exit, dim ones at its third; without ``routed`` none."""
 
     name: str
     runtime: str = "here"
@@ -50,7 +50,8 @@ class Waiter:
             if self.dies:
                 os._exit(1)
             time.sleep(self.ms * len(photos) / 1000)
-            return [1 if self.routed and photo.mean() < 100 else None for photo in photos]
+            exits = [1 if photo.mean() < 50 else 2 if photo.mean() < 100 else None for photo in photos]
+            return exits if self.routed else [None] * len(photos)
 
         return detect
 
