@@ -118,6 +118,19 @@ examples:
 
 How to run what it writes, without PyTorch: docs/deploy.md
 """
+BENCHMARK_EXAMPLES = """
+examples:
+  %(prog)s chair.onnx chair_full.onnx coco.onnx --photos ~/photos
+      what routing brings: the exported detector, the same one exported with --full, and the one that it comes from
+  %(prog)s chair.onnx coco.onnx chair.xml coco.xml coco.pth compile:coco.pth --photos ~/photos --threads 1 \\
+      --batch 1 --rounds 3 --out benchmark.json
+      in ONNX Runtime, in OpenVINO (.xml), in eager PyTorch and with torch.compile; each photo three times
+  %(prog)s chair.onnx yolox:yolox_nano.onnx --photos ~/photos --most 100
+      against a small net of another kind, on 100 of the photos
+
+Every detector runs in a process of its own, in turns on each photo. Without PyTorch it takes exported detectors.
+How to read the table: docs/deploy.md
+"""
 
 
 def add_config(parser: argparse.ArgumentParser, what: str) -> None:
@@ -371,6 +384,72 @@ def export(args: argparse.Namespace) -> None:
     print(f"run it: from earlyexit_ssd.deploy import Predictor; Predictor({args.out!r}{exported.runtime})(photo)")
 
 
+def benchmark_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "detectors",
+        nargs="+",
+        metavar="DETECTOR",
+        help="what earlyexit export wrote (.onnx, .xml in OpenVINO, a folder of stages), the routed one first; a "
+        "model.pth, a checkpoint or shipped weights in eager PyTorch; compile:FILE, its full path with torch.compile; "
+        "FORMAT:FILE, an ONNX file of another kind (yolox:, boxes:)",
+    )
+    parser.add_argument("--photos", nargs="+", required=True, help="photos or folders; best those of use")
+    parser.add_argument("--most", type=int, help="take so many of the photos at most, a seeded choice; all")
+    parser.add_argument("--threads", type=int, nargs="+", help="of each detector, in turn; 1 and all")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="photos in a call, in turn; 1 and 16")
+    parser.add_argument("--rounds", type=int, default=1, help="times over all photos; 1")
+    parser.add_argument("--score", type=float, default=0.5, help="least score of a detection; 0.5")
+    parser.add_argument("--out", default="output/benchmark.json", help="file for all figures; output/benchmark.json")
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    import dataclasses
+    import os
+    import random
+
+    from earlyexit_ssd.deploy.benchmark import benchmark, machine, table
+    from earlyexit_ssd.deploy.sources import find_sources
+    from earlyexit_ssd.errors import EarlyExitError
+    from earlyexit_ssd.files import make_folder, write_json
+
+    if args.most is not None and args.most < 1:
+        raise EarlyExitError(f"--most {args.most}: expected at least 1")
+    contestants = [_contestant(word) for word in args.detectors]
+    photos = [source.name for source in find_sources(args.photos) if source.kind == "photo"]
+    if args.most is not None and len(photos) > args.most:
+        photos = sorted(random.Random(0).sample(photos, args.most))
+    threads = args.threads or sorted({1, os.cpu_count() or 1})
+    before = machine()
+    rows = benchmark(contestants, photos, threads, args.batch, args.rounds, args.score)
+    settings = {"detectors": args.detectors, "photos": len(photos), "rounds": args.rounds, "score": args.score}
+    figures = {"machine": before, "settings": settings, "rows": [dataclasses.asdict(row) for row in rows]}
+    make_folder(Path(args.out).parent)
+    write_json(args.out, figures)
+    print(table(rows))
+    versions = ", ".join(f"{name} {number}" for name, number in before["versions"].items())
+    print(f"{before['processor']}, {before['cores']} cores, {before['system']}; {versions}")
+    if before["load"] is not None and before["load"] > 0.5:
+        print(f"the load was {before['load']:.1f} before the start: others computed too; trust the CPU's time")
+    print(f"results: {args.out}")
+
+
+def _contestant(word: str) -> object:
+    from earlyexit_ssd.deploy.benchmark import ExportedFile
+    from earlyexit_ssd.deploy.predict import is_exported
+    from earlyexit_ssd.errors import EarlyExitError
+
+    kind, colon, path = word.partition(":")
+    if not colon or len(kind) == 1:  # C:\...
+        kind, path = "", word
+    if not kind and is_exported(path):
+        return ExportedFile(path)
+    try:
+        from earlyexit_ssd.pipeline.benchmark import Rival, TorchModel
+    except ImportError as error:
+        raise EarlyExitError(f"{word} needs PyTorch ({error}); name files that earlyexit export wrote") from None
+    return Rival(kind, path) if kind not in ("", "compile") else TorchModel(path, compiled=bool(kind))
+
+
 @dataclass(frozen=True)
 class Command:
     """A subcommand.
@@ -414,6 +493,10 @@ COMMANDS = {
     "export": Command(
         "Write a detector with its routing as one file that ONNX Runtime or OpenVINO runs, without PyTorch.",
         EXPORT_EXAMPLES, deploy_arguments, export,
+    ),
+    "benchmark": Command(
+        "Time detectors side by side on your photos and machine, from a decoded photo to its detections.",
+        BENCHMARK_EXAMPLES, benchmark_arguments, benchmark,
     ),
 }  # fmt: skip
 

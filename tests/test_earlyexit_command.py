@@ -20,13 +20,15 @@ SCRIPTS = {
     "optimize": "optimize",
     "predict": "predict",
     "export": "export",
+    "benchmark": "benchmark",
 }
 HELP = """
 import resource, sys
 from earlyexit_command import COMMANDS, main
-from tools import calibrate, eval_exits, export, export_weights, optimize, predict, train_net
+from tools import benchmark, calibrate, eval_exits, export, export_weights, optimize, predict, train_net
 
-scripts = [tool.main for tool in (calibrate, eval_exits, export, export_weights, optimize, predict, train_net)]
+tools = (benchmark, calibrate, eval_exits, export, export_weights, optimize, predict, train_net)
+scripts = [tool.main for tool in tools]
 commands = [lambda words, name=name: main([name, *words]) for name in COMMANDS]
 for command in [main, *scripts, *commands]:
     try:
@@ -44,8 +46,8 @@ print("seconds:", usage.ru_utime + usage.ru_stime)
 def test_every_help_is_there_at_once():
     result = subprocess.run([sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("examples") >= 14
-    assert float(result.stdout.split()[-1]) < 2  # all fourteen together
+    assert result.stdout.count("examples") >= 16
+    assert float(result.stdout.split()[-1]) < 2  # all sixteen together
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -1,9 +1,12 @@
-"""A detector that needs no file, and a video that needs no decoder."""
+"""Detectors that need no file, and a video that needs no decoder; imported by processes too, so without PyTorch."""
 
 from __future__ import annotations
 
+import os
+import time
 import types
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -30,6 +33,27 @@ class RedBox:
         count, index = len(boxes), self.calls % 2
         scores, labels = np.full(count, self.score, np.float32), np.full(count, 2, np.int64)
         return Detections(boxes, labels, ["ball"] * count, scores, index, self.exit_names[index], 0.75, 4.0)
+
+
+@dataclass(frozen=True)
+class Waiter:
+    """Waits, and lets dark photos leave at its second exit, dim ones at its third; without ``routed`` none."""
+
+    name: str
+    runtime: str = "here"
+    ms: float = 1.0
+    routed: bool = True
+    dies: bool = False
+
+    def open(self, threads: int, score: float) -> Callable:
+        def detect(photos):
+            if self.dies:
+                os._exit(1)
+            time.sleep(self.ms * len(photos) / 1000)
+            exits = [1 if photo.mean() < 50 else 2 if photo.mean() < 100 else None for photo in photos]
+            return exits if self.routed else [None] * len(photos)
+
+        return detect
 
 
 def scene(x: float | None = None, y: int = 20, side: int = 16, level: float = 90, size: tuple[int, int] = (64, 96)):
