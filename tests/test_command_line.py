@@ -104,8 +104,7 @@ sys.exit(run_tool(lambda: print("found")))
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
 def test_python_does_not_stumble_over_full_streams_at_its_end():
     with open("/dev/full", "w") as full:
-        # close_fds=False starts it without a fork, which OpenVINO's threads, if a test has used it, do not survive
-        both = subprocess.run([sys.executable, "-W", "ignore", "-c", SAY], stdout=full, stderr=full, close_fds=False)
+        both = subprocess.run([sys.executable, "-W", "ignore", "-c", SAY], stdout=full, stderr=full)
         assert both.returncode == 2
 
 
