@@ -330,7 +330,8 @@ class Optimizer:
         open_ = tuple(n for n, t in zip(model.exit_names, chosen.thresholds, strict=False) if t < CLOSED)
         ms = float(costs.per_exit(chosen.thresholds)[chosen.exits].mean())
         candidate = self._judged(net, open_, chosen.exits, ms, costs.plain, chosen.measured.AP50_lost_bound)
-        candidate = dataclasses.replace(candidate, policy=policy, thresholds=chosen.thresholds)
+        name = candidate.name if open_ else f"{candidate.name} ({', '.join(model.exit_names[:-1])} closed)"
+        candidate = dataclasses.replace(candidate, name=name, policy=policy, thresholds=chosen.thresholds)
         return Found(dataclasses.replace(candidate, exits=model.exit_names[:-1]), net, search, chosen)
 
     def _target(self, costs: CostModel) -> Target:
@@ -535,6 +536,7 @@ def choose_candidate(candidates: Sequence[Candidate], goal: Goal) -> Candidate |
         return (goal.speedup is None or one.speedup >= goal.speedup) and (goal.ms is None or one.ms <= goal.ms)
 
     known = [one for one in candidates[1:] if one.ms is not None and one.lost is not None and one.speedup > 1]
+    known = [one for one in known if not one.exits or min(one.thresholds) < CLOSED]  # else the one without exits is it
     holding = [one for one in known if one.holds]
     if holding and (fast(best := min(holding, key=lambda one: 1 / one.speedup)) or not any(map(fast, known))):
         return best

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from earlyexit_ssd.errors import EarlyExitError
@@ -36,6 +38,13 @@ def test_the_fastest_that_holds_the_budget_is_chosen(goal, expected):
 def test_nothing_is_chosen_where_nothing_is_faster():
     assert choose_candidate([BASE, SLOW, candidate("undefined", 2.0, None, False)], Goal()) is None
     assert choose_candidate([BASE, BOLD], Goal()) is None
+
+
+def test_a_candidate_whose_exits_stay_closed_is_not_chosen():
+    closed = dataclasses.replace(candidate("closed", 2.5, 0.0, True), exits=("glance128",), thresholds=(2.0,))
+    assert choose_candidate([BASE, SAFE, closed], Goal()) == SAFE
+    opened = dataclasses.replace(closed, thresholds=(0.9,))
+    assert choose_candidate([BASE, SAFE, opened], Goal()) == opened
 
 
 def test_candidates_in_words():
