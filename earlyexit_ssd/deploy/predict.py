@@ -262,7 +262,7 @@ class _Table:
     def begin(self) -> None: ...
 
     def write(self, number: int, frame: Frame, found: Detections) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each kind of table writes its own rows
 
     def end(self) -> None: ...
 

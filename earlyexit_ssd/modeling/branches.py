@@ -299,7 +299,7 @@ class Branch(nn.Module):
             tap: output of the exit's trunk layer.
             context: result of :meth:`context` for it.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each registered kind of branch has its own
 
 
 def build_branches(

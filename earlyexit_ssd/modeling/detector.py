@@ -348,12 +348,12 @@ class EarlyExitDetector(SSD):
     @property
     def trunk(self) -> Trunk:
         """The backbone's current layers (one may have been replaced), in segments that end at the exits."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each registered detector has its own layers
 
     @classmethod
     def build_plain(cls, **settings: object) -> SSD:
         """torchvision's detector without exits, untrained; keywords as in :func:`build_ssdlite`."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each registered detector builds its own
 
     def inherit(self) -> None:
         """Copy the full path's current weights into the branches where they have such layers."""

@@ -149,7 +149,7 @@ class Trunk:
 
     def feature_maps(self, state: TrunkState) -> list[Tensor]:
         """The feature maps of the full path's head, fine to coarse, from the state after the last segment."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: SegmentedTrunk and VGGTrunk have their own extra layers
 
 
 class SegmentedTrunk(Trunk):

@@ -78,7 +78,7 @@ class FittedPolicy(nn.Module):
     @classmethod
     def fit(cls, photos: RecordedPhotos) -> Any:
         """The parameters as plain JSON types; an EarlyExitError if these photos cannot give them."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each registered policy fits its own numbers
 
 
 @dataclass(frozen=True)
