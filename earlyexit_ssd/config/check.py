@@ -16,7 +16,7 @@ CLOSED = 2.0
 """A threshold that no confidence reaches."""
 C4_LAYER = 13
 """Its expansion is the full path's first map."""
-PHASE_SECTIONS = {"baseline": "BASELINE", "exits": "EXITS_PHASE", "joint": "JOINT"}
+PHASE_SECTIONS = {"baseline": "BASELINE", "exits": "EXITS_PHASE", "joint": "JOINT", "fine_tuning": "FINE_TUNING"}
 LAST_LAYER = 16
 TAIL_BLOCKS = 2
 LARGEST_SIDE, MOST_WIDTH, MOST_CHANNELS = 4096, 4, 4096
