@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -106,7 +107,8 @@ def fine_tune(
     taught_by = "labels and the detector as it is" if labelled else "the detector as it is"
     logger.info("fine-tuning on %d photos at %s px; teachers: %s", len(train_set), list(sides), taught_by)
     run = Run(cfg, run_folder, student, architecture, train_set, calib_set, next(student.parameters()).device)
-    student.losses = build_losses(cfg)
+    weight = cfg.FINE_TUNING.DISTILLATION_WEIGHT
+    student.losses = dataclasses.replace(build_losses(cfg), distillation_weight=weight)
     student.norm_frozen = cfg.FINE_TUNING.FREEZE_NORM
     losses = TaughtFullPath(student, teacher, sides, labelled)
     fit(run, "fine_tuning", losses, photo_loader(run, cfg.FINE_TUNING.BATCH_SIZE))
