@@ -398,7 +398,7 @@ def benchmark_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DETECTOR",
         help="what earlyexit export wrote (.onnx, .xml in OpenVINO, a folder of stages), the routed one first; a "
         "model.pth, a checkpoint or shipped weights in eager PyTorch; compile:FILE, its full path with torch.compile; "
-        "FORMAT:FILE, an ONNX file of another kind (yolox:, boxes:)",
+        "FORMAT:FILE, an ONNX file of another kind (yolox:, nanodet:, picodet:, boxes:)",
     )
     parser.add_argument("--photos", nargs="+", required=True, help="photos or folders; best those of use")
     parser.add_argument("--most", type=int, help="take so many of the photos at most, a seeded choice; all")

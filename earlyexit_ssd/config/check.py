@@ -22,7 +22,7 @@ TAIL_BLOCKS = 2
 LARGEST_SIDE, MOST_WIDTH, MOST_CHANNELS = 4096, 4, 4096
 TARGETS = ("ap_drop", "risk", "speedup")
 FOLDS = ("exact", "compact", "rows")
-RIVAL_FORMATS = ("yolox", "boxes")
+RIVAL_FORMATS = ("yolox", "boxes", "nanodet", "picodet")
 LOSS_CHOICES = {
     "classification": ("mined", "focal"),
     "supervision": ("labels", "teacher"),
