@@ -75,9 +75,9 @@ SHARES, FINE_TUNED_SHARES = (1.0, 0.9, 0.8, 0.7), (1.0, 0.9, 0.8, 0.7, 0.6)
 EXPORT_PHOTOS = 16
 """Photos of the calib split on which the exported file is compared with the model."""
 GLANCE_PRICE = 0.15
-"""Approximate cost of a glance as a share of the detector's time; every photo pays it."""
+"""Approximate cost of a glance as a share of the detector's time. Every photo pays it, so a larger share must leave."""
 HOPELESS = 2.0
-"""A net that loses more than this many budgets without exits is not tried with exits, which can only lose more."""
+"""A net that loses more than this times the budget without exits is not tried with exits, which rarely help."""
 
 
 @dataclass(frozen=True)
@@ -417,10 +417,10 @@ class Optimizer:
         base_ms: float,
         bound: float | None = None,
     ) -> Candidate:
-        matches, reference = net.calib.matches_beside(self.reference)
-        before, after = (ap_of_choice(matches, one, ap50_only=True).AP50 for one in (reference, choice))
+        matches, base_choice = net.calib.matches_beside(self.reference)
+        before, after = (ap_of_choice(matches, one, ap50_only=True).AP50 for one in (base_choice, choice))
         if bound is None:
-            base, routed = bootstrap_choices(matches, [reference, choice], seed=self.cfg.SEED)
+            base, routed = bootstrap_choices(matches, [base_choice, choice], seed=self.cfg.SEED)
             bound = float(np.nanquantile(base.AP50 - routed.AP50, 1 - self.goal.delta))
         truth, found = net.calib.ground_truth, net.calib.detections_of(choice)
         kept = agreement(truth, self.reference, found, self.cfg.EVAL.SCORE, self.cfg.EVAL.IOU)
@@ -451,9 +451,10 @@ class Optimizer:
             examples = [rival.example, example_input(self.base.recorded.model)]
             runs, threads = settings.timing_runs, settings.timing_threads
             timing, base = time_in_runtime(networks, examples, ONNX_RUNTIME, runs, threads)
-            matches, choice = self.base.calib.matches_beside(detections)
-            after = ap_of_choice(matches, choice, ap50_only=True).AP50
-            before = ap_of_choice(matches, choice - 1, ap50_only=True).AP50
+            matches, rival_choice = self.base.calib.matches_beside(detections)
+            base_choice = rival_choice - 1  # the full path stands before the rival, which is the last exit
+            after = ap_of_choice(matches, rival_choice, ap50_only=True).AP50
+            before = ap_of_choice(matches, base_choice, ap50_only=True).AP50
             lost = None if before is None or after is None else before - after
             ms = {"ms": timing.ms, "speedup": base.ms / timing.ms, "mmacs": rival.mmacs}
             size = int(rival.example.shape[-1])
@@ -519,7 +520,8 @@ class Outcome(Record):
     Attributes:
         base, candidates: the base detector and all candidates on the calib split, rivals included.
         chosen: the chosen candidate; None if no faster one holds the budget or the wanted speed.
-        test, ship: figures on the test split; whether the chosen candidate is faster and holds the budget there.
+        test, ship: figures on the test split; whether the chosen candidate is faster there, and its AP50 (without an
+            interval) within the budget.
         summary: one paragraph of text.
     """
 
@@ -583,14 +585,18 @@ def _needless(store: _Store, exits: Sequence[str]) -> bool:
 
 
 def choose_candidate(candidates: Sequence[Candidate], goal: Goal) -> Candidate | None:
-    """The fastest candidate that holds the budget. If a wanted speed is reached only beyond the budget, the candidate
-    of that speed with the least loss. None if there is neither. ``candidates[0]`` is the base detector."""
+    """The candidate to ship; None if there is none. ``candidates[0]`` is the base detector.
+
+    It is the fastest that holds the budget. If only others reach the wanted speed, it is the one of these that loses
+    least. If none reaches it, it is again the fastest that holds the budget.
+    """
 
     def fast(one: Candidate) -> bool:
         return (goal.speedup is None or one.speedup >= goal.speedup) and (goal.ms is None or one.ms <= goal.ms)
 
     known = [one for one in candidates[1:] if one.ms is not None and one.lost is not None and one.speedup > 1]
-    known = [one for one in known if not one.exits or min(one.thresholds) < CLOSED]  # else the one without exits is it
+    # with all exits closed it equals the candidate without exits
+    known = [one for one in known if not one.exits or min(one.thresholds) < CLOSED]
     holding = [one for one in known if one.holds]
     if holding and (fast(best := min(holding, key=lambda one: 1 / one.speedup)) or not any(map(fast, known))):
         return best
