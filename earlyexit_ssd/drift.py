@@ -1,13 +1,16 @@
-"""Warn when the photos at run time no longer look like those that the router was calibrated on; needs numpy alone."""
+"""Warn when the photos at run time no longer look like those that the router was calibrated on."""
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import logging
 import threading
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Annotated, Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -32,9 +35,6 @@ ALPHA = 0.001
 
 DRAWS = 1000
 """Frames that a `DriftRecord` keeps."""
-
-MOST_CALIBRATION = 10_000
-"""Photos of calibration that count in a test of confidences; its time grows with them, its power hardly."""
 
 ADVICE = "calibrate again, the certificate speaks of other photos"
 
@@ -147,41 +147,30 @@ def _numbers(values: Values, count: int) -> np.ndarray:
 # The tests.
 
 
+def _stats() -> ModuleType:
+    """scipy.stats, which a device that runs exported files may lack.
+
+    Raises:
+        EarlyExitError: it is not installed.
+    """
+    try:
+        return importlib.import_module("scipy.stats")
+    except ImportError as error:
+        raise EarlyExitError(f"the drift check needs scipy ({error}): pip install scipy") from None
+
+
 def fisher_p_value(count: int, photos: int, before: int, photos_before: int) -> float:
     """Two-sided p-value of Fisher's exact test: ``count`` of ``photos`` now, ``before`` of ``photos_before`` then."""
-    total = count + before
-    low, high = max(0, total - photos_before), min(photos, total)
-    k = np.arange(low, high, dtype=np.float64)  # the ratio of neighbouring probabilities needs no large factorial
-    ratios = (total - k) * (photos - k) / ((k + 1) * (photos_before - total + k + 1))
-    logs = np.concatenate([[0.0], np.cumsum(np.log(ratios))])
-    weights = np.exp(logs - logs.max())
-    alike = weights <= weights[count - low] * (1 + 1e-7)  # rounding aside
-    return float(min(1.0, weights[alike].sum() / weights.sum()))
+    table = [[count, photos - count], [before, photos_before - before]]
+    return float(_stats().fisher_exact(table).pvalue)
 
 
 def ks_test(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
-    """The two-sample Kolmogorov-Smirnov distance of [n] and [m], at least one value each, and its exact p-value.
-
-    Of all orders of n + m values that do not tie, the p-value is the share in which the distance is at least as large;
-    where values tie it is conservative. The orders are paths from (0, 0) to (n, m), counted step by step (Hodges 1958,
-    "The significance probability of the Smirnov two-sample test").
-    """
-    n, m = len(one), len(other)
-    values = np.concatenate([one, other])
-    below = [np.searchsorted(np.sort(sample), values, side="right") for sample in (one, other)]
-    distance = int(np.abs(below[0] * m - below[1] * n).max())  # in units of 1 / (n m), to be exact
-    if distance == 0:
-        return 0.0, 1.0
-    index = np.arange(n + 1, dtype=np.float64)
-    share = np.ones(n + 2)  # [i + 1]: of the paths to (i, step - i), those that were as far apart before or are now
-    share[1] = 0
-    for step in range(1, n + m + 1):
-        low = max(0, (step * n - distance) // (n + m) + 1)  # i that are nearer: |i m - (step - i) n| < distance
-        high = min(n, step, -((-step * n - distance) // (n + m)) - 1)
-        i = index[low : high + 1]
-        share[low + 1 : high + 2] = (i * share[low : high + 1] + (step - i) * share[low + 1 : high + 2]) / step
-        share[: low + 1] = share[high + 2 :] = 1
-    return distance / (n * m), float(share[n + 1])
+    """The two-sample Kolmogorov-Smirnov distance of [n] and [m], at least one value each, and its p-value."""
+    with warnings.catch_warnings():  # where rounding takes an exact p-value above 1, scipy takes the asymptotic one
+        warnings.simplefilter("ignore", RuntimeWarning)
+        result = _stats().ks_2samp(one, other)
+    return float(result.statistic), float(result.pvalue)
 
 
 class _Test(NamedTuple):
@@ -213,7 +202,7 @@ def _tests(reference: Reference, taken: np.ndarray, confidence: np.ndarray, bloc
     text = f"{names[index]} took {100 * now:.3g} % of {last}, {100 * before:.3g} % in calibration"
     found = [_Test("shares", abs(now - before), p_values[index], f"{text} ({_p_text(p_values[index])})")]
     for index, quantiles in enumerate(map(np.array, reference.confidences)):
-        values, count = confidence[taken == index], min(known[index], MOST_CALIBRATION)
+        values, count = confidence[taken == index], known[index]
         if count and len(values):  # else nothing to compare; the shares tell
             statistic, p_value = ks_test(values, nearest_sample(values, quantiles, count))
             median = f"median {np.median(values):.3g} of {len(values)} among {last}"

@@ -363,21 +363,6 @@ def test_misspelt_keyword(reference):
         DriftMonitor(reference, windows=100)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 30), st.integers(1, 30), st.integers(0, 50), st.integers(1, 50))
-def test_fishers_p_value_is_scipys(count, more, before, more_before):
-    expected = fisher_exact([[count, more], [before, more_before]]).pvalue
-    assert fisher_p_value(count, count + more, before, before + more_before) == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.filterwarnings("ignore:ks_2samp")
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.lists(st.integers(3, 14), min_size=1, max_size=30))
-def test_the_distance_and_its_p_value_are_scipys(one, other):
-    expected = ks_2samp(one, other, method="exact")
-    assert ks_test(np.array(one), np.array(other)) == pytest.approx((expected.statistic, expected.pvalue), rel=1e-6)
-
-
 def test_p_values_by_hand():
     # 3 of 3 against 0 of 3: the two outermost of 20 tables. Both samples apart: 2 of the 20 orders.
     assert fisher_p_value(3, 3, 0, 3) == pytest.approx(2 / 20)

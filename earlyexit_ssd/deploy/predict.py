@@ -134,9 +134,14 @@ def predict(
             yield from job.run(read_frames(source, stride), most_frames)
             if job.stopped:
                 break
-    drift = detector.drift() if rule is None and hasattr(detector, "drift") else None
-    if drift is not None and drift.drifted:
-        yield f"warning: {drift.text}"
+    if rule is None and hasattr(detector, "drift"):
+        try:
+            drift = detector.drift()
+        except EarlyExitError as error:  # scipy is missing
+            yield f"warning: {error}"
+        else:
+            if drift is not None and drift.drifted:
+                yield f"warning: {drift.text}"
 
 
 def images_of(sources: Sequence[Source], stride: int = 1, most_frames: int | None = None) -> Iterator[np.ndarray]:
