@@ -28,7 +28,7 @@ from earlyexit_ssd.data.dataset import fingerprint
 from earlyexit_ssd.errors import ConfigError, EarlyExitError
 from earlyexit_ssd.evaluation.cost import mmacs_to_exit
 from earlyexit_ssd.files import locks_folder, make_folder, sha256, write_json, write_text
-from earlyexit_ssd.pipeline.build import build_device, require_full_path, with_classes
+from earlyexit_ssd.pipeline.build import build_device, with_classes
 from earlyexit_ssd.pipeline.phases import tap_loader, train_branches, views_of
 from earlyexit_ssd.pipeline.run import RunFolder
 from earlyexit_ssd.pipeline.train import prepare
@@ -143,7 +143,10 @@ def _configuration(config: str | Path, overrides: Sequence[str], name: str, keys
         cfg = load_config(config, [*overrides, *fixed, *own, "SEED", str(seed)])
     except ConfigError as error:
         raise ConfigError(f"recipe {name!r}: {str(error).removeprefix('command line: ')}") from None
-    require_full_path(cfg, f"recipe {name!r}")
+    if not cfg.MODEL.WEIGHTS:  # only branches are trained
+        raise ConfigError(
+            f"recipe {name!r} needs a trained full path: set MODEL.WEIGHTS to a checkpoint or a model.pth"
+        )
     return cfg
 
 

@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -253,14 +253,73 @@ def write_torch(path: str | os.PathLike[str], value: Any) -> None:
     write_bytes(path, content.getbuffer())
 
 
-def stored_key(path: Path) -> str | None:
-    """What ``key`` is in a JSON file that says of what the files beside it were made; None where that is not known."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["key"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-
-
 def sha256(path: str | os.PathLike[str]) -> str:
     """Of a file's content, in hexadecimal."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+class ArrayStore:
+    """A folder of arrays with one row per record, and of what else was computed with them; it is written whole.
+
+    ``<name>.key`` is written last and identifies the contents: without it, or with another, all is computed again.
+    Processes that fill a store together each :meth:`open` its arrays.
+
+    Args:
+        folder: folder of the files.
+        name: name of the key's file, and of the store in messages, such as ``cache``.
+        contents: text that identifies what the files are computed from.
+        records: number of rows.
+        row: array name -> the array [1, ...] of one record, for dtype and shape.
+
+    Attributes:
+        arrays: array name -> array [records, ...], on disk; there once the store is read or opened.
+        rest: what :meth:`finish` was given; there once the store is read.
+    """
+
+    def __init__(self, folder: Path, name: str, contents: str, records: int, row: Mapping[str, np.ndarray]) -> None:
+        self.folder, self.name, self.records, self.row = folder, name, records, row
+        self._key, self._key_file = hashlib.sha256(contents.encode()).hexdigest(), folder / f"{name}.key"
+        self._paths = {name: folder / f"{name}.npy" for name in row}
+
+    def is_whole(self) -> bool:
+        """Whether the store is complete and has these contents; one that is damaged (logged) is not."""
+        try:
+            if not self._key_file.exists() or self._key_file.read_bytes() != self._key.encode():
+                return False
+            self.read()
+        except Exception as error:  # damaged arrays and archives raise any exception
+            logger.warning("%s: the %s is damaged (%s); it is made anew", self.folder, self.name, type(error).__name__)
+            return False
+        return True
+
+    def read(self) -> None:
+        """Read a complete store; its arrays stay on disk."""
+        import torch  # not there where only the runtime is installed
+
+        self.open("r")
+        self.rest: Any = torch.load(self.folder / "rest.pt", weights_only=True)
+
+    def create(self, what: str, fix: str) -> None:
+        """Begin a store of zeros in place of an old one; ``what`` and ``fix`` are those of :func:`require_space`."""
+        make_folder(self.folder)
+        with writing(self.folder):
+            for path in (self._key_file, *self._paths.values()):  # a process that still reads an old array keeps it
+                path.unlink(missing_ok=True)
+        require_space(self.folder, self.records * sum(one.nbytes for one in self.row.values()), what, fix)
+        for name, one in self.row.items():
+            new_array(self._paths[name], one.dtype, (self.records, *one.shape[1:]))
+
+    def open(self, mode: str = "r+") -> None:
+        """Open the arrays, to write into them by default."""
+        self.arrays = {name: np.load(path, mmap_mode=mode) for name, path in self._paths.items()}
+
+    def flush(self) -> None:
+        """Write what this process has set in the arrays to the disk."""
+        with writing(self.folder):
+            for array in self.arrays.values():
+                array.flush()
+
+    def finish(self, rest: Any) -> None:
+        """Complete the store, after every process's :meth:`flush`; `torch.load` must read ``rest`` as weights only."""
+        write_torch(self.folder / "rest.pt", rest)
+        write_text(self._key_file, self._key)

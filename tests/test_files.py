@@ -2,6 +2,7 @@ import multiprocessing
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from earlyexit_ssd import files
 from earlyexit_ssd.errors import CannotWrite, EarlyExitError
 from earlyexit_ssd.files import (
+    ArrayStore,
     append_text,
     atomic_path,
     lock,
@@ -18,7 +20,6 @@ from earlyexit_ssd.files import (
     make_folder,
     new_array,
     sha256,
-    stored_key,
     write_bytes,
     write_image,
     write_json,
@@ -69,13 +70,60 @@ def test_bytes_and_their_digest(tmp_path):
     assert sha256(tmp_path / "a" / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
+def store(folder, contents="these photos"):
+    row = {"taps": np.zeros((1, 2), "float16"), "labels": np.zeros((1,), "int16")}
+    return ArrayStore(folder, "cache", contents, 3, row)
+
+
+def fill(one):
+    one.create("a test", "make room")
+    one.open()
+    one.arrays["taps"][1] = [0.5, 2]
+    one.arrays["labels"][:] = [7, 8, 9]
+    one.flush()
+    one.finish({"ids": [4, 5, 6]})
+
+
+def test_a_store_is_whole_when_all_of_it_is_written(tmp_path):
+    one = store(tmp_path / "new")
+    assert not one.is_whole()
+    one.create("a test", "make room")
+    assert not one.is_whole()
+    fill(one)
+    again = store(tmp_path / "new")
+    assert again.is_whole()
+    assert again.arrays["taps"].tolist() == [[0, 0], [0.5, 2], [0, 0]] and again.arrays["taps"].dtype == np.float16
+    assert again.arrays["labels"].tolist() == [7, 8, 9]
+    assert again.rest == {"ids": [4, 5, 6]}
+    assert not store(tmp_path / "new", "other photos").is_whole()
+    one.create("a test", "make room")  # begun again, and stopped
+    assert not one.is_whole()
+    assert again.arrays["labels"].tolist() == [7, 8, 9]  # its files are still there for who reads them
+
+
 @pytest.mark.parametrize("content", ["", "[1]", "{}", "null"])
-def test_a_key_that_is_not_known(tmp_path, content):
-    assert stored_key(tmp_path / "missing.json") is None
-    (tmp_path / "a.json").write_text(content)
-    assert stored_key(tmp_path / "a.json") is None
-    write_json(tmp_path / "a.json", {"key": "abc"})
-    assert stored_key(tmp_path / "a.json") == "abc"
+def test_a_store_of_unknown_contents(tmp_path, content, caplog):
+    fill(store(tmp_path))
+    (tmp_path / "cache.key").write_text(content)
+    assert not store(tmp_path).is_whole()
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("name", ["taps.npy", "labels.npy", "rest.pt"])
+def test_a_damaged_store(tmp_path, name, caplog):
+    fill(store(tmp_path))
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    assert not store(tmp_path).is_whole()
+    assert f"{tmp_path}: the cache is damaged" in caplog.text
+    (tmp_path / name).unlink()
+    assert not store(tmp_path).is_whole()
+
+
+def test_a_store_needs_room(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=18))  # 3 rows of 2 * 2 + 2 bytes: all
+    with pytest.raises(EarlyExitError, match=r"the taps takes 0.0 GiB, 0.0 are free; set fewer views"):
+        store(tmp_path).create("the taps", "set fewer views")
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -97,7 +97,7 @@ CANVAS = (124, 116, 104)
 
 
 class RandomZoomOut(A.DualTransform):
-    """Shrink the photo by 1 to ``largest`` and put it at a random place of a canvas of the photo's old size.
+    """Shrink the photo by 1 to 4 and put it at a random place of a canvas of the photo's old size.
 
     torchvision's ``RandomZoomOut`` enlarges the canvas instead, up to 16 times the pixels. After the detector's resize
     both are the same picture.
@@ -105,13 +105,9 @@ class RandomZoomOut(A.DualTransform):
 
     _targets = A.core.type_definitions.Targets.IMAGE, A.core.type_definitions.Targets.BBOXES
 
-    def __init__(self, largest: float = 4.0, p: float = 0.5) -> None:
-        super().__init__(p=p)
-        self.largest = largest
-
     def get_params_dependent_on_data(self, params: dict, data: dict) -> dict[str, Window]:
         height, width = params["shape"][:2]
-        ratio = self.py_random.uniform(1.0, self.largest)
+        ratio = self.py_random.uniform(1.0, 4.0)
         new_width, new_height = max(1, int(width / ratio)), max(1, int(height / ratio))
         left = int(self.py_random.random() * (width - new_width))
         top = int(self.py_random.random() * (height - new_height))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -15,13 +14,11 @@ from torch.utils.data import DataLoader
 from earlyexit_ssd.engine.loop import to_device
 from earlyexit_ssd.engine.processes import barrier, is_main
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.files import make_folder, new_array, require_space, stored_key, write_json, write_torch, writing
+from earlyexit_ssd.files import ArrayStore
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.detector import TapBatch, compute_taps
+from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.progress import progress
-
-logger = logging.getLogger(__name__)
-
 
 ARRAYS_OF_HEAD = ("cls_logits", "bbox_regression")
 
@@ -30,7 +27,7 @@ class TapCache:
     """Arrays with one row per photo and view; row ``view * photos + index`` is a view of photo ``index``.
 
     Args:
-        folder: folder of ``*.npy``, ``targets.pt`` and ``cache.json``.
+        folder: folder of the `ArrayStore`.
         model: determines the shape of a row.
         photos, views: number of photos, and of augmented views of each.
         dtype: ``float16`` (relative rounding error up to 2^-11) or ``float32`` (none).
@@ -39,10 +36,8 @@ class TapCache:
     def __init__(self, folder: Path, model: EarlyExitSSDLite, photos: int, views: int, dtype: str = "float16") -> None:
         self.folder, self.photos, self.views = folder, photos, views
         self._dtype = np.dtype(dtype)
-        self._shapes = _row_shapes(model)
-        self._row_bytes = sum(self._dtype.itemsize * int(np.prod(shape)) for shape in self._shapes.values())
-        self._arrays: dict[str, np.memmap] = {}
-        self.targets: list[dict[str, Tensor]] = []
+        self._row = _blank_row(model, self._dtype)
+        self._row_bytes = sum(values.nbytes for values in self._row.values())
 
     @property
     def gibibytes(self) -> float:
@@ -70,28 +65,23 @@ class TapCache:
         Raises:
             EarlyExitError: not enough disk space.
         """
-        key = hashlib.sha256(f"{contents} {_weights_hash(model)} {self.views} {self._dtype}".encode()).hexdigest()
-        if is_main() and not self._is_whole(key):
-            make_folder(self.folder)
-            with writing(self.folder):
-                (self.folder / "cache.json").unlink(missing_ok=True)
-            what = f"the taps of {self.photos} photos x {self.views} views"
+        contents = f"{contents} {_weights_hash(model)} {self.views} {self._dtype}"
+        store = ArrayStore(self.folder, "cache", contents, self.photos * self.views, self._row)
+        if is_main() and not store.is_whole():
             fix = "set EXITS_PHASE.CACHE_VIEWS lower, or EXITS_PHASE.CACHE to false"
-            require_space(self.folder, self.photos * self.views * self._row_bytes, what, fix)
-            self._open("w+")
-            targets = list(self._fill(model, loader))
-            with writing(self.folder):
-                for array in self._arrays.values():
-                    array.flush()
-            write_torch(self.folder / "targets.pt", targets)
-            write_json(self.folder / "cache.json", {"key": key, "photos": self.photos, "views": self.views})
+            store.create(f"the taps of {self.photos} photos x {self.views} views", fix)
+            store.open()
+            with evaluating(model):
+                targets = list(self._fill(store, model, loader))
+            store.flush()
+            store.finish(targets)
         barrier()
-        self._read()
+        store.read()
+        self._arrays: dict[str, np.memmap] = store.arrays
+        self.targets: list[dict[str, Tensor]] = store.rest
 
-    def _fill(self, model: EarlyExitSSDLite, loader: DataLoader) -> Iterator[dict[str, Tensor]]:
+    def _fill(self, store: ArrayStore, model: EarlyExitSSDLite, loader: DataLoader) -> Iterator[dict[str, Tensor]]:
         device = next(model.parameters()).device
-        was_training = model.training
-        model.eval()
         row, largest = 0, float(np.finfo(self._dtype).max)
         bar = progress(desc="cache taps", total=self.photos * self.views)
         for view in range(self.views):
@@ -100,14 +90,13 @@ class TapCache:
                 batch = compute_taps(model, [image.to(device) for image in images], to_device(targets, device))
                 for name, values in _named(batch).items():
                     values = values.clamp(-largest, largest).cpu().numpy()
-                    self._arrays[name][row : row + len(images)] = values
+                    store.arrays[name][row : row + len(images)] = values
                 row += len(images)
                 bar.update(len(images))
                 for target in batch.targets:
                     # copied: a tensor from a worker process keeps a file open
                     yield {key: torch.as_tensor(target[key]).cpu().clone() for key in ("boxes", "labels", "image_id")}
         bar.close()
-        model.train(was_training)
 
     def rows(self, rows: np.ndarray, device: torch.device) -> TapBatch:
         """A batch of stored rows (indices, returned in increasing order) in fp32."""
@@ -117,29 +106,6 @@ class TapCache:
         }
         head = {name: values.pop(name) for name in ARRAYS_OF_HEAD}
         return TapBatch(list(values.values()), head, to_device([self.targets[row] for row in order], device))
-
-    def _is_whole(self, key: str) -> bool:
-        if stored_key(self.folder / "cache.json") != key:
-            return False
-        try:
-            self._read()
-        except Exception as error:  # damaged arrays and archives raise any exception
-            logger.warning("%s: the cache is damaged (%s); rebuilding it", self.folder, type(error).__name__)
-            return False
-        return True
-
-    def _read(self) -> None:
-        self._open("r")
-        self.targets = torch.load(self.folder / "targets.pt", weights_only=True)
-
-    def _open(self, mode: str) -> None:
-        rows = self.photos * self.views
-        for name, shape in self._shapes.items():
-            path = self.folder / f"{name}.npy"
-            if mode == "r":
-                self._arrays[name] = np.load(path, mmap_mode="r")
-            else:
-                self._arrays[name] = new_array(path, self._dtype, (rows, *shape))
 
 
 class CachedLoader:
@@ -179,17 +145,13 @@ def _named(batch: TapBatch) -> dict[str, Tensor]:
     return {**taps, **{name: batch.head[name] for name in ARRAYS_OF_HEAD}}
 
 
-@torch.no_grad()
-def _row_shapes(model: EarlyExitSSDLite) -> dict[str, tuple[int, ...]]:
-    """Array name -> shape of one image's values, from a blank image."""
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    blank = torch.zeros(3, *model.transform.fixed_size, device=device)
+def _blank_row(model: EarlyExitSSDLite, dtype: np.dtype) -> dict[str, np.ndarray]:
+    """Array name -> zeros [1, ...], in the shape of one image's values."""
+    blank = torch.zeros(3, *model.transform.fixed_size, device=next(model.parameters()).device)
     nothing = {"boxes": blank.new_zeros(0, 4), "labels": blank.new_zeros(0, dtype=torch.int64)}
-    batch = compute_taps(model, [blank], [nothing])
-    model.train(was_training)
-    return {name: tuple(values.shape[1:]) for name, values in _named(batch).items()}
+    with evaluating(model):
+        batch = compute_taps(model, [blank], [nothing])
+    return {name: np.zeros(values.shape, dtype) for name, values in _named(batch).items()}
 
 
 def _weights_hash(model: EarlyExitSSDLite) -> str:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from earlyexit_ssd.errors import EarlyExitError, shown
-from earlyexit_ssd.evaluation.outputs import evaluating
 from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit
 from earlyexit_ssd.modeling.outputs import Router
+from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.progress import progress
 
 EAGER, ONNX_RUNTIME, OPENVINO = "eager", "onnxruntime", "openvino"

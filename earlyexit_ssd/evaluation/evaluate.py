@@ -42,7 +42,6 @@ from earlyexit_ssd.evaluation.outputs import (
     Batches,
     Collected,
     choose_exits,
-    collect,
     collect_detections,
     exit_share,
     mean_cost,
@@ -153,22 +152,18 @@ def exits_alone(model: nn.Module, collected: Collected) -> list[Rival]:
 
 
 def evaluate_rivals(
-    rivals: Sequence[Rival],
-    timings: Sequence[Timing],
-    loader: Batches,
-    ground_truth: COCO,
-    routed: DetectorEvaluation,
+    rivals: Sequence[Rival], timings: Sequence[Timing], ground_truth: COCO, routed: DetectorEvaluation
 ) -> tuple[RivalResult, ...]:
     """Evaluate the rivals, in order.
 
     Args:
-        rivals, timings: detectors to compare, and the timing of each.
-        loader, ground_truth: photos and objects that the exits were evaluated on.
+        rivals, timings: detections to compare, and the timing of each detector.
+        ground_truth: the objects that the exits were evaluated on.
         routed: the routed detector's evaluation, for paired bootstrap differences.
     """
     settings, results = routed.settings, []
     for rival, timing in zip(rivals, timings, strict=True):
-        evaluation = evaluate_detections(ground_truth, rival.found(loader), settings)
+        evaluation = evaluate_detections(ground_truth, rival.detector, settings)
         results.append(
             RivalResult(
                 name=rival.name,
@@ -255,31 +250,27 @@ class Evaluation:
 
 def evaluate_exits(
     model: nn.Module,
-    loader: Batches,
+    collected: Collected,
     ground_truth: COCO,
     router: ExitRouter,
     settings: EvaluationSettings,
-    context: Context | None = None,
-    collected: Collected | None = None,
+    context: Context,
     rivals: Sequence[Rival] = (),
     certificate: Certificate | None = None,
 ) -> Evaluation:
-    """Evaluate every exit and the routed detector, in one forward pass per photo.
+    """Evaluate every exit and the routed detector.
 
     Args:
         model: an `EarlyExitSSDLite` on the device to measure.
-        loader: batches of the photos without augmentation; read once, unless ``collected`` is given, and once per rival
-            without detections.
+        collected: what its exits found, see `collect`.
         ground_truth: the same photos' objects (`earlyexit_ssd.data.to_coco`).
         settings: thresholds, timing and bootstrap.
         context: ``splits``, ``forced``, ``taken_over`` and ``weights_sha256`` for verdict and record, and
             ``labelled``. For photos without labels the full path's detections at the settings' score are the objects:
             all figures measure agreement with it, and AP is None.
-        collected: result of `collect` for these photos, if available.
-        rivals: detectors to compare with the routed one.
+        rivals: detectors to compare with the routed one, each with its detections.
         certificate: the router's certificate; its target is checked on these photos.
     """
-    context, collected = context or Context(), collected or collect(model, loader, router)
     _check_same_images(collected, ground_truth)
     costs = measure_costs(model, settings, router, rivals)
     if not context.labelled:
@@ -294,7 +285,7 @@ def evaluate_exits(
         exits=(*early, replace(full, found=describe_boxes(ground_truth, collected.detections[-1]))),
         without_exits=costs.plain,
         routed=_routed_result(model, router, routed, chosen, costs),
-        rivals=evaluate_rivals(rivals, costs.rival_timings, loader, ground_truth, routed),
+        rivals=evaluate_rivals(rivals, costs.rival_timings, ground_truth, routed),
     )
     if certificate is not None:
         checked = check_certificate(certificate, ground_truth, collected, chosen, matches, (exits[-1], routed), costs)
@@ -374,9 +365,7 @@ def _by_image(collected: Collected, chosen: Tensor) -> np.ndarray:
     return chosen.numpy()[np.argsort(collected.image_ids, kind="stable")]
 
 
-def measure_costs(
-    model: nn.Module, settings: EvaluationSettings, router: ExitRouter | None = None, rivals: Sequence[Rival] = ()
-) -> Costs:
+def measure_costs(model: nn.Module, settings: EvaluationSettings, router: ExitRouter, rivals: Sequence[Rival]) -> Costs:
     """MMACs and milliseconds of one image to each exit (with the router's confidences), of the detector without exits
     and of the rivals; timed in turns in the runtime of ``settings``."""
     example, plain = example_input(model), PlainPath(model)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import hashlib
 import itertools
-import json
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,31 +17,13 @@ from torch import Tensor, nn
 from earlyexit_ssd.calibration.thresholds import choose
 from earlyexit_ssd.engine.processes import failing_together, gathered, is_main
 from earlyexit_ssd.errors import DataError, EarlyExitError
-from earlyexit_ssd.files import make_folder, new_array, require_space, stored_key, write_json, write_torch, writing
+from earlyexit_ssd.files import ArrayStore
 from earlyexit_ssd.modeling.checkpoint import weights_hash
 from earlyexit_ssd.modeling.outputs import ExitOutputs, ExitSignals
+from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.progress import progress
 
-logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
-
-
-@contextlib.contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Context of eval mode without gradients; restores the train/eval flag of every sub-module.
-
-    The flags are restored one by one, because they differ in a model with a frozen part.
-    """
-    flags = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 # Detections of every exit, in memory.
@@ -215,29 +193,25 @@ class Recording:
     """The recorded outputs of every exit for the photos of a split, in the order of ``image_ids``.
 
     Args:
-        folder: folder of a complete recording, see :func:`record`.
+        store: a store that was read, see :func:`record`.
+        exit_names, empty: of the early exits: names, and whether they have no branch.
 
     Attributes:
         image_ids: [n].
         logits: per early exit raw class logits [n, A, C], on disk; [n, 1, C] for an empty exit.
         taps: per early exit the pooled tap [n, 2 * channels], on disk.
-        exit_names: names of the early exits.
-        empty: per early exit, whether it has no branch.
         labels: labels of the default boxes after matching with the objects, [n, A], on disk.
         detections: per exit, the full path last, image id -> detections.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        info = json.loads((folder / "recording.json").read_text(encoding="utf-8"))
-        self.image_ids: list[int] = info["image_ids"]
-        early = range(info["early_exits"])
-        self.empty: list[bool] = info["empty"]
-        self.exit_names: list[str] = info["exit_names"]
-        self.logits = [np.load(folder / f"logits{index}.npy", mmap_mode="r") for index in early]
-        self.taps = [np.load(folder / f"tap{index}.npy", mmap_mode="r") for index in early]
-        self.labels = np.load(folder / "labels.npy", mmap_mode="r")
-        self.detections = torch.load(folder / "detections.pt", weights_only=True)
+    def __init__(self, store: ArrayStore, exit_names: Sequence[str], empty: Sequence[bool]) -> None:
+        self.exit_names, self.empty = list(exit_names), list(empty)
+        self.image_ids: list[int] = store.rest[0]
+        self.detections: list[dict[int, ImageDetections]] = store.rest[1]
+        self.logits, self.taps = (
+            [store.arrays[f"{kind}{index}"] for index in range(len(exit_names))] for kind in ("logits", "tap")
+        )
+        self.labels = store.arrays["labels"]
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -260,7 +234,8 @@ class Recording:
         """The router's inputs at an early exit, batch by batch."""
         for start in range(0, len(self), REPLAY_BATCH):
             rows = slice(start, start + REPLAY_BATCH)
-            logits, tap = (_tensor(values[exit_index][rows]) for values in (self.logits, self.taps))
+            stored = self.logits[exit_index][rows], self.taps[exit_index][rows]
+            logits, tap = (torch.from_numpy(np.array(values)) for values in stored)
             yield ExitSignals(logits, tap, self.empty[exit_index])
 
     @torch.no_grad()
@@ -293,39 +268,23 @@ def record(
     """
     exits = f"{model.exit_names} {tuple(model.empty)}"  # empty exits have no weights, so the hash lacks them
     labels = "" if pseudo_label_score is None else f" taught from {pseudo_label_score}"
-    key = f"{key} {weights_hash(model)} {exits}{labels}"
-    key = hashlib.sha256(key.encode()).hexdigest()
-    stored = _stored(folder, key)
-    if all(gathered(stored is not None, shares_photos(loader))):
-        return stored
-    _write(model, loader, photos, folder, key, pseudo_label_score)
-    return Recording(folder)
+    contents = f"{key} {weights_hash(model)} {exits}{labels}"
+    store = ArrayStore(folder, "recording", contents, photos, _blank_rows(model))
+    if not all(gathered(store.is_whole(), shares_photos(loader))):
+        _write(store, model, loader, pseudo_label_score)
+        store.read()
+    return Recording(store, model.exit_names[:-1], model.empty)
 
 
-def _stored(folder: Path, key: str) -> Recording | None:
-    """The recording in the folder if it is complete and has this key, otherwise None."""
-    if stored_key(folder / "recording.json") != key:
-        return None
-    try:
-        return Recording(folder)
-    except Exception as error:  # damaged arrays and archives raise any exception
-        logger.warning("%s: the recording is damaged (%s); recording again", folder, type(error).__name__)
-        return None
-
-
-def _write(model: nn.Module, loader: Batches, photos: int, folder: Path, key: str, score: float | None) -> None:
+def _write(store: ArrayStore, model: nn.Module, loader: Batches, score: float | None) -> None:
     shared = shares_photos(loader)
     first = is_main() or not shared
-    with failing_together(shared), evaluating(model):
+    with failing_together(shared):
         if first:
-            make_folder(folder)
-            with writing(folder):
-                (folder / "recording.json").unlink(missing_ok=True)
-            _make_arrays(model, photos, folder)
-    early = range(model.num_early_exits)
-    names = ["labels", *(f"logits{index}" for index in early), *(f"tap{index}" for index in early)]
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in names}
-    places = iter(list(loader.sampler) if shared else range(photos))
+            fix = "name another folder (--out), or fewer photos (CALIBRATION.TRAIN_PHOTOS, DATA.LIMIT)"
+            store.create(f"recording {store.records} photos", fix)
+    store.open()
+    places = iter(list(loader.sampler) if shared else range(store.records))
 
     def of_batch(images: list[Tensor], targets: Targets) -> tuple[list[int], list[list[ImageDetections]]]:
         outputs = model.exit_outputs(images)
@@ -333,37 +292,23 @@ def _write(model: nn.Module, loader: Batches, photos: int, folder: Path, key: st
         labelled = targets if score is None else [_pseudo_labels(one, score) for one in found[-1]]
         rows = list(itertools.islice(places, len(images)))
         for name, values in _rows(model, outputs, labelled).items():
-            arrays[name][rows] = values
+            store.arrays[name][rows] = values
         return _image_ids(targets), [list(map(_on_cpu, of_exit)) for of_exit in found]
 
     batches = over_batches(model, loader, of_batch, "record exits")
-    image_ids, detections = _joined(batches, len(model.exit_names))
-    with failing_together(shared), writing(folder):
-        for array in arrays.values():
-            array.flush()
-    with failing_together(shared):  # recording.json is last: it marks a complete recording
+    with failing_together(shared):
+        store.flush()
+    with failing_together(shared):
         if first:
-            write_torch(folder / "detections.pt", detections)
-            info = {
-                "image_ids": image_ids,
-                "early_exits": model.num_early_exits,
-                "empty": list(model.empty),
-                "key": key,
-            }
-            info["exit_names"] = list(model.exit_names[:-1])
-            write_json(folder / "recording.json", info)
+            store.finish(_joined(batches, len(model.exit_names)))
 
 
-def _make_arrays(model: nn.Module, photos: int, folder: Path) -> None:
-    """Create the array files of `_rows`, with the shapes found on a blank photo."""
-    device = next(model.parameters()).device
+def _blank_rows(model: nn.Module) -> dict[str, np.ndarray]:
+    """`_rows` of a blank photo without objects."""
+    blank = torch.zeros(3, *model.transform.fixed_size, device=next(model.parameters()).device)
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-    outputs = model.exit_outputs([torch.zeros(3, *model.transform.fixed_size, device=device)])
-    rows = _rows(model, outputs, [nothing])
-    fix = "name another folder (--out), or fewer photos (CALIBRATION.TRAIN_PHOTOS, DATA.LIMIT)"
-    require_space(folder, photos * sum(values.nbytes for values in rows.values()), f"recording {photos} photos", fix)
-    for name, values in rows.items():
-        new_array(folder / f"{name}.npy", values.dtype, (photos, *values.shape[1:]))
+    with evaluating(model):
+        return _rows(model, model.exit_outputs([blank]), [nothing])
 
 
 def _pseudo_labels(found: dict[str, Tensor], score: float) -> dict[str, Tensor]:
@@ -393,7 +338,3 @@ def _labels(model: nn.Module, outputs: ExitOutputs, targets: Targets) -> Tensor:
         boxes, labels = target["boxes"][counted], target["labels"][counted]
         scaled.append({"boxes": boxes.to(device) * scale, "labels": labels.to(device)})
     return model.assign(scaled, outputs.anchors).labels.to(torch.int16)
-
-
-def _tensor(values: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.array(values))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.models.detection.ssd import SSD
 
 from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.modeling.trunk import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,6 @@ def fires(logits: Tensor, wanted: Sequence[int]) -> Tensor:
     return cut[..., 1:].amax(-1) >= LEAST_CUT_SCORE
 
 
-@torch.no_grad()
 def find_competing_rows(detector: SSD, wanted: Sequence[int], photos: Iterable[Tensor], tolerance: float) -> list[int]:
     """:func:`competing_rows` of a detector's head on photos, which are computed one by one.
 
@@ -77,14 +77,12 @@ def find_competing_rows(detector: SSD, wanted: Sequence[int], photos: Iterable[T
     Raises:
         EarlyExitError: no photo, or no default box that counts.
     """
-    was_training, device = detector.training, next(detector.parameters()).device
-    detector.eval()
-    found, count = [], 0
-    for count, photo in enumerate(photos, start=1):  # noqa: B007
-        batch, _ = detector.transform([photo.to(device)], None)
-        logits = detector.head.classification_head(list(detector.backbone(batch.tensors).values()))
-        found.append(logits[fires(logits, wanted)])  # the logits of all default boxes would fill the memory
-    detector.train(was_training)
+    device, found, count = next(detector.parameters()).device, [], 0
+    with evaluating(detector):
+        for count, photo in enumerate(photos, start=1):  # noqa: B007
+            batch, _ = detector.transform([photo.to(device)], None)
+            logits = detector.head.classification_head(list(detector.backbone(batch.tensors).values()))
+            found.append(logits[fires(logits, wanted)])  # the logits of all default boxes would fill the memory
     logits = torch.cat(found) if found else torch.empty(0)
     if not len(logits):
         raise EarlyExitError(

@@ -15,6 +15,7 @@ from earlyexit_ssd.modeling.checkpoint import ShippedWeights, load_model, save_m
 from earlyexit_ssd.modeling.detector import EarlyExitDetector
 from earlyexit_ssd.modeling.outputs import Router, RouterSettings
 from earlyexit_ssd.modeling.retrofit import COCO_CLASSES, Architecture
+from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.modeling.validate import check_router
 
 logger = logging.getLogger(__name__)
@@ -137,18 +138,14 @@ def make_router(model: EarlyExitDetector, settings: RouterSettings) -> Router:
     Raises:
         EarlyExitError: invalid settings, or settings of another model.
     """
-    training = model.training
     device = next(model.parameters()).device
     try:
         router = _router_makers()[0](**settings).to(device)
         check_router(router, model.num_early_exits)
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model):
             outputs = model.exit_outputs([torch.zeros(3, *model.transform.fixed_size, device=device)])
             for index in range(model.num_early_exits + 1):
                 router.confidence(outputs.signals(index), index)
     except Exception as error:  # registered policies and their parameters may raise any exception
         raise EarlyExitError(f"its routing cannot be used ({error})") from None
-    finally:
-        model.train(training)
     return router

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -201,12 +202,27 @@ def small_copy(x: Tensor, pixels: int) -> Tensor:
     return F.avg_pool2d(x, times) if times > 1 else x
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Context of eval mode without gradients; restores the train/eval flag of every sub-module.
+
+    The flags are restored one by one, because they differ in a model with a frozen part.
+    """
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
 def grids_of(backbone: nn.Module, size: int) -> list[tuple[int, int]]:
     """(height, width) in cells of the head's feature maps for an input of ``size`` x ``size`` pixels."""
-    was_training = backbone.training
-    maps = backbone.eval()(torch.zeros(1, 3, size, size, device=next(backbone.parameters()).device)).values()
-    backbone.train(was_training)
+    with evaluating(backbone):
+        maps = backbone(torch.zeros(1, 3, size, size, device=next(backbone.parameters()).device)).values()
     return [tuple(feature.shape[-2:]) for feature in maps]
 
 

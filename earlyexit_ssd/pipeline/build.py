@@ -48,16 +48,6 @@ COMPARED_PHOTOS = 300
 """Photos on which MODEL.FOLD compact finds the classes that compete."""
 
 
-def require_full_path(cfg: CfgNode, who: str) -> None:
-    """Check that MODEL.WEIGHTS is set, since ``who`` (for the message) trains only branches.
-
-    Raises:
-        ConfigError: it is empty.
-    """
-    if not cfg.MODEL.WEIGHTS:
-        raise ConfigError(f"{who} needs a trained full path: set MODEL.WEIGHTS to a checkpoint or a model.pth")
-
-
 def takes_over(cfg: CfgNode) -> bool:
     """Whether the full path is the unchanged checkpoint of MODEL.WEIGHTS, not trained by a baseline phase."""
     return bool(cfg.MODEL.WEIGHTS) and not ("baseline" in cfg.PHASES and cfg.BASELINE.EPOCHS)

@@ -256,7 +256,6 @@ def evaluate_model(
         _warn_of_differences(cfg, architecture)
     cfg = with_classes(cfg, architecture.classes)
     dataset = load_dataset(cfg, cfg.DATA.TEST, unlabelled=True)
-    ground_truth = to_coco(dataset)
     batch_size, workers = cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS
     loader = build_loader(dataset, batch_size, workers, False, cfg.SEED, rank(), world_size())
     opened = open_certificate(cfg, model, dataset, info.get("certificate"), weights)
@@ -276,8 +275,8 @@ def evaluate_model(
         return None
     evaluation = evaluate_exits(
         model,
-        loader,
-        ground_truth,
+        collected,
+        to_coco(dataset),
         router,
         build_evaluation(cfg),
         Context(
@@ -287,7 +286,6 @@ def evaluate_model(
             labelled=dataset.labelled,
             weights_sha256=sha256(weights),
         ),
-        collected,
         rivals,
         certificate,
     )

@@ -41,14 +41,13 @@ from earlyexit_ssd.deploy.graph import (
 )
 from earlyexit_ssd.deploy.predictor import FORMAT, MANIFEST, OnnxRuntime, package
 from earlyexit_ssd.errors import EarlyExitError, one_line
-from earlyexit_ssd.evaluation.outputs import evaluating
 from earlyexit_ssd.files import make_folder, write_json, writing
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.checkpoint import weights_path
 from earlyexit_ssd.modeling.detector import DETECTORS, EarlyExitDetector, Stop, default_boxes, walk
 from earlyexit_ssd.modeling.pretrained import current_certificate
 from earlyexit_ssd.modeling.retrofit import read_weights
-from earlyexit_ssd.modeling.trunk import TrunkState
+from earlyexit_ssd.modeling.trunk import TrunkState, evaluating
 from earlyexit_ssd.modeling.validate import LEAST_SCORE
 from earlyexit_ssd.progress import progress
 

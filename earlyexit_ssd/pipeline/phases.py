@@ -30,9 +30,9 @@ from earlyexit_ssd.engine import (
 )
 from earlyexit_ssd.engine.processes import rank, same_everywhere, world_size
 from earlyexit_ssd.errors import EarlyExitError, Interrupted
-from earlyexit_ssd.evaluation.outputs import evaluating
 from earlyexit_ssd.modeling import EarlyExitSSDLite, LossSettings, retrofit
 from earlyexit_ssd.modeling.detector import Branches, FullPath, TapBatch
+from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.pipeline.build import build_router, source_classes, takes_over
 from earlyexit_ssd.pipeline.gates import (
     Check,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from earlyexit_ssd.drawing import color_of, draw_boxes, font_of
 
-TILE = 320
+TILE = 320  # width of a tile and its largest height, pixels; photos keep their shape inside it
 GAP = 8
 HEADER = 30
 BACKGROUND, PADDING, INK, FRAME, IGNORED = "#ffffff", "#edf2f7", "#1a202c", "#dd6b20", "#718096"
@@ -38,33 +38,28 @@ class Example:
 
 
 def detection_grid(
-    examples: Sequence[Example],
-    exit_names: Sequence[str],
-    classes: Sequence[str],
-    score: float = 0.4,
-    tile: int = TILE,
+    examples: Sequence[Example], exit_names: Sequence[str], classes: Sequence[str], score: float = 0.4
 ) -> Image.Image:
     """The picture of all ``examples`` under a line of column names, without the ground truth if no example has one.
 
     Args:
         exit_names: names of the columns behind the ground truth, shallow to deep; classes: of the labels 1..K.
         score: detections below it are not drawn.
-        tile: width of a tile and its largest height, pixels; photos keep their shape inside it.
     """
     first = 0 if examples and all(example.target is None for example in examples) else 1
     columns = ["ground truth", *exit_names][1 - first :]
-    rows = [_tiles(example, classes, score, tile)[1 - first :] for example in examples]
-    width = GAP + len(columns) * (tile + GAP)
+    rows = [_tiles(example, classes, score, TILE)[1 - first :] for example in examples]
+    width = GAP + len(columns) * (TILE + GAP)
     picture = Image.new("RGB", (width, HEADER + sum(row[0].height + GAP for row in rows)), BACKGROUND)
     draw = ImageDraw.Draw(picture)
     for column, name in enumerate(columns):
-        draw.text((GAP + column * (tile + GAP), HEADER / 2), name, INK, font_of(16), anchor="lm")
+        draw.text((GAP + column * (TILE + GAP), HEADER / 2), name, INK, font_of(16), anchor="lm")
     if any(example.exit_index is not None for example in examples):
         draw.text((width - GAP, HEADER / 2), "framed: the exit routed to", FRAME, font_of(12), anchor="rm")
     top = HEADER
     for example, row in zip(examples, rows, strict=True):
         for column, one in enumerate(row):
-            corner = (GAP + column * (tile + GAP), top)
+            corner = (GAP + column * (TILE + GAP), top)
             picture.paste(one, corner)
             if example.exit_index is not None and column == example.exit_index + first:  # in the gap: it hides nothing
                 left, above = corner[0] - GAP // 2, corner[1] - GAP // 2

@@ -96,12 +96,12 @@ def test_a_whole_cache_is_used_again_and_another_key_is_not(tmp_path, dataset):
 def test_a_cache_that_was_cut_short_is_made_anew(tmp_path, dataset):
     folder = tmp_path / "taps"
     build(folder, dataset)
-    (folder / "cache.json").unlink()
+    (folder / "cache.key").unlink()
     (folder / "tap0.npy").write_bytes(b"half")
     build(folder, dataset)
 
 
-@pytest.mark.parametrize("name", ["tap0.npy", "targets.pt"])
+@pytest.mark.parametrize("name", ["tap0.npy", "rest.pt"])
 def test_a_damaged_cache_is_made_anew(tmp_path, dataset, caplog, name):
     folder = tmp_path / "taps"
     build(folder, dataset)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,9 +28,10 @@ from earlyexit_ssd.evaluation.evaluate import (
 )
 from earlyexit_ssd.evaluation.matches import Draws, bootstrap_choices, exit_matches, interval
 from earlyexit_ssd.evaluation.metrics import METRICS, DetectorEvaluation, EvaluationSettings, register_metric
-from earlyexit_ssd.evaluation.outputs import Collected, choose_exits, collect, evaluating
+from earlyexit_ssd.evaluation.outputs import Collected, choose_exits, collect
 from earlyexit_ssd.evaluation.results import BoxSummary, Context
 from earlyexit_ssd.modeling import PathToExit
+from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.report.tables import Row, columns
 from earlyexit_ssd.routing.router import ExitRouter
 
@@ -141,7 +143,8 @@ def rows(ground_truth, found):
         Rival("half", PLAIN, network, example, 12.5, Finds(found((1, 0.8, BOX)))),
         Rival("blind", ONNX, exported, example, None, {1: found(), 2: found()}, "/models/of/mine/blind.onnx"),
     ]
-    results = evaluate_rivals(rivals, [TIMING, TIMING], loader, truth, routed)
+    rivals = [replace(rival, detector=rival.found(loader)) for rival in rivals]
+    results = evaluate_rivals(rivals, [TIMING, TIMING], truth, routed)
     return [one.to_json() for one in results]
 
 
@@ -258,8 +261,10 @@ def metrics(small_model, collected, objects):
     """With a rival that finds what the full path finds."""
     router = ExitRouter(2, policy="max_foreground", thresholds=(0.5, 0.6))
     network, found = PlainPath(small_model), collected.detections[2]
-    more = {"collected": collected, "rivals": [Rival("small", PLAIN, network, example_input(small_model), 7.0, found)]}
-    return evaluate_exits(small_model, [], objects, router, METRICS_SETTINGS, Context(splits=["toy_test"]), **more)
+    rivals = [Rival("small", PLAIN, network, example_input(small_model), 7.0, found)]
+    return evaluate_exits(
+        small_model, collected, objects, router, METRICS_SETTINGS, Context(splits=["toy_test"]), rivals
+    )
 
 
 def test_documented_keys(metrics):
@@ -326,17 +331,18 @@ def test_rivals_are_rows_of_their_own(metrics):
 def test_exported_networks_are_timed(small_model, collected, objects):
     settings = EvaluationSettings(timing_runs=1, resamples=0, runtime="onnxruntime")
     router = ExitRouter(2, thresholds=0.6)
-    metrics = evaluate_exits(small_model, [], objects, router, settings, collected=collected)
+    metrics = evaluate_exits(small_model, collected, objects, router, settings, Context())
     assert metrics["context"]["runtime"] == "onnxruntime"
     assert all(one["ms"] > 0 for one in (*metrics["exits"], metrics["without_exits"]))
 
 
-def test_runs_the_network_itself(small_model, ground_truth):
+def test_an_untrained_network(small_model, ground_truth):
     router = ExitRouter(2, thresholds=(0.0, 0.0))
     images = torch.rand(2, 3, 64, 80)
     loader = [([images[0]], [{"image_id": 1}]), ([images[1]], [{"image_id": 2}])]
     coco = ground_truth(2, [(1, 1, BOX)])
-    metrics = evaluate_exits(small_model, loader, coco, router, METRICS_SETTINGS, Context(forced=True))
+    found = collect(small_model, loader, router)
+    metrics = evaluate_exits(small_model, found, coco, router, METRICS_SETTINGS, Context(forced=True))
     assert metrics["routed"]["exit_share"] == {"exit8": 1.0, "exit12": 0.0, "full": 0.0}
     assert metrics["routed"]["AP50"] == metrics["exits"][0]["AP50"]
     # it is untrained: nothing else is said of it
@@ -363,8 +369,10 @@ def certificate(kind, unit="mmacs", **target):
 def test_what_the_certificate_was_asked_for(small_model, collected, objects, asked, measured, kept):
     """Photo 1 leaves at exit 12 and photo 2 at exit 8."""
     router = ExitRouter(2, thresholds=(0.5, 0.6))
-    more = {"collected": collected, "certificate": certificate(**asked)}
-    metrics = evaluate_exits(small_model, [], objects, router, METRICS_SETTINGS, **more)
+    asked_for = certificate(**asked)
+    metrics = evaluate_exits(
+        small_model, collected, objects, router, METRICS_SETTINGS, Context(), certificate=asked_for
+    )
     found = metrics["certificate"]
     assert (found["measured"], found["kept"]) == (pytest.approx(measured), kept)
     assert found["target"]["kind"] == asked["kind"]
@@ -375,8 +383,8 @@ def test_what_the_certificate_was_asked_for(small_model, collected, objects, ask
 @pytest.mark.parametrize("unit", ["ms", "mmacs"])
 def test_a_speed_up_is_checked_in_the_unit_of_the_certificate(small_model, collected, objects, unit):
     router = ExitRouter(2, thresholds=(0.5, 0.6))
-    more = {"collected": collected, "certificate": certificate("speedup", unit, value=0.01)}
-    metrics = evaluate_exits(small_model, [], objects, router, METRICS_SETTINGS, **more)
+    asked = certificate("speedup", unit, value=0.01)
+    metrics = evaluate_exits(small_model, collected, objects, router, METRICS_SETTINGS, Context(), certificate=asked)
     assert metrics["certificate"]["kept"] is True
     expected = metrics["without_exits"][unit] / (sum(one[unit] for one in metrics["exits"]) / 3)
     assert metrics["certificate"]["measured"] == pytest.approx(expected)
@@ -410,4 +418,4 @@ def test_routing_is_what_the_model_does(small_model):
 
 def test_photos_that_were_not_evaluated_are_refused(small_model, collected, ground_truth):
     with pytest.raises(DataError, match=r"image 4 \(2 in all\)"):
-        evaluate_exits(small_model, [], ground_truth(5, []), ExitRouter(2), METRICS_SETTINGS, collected=collected)
+        evaluate_exits(small_model, collected, ground_truth(5, []), ExitRouter(2), METRICS_SETTINGS, Context())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 import pytest
@@ -17,38 +16,18 @@ from earlyexit_ssd.data import build_loader, load_dataset
 from earlyexit_ssd.errors import DataError, EarlyExitError
 from earlyexit_ssd.evaluation.outputs import (
     Collected,
-    Recording,
     choose_exits,
     collect,
     collect_detections,
-    evaluating,
     exit_share,
     mean_cost,
     record,
     routed_detections,
 )
 from earlyexit_ssd.modeling.outputs import ExitOutputs
+from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.routing import POLICIES, ExitRouter
 from tests.modeling.conftest import small_model as detector
-
-
-def test_every_flag_comes_back():
-    model = nn.Sequential(nn.BatchNorm2d(2), nn.Dropout())
-    model.train()
-    model[0].eval()
-    with evaluating(model):
-        assert not any(module.training for module in model.modules())
-        assert not torch.is_grad_enabled()
-    assert [module.training for module in model.modules()] == [True, False, True]
-
-
-def test_also_after_an_error():
-    model = nn.Dropout()
-    with pytest.raises(RuntimeError), evaluating(model):
-        raise RuntimeError
-    assert model.training
-    assert torch.is_grad_enabled()
-
 
 # One pass for all exits.
 
@@ -250,7 +229,7 @@ def test_made_once_and_again_where_anything_changed(small_model, tmp_path):
     assert len(record(small_model, Forbidden(), len(SIZES), tmp_path, "these photos")) == len(SIZES)
     with pytest.raises(AssertionError, match="ran again"):
         record(small_model, Forbidden(), len(SIZES), tmp_path, "other photos")
-    assert not (tmp_path / "recording.json").exists()  # what is half made is no recording
+    assert not (tmp_path / "recording.key").exists()  # what is half made is no recording
     record(small_model, recorded_batches(2), len(SIZES), tmp_path, "these photos")
     weight = next(small_model.branches.parameters())
     with torch.no_grad():
@@ -278,12 +257,6 @@ def test_ids_are_unique(small_model, tmp_path):
         record(small_model, recorded_batches(5) * 2, 2 * len(SIZES), tmp_path, "twice")
 
 
-def test_plain_files(recording):
-    info = json.loads((recording.folder / "recording.json").read_text())
-    assert info["image_ids"] == [10, 9, 8, 7, 6]
-    assert Recording(recording.folder).early_exits == 2
-
-
 def test_no_room_on_the_disk(small_model, tmp_path, monkeypatch):
     from collections import namedtuple
 
@@ -293,11 +266,11 @@ def test_no_room_on_the_disk(small_model, tmp_path, monkeypatch):
         record(small_model, recorded_batches(2), len(SIZES), tmp_path, "these photos")
 
 
-def test_damaged_note_is_recorded_anew(small_model, tmp_path):
+def test_a_damaged_recording_is_recorded_anew(small_model, tmp_path):
     record(small_model, recorded_batches(2), len(SIZES), tmp_path, "these photos")
-    (tmp_path / "recording.json").write_text("[]")
+    (tmp_path / "recording.key").write_text("[]")
     assert len(record(small_model, recorded_batches(2), len(SIZES), tmp_path, "these photos")) == len(SIZES)
-    for name in ("labels.npy", "detections.pt"):
+    for name in ("labels.npy", "rest.pt"):
         (tmp_path / name).write_bytes(b"cut off")
         assert len(record(small_model, recorded_batches(2), len(SIZES), tmp_path, "these photos")) == len(SIZES)
 

@@ -8,7 +8,6 @@ import torch
 from earlyexit_ssd import ExitRouter
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.cost import mmacs_to_exit
-from earlyexit_ssd.evaluation.outputs import evaluating
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, PathToExit
 from earlyexit_ssd.modeling.branches import (
     BRANCHES,
@@ -29,6 +28,7 @@ from earlyexit_ssd.modeling.branches import (
 )
 from earlyexit_ssd.modeling.heads import FoldedClassificationHead
 from earlyexit_ssd.modeling.outputs import ExitSignals
+from earlyexit_ssd.modeling.trunk import evaluating
 from tests.modeling.conftest import SMALL, small_model
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from earlyexit_ssd.modeling.trunk import SegmentedTrunk, TrunkState, small_copy
+from earlyexit_ssd.modeling.trunk import SegmentedTrunk, TrunkState, evaluating, small_copy
 from tests.modeling.conftest import small_model
 
 
@@ -53,3 +54,21 @@ def test_a_small_copy_has_means_over_whole_cells():
     assert small_copy(x, 2).tolist() == [[[[2.5, 4.5], [10.5, 12.5]]]]
     assert torch.equal(small_copy(x, 4), x)
     assert small_copy(torch.full((2, 3, 10, 10), 0.25), 4).equal(torch.full((2, 3, 4, 4), 0.25))
+
+
+def test_every_flag_comes_back():
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.Dropout())
+    model.train()
+    model[0].eval()
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+        assert not torch.is_grad_enabled()
+    assert [module.training for module in model.modules()] == [True, False, True]
+
+
+def test_also_after_an_error():
+    model = nn.Dropout()
+    with pytest.raises(RuntimeError), evaluating(model):
+        raise RuntimeError
+    assert model.training
+    assert torch.is_grad_enabled()

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.cost import mmacs_to_exit
-from earlyexit_ssd.evaluation.outputs import evaluating
 from earlyexit_ssd.modeling import Architecture
 from earlyexit_ssd.modeling.outputs import ExitSignals
+from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.routing import POLICIES, ExitRouter, get_policy
 from earlyexit_ssd.routing.policies import (
     FITTED_POLICIES,
