@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from earlyexit_ssd.files import lock
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 LONG = {Path(__file__).resolve().parent / name for name in ("tools", "benchmarks")}
@@ -35,6 +39,26 @@ def shared_root() -> Path:
     if not (SHARED / "weights").is_dir():
         pytest.skip(f"needs real photos and weights in {SHARED.name}/ beside the checkout")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """``made_once(name, make)`` is a folder that ``make`` has filled, once in a run, whichever process came first.
+
+    All of them read it, so a test that writes takes a copy.
+    """
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        with lock(root / f"{name}.lock", name, wait=True):
+            if not (root / name).is_dir():
+                unfinished = Path(tempfile.mkdtemp(prefix=f"{name}_", dir=root))
+                make(unfinished)
+                unfinished.rename(root / name)
+        return root / name
+
+    return made
 
 
 @pytest.fixture

@@ -404,8 +404,10 @@ def test_stored_tables_are_those_of_the_stored_figures(folder):
 
 @pytest.fixture
 def briefly(monkeypatch):
-    """Few steps where thresholds are learnt; tests of `soft_exit` look at them."""
+    """Few steps where thresholds are learnt, few tosses, few budgets of the oracle; other tests look at these."""
     monkeypatch.setattr(soft_exit, "STEPS", 5)
+    for name in ("COIN_TOSSES", "BOOTSTRAP_TOSSES", "ORACLE_BUDGETS"):
+        monkeypatch.setattr(routing_policies, name, 2)
 
 
 def test_policies_are_held_against_coin_and_oracle(trained, capsys, briefly):

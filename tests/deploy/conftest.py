@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -71,12 +72,14 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def onnx_file(model, folder) -> Path:
-    export_detector(model, folder / "detector.onnx")
+def onnx_file(model, folder, made_once) -> Path:
+    made = made_once("exported_once", lambda where: export_detector(model, where / "detector.onnx"))
+    shutil.copytree(made, folder, dirs_exist_ok=True)
     return folder / "detector.onnx"
 
 
 @pytest.fixture(scope="session")
-def staged_folder(model, folder) -> Path:
-    export_detector(model, folder / "staged", "staged")
+def staged_folder(model, folder, made_once) -> Path:
+    made = made_once("staged_once", lambda where: export_detector(model, where / "staged", "staged"))
+    shutil.copytree(made, folder, dirs_exist_ok=True)
     return folder / "staged"

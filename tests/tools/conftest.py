@@ -6,6 +6,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -29,26 +30,33 @@ EXITS: {CHANNELS: 16, DEPTH: 1}
 BASELINE: {EPOCHS: 2, BATCH_SIZE: 4}
 EXITS_PHASE: {EPOCHS: 2, BATCH_SIZE: 4, CACHE_VIEWS: 1}
 JOINT: {EPOCHS: 1, BATCH_SIZE: 4}
-ENGINE: {CHECKPOINT_PERIOD: 2, LOG_PERIOD: 1}
+ENGINE: {LOG_PERIOD: 1}
 EVAL: {TIMING_RUNS: 1, PICTURES: 0, RIVALS: {ENABLED: false}}
 THREADS: 1
 """
 
 
 @pytest.fixture(scope="session")
-def data_root(tmp_path_factory) -> Path:
+def data_root(made_once) -> Path:
     """The rendered scenes, made by the first run."""
-    return tmp_path_factory.mktemp("datasets")
+    return made_once("datasets", lambda folder: None)
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, data_root) -> tuple[Path, list[str]]:
+def trained(tmp_path_factory, made_once, data_root) -> tuple[Path, list[str]]:
     """A folder with ``run``, trained once by the tiny configuration, and the arguments of the tools that look at it."""
+
+    def arguments(root: Path) -> list[str]:
+        overrides = ["OUTPUT_DIR", str(root / "run"), "DATA.ROOT", str(data_root), "EVAL.SCORE", "0.02"]
+        return ["--config", str(root / "tiny.yaml"), *overrides]
+
+    def train(root: Path) -> None:
+        write_text(root / "tiny.yaml", TINY)
+        assert train_net.main([*arguments(root), "--force"]) == 0
+
     root = tmp_path_factory.mktemp("trained")
-    write_text(root / "tiny.yaml", TINY)
-    overrides = ["OUTPUT_DIR", str(root / "run"), "DATA.ROOT", str(data_root), "EVAL.SCORE", "0.02"]
-    assert train_net.main(["--config", str(root / "tiny.yaml"), "--force", *overrides]) == 0
-    return root, ["--config", str(root / "tiny.yaml"), *overrides]
+    shutil.copytree(made_once("trained_once", train), root, dirs_exist_ok=True)
+    return root, arguments(root)
 
 
 @pytest.fixture

@@ -100,7 +100,7 @@ def test_second_run_in_the_same_folder_is_refused(tiny, failed, tmp_path, capsys
 )
 def test_killed_run_resumes_to_the_same_weights(tiny, tmp_path, kills, more, capsys):
     """Killed once in each of these phases, at these steps."""
-    more = ("--force", *more)
+    more = ("--force", "ENGINE.CHECKPOINT_PERIOD", "2", *more)  # so that it goes on within an epoch
     assert train_net.main(tiny("whole", *more)) == 0
     folder, cached = tmp_path / "killed", []
     for number, (phase, step) in enumerate(kills.items()):
