@@ -15,12 +15,12 @@ from torchvision.ops import box_iou
 
 from earlyexit_ssd.data import DetectionDataset, load_dataset
 from earlyexit_ssd.data.dataset import fingerprint
-from earlyexit_ssd.evaluation.outputs import evaluating
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, load_model, save_model
 from earlyexit_ssd.modeling.checkpoint import weights_hash
 from earlyexit_ssd.modeling.detector import FullPath, ResizedBatch, Targets, full_path_losses
 from earlyexit_ssd.modeling.losses import distillation_loss
 from earlyexit_ssd.modeling.outputs import Head
+from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.pipeline.build import build_losses
 from earlyexit_ssd.pipeline.phases import fit, photo_loader
 from earlyexit_ssd.pipeline.run import Run, RunFolder
