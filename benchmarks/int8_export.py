@@ -25,9 +25,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from earlyexit_ssd.command_line import run_tool
-from earlyexit_ssd.data.images import as_tensor, read_image
+from earlyexit_ssd.data.dataset import as_tensor
 from earlyexit_ssd.deploy import Predictor
 from earlyexit_ssd.files import writing
+from earlyexit_ssd.images import read_image
 from earlyexit_ssd.modeling.detector import EarlyExitDetector
 from earlyexit_ssd.pipeline.export import WRITERS, _contract, _metadata, _Parts, _segments, open_any
 from earlyexit_ssd.progress import progress

@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from earlyexit_ssd.data import catalog, checks
-from earlyexit_ssd.data.images import as_tensor, read_image
 from earlyexit_ssd.data.problems import MODES, Problems
 from earlyexit_ssd.data.records import (
     RawDataset,
@@ -37,6 +36,7 @@ from earlyexit_ssd.data.records import (
 from earlyexit_ssd.data.transforms import Augmentation, build_transforms, mixed_seed
 from earlyexit_ssd.errors import DataError
 from earlyexit_ssd.files import sha256
+from earlyexit_ssd.images import read_image
 
 logger = logging.getLogger(__name__)
 
@@ -351,6 +351,12 @@ def build_loader(
     # an own generator: drawing from the global one would make a resumed run differ
     own = torch.Generator()
     return DataLoader(dataset, batch_size // dealt_out, sampler=sampler, num_workers=workers, generator=own, **options)
+
+
+def as_tensor(image: np.ndarray) -> Tensor:
+    """A photo uint8 [H, W, 3] as the model takes it: float32 [3, H, W] in [0, 1]."""
+    pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    return pixels.to(torch.float32).div_(255)
 
 
 def collate(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:

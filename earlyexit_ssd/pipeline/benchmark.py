@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from earlyexit_ssd.data.images import as_tensor
+from earlyexit_ssd.data.dataset import as_tensor
 from earlyexit_ssd.deploy.benchmark import Detect
 from earlyexit_ssd.errors import EarlyExitError, shown
 from earlyexit_ssd.evaluation.onnx import FORMATS, OnnxDetector

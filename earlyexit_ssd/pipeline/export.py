@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou, clip_boxes_to_image
 
 from earlyexit_ssd.config import CLOSED
-from earlyexit_ssd.data.images import as_tensor, read_image
+from earlyexit_ssd.data.dataset import as_tensor
 from earlyexit_ssd.data.shapes import render_scene
 from earlyexit_ssd.deploy import Detections, Predictor
 from earlyexit_ssd.deploy.graph import (
@@ -42,6 +42,7 @@ from earlyexit_ssd.deploy.graph import (
 from earlyexit_ssd.deploy.predictor import FORMAT, MANIFEST, OnnxRuntime, package
 from earlyexit_ssd.errors import EarlyExitError, one_line
 from earlyexit_ssd.files import make_folder, write_json, writing
+from earlyexit_ssd.images import read_image
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.checkpoint import weights_path
 from earlyexit_ssd.modeling.detector import DETECTORS, EarlyExitDetector, Stop, default_boxes, walk

@@ -16,7 +16,7 @@ from fvcore.common.config import CfgNode
 from PIL import Image
 
 from earlyexit_ssd.calibration import load_certificate
-from earlyexit_ssd.data.images import as_tensor
+from earlyexit_ssd.data.dataset import as_tensor
 from earlyexit_ssd.deploy.predictor import Detections
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import sha256

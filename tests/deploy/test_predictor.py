@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from earlyexit_ssd.data.images import as_tensor
+from earlyexit_ssd.data.dataset import as_tensor
 from earlyexit_ssd.deploy import Detections, Predictor
 from earlyexit_ssd.deploy.predictor import as_photo
 from earlyexit_ssd.drift import Reference
