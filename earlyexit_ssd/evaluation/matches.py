@@ -275,21 +275,21 @@ def bootstrap_choices(
     seed: int = 0,
     *,
     ap50_only: bool = True,
-    groups: np.ndarray | None = None,
+    blocks: np.ndarray | None = None,
 ) -> list[Draws]:
     """AP and AP50 of each choice of exits [n] in ``resamples`` bootstrap draws of the photos.
 
     The same seed draws the same photos, so values on one data set are paired. ``ap50_only`` is ten times as fast.
-    Photos with the same number (from 0) in ``groups`` [n] are drawn together.
+    Photos with the same number (from 0) in ``blocks`` [n] are drawn together.
     """
-    count = matches.photos if groups is None or not len(groups) else int(groups.max()) + 1
+    count = matches.photos if blocks is None or not len(blocks) else int(blocks.max()) + 1
     generator = np.random.default_rng(seed)
     chosen = [matches.choose(choice) for choice in choices]
     everyone = np.zeros(matches.photos, np.int64)
     values = [Draws(*np.full((2, resamples), np.nan)) for _ in choices]
     for index in range(resamples):
         weights = np.bincount(generator.integers(count, size=count) if count else [], minlength=count)
-        weights = weights if groups is None else weights[groups]
+        weights = weights if blocks is None else weights[blocks]
         for draws, one in zip(values, chosen, strict=True):
             # numpy stores None as NaN
             draws.AP[index], draws.AP50[index] = ap_of_choice(one, everyone, weights, ap50_only=ap50_only)

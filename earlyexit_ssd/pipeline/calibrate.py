@@ -18,7 +18,7 @@ from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.calibration.certificate import Certificate, CertifiedTarget, Measured
 from earlyexit_ssd.calibration.drift import Reference
-from earlyexit_ssd.calibration.risk import certify, safe_to_bold
+from earlyexit_ssd.calibration.risk import certify, threshold_path
 from earlyexit_ssd.calibration.thresholds import Grid, best_within, learned_grid, pareto_path, threshold_grid
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.data.repeats import Block, block_of_each
@@ -165,10 +165,10 @@ class Search:
     def _for_risk(self) -> Chosen:
         target, costs, settings = self.target, self.costs, self.cfg.CALIBRATION
         seen, losses = self.train.confidences(self.router), self.train.losses(settings.REFERENCE)
-        path = safe_to_bold(seen, losses, costs.of_each, self._grid(seen, losses)[0])
+        path = threshold_path(seen, losses, costs.of_each, self._grid(seen, losses)[0])
         found = certify(
             path, self.confidences, self.losses, costs.of_each(path), target.value, target.delta, settings.BOUND,
-            self.cfg.SEED, groups=self.blocks,
+            self.cfg.SEED, blocks=self.blocks,
         )  # fmt: skip
         if found.step == 0:
             advice = "the exits are not good enough for it: allow a larger risk, or train them longer"
@@ -227,9 +227,9 @@ class Search:
         # a detector with closed exits may lose AP50 against a reference, so it is tested too
         limit = mean_costs[all_closed] + (0.0 if self.reference is None else 1e-9)
         path = path[(lost[path] <= target.value) & (mean_costs[path] < limit)]
-        kept = bootstrap_choices(matches, [reference], seed=seed, groups=self.blocks)[0]
+        kept = bootstrap_choices(matches, [reference], seed=seed, blocks=self.blocks)[0]
         for candidate in progress(path[np.argsort(mean_costs[path], kind="stable")], desc="AP50 lost"):
-            routed = bootstrap_choices(matches, [grid.choices[candidate]], seed=seed, groups=self.blocks)[0]
+            routed = bootstrap_choices(matches, [grid.choices[candidate]], seed=seed, blocks=self.blocks)[0]
             bound = float(np.nanquantile(kept.AP50 - routed.AP50, 1 - target.delta))
             if bound <= target.value:
                 measured = replace(closed.measured, AP50_lost_bound=bound)

@@ -310,11 +310,11 @@ def test_nothing_to_find(images, ground_truth):
 
 def test_photos_of_a_group_are_drawn_together(three_exits):
     coco, exits = three_exits
-    matches, choice, groups = exit_matches(coco, exits), np.ones(12, int), np.arange(12) // 4
-    (draws,) = bootstrap_choices(matches, [choice], resamples=5, seed=7, groups=groups)
+    matches, choice, blocks = exit_matches(coco, exits), np.ones(12, int), np.arange(12) // 4
+    (draws,) = bootstrap_choices(matches, [choice], resamples=5, seed=7, blocks=blocks)
     generator = np.random.default_rng(7)
     for ap50 in draws.AP50:
-        weights = np.bincount(generator.integers(3, size=3), minlength=3)[groups]
+        weights = np.bincount(generator.integers(3, size=3), minlength=3)[blocks]
         assert ap50 == ap_of_choice(matches, choice, weights, ap50_only=True).AP50
 
 
