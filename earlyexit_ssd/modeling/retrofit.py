@@ -21,7 +21,7 @@ from torchvision.models.detection.ssd import SSD, SSDScoringHead
 
 from earlyexit_ssd.config import FOLDS, LARGEST_SIDE, MOST_WIDTH
 from earlyexit_ssd.errors import EarlyExitError, nearest, shown
-from earlyexit_ssd.modeling.branches import Exit, describe_exits, exit_keywords, exit_words, takes_exits
+from earlyexit_ssd.modeling.branches import Exit, describe_exits, exit_keyword_names, exit_keywords, takes_exits
 from earlyexit_ssd.modeling.compact import find_competing_rows
 from earlyexit_ssd.modeling.detector import EarlyExitDetector, detector_class
 from earlyexit_ssd.modeling.heads import (
@@ -227,7 +227,7 @@ class Architecture:
         """The inverse of :meth:`to_dict`; unknown keys and wrong types are errors."""
         values = dict(values)
         older = {key: values.pop(key) for key in ("attention", "cascade") if key in values}
-        words = {key: values.pop(key) for key in exit_words() if key in values}
+        words = {key: values.pop(key) for key in exit_keyword_names() if key in values}
         copied = words.get("copy", [0.0])
         new_layers = older.get("attention") is not None and isinstance(copied, (list, tuple)) and not all(copied)
         exits = () if new_layers else describe_exits(**words)
@@ -273,7 +273,7 @@ class Architecture:
     @classmethod
     def of_full_path(cls, values: dict) -> Architecture:
         """The description of a model's full path only; its branches may come from an unsupported older version."""
-        branches = {"attention", "cascade", *exit_words()}
+        branches = {"attention", "cascade", *exit_keyword_names()}
         return cls.from_dict({key: value for key, value in values.items() if key not in branches})
 
     def build_detector(self) -> SSD:
