@@ -138,17 +138,13 @@ class Certificate:
         return all(threshold >= CLOSED for threshold in self.router["thresholds"])
 
     def router_for(self, model: nn.Module) -> ExitRouter:
-        """Make the router for ``model``.
-
-        Raises:
-            EarlyExitError: the model has other weights or exits than the calibrated one, or it is fused.
-        """
+        """The router for ``model``; an EarlyExitError if its weights or exits are not the calibrated ones, or fused."""
         if is_fused(model):
             fix = "give it the certificate's router first, then fuse it (the router goes along)"
             raise EarlyExitError(f"the model is fused, so its weights are not the certificate's; {fix}")
-        digests = self.weights_sha256, weights_hash(model)
-        if digests[0] != digests[1]:
-            told = "the certificate is for weights {:.12}, the model has {:.12}".format(*digests)
+        found = weights_hash(model)
+        if found != self.weights_sha256:
+            told = f"the certificate is for weights {self.weights_sha256:.12}, the model has {found:.12}"
             raise EarlyExitError(f"{told}; calibrate again with tools/calibrate.py")
         calibrated, present = (", ".join(names[:-1]) for names in (self.drift.exit_names, model.exit_names))
         if calibrated != present:  # exits without a branch have no weights, so the hash of the weights misses them

@@ -210,9 +210,7 @@ def _ranks(values: np.ndarray) -> Tensor:
 
 
 def _unrank(values: np.ndarray, rank: float) -> float:
-    """The threshold for a threshold on ranks: the smallest confidence with at least this rank, else `CLOSED`.
-
-    Confidences below 0 are left out: the router gives -1 at an exit where the policy cannot decide.
-    """
+    """The smallest confidence with at least this rank; `CLOSED` if there is none. Confidences below 0 (-1: the policy
+    cannot decide at this exit) are left out."""
     leaving = values[(_ranks(values).numpy() >= np.float32(rank)) & (values >= 0)]
     return float(leaving.min()) if len(leaving) else CLOSED

@@ -73,7 +73,7 @@ class Argument:
 
 @dataclass(frozen=True)
 class Place:
-    """What a branch is built from: its position in the detector, and the shapes of its input and outputs.
+    """What a branch is built from: its place in the detector, and the shapes of its input and outputs.
 
     Attributes:
         backbone: the detector's backbone, whose layers may be copied.
@@ -675,8 +675,8 @@ class PyramidStep(nn.Module):
 class LightBranch(Branch):
     """Squeeze-excitation on the tap (Hu et al. 2018), context from the previous exit, and a narrow feature pyramid.
 
-    The branch's context is its narrow map. The previous exit's context is resized and added to it, so that one is
-    computed even if the previous exit is closed.
+    The branch's context is its narrow map plus the previous exit's context, resized. The previous context is computed
+    even if that exit is closed.
 
     Args:
         place: position and shapes.
@@ -715,22 +715,15 @@ class LightBranch(Branch):
         return self.head(maps)
 
 
+_convolution = functools.partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=nn.Hardswish)
+
+
 def _pointwise(in_channels: int, out_channels: int) -> Conv2dNormActivation:
-    return Conv2dNormActivation(
-        in_channels, out_channels, kernel_size=1, norm_layer=norm_layer, activation_layer=nn.Hardswish
-    )
+    return _convolution(in_channels, out_channels, kernel_size=1)
 
 
 def _depthwise(channels: int, kernel_size: int = 5, stride: int = 1) -> Conv2dNormActivation:
-    return Conv2dNormActivation(
-        channels,
-        channels,
-        kernel_size=kernel_size,
-        stride=stride,
-        groups=channels,
-        norm_layer=norm_layer,
-        activation_layer=nn.Hardswish,
-    )
+    return _convolution(channels, channels, kernel_size=kernel_size, stride=stride, groups=channels)
 
 
 # The kind "empty": no branch. Photos that leave there have no detections.

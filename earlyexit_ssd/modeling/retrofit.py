@@ -391,10 +391,9 @@ def retrofit(
     unfolded = {"head_outputs": 0, "folded_rows": (), "competing": (), "folded_branches": False}
     reduced_tail = has_reduced_tail(state, architecture.width)
     architecture = dataclasses.replace(architecture, reduced_tail=reduced_tail, **unfolded)
-    source_head = {name: getattr(described, name) for name in unfolded} if described else {}
-    if described:
-        source_head["folded_branches"] = bool(described.competing)
-    loaded = dataclasses.replace(architecture, classes=source, **source_head)
+    folds = {name: getattr(described, name) for name in ("head_outputs", "folded_rows", "competing") if described}
+    compact = bool(described and described.competing)
+    loaded = dataclasses.replace(architecture, classes=source, **folds, folded_branches=compact)
     detector = loaded.build_detector()
     load_every_key(detector, state, weights)
     if source == architecture.classes:
@@ -470,11 +469,7 @@ def load_full_path(
 
 
 def require_weights(weights: str | os.PathLike[str] | SSDLite320_MobileNet_V3_Large_Weights) -> None:
-    """Check that ``weights`` is a file or a name of torchvision's weights, without reading it.
-
-    Raises:
-        EarlyExitError: it is neither; the message has the nearest name.
-    """
+    """Raise an EarlyExitError with the nearest name if ``weights`` is neither a file nor torchvision's weights."""
     if torchvision_name(weights) is None and not Path(weights).is_file():
         names = SSDLite320_MobileNet_V3_Large_Weights.__members__
         hint = nearest(str(weights), names) or f"; torchvision's own are {', '.join(names)}"

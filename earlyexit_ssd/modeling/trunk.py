@@ -59,11 +59,7 @@ def build_ssdlite(
             "ImageNet weights of the trunk need width=1.0 and reduced_tail=False; for others give weights_backbone=None"
         )
     trunk = mobilenet_v3_large(
-        weights=weights_backbone,
-        progress=progress,
-        norm_layer=norm_layer,
-        width_mult=width,
-        reduced_tail=reduced_tail,
+        weights=weights_backbone, progress=progress, norm_layer=norm_layer, width_mult=width, reduced_tail=reduced_tail
     )
     if weights_backbone is None:
         _normal_init(trunk)

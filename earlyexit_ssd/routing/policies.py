@@ -311,9 +311,8 @@ class BalancedAmbiguity(FittedPolicy):
         objects = photos.object_counts()
         if not any(objects):
             fix = "give labels (of DATA.TRAIN for a risk, else of DATA.CALIB), or take ambiguous_mass (ROUTING.POLICY)"
-            raise EarlyExitError(
-                f"policy 'balanced_ambiguity' counts objects, and the photos have no labelled one; {fix}"
-            )
+            wrong = "policy 'balanced_ambiguity' counts objects, and the photos have no labelled one"
+            raise EarlyExitError(f"{wrong}; {fix}")
         counts = torch.tensor(objects, dtype=torch.float64) + 1
         return (counts.mean() / counts).tolist()
 
@@ -465,11 +464,11 @@ class ForeseenEmptiness(FittedPolicy):
     @classmethod
     def fit(cls, photos: RecordedPhotos) -> list[dict[str, list | float]]:
         """Fit a regression of the full path's largest score for each early exit, without labels."""
-        largest = photos.largest_scores()
-        return [
-            fit_largest_score(torch.cat([regression_inputs(one) for one in photos.signals(index, cls.boxes)]), largest)
-            for index in range(len(photos.temperatures))
-        ]
+        largest, fitted = photos.largest_scores(), []
+        for index in range(len(photos.temperatures)):
+            inputs = torch.cat([regression_inputs(one) for one in photos.signals(index, cls.boxes)])
+            fitted.append(fit_largest_score(inputs, largest))
+        return fitted
 
     def forward(self, signals: ExitSignals, exit_index: int) -> Tensor:
         """Confidences [N]; at the full path 1 - its own largest object probability."""
