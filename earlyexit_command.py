@@ -79,6 +79,8 @@ examples:
       the fastest detector that loses at most 0.01 AP50 in 95 %% of the bootstrap draws of calib photos
   %(prog)s --config mine.yaml --weights output/mine/model.pth --speedup 2
       at least twice as fast, with the least loss; the branches of a trained model are candidates too
+  %(prog)s --config mine.yaml --train
+      try smaller inputs with fine-tuned weights too; minutes to hours on a CPU
   %(prog)s --config mine.yaml --ms 20 --budget-minutes 30 EVAL.RIVALS.ONNX "['yolox:yolox_nano.onnx']"
       at most 20 ms a photo; start no candidate after 30 minutes; compare with YOLOX-nano in the chart
 
@@ -224,6 +226,11 @@ def optimize_arguments(parser: argparse.ArgumentParser) -> None:
         "--runtime", choices=("onnxruntime", "openvino", "eager"), default="onnxruntime", help="for timing; onnxruntime"
     )
     parser.add_argument("--budget-minutes", type=float, help="start no further candidate after this time")
+    parser.add_argument(
+        "--train",
+        action="store_true",
+        help="fine-tune for smaller inputs too, on DATA.TRAIN (section FINE_TUNING)",
+    )
     parser.add_argument("--out", help="folder of the results; OUTPUT_DIR/optimize by default")
 
 
@@ -233,7 +240,7 @@ def optimize(args: argparse.Namespace) -> None:
 
     cfg = load_config(args.config, [*args.overrides, "EVAL.RUNTIME", args.runtime])
     out = Path(args.out or Path(cfg.OUTPUT_DIR) / "optimize")
-    goal = Goal(args.ap_drop, args.delta, args.speedup, args.ms, args.budget_minutes)
+    goal = Goal(args.ap_drop, args.delta, args.speedup, args.ms, args.budget_minutes, args.train)
     outcome = optimize(cfg, goal, out, args.weights)
     for one in outcome.candidates:
         print(one)
@@ -391,7 +398,7 @@ def benchmark_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DETECTOR",
         help="what earlyexit export wrote (.onnx, .xml in OpenVINO, a folder of stages), the routed one first; a "
         "model.pth, a checkpoint or shipped weights in eager PyTorch; compile:FILE, its full path with torch.compile; "
-        "FORMAT:FILE, an ONNX file of another kind (yolox:, boxes:)",
+        "FORMAT:FILE, an ONNX file of another kind (yolox:, nanodet:, picodet:, boxes:)",
     )
     parser.add_argument("--photos", nargs="+", required=True, help="photos or folders; best those of use")
     parser.add_argument("--most", type=int, help="take so many of the photos at most, a seeded choice; all")

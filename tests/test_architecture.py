@@ -10,7 +10,7 @@ import earlyexit_ssd
 PACKAGE = Path(earlyexit_ssd.__file__).parent
 ORDER = ["deploy", "config", "data", "modeling", "engine", "routing", "calibration", "evaluation", "report", "pipeline"]
 """deploy comes first, since it runs without all others; pipeline writes what it runs."""
-COMMON = {"bounds", "command_line", "drawing", "errors", "files", "images", "keywords", "plain", "progress"}
+COMMON = {"bounds", "command_line", "drawing", "drift", "errors", "files", "images", "keywords", "plain", "progress"}
 
 
 def imported_parts(path: Path) -> set[str]:

@@ -28,10 +28,10 @@ from earlyexit_ssd import EarlyExitSSDLite, ExitRouter
 from earlyexit_ssd.calibration import DriftMonitor
 from earlyexit_ssd.calibration import certificate as certificates
 from earlyexit_ssd.calibration.certificate import Certificate, load_certificate
-from earlyexit_ssd.calibration.drift import Reference
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.data import load_dataset, to_coco
 from earlyexit_ssd.data.problems import MODES
+from earlyexit_ssd.drift import Reference
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.onnx import OnnxDetector, count_onnx_mmacs
 from earlyexit_ssd.modeling import Architecture, retrofit

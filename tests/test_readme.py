@@ -44,7 +44,7 @@ def cells(run: str) -> str:
     if run in THREE_EXITS:
         return " | ".join(interval(rows[name]) for name in ("full", "exit12", "exit8", "exit6"))
     routed, plain = metrics["routed"], metrics["without_exits"]
-    verdict = "ship" if metrics["verdict"]["ship"] else "do not ship"
+    verdict = f"ship {metrics['verdict']['what']}" if metrics["verdict"]["ship"] else "do not ship"
     figures = [interval(rows["full"]), interval(routed), f"{plain['ms']:.1f}", f"{routed['ms']:.1f}", verdict]
     better = [line for line in judge(Results.from_json(metrics)).lines if line.startswith("ship instead: ")]
     rivals = [one for one in metrics["rivals"] for line in better if f"instead: {one['name']} has " in line]

@@ -1,7 +1,7 @@
 """Calibration: temperatures and thresholds from photos, and what can be promised about them."""
 
 from earlyexit_ssd.calibration.certificate import Certificate, load_certificate, parse_certificate
-from earlyexit_ssd.calibration.drift import DriftMonitor
+from earlyexit_ssd.drift import DriftMonitor
 from earlyexit_ssd.modeling.pretrained import register_router
 from earlyexit_ssd.routing import ExitRouter
 

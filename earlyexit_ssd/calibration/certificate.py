@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 from torch import nn
 
-from earlyexit_ssd.calibration.drift import Reference
 from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.drift import Reference
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import write_json
 from earlyexit_ssd.modeling.checkpoint import weights_hash

@@ -16,13 +16,13 @@ CLOSED = 2.0
 """A threshold that no confidence reaches."""
 C4_LAYER = 13
 """Its expansion is the full path's first map."""
-PHASE_SECTIONS = {"baseline": "BASELINE", "exits": "EXITS_PHASE", "joint": "JOINT"}
+PHASE_SECTIONS = {"baseline": "BASELINE", "exits": "EXITS_PHASE", "joint": "JOINT", "fine_tuning": "FINE_TUNING"}
 LAST_LAYER = 16
 TAIL_BLOCKS = 2
 LARGEST_SIDE, MOST_WIDTH, MOST_CHANNELS = 4096, 4, 4096
 TARGETS = ("ap_drop", "risk", "speedup")
 FOLDS = ("exact", "compact", "rows")
-RIVAL_FORMATS = ("yolox", "boxes")
+RIVAL_FORMATS = ("yolox", "boxes", "nanodet", "picodet")
 LOSS_CHOICES = {
     "classification": ("mined", "focal"),
     "supervision": ("labels", "teacher"),
@@ -95,7 +95,7 @@ _OF_EACH_VALUE: Sequence[Rule] = (
      "a number above 0", _number(lambda one: one > 0)),
     ("SEED THREADS CALIBRATION.TRAIN_PHOTOS EXITS.HEAD_RANK EXITS.CHANNELS DATA.LIMIT DATA.WORKERS LOSS.MIN_NEGATIVES "
      "ENGINE.CURVE_PERIOD LOSS.FOCAL_GAMMA LOSS.EXIT_WEIGHTS JOINT.EXIT_WEIGHTS LOSS.FULL_WEIGHT EVAL.PICTURES "
-     "LOSS.DISTILLATION_WEIGHT LOSS.DISTILLATION_BOX_WEIGHT DATA.SYNTHETIC.SEED "
+     "LOSS.DISTILLATION_WEIGHT LOSS.DISTILLATION_BOX_WEIGHT FINE_TUNING.DISTILLATION_WEIGHT DATA.SYNTHETIC.SEED "
      + _of_phases("EPOCHS WEIGHT_DECAY CLIP_GRADIENT"),
      "a number of at least 0", _number(lambda one: one >= 0)),
     *((keys, f"at most {most}", lambda one, *_, most=most: one <= most) for keys, most in (

@@ -105,7 +105,9 @@ def predict(
         rule: rule of a temporal exit.
 
     Yields:
-        one line per photo and per detection in it, one per video at its end, or the reason why a source was not read.
+        one line per photo and per detection in it, one per video at its end, or the reason why a source was not read;
+        at the end a warning if ``detector.drift()`` says so. With ``rule`` there is none, since the detector then sees
+        a selection of the frames.
 
     Raises:
         EarlyExitError: a number out of its range, a rule for another detector, or OpenCV missing.
@@ -131,7 +133,15 @@ def predict(
             job = _Job(look, source, path if "pictures" in save else None, score, show, draw, tables, numbers)
             yield from job.run(read_frames(source, stride), most_frames)
             if job.stopped:
-                return
+                break
+    if rule is None and hasattr(detector, "drift"):
+        try:
+            drift = detector.drift()
+        except EarlyExitError as error:  # scipy is missing
+            yield f"warning: {error}"
+        else:
+            if drift is not None and drift.drifted:
+                yield f"warning: {drift.text}"
 
 
 def images_of(sources: Sequence[Source], stride: int = 1, most_frames: int | None = None) -> Iterator[np.ndarray]:

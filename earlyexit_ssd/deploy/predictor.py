@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from earlyexit_ssd.drift import Drift, DriftRecord
 from earlyexit_ssd.errors import EarlyExitError, nearest, one_line, shown
 
 FORMAT = "earlyexit_ssd detector/1"
@@ -52,6 +53,30 @@ class Detections:
     exit_name: str
     exit_confidence: float | None
     ms: float
+
+    @classmethod
+    def of(
+        cls,
+        found: tuple[Array, Array, Array],
+        exit_index: int,
+        confidence: float,
+        classes: Sequence[str],
+        exit_names: Sequence[str],
+        start: float,
+    ) -> Detections:
+        """From boxes, labels and scores, the exit, its confidence (NaN: no router), the names of the labels 1..K and of
+        the exits, and the ``time.perf_counter()`` at which the call started."""
+        boxes, labels, scores = found
+        return cls(
+            boxes,
+            labels,
+            [classes[label - 1] for label in labels.tolist()],
+            scores,
+            exit_index,
+            exit_names[exit_index],
+            None if math.isnan(confidence) else confidence,
+            1000 * (time.perf_counter() - start),
+        )
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -123,6 +148,8 @@ class Predictor:
         self.thresholds = dict(zip(self.exit_names, self._description.thresholds, strict=False))
         self.score_thresh = self._least_scores(score_thresh)
         self._set_thresholds(thresholds)
+        own = tuple(self.thresholds.values()) == self._description.thresholds
+        self._decisions = self._description.decisions if own else None
 
     def __call__(self, image: Array) -> Detections:
         """Detect in one photo.
@@ -134,7 +161,7 @@ class Predictor:
         Raises:
             EarlyExitError: an array of another type, shape or range.
         """
-        return self._detect(image, "image", self._thresholds)
+        return self._routed(image, "image")
 
     def predict(self, images: Iterable[Array]) -> list[Detections]:
         """Detect in photos of any sizes, one by one, since each leaves at its own exit.
@@ -146,7 +173,19 @@ class Predictor:
             raise EarlyExitError(
                 f"images {list(images.shape)}: expected a list of photos; call predictor(image) for one"
             )
-        return [self._detect(image, f"image {place}", self._thresholds) for place, image in enumerate(images)]
+        return [self._routed(image, f"image {place}") for place, image in enumerate(images)]
+
+    def drift(self) -> Drift | None:
+        """Compare the exits and confidences of the photos so far with those of calibration.
+
+        The p-value takes photos for independent draws. If the certificate has a block length (``--block`` of the
+        calibration), one frame of each block is compared and the p-value holds for a video; otherwise the frames of a
+        video count as independent, and it warns too easily. See `earlyexit_ssd.drift.DriftRecord`.
+
+        Returns:
+            None without a certificate, with other thresholds than the file's, and before the first photo.
+        """
+        return self._decisions and self._decisions.drift()
 
     def warm_up(self, runs: int = 2) -> None:
         """Run a blank photo, routed and through the full path, since the first calls are slower than later ones."""
@@ -155,6 +194,12 @@ class Predictor:
             for thresholds in (self._thresholds, np.full_like(self._thresholds, CLOSED)):
                 self._detect(blank, "image", thresholds)
 
+    def _routed(self, image: Array, name: str) -> Detections:
+        found = self._detect(image, name, self._thresholds)
+        if self._decisions:
+            self._decisions.add(found.exit_index, found.exit_confidence)
+        return found
+
     def _detect(self, image: Array, name: str, thresholds: Array) -> Detections:
         start = time.perf_counter()
         feeds = {"image": as_photo(image, name), "thresholds": thresholds, "score_thresh": self.score_thresh}
@@ -162,17 +207,8 @@ class Predictor:
         if self._network.fixed_scores:
             keep = scores > self.score_thresh[labels - 1]
             boxes, labels, scores = boxes[keep], labels[keep], scores[keep]
-        index, confidence = int(exit_index), float(confidence)
-        return Detections(
-            boxes,
-            labels,
-            [self.classes[label - 1] for label in labels.tolist()],
-            scores,
-            index,
-            self.exit_names[index],
-            None if math.isnan(confidence) else confidence,
-            1000 * (time.perf_counter() - start),
-        )
+        found, index, confidence = (boxes, labels, scores), int(exit_index), float(confidence)
+        return Detections.of(found, index, confidence, self.classes, self.exit_names, start)
 
     def _least_scores(self, given: float | Mapping[str, float] | None) -> Array:
         """Lowest score per class, float32 [K]."""
@@ -271,6 +307,7 @@ class _Description:
     thresholds: tuple[float | None, ...]
     score_thresh: tuple[float, ...]
     certificate: dict[str, Any] | None
+    decisions: DriftRecord | None
     versions: dict[str, str]
 
     @classmethod
@@ -279,12 +316,15 @@ class _Description:
         if metadata.get("format") != FORMAT:
             raise ValueError(f"its format is {shown(metadata.get('format'))}, expected {FORMAT!r}")
         read = {key: json.loads(metadata[key]) for key in ("classes", "exit_names", "thresholds", "score_thresh")}
+        exit_names = tuple(map(str, read["exit_names"]))
+        certificate = json.loads(metadata.get("certificate") or "null")
         found = cls(
             tuple(map(str, read["classes"])),
-            tuple(map(str, read["exit_names"])),
+            exit_names,
             tuple(None if value is None else float(value) for value in read["thresholds"]),
             tuple(map(float, read["score_thresh"])),
-            json.loads(metadata.get("certificate") or "null"),
+            certificate,
+            None if certificate is None else DriftRecord.of(certificate, exit_names),
             json.loads(metadata.get("versions") or "{}"),
         )
         if len(found.score_thresh) != len(found.classes) or len(found.thresholds) != len(found.exit_names) - 1:

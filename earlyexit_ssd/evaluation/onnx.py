@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +34,13 @@ YOLOX_STRIDES = (8, 16, 32)
 YOLOX_PADDING = 114.0
 LEAST_SCORE, NMS_IOU, MOST_DETECTIONS = 0.001, 0.65, 300
 
+DISTANCE_STRIDES = (8, 16, 32, 64)
+DISTANCE_BINS = 8
+"""Distances from a point to its box's sides are 0 to 7 strides."""
+DISTANCE_NMS_IOU, MOST_CANDIDATES = 0.6, 1000
+IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+
 
 @dataclass(frozen=True)
 class OnnxFormat:
@@ -43,11 +50,13 @@ class OnnxFormat:
     prepare: photo [3, H, W] RGB in [0, 1] and input size (height, width) to the input [3, height, width] and the
         scales (x, y) from photo to input.
     decode: outputs, input size and K to detections, boxes in the input's pixels.
+    constants: inputs besides the photo that a file may have -> their values, [1, n].
     """
 
     classes: tuple[str, ...]
     prepare: Callable[[Tensor, Size], tuple[Tensor, tuple[float, float]]]
     decode: Callable[[Sequence[Tensor], Size, int], ImageDetections]
+    constants: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 def letterbox(photo: Tensor, size: Size) -> tuple[Tensor, tuple[float, float]]:
@@ -60,22 +69,24 @@ def letterbox(photo: Tensor, size: Size) -> tuple[Tensor, tuple[float, float]]:
     return padded.flip(0), (scale, scale)
 
 
+def grid(size: Size, strides: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Column and row [N, 2] and stride [N, 1] of each cell: the grids fine to coarse, each row by row."""
+    cells, lengths = [], []
+    for stride in strides:
+        y, x = torch.meshgrid(*(torch.arange(math.ceil(side / stride)) for side in size), indexing="ij")
+        cells.append(torch.stack([x, y], -1).reshape(-1, 2).float())
+        lengths.append(torch.full((y.numel(), 1), stride))
+    return torch.cat(cells), torch.cat(lengths)
+
+
 def decode_yolox(outputs: Sequence[Tensor], size: Size, num_classes: int) -> ImageDetections:
     """YOLOX's raw output [1, cells, 5 + K] (Ge et al. 2021): box, objectness and class probabilities of each cell.
 
     A box is its centre, as an offset from the cell's corner, and the logarithms of its sides, all in strides. The score
     is objectness times the best class's probability; non-maximum suppression goes class by class.
     """
-    corners, strides = [], []
-    for stride in YOLOX_STRIDES:  # the grids fine to coarse, row by row
-        y, x = torch.meshgrid(torch.arange(size[0] // stride), torch.arange(size[1] // stride), indexing="ij")
-        corners.append(torch.stack([x, y], -1).reshape(-1, 2).float())
-        strides.append(torch.full((y.numel(), 1), stride))
-    cells, strides = torch.cat(corners), torch.cat(strides)
-    expected = [1, len(cells), 5 + num_classes]
-    if [list(output.shape) for output in outputs] != [expected]:
-        shapes = ", ".join(str(list(output.shape)) for output in outputs)
-        raise EarlyExitError(f"format yolox: expected one output {expected} for {num_classes} classes, got {shapes}")
+    cells, strides = grid(size, YOLOX_STRIDES)
+    _require_one(outputs, [1, len(cells), 5 + num_classes], num_classes)
     rows = outputs[0][0].float()
     probability, best = rows[:, 5:].max(1)
     scores = rows[:, 4] * probability
@@ -87,10 +98,16 @@ def decode_yolox(outputs: Sequence[Tensor], size: Size, num_classes: int) -> Ima
     return {"boxes": boxes[order], "scores": scores[order], "labels": labels[order]}
 
 
-def squeeze(photo: Tensor, size: Size) -> tuple[Tensor, tuple[float, float]]:
+def _require_one(outputs: Sequence[Tensor], expected: list[int], num_classes: int) -> None:
+    if [list(output.shape) for output in outputs] != [expected]:
+        shapes = ", ".join(str(list(output.shape)) for output in outputs)
+        raise EarlyExitError(f"expected one output {expected} for {num_classes} classes, got {shapes}")
+
+
+def squeeze(photo: Tensor, size: Size, mode: str = "bilinear") -> tuple[Tensor, tuple[float, float]]:
     """The photo in [0, 1], squeezed to the input's shape as torchvision's SSD does it."""
     scales = size[1] / photo.shape[2], size[0] / photo.shape[1]
-    return F.interpolate(photo[None], size, mode="bilinear", align_corners=False)[0], scales
+    return F.interpolate(photo[None], size, mode=mode, align_corners=False)[0], scales
 
 
 def decode_boxes(outputs: Sequence[Tensor], size: Size, num_classes: int) -> ImageDetections:
@@ -101,17 +118,89 @@ def decode_boxes(outputs: Sequence[Tensor], size: Size, num_classes: int) -> Ima
     fits = len(floats) == 2 and len(whole) == 1 and floats[1].shape[-1] == 4 and floats[1].dim() > floats[0].dim()
     if not fits or not floats[0].numel() == whole[0].numel() == floats[1].numel() // 4:
         shapes = ", ".join(f"{one.dtype} {list(one.shape)}" for one in outputs)
-        raise EarlyExitError(f"format boxes: expected boxes [N, 4], scores [N] and integer labels [N], got {shapes}")
+        raise EarlyExitError(f"expected boxes [N, 4], scores [N] and integer labels [N], got {shapes}")
     labels = whole[0].flatten().long()
     strange = labels[(labels < 1) | (labels > num_classes)]
     if len(strange):
-        raise EarlyExitError(f"format boxes: label {int(strange[0])}, but {num_classes} names of classes")
+        raise EarlyExitError(f"label {int(strange[0])}, but {num_classes} names of classes")
     return {"boxes": floats[1].reshape(-1, 4).float(), "scores": floats[0].flatten().float(), "labels": labels}
 
 
+def squeeze_nanodet(photo: Tensor, size: Size) -> tuple[Tensor, tuple[float, float]]:
+    """NanoDet-Plus's input: BGR, squeezed, with ImageNet's mean and deviation."""
+    x, scales = squeeze(photo, size)
+    return ((x - IMAGENET_MEAN) / IMAGENET_STD).flip(0), scales
+
+
+def squeeze_picodet(photo: Tensor, size: Size) -> tuple[Tensor, tuple[float, float]]:
+    """PicoDet's input: RGB, squeezed with cubic interpolation, with ImageNet's mean and deviation."""
+    x, scales = squeeze(photo, size, "bicubic")
+    return (x.clamp(0, 1) - IMAGENET_MEAN) / IMAGENET_STD, scales
+
+
+def boxes_from_distances(points: Tensor, strides: Tensor, logits: Tensor) -> Tensor:
+    """Boxes [N, 4] of points [N, 2] in strides (Li et al. 2020, generalised focal loss).
+
+    The distances to the left, upper, right and lower side are expected values, in strides; ``logits`` [N, 4 * 8] are of
+    the chances of 0 to 7.
+    """
+    chances = logits.reshape(-1, 4, DISTANCE_BINS).softmax(-1)
+    left_top, right_bottom = (chances @ torch.arange(float(DISTANCE_BINS))).split(2, 1)
+    return torch.cat([points - left_top, points + right_bottom], 1) * strides
+
+
+def suppress(boxes: Tensor, scores: Tensor) -> ImageDetections:
+    """Non-maximum suppression, class by class; each of the boxes [N, 4] counts in every class with a score [N, K]."""
+    if not ((scores > -0.01) & (scores < 1.01)).all():
+        low, high = float(scores.min()), float(scores.max())
+        raise EarlyExitError(f"scores from {low:.4g} to {high:.4g}, expected 0 to 1; export it with its sigmoid")
+    row, column = (scores >= LEAST_SCORE).nonzero(as_tuple=True)
+    values, best = scores[row, column].topk(min(len(row), MOST_CANDIDATES))
+    boxes, labels = boxes[row[best]], column[best] + 1
+    order = batched_nms(boxes, values, labels, DISTANCE_NMS_IOU)[:MOST_DETECTIONS]
+    return {"boxes": boxes[order], "scores": values[order], "labels": labels[order]}
+
+
+def decode_nanodet(outputs: Sequence[Tensor], size: Size, num_classes: int) -> ImageDetections:
+    """NanoDet-Plus's output [1, cells, K + 4 * 8]: scores and distances, see `boxes_from_distances`; a cell's point is
+    its upper left corner."""
+    cells, strides = grid(size, DISTANCE_STRIDES)
+    _require_one(outputs, [1, len(cells), num_classes + 4 * DISTANCE_BINS], num_classes)
+    rows = outputs[0][0].float()
+    return suppress(boxes_from_distances(cells, strides, rows[:, num_classes:]), rows[:, :num_classes])
+
+
+def decode_picodet(outputs: Sequence[Tensor], size: Size, num_classes: int) -> ImageDetections:
+    """PicoDet's outputs (Yu et al. 2021), whatever of its post-processing the file has.
+
+    None: scores [1, n, K] of each grid, then distances [1, n, 4 * 8], see `boxes_from_distances`; a cell's point is its
+    centre. All but suppression: boxes [1, cells, 4] xyxy and scores [1, K, cells]. All: rows [n, 6] of class from 0,
+    score and box, and their number; a negative class is no detection.
+    """
+    cells, strides = grid(size, DISTANCE_STRIDES)
+    counts = [int((strides == stride).sum()) for stride in DISTANCE_STRIDES]
+    shapes = [list(output.shape) for output in outputs]
+    if shapes == [[1, count, width] for width in (num_classes, 4 * DISTANCE_BINS) for count in counts]:
+        scores, logits = (torch.cat(part, 1)[0].float() for part in (outputs[:4], outputs[4:]))
+        return suppress(boxes_from_distances(cells + 0.5, strides, logits), scores)
+    if shapes == [[1, len(cells), 4], [1, num_classes, len(cells)]]:
+        return suppress(outputs[0][0].float(), outputs[1][0].float().T)
+    if len(shapes) in (1, 2) and len(shapes[0]) == 2 and shapes[0][1] == 6:
+        rows = outputs[0][outputs[0][:, 0] >= 0].float()
+        return decode_boxes([rows[:, 2:], rows[:, 1], rows[:, 0].long() + 1], size, num_classes)
+    raise EarlyExitError(
+        f"expected [1, n, {num_classes}], then [1, n, {4 * DISTANCE_BINS}] for n = {str(counts)[1:-1]}, or"
+        f" [1, {len(cells)}, 4], [1, {num_classes}, {len(cells)}], or [n, 6]; got {len(shapes)}: {shown(shapes, 80)}"
+    )
+
+
+COCO_80 = tuple(name for name in COCO_CLASSES if name != "N/A")
 FORMATS: dict[str, OnnxFormat] = {
-    "yolox": OnnxFormat(tuple(name for name in COCO_CLASSES if name != "N/A"), letterbox, decode_yolox),
+    "yolox": OnnxFormat(COCO_80, letterbox, decode_yolox),
     "boxes": OnnxFormat(COCO_CLASSES, squeeze, decode_boxes),
+    "nanodet": OnnxFormat(COCO_80, squeeze_nanodet, decode_nanodet),
+    # scale_factor divides the boxes; with ones they stay in the input's pixels
+    "picodet": OnnxFormat(COCO_80, squeeze_picodet, decode_picodet, {"scale_factor": (1.0, 1.0)}),
 }
 """Names in EVAL.RIVALS.ONNX -> how to use such a file."""
 
@@ -174,6 +263,19 @@ def _count(node: Any, data: Shape | None, weights: Shape | None, output: Shape |
 # An exported detector with torchvision's interface.
 
 
+def fill_inputs(content: bytes, constants: Mapping[str, tuple[float, ...]]) -> bytes:
+    """The file with values [1, n] for those of its inputs that ``constants`` names."""
+    onnx = deploy_package("onnx")
+    try:
+        model = onnx.load_model_from_string(content)
+    except Exception:  # `OnnxNetwork` says what is wrong with it
+        return content
+    for name in constants.keys() & {value.name for value in model.graph.input}:
+        dims = (1, len(constants[name]))
+        model.graph.initializer.append(onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, dims, constants[name]))
+    return model.SerializeToString()
+
+
 class OnnxDetector(nn.Module):
     """``detector(photos)`` is one dict per photo: ``boxes`` [n, 4] xyxy in its pixels, ``scores``, ``labels`` 1..K.
 
@@ -199,8 +301,9 @@ class OnnxDetector(nn.Module):
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise EarlyExitError(f"{path}: cannot be read as an ONNX file ({reason})") from None
-        self.path, self.content, self.format = path, content, FORMATS[file_format]
-        self.network = OnnxNetwork(content, threads, str(path), Path(path).parent)
+        self.path, self.format, self._format_name = path, FORMATS[file_format], file_format
+        self.content = fill_inputs(content, self.format.constants) if self.format.constants else content
+        self.network = OnnxNetwork(self.content, threads, str(path), Path(path).parent)
         shape = self.network.input_shape
         if shape[:-2] not in ((3,), (1, 3)) or max(shape) > LARGEST_SIDE:
             limits = f"a batch is one photo, and sides are {LARGEST_SIDE} pixels at most"
@@ -218,7 +321,9 @@ class OnnxDetector(nn.Module):
         try:
             found = self.format.decode(self.network(x.reshape(self.network.input_shape)), size, len(self.classes))
         except EarlyExitError as error:
-            raise EarlyExitError(f"{self.path}: {error}; its metadata may name its classes") from None
+            raise EarlyExitError(
+                f"{self.path}: format {self._format_name}: {error}; its metadata may name its classes"
+            ) from None
         if not all(found[key].isfinite().all() for key in ("boxes", "scores")):
             raise EarlyExitError(f"{self.path}: its boxes or scores are not finite; export it anew")
         height, width = photo.shape[-2:]

@@ -635,6 +635,24 @@ def fuse_for_inference(model: EarlyExitDetector) -> EarlyExitDetector:
 Targets = list[dict[str, Tensor]]
 
 
+@dataclass(frozen=True)
+class ResizedBatch:
+    """The full path's outputs for a batch at some input side.
+
+    Attributes:
+        images: the normalised batch at the model's own size.
+        side: input side in pixels of the outputs.
+        head: outputs for all default boxes.
+        anchors, targets: per image the default boxes [A, 4] xyxy and the objects, in pixels of ``side``.
+    """
+
+    images: ImageList
+    side: int
+    head: Head
+    anchors: list[Tensor]
+    targets: Targets
+
+
 class FullPathLosses(nn.Module):
     """Losses of the full path; the branches are not computed and get no gradient.
 
@@ -652,20 +670,27 @@ class FullPathLosses(nn.Module):
     def forward(self, images: list[Tensor], targets: Targets) -> dict[str, Tensor]:
         """``bbox_regression`` and ``classification``, as in torchvision's SSD."""
         model = self._model[0]
+        computed = self.compute(images, targets)
+        return full_path_losses(computed.head, model.assign(computed.targets, computed.anchors), model.losses)
+
+    def compute(self, images: list[Tensor], targets: Targets) -> ResizedBatch:
+        """The head's outputs at this batch's input side."""
+        model = self._model[0]
         check_images(images)
         targets = check_targets(targets, len(images), model.classes)
         check_batch(self, len(images))
         batch, targets = model.transform(images, targets)
-        side, model_side = self._side(targets), batch.tensors.shape[-1]
-        if side in (None, model_side):
-            maps, anchors = model.trunk_maps(batch.tensors)[1], model.default_boxes(batch)
-        else:
-            x = F.interpolate(batch.tensors, (side, side), mode="bilinear", antialias=True)
-            targets = [{**target, "boxes": target["boxes"] * (side / model_side)} for target in targets]
-            maps = model.trunk_maps(x)[1]
-            boxes = PixelBoxes(model.anchor_generator, model.grids, model_side, side)
-            anchors = boxes(ImageList(x, [(side, side)] * len(x)), [one.detach().float() for one in maps])
-        return full_path_losses(self.head(maps), model.assign(targets, anchors), model.losses)
+        model_side = batch.tensors.shape[-1]
+        side = self._side(targets) or model_side
+        if side == model_side:
+            head, anchors = self.head(model.trunk_maps(batch.tensors)[1]), model.default_boxes(batch)
+            return ResizedBatch(batch, side, head, anchors, targets)
+        x = F.interpolate(batch.tensors, (side, side), mode="bilinear", antialias=True)
+        targets = [{**target, "boxes": target["boxes"] * (side / model_side)} for target in targets]
+        maps = model.trunk_maps(x)[1]
+        boxes = PixelBoxes(model.anchor_generator, model.grids, model_side, side)
+        anchors = boxes(ImageList(x, [(side, side)] * len(x)), [one.detach().float() for one in maps])
+        return ResizedBatch(batch, side, self.head(maps), anchors, targets)
 
     def _side(self, targets: Targets) -> int | None:
         if not self._sides:

@@ -65,7 +65,7 @@ class Rival:
     def __post_init__(self) -> None:
         if self.file_format not in FORMATS:
             raise EarlyExitError(
-                f"{self.path}: format {shown(self.file_format)}: expected compile, {' or '.join(FORMATS)}, then a colon"
+                f"{self.path}: format {shown(self.file_format)}: expected one of compile, {', '.join(FORMATS)}"
             )
 
     @property

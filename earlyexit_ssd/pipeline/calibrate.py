@@ -21,11 +21,11 @@ import torchvision
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.calibration.certificate import Certificate, CertifiedTarget, Measured
-from earlyexit_ssd.calibration.drift import Reference
 from earlyexit_ssd.calibration.risk import certify, threshold_path
 from earlyexit_ssd.calibration.thresholds import Grid, best_within, learned_grid, pareto_path, threshold_grid
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.data.repeats import Block, block_of_each
+from earlyexit_ssd.drift import Reference
 from earlyexit_ssd.engine.processes import is_main
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.matches import Detections, ap_of_choice, bootstrap_choices

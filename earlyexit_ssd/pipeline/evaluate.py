@@ -16,9 +16,9 @@ from torchvision.models.detection.ssd import SSD
 
 from earlyexit_ssd.calibration import DriftMonitor
 from earlyexit_ssd.calibration.certificate import Certificate, load_certificate, parse_certificate
-from earlyexit_ssd.calibration.drift import WINDOW
 from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset, to_coco
 from earlyexit_ssd.data.dataset import photo_hashes
+from earlyexit_ssd.drift import WINDOW
 from earlyexit_ssd.engine.processes import is_main, rank, world_size
 from earlyexit_ssd.errors import ConfigError, EarlyExitError
 from earlyexit_ssd.evaluation.cost import EAGER, PlainPath, count_mmacs, deploy_package, example_input

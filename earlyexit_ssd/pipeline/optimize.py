@@ -1,8 +1,8 @@
 """Search the fastest variant of a detector within an accuracy budget, measured on this machine.
 
-A candidate is a net (the full path with some head at some input size) and a set of open exits, such as glances. A
-glance is an early exit that runs the first trunk layers on a small copy of the image before the full-size pass.
-Candidates are measured on the calib split. The chosen one is then evaluated on the test split.
+A candidate is a net (the full path with some head at some input size, as it is or fine-tuned) and a set of open exits,
+such as glances. A glance is an early exit that runs the first trunk layers on a small copy of the image before the
+full-size pass. Candidates are measured on the calib split. The chosen one is then evaluated on the test split.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from earlyexit_ssd.pipeline.build import (
 from earlyexit_ssd.pipeline.calibrate import Chosen, Search, Target, certificate_of
 from earlyexit_ssd.pipeline.evaluate import evaluate_model, onnx_rivals
 from earlyexit_ssd.pipeline.export import export_detector, open_any
+from earlyexit_ssd.pipeline.fine_tuning import fine_tune
 from earlyexit_ssd.pipeline.replay import (
     CostModel,
     Recorded,
@@ -69,14 +70,14 @@ logger = logging.getLogger(__name__)
 GLANCES = ((96, 12), (128, 12), (160, 12))
 """(pixels, layer) of the tried glances if EXITS.GLANCES is empty, for an input of 320 pixels; for other inputs, pixels
 are scaled and rounded to multiples of 16."""
-SHARES = (1.0, 0.9, 0.8, 0.7)
-"""Tried input sides as shares of the detector's own."""
+SHARES, FINE_TUNED_SHARES = (1.0, 0.9, 0.8, 0.7), (1.0, 0.9, 0.8, 0.7, 0.6)
+"""Tried input sides as shares of the detector's own, with its weights and with fine-tuned ones."""
 EXPORT_PHOTOS = 16
 """Photos of the calib split on which the exported file is compared with the model."""
 GLANCE_PRICE = 0.15
-"""Approximate cost of a glance as a share of the detector's time; every photo pays it."""
+"""Approximate cost of a glance as a share of the detector's time. Every photo pays it, so a larger share must leave."""
 HOPELESS = 2.0
-"""A net that loses more than this many budgets without exits is not tried with exits, which can only lose more."""
+"""A net that loses more than this times the budget without exits is not tried with exits, which rarely help."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Goal:
             bootstrap draws of calib photos.
         speedup, ms: wanted speed relative to the base detector, or milliseconds per photo; None: as fast as possible.
         minutes: time after which no further candidate is started; None: no limit.
+        train: fine-tune the detector for smaller inputs too (`earlyexit_ssd.pipeline.fine_tuning`).
     """
 
     ap_drop: float = 0.01
@@ -95,6 +97,7 @@ class Goal:
     speedup: float | None = None
     ms: float | None = None
     minutes: float | None = None
+    train: bool = False
 
     def __post_init__(self) -> None:
         Target("ap_drop", self.ap_drop, self.delta)
@@ -110,7 +113,7 @@ class Candidate(Record):
 
     Attributes:
         name: description such as "288 px, compact head, glance at 128 px".
-        image_size, fold: side of the input in pixels, and kind of the head.
+        image_size, fold, fine_tuned: the net, see `Variant`.
         exits, policy, thresholds: names of the exits in the order of computation, and their routing.
         AP50, lost: AP50, and AP50 lost against the base detector.
         lost_bound: upper bound of ``lost`` with confidence 1 - delta.
@@ -136,6 +139,7 @@ class Candidate(Record):
     speedup: float | None = None
     holds: bool = False
     rival: bool = False
+    fine_tuned: bool = False
 
     def __str__(self) -> str:
         if self.ms is None or self.speedup is None:
@@ -146,23 +150,40 @@ class Candidate(Record):
 
 
 @dataclass(frozen=True)
+class Variant:
+    """A net without its exits: side of the input in pixels, kind of the head, whether its weights are fine-tuned."""
+
+    size: int
+    fold: str
+    fine_tuned: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.size} {self.fold}{' fine-tuned' if self.fine_tuned else ''}"
+
+    def describe(self, exits: Sequence[str], own_size: int) -> str:
+        """The name of a candidate."""
+        words = [f"{self.size} px"] if self.size != own_size else []
+        words += [f"{self.fold} head"] if self.fold != "as it is" else []
+        words += ["fine-tuned"] if self.fine_tuned else []
+        for name in exits:
+            words.append(f"glance at {name.removeprefix('glance')} px" if name.startswith("glance") else name)
+        return ", ".join(words) or "the detector as it is"
+
+
+@dataclass(frozen=True)
 class Net:
-    """A full path with one head at one input size and all its exits, with recorded outputs.
+    """A variant with all its exits and recorded outputs.
 
     Attributes:
         calib: recording of the calib split.
-        train: recording of the photos that policies are fitted on, from the base detector: taps of a glance are equal.
+        train: recording of the photos that policies are fitted on, at the detector's own size. A glance sees the same
+            small copy of a photo there.
     """
 
-    fold: str
+    variant: Variant
     recorded: Recorded
     calib: Replay
     train: Replay
-
-    @property
-    def size(self) -> int:
-        """Side of the input, pixels."""
-        return self.recorded.architecture.image_size
 
     def with_exits(self, names: Sequence[str]) -> Net:
         """The net with only these exits."""
@@ -173,7 +194,7 @@ class Net:
         state = model.state_dict()
         part.load_state_dict({key: state[key] for key in part.state_dict()})
         recorded = dataclasses.replace(self.recorded, model=part, architecture=architecture)
-        return Net(self.fold, recorded, self.calib.only(names), self.train.only(names))
+        return Net(self.variant, recorded, self.calib.only(names), self.train.only(names))
 
 
 @dataclass(frozen=True)
@@ -206,15 +227,18 @@ class Optimizer:
         self.cfg = with_classes(cfg, self.architecture.classes)
         self.model = self.model.to(self.device).eval()
         self.sets, self.repeats = disjoint_sets(self.cfg, ("CALIB",))
-        self._nets: dict[tuple[str, int], Net] = {}
-        self.base = self._net("as it is", self.architecture.image_size)
+        self._nets: dict[Variant, Net] = {}
+        self._photos: dict[bool, Replay] = {}
+        self.base = self._net(Variant(self.architecture.image_size, "as it is"))
         self.reference = self.base.calib.recording.detections[-1]
         text = f"{weights_hash(self.model)} {self.goal} {fingerprint(self.sets['CALIB'])} {self._settings()}"
         self.key = hashlib.sha256(text.encode()).hexdigest()
 
     def _settings(self) -> str:
         cfg = self.cfg
-        return f"{cfg.EVAL.RUNTIME} {cfg.EVAL.TIMING_THREADS} {cfg.EVAL.SCORE} {cfg.CALIBRATION} {self.plan()}"
+        plan = [f"{variant} {exits}" for variant, exits in self.plan()]
+        fine_tuning = f"{cfg.FINE_TUNING} {fingerprint(self.sets['TRAIN'])}" if self.goal.train else ""
+        return f"{cfg.EVAL.RUNTIME} {cfg.EVAL.TIMING_THREADS} {cfg.EVAL.SCORE} {cfg.CALIBRATION} {plan} {fine_tuning}"
 
     # The plan of candidates.
 
@@ -223,20 +247,24 @@ class Optimizer:
         """Kinds of heads: ``as it is``, and ``compact`` if the detector's head folds classes."""
         return ["as it is", *(["compact"] if self.architecture.folded_rows else [])]
 
-    @property
-    def sizes(self) -> list[int]:
+    def sizes(self, fine_tuned: bool = False) -> list[int]:
         """Tried sides of the input in pixels, largest first."""
-        own = self.architecture.image_size
+        own, shares = self.architecture.image_size, FINE_TUNED_SHARES if fine_tuned else SHARES
         step = 32 if own >= 256 else 16
-        smaller = [round(share * own / step) * step for share in SHARES] if self.model.any_size else []
+        smaller = [round(share * own / step) * step for share in shares] if self.model.any_size else []
         return sorted({own, *(self.cfg.EVAL.RIVALS.SIZES or smaller)}, reverse=True)
+
+    @property
+    def glances(self) -> list[tuple[int, int]]:
+        """(pixels, layer) of the tried glances."""
+        own = self.architecture.image_size
+        return list(self.cfg.EXITS.GLANCES) or [(round(px * own / 320 / 16) * 16, layer) for px, layer in GLANCES]
 
     def exits_at(self, size: int) -> tuple[Exit, ...]:
         """Glances smaller than the input; at the detector's own size also its other exits."""
-        own = self.architecture.image_size
-        glances = self.cfg.EXITS.GLANCES or [(round(pixels * own / 320 / 16) * 16, layer) for pixels, layer in GLANCES]
-        others = [one for one in self.architecture.exits if one.pixels is None] if size == own else []
-        return (*describe_exits((), glances=[one for one in glances if one[0] < size]), *others)
+        own = size == self.architecture.image_size
+        others = [one for one in self.architecture.exits if one.pixels is None] if own else []
+        return (*describe_exits((), glances=[one for one in self.glances if one[0] < size]), *others)
 
     @property
     def shows_empty_photos(self) -> bool:
@@ -244,44 +272,77 @@ class Optimizer:
         found = self.reference.values()
         return sum(not (one["scores"] >= self.cfg.EVAL.SCORE).any() for one in found) > GLANCE_PRICE * len(found)
 
-    def plan(self) -> list[tuple[int, str, tuple[str, ...]]]:
-        """Input size, kind of head and exit names of every candidate. Nets without exits come first, and the whole head
-        with exits last: its candidates with only glances are skipped if the compact head holds the budget."""
+    def plan(self) -> list[tuple[Variant, tuple[str, ...]]]:
+        """Net and exit names of every candidate. Nets without exits come first, then the best head with exits, then the
+        whole head with exits: its candidates with only glances are skipped if the compact head holds the budget. The
+        fine-tuned nets come last."""
         own, best = self.architecture.image_size, self.folds[-1]
-        plan: list[tuple[int, str, tuple[str, ...]]] = [(own, self.folds[0], ())]
-        plan += [(size, best, ()) for size in self.sizes]
-        for size, fold in [*((size, best) for size in self.sizes), (own, self.folds[0])]:
-            names = [one.name for one in self.exits_at(size)]
-            glances = [name for name in names if name.startswith("glance")] if self.shows_empty_photos else []
-            others = tuple(name for name in names if not name.startswith("glance")) if fold == "as it is" else ()
-            sets = [*((one,) for one in glances), *itertools.combinations(glances, 2)]
-            if others:
-                sets += [*((one,) for one in others), others, *((one, *others) for one in glances)]
-            plan += [(size, fold, one) for one in dict.fromkeys(sets)]
+        base, smaller = Variant(own, self.folds[0]), [Variant(size, best) for size in self.sizes()]
+        plan: list[tuple[Variant, tuple[str, ...]]] = [(base, ()), *((one, ()) for one in smaller)]
+        plan += [(one, exits) for one in (*smaller, base) for exits in self._exit_sets(one)]
+        if self.goal.train:
+            tuned = [Variant(size, best, fine_tuned=True) for size in self.sizes(fine_tuned=True)]
+            plan += [(one, ()) for one in tuned]
+            plan += [(one, exits) for one in tuned for exits in self._exit_sets(one)]
         return list(dict.fromkeys(plan))
 
-    def _net(self, fold: str, size: int) -> Net:
-        """Build a net; only the latest one is kept in memory, since its recording is on disk."""
-        if self._nets.keys() != {(fold, size)}:
-            self._nets = {(fold, size): self._build_net(fold, size)}
-        return self._nets[fold, size]
+    def _exit_sets(self, variant: Variant) -> list[tuple[str, ...]]:
+        """Sets of exit names that are tried with a net: glances, pairs of them, and the branches of the detector."""
+        names = [one.name for one in self.exits_at(variant.size)]
+        glances = [name for name in names if name.startswith("glance")] if self.shows_empty_photos else []
+        others = tuple(name for name in names if not name.startswith("glance")) if variant.fold == "as it is" else ()
+        sets = [*((one,) for one in glances), *itertools.combinations(glances, 2)]
+        if others and not variant.fine_tuned:
+            sets += [*((one,) for one in others), others, *((one, *others) for one in glances)]
+        return list(dict.fromkeys(sets))
 
-    def _build_net(self, fold: str, size: int) -> Net:
+    def _net(self, variant: Variant) -> Net:
+        """Build a net; only the latest one is kept in memory, since its recording is on disk."""
+        if self._nets.keys() != {variant}:
+            recorded = self._recorded(variant)
+            self._nets = {variant: Net(variant, recorded, recorded.replay("CALIB"), self._policy_photos(variant))}
+        return self._nets[variant]
+
+    def _recorded(self, variant: Variant) -> Recorded:
         own = self.architecture.image_size
         architecture, state = self.architecture, self.model.state_dict()
-        if fold == "compact":
+        if variant.fine_tuned:
+            architecture, state = self._fine_tuned
+        elif variant.fold == "compact":
             architecture, state = self._compact
         trained = architecture.trained_size or own
-        exits = self.exits_at(size)
-        if fold == "compact":
+        exits = self.exits_at(variant.size)
+        if variant.fold == "compact" or variant.fine_tuned:
             exits = tuple(one for one in exits if one.pixels is not None)
-        architecture = dataclasses.replace(architecture, image_size=size, trained_size=trained, exits=exits)
+        architecture = dataclasses.replace(architecture, image_size=variant.size, trained_size=trained, exits=exits)
         model = architecture.build().to(self.device).eval()
         model.load_state_dict({key: state[key] for key in model.state_dict()})
-        folder = self.out / "recordings" / f"{fold.replace(' ', '_')}_{size}"
-        recorded = Recorded(self.cfg, model, architecture, self.info, self.sets, self.repeats, folder)
-        train = self.base.train if hasattr(self, "base") else recorded.replay("TRAIN")
-        return Net(fold, recorded, recorded.replay("CALIB"), train)
+        folder = self.out / "recordings" / str(variant).replace(" ", "_")
+        return Recorded(self.cfg, model, architecture, self.info, self.sets, self.repeats, folder)
+
+    def _policy_photos(self, variant: Variant) -> Replay:
+        """The recording that policies are fitted on: of the base detector, or of the fine-tuned one at its own size."""
+        if variant.fine_tuned not in self._photos:
+            best = self.folds[-1] if variant.fine_tuned else "as it is"
+            source = Variant(self.architecture.image_size, best, variant.fine_tuned)
+            self._photos[variant.fine_tuned] = self._recorded(source).replay("TRAIN")
+        return self._photos[variant.fine_tuned]
+
+    @functools.cached_property
+    def _fine_tuned(self) -> tuple[Architecture, dict[str, torch.Tensor]]:
+        """The full path with the best head, fine-tuned at all sizes and those of the glances."""
+        architecture, state = self._compact if self.folds[-1] == "compact" else (self.architecture, self._full_path)
+        architecture = dataclasses.replace(architecture, exits=())
+        sizes = [*self.sizes(fine_tuned=True), *(pixels for pixels, _ in self.glances if self.shows_empty_photos)]
+        student = architecture.build().to(self.device)
+        student.load_state_dict(state)
+        fine_tune(self.cfg, student, architecture, self.model, sizes, self.sets["CALIB"], self.out / "fine_tuned")
+        return architecture, student.state_dict()
+
+    @property
+    def _full_path(self) -> dict[str, torch.Tensor]:
+        """Weights of the detector without its branches."""
+        return resize_detector(self.model, self.architecture, self.architecture.image_size).state_dict()
 
     @functools.cached_property
     def _compact(self) -> tuple[Architecture, dict[str, torch.Tensor]]:
@@ -300,9 +361,9 @@ class Optimizer:
 
     # Measurement.
 
-    def measure(self, size: int, fold: str, exits: tuple[str, ...]) -> Found:
+    def measure(self, variant: Variant, exits: tuple[str, ...]) -> Found:
         """Measure one candidate on the calib split."""
-        net = self._net(fold, size).with_exits(exits)
+        net = self._net(variant).with_exits(exits)
         if not exits:
             return self._without_exits(net)
         found = [self._with_policy(net, policy) for policy in self._policies(net)]
@@ -356,17 +417,18 @@ class Optimizer:
         base_ms: float,
         bound: float | None = None,
     ) -> Candidate:
-        matches, reference = net.calib.matches_beside(self.reference)
-        before, after = (ap_of_choice(matches, one, ap50_only=True).AP50 for one in (reference, choice))
+        matches, base_choice = net.calib.matches_beside(self.reference)
+        before, after = (ap_of_choice(matches, one, ap50_only=True).AP50 for one in (base_choice, choice))
         if bound is None:
-            base, routed = bootstrap_choices(matches, [reference, choice], seed=self.cfg.SEED)
+            base, routed = bootstrap_choices(matches, [base_choice, choice], seed=self.cfg.SEED)
             bound = float(np.nanquantile(base.AP50 - routed.AP50, 1 - self.goal.delta))
         truth, found = net.calib.ground_truth, net.calib.detections_of(choice)
         kept = agreement(truth, self.reference, found, self.cfg.EVAL.SCORE, self.cfg.EVAL.IOU)
         return Candidate(
-            name=describe(net.size, net.fold, exits, self.architecture.image_size),
-            image_size=net.size,
-            fold=net.fold,
+            name=net.variant.describe(exits, self.architecture.image_size),
+            image_size=net.variant.size,
+            fold=net.variant.fold,
+            fine_tuned=net.variant.fine_tuned,
             exits=exits,
             AP50=after,
             lost=None if before is None or after is None else before - after,
@@ -389,9 +451,10 @@ class Optimizer:
             examples = [rival.example, example_input(self.base.recorded.model)]
             runs, threads = settings.timing_runs, settings.timing_threads
             timing, base = time_in_runtime(networks, examples, ONNX_RUNTIME, runs, threads)
-            matches, choice = self.base.calib.matches_beside(detections)
-            after = ap_of_choice(matches, choice, ap50_only=True).AP50
-            before = ap_of_choice(matches, choice - 1, ap50_only=True).AP50
+            matches, rival_choice = self.base.calib.matches_beside(detections)
+            base_choice = rival_choice - 1  # the full path stands before the rival, which is the last exit
+            after = ap_of_choice(matches, rival_choice, ap50_only=True).AP50
+            before = ap_of_choice(matches, base_choice, ap50_only=True).AP50
             lost = None if before is None or after is None else before - after
             ms = {"ms": timing.ms, "speedup": base.ms / timing.ms, "mmacs": rival.mmacs}
             size = int(rival.example.shape[-1])
@@ -419,15 +482,6 @@ def _base_config(cfg: CfgNode) -> CfgNode:
             cfg.EXITS[key] = cfg.EXITS[key][:1]
     cfg.freeze()
     return cfg
-
-
-def describe(size: int, fold: str, exits: Sequence[str], own_size: int) -> str:
-    """The name of a candidate."""
-    words = [f"{size} px"] if size != own_size else []
-    words += [f"{fold} head"] if fold != "as it is" else []
-    for name in exits:
-        words.append(f"glance at {name.removeprefix('glance')} px" if name.startswith("glance") else name)
-    return ", ".join(words) or "the detector as it is"
 
 
 # The search, from configuration to files.
@@ -466,7 +520,8 @@ class Outcome(Record):
     Attributes:
         base, candidates: the base detector and all candidates on the calib split, rivals included.
         chosen: the chosen candidate; None if no faster one holds the budget or the wanted speed.
-        test, ship: figures on the test split; whether the chosen candidate is faster and holds the budget there.
+        test, ship: figures on the test split; whether the chosen candidate is faster there, and its AP50 (without an
+            interval) within the budget.
         summary: one paragraph of text.
     """
 
@@ -500,19 +555,20 @@ def optimize(
     search = Optimizer(cfg, weights, goal, out)
     store = _Store(out / "candidates.json", search.key)
     plan = search.plan()
-    hopeless: set[tuple[int, str]] = set()
-    for size, fold, exits in progress(plan, desc="candidates"):
+    hopeless: set[Variant] = set()
+    for variant, exits in progress(plan, desc="candidates"):
         if len(store) and goal.minutes is not None and time.monotonic() - started > 60 * goal.minutes:
             logger.warning("stopped after %g minutes: %d of %d candidates tried", goal.minutes, len(store), len(plan))
             break
-        name = f"{size} {fold} {' '.join(exits)}"
-        if name in store or (size, fold) in hopeless or (exits and fold == "as it is" and _needless(store, exits)):
+        name = f"{variant} {' '.join(exits)}"
+        needless = exits and variant == plan[0][0] and _needless(store, exits)
+        if name in store or variant in hopeless or needless:
             continue
-        candidate = search.measure(size, fold, exits).candidate
+        candidate = search.measure(variant, exits).candidate
         store.add(name, candidate)
         logger.info("%s", candidate)
         if not exits and candidate.lost is not None and candidate.lost > HOPELESS * goal.ap_drop:
-            hopeless.add((size, fold))
+            hopeless.add(variant)
     measured, rivals = store.candidates, search.rivals()
     chosen = choose_candidate(measured, goal)
     outcome = _write(search, measured[0], chosen, (*measured, *rivals))
@@ -529,14 +585,18 @@ def _needless(store: _Store, exits: Sequence[str]) -> bool:
 
 
 def choose_candidate(candidates: Sequence[Candidate], goal: Goal) -> Candidate | None:
-    """The fastest candidate that holds the budget. If a wanted speed is reached only beyond the budget, the candidate
-    of that speed with the least loss. None if there is neither. ``candidates[0]`` is the base detector."""
+    """The candidate to ship; None if there is none. ``candidates[0]`` is the base detector.
+
+    It is the fastest that holds the budget. If only others reach the wanted speed, it is the one of these that loses
+    least. If none reaches it, it is again the fastest that holds the budget.
+    """
 
     def fast(one: Candidate) -> bool:
         return (goal.speedup is None or one.speedup >= goal.speedup) and (goal.ms is None or one.ms <= goal.ms)
 
     known = [one for one in candidates[1:] if one.ms is not None and one.lost is not None and one.speedup > 1]
-    known = [one for one in known if not one.exits or min(one.thresholds) < CLOSED]  # else the one without exits is it
+    # with all exits closed it equals the candidate without exits
+    known = [one for one in known if not one.exits or min(one.thresholds) < CLOSED]
     holding = [one for one in known if one.holds]
     if holding and (fast(best := min(holding, key=lambda one: 1 / one.speedup)) or not any(map(fast, known))):
         return best
@@ -581,7 +641,7 @@ def _write(search: Optimizer, base: Candidate, chosen: Candidate | None, candida
         asked = f"nothing faster holds {search.goal.ap_drop:g} AP50 lost on the calib split"
         summary = f"{asked}: ship the detector as it is{nearest}"
         return Outcome(base, None, tuple(candidates), None, False, summary)
-    found = search.measure(chosen.image_size, chosen.fold, chosen.exits)
+    found = search.measure(Variant(chosen.image_size, chosen.fold, chosen.fine_tuned), chosen.exits)
     recorded = found.net.recorded
     info: ModelInfo = {**search.info}
     if found.search is not None:

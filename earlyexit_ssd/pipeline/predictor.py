@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Iterable
@@ -48,16 +49,8 @@ class TorchPredictor:
         order = found["scores"].argsort(descending=True)
         boxes, labels, scores = (found[key][order].numpy() for key in ("boxes", "labels", "scores"))
         index = int(found.get("exit_index", self.model.num_early_exits))
-        return Detections(
-            boxes,
-            labels,
-            [self.classes[label - 1] for label in labels.tolist()],
-            scores,
-            index,
-            self.exit_names[index],
-            float(found["exit_confidence"]) if "exit_confidence" in found else None,
-            1000 * (time.perf_counter() - start),
-        )
+        confidence = float(found.get("exit_confidence", math.nan))
+        return Detections.of((boxes, labels, scores), index, confidence, self.classes, self.exit_names, start)
 
     def warm_up(self) -> None:
         """Run a blank photo: the first call is slower than the others."""

@@ -17,7 +17,7 @@ from earlyexit_ssd.calibration.certificate import (
     Measured,
     load_certificate,
 )
-from earlyexit_ssd.calibration.drift import Reference
+from earlyexit_ssd.drift import Reference
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling.checkpoint import weights_hash
 from tests.modeling.conftest import small_model

@@ -58,7 +58,7 @@ from earlyexit_ssd.errors import ConfigError
         ("EVAL.RIVALS.FULL_PATHS", "[8]", "EVAL.RIVALS.FULL_PATHS is 8, expected paths"),
         ("EVAL.RIVALS.SINGLE_EXITS", "[8]", "EVAL.RIVALS.SINGLE_EXITS is 8, expected paths"),
         ("EVAL.RIVALS.ONNX", "nano.onnx", "EVAL.RIVALS.ONNX is 'nano.onnx', expected format:path"),
-        ("EVAL.RIVALS.ONNX", "['yolo:nano.onnx']", "one of the formats yolox, boxes"),
+        ("EVAL.RIVALS.ONNX", "['yolo:nano.onnx']", "one of the formats yolox, boxes, nanodet, picodet"),
         ("LOSS.SUPERVISION", "teachers", "did you mean 'teacher'"),
     ],
 )

@@ -27,6 +27,7 @@ from earlyexit_ssd.deploy.predict import (
 )
 from earlyexit_ssd.deploy.sources import Source, find_sources
 from earlyexit_ssd.deploy.stream import StreamRule
+from earlyexit_ssd.drift import Drift
 from earlyexit_ssd.errors import CannotWrite, DataError, EarlyExitError
 from tests.deploy.fakes import RED, RedBox, scene
 
@@ -111,6 +112,24 @@ def test_a_broken_frame_is_told_and_skipped(tmp_path, video, fake_video):
     error, told = predict(RedBox(), [video], tmp_path / "out", save=["counts"])
     assert "street.mp4 frame 1: cannot be decoded" in str(error) and ": 2 frames, " in told
     assert [row["frame"] for row in rows(tmp_path / "out" / "counts.csv")] == ["0", "2"]
+
+
+def test_drift_is_told_once_at_the_end(tmp_path, video, fake_video):
+    class Drifted(RedBox):
+        drifted = True
+
+        def drift(self):
+            return Drift(self.calls, {}, {}, 0.5, 1e-5, self.drifted, f"drift after {self.calls}")
+
+    sources = [photo(tmp_path / "a.png"), photo(tmp_path / "b.png")]
+    told = list(predict(Drifted(), sources, tmp_path / "out", save=[]))
+    assert len(told) == 3 and told[-1] == "warning: drift after 2"
+    alike = Drifted()
+    alike.drifted = False
+    assert len(list(predict(alike, sources, tmp_path / "out", save=[]))) == 2
+    rule = StreamRule(threshold=2.0, score=0.5, most_repeats=100, classes=RedBox.classes)
+    fake_video([scene(30)] * 5, total=5)
+    assert len(list(predict(Drifted(), [video], tmp_path / "out", save=[], rule=rule))) == 1
 
 
 def test_a_temporal_exit_starts_afresh_with_each_video(tmp_path, video, fake_video):

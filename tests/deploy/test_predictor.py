@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from earlyexit_ssd.data.images import as_tensor
 from earlyexit_ssd.deploy import Detections, Predictor
 from earlyexit_ssd.deploy.predictor import as_photo
+from earlyexit_ssd.drift import Reference
 from earlyexit_ssd.errors import EarlyExitError
 
 WITHOUT_TORCH = """
@@ -105,6 +107,60 @@ def test_batches_threads_and_the_warm_up_change_no_answer(predictor, photos):
         assert all(map(equal, alone * 4, pool.map(predictor, photos * 4)))
     assert predictor.predict([]) == []
     assert len(predictor.predict(np.zeros((2, 8, 8, 3), np.uint8))) == 2
+
+
+@pytest.fixture
+def certified(staged_folder, tmp_path):
+    """A folder of staged files with a certificate of ``exit_index`` and confidence 0.5 at every early exit."""
+
+    def write(exit_index, block=None, names=("exit8", "exit12", "full")):
+        reference = Reference.from_decisions(names, exit_index, [np.full(len(exit_index), 0.5)] * (len(names) - 1))
+        folder = shutil.copytree(staged_folder, tmp_path / "certified", dirs_exist_ok=True)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        certificate = {"drift": asdict(reference), "target": {"kind": "risk", "block": block}}
+        manifest["metadata"]["certificate"] = json.dumps(certificate)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        return folder
+
+    return write
+
+
+def test_drift_from_the_certificate(certified, photos, predictor):
+    full = next(photo for photo in photos if predictor(photo).exit_name == "full")
+    folder = certified([2] * 50)
+    alike = Predictor(folder)
+    assert alike.drift() is None
+    alike.warm_up()
+    assert alike.drift() is None  # blank photos do not count
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(alike, [full] * 10))
+    alike.predict([full] * 2)
+    found = alike.drift()
+    assert (found.photos, found.drifted, found.shares["full"], found.p_value) == (12, False, 1.0, 1.0)
+    assert found.text == "no drift in 12 photos (p = 1)"
+
+    shifted = Predictor(certified([0] * 50))
+    shifted.predict([full] * 12)
+    found = shifted.drift()
+    assert found.drifted and found.statistic == 1.0
+    assert "% of the last 12 photos, " in found.text  # exit8 and the full path have changed equally
+    assert found.text.startswith(("drift: exit8 took 0 %", "drift: full took 100 %"))
+
+    blocks = Predictor(certified([0] * 50, block=5))  # 3 draws against 10
+    blocks.predict([full] * 12)
+    assert (blocks.drift().photos, blocks.drift().drifted) == (3, False)
+
+
+def test_drift_needs_a_certificate_and_the_files_own_thresholds(certified, photos, predictor):
+    predictor(photos[0])
+    assert predictor.drift() is None
+    moved = Predictor(certified([0] * 50), thresholds={"exit8": 2.0})
+    moved(photos[0])
+    assert moved.drift() is None
+    with pytest.raises(
+        EarlyExitError, match="the certificate is for the exits exit6, exit12, the detector has exit8, "
+    ):
+        Predictor(certified([0] * 50, names=("exit6", "exit12", "full")))
 
 
 def test_thresholds_can_be_set(onnx_file, photos, predictor):

@@ -22,9 +22,13 @@ from earlyexit_ssd.evaluation.onnx import (
     OnnxDetector,
     count_onnx_mmacs,
     decode_boxes,
+    decode_nanodet,
+    decode_picodet,
     decode_yolox,
     letterbox,
     squeeze,
+    squeeze_nanodet,
+    squeeze_picodet,
 )
 from earlyexit_ssd.evaluation.outputs import collect_detections
 from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit
@@ -35,8 +39,9 @@ def test_formats_are_those_of_the_configuration():
 
 
 def test_classes():
-    assert len(FORMATS["yolox"].classes) == 80
-    assert [FORMATS["yolox"].classes.index(name) for name in ("person", "chair", "toothbrush")] == [0, 56, 79]
+    for name in ("yolox", "nanodet", "picodet"):
+        assert len(FORMATS[name].classes) == 80
+        assert [FORMATS[name].classes.index(one) for one in ("person", "chair", "toothbrush")] == [0, 56, 79]
     assert FORMATS["boxes"].classes[62 - 1] == "chair"  # COCO's number of it
 
 
@@ -54,6 +59,24 @@ def test_squeeze_fills_the_input():
     x, scales = squeeze(torch.ones(3, 20, 40), (64, 32))
     assert scales == (0.8, 3.2)
     assert torch.equal(x, torch.ones(3, 64, 32))
+
+
+def test_nanodet_sees_blue_first_and_imagenet_s_mean():
+    x, scales = squeeze_nanodet(torch.ones(3, 20, 40) * torch.tensor([1.0, 0, 0])[:, None, None], (64, 32))
+    assert scales == (0.8, 3.2)
+    # the mean and the deviation of 0 to 255 that its configurations list
+    expected = [(0 - 103.53) / 57.375, (0 - 116.28) / 57.12, (255 - 123.675) / 58.395]
+    assert x.mean((1, 2)).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_picodet_sees_red_first_and_cubic_edges():
+    x, scales = squeeze_picodet(torch.tensor([0.0, 0, 1, 1]).expand(3, 4, 4), (8, 8))
+    assert scales == (2, 2)
+    # pixel 3 lies 0.25 behind pixel 1: 0.2617 - 0.0352 of the two bright ones; pixel 5 overshoots and is cut
+    means, deviations = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    for place, value in ((0, 0.0), (3, 0.2265625), (5, 1.0)):
+        expected = [(value - mean) / deviation for mean, deviation in zip(means, deviations, strict=True)]
+        assert x[:, 0, place].tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def cells_of_64(*rows) -> torch.Tensor:
@@ -86,6 +109,85 @@ def test_yolox_suppresses_class_by_class():
     assert found["labels"].tolist() == [1, 2]
 
 
+def distances_of_64(*rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores [1, 85, 2] and distances [1, 85, 32] at 64 px (64 + 16 + 4 + 1 cells).
+
+    A row is (cell, (a, b), left, upper, right, lower). A distance of 1.5 is 1 or 2 with even chances.
+    """
+    scores, logits = torch.zeros(1, 85, 2), torch.zeros(1, 85, 4, 8)
+    for cell, both, *distances in rows:
+        scores[0, cell] = torch.tensor(both)
+        for side, distance in enumerate(distances):
+            logits[0, cell, side, [math.floor(distance), math.ceil(distance)]] = 40.0
+    return scores, logits.flatten(2)
+
+
+DISTANCES = [
+    (9, (0.1, 0.5), 0, 1, 2, 1.5),  # stride 8, column 1, row 1
+    (64 + 6, (0.4, 0.3), 1, 1, 1, 1),  # stride 16, column 2, row 1: both classes
+    (80 + 2, (0.0, 0.2), 0, 0, 7, 0.5),  # stride 32, column 0, row 1
+    (84, (0.6, 0.0), 0, 0, 1, 1),  # stride 64
+]
+
+
+def by_level(tensor: torch.Tensor) -> list[torch.Tensor]:
+    return list(tensor.split([64, 16, 4, 1], 1))
+
+
+def test_nanodet_measures_from_corners():
+    found = decode_nanodet([torch.cat(distances_of_64(*DISTANCES), 2)], (64, 64), 2)
+    assert found["labels"].tolist() == [1, 2, 1, 2, 2, 1]
+    assert found["scores"].tolist() == pytest.approx([0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+    boxes = [[0, 0, 64, 64], [8, 0, 24, 20], [16, 0, 48, 32], [16, 0, 48, 32], [0, 32, 224, 48], [8, 0, 24, 20]]
+    assert found["boxes"].tolist() == [pytest.approx(box, abs=1e-3) for box in boxes]
+
+
+def test_picodet_measures_from_centres():
+    scores, logits = distances_of_64(*DISTANCES)
+    found = decode_picodet([*by_level(scores), *by_level(logits)], (64, 64), 2)
+    assert found["scores"].tolist() == pytest.approx([0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+    boxes = [[32, 32, 96, 96], [12, 4, 28, 24], [24, 8, 56, 40], [24, 8, 56, 40], [16, 48, 240, 64], [12, 4, 28, 24]]
+    assert found["boxes"].tolist() == [pytest.approx(box, abs=1e-3) for box in boxes]
+
+
+def test_an_empty_level_s_even_chances_are_half_of_seven():
+    scores, _ = distances_of_64((84, (0.5, 0.0)))
+    found = decode_nanodet([torch.cat([scores, torch.zeros(1, 85, 32)], 2)], (64, 64), 2)
+    assert found["boxes"].tolist() == [pytest.approx([-224, -224, 224, 224])]  # 3.5 strides of 64
+
+
+def test_grids_reach_beyond_sides_that_64_does_not_divide():
+    """The exports at 416 px have 52, 26, 13 and 7 cells a side."""
+    assert len(decode_nanodet([torch.zeros(1, 3598, 112)], (416, 416), 80)["boxes"]) == 0
+    levels = [torch.zeros(1, count, width) for width in (80, 32) for count in (2704, 676, 169, 49)]
+    assert len(decode_picodet(levels, (416, 416), 80)["boxes"]) == 0
+    output = torch.zeros(1, 108, 34)  # 8 x 10, 4 x 5, 2 x 3 and 1 x 2 cells of 64 x 80 pixels
+    output[0, 107, 0] = 0.5  # the last one's point is (64, 0), and its distances are 3.5 strides
+    found = decode_nanodet([output], (64, 80), 2)
+    assert found["boxes"].tolist() == [pytest.approx([64 - 224, -224, 64 + 224, 224])]
+
+
+def test_picodet_with_boxes_but_no_suppression():
+    """Of two boxes with an IoU over 0.6 the weaker one goes in each class; the order of cells is kept."""
+    boxes, scores = torch.zeros(1, 85, 4), torch.zeros(1, 2, 85)
+    boxes[0, :3] = torch.tensor([[0.0, 0, 20, 20], [0, 0, 20, 25], [0, 0, 20, 40]])
+    scores[0, 0, :3], scores[0, 1, 1] = torch.tensor([0.9, 0.8, 0.7]), 0.6
+    found = decode_picodet([boxes, scores], (64, 64), 2)
+    assert found["scores"].tolist() == pytest.approx([0.9, 0.7, 0.6])
+    assert found["labels"].tolist() == [1, 1, 2]
+    assert found["boxes"].tolist() == [[0, 0, 20, 20], [0, 0, 20, 40], [0, 0, 20, 25]]
+
+
+def test_picodet_with_all_of_its_post_processing():
+    rows = torch.tensor([[1, 0.9, 1, 2, 3, 4], [-1, 0.0, 0, 0, 0, 0], [0, 0.5, 5, 6, 7, 8]])
+    for outputs in ([rows], [rows, torch.tensor([3])]):
+        found = decode_picodet(outputs, (64, 64), 2)
+        assert found["labels"].tolist() == [2, 1]
+        assert found["scores"].tolist() == pytest.approx([0.9, 0.5])
+        assert found["boxes"].tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    assert len(decode_picodet([torch.zeros(0, 6), torch.tensor([0])], (64, 64), 2)["boxes"]) == 0
+
+
 def test_finished_boxes_in_any_order_with_or_without_a_batch():
     boxes, scores, labels = torch.tensor([[1.0, 2, 3, 4]]), torch.tensor([0.5]), torch.tensor([62], dtype=torch.int32)
     for outputs in ([labels, boxes, scores], [boxes[None], scores[None], labels[None]]):
@@ -116,6 +218,20 @@ def test_four_finished_boxes_and_none():
         (decode_boxes, [torch.zeros(1, 4), torch.ones(1), torch.tensor([91])], "label 91, but 80 names of classes"),
         (decode_boxes, [torch.zeros(2, 4), torch.zeros(2)], r"got torch.float32 \[2, 4\], torch.float32 \[2\]"),
         (decode_boxes, [torch.zeros(2, 4), torch.zeros(3), torch.zeros(2, dtype=torch.int64)], "expected boxes"),
+        (decode_nanodet, [torch.zeros(1, 85, 33)], r"one output \[1, 85, 112\] for 80 classes, got \[1, 85, 33\]"),
+        (decode_nanodet, [torch.zeros(1, 84, 112)], r"one output \[1, 85, 112\] for 80 classes, got \[1, 84, 112\]"),
+        (decode_nanodet, [torch.zeros(1, 85, 112)] * 2, "expected one output"),
+        (decode_nanodet, [torch.full((1, 85, 112), -4.6)], "scores from -4.6 to -4.6, expected 0 to 1"),
+        (decode_nanodet, [torch.full((1, 85, 112), math.nan)], "scores from nan to nan, expected 0 to 1"),
+        (decode_picodet, [], "got 0"),
+        (
+            decode_picodet,
+            [*by_level(torch.zeros(1, 85, 20)), *by_level(torch.zeros(1, 85, 32))],
+            r"expected \[1, n, 80\], then \[1, n, 32\] for n = 64, 16, 4, 1, .*got 8: \[\[1, 64, 20\]",
+        ),
+        (decode_picodet, by_level(torch.zeros(1, 85, 80)), "got 4"),
+        (decode_picodet, [torch.zeros(1, 85, 4), torch.zeros(1, 20, 85)], r"\[1, 80, 85\].*got 2: .*\[1, 20, 85\]"),
+        (decode_picodet, [torch.tensor([[80, 0.5, 0, 0, 1, 1]])], "label 81, but 80 names of classes"),
     ],
 )
 def test_other_outputs_are_refused(decode, outputs, message):
@@ -239,6 +355,84 @@ def test_unusable_files_are_one_line(boxes_file, tmp_path):
         OnnxDetector(boxes_file((1, 8)), "boxes")
     with pytest.raises(EarlyExitError, match=r"constant\.onnx: format yolox: expected one output \[1, 84, 85\]"):
         OnnxDetector(boxes_file(), "yolox")([torch.rand(3, 64, 64)])
+
+
+@pytest.fixture
+def saying(tmp_path):
+    """A file that says the same of every photo of 64 x 64 pixels; ``nodes`` may change the values."""
+
+    def build(values, outputs=None, nodes=(), inputs=()):
+        constants = [onnx.numpy_helper.from_array(value.numpy(), name) for name, value in values.items()]
+        known = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs]
+        found = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs or values]
+        copies = [] if outputs else [helper.make_node("Identity", [name], [f"{name}_out"]) for name in values]
+        if not outputs:
+            for one in found:
+                one.name += "_out"
+        made = helper.make_graph([*nodes, *copies], "saying", known, found, constants)
+        model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+        onnx.save(model, tmp_path / "saying.onnx")
+        return tmp_path / "saying.onnx"
+
+    return build
+
+
+IMAGE = ("image", (1, 3, 64, 64))
+
+
+def test_a_file_of_nanodet(saying):
+    """Its exporter lists the weights among the inputs."""
+    scores, logits = distances_of_64((9, (0.1, 0.5), 0, 1, 2, 1.5))
+    rows = torch.cat([scores, torch.zeros(1, 85, 78), logits], 2)
+    detector = OnnxDetector(saying({"rows": rows}, inputs=[IMAGE, ("rows", rows.shape)]), "nanodet")
+    (found,) = detector([torch.rand(3, 64, 128)])
+    assert [detector.classes[label - 1] for label in found["labels"]] == ["bicycle", "person"]
+    assert found["boxes"].tolist() == [pytest.approx([16, 0, 48, 20], abs=1e-3)] * 2
+    assert count_onnx_mmacs(detector.content) == 0
+
+
+def test_a_file_of_picodet(saying):
+    scores, logits = distances_of_64((9, (0.1, 0.5), 0, 1, 2, 1.5))
+    levels = [*by_level(torch.cat([scores, torch.zeros(1, 85, 78)], 2)), *by_level(logits)]
+    path = saying({f"out{place}": level.contiguous() for place, level in enumerate(levels)}, inputs=[IMAGE])
+    (found,) = OnnxDetector(path, "picodet")([torch.rand(3, 64, 128)])
+    assert found["boxes"].tolist() == [pytest.approx([24, 4, 56, 24], abs=1e-3)] * 2
+
+
+@pytest.mark.parametrize("first", [1, "batch"])
+def test_a_file_of_picodet_that_divides_by_scales(saying, first):
+    """Boxes leave the file divided by the scales (y, x), which it takes as an input."""
+    values = {
+        "heads": torch.tensor([[56, 0.9]]),
+        "boxes": torch.tensor([[8.0, 16, 32, 48]]),
+        "places": torch.tensor([1, 0, 1, 0]),
+    }
+    nodes = [
+        helper.make_node("Gather", ["scale_factor", "places"], ["scales"], axis=1),
+        helper.make_node("Div", ["boxes", "scales"], ["divided"]),
+        helper.make_node("Concat", ["heads", "divided"], ["rows"], axis=1),
+    ]
+    path = saying(values, ["rows"], nodes, [("scale_factor", (first, 2)), ("image", (first, 3, 64, 64))])
+    detector = OnnxDetector(path, "picodet")
+    (found,) = detector([torch.rand(3, 64, 128)])
+    assert detector.network.input_shape == (1, 3, 64, 64)
+    assert found["boxes"].tolist() == [[16, 16, 64, 48]]
+    assert detector.classes[found["labels"] - 1] == "chair"
+    with pytest.raises(EarlyExitError, match=r"saying\.onnx: expected one input of a fixed size"):
+        OnnxDetector(path, "boxes")
+
+
+@pytest.mark.parametrize("file_format", ["nanodet", "picodet"])
+def test_unfit_files_of_both_are_one_line(saying, tmp_path, file_format):
+    path = saying({f"out{place}": torch.zeros(1, 85, 20) for place in range(8)}, inputs=[IMAGE])
+    with pytest.raises(EarlyExitError) as caught:
+        OnnxDetector(path, file_format)([torch.rand(3, 64, 64)])
+    message = str(caught.value)
+    assert f"saying.onnx: format {file_format}: expected " in message and "got " in message and "[1, 85, 20]" in message
+    assert len(message) < 300 and "\n" not in message
+    path.write_bytes(b"no graph")
+    with pytest.raises(EarlyExitError, match=r"saying\.onnx: ONNX Runtime cannot load it"):
+        OnnxDetector(path, file_format)
 
 
 @pytest.mark.parametrize(

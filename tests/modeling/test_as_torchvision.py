@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 
 from earlyexit_ssd import EarlyExitSSDLite, ExitRouter, fuse_for_inference
 from earlyexit_ssd.calibration import DriftMonitor
-from earlyexit_ssd.calibration.drift import Reference
+from earlyexit_ssd.drift import Reference
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import Architecture, save_model
 from earlyexit_ssd.modeling.retrofit import fold_model

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from earlyexit_ssd.calibration.certificate import Certificate, CertifiedCosts, CertifiedTarget, Measured
-from earlyexit_ssd.calibration.drift import Reference
 from earlyexit_ssd.config import load_config
+from earlyexit_ssd.drift import Reference
 from earlyexit_ssd.errors import ConfigError, EarlyExitError
 from earlyexit_ssd.evaluation.cost import export_onnx, mmacs_to_exit
 from earlyexit_ssd.modeling import Architecture, PathToExit, save_model

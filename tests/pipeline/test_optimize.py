@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.pipeline.optimize import Candidate, Goal, choose_candidate, describe
+from earlyexit_ssd.pipeline.optimize import Candidate, Goal, Variant, choose_candidate
 
 
 def candidate(name, speedup, lost, holds, ms=None):
@@ -48,9 +48,9 @@ def test_a_candidate_whose_exits_stay_closed_is_not_chosen():
 
 
 def test_candidates_in_words():
-    assert describe(320, "as it is", (), 320) == "the detector as it is"
-    words = describe(256, "compact", ("glance96", "exit8"), 320)
-    assert words == "256 px, compact head, glance at 96 px, exit8"
+    assert Variant(320, "as it is").describe((), 320) == "the detector as it is"
+    words = Variant(256, "compact", fine_tuned=True).describe(("glance96", "exit8"), 320)
+    assert words == "256 px, compact head, fine-tuned, glance at 96 px, exit8"
     found = Candidate("x", 256, "compact", lost=0.0061, objects=22, objects_kept=21, ms=5.0, speedup=2.8)
     assert str(found) == "x: 2.80 times as fast, 0.006 AP50 lost, 21 of 22 objects kept"
     assert Candidate.from_json(found.to_json()) == found or found.exits == ()

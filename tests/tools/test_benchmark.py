@@ -65,7 +65,7 @@ def test_a_model_in_pytorch_leaves_where_its_file_does(model_file):
     ("words", "message"),
     [
         (["none.onnx"], "none.onnx: no such file"),
-        (["yolov99:some.onnx"], "some.onnx: format 'yolov99': expected compile, yolox or boxes"),
+        (["yolov99:some.onnx"], "some.onnx: format 'yolov99': expected one of compile, yolox, boxes, nanodet, picodet"),
     ],
 )
 def test_what_cannot_be_opened_is_one_line(tmp_path, photo_folder, words, message, capsys):

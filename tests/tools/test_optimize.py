@@ -52,6 +52,27 @@ def test_what_is_found_is_written_and_gone_on_with(trained, tmp_path, capsys, mo
     assert metrics["routed"]["AP50"] == found["test"]["AP50"]
 
 
+def test_fine_tuned_nets_are_candidates_and_a_stopped_training_is_not_repeated(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(DETECTS, 0.0)
+    monkeypatch.setattr("earlyexit_ssd.pipeline.replay.time_in_runtime", by_operations)
+    out = tmp_path / "tuned"
+    flags = ["--train", "--ap-drop", "1.0", *FAST, "FINE_TUNING.EPOCHS", "1", "ENGINE.CURVE_PERIOD", "0"]
+    assert optimize.main(command(trained, out, *flags)) == 0
+    found = json.loads((out / "optimize.json").read_text())
+    tuned = [one for one in found["candidates"] if one["fine_tuned"]]
+    assert {(one["name"], one["image_size"]) for one in tuned} >= {("96 px, fine-tuned", 96)}
+    (folder,) = (out / "fine_tuned").iterdir()
+    before = load_model(trained[0] / "run" / "model.pth")[0].state_dict()
+    after = load_model(folder / "model.pth")[0].state_dict()
+    learnt = [key for key in after if key.endswith("weight") and not before[key].equal(after[key])]
+    assert any(key.startswith("backbone") for key in learnt) and any(key.startswith("head") for key in learnt)
+    log = (folder / "fine_tuning" / "log.jsonl").read_text()
+    assert "loss/distillation" in log and "loss/classification" in log
+    (out / "candidates.json").unlink()
+    assert optimize.main(command(trained, out, *flags)) == 0
+    assert (folder / "fine_tuning" / "log.jsonl").read_text() == log
+
+
 def test_where_nothing_holds_the_detector_as_it_is_stays(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("earlyexit_ssd.pipeline.optimize.choose_candidate", lambda *_: None)
     out = tmp_path / "nothing"

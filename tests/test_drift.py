@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import numpy as np
@@ -13,9 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import fisher_exact, ks_2samp
 
-from earlyexit_ssd.calibration.drift import (
+from earlyexit_ssd.drift import (
     DriftMonitor,
+    DriftRecord,
     Reference,
+    fisher_p_value,
+    ks_test,
     nearest_sample,
     sample_quantiles,
 )
@@ -241,7 +245,7 @@ def test_each_cause_is_logged_once_per_window(reference, caplog):
         found = warnings_of(monitor, exit_index, confidence)
     assert [len(warnings) for warnings in found] == [2] * 7  # at 100, 150, ..., 400 photos
     assert len(caplog.messages) == 2 * 4
-    assert {record.name for record in caplog.records} == {"earlyexit_ssd.calibration.drift"}
+    assert {record.name for record in caplog.records} == {"earlyexit_ssd.drift"}
 
 
 @settings(max_examples=20, deadline=None)
@@ -357,3 +361,87 @@ def test_impossible_settings(reference, arguments, message):
 def test_misspelt_keyword(reference):
     with pytest.raises(TypeError, match="did you mean 'window'"):
         DriftMonitor(reference, windows=100)
+
+
+def test_p_values_by_hand():
+    # 3 of 3 against 0 of 3: the two outermost of 20 tables. Both samples apart: 2 of the 20 orders.
+    assert fisher_p_value(3, 3, 0, 3) == pytest.approx(2 / 20)
+    assert ks_test(np.array([1, 2, 3]), np.array([4, 5, 6])) == pytest.approx((1.0, 2 / 20))
+    assert ks_test(np.array([1, 2]), np.array([1, 2])) == (0.0, 1.0)
+
+
+def two_exits(left: int, photos: int) -> Reference:
+    return Reference.from_decisions(("exit8", "full"), [0] * left + [1] * (photos - left), [np.full(photos, 0.75)])
+
+
+def fill(record: DriftRecord, exits) -> None:
+    for exit_index in exits:
+        record.add(exit_index, 0.75 if exit_index == 0 else None)
+
+
+def test_drift_by_hand():
+    record = DriftRecord(two_exits(42, 100))
+    assert record.drift() is None
+    fill(record, [0] * 71 + [1] * 29)
+    found = record.drift()
+    p_value = fisher_exact([[71, 29], [42, 58]]).pvalue
+    assert (found.photos, found.shares) == (100, {"exit8": 0.71, "full": 0.29})
+    assert found.calibration_shares == {"exit8": 0.42, "full": 0.58}
+    assert found.statistic == pytest.approx(0.29) and found.p_value == pytest.approx(3 * p_value)  # three tests
+    assert found.drifted and found.text == (
+        f"drift: exit8 took 71 % of the last 100 photos, 42 % in calibration (p = {p_value * 1e5:.0f}e-5): "
+        "calibrate again, the certificate speaks of other photos"
+    )
+
+
+def test_a_stream_as_calibrated_does_not_drift(reference):
+    record = DriftRecord(reference)
+    for decision in zip(*decisions(np.random.default_rng(7), 1200), strict=True):
+        record.add(*decision)
+    found = record.drift()
+    assert found.photos == 1000 and not found.drifted and found.text.startswith("no drift in 1000 photos (p = ")
+
+
+def test_moved_confidences_drift(reference):
+    record = DriftRecord(reference)
+    for exit_index, confidence in zip(*decisions(np.random.default_rng(8), 400, power=0.4), strict=True):
+        record.add(exit_index, confidence)
+    found = record.drift()
+    assert found.drifted and found.text.startswith("drift: the confidences at exit")
+    assert 0.2 < found.statistic < 0.5
+
+
+def test_frames_of_a_block_are_one_draw():
+    """As independent photos these frames would have drifted; they are four blocks, held against ten."""
+    frames = ([0] * 25 + [1] * 25) * 2
+    alone, blocks = DriftRecord(two_exits(100, 250)), DriftRecord(two_exits(100, 250), block=25)
+    fill(alone, [1] * 100)
+    fill(blocks, [1] * 100)
+    assert alone.drift().drifted and alone.drift().photos == 100
+    found = blocks.drift()
+    assert found.photos == 4 and not found.drifted
+    # 0 of 4 against 4 of 10: as likely or less are 0 and 4 of 4.
+    assert found.p_value == pytest.approx(min(1, 3 * fisher_exact([[0, 4], [4, 6]]).pvalue))
+    blocks = DriftRecord(two_exits(100, 250), block=25)
+    fill(blocks, frames)
+    assert blocks.drift().shares == {"exit8": 0.5, "full": 0.5}
+
+
+def test_the_block_is_the_certificates():
+    content = {"drift": asdict(two_exits(1, 2)), "target": {"kind": "risk", "block": 7}}
+    assert DriftRecord.of(content, ("exit8", "full")).block == 7
+    assert DriftRecord.of({**content, "target": {"block": None}}, ("exit8", "full")).block == 1
+    assert DriftRecord.of({**content, "target": {}}, ("exit8", "full")).block == 1
+    with pytest.raises(EarlyExitError, match="is for the exits exit8, the detector has exit9"):
+        DriftRecord.of(content, ("exit9", "full"))
+    with pytest.raises(EarlyExitError, match="the key 'certificate.drift' is missing"):
+        DriftRecord.of({"target": {}}, ("exit8", "full"))
+    with pytest.raises(EarlyExitError, match="certificate.target.block is 0, expected 1 to"):
+        DriftRecord.of({**content, "target": {"block": 0}}, ("exit8", "full"))
+
+
+def test_threads_share_a_record():
+    record = DriftRecord(two_exits(1, 2), block=8)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: record.add(0, 0.75), range(4000)))
+        assert record.drift().photos == 500

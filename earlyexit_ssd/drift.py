@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import logging
+import threading
 import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from types import ModuleType
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import numpy as np
-from scipy.stats import fisher_exact, ks_2samp
-from torch import Tensor
 
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.keywords import suggest_keywords
-from earlyexit_ssd.plain import check_fields
+from earlyexit_ssd.plain import build, check_fields
 
 logger = logging.getLogger(__name__)
 
-Values = Tensor | np.ndarray | Sequence[float]
+Values = Any
+"""A tensor, an array or a list of numbers."""
 
 QUANTILES = 21
 """Stored of the confidences at an exit: those at levels 0, 1/20, ..., 1."""
 
 WINDOW = 200
 """Photos that are compared with those of calibration at a time."""
+
+ALPHA = 0.001
+"""Probability of a false alarm per check."""
+
+DRAWS = 1000
+"""Frames that a `DriftRecord` keeps."""
+
+ADVICE = "calibrate again, the certificate speaks of other photos"
 
 
 def _ranks(count: int) -> np.ndarray:
@@ -107,10 +117,15 @@ class Reference:
         counts = np.bincount(taken, minlength=len(exit_names)).tolist()
         return cls(len(taken), tuple(exit_names), tuple(counts), tuple(map(sample_quantiles, left)))
 
+    @property
+    def exit_shares(self) -> dict[str, float]:
+        """Exit name -> share of the photos that left there, in [0, 1]."""
+        return {name: count / self.photos for name, count in zip(self.exit_names, self.exit_counts, strict=True)}
+
 
 def _exits(values: Values, names: Sequence[str]) -> np.ndarray:
     """Indices of exits, checked, int64 [m]."""
-    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    array = values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):  # an empty list is a float to numpy
         found = f"exit_index {array.dtype} {array.shape}"
         raise EarlyExitError(f"{found}: expected whole numbers [m]; stack the detections'")
@@ -122,10 +137,83 @@ def _exits(values: Values, names: Sequence[str]) -> np.ndarray:
 
 def _numbers(values: Values, count: int) -> np.ndarray:
     """float64 [count]."""
-    array = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else np.asarray(values, np.float64)
+    tensor = hasattr(values, "detach")
+    array = values.detach().cpu().double().numpy() if tensor else np.asarray(values, np.float64)
     if array.shape != (count,):
         raise EarlyExitError(f"confidence has shape {array.shape}, expected ({count},), one per exit_index")
     return array
+
+
+# The tests.
+
+
+def _stats() -> ModuleType:
+    """scipy.stats, which a device that runs exported files may lack.
+
+    Raises:
+        EarlyExitError: it is not installed.
+    """
+    try:
+        return importlib.import_module("scipy.stats")
+    except ImportError as error:
+        raise EarlyExitError(f"the drift check needs scipy ({error}): pip install scipy") from None
+
+
+def fisher_p_value(count: int, photos: int, before: int, photos_before: int) -> float:
+    """Two-sided p-value of Fisher's exact test: ``count`` of ``photos`` now, ``before`` of ``photos_before`` then."""
+    table = [[count, photos - count], [before, photos_before - before]]
+    return float(_stats().fisher_exact(table).pvalue)
+
+
+def ks_test(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    """The two-sample Kolmogorov-Smirnov distance of [n] and [m], at least one value each, and its p-value."""
+    with warnings.catch_warnings():  # where rounding takes an exact p-value above 1, scipy takes the asymptotic one
+        warnings.simplefilter("ignore", RuntimeWarning)
+        result = _stats().ks_2samp(one, other)
+    return float(result.statistic), float(result.pvalue)
+
+
+class _Test(NamedTuple):
+    cause: str
+    statistic: float
+    p_value: float
+    text: str
+
+
+def _test_count(reference: Reference) -> int:
+    """A test for the share of each exit, and for the confidences at each early one."""
+    return 2 * len(reference.exit_names) - 1
+
+
+def _tests(reference: Reference, taken: np.ndarray, confidence: np.ndarray, block: int = 1) -> list[_Test]:
+    """The exit whose share has changed most (where one rises another falls), and the confidences at each early exit.
+
+    Args:
+        taken, confidence: [n], the exit that each photo took, and its confidence there.
+        block: photos of calibration that count as one.
+    """
+    photos, names = len(taken), reference.exit_names
+    counts = np.bincount(taken, minlength=len(names)).tolist()
+    known = [max(1, round(count / block)) if count else 0 for count in reference.exit_counts]
+    p_values = [fisher_p_value(now, photos, past, sum(known)) for now, past in zip(counts, known, strict=True)]
+    index = int(np.argmin(p_values))
+    now, before = counts[index] / photos, reference.exit_counts[index] / reference.photos
+    last = f"the last {photos} photos" if block == 1 else f"the last {photos} photos (1 frame in {block})"
+    text = f"{names[index]} took {100 * now:.3g} % of {last}, {100 * before:.3g} % in calibration"
+    found = [_Test("shares", abs(now - before), p_values[index], f"{text} ({_p_text(p_values[index])})")]
+    for index, quantiles in enumerate(map(np.array, reference.confidences)):
+        values, count = confidence[taken == index], known[index]
+        if count and len(values):  # else nothing to compare; the shares tell
+            statistic, p_value = ks_test(values, nearest_sample(values, quantiles, count))
+            median = f"median {np.median(values):.3g} of {len(values)} among {last}"
+            text = f"the confidences at {names[index]} have moved, {median}"
+            text += f", {quantiles[QUANTILES // 2]:.3g} in calibration"
+            found.append(_Test(f"confidences {index}", statistic, p_value, f"{text} ({_p_text(p_value)})"))
+    return found
+
+
+def _p_text(p_value: float) -> str:
+    return "p < 1e-15" if p_value < 1e-15 else f"p = {p_value:.0e}".replace("e-0", "e-")
 
 
 class DriftMonitor:
@@ -146,7 +234,7 @@ class DriftMonitor:
     """
 
     @suggest_keywords
-    def __init__(self, reference: Reference, window: int = WINDOW, alpha: float = 0.001) -> None:
+    def __init__(self, reference: Reference, window: int = WINDOW, alpha: float = ALPHA) -> None:
         if type(window) is not int or window < 1:
             raise EarlyExitError(f"window {window}: expected a whole number of photos, at least 1")
         if not 0 < alpha < 1:
@@ -154,7 +242,7 @@ class DriftMonitor:
         self.reference, self.window, self.alpha = reference, window, alpha
         self._last: deque[tuple[int, float]] = deque(maxlen=window)
         self._photos, self._until_check = 0, window
-        self._level = alpha / (2 * len(reference.exit_names) - 1)  # a test per share and per early exit's confidences
+        self._level = alpha / _test_count(reference)
         self._active: dict[str, str] = {}
         self._logged_at: dict[str, int] = {}
 
@@ -191,12 +279,11 @@ class DriftMonitor:
         reference, size = self.reference, len(self._last)
         taken = [exit_index for exit_index, _ in self._last]
         shares = {name: taken.count(index) / size for index, name in enumerate(reference.exit_names)} if size else None
-        before = zip(reference.exit_names, reference.exit_counts, strict=True)
         return {
             "photos": self._photos,
             "in_window": size,
             "shares": shares,
-            "calibration_shares": {name: count / reference.photos for name, count in before},
+            "calibration_shares": reference.exit_shares,
             "warnings": list(self._active.values()),
         }
 
@@ -204,47 +291,103 @@ class DriftMonitor:
         """Compare, log, and return the warnings by cause."""
         self._until_check = (self.window + 1) // 2
         taken, confidence = (np.array(values) for values in zip(*self._last, strict=True))
-        causes = {"shares": self._share_warning(taken)}
-        for index in range(len(self.reference.confidences)):
-            causes[f"confidences {index}"] = self._confidence_warning(index, confidence[taken == index])
-        advice = "calibrate again, the certificate speaks of other photos"
-        self._active = {cause: f"drift: {text}: {advice}" for cause, text in causes.items() if text}
+        told = [test for test in _tests(self.reference, taken, confidence) if test.p_value <= self._level]
+        self._active = {test.cause: f"drift: {test.text}: {ADVICE}" for test in told}
         for cause, warning in self._active.items():
             if self._photos - self._logged_at.get(cause, -self.window) >= self.window:
                 self._logged_at[cause] = self._photos
                 logger.warning(warning)
         return self._active
 
-    def _share_warning(self, taken: np.ndarray) -> str | None:
-        """About the exit whose share [window] has changed most; where one rises another falls, so one line will do."""
-        reference, window = self.reference, self.window
-        counts = np.bincount(taken, minlength=len(reference.exit_names)).tolist()
-        p_values = [
-            fisher_exact([[count, window - count], [before, reference.photos - before]]).pvalue
-            for count, before in zip(counts, reference.exit_counts, strict=True)
-        ]
-        index = int(np.argmin(p_values))
-        if p_values[index] > self._level:
-            return None
-        now, before = counts[index] / window, reference.exit_counts[index] / reference.photos
-        took = f"{reference.exit_names[index]} took {100 * now:.3g} % of the last {window} photos"
-        return f"{took}, {100 * before:.3g} % in calibration ({_p_text(p_values[index])})"
 
-    def _confidence_warning(self, index: int, confidence: np.ndarray) -> str | None:
-        """About the confidences [n] of the photos in the window that left at an early exit."""
-        name, count = self.reference.exit_names[index], self.reference.exit_counts[index]
-        if not count or not len(confidence):  # nothing to compare; the shares tell
-            return None
-        quantiles = np.array(self.reference.confidences[index])
-        with warnings.catch_warnings():  # where rounding takes an exact p-value above 1, scipy takes the asymptotic one
-            warnings.simplefilter("ignore", RuntimeWarning)
-            p_value = ks_2samp(confidence, nearest_sample(confidence, quantiles, count)).pvalue
-        if p_value > self._level:
-            return None
-        now = f"median {np.median(confidence):.3g} of {len(confidence)} among the last {self.window} photos"
-        before = f"{quantiles[QUANTILES // 2]:.3g} in calibration ({_p_text(p_value)})"
-        return f"the confidences at {name} have moved, {now}, {before}"
+@dataclass(frozen=True)
+class Drift:
+    """The last photos held against those of calibration.
+
+    Attributes:
+        photos: compared, at least 1; of frames, one of each block.
+        shares, calibration_shares: exit name -> share of the photos that left there, in [0, 1].
+        statistic: of the test with the smallest p-value, in [0, 1]: the difference of an exit's shares, or the
+            Kolmogorov-Smirnov distance of the confidences at an early exit.
+        p_value: that p-value times the number of tests (Bonferroni), at most 1.
+        drifted: ``p_value`` is at most `ALPHA`.
+        text: one line; where it drifted, what has changed and what to do.
+    """
+
+    photos: int
+    shares: dict[str, float]
+    calibration_shares: dict[str, float]
+    statistic: float
+    p_value: float
+    drifted: bool
+    text: str
 
 
-def _p_text(p_value: float) -> str:
-    return "p < 1e-15" if p_value < 1e-15 else f"p = {p_value:.0e}".replace("e-0", "e-")
+class _Target(TypedDict, total=False):
+    block: Annotated[int, 1, 2**31] | None
+
+
+class _Certificate(TypedDict):
+    drift: Reference
+    target: _Target
+
+
+class DriftRecord:
+    """The decisions on the last frames of a detector, for a comparison on demand. Threads may share it.
+
+    The tests are those of `DriftMonitor`, and take photos for independent draws. Frames of a video repeat: a hundred
+    alike say as much as one, and the p-value would be far too small. So of each ``block`` frames the first alone is
+    kept, `DRAWS` of them at most, and ``block`` photos of calibration count as one. The p-value holds if blocks are
+    independent. It is that of one comparison: who asks often meets a false alarm sooner.
+
+    Args:
+        block: frames that are one draw, at least 1.
+    """
+
+    def __init__(self, reference: Reference, block: int = 1) -> None:
+        self.reference, self.block = reference, block
+        self._kept: deque[tuple[int, float]] = deque(maxlen=DRAWS)
+        self._frames, self._lock = 0, threading.Lock()
+
+    @classmethod
+    def of(cls, certificate: Any, exit_names: Sequence[str]) -> DriftRecord:
+        """With the reference and the block of a certificate, given as its JSON; 1 where it has no block.
+
+        Raises:
+            EarlyExitError: no certificate, or one for other exits than ``exit_names`` (shallow to deep, ``full`` last).
+        """
+        read = build(_Certificate, certificate, "certificate")
+        calibrated, own = (", ".join(names[:-1]) for names in (read["drift"].exit_names, exit_names))
+        if calibrated != own:
+            raise EarlyExitError(f"the certificate is for the exits {calibrated}, the detector has {own}")
+        return cls(read["drift"], read["target"].get("block") or 1)
+
+    def add(self, exit_index: int, confidence: float | None) -> None:
+        """Take the next frame's decision; the confidence at the full path may be anything."""
+        with self._lock:
+            if self._frames % self.block == 0:
+                self._kept.append((exit_index, np.nan if confidence is None else confidence))
+            self._frames += 1
+
+    def drift(self) -> Drift | None:
+        """Compare what is kept with the calibration; None before the first frame."""
+        with self._lock:
+            kept = list(self._kept)
+        if not kept:
+            return None
+        reference, names = self.reference, self.reference.exit_names
+        taken, confidence = (np.array(values) for values in zip(*kept, strict=True))
+        nearest = min(_tests(reference, taken, confidence, self.block), key=lambda test: test.p_value)
+        p_value = min(1.0, _test_count(reference) * nearest.p_value)
+        now = np.bincount(taken, minlength=len(names)) / len(kept)
+        drifted = p_value <= ALPHA
+        text = f"drift: {nearest.text}: {ADVICE}" if drifted else f"no drift in {len(kept)} photos (p = {p_value:.2g})"
+        return Drift(
+            photos=len(kept),
+            shares=dict(zip(names, now.tolist(), strict=True)),
+            calibration_shares=reference.exit_shares,
+            statistic=nearest.statistic,
+            p_value=p_value,
+            drifted=drifted,
+            text=text,
+        )
