@@ -123,10 +123,8 @@ def _require_safe_weights(content: bytes, name: str, folder: str | os.PathLike[s
         if tensor.external_data or tensor.data_location == tensor.EXTERNAL:
             locations = [entry.value for entry in tensor.external_data if entry.key == "location"]
             if len(locations) != 1 or folder is None or not _lies_in(locations[0], folder):
-                raise EarlyExitError(
-                    f"{name}: its tensor {shown(tensor.name)} has data in {shown(locations)}, expected a file in its"
-                    " own folder; export it with the weights inside"
-                )
+                told = f"{name}: its tensor {shown(tensor.name)} has data in {shown(locations)}"
+                raise EarlyExitError(f"{told}, expected a file in its own folder; export it with the weights inside")
 
 
 def _tensors(message: Any, kind: type) -> Iterator[Any]:

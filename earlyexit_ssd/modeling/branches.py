@@ -198,9 +198,8 @@ def describe_exits(
     empty = arguments.numbers("empty", empty, whole=True)
     kinds = (branch,) if isinstance(branch, str) else tuple(branch) if isinstance(branch, (list, tuple)) else ()
     if len(kinds) not in (1, len(layers)):
-        raise EarlyExitError(
-            f"branch is {branch!r:.60}, expected one of {', '.join(BRANCHES)}, or one for each of {len(layers)} exits"
-        )
+        told = f"branch is {branch!r:.60}, expected one of {', '.join(BRANCHES)}"
+        raise EarlyExitError(f"{told}, or one for each of {len(layers)} exits")
     for layer in empty:
         if layer not in layers:
             raise EarlyExitError(f"empty has {layer}, expected some of the exits' layers {layers}")

@@ -258,10 +258,8 @@ def detector_class(name: str) -> type[EarlyExitDetector]:
         EarlyExitError: no class has that name; the message has the nearest one.
     """
     if name not in DETECTORS:
-        listed = ", ".join(DETECTORS)
-        raise EarlyExitError(
-            f"detector (MODEL.NAME) is {name!r:.60}, expected one of {listed}{nearest(str(name), DETECTORS)}"
-        )
+        listed, hint = ", ".join(DETECTORS), nearest(str(name), DETECTORS)
+        raise EarlyExitError(f"detector (MODEL.NAME) is {name!r:.60}, expected one of {listed}{hint}")
     return DETECTORS[name]
 
 

@@ -383,9 +383,8 @@ def retrofit(
             ``compact`` without photos on which competing classes can be found.
     """
     if fold not in FOLDS:
-        raise EarlyExitError(
-            f"fold (MODEL.FOLD) is {shown(fold)}, expected one of {', '.join(FOLDS)}{nearest(str(fold), FOLDS)}"
-        )
+        names, hint = ", ".join(FOLDS), nearest(str(fold), FOLDS)
+        raise EarlyExitError(f"fold (MODEL.FOLD) is {shown(fold)}, expected one of {names}{hint}")
     state, described = load_full_path(weights, detector_class(architecture.detector).plain_weights)
     source = described.classes if described else tuple(source_classes or architecture.classes)
     unfolded = {"head_outputs": 0, "folded_rows": (), "competing": (), "folded_branches": False}

@@ -109,9 +109,8 @@ class ExitRouter(nn.Module):
             return -torch.ones_like(signals.logits[:, 0, 0], dtype=torch.float32)
         confidence = self._policy(self._policy_inputs(signals, exit_index), exit_index)
         if confidence.dim() != 1:
-            raise EarlyExitError(
-                f"routing policy '{self.policy}' gives {list(confidence.shape)}, expected one number per image, [N]"
-            )
+            given = f"routing policy '{self.policy}' gives {list(confidence.shape)}"
+            raise EarlyExitError(f"{given}, expected one number per image, [N]")
         return confidence.clamp(0.0, 1.0)
 
     def _policy_inputs(self, signals: ExitSignals, exit_index: int) -> ExitSignals:
