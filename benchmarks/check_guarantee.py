@@ -18,7 +18,7 @@ import numpy as np
 from fvcore.common.config import CfgNode
 from scipy import stats
 
-from earlyexit_ssd.calibration.risk import certify, safe_to_bold
+from earlyexit_ssd.calibration.risk import certify, threshold_path
 from earlyexit_ssd.calibration.thresholds import choose
 from earlyexit_ssd.command_line import run_tool
 from earlyexit_ssd.config import load_config
@@ -141,7 +141,7 @@ def check_guarantee(
     temperatures = trained_temperatures(cfg, recorded.info, model.num_early_exits)
     router = fit_policy(cfg, cfg.ROUTING.POLICY, temperatures, train)
     costs = measure_cost_model(cfg, model, router)
-    path = safe_to_bold(train.confidences(router), train.losses(reference), costs.of_each)
+    path = threshold_path(train.confidences(router), train.losses(reference), costs.of_each)
     confidences = [
         np.concatenate(pair) for pair in zip(calib.confidences(router), test.confidences(router), strict=True)
     ]

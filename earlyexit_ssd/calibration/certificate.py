@@ -1,4 +1,4 @@
-"""What a calibration promises, for which weights, and how it came about: a small JSON file."""
+"""The certificate: a JSON file with the result of a calibration, what it promises, and the weights it holds for."""
 
 from __future__ import annotations
 
@@ -32,11 +32,16 @@ _ADVICE = "write one with tools/calibrate.py"
 
 @dataclass(frozen=True, kw_only=True)
 class CertifiedTarget:
-    """What was asked for; None where a kind of target does not have it.
+    """The target that the user asked for. A field that this kind of target does not use is None.
 
-    Losses are counted against ``reference``, at ``score`` and ``iou``. ``value`` is of a speed-up or an AP drop,
-    ``epsilon`` and the inequality ``bound`` of a risk, ``delta`` of a risk or an AP drop. ``block`` photos of a folder
-    are one draw; ``learned`` are thresholds of a soft exit.
+    Attributes:
+        reference: what losses are counted against: the full path's detections or the labels.
+        score, iou: least score of a counted detection, and least IoU of a match.
+        value: of a speedup the least speed-up, of an ap_drop the largest loss of AP50.
+        epsilon, bound: of a risk the largest expected loss, and its test (a key of `earlyexit_ssd.bounds.BOUNDS`).
+        delta: of a risk or an ap_drop, the probability that the promise fails.
+        block: number of consecutive photos of a folder that count as one draw; None: each photo is a draw.
+        learned: True if the thresholds were learnt by gradient descent.
     """
 
     kind: Literal["speedup", "ap_drop", "risk"]
@@ -56,13 +61,18 @@ class Measured:
     """What was measured on the calibration photos.
 
     Attributes:
-        loss: mean per photo; cost: mean, in the unit of the costs; speedup: against the detector without exits.
-        AP50, AP50_full: routed and of the full path; None where nobody labelled the photos (``labelled`` False).
-        loss_bound: of a risk, the upper confidence bound of the loss at delta, were this the only step tested; steps:
-            how many were tested and passed.
-        AP50_lost_bound: of an AP drop; photos_needed: where there were fewer.
+        photos, blocks: number of photos, and of blocks of photos; blocks is None if each photo is a draw.
+        loss, cost: means per photo; the cost has the unit of the certificate's cost model.
+        AP50, AP50_full: of the routed detector and of the full path; None without labels or objects.
+        exit_share: exit name -> share of the photos that leave there.
+        speedup: cost of the detector without exits / ``cost``.
+        loss_bound: only of a risk, upper bound of the expected loss at level delta, as if no other step was tested.
+        AP50_lost_bound: only of an ap_drop, the loss of AP50 that 1 - delta of the bootstrap draws do not exceed.
+        photos_needed: only of an ap_drop, number of draws that would be enough; None if there were enough.
+        labelled: whether the photos have labels.
         agreement: the fields of `earlyexit_ssd.evaluation.matches.Agreement`.
-        equal_photos, near_equal_photos: left out, since others stand for them; blocks: how many there were.
+        equal_photos, near_equal_photos: number of duplicates and near-duplicates that were left out.
+        steps: only of a risk, number of steps of the path of thresholds that passed the test.
     """
 
     photos: Annotated[int, 1, 2**63] | None = None
@@ -85,7 +95,8 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class CertifiedCosts:
-    """What a photo costs that leaves at each exit, and without exits; ``measured`` says where milliseconds were."""
+    """Cost of a photo that leaves at each exit (``exits``), and in the detector without exits (``plain``).
+    ``measured``: runtime, threads, runs and machine of a measurement in milliseconds."""
 
     unit: Literal["ms", "mmacs"] | None = None
     exits: tuple[float, ...] | None = None
@@ -94,21 +105,21 @@ class CertifiedCosts:
 
 
 def plain_part(part: CertifiedTarget | Measured | CertifiedCosts | Reference) -> dict[str, Any]:
-    """As it stands in JSON: what is None is left out, but for accuracy that nobody knows."""
-    null = ("AP50", "AP50_full")
-    return {key: value for key, value in dataclasses.asdict(part).items() if value is not None or key in null}
+    """The part as a dict for JSON, without the fields that are None. Only an unknown AP50 is written, as null."""
+    nullable = ("AP50", "AP50_full")
+    return {key: value for key, value in dataclasses.asdict(part).items() if value is not None or key in nullable}
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """Routing for one model, and what was measured on the calibration photos.
+    """The calibrated routing of one model, and the figures that were measured on the calibration photos.
 
     Attributes:
-        router: the settings of an `ExitRouter`: policy with its parameters, thresholds, temperatures.
-        weights_sha256: of the network's parameters and buffers.
-        photos_sha256: the calibration photos' contents, each the first 16 hexadecimal digits.
-        photo_list_sha256: of the sorted list of those.
-        drift: the calibration photos' decisions, the reference of a `DriftMonitor`.
+        router: settings of an `ExitRouter`: policy with its parameters, thresholds, temperatures.
+        weights_sha256: SHA-256 of the network's parameters and buffers.
+        photos_sha256: for each calibration photo, the first 16 hexadecimal digits of its file's SHA-256, sorted.
+        photo_list_sha256: SHA-256 of these digits, joined.
+        drift: exits and confidences of the calibration photos, with which a `DriftMonitor` compares later photos.
     """
 
     router: RouterSettings
@@ -123,21 +134,22 @@ class Certificate:
 
     @property
     def closed(self) -> bool:
-        """Everything takes the full path."""
+        """Whether all exits are closed, so that every photo takes the full path."""
         return all(threshold >= CLOSED for threshold in self.router["thresholds"])
 
     def router_for(self, model: nn.Module) -> ExitRouter:
-        """The router, for the weights that it was calibrated with; an EarlyExitError for others, fused ones too."""
+        """The router for ``model``; an EarlyExitError if its weights or exits are not the calibrated ones, or fused."""
         if is_fused(model):
             fix = "give it the certificate's router first, then fuse it (the router goes along)"
             raise EarlyExitError(f"the model is fused, so its weights are not the certificate's; {fix}")
-        digests = self.weights_sha256, weights_hash(model)
-        if digests[0] != digests[1]:
-            told = "the certificate is for weights {:.12}, the model has {:.12}".format(*digests)
+        found = weights_hash(model)
+        if found != self.weights_sha256:
+            told = f"the certificate is for weights {self.weights_sha256:.12}, the model has {found:.12}"
             raise EarlyExitError(f"{told}; calibrate again with tools/calibrate.py")
-        calibrated, own = (", ".join(names[:-1]) for names in (self.drift.exit_names, model.exit_names))
-        if calibrated != own:  # an empty exit has no weights to be known by
-            raise EarlyExitError(f"the certificate is for the exits {calibrated}, the model has {own}; calibrate again")
+        calibrated, present = (", ".join(names[:-1]) for names in (self.drift.exit_names, model.exit_names))
+        if calibrated != present:  # exits without a branch have no weights, so the hash of the weights misses them
+            told = f"the certificate is for the exits {calibrated}, the model has {present}"
+            raise EarlyExitError(f"{told}; calibrate again")
         try:
             router = make_router(model, self.router)
         except EarlyExitError as error:
@@ -146,7 +158,7 @@ class Certificate:
         return router
 
     def require_unseen(self, photos: Iterable[tuple[str | os.PathLike[str], str]]) -> None:
-        """Refuse photos (path and SHA-256 of each) that calibrated: figures on them flatter."""
+        """Raise an EarlyExitError if one of these photos (path, SHA-256) was calibrated on: figures would flatter."""
         known = set(self.photos_sha256)
         shared = [path for path, digest in photos if digest[:16] in known]
         if shared:
@@ -154,7 +166,7 @@ class Certificate:
             raise EarlyExitError(f"{told}; evaluate on photos that were not calibrated on")
 
     def to_dict(self) -> dict[str, Any]:
-        """What a file of it holds, as it comes back from JSON; `parse_certificate` reads it."""
+        """The content of the certificate's file as plain JSON types; `parse_certificate` is the inverse."""
         parts = {
             name: plain_part(part) if dataclasses.is_dataclass(part) else part for name, part in vars(self).items()
         }
@@ -162,26 +174,27 @@ class Certificate:
         return {**content, CHECKSUM: _checksum(content)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the certificate as JSON."""
         write_json(path, self.to_dict())
 
 
 def load_certificate(path: str | os.PathLike[str]) -> Certificate:
-    """Read a certificate; an EarlyExitError where there is no such file, or none that a calibration wrote."""
+    """Read a file of `Certificate.save`; an EarlyExitError if it is missing or not as a calibration wrote it."""
     return parse_certificate(read_json(path, "certificate", _ADVICE), path)
 
 
 def parse_certificate(content: Any, source: str | os.PathLike[str]) -> Certificate:
-    """The certificate that a file holds as plain types; ``source`` is the file, for messages.
+    """The inverse of `Certificate.to_dict`; ``source`` is the file's name, for messages.
 
     Raises:
-        EarlyExitError: a part is missing, unknown, of another type or not what the calibration wrote.
+        EarlyExitError: a key is missing, unknown or of a wrong type, or the content was changed (its checksum differs).
     """
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise EarlyExitError(f"{source}: expected a certificate of format {FORMAT!r}; {_ADVICE}")
     checked = {key: value for key, value in content.items() if key != CHECKSUM}
     try:
         certificate = build(Certificate, {key: value for key, value in checked.items() if key != "format"})
-        _require_whole(certificate)
+        _require_consistent(certificate)
     except EarlyExitError as error:
         raise EarlyExitError(f"{source}: {error}, no certificate has that; {_ADVICE}") from None
     if content.get(CHECKSUM) != _checksum(checked):
@@ -190,8 +203,8 @@ def parse_certificate(content: Any, source: str | os.PathLike[str]) -> Certifica
     return certificate
 
 
-def _require_whole(certificate: Certificate) -> None:
-    """Every number that the target's kind needs is there, and the parts speak of as many exits."""
+def _require_consistent(certificate: Certificate) -> None:
+    """Raise an EarlyExitError if a key that the kind of target needs is missing, or the numbers of exits differ."""
     router, target = certificate.router, certificate.target
     needed = {"speedup": ("value",), "ap_drop": ("value", "delta"), "risk": ("epsilon", "delta", "bound")}[target.kind]
     missing = [f"target.{key}" for key in needed if getattr(target, key) is None]

@@ -1,4 +1,4 @@
-"""Risk control: the cheapest thresholds whose expected loss is bounded with high probability."""
+"""Risk control: find the cheapest thresholds whose expected loss is, with high probability, below a limit."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ LONGEST_PATH = 80
 
 @dataclass(frozen=True)
 class Certified:
-    """The cheapest thresholds that passed the test.
+    """The cheapest thresholds that passed the test of :func:`certify`.
 
     Attributes:
-        step: index on the path; 0 is the step with all exits closed.
+        step: their index on the path; step 0, with all exits closed, is not tested and always passes.
         thresholds: one threshold per early exit.
         choice: exit of every calibration photo, [n].
-        loss: mean loss over the calibration photos or their groups.
+        loss: mean loss over the blocks of calibration photos.
         bound: upper confidence bound of the expected loss at level delta, as if this were the only step tested.
         passed: number of steps that passed, without step 0.
-        photos_needed: number of calibration photos (or groups) that would certify the first open step if further ones
-            had the same losses; None if a step passed, or if no number is enough.
+        photos_needed: number of blocks that would certify step 1 if further blocks had the same losses; None if a step
+            passed, or if no number is enough.
     """
 
     step: int
@@ -39,16 +39,17 @@ class Certified:
     photos_needed: int | None = None
 
 
-def safe_to_bold(
+def threshold_path(
     confidences: Sequence[np.ndarray],
     losses: np.ndarray,
     costs: Callable[[np.ndarray], np.ndarray],
     grid: Grid | None = None,
 ) -> np.ndarray:
-    """A path of thresholds [steps, early exits], from all exits closed to ever cheaper combinations.
+    """The combinations of thresholds that `certify` tests, in this order: [steps, early exits].
 
-    The steps are the combinations that no other beats in both mean loss and mean cost on m training photos. So the path
-    is fixed before a calibration photo is used, and each step may be tested at the whole level delta.
+    Step 0 has all exits closed. The other steps are the combinations that no other beats in both mean loss and mean
+    cost on m training photos, by rising loss and falling cost. The order is fixed before any calibration photo is used,
+    so every step is tested at level delta, without a correction for the number of tests.
 
     Args:
         confidences: one array [m] per early exit.
@@ -74,33 +75,34 @@ def certify(
     delta: float,
     bound: str = "betting",
     seed: int | None = 0,
-    groups: np.ndarray | None = None,
+    blocks: np.ndarray | None = None,
 ) -> Certified:
-    """Test the steps of ``path`` in order until one fails, and take the cheapest step that passed.
+    """Test the steps of ``path`` in order until one fails, and return the cheapest step that passed.
 
-    A step passes if its expected loss is shown to be at most ``epsilon``. With probability 1 - ``delta`` this holds for
-    all steps that passed together, so the same photos may choose among them (Angelopoulos et al. 2021).
+    A step passes if its p-value for an expected loss above ``epsilon`` is at most ``delta``. With probability
+    1 - ``delta`` all steps that passed have an expected loss of at most ``epsilon`` (Angelopoulos et al. 2021, fixed-
+    sequence testing). So one of them may be chosen by its cost on the same photos.
 
     Args:
-        path: from :func:`safe_to_bold`; its first step is closed.
+        path: thresholds [steps, early exits] from :func:`threshold_path`.
         confidences: one array [n] per early exit, for the calibration photos.
         losses: [n, exits] in [0, 1], for the calibration photos.
         costs: costs of the exits at each step, [steps, exits].
         bound: a key of `BOUNDS`, chosen beforehand.
-        seed: seed of the order of the photos; None keeps the given order, which must then be random. The betting bound
-            depends on the order: with data sets one behind the other the first could decide alone.
-        groups: number (from 0) of the group of each photo, [n]. The mean over a group is one loss, and the guarantee is
-            for the draw of groups. None: every photo is a group.
+        seed: seed of the random order of the blocks; None keeps the given order, which must then be random. The betting
+            bound depends on the order: of photos sorted by data set, the first data set could decide the test alone.
+        blocks: number (from 0) of the block of each photo, [n]. The mean loss of a block is one draw, so the guarantee
+            is for blocks as independent draws. None: every photo is a block.
     """
-    p_value, rows = BOUNDS[bound], np.arange(len(losses))
-    sizes = np.ones(len(losses)) if groups is None else np.bincount(groups)
+    p_value, photos = BOUNDS[bound], np.arange(len(losses))
+    sizes = np.ones(len(losses)) if blocks is None else np.bincount(blocks)
     order = np.arange(len(sizes)) if seed is None else np.random.default_rng(seed).permutation(len(sizes))
     choices = [choose(confidences, thresholds) for thresholds in path]
-    groups = rows if groups is None else groups
-    risks = [(np.bincount(groups, losses[rows, choice]) / sizes)[order] for choice in choices]
-    passed = fixed_sequence_test((p_value(risk, epsilon) for risk in risks[1:]), delta)  # step 0 is the full path
-    needed = photos_needed(risks[1], epsilon, delta, p_value) if passed == 0 and len(path) > 1 else None
+    blocks = photos if blocks is None else blocks
+    block_losses = [(np.bincount(blocks, losses[photos, choice]) / sizes)[order] for choice in choices]
+    passed = fixed_sequence_test((p_value(draws, epsilon) for draws in block_losses[1:]), delta)
+    needed = photos_needed(block_losses[1], epsilon, delta, p_value) if passed == 0 and len(path) > 1 else None
     chosen = min(range(passed + 1), key=lambda step: costs[step][choices[step]].mean())
-    certain = 0.0 if chosen == 0 else upper_bound(risks[chosen], delta, p_value)
-    thresholds, loss = tuple(float(value) for value in path[chosen]), float(risks[chosen].mean())
-    return Certified(chosen, thresholds, choices[chosen], loss, certain, passed, needed)
+    loss_bound = 0.0 if chosen == 0 else upper_bound(block_losses[chosen], delta, p_value)
+    thresholds, loss = tuple(float(value) for value in path[chosen]), float(block_losses[chosen].mean())
+    return Certified(chosen, thresholds, choices[chosen], loss, loss_bound, passed, needed)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from earlyexit_ssd.routing.policies import Odds
+from earlyexit_ssd.routing.policies import FastSoftmax
 
 BINS = 10
 LEAST_PROBABILITY = 0.05
@@ -50,7 +50,7 @@ def contested_boxes(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, T
     """
     logits, labels = [], []
     for batch, truth in batches:
-        keep = (truth > 0) | (Odds(batch).largest >= LEAST_PROBABILITY)
+        keep = (truth > 0) | (FastSoftmax(batch).largest >= LEAST_PROBABILITY)
         logits.append(batch[keep])
         labels.append(truth[keep].long())
     return torch.cat(logits), torch.cat(labels)

@@ -1,4 +1,8 @@
-"""Search for the thresholds of all exits together, over a grid of candidates or by gradient descent."""
+"""Search for the thresholds of all exits together, over a grid of candidates or by gradient descent.
+
+An exit is *closed* if its threshold is `CLOSED`, which no confidence reaches. The branch of a closed exit is not
+computed, so all deeper exits cost less.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.progress import progress
 
 LARGEST_GRID = 20_000
-"""Largest number of combinations; with more exits there are fewer candidates per exit."""
+"""Largest number of combinations of thresholds; the more exits, the fewer candidates per exit."""
 MOST_EXITS = 5
 """Largest number of early exits; with more of them the grid would be too coarse."""
 
@@ -29,11 +33,11 @@ class Grid:
 
     def mean(self, per_exit: np.ndarray) -> np.ndarray:
         """Mean of ``per_exit`` [n, exits] at the exits that the photos take, [M]."""
-        rows = np.arange(self.choices.shape[1])
-        return np.stack([per_exit[rows, choice].mean() for choice in self.choices])
+        photos = np.arange(self.choices.shape[1])
+        return np.stack([per_exit[photos, choice].mean() for choice in self.choices])
 
     def mean_cost(self, costs: np.ndarray) -> np.ndarray:
-        """Mean cost of the photos, [M]. ``costs`` are [M, exits], since a closed exit makes the deeper ones cheaper."""
+        """Mean cost of the photos, [M], from the costs [M, exits], which differ where other exits are closed."""
         return np.stack([row[choice].mean() for row, choice in zip(costs, self.choices, strict=True)])
 
 
@@ -48,17 +52,15 @@ def choose(confidences: Sequence[np.ndarray], thresholds: Sequence[float]) -> np
 
 
 def open_sets(exits: int) -> Iterator[tuple[list[float], np.ndarray]]:
-    """Every set of open early exits: its thresholds (0 or `CLOSED`) and the indices of the exits that photos can take.
-
-    The last index is the full path. A closed exit makes the deeper ones cheaper, so the costs depend on the set.
-    """
-    for flags in itertools.product((True, False), repeat=exits):
-        yield [0.0 if flag else CLOSED for flag in flags], np.flatnonzero([*flags, True])
+    """Every set of open early exits, as thresholds (0 if open, else `CLOSED`) and as the indices of the exits that
+    photos can take: the open ones and the full path."""
+    for is_open in itertools.product((True, False), repeat=exits):
+        yield [0.0 if one else CLOSED for one in is_open], np.flatnonzero([*is_open, True])
 
 
 def candidates(confidence: np.ndarray, count: int) -> np.ndarray:
-    """`CLOSED`, then ``count`` even quantiles of an exit's confidences [n] in falling order, then 0 (all photos leave).
-    A quantile lies halfway between two neighbouring confidences, so that rounding moves no photo."""
+    """Candidates for an exit's threshold, falling: `CLOSED`, then up to ``count`` evenly spaced quantiles of the
+    confidences [n], then 0. A quantile is halfway between two confidences, so rounding changes no decision."""
     values = np.unique(confidence)
     halfway = (values[1:] + values[:-1]) / 2
     inner = np.unique(np.quantile(halfway, np.linspace(0, 1, count), method="nearest")) if len(halfway) else halfway
@@ -66,9 +68,10 @@ def candidates(confidence: np.ndarray, count: int) -> np.ndarray:
 
 
 def threshold_grid(confidences: Sequence[np.ndarray], count: int | None = None) -> Grid:
-    """All combinations of ``count`` `candidates` per exit; by default as many as `LARGEST_GRID` allows."""
+    """All combinations of the `candidates` of each exit, without those that give every photo the same exit as another.
+    By default ``count`` is as large as `LARGEST_GRID` allows."""
     exits = len(confidences)
-    require_few(exits)
+    require_few_exits(exits)
     count = count or min(60, int(LARGEST_GRID ** (1 / exits)) - 2)
     axes = [candidates(confidence, count) for confidence in confidences]
     thresholds = np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=1)
@@ -77,7 +80,7 @@ def threshold_grid(confidences: Sequence[np.ndarray], count: int | None = None) 
     return Grid(thresholds[np.sort(first)], choices[np.sort(first)])
 
 
-def require_few(exits: int) -> None:
+def require_few_exits(exits: int) -> None:
     """Raise an EarlyExitError if there are more than `MOST_EXITS` early exits."""
     if exits > MOST_EXITS:
         limit = f"thresholds are searched jointly over {MOST_EXITS} at most"
@@ -92,16 +95,16 @@ def pareto_path(loss: np.ndarray, cost: np.ndarray) -> np.ndarray:
 
 
 def best_within(bounded: np.ndarray, minimised: np.ndarray, limit: float) -> int | None:
-    """Index of the smallest ``minimised`` [M], then smallest ``bounded`` [M], of those with ``bounded`` <= ``limit``;
-    None if there is none."""
+    """Index of the smallest ``minimised`` [M] among those with ``bounded`` [M] <= ``limit``, in a tie that of the
+    smallest ``bounded``; None if no ``bounded`` is small enough."""
     allowed = np.flatnonzero(bounded <= limit)
     return int(allowed[np.lexsort((bounded[allowed], minimised[allowed]))[0]]) if len(allowed) else None
 
 
 STEPS, HALVINGS = 150, 10
-"""Adam steps per fit, and bisection steps for the weight of the cost (a Lagrange multiplier)."""
+"""Adam steps per fit, and bisection steps for the weight of the cost in the minimised sum (a Lagrange multiplier)."""
 WIDTHS = (0.1, 0.01)
-"""First and last width of the sigmoid that replaces a threshold, in ranks; it shrinks geometrically."""
+"""First and last width of the sigmoid that replaces a threshold, as differences of ranks; it shrinks geometrically."""
 BUDGETS = 20
 """Number of mean costs that `learned_grid` fits thresholds for, from the cheapest exit to the full path alone."""
 
@@ -112,9 +115,9 @@ def learn_open_exits(
     costs_with: Callable[[Sequence[float]], np.ndarray],
     budget: float,
 ) -> np.ndarray:
-    """Thresholds [early exits] by `learn_thresholds`, for the set of open exits with the least mean loss.
+    """Thresholds [early exits] of the least mean loss within a budget, learnt for every set of open exits.
 
-    Every set is tried, because no gradient shows that a closed exit makes the deeper ones cheaper.
+    Every set is tried, because the gradient does not contain what closing an exit saves.
 
     Args:
         confidences: one array [n] per early exit.
@@ -122,17 +125,17 @@ def learn_open_exits(
         costs_with: function from thresholds (0 or `CLOSED`) of the early exits to the costs [exits].
         budget: largest mean cost, at least the cost of one exit.
     """
-    best, least = None, np.inf
-    for closed, kept in open_sets(len(confidences)):
-        thresholds, costs = np.array(closed, dtype=np.float32), costs_with(closed)
-        opened = kept[:-1]
+    best, least_loss = None, np.inf
+    for start, usable in open_sets(len(confidences)):
+        thresholds, costs = np.array(start, dtype=np.float32), costs_with(start)
+        opened = usable[:-1]
         if len(opened):
-            seen = [confidences[index] for index in opened]
-            thresholds[opened] = learn_thresholds(seen, losses[:, kept], costs[kept], budget)
+            open_confidences = [confidences[index] for index in opened]
+            thresholds[opened] = learn_thresholds(open_confidences, losses[:, usable], costs[usable], budget)
         choice = choose(confidences, thresholds)
         loss = losses[np.arange(len(choice)), choice].mean()
-        if costs[choice].mean() <= budget * (1 + 1e-9) and loss < least:
-            best, least = thresholds, loss
+        if costs[choice].mean() <= budget * (1 + 1e-9) and loss < least_loss:
+            best, least_loss = thresholds, loss
     if best is None:
         raise EarlyExitError(f"no exit has a mean cost of {budget:g} or less; give a larger budget")
     return best
@@ -144,15 +147,15 @@ def learned_grid(
     costs_with: Callable[[Sequence[float]], np.ndarray],
     more_budgets: Sequence[float] = (),
 ) -> Grid:
-    """A grid of the thresholds that `learn_open_exits` finds for evenly spaced budgets, and of all exits closed.
+    """The thresholds that `learn_open_exits` finds for each of `BUDGETS` budgets, and those with all exits closed.
 
-    ``more_budgets`` are further mean costs; those below the cheapest exit are left out.
+    ``more_budgets`` are budgets (mean costs) besides; those below the cost of the cheapest exit are left out.
     """
-    closed = [CLOSED] * len(confidences)
-    dearest = float(costs_with(closed)[-1])
-    least = min(float(costs_with(flags)[kept[0]]) for flags, kept in open_sets(len(confidences)))
-    budgets = {*np.linspace(least, dearest, BUDGETS).tolist(), *(one for one in more_budgets if one >= least)}
-    found = [closed]
+    all_closed = [CLOSED] * len(confidences)
+    full_cost = float(costs_with(all_closed)[-1])
+    least = min(float(costs_with(start)[usable[0]]) for start, usable in open_sets(len(confidences)))
+    budgets = {*np.linspace(least, full_cost, BUDGETS).tolist(), *(one for one in more_budgets if one >= least)}
+    found = [all_closed]
     for budget in progress(sorted(budgets, reverse=True), desc="learn thresholds"):
         found.append(learn_open_exits(confidences, losses, costs_with, budget).tolist())
     thresholds = np.unique(np.array(found, dtype=np.float32), axis=0)
@@ -164,13 +167,13 @@ def learn_thresholds(
 ) -> np.ndarray:
     """Thresholds [early exits] of mean cost at most ``budget``, learnt by gradient descent (Bolukbasi et al. 2017).
 
-    Minimised is mean loss + weight * mean relative cost, with a sigmoid in the place of each threshold. Bisection finds
+    Adam minimises mean loss + weight * mean relative cost, with a sigmoid in place of each threshold. Bisection finds
     the smallest weight that meets the budget. Confidences [n] are replaced by their ranks in [0, 1], so that one width
-    of the sigmoid fits every policy. ``losses`` are [n, exits], ``costs`` [exits] those with all exits open.
+    of the sigmoid fits every policy. All exits are open. ``losses`` are [n, exits], ``costs`` [exits].
     """
     ranks = torch.stack([_ranks(values) for values in confidences], dim=1)
-    dearest, losses = float(np.max(costs)), torch.from_numpy(losses.astype(np.float32))
-    relative = torch.from_numpy(np.asarray(costs, dtype=np.float32)) / dearest
+    highest_cost, losses = float(np.max(costs)), torch.from_numpy(losses.astype(np.float32))
+    relative = torch.from_numpy(np.asarray(costs, dtype=np.float32)) / highest_cost
     low, high, best = 0.0, 10.0, torch.zeros(len(confidences))
     for _ in range(HALVINGS):
         weight = (low + high) / 2
@@ -183,7 +186,7 @@ def learn_thresholds(
             optimizer.step()
         thresholds = thresholds.detach()
         leaves = torch.cat([ranks >= thresholds, torch.ones(len(ranks), 1, dtype=torch.bool)], dim=1)
-        if float(relative[leaves.float().argmax(1)].mean()) * dearest <= budget:
+        if float(relative[leaves.float().argmax(1)].mean()) * highest_cost <= budget:
             high, best = weight, thresholds
         else:
             low = weight
@@ -192,21 +195,22 @@ def learn_thresholds(
 
 
 def exit_probabilities(ranks: Tensor, thresholds: Tensor, width: float) -> Tensor:
-    """Probability that a photo takes each exit, the full path last: [n, early exits] to [n, early exits + 1]."""
+    """Probability that a photo takes each exit, the full path last, with sigmoids in place of the thresholds: ranks
+    [n, early exits] to [n, early exits + 1]."""
     leaves = torch.sigmoid((ranks - thresholds) / width)
     stays = torch.cat([torch.ones(len(ranks), 1), (1 - leaves).cumprod(1)], dim=1)
     return torch.cat([leaves * stays[:, :-1], stays[:, -1:]], dim=1)
 
 
 def _ranks(values: np.ndarray) -> Tensor:
-    """Share of the photos with a smaller value, plus half of those with the same, [n]."""
+    """Rank of each value in [0, 1], [n]: the share of smaller values plus half of the share of equal values."""
     ordered = np.sort(values)
-    below, upto = (np.searchsorted(ordered, values, side=side) for side in ("left", "right"))
-    return torch.from_numpy(((below + upto) / (2 * len(values))).astype(np.float32))
+    below, up_to = (np.searchsorted(ordered, values, side=side) for side in ("left", "right"))
+    return torch.from_numpy(((below + up_to) / (2 * len(values))).astype(np.float32))
 
 
 def _unrank(values: np.ndarray, rank: float) -> float:
-    """The smallest confidence with at least this rank; `CLOSED` if there is none. A photo with a confidence below 0
-    never leaves at this exit."""
+    """The smallest confidence with at least this rank; `CLOSED` if there is none. Confidences below 0 (-1: the policy
+    cannot decide at this exit) are left out."""
     leaving = values[(_ranks(values).numpy() >= np.float32(rank)) & (values >= 0)]
     return float(leaving.min()) if len(leaving) else CLOSED

@@ -1,12 +1,13 @@
-"""The temporal exit for videos and cameras: frames that differ little from an earlier one repeat its detections.
+"""The temporal exit for videos and cameras: a frame that differs little from an earlier one repeats its detections.
 
-A frame is compared with the last computed frame, not with the previous one, so that slow changes add up. The threshold
-is calibrated on unlabelled frames of the camera, by comparing repeated detections with the detector's own.
+A frame is compared with the last frame that the detector computed, so that slow changes add up. The threshold is
+calibrated on unlabelled frames of the camera, by comparing repeated detections with the detector's own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -31,19 +32,17 @@ Detector = Callable[[np.ndarray], Detections]
 REPEATED = "repeated"
 """``exit_name`` of repeated detections; their ``exit_index`` is -1."""
 CELLS = 32
-"""Cells of the small picture along the longer side. A cell is 10 px wide at a detector input of 320."""
+"""Cells of the small picture along the longer side: a cell is 10 px wide for an input of 320 px."""
 ROWS = 8
 """Largest number of frame rows averaged per cell; all their pixels are used, which averages out sensor noise."""
 CLOSE = 0.1
-"""A detection whose score differs by less than this from the lowest score is a close call: noise may flip it."""
+"""A detection is a close call if its score is nearer than this to the lowest score: noise may add or remove it."""
 CLOSE_WEIGHT = 2.0
 """Factor of the change if the last answer has a close call."""
 THRESHOLDS = tuple(0.25 * 2 ** (step / 4) for step in range(25))
-"""Tested thresholds in grey levels, 0.25 to 16, from safe to bold; fixed in advance for fixed-sequence testing."""
+"""Tested thresholds in grey levels, rising from 0.25 to 16; fixed in advance, as fixed-sequence testing needs it."""
 MOST_REPEATS = 10
-"""Default of the largest number of repeated frames in a row, which limits the delay of unforeseen changes."""
-FEW_EVENTS = 10
-"""With fewer changes of the detections in the calibration frames, a rule is poorly tested."""
+"""Default of the largest number of repeated frames in a row; it limits how late a missed change is seen."""
 SAME_IOU = 0.5
 FORMAT = "earlyexit_ssd stream rule/1"
 ADVICE = "write one with earlyexit predict --calibrate-stream"
@@ -66,8 +65,12 @@ def change(one: np.ndarray, other: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Answer:
-    """Detections from a lowest score on: boxes [n, 4] xyxy and labels [n], and whether any detection, also one below
-    that score, is a close call."""
+    """The part of a frame's detections that is compared: those of at least a lowest score.
+
+    Attributes:
+        boxes, labels: [n, 4] xyxy, and [n].
+        close: whether a detection, with a score above or below the lowest score, is a close call (`CLOSE`).
+    """
 
     boxes: np.ndarray
     labels: np.ndarray
@@ -75,7 +78,7 @@ class Answer:
 
     @classmethod
     def of(cls, found: Detections, score: float) -> Answer:
-        """The detections with at least ``score``."""
+        """The answer of the detections ``found``, with the lowest score ``score``."""
         keep = found.scores >= score
         return cls(found.boxes[keep], found.labels[keep], bool((np.abs(found.scores - score) < CLOSE).any()))
 
@@ -107,9 +110,9 @@ class StreamFigures:
 
     Attributes:
         frames, block, blocks: number of frames, frames per block (one independent draw), and number of blocks.
-        share, delta: wanted largest share of changed answers, and failure probability (None: no guarantee).
+        share, delta: largest share of changed answers that was asked for, and failure probability (None: no guarantee).
         events: number of frames whose own detections differ from those of the frame before.
-        changed: share of frames whose answer differs from the detector's own.
+        changed: share of frames whose answer differs from what the detector would have given.
         bound: upper bound of that share with probability 1 - delta; None without a guarantee.
         computed: share of frames that are computed.
         speedup: time with every frame computed, divided by the time with the rule, comparisons included.
@@ -280,7 +283,7 @@ class Recording:
         return dataclasses.replace(self, pictures=self.pictures[inside], answers=self.answers[inside], _same={})
 
     def with_rule(self, threshold: float, most_repeats: int) -> tuple[np.ndarray, np.ndarray]:
-        """Which frames a rule would compute, and which answers it would change: bool [n] each."""
+        """Which frames a rule computes, and at which frames its answer differs from the detector's: bool [n] each."""
         computed, last = np.zeros(len(self), bool), 0
         for index, picture in enumerate(self.pictures):
             weight = CLOSE_WEIGHT if self.answers[last].close else 1.0
@@ -294,7 +297,7 @@ class Recording:
         return computed, self.changed(computed)
 
     def changed(self, computed: np.ndarray) -> np.ndarray:
-        """Which answers change if only the frames ``computed`` (bool [n]) are computed: bool [n]."""
+        """Where answers differ from the detector's if only ``computed`` frames (bool [n]) are computed: bool [n]."""
         last = np.maximum.accumulate(np.where(computed, np.arange(len(self)), 0))
         return np.array([not self._equal(int(one), index) for index, one in enumerate(last)], bool)
 
@@ -312,7 +315,7 @@ class Recording:
         return float(self.ms * len(self) / spent) if spent else 1.0
 
     def nth_frames(self, speedup: float, phases: int = 8) -> list[np.ndarray]:
-        """Masks bool [n] of evenly spaced frames, ``speedup`` times fewer than all, one per offset (``phases``)."""
+        """Masks bool [n] of evenly spaced frames, ``speedup`` times fewer than all: ``phases`` masks, offset evenly."""
         frames, chosen = np.arange(len(self)), []
         for phase in range(phases):
             turn = np.floor(frames / max(1.0, speedup) + phase / phases)
@@ -373,10 +376,11 @@ def calibrate_stream(
     An answer is changed if it differs from the detector's own in the sense of `same_answer`.
 
     Args:
-        detector: a `Predictor`, best with a ``score_thresh`` 0.1 below ``score``, which makes close calls visible.
+        detector: a `Predictor`. Its ``score_thresh`` should be ``score`` - 0.1 (`CLOSE`) or lower, so that it returns
+            close calls below ``score`` too.
         frames: uint8 [H, W, 3] RGB in order, of one camera, at the frame rate of use; or a `Recording`.
         delta: failure probability; None: choose by the measured share, without a guarantee.
-        block: consecutive frames per draw; longer than an event in front of the camera.
+        block: consecutive frames per draw; it should be longer than any event in front of the camera.
         score: lowest score of a detection.
         most_repeats: largest number of repeats in a row.
         total: number of frames, for the progress bar.
@@ -398,7 +402,7 @@ def calibrate_stream(
         return changed if delta is None else block_means(changed, block)
 
     if delta is None:
-        passed = fixed_sequence_test((float(losses(one).mean() > share) for one in THRESHOLDS), 0.5)
+        passed = len(list(itertools.takewhile(lambda one: losses(one).mean() <= share, THRESHOLDS)))
     else:
         p_values = (betting_p_value(losses(one), share, delta=delta) for one in THRESHOLDS)
         passed = fixed_sequence_test(p_values, delta)
@@ -406,13 +410,8 @@ def calibrate_stream(
         raise _too_few(recording, losses(THRESHOLDS[0]), share, delta, block)
     threshold = THRESHOLDS[passed - 1]
     figures = recording.figures(threshold, most_repeats, share, delta, block)
-    return StreamRule(
-        threshold=threshold,
-        score=recording.score,
-        most_repeats=most_repeats,
-        classes=recording.classes,
-        figures=figures,
-    )
+    settings = {"score": recording.score, "most_repeats": most_repeats, "classes": recording.classes}
+    return StreamRule(threshold=threshold, **settings, figures=figures)
 
 
 def _too_few(recording: Recording, losses: np.ndarray, share: float, delta: float | None, block: int) -> EarlyExitError:

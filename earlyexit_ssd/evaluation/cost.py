@@ -1,4 +1,4 @@
-"""Cost of one image up to each exit, in multiply-accumulates and milliseconds (eager PyTorch or ONNX Runtime)."""
+"""Cost of one image up to each exit, in multiply-accumulates and milliseconds, and the runtimes that are timed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class OnnxNetwork(nn.Module):
         content: the file's bytes.
         threads: intra-op threads of ONNX Runtime; idle ones sleep, so that they do not disturb the next timing.
         name: name of the file, for messages.
-        folder: folder of the file's external weights; None: external weights are an error.
+        folder: folder of weights outside of the file (ONNX's external data); None: such weights are an error.
 
     Attributes:
         input_shape: shape of the only input; a free first dimension becomes 1.
@@ -71,7 +71,7 @@ class OnnxNetwork(nn.Module):
         super().__init__()
         runtime = deploy_package("onnxruntime")
         self.name = name
-        _require_own_data(content, name, folder)
+        _require_safe_weights(content, name, folder)
         options = runtime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -107,11 +107,12 @@ class OnnxNetwork(nn.Module):
             raise EarlyExitError(f"{self.name}: it does not run ({_first_line(error)}); export it anew") from None
 
 
-def _require_own_data(content: bytes, name: str, folder: str | os.PathLike[str] | None) -> None:
-    """Check, before ONNX Runtime opens them, that external weights are regular files in ``folder`` or below.
+def _require_safe_weights(content: bytes, name: str, folder: str | os.PathLike[str] | None) -> None:
+    """Check that weights outside of the ONNX file are regular files in ``folder`` or below: ONNX Runtime would read any
+    file that a foreign ONNX file names.
 
     Raises:
-        EarlyExitError: not an ONNX file, or external weights elsewhere.
+        EarlyExitError: not an ONNX file, or weights in another place.
     """
     onnx = deploy_package("onnx")
     try:
@@ -122,14 +123,12 @@ def _require_own_data(content: bytes, name: str, folder: str | os.PathLike[str] 
         if tensor.external_data or tensor.data_location == tensor.EXTERNAL:
             locations = [entry.value for entry in tensor.external_data if entry.key == "location"]
             if len(locations) != 1 or folder is None or not _lies_in(locations[0], folder):
-                raise EarlyExitError(
-                    f"{name}: its tensor {shown(tensor.name)} has data in {shown(locations)}, expected a file in its"
-                    " own folder; export it with the weights inside"
-                )
+                told = f"{name}: its tensor {shown(tensor.name)} has data in {shown(locations)}"
+                raise EarlyExitError(f"{told}, expected a file in its own folder; export it with the weights inside")
 
 
 def _tensors(message: Any, kind: type) -> Iterator[Any]:
-    """Every tensor in a protobuf message: weights and constants, also in functions and loop bodies."""
+    """Every tensor (protobuf class ``kind``) in a message: weights and constants, also in functions and loop bodies."""
     if isinstance(message, kind):
         yield message
         return
@@ -141,14 +140,7 @@ def _tensors(message: Any, kind: type) -> Iterator[Any]:
 
 def _lies_in(location: str | bytes, folder: str | os.PathLike[str]) -> bool:
     """Whether ``location`` is a file in ``folder`` after following links; Windows paths and bytes are refused."""
-    if (
-        not isinstance(location, str)
-        or not location
-        or "\0" in location
-        or "\\" in location
-        or ":" in location
-        or os.path.isabs(location)
-    ):
+    if not isinstance(location, str) or not location or set(location) & set("\0\\:") or os.path.isabs(location):
         return False
     root = os.path.realpath(folder)
     path = os.path.realpath(os.path.join(root, location))

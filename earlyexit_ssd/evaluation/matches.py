@@ -3,6 +3,9 @@
 Every exit is matched once, by pycocotools' rules. Detections are matched in falling order of their scores, so a score
 threshold does not change the matches above it. AP, its bootstrap, precision, recall, the loss of a photo and the AP of
 any choice of exits therefore use the same matches.
+
+A *condition* is a size of objects with an IoU threshold; detections are matched under each condition. A *pair* is a
+photo at an exit, with the index photo * K + exit for K exits. A *counted* object is no crowd and has the size.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from earlyexit_ssd.evaluation.outputs import Collected
 Detections = Mapping[int, Mapping[str, Tensor]]
 """Image id -> ``boxes`` [N,4] (xyxy, photo pixels), ``scores`` [N] and ``labels`` [N] (category ids)."""
 
-_Counted = list[tuple[np.ndarray, csr_array]]
+_HitsAndFalse = list[tuple[np.ndarray, csr_array]]
 PhotoRow = dict[str, str | float | None]
 """A row of photos.csv, by column."""
 
@@ -42,14 +45,14 @@ AP_DETECTIONS = 100
 
 @dataclass(frozen=True)
 class ClassMatches:
-    """The matches of one class, for the D detections of all exits under C conditions.
+    """The matches of one class: D detections of all exits, under C conditions.
 
     Detections are in falling order of their scores. Equal scores keep the order of the photos, then of the exits, so
     the detections of any choice of exits are in pycocotools' order.
 
     Attributes:
-        hit: bool [C, D], whether the detection is a true positive. An ignored detection is none.
-        ignored: bool [C, D], whether the detection is neither right nor wrong: on a crowd, or of another size.
+        hit: bool [C, D], whether the detection is a true positive.
+        ignored: bool [C, D], whether it is neither a true nor a false positive: on a crowd, or not of the size.
         overlap: float [D], IoU of a hit with its object under the last condition; else 0.
         photo: int [D], index of the photo.
         exit: int [D], index of the exit.
@@ -90,7 +93,7 @@ class ExitMatches:
     conditions: list[tuple[str, float]]
     image_ids: list[int]
     exits: int
-    _counted: dict[int, _Counted] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _hits_and_false: dict[int, _HitsAndFalse] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def photos(self) -> int:
@@ -98,8 +101,8 @@ class ExitMatches:
         return len(self.image_ids)
 
     @property
-    def half(self) -> int:
-        """Index of the condition: IoU 0.5, all sizes."""
+    def ap50_condition(self) -> int:
+        """Index of the condition of AP50: all sizes, IoU 0.5."""
         return self.conditions.index(("all", 0.5))
 
     @functools.cached_property
@@ -109,33 +112,32 @@ class ExitMatches:
 
     def choose(self, choice: ArrayLike) -> ExitMatches:
         """The matches of one detector: photo i takes exit ``choice[i]`` (int [n])."""
-        taken = _choice(self, choice)
+        choice = _choice(self, choice)
         classes = []
         for one in self.classes:
-            keep = np.flatnonzero(one.exit == taken[one.photo])
+            keep = np.flatnonzero(one.exit == choice[one.photo])
             parts = (values[..., keep] for values in (one.hit, one.ignored, one.overlap, one.photo))
-            here = np.zeros(len(keep), np.int64)
-            classes.append(ClassMatches(one.name, *parts, here, one.rank[keep], one.score[keep], one.objects_by_size))
+            exit = np.zeros(len(keep), np.int64)
+            classes.append(ClassMatches(one.name, *parts, exit, one.rank[keep], one.score[keep], one.objects_by_size))
         return ExitMatches(classes, self.conditions, self.image_ids, 1)
 
-    def counted(self, condition: int) -> _Counted:
+    def hits_and_false(self, condition: int) -> _HitsAndFalse:
         """What AP under one condition is computed from: per class the hits, and the false positives before each hit.
 
-        A photo and an exit are a *pair* with the index ``photo * K + exit``. The hits are their pairs, int [H], in
-        falling order of the scores. The false positives are counts [H, pairs]: how many of each pair lie between a hit
-        and the hit before. AP depends on the precision at hits only, so nothing else is stored.
+        The hits are their pairs, int [H], in falling order of the scores. The false positives are numbers [H, pairs]:
+        how many of each pair lie between a hit and the hit before. AP depends on the precision at hits only.
         """
-        if condition not in self._counted:
-            found = self._counted[condition] = []
+        if condition not in self._hits_and_false:
+            found = self._hits_and_false[condition] = []
             for one in self.classes:
-                pair, counts = one.photo * self.exits + one.exit, one.rank < AP_DETECTIONS
-                hits = np.flatnonzero(one.hit[condition] & counts)
-                false = np.flatnonzero(~(one.hit[condition] | one.ignored[condition]) & counts)
+                pair, within_limit = one.photo * self.exits + one.exit, one.rank < AP_DETECTIONS
+                hits = np.flatnonzero(one.hit[condition] & within_limit)
+                false = np.flatnonzero(~(one.hit[condition] | one.ignored[condition]) & within_limit)
                 false = false[: np.searchsorted(false, hits[-1])] if len(hits) else false[:0]
                 places = np.searchsorted(hits, false), pair[false]
                 shape = len(hits), self.photos * self.exits
                 found.append((pair[hits], csr_array((np.ones(len(false)), places), shape=shape)))
-        return self._counted[condition]
+        return self._hits_and_false[condition]
 
 
 def exit_matches(
@@ -148,8 +150,8 @@ def exit_matches(
 
     - It overlaps a crowd (``iscrowd`` = 1: COCO's crowds, VOC's difficult). The overlap is then the share of the
       detection's own area that the crowd covers, and one crowd takes any number of detections.
-    - It overlaps an object of another size.
-    - It is itself of another size.
+    - It overlaps an object whose area is outside the condition's size.
+    - Its own area is outside the condition's size.
 
     Objects without a detection are missed. An image without an entry has no detections. Labels that are no category of
     ``ground_truth`` are left out.
@@ -171,13 +173,14 @@ def exit_matches(
     least_iou, smallest, largest = np.array(limits).T[:, :, None]
     image_ids, categories = sorted(ground_truth.getImgIds()), sorted(ground_truth.getCatIds())
     objects = np.zeros((len(categories), len(conditions), len(image_ids)), np.int64)
+    # the first entry has no detections: np.concatenate needs one even if there is no photo
     pairs = [_match_photo(_Objects.of([], smallest, largest), None, least_iou)]
     for photo, image_id in enumerate(image_ids):
         truth = _Objects.of(ground_truth.imgToAnns.get(image_id, []), smallest, largest)
         for label in set(truth.labels.tolist()).intersection(categories):
             objects[categories.index(label), :, photo] = truth.counted[:, truth.labels == label].sum(axis=1)
         pairs += [_match_photo(truth, found.get(image_id), least_iou) for found in exits]
-    # each pair has labels, scores, overlap [D], hit and ignored [C, D]; the first entry is an empty one for no photo
+    # each entry: labels, scores, overlap [D], hit and ignored [C, D]
     pair_of = np.repeat(np.arange(len(pairs)) - 1, [len(scores) for _, scores, *_ in pairs])
     labels, scores, overlap, hit, ignored = (np.concatenate(one, axis=-1) for one in zip(*pairs, strict=True))
     classes = []
@@ -195,8 +198,8 @@ def exit_matches(
 
 @dataclass(frozen=True)
 class _Objects:
-    """The G objects of a photo: boxes [G, 4] xywh, labels [G], crowd [G]; counted [C, G] under each condition, whose
-    areas go from smallest [C, 1] to largest [C, 1]."""
+    """The G objects of a photo: boxes [G, 4] xywh, labels [G], crowd [G], and whether each is counted under each
+    condition [C, G], whose areas go from smallest [C, 1] to largest [C, 1]."""
 
     boxes: np.ndarray
     labels: np.ndarray
@@ -219,35 +222,36 @@ class _Objects:
 def _match_photo(truth: _Objects, found: Mapping[str, Tensor] | None, least_iou: np.ndarray) -> tuple[np.ndarray, ...]:
     """Labels, scores, overlap [D], hit and ignored [C, D] of one photo and exit, in falling order of the scores."""
     count = 0 if found is None else len(found["scores"])
-    (hit, taken), overlap = np.zeros((2, len(least_iou), count), bool), np.zeros(count)
+    (hit, matched), overlap = np.zeros((2, len(least_iou), count), bool), np.zeros(count)
     if not count:
-        return np.zeros(0, np.int64), np.zeros(0), overlap, hit, taken
+        return np.zeros(0, np.int64), np.zeros(0), overlap, hit, matched
     scores = found["scores"].double().numpy()
     order = np.argsort(-scores, kind="stable")
     labels, boxes = found["labels"].numpy()[order], xywh(found["boxes"]).double().numpy()[order]
     for label in np.unique(truth.labels).tolist():
-        mine, own = np.flatnonzero(labels == label), np.flatnonzero(truth.labels == label)
-        if not len(mine):
+        of_class, objects = np.flatnonzero(labels == label), np.flatnonzero(truth.labels == label)
+        if not len(of_class):
             continue
-        crowd, counted = truth.crowd[own], truth.counted[:, own]
-        overlaps = np.asarray(mask.iou(boxes[mine], truth.boxes[own], crowd.astype(np.uint8).tolist()))
+        crowd, counted = truth.crowd[objects], truth.counted[:, objects]
+        overlaps = np.asarray(mask.iou(boxes[of_class], truth.boxes[objects], crowd.astype(np.uint8).tolist()))
         free = np.ones(counted.shape, bool)
         for row in np.flatnonzero((overlaps >= least_iou.min()).any(axis=1)).tolist():
-            near = (overlaps[row] >= least_iou) & (free | crowd)
-            real = near & counted
-            is_hit, takes = real.any(axis=1), near.any(axis=1)
-            pool = np.where(np.where(is_hit[:, None], real, near), overlaps[row], -1.0)
-            best = pool.shape[1] - 1 - pool[:, ::-1].argmax(axis=1)  # among equals the last one, as pycocotools takes
-            free[np.flatnonzero(takes), best[takes]] = False
-            hit[:, mine[row]], taken[:, mine[row]] = is_hit, takes
-            overlap[mine[row]] = overlaps[row][best[-1]] if is_hit[-1] else 0.0
+            possible = (overlaps[row] >= least_iou) & (free | crowd)
+            possible_hit = possible & counted
+            is_hit, is_matched = possible_hit.any(axis=1), possible.any(axis=1)
+            candidates = np.where(np.where(is_hit[:, None], possible_hit, possible), overlaps[row], -1.0)
+            # of equal overlaps the last one, as in pycocotools
+            best = candidates.shape[1] - 1 - candidates[:, ::-1].argmax(axis=1)
+            free[np.flatnonzero(is_matched), best[is_matched]] = False
+            hit[:, of_class[row]], matched[:, of_class[row]] = is_hit, is_matched
+            overlap[of_class[row]] = overlaps[row][best[-1]] if is_hit[-1] else 0.0
     areas = boxes[:, 2] * boxes[:, 3]
     other_size = (areas < truth.smallest) | (areas > truth.largest)
-    return labels, scores[order], overlap, hit, ~hit & (taken | other_size)
+    return labels, scores[order], overlap, hit, ~hit & (matched | other_size)
 
 
 def xywh(boxes: Tensor) -> Tensor:
-    """COCO's xywh of xyxy boxes [N,4], in their own precision, as torchvision's reference does it."""
+    """COCO's xywh of xyxy boxes [N,4], in the same dtype, as in torchvision's reference scripts."""
     return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
 
 
@@ -255,14 +259,14 @@ def xywh(boxes: Tensor) -> Tensor:
 
 
 class APs(NamedTuple):
-    """Average precisions in [0, 1]; ``None`` if there is no object, or if it was not asked for."""
+    """Average precisions in [0, 1]; ``None`` without objects, or if the caller did not ask for it."""
 
     AP: float | None
     AP50: float | None
 
 
 class Draws(NamedTuple):
-    """AP and AP50 in every draw of photos, float [resamples]; NaN if undefined or not asked for."""
+    """AP and AP50 in every bootstrap draw, float [resamples]; NaN where `APs` has None."""
 
     AP: np.ndarray
     AP50: np.ndarray
@@ -275,29 +279,29 @@ def bootstrap_choices(
     seed: int = 0,
     *,
     ap50_only: bool = True,
-    groups: np.ndarray | None = None,
+    blocks: np.ndarray | None = None,
 ) -> list[Draws]:
     """AP and AP50 of each choice of exits [n] in ``resamples`` bootstrap draws of the photos.
 
     The same seed draws the same photos, so values on one data set are paired. ``ap50_only`` is ten times as fast.
-    Photos with the same number (from 0) in ``groups`` [n] are drawn together.
+    Photos with the same number (from 0) in ``blocks`` [n] are drawn together.
     """
-    count = matches.photos if groups is None or not len(groups) else int(groups.max()) + 1
+    count = matches.photos if blocks is None or not len(blocks) else int(blocks.max()) + 1
     generator = np.random.default_rng(seed)
     chosen = [matches.choose(choice) for choice in choices]
-    everyone = np.zeros(matches.photos, np.int64)
+    only_exit = np.zeros(matches.photos, np.int64)  # each element of ``chosen`` has one exit
     values = [Draws(*np.full((2, resamples), np.nan)) for _ in choices]
     for index in range(resamples):
         weights = np.bincount(generator.integers(count, size=count) if count else [], minlength=count)
-        weights = weights if groups is None else weights[groups]
+        weights = weights if blocks is None else weights[blocks]
         for draws, one in zip(values, chosen, strict=True):
             # numpy stores None as NaN
-            draws.AP[index], draws.AP50[index] = ap_of_choice(one, everyone, weights, ap50_only=ap50_only)
+            draws.AP[index], draws.AP50[index] = ap_of_choice(one, only_exit, weights, ap50_only=ap50_only)
     return values
 
 
 def interval(values: np.ndarray, level: float = 0.95) -> list[float] | None:
-    """The central ``level`` of ``values`` (percentiles), NaN left out; None when nothing is left."""
+    """The percentile interval that holds the share ``level`` of ``values`` without NaN; None if none is left."""
     values = values[~np.isnan(values)]
     return np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist() if values.size else None
 
@@ -312,13 +316,13 @@ def ap_of_choice(
     """
     pairs = np.arange(matches.photos) * matches.exits + _choice(matches, choice)
     weights = None if weights is None else _one_each(matches, "weights", weights)
-    conditions = [matches.half] if ap50_only else range(len(IOU_THRESHOLDS))
+    conditions = [matches.ap50_condition] if ap50_only else range(len(IOU_THRESHOLDS))
     curves = [_curves(matches, index, pairs, weights) for index in conditions]
     return APs(None if ap50_only else mean_precision(curves), mean_precision(curves[:1]))
 
 
 def precision_curves(matches: ExitMatches, size: str = "all") -> list[np.ndarray]:
-    """Interpolated precision of one detector, per IoU threshold [R, classes with an object of the size]."""
+    """Interpolated precision of one detector: per IoU threshold [101 recalls, classes with an object of the size]."""
     start = matches.conditions.index((size, IOU_THRESHOLDS[0]))
     pairs = np.arange(matches.photos)
     return [_curves(matches, start + index, pairs, None) for index in range(len(IOU_THRESHOLDS))]
@@ -330,6 +334,7 @@ def mean_precision(curves: Sequence[np.ndarray]) -> float | None:
 
 
 def _choice(matches: ExitMatches, choice: ArrayLike) -> np.ndarray:
+    """``choice`` as int64 [n]; an EarlyExitError unless it has an exit for each photo."""
     choice = _one_each(matches, "choice", choice)
     if choice.size and not (choice.min() >= 0 and choice.max() < matches.exits):
         raise EarlyExitError(f"choice in {choice.min()}..{choice.max()}: exits are 0..{matches.exits - 1}")
@@ -344,11 +349,12 @@ def _one_each(matches: ExitMatches, name: str, values: ArrayLike) -> np.ndarray:
 
 
 def _curves(matches: ExitMatches, condition: int, pairs: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
-    """Interpolated precision of the classes with objects, [R, classes]; pairs outside ``pairs`` have weight 0."""
+    """Interpolated precision at `RECALLS` of the classes with objects, [101, classes]. Only the detections of ``pairs``
+    [n] (one per photo) are used, and each photo counts ``weights`` [n] times (None: once)."""
     size, pair_weights = matches.conditions[condition][0], np.zeros(matches.photos * matches.exits)
     pair_weights[pairs] = 1 if weights is None else weights
     curves = []
-    for one, (hits, false) in zip(matches.classes, matches.counted(condition), strict=True):
+    for one, (hits, false) in zip(matches.classes, matches.hits_and_false(condition), strict=True):
         counts = one.objects_by_size[size]
         objects = int(counts.sum() if weights is None else weights @ counts)
         if objects:
@@ -378,8 +384,8 @@ class PhotoCounts:
         min(1, (max(0, m - m_full) + max(0, f - f_full)) / max(1, objects)) with m objects missed and f false
         positives; m_full and f_full are those of the full path.
         """
-        worse = sum(np.maximum(one - one[:, -1:], 0) for one in (self.misses, self.false_positives))
-        return np.minimum(worse / np.maximum(self.hits + self.misses, 1), 1.0)
+        additional = sum(np.maximum(one - one[:, -1:], 0) for one in (self.misses, self.false_positives))
+        return np.minimum(additional / np.maximum(self.hits + self.misses, 1), 1.0)
 
 
 def photo_counts(matches: ExitMatches, score: float) -> PhotoCounts:
@@ -387,9 +393,9 @@ def photo_counts(matches: ExitMatches, score: float) -> PhotoCounts:
     shape, pairs = (matches.photos, matches.exits), matches.photos * matches.exits
     hits, false = np.zeros(pairs, np.int64), np.zeros(pairs, np.int64)
     for one in matches.classes:
-        pair, sure = one.photo * matches.exits + one.exit, one.score >= score
-        hits += np.bincount(pair[one.hit[-1] & sure], minlength=pairs)
-        false += np.bincount(pair[~(one.hit[-1] | one.ignored[-1]) & sure], minlength=pairs)
+        pair, above = one.photo * matches.exits + one.exit, one.score >= score
+        hits += np.bincount(pair[one.hit[-1] & above], minlength=pairs)
+        false += np.bincount(pair[~(one.hit[-1] | one.ignored[-1]) & above], minlength=pairs)
     hits = hits.reshape(shape)
     return PhotoCounts(hits, matches.objects[:, None] - hits, false.reshape(shape))
 
@@ -414,27 +420,27 @@ def photo_list(
     row_of = {image_id: row for row, image_id in enumerate(sorted(collected.image_ids))}
     names = ("file", "exit", "confidence", "objects", "found", "lost", "added")
     rows = []
-    for place, (image_id, taken) in enumerate(zip(collected.image_ids, chosen.tolist(), strict=True)):
+    for place, (image_id, exit) in enumerate(zip(collected.image_ids, chosen.tolist(), strict=True)):
         hits, misses, false = (
             one[row_of[image_id]].tolist() for one in (counts.hits, counts.misses, counts.false_positives)
         )
-        confidence = float(collected.confidences[taken][place])
-        beyond = [max(0, one[taken] - one[-1]) for one in (misses, false)]
-        shown = str(files(image_id)), exit_names[taken], confidence if confidence >= 0 else None
-        rows.append(dict(zip(names, (*shown, hits[taken] + misses[taken], hits[taken], *beyond), strict=True)))
+        confidence = float(collected.confidences[exit][place])
+        beyond_full = [max(0, one[exit] - one[-1]) for one in (misses, false)]
+        decision = str(files(image_id)), exit_names[exit], confidence if confidence >= 0 else None
+        rows.append(dict(zip(names, (*decision, hits[exit] + misses[exit], hits[exit], *beyond_full), strict=True)))
     return rows
 
 
 def losses_against_full(ground_truth: COCO, exits: Sequence[Detections], score: float, iou: float) -> np.ndarray:
     """Loss of every photo at every exit against the full path; [n, exits] in [0, 1], 0 in the last column.
 
-    min(1, (missed + added) / max(1, |F|)), where F are the full path's detections with at least ``score``, missed those
-    of F that no detection of the exit matches at ``iou``, and added the exit's detections that match none of F. Only
-    the photos and classes of ``ground_truth`` are used, not its labels.
+    min(1, (missed + added) / max(1, |F|)), with F the full path's detections of at least ``score``, missed the number
+    of F that no detection of the exit matches at ``iou``, and added the number of the exit's detections that match none
+    of F. Only the photos and classes of ``ground_truth`` are used, not its labels.
     """
     counts = photo_counts(exit_matches(as_ground_truth(ground_truth, exits[-1], score), exits, iou, ()), score)
-    wrong, there = counts.misses + counts.false_positives, counts.hits + counts.misses
-    return np.minimum(wrong / np.maximum(there, 1), 1.0)
+    different, expected = counts.misses + counts.false_positives, counts.hits + counts.misses
+    return np.minimum(different / np.maximum(expected, 1), 1.0)
 
 
 @dataclass(frozen=True)
@@ -463,7 +469,7 @@ def agreement(ground_truth: COCO, full: Detections, found: Detections, score: fl
 
 
 def as_ground_truth(template: COCO, detections: Detections, score: float) -> COCO:
-    """The detections with at least ``score`` as objects of the template's photos and classes."""
+    """A ground truth with the template's photos and classes, whose objects are the detections of at least ``score``."""
     annotations: list[dict[str, int | float | list[float]]] = []
     for image_id, found in detections.items():
         keep = found["scores"] >= score

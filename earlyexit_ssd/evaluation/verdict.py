@@ -1,7 +1,8 @@
 """The verdict: whether to ship the exits, and the findings that lead to it.
 
-The first rule is whether the full path detects. If it does not, no other rule is applied. Each rule of `RULES` reads
-the results and yields findings. docs/metrics.md lists every finding and its condition.
+A rule is a function that reads the results and yields findings. A finding with ``veto`` is a reason not to ship. If
+`check_full_path` yields a finding, the full path does not detect, and the rules of `RULES` are not applied.
+docs/metrics.md lists every finding and its condition.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ DOUBTFUL_AP50 = 0.20
 ALIKE = 0.2
 """Scores are alike if standard deviation / mean is below this. A detector that works has about 1 or more."""
 ENOUGH_BOXES = 20
-"""With fewer boxes, neither scores nor places are judged."""
+"""With fewer boxes, neither their scores nor their positions are judged."""
 MOVE_DEEPER_AP50 = 0.30
 """A first exit with a lower AP50 must move to a deeper layer."""
 WORTH_IT_AP50 = 0.35
 """A first exit with a higher AP50 is worth it."""
 FIRST_EXIT_SHARE = 0.75
-"""Least AP50 of the first exit / AP50 of the full path, if the full path is a checkpoint taken as it is."""
+"""Least AP50 of the first exit / AP50 of the full path, if the full path is an unchanged checkpoint."""
 DEEPEST_SHARE = 0.85
 """Least AP50 of the deepest exit / AP50 of the full path."""
 LARGEST_LOSS = 0.10
@@ -37,14 +38,14 @@ Rule = Callable[[Results], Iterable[Finding]]
 
 
 def judge(results: Results, rules: Sequence[Rule] | None = None) -> Verdict:
-    """The verdict by ``rules``, `RULES` by default. If the full path does not detect, this is the only finding. A
-    failed gate that --force passed is a veto, listed first."""
+    """The verdict by ``rules``, by default those that fit the results. If the full path does not detect, that is the
+    only finding. If --force has passed a failed gate, that is a veto, listed first."""
     forced = results.context.forced
     if rules is None:
-        rules = RULES if results.early else (has_no_exits, no_rival_is_better, rivals_share_the_runtime)
+        rules = RULES if results.early else (report_no_exits, compare_with_rivals, report_other_runtimes)
     if not results.context.labelled:
-        rules = (agrees_with_full, routing_is_faster)  # the others speak of accuracy
-    elif findings := list(full_path_detects(results)):
+        rules = (report_agreement, check_speedup)  # the others need the accuracy, which is unknown
+    elif findings := list(check_full_path(results)):
         said = "; --force was used on the way" if forced else ""
         return Verdict(False, None, (Finding(findings[0].line + said, veto=True),))
     findings = [finding for rule in rules for finding in rule(results)]
@@ -52,19 +53,19 @@ def judge(results: Results, rules: Sequence[Rule] | None = None) -> Verdict:
         line = "--force was used: a gate failed on the way to these figures, and the run went on"
         findings.insert(0, Finding(line, veto=True))
     ship = not any(finding.veto for finding in findings)
-    one = sufficient_single_exit(results)
-    what = f"{one} alone" if one else "routed" if results.early else f"{results.full.name} alone"
+    single = sufficient_single_exit(results)
+    what = f"{single} alone" if single else "routed" if results.early else f"{results.full.name} alone"
     return Verdict(ship, what if ship else None, tuple(findings))
 
 
-def has_no_exits(results: Results) -> Iterator[Finding]:
-    """A detector without exits, such as one that `optimize` has chosen, is compared with rivals only."""
+def report_no_exits(results: Results) -> Iterator[Finding]:
+    """Say that there are no exits, as in a detector that `optimize` has chosen; it is compared with rivals only."""
     yield Finding("the model has no early exit: every photo takes its full path")
-    yield from rivals_were_evaluated(results)
+    yield from check_rivals_exist(results)
 
 
-def full_path_detects(results: Results) -> Iterator[Finding]:
-    """The first rule: exits on a detector that does not detect are worth nothing."""
+def check_full_path(results: Results) -> Iterator[Finding]:
+    """A finding if the full path does not detect: exits are worth nothing then. No finding otherwise."""
     ap50, boxes = results.full.ap50, results.full.found
     if ap50 is None:
         yield Finding("AP50 is undefined, since the photos show no object to find: nothing can be said", veto=True)
@@ -82,11 +83,11 @@ def full_path_detects(results: Results) -> Iterator[Finding]:
         yield Finding(f"the full path does not detect ({signs}): {fix}", veto=True)
 
 
-def exits_pass_their_gates(results: Results) -> Iterator[Finding]:
-    """Compare the first exit in use with 0.30 and 0.35 AP50 (with the full path, if that is a checkpoint as it was),
-    and the deepest exit with the full path."""
-    only = [one for one in results.early if one.name == sufficient_single_exit(results)]
-    used = [one for one in only or _open_exits(results) or results.early if not one.empty]
+def check_exit_accuracy(results: Results) -> Iterator[Finding]:
+    """Whether the first and the deepest exit in use are accurate enough. The first is compared with two limits of AP50,
+    or with the full path if that is an unchanged checkpoint (``taken_over``); the deepest always with the full path."""
+    single = [one for one in results.early if one.name == sufficient_single_exit(results)]
+    used = [one for one in single or _open_exits(results) or results.early if not one.empty]
     full = results.full.ap50
     if not used:
         yield Finding("the early exits are empty: only photos that seem to show nothing leave there")
@@ -96,12 +97,8 @@ def exits_pass_their_gates(results: Results) -> Iterator[Finding]:
         first = f"{used[0].name}: AP50 {used[0].ap50:.3f}"
         if results.context.taken_over and full:
             first += f" is {used[0].ap50 / full:.1%} of the {full:.3f} of the checkpoint taken over"
-            deep_enough = used[0].ap50 >= FIRST_EXIT_SHARE * full
-            said = (
-                f"{FIRST_EXIT_SHARE:.0%} or more: worth it"
-                if deep_enough
-                else f"under {FIRST_EXIT_SHARE:.0%}: move it deeper"
-            )
+            limit, deep_enough = f"{FIRST_EXIT_SHARE:.0%}", used[0].ap50 >= FIRST_EXIT_SHARE * full
+            said = f"{limit} or more: worth it" if deep_enough else f"under {limit}: move it deeper"
             yield Finding(f"{first}, {said}", veto=not deep_enough)
         elif used[0].ap50 < MOVE_DEEPER_AP50:
             yield Finding(f"{first} is under {MOVE_DEEPER_AP50:.2f}: move it deeper", veto=True)
@@ -115,19 +112,20 @@ def exits_pass_their_gates(results: Results) -> Iterator[Finding]:
             yield Finding(f"{share}, under {DEEPEST_SHARE:.0%}: it needs more training", veto=True)
 
 
-def exits_stay_below_full(results: Results) -> Iterator[Finding]:
+def check_exits_below_full(results: Results) -> Iterator[Finding]:
     """An early exit that is better than the full path hints at a mistake, such as a damaged full path.
 
-    It is no veto if the paired interval of (full - exit) includes values above 0: other photos might give the opposite
-    result. Nor is it one if that exit takes every photo: no photo takes the full path then.
+    ``AP50_below_full_interval`` is the paired interval of (AP50 of the full path - AP50 of the exit). There is no veto
+    if it includes values above 0, because other photos might give the opposite result. Nor is there one if that exit
+    takes every photo, because no photo takes the full path then.
     """
     full = results.full
     for one in results.early:
         if full.ap50 is None or one.ap50 is None or one.ap50 <= full.ap50 + AP50_TOLERANCE:
             continue
         figures = f"{one.name}: AP50 {one.ap50:.3f} is above {full.name}'s {full.ap50:.3f}"
-        difference = one.AP50_below_full_interval
-        if difference and difference[1] > 0:
+        full_minus_exit = one.AP50_below_full_interval
+        if full_minus_exit and full_minus_exit[1] > 0:
             yield Finding(f"{figures}, but not clearly: with other photos it might not be")
         elif one.name == sufficient_single_exit(results):
             yield Finding(f"{figures}: was the full path trained to its end?")
@@ -137,8 +135,8 @@ def exits_stay_below_full(results: Results) -> Iterator[Finding]:
             yield Finding(f"{figures}: {wrong} {unless}", veto=True)
 
 
-def exits_save_time(results: Results) -> Iterator[Finding]:
-    """Name the open exits that take as long as the detector without exits. This is no veto."""
+def check_exit_times(results: Results) -> Iterator[Finding]:
+    """Name the open exits that take as long as the detector without exits, or longer. This is no veto."""
     plain = results.without_exits.ms
     for one in _open_exits(results):
         if one.ms >= plain:
@@ -146,8 +144,8 @@ def exits_save_time(results: Results) -> Iterator[Finding]:
             yield Finding(f"{figures}: leaving there saves nothing")
 
 
-def routing_uses_exits(results: Results) -> Iterator[Finding]:
-    """If every photo takes the same exit, the router is useless. That exit is shipped alone if it is good enough."""
+def check_exit_use(results: Results) -> Iterator[Finding]:
+    """If every photo takes the same exit, the router is useless: ship that exit alone if it is good enough, or veto."""
     only = _only_exit(results)
     fix = "change the thresholds (ROUTING.THRESHOLDS), or calibrate for another target"
     if only == results.full.name:
@@ -162,18 +160,18 @@ def _why_nobody_leaves(results: Results, fix: str) -> str:
     closed = results.routed.thresholds and not _open_exits(results)
     if closed and results.certificate:
         return "the certificate opens no exit, every image takes the full path: allow a larger loss, or train the exits"
-    blind = all(one.empty for one in results.early) and not reads_taps(results.routed.policy)
+    no_logits = all(one.empty for one in results.early) and not reads_taps(results.routed.policy)
     if closed:
-        policy = " ROUTING.POLICY foreseen_emptiness" if blind else ""
+        policy = " ROUTING.POLICY foreseen_emptiness" if no_logits else ""
         fix = f"open them with tools/calibrate.py (--ap-drop 0.01{policy}) and evaluate with its certificate"
         return f"every exit is closed until routing is calibrated, every image takes the full path: {fix}"
-    if blind:
+    if no_logits:
         fix = "let tools/calibrate.py fit a policy that predicts empty photos (ROUTING.POLICY foreseen_emptiness)"
     return f"every image leaves at {results.full.name}: routing collapsed; {fix}"
 
 
-def routing_is_faster(results: Results) -> Iterator[Finding]:
-    """The routed detector must take less time than the same detector without exits."""
+def check_speedup(results: Results) -> Iterator[Finding]:
+    """Whether the routed detector takes clearly less time than the same detector without exits."""
     speedup, routed, plain = results.routed.speedup, results.routed.ms, results.without_exits
     if speedup is None or _only_exit(results) == results.full.name:
         return
@@ -188,8 +186,8 @@ def routing_is_faster(results: Results) -> Iterator[Finding]:
         yield Finding(f"routing is faster ({times})")
 
 
-def certificate_is_kept(results: Results) -> Iterator[Finding]:
-    """Compare the target of the certificate with the figure on these photos. A target that is not met is a veto."""
+def check_certificate(results: Results) -> Iterator[Finding]:
+    """Compare the certificate's target with the figure on these photos. A target that is not met is a veto."""
     certificate = results.certificate
     if certificate is None:
         return
@@ -205,13 +203,14 @@ def certificate_is_kept(results: Results) -> Iterator[Finding]:
         "risk": (f"at most {value:g} missed and added per photo{score}", f"{text} is missed and added"),
     }[kind]
     sure = f" (delta {target['delta']:g})" if "delta" in target else ""
-    kept = "kept" if certificate.kept else "not kept"
-    line = f"the certificate was asked for {asked}{sure}; on these photos {got}: {kept}"
+    result = "kept" if certificate.kept else "not kept"
+    line = f"the certificate was asked for {asked}{sure}; on these photos {got}: {result}"
     yield Finding(line, veto=not certificate.kept)
 
 
-def routing_keeps_accuracy(results: Results) -> Iterator[Finding]:
-    """The routed detector may lose a tenth of the full path's AP50, or what its certificate allows (``ap_drop``)."""
+def check_routed_accuracy(results: Results) -> Iterator[Finding]:
+    """A veto if routing loses more than a tenth of the full path's AP50. If a certificate has a limit for this loss,
+    there is no veto here, but in `check_certificate`."""
     full, routed = results.full.ap50, results.routed.ap50
     if not full or routed is None or _only_exit(results) == results.full.name:
         return
@@ -231,15 +230,15 @@ def routing_keeps_accuracy(results: Results) -> Iterator[Finding]:
         yield Finding(f"routing keeps the accuracy ({figures})")
 
 
-def rivals_were_evaluated(results: Results) -> Iterator[Finding]:
-    """Without a rival nothing is shipped, since a smaller detector may be the better choice."""
+def check_rivals_exist(results: Results) -> Iterator[Finding]:
+    """A veto if there is no rival to compare with, since a smaller detector may be the better choice."""
     if not _comparable(results):
         what = "could be compared with it" if results.rivals else "was evaluated beside it"
         yield Finding(f"no rival {what} (EVAL.RIVALS): a smaller detector may be the better choice", veto=True)
 
 
-def full_path_is_worth_having(results: Results) -> Iterator[Finding]:
-    """Name a rival that is better than the detector without exits: try it before exits. This is no veto."""
+def report_better_rival(results: Results) -> Iterator[Finding]:
+    """Name the best rival with more AP50 and less time than the detector without exits. This is no veto."""
     full, plain, rivals = results.full.ap50, results.without_exits.ms, _comparable(results)
     if full is None or not rivals:
         return
@@ -250,8 +249,8 @@ def full_path_is_worth_having(results: Results) -> Iterator[Finding]:
         yield Finding(f"{line}: look at it first")
 
 
-def no_rival_is_better(results: Results) -> Iterator[Finding]:
-    """Ship a rival instead if it matches the routed detector in AP50 and time and is clearly better in one of them."""
+def compare_with_rivals(results: Results) -> Iterator[Finding]:
+    """A veto if a rival is not worse than the routed detector in AP50 and time, and clearly better in one of them."""
     routed, comparable = results.routed, _comparable(results)
     if not comparable or routed.ap50 is None or routed.ms is None:
         return
@@ -268,7 +267,7 @@ def no_rival_is_better(results: Results) -> Iterator[Finding]:
     yield Finding(f"{said}: {best.name} {figures} ({change})", veto=bool(better))
 
 
-def rivals_share_the_runtime(results: Results) -> Iterator[Finding]:
+def report_other_runtimes(results: Results) -> Iterator[Finding]:
     """Name the rivals that were timed in another runtime: their milliseconds cannot be compared."""
     others = [one.name for one in results.rivals if one.runtime != results.context.runtime]
     if others:
@@ -277,29 +276,29 @@ def rivals_share_the_runtime(results: Results) -> Iterator[Finding]:
 
 
 RULES: tuple[Rule, ...] = (
-    exits_pass_their_gates,
-    exits_stay_below_full,
-    exits_save_time,
-    routing_uses_exits,
-    routing_is_faster,
-    certificate_is_kept,
-    routing_keeps_accuracy,
-    rivals_were_evaluated,
-    full_path_is_worth_having,
-    no_rival_is_better,
-    rivals_share_the_runtime,
+    check_exit_accuracy,
+    check_exits_below_full,
+    check_exit_times,
+    check_exit_use,
+    check_speedup,
+    check_certificate,
+    check_routed_accuracy,
+    check_rivals_exist,
+    report_better_rival,
+    compare_with_rivals,
+    report_other_runtimes,
 )
 
 
-def agrees_with_full(results: Results) -> Iterator[Finding]:
-    """On photos without labels: the agreement of the routed detector with the full path, right or wrong."""
-    kept, lost, added = map(results.routed.number, ("true_positives", "false_negatives", "false_positives"))
-    figures = f"routing keeps {kept} of the {kept + lost} objects that the full path finds and adds {added}"
+def report_agreement(results: Results) -> Iterator[Finding]:
+    """On photos without labels: how many of the full path's detections routing keeps, and how many it adds."""
+    found, lost, added = map(results.routed.number, ("true_positives", "false_negatives", "false_positives"))
+    figures = f"routing keeps {found} of the {found + lost} objects that the full path finds and adds {added}"
     yield Finding(f"nobody labelled these photos: {figures}; the accuracy of neither is known", veto=True)
 
 
 def asked_value(target: Target) -> float:
-    """The number of a certificate's target (older certificates of a risk call it ``epsilon``)."""
+    """The number of a certificate's target: ``epsilon`` of a risk, ``value`` of other kinds."""
     return target["value"] if "value" in target else target["epsilon"]
 
 
@@ -310,11 +309,11 @@ def sufficient_single_exit(results: Results) -> str | None:
     if only in (None, full.name) or routed.hybrid or routed.ap50 is None or routed.speedup is None:
         return None
     if _asked_for_ap(results):
-        keeps = results.certificate.kept
+        accurate = results.certificate.kept
     else:
-        keeps = routed.ap50 >= (1 - LARGEST_LOSS) * (full.ap50 or 0.0)
+        accurate = routed.ap50 >= (1 - LARGEST_LOSS) * (full.ap50 or 0.0)
     faster = routed.speedup > 1 and routed.ms < results.without_exits.ms_interval[0]
-    return only if keeps and faster else None
+    return only if accurate and faster else None
 
 
 def _only_exit(results: Results) -> str | None:
@@ -324,6 +323,7 @@ def _only_exit(results: Results) -> str | None:
 
 
 def _asked_for_ap(results: Results) -> bool:
+    """Whether there is a certificate, and its target is a largest loss of AP50."""
     return results.certificate is not None and results.certificate.target["kind"] == "ap_drop"
 
 
@@ -334,7 +334,7 @@ def _open_exits(results: Results) -> list[ExitResult]:
 
 
 def _comparable(results: Results) -> list[RivalResult]:
-    """The rivals with an AP50 that were timed in the runtime of the exits, without the exit that is shipped."""
+    """The rivals with an AP50 that were timed in the runtime of the exits, except the exit that is shipped alone."""
     itself = f"{sufficient_single_exit(results)} alone"
     same = [one for one in results.rivals if one.runtime == results.context.runtime]
     return [one for one in same if one.ap50 is not None and one.name != itself]
@@ -350,6 +350,6 @@ def _dominates(rival: RivalResult, routed: RoutedResult) -> bool:
 
 
 def _shortfall(rival: RivalResult, routed: RoutedResult) -> float:
-    """Missing AP50 plus additional time, each relative to the routed detector; 0 if the rival lacks neither."""
+    """AP50 that the rival lacks plus additional time, each as a share of the routed detector's; 0 if there is none."""
     accuracy = 1 - rival.ap50 / routed.ap50 if routed.ap50 else 0.0
     return max(accuracy, 0.0) + max(rival.ms / routed.ms - 1, 0.0)

@@ -1,6 +1,8 @@
 """Early exits: their description, the kinds of branches, and the function that builds them.
 
-A *tap* is the output of the trunk layer that an exit is attached to. A *branch* computes detections from it.
+A *tap* is the output of the trunk layer that an exit is attached to. A *branch* computes detections from it. Its
+*context* is a map that it passes on to the branch of the next exit. An *empty* exit has no branch. A *glance* is an
+empty exit whose tap is computed from a small copy of the image. *C4* is trunk layer 13, the last one with stride 2.
 """
 
 from __future__ import annotations
@@ -41,16 +43,16 @@ class Argument:
         default: default value; its type is the expected type.
         highest: largest allowed number.
         zero: whether 0 is allowed.
-        by_exit: in :func:`describe_exits` the argument is a sequence, one number for all exits or one for each.
+        sequence: :func:`describe_exits` takes a sequence only, with one number for all exits or one for each.
     """
 
     default: bool | float
     highest: float = MOST_CHANNELS
     zero: bool = True
-    by_exit: bool = False
+    sequence: bool = False
 
     def of_each(self, name: str, value: object, exits: int) -> list:
-        """A list of the values of ``exits`` exits.
+        """A list with the value for each of ``exits`` exits.
 
         Raises:
             EarlyExitError: wrong type, out of range, or wrong number of values.
@@ -61,7 +63,7 @@ class Argument:
                 raise EarlyExitError(f"{name} is {value!r:.60}, expected True or False, or one for each exit")
             return list(given) * (exits // len(given))
         whole = isinstance(self.default, int)
-        if self.by_exit or isinstance(value, (list, tuple)):
+        if self.sequence or isinstance(value, (list, tuple)):
             given = arguments.numbers(name, value, whole)
         elif whole:
             arguments.whole_number(name, value)
@@ -71,14 +73,14 @@ class Argument:
 
 @dataclass(frozen=True)
 class Place:
-    """The position of a branch, and the shapes of its input and outputs.
+    """What a branch is built from: its place in the detector, and the shapes of its input and outputs.
 
     Attributes:
         backbone: the detector's backbone, whose layers may be copied.
         layer, tap: trunk layer of the tap, and its (channels, height, width).
-        grids, boxes_per_cell: (height, width) in cells of the head's feature maps, and default boxes per cell of each.
+        grids, boxes_per_cell: per feature map of the head, its (height, width) in cells and its default boxes per cell.
         num_classes: outputs per default box, background included.
-        context: channels of the map that the previous exit passes on; 0 for none.
+        context_channels: channels of the previous exit's context; 0 for none.
     """
 
     backbone: nn.Module
@@ -87,7 +89,7 @@ class Place:
     grids: Sequence[tuple[int, int]]
     boxes_per_cell: Sequence[int]
     num_classes: int
-    context: int = 0
+    context_channels: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,8 @@ class Exit:
         layer: trunk layer that the exit is attached to (torchvision's numbering, the stem is 0).
         branch: kind of its branch, a name in :data:`BRANCHES`.
         arguments: arguments of the branch; missing ones get the kind's defaults.
-        pixels: side of the small copy of the image, in pixels, if the exit is a glance: the trunk runs on the copy up
-            to ``layer`` before the full-size pass. A glance has no branch (``empty``). None for other exits.
+        pixels: of a glance, the side of the small copy of the image, in pixels. The trunk runs on the copy up to
+            ``layer`` before the full-size pass. None for other exits.
 
     Raises:
         EarlyExitError: an unknown kind or argument, or a value out of its range.
@@ -148,30 +150,29 @@ class Exit:
                 hint = nearest(str(name), known) or f"; it takes {', '.join(known) or 'none'}"
                 raise EarlyExitError(f"a {self.branch} branch has no argument {name!r:.60}{hint}")
         given = {name: self.arguments.get(name, argument.default) for name, argument in known.items()}
-        wrap = {name: [value] if known[name].by_exit else value for name, value in given.items()}
-        values = {name: known[name].of_each(name, value, 1)[0] for name, value in wrap.items()}
+        given = {name: [value] if known[name].sequence else value for name, value in given.items()}
+        values = {name: known[name].of_each(name, value, 1)[0] for name, value in given.items()}
         object.__setattr__(self, "arguments", values)
 
     @property
     def name(self) -> str:
-        """Name such as ``exit8``, or ``glance128`` for a glance at 128 pixels."""
+        """Name such as ``exit8``, or ``glance128`` for a glance on a copy of 128 pixels."""
         return f"exit{self.layer}" if self.pixels is None else f"glance{self.pixels}"
 
     @property
     def empty(self) -> bool:
-        """Whether it has no branch."""
+        """Whether the exit has no branch."""
         return self.branch == "empty"
 
 
-def exit_words() -> list[str]:
-    """Keywords of :func:`describe_exits`."""
-    return [
-        "exit_layers",
-        "branch",
-        "empty",
-        "glances",
-        *dict.fromkeys(name for kind in BRANCHES.values() for name in kind.arguments),
-    ]
+def _all_arguments() -> dict[str, Argument]:
+    """Name -> argument, of all kinds of branches."""
+    return {name: argument for kind in BRANCHES.values() for name, argument in kind.arguments.items()}
+
+
+def exit_keyword_names() -> list[str]:
+    """Names of the keywords of :func:`describe_exits`."""
+    return ["exit_layers", "branch", "empty", "glances", *_all_arguments()]
 
 
 def describe_exits(
@@ -186,9 +187,9 @@ def describe_exits(
     Args:
         exit_layers: trunk layers of the exits other than glances, increasing.
         branch: kind of all branches, or one for each exit.
-        empty: layers in ``exit_layers`` whose exit has no branch.
+        empty: those of ``exit_layers`` whose exit has no branch, whatever ``branch`` says.
         glances: (pixels, layer) of each glance, pixels increasing; they come before the other exits.
-        given: arguments of the branches, one value for all exits or one for each; a kind uses those that it has.
+        given: arguments of the branches, one value for all exits or one for each; a kind ignores those of other kinds.
 
     Raises:
         EarlyExitError: an invalid value.
@@ -197,17 +198,16 @@ def describe_exits(
     empty = arguments.numbers("empty", empty, whole=True)
     kinds = (branch,) if isinstance(branch, str) else tuple(branch) if isinstance(branch, (list, tuple)) else ()
     if len(kinds) not in (1, len(layers)):
-        raise EarlyExitError(
-            f"branch is {branch!r:.60}, expected one of {', '.join(BRANCHES)}, or one for each of {len(layers)} exits"
-        )
+        told = f"branch is {branch!r:.60}, expected one of {', '.join(BRANCHES)}"
+        raise EarlyExitError(f"{told}, or one for each of {len(layers)} exits")
     for layer in empty:
         if layer not in layers:
             raise EarlyExitError(f"empty has {layer}, expected some of the exits' layers {layers}")
     kinds = kinds * (len(layers) // len(kinds))
     exits = [_glance(one) for one in glances]
-    declared = {name: argument for kind in BRANCHES.values() for name, argument in kind.arguments.items()}
-    require_known(describe_exits, given, exit_words())
-    values = {name: declared[name].of_each(name, value, len(layers)) for name, value in given.items()}
+    require_known(describe_exits, given, exit_keyword_names())
+    known_arguments = _all_arguments()
+    values = {name: known_arguments[name].of_each(name, value, len(layers)) for name, value in given.items()}
     for index, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
         kind = "empty" if layer in empty else kind
         known = BRANCHES[kind].arguments if isinstance(kind, str) and kind in BRANCHES else {}
@@ -219,18 +219,19 @@ def exit_keywords(exits: Sequence[Exit]) -> dict[str, object]:
     """The inverse of :func:`describe_exits`: its keywords for these exits, in plain types for model files."""
     glances = tuple((one.pixels, one.layer) for one in exits if one.pixels is not None)
     exits = exits[len(glances) :]
-    words: dict[str, object] = {"exit_layers": tuple(one.layer for one in exits)}
+    keywords: dict[str, object] = {"exit_layers": tuple(one.layer for one in exits)}
     kinds = [one.branch for one in exits if not one.empty]
-    words["branch"] = tuple(one.branch for one in exits) if len(set(kinds)) > 1 else (*kinds, "copied")[0]
-    for name in exit_words()[4:]:
-        having = [one.arguments[name] for one in exits if name in one.arguments]
-        if having:
+    one_kind = kinds[0] if kinds else "copied"
+    keywords["branch"] = tuple(one.branch for one in exits) if len(set(kinds)) > 1 else one_kind
+    for name in _all_arguments():
+        values = [one.arguments[name] for one in exits if name in one.arguments]
+        if values:
             argument = next(BRANCHES[one.branch].arguments[name] for one in exits if name in one.arguments)
-            same = len(set(having)) == 1
-            each = having[:1] if same else [one.arguments.get(name, having[0]) for one in exits]
-            words[name] = each[0] if same and not argument.by_exit else tuple(each)
-    words["empty"] = tuple(one.layer for one in exits if one.empty)
-    return {**words, "glances": glances} if glances else words
+            same = len(set(values)) == 1
+            each = values[:1] if same else [one.arguments.get(name, values[0]) for one in exits]
+            keywords[name] = each[0] if same and not argument.sequence else tuple(each)
+    keywords["empty"] = tuple(one.layer for one in exits if one.empty)
+    return {**keywords, "glances": glances} if glances else keywords
 
 
 def _glance(pair: object) -> Exit:
@@ -260,36 +261,36 @@ def takes_exits(function: T) -> T:
     if isinstance(function, type):
         function.__init__ = takes_exits(function.__init__)
         return function
-    own = [name for name in inspect.signature(function).parameters if name != "self"]
+    parameters = [name for name in inspect.signature(function).parameters if name != "self"]
 
     @functools.wraps(function)
     def described(*args: object, **given: object) -> object:
-        words = exit_words()
-        require_known(function, given, [*own, *words])
-        asked = {name: given.pop(name) for name in words if name in given}
-        if asked:
+        names = exit_keyword_names()
+        require_known(function, given, [*parameters, *names])
+        keywords = {name: given.pop(name) for name in names if name in given}
+        if keywords:
             if given.get("exits") is not None:
-                raise TypeError(f"{function.__qualname__} got exits and {next(iter(asked))}; give one of them")
-            given["exits"] = describe_exits(**asked)
+                raise TypeError(f"{function.__qualname__} got exits and {next(iter(keywords))}; give one of them")
+            given["exits"] = describe_exits(**keywords)
         return function(*args, **given)
 
     return described
 
 
 class Branch(nn.Module):
-    """Base class: from an exit's tap to head outputs for the same default boxes as the full path's.
+    """Base class of branches: from an exit's tap to head outputs for the full path's default boxes.
 
     Attributes:
-        context_channels: channels of the map that it passes on to the next exit; 0 for none.
+        context_channels: channels of the context for the next exit; 0 for none.
     """
 
     context_channels = 0
 
     def inherit(self, backbone: nn.Module, head: nn.Module) -> None:
-        """Copy current weights of the full path; a branch without such layers does nothing."""
+        """Copy the full path's current weights into copied layers; a branch without copied layers does nothing."""
 
     def context(self, tap: Tensor, before: Tensor | None) -> Tensor | None:
-        """A map for the head and the next exit, from the tap and the previous exit's context ``before``."""
+        """This exit's context, from its tap and the previous exit's context ``before``; None if there is none."""
         return None
 
     def forward(self, tap: Tensor, context: Tensor | None = None) -> Head:
@@ -297,7 +298,7 @@ class Branch(nn.Module):
 
         Args:
             tap: output of the exit's trunk layer.
-            context: result of :meth:`context` for it.
+            context: result of :meth:`context` for this tap.
         """
         raise NotImplementedError  # abstract: each registered kind of branch has its own
 
@@ -310,17 +311,17 @@ def build_branches(
     boxes_per_cell: Sequence[int],
     num_classes: int,
 ) -> nn.ModuleDict:
-    """Exit name -> its branch, before the full path's weights are copied; arguments as in `Place`."""
-    branches, context = nn.ModuleDict(), 0
+    """Exit name -> its branch, on which :meth:`Branch.inherit` was not called yet; arguments as in `Place`."""
+    branches, context_channels = nn.ModuleDict(), 0
     for one, tap in zip(exits, taps, strict=True):
-        place = Place(backbone, one.layer, tap, grids, boxes_per_cell, num_classes, context)
+        place = Place(backbone, one.layer, tap, grids, boxes_per_cell, num_classes, context_channels)
         branches[one.name] = BRANCHES[one.branch].build(place, **one.arguments)
-        context = branches[one.name].context_channels
+        context_channels = branches[one.name].context_channels
     return branches
 
 
-# The kind "copied": the layers behind C4 of the full path as the branch's own copy, preceded by thinned copies of the
-# layers that lead there. Copied weights need far fewer photos than new layers.
+# The kind "copied" has two parts: `CopiedPathToC4`, thinned copies of the layers from the tap to C4, and `Tail`, whole
+# copies of the layers behind C4. Copied layers need far fewer photos for training than new ones.
 
 
 class Tail(nn.Module):
@@ -328,7 +329,7 @@ class Tail(nn.Module):
 
     Args:
         backbone: torchvision's ``SSDLiteFeatureExtractorMobileNet``; its layers are copied.
-        depth: how many of the two residual blocks (layers 14 and 15) to keep; the last ones stay.
+        depth: number of residual blocks (layers 14 and 15) to copy; 1 copies layer 15.
 
     Attributes:
         in_channels: channels of the input map, 80 at width 1.0 with the reduced tail.
@@ -364,56 +365,56 @@ class Tail(nn.Module):
 
 
 @torch.no_grad()
-def inherit_head(mine: SSDLiteHead, full: SSDLiteHead) -> None:
-    """Copy the full path's predictors of all maps but the first, whose channels differ in a branch.
+def inherit_coarse_predictors(mine: SSDLiteHead, full: SSDLiteHead) -> None:
+    """Copy the full path's predictors of all maps but the first, which has other channels in a branch.
 
-    If only the full path's head is folded, background and the wanted classes are copied. Background then lacks the
-    folded classes. If both heads are folded, all classes are copied.
+    If both heads are folded (see `FoldedClassificationHead`), all classes are copied. If only the full path's head is
+    folded, background and the wanted classes are copied, and the folded classes are lost.
     """
     theirs = full.classification_head
     rows = _inherited_rows(mine.classification_head, theirs)
     for new, old in zip(mine.classification_head.module_list[1:], theirs.module_list[1:], strict=True):
         new[0].load_state_dict(old[0].state_dict())
-        _take_rows(new[1], old[1], theirs.num_columns, rows)
+        _copy_rows(new[1], old[1], theirs.num_columns, rows)
     for new, old in zip(mine.regression_head.module_list[1:], full.regression_head.module_list[1:], strict=True):
         new.load_state_dict(old.state_dict())
 
 
 @torch.no_grad()
-def inherit_first_predictors(mine: SSDLiteHead, full: SSDLiteHead, kept: Tensor) -> None:
-    """Copy the full path's predictors of the first map, restricted to the branch's channels ``kept`` (indices)."""
+def inherit_first_predictors(mine: SSDLiteHead, full: SSDLiteHead, channels: Tensor) -> None:
+    """Copy the full path's predictors of the first map, but only the input channels ``channels`` (indices)."""
     theirs = full.classification_head
     rows = _inherited_rows(mine.classification_head, theirs)
     for new_head, old_head in ((mine.classification_head, theirs), (mine.regression_head, full.regression_head)):
         new, old = new_head.module_list[0], old_head.module_list[0]
-        new[0][0].weight.copy_(old[0][0].weight[kept])
+        new[0][0].weight.copy_(old[0][0].weight[channels])
         for name, values in old[0][1].state_dict().items():
             if values.ndim:
-                getattr(new[0][1], name).copy_(values[kept])
-        narrow = nn.Conv2d(len(kept), old[1].out_channels, 1).to(old[1].weight)
-        narrow.weight.copy_(old[1].weight[:, kept])
+                getattr(new[0][1], name).copy_(values[channels])
+        narrow = nn.Conv2d(len(channels), old[1].out_channels, 1).to(old[1].weight)
+        narrow.weight.copy_(old[1].weight[:, channels])
         narrow.bias.copy_(old[1].bias)
         if old_head is theirs:
-            _take_rows(new[1], narrow, theirs.num_columns, rows)
+            _copy_rows(new[1], narrow, theirs.num_columns, rows)
         else:
             new[1].load_state_dict(narrow.state_dict())
 
 
 def _inherited_rows(mine: nn.Module, theirs: nn.Module) -> list[int]:
-    """For each class index of the branch's head the class index in the full path's head."""
+    """For each row (class index) of the branch's head, the row of the full path's head to copy."""
     if is_folded(theirs) and not is_folded(mine):
         return [0, *theirs.wanted.tolist()]
     return list(range(theirs.num_columns))
 
 
-def _take_rows(new: nn.Module, old: nn.Conv2d, columns: int, rows: list[int]) -> None:
-    """Copy the classes ``rows`` of ``old``; a factorised predictor gets the nearest weights of its rank."""
+def _copy_rows(new: nn.Module, old: nn.Conv2d, num_classes: int, rows: list[int]) -> None:
+    """As `copy_rows`; a factorised predictor gets the nearest weights of its rank."""
     if isinstance(new, FactorisedPredictor):
         whole = nn.Conv2d(new.in_channels, new.out_channels, 1).to(old.weight)
-        copy_rows(whole, old, columns, rows)
+        copy_rows(whole, old, num_classes, rows)
         new.approximate(whole)
     else:
-        copy_rows(new, old, columns, rows)
+        copy_rows(new, old, num_classes, rows)
 
 
 class ThinnedBlock(nn.Sequential):
@@ -421,14 +422,14 @@ class ThinnedBlock(nn.Sequential):
 
     Args:
         layers: the block's layers: expansion, depthwise convolution, squeeze-excitation (optional), projection.
-        keep: share of the expansion's channels to keep, in (0, 1].
+        share: share of the expansion's channels to copy, in (0, 1].
     """
 
-    def __init__(self, layers: Sequence[nn.Module], keep: float) -> None:
+    def __init__(self, layers: Sequence[nn.Module], share: float) -> None:
         channels = layers[-1][0].in_channels
         expands = layers[0][0].groups == 1
-        count = _kept(channels, keep) if expands else channels
-        super().__init__(*_slice(layers, torch.arange(count)))
+        count = _thinned(channels, share) if expands else channels
+        super().__init__(*_slice_block(layers, torch.arange(count)))
         self.requires_grad_(True)
 
     @property
@@ -437,56 +438,58 @@ class ThinnedBlock(nn.Sequential):
         return self[-1][0].in_channels
 
     def inherit(self, layers: Sequence[nn.Module]) -> Tensor:
-        """Copy the block's current weights of the most important channels; returns the channels' indices.
+        """Copy the current weights of the block's most important channels; returns the indices of these channels.
 
         Importance is the norm of the channel's column in the projection times the root mean square of the depthwise
-        output, sqrt(scale^2 + shift^2) of its BatchNorm (after Li et al. 2017, "Pruning filters for efficient
-        ConvNets", who rank filters by their norms).
+        convolution's output, which is sqrt(scale^2 + shift^2) of its BatchNorm. Li et al. 2017, "Pruning filters for
+        efficient ConvNets", rank filters by their norms alone.
         """
         norm = next(layer[1] for layer in layers[:-1] if not hasattr(layer, "fc1") and layer[0].groups > 1)
-        size = (norm.weight**2 + norm.bias**2).sqrt()
-        importance = size * layers[-1][0].weight.flatten(1).norm(dim=0)
+        output_rms = (norm.weight**2 + norm.bias**2).sqrt()
+        importance = output_rms * layers[-1][0].weight.flatten(1).norm(dim=0)
         channels = importance.topk(self.expanded_channels).indices.sort().values
-        self.load_state_dict(nn.Sequential(*_slice(layers, channels)).state_dict())
+        self.load_state_dict(nn.Sequential(*_slice_block(layers, channels)).state_dict())
         return channels
 
 
-class CopiedShortCut(nn.Module):
-    """Thinned copies of the layers without residual connection between a tap and C4's output.
+class CopiedPathToC4(nn.Module):
+    """Thinned copies of the blocks between a tap and C4's output; blocks with a residual connection are skipped.
 
     A trained network tolerates the removal of some residual blocks (Veit et al. 2016, "Residual networks behave like
-    ensembles of relatively shallow networks"). Layers 2, 4, 7, 11 and C4 (13) have no residual connection.
+    ensembles of relatively shallow networks"). Layers 2, 4, 7, 11 and C4 (13) have no residual connection. For a tap
+    at C4 or behind it nothing is copied.
 
     Args:
         backbone: torchvision's ``SSDLiteFeatureExtractorMobileNet``.
         layer: trunk layer of the tap.
-        keep: share of every expansion's channels to keep, in (0, 1].
+        share: share of every expansion's channels to copy, in (0, 1].
 
     Attributes:
-        fine_channels: channels of C4's input; behind C4, of the tap.
-        first_channels: channels of the copied C4's expansion, the head's first map; behind C4, the number that a copy
-            would have.
+        c4: the copy of C4; None if nothing is copied.
+        fine_channels: channels of C4's input; of the tap if nothing is copied.
+        first_channels: channels of C4's thinned expansion, copied or not.
     """
 
-    def __init__(self, backbone: nn.Module, layer: int, keep: float) -> None:
+    def __init__(self, backbone: nn.Module, layer: int, share: float) -> None:
         super().__init__()
         self._layer = layer
-        blocks = [ThinnedBlock(block, keep) for block in _blocks_behind(backbone, layer)]
+        blocks = [ThinnedBlock(block, share) for block in _blocks_to_c4(backbone, layer)]
         self.before = nn.Sequential(*blocks[:-1])
         self.c4 = blocks[-1] if blocks else None
         first_map = backbone.features[0][-1].out_channels
-        self.first_channels = self.c4.expanded_channels if blocks else _kept(first_map, keep)
+        self.first_channels = self.c4.expanded_channels if blocks else _thinned(first_map, share)
         self.fine_channels = self.c4[0][0].in_channels if blocks else backbone.features[1][0][-1].out_channels
 
     def inherit(self, backbone: nn.Module) -> Tensor | None:
-        """Copy the full path's current weights; returns the kept channels of C4's expansion, None behind C4."""
+        """Copy the full path's current weights; returns the copied channels of C4's expansion (indices), or None."""
         modules = [*self.before, *([self.c4] if self.c4 is not None else [])]
-        blocks = _blocks_behind(backbone, self._layer)
-        kept = [module.inherit(block) for module, block in zip(modules, blocks, strict=True)]
-        return kept[-1] if kept else None
+        blocks = _blocks_to_c4(backbone, self._layer)
+        channels = [module.inherit(block) for module, block in zip(modules, blocks, strict=True)]
+        return channels[-1] if channels else None
 
     def forward(self, tap: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """C4's input [N, fine_channels, S, S], C4's expansion (None behind C4), and C4's output."""
+        """Tap to C4's input [N, fine_channels, S, S], C4's expansion and C4's output. If nothing is copied, the tap is
+        the first and the last, and the expansion is None."""
         fine = self.before(tap)
         if self.c4 is None:
             return fine, None, fine
@@ -497,37 +500,37 @@ class CopiedShortCut(nn.Module):
         return fine, expanded, coarse
 
 
-def _kept(channels: int, keep: float) -> int:
-    """``keep`` of the channels, rounded to a multiple of 8."""
-    return min(channels, max(8, round(keep * channels / 8) * 8))
+def _thinned(channels: int, share: float) -> int:
+    """``share`` of the channels, rounded to a multiple of 8."""
+    return min(channels, max(8, round(share * channels / 8) * 8))
 
 
-def _blocks_behind(backbone: nn.Module, layer: int) -> list[list[nn.Module]]:
-    """The layers of each block behind ``layer`` that has no residual connection, up to C4."""
+def _blocks_to_c4(backbone: nn.Module, layer: int) -> list[list[nn.Module]]:
+    """The blocks without residual connection behind ``layer`` up to C4, each as a list of its layers."""
     first, second = backbone.features
     blocks = [list(block.block) for block in first[layer + 1 : -1] if not block.use_res_connect]
     return [*blocks, [first[-1], *second[0]]] if layer < C4_LAYER else []
 
 
-def _slice(layers: Sequence[nn.Module], channels: Tensor) -> list[nn.Module]:
+def _slice_block(layers: Sequence[nn.Module], channels: Tensor) -> list[nn.Module]:
     """Copies of a block's layers with only these ``channels`` (indices) between expansion and projection."""
     layers = [copy.deepcopy(layer) for layer in layers]
     *inner, projection = layers
     for layer in inner:
         if hasattr(layer, "fc1"):
-            _take(layer.fc1, layer.fc1.weight[:, channels], layer.fc1.bias)
-            _take(layer.fc2, layer.fc2.weight[channels], layer.fc2.bias[channels])
+            _set_weights(layer.fc1, layer.fc1.weight[:, channels], layer.fc1.bias)
+            _set_weights(layer.fc2, layer.fc2.weight[channels], layer.fc2.bias[channels])
         else:
-            _take(layer[0], layer[0].weight[channels], None)
+            _set_weights(layer[0], layer[0].weight[channels], None)
             for name, values in layer[1].state_dict().items():
                 if values.ndim:
                     _set(layer[1], name, values[channels])
             layer[1].num_features = len(channels)
-    _take(projection[0], projection[0].weight[:, channels], None)
+    _set_weights(projection[0], projection[0].weight[:, channels], None)
     return layers
 
 
-def _take(convolution: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> None:
+def _set_weights(convolution: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> None:
     """Replace the convolution's weights, and its channel counts accordingly."""
     depthwise = convolution.groups > 1
     convolution.out_channels = len(weight)
@@ -544,16 +547,17 @@ def _set(module: nn.Module, name: str, values: Tensor) -> None:
 
 
 class CopiedBranch(Branch):
-    """A branch of copied layers: short cut to C4's output, tail, first map, and head.
+    """A branch of copied layers: tap -> `CopiedPathToC4` -> `Tail` -> head.
 
-    The tail works on the second grid, which has a quarter of the first grid's cells. Its output is upsampled and added
-    to the first map (top-down connection, Lin et al. 2017, FPN).
+    The tail computes all maps of the head but the first. It works on the second grid, which has a quarter of the first
+    grid's cells. The output of its residual blocks is upsampled and added to the first map (top-down connection, Lin et
+    al. 2017, FPN).
 
     Args:
-        copied: thinned copies of the layers up to C4's output.
+        copied: the copied path from the tap to C4's output.
         finest_grid: side of the first map, cells.
-        channels: channels of the first map, a new layer. 0: the first map is the copied C4's expansion, with copied
-            predictors; an exit behind C4 gets a new layer of the same number of channels.
+        channels: 0: the first map is the copied expansion of C4, as in the full path, with copied predictors. Otherwise
+            a new layer computes a first map of so many channels. It does so for 0 too if no C4 was copied.
         tail: this branch's copy of the full path's tail.
         num_anchors: default boxes per cell of each grid.
         num_classes: outputs per default box, background included.
@@ -563,7 +567,7 @@ class CopiedBranch(Branch):
     def __init__(
         self,
         *,
-        copied: CopiedShortCut,
+        copied: CopiedPathToC4,
         finest_grid: int,
         channels: int,
         tail: Tail,
@@ -589,11 +593,11 @@ class CopiedBranch(Branch):
     def inherit(self, backbone: nn.Module, head: SSDLiteHead) -> None:
         """Copy the full path's current weights."""
         self.tail.inherit(backbone)
-        inherit_head(self.head, head)
-        kept = self.copied.inherit(backbone)
+        inherit_coarse_predictors(self.head, head)
+        channels = self.copied.inherit(backbone)
         if self.fine is None:
-            inherit_first_predictors(self.head, head, kept)
-            nn.init.zeros_(self.top_down[1].weight)  # the first map starts as the copied one
+            inherit_first_predictors(self.head, head, channels)
+            nn.init.zeros_(self.top_down[1].weight)  # at first nothing is added to the copied first map
 
     def forward(self, tap: Tensor, context: Tensor | None = None) -> Head:
         """See :meth:`Branch.forward`."""
@@ -612,21 +616,21 @@ _HEAD_RANK = Argument(0)
 @register_branch(
     "copied",
     channels=_FIRST_CHANNELS,
-    depth=Argument(2, TAIL_BLOCKS, by_exit=True),
-    copy=Argument(0.5, 1, zero=False, by_exit=True),
+    depth=Argument(2, TAIL_BLOCKS, sequence=True),
+    copy=Argument(0.5, 1, zero=False, sequence=True),
     head_rank=_HEAD_RANK,
 )
 def build_copied(place: Place, *, channels: int, depth: int, copy: float, head_rank: int) -> CopiedBranch:
-    """Arguments as in :class:`CopiedBranch`, `Tail` (``depth``) and `CopiedShortCut` (``copy``: its ``keep``)."""
+    """Arguments as in :class:`CopiedBranch`, `Tail` (``depth``) and `CopiedPathToC4` (``copy`` is its ``share``)."""
     if not hasattr(place.backbone, "features") or len(place.backbone.features) != 2:
         raise EarlyExitError(
             "a copied branch copies layers of torchvision's SSDLite with a MobileNetV3, this detector has others: take "
             "branch='light' (EXITS.BRANCH light)"
         )
-    # Behind C4 the trunk has already run some of the tail's blocks. With channels, older model files contain them.
+    # A tap behind C4 has passed some blocks already. With channels they are copied too: older model files contain them.
     blocks = depth if channels else min(depth, LAST_LAYER - 1 - place.layer)
     return CopiedBranch(
-        copied=CopiedShortCut(place.backbone, place.layer, copy),
+        copied=CopiedPathToC4(place.backbone, place.layer, copy),
         finest_grid=place.grids[0][0],
         channels=channels,
         tail=Tail(place.backbone, blocks),
@@ -648,7 +652,8 @@ def _halvings(side: int, grid: int) -> int:
 
 
 class PyramidStep(nn.Module):
-    """From a map to one of a given grid: stride-2 depthwise convolutions, then nearest-neighbour resizing if needed."""
+    """From a map of the first of two grids (``sizes``, (height, width) in cells) to one of the second: depthwise
+    convolutions of stride 2, then nearest-neighbour resizing if needed."""
 
     def __init__(self, channels: int, sizes: tuple[tuple[int, int], tuple[int, int]]) -> None:
         super().__init__()
@@ -669,13 +674,13 @@ class PyramidStep(nn.Module):
 class LightBranch(Branch):
     """Squeeze-excitation on the tap (Hu et al. 2018), context from the previous exit, and a narrow feature pyramid.
 
-    The context is the previous exit's narrow map, resized and added to this exit's. It is computed even if the previous
-    exit is closed.
+    The branch's context is its narrow map plus the previous exit's context, resized. The previous context is computed
+    even if that exit is closed.
 
     Args:
         place: position and shapes.
         channels: channels of every map of the pyramid; 0 means 64.
-        context: use the previous exit's context; a ``light`` exit passes one on.
+        context: whether to add the previous exit's context. The branch's own context is passed on in any case.
         head_rank: channels between the two steps of the class predictors; 0 leaves them in one step.
     """
 
@@ -685,7 +690,7 @@ class LightBranch(Branch):
         tap_channels = place.tap[0]
         self.attention = SqueezeExcitation(tap_channels, max(8, tap_channels // 4))
         self.narrow = _pointwise(tap_channels, width)
-        self.cascade = _pointwise(place.context, width) if context and place.context else None
+        self.cascade = _pointwise(place.context_channels, width) if context and place.context_channels else None
         sizes = [(place.tap[1], place.tap[2]), *(tuple(grid) for grid in place.grids)]
         self.pyramid = nn.ModuleList(PyramidStep(width, pair) for pair in pairwise(sizes))
         boxes = list(place.boxes_per_cell)
@@ -709,22 +714,15 @@ class LightBranch(Branch):
         return self.head(maps)
 
 
+_convolution = functools.partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=nn.Hardswish)
+
+
 def _pointwise(in_channels: int, out_channels: int) -> Conv2dNormActivation:
-    return Conv2dNormActivation(
-        in_channels, out_channels, kernel_size=1, norm_layer=norm_layer, activation_layer=nn.Hardswish
-    )
+    return _convolution(in_channels, out_channels, kernel_size=1)
 
 
 def _depthwise(channels: int, kernel_size: int = 5, stride: int = 1) -> Conv2dNormActivation:
-    return Conv2dNormActivation(
-        channels,
-        channels,
-        kernel_size=kernel_size,
-        stride=stride,
-        groups=channels,
-        norm_layer=norm_layer,
-        activation_layer=nn.Hardswish,
-    )
+    return _convolution(channels, channels, kernel_size=kernel_size, stride=stride, groups=channels)
 
 
 # The kind "empty": no branch. Photos that leave there have no detections.
@@ -734,7 +732,7 @@ NO_OBJECT = -30.0
 
 
 class EmptyExit(Branch):
-    """Predicts background for every default box without computation, and passes the previous context on.
+    """No branch: predicts background for every default box, and passes the previous exit's context on.
 
     The logits hold no information, so routing needs a policy that predicts from the tap whether the photo is empty.
 
@@ -761,8 +759,8 @@ class EmptyExit(Branch):
 
 @register_branch("empty")
 def build_empty(place: Place) -> EmptyExit:
-    """Build an :class:`EmptyExit`; it has no arguments."""
-    return EmptyExit(num_default_boxes(place.grids, place.boxes_per_cell), place.num_classes, place.context)
+    """Build an :class:`EmptyExit`; the kind has no arguments."""
+    return EmptyExit(num_default_boxes(place.grids, place.boxes_per_cell), place.num_classes, place.context_channels)
 
 
 def num_default_boxes(grids: Sequence[tuple[int, int]], boxes_per_cell: Sequence[int]) -> int:

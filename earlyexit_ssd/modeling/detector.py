@@ -1,6 +1,8 @@
 """A torchvision SSD with early exits: the forward pass from exit to exit, detections and losses.
 
 A *glance* is an early exit that runs the first trunk layers on a small copy of the image before the full-size pass.
+A *tap* is the output of the trunk layer that an exit is attached to. A *context* is a map that the branch of an exit
+passes on to the next exit's. With a *hybrid* router classes come from an early exit and boxes from the full path.
 """
 
 from __future__ import annotations
@@ -47,8 +49,8 @@ def early_exit_losses(
 ) -> dict[str, Tensor]:
     """Per exit ``<name>_bbox_regression`` and ``_classification``; optionally ``_distillation`` and ``_temperature``.
 
-    With ``supervision="teacher"`` the labels are not used. Temperatures are then fitted to the full path's most
-    probable classes.
+    With ``supervision="teacher"`` there are no losses against labels, and temperatures are fitted to the full path's
+    most probable classes.
 
     Args:
         names: index -> name of the early exits that have a branch.
@@ -80,14 +82,14 @@ def early_exit_losses(
 
 
 @dataclass
-class Stop:
-    """A batch at one exit of the forward pass.
+class AtExit:
+    """A batch that has reached an exit of the forward pass.
 
     Attributes:
         index: index of the exit; the full path's index is the number of early exits.
         state: state of the trunk behind the layers run so far.
-        context: map that the branch passes on, see :meth:`Branch.context`.
-        glance: at a glance, its features [N, C, H, W] of the small copies; None until :attr:`tap` is first read.
+        context: context of this exit's branch, see :meth:`Branch.context`.
+        glance_tap: if the exit is a glance, its tap [N, C, H, W]; None until :attr:`tap` is first read.
     """
 
     model: EarlyExitDetector
@@ -95,7 +97,7 @@ class Stop:
     index: int
     state: TrunkState
     context: Tensor | None = None
-    glance: Tensor | None = None
+    glance_tap: Tensor | None = None
 
     @property
     def full(self) -> bool:
@@ -104,24 +106,24 @@ class Stop:
 
     @property
     def tap(self) -> Tensor:
-        """Output of the exit's trunk layer [N, C, H, W]; a glance computes it at the first call."""
+        """Output of the exit's trunk layer [N, C, H, W]; that of a glance is computed when it is first read."""
         exit = self.model.exits[self.index] if not self.full else None
         if exit is None or exit.pixels is None:
             return self.state.x
-        if self.glance is None:
-            self.glance = self.trunk.features(small_copy(self.state.x, exit.pixels), exit.layer)
-        return self.glance
+        if self.glance_tap is None:  # before the first segment, the trunk's state is the image
+            self.glance_tap = self.trunk.features(small_copy(self.state.x, exit.pixels), exit.layer)
+        return self.glance_tap
 
     def maps(self) -> list[Tensor]:
-        """The feature maps of the full path's head; only at the full path."""
+        """The feature maps of the full path's head; call it at the full path only."""
         return self.trunk.feature_maps(self.state)
 
     def head(self) -> Head:
-        """The outputs of this exit; computed at each call."""
+        """The head outputs of this exit; computed anew at each call."""
         if self.full:
             return self.model.head(self.maps())
         branch = self.model.branches[self.model.exit_names[self.index]]
-        # An empty exit's outputs do not depend on the tap: its glance need not be computed.
+        # An empty exit's outputs need only the number of images, so a glance's tap is not computed for them.
         return branch(self.state.x if self.model.empty[self.index] else self.tap, self.context)
 
     def signals(self, head: Head) -> ExitSignals:
@@ -130,19 +132,22 @@ class Stop:
             return ExitSignals(head["cls_logits"])
         return ExitSignals(head["cls_logits"], pool_tap(self.tap), self.model.empty[self.index])
 
-    def select(self, images: Tensor) -> Stop:
+    def select(self, images: Tensor) -> AtExit:
         """A copy with some of the images only (``images``: boolean mask [N] or indices)."""
-        context, glance = (None if one is None else one[images] for one in (self.context, self.glance))
-        return dataclasses.replace(self, state=self.state.select(images), context=context, glance=glance)
+        context, glance_tap = (None if one is None else one[images] for one in (self.context, self.glance_tap))
+        return dataclasses.replace(self, state=self.state.select(images), context=context, glance_tap=glance_tap)
 
     def keep(self, images: Tensor) -> None:
-        """Continue with some of the images only (``images``: boolean mask [N])."""
+        """Go on to deeper exits with some of the images only (``images``: boolean mask [N])."""
         rest = self.select(images)
-        self.state, self.context, self.glance = rest.state, rest.context, rest.glance
+        self.state, self.context, self.glance_tap = rest.state, rest.context, rest.glance_tap
 
 
-def walk(model: EarlyExitDetector, x: Tensor, branches: bool = True, behind: Stop | None = None) -> Iterator[Stop]:
+def walk(model: EarlyExitDetector, x: Tensor, branches: bool = True, behind: AtExit | None = None) -> Iterator[AtExit]:
     """Yield every exit in order, the full path last; deeper layers are computed when the next exit is requested.
+
+    Before it requests the next exit, the caller may shrink the batch with :meth:`AtExit.keep`. Deeper layers are then
+    computed for the rest of the images only.
 
     Args:
         x: normalised images [N, 3, S, S].
@@ -157,16 +162,16 @@ def walk(model: EarlyExitDetector, x: Tensor, branches: bool = True, behind: Sto
             state = trunk.run(state, index - glances)
             if branches and index < model.num_early_exits:
                 context = model.branches[name].context(state.x, context)
-        stop = Stop(model, trunk, index, state, context)
-        yield stop
-        state, context = stop.state, stop.context
+        at = AtExit(model, trunk, index, state, context)
+        yield at
+        state, context = at.state, at.context
 
 
 def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
     """Compute every image as far as the exit that the router chooses for it.
 
     With a hybrid router every image runs the whole trunk and takes its boxes from the full path. Its classes come from
-    the first confident exit. The full path's classification head runs only for images without one.
+    the first exit whose threshold it reaches. The full path's classification head runs only for images without one.
 
     Args:
         x: normalised images [N, 3, S, S].
@@ -175,43 +180,42 @@ def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
         the head outputs of each image's exit, the exit's index [N] (with a hybrid router, of the classes' exit) and the
         confidence there [N]. The full path's confidence is computed by the same policy.
     """
-    router, boxes = model.router, {}
-    active = torch.arange(len(x), device=x.device)
+    router, hybrid_boxes = model.router, {}
+    undecided = torch.arange(len(x), device=x.device)  # images that have not left; a hybrid router keeps all in `walk`
     parts: list[tuple[Tensor, Head, int, Tensor]] = []
-    for stop in walk(model, x):
-        if stop.full and router.hybrid:
-            maps = stop.maps()
-            boxes = {"bbox_regression": model.head.regression_head(maps)}
-        if not len(active) or not (stop.full or router.needs(stop.index)):
+    for at in walk(model, x):
+        if at.full and router.hybrid:
+            maps = at.maps()
+            hybrid_boxes = {"bbox_regression": model.head.regression_head(maps)}
+        if not len(undecided) or not (at.full or router.needs(at.index)):
             continue
-        if boxes:
-            head = {"cls_logits": model.head.classification_head([feature[active] for feature in maps])}
-            here = stop
+        if at.full and router.hybrid:
+            head = {"cls_logits": model.head.classification_head([feature[undecided] for feature in maps])}
+            here = at
         else:
-            here = stop.select(active) if router.hybrid else stop
+            here = at.select(undecided) if router.hybrid else at
             head = here.head()
-        confidence = router.confidence(here.signals(head), stop.index)
-        leave = None if stop.full else router.leaves(confidence, stop.index)
+        confidence = router.confidence(here.signals(head), at.index)
+        leave = None if at.full else router.leaves(confidence, at.index)
         if router.hybrid:
             head = {"cls_logits": head["cls_logits"]}
         if leave is None or leave.all():  # logits are large: avoid a copy
-            parts.append((active, head, stop.index, confidence))
-            active = active[:0]
+            parts.append((undecided, head, at.index, confidence))
+            undecided = undecided[:0]
             if not router.hybrid:
                 break
         elif leave.any():
-            parts.append(
-                (active[leave], {key: value[leave] for key, value in head.items()}, stop.index, confidence[leave])
-            )
-            active = active[~leave]
+            leaving = {key: value[leave] for key, value in head.items()}
+            parts.append((undecided[leave], leaving, at.index, confidence[leave]))
+            undecided = undecided[~leave]
             if not router.hybrid:
-                stop.keep(~leave)
+                at.keep(~leave)
     head, exit_index, confidence = _in_order(parts)
-    return {**head, **boxes}, exit_index, confidence
+    return {**head, **hybrid_boxes}, exit_index, confidence
 
 
 def _in_order(parts: list[tuple[Tensor, Head, int, Tensor]]) -> tuple[Head, Tensor, Tensor]:
-    """Join the images of all exits in their original order."""
+    """Join parts (positions in the batch, head outputs, exit index, confidences) in the order of the batch."""
     indices = [torch.full_like(positions, index) for positions, _, index, _ in parts]
     if len(parts) == 1:  # logits are large: avoid a copy
         return parts[0][1], indices[0], parts[0][3]
@@ -254,10 +258,8 @@ def detector_class(name: str) -> type[EarlyExitDetector]:
         EarlyExitError: no class has that name; the message has the nearest one.
     """
     if name not in DETECTORS:
-        listed = ", ".join(DETECTORS)
-        raise EarlyExitError(
-            f"detector (MODEL.NAME) is {name!r:.60}, expected one of {listed}{nearest(str(name), DETECTORS)}"
-        )
+        listed, hint = ", ".join(DETECTORS), nearest(str(name), DETECTORS)
+        raise EarlyExitError(f"detector (MODEL.NAME) is {name!r:.60}, expected one of {listed}{hint}")
     return DETECTORS[name]
 
 
@@ -402,8 +404,8 @@ class EarlyExitDetector(SSD):
 
     def trunk_maps(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Normalised images [N, 3, S, S] to the taps (one per early exit) and the full path's feature maps."""
-        *early, last = walk(self, x, branches=False)
-        return [stop.tap for stop in early], last.maps()
+        *early, full = walk(self, x, branches=False)
+        return [at.tap for at in early], full.maps()
 
     def branch_heads(self, taps: Sequence[Tensor]) -> list[Head]:
         """Heads of all early exits from their taps."""
@@ -438,7 +440,8 @@ class EarlyExitDetector(SSD):
         return self
 
     def compute_losses(self, heads: Sequence[Head], assignment: Assignment) -> dict[str, Tensor]:
-        """Weighted losses of all exits (heads shallow to deep, the full path last); none of a frozen full path."""
+        """Weighted losses of all exits (heads shallow to deep, the full path last). If the full path is frozen, its
+        losses are left out."""
         validate.check_router(self.router, self.num_early_exits, trains=True)
         full = {} if self._trunk_frozen else full_path_losses(heads[-1], assignment, self.losses)
         names = {index: self.exit_names[index] for index, empty in enumerate(self.empty) if not empty}
@@ -469,7 +472,7 @@ class EarlyExitDetector(SSD):
         targets = validate.check_targets(targets, len(images), self.classes)
         validate.check_batch(self, len(images))
         batch, targets = self.transform(images, targets)
-        heads = [stop.head() for stop in walk(self, batch.tensors)]
+        heads = [at.head() for at in walk(self, batch.tensors)]
         return self.compute_losses(heads, self.assign(targets, self.default_boxes(batch)))
 
     def exit_outputs(self, images: list[Tensor]) -> ExitOutputs:
@@ -477,8 +480,8 @@ class EarlyExitDetector(SSD):
         validate.check_images(images)
         photo_sizes = [tuple(image.shape[-2:]) for image in images]
         batch, _ = self.transform(images, None)
-        stops = list(walk(self, batch.tensors))
-        heads, pooled = tuple(stop.head() for stop in stops), tuple(pool_tap(stop.tap) for stop in stops[:-1])
+        exits = list(walk(self, batch.tensors))
+        heads, pooled = tuple(at.head() for at in exits), tuple(pool_tap(at.tap) for at in exits[:-1])
         return ExitOutputs(heads, pooled, self.default_boxes(batch), batch.image_sizes, photo_sizes, self.empty)
 
     def detections(self, outputs: ExitOutputs, exit_index: int) -> list[dict[str, Tensor]]:
@@ -490,8 +493,8 @@ class EarlyExitDetector(SSD):
     ) -> list[dict[str, Tensor]]:
         """As torchvision; thresholds per class are applied after NMS and before the limit per image.
 
-        This equals thresholding before NMS: NMS works within a class, and a removed box can only have suppressed boxes
-        of lower score, which are removed too.
+        The result is that of thresholds before NMS: NMS works within a class, and a box below the threshold can only
+        suppress boxes of lower score, which are below it too.
         """
         if not isinstance(self.score_thresh, Mapping):
             return super().postprocess_detections(head_outputs, image_anchors, image_shapes)
@@ -503,9 +506,9 @@ class EarlyExitDetector(SSD):
             topk_candidates=self.topk_candidates,
             detections_per_img=None,
         )
-        cuts = torch.tensor([0.0, *least], device=image_anchors[0].device)
+        thresholds = torch.tensor([0.0, *least], device=image_anchors[0].device)
         detections = SSD.postprocess_detections(unlimited, head_outputs, image_anchors, image_shapes)
-        kept = [found["scores"] > cuts[found["labels"]] for found in detections]
+        kept = [found["scores"] > thresholds[found["labels"]] for found in detections]
         return [
             {key: value[keep][: self.detections_per_img] for key, value in found.items()}
             for found, keep in zip(detections, kept, strict=True)
@@ -546,8 +549,8 @@ class PathToExit(nn.Module):
         model: the model; its parts are used, not copied.
         exit_index: 0 for the first exit, the number of early exits for the full path.
         router: computes the confidences and skips closed exits; None: every branch and no confidence is computed.
-        alone: without a router, skip the branches before ``exit_index``: the exit as a detector of its own. A branch
-            does not depend on earlier branches, except for their context.
+        alone: without a router, skip the heads of earlier branches, as in a detector with this exit only. Contexts of
+            earlier branches are computed all the same, since a branch may need them.
     """
 
     def __init__(
@@ -568,17 +571,17 @@ class PathToExit(nn.Module):
         heads: list[Head] = []
         confidences: list[Tensor] = []
         hybrid = self.router is not None and self.router.hybrid
-        for stop in walk(self.model, x):
-            early = stop.index < self.exit_index
-            if early and (self.alone if self.router is None else not self.router.needs(stop.index)):
+        for at in walk(self.model, x):
+            early = at.index < self.exit_index
+            if early and (self.alone if self.router is None else not self.router.needs(at.index)):
                 continue
-            if stop.index <= self.exit_index:
-                heads.append(stop.head())
-                if self.router is not None and not stop.full:
-                    confidences.append(self.router.confidence(stop.signals(heads[-1]), stop.index))
-            elif stop.full:
-                heads[-1] = {**heads[-1], "bbox_regression": self.model.head.regression_head(stop.maps())}
-            if stop.index == self.exit_index and not hybrid:
+            if at.index <= self.exit_index:
+                heads.append(at.head())
+                if self.router is not None and not at.full:
+                    confidences.append(self.router.confidence(at.signals(heads[-1]), at.index))
+            elif at.full:  # behind the exit only with a hybrid router: the exit's classes, the full path's boxes
+                heads[-1] = {**heads[-1], "bbox_regression": self.model.head.regression_head(at.maps())}
+            if at.index == self.exit_index and not hybrid:
                 break
         return heads, confidences
 
@@ -620,12 +623,12 @@ def fuse_for_inference(model: EarlyExitDetector) -> EarlyExitDetector:
             if isinstance(first, nn.Conv2d) and isinstance(second, _BatchNorm):
                 setattr(sequence, name, fuse_conv_bn_eval(first, second))
                 setattr(sequence, next_name, nn.Identity())
-    if next(fused.parameters()).device.type == "cpu":  # on CUDA, depthwise convolutions are many times slower so
+    if next(fused.parameters()).device.type == "cpu":  # on CUDA it makes depthwise convolutions many times slower
         fused.to(memory_format=torch.channels_last)
     return fused
 
 
-# Losses of the training phases: of the full path, or of the branches from stored taps; the model itself has all.
+# Modules that compute only the losses of one training phase; the model itself computes all losses.
 
 Targets = list[dict[str, Tensor]]
 
@@ -648,7 +651,7 @@ class ResizedBatch:
     targets: Targets
 
 
-class FullPath(nn.Module):
+class FullPathLosses(nn.Module):
     """Losses of the full path; the branches are not computed and get no gradient.
 
     Args:
@@ -660,8 +663,7 @@ class FullPath(nn.Module):
     def __init__(self, model: EarlyExitDetector, sides: Sequence[int] = ()) -> None:
         super().__init__()
         self.backbone, self.head, self._sides = model.backbone, model.head, tuple(sides)
-        # In a list, so that the branches' parameters are not registered here.
-        self._model = [model]
+        self._model = [model]  # in a list, so that the branches' parameters are not registered here
 
     def forward(self, images: list[Tensor], targets: Targets) -> dict[str, Tensor]:
         """``bbox_regression`` and ``classification``, as in torchvision's SSD."""
@@ -676,15 +678,15 @@ class FullPath(nn.Module):
         targets = check_targets(targets, len(images), model.classes)
         check_batch(self, len(images))
         batch, targets = model.transform(images, targets)
-        own = batch.tensors.shape[-1]
-        side = self._side(targets) or own
-        if side == own:
+        model_side = batch.tensors.shape[-1]
+        side = self._side(targets) or model_side
+        if side == model_side:
             head, anchors = self.head(model.trunk_maps(batch.tensors)[1]), model.default_boxes(batch)
             return ResizedBatch(batch, side, head, anchors, targets)
         x = F.interpolate(batch.tensors, (side, side), mode="bilinear", antialias=True)
-        targets = [{**target, "boxes": target["boxes"] * (side / own)} for target in targets]
+        targets = [{**target, "boxes": target["boxes"] * (side / model_side)} for target in targets]
         maps = model.trunk_maps(x)[1]
-        boxes = PixelBoxes(model.anchor_generator, model.grids, own, side)
+        boxes = PixelBoxes(model.anchor_generator, model.grids, model_side, side)
         anchors = boxes(ImageList(x, [(side, side)] * len(x)), [one.detach().float() for one in maps])
         return ResizedBatch(batch, side, self.head(maps), anchors, targets)
 
@@ -709,7 +711,7 @@ class TapBatch:
     targets: Targets
 
 
-class Branches(nn.Module):
+class BranchLosses(nn.Module):
     """Losses of the branches from stored taps; equal to the whole model's with a frozen trunk on the same images."""
 
     def __init__(self, model: EarlyExitDetector) -> None:
@@ -724,12 +726,12 @@ class Branches(nn.Module):
         check_batch(self, len(batch.targets))
         model = self._model[0]
         heads = [*model.branch_heads(batch.taps), batch.head]
-        anchors = [default_boxes(model, batch.taps[0].device)] * len(batch.targets)
+        anchors = [default_boxes_of_image(model, batch.taps[0].device)] * len(batch.targets)
         return model.compute_losses(heads, model.assign(batch.targets, anchors))
 
 
-def default_boxes(model: EarlyExitDetector, device: torch.device) -> Tensor:
-    """Default boxes [A, 4] xyxy in network pixels; the same for every image."""
+def default_boxes_of_image(model: EarlyExitDetector, device: torch.device) -> Tensor:
+    """Default boxes [A, 4] xyxy in network pixels, which are the same for every image."""
     width, height = model.transform.fixed_size
     return model.default_boxes(ImageList(torch.empty(1, 3, height, width, device=device), [(height, width)]))[0]
 

@@ -1,6 +1,8 @@
 """Change the classes of a trained head and keep its weights.
 
-A *row* is a class index of the head, 0 for background. To *fold* a class is to add its probability to background's.
+A *row* is a class index of the head, 0 for background; torchvision's ``num_columns`` is the number of rows. To *fold* a
+class is to add its probability to background's. A *compact* head drops the unwanted classes except the *competing*
+ones, which it folds (see `earlyexit_ssd.modeling.compact`).
 """
 
 from __future__ import annotations
@@ -26,21 +28,21 @@ class FoldedClassificationHead(SSDScoringHead):
     Args:
         head: torchvision's classification head.
         rows: for each wanted class its row in ``head``, from 1 on.
-        competing: names of the unwanted classes if ``head`` is compact; empty otherwise.
+        competing: names of the folded classes if the head is compact; empty otherwise.
     """
 
     def __init__(self, head: SSDScoringHead, rows: Sequence[int], competing: Sequence[str] = ()) -> None:
         super().__init__(head.module_list, head.num_columns)
         self.competing = tuple(competing)
         self.num_outputs = len(rows) + 1
-        others = [row for row in range(head.num_columns) if row not in set(rows)]
+        background_rows = [row for row in range(head.num_columns) if row not in set(rows)]
         self.register_buffer("wanted", torch.tensor(rows), persistent=False)
-        self.register_buffer("others", torch.tensor(others), persistent=False)
+        self.register_buffer("background_rows", torch.tensor(background_rows), persistent=False)
 
     def forward(self, x: list[Tensor]) -> Tensor:
         """Feature maps to logits [N, A, 1 + wanted classes]."""
         logits = super().forward(x)
-        background = logits[..., self.others].logsumexp(-1, keepdim=True)
+        background = logits[..., self.background_rows].logsumexp(-1, keepdim=True)
         return torch.cat([background, logits[..., self.wanted]], -1)
 
 
@@ -61,13 +63,13 @@ class ClassChange:
     Attributes:
         wanted: names of the wanted classes.
         rows: for each wanted class its row in the checkpoint's head, from 1 on; None for a new class.
-        folded: number of the checkpoint's other classes ("N/A" does not count).
+        unwanted: number of the checkpoint's other classes, folded or dropped ("N/A" does not count).
         competing: names of the competing classes of a compact head, largest probability first; None for other heads.
     """
 
     wanted: tuple[str, ...]
     rows: tuple[int | None, ...]
-    folded: int
+    unwanted: int
     competing: tuple[str, ...] | None = None
 
     def __str__(self) -> str:
@@ -76,9 +78,9 @@ class ClassChange:
         parts = [f"kept the weights of {', '.join(kept)}" if kept else "kept no class"]
         if self.competing is not None:
             names = f": {', '.join(self.competing)}" if self.competing else ""
-            parts += [f"{len(self.competing)} of {self.folded} other classes compete and went into background{names}"]
-        elif self.folded:
-            parts += [f"{self.folded} other classes went into background"]
+            parts += [f"{len(self.competing)} of {self.unwanted} other classes compete and went into background{names}"]
+        elif self.unwanted:
+            parts += [f"{self.unwanted} other classes are no longer detected"]
         parts += [f"new classes: {', '.join(new)}"] if new else []
         return "; ".join(parts)
 
@@ -102,7 +104,7 @@ def plan_class_change(source: Sequence[str], wanted: Sequence[str]) -> ClassChan
 
 
 def cut_head(head: FoldedClassificationHead) -> SSDScoringHead:
-    """A head of background and the wanted classes only: cheaper, but scores rise a little (see `slice_rows`)."""
+    """A copy with background and the wanted classes only: cheaper, but scores rise a little (see `slice_rows`)."""
     cut = SSDScoringHead(copy.deepcopy(head.module_list), head.num_columns)
     slice_rows(cut, head.wanted.tolist())
     return cut
@@ -112,36 +114,33 @@ def cut_head(head: FoldedClassificationHead) -> SSDScoringHead:
 def slice_rows(head: SSDScoringHead, rows: Sequence[int | None]) -> None:
     """Reduce ``head`` in place to background and the classes ``rows``; None is a new class with random weights.
 
-    The softmax no longer includes the removed classes, so scores rise a little where these had probability.
+    The softmax no longer includes the dropped classes, so scores rise a little where these had probability.
     """
-    columns = head.num_columns
     for index, block in enumerate(head.module_list):
         if isinstance(block, nn.Conv2d):  # SSD's predictors; SSDLite's have a depthwise convolution before them
-            head.module_list[index] = _slice_convolution(block, columns, rows)
+            head.module_list[index] = _slice_convolution(block, head.num_columns, rows)
         else:
-            block[1] = _slice_convolution(block[1], columns, rows)
+            block[1] = _slice_convolution(block[1], head.num_columns, rows)
     head.num_columns = len(rows) + 1
 
 
-def _slice_convolution(old: nn.Conv2d, columns: int, rows: Sequence[int | None]) -> nn.Conv2d:
+def _slice_convolution(old: nn.Conv2d, num_classes: int, rows: Sequence[int | None]) -> nn.Conv2d:
     new = nn.Conv2d(
-        old.in_channels, old.out_channels // columns * (len(rows) + 1), old.kernel_size, padding=old.padding
+        old.in_channels, old.out_channels // num_classes * (len(rows) + 1), old.kernel_size, padding=old.padding
     )
     nn.init.normal_(new.weight, std=0.03)
     nn.init.zeros_(new.bias)
-    copy_rows(new, old, columns, (0, *rows))
+    copy_rows(new, old, num_classes, (0, *rows))
     return new
 
 
 @torch.no_grad()
-def copy_rows(new: nn.Conv2d, old: nn.Conv2d, columns: int, rows: Sequence[int | None]) -> None:
-    """Copy class ``rows[i]`` of ``old``, which has ``columns`` classes, to class ``i`` of ``new``; None copies nothing.
-
-    The output channels of both convolutions are ordered [default box, class].
-    """
-    anchors = old.out_channels // columns
-    weight, bias = old.weight.view(anchors, columns, -1), old.bias.view(anchors, columns)
-    new_weight, new_bias = new.weight.view(anchors, -1, weight.shape[-1]), new.bias.view(anchors, -1)
+def copy_rows(new: nn.Conv2d, old: nn.Conv2d, num_classes: int, rows: Sequence[int | None]) -> None:
+    """Copy the weights of class ``rows[i]`` of ``old``, which has ``num_classes`` with background, to class ``i`` of
+    ``new``; None copies nothing. Output channels are ordered [default box of the cell, class]."""
+    boxes = old.out_channels // num_classes
+    weight, bias = old.weight.view(boxes, num_classes, -1), old.bias.view(boxes, num_classes)
+    new_weight, new_bias = new.weight.view(boxes, -1, weight.shape[-1]), new.bias.view(boxes, -1)
     for target, row in enumerate(rows):
         if row is not None:
             new_weight[:, target], new_bias[:, target] = weight[:, row], bias[:, row]
@@ -164,8 +163,8 @@ class FactorisedPredictor(nn.Sequential):
 
     @torch.no_grad()
     def approximate(self, convolution: nn.Conv2d) -> None:
-        """Set the least-squares approximation of this rank from the largest singular values (Eckart and Young 1936);
-        it is exact for a rank of ``min(in_channels, out_channels)``."""
+        """Set the least-squares approximation of ``convolution``, from its largest singular values (Eckart and Young
+        1936). It is exact if the rank is ``min(in_channels, out_channels)``."""
         narrow, wide = self
         left, values, right = torch.linalg.svd(convolution.weight.flatten(1), full_matrices=False)
         rank = min(narrow.out_channels, len(values))
@@ -176,7 +175,7 @@ class FactorisedPredictor(nn.Sequential):
 
 
 def factorise(head: SSDScoringHead, rank: int) -> None:
-    """Replace each predictor of ``head`` by a `FactorisedPredictor` where that is cheaper."""
+    """Replace each predictor of ``head`` by a `FactorisedPredictor` if that has fewer weights."""
     for block in head.module_list:
         old = block[1]
         if rank * (old.in_channels + old.out_channels) < old.in_channels * old.out_channels:

@@ -36,7 +36,7 @@ class Assignment:
 def assign(
     targets: list[dict[str, Tensor]], anchors: list[Tensor], matcher: Matcher, box_coder: BoxCoder
 ) -> Assignment:
-    """Match by IoU with torchvision's ``SSDMatcher``: IoU of at least 0.5, plus each object's best default box.
+    """Assign each object the default boxes with an IoU of at least 0.5 (torchvision's ``SSDMatcher``) and its best one.
 
     Args:
         targets: per image ``boxes`` [n, 4] xyxy in network pixels and ``labels`` [n] in 1..K; n may be 0.
@@ -68,7 +68,7 @@ class LossSettings:
 
     Attributes:
         classification: ``mined`` or ``focal``.
-        neg_to_pos_ratio: mined negatives per positive (SSD: 3).
+        neg_to_pos_ratio: mined negatives (background boxes that count) per positive (SSD: 3).
         min_negatives: least number of mined negatives per image. torchvision's SSD has 0 and learns nothing from an
             image without objects.
         focal_alpha, focal_gamma: parameters of the focal loss.
@@ -119,28 +119,26 @@ def mean_over_processes(count: Tensor) -> Tensor:
 
 
 def mined_negatives(background_loss: Tensor, foreground: Tensor, ratio: float, minimum: int) -> Tensor:
-    """The hardest negatives of each image (Liu et al. 2016, SSD, section 2.2), with a minimum per image.
+    """Which default boxes are negatives of the classification loss, [N, A] bool: in each image the background boxes of
+    the largest loss (Liu et al. 2016, SSD, section 2.2).
 
     Args:
         background_loss: [N, A] loss of every default box.
         foreground: [N, A] bool.
         ratio: negatives per positive.
         minimum: least number of negatives per image.
-
-    Returns:
-        [N, A] bool.
     """
-    wanted = (ratio * foreground.sum(1, keepdim=True)).clamp(min=minimum)
+    count = (ratio * foreground.sum(1, keepdim=True)).clamp(min=minimum)
     order = background_loss.masked_fill(foreground, -torch.inf).argsort(1, descending=True)
     rank = order.argsort(1)
-    return (rank < wanted) & ~foreground
+    return (rank < count) & ~foreground
 
 
 def detection_losses(head: dict[str, Tensor], assignment: Assignment, settings: LossSettings) -> dict[str, Tensor]:
     """``bbox_regression`` and ``classification`` of one exit, both scalars.
 
-    With ``mined`` and ``min_negatives=0`` they equal torchvision's. Both sums are divided by the number of positives,
-    or by the number of mined negatives over ``neg_to_pos_ratio`` if that is larger.
+    Both are sums over default boxes divided by the same number: the positives, or with ``mined`` (mined negatives /
+    ``neg_to_pos_ratio``) if that is larger. With ``mined`` and ``min_negatives=0`` they equal torchvision's losses.
     """
     logits, labels, foreground = head["cls_logits"].float(), assignment.labels, assignment.foreground
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
@@ -166,10 +164,10 @@ def _focal(cross_entropy: Tensor, foreground: Tensor, settings: LossSettings) ->
 
 
 def distillation_loss(student: dict[str, Tensor], teacher: dict[str, Tensor], settings: LossSettings) -> Tensor:
-    """Distillation per default box (Hinton et al. 2015); needs no labels.
+    """How far the student's outputs are from the teacher's (Hinton et al. 2015); no labels are needed.
 
-    Kullback-Leibler divergence of the classes over all default boxes, plus the boxes' smooth L1 distance weighted by
-    the teacher's foreground probability. Both are divided by the sum of that probability.
+    The Kullback-Leibler divergence of the class probabilities, summed over all default boxes, plus the smooth L1
+    distance of the boxes, weighted by the teacher's foreground probability; divided by the sum of that probability.
 
     Args:
         student, teacher: ``cls_logits`` [N, A, C] and ``bbox_regression`` [N, A, 4]; no gradient to the teacher.

@@ -21,7 +21,7 @@ from torchvision.models.detection.ssd import SSD, SSDScoringHead
 
 from earlyexit_ssd.config import FOLDS, LARGEST_SIDE, MOST_WIDTH
 from earlyexit_ssd.errors import EarlyExitError, nearest, shown
-from earlyexit_ssd.modeling.branches import Exit, describe_exits, exit_keywords, exit_words, takes_exits
+from earlyexit_ssd.modeling.branches import Exit, describe_exits, exit_keyword_names, exit_keywords, takes_exits
 from earlyexit_ssd.modeling.compact import find_competing_rows
 from earlyexit_ssd.modeling.detector import EarlyExitDetector, detector_class
 from earlyexit_ssd.modeling.heads import (
@@ -42,12 +42,13 @@ Content = Mapping[str, Any]
 """Content of a weight file: tensors and plain types, in dicts and lists."""
 
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""Key components that DataParallel, AveragedModel, torch.compile and others add, at any place."""
+"""Components that DataParallel, AveragedModel, torch.compile and others insert anywhere into the keys."""
 
 USUAL = ("", "model", "state_dict", "model_state_dict")
 """Keys of the trained weights, preferred if a file holds several state dicts."""
 
-DEPTH = 4
+MAX_NESTING = 4
+"""Levels of nested dicts that are searched for a state dict, the outermost included."""
 _ROOT = re.compile(r"(?:^|\.)(?=backbone\.features\.0\.)")
 _AVERAGE = re.compile(r"(?:^|[._])(?:ema|swa|avg)(?:$|[._])|averag|shadow|teacher", re.IGNORECASE)
 
@@ -55,9 +56,9 @@ _AVERAGE = re.compile(r"(?:^|[._])(?:ema|swa|avg)(?:$|[._])|averag|shadow|teache
 def find_detector(content: Content, path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Find the state dict of an SSDLite, with or without exits, and return it under torchvision's names.
 
-    It may be nested (``{"model": ..., "epoch": ...}``). Its keys may share a prefix and contain prefixes of wrappers.
-    If a file holds trained weights and their moving average, the trained weights are used. Entries outside the
-    detector (optimizer, loss, ``n_averaged``) are ignored.
+    It may be nested (``{"model": ..., "epoch": ...}``). Its keys may share a prefix and contain `WRAPPERS`. If a file
+    holds trained weights and their moving average, the trained weights are used. Entries outside the detector
+    (optimizer, loss, ``n_averaged``) are ignored.
 
     Raises:
         EarlyExitError: no detector, or several of which none has a usual name.
@@ -87,7 +88,7 @@ def find_detector(content: Content, path: str | os.PathLike[str]) -> dict[str, T
 def _mappings(content: Content) -> Iterator[tuple[str, Content]]:
     """Every nested dict of ``content`` with its dotted path, each once, since pickles may contain cycles."""
     level, seen = [("", content)], set()
-    for _ in range(DEPTH):
+    for _ in range(MAX_NESTING):
         following = []
         for place, mapping in level:
             if id(mapping) in seen:
@@ -114,18 +115,18 @@ def _detectors(mapping: Content, path: str | os.PathLike[str]) -> dict[str, dict
     prefixes = sorted({name[: match.end()] for name in tensors if (match := _ROOT.search(name))}, key=len)
     states: dict[str, dict[str, Tensor]] = {prefix.rstrip("."): {} for prefix in prefixes}
     for name, value in tensors.items():
-        own = [prefix for prefix in prefixes if name.startswith(prefix)]
-        if own and name.rpartition(".")[2] != "n_averaged":
-            states[own[-1].rstrip(".")][name.removeprefix(own[-1])] = value
+        matching = [prefix for prefix in prefixes if name.startswith(prefix)]  # the last one is the longest
+        if matching and name.rpartition(".")[2] != "n_averaged":
+            states[matching[-1].rstrip(".")][name.removeprefix(matching[-1])] = value
     return states
 
 
 def outputs_of(state: Mapping[str, Tensor]) -> int:
     """Outputs per default box of a detector's head, background included; 0 if the head is not in ``state``."""
-    for last, boxes in (("0.1.bias", 6), ("0.bias", 4)):  # SSDLite's head, and SSD's
-        if f"head.classification_head.module_list.{last}" in state:
-            return len(state[f"head.classification_head.module_list.{last}"]) // boxes
-    return 0
+    first = "head.classification_head.module_list.0"  # the predictor of the first map
+    if f"{first}.1.bias" in state:  # SSDLite: a depthwise convolution, then the predictor, with 6 boxes per cell
+        return len(state[f"{first}.1.bias"]) // 6
+    return len(state[f"{first}.bias"]) // 4 if f"{first}.bias" in state else 0  # SSD: 4 boxes per cell
 
 
 def exit_names_of(state: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -163,7 +164,7 @@ class Architecture:
         width, reduced_tail: shape of the trunk, see :func:`build_ssdlite`.
         head_outputs: outputs per default box of a folded head, before folding; 0 if the head is not folded.
         folded_rows: class indices of ``classes`` in a folded head; empty if the head is not folded.
-        competing: names of the classes that a compact head (``MODEL.FOLD compact``) folds into background, largest
+        competing: names of the classes that a compact head folds into background (see :mod:`heads`), largest
             probability first; empty for other heads.
         folded_branches: whether the branches' heads are folded like the full path's. Otherwise they have only
             background and ``classes``.
@@ -226,12 +227,14 @@ class Architecture:
     def from_dict(cls, values: dict) -> Architecture:
         """The inverse of :meth:`to_dict`; unknown keys and wrong types are errors."""
         values = dict(values)
-        older = {key: values.pop(key) for key in ("attention", "cascade") if key in values}
-        words = {key: values.pop(key) for key in exit_words() if key in values}
-        copied = words.get("copy", [0.0])
-        new_layers = older.get("attention") is not None and isinstance(copied, (list, tuple)) and not all(copied)
-        exits = () if new_layers else describe_exits(**words)
-        if new_layers or (older.get("cascade", False) and sum(not one.empty for one in exits) > 1):
+        # Older versions wrote these two. Their branches without copied layers (no "copy", or 0) had attention, and a
+        # cascade joined several branches. Both kinds of layers are gone; files whose branches lack them are read.
+        attention, cascade = values.pop("attention", None), values.pop("cascade", False)
+        keywords = {key: values.pop(key) for key in exit_keyword_names() if key in values}
+        copied = keywords.get("copy", [0.0])
+        has_attention = attention is not None and isinstance(copied, (list, tuple)) and not all(copied)
+        exits = () if has_attention else describe_exits(**keywords)
+        if has_attention or (cascade and sum(not one.empty for one in exits) > 1):
             raise EarlyExitError(
                 "its branches have layers that this version does not support (attention, or a cascade from exit to "
                 "exit): train the exits again from its full path (MODEL.WEIGHTS, minutes)"
@@ -260,21 +263,21 @@ class Architecture:
             **{name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in settings.items()}
         )
         with torch.random.fork_rng(devices=[]):
-            built = _described_parts(architecture.build())
-        own = _described_parts(model)
-        for name in {**built, **own}:
-            if built.get(name) != own.get(name):
+            expected = _described_parts(architecture.build())
+        found = _described_parts(model)
+        for name in {**expected, **found}:
+            if expected.get(name) != found.get(name):
                 raise EarlyExitError(
-                    f"the model is not as it was built: {name:.80} is {own.get(name)!s:.60}, expected "
-                    f"{built.get(name)!s:.60}; a file of it could not be read again: save its state_dict() instead"
+                    f"the model is not as it was built: {name:.80} is {found.get(name)!s:.60}, expected "
+                    f"{expected.get(name)!s:.60}; a file of it could not be read again: save its state_dict() instead"
                 )
         return architecture
 
     @classmethod
     def of_full_path(cls, values: dict) -> Architecture:
-        """The description of a model's full path only; its branches may come from an unsupported older version."""
-        branches = {"attention", "cascade", *exit_words()}
-        return cls.from_dict({key: value for key, value in values.items() if key not in branches})
+        """As :meth:`from_dict` with the default exits instead of those in ``values``, which may be too old to read."""
+        exit_keys = {"attention", "cascade", *exit_keyword_names()}
+        return cls.from_dict({key: value for key, value in values.items() if key not in exit_keys})
 
     def build_detector(self) -> SSD:
         """The torchvision detector without exits, untrained."""
@@ -299,7 +302,7 @@ class Architecture:
 
     @property
     def lowest_score(self) -> float:
-        """The lowest of the scores in ``score_thresh``, for a detector with one threshold for all classes."""
+        """The lowest score in ``score_thresh``: torchvision's detector has one threshold for all classes."""
         cuts = self.score_thresh
         return min(cuts.get(name, LEAST_SCORE) for name in self.classes) if isinstance(cuts, Mapping) else cuts
 
@@ -325,7 +328,8 @@ def fold_model(
     model: EarlyExitDetector, classes: Sequence[str], rows: Sequence[int], competing: Sequence[str] = ()
 ) -> None:
     """Fold all classes except ``classes``, whose class indices are ``rows``, into background, in the heads of the full
-    path and of the branches. Scores stay the same. ``competing``: names of the folded classes of a compact head."""
+    path and of the branches. Scores stay the same. ``competing``: names of the folded classes if the head is compact.
+    """
     for part in (model, *model.branches.values()):
         if hasattr(part, "head"):
             part.head.classification_head = FoldedClassificationHead(part.head.classification_head, rows, competing)
@@ -367,34 +371,33 @@ def retrofit(
         source_classes: names of the checkpoint's labels 1..K; None if they are the wanted ones. A model file of this
             project contains its own.
         fold: what happens to the unwanted classes. ``exact``: fold all of them; scores stay the same. ``compact``: fold
-            the competing ones and drop the others; a smaller head, scores stay almost the same; like ``exact`` if no
-            class is unwanted. ``rows``: drop all of them.
+            the competing ones and drop the others; a smaller head, scores stay almost the same. ``rows``: drop all.
         photos: for ``compact``: photos to find the competing classes on, [3, H, W] in [0, 1]; read only if needed.
         tolerance: for ``compact``, see :func:`earlyexit_ssd.modeling.compact.competing_rows`.
 
     Returns:
-        the detector, its architecture, and the change of its classes (None if nothing changed).
+        the detector, its architecture, and the change of its classes (None if they are the checkpoint's).
 
     Raises:
         EarlyExitError: unreadable weights, wrong shapes, a class that the checkpoint lacks, an unknown ``fold``, or
             ``compact`` without photos on which competing classes can be found.
     """
     if fold not in FOLDS:
-        raise EarlyExitError(
-            f"fold (MODEL.FOLD) is {shown(fold)}, expected one of {', '.join(FOLDS)}{nearest(str(fold), FOLDS)}"
-        )
-    state, own = load_full_path(weights, detector_class(architecture.detector).plain_weights)
-    source = own.classes if own else tuple(source_classes or architecture.classes)
-    plain = {"head_outputs": 0, "folded_rows": (), "competing": (), "folded_branches": False}
+        names, hint = ", ".join(FOLDS), nearest(str(fold), FOLDS)
+        raise EarlyExitError(f"fold (MODEL.FOLD) is {shown(fold)}, expected one of {names}{hint}")
+    state, described = load_full_path(weights, detector_class(architecture.detector).plain_weights)
+    source = described.classes if described else tuple(source_classes or architecture.classes)
+    unfolded = {"head_outputs": 0, "folded_rows": (), "competing": (), "folded_branches": False}
     reduced_tail = has_reduced_tail(state, architecture.width)
-    architecture = dataclasses.replace(architecture, reduced_tail=reduced_tail, **plain)
-    head = {"head_outputs": own.head_outputs, "folded_rows": own.folded_rows, "competing": own.competing} if own else {}
-    original = dataclasses.replace(architecture, classes=source, **head, folded_branches=bool(own and own.competing))
-    detector = original.build_detector()
+    architecture = dataclasses.replace(architecture, reduced_tail=reduced_tail, **unfolded)
+    folds = {name: getattr(described, name) for name in ("head_outputs", "folded_rows", "competing") if described}
+    compact = bool(described and described.competing)
+    loaded = dataclasses.replace(architecture, classes=source, **folds, folded_branches=compact)
+    detector = loaded.build_detector()
     load_every_key(detector, state, weights)
     if source == architecture.classes:
-        return detector, original, None
-    if original.folded_rows:
+        return detector, loaded, None
+    if loaded.folded_rows:
         raise EarlyExitError(
             f"{weights}: its classes ({', '.join(source)}) were folded before; start from the checkpoint it came from"
         )
@@ -402,15 +405,15 @@ def retrofit(
     head, rows, competing = detector.head, change.rows, ()
     if fold != "rows" and None in rows:
         raise EarlyExitError(f"MODEL.FOLD '{fold}' cannot add classes ({change}); set MODEL.FOLD to 'rows'")
-    if fold == "compact" and change.folded:
+    if fold == "compact" and change.unwanted:
         if photos is None:
             raise EarlyExitError("MODEL.FOLD 'compact' finds the classes that compete on photos; give retrofit photos")
         others = find_competing_rows(detector, rows, photos, tolerance)
         competing = tuple(source[row - 1] for row in others)
         change = dataclasses.replace(change, competing=competing)
         slice_rows(head.classification_head, (*rows, *others))
-        rows = tuple(range(1, len(rows) + 1))
-    if fold == "rows" or change.competing == ():
+        rows = tuple(range(1, len(rows) + 1))  # the sliced head has them first
+    if fold == "rows" or change.competing == ():  # (): compact, and no class competes; None: exact
         slice_rows(head.classification_head, rows)
         return detector, architecture, change
     folded = FoldedClassificationHead(head.classification_head, rows, competing)
@@ -442,7 +445,7 @@ def load_full_path(
 
     If ``weights`` is a member name of torchvision's enum ``kind``, torchvision downloads them.
     """
-    name = torchvision_name(weights, kind)
+    name = torchvision_name(weights, kind)  # None for a path
     if name:
         try:
             return kind[name].get_state_dict(progress=True, check_hash=True), None
@@ -465,11 +468,7 @@ def load_full_path(
 
 
 def require_weights(weights: str | os.PathLike[str] | SSDLite320_MobileNet_V3_Large_Weights) -> None:
-    """Check that ``weights`` is a file or a name of torchvision's weights, without reading it.
-
-    Raises:
-        EarlyExitError: it is neither; the message has the nearest name.
-    """
+    """Raise an EarlyExitError with the nearest name if ``weights`` is neither a file nor torchvision's weights."""
     if torchvision_name(weights) is None and not Path(weights).is_file():
         names = SSDLite320_MobileNet_V3_Large_Weights.__members__
         hint = nearest(str(weights), names) or f"; torchvision's own are {', '.join(names)}"
@@ -504,12 +503,8 @@ def read_weights(path: str | os.PathLike[str]) -> Content:
 
 
 def require_state(state: object, source: str | os.PathLike[str]) -> None:
-    """Check that it is a state dict: names and ordinary tensors.
-
-    Raises:
-        EarlyExitError: a key that is no string, a value that is no tensor, or a sparse, quantised, complex or meta
-            tensor.
-    """
+    """Check that ``state`` is a dict of names and tensors; an EarlyExitError for sparse, quantised, complex and meta
+    tensors too."""
     fix = "save model.state_dict()"
     if not isinstance(state, dict) or not state:
         raise EarlyExitError(f"{source}: expected a state dict of tensors, got {shown(state)}; {fix}")
@@ -563,8 +558,8 @@ def resize_detector(model: EarlyExitDetector, architecture: Architecture, size: 
     With ``cut`` a folded classification head (``MODEL.FOLD exact``) keeps only background and the model's classes. This
     is the cheapest detector without exits that these weights give without training.
 
-    Default boxes keep their size in pixels (`PixelBoxes`). torchvision's would scale with the input, but convolutions
-    have learned objects of a certain size in pixels: all boxes would be found too small.
+    Default boxes keep their size in pixels (`PixelBoxes`). torchvision's scale with the input, but the convolutions
+    have learned sizes in pixels: a smaller input would give too small boxes, a larger input too large ones.
     """
     trained_size = architecture.trained_size or architecture.image_size
     detector = dataclasses.replace(architecture, image_size=size, trained_size=trained_size).build_detector()

@@ -1,4 +1,8 @@
-"""torchvision's SSDLite320 MobileNetV3-Large for any input size and width, built from torchvision's parts."""
+"""torchvision's SSDLite320 MobileNetV3-Large for any input size and width, built from torchvision's parts.
+
+*C4* is trunk layer 13, the last block with stride 2. torchvision splits the trunk inside it: the output of its first
+convolution, the *expansion*, is the first and finest map of the head.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +46,8 @@ def build_ssdlite(
         num_classes: outputs per default box, background included.
         image_size: side of the square input, pixels.
         width: multiplier of the channels of every layer, including those behind the trunk.
-        reduced_tail: halve the channels behind C4, as torchvision's COCO weights do (MobileNetV3 paper, table 6).
-            ImageNet weights have the full tail.
+        reduced_tail: halve the channels of C4's output and all later layers, as in torchvision's COCO weights
+            (MobileNetV3 paper, table 6). ImageNet weights have the full tail.
         weights_backbone: ImageNet weights of the trunk; they need ``width=1.0`` and ``reduced_tail=False``.
         progress: show the download's progress.
         score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing, as torchvision's SSD.
@@ -53,14 +57,10 @@ def build_ssdlite(
     """
     if weights_backbone is not None and (width != 1.0 or reduced_tail):
         raise ValueError(
-            "ImageNet weights of the trunk need width=1.0 and reduced_tail=False; weights_backbone=None has neither"
+            "ImageNet weights of the trunk need width=1.0 and reduced_tail=False; for others give weights_backbone=None"
         )
     trunk = mobilenet_v3_large(
-        weights=weights_backbone,
-        progress=progress,
-        norm_layer=norm_layer,
-        width_mult=width,
-        reduced_tail=reduced_tail,
+        weights=weights_backbone, progress=progress, norm_layer=norm_layer, width_mult=width, reduced_tail=reduced_tail
     )
     if weights_backbone is None:
         _normal_init(trunk)
@@ -87,7 +87,7 @@ def build_ssdlite(
 
 
 def _feature_extractor(layers: nn.Sequential, width: float) -> SSDLiteFeatureExtractorMobileNet:
-    """Split the trunk inside its last strided block (C4), as torchvision does, and add the four extra maps."""
+    """Split the trunk inside C4, as torchvision does, and add the four extra blocks."""
     strided = [index for index, layer in enumerate(layers) if getattr(layer, "_is_cn", False)]
     return SSDLiteFeatureExtractorMobileNet(layers, strided[-1], norm_layer, width_mult=width)
 
@@ -101,7 +101,7 @@ class TrunkState:
 
     Attributes:
         x: output of the last layer that was run, [N, C, H, W]; at an exit, this is the tap.
-        finest: C4's expansion, the finest map of the full path's head; None before that layer.
+        finest: the finest map of the full path's head, for SSDLite C4's expansion; None before it is computed.
     """
 
     x: Tensor
@@ -116,26 +116,26 @@ class Trunk:
     """The layers of a detector's backbone as steps, grouped into segments that end at the exits.
 
     It is created for each use, since layers may have been replaced. It is no module, so the parameters keep
-    torchvision's names.
+    torchvision's names. Here layers are counted from 1 and each is one step; a subclass may override `_steps_to`.
 
     Args:
-        steps: the trunk's layers in order.
+        steps: modules that are run one after the other.
         exit_layers: trunk layers at which a segment ends, increasing.
         finest_step: index of the step whose output is the finest map of the head.
     """
 
     def __init__(self, steps: Sequence[nn.Module], exit_layers: Sequence[int], finest_step: int) -> None:
         self._steps, self._finest_step = steps, finest_step
-        ends = [self._end(layer) for layer in exit_layers]
+        ends = [self._steps_to(layer) for layer in exit_layers]
         self._ranges = list(zip([0, *ends], [*ends, len(steps)], strict=True))
 
-    def _end(self, layer: int) -> int:
+    def _steps_to(self, layer: int) -> int:
         """Number of steps up to and including the trunk layer ``layer``."""
         return layer
 
     def features(self, x: Tensor, layer: int) -> Tensor:
         """Images [N, 3, S, S] of any size to the output of ``layer``, [N, C, H, W]."""
-        for step in self._steps[: self._end(layer)]:
+        for step in self._steps[: self._steps_to(layer)]:
             x = step(x)
         return x
 
@@ -154,13 +154,13 @@ class Trunk:
 
 
 class SegmentedTrunk(Trunk):
-    """The trunk of torchvision's ``SSDLiteFeatureExtractorMobileNet``.
+    """The trunk of torchvision's ``SSDLiteFeatureExtractorMobileNet``; layers are counted from 0, the stem.
 
-    ``features[0]`` ends with C4's expansion. ``features[1]`` is the rest of C4 and the layers behind it.
+    Its ``features[0]`` ends with C4's expansion. Its ``features[1]`` is the rest of C4 and the layers behind it.
 
     Args:
         backbone: the feature extractor.
-        exit_layers: trunk layers (torchvision's numbering, stem 0) at which a segment ends, increasing.
+        exit_layers: trunk layers at which a segment ends, increasing.
 
     Raises:
         EarlyExitError: another kind of backbone.
@@ -178,8 +178,8 @@ class SegmentedTrunk(Trunk):
             ) from None
         super().__init__(steps, exit_layers, finest_step=len(head_part) - 1)
 
-    def _end(self, layer: int) -> int:
-        """See :meth:`Trunk._end`; C4 is two steps, its expansion and the rest."""
+    def _steps_to(self, layer: int) -> int:
+        """See :meth:`Trunk._steps_to`; C4 is two steps, its expansion and the rest."""
         return layer + 1 if layer < self._finest_step else layer + 2
 
     def feature_maps(self, state: TrunkState) -> list[Tensor]:
@@ -191,11 +191,9 @@ class SegmentedTrunk(Trunk):
 
 
 def small_copy(x: Tensor, pixels: int) -> Tensor:
-    """Images [N, 3, S, S] resized to a side of ``pixels``: bilinear to the nearest multiple, then average pooling.
-
-    Bilinear interpolation alone would skip pixels when it shrinks by more than a factor of two.
-    """
-    side = int(x.shape[-1])  # a tracer makes tensors of shapes
+    """Images [N, 3, S, S] resized to a side of ``pixels``: bilinear to the multiple of ``pixels`` nearest to S, then
+    average pooling. Bilinear interpolation alone would ignore pixels if it shrank by more than a factor of two."""
+    side = int(x.shape[-1])  # a number also while tracing, where shapes are tensors
     times = max(1, round(side / pixels))
     if side != times * pixels:
         x = F.interpolate(x, (times * pixels, times * pixels), mode="bilinear", align_corners=False)
@@ -227,7 +225,7 @@ def grids_of(backbone: nn.Module, size: int) -> list[tuple[int, int]]:
 
 
 class PixelBoxes(nn.Module):
-    """Default boxes that keep, at another input size, the spacing and side lengths in pixels of the trained size.
+    """Default boxes for another input size: distances and sides have as many pixels as at the trained size.
 
     Args:
         generator: torchvision's generator, whose boxes scale with the input.
@@ -252,7 +250,7 @@ class PixelBoxes(nn.Module):
         return f"trained_size={self.trained_size}, {self.generator}"
 
     def num_anchors_per_location(self) -> list[int]:
-        """Default boxes per cell of each grid."""
+        """Default boxes per cell, for each feature map."""
         return self.generator.num_anchors_per_location()
 
     def forward(self, images: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
@@ -260,6 +258,6 @@ class PixelBoxes(nn.Module):
         return [self._scale(boxes) for boxes in self.generator(images, feature_maps)]
 
     def _scale(self, boxes: Tensor) -> Tensor:
-        """Scale the sides, which the generator scales with the input; the centres follow ``steps`` and are right."""
+        """Undo the generator's scaling of the sides with the input; ``steps`` has fixed the centres already."""
         centres, halves = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * self.factor
         return torch.cat([centres - halves, centres + halves], 1)

@@ -1,4 +1,8 @@
-"""Calibrate the routing of a trained model on the calib split, for a target that the user chooses."""
+"""Calibrate the routing of a trained model on the calib split, for a target that the user chooses.
+
+The network runs once over each split: a `Recording` has the outputs of all exits, a `Replay` also the split's labels,
+and `Recorded` is the model with its splits. Nothing is computed anew in the search.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ import torchvision
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.calibration.certificate import Certificate, CertifiedTarget, Measured
-from earlyexit_ssd.calibration.risk import certify, safe_to_bold
+from earlyexit_ssd.calibration.risk import certify, threshold_path
 from earlyexit_ssd.calibration.thresholds import Grid, best_within, learned_grid, pareto_path, threshold_grid
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.data.repeats import Block, block_of_each
@@ -47,7 +51,7 @@ from earlyexit_ssd.routing.policies import needs_training_photos, require_known
 logger = logging.getLogger(__name__)
 
 LEAST_DROP = 0.005
-"""Smallest loss of AP50 that `min_photos` plans for; a smaller one cannot be measured."""
+"""Smallest loss of AP50 that `min_photos` uses; a smaller one cannot be measured."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Target:
             1 - delta.
         value: above 0 for a speedup, in [0, 1] for an ap_drop, in (0, 1) for a risk.
         delta: failure probability of an ap_drop or risk, in (0, 1).
-        block: number of consecutive photos of a folder, such as frames of a video, that are one draw; None: 1.
+        block: number of consecutive photos of a folder, such as frames of a video, that count as one draw; None: 1.
         learned: learn the thresholds by gradient descent instead of a search over all combinations.
     """
 
@@ -110,11 +114,10 @@ class Search:
     Attributes:
         router: the router with its fitted policy.
         calib: recorded outputs of the n calibration photos.
-        train: recorded outputs of the training photos, which give a risk its path of thresholds; else None.
+        train: recorded outputs of the training photos, which only a risk needs, for its path of thresholds.
         costs: the costs of the exits.
         blocks: number (from 0) of the block of each calibration photo, [n]; None: every photo is a block.
-        reference: detections on the calibration photos whose AP50 is the baseline of an ap_drop; None: those of the
-            full path.
+        baseline: detections on the calibration photos that an ap_drop is measured against; None: the full path's.
     """
 
     cfg: CfgNode
@@ -124,7 +127,7 @@ class Search:
     train: Replay | None
     costs: CostModel
     blocks: np.ndarray | None = None
-    reference: Detections | None = None
+    baseline: Detections | None = None
 
     @functools.cached_property
     def confidences(self) -> list[np.ndarray]:
@@ -138,12 +141,12 @@ class Search:
 
     @property
     def draws(self) -> int:
-        """Number of calibration photos, or of blocks of them."""
+        """Number of independent draws: the blocks of calibration photos."""
         return len(self.calib.recording) if self.blocks is None else int(self.blocks.max()) + 1
 
     @property
-    def units(self) -> str:
-        """The name of a draw in messages, plural."""
+    def draws_name(self) -> str:
+        """What the draws are called in messages."""
         block = self.target.block
         return "calibration photos" if block is None else f"blocks of {block.photos} calibration photos"
 
@@ -154,7 +157,7 @@ class Search:
         return replace(chosen, measured=replace(chosen.measured, blocks=blocks))
 
     def _grid(self, confidences: list[np.ndarray], losses: np.ndarray) -> tuple[Grid, np.ndarray]:
-        """The combinations to choose from (all of them, or learnt ones) and their mean costs."""
+        """The combinations of thresholds to choose from (the whole grid, or learnt ones) and their mean costs."""
         if self.target.learned:
             budgets = [self.costs.plain / self.target.value] if self.target.kind == "speedup" else []
             grid = learned_grid(confidences, losses, self.costs.per_exit, budgets)
@@ -164,21 +167,21 @@ class Search:
 
     def _for_risk(self) -> Chosen:
         target, costs, settings = self.target, self.costs, self.cfg.CALIBRATION
-        seen, losses = self.train.confidences(self.router), self.train.losses(settings.REFERENCE)
-        path = safe_to_bold(seen, losses, costs.of_each, self._grid(seen, losses)[0])
+        confidences, losses = self.train.confidences(self.router), self.train.losses(settings.REFERENCE)
+        path = threshold_path(confidences, losses, costs.of_each, self._grid(confidences, losses)[0])
         found = certify(
             path, self.confidences, self.losses, costs.of_each(path), target.value, target.delta, settings.BOUND,
-            self.cfg.SEED, groups=self.blocks,
+            self.cfg.SEED, blocks=self.blocks,
         )  # fmt: skip
         if found.step == 0:
             advice = "the exits are not good enough for it: allow a larger risk, or train them longer"
             if found.passed:
                 advice = "what passed costs more than the full path: another policy, cheaper branches or a larger risk"
             elif found.photos_needed:
-                advice = f"{max(found.photos_needed, self.draws + 1)} {self.units} like these would do"
+                advice = f"{max(found.photos_needed, self.draws + 1)} {self.draws_name} like these would do"
             logger.warning(
                 "no exit is opened at a risk of %g with probability %g on %d %s: all stay closed; %s",
-                target.value, 1 - target.delta, self.draws, self.units, advice,
+                target.value, 1 - target.delta, self.draws, self.draws_name, advice,
             )  # fmt: skip
         return Chosen(found.thresholds, found.choice, Measured(loss_bound=found.bound, steps=found.passed))
 
@@ -189,30 +192,28 @@ class Search:
         if best is None:
             raise EarlyExitError(
                 f"a speed-up of {self.target.value:g} is out of reach: with every photo at the first exit it is "
-                f"{self.costs.plain / mean_costs.min():.2f}; "
-                "ask for less, or train a shallower exit (EXITS.LAYERS)"
+                f"{self.costs.plain / mean_costs.min():.2f}; ask for less, or train a shallower exit (EXITS.LAYERS)"
             )
         return Chosen(tuple(grid.thresholds[best].tolist()), grid.choices[best], Measured())
 
     def _for_ap_drop(self) -> Chosen:
-        """Find the least cost at which at most the target is lost in 1 - delta of the bootstrap draws.
+        """Find the cheapest combination that loses at most the target in 1 - delta of the bootstrap draws.
 
-        The best of thousands of combinations looks better on the photos that chose it than on others; the bootstrap
-        bound corrects for that. Only combinations that no other beats in cost and either AP50 or loss are tested.
+        On other photos it will lose more than on those that it was chosen on. The quantile of the draws is a margin for
+        that, not a guarantee. Only combinations that no other beats in cost and either AP50 or loss are tested.
         """
         target, seed = self.target, self.cfg.SEED
-        matches, reference = self.calib.matches_beside(self.reference)
-        needed = min_photos(target)
-        few = needed if self.draws < needed else None
-        if few:
+        matches, baseline_exit = self.calib.matches_beside(self.baseline)
+        needed = min_photos(target) if self.draws < min_photos(target) else None
+        if needed:
             logger.warning(
                 "%d %s are few for %g AP50 lost with probability %g: %d would do; take more, or allow a larger loss",
-                self.draws, self.units, target.value, 1 - target.delta, few,
+                self.draws, self.draws_name, target.value, 1 - target.delta, needed,
             )  # fmt: skip
         exits = self.calib.recording.early_exits
         full = np.full(len(self.calib.recording), exits)
-        closed = Chosen((CLOSED,) * exits, full, Measured(AP50_lost_bound=0.0, photos_needed=few))
-        ap50_full = ap_of_choice(matches, reference, ap50_only=True).AP50 or 0.0
+        closed = Chosen((CLOSED,) * exits, full, Measured(AP50_lost_bound=0.0, photos_needed=needed))
+        ap50_full = ap_of_choice(matches, baseline_exit, ap50_only=True).AP50 or 0.0
         if ap50_full < DETECTS_AP50:  # there is no AP50 to lose
             logger.warning(
                 "the full path does not detect: AP50 %.3f on the calibration photos, expected %g or more: all exits "
@@ -223,14 +224,15 @@ class Search:
         grid, mean_costs = self._grid(self.confidences, self.losses)
         lost = ap50_full - self.calib.ap50_of(grid.choices, "thresholds")
         path = np.union1d(pareto_path(lost, mean_costs), pareto_path(grid.mean(self.losses), mean_costs))
-        all_closed = (grid.thresholds >= CLOSED).all(1).argmax()  # dearer combinations are left out
-        # a detector with closed exits may lose AP50 against a reference, so it is tested too
-        limit = mean_costs[all_closed] + (0.0 if self.reference is None else 1e-9)
+        # Only what costs less than closed exits is tested. Closed exits lose nothing against the full path, but may
+        # lose against another baseline: with one, the 1e-9 makes them one of the tested combinations.
+        all_closed = (grid.thresholds >= CLOSED).all(1).argmax()
+        limit = mean_costs[all_closed] + (0.0 if self.baseline is None else 1e-9)
         path = path[(lost[path] <= target.value) & (mean_costs[path] < limit)]
-        kept = bootstrap_choices(matches, [reference], seed=seed, groups=self.blocks)[0]
+        baseline_draws = bootstrap_choices(matches, [baseline_exit], seed=seed, blocks=self.blocks)[0]
         for candidate in progress(path[np.argsort(mean_costs[path], kind="stable")], desc="AP50 lost"):
-            routed = bootstrap_choices(matches, [grid.choices[candidate]], seed=seed, groups=self.blocks)[0]
-            bound = float(np.nanquantile(kept.AP50 - routed.AP50, 1 - target.delta))
+            draws = bootstrap_choices(matches, [grid.choices[candidate]], seed=seed, blocks=self.blocks)[0]
+            bound = float(np.nanquantile(baseline_draws.AP50 - draws.AP50, 1 - target.delta))
             if bound <= target.value:
                 measured = replace(closed.measured, AP50_lost_bound=bound)
                 return Chosen(tuple(grid.thresholds[candidate].tolist()), grid.choices[candidate], measured)
@@ -239,7 +241,8 @@ class Search:
 
 
 def min_photos(target: Target) -> int:
-    """Smallest n such that a fault of frequency ``target.value`` occurs in n photos with probability 1 - delta."""
+    """Smallest n for which a fault that a share ``target.value`` of all photos has is among n photos with probability
+    1 - delta."""
     return math.ceil(math.log(target.delta) / math.log1p(-min(max(target.value, LEAST_DROP), 0.99)))
 
 
@@ -267,18 +270,19 @@ def calibrate(
     """
     out = Path(out_dir)
     require_known(cfg.ROUTING.POLICY)
-    near = target.kind != "speedup" and target.block is None  # frames of a block may look equal
-    recorded = open_recorded(cfg, weights, out, unlabelled=True, near=near)
+    # a promise needs independent photos, so near-duplicates count once; frames of a block may look alike
+    near_duplicates_count_once = target.kind != "speedup" and target.block is None
+    recorded = open_recorded(cfg, weights, out, unlabelled=True, near=near_duplicates_count_once)
     cfg, model = recorded.cfg, recorded.model
-    _require_reference(cfg, target, recorded)
+    _require_labels(cfg, target, recorded)
     require_deciding(cfg.ROUTING.POLICY, model, weights)
-    trains = target.kind == "risk" or needs_training_photos(cfg.ROUTING.POLICY)
-    calib, train = recorded.replay("CALIB"), recorded.replay("TRAIN") if trains else None
+    uses_train = target.kind == "risk" or needs_training_photos(cfg.ROUTING.POLICY)
+    calib, train = recorded.replay("CALIB"), recorded.replay("TRAIN") if uses_train else None
     if not is_main():
         return None
     fitted = fit_temperatures(cfg, model.exit_names, calib)
     temperatures = temperatures_of(fitted, model.exit_names)
-    if target.kind == "risk":  # temperatures fitted on the calibration photos may not be tested on them
+    if target.kind == "risk":  # what is tested on the calibration photos must not be fitted on them
         temperatures = trained_temperatures(cfg, recorded.info, model.num_early_exits)
     router = fit_policy(cfg, cfg.ROUTING.POLICY, temperatures, calib if train is None else train)
     costs = measure_cost_model(cfg, model, router)
@@ -295,8 +299,8 @@ def calibrate(
     return certificate
 
 
-def _require_reference(cfg: CfgNode, target: Target, recorded: Recorded) -> None:
-    """Refuse settings that need boxes if the photos have no labels."""
+def _require_labels(cfg: CfgNode, target: Target, recorded: Recorded) -> None:
+    """Raise an EarlyExitError if the photos have no labels, but the settings need them."""
     for name in ("CALIB", "TRAIN"):
         if recorded.sets[name].labelled:
             continue

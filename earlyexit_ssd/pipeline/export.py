@@ -45,7 +45,7 @@ from earlyexit_ssd.files import make_folder, write_json, writing
 from earlyexit_ssd.images import read_image
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.checkpoint import weights_path
-from earlyexit_ssd.modeling.detector import DETECTORS, EarlyExitDetector, Stop, default_boxes, walk
+from earlyexit_ssd.modeling.detector import DETECTORS, AtExit, EarlyExitDetector, default_boxes_of_image, walk
 from earlyexit_ssd.modeling.pretrained import current_certificate
 from earlyexit_ssd.modeling.retrofit import read_weights
 from earlyexit_ssd.modeling.trunk import TrunkState, evaluating
@@ -203,18 +203,18 @@ class SegmentNetwork(nn.Module):
         model, behind = self.model, None
         if self.before is not None:
             trunk_state = TrunkState(state["x"], state.get("finest"))
-            behind = Stop(model, model.trunk, self.before, trunk_state, state.get("context"))
-        stops = walk(model, state["x"], behind=behind)
-        stop = next(stop for stop in stops if stop.index == self.index)
-        head = stop.head()
+            behind = AtExit(model, model.trunk, self.before, trunk_state, state.get("context"))
+        exits = walk(model, state["x"], behind=behind)
+        at = next(at for at in exits if at.index == self.index)
+        head = at.head()
         found: dict[str, Tensor | None] = {}
-        if not stop.full:
-            context = stop.context if self.onward else None
-            found |= {"x": stop.state.x, "finest": stop.state.finest, "context": context}
+        if not at.full:
+            context = at.context if self.onward else None
+            found |= {"x": at.state.x, "finest": at.state.finest, "context": context}
         if self.head:
             found |= head
         if model.router is not None:
-            found[CONFIDENCE] = model.router.confidence(stop.signals(head), stop.index)
+            found[CONFIDENCE] = model.router.confidence(at.signals(head), at.index)
         return {name: value for name, value in found.items() if value is not None}
 
     def forward(self, *state: Tensor) -> tuple[Tensor, ...]:
@@ -275,7 +275,7 @@ def _contract(model: EarlyExitDetector) -> Contract:
         size=(height, width),
         mean=model.transform.image_mean,
         std=model.transform.image_std,
-        anchors=default_boxes(model, torch.device("cpu")).numpy(),
+        anchors=default_boxes_of_image(model, torch.device("cpu")).numpy(),
         box_weights=model.box_coder.weights,
         thresholds=np.array(thresholds, np.float32),
         score_thresh=np.array(_least_scores(model), np.float32),

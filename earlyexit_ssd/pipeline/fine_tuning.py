@@ -17,7 +17,7 @@ from earlyexit_ssd.data import DetectionDataset, load_dataset
 from earlyexit_ssd.data.dataset import fingerprint
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, load_model, save_model
 from earlyexit_ssd.modeling.checkpoint import weights_hash
-from earlyexit_ssd.modeling.detector import FullPath, ResizedBatch, Targets, full_path_losses
+from earlyexit_ssd.modeling.detector import FullPathLosses, ResizedBatch, Targets, full_path_losses
 from earlyexit_ssd.modeling.losses import distillation_loss
 from earlyexit_ssd.modeling.outputs import Head
 from earlyexit_ssd.modeling.trunk import evaluating
@@ -28,7 +28,7 @@ from earlyexit_ssd.pipeline.run import Run, RunFolder
 logger = logging.getLogger(__name__)
 
 
-class TaughtFullPath(FullPath):
+class TaughtFullPath(FullPathLosses):
     """Losses of the full path at several input sizes, against the labels and a teacher.
 
     The teacher sees the photo at its own size. A default box of the student learns from the teacher's default box of

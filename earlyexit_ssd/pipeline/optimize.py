@@ -382,7 +382,7 @@ class Optimizer:
         photos = net.train if needs_training_photos(policy) else net.calib
         router = fit_policy(cfg, policy, temperatures_of(fitted, model.exit_names), photos)
         costs = measure_cost_model(cfg, model, router, self.base.recorded.model)
-        search = Search(cfg, self._target(costs), router, net.calib, None, costs, reference=self.reference)
+        search = Search(cfg, self._target(costs), router, net.calib, None, costs, baseline=self.reference)
         try:
             chosen = search.run()
         except EarlyExitError:  # the wanted speed is impossible even if every photo leaves at the first exit

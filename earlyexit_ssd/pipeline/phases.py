@@ -31,7 +31,7 @@ from earlyexit_ssd.engine import (
 from earlyexit_ssd.engine.processes import rank, same_everywhere, world_size
 from earlyexit_ssd.errors import EarlyExitError, Interrupted
 from earlyexit_ssd.modeling import EarlyExitSSDLite, LossSettings, retrofit
-from earlyexit_ssd.modeling.detector import Branches, FullPath, TapBatch
+from earlyexit_ssd.modeling.detector import BranchLosses, FullPathLosses, TapBatch
 from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.pipeline.build import build_router, source_classes, takes_over
 from earlyexit_ssd.pipeline.gates import (
@@ -124,7 +124,7 @@ def baseline(run: Run) -> Gate:
     limits = baseline_limits(run.cfg, _reference_figures(run))
     if phase.EPOCHS:
         model.norm_frozen = phase.FREEZE_NORM
-        fit(run, "baseline", FullPath(model, phase.SIZES), photo_loader(run, phase.BATCH_SIZE))
+        fit(run, "baseline", FullPathLosses(model, phase.SIZES), photo_loader(run, phase.BATCH_SIZE))
         model.norm_frozen = False
     return baseline_gate(run.calib_quality.of_full_path(model), limits, baseline_advice(run.cfg))
 
@@ -164,7 +164,7 @@ def train_branches(run: Run) -> None:
     if all(model.empty):
         logger.info("every early exit is empty: there is no branch to train")
     elif phase.EPOCHS and phase.CACHE:
-        fit(run, "exits", Branches(model), tap_loader(run))
+        fit(run, "exits", BranchLosses(model), tap_loader(run))
     elif phase.EPOCHS:
         fit(run, "exits", model, photo_loader(run, phase.BATCH_SIZE))
     require_same_full_path(before, model)

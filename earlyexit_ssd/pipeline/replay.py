@@ -27,7 +27,7 @@ from earlyexit_ssd.calibration.temperature import (
     reliability,
     stopped_by,
 )
-from earlyexit_ssd.calibration.thresholds import require_few
+from earlyexit_ssd.calibration.thresholds import require_few_exits
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset, to_coco
 from earlyexit_ssd.data.dataset import fingerprint, photo_hashes, require_disjoint
@@ -210,7 +210,7 @@ def open_recorded(
     device = evaluation_device(cfg)
     check_rivals(cfg, device)
     model, architecture, info = open_model(cfg, weights)
-    require_few(model.num_early_exits)
+    require_few_exits(model.num_early_exits)
     cfg = with_classes(cfg, architecture.classes)
     sets, repeats = disjoint_sets(cfg, measured, unlabelled, once, near)
     return Recorded(cfg, model.to(device), architecture, info, sets, repeats, out / "recordings")

@@ -1,13 +1,15 @@
 """Policies: functions from the output of an exit to one confidence per image.
 
-A high confidence means that little is gained by going on to deeper exits. A policy without fitted parameters is a
-function of the raw logits [N, A, C] of N images, A default boxes and C classes, background first::
+A high confidence means that going on to deeper exits would gain little. A policy without fitted parameters is a
+function of the logits [N, A, C] of N images, A default boxes and C classes, background first. The router divides them
+by the exit's temperature before (not those of the full path)::
 
     @register_policy("largest_logit")
     def largest_logit(logits: Tensor) -> Tensor:
         return logits[..., 1:].amax((-1, -2)).sigmoid()
 
-A policy with fitted parameters is a class, see :class:`FittedPolicy`.
+A policy with fitted parameters is a class, see :class:`FittedPolicy`. It may also read the *tap*, the output of the
+exit's trunk layer, pooled to the means and then the maxima of its channels: [N, 2 * channels].
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ from earlyexit_ssd.errors import EarlyExitError, nearest
 from earlyexit_ssd.modeling.outputs import ExitSignals
 
 Policy = Callable[[ExitSignals, int], Tensor]
-"""Signals of an exit and the exit's index to confidences [N] in [0, 1]."""
+"""Function from an exit's signals and index to confidences [N] in [0, 1]."""
 
 AMBIGUOUS = (0.05, 0.6)
-"""A default box is undecided if its largest object probability is between these."""
+"""A default box is ambiguous if its largest object probability is between these."""
 CANDIDATES, FEWER_CANDIDATES = 512, 128
-"""Default boxes per image that a policy reads: 512 for sums over boxes, 128 for maxima and costly statistics. All
-others are almost surely background."""
+"""Default boxes per image that a policy reads: 512 for sums and means over boxes, 128 for maxima and fitted policies.
+All others are almost surely background."""
 
 
 class RecordedPhotos(Protocol):
@@ -57,14 +59,13 @@ class RecordedPhotos(Protocol):
 
 
 class FittedPolicy(nn.Module):
-    """A policy with fitted parameters. Register a subclass by name; calibration then fits it.
+    """Base class of policies with fitted parameters. Register a subclass by name; calibration then fits it.
 
-    ``__init__(parameters)`` takes the value of ``fit`` after a round trip through JSON.
-    ``forward(signals, exit_index)`` returns confidences [N] in [0, 1]. It is called for the full path
-    too, with ``exit_index`` = number of early exits.
+    ``__init__(parameters)`` takes the value of ``fit`` as it comes back from JSON. ``forward(signals, exit_index)``
+    returns confidences [N] in [0, 1]; it is also called for the full path, whose index is the number of early exits.
 
     Attributes:
-        boxes: number of default boxes per image that the policy gets; None: all.
+        boxes: number of default boxes per image that the policy gets (``register_policy`` sets it); None: all.
         reads_taps: whether the policy reads the tap (`ExitSignals.tap`), so that it works at an exit without a branch.
         needs_training_photos: whether the policy must be fitted on photos other than those of calibration.
         expected: description of the parameters, for messages.
@@ -77,13 +78,13 @@ class FittedPolicy(nn.Module):
 
     @classmethod
     def fit(cls, photos: RecordedPhotos) -> Any:
-        """The parameters as plain JSON types; an EarlyExitError if these photos cannot give them."""
+        """The fitted parameters as plain JSON types; an EarlyExitError if they cannot be fitted on these photos."""
         raise NotImplementedError  # abstract: each registered policy fits its own numbers
 
 
 @dataclass(frozen=True)
 class RegisteredPolicy:
-    """A function of the logits as a policy. It is pickled by its name, so that a model with a router can be pickled."""
+    """A policy made from a function of the logits. It is pickled by name: a decorated function cannot be pickled."""
 
     name: str
     function: Callable[..., Tensor]
@@ -108,7 +109,7 @@ def register_policy(name: str, boxes: int | None = None) -> Callable[[Registered
         boxes: number of default boxes per image that the policy gets, see :func:`at_likeliest_boxes`; None: all.
 
     Raises:
-        EarlyExitError: the name is taken or no text, ``boxes`` is below 1, or a class is no `FittedPolicy`.
+        EarlyExitError: a name that is taken or no string, ``boxes`` below 1, or a class other than a `FittedPolicy`.
     """
     if not isinstance(name, str):
         raise EarlyExitError(f'register_policy takes the policy\'s name, got {name!r}; write @register_policy("name")')
@@ -130,8 +131,8 @@ def register_policy(name: str, boxes: int | None = None) -> Callable[[Registered
 
 
 def get_policy(name: str, parameters: Any = None) -> Policy:
-    """The policy ``name``, with its ``parameters`` if it is a fitted one; an EarlyExitError for an unknown name and
-    for parameters that are missing, not wanted or of another policy."""
+    """The policy ``name``, with its ``parameters`` if it is a fitted one; an EarlyExitError for an unknown name, and
+    for parameters that are missing, superfluous or of another policy."""
     require_known(name)
     if name not in FITTED_POLICIES:
         if parameters is not None:
@@ -170,69 +171,70 @@ def needs_training_photos(name: str) -> bool:
 
 @register_policy("mean_foreground")
 def mean_foreground(logits: Tensor) -> Tensor:
-    """Mean of the foreground probability, 1 - p(background), over the default boxes; kept for comparison. It is close
+    """Mean of the foreground probability, 1 - p(background), over all default boxes; only for comparison. It is close
     to 0 for every photo, since only about 0.7 % of the default boxes match an object."""
-    total = exp_(logits - logits[..., :1]).sum(-1)  # over all default boxes every pass counts; infinity does no harm
+    total = exp_(logits - logits[..., :1]).sum(-1)  # no clamping, to save time: infinity gives 1 / infinity = 0
     return 1 - total.reciprocal().mean(-1)
 
 
 @register_policy("max_foreground", FEWER_CANDIDATES)
 def max_foreground(logits: Tensor) -> Tensor:
-    """Largest probability of any class but background at any default box: leave when very sure."""
-    return Odds(logits).largest.amax(-1)
+    """Largest probability of any class but background at any default box: a photo leaves if one object is certain."""
+    return FastSoftmax(logits).largest.amax(-1)
 
 
 @register_policy("entropy", CANDIDATES)
 def entropy(logits: Tensor) -> Tensor:
-    """1 - H / log C, H the mean over the default boxes of the entropy of their classes: BranchyNet's rule
-    (Teerapittayanon et al. 2016, section III-B) for many boxes instead of one answer."""
-    differences = _ahead_of_background(logits)
-    odds = exp_(differences.clone())
-    total = odds.sum(-1)
-    in_nats = total.log() - differences.mul_(odds).sum(-1) / total
-    return (1 - in_nats.mean(-1) / math.log(logits.shape[-1])).clamp(0, 1)
+    """1 - H / log C, with H the mean over the default boxes of the entropy of their class probabilities. BranchyNet's
+    rule (Teerapittayanon et al. 2016, section III-B), which has one answer per image instead of many boxes."""
+    differences = _minus_background(logits)
+    ratios = exp_(differences.clone())
+    total = ratios.sum(-1)
+    entropies = total.log() - differences.mul_(ratios).sum(-1) / total
+    return (1 - entropies.mean(-1) / math.log(logits.shape[-1])).clamp(0, 1)
 
 
 @register_policy("margin", CANDIDATES)
 def margin(logits: Tensor) -> Tensor:
-    """Probability of the likeliest class minus that of the second, a mean weighted by the foreground probability."""
-    odds = Odds(logits)
-    first = odds.odds.amax(-1)
-    ahead = (first - without_largest(odds.odds, first).amax(-1)) / odds.total
-    return (ahead * odds.foreground).sum(-1) / odds.foreground.sum(-1).clamp(min=1e-12)
+    """Probability of the likeliest class (or background) minus that of the second likeliest; the mean over the default
+    boxes, weighted by their foreground probability."""
+    softmax = FastSoftmax(logits)
+    first = softmax.ratios.amax(-1)
+    difference = (first - without_largest(softmax.ratios, first).amax(-1)) / softmax.total
+    return (difference * softmax.foreground).sum(-1) / softmax.foreground.sum(-1).clamp(min=1e-12)
 
 
 @register_policy("ambiguous_mass", CANDIDATES)
 def ambiguous_mass(logits: Tensor) -> Tensor:
-    """1 / (1 + m), m the sum of the largest object probabilities of the undecided default boxes (`AMBIGUOUS`)."""
-    return 1 / (1 + undecided(Odds(logits).largest).sum(-1))
+    """1 / (1 + m), with m the sum of the largest object probabilities of the ambiguous default boxes (`AMBIGUOUS`)."""
+    return 1 / (1 + where_ambiguous(FastSoftmax(logits).largest).sum(-1))
 
 
 @register_policy("emptiness", FEWER_CANDIDATES)
 def emptiness(logits: Tensor) -> Tensor:
     """1 - the largest object probability of any default box: a photo leaves if it probably shows nothing."""
-    return 1 - Odds(logits).largest.amax(-1)
+    return 1 - FastSoftmax(logits).largest.amax(-1)
 
 
 def at_likeliest_boxes(signals: ExitSignals, boxes: int | None) -> ExitSignals:
-    """The signals at the ``boxes`` default boxes with the largest (object logit - background logit); None: all.
-    The softmax over all boxes is slow. A temperature does not change which boxes are chosen."""
+    """The signals at the ``boxes`` default boxes with the largest (object logit - background logit); None: all. The
+    choice saves a slow softmax over all boxes, and no temperature changes it."""
     logits = signals.logits
     images, count, classes = logits.shape
     if boxes is None or boxes >= count:
         return signals
-    lead = largest_of(logits[..., 1:]) - logits[..., 0]
-    where = lead.topk(boxes, dim=-1, sorted=False).indices
-    if images == 1:  # the usual case: batch 1, where every small operation counts
+    difference = largest_of(logits[..., 1:]) - logits[..., 0]
+    where = difference.topk(boxes, dim=-1, sorted=False).indices
+    if images == 1:  # the usual case, with the fewest operations
         chosen = logits[0].index_select(0, where[0])[None]
-    else:  # whole rows, which is faster than ``gather``
-        rows = where + torch.arange(0, images * count, count, device=where.device)[:, None]
-        chosen = logits.reshape(-1, classes).index_select(0, rows.flatten()).view(images, -1, classes)
+    else:  # index_select on all boxes of all images is faster than gather
+        indices = where + torch.arange(0, images * count, count, device=where.device)[:, None]
+        chosen = logits.reshape(-1, classes).index_select(0, indices.flatten()).view(images, -1, classes)
     return ExitSignals(chosen, signals.tap, signals.empty)
 
 
 def largest_of(values: Tensor) -> Tensor:
-    """``values.amax(-1)``, in up to half of the time: PyTorch vectorises over a last dimension of whole 32s only."""
+    """``values.amax(-1)``, up to twice as fast: PyTorch vectorises it only for a last dimension of a multiple of 32."""
     classes = values.shape[-1]
     if classes < 32 or classes % 32 == 0:
         return values.amax(-1)
@@ -240,25 +242,25 @@ def largest_of(values: Tensor) -> Tensor:
 
 
 def without_largest(values: Tensor, largest: Tensor) -> Tensor:
-    """``values`` [..., C], none negative, with 0 where they equal ``largest`` [...]; faster than a mask."""
+    """``values`` [..., C] >= 0, replaced by 0 where they equal their maximum ``largest`` [...]; faster than a mask."""
     return (largest[..., None] - values).sign_().mul_(values)
 
 
-def undecided(probability: Tensor) -> Tensor:
+def where_ambiguous(probability: Tensor) -> Tensor:
     """``probability`` where it is `AMBIGUOUS`, else 0."""
     low, high = AMBIGUOUS
-    if torch.onnx.is_in_onnx_export():  # ONNX has no threshold other than 0
+    if torch.onnx.is_in_onnx_export():  # F.threshold cannot be exported with another threshold than 0
         return probability * ((probability > low) & (probability < high))
     return F.threshold(probability, low, 0.0) * (probability < high)
 
 
-class Odds:
-    """Softmax of raw logits [N, A, C] by the odds against background, five times as fast as PyTorch's for few classes.
-    ``odds`` [N, A, C] are exp(logit - background logit), ``total`` [N, A] is their sum."""
+class FastSoftmax:
+    """Softmax of logits [N, A, C], for few classes five times as fast as PyTorch's. ``ratios`` [N, A, C] are
+    p(class) / p(background) = exp(logit - background logit), ``total`` [N, A] is their sum, ratios / total is p."""
 
     def __init__(self, logits: Tensor) -> None:
-        self.odds = exp_(_ahead_of_background(logits))  # in place: fresh memory costs more than arithmetic
-        self.total = self.odds.sum(-1)
+        self.ratios = exp_(_minus_background(logits))
+        self.total = self.ratios.sum(-1)
 
     @property
     def foreground(self) -> Tensor:
@@ -268,18 +270,19 @@ class Odds:
     @property
     def largest(self) -> Tensor:
         """The largest probability of any class but background, [N, A]."""
-        return self.odds[..., 1:].amax(-1) / self.total
+        return self.ratios[..., 1:].amax(-1) / self.total
 
 
 def exp_(values: Tensor) -> Tensor:
-    """``values.exp_()`` by way of 2^x: PyTorch's exp is MKL's, which takes three times as long on AMD's processors."""
+    """``values.exp_()`` as 2^(x log2 e): PyTorch's exp is MKL's, which is three times slower on AMD processors.
+    In place, because allocating memory takes longer than the arithmetic."""
     if torch.onnx.is_in_onnx_export():  # ONNX has no exp2
         return values.exp_()
     return values.mul_(math.log2(math.e)).exp2_()
 
 
-def _ahead_of_background(logits: Tensor) -> Tensor:
-    """Logits [N, A, C] minus the background logit, at most 60 (a larger value gives the same probability)."""
+def _minus_background(logits: Tensor) -> Tensor:
+    """Logits [N, A, C] minus the background logit, clamped to at most 60, so that sums of exp stay finite in fp32."""
     return (logits - logits[..., :1]).clamp_(max=60.0)
 
 
@@ -287,8 +290,8 @@ def _ahead_of_background(logits: Tensor) -> Tensor:
 class BalancedAmbiguity(FittedPolicy):
     """`ambiguous_mass` with a larger weight for rare classes, because AP is a mean over classes.
 
-    1 / (1 + m), m the sum over the undecided default boxes (`AMBIGUOUS`) of the largest object probability times the
-    weight of its class. ``parameters`` are a positive weight for each class except background.
+    1 / (1 + m), with m the sum over the ambiguous default boxes (`AMBIGUOUS`) of the largest object probability times
+    the weight of its class. ``parameters`` are a positive weight for each class except background.
     """
 
     needs_training_photos = False
@@ -304,60 +307,61 @@ class BalancedAmbiguity(FittedPolicy):
 
     @classmethod
     def fit(cls, photos: RecordedPhotos) -> list[float]:
-        """Weights mean(n + 1) / (n + 1), n the objects of a class; an EarlyExitError without labelled objects."""
+        """Weights mean(n + 1) / (n + 1), n the number of objects of a class; an EarlyExitError if no photo has any."""
         objects = photos.object_counts()
         if not any(objects):
             fix = "give labels (of DATA.TRAIN for a risk, else of DATA.CALIB), or take ambiguous_mass (ROUTING.POLICY)"
-            raise EarlyExitError(
-                f"policy 'balanced_ambiguity' counts objects, and the photos have no labelled one; {fix}"
-            )
+            wrong = "policy 'balanced_ambiguity' counts objects, and the photos have no labelled one"
+            raise EarlyExitError(f"{wrong}; {fix}")
         counts = torch.tensor(objects, dtype=torch.float64) + 1
         return (counts.mean() / counts).tolist()
 
     def forward(self, signals: ExitSignals, exit_index: int) -> Tensor:
         """Confidences [N]; an EarlyExitError if the number of weights is not the number of classes."""
-        own, classes = len(self.weights), signals.logits.shape[-1] - 1
-        if own != classes:
-            wrong = f"routing policy 'balanced_ambiguity' has weights of {own} classes, the model has {classes}"
+        weights, classes = len(self.weights), signals.logits.shape[-1] - 1
+        if weights != classes:
+            wrong = f"routing policy 'balanced_ambiguity' has weights of {weights} classes, the model has {classes}"
             raise EarlyExitError(f"{wrong}; calibrate again (tools/calibrate.py)")
-        odds = Odds(signals.logits)
-        best, classes = odds.odds[..., 1:].max(-1)
-        return 1 / (1 + (undecided(best / odds.total) * self.weights[classes]).sum(-1))
+        softmax = FastSoftmax(signals.logits)
+        largest, likeliest = softmax.ratios[..., 1:].max(-1)
+        return 1 / (1 + (where_ambiguous(largest / softmax.total) * self.weights[likeliest]).sum(-1))
 
 
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Probability levels: the number of default boxes above each is a statistic."""
 _LEVELS = torch.tensor(LEVELS)  # made once, since torch.tensor takes as long as ten operations
 NUM_STATISTICS = len(LEVELS) + 4
-HIDDEN, GAIN_STEPS = 8, 600
+HIDDEN_UNITS, FIT_STEPS = 8, 600
 
 
 def logit_statistics(logits: Tensor) -> Tensor:
     """Statistics of the object probabilities: [N, A, C] to [N, `NUM_STATISTICS`].
 
-    With p the largest object probability of a default box, they are log(1 + x) of these x: the number of p above each
-    of `LEVELS`, the sum of p, and the sum of undecided p. The last two are the largest p of the two likeliest classes.
+    Let p be the largest object probability of a default box. The first statistics are log(1 + x) of these x: the number
+    of boxes with p above each of `LEVELS`, the sum of all p, and the sum of the ambiguous p. The last two are the
+    largest probabilities that two different classes have at any box.
     """
-    odds = Odds(logits)
-    by_box_and_class = odds.odds[..., 1:] / odds.total[..., None]
+    softmax = FastSoftmax(logits)
+    by_box_and_class = softmax.ratios[..., 1:] / softmax.total[..., None]
     probability, by_class = by_box_and_class.amax(-1), by_box_and_class.amax(1)
     counts = (probability[..., None] > _LEVELS.to(probability)).sum(1, dtype=probability.dtype)
-    sums = torch.stack([probability, undecided(probability)], 1).sum(-1)
+    sums = torch.stack([probability, where_ambiguous(probability)], 1).sum(-1)
     two_largest = by_class.topk(2, dim=-1).values if by_class.shape[-1] > 1 else F.pad(by_class, (0, 1))
     return torch.cat([torch.cat([counts, sums], 1).log1p(), two_largest], 1)
 
 
 class GainModel(nn.Module):
-    """Predicts the gain of going on, one number per image: a perceptron with one hidden layer on the standardised
-    statistics, plus a linear term in the tap's channel means."""
+    """Predicts the gain of going on for each image: loss at the exit - loss at the full path. It is a perceptron with
+    one hidden layer on the standardised statistics, plus linear terms in these and in the means of the tap's channels.
+    """
 
     def __init__(self, tap_channels: int) -> None:
         super().__init__()
         self.tap_channels = tap_channels
         for name, fill in (("mean", 0.0), ("scale", 1.0)):
             self.register_buffer(name, torch.full((NUM_STATISTICS + tap_channels,), fill))
-        self.hidden = nn.Linear(NUM_STATISTICS, HIDDEN)
-        self.output = nn.Linear(HIDDEN, 1)
+        self.hidden = nn.Linear(NUM_STATISTICS, HIDDEN_UNITS)
+        self.output = nn.Linear(HIDDEN_UNITS, 1)
         self.skip = nn.Linear(NUM_STATISTICS, 1, bias=False)
         self.tap = nn.Linear(tap_channels, 1, bias=False)
         for layer in (self.output, self.skip, self.tap):
@@ -382,19 +386,19 @@ class GainModel(nn.Module):
 
 
 def gain_inputs(signals: ExitSignals, tap_channels: int) -> Tensor:
-    """The inputs of a `GainModel`, [N, NUM_STATISTICS + tap_channels]."""
+    """The inputs of a `GainModel` [N, NUM_STATISTICS + tap_channels]: statistics and means of the tap's channels."""
     return torch.cat([logit_statistics(signals.logits), signals.tap[:, :tap_channels]], dim=1)
 
 
 def fit_gain(inputs: Tensor, gains: Tensor, seed: int = 0) -> GainModel:
-    """Least squares (AdamW, full batch) of the gains [n] on the inputs [n, NUM_STATISTICS + tap_channels]."""
+    """Least-squares fit (AdamW, full batch) of the gains [n] to the inputs [n, NUM_STATISTICS + tap_channels]."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = GainModel(inputs.shape[1] - NUM_STATISTICS)
     model.mean, model.scale = inputs.mean(0), inputs.std(0).clamp(min=1e-3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=1.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, GAIN_STEPS)
-    for _ in range(GAIN_STEPS):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, FIT_STEPS)
+    for _ in range(FIT_STEPS):
         optimizer.zero_grad()
         ((model(inputs) - gains) ** 2).mean().backward()
         optimizer.step()
@@ -404,8 +408,8 @@ def fit_gain(inputs: Tensor, gains: Tensor, seed: int = 0) -> GainModel:
 
 @register_policy("learned_gain", FEWER_CANDIDATES)
 class LearnedGain(FittedPolicy):
-    """1 / (1 + exp(gain)), with the gain of going on as a `GainModel` predicts it, so that one threshold means the same
-    gain at every exit. ``parameters`` are the `GainModel.to_plain` of each early exit."""
+    """1 / (1 + exp(gain)), with the gain that a `GainModel` predicts, in standard deviations of the gains at that exit.
+    ``parameters`` are the `GainModel.to_plain` of each early exit."""
 
     reads_taps = True
     expected = "the numbers of a fitted model for every early exit"
@@ -420,9 +424,10 @@ class LearnedGain(FittedPolicy):
         losses, fitted = photos.losses(), []
         for index in range(len(photos.temperatures)):
             gain = losses[:, index] - losses[:, -1]
-            seen = [gain_inputs(one, one.tap.shape[1] // 2) for one in photos.signals(index, cls.boxes)]
+            # the first half of a pooled tap are the channels' means, the second half their maxima
+            inputs = [gain_inputs(one, one.tap.shape[1] // 2) for one in photos.signals(index, cls.boxes)]
             gain = gain / gain.std(unbiased=False).clamp(min=1e-6)
-            fitted.append(fit_gain(torch.cat(seen), gain, seed=photos.seed).to_plain())
+            fitted.append(fit_gain(torch.cat(inputs), gain, seed=photos.seed).to_plain())
         return fitted
 
     def forward(self, signals: ExitSignals, exit_index: int) -> Tensor:
@@ -433,7 +438,7 @@ class LearnedGain(FittedPolicy):
         return torch.sigmoid(-model(gain_inputs(signals, model.tap_channels)))
 
 
-PENALTIES = tuple(10.0**power for power in range(-1, 6))
+RIDGE_PENALTIES = tuple(10.0**power for power in range(-1, 6))
 LEAST_PROBABILITY = 1e-3
 """Probabilities are clamped to [this, 1 - this] before their logit is taken."""
 
@@ -459,11 +464,11 @@ class ForeseenEmptiness(FittedPolicy):
     @classmethod
     def fit(cls, photos: RecordedPhotos) -> list[dict[str, list | float]]:
         """Fit a regression of the full path's largest score for each early exit, without labels."""
-        largest = photos.largest_scores()
-        return [
-            fit_largest_score(torch.cat([regression_inputs(one) for one in photos.signals(index, cls.boxes)]), largest)
-            for index in range(len(photos.temperatures))
-        ]
+        largest, fitted = photos.largest_scores(), []
+        for index in range(len(photos.temperatures)):
+            inputs = torch.cat([regression_inputs(one) for one in photos.signals(index, cls.boxes)])
+            fitted.append(fit_largest_score(inputs, largest))
+        return fitted
 
     def forward(self, signals: ExitSignals, exit_index: int) -> Tensor:
         """Confidences [N]; at the full path 1 - its own largest object probability."""
@@ -477,23 +482,23 @@ def regression_inputs(signals: ExitSignals) -> Tensor:
     """Inputs [N, d] of the regression: the pooled tap and, if the exit has a branch, the logit of its largest score."""
     if signals.empty:
         return signals.tap
-    largest = Odds(signals.logits).largest.amax(-1, keepdim=True)
+    largest = FastSoftmax(signals.logits).largest.amax(-1, keepdim=True)
     return torch.cat([signals.tap, torch.logit(largest, eps=LEAST_PROBABILITY)], dim=1)
 
 
 def fit_largest_score(inputs: Tensor, probability: Tensor) -> dict[str, list | float]:
     """Ridge regression of the logit of ``probability`` [n] on ``inputs`` [n, d].
 
-    The penalty has the least leave-one-out error. ``weight`` [d] and ``bias`` are for inputs that are not standardised.
-    With X the standardised inputs, the residual of a photo left out is (y - Xw) / (1 - h), where h is the diagonal of
-    X (X'X + penalty)^-1 X' + 1/n (Golub, Heath and Wahba 1979, equation 1.3).
+    The penalty with the least leave-one-out error is chosen. ``weight`` [d] and ``bias`` are for inputs that are not
+    standardised. With X the standardised inputs, the leave-one-out residuals are (y - Xw) / (1 - h), where h is the
+    diagonal of X (X'X + penalty I)^-1 X' + 1/n (Golub, Heath and Wahba 1979, equation 1.3).
     """
     inputs, targets = inputs.double(), torch.logit(probability.double(), eps=LEAST_PROBABILITY)
     mean, scale = inputs.mean(0), inputs.std(0, unbiased=False).clamp(min=1e-3)
     left, values, right = torch.linalg.svd((inputs - mean) / scale, full_matrices=False)
     projected = left.T @ (targets - targets.mean())
     best: tuple[float, Tensor] | None = None
-    for penalty in PENALTIES:
+    for penalty in RIDGE_PENALTIES:
         shrink = values**2 / (values**2 + penalty)
         residual = targets - targets.mean() - left @ (shrink * projected)
         leverage = (left**2 @ shrink) + 1 / len(inputs)

@@ -20,25 +20,27 @@ from earlyexit_ssd.routing.policies import at_likeliest_boxes, get_policy
 class ExitRouter(nn.Module):
     """An image leaves at the first exit whose confidence reaches that exit's threshold; the full path takes the rest.
 
-    Args:
-        num_exits: early exits, the full path not counted.
-        policy: name of a confidence rule, see :mod:`earlyexit_ssd.routing.policies`.
-        parameters: of a policy that is fitted, such as ``learned_gain``; None for the others.
-        thresholds: one per exit, or one for all, in [0, 1], or `CLOSED`: nobody leaves there. By default every exit is
-            closed, since no threshold is safe on photos that nobody has calibrated on (``tools/calibrate.py``).
-        temperatures: one per exit, or one for all; logits are divided by them before the policy sees them. The full
-            path keeps its own scores (temperature 1).
-        hybrid: nobody leaves: a photo takes its classes from the first exit that is sure and its boxes from the full
-            path, whose classification head is then spared.
-        temperature_bounds: (low, high); temperatures are held inside after every training step.
-        learn_temperatures: fit the temperatures by likelihood (Guo et al. 2017) while the exits train. The logits
-            take no gradient from it, so that the detector cannot be bent by its own confidence.
+    ``thresholds``, ``temperatures`` and ``policy`` may be assigned later; they are checked as in the constructor.
 
-    ``thresholds``, ``temperatures`` and ``policy`` can be assigned later too, and are checked as here. ``certificate``
-    is the `Certificate` that the router was made from, if any.
+    Args:
+        num_exits: number of early exits, without the full path.
+        policy: name of the function that computes the confidence, see :mod:`earlyexit_ssd.routing.policies`.
+        parameters: the parameters of a fitted policy such as ``learned_gain``; None for other policies.
+        thresholds: one per exit, or one for all, in [0, 1]; or `CLOSED`, so that no image leaves there. By default
+            every exit is closed: a threshold is safe only after calibration (``tools/calibrate.py``).
+        temperatures: one per exit, or one for all. The policy gets the logits divided by them; the logits of the full
+            path are never divided.
+        hybrid: no image leaves early. An image takes its classes from the first exit that reaches its threshold, and
+            its boxes from the full path, whose classification head is then not computed.
+        temperature_bounds: (low, high). Temperatures are clamped to them after every training step.
+        learn_temperatures: fit the temperatures by maximum likelihood (Guo et al. 2017) while the exits train. This
+            loss changes the temperatures only: no gradient flows into the logits.
+
+    Attributes:
+        certificate: the `Certificate` that the router was made from; None if it was made without one.
 
     Raises:
-        EarlyExitError: an unknown policy, a number that is not in its range, or a wrong count.
+        EarlyExitError: an unknown policy, a number out of its range, or a wrong number of values.
     """
 
     @suggest_keywords
@@ -74,20 +76,20 @@ class ExitRouter(nn.Module):
 
     def _look_up(self, policy: str, parameters: Any) -> None:
         found = get_policy(policy, parameters)
-        self._modules.pop("_policy", None)  # a module does not let itself be replaced by a function
+        self._modules.pop("_policy", None)  # a function cannot be assigned to an attribute that holds a module
         self._policy, self._plain_parameters = found, parameters
         self.__dict__["policy"] = policy
         self._boxes, self._reads_taps = found.boxes, getattr(found, "reads_taps", False)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Plain numbers for thresholds and temperatures, and a name for the policy, checked as in the constructor."""
+        """Accept numbers for thresholds and temperatures, and a name for the policy, as in the constructor."""
         if name == "policy":
             self._look_up(value, None)
         elif name in ("thresholds", "temperatures") and hasattr(self, name):
             bounds = (0.0, CLOSED) if name == "thresholds" else self.temperature_bounds
             old = getattr(self, name)
             new = _per_exit(name, value, self.num_exits, *bounds).to(old)
-            if name in self._parameters:  # an optimizer may hold it
+            if name in self._parameters:  # keep the parameter itself: an optimizer may hold it
                 old.data.copy_(new)
             else:
                 self._buffers[name] = new
@@ -97,60 +99,59 @@ class ExitRouter(nn.Module):
     def confidence(self, signals: ExitSignals, exit_index: int) -> Tensor:
         """Confidences [N] in [0, 1] at an exit; the full path is exit ``num_exits``.
 
-        A policy that looks at the logits alone has none at an exit without a branch: -1, which reaches no threshold.
+        At an exit without a branch, a policy that reads only logits cannot decide. The confidence is then -1, which
+        reaches no threshold.
 
         Raises:
-            EarlyExitError: the policy gives something else than one number per image.
+            EarlyExitError: the policy does not return one number per image.
         """
         if signals.empty and not self._reads_taps:
             return -torch.ones_like(signals.logits[:, 0, 0], dtype=torch.float32)
-        confidence = self._policy(self.view_of_policy(signals, exit_index), exit_index)
+        confidence = self._policy(self._policy_inputs(signals, exit_index), exit_index)
         if confidence.dim() != 1:
-            raise EarlyExitError(
-                f"routing policy '{self.policy}' gives {list(confidence.shape)}, expected one number per image, [N]"
-            )
+            given = f"routing policy '{self.policy}' gives {list(confidence.shape)}"
+            raise EarlyExitError(f"{given}, expected one number per image, [N]")
         return confidence.clamp(0.0, 1.0)
 
-    def view_of_policy(self, signals: ExitSignals, exit_index: int) -> ExitSignals:
-        """What the policy sees: tempered logits of the default boxes that it looks at."""
-        seen = at_likeliest_boxes(signals, self._boxes)
-        logits = self.tempered(seen.logits, exit_index)
-        if logits is signals.logits:  # a policy may work in place, and detections are made of these
+    def _policy_inputs(self, signals: ExitSignals, exit_index: int) -> ExitSignals:
+        """Logits divided by the temperature, only of the default boxes that the policy reads."""
+        likeliest = at_likeliest_boxes(signals, self._boxes)
+        logits = self.tempered(likeliest.logits, exit_index)
+        if logits is signals.logits:  # a policy may change its input in place; detections need the original
             logits = logits.clone()
-        return ExitSignals(logits, seen.tap, seen.empty)
+        return ExitSignals(logits, likeliest.tap, likeliest.empty)
 
     def tempered(self, logits: Tensor, exit_index: int) -> Tensor:
-        """Raw logits of an exit in fp32, divided by its temperature; those of the full path stay as they are."""
+        """Raw logits of an exit in fp32, divided by its temperature; those of the full path are not divided."""
         if exit_index >= self.num_exits:
             return logits.float()
         temperature = self.temperatures[exit_index].detach()
-        if isinstance(self.temperatures, nn.Parameter):  # it may have left its bounds since the last training step
+        if isinstance(self.temperatures, nn.Parameter):  # a training step may have moved it out of its bounds
             temperature = temperature.clamp(*self.temperature_bounds)
         return logits.float() / temperature
 
     @property
     def closed(self) -> bool:
-        """No exit is open: every image takes the full path."""
+        """Whether all exits are closed, so that every image takes the full path."""
         return bool((self.thresholds >= CLOSED).all())
 
     def needs(self, exit_index: int) -> bool:
-        """Whether the exit has to be scored: images may leave there."""
+        """Whether the confidence at the exit is needed: True unless the exit is closed."""
         return exit_index >= self.num_exits or float(self.thresholds[exit_index]) < CLOSED
 
     def leaves(self, confidence: Tensor, exit_index: int) -> Tensor:
-        """[N] bool; at the full path everything leaves."""
+        """Which images leave at the exit, [N] bool; at the full path all."""
         if exit_index >= self.num_exits:
             return torch.ones_like(confidence, dtype=torch.bool)
         return confidence >= self.thresholds[exit_index]
 
     def temperature_loss(self, logits: Tensor, assignment: object, exit_index: int) -> Tensor | None:
-        """Cross-entropy of the tempered logits [N, A, C] against ``assignment.labels`` [N, A]; None where fixed.
-
-        Objects and background weigh the same, since 99 % of the default boxes are easy background.
-        """
+        """Cross-entropy of the logits [N, A, C], divided by the exit's temperature, with ``assignment.labels`` [N, A];
+        None if temperatures are not learned. Objects and background get the same total weight, since 99 % of the
+        default boxes are background."""
         if not isinstance(self.temperatures, nn.Parameter):
             return None
-        self.clamp_temperatures()  # for a training loop that is not ours
+        self.clamp_temperatures()  # a user's own training loop may not call it
         labels = assignment.labels
         logits = logits.float() / self.temperatures[exit_index]
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
@@ -161,12 +162,12 @@ class ExitRouter(nn.Module):
 
     @torch.no_grad()
     def clamp_temperatures(self) -> None:
-        """Hold the temperatures inside their bounds; our trainer calls it after every step."""
-        # ``data``, since the graph of another exit's loss may hold the parameter; its values change at the first call.
+        """Clamp the temperatures to their bounds; `Trainer` calls it after every step."""
+        # ``data``: the graph of another exit's loss may need the parameter, and autograd refuses changes in place.
         self.temperatures.data.nan_to_num_(nan=1.0).clamp_(*self.temperature_bounds)
 
     def to_dict(self) -> dict:
-        """Plain types, to be stored beside the weights; ``ExitRouter(**values)`` makes the router again."""
+        """The settings as plain types, stored beside the weights; ``ExitRouter(**values)`` makes the router again."""
         self.clamp_temperatures()
         return {
             "num_exits": self.num_exits,
@@ -191,7 +192,7 @@ def _per_exit(name: str, values: Sequence[float] | float, count: int, low: float
         raise problem from None
     if len(values) not in (1, count):
         raise problem
-    rounding = 1e-6  # a bound that fp32 cannot hold comes back from a file a little beside it
+    rounding = 1e-6  # a value at a bound, stored in fp32, may lie a little outside
     for value in values:
         if not low - rounding <= value <= high + rounding:
             raise EarlyExitError(f"{name} has {value}, expected a number in [{low}, {high}]")

@@ -6,13 +6,13 @@ import pytest
 
 from benchmarks import check_guarantee
 from benchmarks.check_guarantee import Resplits, check_certificates, guarantee_report
-from earlyexit_ssd.calibration.risk import safe_to_bold
+from earlyexit_ssd.calibration.risk import threshold_path
 from tests.calibration.test_risk import COSTS, photos, same_costs
 
 
 @pytest.fixture(scope="module")
 def case():
-    return safe_to_bold(*photos(400, 0), same_costs), *photos(900, 1)
+    return threshold_path(*photos(400, 0), same_costs), *photos(900, 1)
 
 
 def check(case, **changes):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from earlyexit_ssd.calibration import risk
-from earlyexit_ssd.calibration.risk import LONGEST_PATH, certify, safe_to_bold
+from earlyexit_ssd.calibration.risk import LONGEST_PATH, certify, threshold_path
 from earlyexit_ssd.calibration.thresholds import choose
 from earlyexit_ssd.config import CLOSED
 
@@ -28,7 +28,7 @@ def photos(count, seed, noise=0.3):
 
 def test_path_goes_from_safe_to_bold():
     confidences, losses = photos(400, 0)
-    path = safe_to_bold(confidences, losses, same_costs)
+    path = threshold_path(confidences, losses, same_costs)
     assert (path[0] == CLOSED).all() and 10 < len(path) <= LONGEST_PATH + 1
     choices = [choose(confidences, thresholds) for thresholds in path]
     rows = np.arange(400)
@@ -39,7 +39,7 @@ def test_path_goes_from_safe_to_bold():
 
 
 def test_the_cheapest_step_that_passes():
-    path = safe_to_bold(*photos(400, 0), same_costs)
+    path = threshold_path(*photos(400, 0), same_costs)
     confidences, losses = photos(600, 1)
     found = certify(path, confidences, losses, same_costs(path), 0.1, 0.05, "hoeffding_bentkus")
     assert found.thresholds == tuple(path[found.step].tolist())
@@ -81,7 +81,7 @@ def no_advice(monkeypatch):
 @pytest.mark.parametrize("bound", ["hoeffding_bentkus", "betting"])
 def test_holds_over_draws_of_the_calibration_photos(bound):
     """The expected loss of what is certified exceeds epsilon in at most delta of the draws."""
-    path = safe_to_bold(*photos(400, 0), same_costs)
+    path = threshold_path(*photos(400, 0), same_costs)
     confidences, losses = photos(20000, 2)
     choices = [choose(confidences, thresholds) for thresholds in path]
     true = [losses[np.arange(20000), choice].mean() for choice in choices]
@@ -115,13 +115,13 @@ def test_frames_of_a_scene_are_one_draw():
     mean."""
     path, costs = np.array([[CLOSED], [0.5]]), np.array([[2.0, 2.0], [1.0, 2.0]])
 
-    def opened(groups):
+    def opened(blocks):
         steps = 0
         for seed in range(300):
             generator = np.random.default_rng(seed)
             lost = np.repeat(generator.random(40) < 0.205, 10) * (generator.random(400) < 0.9)
             losses = np.stack([lost, np.zeros(400)], axis=1)
-            steps += certify(path, [np.full(400, 0.9)], losses, costs, 0.9 * 0.2, 0.1, groups=groups).step
+            steps += certify(path, [np.full(400, 0.9)], losses, costs, 0.9 * 0.2, 0.1, blocks=blocks).step
         return steps / 300
 
     assert opened(np.arange(400) // 10) <= 0.1 < 0.2 < opened(None)
@@ -130,10 +130,10 @@ def test_frames_of_a_scene_are_one_draw():
 def test_a_block_s_loss_is_the_mean_over_its_frames_and_n_counts_blocks():
     path = np.array([[CLOSED], [0.5]])
     losses = np.array([[0.3, 0.0], [0.1, 0.0], [0.4, 0.0]])
-    found = certify(path, [np.full(3, 0.9)], losses, np.array([[2.0, 2.0], [1.0, 2.0]]), 0.9, 0.9, groups=[0, 0, 1])
+    found = certify(path, [np.full(3, 0.9)], losses, np.array([[2.0, 2.0], [1.0, 2.0]]), 0.9, 0.9, blocks=[0, 0, 1])
     assert found.step == 1 and found.loss == pytest.approx((0.2 + 0.4) / 2)
     nothing = np.zeros((90, 2))
     closed = certify(
-        path, [np.full(90, 0.9)], nothing, nothing[:2], 0.02, 0.05, "hoeffding_bentkus", groups=np.arange(90) // 3
+        path, [np.full(90, 0.9)], nothing, nothing[:2], 0.02, 0.05, "hoeffding_bentkus", blocks=np.arange(90) // 3
     )
     assert closed.passed == 0 and closed.photos_needed == 149  # blocks: 0.98^149 < 0.05 < 0.98^148

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from earlyexit_ssd.deploy import graph
 from earlyexit_ssd.deploy.graph import Contract, Scope, expand_log_sum_exp, last_stage, normalised
 from earlyexit_ssd.deploy.predictor import OnnxRuntime
-from earlyexit_ssd.modeling.detector import default_boxes
+from earlyexit_ssd.modeling.detector import default_boxes_of_image
 from tests.deploy.conftest import build_model
 
 MEAN, STD = (0.5, 0.25, 0.4), (0.5, 0.2, 1.0)
@@ -61,7 +61,7 @@ def test_photos_are_resized_as_torchvision_does(size, large):
 def test_detections_are_torchvision_s(score_thresh, topk_candidates, detections_per_img):
     model = build_model(topk_candidates=topk_candidates, detections_per_img=detections_per_img)
     model.score_thresh = score_thresh
-    anchors = default_boxes(model, torch.device("cpu"))
+    anchors = default_boxes_of_image(model, torch.device("cpu"))
     head = {
         "cls_logits": 2 * torch.randn(1, len(anchors), 3, generator=torch.Generator().manual_seed(1)),
         "bbox_regression": 4 * torch.randn(1, len(anchors), 4, generator=torch.Generator().manual_seed(2)),

@@ -16,7 +16,7 @@ from earlyexit_ssd.data.transforms import build_transforms
 from earlyexit_ssd.engine import CachedLoader, TapCache
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import write_image
-from earlyexit_ssd.modeling.detector import Branches, compute_taps
+from earlyexit_ssd.modeling.detector import BranchLosses, compute_taps
 from tests.modeling.conftest import small_model
 
 CPU = torch.device("cpu")
@@ -79,7 +79,7 @@ def test_training_on_a_float32_cache_is_training_on_the_photos(tmp_path, dataset
     start = {key: value.clone() for key, value in model.branches.state_dict().items()}
     from_photos = model(list(images), [dict(target) for target in targets])
     model.branches.load_state_dict(start)  # BatchNorm's statistics have moved
-    from_cache = Branches(model)(cache.rows(np.arange(4), CPU))
+    from_cache = BranchLosses(model)(cache.rows(np.arange(4), CPU))
     assert all(torch.equal(value, from_photos[name]) for name, value in from_cache.items())
 
 

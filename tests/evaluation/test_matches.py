@@ -310,11 +310,11 @@ def test_nothing_to_find(images, ground_truth):
 
 def test_photos_of_a_group_are_drawn_together(three_exits):
     coco, exits = three_exits
-    matches, choice, groups = exit_matches(coco, exits), np.ones(12, int), np.arange(12) // 4
-    (draws,) = bootstrap_choices(matches, [choice], resamples=5, seed=7, groups=groups)
+    matches, choice, blocks = exit_matches(coco, exits), np.ones(12, int), np.arange(12) // 4
+    (draws,) = bootstrap_choices(matches, [choice], resamples=5, seed=7, blocks=blocks)
     generator = np.random.default_rng(7)
     for ap50 in draws.AP50:
-        weights = np.bincount(generator.integers(3, size=3), minlength=3)[groups]
+        weights = np.bincount(generator.integers(3, size=3), minlength=3)[blocks]
         assert ap50 == ap_of_choice(matches, choice, weights, ap50_only=True).AP50
 
 
@@ -397,7 +397,7 @@ def test_the_stack(two_exits):
     cats, dogs = two_exits.classes
     assert cats.score == pytest.approx([0.95, 0.9, 0.8, 0.7, 0.6])
     assert (cats.photo.tolist(), cats.exit.tolist()) == ([0, 0, 1, 0, 1], [1, 0, 0, 1, 1])
-    assert cats.hit[two_exits.half].tolist() == [False, True, False, True, True]
+    assert cats.hit[two_exits.ap50_condition].tolist() == [False, True, False, True, True]
     assert cats.hit[:-1].sum(axis=0).tolist() == [0, 10, 0, 10, 4]
     assert not cats.ignored.any()
     assert (cats.objects.tolist(), dogs.objects.tolist()) == ([1, 1], [0, 0])

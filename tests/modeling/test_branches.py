@@ -12,7 +12,7 @@ from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, PathToExit
 from earlyexit_ssd.modeling.branches import (
     BRANCHES,
     Branch,
-    CopiedShortCut,
+    CopiedPathToC4,
     EmptyExit,
     Exit,
     LightBranch,
@@ -22,7 +22,7 @@ from earlyexit_ssd.modeling.branches import (
     ThinnedBlock,
     describe_exits,
     exit_keywords,
-    inherit_head,
+    inherit_coarse_predictors,
     num_default_boxes,
     register_branch,
 )
@@ -77,7 +77,7 @@ def test_head_takes_the_wanted_rows():
     wide.head.classification_head = FoldedClassificationHead(wide.head.classification_head, (4, 2))
     mine = model.branches["exit8"].head
     first = mine.classification_head.module_list[0][1].weight.clone()
-    inherit_head(mine, wide.head)
+    inherit_coarse_predictors(mine, wide.head)
     old = wide.head.classification_head.module_list[1][1].weight.view(6, 5, -1)
     new = mine.classification_head.module_list[1][1].weight.view(6, 3, -1)
     assert torch.equal(new, old[:, [0, 4, 2]])
@@ -161,19 +161,19 @@ def test_exit_before_c4_starts_as_the_full_path(backbone):
 
 @pytest.mark.parametrize(("layer", "blocks"), [(1, 5), (4, 3), (6, 3), (8, 2), (12, 1), (13, 0), (15, 0)])
 def test_residual_layers_are_left_out(backbone, layer, blocks):
-    short_cut = CopiedShortCut(backbone, layer, 0.5)
-    assert len(short_cut.before) + (short_cut.c4 is not None) == blocks
+    path = CopiedPathToC4(backbone, layer, 0.5)
+    assert len(path.before) + (path.c4 is not None) == blocks
     # half of C4's expansion, 168 channels at this width, as a multiple of 8; also where nothing is copied
-    assert short_cut.first_channels == 80
+    assert path.first_channels == 80
 
 
 def test_copies_learn_on_their_own(backbone):
     for parameter in backbone.parameters():
         parameter.requires_grad_(False)
-    short_cut = CopiedShortCut(backbone, 8, 0.5)
-    short_cut.inherit(backbone)
-    assert all(parameter.requires_grad for parameter in short_cut.parameters())
-    short_cut.c4[0][0].weight.data.zero_()
+    path = CopiedPathToC4(backbone, 8, 0.5)
+    path.inherit(backbone)
+    assert all(parameter.requires_grad for parameter in path.parameters())
+    path.c4[0][0].weight.data.zero_()
     assert backbone.features[0][-1][0].weight.abs().sum() > 0
 
 

@@ -12,7 +12,7 @@ from earlyexit_ssd import ExitRouter, fuse_for_inference
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, Exit, PathToExit, save_model
-from earlyexit_ssd.modeling.detector import AllOutputs, Branches, FullPath, compute_taps, early_exit_losses
+from earlyexit_ssd.modeling.detector import AllOutputs, BranchLosses, FullPathLosses, compute_taps, early_exit_losses
 from earlyexit_ssd.modeling.losses import Assignment, LossSettings
 from earlyexit_ssd.modeling.outputs import pool_tap
 from earlyexit_ssd.modeling.trunk import SegmentedTrunk, small_copy
@@ -506,7 +506,7 @@ def test_branches_from_taps_have_the_whole_model_s_losses_and_gradients(images, 
         model.router = ExitRouter(2, learn_temperatures=True)
         model.freeze_trunk()
         model.train()
-        losses = Branches(model)(compute_taps(model, images, targets)) if cached else model(images, targets)
+        losses = BranchLosses(model)(compute_taps(model, images, targets)) if cached else model(images, targets)
         sum(losses.values()).backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         results.append((losses, gradients))
@@ -518,7 +518,7 @@ def test_branches_from_taps_have_the_whole_model_s_losses_and_gradients(images, 
 
 
 def test_full_path_trains_no_branch(model, images, targets):
-    module = FullPath(model.train())
+    module = FullPathLosses(model.train())
     losses = module(images, targets)
     assert sorted(losses) == ["bbox_regression", "classification"]
     names = [name for name, _ in module.named_parameters()]

@@ -71,7 +71,7 @@ def test_new_class_starts_afresh():
     after = head(MAPS)
     assert torch.allclose(after[..., :2], before[..., [0, 3]], atol=1e-6)
     assert head.module_list[0][1].bias.view(2, 3)[:, 2].tolist() == [0, 0]
-    assert str(change) == ("kept the weights of chair; 2 other classes went into background; new classes: lamp")
+    assert str(change) == ("kept the weights of chair; 2 other classes are no longer detected; new classes: lamp")
 
 
 def test_no_class_in_common():

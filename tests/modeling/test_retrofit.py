@@ -230,7 +230,7 @@ def test_same_classes_same_detections(checkpoint, images):
 def test_exact_fold_keeps_scores_of_the_wanted_class(checkpoint, images):
     detector, path = checkpoint
     found, architecture, change = retrofit(Architecture(**{**SMALL, "classes": ("chair",)}), path, SOURCE)
-    assert (architecture.head_outputs, architecture.folded_rows, change.folded) == (4, (2,), 2)
+    assert (architecture.head_outputs, architecture.folded_rows, change.unwanted) == (4, (2,), 2)
     model = architecture.add_exits(found).eval()
     for one, expected in zip(model(images), detector(images), strict=True):
         chair = expected["labels"] == 2

@@ -10,7 +10,7 @@ from torch import nn
 from earlyexit_ssd import ExitRouter
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSD300, EarlyExitSSDLite, LossSettings, build_ssdlite
-from earlyexit_ssd.modeling.detector import Branches, compute_taps
+from earlyexit_ssd.modeling.detector import BranchLosses, compute_taps
 from earlyexit_ssd.modeling.ssd300 import VGGTrunk
 
 NAME = "earlyexit_ssd300_vgg16"
@@ -73,7 +73,7 @@ def test_its_exits_learn(model):
     model.losses = LossSettings(teacher="none")
     images = [photo((0.9, 0.1, 0.1)), photo((0.1, 0.1, 0.9))]
     targets = [{"boxes": torch.tensor([[60.0, 60, 180, 180]]), "labels": torch.tensor([label])} for label in (1, 2)]
-    batch, branches = compute_taps(model, images, targets), Branches(model).train()
+    batch, branches = compute_taps(model, images, targets), BranchLosses(model).train()
     optimizer = torch.optim.AdamW(branches.parameters(), lr=0.01)
     losses = []
     for _ in range(15):

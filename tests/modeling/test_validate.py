@@ -9,7 +9,7 @@ import torch
 from earlyexit_ssd import EarlyExitSSDLite, ExitRouter
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import build_ssdlite
-from earlyexit_ssd.modeling.detector import FullPath
+from earlyexit_ssd.modeling.detector import FullPathLosses
 from earlyexit_ssd.modeling.validate import check_images, check_router, check_targets
 
 
@@ -49,7 +49,7 @@ def test_targets_of_any_number_type_train_alike(model, boxes, labels):
         norm.momentum = 0.0
     with torch.no_grad():
         expected, found = (model.train()(photos, targets) for targets in (plain, other))
-        whole = FullPath(model).train()(photos, other)
+        whole = FullPathLosses(model).train()(photos, other)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert all(torch.equal(whole[key], expected[key]) for key in whole)
     assert other[0]["boxes"].dtype == boxes  # the caller's are left alone

@@ -61,12 +61,12 @@ def entropy_of(*probabilities: float) -> float:
             ],
         ),
         ("margin", [(0.85 * 0.1 + 0.1 * 0.5) / 0.6, (0.5 * 0.8 + 0.97 * 0.02) / 0.82]),
-        ("ambiguous_mass", [1 / 1.4, 1.0]),  # 0.4 is undecided; 0.7 is decided, 0.01 and 0.05 are nothing
+        ("ambiguous_mass", [1 / 1.4, 1.0]),  # 0.4 is ambiguous; 0.7 is clear, 0.01 and 0.05 are nothing
         ("emptiness", [0.6, 0.3]),
     ],
 )
 def test_values_by_hand(name, expected):
-    # 0.05 itself lies on the border of what is undecided; a hair less is not
+    # 0.05 itself lies on the border of what is ambiguous; a hair less is not
     now = PROBABILITIES.log() + 7
     now[0, 0, 1:] -= 1e-4
     found = get_policy(name)(ExitSignals(now), 1)
@@ -149,7 +149,7 @@ def test_parameters_are_for_policies_that_are_fitted():
 def test_sure_background_need_not_be_looked_at():
     """Among more default boxes than candidates, the rules about single objects say what all of them would say."""
     logits = torch.randn(2, 3234, 8) - 12 * (torch.arange(8) > 0)
-    logits[0, 5:400:4, 3] += torch.linspace(5, 20, 99)  # from nothing by way of undecided to sure
+    logits[0, 5:400:4, 3] += torch.linspace(5, 20, 99)  # from nothing by way of ambiguous to sure
     largest = logits.softmax(-1)[..., 1:].amax(-1)
     mass = torch.where((largest > 0.05) & (largest < 0.6), largest, 0.0).sum(-1)
     expected = {"max_foreground": largest.amax(-1), "emptiness": 1 - largest.amax(-1), "ambiguous_mass": 1 / (1 + mass)}
@@ -209,7 +209,7 @@ def test_quick_enough(name, outputs):
 # Probabilities of background and of two classes at three default boxes of two photos.
 UNDECIDED = torch.tensor(
     [
-        [[0.70, 0.20, 0.10], [0.98, 0.01, 0.01], [0.10, 0.10, 0.80]],  # undecided: 0.20 of class 1
+        [[0.70, 0.20, 0.10], [0.98, 0.01, 0.01], [0.10, 0.10, 0.80]],  # ambiguous: 0.20 of class 1
         [[0.60, 0.10, 0.30], [0.50, 0.40, 0.10], [0.97, 0.02, 0.01]],  # 0.30 of class 2 and 0.40 of class 1
     ]
 )
@@ -220,7 +220,7 @@ def confidence(weights, probabilities=UNDECIDED, **more):
     return router.confidence(ExitSignals(probabilities.log(), torch.zeros(len(probabilities), 1)), 0)
 
 
-def test_what_is_undecided_counts_by_the_weight_of_its_class():
+def test_what_is_ambiguous_counts_by_the_weight_of_its_class():
     expected = torch.tensor([1 / (1 + 0.5 * 0.20), 1 / (1 + 4.0 * 0.30 + 0.5 * 0.40)])
     torch.testing.assert_close(confidence([0.5, 4.0]), expected)
 
@@ -232,7 +232,7 @@ def test_equal_weights_are_ambiguous_mass():
     torch.testing.assert_close(balanced, plain)
 
 
-def test_a_photo_with_nothing_undecided_is_sure():
+def test_a_photo_with_nothing_ambiguous_is_sure():
     sure = torch.tensor([[[0.98, 0.01, 0.01], [0.01, 0.98, 0.01]]])
     assert confidence([9.0, 9.0], sure).tolist() == [1.0]
 
@@ -273,7 +273,7 @@ def logits_of(*probabilities):
 def test_statistics_by_hand():
     logits = logits_of((0.15, 0.8, 0.05), (0.75, 0.05, 0.2), (0.98, 0.01, 0.01))
     values = logit_statistics(logits)[0]
-    # largest object probabilities 0.8, 0.2 (undecided), 0.01
+    # largest object probabilities 0.8, 0.2 (ambiguous), 0.01
     above = [2, 2, 2, 1, 1, 1, 1, 1, 1, 0, 0]
     assert LEVELS[3] == 0.2 and LEVELS[9] == 0.8
     close = pytest.approx
