@@ -218,6 +218,7 @@ def optimize_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, "that names the detector (MODEL.WEIGHTS) and the splits (DATA)")
     parser.add_argument("--weights", help="a model.pth to start from; by default the checkpoint MODEL.WEIGHTS")
     parser.add_argument("--ap-drop", type=float, default=0.01, help="largest loss of AP50, 0.01")
+    parser.add_argument("--coco-ap-drop", type=float, help="largest loss of AP over IoU 0.5 to 0.95; not limited")
     parser.add_argument("--delta", type=float, default=0.05, help="share of the draws that may lose more; 0.05")
     wanted = parser.add_mutually_exclusive_group()
     wanted.add_argument("--speedup", type=float, help="least time of the detector as it is / time of the result")
@@ -240,7 +241,8 @@ def optimize(args: argparse.Namespace) -> None:
 
     cfg = load_config(args.config, [*args.overrides, "EVAL.RUNTIME", args.runtime])
     out = Path(args.out or Path(cfg.OUTPUT_DIR) / "optimize")
-    goal = Goal(args.ap_drop, args.delta, args.speedup, args.ms, args.budget_minutes, args.train)
+    limits = {"ap_drop": args.ap_drop, "coco_ap_drop": args.coco_ap_drop, "delta": args.delta}
+    goal = Goal(**limits, speedup=args.speedup, ms=args.ms, minutes=args.budget_minutes, train=args.train)
     outcome = optimize(cfg, goal, out, args.weights)
     for one in outcome.candidates:
         print(one)

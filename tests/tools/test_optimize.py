@@ -56,11 +56,24 @@ def test_fine_tuned_nets_are_candidates_and_a_stopped_training_is_not_repeated(t
     monkeypatch.setattr(DETECTS, 0.0)
     monkeypatch.setattr("earlyexit_ssd.pipeline.replay.time_in_runtime", by_operations)
     out = tmp_path / "tuned"
-    flags = ["--train", "--ap-drop", "1.0", *FAST, "FINE_TUNING.EPOCHS", "1", "ENGINE.CURVE_PERIOD", "0"]
+    flags = [
+        "--train",
+        "--ap-drop",
+        "1.0",
+        "--coco-ap-drop",
+        "1.0",
+        *FAST,
+        "FINE_TUNING.EPOCHS",
+        "1",
+        "ENGINE.CURVE_PERIOD",
+        "0",
+    ]
     assert optimize.main(command(trained, out, *flags)) == 0
     found = json.loads((out / "optimize.json").read_text())
     tuned = [one for one in found["candidates"] if one["fine_tuned"]]
     assert {(one["name"], one["image_size"]) for one in tuned} >= {("96 px, fine-tuned", 96)}
+    assert all(one["AP_lost_bound"] <= 1 for one in found["candidates"] if one["lost"] is not None)
+    assert "AP lost" in found["summary"]
     (folder,) = (out / "fine_tuned").iterdir()
     before = load_model(trained[0] / "run" / "model.pth")[0].state_dict()
     after = load_model(folder / "model.pth")[0].state_dict()
