@@ -43,6 +43,8 @@ THRESHOLDS = tuple(0.25 * 2 ** (step / 4) for step in range(25))
 """Tested thresholds in grey levels, rising from 0.25 to 16; fixed in advance, as fixed-sequence testing needs it."""
 MOST_REPEATS = 10
 """Default of the largest number of repeated frames in a row; it limits how late a missed change is seen."""
+FEW_EVENTS = 10
+"""With fewer changes of the detections in the calibration frames, a rule is poorly tested."""
 SAME_IOU = 0.5
 FORMAT = "earlyexit_ssd stream rule/1"
 ADVICE = "write one with earlyexit predict --calibrate-stream"
