@@ -238,3 +238,19 @@ def test_stored_results_have_every_documented_key(path):
         if key not in row
     ]
     assert missing == []
+
+
+SEARCH = re.compile(r"^\| \[[^\]]+\]\((?P<file>results/[\w/]+\.json)\) \| (?P<figures>[^|]+(?:\|[^|]+){4}) \|$", re.M)
+
+
+def test_the_table_of_searches_is_what_was_measured():
+    rows = list(SEARCH.finditer(CHOOSING))
+    assert len(rows) >= 5
+    for row in rows:
+        found = json.loads((ROOT / "docs" / row["file"]).read_text(encoding="utf-8"))
+        test, name = SimpleNamespace(**found["test"]), found["chosen"]["name"]
+        low, high = test.AP50_lost_interval
+        lost = f"{test.AP50_base - test.AP50:.3f} [{low:.3f}, {high:.3f}]"
+        kept = f"{test.objects_found} ({test.objects_found_base})"
+        times = f"{test.ms:.1f} ({test.ms_base:.1f}) | {test.ms_base / test.ms:.2f}"
+        assert row["figures"] == f"{name} | {times} | {lost} | {kept}", row.group()
