@@ -125,6 +125,11 @@ def test_a_routed_model_is_not_traced(policy, hybrid):
             torch.export.export(Wrapped(model), (image,), strict=strict)
     with torch.no_grad():
         assert "exit_index" in model([image])[0]
+
+
+def test_a_model_without_a_router_is_traced():
+    model, image = small_model().eval(), torch.rand(3, 96, 96)
+    model.router = ExitRouter(2)
     model.router = None
     traced = torch.jit.trace(Wrapped(model), (image,), check_trace=False)
     assert torch.allclose(traced(image), model([image])[0]["boxes"], atol=1e-3)

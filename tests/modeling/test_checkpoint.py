@@ -45,6 +45,14 @@ def test_foreign_and_missing_files(tmp_path):
         load_model(tmp_path / "none.pth")
 
 
+@pytest.fixture(scope="module")
+def content(tmp_path_factory):
+    """What a file of a small model holds."""
+    path, architecture = tmp_path_factory.mktemp("whole") / "model.pth", Architecture(**SMALL)
+    save_model(path, architecture.build(), architecture)
+    return torch.load(path, weights_only=True)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -54,20 +62,15 @@ def test_foreign_and_missing_files(tmp_path):
         {"exit_layers": "8"}, {7: 8},
     ],
 )  # fmt: skip
-def test_a_damaged_description_is_one_line(tmp_path, damage):
-    architecture = Architecture(**SMALL)
-    save_model(tmp_path / "model.pth", architecture.build(), architecture)
-    content = torch.load(tmp_path / "model.pth", weights_only=True)
-    content["architecture"] |= damage
-    torch.save(content, tmp_path / "model.pth")
+def test_a_damaged_description_is_one_line(tmp_path, content, damage):
+    torch.save({**content, "architecture": content["architecture"] | damage}, tmp_path / "model.pth")
     with pytest.raises(EarlyExitError, match=r"model\.pth: "):
         load_model(tmp_path / "model.pth")
 
 
 @pytest.mark.parametrize("routing", ["x", {"num_exits": "2"}, {"num_exits": 2, "thresholds": [None]}, [1]])
-def test_routing_of_another_type_is_refused(tmp_path, routing):
-    architecture = Architecture(**SMALL)
-    save_model(tmp_path / "model.pth", architecture.build(), architecture, {"router": routing})
+def test_routing_of_another_type_is_refused(tmp_path, content, routing):
+    torch.save({**content, "info": {"router": routing}}, tmp_path / "model.pth")
     with pytest.raises(EarlyExitError, match=r"model\.pth: info\.router.* is .*, expected"):
         load_model(tmp_path / "model.pth")
 
@@ -86,10 +89,7 @@ def test_routing_of_another_type_is_refused(tmp_path, routing):
         (lambda state: {}, "expected a state dict of tensors"),
     ],
 )
-def test_what_is_no_state_dict_is_one_line(tmp_path, change, message):
-    architecture = Architecture(**SMALL)
-    save_model(tmp_path / "model.pth", architecture.build(), architecture)
-    content = torch.load(tmp_path / "model.pth", weights_only=True)
+def test_what_is_no_state_dict_is_one_line(tmp_path, content, change, message):
     torch.save({**content, "model": change(content["model"])}, tmp_path / "model.pth")
     with pytest.raises(EarlyExitError, match=rf"model\.pth: .*{message}"):
         load_model(tmp_path / "model.pth")
