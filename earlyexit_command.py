@@ -510,6 +510,10 @@ COMMANDS = {
 }  # fmt: skip
 
 
+WHOLE_INSTALLATION = ("torch", "torchvision", "pycocotools", "fvcore", "albumentations", "scipy", "yaml", "cv2")
+"""Packages that a device without PyTorch may lack."""
+
+
 def run(name: str, prog: str, arguments: Sequence[str] | None = None) -> int:
     """Parse ``arguments`` (by default those of the process) for the subcommand ``name`` and run its job.
 
@@ -524,8 +528,19 @@ def run(name: str, prog: str, arguments: Sequence[str] | None = None) -> int:
     command.add_arguments(parser)
     args = parser.parse_intermixed_args(arguments)
     from earlyexit_ssd.command_line import run_tool
+    from earlyexit_ssd.errors import EarlyExitError
 
-    return run_tool(lambda: command.job(args), command.after_a_stop)
+    def job() -> None:
+        try:
+            command.job(args)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package not in WHOLE_INSTALLATION:
+                raise
+            fix = "install the project with its dependencies (pip install -e .); predict and benchmark need no PyTorch"
+            raise EarlyExitError(f"{prog} needs the package {package}, which is missing: {fix}") from None
+
+    return run_tool(job, command.after_a_stop)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

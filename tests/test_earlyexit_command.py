@@ -83,3 +83,13 @@ def test_the_wheel_has_the_command():
     words = {word.arg: word.value for node in ast.walk(setup) if isinstance(node, ast.Call) for word in node.keywords}
     assert ast.literal_eval(words["py_modules"]) == ["earlyexit_command"]
     assert ast.literal_eval(words["entry_points"]) == {"console_scripts": ["earlyexit = earlyexit_command:main"]}
+
+
+@pytest.mark.parametrize("arguments", [["optimize", "--config", "x.yaml"], ["export", "x.pth", "--out", "x.onnx"]])
+def test_a_device_without_pytorch_gets_one_line(arguments):
+    hide = "import sys; sys.modules.update(dict.fromkeys(['torch', 'torchvision', 'fvcore'])); "
+    code = f"{hide}import earlyexit_command; sys.exit(earlyexit_command.main({arguments}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"error: earlyexit {arguments[0]} needs the package ") and len(line) < 300
