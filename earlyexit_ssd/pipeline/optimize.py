@@ -105,8 +105,8 @@ class Goal:
 
     def __post_init__(self) -> None:
         Target("ap_drop", self.ap_drop, self.delta)
-        if self.coco_ap_drop is not None:
-            Target("ap_drop", self.coco_ap_drop, self.delta)
+        if self.coco_ap_drop is not None and not 0 <= self.coco_ap_drop <= 1:
+            raise EarlyExitError(f"coco_ap_drop is {self.coco_ap_drop:g}, expected a number in [0, 1]")
         for name in ("speedup", "ms", "minutes"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -60,7 +60,7 @@ def test_candidates_in_words():
     ("values", "message"),
     [
         ({"ap_drop": 2.0}, r"ap_drop is 2, expected a number in \[0, 1\]"),
-        ({"coco_ap_drop": -0.1}, r"ap_drop is -0.1, expected a number in \[0, 1\]"),
+        ({"coco_ap_drop": -0.1}, r"coco_ap_drop is -0.1, expected a number in \[0, 1\]"),
         ({"speedup": 0.0}, "speedup is 0, expected a number above 0"),
         ({"minutes": -1.0}, "minutes is -1, expected a number above 0"),
     ],
