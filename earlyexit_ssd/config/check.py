@@ -106,6 +106,7 @@ _OF_EACH_VALUE: Sequence[Rule] = (
     ("SEED DATA.SYNTHETIC.SEED", "a number below 2^63", lambda one, *_: one < 2**63),
     (_of_phases("BATCH_SIZE"), "2 or more: BatchNorm cannot normalise a single image", lambda one, *_: one >= 2),
     ("CALIBRATION.DELTA", "a probability below 1", lambda one, *_: one < 1),
+    ("CALIBRATION.FOLDS", "0, or 2 to 1000 folds", lambda one, *_: one == 0 or 2 <= one <= 1000),
     (_of_phases("EMA"), "a decay below 1", lambda one, *_: one < 1),
     ("MODEL.IMAGE_SIZE DATA.SYNTHETIC.IMAGE_SIZE", _SIDE, _whole(64, LARGEST_SIDE)),
     ("BASELINE.SIZES", f"whole numbers from 32 to {LARGEST_SIDE} pixels", _whole(32, LARGEST_SIDE)),

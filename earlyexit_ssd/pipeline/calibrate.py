@@ -12,6 +12,7 @@ import hashlib
 import logging
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from earlyexit_ssd.pipeline.replay import (
     CostModel,
     Recorded,
     Replay,
+    cross_fit_policy,
     fit_policy,
     fit_temperatures,
     measure_cost_model,
@@ -46,7 +48,7 @@ from earlyexit_ssd.pipeline.replay import (
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.results import write_calibration
 from earlyexit_ssd.routing import ExitRouter
-from earlyexit_ssd.routing.policies import needs_training_photos, require_known
+from earlyexit_ssd.routing.policies import cross_fits, needs_training_photos, require_known
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +120,8 @@ class Search:
         costs: the costs of the exits.
         blocks: number (from 0) of the block of each calibration photo, [n]; None: every photo is a block.
         baseline: detections on the calibration photos that an ap_drop is measured against; None: the full path's.
+        cross_fitted: per early exit the confidences [n] of the calibration photos if the policy is fitted on them too,
+            see `cross_fit_policy`; None: those of the router.
     """
 
     cfg: CfgNode
@@ -128,11 +132,12 @@ class Search:
     costs: CostModel
     blocks: np.ndarray | None = None
     baseline: Detections | None = None
+    cross_fitted: list[np.ndarray] | None = None
 
     @functools.cached_property
     def confidences(self) -> list[np.ndarray]:
         """Confidences of the calibration photos, an array [n] per early exit."""
-        return self.calib.confidences(self.router)
+        return self.calib.confidences(self.router) if self.cross_fitted is None else self.cross_fitted
 
     @functools.cached_property
     def losses(self) -> np.ndarray:
@@ -284,19 +289,38 @@ def calibrate(
     temperatures = temperatures_of(fitted, model.exit_names)
     if target.kind == "risk":  # what is tested on the calibration photos must not be fitted on them
         temperatures = trained_temperatures(cfg, recorded.info, model.num_early_exits)
-    router = fit_policy(cfg, cfg.ROUTING.POLICY, temperatures, calib if train is None else train)
-    costs = measure_cost_model(cfg, model, router)
     blocks = None
     if target.block is not None:
         paths = [record.path for record in recorded.sets["CALIB"].records]
         blocks = block_of_each(paths, target.block.photos)[calib.order]
-    search = Search(cfg, target, router, calib, train, costs, blocks)
+    router, cross_fitted = fit_router(cfg, cfg.ROUTING.POLICY, target, temperatures, train, calib, blocks)
+    costs = measure_cost_model(cfg, model, router)
+    search = Search(cfg, target, router, calib, train, costs, blocks, cross_fitted=cross_fitted)
     certificate = certificate_of(recorded, search, search.run())
     write_calibration(out, certificate, fitted)
     info = {**recorded.info, "router": certificate.router, "certificate": certificate.to_dict()}
     info["trained_temperatures"] = trained_temperatures(cfg, recorded.info, model.num_early_exits)
     save_model(out / "model.pth", model, recorded.architecture, info)
     return certificate
+
+
+def fit_router(
+    cfg: CfgNode,
+    policy: str,
+    target: Target,
+    temperatures: Sequence[float],
+    train: Replay | None,
+    calib: Replay,
+    blocks: np.ndarray | None = None,
+) -> tuple[ExitRouter, list[np.ndarray] | None]:
+    """The router with its fitted policy, and the cross-fitted confidences of the calibration photos.
+
+    The latter are None without cross-fitting. A risk is never cross-fitted: its bound needs a policy that was fixed
+    before the calibration photos were seen.
+    """
+    if target.kind != "risk" and cfg.CALIBRATION.FOLDS and cross_fits(policy):
+        return cross_fit_policy(cfg, policy, temperatures, train, calib, blocks)
+    return fit_policy(cfg, policy, temperatures, calib if train is None else train), None
 
 
 def _require_labels(cfg: CfgNode, target: Target, recorded: Recorded) -> None:

@@ -45,7 +45,7 @@ from earlyexit_ssd.pipeline.build import (
     photos_to_compare_on,
     with_classes,
 )
-from earlyexit_ssd.pipeline.calibrate import Chosen, Search, Target, certificate_of
+from earlyexit_ssd.pipeline.calibrate import Chosen, Search, Target, certificate_of, fit_router
 from earlyexit_ssd.pipeline.evaluate import evaluate_model, onnx_rivals
 from earlyexit_ssd.pipeline.export import export_detector, open_any
 from earlyexit_ssd.pipeline.fine_tuning import fine_tune
@@ -54,7 +54,6 @@ from earlyexit_ssd.pipeline.replay import (
     Recorded,
     Replay,
     disjoint_sets,
-    fit_policy,
     fit_temperatures,
     measure_cost_model,
     temperatures_of,
@@ -70,6 +69,8 @@ logger = logging.getLogger(__name__)
 GLANCES = ((96, 12), (128, 12), (160, 12))
 """(pixels, layer) of the tried glances if EXITS.GLANCES is empty, for an input of 320 pixels; for other inputs, pixels
 are scaled and rounded to multiples of 16."""
+EMPTY_EXITS = (12,)
+"""Trunk layers of the empty exits that are tried, also behind a glance, if the detector has no exits of its own."""
 SHARES, FINE_TUNED_SHARES = (1.0, 0.9, 0.8, 0.7), (1.0, 0.9, 0.8, 0.7, 0.6)
 """Tried input sides as shares of the detector's own, with its weights and with fine-tuned ones."""
 FINE_STEP = 16
@@ -269,11 +270,14 @@ class Optimizer:
         own = self.architecture.image_size
         return list(self.cfg.EXITS.GLANCES) or [(round(px * own / 320 / 16) * 16, layer) for px, layer in GLANCES]
 
-    def exits_at(self, size: int) -> tuple[Exit, ...]:
-        """Glances smaller than the input; at the detector's own size also its other exits."""
-        own = size == self.architecture.image_size
+    def exits_of(self, variant: Variant) -> tuple[Exit, ...]:
+        """Glances smaller than the input, and the detector's other exits at its own size and with its own head. Empty
+        exits take the place of these where there are none."""
+        own = variant == Variant(self.architecture.image_size, self.folds[0])
         others = [one for one in self.architecture.exits if one.pixels is None] if own else []
-        return (*describe_exits((), glances=[one for one in self.glances if one[0] < size]), *others)
+        layers = () if others else [layer for layer in EMPTY_EXITS if layer < self.model.last_layer]
+        glances = [one for one in self.glances if one[0] < variant.size]
+        return (*describe_exits(layers, empty=layers, glances=glances), *others)
 
     @property
     def shows_empty_photos(self) -> bool:
@@ -298,14 +302,19 @@ class Optimizer:
         return list(dict.fromkeys(plan))
 
     def _exit_sets(self, variant: Variant) -> list[tuple[str, ...]]:
-        """Sets of exit names that are tried with a net: glances, pairs of them, and the branches of the detector."""
-        names = [one.name for one in self.exits_at(variant.size)]
-        glances = [name for name in names if name.startswith("glance")] if self.shows_empty_photos else []
-        others = tuple(name for name in names if not name.startswith("glance")) if variant.fold == "as it is" else ()
+        """Sets of exit names that are tried with a net: glances, pairs of them, other exits, all of these behind a
+        glance."""
+        exits = [one for one in self.exits_of(variant) if self.shows_empty_photos or not one.empty]
+        glances = [one.name for one in exits if one.pixels is not None]
+        others = tuple(one.name for one in exits if one.pixels is None)
         sets = [*((one,) for one in glances), *itertools.combinations(glances, 2)]
-        if others and not variant.fine_tuned:
+        if others:
             sets += [*((one,) for one in others), others, *((one, *others) for one in glances)]
         return list(dict.fromkeys(sets))
+
+    def is_empty(self, variant: Variant, names: Sequence[str]) -> bool:
+        """Whether all these exits are empty."""
+        return all(one.empty for one in self.exits_of(variant) if one.name in names)
 
     def _net(self, variant: Variant) -> Net:
         """Build a net; only the latest one is kept in memory, since its recording is on disk."""
@@ -322,9 +331,7 @@ class Optimizer:
         elif variant.fold == "compact":
             architecture, state = self._compact
         trained = architecture.trained_size or own
-        exits = self.exits_at(variant.size)
-        if variant.fold == "compact" or variant.fine_tuned:
-            exits = tuple(one for one in exits if one.pixels is not None)
+        exits = self.exits_of(variant)
         architecture = dataclasses.replace(architecture, image_size=variant.size, trained_size=trained, exits=exits)
         model = architecture.build().to(self.device).eval()
         model.load_state_dict({key: state[key] for key in model.state_dict()})
@@ -390,10 +397,13 @@ class Optimizer:
     def _with_policy(self, net: Net, policy: str) -> Found:
         model, cfg = net.recorded.model, self.cfg
         fitted = fit_temperatures(cfg, model.exit_names, net.calib)
-        photos = net.train if needs_training_photos(policy) else net.calib
-        router = fit_policy(cfg, policy, temperatures_of(fitted, model.exit_names), photos)
+        train = net.train if needs_training_photos(policy) else None
+        temperatures, goal = temperatures_of(fitted, model.exit_names), Target("ap_drop", self.goal.ap_drop)
+        router, cross_fitted = fit_router(cfg, policy, goal, temperatures, train, net.calib)
         costs = measure_cost_model(cfg, model, router, self.base.recorded.model)
-        search = Search(cfg, self._target(costs), router, net.calib, None, costs, baseline=self.reference)
+        search = Search(
+            cfg, self._target(costs), router, net.calib, None, costs, baseline=self.reference, cross_fitted=cross_fitted
+        )
         try:
             chosen = search.run()
         except EarlyExitError:  # the wanted speed is impossible even if every photo leaves at the first exit
@@ -578,7 +588,7 @@ def optimize(
             logger.warning("stopped after %g minutes: %d of %d candidates tried", goal.minutes, len(store), len(plan))
             break
         name = f"{variant} {' '.join(exits)}"
-        needless = exits and variant == plan[0][0] and _needless(store, exits)
+        needless = exits and variant == plan[0][0] and search.is_empty(variant, exits) and _compact_holds(store)
         if name in store or variant in hopeless or needless:
             continue
         candidate = search.measure(variant, exits).candidate
@@ -595,10 +605,9 @@ def optimize(
     return outcome
 
 
-def _needless(store: _Store, exits: Sequence[str]) -> bool:
-    """Whether to skip the whole head with only glances, since the compact head without exits holds the budget."""
-    compact = [one for one in store.candidates if one.fold == "compact" and not one.exits and one.holds]
-    return bool(compact) and all(name.startswith("glance") for name in exits)
+def _compact_holds(store: _Store) -> bool:
+    """Whether the compact head holds the budget without exits. Then the whole head is not tried with empty exits."""
+    return any(one.fold == "compact" and not one.exits and one.holds for one in store.candidates)
 
 
 def choose_candidate(candidates: Sequence[Candidate], goal: Goal) -> Candidate | None:

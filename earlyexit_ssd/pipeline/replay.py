@@ -313,6 +313,34 @@ def fit_policy(cfg: CfgNode, policy: str, temperatures: Sequence[float], photos:
     if policy in FITTED_POLICIES:
         fitting = FittingPhotos(photos, temperatures, cfg.CALIBRATION.REFERENCE, cfg.SEED)
         parameters = FITTED_POLICIES[policy].fit(fitting)
+    return _closed_router(cfg, policy, parameters, temperatures)
+
+
+def cross_fit_policy(
+    cfg: CfgNode, policy: str, temperatures: Sequence[float], train: Replay, calib: Replay, groups: np.ndarray | None
+) -> tuple[ExitRouter, list[np.ndarray]]:
+    """A router as that of `fit_policy`, fitted on both sets, and the confidences of the calibration photos.
+
+    The photos are divided into CALIBRATION.FOLDS folds in the order of their ids, so that neighbouring frames of a
+    video are in one fold. Each confidence comes from a fit without the photo's fold.
+
+    Args:
+        groups: number (from 0) of the group of each calibration photo, [n]; a group is never divided. None: each photo
+            is a group.
+
+    Returns:
+        the router, and per early exit the confidences [n]; [n] is in the order of increasing image ids.
+    """
+    groups = np.arange(len(calib.recording)) if groups is None else groups
+    folds = np.empty(len(groups), np.int64)
+    folds[calib.order] = groups * cfg.CALIBRATION.FOLDS // (groups.max() + 1)
+    sets = [FittingPhotos(one, temperatures, cfg.CALIBRATION.REFERENCE, cfg.SEED) for one in (train, calib)]
+    parameters, confidences = FITTED_POLICIES[policy].cross_fit(*sets, torch.from_numpy(folds))
+    router = _closed_router(cfg, policy, parameters, temperatures)
+    return router, [values.numpy()[calib.order] for values in confidences]
+
+
+def _closed_router(cfg: CfgNode, policy: str, parameters: Any, temperatures: Sequence[float]) -> ExitRouter:
     return ExitRouter(
         len(temperatures),
         policy=policy,

@@ -68,18 +68,35 @@ class FittedPolicy(nn.Module):
         boxes: number of default boxes per image that the policy gets (``register_policy`` sets it); None: all.
         reads_taps: whether the policy reads the tap (`ExitSignals.tap`), so that it works at an exit without a branch.
         needs_training_photos: whether the policy must be fitted on photos other than those of calibration.
+        cross_fits: whether the policy has ``cross_fit``, which fits it on the photos of calibration too.
         expected: description of the parameters, for messages.
     """
 
     boxes: int | None = None
     reads_taps = False
     needs_training_photos = True
+    cross_fits = False
     expected = "what its fit() gives"
 
     @classmethod
     def fit(cls, photos: RecordedPhotos) -> Any:
         """The fitted parameters as plain JSON types; an EarlyExitError if they cannot be fitted on these photos."""
         raise NotImplementedError  # abstract: each registered policy fits its own numbers
+
+    @classmethod
+    def cross_fit(cls, train: RecordedPhotos, calib: RecordedPhotos, folds: Tensor) -> tuple[Any, list[Tensor]]:
+        """Fit on training and calibration photos, without boxes.
+
+        The confidence of a calibration photo comes from a fit without the photos of its fold. So thresholds that are
+        searched on these confidences are not chosen on photos that the policy knows.
+
+        Args:
+            folds: number of the fold of each calibration photo, [n].
+
+        Returns:
+            the parameters of the fit on all photos, and per early exit the confidences of the calibration photos, [n].
+        """
+        raise NotImplementedError  # abstract: for policies with cross_fits
 
 
 @dataclass(frozen=True)
@@ -162,6 +179,11 @@ def require_known(name: str) -> None:
 def reads_taps(name: str | None) -> bool:
     """Whether the policy reads the tap, so that it works at an exit without a branch."""
     return name in FITTED_POLICIES and FITTED_POLICIES[name].reads_taps
+
+
+def cross_fits(name: str) -> bool:
+    """Whether the policy can be fitted on the photos of calibration too."""
+    return name in FITTED_POLICIES and FITTED_POLICIES[name].cross_fits
 
 
 def needs_training_photos(name: str) -> bool:
@@ -439,6 +461,8 @@ class LearnedGain(FittedPolicy):
 
 
 RIDGE_PENALTIES = tuple(10.0**power for power in range(-1, 6))
+LARGEST_WEIGHT = 10.0
+"""Largest weight of a calibration photo in a cross-fit; that of a training photo is 1."""
 LEAST_PROBABILITY = 1e-3
 """Probabilities are clamped to [this, 1 - this] before their logit is taken."""
 
@@ -452,6 +476,7 @@ class ForeseenEmptiness(FittedPolicy):
     """
 
     reads_taps = True
+    cross_fits = True
     expected = "weight and bias, numbers, for every early exit"
 
     def __init__(self, parameters: Sequence[dict]) -> None:
@@ -464,11 +489,37 @@ class ForeseenEmptiness(FittedPolicy):
     @classmethod
     def fit(cls, photos: RecordedPhotos) -> list[dict[str, list | float]]:
         """Fit a regression of the full path's largest score for each early exit, without labels."""
-        largest, fitted = photos.largest_scores(), []
-        for index in range(len(photos.temperatures)):
-            inputs = torch.cat([regression_inputs(one) for one in photos.signals(index, cls.boxes)])
-            fitted.append(fit_largest_score(inputs, largest))
-        return fitted
+        exits = range(len(photos.temperatures))
+        return [fit_largest_score(cls._inputs(photos, index), photos.largest_scores()) for index in exits]
+
+    @classmethod
+    def cross_fit(
+        cls, train: RecordedPhotos, calib: RecordedPhotos, folds: Tensor
+    ) -> tuple[list[dict[str, list | float]], list[Tensor]]:
+        """See `FittedPolicy.cross_fit`. Both sets count alike, up to `LARGEST_WEIGHT` per calibration photo."""
+        known, largest = train.largest_scores(), calib.largest_scores()
+        weight = min(max(len(known) / max(len(largest), 1), 1.0), LARGEST_WEIGHT)
+        fitted, confidences = [], []
+        for index in range(len(calib.temperatures)):
+            before, inputs = cls._inputs(train, index), cls._inputs(calib, index)
+
+            def fit_on(kept: Tensor, before: Tensor = before, inputs: Tensor = inputs) -> dict[str, list | float]:
+                scores = torch.cat([known, largest[kept]])
+                weights = torch.cat([torch.ones(len(known)), torch.full((int(kept.sum()),), weight)])
+                return fit_largest_score(torch.cat([before, inputs[kept]]), scores, weights)
+
+            values = torch.empty(len(largest))
+            for fold in folds.unique():
+                found = fit_on(folds != fold)
+                predicted = inputs[folds == fold] @ torch.tensor(found["weight"]) + found["bias"]
+                values[folds == fold] = torch.sigmoid(-predicted)
+            confidences.append(values)
+            fitted.append(fit_on(torch.ones_like(folds, dtype=torch.bool)))
+        return fitted, confidences
+
+    @classmethod
+    def _inputs(cls, photos: RecordedPhotos, exit_index: int) -> Tensor:
+        return torch.cat([regression_inputs(one) for one in photos.signals(exit_index, cls.boxes)])
 
     def forward(self, signals: ExitSignals, exit_index: int) -> Tensor:
         """Confidences [N]; at the full path 1 - its own largest object probability."""
@@ -486,24 +537,31 @@ def regression_inputs(signals: ExitSignals) -> Tensor:
     return torch.cat([signals.tap, torch.logit(largest, eps=LEAST_PROBABILITY)], dim=1)
 
 
-def fit_largest_score(inputs: Tensor, probability: Tensor) -> dict[str, list | float]:
-    """Ridge regression of the logit of ``probability`` [n] on ``inputs`` [n, d].
+def fit_largest_score(inputs: Tensor, probability: Tensor, weights: Tensor | None = None) -> dict[str, list | float]:
+    """Weighted ridge regression of the logit of ``probability`` [n] on ``inputs`` [n, d].
 
     The penalty with the least leave-one-out error is chosen. ``weight`` [d] and ``bias`` are for inputs that are not
     standardised. With X the standardised inputs, the leave-one-out residuals are (y - Xw) / (1 - h), where h is the
     diagonal of X (X'X + penalty I)^-1 X' + 1/n (Golub, Heath and Wahba 1979, equation 1.3).
+
+    Args:
+        weights: weight of each photo in the sums of squares, [n]; None: 1.
     """
     inputs, targets = inputs.double(), torch.logit(probability.double(), eps=LEAST_PROBABILITY)
-    mean, scale = inputs.mean(0), inputs.std(0, unbiased=False).clamp(min=1e-3)
-    left, values, right = torch.linalg.svd((inputs - mean) / scale, full_matrices=False)
-    projected = left.T @ (targets - targets.mean())
+    share = torch.ones_like(targets) if weights is None else weights.double()
+    share = share / share.sum()
+    root = (share * len(share)).sqrt()
+    mean, center = share @ inputs, share @ targets
+    scale = (share @ (inputs - mean) ** 2).sqrt().clamp(min=1e-3)
+    left, values, right = torch.linalg.svd(root[:, None] * (inputs - mean) / scale, full_matrices=False)
+    centered = root * (targets - center)
+    projected = left.T @ centered
     best: tuple[float, Tensor] | None = None
     for penalty in RIDGE_PENALTIES:
         shrink = values**2 / (values**2 + penalty)
-        residual = targets - targets.mean() - left @ (shrink * projected)
-        leverage = (left**2 @ shrink) + 1 / len(inputs)
-        error = (residual / (1 - leverage).clamp(min=1e-6)).square().mean().item()
+        leverage = (left**2 @ shrink) + share
+        error = ((centered - left @ (shrink * projected)) / (1 - leverage).clamp(min=1e-6)).square().mean().item()
         if best is None or error < best[0]:
             best = error, right.T @ (values / (values**2 + penalty) * projected)
     weight = best[1] / scale
-    return {"weight": weight.float().tolist(), "bias": float(targets.mean() - mean @ weight)}
+    return {"weight": weight.float().tolist(), "bias": float(center - mean @ weight)}

@@ -18,6 +18,7 @@ from earlyexit_ssd.pipeline import replay
 from earlyexit_ssd.pipeline.replay import (
     CostModel,
     FittingPhotos,
+    cross_fit_policy,
     fit_policy,
     measure_cost_model,
     temperatures_of,
@@ -91,6 +92,30 @@ def test_a_fitted_router_lets_nobody_leave_yet():
     signals = next(Replay.recording.signals(0))
     confidence = router.confidence(signals, 0)
     assert confidence[signals.tap[:, 0].argmin()] > confidence[signals.tap[:, 0].argmax()]
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        (None, [0, 0, 0, 1, 1, 1]),  # neighbours by image id share a fold
+        (np.array([0, 0, 0, 0, 1, 1]), [0, 0, 0, 0, 1, 1]),  # a group is never divided
+    ],
+)
+def test_folds_are_neighbours_and_whole_groups(monkeypatch, groups, expected):
+    """``groups`` and confidences are by increasing image id, the folds of the fit in the order of the recording."""
+    order = np.array([5, 3, 1, 0, 2, 4])  # the row of each photo, by increasing image id
+    calib, given = SimpleNamespace(recording=range(6), order=order), {}
+
+    def cross_fit(train, calib, folds):
+        given["folds"] = folds
+        return [{"weight": [1.0], "bias": 0.0}], [torch.arange(6) / 10]
+
+    monkeypatch.setattr(ForeseenEmptiness, "cross_fit", cross_fit)
+    cfg = load_config(overrides=["CALIBRATION.FOLDS", "2"])
+    router, (confidences,) = cross_fit_policy(cfg, "foreseen_emptiness", [1.0], Replay(), calib, groups)
+    assert given["folds"][order].tolist() == expected
+    assert confidences.tolist() == pytest.approx([0.5, 0.3, 0.1, 0.0, 0.2, 0.4])
+    assert router.thresholds.tolist() == [CLOSED] and router.policy == "foreseen_emptiness"
 
 
 def test_exits_without_a_temperature_have_one():

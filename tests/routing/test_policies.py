@@ -18,13 +18,14 @@ from earlyexit_ssd.evaluation.cost import mmacs_to_exit
 from earlyexit_ssd.modeling import Architecture
 from earlyexit_ssd.modeling.outputs import ExitSignals
 from earlyexit_ssd.modeling.trunk import evaluating
-from earlyexit_ssd.routing import POLICIES, ExitRouter, get_policy
+from earlyexit_ssd.routing import POLICIES, ExitRouter, get_policy, policies
 from earlyexit_ssd.routing.policies import (
     FITTED_POLICIES,
     LEAST_PROBABILITY,
     LEVELS,
     NUM_STATISTICS,
     BalancedAmbiguity,
+    ForeseenEmptiness,
     GainModel,
     LearnedGain,
     at_likeliest_boxes,
@@ -421,6 +422,54 @@ def test_leave_one_out_by_leaving_one_out():
     best = min((10.0**power for power in range(-1, 6)), key=error)
     expected = ridge(list(range(25)), best)[:-1] / inputs.std(0, unbiased=False)
     assert fit_largest_score(inputs, probability)["weight"] == pytest.approx(expected.tolist(), rel=1e-3)
+
+
+def test_a_weight_counts_like_copies_of_the_photo(monkeypatch):
+    """Of 6 photos the last counts three times. Weights are scaled to a sum of 6, so the penalty is too."""
+    generator = torch.Generator().manual_seed(2)
+    inputs, probability = torch.randn(6, 2, generator=generator), torch.rand(6, generator=generator)
+    rows = [0, 1, 2, 3, 4, 5, 5, 5]
+    monkeypatch.setattr(policies, "RIDGE_PENALTIES", (8.0,))
+    copied = fit_largest_score(inputs[rows], probability[rows])
+    monkeypatch.setattr(policies, "RIDGE_PENALTIES", (6.0,))
+    weighted = fit_largest_score(inputs, probability, torch.tensor([1.0, 1, 1, 1, 1, 3]))
+    assert weighted["weight"] == pytest.approx(copied["weight"], rel=1e-5)
+    assert weighted["bias"] == pytest.approx(copied["bias"], rel=1e-5)
+
+
+class Photos:
+    """Recorded photos with an empty exit and a tap of three numbers."""
+
+    temperatures, seed = (1.0,), 0
+
+    def __init__(self, count, seed):
+        generator = torch.Generator().manual_seed(seed)
+        self.tap = torch.randn(count, 3, generator=generator)
+        self.scores = torch.sigmoid(self.tap[:, 0] + 0.1 * torch.randn(count, generator=generator))
+
+    def signals(self, exit_index, boxes=None):
+        yield ExitSignals(torch.zeros(len(self.tap), 1, 2), self.tap, empty=True)
+
+    def largest_scores(self):
+        return self.scores
+
+
+def test_a_cross_fitted_confidence_does_not_know_its_photo():
+    train, calib, folds = Photos(20, 1), Photos(12, 2), torch.arange(12) % 3
+    fitted, (confidences,) = ForeseenEmptiness.cross_fit(train, calib, folds)
+    calib.scores = calib.scores.clone()
+    calib.scores[folds == 1] = 0.999  # other answers for fold 1
+    changed, (others,) = ForeseenEmptiness.cross_fit(train, calib, folds)
+    assert torch.equal(confidences[folds == 1], others[folds == 1])
+    assert not torch.isclose(confidences[folds != 1], others[folds != 1]).any()
+    assert fitted != changed
+    alone = fit_largest_score(
+        torch.cat([train.tap, calib.tap[folds != 1]]),
+        torch.cat([train.scores, calib.scores[folds != 1]]),
+        torch.tensor([1.0] * 20 + [20 / 12] * 8),  # both sets count alike
+    )
+    expected = torch.sigmoid(-(calib.tap[folds == 1] @ torch.tensor(alone["weight"]) + alone["bias"]))
+    assert torch.allclose(others[folds == 1], expected)
 
 
 def test_its_scoring_can_be_counted_and_traced():
