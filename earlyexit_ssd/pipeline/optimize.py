@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import itertools
 import logging
 import os
 import time
@@ -66,7 +65,7 @@ from earlyexit_ssd.routing.policies import needs_training_photos
 
 logger = logging.getLogger(__name__)
 
-GLANCES = ((96, 12), (128, 12), (160, 12))
+GLANCES = ((128, 12), (160, 12), (192, 12))
 """(pixels, layer) of the tried glances if EXITS.GLANCES is empty, for an input of 320 pixels; for other inputs, pixels
 are scaled and rounded to multiples of 16."""
 EMPTY_EXITS = (12,)
@@ -302,12 +301,12 @@ class Optimizer:
         return list(dict.fromkeys(plan))
 
     def _exit_sets(self, variant: Variant) -> list[tuple[str, ...]]:
-        """Sets of exit names that are tried with a net: glances, pairs of them, other exits, all of these behind a
-        glance."""
+        """Sets of exit names that are tried with a net: glances, other exits, all of these behind a glance. (Behind a
+        finer glance a coarser one stayed closed in every search.)"""
         exits = [one for one in self.exits_of(variant) if self.shows_empty_photos or not one.empty]
         glances = [one.name for one in exits if one.pixels is not None]
         others = tuple(one.name for one in exits if one.pixels is None)
-        sets = [*((one,) for one in glances), *itertools.combinations(glances, 2)]
+        sets = [(one,) for one in glances]
         if others:
             sets += [*((one,) for one in others), others, *((one, *others) for one in glances)]
         return list(dict.fromkeys(sets))
