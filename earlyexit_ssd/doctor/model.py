@@ -101,8 +101,8 @@ def per_exit(measure: Callable[[ExitOutput, ModelEvidence], float]) -> Callable[
     return of_all
 
 
-# If a share f of the default boxes had probability 1 and all others 0, the figure would be sqrt((1 - f) / f): 12 for the
-# usual 0.7 %, 3 where a tenth matches. 0.5 would need f = 0.8, and no photo has objects at 80 % of its default boxes.
+# If a share f of the default boxes had probability 1 and all others 0, the figure would be sqrt((1 - f) / f): 12 for
+# the usual 0.7 %, 3 where a tenth matches. 0.5 needs f = 0.8, and no photo has objects at 80 % of its default boxes.
 @check(
     MODEL_CHECKS,
     least=0.5,
@@ -156,7 +156,7 @@ def background_everywhere(found: ExitOutput, evidence: ModelEvidence) -> float:
     MODEL_CHECKS,
     most=0.5,
     meaning="most default boxes claim an object, wherever they are",
-    advice="check that negatives are trained (LOSS.MIN_NEGATIVES, LOSS.NEG_TO_POS_RATIO) and that background is class 0",
+    advice="check that negatives are trained (LOSS.NEG_TO_POS_RATIO, LOSS.MIN_NEGATIVES) and background is class 0",
     quick=True,
 )
 @per_exit
@@ -230,8 +230,8 @@ def exits_none(evidence: ModelEvidence) -> dict[str, float]:
     return {"routed": 1 - list(evidence.shares.values())[-1]} if evidence.shares else {}
 
 
-# One exit for all is sound where that exit does the full path's work: the verdict then says to ship it alone, at the same
-# limit. Without AP50 nobody knows, which is the failure.
+# One exit for all is sound where that exit does the full path's work: the verdict, with the same limit, then says to
+# ship it alone. Without AP50 nobody knows, which is the failure.
 @check(
     MODEL_CHECKS,
     least=1 - LARGEST_LOSS,
@@ -245,8 +245,8 @@ def exits_all(evidence: ModelEvidence) -> dict[str, float]:
     return {name: (evidence.ap50.get(name) or 0.0) / full for name in early if evidence.shares[name] >= 1 - FEW_PHOTOS}
 
 
-# Temperatures of trained networks lie in [0.5, 3] (Guo et al. 2017 find 1.1 to 3). 2 % from a bound, the fit has reached
-# it and would go on.
+# Temperatures of trained networks lie in [0.5, 3] (Guo et al. 2017 find 1.1 to 3). Within 2 % of a bound, the fit has
+# reached it and would go on.
 @check(
     MODEL_CHECKS,
     least=0.51,

@@ -23,7 +23,7 @@ from earlyexit_ssd.doctor.model import MODEL_CHECKS, ExitOutput, ModelEvidence
 from earlyexit_ssd.engine import read_log
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.matches import ap_of_choice, bootstrap_choices, exit_matches, interval
-from earlyexit_ssd.evaluation.outputs import ImageDetections, Targets, choose_exits, exit_share, over_batches
+from earlyexit_ssd.evaluation.outputs import ImageDetections, Targets, choose_exits, exit_share, on_cpu, over_batches
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.checkpoint import weights_path
 from earlyexit_ssd.modeling.outputs import ExitOutputs
@@ -72,7 +72,7 @@ def observe(model: EarlyExitSSDLite, dataset: DetectionDataset, router: ExitRout
 
     def of_batch(images: list[Tensor], targets: Targets) -> _Seen:
         outputs = model.exit_outputs(images)
-        found = [[_on_cpu(one) for one in model.detections(outputs, index)] for index in exits]
+        found = [list(map(on_cpu, model.detections(outputs, index))) for index in exits]
         confidences = [router.confidence(outputs.signals(index), index).cpu() for index in scored]
         ids = [int(target["image_id"]) for target in targets]
         objects, boxes = network_objects(outputs, targets), outputs.anchors[0].cpu()

@@ -72,14 +72,20 @@ def claims_everywhere() -> torch.Tensor:
     return foreground.maximum(claims)
 
 
+def beside_their_objects() -> torch.Tensor:
+    """The likeliest boxes are half of their side away from their objects."""
+    likely = sound().exits[0].foreground[..., None] > 0.5
+    return sound().exits[0].deltas + likely * torch.tensor([3.5, 3.5, 0.0, 0.0])
+
+
 BROKEN = {
     # scores as an assignment at random gives them
-    "near_uniform_scores": lambda: with_exit(foreground=0.2 + 0.02 * torch.rand(PHOTOS, 100) + sound().exits[0].foreground / 50),
+    "near_uniform_scores": lambda: with_exit(foreground=0.2 + sound().exits[0].foreground / 50),
     "deltas_out_of_range": lambda: with_exit(deltas=sound().exits[0].deltas + 6.0),
     "background_everywhere": lambda: with_exit(foreground=sound().exits[0].foreground / 20),
     "foreground_everywhere": lambda: with_exit(foreground=claims_everywhere()),
     "confidence_ignores_objects": lambda: with_exit(confidence=torch.arange(PHOTOS) // 2 / PHOTOS),
-    "positives_off_objects": lambda: with_exit(deltas=sound().exits[0].deltas + torch.tensor([4.5, 4.5, 0.0, 0.0])),
+    "positives_off_objects": lambda: with_exit(deltas=beside_their_objects()),
     "exits_none": lambda: changed(shares={"exit8": 0.0, "full": 1.0}),
     "exits_all": lambda: changed(shares={"exit8": 1.0, "full": 0.0}),
     "temperature_at_bound": lambda: changed(temperatures={"exit8": [1.0, 3.0]}),
