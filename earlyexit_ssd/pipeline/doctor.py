@@ -16,24 +16,93 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from earlyexit_ssd.calibration.certificate import load_certificate, parse_certificate
-from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset, to_coco
-from earlyexit_ssd.data.records import limit_photos
-from earlyexit_ssd.doctor.findings import Diagnosis, diagnose
+from earlyexit_ssd.data import DetectionDataset, build_loader, class_names, load_dataset, to_coco
+from earlyexit_ssd.data.checks import check_photos
+from earlyexit_ssd.data.dataset import read_dataset
+from earlyexit_ssd.data.problems import Problems
+from earlyexit_ssd.data.records import limit_photos, select_classes, union_of_classes
+from earlyexit_ssd.data.repeats import Looks
+from earlyexit_ssd.doctor.data import DATA_CHECKS, DataEvidence, Split, Summary, summarise
+from earlyexit_ssd.doctor.findings import Diagnosis, Finding, diagnose
 from earlyexit_ssd.doctor.model import MODEL_CHECKS, ExitOutput, ModelEvidence
 from earlyexit_ssd.engine import read_log
-from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.errors import DataError, EarlyExitError
 from earlyexit_ssd.evaluation.matches import ap_of_choice, bootstrap_choices, exit_matches, interval
 from earlyexit_ssd.evaluation.outputs import ImageDetections, Targets, choose_exits, exit_share, on_cpu, over_batches
+from earlyexit_ssd.evaluation.results import Record
+from earlyexit_ssd.files import make_folder, sha256, write_json
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.checkpoint import weights_path
+from earlyexit_ssd.modeling.detector import default_boxes_of_image
 from earlyexit_ssd.modeling.outputs import ExitOutputs
-from earlyexit_ssd.pipeline.build import build_router, evaluation_device, open_model, takes_over, with_classes
+from earlyexit_ssd.pipeline.build import (
+    build_architecture,
+    build_router,
+    evaluation_device,
+    open_model,
+    takes_over,
+    with_classes,
+)
+from earlyexit_ssd.progress import progress
 from earlyexit_ssd.routing import ExitRouter
 
 logger = logging.getLogger(__name__)
 
 
-def doctor_model(cfg: CfgNode, weights: str | os.PathLike[str], photos: int = 200) -> Diagnosis:
+@dataclass(frozen=True)
+class Report(Record):
+    """What a job of the doctor found: figures of the splits (of ``data`` only), and the diagnosis."""
+
+    splits: tuple[Summary, ...]
+    diagnosis: Diagnosis
+
+    def __str__(self) -> str:
+        return "\n".join([*map(str, self.splits), *[""] * bool(self.splits), str(self.diagnosis)])
+
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """As doctor.json into ``folder``."""
+        make_folder(folder)
+        write_json(Path(folder) / "doctor.json", self.to_json())
+
+
+def doctor_data(cfg: CfgNode) -> Report:
+    """Check the photos and boxes of DATA.TRAIN, CALIB and TEST.
+
+    A split that cannot be read is a bad finding of the name ``unreadable``.
+
+    Raises:
+        EarlyExitError: unusable settings, or no split can be read.
+    """
+    splits, unreadable = [], []
+    for name in ("TRAIN", "CALIB", "TEST"):
+        try:
+            splits += [_split(cfg, name)] if cfg.DATA[name] else []
+        except DataError as error:
+            meaning = f"the split cannot be read: {error}"
+            unreadable.append(Finding("unreadable", name, True, 1.0, None, 0.0, meaning, "mend it and run this again"))
+    if not splits:
+        raise DataError(unreadable[0].meaning if unreadable else "DATA.TRAIN, CALIB and TEST are empty; name data sets")
+    architecture = replace(build_architecture(cfg, splits[0].classes or ("object",)), exits=())
+    boxes = default_boxes_of_image(architecture.build(), torch.device("cpu"))
+    evidence = DataEvidence(splits, boxes, cfg.MODEL.IMAGE_SIZE)
+    found = diagnose(DATA_CHECKS, evidence)
+    return Report(
+        tuple(summarise(evidence, one) for one in splits), replace(found, findings=(*unreadable, *found.findings))
+    )
+
+
+def _split(cfg: CfgNode, name: str) -> Split:
+    raws = [read_dataset(cfg, one) for one in cfg.DATA[name]]
+    classes = tuple(cfg.DATA.CLASSES) or (union_of_classes(raws) if name == "TRAIN" else class_names(cfg))
+    problems = Problems("repair")
+    records = check_photos(select_classes(raws, classes), problems)
+    problems.log(name)
+    paths = [record.path for record in records]
+    content = [sha256(path) for path in progress(paths, f"read {name}")]
+    return Split(name, classes, records, all(raw.labelled for raw in raws), content, Looks.of(paths))
+
+
+def doctor_model(cfg: CfgNode, weights: str | os.PathLike[str], photos: int = 200) -> Report:
     """Check a model on a seeded choice of ``photos`` of DATA.CALIB.
 
     Args:
@@ -54,7 +123,7 @@ def doctor_model(cfg: CfgNode, weights: str | os.PathLike[str], photos: int = 20
     evidence = observe(model.to(device), dataset, router.to(device), cfg)
     if info.get("taken_over", takes_over(cfg)):  # only the exits were trained on such photos
         evidence = replace(evidence, above_full={})
-    return diagnose(MODEL_CHECKS, replace(evidence, **_of_run(path, evidence, router)))
+    return Report((), diagnose(MODEL_CHECKS, replace(evidence, **_of_run(path, evidence, router))))
 
 
 def _router(cfg: CfgNode, model: EarlyExitSSDLite, info: Mapping[str, Any], path: Path) -> ExitRouter:
