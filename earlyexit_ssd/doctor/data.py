@@ -118,10 +118,9 @@ def summarise(evidence: DataEvidence, split: Split) -> Summary:
     boxes, counts = split.boxes() * evidence.size, split.objects
     sides = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp(min=0).sqrt()
     named = {name: counts[label] for label, name in enumerate(split.classes, start=1)}
-    return Summary(
-        split.name, len(split.records), len(boxes), quantiles(sizes.prod(1) ** 0.5), quantiles(sizes[:, 0] / sizes[:, 1]),
-        quantiles(sides), quantiles(evidence.best_ious(split)), named,
-    )  # fmt: skip
+    photos = quantiles(sizes.prod(1) ** 0.5), quantiles(sizes[:, 0] / sizes[:, 1])
+    objects = quantiles(sides), quantiles(evidence.best_ious(split))
+    return Summary(split.name, len(split.records), len(boxes), *photos, *objects, named)
 
 
 def per_split(measure: Callable[[Split, DataEvidence], float]) -> Callable[[DataEvidence], dict[str, float]]:
@@ -177,7 +176,7 @@ def copies_across_splits(evidence: DataEvidence) -> dict[str, float]:
 @check(
     DATA_CHECKS,
     most=0.01,
-    meaning="photos of one split look like photos of the other (saved anew, or neighbouring frames): figures are too high",
+    meaning="photos of one split look like some of the other (saved anew, or frames of one video): figures are too high",
     advice="split by scene, video or room, and make augmented copies after the split",
 )
 def near_copies_across_splits(evidence: DataEvidence) -> dict[str, float]:
@@ -186,8 +185,8 @@ def near_copies_across_splits(evidence: DataEvidence) -> dict[str, float]:
     return {f"{one.name}, {other.name}": float(other.looks.like(one.looks).mean()) for one, other in pairs}
 
 
-# Some object reaches the far half of its photo in any set of photos. Boxes in shares (0 to 1), percent or thousandths stay
-# in the corner. (Readers refuse most files with shares before this.)
+# Some object reaches the far half of its photo in any set of photos. Boxes in shares (0 to 1), percent or thousandths
+# stay in the corner. (Readers refuse most files with shares before this.)
 @check(
     DATA_CHECKS,
     least=0.5,
@@ -200,8 +199,8 @@ def boxes_in_shares(split: Split, evidence: DataEvidence) -> float:
     return split.boxes()[:, 2:].amax(1).quantile(0.95).item()
 
 
-# A box x, y, w, h that holds x2, y2 instead of w, h has w > x and h > y, and ends outside the photo unless its centre is
-# in the upper left quarter. Of true boxes none ends outside by more than rounding.
+# A box x, y, w, h that holds x2, y2 instead of w, h has w > x and h > y, and ends outside the photo unless its centre
+# is in the upper left quarter. Of true boxes none ends outside by more than rounding.
 @check(
     DATA_CHECKS,
     most=0.1,
@@ -253,7 +252,7 @@ def matched_by_force(split: Split, evidence: DataEvidence) -> float:
     DATA_CHECKS,
     least=200,
     meaning="the rarest class has too few boxes to be learnt",
-    advice="add photos of it, repeat them (DATA.REPEAT_THRESHOLD), or let the full path teach (LOSS.SUPERVISION teacher)",
+    advice="add photos, repeat them (DATA.REPEAT_THRESHOLD), or let the full path teach (LOSS.SUPERVISION teacher)",
 )
 def rare_class_in_training(evidence: DataEvidence) -> dict[str, float]:
     """Boxes of the rarest class in TRAIN."""
