@@ -176,7 +176,7 @@ def copies_across_splits(evidence: DataEvidence) -> dict[str, float]:
 @check(
     DATA_CHECKS,
     most=0.01,
-    meaning="photos of one split look like some of the other (saved anew, or frames of one video): figures are too high",
+    meaning="photos of one split look like some of the other (saved anew, or frames of a video): figures are too high",
     advice="split by scene, video or room, and make augmented copies after the split",
 )
 def near_copies_across_splits(evidence: DataEvidence) -> dict[str, float]:

@@ -208,8 +208,8 @@ class SplitQuality:
 
     def curve_point(self, model: EarlyExitSSDLite) -> dict[str, float | None]:
         """A point of the training curves: ``AP/<exit>`` and ``AP50/<exit>`` of exits with a branch, ``share/<exit>`` of
-        leaving photos, ``temperature/<exit>`` and the mean ``confidence/<exit>`` of early ones. Without a router (before
-        the exits phase): only the full path's AP."""
+        leaving photos, ``temperature/<exit>`` and the mean ``confidence/<exit>`` of early ones. Without a router
+        (before the exits phase): only the full path's AP."""
         router = model.router
         if router is None:
             return self._ap("full", collect_detections(model, self._loader, title=None))

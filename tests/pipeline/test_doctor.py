@@ -1,0 +1,82 @@
+"""The doctor's jobs and the hook that watches a training."""
+
+from __future__ import annotations
+
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from earlyexit_ssd.data import Annotation, Record
+from earlyexit_ssd.data.dataset import DetectionDataset
+from earlyexit_ssd.files import write_image
+from earlyexit_ssd.modeling.ssdlite import earlyexit_ssdlite320_mobilenet_v3_large
+from earlyexit_ssd.pipeline.doctor import count_aps, is_ap
+from earlyexit_ssd.pipeline.watch import Watch
+
+
+def test_what_counts_as_an_average_precision():
+    assert all(map(is_ap, ["AP", "AP50", "mAP", "mAP50", "AP50/exit8", "exit8 AP50", "val/AP", "map@.5", "AP_small"]))
+    assert not any(map(is_ap, ["apple", "share", "gap", "AP5000", "snap/x", "recall"]))
+    assert count_aps({"exits": [{"name": "full", "AP50": 0.5, "AP": None}], "ms": 3}) == 1
+    assert count_aps({"checks": [{"name": "exit8 AP50", "value": 0.5, "limit": 0.3}]}) == 1
+    assert count_aps(json.loads('{"exit_rate": 1.0, "ms": 14.4, "confidence": [0.4]}')) == 0
+
+
+@pytest.fixture
+def photos(tmp_path) -> DetectionDataset:
+    """Twelve grey photos with one object each."""
+    records = []
+    for number in range(12):
+        path = tmp_path / f"{number}.png"
+        write_image(path, Image.new("RGB", (96, 96), (number * 20,) * 3))
+        records.append(Record(number, path, 96, 96, (Annotation((8.0 * (number % 4), 8.0, 60.0, 70.0), 1),)))
+    return DetectionDataset(records, ("cat",))
+
+
+@pytest.fixture
+def model():
+    model = earlyexit_ssdlite320_mobilenet_v3_large(
+        weights_backbone=None, num_classes=2, image_size=96, width=0.25, channels=16, classes=("cat",), exit_layers=(8,)
+    )
+    for name, parameter in model.named_parameters():  # every default box gets the same score
+        if "classification_head" in name:
+            torch.nn.init.zeros_(parameter)
+    return model
+
+
+def trainer_at(step: int) -> SimpleNamespace:
+    return SimpleNamespace(step=step, loader=[0] * 10, total_steps=60)
+
+
+def test_a_training_is_warned_of_each_failure_once(photos, model, caplog):
+    watch, state = Watch(photos, lambda: model, full_only=True), {k: v.clone() for k, v in model.state_dict().items()}
+    model.train()
+    watch.before_training(trainer_at(0))
+    with caplog.at_level(logging.WARNING):
+        for step in (5, 10, 25):  # inside an epoch, or before a third of the training
+            watch.after_step(trainer_at(step))
+        assert caplog.records == []
+        watch.after_step(trainer_at(20))
+        first = [record.getMessage() for record in caplog.records]
+        watch.longest = watch.spent = 0.0  # there is time for another one
+        watch.after_step(trainer_at(30))
+    assert [message.partition(" (full)")[0] for message in first][:1] == ["epoch 2: near_uniform_scores"]
+    assert len(caplog.records) == len(first) and not [text for text in first if "exit8" in text]
+    assert model.training and all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
+
+
+def test_watching_takes_at_most_a_hundredth_of_the_time(photos, model):
+    watch = Watch(photos, lambda: model)
+    watch.before_training(trainer_at(0))
+    looks = []
+    watch.look = looks.append
+    watch.longest, watch.spent = 1.0, 0.0
+    watch.after_step(trainer_at(20))  # a second, and the training is younger than 100
+    assert looks == []
+    watch.start -= 101
+    watch.after_step(trainer_at(30))
+    assert looks == [3]
