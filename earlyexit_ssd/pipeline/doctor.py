@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from earlyexit_ssd.data import DetectionDataset, build_loader, class_names, load
 from earlyexit_ssd.data.checks import check_photos
 from earlyexit_ssd.data.dataset import read_dataset
 from earlyexit_ssd.data.problems import Problems
+from earlyexit_ssd.data.records import Record as PhotoRecord
 from earlyexit_ssd.data.records import limit_photos, select_classes, union_of_classes
 from earlyexit_ssd.data.repeats import Looks
 from earlyexit_ssd.doctor.data import DATA_CHECKS, DataEvidence, Split, Summary, summarise
@@ -103,7 +104,7 @@ def _split(cfg: CfgNode, name: str) -> Split:
 
 
 def doctor_model(cfg: CfgNode, weights: str | os.PathLike[str], photos: int = 200) -> Report:
-    """Check a model on a seeded choice of ``photos`` of DATA.CALIB.
+    """Check a model on a seeded choice of ``photos`` of DATA.CALIB, half of them with objects where there are as many.
 
     Args:
         weights: a model of this project, or a checkpoint with or without exits that ``cfg`` describes. If it lies in
@@ -118,12 +119,20 @@ def doctor_model(cfg: CfgNode, weights: str | os.PathLike[str], photos: int = 20
     model, architecture, info = open_model(cfg, path, need_exits=False)
     cfg, device = with_classes(cfg, architecture.classes), evaluation_device(cfg)
     dataset = load_dataset(cfg, cfg.DATA.CALIB)
-    dataset = dataset.subset(limit_photos(list(dataset.records), photos, cfg.SEED))
+    dataset = dataset.subset(chosen_photos(dataset.records, photos, cfg.SEED))
     router = _router(cfg, model, info, path)
     evidence = observe(model.to(device), dataset, router.to(device), cfg)
     if info.get("taken_over", takes_over(cfg)):  # only the exits were trained on such photos
         evidence = replace(evidence, above_full={})
     return Report((), diagnose(MODEL_CHECKS, replace(evidence, **_of_run(path, evidence, router))))
+
+
+def chosen_photos(records: Sequence[PhotoRecord], photos: int, seed: int) -> list[PhotoRecord]:
+    """Random ones: half with an object and half without, or more of a kind where the other has too few."""
+    kinds = [[one for one in records if one.has_targets is shows] for shows in (True, False)]
+    with_objects = min(len(kinds[0]), max(photos // 2, photos - len(kinds[1])))
+    counts = with_objects, min(len(kinds[1]), photos - with_objects)
+    return [one for kind, count in zip(kinds, counts, strict=True) for one in limit_photos(kind, count, seed)[:count]]
 
 
 def _router(cfg: CfgNode, model: EarlyExitSSDLite, info: Mapping[str, Any], path: Path) -> ExitRouter:

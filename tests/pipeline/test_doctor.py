@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from earlyexit_ssd.data import Annotation, Record
 from earlyexit_ssd.data.dataset import DetectionDataset
 from earlyexit_ssd.files import write_image
 from earlyexit_ssd.modeling.ssdlite import earlyexit_ssdlite320_mobilenet_v3_large
-from earlyexit_ssd.pipeline.doctor import count_aps, is_ap
+from earlyexit_ssd.pipeline.doctor import chosen_photos, count_aps, is_ap
 from earlyexit_ssd.pipeline.watch import Watch
 
 
@@ -24,6 +25,15 @@ def test_what_counts_as_an_average_precision():
     assert count_aps({"exits": [{"name": "full", "AP50": 0.5, "AP": None}], "ms": 3}) == 1
     assert count_aps({"checks": [{"name": "exit8 AP50", "value": 0.5, "limit": 0.3}]}) == 1
     assert count_aps(json.loads('{"exit_rate": 1.0, "ms": 14.4, "confidence": [0.4]}')) == 0
+
+
+@pytest.mark.parametrize(
+    ("photos", "shown", "without"), [(8, 4, 4), (30, 10, 20), (40, 10, 30), (100, 10, 40), (1, 0, 1)]
+)
+def test_half_of_the_photos_show_objects_where_there_are_as_many(photos, shown, without):
+    records = [Record(n, Path(f"{n}"), 9, 9, (Annotation((1, 1, 5, 5), 1),) * (n < 10)) for n in range(50)]
+    chosen = [one.has_targets for one in chosen_photos(records, photos, 0)]
+    assert (sum(chosen), len(chosen) - sum(chosen)) == (shown, without)
 
 
 @pytest.fixture
