@@ -54,7 +54,7 @@ def boxes_turned(function) -> DataEvidence:
 
 BROKEN = {
     "few_photos": lambda: evidence(sound_records()[:60]),
-    "empty_photos": lambda: evidence([record(n) for n in range(11000)] + evidence().splits[0].records),
+    "empty_photos": lambda: evidence([record(n) for n in range(2000)] + sound_records()[:60], 10000),
     "copies_across_splits": lambda: evidence(sha256=[str(n) for n in range(1000, 1720)]),
     "near_copies_across_splits": lambda: evidence(looks=split("TRAIN", 990, sound_records() * 3).looks),
     "boxes_in_shares": lambda: boxes_turned(lambda *box: tuple(value / 10 for value in box)),
@@ -62,10 +62,11 @@ BROKEN = {
     "too_small_objects": lambda: boxes_turned(lambda x1, y1, x2, y2: (x1, y1, x1 + 60, y1 + 30)),
     "matched_by_force": lambda: boxes_turned(lambda x1, y1, x2, y2: (x1 + 32, y1 + 16, x1 + 160, y1 + 50)),
     "rare_class_in_training": lambda: evidence(sound_records()),
-    "rare_class_in_evaluation": lambda: evidence(sound_records()[:40] + [record(n) for n in range(40, 140)], name="CALIB"),
+    "rare_class_in_evaluation": lambda: evidence(sound_records()[:40] + [record(1)] * 99, name="CALIB"),
 }  # fmt: skip
 ALSO = {
     "few_photos": ["rare_class_in_training"],
+    "empty_photos": ["rare_class_in_training"],
     "boxes_in_shares": ["too_small_objects", "matched_by_force"],
     "boxes_as_corners": ["matched_by_force"],
     "too_small_objects": ["matched_by_force"],
