@@ -46,8 +46,13 @@ class Finding(Record):
         sides = [("at least", self.least), ("at most", self.most)]
         return ", ".join(f"{word} {limit:.4g}" for word, limit in sides if limit is not None)
 
+    @property
+    def shown(self) -> str:
+        """The figure, rounded."""
+        return f"{self.figure:.0f}" if abs(self.figure) >= 1000 else f"{self.figure:.3g}"
+
     def __str__(self) -> str:
-        what = f"{self.check} ({self.subject}): {self.figure:.3g}, expected {self.wanted}"
+        what = f"{self.check} ({self.subject}): {self.shown}, expected {self.wanted}"
         return f"{what}; {self.meaning}: {self.advice}"
 
 
@@ -65,14 +70,10 @@ class Check:
 
     def findings(self, evidence: Any) -> list[Finding]:
         """One for each subject that can be judged; a figure that is NaN is bad."""
-        found = []
-        for subject, figure in self.measure(evidence).items():
-            above, below = (math.inf if one is None else one for one in (self.most, self.least))
-            below = -math.inf if self.least is None else below
-            limits = {"least": self.least, "most": self.most}
-            words = {"meaning": self.meaning, "advice": self.advice}
-            found.append(Finding(self.name, subject, not below <= figure <= above, figure, **limits, **words))
-        return found
+        words = self.least, self.most, self.meaning, self.advice
+        least, most = -math.inf if self.least is None else self.least, math.inf if self.most is None else self.most
+        figures = self.measure(evidence).items()
+        return [Finding(self.name, subject, not least <= figure <= most, figure, *words) for subject, figure in figures]
 
 
 def check(
@@ -106,7 +107,7 @@ class Diagnosis(Record):
 
     def __str__(self) -> str:
         """A table; below each bad finding what it means and what to do."""
-        rows = [(one, one.check, one.subject, f"{one.figure:.3g}", one.wanted) for one in self.findings]
+        rows = [(one, one.check, one.subject, one.shown, one.wanted) for one in self.findings]
         widths = [max((len(row[column]) for row in rows), default=0) for column in range(1, 4)]
         lines = []
         for one, name, subject, figure, wanted in rows:
@@ -114,9 +115,8 @@ class Diagnosis(Record):
             cells = name.ljust(widths[0]), subject.ljust(widths[1]), figure.rjust(widths[2])
             lines.append("  ".join([state, *cells, wanted]))
             lines += [f"     {one.meaning}", f"     what to do: {one.advice}"] if one.bad else []
-        lines += [f"not judged, since nothing was there to judge by: {', '.join(self.not_judged)}"] * bool(
-            self.not_judged
-        )
+        if self.not_judged:
+            lines.append(f"not judged, since nothing was there to judge by: {', '.join(self.not_judged)}")
         count = f"{len(self.bad)} of {len(self.findings)} figures are bad" if self.bad else "nothing bad was found"
         return "\n".join([*lines, count])
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -232,53 +231,27 @@ def _accuracy(model: EarlyExitSSDLite, dataset: DetectionDataset, found: list, s
     return {"ap50": ap50, "above_full": above}
 
 
-# What the files of a run say.
+_AP = re.compile(r'\bm?AP(50|75)?(/[^"]*)?"(,\s*"value")?:\s*\d', re.IGNORECASE)
+"""In JSON: a number under ``AP``, ``mAP``, ``AP50`` or ``AP50/exit8``, or a gate's figure so named."""
 
 
 def _of_run(weights: Path, evidence: ModelEvidence, router: ExitRouter) -> dict[str, Any]:
     """APs, and temperatures and confidences epoch by epoch, of the run in whose folder the weights lie."""
     roots = [folder for folder in weights.resolve().parents[:2] if (folder / "config.yaml").is_file()]
     folder = roots[-1] if roots else weights.resolve().parent
-    files = [path for pattern in ("*.json", "*.jsonl", "*/*.json", "*/*.jsonl") for path in folder.glob(pattern)]
-    logs = [path for path in files if path.name in ("log.jsonl", "metrics.json", "gate.json")]
-    if not logs:
+    names = ("metrics.json", "gate.json", "log.jsonl")
+    files = [path for name in names for path in (*folder.glob(name), *sorted(folder.glob(f"*/{name}")))]
+    if not files:
         return {}
-    lines = [line for path in sorted({path.parent for path in logs}) for line in read_log(path)]
     curves: dict[str, dict[str, list[float]]] = {"temperature": {}, "confidence": {}}
-    for line in lines:
+    for line in (line for path in files if path.name == names[-1] for line in read_log(path.parent)):
         for key, value in line.items():
             kind, _, name = key.partition("/")
             if kind in curves and value is not None:
                 curves[kind].setdefault(name, []).append(value)
     return {
-        "computed_aps": sum(map(count_aps, map(_entries, logs))),
+        "computed_aps": sum(len(_AP.findall(path.read_text(encoding="utf-8", errors="replace"))) for path in files),
         "temperatures": {**evidence.temperatures, **curves["temperature"]},
+        # the mean foreground falls as a detector learns
         "confidences": {} if router.policy == "mean_foreground" else curves["confidence"],
     }
-
-
-def _entries(path: Path) -> Iterator[Any]:
-    text = path.read_text(encoding="utf-8", errors="replace")
-    for part in text.splitlines() if path.suffix == ".jsonl" else [text]:
-        try:
-            yield json.loads(part)
-        except ValueError:  # a line that a kill cut short
-            continue
-
-
-def count_aps(value: Any) -> int:
-    """Number of average precisions in nested JSON: numbers under a key like AP, AP50, mAP or AP50/exit8, and figures
-    of a gate so named."""
-    if isinstance(value, Mapping):
-        named = {str(value.get("name")): value.get("value")} if "value" in value else {}
-        numbers = {**value, **named}.items()
-        own = sum(is_ap(key) and isinstance(number, int | float) for key, number in numbers)
-        return own + sum(map(count_aps, value.values()))
-    if isinstance(value, str | int | float | None):
-        return 0
-    return sum(map(count_aps, value))
-
-
-def is_ap(name: str) -> bool:
-    """Whether a figure's name says that it is an average precision."""
-    return re.search(r"(^|[ _/])m?AP(\d{2})?($|[@ /:_])", name, re.IGNORECASE) is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,18 +12,39 @@ from PIL import Image
 
 from earlyexit_ssd.data import Annotation, Record
 from earlyexit_ssd.data.dataset import DetectionDataset
-from earlyexit_ssd.files import write_image
+from earlyexit_ssd.doctor.model import ModelEvidence
+from earlyexit_ssd.files import write_image, write_text
 from earlyexit_ssd.modeling.ssdlite import earlyexit_ssdlite320_mobilenet_v3_large
-from earlyexit_ssd.pipeline.doctor import chosen_photos, count_aps, is_ap
+from earlyexit_ssd.pipeline.doctor import _of_run, chosen_photos
 from earlyexit_ssd.pipeline.watch import Watch
+from earlyexit_ssd.routing import ExitRouter
 
 
-def test_what_counts_as_an_average_precision():
-    assert all(map(is_ap, ["AP", "AP50", "mAP", "mAP50", "AP50/exit8", "exit8 AP50", "val/AP", "map@.5", "AP_small"]))
-    assert not any(map(is_ap, ["apple", "share", "gap", "AP5000", "snap/x", "recall"]))
-    assert count_aps({"exits": [{"name": "full", "AP50": 0.5, "AP": None}], "ms": 3}) == 1
-    assert count_aps({"checks": [{"name": "exit8 AP50", "value": 0.5, "limit": 0.3}]}) == 1
-    assert count_aps(json.loads('{"exit_rate": 1.0, "ms": 14.4, "confidence": [0.4]}')) == 0
+@pytest.mark.parametrize(
+    ("name", "text", "aps"),
+    [
+        ("metrics.json", '{"exits": [{"name": "full", "AP50": 0.5, "AP": null, "mAP": 1}], "ms": 3}', 2),
+        (
+            "exits/gate.json",
+            '{"checks": [{"name": "exit8 AP50", \n "value": 0.5}, {"name": "AP50", "value": null}]}',
+            1,
+        ),
+        ("baseline/log.jsonl", '{"step": 1, "AP50/full": 0.1}\n{"step": 2, "AP50/full": 0.2, "gap": 1}', 2),
+        ("log.jsonl", '{"step": 1, "exit_rate": 1.0, "ms": 14.4, "confidence": 0.4}', 0),
+        ("notes.json", '{"AP": 0.3}', None),
+    ],
+)
+def test_aps_of_a_run(tmp_path, name, text, aps):
+    write_text(tmp_path / name, text)
+    assert _of_run(tmp_path / "model.pth", ModelEvidence(), ExitRouter(1)).get("computed_aps") == aps
+
+
+def test_curves_of_a_run(tmp_path):
+    lines = ['{"step": 1, "confidence/exit8": 0.4, "temperature/exit8": 1.5}', '{"step": 2, "confidence/exit8": 0.1}']
+    write_text(tmp_path / "exits" / "log.jsonl", "\n".join(lines))
+    found = _of_run(tmp_path / "model.pth", ModelEvidence(), ExitRouter(1))
+    assert found["confidences"] == {"exit8": [0.4, 0.1]} and found["temperatures"] == {"exit8": [1.5]}
+    assert not _of_run(tmp_path / "model.pth", ModelEvidence(), ExitRouter(1, policy="mean_foreground"))["confidences"]
 
 
 @pytest.mark.parametrize(
