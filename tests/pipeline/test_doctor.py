@@ -26,7 +26,7 @@ from earlyexit_ssd.routing import ExitRouter
         ("metrics.json", '{"exits": [{"name": "full", "AP50": 0.5, "AP": null, "mAP": 1}], "ms": 3}', 2),
         (
             "exits/gate.json",
-            '{"checks": [{"name": "exit8 AP50", \n "value": 0.5}, {"name": "AP50", "value": null}]}',
+            '[{"name": "exit8 AP50", \n "value": 0.5}, {"name": "AP50", "value": null}]}',
             1,
         ),
         ("baseline/log.jsonl", '{"step": 1, "AP50/full": 0.1}\n{"step": 2, "AP50/full": 0.2, "gap": 1}', 2),
