@@ -134,6 +134,19 @@ Every detector runs in a process of its own, in turns on each photo. Without PyT
 How to read the table: docs/deploy.md
 """
 
+DOCTOR_EXAMPLES = """
+examples:
+  %(prog)s data --config mine.yaml
+      before a training: sizes, empty photos, copies across splits, boxes that fit no default box, rare classes
+  %(prog)s model --config configs/voc_animals.yaml --weights voc_animals DATA.ROOT ~/data
+      200 photos of DATA.CALIB through a model: does it detect, and do its exits, temperatures and routing make sense?
+  %(prog)s model --config mine.yaml --weights checkpoint.pth --out output/doctor
+      any checkpoint of torchvision's SSDLite, with or without exits; doctor.json too
+
+exit codes: 0 nothing bad was found, 1 something was, 2 bad input
+What each figure means: docs/doctor.md
+"""
+
 
 def add_config(parser: argparse.ArgumentParser, what: str) -> None:
     """Add ``--config`` and the keys that override it."""
@@ -459,6 +472,28 @@ def _contestant(word: str) -> object:
     return Rival(kind, path) if kind not in ("", "compile") else TorchModel(path, compiled=bool(kind))
 
 
+def doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("data", "model"), help="what to look at")
+    add_config(parser, "that names the splits (DATA) and the detector (MODEL)")
+    parser.add_argument("--weights", help="of a model: a file or a shipped name; OUTPUT_DIR/model.pth by default")
+    parser.add_argument("--photos", type=int, default=200, help="of DATA.CALIB, for a model; 200")
+    parser.add_argument("--out", help="folder for doctor.json")
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from earlyexit_ssd.config import load_config
+    from earlyexit_ssd.pipeline.doctor import doctor_data, doctor_model
+
+    cfg = load_config(args.config, args.overrides)
+    weights = args.weights or Path(cfg.OUTPUT_DIR) / "model.pth"
+    report = doctor_data(cfg) if args.what == "data" else doctor_model(cfg, weights, args.photos)
+    print(report)
+    if args.out:
+        report.write(args.out)
+        print(f"results: {Path(args.out) / 'doctor.json'}")
+    return 1 if report.diagnosis.bad else 0
+
+
 @dataclass(frozen=True)
 class Command:
     """A subcommand.
@@ -467,14 +502,14 @@ class Command:
         summary: its line in ``earlyexit --help``.
         examples: the end of its help; ``%(prog)s`` is replaced by the command.
         add_arguments: function that adds its arguments to a parser.
-        job: function that runs it.
+        job: function that runs it; it returns the exit code, None for 0.
         after_a_stop: advice to the user after a signal or a full disk has stopped the job.
     """
 
     summary: str
     examples: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
-    job: Callable[[argparse.Namespace], None]
+    job: Callable[[argparse.Namespace], int | None]
     after_a_stop: str = "run it again"
 
 
@@ -507,6 +542,10 @@ COMMANDS = {
         "Time detectors side by side on your photos and machine, from a decoded photo to its detections.",
         BENCHMARK_EXAMPLES, benchmark_arguments, benchmark,
     ),
+    "doctor": Command(
+        "Check data or a model for the known ways in which a training goes wrong without an error.",
+        DOCTOR_EXAMPLES, doctor_arguments, doctor,
+    ),
 }  # fmt: skip
 
 
@@ -530,9 +569,9 @@ def run(name: str, prog: str, arguments: Sequence[str] | None = None) -> int:
     from earlyexit_ssd.command_line import run_tool
     from earlyexit_ssd.errors import EarlyExitError
 
-    def job() -> None:
+    def job() -> int | None:
         try:
-            command.job(args)
+            return command.job(args)
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
             if package not in WHOLE_INSTALLATION:

@@ -18,8 +18,8 @@ from earlyexit_ssd.progress import is_first_process, write_line
 EXIT_BAD_INPUT, EXIT_GATE_FAILED, EXIT_INTERRUPTED = 2, 3, 130
 
 
-def run_tool(job: Callable[[], None], after_a_stop: str = "run it again") -> int:
-    """Run ``job``; returns the exit code: 0, 2 for bad input, 3 for a failed gate, 130 for a signal.
+def run_tool(job: Callable[[], int | None], after_a_stop: str = "run it again") -> int:
+    """Run ``job``; returns the exit code: its own (0 for None), 2 for bad input, 3 for a failed gate, 130 for a signal.
 
     ``after_a_stop``: what the user reads when a signal has stopped the job.
     """
@@ -32,7 +32,7 @@ def run_tool(job: Callable[[], None], after_a_stop: str = "run it again") -> int
     logging.getLogger("fvcore").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C; a training saves first
     try:
-        job()
+        code = job()
         sys.stdout.flush()
     except GateFailed as error:
         return _stop("\n".join([str(error), *error.advice]), EXIT_GATE_FAILED)
@@ -46,7 +46,7 @@ def run_tool(job: Callable[[], None], after_a_stop: str = "run it again") -> int
         return _stop(f"{error}; {after_a_stop}", EXIT_INTERRUPTED)
     except KeyboardInterrupt:
         return _stop(f"stopped; {after_a_stop}", EXIT_INTERRUPTED)
-    return 0
+    return code or 0
 
 
 class _LineHandler(logging.Handler):

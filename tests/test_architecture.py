@@ -8,7 +8,10 @@ from setuptools import find_packages
 import earlyexit_ssd
 
 PACKAGE = Path(earlyexit_ssd.__file__).parent
-ORDER = ["deploy", "config", "data", "modeling", "engine", "routing", "calibration", "evaluation", "report", "pipeline"]
+ORDER = [
+    *("deploy", "config", "data", "modeling", "engine", "routing", "calibration", "evaluation", "doctor", "report"),
+    "pipeline",
+]
 """deploy comes first, since it runs without all others; pipeline writes what it runs."""
 COMMON = {"bounds", "command_line", "drawing", "drift", "errors", "files", "images", "keywords", "plain", "progress"}
 

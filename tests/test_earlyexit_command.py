@@ -21,13 +21,14 @@ SCRIPTS = {
     "predict": "predict",
     "export": "export",
     "benchmark": "benchmark",
+    "doctor": "doctor",
 }
 HELP = """
 import resource, sys
 from earlyexit_command import COMMANDS, main
-from tools import benchmark, calibrate, eval_exits, export, export_weights, optimize, predict, train_net
+from tools import benchmark, calibrate, doctor, eval_exits, export, export_weights, optimize, predict, train_net
 
-tools = (benchmark, calibrate, eval_exits, export, export_weights, optimize, predict, train_net)
+tools = (benchmark, calibrate, doctor, eval_exits, export, export_weights, optimize, predict, train_net)
 scripts = [tool.main for tool in tools]
 commands = [lambda words, name=name: main([name, *words]) for name in COMMANDS]
 for command in [main, *scripts, *commands]:
@@ -46,8 +47,8 @@ print("seconds:", usage.ru_utime + usage.ru_stime)
 def test_every_help_is_there_at_once():
     result = subprocess.run([sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("examples") >= 16
-    assert float(result.stdout.split()[-1]) < 2  # all sixteen together
+    assert result.stdout.count("examples") >= 18
+    assert float(result.stdout.split()[-1]) < 2  # all eighteen together
 
 
 @pytest.mark.parametrize("name", COMMANDS)

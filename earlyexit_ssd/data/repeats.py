@@ -120,14 +120,40 @@ def distinct(dataset: DetectionDataset, near: bool = True) -> tuple[DetectionDat
 
 def _unlike(paths: Sequence[Path]) -> list[int]:
     """Indices of the photos that look like none before them."""
-    bits, grey = np.zeros((len(paths), 8), np.uint8), np.zeros((len(paths), _GRID, _GRID), np.int16)
-    alone: list[int] = []
-    for index, path in enumerate(progress(paths, desc="compare photos")):
-        bits[index], grey[index] = look_of(path)
-        nearest = np.array(alone)[_BITS[bits[alone] ^ bits[index]].sum(1) <= MOST_BITS] if alone else []
-        if not any(np.abs(grey[other] - grey[index]).max() <= MOST_GREY for other in nearest):
+    looks, alone = Looks.of(paths), list[int]()
+    for index in range(len(paths)):
+        if not looks.has(looks.bits[index], looks.grey[index], alone):
             alone.append(index)
     return alone
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What photos look like, see :func:`look_of`: ``bits`` uint8 [n, 8] and ``grey`` int16 [n, 16, 16]."""
+
+    bits: np.ndarray
+    grey: np.ndarray
+
+    @classmethod
+    def of(cls, paths: Sequence[Path]) -> Looks:
+        """Of these files.
+
+        Raises:
+            DataError: a photo cannot be read.
+        """
+        found = [look_of(path) for path in progress(paths, desc="compare photos")]
+        bits, grey = zip(*found, strict=True) if found else ([], [])
+        return cls(np.array(bits, np.uint8).reshape(-1, 8), np.array(grey, np.int16).reshape(-1, _GRID, _GRID))
+
+    def has(self, bits: np.ndarray, grey: np.ndarray, among: Sequence[int] | None = None) -> bool:
+        """Whether any of the photos (``among`` them) looks like the one with ``bits`` [8] and ``grey`` [16, 16]."""
+        indices = np.arange(len(self.bits)) if among is None else np.array(among, np.int64)
+        nearest = indices[_BITS[self.bits[indices] ^ bits].sum(1) <= MOST_BITS]
+        return any(np.abs(self.grey[other] - grey).max() <= MOST_GREY for other in nearest)
+
+    def like(self, others: Looks) -> np.ndarray:
+        """Whether each of these photos looks like any of the ``others``, bool [n]."""
+        return np.array([others.has(*one) for one in zip(self.bits, self.grey, strict=True)], bool)
 
 
 def look_of(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -94,7 +94,7 @@ def collect(
         outputs = model.exit_outputs(images)
         if router is not None and router.hybrid:
             outputs = outputs.on_full_boxes()
-        found = [list(map(_on_cpu, model.detections(outputs, index))) for index in exits]
+        found = [list(map(on_cpu, model.detections(outputs, index))) for index in exits]
         confidences = [router.confidence(outputs.signals(index), index).float().cpu() for index in scored]
         return _image_ids(targets), found, confidences
 
@@ -108,7 +108,7 @@ def collect_detections(model: nn.Module, loader: Batches, title: str | None = "e
     """Image id -> detections of any detector with torchvision's interface."""
 
     def of_batch(images: list[Tensor], targets: Targets) -> tuple[list[int], list[list[ImageDetections]]]:
-        return _image_ids(targets), [list(map(_on_cpu, model(images)))]
+        return _image_ids(targets), [list(map(on_cpu, model(images)))]
 
     return _joined(over_batches(model, loader, of_batch, title), 1)[1][0]
 
@@ -123,7 +123,7 @@ def _joined(
     return image_ids, [dict(zip(image_ids, of_exit, strict=True)) for of_exit in found]
 
 
-def _on_cpu(found: dict[str, Tensor]) -> ImageDetections:
+def on_cpu(found: dict[str, Tensor]) -> ImageDetections:
     """A photo's detections on the CPU, without other outputs of the model."""
     return {
         "boxes": found["boxes"].float().cpu(),
@@ -293,7 +293,7 @@ def _write(store: ArrayStore, model: nn.Module, loader: Batches, score: float | 
         rows = list(itertools.islice(places, len(images)))
         for name, values in _rows(model, outputs, labelled).items():
             store.arrays[name][rows] = values
-        return _image_ids(targets), [list(map(_on_cpu, of_exit)) for of_exit in found]
+        return _image_ids(targets), [list(map(on_cpu, of_exit)) for of_exit in found]
 
     batches = over_batches(model, loader, of_batch, "record exits")
     with failing_together(shared):

@@ -170,7 +170,9 @@ def photos_to_compare_on(cfg: CfgNode, classes: tuple[str, ...]) -> Iterator[Ten
         yield images[0]
 
 
-def open_model(cfg: CfgNode, weights: str | os.PathLike[str]) -> tuple[EarlyExitSSDLite, Architecture, ModelInfo]:
+def open_model(
+    cfg: CfgNode, weights: str | os.PathLike[str], need_exits: bool = True
+) -> tuple[EarlyExitSSDLite, Architecture, ModelInfo]:
     """A trained model in eval mode on the CPU, its architecture and its info.
 
     ``weights`` may be a model of this project, or a checkpoint of torchvision's reference training with exits. The
@@ -178,15 +180,20 @@ def open_model(cfg: CfgNode, weights: str | os.PathLike[str]) -> tuple[EarlyExit
     temperatures are in ``info["router"]``. With a head of COCO's 91 outputs, classes that the configuration lacks are
     folded into background.
 
+    Args:
+        need_exits: False takes a checkpoint without exits too, as a model that has the full path only.
+
     Raises:
         EarlyExitError: unusable weights, or weights that do not fit the configuration.
     """
 
     def describe(outputs: int, exits: tuple[str, ...]) -> Architecture:
-        if not exits:
+        if need_exits and not exits:
             raise ConfigError("a detector without exits; train them: MODEL.WEIGHTS with tools/train_net.py")
         classes = class_names(cfg)
         architecture = build_architecture(cfg, classes)
+        if not exits:
+            architecture = dataclasses.replace(architecture, exits=())
         if outputs == len(classes) + 1:
             return architecture
         if outputs != len(COCO_CLASSES) + 1:

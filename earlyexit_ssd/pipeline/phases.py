@@ -44,6 +44,7 @@ from earlyexit_ssd.pipeline.gates import (
     exits_gate,
 )
 from earlyexit_ssd.pipeline.run import Run
+from earlyexit_ssd.pipeline.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoad
 
     log = Log(folder, cfg.ENGINE.LOG_PERIOD, measure if curves else None, cfg.ENGINE.CURVE_PERIOD)
     hooks = [checkpoint, ProgressBar(name), log]
+    hooks += [Watch(run.calib_set, lambda: ema.average if ema else model, full_only=name == "baseline")]
     hooks += [AfterStep(ema.update)] if ema else []
     hooks += [AfterStep(lambda _: model.router.clamp_temperatures())] if isinstance(model.router, nn.Module) else []
     # channels_last is a third faster on a CPU, where depthwise convolutions dominate, and many times slower on CUDA.

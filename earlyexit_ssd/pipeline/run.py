@@ -208,7 +208,8 @@ class SplitQuality:
 
     def curve_point(self, model: EarlyExitSSDLite) -> dict[str, float | None]:
         """A point of the training curves: ``AP/<exit>`` and ``AP50/<exit>`` of exits with a branch, ``share/<exit>`` of
-        leaving photos, ``temperature/<exit>``. Without a router (before the exits phase): only the full path's AP."""
+        leaving photos, ``temperature/<exit>`` and the mean ``confidence/<exit>`` of early ones. Without a router
+        (before the exits phase): only the full path's AP."""
         router = model.router
         if router is None:
             return self._ap("full", collect_detections(model, self._loader, title=None))
@@ -218,7 +219,9 @@ class SplitQuality:
             point |= {} if empty else self._ap(name, found)
         shares = exit_share(choose_exits(collected.confidences, router.thresholds.tolist()), model.exit_names)
         temperatures = dict(zip(model.exit_names, router.temperatures.tolist(), strict=False))
-        named = {"share": shares, "temperature": temperatures}
+        means = [values.mean().item() for values in collected.confidences[:-1]]
+        confidences = dict(zip(model.exit_names, means, strict=False))
+        named = {"share": shares, "temperature": temperatures, "confidence": confidences}
         return point | {f"{key}/{name}": value for key, values in named.items() for name, value in values.items()}
 
     def _ap(self, name: str, found: Detections) -> dict[str, float | None]:

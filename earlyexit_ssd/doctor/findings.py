@@ -1,0 +1,128 @@
+"""What the doctor finds, and the registry of its checks.
+
+A check is a function from evidence to figures by subject (an exit, a split). It leaves a subject out that it cannot
+judge. The decorator `check` adds the thresholds, what a bad figure means and what to do about it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from earlyexit_ssd.evaluation.results import Record
+
+Measure = Callable[[Any], Mapping[str, float]]
+"""Evidence -> figure by subject."""
+
+
+@dataclass(frozen=True)
+class Finding(Record):
+    """One figure of one subject.
+
+    Attributes:
+        check: name of the check.
+        subject: exit, split or class that the figure is of.
+        bad: the figure is below ``least`` or above ``most``.
+        figure: the measured value.
+        least, most: thresholds; None where there is none on that side.
+        meaning: what a bad figure means, one sentence.
+        advice: what to do then, one sentence.
+    """
+
+    check: str
+    subject: str
+    bad: bool
+    figure: float
+    least: float | None
+    most: float | None
+    meaning: str
+    advice: str
+
+    @property
+    def wanted(self) -> str:
+        """The thresholds in words."""
+        sides = [("at least", self.least), ("at most", self.most)]
+        return ", ".join(f"{word} {limit:.4g}" for word, limit in sides if limit is not None)
+
+    @property
+    def shown(self) -> str:
+        """The figure, rounded."""
+        return f"{self.figure:.0f}" if abs(self.figure) >= 1000 else f"{self.figure:.3g}"
+
+    def __str__(self) -> str:
+        what = f"{self.check} ({self.subject}): {self.shown}, expected {self.wanted}"
+        return f"{what}; {self.meaning}: {self.advice}"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check with its thresholds, see `Finding`; ``quick`` ones need the outputs on a few photos only."""
+
+    name: str
+    measure: Measure
+    least: float | None
+    most: float | None
+    meaning: str
+    advice: str
+    quick: bool
+
+    def findings(self, evidence: Any) -> list[Finding]:
+        """One for each subject that can be judged; a figure that is NaN is bad."""
+        words = self.least, self.most, self.meaning, self.advice
+        least, most = -math.inf if self.least is None else self.least, math.inf if self.most is None else self.most
+        figures = self.measure(evidence).items()
+        return [Finding(self.name, subject, not least <= figure <= most, figure, *words) for subject, figure in figures]
+
+
+def check(
+    checks: list[Check],
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    meaning: str,
+    advice: str,
+    quick: bool = False,
+) -> Callable[[Measure], Measure]:
+    """Decorator that adds a function to ``checks`` under its own name; for the other arguments see `Finding`."""
+
+    def register(measure: Measure) -> Measure:
+        checks.append(Check(measure.__name__, measure, least, most, meaning, advice, quick))
+        return measure
+
+    return register
+
+
+@dataclass(frozen=True)
+class Diagnosis(Record):
+    """All findings, bad ones first, and the names of the checks that could judge nothing."""
+
+    findings: tuple[Finding, ...]
+    not_judged: list[str]
+
+    @property
+    def bad(self) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.bad)
+
+    def __str__(self) -> str:
+        """A table; below each bad finding what it means and what to do."""
+        rows = [(one, one.check, one.subject, one.shown, one.wanted) for one in self.findings]
+        widths = [max((len(row[column]) for row in rows), default=0) for column in range(1, 4)]
+        lines = []
+        for one, name, subject, figure, wanted in rows:
+            state = "BAD" if one.bad else "ok "
+            cells = name.ljust(widths[0]), subject.ljust(widths[1]), figure.rjust(widths[2])
+            lines.append("  ".join([state, *cells, wanted]))
+            lines += [f"     {one.meaning}", f"     what to do: {one.advice}"] if one.bad else []
+        if self.not_judged:
+            lines.append(f"not judged, since nothing was there to judge by: {', '.join(self.not_judged)}")
+        count = f"{len(self.bad)} of {len(self.findings)} figures are bad" if self.bad else "nothing bad was found"
+        return "\n".join([*lines, count])
+
+
+def diagnose(checks: Sequence[Check], evidence: Any) -> Diagnosis:
+    """Run the checks on the evidence."""
+    found = {one.name: one.findings(evidence) for one in checks}
+    findings = sorted((finding for all_of in found.values() for finding in all_of), key=lambda one: not one.bad)
+    return Diagnosis(tuple(findings), [name for name, all_of in found.items() if not all_of])

@@ -1,0 +1,257 @@
+"""The jobs of the doctor: look at the data of a configuration, at a trained model, and at a training while it runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor
+
+from earlyexit_ssd.calibration.certificate import load_certificate, parse_certificate
+from earlyexit_ssd.data import DetectionDataset, build_loader, class_names, load_dataset, to_coco
+from earlyexit_ssd.data.checks import check_photos
+from earlyexit_ssd.data.dataset import read_dataset
+from earlyexit_ssd.data.problems import Problems
+from earlyexit_ssd.data.records import Record as PhotoRecord
+from earlyexit_ssd.data.records import limit_photos, select_classes, union_of_classes
+from earlyexit_ssd.data.repeats import Looks
+from earlyexit_ssd.doctor.data import DATA_CHECKS, DataEvidence, Split, Summary, summarise
+from earlyexit_ssd.doctor.findings import Diagnosis, Finding, diagnose
+from earlyexit_ssd.doctor.model import MODEL_CHECKS, ExitOutput, ModelEvidence
+from earlyexit_ssd.engine import read_log
+from earlyexit_ssd.errors import DataError, EarlyExitError
+from earlyexit_ssd.evaluation.matches import ap_of_choice, bootstrap_choices, exit_matches, interval
+from earlyexit_ssd.evaluation.outputs import ImageDetections, Targets, choose_exits, exit_share, on_cpu, over_batches
+from earlyexit_ssd.evaluation.results import Record
+from earlyexit_ssd.files import make_folder, sha256, write_json
+from earlyexit_ssd.modeling import EarlyExitSSDLite
+from earlyexit_ssd.modeling.checkpoint import weights_path
+from earlyexit_ssd.modeling.detector import default_boxes_of_image
+from earlyexit_ssd.modeling.outputs import ExitOutputs
+from earlyexit_ssd.pipeline.build import (
+    build_architecture,
+    build_router,
+    evaluation_device,
+    open_model,
+    takes_over,
+    with_classes,
+)
+from earlyexit_ssd.progress import progress
+from earlyexit_ssd.routing import ExitRouter
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Report(Record):
+    """What a job of the doctor found: figures of the splits (of ``data`` only), and the diagnosis."""
+
+    splits: tuple[Summary, ...]
+    diagnosis: Diagnosis
+
+    def __str__(self) -> str:
+        return "\n".join([*map(str, self.splits), *[""] * bool(self.splits), str(self.diagnosis)])
+
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """As doctor.json into ``folder``."""
+        make_folder(folder)
+        write_json(Path(folder) / "doctor.json", self.to_json())
+
+
+def doctor_data(cfg: CfgNode) -> Report:
+    """Check the photos and boxes of DATA.TRAIN, CALIB and TEST.
+
+    A split that cannot be read is a bad finding of the name ``unreadable``.
+
+    Raises:
+        EarlyExitError: unusable settings, or no split can be read.
+    """
+    splits, unreadable = [], []
+    for name in ("TRAIN", "CALIB", "TEST"):
+        try:
+            splits += [_split(cfg, name)] if cfg.DATA[name] else []
+        except DataError as error:
+            meaning = f"the split cannot be read: {error}"
+            unreadable.append(Finding("unreadable", name, True, 1.0, None, 0.0, meaning, "mend it and run this again"))
+    if not splits:
+        raise DataError(unreadable[0].meaning if unreadable else "DATA.TRAIN, CALIB and TEST are empty; name data sets")
+    architecture = replace(build_architecture(cfg, splits[0].classes or ("object",)), exits=())
+    boxes = default_boxes_of_image(architecture.build(), torch.device("cpu"))
+    evidence = DataEvidence(splits, boxes, cfg.MODEL.IMAGE_SIZE)
+    found = diagnose(DATA_CHECKS, evidence)
+    return Report(
+        tuple(summarise(evidence, one) for one in splits), replace(found, findings=(*unreadable, *found.findings))
+    )
+
+
+def _split(cfg: CfgNode, name: str) -> Split:
+    raws = [read_dataset(cfg, one) for one in cfg.DATA[name]]
+    classes = tuple(cfg.DATA.CLASSES) or (union_of_classes(raws) if name == "TRAIN" else class_names(cfg))
+    problems = Problems("repair")
+    records = check_photos(select_classes(raws, classes), problems)
+    problems.log(name)
+    paths = [record.path for record in records]
+    content = [sha256(path) for path in progress(paths, f"read {name}")]
+    return Split(name, classes, records, all(raw.labelled for raw in raws), content, Looks.of(paths))
+
+
+def doctor_model(cfg: CfgNode, weights: str | os.PathLike[str], photos: int = 200) -> Report:
+    """Check a model on a seeded choice of ``photos`` of DATA.CALIB, half of them with objects where there are as many.
+
+    Args:
+        weights: a model of this project, or a checkpoint with or without exits that ``cfg`` describes. If it lies in
+            the folder of a run, the run's files are looked at too.
+
+    Raises:
+        EarlyExitError: unusable weights, data or settings.
+    """
+    if photos < 1:
+        raise EarlyExitError(f"--photos {photos}: expected at least 1")
+    path = weights_path(weights)
+    model, architecture, info = open_model(cfg, path, need_exits=False)
+    cfg, device = with_classes(cfg, architecture.classes), evaluation_device(cfg)
+    dataset = load_dataset(cfg, cfg.DATA.CALIB)
+    dataset = dataset.subset(chosen_photos(dataset.records, photos, cfg.SEED))
+    router = _router(cfg, model, info, path)
+    evidence = observe(model.to(device), dataset, router.to(device), cfg)
+    if info.get("taken_over", takes_over(cfg)):  # only the exits were trained on such photos
+        evidence = replace(evidence, above_full={})
+    return Report((), diagnose(MODEL_CHECKS, replace(evidence, **_of_run(path, evidence, router))))
+
+
+def chosen_photos(records: Sequence[PhotoRecord], photos: int, seed: int) -> list[PhotoRecord]:
+    """Random ones: half with an object and half without, or more of a kind where the other has too few."""
+    kinds = [[one for one in records if one.has_targets is shows] for shows in (True, False)]
+    with_objects = min(len(kinds[0]), max(photos // 2, photos - len(kinds[1])))
+    counts = with_objects, min(len(kinds[1]), photos - with_objects)
+    return [one for kind, count in zip(kinds, counts, strict=True) for one in limit_photos(kind, count, seed)[:count]]
+
+
+def _router(cfg: CfgNode, model: EarlyExitSSDLite, info: Mapping[str, Any], path: Path) -> ExitRouter:
+    """The router that an evaluation would take; that it was calibrated on these photos is no matter here."""
+    if cfg.ROUTING.CERTIFICATE:
+        return load_certificate(cfg.ROUTING.CERTIFICATE).router_for(model)
+    if info.get("certificate"):
+        return parse_certificate(info["certificate"], path).router_for(model)
+    return build_router(cfg, {"num_exits": model.num_early_exits, **(info.get("router") or {})})
+
+
+def observe(model: EarlyExitSSDLite, dataset: DetectionDataset, router: ExitRouter, cfg: CfgNode) -> ModelEvidence:
+    """Run all exits on the photos once."""
+    exits, scored = range(len(model.exit_names)), range(model.num_early_exits)
+
+    def of_batch(images: list[Tensor], targets: Targets) -> _Seen:
+        outputs = model.exit_outputs(images)
+        found = [list(map(on_cpu, model.detections(outputs, index))) for index in exits]
+        confidences = [router.confidence(outputs.signals(index), index).cpu() for index in scored]
+        ids = [int(target["image_id"]) for target in targets]
+        objects, boxes = network_objects(outputs, targets), outputs.anchors[0].cpu()
+        return _Seen(ids, exit_outputs(model, outputs), found, confidences, objects, boxes)
+
+    loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, False, cfg.SEED)
+    batches = over_batches(model, loader, of_batch, "look at photos")
+    ids = [image_id for batch in batches for image_id in batch.ids]
+    found = [dict(zip(ids, (one for batch in batches for one in batch.found[index]), strict=True)) for index in exits]
+    confidences = [torch.cat([batch.confidences[index] for batch in batches]) for index in scored]
+    shares = {}
+    if not router.closed:
+        chosen = choose_exits([*confidences, torch.ones(len(ids))], router.thresholds.tolist())
+        shares = exit_share(chosen, model.exit_names)
+    temperatures = zip(model.exit_names, router.temperatures.tolist(), strict=False)
+    return ModelEvidence(
+        exits=joined([batch.exits for batch in batches]),
+        default_boxes=batches[0].default_boxes,
+        objects=[boxes for batch in batches for boxes in batch.objects],
+        shares=shares,
+        temperatures={name: [value] for name, value in temperatures},
+        **_accuracy(model, dataset, found, cfg.SEED),
+    )
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Of one batch; lists by photo, those of ``found`` and ``confidences`` by exit first."""
+
+    ids: list[int]
+    exits: list[ExitOutput]
+    found: list[list[ImageDetections]]
+    confidences: list[Tensor]
+    objects: list[Tensor]
+    default_boxes: Tensor
+
+
+def exit_outputs(model: EarlyExitSSDLite, outputs: ExitOutputs) -> list[ExitOutput]:
+    """On the CPU, of the exits that have a branch, and of the full path."""
+    return [
+        ExitOutput.of(name, head["cls_logits"].cpu(), head["bbox_regression"].cpu())
+        for name, head, empty in zip(model.exit_names, outputs.heads, (*model.empty, False), strict=True)
+        if not empty
+    ]
+
+
+def joined(batches: list[list[ExitOutput]]) -> list[ExitOutput]:
+    """The outputs of all batches, exit by exit."""
+    return [
+        ExitOutput(
+            parts[0].name, *(torch.cat([getattr(one, key) for one in parts]) for key in ("foreground", "deltas"))
+        )
+        for parts in zip(*batches, strict=True)
+    ]
+
+
+def network_objects(outputs: ExitOutputs, targets: Targets) -> list[Tensor]:
+    """Per photo the boxes of its objects [g, 4], xyxy in network pixels."""
+    sizes = zip(targets, outputs.network_sizes, outputs.photo_sizes, strict=True)
+    return [
+        target["boxes"].cpu() * torch.tensor([width / photo[1], height / photo[0]] * 2)
+        for target, (height, width), photo in sizes
+    ]
+
+
+def _accuracy(model: EarlyExitSSDLite, dataset: DetectionDataset, found: list, seed: int) -> dict[str, Any]:
+    matches = exit_matches(to_coco(dataset), found)
+    choices = [torch.full((matches.photos,), index).numpy() for index in range(len(found))]
+    ap50 = {
+        name: ap_of_choice(matches, choice, ap50_only=True).AP50
+        for name, choice, empty in zip(model.exit_names, choices, (*model.empty, False), strict=True)
+        if not empty
+    }
+    draws = bootstrap_choices(matches, choices, seed=seed)
+    above = {}
+    for name, one in zip(model.exit_names[:-1], draws, strict=False):
+        difference = interval(one.AP50 - draws[-1].AP50)
+        above |= {name: difference[0]} if difference and name in ap50 else {}
+    return {"ap50": ap50, "above_full": above}
+
+
+_AP = re.compile(r'\bm?AP(50|75)?(/[^"]*)?"(,\s*"value")?:\s*\d', re.IGNORECASE)
+"""In JSON: a number under ``AP``, ``mAP``, ``AP50`` or ``AP50/exit8``, or a gate's figure so named."""
+
+
+def _of_run(weights: Path, evidence: ModelEvidence, router: ExitRouter) -> dict[str, Any]:
+    """APs, and temperatures and confidences epoch by epoch, of the run in whose folder the weights lie."""
+    roots = [folder for folder in weights.resolve().parents[:2] if (folder / "config.yaml").is_file()]
+    folder = roots[-1] if roots else weights.resolve().parent
+    names = ("metrics.json", "gate.json", "log.jsonl")
+    files = [path for name in names for path in (*folder.glob(name), *sorted(folder.glob(f"*/{name}")))]
+    if not files:
+        return {}
+    curves: dict[str, dict[str, list[float]]] = {"temperature": {}, "confidence": {}}
+    for line in (line for path in files if path.name == names[-1] for line in read_log(path.parent)):
+        for key, value in line.items():
+            kind, _, name = key.partition("/")
+            if kind in curves and value is not None:
+                curves[kind].setdefault(name, []).append(value)
+    return {
+        "computed_aps": sum(len(_AP.findall(path.read_text(encoding="utf-8", errors="replace"))) for path in files),
+        "temperatures": {**evidence.temperatures, **curves["temperature"]},
+        # the mean foreground falls as a detector learns
+        "confidences": {} if router.policy == "mean_foreground" else curves["confidence"],
+    }

@@ -1,0 +1,112 @@
+"""The doctor's jobs and the hook that watches a training."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from earlyexit_ssd.data import Annotation, Record
+from earlyexit_ssd.data.dataset import DetectionDataset
+from earlyexit_ssd.doctor.model import ModelEvidence
+from earlyexit_ssd.files import write_image, write_text
+from earlyexit_ssd.modeling.ssdlite import earlyexit_ssdlite320_mobilenet_v3_large
+from earlyexit_ssd.pipeline.doctor import _of_run, chosen_photos
+from earlyexit_ssd.pipeline.watch import Watch
+from earlyexit_ssd.routing import ExitRouter
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "aps"),
+    [
+        ("metrics.json", '{"exits": [{"name": "full", "AP50": 0.5, "AP": null, "mAP": 1}], "ms": 3}', 2),
+        (
+            "exits/gate.json",
+            '[{"name": "exit8 AP50", \n "value": 0.5}, {"name": "AP50", "value": null}]}',
+            1,
+        ),
+        ("baseline/log.jsonl", '{"step": 1, "AP50/full": 0.1}\n{"step": 2, "AP50/full": 0.2, "gap": 1}', 2),
+        ("log.jsonl", '{"step": 1, "exit_rate": 1.0, "ms": 14.4, "confidence": 0.4}', 0),
+        ("notes.json", '{"AP": 0.3}', None),
+    ],
+)
+def test_aps_of_a_run(tmp_path, name, text, aps):
+    write_text(tmp_path / name, text)
+    assert _of_run(tmp_path / "model.pth", ModelEvidence(), ExitRouter(1)).get("computed_aps") == aps
+
+
+def test_curves_of_a_run(tmp_path):
+    lines = ['{"step": 1, "confidence/exit8": 0.4, "temperature/exit8": 1.5}', '{"step": 2, "confidence/exit8": 0.1}']
+    write_text(tmp_path / "exits" / "log.jsonl", "\n".join(lines))
+    found = _of_run(tmp_path / "model.pth", ModelEvidence(), ExitRouter(1))
+    assert found["confidences"] == {"exit8": [0.4, 0.1]} and found["temperatures"] == {"exit8": [1.5]}
+    assert not _of_run(tmp_path / "model.pth", ModelEvidence(), ExitRouter(1, policy="mean_foreground"))["confidences"]
+
+
+@pytest.mark.parametrize(
+    ("photos", "shown", "without"), [(8, 4, 4), (30, 10, 20), (40, 10, 30), (100, 10, 40), (1, 0, 1)]
+)
+def test_half_of_the_photos_show_objects_where_there_are_as_many(photos, shown, without):
+    records = [Record(n, Path(f"{n}"), 9, 9, (Annotation((1, 1, 5, 5), 1),) * (n < 10)) for n in range(50)]
+    chosen = [one.has_targets for one in chosen_photos(records, photos, 0)]
+    assert (sum(chosen), len(chosen) - sum(chosen)) == (shown, without)
+
+
+@pytest.fixture
+def photos(tmp_path) -> DetectionDataset:
+    """Twelve grey photos with one object each."""
+    records = []
+    for number in range(12):
+        path = tmp_path / f"{number}.png"
+        write_image(path, Image.new("RGB", (96, 96), (number * 20,) * 3))
+        records.append(Record(number, path, 96, 96, (Annotation((8.0 * (number % 4), 8.0, 60.0, 70.0), 1),)))
+    return DetectionDataset(records, ("cat",))
+
+
+@pytest.fixture
+def model():
+    model = earlyexit_ssdlite320_mobilenet_v3_large(
+        weights_backbone=None, num_classes=2, image_size=96, width=0.25, channels=16, classes=("cat",), exit_layers=(8,)
+    )
+    for name, parameter in model.named_parameters():  # every default box gets the same score
+        if "classification_head" in name:
+            torch.nn.init.zeros_(parameter)
+    return model
+
+
+def trainer_at(step: int) -> SimpleNamespace:
+    return SimpleNamespace(step=step, loader=[0] * 10, total_steps=60)
+
+
+def test_a_training_is_warned_of_each_failure_once(photos, model, caplog):
+    watch, state = Watch(photos, lambda: model, full_only=True), {k: v.clone() for k, v in model.state_dict().items()}
+    model.train()
+    watch.before_training(trainer_at(0))
+    with caplog.at_level(logging.WARNING):
+        for step in (5, 10, 25):  # inside an epoch, or before a third of the training
+            watch.after_step(trainer_at(step))
+        assert caplog.records == []
+        watch.after_step(trainer_at(20))
+        first = [record.getMessage() for record in caplog.records]
+        watch.longest = watch.spent = 0.0  # there is time for another one
+        watch.after_step(trainer_at(30))
+    assert [message.partition(" (full)")[0] for message in first][:1] == ["epoch 2: near_uniform_scores"]
+    assert len(caplog.records) == len(first) and not [text for text in first if "exit8" in text]
+    assert model.training and all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
+
+
+def test_watching_takes_at_most_a_hundredth_of_the_time(photos, model):
+    watch = Watch(photos, lambda: model)
+    watch.before_training(trainer_at(0))
+    looks = []
+    watch.look = looks.append
+    watch.longest, watch.spent = 1.0, 0.0
+    watch.after_step(trainer_at(20))  # a second, and the training is younger than 100
+    assert looks == []
+    watch.start -= 101
+    watch.after_step(trainer_at(30))
+    assert looks == [3]
