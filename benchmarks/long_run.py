@@ -70,9 +70,8 @@ def job(args: argparse.Namespace) -> None:
     if not images:
         raise EarlyExitError(f"{', '.join(args.sources)[:100]}: no frame could be read; name others")
     predictor = Predictor(args.detector, "openvino" if args.detector.endswith(".xml") else "onnxruntime")
-    print(
-        f"{len(images)} frames, again and again\n\n| frames | memory, MB | open files | other answers |\n|---|---|---|---|"
-    )
+    print(f"{len(images)} frames, again and again\n")
+    print("| frames | memory, MB | open files | other answers |\n|---|---|---|---|")
     for row in long_run(predictor, images, args.frames):
         print(f"| {row.frames} | {row.memory_mb:.1f} | {row.files} | {row.changed} |", flush=True)
 

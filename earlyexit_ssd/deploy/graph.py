@@ -32,7 +32,7 @@ OUTPUTS = {
     "exit_confidence": (TensorProto.FLOAT, []),
 }
 
-LARGE = 1_300_000
+LARGE = 1_000_000
 """Photo size in pixels above which, in ONNX Runtime, gathering the pixels that a resize reads is faster than converting
 the whole photo. In OpenVINO it always is."""
 LOG_LIMIT = math.log(1000.0 / 16)

@@ -113,8 +113,8 @@ def export_detector(
 ) -> Exported:
     """Write a detector that runs without PyTorch, routed as ``model.router`` says; `Predictor` runs it.
 
-    Exits that the router has closed are left out; without a router the file is the full path, and knows no exits. What is written is first
-    run on photos: the same exits, detections and heads as the model's, or nothing is written.
+    Exits that the router has closed are left out. Without a router the file is the full path and names no other exit.
+    What is written is first run on photos: the same exits, detections and heads as the model's, or nothing is written.
 
     Args:
         model: left as it is.
