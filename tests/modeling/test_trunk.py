@@ -63,7 +63,7 @@ def test_a_small_copy_has_means_over_whole_cells():
 def test_a_small_copy_is_interpolated_then_averaged(side, pixels, times):
     x = torch.rand(2, 3, side, side)
     larger = F.interpolate(x, (times * pixels, times * pixels), mode="bilinear", align_corners=False)
-    assert torch.allclose(small_copy(x, pixels), F.avg_pool2d(larger, times), atol=1e-6)
+    assert torch.allclose(small_copy(x, pixels), F.avg_pool2d(larger, times), atol=5e-5)  # places are rounded
 
 
 def test_every_flag_comes_back():
