@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ OUTPUTS = {
     "exit_confidence": (TensorProto.FLOAT, []),
 }
 
-LARGE = 1_300_000
+LARGE = 1_000_000
 """Photo size in pixels above which, in ONNX Runtime, gathering the pixels that a resize reads is faster than converting
 the whole photo. In OpenVINO it always is."""
 LOG_LIMIT = math.log(1000.0 / 16)
@@ -358,42 +358,51 @@ def _state(found: Mapping[str, str]) -> dict[str, str]:
 
 def normalised(scope: Scope, image: str, size: str, contract: Contract) -> str:
     """uint8 [H, W, 3] and its ``size`` (H, W) to float32 [1, 3, *contract.size], bilinear without antialiasing."""
-    mean, std = np.asarray(contract.mean, np.float64), np.asarray(contract.std, np.float64)
-    scale, shift = (values.reshape(1, 3, 1, 1) for values in (1 / (255 * std), -mean / std))
     if contract.large == 0:
-        x = _fetched(scope, image, size, contract)
-    else:
-        large, small = scope.inside(), scope.inside()
-        is_large = scope("Greater", scope("ReduceProd", size, keepdims=0), scope.constant(contract.large, np.int64))
-        pairs = ((large, _fetched(large, image, size, contract)), (small, _resized(small, image, contract)))
-        (x,) = scope.either(
-            is_large, *(Answer(one, [(name, TensorProto.FLOAT, [1, 3, *contract.size])]) for one, name in pairs)
-        )
-    return scope("Add", scope("Mul", x, scope.constant(scale)), scope.constant(shift))
+        return _fetched(scope, image, size, contract)
+    large, small = scope.inside(), scope.inside()
+    is_large = scope("Greater", scope("ReduceProd", size, keepdims=0), scope.constant(contract.large, np.int64))
+    pairs = ((large, _fetched(large, image, size, contract)), (small, _resized(small, image, contract)))
+    shape = [1, 3, *contract.size]
+    return scope.either(is_large, *(Answer(one, [(name, TensorProto.FLOAT, shape)]) for one, name in pairs))[0]
+
+
+def _normalise(scope: Scope, pixels: str, contract: Contract, arrange: Callable[[np.ndarray], np.ndarray]) -> str:
+    """Pixels in 0..255 to the network's input; ``arrange`` gives values per channel [3] the layout of the pixels."""
+    mean, std = np.asarray(contract.mean, np.float64), np.asarray(contract.std, np.float64)
+    scale, shift = (scope.constant(arrange(values)) for values in (1 / (255 * std), -mean / std))
+    return scope("Add", scope("Mul", pixels, scale), shift)
 
 
 def _resized(scope: Scope, image: str, contract: Contract) -> str:
     """Convert the whole photo, then resize it."""
-    pixels = scope("Transpose", scope("Cast", image, to=TensorProto.FLOAT), perm=[2, 0, 1])
+    pixels = scope("Cast", scope("Transpose", image, perm=[2, 0, 1]), to=TensorProto.FLOAT)  # bytes are moved faster
     pixels = scope("Unsqueeze", pixels, scope.constant([0], np.int64))
     target = scope.constant([1, 3, *contract.size], np.int64)
-    return scope("Resize", pixels, "", "", target, mode="linear", coordinate_transformation_mode="half_pixel")
+    pixels = scope("Resize", pixels, "", "", target, mode="linear", coordinate_transformation_mode="half_pixel")
+    return _normalise(scope, pixels, contract, lambda values: values.reshape(1, 3, 1, 1))
 
 
 def _fetched(scope: Scope, image: str, size: str, contract: Contract) -> str:
-    """Resize from the four pixels around each output point, and convert only these."""
+    """Resize from the four pixels around each output point, and convert only these.
+
+    Arithmetic is on rows of width * 3 values, and the transposition comes last: OpenVINO takes half the time so.
+    """
     height, width = contract.size
     top, bottom, down = _neighbours(scope, size, 0, height)
     left, right, across = _neighbours(scope, size, 1, width)
-    down = scope("Reshape", down, scope.constant([height, 1, 1], np.int64))
-    across = scope("Reshape", across, scope.constant([1, width, 1], np.int64))
-    rows = []
+    down = scope("Reshape", down, scope.constant([height, 1], np.int64))
+    across = scope("Reshape", across, scope.constant([width, 1], np.int64))
+    across = scope("Expand", across, scope.constant([width, 3], np.int64))
+    across = scope("Reshape", across, scope.constant([1, width * 3], np.int64))
+    flat, rows = scope.constant([height, width * 3], np.int64), []
     for row in (top, bottom):
         row = scope("Gather", image, row, axis=0)
-        ends = [scope("Gather", row, end, axis=1) for end in (left, right)]
+        ends = [scope("Reshape", scope("Gather", row, end, axis=1), flat) for end in (left, right)]
         rows.append(_between(scope, *(scope("Cast", end, to=TensorProto.FLOAT) for end in ends), across))
-    pixels = scope("Transpose", _between(scope, *rows, down), perm=[2, 0, 1])
-    return scope("Unsqueeze", pixels, scope.constant([0], np.int64))
+    pixels = _normalise(scope, _between(scope, *rows, down), contract, lambda values: np.tile(values, width))
+    pixels = scope("Reshape", pixels, scope.constant([1, height, width, 3], np.int64))
+    return scope("Transpose", pixels, perm=[0, 3, 1, 2])
 
 
 def _neighbours(scope: Scope, size: str, axis: int, count: int) -> tuple[str, str, str]:

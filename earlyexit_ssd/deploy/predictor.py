@@ -476,7 +476,8 @@ class OpenVino:
         if not hasattr(self._local, "request"):  # a request holds the tensors of one call
             self._local.request = self._compiled.create_infer_request()
         try:
-            found = self._local.request.infer({place: feeds[name] for place, name in enumerate(self.inputs)})
+            given = {place: feeds[name] for place, name in enumerate(self.inputs)}
+            found = self._local.request.infer(given, share_inputs=True)  # without a copy of the photo
             return {name: np.array(found[place]) for place, name in enumerate(self._outputs)}
         except Exception as error:
             raise EarlyExitError(f"{self._name}: it does not run ({one_line(str(error))[:150]}); export anew") from None

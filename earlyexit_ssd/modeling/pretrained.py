@@ -73,7 +73,7 @@ class Pretrained(EarlyExitDetector):
             raise EarlyExitError(f"{path}: a {architecture.detector}, expected {cls.detector_name}; take its own class")
         if classes is not None and tuple(classes) != model.classes:
             raise EarlyExitError(f"{path}: its classes are {', '.join(model.classes)[:120]}; leave classes out")
-        if not info.get("exits", True):
+        if router and not info.get("exits", True):  # without routing no exit is used
             logger.warning("%s: has no exits; those of the model are untrained, the full path is unchanged", path)
         if router and info.get("router"):
             try:

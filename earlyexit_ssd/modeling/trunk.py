@@ -7,6 +7,7 @@ convolution, the *expansion*, is the first and finest map of the head.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -195,9 +196,26 @@ def small_copy(x: Tensor, pixels: int) -> Tensor:
     average pooling. Bilinear interpolation alone would ignore pixels if it shrank by more than a factor of two."""
     side = int(x.shape[-1])  # a number also while tracing, where shapes are tensors
     times = max(1, round(side / pixels))
+    block, points = (length // math.gcd(side, pixels) for length in (side, pixels))
+    if 1 < times < side / pixels and block <= LARGEST_BLOCK:
+        weights = _block_weights(x.shape[1], block, points, times).to(x)
+        return F.pixel_shuffle(F.conv2d(x, weights, stride=block), points)
     if side != times * pixels:
         x = F.interpolate(x, (times * pixels, times * pixels), mode="bilinear", align_corners=False)
     return F.avg_pool2d(x, times) if times > 1 else x
+
+
+LARGEST_BLOCK = 10
+"""Side of a block of pixels up to which one convolution is faster than interpolation and pooling."""
+
+
+def _block_weights(channels: int, block: int, points: int, times: int) -> Tensor:
+    """Weights [channels * points^2, channels, block, block] with which `small_copy` takes every block of ``block`` x
+    ``block`` pixels to ``points`` x ``points``. If the image shrinks, no point depends on pixels of another block."""
+    rows = F.interpolate(torch.eye(block)[None], size=points * times, mode="linear", align_corners=False)
+    line = F.avg_pool1d(rows, times)[0].T  # [points, block]
+    one = torch.einsum("pi,qj->pqij", line, line).reshape(1, points**2, 1, block, block)
+    return (torch.eye(channels)[:, None, :, None, None] * one).flatten(0, 1)
 
 
 @contextlib.contextmanager

@@ -113,8 +113,8 @@ def export_detector(
 ) -> Exported:
     """Write a detector that runs without PyTorch, routed as ``model.router`` says; `Predictor` runs it.
 
-    Exits that the router has closed are left out; without a router the file is the full path. What is written is first
-    run on photos: the same exits, detections and heads as the model's, or nothing is written.
+    Exits that the router has closed are left out. Without a router the file is the full path and names no other exit.
+    What is written is first run on photos: the same exits, detections and heads as the model's, or nothing is written.
 
     Args:
         model: left as it is.
@@ -139,6 +139,8 @@ def export_detector(
     if path.exists() and path.is_dir() != (file_format == "staged"):
         raise EarlyExitError(f"{path}: there is {'a folder' if path.is_dir() else 'a file'} of that name; name another")
     model = copy.deepcopy(model).cpu().eval()
+    if model.router is None:  # no photo leaves at an exit
+        model = _without_exits(model)
     with evaluating(model):
         parts = _Parts(_segments(model), _contract(model), _metadata(model))
         compared = list(_photos(photos))
@@ -153,6 +155,12 @@ def export_detector(
     files = [*path.iterdir()] if path.is_dir() else [path, *_weights_beside(path)]
     runtime = ", 'openvino'" if file_format == "openvino" else ""
     return Exported(path, sum(file.stat().st_size for file in files), *exported, runtime)
+
+
+def _without_exits(model: EarlyExitDetector) -> EarlyExitDetector:
+    plain = type(model)(model, exits=(), classes=model.classes)
+    plain.score_thresh = model.score_thresh
+    return plain.eval()
 
 
 def _weights_beside(path: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from earlyexit_ssd.modeling.trunk import SegmentedTrunk, TrunkState, evaluating, small_copy
@@ -54,6 +55,15 @@ def test_a_small_copy_has_means_over_whole_cells():
     assert small_copy(x, 2).tolist() == [[[[2.5, 4.5], [10.5, 12.5]]]]
     assert torch.equal(small_copy(x, 4), x)
     assert small_copy(torch.full((2, 3, 10, 10), 0.25), 4).equal(torch.full((2, 3, 4, 4), 0.25))
+
+
+@pytest.mark.parametrize(
+    ("side", "pixels", "times"), [(320, 128, 2), (320, 96, 3), (288, 128, 2), (320, 192, 2), (317, 128, 2)]
+)
+def test_a_small_copy_is_interpolated_then_averaged(side, pixels, times):
+    x = torch.rand(2, 3, side, side)
+    larger = F.interpolate(x, (times * pixels, times * pixels), mode="bilinear", align_corners=False)
+    assert torch.allclose(small_copy(x, pixels), F.avg_pool2d(larger, times), atol=5e-5)  # places are rounded
 
 
 def test_every_flag_comes_back():

@@ -85,8 +85,18 @@ def test_without_a_router_the_file_is_the_full_path(tmp_path, paths, model):
     plain = copy.deepcopy(model)
     plain.router = None
     exported = export_detector(plain, tmp_path / "full.onnx", photos=paths)
-    found = Predictor(exported.path)(np.zeros((9, 9, 3), np.uint8))
+    predictor = Predictor(exported.path)
+    found = predictor(np.zeros((9, 9, 3), np.uint8))
     assert found.exit_name == "full" and found.exit_confidence is None and exported.detections > 0
+    assert predictor.exit_names == ("full",) and predictor.thresholds == {} and found.exit_index == 0
+    assert plain.exit_names == ("exit8", "exit12", "full")
+
+
+def test_without_a_router_least_scores_are_kept(tmp_path, paths, model):
+    plain = copy.deepcopy(model)
+    plain.router, plain.score_thresh = None, {"cat": 0.45}
+    predictor = Predictor(export_detector(plain, tmp_path / "full.onnx", photos=paths).path)
+    assert predictor.score_thresh.tolist() == pytest.approx([0.45, 0.001]) and predictor.classes == ("cat", "dog")
 
 
 def test_least_scores_by_class_go_along(tmp_path, paths, model):

@@ -1,8 +1,10 @@
 """The command that exports, from a model file to a file that runs."""
 
 import numpy as np
+import torch
 
 from earlyexit_ssd.deploy import Predictor
+from earlyexit_ssd.modeling.trunk import build_ssdlite
 from tests.deploy.conftest import build_model
 from tools import export
 
@@ -19,3 +21,11 @@ def test_a_model_file_becomes_one_that_runs_without_pytorch(tmp_path, capsys):
 def test_what_cannot_be_exported_is_one_line(tmp_path, capsys):
     assert export.main([str(tmp_path / "none.pth"), "--out", str(tmp_path / "a.onnx")]) == 2
     assert "error: " in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_s_full_path_is_written_without_a_word_about_exits(tmp_path, capsys):
+    torch.save(build_ssdlite(num_classes=3).state_dict(), tmp_path / "plain.pth")
+    out = str(tmp_path / "full.onnx")
+    assert export.main([str(tmp_path / "plain.pth"), "--out", out, "--full"]) == 0
+    assert "exits; those of" not in capsys.readouterr().err
+    assert Predictor(out).exit_names == ("full",)
