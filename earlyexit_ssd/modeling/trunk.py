@@ -192,12 +192,12 @@ class SegmentedTrunk(Trunk):
 
 
 def small_copy(x: Tensor, pixels: int) -> Tensor:
-    """Images [N, 3, S, S] resized to a side of ``pixels``: bilinear to the multiple of ``pixels`` nearest to S, then
+    """Images [N, 3, S, S] resized to a side of ``pixels``: bilinear to the largest multiple of ``pixels`` up to S, then
     average pooling. Bilinear interpolation alone would ignore pixels if it shrank by more than a factor of two."""
     side = int(x.shape[-1])  # a number also while tracing, where shapes are tensors
-    times = max(1, round(side / pixels))
+    times = max(1, side // pixels)
     block, points = (length // math.gcd(side, pixels) for length in (side, pixels))
-    if 1 < times < side / pixels and block <= LARGEST_BLOCK:
+    if times > 1 and 1 < points < block <= LARGEST_BLOCK:
         weights = _block_weights(x.shape[1], block, points, times).to(x)
         return F.pixel_shuffle(F.conv2d(x, weights, stride=block), points)
     if side != times * pixels:
@@ -211,7 +211,7 @@ LARGEST_BLOCK = 10
 
 def _block_weights(channels: int, block: int, points: int, times: int) -> Tensor:
     """Weights [channels * points^2, channels, block, block] with which `small_copy` takes every block of ``block`` x
-    ``block`` pixels to ``points`` x ``points``. If the image shrinks, no point depends on pixels of another block."""
+    ``block`` pixels to ``points`` x ``points``. No point depends on pixels of another block."""
     rows = F.interpolate(torch.eye(block)[None], size=points * times, mode="linear", align_corners=False)
     line = F.avg_pool1d(rows, times)[0].T  # [points, block]
     one = torch.einsum("pi,qj->pqij", line, line).reshape(1, points**2, 1, block, block)
