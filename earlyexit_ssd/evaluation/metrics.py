@@ -15,7 +15,7 @@ import numpy as np
 from earlyexit_ssd.evaluation.cost import EAGER
 from earlyexit_ssd.evaluation.matches import (
     SIZES,
-    Draws,
+    APs,
     ExitMatches,
     bootstrap_choices,
     interval,
@@ -59,7 +59,7 @@ class DetectorEvaluation:
     labelled: bool = True
 
     @functools.cached_property
-    def draws(self) -> Draws:
+    def draws(self) -> APs:
         """AP and AP50 in bootstrap draws; detectors on the same photos share their draws."""
         resamples, everyone = self.settings.resamples if self.labelled else 0, np.zeros(self.matches.photos, np.int64)
         return bootstrap_choices(self.matches, [everyone], resamples, self.settings.seed, ap50_only=False)[0]
