@@ -87,8 +87,7 @@ def make_folder(path: str | os.PathLike[str]) -> None:
         raise CannotWrite(f"{path}: cannot be written to; name another folder of results")
 
 
-_held: set[Path] = set()
-"""Lock files of this process."""
+_held: set[Path] = set()  # lock files of this process
 
 
 @contextlib.contextmanager

@@ -29,15 +29,13 @@ PathLike = str | os.PathLike[str]
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif")
 """Of photos that are looked for by name, in any case."""
 
-LARGEST_PHOTO = 89_478_485
-"""Pixels; Pillow's own mark. A file of half a megabyte can hold more than the memory does."""
+LARGEST_PHOTO = 89_478_485  # pixels; Pillow's own mark. A file of half a megabyte can hold more than the memory does
 
 
 class PhotoHeader(NamedTuple):
     """What is known of a photo without decoding it."""
 
-    size: Size
-    """(width, height) that :func:`read_image` will return."""
+    size: Size  # (width, height) that :func:`read_image` will return
     peculiarities: dict[str, str]
     """Kind -> value of what it has to convert, such as ``{"EXIF-rotated photo": "EXIF orientation 6"}``."""
 

@@ -29,8 +29,7 @@ T = TypeVar("T")
 
 DEEPEST = 32
 MOST_VALUES = 2_000_000
-MOST_YAML_VALUES, MOST_YAML_BYTES = 100_000, 2**18
-"""YAML is read slowly, and an alias repeats what it stands for."""
+MOST_YAML_VALUES, MOST_YAML_BYTES = 100_000, 2**18  # YAML is read slowly, and an alias repeats what it stands for
 
 
 def require_bounded(value: Any, most: int = MOST_VALUES) -> None:

@@ -12,10 +12,8 @@ from fvcore.common.config import CfgNode
 from earlyexit_ssd.errors import ConfigError, nearest, shown
 
 PHASES = ("baseline", "exits", "joint")
-CLOSED = 2.0
-"""A threshold that no confidence reaches."""
-C4_LAYER = 13
-"""Its expansion is the full path's first map."""
+CLOSED = 2.0  # a threshold that no confidence reaches
+C4_LAYER = 13  # its expansion is the full path's first map
 PHASE_SECTIONS = {"baseline": "BASELINE", "exits": "EXITS_PHASE", "joint": "JOINT", "fine_tuning": "FINE_TUNING"}
 LAST_LAYER = 16
 TAIL_BLOCKS = 2

@@ -89,8 +89,7 @@ class Format:
 
     recognises: Callable[[str, Path], bool]
     """``recognises(annotations, path)``, with the annotations as written in the entry and their absolute path."""
-    names_split: bool
-    """Whether the third part of an entry is the name of a split instead of a folder of photos."""
+    names_split: bool  # whether the third part of an entry is the name of a split instead of a folder of photos
     read: Reader
 
 

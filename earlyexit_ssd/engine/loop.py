@@ -144,23 +144,18 @@ class Trainer:
     whole state.
     """
 
-    model: nn.Module
-    """The model that is trained and saved."""
+    model: nn.Module  # the model that is trained and saved
     compute_losses: Callable[[Any], dict[str, Tensor]]
     """Function from a batch to a dict of scalar losses, such as a DistributedDataParallel around ``model``."""
     loader: Loader
     optimizer: torch.optim.Optimizer
     epochs: int
     peak_lr: float
-    warmup: float = 0.0
-    """Share of all steps with a rising rate, in [0, 1], see :func:`learning_rate`."""
-    clip_gradient: float = 0.0
-    """Largest norm of the gradient; 0: no clipping."""
-    amp: str = "off"
-    """``off``, ``bf16`` or ``fp16``."""
+    warmup: float = 0.0  # share of all steps with a rising rate, in [0, 1], see :func:`learning_rate`
+    clip_gradient: float = 0.0  # largest norm of the gradient; 0: no clipping
+    amp: str = "off"  # off, bf16 or fp16
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    hooks: Sequence[Hook] = ()
-    """See `Hook` for the order of the calls."""
+    hooks: Sequence[Hook] = ()  # see `Hook` for the order of the calls
     describe: Callable[[Any], list[str]] = lambda batch: []
     """Function from a batch to the names of its photos, for messages."""
 

@@ -32,15 +32,13 @@ Detections = Mapping[int, Mapping[str, Tensor]]
 """Image id -> ``boxes`` [N,4] (xyxy, photo pixels), ``scores`` [N] and ``labels`` [N] (category ids)."""
 
 _HitsAndFalse = list[tuple[np.ndarray, csr_array]]
-PhotoRow = dict[str, str | float | None]
-"""A row of photos.csv, by column."""
+PhotoRow = dict[str, str | float | None]  # a row of photos.csv, by column
 
 SIZES = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
 """COCO's sizes of objects -> least and largest area, square pixels of the photo."""
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
-AP_DETECTIONS = 100
-"""AP uses at most so many detections per photo and class, those with the highest scores."""
+AP_DETECTIONS = 100  # AP uses at most so many detections per photo and class, those with the highest scores
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,7 @@ from earlyexit_ssd.plain import read_bytes
 logger = logging.getLogger(__name__)
 
 
-Size = tuple[int, int]
-"""Height and width, pixels."""
+Size = tuple[int, int]  # height and width, pixels
 Shape = tuple[int, ...]
 
 YOLOX_STRIDES = (8, 16, 32)
@@ -35,8 +34,7 @@ YOLOX_PADDING = 114.0
 LEAST_SCORE, NMS_IOU, MOST_DETECTIONS = 0.001, 0.65, 300
 
 DISTANCE_STRIDES = (8, 16, 32, 64)
-DISTANCE_BINS = 8
-"""Distances from a point to its box's sides are 0 to 7 strides."""
+DISTANCE_BINS = 8  # distances from a point to its box's sides are 0 to 7 strides
 DISTANCE_NMS_IOU, MOST_CANDIDATES = 0.6, 1000
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -61,11 +59,10 @@ class OnnxFormat:
 
 def letterbox(photo: Tensor, size: Size) -> tuple[Tensor, tuple[float, float]]:
     """YOLOX's input: BGR in [0, 255], the photo's shape kept, in the upper left corner on grey."""
-    height, width = size
-    scale = min(height / photo.shape[1], width / photo.shape[2])
-    inner = (max(int(photo.shape[1] * scale), 1), max(int(photo.shape[2] * scale), 1))
-    pixels = F.interpolate(photo[None] * 255, inner, mode="bilinear")[0]
-    padded = F.pad(pixels, (0, width - inner[1], 0, height - inner[0]), value=YOLOX_PADDING)
+    scale = min(size[0] / photo.shape[1], size[1] / photo.shape[2])
+    height, width = (max(int(side * scale), 1) for side in photo.shape[1:])
+    pixels = F.interpolate(photo[None] * 255, (height, width), mode="bilinear")[0]
+    padded = F.pad(pixels, (0, size[1] - width, 0, size[0] - height), value=YOLOX_PADDING)
     return padded.flip(0), (scale, scale)
 
 
@@ -211,8 +208,7 @@ FORMATS: dict[str, OnnxFormat] = {
 def count_onnx_mmacs(content: bytes) -> float | None:
     """Millions of multiply-accumulates of one image; None where the graph's shapes cannot be inferred.
 
-    Counted are Conv, ConvTranspose, Gemm, and MatMul with constant weights; a product of two activations is no linear
-    layer. Bodies of loops and conditions are not looked into.
+    A MatMul counts if it has constant weights. Bodies of loops and conditions are not looked into.
     """
     onnx = deploy_package("onnx")
     try:
