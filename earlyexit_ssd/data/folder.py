@@ -54,11 +54,7 @@ def photo_path(folder: Path, name: str, allow_outside: bool) -> Path | None:
 
 
 def read_list(listing: Path) -> list[str]:
-    """The lines of a file that lists photos.
-
-    Raises:
-        DataError: it cannot be read, or is not in UTF-8.
-    """
+    """The lines of a file that lists photos; a DataError if it cannot be read, or is not in UTF-8."""
     try:
         return read_bytes(listing).decode("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:

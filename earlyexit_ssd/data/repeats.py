@@ -44,10 +44,8 @@ class Block:
         Raises:
             EarlyExitError: no such number, or seconds without ``fps``.
         """
-        found, asked = (
-            re.fullmatch(r"\s*(\d{1,6}|\d{0,6}\.?\d{1,6}(?=\s*s))\s*(s?)\s*", str(text)),
-            f"block is {text!r:.60}",
-        )
+        found = re.fullmatch(r"\s*(\d{1,6}|\d{0,6}\.?\d{1,6}(?=\s*s))\s*(s?)\s*", str(text))
+        asked = f"block is {text!r:.60}"
         if found is None or not float(found[1]) > 0:
             raise EarlyExitError(f"{asked}, expected photos such as 25, or seconds such as 5s with --fps")
         if not found[2]:
@@ -84,14 +82,11 @@ def block_of_each(paths: Sequence[Path], photos: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Repeats:
-    """Photos that were left out, since another one stands for them: ``equal`` in content, ``near`` to it in looks.
+    """Photos that were left out, since another one stands for them."""
 
-    ``near_sha256`` are the contents of the latter.
-    """
-
-    equal: int = 0
-    near: int = 0
-    near_sha256: tuple[str, ...] = ()
+    equal: int = 0  # in content
+    near: int = 0  # in looks
+    near_sha256: tuple[str, ...] = ()  # contents of the latter
 
 
 def distinct(dataset: DetectionDataset, near: bool = True) -> tuple[DetectionDataset, Repeats]:
