@@ -56,21 +56,16 @@ def nearest_sample(values: np.ndarray, quantiles: np.ndarray, count: int) -> np.
 
 @dataclass(frozen=True)
 class Reference:
-    """What the photos of calibration did, small enough for the certificate.
+    """What the photos of calibration did, small enough for the certificate. An EarlyExitError for values that cannot
+    come from one calibration.
 
-    Attributes:
-        photos: how many there were, at least 1; exit_names: shallow to deep, the full path last.
-        exit_counts: photos that left at each exit, the full path last; they sum to ``photos``.
-        confidences: per early exit, of the confidences there of the photos that left there, the :data:`QUANTILES`
-            quantiles (each one of the confidences itself, not rounded); empty where none left.
-
-    Raises:
-        EarlyExitError: values that cannot come from one calibration.
+    ``confidences`` are, per early exit, the `QUANTILES` quantiles of the confidences there of the photos that left
+    there (each one of the confidences itself, not rounded); empty where none left.
     """
 
     photos: Annotated[int, 1, 2**63]
-    exit_names: tuple[str, ...]
-    exit_counts: tuple[Annotated[int, 0, 2**63], ...]
+    exit_names: tuple[str, ...]  # shallow to deep, the full path last
+    exit_counts: tuple[Annotated[int, 0, 2**63], ...]  # photos that left at each exit; they sum to photos
     confidences: tuple[tuple[float, ...], ...]
 
     def __post_init__(self) -> None:
@@ -94,13 +89,8 @@ class Reference:
 
     @classmethod
     def from_decisions(cls, exit_names: Sequence[str], exit_index: Values, confidences: Sequence[Values]) -> Reference:
-        """What the decisions on the photos of calibration say.
-
-        Args:
-            exit_names: shallow to deep, the full path last.
-            exit_index: int [n], the exit that each photo took.
-            confidences: per early exit [n], each photo's confidence there; looked at only where the photo left.
-        """
+        """From the exit that each photo took, int [n], and per early exit each photo's confidence there, [n], which is
+        looked at only where the photo left."""
         taken = _exits(exit_index, exit_names)
         left = [_numbers(values, len(taken))[taken == index] for index, values in enumerate(confidences)]
         counts = np.bincount(taken, minlength=len(exit_names)).tolist()

@@ -72,7 +72,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:
-    """Make a folder for results, before work is done that could not be written. CannotWrite where that is impossible."""
+    """Make a folder for results, before work is done that could not be written; CannotWrite where it is impossible."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -179,7 +179,7 @@ def locks_folder(parameter: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def require_space(folder: Path, size: int, what: str, fix: str) -> None:
-    """An EarlyExitError unless the ``size`` bytes that ``what`` takes in a folder are free; ``fix``: what to do then."""
+    """An EarlyExitError unless ``size`` bytes are free in a folder for ``what``; ``fix`` says what to do then."""
     free = shutil.disk_usage(folder).free
     if size > 0.95 * free:
         raise EarlyExitError(f"{folder}: {what} takes {size / 2**30:.1f} GiB, {free / 2**30:.1f} are free; {fix}")

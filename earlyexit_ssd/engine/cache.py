@@ -37,11 +37,7 @@ class TapCache:
         self._dtype = np.dtype(dtype)
         self._row = _blank_row(model, self._dtype)
         self._row_bytes = sum(values.nbytes for values in self._row.values())
-
-    @property
-    def gibibytes(self) -> float:
-        """Size on disk."""
-        return self.photos * self.views * self._row_bytes / 2**30
+        self.gibibytes = photos * views * self._row_bytes / 2**30  # on disk
 
     def require_budget(self, gibibytes: float) -> None:
         """Raise an EarlyExitError with the number of views that fit if the cache is larger than ``gibibytes``."""

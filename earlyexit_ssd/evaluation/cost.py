@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -30,11 +31,7 @@ RUNTIME_TITLES = {EAGER: "eager PyTorch", ONNX_RUNTIME: "ONNX Runtime", OPENVINO
 
 
 def deploy_package(name: str) -> ModuleType:
-    """Import the package onnx, onnxruntime or openvino.
-
-    Raises:
-        EarlyExitError: it is not installed.
-    """
+    """Import the package onnx, onnxruntime or openvino; an EarlyExitError if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -135,9 +132,8 @@ def _lies_in(location: str | bytes, folder: str | os.PathLike[str]) -> bool:
     """Whether ``location`` is a file in ``folder`` after following links; Windows paths and bytes are refused."""
     if not isinstance(location, str) or not location or set(location) & set("\0\\:") or os.path.isabs(location):
         return False
-    root = os.path.realpath(folder)
-    path = os.path.realpath(os.path.join(root, location))
-    return os.path.commonpath([root, path]) == root and os.path.isfile(path)
+    path = Path(os.path.realpath(os.path.join(folder, location)))
+    return path.is_relative_to(os.path.realpath(folder)) and path.is_file()
 
 
 class OpenVinoNetwork(nn.Module):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from earlyexit_ssd.config import LARGEST_SIDE
 from earlyexit_ssd.errors import EarlyExitError, one_line, shown
@@ -29,8 +29,7 @@ logger = logging.getLogger(__name__)
 Size = tuple[int, int]  # height and width, pixels
 Shape = tuple[int, ...]
 
-YOLOX_STRIDES = (8, 16, 32)
-YOLOX_PADDING = 114.0
+YOLOX_STRIDES, YOLOX_PADDING = (8, 16, 32), 114.0
 LEAST_SCORE, NMS_IOU, MOST_DETECTIONS = 0.001, 0.65, 300
 
 DISTANCE_STRIDES = (8, 16, 32, 64)
@@ -44,17 +43,14 @@ IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 class OnnxFormat:
     """One way of exporting a detector.
 
-    classes: names of the labels 1..K, unless the file names its own.
-    prepare: photo [3, H, W] RGB in [0, 1] and input size (height, width) to the input [3, height, width] and the
-        scales (x, y) from photo to input.
-    decode: outputs, input size and K to detections, boxes in the input's pixels.
-    constants: inputs besides the photo that a file may have -> their values, [1, n].
+    ``prepare`` turns a photo [3, H, W] RGB in [0, 1] and the input size into the input [3, height, width] and the
+    scales (x, y) from photo to input. ``decode`` turns outputs, input size and K into detections in the input's pixels.
     """
 
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # names of the labels 1..K, unless the file names its own
     prepare: Callable[[Tensor, Size], tuple[Tensor, tuple[float, float]]]
     decode: Callable[[Sequence[Tensor], Size, int], ImageDetections]
-    constants: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    constants: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # inputs besides the photo, [1, n]
 
 
 def letterbox(photo: Tensor, size: Size) -> tuple[Tensor, tuple[float, float]]:
@@ -317,12 +313,9 @@ class OnnxDetector(nn.Module):
         try:
             found = self.format.decode(self.network(x.reshape(self.network.input_shape)), size, len(self.classes))
         except EarlyExitError as error:
-            raise EarlyExitError(
-                f"{self.path}: format {self._format_name}: {error}; its metadata may name its classes"
-            ) from None
+            reason = f"format {self._format_name}: {error}"
+            raise EarlyExitError(f"{self.path}: {reason}; its metadata may name its classes") from None
         if not all(found[key].isfinite().all() for key in ("boxes", "scores")):
             raise EarlyExitError(f"{self.path}: its boxes or scores are not finite; export it anew")
-        height, width = photo.shape[-2:]
         boxes = found["boxes"] / torch.tensor([*scales, *scales])
-        limits = torch.tensor([width, height, width, height], dtype=boxes.dtype)
-        return found | {"boxes": boxes.clamp(min=0).minimum(limits)}
+        return found | {"boxes": clip_boxes_to_image(boxes, photo.shape[-2:])}
