@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import itertools
+import math
 import os
 import statistics
 import time
@@ -15,7 +17,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from scipy import stats
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -281,9 +282,10 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
     With fewer than six values 95 % is impossible, and the interval is their range.
     """
-    ordered = sorted(values)
+    ordered, n = sorted(values), len(values)
     # the number of values below the true median is binomial(n, 1/2): leave at most 2.5 % on either side
-    rank = max(1, int(stats.binom.ppf(0.025, len(ordered), 0.5)))
+    below = itertools.accumulate(math.comb(n, count) / 2**n for count in range(n // 2))
+    rank = max(1, sum(share <= 0.025 for share in below))
     return statistics.median(ordered), ordered[rank - 1], ordered[-rank]
 
 
