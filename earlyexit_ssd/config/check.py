@@ -18,7 +18,6 @@ PHASE_SECTIONS = {"baseline": "BASELINE", "exits": "EXITS_PHASE", "joint": "JOIN
 LAST_LAYER = 16
 TAIL_BLOCKS = 2
 LARGEST_SIDE, MOST_WIDTH, MOST_CHANNELS = 4096, 4, 4096
-TARGETS = ("ap_drop", "risk", "speedup")
 FOLDS = ("exact", "compact", "rows")
 RIVAL_FORMATS = ("yolox", "boxes", "nanodet", "picodet")
 LOSS_CHOICES = {
@@ -36,7 +35,7 @@ CHOICES = {
     "BASELINE.GATE.REFERENCE_CLASSES": ("", "coco"),
     **{f"LOSS.{key.upper()}": choices for key, choices in LOSS_CHOICES.items()},
     "JOINT.TEACHER": LOSS_CHOICES["teacher"],
-    "CALIBRATION.TARGET": ("", *TARGETS),
+    "CALIBRATION.TARGET": ("", "ap_drop", "risk", "speedup"),
     "CALIBRATION.REFERENCE": ("full", "labels"),
     "CALIBRATION.BOUND": ("hoeffding_bentkus", "betting"),
     "CALIBRATION.COST": ("auto", "ms", "mmacs"),

@@ -231,10 +231,9 @@ def require_disjoint(**datasets: DetectionDataset) -> None:
             known = {digest(path): path for path, size in ours.items() if size in common}
             shared = [(known[digest(p)], p) for p, size in theirs.items() if size in common and digest(p) in known]
             if shared:
-                raise DataError(
-                    f"{first} and {second} share photos ({len(shared)}), the first: {shared[0][0]} and {shared[0][1]}; "
-                    "metrics on training photos are too high; take them out of one of the two"
-                )
+                found = f"share photos ({len(shared)}), the first: {shared[0][0]} and {shared[0][1]}"
+                fix = "metrics on training photos are too high; take them out of one of the two"
+                raise DataError(f"{first} and {second} {found}; {fix}")
 
 
 def require_unique(name: str, records: Iterable[Record]) -> None:
