@@ -24,11 +24,7 @@ _LOADERS: dict[str, Loader] = {}
 
 
 def register(name: str, loader: Loader) -> None:
-    """Make a data set known by ``name``.
-
-    Raises:
-        DataError: the name is taken.
-    """
+    """Make a data set known by ``name``; a DataError if the name is taken."""
     if name in _LOADERS:
         raise DataError(f"data set {name!r} is registered already; choose another name")
     _LOADERS[name] = loader

@@ -149,11 +149,7 @@ class Augmentation:
 
 
 def build_transforms(preset: str) -> Augmentation | None:
-    """A preset: "ssdlite" (IoU-aware crop, flip), "ssd" (adds colour and zoom-out), "flip", "none" (None).
-
-    Raises:
-        ConfigError: an unknown name.
-    """
+    """A preset: "ssdlite" (IoU-aware crop, flip), "ssd" (adds colour and zoom-out), "flip", "none" (None)."""
     if preset not in PRESETS:
         expected = f"expected one of {', '.join(PRESETS)}{nearest(preset, PRESETS)}"
         raise ConfigError(f"DATA.AUGMENTATION is {preset!r}, {expected}")

@@ -91,11 +91,7 @@ class OnnxNetwork(nn.Module):
         self._input_name = inputs[0].name
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """``input_shape`` float32 on the CPU to the outputs, in the file's order.
-
-        Raises:
-            EarlyExitError: the graph fails, or an output is no tensor of numbers.
-        """
+        """``input_shape`` float32 on the CPU to the outputs, in the file's order; an EarlyExitError if it fails."""
         try:
             return [torch.from_numpy(output) for output in self.session.run(None, {self._input_name: x.numpy()})]
         except Exception as error:  # ONNX Runtime has classes of its own for each kind of failure

@@ -168,14 +168,9 @@ def evaluate_rivals(
 
 
 class WantedClasses(nn.Module):
-    """Wrap a detector to return only the classes ``wanted``, with their labels.
+    """Wrap a detector with torchvision's interface to return only the classes ``wanted``, labelled 1, 2, ...
 
-    Args:
-        detector: module from a list of photos to one dict each, with ``boxes`` [n, 4], ``scores`` [n] and ``labels``
-            [n] in 1..K.
-        source: its K class names.
-        wanted: names of the evaluated labels 1, 2, ...; synonyms of VOC and COCO names match.
-        name: name of the detector, for messages.
+    ``source`` are the names of its labels 1..K; VOC's and COCO's names of one class match. ``name`` is for messages.
 
     Raises:
         EarlyExitError: the detector has none of the wanted classes.
@@ -194,7 +189,6 @@ class WantedClasses(nn.Module):
         self.register_buffer("lookup", torch.tensor(lookup))
 
     def forward(self, photos: list[Tensor]) -> list[dict[str, Tensor]]:
-        """Detections of the wanted classes, with labels 1, 2, ... in the order of ``wanted``."""
         wanted = []
         for found in self.detector(photos):
             labels = self.lookup[found["labels"]]

@@ -271,14 +271,8 @@ def fill_inputs(content: bytes, constants: Mapping[str, tuple[float, ...]]) -> b
 class OnnxDetector(nn.Module):
     """``detector(photos)`` is one dict per photo: ``boxes`` [n, 4] xyxy in its pixels, ``scores``, ``labels`` 1..K.
 
-    Args:
-        path: an ONNX file for one photo.
-        file_format: a name of `FORMATS`.
-        threads: of ONNX Runtime.
-
-    Attributes:
-        network: the graph alone.
-        classes: the K names: those in the file's metadata under ``classes``, separated by commas, or the format's.
+    ``classes`` are the K names in the file's metadata under ``classes``, separated by commas, or those of the format, a
+    name of `FORMATS`. ``network`` is the graph alone; the file is for one photo.
 
     Raises:
         EarlyExitError: the file cannot be read or run.

@@ -76,7 +76,7 @@ def collect(
         model: an `EarlyExitSSDLite`; its mode is restored afterwards.
         loader: batches of (images, targets) from `earlyexit_ssd.data.build_loader`, without augmentation.
         router: an `ExitRouter` that computes the confidences; None: no confidences.
-        title: title of the progress bar; None: no bar.
+        title: of the progress bar; None: no bar.
 
     Raises:
         DataError: an image id occurs twice.
@@ -230,7 +230,6 @@ def record(
         model: an `EarlyExitSSDLite`; its mode is restored afterwards.
         loader: batches of (images, targets) without augmentation. If its photos are split over processes, all of them
             write to the same ``folder``.
-        photos: number of photos.
         key: text that identifies the photos; weights and exits are added to it.
         pseudo_label_score: for photos without labels: the full path's detections of at least this score are used as
             labels. None: use the targets.
