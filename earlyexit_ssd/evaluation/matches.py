@@ -84,6 +84,11 @@ class ExitMatches:
         """The number of photos (n)."""
         return len(self.image_ids)
 
+    @property
+    def ap50_condition(self) -> int:
+        """Index of the condition of AP50: all sizes, IoU 0.5."""
+        return self.conditions.index(("all", 0.5))
+
     @functools.cached_property
     def objects(self) -> np.ndarray:
         """Counted objects per photo, int [n]; classes summed."""
@@ -289,7 +294,7 @@ def ap_of_choice(
     """
     pairs = np.arange(matches.photos) * matches.exits + _one_each(matches, "choice", choice, matches.exits)
     weights = None if weights is None else _one_each(matches, "weights", weights)
-    conditions = [matches.conditions.index(("all", 0.5))] if ap50_only else range(len(IOU_THRESHOLDS))
+    conditions = [matches.ap50_condition] if ap50_only else range(len(IOU_THRESHOLDS))
     curves = [_curves(matches, index, pairs, weights) for index in conditions]
     return APs(None if ap50_only else mean_precision(curves), mean_precision(curves[:1]))
 

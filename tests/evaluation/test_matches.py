@@ -397,7 +397,7 @@ def test_the_stack(two_exits):
     cats, dogs = two_exits.classes
     assert cats.score == pytest.approx([0.95, 0.9, 0.8, 0.7, 0.6])
     assert (cats.photo.tolist(), cats.exit.tolist()) == ([0, 0, 1, 0, 1], [1, 0, 0, 1, 1])
-    assert cats.hit[two_exits.conditions.index(("all", 0.5))].tolist() == [False, True, False, True, True]
+    assert cats.hit[two_exits.ap50_condition].tolist() == [False, True, False, True, True]
     assert cats.hit[:-1].sum(axis=0).tolist() == [0, 10, 0, 10, 4]
     assert not cats.ignored.any()
     assert (cats.objects.tolist(), dogs.objects.tolist()) == ([1, 1], [0, 0])
