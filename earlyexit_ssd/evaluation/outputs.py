@@ -113,13 +113,14 @@ def _joined(batches: Sequence[BatchDetections], exits: int) -> tuple[list[int], 
     return image_ids, [dict(zip(image_ids, of_exit, strict=True)) for of_exit in found]
 
 
+def on_cpu(found: dict[str, Tensor]) -> ImageDetections:
+    """A photo's detections on the CPU, without other outputs of the model."""
+    boxes, scores = (found[key].float().cpu() for key in ("boxes", "scores"))
+    return {"boxes": boxes, "scores": scores, "labels": found["labels"].cpu()}
+
+
 def _batch_on_cpu(targets: Targets, exits: Sequence[Sequence[dict[str, Tensor]]]) -> BatchDetections:
-    """The ids of the photos, and each exit's detections on the CPU, without other outputs of the model."""
-
-    def on_cpu(found: dict[str, Tensor]) -> ImageDetections:
-        boxes, scores = (found[key].float().cpu() for key in ("boxes", "scores"))
-        return {"boxes": boxes, "scores": scores, "labels": found["labels"].cpu()}
-
+    """The ids of the photos, and each exit's detections on the CPU."""
     return [int(target["image_id"]) for target in targets], [list(map(on_cpu, found)) for found in exits]
 
 
