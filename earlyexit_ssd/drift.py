@@ -21,21 +21,11 @@ from earlyexit_ssd.plain import build, check_fields
 
 logger = logging.getLogger(__name__)
 
-Values = Any
-"""A tensor, an array or a list of numbers."""
-
-QUANTILES = 21
-"""Stored of the confidences at an exit: those at levels 0, 1/20, ..., 1."""
-
-WINDOW = 200
-"""Photos that are compared with those of calibration at a time."""
-
-ALPHA = 0.001
-"""Probability of a false alarm per check."""
-
-DRAWS = 1000
-"""Frames that a `DriftRecord` keeps."""
-
+Values = Any  # a tensor, an array or a list of numbers
+QUANTILES = 21  # stored of the confidences at an exit: those at levels 0, 1/20, ..., 1
+WINDOW = 200  # photos that are compared with those of calibration at a time
+ALPHA = 0.001  # probability of a false alarm per check
+DRAWS = 1000  # frames that a `DriftRecord` keeps
 ADVICE = "calibrate again, the certificate speaks of other photos"
 
 
@@ -66,21 +56,16 @@ def nearest_sample(values: np.ndarray, quantiles: np.ndarray, count: int) -> np.
 
 @dataclass(frozen=True)
 class Reference:
-    """What the photos of calibration did, small enough for the certificate.
+    """What the photos of calibration did, small enough for the certificate. An EarlyExitError for values that cannot
+    come from one calibration.
 
-    Attributes:
-        photos: how many there were, at least 1; exit_names: shallow to deep, the full path last.
-        exit_counts: photos that left at each exit, the full path last; they sum to ``photos``.
-        confidences: per early exit, of the confidences there of the photos that left there, the :data:`QUANTILES`
-            quantiles (each one of the confidences itself, not rounded); empty where none left.
-
-    Raises:
-        EarlyExitError: values that cannot come from one calibration.
+    ``confidences`` are, per early exit, the `QUANTILES` quantiles of the confidences there of the photos that left
+    there (each one of the confidences itself, not rounded); empty where none left.
     """
 
     photos: Annotated[int, 1, 2**63]
-    exit_names: tuple[str, ...]
-    exit_counts: tuple[Annotated[int, 0, 2**63], ...]
+    exit_names: tuple[str, ...]  # shallow to deep, the full path last
+    exit_counts: tuple[Annotated[int, 0, 2**63], ...]  # photos that left at each exit; they sum to photos
     confidences: tuple[tuple[float, ...], ...]
 
     def __post_init__(self) -> None:
@@ -104,14 +89,8 @@ class Reference:
 
     @classmethod
     def from_decisions(cls, exit_names: Sequence[str], exit_index: Values, confidences: Sequence[Values]) -> Reference:
-        """What the decisions on the photos of calibration say.
-
-        Args:
-            exit_names: shallow to deep, the full path last.
-            exit_index: int [n], the exit that each photo took.
-            confidences: per early exit [n], each photo's confidence there; looked at only where the photo left.
-
-        """
+        """From the exit that each photo took, int [n], and per early exit each photo's confidence there, [n], which is
+        looked at only where the photo left."""
         taken = _exits(exit_index, exit_names)
         left = [_numbers(values, len(taken))[taken == index] for index, values in enumerate(confidences)]
         counts = np.bincount(taken, minlength=len(exit_names)).tolist()
@@ -125,7 +104,7 @@ class Reference:
 
 def _exits(values: Values, names: Sequence[str]) -> np.ndarray:
     """Indices of exits, checked, int64 [m]."""
-    array = values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
+    array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):  # an empty list is a float to numpy
         found = f"exit_index {array.dtype} {array.shape}"
         raise EarlyExitError(f"{found}: expected whole numbers [m]; stack the detections'")
@@ -137,8 +116,7 @@ def _exits(values: Values, names: Sequence[str]) -> np.ndarray:
 
 def _numbers(values: Values, count: int) -> np.ndarray:
     """float64 [count]."""
-    tensor = hasattr(values, "detach")
-    array = values.detach().cpu().double().numpy() if tensor else np.asarray(values, np.float64)
+    array = np.asarray(values.detach().cpu().double() if hasattr(values, "detach") else values, np.float64)
     if array.shape != (count,):
         raise EarlyExitError(f"confidence has shape {array.shape}, expected ({count},), one per exit_index")
     return array
@@ -148,11 +126,7 @@ def _numbers(values: Values, count: int) -> np.ndarray:
 
 
 def _stats() -> ModuleType:
-    """scipy.stats, which a device that runs exported files may lack.
-
-    Raises:
-        EarlyExitError: it is not installed.
-    """
+    """scipy.stats, which a device that runs exported files may lack; an EarlyExitError where it does."""
     try:
         return importlib.import_module("scipy.stats")
     except ImportError as error:
@@ -188,9 +162,8 @@ def _test_count(reference: Reference) -> int:
 def _tests(reference: Reference, taken: np.ndarray, confidence: np.ndarray, block: int = 1) -> list[_Test]:
     """The exit whose share has changed most (where one rises another falls), and the confidences at each early exit.
 
-    Args:
-        taken, confidence: [n], the exit that each photo took, and its confidence there.
-        block: photos of calibration that count as one.
+    ``taken`` and ``confidence`` [n] are the photos' exits and confidences there; ``block`` photos of calibration count
+    as one.
     """
     photos, names = len(taken), reference.exit_names
     counts = np.bincount(taken, minlength=len(names)).tolist()
@@ -302,25 +275,16 @@ class DriftMonitor:
 
 @dataclass(frozen=True)
 class Drift:
-    """The last photos held against those of calibration.
+    """The last photos held against those of calibration. The ``statistic`` of the test with the smallest p-value is
+    the difference of an exit's shares, or the Kolmogorov-Smirnov distance of the confidences at an early exit."""
 
-    Attributes:
-        photos: compared, at least 1; of frames, one of each block.
-        shares, calibration_shares: exit name -> share of the photos that left there, in [0, 1].
-        statistic: of the test with the smallest p-value, in [0, 1]: the difference of an exit's shares, or the
-            Kolmogorov-Smirnov distance of the confidences at an early exit.
-        p_value: that p-value times the number of tests (Bonferroni), at most 1.
-        drifted: ``p_value`` is at most `ALPHA`.
-        text: one line; where it drifted, what has changed and what to do.
-    """
-
-    photos: int
-    shares: dict[str, float]
+    photos: int  # compared, at least 1; of frames, one of each block
+    shares: dict[str, float]  # exit name -> share of the photos that left there, in [0, 1]
     calibration_shares: dict[str, float]
-    statistic: float
-    p_value: float
-    drifted: bool
-    text: str
+    statistic: float  # in [0, 1]
+    p_value: float  # of that test, times the number of tests (Bonferroni), at most 1
+    drifted: bool  # p_value is at most ALPHA
+    text: str  # one line; where it drifted, what has changed and what to do
 
 
 class _Target(TypedDict, total=False):
@@ -354,7 +318,7 @@ class DriftRecord:
         """With the reference and the block of a certificate, given as its JSON; 1 where it has no block.
 
         Raises:
-            EarlyExitError: no certificate, or one for other exits than ``exit_names`` (shallow to deep, ``full`` last).
+            EarlyExitError: no certificate, or one for other exits than ``exit_names``.
         """
         read = build(_Certificate, certificate, "certificate")
         calibrated, own = (", ".join(names[:-1]) for names in (read["drift"].exit_names, exit_names))

@@ -8,8 +8,7 @@ import reprlib
 from collections.abc import Iterable
 from typing import Any
 
-LONGEST = 299
-"""Characters of a message."""
+LONGEST = 299  # characters of a message
 _START = 170  # of these for its start, the file and the record, where it is too long; its end, the fix, stays too
 
 

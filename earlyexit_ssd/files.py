@@ -72,11 +72,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:
-    """Make a folder for results, before work is done that could not be written.
-
-    Raises:
-        CannotWrite: it cannot be made or written to.
-    """
+    """Make a folder for results, before work is done that could not be written; CannotWrite where it is impossible."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -87,8 +83,7 @@ def make_folder(path: str | os.PathLike[str]) -> None:
         raise CannotWrite(f"{path}: cannot be written to; name another folder of results")
 
 
-_held: set[Path] = set()
-"""Lock files of this process."""
+_held: set[Path] = set()  # lock files of this process
 
 
 @contextlib.contextmanager
@@ -184,23 +179,15 @@ def locks_folder(parameter: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def require_space(folder: Path, size: int, what: str, fix: str) -> None:
-    """Check that the ``size`` bytes that ``what`` takes in a folder are free; ``fix`` says what to do where not.
-
-    Raises:
-        EarlyExitError: they are not.
-    """
+    """An EarlyExitError unless ``size`` bytes are free in a folder for ``what``; ``fix`` says what to do then."""
     free = shutil.disk_usage(folder).free
     if size > 0.95 * free:
         raise EarlyExitError(f"{folder}: {what} takes {size / 2**30:.1f} GiB, {free / 2**30:.1f} are free; {fix}")
 
 
 def new_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
-    """An array of zeros on disk, with room for all of it: where a disk is full, writing to a mapped file ends the
-    process without a word.
-
-    Raises:
-        CannotWrite: there is no room.
-    """
+    """An array of zeros on disk, with room for all of it, else CannotWrite: where a disk is full, writing to a mapped
+    file ends the process without a word."""
     array = None
     with writing(path):
         try:
@@ -221,7 +208,6 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Add ``text`` to a file of text."""
     with writing(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
 
@@ -245,7 +231,6 @@ def write_image(path: str | os.PathLike[str], image: Image.Image, **options: Any
 
 
 def write_torch(path: str | os.PathLike[str], value: Any) -> None:
-    """Write what `torch.save` takes."""
     import torch  # not there where only the runtime is installed
 
     content = io.BytesIO()  # on a full disk, torch.save says "unexpected pos"; no path in the file makes equal files
@@ -265,7 +250,6 @@ class ArrayStore:
     Processes that fill a store together each :meth:`open` its arrays.
 
     Args:
-        folder: folder of the files.
         name: name of the key's file, and of the store in messages, such as ``cache``.
         contents: text that identifies what the files are computed from.
         records: number of rows.

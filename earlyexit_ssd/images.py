@@ -26,20 +26,16 @@ _WHITE = (255, 255, 255, 255)
 Size = tuple[int, int]
 PathLike = str | os.PathLike[str]
 
+# of photos that are looked for by name, in any case
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif")
-"""Of photos that are looked for by name, in any case."""
-
-LARGEST_PHOTO = 89_478_485
-"""Pixels; Pillow's own mark. A file of half a megabyte can hold more than the memory does."""
+LARGEST_PHOTO = 89_478_485  # pixels; Pillow's own mark. A file of half a megabyte can hold more than the memory does
 
 
 class PhotoHeader(NamedTuple):
     """What is known of a photo without decoding it."""
 
-    size: Size
-    """(width, height) that :func:`read_image` will return."""
-    peculiarities: dict[str, str]
-    """Kind -> value of what it has to convert, such as ``{"EXIF-rotated photo": "EXIF orientation 6"}``."""
+    size: Size  # (width, height) that read_image will return
+    peculiarities: dict[str, str]  # kind -> what it has to convert: {"EXIF-rotated photo": "EXIF orientation 6"}
 
 
 def read_image(path: PathLike, annotated_size: Size | None = None) -> np.ndarray:
@@ -154,10 +150,7 @@ def _ends_as_jpeg(path: PathLike) -> bool:
 def find_files(folder: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[Path]]:
     """Files of ``suffixes`` (in any case) in and below ``folder``, and all others, sorted; hidden ones are left out.
 
-    Folders that are symbolic links are looked into, each once.
-
-    Raises:
-        DataError: a folder cannot be read.
+    Folders that are symbolic links are looked into, each once. One that cannot be read is a DataError.
     """
 
     def refuse(error: OSError) -> None:

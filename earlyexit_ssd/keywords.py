@@ -9,8 +9,7 @@ from typing import ParamSpec, TypeVar
 
 from earlyexit_ssd.errors import nearest
 
-P = ParamSpec("P")
-R = TypeVar("R")
+P, R = ParamSpec("P"), TypeVar("R")
 
 
 def suggest_keywords(function: Callable[P, R]) -> Callable[P, R]:
@@ -26,11 +25,7 @@ def suggest_keywords(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def require_known(function: Callable, given: Iterable[str], names: list[str]) -> None:
-    """Check that the keywords ``given`` to ``function`` are some of ``names``.
-
-    Raises:
-        TypeError: one is not; the message has the nearest.
-    """
+    """A TypeError with the nearest name if the keywords ``given`` to ``function`` are not some of ``names``."""
     for name in given:
         if name not in names:
             hint = nearest(name, names) or f"; it takes {', '.join(names)}"

@@ -29,16 +29,12 @@ T = TypeVar("T")
 
 DEEPEST = 32
 MOST_VALUES = 2_000_000
-MOST_YAML_VALUES, MOST_YAML_BYTES = 100_000, 2**18
-"""YAML is read slowly, and an alias repeats what it stands for."""
+MOST_YAML_VALUES, MOST_YAML_BYTES = 100_000, 2**18  # YAML is read slowly, and an alias repeats what it stands for
 
 
 def require_bounded(value: Any, most: int = MOST_VALUES) -> None:
-    """Look at nested dicts and lists level by level; what refers to itself has no end.
-
-    Raises:
-        ValueError: nested deeper than `DEEPEST`, more than ``most`` values, or an integer beyond 64 bits.
-    """
+    """A ValueError if nested dicts and lists are deeper than `DEEPEST`, or hold more than ``most`` values or an integer
+    of more than 64 bits. They are looked at level by level; what refers to itself has no end."""
     level, count = [value], 0
     for _ in range(DEEPEST):
         for item in level:
@@ -61,9 +57,7 @@ def _children(value: Any) -> Iterable[Any]:
 
 
 def read_json(path: str | os.PathLike[str], what: str, fix: str, error: type[EarlyExitError] = EarlyExitError) -> Any:
-    """The content of a JSON file; no key twice, no NaN.
-
-    ``what`` the file is to be and the ``fix`` where it is not are for messages.
+    """The content of a JSON file; no key twice, no NaN. ``what`` the file is to be, and the ``fix``, are for messages.
 
     Raises:
         EarlyExitError: no such regular file, or not JSON; of the class ``error``.
@@ -91,12 +85,7 @@ def _read(path: Any, what: str, fix: str, error: type[EarlyExitError], parse: Ca
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """Of a regular file; a pipe or a device might never end.
-
-    Raises:
-        OSError: no such file, or no regular one.
-        ValueError: the path holds a NUL.
-    """
+    """Of a regular file, else an OSError: a pipe or a device might never end. A ValueError: the path holds a NUL."""
     path = Path(path)
     path.stat()
     if not path.is_file():
@@ -149,11 +138,8 @@ if yaml is not None:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text: dicts, lists, text, numbers, truth values and None.
-
-    Raises:
-        ValueError: not YAML, too large or too deep, a key given twice, or a tag of something else; one line.
-    """
+    """The value of a YAML text: dicts, lists, text, numbers, truth values and None. A ValueError (one line) if it is
+    not YAML, is too large or too deep, gives a key twice, or has a tag of something else."""
     if len(text) > MOST_YAML_BYTES:
         raise ValueError(f"{len(text)} characters, at most {MOST_YAML_BYTES} are read")
     try:
@@ -195,21 +181,15 @@ def build(kind: type[T], values: Any, name: str = "") -> T:
 
 
 def check_fields(instance: Any) -> None:
-    """Of a dataclass, in its ``__post_init__``: fields are of their types, lists become the tuples that they stand for.
-
-    Raises:
-        EarlyExitError: one is not.
-    """
+    """Of a dataclass, in its ``__post_init__``: lists become the tuples that they stand for, and a field that is not of
+    its type is an EarlyExitError."""
     for key, kind in _hints(type(instance)).items():
         object.__setattr__(instance, key, typed(kind, getattr(instance, key), key))
 
 
 def typed(kind: Any, value: Any, name: str) -> Any:
-    """``value`` if it is what the type ``kind`` says, lists as tuples where that says so.
-
-    Raises:
-        EarlyExitError: it is not; the message has ``name``, the value and what was expected.
-    """
+    """``value`` if it is what the type ``kind`` says, lists as tuples where that says so; else an EarlyExitError with
+    ``name``, the value and what was expected."""
     origin, arguments = get_origin(kind), get_args(kind)
 
     def require(fits: bool, expected: str) -> None:

@@ -12,15 +12,12 @@ from fvcore.common.config import CfgNode
 from earlyexit_ssd.errors import ConfigError, nearest, shown
 
 PHASES = ("baseline", "exits", "joint")
-CLOSED = 2.0
-"""A threshold that no confidence reaches."""
-C4_LAYER = 13
-"""Its expansion is the full path's first map."""
+CLOSED = 2.0  # a threshold that no confidence reaches
+C4_LAYER = 13  # its expansion is the full path's first map
 PHASE_SECTIONS = {"baseline": "BASELINE", "exits": "EXITS_PHASE", "joint": "JOINT", "fine_tuning": "FINE_TUNING"}
 LAST_LAYER = 16
 TAIL_BLOCKS = 2
 LARGEST_SIDE, MOST_WIDTH, MOST_CHANNELS = 4096, 4, 4096
-TARGETS = ("ap_drop", "risk", "speedup")
 FOLDS = ("exact", "compact", "rows")
 RIVAL_FORMATS = ("yolox", "boxes", "nanodet", "picodet")
 LOSS_CHOICES = {
@@ -38,7 +35,7 @@ CHOICES = {
     "BASELINE.GATE.REFERENCE_CLASSES": ("", "coco"),
     **{f"LOSS.{key.upper()}": choices for key, choices in LOSS_CHOICES.items()},
     "JOINT.TEACHER": LOSS_CHOICES["teacher"],
-    "CALIBRATION.TARGET": ("", *TARGETS),
+    "CALIBRATION.TARGET": ("", "ap_drop", "risk", "speedup"),
     "CALIBRATION.REFERENCE": ("full", "labels"),
     "CALIBRATION.BOUND": ("hoeffding_bentkus", "betting"),
     "CALIBRATION.COST": ("auto", "ms", "mmacs"),

@@ -24,11 +24,7 @@ _LOADERS: dict[str, Loader] = {}
 
 
 def register(name: str, loader: Loader) -> None:
-    """Make a data set known by ``name``.
-
-    Raises:
-        DataError: the name is taken.
-    """
+    """Make a data set known by ``name``; a DataError if the name is taken."""
     if name in _LOADERS:
         raise DataError(f"data set {name!r} is registered already; choose another name")
     _LOADERS[name] = loader
@@ -50,20 +46,20 @@ def _entry(name: str, annotations: str | os.PathLike[str], photos: str | os.Path
     def load(root: Path, data: CfgNode, problems: Problems) -> RawDataset:
         path = root / annotations
         known = next(one for one in reversed(FORMATS.values()) if one.recognises(str(annotations), path))
-        for needed in ([path] if annotations else []) + ([] if known.names_split else [root / photos]):
-            _require(name, needed)
-        second = photos if known.names_split else root / photos
-        return known.read(name, path, second, problems, data.ALLOW_OUTSIDE)
+        if annotations:
+            _require(name, path)
+        if known.names_split:
+            return known.read(name, path, photos, problems, data.ALLOW_OUTSIDE)
+        _require(name, root / photos)
+        return known.read(name, path, root / photos, problems, data.ALLOW_OUTSIDE)
 
     return load
 
 
 def _require(name: str, path: Path, otherwise: str = "put it there") -> None:
     if not os.path.exists(path):
-        fix = (
-            f"set DATA.ROOT or the environment variable {ROOT_VARIABLE} to the folder of the data sets, or {otherwise}"
-        )
-        raise DataError(f"{os.path.abspath(path)}: data set {name!r} is not there; {fix}")
+        fix = f"set DATA.ROOT or the environment variable {ROOT_VARIABLE} to the folder of the data sets"
+        raise DataError(f"{os.path.abspath(path)}: data set {name!r} is not there; {fix}, or {otherwise}")
 
 
 def names() -> tuple[str, ...]:
@@ -72,11 +68,7 @@ def names() -> tuple[str, ...]:
 
 
 def get(name: str) -> Loader:
-    """The loader of a registered data set.
-
-    Raises:
-        ConfigError: an unknown name; the message has the nearest one.
-    """
+    """The loader of a registered data set; for an unknown name a ConfigError with the nearest one."""
     if name not in _LOADERS:
         hint = nearest(name, _LOADERS) or f"; known: {', '.join(names())}"
         fix = "add your own with DATA.DATASETS or earlyexit_ssd.data.register_coco"
@@ -85,11 +77,8 @@ def get(name: str) -> Loader:
 
 
 def require_known(name: str, data: CfgNode) -> None:
-    """Check that a data set has that name, in ``DATA.DATASETS`` or in the catalog; nothing is read.
-
-    Raises:
-        ConfigError: as :func:`load`.
-    """
+    """Check that a data set has that name, in ``DATA.DATASETS`` or in the catalog; nothing is read. A ConfigError if
+    none has."""
     if name not in _own_sets(data):
         get(name)
 
@@ -163,11 +152,7 @@ def _register_voc(name: str, year: str, split: str) -> None:
 
 def download_voc(root: Path, year: str, split: str) -> None:
     """Fetch and unpack a VOC devkit under ``root``, by torchvision: first beside it, so that the lists of photos, by
-    which a devkit is known, are there when all photos are.
-
-    Raises:
-        DataError: the download failed.
-    """
+    which a devkit is known, are there when all photos are. A DataError if the download fails."""
     from torchvision.datasets import VOCDetection
 
     staging, name = root / f".VOC{year}_{split}.partial", f"VOCdevkit/VOC{year}"

@@ -85,11 +85,8 @@ def check_unit(
     kind: str = "box in shares of the photo",
     advice: str = "lie in 0..1 and look like shares of the photo; multiply them by its width and height",
 ) -> None:
-    """Count the boxes of a file that look like being in another unit (message, number of the photo).
-
-    Raises:
-        DataError: in every mode, where they are most of the file's ``total``: the whole file is in that unit.
-    """
+    """Count the boxes of a file that look like being in another unit (message, number of the photo). Where they are
+    most of the file's ``total``, the whole file is in that unit: a DataError in every mode."""
     if 2 * len(suspects) > total:
         raise DataError(f"{source}: {len(suspects)} of {total} boxes {advice}")
     for message, image_id in suspects:
@@ -107,15 +104,14 @@ def check_boxes(raw: RawDataset, problems: Problems) -> RawDataset:
 
     def usable(one: Annotation, record: Record) -> bool:
         if not 1 <= one.label <= len(raw.classes):
-            kind = "unknown label"
             found = f"{describe(record, one.id)} has label {one.label}, expected 1 to {len(raw.classes)}"
+            problems.add("unknown label", found, record.image_id)
         elif not all(map(math.isfinite, one.box)):
-            kind, found = "box with NaN or infinity", _describe_box(one, record)
+            problems.add("box with NaN or infinity", _describe_box(one, record), record.image_id)
         elif not has_area(one.box):
-            kind, found = "box without area", _describe_box(one, record)
+            problems.add("box without area", _describe_box(one, record), record.image_id)
         else:
             return True
-        problems.add(kind, found, record.image_id)
         return False
 
     _note_small_boxes(raw, problems)
@@ -140,21 +136,20 @@ def _describe_box(annotation: Annotation, record: Record) -> str:
 
 
 def clip_boxes(records: Sequence[Record], problems: Problems) -> list[Record]:
-    """The photos with boxes inside them and of positive area; boxes must be finite, sizes those of the files.
+    """The photos with boxes inside them and of positive area; boxes must be finite, sizes those of the files. Errors
+    are as in :func:`check_boxes`.
 
     Boxes outside by no more than ``OUTSIDE_TOLERANCE`` are clipped without being counted.
-
-    Raises:
-        DataError: as :func:`check_boxes`.
     """
     return list(problems.kept([record.holding(_inside(record, problems)) for record in records]))
 
 
 def _inside(record: Record, problems: Problems) -> Iterator[Annotation]:
+    width, height = record.width, record.height
     for annotation in record.annotations:
         x1, y1, x2, y2 = annotation.box
-        box = clip(annotation.box, record.width, record.height)
-        outside = max(-x1, -y1, x2 - record.width, y2 - record.height)
+        box = (min(max(x1, 0), width), min(max(y1, 0), height), min(max(x2, 0), width), min(max(y2, 0), height))
+        outside = max(-x1, -y1, x2 - width, y2 - height)
         if outside > OUTSIDE_TOLERANCE or not has_area(box):
             # scaled to the photo's true size, a box can become too thin
             kind = "box outside the photo" if outside > 0 else "box without area"
@@ -169,12 +164,6 @@ def describe(record: Record, annotation_id: int | str | None = None) -> str:
     return text if annotation_id is None else f"{text}, annotation {annotation_id}"
 
 
-def clip(box: Box, width: int, height: int) -> Box:
-    """The part of an xyxy box that lies inside a photo of ``width`` x ``height`` pixels."""
-    x1, y1, x2, y2 = box
-    return (min(max(x1, 0), width), min(max(y1, 0), height), min(max(x2, 0), width), min(max(y2, 0), height))
-
-
 def has_area(box: Box) -> bool:
     """Whether an xyxy box is at least ``SMALLEST_SIDE`` wide and high."""
     return box[2] - box[0] >= SMALLEST_SIDE and box[3] - box[1] >= SMALLEST_SIDE
@@ -184,9 +173,6 @@ def check_photos(records: Sequence[Record], problems: Problems) -> list[Record]:
     """The records whose photo can be used, boxes and size in the pixels of the picture that will be read.
 
     Only headers and file ends are read, so damage in the middle of a file is found when the photo is decoded.
-
-    Raises:
-        DataError: in mode "refuse", one line that names the file.
     """
     title = "checking photos" if len(records) >= 5000 else None  # headers are read at some thousands a second
     checked = [_check(record, problems) for record in progress(records, title)]
@@ -207,9 +193,6 @@ def drop_repeated_files(raw: RawDataset, problems: Problems) -> RawDataset:
 
     Where two entries name one file and give the same objects, one of them stays; where they give others, as an export
     that merges the frames of two videos, neither does: nobody knows whose objects the file shows.
-
-    Raises:
-        DataError: in mode "refuse".
     """
     first: dict[Hashable, Record] = {}
     for record in raw.records:

@@ -31,10 +31,8 @@ def read_coco(
     Boxes come as x, y, width, height and leave as x1, y1, x2, y2. Labels are places in the file's ``categories``,
     whatever their ids are. ``iscrowd``, ``difficult`` and ``ignore`` all become ``Annotation.ignore``.
 
-    Args:
-        annotations: the JSON file; ``file_name`` in it is relative to the folder ``images``.
-        problems: takes what is wrong with single records.
-        allow_outside: take photos whose ``file_name`` leads outside the folder.
+    ``file_name`` is relative to the folder ``images``, and with ``allow_outside`` may lead outside. ``problems`` takes
+    what is wrong with single records.
 
     Raises:
         DataError: the file is missing or not COCO JSON, or (mode "refuse") a record is broken.

@@ -107,7 +107,7 @@ class DetectionDataset(torch.utils.data.Dataset):
         return other
 
     def get_height_and_width(self, index: int) -> tuple[int, int]:
-        """Size of photo ``index``, without reading it. Without this method torchvision's grouping loads every photo."""
+        """Size of photo ``index``, for torchvision's grouping of photos by aspect ratio; no photo is read."""
         return self.records[index].height, self.records[index].width
 
     def sample(self, index: int, epoch: int) -> tuple[Tensor, Target]:
@@ -140,7 +140,7 @@ class DetectionDataset(torch.utils.data.Dataset):
         for step in range(len(self)):
             record = self.records[(index + step) % len(self)]
             try:
-                return record, _read_photo(record)
+                return record, self._decode(record)
             except DataError as error:
                 if not self.train or self.on_bad == "refuse":
                     raise
@@ -150,16 +150,15 @@ class DetectionDataset(torch.utils.data.Dataset):
                     logger.warning(text, error, len(self._undecodable))
         raise DataError(f"none of {len(self)} photos can be decoded; the first is {self.records[index].path}")
 
-
-def _read_photo(record: Record) -> np.ndarray:
-    image = read_image(record.path, (record.width, record.height))
-    if image.shape[:2] != (record.height, record.width):
+    @staticmethod
+    def _decode(record: Record) -> np.ndarray:
+        image = read_image(record.path, (record.width, record.height))
         height, width = image.shape[:2]
-        raise DataError(
-            f"{checks.describe(record)} is {width} x {height}, annotated as {record.width} x {record.height}; "
-            "load the data set with load_dataset, which scales the boxes"
-        )
-    return image
+        if (height, width) != (record.height, record.width):
+            found = f"is {width} x {height}, annotated as {record.width} x {record.height}"
+            fix = "load the data set with load_dataset, which scales the boxes"
+            raise DataError(f"{checks.describe(record)} {found}; {fix}")
+        return image
 
 
 def repeat_rare_classes(dataset: DetectionDataset, threshold: float, seed: int) -> DetectionDataset:
@@ -186,11 +185,7 @@ def repeat_factors(dataset: DetectionDataset, threshold: float) -> np.ndarray:
 
 
 def photo_hashes(dataset: DetectionDataset) -> list[tuple[Path, str]]:
-    """Path and SHA-256 of every photo's file.
-
-    Raises:
-        DataError: a photo cannot be read.
-    """
+    """Path and SHA-256 of every photo's file; a DataError if one cannot be read."""
     digest = functools.cache(sha256)  # photos of rare classes occur several times
     with _readable_photos():
         return [(record.path, digest(record.path)) for record in dataset.records]
@@ -207,10 +202,7 @@ def _readable_photos() -> Iterator[None]:
 def fingerprint(dataset: DetectionDataset, hashes: Sequence[str] | None = None) -> str:
     """SHA-256 of the classes and of each photo's file content, id, size and objects, in the order of the photos.
 
-    Paths and augmentation do not change it. ``hashes`` are the result of `photo_hashes` if it is known already.
-
-    Raises:
-        DataError: a photo cannot be read.
+    Paths and augmentation do not change it. ``hashes`` are those of `photo_hashes` if they are known already.
     """
     digest = hashlib.sha256(repr(dataset.classes).encode())
     hashes = [content for _, content in photo_hashes(dataset)] if hashes is None else hashes
@@ -239,18 +231,13 @@ def require_disjoint(**datasets: DetectionDataset) -> None:
             known = {digest(path): path for path, size in ours.items() if size in common}
             shared = [(known[digest(p)], p) for p, size in theirs.items() if size in common and digest(p) in known]
             if shared:
-                raise DataError(
-                    f"{first} and {second} share photos ({len(shared)}), the first: {shared[0][0]} and {shared[0][1]}; "
-                    "metrics on training photos are too high; take them out of one of the two"
-                )
+                found = f"share photos ({len(shared)}), the first: {shared[0][0]} and {shared[0][1]}"
+                fix = "metrics on training photos are too high; take them out of one of the two"
+                raise DataError(f"{first} and {second} {found}; {fix}")
 
 
 def require_unique(name: str, records: Iterable[Record]) -> None:
-    """Check that the set ``name`` has each photo file once.
-
-    Raises:
-        DataError: a file is there twice; the message names the first.
-    """
+    """Check that the set ``name`` has each photo file once; a DataError names the first that is there twice."""
     seen = set()
     for record in records:
         identity = checks.file_identity(record.path)
@@ -307,22 +294,15 @@ class EpochSampler(Sampler[int]):
         self.epoch, self.start = epoch, start
         self.dataset.set_epoch(epoch)
 
-    def global_order(self) -> list[int]:
-        """Indices of this epoch over all processes, including those that ``start`` leaves out."""
-        count = len(self.dataset)
-        if not self.train:
-            return list(range(count))
-        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
-        order = torch.randperm(count, generator=generator).tolist()
-        return order[: max(count // self.batch_size, 1) * self.batch_size]
-
     def __iter__(self) -> Iterator[int]:
-        order, size = self.global_order()[self.start * self.batch_size :], self.batch_size
+        count, size, start = len(self.dataset), self.batch_size, self.start * self.batch_size
         if not self.train:
-            own = range(self.rank * size, len(order), self.world_size * size)
-            return itertools.chain.from_iterable(order[first : first + size] for first in own)
+            own = range(start + self.rank * size, count, self.world_size * size)
+            return itertools.chain.from_iterable(range(first, min(first + size, count)) for first in own)
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
+        order = torch.randperm(count, generator=generator).tolist()[: max(count // size, 1) * size]
         # the batch size is a multiple of the number of processes, so each batch is distributed evenly
-        return iter(order[self.rank :: self.world_size])
+        return iter(order[start + self.rank :: self.world_size])
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -346,11 +326,16 @@ def build_loader(
         raise DataError(f"a data set of {len(dataset)} photos is too small for {world_size} process(es)")
     if workers:
         _one_thread()  # OpenCV's threads in this process would block a forked worker for ever
-    options = {"collate_fn": collate, "worker_init_fn": _one_thread, "pin_memory": torch.cuda.is_available()}
-    sampler = EpochSampler(dataset, batch_size, train, seed, rank, world_size)
-    # an own generator: drawing from the global one would make a resumed run differ
-    own = torch.Generator()
-    return DataLoader(dataset, batch_size // dealt_out, sampler=sampler, num_workers=workers, generator=own, **options)
+    return DataLoader(
+        dataset,
+        batch_size // dealt_out,
+        sampler=EpochSampler(dataset, batch_size, train, seed, rank, world_size),
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=_one_thread,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # drawing from the global one would make a resumed run differ
+    )
 
 
 def as_tensor(image: np.ndarray) -> Tensor:
@@ -361,8 +346,7 @@ def as_tensor(image: np.ndarray) -> Tensor:
 
 def collate(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
     """A batch is two lists, since photos differ in size and number of objects."""
-    images, targets = zip(*samples, strict=True)
-    return list(images), list(targets)
+    return [image for image, _ in samples], [target for _, target in samples]
 
 
 def _one_thread(worker: int = 0) -> None:
@@ -417,9 +401,9 @@ def load_dataset(
     transforms = build_transforms(data.AUGMENTATION) if train else None
     if len(names) > 1:
         require_unique(title, records)
-    labelled = all(raw.labelled for raw in raws)
+    labelled = not unknown
     flags = [annotation.ignore for record in records for annotation in record.annotations]
-    ignored, objects = sum(flags), len(flags) - sum(flags)
+    ignored, objects = flags.count(True), flags.count(False)
     if not objects and (labelled or not unlabelled) and (train if need_boxes is None else need_boxes):
         raise DataError(f"{title}: {_without_boxes(classes, len(records), ignored, train)}")
     also = f" and {ignored} to ignore" if ignored else ""
@@ -440,11 +424,7 @@ def _without_boxes(classes: Sequence[str], photos: int, ignored: int, train: boo
 
 
 def read_dataset(cfg: CfgNode, name: str) -> RawDataset:
-    """One data set with checked boxes and all of its classes; its photo files are not read.
-
-    Raises:
-        ConfigError, DataError: as :func:`load_dataset`.
-    """
+    """One data set with checked boxes and all of its classes; its photo files are not read."""
     problems = Problems(cfg.DATA.ON_BAD)
     raw = checks.check_boxes(catalog.load(name, cfg.DATA, problems), problems)
     raw = checks.drop_repeated_files(raw, problems)

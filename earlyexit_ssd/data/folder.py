@@ -14,11 +14,8 @@ from earlyexit_ssd.progress import progress
 
 
 def read_photo_folder(name: str, folder: Path, problems: Problems) -> RawDataset:
-    """Every photo in ``folder`` and the folders in it, in the order of their paths; hidden files are left out.
-
-    Raises:
-        DataError: not a folder, no photo there, or (mode "refuse") one that cannot be read.
-    """
+    """Every photo in ``folder`` and the folders in it, in the order of their paths; hidden files are left out. A
+    DataError if it is no folder, has no photo, or (mode "refuse") one that cannot be read."""
     if not os.path.isdir(folder):
         raise DataError(f"{folder}: data set {name!r} is a file, expected a folder of photos; name its folder")
     paths, others = find_files(folder, PHOTO_SUFFIXES)
@@ -54,11 +51,7 @@ def photo_path(folder: Path, name: str, allow_outside: bool) -> Path | None:
 
 
 def read_list(listing: Path) -> list[str]:
-    """The lines of a file that lists photos.
-
-    Raises:
-        DataError: it cannot be read, or is not in UTF-8.
-    """
+    """The lines of a file that lists photos; a DataError if it cannot be read, or is not in UTF-8."""
     try:
         return read_bytes(listing).decode("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:

@@ -73,11 +73,8 @@ class Problems:
         self._skips: Counter[str] = Counter()
 
     def add(self, kind: str, message: str, image_id: int | None = None) -> None:
-        """Note a problem of photo ``image_id`` (None: of no photo); ``message`` names file, record and value.
-
-        Raises:
-            DataError: in mode "refuse".
-        """
+        """Note a problem of photo ``image_id`` (None: of no photo), in mode "refuse" as a DataError; ``message`` names
+        file, record and value."""
         if self.on_bad == "refuse":
             raise DataError(f"{message}: {kind}; correct it, or set DATA.ON_BAD to repair or skip")
         self.note(kind, message)

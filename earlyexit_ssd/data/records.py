@@ -17,38 +17,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """One object.
+    """One object. ``area`` decides whether it is small, medium or large; COCO gives the area inside the outline."""
 
-    Attributes:
-        box: x1, y1, x2, y2 in absolute pixels of the photo, 0-based; width is ``x2 - x1``.
-        label: 1..K, the index of the class in the list of classes plus 1.
-        ignore: COCO crowd or VOC difficult: never a training target, and detections on it are not counted.
-        area: square pixels, for the sizes small, medium and large; None: the area of the box. (COCO gives the area
-            inside the outline, which is smaller.)
-        id: id of the object in its file, for messages.
-    """
-
-    box: tuple[float, float, float, float]
-    label: int
-    ignore: bool = False
-    area: float | None = None
-    id: int | str = 0
+    box: tuple[float, float, float, float]  # x1, y1, x2, y2 in absolute pixels of the photo, 0-based; width is x2 - x1
+    label: int  # 1..K, the index of the class in the list of classes plus 1
+    ignore: bool = False  # COCO crowd, VOC difficult: never a training target, and detections on it are not counted
+    area: float | None = None  # square pixels; None: the area of the box
+    id: int | str = 0  # of the object in its file, for messages
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One photo with its objects.
-
-    ``width`` and ``height`` are pixels of the picture that the boxes refer to. ``source`` is the annotation file, for
-    messages.
-    """
+    """One photo with its objects."""
 
     image_id: int
     path: Path
-    width: int
+    width: int  # pixels of the picture that the boxes refer to
     height: int
     annotations: tuple[Annotation, ...] = ()
-    source: Path | None = None
+    source: Path | None = None  # the annotation file, for messages
 
     @property
     def has_targets(self) -> bool:
@@ -62,21 +49,13 @@ class Record:
 
 @dataclass(frozen=True)
 class RawDataset:
-    """The result of a reader, before checks and selection of classes.
-
-    Attributes:
-        name: name of the data set.
-        classes: names of the classes; label i means ``classes[i - 1]``.
-        records: the photos.
-        open_classes: the format declares no classes. ``classes`` are those that occur; a wanted one may be absent.
-        labelled: False if the photos have no annotations; a photo without boxes may then show objects.
-    """
+    """The result of a reader, before checks and selection of classes."""
 
     name: str
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # label i means classes[i - 1]
     records: tuple[Record, ...]
-    open_classes: bool = False
-    labelled: bool = True
+    open_classes: bool = False  # the format declares none: classes are those that occur, and a wanted one may be absent
+    labelled: bool = True  # False if the photos have no annotations; a photo without boxes may then show objects
 
 
 Reader = Callable[..., RawDataset]
@@ -87,10 +66,8 @@ Reader = Callable[..., RawDataset]
 class Format:
     """An annotation format: how to recognise and read its entries (name, annotations, photos) in ``DATA.DATASETS``."""
 
-    recognises: Callable[[str, Path], bool]
-    """``recognises(annotations, path)``, with the annotations as written in the entry and their absolute path."""
-    names_split: bool
-    """Whether the third part of an entry is the name of a split instead of a folder of photos."""
+    recognises: Callable[[str, Path], bool]  # the annotations as written in the entry, and their path
+    names_split: bool  # whether the third part of an entry is the name of a split instead of a folder of photos
     read: Reader
 
 
@@ -100,13 +77,9 @@ FORMATS: dict[str, Format] = {}
 def register_format(
     name: str, recognises: Callable[[str, Path], bool], names_split: bool = False, **repairs: str
 ) -> Callable[[Reader], Reader]:
-    """Decorator that registers the reader of a format. If several formats recognise an entry, the last one reads it.
+    """Decorator that registers the reader of a `Format`. If several formats recognise an entry, the last one reads it.
 
-    Args:
-        name: name of the format.
-        recognises: see `Format`.
-        names_split: see `Format`.
-        repairs: kind of problem (with _ for a space) -> its repair in words, for problems that only this format has.
+    ``repairs``: kind of problem (with _ for a space) -> its repair in words, for problems that only this format has.
     """
 
     def register(read: Reader) -> Reader:
@@ -171,7 +144,7 @@ def _check_classes(raws: Sequence[RawDataset], classes: Sequence[str], train: bo
     """A class that no set declares is an error. A class without a box in a set is a warning, since its objects may be
     unlabelled and would train as background."""
     there = union_of_classes(raws)
-    known = set(map(canonical, there))
+    known = {canonical(name) for name in there}
     may_lack_some = any(raw.open_classes and not (train and raw.labelled) for raw in raws)
     for name in classes:
         if canonical(name) not in known and not may_lack_some:

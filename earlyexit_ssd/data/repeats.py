@@ -39,15 +39,10 @@ class Block:
 
     @classmethod
     def parse(cls, text: str, fps: float | None = None) -> Block:
-        """``"25"`` (photos), or ``"5s"`` (seconds) where ``fps`` says how many photos of the folder make one.
-
-        Raises:
-            EarlyExitError: no such number, or seconds without ``fps``.
-        """
-        found, asked = (
-            re.fullmatch(r"\s*(\d{1,6}|\d{0,6}\.?\d{1,6}(?=\s*s))\s*(s?)\s*", str(text)),
-            f"block is {text!r:.60}",
-        )
+        """``"25"`` (photos), or ``"5s"`` (seconds) where ``fps`` says how many photos of the folder make one; else an
+        EarlyExitError."""
+        found = re.fullmatch(r"\s*(\d{1,6}|\d{0,6}\.?\d{1,6}(?=\s*s))\s*(s?)\s*", str(text))
+        asked = f"block is {text!r:.60}"
         if found is None or not float(found[1]) > 0:
             raise EarlyExitError(f"{asked}, expected photos such as 25, or seconds such as 5s with --fps")
         if not found[2]:
@@ -84,24 +79,17 @@ def block_of_each(paths: Sequence[Path], photos: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Repeats:
-    """Photos that were left out, since another one stands for them: ``equal`` in content, ``near`` to it in looks.
+    """Photos that were left out, since another one stands for them."""
 
-    ``near_sha256`` are the contents of the latter.
-    """
-
-    equal: int = 0
-    near: int = 0
-    near_sha256: tuple[str, ...] = ()
+    equal: int = 0  # in content
+    near: int = 0  # in looks
+    near_sha256: tuple[str, ...] = ()  # contents of the latter
 
 
 def distinct(dataset: DetectionDataset, near: bool = True) -> tuple[DetectionDataset, Repeats]:
     """The data set with each photo once, the first of those that are equal, and what was left out, which is logged.
 
-    Args:
-        near: the same picture saved anew counts as the same too; not so for the frames of a video.
-
-    Raises:
-        DataError: a photo cannot be read.
+    With ``near`` the same picture saved anew counts as the same too; this does not suit the frames of a video.
     """
     digests = [digest for _, digest in photo_hashes(dataset)]
     _, first = np.unique(digests, return_index=True)
@@ -161,9 +149,6 @@ def look_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
     A bit says whether the grey of a cell (9 x 8 of them) is below that of its right neighbour. Saved anew, a photo
     keeps nearly all bits. Where something small moves they stay too, but a cell of the grey picture changes.
-
-    Raises:
-        DataError: the photo cannot be read.
     """
     try:
         with Image.open(path) as image:

@@ -33,11 +33,8 @@ class RandomIoUCrop(A.DualTransform):
     after 40 failures another is drawn. Objects whose centre is outside are dropped, the others are cut at the window.
     """
 
-    SCALE = (0.3, 1.0)
-    ASPECT = (0.5, 2.0)
+    SCALE, ASPECT, TRIALS = (0.3, 1.0), (0.5, 2.0), 40
     LEAST_IOUS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
-    TRIALS = 40
-
     _targets = A.core.type_definitions.Targets.IMAGE, A.core.type_definitions.Targets.BBOXES
 
     def get_params_dependent_on_data(self, params: dict, data: dict) -> dict[str, Window]:
@@ -53,8 +50,7 @@ class RandomIoUCrop(A.DualTransform):
 
     def _find_window(self, boxes: np.ndarray, width: int, height: int, least_iou: float) -> Window | None:
         """The first of ``TRIALS`` random windows that fits, as x1, y1, x2, y2 in whole pixels."""
-        low, high = self.SCALE
-        sizes = (self.random_generator.uniform(low, high, (self.TRIALS, 2)) * (width, height)).astype(int)
+        sizes = (self.random_generator.uniform(*self.SCALE, (self.TRIALS, 2)) * (width, height)).astype(int)
         corners = (self.random_generator.random((self.TRIALS, 2)) * ((width, height) - sizes)).astype(int)
         windows = np.concatenate([corners, corners + sizes], axis=1)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -115,10 +111,8 @@ class RandomZoomOut(A.DualTransform):
 
     def apply(self, img: np.ndarray, place: Window, **params: Any) -> np.ndarray:
         left, top, width, height = place
-        canvas = np.empty_like(img)
-        canvas[:] = CANVAS
-        small = cv2.resize(img, (width, height), interpolation=cv2.INTER_AREA)
-        canvas[top : top + height, left : left + width] = small
+        canvas = np.full_like(img, CANVAS)
+        canvas[top : top + height, left : left + width] = cv2.resize(img, (width, height), interpolation=cv2.INTER_AREA)
         return canvas
 
     def apply_to_bboxes(self, bboxes: np.ndarray, place: Window, **params: Any) -> np.ndarray:
@@ -155,11 +149,7 @@ class Augmentation:
 
 
 def build_transforms(preset: str) -> Augmentation | None:
-    """A preset: "ssdlite" (IoU-aware crop, flip), "ssd" (adds colour and zoom-out), "flip", "none" (None).
-
-    Raises:
-        ConfigError: an unknown name.
-    """
+    """A preset: "ssdlite" (IoU-aware crop, flip), "ssd" (adds colour and zoom-out), "flip", "none" (None)."""
     if preset not in PRESETS:
         expected = f"expected one of {', '.join(PRESETS)}{nearest(preset, PRESETS)}"
         raise ConfigError(f"DATA.AUGMENTATION is {preset!r}, {expected}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import posixpath
@@ -112,13 +113,10 @@ def _look_up(suffixes: Sequence[str]) -> Callable[[Path], list[Path]]:
     @functools.cache
     def listing(folder: Path) -> dict[str, list[Path]]:
         files: dict[str, list[Path]] = {}
-        try:
-            paths = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_file())
-        except (OSError, ValueError):
-            return files
-        for path in paths:
-            if path.suffix.lower() in suffixes:
-                files.setdefault(path.stem, []).append(path)
+        with contextlib.suppress(OSError, ValueError):  # no such folder
+            for path in sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_file()):
+                if path.suffix.lower() in suffixes:
+                    files.setdefault(path.stem, []).append(path)
         return files
 
     return lambda path: listing(path.parent).get(path.name, [])

@@ -40,7 +40,6 @@ def read_yolo(name: str, description: Path, split: str, problems: Problems, allo
     Args:
         description: data.yaml: ``names``, ``path`` where the data are in another folder, and splits. A split is a
             folder of photos, a text file that lists some, or several of these.
-        split: such as train, val or test.
         problems: takes what is wrong with single photos and lines.
         allow_outside: read photos that are not below the folder of data.yaml.
 

@@ -27,7 +27,6 @@ class TapCache:
     """Arrays with one row per photo and view; row ``view * photos + index`` is a view of photo ``index``.
 
     Args:
-        folder: folder of the `ArrayStore`.
         model: determines the shape of a row.
         photos, views: number of photos, and of augmented views of each.
         dtype: ``float16`` (relative rounding error up to 2^-11) or ``float32`` (none).
@@ -38,32 +37,21 @@ class TapCache:
         self._dtype = np.dtype(dtype)
         self._row = _blank_row(model, self._dtype)
         self._row_bytes = sum(values.nbytes for values in self._row.values())
-
-    @property
-    def gibibytes(self) -> float:
-        """Size on disk."""
-        return self.photos * self.views * self._row_bytes / 2**30
+        self.gibibytes = photos * views * self._row_bytes / 2**30  # on disk
 
     def require_budget(self, gibibytes: float) -> None:
         """Raise an EarlyExitError with the number of views that fit if the cache is larger than ``gibibytes``."""
         if self.gibibytes > gibibytes:
             fits = int(gibibytes * 2**30 // (self.photos * self._row_bytes))
             fix = f"set EXITS_PHASE.CACHE_VIEWS to {fits}" if fits else "set EXITS_PHASE.CACHE to false"
-            raise EarlyExitError(
-                f"the tap cache of {self.photos} photos x {self.views} views needs {self.gibibytes:.1f} GiB, "
-                f"EXITS_PHASE.CACHE_GIB allows {gibibytes}; raise it, or {fix}"
-            )
+            needs = f"the tap cache of {self.photos} photos x {self.views} views needs {self.gibibytes:.1f} GiB"
+            raise EarlyExitError(f"{needs}, EXITS_PHASE.CACHE_GIB allows {gibibytes}; raise it, or {fix}")
 
     def build(self, model: EarlyExitSSDLite, loader: DataLoader, contents: str) -> None:
-        """Compute the cache, unless it is complete.
+        """Compute the cache of a ``model`` with a frozen trunk, unless it is complete.
 
-        Args:
-            model: the detector with a frozen trunk.
-            loader: loader of the photos in order; its sampler's epoch selects the view.
-            contents: text that identifies photos, boxes and views. The cache is rebuilt if it or the weights change.
-
-        Raises:
-            EarlyExitError: not enough disk space.
+        ``loader`` gives the photos in order; its sampler's epoch selects the view. ``contents`` is text that identifies
+        photos, boxes and views. The cache is rebuilt if it or the weights change. An EarlyExitError: the disk is full.
         """
         contents = f"{contents} {_weights_hash(model)} {self.views} {self._dtype}"
         store = ArrayStore(self.folder, "cache", contents, self.photos * self.views, self._row)
@@ -100,10 +88,9 @@ class TapCache:
 
     def rows(self, rows: np.ndarray, device: torch.device) -> TapBatch:
         """A batch of stored rows (indices, returned in increasing order) in fp32."""
-        order = np.sort(rows)
-        values = {
-            name: torch.from_numpy(array[order].astype(np.float32)).to(device) for name, array in self._arrays.items()
-        }
+        order, values = np.sort(rows), {}
+        for name, array in self._arrays.items():
+            values[name] = torch.from_numpy(array[order].astype(np.float32)).to(device)
         head = {name: values.pop(name) for name in ARRAYS_OF_HEAD}
         return TapBatch(list(values.values()), head, to_device([self.targets[row] for row in order], device))
 
@@ -111,14 +98,8 @@ class TapCache:
 class CachedLoader:
     """Batches of cached taps; each epoch has every photo once, in the next view.
 
-    The incomplete batch at the end of an epoch is dropped.
-
-    Args:
-        cache: a complete cache.
-        batch_size: rows per step over all processes, reduced to the number of photos.
-        seed: seed of the random order.
-        device: device of the batches.
-        rank, world_size: index of this process and number of processes, which split each batch.
+    The incomplete batch at the end of an epoch is dropped. ``batch_size`` is the number of rows per step over all
+    processes, which split each batch; it is reduced to the number of photos.
     """
 
     def __init__(

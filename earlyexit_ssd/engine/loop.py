@@ -97,11 +97,9 @@ class ExponentialMovingAverage:
                 mine.copy_(theirs)
 
     def state_dict(self) -> dict:
-        """State for a checkpoint."""
         return {"updates": self.updates, "average": self.average.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore a :meth:`state_dict`."""
         self.updates = state["updates"]
         self.average.load_state_dict(state["average"])
 
@@ -111,10 +109,9 @@ class TrainingDiverged(EarlyExitError):
 
 
 class Loader(Protocol):
-    """Interface of the loader of batches."""
+    """Interface of the loader of batches; its length is the number of batches in an epoch."""
 
-    def __len__(self) -> int:
-        """Number of batches in an epoch."""
+    def __len__(self) -> int: ...
 
     def epoch(self, epoch: int, start: int) -> Iterable[Any]:
         """The batches of ``epoch`` from number ``start`` on; a function of (epoch, number) only."""
@@ -144,25 +141,18 @@ class Trainer:
     whole state.
     """
 
-    model: nn.Module
-    """The model that is trained and saved."""
-    compute_losses: Callable[[Any], dict[str, Tensor]]
-    """Function from a batch to a dict of scalar losses, such as a DistributedDataParallel around ``model``."""
+    model: nn.Module  # the model that is trained and saved
+    compute_losses: Callable[[Any], dict[str, Tensor]]  # such as a DistributedDataParallel around model
     loader: Loader
     optimizer: torch.optim.Optimizer
     epochs: int
     peak_lr: float
-    warmup: float = 0.0
-    """Share of all steps with a rising rate, in [0, 1], see :func:`learning_rate`."""
-    clip_gradient: float = 0.0
-    """Largest norm of the gradient; 0: no clipping."""
-    amp: str = "off"
-    """``off``, ``bf16`` or ``fp16``."""
+    warmup: float = 0.0  # share of all steps with a rising rate, in [0, 1], see :func:`learning_rate`
+    clip_gradient: float = 0.0  # largest norm of the gradient; 0: no clipping
+    amp: str = "off"  # off, bf16 or fp16
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    hooks: Sequence[Hook] = ()
-    """See `Hook` for the order of the calls."""
-    describe: Callable[[Any], list[str]] = lambda batch: []
-    """Function from a batch to the names of its photos, for messages."""
+    hooks: Sequence[Hook] = ()  # see `Hook` for the order of the calls
+    describe: Callable[[Any], list[str]] = lambda batch: []  # names of the photos of a batch, for messages
 
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
@@ -171,7 +161,6 @@ class Trainer:
 
     @property
     def total_steps(self) -> int:
-        """Number of steps of the whole training."""
         return self.epochs * len(self.loader)
 
     def run(self) -> bool:
@@ -201,7 +190,7 @@ class Trainer:
                 return
 
     def train_step(self, batch: Any) -> None:
-        """One step: forward, backward, update."""
+        """Forward, backward, update."""
         rate = learning_rate(self.step, self.total_steps, self.peak_lr, self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_factor", 1.0)
@@ -222,7 +211,6 @@ class Trainer:
     def _require_finite(self, values: dict[str, float], batch: Any) -> None:
         bad = [f"{key} = {value}" for key, value in values.items() if not math.isfinite(value)]
         if bad:
-            raise TrainingDiverged(
-                f"step {self.step}: {', '.join(bad)} for the photos {', '.join(self.describe(batch))}; "
-                "look at these photos and boxes, lower LR or set CLIP_GRADIENT; the last checkpoint is kept"
-            )
+            fix = "look at these photos and boxes, lower LR or set CLIP_GRADIENT; the last checkpoint is kept"
+            photos = ", ".join(self.describe(batch))
+            raise TrainingDiverged(f"step {self.step}: {', '.join(bad)} for the photos {photos}; {fix}")

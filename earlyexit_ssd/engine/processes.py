@@ -47,10 +47,8 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 
 def gathered(value: T, active: bool = True) -> list[T]:
-    """The ``value`` of every process, by rank; every process must ask. Tensors must be on the CPU.
-
-    Without ``active`` a process works for itself, and only its own is returned.
-    """
+    """The ``value`` of every process, by rank; every process must ask. Tensors must be on the CPU. Without ``active`` a
+    process works for itself, and only its own is returned."""
     values = [value] * (world_size() if active else 1)
     if len(values) > 1:
         distributed.all_gather_object(values, value)
@@ -59,13 +57,8 @@ def gathered(value: T, active: bool = True) -> list[T]:
 
 @contextlib.contextmanager
 def failing_together(active: bool = True) -> Iterator[None]:
-    """Raise in every process what one of them raises inside; at the end each waits for the others.
-
-    Without ``active`` a process works for itself.
-
-    Raises:
-        EarlyExitError, OSError: the process's own error, else that of the lowest rank.
-    """
+    """Raise in every process what one of them raises inside: its own EarlyExitError or OSError, else that of the lowest
+    rank. At the end each process waits for the others. Without ``active`` a process works for itself."""
     error = None
     try:
         yield

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import itertools
 import math
 import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -30,11 +32,7 @@ RUNTIME_TITLES = {EAGER: "eager PyTorch", ONNX_RUNTIME: "ONNX Runtime", OPENVINO
 
 
 def deploy_package(name: str) -> ModuleType:
-    """Import the package onnx, onnxruntime or openvino.
-
-    Raises:
-        EarlyExitError: it is not installed.
-    """
+    """Import the package onnx, onnxruntime or openvino; an EarlyExitError if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -53,12 +51,10 @@ class OnnxNetwork(nn.Module):
     Args:
         content: the file's bytes.
         threads: intra-op threads of ONNX Runtime; idle ones sleep, so that they do not disturb the next timing.
-        name: name of the file, for messages.
         folder: folder of weights outside of the file (ONNX's external data); None: such weights are an error.
 
     Attributes:
         input_shape: shape of the only input; a free first dimension becomes 1.
-        metadata: the file's metadata, key -> text.
 
     Raises:
         EarlyExitError: ONNX Runtime cannot run the graph, or it has several inputs, no fixed input size or no fp32
@@ -78,10 +74,9 @@ class OnnxNetwork(nn.Module):
         options.add_session_config_entry("session.load_model_format", "ONNX")  # the format that was checked
         if folder is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        providers = ["CPUExecutionProvider"]
         try:
-            self.session = runtime.InferenceSession(
-                content, options, providers=["CPUExecutionProvider"], enable_fallback=0
-            )
+            self.session = runtime.InferenceSession(content, options, providers, enable_fallback=0)
             inputs = self.session.get_inputs()
             self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
         except Exception as error:  # a damaged or foreign file may raise any exception
@@ -96,11 +91,7 @@ class OnnxNetwork(nn.Module):
         self._input_name = inputs[0].name
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """``input_shape`` float32 on the CPU to the outputs, in the file's order.
-
-        Raises:
-            EarlyExitError: the graph fails, or an output is no tensor of numbers.
-        """
+        """``input_shape`` float32 on the CPU to the outputs, in the file's order; an EarlyExitError if it fails."""
         try:
             return [torch.from_numpy(output) for output in self.session.run(None, {self._input_name: x.numpy()})]
         except Exception as error:  # ONNX Runtime has classes of its own for each kind of failure
@@ -109,11 +100,7 @@ class OnnxNetwork(nn.Module):
 
 def _require_safe_weights(content: bytes, name: str, folder: str | os.PathLike[str] | None) -> None:
     """Check that weights outside of the ONNX file are regular files in ``folder`` or below: ONNX Runtime would read any
-    file that a foreign ONNX file names.
-
-    Raises:
-        EarlyExitError: not an ONNX file, or weights in another place.
-    """
+    file that a foreign ONNX file names."""
     onnx = deploy_package("onnx")
     try:
         model = onnx.load_model_from_string(content)
@@ -142,9 +129,8 @@ def _lies_in(location: str | bytes, folder: str | os.PathLike[str]) -> bool:
     """Whether ``location`` is a file in ``folder`` after following links; Windows paths and bytes are refused."""
     if not isinstance(location, str) or not location or set(location) & set("\0\\:") or os.path.isabs(location):
         return False
-    root = os.path.realpath(folder)
-    path = os.path.realpath(os.path.join(root, location))
-    return os.path.commonpath([root, path]) == root and os.path.isfile(path)
+    path = Path(os.path.realpath(os.path.join(folder, location)))
+    return path.is_relative_to(os.path.realpath(folder)) and path.is_file()
 
 
 class OpenVinoNetwork(nn.Module):
@@ -203,9 +189,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-COUNTED = (torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm)
-"""Counted operators: convolutions and linear layers."""
-
+COUNTED = (torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm)  # convolutions and linear layers
 WARM_UP_RUNS = 3
 
 
@@ -262,13 +246,11 @@ def time_modules(
 ) -> list[Timing]:
     """Time each module ``runs`` times, in turns, so that changes of the machine's speed affect all equally.
 
-    Each module is warmed up first, and CUDA is synchronised around every run.
+    Each module is warmed up first, and CUDA is synchronised around every run. PyTorch has ``threads`` CPU threads.
 
     Args:
         modules: modules of one tensor argument.
         examples: one input for each module, or one for all.
-        runs: timed runs per module.
-        threads: PyTorch's CPU threads during timing; the previous number is restored.
         desc: title of a progress bar over the rounds; empty: no bar.
     """
     examples = [examples] * len(modules) if isinstance(examples, Tensor) else examples
@@ -280,9 +262,12 @@ def time_modules(
             rounds = range(-WARM_UP_RUNS, runs)
             for run in progress(rounds, desc=desc) if desc else rounds:
                 for module, example, values in zip(modules, examples, milliseconds, strict=True):
-                    value = _time_once(module, example)
+                    _synchronize(example.device)
+                    start = time.perf_counter()
+                    module(example)
+                    _synchronize(example.device)
                     if run >= 0:
-                        values.append(value)
+                        values.append((time.perf_counter() - start) * 1000)
     finally:
         torch.set_num_threads(threads_before)
     return [Timing(*median_interval(values), threads=threads, runs=runs) for values in milliseconds]
@@ -293,16 +278,11 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
     With fewer than six values 95 % is impossible, and the interval is their range.
     """
-    ordered = sorted(values)
-    n, below, rank = len(ordered), 0.0, 0
+    ordered, n = sorted(values), len(values)
     # the number of values below the true median is binomial(n, 1/2): leave at most 2.5 % on either side
-    while rank < n // 2:
-        below += math.comb(n, rank) / 2**n
-        if below > 0.025:
-            break
-        rank += 1
-    rank = max(rank, 1)
-    return statistics.median(ordered), ordered[rank - 1], ordered[n - rank]
+    below = itertools.accumulate(math.comb(n, count) / 2**n for count in range(n // 2))
+    rank = max(1, sum(share <= 0.025 for share in below))
+    return statistics.median(ordered), ordered[rank - 1], ordered[-rank]
 
 
 def example_input(model: nn.Module) -> Tensor:
@@ -310,14 +290,6 @@ def example_input(model: nn.Module) -> Tensor:
     width, height = model.transform.fixed_size
     generator = torch.Generator().manual_seed(0)
     return torch.randn(1, 3, height, width, generator=generator).to(next(model.parameters()).device)
-
-
-def _time_once(call: Callable[[Tensor], object], example: Tensor) -> float:
-    _synchronize(example.device)
-    start = time.perf_counter()
-    call(example)
-    _synchronize(example.device)
-    return (time.perf_counter() - start) * 1000
 
 
 def _synchronize(device: torch.device) -> None:

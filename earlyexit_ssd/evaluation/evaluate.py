@@ -77,29 +77,26 @@ def evaluate_detections(
 def summarize_confidence(confidence: Tensor) -> ConfidenceSummary | None:
     """Summary of the confidences [n]. Values below 0 mean that the policy cannot compute one (exit without a branch)
     and are ignored; None if none is left."""
-    values = confidence[confidence >= 0].double()
-    if values.numel() == 0:
+    values = confidence[confidence >= 0].double().numpy()
+    if not values.size:
         return None
-    return ConfidenceSummary(
-        values.mean().item(), values.std(unbiased=False).item(), values.min().item(), values.max().item()
-    )
+    return ConfidenceSummary(*(float(value) for value in (values.mean(), values.std(), values.min(), values.max())))
 
 
 def describe_boxes(ground_truth: COCO, detections: Detections) -> BoxSummary:
     """Number, scores and share outside the image of all detected boxes, independent of labels."""
     scores = np.concatenate([np.zeros(0), *(found["scores"].numpy() for found in detections.values())])
-    outside = [np.zeros(0, dtype=bool)]
+    if not scores.size:
+        return BoxSummary(0, None, None, None)
+    outside = []
     for image_id, found in detections.items():
         image, boxes = ground_truth.imgs.get(image_id, {}), found["boxes"].double().numpy()
         size = np.array([image.get("width", np.inf), image.get("height", np.inf)])
         inside = np.prod(np.maximum(np.minimum(boxes[:, 2:], size) - np.maximum(boxes[:, :2], 0), 0), axis=1)
         area = np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0), axis=1)
         outside.append(~((inside > 0) & (inside >= area / 2)))  # NaN is outside
-    if not scores.size:
-        return BoxSummary(0, None, None, None)
-    return BoxSummary(
-        int(scores.size), float(scores.mean()), float(scores.std()), float(np.concatenate(outside).mean())
-    )
+    share = float(np.concatenate(outside).mean())
+    return BoxSummary(int(scores.size), float(scores.mean()), float(scores.std()), share)
 
 
 # Rivals: detectors without routing.
@@ -111,24 +108,15 @@ exit without routing, a detector from an ONNX file."""
 
 @dataclass(frozen=True)
 class Rival:
-    """A detector without routing, compared with the routed one.
-
-    Attributes:
-        name: name in tables.
-        kind: `PLAIN`, `CUT_HEAD`, `SINGLE_EXIT` or `ONNX`.
-        network, example: the module that is timed, and its input [1, 3, height, width].
-        mmacs: millions of multiply-accumulates; None if they cannot be counted.
-        detector: a module with torchvision's interface, or its detections; labels are those of the evaluated classes.
-        source: file that it comes from; None if it is part of the evaluated model.
-    """
+    """A detector without routing, compared with the routed one."""
 
     name: str
-    kind: str
-    network: nn.Module
-    example: Tensor
-    mmacs: float | None
-    detector: nn.Module | Detections
-    source: str | None = None
+    kind: str  # `PLAIN`, `CUT_HEAD`, `SINGLE_EXIT` or `ONNX`
+    network: nn.Module  # the module that is timed
+    example: Tensor  # its input [1, 3, height, width]
+    mmacs: float | None  # millions of multiply-accumulates; None if they cannot be counted
+    detector: nn.Module | Detections  # with torchvision's interface, or what it found; labels of the evaluated classes
+    source: str | None = None  # the file that it comes from; None if it is part of the evaluated model
 
     def found(self, loader: Batches) -> Detections:
         """What it finds on the photos of ``loader``, or has found already."""
@@ -154,13 +142,8 @@ def exits_alone(model: nn.Module, collected: Collected) -> list[Rival]:
 def evaluate_rivals(
     rivals: Sequence[Rival], timings: Sequence[Timing], ground_truth: COCO, routed: DetectorEvaluation
 ) -> tuple[RivalResult, ...]:
-    """Evaluate the rivals, in order.
-
-    Args:
-        rivals, timings: detections to compare, and the timing of each detector.
-        ground_truth: the objects that the exits were evaluated on.
-        routed: the routed detector's evaluation, for paired bootstrap differences.
-    """
+    """Evaluate the rivals, in order, on the objects that the exits were evaluated on. ``routed`` is the routed
+    detector's evaluation, for paired bootstrap differences."""
     settings, results = routed.settings, []
     for rival, timing in zip(rivals, timings, strict=True):
         evaluation = evaluate_detections(ground_truth, rival.detector, settings)
@@ -185,14 +168,9 @@ def evaluate_rivals(
 
 
 class WantedClasses(nn.Module):
-    """Wrap a detector to return only the classes ``wanted``, with their labels.
+    """Wrap a detector with torchvision's interface to return only the classes ``wanted``, labelled 1, 2, ...
 
-    Args:
-        detector: module from a list of photos to one dict each, with ``boxes`` [n, 4], ``scores`` [n] and ``labels``
-            [n] in 1..K.
-        source: its K class names.
-        wanted: names of the evaluated labels 1, 2, ...; synonyms of VOC and COCO names match.
-        name: name of the detector, for messages.
+    ``source`` are the names of its labels 1..K; VOC's and COCO's names of one class match. ``name`` is for messages.
 
     Raises:
         EarlyExitError: the detector has none of the wanted classes.
@@ -211,13 +189,12 @@ class WantedClasses(nn.Module):
         self.register_buffer("lookup", torch.tensor(lookup))
 
     def forward(self, photos: list[Tensor]) -> list[dict[str, Tensor]]:
-        """Detections of the wanted classes, with labels 1, 2, ... in the order of ``wanted``."""
-        return [self._translate(found) for found in self.detector(photos)]
-
-    def _translate(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
-        labels = self.lookup[found["labels"]]
-        keep = labels > 0
-        return {"boxes": found["boxes"][keep], "scores": found["scores"][keep], "labels": labels[keep]}
+        wanted = []
+        for found in self.detector(photos):
+            labels = self.lookup[found["labels"]]
+            keep = labels > 0
+            wanted.append({"boxes": found["boxes"][keep], "scores": found["scores"][keep], "labels": labels[keep]})
+        return wanted
 
 
 # The evaluation of a detector with exits.
@@ -225,7 +202,7 @@ class WantedClasses(nn.Module):
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of one image: to each exit (shallow to deep), of the detector without exits (``plain``), and of rivals."""
+    """Costs of one image: to each exit (shallow to deep), of the detector without exits (``plain``) and of rivals."""
 
     mmacs: list[float]
     timings: list[Timing]
@@ -264,14 +241,16 @@ def evaluate_exits(
         model: an `EarlyExitSSDLite` on the device to measure.
         collected: what its exits found, see `collect`.
         ground_truth: the same photos' objects (`earlyexit_ssd.data.to_coco`).
-        settings: thresholds, timing and bootstrap.
         context: ``splits``, ``forced``, ``taken_over`` and ``weights_sha256`` for verdict and record, and
             ``labelled``. For photos without labels the full path's detections at the settings' score are the objects:
             all figures measure agreement with it, and AP is None.
         rivals: detectors to compare with the routed one, each with its detections.
         certificate: the router's certificate; its target is checked on these photos.
     """
-    _check_same_images(collected, ground_truth)
+    missing = sorted(set(ground_truth.imgs) - set(collected.image_ids))
+    if missing:
+        found = f"image {missing[0]} ({len(missing)} in all) is in the ground truth but was not evaluated"
+        raise DataError(f"{found}; make both from the same data set")
     costs = measure_costs(model, settings, router, rivals)
     if not context.labelled:
         ground_truth = as_ground_truth(ground_truth, collected.detections[-1], settings.score)
@@ -376,15 +355,6 @@ def measure_costs(model: nn.Module, settings: EvaluationSettings, router: ExitRo
     own = timings[len(paths)]
     without_exits = CostResult(count_mmacs(plain, example), own.ms, [own.low, own.high])
     return Costs(mmacs_to_exit(model, router), timings[: len(paths)], without_exits, timings[len(paths) + 1 :])
-
-
-def _check_same_images(collected: Collected, ground_truth: COCO) -> None:
-    missing = sorted(set(ground_truth.imgs) - set(collected.image_ids))
-    if missing:
-        raise DataError(
-            f"image {missing[0]} ({len(missing)} in all) is in the ground truth but was not evaluated;"
-            " make both from the same data set"
-        )
 
 
 def _exit_result(

@@ -32,15 +32,13 @@ Detections = Mapping[int, Mapping[str, Tensor]]
 """Image id -> ``boxes`` [N,4] (xyxy, photo pixels), ``scores`` [N] and ``labels`` [N] (category ids)."""
 
 _HitsAndFalse = list[tuple[np.ndarray, csr_array]]
-PhotoRow = dict[str, str | float | None]
-"""A row of photos.csv, by column."""
+PhotoRow = dict[str, str | float | None]  # a row of photos.csv, by column
 
 SIZES = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
 """COCO's sizes of objects -> least and largest area, square pixels of the photo."""
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
-AP_DETECTIONS = 100
-"""AP uses at most so many detections per photo and class, those with the highest scores."""
+AP_DETECTIONS = 100  # AP uses at most so many detections per photo and class, those with the highest scores
 
 
 @dataclass(frozen=True)
@@ -49,27 +47,17 @@ class ClassMatches:
 
     Detections are in falling order of their scores. Equal scores keep the order of the photos, then of the exits, so
     the detections of any choice of exits are in pycocotools' order.
-
-    Attributes:
-        hit: bool [C, D], whether the detection is a true positive.
-        ignored: bool [C, D], whether it is neither a true nor a false positive: on a crowd, or not of the size.
-        overlap: float [D], IoU of a hit with its object under the last condition; else 0.
-        photo: int [D], index of the photo.
-        exit: int [D], index of the exit.
-        rank: int [D], number of detections of the same photo, exit and class that come before.
-        score: float [D].
-        objects_by_size: size -> counted objects per photo, int [n].
     """
 
     name: str
-    hit: np.ndarray
-    ignored: np.ndarray
-    overlap: np.ndarray
-    photo: np.ndarray
-    exit: np.ndarray
-    rank: np.ndarray
-    score: np.ndarray
-    objects_by_size: dict[str, np.ndarray]
+    hit: np.ndarray  # bool [C, D]: is it a true positive?
+    ignored: np.ndarray  # bool [C, D]: is it neither a true nor a false positive (on a crowd, or not of the size)?
+    overlap: np.ndarray  # float [D]: IoU of a hit with its object under the last condition; else 0
+    photo: np.ndarray  # int [D]: index of the photo
+    exit: np.ndarray  # int [D]: index of the exit
+    rank: np.ndarray  # int [D]: how many detections of the same photo, exit and class come before
+    score: np.ndarray  # float [D]
+    objects_by_size: dict[str, np.ndarray]  # size -> counted objects per photo, int [n]
 
     @property
     def objects(self) -> np.ndarray:
@@ -79,14 +67,10 @@ class ClassMatches:
 
 @dataclass(frozen=True)
 class ExitMatches:
-    """The matches of all classes and exits.
+    """The matches of all classes (by rising category id) and all K ``exits``.
 
-    Attributes:
-        classes: one entry per class, in the order of the category ids.
-        conditions: (size, IoU) under which detections and objects match. Precision, recall and the losses of photos
-            are counted under the last one.
-        image_ids: rising ids of the n photos. Every array [n] of this module has this order.
-        exits: number of exits (K).
+    Detections and objects match under each of the ``conditions`` (size, IoU). Precision, recall and the losses of
+    photos are counted under the last one. ``image_ids`` rise; every array [n] of this module has the order of them.
     """
 
     classes: list[ClassMatches]
@@ -112,7 +96,7 @@ class ExitMatches:
 
     def choose(self, choice: ArrayLike) -> ExitMatches:
         """The matches of one detector: photo i takes exit ``choice[i]`` (int [n])."""
-        choice = _choice(self, choice)
+        choice = _one_each(self, "choice", choice, self.exits)
         classes = []
         for one in self.classes:
             keep = np.flatnonzero(one.exit == choice[one.photo])
@@ -259,17 +243,11 @@ def xywh(boxes: Tensor) -> Tensor:
 
 
 class APs(NamedTuple):
-    """Average precisions in [0, 1]; ``None`` without objects, or if the caller did not ask for it."""
+    """Average precisions in [0, 1]; ``None`` without objects, or if the caller did not ask for it. Of bootstrap draws,
+    float [resamples], with NaN for None."""
 
-    AP: float | None
-    AP50: float | None
-
-
-class Draws(NamedTuple):
-    """AP and AP50 in every bootstrap draw, float [resamples]; NaN where `APs` has None."""
-
-    AP: np.ndarray
-    AP50: np.ndarray
+    AP: float | np.ndarray | None
+    AP50: float | np.ndarray | None
 
 
 def bootstrap_choices(
@@ -280,7 +258,7 @@ def bootstrap_choices(
     *,
     ap50_only: bool = True,
     blocks: np.ndarray | None = None,
-) -> list[Draws]:
+) -> list[APs]:
     """AP and AP50 of each choice of exits [n] in ``resamples`` bootstrap draws of the photos.
 
     The same seed draws the same photos, so values on one data set are paired. ``ap50_only`` is ten times as fast.
@@ -290,7 +268,7 @@ def bootstrap_choices(
     generator = np.random.default_rng(seed)
     chosen = [matches.choose(choice) for choice in choices]
     only_exit = np.zeros(matches.photos, np.int64)  # each element of ``chosen`` has one exit
-    values = [Draws(*np.full((2, resamples), np.nan)) for _ in choices]
+    values = [APs(*np.full((2, resamples), np.nan)) for _ in choices]
     for index in range(resamples):
         weights = np.bincount(generator.integers(count, size=count) if count else [], minlength=count)
         weights = weights if blocks is None else weights[blocks]
@@ -314,7 +292,7 @@ def ap_of_choice(
     The figures are pycocotools' for the detections of the chosen exits. Classes without an object among the
     weighted photos are left out. ``ap50_only`` leaves ``AP`` None, which is ten times as fast.
     """
-    pairs = np.arange(matches.photos) * matches.exits + _choice(matches, choice)
+    pairs = np.arange(matches.photos) * matches.exits + _one_each(matches, "choice", choice, matches.exits)
     weights = None if weights is None else _one_each(matches, "weights", weights)
     conditions = [matches.ap50_condition] if ap50_only else range(len(IOU_THRESHOLDS))
     curves = [_curves(matches, index, pairs, weights) for index in conditions]
@@ -333,18 +311,13 @@ def mean_precision(curves: Sequence[np.ndarray]) -> float | None:
     return float(np.mean(np.stack(curves))) if curves[0].size else None
 
 
-def _choice(matches: ExitMatches, choice: ArrayLike) -> np.ndarray:
-    """``choice`` as int64 [n]; an EarlyExitError unless it has an exit for each photo."""
-    choice = _one_each(matches, "choice", choice)
-    if choice.size and not (choice.min() >= 0 and choice.max() < matches.exits):
-        raise EarlyExitError(f"choice in {choice.min()}..{choice.max()}: exits are 0..{matches.exits - 1}")
-    return choice
-
-
-def _one_each(matches: ExitMatches, name: str, values: ArrayLike) -> np.ndarray:
+def _one_each(matches: ExitMatches, name: str, values: ArrayLike, exits: int | None = None) -> np.ndarray:
+    """A whole number for each photo (if ``exits`` is given, an exit) as int64 [n]; anything else is an error."""
     values = np.asarray(values)
     if values.shape != (matches.photos,) or (values.size and values.dtype.kind not in "iu"):
         raise EarlyExitError(f"{name} {values.dtype} {list(values.shape)}: give {matches.photos} whole numbers")
+    if exits and values.size and not 0 <= values.min() <= values.max() < exits:
+        raise EarlyExitError(f"{name} in {values.min()}..{values.max()}: exits are 0..{exits - 1}")
     return values.astype(np.int64)
 
 
@@ -409,25 +382,25 @@ def photo_list(
 ) -> list[PhotoRow]:
     """The rows of photos.csv, in the order of ``collected``; photo i takes the exit ``chosen[i]``.
 
-    The columns are ``file``, ``exit`` (its name), ``confidence`` (None if the policy has none), ``objects``, ``found``,
-    ``lost`` (objects missed beyond those that the full path misses) and ``added`` (false positives beyond those of the
-    full path).
-
-    Args:
-        counts: the counts of the same photos.
-        files: function from an image id to its file.
+    ``confidence`` is None if the policy has none. ``lost`` are objects missed and ``added`` false positives beyond
+    those of the full path. ``counts`` are of the same photos; ``files`` finds the file of an image id.
     """
     row_of = {image_id: row for row, image_id in enumerate(sorted(collected.image_ids))}
-    names = ("file", "exit", "confidence", "objects", "found", "lost", "added")
-    rows = []
+    rows: list[PhotoRow] = []
     for place, (image_id, exit) in enumerate(zip(collected.image_ids, chosen.tolist(), strict=True)):
-        hits, misses, false = (
-            one[row_of[image_id]].tolist() for one in (counts.hits, counts.misses, counts.false_positives)
+        row, confidence = row_of[image_id], float(collected.confidences[exit][place])
+        hits, misses, false = (one[row].tolist() for one in (counts.hits, counts.misses, counts.false_positives))
+        rows.append(
+            {
+                "file": str(files(image_id)),
+                "exit": exit_names[exit],
+                "confidence": confidence if confidence >= 0 else None,
+                "objects": hits[exit] + misses[exit],
+                "found": hits[exit],
+                "lost": max(0, misses[exit] - misses[-1]),
+                "added": max(0, false[exit] - false[-1]),
+            }
         )
-        confidence = float(collected.confidences[exit][place])
-        beyond_full = [max(0, one[exit] - one[-1]) for one in (misses, false)]
-        decision = str(files(image_id)), exit_names[exit], confidence if confidence >= 0 else None
-        rows.append(dict(zip(names, (*decision, hits[exit] + misses[exit], hits[exit], *beyond_full), strict=True)))
     return rows
 
 
@@ -445,19 +418,12 @@ def losses_against_full(ground_truth: COCO, exits: Sequence[Detections], score: 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Agreement of a detector with the full path, at a score and an IoU.
+    """Agreement of a detector with the full path over all photos, at a score and an IoU."""
 
-    Attributes:
-        objects: number of detections of the full path, over all photos.
-        kept: number of these that the detector finds too.
-        added: number of detections that match none of them.
-        same_photos: share of the photos with nothing lost and nothing added; None without a photo.
-    """
-
-    objects: int
-    kept: int
-    added: int
-    same_photos: float | None
+    objects: int  # detections of the full path
+    kept: int  # of these, found by the detector too
+    added: int  # detections that match none of them
+    same_photos: float | None  # share of the photos with nothing lost and nothing added; None without a photo
 
 
 def agreement(ground_truth: COCO, full: Detections, found: Detections, score: float, iou: float) -> Agreement:

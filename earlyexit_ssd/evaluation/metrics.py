@@ -15,7 +15,7 @@ import numpy as np
 from earlyexit_ssd.evaluation.cost import EAGER
 from earlyexit_ssd.evaluation.matches import (
     SIZES,
-    Draws,
+    APs,
     ExitMatches,
     bootstrap_choices,
     interval,
@@ -29,37 +29,27 @@ Figures = dict[str, Figure]
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How to evaluate.
+    """How to evaluate."""
 
-    score, iou: where precision, recall and the like are counted, in [0, 1].
-    timing_runs, timing_threads: single-image runs per exit, and the CPU threads they use.
-    runtime: what runs the networks meanwhile, a key of `RUNTIME_TITLES`.
-    resamples, seed: of the bootstrap over photos; 0 resamples leave the intervals out.
-    """
-
-    score: float = 0.5
-    iou: float = 0.5
-    timing_runs: int = 30
-    timing_threads: int = 1
-    runtime: str = EAGER
-    resamples: int = 200
-    seed: int = 0
+    score: float = 0.5  # where precision, recall and the like are counted, in [0, 1]
+    iou: float = 0.5  # the same
+    timing_runs: int = 30  # single-image runs per exit
+    timing_threads: int = 1  # CPU threads of these
+    runtime: str = EAGER  # what runs the networks meanwhile, a key of RUNTIME_TITLES
+    resamples: int = 200  # of the bootstrap over photos; 0 leaves the intervals out
+    seed: int = 0  # of the bootstrap
 
 
 @dataclass(frozen=True)
 class DetectorEvaluation:
-    """What metrics read.
+    """What metrics read."""
 
-    matches: of one detector (`ExitMatches.choose`), with all `SIZES`.
-    labelled: False where the objects are what the full path finds: then accuracy is not known.
-    """
-
-    matches: ExitMatches
+    matches: ExitMatches  # of one detector (`ExitMatches.choose`), with all `SIZES`
     settings: EvaluationSettings
-    labelled: bool = True
+    labelled: bool = True  # False where the objects are what the full path finds: then accuracy is not known
 
     @functools.cached_property
-    def draws(self) -> Draws:
+    def draws(self) -> APs:
         """AP and AP50 in bootstrap draws; detectors on the same photos share their draws."""
         resamples, everyone = self.settings.resamples if self.labelled else 0, np.zeros(self.matches.photos, np.int64)
         return bootstrap_choices(self.matches, [everyone], resamples, self.settings.seed, ap50_only=False)[0]
@@ -80,19 +70,14 @@ class DetectorEvaluation:
 
 @dataclass(frozen=True)
 class Metric:
-    """A function, and where its figures go.
-
-    columns: heading in the table -> name of a figure and its decimals.
-    needs_labels: its figures are None on photos that nobody labelled.
-    """
+    """A function, and where its figures go."""
 
     measure: Callable[[DetectorEvaluation], Figures]
-    columns: Mapping[str, tuple[str, int]]
-    needs_labels: bool
+    columns: Mapping[str, tuple[str, int]]  # heading in the table -> name of a figure and its decimals
+    needs_labels: bool  # its figures are None on photos that nobody labelled
 
 
-METRICS: list[Metric] = []
-"""In the order of metrics.json and of the table."""
+METRICS: list[Metric] = []  # in the order of metrics.json and of the table
 
 
 def register_metric(
@@ -145,11 +130,7 @@ def bootstrap_intervals(detector: DetectorEvaluation) -> Figures:
     }
 )
 def operating_point(detector: DetectorEvaluation) -> Figures:
-    """What a user sees at one score, over all photos and classes; see docs/metrics.md.
-
-    Precision is None when nothing was detected, recall when there was nothing to find. A photo is empty when it has no
-    counted object. The localization error is 1 - mean IoU of the true positives with their objects.
-    """
+    """What a user sees at one score, over all photos and classes; docs/metrics.md says when a figure is None."""
     matches, score = detector.matches, detector.settings.score
     hits, false = [np.zeros((2, 0))], [np.zeros(0, np.int64)]
     for one in matches.classes:

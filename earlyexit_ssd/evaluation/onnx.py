@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from earlyexit_ssd.config import LARGEST_SIDE
 from earlyexit_ssd.errors import EarlyExitError, one_line, shown
@@ -26,17 +26,14 @@ from earlyexit_ssd.plain import read_bytes
 logger = logging.getLogger(__name__)
 
 
-Size = tuple[int, int]
-"""Height and width, pixels."""
+Size = tuple[int, int]  # height and width, pixels
 Shape = tuple[int, ...]
 
-YOLOX_STRIDES = (8, 16, 32)
-YOLOX_PADDING = 114.0
+YOLOX_STRIDES, YOLOX_PADDING = (8, 16, 32), 114.0
 LEAST_SCORE, NMS_IOU, MOST_DETECTIONS = 0.001, 0.65, 300
 
 DISTANCE_STRIDES = (8, 16, 32, 64)
-DISTANCE_BINS = 8
-"""Distances from a point to its box's sides are 0 to 7 strides."""
+DISTANCE_BINS = 8  # distances from a point to its box's sides are 0 to 7 strides
 DISTANCE_NMS_IOU, MOST_CANDIDATES = 0.6, 1000
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -46,26 +43,22 @@ IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 class OnnxFormat:
     """One way of exporting a detector.
 
-    classes: names of the labels 1..K, unless the file names its own.
-    prepare: photo [3, H, W] RGB in [0, 1] and input size (height, width) to the input [3, height, width] and the
-        scales (x, y) from photo to input.
-    decode: outputs, input size and K to detections, boxes in the input's pixels.
-    constants: inputs besides the photo that a file may have -> their values, [1, n].
+    ``prepare`` turns a photo [3, H, W] RGB in [0, 1] and the input size into the input [3, height, width] and the
+    scales (x, y) from photo to input. ``decode`` turns outputs, input size and K into detections in the input's pixels.
     """
 
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # names of the labels 1..K, unless the file names its own
     prepare: Callable[[Tensor, Size], tuple[Tensor, tuple[float, float]]]
     decode: Callable[[Sequence[Tensor], Size, int], ImageDetections]
-    constants: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    constants: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # inputs besides the photo, [1, n]
 
 
 def letterbox(photo: Tensor, size: Size) -> tuple[Tensor, tuple[float, float]]:
     """YOLOX's input: BGR in [0, 255], the photo's shape kept, in the upper left corner on grey."""
-    height, width = size
-    scale = min(height / photo.shape[1], width / photo.shape[2])
-    inner = (max(int(photo.shape[1] * scale), 1), max(int(photo.shape[2] * scale), 1))
-    pixels = F.interpolate(photo[None] * 255, inner, mode="bilinear")[0]
-    padded = F.pad(pixels, (0, width - inner[1], 0, height - inner[0]), value=YOLOX_PADDING)
+    scale = min(size[0] / photo.shape[1], size[1] / photo.shape[2])
+    height, width = (max(int(side * scale), 1) for side in photo.shape[1:])
+    pixels = F.interpolate(photo[None] * 255, (height, width), mode="bilinear")[0]
+    padded = F.pad(pixels, (0, size[1] - width, 0, size[0] - height), value=YOLOX_PADDING)
     return padded.flip(0), (scale, scale)
 
 
@@ -211,8 +204,7 @@ FORMATS: dict[str, OnnxFormat] = {
 def count_onnx_mmacs(content: bytes) -> float | None:
     """Millions of multiply-accumulates of one image; None where the graph's shapes cannot be inferred.
 
-    Counted are Conv, ConvTranspose, Gemm, and MatMul with constant weights; a product of two activations is no linear
-    layer. Bodies of loops and conditions are not looked into.
+    A MatMul counts if it has constant weights. Bodies of loops and conditions are not looked into.
     """
     onnx = deploy_package("onnx")
     try:
@@ -279,14 +271,8 @@ def fill_inputs(content: bytes, constants: Mapping[str, tuple[float, ...]]) -> b
 class OnnxDetector(nn.Module):
     """``detector(photos)`` is one dict per photo: ``boxes`` [n, 4] xyxy in its pixels, ``scores``, ``labels`` 1..K.
 
-    Args:
-        path: an ONNX file for one photo.
-        file_format: a name of `FORMATS`.
-        threads: of ONNX Runtime.
-
-    Attributes:
-        network: the graph alone.
-        classes: the K names: those in the file's metadata under ``classes``, separated by commas, or the format's.
+    ``classes`` are the K names in the file's metadata under ``classes``, separated by commas, or those of the format, a
+    name of `FORMATS`. ``network`` is the graph alone; the file is for one photo.
 
     Raises:
         EarlyExitError: the file cannot be read or run.
@@ -321,12 +307,9 @@ class OnnxDetector(nn.Module):
         try:
             found = self.format.decode(self.network(x.reshape(self.network.input_shape)), size, len(self.classes))
         except EarlyExitError as error:
-            raise EarlyExitError(
-                f"{self.path}: format {self._format_name}: {error}; its metadata may name its classes"
-            ) from None
+            reason = f"format {self._format_name}: {error}"
+            raise EarlyExitError(f"{self.path}: {reason}; its metadata may name its classes") from None
         if not all(found[key].isfinite().all() for key in ("boxes", "scores")):
             raise EarlyExitError(f"{self.path}: its boxes or scores are not finite; export it anew")
-        height, width = photo.shape[-2:]
         boxes = found["boxes"] / torch.tensor([*scales, *scales])
-        limits = torch.tensor([width, height, width, height], dtype=boxes.dtype)
-        return found | {"boxes": boxes.clamp(min=0).minimum(limits)}
+        return found | {"boxes": clip_boxes_to_image(boxes, photo.shape[-2:])}

@@ -24,14 +24,14 @@ from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.progress import progress
 
 T = TypeVar("T")
+Targets = list[dict[str, Tensor | int]]
+Batches = Iterable[tuple[list[Tensor], Targets]]
+ImageDetections = dict[str, Tensor]  # boxes [N, 4] xyxy in the photo's pixels, scores [N] and labels [N] of one photo
+BatchDetections = tuple[list[int], list[list[ImageDetections]]]
+"""The image ids of a batch, and for each exit the detections of its photos."""
 
 
 # Detections of every exit, in memory.
-
-Targets = list[dict[str, Tensor | int]]
-Batches = Iterable[tuple[list[Tensor], Targets]]
-ImageDetections = dict[str, Tensor]
-"""``boxes`` [N, 4] xyxy in the photo's pixels, ``scores`` [N] and ``labels`` [N] of one photo."""
 
 
 def shares_photos(loader: Batches) -> bool:
@@ -60,17 +60,11 @@ def over_batches(
 
 @dataclass(frozen=True)
 class Collected:
-    """Detections and confidences of every exit for every photo, on the CPU.
+    """Detections and confidences of every exit for every photo, on the CPU; without a router no confidences."""
 
-    Attributes:
-        image_ids: in the order of the loader.
-        detections: per exit, shallow to deep, image id -> detections.
-        confidences: per exit the router's confidence [n] in the order of ``image_ids``; empty without a router.
-    """
-
-    image_ids: list[int]
-    detections: list[dict[int, ImageDetections]]
-    confidences: list[Tensor]
+    image_ids: list[int]  # in the order of the loader
+    detections: list[dict[int, ImageDetections]]  # per exit, shallow to deep, image id -> detections
+    confidences: list[Tensor]  # per exit the router's confidence [n], in the order of image_ids
 
 
 def collect(
@@ -82,7 +76,7 @@ def collect(
         model: an `EarlyExitSSDLite`; its mode is restored afterwards.
         loader: batches of (images, targets) from `earlyexit_ssd.data.build_loader`, without augmentation.
         router: an `ExitRouter` that computes the confidences; None: no confidences.
-        title: title of the progress bar; None: no bar.
+        title: of the progress bar; None: no bar.
 
     Raises:
         DataError: an image id occurs twice.
@@ -90,71 +84,53 @@ def collect(
     exits = range(len(model.exit_names))
     scored = exits if router is not None else ()
 
-    def of_batch(images: list[Tensor], targets: Targets) -> tuple[list[int], list[list[ImageDetections]], list[Tensor]]:
+    def of_batch(images: list[Tensor], targets: Targets) -> tuple[BatchDetections, list[Tensor]]:
         outputs = model.exit_outputs(images)
         if router is not None and router.hybrid:
             outputs = outputs.on_full_boxes()
-        found = [list(map(on_cpu, model.detections(outputs, index))) for index in exits]
+        found = [model.detections(outputs, index) for index in exits]
         confidences = [router.confidence(outputs.signals(index), index).float().cpu() for index in scored]
-        return _image_ids(targets), found, confidences
+        return _batch_on_cpu(targets, found), confidences
 
     batches = over_batches(model, loader, of_batch, title)
-    image_ids, detections = _joined([batch[:2] for batch in batches], len(exits))
-    confidences = [[of_exits[index] for _, _, of_exits in batches] for index in scored]
+    image_ids, detections = _joined([found for found, _ in batches], len(exits))
+    confidences = [[of_exits[index] for _, of_exits in batches] for index in scored]
     return Collected(image_ids, detections, [torch.cat(values or [torch.zeros(0)]) for values in confidences])
 
 
 def collect_detections(model: nn.Module, loader: Batches, title: str | None = "evaluate") -> dict[int, ImageDetections]:
     """Image id -> detections of any detector with torchvision's interface."""
-
-    def of_batch(images: list[Tensor], targets: Targets) -> tuple[list[int], list[list[ImageDetections]]]:
-        return _image_ids(targets), [list(map(on_cpu, model(images)))]
-
-    return _joined(over_batches(model, loader, of_batch, title), 1)[1][0]
+    batches = over_batches(model, loader, lambda images, targets: _batch_on_cpu(targets, [model(images)]), title)
+    return _joined(batches, 1)[1][0]
 
 
-def _joined(
-    batches: Sequence[tuple[list[int], list[list[ImageDetections]]]], exits: int
-) -> tuple[list[int], list[dict[int, ImageDetections]]]:
+def _joined(batches: Sequence[BatchDetections], exits: int) -> tuple[list[int], list[dict[int, ImageDetections]]]:
     """The image ids of all batches, and per exit the detections by image id; a repeated id is an error."""
     image_ids = [image_id for ids, _ in batches for image_id in ids]
-    require_unique(image_ids)
+    if twice := [image_id for image_id, count in Counter(image_ids).items() if count > 1]:
+        raise DataError(f"image id {twice[0]} occurs twice in the evaluated data set; ids must be unique")
     found = ([one for _, of_exits in batches for one in of_exits[index]] for index in range(exits))
     return image_ids, [dict(zip(image_ids, of_exit, strict=True)) for of_exit in found]
 
 
 def on_cpu(found: dict[str, Tensor]) -> ImageDetections:
     """A photo's detections on the CPU, without other outputs of the model."""
-    return {
-        "boxes": found["boxes"].float().cpu(),
-        "scores": found["scores"].float().cpu(),
-        "labels": found["labels"].cpu(),
-    }
+    boxes, scores = (found[key].float().cpu() for key in ("boxes", "scores"))
+    return {"boxes": boxes, "scores": scores, "labels": found["labels"].cpu()}
 
 
-def _image_ids(targets: Targets) -> list[int]:
-    return [int(target["image_id"]) for target in targets]
-
-
-def require_unique(image_ids: list[int]) -> None:
-    """Raise a DataError if an id occurs twice."""
-    for image_id, count in Counter(image_ids).items():
-        if count > 1:
-            raise DataError(f"image id {image_id} occurs twice in the evaluated data set; ids must be unique")
+def _batch_on_cpu(targets: Targets, exits: Sequence[Sequence[dict[str, Tensor]]]) -> BatchDetections:
+    """The ids of the photos, and each exit's detections on the CPU."""
+    return [int(target["image_id"]) for target in targets], [list(map(on_cpu, found)) for found in exits]
 
 
 # The routed detector, from the detections of every exit.
 
 
 def choose_exits(confidences: Sequence[Tensor], thresholds: Sequence[float]) -> Tensor:
-    """The exit of every photo: the first whose confidence reaches its threshold, otherwise the last.
+    """The exit of every photo, int64 [n]: the first whose confidence reaches its threshold, otherwise the last.
 
-    Args:
-        confidences: per exit, shallow to deep, [n].
-        thresholds: one per early exit; none for the last exit.
-
-    Returns:
-        exit indices, int64 [n].
+    ``confidences`` are [n] per exit, shallow to deep; the last exit has no threshold.
     """
     last = len(confidences) - 1
     if len(thresholds) != last:
@@ -185,19 +161,17 @@ def mean_cost(chosen: Tensor, costs: Sequence[float]) -> float | None:
 
 # Outputs of every exit on disk: one forward pass per photo, then any policy and threshold without the network.
 
-REPLAY_BATCH = 64
-"""Photos whose logits are in memory at a time."""
+REPLAY_BATCH = 64  # photos whose logits are in memory at a time
 
 
 class Recording:
-    """The recorded outputs of every exit for the photos of a split, in the order of ``image_ids``.
+    """The recorded outputs of every exit for the photos of a split, in the order of ``image_ids`` [n].
 
     Args:
         store: a store that was read, see :func:`record`.
         exit_names, empty: of the early exits: names, and whether they have no branch.
 
     Attributes:
-        image_ids: [n].
         logits: per early exit raw class logits [n, A, C], on disk; [n, 1, C] for an empty exit.
         taps: per early exit the pooled tap [n, 2 * channels], on disk.
         labels: labels of the default boxes after matching with the objects, [n, A], on disk.
@@ -241,12 +215,11 @@ class Recording:
     @torch.no_grad()
     def confidences(self, router: Any) -> list[Tensor]:
         """Per early exit the router's confidence in every photo, [n]."""
-        return [
-            torch.cat(
-                [router.confidence(signals, index).float() for signals in self.signals(index)] or [torch.zeros(0)]
-            )
-            for index in range(self.early_exits)
-        ]
+        found = []
+        for index in range(self.early_exits):
+            batches = [router.confidence(signals, index).float() for signals in self.signals(index)]
+            found.append(torch.cat(batches or [torch.zeros(0)]))
+        return found
 
 
 def record(
@@ -258,7 +231,6 @@ def record(
         model: an `EarlyExitSSDLite`; its mode is restored afterwards.
         loader: batches of (images, targets) without augmentation. If its photos are split over processes, all of them
             write to the same ``folder``.
-        photos: number of photos.
         key: text that identifies the photos; weights and exits are added to it.
         pseudo_label_score: for photos without labels: the full path's detections of at least this score are used as
             labels. None: use the targets.
@@ -286,14 +258,14 @@ def _write(store: ArrayStore, model: nn.Module, loader: Batches, score: float | 
     store.open()
     places = iter(list(loader.sampler) if shared else range(store.records))
 
-    def of_batch(images: list[Tensor], targets: Targets) -> tuple[list[int], list[list[ImageDetections]]]:
+    def of_batch(images: list[Tensor], targets: Targets) -> BatchDetections:
         outputs = model.exit_outputs(images)
         found = [model.detections(outputs, index) for index in range(len(model.exit_names))]
         labelled = targets if score is None else [_pseudo_labels(one, score) for one in found[-1]]
         rows = list(itertools.islice(places, len(images)))
         for name, values in _rows(model, outputs, labelled).items():
             store.arrays[name][rows] = values
-        return _image_ids(targets), [list(map(on_cpu, of_exit)) for of_exit in found]
+        return _batch_on_cpu(targets, found)
 
     batches = over_batches(model, loader, of_batch, "record exits")
     with failing_together(shared):

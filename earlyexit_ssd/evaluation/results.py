@@ -12,8 +12,7 @@ from earlyexit_ssd.evaluation.metrics import Figure, Figures
 
 Target = Mapping[str, str | float | None]
 """A certificate's: ``kind``, its number (``value``), ``reference``, ``score``, ``iou`` and ``delta``."""
-Interval = list[float] | None
-"""Both ends of a 95 % interval; None where it is undefined."""
+Interval = list[float] | None  # both ends of a 95 % interval; None where it is undefined
 
 
 class Record:
@@ -95,16 +94,13 @@ class ConfidenceSummary(Record):
 
 @dataclass(frozen=True)
 class BoxSummary(Record):
-    """What all boxes of a detector have in common, at any score: it shows a detector that is broken.
-
-    outside_share: of the boxes, those with less than half of their area inside the photo, or with none at all.
-    All but ``boxes`` are None where there is no box.
-    """
+    """What all boxes of a detector have in common, at any score: it shows a detector that is broken. All but their
+    number are None where there is no box."""
 
     boxes: int
     score_mean: float | None
     score_std: float | None
-    outside_share: float | None
+    outside_share: float | None  # of the boxes, those with less than half of their area inside the photo, or no area
 
 
 @dataclass(frozen=True)
@@ -183,28 +179,21 @@ class RivalResult(DetectorResult):
 
 @dataclass(frozen=True)
 class CertificateResult(Record):
-    """What a certificate was asked for, and what these photos say of it.
-
-    target: as in the certificate. measured: AP50 lost, missed and added per photo, or the speed-up in the certificate's
-    unit of cost; interval: its 95 % bootstrap interval; kept: whether it is what was asked for.
-    """
+    """What a certificate was asked for, and what these photos say of it."""
 
     target: Target
-    measured: float | None
-    interval: Interval
-    kept: bool | None
+    measured: float | None  # AP50 lost, missed and added per photo, or the speed-up in the certificate's unit of cost
+    interval: Interval  # by bootstrap
+    kept: bool | None  # whether it is what was asked for
 
 
 @dataclass(frozen=True)
 class DriftResult(Record):
-    """Whether the photos look like those of calibration.
+    """Whether the photos look like those of calibration."""
 
-    window: photos compared at a time. warnings: one line per cause. shares: of the exits in the last window.
-    """
-
-    window: int
-    warnings: list[str]
-    shares: dict[str, float] | None = None
+    window: int  # photos compared at a time
+    warnings: list[str]  # one line per cause
+    shares: dict[str, float] | None = None  # of the exits in the last window
     calibration_shares: dict[str, float] | None = None
 
 
@@ -218,15 +207,11 @@ class Finding(Record):
 
 @dataclass(frozen=True)
 class Verdict(Record):
-    """What the rules found.
+    """What the rules found."""
 
-    ship: no finding is a veto. what: to ship: ``routed``, or the one exit that takes every photo (``exit8 alone``);
-    None if not ``ship``. findings: in the order of the rules.
-    """
-
-    ship: bool
-    what: str | None = None
-    findings: tuple[Finding, ...] = ()
+    ship: bool  # no finding is a veto
+    what: str | None = None  # routed, or the one exit that takes every photo (exit8 alone); None if not ship
+    findings: tuple[Finding, ...] = ()  # in the order of the rules
 
     @property
     def lines(self) -> list[str]:
@@ -242,10 +227,10 @@ class Verdict(Record):
 
 @dataclass(frozen=True)
 class Results(Record):
-    """All of an evaluation; ``exits`` stand shallow to deep, the full path last."""
+    """All of an evaluation."""
 
     context: Context = Context()
-    exits: tuple[ExitResult, ...] = ()
+    exits: tuple[ExitResult, ...] = ()  # shallow to deep, the full path last
     without_exits: CostResult = CostResult()
     routed: RoutedResult = RoutedResult()
     rivals: tuple[RivalResult, ...] = ()

@@ -13,26 +13,18 @@ from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.evaluation.results import ExitResult, Finding, Results, RivalResult, RoutedResult, Target, Verdict
 from earlyexit_ssd.routing.policies import reads_taps
 
-DETECTS_AP50 = 0.05
-"""A full path with a lower AP50 does not detect, whatever its other figures are."""
+DETECTS_AP50 = 0.05  # a full path with a lower AP50 does not detect, whatever its other figures are
 DOUBTFUL_AP50 = 0.20
 """With a lower AP50, scores that are all alike or boxes outside the photos show that the full path does not detect."""
-ALIKE = 0.2
-"""Scores are alike if standard deviation / mean is below this. A detector that works has about 1 or more."""
-ENOUGH_BOXES = 20
-"""With fewer boxes, neither their scores nor their positions are judged."""
-MOVE_DEEPER_AP50 = 0.30
-"""A first exit with a lower AP50 must move to a deeper layer."""
-WORTH_IT_AP50 = 0.35
-"""A first exit with a higher AP50 is worth it."""
+ALIKE = 0.2  # scores are alike if standard deviation / mean is below this. A detector that works has about 1 or more
+ENOUGH_BOXES = 20  # with fewer boxes, neither their scores nor their positions are judged
+MOVE_DEEPER_AP50 = 0.30  # a first exit with a lower AP50 must move to a deeper layer
+WORTH_IT_AP50 = 0.35  # a first exit with a higher AP50 is worth it
 FIRST_EXIT_SHARE = 0.75
 """Least AP50 of the first exit / AP50 of the full path, if the full path is an unchanged checkpoint."""
-DEEPEST_SHARE = 0.85
-"""Least AP50 of the deepest exit / AP50 of the full path."""
-LARGEST_LOSS = 0.10
-"""Largest loss of AP50 by routing / AP50 of the full path."""
-AP50_TOLERANCE = 0.005
-"""A smaller difference in AP50 counts as equal: a few hundred photos cannot show it."""
+DEEPEST_SHARE = 0.85  # least AP50 of the deepest exit / AP50 of the full path
+LARGEST_LOSS = 0.10  # largest loss of AP50 by routing / AP50 of the full path
+AP50_TOLERANCE = 0.005  # a smaller difference in AP50 counts as equal: a few hundred photos cannot show it
 
 Rule = Callable[[Results], Iterable[Finding]]
 

@@ -26,7 +26,7 @@ from earlyexit_ssd.evaluation.evaluate import (
     exits_alone,
     summarize_confidence,
 )
-from earlyexit_ssd.evaluation.matches import Draws, bootstrap_choices, exit_matches, interval
+from earlyexit_ssd.evaluation.matches import APs, bootstrap_choices, exit_matches, interval
 from earlyexit_ssd.evaluation.metrics import METRICS, DetectorEvaluation, EvaluationSettings, register_metric
 from earlyexit_ssd.evaluation.outputs import Collected, choose_exits, collect
 from earlyexit_ssd.evaluation.results import BoxSummary, Context
@@ -80,7 +80,7 @@ def test_no_resamples_no_interval(random_case):
 
 def drawn(values):
     one = DetectorEvaluation(None, SETTINGS)
-    vars(one)["draws"] = Draws(np.zeros(3), np.array(values))
+    vars(one)["draws"] = APs(np.zeros(3), np.array(values))
     return one
 
 

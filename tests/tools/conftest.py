@@ -80,7 +80,7 @@ def tiny(tmp_path, data_root):
 
 METHODS = multiprocessing.get_all_start_methods()
 FORKS = multiprocessing.get_context("forkserver" if "forkserver" in METHODS else "spawn")
-FORKS.set_forkserver_preload(["earlyexit_ssd.pipeline", __name__])
+FORKS.set_forkserver_preload(["earlyexit_ssd.pipeline", "scipy.stats", __name__])  # what every process would import
 
 
 def start_training(
