@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TypeVar
@@ -25,7 +25,7 @@ from earlyexit_ssd.config import C4_LAYER, LAST_LAYER, MOST_CHANNELS, TAIL_BLOCK
 from earlyexit_ssd.errors import EarlyExitError, nearest
 from earlyexit_ssd.keywords import require_known
 from earlyexit_ssd.modeling import arguments
-from earlyexit_ssd.modeling.heads import FactorisedPredictor, copy_rows, factorise, is_folded
+from earlyexit_ssd.modeling.heads import copy_rows, factorise, is_folded
 from earlyexit_ssd.modeling.outputs import Head
 from earlyexit_ssd.modeling.trunk import norm_layer
 
@@ -37,38 +37,38 @@ T = TypeVar("T", bound=Callable)
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument of a branch kind: a number >= 0, or a bool if ``default`` is a bool.
+    """One argument of a branch kind: a number of the type of ``default``, or a bool if ``default`` is a bool.
 
     Attributes:
-        default: default value; its type is the expected type.
-        highest: largest allowed number.
+        default: default value.
+        highest: largest allowed number; the smallest is 0.
         zero: whether 0 is allowed.
-        sequence: :func:`describe_exits` takes a sequence only, with one number for all exits or one for each.
     """
 
     default: bool | float
     highest: float = MOST_CHANNELS
     zero: bool = True
-    sequence: bool = False
 
     def of_each(self, name: str, value: object, exits: int) -> list:
-        """A list with the value for each of ``exits`` exits.
+        """A list with the value for each of ``exits`` exits, from one for all or one for each.
 
         Raises:
             EarlyExitError: wrong type, out of range, or wrong number of values.
         """
-        given = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        given = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+        if len(given) not in (1, exits) or not all(map(self._allows, given)):
+            kind = "a whole number" if isinstance(self.default, int) else "a number"
+            interval = f"{'[' if self.zero else '('}0, {self.highest}]"
+            expected = "True or False" if isinstance(self.default, bool) else f"{kind} in {interval}"
+            raise EarlyExitError(f"{name} is {value!r:.60}, expected {expected}, or one for each of {exits} exits")
+        given = [type(self.default)(one) for one in given]
+        return given * exits if len(given) == 1 else given
+
+    def _allows(self, value: object) -> bool:
         if isinstance(self.default, bool):
-            if len(given) not in (1, exits) or not all(isinstance(one, bool) for one in given):
-                raise EarlyExitError(f"{name} is {value!r:.60}, expected True or False, or one for each exit")
-            return list(given) * (exits // len(given))
+            return isinstance(value, bool)
         whole = isinstance(self.default, int)
-        if self.sequence or isinstance(value, (list, tuple)):
-            given = arguments.numbers(name, value, whole)
-        elif whole:
-            arguments.whole_number(name, value)
-        given = tuple(int(one) if whole else float(one) for one in given)
-        return arguments.one_for_each(name, given, exits, self.highest, self.zero)
+        return arguments.is_number(value, whole) and (value > 0 or self.zero) and value <= self.highest
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Place:
 
     Attributes:
         backbone: the detector's backbone, whose layers may be copied.
-        layer, tap: trunk layer of the tap, and its (channels, height, width).
-        grids, boxes_per_cell: per feature map of the head, its (height, width) in cells and its default boxes per cell.
+        layer, tap: trunk layer of the tap, and the tap's (channels, height, width).
+        grids, boxes_per_cell: of each feature map of the head, (height, width) in cells and default boxes per cell.
         num_classes: outputs per default box, background included.
         context_channels: channels of the previous exit's context; 0 for none.
     """
@@ -90,6 +90,12 @@ class Place:
     boxes_per_cell: Sequence[int]
     num_classes: int
     context_channels: int = 0
+
+    @property
+    def num_boxes(self) -> int:
+        """Default boxes per image."""
+        pairs = zip(self.grids, self.boxes_per_cell, strict=True)
+        return sum(height * width * count for (height, width), count in pairs)
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,8 @@ class Exit:
     pixels: int | None = None
 
     def __post_init__(self) -> None:
-        arguments.whole_number("layer", self.layer)
+        if not arguments.is_number(self.layer, whole=True):
+            raise EarlyExitError(f"layer is {self.layer!r:.60}, expected a whole number from 0 on")
         if self.pixels is not None and not (arguments.is_number(self.pixels, whole=True) and self.pixels >= 32):
             raise EarlyExitError(f"a glance at {self.pixels!r:.60} pixels, expected a whole number from 32 on")
         if self.pixels is not None and self.branch != "empty":
@@ -149,9 +156,10 @@ class Exit:
             if name not in known:
                 hint = nearest(str(name), known) or f"; it takes {', '.join(known) or 'none'}"
                 raise EarlyExitError(f"a {self.branch} branch has no argument {name!r:.60}{hint}")
-        given = {name: self.arguments.get(name, argument.default) for name, argument in known.items()}
-        given = {name: [value] if known[name].sequence else value for name, value in given.items()}
-        values = {name: known[name].of_each(name, value, 1)[0] for name, value in given.items()}
+        values = {
+            name: argument.of_each(name, self.arguments.get(name, argument.default), exits=1)[0]
+            for name, argument in known.items()
+        }
         object.__setattr__(self, "arguments", values)
 
     @property
@@ -196,42 +204,23 @@ def describe_exits(
     """
     layers = tuple(map(int, arguments.numbers("exit_layers", exit_layers, whole=True)))
     empty = arguments.numbers("empty", empty, whole=True)
-    kinds = (branch,) if isinstance(branch, str) else tuple(branch) if isinstance(branch, (list, tuple)) else ()
-    if len(kinds) not in (1, len(layers)):
-        told = f"branch is {branch!r:.60}, expected one of {', '.join(BRANCHES)}"
-        raise EarlyExitError(f"{told}, or one for each of {len(layers)} exits")
     for layer in empty:
         if layer not in layers:
             raise EarlyExitError(f"empty has {layer}, expected some of the exits' layers {layers}")
-    kinds = kinds * (len(layers) // len(kinds))
-    exits = [_glance(one) for one in glances]
+    kinds = [branch] if isinstance(branch, str) else list(branch) if isinstance(branch, (list, tuple)) else []
+    if len(kinds) not in (1, len(layers)):
+        told = f"branch is {branch!r:.60}, expected one of {', '.join(BRANCHES)}"
+        raise EarlyExitError(f"{told}, or one for each of {len(layers)} exits")
+    kinds = kinds * len(layers) if len(kinds) == 1 else kinds
     require_known(describe_exits, given, exit_keyword_names())
-    known_arguments = _all_arguments()
-    values = {name: known_arguments[name].of_each(name, value, len(layers)) for name, value in given.items()}
+    known = _all_arguments()
+    values = {name: known[name].of_each(name, value, len(layers)) for name, value in given.items()}
+    exits = [_glance(one) for one in glances]
     for index, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
         kind = "empty" if layer in empty else kind
-        known = BRANCHES[kind].arguments if isinstance(kind, str) and kind in BRANCHES else {}
-        exits.append(Exit(layer, kind, {name: value[index] for name, value in values.items() if name in known}))
+        takes = BRANCHES[kind].arguments if kind in list(BRANCHES) else ()  # Exit refuses other kinds
+        exits.append(Exit(layer, kind, {name: value[index] for name, value in values.items() if name in takes}))
     return tuple(exits)
-
-
-def exit_keywords(exits: Sequence[Exit]) -> dict[str, object]:
-    """The inverse of :func:`describe_exits`: its keywords for these exits, in plain types for model files."""
-    glances = tuple((one.pixels, one.layer) for one in exits if one.pixels is not None)
-    exits = exits[len(glances) :]
-    keywords: dict[str, object] = {"exit_layers": tuple(one.layer for one in exits)}
-    kinds = [one.branch for one in exits if not one.empty]
-    one_kind = kinds[0] if kinds else "copied"
-    keywords["branch"] = tuple(one.branch for one in exits) if len(set(kinds)) > 1 else one_kind
-    for name in _all_arguments():
-        values = [one.arguments[name] for one in exits if name in one.arguments]
-        if values:
-            argument = next(BRANCHES[one.branch].arguments[name] for one in exits if name in one.arguments)
-            same = len(set(values)) == 1
-            each = values[:1] if same else [one.arguments.get(name, values[0]) for one in exits]
-            keywords[name] = each[0] if same and not argument.sequence else tuple(each)
-    keywords["empty"] = tuple(one.layer for one in exits if one.empty)
-    return {**keywords, "glances": glances} if glances else keywords
 
 
 def _glance(pair: object) -> Exit:
@@ -240,17 +229,33 @@ def _glance(pair: object) -> Exit:
     return Exit(pair[1], "empty", pixels=pair[0])
 
 
+def exit_keywords(exits: Sequence[Exit]) -> dict[str, tuple]:
+    """The inverse of :func:`describe_exits`: its keywords for these exits, in plain types for model files."""
+    glances = tuple((one.pixels, one.layer) for one in exits if one.pixels is not None)
+    exits = exits[len(glances) :]
+    keywords = {
+        "exit_layers": tuple(one.layer for one in exits),
+        "branch": tuple(one.branch for one in exits),
+        "empty": tuple(one.layer for one in exits if one.empty),
+        "glances": glances,
+    }
+    for name in _all_arguments():
+        values = [one.arguments[name] for one in exits if name in one.arguments]
+        if values:
+            keywords[name] = tuple(one.arguments.get(name, values[0]) for one in exits)
+    return keywords
+
+
 def check_exits(exits: Sequence[Exit], last_layer: int) -> None:
     """Check the order: glances of increasing pixels, then exits of increasing layers, all before ``last_layer``."""
     glances = [one for one in exits if one.pixels is not None]
-    layers = tuple(one.layer for one in exits[len(glances) :])
-    if layers:
-        arguments.check_exit_layers(layers, last_layer)
     pixels = [one.pixels for one in exits[: len(glances)]]
     if None in pixels or pixels != sorted(set(pixels)):
         raise EarlyExitError(f"glances at {pixels} pixels: expected increasing sides, and glances before other exits")
-    for one in glances:
-        arguments.check_exit_layers((one.layer,), last_layer)
+    for group in (exits[len(glances) :], *([one] for one in glances)):
+        layers = tuple(one.layer for one in group)
+        if layers != tuple(sorted({layer for layer in layers if 1 <= layer < last_layer})):
+            raise EarlyExitError(f"exit_layers {layers}: expected increasing trunk layers from 1 to {last_layer - 1}")
 
 
 def takes_exits(function: T) -> T:
@@ -329,7 +334,7 @@ class Tail(nn.Module):
 
     Args:
         backbone: torchvision's ``SSDLiteFeatureExtractorMobileNet``; its layers are copied.
-        depth: number of residual blocks (layers 14 and 15) to copy; 1 copies layer 15.
+        depth: number of residual blocks (layers 14 and 15) to copy, 0 to 2; 1 copies layer 15.
 
     Attributes:
         in_channels: channels of the input map, 80 at width 1.0 with the reduced tail.
@@ -339,8 +344,6 @@ class Tail(nn.Module):
     def __init__(self, backbone: nn.Module, depth: int) -> None:
         super().__init__()
         projection, *blocks, last = backbone.features[1]
-        if not 0 <= depth <= len(blocks):
-            raise ValueError(f"depth {depth}: a branch's tail has 0 to {len(blocks)} residual blocks")
         self.blocks = nn.Sequential(*copy.deepcopy(blocks[len(blocks) - depth :]))
         self.last = copy.deepcopy(last)
         self.extra = copy.deepcopy(backbone.extra)
@@ -365,56 +368,29 @@ class Tail(nn.Module):
 
 
 @torch.no_grad()
-def inherit_coarse_predictors(mine: SSDLiteHead, full: SSDLiteHead) -> None:
-    """Copy the full path's predictors of all maps but the first, which has other channels in a branch.
+def inherit_predictors(mine: SSDLiteHead, full: SSDLiteHead, channels: Tensor | None = None) -> None:
+    """Copy the full path's predictors, those of the first map with the input channels ``channels`` (indices) only.
 
-    If both heads are folded (see `FoldedClassificationHead`), all classes are copied. If only the full path's head is
-    folded, background and the wanted classes are copied, and the folded classes are lost.
+    With None the first map, which is new, keeps its predictors. If both heads are folded (see
+    `FoldedClassificationHead`), all classes are copied. If only the full path's head is folded, background and the
+    wanted classes are copied, and the folded classes are lost.
     """
     theirs = full.classification_head
-    rows = _inherited_rows(mine.classification_head, theirs)
-    for new, old in zip(mine.classification_head.module_list[1:], theirs.module_list[1:], strict=True):
-        new[0].load_state_dict(old[0].state_dict())
-        _copy_rows(new[1], old[1], theirs.num_columns, rows)
-    for new, old in zip(mine.regression_head.module_list[1:], full.regression_head.module_list[1:], strict=True):
-        new.load_state_dict(old.state_dict())
-
-
-@torch.no_grad()
-def inherit_first_predictors(mine: SSDLiteHead, full: SSDLiteHead, channels: Tensor) -> None:
-    """Copy the full path's predictors of the first map, but only the input channels ``channels`` (indices)."""
-    theirs = full.classification_head
-    rows = _inherited_rows(mine.classification_head, theirs)
+    folds = is_folded(theirs) and not is_folded(mine.classification_head)
+    rows = [0, *theirs.wanted.tolist()] if folds else list(range(theirs.num_columns))
     for new_head, old_head in ((mine.classification_head, theirs), (mine.regression_head, full.regression_head)):
-        new, old = new_head.module_list[0], old_head.module_list[0]
-        new[0][0].weight.copy_(old[0][0].weight[channels])
-        for name, values in old[0][1].state_dict().items():
-            if values.ndim:
-                getattr(new[0][1], name).copy_(values[channels])
-        narrow = nn.Conv2d(len(channels), old[1].out_channels, 1).to(old[1].weight)
-        narrow.weight.copy_(old[1].weight[:, channels])
-        narrow.bias.copy_(old[1].bias)
-        if old_head is theirs:
-            _copy_rows(new[1], narrow, theirs.num_columns, rows)
-        else:
-            new[1].load_state_dict(narrow.state_dict())
-
-
-def _inherited_rows(mine: nn.Module, theirs: nn.Module) -> list[int]:
-    """For each row (class index) of the branch's head, the row of the full path's head to copy."""
-    if is_folded(theirs) and not is_folded(mine):
-        return [0, *theirs.wanted.tolist()]
-    return list(range(theirs.num_columns))
-
-
-def _copy_rows(new: nn.Module, old: nn.Conv2d, num_classes: int, rows: list[int]) -> None:
-    """As `copy_rows`; a factorised predictor gets the nearest weights of its rank."""
-    if isinstance(new, FactorisedPredictor):
-        whole = nn.Conv2d(new.in_channels, new.out_channels, 1).to(old.weight)
-        copy_rows(whole, old, num_classes, rows)
-        new.approximate(whole)
-    else:
-        copy_rows(new, old, num_classes, rows)
+        first, *others = old_head.module_list
+        if channels is not None:
+            depthwise, predictor = _slice_block([first[0], first[1:]], channels)
+            first = nn.Sequential(depthwise, *predictor)
+        for new, old in zip(new_head.module_list, (first, *others), strict=True):
+            if old is first and channels is None:
+                continue
+            new[0].load_state_dict(old[0].state_dict())
+            if old_head is theirs:
+                copy_rows(new[1], old[1], theirs.num_columns, rows)
+            else:
+                new[1].load_state_dict(old[1].state_dict())
 
 
 class ThinnedBlock(nn.Sequential):
@@ -546,6 +522,13 @@ def _set(module: nn.Module, name: str, values: Tensor) -> None:
     setattr(module, name, nn.Parameter(values) if isinstance(getattr(module, name), nn.Parameter) else values)
 
 
+@register_branch(
+    "copied",
+    channels=Argument(0),
+    depth=Argument(2, TAIL_BLOCKS),
+    copy=Argument(0.5, 1, zero=False),
+    head_rank=Argument(0),
+)
 class CopiedBranch(Branch):
     """A branch of copied layers: tap -> `CopiedPathToC4` -> `Tail` -> head.
 
@@ -554,90 +537,53 @@ class CopiedBranch(Branch):
     al. 2017, FPN).
 
     Args:
-        copied: the copied path from the tap to C4's output.
-        finest_grid: side of the first map, cells.
+        place: position and shapes.
         channels: 0: the first map is the copied expansion of C4, as in the full path, with copied predictors. Otherwise
             a new layer computes a first map of so many channels. It does so for 0 too if no C4 was copied.
-        tail: this branch's copy of the full path's tail.
-        num_anchors: default boxes per cell of each grid.
-        num_classes: outputs per default box, background included.
-        head_rank: channels between the two steps of the class predictors; 0 leaves them in one step.
+        depth: see `Tail`.
+        copy: see `CopiedPathToC4`, ``share``.
+        head_rank: see `factorise`.
     """
 
-    def __init__(
-        self,
-        *,
-        copied: CopiedPathToC4,
-        finest_grid: int,
-        channels: int,
-        tail: Tail,
-        num_anchors: list[int],
-        num_classes: int,
-        head_rank: int = 0,
-    ) -> None:
+    def __init__(self, place: Place, *, channels: int, depth: int, copy: float, head_rank: int) -> None:
         super().__init__()
-        self.copied, self.tail = copied, tail
-        if channels or copied.c4 is None:
-            channels = channels or copied.first_channels
-            self.fine = _pointwise(copied.fine_channels, channels)
+        if not hasattr(place.backbone, "features") or len(place.backbone.features) != 2:
+            raise EarlyExitError(
+                "a copied branch copies layers of torchvision's SSDLite with a MobileNetV3, this detector has others: "
+                "take branch='light' (EXITS.BRANCH light)"
+            )
+        # A tap behind C4 has passed some blocks already. With channels they are copied too, as in older model files.
+        blocks = depth if channels else min(depth, LAST_LAYER - 1 - place.layer)
+        self.copied, self.tail = CopiedPathToC4(place.backbone, place.layer, copy), Tail(place.backbone, blocks)
+        self.fine = self.smooth = None
+        if channels or self.copied.c4 is None:
+            channels = channels or self.copied.first_channels
+            self.fine = _pointwise(self.copied.fine_channels, channels)
             self.smooth = _depthwise(channels)
         else:
-            channels = copied.first_channels
-            self.fine = self.smooth = None
-        self.top_down = _pointwise(tail.in_channels, channels)
-        self.head = SSDLiteHead([channels, *tail.out_channels], num_anchors, num_classes, norm_layer)
-        if head_rank:
-            factorise(self.head.classification_head, head_rank)
-        self._finest_grid = finest_grid
+            channels = self.copied.first_channels
+        self.top_down = _pointwise(self.tail.in_channels, channels)
+        self.head = SSDLiteHead(
+            [channels, *self.tail.out_channels], list(place.boxes_per_cell), place.num_classes, norm_layer
+        )
+        factorise(self.head.classification_head, head_rank)
+        self._finest_grid = tuple(place.grids[0])
 
     def inherit(self, backbone: nn.Module, head: SSDLiteHead) -> None:
         """Copy the full path's current weights."""
         self.tail.inherit(backbone)
-        inherit_coarse_predictors(self.head, head)
         channels = self.copied.inherit(backbone)
+        inherit_predictors(self.head, head, channels if self.fine is None else None)
         if self.fine is None:
-            inherit_first_predictors(self.head, head, channels)
             nn.init.zeros_(self.top_down[1].weight)  # at first nothing is added to the copied first map
 
     def forward(self, tap: Tensor, context: Tensor | None = None) -> Head:
         """See :meth:`Branch.forward`."""
         fine, expanded, coarse = self.copied(tap)
         coarse, maps = self.tail(coarse)
-        size = (self._finest_grid, self._finest_grid)
-        first = expanded if self.fine is None else F.interpolate(self.fine(fine), size)
-        first = first + F.interpolate(self.top_down(coarse), size)
+        first = expanded if self.fine is None else F.interpolate(self.fine(fine), self._finest_grid)
+        first = first + F.interpolate(self.top_down(coarse), self._finest_grid)
         return self.head([first if self.smooth is None else self.smooth(first), *maps])
-
-
-_FIRST_CHANNELS = Argument(0)
-_HEAD_RANK = Argument(0)
-
-
-@register_branch(
-    "copied",
-    channels=_FIRST_CHANNELS,
-    depth=Argument(2, TAIL_BLOCKS, sequence=True),
-    copy=Argument(0.5, 1, zero=False, sequence=True),
-    head_rank=_HEAD_RANK,
-)
-def build_copied(place: Place, *, channels: int, depth: int, copy: float, head_rank: int) -> CopiedBranch:
-    """Arguments as in :class:`CopiedBranch`, `Tail` (``depth``) and `CopiedPathToC4` (``copy`` is its ``share``)."""
-    if not hasattr(place.backbone, "features") or len(place.backbone.features) != 2:
-        raise EarlyExitError(
-            "a copied branch copies layers of torchvision's SSDLite with a MobileNetV3, this detector has others: take "
-            "branch='light' (EXITS.BRANCH light)"
-        )
-    # A tap behind C4 has passed some blocks already. With channels they are copied too: older model files contain them.
-    blocks = depth if channels else min(depth, LAST_LAYER - 1 - place.layer)
-    return CopiedBranch(
-        copied=CopiedPathToC4(place.backbone, place.layer, copy),
-        finest_grid=place.grids[0][0],
-        channels=channels,
-        tail=Tail(place.backbone, blocks),
-        num_anchors=list(place.boxes_per_cell),
-        num_classes=place.num_classes,
-        head_rank=head_rank,
-    )
 
 
 # The kind "light": a few new layers, for any detector.
@@ -670,7 +616,7 @@ class PyramidStep(nn.Module):
         return x if x.shape[-2:] == self._grid else F.interpolate(x, self._grid)
 
 
-@register_branch("light", channels=_FIRST_CHANNELS, context=Argument(True), head_rank=_HEAD_RANK)
+@register_branch("light", channels=Argument(0), context=Argument(True), head_rank=Argument(0))
 class LightBranch(Branch):
     """Squeeze-excitation on the tap (Hu et al. 2018), context from the previous exit, and a narrow feature pyramid.
 
@@ -681,7 +627,7 @@ class LightBranch(Branch):
         place: position and shapes.
         channels: channels of every map of the pyramid; 0 means 64.
         context: whether to add the previous exit's context. The branch's own context is passed on in any case.
-        head_rank: channels between the two steps of the class predictors; 0 leaves them in one step.
+        head_rank: see `factorise`.
     """
 
     def __init__(self, place: Place, *, channels: int, context: bool, head_rank: int) -> None:
@@ -695,8 +641,7 @@ class LightBranch(Branch):
         self.pyramid = nn.ModuleList(PyramidStep(width, pair) for pair in pairwise(sizes))
         boxes = list(place.boxes_per_cell)
         self.head = SSDLiteHead([width] * len(boxes), boxes, place.num_classes, norm_layer)
-        if head_rank:
-            factorise(self.head.classification_head, head_rank)
+        factorise(self.head.classification_head, head_rank)
 
     def context(self, tap: Tensor, before: Tensor | None) -> Tensor:
         """The narrow map [N, channels, H, W], input of the pyramid."""
@@ -731,20 +676,17 @@ NO_OBJECT = -30.0
 """Logit of every class; background's is 0, so each class has a probability of 1e-13."""
 
 
+@register_branch("empty")
 class EmptyExit(Branch):
     """No branch: predicts background for every default box, and passes the previous exit's context on.
 
     The logits hold no information, so routing needs a policy that predicts from the tap whether the photo is empty.
-
-    Args:
-        num_boxes: default boxes per image.
-        num_classes: outputs per default box, background included.
-        context_channels: channels of the previous exit's context.
     """
 
-    def __init__(self, num_boxes: int, num_classes: int, context_channels: int = 0) -> None:
+    def __init__(self, place: Place) -> None:
         super().__init__()
-        self._num_boxes, self.num_classes, self.context_channels = num_boxes, num_classes, context_channels
+        self._num_boxes, self.num_classes = place.num_boxes, place.num_classes
+        self.context_channels = place.context_channels
 
     def context(self, tap: Tensor, before: Tensor | None) -> Tensor | None:
         """The context ``before``."""
@@ -755,14 +697,3 @@ class EmptyExit(Branch):
         logits = tap.new_full((len(tap), self._num_boxes, self.num_classes), NO_OBJECT)
         logits[..., 0] = 0.0
         return {"cls_logits": logits, "bbox_regression": tap.new_zeros(len(tap), self._num_boxes, 4)}
-
-
-@register_branch("empty")
-def build_empty(place: Place) -> EmptyExit:
-    """Build an :class:`EmptyExit`; the kind has no arguments."""
-    return EmptyExit(num_default_boxes(place.grids, place.boxes_per_cell), place.num_classes, place.context_channels)
-
-
-def num_default_boxes(grids: Sequence[tuple[int, int]], boxes_per_cell: Sequence[int]) -> int:
-    """Number of default boxes per image, from the grids (height, width) and the boxes per cell of each."""
-    return sum(height * width * count for (height, width), count in zip(grids, boxes_per_cell, strict=True))

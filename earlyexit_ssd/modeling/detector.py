@@ -1,8 +1,7 @@
 """A torchvision SSD with early exits: the forward pass from exit to exit, detections and losses.
 
-A *glance* is an early exit that runs the first trunk layers on a small copy of the image before the full-size pass.
-A *tap* is the output of the trunk layer that an exit is attached to. A *context* is a map that the branch of an exit
-passes on to the next exit's. With a *hybrid* router classes come from an early exit and boxes from the full path.
+A *context* is a map that the branch of an exit passes on to the next exit's. With a *hybrid* router classes come from
+an early exit and boxes from the full path. The glossary of docs/design.md explains the other terms.
 """
 
 from __future__ import annotations
@@ -25,13 +24,20 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD
 
 from earlyexit_ssd.errors import EarlyExitError, nearest
-from earlyexit_ssd.modeling import arguments, validate
+from earlyexit_ssd.modeling import validate
 from earlyexit_ssd.modeling.branches import Exit, build_branches, check_exits, describe_exits, takes_exits
 from earlyexit_ssd.modeling.heads import num_outputs
 from earlyexit_ssd.modeling.losses import Assignment, LossSettings, assign, detection_losses, distillation_loss
 from earlyexit_ssd.modeling.outputs import ExitOutputs, ExitSignals, Head, Router, pool_tap
-from earlyexit_ssd.modeling.trunk import PixelBoxes, Trunk, TrunkState, small_copy
+from earlyexit_ssd.modeling.trunk import PixelBoxes, Trunk, TrunkState, evaluating, small_copy
 from earlyexit_ssd.modeling.validate import check_batch, check_images, check_targets
+
+Targets = list[dict[str, Tensor]]
+"""Per image ``boxes`` [n, 4] xyxy absolute pixels and ``labels`` [n] in 1..K; n may be 0."""
+Detections = list[dict[str, Tensor]]
+"""Per image ``boxes`` [n, 4] xyxy in the photo's pixels, ``labels`` [n] and ``scores`` [n]."""
+Sizes = list[tuple[int, int]]
+"""Per image (height, width) in pixels."""
 
 
 def full_path_losses(head: Head, assignment: Assignment, settings: LossSettings) -> dict[str, Tensor]:
@@ -107,7 +113,7 @@ class AtExit:
     @property
     def tap(self) -> Tensor:
         """Output of the exit's trunk layer [N, C, H, W]; that of a glance is computed when it is first read."""
-        exit = self.model.exits[self.index] if not self.full else None
+        exit = None if self.full else self.model.exits[self.index]
         if exit is None or exit.pixels is None:
             return self.state.x
         if self.glance_tap is None:  # before the first segment, the trunk's state is the image
@@ -210,26 +216,14 @@ def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
             undecided = undecided[~leave]
             if not router.hybrid:
                 at.keep(~leave)
-    head, exit_index, confidence = _in_order(parts)
-    return {**head, **hybrid_boxes}, exit_index, confidence
+    order = torch.cat([positions for positions, *_ in parts]).argsort()
 
+    def in_order(values: list[Tensor]) -> Tensor:
+        return values[0] if len(parts) == 1 else torch.cat(values)[order]  # logits are large: avoid a copy
 
-def _in_order(parts: list[tuple[Tensor, Head, int, Tensor]]) -> tuple[Head, Tensor, Tensor]:
-    """Join parts (positions in the batch, head outputs, exit index, confidences) in the order of the batch."""
-    indices = [torch.full_like(positions, index) for positions, _, index, _ in parts]
-    if len(parts) == 1:  # logits are large: avoid a copy
-        return parts[0][1], indices[0], parts[0][3]
-    positions = [positions for positions, *_ in parts]
-    head = {key: _put(positions, [head[key] for _, head, _, _ in parts]) for key in parts[0][1]}
-    return head, _put(positions, indices), _put(positions, [confidence for *_, confidence in parts])
-
-
-def _put(positions: list[Tensor], values: list[Tensor]) -> Tensor:
-    """Scatter the rows [n_i, ...] of every part to their positions in [N, ...]."""
-    out = values[0].new_empty(sum(map(len, positions)), *values[0].shape[1:])
-    for where, value in zip(positions, values, strict=True):
-        out.index_copy_(0, where, value)
-    return out
+    head = {key: in_order([head[key] for _, head, *_ in parts]) for key in parts[0][1]}
+    exit_index = in_order([torch.full_like(positions, index) for positions, _, index, _ in parts])
+    return {**head, **hybrid_boxes}, exit_index, in_order([confidence for *_, confidence in parts])
 
 
 # The detector, independent of its backbone.
@@ -275,8 +269,7 @@ class EarlyExitDetector(SSD):
 
     Args:
         detector: a torchvision detector; its parts are used, not copied.
-        exits: shallow to deep; or pass the keywords of :func:`earlyexit_ssd.modeling.branches.describe_exits`
-            (``exit_layers``, ``branch``, ``empty`` and the branches' arguments) instead.
+        exits: shallow to deep. Instead of them: the keywords of `describe_exits`.
         classes: names of the labels 1..K without background; by default ``class_1`` and so on.
         losses: loss settings of training.
         router: chooses each image's exit in eval mode; None runs the full path only.
@@ -330,7 +323,10 @@ class EarlyExitDetector(SSD):
         layers = tuple(one.layer for one in self.exits)
         check_exits(self.exits, self.last_layer)
         self.classes = tuple(classes or (f"class_{label}" for label in range(1, num_classes)))
-        arguments.check_class_names(self.classes, num_classes)
+        if len(self.classes) != num_classes - 1:
+            raise EarlyExitError(
+                f"{len(self.classes)} class names for a head with {num_classes} outputs, one of them background"
+            )
         self.score_thresh = detector.score_thresh
         self.width = getattr(detector, "width", 1.0)
         self.exit_layers = (*layers, self.last_layer)
@@ -391,15 +387,12 @@ class EarlyExitDetector(SSD):
         """Number of exits before the full path."""
         return len(self.exit_layers) - 1
 
-    @torch.no_grad()
     def _dry_run(self) -> tuple[list[tuple[int, int, int]], list[tuple[int, int]]]:
         """Shapes (C, H, W) of the taps and (height, width) of the grids, from a blank image in eval mode."""
-        was_training = self.training
-        self.backbone.eval()
         parameter = next(self.backbone.parameters())
         blank = torch.zeros(1, 3, *self.transform.fixed_size, device=parameter.device, dtype=parameter.dtype)
-        taps, maps = self.trunk_maps(blank)
-        self.backbone.train(was_training)
+        with evaluating(self.backbone):
+            taps, maps = self.trunk_maps(blank)
         return [tuple(tap.shape[1:]) for tap in taps], [tuple(feature.shape[-2:]) for feature in maps]
 
     def trunk_maps(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -435,7 +428,7 @@ class EarlyExitDetector(SSD):
             self.head.eval()
         if self.norm_frozen:
             for module in self.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                if isinstance(module, _BatchNorm):
                     module.eval()
         return self
 
@@ -447,28 +440,22 @@ class EarlyExitDetector(SSD):
         names = {index: self.exit_names[index] for index, empty in enumerate(self.empty) if not empty}
         return full | early_exit_losses(names, heads, assignment, self.losses, self.router)
 
-    def assign(self, targets: list[dict[str, Tensor]], anchors: list[Tensor]) -> Assignment:
+    def assign(self, targets: Targets, anchors: list[Tensor]) -> Assignment:
         """Match targets (network pixels) with default boxes; all exits share the result."""
         return assign(targets, anchors, self.proposal_matcher, self.box_coder)
 
-    def forward(
-        self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
-    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+    def forward(self, images: list[Tensor], targets: Targets | None = None) -> dict[str, Tensor] | Detections:
         """Losses in train mode, detections in eval mode; see the class.
 
         Args:
             images: list of [3, H, W] in [0, 1], any sizes.
-            targets: in train mode, per image ``boxes`` [n, 4] xyxy absolute pixels and ``labels`` [n] in 1..K;
-                n may be 0.
+            targets: needed in train mode, in pixels of the images.
         """
         validate.check_not_traced(None if self.training else self.router)
         validate.check_images(images)
         validate.check_head(self.head, self.num_classes)
-        if self.training:
-            return self._training_losses(images, targets)
-        return self._routed_detections(images)
-
-    def _training_losses(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None) -> dict[str, Tensor]:
+        if not self.training:
+            return self._routed_detections(images)
         targets = validate.check_targets(targets, len(images), self.classes)
         validate.check_batch(self, len(images))
         batch, targets = self.transform(images, targets)
@@ -484,13 +471,13 @@ class EarlyExitDetector(SSD):
         heads, pooled = tuple(at.head() for at in exits), tuple(pool_tap(at.tap) for at in exits[:-1])
         return ExitOutputs(heads, pooled, self.default_boxes(batch), batch.image_sizes, photo_sizes, self.empty)
 
-    def detections(self, outputs: ExitOutputs, exit_index: int) -> list[dict[str, Tensor]]:
-        """Detections of one exit: per image ``boxes`` xyxy in the photo's pixels, ``labels`` and ``scores``."""
+    def detections(self, outputs: ExitOutputs, exit_index: int) -> Detections:
+        """Detections of one exit."""
         return self._postprocess(outputs.heads[exit_index], outputs.anchors, outputs.network_sizes, outputs.photo_sizes)
 
     def postprocess_detections(
-        self, head_outputs: Head, image_anchors: list[Tensor], image_shapes: list[tuple[int, int]]
-    ) -> list[dict[str, Tensor]]:
+        self, head_outputs: Head, image_anchors: list[Tensor], image_shapes: Sizes
+    ) -> Detections:
         """As torchvision; thresholds per class are applied after NMS and before the limit per image.
 
         The result is that of thresholds before NMS: NMS works within a class, and a box below the threshold can only
@@ -514,17 +501,11 @@ class EarlyExitDetector(SSD):
             for found, keep in zip(detections, kept, strict=True)
         ]
 
-    def _postprocess(
-        self,
-        head: Head,
-        anchors: list[Tensor],
-        network_sizes: list[tuple[int, int]],
-        photo_sizes: list[tuple[int, int]],
-    ) -> list[dict[str, Tensor]]:
+    def _postprocess(self, head: Head, anchors: list[Tensor], network_sizes: Sizes, photo_sizes: Sizes) -> Detections:
         detections = self.postprocess_detections(head, anchors, network_sizes)
         return self.transform.postprocess(detections, network_sizes, photo_sizes)
 
-    def _routed_detections(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+    def _routed_detections(self, images: list[Tensor]) -> Detections:
         """Detections of each image's exit; of the full path without a router."""
         photo_sizes = [tuple(image.shape[-2:]) for image in images]
         batch, _ = self.transform(images, None)
@@ -630,8 +611,6 @@ def fuse_for_inference(model: EarlyExitDetector) -> EarlyExitDetector:
 
 # Modules that compute only the losses of one training phase; the model itself computes all losses.
 
-Targets = list[dict[str, Tensor]]
-
 
 @dataclass(frozen=True)
 class ResizedBatch:
@@ -679,7 +658,8 @@ class FullPathLosses(nn.Module):
         check_batch(self, len(images))
         batch, targets = model.transform(images, targets)
         model_side = batch.tensors.shape[-1]
-        side = self._side(targets) or model_side
+        ids = sum(int(target["image_id"]) for target in targets) if self._sides else 0
+        side = self._sides[ids % len(self._sides)] if self._sides else model_side
         if side == model_side:
             head, anchors = self.head(model.trunk_maps(batch.tensors)[1]), model.default_boxes(batch)
             return ResizedBatch(batch, side, head, anchors, targets)
@@ -689,11 +669,6 @@ class FullPathLosses(nn.Module):
         boxes = PixelBoxes(model.anchor_generator, model.grids, model_side, side)
         anchors = boxes(ImageList(x, [(side, side)] * len(x)), [one.detach().float() for one in maps])
         return ResizedBatch(batch, side, self.head(maps), anchors, targets)
-
-    def _side(self, targets: Targets) -> int | None:
-        if not self._sides:
-            return None
-        return self._sides[sum(int(target["image_id"]) for target in targets) % len(self._sides)]
 
 
 @dataclass(frozen=True)

@@ -135,9 +135,16 @@ def _slice_convolution(old: nn.Conv2d, num_classes: int, rows: Sequence[int | No
 
 
 @torch.no_grad()
-def copy_rows(new: nn.Conv2d, old: nn.Conv2d, num_classes: int, rows: Sequence[int | None]) -> None:
+def copy_rows(
+    new: nn.Conv2d | FactorisedPredictor, old: nn.Conv2d, num_classes: int, rows: Sequence[int | None]
+) -> None:
     """Copy the weights of class ``rows[i]`` of ``old``, which has ``num_classes`` with background, to class ``i`` of
-    ``new``; None copies nothing. Output channels are ordered [default box of the cell, class]."""
+    ``new``; None copies nothing. Output channels are ordered [default box of the cell, class]. A factorised predictor
+    gets the nearest weights of its rank."""
+    if isinstance(new, FactorisedPredictor):
+        whole = nn.Conv2d(new.in_channels, new.out_channels, 1).to(old.weight)
+        copy_rows(whole, old, num_classes, rows)
+        return new.approximate(whole)
     boxes = old.out_channels // num_classes
     weight, bias = old.weight.view(boxes, num_classes, -1), old.bias.view(boxes, num_classes)
     new_weight, new_bias = new.weight.view(boxes, -1, weight.shape[-1]), new.bias.view(boxes, -1)
@@ -175,9 +182,9 @@ class FactorisedPredictor(nn.Sequential):
 
 
 def factorise(head: SSDScoringHead, rank: int) -> None:
-    """Replace each predictor of ``head`` by a `FactorisedPredictor` if that has fewer weights."""
+    """Replace each predictor of ``head`` by a `FactorisedPredictor` if that has fewer weights; rank 0 leaves all."""
     for block in head.module_list:
         old = block[1]
-        if rank * (old.in_channels + old.out_channels) < old.in_channels * old.out_channels:
+        if 0 < rank * (old.in_channels + old.out_channels) < old.in_channels * old.out_channels:
             block[1] = FactorisedPredictor(old.in_channels, old.out_channels, rank)
             block[1].approximate(old)

@@ -6,7 +6,8 @@ import pytest
 from earlyexit_ssd import EarlyExitSSDLite
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import LossSettings, build_ssdlite
-from earlyexit_ssd.modeling.arguments import numbers, one_for_each
+from earlyexit_ssd.modeling.arguments import numbers
+from earlyexit_ssd.modeling.branches import Argument
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +23,12 @@ def detector():
         ({"exit_layers": (8, 12.0)}, "exit_layers is .8, 12.0., expected a sequence of whole numbers"),
         ({"exit_layers": (12, 8)}, "exit_layers .12, 8.: expected increasing trunk layers from 1 to 15"),
         ({"empty": 6}, "empty is 6, expected a sequence of whole numbers"),
-        ({"depth": (1.5,)}, "depth is .1.5,., expected a sequence of whole numbers"),
-        ({"depth": (True,)}, "depth is .True,., expected a sequence of whole numbers"),
-        ({"copy": 0.5}, "copy is 0.5, expected a sequence of numbers"),
-        ({"copy": (float("nan"),)}, "copy is .nan,., expected a sequence of numbers"),
-        ({"channels": -1}, "channels is -1, expected a whole number from 0 on"),
-        ({"head_rank": "64"}, "head_rank is '64', expected a whole number from 0 on"),
+        ({"depth": (1.5,)}, "depth is .1.5,., expected a whole number in"),
+        ({"depth": (True,)}, "depth is .True,., expected a whole number in"),
+        ({"copy": "0.5"}, "copy is '0.5', expected a number in"),
+        ({"copy": (float("nan"),)}, "copy is .nan,., expected a number in"),
+        ({"channels": -1}, "channels is -1, expected a whole number in"),
+        ({"head_rank": "64"}, "head_rank is '64', expected a whole number in"),
         (
             {"losses": LossSettings(exit_weights=(1, 2, 3))},
             "exit_weights of the losses is .1, 2, 3., expected",
@@ -59,7 +60,8 @@ def test_numbers_of_any_kind_are_numbers():
 
 
 def test_one_stands_for_all():
-    assert one_for_each("copy", (0.5,), 3, highest=1) == [0.5, 0.5, 0.5]
-    assert one_for_each("depth", (2, 0), 2, highest=2) == [2, 0]
-    with pytest.raises(EarlyExitError, match=r"copy \[0\]: expected one number in \(0, 1\]"):
-        one_for_each("copy", (0,), 2, highest=1, zero=False)
+    assert Argument(0.5, 1).of_each("copy", 0.25, 3) == Argument(0.5, 1).of_each("copy", (0.25,), 3) == [0.25] * 3
+    assert Argument(2, 2).of_each("depth", (2, 0), 2) == [2, 0]
+    assert Argument(2, 2).of_each("depth", [], 0) == Argument(2, 2).of_each("depth", (2,), 0) == []
+    with pytest.raises(EarlyExitError, match=r"copy is 0, expected a number in \(0, 1\], or one for each of 2 exits"):
+        Argument(0.5, 1, zero=False).of_each("copy", 0, 2)
