@@ -41,20 +41,16 @@ class Layer(list):
 class VGGTrunk(Trunk):
     """The trunk of torchvision's ``SSDFeatureExtractorVGG``; layers 1 to 15 are VGG16's 13 convolutions, fc6 and fc7.
 
-    Args:
-        backbone: the feature extractor.
-        exit_layers: trunk layers at which a segment ends, increasing.
-
     Raises:
         EarlyExitError: another kind of backbone.
     """
 
     def __init__(self, backbone: nn.Module, exit_layers: Sequence[int]) -> None:
         try:
-            conv5, self._extra = backbone.extra[0], list(backbone.extra[1:])
+            conv5, *extra = backbone.extra
             modules = [*backbone.features, *conv5[:-1], *conv5[-1]]
             self._scale = backbone.scale_weight
-        except (AttributeError, TypeError, IndexError):
+        except (AttributeError, TypeError, ValueError):
             raise EarlyExitError(
                 f"backbone is a {type(backbone).__name__}, expected torchvision's SSDFeatureExtractorVGG: its layers "
                 "are run one by one, to leave between them"
@@ -64,14 +60,12 @@ class VGGTrunk(Trunk):
             layers[-1].append(module)
             if isinstance(module, nn.ReLU):
                 layers.append(Layer())
-        super().__init__(layers[:-1], exit_layers, FINEST_LAYER - 1)
+        super().__init__(layers[:-1], extra, exit_layers, FINEST_LAYER - 1)
 
     def feature_maps(self, state: TrunkState) -> list[Tensor]:
         """See :meth:`Trunk.feature_maps`; the finest is normalised and scaled, as torchvision does."""
-        maps = [self._scale.view(1, -1, 1, 1) * F.normalize(state.finest), state.x]
-        for block in self._extra:
-            maps.append(block(maps[-1]))
-        return maps
+        _, *coarser = super().feature_maps(state)
+        return [self._scale.view(1, -1, 1, 1) * F.normalize(state.finest), *coarser]
 
 
 @register_detector("ssd300_vgg16")
