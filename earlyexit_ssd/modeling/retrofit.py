@@ -248,19 +248,20 @@ class Architecture:
         Raises:
             EarlyExitError: layers, default boxes or normalisation were changed, so no description rebuilds the model.
         """
-        head, settings = model.head.classification_head, {"detector": model.detector_name, "exits": model.exits}
+        head, state = model.head.classification_head, model.state_dict()
+        names = ("classes", "exits", "width", "score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
+        settings = {name: getattr(model, name) for name in names}
         if is_folded(head):
             branches = [part.head.classification_head for part in model.branches.values() if hasattr(part, "head")]
             settings |= {"head_outputs": head.num_columns, "folded_rows": head.wanted.tolist()}
             settings["competing"] = head.competing
             settings["folded_branches"] = bool(head.competing) or any(map(is_folded, branches))
-        for name in ("classes", "width", "score_thresh", "nms_thresh", "detections_per_img", "topk_candidates"):
-            settings[name] = getattr(model, name)
-        settings["image_size"] = model.transform.fixed_size[0]
-        settings["trained_size"] = getattr(model.anchor_generator, "trained_size", 0)
-        settings["reduced_tail"] = has_reduced_tail(model.state_dict(), model.width)
         architecture = cls(
-            **{name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in settings.items()}
+            detector=model.detector_name,
+            image_size=model.transform.fixed_size[0],
+            trained_size=getattr(model.anchor_generator, "trained_size", 0),
+            reduced_tail=has_reduced_tail(state, model.width),
+            **settings,
         )
         with torch.random.fork_rng(devices=[]):
             expected = _described_parts(architecture.build())
@@ -281,30 +282,27 @@ class Architecture:
 
     def build_detector(self) -> SSD:
         """The torchvision detector without exits, untrained."""
+        cuts = self.score_thresh  # torchvision's detector has one threshold for all classes
+        lowest = min(cuts.get(name, LEAST_SCORE) for name in self.classes) if isinstance(cuts, Mapping) else cuts
         detector = detector_class(self.detector).build_plain(
             num_classes=self.head_outputs or len(self.classes) + 1,
             image_size=self.image_size,
             width=self.width,
             reduced_tail=self.reduced_tail,
-            score_thresh=self.lowest_score,
+            score_thresh=lowest,
             nms_thresh=self.nms_thresh,
             detections_per_img=self.detections_per_img,
             topk_candidates=self.topk_candidates,
         )
         if self.folded_rows:
             head = detector.head
-            folded = FoldedClassificationHead(head.classification_head, self.folded_rows, self.competing)
-            head.classification_head = folded
+            head.classification_head = FoldedClassificationHead(
+                head.classification_head, self.folded_rows, self.competing
+            )
         if self.trained_size not in (0, self.image_size):
             grids = grids_of(detector.backbone, self.trained_size)
             detector.anchor_generator = PixelBoxes(detector.anchor_generator, grids, self.trained_size, self.image_size)
         return detector
-
-    @property
-    def lowest_score(self) -> float:
-        """The lowest score in ``score_thresh``: torchvision's detector has one threshold for all classes."""
-        cuts = self.score_thresh
-        return min(cuts.get(name, LEAST_SCORE) for name in self.classes) if isinstance(cuts, Mapping) else cuts
 
     def add_exits(self, detector: SSD) -> EarlyExitDetector:
         """Add the exits to a detector of this architecture."""
@@ -349,9 +347,6 @@ def _described_parts(model: EarlyExitDetector) -> dict[str, object]:
 
 COCO_CLASSES = tuple(SSDLite320_MobileNet_V3_Large_Weights.COCO_V1.meta["categories"][1:])
 """torchvision's names of the labels 1..90; "N/A" where COCO skips a number."""
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def retrofit(
@@ -416,16 +411,9 @@ def retrofit(
     if fold == "rows" or change.competing == ():  # (): compact, and no class competes; None: exact
         slice_rows(head.classification_head, rows)
         return detector, architecture, change
-    folded = FoldedClassificationHead(head.classification_head, rows, competing)
-    head.classification_head = folded
-    changed = dataclasses.replace(
-        architecture,
-        head_outputs=folded.num_columns,
-        folded_rows=rows,
-        competing=competing,
-        folded_branches=bool(competing),
-    )
-    return detector, changed, change
+    head.classification_head = FoldedClassificationHead(head.classification_head, rows, competing)
+    folds = {"head_outputs": head.classification_head.num_columns, "folded_rows": rows, "competing": competing}
+    return detector, dataclasses.replace(architecture, **folds, folded_branches=bool(competing)), change
 
 
 def torchvision_name(
@@ -531,18 +519,15 @@ def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: st
         if key in state and state[key].shape != value.shape
     ]
     if problems:
-        branches = all("branches." in problem for problem in problems)
-        check = (
-            "EXITS (in Python copy, depth, channels, head_rank)"
-            if branches
-            else "MODEL.WIDTH, MODEL.WEIGHTS_CLASSES and the number of classes"
-        )
+        check = "MODEL.WIDTH, MODEL.WEIGHTS_CLASSES and the number of classes"
+        if all("branches." in problem for problem in problems):
+            check = "EXITS (in Python copy, depth, channels, head_rank)"
         raise EarlyExitError(
             f"{source} does not fit the model: {problems[0]} ({len(problems)} differences); check {check}"
         )
     for key, value in expected.items():
         given = state[key]
-        if given.dtype not in (_FLOATS if value.is_floating_point() else _INTEGERS):
+        if given.is_floating_point() != value.is_floating_point() or given.dtype == torch.bool:
             raise EarlyExitError(f"{source}: {key} is {given.dtype}, the model has {value.dtype}; save it anew")
         if not given.float().isfinite().all():
             raise EarlyExitError(f"{source}: {key} has NaN or infinity, its training went wrong; take other weights")
