@@ -1,8 +1,7 @@
 """Early exits: their description, the kinds of branches, and the function that builds them.
 
-A *tap* is the output of the trunk layer that an exit is attached to. A *branch* computes detections from it. Its
-*context* is a map that it passes on to the branch of the next exit. An *empty* exit has no branch. A *glance* is an
-empty exit whose tap is computed from a small copy of the image. *C4* is trunk layer 13, the last one with stride 2.
+The *context* of a branch is a map that it passes on to the branch of the next exit. *C4* is trunk layer 13, the last
+one with stride 2. The glossary of docs/design.md explains tap, branch, empty exit and glance.
 """
 
 from __future__ import annotations
@@ -292,19 +291,15 @@ class Branch(nn.Module):
     context_channels = 0
 
     def inherit(self, backbone: nn.Module, head: nn.Module) -> None:
-        """Copy the full path's current weights into copied layers; a branch without copied layers does nothing."""
+        """Copy the full path's current weights into copied layers."""
 
     def context(self, tap: Tensor, before: Tensor | None) -> Tensor | None:
         """This exit's context, from its tap and the previous exit's context ``before``; None if there is none."""
         return None
 
     def forward(self, tap: Tensor, context: Tensor | None = None) -> Head:
-        """A tap [N, C, H, W] to ``cls_logits`` [N, A, C] and ``bbox_regression`` [N, A, 4].
-
-        Args:
-            tap: output of the exit's trunk layer.
-            context: result of :meth:`context` for this tap.
-        """
+        """A tap [N, C, H, W], and what :meth:`context` gives for it, to ``cls_logits`` [N, A, C] and
+        ``bbox_regression`` [N, A, 4]."""
         raise NotImplementedError  # abstract: each registered kind of branch has its own
 
 
@@ -325,19 +320,19 @@ def build_branches(
     return branches
 
 
-# The kind "copied" has two parts: `CopiedPathToC4`, thinned copies of the layers from the tap to C4, and `Tail`, whole
-# copies of the layers behind C4. Copied layers need far fewer photos for training than new ones.
+# The kind "copied": thinned copies of the layers from the tap to C4, then whole copies of the layers behind it. Copied
+# layers need far fewer photos for training than new ones.
 
 
 class Tail(nn.Module):
     """Copy of trunk layers 14 to 16 and the four extra blocks of a torchvision SSDLite, with its current weights.
 
     Args:
-        backbone: torchvision's ``SSDLiteFeatureExtractorMobileNet``; its layers are copied.
+        backbone: torchvision's ``SSDLiteFeatureExtractorMobileNet``.
         depth: number of residual blocks (layers 14 and 15) to copy, 0 to 2; 1 copies layer 15.
 
     Attributes:
-        in_channels: channels of the input map, 80 at width 1.0 with the reduced tail.
+        in_channels: channels of the input map.
         out_channels: channels of the five output maps, fine to coarse.
     """
 
@@ -416,9 +411,9 @@ class ThinnedBlock(nn.Sequential):
     def inherit(self, layers: Sequence[nn.Module]) -> Tensor:
         """Copy the current weights of the block's most important channels; returns the indices of these channels.
 
-        Importance is the norm of the channel's column in the projection times the root mean square of the depthwise
-        convolution's output, which is sqrt(scale^2 + shift^2) of its BatchNorm. Li et al. 2017, "Pruning filters for
-        efficient ConvNets", rank filters by their norms alone.
+        Importance is the norm of the channel's weights in the projection (as in Li et al. 2017, "Pruning filters for
+        efficient ConvNets") times the root mean square of the depthwise convolution's output, sqrt(scale^2 + shift^2)
+        of its BatchNorm.
         """
         norm = next(layer[1] for layer in layers[:-1] if not hasattr(layer, "fc1") and layer[0].groups > 1)
         output_rms = (norm.weight**2 + norm.bias**2).sqrt()
@@ -429,11 +424,10 @@ class ThinnedBlock(nn.Sequential):
 
 
 class CopiedPathToC4(nn.Module):
-    """Thinned copies of the blocks between a tap and C4's output; blocks with a residual connection are skipped.
+    """Thinned copies of the blocks between a tap and C4's output; none for a tap at C4 or behind it.
 
-    A trained network tolerates the removal of some residual blocks (Veit et al. 2016, "Residual networks behave like
-    ensembles of relatively shallow networks"). Layers 2, 4, 7, 11 and C4 (13) have no residual connection. For a tap
-    at C4 or behind it nothing is copied.
+    Blocks with a residual connection are skipped; layers 2, 4, 7, 11 and C4 (13) have none. A trained network tolerates
+    that (Veit et al. 2016, "Residual networks behave like ensembles of relatively shallow networks").
 
     Args:
         backbone: torchvision's ``SSDLiteFeatureExtractorMobileNet``.
@@ -532,17 +526,14 @@ def _set(module: nn.Module, name: str, values: Tensor) -> None:
 class CopiedBranch(Branch):
     """A branch of copied layers: tap -> `CopiedPathToC4` -> `Tail` -> head.
 
-    The tail computes all maps of the head but the first. It works on the second grid, which has a quarter of the first
-    grid's cells. The output of its residual blocks is upsampled and added to the first map (top-down connection, Lin et
-    al. 2017, FPN).
+    The tail computes all maps of the head but the first, from the second grid on. The output of its residual blocks is
+    upsampled and added to the first map (top-down connection, Lin et al. 2017, FPN).
 
     Args:
         place: position and shapes.
         channels: 0: the first map is the copied expansion of C4, as in the full path, with copied predictors. Otherwise
             a new layer computes a first map of so many channels. It does so for 0 too if no C4 was copied.
-        depth: see `Tail`.
-        copy: see `CopiedPathToC4`, ``share``.
-        head_rank: see `factorise`.
+        depth, copy, head_rank: see `Tail`, the ``share`` of `CopiedPathToC4`, and `factorise`.
     """
 
     def __init__(self, place: Place, *, channels: int, depth: int, copy: float, head_rank: int) -> None:
@@ -620,13 +611,10 @@ class PyramidStep(nn.Module):
 class LightBranch(Branch):
     """Squeeze-excitation on the tap (Hu et al. 2018), context from the previous exit, and a narrow feature pyramid.
 
-    The branch's context is its narrow map plus the previous exit's context, resized. The previous context is computed
-    even if that exit is closed.
-
     Args:
         place: position and shapes.
         channels: channels of every map of the pyramid; 0 means 64.
-        context: whether to add the previous exit's context. The branch's own context is passed on in any case.
+        context: whether to add the previous exit's context, resized. It is computed even if that exit is closed.
         head_rank: see `factorise`.
     """
 
@@ -689,7 +677,7 @@ class EmptyExit(Branch):
         self.context_channels = place.context_channels
 
     def context(self, tap: Tensor, before: Tensor | None) -> Tensor | None:
-        """The context ``before``."""
+        """See :meth:`Branch.context`."""
         return before
 
     def forward(self, tap: Tensor, context: Tensor | None = None) -> Head:

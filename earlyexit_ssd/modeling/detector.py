@@ -93,9 +93,8 @@ class AtExit:
 
     Attributes:
         index: index of the exit; the full path's index is the number of early exits.
-        state: state of the trunk behind the layers run so far.
         context: context of this exit's branch, see :meth:`Branch.context`.
-        glance_tap: if the exit is a glance, its tap [N, C, H, W]; None until :attr:`tap` is first read.
+        glance_tap: of a glance, its tap [N, C, H, W]; None until :attr:`tap` is first read.
     """
 
     model: EarlyExitDetector
@@ -139,12 +138,12 @@ class AtExit:
         return ExitSignals(head["cls_logits"], pool_tap(self.tap), self.model.empty[self.index])
 
     def select(self, images: Tensor) -> AtExit:
-        """A copy with some of the images only (``images``: boolean mask [N] or indices)."""
+        """A copy with some of the images only (boolean mask [N] or indices)."""
         context, glance_tap = (None if one is None else one[images] for one in (self.context, self.glance_tap))
         return dataclasses.replace(self, state=self.state.select(images), context=context, glance_tap=glance_tap)
 
     def keep(self, images: Tensor) -> None:
-        """Go on to deeper exits with some of the images only (``images``: boolean mask [N])."""
+        """Go on to deeper exits with some of the images only (boolean mask [N] or indices)."""
         rest = self.select(images)
         self.state, self.context, self.glance_tap = rest.state, rest.context, rest.glance_tap
 
@@ -152,8 +151,7 @@ class AtExit:
 def walk(model: EarlyExitDetector, x: Tensor, branches: bool = True, behind: AtExit | None = None) -> Iterator[AtExit]:
     """Yield every exit in order, the full path last; deeper layers are computed when the next exit is requested.
 
-    Before it requests the next exit, the caller may shrink the batch with :meth:`AtExit.keep`. Deeper layers are then
-    computed for the rest of the images only.
+    Before that the caller may shrink the batch with :meth:`AtExit.keep`.
 
     Args:
         x: normalised images [N, 3, S, S].
@@ -183,8 +181,8 @@ def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
         x: normalised images [N, 3, S, S].
 
     Returns:
-        the head outputs of each image's exit, the exit's index [N] (with a hybrid router, of the classes' exit) and the
-        confidence there [N]. The full path's confidence is computed by the same policy.
+        the head outputs of each image's exit, that exit's index [N] (with a hybrid router, of its classes) and the
+        confidence there [N].
     """
     router, hybrid_boxes = model.router, {}
     undecided = torch.arange(len(x), device=x.device)  # images that have not left; a hybrid router keeps all in `walk`
@@ -229,13 +227,13 @@ def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
 # The detector, independent of its backbone.
 
 DETECTORS: dict[str, type[EarlyExitDetector]] = {}
-"""torchvision's detector name -> the class of that detector with early exits; filled by :func:`register_detector`."""
+"""torchvision's detector name -> the class of that detector with early exits."""
 
 D = TypeVar("D", bound="type[EarlyExitDetector]")
 
 
 def register_detector(name: str) -> Callable[[D], D]:
-    """Class decorator: register an `EarlyExitDetector` under ``name`` for configuration and model files."""
+    """Class decorator: register an `EarlyExitDetector` for configuration and model files."""
 
     def register(kind: D) -> D:
         kind.detector_name = name
@@ -246,11 +244,7 @@ def register_detector(name: str) -> Callable[[D], D]:
 
 
 def detector_class(name: str) -> type[EarlyExitDetector]:
-    """The detector class registered under ``name``.
-
-    Raises:
-        EarlyExitError: no class has that name; the message has the nearest one.
-    """
+    """The detector class registered under ``name``; an EarlyExitError suggests the nearest name."""
     if name not in DETECTORS:
         listed, hint = ", ".join(DETECTORS), nearest(str(name), DETECTORS)
         raise EarlyExitError(f"detector (MODEL.NAME) is {name!r:.60}, expected one of {listed}{hint}")
@@ -262,8 +256,7 @@ class EarlyExitDetector(SSD):
 
     Every parameter and buffer of the torchvision detector keeps its name, and without a router the detections are
     torchvision's own. In train mode ``model(images, targets)`` returns a dict of scalar losses (all exits at once),
-    in eval mode one dict per image with ``boxes`` [n, 4] xyxy in the photo's pixels, ``labels`` [n] and ``scores``
-    [n]; with a router also ``exit_index`` and ``exit_confidence``, scalar tensors.
+    in eval mode `Detections`, with a router also the scalar tensors ``exit_index`` and ``exit_confidence``.
 
     A subclass sets ``last_layer`` and torchvision's weights, and implements ``trunk`` and ``build_plain``.
 
@@ -354,7 +347,7 @@ class EarlyExitDetector(SSD):
         raise NotImplementedError  # abstract: each registered detector builds its own
 
     def inherit(self) -> None:
-        """Copy the full path's current weights into the branches where they have such layers."""
+        """Copy the full path's current weights into the copied layers of the branches."""
         for branch in self.branches.values():
             branch.inherit(self.backbone, self.head)
 
@@ -374,7 +367,7 @@ class EarlyExitDetector(SSD):
 
     @property
     def num_glances(self) -> int:
-        """Number of glances; they come before the other early exits."""
+        """Number of glances, which come before the other early exits."""
         return sum(one.pixels is not None for one in self.exits)
 
     @property
@@ -433,8 +426,7 @@ class EarlyExitDetector(SSD):
         return self
 
     def compute_losses(self, heads: Sequence[Head], assignment: Assignment) -> dict[str, Tensor]:
-        """Weighted losses of all exits (heads shallow to deep, the full path last). If the full path is frozen, its
-        losses are left out."""
+        """Weighted losses of all exits (shallow to deep, the full path last), without those of a frozen full path."""
         validate.check_router(self.router, self.num_early_exits, trains=True)
         full = {} if self._trunk_frozen else full_path_losses(heads[-1], assignment, self.losses)
         names = {index: self.exit_names[index] for index, empty in enumerate(self.empty) if not empty}
@@ -445,12 +437,8 @@ class EarlyExitDetector(SSD):
         return assign(targets, anchors, self.proposal_matcher, self.box_coder)
 
     def forward(self, images: list[Tensor], targets: Targets | None = None) -> dict[str, Tensor] | Detections:
-        """Losses in train mode, detections in eval mode; see the class.
-
-        Args:
-            images: list of [3, H, W] in [0, 1], any sizes.
-            targets: needed in train mode, in pixels of the images.
-        """
+        """Losses in train mode, which needs ``targets``; detections in eval mode. Images are [3, H, W] in [0, 1], of
+        any sizes."""
         validate.check_not_traced(None if self.training else self.router)
         validate.check_images(images)
         validate.check_head(self.head, self.num_classes)
@@ -480,8 +468,7 @@ class EarlyExitDetector(SSD):
     ) -> Detections:
         """As torchvision; thresholds per class are applied after NMS and before the limit per image.
 
-        The result is that of thresholds before NMS: NMS works within a class, and a box below the threshold can only
-        suppress boxes of lower score, which are below it too.
+        The result is that of thresholds before NMS: a box suppresses only boxes of its class with a lower score.
         """
         if not isinstance(self.score_thresh, Mapping):
             return super().postprocess_detections(head_outputs, image_anchors, image_shapes)
@@ -530,8 +517,7 @@ class PathToExit(nn.Module):
         model: the model; its parts are used, not copied.
         exit_index: 0 for the first exit, the number of early exits for the full path.
         router: computes the confidences and skips closed exits; None: every branch and no confidence is computed.
-        alone: without a router, skip the heads of earlier branches, as in a detector with this exit only. Contexts of
-            earlier branches are computed all the same, since a branch may need them.
+        alone: without a router, skip the heads of earlier branches, as in a detector with this exit only.
     """
 
     def __init__(
@@ -568,17 +554,14 @@ class PathToExit(nn.Module):
 
 
 class AllOutputs(nn.Module):
-    """A path that also returns the outputs of earlier branches and the router's confidences.
-
-    Tracers and exporters drop operations that reach no output, so their cost would be missing.
-    """
+    """A path that also returns what was computed on the way: tracers drop operations that reach no output."""
 
     def __init__(self, path: PathToExit) -> None:
         super().__init__()
         self.path = path
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Normalised images [N, 3, S, S] to the tensors of :meth:`PathToExit.run`, in its order."""
+        """The tensors of :meth:`PathToExit.run`, in its order."""
         heads, confidences = self.path.run(x)
         return [*(tensor for head in heads for tensor in head.values()), *confidences]
 
@@ -595,7 +578,7 @@ def fuse_for_inference(model: EarlyExitDetector) -> EarlyExitDetector:
     """A copy in eval mode with every BatchNorm fused into its convolution; on a CPU in channels-last format.
 
     Detections equal the model's up to fp32 rounding. The router is copied too, so set it first. The copy cannot be
-    trained, saved or compared with a certificate: keep the original model for that.
+    trained, saved or compared with a certificate.
     """
     fused = copy.deepcopy(model).eval().requires_grad_(False)
     fused.fused = True
@@ -614,12 +597,10 @@ def fuse_for_inference(model: EarlyExitDetector) -> EarlyExitDetector:
 
 @dataclass(frozen=True)
 class ResizedBatch:
-    """The full path's outputs for a batch at some input side.
+    """The full path's outputs for a batch at an input of ``side`` pixels.
 
     Attributes:
         images: the normalised batch at the model's own size.
-        side: input side in pixels of the outputs.
-        head: outputs for all default boxes.
         anchors, targets: per image the default boxes [A, 4] xyxy and the objects, in pixels of ``side``.
     """
 
@@ -673,13 +654,8 @@ class FullPathLosses(nn.Module):
 
 @dataclass(frozen=True)
 class TapBatch:
-    """Outputs of the frozen full path for a batch.
-
-    Attributes:
-        taps: per early exit [N, C, H, W].
-        head: the full path's head outputs, the teacher.
-        targets: per image ``boxes`` [n, 4] xyxy in network pixels and ``labels`` [n].
-    """
+    """Outputs of the frozen full path for a batch: taps [N, C, H, W] per early exit, and the head, which is the
+    teacher. Targets are in network pixels."""
 
     taps: list[Tensor]
     head: Head

@@ -1,8 +1,7 @@
 """Change the classes of a trained head and keep its weights.
 
-A *row* is a class index of the head, 0 for background; torchvision's ``num_columns`` is the number of rows. To *fold* a
-class is to add its probability to background's. A *compact* head drops the unwanted classes except the *competing*
-ones, which it folds (see `earlyexit_ssd.modeling.compact`).
+A *row* is a class index of the head, 0 for background; torchvision's ``num_columns`` is the number of rows. The
+glossary of docs/design.md explains folded, compact and cut heads.
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ class FoldedClassificationHead(SSDScoringHead):
     def __init__(self, head: SSDScoringHead, rows: Sequence[int], competing: Sequence[str] = ()) -> None:
         super().__init__(head.module_list, head.num_columns)
         self.competing = tuple(competing)
-        self.num_outputs = len(rows) + 1
         background_rows = [row for row in range(head.num_columns) if row not in set(rows)]
         self.register_buffer("wanted", torch.tensor(rows), persistent=False)
         self.register_buffer("background_rows", torch.tensor(background_rows), persistent=False)
@@ -53,7 +51,7 @@ def is_folded(head: nn.Module) -> bool:
 
 def num_outputs(head: SSDScoringHead) -> int:
     """Logits per default box that a classification head returns, background included."""
-    return head.num_outputs if is_folded(head) else head.num_columns
+    return len(head.wanted) + 1 if is_folded(head) else head.num_columns
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class ClassChange:
 
 
 def plan_class_change(source: Sequence[str], wanted: Sequence[str]) -> ClassChange:
-    """Find the wanted classes among a checkpoint's (``source``: names in label order, without background).
+    """Find the wanted classes among a checkpoint's, ``source`` (in label order, without background).
 
     Raises:
         EarlyExitError: the checkpoint has none of the wanted classes.
@@ -117,21 +115,15 @@ def slice_rows(head: SSDScoringHead, rows: Sequence[int | None]) -> None:
     The softmax no longer includes the dropped classes, so scores rise a little where these had probability.
     """
     for index, block in enumerate(head.module_list):
-        if isinstance(block, nn.Conv2d):  # SSD's predictors; SSDLite's have a depthwise convolution before them
-            head.module_list[index] = _slice_convolution(block, head.num_columns, rows)
-        else:
-            block[1] = _slice_convolution(block[1], head.num_columns, rows)
+        # SSD's predictors are convolutions; SSDLite's have a depthwise convolution before them
+        parent, name, old = (head.module_list, index, block) if isinstance(block, nn.Conv2d) else (block, 1, block[1])
+        channels = old.out_channels // head.num_columns * (len(rows) + 1)
+        new = nn.Conv2d(old.in_channels, channels, old.kernel_size, padding=old.padding)
+        nn.init.normal_(new.weight, std=0.03)
+        nn.init.zeros_(new.bias)
+        copy_rows(new, old, head.num_columns, (0, *rows))
+        parent[name] = new
     head.num_columns = len(rows) + 1
-
-
-def _slice_convolution(old: nn.Conv2d, num_classes: int, rows: Sequence[int | None]) -> nn.Conv2d:
-    new = nn.Conv2d(
-        old.in_channels, old.out_channels // num_classes * (len(rows) + 1), old.kernel_size, padding=old.padding
-    )
-    nn.init.normal_(new.weight, std=0.03)
-    nn.init.zeros_(new.bias)
-    copy_rows(new, old, num_classes, (0, *rows))
-    return new
 
 
 @torch.no_grad()
@@ -153,16 +145,8 @@ def copy_rows(
             new_weight[:, target], new_bias[:, target] = weight[:, row], bias[:, row]
 
 
-# Cheaper classification heads of many classes: low-rank factorisation of each predictor.
-
-
 class FactorisedPredictor(nn.Sequential):
-    """A 1x1 convolution factorised into two 1x1 convolutions.
-
-    Args:
-        in_channels, out_channels: channels of the factorised convolution.
-        rank: channels between the two.
-    """
+    """A 1x1 convolution factorised into two, with ``rank`` channels between them."""
 
     def __init__(self, in_channels: int, out_channels: int, rank: int) -> None:
         super().__init__(nn.Conv2d(in_channels, rank, 1, bias=False), nn.Conv2d(rank, out_channels, 1))

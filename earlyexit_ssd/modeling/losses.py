@@ -41,8 +41,6 @@ def assign(
     Args:
         targets: per image ``boxes`` [n, 4] xyxy in network pixels and ``labels`` [n] in 1..K; n may be 0.
         anchors: per image [A, 4] xyxy in network pixels.
-        matcher: torchvision's ``SSDMatcher``.
-        box_coder: torchvision's ``BoxCoder``.
     """
     labels, regression = [], []
     for target, boxes in zip(targets, anchors, strict=True):
@@ -57,9 +55,6 @@ def assign(
         labels.append(image_labels)
         regression.append(image_regression)
     return Assignment(torch.stack(labels), torch.stack(regression))
-
-
-# The losses of one exit: classification with mined negatives or focal, boxes, and distillation.
 
 
 @dataclass(frozen=True)
@@ -120,13 +115,9 @@ def mean_over_processes(count: Tensor) -> Tensor:
 
 def mined_negatives(background_loss: Tensor, foreground: Tensor, ratio: float, minimum: int) -> Tensor:
     """Which default boxes are negatives of the classification loss, [N, A] bool: in each image the background boxes of
-    the largest loss (Liu et al. 2016, SSD, section 2.2).
+    the largest ``background_loss`` [N, A] (Liu et al. 2016, SSD, section 2.2).
 
-    Args:
-        background_loss: [N, A] loss of every default box.
-        foreground: [N, A] bool.
-        ratio: negatives per positive.
-        minimum: least number of negatives per image.
+    There are ``ratio`` negatives per positive (``foreground``, [N, A] bool), at least ``minimum`` per image.
     """
     count = (ratio * foreground.sum(1, keepdim=True)).clamp(min=minimum)
     order = background_loss.masked_fill(foreground, -torch.inf).argsort(1, descending=True)
@@ -168,9 +159,7 @@ def distillation_loss(student: dict[str, Tensor], teacher: dict[str, Tensor], se
 
     The Kullback-Leibler divergence of the class probabilities, summed over all default boxes, plus the smooth L1
     distance of the boxes, weighted by the teacher's foreground probability; divided by the sum of that probability.
-
-    Args:
-        student, teacher: ``cls_logits`` [N, A, C] and ``bbox_regression`` [N, A, 4]; no gradient to the teacher.
+    The teacher gets no gradient.
     """
     teacher_log = F.log_softmax(teacher["cls_logits"].detach().float(), -1)
     student_log = F.log_softmax(student["cls_logits"].float(), -1)

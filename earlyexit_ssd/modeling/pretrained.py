@@ -27,7 +27,7 @@ _made: list[Callable[..., Router]] = []
 
 def register_router(make: Callable[..., Router], make_certified: Callable[..., Router]) -> None:
     """Register the functions that build a model file's router: ``make`` from its settings, ``make_certified`` from
-    certificate, path and model. The package ``calibration`` calls this, since modeling must not import it."""
+    certificate, path and model. `earlyexit_ssd.calibration` calls this, since modeling must not import it."""
     _made[:] = [make, make_certified]
 
 
@@ -107,8 +107,7 @@ class Pretrained(EarlyExitDetector):
         and the tools' ``--weights``. The router's certificate is included if the router is unchanged since calibration.
 
         Raises:
-            EarlyExitError: the model was fused for inference, its layers were replaced, or its router is not one of
-                this project.
+            EarlyExitError: the model was fused, its layers were replaced, or its router is not one of this project.
         """
         if self.router is not None and not hasattr(self.router, "to_dict"):
             raise EarlyExitError(
@@ -129,11 +128,8 @@ def current_certificate(router: Router | None) -> Any:
 
 
 def names_of(outputs: int, classes: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Names of the labels of a head with ``outputs`` outputs: ``classes``, else COCO's for 91 outputs, else numbered.
-
-    Raises:
-        EarlyExitError: a wrong number of names.
-    """
+    """Names of the labels of a head with ``outputs`` outputs: ``classes``, which must fit, else COCO's for 91 outputs,
+    else ``class_1`` and so on."""
     if classes is None:
         if outputs == len(COCO_CLASSES) + 1:
             return COCO_CLASSES
@@ -148,11 +144,8 @@ def names_of(outputs: int, classes: Sequence[str] | None = None) -> tuple[str, .
 
 
 def make_router(model: EarlyExitDetector, settings: RouterSettings) -> Router:
-    """Build a router from a file's settings and run it on a blank photo, to find settings of another model.
-
-    Raises:
-        EarlyExitError: invalid settings, or settings of another model.
-    """
+    """Build a router from a file's settings and run it on a blank photo; an EarlyExitError for invalid settings and
+    those of another model."""
     device = next(model.parameters()).device
     try:
         router = _router_makers()[0](**settings).to(device)

@@ -56,9 +56,8 @@ _AVERAGE = re.compile(r"(?:^|[._])(?:ema|swa|avg)(?:$|[._])|averag|shadow|teache
 def find_detector(content: Content, path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Find the state dict of an SSDLite, with or without exits, and return it under torchvision's names.
 
-    It may be nested (``{"model": ..., "epoch": ...}``). Its keys may share a prefix and contain `WRAPPERS`. If a file
-    holds trained weights and their moving average, the trained weights are used. Entries outside the detector
-    (optimizer, loss, ``n_averaged``) are ignored.
+    It may be nested (``{"model": ..., "epoch": ...}``), and its keys may share a prefix and contain `WRAPPERS`. Trained
+    weights come before their moving average. Entries outside the detector are ignored.
 
     Raises:
         EarlyExitError: no detector, or several of which none has a usual name.
@@ -153,7 +152,7 @@ Count = Annotated[int, 1, 2**31]
 class Architecture:
     """All settings that determine the shapes and the post-processing of a detector with early exits.
 
-    Instead of ``exits`` it accepts the keywords of :func:`earlyexit_ssd.modeling.branches.describe_exits`.
+    Instead of ``exits`` (shallow to deep) it accepts the keywords of `describe_exits`.
 
     Attributes:
         classes: names of the labels 1..K.
@@ -164,13 +163,10 @@ class Architecture:
         width, reduced_tail: shape of the trunk, see :func:`build_ssdlite`.
         head_outputs: outputs per default box of a folded head, before folding; 0 if the head is not folded.
         folded_rows: class indices of ``classes`` in a folded head; empty if the head is not folded.
-        competing: names of the classes that a compact head folds into background (see :mod:`heads`), largest
-            probability first; empty for other heads.
+        competing: names of the classes that a compact head folds, largest probability first; empty for other heads.
         folded_branches: whether the branches' heads are folded like the full path's. Otherwise they have only
             background and ``classes``.
-        exits: shallow to deep.
         score_thresh: lowest score of a detection, one number or per class name.
-        nms_thresh, detections_per_img, topk_candidates: post-processing as in torchvision's SSD.
 
     Raises:
         EarlyExitError: a field of a wrong type or out of its range.
@@ -361,8 +357,8 @@ def retrofit(
 
     Args:
         architecture: the wanted model; its ``classes`` are the wanted ones.
-        weights: a path, or a member of torchvision's ``SSDLite320_MobileNet_V3_Large_Weights`` or its name. A path
-            may also be a model of this project, whose branches are ignored.
+        weights: a member of torchvision's weight enum, its name, or a path. The branches of a model file of this
+            project are ignored.
         source_classes: names of the checkpoint's labels 1..K; None if they are the wanted ones. A model file of this
             project contains its own.
         fold: what happens to the unwanted classes. ``exact``: fold all of them; scores stay the same. ``compact``: fold
@@ -420,7 +416,7 @@ def torchvision_name(
     weights: str | os.PathLike[str] | WeightsEnum,
     kind: type[WeightsEnum] = SSDLite320_MobileNet_V3_Large_Weights,
 ) -> str | None:
-    """Member name (without the enum's) in torchvision's weight enum ``kind``; None if ``weights`` is a path."""
+    """Member name (without the enum's) in torchvision's weight enum ``kind``; None for a path."""
     name = str(weights).removeprefix(f"{kind.__name__}.")
     return name if name in kind.__members__ else None
 
@@ -429,11 +425,9 @@ def load_full_path(
     weights: str | os.PathLike[str] | WeightsEnum,
     kind: type[WeightsEnum] = SSDLite320_MobileNet_V3_Large_Weights,
 ) -> tuple[dict[str, Tensor], Architecture | None]:
-    """State dict of a detector without exits, and its description if the file is a model of this project.
-
-    If ``weights`` is a member name of torchvision's enum ``kind``, torchvision downloads them.
-    """
-    name = torchvision_name(weights, kind)  # None for a path
+    """State dict of a detector without exits, and its description if the file is a model of this project. torchvision
+    downloads members of its enum ``kind``."""
+    name = torchvision_name(weights, kind)
     if name:
         try:
             return kind[name].get_state_dict(progress=True, check_hash=True), None
@@ -464,11 +458,8 @@ def require_weights(weights: str | os.PathLike[str] | SSDLite320_MobileNet_V3_La
 
 
 def read_weights(path: str | os.PathLike[str]) -> Content:
-    """Read a file of tensors and plain types; no code in it is executed.
-
-    ``argparse.Namespace`` is allowed: torchvision's reference training stores its arguments in one.
-    """
-    try:
+    """Read a file of tensors and plain types; no code in it is executed."""
+    try:  # torchvision's reference training stores its arguments in a Namespace
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file may raise any exception; no unsafe unpickling instead
@@ -540,11 +531,8 @@ def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: st
 def resize_detector(model: EarlyExitDetector, architecture: Architecture, size: int, *, cut: bool = False) -> SSD:
     """The full path at an input of ``size`` x ``size`` pixels, in eval mode, on the model's device.
 
-    With ``cut`` a folded classification head (``MODEL.FOLD exact``) keeps only background and the model's classes. This
-    is the cheapest detector without exits that these weights give without training.
-
-    Default boxes keep their size in pixels (`PixelBoxes`). torchvision's scale with the input, but the convolutions
-    have learned sizes in pixels: a smaller input would give too small boxes, a larger input too large ones.
+    With ``cut`` a folded classification head (``MODEL.FOLD exact``) keeps only background and the model's classes.
+    Default boxes keep their size in pixels (`PixelBoxes`), since the convolutions have learned sizes in pixels.
     """
     trained_size = architecture.trained_size or architecture.image_size
     detector = dataclasses.replace(architecture, image_size=size, trained_size=trained_size).build_detector()

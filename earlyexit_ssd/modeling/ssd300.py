@@ -32,7 +32,6 @@ class Layer(list):
     """A layer of the trunk: a convolution with its ReLU and, if present, the pooling before it."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Run the modules one after the other."""
         for module in self:
             x = module(x)
         return x
@@ -130,14 +129,11 @@ def earlyexit_ssd300_vgg16(
     Args:
         weights: torchvision's COCO weights (downloaded by torchvision), or a checkpoint file of the detector without
             exits. For a model file of this project use ``EarlyExitSSD300.from_pretrained``.
-        progress: show the download's progress.
         num_classes: outputs per default box, background included; 91 by default, or those of ``weights``.
         weights_backbone: ImageNet weights of the trunk, if ``weights`` is None.
-        trainable_backbone_layers: as in torchvision.
         exits, classes, losses, router: see :class:`EarlyExitDetector`. Instead of ``exits``: the keywords of
-            :func:`earlyexit_ssd.modeling.branches.describe_exits`, with ``branch="light"``. Default: `DEFAULT_EXITS`.
-        score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing; ``score_thresh`` may be a dict
-            of class names to lowest scores.
+            `describe_exits`, with ``branch="light"``. Default: `DEFAULT_EXITS`.
+        score_thresh: may be a dict of class names to lowest scores.
 
     Raises:
         EarlyExitError: a file without such a detector.

@@ -68,16 +68,14 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
         weights: torchvision's COCO weights of the full path (downloaded by torchvision), with untrained exits. Or a
             file: a checkpoint of torchvision's SSDLite, without exits or with exits that fit the arguments, or a model
             file of this project. Only ``EarlyExitSSDLite.from_pretrained`` loads the routing too.
-        progress: show the download's progress.
         num_classes: outputs per default box, background included; 91 by default.
         weights_backbone: ImageNet weights of the trunk, if ``weights`` is None.
         trainable_backbone_layers: as in torchvision; it needs ``image_size=320`` and ``width=1.0``.
         image_size, width: see :func:`earlyexit_ssd.modeling.trunk.build_ssdlite`; another width than 1.0 needs
             ``weights_backbone=None``.
         exits, classes, losses, router: see :class:`EarlyExitDetector`. Instead of ``exits``: the keywords of
-            :func:`earlyexit_ssd.modeling.branches.describe_exits`.
-        score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing; ``score_thresh`` may be a dict
-            of class names to lowest scores.
+            `describe_exits`.
+        score_thresh: may be a dict of class names to lowest scores.
     """
     if weights is not None and (isinstance(weights, ShippedWeights) or torchvision_name(weights) is None):
         return _from_file(weights_path(weights), locals())
@@ -126,11 +124,8 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
 
 
 def _initialise(backbone: nn.Module) -> None:
-    """He initialisation (He et al. 2015, "Delving deep into rectifiers", equation 10) of an untrained trunk.
-
-    torchvision uses a standard deviation of 0.03. In eval mode the activations then vanish: all logits are 1e-15 and
-    all scores equal, so that an export or a replaced layer cannot be checked.
-    """
+    """He initialisation (He et al. 2015, "Delving deep into rectifiers", equation 10) of an untrained trunk: with
+    torchvision's standard deviation of 0.03 activations vanish in eval mode, and all scores are equal."""
     for module in backbone.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

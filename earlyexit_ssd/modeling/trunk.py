@@ -43,15 +43,14 @@ def build_ssdlite(
 ) -> SSD:
     """A torchvision ``SSD`` with torchvision's SSDLite layers; at 320 px and width 1.0 it is torchvision's model.
 
+    Other arguments are those of torchvision's ``ssdlite320_mobilenet_v3_large`` and ``SSD``.
+
     Args:
-        num_classes: outputs per default box, background included.
         image_size: side of the square input, pixels.
         width: multiplier of the channels of every layer, including those behind the trunk.
         reduced_tail: halve the channels of C4's output and all later layers, as in torchvision's COCO weights
             (MobileNetV3 paper, table 6). ImageNet weights have the full tail.
         weights_backbone: ImageNet weights of the trunk; they need ``width=1.0`` and ``reduced_tail=False``.
-        progress: show the download's progress.
-        score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing, as torchvision's SSD.
 
     Raises:
         ValueError: ImageNet weights with another width or tail.
@@ -93,7 +92,7 @@ def build_ssdlite(
 
 @dataclass(frozen=True)
 class TrunkState:
-    """Intermediate state of a batch in the trunk.
+    """State of a batch in the trunk.
 
     Attributes:
         x: output of the last layer that was run, [N, C, H, W]; at an exit, this is the tap.
@@ -104,7 +103,7 @@ class TrunkState:
     finest: Tensor | None = None
 
     def select(self, keep: Tensor) -> TrunkState:
-        """The state of some images only (``keep``: boolean mask [N] or indices)."""
+        """The state of some images only (boolean mask [N] or indices)."""
         return TrunkState(self.x[keep], None if self.finest is None else self.finest[keep])
 
 
@@ -209,10 +208,8 @@ def _block_weights(channels: int, block: int, points: int, times: int) -> Tensor
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Context of eval mode without gradients; restores the train/eval flag of every sub-module.
-
-    The flags are restored one by one, because they differ in a model with a frozen part.
-    """
+    """Context of eval mode without gradients; restores the train/eval flag of every sub-module, since flags differ in
+    a model with a frozen part."""
     flags = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
@@ -237,8 +234,7 @@ class PixelBoxes(DefaultBoxGenerator):
     Args:
         generator: torchvision's generator, whose boxes scale with the input.
         grids: (height, width) in cells of the feature maps at ``trained_size``.
-        trained_size: side of the input that the weights were trained at, pixels.
-        size: side of the input that they are used at, pixels.
+        trained_size, size: side of the input that the weights were trained at, and that they are used at, pixels.
     """
 
     def __init__(

@@ -107,7 +107,7 @@ def test_heads_of_branches_are_compact_alike(weights, images):
     assert torch.allclose(bias.view(6, 4)[0].exp(), expected)
     for branch in model.branches.values():
         head = branch.head.classification_head
-        assert (head.num_columns, head.num_outputs, head.competing) == (4, 2, ("couch", "bench"))
+        assert (head.num_columns, num_outputs(head), head.competing) == (4, 2, ("couch", "bench"))
         assert torch.equal(head.module_list[2][1].bias, bias)
     with torch.no_grad():
         bias += 1.0
