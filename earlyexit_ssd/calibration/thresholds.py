@@ -60,7 +60,7 @@ def open_sets(exits: int) -> Iterator[tuple[list[float], np.ndarray]]:
 
 def candidates(confidence: np.ndarray, count: int) -> np.ndarray:
     """Candidates for an exit's threshold, falling: `CLOSED`, then up to ``count`` evenly spaced quantiles of the
-    confidences [n], then 0. A quantile is halfway between two confidences, so rounding changes no decision."""
+    confidences [n], each halfway between two of them so that rounding changes no decision, then 0."""
     values = np.unique(confidence)
     halfway = (values[1:] + values[:-1]) / 2
     inner = np.unique(np.quantile(halfway, np.linspace(0, 1, count), method="nearest")) if len(halfway) else halfway

@@ -11,6 +11,7 @@ from torch import Tensor
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import COCO_CLASSES, Architecture, load_model, retrofit, save_model
 from earlyexit_ssd.modeling.compact import competing_rows, find_competing_rows, fires, score_difference
+from earlyexit_ssd.modeling.heads import num_outputs
 from tests.modeling.conftest import SMALL
 
 SOURCE = ("couch", "chair", "bench", "bed")
