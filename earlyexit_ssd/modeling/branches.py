@@ -1,4 +1,4 @@
-"""Early exits: their description, the kinds of branches, and the function that builds them.
+"""Early exits: their description, and the kinds of branches.
 
 The *context* of a branch is a map that it passes on to the branch of the next exit. *C4* is trunk layer 13, the last
 one with stride 2. The glossary of docs/design.md explains tap, branch, empty exit and glance.
@@ -303,23 +303,6 @@ class Branch(nn.Module):
         raise NotImplementedError  # abstract: each registered kind of branch has its own
 
 
-def build_branches(
-    exits: Sequence[Exit],
-    backbone: nn.Module,
-    taps: Sequence[tuple[int, int, int]],
-    grids: Sequence[tuple[int, int]],
-    boxes_per_cell: Sequence[int],
-    num_classes: int,
-) -> nn.ModuleDict:
-    """Exit name -> its branch, on which :meth:`Branch.inherit` was not called yet; arguments as in `Place`."""
-    branches, context_channels = nn.ModuleDict(), 0
-    for one, tap in zip(exits, taps, strict=True):
-        place = Place(backbone, one.layer, tap, grids, boxes_per_cell, num_classes, context_channels)
-        branches[one.name] = BRANCHES[one.branch].build(place, **one.arguments)
-        context_channels = branches[one.name].context_channels
-    return branches
-
-
 # The kind "copied": thinned copies of the layers from the tap to C4, then whole copies of the layers behind it. Copied
 # layers need far fewer photos for training than new ones.
 
@@ -452,9 +435,8 @@ class CopiedPathToC4(nn.Module):
 
     def inherit(self, backbone: nn.Module) -> Tensor | None:
         """Copy the full path's current weights; returns the copied channels of C4's expansion (indices), or None."""
-        modules = [*self.before, *([self.c4] if self.c4 is not None else [])]
-        blocks = _blocks_to_c4(backbone, self._layer)
-        channels = [module.inherit(block) for module, block in zip(modules, blocks, strict=True)]
+        pairs = zip([*self.before, self.c4], _blocks_to_c4(backbone, self._layer), strict=False)
+        channels = [module.inherit(block) for module, block in pairs]
         return channels[-1] if channels else None
 
     def forward(self, tap: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:

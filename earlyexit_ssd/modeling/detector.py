@@ -25,7 +25,7 @@ from torchvision.models.detection.ssd import SSD
 
 from earlyexit_ssd.errors import EarlyExitError, nearest
 from earlyexit_ssd.modeling import validate
-from earlyexit_ssd.modeling.branches import Exit, build_branches, check_exits, describe_exits, takes_exits
+from earlyexit_ssd.modeling.branches import BRANCHES, Exit, Place, check_exits, describe_exits, takes_exits
 from earlyexit_ssd.modeling.heads import num_outputs
 from earlyexit_ssd.modeling.losses import Assignment, LossSettings, assign, detection_losses, distillation_loss
 from earlyexit_ssd.modeling.outputs import ExitOutputs, ExitSignals, Head, Router, pool_tap
@@ -200,20 +200,19 @@ def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
             here = at.select(undecided) if router.hybrid else at
             head = here.head()
         confidence = router.confidence(here.signals(head), at.index)
-        leave = None if at.full else router.leaves(confidence, at.index)
+        leave = torch.ones_like(undecided, dtype=torch.bool) if at.full else router.leaves(confidence, at.index)
+        if not leave.any():
+            continue
         if router.hybrid:
             head = {"cls_logits": head["cls_logits"]}
-        if leave is None or leave.all():  # logits are large: avoid a copy
-            parts.append((undecided, head, at.index, confidence))
-            undecided = undecided[:0]
-            if not router.hybrid:
+        if not leave.all():  # logits are large: avoid a copy
+            head = {key: value[leave] for key, value in head.items()}
+        parts.append((undecided[leave], head, at.index, confidence[leave]))
+        undecided = undecided[~leave]
+        if not router.hybrid:
+            if not len(undecided):
                 break
-        elif leave.any():
-            leaving = {key: value[leave] for key, value in head.items()}
-            parts.append((undecided[leave], leaving, at.index, confidence[leave]))
-            undecided = undecided[~leave]
-            if not router.hybrid:
-                at.keep(~leave)
+            at.keep(~leave)
     order = torch.cat([positions for positions, *_ in parts]).argsort()
 
     def in_order(values: list[Tensor]) -> Tensor:
@@ -333,7 +332,11 @@ class EarlyExitDetector(SSD):
         self._trunk_frozen = False
         taps, self.grids = self._dry_run()
         boxes_per_cell = self.anchor_generator.num_anchors_per_location()
-        self.branches = build_branches(self.exits, self.backbone, taps, self.grids, boxes_per_cell, num_classes)
+        self.branches, context_channels = nn.ModuleDict(), 0
+        for one, tap in zip(self.exits, taps, strict=True):
+            place = Place(self.backbone, one.layer, tap, self.grids, boxes_per_cell, num_classes, context_channels)
+            self.branches[one.name] = BRANCHES[one.branch].build(place, **one.arguments)
+            context_channels = self.branches[one.name].context_channels
         self.inherit()
 
     @property
