@@ -171,6 +171,10 @@ class Exit:
         """Whether the exit has no branch."""
         return self.branch == "empty"
 
+    def build(self, place: Place) -> Branch:
+        """The exit's branch, on which :meth:`Branch.inherit` was not called yet."""
+        return BRANCHES[self.branch].build(place, **self.arguments)
+
 
 def _all_arguments() -> dict[str, Argument]:
     """Name -> argument, of all kinds of branches."""

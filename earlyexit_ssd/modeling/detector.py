@@ -25,7 +25,7 @@ from torchvision.models.detection.ssd import SSD
 
 from earlyexit_ssd.errors import EarlyExitError, nearest
 from earlyexit_ssd.modeling import validate
-from earlyexit_ssd.modeling.branches import BRANCHES, Exit, Place, check_exits, describe_exits, takes_exits
+from earlyexit_ssd.modeling.branches import Exit, Place, check_exits, describe_exits, takes_exits
 from earlyexit_ssd.modeling.heads import num_outputs
 from earlyexit_ssd.modeling.losses import Assignment, LossSettings, assign, detection_losses, distillation_loss
 from earlyexit_ssd.modeling.outputs import ExitOutputs, ExitSignals, Head, Router, pool_tap
@@ -335,7 +335,7 @@ class EarlyExitDetector(SSD):
         self.branches, context_channels = nn.ModuleDict(), 0
         for one, tap in zip(self.exits, taps, strict=True):
             place = Place(self.backbone, one.layer, tap, self.grids, boxes_per_cell, num_classes, context_channels)
-            self.branches[one.name] = BRANCHES[one.branch].build(place, **one.arguments)
+            self.branches[one.name] = one.build(place)
             context_channels = self.branches[one.name].context_channels
         self.inherit()
 
