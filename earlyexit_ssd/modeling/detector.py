@@ -30,7 +30,6 @@ from earlyexit_ssd.modeling.heads import num_outputs
 from earlyexit_ssd.modeling.losses import Assignment, LossSettings, assign, detection_losses, distillation_loss
 from earlyexit_ssd.modeling.outputs import ExitOutputs, ExitSignals, Head, Router, pool_tap
 from earlyexit_ssd.modeling.trunk import PixelBoxes, Trunk, TrunkState, evaluating, small_copy
-from earlyexit_ssd.modeling.validate import check_batch, check_images, check_targets
 
 Targets = list[dict[str, Tensor]]
 """Per image ``boxes`` [n, 4] xyxy absolute pixels and ``labels`` [n] in 1..K; n may be 0."""
@@ -617,10 +616,8 @@ class ResizedBatch:
 class FullPathLosses(nn.Module):
     """Losses of the full path; the branches are not computed and get no gradient.
 
-    Args:
-        sides: input sides in pixels for multi-scale training; empty: the model's own. The side of a batch depends on
-            its image ids, so that a resumed training repeats it. Default boxes keep their size in pixels
-            (`PixelBoxes`).
+    ``sides`` are input sides in pixels for multi-scale training; empty: the model's own. The side of a batch depends on
+    its image ids, so that a resumed training repeats it. Default boxes keep their size in pixels (`PixelBoxes`).
     """
 
     def __init__(self, model: EarlyExitDetector, sides: Sequence[int] = ()) -> None:
@@ -637,9 +634,9 @@ class FullPathLosses(nn.Module):
     def compute(self, images: list[Tensor], targets: Targets) -> ResizedBatch:
         """The head's outputs at this batch's input side."""
         model = self._model[0]
-        check_images(images)
-        targets = check_targets(targets, len(images), model.classes)
-        check_batch(self, len(images))
+        validate.check_images(images)
+        targets = validate.check_targets(targets, len(images), model.classes)
+        validate.check_batch(self, len(images))
         batch, targets = model.transform(images, targets)
         model_side = batch.tensors.shape[-1]
         ids = sum(int(target["image_id"]) for target in targets) if self._sides else 0
@@ -677,7 +674,7 @@ class BranchLosses(nn.Module):
 
     def forward(self, batch: TapBatch) -> dict[str, Tensor]:
         """Weighted losses of all early exits."""
-        check_batch(self, len(batch.targets))
+        validate.check_batch(self, len(batch.targets))
         model = self._model[0]
         heads = [*model.branch_heads(batch.taps), batch.head]
         anchors = [default_boxes_of_image(model, batch.taps[0].device)] * len(batch.targets)
@@ -693,7 +690,7 @@ def default_boxes_of_image(model: EarlyExitDetector, device: torch.device) -> Te
 @torch.no_grad()
 def compute_taps(model: EarlyExitDetector, images: list[Tensor], targets: Targets) -> TapBatch:
     """Run the full path once, in the model's current mode; ``targets`` in photo pixels."""
-    targets = check_targets(targets, len(images), model.classes)
+    targets = validate.check_targets(targets, len(images), model.classes)
     batch, targets = model.transform(images, targets)
     taps, maps = model.trunk_maps(batch.tensors)
     return TapBatch(taps, model.head(maps), targets)

@@ -63,12 +63,10 @@ class LossSettings:
 
     Attributes:
         classification: ``mined`` or ``focal``.
-        neg_to_pos_ratio: mined negatives (background boxes that count) per positive (SSD: 3).
-        min_negatives: least number of mined negatives per image. torchvision's SSD has 0 and learns nothing from an
-            image without objects.
-        focal_alpha, focal_gamma: parameters of the focal loss.
+        neg_to_pos_ratio: mined negatives (background boxes that count) per positive.
+        min_negatives: least number of mined negatives per image; with torchvision's 0, images without objects teach
+            nothing.
         exit_weights: weight per exit, shallow to deep, or one for all.
-        full_weight: weight of the full path.
         supervision: ``labels``, or ``teacher``: the exits learn by distillation only, and photos need no boxes.
         teacher: ``none``, ``full`` or ``next`` (the next deeper exit).
         distillation_weight, distillation_box_weight: weights of the distillation loss and of its box part.

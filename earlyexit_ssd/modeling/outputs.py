@@ -78,7 +78,7 @@ class ExitOutputs:
         heads: shallow to deep, the full path last.
         taps: per early exit the tap, pooled by :func:`pool_tap`, [N, 2 * channels].
         anchors: per image [A, 4] xyxy in network pixels, the same for every exit.
-        network_sizes, photo_sizes: per image (height, width) in pixels of the network input and of the photo.
+        network_sizes, photo_sizes: per image (height, width) in pixels.
         empty: per early exit, whether it has no branch.
     """
 

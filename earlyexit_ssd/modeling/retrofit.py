@@ -63,7 +63,8 @@ def find_detector(content: Content, path: str | os.PathLike[str]) -> dict[str, T
         EarlyExitError: no detector, or several of which none has a usual name.
     """
     found: dict[str, dict[str, Tensor]] = {}
-    for place, mapping in _mappings(content):
+    places = {id(mapping): (place, mapping) for place, mapping in _mappings(content)}  # one may be there twice
+    for place, mapping in places.values():
         for prefix, state in _detectors(mapping, path).items():
             found[".".join(filter(None, (place, prefix)))] = state
     if not found:
@@ -84,22 +85,12 @@ def find_detector(content: Content, path: str | os.PathLike[str]) -> dict[str, T
     return found[names[0]]
 
 
-def _mappings(content: Content) -> Iterator[tuple[str, Content]]:
-    """Every nested dict of ``content`` with its dotted path, each once, since pickles may contain cycles."""
-    level, seen = [("", content)], set()
-    for _ in range(MAX_NESTING):
-        following = []
-        for place, mapping in level:
-            if id(mapping) in seen:
-                continue
-            seen.add(id(mapping))
-            yield place, mapping
-            following += [
-                (f"{place}.{key}" if place else key, value)
-                for key, value in mapping.items()
-                if isinstance(key, str) and isinstance(value, Mapping)
-            ]
-        level = following
+def _mappings(content: Content, place: str = "", levels: int = MAX_NESTING) -> Iterator[tuple[str, Content]]:
+    """Every nested dict of ``content`` with its dotted path."""
+    yield place, content
+    for key, value in content.items():
+        if levels > 1 and isinstance(key, str) and isinstance(value, Mapping):
+            yield from _mappings(value, f"{place}.{key}" if place else key, levels - 1)
 
 
 def _detectors(mapping: Content, path: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
