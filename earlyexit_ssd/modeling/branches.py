@@ -12,7 +12,8 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TypeVar
+from numbers import Integral, Real
+from typing import Annotated, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +21,13 @@ from torch import Tensor, nn
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops.misc import Conv2dNormActivation, SqueezeExcitation
 
-from earlyexit_ssd.config import C4_LAYER, LAST_LAYER, MOST_CHANNELS, TAIL_BLOCKS
+from earlyexit_ssd.config import C4_LAYER, LARGEST_SIDE, LAST_LAYER, MOST_CHANNELS, TAIL_BLOCKS
 from earlyexit_ssd.errors import EarlyExitError, nearest
 from earlyexit_ssd.keywords import require_known
-from earlyexit_ssd.modeling import arguments
 from earlyexit_ssd.modeling.heads import copy_rows, factorise, is_folded
 from earlyexit_ssd.modeling.outputs import Head
 from earlyexit_ssd.modeling.trunk import norm_layer
+from earlyexit_ssd.plain import typed
 
 T = TypeVar("T", bound=Callable)
 
@@ -64,10 +65,10 @@ class Argument:
         return given * exits if len(given) == 1 else given
 
     def _allows(self, value: object) -> bool:
-        if isinstance(self.default, bool):
-            return isinstance(value, bool)
-        whole = isinstance(self.default, int)
-        return arguments.is_number(value, whole) and (value > 0 or self.zero) and value <= self.highest
+        if isinstance(self.default, bool) or isinstance(value, bool):
+            return type(value) is type(self.default)
+        kind = Integral if isinstance(self.default, int) else Real
+        return isinstance(value, kind) and 0 <= value <= self.highest and (value > 0 or self.zero)
 
 
 @dataclass(frozen=True)
@@ -140,10 +141,8 @@ class Exit:
     pixels: int | None = None
 
     def __post_init__(self) -> None:
-        if not arguments.is_number(self.layer, whole=True):
-            raise EarlyExitError(f"layer is {self.layer!r:.60}, expected a whole number from 0 on")
-        if self.pixels is not None and not (arguments.is_number(self.pixels, whole=True) and self.pixels >= 32):
-            raise EarlyExitError(f"a glance at {self.pixels!r:.60} pixels, expected a whole number from 32 on")
+        typed(int, self.layer, "layer")
+        typed(Annotated[int, 32, LARGEST_SIDE] | None, self.pixels, "a glance's side")
         if self.pixels is not None and self.branch != "empty":
             raise EarlyExitError(f"a glance with a branch '{self.branch!s:.60}': it has none, expected 'empty'")
         if not isinstance(self.branch, str) or self.branch not in BRANCHES:
@@ -205,9 +204,8 @@ def describe_exits(
     Raises:
         EarlyExitError: an invalid value.
     """
-    layers = tuple(map(int, arguments.numbers("exit_layers", exit_layers, whole=True)))
-    empty = arguments.numbers("empty", empty, whole=True)
-    for layer in empty:
+    layers = tuple(map(int, typed(tuple[int, ...], exit_layers, "exit_layers")))
+    for layer in typed(tuple[int, ...], empty, "empty"):
         if layer not in layers:
             raise EarlyExitError(f"empty has {layer}, expected some of the exits' layers {layers}")
     kinds = [branch] if isinstance(branch, str) else list(branch) if isinstance(branch, (list, tuple)) else []

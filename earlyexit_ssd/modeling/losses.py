@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,9 @@ from torchvision.ops import box_iou
 
 from earlyexit_ssd.config import LOSS_CHOICES
 from earlyexit_ssd.errors import EarlyExitError, nearest
-from earlyexit_ssd.modeling.arguments import is_number, numbers
+from earlyexit_ssd.plain import check_fields
+
+Weight = Annotated[float, 0, math.inf]
 
 
 @dataclass(frozen=True)
@@ -73,23 +77,19 @@ class LossSettings:
     """
 
     classification: str = "mined"
-    neg_to_pos_ratio: float = 3.0
-    min_negatives: int = 8
-    focal_alpha: float = 0.25
-    focal_gamma: float = 2.0
-    exit_weights: tuple[float, ...] = (1.0,)
-    full_weight: float = 1.0
+    neg_to_pos_ratio: Weight = 3.0
+    min_negatives: Annotated[int, 0, 2**31] = 8
+    focal_alpha: Weight = 0.25
+    focal_gamma: Weight = 2.0
+    exit_weights: tuple[Weight, ...] = (1.0,)
+    full_weight: Weight = 1.0
     supervision: str = "labels"
     teacher: str = "none"
-    distillation_weight: float = 1.0
-    distillation_box_weight: float = 1.0
+    distillation_weight: Weight = 1.0
+    distillation_box_weight: Weight = 1.0
 
     def __post_init__(self) -> None:
-        numbers("exit_weights", self.exit_weights)
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(field.default, (int, float)) and not is_number(value):
-                raise EarlyExitError(f"{field.name} is {value!r:.60}, expected a number from 0 on")
+        check_fields(self)
         for name, choices in LOSS_CHOICES.items():
             value = getattr(self, name)
             if value not in choices:

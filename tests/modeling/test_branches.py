@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from earlyexit_ssd import ExitRouter
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.cost import mmacs_to_exit
-from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, PathToExit
+from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, PathToExit, build_ssdlite
 from earlyexit_ssd.modeling.branches import (
     BRANCHES,
+    Argument,
     Branch,
     CopiedPathToC4,
     EmptyExit,
@@ -343,7 +345,7 @@ def test_a_description_of_the_first_format_is_read():
     [
         (lambda: Exit(8, "lihgt"), "branch is 'lihgt', expected one of copied, light, empty .did you mean 'light'"),
         (lambda: describe_exits(glances=[128, 12]), "glances has 128, expected pairs of pixels and a trunk layer"),
-        (lambda: describe_exits(glances=[(16, 12)]), "a glance at 16 pixels, expected a whole number from 32 on"),
+        (lambda: describe_exits(glances=[(16, 12)]), "a glance's side is 16, expected 32 to 4096"),
         (lambda: Exit(8, "light", pixels=64), "a glance with a branch 'light': it has none, expected 'empty'"),
         (lambda: Exit(8, ["light"]), r"branch is \['light'\], expected one of"),
         (lambda: Exit(8, "light", {"depth": 1}), "a light branch has no argument 'depth'"),
@@ -357,6 +359,37 @@ def test_a_description_of_the_first_format_is_read():
 def test_what_describes_no_exit(make, message):
     with pytest.raises(EarlyExitError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"exit_layers": 8}, "exit_layers is 8, expected a list"),
+        ({"exit_layers": "8"}, "exit_layers is '8', expected a list"),
+        ({"exit_layers": (8, 12.0)}, r"exit_layers\[1\] is 12.0, expected a whole number"),
+        ({"exit_layers": (12, 8)}, "exit_layers .12, 8.: expected increasing trunk layers from 1 to 15"),
+        ({"empty": 6}, "empty is 6, expected a list"),
+        ({"depth": (1.5,)}, "depth is .1.5,., expected a whole number in"),
+        ({"depth": (True,)}, "depth is .True,., expected a whole number in"),
+        ({"copy": "0.5"}, "copy is '0.5', expected a number in"),
+        ({"copy": (float("nan"),)}, "copy is .nan,., expected a number in"),
+        ({"channels": -1}, "channels is -1, expected a whole number in"),
+        ({"head_rank": "64"}, "head_rank is '64', expected a whole number in"),
+    ],
+)
+def test_the_constructor_names_what_is_wrong(wrong, message):
+    detector = build_ssdlite(num_classes=2, image_size=96, width=0.25)
+    with pytest.raises(EarlyExitError, match=message):
+        EarlyExitSSDLite(detector, **wrong)
+
+
+def test_one_stands_for_all():
+    assert Argument(0.5, 1).of_each("copy", 0.25, 3) == Argument(0.5, 1).of_each("copy", (0.25,), 3) == [0.25] * 3
+    assert Argument(0.5, 1).of_each("copy", [1, np.float32(0.5)], 2) == [1.0, 0.5]
+    assert Argument(2, 2).of_each("depth", np.array([2, 0]), 2) == [2, 0]
+    assert Argument(2, 2).of_each("depth", [], 0) == Argument(2, 2).of_each("depth", (2,), 0) == []
+    with pytest.raises(EarlyExitError, match=r"copy is 0, expected a number in \(0, 1\], or one for each of 2 exits"):
+        Argument(0.5, 1, zero=False).of_each("copy", 0, 2)
 
 
 def test_exits_and_their_keywords_are_not_given_together():
