@@ -1,4 +1,7 @@
-"""Risk control: find the cheapest thresholds whose expected loss is, with high probability, below a limit."""
+"""Risk control: find the cheapest thresholds whose expected loss is, with high probability, below a limit.
+
+``confidences`` and ``losses`` are as in `earlyexit_ssd.calibration.thresholds`.
+"""
 
 from __future__ import annotations
 
@@ -52,8 +55,6 @@ def threshold_path(
     step is tested at level delta.
 
     Args:
-        confidences: one array [m] per early exit.
-        losses: [m, exits].
         costs: function from thresholds [M, early exits] to the costs of the exits [M, exits].
         grid: the combinations to choose from; by default `threshold_grid`.
     """
@@ -85,8 +86,7 @@ def certify(
 
     Args:
         path: thresholds [steps, early exits] from :func:`threshold_path`.
-        confidences: one array [n] per early exit, for the calibration photos.
-        losses: [n, exits] in [0, 1], for the calibration photos.
+        confidences, losses: of the n calibration photos; losses are in [0, 1].
         costs: costs of the exits at each step, [steps, exits].
         bound: a key of `BOUNDS`, chosen beforehand.
         seed: seed of the random order of the blocks, on which the betting bound depends; None keeps the given order,

@@ -64,9 +64,7 @@ def save_model(
             architecture = Architecture.of(model)
         except EarlyExitError as error:
             raise EarlyExitError(f"{path}: {error}") from None
-    ours, described = (
-        (tuple(one.classes), tuple(one.exit_layers)[: model.num_early_exits]) for one in (model, architecture)
-    )
+    ours, described = ((one.classes, one.exit_layers[: len(one.exits)]) for one in (model, architecture))
     if ours != described:
         raise EarlyExitError(f"{path}: the architecture has {described}, the model {ours}; pass the model's own")
     state = {key: value.cpu() for key, value in model.state_dict().items() if not key.startswith("router.")}
