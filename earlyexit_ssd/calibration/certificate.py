@@ -10,14 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from torch import nn
-
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.drift import Reference
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import write_json
 from earlyexit_ssd.modeling.checkpoint import weights_hash
-from earlyexit_ssd.modeling.detector import is_fused
+from earlyexit_ssd.modeling.detector import EarlyExitDetector
 from earlyexit_ssd.modeling.outputs import RouterSettings
 from earlyexit_ssd.modeling.pretrained import make_router
 from earlyexit_ssd.plain import build, read_json
@@ -136,9 +134,9 @@ class Certificate:
         """Whether all exits are closed, so that every photo takes the full path."""
         return all(threshold >= CLOSED for threshold in self.router["thresholds"])
 
-    def router_for(self, model: nn.Module) -> ExitRouter:
+    def router_for(self, model: EarlyExitDetector) -> ExitRouter:
         """The router for ``model``; an EarlyExitError if its weights or exits are not the calibrated ones, or fused."""
-        if is_fused(model):
+        if model.fused:
             fix = "give it the certificate's router first, then fuse it (the router goes along)"
             raise EarlyExitError(f"the model is fused, so its weights are not the certificate's; {fix}")
         found = weights_hash(model)

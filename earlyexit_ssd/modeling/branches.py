@@ -468,36 +468,30 @@ def _blocks_to_c4(backbone: nn.Module, layer: int) -> list[list[nn.Module]]:
 
 def _slice_block(layers: Sequence[nn.Module], channels: Tensor) -> list[nn.Module]:
     """Copies of a block's layers with only these ``channels`` (indices) between expansion and projection."""
-    layers = [copy.deepcopy(layer) for layer in layers]
-    *inner, projection = layers
+    *inner, projection = copy.deepcopy(list(layers))
     for layer in inner:
         if hasattr(layer, "fc1"):
-            _set_weights(layer.fc1, layer.fc1.weight[:, channels], layer.fc1.bias)
-            _set_weights(layer.fc2, layer.fc2.weight[channels], layer.fc2.bias[channels])
+            _slice(layer.fc1, channels, dim=1)
+            _slice(layer.fc2, channels, dim=0)
         else:
-            _set_weights(layer[0], layer[0].weight[channels], None)
-            for name, values in layer[1].state_dict().items():
-                if values.ndim:
-                    _set(layer[1], name, values[channels])
-            layer[1].num_features = len(channels)
-    _set_weights(projection[0], projection[0].weight[:, channels], None)
-    return layers
+            _slice(layer[0], channels, dim=0)
+            _slice(layer[1], channels, dim=0)
+    _slice(projection[0], channels, dim=1)
+    return [*inner, projection]
 
 
-def _set_weights(convolution: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> None:
-    """Replace the convolution's weights, and its channel counts accordingly."""
-    depthwise = convolution.groups > 1
-    convolution.out_channels = len(weight)
-    convolution.in_channels = len(weight) if depthwise else weight.shape[1]
-    convolution.groups = len(weight) if depthwise else 1
-    _set(convolution, "weight", weight)
-    if bias is not None:
-        _set(convolution, "bias", bias)
-
-
-def _set(module: nn.Module, name: str, values: Tensor) -> None:
-    values = values.detach().clone()
-    setattr(module, name, nn.Parameter(values) if isinstance(getattr(module, name), nn.Parameter) else values)
+def _slice(module: nn.Module, channels: Tensor, dim: int) -> None:
+    """Reduce a convolution or BatchNorm to some of its output channels (``dim`` 0) or input channels (1)."""
+    for name, values in module.state_dict().items():
+        if values.ndim > dim:
+            kept = values.index_select(dim, channels.to(values.device))
+            setattr(module, name, nn.Parameter(kept) if isinstance(getattr(module, name), nn.Parameter) else kept)
+    if not isinstance(module, nn.Conv2d):
+        module.num_features = len(channels)
+    elif module.groups > 1:
+        module.groups = module.in_channels = module.out_channels = len(channels)
+    else:
+        setattr(module, "in_channels" if dim else "out_channels", len(channels))
 
 
 @register_branch(

@@ -17,7 +17,7 @@ from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 
 from earlyexit_ssd.errors import EarlyExitError, nearest, shown
 from earlyexit_ssd.files import sha256, write_torch
-from earlyexit_ssd.modeling.detector import EarlyExitDetector, is_fused
+from earlyexit_ssd.modeling.detector import EarlyExitDetector
 from earlyexit_ssd.modeling.outputs import RouterSettings
 from earlyexit_ssd.modeling.retrofit import (
     Architecture,
@@ -57,7 +57,7 @@ def save_model(
     Raises:
         EarlyExitError: the model was fused or changed since it was built, or does not fit the architecture.
     """
-    if is_fused(model):
+    if model.fused:
         raise EarlyExitError(f"{path}: a model fused for inference cannot be saved; save the one that it was made of")
     if architecture is None:
         try:

@@ -284,6 +284,8 @@ class EarlyExitDetector(SSD):
     """torchvision's weight enums of the detector without exits and of its trunk."""
     any_size: ClassVar[bool] = True
     """Whether the layers fit other input sizes than torchvision's."""
+    fused = False
+    """Whether the model comes from `fuse_for_inference`."""
 
     @takes_exits
     def __init__(
@@ -569,11 +571,6 @@ class AllOutputs(nn.Module):
 
 
 # A model for inference: the same detections up to rounding, in about half the time in eager PyTorch.
-
-
-def is_fused(model: nn.Module) -> bool:
-    """Whether the model comes from `fuse_for_inference`."""
-    return getattr(model, "fused", False)
 
 
 def fuse_for_inference(model: EarlyExitDetector) -> EarlyExitDetector:
