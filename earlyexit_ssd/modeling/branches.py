@@ -230,20 +230,20 @@ def _glance(pair: object) -> Exit:
     return Exit(pair[1], "empty", pixels=pair[0])
 
 
-def exit_keywords(exits: Sequence[Exit]) -> dict[str, tuple]:
+def exit_keywords(exits: Sequence[Exit]) -> dict[str, object]:
     """The inverse of :func:`describe_exits`: its keywords for these exits, in plain types for model files."""
     glances = tuple((one.pixels, one.layer) for one in exits if one.pixels is not None)
     exits = exits[len(glances) :]
-    keywords = {
-        "exit_layers": tuple(one.layer for one in exits),
-        "branch": tuple(one.branch for one in exits),
-        "empty": tuple(one.layer for one in exits if one.empty),
-        "glances": glances,
-    }
+    layers, empty = tuple(one.layer for one in exits), tuple(one.layer for one in exits if one.empty)
+    keywords = {"exit_layers": layers, "empty": empty, "glances": glances}
+    kinds = [one.branch for one in exits if not one.empty]
+    if kinds:
+        keywords["branch"] = kinds[0] if len(set(kinds)) == 1 else tuple(one.branch for one in exits)
     for name in _all_arguments():
         values = [one.arguments[name] for one in exits if name in one.arguments]
         if values:
-            keywords[name] = tuple(one.arguments.get(name, values[0]) for one in exits)
+            each = tuple(one.arguments.get(name, values[0]) for one in exits)
+            keywords[name] = values[0] if len(set(values)) == 1 else each
     return keywords
 
 

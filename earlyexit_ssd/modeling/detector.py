@@ -390,6 +390,7 @@ class EarlyExitDetector(SSD):
         blank = torch.zeros(1, 3, *self.transform.fixed_size, device=parameter.device, dtype=parameter.dtype)
         with evaluating(self.backbone):
             taps, maps = self.trunk_maps(blank)
+        self.backbone.train(self.training)  # the detector may have been in eval mode
         return [tuple(tap.shape[1:]) for tap in taps], [tuple(feature.shape[-2:]) for feature in maps]
 
     def trunk_maps(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:

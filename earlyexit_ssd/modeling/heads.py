@@ -33,6 +33,7 @@ class FoldedClassificationHead(SSDScoringHead):
     def __init__(self, head: SSDScoringHead, rows: Sequence[int], competing: Sequence[str] = ()) -> None:
         super().__init__(head.module_list, head.num_columns)
         self.competing = tuple(competing)
+        self.num_outputs = len(rows) + 1
         background_rows = [row for row in range(head.num_columns) if row not in set(rows)]
         self.register_buffer("wanted", torch.tensor(rows), persistent=False)
         self.register_buffer("background_rows", torch.tensor(background_rows), persistent=False)
@@ -51,7 +52,7 @@ def is_folded(head: nn.Module) -> bool:
 
 def num_outputs(head: SSDScoringHead) -> int:
     """Logits per default box that a classification head returns, background included."""
-    return len(head.wanted) + 1 if is_folded(head) else head.num_columns
+    return head.num_outputs if is_folded(head) else head.num_columns
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class VGGTrunk(Trunk):
             conv5, *extra = backbone.extra
             modules = [*backbone.features, *conv5[:-1], *conv5[-1]]
             self._scale = backbone.scale_weight
-        except (AttributeError, TypeError, ValueError):
+        except (AttributeError, TypeError, ValueError, IndexError):
             raise EarlyExitError(
                 f"backbone is a {type(backbone).__name__}, expected torchvision's SSDFeatureExtractorVGG: its layers "
                 "are run one by one, to leave between them"

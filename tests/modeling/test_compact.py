@@ -11,7 +11,6 @@ from torch import Tensor
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import COCO_CLASSES, Architecture, load_model, retrofit, save_model
 from earlyexit_ssd.modeling.compact import competing_rows, find_competing_rows, fires, score_difference
-from earlyexit_ssd.modeling.heads import num_outputs
 from tests.modeling.conftest import SMALL
 
 SOURCE = ("couch", "chair", "bench", "bed")
@@ -108,7 +107,7 @@ def test_heads_of_branches_are_compact_alike(weights, images):
     assert torch.allclose(bias.view(6, 4)[0].exp(), expected)
     for branch in model.branches.values():
         head = branch.head.classification_head
-        assert (head.num_columns, num_outputs(head), head.competing) == (4, 2, ("couch", "bench"))
+        assert (head.num_columns, head.num_outputs, head.competing) == (4, 2, ("couch", "bench"))
         assert torch.equal(head.module_list[2][1].bias, bias)
     with torch.no_grad():
         bias += 1.0
