@@ -28,10 +28,10 @@ def hoeffding_bentkus_p_value(losses: np.ndarray, epsilon: float) -> float:
 
     With m the mean of n losses, the smaller of exp(-n h(min(m, epsilon), epsilon)), where h(a, b) =
     a log(a / b) + (1 - a) log((1 - a) / (1 - b)), and e P(Binomial(n, epsilon) <= ceil(n m)). From Bates et al.
-    2021, "Distribution-free, risk-controlling prediction sets", section 3.1. The order of the photos does not matter.
+    2021, "Distribution-free, risk-controlling prediction sets", section 3.1.
 
     Args:
-        losses: [n], in [0, 1], one per photo; without a photo the p-value is 1.0.
+        losses: [n], in [0, 1], one per photo in any order; without a photo the p-value is 1.0.
         epsilon: the largest mean loss to be accepted, in (0, 1).
 
     Raises:

@@ -10,14 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from torch import nn
-
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.drift import Reference
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import write_json
 from earlyexit_ssd.modeling.checkpoint import weights_hash
-from earlyexit_ssd.modeling.detector import is_fused
+from earlyexit_ssd.modeling.detector import EarlyExitDetector
 from earlyexit_ssd.modeling.outputs import RouterSettings
 from earlyexit_ssd.modeling.pretrained import make_router
 from earlyexit_ssd.plain import build, read_json
@@ -66,13 +64,12 @@ class Measured:
         AP50, AP50_full: of the routed detector and of the full path; None without labels or objects.
         exit_share: exit name -> share of the photos that leave there.
         speedup: cost of the detector without exits / ``cost``.
-        loss_bound: only of a risk, upper bound of the expected loss at level delta, as if no other step was tested.
-        AP50_lost_bound: only of an ap_drop, the loss of AP50 that 1 - delta of the bootstrap draws do not exceed.
-        photos_needed: only of an ap_drop, number of draws that would be enough; None if there were enough.
-        labelled: whether the photos have labels.
+        loss_bound: of a risk, upper bound of the expected loss at level delta, as if no other step was tested.
+        AP50_lost_bound: of an ap_drop, the loss of AP50 that 1 - delta of the bootstrap draws do not exceed.
+        photos_needed: of an ap_drop, number of draws that would be enough; None if there were enough.
         agreement: the fields of `earlyexit_ssd.evaluation.matches.Agreement`.
-        equal_photos, near_equal_photos: number of duplicates and near-duplicates that were left out.
-        steps: only of a risk, number of steps of the path of thresholds that passed the test.
+        equal_photos, near_equal_photos: duplicates and near-duplicates that were left out.
+        steps: of a risk, number of steps of the path of thresholds that passed the test.
     """
 
     photos: Annotated[int, 1, 2**63] | None = None
@@ -116,10 +113,10 @@ class Certificate:
 
     Attributes:
         router: settings of an `ExitRouter`: policy with its parameters, thresholds, temperatures.
-        weights_sha256: SHA-256 of the network's parameters and buffers.
+        weights_sha256: see `weights_hash`.
         photos_sha256: for each calibration photo, the first 16 hexadecimal digits of its file's SHA-256, sorted.
         photo_list_sha256: SHA-256 of these digits, joined.
-        drift: exits and confidences of the calibration photos, with which a `DriftMonitor` compares later photos.
+        drift: exits and confidences of the calibration photos, for a `DriftMonitor`.
     """
 
     router: RouterSettings
@@ -137,9 +134,9 @@ class Certificate:
         """Whether all exits are closed, so that every photo takes the full path."""
         return all(threshold >= CLOSED for threshold in self.router["thresholds"])
 
-    def router_for(self, model: nn.Module) -> ExitRouter:
+    def router_for(self, model: EarlyExitDetector) -> ExitRouter:
         """The router for ``model``; an EarlyExitError if its weights or exits are not the calibrated ones, or fused."""
-        if is_fused(model):
+        if model.fused:
             fix = "give it the certificate's router first, then fuse it (the router goes along)"
             raise EarlyExitError(f"the model is fused, so its weights are not the certificate's; {fix}")
         found = weights_hash(model)
@@ -174,7 +171,6 @@ class Certificate:
         return {**content, CHECKSUM: _checksum(content)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the certificate as JSON."""
         write_json(path, self.to_dict())
 
 
@@ -184,11 +180,8 @@ def load_certificate(path: str | os.PathLike[str]) -> Certificate:
 
 
 def parse_certificate(content: Any, source: str | os.PathLike[str]) -> Certificate:
-    """The inverse of `Certificate.to_dict`; ``source`` is the file's name, for messages.
-
-    Raises:
-        EarlyExitError: a key is missing, unknown or of a wrong type, or the content was changed (its checksum differs).
-    """
+    """The inverse of `Certificate.to_dict`; an EarlyExitError with the file's name, ``source``, for a missing, unknown
+    or wrong key, and for changed content (its checksum differs)."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise EarlyExitError(f"{source}: expected a certificate of format {FORMAT!r}; {_ADVICE}")
     checked = {key: value for key, value in content.items() if key != CHECKSUM}

@@ -1,4 +1,7 @@
-"""Risk control: find the cheapest thresholds whose expected loss is, with high probability, below a limit."""
+"""Risk control: find the cheapest thresholds whose expected loss is, with high probability, below a limit.
+
+``confidences`` and ``losses`` are as in `earlyexit_ssd.calibration.thresholds`.
+"""
 
 from __future__ import annotations
 
@@ -48,12 +51,10 @@ def threshold_path(
     """The combinations of thresholds that `certify` tests, in this order: [steps, early exits].
 
     Step 0 has all exits closed. The other steps are the combinations that no other beats in both mean loss and mean
-    cost on m training photos, by rising loss and falling cost. The order is fixed before any calibration photo is used,
-    so every step is tested at level delta, without a correction for the number of tests.
+    cost on m training photos, by rising loss and falling cost. Since no calibration photo has a say in the order, every
+    step is tested at level delta.
 
     Args:
-        confidences: one array [m] per early exit.
-        losses: [m, exits].
         costs: function from thresholds [M, early exits] to the costs of the exits [M, exits].
         grid: the combinations to choose from; by default `threshold_grid`.
     """
@@ -85,20 +86,19 @@ def certify(
 
     Args:
         path: thresholds [steps, early exits] from :func:`threshold_path`.
-        confidences: one array [n] per early exit, for the calibration photos.
-        losses: [n, exits] in [0, 1], for the calibration photos.
+        confidences, losses: of the n calibration photos; losses are in [0, 1].
         costs: costs of the exits at each step, [steps, exits].
         bound: a key of `BOUNDS`, chosen beforehand.
-        seed: seed of the random order of the blocks; None keeps the given order, which must then be random. The betting
-            bound depends on the order: of photos sorted by data set, the first data set could decide the test alone.
+        seed: seed of the random order of the blocks, on which the betting bound depends; None keeps the given order,
+            which must then be random.
         blocks: number (from 0) of the block of each photo, [n]. The mean loss of a block is one draw, so the guarantee
             is for blocks as independent draws. None: every photo is a block.
     """
     p_value, photos = BOUNDS[bound], np.arange(len(losses))
-    sizes = np.ones(len(losses)) if blocks is None else np.bincount(blocks)
+    blocks = photos if blocks is None else blocks
+    sizes = np.bincount(blocks)
     order = np.arange(len(sizes)) if seed is None else np.random.default_rng(seed).permutation(len(sizes))
     choices = [choose(confidences, thresholds) for thresholds in path]
-    blocks = photos if blocks is None else blocks
     block_losses = [(np.bincount(blocks, losses[photos, choice]) / sizes)[order] for choice in choices]
     passed = fixed_sequence_test((p_value(draws, epsilon) for draws in block_losses[1:]), delta)
     needed = photos_needed(block_losses[1], epsilon, delta, p_value) if passed == 0 and len(path) > 1 else None

@@ -20,10 +20,9 @@ AT_BOUND = 0.01
 
 @dataclass(frozen=True)
 class Reliability:
-    """How often an exit is right where it says it is so sure, in `BINS` bins of equal width of the probability of the
-    most probable object class; ``expected_error`` is the sum over them of count / total * |accuracy - confidence| (Guo
-    et al. 2017, equation 3).
-    """
+    """Confidence, accuracy and number of default boxes, in `BINS` bins of equal width of the probability of the most
+    probable object class. ``expected_error`` is the sum over them of count / total * |accuracy - confidence| (Guo et
+    al. 2017, equation 3)."""
 
     confidence: tuple[float, ...]
     accuracy: tuple[float, ...]

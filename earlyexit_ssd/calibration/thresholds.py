@@ -1,7 +1,8 @@
 """Search for the thresholds of all exits together, over a grid of candidates or by gradient descent.
 
 An exit is *closed* if its threshold is `CLOSED`, which no confidence reaches. The branch of a closed exit is not
-computed, so all deeper exits cost less.
+computed, so all deeper exits cost less. In all functions ``confidences`` are one array [n] per early exit, ``losses``
+[n, exits] and ``costs`` [exits], with the full path last.
 """
 
 from __future__ import annotations
@@ -42,8 +43,7 @@ class Grid:
 
 
 def choose(confidences: Sequence[np.ndarray], thresholds: Sequence[float]) -> np.ndarray:
-    """The exit of every photo, int8 [n]: the first whose confidence ([n] per early exit) reaches its threshold, else
-    the full path."""
+    """The exit of every photo, int8 [n]: the first whose confidence reaches its threshold, else the full path."""
     choice = np.full(len(confidences[0]), len(confidences), dtype=np.int8)
     for index in reversed(range(len(confidences))):
         # both in fp32, as in the router
@@ -60,7 +60,7 @@ def open_sets(exits: int) -> Iterator[tuple[list[float], np.ndarray]]:
 
 def candidates(confidence: np.ndarray, count: int) -> np.ndarray:
     """Candidates for an exit's threshold, falling: `CLOSED`, then up to ``count`` evenly spaced quantiles of the
-    confidences [n], then 0. A quantile is halfway between two confidences, so rounding changes no decision."""
+    confidences [n], each halfway between two of them so that rounding changes no decision, then 0."""
     values = np.unique(confidence)
     halfway = (values[1:] + values[:-1]) / 2
     inner = np.unique(np.quantile(halfway, np.linspace(0, 1, count), method="nearest")) if len(halfway) else halfway
@@ -115,14 +115,11 @@ def learn_open_exits(
     costs_with: Callable[[Sequence[float]], np.ndarray],
     budget: float,
 ) -> np.ndarray:
-    """Thresholds [early exits] of the least mean loss within a budget, learnt for every set of open exits.
-
-    Every set is tried, because the gradient does not contain what closing an exit saves.
+    """Thresholds [early exits] of the least mean loss within a budget, learnt for every set of open exits: the gradient
+    does not contain what closing an exit saves.
 
     Args:
-        confidences: one array [n] per early exit.
-        losses: [n, exits].
-        costs_with: function from thresholds (0 or `CLOSED`) of the early exits to the costs [exits].
+        costs_with: function from thresholds (0 or `CLOSED`) of the early exits to the costs.
         budget: largest mean cost, at least the cost of one exit.
     """
     best, least_loss = None, np.inf
@@ -168,8 +165,8 @@ def learn_thresholds(
     """Thresholds [early exits] of mean cost at most ``budget``, learnt by gradient descent (Bolukbasi et al. 2017).
 
     Adam minimises mean loss + weight * mean relative cost, with a sigmoid in place of each threshold. Bisection finds
-    the smallest weight that meets the budget. Confidences [n] are replaced by their ranks in [0, 1], so that one width
-    of the sigmoid fits every policy. All exits are open. ``losses`` are [n, exits], ``costs`` [exits].
+    the smallest weight that meets the budget. Confidences are replaced by their ranks in [0, 1], so that one width of
+    the sigmoid fits every policy. All exits are open.
     """
     ranks = torch.stack([_ranks(values) for values in confidences], dim=1)
     highest_cost, losses = float(np.max(costs)), torch.from_numpy(losses.astype(np.float32))

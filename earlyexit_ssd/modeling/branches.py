@@ -1,8 +1,7 @@
-"""Early exits: their description, the kinds of branches, and the function that builds them.
+"""Early exits: their description, and the kinds of branches.
 
-A *tap* is the output of the trunk layer that an exit is attached to. A *branch* computes detections from it. Its
-*context* is a map that it passes on to the branch of the next exit. An *empty* exit has no branch. A *glance* is an
-empty exit whose tap is computed from a small copy of the image. *C4* is trunk layer 13, the last one with stride 2.
+The *context* of a branch is a map that it passes on to the branch of the next exit. *C4* is trunk layer 13, the last
+one with stride 2. The glossary of docs/design.md explains tap, branch, empty exit and glance.
 """
 
 from __future__ import annotations
@@ -10,10 +9,11 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TypeVar
+from numbers import Integral, Real
+from typing import Annotated, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops.misc import Conv2dNormActivation, SqueezeExcitation
 
-from earlyexit_ssd.config import C4_LAYER, LAST_LAYER, MOST_CHANNELS, TAIL_BLOCKS
+from earlyexit_ssd.config import C4_LAYER, LARGEST_SIDE, LAST_LAYER, MOST_CHANNELS, TAIL_BLOCKS
 from earlyexit_ssd.errors import EarlyExitError, nearest
 from earlyexit_ssd.keywords import require_known
-from earlyexit_ssd.modeling import arguments
-from earlyexit_ssd.modeling.heads import FactorisedPredictor, copy_rows, factorise, is_folded
+from earlyexit_ssd.modeling.heads import copy_rows, factorise, is_folded
 from earlyexit_ssd.modeling.outputs import Head
 from earlyexit_ssd.modeling.trunk import norm_layer
+from earlyexit_ssd.plain import typed
 
 T = TypeVar("T", bound=Callable)
 
@@ -37,38 +37,38 @@ T = TypeVar("T", bound=Callable)
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument of a branch kind: a number >= 0, or a bool if ``default`` is a bool.
+    """One argument of a branch kind: a number of the type of ``default``, or a bool if ``default`` is a bool.
 
     Attributes:
-        default: default value; its type is the expected type.
-        highest: largest allowed number.
+        default: default value.
+        highest: largest allowed number; the smallest is 0.
         zero: whether 0 is allowed.
-        sequence: :func:`describe_exits` takes a sequence only, with one number for all exits or one for each.
     """
 
     default: bool | float
     highest: float = MOST_CHANNELS
     zero: bool = True
-    sequence: bool = False
 
     def of_each(self, name: str, value: object, exits: int) -> list:
-        """A list with the value for each of ``exits`` exits.
+        """A list with the value for each of ``exits`` exits, from one for all or one for each.
 
         Raises:
             EarlyExitError: wrong type, out of range, or wrong number of values.
         """
-        given = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-        if isinstance(self.default, bool):
-            if len(given) not in (1, exits) or not all(isinstance(one, bool) for one in given):
-                raise EarlyExitError(f"{name} is {value!r:.60}, expected True or False, or one for each exit")
-            return list(given) * (exits // len(given))
-        whole = isinstance(self.default, int)
-        if self.sequence or isinstance(value, (list, tuple)):
-            given = arguments.numbers(name, value, whole)
-        elif whole:
-            arguments.whole_number(name, value)
-        given = tuple(int(one) if whole else float(one) for one in given)
-        return arguments.one_for_each(name, given, exits, self.highest, self.zero)
+        given = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+        if len(given) not in (1, exits) or not all(map(self._allows, given)):
+            kind = "a whole number" if isinstance(self.default, int) else "a number"
+            interval = f"{'[' if self.zero else '('}0, {self.highest}]"
+            expected = "True or False" if isinstance(self.default, bool) else f"{kind} in {interval}"
+            raise EarlyExitError(f"{name} is {value!r:.60}, expected {expected}, or one for each of {exits} exits")
+        given = [type(self.default)(one) for one in given]
+        return given * exits if len(given) == 1 else given
+
+    def _allows(self, value: object) -> bool:
+        if isinstance(self.default, bool) or isinstance(value, bool):
+            return type(value) is type(self.default)
+        kind = Integral if isinstance(self.default, int) else Real
+        return isinstance(value, kind) and 0 <= value <= self.highest and (value > 0 or self.zero)
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Place:
 
     Attributes:
         backbone: the detector's backbone, whose layers may be copied.
-        layer, tap: trunk layer of the tap, and its (channels, height, width).
-        grids, boxes_per_cell: per feature map of the head, its (height, width) in cells and its default boxes per cell.
+        layer, tap: trunk layer of the tap, and the tap's (channels, height, width).
+        grids, boxes_per_cell: of each feature map of the head, (height, width) in cells and default boxes per cell.
         num_classes: outputs per default box, background included.
         context_channels: channels of the previous exit's context; 0 for none.
     """
@@ -90,6 +90,12 @@ class Place:
     boxes_per_cell: Sequence[int]
     num_classes: int
     context_channels: int = 0
+
+    @property
+    def num_boxes(self) -> int:
+        """Default boxes per image."""
+        pairs = zip(self.grids, self.boxes_per_cell, strict=True)
+        return sum(height * width * count for (height, width), count in pairs)
 
 
 @dataclass(frozen=True)
@@ -135,9 +141,8 @@ class Exit:
     pixels: int | None = None
 
     def __post_init__(self) -> None:
-        arguments.whole_number("layer", self.layer)
-        if self.pixels is not None and not (arguments.is_number(self.pixels, whole=True) and self.pixels >= 32):
-            raise EarlyExitError(f"a glance at {self.pixels!r:.60} pixels, expected a whole number from 32 on")
+        typed(int, self.layer, "layer")
+        typed(Annotated[int, 32, LARGEST_SIDE] | None, self.pixels, "a glance's side")
         if self.pixels is not None and self.branch != "empty":
             raise EarlyExitError(f"a glance with a branch '{self.branch!s:.60}': it has none, expected 'empty'")
         if not isinstance(self.branch, str) or self.branch not in BRANCHES:
@@ -149,9 +154,10 @@ class Exit:
             if name not in known:
                 hint = nearest(str(name), known) or f"; it takes {', '.join(known) or 'none'}"
                 raise EarlyExitError(f"a {self.branch} branch has no argument {name!r:.60}{hint}")
-        given = {name: self.arguments.get(name, argument.default) for name, argument in known.items()}
-        given = {name: [value] if known[name].sequence else value for name, value in given.items()}
-        values = {name: known[name].of_each(name, value, 1)[0] for name, value in given.items()}
+        values = {
+            name: argument.of_each(name, self.arguments.get(name, argument.default), exits=1)[0]
+            for name, argument in known.items()
+        }
         object.__setattr__(self, "arguments", values)
 
     @property
@@ -163,6 +169,10 @@ class Exit:
     def empty(self) -> bool:
         """Whether the exit has no branch."""
         return self.branch == "empty"
+
+    def build(self, place: Place) -> Branch:
+        """The exit's branch, on which :meth:`Branch.inherit` was not called yet."""
+        return BRANCHES[self.branch].build(place, **self.arguments)
 
 
 def _all_arguments() -> dict[str, Argument]:
@@ -194,44 +204,24 @@ def describe_exits(
     Raises:
         EarlyExitError: an invalid value.
     """
-    layers = tuple(map(int, arguments.numbers("exit_layers", exit_layers, whole=True)))
-    empty = arguments.numbers("empty", empty, whole=True)
-    kinds = (branch,) if isinstance(branch, str) else tuple(branch) if isinstance(branch, (list, tuple)) else ()
+    layers = tuple(map(int, typed(tuple[int, ...], exit_layers, "exit_layers")))
+    for layer in typed(tuple[int, ...], empty, "empty"):
+        if layer not in layers:
+            raise EarlyExitError(f"empty has {layer}, expected some of the exits' layers {layers}")
+    kinds = [branch] if isinstance(branch, str) else list(branch) if isinstance(branch, (list, tuple)) else []
     if len(kinds) not in (1, len(layers)):
         told = f"branch is {branch!r:.60}, expected one of {', '.join(BRANCHES)}"
         raise EarlyExitError(f"{told}, or one for each of {len(layers)} exits")
-    for layer in empty:
-        if layer not in layers:
-            raise EarlyExitError(f"empty has {layer}, expected some of the exits' layers {layers}")
-    kinds = kinds * (len(layers) // len(kinds))
-    exits = [_glance(one) for one in glances]
+    kinds = kinds * len(layers) if len(kinds) == 1 else kinds
     require_known(describe_exits, given, exit_keyword_names())
-    known_arguments = _all_arguments()
-    values = {name: known_arguments[name].of_each(name, value, len(layers)) for name, value in given.items()}
+    known = _all_arguments()
+    values = {name: known[name].of_each(name, value, len(layers)) for name, value in given.items()}
+    exits = [_glance(one) for one in glances]
     for index, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
         kind = "empty" if layer in empty else kind
-        known = BRANCHES[kind].arguments if isinstance(kind, str) and kind in BRANCHES else {}
-        exits.append(Exit(layer, kind, {name: value[index] for name, value in values.items() if name in known}))
+        takes = BRANCHES[kind].arguments if kind in list(BRANCHES) else ()  # Exit refuses other kinds
+        exits.append(Exit(layer, kind, {name: value[index] for name, value in values.items() if name in takes}))
     return tuple(exits)
-
-
-def exit_keywords(exits: Sequence[Exit]) -> dict[str, object]:
-    """The inverse of :func:`describe_exits`: its keywords for these exits, in plain types for model files."""
-    glances = tuple((one.pixels, one.layer) for one in exits if one.pixels is not None)
-    exits = exits[len(glances) :]
-    keywords: dict[str, object] = {"exit_layers": tuple(one.layer for one in exits)}
-    kinds = [one.branch for one in exits if not one.empty]
-    one_kind = kinds[0] if kinds else "copied"
-    keywords["branch"] = tuple(one.branch for one in exits) if len(set(kinds)) > 1 else one_kind
-    for name in _all_arguments():
-        values = [one.arguments[name] for one in exits if name in one.arguments]
-        if values:
-            argument = next(BRANCHES[one.branch].arguments[name] for one in exits if name in one.arguments)
-            same = len(set(values)) == 1
-            each = values[:1] if same else [one.arguments.get(name, values[0]) for one in exits]
-            keywords[name] = each[0] if same and not argument.sequence else tuple(each)
-    keywords["empty"] = tuple(one.layer for one in exits if one.empty)
-    return {**keywords, "glances": glances} if glances else keywords
 
 
 def _glance(pair: object) -> Exit:
@@ -240,17 +230,33 @@ def _glance(pair: object) -> Exit:
     return Exit(pair[1], "empty", pixels=pair[0])
 
 
+def exit_keywords(exits: Sequence[Exit]) -> dict[str, object]:
+    """The inverse of :func:`describe_exits`: its keywords for these exits, in plain types for model files."""
+    glances = tuple((one.pixels, one.layer) for one in exits if one.pixels is not None)
+    exits = exits[len(glances) :]
+    layers, empty = tuple(one.layer for one in exits), tuple(one.layer for one in exits if one.empty)
+    keywords = {"exit_layers": layers, "empty": empty, "glances": glances}
+    kinds = [one.branch for one in exits if not one.empty]
+    if kinds:
+        keywords["branch"] = kinds[0] if len(set(kinds)) == 1 else tuple(one.branch for one in exits)
+    for name in _all_arguments():
+        values = [one.arguments[name] for one in exits if name in one.arguments]
+        if values:
+            each = tuple(one.arguments.get(name, values[0]) for one in exits)
+            keywords[name] = values[0] if len(set(values)) == 1 else each
+    return keywords
+
+
 def check_exits(exits: Sequence[Exit], last_layer: int) -> None:
     """Check the order: glances of increasing pixels, then exits of increasing layers, all before ``last_layer``."""
     glances = [one for one in exits if one.pixels is not None]
-    layers = tuple(one.layer for one in exits[len(glances) :])
-    if layers:
-        arguments.check_exit_layers(layers, last_layer)
     pixels = [one.pixels for one in exits[: len(glances)]]
     if None in pixels or pixels != sorted(set(pixels)):
         raise EarlyExitError(f"glances at {pixels} pixels: expected increasing sides, and glances before other exits")
-    for one in glances:
-        arguments.check_exit_layers((one.layer,), last_layer)
+    for group in (exits[len(glances) :], *([one] for one in glances)):
+        layers = tuple(one.layer for one in group)
+        if layers != tuple(sorted({layer for layer in layers if 1 <= layer < last_layer})):
+            raise EarlyExitError(f"exit_layers {layers}: expected increasing trunk layers from 1 to {last_layer - 1}")
 
 
 def takes_exits(function: T) -> T:
@@ -287,60 +293,37 @@ class Branch(nn.Module):
     context_channels = 0
 
     def inherit(self, backbone: nn.Module, head: nn.Module) -> None:
-        """Copy the full path's current weights into copied layers; a branch without copied layers does nothing."""
+        """Copy the full path's current weights into copied layers."""
 
     def context(self, tap: Tensor, before: Tensor | None) -> Tensor | None:
         """This exit's context, from its tap and the previous exit's context ``before``; None if there is none."""
         return None
 
     def forward(self, tap: Tensor, context: Tensor | None = None) -> Head:
-        """A tap [N, C, H, W] to ``cls_logits`` [N, A, C] and ``bbox_regression`` [N, A, 4].
-
-        Args:
-            tap: output of the exit's trunk layer.
-            context: result of :meth:`context` for this tap.
-        """
+        """A tap [N, C, H, W], and what :meth:`context` gives for it, to ``cls_logits`` [N, A, C] and
+        ``bbox_regression`` [N, A, 4]."""
         raise NotImplementedError  # abstract: each registered kind of branch has its own
 
 
-def build_branches(
-    exits: Sequence[Exit],
-    backbone: nn.Module,
-    taps: Sequence[tuple[int, int, int]],
-    grids: Sequence[tuple[int, int]],
-    boxes_per_cell: Sequence[int],
-    num_classes: int,
-) -> nn.ModuleDict:
-    """Exit name -> its branch, on which :meth:`Branch.inherit` was not called yet; arguments as in `Place`."""
-    branches, context_channels = nn.ModuleDict(), 0
-    for one, tap in zip(exits, taps, strict=True):
-        place = Place(backbone, one.layer, tap, grids, boxes_per_cell, num_classes, context_channels)
-        branches[one.name] = BRANCHES[one.branch].build(place, **one.arguments)
-        context_channels = branches[one.name].context_channels
-    return branches
-
-
-# The kind "copied" has two parts: `CopiedPathToC4`, thinned copies of the layers from the tap to C4, and `Tail`, whole
-# copies of the layers behind C4. Copied layers need far fewer photos for training than new ones.
+# The kind "copied": thinned copies of the layers from the tap to C4, then whole copies of the layers behind it. Copied
+# layers need far fewer photos for training than new ones.
 
 
 class Tail(nn.Module):
     """Copy of trunk layers 14 to 16 and the four extra blocks of a torchvision SSDLite, with its current weights.
 
     Args:
-        backbone: torchvision's ``SSDLiteFeatureExtractorMobileNet``; its layers are copied.
-        depth: number of residual blocks (layers 14 and 15) to copy; 1 copies layer 15.
+        backbone: torchvision's ``SSDLiteFeatureExtractorMobileNet``.
+        depth: number of residual blocks (layers 14 and 15) to copy, 0 to 2; 1 copies layer 15.
 
     Attributes:
-        in_channels: channels of the input map, 80 at width 1.0 with the reduced tail.
+        in_channels: channels of the input map.
         out_channels: channels of the five output maps, fine to coarse.
     """
 
     def __init__(self, backbone: nn.Module, depth: int) -> None:
         super().__init__()
         projection, *blocks, last = backbone.features[1]
-        if not 0 <= depth <= len(blocks):
-            raise ValueError(f"depth {depth}: a branch's tail has 0 to {len(blocks)} residual blocks")
         self.blocks = nn.Sequential(*copy.deepcopy(blocks[len(blocks) - depth :]))
         self.last = copy.deepcopy(last)
         self.extra = copy.deepcopy(backbone.extra)
@@ -365,56 +348,29 @@ class Tail(nn.Module):
 
 
 @torch.no_grad()
-def inherit_coarse_predictors(mine: SSDLiteHead, full: SSDLiteHead) -> None:
-    """Copy the full path's predictors of all maps but the first, which has other channels in a branch.
+def inherit_predictors(mine: SSDLiteHead, full: SSDLiteHead, channels: Tensor | None = None) -> None:
+    """Copy the full path's predictors, those of the first map with the input channels ``channels`` (indices) only.
 
-    If both heads are folded (see `FoldedClassificationHead`), all classes are copied. If only the full path's head is
-    folded, background and the wanted classes are copied, and the folded classes are lost.
+    With None the first map, which is new, keeps its predictors. If both heads are folded (see
+    `FoldedClassificationHead`), all classes are copied. If only the full path's head is folded, background and the
+    wanted classes are copied, and the folded classes are lost.
     """
     theirs = full.classification_head
-    rows = _inherited_rows(mine.classification_head, theirs)
-    for new, old in zip(mine.classification_head.module_list[1:], theirs.module_list[1:], strict=True):
-        new[0].load_state_dict(old[0].state_dict())
-        _copy_rows(new[1], old[1], theirs.num_columns, rows)
-    for new, old in zip(mine.regression_head.module_list[1:], full.regression_head.module_list[1:], strict=True):
-        new.load_state_dict(old.state_dict())
-
-
-@torch.no_grad()
-def inherit_first_predictors(mine: SSDLiteHead, full: SSDLiteHead, channels: Tensor) -> None:
-    """Copy the full path's predictors of the first map, but only the input channels ``channels`` (indices)."""
-    theirs = full.classification_head
-    rows = _inherited_rows(mine.classification_head, theirs)
+    folds = is_folded(theirs) and not is_folded(mine.classification_head)
+    rows = [0, *theirs.wanted.tolist()] if folds else list(range(theirs.num_columns))
     for new_head, old_head in ((mine.classification_head, theirs), (mine.regression_head, full.regression_head)):
-        new, old = new_head.module_list[0], old_head.module_list[0]
-        new[0][0].weight.copy_(old[0][0].weight[channels])
-        for name, values in old[0][1].state_dict().items():
-            if values.ndim:
-                getattr(new[0][1], name).copy_(values[channels])
-        narrow = nn.Conv2d(len(channels), old[1].out_channels, 1).to(old[1].weight)
-        narrow.weight.copy_(old[1].weight[:, channels])
-        narrow.bias.copy_(old[1].bias)
-        if old_head is theirs:
-            _copy_rows(new[1], narrow, theirs.num_columns, rows)
-        else:
-            new[1].load_state_dict(narrow.state_dict())
-
-
-def _inherited_rows(mine: nn.Module, theirs: nn.Module) -> list[int]:
-    """For each row (class index) of the branch's head, the row of the full path's head to copy."""
-    if is_folded(theirs) and not is_folded(mine):
-        return [0, *theirs.wanted.tolist()]
-    return list(range(theirs.num_columns))
-
-
-def _copy_rows(new: nn.Module, old: nn.Conv2d, num_classes: int, rows: list[int]) -> None:
-    """As `copy_rows`; a factorised predictor gets the nearest weights of its rank."""
-    if isinstance(new, FactorisedPredictor):
-        whole = nn.Conv2d(new.in_channels, new.out_channels, 1).to(old.weight)
-        copy_rows(whole, old, num_classes, rows)
-        new.approximate(whole)
-    else:
-        copy_rows(new, old, num_classes, rows)
+        first, *others = old_head.module_list
+        if channels is not None:
+            depthwise, predictor = _slice_block([first[0], first[1:]], channels)
+            first = nn.Sequential(depthwise, *predictor)
+        for new, old in zip(new_head.module_list, (first, *others), strict=True):
+            if old is first and channels is None:
+                continue
+            new[0].load_state_dict(old[0].state_dict())
+            if old_head is theirs:
+                copy_rows(new[1], old[1], theirs.num_columns, rows)
+            else:
+                new[1].load_state_dict(old[1].state_dict())
 
 
 class ThinnedBlock(nn.Sequential):
@@ -440,9 +396,9 @@ class ThinnedBlock(nn.Sequential):
     def inherit(self, layers: Sequence[nn.Module]) -> Tensor:
         """Copy the current weights of the block's most important channels; returns the indices of these channels.
 
-        Importance is the norm of the channel's column in the projection times the root mean square of the depthwise
-        convolution's output, which is sqrt(scale^2 + shift^2) of its BatchNorm. Li et al. 2017, "Pruning filters for
-        efficient ConvNets", rank filters by their norms alone.
+        Importance is the norm of the channel's weights in the projection (as in Li et al. 2017, "Pruning filters for
+        efficient ConvNets") times the root mean square of the depthwise convolution's output, sqrt(scale^2 + shift^2)
+        of its BatchNorm.
         """
         norm = next(layer[1] for layer in layers[:-1] if not hasattr(layer, "fc1") and layer[0].groups > 1)
         output_rms = (norm.weight**2 + norm.bias**2).sqrt()
@@ -453,11 +409,10 @@ class ThinnedBlock(nn.Sequential):
 
 
 class CopiedPathToC4(nn.Module):
-    """Thinned copies of the blocks between a tap and C4's output; blocks with a residual connection are skipped.
+    """Thinned copies of the blocks between a tap and C4's output; none for a tap at C4 or behind it.
 
-    A trained network tolerates the removal of some residual blocks (Veit et al. 2016, "Residual networks behave like
-    ensembles of relatively shallow networks"). Layers 2, 4, 7, 11 and C4 (13) have no residual connection. For a tap
-    at C4 or behind it nothing is copied.
+    Blocks with a residual connection are skipped; layers 2, 4, 7, 11 and C4 (13) have none. A trained network tolerates
+    that (Veit et al. 2016, "Residual networks behave like ensembles of relatively shallow networks").
 
     Args:
         backbone: torchvision's ``SSDLiteFeatureExtractorMobileNet``.
@@ -482,9 +437,8 @@ class CopiedPathToC4(nn.Module):
 
     def inherit(self, backbone: nn.Module) -> Tensor | None:
         """Copy the full path's current weights; returns the copied channels of C4's expansion (indices), or None."""
-        modules = [*self.before, *([self.c4] if self.c4 is not None else [])]
-        blocks = _blocks_to_c4(backbone, self._layer)
-        channels = [module.inherit(block) for module, block in zip(modules, blocks, strict=True)]
+        pairs = zip([*self.before, self.c4], _blocks_to_c4(backbone, self._layer), strict=False)
+        channels = [module.inherit(block) for module, block in pairs]
         return channels[-1] if channels else None
 
     def forward(self, tap: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -514,130 +468,91 @@ def _blocks_to_c4(backbone: nn.Module, layer: int) -> list[list[nn.Module]]:
 
 def _slice_block(layers: Sequence[nn.Module], channels: Tensor) -> list[nn.Module]:
     """Copies of a block's layers with only these ``channels`` (indices) between expansion and projection."""
-    layers = [copy.deepcopy(layer) for layer in layers]
-    *inner, projection = layers
+    *inner, projection = copy.deepcopy(list(layers))
     for layer in inner:
         if hasattr(layer, "fc1"):
-            _set_weights(layer.fc1, layer.fc1.weight[:, channels], layer.fc1.bias)
-            _set_weights(layer.fc2, layer.fc2.weight[channels], layer.fc2.bias[channels])
+            _slice(layer.fc1, channels, dim=1)
+            _slice(layer.fc2, channels, dim=0)
         else:
-            _set_weights(layer[0], layer[0].weight[channels], None)
-            for name, values in layer[1].state_dict().items():
-                if values.ndim:
-                    _set(layer[1], name, values[channels])
-            layer[1].num_features = len(channels)
-    _set_weights(projection[0], projection[0].weight[:, channels], None)
-    return layers
+            _slice(layer[0], channels, dim=0)
+            _slice(layer[1], channels, dim=0)
+    _slice(projection[0], channels, dim=1)
+    return [*inner, projection]
 
 
-def _set_weights(convolution: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> None:
-    """Replace the convolution's weights, and its channel counts accordingly."""
-    depthwise = convolution.groups > 1
-    convolution.out_channels = len(weight)
-    convolution.in_channels = len(weight) if depthwise else weight.shape[1]
-    convolution.groups = len(weight) if depthwise else 1
-    _set(convolution, "weight", weight)
-    if bias is not None:
-        _set(convolution, "bias", bias)
+def _slice(module: nn.Module, channels: Tensor, dim: int) -> None:
+    """Reduce a convolution or BatchNorm to some of its output channels (``dim`` 0) or input channels (1)."""
+    for name, values in module.state_dict().items():
+        if values.ndim > dim:
+            kept = values.index_select(dim, channels.to(values.device))
+            setattr(module, name, nn.Parameter(kept) if isinstance(getattr(module, name), nn.Parameter) else kept)
+    if not isinstance(module, nn.Conv2d):
+        module.num_features = len(channels)
+    elif module.groups > 1:
+        module.groups = module.in_channels = module.out_channels = len(channels)
+    else:
+        setattr(module, "in_channels" if dim else "out_channels", len(channels))
 
 
-def _set(module: nn.Module, name: str, values: Tensor) -> None:
-    values = values.detach().clone()
-    setattr(module, name, nn.Parameter(values) if isinstance(getattr(module, name), nn.Parameter) else values)
-
-
+@register_branch(
+    "copied",
+    channels=Argument(0),
+    depth=Argument(2, TAIL_BLOCKS),
+    copy=Argument(0.5, 1, zero=False),
+    head_rank=Argument(0),
+)
 class CopiedBranch(Branch):
     """A branch of copied layers: tap -> `CopiedPathToC4` -> `Tail` -> head.
 
-    The tail computes all maps of the head but the first. It works on the second grid, which has a quarter of the first
-    grid's cells. The output of its residual blocks is upsampled and added to the first map (top-down connection, Lin et
-    al. 2017, FPN).
+    The tail computes all maps of the head but the first, from the second grid on. The output of its residual blocks is
+    upsampled and added to the first map (top-down connection, Lin et al. 2017, FPN).
 
     Args:
-        copied: the copied path from the tap to C4's output.
-        finest_grid: side of the first map, cells.
+        place: position and shapes.
         channels: 0: the first map is the copied expansion of C4, as in the full path, with copied predictors. Otherwise
             a new layer computes a first map of so many channels. It does so for 0 too if no C4 was copied.
-        tail: this branch's copy of the full path's tail.
-        num_anchors: default boxes per cell of each grid.
-        num_classes: outputs per default box, background included.
-        head_rank: channels between the two steps of the class predictors; 0 leaves them in one step.
+        depth, copy, head_rank: see `Tail`, the ``share`` of `CopiedPathToC4`, and `factorise`.
     """
 
-    def __init__(
-        self,
-        *,
-        copied: CopiedPathToC4,
-        finest_grid: int,
-        channels: int,
-        tail: Tail,
-        num_anchors: list[int],
-        num_classes: int,
-        head_rank: int = 0,
-    ) -> None:
+    def __init__(self, place: Place, *, channels: int, depth: int, copy: float, head_rank: int) -> None:
         super().__init__()
-        self.copied, self.tail = copied, tail
-        if channels or copied.c4 is None:
-            channels = channels or copied.first_channels
-            self.fine = _pointwise(copied.fine_channels, channels)
+        if not hasattr(place.backbone, "features") or len(place.backbone.features) != 2:
+            raise EarlyExitError(
+                "a copied branch copies layers of torchvision's SSDLite with a MobileNetV3, this detector has others: "
+                "take branch='light' (EXITS.BRANCH light)"
+            )
+        # A tap behind C4 has passed some blocks already. With channels they are copied too, as in older model files.
+        blocks = depth if channels else min(depth, LAST_LAYER - 1 - place.layer)
+        self.copied, self.tail = CopiedPathToC4(place.backbone, place.layer, copy), Tail(place.backbone, blocks)
+        self.fine = self.smooth = None
+        if channels or self.copied.c4 is None:
+            channels = channels or self.copied.first_channels
+            self.fine = _pointwise(self.copied.fine_channels, channels)
             self.smooth = _depthwise(channels)
         else:
-            channels = copied.first_channels
-            self.fine = self.smooth = None
-        self.top_down = _pointwise(tail.in_channels, channels)
-        self.head = SSDLiteHead([channels, *tail.out_channels], num_anchors, num_classes, norm_layer)
-        if head_rank:
-            factorise(self.head.classification_head, head_rank)
-        self._finest_grid = finest_grid
+            channels = self.copied.first_channels
+        self.top_down = _pointwise(self.tail.in_channels, channels)
+        self.head = SSDLiteHead(
+            [channels, *self.tail.out_channels], list(place.boxes_per_cell), place.num_classes, norm_layer
+        )
+        factorise(self.head.classification_head, head_rank)
+        self._finest_grid = tuple(place.grids[0])
 
     def inherit(self, backbone: nn.Module, head: SSDLiteHead) -> None:
         """Copy the full path's current weights."""
         self.tail.inherit(backbone)
-        inherit_coarse_predictors(self.head, head)
         channels = self.copied.inherit(backbone)
+        inherit_predictors(self.head, head, channels if self.fine is None else None)
         if self.fine is None:
-            inherit_first_predictors(self.head, head, channels)
             nn.init.zeros_(self.top_down[1].weight)  # at first nothing is added to the copied first map
 
     def forward(self, tap: Tensor, context: Tensor | None = None) -> Head:
         """See :meth:`Branch.forward`."""
         fine, expanded, coarse = self.copied(tap)
         coarse, maps = self.tail(coarse)
-        size = (self._finest_grid, self._finest_grid)
-        first = expanded if self.fine is None else F.interpolate(self.fine(fine), size)
-        first = first + F.interpolate(self.top_down(coarse), size)
+        first = expanded if self.fine is None else F.interpolate(self.fine(fine), self._finest_grid)
+        first = first + F.interpolate(self.top_down(coarse), self._finest_grid)
         return self.head([first if self.smooth is None else self.smooth(first), *maps])
-
-
-_FIRST_CHANNELS = Argument(0)
-_HEAD_RANK = Argument(0)
-
-
-@register_branch(
-    "copied",
-    channels=_FIRST_CHANNELS,
-    depth=Argument(2, TAIL_BLOCKS, sequence=True),
-    copy=Argument(0.5, 1, zero=False, sequence=True),
-    head_rank=_HEAD_RANK,
-)
-def build_copied(place: Place, *, channels: int, depth: int, copy: float, head_rank: int) -> CopiedBranch:
-    """Arguments as in :class:`CopiedBranch`, `Tail` (``depth``) and `CopiedPathToC4` (``copy`` is its ``share``)."""
-    if not hasattr(place.backbone, "features") or len(place.backbone.features) != 2:
-        raise EarlyExitError(
-            "a copied branch copies layers of torchvision's SSDLite with a MobileNetV3, this detector has others: take "
-            "branch='light' (EXITS.BRANCH light)"
-        )
-    # A tap behind C4 has passed some blocks already. With channels they are copied too: older model files contain them.
-    blocks = depth if channels else min(depth, LAST_LAYER - 1 - place.layer)
-    return CopiedBranch(
-        copied=CopiedPathToC4(place.backbone, place.layer, copy),
-        finest_grid=place.grids[0][0],
-        channels=channels,
-        tail=Tail(place.backbone, blocks),
-        num_anchors=list(place.boxes_per_cell),
-        num_classes=place.num_classes,
-        head_rank=head_rank,
-    )
 
 
 # The kind "light": a few new layers, for any detector.
@@ -670,18 +585,15 @@ class PyramidStep(nn.Module):
         return x if x.shape[-2:] == self._grid else F.interpolate(x, self._grid)
 
 
-@register_branch("light", channels=_FIRST_CHANNELS, context=Argument(True), head_rank=_HEAD_RANK)
+@register_branch("light", channels=Argument(0), context=Argument(True), head_rank=Argument(0))
 class LightBranch(Branch):
     """Squeeze-excitation on the tap (Hu et al. 2018), context from the previous exit, and a narrow feature pyramid.
-
-    The branch's context is its narrow map plus the previous exit's context, resized. The previous context is computed
-    even if that exit is closed.
 
     Args:
         place: position and shapes.
         channels: channels of every map of the pyramid; 0 means 64.
-        context: whether to add the previous exit's context. The branch's own context is passed on in any case.
-        head_rank: channels between the two steps of the class predictors; 0 leaves them in one step.
+        context: whether to add the previous exit's context, resized. It is computed even if that exit is closed.
+        head_rank: see `factorise`.
     """
 
     def __init__(self, place: Place, *, channels: int, context: bool, head_rank: int) -> None:
@@ -695,8 +607,7 @@ class LightBranch(Branch):
         self.pyramid = nn.ModuleList(PyramidStep(width, pair) for pair in pairwise(sizes))
         boxes = list(place.boxes_per_cell)
         self.head = SSDLiteHead([width] * len(boxes), boxes, place.num_classes, norm_layer)
-        if head_rank:
-            factorise(self.head.classification_head, head_rank)
+        factorise(self.head.classification_head, head_rank)
 
     def context(self, tap: Tensor, before: Tensor | None) -> Tensor:
         """The narrow map [N, channels, H, W], input of the pyramid."""
@@ -731,23 +642,20 @@ NO_OBJECT = -30.0
 """Logit of every class; background's is 0, so each class has a probability of 1e-13."""
 
 
+@register_branch("empty")
 class EmptyExit(Branch):
     """No branch: predicts background for every default box, and passes the previous exit's context on.
 
     The logits hold no information, so routing needs a policy that predicts from the tap whether the photo is empty.
-
-    Args:
-        num_boxes: default boxes per image.
-        num_classes: outputs per default box, background included.
-        context_channels: channels of the previous exit's context.
     """
 
-    def __init__(self, num_boxes: int, num_classes: int, context_channels: int = 0) -> None:
+    def __init__(self, place: Place) -> None:
         super().__init__()
-        self._num_boxes, self.num_classes, self.context_channels = num_boxes, num_classes, context_channels
+        self._num_boxes, self.num_classes = place.num_boxes, place.num_classes
+        self.context_channels = place.context_channels
 
     def context(self, tap: Tensor, before: Tensor | None) -> Tensor | None:
-        """The context ``before``."""
+        """See :meth:`Branch.context`."""
         return before
 
     def forward(self, tap: Tensor, context: Tensor | None = None) -> Head:
@@ -755,14 +663,3 @@ class EmptyExit(Branch):
         logits = tap.new_full((len(tap), self._num_boxes, self.num_classes), NO_OBJECT)
         logits[..., 0] = 0.0
         return {"cls_logits": logits, "bbox_regression": tap.new_zeros(len(tap), self._num_boxes, 4)}
-
-
-@register_branch("empty")
-def build_empty(place: Place) -> EmptyExit:
-    """Build an :class:`EmptyExit`; the kind has no arguments."""
-    return EmptyExit(num_default_boxes(place.grids, place.boxes_per_cell), place.num_classes, place.context_channels)
-
-
-def num_default_boxes(grids: Sequence[tuple[int, int]], boxes_per_cell: Sequence[int]) -> int:
-    """Number of default boxes per image, from the grids (height, width) and the boxes per cell of each."""
-    return sum(height * width * count for (height, width), count in zip(grids, boxes_per_cell, strict=True))

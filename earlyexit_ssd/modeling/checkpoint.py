@@ -17,7 +17,7 @@ from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 
 from earlyexit_ssd.errors import EarlyExitError, nearest, shown
 from earlyexit_ssd.files import sha256, write_torch
-from earlyexit_ssd.modeling.detector import EarlyExitDetector, is_fused
+from earlyexit_ssd.modeling.detector import EarlyExitDetector
 from earlyexit_ssd.modeling.outputs import RouterSettings
 from earlyexit_ssd.modeling.retrofit import (
     Architecture,
@@ -38,17 +38,11 @@ Describe = Callable[[int, tuple[str, ...]], Architecture]
 
 
 class ModelInfo(TypedDict, total=False):
-    """The entries of a model file's ``info`` that the package reads; it may hold others.
+    """The entries of a model file's ``info`` that the package reads; it may hold others."""
 
-    Attributes:
-        router: settings of an ``ExitRouter``; None if the exits are not trained.
-        forced: training continued past a failed gate.
-        exits, temperatures: for checkpoints of other programs: whether it has exits, and its temperatures.
-    """
-
-    router: RouterSettings | None
-    forced: bool
-    exits: bool
+    router: RouterSettings | None  # None if the exits are not trained
+    forced: bool  # training continued past a failed gate
+    exits: bool  # of a checkpoint of another program: whether it has exits, and its temperatures
     temperatures: list[float] | None
 
 
@@ -58,24 +52,19 @@ def save_model(
     architecture: Architecture | None = None,
     info: ModelInfo | None = None,
 ) -> None:
-    """Write the model without its router; ``info`` holds plain types (phase, forced, the router's settings).
-
-    Without an ``architecture``, the model's own is determined.
+    """Write the model without its router, its architecture (by default determined) and ``info``, plain types.
 
     Raises:
-        EarlyExitError: the model was fused for inference, was changed since it was built, or does not fit the
-            architecture.
+        EarlyExitError: the model was fused or changed since it was built, or does not fit the architecture.
     """
-    if is_fused(model):
+    if model.fused:
         raise EarlyExitError(f"{path}: a model fused for inference cannot be saved; save the one that it was made of")
     if architecture is None:
         try:
             architecture = Architecture.of(model)
         except EarlyExitError as error:
             raise EarlyExitError(f"{path}: {error}") from None
-    ours, described = (
-        (tuple(one.classes), tuple(one.exit_layers)[: model.num_early_exits]) for one in (model, architecture)
-    )
+    ours, described = ((one.classes, one.exit_layers[: len(one.exits)]) for one in (model, architecture))
     if ours != described:
         raise EarlyExitError(f"{path}: the architecture has {described}, the model {ours}; pass the model's own")
     state = {key: value.cpu() for key, value in model.state_dict().items() if not key.startswith("router.")}
@@ -88,9 +77,8 @@ def load_model(
 ) -> tuple[EarlyExitDetector, Architecture, ModelInfo]:
     """Read a file of :func:`save_model`: the model in eval mode on the CPU, its architecture and its info.
 
-    The model has no router and the default losses; ``ExitRouter(**info["router"])`` creates the saved router.
-    With ``describe``, checkpoints of other programs (:func:`find_detector`) are accepted too, such as those of
-    torchvision's reference training. Exits that such a checkpoint lacks are untrained, see `ModelInfo`.
+    ``ExitRouter(**info["router"])`` creates the saved router. With ``describe``, checkpoints of other programs are
+    accepted too (:func:`find_detector`); exits that such a checkpoint lacks are untrained.
 
     Raises:
         EarlyExitError: the file is no model of this project or does not fit its own description.
@@ -163,15 +151,14 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-# Model files in half precision, half as large, for weights shipped with the project.
+# Model files in half precision, for weights shipped with the project.
 
 
 def half_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A copy of a state dict with floating-point tensors rounded to fp16; integer tensors stay.
 
     Tensors of one type are views into one buffer, since ``torch.save`` adds 200 bytes per buffer and a model has a
-    thousand tensors. BatchNorm statistics are rounded too: a variance below fp16's smallest number (6e-8) becomes 0,
-    which is harmless, since BatchNorm adds 1e-3. ``load_state_dict`` converts back to fp32.
+    thousand tensors. A BatchNorm variance below fp16's smallest number (6e-8) becomes 0; BatchNorm adds 1e-3.
 
     Raises:
         EarlyExitError: a value that is not finite in fp16 (over 65504, or NaN).
@@ -191,10 +178,7 @@ def half_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def half_file(content: Content) -> bytes:
-    """The bytes of a model file in half precision; ``content`` is what ``read_weights`` returns for it.
-
-    The same content gives the same bytes and the same sha256.
-    """
+    """The bytes of a model file in half precision, always the same for the same ``content`` of `read_weights`."""
     buffer = io.BytesIO()  # torch.save writes a path's name into the file, but not a buffer's
     torch.save({**content, "model": half_state(content["model"])}, buffer)
     return buffer.getvalue()
@@ -220,11 +204,7 @@ class ShippedWeights(WeightsEnum):
         return FOLDER / f"{self.name.lower()}.pth"
 
     def check(self) -> None:
-        """Compare the file with its sha256.
-
-        Raises:
-            EarlyExitError: the file is missing, damaged, or a Git LFS pointer.
-        """
+        """Compare the file with its sha256; an EarlyExitError if it is missing, damaged, or a Git LFS pointer."""
         fix = "install the package again, or `git checkout` the file"
         if not self.path.is_file():
             raise EarlyExitError(f"{self.path}: the weights {self.name.lower()} are missing; {fix}")
@@ -242,11 +222,7 @@ class ShippedWeights(WeightsEnum):
 
 
 def describe(path: Path) -> Weights:
-    """The ``Weights`` value of an enum member, from its JSON file.
-
-    Raises:
-        EarlyExitError: not a file of tools/export_weights.py.
-    """
+    """The ``Weights`` value of an enum member, from the JSON file that tools/export_weights.py writes."""
     fix = "install the package again"
     entry = read_json(path, "description of weights", fix)
     try:

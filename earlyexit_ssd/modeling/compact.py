@@ -45,14 +45,10 @@ def competing_rows(logits: Tensor, wanted: Sequence[int], tolerance: float) -> l
 
 
 def score_difference(probabilities: Tensor, wanted: Sequence[int], kept: Sequence[int]) -> float:
-    """Mean rise of the wanted classes' scores when the head keeps only background, ``wanted`` and ``kept``.
+    """Mean rise of the wanted classes' scores when the head keeps only background and the rows ``wanted`` and ``kept``.
 
     All scores of a default box are divided by the probability of the classes that stay. Each box counts with the wanted
-    class of the largest rise.
-
-    Args:
-        probabilities: softmax of the whole head, [M, C].
-        wanted, kept: rows, from 1 on.
+    class of the largest rise. ``probabilities`` are the softmax of the whole head, [M, C].
     """
     highest = probabilities[:, list(wanted)].amax(-1)
     staying = probabilities[:, [0, *wanted, *kept]].sum(-1)
@@ -66,13 +62,7 @@ def fires(logits: Tensor, wanted: Sequence[int]) -> Tensor:
 
 
 def find_competing_rows(detector: SSD, wanted: Sequence[int], photos: Iterable[Tensor], tolerance: float) -> list[int]:
-    """:func:`competing_rows` of a detector's head on photos, which are computed one by one.
-
-    Args:
-        detector: a torchvision detector with its whole head.
-        wanted: rows of the wanted classes, from 1 on.
-        photos: [3, H, W] in [0, 1], any sizes.
-        tolerance: see :func:`competing_rows`.
+    """:func:`competing_rows` of a detector's whole head on photos, [3, H, W] in [0, 1], of any sizes.
 
     Raises:
         EarlyExitError: no photo, or no default box that counts.

@@ -1,8 +1,7 @@
 """A torchvision SSD with early exits: the forward pass from exit to exit, detections and losses.
 
-A *glance* is an early exit that runs the first trunk layers on a small copy of the image before the full-size pass.
-A *tap* is the output of the trunk layer that an exit is attached to. A *context* is a map that the branch of an exit
-passes on to the next exit's. With a *hybrid* router classes come from an early exit and boxes from the full path.
+A *context* is a map that the branch of an exit passes on to the next exit's. With a *hybrid* router classes come from
+an early exit and boxes from the full path. The glossary of docs/design.md explains the other terms.
 """
 
 from __future__ import annotations
@@ -25,13 +24,19 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD
 
 from earlyexit_ssd.errors import EarlyExitError, nearest
-from earlyexit_ssd.modeling import arguments, validate
-from earlyexit_ssd.modeling.branches import Exit, build_branches, check_exits, describe_exits, takes_exits
+from earlyexit_ssd.modeling import validate
+from earlyexit_ssd.modeling.branches import Exit, Place, check_exits, describe_exits, takes_exits
 from earlyexit_ssd.modeling.heads import num_outputs
 from earlyexit_ssd.modeling.losses import Assignment, LossSettings, assign, detection_losses, distillation_loss
 from earlyexit_ssd.modeling.outputs import ExitOutputs, ExitSignals, Head, Router, pool_tap
-from earlyexit_ssd.modeling.trunk import PixelBoxes, Trunk, TrunkState, small_copy
-from earlyexit_ssd.modeling.validate import check_batch, check_images, check_targets
+from earlyexit_ssd.modeling.trunk import PixelBoxes, Trunk, TrunkState, evaluating, small_copy
+
+Targets = list[dict[str, Tensor]]
+"""Per image ``boxes`` [n, 4] xyxy absolute pixels and ``labels`` [n] in 1..K; n may be 0."""
+Detections = list[dict[str, Tensor]]
+"""Per image ``boxes`` [n, 4] xyxy in the photo's pixels, ``labels`` [n] and ``scores`` [n]."""
+Sizes = list[tuple[int, int]]
+"""Per image (height, width) in pixels."""
 
 
 def full_path_losses(head: Head, assignment: Assignment, settings: LossSettings) -> dict[str, Tensor]:
@@ -87,9 +92,8 @@ class AtExit:
 
     Attributes:
         index: index of the exit; the full path's index is the number of early exits.
-        state: state of the trunk behind the layers run so far.
         context: context of this exit's branch, see :meth:`Branch.context`.
-        glance_tap: if the exit is a glance, its tap [N, C, H, W]; None until :attr:`tap` is first read.
+        glance_tap: of a glance, its tap [N, C, H, W]; None until :attr:`tap` is first read.
     """
 
     model: EarlyExitDetector
@@ -107,7 +111,7 @@ class AtExit:
     @property
     def tap(self) -> Tensor:
         """Output of the exit's trunk layer [N, C, H, W]; that of a glance is computed when it is first read."""
-        exit = self.model.exits[self.index] if not self.full else None
+        exit = None if self.full else self.model.exits[self.index]
         if exit is None or exit.pixels is None:
             return self.state.x
         if self.glance_tap is None:  # before the first segment, the trunk's state is the image
@@ -133,12 +137,12 @@ class AtExit:
         return ExitSignals(head["cls_logits"], pool_tap(self.tap), self.model.empty[self.index])
 
     def select(self, images: Tensor) -> AtExit:
-        """A copy with some of the images only (``images``: boolean mask [N] or indices)."""
+        """A copy with some of the images only (boolean mask [N] or indices)."""
         context, glance_tap = (None if one is None else one[images] for one in (self.context, self.glance_tap))
         return dataclasses.replace(self, state=self.state.select(images), context=context, glance_tap=glance_tap)
 
     def keep(self, images: Tensor) -> None:
-        """Go on to deeper exits with some of the images only (``images``: boolean mask [N])."""
+        """Go on to deeper exits with some of the images only (boolean mask [N] or indices)."""
         rest = self.select(images)
         self.state, self.context, self.glance_tap = rest.state, rest.context, rest.glance_tap
 
@@ -146,8 +150,7 @@ class AtExit:
 def walk(model: EarlyExitDetector, x: Tensor, branches: bool = True, behind: AtExit | None = None) -> Iterator[AtExit]:
     """Yield every exit in order, the full path last; deeper layers are computed when the next exit is requested.
 
-    Before it requests the next exit, the caller may shrink the batch with :meth:`AtExit.keep`. Deeper layers are then
-    computed for the rest of the images only.
+    Before that the caller may shrink the batch with :meth:`AtExit.keep`.
 
     Args:
         x: normalised images [N, 3, S, S].
@@ -177,8 +180,8 @@ def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
         x: normalised images [N, 3, S, S].
 
     Returns:
-        the head outputs of each image's exit, the exit's index [N] (with a hybrid router, of the classes' exit) and the
-        confidence there [N]. The full path's confidence is computed by the same policy.
+        the head outputs of each image's exit, that exit's index [N] (with a hybrid router, of its classes) and the
+        confidence there [N].
     """
     router, hybrid_boxes = model.router, {}
     undecided = torch.arange(len(x), device=x.device)  # images that have not left; a hybrid router keeps all in `walk`
@@ -196,52 +199,39 @@ def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
             here = at.select(undecided) if router.hybrid else at
             head = here.head()
         confidence = router.confidence(here.signals(head), at.index)
-        leave = None if at.full else router.leaves(confidence, at.index)
+        leave = torch.ones_like(undecided, dtype=torch.bool) if at.full else router.leaves(confidence, at.index)
+        if not leave.any():
+            continue
         if router.hybrid:
             head = {"cls_logits": head["cls_logits"]}
-        if leave is None or leave.all():  # logits are large: avoid a copy
-            parts.append((undecided, head, at.index, confidence))
-            undecided = undecided[:0]
-            if not router.hybrid:
+        if not leave.all():  # logits are large: avoid a copy
+            head = {key: value[leave] for key, value in head.items()}
+        parts.append((undecided[leave], head, at.index, confidence[leave]))
+        undecided = undecided[~leave]
+        if not router.hybrid:
+            if not len(undecided):
                 break
-        elif leave.any():
-            leaving = {key: value[leave] for key, value in head.items()}
-            parts.append((undecided[leave], leaving, at.index, confidence[leave]))
-            undecided = undecided[~leave]
-            if not router.hybrid:
-                at.keep(~leave)
-    head, exit_index, confidence = _in_order(parts)
-    return {**head, **hybrid_boxes}, exit_index, confidence
+            at.keep(~leave)
+    order = torch.cat([positions for positions, *_ in parts]).argsort()
 
+    def in_order(values: list[Tensor]) -> Tensor:
+        return values[0] if len(parts) == 1 else torch.cat(values)[order]  # logits are large: avoid a copy
 
-def _in_order(parts: list[tuple[Tensor, Head, int, Tensor]]) -> tuple[Head, Tensor, Tensor]:
-    """Join parts (positions in the batch, head outputs, exit index, confidences) in the order of the batch."""
-    indices = [torch.full_like(positions, index) for positions, _, index, _ in parts]
-    if len(parts) == 1:  # logits are large: avoid a copy
-        return parts[0][1], indices[0], parts[0][3]
-    positions = [positions for positions, *_ in parts]
-    head = {key: _put(positions, [head[key] for _, head, _, _ in parts]) for key in parts[0][1]}
-    return head, _put(positions, indices), _put(positions, [confidence for *_, confidence in parts])
-
-
-def _put(positions: list[Tensor], values: list[Tensor]) -> Tensor:
-    """Scatter the rows [n_i, ...] of every part to their positions in [N, ...]."""
-    out = values[0].new_empty(sum(map(len, positions)), *values[0].shape[1:])
-    for where, value in zip(positions, values, strict=True):
-        out.index_copy_(0, where, value)
-    return out
+    head = {key: in_order([head[key] for _, head, *_ in parts]) for key in parts[0][1]}
+    exit_index = in_order([torch.full_like(positions, index) for positions, _, index, _ in parts])
+    return {**head, **hybrid_boxes}, exit_index, in_order([confidence for *_, confidence in parts])
 
 
 # The detector, independent of its backbone.
 
 DETECTORS: dict[str, type[EarlyExitDetector]] = {}
-"""torchvision's detector name -> the class of that detector with early exits; filled by :func:`register_detector`."""
+"""torchvision's detector name -> the class of that detector with early exits."""
 
 D = TypeVar("D", bound="type[EarlyExitDetector]")
 
 
 def register_detector(name: str) -> Callable[[D], D]:
-    """Class decorator: register an `EarlyExitDetector` under ``name`` for configuration and model files."""
+    """Class decorator: register an `EarlyExitDetector` for configuration and model files."""
 
     def register(kind: D) -> D:
         kind.detector_name = name
@@ -252,11 +242,7 @@ def register_detector(name: str) -> Callable[[D], D]:
 
 
 def detector_class(name: str) -> type[EarlyExitDetector]:
-    """The detector class registered under ``name``.
-
-    Raises:
-        EarlyExitError: no class has that name; the message has the nearest one.
-    """
+    """The detector class registered under ``name``; an EarlyExitError suggests the nearest name."""
     if name not in DETECTORS:
         listed, hint = ", ".join(DETECTORS), nearest(str(name), DETECTORS)
         raise EarlyExitError(f"detector (MODEL.NAME) is {name!r:.60}, expected one of {listed}{hint}")
@@ -268,15 +254,13 @@ class EarlyExitDetector(SSD):
 
     Every parameter and buffer of the torchvision detector keeps its name, and without a router the detections are
     torchvision's own. In train mode ``model(images, targets)`` returns a dict of scalar losses (all exits at once),
-    in eval mode one dict per image with ``boxes`` [n, 4] xyxy in the photo's pixels, ``labels`` [n] and ``scores``
-    [n]; with a router also ``exit_index`` and ``exit_confidence``, scalar tensors.
+    in eval mode `Detections`, with a router also the scalar tensors ``exit_index`` and ``exit_confidence``.
 
     A subclass sets ``last_layer`` and torchvision's weights, and implements ``trunk`` and ``build_plain``.
 
     Args:
         detector: a torchvision detector; its parts are used, not copied.
-        exits: shallow to deep; or pass the keywords of :func:`earlyexit_ssd.modeling.branches.describe_exits`
-            (``exit_layers``, ``branch``, ``empty`` and the branches' arguments) instead.
+        exits: shallow to deep. Instead of them: the keywords of `describe_exits`.
         classes: names of the labels 1..K without background; by default ``class_1`` and so on.
         losses: loss settings of training.
         router: chooses each image's exit in eval mode; None runs the full path only.
@@ -300,6 +284,8 @@ class EarlyExitDetector(SSD):
     """torchvision's weight enums of the detector without exits and of its trunk."""
     any_size: ClassVar[bool] = True
     """Whether the layers fit other input sizes than torchvision's."""
+    fused = False
+    """Whether the model comes from `fuse_for_inference`."""
 
     @takes_exits
     def __init__(
@@ -330,7 +316,10 @@ class EarlyExitDetector(SSD):
         layers = tuple(one.layer for one in self.exits)
         check_exits(self.exits, self.last_layer)
         self.classes = tuple(classes or (f"class_{label}" for label in range(1, num_classes)))
-        arguments.check_class_names(self.classes, num_classes)
+        if len(self.classes) != num_classes - 1:
+            raise EarlyExitError(
+                f"{len(self.classes)} class names for a head with {num_classes} outputs, one of them background"
+            )
         self.score_thresh = detector.score_thresh
         self.width = getattr(detector, "width", 1.0)
         self.exit_layers = (*layers, self.last_layer)
@@ -344,7 +333,11 @@ class EarlyExitDetector(SSD):
         self._trunk_frozen = False
         taps, self.grids = self._dry_run()
         boxes_per_cell = self.anchor_generator.num_anchors_per_location()
-        self.branches = build_branches(self.exits, self.backbone, taps, self.grids, boxes_per_cell, num_classes)
+        self.branches, context_channels = nn.ModuleDict(), 0
+        for one, tap in zip(self.exits, taps, strict=True):
+            place = Place(self.backbone, one.layer, tap, self.grids, boxes_per_cell, num_classes, context_channels)
+            self.branches[one.name] = one.build(place)
+            context_channels = self.branches[one.name].context_channels
         self.inherit()
 
     @property
@@ -358,7 +351,7 @@ class EarlyExitDetector(SSD):
         raise NotImplementedError  # abstract: each registered detector builds its own
 
     def inherit(self) -> None:
-        """Copy the full path's current weights into the branches where they have such layers."""
+        """Copy the full path's current weights into the copied layers of the branches."""
         for branch in self.branches.values():
             branch.inherit(self.backbone, self.head)
 
@@ -378,7 +371,7 @@ class EarlyExitDetector(SSD):
 
     @property
     def num_glances(self) -> int:
-        """Number of glances; they come before the other early exits."""
+        """Number of glances, which come before the other early exits."""
         return sum(one.pixels is not None for one in self.exits)
 
     @property
@@ -391,15 +384,13 @@ class EarlyExitDetector(SSD):
         """Number of exits before the full path."""
         return len(self.exit_layers) - 1
 
-    @torch.no_grad()
     def _dry_run(self) -> tuple[list[tuple[int, int, int]], list[tuple[int, int]]]:
         """Shapes (C, H, W) of the taps and (height, width) of the grids, from a blank image in eval mode."""
-        was_training = self.training
-        self.backbone.eval()
         parameter = next(self.backbone.parameters())
         blank = torch.zeros(1, 3, *self.transform.fixed_size, device=parameter.device, dtype=parameter.dtype)
-        taps, maps = self.trunk_maps(blank)
-        self.backbone.train(was_training)
+        with evaluating(self.backbone):
+            taps, maps = self.trunk_maps(blank)
+        self.backbone.train(self.training)  # the detector may have been in eval mode
         return [tuple(tap.shape[1:]) for tap in taps], [tuple(feature.shape[-2:]) for feature in maps]
 
     def trunk_maps(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -435,40 +426,29 @@ class EarlyExitDetector(SSD):
             self.head.eval()
         if self.norm_frozen:
             for module in self.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                if isinstance(module, _BatchNorm):
                     module.eval()
         return self
 
     def compute_losses(self, heads: Sequence[Head], assignment: Assignment) -> dict[str, Tensor]:
-        """Weighted losses of all exits (heads shallow to deep, the full path last). If the full path is frozen, its
-        losses are left out."""
+        """Weighted losses of all exits (shallow to deep, the full path last), without those of a frozen full path."""
         validate.check_router(self.router, self.num_early_exits, trains=True)
         full = {} if self._trunk_frozen else full_path_losses(heads[-1], assignment, self.losses)
         names = {index: self.exit_names[index] for index, empty in enumerate(self.empty) if not empty}
         return full | early_exit_losses(names, heads, assignment, self.losses, self.router)
 
-    def assign(self, targets: list[dict[str, Tensor]], anchors: list[Tensor]) -> Assignment:
+    def assign(self, targets: Targets, anchors: list[Tensor]) -> Assignment:
         """Match targets (network pixels) with default boxes; all exits share the result."""
         return assign(targets, anchors, self.proposal_matcher, self.box_coder)
 
-    def forward(
-        self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
-    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Losses in train mode, detections in eval mode; see the class.
-
-        Args:
-            images: list of [3, H, W] in [0, 1], any sizes.
-            targets: in train mode, per image ``boxes`` [n, 4] xyxy absolute pixels and ``labels`` [n] in 1..K;
-                n may be 0.
-        """
+    def forward(self, images: list[Tensor], targets: Targets | None = None) -> dict[str, Tensor] | Detections:
+        """Losses in train mode, which needs ``targets``; detections in eval mode. Images are [3, H, W] in [0, 1], of
+        any sizes."""
         validate.check_not_traced(None if self.training else self.router)
         validate.check_images(images)
         validate.check_head(self.head, self.num_classes)
-        if self.training:
-            return self._training_losses(images, targets)
-        return self._routed_detections(images)
-
-    def _training_losses(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None) -> dict[str, Tensor]:
+        if not self.training:
+            return self._routed_detections(images)
         targets = validate.check_targets(targets, len(images), self.classes)
         validate.check_batch(self, len(images))
         batch, targets = self.transform(images, targets)
@@ -484,17 +464,16 @@ class EarlyExitDetector(SSD):
         heads, pooled = tuple(at.head() for at in exits), tuple(pool_tap(at.tap) for at in exits[:-1])
         return ExitOutputs(heads, pooled, self.default_boxes(batch), batch.image_sizes, photo_sizes, self.empty)
 
-    def detections(self, outputs: ExitOutputs, exit_index: int) -> list[dict[str, Tensor]]:
-        """Detections of one exit: per image ``boxes`` xyxy in the photo's pixels, ``labels`` and ``scores``."""
+    def detections(self, outputs: ExitOutputs, exit_index: int) -> Detections:
+        """Detections of one exit."""
         return self._postprocess(outputs.heads[exit_index], outputs.anchors, outputs.network_sizes, outputs.photo_sizes)
 
     def postprocess_detections(
-        self, head_outputs: Head, image_anchors: list[Tensor], image_shapes: list[tuple[int, int]]
-    ) -> list[dict[str, Tensor]]:
+        self, head_outputs: Head, image_anchors: list[Tensor], image_shapes: Sizes
+    ) -> Detections:
         """As torchvision; thresholds per class are applied after NMS and before the limit per image.
 
-        The result is that of thresholds before NMS: NMS works within a class, and a box below the threshold can only
-        suppress boxes of lower score, which are below it too.
+        The result is that of thresholds before NMS: a box suppresses only boxes of its class with a lower score.
         """
         if not isinstance(self.score_thresh, Mapping):
             return super().postprocess_detections(head_outputs, image_anchors, image_shapes)
@@ -514,17 +493,11 @@ class EarlyExitDetector(SSD):
             for found, keep in zip(detections, kept, strict=True)
         ]
 
-    def _postprocess(
-        self,
-        head: Head,
-        anchors: list[Tensor],
-        network_sizes: list[tuple[int, int]],
-        photo_sizes: list[tuple[int, int]],
-    ) -> list[dict[str, Tensor]]:
+    def _postprocess(self, head: Head, anchors: list[Tensor], network_sizes: Sizes, photo_sizes: Sizes) -> Detections:
         detections = self.postprocess_detections(head, anchors, network_sizes)
         return self.transform.postprocess(detections, network_sizes, photo_sizes)
 
-    def _routed_detections(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+    def _routed_detections(self, images: list[Tensor]) -> Detections:
         """Detections of each image's exit; of the full path without a router."""
         photo_sizes = [tuple(image.shape[-2:]) for image in images]
         batch, _ = self.transform(images, None)
@@ -549,8 +522,7 @@ class PathToExit(nn.Module):
         model: the model; its parts are used, not copied.
         exit_index: 0 for the first exit, the number of early exits for the full path.
         router: computes the confidences and skips closed exits; None: every branch and no confidence is computed.
-        alone: without a router, skip the heads of earlier branches, as in a detector with this exit only. Contexts of
-            earlier branches are computed all the same, since a branch may need them.
+        alone: without a router, skip the heads of earlier branches, as in a detector with this exit only.
     """
 
     def __init__(
@@ -587,17 +559,14 @@ class PathToExit(nn.Module):
 
 
 class AllOutputs(nn.Module):
-    """A path that also returns the outputs of earlier branches and the router's confidences.
-
-    Tracers and exporters drop operations that reach no output, so their cost would be missing.
-    """
+    """A path that also returns what was computed on the way: tracers drop operations that reach no output."""
 
     def __init__(self, path: PathToExit) -> None:
         super().__init__()
         self.path = path
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Normalised images [N, 3, S, S] to the tensors of :meth:`PathToExit.run`, in its order."""
+        """The tensors of :meth:`PathToExit.run`, in its order."""
         heads, confidences = self.path.run(x)
         return [*(tensor for head in heads for tensor in head.values()), *confidences]
 
@@ -605,16 +574,11 @@ class AllOutputs(nn.Module):
 # A model for inference: the same detections up to rounding, in about half the time in eager PyTorch.
 
 
-def is_fused(model: nn.Module) -> bool:
-    """Whether the model comes from `fuse_for_inference`."""
-    return getattr(model, "fused", False)
-
-
 def fuse_for_inference(model: EarlyExitDetector) -> EarlyExitDetector:
     """A copy in eval mode with every BatchNorm fused into its convolution; on a CPU in channels-last format.
 
     Detections equal the model's up to fp32 rounding. The router is copied too, so set it first. The copy cannot be
-    trained, saved or compared with a certificate: keep the original model for that.
+    trained, saved or compared with a certificate.
     """
     fused = copy.deepcopy(model).eval().requires_grad_(False)
     fused.fused = True
@@ -630,17 +594,13 @@ def fuse_for_inference(model: EarlyExitDetector) -> EarlyExitDetector:
 
 # Modules that compute only the losses of one training phase; the model itself computes all losses.
 
-Targets = list[dict[str, Tensor]]
-
 
 @dataclass(frozen=True)
 class ResizedBatch:
-    """The full path's outputs for a batch at some input side.
+    """The full path's outputs for a batch at an input of ``side`` pixels.
 
     Attributes:
         images: the normalised batch at the model's own size.
-        side: input side in pixels of the outputs.
-        head: outputs for all default boxes.
         anchors, targets: per image the default boxes [A, 4] xyxy and the objects, in pixels of ``side``.
     """
 
@@ -654,10 +614,8 @@ class ResizedBatch:
 class FullPathLosses(nn.Module):
     """Losses of the full path; the branches are not computed and get no gradient.
 
-    Args:
-        sides: input sides in pixels for multi-scale training; empty: the model's own. The side of a batch depends on
-            its image ids, so that a resumed training repeats it. Default boxes keep their size in pixels
-            (`PixelBoxes`).
+    ``sides`` are input sides in pixels for multi-scale training; empty: the model's own. The side of a batch depends on
+    its image ids, so that a resumed training repeats it. Default boxes keep their size in pixels (`PixelBoxes`).
     """
 
     def __init__(self, model: EarlyExitDetector, sides: Sequence[int] = ()) -> None:
@@ -674,12 +632,13 @@ class FullPathLosses(nn.Module):
     def compute(self, images: list[Tensor], targets: Targets) -> ResizedBatch:
         """The head's outputs at this batch's input side."""
         model = self._model[0]
-        check_images(images)
-        targets = check_targets(targets, len(images), model.classes)
-        check_batch(self, len(images))
+        validate.check_images(images)
+        targets = validate.check_targets(targets, len(images), model.classes)
+        validate.check_batch(self, len(images))
         batch, targets = model.transform(images, targets)
         model_side = batch.tensors.shape[-1]
-        side = self._side(targets) or model_side
+        ids = sum(int(target["image_id"]) for target in targets) if self._sides else 0
+        side = self._sides[ids % len(self._sides)] if self._sides else model_side
         if side == model_side:
             head, anchors = self.head(model.trunk_maps(batch.tensors)[1]), model.default_boxes(batch)
             return ResizedBatch(batch, side, head, anchors, targets)
@@ -690,21 +649,11 @@ class FullPathLosses(nn.Module):
         anchors = boxes(ImageList(x, [(side, side)] * len(x)), [one.detach().float() for one in maps])
         return ResizedBatch(batch, side, self.head(maps), anchors, targets)
 
-    def _side(self, targets: Targets) -> int | None:
-        if not self._sides:
-            return None
-        return self._sides[sum(int(target["image_id"]) for target in targets) % len(self._sides)]
-
 
 @dataclass(frozen=True)
 class TapBatch:
-    """Outputs of the frozen full path for a batch.
-
-    Attributes:
-        taps: per early exit [N, C, H, W].
-        head: the full path's head outputs, the teacher.
-        targets: per image ``boxes`` [n, 4] xyxy in network pixels and ``labels`` [n].
-    """
+    """Outputs of the frozen full path for a batch: taps [N, C, H, W] per early exit, and the head, which is the
+    teacher. Targets are in network pixels."""
 
     taps: list[Tensor]
     head: Head
@@ -723,7 +672,7 @@ class BranchLosses(nn.Module):
 
     def forward(self, batch: TapBatch) -> dict[str, Tensor]:
         """Weighted losses of all early exits."""
-        check_batch(self, len(batch.targets))
+        validate.check_batch(self, len(batch.targets))
         model = self._model[0]
         heads = [*model.branch_heads(batch.taps), batch.head]
         anchors = [default_boxes_of_image(model, batch.taps[0].device)] * len(batch.targets)
@@ -739,7 +688,7 @@ def default_boxes_of_image(model: EarlyExitDetector, device: torch.device) -> Te
 @torch.no_grad()
 def compute_taps(model: EarlyExitDetector, images: list[Tensor], targets: Targets) -> TapBatch:
     """Run the full path once, in the model's current mode; ``targets`` in photo pixels."""
-    targets = check_targets(targets, len(images), model.classes)
+    targets = validate.check_targets(targets, len(images), model.classes)
     batch, targets = model.transform(images, targets)
     taps, maps = model.trunk_maps(batch.tensors)
     return TapBatch(taps, model.head(maps), targets)

@@ -1,8 +1,7 @@
 """Change the classes of a trained head and keep its weights.
 
-A *row* is a class index of the head, 0 for background; torchvision's ``num_columns`` is the number of rows. To *fold* a
-class is to add its probability to background's. A *compact* head drops the unwanted classes except the *competing*
-ones, which it folds (see `earlyexit_ssd.modeling.compact`).
+A *row* is a class index of the head, 0 for background; torchvision's ``num_columns`` is the number of rows. The
+glossary of docs/design.md explains folded, compact and cut heads.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ class ClassChange:
 
 
 def plan_class_change(source: Sequence[str], wanted: Sequence[str]) -> ClassChange:
-    """Find the wanted classes among a checkpoint's (``source``: names in label order, without background).
+    """Find the wanted classes among a checkpoint's, ``source`` (in label order, without background).
 
     Raises:
         EarlyExitError: the checkpoint has none of the wanted classes.
@@ -117,27 +116,28 @@ def slice_rows(head: SSDScoringHead, rows: Sequence[int | None]) -> None:
     The softmax no longer includes the dropped classes, so scores rise a little where these had probability.
     """
     for index, block in enumerate(head.module_list):
-        if isinstance(block, nn.Conv2d):  # SSD's predictors; SSDLite's have a depthwise convolution before them
-            head.module_list[index] = _slice_convolution(block, head.num_columns, rows)
-        else:
-            block[1] = _slice_convolution(block[1], head.num_columns, rows)
+        # SSD's predictors are convolutions; SSDLite's have a depthwise convolution before them
+        parent, name, old = (head.module_list, index, block) if isinstance(block, nn.Conv2d) else (block, 1, block[1])
+        channels = old.out_channels // head.num_columns * (len(rows) + 1)
+        new = nn.Conv2d(old.in_channels, channels, old.kernel_size, padding=old.padding)
+        nn.init.normal_(new.weight, std=0.03)
+        nn.init.zeros_(new.bias)
+        copy_rows(new, old, head.num_columns, (0, *rows))
+        parent[name] = new
     head.num_columns = len(rows) + 1
 
 
-def _slice_convolution(old: nn.Conv2d, num_classes: int, rows: Sequence[int | None]) -> nn.Conv2d:
-    new = nn.Conv2d(
-        old.in_channels, old.out_channels // num_classes * (len(rows) + 1), old.kernel_size, padding=old.padding
-    )
-    nn.init.normal_(new.weight, std=0.03)
-    nn.init.zeros_(new.bias)
-    copy_rows(new, old, num_classes, (0, *rows))
-    return new
-
-
 @torch.no_grad()
-def copy_rows(new: nn.Conv2d, old: nn.Conv2d, num_classes: int, rows: Sequence[int | None]) -> None:
+def copy_rows(
+    new: nn.Conv2d | FactorisedPredictor, old: nn.Conv2d, num_classes: int, rows: Sequence[int | None]
+) -> None:
     """Copy the weights of class ``rows[i]`` of ``old``, which has ``num_classes`` with background, to class ``i`` of
-    ``new``; None copies nothing. Output channels are ordered [default box of the cell, class]."""
+    ``new``; None copies nothing. Output channels are ordered [default box of the cell, class]. A factorised predictor
+    gets the nearest weights of its rank."""
+    if isinstance(new, FactorisedPredictor):
+        whole = nn.Conv2d(new.in_channels, new.out_channels, 1).to(old.weight)
+        copy_rows(whole, old, num_classes, rows)
+        return new.approximate(whole)
     boxes = old.out_channels // num_classes
     weight, bias = old.weight.view(boxes, num_classes, -1), old.bias.view(boxes, num_classes)
     new_weight, new_bias = new.weight.view(boxes, -1, weight.shape[-1]), new.bias.view(boxes, -1)
@@ -146,16 +146,8 @@ def copy_rows(new: nn.Conv2d, old: nn.Conv2d, num_classes: int, rows: Sequence[i
             new_weight[:, target], new_bias[:, target] = weight[:, row], bias[:, row]
 
 
-# Cheaper classification heads of many classes: low-rank factorisation of each predictor.
-
-
 class FactorisedPredictor(nn.Sequential):
-    """A 1x1 convolution factorised into two 1x1 convolutions.
-
-    Args:
-        in_channels, out_channels: channels of the factorised convolution.
-        rank: channels between the two.
-    """
+    """A 1x1 convolution factorised into two, with ``rank`` channels between them."""
 
     def __init__(self, in_channels: int, out_channels: int, rank: int) -> None:
         super().__init__(nn.Conv2d(in_channels, rank, 1, bias=False), nn.Conv2d(rank, out_channels, 1))
@@ -175,9 +167,9 @@ class FactorisedPredictor(nn.Sequential):
 
 
 def factorise(head: SSDScoringHead, rank: int) -> None:
-    """Replace each predictor of ``head`` by a `FactorisedPredictor` if that has fewer weights."""
+    """Replace each predictor of ``head`` by a `FactorisedPredictor` if that has fewer weights; rank 0 leaves all."""
     for block in head.module_list:
         old = block[1]
-        if rank * (old.in_channels + old.out_channels) < old.in_channels * old.out_channels:
+        if 0 < rank * (old.in_channels + old.out_channels) < old.in_channels * old.out_channels:
             block[1] = FactorisedPredictor(old.in_channels, old.out_channels, rank)
             block[1].approximate(old)

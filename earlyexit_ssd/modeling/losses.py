@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,9 @@ from torchvision.ops import box_iou
 
 from earlyexit_ssd.config import LOSS_CHOICES
 from earlyexit_ssd.errors import EarlyExitError, nearest
-from earlyexit_ssd.modeling.arguments import is_number, numbers
+from earlyexit_ssd.plain import check_fields
+
+Weight = Annotated[float, 0, math.inf]
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,6 @@ def assign(
     Args:
         targets: per image ``boxes`` [n, 4] xyxy in network pixels and ``labels`` [n] in 1..K; n may be 0.
         anchors: per image [A, 4] xyxy in network pixels.
-        matcher: torchvision's ``SSDMatcher``.
-        box_coder: torchvision's ``BoxCoder``.
     """
     labels, regression = [], []
     for target, boxes in zip(targets, anchors, strict=True):
@@ -59,44 +61,35 @@ def assign(
     return Assignment(torch.stack(labels), torch.stack(regression))
 
 
-# The losses of one exit: classification with mined negatives or focal, boxes, and distillation.
-
-
 @dataclass(frozen=True)
 class LossSettings:
     """Settings of the training losses, with the keys of the configuration's LOSS section.
 
     Attributes:
         classification: ``mined`` or ``focal``.
-        neg_to_pos_ratio: mined negatives (background boxes that count) per positive (SSD: 3).
-        min_negatives: least number of mined negatives per image. torchvision's SSD has 0 and learns nothing from an
-            image without objects.
-        focal_alpha, focal_gamma: parameters of the focal loss.
+        neg_to_pos_ratio: mined negatives (background boxes that count) per positive.
+        min_negatives: least number of mined negatives per image; with torchvision's 0, images without objects teach
+            nothing.
         exit_weights: weight per exit, shallow to deep, or one for all.
-        full_weight: weight of the full path.
         supervision: ``labels``, or ``teacher``: the exits learn by distillation only, and photos need no boxes.
         teacher: ``none``, ``full`` or ``next`` (the next deeper exit).
         distillation_weight, distillation_box_weight: weights of the distillation loss and of its box part.
     """
 
     classification: str = "mined"
-    neg_to_pos_ratio: float = 3.0
-    min_negatives: int = 8
-    focal_alpha: float = 0.25
-    focal_gamma: float = 2.0
-    exit_weights: tuple[float, ...] = (1.0,)
-    full_weight: float = 1.0
+    neg_to_pos_ratio: Weight = 3.0
+    min_negatives: Annotated[int, 0, 2**31] = 8
+    focal_alpha: Weight = 0.25
+    focal_gamma: Weight = 2.0
+    exit_weights: tuple[Weight, ...] = (1.0,)
+    full_weight: Weight = 1.0
     supervision: str = "labels"
     teacher: str = "none"
-    distillation_weight: float = 1.0
-    distillation_box_weight: float = 1.0
+    distillation_weight: Weight = 1.0
+    distillation_box_weight: Weight = 1.0
 
     def __post_init__(self) -> None:
-        numbers("exit_weights", self.exit_weights)
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(field.default, (int, float)) and not is_number(value):
-                raise EarlyExitError(f"{field.name} is {value!r:.60}, expected a number from 0 on")
+        check_fields(self)
         for name, choices in LOSS_CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
@@ -120,13 +113,9 @@ def mean_over_processes(count: Tensor) -> Tensor:
 
 def mined_negatives(background_loss: Tensor, foreground: Tensor, ratio: float, minimum: int) -> Tensor:
     """Which default boxes are negatives of the classification loss, [N, A] bool: in each image the background boxes of
-    the largest loss (Liu et al. 2016, SSD, section 2.2).
+    the largest ``background_loss`` [N, A] (Liu et al. 2016, SSD, section 2.2).
 
-    Args:
-        background_loss: [N, A] loss of every default box.
-        foreground: [N, A] bool.
-        ratio: negatives per positive.
-        minimum: least number of negatives per image.
+    There are ``ratio`` negatives per positive (``foreground``, [N, A] bool), at least ``minimum`` per image.
     """
     count = (ratio * foreground.sum(1, keepdim=True)).clamp(min=minimum)
     order = background_loss.masked_fill(foreground, -torch.inf).argsort(1, descending=True)
@@ -168,9 +157,7 @@ def distillation_loss(student: dict[str, Tensor], teacher: dict[str, Tensor], se
 
     The Kullback-Leibler divergence of the class probabilities, summed over all default boxes, plus the smooth L1
     distance of the boxes, weighted by the teacher's foreground probability; divided by the sum of that probability.
-
-    Args:
-        student, teacher: ``cls_logits`` [N, A, C] and ``bbox_regression`` [N, A, 4]; no gradient to the teacher.
+    The teacher gets no gradient.
     """
     teacher_log = F.log_softmax(teacher["cls_logits"].detach().float(), -1)
     student_log = F.log_softmax(student["cls_logits"].float(), -1)

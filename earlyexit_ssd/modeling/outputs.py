@@ -21,7 +21,7 @@ class ExitSignals:
     """Inputs of a router at one exit, for a batch of images.
 
     Attributes:
-        logits: raw class logits [N, A, C], background in column 0.
+        logits: raw class logits [N, A, C], background first.
         tap: the exit's tap, pooled by :func:`pool_tap`, [N, 2 * channels]; None at the full path.
         empty: the exit has no branch, so its logits hold no information.
     """
@@ -37,14 +37,10 @@ def pool_tap(tap: Tensor) -> Tensor:
 
 
 class Router(Protocol):
-    """Interface of a router; :class:`earlyexit_ssd.routing.ExitRouter` implements it.
-
-    Attributes:
-        hybrid: every image runs the whole trunk, takes its classes from the first confident exit and its boxes from the
-            full path.
-    """
+    """Interface of a router; :class:`earlyexit_ssd.routing.ExitRouter` implements it."""
 
     hybrid: bool
+    """Every image runs the whole trunk: classes come from the first confident exit, boxes from the full path."""
 
     def confidence(self, signals: ExitSignals, exit_index: int) -> Tensor:
         """Confidence of the exit in each image, [N]."""
@@ -82,7 +78,7 @@ class ExitOutputs:
         heads: shallow to deep, the full path last.
         taps: per early exit the tap, pooled by :func:`pool_tap`, [N, 2 * channels].
         anchors: per image [A, 4] xyxy in network pixels, the same for every exit.
-        network_sizes, photo_sizes: per image (height, width) in pixels of the network input and of the photo.
+        network_sizes, photo_sizes: per image (height, width) in pixels.
         empty: per early exit, whether it has no branch.
     """
 

@@ -6,12 +6,13 @@ import importlib
 import logging
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.modeling.checkpoint import ShippedWeights, load_model, save_model, weights_path
+from earlyexit_ssd.modeling.checkpoint import ModelInfo, ShippedWeights, load_model, save_model, weights_path
 from earlyexit_ssd.modeling.detector import EarlyExitDetector
 from earlyexit_ssd.modeling.outputs import Router, RouterSettings
 from earlyexit_ssd.modeling.retrofit import COCO_CLASSES, Architecture
@@ -26,7 +27,7 @@ _made: list[Callable[..., Router]] = []
 
 def register_router(make: Callable[..., Router], make_certified: Callable[..., Router]) -> None:
     """Register the functions that build a model file's router: ``make`` from its settings, ``make_certified`` from
-    certificate, path and model. The package ``calibration`` calls this, since modeling must not import it."""
+    certificate, path and model. `earlyexit_ssd.calibration` calls this, since modeling must not import it."""
     _made[:] = [make, make_certified]
 
 
@@ -38,6 +39,31 @@ def _router_makers() -> list[Callable[..., Router]]:
 
 class Pretrained(EarlyExitDetector):
     """A detector with early exits that can be loaded and saved."""
+
+    @classmethod
+    def open_file(
+        cls: type[P], path: Path, classes: Sequence[str] | None, describe: dict[str, Any] | None = None
+    ) -> tuple[P, ModelInfo]:
+        """A file's model without router, in eval mode, and the file's info; errors as :meth:`from_pretrained`.
+
+        Args:
+            path: a model file or a checkpoint.
+            classes: see :meth:`from_pretrained`.
+            describe: fields of `Architecture` for a checkpoint, which has no description of its own. Default: exits
+                behind the layers of its branches.
+        """
+
+        def architecture(outputs: int, exits: tuple[str, ...]) -> Architecture:
+            layers = {"exit_layers": tuple(int(name[4:]) for name in exits)} if exits else {}
+            fields = layers if describe is None else describe
+            return Architecture(names_of(outputs, classes), detector=cls.detector_name, **fields)
+
+        model, _, info = load_model(path, architecture)
+        if not isinstance(model, cls):
+            raise EarlyExitError(f"{path}: a {model.detector_name}, expected {cls.detector_name}; take its own class")
+        if classes is not None and tuple(classes) != model.classes:
+            raise EarlyExitError(f"{path}: its classes are {', '.join(model.classes)[:120]}; leave classes out")
+        return model, info
 
     @classmethod
     def from_pretrained(
@@ -62,24 +88,14 @@ class Pretrained(EarlyExitDetector):
             EarlyExitError: neither a name nor a file, a damaged file, another detector, another number of classes, or
                 a certificate for other weights.
         """
-
-        def describe(outputs: int, exits: tuple[str, ...]) -> Architecture:
-            layers = {"exit_layers": tuple(int(name[4:]) for name in exits)} if exits else {}
-            return Architecture(names_of(outputs, classes), detector=cls.detector_name, **layers)
-
         path = weights_path(name_or_path)
-        model, architecture, info = load_model(path, describe)
-        if not isinstance(model, cls):
-            raise EarlyExitError(f"{path}: a {architecture.detector}, expected {cls.detector_name}; take its own class")
-        if classes is not None and tuple(classes) != model.classes:
-            raise EarlyExitError(f"{path}: its classes are {', '.join(model.classes)[:120]}; leave classes out")
+        model, info = cls.open_file(path, classes)
         if router and not info.get("exits", True):  # without routing no exit is used
             logger.warning("%s: has no exits; those of the model are untrained, the full path is unchanged", path)
         if router and info.get("router"):
             try:
-                certificate = info.get("certificate")
-                if certificate:
-                    model.router = _router_makers()[1](certificate, path, model)
+                if info.get("certificate"):
+                    model.router = _router_makers()[1](info["certificate"], path, model)
                 else:
                     model.router = make_router(model, info["router"])
             except EarlyExitError as error:
@@ -91,19 +107,17 @@ class Pretrained(EarlyExitDetector):
         and the tools' ``--weights``. The router's certificate is included if the router is unchanged since calibration.
 
         Raises:
-            EarlyExitError: the model was fused for inference, its layers were replaced, or its router is not one of
-                this project.
+            EarlyExitError: the model was fused, its layers were replaced, or its router is not one of this project.
         """
         if self.router is not None and not hasattr(self.router, "to_dict"):
             raise EarlyExitError(
                 f"{path}: a {type(self.router).__name__} cannot be written; save with router = None, and give it back "
                 "after from_pretrained"
             )
-        settings = None if self.router is None else self.router.to_dict()
-        certificate = current_certificate(self.router)
-        save_model(
-            path, self, info={"router": settings, **({"certificate": certificate.to_dict()} if certificate else {})}
-        )
+        info = {"router": None if self.router is None else self.router.to_dict()}
+        if certificate := current_certificate(self.router):
+            info["certificate"] = certificate.to_dict()
+        save_model(path, self, info=info)
 
 
 def current_certificate(router: Router | None) -> Any:
@@ -114,11 +128,8 @@ def current_certificate(router: Router | None) -> Any:
 
 
 def names_of(outputs: int, classes: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Names of the labels of a head with ``outputs`` outputs: ``classes``, else COCO's for 91 outputs, else numbered.
-
-    Raises:
-        EarlyExitError: a wrong number of names.
-    """
+    """Names of the labels of a head with ``outputs`` outputs: ``classes``, which must fit, else COCO's for 91 outputs,
+    else ``class_1`` and so on."""
     if classes is None:
         if outputs == len(COCO_CLASSES) + 1:
             return COCO_CLASSES
@@ -133,11 +144,8 @@ def names_of(outputs: int, classes: Sequence[str] | None = None) -> tuple[str, .
 
 
 def make_router(model: EarlyExitDetector, settings: RouterSettings) -> Router:
-    """Build a router from a file's settings and run it on a blank photo, to find settings of another model.
-
-    Raises:
-        EarlyExitError: invalid settings, or settings of another model.
-    """
+    """Build a router from a file's settings and run it on a blank photo; an EarlyExitError for invalid settings and
+    those of another model."""
     device = next(model.parameters()).device
     try:
         router = _router_makers()[0](**settings).to(device)

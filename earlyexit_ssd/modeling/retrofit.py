@@ -56,15 +56,15 @@ _AVERAGE = re.compile(r"(?:^|[._])(?:ema|swa|avg)(?:$|[._])|averag|shadow|teache
 def find_detector(content: Content, path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Find the state dict of an SSDLite, with or without exits, and return it under torchvision's names.
 
-    It may be nested (``{"model": ..., "epoch": ...}``). Its keys may share a prefix and contain `WRAPPERS`. If a file
-    holds trained weights and their moving average, the trained weights are used. Entries outside the detector
-    (optimizer, loss, ``n_averaged``) are ignored.
+    It may be nested (``{"model": ..., "epoch": ...}``), and its keys may share a prefix and contain `WRAPPERS`. Trained
+    weights come before their moving average. Entries outside the detector are ignored.
 
     Raises:
         EarlyExitError: no detector, or several of which none has a usual name.
     """
     found: dict[str, dict[str, Tensor]] = {}
-    for place, mapping in _mappings(content):
+    places = {id(mapping): (place, mapping) for place, mapping in _mappings(content)}  # one may be there twice
+    for place, mapping in places.values():
         for prefix, state in _detectors(mapping, path).items():
             found[".".join(filter(None, (place, prefix)))] = state
     if not found:
@@ -85,22 +85,12 @@ def find_detector(content: Content, path: str | os.PathLike[str]) -> dict[str, T
     return found[names[0]]
 
 
-def _mappings(content: Content) -> Iterator[tuple[str, Content]]:
-    """Every nested dict of ``content`` with its dotted path, each once, since pickles may contain cycles."""
-    level, seen = [("", content)], set()
-    for _ in range(MAX_NESTING):
-        following = []
-        for place, mapping in level:
-            if id(mapping) in seen:
-                continue
-            seen.add(id(mapping))
-            yield place, mapping
-            following += [
-                (f"{place}.{key}" if place else key, value)
-                for key, value in mapping.items()
-                if isinstance(key, str) and isinstance(value, Mapping)
-            ]
-        level = following
+def _mappings(content: Content, place: str = "", levels: int = MAX_NESTING) -> Iterator[tuple[str, Content]]:
+    """Every nested dict of ``content`` with its dotted path."""
+    yield place, content
+    for key, value in content.items():
+        if levels > 1 and isinstance(key, str) and isinstance(value, Mapping):
+            yield from _mappings(value, f"{place}.{key}" if place else key, levels - 1)
 
 
 def _detectors(mapping: Content, path: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
@@ -153,7 +143,7 @@ Count = Annotated[int, 1, 2**31]
 class Architecture:
     """All settings that determine the shapes and the post-processing of a detector with early exits.
 
-    Instead of ``exits`` it accepts the keywords of :func:`earlyexit_ssd.modeling.branches.describe_exits`.
+    Instead of ``exits`` (shallow to deep) it accepts the keywords of `describe_exits`.
 
     Attributes:
         classes: names of the labels 1..K.
@@ -164,13 +154,10 @@ class Architecture:
         width, reduced_tail: shape of the trunk, see :func:`build_ssdlite`.
         head_outputs: outputs per default box of a folded head, before folding; 0 if the head is not folded.
         folded_rows: class indices of ``classes`` in a folded head; empty if the head is not folded.
-        competing: names of the classes that a compact head folds into background (see :mod:`heads`), largest
-            probability first; empty for other heads.
+        competing: names of the classes that a compact head folds, largest probability first; empty for other heads.
         folded_branches: whether the branches' heads are folded like the full path's. Otherwise they have only
             background and ``classes``.
-        exits: shallow to deep.
         score_thresh: lowest score of a detection, one number or per class name.
-        nms_thresh, detections_per_img, topk_candidates: post-processing as in torchvision's SSD.
 
     Raises:
         EarlyExitError: a field of a wrong type or out of its range.
@@ -248,19 +235,20 @@ class Architecture:
         Raises:
             EarlyExitError: layers, default boxes or normalisation were changed, so no description rebuilds the model.
         """
-        head, settings = model.head.classification_head, {"detector": model.detector_name, "exits": model.exits}
+        head, state = model.head.classification_head, model.state_dict()
+        names = ("classes", "exits", "width", "score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
+        settings = {name: getattr(model, name) for name in names}
         if is_folded(head):
             branches = [part.head.classification_head for part in model.branches.values() if hasattr(part, "head")]
             settings |= {"head_outputs": head.num_columns, "folded_rows": head.wanted.tolist()}
             settings["competing"] = head.competing
             settings["folded_branches"] = bool(head.competing) or any(map(is_folded, branches))
-        for name in ("classes", "width", "score_thresh", "nms_thresh", "detections_per_img", "topk_candidates"):
-            settings[name] = getattr(model, name)
-        settings["image_size"] = model.transform.fixed_size[0]
-        settings["trained_size"] = getattr(model.anchor_generator, "trained_size", 0)
-        settings["reduced_tail"] = has_reduced_tail(model.state_dict(), model.width)
         architecture = cls(
-            **{name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in settings.items()}
+            detector=model.detector_name,
+            image_size=model.transform.fixed_size[0],
+            trained_size=getattr(model.anchor_generator, "trained_size", 0),
+            reduced_tail=has_reduced_tail(state, model.width),
+            **settings,
         )
         with torch.random.fork_rng(devices=[]):
             expected = _described_parts(architecture.build())
@@ -281,30 +269,27 @@ class Architecture:
 
     def build_detector(self) -> SSD:
         """The torchvision detector without exits, untrained."""
+        cuts = self.score_thresh  # torchvision's detector has one threshold for all classes
+        lowest = min(cuts.get(name, LEAST_SCORE) for name in self.classes) if isinstance(cuts, Mapping) else cuts
         detector = detector_class(self.detector).build_plain(
             num_classes=self.head_outputs or len(self.classes) + 1,
             image_size=self.image_size,
             width=self.width,
             reduced_tail=self.reduced_tail,
-            score_thresh=self.lowest_score,
+            score_thresh=lowest,
             nms_thresh=self.nms_thresh,
             detections_per_img=self.detections_per_img,
             topk_candidates=self.topk_candidates,
         )
         if self.folded_rows:
             head = detector.head
-            folded = FoldedClassificationHead(head.classification_head, self.folded_rows, self.competing)
-            head.classification_head = folded
+            head.classification_head = FoldedClassificationHead(
+                head.classification_head, self.folded_rows, self.competing
+            )
         if self.trained_size not in (0, self.image_size):
             grids = grids_of(detector.backbone, self.trained_size)
             detector.anchor_generator = PixelBoxes(detector.anchor_generator, grids, self.trained_size, self.image_size)
         return detector
-
-    @property
-    def lowest_score(self) -> float:
-        """The lowest score in ``score_thresh``: torchvision's detector has one threshold for all classes."""
-        cuts = self.score_thresh
-        return min(cuts.get(name, LEAST_SCORE) for name in self.classes) if isinstance(cuts, Mapping) else cuts
 
     def add_exits(self, detector: SSD) -> EarlyExitDetector:
         """Add the exits to a detector of this architecture."""
@@ -350,9 +335,6 @@ def _described_parts(model: EarlyExitDetector) -> dict[str, object]:
 COCO_CLASSES = tuple(SSDLite320_MobileNet_V3_Large_Weights.COCO_V1.meta["categories"][1:])
 """torchvision's names of the labels 1..90; "N/A" where COCO skips a number."""
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
 
 def retrofit(
     architecture: Architecture,
@@ -366,8 +348,8 @@ def retrofit(
 
     Args:
         architecture: the wanted model; its ``classes`` are the wanted ones.
-        weights: a path, or a member of torchvision's ``SSDLite320_MobileNet_V3_Large_Weights`` or its name. A path
-            may also be a model of this project, whose branches are ignored.
+        weights: a member of torchvision's weight enum, its name, or a path. The branches of a model file of this
+            project are ignored.
         source_classes: names of the checkpoint's labels 1..K; None if they are the wanted ones. A model file of this
             project contains its own.
         fold: what happens to the unwanted classes. ``exact``: fold all of them; scores stay the same. ``compact``: fold
@@ -416,23 +398,16 @@ def retrofit(
     if fold == "rows" or change.competing == ():  # (): compact, and no class competes; None: exact
         slice_rows(head.classification_head, rows)
         return detector, architecture, change
-    folded = FoldedClassificationHead(head.classification_head, rows, competing)
-    head.classification_head = folded
-    changed = dataclasses.replace(
-        architecture,
-        head_outputs=folded.num_columns,
-        folded_rows=rows,
-        competing=competing,
-        folded_branches=bool(competing),
-    )
-    return detector, changed, change
+    head.classification_head = FoldedClassificationHead(head.classification_head, rows, competing)
+    folds = {"head_outputs": head.classification_head.num_columns, "folded_rows": rows, "competing": competing}
+    return detector, dataclasses.replace(architecture, **folds, folded_branches=bool(competing)), change
 
 
 def torchvision_name(
     weights: str | os.PathLike[str] | WeightsEnum,
     kind: type[WeightsEnum] = SSDLite320_MobileNet_V3_Large_Weights,
 ) -> str | None:
-    """Member name (without the enum's) in torchvision's weight enum ``kind``; None if ``weights`` is a path."""
+    """Member name (without the enum's) in torchvision's weight enum ``kind``; None for a path."""
     name = str(weights).removeprefix(f"{kind.__name__}.")
     return name if name in kind.__members__ else None
 
@@ -441,11 +416,9 @@ def load_full_path(
     weights: str | os.PathLike[str] | WeightsEnum,
     kind: type[WeightsEnum] = SSDLite320_MobileNet_V3_Large_Weights,
 ) -> tuple[dict[str, Tensor], Architecture | None]:
-    """State dict of a detector without exits, and its description if the file is a model of this project.
-
-    If ``weights`` is a member name of torchvision's enum ``kind``, torchvision downloads them.
-    """
-    name = torchvision_name(weights, kind)  # None for a path
+    """State dict of a detector without exits, and its description if the file is a model of this project. torchvision
+    downloads members of its enum ``kind``."""
+    name = torchvision_name(weights, kind)
     if name:
         try:
             return kind[name].get_state_dict(progress=True, check_hash=True), None
@@ -476,11 +449,8 @@ def require_weights(weights: str | os.PathLike[str] | SSDLite320_MobileNet_V3_La
 
 
 def read_weights(path: str | os.PathLike[str]) -> Content:
-    """Read a file of tensors and plain types; no code in it is executed.
-
-    ``argparse.Namespace`` is allowed: torchvision's reference training stores its arguments in one.
-    """
-    try:
+    """Read a file of tensors and plain types; no code in it is executed."""
+    try:  # torchvision's reference training stores its arguments in a Namespace
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file may raise any exception; no unsafe unpickling instead
@@ -531,18 +501,15 @@ def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: st
         if key in state and state[key].shape != value.shape
     ]
     if problems:
-        branches = all("branches." in problem for problem in problems)
-        check = (
-            "EXITS (in Python copy, depth, channels, head_rank)"
-            if branches
-            else "MODEL.WIDTH, MODEL.WEIGHTS_CLASSES and the number of classes"
-        )
+        check = "MODEL.WIDTH, MODEL.WEIGHTS_CLASSES and the number of classes"
+        if all("branches." in problem for problem in problems):
+            check = "EXITS (in Python copy, depth, channels, head_rank)"
         raise EarlyExitError(
             f"{source} does not fit the model: {problems[0]} ({len(problems)} differences); check {check}"
         )
     for key, value in expected.items():
         given = state[key]
-        if given.dtype not in (_FLOATS if value.is_floating_point() else _INTEGERS):
+        if given.is_floating_point() != value.is_floating_point() or given.dtype == torch.bool:
             raise EarlyExitError(f"{source}: {key} is {given.dtype}, the model has {value.dtype}; save it anew")
         if not given.float().isfinite().all():
             raise EarlyExitError(f"{source}: {key} has NaN or infinity, its training went wrong; take other weights")
@@ -555,11 +522,8 @@ def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: st
 def resize_detector(model: EarlyExitDetector, architecture: Architecture, size: int, *, cut: bool = False) -> SSD:
     """The full path at an input of ``size`` x ``size`` pixels, in eval mode, on the model's device.
 
-    With ``cut`` a folded classification head (``MODEL.FOLD exact``) keeps only background and the model's classes. This
-    is the cheapest detector without exits that these weights give without training.
-
-    Default boxes keep their size in pixels (`PixelBoxes`). torchvision's scale with the input, but the convolutions
-    have learned sizes in pixels: a smaller input would give too small boxes, a larger input too large ones.
+    With ``cut`` a folded classification head (``MODEL.FOLD exact``) keeps only background and the model's classes.
+    Default boxes keep their size in pixels (`PixelBoxes`), since the convolutions have learned sizes in pixels.
     """
     trained_size = architecture.trained_size or architecture.image_size
     detector = dataclasses.replace(architecture, image_size=size, trained_size=trained_size).build_detector()

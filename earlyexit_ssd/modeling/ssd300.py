@@ -32,7 +32,6 @@ class Layer(list):
     """A layer of the trunk: a convolution with its ReLU and, if present, the pooling before it."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Run the modules one after the other."""
         for module in self:
             x = module(x)
         return x
@@ -41,20 +40,16 @@ class Layer(list):
 class VGGTrunk(Trunk):
     """The trunk of torchvision's ``SSDFeatureExtractorVGG``; layers 1 to 15 are VGG16's 13 convolutions, fc6 and fc7.
 
-    Args:
-        backbone: the feature extractor.
-        exit_layers: trunk layers at which a segment ends, increasing.
-
     Raises:
         EarlyExitError: another kind of backbone.
     """
 
     def __init__(self, backbone: nn.Module, exit_layers: Sequence[int]) -> None:
         try:
-            conv5, self._extra = backbone.extra[0], list(backbone.extra[1:])
+            conv5, *extra = backbone.extra
             modules = [*backbone.features, *conv5[:-1], *conv5[-1]]
             self._scale = backbone.scale_weight
-        except (AttributeError, TypeError, IndexError):
+        except (AttributeError, TypeError, ValueError, IndexError):
             raise EarlyExitError(
                 f"backbone is a {type(backbone).__name__}, expected torchvision's SSDFeatureExtractorVGG: its layers "
                 "are run one by one, to leave between them"
@@ -64,14 +59,12 @@ class VGGTrunk(Trunk):
             layers[-1].append(module)
             if isinstance(module, nn.ReLU):
                 layers.append(Layer())
-        super().__init__(layers[:-1], exit_layers, FINEST_LAYER - 1)
+        super().__init__(layers[:-1], extra, exit_layers, FINEST_LAYER - 1)
 
     def feature_maps(self, state: TrunkState) -> list[Tensor]:
         """See :meth:`Trunk.feature_maps`; the finest is normalised and scaled, as torchvision does."""
-        maps = [self._scale.view(1, -1, 1, 1) * F.normalize(state.finest), state.x]
-        for block in self._extra:
-            maps.append(block(maps[-1]))
-        return maps
+        _, *coarser = super().feature_maps(state)
+        return [self._scale.view(1, -1, 1, 1) * F.normalize(state.finest), *coarser]
 
 
 @register_detector("ssd300_vgg16")
@@ -136,14 +129,11 @@ def earlyexit_ssd300_vgg16(
     Args:
         weights: torchvision's COCO weights (downloaded by torchvision), or a checkpoint file of the detector without
             exits. For a model file of this project use ``EarlyExitSSD300.from_pretrained``.
-        progress: show the download's progress.
         num_classes: outputs per default box, background included; 91 by default, or those of ``weights``.
         weights_backbone: ImageNet weights of the trunk, if ``weights`` is None.
-        trainable_backbone_layers: as in torchvision.
         exits, classes, losses, router: see :class:`EarlyExitDetector`. Instead of ``exits``: the keywords of
-            :func:`earlyexit_ssd.modeling.branches.describe_exits`, with ``branch="light"``. Default: `DEFAULT_EXITS`.
-        score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing; ``score_thresh`` may be a dict
-            of class names to lowest scores.
+            `describe_exits`, with ``branch="light"``. Default: `DEFAULT_EXITS`.
+        score_thresh: may be a dict of class names to lowest scores.
 
     Raises:
         EarlyExitError: a file without such a detector.

@@ -4,6 +4,7 @@
 import inspect
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,12 +16,12 @@ from earlyexit_ssd.config import LAST_LAYER
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import validate
 from earlyexit_ssd.modeling.branches import Exit, describe_exits, exit_keywords, takes_exits
-from earlyexit_ssd.modeling.checkpoint import ShippedWeights, load_model, weights_path
+from earlyexit_ssd.modeling.checkpoint import ShippedWeights, weights_path
 from earlyexit_ssd.modeling.detector import register_detector
 from earlyexit_ssd.modeling.losses import LossSettings
 from earlyexit_ssd.modeling.outputs import Router
-from earlyexit_ssd.modeling.pretrained import Pretrained, names_of
-from earlyexit_ssd.modeling.retrofit import COCO_CLASSES, Architecture, torchvision_name
+from earlyexit_ssd.modeling.pretrained import Pretrained
+from earlyexit_ssd.modeling.retrofit import COCO_CLASSES, torchvision_name
 from earlyexit_ssd.modeling.trunk import SegmentedTrunk, build_ssdlite
 from earlyexit_ssd.modeling.validate import LEAST_SCORE
 
@@ -67,19 +68,17 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
         weights: torchvision's COCO weights of the full path (downloaded by torchvision), with untrained exits. Or a
             file: a checkpoint of torchvision's SSDLite, without exits or with exits that fit the arguments, or a model
             file of this project. Only ``EarlyExitSSDLite.from_pretrained`` loads the routing too.
-        progress: show the download's progress.
         num_classes: outputs per default box, background included; 91 by default.
         weights_backbone: ImageNet weights of the trunk, if ``weights`` is None.
         trainable_backbone_layers: as in torchvision; it needs ``image_size=320`` and ``width=1.0``.
         image_size, width: see :func:`earlyexit_ssd.modeling.trunk.build_ssdlite`; another width than 1.0 needs
             ``weights_backbone=None``.
         exits, classes, losses, router: see :class:`EarlyExitDetector`. Instead of ``exits``: the keywords of
-            :func:`earlyexit_ssd.modeling.branches.describe_exits`.
-        score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing; ``score_thresh`` may be a dict
-            of class names to lowest scores.
+            `describe_exits`.
+        score_thresh: may be a dict of class names to lowest scores.
     """
     if weights is not None and (isinstance(weights, ShippedWeights) or torchvision_name(weights) is None):
-        return _from_file(weights, **{key: value for key, value in locals().items() if key != "weights"})
+        return _from_file(weights_path(weights), locals())
     weights = SSDLite320_MobileNet_V3_Large_Weights.verify(weights)
     weights_backbone = MobileNet_V3_Large_Weights.verify(weights_backbone)
     post_processing = {
@@ -119,43 +118,30 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
         _initialise(detector.backbone)
     if classes is None and detector.head.classification_head.num_columns == len(COCO_CLASSES) + 1:
         classes = COCO_CLASSES
-    model = EarlyExitSSDLite(
-        detector,
-        exits=exits,
-        classes=classes,
-        losses=losses,
-        router=router,
-    )
+    model = EarlyExitSSDLite(detector, exits=exits, classes=classes, losses=losses, router=router)
     model.score_thresh = score_thresh
     return model
 
 
 def _initialise(backbone: nn.Module) -> None:
-    """He initialisation (He et al. 2015, "Delving deep into rectifiers", equation 10) of an untrained trunk.
-
-    torchvision uses a standard deviation of 0.03. In eval mode the activations then vanish: all logits are 1e-15 and
-    all scores equal, so that an export or a replaced layer cannot be checked.
-    """
+    """He initialisation (He et al. 2015, "Delving deep into rectifiers", equation 10) of an untrained trunk: with
+    torchvision's standard deviation of 0.03 activations vanish in eval mode, and all scores are equal."""
     for module in backbone.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
 
-def _from_file(weights: ShippedWeights | str | os.PathLike, **given: Any) -> EarlyExitSSDLite:
-    """The model in a file; the arguments describe a checkpoint that contains no description of its own.
+def _from_file(path: Path, given: dict[str, Any]) -> EarlyExitSSDLite:
+    """The model in a file; the builder's arguments describe a checkpoint that contains no description of its own.
 
     Raises:
-        EarlyExitError: no such file, or one that does not fit the arguments.
+        EarlyExitError: a file that does not fit the arguments.
     """
-    path, classes = weights_path(weights), given["classes"]
-    names = (*POST_PROCESSING, "image_size", "width")
-    wanted = {name: given[name] for name in names}
     exits = describe_exits() if given["exits"] is None else tuple(given["exits"])
-
-    def describe(outputs: int, _: tuple[str, ...]) -> Architecture:
-        return Architecture(names_of(outputs, classes), exits=exits, **{**wanted, "score_thresh": LEAST_SCORE})
-
-    model, architecture, _ = load_model(path, describe)
+    sizes = {name: given[name] for name in ("image_size", "width")}
+    post_processing = {name: given[name] for name in POST_PROCESSING}
+    described = {**sizes, **post_processing, "score_thresh": LEAST_SCORE, "exits": exits}
+    model, _ = EarlyExitSSDLite.open_file(path, given["classes"], described)
     if given["trainable_backbone_layers"] is not None:
         raise EarlyExitError(f"{path}: trainable_backbone_layers need torchvision's weights; use model.freeze_trunk()")
     if given["num_classes"] not in (None, model.num_classes):
@@ -163,20 +149,18 @@ def _from_file(weights: ShippedWeights | str | os.PathLike, **given: Any) -> Ear
             f"{path} has {model.num_classes} outputs, num_classes is {given['num_classes']}; leave it out (a training "
             "with MODEL.WEIGHTS and MODEL.FOLD changes classes)"
         )
-    if classes is not None and tuple(classes) != model.classes:
-        raise EarlyExitError(f"{path}: its classes are {', '.join(model.classes)[:120]}; leave classes out")
     defaults = inspect.signature(earlyexit_ssdlite320_mobilenet_v3_large).parameters
-    built = {**architecture.to_dict(), **exit_keywords(architecture.exits)}
-    plain = {name: defaults[name].default for name in wanted} | exit_keywords(describe_exits())
-    for name, value in {**wanted, **exit_keywords(exits)}.items():
-        if value == plain.get(name):
-            continue  # nothing was asked for
-        if name in POST_PROCESSING:
-            setattr(model, name, value)
-        elif value != built.get(name):
+    asked = {name: value for name, value in sizes.items() if value != defaults[name].default}
+    asked |= {} if given["exits"] is None else exit_keywords(exits)
+    built = {"image_size": model.transform.fixed_size[0], "width": model.width, **exit_keywords(model.exits)}
+    for name, value in asked.items():
+        if value != built.get(name):
             raise EarlyExitError(
                 f"{path} was built with {name} {built.get(name)}, given is {value!s:.60}; leave it out"
             )
+    for name, value in post_processing.items():
+        if value != defaults[name].default:
+            setattr(model, name, value)
     if given["losses"] is not None:
         validate.check_losses(given["losses"], model.num_early_exits)
         model.losses = given["losses"]

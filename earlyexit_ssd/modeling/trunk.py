@@ -43,15 +43,14 @@ def build_ssdlite(
 ) -> SSD:
     """A torchvision ``SSD`` with torchvision's SSDLite layers; at 320 px and width 1.0 it is torchvision's model.
 
+    Other arguments are those of torchvision's ``ssdlite320_mobilenet_v3_large`` and ``SSD``.
+
     Args:
-        num_classes: outputs per default box, background included.
         image_size: side of the square input, pixels.
         width: multiplier of the channels of every layer, including those behind the trunk.
         reduced_tail: halve the channels of C4's output and all later layers, as in torchvision's COCO weights
             (MobileNetV3 paper, table 6). ImageNet weights have the full tail.
         weights_backbone: ImageNet weights of the trunk; they need ``width=1.0`` and ``reduced_tail=False``.
-        progress: show the download's progress.
-        score_thresh, nms_thresh, detections_per_img, topk_candidates: post-processing, as torchvision's SSD.
 
     Raises:
         ValueError: ImageNet weights with another width or tail.
@@ -65,7 +64,8 @@ def build_ssdlite(
     )
     if weights_backbone is None:
         _normal_init(trunk)
-    backbone = _feature_extractor(trunk.features, width)
+    strided = [index for index, layer in enumerate(trunk.features) if getattr(layer, "_is_cn", False)]
+    backbone = SSDLiteFeatureExtractorMobileNet(trunk.features, strided[-1], norm_layer, width_mult=width)
     size = (image_size, image_size)
     anchor_generator = DefaultBoxGenerator([[2, 3] for _ in range(6)], min_ratio=0.2, max_ratio=0.95)
     out_channels = detection_utils.retrieve_out_channels(backbone, size)
@@ -87,18 +87,12 @@ def build_ssdlite(
     return detector
 
 
-def _feature_extractor(layers: nn.Sequential, width: float) -> SSDLiteFeatureExtractorMobileNet:
-    """Split the trunk inside C4, as torchvision does, and add the four extra blocks."""
-    strided = [index for index, layer in enumerate(layers) if getattr(layer, "_is_cn", False)]
-    return SSDLiteFeatureExtractorMobileNet(layers, strided[-1], norm_layer, width_mult=width)
-
-
 # The unchanged backbone as segments that end at the exits.
 
 
 @dataclass(frozen=True)
 class TrunkState:
-    """Intermediate state of a batch in the trunk.
+    """State of a batch in the trunk.
 
     Attributes:
         x: output of the last layer that was run, [N, C, H, W]; at an exit, this is the tap.
@@ -109,7 +103,7 @@ class TrunkState:
     finest: Tensor | None = None
 
     def select(self, keep: Tensor) -> TrunkState:
-        """The state of some images only (``keep``: boolean mask [N] or indices)."""
+        """The state of some images only (boolean mask [N] or indices)."""
         return TrunkState(self.x[keep], None if self.finest is None else self.finest[keep])
 
 
@@ -121,12 +115,15 @@ class Trunk:
 
     Args:
         steps: modules that are run one after the other.
+        extra: modules that compute the coarser maps of the head, each from the map before.
         exit_layers: trunk layers at which a segment ends, increasing.
         finest_step: index of the step whose output is the finest map of the head.
     """
 
-    def __init__(self, steps: Sequence[nn.Module], exit_layers: Sequence[int], finest_step: int) -> None:
-        self._steps, self._finest_step = steps, finest_step
+    def __init__(
+        self, steps: Sequence[nn.Module], extra: Sequence[nn.Module], exit_layers: Sequence[int], finest_step: int
+    ) -> None:
+        self._steps, self._extra, self._finest_step = steps, extra, finest_step
         ends = [self._steps_to(layer) for layer in exit_layers]
         self._ranges = list(zip([0, *ends], [*ends, len(steps)], strict=True))
 
@@ -151,17 +148,16 @@ class Trunk:
 
     def feature_maps(self, state: TrunkState) -> list[Tensor]:
         """The feature maps of the full path's head, fine to coarse, from the state after the last segment."""
-        raise NotImplementedError  # abstract: SegmentedTrunk and VGGTrunk have their own extra layers
+        maps = [state.finest, state.x]
+        for block in self._extra:
+            maps.append(block(maps[-1]))
+        return maps
 
 
 class SegmentedTrunk(Trunk):
     """The trunk of torchvision's ``SSDLiteFeatureExtractorMobileNet``; layers are counted from 0, the stem.
 
     Its ``features[0]`` ends with C4's expansion. Its ``features[1]`` is the rest of C4 and the layers behind it.
-
-    Args:
-        backbone: the feature extractor.
-        exit_layers: trunk layers at which a segment ends, increasing.
 
     Raises:
         EarlyExitError: another kind of backbone.
@@ -170,25 +166,17 @@ class SegmentedTrunk(Trunk):
     def __init__(self, backbone: nn.Module, exit_layers: Sequence[int]) -> None:
         try:
             head_part, tail_part = backbone.features
-            steps = [*head_part, *tail_part]
-            self._extra = list(backbone.extra)
+            steps, extra = [*head_part, *tail_part], list(backbone.extra)
         except (AttributeError, TypeError, ValueError):
             raise EarlyExitError(
                 f"backbone is a {type(backbone).__name__}, expected torchvision's SSDLiteFeatureExtractorMobileNet "
                 "(`features` in two parts, and `extra`): its layers are run one by one, to leave between them"
             ) from None
-        super().__init__(steps, exit_layers, finest_step=len(head_part) - 1)
+        super().__init__(steps, extra, exit_layers, finest_step=len(head_part) - 1)
 
     def _steps_to(self, layer: int) -> int:
         """See :meth:`Trunk._steps_to`; C4 is two steps, its expansion and the rest."""
         return layer + 1 if layer < self._finest_step else layer + 2
-
-    def feature_maps(self, state: TrunkState) -> list[Tensor]:
-        """See :meth:`Trunk.feature_maps`."""
-        maps = [state.finest, state.x]
-        for block in self._extra:
-            maps.append(block(maps[-1]))
-        return maps
 
 
 def small_copy(x: Tensor, pixels: int) -> Tensor:
@@ -220,10 +208,8 @@ def _block_weights(channels: int, block: int, points: int, times: int) -> Tensor
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Context of eval mode without gradients; restores the train/eval flag of every sub-module.
-
-    The flags are restored one by one, because they differ in a model with a frozen part.
-    """
+    """Context of eval mode without gradients; restores the train/eval flag of every sub-module, since flags differ in
+    a model with a frozen part."""
     flags = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
@@ -242,40 +228,27 @@ def grids_of(backbone: nn.Module, size: int) -> list[tuple[int, int]]:
     return [tuple(feature.shape[-2:]) for feature in maps]
 
 
-class PixelBoxes(nn.Module):
+class PixelBoxes(DefaultBoxGenerator):
     """Default boxes for another input size: distances and sides have as many pixels as at the trained size.
 
     Args:
         generator: torchvision's generator, whose boxes scale with the input.
         grids: (height, width) in cells of the feature maps at ``trained_size``.
-        trained_size: side of the input that the weights were trained at, pixels.
-        size: side of the input that they are used at, pixels.
+        trained_size, size: side of the input that the weights were trained at, and that they are used at, pixels.
     """
 
     def __init__(
         self, generator: DefaultBoxGenerator, grids: Sequence[tuple[int, int]], trained_size: int, size: int
     ) -> None:
-        super().__init__()
-        self.generator = DefaultBoxGenerator(
-            generator.aspect_ratios,
-            scales=generator.scales,
-            steps=[trained_size / side for side, _ in grids],
-            clip=generator.clip,
-        )
-        self.trained_size, self.factor = trained_size, trained_size / size
-
-    def extra_repr(self) -> str:
-        return f"trained_size={self.trained_size}, {self.generator}"
-
-    def num_anchors_per_location(self) -> list[int]:
-        """Default boxes per cell, for each feature map."""
-        return self.generator.num_anchors_per_location()
+        steps = [trained_size / side for side, _ in grids]
+        super().__init__(generator.aspect_ratios, scales=generator.scales, steps=steps, clip=generator.clip)
+        self.trained_size, self._factor = trained_size, trained_size / size
 
     def forward(self, images: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """Per image [A, 4] xyxy in network pixels."""
-        return [self._scale(boxes) for boxes in self.generator(images, feature_maps)]
+        return [self._scale(boxes) for boxes in super().forward(images, feature_maps)]
 
     def _scale(self, boxes: Tensor) -> Tensor:
         """Undo the generator's scaling of the sides with the input; ``steps`` has fixed the centres already."""
-        centres, halves = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * self.factor
+        centres, halves = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * self._factor
         return torch.cat([centres - halves, centres + halves], 1)

@@ -34,26 +34,19 @@ def check_images(images: Sequence[Tensor]) -> None:
                 f"image {index}: expected a float tensor [3, H, W] in [0, 1], got {image.dtype} {list(image.shape)}"
             )
         if image.device.type == "cpu" and not is_traced():
-            _check_values(index, image)
-
-
-def _check_values(index: int, image: Tensor) -> None:
-    """Check the range; pixels in 0..255, pixels normalised twice or NaN would silently give no detections."""
-    low, high = (float(value) for value in image.aminmax())
-    if not (low >= -SLACK and high <= 1 + SLACK):
-        raise EarlyExitError(
-            f"image {index}: values from {low:g} to {high:g}, expected [0, 1]; divide pixels by 255, and leave the "
-            "normalisation to the model"
-        )
+            low, high = (float(value) for value in image.aminmax())
+            if not (low >= -SLACK and high <= 1 + SLACK):
+                raise EarlyExitError(
+                    f"image {index}: values from {low:g} to {high:g}, expected [0, 1]; divide pixels by 255, and leave "
+                    "the normalisation to the model"
+                )
 
 
 def check_targets(
     targets: Sequence[dict[str, Tensor]] | None, count: int, classes: Sequence[str]
 ) -> list[dict[str, Tensor]]:
-    """The targets with fp32 boxes xyxy of positive width and height and int64 labels in 1..K; other keys stay.
-
-    Boxes of any number type and labels of any integer type are accepted: numpy's boxes are float64.
-    """
+    """The targets with fp32 boxes xyxy of positive width and height and int64 labels in 1..K, from boxes of any number
+    type and labels of any integer type; other keys stay."""
     if targets is None or len(targets) != count:
         raise EarlyExitError(
             f"train mode needs one target per image: {count} images, {targets and len(targets)} targets"
@@ -87,12 +80,15 @@ def _checked(target: dict[str, Tensor], index: int, classes: Sequence[str]) -> d
 
 
 def _tensor_of(target: object, key: str, index: int) -> Tensor:
-    value = target.get(key) if isinstance(target, Mapping) else None
+    if not isinstance(target, Mapping) or key not in target:
+        raise EarlyExitError(f"target {index}: expected a dict with the tensors boxes and labels, it has no {key}")
+    value = target[key]
     if not isinstance(value, Tensor):
         kind = f"{type(value).__name__}{f' of {value.dtype}' if hasattr(value, 'dtype') else ''}"
-        found = f"{key} {kind}" if isinstance(target, Mapping) and key in target else f"no {key}"
-        fix = "; make a tensor of it, torch.as_tensor" if isinstance(target, Mapping) and key in target else ""
-        raise EarlyExitError(f"target {index}: expected a dict with the tensors boxes and labels, it has {found}{fix}")
+        raise EarlyExitError(
+            f"target {index}: expected a dict with the tensors boxes and labels, it has {key} {kind}; make a tensor of "
+            "it, torch.as_tensor"
+        )
     return value
 
 
@@ -127,8 +123,7 @@ def check_head(head: nn.Module, num_classes: int) -> None:
 
 
 def is_traced() -> bool:
-    """Whether the model is being traced for TorchScript, ONNX or torch.export; False under torch.compile, which can
-    read values."""
+    """Whether the model is being traced for TorchScript, ONNX or torch.export, not by torch.compile."""
     if hasattr(torch.compiler, "is_exporting"):
         exporting = torch.compiler.is_exporting()
     else:  # before torch 2.7

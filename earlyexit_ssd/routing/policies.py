@@ -37,16 +37,19 @@ All others are almost surely background."""
 
 
 class RecordedPhotos(Protocol):
-    """Recorded outputs of n photos, for fitting a policy. Rows are photos, in the same order in every method."""
+    """Recorded outputs of n photos, for fitting a policy. Rows are photos, in the same order in every method.
+
+    Attributes:
+        temperatures: one per early exit.
+        seed: seed of random draws in a fit.
+    """
 
     temperatures: Sequence[float]
-    """One temperature per early exit."""
     seed: int
-    """Seed of random draws in a fit."""
 
     def signals(self, exit_index: int, boxes: int | None = None) -> Iterator[ExitSignals]:
-        """Signals of an early exit, batch after batch, as the router passes them to the policy: logits divided by the
-        temperature, for the ``boxes`` likeliest default boxes of each photo (None: all)."""
+        """Signals of an early exit in batches, as the policy gets them: logits divided by the temperature, for the
+        ``boxes`` likeliest default boxes of each photo (None: all)."""
 
     def losses(self) -> Tensor:
         """Loss of each photo at each exit, the full path last: [n, exits] in [0, 1]."""
@@ -66,7 +69,7 @@ class FittedPolicy(nn.Module):
 
     Attributes:
         boxes: number of default boxes per image that the policy gets (``register_policy`` sets it); None: all.
-        reads_taps: whether the policy reads the tap (`ExitSignals.tap`), so that it works at an exit without a branch.
+        reads_taps: whether the policy reads the tap, so that it works at an exit without a branch.
         needs_training_photos: whether the policy must be fitted on photos other than those of calibration.
         cross_fits: whether the policy has ``cross_fit``, which fits it on the photos of calibration too.
         expected: description of the parameters, for messages.
@@ -101,7 +104,7 @@ class FittedPolicy(nn.Module):
 
 @dataclass(frozen=True)
 class RegisteredPolicy:
-    """A policy made from a function of the logits. It is pickled by name: a decorated function cannot be pickled."""
+    """A policy made from a function of the logits; pickled by name, since a decorated function cannot be."""
 
     name: str
     function: Callable[..., Tensor]
@@ -148,8 +151,7 @@ def register_policy(name: str, boxes: int | None = None) -> Callable[[Registered
 
 
 def get_policy(name: str, parameters: Any = None) -> Policy:
-    """The policy ``name``, with its ``parameters`` if it is a fitted one; an EarlyExitError for an unknown name, and
-    for parameters that are missing, superfluous or of another policy."""
+    """The policy ``name``, with its ``parameters`` if it is a fitted one; an EarlyExitError if either is wrong."""
     require_known(name)
     if name not in FITTED_POLICIES:
         if parameters is not None:
@@ -235,12 +237,12 @@ def ambiguous_mass(logits: Tensor) -> Tensor:
 @register_policy("emptiness", FEWER_CANDIDATES)
 def emptiness(logits: Tensor) -> Tensor:
     """1 - the largest object probability of any default box: a photo leaves if it probably shows nothing."""
-    return 1 - FastSoftmax(logits).largest.amax(-1)
+    return 1 - max_foreground(logits)
 
 
 def at_likeliest_boxes(signals: ExitSignals, boxes: int | None) -> ExitSignals:
-    """The signals at the ``boxes`` default boxes with the largest (object logit - background logit); None: all. The
-    choice saves a slow softmax over all boxes, and no temperature changes it."""
+    """The signals at the ``boxes`` default boxes with the largest (object logit - background logit); None: all. This
+    saves a slow softmax over all boxes; no temperature changes the choice."""
     logits = signals.logits
     images, count, classes = logits.shape
     if boxes is None or boxes >= count:
@@ -310,11 +312,8 @@ def _minus_background(logits: Tensor) -> Tensor:
 
 @register_policy("balanced_ambiguity", FEWER_CANDIDATES)
 class BalancedAmbiguity(FittedPolicy):
-    """`ambiguous_mass` with a larger weight for rare classes, because AP is a mean over classes.
-
-    1 / (1 + m), with m the sum over the ambiguous default boxes (`AMBIGUOUS`) of the largest object probability times
-    the weight of its class. ``parameters`` are a positive weight for each class except background.
-    """
+    """`ambiguous_mass` with each probability times the weight of its class, since AP is a mean over classes.
+    ``parameters`` are a positive weight for each class except background, large for rare ones."""
 
     needs_training_photos = False
     expected = "a positive weight for every class"
@@ -359,9 +358,9 @@ HIDDEN_UNITS, FIT_STEPS = 8, 600
 def logit_statistics(logits: Tensor) -> Tensor:
     """Statistics of the object probabilities: [N, A, C] to [N, `NUM_STATISTICS`].
 
-    Let p be the largest object probability of a default box. The first statistics are log(1 + x) of these x: the number
-    of boxes with p above each of `LEVELS`, the sum of all p, and the sum of the ambiguous p. The last two are the
-    largest probabilities that two different classes have at any box.
+    With p the largest object probability of a default box: log(1 + x) of the number of boxes with p above each of
+    `LEVELS`, of the sum of all p and of the sum of the ambiguous p; then the largest probabilities that two different
+    classes have at any box.
     """
     softmax = FastSoftmax(logits)
     by_box_and_class = softmax.ratios[..., 1:] / softmax.total[..., None]
@@ -373,9 +372,8 @@ def logit_statistics(logits: Tensor) -> Tensor:
 
 
 class GainModel(nn.Module):
-    """Predicts the gain of going on for each image: loss at the exit - loss at the full path. It is a perceptron with
-    one hidden layer on the standardised statistics, plus linear terms in these and in the means of the tap's channels.
-    """
+    """Predicts the gain of going on, loss at the exit - loss at the full path: a perceptron with one hidden layer on
+    the standardised statistics, plus linear terms in these and in the means of the tap's channels."""
 
     def __init__(self, tap_channels: int) -> None:
         super().__init__()
@@ -469,11 +467,8 @@ LEAST_PROBABILITY = 1e-3
 
 @register_policy("foreseen_emptiness", FEWER_CANDIDATES)
 class ForeseenEmptiness(FittedPolicy):
-    """Confidence 1 - p, with p a prediction of the full path's largest object score.
-
-    Ridge regression predicts the logit of p from the pooled tap and, if the exit has a branch, from its own largest
-    score (:func:`regression_inputs`). ``parameters`` are ``{"weight": [d], "bias": float}`` for each early exit.
-    """
+    """Confidence 1 - p, with p a prediction of the full path's largest object score by ridge regression.
+    ``parameters`` are ``{"weight": [d], "bias": float}`` for each early exit."""
 
     reads_taps = True
     cross_fits = True
@@ -540,12 +535,10 @@ def regression_inputs(signals: ExitSignals) -> Tensor:
 def fit_largest_score(inputs: Tensor, probability: Tensor, weights: Tensor | None = None) -> dict[str, list | float]:
     """Weighted ridge regression of the logit of ``probability`` [n] on ``inputs`` [n, d].
 
-    The penalty with the least leave-one-out error is chosen. ``weight`` [d] and ``bias`` are for inputs that are not
-    standardised. With X the standardised inputs, the leave-one-out residuals are (y - Xw) / (1 - h), where h is the
-    diagonal of X (X'X + penalty I)^-1 X' + 1/n (Golub, Heath and Wahba 1979, equation 1.3).
-
-    Args:
-        weights: weight of each photo in the sums of squares, [n]; None: 1.
+    The penalty with the least leave-one-out error is chosen. With X the standardised inputs, leave-one-out residuals
+    are (y - Xw) / (1 - h), where h is the diagonal of X (X'X + penalty I)^-1 X' + 1/n (Golub, Heath and Wahba 1979,
+    equation 1.3). ``weight`` [d] and ``bias`` are for inputs that are not standardised. ``weights`` are those of each
+    photo in the sums of squares, [n]; None: 1.
     """
     inputs, targets = inputs.double(), torch.logit(probability.double(), eps=LEAST_PROBABILITY)
     share = torch.ones_like(targets) if weights is None else weights.double()

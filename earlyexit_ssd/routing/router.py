@@ -33,8 +33,8 @@ class ExitRouter(nn.Module):
         hybrid: no image leaves early. An image takes its classes from the first exit that reaches its threshold, and
             its boxes from the full path, whose classification head is then not computed.
         temperature_bounds: (low, high). Temperatures are clamped to them after every training step.
-        learn_temperatures: fit the temperatures by maximum likelihood (Guo et al. 2017) while the exits train. This
-            loss changes the temperatures only: no gradient flows into the logits.
+        learn_temperatures: fit the temperatures by maximum likelihood (Guo et al. 2017) while the exits train; no
+            gradient flows into the logits.
 
     Attributes:
         certificate: the `Certificate` that the router was made from; None if it was made without one.
@@ -97,14 +97,8 @@ class ExitRouter(nn.Module):
             super().__setattr__(name, value)
 
     def confidence(self, signals: ExitSignals, exit_index: int) -> Tensor:
-        """Confidences [N] in [0, 1] at an exit; the full path is exit ``num_exits``.
-
-        At an exit without a branch, a policy that reads only logits cannot decide. The confidence is then -1, which
-        reaches no threshold.
-
-        Raises:
-            EarlyExitError: the policy does not return one number per image.
-        """
+        """Confidences [N] in [0, 1] at an exit; the full path is exit ``num_exits``. It is -1, which reaches no
+        threshold, where a policy that reads only logits has none: at an exit without a branch."""
         if signals.empty and not self._reads_taps:
             return -torch.ones_like(signals.logits[:, 0, 0], dtype=torch.float32)
         confidence = self._policy(self._policy_inputs(signals, exit_index), exit_index)
@@ -152,8 +146,7 @@ class ExitRouter(nn.Module):
         if not isinstance(self.temperatures, nn.Parameter):
             return None
         self.clamp_temperatures()  # a user's own training loop may not call it
-        labels = assignment.labels
-        logits = logits.float() / self.temperatures[exit_index]
+        labels, logits = assignment.labels, logits.float() / self.temperatures[exit_index]
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
         parts = [labels > 0, labels == 0]
         counts = mean_over_processes(torch.stack([part.sum() for part in parts]).float())
@@ -167,7 +160,7 @@ class ExitRouter(nn.Module):
         self.temperatures.data.nan_to_num_(nan=1.0).clamp_(*self.temperature_bounds)
 
     def to_dict(self) -> dict:
-        """The settings as plain types, stored beside the weights; ``ExitRouter(**values)`` makes the router again."""
+        """The settings as plain types; ``ExitRouter(**values)`` makes the router again."""
         self.clamp_temperatures()
         return {
             "num_exits": self.num_exits,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from earlyexit_ssd import ExitRouter
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.cost import mmacs_to_exit
-from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, PathToExit
+from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, PathToExit, build_ssdlite
 from earlyexit_ssd.modeling.branches import (
     BRANCHES,
+    Argument,
     Branch,
     CopiedPathToC4,
     EmptyExit,
@@ -22,8 +24,7 @@ from earlyexit_ssd.modeling.branches import (
     ThinnedBlock,
     describe_exits,
     exit_keywords,
-    inherit_coarse_predictors,
-    num_default_boxes,
+    inherit_predictors,
     register_branch,
 )
 from earlyexit_ssd.modeling.heads import FoldedClassificationHead
@@ -67,17 +68,12 @@ def test_weights_are_copies_that_can_be_fetched_again(depth):
     assert all(parameter.requires_grad for parameter in tail.parameters())
 
 
-def test_depth_has_an_end():
-    with pytest.raises(ValueError, match="depth 3: a branch's tail has 0 to 2 residual blocks"):
-        Tail(small_model().backbone, 3)
-
-
 def test_head_takes_the_wanted_rows():
     model, wide = small_model(), small_model(classes=tuple("abcd"))
     wide.head.classification_head = FoldedClassificationHead(wide.head.classification_head, (4, 2))
     mine = model.branches["exit8"].head
     first = mine.classification_head.module_list[0][1].weight.clone()
-    inherit_coarse_predictors(mine, wide.head)
+    inherit_predictors(mine, wide.head)
     old = wide.head.classification_head.module_list[1][1].weight.view(6, 5, -1)
     new = mine.classification_head.module_list[1][1].weight.view(6, 3, -1)
     assert torch.equal(new, old[:, [0, 4, 2]])
@@ -209,21 +205,27 @@ def test_shares_are_one_for_each_exit():
     widths = [branch.copied.c4.expanded_channels for branch in model.branches.values()]
     assert widths[0] < widths[1] == model.backbone.features[0][-1][0].out_channels
     for wrong in ((0.5, 0.5, 0.5), (1.5,), (0.0,)):
-        with pytest.raises(EarlyExitError, match="copy .*: expected one number in"):
+        with pytest.raises(EarlyExitError, match=r"copy is .*, expected a number in \(0, 1\], or one for each"):
             small_model(exit_layers=(8, 12), copy=wrong)
 
 
 # The kind "empty".
 
 
+def place(**changes):
+    """Of an exit of three classes and 40 default boxes."""
+    shapes = {"tap": (4, 6, 6), "grids": [(2, 3), (1, 1)], "boxes_per_cell": [6, 4], "num_classes": 3}
+    return Place(torch.nn.Module(), 8, **shapes | changes)
+
+
 def test_it_says_background_at_every_default_box():
-    head = EmptyExit(5, 3)(torch.ones(2, 4, 6, 6))
-    assert head["cls_logits"].softmax(-1).allclose(torch.tensor([1.0, 0, 0]).expand(2, 5, 3))
-    assert head["bbox_regression"].equal(torch.zeros(2, 5, 4))
+    head = EmptyExit(place())(torch.ones(2, 4, 6, 6))
+    assert head["cls_logits"].softmax(-1).allclose(torch.tensor([1.0, 0, 0]).expand(2, 40, 3))
+    assert head["bbox_regression"].equal(torch.zeros(2, 40, 4))
 
 
 def test_default_boxes_by_hand():
-    assert num_default_boxes([(2, 3), (1, 1)], [6, 4]) == 6 * 6 + 4
+    assert place(grids=[(2, 3), (1, 1)], boxes_per_cell=[6, 4]).num_boxes == 6 * 6 + 4
 
 
 def test_shapes_are_those_of_the_other_exits(images):
@@ -277,7 +279,7 @@ def test_who_leaves_there_has_an_empty_answer(images):
 
 @pytest.mark.parametrize("policy", ["max_foreground", "emptiness", "entropy", "ambiguous_mass"])
 def test_policies_of_logits_let_nobody_leave_there(policy):
-    signals = ExitSignals(EmptyExit(5, 3)(torch.ones(2, 4, 6, 6))["cls_logits"], empty=True)
+    signals = ExitSignals(EmptyExit(place())(torch.ones(2, 4, 6, 6))["cls_logits"], empty=True)
     router = ExitRouter(1, policy=policy, thresholds=0.0)
     assert router.leaves(router.confidence(signals, 0), 0).tolist() == [False, False]
 
@@ -343,20 +345,51 @@ def test_a_description_of_the_first_format_is_read():
     [
         (lambda: Exit(8, "lihgt"), "branch is 'lihgt', expected one of copied, light, empty .did you mean 'light'"),
         (lambda: describe_exits(glances=[128, 12]), "glances has 128, expected pairs of pixels and a trunk layer"),
-        (lambda: describe_exits(glances=[(16, 12)]), "a glance at 16 pixels, expected a whole number from 32 on"),
+        (lambda: describe_exits(glances=[(16, 12)]), "a glance's side is 16, expected 32 to 4096"),
         (lambda: Exit(8, "light", pixels=64), "a glance with a branch 'light': it has none, expected 'empty'"),
         (lambda: Exit(8, ["light"]), r"branch is \['light'\], expected one of"),
         (lambda: Exit(8, "light", {"depth": 1}), "a light branch has no argument 'depth'"),
-        (lambda: Exit(8, "copied", {"copy": 0.0}), r"copy \[0.0\]: expected one number in \(0, 1\]"),
+        (lambda: Exit(8, "copied", {"copy": 0.0}), r"copy is 0.0, expected a number in \(0, 1\]"),
         (lambda: Exit(8.5), "layer is 8.5, expected a whole number"),
         (lambda: describe_exits((6, 8), branch=("light",) * 3), "or one for each of 2 exits"),
         (lambda: describe_exits((6, 8), branch="light", context=1), "context is 1, expected True or False"),
-        (lambda: describe_exits((6, 8), channels=5000), r"channels \[5000\]: expected one number in \[0, 4096\]"),
+        (lambda: describe_exits((6, 8), channels=5000), r"channels is 5000, expected a whole number in \[0, 4096\]"),
     ],
 )
 def test_what_describes_no_exit(make, message):
     with pytest.raises(EarlyExitError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"exit_layers": 8}, "exit_layers is 8, expected a list"),
+        ({"exit_layers": "8"}, "exit_layers is '8', expected a list"),
+        ({"exit_layers": (8, 12.0)}, r"exit_layers\[1\] is 12.0, expected a whole number"),
+        ({"exit_layers": (12, 8)}, "exit_layers .12, 8.: expected increasing trunk layers from 1 to 15"),
+        ({"empty": 6}, "empty is 6, expected a list"),
+        ({"depth": (1.5,)}, "depth is .1.5,., expected a whole number in"),
+        ({"depth": (True,)}, "depth is .True,., expected a whole number in"),
+        ({"copy": "0.5"}, "copy is '0.5', expected a number in"),
+        ({"copy": (float("nan"),)}, "copy is .nan,., expected a number in"),
+        ({"channels": -1}, "channels is -1, expected a whole number in"),
+        ({"head_rank": "64"}, "head_rank is '64', expected a whole number in"),
+    ],
+)
+def test_the_constructor_names_what_is_wrong(wrong, message):
+    detector = build_ssdlite(num_classes=2, image_size=96, width=0.25)
+    with pytest.raises(EarlyExitError, match=message):
+        EarlyExitSSDLite(detector, **wrong)
+
+
+def test_one_stands_for_all():
+    assert Argument(0.5, 1).of_each("copy", 0.25, 3) == Argument(0.5, 1).of_each("copy", (0.25,), 3) == [0.25] * 3
+    assert Argument(0.5, 1).of_each("copy", [1, np.float32(0.5)], 2) == [1.0, 0.5]
+    assert Argument(2, 2).of_each("depth", np.array([2, 0]), 2) == [2, 0]
+    assert Argument(2, 2).of_each("depth", [], 0) == Argument(2, 2).of_each("depth", (2,), 0) == []
+    with pytest.raises(EarlyExitError, match=r"copy is 0, expected a number in \(0, 1\], or one for each of 2 exits"):
+        Argument(0.5, 1, zero=False).of_each("copy", 0, 2)
 
 
 def test_exits_and_their_keywords_are_not_given_together():
@@ -371,8 +404,7 @@ def test_a_kind_of_branches_is_added_in_one_place(images, monkeypatch):
     class Constant(Branch):
         def __init__(self, place: Place) -> None:
             super().__init__()
-            boxes = num_default_boxes(place.grids, place.boxes_per_cell)
-            self.logits = torch.nn.Parameter(torch.zeros(boxes, place.num_classes))
+            self.logits = torch.nn.Parameter(torch.zeros(place.num_boxes, place.num_classes))
 
         def forward(self, tap, context=None):
             count = len(tap)

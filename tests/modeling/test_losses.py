@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torchvision.models.detection._utils import BoxCoder, SSDMatcher
 
 from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.losses import (
     Assignment,
     LossSettings,
@@ -169,3 +170,23 @@ def test_distillation_gives_the_teacher_no_gradient():
 def test_impossible_settings(changes, message):
     with pytest.raises(EarlyExitError, match=message):
         LossSettings(**changes)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"exit_weights": 2.0}, "exit_weights is 2.0, expected a list"),
+        ({"exit_weights": (1.0, -1.0)}, r"exit_weights\[1\] is -1.0, expected 0 to inf"),
+        ({"full_weight": "1"}, "full_weight is '1', expected a finite number"),
+        ({"focal_gamma": float("nan")}, "focal_gamma is nan, expected a finite number"),
+        ({"min_negatives": None}, "min_negatives is None, expected a whole number"),
+    ],
+)
+def test_settings_name_what_is_wrong(wrong, message):
+    with pytest.raises(EarlyExitError, match=message):
+        LossSettings(**wrong)
+
+
+def test_weights_are_one_or_one_for_each_exit():
+    with pytest.raises(EarlyExitError, match="exit_weights of the losses is .1, 2, 3., expected one number"):
+        EarlyExitSSDLite(small_model(), losses=LossSettings(exit_weights=(1, 2, 3)))
