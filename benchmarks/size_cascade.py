@@ -1,0 +1,108 @@
+#!/usr/bin/env python
+"""Does a glance that answers with boxes pay? It is the whole detector at a small input; other photos go on to a larger.
+
+A share of the calib photos, those with the highest confidence, leaves at the small size. For every pair of sizes and
+every policy this prints cost, AP50 and AP, and the differences to one size alone at the same cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from earlyexit_ssd.command_line import run_tool
+from earlyexit_ssd.config import load_config
+from earlyexit_ssd.data import build_loader, load_dataset, to_coco
+from earlyexit_ssd.evaluation.cost import PlainPath, count_mmacs, example_input
+from earlyexit_ssd.evaluation.matches import ap_of_choice, exit_matches
+from earlyexit_ssd.evaluation.outputs import on_cpu, over_batches
+from earlyexit_ssd.modeling import load_model
+from earlyexit_ssd.routing import POLICIES
+
+RULES = ("ambiguous_mass", "entropy", "margin", "max_foreground", "emptiness")
+SHARES = (0.3, 0.5, 0.7)
+
+EXAMPLES = """
+examples:
+  %(prog)s --config configs/voc_animals.yaml --weights output/optimize/fine_tuned/*/model.pth DATA.ROOT photos
+      the detector that `earlyexit optimize --train` fine-tuned for several sizes
+"""
+
+
+def job(args: argparse.Namespace) -> None:
+    """Run every size once, then print one row for each pair, policy and share."""
+    cfg = load_config(args.config, args.overrides)
+    dataset, (trained, architecture, *_) = load_dataset(cfg, cfg.DATA.CALIB), load_model(args.weights)
+    state, sizes = trained.state_dict(), sorted(args.sizes)
+    detections, confidences, costs = [], {rule: [] for rule in RULES}, []
+    for size in sizes:
+        own = architecture.trained_size or architecture.image_size
+        model = dataclasses.replace(architecture, image_size=size, trained_size=own).build().eval()
+        model.load_state_dict({key: state[key] for key in model.state_dict()})
+        costs.append(count_mmacs(PlainPath(model), example_input(model)))
+
+        def of_batch(images, targets, model=model):
+            outputs, last = model.exit_outputs(images), len(model.exit_names) - 1
+            found = [on_cpu(one) for one in model.detections(outputs, last)]
+            scores = torch.stack([POLICIES[rule](outputs.signals(last), last) for rule in RULES], 1).tolist()
+            return [
+                (int(one["image_id"]), *row) for one, row in zip(targets, zip(found, scores, strict=True), strict=True)
+            ]
+
+        loader = build_loader(dataset, 16, cfg.DATA.WORKERS, False, cfg.SEED)
+        rows = sorted(
+            (row for batch in over_batches(model, loader, of_batch, f"{size} px") for row in batch),
+            key=lambda row: row[0],
+        )
+        detections.append({image_id: found for image_id, found, _ in rows})
+        for place, rule in enumerate(RULES):
+            confidences[rule].append(np.array([scores[place] for *_, scores in rows]))
+    matches = exit_matches(to_coco(dataset), detections)
+    alone = [ap_of_choice(matches, np.full(len(dataset), index)) for index in range(len(sizes))]
+    print(
+        f"{len(dataset)} photos of {', '.join(cfg.DATA.CALIB)}\n\n| sizes | policy | leave | MMAC | AP50 | AP |\n"
+        + "|---" * 6
+        + "|"
+    )
+    for size, cost, one in zip(sizes, costs, alone, strict=True):
+        print(f"| {size} | - | - | {cost:.0f} | {one.AP50:.3f} | {one.AP:.3f} |")
+    for rule in RULES:
+        for small in range(len(sizes)):
+            order = np.argsort(-confidences[rule][small], kind="stable")
+            for large in range(small + 1, len(sizes)):
+                for share in SHARES:
+                    choice = np.full(len(dataset), large)
+                    choice[order[: round(share * len(order))]] = small
+                    found, cost = ap_of_choice(matches, choice), costs[small] + (1 - share) * costs[large]
+                    at_cost = (np.interp(cost, costs, [getattr(one, key) for one in alone]) for key in ("AP50", "AP"))
+                    cells = [
+                        f"{value:.3f} ({value - one:+.3f})"
+                        for value, one in zip((found.AP50, found.AP), at_cost, strict=True)
+                    ]
+                    print(
+                        f"| {sizes[small]}, {sizes[large]} | {rule} | {share:.0%} | {cost:.0f} | {' | '.join(cells)} |"
+                    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The script; the exit code as the tools have it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="its DATA.CALIB is measured")
+    parser.add_argument("--weights", required=True, help="a detector that was trained at several sizes")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[128, 160, 192, 224, 256, 272, 320], help="input sides, pixels"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="keys of the configuration")
+    args = parser.parse_args(arguments)
+    return run_tool(lambda: job(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
