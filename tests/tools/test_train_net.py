@@ -147,7 +147,7 @@ def test_exits_behind_the_last_layers_and_the_curves_of_their_training(tiny, tmp
     names = ("exit12", "exit14", "full")
     assert {key for key in last if "/" in key and not key.startswith("loss/")} == {
         *(f"{kind}/{name}" for kind in ("AP", "AP50", "share") for name in names),
-        *("temperature/exit12", "temperature/exit14"),
+        *(f"{kind}/{name}" for kind in ("confidence", "temperature") for name in names[:-1]),
     }
     assert sum(last[f"share/{name}"] for name in names) == pytest.approx(1.0)
     router = torch.load(run / "model.pth", weights_only=True)["info"]["router"]
