@@ -70,6 +70,8 @@ GLANCES = ((128, 12), (160, 12), (192, 12))
 are scaled and rounded to multiples of 16."""
 EMPTY_EXITS = (12,)
 """Trunk layers of the empty exits that are tried, also behind a glance, if the detector has no exits of its own."""
+OWN_HEAD = "as it is"
+"""`Variant.fold` of a net that keeps the detector's head."""
 SHARES, FINE_TUNED_SHARES = (1.0, 0.9, 0.8, 0.7), (1.0, 0.9, 0.8, 0.7, 0.6)
 """Tried input sides as shares of the detector's own, with its weights and with fine-tuned ones."""
 FINE_STEP = 16
@@ -172,7 +174,7 @@ class Variant:
     def describe(self, exits: Sequence[str], own_size: int) -> str:
         """The name of a candidate."""
         words = [f"{self.size} px"] if self.size != own_size else []
-        words += [f"{self.fold} head"] if self.fold != "as it is" else []
+        words += [f"{self.fold} head"] if self.fold != OWN_HEAD else []
         words += ["fine-tuned"] if self.fine_tuned else []
         for name in exits:
             words.append(f"glance at {name.removeprefix('glance')} px" if name.startswith("glance") else name)
@@ -238,7 +240,7 @@ class Optimizer:
         self.sets, self.repeats = disjoint_sets(self.cfg, ("CALIB",))
         self._nets: dict[Variant, Net] = {}
         self._photos: dict[bool, Replay] = {}
-        self.base = self._net(Variant(self.architecture.image_size, "as it is"))
+        self.base = self._net(Variant(self.architecture.image_size, OWN_HEAD))
         self.reference = self.base.calib.recording.detections[-1]
         text = f"{weights_hash(self.model)} {self.goal} {fingerprint(self.sets['CALIB'])} {self._settings()}"
         self.key = hashlib.sha256(text.encode()).hexdigest()
@@ -252,9 +254,9 @@ class Optimizer:
     # The plan of candidates.
 
     @property
-    def folds(self) -> list[str]:
-        """Kinds of heads: ``as it is``, and ``compact`` if the detector's head folds classes."""
-        return ["as it is", *(["compact"] if self.architecture.folded_rows else [])]
+    def best_head(self) -> str:
+        """The compact head if the detector's head folds classes, otherwise its own."""
+        return "compact" if self.architecture.folded_rows else OWN_HEAD
 
     def sizes(self, fine_tuned: bool = False) -> list[int]:
         """Tried sides of the input in pixels, largest first."""
@@ -272,7 +274,7 @@ class Optimizer:
     def exits_of(self, variant: Variant) -> tuple[Exit, ...]:
         """Glances smaller than the input, and the detector's other exits at its own size and with its own head. Empty
         exits take the place of these where there are none."""
-        own = variant == Variant(self.architecture.image_size, self.folds[0])
+        own = variant == Variant(self.architecture.image_size, OWN_HEAD)
         others = [one for one in self.architecture.exits if one.pixels is None] if own else []
         layers = () if others else [layer for layer in EMPTY_EXITS if layer < self.model.last_layer]
         glances = [one for one in self.glances if one[0] < variant.size]
@@ -286,10 +288,9 @@ class Optimizer:
 
     def plan(self) -> list[tuple[Variant, tuple[str, ...]]]:
         """Net and exit names of every candidate. Nets without exits come first, then the best head with exits, then the
-        whole head with exits: its candidates with only glances are skipped if the compact head holds the budget. The
-        fine-tuned nets come last."""
-        own, best = self.architecture.image_size, self.folds[-1]
-        base, smaller = Variant(own, self.folds[0]), [Variant(size, best) for size in self.sizes()]
+        detector's own head with exits, then the fine-tuned nets."""
+        own, best = self.architecture.image_size, self.best_head
+        base, smaller = Variant(own, OWN_HEAD), [Variant(size, best) for size in self.sizes()]
         plan: list[tuple[Variant, tuple[str, ...]]] = [(base, ()), *((one, ()) for one in smaller)]
         plan += [(one, exits) for one in (*smaller, base) for exits in self._exit_sets(one)]
         if self.goal.train:
@@ -340,15 +341,15 @@ class Optimizer:
     def _policy_photos(self, variant: Variant) -> Replay:
         """The recording that policies are fitted on: of the base detector, or of the fine-tuned one at its own size."""
         if variant.fine_tuned not in self._photos:
-            best = self.folds[-1] if variant.fine_tuned else "as it is"
-            source = Variant(self.architecture.image_size, best, variant.fine_tuned)
+            head = self.best_head if variant.fine_tuned else OWN_HEAD
+            source = Variant(self.architecture.image_size, head, variant.fine_tuned)
             self._photos[variant.fine_tuned] = self._recorded(source).replay("TRAIN")
         return self._photos[variant.fine_tuned]
 
     @functools.cached_property
     def _fine_tuned(self) -> tuple[Architecture, dict[str, torch.Tensor]]:
         """The full path with the best head, fine-tuned at all sizes and those of the glances."""
-        architecture, state = self._compact if self.folds[-1] == "compact" else (self.architecture, self._full_path)
+        architecture, state = self._compact if self.best_head == "compact" else (self.architecture, self._full_path)
         architecture = dataclasses.replace(architecture, exits=())
         sizes = [*self.sizes(fine_tuned=True), *(pixels for pixels, _ in self.glances if self.shows_empty_photos)]
         student = architecture.build().to(self.device)
@@ -400,8 +401,9 @@ class Optimizer:
         temperatures, goal = temperatures_of(fitted, model.exit_names), Target("ap_drop", self.goal.ap_drop)
         router, cross_fitted = fit_router(cfg, policy, goal, temperatures, train, net.calib)
         costs = measure_cost_model(cfg, model, router, self.base.recorded.model)
+        target = self._target(costs)
         search = Search(
-            cfg, self._target(costs), router, net.calib, None, costs, baseline=self.reference, cross_fitted=cross_fitted
+            cfg, target, router, net.calib, train=None, costs=costs, baseline=self.reference, cross_fitted=cross_fitted
         )
         try:
             chosen = search.run()
@@ -412,6 +414,7 @@ class Optimizer:
         ms = float(costs.per_exit(chosen.thresholds)[chosen.exits].mean())
         candidate = self._judged(net, open_, chosen.exits, ms, costs.plain, chosen.measured.AP50_lost_bound)
         name = candidate.name if open_ else f"{candidate.name} ({', '.join(model.exit_names[:-1])} closed)"
+        # the name leaves closed exits out; exits and thresholds have them
         candidate = dataclasses.replace(candidate, name=name, policy=policy, thresholds=chosen.thresholds)
         return Found(dataclasses.replace(candidate, exits=model.exit_names[:-1]), net, search, chosen)
 
@@ -498,7 +501,7 @@ def _measured_in_ms(cfg: CfgNode) -> CfgNode:
 
 
 def _base_config(cfg: CfgNode) -> CfgNode:
-    """A copy of the configuration with the whole head and without branches, which would be untrained."""
+    """A copy of the configuration without a compact head, and without branches, which would be untrained."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.FOLD = "rows" if cfg.MODEL.FOLD == "rows" else "exact"
@@ -577,24 +580,21 @@ def optimize(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise EarlyExitError("optimize under torchrun: it times networks and runs in one process; start it without")
+    _warn_if_busy()
     out, started = Path(out_dir), time.monotonic()
     search = Optimizer(cfg, weights, goal, out)
     store = _Store(out / "candidates.json", search.key)
     plan = search.plan()
-    hopeless: set[Variant] = set()
     for variant, exits in progress(plan, desc="candidates"):
         if len(store) and goal.minutes is not None and time.monotonic() - started > 60 * goal.minutes:
             logger.warning("stopped after %g minutes: %d of %d candidates tried", goal.minutes, len(store), len(plan))
             break
         name = f"{variant} {' '.join(exits)}"
-        needless = exits and variant == plan[0][0] and search.is_empty(variant, exits) and _compact_holds(store)
-        if name in store or variant in hopeless or needless:
+        if name in store or (exits and _skipped(search, store, variant, exits)):
             continue
         candidate = search.measure(variant, exits).candidate
         store.add(name, candidate)
         logger.info("%s", candidate)
-        if not exits and candidate.lost is not None and candidate.lost > HOPELESS * goal.ap_drop:
-            hopeless.add(variant)
     measured, rivals = store.candidates, search.rivals()
     chosen = choose_candidate(measured, goal)
     outcome = _write(search, measured[0], chosen, (*measured, *rivals))
@@ -604,9 +604,22 @@ def optimize(
     return outcome
 
 
-def _compact_holds(store: _Store) -> bool:
-    """Whether the compact head holds the budget without exits. Then the whole head is not tried with empty exits."""
-    return any(one.fold == "compact" and not one.exits and one.holds for one in store.candidates)
+def _skipped(search: Optimizer, store: _Store, variant: Variant, exits: Sequence[str]) -> bool:
+    """Whether a net is not tried with these exits: it loses too much without them (`HOPELESS`), or they are empty, its
+    head is the detector's own, and the compact head holds the budget."""
+    without = {(one.image_size, one.fold, one.fine_tuned): one for one in store.candidates if not one.exits}
+    net = without.get((variant.size, variant.fold, variant.fine_tuned))
+    if net is not None and net.lost is not None and net.lost > HOPELESS * search.goal.ap_drop:
+        return True
+    compact_holds = any(one.fold == "compact" and one.holds for one in without.values())
+    return compact_holds and variant.fold == OWN_HEAD and search.is_empty(variant, exits)
+
+
+def _warn_if_busy() -> None:
+    """Log a warning if more processes run than there are cores."""
+    cores, load = os.cpu_count() or 1, os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > cores:
+        logger.warning("the machine is busy (load %.1f on %d cores): milliseconds will be unreliable", load, cores)
 
 
 def choose_candidate(candidates: Sequence[Candidate], goal: Goal) -> Candidate | None:
@@ -623,10 +636,10 @@ def choose_candidate(candidates: Sequence[Candidate], goal: Goal) -> Candidate |
     # with all exits closed it equals the candidate without exits
     known = [one for one in known if not one.exits or min(one.thresholds) < CLOSED]
     holding = [one for one in known if one.holds]
-    if holding and (fast(best := min(holding, key=lambda one: 1 / one.speedup)) or not any(map(fast, known))):
+    if holding and (fast(best := max(holding, key=lambda one: one.speedup)) or not any(map(fast, known))):
         return best
     asked = [one for one in known if fast(one)] if goal.speedup or goal.ms else []
-    return min(asked, key=lambda one: one.lost, default=min(holding, key=lambda one: 1 / one.speedup, default=None))
+    return min(asked, key=lambda one: one.lost, default=max(holding, key=lambda one: one.speedup, default=None))
 
 
 class _Store:
@@ -666,6 +679,7 @@ def _write(search: Optimizer, base: Candidate, chosen: Candidate | None, candida
         asked = f"nothing faster holds {search.goal.ap_drop:g} AP50 lost on the calib split"
         summary = f"{asked}: ship the detector as it is{nearest}"
         return Outcome(base, None, tuple(candidates), None, False, summary)
+    # candidates.json has only figures: build the net and its certificate again
     found = search.measure(Variant(chosen.image_size, chosen.fold, chosen.fine_tuned), chosen.exits)
     recorded = found.net.recorded
     info: ModelInfo = {**search.info}
