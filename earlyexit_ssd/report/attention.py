@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import matplotlib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from earlyexit_ssd.modeling.branches import LightBranch
 from earlyexit_ssd.modeling.detector import walk
 from earlyexit_ssd.modeling.trunk import evaluating
 
-CHANNELS, GRADIENTS = "channel attention", "gradients (Grad-CAM)"
+CHANNELS, GRADIENTS = "channel attention", "gradients"
 SIDE = 240
 """Largest side of a picture, pixels."""
 
@@ -35,9 +36,10 @@ def attention_maps(model: EarlyExitSSDLite, image: Tensor) -> dict[str, tuple[st
     """Exit name -> method and map [h, w] in [0, 1], of the exits with a head; a map that is 0 everywhere stays 0.
 
     A branch with squeeze-excitation (Hu et al. 2018) shows its tap weighted by the channel attention: the mean over the
-    channels of |attention * tap|. The others show Grad-CAM (Selvaraju et al. 2017, equations 1 and 2): relu(sum over
-    the channels of weight * tap), where a channel's weight is the mean gradient of the largest object log-probability
-    with respect to it. The full path's map is the finest map of its head.
+    channels of |attention * tap|. The others show relu(sum over the channels of gradient * tap), smoothed over 3 x 3
+    cells, with the gradient of the largest object log-probability. That is Grad-CAM (Selvaraju et al. 2017) with a
+    weight for each cell instead of a mean over all cells, since a detection depends on a part of the photo (Zhao and
+    Chan 2023, "ODAM"). The full path's map is the finest map of its head.
 
     Args:
         image: photo, float [3, H, W] in [0, 1], on the model's device.
@@ -56,7 +58,10 @@ def attention_maps(model: EarlyExitSSDLite, image: Tensor) -> dict[str, tuple[st
             head, features = (at.head(), at.tap) if not at.full else _full(at)
             score = head["cls_logits"][0].log_softmax(-1)[:, 1:].max()
             (gradient,) = torch.autograd.grad(score, features, retain_graph=True)
-            maps[name] = GRADIENTS, _scaled((gradient.mean((2, 3), keepdim=True) * features)[0].sum(0).relu())
+            maps[name] = (
+                GRADIENTS,
+                _scaled(F.avg_pool2d((gradient * features).sum(1), 3, 1, 1, count_include_pad=False)[0].relu()),
+            )
     return maps
 
 

@@ -9,7 +9,7 @@ function h(tag, attributes, ...children) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value === true ? "" : value);
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
   return element;
 }
 
@@ -19,6 +19,10 @@ const table = (rows, kind) => h("div", {class: "scroll"}, h("table", {class: kin
 
 const percent = (value) => `${(100 * value).toFixed(1)} %`;
 const number = (value, digits = 3) => (value === null || value === undefined ? "-" : value.toFixed(digits));
+const shortest = (value) => { // the shortest number that is this one in fp32
+  for (let digits = 1; digits < 9; digits++) if (Math.fround(+value.toPrecision(digits)) === Math.fround(value)) return String(+value.toPrecision(digits));
+  return String(+value.toPrecision(9));
+};
 const PALETTE = ["#2b6cb0", "#00838f", "#6b46c1", "#b7791f", "#97266d", "#4a5568"];
 
 function shareBar(shares) {
@@ -41,7 +45,7 @@ const escaped = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").repl
 function plot(element, traces, x, y, legend) {
   const axis = (title) => ({title: {text: escaped(title), font: {size: 12}}, automargin: true, gridcolor: "#e2e8f0", zeroline: false});
   const layout = {
-    margin: {l: 50, r: 16, t: 12, b: 44}, height: element.dataset.height ? +element.dataset.height : 300, font: {size: 11, color: "#1a202c"},
+    margin: {l: 50, r: 16, t: 12, b: 44}, height: element.clientHeight, font: {size: 11, color: "#1a202c"},
     xaxis: axis(x), yaxis: axis(y), showlegend: legend, legend: {orientation: "h", y: -0.25}, hovermode: "closest",
   };
   Plotly.newPlot(element, traces, layout, {responsive: true, displayModeBar: false});
@@ -49,7 +53,7 @@ function plot(element, traces, x, y, legend) {
 
 function pointsChart(element, page, quality) {
   const points = page.points.filter((one) => one[quality] !== null).sort((a, b) => a.ms - b.ms);
-  const bars = (values, key) => ({type: "data", symmetric: false, thickness: 1, width: 2, color: "#a0aec0",
+  const bars = (values, key) => ({type: "data", symmetric: false, thickness: 1, width: 2, color: "#cbd5e0",
     array: points.map((one, i) => (one[key] ? Math.max(one[key][1] - values[i], 0) : 0)),
     arrayminus: points.map((one, i) => (one[key] ? Math.max(values[i] - one[key][0], 0) : 0))});
   const x = points.map((one) => one.ms), y = points.map((one) => one[quality]);
@@ -148,30 +152,31 @@ function explorerSection(explorer, page, changed) {
     const now = explorer.figures(state), changes = now.choice.reduce((sum, exit, i) => sum + (exit !== start.choice[i]), 0);
     state.forEach((value, exit) => {
       closers[exit].checked = value >= closed;
-      boxes[exit].value = value >= closed ? "" : String(Number(value.toPrecision(9)));
+      boxes[exit].value = value >= closed ? "" : shortest(value);
       const place = sorted[exit].findIndex((one) => one < Math.fround(value));
       sliders[exit].value = value >= closed ? 0 : place < 0 ? sorted[exit].length : place;
       sliders[exit].setAttribute("aria-valuetext", value >= closed ? "closed" : value.toPrecision(4));
     });
     const speed = now.ms && photos.plain.ms ? photos.plain.ms / now.ms : now.mmacs && photos.plain.mmacs ? photos.plain.mmacs / now.mmacs : null;
-    const row = (name, key, at, digits) => [name, at(now), at(start), at(full)].map((cell, i) =>
-      i ? h("span", {"data-key": i === 1 ? key : null, "data-value": i === 1 ? cell : null}, number(cell, digits)) : cell);
+    const row = (name, key, at, text = number) => [name, at(now), at(start), at(full)].map((cell, i) =>
+      i ? h("span", {"data-key": i === 1 ? key : null, "data-value": i === 1 ? cell : null}, text(cell)) : cell);
+    const digits = (count) => (cell) => number(cell, count);
     out.replaceChildren(
       shareBar(Object.fromEntries(names.map((name, exit) => [name, now.shares[exit]]))),
       table([["", "now", "as evaluated", "all closed"],
-        ...names.map((name, exit) => row(`photos leave at ${name}`, `share/${name}`, (one) => one.shares[exit], 4)),
-        row("AP50", "ap50", (one) => one.ap50), row("objects found", "found", (one) => one.found, 0),
-        row("objects lost against the full path", "lost", (one) => one.lost, 0), row("false positives added", "added", (one) => one.added, 0),
-        row("ms per photo", "ms", (one) => one.ms, 2), row("MMAC per photo", "mmacs", (one) => one.mmacs, 1)]),
+        ...names.map((name, exit) => row(`photos leave at ${name}`, `share/${name}`, (one) => one.shares[exit], percent)),
+        row("AP50", "ap50", (one) => one.ap50), row("objects found", "found", (one) => one.found, digits(0)),
+        row("objects lost against the full path", "lost", (one) => one.lost, digits(0)), row("false positives added", "added", (one) => one.added, digits(0)),
+        row("ms per photo", "ms", (one) => one.ms, digits(2)), row("MMAC per photo", "mmacs", (one) => one.mmacs, digits(1))]),
       h("p", {"data-key": "changed", "data-value": changes}, `${changes} of ${count} photos take another exit than as evaluated`
         + `${speed ? `; ${speed.toFixed(2)} times as fast as the detector without exits` : ""}. The photos below follow.`));
     const drop = now.ap50 === null ? null : Math.max(Math.ceil(1000 * (full.ap50 - now.ap50)) / 1000, 0.001);
     const targets = [...(speed ? [`--speedup ${speed.toFixed(2)}`] : []), ...(drop === null ? [] : [`--ap-drop ${drop}`])];
-    commands.replaceChildren(...(page.command ? targets.map((target) => {
+    commands.replaceChildren(...(page.command ? [h("h3", {}, "calibrate to this"), ...targets.map((target) => {
       const text = page.command.replace("{target}", target);
       const copy = (event) => { navigator.clipboard?.writeText(text); event.target.textContent = "copied"; };
       return h("pre", {}, text, " ", h("button", {type: "button", onclick: copy}, "copy"));
-    }) : []));
+    })] : []));
     changed(now, start);
   };
   const set = (exit, value) => { if (value >= 0 && value <= 1 || value === closed) { state[exit] = value; show(); } };
@@ -219,20 +224,20 @@ function gallerySection(explorer) {
   const added = (i) => Math.max(0, photos.false[i][now.choice[i]] - photos.false[i][last]);
   const filters = {
     "all photos": () => true,
-    "left early and right (nothing lost or added against the full path)": (i) => now.choice[i] < last && !lost(i) && !added(i),
-    "left early and wrong (something lost or added)": (i) => now.choice[i] < last && (lost(i) || added(i)),
-    "overthinking (an early exit makes fewer errors than the full path)": (i) => Math.min(...errors[i]) < errors[i][last],
-    "empty (no object)": (i) => !photos.objects[i],
+    "left early and right": (i) => now.choice[i] < last && !lost(i) && !added(i),
+    "left early and wrong": (i) => now.choice[i] < last && (lost(i) || added(i)),
+    "overthinking": (i) => Math.min(...errors[i]) < errors[i][last],
+    "empty": (i) => !photos.objects[i],
     "another exit than as evaluated": (i) => now.choice[i] !== start.choice[i],
   };
   const orders = {
-    "gain: errors that the rest of the network puts right": (i) => -gain[i],
+    "greatest gain first": (i) => -gain[i],
     "least gain first": (i) => gain[i],
-    "ambiguity: nearest to its threshold": ambiguity,
-    "exit, early first": (i) => now.choice[i],
+    "most ambiguous first": ambiguity,
+    "by exit": (i) => now.choice[i],
   };
   const select = (names, label) => h("select", {"aria-label": label, onchange: () => { shown = PAGE; draw(); }}, names.map((name) => h("option", {}, name)));
-  const filter = select(Object.keys(filters), "which photos"), order = select([...Object.keys(orders), "file"], "order of the photos");
+  const filter = select(Object.keys(filters), "which photos"), order = select([...Object.keys(orders), "by file name"], "order of the photos");
   const find = h("input", {type: "search", placeholder: "file name", "aria-label": "file name", oninput: () => { shown = PAGE; draw(); }});
   const list = h("div", {}), told = h("p", {class: "note", "aria-live": "polite"});
   const more = h("button", {type: "button", onclick: () => { shown += PAGE; draw(); }}, "more photos");
@@ -245,7 +250,7 @@ function gallerySection(explorer) {
       chosen.sort((a, b) => keys[a] - keys[b] || a - b);
     } else chosen.sort((a, b) => (photos.files[a] < photos.files[b] ? -1 : 1));
     const embedded = Object.keys(photos.thumbnails).length;
-    told.textContent = `${chosen.length} of ${count} photos. ` + (embedded < count ? `${embedded} have a thumbnail in this file, of the others the boxes are drawn. ` : "")
+    told.textContent = `${chosen.length} of ${count} photos in ${photos.folder}. ` + (embedded < count ? `${embedded} have a thumbnail in this file, of the others the boxes are drawn. ` : "")
       + `Solid green: found. Dashed red: false. Grey: ignored. Orange frame: the exit taken. Boxes of score ${photos.score} or more.`;
     list.replaceChildren(...chosen.slice(0, shown).map((i) => {
       const exit = now.choice[i], confidence = exit < last ? `, confidence ${number(explorer.confidences[exit][i])}` : "";
@@ -256,7 +261,9 @@ function gallerySection(explorer) {
     }));
     more.hidden = shown >= chosen.length;
   };
-  const section = h("section", {id: "photos"}, h("h2", {}, "The photos"), h("div", {class: "controls"}, filter, order, find), told, list, more);
+  const section = h("section", {id: "photos"}, h("h2", {}, "The photos"),
+    h("p", {class: "note"}, "Right: nothing lost or added against the full path. Overthinking: an early exit makes fewer errors (missed or false) than the full path. "
+      + "Gain: errors of the first exit less those of the full path. Ambiguous: a confidence near its threshold."), h("div", {class: "controls"}, filter, order, find), told, list, more);
   return [section, (figures, evaluated) => { now = figures; start = evaluated; draw(); }];
 }
 
@@ -294,7 +301,7 @@ function attentionSection(photos) {
   const rows = new Map();
   for (const one of photos.attention) rows.set(one.photo, [...(rows.get(one.photo) || []), one]);
   return h("section", {id: "attention"}, h("h2", {}, "Where the exits look"),
-    h("p", {class: "note"}, "Bright: what the exit's strongest detection depends on. Branches with channel attention show the attention-weighted activation, others Grad-CAM."),
+    h("p", {class: "note"}, "Bright: what the exit's strongest detection depends on. Branches with channel attention show the attention-weighted activation, others gradient times activation."),
     Array.from(rows, ([photo, maps]) => h("div", {class: "photo"}, h("p", {}, photos.files[photo]), h("div", {class: "frames"},
       frame(photos, photo, photos.truth[photo], "ground truth", false, true),
       maps.map((one) => h("figure", {}, h("img", {src: `data:image/jpeg;base64,${one.picture}`, alt: `${one.exit}, ${one.method}`}), h("figcaption", {}, `${one.exit}: ${one.method}`)))))));
@@ -303,7 +310,7 @@ function attentionSection(photos) {
 // The page.
 
 function firstScreen(page) {
-  const chart = h("div", {class: "chart", "data-height": 380}), later = [];
+  const chart = h("div", {class: "chart"}), later = [];
   const quality = h("select", {"aria-label": "figure of the chart", onchange: (event) => pointsChart(chart, page, event.target.value)},
     ["AP50", "AP"].map((name) => h("option", {}, name)));
   const both = page.points.some((one) => one.AP !== null);

@@ -186,7 +186,17 @@ def evaluation_page(results: Results, **more: Any) -> Page:
         for row in rows
         if row.ms is not None and not row.empty
     )
-    heading = ("detector", "AP", "AP50", "95 % interval", "objects found", "false", "photos leave", "ms", "MMAC")
+    heading = (
+        "detector",
+        "AP",
+        "AP50",
+        "95 % interval",
+        "objects found",
+        "false positives",
+        "photos leave",
+        "ms",
+        "MMAC",
+    )
     cells = [
         (
             f"{row.name} (empty)" if row.empty else row.name,
@@ -235,8 +245,8 @@ def _evaluation_tiles(results: Results) -> tuple[Tile, ...]:
         Tile(
             "speed-up",
             "-" if routed.speedup is None else f"{routed.speedup:.2f}×",
-            f"{_interval(routed.speedup_interval, 2)} {figure(routed.ms, 1)} ms routed, {figure(plain.ms, 1)} without"
-            " exits",
+            f"{_interval(routed.speedup_interval, 2)} over the photos; {figure(routed.ms, 1)} ms routed,"
+            f" {figure(plain.ms, 1)} without exits",
             None if routed.speedup is None else routed.speedup > 1,
         ),
         Tile(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import itertools
+import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,6 +85,8 @@ def photos_json(photos: PagePhotos) -> dict[str, Any]:
     """What page.js reads."""
     matches, counts = photos.matches, photo_counts(photos.matches, photos.score)
     images = [photos.ground_truth.imgs[image_id] for image_id in matches.image_ids]
+    files = [str(image.get("file_name", image["id"])) for image in images]
+    folder = os.path.commonpath(map(os.path.dirname, files)) if all(map(os.path.isabs, files)) else ""
     thumbnails = _thumbnails(photos, images)
     brightness = {index: value for index, (value, _) in thumbnails.items()}
     return {
@@ -91,7 +94,8 @@ def photos_json(photos: PagePhotos) -> dict[str, Any]:
         "labelled": photos.labelled,
         "chosen_here": photos.chosen_here,
         "classes": [photos.ground_truth.cats[key]["name"] for key in sorted(photos.ground_truth.cats)],
-        "files": [str(image.get("file_name", image["id"])) for image in images],
+        "folder": folder,
+        "files": [os.path.relpath(file, folder) if folder else file for file in files],
         "sizes": [[image["width"], image["height"]] for image in images],
         "confidences": [np.asarray(row, np.float32).tolist() for row in photos.confidences],
         "thresholds": [float(np.float32(value)) for value in photos.thresholds],

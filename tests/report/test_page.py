@@ -102,7 +102,9 @@ def test_first_screen(with_rivals):
 def test_training_counts_epochs_on_and_names_what_failed():
     logs = {
         "baseline": [{"step": 1, "epoch": 1.0, "loss": 5.0, "AP50/full": 0.5}],
-        "exits": [{"step": 1, "epoch": 2.0, "loss": 3.0, "AP50/full": 0.5, "AP50/exit8": 0.25, "temperature/exit8": 3.0}],
+        "exits": [
+            {"step": 1, "epoch": 2.0, "loss": 3.0, "AP50/full": 0.5, "AP50/exit8": 0.25, "temperature/exit8": 3.0}
+        ],
     }
     check = {"name": "exit8 AP50", "value": 0.25, "limit": 0.3, "of": "", "passed": False}
     gates = [{"phase": "exits", "passed": False, "forced": False, "checks": [check]}]
