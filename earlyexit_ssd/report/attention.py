@@ -14,7 +14,7 @@ from torch import Tensor
 
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.branches import LightBranch
-from earlyexit_ssd.modeling.detector import walk
+from earlyexit_ssd.modeling.detector import AtExit, walk
 from earlyexit_ssd.modeling.trunk import evaluating
 
 CHANNELS, GRADIENTS = "channel attention", "gradients"
@@ -65,14 +65,14 @@ def attention_maps(model: EarlyExitSSDLite, image: Tensor) -> dict[str, tuple[st
     return maps
 
 
-def _full(at) -> tuple[dict[str, Tensor], Tensor]:
+def _full(at: AtExit) -> tuple[dict[str, Tensor], Tensor]:
     maps = at.maps()
     return at.model.head(maps), maps[0]
 
 
 def _scaled(values: Tensor) -> Tensor:
     values = values.detach().float().cpu()
-    return values / values.max().clamp(min=1e-12)
+    return values / values.max().clamp(min=1e-30)
 
 
 def attention_pictures(model: EarlyExitSSDLite, images: Sequence[tuple[int, Tensor]]) -> tuple[Attention, ...]:

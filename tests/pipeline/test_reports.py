@@ -9,9 +9,9 @@ from earlyexit_ssd.pipeline.reports import calibrate_command, read_training, wri
 
 
 def test_the_command_of_a_calibration_has_the_keys_of_the_evaluation():
-    given = ["earlyexit", "evaluate", "--config", "my set.yaml", "--out", "x", "DATA.ROOT", "/data", "SEED", "3"]
+    given = ["earlyexit", "evaluate", "--config", "my set.yaml", "--out", "x", "DATA.ROOT", "d", "SEED", "3"]
     assert calibrate_command([*given, "ROUTING.CERTIFICATE", "c.json"], "model.pth") == (
-        "earlyexit calibrate --config 'my set.yaml' --weights model.pth --out calibrated {target} DATA.ROOT /data SEED 3"
+        "earlyexit calibrate --config 'my set.yaml' --weights model.pth --out calibrated {target} DATA.ROOT d SEED 3"
     )
     assert calibrate_command(["pytest"], "model.pth") == ""
 

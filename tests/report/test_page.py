@@ -225,9 +225,8 @@ def test_many_photos_answer_at_once(browser, photos, tmp_path):
     every = {name: np.tile(hit, (len(one.hit), 1)) for name in ("hit", "ignored")}
     every["ignored"] = ~every["hit"] & False
     objects = {"all": np.tile(one.objects, repeats) + 3}
-    many = dataclasses.replace(
-        one, **every, photo=photo, exit=exit, rank=np.zeros(count, int), score=scores, overlap=scores, objects_by_size=objects
-    )  # fmt: skip
+    every |= {"photo": photo, "exit": exit, "score": scores, "overlap": scores, "objects_by_size": objects}
+    many = dataclasses.replace(one, **every, rank=np.zeros(count, int))
     matches = dataclasses.replace(photos.matches, classes=[many], image_ids=list(range(1, MANY + 1)))
     truth = build_ground_truth(MANY, [])
     for image_id, image in truth.imgs.items():
