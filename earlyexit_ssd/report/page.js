@@ -250,7 +250,7 @@ function gallerySection(explorer) {
       chosen.sort((a, b) => keys[a] - keys[b] || a - b);
     } else chosen.sort((a, b) => (photos.files[a] < photos.files[b] ? -1 : 1));
     const embedded = Object.keys(photos.thumbnails).length;
-    told.textContent = `${chosen.length} of ${count} photos in ${photos.folder}. ` + (embedded < count ? `${embedded} have a thumbnail in this file, of the others the boxes are drawn. ` : "")
+    told.textContent = `${chosen.length} of ${count} photos${photos.folder ? ` in ${photos.folder}` : ""}. ` + (embedded < count ? `${embedded} have a thumbnail in this file, of the others the boxes are drawn. ` : "")
       + `Solid green: found. Dashed red: false. Grey: ignored. Orange frame: the exit taken. Boxes of score ${photos.score} or more.`;
     list.replaceChildren(...chosen.slice(0, shown).map((i) => {
       const exit = now.choice[i], confidence = exit < last ? `, confidence ${number(explorer.confidences[exit][i])}` : "";

@@ -167,8 +167,9 @@ def _boxes(photos: PagePhotos) -> list[list[list[list[int]]]]:
     matches, states = photos.matches, defaultdict(list)
     places = {category: place for place, category in enumerate(sorted(photos.ground_truth.cats))}
     for place, one in enumerate(matches.classes):  # by falling score: the order of a photo's detections of the class
+        drawn = one.score >= photos.score
         state = np.where(one.hit[-1], 1, np.where(one.ignored[-1], 2, 0))
-        for photo, exit, value in zip(one.photo.tolist(), one.exit.tolist(), state.tolist(), strict=True):
+        for photo, exit, value in zip(*(part[drawn].tolist() for part in (one.photo, one.exit, state)), strict=True):
             states[photo, exit, place].append(value)
     rows: list[list[list[list[int]]]] = []
     for photo, image_id in enumerate(matches.image_ids):
