@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import gzip
 import html
 import json
@@ -101,10 +102,12 @@ class Page:
 
     Attributes:
         title: what was done, on what.
-        verdict: one sentence. good: whether it is good news; None: neither.
-        findings: the reasons; table: heading and rows. points: x_title says what their milliseconds are.
-        photos: the photos, for explorer and gallery.
-        commands: name -> command of the shell in which ``{target}`` stands for the target of a calibration.
+        verdict, good: one sentence, and whether it is good news; None: neither.
+        tiles, findings, table: figures of the first screen, the reasons, and a table whose first row is its heading.
+        shares: exit name -> share of the photos that leave there.
+        points, x_title: the chart of AP against milliseconds, and what these are.
+        photos: for the threshold explorer and the gallery.
+        command: of the shell, with ``{target}`` in place of the target of a calibration.
         links: name -> other report, relative to this one.
     """
 
@@ -156,20 +159,10 @@ def _packed(text: str) -> str:
 
 
 def _page_json(page: Page) -> dict[str, Any]:
-    content = {name: value for name, value in vars(page).items() if name != "photos"}
-    content |= {name: [vars(one) for one in content[name]] for name in ("tiles", "points")}
-    content["findings"] = [one.to_json() for one in page.findings]
-    content["sections"] = [
-        {
-            **vars(one),
-            "charts": [{**vars(chart), "lines": [vars(line) for line in chart.lines]} for chart in one.charts],
-        }
-        for one in page.sections
-    ]
-    content["colors"] = {kind: color for kind, (color, _) in STYLES.items()} | {"rival": PLAIN, "chosen": ROUTED}
-    content["closed"] = CLOSED
+    content = dataclasses.asdict(dataclasses.replace(page, photos=None))
     content["photos"] = photos_json(page.photos) if page.photos else None
-    return content
+    colors = {kind: color for kind, (color, _) in STYLES.items()}
+    return {**content, "colors": {**colors, "rival": PLAIN, "chosen": ROUTED}, "closed": CLOSED}
 
 
 # The first screen of each job.
