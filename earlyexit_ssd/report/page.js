@@ -42,11 +42,13 @@ async function unpack(id) {
 
 const escaped = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 
+const MANY = 6; // lines; with more the names stand beside them
+
 function plot(element, traces, x, y, legend) {
   const axis = (title) => ({title: {text: escaped(title), font: {size: 12}}, automargin: true, gridcolor: "#e2e8f0", zeroline: false});
   const layout = {
     margin: {l: 50, r: 16, t: 12, b: 44}, height: element.clientHeight, font: {size: 11, color: "#1a202c"},
-    xaxis: axis(x), yaxis: axis(y), showlegend: legend, legend: {orientation: "h", y: -0.25}, hovermode: "closest",
+    xaxis: axis(x), yaxis: axis(y), showlegend: legend, legend: traces.length > MANY ? {font: {size: 10}} : {orientation: "h", y: -0.25}, hovermode: "closest",
   };
   Plotly.newPlot(element, traces, layout, {responsive: true, displayModeBar: false});
 }
@@ -76,7 +78,7 @@ function lineChart(chart) {
     name: escaped(line.name), x: line.x, y: line.y, mode: line.bound ? "lines" : line.x.length > 60 ? "lines" : "lines+markers",
     connectgaps: true, line: {dash: line.bound ? "dash" : "solid", color: line.bound ? "#718096" : PALETTE[i % 6], width: 1.5}, marker: {size: 5},
   })), chart.x, chart.y, true);
-  return [h("div", {}, h("h3", {}, chart.title), element, chart.note ? h("p", {class: "note"}, chart.note) : null), draw];
+  return [h("div", {class: chart.lines.length > MANY ? "wide" : null}, h("h3", {}, chart.title), element, chart.note ? h("p", {class: "note"}, chart.note) : null), draw];
 }
 
 // The threshold explorer. Figures are those of earlyexit_ssd.evaluation: exits as `choose` takes them, counts as

@@ -27,7 +27,7 @@ from earlyexit_ssd.calibration.thresholds import CurvePoint
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.engine.hooks import LogLine
 from earlyexit_ssd.evaluation.results import Finding, Interval, Results
-from earlyexit_ssd.evaluation.verdict import asked_value
+from earlyexit_ssd.evaluation.verdict import DETECTS_AP50, asked_value
 from earlyexit_ssd.files import write_text
 from earlyexit_ssd.report.charts import PLAIN, ROUTED, STYLES, Candidate
 from earlyexit_ssd.report.page_photos import PagePhotos, photos_json
@@ -295,6 +295,11 @@ def calibration_page(
     verdict = f"{' and '.join(opened)} opened: {speedup}; judge it on the test photos (earlyexit evaluate)."
     if not opened:
         verdict = f"No exit is opened: nothing holds {_asked(target.kind, asked)} on these photos."
+    blind = measured.AP50_full is not None and measured.AP50_full < DETECTS_AP50
+    if blind:
+        verdict = (
+            f"The full path does not detect (AP50 {measured.AP50_full:.3f}): train it before its exits are opened."
+        )
     rows = zip(certificate.drift.exit_names, (*certificate.router["thresholds"], None), costs.exits, strict=True)
     cells = [
         (
@@ -309,7 +314,7 @@ def calibration_page(
     return Page(
         title=f"Calibration on {measured.photos} photos, policy {certificate.router['policy']}",
         verdict=verdict,
-        good=bool(opened),
+        good=None if opened and not blind else False,
         tiles=(
             Tile("asked", _asked(target.kind, asked), promised, None),
             Tile(
@@ -363,7 +368,14 @@ def calibration_section(
 
 # Training.
 
-_CURVES = {"loss": "loss", "AP": "AP", "AP50": "AP50", "share": "share of photos", "temperature": "temperature"}
+_CURVES = {
+    "loss": "loss",
+    "parts": "parts of the loss",
+    "AP": "AP",
+    "AP50": "AP50",
+    "share": "share of photos",
+    "temperature": "temperature",
+}
 
 
 def training_section(
@@ -384,6 +396,7 @@ def training_section(
             for key, value in line.items():
                 kind, _, name = key.partition("/")
                 measured = kind != "loss"  # measurements are few; losses stand in every line
+                kind = "parts" if kind == "loss" and name else kind
                 if kind not in found or value is None or not (measured or index % every == 0):
                     continue
                 name = name or "total"

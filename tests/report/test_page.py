@@ -103,7 +103,15 @@ def test_training_counts_epochs_on_and_names_what_failed():
     logs = {
         "baseline": [{"step": 1, "epoch": 1.0, "loss": 5.0, "AP50/full": 0.5}],
         "exits": [
-            {"step": 1, "epoch": 2.0, "loss": 3.0, "AP50/full": 0.5, "AP50/exit8": 0.25, "temperature/exit8": 3.0}
+            {
+                "step": 1,
+                "epoch": 2.0,
+                "loss": 3.0,
+                "loss/a": 1.0,
+                "AP50/full": 0.5,
+                "AP50/exit8": 0.25,
+                "temperature/exit8": 3.0,
+            }
         ],
     }
     check = {"name": "exit8 AP50", "value": 0.25, "limit": 0.3, "of": "", "passed": False}
@@ -113,6 +121,7 @@ def test_training_counts_epochs_on_and_names_what_failed():
     assert charts["AP50"] == {"full": ([1.0, 3.0], [0.5, 0.5]), "exit8": ([3.0], [0.25])}
     assert charts["temperature"]["bound 3"] == ([0, 3.0], [3.0, 3.0])
     assert charts["loss"] == {"total (baseline)": ([1.0], [5.0]), "total (exits)": ([3.0], [3.0])}
+    assert charts["parts of the loss"] == {"a (exits)": ([3.0], [1.0])}
     assert section.table[1] == ("exits", "failed", "exit8 AP50 0.250 < 0.300")
     assert training_page(section, gates, "toy").verdict == "The gate of phase exits failed: exit8 AP50 0.250 < 0.300."
 
