@@ -62,15 +62,19 @@ def photos(tmp_path_factory) -> PagePhotos:
 
 
 def test_a_photo_by_hand():
-    """Two cats; the first exit finds one and sees a dog that is not there, the full path finds both."""
+    """Two cats; the first exit finds one, and sees a dog and a cat that are not there; the full path finds both."""
     box, far = (10, 10, 110, 110), (300, 300, 500, 600)
     truth = build_ground_truth(2, [(1, 1, box), (1, 1, far)])
-    shallow = {1: build_found((2, 0.7, far), (1, 0.9, box), (1, 0.3, far)), 2: build_found()}
+    shallow = {
+        1: build_found((2, 0.7, far), (1, 0.9, box), (1, 0.5, (400, 10, 500, 60)), (1, 0.3, far)),
+        2: build_found(),
+    }
     full = {1: build_found((1, 0.8, far), (1, 0.9, box)), 2: build_found()}
     content = photos_json(page_photos(truth, [shallow, shallow, full], np.array([[0.9, 0.1], [0.2, 0.6]])))
-    assert content["hits"] == [[1, 1, 2], [0, 0, 0]] and content["false"] == [[1, 1, 0], [0, 0, 0]]
+    assert content["hits"] == [[1, 1, 2], [0, 0, 0]] and content["false"] == [[2, 2, 0], [0, 0, 0]]
     assert content["objects"] == [2, 0] and content["classes"] == ["cat", "dog"]
-    assert content["found"][0][0] == [[10, 10, 110, 110, 0, 90, 1], [300, 300, 500, 600, 1, 70, 0]]
+    shown = [[10, 10, 110, 110, 0, 90, 1], [300, 300, 500, 600, 1, 70, 0], [400, 10, 500, 60, 0, 50, 0]]
+    assert content["found"][0][0] == shown
     assert content["found"][0][2] == [[10, 10, 110, 110, 0, 90, 1], [300, 300, 500, 600, 0, 80, 1]]
     assert content["truth"] == [[[10, 10, 110, 110, 0, 0], [300, 300, 500, 600, 0, 0]], []]
     groups = {one["title"]: {bin["label"]: bin["photos"] for bin in one["bins"]} for one in content["groups"]}
