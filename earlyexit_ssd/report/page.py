@@ -375,6 +375,7 @@ _CURVES = {
     "AP50": "AP50",
     "share": "share of photos",
     "temperature": "temperature",
+    "confidence": "mean confidence",
 }
 
 
