@@ -169,7 +169,7 @@ def train(args: argparse.Namespace) -> None:
     metrics = train(cfg, args.resume, args.force)
     if metrics:
         print(text_report(metrics))
-        print(f"\nresults: {cfg.OUTPUT_DIR}/ (metrics.json, model.pth, pictures)")
+        print(f"\nresults: {cfg.OUTPUT_DIR}/ (report.html, metrics.json, model.pth, pictures)")
 
 
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -187,7 +187,7 @@ def evaluate(args: argparse.Namespace) -> None:
     metrics = evaluate_model(cfg, args.weights or Path(cfg.OUTPUT_DIR) / "model.pth", args.out)
     if metrics:
         print(text_report(metrics))
-        print(f"\nresults: {args.out}/ (metrics.json, table, charts, pictures)")
+        print(f"\nresults: {args.out}/ (report.html, metrics.json, table, charts, pictures)")
 
 
 def calibrate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -224,7 +224,7 @@ def calibrate(args: argparse.Namespace) -> None:
     target = Target(kind, getattr(args, kind), args.delta, block, args.learned)
     if calibrate(cfg, args.weights or Path(cfg.OUTPUT_DIR) / "model.pth", target, out):
         print((out / "calibration.txt").read_text(encoding="utf-8"))
-        print(f"results: {out}/ (model.pth with this routing, certificate.json, calibration.txt, reliability.png)")
+        print(f"results: {out}/ (report.html, model.pth with this routing, certificate.json, calibration.txt)")
 
 
 def optimize_arguments(parser: argparse.ArgumentParser) -> None:
@@ -260,7 +260,7 @@ def optimize(args: argparse.Namespace) -> None:
     for one in outcome.candidates:
         print(one)
     print(f"\n{outcome.summary}")
-    print(f"\nresults: {out}/ (summary.txt, model.pth, candidates.png, optimize.json, test/)")
+    print(f"\nresults: {out}/ (report.html, summary.txt, model.pth, optimize.json, test/)")
     if outcome.chosen is not None:
         print(f"run it: earlyexit predict --weights {out}/detector.onnx PHOTO")
 

@@ -18,7 +18,9 @@ setup(
     packages=find_packages(include=["earlyexit_ssd", "earlyexit_ssd.*"]),
     py_modules=["earlyexit_command"],
     entry_points={"console_scripts": ["earlyexit = earlyexit_command:main"]},
-    package_data={"earlyexit_ssd": ["py.typed", "config/defaults.yaml", "weights/*.pth", "weights/*.json"]},
+    package_data={
+        "earlyexit_ssd": ["py.typed", "config/defaults.yaml", "report/page.[chj]*", "weights/*.pth", "weights/*.json"]
+    },
     install_requires=[
         "torch",
         "torchvision>=0.21,<0.30",
@@ -33,12 +35,13 @@ setup(
         "opencv-python-headless",
         "pyyaml",
         "matplotlib>=3.6",
+        "plotly>=6",
         "tensorboard",
         "tqdm",
     ],
     extras_require={
         "runtime": RUNTIME,  # all that earlyexit_ssd.deploy needs, with pip install --no-deps (docs/deploy.md)
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "playwright", "ruff"],
         "docs": ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27,<2"],
     },
 )

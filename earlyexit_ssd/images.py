@@ -53,6 +53,16 @@ def read_image(path: PathLike, annotated_size: Size | None = None) -> np.ndarray
         return np.array(rgb if orientation == 1 else rgb.transpose(_TURNS[orientation - 2]))
 
 
+def read_thumbnail(path: PathLike, annotated_size: Size | None, side: int) -> Image.Image:
+    """The photo as :func:`read_image` turns it, shrunk to a largest side of ``side`` pixels; same errors."""
+    with _opened(path) as image:
+        orientation = _orientation(image, annotated_size)
+        image.draft("RGB", (side, side))  # a large JPEG is decoded at a fraction of its size
+        small = _to_rgb(image)
+        small.thumbnail((side, side))
+        return small if orientation == 1 else small.transpose(_TURNS[orientation - 2])
+
+
 def read_header(path: PathLike, annotated_size: Size | None = None) -> PhotoHeader:
     """The size that :func:`read_image` will return, and what it will have to convert, without decoding.
 

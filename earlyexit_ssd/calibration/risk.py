@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from earlyexit_ssd.bounds import BOUNDS, fixed_sequence_test, photos_needed, upper_bound
-from earlyexit_ssd.calibration.thresholds import Grid, choose, pareto_path, threshold_grid
+from earlyexit_ssd.calibration.thresholds import CurvePoint, Grid, choose, pareto_path, threshold_grid
 from earlyexit_ssd.config import CLOSED
 
 LONGEST_PATH = 80
 """Largest number of steps on a path: more steps take time, fewer leave larger gaps between thresholds."""
+CURVE_STEPS = 12
+"""Steps of a path that a report shows; the bound of each takes a tenth of a second."""
 
 
 @dataclass(frozen=True)
@@ -94,15 +96,48 @@ def certify(
         blocks: number (from 0) of the block of each photo, [n]. The mean loss of a block is one draw, so the guarantee
             is for blocks as independent draws. None: every photo is a block.
     """
-    p_value, photos = BOUNDS[bound], np.arange(len(losses))
-    blocks = photos if blocks is None else blocks
-    sizes = np.bincount(blocks)
-    order = np.arange(len(sizes)) if seed is None else np.random.default_rng(seed).permutation(len(sizes))
-    choices = [choose(confidences, thresholds) for thresholds in path]
-    block_losses = [(np.bincount(blocks, losses[photos, choice]) / sizes)[order] for choice in choices]
+    p_value = BOUNDS[bound]
+    choices, block_losses = _losses_on(path, confidences, losses, seed, blocks)
     passed = fixed_sequence_test((p_value(draws, epsilon) for draws in block_losses[1:]), delta)
     needed = photos_needed(block_losses[1], epsilon, delta, p_value) if passed == 0 and len(path) > 1 else None
     chosen = min(range(passed + 1), key=lambda step: costs[step][choices[step]].mean())
     loss_bound = 0.0 if chosen == 0 else upper_bound(block_losses[chosen], delta, p_value)
     thresholds, loss = tuple(float(value) for value in path[chosen]), float(block_losses[chosen].mean())
     return Certified(chosen, thresholds, choices[chosen], loss, loss_bound, passed, needed)
+
+
+def risk_curve(
+    path: np.ndarray,
+    confidences: Sequence[np.ndarray],
+    losses: np.ndarray,
+    costs: np.ndarray,
+    delta: float,
+    bound: str = "betting",
+    seed: int | None = 0,
+    blocks: np.ndarray | None = None,
+) -> list[CurvePoint]:
+    """Up to `CURVE_STEPS` steps of ``path`` with the upper confidence bound of each at level delta, as if it were the
+    only one tested. Arguments as of :func:`certify`."""
+    choices, block_losses = _losses_on(path, confidences, losses, seed, blocks)
+    points = []
+    for step in np.unique(np.linspace(0, len(path) - 1, CURVE_STEPS).round().astype(int)).tolist():
+        cost, draws = float(costs[step][choices[step]].mean()), block_losses[step]
+        high = upper_bound(draws, delta, BOUNDS[bound]) if draws.any() or step else 0.0
+        points.append(CurvePoint(tuple(map(float, path[step])), cost, float(draws.mean()), high))
+    return points
+
+
+def _losses_on(
+    path: np.ndarray,
+    confidences: Sequence[np.ndarray],
+    losses: np.ndarray,
+    seed: int | None,
+    blocks: np.ndarray | None,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Per step of ``path`` the exit of every photo and the mean loss of every block, in the order of the test."""
+    photos = np.arange(len(losses))
+    blocks = photos if blocks is None else blocks
+    sizes = np.bincount(blocks)
+    order = np.arange(len(sizes)) if seed is None else np.random.default_rng(seed).permutation(len(sizes))
+    choices = [choose(confidences, thresholds) for thresholds in path]
+    return choices, [(np.bincount(blocks, losses[photos, choice]) / sizes)[order] for choice in choices]

@@ -42,6 +42,17 @@ class Grid:
         return np.stack([row[choice].mean() for row, choice in zip(costs, self.choices, strict=True)])
 
 
+@dataclass(frozen=True)
+class CurvePoint:
+    """One combination of thresholds on the calibration photos: mean cost, mean loss (of AP50, or of a photo), and the
+    loss that the promise is tested with; None where it was not tested."""
+
+    thresholds: tuple[float, ...]
+    cost: float
+    loss: float
+    bound: float | None = None
+
+
 def choose(confidences: Sequence[np.ndarray], thresholds: Sequence[float]) -> np.ndarray:
     """The exit of every photo, int8 [n]: the first whose confidence reaches its threshold, else the full path."""
     choice = np.full(len(confidences[0]), len(confidences), dtype=np.int8)

@@ -217,10 +217,13 @@ class Costs:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The results, and for photos.csv ``counts`` per photo and exit, at the settings' score and IoU, and the exit
-    ``chosen`` for every photo [n], in the order of the collected photos."""
+    """The results; the ``matches`` of every exit with ``ground_truth``, which holds the full path's detections where
+    photos have no labels; ``counts`` per photo and exit, at the settings' score and IoU; and the exit ``chosen`` for
+    every photo [n], in the order of the collected photos."""
 
     results: Results
+    ground_truth: COCO
+    matches: ExitMatches
     counts: PhotoCounts
     chosen: Tensor
 
@@ -270,7 +273,7 @@ def evaluate_exits(
         checked = check_certificate(certificate, ground_truth, collected, chosen, matches, (exits[-1], routed), costs)
         results = replace(results, certificate=checked)
     results = replace(results, verdict=judge(results))
-    return Evaluation(results, photo_counts(matches, settings.score), chosen)
+    return Evaluation(results, ground_truth, matches, photo_counts(matches, settings.score), chosen)
 
 
 def _context(context: Context, model: nn.Module, matches: ExitMatches, settings: EvaluationSettings) -> Context:
@@ -304,8 +307,7 @@ def check_certificate(
 ) -> CertificateResult:
     """Compare a certificate's target with the value measured on these photos."""
     target, settings = plain_part(certificate.target), full_and_routed[0].settings
-    asked = asked_value(target)
-    draws = np.random.default_rng(settings.seed).integers(len(chosen), size=(settings.resamples, len(chosen)))
+    asked, draws = asked_value(target), _draws(settings, len(chosen))
     if target["kind"] == "ap_drop":
         full, routed = full_and_routed
         before, after = full.figures["AP50"], routed.figures["AP50"]
@@ -323,6 +325,11 @@ def check_certificate(
     if measured is not None:
         kept = measured >= asked - tiny if target["kind"] == "speedup" else measured <= asked + tiny
     return CertificateResult(target, measured, bounds, kept)
+
+
+def _draws(settings: EvaluationSettings, photos: int) -> np.ndarray:
+    """Bootstrap draws of the photos, indices [resamples, photos]."""
+    return np.random.default_rng(settings.seed).integers(photos, size=(settings.resamples, photos))
 
 
 def _losses(
@@ -378,6 +385,11 @@ def _routed_result(
     model: nn.Module, router: ExitRouter, evaluation: DetectorEvaluation, chosen: Tensor, costs: Costs
 ) -> RoutedResult:
     milliseconds = mean_cost(chosen, [timing.ms for timing in costs.timings])
+    bounds = None
+    if milliseconds:
+        bounds = interval(
+            costs.plain.ms / costs.routed(chosen, "ms")[_draws(evaluation.settings, len(chosen))].mean(axis=1)
+        )
     return RoutedResult(
         policy=str(router.policy),
         thresholds=router.thresholds.tolist(),
@@ -387,4 +399,5 @@ def _routed_result(
         mmacs=mean_cost(chosen, costs.mmacs),
         ms=milliseconds,
         speedup=costs.plain.ms / milliseconds if milliseconds else None,
+        speedup_interval=bounds,
     )

@@ -159,6 +159,8 @@ class RoutedResult(DetectorResult):
     mmacs: float | None = None
     ms: float | None = None
     speedup: float | None = None
+    speedup_interval: Interval = None
+    left_out = ("speedup_interval",)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,8 +22,15 @@ import torchvision
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.calibration.certificate import Certificate, CertifiedTarget, Measured
-from earlyexit_ssd.calibration.risk import certify, threshold_path
-from earlyexit_ssd.calibration.thresholds import Grid, best_within, learned_grid, pareto_path, threshold_grid
+from earlyexit_ssd.calibration.risk import certify, risk_curve, threshold_path
+from earlyexit_ssd.calibration.thresholds import (
+    CurvePoint,
+    Grid,
+    best_within,
+    learned_grid,
+    pareto_path,
+    threshold_grid,
+)
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.data.repeats import Block, block_of_each
 from earlyexit_ssd.drift import Reference
@@ -45,6 +52,7 @@ from earlyexit_ssd.pipeline.replay import (
     require_deciding,
     temperatures_of,
 )
+from earlyexit_ssd.pipeline.reports import write_calibration_page
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.results import write_calibration
 from earlyexit_ssd.routing import ExitRouter
@@ -102,11 +110,13 @@ def build_target(cfg: CfgNode) -> Target:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Thresholds, the exit of every calibration photo [n], and figures that the search measured."""
+    """Thresholds, the exit of every calibration photo [n], figures that the search measured, and for the report the
+    curve of loss against cost that it was chosen from."""
 
     thresholds: tuple[float, ...]
     exits: np.ndarray
     measured: Measured
+    curve: tuple[CurvePoint, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -188,7 +198,10 @@ class Search:
                 "no exit is opened at a risk of %g with probability %g on %d %s: all stay closed; %s",
                 target.value, 1 - target.delta, self.draws, self.draws_name, advice,
             )  # fmt: skip
-        return Chosen(found.thresholds, found.choice, Measured(loss_bound=found.bound, steps=found.passed))
+        curve = risk_curve(path, self.confidences, self.losses, costs.of_each(path), target.delta, settings.BOUND,
+                           self.cfg.SEED, self.blocks)  # fmt: skip
+        measured = Measured(loss_bound=found.bound, steps=found.passed)
+        return Chosen(found.thresholds, found.choice, measured, tuple(curve))
 
     def _for_speedup(self) -> Chosen:
         grid, mean_costs = self._grid(self.confidences, self.losses)
@@ -199,7 +212,9 @@ class Search:
                 f"a speed-up of {self.target.value:g} is out of reach: with every photo at the first exit it is "
                 f"{self.costs.plain / mean_costs.min():.2f}; ask for less, or train a shallower exit (EXITS.LAYERS)"
             )
-        return Chosen(tuple(grid.thresholds[best].tolist()), grid.choices[best], Measured())
+        lost = ap50[(grid.thresholds >= CLOSED).all(1).argmax()] - ap50
+        curve = _curve(grid, mean_costs, lost, pareto_path(lost, mean_costs))
+        return Chosen(tuple(grid.thresholds[best].tolist()), grid.choices[best], Measured(), curve)
 
     def _for_ap_drop(self) -> Chosen:
         """Find the cheapest combination that loses at most the target in 1 - delta of the bootstrap draws.
@@ -235,14 +250,26 @@ class Search:
         limit = mean_costs[all_closed] + (0.0 if self.baseline is None else 1e-9)
         path = path[(lost[path] <= target.value) & (mean_costs[path] < limit)]
         baseline_draws = bootstrap_choices(matches, [baseline_exit], seed=seed, blocks=self.blocks)[0]
+        bounds: dict[int, float] = {}
         for candidate in progress(path[np.argsort(mean_costs[path], kind="stable")], desc="AP50 lost"):
             draws = bootstrap_choices(matches, [grid.choices[candidate]], seed=seed, blocks=self.blocks)[0]
             bound = float(np.nanquantile(baseline_draws.AP50 - draws.AP50, 1 - target.delta))
+            bounds[int(candidate)] = bound
             if bound <= target.value:
                 measured = replace(closed.measured, AP50_lost_bound=bound)
-                return Chosen(tuple(grid.thresholds[candidate].tolist()), grid.choices[candidate], measured)
+                curve = _curve(grid, mean_costs, lost, path, bounds)
+                return Chosen(tuple(grid.thresholds[candidate].tolist()), grid.choices[candidate], measured, curve)
         logger.warning("no exit can be opened at %g AP50 lost on these photos: all stay closed", target.value)
-        return closed
+        return replace(closed, curve=_curve(grid, mean_costs, lost, path, bounds))
+
+
+def _curve(
+    grid: Grid, costs: np.ndarray, losses: np.ndarray, path: np.ndarray, bounds: Mapping[int, float] | None = None
+) -> tuple[CurvePoint, ...]:
+    """The combinations ``path`` of the grid by rising cost, with the bounds of those that were tested."""
+    order, bounds = path[np.argsort(costs[path], kind="stable")].tolist(), bounds or {}
+    rows = ((grid.thresholds[one].tolist(), costs[one], losses[one], bounds.get(one)) for one in order)
+    return tuple(CurvePoint(tuple(row), float(cost), float(loss), bound) for row, cost, loss, bound in rows)
 
 
 def min_photos(target: Target) -> int:
@@ -255,7 +282,7 @@ def min_photos(target: Target) -> int:
 def calibrate(
     cfg: CfgNode, weights: str | os.PathLike[str], target: Target, out_dir: str | os.PathLike[str]
 ) -> Certificate | None:
-    """Fit temperatures and policy, search thresholds, and write certificate.json, a report, a diagram and model.pth
+    """Fit temperatures and policy, search thresholds, and write certificate.json, reports, a diagram and model.pth
     (the model with this routing).
 
     If the calibration photos have no labels, the detections of the full path replace them. The report then has the
@@ -296,11 +323,13 @@ def calibrate(
     router, cross_fitted = fit_router(cfg, cfg.ROUTING.POLICY, target, temperatures, train, calib, blocks)
     costs = measure_cost_model(cfg, model, router)
     search = Search(cfg, target, router, calib, train, costs, blocks, cross_fitted=cross_fitted)
-    certificate = certificate_of(recorded, search, search.run())
+    chosen = search.run()
+    certificate = certificate_of(recorded, search, chosen)
     write_calibration(out, certificate, fitted)
     info = {**recorded.info, "router": certificate.router, "certificate": certificate.to_dict()}
     info["trained_temperatures"] = trained_temperatures(cfg, recorded.info, model.num_early_exits)
     save_model(out / "model.pth", model, recorded.architecture, info)
+    write_calibration_page(out, weights, recorded, search, chosen.curve, certificate, fitted)
     return certificate
 
 

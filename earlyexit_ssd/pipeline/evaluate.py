@@ -50,6 +50,7 @@ from earlyexit_ssd.pipeline.build import (
     takes_over,
     with_classes,
 )
+from earlyexit_ssd.pipeline.reports import write_evaluation_page
 from earlyexit_ssd.report.pictures import Example, choose_examples, detection_grid
 from earlyexit_ssd.report.results import write_results
 from earlyexit_ssd.routing import ExitRouter
@@ -235,7 +236,7 @@ def _short(path: str) -> str:
 def evaluate_model(
     cfg: CfgNode, weights: str | os.PathLike[str], out_dir: str | os.PathLike[str], compare: bool = True
 ) -> Results | None:
-    """Evaluate on DATA.TEST and write metrics.json, table, photos.csv, charts and pictures into ``out_dir``.
+    """Evaluate on DATA.TEST and write metrics.json, table, photos.csv, charts, pictures and report.html to ``out_dir``.
 
     Args:
         cfg: its DATA, EVAL and ROUTING sections, DEVICE and SEED are used; the classes are those of the weights.
@@ -297,6 +298,7 @@ def evaluate_model(
     if cfg.EVAL.PICTURES:
         pictures["detections"] = _detection_picture(cfg, model, dataset, collected, chosen)
     write_results(Path(out_dir), results, pictures, photos)
+    write_evaluation_page(Path(out_dir), cfg, weights, model, router, dataset, collected, evaluation, results)
     return results
 
 

@@ -60,6 +60,7 @@ from earlyexit_ssd.pipeline.replay import (
 from earlyexit_ssd.plain import read_json
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.charts import candidates_chart
+from earlyexit_ssd.report.page import never_failing, search_page, write_page
 from earlyexit_ssd.routing import ExitRouter
 from earlyexit_ssd.routing.policies import needs_training_photos
 
@@ -568,7 +569,8 @@ def optimize(
 ) -> Outcome:
     """Run the search and write the chosen model.
 
-    ``out_dir`` gets model.pth, detector.onnx, test/ (its evaluation), optimize.json, candidates.png and summary.txt.
+    ``out_dir`` gets model.pth, detector.onnx, test/ (its evaluation), optimize.json, candidates.png,
+    summary.txt and report.html.
 
     A stopped search resumes with the candidates that are already measured.
 
@@ -601,6 +603,11 @@ def optimize(
     write_json(out / "optimize.json", outcome.to_json())
     write_text(out / "summary.txt", outcome.summary + "\n")
     write_image(out / "candidates.png", candidates_chart(outcome.candidates, outcome.chosen, cfg.EVAL.RUNTIME))
+    with never_failing(out / "report.html"):
+        path = out / "test" / "metrics.json"
+        results = Results.from_json(read_json(path, "figures", "delete it")) if outcome.test else None
+        page = search_page(outcome.candidates, outcome.chosen, outcome.summary, outcome.ship, results)
+        write_page(out / "report.html", page)
     return outcome
 
 

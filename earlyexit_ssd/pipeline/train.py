@@ -33,6 +33,7 @@ from earlyexit_ssd.pipeline.build import (
 from earlyexit_ssd.pipeline.calibrate import build_target, calibrate
 from earlyexit_ssd.pipeline.evaluate import check_rivals, evaluate_model
 from earlyexit_ssd.pipeline.phases import PHASE_FUNCTIONS, tap_cache
+from earlyexit_ssd.pipeline.reports import write_training_page
 from earlyexit_ssd.pipeline.run import Run, RunFolder
 from earlyexit_ssd.report.charts import training_curves
 from earlyexit_ssd.report.pictures import photo_grid
@@ -167,6 +168,7 @@ def _run_phase(run: Run, name: str, force: bool) -> None:
         save_model(path, run.model, run.architecture, info)
         run.folder.write_gate(gate)
         run.folder.remove_taps()
+        write_training_page(run.folder.root, run.cfg)
     barrier()
     logger.info("%s", gate)
     if not gate.passed and not force:

@@ -52,10 +52,11 @@ def calibration_report(certificate: Certificate, temperatures: Sequence[FittedTe
             line += f" {fitted.after.expected_error:7.3f}"
         lines.append(line)
     lines.append(f"{'full':8} {'':>10} {100 * measured.exit_share['full']:6.1f} % {costs.exits[-1]:9.1f}")
-    return "\n".join([*lines, "", *_promise(certificate)])
+    return "\n".join([*lines, "", *promise(certificate)])
 
 
-def _promise(certificate: Certificate) -> list[str]:
+def promise(certificate: Certificate) -> list[str]:
+    """What is measured on the calibration photos, and what is promised, a sentence a line."""
     measured, target, unit = certificate.measured, certificate.target, certificate.cost_model.unit
     against = "what the full path says" if target.reference == "full" else "the labels"
     accuracy = "nobody labelled these photos, so AP is not known"

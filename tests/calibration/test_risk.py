@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from earlyexit_ssd.calibration import risk
-from earlyexit_ssd.calibration.risk import LONGEST_PATH, certify, threshold_path
+from earlyexit_ssd.calibration.risk import LONGEST_PATH, certify, risk_curve, threshold_path
 from earlyexit_ssd.calibration.thresholds import choose
 from earlyexit_ssd.config import CLOSED
 
@@ -47,6 +47,18 @@ def test_the_cheapest_step_that_passes():
     assert found.loss < found.bound <= 0.1
     looser = certify(path, confidences, losses, same_costs(path), 0.2, 0.05, "hoeffding_bentkus")
     assert looser.step > found.step and COSTS[looser.choice].mean() < COSTS[found.choice].mean()
+
+
+def test_the_curve_of_a_report_has_the_bound_of_the_test():
+    path = threshold_path(*photos(400, 0), same_costs)[:5]
+    confidences, losses = photos(600, 1)
+    curve = risk_curve(path, confidences, losses, same_costs(path), 0.05, "hoeffding_bentkus")
+    assert [point.thresholds for point in curve] == [tuple(row) for row in path.tolist()]
+    found = certify(path, confidences, losses, same_costs(path), 0.1, 0.05, "hoeffding_bentkus")
+    point = curve[found.step]
+    assert found.step > 0 and (point.loss, point.bound) == (found.loss, found.bound)
+    assert point.cost == COSTS[found.choice].mean()
+    assert curve[0].loss == curve[0].bound == 0.0  # closed: nothing is lost
 
 
 def test_a_step_that_costs_more_than_the_one_before_is_not_taken():

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from earlyexit_ssd.errors import DataError
-from earlyexit_ssd.images import read_header, read_image
+from earlyexit_ssd.images import read_header, read_image, read_thumbnail
 
 ORIENTATION = 0x0112
 
@@ -128,6 +128,17 @@ def test_the_annotated_size_tells_which_picture_the_boxes_are_for(tmp_path, anno
     assert (result.shape[1], result.shape[0]) == size
     assert read_header(tmp_path / "a.jpg", annotated).size == size
     assert red_place(result) == ((True, True) if size == (64, 32) else (True, False))
+
+
+def test_a_thumbnail_is_turned_like_the_photo(tmp_path):
+    photo = Image.new("RGB", (640, 320), "blue")
+    photo.paste("red", (0, 0, 320, 320))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn: what is left is shown above
+    photo.save(tmp_path / "a.jpg", exif=exif)
+    small = read_thumbnail(tmp_path / "a.jpg", None, 64)
+    assert small.size == (32, 64) and small.getpixel((16, 8))[0] > 200 and small.getpixel((16, 56))[2] > 200
+    assert read_thumbnail(tmp_path / "a.jpg", (640, 320), 64).size == (64, 32)
 
 
 def test_a_half_turn_is_applied_whatever_the_annotated_size(tmp_path):

@@ -280,6 +280,7 @@ def test_documented_keys(metrics):
         "mmacs",
         "ms",
         "speedup",
+        "speedup_interval",
     }
     assert set(metrics["verdict"]) == {"ship", "what", "findings"}
     assert all(set(finding) == {"line", "veto"} for finding in metrics["verdict"]["findings"])
@@ -311,6 +312,8 @@ def test_routed(metrics):
     assert routed["ms"] == pytest.approx(sum(one["ms"] for one in metrics["exits"]) / 3)
     assert routed["mmacs"] == pytest.approx(sum(one["mmacs"] for one in metrics["exits"]) / 3)
     assert routed["speedup"] == pytest.approx(metrics["without_exits"]["ms"] / routed["ms"])
+    low, high = routed["speedup_interval"]
+    assert low <= routed["speedup"] <= high
 
 
 def test_context(metrics):

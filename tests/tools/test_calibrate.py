@@ -24,6 +24,7 @@ def test_risk(trained, policy, capsys):
     assert certificate.target.epsilon == 0.9 and certificate.measured.loss <= 0.9
     assert certificate.measured.loss_bound <= 0.9 + 1e-6
     assert len(certificate.photos_sha256) == 8
+    assert "The full path does not detect" in (out / "report.html").read_text(encoding="utf-8")
     with Image.open(out / "reliability.png") as picture:
         assert np.asarray(picture).std() > 5
 

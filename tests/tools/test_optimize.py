@@ -43,6 +43,7 @@ def test_what_is_found_is_written_and_gone_on_with(trained, tmp_path, capsys, mo
     printed = capsys.readouterr().out
     assert found["summary"] in printed and found["summary"] == (out / "summary.txt").read_text().strip()
     assert (out / "candidates.png").stat().st_size > 0
+    assert (out / "report.html").is_file() and (out / "test" / "report.html").is_file()
     model, architecture, info = load_model(out / "model.pth")
     assert architecture.image_size == chosen["image_size"]
     assert list(model.exit_names[:-1]) == chosen["exits"]

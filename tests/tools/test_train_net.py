@@ -20,7 +20,15 @@ def test_main_job_leaves_everything(tiny, tmp_path, capsys):
     assert train_net.main(tiny("run", "--force", *whole)) == 0
     folder = tmp_path / "run"
     names = {path.name for path in folder.iterdir()}
-    assert {"config.yaml", "run.json", "metrics.json", "table.txt", "detections.png", "model.pth"} <= names
+    assert {
+        "config.yaml",
+        "run.json",
+        "metrics.json",
+        "table.txt",
+        "detections.png",
+        "model.pth",
+        "report.html",
+    } <= names
     metrics = json.loads((folder / "metrics.json").read_text())
     assert [entry["name"] for entry in metrics["exits"]] == ["exit8", "exit12", "full"]
     assert sum(metrics["routed"]["exit_share"].values()) == pytest.approx(1)
@@ -44,6 +52,7 @@ def test_failed_gate_ends_with_3_and_says_what_to_try(tiny, tmp_path, capsys):
     assert "gate of phase baseline failed: AP50" in error
     assert "try: more epochs than 2 (BASELINE.EPOCHS)" in error
     assert not (tmp_path / "run" / "exits").exists()
+    assert "The gate of phase baseline failed: AP50" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     # The advice can be followed: the phase starts again with more epochs, and later phases may change too.
     more = ("BASELINE.EPOCHS", "3", "BASELINE.GATE.AP50", "0.0", "BASELINE.GATE.PRECISION", "0.0")
     more += ("BASELINE.GATE.RECALL", "0.0", "EXITS.LAYERS", "[10]")
