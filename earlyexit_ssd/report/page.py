@@ -223,7 +223,7 @@ def verdict_sentence(results: Results) -> str:
     if not verdict.ship:
         vetoes = [one.line for one in verdict.findings if one.veto]
         instead = next((line for line in vetoes if line.startswith("ship instead")), vetoes[0])
-        return f"Do not ship these exits: {instead}."
+        return f"Do not ship these exits. {instead[0].upper()}{instead[1:]}."
     name = "the exits" if verdict.what == "routed" else verdict.what
     times = "" if routed.speedup is None else f"{routed.speedup:.2f} times as fast as the detector without exits, "
     return f"Ship {name}: {times}AP50 {figure(routed.ap50)} against {figure(results.full.ap50)}."
