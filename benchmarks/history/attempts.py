@@ -37,8 +37,28 @@ class Published:
 
 
 @dataclass(frozen=True)
+class Detector:
+    """What the heads of an attempt are trained with; the routing does not reach them.
+
+    Attributes:
+        negatives: negatives of the classification loss per positive.
+        attention, cascade: whether the branches have squeeze-excitation, and read the exit before.
+    """
+
+    negatives: float = 1.0
+    attention: bool = True
+    cascade: bool = True
+
+    @property
+    def name(self) -> str:
+        """In tables and files."""
+        parts = {"squeeze-excitation": self.attention, "cascade": self.cascade}
+        return "light" + "".join(f" without {name}" for name, there in parts.items() if not there)
+
+
+@dataclass(frozen=True)
 class Attempt:
-    """One attempt; every switch has its usual value by default.
+    """The routing of one attempt; every switch has its usual value by default.
 
     Attributes:
         name: number in the history.
@@ -47,8 +67,8 @@ class Attempt:
         temperatures: ``fixed`` at 1, ``bounded`` to [0.5, 3], or ``free``.
         minimum: objects that the gate wants in a photo; 0 for no gate.
         warm_up: epochs before the gate is switched on.
-        negatives: negatives of the classification loss per positive.
-        attention, cascade: whether the branches have squeeze-excitation, and read the exit before.
+        detector: how the heads are trained.
+        published: figures of the history.
     """
 
     name: str
@@ -57,9 +77,7 @@ class Attempt:
     temperatures: str = "fixed"
     minimum: int = 0
     warm_up: int = 0
-    negatives: float = 1.0
-    attention: bool = True
-    cascade: bool = True
+    detector: Detector = Detector()
     published: Published | None = None
 
     def minimum_in(self, epoch: int) -> int:
@@ -70,33 +88,33 @@ class Attempt:
 
 
 ATTEMPTS = (
-    Attempt("1.1", negatives=ALL, published=Published((0, 0, 100), 14.4, (0.003, 0.007, 0.019))),
-    Attempt("1.2", threshold=0.4, published=Published((100, 0, 0), 8.1, (0.478, 0.529, 0.634))),
+    Attempt("1.1", detector=Detector(ALL), published=Published((0, 0, 100), 14.4, (0.003, 0.007, 0.019))),
+    Attempt("1.2", 0.4, published=Published((100, 0, 0), 8.1, (0.478, 0.529, 0.634))),
     Attempt("1.3", minimum=2, published=Published((0, 0, 100), 19.2, (0.159, 0.516, 0.626))),
     Attempt(
         "1.4",
-        threshold=0.4,
+        0.4,
         temperatures="bounded",
         published=Published((100, 0, 0), 8.2, (0.476, 0.482, 0.593), (1.54, 1.62, 0.91)),
     ),
-    Attempt("1.5", minimum=1, learned_thresholds=True, published=Published((0, 0, 100), 19.6, (0.485, 0.518, 0.556))),
+    Attempt("1.5", learned_thresholds=True, minimum=1, published=Published((0, 0, 100), 19.6, (0.485, 0.518, 0.556))),
     Attempt(
         "1.6",
-        minimum=1,
         learned_thresholds=True,
         temperatures="bounded",
+        minimum=1,
         published=Published((0, 0, 100), 21.1, (0.329, 0.722, 0.792), (1.24, 2.56, 0.65)),
     ),
     Attempt(
         "1.7",
-        threshold=0.4,
+        0.4,
         temperatures="free",
         published=Published((100, 0, 0), 5.8, (0.500, 0.626, 0.920), (24.56, 1.71, 0.59)),
     ),
-    Attempt("1.8", minimum=12, learned_thresholds=True, published=Published((0, 0, 100), 14.5, (0.000, 0.000, 0.529))),
+    Attempt("1.8", learned_thresholds=True, minimum=12, published=Published((0, 0, 100), 14.5, (0.0, 0.0, 0.529))),
     Attempt(
         "1.9",
-        threshold=0.4,
+        0.4,
         temperatures="bounded",
         minimum=6,
         warm_up=3,
@@ -104,12 +122,10 @@ ATTEMPTS = (
     ),
 )
 
-LIGHT = tuple(
-    Attempt(f"light{se}{cascade}", negatives=3.0, attention=not se, cascade=not cascade)
-    for se in ("", " without squeeze-excitation")
-    for cascade in ("", " without cascade")
-)
+LIGHT = tuple(Detector(3.0, attention, cascade) for attention in (True, False) for cascade in (True, False))
 """The detector as the package trains it, with branches of kind ``light``, with and without two of their parts."""
+PLAIN = Attempt("plain")
+"""The routing of `LIGHT`: the history's confidence and threshold, and nothing else."""
 
 
 def round_robin(

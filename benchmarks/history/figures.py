@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from benchmarks.history.attempts import EXITS
+from benchmarks.history.attempts import EXITS, Attempt
 from benchmarks.history.features import BATCH, Features
-from benchmarks.history.training import AttemptLosses, CurvePoint, Predictions, predict
+from benchmarks.history.training import CurvePoint, HeadLosses, Predictions, predict
 from earlyexit_ssd.doctor.findings import diagnose
 from earlyexit_ssd.doctor.model import MODEL_CHECKS, ExitOutput, ModelEvidence, area_under_curve
 from earlyexit_ssd.evaluation.matches import ExitMatches, ap_of_choice, bootstrap_choices, exit_matches, interval
@@ -31,9 +31,6 @@ class ExitFigures:
 
     Attributes:
         AP50, AP50_interval: with a 95 % bootstrap interval over the photos.
-        share: of the photos that leave here.
-        confidence, ungated: mean over the photos, with and without the gate.
-        temperature: of the exit.
         scores: 5th, 50th and 95th percentile of the foreground probability over all default boxes.
         score_auc: probability that a default box that overlaps an object has a larger score than one that does not.
         large_deltas: share of the box deltas outside [-5, 5].
@@ -42,10 +39,6 @@ class ExitFigures:
 
     AP50: float
     AP50_interval: list[float]
-    share: float
-    confidence: float
-    ungated: float
-    temperature: float
     scores: list[float]
     score_auc: float
     large_deltas: float
@@ -54,7 +47,7 @@ class ExitFigures:
 
 @dataclass(frozen=True)
 class ForegroundRule:
-    """What the mean foreground decides at an early exit.
+    """What the mean foreground, at temperature 1 and without a gate, decides at an early exit.
 
     Attributes:
         share: of the photos with a mean foreground of at least `RULE`.
@@ -71,54 +64,65 @@ class ForegroundRule:
 
 
 @dataclass(frozen=True)
+class AttemptFigures:
+    """Figures of the routing of one attempt on the test photos.
+
+    Attributes:
+        shares: of the photos, per exit.
+        confidences, ungated: per exit the mean over the photos, with and without the gate.
+        temperatures: per exit.
+        thresholds: per early exit.
+        routed_AP50: of the detector with this routing.
+        curve: of the training.
+        findings: what the doctor says, the checks in their order.
+    """
+
+    attempt: str
+    shares: list[float]
+    confidences: list[float]
+    ungated: list[float]
+    temperatures: list[float]
+    thresholds: list[float]
+    routed_AP50: float
+    curve: list[CurvePoint]
+    findings: list[str]
+
+
+@dataclass(frozen=True)
 class Trial:
     """The result of one training.
 
     Attributes:
+        detector, matching, seed: what was trained.
         photos: of the test split.
         exits: figures of exit 8, exit 12 and the full path.
-        routed_AP50: of the detector with its thresholds.
-        thresholds: of the two early exits.
-        rule: per early exit; without the gate and at the exit's temperature.
-        curve: of the training.
-        findings: what the doctor says of it, the worst first.
+        rule: per early exit.
+        attempts: whose routing was learned in this training.
     """
 
-    data: str
-    attempt: str
+    detector: str
     matching: str
     seed: int
     photos: int
-    exits: tuple[ExitFigures, ...]
-    routed_AP50: float
-    thresholds: list[float]
-    rule: tuple[ForegroundRule, ...]
-    curve: tuple[CurvePoint, ...]
-    findings: list[str]
+    exits: list[ExitFigures]
+    rule: list[ForegroundRule]
+    attempts: list[AttemptFigures]
 
 
-def measure(losses: AttemptLosses, features: Features, curve: Sequence[CurvePoint], data: str, seed: int) -> Trial:
-    """All figures of a trained attempt on the test photos."""
-    predictions, attempt = predict(losses, features), losses.attempt
+def measure(losses: HeadLosses, features: Features, curves: Sequence[list[CurvePoint]], name: str, seed: int) -> Trial:
+    """All figures of trained heads on the test photos; ``name`` is the detector's."""
+    predictions = predict(losses, features)
     matches = exit_matches(features.truth, detect(losses, predictions))
-    logits = [head["cls_logits"] for head in predictions.heads]
-    ungated, gated = losses.confidences(logits, 0), losses.confidences(logits, attempt.minimum)
-    thresholds = losses.thresholds.tolist()
-    chosen = choose_exits(gated, thresholds)
-    shares = list(exit_share(chosen, EXITS).values())
     alone = [np.full(matches.photos, index) for index in range(len(EXITS))]
     draws = bootstrap_choices(matches, alone)
+    foregrounds = [1 - head["cls_logits"].softmax(-1)[..., 0] for head in predictions.heads]
     exits = []
-    for index in range(len(EXITS)):
-        foreground, deltas = 1 - logits[index].softmax(-1)[..., 0], predictions.heads[index]["bbox_regression"]
+    for index, foreground in enumerate(foregrounds):
+        deltas = predictions.heads[index]["bbox_regression"]
         exits.append(
             ExitFigures(
                 AP50=ap50(matches, alone[index]),
                 AP50_interval=interval(draws[index].AP50) or [0.0, 0.0],
-                share=shares[index],
-                confidence=gated[index].mean().item(),
-                ungated=ungated[index].mean().item(),
-                temperature=losses.router.temperatures[index].item(),
                 scores=np.quantile(foreground.numpy(), [0.05, 0.5, 0.95]).tolist(),
                 score_auc=area_under_curve(foreground.flatten(), predictions.matched.foreground.flatten()),
                 large_deltas=(deltas.abs() > 5).float().mean().item(),
@@ -127,22 +131,31 @@ def measure(losses: AttemptLosses, features: Features, curve: Sequence[CurvePoin
         )
     place = {int(target["image_id"]): row for row, target in enumerate(predictions.targets)}
     order = [place[image_id] for image_id in matches.image_ids]  # photos as the matches have them
-    return Trial(
-        data,
-        attempt.name,
-        losses.matching,
-        seed,
-        matches.photos,
-        tuple(exits),
-        ap50(matches, chosen.numpy()[order]),
-        thresholds,
-        tuple(foreground_rule(matches, ungated[index].numpy()[order], index) for index in range(len(EXITS) - 1)),
-        tuple(curve),
-        findings(losses, predictions, curve, exits),
-    )
+    rule = [foreground_rule(matches, foregrounds[index].mean(-1).numpy()[order], index) for index in range(2)]
+    attempts = []
+    for routing, curve in zip(losses.routings, curves, strict=True):
+        ungated = routing.confidences(predictions.heads, 0)
+        gated = routing.confidences(predictions.heads, routing.attempt.minimum)
+        thresholds, temperatures = routing.thresholds.tolist(), routing.router.temperatures.tolist()
+        chosen = choose_exits(gated, thresholds)
+        shares = list(exit_share(chosen, EXITS).values())
+        attempts.append(
+            AttemptFigures(
+                routing.attempt.name,
+                shares,
+                [one.mean().item() for one in gated],
+                [one.mean().item() for one in ungated],
+                temperatures,
+                thresholds,
+                ap50(matches, chosen.numpy()[order]),
+                curve,
+                findings(losses, predictions, routing.attempt, curve, shares, exits),
+            )
+        )
+    return Trial(name, losses.matching, seed, matches.photos, exits, rule, attempts)
 
 
-def detect(losses: AttemptLosses, predictions: Predictions) -> list[dict[int, dict[str, Tensor]]]:
+def detect(losses: HeadLosses, predictions: Predictions) -> list[dict[int, dict[str, Tensor]]]:
     """Per exit: image id -> detections, boxes in the photo's pixels."""
     model = losses.model
     ids = [int(target["image_id"]) for target in predictions.targets]
@@ -185,7 +198,7 @@ def foreground_rule(matches: ExitMatches, confidence: np.ndarray, exit_index: in
 
 
 def likeliest_overlap(
-    losses: AttemptLosses, foreground: Tensor, deltas: Tensor, targets: Sequence[dict[str, Tensor]]
+    losses: HeadLosses, foreground: Tensor, deltas: Tensor, targets: Sequence[dict[str, Tensor]]
 ) -> float:
     """See `ExitFigures.overlap`; foreground [n, A], deltas [n, A, 4]."""
     best = foreground.argmax(1)
@@ -197,10 +210,14 @@ def likeliest_overlap(
 
 
 def findings(
-    losses: AttemptLosses, predictions: Predictions, curve: Sequence[CurvePoint], exits: Sequence[ExitFigures]
+    losses: HeadLosses,
+    predictions: Predictions,
+    attempt: Attempt,
+    curve: Sequence[CurvePoint],
+    shares: Sequence[float],
+    exits: Sequence[ExitFigures],
 ) -> list[str]:
     """What the doctor finds, one line each."""
-    attempt = losses.attempt
     gated, tempered = (curve if used else () for used in (attempt.minimum, attempt.temperatures != "fixed"))
     evidence = ModelEvidence(
         exits=[
@@ -209,7 +226,7 @@ def findings(
         ],
         default_boxes=losses.anchors,
         objects=[target["boxes"] for target in predictions.targets],
-        shares=dict(zip(EXITS, [one.share for one in exits], strict=True)),
+        shares=dict(zip(EXITS, shares, strict=True)),
         temperatures={name: [one.temperatures[index] for one in tempered] for index, name in enumerate(EXITS)},
         confidences={name: [one.confidences[index] for one in gated] for index, name in enumerate(EXITS)},
         ap50=dict(zip(EXITS, [one.AP50 for one in exits], strict=True)),

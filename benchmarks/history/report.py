@@ -9,10 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from PIL import Image
 
-from benchmarks.history.attempts import ATTEMPTS, EXITS, LIGHT
+from benchmarks.history.attempts import ATTEMPTS, EXITS, LIGHT, PLAIN
 from benchmarks.history.features import Features
 from benchmarks.history.figures import RULE, Trial, detect
-from benchmarks.history.training import AttemptLosses, predict
+from benchmarks.history.training import HeadLosses, predict
 from earlyexit_ssd.report.charts import draw_charts
 from earlyexit_ssd.report.pictures import Example, detection_grid
 
@@ -40,32 +40,56 @@ def attempts_table(trials: Sequence[Trial], ms: Sequence[float]) -> str:
         told = attempt.published
         shares, confidences = "/".join(map(str, told.shares)), " ".join(f"{one:.3f}" for one in told.confidences)
         rows.append([attempt.name, "history", shares, f"{told.ms:.1f}", confidences, "never", "never", "-"])
-        for one in (one for one in trials if one.attempt == attempt.name):
-            cost = sum(exit.share * time for exit, time in zip(one.exits, ms, strict=True))
+        results = [(one, own) for one in trials for own in one.attempts if own.attempt == attempt.name]
+        for trial, own in results:
+            cost = sum(share * time for share, time in zip(own.shares, ms, strict=True))
             rows.append(
                 [
                     "",
-                    MATCHINGS[one.matching],
-                    "/".join(f"{100 * exit.share:.0f}" for exit in one.exits),
+                    MATCHINGS[trial.matching],
+                    "/".join(f"{100 * share:.0f}" for share in own.shares),
                     f"{cost:.1f}",
-                    " ".join(f"{exit.confidence:.3f}" for exit in one.exits),
-                    " ".join(f"{exit.AP50:.2f}" for exit in one.exits),
-                    f"{one.routed_AP50:.2f}",
-                    one.findings[0] if one.findings else "nothing",
+                    " ".join(f"{one:.3f}" for one in own.confidences),
+                    " ".join(f"{exit.AP50:.2f}" for exit in trial.exits),
+                    f"{own.routed_AP50:.2f}",
+                    own.findings[0] if own.findings else "nothing",
                 ]
             )
     return table(heads, rows)
 
 
+def scores_table(trials: Sequence[Trial]) -> str:
+    """What the heads of the attempts have learnt, per exit."""
+    heads = ["attempts", "default boxes", "exit", "AP50 [95 %]", "scores: 5 %, 50 %, 95 %", "AUC of the scores"]
+    rows = []
+    for trial in (one for one in trials if one.attempts[0].attempt != PLAIN.name):
+        names = trial.attempts[0].attempt, trial.attempts[-1].attempt
+        for name, one in zip(EXITS, trial.exits, strict=True):
+            low, high = one.AP50_interval
+            rows.append(
+                [
+                    " to ".join(dict.fromkeys(names)),
+                    MATCHINGS[trial.matching],
+                    name,
+                    f"{one.AP50:.3f} [{low:.3f}, {high:.3f}]",
+                    ", ".join(f"{value:.3f}" for value in one.scores),
+                    f"{one.score_auc:.2f}",
+                    f"{100 * one.large_deltas:.0f} %",
+                    f"{one.overlap:.2f}",
+                ]
+            )
+    return table([*heads, "deltas outside [-5, 5]", "overlap of the likeliest box"], rows)
+
+
 def light_table(trials: Sequence[Trial]) -> str:
     """AP50 of the branches with and without their parts, mean and range over the seeds."""
     rows = []
-    for attempt in LIGHT:
-        own = [one for one in trials if one.attempt == attempt.name]
+    for name in (one.name for one in LIGHT):
+        own = [one for one in trials if one.detector == name and one.attempts[0].attempt == PLAIN.name]
         if own:
             values = [[one.exits[index].AP50 for one in own] for index in range(len(EXITS))]
             cells = [f"{mean(each):.3f} ({min(each):.3f} to {max(each):.3f})" for each in values]
-            rows.append([attempt.name, str(len(own)), *cells])
+            rows.append([name, str(len(own)), *cells])
     return table(["branch", "seeds", *EXITS], rows)
 
 
@@ -74,7 +98,7 @@ def rule_table(trials: Sequence[Trial]) -> str:
     shares = ["largest mean foreground", f"at {RULE:.2f} or more"]
     heads = ["seed", "exit", *shares, "AP50 if the highest half leaves", "a random half", "the lowest half"]
     rows = []
-    for one in (one for one in trials if one.attempt == LIGHT[0].name):
+    for one in (one for one in trials if one.detector == LIGHT[0].name and one.attempts[0].attempt == PLAIN.name):
         for name, rule in zip(EXITS, one.rule, strict=False):
             figures = [f"{value:.3f}" for value in (rule.highest, rule.coin, rule.lowest)]
             rows.append([str(one.seed), name, f"{rule.largest:.3f}", f"{100 * rule.share:.1f} %", *figures])
@@ -83,7 +107,7 @@ def rule_table(trials: Sequence[Trial]) -> str:
 
 def curves_picture(trials: Sequence[Trial]) -> Image.Image:
     """Confidence of attempt 1.9 and temperatures of attempt 1.7 per epoch, for both assignments of default boxes."""
-    found = {(one.attempt, one.matching): one for one in trials}
+    found = {(own.attempt, one.matching): own for one in trials for own in one.attempts}
 
     def draw(all_axes: np.ndarray) -> None:
         for column, (matching, title) in enumerate(MATCHINGS.items()):
@@ -109,12 +133,13 @@ def label(axes: Axes, text: str) -> None:
     axes.set_ylabel(text)
 
 
-def detections_picture(losses: Mapping[str, AttemptLosses], features: Features) -> Image.Image:
+def detections_picture(losses: Mapping[str, HeadLosses], features: Features, classes: Sequence[str]) -> Image.Image:
     """The strongest detections of two exits in the first photos with an object, for both assignments of default boxes.
 
     Args:
-        losses: matching -> trained attempt.
+        losses: matching -> trained heads.
         features: of the photos.
+        classes: names of the labels 1..K.
     """
     showing = [row for row, target in enumerate(features.targets) if len(target["boxes"])]
     photos = [features.dataset[row] for row in showing[:PHOTOS]]
@@ -129,6 +154,6 @@ def detections_picture(losses: Mapping[str, AttemptLosses], features: Features) 
         of_photo = [one[int(target["image_id"])] for one in found]
         strongest = [{key: value[:STRONGEST] for key, value in one.items()} for one in of_photo]
         examples.append(Example(image, target, strongest))
-    picture = detection_grid(examples, columns, ["chair"], score=0.0)
+    picture = detection_grid(examples, columns, classes, score=0.0)
     small = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS)
     return small.quantize(64)

@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
 
-from benchmarks.history.attempts import ATTEMPTS, EXITS, LIGHT, Attempt  # noqa: E402
+from benchmarks.history.attempts import ATTEMPTS, EXITS, LIGHT, PLAIN, Attempt, Detector  # noqa: E402
 from benchmarks.history.features import Features  # noqa: E402
 from benchmarks.history.figures import Trial, measure  # noqa: E402
 from benchmarks.history.report import (  # noqa: E402
@@ -26,19 +26,17 @@ from benchmarks.history.report import (  # noqa: E402
     detections_picture,
     light_table,
     rule_table,
+    scores_table,
 )
 from benchmarks.history.training import (  # noqa: E402
-    EPOCHS,
-    LR,
-    AttemptLosses,
     CurvePoint,
+    HeadLosses,
     build_heads,
     train_heads,
 )
 from earlyexit_ssd.command_line import run_tool  # noqa: E402
 from earlyexit_ssd.config import load_config  # noqa: E402
 from earlyexit_ssd.data import load_dataset  # noqa: E402
-from earlyexit_ssd.errors import ConfigError, nearest  # noqa: E402
 from earlyexit_ssd.evaluation.cost import example_input, time_in_runtime  # noqa: E402
 from earlyexit_ssd.files import locks_folder, write_image, write_json, write_text, write_torch  # noqa: E402
 from earlyexit_ssd.modeling import EarlyExitSSDLite  # noqa: E402
@@ -60,8 +58,6 @@ examples:
       rendered rooms; about 20 minutes on one core
   python benchmarks/history/run.py --out output/history --data voc_animals DATA.ROOT path/to/photos
       800 photos of VOC; longer
-  python benchmarks/history/run.py --out output/history --only 1.2 1.7
-      two attempts
 
 Stop it at any time: the same command goes on with the first training that is missing.
 """
@@ -69,6 +65,8 @@ SEEDS = (0, 1, 2)
 """Of the branches with and without their parts."""
 SHOWN = "1.2"
 """Attempt whose detections are drawn."""
+EPOCHS, LR = 10, 0.003
+"""Of a training of the heads."""
 
 
 @dataclass(frozen=True)
@@ -104,102 +102,91 @@ class Splits:
             features[name] = Features(folder / "features" / name, model, dataset)
         return cls(**features, trunk=trunk, size=size, classes=classes)
 
-    def build(self, attempt: Attempt, matching: str, seed: int) -> AttemptLosses:
+    def build(self, training: Training) -> HeadLosses:
         """Untrained heads."""
-        return AttemptLosses(build_heads(self.trunk, attempt, self.size, self.classes, seed), attempt, matching)
+        model = build_heads(self.trunk, training.detector, self.size, self.classes, training.seed)
+        return HeadLosses(model, training.detector, training.matching, training.attempts)
 
 
 @dataclass(frozen=True)
 class Training:
-    """One training of the reproduction."""
+    """One training of the heads of ``detector``, and of the routing of ``attempts``."""
 
-    attempt: Attempt
+    detector: Detector
     matching: str
     seed: int
+    attempts: tuple[Attempt, ...]
 
     @property
     def name(self) -> str:
         """Of its files."""
-        return f"{self.attempt.name}_{self.matching}_{self.seed}".replace(" ", "_")
+        return f"{self.detector.name} {self.detector.negatives:g} {self.matching} {self.seed}".replace(" ", "_")
 
-    def heads(self, splits: Splits, folder: Path) -> tuple[AttemptLosses, list[CurvePoint], bool]:
-        """The trained heads, their curve, and whether they were in ``folder`` already."""
-        losses, path = splits.build(self.attempt, self.matching, self.seed), folder / f"{self.name}.pth"
+    def heads(self, splits: Splits, folder: Path) -> tuple[HeadLosses, list[list[CurvePoint]], bool]:
+        """The trained heads, the curves, and whether ``folder`` had them already."""
+        losses, path = splits.build(self), folder / f"{self.name}.pth"
         settings = repr((self, EPOCHS, LR, splits.train.key))
         stored = torch.load(path, weights_only=True) if path.is_file() else {}
         known = stored.get("settings") == settings
         if not known:
-            curve = train_heads(losses, splits.train, splits.calib, self.seed)
-            points = [dataclasses.asdict(one) for one in curve]
-            stored = {"settings": settings, "state": losses.state_dict(), "curve": points}
+            curves = train_heads(losses, splits.train, splits.calib, self.seed, EPOCHS, LR)
+            points = [[dataclasses.asdict(point) for point in curve] for curve in curves]
+            stored = {"settings": settings, "state": losses.state_dict(), "curves": points}
             write_torch(path, stored)
         losses.load_state_dict(stored["state"])
-        return losses, [CurvePoint(**one) for one in stored["curve"]], known
+        return losses, [[CurvePoint(**point) for point in curve] for curve in stored["curves"]], known
 
-    def result(self, splits: Splits, data: str, folder: Path) -> Trial:
+    def result(self, splits: Splits, folder: Path) -> Trial:
         """Train and measure, unless ``folder`` has the result."""
-        losses, curve, known = self.heads(splits, folder)
+        losses, curves, known = self.heads(splits, folder)
         path = folder / f"{self.name}.json"
         if not (known and path.is_file()):
-            write_json(path, dataclasses.asdict(measure(losses, splits.test, curve, data, self.seed)))
+            trial = measure(losses, splits.test, curves, self.detector.name, self.seed)
+            write_json(path, dataclasses.asdict(trial))
         return build(Trial, read_json(path, "result", "delete it"))
 
 
-def trainings(only: Sequence[str]) -> list[Training]:
-    """All trainings, or those of the attempts with the names ``only``; ``light`` stands for the branches' parts.
-
-    Raises:
-        ConfigError: an unknown name.
-    """
-    names = [one.name for one in ATTEMPTS] + ["light"]
-    for name in only:
-        if name not in names:
-            raise ConfigError(f"--only {name}: expected some of {', '.join(names)}{nearest(name, names)}")
-    wanted = only or names
-    pairs = [(seed, one) for seed, one in enumerate(ATTEMPTS) if one.name in wanted]
-    found = [Training(one, matching, seed) for seed, one in pairs for matching in ("random", "iou")]
-    if "light" in wanted:
-        found += [Training(one, "iou", seed) for seed in SEEDS for one in LIGHT]
-    return found
+def trainings() -> list[Training]:
+    """All trainings: the attempts with either assignment of default boxes, then the parts of the branches."""
+    found = []
+    for detector in dict.fromkeys(one.detector for one in ATTEMPTS):
+        attempts = tuple(one for one in ATTEMPTS if one.detector == detector)
+        found += [Training(detector, matching, 0, attempts) for matching in ("random", "iou")]
+    return found + [Training(detector, "iou", seed, (PLAIN,)) for seed in SEEDS for detector in LIGHT]
 
 
-def milliseconds(splits: Splits) -> list[float]:
+def milliseconds(splits: Splits, training: Training) -> list[float]:
     """Of the network to each exit for one photo, branches before it included, in ONNX Runtime on one thread."""
-    model = splits.build(LIGHT[0], "iou", 0).model.eval()
+    model = splits.build(training).model.eval()
     paths = [AllOutputs(PathToExit(model, index)) for index in range(len(EXITS))]
     examples = [example_input(model)] * len(paths)
     return [one.ms for one in time_in_runtime(paths, examples, "onnxruntime", 100, 1)]
 
 
 @locks_folder("out")
-def reproduce(data: str, out: Path, only: Sequence[str], overrides: Sequence[str]) -> str:
+def reproduce(data: str, out: Path, overrides: Sequence[str]) -> str:
     """Do what is missing in ``out``, and write results, tables and pictures there.
 
     Args:
         data: key of `DATA`.
-        only: see `trainings`.
         overrides: keys and values of the configuration.
 
     Returns:
         the tables.
     """
-    folder = out / data
-    planned = trainings(only)
+    folder, planned = out / data, trainings()
     splits = Splits.load(data, overrides, folder)
-    results = [one.result(splits, data, folder) for one in progress(planned, desc=f"trainings on {data}")]
+    trials = [one.result(splits, folder) for one in progress(planned, desc=f"trainings on {data}")]
     known = folder / "ms.json"
     if not known.is_file():
-        write_json(known, milliseconds(splits))
+        write_json(known, milliseconds(splits, planned[0]))
     ms = read_json(known, "list of milliseconds", "delete it")
-    write_json(out / f"{data}.json", {"ms": ms, "trials": [dataclasses.asdict(one) for one in results]})
-    tables = "\n\n".join([attempts_table(results, ms), light_table(results), rule_table(results)])
+    write_json(out / f"{data}.json", {"ms": ms, "trials": [dataclasses.asdict(one) for one in trials]})
+    tables = "\n\n".join([attempts_table(trials, ms), scores_table(trials), light_table(trials), rule_table(trials)])
     write_text(out / f"{data}.md", tables + "\n")
-    shown = [one for one in planned if one.attempt.name == SHOWN]
-    if shown and data == "rendered":
-        losses = {one.matching: one.heads(splits, folder)[0] for one in shown}
-        write_image(out / "detections.png", detections_picture(losses, splits.test))
-    if {"1.7", "1.9"} <= {one.attempt for one in results}:
-        write_image(out / f"{data}_curves.png", curves_picture(results))
+    write_image(out / f"{data}_curves.png", curves_picture(trials))
+    shown = {one.matching: one.heads(splits, folder)[0] for one in planned if one.attempts[0].name == SHOWN}
+    write_image(out / f"{data}_detections.png", detections_picture(shown, splits.test, splits.classes))
     return tables
 
 
@@ -210,12 +197,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", required=True, type=Path, help="folder of features, weights, results and pictures")
     parser.add_argument("--data", choices=DATA, default="rendered", help="photos; rendered by default")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="attempts such as 1.2, or light; all")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="override keys of the configuration")
     args = parser.parse_intermixed_args(arguments)
 
     def job() -> None:
-        print(reproduce(args.data, args.out, args.only, args.overrides))
+        print(reproduce(args.data, args.out, args.overrides))
 
     return run_tool(job, after_a_stop="the same command goes on")
 

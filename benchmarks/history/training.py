@@ -1,4 +1,7 @@
-"""Train the heads of one attempt on stored features."""
+"""Train the heads of a detector on stored features, and with them the routing of every attempt that has this detector.
+
+The routing learns from the outputs of the heads and does not reach them, so that the attempts can share a training.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.history.attempts import EXITS, Attempt, distribution_loss, gated_confidence, round_robin
+from benchmarks.history.attempts import EXITS, Attempt, Detector, distribution_loss, gated_confidence, round_robin
 from benchmarks.history.features import FeatureBatch, FeatureLoader, Features
 from earlyexit_ssd.engine import AfterStep, Trainer, build_optimizer
 from earlyexit_ssd.engine.loop import Hook
@@ -23,14 +26,13 @@ from earlyexit_ssd.routing import ExitRouter
 
 BOUNDS = {"fixed": (0.5, 3.0), "bounded": (0.5, 3.0), "free": (1e-3, 1e6)}
 """Bounds of the temperatures."""
-LR_FACTORS = {"router.": 30.0, "thresholds": 10.0}
+LR_FACTORS = {"routings.": 30.0}
 """Temperatures and thresholds move far in few steps."""
-EPOCHS, LR = 10, 0.003
-"""Of the heads."""
+CURVE_PHOTOS = 100
 
 
 def build_heads(
-    trunk: EarlyExitSSDLite, attempt: Attempt, size: int, classes: Sequence[str], seed: int
+    trunk: EarlyExitSSDLite, detector: Detector, size: int, classes: Sequence[str], seed: int
 ) -> EarlyExitSSDLite:
     """A detector with the trunk of ``trunk``, frozen, and untrained heads: two branches and the full path's.
 
@@ -39,36 +41,62 @@ def build_heads(
         seed: of the new weights.
     """
     torch.manual_seed(seed)
-    exits = describe_exits((8, 12), branch="light", channels=64, context=attempt.cascade)
+    exits = describe_exits((8, 12), branch="light", channels=64, context=detector.cascade)
     model = Architecture(tuple(classes), image_size=size, exits=exits).build()
     model.backbone.load_state_dict(trunk.backbone.state_dict())
     model.backbone.requires_grad_(False)
-    if not attempt.attention:
+    if not detector.attention:
         for branch in model.branches.values():
             branch.attention = nn.Identity()
     return model
 
 
-class AttemptLosses(nn.Module):
-    """The losses of an attempt, and the routing that it ends with.
+class Routing(nn.Module):
+    """The confidences, temperatures and thresholds of an attempt."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        super().__init__()
+        self.attempt, learn = attempt, attempt.temperatures != "fixed"
+        # the history has a temperature for the full path too
+        self.router = ExitRouter(len(EXITS), temperature_bounds=BOUNDS[attempt.temperatures], learn_temperatures=learn)
+        start = torch.full((len(EXITS) - 1,), attempt.threshold)
+        self.thresholds = nn.Parameter(start, requires_grad=attempt.learned_thresholds)
+
+    def confidences(self, heads: Sequence[Head], minimum: int) -> list[Tensor]:
+        """Per exit the confidence [N] of each photo, without gradient; ``minimum`` objects are wanted."""
+        tempered = (self.router.tempered(head["cls_logits"].detach(), index) for index, head in enumerate(heads))
+        return [gated_confidence(one, minimum) for one in tempered]
+
+    def losses(self, heads: Sequence[Head], assignment: Assignment) -> dict[str, Tensor]:
+        """Of what the attempt learns: temperatures by likelihood, thresholds by the shares of the photos."""
+        losses = {}
+        for index, (name, head) in enumerate(zip(EXITS, heads, strict=True)):
+            value = self.router.temperature_loss(head["cls_logits"].detach(), assignment, index)
+            if value is not None:
+                losses[f"{self.attempt.name} temperature {name}"] = value
+        if self.attempt.learned_thresholds:
+            confidences = self.confidences(heads, self.attempt.minimum)[:-1]
+            losses[f"{self.attempt.name} distribution"] = distribution_loss(confidences, self.thresholds)
+        return losses
+
+
+class HeadLosses(nn.Module):
+    """The losses of the heads, and of the routings.
 
     Args:
         model: of `build_heads`.
-        attempt: its switches.
+        detector: its switches.
         matching: ``iou`` (the package's) or ``random`` (the history's): as many positives in every photo, but other
             default boxes.
+        attempts: whose routing is learned.
     """
 
-    def __init__(self, model: EarlyExitSSDLite, attempt: Attempt, matching: str) -> None:
+    def __init__(self, model: EarlyExitSSDLite, detector: Detector, matching: str, attempts: Sequence[Attempt]) -> None:
         super().__init__()
         self.branches, self.head = model.branches, model.head
-        learn = attempt.temperatures != "fixed"
-        self.router = ExitRouter(3, temperature_bounds=BOUNDS[attempt.temperatures], learn_temperatures=learn)
-        start = torch.full((model.num_early_exits,), attempt.threshold)
-        self.thresholds = nn.Parameter(start, requires_grad=attempt.learned_thresholds)
-        self.attempt, self.matching = attempt, matching
-        self.anchors = default_boxes_of_image(model, torch.device("cpu"))
-        self._settings = LossSettings(neg_to_pos_ratio=attempt.negatives)
+        self.routings = nn.ModuleList(Routing(one) for one in attempts)
+        self.matching, self.anchors = matching, default_boxes_of_image(model, torch.device("cpu"))
+        self._settings = LossSettings(neg_to_pos_ratio=detector.negatives)
         self._model = [model]  # in a list: its trunk is not trained
 
     @property
@@ -77,17 +105,12 @@ class AttemptLosses(nn.Module):
         return self._model[0]
 
     def forward(self, batch: FeatureBatch) -> dict[str, Tensor]:
-        """The losses of every exit, of the temperatures and of the thresholds."""
+        """The losses of every exit and routing."""
         heads, assignment = batch.heads(self.model), self.assign(batch)
         losses = full_path_losses(heads[-1], assignment, self._settings)
         losses |= early_exit_losses(dict(enumerate(EXITS[:-1])), heads, assignment, self._settings)
-        for index, head in enumerate(heads):
-            value = self.router.temperature_loss(head["cls_logits"].detach(), assignment, index)
-            if value is not None:
-                losses[f"temperature{index}"] = value
-        if self.attempt.learned_thresholds:
-            confidences = self.confidences([head["cls_logits"] for head in heads], self.attempt.minimum)
-            losses["distribution"] = distribution_loss(confidences[:-1], self.thresholds)
+        for routing in self.routings:
+            losses |= routing.losses(heads, assignment)
         return losses
 
     def assign(self, batch: FeatureBatch) -> Assignment:
@@ -104,11 +127,6 @@ class AttemptLosses(nn.Module):
         """Default boxes of the batch with the objects that they overlap."""
         return self.model.assign(batch.targets, [self.anchors] * len(batch.targets))
 
-    def confidences(self, logits: Sequence[Tensor], minimum: int) -> list[Tensor]:
-        """Per exit the confidence [N] of each photo, from raw logits [N, A, C]; ``minimum`` objects are wanted."""
-        tempered = (self.router.tempered(one, index) for index, one in enumerate(logits))
-        return [gated_confidence(one, minimum) for one in tempered]
-
 
 @dataclass(frozen=True)
 class Predictions:
@@ -120,7 +138,7 @@ class Predictions:
     targets: list[dict[str, Tensor]]
 
 
-def predict(losses: AttemptLosses, features: Features, photos: int | None = None) -> Predictions:
+def predict(losses: HeadLosses, features: Features, photos: int | None = None) -> Predictions:
     """Outputs for the first ``photos`` photos, all by default."""
     heads, labels, regression = [], [], []
     with evaluating(losses):
@@ -136,7 +154,7 @@ def predict(losses: AttemptLosses, features: Features, photos: int | None = None
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """After an epoch, per exit on the calib split: mean confidence, share of the photos, temperature."""
+    """An attempt after an epoch, on calibration photos: per exit mean confidence, share of the photos, temperature."""
 
     epoch: int
     confidences: list[float]
@@ -144,38 +162,47 @@ class CurvePoint:
     temperatures: list[float]
 
 
-class Curve(Hook):
-    """Measures a `CurvePoint` after every epoch."""
+class Curves(Hook):
+    """Measures a `CurvePoint` of every routing after every epoch; ``points`` are by routing."""
 
-    def __init__(self, losses: AttemptLosses, features: Features) -> None:
-        self.losses, self.features, self.points = losses, features, list[CurvePoint]()
+    def __init__(self, losses: HeadLosses, features: Features) -> None:
+        self.losses, self.features = losses, features
+        self.points: list[list[CurvePoint]] = [[] for _ in losses.routings]
 
     def after_step(self, trainer: Trainer) -> None:
         """See `Hook`."""
         epoch, rest = divmod(trainer.step, len(trainer.loader))
         if rest:
             return
-        logits = [head["cls_logits"] for head in predict(self.losses, self.features, 100).heads]
-        confidences = self.losses.confidences(logits, self.losses.attempt.minimum_in(epoch))
-        chosen = choose_exits([one.detach() for one in confidences], self.losses.thresholds.tolist())
-        means = [one.mean().item() for one in confidences]
-        shares = list(exit_share(chosen, EXITS).values())
-        self.points.append(CurvePoint(epoch, means, shares, self.losses.router.temperatures.tolist()))
+        heads = predict(self.losses, self.features, CURVE_PHOTOS).heads
+        for points, routing in zip(self.points, self.losses.routings, strict=True):
+            confidences = routing.confidences(heads, routing.attempt.minimum_in(epoch))
+            shares = exit_share(choose_exits(confidences, routing.thresholds.tolist()), EXITS)
+            means = [one.mean().item() for one in confidences]
+            points.append(CurvePoint(epoch, means, list(shares.values()), routing.router.temperatures.tolist()))
 
 
-def train_heads(losses: AttemptLosses, features: Features, calib: Features, seed: int) -> list[CurvePoint]:
-    """Train all heads; a point of the curve per epoch."""
-    curve = Curve(losses, calib)
+def train_heads(
+    losses: HeadLosses, features: Features, calib: Features, seed: int, epochs: int, lr: float
+) -> list[list[CurvePoint]]:
+    """Train all heads and routings; returns the points of each routing's curve."""
+    curves = Curves(losses, calib)
+
+    def clamp(_: Trainer) -> None:
+        for routing in losses.routings:
+            routing.router.clamp_temperatures()
+
     trainer = Trainer(
         model=losses,
         compute_losses=losses,
         loader=FeatureLoader(features, seed),
-        optimizer=build_optimizer(losses, "adamw", LR, 1e-4, LR_FACTORS),
-        epochs=EPOCHS,
-        peak_lr=LR,
+        optimizer=build_optimizer(losses, "adamw", lr, 1e-4, LR_FACTORS),
+        epochs=epochs,
+        peak_lr=lr,
         warmup=0.05,
-        clip_gradient=10.0,
-        hooks=[curve, AfterStep(lambda _: losses.router.clamp_temperatures())],
+        hooks=[curves, AfterStep(clamp)],
     )
+    losses.to(memory_format=torch.channels_last)  # faster on a CPU
     trainer.run()
-    return curve.points
+    losses.to(memory_format=torch.contiguous_format)
+    return curves.points
