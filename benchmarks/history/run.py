@@ -56,11 +56,12 @@ EXAMPLES = """
 examples:
   python benchmarks/history/run.py --out output/history
       rendered rooms; about 20 minutes on one core
-  python benchmarks/history/run.py --out output/history --data voc_animals DATA.ROOT path/to/photos
-      800 photos of VOC; longer
+  python benchmarks/history/run.py --out output/history --data voc_animals --parts attempts -- DATA.ROOT path/to/photos
+      the attempts on 800 photos of VOC, not the branches
 
 Stop it at any time: the same command goes on with the first training that is missing.
 """
+PARTS = ("attempts", "branches")
 SEEDS = (0, 1, 2)
 """Of the branches with and without their parts."""
 SHOWN = "1.2"
@@ -146,13 +147,14 @@ class Training:
         return build(Trial, read_json(path, "result", "delete it"))
 
 
-def trainings() -> list[Training]:
-    """All trainings: the attempts with either assignment of default boxes, then the parts of the branches."""
+def trainings(parts: Sequence[str] = PARTS) -> list[Training]:
+    """The attempts with either assignment of default boxes, then the branches with and without their parts."""
     found = []
-    for detector in dict.fromkeys(one.detector for one in ATTEMPTS):
+    for detector in dict.fromkeys(one.detector for one in ATTEMPTS) if "attempts" in parts else ():
         attempts = tuple(one for one in ATTEMPTS if one.detector == detector)
         found += [Training(detector, matching, 0, attempts) for matching in ("random", "iou")]
-    return found + [Training(detector, "iou", seed, (PLAIN,)) for seed in SEEDS for detector in LIGHT]
+    seeds = SEEDS if "branches" in parts else ()
+    return found + [Training(detector, "iou", seed, (PLAIN,)) for seed in seeds for detector in LIGHT]
 
 
 def milliseconds(splits: Splits, training: Training) -> list[float]:
@@ -164,17 +166,18 @@ def milliseconds(splits: Splits, training: Training) -> list[float]:
 
 
 @locks_folder("out")
-def reproduce(data: str, out: Path, overrides: Sequence[str]) -> str:
+def reproduce(data: str, out: Path, parts: Sequence[str], overrides: Sequence[str]) -> str:
     """Do what is missing in ``out``, and write results, tables and pictures there.
 
     Args:
         data: key of `DATA`.
+        parts: some of `PARTS`.
         overrides: keys and values of the configuration.
 
     Returns:
         the tables.
     """
-    folder, planned = out / data, trainings()
+    folder, planned = out / data, trainings(parts)
     splits = Splits.load(data, overrides, folder)
     trials = [one.result(splits, folder) for one in progress(planned, desc=f"trainings on {data}")]
     known = folder / "ms.json"
@@ -184,9 +187,10 @@ def reproduce(data: str, out: Path, overrides: Sequence[str]) -> str:
     write_json(out / f"{data}.json", {"ms": ms, "trials": [dataclasses.asdict(one) for one in trials]})
     tables = "\n\n".join([attempts_table(trials, ms), scores_table(trials), light_table(trials), rule_table(trials)])
     write_text(out / f"{data}.md", tables + "\n")
-    write_image(out / f"{data}_curves.png", curves_picture(trials))
-    shown = {one.matching: one.heads(splits, folder)[0] for one in planned if one.attempts[0].name == SHOWN}
-    write_image(out / f"{data}_detections.png", detections_picture(shown, splits.test, splits.classes))
+    if "attempts" in parts:
+        write_image(out / f"{data}_curves.png", curves_picture(trials))
+        shown = {one.matching: one.heads(splits, folder)[0] for one in planned if one.attempts[0].name == SHOWN}
+        write_image(out / f"{data}_detections.png", detections_picture(shown, splits.test, splits.classes))
     return tables
 
 
@@ -197,11 +201,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", required=True, type=Path, help="folder of features, weights, results and pictures")
     parser.add_argument("--data", choices=DATA, default="rendered", help="photos; rendered by default")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to train; both by default")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="override keys of the configuration")
     args = parser.parse_intermixed_args(arguments)
 
     def job() -> None:
-        print(reproduce(args.data, args.out, args.overrides))
+        print(reproduce(args.data, args.out, args.parts, args.overrides))
 
     return run_tool(job, after_a_stop="the same command goes on")
 
