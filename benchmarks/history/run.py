@@ -68,6 +68,7 @@ SHOWN = "1.2"
 """Attempt whose detections are drawn."""
 EPOCHS, LR = 10, 0.003
 """Of a training of the heads."""
+TIMING_RUNS = 100
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def milliseconds(splits: Splits, training: Training) -> list[float]:
     model = splits.build(training).model.eval()
     paths = [AllOutputs(PathToExit(model, index)) for index in range(len(EXITS))]
     examples = [example_input(model)] * len(paths)
-    return [one.ms for one in time_in_runtime(paths, examples, "onnxruntime", 100, 1)]
+    return [one.ms for one in time_in_runtime(paths, examples, "onnxruntime", TIMING_RUNS, 1)]
 
 
 @locks_folder("out")

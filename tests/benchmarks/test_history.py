@@ -70,6 +70,7 @@ def test_a_tiny_reproduction_goes_on_where_it_was_stopped(tmp_path, capsys, monk
     monkeypatch.setattr(run, "EPOCHS", 1)
     monkeypatch.setattr(run, "LIGHT", run.LIGHT[:1])
     monkeypatch.setattr(run, "SEEDS", (0,))
+    monkeypatch.setattr(run, "TIMING_RUNS", 1)
     own = ["DATA.ROOT", str(tmp_path), "DATA.SYNTHETIC.SIZES", "[32, 8, 12]", "DATA.SYNTHETIC.IMAGE_SIZE", "64"]
     arguments = ["--out", str(tmp_path / "out"), "--", *own, "MODEL.IMAGE_SIZE", "64"]
     assert run.main(arguments) == 0
