@@ -125,7 +125,7 @@ def curves_picture(trials: Sequence[Trial]) -> Image.Image:
         label(all_axes[1, 0], "temperature, attempt 1.7")
         all_axes[0, 0].legend(frameon=False)
 
-    return draw_charts(draw, 2, 2, (9, 6))
+    return draw_charts(draw, 2, 2, (9, 6)).quantize(64)
 
 
 def label(axes: Axes, text: str) -> None:
