@@ -7,6 +7,7 @@ from statistics import mean
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 from PIL import Image
 
 from benchmarks.history.attempts import ATTEMPTS, EXITS, LIGHT, PLAIN
@@ -121,6 +122,9 @@ def curves_picture(trials: Sequence[Trial]) -> Image.Image:
             bottom.set_xlabel("epoch")
             for axes in (top, bottom):
                 axes.set_yscale("log")
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter(NullFormatter())
+        all_axes[1, 0].set_yticks([1, 2, 3, 5, 7])
         label(all_axes[0, 0], "mean confidence, attempt 1.9")
         label(all_axes[1, 0], "temperature, attempt 1.7")
         all_axes[0, 0].legend(frameon=False)
