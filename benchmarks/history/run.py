@@ -1,0 +1,216 @@
+#!/usr/bin/env python
+"""Reproduce the nine attempts of the history, small: each with the history's assignment of default boxes, and with the
+package's. The trunk is that of the shipped weights, frozen; all heads are new in every attempt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
+
+from benchmarks.history.attempts import ATTEMPTS, EXITS, LIGHT, PLAIN, Attempt, Detector  # noqa: E402
+from benchmarks.history.features import Features  # noqa: E402
+from benchmarks.history.figures import Trial, measure  # noqa: E402
+from benchmarks.history.report import (  # noqa: E402
+    attempts_table,
+    curves_picture,
+    detections_picture,
+    light_table,
+    rule_table,
+    scores_table,
+)
+from benchmarks.history.training import (  # noqa: E402
+    CurvePoint,
+    HeadLosses,
+    build_heads,
+    train_heads,
+)
+from earlyexit_ssd.command_line import run_tool  # noqa: E402
+from earlyexit_ssd.config import load_config  # noqa: E402
+from earlyexit_ssd.data import load_dataset  # noqa: E402
+from earlyexit_ssd.evaluation.cost import example_input, time_in_runtime  # noqa: E402
+from earlyexit_ssd.files import locks_folder, write_image, write_json, write_text, write_torch  # noqa: E402
+from earlyexit_ssd.modeling import EarlyExitSSDLite  # noqa: E402
+from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit  # noqa: E402
+from earlyexit_ssd.plain import build, read_json  # noqa: E402
+from earlyexit_ssd.progress import progress  # noqa: E402
+
+DATA = {
+    "rendered": (
+        ROOT / "configs" / "quickstart.yaml",
+        ["DATA.SYNTHETIC.SIZES", "[800, 100, 300]", "MODEL.IMAGE_SIZE", "160"],
+    ),
+    "voc_animals": (ROOT / "configs" / "voc_animals.yaml", ["DATA.LIMIT", "800", "MODEL.IMAGE_SIZE", "224"]),
+}
+"""Name -> configuration that the photos come from, and keys in its place."""
+EXAMPLES = """
+examples:
+  python benchmarks/history/run.py --out output/history
+      rendered rooms; about 20 minutes on one core
+  python benchmarks/history/run.py --out output/history --data voc_animals --parts attempts -- DATA.ROOT path/to/photos
+      the attempts on 800 photos of VOC, not the branches
+
+Stop it at any time: the same command goes on with the first training that is missing.
+"""
+PARTS = ("attempts", "branches")
+SEEDS = (0, 1, 2)
+"""Of the branches with and without their parts."""
+SHOWN = "1.2"
+"""Attempt whose detections are drawn."""
+EPOCHS, LR = 10, 0.003
+"""Of a training of the heads."""
+TIMING_RUNS = 100
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The stored features of the three splits, and how heads for them are built.
+
+    Attributes:
+        train, calib, test: the heads are trained on ``train``; the curves come from ``calib``; the rest from ``test``.
+        trunk: detector whose trunk is frozen.
+        size: side of the input, pixels.
+        classes: names of the labels 1..K.
+    """
+
+    train: Features
+    calib: Features
+    test: Features
+    trunk: EarlyExitSSDLite
+    size: int
+    classes: tuple[str, ...]
+
+    @classmethod
+    def load(cls, data: str, overrides: Sequence[str], folder: Path) -> Splits:
+        """Read the photos of ``data`` and run the trunk on them, unless ``folder`` has its outputs."""
+        path, own = DATA[data]
+        cfg = load_config(path, [*own, *overrides])
+        torch.set_num_threads(cfg.THREADS or 1)
+        size, trunk = cfg.MODEL.IMAGE_SIZE, EarlyExitSSDLite.from_pretrained("voc_animals", router=False)
+        features, classes = {}, ()
+        for name in ("train", "calib", "test"):
+            dataset = load_dataset(cfg, cfg.DATA[name.upper()], train=name == "train")
+            dataset.transforms, classes = None, dataset.classes
+            model = build_heads(trunk, LIGHT[0], size, classes, 0)
+            features[name] = Features(folder / "features" / name, model, dataset)
+        return cls(**features, trunk=trunk, size=size, classes=classes)
+
+    def build(self, training: Training) -> HeadLosses:
+        """Untrained heads."""
+        model = build_heads(self.trunk, training.detector, self.size, self.classes, training.seed)
+        return HeadLosses(model, training.detector, training.matching, training.attempts)
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of the heads of ``detector``, and of the routing of ``attempts``."""
+
+    detector: Detector
+    matching: str
+    seed: int
+    attempts: tuple[Attempt, ...]
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.detector.name} {self.detector.negatives:g} {self.matching} {self.seed}".replace(" ", "_")
+
+    def heads(self, splits: Splits, folder: Path) -> tuple[HeadLosses, list[list[CurvePoint]], bool]:
+        """The trained heads, the curves, and whether ``folder`` had them already."""
+        losses, path = splits.build(self), folder / f"{self.name}.pth"
+        settings = repr((self, EPOCHS, LR, splits.train.key))
+        stored = torch.load(path, weights_only=True) if path.is_file() else {}
+        known = stored.get("settings") == settings
+        if not known:
+            curves = train_heads(losses, splits.train, splits.calib, self.seed, EPOCHS, LR)
+            points = [[dataclasses.asdict(point) for point in curve] for curve in curves]
+            stored = {"settings": settings, "state": losses.state_dict(), "curves": points}
+            write_torch(path, stored)
+        losses.load_state_dict(stored["state"])
+        return losses, [[CurvePoint(**point) for point in curve] for curve in stored["curves"]], known
+
+    def result(self, splits: Splits, folder: Path) -> Trial:
+        """Train and measure, unless ``folder`` has the result."""
+        losses, curves, known = self.heads(splits, folder)
+        path = folder / f"{self.name}.json"
+        if not (known and path.is_file()):
+            trial = measure(losses, splits.test, curves, self.detector.name, self.seed)
+            write_json(path, dataclasses.asdict(trial))
+        return build(Trial, read_json(path, "result", "delete it"))
+
+
+def trainings(parts: Sequence[str] = PARTS) -> list[Training]:
+    """The attempts with either assignment of default boxes, then the branches with and without their parts."""
+    found = []
+    for detector in dict.fromkeys(one.detector for one in ATTEMPTS) if "attempts" in parts else ():
+        attempts = tuple(one for one in ATTEMPTS if one.detector == detector)
+        found += [Training(detector, matching, 0, attempts) for matching in ("random", "iou")]
+    seeds = SEEDS if "branches" in parts else ()
+    return found + [Training(detector, "iou", seed, (PLAIN,)) for seed in seeds for detector in LIGHT]
+
+
+def milliseconds(splits: Splits, training: Training) -> list[float]:
+    """Of the network to each exit for one photo, branches before it included, in ONNX Runtime on one thread."""
+    model = splits.build(training).model.eval()
+    paths = [AllOutputs(PathToExit(model, index)) for index in range(len(EXITS))]
+    examples = [example_input(model)] * len(paths)
+    return [one.ms for one in time_in_runtime(paths, examples, "onnxruntime", TIMING_RUNS, 1)]
+
+
+@locks_folder("out")
+def reproduce(data: str, out: Path, parts: Sequence[str], overrides: Sequence[str]) -> str:
+    """Do what is missing in ``out``, and write results, tables and pictures there.
+
+    Args:
+        data: key of `DATA`.
+        parts: some of `PARTS`.
+        overrides: keys and values of the configuration.
+
+    Returns:
+        the tables.
+    """
+    folder, planned = out / data, trainings(parts)
+    splits = Splits.load(data, overrides, folder)
+    trials = [one.result(splits, folder) for one in progress(planned, desc=f"trainings on {data}")]
+    known = folder / "ms.json"
+    if not known.is_file():
+        write_json(known, milliseconds(splits, planned[0]))
+    ms = read_json(known, "list of milliseconds", "delete it")
+    write_json(out / f"{data}.json", {"ms": ms, "trials": [dataclasses.asdict(one) for one in trials]})
+    tables = "\n\n".join([attempts_table(trials, ms), scores_table(trials), light_table(trials), rule_table(trials)])
+    write_text(out / f"{data}.md", tables + "\n")
+    if "attempts" in parts:
+        write_image(out / f"{data}_curves.png", curves_picture(trials))
+        shown = {one.matching: one.heads(splits, folder)[0] for one in planned if one.attempts[0].name == SHOWN}
+        write_image(out / f"{data}_detections.png", detections_picture(shown, splits.test, splits.classes))
+    return tables
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, reproduce, print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", required=True, type=Path, help="folder of features, weights, results and pictures")
+    parser.add_argument("--data", choices=DATA, default="rendered", help="photos; rendered by default")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to train; both by default")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="override keys of the configuration")
+    args = parser.parse_intermixed_args(arguments)
+
+    def job() -> None:
+        print(reproduce(args.data, args.out, args.parts, args.overrides))
+
+    return run_tool(job, after_a_stop="the same command goes on")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
