@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.pipeline.optimize import Candidate, Goal, Variant, choose_candidate
+from earlyexit_ssd.pipeline.optimize import Candidate, Goal, Variant, _skipped, _warn_if_busy, choose_candidate
 
 
 def candidate(name, speedup, lost, holds, ms=None):
@@ -45,6 +46,31 @@ def test_a_candidate_whose_exits_stay_closed_is_not_chosen():
     assert choose_candidate([BASE, SAFE, closed], Goal()) == SAFE
     opened = dataclasses.replace(closed, thresholds=(0.9,))
     assert choose_candidate([BASE, SAFE, opened], Goal()) == opened
+
+
+@pytest.mark.parametrize(
+    ("measured", "variant", "empty", "skipped"),
+    [
+        (("compact", 0.03, False), Variant(288, "compact"), True, True),  # hopeless without exits
+        (("compact", 0.03, False), Variant(256, "compact"), True, False),  # another net
+        (("compact", 0.005, True), Variant(288, "as it is"), True, True),  # the compact head holds the budget
+        (("compact", 0.005, True), Variant(288, "as it is"), False, False),  # branches are tried all the same
+        (("as it is", 0.005, True), Variant(288, "as it is"), True, False),
+    ],
+)
+def test_exits_are_not_tried_where_they_cannot_help(measured, variant, empty, skipped):
+    fold, lost, holds = measured
+    store = SimpleNamespace(candidates=[Candidate("one", 288, fold, lost=lost, holds=holds)])
+    search = SimpleNamespace(goal=Goal(ap_drop=0.01), is_empty=lambda *_: empty)
+    assert _skipped(search, store, variant, ("glance128",)) is skipped
+
+
+@pytest.mark.parametrize(("load", "warned"), [(2.5, True), (1.5, False)])
+def test_a_busy_machine_is_said(monkeypatch, caplog, load, warned):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    _warn_if_busy()
+    assert ("the machine is busy (load 2.5 on 2 cores)" in caplog.text) is warned
 
 
 def test_candidates_in_words():
