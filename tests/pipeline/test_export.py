@@ -240,6 +240,6 @@ def test_the_certificate_goes_along_while_the_router_is_as_calibrated(model, mon
     router.certificate = type(
         "Certificate", (), {"router": router.to_dict(), "to_dict": lambda self: {"format": "x"}}
     )()
-    assert json.loads(export._metadata(calibrated)["certificate"]) == {"format": "x"}
+    assert json.loads(export._metadata(calibrated, export._contract(calibrated))["certificate"]) == {"format": "x"}
     router.thresholds = 0.9
-    assert json.loads(export._metadata(calibrated)["certificate"]) is None
+    assert json.loads(export._metadata(calibrated, export._contract(calibrated))["certificate"]) is None
