@@ -23,7 +23,7 @@ from earlyexit_ssd.errors import EarlyExitError, nearest, one_line, shown
 FORMAT = "earlyexit_ssd detector/1"
 MANIFEST = "manifest.json"
 CLOSED = 2.0
-"""A threshold that no confidence reaches. `config` has it too, but importing that needs packages that a device lacks."""
+"""A threshold that no confidence reaches. `config` has it too, but importing that needs packages a device may lack."""
 RUNTIMES = ("onnxruntime", "openvino")
 
 Array = np.ndarray
