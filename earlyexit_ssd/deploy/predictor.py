@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -12,13 +11,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from earlyexit_ssd.drift import Drift, DriftRecord
-from earlyexit_ssd.errors import EarlyExitError, nearest, one_line, shown
+from earlyexit_ssd.errors import EarlyExitError, import_package, nearest, one_line, shown
 
 FORMAT = "earlyexit_ssd detector/1"
 MANIFEST = "manifest.json"
@@ -86,7 +84,7 @@ class Detections:
         Raises:
             EarlyExitError: the package supervision is not installed.
         """
-        supervision = package("supervision")
+        supervision = import_package("supervision")
         names = np.array(self.class_names, dtype=str)
         return supervision.Detections(
             xyxy=self.boxes, confidence=self.scores, class_id=self.labels, data={"class_name": names}
@@ -398,18 +396,6 @@ class _Staged:
 # The runtimes.
 
 
-def package(name: str) -> ModuleType:
-    """Import an optional package.
-
-    Raises:
-        EarlyExitError: it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise EarlyExitError(f"the package {name} is needed ({error}): pip install {name}") from None
-
-
 def _cannot_load(name: object, runtime: str, error: Exception) -> EarlyExitError:
     reason = one_line(str(error))[:120] or type(error).__name__
     return EarlyExitError(f"{name}: {runtime} cannot load it ({reason}); write it with earlyexit export")
@@ -428,7 +414,7 @@ class OnnxRuntime:
 
     def __init__(self, content: Path | bytes, name: object = None, threads: int = 1) -> None:
         name = name or content
-        runtime = package("onnxruntime")
+        runtime = import_package("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
         options.add_session_config_entry("session.load_model_format", "ONNX")
@@ -461,7 +447,7 @@ class OpenVino:
     """A file in OpenVINO on the CPU, in fp32; see `OnnxRuntime`."""
 
     def __init__(self, path: Path, threads: int = 1) -> None:
-        runtime = package("openvino")
+        runtime = import_package("openvino")
         settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         try:
             model = runtime.Core().read_model(path)

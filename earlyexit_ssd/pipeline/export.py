@@ -39,8 +39,8 @@ from earlyexit_ssd.deploy.graph import (
     required_inputs,
     stage,
 )
-from earlyexit_ssd.deploy.predictor import FORMAT, MANIFEST, OnnxRuntime, package
-from earlyexit_ssd.errors import EarlyExitError, one_line
+from earlyexit_ssd.deploy.predictor import FORMAT, MANIFEST, OnnxRuntime
+from earlyexit_ssd.errors import EarlyExitError, import_package, one_line
 from earlyexit_ssd.files import make_folder, write_json, writing
 from earlyexit_ssd.images import read_image
 from earlyexit_ssd.modeling import EarlyExitSSDLite
@@ -341,7 +341,7 @@ def _write_staged(parts: _Parts, folder: Path) -> None:
 
 
 def _write_openvino(parts: _Parts, path: Path) -> None:
-    openvino = package("openvino")
+    openvino = import_package("openvino")
     _write_onnx(parts, path.with_suffix(".onnx"), for_openvino=True)
     try:
         model = openvino.Core().read_model(path.with_suffix(".onnx"))
