@@ -403,7 +403,8 @@ def export(args: argparse.Namespace) -> None:
     photos = [source.name for source in find_sources(args.photos) if source.kind == "photo"]
     exported = export_detector(model, args.out, args.format, photos)
     print(exported)
-    print(f"run it: from earlyexit_ssd.deploy import Predictor; Predictor({args.out!r}{exported.runtime})(photo)")
+    runtime = ", 'openvino'" if args.format == "openvino" else ""
+    print(f"run it: from earlyexit_ssd.deploy import Predictor; Predictor({args.out!r}{runtime})(photo)")
 
 
 def benchmark_arguments(parser: argparse.ArgumentParser) -> None:

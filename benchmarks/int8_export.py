@@ -85,7 +85,8 @@ def quantised(model: EarlyExitDetector, photos: Sequence[Path], activations: str
         )
         network = onnx.load(target)
     segment = dataclasses.replace(segment, model=network)
-    return _Parts([(float_network, segment)], _contract(model), _metadata(model))
+    contract = _contract(model)
+    return _Parts([(float_network, segment)], contract, _metadata(model, contract))
 
 
 def average_precision(predictor: Predictor, folder: Path, annotations: str) -> tuple[float, float]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import re
 import reprlib
 from collections.abc import Iterable
+from types import ModuleType
 from typing import Any
 
 LONGEST = 299  # characters of a message
@@ -79,3 +81,11 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     by_lower_case = {candidate.lower(): candidate for candidate in valid}
     matches = difflib.get_close_matches(name.lower()[:100], by_lower_case, n=1, cutoff=0.6)
     return f" (did you mean '{by_lower_case[matches[0]]}'?)" if matches else ""
+
+
+def import_package(name: str) -> ModuleType:
+    """Import an optional package; an EarlyExitError if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise EarlyExitError(f"the package {name} is missing ({error}): pip install {name}") from None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pickle
+import sys
 
 import pytest
 
-from earlyexit_ssd.errors import DataError, EarlyExitError, shown
+from earlyexit_ssd.errors import DataError, EarlyExitError, import_package, shown
 
 
 @pytest.mark.parametrize(
@@ -50,3 +51,9 @@ def test_values_of_any_size_are_shown_at_once():
     for value in (knot, deep, "x" * 10**7, 10**5000, {number: knot for number in range(1000)}, [10**5000]):
         assert len(shown(value)) <= 100
     assert shown({"a": [1, "b"]}) == "{'a': [1, 'b']}"
+
+
+def test_a_missing_package_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(EarlyExitError, match=r"the package onnx is missing \(.*\): pip install onnx$"):
+        import_package("onnx")

@@ -37,7 +37,8 @@ class CertifiedTarget:
         score, iou: least score of a counted detection, and least IoU of a match.
         value: of a speedup the least speed-up, of an ap_drop the largest loss of AP50.
         epsilon, bound: of a risk the largest expected loss, and its test (a key of `earlyexit_ssd.bounds.BOUNDS`).
-        delta: of a risk or an ap_drop, the probability that the promise fails.
+        delta: of a risk, the probability that the guarantee fails. Of an ap_drop, the share of the bootstrap draws that
+            may lose more; this is no guarantee.
         block: number of consecutive photos of a folder that count as one draw; None: each photo is a draw.
         learned: True if the thresholds were learnt by gradient descent.
     """
@@ -64,9 +65,11 @@ class Measured:
         AP50, AP50_full: of the routed detector and of the full path; None without labels or objects.
         exit_share: exit name -> share of the photos that leave there.
         speedup: cost of the detector without exits / ``cost``.
-        loss_bound: of a risk, upper bound of the expected loss at level delta, as if no other step was tested.
+        loss_bound: of a risk, upper bound at level delta of the expected loss at this step alone. It is not the
+            guarantee; epsilon is.
         AP50_lost_bound: of an ap_drop, the loss of AP50 that 1 - delta of the bootstrap draws do not exceed.
-        photos_needed: of an ap_drop, number of draws that would be enough; None if there were enough.
+        photos_needed: of an ap_drop, least number of draws (photos, or blocks of photos) that it should have, a rule of
+            thumb; None if there were as many.
         agreement: the fields of `earlyexit_ssd.evaluation.matches.Agreement`.
         equal_photos, near_equal_photos: duplicates and near-duplicates that were left out.
         steps: of a risk, number of steps of the path of thresholds that passed the test.

@@ -69,9 +69,12 @@ def open_sets(exits: int) -> Iterator[tuple[list[float], np.ndarray]]:
         yield [0.0 if one else CLOSED for one in is_open], np.flatnonzero([*is_open, True])
 
 
-def candidates(confidence: np.ndarray, count: int) -> np.ndarray:
-    """Candidates for an exit's threshold, falling: `CLOSED`, then up to ``count`` evenly spaced quantiles of the
-    confidences [n], each halfway between two of them so that rounding changes no decision, then 0."""
+def candidate_thresholds(confidence: np.ndarray, count: int) -> np.ndarray:
+    """Candidates for an exit's threshold from its confidences [n], falling; the first is `CLOSED`, the last is 0.
+
+    The others lie midway between neighbouring confidences, so that rounding changes no decision. At most ``count`` of
+    them are kept, evenly by rank.
+    """
     values = np.unique(confidence)
     halfway = (values[1:] + values[:-1]) / 2
     inner = np.unique(np.quantile(halfway, np.linspace(0, 1, count), method="nearest")) if len(halfway) else halfway
@@ -79,12 +82,12 @@ def candidates(confidence: np.ndarray, count: int) -> np.ndarray:
 
 
 def threshold_grid(confidences: Sequence[np.ndarray], count: int | None = None) -> Grid:
-    """All combinations of the `candidates` of each exit, without those that give every photo the same exit as another.
-    By default ``count`` is as large as `LARGEST_GRID` allows."""
+    """All combinations of the `candidate_thresholds` of each exit, without those that give every photo the same exit as
+    another. By default ``count`` is as large as `LARGEST_GRID` allows."""
     exits = len(confidences)
     require_few_exits(exits)
     count = count or min(60, int(LARGEST_GRID ** (1 / exits)) - 2)
-    axes = [candidates(confidence, count) for confidence in confidences]
+    axes = [candidate_thresholds(confidence, count) for confidence in confidences]
     thresholds = np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=1)
     choices = np.stack([choose(confidences, row) for row in thresholds])
     _, first = np.unique(choices, axis=0, return_index=True)
@@ -126,8 +129,9 @@ def learn_open_exits(
     costs_with: Callable[[Sequence[float]], np.ndarray],
     budget: float,
 ) -> np.ndarray:
-    """Thresholds [early exits] of the least mean loss within a budget, learnt for every set of open exits: the gradient
-    does not contain what closing an exit saves.
+    """Thresholds [early exits] of the least mean loss within a budget.
+
+    Gradient descent cannot see the saving from closing an exit. So each set of open exits is tried.
 
     Args:
         costs_with: function from thresholds (0 or `CLOSED`) of the early exits to the costs.

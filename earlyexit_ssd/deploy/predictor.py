@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -12,20 +11,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from earlyexit_ssd.drift import Drift, DriftRecord
-from earlyexit_ssd.errors import EarlyExitError, nearest, one_line, shown
+from earlyexit_ssd.errors import EarlyExitError, import_package, nearest, one_line, shown
 
 FORMAT = "earlyexit_ssd detector/1"
 MANIFEST = "manifest.json"
 CLOSED = 2.0
-"""A threshold that no confidence reaches."""
-RUNTIMES = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
-"""Name of a runtime -> name of its package."""
+"""A threshold that no confidence reaches. `config` has it too, but importing that needs packages a device may lack."""
+RUNTIMES = ("onnxruntime", "openvino")
 
 Array = np.ndarray
 Run = Callable[[Mapping[str, Array]], "dict[str, Array]"]
@@ -87,7 +84,7 @@ class Detections:
         Raises:
             EarlyExitError: the package supervision is not installed.
         """
-        supervision = package("supervision")
+        supervision = import_package("supervision")
         names = np.array(self.class_names, dtype=str)
         return supervision.Detections(
             xyxy=self.boxes, confidence=self.scores, class_id=self.labels, data={"class_name": names}
@@ -136,7 +133,7 @@ class Predictor:
         if path.suffix == ".xml" and runtime != "openvino":
             raise EarlyExitError(f"{path}: an OpenVINO model, the runtime is {runtime}; give runtime='openvino'")
         load = OpenVino if runtime == "openvino" else OnnxRuntime
-        self._network = _Staged(path, load, threads) if path.is_dir() else _OneFile(load(path, path, threads))
+        self._network = _Staged(path, load, threads) if path.is_dir() else _OneFile(load(path, threads=threads))
         try:
             self._description = _Description.of(self._network.metadata)
         except (KeyError, TypeError, ValueError) as error:
@@ -178,9 +175,9 @@ class Predictor:
     def drift(self) -> Drift | None:
         """Compare the exits and confidences of the photos so far with those of calibration.
 
-        The p-value takes photos for independent draws. If the certificate has a block length (``--block`` of the
-        calibration), one frame of each block is compared and the p-value holds for a video; otherwise the frames of a
-        video count as independent, and it warns too easily. See `earlyexit_ssd.drift.DriftRecord`.
+        The p-value is for independent photos. If the certificate has a block length (``--block`` of the calibration),
+        one frame of each block is compared. Without a block length the test is too sensitive for video. See
+        `earlyexit_ssd.drift.DriftRecord`.
 
         Returns:
             None without a certificate, with other thresholds than the file's, and before the first photo.
@@ -240,15 +237,16 @@ class Predictor:
                 hint = nearest(str(name), self.thresholds) or f"; they are {', '.join(self.thresholds)}"
                 raise EarlyExitError(f"thresholds names {shown(name)}, no early exit of the file{hint}")
             value = CLOSED if value == CLOSED else _share(f"threshold of {name}", value)
-            if self.thresholds[name] is None and value < CLOSED:
-                raise EarlyExitError(f"{self.path}: {name} was closed when the file was written; export it open")
+            if self.thresholds[name] is None:  # it was not exported; only 2.0 is allowed for it
+                if value < CLOSED:
+                    raise EarlyExitError(f"{self.path}: {name} was closed when the file was written; export it open")
+                continue
             if self._network.fixed_thresholds and value != self.thresholds[name]:
                 raise EarlyExitError(
                     f"{self.path}: OpenVINO takes thresholds of an ONNX file for constants; export with --format "
                     "openvino to change them"
                 )
-            if self.thresholds[name] is not None:
-                self.thresholds[name] = value
+            self.thresholds[name] = value
         values = [CLOSED if value is None else value for value in self.thresholds.values()]
         self._thresholds = np.array(values, np.float32)
 
@@ -374,7 +372,7 @@ class _Staged:
                 f"{folder}: its {MANIFEST} cannot be used ({reason}); write the folder with earlyexit export --format "
                 "staged"
             ) from None
-        *self._networks, self._detections = [load(folder / file, folder / file, threads) for file in files]
+        *self._networks, self._detections = [load(folder / file, threads=threads) for file in files]
 
     def __call__(self, feeds: Mapping[str, Array]) -> Outputs:
         image, state = feeds["image"], {"image": feeds["image"]}
@@ -398,18 +396,6 @@ class _Staged:
 # The runtimes.
 
 
-def package(name: str) -> ModuleType:
-    """Import an optional package.
-
-    Raises:
-        EarlyExitError: it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise EarlyExitError(f"the package {name} is needed ({error}): pip install {name}") from None
-
-
 def _cannot_load(name: object, runtime: str, error: Exception) -> EarlyExitError:
     reason = one_line(str(error))[:120] or type(error).__name__
     return EarlyExitError(f"{name}: {runtime} cannot load it ({reason}); write it with earlyexit export")
@@ -419,14 +405,16 @@ class OnnxRuntime:
     """An ONNX graph in ONNX Runtime on the CPU.
 
     Args:
-        content, name: a file or its bytes, and its name for messages.
+        content: a file, or its bytes.
+        name: its name for messages; by default the file's path.
 
     Attributes:
         metadata, inputs: the file's metadata (text by key), and the names of its inputs.
     """
 
-    def __init__(self, content: Path | bytes, name: object, threads: int = 1) -> None:
-        runtime = package("onnxruntime")
+    def __init__(self, content: Path | bytes, name: object = None, threads: int = 1) -> None:
+        name = name or content
+        runtime = import_package("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
         options.add_session_config_entry("session.load_model_format", "ONNX")
@@ -458,8 +446,8 @@ class OnnxRuntime:
 class OpenVino:
     """A file in OpenVINO on the CPU, in fp32; see `OnnxRuntime`."""
 
-    def __init__(self, path: Path, name: object, threads: int = 1) -> None:
-        runtime = package("openvino")
+    def __init__(self, path: Path, threads: int = 1) -> None:
+        runtime = import_package("openvino")
         settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         try:
             model = runtime.Core().read_model(path)
@@ -469,8 +457,8 @@ class OpenVino:
             self._outputs = [one.any_name for one in model.outputs]
             self._compiled = runtime.Core().compile_model(model, "CPU", settings)
         except Exception as error:  # OpenVINO raises RuntimeError for nearly all, with a page of text
-            raise _cannot_load(name, "OpenVINO", error) from None
-        self._name, self._local = name, threading.local()
+            raise _cannot_load(path, "OpenVINO", error) from None
+        self._name, self._local = path, threading.local()
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         if not hasattr(self._local, "request"):  # a request holds the tensors of one call

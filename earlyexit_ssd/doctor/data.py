@@ -101,7 +101,7 @@ class Summary(Json):
 
         classes = ", ".join(f"{name} {count}" for name, count in list(self.objects.items())[:10])
         return (
-            f"{self.split}: {self.photos} photos, {self.boxes} boxes; of each the 5 %, 50 % and 95 % quantile\n"
+            f"{self.split}: {self.photos} photos, {self.boxes} boxes; quantiles 5 / 50 / 95 % of:\n"
             f"     photos: side {three(self.sides, 0)} px, width / height {three(self.aspects, 2)}\n"
             f"     objects: side {three(self.object_sides, 0)} px in the network, best IoU with a default box "
             f"{three(self.best_ious, 2)}\n     boxes of: {classes or '-'}{', ...' if len(self.objects) > 10 else ''}"

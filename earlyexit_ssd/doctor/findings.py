@@ -107,16 +107,19 @@ class Diagnosis(Record):
 
     def __str__(self) -> str:
         """A table; below each bad finding what it means and what to do."""
-        rows = [(one, one.check, one.subject, one.shown, one.wanted) for one in self.findings]
-        widths = [max((len(row[column]) for row in rows), default=0) for column in range(1, 4)]
-        lines = []
-        for one, name, subject, figure, wanted in rows:
-            state = "BAD" if one.bad else "ok "
-            cells = name.ljust(widths[0]), subject.ljust(widths[1]), figure.rjust(widths[2])
-            lines.append("  ".join([state, *cells, wanted]))
+        cells = [("", "check", "subject", "figure", "limit")]
+        cells += [("BAD" if one.bad else "ok", one.check, one.subject, one.shown, one.wanted) for one in self.findings]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        header, *rows = (
+            f"{state:3}  {check:{widths[1]}}  {subject:{widths[2]}}  {figure:>{widths[3]}}  {limit}"
+            for state, check, subject, figure, limit in cells
+        )
+        lines = [header] if rows else []
+        for one, row in zip(self.findings, rows, strict=True):
+            lines.append(row)
             lines += [f"     {one.meaning}", f"     what to do: {one.advice}"] if one.bad else []
         if self.not_judged:
-            lines.append(f"not judged, since nothing was there to judge by: {', '.join(self.not_judged)}")
+            lines.append(f"not judged, too little to judge by: {', '.join(self.not_judged)}")
         count = f"{len(self.bad)} of {len(self.findings)} figures are bad" if self.bad else "nothing bad was found"
         return "\n".join([*lines, count])
 

@@ -170,11 +170,12 @@ def foreground_everywhere(found: ExitOutput, evidence: ModelEvidence) -> float:
 @check(
     MODEL_CHECKS,
     least=0.6,
-    meaning="photos that show objects get no higher confidence than photos that show none",
+    meaning="the largest object probability is no higher in photos with objects than in photos without",
     advice="do not route by it: train the exit until it detects, and then choose a policy",
 )
 def confidence_ignores_objects(evidence: ModelEvidence) -> dict[str, float]:
-    """AUC of the confidence: the probability that a photo with objects has a higher one than a photo without."""
+    """AUC of each photo's largest foreground (or of `ExitOutput.confidence`, if given): the probability that it is
+    higher in a photo with objects than in a photo without."""
     shows = evidence.shows
     if min(int(shows.sum()), int((~shows).sum())) < ENOUGH_PHOTOS:
         return {}

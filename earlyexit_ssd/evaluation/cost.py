@@ -13,14 +13,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from earlyexit_ssd.errors import EarlyExitError, shown
+from earlyexit_ssd.errors import EarlyExitError, import_package, shown
 from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit
 from earlyexit_ssd.modeling.outputs import Router
 from earlyexit_ssd.modeling.trunk import evaluating
@@ -29,15 +28,6 @@ from earlyexit_ssd.progress import progress
 EAGER, ONNX_RUNTIME, OPENVINO = "eager", "onnxruntime", "openvino"
 RUNTIME_TITLES = {EAGER: "eager PyTorch", ONNX_RUNTIME: "ONNX Runtime", OPENVINO: "OpenVINO"}
 """Name of a runtime in configuration and metrics.json -> name in tables and charts."""
-
-
-def deploy_package(name: str) -> ModuleType:
-    """Import the package onnx, onnxruntime or openvino; an EarlyExitError if it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        packages = name if name == OPENVINO else "onnx onnxruntime"
-        raise EarlyExitError(f"the package {name} is missing ({error}): pip install {packages}") from None
 
 
 def runtime_installed() -> bool:
@@ -65,7 +55,7 @@ class OnnxNetwork(nn.Module):
         self, content: bytes, threads: int = 1, name: str = "the network", folder: str | os.PathLike[str] | None = None
     ) -> None:
         super().__init__()
-        runtime = deploy_package("onnxruntime")
+        runtime = import_package("onnxruntime")
         self.name = name
         _require_safe_weights(content, name, folder)
         options = runtime.SessionOptions()
@@ -101,7 +91,7 @@ class OnnxNetwork(nn.Module):
 def _require_safe_weights(content: bytes, name: str, folder: str | os.PathLike[str] | None) -> None:
     """Check that weights outside of the ONNX file are regular files in ``folder`` or below: ONNX Runtime would read any
     file that a foreign ONNX file names."""
-    onnx = deploy_package("onnx")
+    onnx = import_package("onnx")
     try:
         model = onnx.load_model_from_string(content)
     except Exception as error:
@@ -138,7 +128,7 @@ class OpenVinoNetwork(nn.Module):
 
     def __init__(self, content: bytes, threads: int = 1) -> None:
         super().__init__()
-        core = deploy_package(OPENVINO).Core()
+        core = import_package(OPENVINO).Core()
         settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         self._request = core.compile_model(core.read_model(content), "CPU", settings).create_infer_request()
 
@@ -174,7 +164,7 @@ def export_onnx(network: nn.Module, example: Tensor) -> bytes:
     Raises:
         EarlyExitError: the export failed, or a package is missing.
     """
-    deploy_package("onnx")
+    import_package("onnx")
     content = io.BytesIO()
     with evaluating(network), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracer warnings about shapes, which are fixed, and deprecation

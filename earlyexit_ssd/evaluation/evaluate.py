@@ -270,7 +270,7 @@ def evaluate_exits(
         rivals=evaluate_rivals(rivals, costs.rival_timings, ground_truth, routed),
     )
     if certificate is not None:
-        checked = check_certificate(certificate, ground_truth, collected, chosen, matches, (exits[-1], routed), costs)
+        checked = compare_certificate(certificate, ground_truth, collected, chosen, matches, (exits[-1], routed), costs)
         results = replace(results, certificate=checked)
     results = replace(results, verdict=judge(results))
     return Evaluation(results, ground_truth, matches, photo_counts(matches, settings.score), chosen)
@@ -296,7 +296,7 @@ def _context(context: Context, model: nn.Module, matches: ExitMatches, settings:
     )
 
 
-def check_certificate(
+def compare_certificate(
     certificate: Certificate,
     ground_truth: COCO,
     collected: Collected,

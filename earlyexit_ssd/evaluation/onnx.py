@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from earlyexit_ssd.config import LARGEST_SIDE
-from earlyexit_ssd.errors import EarlyExitError, one_line, shown
-from earlyexit_ssd.evaluation.cost import OnnxNetwork, deploy_package
+from earlyexit_ssd.errors import EarlyExitError, import_package, one_line, shown
+from earlyexit_ssd.evaluation.cost import OnnxNetwork
 from earlyexit_ssd.evaluation.outputs import ImageDetections
 from earlyexit_ssd.modeling.retrofit import COCO_CLASSES
 from earlyexit_ssd.plain import read_bytes
@@ -206,7 +206,7 @@ def count_onnx_mmacs(content: bytes) -> float | None:
 
     A MatMul counts if it has constant weights. Bodies of loops and conditions are not looked into.
     """
-    onnx = deploy_package("onnx")
+    onnx = import_package("onnx")
     try:
         return _count_graph(onnx, onnx.load_from_string(content))
     except Exception as error:  # a foreign graph may break every rule that its inference of shapes relies on
@@ -257,7 +257,7 @@ def _count(node: Any, data: Shape | None, weights: Shape | None, output: Shape |
 
 def fill_inputs(content: bytes, constants: Mapping[str, tuple[float, ...]]) -> bytes:
     """The file with values [1, n] for those of its inputs that ``constants`` names."""
-    onnx = deploy_package("onnx")
+    onnx = import_package("onnx")
     try:
         model = onnx.load_model_from_string(content)
     except Exception:  # `OnnxNetwork` says what is wrong with it

@@ -7,9 +7,10 @@ docs/metrics.md lists every finding and its condition.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.evaluation.cost import RUNTIME_TITLES
 from earlyexit_ssd.evaluation.results import ExitResult, Finding, Results, RivalResult, RoutedResult, Target, Verdict
 from earlyexit_ssd.routing.policies import reads_taps
 
@@ -29,12 +30,14 @@ AP50_TOLERANCE = 0.005  # a smaller difference in AP50 counts as equal: a few hu
 Rule = Callable[[Results], Iterable[Finding]]
 
 
-def judge(results: Results, rules: Sequence[Rule] | None = None) -> Verdict:
-    """The verdict by ``rules``, by default those that fit the results. If the full path does not detect, that is the
-    only finding. If --force has passed a failed gate, that is a veto, listed first."""
+def judge(results: Results) -> Verdict:
+    """The verdict by the rules that fit the results.
+
+    If the full path does not detect, that is the only finding; its text mentions a failed gate that --force has passed.
+    Otherwise such a gate is the first finding, and a veto.
+    """
     forced = results.context.forced
-    if rules is None:
-        rules = RULES if results.early else (report_no_exits, compare_with_rivals, report_other_runtimes)
+    rules = RULES if results.early else (report_no_exits, compare_with_rivals, report_other_runtimes)
     if not results.context.labelled:
         rules = (report_agreement, check_speedup)  # the others need the accuracy, which is unknown
     elif findings := list(check_full_path(results)):
@@ -45,7 +48,7 @@ def judge(results: Results, rules: Sequence[Rule] | None = None) -> Verdict:
         line = "--force was used: a gate failed on the way to these figures, and the run went on"
         findings.insert(0, Finding(line, veto=True))
     ship = not any(finding.veto for finding in findings)
-    single = sufficient_single_exit(results)
+    single = exit_to_ship_alone(results)
     what = f"{single} alone" if single else "routed" if results.early else f"{results.full.name} alone"
     return Verdict(ship, what if ship else None, tuple(findings))
 
@@ -78,13 +81,11 @@ def check_full_path(results: Results) -> Iterator[Finding]:
 def check_exit_accuracy(results: Results) -> Iterator[Finding]:
     """Whether the first and the deepest exit in use are accurate enough. The first is compared with two limits of AP50,
     or with the full path if that is an unchanged checkpoint (``taken_over``); the deepest always with the full path."""
-    single = [one for one in results.early if one.name == sufficient_single_exit(results)]
+    single = [one for one in results.early if one.name == exit_to_ship_alone(results)]
     used = [one for one in single or _open_exits(results) or results.early if not one.empty]
     full = results.full.ap50
     if not used:
         yield Finding("the early exits are empty: only photos that seem to show nothing leave there")
-    elif used[0].ap50 is None or used[-1].ap50 is None:
-        yield Finding(f"{used[0].name}: AP50 is undefined, since the photos show no object to find", veto=True)
     else:
         first = f"{used[0].name}: AP50 {used[0].ap50:.3f}"
         if results.context.taken_over and full:
@@ -107,19 +108,18 @@ def check_exit_accuracy(results: Results) -> Iterator[Finding]:
 def check_exits_below_full(results: Results) -> Iterator[Finding]:
     """An early exit that is better than the full path hints at a mistake, such as a damaged full path.
 
-    ``AP50_below_full_interval`` is the paired interval of (AP50 of the full path - AP50 of the exit). There is no veto
-    if it includes values above 0, because other photos might give the opposite result. Nor is there one if that exit
-    takes every photo, because no photo takes the full path then.
+    ``AP50_below_full_interval`` is the paired interval of (AP50 of the full path - AP50 of the exit). It is a veto only
+    if this interval has no value above 0 (or is missing), and photos take several exits.
     """
     full = results.full
     for one in results.early:
-        if full.ap50 is None or one.ap50 is None or one.ap50 <= full.ap50 + AP50_TOLERANCE:
+        if one.ap50 <= full.ap50 + AP50_TOLERANCE:
             continue
         figures = f"{one.name}: AP50 {one.ap50:.3f} is above {full.name}'s {full.ap50:.3f}"
         full_minus_exit = one.AP50_below_full_interval
         if full_minus_exit and full_minus_exit[1] > 0:
             yield Finding(f"{figures}, but not clearly: with other photos it might not be")
-        elif one.name == sufficient_single_exit(results):
+        elif one.name == exit_to_ship_alone(results):
             yield Finding(f"{figures}: was the full path trained to its end?")
         else:
             wrong = "something is wrong: was the full path trained to its end, and is it unchanged since?"
@@ -138,11 +138,11 @@ def check_exit_times(results: Results) -> Iterator[Finding]:
 
 def check_exit_use(results: Results) -> Iterator[Finding]:
     """If every photo takes the same exit, the router is useless: ship that exit alone if it is good enough, or veto."""
-    only = _only_exit(results)
+    only = _exit_of_all_photos(results)
     fix = "change the thresholds (ROUTING.THRESHOLDS), or calibrate for another target"
     if only == results.full.name:
         yield Finding(_why_nobody_leaves(results, fix), veto=True)
-    elif only and only == sufficient_single_exit(results):
+    elif only and only == exit_to_ship_alone(results):
         yield Finding(f"every image leaves at {only}: ship {only} alone, without the other branches and the router")
     elif only:
         yield Finding(f"every image leaves at {only}: routing collapsed; {fix}", veto=True)
@@ -165,7 +165,7 @@ def _why_nobody_leaves(results: Results, fix: str) -> str:
 def check_speedup(results: Results) -> Iterator[Finding]:
     """Whether the routed detector takes clearly less time than the same detector without exits."""
     speedup, routed, plain = results.routed.speedup, results.routed.ms, results.without_exits
-    if speedup is None or _only_exit(results) == results.full.name:
+    if speedup is None or _exit_of_all_photos(results) == results.full.name:
         return
     times = f"{routed:.1f} ms routed against {plain.ms:.1f} ms without exits, {speedup:.2f}x"
     low, high = plain.ms_interval
@@ -204,7 +204,7 @@ def check_routed_accuracy(results: Results) -> Iterator[Finding]:
     """A veto if routing loses more than a tenth of the full path's AP50. If a certificate has a limit for this loss,
     there is no veto here, but in `check_certificate`."""
     full, routed = results.full.ap50, results.routed.ap50
-    if not full or routed is None or _only_exit(results) == results.full.name:
+    if not full or routed is None or _exit_of_all_photos(results) == results.full.name:
         return
     figures, lost = f"AP50 {routed:.3f} routed against {full:.3f}", 1 - routed / full
     found, missed = map(results.full.number, ("true_positives", "false_negatives"))
@@ -231,10 +231,8 @@ def check_rivals_exist(results: Results) -> Iterator[Finding]:
 
 def report_better_rival(results: Results) -> Iterator[Finding]:
     """Name the best rival with more AP50 and less time than the detector without exits. This is no veto."""
-    full, plain, rivals = results.full.ap50, results.without_exits.ms, _comparable(results)
-    if full is None or not rivals:
-        return
-    better = [one for one in rivals if one.ap50 > full + AP50_TOLERANCE and one.ms_interval[1] < plain]
+    full, plain = results.full.ap50, results.without_exits.ms
+    better = [one for one in _comparable(results) if one.ap50 > full + AP50_TOLERANCE and one.ms_interval[1] < plain]
     for best in sorted(better, key=lambda one: -one.ap50)[:1]:
         against = f"AP50 {best.ap50:.3f} against {full:.3f}, in {best.ms:.1f} ms against {plain:.1f}"
         line = f"{best.name} has more AP50 than the detector without exits, in less time ({against})"
@@ -252,7 +250,7 @@ def compare_with_rivals(results: Results) -> Iterator[Finding]:
         best = min((one for one in better if one.ap50 >= most - AP50_TOLERANCE), key=lambda one: one.ms)
         said = "ship instead"
     else:
-        best = min(comparable, key=lambda one: _shortfall(one, routed))
+        best = min(comparable, key=lambda one: _relative_loss(one, routed))
         said = "no rival is better than routing; the nearest"
     figures = f"has AP50 {best.ap50:.3f} against {routed.ap50:.3f} routed, in {best.ms:.1f} ms against {routed.ms:.1f}"
     change = f"{best.ap50 - routed.ap50:+.3f} AP50, {best.ms / routed.ms - 1:+.0%} time"
@@ -263,7 +261,8 @@ def report_other_runtimes(results: Results) -> Iterator[Finding]:
     """Name the rivals that were timed in another runtime: their milliseconds cannot be compared."""
     others = [one.name for one in results.rivals if one.runtime != results.context.runtime]
     if others:
-        line = "timed in ONNX Runtime, the exits in eager PyTorch, so their ms are not compared"
+        exits = RUNTIME_TITLES[results.context.runtime]
+        line = f"timed in ONNX Runtime, the exits in {exits}, so their ms are not compared"
         yield Finding(f"{', '.join(others)}: {line}; set EVAL.RUNTIME to onnxruntime")
 
 
@@ -294,22 +293,19 @@ def asked_value(target: Target) -> float:
     return target["value"] if "value" in target else target["epsilon"]
 
 
-def sufficient_single_exit(results: Results) -> str | None:
+def exit_to_ship_alone(results: Results) -> str | None:
     """The early exit that takes every photo, keeps the accuracy and is clearly faster than the detector without exits;
     None if there is none."""
-    only, routed, full = _only_exit(results), results.routed, results.full
+    only, routed, full = _exit_of_all_photos(results), results.routed, results.full
     if only in (None, full.name) or routed.hybrid or routed.ap50 is None or routed.speedup is None:
         return None
-    if _asked_for_ap(results):
-        accurate = results.certificate.kept
-    else:
-        accurate = routed.ap50 >= (1 - LARGEST_LOSS) * (full.ap50 or 0.0)
+    accurate = results.certificate.kept if _asked_for_ap(results) else routed.ap50 >= (1 - LARGEST_LOSS) * full.ap50
     faster = routed.speedup > 1 and routed.ms < results.without_exits.ms_interval[0]
     return only if accurate and faster else None
 
 
-def _only_exit(results: Results) -> str | None:
-    """The exit that every photo takes; None if photos take several, or if there is no early exit."""
+def _exit_of_all_photos(results: Results) -> str | None:
+    """The exit that every photo takes, early or full; None if photos take several, or if there is no early exit."""
     share = results.routed.exit_share
     return next((name for name, value in share.items() if value == 1.0), None) if len(share) > 1 else None
 
@@ -327,7 +323,7 @@ def _open_exits(results: Results) -> list[ExitResult]:
 
 def _comparable(results: Results) -> list[RivalResult]:
     """The rivals with an AP50 that were timed in the runtime of the exits, except the exit that is shipped alone."""
-    itself = f"{sufficient_single_exit(results)} alone"
+    itself = f"{exit_to_ship_alone(results)} alone"
     same = [one for one in results.rivals if one.runtime == results.context.runtime]
     return [one for one in same if one.ap50 is not None and one.name != itself]
 
@@ -341,7 +337,8 @@ def _dominates(rival: RivalResult, routed: RoutedResult) -> bool:
     return rival.ms_interval[1] < routed.ms or (difference is not None and difference[1] < 0)
 
 
-def _shortfall(rival: RivalResult, routed: RoutedResult) -> float:
-    """AP50 that the rival lacks plus additional time, each as a share of the routed detector's; 0 if there is none."""
+def _relative_loss(rival: RivalResult, routed: RoutedResult) -> float:
+    """AP50 that the rival lacks plus additional time, each as a share of the routed detector's; 0 if there is none.
+    The rival with the smallest one is the nearest."""
     accuracy = 1 - rival.ap50 / routed.ap50 if routed.ap50 else 0.0
     return max(accuracy, 0.0) + max(rival.ms / routed.ms - 1, 0.0)

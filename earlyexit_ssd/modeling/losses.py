@@ -40,7 +40,9 @@ class Assignment:
 def assign(
     targets: list[dict[str, Tensor]], anchors: list[Tensor], matcher: Matcher, box_coder: BoxCoder
 ) -> Assignment:
-    """Assign each object the default boxes with an IoU of at least 0.5 (torchvision's ``SSDMatcher``) and its best one.
+    """Assign default boxes to objects as torchvision's ``SSDMatcher`` does.
+
+    An object gets every default box with an IoU of at least 0.5, and always its best box.
 
     Args:
         targets: per image ``boxes`` [n, 4] xyxy in network pixels and ``labels`` [n] in 1..K; n may be 0.
@@ -67,10 +69,13 @@ class LossSettings:
 
     Attributes:
         classification: ``mined`` or ``focal``.
-        neg_to_pos_ratio: mined negatives (background boxes that count) per positive.
+        neg_to_pos_ratio: mined negatives (background boxes that count) per positive, above 0.
         min_negatives: least number of mined negatives per image; with torchvision's 0, images without objects teach
             nothing.
+        focal_alpha: weight of objects in the focal loss; background has 1 - ``focal_alpha``.
+        focal_gamma: exponent of the focal loss; the larger it is, the less easy default boxes count.
         exit_weights: weight per exit, shallow to deep, or one for all.
+        full_weight: weight of the full path's losses. It has no effect while the trunk is frozen (exits phase).
         supervision: ``labels``, or ``teacher``: the exits learn by distillation only, and photos need no boxes.
         teacher: ``none``, ``full`` or ``next`` (the next deeper exit).
         distillation_weight, distillation_box_weight: weights of the distillation loss and of its box part.
@@ -94,6 +99,8 @@ class LossSettings:
             value = getattr(self, name)
             if value not in choices:
                 raise EarlyExitError(f"{name} is {value!r}, expected one of {choices}{nearest(str(value), choices)}")
+        if self.neg_to_pos_ratio == 0:
+            raise EarlyExitError("neg_to_pos_ratio is 0, expected a number above 0: the losses are divided by it")
         if self.supervision == "teacher" and self.teacher == "none":
             raise EarlyExitError("supervision 'teacher' needs a teacher: 'full' or 'next'")
 
@@ -126,8 +133,9 @@ def mined_negatives(background_loss: Tensor, foreground: Tensor, ratio: float, m
 def detection_losses(head: dict[str, Tensor], assignment: Assignment, settings: LossSettings) -> dict[str, Tensor]:
     """``bbox_regression`` and ``classification`` of one exit, both scalars.
 
-    Both are sums over default boxes divided by the same number: the positives, or with ``mined`` (mined negatives /
-    ``neg_to_pos_ratio``) if that is larger. With ``mined`` and ``min_negatives=0`` they equal torchvision's losses.
+    Both are sums over default boxes, divided by the same number. With ``focal`` it is the number of positives. With
+    ``mined`` it is max(positives, mined negatives / ``neg_to_pos_ratio``). It is at least 1. With ``mined`` and
+    ``min_negatives=0`` they equal torchvision's losses.
     """
     logits, labels, foreground = head["cls_logits"].float(), assignment.labels, assignment.foreground
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.error import URLError
 
 import torch
 from torch import Tensor
@@ -50,7 +49,9 @@ USUAL = ("", "model", "state_dict", "model_state_dict")
 MAX_NESTING = 4
 """Levels of nested dicts that are searched for a state dict, the outermost included."""
 _ROOT = re.compile(r"(?:^|\.)(?=backbone\.features\.0\.)")
+"""Ends the prefix that stands before torchvision's first key."""
 _AVERAGE = re.compile(r"(?:^|[._])(?:ema|swa|avg)(?:$|[._])|averag|shadow|teacher", re.IGNORECASE)
+"""Names of moving averages of the weights."""
 
 
 def find_detector(content: Content, path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -133,7 +134,7 @@ def has_reduced_tail(state: Mapping[str, Tensor], width: float) -> bool:
 
 # The description from which a model is rebuilt, stored beside its weights in the same file.
 
-Rows = Annotated[int, 0, 100_000]
+RowIndex = Annotated[int, 0, 100_000]
 Share = Annotated[float, 0, 1]
 Count = Annotated[int, 1, 2**31]
 
@@ -168,8 +169,8 @@ class Architecture:
     image_size: Annotated[int, 1, LARGEST_SIDE] = 320
     width: Annotated[float, 0.01, MOST_WIDTH] = 1.0
     reduced_tail: bool = True
-    head_outputs: Rows = 0
-    folded_rows: tuple[Rows, ...] = ()
+    head_outputs: RowIndex = 0
+    folded_rows: tuple[RowIndex, ...] = ()
     competing: tuple[str, ...] = ()
     exits: tuple[Exit, ...] = field(default_factory=describe_exits)
     folded_branches: bool = False
@@ -353,7 +354,8 @@ def retrofit(
         source_classes: names of the checkpoint's labels 1..K; None if they are the wanted ones. A model file of this
             project contains its own.
         fold: what happens to the unwanted classes. ``exact``: fold all of them; scores stay the same. ``compact``: fold
-            the competing ones and drop the others; a smaller head, scores stay almost the same. ``rows``: drop all.
+            the competing ones and drop the others; a smaller head, scores stay almost the same. ``rows``: a cut head,
+            with background and the wanted classes only.
         photos: for ``compact``: photos to find the competing classes on, [3, H, W] in [0, 1]; read only if needed.
         tolerance: for ``compact``, see :func:`earlyexit_ssd.modeling.compact.competing_rows`.
 
@@ -369,6 +371,7 @@ def retrofit(
         raise EarlyExitError(f"fold (MODEL.FOLD) is {shown(fold)}, expected one of {names}{hint}")
     state, described = load_full_path(weights, detector_class(architecture.detector).plain_weights)
     source = described.classes if described else tuple(source_classes or architecture.classes)
+    # `loaded` describes the file as it is; `architecture` describes the wanted model, whose head is not folded yet.
     unfolded = {"head_outputs": 0, "folded_rows": (), "competing": (), "folded_branches": False}
     reduced_tail = has_reduced_tail(state, architecture.width)
     architecture = dataclasses.replace(architecture, reduced_tail=reduced_tail, **unfolded)
@@ -395,7 +398,8 @@ def retrofit(
         change = dataclasses.replace(change, competing=competing)
         slice_rows(head.classification_head, (*rows, *others))
         rows = tuple(range(1, len(rows) + 1))  # the sliced head has them first
-    if fold == "rows" or change.competing == ():  # (): compact, and no class competes; None: exact
+    nothing_to_fold = fold == "rows" or (fold == "compact" and change.unwanted and not competing)
+    if nothing_to_fold:
         slice_rows(head.classification_head, rows)
         return detector, architecture, change
     head.classification_head = FoldedClassificationHead(head.classification_head, rows, competing)
@@ -422,12 +426,12 @@ def load_full_path(
     if name:
         try:
             return kind[name].get_state_dict(progress=True, check_hash=True), None
-        except (URLError, OSError) as error:
+        except OSError as error:
             raise EarlyExitError(
                 f"torchvision's weights {weights} could not be downloaded ({error}); "
                 "download them elsewhere and set MODEL.WEIGHTS to the file's path"
             ) from None
-    require_weights(weights)
+    require_weights(weights, kind)
     content = read_weights(weights)
     state = find_detector(content, weights)
     require_state(state, weights)
@@ -440,10 +444,14 @@ def load_full_path(
         raise EarlyExitError(f"{weights}: {error}") from None
 
 
-def require_weights(weights: str | os.PathLike[str] | SSDLite320_MobileNet_V3_Large_Weights) -> None:
-    """Raise an EarlyExitError with the nearest name if ``weights`` is neither a file nor torchvision's weights."""
-    if torchvision_name(weights) is None and not Path(weights).is_file():
-        names = SSDLite320_MobileNet_V3_Large_Weights.__members__
+def require_weights(
+    weights: str | os.PathLike[str] | WeightsEnum,
+    kind: type[WeightsEnum] = SSDLite320_MobileNet_V3_Large_Weights,
+) -> None:
+    """Raise an EarlyExitError with the nearest name if ``weights`` is neither a file nor a member of torchvision's
+    weight enum ``kind``."""
+    if torchvision_name(weights, kind) is None and not Path(weights).is_file():
+        names = kind.__members__
         hint = nearest(str(weights), names) or f"; torchvision's own are {', '.join(names)}"
         raise EarlyExitError(f"weights {weights}: no such file{hint}")
 

@@ -145,7 +145,7 @@ def build_model(cfg: CfgNode, classes: tuple[str, ...]) -> tuple[EarlyExitSSDLit
     """A model whose full path comes from MODEL.WEIGHTS, has an ImageNet trunk, or is untrained; untrained exits."""
     architecture = build_architecture(cfg, classes)
     if cfg.MODEL.WEIGHTS:
-        source = source_classes(cfg.MODEL.WEIGHTS, cfg.MODEL.WEIGHTS_CLASSES)
+        source = source_classes(cfg.MODEL.WEIGHTS, cfg.MODEL.WEIGHTS_CLASSES, cfg.MODEL.NAME)
         photos, tolerance = photos_to_compare_on(cfg, classes), cfg.MODEL.COMPACT_TOLERANCE
         detector, architecture, change = retrofit(
             architecture, cfg.MODEL.WEIGHTS, source, cfg.MODEL.FOLD, photos, tolerance
@@ -213,9 +213,11 @@ def open_model(
     return model, architecture, info
 
 
-def source_classes(weights: str, classes: str) -> tuple[str, ...] | None:
-    """Class names of a checkpoint: COCO's for torchvision's weights or if ``classes`` is "coco", otherwise None."""
-    return COCO_CLASSES if classes == "coco" or torchvision_name(weights) else None
+def source_classes(weights: str, classes: str, detector: str) -> tuple[str, ...] | None:
+    """Class names of a checkpoint: COCO's for torchvision's weights of ``detector`` (MODEL.NAME) or if ``classes`` is
+    "coco", otherwise None."""
+    shipped = torchvision_name(weights, detector_class(detector).plain_weights)
+    return COCO_CLASSES if classes == "coco" or shipped else None
 
 
 def backbone_weights(cfg: CfgNode) -> WeightsEnum:

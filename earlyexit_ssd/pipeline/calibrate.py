@@ -1,7 +1,7 @@
 """Calibrate the routing of a trained model on the calib split, for a target that the user chooses.
 
-The network runs once over each split: a `Recording` has the outputs of all exits, a `Replay` also the split's labels,
-and `Recorded` is the model with its splits. Nothing is computed anew in the search.
+The network runs once over each split; the search computes nothing anew. `Recording`: the outputs of one split.
+`Replay`: a Recording plus labels. `Recorded`: the model plus its splits.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ from earlyexit_ssd.routing.policies import cross_fits, needs_training_photos, re
 logger = logging.getLogger(__name__)
 
 LEAST_DROP = 0.005
-"""Smallest loss of AP50 that `min_photos` uses; a smaller one cannot be measured."""
+"""Smallest loss of AP50 that `draws_needed` uses; a smaller one cannot be measured."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ class Target:
             of the calibration photos. ``risk``: the expected loss per photo is at most ``value`` with probability
             1 - delta.
         value: above 0 for a speedup, in [0, 1] for an ap_drop, in (0, 1) for a risk.
-        delta: failure probability of an ap_drop or risk, in (0, 1).
+        delta: of a risk, the probability that the guarantee fails. Of an ap_drop, the share of the bootstrap draws that
+            may lose more. In (0, 1).
         block: number of consecutive photos of a folder, such as frames of a video, that count as one draw; None: 1.
         learned: learn the thresholds by gradient descent instead of a search over all combinations.
     """
@@ -209,7 +210,7 @@ class Search:
         best = best_within(mean_costs, -ap50, self.costs.plain / self.target.value)
         if best is None:
             raise EarlyExitError(
-                f"a speed-up of {self.target.value:g} is out of reach: with every photo at the first exit it is "
+                f"a speed-up of {self.target.value:g} is out of reach: the cheapest thresholds give "
                 f"{self.costs.plain / mean_costs.min():.2f}; ask for less, or train a shallower exit (EXITS.LAYERS)"
             )
         lost = ap50[(grid.thresholds >= CLOSED).all(1).argmax()] - ap50
@@ -224,10 +225,10 @@ class Search:
         """
         target, seed = self.target, self.cfg.SEED
         matches, baseline_exit = self.calib.matches_beside(self.baseline)
-        needed = min_photos(target) if self.draws < min_photos(target) else None
+        needed = draws_needed(target) if self.draws < draws_needed(target) else None
         if needed:
             logger.warning(
-                "%d %s are few for %g AP50 lost with probability %g: %d would do; take more, or allow a larger loss",
+                "%d %s are few for at most %g AP50 lost in %g of bootstrap draws: take at least %d, or allow more",
                 self.draws, self.draws_name, target.value, 1 - target.delta, needed,
             )  # fmt: skip
         exits = self.calib.recording.early_exits
@@ -244,11 +245,10 @@ class Search:
         grid, mean_costs = self._grid(self.confidences, self.losses)
         lost = ap50_full - self.calib.ap50_of(grid.choices, "thresholds")
         path = np.union1d(pareto_path(lost, mean_costs), pareto_path(grid.mean(self.losses), mean_costs))
-        # Only what costs less than closed exits is tested. Closed exits lose nothing against the full path, but may
-        # lose against another baseline: with one, the 1e-9 makes them one of the tested combinations.
-        all_closed = (grid.thresholds >= CLOSED).all(1).argmax()
-        limit = mean_costs[all_closed] + (0.0 if self.baseline is None else 1e-9)
-        path = path[(lost[path] <= target.value) & (mean_costs[path] < limit)]
+        # Closed exits lose nothing against the full path. Against another baseline they may: then they are tested.
+        cost, closed_cost = mean_costs[path], mean_costs[(grid.thresholds >= CLOSED).all(1).argmax()]
+        cheaper = cost < closed_cost if self.baseline is None else cost <= closed_cost
+        path = path[(lost[path] <= target.value) & cheaper]
         baseline_draws = bootstrap_choices(matches, [baseline_exit], seed=seed, blocks=self.blocks)[0]
         bounds: dict[int, float] = {}
         for candidate in progress(path[np.argsort(mean_costs[path], kind="stable")], desc="AP50 lost"):
@@ -272,9 +272,9 @@ def _curve(
     return tuple(CurvePoint(tuple(row), float(cost), float(loss), bound) for row, cost, loss, bound in rows)
 
 
-def min_photos(target: Target) -> int:
-    """Smallest n for which a fault that a share ``target.value`` of all photos has is among n photos with probability
-    1 - delta."""
+def draws_needed(target: Target) -> int:
+    """Least number n of draws for an ap_drop: n photos contain at least one of a rare kind, which a share
+    ``target.value`` of all photos is of, with probability 1 - delta."""
     return math.ceil(math.log(target.delta) / math.log1p(-min(max(target.value, LEAST_DROP), 0.99)))
 
 
@@ -306,16 +306,16 @@ def calibrate(
     near_duplicates_count_once = target.kind != "speedup" and target.block is None
     recorded = open_recorded(cfg, weights, out, unlabelled=True, near=near_duplicates_count_once)
     cfg, model = recorded.cfg, recorded.model
-    _require_labels(cfg, target, recorded)
-    require_deciding(cfg.ROUTING.POLICY, model, weights)
     uses_train = target.kind == "risk" or needs_training_photos(cfg.ROUTING.POLICY)
+    _require_labels(cfg, target, recorded, ("CALIB", "TRAIN") if uses_train else ("CALIB",))
+    require_deciding(cfg.ROUTING.POLICY, model, weights)
     calib, train = recorded.replay("CALIB"), recorded.replay("TRAIN") if uses_train else None
     if not is_main():
         return None
     fitted = fit_temperatures(cfg, model.exit_names, calib)
-    temperatures = temperatures_of(fitted, model.exit_names)
-    if target.kind == "risk":  # what is tested on the calibration photos must not be fitted on them
-        temperatures = trained_temperatures(cfg, recorded.info, model.num_early_exits)
+    trained = trained_temperatures(cfg, recorded.info, model.num_early_exits)
+    # what is tested on the calibration photos must not be fitted on them: a risk only reports the fitted temperatures
+    temperatures = trained if target.kind == "risk" else temperatures_of(fitted, model.exit_names)
     blocks = None
     if target.block is not None:
         paths = [record.path for record in recorded.sets["CALIB"].records]
@@ -327,7 +327,7 @@ def calibrate(
     certificate = certificate_of(recorded, search, chosen)
     write_calibration(out, certificate, fitted)
     info = {**recorded.info, "router": certificate.router, "certificate": certificate.to_dict()}
-    info["trained_temperatures"] = trained_temperatures(cfg, recorded.info, model.num_early_exits)
+    info["trained_temperatures"] = trained
     save_model(out / "model.pth", model, recorded.architecture, info)
     write_calibration_page(out, weights, recorded, search, chosen.curve, certificate, fitted)
     return certificate
@@ -352,9 +352,9 @@ def fit_router(
     return fit_policy(cfg, policy, temperatures, calib if train is None else train), None
 
 
-def _require_labels(cfg: CfgNode, target: Target, recorded: Recorded) -> None:
-    """Raise an EarlyExitError if the photos have no labels, but the settings need them."""
-    for name in ("CALIB", "TRAIN"):
+def _require_labels(cfg: CfgNode, target: Target, recorded: Recorded, used: Sequence[str]) -> None:
+    """Raise an EarlyExitError if a split that is ``used`` has no labels, but the target or REFERENCE needs them."""
+    for name in used:
         if recorded.sets[name].labelled:
             continue
         photos = f"DATA.{name} ({', '.join(cfg.DATA[name]):.100}) has photos that nobody labelled"

@@ -20,8 +20,8 @@ from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset, to_
 from earlyexit_ssd.data.dataset import photo_hashes
 from earlyexit_ssd.drift import WINDOW
 from earlyexit_ssd.engine.processes import is_main, rank, world_size
-from earlyexit_ssd.errors import ConfigError, EarlyExitError
-from earlyexit_ssd.evaluation.cost import EAGER, PlainPath, count_mmacs, deploy_package, example_input
+from earlyexit_ssd.errors import ConfigError, EarlyExitError, import_package
+from earlyexit_ssd.evaluation.cost import EAGER, PlainPath, count_mmacs, example_input
 from earlyexit_ssd.evaluation.evaluate import (
     CUT_HEAD,
     ONNX,
@@ -125,7 +125,7 @@ def check_rivals(cfg: CfgNode, device: torch.device) -> None:
     """
     rivals = cfg.EVAL.RIVALS
     if cfg.EVAL.RUNTIME != EAGER:
-        deploy_package("onnx")
+        import_package("onnx")
         if device.type != "cpu":
             raise ConfigError(f"EVAL.RUNTIME {cfg.EVAL.RUNTIME} measures the CPU, DEVICE is {device}; set it to cpu")
     files = [(key, path) for key in ("FULL_PATHS", "SINGLE_EXITS") for path in rivals[key]]
@@ -135,7 +135,7 @@ def check_rivals(cfg: CfgNode, device: torch.device) -> None:
             raise ConfigError(f"EVAL.RIVALS.{key} has {path}: no such file")
     if cfg.EVAL.RUNTIME != EAGER or (rivals.ENABLED and rivals.ONNX):
         for name in dict.fromkeys(("onnx", "onnxruntime" if cfg.EVAL.RUNTIME == EAGER else cfg.EVAL.RUNTIME)):
-            deploy_package(name)
+            import_package(name)
 
 
 def build_rivals(

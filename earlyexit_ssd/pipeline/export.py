@@ -39,8 +39,8 @@ from earlyexit_ssd.deploy.graph import (
     required_inputs,
     stage,
 )
-from earlyexit_ssd.deploy.predictor import FORMAT, MANIFEST, OnnxRuntime, package
-from earlyexit_ssd.errors import EarlyExitError, one_line
+from earlyexit_ssd.deploy.predictor import FORMAT, MANIFEST, OnnxRuntime
+from earlyexit_ssd.errors import EarlyExitError, import_package, one_line
 from earlyexit_ssd.files import make_folder, write_json, writing
 from earlyexit_ssd.images import read_image
 from earlyexit_ssd.modeling import EarlyExitSSDLite
@@ -56,13 +56,18 @@ Format = Literal["onnx", "staged", "openvino"]
 SUFFIXES: dict[str, str] = {"onnx": ".onnx", "staged": "", "openvino": ".xml"}
 """Format -> how the name of what is written ends; staged files lie in a folder."""
 
-RENDERED, RAW = 8, 4
-"""Photos that are rendered where none are given, and of which the heads are compared number by number."""
-LOGITS, BOXES, SCORES = 1e-4, 0.1, 1e-3
-"""Largest differences from the model: of the heads' outputs (or of this share of the largest), of boxes in pixels of
-the photo, and of scores."""
-NEAR_CONFIDENCE, NEAR = 1e-5, 1e-4
-"""How near its threshold a confidence, or a score and the IoU of two boxes, may fall on its other side."""
+RENDERED_PHOTOS = 8
+"""Number of photos to compare on, if none are given."""
+HEAD_PHOTOS = 4
+"""Number of photos on which the outputs of every head are compared."""
+MAX_HEAD_DIFFERENCE = 1e-4
+"""Largest difference of a head's output from the model's, times the largest output if that is above 1."""
+MAX_BOX_DIFFERENCE_PX = 0.1
+MAX_SCORE_DIFFERENCE = 1e-3
+NEAR_THRESHOLD = 1e-5
+"""A confidence this close to its threshold may fall on the other side."""
+NEAR_LIMIT = 1e-4
+"""A score, or an IoU of two boxes, this close to its limit may fall on the other side."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +77,8 @@ class Exported:
     Attributes:
         path: of the file, or of the folder of staged files; size: bytes of all of it.
         photos: compared; detections: of the model in them.
-        borderline: photos that took another exit since their confidence is within 1e-5 of a threshold, or lost or won
-            a detection that is within 1e-4 of a least score, the overlap of a suppression, or the last place.
-        runtime: what `Predictor` takes beside the path.
+        borderline: photos in which rounding changed a decision: they took another exit (`NEAR_THRESHOLD`), or have
+            other detections (`NEAR_LIMIT`).
     """
 
     path: Path
@@ -82,13 +86,10 @@ class Exported:
     photos: int
     detections: int
     borderline: int
-    runtime: str = ""
 
     def __str__(self) -> str:
         said = f"exits and {self.detections} detections in {self.photos} photos are the model's"
-        rounding = (
-            f"; {self.borderline} of the photos differ in a decision as near as rounding" if self.borderline else ""
-        )
+        rounding = f"; in {self.borderline} photos rounding changed a decision" if self.borderline else ""
         return f"{self.path}: {self.size / 1e6:.1f} MB; {said}{rounding}"
 
 
@@ -121,7 +122,7 @@ def export_detector(
         path: of the file, ending in .onnx or .xml (OpenVINO, with its weights in .bin beside it), or a folder for
             staged files.
         file_format: ``onnx``, ``staged`` (a file for each segment) or ``openvino``.
-        photos: to compare on; by default `RENDERED` are rendered.
+        photos: to compare on; by default `RENDERED_PHOTOS` are rendered.
 
     Raises:
         EarlyExitError: a hybrid router, a path that does not fit the format, an unreadable photo, or an answer of the
@@ -142,9 +143,10 @@ def export_detector(
     if model.router is None:  # no photo leaves at an exit
         model = _without_exits(model)
     with evaluating(model):
-        parts = _Parts(_segments(model), _contract(model), _metadata(model))
+        contract = _contract(model)
+        parts = _Parts(_segments(model), contract, _metadata(model, contract))
         compared = list(_photos(photos))
-        _compare_heads(model, parts, compared[:RAW])
+        _compare_heads(model, parts, compared[:HEAD_PHOTOS])
         make_folder(path.parent)
         with tempfile.TemporaryDirectory(prefix=f".{path.name[:40]}.", dir=path.parent) as temporary, writing(path):
             made = Path(temporary) / path.name
@@ -153,8 +155,7 @@ def export_detector(
             exported = _compare(model, Predictor(made, runtime), compared)
             _move(made, path)
     files = [*path.iterdir()] if path.is_dir() else [path, *_weights_beside(path)]
-    runtime = ", 'openvino'" if file_format == "openvino" else ""
-    return Exported(path, sum(file.stat().st_size for file in files), *exported, runtime)
+    return Exported(path, sum(file.stat().st_size for file in files), *exported)
 
 
 def _without_exits(model: EarlyExitDetector) -> EarlyExitDetector:
@@ -168,7 +169,7 @@ def _weights_beside(path: Path) -> list[Path]:
 
 
 def _move(made: Path, path: Path) -> None:
-    """Put the files in their place; of a folder, an earlier export is replaced, and nothing else."""
+    """Put the files in their place. A folder is replaced only if it is empty or holds an earlier export."""
     if made.is_dir() and path.exists():
         if any(path.iterdir()) and not (path / MANIFEST).is_file():
             raise EarlyExitError(f"{path}: holds other files; name a new folder for the staged ones")
@@ -189,16 +190,16 @@ class _Parts:
 
 
 class SegmentNetwork(nn.Module):
-    """From the stop at the exit before (None: from the images) to the exit ``index``.
+    """The layers from exit ``before`` (None: from the images) to exit ``index``.
 
     Args:
         model: with its router.
-        before, index: exits; those between them are not looked at.
-        head: the exit's head is computed, also where the router does not need it.
-        onward: exits with a branch follow, which may look at its context.
+        before, index: exits; closed exits between them are skipped.
+        head: whether the outputs of the exit's head are outputs of the segment.
+        onward: whether a later early exit follows, whose branch may read the context.
 
     Attributes:
-        inputs, outputs: names of its tensors, known after the first call.
+        inputs: names of its input tensors, set by `to_onnx`.
     """
 
     def __init__(self, model: EarlyExitDetector, before: int | None, index: int, head: bool, onward: bool) -> None:
@@ -264,12 +265,12 @@ def _segments(model: EarlyExitDetector) -> list[tuple[SegmentNetwork, Segment]]:
     stops = [*(index for index in range(full) if model.router is not None and model.router.needs(index)), full]
     size = model.transform.fixed_size[::-1]
     state = {"x": torch.zeros(1, 3, *size)}
-    segments, says_something = [], False
+    segments, head_needed = [], False
     for before, index in zip([None, *stops], stops, strict=False):
         empty = index < full and model.empty[index]
-        says_something |= not empty
+        head_needed |= not empty  # behind a branch even an empty exit: both sides of an If have the same outputs
         onward = any(index < later < full for later in stops)
-        network = SegmentNetwork(model, before, index, head=says_something, onward=onward)
+        network = SegmentNetwork(model, before, index, head=head_needed, onward=onward)
         exported, found = network.to_onnx(state)
         segments.append((network, Segment(index, model.exit_names[index], empty, exported, full=index == full)))
         state = {name: found[name] for name in STATE if name in found}
@@ -299,9 +300,8 @@ def _least_scores(model: EarlyExitDetector) -> list[float]:
     return [model.score_thresh] * len(model.classes)
 
 
-def _metadata(model: EarlyExitDetector) -> dict[str, str]:
+def _metadata(model: EarlyExitDetector, contract: Contract) -> dict[str, str]:
     """What a `Predictor` reads: text by key, JSON but for the format."""
-    contract = _contract(model)
     names = ("earlyexit_ssd", "torch", "torchvision", "onnx", "onnxruntime")
     certificate = current_certificate(model.router)
     values = {
@@ -341,7 +341,7 @@ def _write_staged(parts: _Parts, folder: Path) -> None:
 
 
 def _write_openvino(parts: _Parts, path: Path) -> None:
-    openvino = package("openvino")
+    openvino = import_package("openvino")
     _write_onnx(parts, path.with_suffix(".onnx"), for_openvino=True)
     try:
         model = openvino.Core().read_model(path.with_suffix(".onnx"))
@@ -363,7 +363,7 @@ WRITERS: dict[str, Callable[[_Parts, Path], None]] = {
 def _photos(paths: Sequence[str | os.PathLike[str]]) -> Iterator[tuple[str, np.ndarray]]:
     """Name and pixels of the photos to compare on."""
     if not paths:
-        for seed in range(RENDERED):
+        for seed in range(RENDERED_PHOTOS):
             scene, _ = render_scene(np.random.default_rng(seed), 320)
             yield f"rendered photo {seed}", np.array(scene)
     for path in paths:
@@ -382,10 +382,10 @@ def _compare_heads(model: EarlyExitDetector, parts: _Parts, photos: Sequence[tup
             for key in HEAD:
                 if key in expected:
                     wrong = np.abs(found[key] - expected[key].numpy()).max()
-                    if not wrong <= LOGITS * max(1.0, float(expected[key].abs().max())):
+                    if not wrong <= MAX_HEAD_DIFFERENCE * max(1.0, float(expected[key].abs().max())):
                         raise EarlyExitError(
                             f"{name}: {key} of {segment.name} differ by {wrong:.2g} from the model's, expected "
-                            f"{LOGITS:g}; nothing was written"
+                            f"{MAX_HEAD_DIFFERENCE:g}; nothing was written"
                         )
             state = {key: expected[key] for key in STATE if key in expected}
 
@@ -417,7 +417,7 @@ def _is_same(model: EarlyExitDetector, photo: np.ndarray, expected: dict[str, Te
         first = min(index, found.exit_index)
         confidence = float(model.router.confidence(model.exit_outputs([as_tensor(photo)]).signals(first), first))
         threshold = float(model.router.thresholds[first])
-        if abs(confidence - threshold) <= NEAR_CONFIDENCE:
+        if abs(confidence - threshold) <= NEAR_THRESHOLD:
             return False
         raise EarlyExitError(
             f"the file leaves at {found.exit_name}, the model at {model.exit_names[index]} (confidence "
@@ -441,10 +441,10 @@ Found = Sequence[np.ndarray]
 
 
 def _unpaired(mine: Found, theirs: Found) -> Found:
-    """Those of either side that have no equal on the other, `BOXES` and `SCORES` aside."""
+    """Those of either side that have no equal on the other: same label, and small differences of box and score."""
     boxes, labels, scores = (_differences(one, other) for one, other in zip(mine, theirs, strict=True))
-    equal = (boxes.max(-1) <= BOXES) & (labels == 0)
-    equal &= scores <= SCORES
+    equal = (boxes.max(-1) <= MAX_BOX_DIFFERENCE_PX) & (labels == 0)
+    equal &= scores <= MAX_SCORE_DIFFERENCE
     left, taken = [], np.zeros(len(theirs[1]), bool)
     for row in range(len(equal)):
         free = np.flatnonzero(equal[row] & ~taken)
@@ -464,25 +464,26 @@ def _unexplained(
 ) -> list[str]:
     """Of the detections that only one side has, those that rounding does not explain.
 
-    It may where they are candidates of the model too and a decision is as near: at a least score, the last place of a
-    class or of the photo, the overlap of a suppression, or two overlapping boxes of one score. What such a one
-    suppresses, or no longer does, follows.
+    The model must have the box too, before any box is dropped. Then a detection is explained if (1) its score is close
+    to a limit: the least score, or the last place of its class or of the photo; (2) an IoU is close to the limit of the
+    NMS; (3) two overlapping boxes have the same score. (4) A box that overlaps an explained box is explained too.
     """
-    boxes, scores = _candidates(model, photo, index)
+    boxes, scores = _boxes_before_nms(model, photo, index)
     ranked = np.sort(scores, axis=0)[-min(model.topk_candidates, len(scores))]
     floors = np.maximum(ranked, _least_scores(model))
     last = mine[2][-1] if len(mine[2]) == model.detections_per_img else -1.0
     shown = [np.concatenate(pair) for pair in zip(mine, theirs, strict=True)]
     known, explained = [], []
     for box, label, score in zip(*alone, strict=True):
-        far = np.abs(boxes - box).max(1) / BOXES, np.abs(scores[:, label - 1] - score) / SCORES
-        known.append(bool((np.maximum(*far) <= 1).any()))
+        same_box = np.abs(boxes - box).max(1) <= MAX_BOX_DIFFERENCE_PX
+        known.append(bool((same_box & (np.abs(scores[:, label - 1] - score) <= MAX_SCORE_DIFFERENCE)).any()))
         overlaps = _overlaps(box[None], shown[0][shown[1] == label])[0]
         borders = np.array([score - floors[label - 1], score - last])
-        explained.append(bool((np.abs(borders) <= NEAR).any() or (np.abs(overlaps - model.nms_thresh) <= NEAR).any()))
+        near_nms = np.abs(overlaps - model.nms_thresh) <= NEAR_LIMIT
+        explained.append(bool((np.abs(borders) <= NEAR_LIMIT).any() or near_nms.any()))
     together = (_overlaps(alone[0], alone[0]) > model.nms_thresh) & (alone[1][:, None] == alone[1])
     np.fill_diagonal(together, False)
-    ties = together & (np.abs(alone[2][:, None] - alone[2]) <= NEAR)
+    ties = together & (np.abs(alone[2][:, None] - alone[2]) <= NEAR_LIMIT)
     reasons = np.array(explained) | ties.any(1)
     for _ in range(len(reasons)):
         reasons = reasons | (together & reasons).any(1)
@@ -497,7 +498,7 @@ def _overlaps(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return box_iou(torch.from_numpy(one), torch.from_numpy(other)).numpy()
 
 
-def _candidates(model: EarlyExitDetector, photo: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
+def _boxes_before_nms(model: EarlyExitDetector, photo: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
     """Boxes [A, 4] in the photo's pixels and scores [A, K] of an exit, before any is dropped."""
     outputs = model.exit_outputs([as_tensor(photo)])
     head, size = outputs.heads[index], outputs.network_sizes[0]

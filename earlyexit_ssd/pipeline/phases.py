@@ -139,7 +139,8 @@ def _reference_figures(run: Run) -> dict[str, float | None] | None:
     weights = gate.REFERENCE or run.cfg.MODEL.WEIGHTS
     known = gate.REFERENCE_CLASSES if gate.REFERENCE else run.cfg.MODEL.WEIGHTS_CLASSES
     fold = "rows" if run.cfg.MODEL.FOLD == "rows" else "exact"  # a compact head is compared with the whole head
-    detector, architecture, _ = retrofit(run.architecture, weights, source_classes(weights, known), fold)
+    known_classes = source_classes(weights, known, run.architecture.detector)
+    detector, architecture, _ = retrofit(run.architecture, weights, known_classes, fold)
     return run.calib_quality.of_full_path(architecture.add_exits(detector).to(run.device))
 
 

@@ -18,6 +18,7 @@ from earlyexit_ssd.errors import ConfigError
 from earlyexit_ssd.evaluation.results import Results
 from earlyexit_ssd.files import locked_folder, write_bytes, write_image
 from earlyexit_ssd.modeling import load_model, save_model
+from earlyexit_ssd.modeling.detector import detector_class
 from earlyexit_ssd.modeling.retrofit import load_every_key, require_weights
 from earlyexit_ssd.pipeline.build import (
     backbone_weights,
@@ -92,7 +93,7 @@ def _check_names(cfg: CfgNode) -> None:
         catalog.require_known(name, cfg.DATA)
     for weights in (cfg.MODEL.WEIGHTS, cfg.BASELINE.GATE.REFERENCE):
         if weights:
-            require_weights(weights)
+            require_weights(weights, detector_class(cfg.MODEL.NAME).plain_weights)
     build_architecture(cfg, ("object",))  # MODEL.NAME, EXITS.BRANCH and the branches' arguments
     if cfg.MODEL.WEIGHTS_BACKBONE:
         backbone_weights(cfg)

@@ -26,15 +26,15 @@ class ExitRouter(nn.Module):
         num_exits: number of early exits, without the full path.
         policy: name of the function that computes the confidence, see :mod:`earlyexit_ssd.routing.policies`.
         parameters: the parameters of a fitted policy such as ``learned_gain``; None for other policies.
-        thresholds: one per exit, or one for all, in [0, 1]; or `CLOSED`, so that no image leaves there. By default
+        thresholds: one per exit, or one for all, in [0, 1]; or `CLOSED` (2), so that no image leaves there. By default
             every exit is closed: a threshold is safe only after calibration (``tools/calibrate.py``).
         temperatures: one per exit, or one for all. The policy gets the logits divided by them; the logits of the full
             path are never divided.
         hybrid: no image leaves early. An image takes its classes from the first exit that reaches its threshold, and
             its boxes from the full path, whose classification head is then not computed.
         temperature_bounds: (low, high). Temperatures are clamped to them after every training step.
-        learn_temperatures: fit the temperatures by maximum likelihood (Guo et al. 2017) while the exits train; no
-            gradient flows into the logits.
+        learn_temperatures: fit the temperatures (Guo et al. 2017, but see `temperature_loss`) while the exits train;
+            no gradient flows into the logits.
 
     Attributes:
         certificate: the `Certificate` that the router was made from; None if it was made without one.
@@ -67,7 +67,7 @@ class ExitRouter(nn.Module):
         self.temperature_bounds = tuple(temperature_bounds)
         if len(self.temperature_bounds) != 2 or not 0 < self.temperature_bounds[0] < self.temperature_bounds[1]:
             raise EarlyExitError(f"temperature_bounds {self.temperature_bounds}: expected 0 < low < high")
-        self.register_buffer("thresholds", _per_exit("thresholds", thresholds, num_exits, 0.0, CLOSED))
+        self.register_buffer("thresholds", _per_exit("thresholds", thresholds, num_exits, 0.0, 1.0))
         temperature = _per_exit("temperatures", temperatures, num_exits, *self.temperature_bounds)
         if learn_temperatures:
             self.temperatures = nn.Parameter(temperature)
@@ -77,16 +77,22 @@ class ExitRouter(nn.Module):
     def _look_up(self, policy: str, parameters: Any) -> None:
         found = get_policy(policy, parameters)
         self._modules.pop("_policy", None)  # a function cannot be assigned to an attribute that holds a module
-        self._policy, self._plain_parameters = found, parameters
-        self.__dict__["policy"] = policy
+        self._policy, self._policy_name, self._plain_parameters = found, policy, parameters
         self._boxes, self._reads_taps = found.boxes, getattr(found, "reads_taps", False)
 
+    @property
+    def policy(self) -> str:
+        """Name of the policy."""
+        return self._policy_name
+
+    @policy.setter
+    def policy(self, name: str) -> None:
+        self._look_up(name, None)
+
     def __setattr__(self, name: str, value: Any) -> None:
-        """Accept numbers for thresholds and temperatures, and a name for the policy, as in the constructor."""
-        if name == "policy":
-            self._look_up(value, None)
-        elif name in ("thresholds", "temperatures") and hasattr(self, name):
-            bounds = (0.0, CLOSED) if name == "thresholds" else self.temperature_bounds
+        """Accept numbers for thresholds and temperatures, as in the constructor."""
+        if name in ("thresholds", "temperatures") and hasattr(self, name):
+            bounds = (0.0, 1.0) if name == "thresholds" else self.temperature_bounds
             old = getattr(self, name)
             new = _per_exit(name, value, self.num_exits, *bounds).to(old)
             if name in self._parameters:  # keep the parameter itself: an optimizer may hold it
@@ -97,8 +103,10 @@ class ExitRouter(nn.Module):
             super().__setattr__(name, value)
 
     def confidence(self, signals: ExitSignals, exit_index: int) -> Tensor:
-        """Confidences [N] in [0, 1] at an exit; the full path is exit ``num_exits``. It is -1, which reaches no
-        threshold, where a policy that reads only logits has none: at an exit without a branch."""
+        """Confidences [N] in [0, 1] at an exit; the full path is exit ``num_exits``.
+
+        They are -1, which reaches no threshold, at an exit without a branch if the policy reads logits only.
+        """
         if signals.empty and not self._reads_taps:
             return -torch.ones_like(signals.logits[:, 0, 0], dtype=torch.float32)
         confidence = self._policy(self._policy_inputs(signals, exit_index), exit_index)
@@ -140,9 +148,9 @@ class ExitRouter(nn.Module):
         return confidence >= self.thresholds[exit_index]
 
     def temperature_loss(self, logits: Tensor, assignment: object, exit_index: int) -> Tensor | None:
-        """Cross-entropy of the logits [N, A, C], divided by the exit's temperature, with ``assignment.labels`` [N, A];
-        None if temperatures are not learned. Objects and background get the same total weight, since 99 % of the
-        default boxes are background."""
+        """Balanced cross-entropy of the logits [N, A, C], divided by the exit's temperature, with
+        ``assignment.labels`` [N, A]; None if temperatures are not learned. Objects and background get the same total
+        weight, since 99 % of the default boxes are background."""
         if not isinstance(self.temperatures, nn.Parameter):
             return None
         self.clamp_temperatures()  # a user's own training loop may not call it
@@ -178,6 +186,8 @@ class ExitRouter(nn.Module):
 
 
 def _per_exit(name: str, values: Sequence[float] | float, count: int, low: float, high: float) -> Tensor:
+    """One number in [``low``, ``high``] per exit, [count]; a threshold may be `CLOSED` too."""
+    closed = CLOSED if name == "thresholds" else None
     problem = EarlyExitError(f"{name} is {values!r:.60}, expected one number, or one for each of {count} exits")
     try:
         values = torch.as_tensor(values, dtype=torch.float64).flatten().tolist()
@@ -187,6 +197,8 @@ def _per_exit(name: str, values: Sequence[float] | float, count: int, low: float
         raise problem
     rounding = 1e-6  # a value at a bound, stored in fp32, may lie a little outside
     for value in values:
-        if not low - rounding <= value <= high + rounding:
-            raise EarlyExitError(f"{name} has {value}, expected a number in [{low}, {high}]")
-    return torch.tensor([min(max(value, low), high) for value in values]).expand(count).clone()
+        if value != closed and not low - rounding <= value <= high + rounding:
+            fix = f", or {CLOSED:g} to close the exit" if closed else ""
+            raise EarlyExitError(f"{name} has {value}, expected a number in [{low:g}, {high:g}]{fix}")
+    numbers = [value if value == closed else min(max(value, low), high) for value in values]
+    return torch.tensor(numbers).expand(count).clone()

@@ -12,7 +12,7 @@ from earlyexit_ssd.calibration import thresholds
 from earlyexit_ssd.calibration.thresholds import (
     _unrank,
     best_within,
-    candidates,
+    candidate_thresholds,
     choose,
     exit_probabilities,
     learn_open_exits,
@@ -40,8 +40,8 @@ def test_compares_in_the_precision_of_the_router():
 
 def test_candidates_lie_between_the_values():
     values = np.array([0.1, 0.3, 0.3, 0.7])
-    assert candidates(values, 2).tolist() == pytest.approx([CLOSED, 0.5, 0.2, 0.0])
-    assert candidates(np.array([0.4, 0.4]), 5).tolist() == [CLOSED, 0.0]
+    assert candidate_thresholds(values, 2).tolist() == pytest.approx([CLOSED, 0.5, 0.2, 0.0])
+    assert candidate_thresholds(np.array([0.4, 0.4]), 5).tolist() == [CLOSED, 0.0]
 
 
 def test_grid_holds_every_combination_once():

@@ -1,5 +1,6 @@
 """The predictor: what it takes, what it gives, and that it needs no PyTorch."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from earlyexit_ssd.deploy import Detections, Predictor
 from earlyexit_ssd.deploy.predictor import as_photo
 from earlyexit_ssd.drift import Reference
 from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.pipeline.export import export_detector
 
 WITHOUT_TORCH = """
 import sys
@@ -304,6 +306,18 @@ def test_a_missing_runtime_is_said_in_one_line(onnx_file, monkeypatch, tmp_path)
     (tmp_path / "detector.xml").write_text("<net/>")
     with pytest.raises(EarlyExitError, match="give runtime='openvino'"):
         Predictor(tmp_path / "detector.xml")
+
+
+def test_an_exit_that_was_not_exported_may_be_closed_again(tmp_path, model):
+    pytest.importorskip("openvino")
+    closed = copy.deepcopy(model)
+    closed.router.thresholds = [2.0, *model.router.thresholds.tolist()[1:]]
+    path = export_detector(closed, tmp_path / "closed.onnx").path
+    for runtime in ("onnxruntime", "openvino"):
+        found = Predictor(path, runtime, thresholds={"exit8": 2.0})
+        assert found.thresholds["exit8"] is None and found._thresholds[0] == 2.0
+        with pytest.raises(EarlyExitError, match="exit8 was closed when the file was written"):
+            Predictor(path, runtime, thresholds={"exit8": 0.5})
 
 
 def test_openvino_takes_what_stands_in_an_onnx_file_for_constants(onnx_file, predictor, photos):

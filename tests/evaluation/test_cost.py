@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import statistics
 import warnings
 
@@ -20,7 +19,6 @@ from earlyexit_ssd.evaluation.cost import (
     OnnxNetwork,
     PlainPath,
     count_mmacs,
-    deploy_package,
     example_input,
     export_onnx,
     in_runtime,
@@ -87,15 +85,6 @@ def test_runtimes_are_those_of_the_configuration():
         load_config(None, ["EVAL.RUNTIME", name])
     with pytest.raises(ConfigError):
         load_config(None, ["EVAL.RUNTIME", "tensorrt"])
-
-
-def test_a_missing_package_is_one_line(monkeypatch):
-    def missing(name):
-        raise ImportError(f"No module named '{name}'")
-
-    monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(EarlyExitError, match=r"package onnx .*: pip install onnx onnxruntime"):
-        deploy_package("onnx")
 
 
 def test_what_cannot_be_run_is_one_line():

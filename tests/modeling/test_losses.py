@@ -165,6 +165,7 @@ def test_distillation_gives_the_teacher_no_gradient():
         ({"teacher": "nxt"}, "did you mean 'next'"),
         ({"classification": "focl"}, "did you mean 'focal'"),
         ({"supervision": "teacher"}, "needs a teacher"),
+        ({"neg_to_pos_ratio": 0}, "neg_to_pos_ratio is 0, expected a number above 0"),
     ],
 )
 def test_impossible_settings(changes, message):

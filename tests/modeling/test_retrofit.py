@@ -10,14 +10,18 @@ import pytest
 import torch
 import torchvision
 from torch.optim.swa_utils import AveragedModel
-from torchvision.models import get_model
-from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights, ssdlite320_mobilenet_v3_large
+from torchvision.models import VGG16_Weights, get_model
+from torchvision.models.detection import (
+    SSD300_VGG16_Weights,
+    SSDLite320_MobileNet_V3_Large_Weights,
+    ssdlite320_mobilenet_v3_large,
+)
 from torchvision.models.detection.image_list import ImageList
 
 from earlyexit_ssd import EarlyExitSSDLite, EarlyExitSSDLite_Weights, ExitRouter
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import COCO_CLASSES, Architecture, load_model, retrofit, save_model
-from earlyexit_ssd.modeling.retrofit import load_full_path, read_weights, resize_detector
+from earlyexit_ssd.modeling.retrofit import load_full_path, read_weights, require_weights, resize_detector
 from tests.modeling.conftest import SMALL, small_model
 
 NAME = "earlyexit_ssdlite320_mobilenet_v3_large"
@@ -319,6 +323,14 @@ def test_a_tensor_where_a_dict_should_be(tmp_path):
 def test_missing_file_names_the_nearest():
     with pytest.raises(EarlyExitError, match="did you mean 'COCO_V1'"):
         load_full_path("COCO_V2")
+
+
+def test_weights_of_another_detector():
+    require_weights("SSD300_VGG16_Weights.COCO_V1", SSD300_VGG16_Weights)
+    with pytest.raises(EarlyExitError, match="weights SSD300_VGG16_Weights.COCO_V1: no such file"):
+        require_weights("SSD300_VGG16_Weights.COCO_V1")
+    with pytest.raises(EarlyExitError, match="no such file; torchvision's own are IMAGENET1K_V1, IMAGENET1K_FEATURES"):
+        require_weights("x.pth", VGG16_Weights)
 
 
 def test_pickles_are_refused(tmp_path):

@@ -82,7 +82,16 @@ def test_an_ap_drop_of_what_does_not_detect_opens_nothing(monkeypatch, caplog, a
 )
 def test_photos_that_an_ap_drop_needs(value, delta, needed):
     """0.99^299 < 0.05 < 0.99^298: a fault in one photo of a hundred then shows with probability 0.95."""
-    assert calibrate.min_photos(calibrate.Target("ap_drop", value, delta)) == needed
+    assert calibrate.draws_needed(calibrate.Target("ap_drop", value, delta)) == needed
+
+
+def test_labels_are_needed_of_the_splits_that_are_used():
+    cfg = load_config(overrides=["CALIBRATION.REFERENCE", "labels", "DATA.TRAIN", "[frames]"])
+    sets = {"CALIB": SimpleNamespace(labelled=True), "TRAIN": SimpleNamespace(labelled=False)}
+    recorded, target = SimpleNamespace(sets=sets), calibrate.Target("speedup", 1.2)
+    calibrate._require_labels(cfg, target, recorded, ("CALIB",))
+    with pytest.raises(EarlyExitError, match=r"CALIBRATION.REFERENCE is labels, and DATA.TRAIN \(frames\) has photos"):
+        calibrate._require_labels(cfg, target, recorded, ("CALIB", "TRAIN"))
 
 
 def test_blocks_are_for_what_promises():

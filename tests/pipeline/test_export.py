@@ -150,9 +150,9 @@ def test_a_confidence_at_its_threshold_may_fall_on_either_side(model):
         (expected,) = tied([export.as_tensor(photo)])
         confidence = float(tied.router.confidence(tied.exit_outputs([export.as_tensor(photo)]).signals(0), 0))
         found = export.Detections(*[None] * 4, exit_index=0, exit_name="exit8", exit_confidence=None, ms=0)
-        tied.router.thresholds = (confidence + 5e-6, 2.0)
+        tied.router.thresholds = (confidence - 5e-6, 2.0)
         assert not export._is_same(tied, photo, expected, found)
-        tied.router.thresholds = (confidence + 5e-5, 2.0)
+        tied.router.thresholds = (confidence - 5e-5, 2.0)
         with pytest.raises(EarlyExitError, match="the file leaves at exit8, the model at full"):
             export._is_same(tied, photo, expected, found)
 
@@ -240,6 +240,6 @@ def test_the_certificate_goes_along_while_the_router_is_as_calibrated(model, mon
     router.certificate = type(
         "Certificate", (), {"router": router.to_dict(), "to_dict": lambda self: {"format": "x"}}
     )()
-    assert json.loads(export._metadata(calibrated)["certificate"]) == {"format": "x"}
+    assert json.loads(export._metadata(calibrated, export._contract(calibrated))["certificate"]) == {"format": "x"}
     router.thresholds = 0.9
-    assert json.loads(export._metadata(calibrated)["certificate"]) is None
+    assert json.loads(export._metadata(calibrated, export._contract(calibrated))["certificate"]) is None

@@ -109,7 +109,8 @@ def test_clamped_whatever_the_step_did(values):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"thresholds": [-0.2]}, r"thresholds has -0.2, expected a number in \[0.0, 2.0\]"),
+        ({"thresholds": [-0.2]}, r"thresholds has -0.2, expected a number in \[0, 1\], or 2 to close the exit"),
+        ({"thresholds": [0.3, 1.5]}, r"thresholds has 1.5, expected a number in \[0, 1\], or 2"),
         ({"thresholds": [0.1, 0.2, 0.3]}, "one for each of 2 exits"),
         ({"temperatures": [5.0]}, "temperatures has 5.0"),
         ({"temperature_bounds": (3.0, 0.5)}, "0 < low < high"),

@@ -149,7 +149,8 @@ def test_an_ap_drop_on_few_photos_warns(trained, capsys):
     root, arguments = trained
     assert calibrate.main([*arguments, *QUICK, "--ap-drop", "0.01", "--out", str(root / "few")]) == 0
     captured = capsys.readouterr()
-    assert "8 calibration photos are few for 0.01 AP50 lost with probability 0.95: 299 would do" in captured.err
+    warning = "8 calibration photos are few for at most 0.01 AP50 lost in 0.95 of bootstrap draws: take at least 299"
+    assert warning in captured.err
     assert "these are few for that: at least 299 are needed" in captured.out
     assert load_certificate(root / "few" / "certificate.json").measured.photos_needed == 299
 
