@@ -198,7 +198,7 @@ def _train(cfg: CfgNode, folder: Path, taps: Path, row: dict[str, Any]) -> dict[
     views = [views_of(cfg), cfg.MODEL, cfg.EXITS.LAYERS, cfg.EXITS_PHASE.CACHE_VIEWS, cfg.EXITS_PHASE.CACHE_DTYPE]
     shared = taps / hashlib.sha256(repr(views).encode()).hexdigest()[:12]
     run = prepare(cfg, RunFolder(folder, shared), build_device(cfg))
-    run.model.freeze_trunk()
+    run.model.freeze_full_path()
     tap_loader(run)
     start = time.perf_counter()
     try:

@@ -92,7 +92,7 @@ class DetectionDataset(torch.utils.data.Dataset):
         """Set the epoch whose augmented views indexing returns."""
         self.epoch = epoch
 
-    def paths(self, image_id: int) -> Path:
+    def path_of(self, image_id: int) -> Path:
         """Path of a photo's file."""
         return self._paths[image_id]
 
@@ -116,7 +116,7 @@ class DetectionDataset(torch.utils.data.Dataset):
         Raises:
             DataError: the photo cannot be decoded (see ``train`` and ``on_bad``).
         """
-        index = range(len(self))[index]
+        index = range(len(self))[index]  # accepts negative indices; raises IndexError
         record, image = self._read(index)
         annotations = [a for a in record.annotations if not (self.train and a.ignore)]
         boxes = np.array([a.box for a in annotations], np.float32).reshape(-1, 4)
@@ -276,8 +276,9 @@ class EpochSampler(Sampler[int]):
     Training shuffles by (seed, epoch). Batch k of this global order is distributed over the processes, so their k-th
     batches together are the k-th batch of a single process. An incomplete last batch is dropped if there is a full one.
 
-    Evaluation keeps the order of the data set and drops nothing. Process r gets whole batches of a single process (r,
-    r + world_size, ...), because other photos in a batch could change a photo's scores in the last digits.
+    Evaluation keeps the order of the data set and drops nothing. Batches are those of a run with one process. Process r
+    gets batches r, r + world_size, ... as a whole, because other photos in a batch could change a photo's scores in the
+    last digits.
 
     ``batch_size`` is the sum over all processes in training. ``set_epoch`` sets the epoch of the data set too.
     """
@@ -295,17 +296,24 @@ class EpochSampler(Sampler[int]):
         self.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[int]:
-        count, size, start = len(self.dataset), self.batch_size, self.start * self.batch_size
+        places = itertools.chain.from_iterable(self._own_places())
         if not self.train:
-            own = range(start + self.rank * size, count, self.world_size * size)
-            return itertools.chain.from_iterable(range(first, min(first + size, count)) for first in own)
+            return places
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
-        order = torch.randperm(count, generator=generator).tolist()[: max(count // size, 1) * size]
-        # the batch size is a multiple of the number of processes, so each batch is distributed evenly
-        return iter(order[start + self.rank :: self.world_size])
+        order = torch.randperm(len(self.dataset), generator=generator).tolist()
+        return (order[place] for place in places)
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return sum(map(len, self._own_places()))
+
+    def _own_places(self) -> list[range]:
+        """The places of this process in the global order, by increasing place."""
+        count, size, start = len(self.dataset), self.batch_size, self.start * self.batch_size
+        if self.train:
+            # the batch size is a multiple of the number of processes, so each batch is distributed evenly
+            return [range(start + self.rank, min(max(count // size, 1) * size, count), self.world_size)]
+        firsts = range(start + self.rank * size, count, self.world_size * size)
+        return [range(first, min(first + size, count)) for first in firsts]
 
 
 def build_loader(

@@ -293,7 +293,7 @@ def evaluate_model(
     results, chosen = evaluation.results, evaluation.chosen.tolist()
     if certificate is not None:
         results = replace(results, drift=drift_of(certificate, collected, chosen))
-    photos = photo_list(evaluation.counts, collected, evaluation.chosen, model.exit_names, dataset.paths)
+    photos = photo_list(evaluation.counts, collected, evaluation.chosen, model.exit_names, dataset.path_of)
     pictures = {}
     if cfg.EVAL.PICTURES:
         pictures["detections"] = _detection_picture(cfg, model, dataset, collected, chosen)
