@@ -172,7 +172,7 @@ def _weights_contents(cfg: CfgNode) -> dict[str, str]:
 
 def _photo_contents(cfg: CfgNode) -> dict[str, str]:
     """Hashes of the photos with boxes that the names in DATA stand for."""
-    train = load_dataset(cfg, cfg.DATA.TRAIN, train=True, need_boxes=False)
+    train = load_dataset(cfg, cfg.DATA.TRAIN, train=True, labels="optional")
     calib = load_dataset(with_classes(cfg, train.classes), cfg.DATA.CALIB)
     return {"TRAIN": fingerprint(train), "CALIB": fingerprint(calib)}
 

@@ -13,6 +13,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
 import cv2
 import numpy as np
@@ -364,13 +365,15 @@ def _one_thread(worker: int = 0) -> None:
 
 NO_CLASS = "{} names no class; set DATA.CLASSES to what is to be detected"
 
+Labels = Literal["required", "annotated", "replaced", "optional"]
+"""What `load_dataset` accepts: see its argument ``labels``."""
+
 
 def load_dataset(
     cfg: CfgNode,
     names: str | Sequence[str],
     train: bool = False,
-    need_boxes: bool | None = None,
-    unlabelled: bool = False,
+    labels: Labels | None = None,
 ) -> DetectionDataset:
     """Read, check and join data sets, and keep the wanted classes.
 
@@ -378,22 +381,25 @@ def load_dataset(
         cfg: the configuration; its ``DATA`` node and ``SEED`` are used.
         names: names of the catalog or of ``DATA.DATASETS``.
         train: limit the photos without objects, augment, and leave out objects to ignore.
-        need_boxes: True refuses a set without any wanted object, False allows it; None refuses it in training only.
-            Photos without annotations are refused unless it is False.
-        unlabelled: allow photos without annotations all the same, since the full path's detections replace them.
+        labels: ``required``: all photos are annotated, and some show a wanted object. ``annotated``: all photos are
+            annotated. ``replaced``: as ``required``, but if some photos are not annotated, the full path's detections
+            replace the labels. ``optional``: anything. None: ``required`` in training, otherwise ``annotated``.
 
     Raises:
         ConfigError: an unknown data set.
         DataError: missing files, a broken record (``DATA.ON_BAD`` "refuse"), an unknown class, no photo left.
     """
     names = (names,) if isinstance(names, str) else tuple(names)
+    labels = labels or ("required" if train else "annotated")
+    if labels not in get_args(Labels):
+        raise DataError(f"labels is {labels!r:.60}, expected one of {', '.join(get_args(Labels))}")
     data, title = cfg.DATA, " + ".join(names)
     raws = [read_dataset(cfg, name) for name in names]
     classes = tuple(data.CLASSES) or (union_of_classes(raws) if names == tuple(data.TRAIN) else class_names(cfg))
     if not classes and not any(raw.labelled for raw in raws):
         raise DataError(NO_CLASS.format(title))
     unknown = [raw.name for raw in raws if not raw.labelled]  # else their photos would count as photos without objects
-    if unknown and need_boxes is not False and not unlabelled:
+    if unknown and labels in ("required", "annotated"):
         fix = ", or let the full path teach, without a joint phase (LOSS.SUPERVISION teacher)" if train else ""
         needs = "is a folder of photos that nobody labelled, and boxes are needed here; name data sets with boxes"
         raise DataError(f"data set '{unknown[0]}' {needs}{fix}")
@@ -412,7 +418,7 @@ def load_dataset(
     labelled = not unknown
     flags = [annotation.ignore for record in records for annotation in record.annotations]
     ignored, objects = flags.count(True), flags.count(False)
-    if not objects and (labelled or not unlabelled) and (train if need_boxes is None else need_boxes):
+    if not objects and (labels == "required" or (labels == "replaced" and labelled)):
         raise DataError(f"{title}: {_without_boxes(classes, len(records), ignored, train)}")
     also = f" and {ignored} to ignore" if ignored else ""
     negatives = sum(not record.has_targets for record in records)

@@ -231,8 +231,9 @@ def disjoint_sets(
         DataError: a photo is in two of the complete splits, or a split that needs labels has no box.
     """
     labelled = {*needs_labels, "TRAIN"} if cfg.CALIBRATION.REFERENCE == "labels" else {*needs_labels}
+    needed = "replaced" if unlabelled else "required"
     sets = {
-        name: load_dataset(cfg, cfg.DATA[name], need_boxes=name in labelled, unlabelled=unlabelled)
+        name: load_dataset(cfg, cfg.DATA[name], labels=needed if name in labelled else "optional")
         for name in ("TRAIN", "CALIB", "TEST")
     }
     repeats = {}
