@@ -75,7 +75,7 @@ def check_certificates(
     calibration: int,
     epsilon: float,
     delta: float,
-    bound: str,
+    method: str,
     splits: int = 1000,
     seed: int = 0,
 ) -> Resplits:
@@ -95,7 +95,7 @@ def check_certificates(
         order = generator.permutation(len(losses))
         ours, test = order[:calibration], order[calibration:]
         drawn = [values[ours] for values in confidences]
-        found = certify(path, drawn, losses[ours], costs, epsilon, delta, bound, seed=None)  # in random order already
+        found = certify(path, drawn, losses[ours], costs, epsilon, delta, method, seed=None)  # in random order already
         test_risks = risks[:, test].mean(1)
         exceeded += bool(test_risks[found.step] > epsilon)
         opened += found.step > 0
@@ -132,9 +132,9 @@ def check_guarantee(
     for epsilon in EPSILONS:
         Target("risk", epsilon, delta)  # raises where they are impossible
     require_known(cfg.ROUTING.POLICY)
-    measured = ("CALIB", "TEST") if cfg.CALIBRATION.REFERENCE == "labels" else ("CALIB",)
+    needs_labels = ("CALIB", "TEST") if cfg.CALIBRATION.REFERENCE == "labels" else ("CALIB",)
     unlabelled = cfg.CALIBRATION.REFERENCE == "full"
-    recorded = open_recorded(cfg, weights, out, measured, unlabelled=unlabelled, once=("CALIB", "TEST"))
+    recorded = open_recorded(cfg, weights, out, needs_labels, unlabelled=unlabelled, deduplicate=("CALIB", "TEST"))
     cfg, model, reference = recorded.cfg, recorded.model, cfg.CALIBRATION.REFERENCE
     require_deciding(cfg.ROUTING.POLICY, model, weights)
     calib, test, train = (recorded.replay(name) for name in ("CALIB", "TEST", "TRAIN"))
@@ -146,7 +146,7 @@ def check_guarantee(
         np.concatenate(pair) for pair in zip(calib.confidences(router), test.confidences(router), strict=True)
     ]
     losses = np.concatenate([calib.losses(reference), test.losses(reference)])
-    settings = {"calibration": len(calib.recording), "delta": delta, "bound": cfg.CALIBRATION.BOUND, "splits": splits}
+    settings = {"calibration": len(calib.recording), "delta": delta, "method": cfg.CALIBRATION.BOUND, "splits": splits}
     found = [
         check_certificates(
             path, confidences, losses, costs.of_each(path), costs.plain, epsilon=epsilon, seed=cfg.SEED, **settings

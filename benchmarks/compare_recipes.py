@@ -172,7 +172,7 @@ def _weights_contents(cfg: CfgNode) -> dict[str, str]:
 
 def _photo_contents(cfg: CfgNode) -> dict[str, str]:
     """Hashes of the photos with boxes that the names in DATA stand for."""
-    train = load_dataset(cfg, cfg.DATA.TRAIN, train=True, need_boxes=False)
+    train = load_dataset(cfg, cfg.DATA.TRAIN, train=True, labels="optional")
     calib = load_dataset(with_classes(cfg, train.classes), cfg.DATA.CALIB)
     return {"TRAIN": fingerprint(train), "CALIB": fingerprint(calib)}
 
@@ -198,7 +198,7 @@ def _train(cfg: CfgNode, folder: Path, taps: Path, row: dict[str, Any]) -> dict[
     views = [views_of(cfg), cfg.MODEL, cfg.EXITS.LAYERS, cfg.EXITS_PHASE.CACHE_VIEWS, cfg.EXITS_PHASE.CACHE_DTYPE]
     shared = taps / hashlib.sha256(repr(views).encode()).hexdigest()[:12]
     run = prepare(cfg, RunFolder(folder, shared), build_device(cfg))
-    run.model.freeze_trunk()
+    run.model.freeze_full_path()
     tap_loader(run)
     start = time.perf_counter()
     try:

@@ -579,7 +579,7 @@ def evaluate_routing(cfg: CfgNode, weights: str | Path, out: Path, policies: Seq
     names = list(dict.fromkeys([REFERENCE_POLICY, *(policies or [*POLICIES, *FITTED_POLICIES])]))
     for name in names:
         require_known(name)
-    recorded = open_recorded(cfg, weights, out, measured=("CALIB", "TEST"), near=False)
+    recorded = open_recorded(cfg, weights, out, needs_labels=("CALIB", "TEST"), include_near_duplicates=False)
     cfg, model = recorded.cfg, recorded.model
     for name in policies:
         require_deciding(name, model, weights)

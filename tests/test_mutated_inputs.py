@@ -381,7 +381,7 @@ def use_data(folder: Path, entry: Set) -> None:
     cfg.DATA.ON_BAD = MODES[sum(map(ord, folder.name)) % 3]
     cfg.DATA.CLASSES = ("chair",) if not entry[1] else ()
     for train in (False, True):
-        dataset = load_dataset(cfg, "tiny", train=train, need_boxes=False)
+        dataset = load_dataset(cfg, "tiny", train=train, labels="optional")
         for record in dataset.records:
             assert folder.name in str(record.path) and "secret" not in str(record.path), record.path
         assert len([dataset[index] for index in range(len(dataset))]) == len(to_coco(dataset).imgs)

@@ -102,7 +102,7 @@ def test_the_example_of_a_data_format_runs(extensions, tmp_path):
     (tmp_path / "train.csv").write_text(lines, encoding="utf-8")
     sets = f"[[cups, '{tmp_path}/train.csv', '{tmp_path}']]"
     cfg = load_config(None, ["DATA.DATASETS", sets, "DATA.CLASSES", "[cup]"])
-    first, second = load_dataset(cfg, "cups", need_boxes=False)
+    first, second = load_dataset(cfg, "cups", labels="optional")
     assert first[1]["boxes"].tolist() == [[1, 2, 11, 22]] and first[1]["labels"].tolist() == [1]
     assert second[0].shape == (3, 30, 40) and not len(second[1]["boxes"])
 

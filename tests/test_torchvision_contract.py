@@ -132,7 +132,7 @@ def test_photos_without_objects_have_the_same_losses(records):
 def test_distributed_without_looking_for_unused_parameters(training_set, tmp_path, frozen):
     """DistributedDataParallel refuses the second step if the first left out a parameter that requires a gradient."""
     model = small_model()
-    model.freeze_trunk(frozen)
+    model.freeze_full_path(frozen)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
@@ -143,7 +143,7 @@ def test_distributed_without_looking_for_unused_parameters(training_set, tmp_pat
 
 def test_frozen_trunk_stays_in_eval_mode_in_every_epoch(training_set):
     model = small_model()
-    model.freeze_trunk()
+    model.freeze_full_path()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = sgd(model)
     for epoch in range(2):

@@ -1,6 +1,6 @@
 """Risk control: find the cheapest thresholds whose expected loss is, with high probability, below a limit.
 
-``confidences`` and ``losses`` are as in `earlyexit_ssd.calibration.thresholds`.
+``confidences`` are one array [n] per early exit, ``losses`` are [n, exits] with the full path last.
 """
 
 from __future__ import annotations
@@ -53,10 +53,11 @@ def threshold_path(
     """The combinations of thresholds that `certify` tests, in this order: [steps, early exits].
 
     Step 0 has all exits closed. The other steps are the combinations that no other beats in both mean loss and mean
-    cost on m training photos, by rising loss and falling cost. Since no calibration photo has a say in the order, every
-    step is tested at level delta.
+    cost on the training photos, by rising loss and falling cost. Since no calibration photo has a say in the order,
+    every step is tested at level delta.
 
     Args:
+        confidences, losses: of the m training photos.
         costs: function from thresholds [M, early exits] to the costs of the exits [M, exits].
         grid: the combinations to choose from; by default `threshold_grid`.
     """
@@ -76,7 +77,7 @@ def certify(
     costs: np.ndarray,
     epsilon: float,
     delta: float,
-    bound: str = "betting",
+    method: str = "betting",
     seed: int | None = 0,
     blocks: np.ndarray | None = None,
 ) -> Certified:
@@ -90,13 +91,13 @@ def certify(
         path: thresholds [steps, early exits] from :func:`threshold_path`.
         confidences, losses: of the n calibration photos; losses are in [0, 1].
         costs: costs of the exits at each step, [steps, exits].
-        bound: a key of `BOUNDS`, chosen beforehand.
+        method: name of the test, a key of `BOUNDS`, chosen beforehand.
         seed: seed of the random order of the blocks, on which the betting bound depends; None keeps the given order,
             which must then be random.
         blocks: number (from 0) of the block of each photo, [n]. The mean loss of a block is one draw, so the guarantee
             is for blocks as independent draws. None: every photo is a block.
     """
-    p_value = BOUNDS[bound]
+    p_value = BOUNDS[method]
     choices, block_losses = _losses_on(path, confidences, losses, seed, blocks)
     passed = fixed_sequence_test((p_value(draws, epsilon) for draws in block_losses[1:]), delta)
     needed = photos_needed(block_losses[1], epsilon, delta, p_value) if passed == 0 and len(path) > 1 else None
@@ -112,7 +113,7 @@ def risk_curve(
     losses: np.ndarray,
     costs: np.ndarray,
     delta: float,
-    bound: str = "betting",
+    method: str = "betting",
     seed: int | None = 0,
     blocks: np.ndarray | None = None,
 ) -> list[CurvePoint]:
@@ -122,7 +123,7 @@ def risk_curve(
     points = []
     for step in np.unique(np.linspace(0, len(path) - 1, CURVE_STEPS).round().astype(int)).tolist():
         cost, draws = float(costs[step][choices[step]].mean()), block_losses[step]
-        high = upper_bound(draws, delta, BOUNDS[bound]) if draws.any() or step else 0.0
+        high = upper_bound(draws, delta, BOUNDS[method]) if draws.any() or step else 0.0
         points.append(CurvePoint(tuple(map(float, path[step])), cost, float(draws.mean()), high))
     return points
 

@@ -13,6 +13,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
 import cv2
 import numpy as np
@@ -92,7 +93,7 @@ class DetectionDataset(torch.utils.data.Dataset):
         """Set the epoch whose augmented views indexing returns."""
         self.epoch = epoch
 
-    def paths(self, image_id: int) -> Path:
+    def path_of(self, image_id: int) -> Path:
         """Path of a photo's file."""
         return self._paths[image_id]
 
@@ -116,7 +117,7 @@ class DetectionDataset(torch.utils.data.Dataset):
         Raises:
             DataError: the photo cannot be decoded (see ``train`` and ``on_bad``).
         """
-        index = range(len(self))[index]
+        index = range(len(self))[index]  # accepts negative indices; raises IndexError
         record, image = self._read(index)
         annotations = [a for a in record.annotations if not (self.train and a.ignore)]
         boxes = np.array([a.box for a in annotations], np.float32).reshape(-1, 4)
@@ -276,8 +277,9 @@ class EpochSampler(Sampler[int]):
     Training shuffles by (seed, epoch). Batch k of this global order is distributed over the processes, so their k-th
     batches together are the k-th batch of a single process. An incomplete last batch is dropped if there is a full one.
 
-    Evaluation keeps the order of the data set and drops nothing. Process r gets whole batches of a single process (r,
-    r + world_size, ...), because other photos in a batch could change a photo's scores in the last digits.
+    Evaluation keeps the order of the data set and drops nothing. Batches are those of a run with one process. Process r
+    gets batches r, r + world_size, ... as a whole, because other photos in a batch could change a photo's scores in the
+    last digits.
 
     ``batch_size`` is the sum over all processes in training. ``set_epoch`` sets the epoch of the data set too.
     """
@@ -295,17 +297,24 @@ class EpochSampler(Sampler[int]):
         self.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[int]:
-        count, size, start = len(self.dataset), self.batch_size, self.start * self.batch_size
+        places = itertools.chain.from_iterable(self._own_places())
         if not self.train:
-            own = range(start + self.rank * size, count, self.world_size * size)
-            return itertools.chain.from_iterable(range(first, min(first + size, count)) for first in own)
+            return places
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
-        order = torch.randperm(count, generator=generator).tolist()[: max(count // size, 1) * size]
-        # the batch size is a multiple of the number of processes, so each batch is distributed evenly
-        return iter(order[start + self.rank :: self.world_size])
+        order = torch.randperm(len(self.dataset), generator=generator).tolist()
+        return (order[place] for place in places)
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return sum(map(len, self._own_places()))
+
+    def _own_places(self) -> list[range]:
+        """The places of this process in the global order, by increasing place."""
+        count, size, start = len(self.dataset), self.batch_size, self.start * self.batch_size
+        if self.train:
+            # the batch size is a multiple of the number of processes, so each batch is distributed evenly
+            return [range(start + self.rank, min(max(count // size, 1) * size, count), self.world_size)]
+        firsts = range(start + self.rank * size, count, self.world_size * size)
+        return [range(first, min(first + size, count)) for first in firsts]
 
 
 def build_loader(
@@ -356,13 +365,15 @@ def _one_thread(worker: int = 0) -> None:
 
 NO_CLASS = "{} names no class; set DATA.CLASSES to what is to be detected"
 
+Labels = Literal["required", "annotated", "replaced", "optional"]
+"""What `load_dataset` accepts: see its argument ``labels``."""
+
 
 def load_dataset(
     cfg: CfgNode,
     names: str | Sequence[str],
     train: bool = False,
-    need_boxes: bool | None = None,
-    unlabelled: bool = False,
+    labels: Labels | None = None,
 ) -> DetectionDataset:
     """Read, check and join data sets, and keep the wanted classes.
 
@@ -370,22 +381,25 @@ def load_dataset(
         cfg: the configuration; its ``DATA`` node and ``SEED`` are used.
         names: names of the catalog or of ``DATA.DATASETS``.
         train: limit the photos without objects, augment, and leave out objects to ignore.
-        need_boxes: True refuses a set without any wanted object, False allows it; None refuses it in training only.
-            Photos without annotations are refused unless it is False.
-        unlabelled: allow photos without annotations all the same, since the full path's detections replace them.
+        labels: ``required``: all photos are annotated, and some show a wanted object. ``annotated``: all photos are
+            annotated. ``replaced``: as ``required``, but if some photos are not annotated, the full path's detections
+            replace the labels. ``optional``: anything. None: ``required`` in training, otherwise ``annotated``.
 
     Raises:
         ConfigError: an unknown data set.
         DataError: missing files, a broken record (``DATA.ON_BAD`` "refuse"), an unknown class, no photo left.
     """
     names = (names,) if isinstance(names, str) else tuple(names)
+    labels = labels or ("required" if train else "annotated")
+    if labels not in get_args(Labels):
+        raise DataError(f"labels is {labels!r:.60}, expected one of {', '.join(get_args(Labels))}")
     data, title = cfg.DATA, " + ".join(names)
     raws = [read_dataset(cfg, name) for name in names]
     classes = tuple(data.CLASSES) or (union_of_classes(raws) if names == tuple(data.TRAIN) else class_names(cfg))
     if not classes and not any(raw.labelled for raw in raws):
         raise DataError(NO_CLASS.format(title))
     unknown = [raw.name for raw in raws if not raw.labelled]  # else their photos would count as photos without objects
-    if unknown and need_boxes is not False and not unlabelled:
+    if unknown and labels in ("required", "annotated"):
         fix = ", or let the full path teach, without a joint phase (LOSS.SUPERVISION teacher)" if train else ""
         needs = "is a folder of photos that nobody labelled, and boxes are needed here; name data sets with boxes"
         raise DataError(f"data set '{unknown[0]}' {needs}{fix}")
@@ -404,7 +418,7 @@ def load_dataset(
     labelled = not unknown
     flags = [annotation.ignore for record in records for annotation in record.annotations]
     ignored, objects = flags.count(True), flags.count(False)
-    if not objects and (labelled or not unlabelled) and (train if need_boxes is None else need_boxes):
+    if not objects and (labels == "required" or (labels == "replaced" and labelled)):
         raise DataError(f"{title}: {_without_boxes(classes, len(records), ignored, train)}")
     also = f" and {ignored} to ignore" if ignored else ""
     negatives = sum(not record.has_targets for record in records)

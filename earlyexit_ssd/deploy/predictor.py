@@ -381,6 +381,7 @@ class _Staged:
             confidence = found["confidence"][0] if "confidence" in found else np.float32(np.nan)
             last = network is self._networks[-1]
             if not last and not confidence >= feeds["thresholds"][index]:
+                # the names of `STATE` in graph.py, which imports onnx; this module runs without it
                 state = {f"{name}_in": found[name] for name in ("x", "finest", "context") if name in found}
                 continue
             if empty and not last:

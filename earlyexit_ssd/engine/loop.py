@@ -124,7 +124,8 @@ class Hook:
     """
 
     def before_training(self, trainer: Trainer) -> None:
-        """Called once, before the first step of this process. A checkpoint is restored here, with ``trainer.step``."""
+        """Called once, before the first step of this process. A hook restores a checkpoint here and sets
+        ``trainer.step``."""
 
     def after_step(self, trainer: Trainer) -> None:
         """Called after every step. ``trainer.losses`` are means over all processes."""
@@ -142,7 +143,7 @@ class Trainer:
     """
 
     model: nn.Module  # the model that is trained and saved
-    compute_losses: Callable[[Any], dict[str, Tensor]]  # such as a DistributedDataParallel around model
+    compute_losses: Callable[[Any], dict[str, Tensor]]  # from a batch to its losses by name
     loader: Loader
     optimizer: torch.optim.Optimizer
     epochs: int

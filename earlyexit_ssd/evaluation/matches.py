@@ -108,8 +108,8 @@ class ExitMatches:
     def hits_and_false(self, condition: int) -> _HitsAndFalse:
         """What AP under one condition is computed from: per class the hits, and the false positives before each hit.
 
-        The hits are their pairs, int [H], in falling order of the scores. The false positives are numbers [H, pairs]:
-        how many of each pair lie between a hit and the hit before. AP depends on the precision at hits only.
+        First array [H]: the pair of each hit, by falling score. Second, sparse [H, pairs]: the number of false
+        positives of each pair between the previous hit and this one. AP depends on the precision at hits only.
         """
         if condition not in self._hits_and_false:
             found = self._hits_and_false[condition] = []
@@ -130,10 +130,11 @@ def exit_matches(
     """Match the detections of every exit, shallow to deep, with the objects, photo by photo and class by class.
 
     These are pycocotools' rules. In falling order of the scores each detection takes the free object of its class that
-    it overlaps most, if their IoU reaches the threshold. A detection without such an object is ignored in three cases:
+    it overlaps most, if their IoU reaches the threshold. A detection without such an object is ignored in three cases,
+    where *overlaps* means that the IoU reaches the threshold:
 
-    - It overlaps a crowd (``iscrowd`` = 1: COCO's crowds, VOC's difficult). The overlap is then the share of the
-      detection's own area that the crowd covers, and one crowd takes any number of detections.
+    - It overlaps a crowd (``iscrowd`` = 1: COCO's crowds, VOC's difficult). Here the share of the detection's own area
+      that the crowd covers takes the place of the IoU. One crowd takes any number of detections.
     - It overlaps an object whose area is outside the condition's size.
     - Its own area is outside the condition's size.
 
@@ -243,8 +244,10 @@ def xywh(boxes: Tensor) -> Tensor:
 
 
 class APs(NamedTuple):
-    """Average precisions in [0, 1]; ``None`` without objects, or if the caller did not ask for it. Of bootstrap draws,
-    float [resamples], with NaN for None."""
+    """Average precisions in [0, 1]; ``None`` without objects, or if the caller did not ask for it.
+
+    After a bootstrap each field is an array [resamples]; NaN if undefined.
+    """
 
     AP: float | np.ndarray | None
     AP50: float | np.ndarray | None
@@ -394,7 +397,7 @@ def photo_list(
             {
                 "file": str(files(image_id)),
                 "exit": exit_names[exit],
-                "confidence": confidence if confidence >= 0 else None,
+                "confidence": confidence if confidence >= 0 else None,  # the router gives -1 if it has no confidence
                 "objects": hits[exit] + misses[exit],
                 "found": hits[exit],
                 "lost": max(0, misses[exit] - misses[-1]),

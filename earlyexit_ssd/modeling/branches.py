@@ -6,10 +6,10 @@ one with stride 2. The glossary of docs/design.md explains tap, branch, empty ex
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Integral, Real
@@ -49,8 +49,8 @@ class Argument:
     highest: float = MOST_CHANNELS
     zero: bool = True
 
-    def of_each(self, name: str, value: object, exits: int) -> list:
-        """A list with the value for each of ``exits`` exits, from one for all or one for each.
+    def per_exit(self, name: str, value: object, exits: int) -> list:
+        """The checked values of ``exits`` exits as a list, from one value for all exits or a list with one for each.
 
         Raises:
             EarlyExitError: wrong type, out of range, or wrong number of values.
@@ -155,7 +155,7 @@ class Exit:
                 hint = nearest(str(name), known) or f"; it takes {', '.join(known) or 'none'}"
                 raise EarlyExitError(f"a {self.branch} branch has no argument {name!r:.60}{hint}")
         values = {
-            name: argument.of_each(name, self.arguments.get(name, argument.default), exits=1)[0]
+            name: argument.per_exit(name, self.arguments.get(name, argument.default), exits=1)[0]
             for name, argument in known.items()
         }
         object.__setattr__(self, "arguments", values)
@@ -215,11 +215,12 @@ def describe_exits(
     kinds = kinds * len(layers) if len(kinds) == 1 else kinds
     require_known(describe_exits, given, exit_keyword_names())
     known = _all_arguments()
-    values = {name: known[name].of_each(name, value, len(layers)) for name, value in given.items()}
+    values = {name: known[name].per_exit(name, value, len(layers)) for name, value in given.items()}
     exits = [_glance(one) for one in glances]
     for index, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
         kind = "empty" if layer in empty else kind
-        takes = BRANCHES[kind].arguments if kind in list(BRANCHES) else ()  # Exit refuses other kinds
+        # list(), since an unhashable kind must not raise a TypeError here: `Exit` refuses unknown kinds with a message
+        takes = BRANCHES[kind].arguments if kind in list(BRANCHES) else ()
         exits.append(Exit(layer, kind, {name: value[index] for name, value in values.items() if name in takes}))
     return tuple(exits)
 
@@ -255,7 +256,8 @@ def check_exits(exits: Sequence[Exit], last_layer: int) -> None:
         raise EarlyExitError(f"glances at {pixels} pixels: expected increasing sides, and glances before other exits")
     for group in (exits[len(glances) :], *([one] for one in glances)):
         layers = tuple(one.layer for one in group)
-        if layers != tuple(sorted({layer for layer in layers if 1 <= layer < last_layer})):
+        increasing = all(layer < deeper for layer, deeper in pairwise(layers))
+        if not increasing or not all(1 <= layer < last_layer for layer in layers):
             raise EarlyExitError(f"exit_layers {layers}: expected increasing trunk layers from 1 to {last_layer - 1}")
 
 
@@ -305,7 +307,7 @@ class Branch(nn.Module):
         raise NotImplementedError  # abstract: each registered kind of branch has its own
 
 
-# The kind "copied": thinned copies of the layers from the tap to C4, then whole copies of the layers behind it. Copied
+# The kind "copied": thinned copies of the layers from the tap to C4, then whole copies of the layers after it. Copied
 # layers need far fewer photos for training than new ones.
 
 
@@ -324,9 +326,9 @@ class Tail(nn.Module):
     def __init__(self, backbone: nn.Module, depth: int) -> None:
         super().__init__()
         projection, *blocks, last = backbone.features[1]
-        self.blocks = nn.Sequential(*copy.deepcopy(blocks[len(blocks) - depth :]))
-        self.last = copy.deepcopy(last)
-        self.extra = copy.deepcopy(backbone.extra)
+        self.blocks = nn.Sequential(*deepcopy(blocks[len(blocks) - depth :]))
+        self.last = deepcopy(last)
+        self.extra = deepcopy(backbone.extra)
         self.requires_grad_(True)
         self.in_channels = projection[-1].out_channels
         self.out_channels = [last.out_channels, *(block[-1].out_channels for block in backbone.extra)]
@@ -351,7 +353,7 @@ class Tail(nn.Module):
 def inherit_predictors(mine: SSDLiteHead, full: SSDLiteHead, channels: Tensor | None = None) -> None:
     """Copy the full path's predictors, those of the first map with the input channels ``channels`` (indices) only.
 
-    With None the first map, which is new, keeps its predictors. If both heads are folded (see
+    ``channels`` None: the first map is new, so its predictors are not copied. If both heads are folded (see
     `FoldedClassificationHead`), all classes are copied. If only the full path's head is folded, background and the
     wanted classes are copied, and the folded classes are lost.
     """
@@ -361,6 +363,7 @@ def inherit_predictors(mine: SSDLiteHead, full: SSDLiteHead, channels: Tensor | 
     for new_head, old_head in ((mine.classification_head, theirs), (mine.regression_head, full.regression_head)):
         first, *others = old_head.module_list
         if channels is not None:
+            # first[1:] wraps the 1x1 predictor in a Sequential, so that its convolution is at [0] as in a projection
             depthwise, predictor = _slice_block([first[0], first[1:]], channels)
             first = nn.Sequential(depthwise, *predictor)
         for new, old in zip(new_head.module_list, (first, *others), strict=True):
@@ -385,7 +388,7 @@ class ThinnedBlock(nn.Sequential):
         channels = layers[-1][0].in_channels
         expands = layers[0][0].groups == 1
         count = _thinned(channels, share) if expands else channels
-        super().__init__(*_slice_block(layers, torch.arange(count)))
+        super().__init__(*_slice_block(layers, torch.arange(count)))  # sets shapes only; `inherit` copies the weights
         self.requires_grad_(True)
 
     @property
@@ -409,7 +412,7 @@ class ThinnedBlock(nn.Sequential):
 
 
 class CopiedPathToC4(nn.Module):
-    """Thinned copies of the blocks between a tap and C4's output; none for a tap at C4 or behind it.
+    """Thinned copies of the blocks between a tap and C4's output; none for a tap at C4 or after it.
 
     Blocks with a residual connection are skipped; layers 2, 4, 7, 11 and C4 (13) have none. A trained network tolerates
     that (Veit et al. 2016, "Residual networks behave like ensembles of relatively shallow networks").
@@ -460,7 +463,7 @@ def _thinned(channels: int, share: float) -> int:
 
 
 def _blocks_to_c4(backbone: nn.Module, layer: int) -> list[list[nn.Module]]:
-    """The blocks without residual connection behind ``layer`` up to C4, each as a list of its layers."""
+    """The blocks without residual connection after ``layer`` up to C4, each as a list of its layers."""
     first, second = backbone.features
     blocks = [list(block.block) for block in first[layer + 1 : -1] if not block.use_res_connect]
     return [*blocks, [first[-1], *second[0]]] if layer < C4_LAYER else []
@@ -468,7 +471,7 @@ def _blocks_to_c4(backbone: nn.Module, layer: int) -> list[list[nn.Module]]:
 
 def _slice_block(layers: Sequence[nn.Module], channels: Tensor) -> list[nn.Module]:
     """Copies of a block's layers with only these ``channels`` (indices) between expansion and projection."""
-    *inner, projection = copy.deepcopy(list(layers))
+    *inner, projection = deepcopy(list(layers))
     for layer in inner:
         if hasattr(layer, "fc1"):
             _slice(layer.fc1, channels, dim=1)
@@ -509,8 +512,8 @@ class CopiedBranch(Branch):
 
     Args:
         place: position and shapes.
-        channels: 0: the first map is the copied expansion of C4, as in the full path, with copied predictors. Otherwise
-            a new layer computes a first map of so many channels. It does so for 0 too if no C4 was copied.
+        channels: if above 0 (then their number), or if no C4 was copied, a new layer computes the first map. Otherwise
+            the first map is C4's copied expansion, as in the full path, with copied predictors.
         depth, copy, head_rank: see `Tail`, the ``share`` of `CopiedPathToC4`, and `factorise`.
     """
 
@@ -521,7 +524,8 @@ class CopiedBranch(Branch):
                 "a copied branch copies layers of torchvision's SSDLite with a MobileNetV3, this detector has others: "
                 "take branch='light' (EXITS.BRANCH light)"
             )
-        # A tap behind C4 has passed some blocks already. With channels they are copied too, as in older model files.
+        # A tap after C4 has passed some blocks already, so they are not copied. With channels they are copied all the
+        # same, because existing model files with channels have them.
         blocks = depth if channels else min(depth, LAST_LAYER - 1 - place.layer)
         self.copied, self.tail = CopiedPathToC4(place.backbone, place.layer, copy), Tail(place.backbone, blocks)
         self.fine = self.smooth = None

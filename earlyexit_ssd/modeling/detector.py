@@ -1,7 +1,7 @@
 """A torchvision SSD with early exits: the forward pass from exit to exit, detections and losses.
 
-A *context* is a map that the branch of an exit passes on to the next exit's. With a *hybrid* router classes come from
-an early exit and boxes from the full path. The glossary of docs/design.md explains the other terms.
+A *context* is a map that the branch of an exit passes on to the branch of the next exit. With a *hybrid* router
+classes come from an early exit and boxes from the full path. The glossary of docs/design.md explains the other terms.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def walk(model: EarlyExitDetector, x: Tensor, branches: bool = True, behind: AtE
     Args:
         x: normalised images [N, 3, S, S].
         branches: whether heads of the branches will be computed; False skips their context.
-        behind: continue behind this exit instead of starting from ``x``.
+        behind: the exit after which the walk continues; None: it starts from ``x``.
     """
     trunk, state, context, glances, first = model.trunk, TrunkState(x), None, model.num_glances, 0
     if behind is not None:
@@ -184,7 +184,8 @@ def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
         confidence there [N].
     """
     router, hybrid_boxes = model.router, {}
-    undecided = torch.arange(len(x), device=x.device)  # images that have not left; a hybrid router keeps all in `walk`
+    # Images that have not left. Hybrid: all images run to the end, and `undecided` marks those without classes.
+    undecided = torch.arange(len(x), device=x.device)
     parts: list[tuple[Tensor, Head, int, Tensor]] = []
     for at in walk(model, x):
         if at.full and router.hybrid:
@@ -250,7 +251,7 @@ def detector_class(name: str) -> type[EarlyExitDetector]:
 
 
 class EarlyExitDetector(SSD):
-    """A torchvision SSD with branches behind some trunk layers.
+    """A torchvision SSD with branches after some trunk layers.
 
     Every parameter and buffer of the torchvision detector keeps its name, and without a router the detections are
     torchvision's own. In train mode ``model(images, targets)`` returns a dict of scalar losses (all exits at once),
@@ -271,6 +272,7 @@ class EarlyExitDetector(SSD):
         exit_layers: trunk layer of each exit; `last_layer` for the full path.
         grids: (height, width) of the head's feature maps, in cells.
         empty: per early exit, whether it has no branch.
+        norm_frozen: whether BatchNorm stays in eval mode in training; takes effect at the next call of ``train()``.
 
     Raises:
         ValueError: an impossible exit layer, or a number of classes that does not fit the detector's head.
@@ -330,7 +332,7 @@ class EarlyExitDetector(SSD):
         validate.check_router(router, len(layers))
         self.router = router
         self.norm_frozen = False
-        self._trunk_frozen = False
+        self._full_path_frozen = False
         taps, self.grids = self._dry_run()
         boxes_per_cell = self.anchor_generator.num_anchors_per_location()
         self.branches, context_channels = nn.ModuleDict(), 0
@@ -376,7 +378,7 @@ class EarlyExitDetector(SSD):
 
     @property
     def segment_layers(self) -> tuple[int, ...]:
-        """Layers behind which the trunk is cut in the full-size pass."""
+        """Layers after which the trunk is cut in the full-size pass."""
         return self.exit_layers[self.num_glances : -1]
 
     @property
@@ -390,7 +392,7 @@ class EarlyExitDetector(SSD):
         blank = torch.zeros(1, 3, *self.transform.fixed_size, device=parameter.device, dtype=parameter.dtype)
         with evaluating(self.backbone):
             taps, maps = self.trunk_maps(blank)
-        self.backbone.train(self.training)  # the detector may have been in eval mode
+        self.backbone.train(self.training)  # the backbone keeps the mode of the given detector; set this model's mode
         return [tuple(tap.shape[1:]) for tap in taps], [tuple(feature.shape[-2:]) for feature in maps]
 
     def trunk_maps(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -411,9 +413,9 @@ class EarlyExitDetector(SSD):
         maps = [images.tensors.new_empty((1, 0, *grid), dtype=torch.float32) for grid in self.grids]
         return self.anchor_generator(images, maps)
 
-    def freeze_trunk(self, frozen: bool = True) -> None:
-        """Train the branches only: the full path gets no gradient and its BatchNorm stays in eval mode."""
-        self._trunk_frozen = frozen
+    def freeze_full_path(self, frozen: bool = True) -> None:
+        """Train the branches only: trunk and head get no gradient and stay in eval mode."""
+        self._full_path_frozen = frozen
         for module in (self.backbone, self.head):
             module.requires_grad_(not frozen)
         self.train(self.training)
@@ -421,7 +423,7 @@ class EarlyExitDetector(SSD):
     def train(self, mode: bool = True) -> EarlyExitDetector:
         """As ``nn.Module.train``, but frozen parts stay in eval mode."""
         super().train(mode)
-        if self._trunk_frozen:
+        if self._full_path_frozen:
             self.backbone.eval()
             self.head.eval()
         if self.norm_frozen:
@@ -433,7 +435,7 @@ class EarlyExitDetector(SSD):
     def compute_losses(self, heads: Sequence[Head], assignment: Assignment) -> dict[str, Tensor]:
         """Weighted losses of all exits (shallow to deep, the full path last), without those of a frozen full path."""
         validate.check_router(self.router, self.num_early_exits, trains=True)
-        full = {} if self._trunk_frozen else full_path_losses(heads[-1], assignment, self.losses)
+        full = {} if self._full_path_frozen else full_path_losses(heads[-1], assignment, self.losses)
         names = {index: self.exit_names[index] for index, empty in enumerate(self.empty) if not empty}
         return full | early_exit_losses(names, heads, assignment, self.losses, self.router)
 
@@ -498,7 +500,7 @@ class EarlyExitDetector(SSD):
         return self.transform.postprocess(detections, network_sizes, photo_sizes)
 
     def _routed_detections(self, images: list[Tensor]) -> Detections:
-        """Detections of each image's exit; of the full path without a router."""
+        """Detections of each image's exit. Without a router: of the full path."""
         photo_sizes = [tuple(image.shape[-2:]) for image in images]
         batch, _ = self.transform(images, None)
         sizes = self.default_boxes(batch), batch.image_sizes, photo_sizes
@@ -545,13 +547,14 @@ class PathToExit(nn.Module):
         hybrid = self.router is not None and self.router.hybrid
         for at in walk(self.model, x):
             early = at.index < self.exit_index
-            if early and (self.alone if self.router is None else not self.router.needs(at.index)):
+            skip = self.alone if self.router is None else not self.router.needs(at.index)
+            if early and skip:
                 continue
             if at.index <= self.exit_index:
                 heads.append(at.head())
                 if self.router is not None and not at.full:
                     confidences.append(self.router.confidence(at.signals(heads[-1]), at.index))
-            elif at.full:  # behind the exit only with a hybrid router: the exit's classes, the full path's boxes
+            elif at.full:  # reached after the exit with a hybrid router only: the exit's classes, the full path's boxes
                 heads[-1] = {**heads[-1], "bbox_regression": self.model.head.regression_head(at.maps())}
             if at.index == self.exit_index and not hybrid:
                 break
@@ -597,11 +600,14 @@ def fuse_for_inference(model: EarlyExitDetector) -> EarlyExitDetector:
 
 @dataclass(frozen=True)
 class ResizedBatch:
-    """The full path's outputs for a batch at an input of ``side`` pixels.
+    """The full path's outputs for a batch that was resized to another input size.
 
     Attributes:
-        images: the normalised batch at the model's own size.
-        anchors, targets: per image the default boxes [A, 4] xyxy and the objects, in pixels of ``side``.
+        images: the normalised batch at the model's own size, before the resizing.
+        side: side of the resized, square input in pixels.
+        head: the head's outputs for the resized batch.
+        anchors: default boxes [A, 4] xyxy per image, in pixels of the resized input.
+        targets: objects per image, boxes in pixels of the resized input.
     """
 
     images: ImageList
@@ -652,8 +658,8 @@ class FullPathLosses(nn.Module):
 
 @dataclass(frozen=True)
 class TapBatch:
-    """Outputs of the frozen full path for a batch: taps [N, C, H, W] per early exit, and the head, which is the
-    teacher. Targets are in network pixels."""
+    """Outputs of the frozen full path for a batch: taps [N, C, H, W] per early exit, and the full path's head outputs,
+    used as teacher. Targets are in network pixels."""
 
     taps: list[Tensor]
     head: Head
@@ -661,7 +667,7 @@ class TapBatch:
 
 
 class BranchLosses(nn.Module):
-    """Losses of the branches from stored taps; equal to the whole model's with a frozen trunk on the same images."""
+    """Losses of the branches from stored taps; equal to the model's with a frozen full path on the same images."""
 
     def __init__(self, model: EarlyExitDetector) -> None:
         super().__init__()

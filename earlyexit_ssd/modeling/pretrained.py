@@ -50,7 +50,7 @@ class Pretrained(EarlyExitDetector):
             path: a model file or a checkpoint.
             classes: see :meth:`from_pretrained`.
             describe: fields of `Architecture` for a checkpoint, which has no description of its own. Default: exits
-                behind the layers of its branches.
+                after the layers of its branches.
         """
 
         def architecture(outputs: int, exits: tuple[str, ...]) -> Architecture:

@@ -25,7 +25,7 @@ FINEST_LAYER, LAST_LAYER = 10, 15
 """conv4_3, whose output is the finest map, and fc7, the last layer before the extra blocks."""
 
 DEFAULT_EXITS = describe_exits((7, 10), "light")
-"""Exits behind conv3_3 and conv4_3."""
+"""Exits after conv3_3 and conv4_3."""
 
 
 class Layer(list):

@@ -143,7 +143,9 @@ def _from_file(path: Path, given: dict[str, Any]) -> EarlyExitSSDLite:
     described = {**sizes, **post_processing, "score_thresh": LEAST_SCORE, "exits": exits}
     model, _ = EarlyExitSSDLite.open_file(path, given["classes"], described)
     if given["trainable_backbone_layers"] is not None:
-        raise EarlyExitError(f"{path}: trainable_backbone_layers need torchvision's weights; use model.freeze_trunk()")
+        raise EarlyExitError(
+            f"{path}: trainable_backbone_layers need torchvision's weights; use model.freeze_full_path()"
+        )
     if given["num_classes"] not in (None, model.num_classes):
         raise EarlyExitError(
             f"{path} has {model.num_classes} outputs, num_classes is {given['num_classes']}; leave it out (a training "

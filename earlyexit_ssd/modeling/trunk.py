@@ -47,7 +47,7 @@ def build_ssdlite(
 
     Args:
         image_size: side of the square input, pixels.
-        width: multiplier of the channels of every layer, including those behind the trunk.
+        width: multiplier of the channels of every layer, including those after the trunk.
         reduced_tail: halve the channels of C4's output and all later layers, as in torchvision's COCO weights
             (MobileNetV3 paper, table 6). ImageNet weights have the full tail.
         weights_backbone: ImageNet weights of the trunk; they need ``width=1.0`` and ``reduced_tail=False``.
@@ -157,7 +157,7 @@ class Trunk:
 class SegmentedTrunk(Trunk):
     """The trunk of torchvision's ``SSDLiteFeatureExtractorMobileNet``; layers are counted from 0, the stem.
 
-    Its ``features[0]`` ends with C4's expansion. Its ``features[1]`` is the rest of C4 and the layers behind it.
+    Its ``features[0]`` ends with C4's expansion. Its ``features[1]`` is the rest of C4 and the layers after it.
 
     Raises:
         EarlyExitError: another kind of backbone.

@@ -162,7 +162,7 @@ def build_model(cfg: CfgNode, classes: tuple[str, ...]) -> tuple[EarlyExitSSDLit
 
 def photos_to_compare_on(cfg: CfgNode, classes: tuple[str, ...]) -> Iterator[Tensor]:
     """Yield a seeded sample of DATA.TRAIN, [3, H, W] in [0, 1], not augmented; nothing is read before iteration."""
-    dataset = load_dataset(with_classes(cfg, classes), cfg.DATA.TRAIN, train=True, need_boxes=False)
+    dataset = load_dataset(with_classes(cfg, classes), cfg.DATA.TRAIN, train=True, labels="optional")
     dataset = dataset.subset(limit_photos(dataset.records, COMPARED_PHOTOS, cfg.SEED))
     dataset.transforms = None
     loader = build_loader(dataset, 1, cfg.DATA.WORKERS, False, cfg.SEED)

@@ -304,7 +304,7 @@ def calibrate(
     require_known(cfg.ROUTING.POLICY)
     # a promise needs independent photos, so near-duplicates count once; frames of a block may look alike
     near_duplicates_count_once = target.kind != "speedup" and target.block is None
-    recorded = open_recorded(cfg, weights, out, unlabelled=True, near=near_duplicates_count_once)
+    recorded = open_recorded(cfg, weights, out, unlabelled=True, include_near_duplicates=near_duplicates_count_once)
     cfg, model = recorded.cfg, recorded.model
     uses_train = target.kind == "risk" or needs_training_photos(cfg.ROUTING.POLICY)
     _require_labels(cfg, target, recorded, ("CALIB", "TRAIN") if uses_train else ("CALIB",))

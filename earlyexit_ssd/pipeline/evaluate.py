@@ -256,7 +256,7 @@ def evaluate_model(
     if compare:
         _warn_of_differences(cfg, architecture)
     cfg = with_classes(cfg, architecture.classes)
-    dataset = load_dataset(cfg, cfg.DATA.TEST, unlabelled=True)
+    dataset = load_dataset(cfg, cfg.DATA.TEST, labels="optional")
     batch_size, workers = cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS
     loader = build_loader(dataset, batch_size, workers, False, cfg.SEED, rank(), world_size())
     opened = open_certificate(cfg, model, dataset, info.get("certificate"), weights)
@@ -293,7 +293,7 @@ def evaluate_model(
     results, chosen = evaluation.results, evaluation.chosen.tolist()
     if certificate is not None:
         results = replace(results, drift=drift_of(certificate, collected, chosen))
-    photos = photo_list(evaluation.counts, collected, evaluation.chosen, model.exit_names, dataset.paths)
+    photos = photo_list(evaluation.counts, collected, evaluation.chosen, model.exit_names, dataset.path_of)
     pictures = {}
     if cfg.EVAL.PICTURES:
         pictures["detections"] = _detection_picture(cfg, model, dataset, collected, chosen)

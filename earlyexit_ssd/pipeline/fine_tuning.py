@@ -96,7 +96,7 @@ def fine_tune(
         Interrupted: a signal stopped the training.
         TrainingDiverged: a loss is NaN or infinite.
     """
-    train_set = load_dataset(cfg, cfg.DATA.TRAIN, train=True, need_boxes=False)
+    train_set = load_dataset(cfg, cfg.DATA.TRAIN, train=True, labels="optional")
     settings = f"{cfg.FINE_TUNING} {cfg.LOSS} {cfg.DATA.AUGMENTATION} {cfg.SEED} {list(sides)} {fingerprint(train_set)}"
     key = hashlib.sha256(f"{weights_hash(student)} {weights_hash(teacher)} {settings}".encode()).hexdigest()
     run_folder = RunFolder(folder / key[:12])

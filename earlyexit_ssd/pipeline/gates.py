@@ -13,7 +13,7 @@ from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
 from earlyexit_ssd.pipeline.build import takes_over
 
 DEEPEST_USEFUL_LAYER = 12
-"""A branch behind a later layer saves next to nothing."""
+"""A branch after a later layer saves next to nothing."""
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def lr_factors(phase: CfgNode) -> dict[str, float]:
 
 def _photo_names(dataset: DetectionDataset, batch: Any) -> list[str]:
     targets = batch.targets if isinstance(batch, TapBatch) else batch[1]
-    return [str(dataset.paths(int(target["image_id"]))) for target in targets]
+    return [str(dataset.path_of(int(target["image_id"]))) for target in targets]
 
 
 def photo_loader(run: Run, batch_size: int) -> PhotoLoader:
@@ -162,7 +162,7 @@ def train_branches(run: Run) -> None:
     model.router = build_router(run.cfg, learn=run.cfg.ROUTING.LEARN_TEMPERATURES).to(run.device)
     if phase.EPOCHS:
         model.inherit()  # the baseline may have trained since the branches were built
-    model.freeze_trunk()
+    model.freeze_full_path()
     before = full_path_fingerprint(model)
     if all(model.empty):
         logger.info("every early exit is empty: there is no branch to train")
@@ -171,7 +171,7 @@ def train_branches(run: Run) -> None:
     elif phase.EPOCHS:
         fit(run, "exits", model, photo_loader(run, phase.BATCH_SIZE))
     require_same_full_path(before, model)
-    model.freeze_trunk(False)
+    model.freeze_full_path(False)
 
 
 def joint(run: Run) -> Gate:

@@ -183,18 +183,19 @@ def open_recorded(
     cfg: CfgNode,
     weights: str | os.PathLike[str],
     out: Path,
-    measured: Sequence[str] = ("CALIB",),
+    needs_labels: Sequence[str] = ("CALIB",),
     *,
     unlabelled: bool = False,
-    once: Sequence[str] = ("CALIB",),
-    near: bool = True,
+    deduplicate: Sequence[str] = ("CALIB",),
+    include_near_duplicates: bool = True,
 ) -> Recorded:
     """Open a model and its splits; missing runtimes, weights, photos or disk space are found before the network runs.
 
     Args:
-        measured: splits that need labels; TRAIN needs them too if CALIBRATION.REFERENCE is ``labels``.
+        needs_labels: splits that need labels; TRAIN needs them too if CALIBRATION.REFERENCE is ``labels``.
         unlabelled: accept photos without labels and use the full path's detections as labels.
-        once, near: sets in which duplicate photos count once, and whether near-duplicates are duplicates (`distinct`).
+        deduplicate: splits in which duplicate photos count once.
+        include_near_duplicates: whether near-duplicates are duplicates too, see `distinct`.
 
     Raises:
         EarlyExitError: unusable weights, data or settings, a certificate, or splits that share photos.
@@ -212,16 +213,16 @@ def open_recorded(
     model, architecture, info = open_model(cfg, weights)
     require_few_exits(model.num_early_exits)
     cfg = with_classes(cfg, architecture.classes)
-    sets, repeats = disjoint_sets(cfg, measured, unlabelled, once, near)
+    sets, repeats = disjoint_sets(cfg, needs_labels, unlabelled, deduplicate, include_near_duplicates)
     return Recorded(cfg, model.to(device), architecture, info, sets, repeats, out / "recordings")
 
 
 def disjoint_sets(
     cfg: CfgNode,
-    measured: Sequence[str] = ("CALIB",),
+    needs_labels: Sequence[str] = ("CALIB",),
     unlabelled: bool = False,
-    once: Sequence[str] = ("CALIB",),
-    near: bool = True,
+    deduplicate: Sequence[str] = ("CALIB",),
+    include_near_duplicates: bool = True,
 ) -> tuple[dict[str, DetectionDataset], dict[str, Repeats]]:
     """TRAIN (CALIBRATION.TRAIN_PHOTOS of it, not augmented), CALIB and TEST, and the duplicates left out of each;
     arguments as in `open_recorded`.
@@ -229,14 +230,15 @@ def disjoint_sets(
     Raises:
         DataError: a photo is in two of the complete splits, or a split that needs labels has no box.
     """
-    labelled = {*measured, "TRAIN"} if cfg.CALIBRATION.REFERENCE == "labels" else {*measured}
+    labelled = {*needs_labels, "TRAIN"} if cfg.CALIBRATION.REFERENCE == "labels" else {*needs_labels}
+    needed = "replaced" if unlabelled else "required"
     sets = {
-        name: load_dataset(cfg, cfg.DATA[name], need_boxes=name in labelled, unlabelled=unlabelled)
+        name: load_dataset(cfg, cfg.DATA[name], labels=needed if name in labelled else "optional")
         for name in ("TRAIN", "CALIB", "TEST")
     }
     repeats = {}
-    for name in once:
-        sets[name], repeats[name] = distinct(sets[name], near)
+    for name in deduplicate:
+        sets[name], repeats[name] = distinct(sets[name], include_near_duplicates)
     require_disjoint(**sets)
     sets["TRAIN"] = sets["TRAIN"].subset(limit_photos(sets["TRAIN"].records, cfg.CALIBRATION.TRAIN_PHOTOS, cfg.SEED))
     return sets, repeats
@@ -285,7 +287,8 @@ class FittingPhotos:
 
     def losses(self) -> Tensor:
         """Loss per photo and exit [n, exits] against CALIBRATION.REFERENCE."""
-        return torch.from_numpy(self.replay.losses(self.reference)[np.argsort(self.replay.order)]).float()
+        losses = self.replay.losses(self.reference)
+        return torch.from_numpy(losses[np.argsort(self.replay.order)]).float()  # back to the order of the recording
 
     def largest_scores(self) -> Tensor:
         """Largest score of the full path per photo [n]; 0 without a detection."""
@@ -321,12 +324,12 @@ def cross_fit_policy(
 ) -> tuple[ExitRouter, list[np.ndarray]]:
     """A router as that of `fit_policy`, fitted on both sets, and the confidences of the calibration photos.
 
-    The photos are divided into CALIBRATION.FOLDS folds in the order of their ids, so that neighbouring frames of a
-    video are in one fold. Each confidence comes from a fit without the photo's fold.
+    The photos are divided into CALIBRATION.FOLDS folds in the order of their groups' numbers, so that neighbouring
+    frames of a video are in one fold. Each confidence comes from a fit without the photo's fold.
 
     Args:
-        groups: number (from 0) of the group of each calibration photo, [n]; a group is never divided. None: each photo
-            is a group.
+        groups: number (from 0) of the group of each calibration photo, [n] in the order of increasing image ids. A
+            group is never divided. None: each photo is a group, numbered in this order.
 
     Returns:
         the router, and per early exit the confidences [n]; [n] is in the order of increasing image ids.

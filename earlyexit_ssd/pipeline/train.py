@@ -55,9 +55,10 @@ def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
     check_rivals(cfg, evaluation_device(cfg))
     if not is_main():
         barrier()  # the first process may render or download
-    train_set = load_dataset(cfg, cfg.DATA.TRAIN, train=True, need_boxes=learns_from_labels(cfg))
+    needed = "required" if learns_from_labels(cfg) else "optional"
+    train_set = load_dataset(cfg, cfg.DATA.TRAIN, train=True, labels=needed)
     cfg = with_classes(cfg, train_set.classes)
-    calib_set, test_set = load_dataset(cfg, cfg.DATA.CALIB, need_boxes=True), load_dataset(cfg, cfg.DATA.TEST)
+    calib_set, test_set = load_dataset(cfg, cfg.DATA.CALIB, labels="required"), load_dataset(cfg, cfg.DATA.TEST)
     if is_main():
         barrier()
     require_disjoint(TRAIN=train_set, CALIB=calib_set, TEST=test_set)

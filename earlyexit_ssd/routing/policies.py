@@ -1,8 +1,8 @@
 """Policies: functions from the output of an exit to one confidence per image.
 
 A high confidence means that going on to deeper exits would gain little. A policy without fitted parameters is a
-function of the logits [N, A, C] of N images, A default boxes and C classes, background first. The router divides them
-by the exit's temperature before (not those of the full path)::
+function of the logits [N, A, C] of N images, A default boxes and C classes, background first. The router has already
+divided them by the exit's temperature. The full path's logits are not divided::
 
     @register_policy("largest_logit")
     def largest_logit(logits: Tensor) -> Tensor:
@@ -70,8 +70,8 @@ class FittedPolicy(nn.Module):
     Attributes:
         boxes: number of default boxes per image that the policy gets (``register_policy`` sets it); None: all.
         reads_taps: whether the policy reads the tap, so that it works at an exit without a branch.
-        needs_training_photos: whether the policy must be fitted on photos other than those of calibration.
-        cross_fits: whether the policy has ``cross_fit``, which fits it on the photos of calibration too.
+        needs_training_photos: whether ``fit`` needs training photos; if not, it gets calibration photos.
+        cross_fits: whether the policy has ``cross_fit``, which adds calibration photos to the training photos.
         expected: description of the parameters, for messages.
     """
 
@@ -184,12 +184,12 @@ def reads_taps(name: str | None) -> bool:
 
 
 def cross_fits(name: str) -> bool:
-    """Whether the policy can be fitted on the photos of calibration too."""
+    """Whether the policy has ``cross_fit``, which adds calibration photos to the training photos."""
     return name in FITTED_POLICIES and FITTED_POLICIES[name].cross_fits
 
 
 def needs_training_photos(name: str) -> bool:
-    """Whether the policy must be fitted on photos other than those of calibration."""
+    """Whether ``fit`` of the policy needs training photos; if not, it gets calibration photos."""
     return name in FITTED_POLICIES and FITTED_POLICIES[name].needs_training_photos
 
 
@@ -266,7 +266,11 @@ def largest_of(values: Tensor) -> Tensor:
 
 
 def without_largest(values: Tensor, largest: Tensor) -> Tensor:
-    """``values`` [..., C] >= 0, replaced by 0 where they equal their maximum ``largest`` [...]; faster than a mask."""
+    """``values`` [..., C] >= 0, replaced by 0 where they equal their maximum ``largest`` [...]; faster than a mask.
+
+    If several values equal the maximum, all of them are replaced. So `margin` is too large for exact ties, which are
+    rare.
+    """
     return (largest[..., None] - values).sign_().mul_(values)
 
 
@@ -359,8 +363,8 @@ def logit_statistics(logits: Tensor) -> Tensor:
     """Statistics of the object probabilities: [N, A, C] to [N, `NUM_STATISTICS`].
 
     With p the largest object probability of a default box: log(1 + x) of the number of boxes with p above each of
-    `LEVELS`, of the sum of all p and of the sum of the ambiguous p; then the largest probabilities that two different
-    classes have at any box.
+    `LEVELS`, of the sum of all p and of the sum of the ambiguous p; then the two largest values of: the maximum over
+    the boxes of each class's probability.
     """
     softmax = FastSoftmax(logits)
     by_box_and_class = softmax.ratios[..., 1:] / softmax.total[..., None]
@@ -491,7 +495,8 @@ class ForeseenEmptiness(FittedPolicy):
     def cross_fit(
         cls, train: RecordedPhotos, calib: RecordedPhotos, folds: Tensor
     ) -> tuple[list[dict[str, list | float]], list[Tensor]]:
-        """See `FittedPolicy.cross_fit`. Both sets count alike, up to `LARGEST_WEIGHT` per calibration photo."""
+        """See `FittedPolicy.cross_fit`. Each calibration photo has weight n_train / n_calib, limited to 1 to
+        `LARGEST_WEIGHT`."""
         known, largest = train.largest_scores(), calib.largest_scores()
         weight = min(max(len(known) / max(len(largest), 1), 1.0), LARGEST_WEIGHT)
         fitted, confidences = [], []
@@ -537,8 +542,8 @@ def fit_largest_score(inputs: Tensor, probability: Tensor, weights: Tensor | Non
 
     The penalty with the least leave-one-out error is chosen. With X the standardised inputs, leave-one-out residuals
     are (y - Xw) / (1 - h), where h is the diagonal of X (X'X + penalty I)^-1 X' + 1/n (Golub, Heath and Wahba 1979,
-    equation 1.3). ``weight`` [d] and ``bias`` are for inputs that are not standardised. ``weights`` are those of each
-    photo in the sums of squares, [n]; None: 1.
+    equation 1.3). With ``weights``, 1/n becomes the photo's share of the weights. ``weight`` [d] and ``bias`` are for
+    inputs that are not standardised. ``weights`` are those of each photo in the sums of squares, [n]; None: 1.
     """
     inputs, targets = inputs.double(), torch.logit(probability.double(), eps=LEAST_PROBABILITY)
     share = torch.ones_like(targets) if weights is None else weights.double()

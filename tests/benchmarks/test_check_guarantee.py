@@ -17,7 +17,7 @@ def case():
 
 def check(case, **changes):
     path, confidences, losses = case
-    settings = {"calibration": 400, "epsilon": 0.1, "delta": 0.1, "bound": "betting", "splits": 60, **changes}
+    settings = {"calibration": 400, "epsilon": 0.1, "delta": 0.1, "method": "betting", "splits": 60, **changes}
     return check_certificates(path, confidences, losses, same_costs(path), 3.0, **settings)
 
 
@@ -35,7 +35,7 @@ def test_a_bound_that_is_none_is_found_out(case, monkeypatch):
     from earlyexit_ssd.calibration import risk as certify
 
     monkeypatch.setitem(certify.BOUNDS, "naive", lambda losses, epsilon: float(losses.mean() > epsilon))
-    assert check(case, bound="naive").exceeded > 2 * check(case).tolerance
+    assert check(case, method="naive").exceeded > 2 * check(case).tolerance
 
 
 def test_nothing_opens_at_a_risk_of_nothing(case):

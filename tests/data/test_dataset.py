@@ -58,7 +58,7 @@ def test_image_and_target_for_evaluation(records):
     assert torch.equal(target["area"], torch.tensor([500.0, 100.0]))
     assert target["image_id"] == 7
     assert set(target) == {"boxes", "labels", "image_id", "area", "iscrowd"}
-    assert dataset.paths(8) == records[1].path
+    assert dataset.path_of(8) == records[1].path
     assert len(dataset) == 3
 
 
@@ -171,7 +171,7 @@ def test_repeated_photos_stay_together_and_keep_their_numbers():
     dataset = photos((1,), (1,), (1,), (1, 2))
     repeated = repeat_rare_classes(dataset, 1.0, seed=0)  # the cat's factor is the root of 4
     assert [record.image_id for record in repeated.records[-2:]] == [3, 3]
-    assert repeated.paths(3) == Path("3.jpg")
+    assert repeated.path_of(3) == Path("3.jpg")
     assert len(dataset) == 4
     assert repeat_rare_classes(dataset, 0.0, seed=0) is dataset
 

@@ -1,12 +1,15 @@
+import contextlib
 import json
 import os
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from PIL import Image
 
 from earlyexit_ssd.config import get_cfg
 from earlyexit_ssd.data import class_names, load_dataset
+from earlyexit_ssd.data.dataset import Labels
 from earlyexit_ssd.data.folder import photo_path, read_photo_folder
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.errors import DataError
@@ -65,7 +68,7 @@ def test_a_broken_photo_is_dropped_or_refused(folder):
 
 def test_it_loads_for_any_class_where_no_box_is_needed(folder, tmp_path, caplog):
     cfg = config(tmp_path, CLASSES=("chair", "cat"))
-    dataset = load_dataset(cfg, cfg.DATA.TRAIN, train=True, need_boxes=False)
+    dataset = load_dataset(cfg, cfg.DATA.TRAIN, train=True, labels="optional")
     assert dataset.classes == ("chair", "cat") and len(dataset) == 2
     assert "has no box" not in caplog.text
 
@@ -88,13 +91,34 @@ def test_beside_labelled_photos_they_are_no_background(folder, tmp_path):
     cfg = config(tmp_path, DATASETS=both, TRAIN=("theirs", "mine"))
     with pytest.raises(DataError, match="'mine' is a folder of photos that nobody labelled"):
         load_dataset(cfg, cfg.DATA.TRAIN, train=True)
-    assert len(load_dataset(cfg, cfg.DATA.TRAIN, train=True, need_boxes=False)) == 3
+    assert len(load_dataset(cfg, cfg.DATA.TRAIN, train=True, labels="optional")) == 3
+
+
+def test_a_caller_says_what_labels_it_needs(folder, tmp_path):
+    write_photo(tmp_path / "empty" / "a.png", (60, 40))
+    image = {"id": 1, "file_name": "a.png", "width": 60, "height": 40}
+    content = {"images": [image], "annotations": [], "categories": [{"id": 1, "name": "chair"}]}
+    (tmp_path / "empty.json").write_text(json.dumps(content))
+    cfg = config(tmp_path, DATASETS=(("empty", "empty.json", "empty"), ("mine", "", "photos")), CLASSES=("chair",))
+
+    def accepts(name):
+        accepted = set()
+        for labels in get_args(Labels):
+            with contextlib.suppress(DataError):
+                load_dataset(cfg, name, labels=labels)
+                accepted.add(labels)
+        return accepted
+
+    assert accepts("mine") == {"replaced", "optional"}  # without annotations
+    assert accepts("empty") == {"annotated", "optional"}  # without a chair
+    with pytest.raises(DataError, match="labels is 'require', expected one of required, annotated, replaced, optional"):
+        load_dataset(cfg, "empty", labels="require")
 
 
 def test_without_any_class_named_it_says_so(folder, tmp_path):
     cfg = config(tmp_path)
     with pytest.raises(DataError, match="mine names no class; set DATA.CLASSES"):
-        load_dataset(cfg, cfg.DATA.TRAIN, train=True, need_boxes=False)
+        load_dataset(cfg, cfg.DATA.TRAIN, train=True, labels="optional")
     with pytest.raises(DataError, match="mine names no class; set DATA.CLASSES"):
         class_names(cfg)
 
@@ -103,7 +127,7 @@ def test_a_missing_folder_is_named(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
     cfg = config(tmp_path, CLASSES=("chair",))
     with pytest.raises(DataError, match="photos: data set 'mine' is not there"):
-        load_dataset(cfg, cfg.DATA.TRAIN, train=True, need_boxes=False)
+        load_dataset(cfg, cfg.DATA.TRAIN, train=True, labels="optional")
 
 
 def test_every_photo_of_a_folder_is_read_or_counted(tmp_path, caplog):

@@ -138,7 +138,7 @@ def test_bad_lines_are_counted_and_refused(root, line, kind, left, caplog):
     assert [len(record.annotations) for record in dataset.records] == [left, 0]
     assert f"1 x {kind}" in caplog.text and "a.txt" in caplog.text
     cfg.DATA.ON_BAD = "skip"
-    assert names(load_dataset(cfg, "y", need_boxes=False)) == ["b.png"]
+    assert names(load_dataset(cfg, "y", labels="optional")) == ["b.png"]
     cfg.DATA.ON_BAD = "refuse"
     with pytest.raises(DataError, match=f"a.txt: .*{kind}"):
         load_dataset(cfg, "y")

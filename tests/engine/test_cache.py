@@ -74,7 +74,7 @@ def test_cached_and_computed_taps_differ_by_rounding_alone(tmp_path, dataset, dt
 def test_training_on_a_float32_cache_is_training_on_the_photos(tmp_path, dataset):
     cache, model = build(tmp_path / "taps", dataset, views=1, dtype="float32")
     images, targets = zip(*(dataset.sample(row, 0) for row in range(4)), strict=True)
-    model.freeze_trunk()
+    model.freeze_full_path()
     model.train()
     start = {key: value.clone() for key, value in model.branches.state_dict().items()}
     from_photos = model(list(images), [dict(target) for target in targets])

@@ -384,12 +384,12 @@ def test_the_constructor_names_what_is_wrong(wrong, message):
 
 
 def test_one_stands_for_all():
-    assert Argument(0.5, 1).of_each("copy", 0.25, 3) == Argument(0.5, 1).of_each("copy", (0.25,), 3) == [0.25] * 3
-    assert Argument(0.5, 1).of_each("copy", [1, np.float32(0.5)], 2) == [1.0, 0.5]
-    assert Argument(2, 2).of_each("depth", np.array([2, 0]), 2) == [2, 0]
-    assert Argument(2, 2).of_each("depth", [], 0) == Argument(2, 2).of_each("depth", (2,), 0) == []
+    assert Argument(0.5, 1).per_exit("copy", 0.25, 3) == Argument(0.5, 1).per_exit("copy", (0.25,), 3) == [0.25] * 3
+    assert Argument(0.5, 1).per_exit("copy", [1, np.float32(0.5)], 2) == [1.0, 0.5]
+    assert Argument(2, 2).per_exit("depth", np.array([2, 0]), 2) == [2, 0]
+    assert Argument(2, 2).per_exit("depth", [], 0) == Argument(2, 2).per_exit("depth", (2,), 0) == []
     with pytest.raises(EarlyExitError, match=r"copy is 0, expected a number in \(0, 1\], or one for each of 2 exits"):
-        Argument(0.5, 1, zero=False).of_each("copy", 0, 2)
+        Argument(0.5, 1, zero=False).per_exit("copy", 0, 2)
 
 
 def test_exits_and_their_keywords_are_not_given_together():

@@ -285,7 +285,7 @@ def test_loss_weights_scale_the_losses(images, targets):
 
 
 def test_frozen_trunk_learns_nothing_and_keeps_its_statistics(model, images, targets):
-    model.freeze_trunk()
+    model.freeze_full_path()
     model.train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     losses = model(images, targets)
@@ -504,7 +504,7 @@ def test_branches_from_taps_have_the_whole_model_s_losses_and_gradients(images, 
         model = small_model()
         model.losses = LossSettings(teacher="full")
         model.router = ExitRouter(2, learn_temperatures=True)
-        model.freeze_trunk()
+        model.freeze_full_path()
         model.train()
         losses = BranchLosses(model)(compute_taps(model, images, targets)) if cached else model(images, targets)
         sum(losses.values()).backward()

@@ -188,7 +188,7 @@ def test_a_plain_detector_gets_untrained_exits(tmp_path, caplog):
         EarlyExitSSDLite.from_pretrained("chair", classes=["cup"])
     by_builder = get_model(NAME, weights=str(tmp_path / "plain.pth"), exit_layers=[4], router=ExitRouter(1))
     assert by_builder.exit_names == ("exit4", "full") and by_builder.router is not None
-    with pytest.raises(EarlyExitError, match="use model.freeze_trunk"):
+    with pytest.raises(EarlyExitError, match="use model.freeze_full_path"):
         get_model(NAME, weights=str(tmp_path / "plain.pth"), trainable_backbone_layers=2)
     with pytest.raises(EarlyExitError, match="no such file"):
         get_model(NAME, weights=str(tmp_path / "none.pth"))

@@ -69,7 +69,7 @@ def test_every_exit_has_the_full_path_s_default_boxes_and_is_taken(model):
 
 def test_its_exits_learn(model):
     """Two photos, the trunk frozen: the losses of both exits fall."""
-    model.freeze_trunk()
+    model.freeze_full_path()
     model.losses = LossSettings(teacher="none")
     images = [photo((0.9, 0.1, 0.1)), photo((0.1, 0.1, 0.9))]
     targets = [{"boxes": torch.tensor([[60.0, 60, 180, 180]]), "labels": torch.tensor([label])} for label in (1, 2)]

@@ -90,7 +90,7 @@ def test_smallest_change_of_the_full_path_is_found(part):
 
 def test_photos_of_a_batch_are_named_whatever_the_loader():
     class Photos:
-        def paths(self, image_id):
+        def path_of(self, image_id):
             return f"{image_id}.jpg"
 
     targets = [{"image_id": torch.tensor(3)}, {"image_id": 5}]

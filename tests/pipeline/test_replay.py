@@ -30,17 +30,17 @@ from tests.modeling.conftest import small_model
 @pytest.mark.parametrize(
     ("reference", "measured", "expected"),
     [
-        ("full", ("CALIB",), {"TRAIN": False, "CALIB": True, "TEST": False}),
-        ("labels", ("CALIB",), {"TRAIN": True, "CALIB": True, "TEST": False}),
-        ("full", ("CALIB", "TEST"), {"TRAIN": False, "CALIB": True, "TEST": True}),
+        ("full", ("CALIB",), {"TRAIN": "optional", "CALIB": "required", "TEST": "optional"}),
+        ("labels", ("CALIB",), {"TRAIN": "required", "CALIB": "required", "TEST": "optional"}),
+        ("full", ("CALIB", "TEST"), {"TRAIN": "optional", "CALIB": "required", "TEST": "required"}),
     ],
 )
 def test_what_measures_needs_labels(monkeypatch, reference, measured, expected):
     """Photos that nobody labelled would stand for some that show nothing."""
     asked = {}
 
-    def load_dataset(cfg, names, need_boxes, unlabelled):
-        asked[next(split for split in ("TRAIN", "CALIB", "TEST") if cfg.DATA[split] == names)] = need_boxes
+    def load_dataset(cfg, names, labels):
+        asked[next(split for split in ("TRAIN", "CALIB", "TEST") if cfg.DATA[split] == names)] = labels
 
     class Loaded(Exception):
         pass
