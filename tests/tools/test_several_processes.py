@@ -16,7 +16,7 @@ BATCHES_OF_THREE = ["EVAL.BATCH_SIZE", "3"]  # 3, 3 and 2 of the 8 test photos
 def without_milliseconds(value):
     """What metrics.json holds but for what is measured with a clock."""
     if isinstance(value, dict):
-        timed = ("ms", "ms_interval", "speedup", "verdict")
+        timed = ("ms", "ms_interval", "speedup", "speedup_interval", "verdict")
         return {key: without_milliseconds(one) for key, one in value.items() if key not in timed}
     return [without_milliseconds(one) for one in value] if isinstance(value, list) else value
 
