@@ -238,9 +238,11 @@ _AP = re.compile(r'\bm?AP(50|75)?(/[^"]*)?"(,\s*"value")?:\s*\d', re.IGNORECASE)
 def _of_run(weights: Path, evidence: ModelEvidence, router: ExitRouter) -> dict[str, Any]:
     """APs, and temperatures and confidences epoch by epoch, of the run in whose folder the weights lie."""
     roots = [folder for folder in weights.resolve().parents[:2] if (folder / "config.yaml").is_file()]
-    folder = roots[-1] if roots else weights.resolve().parent
     names = ("metrics.json", "gate.json", "log.jsonl")
-    files = [path for name in names for path in (*folder.glob(name), *sorted(folder.glob(f"*/{name}")))]
+    # A folder without a configuration is no run of this project, and its sub-folders may be other runs.
+    depths = ("", "*/") if roots else ("",)
+    folder = roots[-1] if roots else weights.resolve().parent
+    files = [path for name in names for depth in depths for path in sorted(folder.glob(depth + name))]
     if not files:
         return {}
     curves: dict[str, dict[str, list[float]]] = {"temperature": {}, "confidence": {}}

@@ -35,11 +35,20 @@ from earlyexit_ssd.routing import ExitRouter
     ],
 )
 def test_aps_of_a_run(tmp_path, name, text, aps):
+    write_text(tmp_path / "config.yaml", "")
     write_text(tmp_path / name, text)
     assert _of_run(tmp_path / "model.pth", ModelEvidence(), ExitRouter(1)).get("computed_aps") == aps
 
 
+def test_other_runs_beside_a_checkpoint_are_not_its_own(tmp_path):
+    write_text(tmp_path / "other" / "metrics.json", '{"AP50": 0.5}')
+    assert _of_run(tmp_path / "model.pth", ModelEvidence(), ExitRouter(1)) == {}
+    write_text(tmp_path / "metrics.json", '{"exit_rate": 1.0}')
+    assert _of_run(tmp_path / "model.pth", ModelEvidence(), ExitRouter(1))["computed_aps"] == 0
+
+
 def test_curves_of_a_run(tmp_path):
+    write_text(tmp_path / "config.yaml", "")
     lines = ['{"step": 1, "confidence/exit8": 0.4, "temperature/exit8": 1.5}', '{"step": 2, "confidence/exit8": 0.1}']
     write_text(tmp_path / "exits" / "log.jsonl", "\n".join(lines))
     found = _of_run(tmp_path / "model.pth", ModelEvidence(), ExitRouter(1))
