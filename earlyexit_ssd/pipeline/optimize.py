@@ -77,6 +77,8 @@ SHARES, FINE_TUNED_SHARES = (1.0, 0.9, 0.8, 0.7), (1.0, 0.9, 0.8, 0.7, 0.6)
 """Tried input sides as shares of the detector's own, with its weights and with fine-tuned ones."""
 FINE_STEP = 16
 """Distance in pixels of the input sides that are tried with fine-tuned weights."""
+BASE_FILE = "base.pth"
+"""The detector as it is, in the folder of the search: a rival in the evaluation of the chosen one."""
 EXPORT_PHOTOS = 16
 """Photos of the calib split on which the exported file is compared with the model."""
 GLANCE_PRICE = 0.15
@@ -606,7 +608,7 @@ def optimize(
     with never_failing(out / "report.html"):
         path = out / "test" / "metrics.json"
         results = Results.from_json(read_json(path, "figures", "delete it")) if outcome.test else None
-        page = search_page(outcome.candidates, outcome.chosen, outcome.summary, outcome.ship, results)
+        page = search_page(outcome.candidates, outcome.chosen, outcome.summary, outcome.ship, results, BASE_FILE)
         write_page(out / "report.html", page)
     return outcome
 
@@ -700,11 +702,11 @@ def _write(search: Optimizer, base: Candidate, chosen: Candidate | None, candida
     export_detector(open_any(out / "model.pth"), out / "detector.onnx", "onnx", photos)
     plain = dataclasses.replace(search.architecture, exits=())
     detector = resize_detector(search.model, search.architecture, search.architecture.image_size)
-    save_model(out / "base.pth", plain.add_exits(detector), plain, {})
+    save_model(out / BASE_FILE, plain.add_exits(detector), plain, {})
     cfg = search.cfg.clone()
     cfg.defrost()
     cfg.EVAL.RIVALS.ENABLED = True
-    cfg.EVAL.RIVALS.FULL_PATHS = (*cfg.EVAL.RIVALS.FULL_PATHS, str(out / "base.pth"))
+    cfg.EVAL.RIVALS.FULL_PATHS = (*cfg.EVAL.RIVALS.FULL_PATHS, str(out / BASE_FILE))
     cfg.freeze()
     results = evaluate_model(cfg, out / "model.pth", out / "test", compare=False)
     test = _test_figures(results)
@@ -716,7 +718,7 @@ def _write(search: Optimizer, base: Candidate, chosen: Candidate | None, candida
 
 def _test_figures(results: Results) -> TestFigures:
     routed = results.routed
-    base = next(one for one in results.rivals if one.source == "base.pth")
+    base = next(one for one in results.rivals if one.source == BASE_FILE)
     low_high = base.routed_minus_rival_AP50_interval
     return TestFigures(
         splits=results.context.splits,

@@ -26,7 +26,7 @@ LARGEST_SHARE = 0.01
 
 
 class Watch(Hook):
-    """At the end of epochs, from half of the training on, check the outputs on a few calib photos.
+    """At the end of epochs, in the last third of the training, check the outputs on a few calib photos.
 
     A check is left out if all of them together would take more than 1 % of the training's time so far.
 
@@ -50,7 +50,7 @@ class Watch(Hook):
         self.start = time.perf_counter()
 
     def after_step(self, trainer: Trainer) -> None:
-        due = trainer.step % len(trainer.loader) == 0 and 2 * trainer.step >= trainer.total_steps
+        due = trainer.step % len(trainer.loader) == 0 and 3 * trainer.step >= 2 * trainer.total_steps
         now = time.perf_counter()
         if due and is_main() and self.spent + self.longest <= LARGEST_SHARE * (now - self.start):
             self.look(trainer.step // len(trainer.loader))

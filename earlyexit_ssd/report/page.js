@@ -60,8 +60,8 @@ function pointsChart(element, page, quality) {
     arrayminus: points.map((one, i) => (one[key] ? Math.max(values[i] - one[key][0], 0) : 0))});
   const x = points.map((one) => one.ms), y = points.map((one) => one[quality]);
   const symbols = {exit: "circle", routed: "diamond", chosen: "star", single_exit: "triangle-down", onnx: "triangle-up", rival: "triangle-up"};
-  const many = points.length > 24;
-  const named = (one) => !many || ["routed", "chosen", "rival"].includes(one.kind) || one === page.points[0];
+  const crowded = points.length > 24 || points.some((one) => one.kind === "chosen");  // candidates have long names
+  const named = (one) => !crowded || !["exit", "plain"].includes(one.kind) || one === page.points[0];
   plot(element, [{
     x, y, mode: "markers+text", type: "scatter", error_x: bars(x, "ms_interval"), error_y: bars(y, `${quality}_interval`),
     text: points.map((one) => (named(one) ? escaped(one.name) : "")), hovertext: points.map((one) => escaped(one.name)),

@@ -444,9 +444,15 @@ def training_page(section: Section, gates: Sequence[dict[str, Any]], photos: str
 
 
 def search_page(
-    candidates: Sequence[Candidate], chosen: Candidate | None, summary: str, ship: bool, results: Results | None
+    candidates: Sequence[Candidate],
+    chosen: Candidate | None,
+    summary: str,
+    ship: bool,
+    results: Results | None,
+    base: str = "",
 ) -> Page:
-    """What a search of `earlyexit_ssd.pipeline.optimize` found. ``results``: of the chosen one on the test photos."""
+    """What a search of `earlyexit_ssd.pipeline.optimize` found. ``results``: of the chosen one on the test photos;
+    ``base``: source of the user's own detector among their rivals."""
     points = tuple(
         Point(one.name, "chosen" if one == chosen else "rival" if one.rival else "exit" if one.exits else "plain",
               one.ms, one.AP50)
@@ -455,15 +461,27 @@ def search_page(
     )  # fmt: skip
     rows = [(one.name, figure(one.AP50), figure(one.ms, 1), "chosen" if one == chosen else "") for one in candidates]
     verdict, rest = summary.split(". ", 1) if ". " in summary and chosen else (summary, "")
-    test = evaluation_page(results) if results else None
     return Page(
         title=f"Search over {len(candidates)} candidates, measured on the calib split",
         verdict=f"{verdict[:1].upper()}{verdict[1:].rstrip('.')}{': ' + chosen.name if chosen and ship else ''}.",
         good=ship,
-        tiles=test.tiles if test else (),
+        tiles=_search_tiles(results, base) if results else (),
         findings=(Finding(rest),) if rest else (),
         table=(("candidate", "AP50 (calib)", "ms", ""), *rows),
         points=points,
         x_title="ms per photo, mean over the calib photos",
         links={"the chosen detector on the test photos": "test/report.html"} if results else {},
+    )
+
+
+def _search_tiles(results: Results, base: str) -> tuple[Tile, ...]:
+    """Those of an evaluation, with the user's own detector in place of the chosen one without exits."""
+    routed, own = results.routed, next(one for one in results.rivals if one.source == base)
+    speedup, found = own.ms / routed.ms, [one.number("true_positives") for one in (routed, own)]
+    times = f"{figure(routed.ms, 1)} ms, your detector {figure(own.ms, 1)}"
+    return (
+        Tile("speed-up", f"{speedup:.2f}×", times, speedup > 1),
+        Tile("AP50", figure(routed.ap50), f"your detector {figure(own.ap50)}"),
+        Tile("objects found", figure(found[0], 0), f"your detector finds {figure(found[1], 0)}"),
+        *_evaluation_tiles(results)[3:],
     )

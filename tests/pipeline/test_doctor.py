@@ -96,14 +96,14 @@ def test_a_training_is_warned_of_each_failure_once(photos, model, caplog):
     model.train()
     watch.before_training(trainer_at(0))
     with caplog.at_level(logging.WARNING):
-        for step in (5, 10, 20, 35):  # inside an epoch, or before half of the training
+        for step in (5, 10, 30, 45):  # inside an epoch, or before the last third of the training
             watch.after_step(trainer_at(step))
         assert caplog.records == []
-        watch.after_step(trainer_at(30))
+        watch.after_step(trainer_at(40))
         first = [record.getMessage() for record in caplog.records]
         watch.longest = watch.spent = 0.0  # there is time for another one
-        watch.after_step(trainer_at(40))
-    assert [message.partition(" (full)")[0] for message in first][:1] == ["epoch 3: near_uniform_scores"]
+        watch.after_step(trainer_at(50))
+    assert [message.partition(" (full)")[0] for message in first][:1] == ["epoch 4: near_uniform_scores"]
     assert len(caplog.records) == len(first) and not [text for text in first if "exit8" in text]
     assert model.training and all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
 
@@ -114,8 +114,8 @@ def test_watching_takes_at_most_a_hundredth_of_the_time(photos, model):
     looks = []
     watch.look = looks.append
     watch.longest, watch.spent = 1.0, 0.0
-    watch.after_step(trainer_at(30))  # a second, and the training is younger than 100
+    watch.after_step(trainer_at(40))  # a second, and the training is younger than 100
     assert looks == []
     watch.start -= 101
-    watch.after_step(trainer_at(30))
-    assert looks == [3]
+    watch.after_step(trainer_at(40))
+    assert looks == [4]

@@ -22,6 +22,7 @@ from earlyexit_ssd.report.page import (
     Page,
     evaluation_page,
     never_failing,
+    search_page,
     training_page,
     training_section,
     verdict_sentence,
@@ -101,6 +102,14 @@ def test_first_screen(with_rivals):
     assert tiles["asked of the calibration"].value == "nothing"
     assert [row[0] for row in page.table[1:]] == [*EXITS, "routed", "without exits", "plain 256", "yolox_nano"]
     assert [point.name for point in page.points if point.other_runtime] == ["yolox_nano"]
+
+
+def test_a_search_is_held_against_the_user_s_own_detector(with_rivals):
+    with_rivals["rivals"][0] |= {"source": "base.pth", "ms": 3 * with_rivals["routed"]["ms"], "AP50": 0.75}
+    page = search_page((), None, "ship it. reasons", True, Results.from_json(with_rivals), "base.pth")
+    tiles = {tile.name: tile for tile in page.tiles}
+    assert tiles["speed-up"].value == "3.00×" and tiles["AP50"].note == "your detector 0.750"
+    assert tiles["photos leave early"].value == "75.0 %" and page.good
 
 
 def test_training_counts_epochs_on_and_names_what_failed():
