@@ -18,6 +18,7 @@ from earlyexit_ssd.doctor.model import MODEL_CHECKS, ExitOutput, ModelEvidence, 
 from earlyexit_ssd.evaluation.matches import ExitMatches, ap_of_choice, bootstrap_choices, exit_matches, interval
 from earlyexit_ssd.evaluation.outputs import choose_exits, exit_share
 from earlyexit_ssd.modeling.outputs import ExitOutputs
+from earlyexit_ssd.modeling.trunk import evaluating
 
 RULE = 0.6
 """The history's threshold for its confidence, the mean foreground probability."""
@@ -169,7 +170,8 @@ def detect(losses: HeadLosses, predictions: Predictions) -> list[dict[int, dict[
         network = [(height, width)] * photos
         outputs = ExitOutputs(heads, (), [losses.anchors] * photos, network, sizes[part], model.empty)
         for index in range(len(found)):
-            found[index] |= dict(zip(ids[part], model.detections(outputs, index), strict=True))
+            with evaluating(model):  # a model in training would leave boxes in network pixels
+                found[index] |= dict(zip(ids[part], model.detections(outputs, index), strict=True))
     return found
 
 
