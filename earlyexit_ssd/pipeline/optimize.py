@@ -744,7 +744,9 @@ def _summary(chosen: Candidate, test: TestFigures, ship: bool, goal: Goal) -> st
     """The summary, one paragraph of text."""
     lost = "undefined" if test.AP50 is None else f"{test.AP50_base - test.AP50:.3f}"
     interval = "" if test.AP50_lost_interval is None else " [{:.3f}, {:.3f}]".format(*test.AP50_lost_interval)
-    ap_lost = "" if test.AP is None or test.AP_base is None else f", {test.AP_base - test.AP:.3f} AP lost"
+    ap_lost = (
+        "" if test.AP is None or test.AP_base is None else f", {round(test.AP_base - test.AP, 3) + 0.0:.3f} AP lost"
+    )
     times = f"{test.ms:.1f} ms against {test.ms_base:.1f}, {test.runtime}, {test.threads} thread"
     found = f"{test.objects_found} objects found where your detector finds {test.objects_found_base}"
     figures = (

@@ -461,8 +461,9 @@ def search_page(
     )  # fmt: skip
     rows = [(one.name, figure(one.AP50), figure(one.ms, 1), "chosen" if one == chosen else "") for one in candidates]
     verdict, rest = summary.split(". ", 1) if ". " in summary and chosen else (summary, "")
+    tested = f" Boxes: {results.context.images} test photos." if results else ""
     return Page(
-        title=f"Search over {len(candidates)} candidates, measured on the calib split",
+        title=f"Search over {len(candidates)} candidates. Chart and table: calib photos.{tested}",
         verdict=f"{verdict[:1].upper()}{verdict[1:].rstrip('.')}{': ' + chosen.name if chosen and ship else ''}.",
         good=ship,
         tiles=_search_tiles(results, base) if results else (),
@@ -479,9 +480,11 @@ def _search_tiles(results: Results, base: str) -> tuple[Tile, ...]:
     routed, own = results.routed, next(one for one in results.rivals if one.source == base)
     speedup, found = own.ms / routed.ms, [one.number("true_positives") for one in (routed, own)]
     times = f"{figure(routed.ms, 1)} ms, your detector {figure(own.ms, 1)}"
+    labelled = None if found[0] is None else found[0] + routed.number("false_negatives")
+    objects = f"of {figure(labelled, 0)}; your detector finds {figure(found[1], 0)}"
     return (
         Tile("speed-up", f"{speedup:.2f}×", times, speedup > 1),
         Tile("AP50", figure(routed.ap50), f"your detector {figure(own.ap50)}"),
-        Tile("objects found", figure(found[0], 0), f"your detector finds {figure(found[1], 0)}"),
+        Tile("objects found", figure(found[0], 0), objects),
         *_evaluation_tiles(results)[3:],
     )
