@@ -47,6 +47,13 @@ class Finding(Record):
         return ", ".join(f"{word} {limit:.4g}" for word, limit in sides if limit is not None)
 
     @property
+    def distance(self) -> float:
+        """How far the figure is beyond its threshold; 0 if it is not, NaN if it is NaN."""
+        below = 0.0 if self.least is None else self.least - self.figure
+        above = 0.0 if self.most is None else self.figure - self.most
+        return below + above if math.isnan(self.figure) else max(below, above, 0.0)
+
+    @property
     def shown(self) -> str:
         """The figure, rounded."""
         return f"{self.figure:.0f}" if abs(self.figure) >= 1000 else f"{self.figure:.3g}"

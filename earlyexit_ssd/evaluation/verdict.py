@@ -27,6 +27,9 @@ DEEPEST_SHARE = 0.85  # least AP50 of the deepest exit / AP50 of the full path
 LARGEST_LOSS = 0.10  # largest loss of AP50 by routing / AP50 of the full path
 AP50_TOLERANCE = 0.005  # a smaller difference in AP50 counts as equal: a few hundred photos cannot show it
 
+SHIP_INSTEAD = "ship instead"
+"""Start of the finding that names a better rival."""
+
 Rule = Callable[[Results], Iterable[Finding]]
 
 
@@ -48,6 +51,8 @@ def judge(results: Results) -> Verdict:
         line = "--force was used: a gate failed on the way to these figures, and the run went on"
         findings.insert(0, Finding(line, veto=True))
     ship = not any(finding.veto for finding in findings)
+    if results.context.labelled and not ship and not any(one.line.startswith(SHIP_INSTEAD) for one in findings):
+        findings.append(Finding(_say_what_is_left(results)))
     single = exit_to_ship_alone(results)
     what = f"{single} alone" if single else "routed" if results.early else f"{results.full.name} alone"
     return Verdict(ship, what if ship else None, tuple(findings))
@@ -89,7 +94,7 @@ def check_exit_accuracy(results: Results) -> Iterator[Finding]:
     else:
         first = f"{used[0].name}: AP50 {used[0].ap50:.3f}"
         if results.context.taken_over and full:
-            first += f" is {used[0].ap50 / full:.1%} of the {full:.3f} of the checkpoint taken over"
+            first += f" is {used[0].ap50 / full:.1%} of the {full:.3f} of the unchanged checkpoint"
             limit, deep_enough = f"{FIRST_EXIT_SHARE:.0%}", used[0].ap50 >= FIRST_EXIT_SHARE * full
             said = f"{limit} or more: worth it" if deep_enough else f"under {limit}: move it deeper"
             yield Finding(f"{first}, {said}", veto=not deep_enough)
@@ -145,7 +150,7 @@ def check_exit_use(results: Results) -> Iterator[Finding]:
     elif only and only == exit_to_ship_alone(results):
         yield Finding(f"every image leaves at {only}: ship {only} alone, without the other branches and the router")
     elif only:
-        yield Finding(f"every image leaves at {only}: routing collapsed; {fix}", veto=True)
+        yield Finding(f"every image leaves at {only}, which is not good enough alone: {fix}", veto=True)
 
 
 def _why_nobody_leaves(results: Results, fix: str) -> str:
@@ -159,7 +164,7 @@ def _why_nobody_leaves(results: Results, fix: str) -> str:
         return f"every exit is closed until routing is calibrated, every image takes the full path: {fix}"
     if no_logits:
         fix = "let tools/calibrate.py fit a policy that predicts empty photos (ROUTING.POLICY foreseen_emptiness)"
-    return f"every image leaves at {results.full.name}: routing collapsed; {fix}"
+    return f"no image leaves early, every one takes the full path: {fix}"
 
 
 def check_speedup(results: Results) -> Iterator[Finding]:
@@ -248,10 +253,10 @@ def compare_with_rivals(results: Results) -> Iterator[Finding]:
     if better:
         most = max(one.ap50 for one in better)
         best = min((one for one in better if one.ap50 >= most - AP50_TOLERANCE), key=lambda one: one.ms)
-        said = "ship instead"
+        said = SHIP_INSTEAD
     else:
         best = min(comparable, key=lambda one: _relative_loss(one, routed))
-        said = "no rival is better than routing; the nearest"
+        said = "no other detector that was measured is as accurate in as little time; the nearest"
     figures = f"has AP50 {best.ap50:.3f} against {routed.ap50:.3f} routed, in {best.ms:.1f} ms against {routed.ms:.1f}"
     change = f"{best.ap50 - routed.ap50:+.3f} AP50, {best.ms / routed.ms - 1:+.0%} time"
     yield Finding(f"{said}: {best.name} {figures} ({change})", veto=bool(better))
@@ -286,6 +291,12 @@ def report_agreement(results: Results) -> Iterator[Finding]:
     found, lost, added = map(results.routed.number, ("true_positives", "false_negatives", "false_positives"))
     figures = f"routing keeps {found} of the {found + lost} objects that the full path finds and adds {added}"
     yield Finding(f"nobody labelled these photos: {figures}; the accuracy of neither is known", veto=True)
+
+
+def _say_what_is_left(results: Results) -> str:
+    ap50, ms = results.full.ap50, results.without_exits.ms
+    time = "" if ms is None else f", {ms:.1f} ms"
+    return f"until this is mended, use the detector without exits (AP50 {ap50:.3f}{time})"
 
 
 def asked_value(target: Target) -> float:

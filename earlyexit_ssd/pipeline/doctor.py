@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
-from torch import Tensor
+from torch import Tensor, nn
 
 from earlyexit_ssd.calibration.certificate import load_certificate, parse_certificate
 from earlyexit_ssd.data import DetectionDataset, build_loader, class_names, load_dataset, to_coco
@@ -25,7 +26,8 @@ from earlyexit_ssd.data.repeats import Looks
 from earlyexit_ssd.doctor.data import DATA_CHECKS, DataEvidence, Split, Summary, summarise
 from earlyexit_ssd.doctor.findings import Diagnosis, Finding, diagnose
 from earlyexit_ssd.doctor.model import MODEL_CHECKS, ExitOutput, ModelEvidence
-from earlyexit_ssd.engine import read_log
+from earlyexit_ssd.engine import Hook, Trainer, read_log
+from earlyexit_ssd.engine.processes import is_main
 from earlyexit_ssd.errors import DataError, EarlyExitError
 from earlyexit_ssd.evaluation.matches import ap_of_choice, bootstrap_choices, exit_matches, interval
 from earlyexit_ssd.evaluation.outputs import ImageDetections, Targets, choose_exits, exit_share, on_cpu, over_batches
@@ -35,6 +37,7 @@ from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.checkpoint import weights_path
 from earlyexit_ssd.modeling.detector import default_boxes_of_image
 from earlyexit_ssd.modeling.outputs import ExitOutputs
+from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.pipeline.build import (
     build_architecture,
     build_router,
@@ -257,3 +260,78 @@ def _of_run(weights: Path, evidence: ModelEvidence, router: ExitRouter) -> dict[
         # the mean foreground falls as a detector learns
         "confidences": {} if router.policy == "mean_foreground" else curves["confidence"],
     }
+
+
+WATCHED_PHOTOS = 12
+"""Photos with objects that are looked at, the same ones each time."""
+LEAST_PROGRESS = 0.1
+"""Of the distance to the threshold: what a sound training gains in an epoch at the least."""
+LARGEST_SHARE_OF_TIME = 0.01
+"""Of the time of the training, for all checks but the first."""
+
+
+class Watch(Hook):
+    """At the end of epochs, check the outputs on a few calib photos.
+
+    A young detector has bad figures too, but they improve. So in the first two thirds of the training a bad figure is
+    reported only if it has not come nearer to its threshold since the last look, by `LEAST_PROGRESS`. An epoch is left
+    out if all checks together would take more than 1 % of the training's time so far.
+
+    Args:
+        photos: the calib split; the first photos with objects are read once.
+        measured: function that gives the model to look at, such as the averaged one.
+        full_only: the branches are not trained yet, so that only the full path is looked at.
+    """
+
+    def __init__(
+        self, photos: DetectionDataset, measured: Callable[[], EarlyExitSSDLite], full_only: bool = False
+    ) -> None:
+        records = [record for record in photos.records if record.has_targets][:WATCHED_PHOTOS]
+        self.photos, self.measured, self.full_only = photos.subset(records), measured, full_only
+        self.samples: list | None = None
+        self.temperatures: dict[str, list[float]] = {}
+        self.warned: set[tuple[str, str]] = set()
+        self.distances: dict[tuple[str, str], float] = {}  # of the bad figures at the last look
+        self.spent = self.longest = 0.0
+
+    def before_training(self, trainer: Trainer) -> None:
+        self.start = time.perf_counter()
+
+    def after_step(self, trainer: Trainer) -> None:
+        due, now = trainer.step % len(trainer.loader) == 0, time.perf_counter()
+        if due and is_main() and self.spent + self.longest <= LARGEST_SHARE_OF_TIME * (now - self.start):
+            self.look(trainer.step // len(trainer.loader), last_third=3 * trainer.step >= 2 * trainer.total_steps)
+            taken = time.perf_counter() - now
+            self.spent, self.longest = self.spent + taken * (self.longest > 0), max(self.longest, taken)
+
+    def look(self, epoch: int, last_third: bool) -> None:
+        """Run the quick checks and log what is bad, each check of an exit once."""
+        found = diagnose([check for check in MODEL_CHECKS if check.quick], self.evidence(self.measured()))
+        for finding in found.bad:
+            key, before = (finding.check, finding.subject), self.distances.get((finding.check, finding.subject))
+            stuck = before is not None and not finding.distance <= (1 - LEAST_PROGRESS) * before
+            if (stuck or last_third) and key not in self.warned:
+                self.warned.add(key)
+                logger.warning("epoch %d: %s", epoch, finding)
+        self.distances = {(one.check, one.subject): one.distance for one in found.bad}
+
+    def evidence(self, model: EarlyExitSSDLite) -> ModelEvidence:
+        """The outputs now, and the temperatures so far."""
+        if self.samples is None:
+            self.samples = [self.photos[index] for index in range(len(self.photos))]
+        device = next(model.parameters()).device
+        images, targets = [image.to(device) for image, _ in self.samples], [target for _, target in self.samples]
+        if not images:
+            return ModelEvidence()
+        with evaluating(model):
+            outputs = model.exit_outputs(images)
+        if isinstance(model.router, nn.Module) and isinstance(model.router.temperatures, nn.Parameter):
+            for name, value in zip(model.exit_names, model.router.temperatures.tolist(), strict=False):
+                self.temperatures.setdefault(name, []).append(value)
+        exits = exit_outputs(model, outputs)
+        return ModelEvidence(
+            exits=exits[-1:] if self.full_only else exits,
+            default_boxes=outputs.anchors[0].cpu(),
+            objects=network_objects(outputs, targets),
+            temperatures=self.temperatures,
+        )

@@ -34,6 +34,7 @@ from earlyexit_ssd.modeling import EarlyExitSSDLite, LossSettings, retrofit
 from earlyexit_ssd.modeling.detector import BranchLosses, FullPathLosses, TapBatch
 from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.pipeline.build import build_router, source_classes, takes_over
+from earlyexit_ssd.pipeline.doctor import Watch
 from earlyexit_ssd.pipeline.gates import (
     Check,
     Gate,
@@ -44,7 +45,6 @@ from earlyexit_ssd.pipeline.gates import (
     exits_gate,
 )
 from earlyexit_ssd.pipeline.run import Run
-from earlyexit_ssd.pipeline.watch import Watch
 
 logger = logging.getLogger(__name__)
 

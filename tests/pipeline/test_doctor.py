@@ -12,11 +12,11 @@ from PIL import Image
 
 from earlyexit_ssd.data import Annotation, Record
 from earlyexit_ssd.data.dataset import DetectionDataset
+from earlyexit_ssd.doctor.findings import Check
 from earlyexit_ssd.doctor.model import ModelEvidence
 from earlyexit_ssd.files import write_image, write_text
 from earlyexit_ssd.modeling.ssdlite import earlyexit_ssdlite320_mobilenet_v3_large
-from earlyexit_ssd.pipeline.doctor import _of_run, chosen_photos
-from earlyexit_ssd.pipeline.watch import Watch
+from earlyexit_ssd.pipeline.doctor import Watch, _of_run, chosen_photos
 from earlyexit_ssd.routing import ExitRouter
 
 
@@ -96,26 +96,41 @@ def test_a_training_is_warned_of_each_failure_once(photos, model, caplog):
     model.train()
     watch.before_training(trainer_at(0))
     with caplog.at_level(logging.WARNING):
-        for step in (5, 10, 30, 45):  # inside an epoch, or before the last third of the training
+        for step in (5, 10):  # inside an epoch; the first look, with nothing to compare with
             watch.after_step(trainer_at(step))
         assert caplog.records == []
-        watch.after_step(trainer_at(40))
-        first = [record.getMessage() for record in caplog.records]
-        watch.longest = watch.spent = 0.0  # there is time for another one
-        watch.after_step(trainer_at(50))
-    assert [message.partition(" (full)")[0] for message in first][:1] == ["epoch 4: near_uniform_scores"]
-    assert len(caplog.records) == len(first) and not [text for text in first if "exit8" in text]
+        for step in (20, 30, 40):
+            watch.longest = watch.spent = 0.0  # there is time for another look
+            watch.after_step(trainer_at(step))
+            first = [record.getMessage() for record in caplog.records]
+            assert [message.partition(" (full)")[0] for message in first][:1] == ["epoch 2: near_uniform_scores"]
+    assert len(set(first)) == len(first) and all(text.startswith("epoch 2: ") for text in first)
+    assert not [text for text in first if "exit8" in text]
     assert model.training and all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
+
+
+def test_a_bad_figure_that_improves_is_reported_in_the_last_third_only(photos, model, caplog, monkeypatch):
+    figures = iter([0.1, 0.2, 0.3, 0.4])  # of 0.5: a quarter of the distance and more is gained each time
+    check = Check("spread", lambda _: {"full": next(figures)}, 0.5, None, "alike", "train", True)
+    monkeypatch.setattr("earlyexit_ssd.pipeline.doctor.MODEL_CHECKS", [check])
+    watch = Watch(photos, lambda: model)
+    for epoch in (1, 2, 3):
+        watch.look(epoch, last_third=False)
+    assert caplog.records == []
+    watch.look(4, last_third=True)
+    assert [record.getMessage().partition(";")[0] for record in caplog.records] == [
+        "epoch 4: spread (full): 0.4, expected at least 0.5"
+    ]
 
 
 def test_watching_takes_at_most_a_hundredth_of_the_time(photos, model):
     watch = Watch(photos, lambda: model)
     watch.before_training(trainer_at(0))
     looks = []
-    watch.look = looks.append
+    watch.look = lambda epoch, last_third: looks.append((epoch, last_third))
     watch.longest, watch.spent = 1.0, 0.0
     watch.after_step(trainer_at(40))  # a second, and the training is younger than 100
     assert looks == []
     watch.start -= 101
     watch.after_step(trainer_at(40))
-    assert looks == [4]
+    assert looks == [(4, True)]
