@@ -1,5 +1,6 @@
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from torchvision.models.detection._utils import BoxCoder
 
 from benchmarks.history import run
 from benchmarks.history.attempts import ATTEMPTS, Attempt, distribution_loss, gated_confidence, round_robin
-from benchmarks.history.figures import foreground_rule
+from benchmarks.history.figures import detect, foreground_rule
+from benchmarks.history.training import Predictions
 from earlyexit_ssd.evaluation.matches import exit_matches
+from earlyexit_ssd.modeling.ssdlite import earlyexit_ssdlite320_mobilenet_v3_large
 from tests.evaluation.conftest import build_found, build_ground_truth
 
 
@@ -64,6 +67,18 @@ def test_rule_compares_the_most_and_the_least_confident_half():
     rule = foreground_rule(matches, tensor([0.2, 0.7]).numpy(), 0)
     assert (rule.share, rule.largest) == (0.5, pytest.approx(0.7))
     assert rule.lowest == 1.0 and rule.highest < rule.coin < 1.0
+
+
+def test_detections_are_in_pixels_of_photos_that_are_not_square():
+    model = earlyexit_ssdlite320_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=2, exit_layers=(8,), image_size=64
+    )
+    anchors = tensor([[16.0, 32, 32, 48], [0, 0, 8, 8]])  # of the network, 64 x 64
+    head = {"cls_logits": tensor([[[0.0, 4], [4, 0]]]), "bbox_regression": torch.zeros(1, 2, 4)}
+    targets = [{"image_id": tensor(7), "photo_size": tensor([100, 200])}]  # height, width
+    losses = SimpleNamespace(model=model.train(), anchors=anchors)
+    for found in detect(losses, Predictions([head, head], None, targets)):
+        torch.testing.assert_close(found[7]["boxes"][:1], tensor([[50.0, 50, 100, 75]]))
 
 
 def test_a_tiny_reproduction_goes_on_where_it_was_stopped(tmp_path, capsys, monkeypatch):
