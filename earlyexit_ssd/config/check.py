@@ -106,7 +106,7 @@ _OF_EACH_VALUE: Sequence[Rule] = (
     ("CALIBRATION.FOLDS", "0, or 2 to 1000 folds", lambda one, *_: one == 0 or 2 <= one <= 1000),
     (_of_phases("EMA"), "a decay below 1", lambda one, *_: one < 1),
     ("MODEL.IMAGE_SIZE DATA.SYNTHETIC.IMAGE_SIZE", _SIDE, _whole(64, LARGEST_SIDE)),
-    ("BASELINE.SIZES", f"whole numbers from 32 to {LARGEST_SIDE} pixels", _whole(32, LARGEST_SIDE)),
+    ("BASELINE.SIZES JOINT.SIZES", f"whole numbers from 32 to {LARGEST_SIDE} pixels", _whole(32, LARGEST_SIDE)),
     ("EVAL.RIVALS.SIZES", f"whole numbers from {_SIDE}", _whole(64, LARGEST_SIDE)),
     ("EXITS.LAYERS", f"trunk layers 1 to {LAST_LAYER - 1}", _whole(1, LAST_LAYER - 1)),
     ("EXITS.GLANCES", f"pairs of pixels (32 to {LARGEST_SIDE}) and a trunk layer, such as [[128, 12]]",

@@ -275,13 +275,17 @@ class Optimizer:
         return list(self.cfg.EXITS.GLANCES) or [(round(px * own / 320 / 16) * 16, layer) for px, layer in GLANCES]
 
     def exits_of(self, variant: Variant) -> tuple[Exit, ...]:
-        """Glances smaller than the input, and the detector's other exits at its own size and with its own head. Empty
-        exits take the place of these where there are none."""
-        own = variant == Variant(self.architecture.image_size, OWN_HEAD)
-        others = [one for one in self.architecture.exits if one.pixels is None] if own else []
+        """Glances smaller than the input, and with the detector's own head its other exits. Empty exits take the place
+        of these where there are none."""
+        others = self.own_exits if variant.fold == OWN_HEAD and not variant.fine_tuned else []
         layers = () if others else [layer for layer in EMPTY_EXITS if layer < self.model.last_layer]
         glances = [one for one in self.glances if one[0] < variant.size]
         return (*describe_exits(layers, empty=layers, glances=glances), *others)
+
+    @property
+    def own_exits(self) -> list[Exit]:
+        """The detector's exits that are no glances."""
+        return [one for one in self.architecture.exits if one.pixels is None]
 
     @property
     def shows_empty_photos(self) -> bool:
@@ -291,11 +295,12 @@ class Optimizer:
 
     def plan(self) -> list[tuple[Variant, tuple[str, ...]]]:
         """Net and exit names of every candidate. Nets without exits come first, then the best head with exits, then the
-        detector's own head with exits, then the fine-tuned nets."""
+        detector's own head with exits (at all sizes if it has exits of its own), then the fine-tuned nets."""
         own, best = self.architecture.image_size, self.best_head
         base, smaller = Variant(own, OWN_HEAD), [Variant(size, best) for size in self.sizes()]
         plan: list[tuple[Variant, tuple[str, ...]]] = [(base, ()), *((one, ()) for one in smaller)]
-        plan += [(one, exits) for one in (*smaller, base) for exits in self._exit_sets(one)]
+        with_own_head = [Variant(size, OWN_HEAD) for size in self.sizes()] if self.own_exits else [base]
+        plan += [(one, exits) for one in (*smaller, *with_own_head) for exits in self._exit_sets(one)]
         if self.goal.train:
             learnt = self.sizes(fine_tuned=True)
             between = range(learnt[0], learnt[-1] - 1, -FINE_STEP)  # it is good at sizes between those that it learns

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from earlyexit_ssd.engine import (
 )
 from earlyexit_ssd.engine.processes import rank, same_everywhere, world_size
 from earlyexit_ssd.errors import EarlyExitError, Interrupted
-from earlyexit_ssd.modeling import EarlyExitSSDLite, LossSettings, retrofit
+from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, LossSettings, retrofit
 from earlyexit_ssd.modeling.detector import BranchLosses, FullPathLosses, TapBatch
 from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.pipeline.build import build_router, source_classes, takes_over
@@ -182,7 +182,8 @@ def joint(run: Run) -> Gate:
     model.norm_frozen = phase.FREEZE_NORM
     model.losses = joint_losses(losses, phase, model.num_early_exits)
     if phase.EPOCHS:
-        fit(run, "joint", model, photo_loader(run, phase.BATCH_SIZE))
+        module = SeveralSizes(model, run.architecture, phase.SIZES) if phase.SIZES else model
+        fit(run, "joint", module, photo_loader(run, phase.BATCH_SIZE))
     model.norm_frozen, model.losses = False, losses
     after = run.calib_quality.of_full_path(model)["AP50"] or 0.0
     check = Check("full AP50", after, before - phase.GATE.MAX_AP50_DROP)
@@ -191,6 +192,33 @@ def joint(run: Run) -> Gate:
         model.load_state_dict(kept)
         check = Check("full AP50 (weights of the exits phase kept)", before, before)
     return Gate("joint", (check,))
+
+
+class SeveralSizes(nn.Module):
+    """Losses of all exits, each batch at one of several input sizes, which depends on its image ids.
+
+    Every size has its own copy of the model, whose parameters and buffers are the model's.
+
+    Args:
+        sides: input sides in pixels.
+    """
+
+    def __init__(self, model: EarlyExitSSDLite, architecture: Architecture, sides: Sequence[int]) -> None:
+        super().__init__()
+        self.backbone, self.head, self.branches = model.backbone, model.head, model.branches
+        if isinstance(model.router, nn.Module):
+            self.router = model.router
+        self._copies, trained = [], architecture.trained_size or architecture.image_size
+        for side in sides:
+            copied = dataclasses.replace(architecture, image_size=side, trained_size=trained).build()
+            copied.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+            copied.router, copied.losses, copied.norm_frozen = model.router, model.losses, model.norm_frozen
+            self._copies.append(copied.train())
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The losses of the model in train mode."""
+        ids = sum(int(target["image_id"]) for target in targets)
+        return self._copies[ids % len(self._copies)](images, targets)
 
 
 def joint_losses(losses: LossSettings, phase: CfgNode, exits: int) -> LossSettings:

@@ -1,4 +1,4 @@
-"""None"""
+"""The phases of a training, and what they promise of the full path."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import torch
 
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.modeling import LossSettings
+from earlyexit_ssd.modeling import Architecture, LossSettings, describe_exits
 from earlyexit_ssd.modeling.detector import TapBatch
 from earlyexit_ssd.pipeline import phases
 from earlyexit_ssd.pipeline import phases as fit
 from earlyexit_ssd.pipeline.phases import (
+    SeveralSizes,
     full_path_fingerprint,
     joint,
     joint_losses,
@@ -75,6 +76,27 @@ def test_joint_phase_puts_the_losses_back(run, monkeypatch):
     monkeypatch.setattr(phases, "fit", lambda run, *_: seen.append(run.model.losses.teacher))
     joint(run)
     assert seen == ["next"] and run.model.losses is before
+
+
+def test_sizes_take_turns_and_share_all_weights():
+    architecture = Architecture(("chair",), image_size=96, width=0.35, exits=describe_exits((8,)))
+    model = architecture.build().train()
+    module = SeveralSizes(model, architecture, (96, 64))
+    assert {id(one) for one in module.parameters()} == {id(one) for one in model.parameters()}
+    images = [torch.rand(3, 80, 90)]
+    targets = [{"boxes": torch.tensor([[10.0, 10, 60, 70]]), "labels": torch.tensor([1]), "image_id": 4}]
+    model.norm_frozen = True
+    own, smaller = model.train()(images, targets), SeveralSizes(model, architecture, (64, 96))(images, targets)
+    same = SeveralSizes(model, architecture, (96, 64))(images, targets)
+    assert same.keys() == own.keys() and all(torch.equal(same[key], own[key]) for key in own)
+    assert smaller.keys() == own.keys() and not any(torch.equal(smaller[key], own[key]) for key in own)
+    sum(smaller.values()).backward()
+    assert all(one.grad is not None for one in (*model.head.parameters(), *model.branches.parameters()))
+    before = [one.clone() for one in module._copies[1].buffers()]
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.add_(1)
+    assert all(torch.equal(one, old + 1) for one, old in zip(module._copies[1].buffers(), before, strict=True))
 
 
 @pytest.mark.parametrize("part", ["backbone", "head"])
