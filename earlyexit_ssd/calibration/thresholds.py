@@ -44,8 +44,13 @@ class Grid:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One combination of thresholds on the calibration photos: mean cost, mean loss (of AP50, or of a photo), and the
-    loss that the promise is tested with; None where it was not tested."""
+    """One combination of thresholds on the calibration photos.
+
+    Attributes:
+        cost: mean over the photos.
+        loss: loss of AP50, or mean loss of a photo, by the target.
+        bound: upper bound of ``loss``, which the target's limit is compared with; None if it was not computed.
+    """
 
     thresholds: tuple[float, ...]
     cost: float
@@ -180,8 +185,8 @@ def learn_thresholds(
     """Thresholds [early exits] of mean cost at most ``budget``, learnt by gradient descent (Bolukbasi et al. 2017).
 
     Adam minimises mean loss + weight * mean relative cost, with a sigmoid in place of each threshold. Bisection finds
-    the smallest weight that meets the budget. Confidences are replaced by their ranks in [0, 1], so that one width of
-    the sigmoid fits every policy. All exits are open.
+    the smallest weight that meets the budget; if none does, all photos leave at the first exit. Confidences are
+    replaced by their ranks in [0, 1], so that one width of the sigmoid fits every policy. All exits are open.
     """
     ranks = torch.stack([_ranks(values) for values in confidences], dim=1)
     highest_cost, losses = float(np.max(costs)), torch.from_numpy(losses.astype(np.float32))

@@ -91,7 +91,9 @@ class AtExit:
     """A batch that has reached an exit of the forward pass.
 
     Attributes:
+        model, trunk: the detector, and its trunk in segments.
         index: index of the exit; the full path's index is the number of early exits.
+        state: state of the trunk at this exit; at a glance, the images.
         context: context of this exit's branch, see :meth:`Branch.context`.
         glance_tap: of a glance, its tap [N, C, H, W]; None until :attr:`tap` is first read.
     """
@@ -142,7 +144,7 @@ class AtExit:
         return dataclasses.replace(self, state=self.state.select(images), context=context, glance_tap=glance_tap)
 
     def keep(self, images: Tensor) -> None:
-        """Go on to deeper exits with some of the images only (boolean mask [N] or indices)."""
+        """Drop all other images (boolean mask [N] or indices); the walk continues with those that are kept."""
         rest = self.select(images)
         self.state, self.context, self.glance_tap = rest.state, rest.context, rest.glance_tap
 
@@ -174,14 +176,15 @@ def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
     """Compute every image as far as the exit that the router chooses for it.
 
     With a hybrid router every image runs the whole trunk and takes its boxes from the full path. Its classes come from
-    the first exit whose threshold it reaches. The full path's classification head runs only for images without one.
+    the first exit whose threshold it reaches. The full path's classification head runs only for images that reach no
+    threshold.
 
     Args:
         x: normalised images [N, 3, S, S].
 
     Returns:
-        the head outputs of each image's exit, that exit's index [N] (with a hybrid router, of its classes) and the
-        confidence there [N].
+        the head outputs of each image's exit, the index of that exit [N] and the confidence there [N]. With a hybrid
+        router it is the exit that the classes come from.
     """
     router, hybrid_boxes = model.router, {}
     # Images that have not left. Hybrid: all images run to the end, and `undecided` marks those without classes.
@@ -261,7 +264,7 @@ class EarlyExitDetector(SSD):
 
     Args:
         detector: a torchvision detector; its parts are used, not copied.
-        exits: shallow to deep. Instead of them: the keywords of `describe_exits`.
+        exits: the early exits, shallow to deep. The keywords of `describe_exits` may be given instead.
         classes: names of the labels 1..K without background; by default ``class_1`` and so on.
         losses: loss settings of training.
         router: chooses each image's exit in eval mode; None runs the full path only.
@@ -275,7 +278,7 @@ class EarlyExitDetector(SSD):
         norm_frozen: whether BatchNorm stays in eval mode in training; takes effect at the next call of ``train()``.
 
     Raises:
-        ValueError: an impossible exit layer, or a number of classes that does not fit the detector's head.
+        EarlyExitError: an impossible exit layer, or a number of classes that does not fit the detector's head.
     """
 
     detector_name: ClassVar[str]
@@ -475,7 +478,8 @@ class EarlyExitDetector(SSD):
     ) -> Detections:
         """As torchvision; thresholds per class are applied after NMS and before the limit per image.
 
-        The result is that of thresholds before NMS: a box suppresses only boxes of its class with a lower score.
+        Thresholds before NMS would give the same result: a box suppresses only boxes of its class with a lower score,
+        so a box below the threshold suppresses none above it.
         """
         if not isinstance(self.score_thresh, Mapping):
             return super().postprocess_detections(head_outputs, image_anchors, image_shapes)
@@ -554,7 +558,7 @@ class PathToExit(nn.Module):
                 heads.append(at.head())
                 if self.router is not None and not at.full:
                     confidences.append(self.router.confidence(at.signals(heads[-1]), at.index))
-            elif at.full:  # reached after the exit with a hybrid router only: the exit's classes, the full path's boxes
+            elif at.full:  # only a hybrid router walks on to here: classes of the exit, boxes of the full path
                 heads[-1] = {**heads[-1], "bbox_regression": self.model.head.regression_head(at.maps())}
             if at.index == self.exit_index and not hybrid:
                 break
@@ -667,7 +671,7 @@ class TapBatch:
 
 
 class BranchLosses(nn.Module):
-    """Losses of the branches from stored taps; equal to the model's with a frozen full path on the same images."""
+    """Losses of the branches from stored taps. The model with a frozen full path gives the same for the same images."""
 
     def __init__(self, model: EarlyExitDetector) -> None:
         super().__init__()

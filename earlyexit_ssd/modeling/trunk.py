@@ -64,6 +64,7 @@ def build_ssdlite(
     )
     if weights_backbone is None:
         _normal_init(trunk)
+    # torchvision marks blocks with a stride by `_is_cn`; the last of them is C4
     strided = [index for index, layer in enumerate(trunk.features) if getattr(layer, "_is_cn", False)]
     backbone = SSDLiteFeatureExtractorMobileNet(trunk.features, strided[-1], norm_layer, width_mult=width)
     size = (image_size, image_size)
@@ -87,7 +88,7 @@ def build_ssdlite(
     return detector
 
 
-# The unchanged backbone as segments that end at the exits.
+# The unchanged backbone, in segments that end at the exits.
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,9 @@ class TrunkState:
 class Trunk:
     """The layers of a detector's backbone as steps, grouped into segments that end at the exits.
 
-    It is created for each use, since layers may have been replaced. It is no module, so the parameters keep
-    torchvision's names. Here layers are counted from 1 and each is one step; a subclass may override `_steps_to`.
+    It is created for each use, since layers may have been replaced. It is not a module, so the parameters keep
+    torchvision's names. In this class layer 1 is the first step, layer 2 the second, and so on. A subclass that counts
+    differently overrides `_steps_to`.
 
     Args:
         steps: modules that are run one after the other.
@@ -181,7 +183,10 @@ class SegmentedTrunk(Trunk):
 
 def small_copy(x: Tensor, pixels: int) -> Tensor:
     """Images [N, 3, S, S] resized to a side of ``pixels``: bilinear to the largest multiple of ``pixels`` up to S, then
-    average pooling. Bilinear interpolation alone would ignore pixels if it shrank by more than a factor of two."""
+    average pooling. Bilinear interpolation alone would ignore pixels if it shrank by more than a factor of two.
+
+    Where that is faster, one convolution does both steps at once.
+    """
     side = int(x.shape[-1])  # a number also while tracing, where shapes are tensors
     times = max(1, side // pixels)
     block, points = (length // math.gcd(side, pixels) for length in (side, pixels))
@@ -194,7 +199,8 @@ def small_copy(x: Tensor, pixels: int) -> Tensor:
 
 
 LARGEST_BLOCK = 10
-"""Side of a block of pixels up to which one convolution is faster than interpolation and pooling."""
+"""Side of a block of pixels up to which one convolution is faster than interpolation and pooling. A *block* is the
+smallest square of whole pixels that becomes a square of whole pixels."""
 
 
 def _block_weights(channels: int, block: int, points: int, times: int) -> Tensor:
@@ -208,8 +214,8 @@ def _block_weights(channels: int, block: int, points: int, times: int) -> Tensor
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Context of eval mode without gradients; restores the train/eval flag of every sub-module, since flags differ in
-    a model with a frozen part."""
+    """Context manager: eval mode without gradients. At the end it restores the train/eval flag of every sub-module,
+    since flags differ in a model with a frozen part."""
     flags = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
@@ -229,7 +235,8 @@ def grids_of(backbone: nn.Module, size: int) -> list[tuple[int, int]]:
 
 
 class PixelBoxes(DefaultBoxGenerator):
-    """Default boxes for another input size: distances and sides have as many pixels as at the trained size.
+    """Default boxes for another input size. Their sides and the distances between them stay the same in pixels as at
+    the trained size.
 
     Args:
         generator: torchvision's generator, whose boxes scale with the input.

@@ -209,8 +209,8 @@ def max_foreground(logits: Tensor) -> Tensor:
 
 @register_policy("entropy", CANDIDATES)
 def entropy(logits: Tensor) -> Tensor:
-    """1 - H / log C, with H the mean over the default boxes of the entropy of their class probabilities. BranchyNet's
-    rule (Teerapittayanon et al. 2016, section III-B), which has one answer per image instead of many boxes."""
+    """1 - H / log C, with H the mean over the default boxes of the entropy of their class probabilities. As BranchyNet
+    (Teerapittayanon et al. 2016, section III-B), which classifies images and so has one entropy per image."""
     differences = _minus_background(logits)
     ratios = exp_(differences.clone())
     total = ratios.sum(-1)
@@ -362,9 +362,9 @@ HIDDEN_UNITS, FIT_STEPS = 8, 600
 def logit_statistics(logits: Tensor) -> Tensor:
     """Statistics of the object probabilities: [N, A, C] to [N, `NUM_STATISTICS`].
 
-    With p the largest object probability of a default box: log(1 + x) of the number of boxes with p above each of
-    `LEVELS`, of the sum of all p and of the sum of the ambiguous p; then the two largest values of: the maximum over
-    the boxes of each class's probability.
+    Let p be the largest object probability of a default box. The statistics are log(1 + x) of the number of boxes with
+    p above each of `LEVELS`, of the sum of all p, and of the sum of the ambiguous p. Then follow the probabilities of
+    the two likeliest classes, each the maximum over the default boxes.
     """
     softmax = FastSoftmax(logits)
     by_box_and_class = softmax.ratios[..., 1:] / softmax.total[..., None]
@@ -542,8 +542,13 @@ def fit_largest_score(inputs: Tensor, probability: Tensor, weights: Tensor | Non
 
     The penalty with the least leave-one-out error is chosen. With X the standardised inputs, leave-one-out residuals
     are (y - Xw) / (1 - h), where h is the diagonal of X (X'X + penalty I)^-1 X' + 1/n (Golub, Heath and Wahba 1979,
-    equation 1.3). With ``weights``, 1/n becomes the photo's share of the weights. ``weight`` [d] and ``bias`` are for
-    inputs that are not standardised. ``weights`` are those of each photo in the sums of squares, [n]; None: 1.
+    equation 1.3). With ``weights``, 1/n becomes the photo's share of the weights.
+
+    Args:
+        weights: weight of each photo in the sums of squares, [n]; None: 1 for all.
+
+    Returns:
+        ``weight`` [d] and ``bias``, for inputs that are not standardised.
     """
     inputs, targets = inputs.double(), torch.logit(probability.double(), eps=LEAST_PROBABILITY)
     share = torch.ones_like(targets) if weights is None else weights.double()

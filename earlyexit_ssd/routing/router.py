@@ -20,7 +20,8 @@ from earlyexit_ssd.routing.policies import at_likeliest_boxes, get_policy
 class ExitRouter(nn.Module):
     """An image leaves at the first exit whose confidence reaches that exit's threshold; the full path takes the rest.
 
-    ``thresholds``, ``temperatures`` and ``policy`` may be assigned later; they are checked as in the constructor.
+    ``thresholds``, ``temperatures`` and ``policy`` may be assigned later; they are checked as in the constructor. A
+    policy that needs parameters can only be given to the constructor.
 
     Args:
         num_exits: number of early exits, without the full path.
@@ -33,8 +34,8 @@ class ExitRouter(nn.Module):
         hybrid: no image leaves early. An image takes its classes from the first exit that reaches its threshold, and
             its boxes from the full path, whose classification head is then not computed.
         temperature_bounds: (low, high). Temperatures are clamped to them after every training step.
-        learn_temperatures: fit the temperatures (Guo et al. 2017, but see `temperature_loss`) while the exits train;
-            no gradient flows into the logits.
+        learn_temperatures: fit the temperatures while the exits train; no gradient flows into the logits. As Guo et al.
+            2017, but with the balanced loss of `temperature_loss`.
 
     Attributes:
         certificate: the `Certificate` that the router was made from; None if it was made without one.
@@ -103,9 +104,10 @@ class ExitRouter(nn.Module):
             super().__setattr__(name, value)
 
     def confidence(self, signals: ExitSignals, exit_index: int) -> Tensor:
-        """Confidences [N] in [0, 1] at an exit; the full path is exit ``num_exits``.
+        """Confidences [N] at an exit, in [0, 1]; the full path is exit ``num_exits``.
 
-        They are -1, which reaches no threshold, at an exit without a branch if the policy reads logits only.
+        A policy that reads logits only cannot decide at an exit without a branch. The confidences there are -1, which
+        reaches no threshold.
         """
         if signals.empty and not self._reads_taps:
             return -torch.ones_like(signals.logits[:, 0, 0], dtype=torch.float32)
@@ -148,9 +150,9 @@ class ExitRouter(nn.Module):
         return confidence >= self.thresholds[exit_index]
 
     def temperature_loss(self, logits: Tensor, assignment: object, exit_index: int) -> Tensor | None:
-        """Balanced cross-entropy of the logits [N, A, C], divided by the exit's temperature, with
-        ``assignment.labels`` [N, A]; None if temperatures are not learned. Objects and background get the same total
-        weight, since 99 % of the default boxes are background."""
+        """Cross-entropy between the logits [N, A, C], divided by the exit's temperature, and ``assignment.labels``
+        [N, A]; None if temperatures are not learned. Objects and background get the same total weight, since 99 % of
+        the default boxes are background."""
         if not isinstance(self.temperatures, nn.Parameter):
             return None
         self.clamp_temperatures()  # a user's own training loop may not call it
