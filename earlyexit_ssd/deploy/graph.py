@@ -33,8 +33,8 @@ OUTPUTS = {
 }
 
 LARGE = 1_000_000
-"""Photo size in pixels above which, in ONNX Runtime, gathering the pixels that a resize reads is faster than converting
-the whole photo. In OpenVINO it always is."""
+"""Number of pixels of a photo. In ONNX Runtime a larger photo is resized faster by gathering only the pixels that the
+resize reads, a smaller one by converting the whole photo. In OpenVINO gathering is always faster."""
 LOG_LIMIT = math.log(1000.0 / 16)
 """Largest logarithm of a box side over its default box's side, as in torchvision's ``BoxCoder``."""
 
@@ -72,7 +72,7 @@ class Contract:
         nms_thresh: IoU above which NMS drops the box of lower score.
         topk_candidates: number of boxes per class that enter NMS, by score.
         detections_per_img: largest number of detections per photo.
-        large: photo size in pixels, see `LARGE`.
+        large: number of pixels, see `LARGE`; 0: always gather.
     """
 
     size: tuple[int, int]
@@ -111,7 +111,8 @@ class Scope:
         return name
 
     def zeros(self, shape: Sequence[int], kind: int) -> str:
-        """Add zeros of this shape; returns their name. OpenVINO loses the shape of an empty constant."""
+        """Add zeros of this shape; returns their name. They are no constant, since OpenVINO loses the shape of an empty
+        constant."""
         zero = helper.make_tensor("zero", kind, [1], [0])
         return self("ConstantOfShape", self.constant(shape, np.int64), value=zero)
 
@@ -126,7 +127,8 @@ class Scope:
         return self.many(1, kind, *inputs, **attributes)[0]
 
     def inline(self, model: onnx.ModelProto, inputs: Mapping[str, str]) -> dict[str, str]:
-        """Add all nodes of a graph; ``inputs`` and the returned outputs: its name -> name in this scope."""
+        """Add all nodes of a graph, whose ``inputs`` are given as name in the graph -> name in this scope. Returns its
+        outputs in the same form."""
         prefix = f"segment_{next(self.numbers)}_"
         graph = onnx.compose.add_prefix(model, prefix).graph
         here = {prefix + name: where for name, where in inputs.items()}
@@ -148,7 +150,8 @@ class Scope:
         return self.many(len(then.outputs), "If", condition, **graphs)
 
     def graph(self, name: str, outputs: Sequence[Value], inputs: Sequence[Any] = ()) -> onnx.GraphProto:
-        """The scope as a graph; each output gets a node of its own."""
+        """The scope as a graph. Each output is the output of a node ``Identity`` of its own, added last, so that it can
+        be renamed and no two outputs are the same value."""
         values = []
         for where, kind, shape in outputs:
             values.append(helper.make_tensor_value_info(self("Identity", where), kind, shape))
@@ -235,6 +238,7 @@ def _model(
             scope.constants.append(default)
             values.append(helper.make_tensor_value_info(name, default.data_type, list(default.dims)))
     graph = scope.graph("earlyexit_ssd", outputs, values)
+    # the last nodes are those of the outputs
     for node, value, name in zip(graph.node[-len(outputs) :], graph.output, names, strict=False):
         node.output[0] = value.name = name
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="earlyexit_ssd")
@@ -296,7 +300,10 @@ def expand_log_sum_exp(model: onnx.ModelProto) -> None:
 def _answer(
     scope: Scope, segments: Sequence[Segment], state: Mapping[str, str], size: str, contract: Contract
 ) -> list[str]:
-    """Add the segments to ``scope``, starting from ``state``; returns the names of all `OUTPUTS`."""
+    """Add the segments to ``scope``, starting from ``state``; returns the names of all `OUTPUTS`.
+
+    In the branch ``stay`` the photo stays at this exit, that is, it leaves there. In ``go_on`` it goes on to the next.
+    """
     segment, *deeper = segments
     found = scope.inline(segment.model, state)
     if not segment.empty:
@@ -464,7 +471,8 @@ def detections(scope: Scope, cls_logits: str, bbox_regression: str, size: str, c
 
 
 def _surest(scope: Scope, scores: str, candidates: str, contract: Contract) -> str:
-    """Scores [classes, n] with all but the ``topk_candidates`` highest per class set to 0, if there are more."""
+    """Scores [classes, n] with all but the ``topk_candidates`` highest per class set to 0, if there are more. Scores
+    equal to the last of these stay too."""
     most = scope.constant([contract.topk_candidates], np.int64)
     too_many, cut, same = scope("Greater", scope("Shape", candidates), most), scope.inside(), scope.inside()
     values, _ = cut.many(2, "TopK", scores, most, axis=1)

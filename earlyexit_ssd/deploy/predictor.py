@@ -180,7 +180,8 @@ class Predictor:
         `earlyexit_ssd.drift.DriftRecord`.
 
         Returns:
-            None without a certificate, with other thresholds than the file's, and before the first photo.
+            the comparison; None without a certificate, with other thresholds than the file's, and before the first
+            photo.
         """
         return self._decisions and self._decisions.drift()
 
@@ -340,7 +341,8 @@ _NAMES = ("boxes", "labels", "scores", "exit_index", "exit_confidence")
 class _OneFile:
     """A whole detector in one file.
 
-    fixed_thresholds, fixed_scores: whether thresholds and lowest scores are constants of the file, not inputs.
+    Attributes:
+        fixed_thresholds, fixed_scores: whether thresholds and lowest scores are constants of the file, not inputs.
     """
 
     def __init__(self, network: OnnxRuntime | OpenVino) -> None:

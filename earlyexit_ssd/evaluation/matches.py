@@ -5,7 +5,8 @@ threshold does not change the matches above it. AP, its bootstrap, precision, re
 any choice of exits therefore use the same matches.
 
 A *condition* is a size of objects with an IoU threshold; detections are matched under each condition. A *pair* is a
-photo at an exit, with the index photo * K + exit for K exits. A *counted* object is no crowd and has the size.
+photo at an exit, with the index photo * K + exit for K exits. An object is *counted* under a condition if it is no
+crowd and its area is within the size.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from earlyexit_ssd.evaluation.outputs import Collected
 Detections = Mapping[int, Mapping[str, Tensor]]
 """Image id -> ``boxes`` [N,4] (xyxy, photo pixels), ``scores`` [N] and ``labels`` [N] (category ids)."""
 
-_HitsAndFalse = list[tuple[np.ndarray, csr_array]]
+_HitsAndFalse = list[tuple[np.ndarray, csr_array]]  # per class, see `ExitMatches.hits_and_false`
 PhotoRow = dict[str, str | float | None]  # a row of photos.csv, by column
 
 SIZES = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
@@ -70,7 +71,8 @@ class ExitMatches:
     """The matches of all classes (by rising category id) and all K ``exits``.
 
     Detections and objects match under each of the ``conditions`` (size, IoU). Precision, recall and the losses of
-    photos are counted under the last one. ``image_ids`` rise; every array [n] of this module has the order of them.
+    photos are counted under the last one. ``image_ids`` are sorted. Every array [n] of this module has the photos in
+    this order.
     """
 
     classes: list[ClassMatches]
@@ -106,10 +108,11 @@ class ExitMatches:
         return ExitMatches(classes, self.conditions, self.image_ids, 1)
 
     def hits_and_false(self, condition: int) -> _HitsAndFalse:
-        """What AP under one condition is computed from: per class the hits, and the false positives before each hit.
+        """What AP under one condition is computed from: AP depends on the precision at hits only.
 
-        First array [H]: the pair of each hit, by falling score. Second, sparse [H, pairs]: the number of false
-        positives of each pair between the previous hit and this one. AP depends on the precision at hits only.
+        Returns:
+            per class with H hits: the pair of each hit by falling score, [H], and a sparse array [H, pairs] with the
+            number of false positives that each pair has between the previous hit and this one.
         """
         if condition not in self._hits_and_false:
             found = self._hits_and_false[condition] = []
@@ -184,7 +187,7 @@ def exit_matches(
 @dataclass(frozen=True)
 class _Objects:
     """The G objects of a photo: boxes [G, 4] xywh, labels [G], crowd [G], and whether each is counted under each
-    condition [C, G], whose areas go from smallest [C, 1] to largest [C, 1]."""
+    condition [C, G]. A condition counts areas from smallest [C, 1] to largest [C, 1]."""
 
     boxes: np.ndarray
     labels: np.ndarray

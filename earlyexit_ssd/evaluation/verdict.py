@@ -111,10 +111,10 @@ def check_exit_accuracy(results: Results) -> Iterator[Finding]:
 
 
 def check_exits_below_full(results: Results) -> Iterator[Finding]:
-    """An early exit that is better than the full path hints at a mistake, such as a damaged full path.
+    """Name the early exits that are better than the full path: a hint at a mistake, such as a damaged full path.
 
-    ``AP50_below_full_interval`` is the paired interval of (AP50 of the full path - AP50 of the exit). It is a veto only
-    if this interval has no value above 0 (or is missing), and photos take several exits.
+    ``AP50_below_full_interval`` is the paired interval of (AP50 of the full path - AP50 of the exit). There is no veto
+    if this interval has a value above 0, or if the exit is to be shipped alone.
     """
     full = results.full
     for one in results.early:
@@ -154,6 +154,7 @@ def check_exit_use(results: Results) -> Iterator[Finding]:
 
 
 def _why_nobody_leaves(results: Results, fix: str) -> str:
+    """The finding if no photo leaves early; ``fix`` is the advice where no other is better."""
     closed = results.routed.thresholds and not _open_exits(results)
     if closed and results.certificate:
         return "the certificate opens no exit, every image takes the full path: allow a larger loss, or train the exits"

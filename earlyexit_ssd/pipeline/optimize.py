@@ -84,7 +84,7 @@ EXPORT_PHOTOS = 16
 GLANCE_PRICE = 0.15
 """Approximate cost of a glance as a share of the detector's time. Every photo pays it, so a larger share must leave."""
 HOPELESS = 2.0
-"""A net that loses more than this times the budget without exits is not tried with exits, which rarely help."""
+"""A net that loses more than this times the budget without exits is not tried with exits: they rarely lose less."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,9 @@ class Candidate(Record):
         image_size, fold, fine_tuned: the net, see `Variant`.
         exits, policy, thresholds: names of the exits in the order of computation, and their routing.
         AP50, lost: AP50, and AP50 lost against the base detector.
+        lost_bound: upper bound of ``lost`` with confidence 1 - delta.
         AP_lost_bound: as ``lost_bound``, for COCO's AP; None if the goal does not limit it or ``lost_bound`` is too
             large.
-        lost_bound: upper bound of ``lost`` with confidence 1 - delta.
         objects, objects_kept: objects that the base detector finds at EVAL.SCORE, and how many of them this one finds.
         mmacs: millions of multiply-accumulates, of rivals only.
         ms, speedup: mean milliseconds per photo, and speed relative to the base detector in the same run.
@@ -190,8 +190,8 @@ class Net:
 
     Attributes:
         calib: recording of the calib split.
-        train: recording of the photos that policies are fitted on, at the detector's own size. A glance sees the same
-            small copy of a photo there.
+        train: recording of the photos that policies are fitted on. It is made once, at the detector's own size. Nets of
+            all sizes use it: a glance gets nearly the same small copy of a photo at each of them.
     """
 
     variant: Variant
@@ -226,6 +226,7 @@ class Optimizer:
 
     Args:
         cfg: configuration; its MODEL, EXITS, DATA, CALIBRATION and EVAL sections are used.
+        goal: accuracy budget and wanted speed.
         weights: a trained model of this project, whose branches are tried too; None: MODEL.WEIGHTS.
         out: folder of results and recordings.
     """
@@ -303,15 +304,15 @@ class Optimizer:
         plan += [(one, exits) for one in (*smaller, *with_own_head) for exits in self._exit_sets(one)]
         if self.goal.train:
             learnt = self.sizes(fine_tuned=True)
-            between = range(learnt[0], learnt[-1] - 1, -FINE_STEP)  # it is good at sizes between those that it learns
+            between = range(learnt[0], learnt[-1] - 1, -FINE_STEP)  # the net is good at sizes between the trained ones
             plan += [(Variant(size, best, fine_tuned=True), ()) for size in sorted({*learnt, *between}, reverse=True)]
             tuned = [Variant(size, best, fine_tuned=True) for size in learnt]
             plan += [(one, exits) for one in tuned for exits in self._exit_sets(one)]
         return list(dict.fromkeys(plan))
 
     def _exit_sets(self, variant: Variant) -> list[tuple[str, ...]]:
-        """Sets of exit names that are tried with a net: glances, other exits, all of these behind a glance. (Behind a
-        finer glance a coarser one stayed closed in every search.)"""
+        """Sets of exit names that are tried with a net: each glance, each other exit, all other exits together, and all
+        of them behind each glance. Two glances are not tried together: one of them stayed closed in every search."""
         exits = [one for one in self.exits_of(variant) if self.shows_empty_photos or not one.empty]
         glances = [one.name for one in exits if one.pixels is not None]
         others = tuple(one.name for one in exits if one.pixels is None)
@@ -448,6 +449,7 @@ class Optimizer:
         base_ms: float,
         bound: float | None = None,
     ) -> Candidate:
+        """The candidate in which calib photo i takes exit ``choice[i]``; ``bound``: its ``lost_bound``, if known."""
         matches, base_choice = net.calib.matches_beside(self.reference)
         before, after = (ap_of_choice(matches, one, ap50_only=True).AP50 for one in (base_choice, choice))
         if bound is None:
@@ -556,7 +558,7 @@ class Outcome(Record):
 
     Attributes:
         base, candidates: the base detector and all candidates on the calib split, rivals included.
-        chosen: the chosen candidate; None if no faster one holds the budget or the wanted speed.
+        chosen: the chosen candidate, see `choose_candidate`; None if there is none.
         test, ship: figures on the test split; whether the chosen candidate is faster there, and its AP50 (without an
             interval) within the budget.
         summary: one paragraph of text.
@@ -582,7 +584,7 @@ def optimize(
     A stopped search resumes with the candidates that are already measured.
 
     Args:
-        cfg, weights: see `Optimizer`.
+        cfg, goal, weights: see `Optimizer`.
 
     Raises:
         EarlyExitError: unusable weights, data or settings.
@@ -619,8 +621,11 @@ def optimize(
 
 
 def _skipped(search: Optimizer, store: _Store, variant: Variant, exits: Sequence[str]) -> bool:
-    """Whether a net is not tried with these exits: it loses too much without them (`HOPELESS`), or they are empty, its
-    head is the detector's own, and the compact head holds the budget."""
+    """Whether a net is not tried with these exits.
+
+    Either it loses too much without them (`HOPELESS`). Or the exits are empty, the net has the detector's own head, and
+    some net with a compact head holds the budget: then these exits are tried with the compact head only.
+    """
     without = {(one.image_size, one.fold, one.fine_tuned): one for one in store.candidates if not one.exits}
     net = without.get((variant.size, variant.fold, variant.fine_tuned))
     if net is not None and net.lost is not None and net.lost > HOPELESS * search.goal.ap_drop:
@@ -637,10 +642,11 @@ def _warn_if_busy() -> None:
 
 
 def choose_candidate(candidates: Sequence[Candidate], goal: Goal) -> Candidate | None:
-    """The candidate to ship; None if there is none. ``candidates[0]`` is the base detector.
+    """The candidate to ship, among those that are faster than the base detector, which is ``candidates[0]``.
 
-    It is the fastest that holds the budget. If only others reach the wanted speed, it is the one of these that loses
-    least. If none reaches it, it is again the fastest that holds the budget.
+    1. The fastest that holds the budget, if it reaches the wanted speed or no candidate does.
+    2. Otherwise the candidate that loses least of those that reach the wanted speed.
+    3. None if neither exists.
     """
 
     def fast(one: Candidate) -> bool:
