@@ -30,6 +30,7 @@ from earlyexit_ssd.evaluation.cost import ONNX_RUNTIME, PlainPath, example_input
 from earlyexit_ssd.evaluation.matches import agreement, ap_of_choice, bootstrap_choices
 from earlyexit_ssd.evaluation.outputs import collect_detections
 from earlyexit_ssd.evaluation.results import Interval, Record, Results
+from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
 from earlyexit_ssd.files import locks_folder, write_image, write_json, write_text
 from earlyexit_ssd.modeling import COCO_CLASSES, Architecture, Exit, describe_exits, save_model
 from earlyexit_ssd.modeling.checkpoint import ModelInfo, weights_hash
@@ -276,10 +277,10 @@ class Optimizer:
         return list(self.cfg.EXITS.GLANCES) or [(round(px * own / 320 / 16) * 16, layer) for px, layer in GLANCES]
 
     def exits_of(self, variant: Variant) -> tuple[Exit, ...]:
-        """Glances smaller than the input, and with the detector's own head its other exits. Empty exits take the place
-        of these where there are none."""
+        """Glances smaller than the input, and with the detector's own head its other exits. A detector without
+        exits of its own gets empty exits."""
         others = self.own_exits if variant.fold == OWN_HEAD and not variant.fine_tuned else []
-        layers = () if others else [layer for layer in EMPTY_EXITS if layer < self.model.last_layer]
+        layers = () if self.own_exits else [layer for layer in EMPTY_EXITS if layer < self.model.last_layer]
         glances = [one for one in self.glances if one[0] < variant.size]
         return (*describe_exits(layers, empty=layers, glances=glances), *others)
 
@@ -551,6 +552,11 @@ class TestFigures(Record):
     def speedup(self) -> float | None:
         return self.ms_base / self.ms if self.ms and self.ms_base else None
 
+    @property
+    def base_detects(self) -> bool:
+        """Whether the base detector finds objects at all."""
+        return self.AP50_base is not None and self.AP50_base >= DETECTS_AP50
+
 
 @dataclass(frozen=True)
 class Outcome(Record):
@@ -721,7 +727,7 @@ def _write(search: Optimizer, base: Candidate, chosen: Candidate | None, candida
     cfg.freeze()
     results = evaluate_model(cfg, out / "model.pth", out / "test", compare=False)
     test = _test_figures(results)
-    ship = test.speedup is not None and test.ms < test.ms_base_interval[0]
+    ship = test.speedup is not None and test.ms < test.ms_base_interval[0] and test.base_detects
     ship = ship and test.AP50 is not None and test.AP50_base - test.AP50 <= search.goal.ap_drop
     ship = ship and (search.goal.coco_ap_drop is None or test.AP_base - test.AP <= search.goal.coco_ap_drop)
     return Outcome(base, chosen, tuple(candidates), test, ship, _summary(chosen, test, ship, search.goal))
@@ -766,6 +772,8 @@ def _summary(chosen: Candidate, test: TestFigures, ship: bool, goal: Goal) -> st
     )
     if ship:
         return f"ship it. {figures}."
+    if not test.base_detects:
+        return f"do not ship it: your detector itself does not detect (AP50 {test.AP50_base or 0:.3f}). {figures}."
     budget = f"{goal.ap_drop:g} AP50 lost" + (
         "" if goal.coco_ap_drop is None else f" and {goal.coco_ap_drop:g} AP lost"
     )

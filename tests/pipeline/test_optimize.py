@@ -7,8 +7,21 @@ from types import SimpleNamespace
 
 import pytest
 
+from earlyexit_ssd.config import load_config
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.pipeline.optimize import Candidate, Goal, Variant, _skipped, _warn_if_busy, choose_candidate
+from earlyexit_ssd.modeling import Architecture, describe_exits
+from earlyexit_ssd.pipeline import optimize
+from earlyexit_ssd.pipeline.optimize import (
+    OWN_HEAD,
+    Candidate,
+    Goal,
+    Optimizer,
+    Variant,
+    _skipped,
+    _summary,
+    _warn_if_busy,
+    choose_candidate,
+)
 
 
 def candidate(name, speedup, lost, holds, ms=None):
@@ -65,6 +78,22 @@ def test_exits_are_not_tried_where_they_cannot_help(measured, variant, empty, sk
     assert _skipped(search, store, variant, ("glance128",)) is skipped
 
 
+def test_a_detector_with_branches_has_them_at_all_sizes_and_no_empty_exits():
+    architecture = Architecture(("chair",), image_size=320, exits=describe_exits((8,)))
+    cfg = load_config(overrides=["EXITS.GLANCES", "[[128, 12]]"])
+    search = Optimizer.__new__(Optimizer)
+    search.architecture, search.cfg, search.model = architecture, cfg, SimpleNamespace(last_layer=16)
+
+    def names(variant):
+        return [(one.layer, one.pixels, one.empty) for one in search.exits_of(variant)]
+
+    glance, branch = (12, 128, True), (8, None, False)
+    assert names(Variant(320, OWN_HEAD)) == names(Variant(256, OWN_HEAD)) == [glance, branch]
+    assert names(Variant(256, "compact")) == names(Variant(256, OWN_HEAD, fine_tuned=True)) == [glance]
+    search.architecture = dataclasses.replace(architecture, exits=())
+    assert names(Variant(320, OWN_HEAD)) == names(Variant(256, "compact")) == [glance, (12, None, True)]
+
+
 @pytest.mark.parametrize(("load", "warned"), [(2.5, True), (1.5, False)])
 def test_a_busy_machine_is_said(monkeypatch, caplog, load, warned):
     monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
@@ -94,3 +123,12 @@ def test_candidates_in_words():
 def test_an_impossible_goal_is_one_line(values, message):
     with pytest.raises(EarlyExitError, match=message):
         Goal(**values)
+
+
+def test_a_detector_that_does_not_detect_is_not_shipped():
+    figures = optimize.TestFigures(
+        ["val"], 9, 0.0, 0.0, 0.01, 0.01, None, 0, 0, 5.0, 9.0, 5.0, 9.0, [8.0, 10.0], "eager", 1
+    )
+    assert not figures.base_detects
+    assert "your detector itself does not detect (AP50 0.010)" in _summary(FAST, figures, False, Goal())
+    assert dataclasses.replace(figures, AP50_base=0.2).base_detects
