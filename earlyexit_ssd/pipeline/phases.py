@@ -211,8 +211,8 @@ class SeveralSizes(nn.Module):
         self._copies, trained = [], architecture.trained_size or architecture.image_size
         for side in sides:
             copied = dataclasses.replace(architecture, image_size=side, trained_size=trained).build()
-            copied.load_state_dict(model.state_dict(keep_vars=True), assign=True)
             copied.router, copied.losses, copied.norm_frozen = model.router, model.losses, model.norm_frozen
+            copied.load_state_dict(model.state_dict(keep_vars=True), assign=True)
             self._copies.append(copied.train())
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
