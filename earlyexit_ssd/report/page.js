@@ -53,6 +53,27 @@ function plot(element, traces, x, y, legend) {
   Plotly.newPlot(element, traces, layout, {responsive: true, displayModeBar: false});
 }
 
+// For each text a place beside its point where it covers no point and no other text; without such a place it is left out.
+const PLACES = {"top right": [0, -1], "bottom right": [0, 0], "top left": [-1, -1], "bottom left": [-1, 0], "top center": [-0.5, -1],
+  "bottom center": [-0.5, 0], "middle right": [0, -0.5], "middle left": [-1, -0.5]};
+
+function placeTexts(element, texts, x, y, xs, ys) {
+  const pixels = (values, all, length) => values.map((value) => (value - Math.min(...all)) / (Math.max(...all) - Math.min(...all) || 1) * 0.9 * length);
+  const room = element.clientWidth - 80, left = pixels(x, xs, room), top = pixels(y, ys, element.clientHeight - 70).map((value) => -value);
+  const taken = x.map((_, i) => [left[i] - 5, top[i] - 5, left[i] + 5, top[i] + 5]);
+  return texts.map((text, i) => {
+    for (const [place, [across, down]] of Object.entries(text ? PLACES : {})) {
+      const width = 5.8 * text.length, x0 = left[i] + across * width + 7 * (1 + 2 * across), y0 = top[i] + down * 13 + 4 * (1 + 2 * down);
+      const box = [x0, y0, x0 + width, y0 + 13];
+      if (x0 >= -0.04 * room && box[2] <= 0.94 * room && taken.every((other, j) => j === i || other[0] > box[2] || other[2] < box[0] || other[1] > box[3] || other[3] < box[1])) {
+        taken.push(box);
+        return [text, place];
+      }
+    }
+    return ["", "top right"];
+  });
+}
+
 function pointsChart(element, page, quality) {
   const points = page.points.filter((one) => one[quality] !== null).sort((a, b) => a.ms - b.ms);
   const bars = (values, key) => ({type: "data", symmetric: false, thickness: 1, width: 2, color: "#cbd5e0",
@@ -62,11 +83,14 @@ function pointsChart(element, page, quality) {
   const symbols = {exit: "circle", routed: "diamond", chosen: "star", single_exit: "triangle-down", onnx: "triangle-up", rival: "triangle-up"};
   const crowded = points.length > 24 || points.some((one) => one.kind === "chosen");  // candidates have long names
   const named = (one) => !crowded || !["exit", "plain"].includes(one.kind) || one === page.points[0];
+  const ends = (values, key) => [...values, ...points.flatMap((one) => one[key] || [])];
+  const texts = points.map((one) => (named(one) ? one.name : ""));
+  const placed = placeTexts(element, texts, x, y, ends(x, "ms_interval"), ends(y, `${quality}_interval`));
   plot(element, [{
     x, y, mode: "markers+text", type: "scatter", error_x: bars(x, "ms_interval"), error_y: bars(y, `${quality}_interval`),
-    text: points.map((one) => (named(one) ? escaped(one.name) : "")), hovertext: points.map((one) => escaped(one.name)),
+    text: placed.map(([text]) => escaped(text)), hovertext: points.map((one) => escaped(one.name)),
     hovertemplate: `%{hovertext}<br>%{x:.1f} ms, ${quality} %{y:.3f}<extra></extra>`, cliponaxis: false,
-    textposition: points.map((_, i) => ["top right", "bottom right", "top left", "bottom left"][i % 4]), textfont: {size: 10},
+    textposition: placed.map(([_, place]) => place), textfont: {size: 10},
     marker: {size: points.map((one) => (["routed", "chosen"].includes(one.kind) ? 14 : 9)), color: points.map((one) => page.colors[one.kind]),
       symbol: points.map((one) => (symbols[one.kind] || "square") + (one.other_runtime ? "-open" : ""))},
   }], page.x_title, quality, false);
