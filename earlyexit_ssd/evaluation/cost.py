@@ -214,9 +214,12 @@ def mmacs_to_exit(model: nn.Module, router: Router | None = None) -> list[float]
     Only convolutions and linear layers count, not BatchNorm, activations, pooling and additions. One multiplication
     with its addition counts once. Branches of exits that ``router`` has closed do not count.
     """
-    example = example_input(model)
-    paths = [PathToExit(model, index, router) for index in range(len(model.exit_names))]
-    return [count_mmacs(AllOutputs(path), example) for path in paths]
+    return [mmacs_of_path(model, index, router) for index in range(len(model.exit_names))]
+
+
+def mmacs_of_path(model: nn.Module, exit_index: int, router: Router | None = None) -> float:
+    """Millions of multiply-accumulates of one image to one exit, see `mmacs_to_exit`."""
+    return count_mmacs(AllOutputs(PathToExit(model, exit_index, router)), example_input(model))
 
 
 def count_mmacs(module: nn.Module, example: Tensor) -> float:

@@ -18,7 +18,7 @@ from earlyexit_ssd.calibration.temperature import FittedTemperature
 from earlyexit_ssd.config import CLOSED, PHASE_SECTIONS
 from earlyexit_ssd.data import DetectionDataset
 from earlyexit_ssd.engine import read_log
-from earlyexit_ssd.evaluation.cost import mmacs_to_exit
+from earlyexit_ssd.evaluation.cost import mmacs_of_path
 from earlyexit_ssd.evaluation.evaluate import Evaluation
 from earlyexit_ssd.evaluation.matches import ExitMatches
 from earlyexit_ssd.evaluation.outputs import Collected
@@ -138,12 +138,16 @@ def read_training(folder: Path, bounds: Sequence[float]) -> tuple[Section | None
 def _open_costs(model: EarlyExitSSDLite, router: ExitRouter, results: Results) -> list[OpenCosts]:
     """MMACs of every set of open exits; milliseconds of the evaluated set, the only one that was timed."""
     own = tuple(value < CLOSED for value in router.thresholds.tolist())
+    known = {own[:index]: one.mmacs for index, one in enumerate(results.exits)}  # of the exit behind these early ones
     found = [OpenCosts(own, [one.mmacs for one in results.exits], [one.ms for one in results.exits])]
     others = [one for one in itertools.product((True, False), repeat=len(own)) if one != own]
     for opened in others if len(others) < MOST_OPEN_SETS else ():
         thresholds = [0.0 if one else CLOSED for one in opened]
         other = ExitRouter(**{**router.to_dict(), "thresholds": thresholds}).to(router.thresholds.device)
-        found.append(OpenCosts(opened, mmacs_to_exit(model, other)))
+        for index in range(len(own) + 1):
+            if opened[:index] not in known:
+                known[opened[:index]] = mmacs_of_path(model, index, other)
+        found.append(OpenCosts(opened, [known[opened[:index]] for index in range(len(own) + 1)]))
     return found
 
 

@@ -126,6 +126,8 @@ PLACES = [
     )
 ]
 """Offsets in points and alignments, the most wanted first."""
+SHIFTS = {"left": 0.0, "bottom": 0.0, "center": 0.5, "right": 1.0, "top": 1.0}
+"""Alignment -> how far a text moves left or down, in its own width or height."""
 
 
 def place_labels(
@@ -142,11 +144,12 @@ def place_labels(
         label = axes.annotate(text, point, textcoords="offset points", xytext=(0, 0), color=color, fontsize=9)
         make_drawable(label)
         label.set_in_layout(False)
-        extents = []
-        for x, y, horizontal, vertical in PLACES:
-            label.xyann = (x, y)
-            label.set(ha=horizontal, va=vertical)
-            extents.append(label.get_window_extent())
+        label.set(ha="left", va="bottom")
+        own, scale = label.get_window_extent(), axes.figure.dpi / 72
+        extents = [
+            own.translated(x * scale - SHIFTS[horizontal] * own.width, y * scale - SHIFTS[vertical] * own.height)
+            for x, y, horizontal, vertical in PLACES
+        ]
         costs = [_area(box) - _area(Bbox.intersection(box, frame)) for box in extents]  # what the frame cuts off
         costs = [
             round(cost + sum(_area(Bbox.intersection(box, other)) for other in taken), 3)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import functools
 import gzip
 import html
 import json
@@ -143,13 +144,18 @@ def write_page(path: Path, page: Page) -> None:
         "TITLE": html.escape(page.title),
         "VERDICT": html.escape(page.verdict),
         "STYLE": style,
-        "PLOTLY": _packed(plotly.offline.get_plotlyjs()),
+        "PLOTLY": _packed_plotly(),
         "DATA": _packed(json.dumps(_page_json(page), allow_nan=False, separators=(",", ":"))),
         "SCRIPT": script,
     }
     for name, text in parts.items():  # the data come late: nothing in them is taken for a name
         template = template.replace(f"<!--{name}-->", text)
     write_text(path, template)
+
+
+@functools.cache
+def _packed_plotly() -> str:
+    return _packed(plotly.offline.get_plotlyjs())
 
 
 def _packed(text: str) -> str:
