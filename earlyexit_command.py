@@ -467,10 +467,10 @@ def _contestant(word: str) -> object:
     if not kind and is_exported(path):
         return ExportedFile(path)
     try:
-        from earlyexit_ssd.pipeline.benchmark import Rival, TorchModel
+        from earlyexit_ssd.pipeline.predictor import Rival, TorchModel
     except ImportError as error:
         raise EarlyExitError(f"{word} needs PyTorch ({error}); name files that earlyexit export wrote") from None
-    return Rival(kind, path) if kind not in ("", "compile") else TorchModel(path, compiled=bool(kind))
+    return Rival(path, kind) if kind not in ("", "compile") else TorchModel(path, compiled=bool(kind))
 
 
 def doctor_arguments(parser: argparse.ArgumentParser) -> None:

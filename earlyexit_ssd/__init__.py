@@ -35,22 +35,13 @@ __all__ = [
     "load_certificate",
 ]
 
-_PARTS = {
-    "calibration": ("Certificate", "DriftMonitor", "load_certificate"),
-    "modeling": (
-        "EarlyExitSSDLite",
-        "EarlyExitSSDLite_Weights",
-        "earlyexit_ssdlite320_mobilenet_v3_large",
-        "fuse_for_inference",
-    ),
-    "routing": ("ExitRouter",),
-}
+_CALIBRATION = ("Certificate", "DriftMonitor", "load_certificate")
 
 
 def __getattr__(name: str) -> object:
-    part = next((part for part, names in _PARTS.items() if name in names), None)
-    if part is None:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    part = "calibration" if name in _CALIBRATION else "routing" if name == "ExitRouter" else "modeling"
     return getattr(importlib.import_module(f"{__name__}.{part}"), name)
 
 

@@ -15,8 +15,7 @@ from typing import Annotated, Any, NamedTuple, TypedDict
 
 import numpy as np
 
-from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.keywords import suggest_keywords
+from earlyexit_ssd.errors import EarlyExitError, suggest_keywords
 from earlyexit_ssd.plain import build, check_fields
 
 logger = logging.getLogger(__name__)
@@ -315,11 +314,8 @@ class DriftRecord:
 
     @classmethod
     def of(cls, certificate: Any, exit_names: Sequence[str]) -> DriftRecord:
-        """With the reference and the block of a certificate, given as its JSON; 1 where it has no block.
-
-        Raises:
-            EarlyExitError: no certificate, or one for other exits than ``exit_names``.
-        """
+        """With the reference and the block of a certificate, given as its JSON; 1 where it has no block. An
+        EarlyExitError for what is no certificate, or one for other exits than ``exit_names``."""
         read = build(_Certificate, certificate, "certificate")
         calibrated, own = (", ".join(names[:-1]) for names in (read["drift"].exit_names, exit_names))
         if calibrated != own:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
+import inspect
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 LONGEST = 299  # characters of a message
 _START = 170  # of these for its start, the file and the record, where it is too long; its end, the fix, stays too
@@ -89,3 +91,26 @@ def import_package(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise EarlyExitError(f"the package {name} is missing ({error}): pip install {name}") from None
+
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def suggest_keywords(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate ``function`` so that a misspelt keyword raises ``TypeError`` with the name that was probably meant."""
+    names = [name for name in inspect.signature(function).parameters if name != "self"]
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        require_known(function, kwargs, names)
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def require_known(function: Callable, given: Iterable[str], names: list[str]) -> None:
+    """A TypeError with the nearest name if the keywords ``given`` to ``function`` are not some of ``names``."""
+    for name in given:
+        if name not in names:
+            hint = nearest(name, names) or f"; it takes {', '.join(names)}"
+            raise TypeError(f"{function.__qualname__} got an unknown keyword argument '{name}'{hint}")

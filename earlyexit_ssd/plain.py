@@ -58,10 +58,7 @@ def _children(value: Any) -> Iterable[Any]:
 
 def read_json(path: str | os.PathLike[str], what: str, fix: str, error: type[EarlyExitError] = EarlyExitError) -> Any:
     """The content of a JSON file; no key twice, no NaN. ``what`` the file is to be, and the ``fix``, are for messages.
-
-    Raises:
-        EarlyExitError: no such regular file, or not JSON; of the class ``error``.
-    """
+    An EarlyExitError (of the class ``error``) if there is no such regular file, or it is not JSON."""
     return _read(path, what, fix, error, _parse_json, "JSON")
 
 
@@ -158,11 +155,8 @@ def parse_yaml(text: str) -> Any:
 
 
 def build(kind: type[T], values: Any, name: str = "") -> T:
-    """A dataclass, or a dict as a ``TypedDict`` says, of the values that a file has under their names.
-
-    Raises:
-        EarlyExitError: a key is unknown or missing, or a value is not what its type says.
-    """
+    """A dataclass, or a dict as a ``TypedDict`` says, of the values that a file has under their names. An
+    EarlyExitError if a key is unknown or missing, or a value is not what its type says."""
     if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
         expected = "keys that are text" if isinstance(values, Mapping) else "keys and values"
         raise _unexpected(name or kind.__name__, values, expected)

@@ -13,7 +13,7 @@ ORDER = [
     "pipeline",
 ]
 """deploy comes first, since it runs without all others; pipeline writes what it runs."""
-COMMON = {"bounds", "command_line", "drawing", "drift", "errors", "files", "images", "keywords", "plain", "progress"}
+COMMON = {"bounds", "command_line", "drift", "errors", "files", "images", "plain", "progress"}
 
 
 def imported_parts(path: Path) -> set[str]:

@@ -14,10 +14,8 @@ from earlyexit_ssd.bounds import BOUNDS, fixed_sequence_test, photos_needed, upp
 from earlyexit_ssd.calibration.thresholds import CurvePoint, Grid, choose, pareto_path, threshold_grid
 from earlyexit_ssd.config import CLOSED
 
-LONGEST_PATH = 80
-"""Largest number of steps on a path: more steps take time, fewer leave larger gaps between thresholds."""
-CURVE_STEPS = 12
-"""Steps of a path that a report shows; the bound of each takes a tenth of a second."""
+LONGEST_PATH = 80  # largest number of steps on a path: more steps take time, fewer leave larger gaps between thresholds
+CURVE_STEPS = 12  # steps of a path that a report shows; the bound of each takes a tenth of a second
 
 
 @dataclass(frozen=True)
@@ -129,11 +127,7 @@ def risk_curve(
 
 
 def _losses_on(
-    path: np.ndarray,
-    confidences: Sequence[np.ndarray],
-    losses: np.ndarray,
-    seed: int | None,
-    blocks: np.ndarray | None,
+    path: np.ndarray, confidences: Sequence[np.ndarray], losses: np.ndarray, seed: int | None, blocks: np.ndarray | None
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Per step of ``path`` the exit of every photo and the mean loss of every block, in the order of the test."""
     photos = np.arange(len(losses))

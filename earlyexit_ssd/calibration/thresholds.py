@@ -1,4 +1,4 @@
-"""Search for the thresholds of all exits together, over a grid of candidates or by gradient descent.
+"""Thresholds of all exits together, over a grid of candidates or by gradient descent, and temperatures by likelihood.
 
 An exit is *closed* if its threshold is `CLOSED`, which no confidence reaches. The branch of a closed exit is not
 computed, so all deeper exits cost less. In all functions ``confidences`` are one array [n] per early exit, ``losses``
@@ -8,21 +8,22 @@ computed, so all deeper exits cost less. In all functions ``confidences`` are on
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.progress import progress
+from earlyexit_ssd.routing.policies import FastSoftmax
 
-LARGEST_GRID = 20_000
-"""Largest number of combinations of thresholds; the more exits, the fewer candidates per exit."""
-MOST_EXITS = 5
-"""Largest number of early exits; with more of them the grid would be too coarse."""
+LARGEST_GRID = 20_000  # largest number of combinations of thresholds; the more exits, the fewer candidates per exit
+MOST_EXITS = 5  # largest number of early exits; with more of them the grid would be too coarse
 
 
 @dataclass(frozen=True)
@@ -172,10 +173,9 @@ def learned_grid(
     full_cost = float(costs_with(all_closed)[-1])
     least = min(float(costs_with(start)[usable[0]]) for start, usable in open_sets(len(confidences)))
     budgets = {*np.linspace(least, full_cost, BUDGETS).tolist(), *(one for one in more_budgets if one >= least)}
-    found = [all_closed]
-    for budget in progress(sorted(budgets, reverse=True), desc="learn thresholds"):
-        found.append(learn_open_exits(confidences, losses, costs_with, budget).tolist())
-    thresholds = np.unique(np.array(found, dtype=np.float32), axis=0)
+    falling = progress(sorted(budgets, reverse=True), desc="learn thresholds")
+    found = [learn_open_exits(confidences, losses, costs_with, budget).tolist() for budget in falling]
+    thresholds = np.unique(np.array([all_closed, *found], dtype=np.float32), axis=0)
     return Grid(thresholds, np.stack([choose(confidences, row) for row in thresholds]))
 
 
@@ -231,3 +231,78 @@ def _unrank(values: np.ndarray, rank: float) -> float:
     cannot decide at this exit) are left out."""
     leaving = values[(_ranks(values).numpy() >= np.float32(rank)) & (values >= 0)]
     return float(leaving.min()) if len(leaving) else CLOSED
+
+
+BINS = 10
+LEAST_PROBABILITY = 0.05
+AT_BOUND = 0.01  # a fitted temperature this near to a bound (as a share of it) has been stopped by it
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Confidence, accuracy and number of default boxes, in `BINS` bins of equal width of the probability of the most
+    probable object class. ``expected_error`` is the sum over them of count / total * |accuracy - confidence| (Guo et
+    al. 2017, equation 3)."""
+
+    confidence: tuple[float, ...]
+    accuracy: tuple[float, ...]
+    count: tuple[int, ...]
+    expected_error: float
+
+
+@dataclass(frozen=True)
+class FittedTemperature:
+    """One exit's temperature, and its reliability on the photos it was fitted on: at 1 and at that temperature."""
+
+    exit_name: str
+    temperature: float
+    before: Reliability
+    after: Reliability
+
+
+@torch.no_grad()
+def contested_boxes(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Logits [M, C] and labels [M] of the default boxes on an object, or with an object probability of
+    `LEAST_PROBABILITY` at least, of batches of raw logits [N, A, C] with labels [N, A], 0 for background.
+
+    The others, 98 % of them, are sure background; counted in, they would decide the temperature alone.
+    """
+    logits, labels = [], []
+    for batch, truth in batches:
+        keep = (truth > 0) | (FastSoftmax(batch).largest >= LEAST_PROBABILITY)
+        logits.append(batch[keep])
+        labels.append(truth[keep].long())
+    return torch.cat(logits), torch.cat(labels)
+
+
+@torch.no_grad()
+def fit_temperature(logits: Tensor, labels: Tensor, bounds: tuple[float, float]) -> float:
+    """The temperature T in ``bounds`` at which softmax(logits / T), [M, C], gives the labels [M] the largest likelihood
+    (Guo et al. 2017, section 4.2)."""
+    if not len(logits):
+        return 1.0
+    found = minimize_scalar(
+        lambda temperature: F.cross_entropy(logits / temperature, labels).item(), bounds=bounds, method="bounded",
+        options={"xatol": 1e-3},
+    )  # fmt: skip
+    return float(found.x)
+
+
+def stopped_by(temperature: float, bounds: tuple[float, float]) -> float | None:
+    """The bound that a fitted temperature lies at, if any."""
+    return next((bound for bound in bounds if abs(temperature - bound) <= AT_BOUND * bound), None)
+
+
+@torch.no_grad()
+def reliability(logits: Tensor, labels: Tensor, temperature: float) -> Reliability:
+    """Of softmax(logits / temperature), [M, C], against the labels [M]."""
+    probability, label = (logits / temperature).softmax(-1)[..., 1:].max(-1)
+    right = (label + 1 == labels).double()
+    place = (probability * BINS).long().clamp(max=BINS - 1)
+    count, confidence, accuracy = (
+        torch.bincount(place, weights=values, minlength=BINS)
+        for values in (torch.ones_like(right), probability.double(), right)
+    )
+    confidence, accuracy = confidence / count.clamp(min=1), accuracy / count.clamp(min=1)
+    error = (count * (accuracy - confidence).abs()).sum() / count.sum().clamp(min=1)
+    return Reliability(tuple(confidence.tolist()), tuple(accuracy.tolist()), tuple(count.long().tolist()), error.item())

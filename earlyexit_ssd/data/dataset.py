@@ -94,7 +94,6 @@ class DetectionDataset(torch.utils.data.Dataset):
         self.epoch = epoch
 
     def path_of(self, image_id: int) -> Path:
-        """Path of a photo's file."""
         return self._paths[image_id]
 
     def repeated(self, counts: Sequence[int]) -> DetectionDataset:
@@ -370,10 +369,7 @@ Labels = Literal["required", "annotated", "replaced", "optional"]
 
 
 def load_dataset(
-    cfg: CfgNode,
-    names: str | Sequence[str],
-    train: bool = False,
-    labels: Labels | None = None,
+    cfg: CfgNode, names: str | Sequence[str], train: bool = False, labels: Labels | None = None
 ) -> DetectionDataset:
     """Read, check and join data sets, and keep the wanted classes.
 

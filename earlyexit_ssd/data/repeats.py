@@ -95,7 +95,12 @@ def distinct(dataset: DetectionDataset, near: bool = True) -> tuple[DetectionDat
     _, first = np.unique(digests, return_index=True)
     kept = sorted(first.tolist())
     equal = len(digests) - len(kept)
-    alone = _unlike([dataset.records[index].path for index in kept]) if near else range(len(kept))
+    alone: Sequence[int] = range(len(kept))
+    if near:
+        looks, alone = Looks.of([dataset.records[index].path for index in kept]), []
+        for index in range(len(kept)):
+            if not looks.has(looks.bits[index], looks.grey[index], alone):
+                alone.append(index)
     left_out = sorted(set(range(len(kept))) - set(alone))
     found = Repeats(equal, len(left_out), tuple(digests[kept[index]] for index in left_out))
     if found.near:
@@ -104,15 +109,6 @@ def distinct(dataset: DetectionDataset, near: bool = True) -> tuple[DetectionDat
     if equal:
         logger.warning("%d of %d photos are copies of another one and count once", equal, len(digests))
     return dataset.subset([dataset.records[kept[index]] for index in alone]), found
-
-
-def _unlike(paths: Sequence[Path]) -> list[int]:
-    """Indices of the photos that look like none before them."""
-    looks, alone = Looks.of(paths), list[int]()
-    for index in range(len(paths)):
-        if not looks.has(looks.bits[index], looks.grey[index], alone):
-            alone.append(index)
-    return alone
 
 
 @dataclass(frozen=True)
@@ -124,11 +120,7 @@ class Looks:
 
     @classmethod
     def of(cls, paths: Sequence[Path]) -> Looks:
-        """Of these files.
-
-        Raises:
-            DataError: a photo cannot be read.
-        """
+        """Of these files; a DataError if one cannot be read."""
         found = [look_of(path) for path in progress(paths, desc="compare photos")]
         bits, grey = zip(*found, strict=True) if found else ([], [])
         return cls(np.array(bits, np.uint8).reshape(-1, 8), np.array(grey, np.int16).reshape(-1, _GRID, _GRID))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -25,49 +25,42 @@ from earlyexit_ssd.progress import progress
 
 PACKAGES = ("earlyexit_ssd", "numpy", "onnxruntime", "openvino", "torch", "torchvision")
 MIXED, EASY, HARD = "as they come", "all easy", "all hard"
-DRAWS = 2000
-"""Of the bootstrap."""
-FEWEST = 6
-"""Calls of which an interval says something."""
+DRAWS = 2000  # of the bootstrap
+FEWEST = 6  # calls of which an interval says something
 WARM_UP_CALLS = 2
 
 Detect = Callable[[list[np.ndarray]], "list[int | None]"]
 """Photos uint8 [H, W, 3] RGB to the early exit that each has left at; None: everything was computed."""
 
 
-class Contestant(Protocol):
-    """A detector that can be opened in a process of its own.
-
-    Attributes:
-        name: for tables; runtime: ONNX Runtime, OpenVINO, ... What is timed first in a runtime is what the others there
-            are held against.
-    """
-
-    name: str
-    runtime: str
-
-    def open(self, threads: int, score: float) -> Detect:
-        """Load it, for ``threads`` threads and detections from ``score`` on."""
-
-
 @dataclass(frozen=True)
-class ExportedFile:
-    """What ``earlyexit export`` has written: .xml runs in OpenVINO, all else in ONNX Runtime."""
+class Contestant:
+    """A detector in a file, opened in a process of its own; base class.
+
+    ``runtime`` is ONNX Runtime, OpenVINO, ... What is timed first in a runtime is what the others there are held
+    against.
+    """
 
     path: str
 
     @property
     def name(self) -> str:
-        """The file's."""
         return Path(self.path).name
+
+    def open(self, threads: int, score: float) -> Detect:
+        """Load it, for ``threads`` threads and detections from ``score`` on."""
+        raise NotImplementedError  # abstract: each kind of file is loaded in its own way
+
+
+@dataclass(frozen=True)
+class ExportedFile(Contestant):
+    """What ``earlyexit export`` has written: .xml runs in OpenVINO, all else in ONNX Runtime."""
 
     @property
     def runtime(self) -> str:
-        """By the file's ending."""
         return "OpenVINO" if self.path.lower().endswith(".xml") else "ONNX Runtime"
 
     def open(self, threads: int, score: float) -> Detect:
-        """See `Contestant`."""
         predictor = Predictor(self.path, self.runtime.lower().replace(" ", ""), threads, score)
         predictor.warm_up()
         full = len(predictor.exit_names) - 1
@@ -87,7 +80,6 @@ class Times:
 
     @classmethod
     def of(cls, values: np.ndarray) -> Times:
-        """Of any number of measurements."""
         return cls(float(values.mean()), *map(float, np.quantile(values, (0.5, 0.9, 0.99))))
 
 

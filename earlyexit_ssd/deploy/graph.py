@@ -16,8 +16,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-OPSET, IR_VERSION = 17, 8
-"""Supported since ONNX 1.12 and ONNX Runtime 1.12."""
+OPSET, IR_VERSION = 17, 8  # supported since ONNX 1.12 and ONNX Runtime 1.12
 
 STATE = ("x", "finest", "context")
 """Tensors passed from segment to segment: outputs of these names, and inputs with the suffix ``_in``."""
@@ -43,57 +42,37 @@ LOG_LIMIT = math.log(1000.0 / 16)
 class Segment:
     """The network between the previous exit and this one.
 
-    Attributes:
-        index, name: index of the exit among all exits of the model, and its name.
-        empty: whether photos that leave there have no detections.
-        model: graph with its inputs and outputs of `STATE`, the outputs `HEAD` if they are needed, and the router's
-            `CONFIDENCE` [1] if there is a router.
-        full: whether it ends the full path.
+    ``model`` is a graph with its inputs and outputs of `STATE`, the outputs `HEAD` if they are needed, and the router's
+    `CONFIDENCE` [1] if there is a router.
     """
 
-    index: int
-    name: str
-    empty: bool
+    index: int  # of the exit among all exits of the model
+    name: str  # of the exit
+    empty: bool  # whether photos that leave there have no detections
     model: onnx.ModelProto
-    full: bool = False
+    full: bool = False  # whether it ends the full path
 
 
 @dataclass(frozen=True)
 class Contract:
-    """Settings of pre- and post-processing, and the thresholds.
+    """Settings of pre- and post-processing, and the thresholds."""
 
-    Attributes:
-        size: (height, width) of the network's input, pixels.
-        mean, std: normalisation per channel, for pixels in [0, 1].
-        anchors: default boxes float32 [A, 4] xyxy in the input's pixels.
-        box_weights: weights of torchvision's ``BoxCoder``.
-        thresholds: float32, one per early exit of the model.
-        score_thresh: float32, one per class; a detection's score is above it.
-        nms_thresh: IoU above which NMS drops the box of lower score.
-        topk_candidates: number of boxes per class that enter NMS, by score.
-        detections_per_img: largest number of detections per photo.
-        large: number of pixels, see `LARGE`; 0: always gather.
-    """
-
-    size: tuple[int, int]
-    mean: Sequence[float]
-    std: Sequence[float]
-    anchors: np.ndarray
-    box_weights: Sequence[float]
-    thresholds: np.ndarray
-    score_thresh: np.ndarray
-    nms_thresh: float
-    topk_candidates: int
-    detections_per_img: int
-    large: int = LARGE
+    size: tuple[int, int]  # (height, width) of the network's input, pixels
+    mean: Sequence[float]  # of each channel, for pixels in [0, 1]
+    std: Sequence[float]  # of each channel, for pixels in [0, 1]
+    anchors: np.ndarray  # default boxes float32 [A, 4] xyxy in the input's pixels
+    box_weights: Sequence[float]  # weights of torchvision's ``BoxCoder``
+    thresholds: np.ndarray  # float32, one per early exit of the model
+    score_thresh: np.ndarray  # float32, one per class; a detection's score is above it
+    nms_thresh: float  # IoU above which NMS drops the box of lower score
+    topk_candidates: int  # number of boxes per class that enter NMS, by score
+    detections_per_img: int  # largest number of detections per photo
+    large: int = LARGE  # number of pixels, see `LARGE`; 0: always gather
 
 
 class Scope:
-    """Nodes and constants of a graph or of a branch of an ``If``, which can use the names of outer scopes.
-
-    Args:
-        numbers: counter for unique names, shared with the outer scopes.
-    """
+    """Nodes and constants of a graph or of a branch of an ``If``, which can use the names of outer scopes; ``numbers``
+    makes names unique, and is shared with the outer scopes."""
 
     def __init__(self, numbers: itertools.count) -> None:
         self.numbers = numbers
@@ -141,33 +120,22 @@ class Scope:
         self.constants += graph.initializer
         return {one.name: here.get(prefix + one.name, prefix + one.name) for one in model.graph.output}
 
-    def either(self, condition: str, then: Answer, otherwise: Answer) -> list[str]:
-        """Add an ``If`` with two branches whose outputs have the same types; returns its outputs' names."""
-        graphs = {
-            "then_branch": then.scope.graph("then", then.outputs),
-            "else_branch": otherwise.scope.graph("otherwise", otherwise.outputs),
-        }
-        return self.many(len(then.outputs), "If", condition, **graphs)
+    def either(self, condition: str, kinds: Sequence[tuple[int, list]], then: Branch, otherwise: Branch) -> list[str]:
+        """Add an ``If`` with two branches whose outputs are of these types and shapes; returns its outputs' names."""
+        graphs = {}
+        for side, name, (scope, outputs) in (("then_branch", "then", then), ("else_branch", "otherwise", otherwise)):
+            graphs[side] = scope.graph(name, [(one, *kind) for one, kind in zip(outputs, kinds, strict=True)])
+        return self.many(len(kinds), "If", condition, **graphs)
 
     def graph(self, name: str, outputs: Sequence[Value], inputs: Sequence[Any] = ()) -> onnx.GraphProto:
         """The scope as a graph. Each output is the output of a node ``Identity`` of its own, added last, so that it can
         be renamed and no two outputs are the same value."""
-        values = []
-        for where, kind, shape in outputs:
-            values.append(helper.make_tensor_value_info(self("Identity", where), kind, shape))
+        values = [helper.make_tensor_value_info(self("Identity", where), kind, shape) for where, kind, shape in outputs]
         return helper.make_graph(self.nodes, name, inputs, values, self.constants)
 
 
-Value = tuple[str, int, list]
-"""Name, type and shape of an output."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The scope of a branch and its outputs."""
-
-    scope: Scope
-    outputs: list[Value]
+Value = tuple[str, int, list]  # name, type and shape of an output
+Branch = tuple[Scope, Sequence[str]]  # the scope of a branch and the names of its outputs
 
 
 def build_graph(segments: Sequence[Segment], contract: Contract, metadata: Mapping[str, str]) -> onnx.ModelProto:
@@ -307,9 +275,9 @@ def _answer(
     segment, *deeper = segments
     found = scope.inline(segment.model, state)
     if not segment.empty:
-        return _with_detections(scope, _head(scope, segments, found, contract), size, contract)
+        logits, offsets, *left = _head(scope, segments, found, contract)
+        return [*detections(scope, logits, offsets, size, contract), *left]
     leaves, stay, go_on = _leaves(scope, segment, found), scope.inside(), scope.inside()
-    kinds = list(OUTPUTS.values())
     nothing = [
         stay.zeros([0, 4], TensorProto.FLOAT),
         stay.zeros([0], TensorProto.INT64),
@@ -318,11 +286,7 @@ def _answer(
         stay("Squeeze", found[CONFIDENCE]),
     ]
     rest = _answer(go_on, deeper, _state(found), size, contract)
-    branches = [
-        Answer(one, [(name, *kind) for name, kind in zip(names, kinds, strict=True)])
-        for one, names in ((stay, nothing), (go_on, rest))
-    ]
-    return scope.either(leaves, *branches)
+    return scope.either(leaves, list(OUTPUTS.values()), (stay, nothing), (go_on, rest))
 
 
 def _head(scope: Scope, segments: Sequence[Segment], found: Mapping[str, str], contract: Contract) -> list[str]:
@@ -340,15 +304,7 @@ def _head(scope: Scope, segments: Sequence[Segment], found: Mapping[str, str], c
         (TensorProto.FLOAT, [1, anchors, 4]),
         *list(OUTPUTS.values())[3:],
     ]
-    branches = [
-        Answer(one, [(name, *kind) for name, kind in zip(names, kinds, strict=True)])
-        for one, names in ((stay, here), (go_on, behind))
-    ]
-    return scope.either(leaves, *branches)
-
-
-def _with_detections(scope: Scope, head: Sequence[str], size: str, contract: Contract) -> list[str]:
-    return [*detections(scope, head[0], head[1], size, contract), head[2], head[3]]
+    return scope.either(leaves, kinds, (stay, here), (go_on, behind))
 
 
 def _leaves(scope: Scope, segment: Segment, found: Mapping[str, str]) -> str:
@@ -369,9 +325,8 @@ def normalised(scope: Scope, image: str, size: str, contract: Contract) -> str:
         return _fetched(scope, image, size, contract)
     large, small = scope.inside(), scope.inside()
     is_large = scope("Greater", scope("ReduceProd", size, keepdims=0), scope.constant(contract.large, np.int64))
-    pairs = ((large, _fetched(large, image, size, contract)), (small, _resized(small, image, contract)))
-    shape = [1, 3, *contract.size]
-    return scope.either(is_large, *(Answer(one, [(name, TensorProto.FLOAT, shape)]) for one, name in pairs))[0]
+    branches = (large, [_fetched(large, image, size, contract)]), (small, [_resized(small, image, contract)])
+    return scope.either(is_large, [(TensorProto.FLOAT, [1, 3, *contract.size])], *branches)[0]
 
 
 def _normalise(scope: Scope, pixels: str, contract: Contract, arrange: Callable[[np.ndarray], np.ndarray]) -> str:
@@ -478,11 +433,9 @@ def _surest(scope: Scope, scores: str, candidates: str, contract: Contract) -> s
     values, _ = cut.many(2, "TopK", scores, most, axis=1)
     least = cut("ReduceMin", values, axes=[1], keepdims=1)
     kept = cut("Where", cut("GreaterOrEqual", scores, least), scores, cut.constant(0.0))
-    shape = [len(contract.score_thresh), "candidates"]
-    branches = [
-        Answer(one, [(name, TensorProto.FLOAT, shape)]) for one, name in ((cut, kept), (same, same("Identity", scores)))
-    ]
-    return scope.either(scope("Squeeze", too_many), *branches)[0]
+    kinds = [(TensorProto.FLOAT, [len(contract.score_thresh), "candidates"])]
+    branches = (cut, [kept]), (same, [same("Identity", scores)])
+    return scope.either(scope("Squeeze", too_many), kinds, *branches)[0]
 
 
 def _decoded(scope: Scope, offsets: str, candidates: str, contract: Contract) -> str:

@@ -20,16 +20,15 @@ from PIL import Image
 from earlyexit_ssd.deploy.predictor import Detections, Predictor
 from earlyexit_ssd.deploy.sources import Frame, Source, opencv, read_frames
 from earlyexit_ssd.deploy.stream import CLOSE, REPEATED, StreamRule, TemporalExit
-from earlyexit_ssd.drawing import SMALLEST_TEXT, color_of, draw_boxes
 from earlyexit_ssd.errors import CannotWrite, DataError, EarlyExitError, nearest
 from earlyexit_ssd.files import atomic_path, make_folder, write_image
+from earlyexit_ssd.images import SMALLEST_TEXT, color_of, draw_boxes
 from earlyexit_ssd.progress import progress
 
 SAVES = ("pictures", "json", "csv", "counts")
 """Kinds of output: annotated photos (PNG) and videos (MP4), COCO results, a row per detection, a row per frame."""
 EXPORTED = (".onnx", ".xml")
-LIVE_FPS = 10.0
-"""Frames per second of the annotated video of a camera that does not report its own."""
+LIVE_FPS = 10.0  # frames per second of the annotated video of a camera that does not report its own
 
 Draw = Callable[[np.ndarray, Detections, float], Image.Image]
 """Function from a photo uint8 [H, W, 3], its detections and the lowest score to the annotated picture."""
@@ -65,19 +64,6 @@ def _sure(found: Detections) -> str:
     return f"{sure}, {found.ms:.0f} ms" if found.ms >= 1 else f"{sure}, {found.ms:.1f} ms"
 
 
-def check_saves(names: Iterable[str]) -> tuple[str, ...]:
-    """Check names of `SAVES` and drop ``none``.
-
-    Raises:
-        EarlyExitError: an unknown name.
-    """
-    names = tuple(name for name in map(str.strip, names) if name != "none")
-    for name in names:
-        if name not in SAVES:
-            raise EarlyExitError(f"--save {name!r}: expected some of {', '.join(SAVES)}, or none{nearest(name, SAVES)}")
-    return names
-
-
 def predict(
     detector: Any,
     sources: Sequence[Source],
@@ -98,7 +84,7 @@ def predict(
 
     Args:
         detector: a `Predictor`, or a function with its call and its ``classes``.
-        save: names of `SAVES`.
+        save: names of `SAVES`; ``none`` is left out.
         score: lowest score of a detection, in [0, 1].
         stride, most_frames: use every ``stride``-th frame of a video or stream, and at most ``most_frames`` of each.
         show: show the pictures in a window; q ends it.
@@ -110,12 +96,15 @@ def predict(
         a selection of the frames.
 
     Raises:
-        EarlyExitError: a number out of its range, a rule for another detector, or OpenCV missing.
+        EarlyExitError: a number out of its range, another name to save, a rule for another detector, or OpenCV missing.
         CannotWrite: no room, or no such folder.
     """
     if not 0 <= score <= 1:
         raise EarlyExitError(f"score {score}: expected a number in [0, 1]")
-    save = check_saves(save)
+    save = [name for name in map(str.strip, save) if name != "none"]
+    for name in save:
+        if name not in SAVES:
+            raise EarlyExitError(f"--save {name!r}: expected some of {', '.join(SAVES)}, or none{nearest(name, SAVES)}")
     if show or any(source.kind != "photo" for source in sources):
         opencv()
     if save:
@@ -144,11 +133,7 @@ def predict(
 
 
 def images_of(sources: Sequence[Source], stride: int = 1, most_frames: int | None = None) -> Iterator[np.ndarray]:
-    """Yield the pictures of all sources, for a calibration.
-
-    Raises:
-        DataError: a picture cannot be read.
-    """
+    """Yield the pictures of all sources, for a calibration; a DataError if one cannot be read."""
     for source in sources:
         for frame in itertools.islice(read_frames(source, stride), most_frames):
             if isinstance(frame, DataError):

@@ -25,8 +25,7 @@ CLOSED = 2.0
 RUNTIMES = ("onnxruntime", "openvino")
 
 Array = np.ndarray
-Run = Callable[[Mapping[str, Array]], "dict[str, Array]"]
-"""Function from inputs by name to outputs by name."""
+Run = Callable[[Mapping[str, Array]], "dict[str, Array]"]  # function from inputs by name to outputs by name
 
 
 @dataclass(frozen=True)
@@ -135,18 +134,31 @@ class Predictor:
         load = OpenVino if runtime == "openvino" else OnnxRuntime
         self._network = _Staged(path, load, threads) if path.is_dir() else _OneFile(load(path, threads=threads))
         try:
-            self._description = _Description.of(self._network.metadata)
+            self._read(self._network.metadata)
         except (KeyError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise EarlyExitError(f"{path}: not a file of earlyexit export ({reason}); export the model anew") from None
         self.path, self.runtime, self.threads = path, runtime, threads
-        self.classes, self.exit_names = self._description.classes, self._description.exit_names
-        self.certificate, self.versions = self._description.certificate, self._description.versions
-        self.thresholds = dict(zip(self.exit_names, self._description.thresholds, strict=False))
+        self.thresholds = dict(zip(self.exit_names, self._own_thresholds, strict=False))
         self.score_thresh = self._least_scores(score_thresh)
         self._set_thresholds(thresholds)
-        own = tuple(self.thresholds.values()) == self._description.thresholds
-        self._decisions = self._description.decisions if own else None
+        if tuple(self.thresholds.values()) != self._own_thresholds:
+            self._decisions = None
+
+    def _read(self, metadata: Mapping[str, Any]) -> None:
+        """Metadata (text by key, all JSON except the format). Raises KeyError, TypeError or ValueError."""
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"its format is {shown(metadata.get('format'))}, expected {FORMAT!r}")
+        read = {key: json.loads(metadata[key]) for key in ("classes", "exit_names", "thresholds", "score_thresh")}
+        self.classes: tuple[str, ...] = tuple(map(str, read["classes"]))
+        self.exit_names: tuple[str, ...] = tuple(map(str, read["exit_names"]))
+        self._own_thresholds = tuple(None if value is None else float(value) for value in read["thresholds"])
+        self._own_scores = np.array(list(map(float, read["score_thresh"])), np.float32)
+        self.certificate: dict[str, Any] | None = json.loads(metadata.get("certificate") or "null")
+        self._decisions = None if self.certificate is None else DriftRecord.of(self.certificate, self.exit_names)
+        self.versions: dict[str, str] = json.loads(metadata.get("versions") or "{}")
+        if len(self._own_scores) != len(self.classes) or len(self._own_thresholds) != len(self.exit_names) - 1:
+            raise ValueError("its numbers of classes, exits and thresholds do not fit each other")
 
     def __call__(self, image: Array) -> Detections:
         """Detect in one photo.
@@ -210,7 +222,7 @@ class Predictor:
 
     def _least_scores(self, given: float | Mapping[str, float] | None) -> Array:
         """Lowest score per class, float32 [K]."""
-        scores = np.array(self._description.score_thresh, np.float32)
+        scores = self._own_scores.copy()
         if isinstance(given, Mapping):
             for name, value in given.items():
                 if name not in self.classes:
@@ -219,8 +231,8 @@ class Predictor:
                 scores[self.classes.index(name)] = _share(f"score_thresh of {shown(name)}", value)
         elif given is not None:
             scores[:] = _share("score_thresh", given)
-        if self._network.fixed_scores and (scores < np.array(self._description.score_thresh, np.float32)).any():
-            least = min(self._description.score_thresh)
+        if self._network.fixed_scores and (scores < self._own_scores).any():
+            least = self._own_scores.min()
             raise EarlyExitError(
                 f"{self.path}: score_thresh below the file's {least:g}, which OpenVINO takes for a constant in an ONNX "
                 "file; export with --format openvino"
@@ -259,11 +271,8 @@ def _share(name: str, value: object) -> float:
 
 
 def as_photo(image: object, name: str = "image") -> Array:
-    """The photo as contiguous uint8 RGB [H, W, 3], see :meth:`Predictor.__call__`; ``name`` is for messages.
-
-    Raises:
-        EarlyExitError: an invalid photo.
-    """
+    """The photo as contiguous uint8 RGB [H, W, 3], see :meth:`Predictor.__call__`; ``name`` is for messages. An
+    EarlyExitError for an invalid photo."""
     if not isinstance(image, np.ndarray):
         raise EarlyExitError(f"{name}: a {type(image).__name__}, expected a numpy array uint8 [H, W, 3] RGB")
     if image.ndim == 3 and image.shape[2] == 1:
@@ -297,44 +306,9 @@ def _as_bytes(image: Array, name: str) -> Array:
     return np.rint(image.astype(np.float32) * 255).astype(np.uint8) if largest == 1 else image.astype(np.uint8)
 
 
-@dataclass(frozen=True)
-class _Description:
-    """Metadata of an exported file."""
-
-    classes: tuple[str, ...]
-    exit_names: tuple[str, ...]
-    thresholds: tuple[float | None, ...]
-    score_thresh: tuple[float, ...]
-    certificate: dict[str, Any] | None
-    decisions: DriftRecord | None
-    versions: dict[str, str]
-
-    @classmethod
-    def of(cls, metadata: Mapping[str, Any]) -> _Description:
-        """Parse metadata (text by key, all JSON except the format). Raises KeyError, TypeError or ValueError."""
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"its format is {shown(metadata.get('format'))}, expected {FORMAT!r}")
-        read = {key: json.loads(metadata[key]) for key in ("classes", "exit_names", "thresholds", "score_thresh")}
-        exit_names = tuple(map(str, read["exit_names"]))
-        certificate = json.loads(metadata.get("certificate") or "null")
-        found = cls(
-            tuple(map(str, read["classes"])),
-            exit_names,
-            tuple(None if value is None else float(value) for value in read["thresholds"]),
-            tuple(map(float, read["score_thresh"])),
-            certificate,
-            None if certificate is None else DriftRecord.of(certificate, exit_names),
-            json.loads(metadata.get("versions") or "{}"),
-        )
-        if len(found.score_thresh) != len(found.classes) or len(found.thresholds) != len(found.exit_names) - 1:
-            raise ValueError("its numbers of classes, exits and thresholds do not fit each other")
-        return found
-
-
 # The network: one file, or one file per segment.
 
-Outputs = tuple[Array, Array, Array, Array, Array]
-"""boxes, labels, scores, exit_index, exit_confidence."""
+Outputs = tuple[Array, Array, Array, Array, Array]  # boxes, labels, scores, exit_index, exit_confidence
 _NAMES = ("boxes", "labels", "scores", "exit_index", "exit_confidence")
 
 

@@ -25,8 +25,7 @@ VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpe
 """File name suffixes of videos, in any case."""
 LONGEST_WAIT = 30.0
 """Longest wait in seconds before reconnecting to a lost camera; waits start at one second and double."""
-SHORT = 2
-"""Number of frames by which a video may be shorter than its header states: containers are imprecise."""
+SHORT = 2  # number of frames by which a video may be shorter than its header states: containers are imprecise
 
 
 @dataclass(frozen=True)
@@ -44,23 +43,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Frame:
-    """One picture.
+    """One picture."""
 
-    Attributes:
-        image: uint8 [H, W, 3], RGB.
-        source: its source.
-        index: index of the frame in its source, from 0; frames skipped by a stride count.
-        time: seconds from the source's start; None for a photo.
-        fps: frames per second of the source; None if unknown.
-        total: number of frames of the source; None if unknown.
-    """
-
-    image: np.ndarray
+    image: np.ndarray  # uint8 [H, W, 3], RGB
     source: Source
-    index: int = 0
-    time: float | None = None
-    fps: float | None = None
-    total: int | None = None
+    index: int = 0  # index of the frame in its source, from 0; frames skipped by a stride count
+    time: float | None = None  # seconds from the source's start; None for a photo
+    fps: float | None = None  # frames per second of the source; None if unknown
+    total: int | None = None  # number of frames of the source; None if unknown
 
     @property
     def name(self) -> str:
@@ -127,11 +117,7 @@ def read_frames(source: Source, stride: int = 1) -> Iterator[Frame | DataError]:
 
 
 def opencv() -> ModuleType:
-    """Import OpenCV, which only videos and cameras need.
-
-    Raises:
-        EarlyExitError: it is not installed.
-    """
+    """Import OpenCV, which only videos and cameras need; an EarlyExitError if it is not installed."""
     try:
         import cv2
     except ImportError:

@@ -26,25 +26,19 @@ from earlyexit_ssd.files import write_json
 from earlyexit_ssd.plain import build, check_fields, read_json
 from earlyexit_ssd.progress import progress
 
-Detector = Callable[[np.ndarray], Detections]
-"""A `Predictor`, or a function with the same call."""
+Detector = Callable[[np.ndarray], Detections]  # a `Predictor`, or a function with the same call
 
-REPEATED = "repeated"
-"""``exit_name`` of repeated detections; their ``exit_index`` is -1."""
-CELLS = 32
-"""Cells of the small picture along the longer side: a cell is 10 px wide for an input of 320 px."""
-ROWS = 8
-"""Largest number of frame rows averaged per cell; all their pixels are used, which averages out sensor noise."""
+REPEATED = "repeated"  # ``exit_name`` of repeated detections; their ``exit_index`` is -1
+CELLS = 32  # cells of the small picture along the longer side: a cell is 10 px wide for an input of 320 px
+ROWS = 8  # largest number of frame rows averaged per cell; all their pixels are used, which averages out sensor noise
 CLOSE = 0.1
 """A detection is a close call if its score is nearer than this to the lowest score: noise may add or remove it."""
-CLOSE_WEIGHT = 2.0
-"""Factor of the change if the last answer has a close call."""
+CLOSE_WEIGHT = 2.0  # factor of the change if the last answer has a close call
 THRESHOLDS = tuple(0.25 * 2 ** (step / 4) for step in range(25))
 """Tested thresholds in grey levels, rising from 0.25 to 16; fixed in advance, as fixed-sequence testing needs it."""
 MOST_REPEATS = 10
 """Default of the largest number of repeated frames in a row; it limits how late a missed change is seen."""
-FEW_EVENTS = 10
-"""With fewer changes of the detections in the calibration frames, a rule is poorly tested."""
+FEW_EVENTS = 10  # with fewer changes of the detections in the calibration frames, a rule is poorly tested
 SAME_IOU = 0.5
 FORMAT = "earlyexit_ssd stream rule/1"
 ADVICE = "write one with earlyexit predict --calibrate-stream"
@@ -67,16 +61,11 @@ def change(one: np.ndarray, other: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Answer:
-    """The part of a frame's detections that is compared: those of at least a lowest score.
+    """The part of a frame's detections that is compared: those of at least a lowest score."""
 
-    Attributes:
-        boxes, labels: [n, 4] xyxy, and [n].
-        close: whether a detection, with a score above or below the lowest score, is a close call (`CLOSE`).
-    """
-
-    boxes: np.ndarray
-    labels: np.ndarray
-    close: bool
+    boxes: np.ndarray  # [n, 4] xyxy
+    labels: np.ndarray  # [n]
+    close: bool  # whether a detection, with a score above or below the lowest score, is a close call (`CLOSE`)
 
     @classmethod
     def of(cls, found: Detections, score: float) -> Answer:
@@ -174,16 +163,11 @@ class StreamRule:
         check_fields(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the rule as JSON."""
         write_json(path, {"format": FORMAT, **json.loads(json.dumps(dataclasses.asdict(self)))})
 
 
 def load_stream_rule(path: str | os.PathLike[str]) -> StreamRule:
-    """Read a file of :meth:`StreamRule.save`.
-
-    Raises:
-        EarlyExitError: no such file, or not a rule.
-    """
+    """Read a file of :meth:`StreamRule.save`; an EarlyExitError if there is none, or it is no rule."""
     content = read_json(path, "stream rule", ADVICE)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise EarlyExitError(f"{path}: expected a stream rule of format {FORMAT!r}; {ADVICE}")
@@ -242,19 +226,14 @@ class TemporalExit:
 
 @dataclass
 class Recording:
-    """A detector's answers on the frames of a video with the small pictures, from which any rule can be evaluated.
+    """A detector's answers on the frames of a video with the small pictures, from which any rule can be evaluated."""
 
-    Attributes:
-        pictures, answers: small picture, and answer with the lowest score ``score``, per frame.
-        ms, ms_compared: mean milliseconds of a detection, and of a small picture with its comparison.
-    """
-
-    score: float
+    score: float  # lowest score of the answers
     classes: tuple[str, ...]
-    pictures: list[np.ndarray] = field(default_factory=list)
+    pictures: list[np.ndarray] = field(default_factory=list)  # small picture per frame
     answers: list[Answer] = field(default_factory=list)
-    ms: float = 0.0
-    ms_compared: float = 0.0
+    ms: float = 0.0  # mean milliseconds of a detection
+    ms_compared: float = 0.0  # mean milliseconds of a small picture with its comparison
     _same: dict[tuple[int, int], bool] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -331,7 +310,6 @@ class Recording:
     def figures(
         self, threshold: float, most_repeats: int, share: float, delta: float | None, block: int
     ) -> StreamFigures:
-        """Figures of a rule on these frames."""
         computed, changed = self.with_rule(threshold, most_repeats)
         blocks, speedup = block_means(changed, block), self.speedup(computed)
         bound = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,37 +15,26 @@ from torchvision.ops import box_iou
 
 from earlyexit_ssd.data.records import Record
 from earlyexit_ssd.data.repeats import Looks
-from earlyexit_ssd.doctor.findings import Check, check
+from earlyexit_ssd.doctor.findings import Check, check_of
 from earlyexit_ssd.evaluation.results import Record as Json
 
-DATA_CHECKS: list[Check] = []
-"""In the order of the table."""
+DATA_CHECKS: list[Check] = []  # in the order of the table
+check = functools.partial(check_of, DATA_CHECKS)
 
-MATCH = 0.5
-"""IoU at which torchvision assigns a default box to an object."""
-ENOUGH_BOXES = 20
-"""With fewer boxes, a split's boxes are not judged as a whole."""
+MATCH = 0.5  # IoU at which torchvision assigns a default box to an object
+ENOUGH_BOXES = 20  # with fewer boxes, a split's boxes are not judged as a whole
 
 
 @dataclass(frozen=True)
 class Split:
-    """Photos of one split.
+    """Photos of one split."""
 
-    Attributes:
-        name: ``TRAIN``, ``CALIB`` or ``TEST``.
-        classes: names of the labels 1..K.
-        records: the photos with boxes as their files give them, not clipped.
-        labelled: False if some photos have no annotations; its boxes are not judged then.
-        sha256: of the content of each photo's file; empty: unknown.
-        looks: what the photos look like; None: unknown.
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    records: Sequence[Record]
-    labelled: bool = True
-    sha256: Sequence[str] = ()
-    looks: Looks | None = None
+    name: str  # ``TRAIN``, ``CALIB`` or ``TEST``
+    classes: tuple[str, ...]  # names of the labels 1..K
+    records: Sequence[Record]  # the photos with boxes as their files give them, not clipped
+    labelled: bool = True  # False if some photos have no annotations; its boxes are not judged then
+    sha256: Sequence[str] = ()  # of the content of each photo's file; empty: unknown
+    looks: Looks | None = None  # what the photos look like; None: unknown
 
     @property
     def objects(self) -> Counter[int]:
@@ -109,7 +99,6 @@ class Summary(Json):
 
 
 def summarise(evidence: DataEvidence, split: Split) -> Summary:
-    """The figures of one split."""
 
     def quantiles(values: Tensor | np.ndarray) -> list[float] | None:
         return np.quantile(np.asarray(values), [0.05, 0.5, 0.95]).tolist() if len(values) else None
@@ -136,7 +125,6 @@ def per_split(measure: Callable[[Split, DataEvidence], float]) -> Callable[[Data
 
 # With 100 photos the 95 % interval of a share is up to 10 points to either side; with fewer no figure means much.
 @check(
-    DATA_CHECKS,
     least=100,
     meaning="so few photos say little: a share of them is known to 10 points at best",
     advice="add photos, or take some from another split",
@@ -149,7 +137,6 @@ def few_photos(evidence: DataEvidence) -> dict[str, float]:
 # Negatives teach little each (torchvision's SSD: nothing). With 20 of them to each photo with an object, an epoch is
 # nearly all of the former.
 @check(
-    DATA_CHECKS,
     most=0.95,
     meaning="hardly any photo shows an object, so training sees few of them and AP rests on few photos",
     advice="add photos with objects, or keep fewer without (DATA.NEGATIVE_SHARE)",
@@ -161,7 +148,6 @@ def empty_photos(evidence: DataEvidence) -> dict[str, float]:
 
 
 @check(
-    DATA_CHECKS,
     most=0,
     meaning="the same photos are in two splits, so figures on one of them are too high",
     advice="take them out of one of the two",
@@ -174,7 +160,6 @@ def copies_across_splits(evidence: DataEvidence) -> dict[str, float]:
 
 # AP moves by about the share of photos that are known already; 0.01 is as much as calibration and rivals resolve.
 @check(
-    DATA_CHECKS,
     most=0.01,
     meaning="photos of one split look like some of the other (saved anew, or frames of a video): figures are too high",
     advice="split by scene, video or room, and make augmented copies after the split",
@@ -188,7 +173,6 @@ def near_copies_across_splits(evidence: DataEvidence) -> dict[str, float]:
 # Some object reaches the far half of its photo in any set of photos. Boxes in shares (0 to 1), percent or thousandths
 # stay in the corner. (Readers refuse most files with shares before this.)
 @check(
-    DATA_CHECKS,
     least=0.5,
     meaning="all boxes lie in the upper left quarter: they look like shares, percent or thousandths of the photo",
     advice="multiply them by the photo's width and height (and divide by 100 or 1000)",
@@ -202,7 +186,6 @@ def boxes_in_shares(split: Split, evidence: DataEvidence) -> float:
 # A box x, y, w, h that holds x2, y2 instead of w, h has w > x and h > y, and ends outside the photo unless its centre
 # is in the upper left quarter. Of true boxes none ends outside by more than rounding.
 @check(
-    DATA_CHECKS,
     most=0.1,
     meaning="boxes end outside their photos as x, y, x2, y2 do where x, y, width, height are expected",
     advice="subtract x and y from the last two numbers of each box, or name the right format",
@@ -216,7 +199,6 @@ def boxes_as_corners(split: Split, evidence: DataEvidence) -> float:
 
 # Even where it lies best, IoU is at most the object's area / that of the smallest default box.
 @check(
-    DATA_CHECKS,
     most=0.25,
     meaning="many objects are too small for any default box at this input size and will hardly be found",
     advice="train at a larger MODEL.IMAGE_SIZE, cut photos into tiles, or leave these objects out",
@@ -235,7 +217,6 @@ def areas(boxes: Tensor) -> Tensor:
 
 # An object that is matched by force trains one default box that fits it badly; others get several that fit.
 @check(
-    DATA_CHECKS,
     most=0.5,
     meaning="most objects overlap no default box by half: they are matched by force, to one that fits badly",
     advice="train at a larger MODEL.IMAGE_SIZE; for long or thin objects, box them otherwise or cut photos",
@@ -249,7 +230,6 @@ def matched_by_force(split: Split, evidence: DataEvidence) -> float:
 # Measured: with 99 boxes of a class in training an exit reaches half of the full path's AP50 for it, with 400 nine
 # tenths (docs/results/zoo_voc_animals, chair and cow).
 @check(
-    DATA_CHECKS,
     least=200,
     meaning="the rarest class has too few boxes to be learnt",
     advice="add photos, repeat them (DATA.REPEAT_THRESHOLD), or let the full path teach (LOSS.SUPERVISION teacher)",
@@ -261,7 +241,6 @@ def rare_class_in_training(evidence: DataEvidence) -> dict[str, float]:
 
 # The standard error of a recall on 25 objects is up to 0.1.
 @check(
-    DATA_CHECKS,
     least=25,
     meaning="the rarest class has too few objects for an AP: its standard error is 0.1 or more",
     advice="add photos of it, and do not read its AP alone",

@@ -1,7 +1,7 @@
 """What the doctor finds, and the registry of its checks.
 
 A check is a function from evidence to figures by subject (an exit, a split). It leaves a subject out that it cannot
-judge. The decorator `check` adds the thresholds, what a bad figure means and what to do about it.
+judge. The decorator `check_of` adds the thresholds, what a bad figure means and what to do about it.
 """
 
 from __future__ import annotations
@@ -13,32 +13,21 @@ from typing import Any
 
 from earlyexit_ssd.evaluation.results import Record
 
-Measure = Callable[[Any], Mapping[str, float]]
-"""Evidence -> figure by subject."""
+Measure = Callable[[Any], Mapping[str, float]]  # evidence -> figure by subject
 
 
 @dataclass(frozen=True)
 class Finding(Record):
-    """One figure of one subject.
+    """One figure of one subject."""
 
-    Attributes:
-        check: name of the check.
-        subject: exit, split or class that the figure is of.
-        bad: the figure is below ``least`` or above ``most``.
-        figure: the measured value.
-        least, most: thresholds; None where there is none on that side.
-        meaning: what a bad figure means, one sentence.
-        advice: what to do then, one sentence.
-    """
-
-    check: str
-    subject: str
-    bad: bool
-    figure: float
-    least: float | None
+    check: str  # name of the check
+    subject: str  # exit, split or class that the figure is of
+    bad: bool  # the figure is below ``least`` or above ``most``
+    figure: float  # the measured value
+    least: float | None  # threshold; None where there is none on that side
     most: float | None
-    meaning: str
-    advice: str
+    meaning: str  # what a bad figure means, one sentence
+    advice: str  # what to do then, one sentence
 
     @property
     def wanted(self) -> str:
@@ -83,7 +72,7 @@ class Check:
         return [Finding(self.name, subject, not least <= figure <= most, figure, *words) for subject, figure in figures]
 
 
-def check(
+def check_of(
     checks: list[Check],
     *,
     least: float | None = None,
@@ -132,7 +121,6 @@ class Diagnosis(Record):
 
 
 def diagnose(checks: Sequence[Check], evidence: Any) -> Diagnosis:
-    """Run the checks on the evidence."""
     found = {one.name: one.findings(evidence) for one in checks}
     findings = sorted((finding for all_of in found.values() for finding in all_of), key=lambda one: not one.bad)
     return Diagnosis(tuple(findings), [name for name, all_of in found.items() if not all_of])

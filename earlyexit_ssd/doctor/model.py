@@ -7,6 +7,7 @@ a typical photo, and hardly ever more than a tenth.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,21 +17,17 @@ from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import box_iou
 
-from earlyexit_ssd.doctor.findings import Check, check
+from earlyexit_ssd.doctor.findings import Check, check_of
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50, LARGEST_LOSS
 
-MODEL_CHECKS: list[Check] = []
-"""In the order of the table."""
+MODEL_CHECKS: list[Check] = []  # in the order of the table
+check = functools.partial(check_of, MODEL_CHECKS)
 
-BOX_CODER = BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))
-"""torchvision's encoding of boxes in its SSD."""
-ENOUGH_PHOTOS = 10
-"""With fewer photos of a kind nothing is said about them."""
-SCORE = 0.25
-"""A score at which users show detections: higher than any that keeps noise, lower than most."""
+BOX_CODER = BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))  # torchvision's encoding of boxes in its SSD
+ENOUGH_PHOTOS = 10  # with fewer photos of a kind nothing is said about them
+SCORE = 0.25  # a score at which users show detections: higher than any that keeps noise, lower than most
 
-FEW_PHOTOS = 0.01
-"""A share of photos that is as good as none."""
+FEW_PHOTOS = 0.01  # a share of photos that is as good as none
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,6 @@ def per_exit(measure: Callable[[ExitOutput, ModelEvidence], float]) -> Callable[
 # If a share f of the default boxes had probability 1 and all others 0, the figure would be sqrt((1 - f) / f): 12 for
 # the usual 0.7 %, 3 where a tenth matches. 0.5 needs f = 0.8, and no photo has objects at 80 % of its default boxes.
 @check(
-    MODEL_CHECKS,
     least=0.5,
     meaning="all default boxes get nearly the same score, so objects are not told from background",
     advice="train with default boxes assigned by IoU (never at random), and check that boxes belong to their photos",
@@ -121,7 +117,6 @@ def near_uniform_scores(found: ExitOutput, evidence: ModelEvidence) -> float:
 # 5 ln 2 = 3.5, a shift of a third of the side 10 / 3. Only boxes matched by force need more, so the likeliest ones,
 # which are seldom these, may have one in four outside.
 @check(
-    MODEL_CHECKS,
     most=0.25,
     meaning="the likeliest boxes are shifted or scaled as no default box that overlaps an object needs to be",
     advice="check the assignment of default boxes, the box format (xyxy, pixels) and the encoding (10, 10, 5, 5)",
@@ -138,7 +133,6 @@ def deltas_out_of_range(found: ExitOutput, evidence: ModelEvidence) -> float:
 # 0.007 is what a network knows of a default box without a look at the photo. Of the likeliest of thousands of boxes in
 # a photo that shows something it must say far more: 0.1 is 14 times as much, and still too low for any use.
 @check(
-    MODEL_CHECKS,
     least=0.1,
     meaning="the network says background everywhere, even in photos that show objects",
     advice="lower the share or weight of negatives, look for wrong labels, and take penalties off the confidence",
@@ -153,7 +147,6 @@ def background_everywhere(found: ExitOutput, evidence: ModelEvidence) -> float:
 # At most a tenth of the default boxes are on objects. If half of them pass a score that users set, most detections are
 # on background.
 @check(
-    MODEL_CHECKS,
     most=0.5,
     meaning="most default boxes claim an object, wherever they are",
     advice="check that negatives are trained (LOSS.NEG_TO_POS_RATIO, LOSS.MIN_NEGATIVES) and background is class 0",
@@ -168,7 +161,6 @@ def foreground_everywhere(found: ExitOutput, evidence: ModelEvidence) -> float:
 # 0.5 is chance, where the standard error is 0.13 with 10 photos of each kind and 0.05 with 70. Even exits behind a
 # shallow layer reach 0.73 (docs/results), so less than 0.6 is nearer to chance than to any detector.
 @check(
-    MODEL_CHECKS,
     least=0.6,
     meaning="the largest object probability is no higher in photos with objects than in photos without",
     advice="do not route by it: train the exit until it detects, and then choose a policy",
@@ -195,7 +187,6 @@ def area_under_curve(values: Tensor, positive: Tensor) -> float:
 # The figure is Cohen's kappa (1960): 0 is chance, 1 is perfect. Below 0.2 agreement is called slight (Landis and Koch
 # 1977). It allows for sets in which one object fills every photo, where boxes at random overlap it too.
 @check(
-    MODEL_CHECKS,
     least=0.2,
     meaning="the boxes with the highest scores do not lie on objects",
     advice="look at pictures of detections, and check boxes and photos of the training set (earlyexit doctor data)",
@@ -221,7 +212,6 @@ def positives_off_objects(found: ExitOutput, evidence: ModelEvidence) -> float:
 
 # Where fewer than one photo in a hundred leaves early, the exits cannot pay for the time that their branches take.
 @check(
-    MODEL_CHECKS,
     least=FEW_PHOTOS,
     meaning="exits are open and no photo leaves early, so every photo pays for branches that it does not use",
     advice="calibrate the thresholds (earlyexit calibrate), or train the exits until they detect",
@@ -234,7 +224,6 @@ def exits_none(evidence: ModelEvidence) -> dict[str, float]:
 # One exit for all is sound where that exit does the full path's work: the verdict, with the same limit, then says to
 # ship it alone. Without AP50 nobody knows, which is the failure.
 @check(
-    MODEL_CHECKS,
     least=1 - LARGEST_LOSS,
     meaning="all photos leave at one exit, and that exit is less accurate than the full path, or its AP50 is unknown",
     advice="look at AP50 at that exit, train it, and calibrate the thresholds (earlyexit calibrate)",
@@ -249,7 +238,6 @@ def exits_all(evidence: ModelEvidence) -> dict[str, float]:
 # Temperatures of trained networks lie in [0.5, 3] (Guo et al. 2017 find 1.1 to 3). Within 2 % of a bound, the fit has
 # reached it and would go on.
 @check(
-    MODEL_CHECKS,
     least=0.51,
     most=2.94,
     meaning="the temperature is at or beyond the bounds [0.5, 3], so the logits are far from probabilities",
@@ -263,7 +251,6 @@ def temperature_at_bound(evidence: ModelEvidence) -> dict[str, float]:
 
 # A fit on a fixed set settles, and its steps shrink. Three steps in one direction of 10 % each are 1.33 in all.
 @check(
-    MODEL_CHECKS,
     most=1.1,
     meaning="the temperature grows or falls by more than a tenth in every epoch and does not settle",
     advice="fit it on detached logits, by likelihood, within bounds; a distribution loss must not reach it",
@@ -282,7 +269,6 @@ def temperature_runs_away(evidence: ModelEvidence) -> dict[str, float]:
 
 # A gate that has learnt moves by tens of per cent; a tenth of what it was means that penalties have taken it.
 @check(
-    MODEL_CHECKS,
     least=0.1,
     meaning="the confidence has fallen to less than a tenth of what it was, so no photo will leave",
     advice="take penalties and quality factors out of the confidence, and calibrate thresholds instead",
@@ -296,7 +282,6 @@ def confidence_collapses(evidence: ModelEvidence) -> dict[str, float]:
 
 # The verdict's limit (evaluation/verdict.py): below it a detector does not detect, whatever its other figures are.
 @check(
-    MODEL_CHECKS,
     least=DETECTS_AP50,
     meaning="it does not detect",
     advice="train it before any other figure is looked at; the other findings may say what is wrong",
@@ -308,7 +293,6 @@ def low_ap50(evidence: ModelEvidence) -> dict[str, float]:
 
 # A part of a network that is clearly better than the whole means that the rest was not trained or was damaged.
 @check(
-    MODEL_CHECKS,
     most=0.0,
     meaning="the exit is better than the full path behind it, with 95 % confidence",
     advice="train the full path to its end and check that it is unchanged since, or ship that exit alone",
@@ -319,7 +303,6 @@ def exit_above_full(evidence: ModelEvidence) -> dict[str, float]:
 
 
 @check(
-    MODEL_CHECKS,
     least=1,
     meaning="the run never computed an average precision, so nobody knows whether it detects",
     advice="evaluate it (earlyexit evaluate) before exit rates and milliseconds are looked at",

@@ -1,30 +1,6 @@
 """The training engine: a plain loop, hooks around it, and batches of photos or of cached taps."""
 
-from earlyexit_ssd.engine.cache import CachedLoader, TapCache
-from earlyexit_ssd.engine.hooks import AfterStep, Checkpoint, Log, ProgressBar, read_log
-from earlyexit_ssd.engine.loop import (
-    ExponentialMovingAverage,
-    Hook,
-    PhotoLoader,
-    Trainer,
-    TrainingDiverged,
-    build_optimizer,
-    learning_rate,
-)
+from earlyexit_ssd.engine.hooks import read_log
+from earlyexit_ssd.engine.loop import Hook, Trainer
 
-__all__ = [
-    "AfterStep",
-    "CachedLoader",
-    "Checkpoint",
-    "ExponentialMovingAverage",
-    "Hook",
-    "Log",
-    "PhotoLoader",
-    "ProgressBar",
-    "TapCache",
-    "Trainer",
-    "TrainingDiverged",
-    "build_optimizer",
-    "learning_rate",
-    "read_log",
-]
+__all__ = ["Hook", "Trainer", "read_log"]

@@ -46,14 +46,12 @@ class Checkpoint(Hook):
         self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def after_step(self, trainer: Trainer) -> None:
-        """Save where it is time to."""
         trainer.stop = any_process(bool(self.signal_name), trainer.device)
         end_of_epoch = trainer.step % len(trainer.loader) == 0
         if trainer.stop or end_of_epoch or trainer.step % self.period == 0:
             self._save(trainer)
 
     def after_training(self, trainer: Trainer) -> None:
-        """Give the signals back."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 

@@ -165,11 +165,8 @@ class Trainer:
         return self.epochs * len(self.loader)
 
     def run(self) -> bool:
-        """Train to the end. False if a hook has set ``stop``.
-
-        Raises:
-            TrainingDiverged: a loss or a gradient is NaN or infinite; the weights of the previous step are kept.
-        """
+        """Train to the end. False if a hook has set ``stop``. A TrainingDiverged if a loss or a gradient is NaN or
+        infinite; the weights of the previous step are kept."""
         for hook in self.hooks:
             hook.before_training(self)
         try:
@@ -191,7 +188,6 @@ class Trainer:
                 return
 
     def train_step(self, batch: Any) -> None:
-        """Forward, backward, update."""
         rate = learning_rate(self.step, self.total_steps, self.peak_lr, self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_factor", 1.0)

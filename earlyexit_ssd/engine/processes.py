@@ -32,7 +32,6 @@ def is_main() -> bool:
 
 
 def barrier() -> None:
-    """Wait for all processes."""
     if world_size() > 1:
         distributed.barrier()
 

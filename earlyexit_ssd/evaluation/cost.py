@@ -231,11 +231,7 @@ def count_mmacs(module: nn.Module, example: Tensor) -> float:
 
 
 def time_modules(
-    modules: Sequence[nn.Module],
-    examples: Tensor | Sequence[Tensor],
-    runs: int = 30,
-    threads: int = 1,
-    desc: str = "",
+    modules: Sequence[nn.Module], examples: Tensor | Sequence[Tensor], runs: int = 30, threads: int = 1, desc: str = ""
 ) -> list[Timing]:
     """Time each module ``runs`` times, in turns, so that changes of the machine's speed affect all equally.
 

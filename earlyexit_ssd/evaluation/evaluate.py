@@ -99,8 +99,6 @@ def describe_boxes(ground_truth: COCO, detections: Detections) -> BoxSummary:
     return BoxSummary(int(scores.size), float(scores.mean()), float(scores.std()), share)
 
 
-# Rivals: detectors without routing.
-
 PLAIN, CUT_HEAD, SINGLE_EXIT, ONNX = "plain", "cut_head", "single_exit", "onnx"
 """Kinds of rivals: the detector without exits at some input size, the same with a head of only the wanted classes, one
 exit without routing, a detector from an ONNX file."""
@@ -164,9 +162,6 @@ def evaluate_rivals(
     return tuple(results)
 
 
-# Map another detector's classes to the evaluated ones.
-
-
 class WantedClasses(nn.Module):
     """Wrap a detector with torchvision's interface to return only the classes ``wanted``, labelled 1, 2, ...
 
@@ -195,9 +190,6 @@ class WantedClasses(nn.Module):
             keep = labels > 0
             wanted.append({"boxes": found["boxes"][keep], "scores": found["scores"][keep], "labels": labels[keep]})
         return wanted
-
-
-# The evaluation of a detector with exits.
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,6 @@ class ExitMatches:
 
     @property
     def photos(self) -> int:
-        """The number of photos (n)."""
         return len(self.image_ids)
 
     @property
@@ -380,11 +379,7 @@ def photo_counts(matches: ExitMatches, score: float) -> PhotoCounts:
 
 
 def photo_list(
-    counts: PhotoCounts,
-    collected: Collected,
-    chosen: Tensor,
-    exit_names: Sequence[str],
-    files: Callable[[int], object],
+    counts: PhotoCounts, collected: Collected, chosen: Tensor, exit_names: Sequence[str], files: Callable[[int], object]
 ) -> list[PhotoRow]:
     """The rows of photos.csv, in the order of ``collected``; photo i takes the exit ``chosen[i]``.
 

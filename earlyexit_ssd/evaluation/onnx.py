@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
-from earlyexit_ssd.config import LARGEST_SIDE
+from earlyexit_ssd.config.check import LARGEST_SIDE
 from earlyexit_ssd.errors import EarlyExitError, import_package, one_line, shown
 from earlyexit_ssd.evaluation.cost import OnnxNetwork
 from earlyexit_ssd.evaluation.outputs import ImageDetections
@@ -250,9 +250,6 @@ def _count(node: Any, data: Shape | None, weights: Shape | None, output: Shape |
         return math.prod(output) * math.prod(weights[1:])
     transposed = node.op_type == "Gemm" and any(one.name == "transA" and one.i for one in node.attribute)
     return math.prod(output) * data[0 if transposed else -1]
-
-
-# An exported detector with torchvision's interface.
 
 
 def fill_inputs(content: bytes, constants: Mapping[str, tuple[float, ...]]) -> bytes:

@@ -31,9 +31,6 @@ BatchDetections = tuple[list[int], list[list[ImageDetections]]]
 """The image ids of a batch, and for each exit the detections of its photos."""
 
 
-# Detections of every exit, in memory.
-
-
 def shares_photos(loader: Batches) -> bool:
     """Whether the photos of a loader are split over processes, see `earlyexit_ssd.data.build_loader`."""
     return getattr(getattr(loader, "sampler", None), "world_size", 1) > 1
@@ -122,9 +119,6 @@ def on_cpu(found: dict[str, Tensor]) -> ImageDetections:
 def _batch_on_cpu(targets: Targets, exits: Sequence[Sequence[dict[str, Tensor]]]) -> BatchDetections:
     """The ids of the photos, and each exit's detections on the CPU."""
     return [int(target["image_id"]) for target in targets], [list(map(on_cpu, found)) for found in exits]
-
-
-# The routed detector, from the detections of every exit.
 
 
 def choose_exits(confidences: Sequence[Tensor], thresholds: Sequence[float]) -> Tensor:

@@ -1,4 +1,5 @@
-"""What an evaluation found: dataclasses, and the JSON that metrics.json holds (keys: docs/metrics.md)."""
+"""What an evaluation found: dataclasses, and the JSON that metrics.json holds (keys: docs/metrics.md), and the
+rows that tables and charts of it compare."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar
 
-from earlyexit_ssd.evaluation.cost import EAGER
+from earlyexit_ssd.evaluation.cost import EAGER, ONNX_RUNTIME, OPENVINO, RUNTIME_TITLES
 from earlyexit_ssd.evaluation.metrics import Figure, Figures
 
 Target = Mapping[str, str | float | None]
@@ -41,11 +42,8 @@ class Record:
 
     @classmethod
     def from_json(cls, entries: Mapping[str, Any]) -> typing.Self:
-        """The inverse. Keys that older evaluations lack get the field's default.
-
-        Raises:
-            TypeError: a key without a default is missing.
-        """
+        """The inverse. Keys that older evaluations lack get the field's default. A TypeError if a key without a default
+        is missing."""
         hints, figures, values = typing.get_type_hints(cls), dict(entries), {}
         names = [one.name for one in fields(cls)]
         for name in (name for name in names if name in entries):
@@ -243,9 +241,72 @@ class Results(Record):
 
     @property
     def full(self) -> ExitResult:
-        """The full path."""
         return self.exits[-1]
 
     @property
     def early(self) -> tuple[ExitResult, ...]:
         return self.exits[:-1]
+
+
+SHORT_RUNTIMES = {EAGER: "eager", ONNX_RUNTIME: "ORT", OPENVINO: "OpenVINO"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a table and a chart compare: an exit, the routed detector, or a static one.
+
+    kind: ``exit``, ``routed``, or a rival's. share: of the photos that leave there. other_runtime: short name of the
+    runtime, where it is not the exits'.
+    """
+
+    name: str
+    kind: str
+    figures: Figures
+    mmacs: float | None
+    ms: float | None
+    ms_interval: Interval = None
+    layer: int | None = None
+    confidence: ConfidenceSummary | None = None
+    share: float | None = None
+    source: str | None = None
+    other_runtime: str | None = None
+    empty: bool = False
+
+    def number(self, name: str) -> float | None:
+        """``ms``, ``mmacs`` or a figure."""
+        return getattr(self, name) if name in ("ms", "mmacs") else self.figures.get(name)
+
+
+def exit_rows(results: Results) -> list[Row]:
+    """The exits, then ``routed``."""
+    routed = results.routed
+    rows = [
+        Row(
+            *(one.name, "exit", one.figures, one.mmacs, one.ms, one.ms_interval, one.layer, one.confidence),
+            share=routed.exit_share.get(one.name),
+            empty=bool(one.empty),
+        )
+        for one in results.exits
+    ]
+    return [*rows, Row("routed", "routed", routed.figures, routed.mmacs, routed.ms)]
+
+
+def static_rows(results: Results) -> list[Row]:
+    """``without exits``, which finds what the full path finds, then the rivals."""
+    plain = results.without_exits
+    rows = [Row("without exits", "plain", results.full.figures, plain.mmacs, plain.ms, plain.ms_interval)]
+    for one in results.rivals:
+        other = None if one.runtime == results.context.runtime else SHORT_RUNTIMES[one.runtime]
+        more = {"source": one.source, "other_runtime": other}
+        rows.append(Row(one.name, one.kind, one.figures, one.mmacs, one.ms, one.ms_interval, **more))
+    return rows
+
+
+def timing_title(results: Results) -> str:
+    """Runtime, device and threads of the milliseconds."""
+    context = results.context
+    return f"{RUNTIME_TITLES[context.runtime]} on {context.device}, {context.threads} thread(s)"
+
+
+def data_title(results: Results) -> str:
+    return f"{', '.join(results.context.splits) or 'unnamed data'}: {results.context.images} photos"

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops.misc import Conv2dNormActivation, SqueezeExcitation
 
-from earlyexit_ssd.config import C4_LAYER, LARGEST_SIDE, LAST_LAYER, MOST_CHANNELS, TAIL_BLOCKS
-from earlyexit_ssd.errors import EarlyExitError, nearest
-from earlyexit_ssd.keywords import require_known
+from earlyexit_ssd.config.check import C4_LAYER, LARGEST_SIDE, LAST_LAYER, MOST_CHANNELS, TAIL_BLOCKS
+from earlyexit_ssd.errors import EarlyExitError, nearest, require_known
 from earlyexit_ssd.modeling.heads import copy_rows, factorise, is_folded
 from earlyexit_ssd.modeling.outputs import Head
 from earlyexit_ssd.modeling.trunk import norm_layer
@@ -37,24 +36,15 @@ T = TypeVar("T", bound=Callable)
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument of a branch kind: a number of the type of ``default``, or a bool if ``default`` is a bool.
-
-    Attributes:
-        default: default value.
-        highest: largest allowed number; the smallest is 0.
-        zero: whether 0 is allowed.
-    """
+    """One argument of a branch kind: a number of the type of ``default``, or a bool if ``default`` is a bool."""
 
     default: bool | float
-    highest: float = MOST_CHANNELS
-    zero: bool = True
+    highest: float = MOST_CHANNELS  # largest allowed number; the smallest is 0
+    zero: bool = True  # whether 0 is allowed
 
     def per_exit(self, name: str, value: object, exits: int) -> list:
-        """The checked values of ``exits`` exits as a list, from one value for all exits or a list with one for each.
-
-        Raises:
-            EarlyExitError: wrong type, out of range, or wrong number of values.
-        """
+        """The checked values of ``exits`` exits as a list, from one value for all exits or a list with one for each. An
+        EarlyExitError for a wrong type, a value out of range, or a wrong number of values."""
         given = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
         if len(given) not in (1, exits) or not all(map(self._allows, given)):
             kind = "a whole number" if isinstance(self.default, int) else "a number"
@@ -106,8 +96,7 @@ class BranchKind:
     arguments: Mapping[str, Argument]
 
 
-BRANCHES: dict[str, BranchKind] = {}
-"""Name -> branch kind; filled by :func:`register_branch`."""
+BRANCHES: dict[str, BranchKind] = {}  # name -> branch kind; filled by :func:`register_branch`
 
 
 def register_branch(name: str, **known: Argument) -> Callable[[T], T]:
@@ -334,7 +323,6 @@ class Tail(nn.Module):
         self.out_channels = [last.out_channels, *(block[-1].out_channels for block in backbone.extra)]
 
     def inherit(self, backbone: nn.Module) -> None:
-        """Copy the full path's current weights."""
         _, *blocks, last = backbone.features[1]
         pairs = [*zip(reversed(self.blocks), reversed(blocks), strict=False), (self.last, last)]
         for mine, theirs in (*pairs, (self.extra, backbone.extra)):
@@ -543,7 +531,6 @@ class CopiedBranch(Branch):
         self._finest_grid = tuple(place.grids[0])
 
     def inherit(self, backbone: nn.Module, head: SSDLiteHead) -> None:
-        """Copy the full path's current weights."""
         self.tail.inherit(backbone)
         channels = self.copied.inherit(backbone)
         inherit_predictors(self.head, head, channels if self.fine is None else None)
@@ -551,7 +538,6 @@ class CopiedBranch(Branch):
             nn.init.zeros_(self.top_down[1].weight)  # at first nothing is added to the copied first map
 
     def forward(self, tap: Tensor, context: Tensor | None = None) -> Head:
-        """See :meth:`Branch.forward`."""
         fine, expanded, coarse = self.copied(tap)
         coarse, maps = self.tail(coarse)
         first = expanded if self.fine is None else F.interpolate(self.fine(fine), self._finest_grid)
@@ -621,7 +607,6 @@ class LightBranch(Branch):
         return x
 
     def forward(self, tap: Tensor, context: Tensor | None = None) -> Head:
-        """See :meth:`Branch.forward`."""
         maps = []
         for step in self.pyramid:
             context = step(context)
@@ -642,8 +627,7 @@ def _depthwise(channels: int, kernel_size: int = 5, stride: int = 1) -> Conv2dNo
 
 # The kind "empty": no branch. Photos that leave there have no detections.
 
-NO_OBJECT = -30.0
-"""Logit of every class; background's is 0, so each class has a probability of 1e-13."""
+NO_OBJECT = -30.0  # logit of every class; background's is 0, so each class has a probability of 1e-13
 
 
 @register_branch("empty")
@@ -659,7 +643,6 @@ class EmptyExit(Branch):
         self.context_channels = place.context_channels
 
     def context(self, tap: Tensor, before: Tensor | None) -> Tensor | None:
-        """See :meth:`Branch.context`."""
         return before
 
     def forward(self, tap: Tensor, context: Tensor | None = None) -> Head:

@@ -52,11 +52,8 @@ def save_model(
     architecture: Architecture | None = None,
     info: ModelInfo | None = None,
 ) -> None:
-    """Write the model without its router, its architecture (by default determined) and ``info``, plain types.
-
-    Raises:
-        EarlyExitError: the model was fused or changed since it was built, or does not fit the architecture.
-    """
+    """Write the model without its router, its architecture (by default determined) and ``info``, plain types. An
+    EarlyExitError if the model was fused or changed since it was built, or does not fit the architecture."""
     if model.fused:
         raise EarlyExitError(f"{path}: a model fused for inference cannot be saved; save the one that it was made of")
     if architecture is None:
@@ -201,7 +198,6 @@ class ShippedWeights(WeightsEnum):
 
     @property
     def path(self) -> Path:
-        """The model file."""
         return FOLDER / f"{self.name.lower()}.pth"
 
     def check(self) -> None:
@@ -263,11 +259,8 @@ def find_weights(name: str | os.PathLike[str] | ShippedWeights) -> ShippedWeight
 
 
 def weights_path(name_or_path: str | os.PathLike[str] | ShippedWeights) -> Path:
-    """Path of the checked file of shipped weights, or ``name_or_path`` itself; a shipped name has priority.
-
-    Raises:
-        EarlyExitError: neither a shipped name nor a file, or the shipped file is damaged.
-    """
+    """Path of the checked file of shipped weights, or ``name_or_path`` itself; a shipped name has priority. An
+    EarlyExitError if it is neither a shipped name nor a file, or if the shipped file is damaged."""
     member = find_weights(name_or_path)
     if member is not None:
         member.check()

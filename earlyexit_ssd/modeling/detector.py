@@ -35,8 +35,7 @@ Targets = list[dict[str, Tensor]]
 """Per image ``boxes`` [n, 4] xyxy absolute pixels and ``labels`` [n] in 1..K; n may be 0."""
 Detections = list[dict[str, Tensor]]
 """Per image ``boxes`` [n, 4] xyxy in the photo's pixels, ``labels`` [n] and ``scores`` [n]."""
-Sizes = list[tuple[int, int]]
-"""Per image (height, width) in pixels."""
+Sizes = list[tuple[int, int]]  # per image (height, width) in pixels
 
 
 def full_path_losses(head: Head, assignment: Assignment, settings: LossSettings) -> dict[str, Tensor]:
@@ -470,7 +469,6 @@ class EarlyExitDetector(SSD):
         return ExitOutputs(heads, pooled, self.default_boxes(batch), batch.image_sizes, photo_sizes, self.empty)
 
     def detections(self, outputs: ExitOutputs, exit_index: int) -> Detections:
-        """Detections of one exit."""
         return self._postprocess(outputs.heads[exit_index], outputs.anchors, outputs.network_sizes, outputs.photo_sizes)
 
     def postprocess_detections(
@@ -604,21 +602,13 @@ def fuse_for_inference(model: EarlyExitDetector) -> EarlyExitDetector:
 
 @dataclass(frozen=True)
 class ResizedBatch:
-    """The full path's outputs for a batch that was resized to another input size.
+    """The full path's outputs for a batch that was resized to another input size."""
 
-    Attributes:
-        images: the normalised batch at the model's own size, before the resizing.
-        side: side of the resized, square input in pixels.
-        head: the head's outputs for the resized batch.
-        anchors: default boxes [A, 4] xyxy per image, in pixels of the resized input.
-        targets: objects per image, boxes in pixels of the resized input.
-    """
-
-    images: ImageList
-    side: int
-    head: Head
-    anchors: list[Tensor]
-    targets: Targets
+    images: ImageList  # the normalised batch at the model's own size, before the resizing
+    side: int  # side of the resized, square input in pixels
+    head: Head  # the head's outputs for the resized batch
+    anchors: list[Tensor]  # default boxes [A, 4] xyxy per image, in pixels of the resized input
+    targets: Targets  # objects per image, boxes in pixels of the resized input
 
 
 class FullPathLosses(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, distributed
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.ops import box_iou
 
-from earlyexit_ssd.config import LOSS_CHOICES
+from earlyexit_ssd.config.check import LOSS_CHOICES
 from earlyexit_ssd.errors import EarlyExitError, nearest
 from earlyexit_ssd.plain import check_fields
 
@@ -21,14 +21,10 @@ Weight = Annotated[float, 0, math.inf]
 
 @dataclass(frozen=True)
 class Assignment:
-    """Training targets of the default boxes.
+    """Training targets of the default boxes."""
 
-    Attributes:
-        labels: [N, A] int64, 0 for background.
-        regression: [N, A, 4] encoded offsets to the matched object (torchvision's ``BoxCoder``); zero for background.
-    """
-
-    labels: Tensor
+    labels: Tensor  # [N, A] int64, 0 for background
+    # [N, A, 4] encoded offsets to the matched object (torchvision's ``BoxCoder``); zero for background
     regression: Tensor
 
     @property
@@ -105,7 +101,6 @@ class LossSettings:
             raise EarlyExitError("supervision 'teacher' needs a teacher: 'full' or 'next'")
 
     def exit_weight(self, index: int) -> float:
-        """Weight of exit ``index``."""
         return self.exit_weights[index if len(self.exit_weights) > 1 else 0]
 
 
@@ -140,7 +135,9 @@ def detection_losses(head: dict[str, Tensor], assignment: Assignment, settings: 
     logits, labels, foreground = head["cls_logits"].float(), assignment.labels, assignment.foreground
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
     if settings.classification == "focal":
-        classification = _focal(loss, foreground, settings).sum()
+        # -alpha_t (1 - p_t)^gamma log(p_t) with softmax probabilities (Lin et al. 2017, equation 5)
+        alpha = torch.where(foreground, settings.focal_alpha, 1 - settings.focal_alpha)
+        classification = (alpha * (1 - torch.exp(-loss)) ** settings.focal_gamma * loss).sum()
         counts = foreground.sum()[None]
     else:
         ratio = settings.neg_to_pos_ratio
@@ -152,12 +149,6 @@ def detection_losses(head: dict[str, Tensor], assignment: Assignment, settings: 
     )
     count = mean_over_processes(counts.float()).max().clamp(min=1)
     return {"bbox_regression": boxes / count, "classification": classification / count}
-
-
-def _focal(cross_entropy: Tensor, foreground: Tensor, settings: LossSettings) -> Tensor:
-    """``-alpha_t (1 - p_t)^gamma log(p_t)`` with softmax probabilities (Lin et al. 2017, equation 5)."""
-    alpha = torch.where(foreground, settings.focal_alpha, 1 - settings.focal_alpha)
-    return alpha * (1 - torch.exp(-cross_entropy)) ** settings.focal_gamma * cross_entropy
 
 
 def distillation_loss(student: dict[str, Tensor], teacher: dict[str, Tensor], settings: LossSettings) -> Tensor:

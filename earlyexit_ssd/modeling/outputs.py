@@ -12,8 +12,7 @@ from torch import Tensor
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.modeling.losses import Assignment
 
-Head = dict[str, Tensor]
-"""Outputs of one exit: ``{"cls_logits": [N, A, C], "bbox_regression": [N, A, 4]}``."""
+Head = dict[str, Tensor]  # outputs of one exit: ``{"cls_logits": [N, A, C], "bbox_regression": [N, A, 4]}``
 
 
 @dataclass(frozen=True)

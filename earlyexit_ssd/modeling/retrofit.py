@@ -18,15 +18,15 @@ from torchvision.models._api import WeightsEnum
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 from torchvision.models.detection.ssd import SSD, SSDScoringHead
 
-from earlyexit_ssd.config import FOLDS, LARGEST_SIDE, MOST_WIDTH
+from earlyexit_ssd.config.check import FOLDS, LARGEST_SIDE, MOST_WIDTH
 from earlyexit_ssd.errors import EarlyExitError, nearest, shown
 from earlyexit_ssd.modeling.branches import Exit, describe_exits, exit_keyword_names, exit_keywords, takes_exits
-from earlyexit_ssd.modeling.compact import find_competing_rows
 from earlyexit_ssd.modeling.detector import EarlyExitDetector, detector_class
 from earlyexit_ssd.modeling.heads import (
     ClassChange,
     FoldedClassificationHead,
     cut_head,
+    find_competing_rows,
     is_folded,
     plan_class_change,
     slice_rows,
@@ -37,8 +37,7 @@ from earlyexit_ssd.plain import build, check_fields, require_bounded
 
 logger = logging.getLogger(__name__)
 
-Content = Mapping[str, Any]
-"""Content of a weight file: tensors and plain types, in dicts and lists."""
+Content = Mapping[str, Any]  # content of a weight file: tensors and plain types, in dicts and lists
 
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """Components that DataParallel, AveragedModel, torch.compile and others insert anywhere into the keys."""
@@ -46,10 +45,8 @@ WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 USUAL = ("", "model", "state_dict", "model_state_dict")
 """Keys of the trained weights, preferred if a file holds several state dicts."""
 
-MAX_NESTING = 4
-"""Levels of nested dicts that are searched for a state dict, the outermost included."""
-_ROOT = re.compile(r"(?:^|\.)(?=backbone\.features\.0\.)")
-"""Ends the prefix that stands before torchvision's first key."""
+MAX_NESTING = 4  # levels of nested dicts that are searched for a state dict, the outermost included
+_ROOT = re.compile(r"(?:^|\.)(?=backbone\.features\.0\.)")  # ends the prefix that stands before torchvision's first key
 _AVERAGE = re.compile(r"(?:^|[._])(?:ema|swa|avg)(?:$|[._])|averag|shadow|teacher", re.IGNORECASE)
 """Names of moving averages of the weights."""
 
@@ -202,7 +199,6 @@ class Architecture:
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
-        """Trunk layers of the early exits."""
         return tuple(one.layer for one in self.exits)
 
     def to_dict(self) -> dict:
@@ -231,11 +227,8 @@ class Architecture:
 
     @classmethod
     def of(cls, model: EarlyExitDetector) -> Architecture:
-        """The description of a model in its current state.
-
-        Raises:
-            EarlyExitError: layers, default boxes or normalisation were changed, so no description rebuilds the model.
-        """
+        """The description of a model in its current state. An EarlyExitError if layers, default boxes or normalisation
+        were changed, so that no description rebuilds it."""
         head, state = model.head.classification_head, model.state_dict()
         names = ("classes", "exits", "width", "score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
         settings = {name: getattr(model, name) for name in names}
@@ -293,7 +286,6 @@ class Architecture:
         return detector
 
     def add_exits(self, detector: SSD) -> EarlyExitDetector:
-        """Add the exits to a detector of this architecture."""
         head, classes = detector.head, self.classes
         if self.folded_branches:  # build the branches with all classes of the full path's head, then fold both
             whole = head.classification_head
@@ -306,7 +298,6 @@ class Architecture:
         return model
 
     def build(self) -> EarlyExitDetector:
-        """The whole model, untrained."""
         return self.add_exits(self.build_detector())
 
 
@@ -357,7 +348,7 @@ def retrofit(
             the competing ones and drop the others; a smaller head, scores stay almost the same. ``rows``: a cut head,
             with background and the wanted classes only.
         photos: for ``compact``: photos to find the competing classes on, [3, H, W] in [0, 1]; read only if needed.
-        tolerance: for ``compact``, see :func:`earlyexit_ssd.modeling.compact.competing_rows`.
+        tolerance: for ``compact``, see :func:`earlyexit_ssd.modeling.heads.competing_rows`.
 
     Returns:
         the detector, its architecture, and the change of its classes (None if they are the checkpoint's).
@@ -408,8 +399,7 @@ def retrofit(
 
 
 def torchvision_name(
-    weights: str | os.PathLike[str] | WeightsEnum,
-    kind: type[WeightsEnum] = SSDLite320_MobileNet_V3_Large_Weights,
+    weights: str | os.PathLike[str] | WeightsEnum, kind: type[WeightsEnum] = SSDLite320_MobileNet_V3_Large_Weights
 ) -> str | None:
     """Member name (without the enum's) in torchvision's weight enum ``kind``; None for a path."""
     name = str(weights).removeprefix(f"{kind.__name__}.")
@@ -417,8 +407,7 @@ def torchvision_name(
 
 
 def load_full_path(
-    weights: str | os.PathLike[str] | WeightsEnum,
-    kind: type[WeightsEnum] = SSDLite320_MobileNet_V3_Large_Weights,
+    weights: str | os.PathLike[str] | WeightsEnum, kind: type[WeightsEnum] = SSDLite320_MobileNet_V3_Large_Weights
 ) -> tuple[dict[str, Tensor], Architecture | None]:
     """State dict of a detector without exits, and its description if the file is a model of this project. torchvision
     downloads members of its enum ``kind``."""
@@ -445,8 +434,7 @@ def load_full_path(
 
 
 def require_weights(
-    weights: str | os.PathLike[str] | WeightsEnum,
-    kind: type[WeightsEnum] = SSDLite320_MobileNet_V3_Large_Weights,
+    weights: str | os.PathLike[str] | WeightsEnum, kind: type[WeightsEnum] = SSDLite320_MobileNet_V3_Large_Weights
 ) -> None:
     """Raise an EarlyExitError with the nearest name if ``weights`` is neither a file nor a member of torchvision's
     weight enum ``kind``."""
@@ -522,9 +510,6 @@ def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: st
         if not given.float().isfinite().all():
             raise EarlyExitError(f"{source}: {key} has NaN or infinity, its training went wrong; take other weights")
     module.load_state_dict(state)
-
-
-# A trained detector without exits at another input size, without training.
 
 
 def resize_detector(model: EarlyExitDetector, architecture: Architecture, size: int, *, cut: bool = False) -> SSD:

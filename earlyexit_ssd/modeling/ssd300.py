@@ -24,8 +24,7 @@ SIZE = 300
 FINEST_LAYER, LAST_LAYER = 10, 15
 """conv4_3, whose output is the finest map, and fc7, the last layer before the extra blocks."""
 
-DEFAULT_EXITS = describe_exits((7, 10), "light")
-"""Exits after conv3_3 and conv4_3."""
+DEFAULT_EXITS = describe_exits((7, 10), "light")  # exits after conv3_3 and conv4_3
 
 
 class Layer(list):
@@ -39,10 +38,7 @@ class Layer(list):
 
 class VGGTrunk(Trunk):
     """The trunk of torchvision's ``SSDFeatureExtractorVGG``; layers 1 to 15 are VGG16's 13 convolutions, fc6 and fc7.
-
-    Raises:
-        EarlyExitError: another kind of backbone.
-    """
+    An EarlyExitError for another kind of backbone."""
 
     def __init__(self, backbone: nn.Module, exit_layers: Sequence[int]) -> None:
         try:
@@ -79,7 +75,6 @@ class EarlyExitSSD300(Pretrained):
 
     @property
     def trunk(self) -> VGGTrunk:
-        """See :class:`EarlyExitDetector`."""
         return VGGTrunk(self.backbone, self.segment_layers)
 
     @classmethod
@@ -93,11 +88,8 @@ class EarlyExitSSD300(Pretrained):
         weights_backbone: VGG16_Weights | None = None,
         **post_processing: float,
     ) -> SSD:
-        """torchvision's detector without exits; ``reduced_tail`` is for SSDLite and ignored here.
-
-        Raises:
-            EarlyExitError: another input size or width.
-        """
+        """torchvision's detector without exits; ``reduced_tail`` is for SSDLite and ignored here. An EarlyExitError for
+        another input size or width."""
         if image_size != SIZE or width != 1.0:
             raise EarlyExitError(
                 f"ssd300_vgg16 with image_size {image_size} and width {width:g}: it supports only {SIZE} and 1 (MODEL."

@@ -12,7 +12,7 @@ from torchvision.models import MobileNet_V3_Large_Weights
 from torchvision.models._api import register_model
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights, ssdlite320_mobilenet_v3_large
 
-from earlyexit_ssd.config import LAST_LAYER
+from earlyexit_ssd.config.check import LAST_LAYER
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import validate
 from earlyexit_ssd.modeling.branches import Exit, describe_exits, exit_keywords, takes_exits
@@ -38,7 +38,6 @@ class EarlyExitSSDLite(Pretrained):
 
     @property
     def trunk(self) -> SegmentedTrunk:
-        """See :class:`EarlyExitDetector`."""
         return SegmentedTrunk(self.backbone, self.segment_layers)
 
 
@@ -132,11 +131,8 @@ def _initialise(backbone: nn.Module) -> None:
 
 
 def _from_file(path: Path, given: dict[str, Any]) -> EarlyExitSSDLite:
-    """The model in a file; the builder's arguments describe a checkpoint that contains no description of its own.
-
-    Raises:
-        EarlyExitError: a file that does not fit the arguments.
-    """
+    """The model in a file; the builder's arguments describe a checkpoint that contains no description of its own. An
+    EarlyExitError for a file that does not fit the arguments."""
     exits = describe_exits() if given["exits"] is None else tuple(given["exits"])
     sizes = {name: given[name] for name in ("image_size", "width")}
     post_processing = {name: given[name] for name in POST_PROCESSING}

@@ -24,8 +24,7 @@ from torchvision.models.detection.ssdlite import SSDLiteFeatureExtractorMobileNe
 
 from earlyexit_ssd.errors import EarlyExitError
 
-norm_layer = partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
-"""BatchNorm with the settings of torchvision's SSDLite."""
+norm_layer = partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)  # BatchNorm with the settings of torchvision's SSDLite
 
 
 def build_ssdlite(
@@ -93,14 +92,10 @@ def build_ssdlite(
 
 @dataclass(frozen=True)
 class TrunkState:
-    """State of a batch in the trunk.
+    """State of a batch in the trunk."""
 
-    Attributes:
-        x: output of the last layer that was run, [N, C, H, W]; at an exit, this is the tap.
-        finest: the finest map of the full path's head, for SSDLite C4's expansion; None before it is computed.
-    """
-
-    x: Tensor
+    x: Tensor  # output of the last layer that was run, [N, C, H, W]; at an exit, this is the tap
+    # the finest map of the full path's head, for SSDLite C4's expansion; None before it is computed
     finest: Tensor | None = None
 
     def select(self, keep: Tensor) -> TrunkState:

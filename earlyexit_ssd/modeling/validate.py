@@ -13,11 +13,9 @@ from earlyexit_ssd.errors import EarlyExitError, nearest
 from earlyexit_ssd.modeling.heads import num_outputs
 from earlyexit_ssd.modeling.losses import LossSettings
 
-SLACK = 0.5
-"""How far pixel values may lie outside [0, 1], because of augmentation and interpolation."""
+SLACK = 0.5  # how far pixel values may lie outside [0, 1], because of augmentation and interpolation
 
-LEAST_SCORE = 0.001
-"""Lowest score of a class that ``score_thresh`` does not name; torchvision's default for SSDLite."""
+LEAST_SCORE = 0.001  # lowest score of a class that ``score_thresh`` does not name; torchvision's default for SSDLite
 
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 

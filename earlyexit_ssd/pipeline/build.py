@@ -6,15 +6,15 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator
-from typing import Concatenate, ParamSpec, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
 from torchvision.models._api import WeightsEnum
 
-from earlyexit_ssd.config import num_exits
+from earlyexit_ssd.config.check import num_exits
 from earlyexit_ssd.data.dataset import build_loader, class_names, load_dataset
 from earlyexit_ssd.data.records import limit_photos
 from earlyexit_ssd.engine.processes import failing_together, is_main, process_group
@@ -44,8 +44,7 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 
-COMPARED_PHOTOS = 300
-"""Photos on which MODEL.FOLD compact finds the classes that compete."""
+COMPARED_PHOTOS = 300  # photos on which MODEL.FOLD compact finds the classes that compete
 
 
 def takes_over(cfg: CfgNode) -> bool:
@@ -54,11 +53,8 @@ def takes_over(cfg: CfgNode) -> bool:
 
 
 def evaluation_device(cfg: CfgNode) -> torch.device:
-    """As `build_device`, but ENGINE.AMP does not matter, and ``auto`` is the CPU unless EVAL.RUNTIME is ``eager``.
-
-    Raises:
-        ConfigError: no such device.
-    """
+    """As `build_device`, but ENGINE.AMP does not matter, and ``auto`` is the CPU unless EVAL.RUNTIME is ``eager``. A
+    ConfigError if there is no such device."""
     return _device(cfg, "cpu" if cfg.DEVICE == "auto" and cfg.EVAL.RUNTIME != EAGER else cfg.DEVICE)
 
 
@@ -84,11 +80,8 @@ def shares_processes(
 
 
 def build_device(cfg: CfgNode) -> torch.device:
-    """The available device of DEVICE, the process's own GPU under torchrun; also sets PyTorch's threads to THREADS.
-
-    Raises:
-        ConfigError: no such device, or fp16 without CUDA.
-    """
+    """The available device of DEVICE, the process's own GPU under torchrun; also sets PyTorch's threads to THREADS. A
+    ConfigError if there is no such device, or for fp16 without CUDA."""
     device = _device(cfg, cfg.DEVICE)
     if cfg.ENGINE.AMP == "fp16" and device.type != "cuda":
         raise ConfigError(f"ENGINE.AMP 'fp16' needs CUDA, DEVICE is {device}; use bf16 or off")
@@ -113,11 +106,8 @@ def _device(cfg: CfgNode, name: str) -> torch.device:
 
 
 def build_exits(cfg: CfgNode) -> tuple[Exit, ...]:
-    """The exits of the EXITS section, whose keys are the keywords of `describe_exits` in capitals.
-
-    Raises:
-        ConfigError: an invalid value, such as an unknown branch kind.
-    """
+    """The exits of the EXITS section, whose keys are the keywords of `describe_exits` in capitals. A ConfigError for an
+    invalid value, such as an unknown branch kind."""
     section = {key.lower(): value for key, value in cfg.EXITS.items()}
     try:
         return describe_exits(section.pop("layers"), **section)
@@ -221,11 +211,8 @@ def source_classes(weights: str, classes: str, detector: str) -> tuple[str, ...]
 
 
 def backbone_weights(cfg: CfgNode) -> WeightsEnum:
-    """MODEL.WEIGHTS_BACKBONE, ImageNet weights of the trunk by torchvision's name.
-
-    Raises:
-        ConfigError: torchvision has none of that name.
-    """
+    """ImageNet weights of the trunk, by torchvision's name in MODEL.WEIGHTS_BACKBONE; a ConfigError if it has none so
+    named."""
     names, name = detector_class(cfg.MODEL.NAME).backbone_weights.__members__, cfg.MODEL.WEIGHTS_BACKBONE
     if name not in names:
         raise ConfigError(
@@ -259,11 +246,7 @@ def build_losses(cfg: CfgNode) -> LossSettings:
 
 def build_router(cfg: CfgNode, stored: dict | None = None, learn: bool = False) -> ExitRouter:
     """The router of the ROUTING section. ``stored``: router in a model's info, whose number of exits and temperatures
-    have priority. ``learn``: make the temperatures trainable.
-
-    Raises:
-        ConfigError: a wrong number of thresholds.
-    """
+    have priority. ``learn``: make the temperatures trainable. A ConfigError for a wrong number of thresholds."""
     stored = stored or {}
     exits, given = stored.get("num_exits", num_exits(cfg)), len(cfg.ROUTING.THRESHOLDS)
     if not exits:
@@ -307,10 +290,17 @@ def build_evaluation(cfg: CfgNode) -> EvaluationSettings:
     )
 
 
-def with_classes(cfg: CfgNode, classes: tuple[str, ...]) -> CfgNode:
-    """A copy of the configuration with ``classes`` as DATA.CLASSES."""
+def with_values(cfg: CfgNode, values: Mapping[str, Any]) -> CfgNode:
+    """A copy of the configuration with other ``values``, by dotted key; they are not checked."""
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.DATA.CLASSES = tuple(classes)
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        functools.reduce(getattr, sections, cfg)[name] = value
     cfg.freeze()
     return cfg
+
+
+def with_classes(cfg: CfgNode, classes: tuple[str, ...]) -> CfgNode:
+    """A copy of the configuration with ``classes`` as DATA.CLASSES."""
+    return with_values(cfg, {"DATA.CLASSES": tuple(classes)})

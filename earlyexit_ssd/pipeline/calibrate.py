@@ -54,14 +54,13 @@ from earlyexit_ssd.pipeline.replay import (
 )
 from earlyexit_ssd.pipeline.reports import write_calibration_page
 from earlyexit_ssd.progress import progress
-from earlyexit_ssd.report.results import write_calibration
+from earlyexit_ssd.report.tables import write_calibration
 from earlyexit_ssd.routing import ExitRouter
 from earlyexit_ssd.routing.policies import cross_fits, needs_training_photos, require_known
 
 logger = logging.getLogger(__name__)
 
-LEAST_DROP = 0.005
-"""Smallest loss of AP50 that `draws_needed` uses; a smaller one cannot be measured."""
+LEAST_DROP = 0.005  # smallest loss of AP50 that `draws_needed` uses; a smaller one cannot be measured
 
 
 @dataclass(frozen=True)

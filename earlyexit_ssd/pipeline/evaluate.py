@@ -52,7 +52,7 @@ from earlyexit_ssd.pipeline.build import (
 )
 from earlyexit_ssd.pipeline.reports import write_evaluation_page
 from earlyexit_ssd.report.pictures import Example, choose_examples, detection_grid
-from earlyexit_ssd.report.results import write_results
+from earlyexit_ssd.report.tables import write_results
 from earlyexit_ssd.routing import ExitRouter
 
 logger = logging.getLogger(__name__)
@@ -100,10 +100,7 @@ def _check_operating_point(cfg: CfgNode, certificate: Certificate, source: str |
 
 def drift_of(certificate: Certificate, collected: Collected, chosen: list[int]) -> DriftResult:
     """Whether the photos look like those of calibration, all at once where they are few; warnings are logged too.
-
-    Args:
-        chosen: the exit of every photo, in the order of ``collected``.
-    """
+    ``chosen`` is the exit of every photo, in the order of ``collected``."""
     monitor = DriftMonitor(certificate.drift, min(WINDOW, max(1, len(chosen))))
     confidences = [float(collected.confidences[exit_index][photo]) for photo, exit_index in enumerate(chosen)]
     warnings, status = monitor.update(chosen, confidences), monitor.status()
@@ -112,17 +109,13 @@ def drift_of(certificate: Certificate, collected: Collected, chosen: list[int]) 
 
 # The rivals that EVAL.RIVALS asks for: plain nets, single exits, exported detectors.
 
-SHARES = (0.8, 0.7, 0.6)
-"""Sides of the smaller plain nets, as shares of the model's own."""
+SHARES = (0.8, 0.7, 0.6)  # sides of the smaller plain nets, as shares of the model's own
 SMALLEST_SIDE = 64
 
 
 def check_rivals(cfg: CfgNode, device: torch.device) -> None:
-    """What is cheap to find out before hours of training: files and packages that are missing.
-
-    Raises:
-        EarlyExitError: one is missing, or the runtime does not run on the device.
-    """
+    """What is cheap to find out before hours of training: files and packages that are missing. An EarlyExitError if one
+    is missing, or the runtime does not run on the device."""
     rivals = cfg.EVAL.RIVALS
     if cfg.EVAL.RUNTIME != EAGER:
         import_package("onnx")
@@ -211,7 +204,6 @@ def _single_exit(path: str, classes: tuple[str, ...], device: torch.device) -> R
 
 
 def onnx_rivals(cfg: CfgNode, classes: tuple[str, ...]) -> list[Rival]:
-    """Those of EVAL.RIVALS.ONNX."""
     return [_onnx(entry, classes, cfg.EVAL.TIMING_THREADS) for entry in cfg.EVAL.RIVALS.ONNX]
 
 
@@ -227,9 +219,6 @@ def _onnx(entry: str, classes: tuple[str, ...], threads: int) -> Rival:
 def _short(path: str) -> str:
     """A file's name, or its folder's where all files of a run are called alike."""
     return Path(path).stem if Path(path).stem != "model" else Path(path).resolve().parent.name
-
-
-# Evaluate a trained model on a split: metrics, table and pictures.
 
 
 @shares_processes("out_dir")
@@ -267,9 +256,7 @@ def evaluate_model(
         logger.warning("nobody labelled %s: agreement with the full path is measured, no AP", " + ".join(cfg.DATA.TEST))
     rivals = build_rivals(cfg, model, architecture, device) if dataset.labelled else []  # AP judges them
     collected = collect(model.to(device), loader, router)
-    if (
-        cfg.EVAL.RIVALS.ENABLED and dataset.labelled and not router.hybrid
-    ):  # a hybrid's exits have the full path's boxes
+    if cfg.EVAL.RIVALS.ENABLED and dataset.labelled and not router.hybrid:  # a hybrid has the full path's boxes
         rivals = [*exits_alone(model, collected), *rivals]
     rivals = [replace(rival, detector=rival.found(loader)) for rival in rivals]
     if not is_main():  # waits at the end, so that the first one measures milliseconds undisturbed

@@ -56,18 +56,14 @@ Format = Literal["onnx", "staged", "openvino"]
 SUFFIXES: dict[str, str] = {"onnx": ".onnx", "staged": "", "openvino": ".xml"}
 """Format -> how the name of what is written ends; staged files lie in a folder."""
 
-RENDERED_PHOTOS = 8
-"""Number of photos to compare on, if none are given."""
-HEAD_PHOTOS = 4
-"""Number of photos on which the outputs of every head are compared."""
+RENDERED_PHOTOS = 8  # number of photos to compare on, if none are given
+HEAD_PHOTOS = 4  # number of photos on which the outputs of every head are compared
 MAX_HEAD_DIFFERENCE = 1e-4
 """Largest difference of a head's output from the model's, times the largest output if that is above 1."""
 MAX_BOX_DIFFERENCE_PX = 0.1
 MAX_SCORE_DIFFERENCE = 1e-3
-NEAR_THRESHOLD = 1e-5
-"""A confidence this close to its threshold may fall on the other side."""
-NEAR_LIMIT = 1e-4
-"""A score, or an IoU of two boxes, this close to its limit may fall on the other side."""
+NEAR_THRESHOLD = 1e-5  # a confidence this close to its threshold may fall on the other side
+NEAR_LIMIT = 1e-4  # a score, or an IoU of two boxes, this close to its limit may fall on the other side
 
 
 @dataclass(frozen=True)
@@ -95,10 +91,7 @@ class Exported:
 
 def open_any(name_or_path: str | os.PathLike[str], router: bool = True) -> EarlyExitDetector:
     """A model of any kind of detectors from shipped weights or a model file; ``router=False`` leaves the routing out.
-
-    Raises:
-        EarlyExitError: as :meth:`EarlyExitSSDLite.from_pretrained`.
-    """
+    Errors as of :meth:`EarlyExitSSDLite.from_pretrained`."""
     content = read_weights(weights_path(name_or_path))
     described = content.get("architecture")
     name = described.get("detector") if isinstance(described, dict) else None
@@ -231,11 +224,8 @@ class SegmentNetwork(nn.Module):
         return tuple(self.run(dict(zip(self.inputs, state, strict=True))).values())
 
     def to_onnx(self, state: dict[str, Tensor]) -> tuple[onnx.ModelProto, dict[str, Tensor]]:
-        """The segment for inputs of these shapes, by the exporter on TorchScript, and what it gives for these.
-
-        Raises:
-            EarlyExitError: the exporter cannot follow the network.
-        """
+        """The segment for inputs of these shapes, by the exporter on TorchScript, and what it gives for these. An
+        EarlyExitError if the exporter cannot follow the network."""
         self.inputs = tuple(state)
         found = self.run(state)
         content = io.BytesIO()
@@ -317,9 +307,6 @@ def _metadata(model: EarlyExitDetector, contract: Contract) -> dict[str, str]:
         "versions": {name: version(name) for name in names},
     }
     return {"format": FORMAT, **{key: json.dumps(value) for key, value in values.items()}}
-
-
-# The three ways of writing them.
 
 
 def _write_onnx(parts: _Parts, path: Path, for_openvino: bool = False) -> None:
@@ -407,11 +394,8 @@ def _compare(
 
 
 def _is_same(model: EarlyExitDetector, photo: np.ndarray, expected: dict[str, Tensor], found: Detections) -> bool:
-    """Whether exit and detections are the model's; False where rounding explains what differs.
-
-    Raises:
-        EarlyExitError: nothing explains it.
-    """
+    """Whether exit and detections are the model's; False where rounding explains what differs. An EarlyExitError if
+    nothing explains it."""
     index = int(expected.get("exit_index", model.num_early_exits))
     if index != found.exit_index:
         first = min(index, found.exit_index)
@@ -436,8 +420,7 @@ def _is_same(model: EarlyExitDetector, photo: np.ndarray, expected: dict[str, Te
     return False
 
 
-Found = Sequence[np.ndarray]
-"""boxes [n, 4], labels [n] and scores [n]."""
+Found = Sequence[np.ndarray]  # boxes [n, 4], labels [n] and scores [n]
 
 
 def _unpaired(mine: Found, theirs: Found) -> Found:

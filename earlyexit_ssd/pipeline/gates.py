@@ -12,8 +12,7 @@ from earlyexit_ssd.errors import GateFailed
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
 from earlyexit_ssd.pipeline.build import takes_over
 
-DEEPEST_USEFUL_LAYER = 12
-"""A branch after a later layer saves next to nothing."""
+DEEPEST_USEFUL_LAYER = 12  # a branch after a later layer saves next to nothing
 
 
 @dataclass(frozen=True)

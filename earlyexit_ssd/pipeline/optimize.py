@@ -13,7 +13,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +34,7 @@ from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
 from earlyexit_ssd.files import locks_folder, write_image, write_json, write_text
 from earlyexit_ssd.modeling import COCO_CLASSES, Architecture, Exit, describe_exits, save_model
 from earlyexit_ssd.modeling.checkpoint import ModelInfo, weights_hash
-from earlyexit_ssd.modeling.compact import find_competing_rows
-from earlyexit_ssd.modeling.heads import slice_rows
+from earlyexit_ssd.modeling.heads import find_competing_rows, slice_rows
 from earlyexit_ssd.modeling.retrofit import resize_detector
 from earlyexit_ssd.pipeline.build import (
     build_evaluation,
@@ -44,11 +43,12 @@ from earlyexit_ssd.pipeline.build import (
     open_model,
     photos_to_compare_on,
     with_classes,
+    with_values,
 )
 from earlyexit_ssd.pipeline.calibrate import Chosen, Search, Target, certificate_of, fit_router
 from earlyexit_ssd.pipeline.evaluate import evaluate_model, onnx_rivals
 from earlyexit_ssd.pipeline.export import export_detector, open_any
-from earlyexit_ssd.pipeline.fine_tuning import fine_tune
+from earlyexit_ssd.pipeline.phases import fine_tune
 from earlyexit_ssd.pipeline.replay import (
     CostModel,
     Recorded,
@@ -72,16 +72,13 @@ GLANCES = ((128, 12), (160, 12), (192, 12))
 are scaled and rounded to multiples of 16."""
 EMPTY_EXITS = (12,)
 """Trunk layers of the empty exits that are tried, also behind a glance, if the detector has no exits of its own."""
-OWN_HEAD = "as it is"
-"""`Variant.fold` of a net that keeps the detector's head."""
+OWN_HEAD = "as it is"  # `Variant.fold` of a net that keeps the detector's head
 SHARES, FINE_TUNED_SHARES = (1.0, 0.9, 0.8, 0.7), (1.0, 0.9, 0.8, 0.7, 0.6)
 """Tried input sides as shares of the detector's own, with its weights and with fine-tuned ones."""
-FINE_STEP = 16
-"""Distance in pixels of the input sides that are tried with fine-tuned weights."""
+FINE_STEP = 16  # distance in pixels of the input sides that are tried with fine-tuned weights
 BASE_FILE = "base.pth"
 """The detector as it is, in the folder of the search: a rival in the evaluation of the chosen one."""
-EXPORT_PHOTOS = 16
-"""Photos of the calib split on which the exported file is compared with the model."""
+EXPORT_PHOTOS = 16  # photos of the calib split on which the exported file is compared with the model
 GLANCE_PRICE = 0.15
 """Approximate cost of a glance as a share of the detector's time. Every photo pays it, so a larger share must leave."""
 HOPELESS = 2.0
@@ -98,7 +95,7 @@ class Goal:
         coco_ap_drop: as ``ap_drop``, for COCO's AP, the mean over IoU 0.5 to 0.95; None: not limited.
         speedup, ms: wanted speed relative to the base detector, or milliseconds per photo; None: as fast as possible.
         minutes: time after which no further candidate is started; None: no limit.
-        train: fine-tune the detector for smaller inputs too (`earlyexit_ssd.pipeline.fine_tuning`).
+        train: fine-tune the detector for smaller inputs too (`earlyexit_ssd.pipeline.phases`).
     """
 
     ap_drop: float = 0.01
@@ -121,39 +118,26 @@ class Goal:
 
 @dataclass(frozen=True)
 class Candidate(Record):
-    """One variant of the detector and its figures on the calib split.
+    """One variant of the detector and its figures on the calib split."""
 
-    Attributes:
-        name: description such as "288 px, compact head, glance at 128 px".
-        image_size, fold, fine_tuned: the net, see `Variant`.
-        exits, policy, thresholds: names of the exits in the order of computation, and their routing.
-        AP50, lost: AP50, and AP50 lost against the base detector.
-        lost_bound: upper bound of ``lost`` with confidence 1 - delta.
-        AP_lost_bound: as ``lost_bound``, for COCO's AP; None if the goal does not limit it or ``lost_bound`` is too
-            large.
-        objects, objects_kept: objects that the base detector finds at EVAL.SCORE, and how many of them this one finds.
-        mmacs: millions of multiply-accumulates, of rivals only.
-        ms, speedup: mean milliseconds per photo, and speed relative to the base detector in the same run.
-        holds: whether ``lost_bound`` and ``AP_lost_bound`` are within the budget.
-    """
-
-    name: str
-    image_size: int
-    fold: str
-    exits: tuple[str, ...] = ()
+    name: str  # such as "288 px, compact head, glance at 128 px"
+    image_size: int  # of the net, see `Variant`
+    fold: str  # of the net
+    exits: tuple[str, ...] = ()  # names in the order of computation
     policy: str | None = None
     thresholds: tuple[float, ...] = ()
     AP50: float | None = None
-    lost: float | None = None
-    lost_bound: float | None = None
-    objects: int | None = None
-    objects_kept: int | None = None
-    mmacs: float | None = None
-    ms: float | None = None
-    speedup: float | None = None
-    holds: bool = False
+    lost: float | None = None  # AP50 lost against the base detector
+    lost_bound: float | None = None  # upper bound of ``lost`` with confidence 1 - delta
+    objects: int | None = None  # that the base detector finds at EVAL.SCORE
+    objects_kept: int | None = None  # of these, found by this one
+    mmacs: float | None = None  # millions of multiply-accumulates, of rivals only
+    ms: float | None = None  # mean milliseconds per photo
+    speedup: float | None = None  # speed relative to the base detector in the same run
+    holds: bool = False  # whether ``lost_bound`` and ``AP_lost_bound`` are within the budget
     rival: bool = False
-    fine_tuned: bool = False
+    fine_tuned: bool = False  # the net
+    # as ``lost_bound``, for COCO's AP; None if the goal does not limit it or ``lost_bound`` is too large
     AP_lost_bound: float | None = None
 
     def __str__(self) -> str:
@@ -201,7 +185,6 @@ class Net:
     train: Replay
 
     def with_exits(self, names: Sequence[str]) -> Net:
-        """The net with only these exits."""
         model, architecture = self.recorded.model, self.recorded.architecture
         indices = [model.exit_names.index(name) for name in names]
         architecture = dataclasses.replace(architecture, exits=tuple(architecture.exits[index] for index in indices))
@@ -234,27 +217,24 @@ class Optimizer:
 
     def __init__(self, cfg: CfgNode, weights: str | os.PathLike[str] | None, goal: Goal, out: Path) -> None:
         self.goal, self.out, self.device = goal, out, evaluation_device(cfg)
-        cfg = _measured_in_ms(cfg)
+        cfg = with_values(cfg, {"CALIBRATION.COST": "ms"})
         if weights is None:
             model, architecture = build_model(_base_config(cfg), class_names(cfg))
             self.model, self.architecture, self.info = model, architecture, {"taken_over": True}
         else:
             self.model, self.architecture, self.info = open_model(cfg, weights)
-        self.cfg = with_classes(cfg, self.architecture.classes)
+        self.cfg = cfg = with_classes(cfg, self.architecture.classes)
         self.model = self.model.to(self.device).eval()
         self.sets, self.repeats = disjoint_sets(self.cfg, ("CALIB",))
         self._nets: dict[Variant, Net] = {}
         self._photos: dict[bool, Replay] = {}
         self.base = self._net(Variant(self.architecture.image_size, OWN_HEAD))
         self.reference = self.base.calib.recording.detections[-1]
-        text = f"{weights_hash(self.model)} {self.goal} {fingerprint(self.sets['CALIB'])} {self._settings()}"
-        self.key = hashlib.sha256(text.encode()).hexdigest()
-
-    def _settings(self) -> str:
-        cfg = self.cfg
         plan = [f"{variant} {exits}" for variant, exits in self.plan()]
-        fine_tuning = f"{cfg.FINE_TUNING} {fingerprint(self.sets['TRAIN'])}" if self.goal.train else ""
-        return f"{cfg.EVAL.RUNTIME} {cfg.EVAL.TIMING_THREADS} {cfg.EVAL.SCORE} {cfg.CALIBRATION} {plan} {fine_tuning}"
+        fine_tuning = f"{cfg.FINE_TUNING} {fingerprint(self.sets['TRAIN'])}" if goal.train else ""
+        settings = f"{cfg.EVAL.RUNTIME} {cfg.EVAL.TIMING_THREADS} {cfg.EVAL.SCORE} {cfg.CALIBRATION}"
+        text = f"{weights_hash(self.model)} {goal} {fingerprint(self.sets['CALIB'])} {settings} {plan} {fine_tuning}"
+        self.key = hashlib.sha256(text.encode()).hexdigest()
 
     # The plan of candidates.
 
@@ -323,7 +303,6 @@ class Optimizer:
         return list(dict.fromkeys(sets))
 
     def is_empty(self, variant: Variant, names: Sequence[str]) -> bool:
-        """Whether all these exits are empty."""
         return all(one.empty for one in self.exits_of(variant) if one.name in names)
 
     def _net(self, variant: Variant) -> Net:
@@ -359,7 +338,11 @@ class Optimizer:
     @functools.cached_property
     def _fine_tuned(self) -> tuple[Architecture, dict[str, torch.Tensor]]:
         """The full path with the best head, fine-tuned at all sizes and those of the glances."""
-        architecture, state = self._compact if self.best_head == "compact" else (self.architecture, self._full_path)
+        if self.best_head == "compact":
+            architecture, state = self._compact
+        else:
+            architecture, own = self.architecture, self.architecture.image_size
+            state = resize_detector(self.model, architecture, own).state_dict()
         architecture = dataclasses.replace(architecture, exits=())
         sizes = [*self.sizes(fine_tuned=True), *(pixels for pixels, _ in self.glances if self.shows_empty_photos)]
         student = architecture.build().to(self.device)
@@ -367,14 +350,9 @@ class Optimizer:
         fine_tune(self.cfg, student, architecture, self.model, sizes, self.sets["CALIB"], self.out / "fine_tuned")
         return architecture, student.state_dict()
 
-    @property
-    def _full_path(self) -> dict[str, torch.Tensor]:
-        """Weights of the detector without its branches."""
-        return resize_detector(self.model, self.architecture, self.architecture.image_size).state_dict()
-
     @functools.cached_property
     def _compact(self) -> tuple[Architecture, dict[str, torch.Tensor]]:
-        """The full path with a compact head (`earlyexit_ssd.modeling.compact`), at its own size."""
+        """The full path with a compact head (`earlyexit_ssd.modeling.heads`), at its own size."""
         detector = resize_detector(self.model, self.architecture, self.architecture.image_size)
         head, wanted = detector.head.classification_head, self.architecture.folded_rows
         whole = detector.head.classification_head = SSDScoringHead(head.module_list, head.num_columns)
@@ -390,10 +368,11 @@ class Optimizer:
     # Measurement.
 
     def measure(self, variant: Variant, exits: tuple[str, ...]) -> Found:
-        """Measure one candidate on the calib split."""
         net = self._net(variant).with_exits(exits)
         if not exits:
-            return self._without_exits(net)
+            costs = measure_cost_model(self.cfg, net.recorded.model, ExitRouter(0), self.base.recorded.model)
+            choice = np.zeros(len(net.calib.recording), np.int64)
+            return Found(self._judged(net, (), choice, costs.paths[()], costs.plain), net)
         found = [self._with_policy(net, policy) for policy in self._policies(net)]
         return min(found, key=lambda one: (not one.candidate.holds, one.candidate.ms or np.inf))
 
@@ -435,11 +414,6 @@ class Optimizer:
         if self.goal.ms is not None:
             return Target("speedup", costs.plain / self.goal.ms)
         return Target("ap_drop", self.goal.ap_drop, self.goal.delta)
-
-    def _without_exits(self, net: Net) -> Found:
-        costs = measure_cost_model(self.cfg, net.recorded.model, ExitRouter(0), self.base.recorded.model)
-        choice = np.zeros(len(net.calib.recording), np.int64)
-        return Found(self._judged(net, (), choice, costs.paths[()], costs.plain), net)
 
     def _judged(
         self,
@@ -502,29 +476,13 @@ class Optimizer:
         return found
 
 
-def _measured_in_ms(cfg: CfgNode) -> CfgNode:
-    """A copy of the configuration in which costs are milliseconds of EVAL.RUNTIME."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.CALIBRATION.COST = "ms"
-    cfg.freeze()
-    return cfg
-
-
 def _base_config(cfg: CfgNode) -> CfgNode:
     """A copy of the configuration without a compact head, and without branches, which would be untrained."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.FOLD = "rows" if cfg.MODEL.FOLD == "rows" else "exact"
+    values = {"MODEL.FOLD": "rows" if cfg.MODEL.FOLD == "rows" else "exact"}
     if set(cfg.EXITS.LAYERS) != set(cfg.EXITS.EMPTY):
-        cfg.EXITS.LAYERS, cfg.EXITS.EMPTY = (), ()
-        for key in ("BRANCH", "COPY", "DEPTH"):
-            cfg.EXITS[key] = cfg.EXITS[key][:1]
-    cfg.freeze()
-    return cfg
-
-
-# The search, from configuration to files.
+        values |= {"EXITS.LAYERS": (), "EXITS.EMPTY": ()}
+        values |= {f"EXITS.{key}": cfg.EXITS[key][:1] for key in ("BRANCH", "COPY", "DEPTH")}
+    return with_values(cfg, values)
 
 
 @dataclass(frozen=True)
@@ -560,22 +518,14 @@ class TestFigures(Record):
 
 @dataclass(frozen=True)
 class Outcome(Record):
-    """Result of `optimize`, the content of optimize.json.
-
-    Attributes:
-        base, candidates: the base detector and all candidates on the calib split, rivals included.
-        chosen: the chosen candidate, see `choose_candidate`; None if there is none.
-        test, ship: figures on the test split; whether the chosen candidate is faster there, and its AP50 (without an
-            interval) within the budget.
-        summary: one paragraph of text.
-    """
+    """Result of `optimize`, the content of optimize.json."""
 
     base: Candidate
-    chosen: Candidate | None
-    candidates: tuple[Candidate, ...]
+    chosen: Candidate | None  # see `choose_candidate`; None if there is none
+    candidates: tuple[Candidate, ...]  # the base detector and all others on the calib split, rivals included
     test: TestFigures | None
-    ship: bool
-    summary: str
+    ship: bool  # whether the chosen one is faster on the test split, and its AP50 (without an interval) in the budget
+    summary: str  # one paragraph of text
 
 
 @locks_folder("out_dir")
@@ -600,19 +550,19 @@ def optimize(
     _warn_if_busy()
     out, started = Path(out_dir), time.monotonic()
     search = Optimizer(cfg, weights, goal, out)
-    store = _Store(out / "candidates.json", search.key)
-    plan = search.plan()
+    found, plan = _read_candidates(out / "candidates.json", search.key), search.plan()
     for variant, exits in progress(plan, desc="candidates"):
-        if len(store) and goal.minutes is not None and time.monotonic() - started > 60 * goal.minutes:
-            logger.warning("stopped after %g minutes: %d of %d candidates tried", goal.minutes, len(store), len(plan))
+        if found and goal.minutes is not None and time.monotonic() - started > 60 * goal.minutes:
+            logger.warning("stopped after %g minutes: %d of %d candidates tried", goal.minutes, len(found), len(plan))
             break
         name = f"{variant} {' '.join(exits)}"
-        if name in store or (exits and _skipped(search, store, variant, exits)):
+        if name in found or (exits and _skipped(search, found.values(), variant, exits)):
             continue
-        candidate = search.measure(variant, exits).candidate
-        store.add(name, candidate)
-        logger.info("%s", candidate)
-    measured, rivals = store.candidates, search.rivals()
+        found[name] = search.measure(variant, exits).candidate
+        candidates = {name: one.to_json() for name, one in found.items()}
+        write_json(out / "candidates.json", {"key": search.key, "candidates": candidates})
+        logger.info("%s", found[name])
+    measured, rivals = list(found.values()), search.rivals()
     chosen = choose_candidate(measured, goal)
     outcome = _write(search, measured[0], chosen, (*measured, *rivals))
     write_json(out / "optimize.json", outcome.to_json())
@@ -626,13 +576,13 @@ def optimize(
     return outcome
 
 
-def _skipped(search: Optimizer, store: _Store, variant: Variant, exits: Sequence[str]) -> bool:
+def _skipped(search: Optimizer, measured: Iterable[Candidate], variant: Variant, exits: Sequence[str]) -> bool:
     """Whether a net is not tried with these exits.
 
     Either it loses too much without them (`HOPELESS`). Or the exits are empty, the net has the detector's own head, and
     some net with a compact head holds the budget: then these exits are tried with the compact head only.
     """
-    without = {(one.image_size, one.fold, one.fine_tuned): one for one in store.candidates if not one.exits}
+    without = {(one.image_size, one.fold, one.fine_tuned): one for one in measured if not one.exits}
     net = without.get((variant.size, variant.fold, variant.fine_tuned))
     if net is not None and net.lost is not None and net.lost > HOPELESS * search.goal.ap_drop:
         return True
@@ -668,31 +618,12 @@ def choose_candidate(candidates: Sequence[Candidate], goal: Goal) -> Candidate |
     return min(asked, key=lambda one: one.lost, default=max(holding, key=lambda one: one.speedup, default=None))
 
 
-class _Store:
-    """The measured candidates on disk, by name; a file of another search (``key``) is ignored."""
-
-    def __init__(self, path: Path, key: str) -> None:
-        self._path, self._key = path, key
-        self._found: dict[str, Candidate] = {}
-        if path.is_file():
-            content = read_json(path, "candidates of a search", "delete it")
-            if isinstance(content, dict) and content.get("key") == key:
-                self._found = {name: Candidate.from_json(one) for name, one in content["candidates"].items()}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._found
-
-    def __len__(self) -> int:
-        return len(self._found)
-
-    def add(self, name: str, candidate: Candidate) -> None:
-        self._found[name] = candidate
-        found = {name: one.to_json() for name, one in self._found.items()}
-        write_json(self._path, {"key": self._key, "candidates": found})
-
-    @property
-    def candidates(self) -> list[Candidate]:
-        return list(self._found.values())
+def _read_candidates(path: Path, key: str) -> dict[str, Candidate]:
+    """The candidates that a stopped search has measured, by name; a file of another search (``key``) is ignored."""
+    content = read_json(path, "candidates of a search", "delete it") if path.is_file() else None
+    if not isinstance(content, dict) or content.get("key") != key:
+        return {}
+    return {name: Candidate.from_json(one) for name, one in content["candidates"].items()}
 
 
 def _write(search: Optimizer, base: Candidate, chosen: Candidate | None, candidates: Sequence[Candidate]) -> Outcome:
@@ -720,11 +651,8 @@ def _write(search: Optimizer, base: Candidate, chosen: Candidate | None, candida
     plain = dataclasses.replace(search.architecture, exits=())
     detector = resize_detector(search.model, search.architecture, search.architecture.image_size)
     save_model(out / BASE_FILE, plain.add_exits(detector), plain, {})
-    cfg = search.cfg.clone()
-    cfg.defrost()
-    cfg.EVAL.RIVALS.ENABLED = True
-    cfg.EVAL.RIVALS.FULL_PATHS = (*cfg.EVAL.RIVALS.FULL_PATHS, str(out / BASE_FILE))
-    cfg.freeze()
+    rivals = (*search.cfg.EVAL.RIVALS.FULL_PATHS, str(out / BASE_FILE))
+    cfg = with_values(search.cfg, {"EVAL.RIVALS.ENABLED": True, "EVAL.RIVALS.FULL_PATHS": rivals})
     results = evaluate_model(cfg, out / "model.pth", out / "test", compare=False)
     test = _test_figures(results)
     ship = test.speedup is not None and test.ms < test.ms_base_interval[0] and test.base_detects
@@ -758,7 +686,6 @@ def _test_figures(results: Results) -> TestFigures:
 
 
 def _summary(chosen: Candidate, test: TestFigures, ship: bool, goal: Goal) -> str:
-    """The summary, one paragraph of text."""
     lost = "undefined" if test.AP50 is None else f"{test.AP50_base - test.AP50:.3f}"
     interval = "" if test.AP50_lost_interval is None else " [{:.3f}, {:.3f}]".format(*test.AP50_lost_interval)
     ap_lost = (

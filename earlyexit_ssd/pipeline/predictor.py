@@ -1,4 +1,4 @@
-"""A model in PyTorch with the interface of an exported one, to look at photos before anything is exported."""
+"""Detectors in PyTorch, and ONNX files of other projects, with the interface of exported ones."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import math
 import os
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,11 +18,14 @@ from PIL import Image
 
 from earlyexit_ssd.calibration import load_certificate
 from earlyexit_ssd.data.dataset import as_tensor
+from earlyexit_ssd.deploy.benchmark import Contestant, Detect
 from earlyexit_ssd.deploy.predictor import Detections
-from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.errors import EarlyExitError, shown
+from earlyexit_ssd.evaluation.onnx import FORMATS, OnnxDetector
 from earlyexit_ssd.files import sha256
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.pipeline.build import build_router, open_model
+from earlyexit_ssd.pipeline.export import open_any
 from earlyexit_ssd.report.pictures import Example, detection_grid
 
 logger = logging.getLogger(__name__)
@@ -76,11 +80,8 @@ class TorchPredictor:
 
 
 def open_torch_predictor(weights: str | os.PathLike[str], cfg: CfgNode | None = None) -> TorchPredictor:
-    """Shipped weights or a file, with its own routing or with that of a configuration; warm.
-
-    Raises:
-        EarlyExitError: unusable weights, or a certificate that is not theirs.
-    """
+    """Shipped weights or a file, with its own routing or with that of a configuration; warm. An EarlyExitError for
+    unusable weights, or a certificate that is not theirs."""
     if cfg is None:
         model = EarlyExitSSDLite.from_pretrained(weights)
     else:
@@ -92,3 +93,55 @@ def open_torch_predictor(weights: str | os.PathLike[str], cfg: CfgNode | None = 
     predictor = TorchPredictor(model)
     predictor.warm_up()
     return predictor
+
+
+@dataclass(frozen=True)
+class TorchModel(Contestant):
+    """A model file, a checkpoint of torchvision's or shipped weights, in eager PyTorch, routed as it is."""
+
+    compiled: bool = False  # its full path alone, network and head with ``torch.compile``
+
+    @property
+    def runtime(self) -> str:
+        return "torch.compile" if self.compiled else "eager PyTorch"
+
+    def open(self, threads: int, score: float) -> Detect:
+        torch.set_num_threads(threads)
+        model = open_any(self.path, router=not self.compiled).eval()
+        model.score_thresh = score
+        if self.compiled:
+            model.trunk_maps = torch.compile(model.trunk_maps)
+            model.head.compile()
+
+        @torch.inference_mode()
+        def detect(photos: list[np.ndarray]) -> list[int | None]:
+            full = model.num_early_exits
+            exits = [int(found.get("exit_index", full)) for found in model([as_tensor(photo) for photo in photos])]
+            return [None if index == full else index for index in exits]
+
+        return detect
+
+
+@dataclass(frozen=True)
+class Rival(Contestant):
+    """Somebody else's ONNX file of a format of `FORMATS`; its resizing and its suppression run in PyTorch."""
+
+    file_format: str
+    runtime: ClassVar[str] = "ONNX Runtime"
+
+    def __post_init__(self) -> None:
+        if self.file_format not in FORMATS:
+            raise EarlyExitError(
+                f"{self.path}: format {shown(self.file_format)}: expected one of compile, {', '.join(FORMATS)}"
+            )
+
+    def open(self, threads: int, score: float) -> Detect:
+        """See `Contestant`; the format has a least score of its own."""
+        torch.set_num_threads(threads)
+        detector = OnnxDetector(self.path, self.file_format, threads)
+
+        @torch.inference_mode()
+        def detect(photos: list[np.ndarray]) -> list[int | None]:
+            return [None for _ in detector(list(map(as_tensor, photos)))]
+
+        return detect

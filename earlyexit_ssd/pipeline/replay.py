@@ -20,14 +20,14 @@ from pycocotools.coco import COCO
 from torch import Tensor, nn
 
 from earlyexit_ssd.calibration.certificate import CertifiedCosts
-from earlyexit_ssd.calibration.temperature import (
+from earlyexit_ssd.calibration.thresholds import (
     FittedTemperature,
     contested_boxes,
     fit_temperature,
     reliability,
+    require_few_exits,
     stopped_by,
 )
-from earlyexit_ssd.calibration.thresholds import require_few_exits
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset, to_coco
 from earlyexit_ssd.data.dataset import fingerprint, photo_hashes, require_disjoint
@@ -147,21 +147,14 @@ class Replay:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A model, its splits, and the folder of their recordings.
+    """A model, its splits, and the folder of their recordings."""
 
-    Attributes:
-        cfg: configuration with the classes of the weights.
-        model, architecture: the model on its device, and its description.
-        info: ``info`` of the model's file.
-        sets, repeats: TRAIN, CALIB and TEST, and per set the duplicate photos left out, see :func:`disjoint_sets`.
-    """
-
-    cfg: CfgNode
-    model: EarlyExitSSDLite
+    cfg: CfgNode  # with the classes of the weights
+    model: EarlyExitSSDLite  # on its device
     architecture: Architecture
-    info: dict[str, Any]
-    sets: dict[str, DetectionDataset]
-    repeats: dict[str, Repeats]
+    info: dict[str, Any]  # of the model's file
+    sets: dict[str, DetectionDataset]  # TRAIN, CALIB and TEST
+    repeats: dict[str, Repeats]  # per set the duplicate photos left out, see :func:`disjoint_sets`
     folder: Path
 
     def replay(self, name: str) -> Replay:
@@ -225,11 +218,8 @@ def disjoint_sets(
     include_near_duplicates: bool = True,
 ) -> tuple[dict[str, DetectionDataset], dict[str, Repeats]]:
     """TRAIN (CALIBRATION.TRAIN_PHOTOS of it, not augmented), CALIB and TEST, and the duplicates left out of each;
-    arguments as in `open_recorded`.
-
-    Raises:
-        DataError: a photo is in two of the complete splits, or a split that needs labels has no box.
-    """
+    arguments as in `open_recorded`. A DataError if a photo is in two of the complete splits, or a split that needs
+    labels has no box."""
     labelled = {*needs_labels, "TRAIN"} if cfg.CALIBRATION.REFERENCE == "labels" else {*needs_labels}
     needed = "replaced" if unlabelled else "required"
     sets = {

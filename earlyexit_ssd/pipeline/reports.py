@@ -14,7 +14,7 @@ import numpy as np
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.calibration.certificate import Certificate
-from earlyexit_ssd.calibration.temperature import FittedTemperature
+from earlyexit_ssd.calibration.thresholds import FittedTemperature
 from earlyexit_ssd.config import CLOSED, PHASE_SECTIONS
 from earlyexit_ssd.data import DetectionDataset
 from earlyexit_ssd.engine import read_log
@@ -25,7 +25,6 @@ from earlyexit_ssd.evaluation.outputs import Collected
 from earlyexit_ssd.evaluation.results import Results
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.plain import read_json
-from earlyexit_ssd.report.attention import Attention, attention_pictures
 from earlyexit_ssd.report.page import (
     Section,
     calibration_page,
@@ -35,13 +34,11 @@ from earlyexit_ssd.report.page import (
     training_section,
     write_page,
 )
-from earlyexit_ssd.report.page_photos import OpenCosts, PagePhotos, by_gain
+from earlyexit_ssd.report.page_photos import Attention, OpenCosts, PagePhotos, attention_pictures, by_gain
 from earlyexit_ssd.routing import ExitRouter
 
-ATTENTION_PHOTOS = 6
-"""Photos with attention maps: the first of the gallery."""
-MOST_OPEN_SETS = 8
-"""Sets of open exits whose operations are counted; with more, only the evaluated one is known."""
+ATTENTION_PHOTOS = 6  # photos with attention maps: the first of the gallery
+MOST_OPEN_SETS = 8  # sets of open exits whose operations are counted; with more, only the evaluated one is known
 NAME = "report.html"
 
 
@@ -97,7 +94,6 @@ def write_calibration_page(
     """Write report.html of a calibration into ``folder``; arguments as `earlyexit_ssd.pipeline.calibrate` has them."""
     with never_failing(folder / NAME):
         model, calib, costs = recorded.model, search.calib, search.costs
-        known = [opened for opened in itertools.product((True, False), repeat=model.num_early_exits)]
         photos = PagePhotos(
             ground_truth=calib.ground_truth,
             detections=calib.recording.detections,
@@ -107,7 +103,7 @@ def write_calibration_page(
             thresholds=certificate.router["thresholds"],
             costs=[
                 OpenCosts(opened, **{costs.unit: costs.per_exit([0.0 if one else CLOSED for one in opened]).tolist()})
-                for opened in known
+                for opened in itertools.product((True, False), repeat=model.num_early_exits)
             ],
             **{f"plain_{unit}": costs.plain if unit == costs.unit else None for unit in ("mmacs", "ms")},
             score=calib.score,

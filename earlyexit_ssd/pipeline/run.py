@@ -104,11 +104,8 @@ class RunFolder:
         write_json(self.root / "run.json", describe_run(cfg.SEED))
 
     def _changed_phases(self, cfg: CfgNode) -> dict[str, str]:
-        """Unfinished phase -> a key of its training settings in which ``cfg`` and the stored configuration differ.
-
-        Raises:
-            EarlyExitError: they differ in a setting of a finished phase or of the whole run.
-        """
+        """Unfinished phase -> a key of its training settings in which ``cfg`` and the stored configuration differ. An
+        EarlyExitError if they differ in a setting of a finished phase or of the whole run."""
         path = self.root / "config.yaml"
         if not path.is_file():
             return {}
@@ -133,7 +130,6 @@ class RunFolder:
         return changed
 
     def write_gate(self, gate: Gate) -> None:
-        """Record a phase as finished."""
         write_json(self.phase(gate.phase) / "gate.json", gate.to_dict())
 
     def finished(self, phase: str) -> bool:
@@ -162,7 +158,6 @@ def _read_dict(path: Path) -> dict:
 
 
 def describe_run(seed: int) -> dict:
-    """Versions, machine, seed and command."""
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "seed": seed,
@@ -244,7 +239,6 @@ class Run:
 
     @property
     def calib_quality(self) -> SplitQuality:
-        """Figures on the calib split."""
         return self._quality(self.calib_set, self.cfg.DATA.WORKERS)
 
     @property

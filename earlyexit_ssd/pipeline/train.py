@@ -30,6 +30,7 @@ from earlyexit_ssd.pipeline.build import (
     evaluation_device,
     takes_over,
     with_classes,
+    with_values,
 )
 from earlyexit_ssd.pipeline.calibrate import build_target, calibrate
 from earlyexit_ssd.pipeline.evaluate import check_rivals, evaluate_model
@@ -50,7 +51,8 @@ def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
         raise ConfigError("ROUTING.CERTIFICATE belongs to trained weights; leave it out of a training")
     if cfg.CALIBRATION.TARGET:
         build_target(cfg)  # raises if its number is out of range
-        cfg = _training_routing(cfg)
+        if cfg.ROUTING.POLICY in FITTED_POLICIES:  # calibration has yet to fit it
+            cfg = with_values(cfg, {"ROUTING.POLICY": get_cfg().ROUTING.POLICY})
     build_router(cfg)  # raises if the policy is unknown, or needs a calibration
     check_rivals(cfg, evaluation_device(cfg))
     if not is_main():
@@ -69,17 +71,6 @@ def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
     if "exits" in cfg.PHASES and cfg.EXITS_PHASE.EPOCHS and cfg.EXITS_PHASE.CACHE and not all(model.empty):
         tap_cache(run)  # raises if it would be too large
     return run
-
-
-def _training_routing(cfg: CfgNode) -> CfgNode:
-    """The configuration with the default policy instead of one that calibration has yet to fit."""
-    if cfg.ROUTING.POLICY not in FITTED_POLICIES:
-        return cfg
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.ROUTING.POLICY = get_cfg().ROUTING.POLICY
-    cfg.freeze()
-    return cfg
 
 
 def learns_from_labels(cfg: CfgNode) -> bool:

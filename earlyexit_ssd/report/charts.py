@@ -15,8 +15,7 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 
 from earlyexit_ssd.evaluation.cost import RUNTIME_TITLES
-from earlyexit_ssd.evaluation.results import Interval, Results
-from earlyexit_ssd.report.tables import Row, data_title, exit_rows, static_rows, timing_title
+from earlyexit_ssd.evaluation.results import Interval, Results, Row, data_title, exit_rows, static_rows, timing_title
 
 EXITS, ROUTED, PLAIN = "#2b6cb0", "#dd6b20", "#4a5568"
 STYLES = {
@@ -109,8 +108,7 @@ def _points(rows: Sequence[Row], quality: str, cost: str) -> list[tuple[float, f
     return [point for point in points if None not in point]
 
 
-LABEL_GAP, MARKER = 7, 9
-"""Points between marker and text; pixels around a marker that are its own."""
+LABEL_GAP, MARKER = 7, 9  # points between marker and text; pixels around a marker that are its own
 PLACES = [
     (x * LABEL_GAP * far, y * LABEL_GAP * far, horizontal, vertical)
     for far in (1, 2.2, 3.6)

@@ -23,17 +23,23 @@ from typing import Any
 import plotly.offline
 
 from earlyexit_ssd.calibration.certificate import Certificate
-from earlyexit_ssd.calibration.temperature import FittedTemperature
-from earlyexit_ssd.calibration.thresholds import CurvePoint
+from earlyexit_ssd.calibration.thresholds import CurvePoint, FittedTemperature
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.engine.hooks import LogLine
-from earlyexit_ssd.evaluation.results import Finding, Interval, Results
+from earlyexit_ssd.evaluation.results import (
+    Finding,
+    Interval,
+    Results,
+    data_title,
+    exit_rows,
+    static_rows,
+    timing_title,
+)
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50, asked_value
 from earlyexit_ssd.files import write_text
 from earlyexit_ssd.report.charts import PLAIN, ROUTED, STYLES, Candidate
 from earlyexit_ssd.report.page_photos import PagePhotos, photos_json
-from earlyexit_ssd.report.results import calibration_report, promise
-from earlyexit_ssd.report.tables import data_title, exit_rows, figure, share, static_rows, timing_title
+from earlyexit_ssd.report.tables import calibration_report, figure, promise, share
 
 logger = logging.getLogger(__name__)
 

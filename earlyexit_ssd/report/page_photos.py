@@ -1,4 +1,4 @@
-"""The photos of the report page: matches and confidences for the threshold explorer, boxes, thumbnails."""
+"""The photos of the report page: matches and confidences for the threshold explorer, boxes, thumbnails, attention."""
 
 from __future__ import annotations
 
@@ -11,22 +11,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import matplotlib
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageStat
 from pycocotools.coco import COCO
+from torch import Tensor
 
 from earlyexit_ssd.calibration.thresholds import pareto_path, threshold_grid
 from earlyexit_ssd.errors import DataError
 from earlyexit_ssd.evaluation.matches import Detections, ExitMatches, ap_of_choice, photo_counts
 from earlyexit_ssd.images import read_thumbnail
-from earlyexit_ssd.report.attention import Attention
+from earlyexit_ssd.modeling import EarlyExitSSDLite
+from earlyexit_ssd.modeling.branches import LightBranch
+from earlyexit_ssd.modeling.detector import walk
+from earlyexit_ssd.modeling.trunk import evaluating
 
 MOST_THUMBNAILS, THUMBNAIL = 400, 240
 """Photos whose thumbnail is in the page, and its largest side in pixels; of the others the page draws boxes only."""
-MOST_BOXES = 30
-"""Boxes per photo and exit, those with the highest scores."""
-CURVE_CHOICES = 150
-"""About so many combinations of thresholds are tried for the curve of the explorer."""
+MOST_BOXES = 30  # boxes per photo and exit, those with the highest scores
+CURVE_CHOICES = 150  # about so many combinations of thresholds are tried for the curve of the explorer
 
 
 @dataclass(frozen=True)
@@ -40,44 +45,27 @@ class OpenCosts:
 
 @dataclass(frozen=True)
 class PagePhotos:
-    """The n photos of a split, by rising image id, and what every exit finds in them.
+    """The n photos of a split, by rising image id, and what every exit finds in them."""
 
-    Attributes:
-        ground_truth: photos and objects; for photos without labels, what the full path finds.
-        detections: per exit, the full path last.
-        matches: of these detections; counts are under their last condition.
-        confidences: float [early exits, n].
-        thresholds: those that were evaluated.
-        costs: of every set of open exits that is known. plain_mmacs, plain_ms: of the detector without exits.
-        score: from which a detection counts and is drawn.
-        chosen_here: the photos may choose thresholds: they are no test photos.
-        attention: where exits look, on some photos.
-    """
-
-    ground_truth: COCO
-    detections: Sequence[Detections]
-    matches: ExitMatches
+    ground_truth: COCO  # photos and objects; for photos without labels, what the full path finds
+    detections: Sequence[Detections]  # per exit, the full path last
+    matches: ExitMatches  # of these detections; counts are under their last condition
     exit_names: Sequence[str]
-    confidences: np.ndarray
-    thresholds: Sequence[float]
-    costs: Sequence[OpenCosts]
-    plain_mmacs: float | None
+    confidences: np.ndarray  # float [early exits, n]
+    thresholds: Sequence[float]  # those that were evaluated
+    costs: Sequence[OpenCosts]  # of every set of open exits that is known
+    plain_mmacs: float | None  # of the detector without exits
     plain_ms: float | None
-    score: float
+    score: float  # from which a detection counts and is drawn
     labelled: bool = True
-    chosen_here: bool = False
-    attention: tuple[Attention, ...] = ()
-
-
-def errors_of(matches: ExitMatches, score: float) -> np.ndarray:
-    """Objects missed plus false positives, int [n, exits]."""
-    counts = photo_counts(matches, score)
-    return counts.misses + counts.false_positives
+    chosen_here: bool = False  # the photos may choose thresholds: they are no test photos
+    attention: tuple[Attention, ...] = ()  # where exits look, on some photos
 
 
 def by_gain(matches: ExitMatches, score: float) -> np.ndarray:
-    """The photos [n] by falling gain: errors of the first exit less those of the full path."""
-    errors = errors_of(matches, score)
+    """The photos [n] by falling gain: errors (misses and false positives) of the first exit less the full path's."""
+    counts = photo_counts(matches, score)
+    errors = counts.misses + counts.false_positives
     return np.argsort(errors[:, -1] - errors[:, 0], kind="stable")
 
 
@@ -276,3 +264,74 @@ def _crowding(objects: Sequence[dict[str, Any]]) -> float | None:
     both = np.maximum(np.minimum(high[:, None], high) - np.maximum(low[:, None], low), 0).prod(-1)
     overlap = both / np.maximum(area[:, None] + area - both, 1e-9)
     return float(overlap[~np.eye(len(boxes), dtype=bool)].max())
+
+
+CHANNELS, GRADIENTS = "channel attention", "gradients"
+SIDE = 240  # largest side of a picture, pixels
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A picture of a photo (its place among the photos) under the map of an exit, and how the map was made."""
+
+    photo: int
+    exit: str
+    method: str
+    picture: Image.Image
+
+
+def attention_maps(model: EarlyExitSSDLite, image: Tensor) -> dict[str, tuple[str, Tensor]]:
+    """Exit name -> method and map [h, w] in [0, 1], of the exits with a head; a map that is 0 everywhere stays 0.
+
+    A branch with squeeze-excitation (Hu et al. 2018) shows its tap weighted by the channel attention: the mean over the
+    channels of |attention * tap|. The others show relu(sum over the channels of gradient * tap), smoothed over 3 x 3
+    cells, with the gradient of the largest object log-probability. That is Grad-CAM (Selvaraju et al. 2017) with a
+    weight for each cell instead of a mean over all cells, since a detection depends on a part of the photo (Zhao and
+    Chan 2023, "ODAM"). The full path's map is the finest map of its head.
+
+    Args:
+        image: photo, float [3, H, W] in [0, 1], on the model's device.
+    """
+    maps = {}
+    with evaluating(model), torch.enable_grad():
+        x = model.transform([image], None)[0].tensors.detach().requires_grad_()
+        for at in walk(model, x):
+            name = model.exit_names[at.index]
+            if not at.full and model.empty[at.index]:
+                continue
+            branch = None if at.full else model.branches[name]
+            if isinstance(branch, LightBranch):
+                maps[name] = CHANNELS, _scaled(branch.attention(at.tap)[0].abs().mean(0))
+                continue
+            if at.full:
+                pyramid = at.maps()
+                head, features = model.head(pyramid), pyramid[0]
+            else:
+                head, features = at.head(), at.tap
+            score = head["cls_logits"][0].log_softmax(-1)[:, 1:].max()
+            (gradient,) = torch.autograd.grad(score, features, retain_graph=True)
+            maps[name] = (
+                GRADIENTS,
+                _scaled(F.avg_pool2d((gradient * features).sum(1), 3, 1, 1, count_include_pad=False)[0].relu()),
+            )
+    return maps
+
+
+def _scaled(values: Tensor) -> Tensor:
+    values = values.detach().float().cpu()
+    return values / values.max().clamp(min=1e-30)
+
+
+def attention_pictures(model: EarlyExitSSDLite, images: Sequence[tuple[int, Tensor]]) -> tuple[Attention, ...]:
+    """The maps of every exit over these photos: (place among the photos, float [3, H, W] in [0, 1])."""
+    device, found = next(model.parameters()).device, []
+    for place, image in images:
+        pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        photo = Image.fromarray(np.ascontiguousarray(pixels))
+        photo.thumbnail((SIDE, SIDE))
+        for name, (method, values) in attention_maps(model, image.to(device)).items():
+            # the network sees the photo squeezed to a square, so its map is stretched to the photo
+            heat = Image.fromarray((values.numpy() * 255).round().astype(np.uint8)).resize(photo.size, Image.BICUBIC)
+            colors = matplotlib.colormaps["inferno"](np.asarray(heat), bytes=True)[..., :3]
+            found.append(Attention(place, name, method, Image.blend(photo, Image.fromarray(colors), 0.6)))
+    return tuple(found)

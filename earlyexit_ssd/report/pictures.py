@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from earlyexit_ssd.drawing import color_of, draw_boxes, font_of
+from earlyexit_ssd.images import color_of, draw_boxes, font_of
 
 TILE = 320  # width of a tile and its largest height, pixels; photos keep their shape inside it
 GAP = 8

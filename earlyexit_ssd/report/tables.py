@@ -1,15 +1,24 @@
-"""The figures of all exits and their rivals as tables: plain text for a terminal, Markdown for a README."""
+"""What a calibration and an evaluation found, as text and tables, and the files that they write."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import csv
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
-from earlyexit_ssd.evaluation.cost import EAGER, ONNX_RUNTIME, OPENVINO, RUNTIME_TITLES
-from earlyexit_ssd.evaluation.metrics import METRICS, Figures
-from earlyexit_ssd.evaluation.results import ConfidenceSummary, Interval, Results, Verdict
+import numpy as np
+from PIL import Image
 
-SHORT_RUNTIMES = {EAGER: "eager", ONNX_RUNTIME: "ORT", OPENVINO: "OpenVINO"}
+from earlyexit_ssd.calibration.certificate import Certificate
+from earlyexit_ssd.calibration.thresholds import FittedTemperature
+from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.evaluation.matches import PhotoRow
+from earlyexit_ssd.evaluation.metrics import METRICS
+from earlyexit_ssd.evaluation.results import Results, Row, Verdict, data_title, exit_rows, static_rows, timing_title
+from earlyexit_ssd.files import write_image, write_json, write_text
+from earlyexit_ssd.report.charts import EXITS, PLAIN, ROUTED, accuracy_against_cost, draw_charts
 
 
 def figure(value: float | None, digits: int = 3) -> str:
@@ -17,70 +26,7 @@ def figure(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-@dataclass(frozen=True)
-class Row:
-    """What a table and a chart compare: an exit, the routed detector, or a static one.
-
-    kind: ``exit``, ``routed``, or a rival's. share: of the photos that leave there. other_runtime: short name of the
-    runtime, where it is not the exits'.
-    """
-
-    name: str
-    kind: str
-    figures: Figures
-    mmacs: float | None
-    ms: float | None
-    ms_interval: Interval = None
-    layer: int | None = None
-    confidence: ConfidenceSummary | None = None
-    share: float | None = None
-    source: str | None = None
-    other_runtime: str | None = None
-    empty: bool = False
-
-    def number(self, name: str) -> float | None:
-        """``ms``, ``mmacs`` or a figure."""
-        return getattr(self, name) if name in ("ms", "mmacs") else self.figures.get(name)
-
-
-def exit_rows(results: Results) -> list[Row]:
-    """The exits, then ``routed``."""
-    routed = results.routed
-    rows = [
-        Row(
-            *(one.name, "exit", one.figures, one.mmacs, one.ms, one.ms_interval, one.layer, one.confidence),
-            share=routed.exit_share.get(one.name),
-            empty=bool(one.empty),
-        )
-        for one in results.exits
-    ]
-    return [*rows, Row("routed", "routed", routed.figures, routed.mmacs, routed.ms)]
-
-
-def static_rows(results: Results) -> list[Row]:
-    """``without exits``, which finds what the full path finds, then the rivals."""
-    plain = results.without_exits
-    rows = [Row("without exits", "plain", results.full.figures, plain.mmacs, plain.ms, plain.ms_interval)]
-    for one in results.rivals:
-        other = None if one.runtime == results.context.runtime else SHORT_RUNTIMES[one.runtime]
-        more = {"source": one.source, "other_runtime": other}
-        rows.append(Row(one.name, one.kind, one.figures, one.mmacs, one.ms, one.ms_interval, **more))
-    return rows
-
-
-def timing_title(results: Results) -> str:
-    """Runtime, device and threads of the milliseconds."""
-    context = results.context
-    return f"{RUNTIME_TITLES[context.runtime]} on {context.device}, {context.threads} thread(s)"
-
-
-def data_title(results: Results) -> str:
-    """What was evaluated."""
-    return f"{', '.join(results.context.splits) or 'unnamed data'}: {results.context.images} photos"
-
-
 def share(value: float | None) -> str:
-    """A share of the photos."""
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
@@ -103,7 +49,6 @@ def columns() -> dict[str, Callable[[Row], str]]:
 
 
 def _cells(results: Results) -> list[list[str]]:
-    """Heading and rows as text."""
     rows, cells = [*exit_rows(results), *static_rows(results)], columns()
     return [list(cells), *[[cell(row) for cell in cells.values()] for row in rows]]
 
@@ -153,3 +98,125 @@ def verdict_lines(verdict: Verdict) -> list[str]:
     if verdict.ship:
         return [f"verdict: ship {'the exits' if verdict.what == 'routed' else verdict.what}", *others]
     return ["verdict: do not ship these exits as they are", *vetoes, *(["found besides:", *others] if others else [])]
+
+
+def write_calibration(folder: Path, certificate: Certificate, temperatures: Sequence[FittedTemperature]) -> None:
+    """certificate.json, calibration.txt and, for exits with a branch, reliability.png, each complete or not at all."""
+    write_text(folder / "calibration.txt", calibration_report(certificate, temperatures) + "\n")
+    if temperatures:
+        write_image(folder / "reliability.png", reliability_diagram(temperatures))
+    certificate.save(folder / "certificate.json")
+
+
+def calibration_report(certificate: Certificate, temperatures: Sequence[FittedTemperature]) -> str:
+    """A line per exit, and what is promised."""
+    measured, costs, router = certificate.measured, certificate.cost_model, certificate.router
+    left_out = {"copies": measured.equal_photos, "photos that look equal": measured.near_equal_photos}
+    left_out = " and ".join(f"{count} {what}" for what, count in left_out.items() if count)
+    left_out = f" ({left_out} left out: each photo counts once)" if left_out else ""
+    lines = [
+        f"policy {router['policy']}, {measured.photos} calibration photos{left_out}",
+        "",
+        f"{'exit':8} {'threshold':>10} {'share':>8} {costs.unit:>9} {'temperature':>12} {'fitted':>7} {'ECE at 1':>9} "
+        f"{'fitted':>7}",
+    ]
+    by_name = {fitted.exit_name: fitted for fitted in temperatures}
+    rows = zip(measured.exit_share.items(), router["thresholds"], router["temperatures"], costs.exits, strict=False)
+    for (name, share), threshold, temperature, cost in rows:
+        shown = "closed" if threshold >= CLOSED else f"{threshold:.4f}"
+        line = f"{name:8} {shown:>10} {100 * share:6.1f} % {cost:9.1f}"
+        if name in by_name:  # an exit with a branch
+            fitted = by_name[name]
+            line += f" {temperature:12.2f} {fitted.temperature:7.2f} {fitted.before.expected_error:9.3f}"
+            line += f" {fitted.after.expected_error:7.3f}"
+        lines.append(line)
+    lines.append(f"{'full':8} {'':>10} {100 * measured.exit_share['full']:6.1f} % {costs.exits[-1]:9.1f}")
+    return "\n".join([*lines, "", *promise(certificate)])
+
+
+def promise(certificate: Certificate) -> list[str]:
+    """What is measured on the calibration photos, and what is promised, a sentence a line."""
+    measured, target, unit = certificate.measured, certificate.target, certificate.cost_model.unit
+    against = "what the full path says" if target.reference == "full" else "the labels"
+    accuracy = "nobody labelled these photos, so AP is not known"
+    if measured.labelled is not False:
+        accuracy = f"AP50 {figure(measured.AP50)}, full path {figure(measured.AP50_full)}"
+    lines = [f"{accuracy}; loss per photo {measured.loss:.4f} against {against}"]
+    if found := measured.agreement:
+        line = f"agreement with the full path at score {target.score:g}: {found['kept']} of its {found['objects']}"
+        line += f" objects kept, {found['added']} added"
+        if found["same_photos"] is not None:
+            line += f"; the same answer for {100 * found['same_photos']:.1f} % of the photos"
+        lines.append(line)
+    times = f"{measured.speedup:.2f} times as fast as the detector without exits"
+    lines.append(f"mean cost {measured.cost:.1f} {unit}, {times}")
+    draws, drawn = "the calibration photos", "photo"
+    if target.block:
+        drawn = f"block of {target.block}"
+        draws = f"the {measured.blocks} blocks of {target.block} calibration photos"
+    if target.kind == "risk" and certificate.closed:
+        lines.append("every exit stays closed: nothing is lost, nothing gained")
+    elif target.kind == "risk":
+        line = f"with probability {1 - target.delta:g} over the draw of {draws} the expected loss per {drawn}"
+        lines.append(f"{line} is at most {target.epsilon:g} (bound {measured.loss_bound:.4f}, {target.bound})")
+    elif target.kind == "ap_drop":
+        line = f"in {1 - target.delta:.0%} of bootstrap draws of {draws} at most {measured.AP50_lost_bound:.4f} AP50"
+        lines.append(f"{line} is lost (target {target.value:g})")
+        if measured.photos_needed is not None:
+            lines.append(f"these are few for that: at least {measured.photos_needed} are needed, see docs/routing.md")
+    return lines
+
+
+def reliability_diagram(temperatures: Sequence[FittedTemperature]) -> Image.Image:
+    """Per exit, how often the most probable class is right where it has this probability, before and after."""
+
+    def draw(all_axes: np.ndarray) -> None:
+        for axes, fitted in zip(all_axes[0], temperatures, strict=True):
+            axes.plot([0, 1], [0, 1], color=PLAIN, linestyle=":", linewidth=1)
+            after = ROUTED if fitted.temperature != 1 else EXITS
+            for color, label, found in ((PLAIN, "before", fitted.before), (after, "after", fitted.after)):
+                filled = np.flatnonzero(found.count)
+                confidence, accuracy = np.array(found.confidence)[filled], np.array(found.accuracy)[filled]
+                label = f"{label}, error {found.expected_error:.3f}"
+                axes.plot(confidence, accuracy, color=color, marker="o", label=label)
+            axes.set_title(f"{fitted.exit_name}, temperature {fitted.temperature:.2f}")
+            axes.set_xlabel("probability of the class")
+            axes.legend(frameon=False)
+        all_axes[0, 0].set_ylabel("share that is right")
+
+    return draw_charts(draw, 1, len(temperatures), (4.2 * len(temperatures), 4))
+
+
+def write_results(
+    out_dir: str | os.PathLike[str],
+    results: Results,
+    pictures: Mapping[str, Image.Image] | None = None,
+    photos: Sequence[PhotoRow] = (),
+) -> list[Path]:
+    """Write what an evaluation found; each file appears complete or not at all.
+
+    Args:
+        out_dir: made if missing; files of an earlier evaluation are replaced.
+        results: of `earlyexit_ssd.evaluation.evaluate.evaluate_exits`.
+        pictures: name of a file without suffix -> picture, written as PNG.
+        photos: rows of photos.csv, `earlyexit_ssd.evaluation.matches.photo_list`; without one there is no file.
+
+    Returns:
+        the paths written: metrics.json, table.txt, table.md, photos.csv, ap_against_cost.png and the pictures.
+    """
+    folder = Path(out_dir)
+    images = {"ap_against_cost": accuracy_against_cost(results), **(pictures or {})}
+    write_json(folder / "metrics.json", results.to_json())
+    write_text(folder / "table.txt", text_report(results) + "\n")
+    write_text(folder / "table.md", markdown_table(results) + "\n")
+    names = ["metrics.json", "table.txt", "table.md"]
+    if photos:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(photos[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(photos)  # None is an empty field
+        write_text(folder / "photos.csv", text.getvalue())
+        names.append("photos.csv")
+    for name, image in images.items():
+        write_image(folder / f"{name}.png", image)
+    return [folder / name for name in (*names, *(f"{name}.png" for name in images))]

@@ -26,11 +26,9 @@ from torch import Tensor, nn
 from earlyexit_ssd.errors import EarlyExitError, nearest
 from earlyexit_ssd.modeling.outputs import ExitSignals
 
-Policy = Callable[[ExitSignals, int], Tensor]
-"""Function from an exit's signals and index to confidences [N] in [0, 1]."""
+Policy = Callable[[ExitSignals, int], Tensor]  # function from an exit's signals and index to confidences [N] in [0, 1]
 
-AMBIGUOUS = (0.05, 0.6)
-"""A default box is ambiguous if its largest object probability is between these."""
+AMBIGUOUS = (0.05, 0.6)  # a default box is ambiguous if its largest object probability is between these
 CANDIDATES, FEWER_CANDIDATES = 512, 128
 """Default boxes per image that a policy reads: 512 for sums and means over boxes, 128 for maxima and fitted policies.
 All others are almost surely background."""
@@ -463,10 +461,8 @@ class LearnedGain(FittedPolicy):
 
 
 RIDGE_PENALTIES = tuple(10.0**power for power in range(-1, 6))
-LARGEST_WEIGHT = 10.0
-"""Largest weight of a calibration photo in a cross-fit; that of a training photo is 1."""
-LEAST_PROBABILITY = 1e-3
-"""Probabilities are clamped to [this, 1 - this] before their logit is taken."""
+LARGEST_WEIGHT = 10.0  # largest weight of a calibration photo in a cross-fit; that of a training photo is 1
+LEAST_PROBABILITY = 1e-3  # probabilities are clamped to [this, 1 - this] before their logit is taken
 
 
 @register_policy("foreseen_emptiness", FEWER_CANDIDATES)

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from earlyexit_ssd.config import CLOSED
-from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.keywords import suggest_keywords
+from earlyexit_ssd.errors import EarlyExitError, suggest_keywords
 from earlyexit_ssd.modeling.losses import mean_over_processes
 from earlyexit_ssd.modeling.outputs import ExitSignals
 from earlyexit_ssd.routing.policies import at_likeliest_boxes, get_policy
@@ -83,7 +82,6 @@ class ExitRouter(nn.Module):
 
     @property
     def policy(self) -> str:
-        """Name of the policy."""
         return self._policy_name
 
     @policy.setter
@@ -111,19 +109,15 @@ class ExitRouter(nn.Module):
         """
         if signals.empty and not self._reads_taps:
             return -torch.ones_like(signals.logits[:, 0, 0], dtype=torch.float32)
-        confidence = self._policy(self._policy_inputs(signals, exit_index), exit_index)
+        likeliest = at_likeliest_boxes(signals, self._boxes)  # those that the policy reads
+        logits = self.tempered(likeliest.logits, exit_index)
+        if logits is signals.logits:  # a policy may change its input in place; detections need the original
+            logits = logits.clone()
+        confidence = self._policy(ExitSignals(logits, likeliest.tap, likeliest.empty), exit_index)
         if confidence.dim() != 1:
             given = f"routing policy '{self.policy}' gives {list(confidence.shape)}"
             raise EarlyExitError(f"{given}, expected one number per image, [N]")
         return confidence.clamp(0.0, 1.0)
-
-    def _policy_inputs(self, signals: ExitSignals, exit_index: int) -> ExitSignals:
-        """Logits divided by the temperature, only of the default boxes that the policy reads."""
-        likeliest = at_likeliest_boxes(signals, self._boxes)
-        logits = self.tempered(likeliest.logits, exit_index)
-        if logits is signals.logits:  # a policy may change its input in place; detections need the original
-            logits = logits.clone()
-        return ExitSignals(logits, likeliest.tap, likeliest.empty)
 
     def tempered(self, logits: Tensor, exit_index: int) -> Tensor:
         """Raw logits of an exit in fp32, divided by its temperature; those of the full path are not divided."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from earlyexit_ssd.engine import Trainer, build_optimizer
+from earlyexit_ssd.engine import Trainer
+from earlyexit_ssd.engine.loop import build_optimizer
 
 
 class LineLoader:

@@ -13,7 +13,7 @@ import torch
 
 from earlyexit_ssd.data import Annotation, DetectionDataset, Record, build_loader
 from earlyexit_ssd.data.transforms import build_transforms
-from earlyexit_ssd.engine import CachedLoader, TapCache
+from earlyexit_ssd.engine.cache import CachedLoader, TapCache
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import write_image
 from earlyexit_ssd.modeling.detector import BranchLosses, compute_taps

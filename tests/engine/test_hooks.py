@@ -12,14 +12,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from earlyexit_ssd import ExitRouter
-from earlyexit_ssd.engine import (
-    AfterStep,
-    Checkpoint,
-    ExponentialMovingAverage,
-    Hook,
-    Log,
-    read_log,
-)
+from earlyexit_ssd.engine import Hook, read_log
+from earlyexit_ssd.engine.hooks import AfterStep, Checkpoint, Log
+from earlyexit_ssd.engine.loop import ExponentialMovingAverage
 from earlyexit_ssd.errors import CannotWrite, EarlyExitError
 from tests.engine.conftest import line_trainer
 

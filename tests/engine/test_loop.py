@@ -9,9 +9,9 @@ from PIL import Image
 from torch import nn
 
 from earlyexit_ssd.data import DetectionDataset, Record, build_loader
-from earlyexit_ssd.engine import (
+from earlyexit_ssd.engine import Hook
+from earlyexit_ssd.engine.loop import (
     ExponentialMovingAverage,
-    Hook,
     PhotoLoader,
     TrainingDiverged,
     build_optimizer,

@@ -29,10 +29,10 @@ from earlyexit_ssd.evaluation.evaluate import (
 from earlyexit_ssd.evaluation.matches import APs, bootstrap_choices, exit_matches, interval
 from earlyexit_ssd.evaluation.metrics import METRICS, DetectorEvaluation, EvaluationSettings, register_metric
 from earlyexit_ssd.evaluation.outputs import Collected, choose_exits, collect
-from earlyexit_ssd.evaluation.results import BoxSummary, Context
+from earlyexit_ssd.evaluation.results import BoxSummary, Context, Row
 from earlyexit_ssd.modeling import PathToExit
 from earlyexit_ssd.modeling.trunk import evaluating
-from earlyexit_ssd.report.tables import Row, columns
+from earlyexit_ssd.report.tables import columns
 from earlyexit_ssd.routing.router import ExitRouter
 
 

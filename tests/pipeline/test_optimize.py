@@ -73,9 +73,9 @@ def test_a_candidate_whose_exits_stay_closed_is_not_chosen():
 )
 def test_exits_are_not_tried_where_they_cannot_help(measured, variant, empty, skipped):
     fold, lost, holds = measured
-    store = SimpleNamespace(candidates=[Candidate("one", 288, fold, lost=lost, holds=holds)])
+    measured = [Candidate("one", 288, fold, lost=lost, holds=holds)]
     search = SimpleNamespace(goal=Goal(ap_drop=0.01), is_empty=lambda *_: empty)
-    assert _skipped(search, store, variant, ("glance128",)) is skipped
+    assert _skipped(search, measured, variant, ("glance128",)) is skipped
 
 
 def test_a_detector_with_branches_has_them_at_all_sizes_and_no_empty_exits():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from earlyexit_ssd import ExitRouter
-from earlyexit_ssd.calibration.temperature import FittedTemperature, Reliability
+from earlyexit_ssd.calibration.thresholds import FittedTemperature, Reliability
 from earlyexit_ssd.config import CLOSED, load_config
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.cost import Timing, mmacs_to_exit

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ImageColor
 
-from earlyexit_ssd.drawing import PALETTE
+from earlyexit_ssd.images import PALETTE
 from earlyexit_ssd.report.pictures import (
     FRAME,
     GAP,

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from earlyexit_ssd.errors import EarlyExitError
-from earlyexit_ssd.pipeline.benchmark import Rival, TorchModel
+from earlyexit_ssd.pipeline.predictor import Rival, TorchModel
 from tests.deploy.conftest import build_photos, folder, model, onnx_file, photos, staged_folder  # noqa: F401
 from tools.benchmark import main
 
@@ -76,4 +76,4 @@ def test_what_cannot_be_opened_is_one_line(tmp_path, photo_folder, words, messag
 
 
 def test_a_rival_computes_all_of_it():
-    assert (Rival("yolox", "a/nano.onnx").name, Rival("yolox", "a/nano.onnx").runtime) == ("nano.onnx", "ONNX Runtime")
+    assert (Rival("a/nano.onnx", "yolox").name, Rival("a/nano.onnx", "yolox").runtime) == ("nano.onnx", "ONNX Runtime")

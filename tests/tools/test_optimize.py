@@ -79,7 +79,7 @@ def test_fine_tuned_nets_are_candidates_and_are_not_trained_again(trained, tmp_p
     def enough(*arguments):
         raise EarlyExitError("enough")
 
-    monkeypatch.setattr("earlyexit_ssd.pipeline.fine_tuning.fit", not_again)
+    monkeypatch.setattr("earlyexit_ssd.pipeline.phases.fit", not_again)
     monkeypatch.setattr("earlyexit_ssd.pipeline.optimize._write", enough)
     assert optimize.main(command(trained, out, *flags)) == 2
     assert "error: enough" in capsys.readouterr().err
