@@ -257,17 +257,20 @@ class Optimizer:
         return list(self.cfg.EXITS.GLANCES) or [(round(px * own / 320 / 16) * 16, layer) for px, layer in GLANCES]
 
     def exits_of(self, variant: Variant) -> tuple[Exit, ...]:
-        """Glances smaller than the input, and with the detector's own head its other exits. A detector without
-        exits of its own gets empty exits."""
-        others = self.own_exits if variant.fold == OWN_HEAD and not variant.fine_tuned else []
-        layers = () if self.own_exits else [layer for layer in EMPTY_EXITS if layer < self.model.last_layer]
-        glances = [one for one in self.glances if one[0] < variant.size]
-        return (*describe_exits(layers, empty=layers, glances=glances), *others)
+        """Glances smaller than the input, and other exits: a detector with branches keeps its own exits with its own
+        head; otherwise every net has empty exits."""
+        own = [one for one in self.architecture.exits if one.pixels is None]
+        if self.has_branches:
+            others = own if variant.fold == OWN_HEAD and not variant.fine_tuned else []
+        else:
+            layers = [one.layer for one in own] or [layer for layer in EMPTY_EXITS if layer < self.model.last_layer]
+            others = describe_exits(layers, empty=layers)
+        return (*describe_exits((), glances=[one for one in self.glances if one[0] < variant.size]), *others)
 
     @property
-    def own_exits(self) -> list[Exit]:
-        """The detector's exits that are no glances."""
-        return [one for one in self.architecture.exits if one.pixels is None]
+    def has_branches(self) -> bool:
+        """Whether any exit of the detector detects."""
+        return not all(one.empty for one in self.architecture.exits)
 
     @property
     def shows_empty_photos(self) -> bool:
@@ -277,11 +280,11 @@ class Optimizer:
 
     def plan(self) -> list[tuple[Variant, tuple[str, ...]]]:
         """Net and exit names of every candidate. Nets without exits come first, then the best head with exits, then the
-        detector's own head with exits (at all sizes if it has exits of its own), then the fine-tuned nets."""
+        detector's own head with exits (at all sizes if it has branches), then the fine-tuned nets."""
         own, best = self.architecture.image_size, self.best_head
         base, smaller = Variant(own, OWN_HEAD), [Variant(size, best) for size in self.sizes()]
         plan: list[tuple[Variant, tuple[str, ...]]] = [(base, ()), *((one, ()) for one in smaller)]
-        with_own_head = [Variant(size, OWN_HEAD) for size in self.sizes()] if self.own_exits else [base]
+        with_own_head = [Variant(size, OWN_HEAD) for size in self.sizes()] if self.has_branches else [base]
         plan += [(one, exits) for one in (*smaller, *with_own_head) for exits in self._exit_sets(one)]
         if self.goal.train:
             learnt = self.sizes(fine_tuned=True)

@@ -90,6 +90,8 @@ def test_a_detector_with_branches_has_them_at_all_sizes_and_no_empty_exits():
     glance, branch = (12, 128, True), (8, None, False)
     assert names(Variant(320, OWN_HEAD)) == names(Variant(256, OWN_HEAD)) == [glance, branch]
     assert names(Variant(256, "compact")) == names(Variant(256, OWN_HEAD, fine_tuned=True)) == [glance]
+    search.architecture = dataclasses.replace(architecture, exits=describe_exits((10,), empty=(10,)))
+    assert names(Variant(320, OWN_HEAD)) == names(Variant(256, "compact")) == [glance, (10, None, True)]
     search.architecture = dataclasses.replace(architecture, exits=())
     assert names(Variant(320, OWN_HEAD)) == names(Variant(256, "compact")) == [glance, (12, None, True)]
 
