@@ -265,7 +265,7 @@ def _of_run(weights: Path, evidence: ModelEvidence, router: ExitRouter) -> dict[
 WATCHED_PHOTOS = 12
 """Photos with objects that are looked at, the same ones each time."""
 LEAST_PROGRESS = 0.1
-"""Of the distance to the threshold: what a sound training gains in an epoch at the least."""
+"""Of the distance to the threshold: what a sound training gains in two epochs at the least."""
 LARGEST_SHARE_OF_TIME = 0.01
 """Of the time of the training, for all checks but the first."""
 
@@ -274,8 +274,8 @@ class Watch(Hook):
     """At the end of epochs, check the outputs on a few calib photos.
 
     A young detector has bad figures too, but they improve. So in the first two thirds of the training a bad figure is
-    reported only if it has not come nearer to its threshold since the last look, by `LEAST_PROGRESS`. An epoch is left
-    out if all checks together would take more than 1 % of the training's time so far.
+    reported only if it has not come nearer to its threshold in two looks, by `LEAST_PROGRESS`. An epoch is left out if
+    all checks together would take more than 1 % of the training's time so far.
 
     Args:
         photos: the calib split; the first photos with objects are read once.
@@ -291,7 +291,7 @@ class Watch(Hook):
         self.samples: list | None = None
         self.temperatures: dict[str, list[float]] = {}
         self.warned: set[tuple[str, str]] = set()
-        self.distances: dict[tuple[str, str], float] = {}  # of the bad figures at the last look
+        self.distances: list[dict[tuple[str, str], float]] = []  # of the bad figures, by look
         self.spent = self.longest = 0.0
 
     def before_training(self, trainer: Trainer) -> None:
@@ -308,12 +308,13 @@ class Watch(Hook):
         """Run the quick checks and log what is bad, each check of an exit once."""
         found = diagnose([check for check in MODEL_CHECKS if check.quick], self.evidence(self.measured()))
         for finding in found.bad:
-            key, before = (finding.check, finding.subject), self.distances.get((finding.check, finding.subject))
-            stuck = before is not None and not finding.distance <= (1 - LEAST_PROGRESS) * before
+            key = finding.check, finding.subject
+            before = [look[key] for look in self.distances[-2:] if key in look]
+            stuck = len(before) == 2 and not finding.distance <= (1 - LEAST_PROGRESS) * max(before)
             if (stuck or last_third) and key not in self.warned:
                 self.warned.add(key)
                 logger.warning("epoch %d: %s", epoch, finding)
-        self.distances = {(one.check, one.subject): one.distance for one in found.bad}
+        self.distances.append({(one.check, one.subject): one.distance for one in found.bad})
 
     def evidence(self, model: EarlyExitSSDLite) -> ModelEvidence:
         """The outputs now, and the temperatures so far."""
