@@ -174,7 +174,7 @@ def train(args: argparse.Namespace) -> None:
 
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, "that names the test split (DATA.TEST)")
-    parser.add_argument("--weights", help="a model.pth, or a checkpoint with exits; OUTPUT_DIR/model.pth by default")
+    parser.add_argument("--weights", help="model.pth, shipped weights or a checkpoint; OUTPUT_DIR/model.pth by default")
     parser.add_argument("--out", required=True, help="folder for metrics.json, the table, the charts and the pictures")
 
 
@@ -192,7 +192,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, "that names the splits (DATA)")
-    parser.add_argument("--weights", help="a model.pth, or a checkpoint with exits; OUTPUT_DIR/model.pth by default")
+    parser.add_argument("--weights", help="model.pth, shipped weights or a checkpoint; OUTPUT_DIR/model.pth by default")
     parser.add_argument("--out", help="folder of the certificate; OUTPUT_DIR/calibration by default")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--speedup", type=float, help="least mean cost without exits / mean cost routed")

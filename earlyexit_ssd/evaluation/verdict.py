@@ -94,7 +94,7 @@ def check_exit_accuracy(results: Results) -> Iterator[Finding]:
     else:
         first = f"{used[0].name}: AP50 {used[0].ap50:.3f}"
         if results.context.taken_over and full:
-            first += f" is {used[0].ap50 / full:.1%} of the {full:.3f} of the unchanged checkpoint"
+            first += f" is {used[0].ap50 / full:.1%} of the full path's {full:.3f}"
             limit, deep_enough = f"{FIRST_EXIT_SHARE:.0%}", used[0].ap50 >= FIRST_EXIT_SHARE * full
             said = f"{limit} or more: worth it" if deep_enough else f"under {limit}: move it deeper"
             yield Finding(f"{first}, {said}", veto=not deep_enough)

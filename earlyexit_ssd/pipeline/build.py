@@ -32,7 +32,7 @@ from earlyexit_ssd.modeling import (
     load_model,
     retrofit,
 )
-from earlyexit_ssd.modeling.checkpoint import ModelInfo
+from earlyexit_ssd.modeling.checkpoint import ModelInfo, find_weights, weights_path
 from earlyexit_ssd.modeling.detector import detector_class
 from earlyexit_ssd.modeling.heads import plan_class_change
 from earlyexit_ssd.modeling.retrofit import torchvision_name
@@ -160,15 +160,20 @@ def photos_to_compare_on(cfg: CfgNode, classes: tuple[str, ...]) -> Iterator[Ten
         yield images[0]
 
 
+def file_of(weights: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """The file of the shipped weights that are named, or ``weights`` as they are."""
+    return weights_path(weights) if find_weights(weights) else weights
+
+
 def open_model(
     cfg: CfgNode, weights: str | os.PathLike[str], need_exits: bool = True
 ) -> tuple[EarlyExitSSDLite, Architecture, ModelInfo]:
     """A trained model in eval mode on the CPU, its architecture and its info.
 
-    ``weights`` may be a model of this project, or a checkpoint of torchvision's reference training with exits. The
-    latter must fit the configuration (MODEL, EXITS, DATA.CLASSES in the order of the labels), and its trained
-    temperatures are in ``info["router"]``. With a head of COCO's 91 outputs, classes that the configuration lacks are
-    folded into background.
+    ``weights`` may be a model of this project, the name of shipped weights, or a checkpoint of torchvision's reference
+    training with exits. A checkpoint must fit the configuration (MODEL, EXITS, DATA.CLASSES in the order of the
+    labels), and its trained temperatures are in ``info["router"]``. With a head of COCO's 91 outputs, classes that the
+    configuration lacks are folded into background.
 
     Args:
         need_exits: False takes a checkpoint without exits too, as a model that has the full path only.
@@ -197,7 +202,7 @@ def open_model(
         logger.info("%s: COCO's classes, %s", weights, change)
         return dataclasses.replace(architecture, head_outputs=outputs, folded_rows=change.rows, folded_branches=True)
 
-    model, architecture, info = load_model(weights, describe)
+    model, architecture, info = load_model(file_of(weights), describe)
     if info.get("temperatures"):
         info = {**info, "router": {"num_exits": model.num_early_exits, "temperatures": info["temperatures"]}}
     return model, architecture, info

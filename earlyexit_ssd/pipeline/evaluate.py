@@ -45,6 +45,7 @@ from earlyexit_ssd.pipeline.build import (
     build_evaluation,
     build_router,
     evaluation_device,
+    file_of,
     open_model,
     shares_processes,
     takes_over,
@@ -241,6 +242,7 @@ def evaluate_model(
     """
     device = evaluation_device(cfg)
     check_rivals(cfg, device)
+    weights = file_of(weights)
     model, architecture, info = open_model(cfg, weights)
     if compare:
         _warn_of_differences(cfg, architecture)

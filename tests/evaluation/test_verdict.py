@@ -336,8 +336,8 @@ def test_exits_on_a_checkpoint_taken_over_are_held_against_it(ap50, ships):
     metrics |= {"context": {"taken_over": True}, "rivals": [rival("plain 192", 0.1, 15.0)]}
     verdict = judge(metrics)
     assert verdict.ship is ships
-    share = {0.151: "75.5% of the 0.200 of the unchanged checkpoint, 75% or more: worth it"}
-    share[0.149] = "74.5% of the 0.200 of the unchanged checkpoint, under 75%: move it deeper"
+    share = {0.151: "75.5% of the full path's 0.200, 75% or more: worth it"}
+    share[0.149] = "74.5% of the full path's 0.200, under 75%: move it deeper"
     assert verdict.lines[0] == f"exit8: AP50 {ap50:.3f} is {share[ap50]}"
     assert not judge({**metrics, "context": {}}).ship
 

@@ -16,6 +16,7 @@ from earlyexit_ssd.pipeline.build import (
     build_model,
     build_router,
     evaluation_device,
+    open_model,
 )
 
 
@@ -108,3 +109,8 @@ def test_a_compact_head_looks_at_photos_of_train_without_boxes(tmp_path, monkeyp
 def test_a_model_without_exits_needs_no_thresholds():
     cfg = load_config(None, ["ROUTING.THRESHOLDS", "[0.5, 0.6]"])
     assert build_router(cfg, {"num_exits": 0}).num_exits == 0
+
+
+def test_shipped_weights_are_opened_by_name():
+    model, architecture, info = open_model(load_config(), "chair")
+    assert architecture.classes == ("chair",) and info["router"]["num_exits"] == model.num_early_exits == 2
