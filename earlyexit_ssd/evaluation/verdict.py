@@ -20,7 +20,7 @@ DOUBTFUL_AP50 = 0.20
 ALIKE = 0.2  # scores are alike if standard deviation / mean is below this. A detector that works has about 1 or more
 ENOUGH_BOXES = 20  # with fewer boxes, neither their scores nor their positions are judged
 MOVE_DEEPER_AP50 = 0.30  # a first exit with a lower AP50 must move to a deeper layer
-WORTH_IT_AP50 = 0.35  # a first exit with a higher AP50 is worth it
+ENOUGH_AP50 = 0.35  # a first exit with a higher AP50 is accurate enough
 FIRST_EXIT_SHARE = 0.75
 """Least AP50 of the first exit / AP50 of the full path, if the full path is an unchanged checkpoint."""
 DEEPEST_SHARE = 0.85  # least AP50 of the deepest exit / AP50 of the full path
@@ -96,14 +96,14 @@ def check_exit_accuracy(results: Results) -> Iterator[Finding]:
         if results.context.taken_over and full:
             first += f" is {used[0].ap50 / full:.1%} of the full path's {full:.3f}"
             limit, deep_enough = f"{FIRST_EXIT_SHARE:.0%}", used[0].ap50 >= FIRST_EXIT_SHARE * full
-            said = f"{limit} or more: worth it" if deep_enough else f"under {limit}: move it deeper"
+            said = f"{limit} or more: accurate enough" if deep_enough else f"under {limit}: move it deeper"
             yield Finding(f"{first}, {said}", veto=not deep_enough)
         elif used[0].ap50 < MOVE_DEEPER_AP50:
             yield Finding(f"{first} is under {MOVE_DEEPER_AP50:.2f}: move it deeper", veto=True)
-        elif used[0].ap50 > WORTH_IT_AP50:
-            yield Finding(f"{first} is above {WORTH_IT_AP50:.2f}: worth it")
+        elif used[0].ap50 > ENOUGH_AP50:
+            yield Finding(f"{first} is above {ENOUGH_AP50:.2f}: accurate enough")
         else:
-            yield Finding(f"{first} is between {MOVE_DEEPER_AP50:.2f} and {WORTH_IT_AP50:.2f}: borderline")
+            yield Finding(f"{first} is between {MOVE_DEEPER_AP50:.2f} and {ENOUGH_AP50:.2f}: borderline")
         name, ap50 = used[-1].name, used[-1].ap50
         if full and ap50 < DEEPEST_SHARE * full:
             share = f"{name}: AP50 {ap50:.3f} is {ap50 / full:.1%} of the full path's {full:.3f}"

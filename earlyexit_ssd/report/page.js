@@ -57,21 +57,23 @@ function plot(element, traces, x, y, legend) {
 const PLACES = {"top right": [0, -1], "bottom right": [0, 0], "top left": [-1, -1], "bottom left": [-1, 0], "top center": [-0.5, -1],
   "bottom center": [-0.5, 0], "middle right": [0, -0.5], "middle left": [-1, -0.5]};
 
-function placeTexts(element, texts, x, y, xs, ys) {
+function placeTexts(element, texts, first, x, y, xs, ys) {
   const pixels = (values, all, length) => values.map((value) => (value - Math.min(...all)) / (Math.max(...all) - Math.min(...all) || 1) * 0.9 * length);
   const room = element.clientWidth - 80, left = pixels(x, xs, room), top = pixels(y, ys, element.clientHeight - 70).map((value) => -value);
   const taken = x.map((_, i) => [left[i] - 5, top[i] - 5, left[i] + 5, top[i] + 5]);
-  return texts.map((text, i) => {
-    for (const [place, [across, down]] of Object.entries(text ? PLACES : {})) {
-      const width = 5.8 * text.length, x0 = left[i] + across * width + 7 * (1 + 2 * across), y0 = top[i] + down * 13 + 4 * (1 + 2 * down);
+  const place = (text, i) => {
+    for (const [where, [across, down]] of Object.entries(text ? PLACES : {})) {
+      const width = 5.8 * text.length, x0 = left[i] + across * width + 7 * (1 + 2 * across), y0 = top[i] + down * 13 + 6 * (1 + 2 * down);
       const box = [x0, y0, x0 + width, y0 + 13];
       if (x0 >= -0.04 * room && box[2] <= 0.94 * room && taken.every((other, j) => j === i || other[0] > box[2] || other[2] < box[0] || other[1] > box[3] || other[3] < box[1])) {
         taken.push(box);
-        return [text, place];
+        return [text, where];
       }
     }
     return ["", "top right"];
-  });
+  };
+  const placed = texts.map((text, i) => (first[i] ? place(text, i) : null));
+  return placed.map((one, i) => one || place(texts[i], i));
 }
 
 function pointsChart(element, page, quality) {
@@ -85,13 +87,14 @@ function pointsChart(element, page, quality) {
   const named = (one) => !crowded || !["exit", "plain"].includes(one.kind) || one === page.points[0];
   const ends = (values, key) => [...values, ...points.flatMap((one) => one[key] || [])];
   const texts = points.map((one) => (named(one) ? one.name : ""));
-  const placed = placeTexts(element, texts, x, y, ends(x, "ms_interval"), ends(y, `${quality}_interval`));
+  const shipped = points.map((one) => ["routed", "chosen"].includes(one.kind) || page.verdict.startsWith(`Ship ${one.name}:`));
+  const placed = placeTexts(element, texts, shipped, x, y, ends(x, "ms_interval"), ends(y, `${quality}_interval`));
   plot(element, [{
     x, y, mode: "markers+text", type: "scatter", error_x: bars(x, "ms_interval"), error_y: bars(y, `${quality}_interval`),
     text: placed.map(([text]) => escaped(text)), hovertext: points.map((one) => escaped(one.name)),
     hovertemplate: `%{hovertext}<br>%{x:.1f} ms, ${quality} %{y:.3f}<extra></extra>`, cliponaxis: false,
     textposition: placed.map(([_, place]) => place), textfont: {size: 10},
-    marker: {size: points.map((one) => (["routed", "chosen"].includes(one.kind) ? 14 : 9)), color: points.map((one) => page.colors[one.kind]),
+    marker: {size: points.map((one) => (["routed", "chosen"].includes(one.kind) ? 14 : 9) + (page.verdict.startsWith(`Ship ${one.name}:`) ? 5 : 0)), color: points.map((one) => page.colors[one.kind]),
       symbol: points.map((one) => (symbols[one.kind] || "square") + (one.other_runtime ? "-open" : ""))},
   }], page.x_title, quality, false);
 }

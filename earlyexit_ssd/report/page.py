@@ -235,7 +235,7 @@ def verdict_sentence(results: Results) -> str:
     if not verdict.ship:
         vetoes = [one.line for one in verdict.findings if one.veto]
         instead = next((line for line in vetoes if line.startswith("ship instead")), vetoes[0])
-        return f"Do not ship these exits. {instead[0].upper()}{instead[1:]}."
+        return f"Do not ship the routed detector. {instead[0].upper()}{instead[1:]}."
     name = "the exits" if verdict.what == "routed" else verdict.what
     _, speedup = _shipped_time(results)
     times = "" if speedup is None else f"{speedup:.2f} times as fast as the detector without exits, "
@@ -263,7 +263,7 @@ def _evaluation_tiles(results: Results) -> tuple[Tile, ...]:
             "speed-up",
             "-" if speedup is None else f"{speedup:.2f}×",
             f"{over}{times}, {figure(plain.ms, 1)} without exits",
-            None if speedup is None else speedup > 1,
+            _good(results, None if speedup is None else speedup > 1),
         ),
         Tile(
             "AP50 routed",
@@ -287,7 +287,13 @@ def _evaluation_tiles(results: Results) -> tuple[Tile, ...]:
     measured = f"{figure(certificate.measured, digits)} {_interval(certificate.interval, digits)}".strip()
     kept = {True: "kept", False: "not kept", None: "undefined"}[certificate.kept]
     asked = _asked(str(certificate.target["kind"]), asked_value(certificate.target))
-    return (*tiles, Tile("asked of the calibration", asked, f"on these photos {measured}: {kept}", certificate.kept))
+    good = _good(results, certificate.kept)
+    return (*tiles, Tile("asked of the calibration", asked, f"on these photos {measured}: {kept}", good))
+
+
+def _good(results: Results, value: bool | None) -> bool | None:
+    """``value`` for the colour of a tile: nothing is green on the page of a detector that is not to be shipped."""
+    return None if value and results.verdict and not results.verdict.ship else value
 
 
 def _asked(kind: str, value: float) -> str:

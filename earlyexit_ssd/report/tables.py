@@ -97,7 +97,11 @@ def verdict_lines(verdict: Verdict) -> list[str]:
     others = [f"  - {one.line}" for one in verdict.findings if not one.veto]
     if verdict.ship:
         return [f"verdict: ship {'the exits' if verdict.what == 'routed' else verdict.what}", *others]
-    return ["verdict: do not ship these exits as they are", *vetoes, *(["found besides:", *others] if others else [])]
+    return [
+        "verdict: do not ship the routed detector as it is",
+        *vetoes,
+        *(["found besides:", *others] if others else []),
+    ]
 
 
 def write_calibration(folder: Path, certificate: Certificate, temperatures: Sequence[FittedTemperature]) -> None:

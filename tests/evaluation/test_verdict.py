@@ -64,7 +64,7 @@ def test_good_exits_ship():
     verdict = judge(GOOD)
     assert (verdict.ship, verdict.what) == (True, "routed")
     assert verdict.lines == [
-        "exit8: AP50 0.550 is above 0.35: worth it",
+        "exit8: AP50 0.550 is above 0.35: accurate enough",
         "routing is faster (29.5 ms routed against 40.0 ms without exits, 1.36x)",
         "routing keeps the accuracy (AP50 0.700 routed against 0.720)",
         "no other detector that was measured is as accurate in as little time; the nearest: "
@@ -79,10 +79,10 @@ def test_good_exits_ship():
     [
         ({"exit8_AP50": 0.299}, "move it deeper", False),
         ({"exit12_AP50": 0.611}, "exit12: AP50 0.611 is 84.9% of the full path's 0.720, under 85%", False),
-        ({"exit12_AP50": 0.613}, "worth it", True),
+        ({"exit12_AP50": 0.613}, "accurate enough", True),
         ({"exit8_AP50": 0.30}, "borderline", True),
         ({"exit8_AP50": 0.35}, "borderline", True),
-        ({"exit8_AP50": 0.351}, "worth it", True),
+        ({"exit8_AP50": 0.351}, "accurate enough", True),
         (
             {"exit12_AP50": 0.726, "exit12_AP50_below_full_interval": None},
             "exit12: AP50 0.726 is above full's 0.720: something is wrong",
@@ -103,7 +103,7 @@ def test_good_exits_ship():
             "at exit8, which is not good enough alone",
             False,
         ),
-        ({"exit8_empty": True, "exit8_AP50": 0.0}, "exit12: AP50 0.660 is above 0.35: worth it", True),
+        ({"exit8_empty": True, "exit8_AP50": 0.0}, "exit12: AP50 0.660 is above 0.35: accurate enough", True),
         ({"exit8_empty": True, "exit12_empty": True}, "the early exits are empty", True),
         (ALL_STAY, "tools/calibrate.py fit a policy that predicts", False),
         ({**ALL_STAY, "routed_policy": "learned_gain"}, "full path: change the thresholds (ROUTING.THRESHOLDS)", False),
@@ -322,7 +322,7 @@ def test_until_routing_is_calibrated_the_verdict_says_so():
 def test_exits_that_are_closed_are_not_judged():
     closed = {"routed_thresholds": [2.0, 0.5], "exit8_AP50": 0.1, "exit8_ms": 41.0}
     verdict = judge(changed(**closed))
-    assert verdict.ship and verdict.lines[0] == "exit12: AP50 0.660 is above 0.35: worth it"
+    assert verdict.ship and verdict.lines[0] == "exit12: AP50 0.660 is above 0.35: accurate enough"
     assert not any("exit8" in line for line in verdict.lines)
 
 
@@ -336,7 +336,7 @@ def test_exits_on_a_checkpoint_taken_over_are_held_against_it(ap50, ships):
     metrics |= {"context": {"taken_over": True}, "rivals": [rival("plain 192", 0.1, 15.0)]}
     verdict = judge(metrics)
     assert verdict.ship is ships
-    share = {0.151: "75.5% of the full path's 0.200, 75% or more: worth it"}
+    share = {0.151: "75.5% of the full path's 0.200, 75% or more: accurate enough"}
     share[0.149] = "74.5% of the full path's 0.200, under 75%: move it deeper"
     assert verdict.lines[0] == f"exit8: AP50 {ap50:.3f} is {share[ap50]}"
     assert not judge({**metrics, "context": {}}).ship

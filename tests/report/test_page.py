@@ -101,7 +101,7 @@ def test_the_verdict_in_a_sentence(metrics):
     )
     findings = [{"line": "a reason", "veto": True}, {"line": "ship instead: plain 256", "veto": True}]
     metrics["verdict"] = {"ship": False, "what": None, "findings": findings}
-    assert verdict_sentence(Results.from_json(metrics)) == "Do not ship these exits. Ship instead: plain 256."
+    assert verdict_sentence(Results.from_json(metrics)) == "Do not ship the routed detector. Ship instead: plain 256."
 
 
 def test_first_screen(with_rivals):

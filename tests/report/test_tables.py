@@ -98,8 +98,8 @@ def test_what_is_no_reason_stands_apart_from_the_vetoes(metrics):
     slow = {"line": "no speed gain", "veto": True}
     metrics["verdict"] = {"ship": False, "what": None, "findings": [*metrics["verdict"]["findings"], slow]}
     assert text_report(Results.from_json(metrics)).endswith(
-        "verdict: do not ship these exits as they are\n  - veto: no speed gain\n"
-        "found besides:\n  - exit8: AP50 0.550 is above 0.35: worth it"
+        "verdict: do not ship the routed detector as it is\n  - veto: no speed gain\n"
+        "found besides:\n  - exit8: AP50 0.550 is above 0.35: accurate enough"
     )
     metrics["verdict"] = {"ship": False, "what": None, "findings": [slow]}
     assert text_report(Results.from_json(metrics)).endswith("as they are\n  - veto: no speed gain")
