@@ -102,7 +102,7 @@ def test_what_is_no_reason_stands_apart_from_the_vetoes(metrics):
         "found besides:\n  - exit8: AP50 0.550 is above 0.35: accurate enough"
     )
     metrics["verdict"] = {"ship": False, "what": None, "findings": [slow]}
-    assert text_report(Results.from_json(metrics)).endswith("as they are\n  - veto: no speed gain")
+    assert text_report(Results.from_json(metrics)).endswith("as it is\n  - veto: no speed gain")
 
 
 def test_one_exit_alone_is_named(metrics):
