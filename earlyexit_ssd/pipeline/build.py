@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -161,8 +162,8 @@ def photos_to_compare_on(cfg: CfgNode, classes: tuple[str, ...]) -> Iterator[Ten
 
 
 def file_of(weights: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """The file of the shipped weights that are named, or ``weights`` as they are."""
-    return weights_path(weights) if find_weights(weights) else weights
+    """The file of the shipped weights that are named, or ``weights`` as they are. What has no suffix is a name."""
+    return weights_path(weights) if find_weights(weights) or not Path(weights).suffix else weights
 
 
 def open_model(
