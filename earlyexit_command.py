@@ -117,6 +117,8 @@ examples:
       shipped weights; a folder with a file for each segment, compared with the model on your photos
   %(prog)s output/chair/model.pth --out chair.xml --format openvino
       OpenVINO's own format (pip install openvino)
+  %(prog)s output/chair/model.pth --out chair.xml --format openvino --int8 --photos frames --annotations frames.json
+      in 8 bits (pip install nncf); refused if it is slower here, or loses more AP50 than --ap-drop
 
 How to run what it writes, without PyTorch: docs/deploy.md
 """
@@ -262,7 +264,8 @@ def optimize(args: argparse.Namespace) -> None:
     print(f"\n{outcome.summary}")
     print(f"\nresults: {out}/ (report.html, summary.txt, model.pth, optimize.json, test/)")
     if outcome.chosen is not None:
-        print(f"run it: earlyexit predict --weights {out}/detector.onnx PHOTO")
+        file = "detector.xml --runtime openvino" if args.runtime == "openvino" else "detector.onnx"
+        print(f"run it: earlyexit predict --weights {out}/{file} PHOTO")
 
 
 def predict_arguments(parser: argparse.ArgumentParser) -> None:
@@ -393,16 +396,33 @@ def deploy_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", default="onnx", choices=("onnx", "staged", "openvino"), help="onnx by default")
     parser.add_argument("--photos", nargs="+", default=[], help="photos for the comparison; rendered ones by default")
     parser.add_argument("--full", action="store_true", help="export the full path without exits")
+    parser.add_argument(
+        "--int8", action="store_true", help="weights and activations in 8 bits, if faster here (pip install nncf)"
+    )
+    parser.add_argument(
+        "--annotations", help="of --int8: boxes of --photos (COCO JSON); without them agreement is measured"
+    )
+    parser.add_argument("--ap-drop", type=float, default=0.01, help="of --int8: AP50 that it may lose; 0.01")
 
 
 def export(args: argparse.Namespace) -> None:
     from earlyexit_ssd.deploy.sources import find_sources
+    from earlyexit_ssd.errors import EarlyExitError
     from earlyexit_ssd.pipeline.export import export_detector, open_any
 
     model = open_any(args.model, router=not args.full)
-    photos = [source.name for source in find_sources(args.photos) if source.kind == "photo"]
-    exported = export_detector(model, args.out, args.format, photos)
-    print(exported)
+    if args.int8:
+        from earlyexit_ssd.pipeline.int8 import export_int8, photos_to_quantise_on
+
+        if len(args.photos) != 1:
+            raise EarlyExitError("--int8 needs one folder of photos like those of use: --photos DIR")
+        dataset = photos_to_quantise_on(args.photos[0], args.annotations, model.classes)
+        print(export_int8(model, args.out, args.format, dataset, args.ap_drop))
+    else:
+        if args.annotations:
+            raise EarlyExitError("--annotations is for --int8; leave it out, or add --int8")
+        photos = [source.name for source in find_sources(args.photos) if source.kind == "photo"]
+        print(export_detector(model, args.out, args.format, photos))
     runtime = ", 'openvino'" if args.format == "openvino" else ""
     print(f"run it: from earlyexit_ssd.deploy import Predictor; Predictor({args.out!r}{runtime})(photo)")
 

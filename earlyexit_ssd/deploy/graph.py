@@ -248,6 +248,7 @@ def expand_log_sum_exp(model: onnx.ModelProto) -> None:
         settings = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         axes, keep = settings["axes"], settings.get("keepdims", 1)
         graph.initializer.append(numpy_helper.from_array(np.array(axes, np.int64), f"{out}_axes"))
+        first = len(nodes)
         nodes += [
             helper.make_node("ReduceMax", [values], [f"{out}_most"], axes=axes, keepdims=1),
             helper.make_node("Sub", [values, f"{out}_most"], [f"{out}_less"]),
@@ -258,6 +259,8 @@ def expand_log_sum_exp(model: onnx.ModelProto) -> None:
         ]
         if not keep:
             nodes.append(helper.make_node("Squeeze", [f"{out}_kept", f"{out}_axes"], [out]))
+        for one in nodes[first:]:
+            one.name = f"log_sum_exp/{one.output[0]}"
     del graph.node[:]
     graph.node.extend(nodes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import io
@@ -121,34 +122,48 @@ def export_detector(
         EarlyExitError: a hybrid router, a path that does not fit the format, an unreadable photo, or an answer of the
             file that differs from the model's.
     """
+    path = exportable_path(path, file_format)
+    model = exportable(model)
+    with evaluating(model), replacing(path) as made:
+        parts = build_parts(model)
+        compared = list(_photos(photos))
+        _compare_heads(model, parts, compared[:HEAD_PHOTOS])
+        WRITERS[file_format](parts, made)
+        exported = _compare(model, Predictor(made, runtime_of(file_format)), compared)
+    return Exported(path, size_of(path), *exported)
+
+
+def exportable_path(path: str | os.PathLike[str], file_format: Format) -> Path:
+    """The path, if a file or folder of this format can be written there; otherwise an EarlyExitError."""
     path = Path(path)
     if file_format not in get_args(Format):
         raise EarlyExitError(f"format {file_format!r:.60}: expected one of {', '.join(get_args(Format))}")
     if path.suffix != SUFFIXES[file_format] and file_format != "staged":
         raise EarlyExitError(f"{path}: a file of format {file_format} ends in {SUFFIXES[file_format]}; name it so")
+    if path.exists() and path.is_dir() != (file_format == "staged"):
+        raise EarlyExitError(f"{path}: there is {'a folder' if path.is_dir() else 'a file'} of that name; name another")
+    return path
+
+
+def exportable(model: EarlyExitDetector) -> EarlyExitDetector:
+    """A copy of the model on the CPU, without exits if it has no router; an EarlyExitError for a hybrid router."""
     if getattr(model.router, "hybrid", False):
         raise EarlyExitError(
             "a hybrid router cannot be exported: its photos all go to the end; export with hybrid=False, calibrated so"
         )
-    if path.exists() and path.is_dir() != (file_format == "staged"):
-        raise EarlyExitError(f"{path}: there is {'a folder' if path.is_dir() else 'a file'} of that name; name another")
     model = copy.deepcopy(model).cpu().eval()
-    if model.router is None:  # no photo leaves at an exit
-        model = _without_exits(model)
-    with evaluating(model):
-        contract = _contract(model)
-        parts = _Parts(_segments(model), contract, _metadata(model, contract))
-        compared = list(_photos(photos))
-        _compare_heads(model, parts, compared[:HEAD_PHOTOS])
-        make_folder(path.parent)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name[:40]}.", dir=path.parent) as temporary, writing(path):
-            made = Path(temporary) / path.name
-            WRITERS[file_format](parts, made)
-            runtime = "openvino" if file_format == "openvino" else "onnxruntime"
-            exported = _compare(model, Predictor(made, runtime), compared)
-            _move(made, path)
+    return model if model.router is not None else _without_exits(model)  # without a router no photo leaves at an exit
+
+
+def runtime_of(file_format: Format) -> str:
+    """The runtime that a format is written for."""
+    return "openvino" if file_format == "openvino" else "onnxruntime"
+
+
+def size_of(path: Path) -> int:
+    """Bytes of an exported file, with its weights, or of a folder of stages."""
     files = [*path.iterdir()] if path.is_dir() else [path, *_weights_beside(path)]
-    return Exported(path, sum(file.stat().st_size for file in files), *exported)
+    return sum(file.stat().st_size for file in files)
 
 
 def _without_exits(model: EarlyExitDetector) -> EarlyExitDetector:
@@ -161,22 +176,30 @@ def _weights_beside(path: Path) -> list[Path]:
     return [path.with_suffix(".bin")] if path.suffix == ".xml" else []
 
 
-def _move(made: Path, path: Path) -> None:
-    """Put the files in their place. A folder is replaced only if it is empty or holds an earlier export."""
-    if made.is_dir() and path.exists():
-        if any(path.iterdir()) and not (path / MANIFEST).is_file():
-            raise EarlyExitError(f"{path}: holds other files; name a new folder for the staged ones")
-        os.replace(path, made.parent / "before")
-    for weights in _weights_beside(path):
-        os.replace(made.with_suffix(".bin"), weights)
-    os.replace(made, path)
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Context manager: a place to write to, whose files replace those at ``path`` at the end. A folder is replaced only
+    if it is empty or holds an earlier export."""
+    make_folder(path.parent)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name[:40]}.", dir=path.parent) as temporary, writing(path):
+        made = Path(temporary) / path.name
+        yield made
+        if made.is_dir() and path.exists():
+            if any(path.iterdir()) and not (path / MANIFEST).is_file():
+                raise EarlyExitError(f"{path}: holds other files; name a new folder for the staged ones")
+            os.replace(path, made.parent / "before")
+        for weights in _weights_beside(path):
+            os.replace(made.with_suffix(".bin"), weights)
+        os.replace(made, path)
 
 
 # The parts: segments by PyTorch's exporter, and what surrounds them.
 
 
 @dataclass(frozen=True)
-class _Parts:
+class Parts:
+    """What a file is built from."""
+
     segments: list[tuple[SegmentNetwork, Segment]]
     contract: Contract
     metadata: dict[str, str]
@@ -249,6 +272,12 @@ class SegmentNetwork(nn.Module):
         return exported, found
 
 
+def build_parts(model: EarlyExitDetector) -> Parts:
+    """The parts of a model as `exportable` gives it, in eval mode without gradients."""
+    contract = _contract(model)
+    return Parts(_segments(model), contract, _metadata(model, contract))
+
+
 def _segments(model: EarlyExitDetector) -> list[tuple[SegmentNetwork, Segment]]:
     """One for each open exit and one for the full path."""
     full = model.num_early_exits
@@ -309,13 +338,13 @@ def _metadata(model: EarlyExitDetector, contract: Contract) -> dict[str, str]:
     return {"format": FORMAT, **{key: json.dumps(value) for key, value in values.items()}}
 
 
-def _write_onnx(parts: _Parts, path: Path, for_openvino: bool = False) -> None:
+def _write_onnx(parts: Parts, path: Path, for_openvino: bool = False) -> None:
     contract = dataclasses.replace(parts.contract, large=0) if for_openvino else parts.contract
     whole = build_graph([segment for _, segment in parts.segments], contract, parts.metadata)
     path.write_bytes((required_inputs(whole) if for_openvino else whole).SerializeToString())
 
 
-def _write_staged(parts: _Parts, folder: Path) -> None:
+def _write_staged(parts: Parts, folder: Path) -> None:
     folder.mkdir()
     rows = []
     for place, (_, segment) in enumerate(parts.segments):
@@ -327,7 +356,7 @@ def _write_staged(parts: _Parts, folder: Path) -> None:
     write_json(folder / MANIFEST, {"metadata": parts.metadata, "segments": rows, "detections": "detections.onnx"})
 
 
-def _write_openvino(parts: _Parts, path: Path) -> None:
+def _write_openvino(parts: Parts, path: Path) -> None:
     openvino = import_package("openvino")
     _write_onnx(parts, path.with_suffix(".onnx"), for_openvino=True)
     try:
@@ -337,7 +366,7 @@ def _write_openvino(parts: _Parts, path: Path) -> None:
         raise EarlyExitError(f"OpenVINO cannot convert the detector ({one_line(str(error))[:200]})") from None
 
 
-WRITERS: dict[str, Callable[[_Parts, Path], None]] = {
+WRITERS: dict[str, Callable[[Parts, Path], None]] = {
     "onnx": _write_onnx,
     "staged": _write_staged,
     "openvino": _write_openvino,
@@ -357,7 +386,7 @@ def _photos(paths: Sequence[str | os.PathLike[str]]) -> Iterator[tuple[str, np.n
         yield str(path), read_image(path)
 
 
-def _compare_heads(model: EarlyExitDetector, parts: _Parts, photos: Sequence[tuple[str, np.ndarray]]) -> None:
+def _compare_heads(model: EarlyExitDetector, parts: Parts, photos: Sequence[tuple[str, np.ndarray]]) -> None:
     """Every segment's outputs, each on what the model gives the segment before it."""
     runs = [OnnxRuntime(segment.model.SerializeToString(), segment.name) for _, segment in parts.segments]
     for name, photo in photos:

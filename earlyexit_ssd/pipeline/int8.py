@@ -1,0 +1,355 @@
+"""Export a detector in 8 bits: weights and activations as integers, by NNCF's post-training quantisation.
+
+Every segment is quantised on its own, on a graph of QuantizeLinear and DequantizeLinear (Jacob et al. 2018,
+"Quantization and training of neural networks for efficient integer-arithmetic-only inference"). The router, the
+decoding and the NMS stay in 32 bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from earlyexit_ssd.config import CLOSED, get_cfg
+from earlyexit_ssd.data.dataset import DetectionDataset, as_tensor, load_dataset, read_dataset, to_coco
+from earlyexit_ssd.data.records import canonical
+from earlyexit_ssd.deploy import Predictor
+from earlyexit_ssd.deploy.benchmark import Ratio, ratio
+from earlyexit_ssd.deploy.graph import STATE, Segment
+from earlyexit_ssd.deploy.predictor import OnnxRuntime
+from earlyexit_ssd.errors import DataError, EarlyExitError, import_package, one_line
+from earlyexit_ssd.evaluation.matches import (
+    Detections,
+    agreement,
+    ap_of_choice,
+    as_ground_truth,
+    bootstrap_choices,
+    exit_matches,
+)
+from earlyexit_ssd.images import read_image
+from earlyexit_ssd.modeling.detector import EarlyExitDetector
+from earlyexit_ssd.modeling.trunk import evaluating
+from earlyexit_ssd.pipeline.build import with_values
+from earlyexit_ssd.pipeline.export import (
+    WRITERS,
+    Format,
+    Parts,
+    SegmentNetwork,
+    build_parts,
+    export_detector,
+    exportable,
+    exportable_path,
+    replacing,
+    runtime_of,
+    size_of,
+)
+from earlyexit_ssd.progress import progress
+
+logger = logging.getLogger(__name__)
+
+State = Mapping[str, np.ndarray]  # a segment's inputs by name
+COMPARED_PHOTOS = 16  # with the model, in 32 bits
+RANGE_PHOTOS = 200  # from which the ranges of the activations come, and on which both files are timed
+OPERATORS = ("Conv", "Add", "Mul", "Relu", "HardSwish", "HardSigmoid", "GlobalAveragePool", "MaxPool")
+"""Operators that are quantised, in modules of trunk, branches and heads."""
+SCORE, IOU = 0.5, 0.5  # of an object that counts as found
+DELTA = 0.05  # share of the bootstrap draws that may lose more than the budget
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What stays in 32 bits: the first convolutions behind the image, and the heads."""
+
+    convolutions: int
+    heads: bool
+
+    def __str__(self) -> str:
+        words = [f"the first {self.convolutions} convolutions"] if self.convolutions else []
+        words += ["the heads"] if self.heads else []
+        return " and ".join(words) + " in 32 bits" if words else "all layers"
+
+
+LADDER = (Kept(0, False), Kept(3, False), Kept(3, True), Kept(9, True))
+"""Tried in this order, until the budget holds. The first layers are the most sensitive ones, and have few MMACs."""
+
+
+@dataclass(frozen=True)
+class Int8Figures:
+    """A file in 8 bits beside the same detector in 32 bits, on the same photos.
+
+    Attributes:
+        labelled: whether AP is against labels; otherwise the detections in 32 bits, from score `SCORE`, replace them.
+        AP, AP50: (reference, 8 bits); None without an object. The reference is the detector in 32 bits, or what
+            `export_int8` was given.
+        lost_bound: AP50 lost against the reference in 1 - `DELTA` of the bootstrap draws of the photos.
+        objects, objects_kept: the reference's detections from score `SCORE`, and those of them that 8 bits find too.
+        speed: time of a photo in 32 bits / in 8 bits, from photo to detections, one thread.
+    """
+
+    path: Path
+    size: int  # bytes
+    kept: Kept
+    photos: int
+    labelled: bool
+    AP: tuple[float | None, float | None]
+    AP50: tuple[float | None, float | None]
+    lost_bound: float
+    objects: int
+    objects_kept: int
+    speed: Ratio
+    runtime: str
+
+    @property
+    def is_faster(self) -> bool:
+        """Whether the interval of `speed` lies above 1."""
+        return (self.speed.value if self.speed.low is None else self.speed.low) > 1
+
+    @property
+    def speed_text(self) -> str:
+        return f"{self.speed} times as fast as in 32 bits ({self.runtime}, 1 thread)"
+
+    @property
+    def accuracy_text(self) -> str:
+        photos = f"{self.photos} labelled photos" if self.labelled else f"{self.photos} photos, 32 bits for labels"
+        aps = [
+            f"{name} {after:.3f} instead of {before:.3f}"
+            for name, (before, after) in (("AP50", self.AP50), ("AP", self.AP))
+            if before is not None and after is not None
+        ]
+        return (
+            f"{', '.join(aps) or 'AP undefined'} on {photos} (AP50 lost in 95 % of the draws at most "
+            f"{self.lost_bound:.3f}), {self.objects_kept} of {self.objects} objects kept"
+        )
+
+    def __str__(self) -> str:
+        size = f"{self.size / 1e6:.1f} MB in 8 bits ({self.kept})"
+        return f"{self.path}: {size}; {self.accuracy_text}; {self.speed_text}"
+
+
+def export_int8(
+    model: EarlyExitDetector,
+    path: str | os.PathLike[str],
+    file_format: Format,
+    dataset: DetectionDataset,
+    ap_drop: float,
+    ranges: Sequence[str | os.PathLike[str]] = (),
+    reference: Detections | None = None,
+) -> Int8Figures:
+    """Write a detector in 8 bits, if it is faster than in 32 bits and loses little AP50.
+
+    The detector in 32 bits is exported first, and compared with the model. What stays in 32 bits is chosen by
+    measurement (`LADDER`). Thresholds are set anew, so that as many photos leave at each exit as in 32 bits;
+    temperatures stay. The file has no certificate, since that is for 32 bits.
+
+    Args:
+        model, path, file_format: as of `export_detector`.
+        dataset: photos of use; AP is against their labels, or if they have none against the detections in 32 bits.
+        ap_drop: AP50 that may be lost, in a share 1 - `DELTA` of the bootstrap draws.
+        ranges: photos that the ranges of the activations come from; by default `RANGE_PHOTOS` of ``dataset``.
+        reference: detections that the loss is measured against, by image id; None: those in 32 bits.
+
+    Raises:
+        EarlyExitError: NNCF or the runtime is missing, 8 bits are slower or lose too much; then nothing is written.
+    """
+    nncf = import_package("nncf")
+    nncf.set_log_level(logging.ERROR)
+    path, runtime = exportable_path(path, file_format), runtime_of(file_format)
+    model, photos = exportable(model), [record.path for record in dataset.records]
+    with replacing(path) as made, evaluating(model):
+        whole = made.with_name(f"float32{made.suffix}")
+        export_detector(model, whole, file_format, photos[:COMPARED_PHOTOS])
+        confidences = _confidences(whole, runtime, photos)
+        before = detect(Predictor(whole, runtime), dataset) if reference is None else reference
+        parts = build_parts(model)
+        states = [_state(model, photo) for photo in _some([*map(Path, ranges)] or photos)]
+        for step, kept in enumerate(LADDER):
+            segments, trial = _quantised(nncf, parts, states, kept), made.with_name(f"trial{step}{made.suffix}")
+            WRITERS[file_format](dataclasses.replace(parts, segments=segments), trial)
+            thresholds = _thresholds(model, confidences, _confidences(trial, runtime, photos))
+            quantised = Predictor(trial, runtime, thresholds=thresholds)
+            figures = _compare(Predictor(whole, runtime), before, quantised, dataset, kept)
+            logger.info("8 bits, %s: %s; %s", kept, figures.accuracy_text, figures.speed_text)
+            if not figures.is_faster:
+                raise EarlyExitError(f"{path}: 8 bits are refused: {figures.speed_text}; export without --int8")
+            if figures.lost_bound <= ap_drop:
+                break
+        else:
+            raise EarlyExitError(
+                f"{path}: 8 bits are refused: {figures.lost_bound:.3f} AP50 lost in 95 % of the draws of {len(photos)} "
+                f"photos, even with {figures.kept}; allow more than {ap_drop:g} (--ap-drop), or export without --int8"
+            )
+        if thresholds:
+            model.router.thresholds = [thresholds.get(name, CLOSED) for name in model.exit_names[:-1]]
+        WRITERS[file_format](dataclasses.replace(build_parts(model), segments=segments), made)
+    return dataclasses.replace(figures, path=path, size=size_of(path))
+
+
+def photos_to_quantise_on(
+    folder: str | os.PathLike[str], annotations: str | os.PathLike[str] | None, classes: Sequence[str]
+) -> DetectionDataset:
+    """A folder of photos, with labels from ``annotations`` (formats as of DATA.DATASETS) if there are any. A DataError
+    for unusable files."""
+    paths = [os.path.abspath(annotations) if annotations else "", os.path.abspath(folder)]
+    cfg = with_values(get_cfg(), {"DATA.DATASETS": [("--photos", *paths)]})
+    classes = [name for name in dict.fromkeys(classes) if name != "N/A"]  # COCO's ids without a class
+    if annotations:
+        labelled = [canonical(name) for name in read_dataset(cfg, "--photos").classes]
+        classes = [name for name in classes if canonical(name) in labelled]
+        if not classes:
+            names = ", ".join(labelled)[:100]
+            raise DataError(
+                f"{annotations}: none of its classes ({names}) is the detector's; give photos of its classes"
+            )
+    cfg = with_values(cfg, {"DATA.CLASSES": classes})
+    return load_dataset(cfg, "--photos", labels="annotated" if annotations else "replaced")
+
+
+def _some(photos: Sequence[Path]) -> list[Path]:
+    """At most `RANGE_PHOTOS` of the photos, a seeded choice."""
+    chosen = np.random.default_rng(0).permutation(len(photos))[:RANGE_PHOTOS]
+    return [photos[place] for place in chosen]
+
+
+def _state(model: EarlyExitDetector, photo: Path) -> dict[str, np.ndarray]:
+    """The first segment's input for a photo."""
+    images, _ = model.transform([as_tensor(read_image(photo))])
+    return {"x_in": images.tensors.numpy()}
+
+
+# Quantisation.
+
+
+def _quantised(nncf: Any, parts: Parts, states: Sequence[State], kept: Kept) -> list[tuple[SegmentNetwork, Segment]]:
+    """The segments in 8 bits; ``states`` are the first one's inputs."""
+    found = []
+    for network, segment in progress(parts.segments, desc="8 bits"):
+        graph = segment.model.graph
+        scope = nncf.IgnoredScope(names=[one.name for one in graph.node if not _fits(one)], validate=False)
+        if kept.convolutions and graph.input[0].type.tensor_type.shape.dim[1].dim_value == 3:  # it begins at the image
+            scope.names += [one.name for one in graph.node if one.op_type == "Conv" and _fits(one)][: kept.convolutions]
+        if kept.heads:
+            scope.names += [one.name for one in graph.node if "head" in one.name]
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # its progress bars
+                quantised = nncf.quantize(
+                    segment.model,
+                    nncf.Dataset(states),
+                    preset=nncf.QuantizationPreset.MIXED,
+                    subset_size=len(states),
+                    ignored_scope=scope,
+                )
+        except Exception as error:
+            raise EarlyExitError(f"NNCF cannot quantise {segment.name} ({one_line(str(error))[:200]})") from error
+        found.append((network, dataclasses.replace(segment, model=quantised)))
+        if not segment.full:
+            run = OnnxRuntime(segment.model.SerializeToString(), segment.name)
+            outputs = map(run, states)
+            states = [{f"{key}_in": one[key] for key in STATE if key in one} for one in outputs]
+    return found
+
+
+def _fits(node: onnx.NodeProto) -> bool:
+    """Whether a node is quantised: an operator inside a module that is no policy. Functions such as the resize of a
+    glance stand outside of modules."""
+    *modules, _ = node.name.strip("/").split("/")
+    return node.op_type in OPERATORS and bool(modules) and modules[0] not in ("_policy", "log_sum_exp")
+
+
+# Measurement.
+
+
+def detect(predictor: Predictor, dataset: DetectionDataset) -> Detections:
+    """Image id -> detections of the data set's classes, with its labels."""
+    label_of, found = {name: label for label, name in enumerate(dataset.classes, 1)}, {}
+    for record in progress(dataset.records, desc="detect"):
+        one = predictor(read_image(record.path))
+        labels = np.array([label_of.get(name, 0) for name in one.class_names], np.int64)
+        values = {"boxes": one.boxes, "scores": one.scores, "labels": labels}
+        found[record.image_id] = {key: torch.from_numpy(value[labels > 0]) for key, value in values.items()}
+    return found
+
+
+def _confidences(path: Path, runtime: str, photos: Sequence[Path]) -> dict[str, np.ndarray]:
+    """The confidences [n] at every open exit, shallow to deep, as if no photo left before."""
+    names = [name for name, value in Predictor(path, runtime).thresholds.items() if value is not None]
+    closed, found = dict.fromkeys(names, CLOSED), {}
+    for name in names:
+        predictor = Predictor(path, runtime, thresholds={**closed, name: 0.0})
+        values = [predictor(read_image(photo)).exit_confidence for photo in progress(photos, desc=f"{name}")]
+        found[name] = np.array(values)
+    return found
+
+
+def _thresholds(
+    model: EarlyExitDetector, before: dict[str, np.ndarray], after: dict[str, np.ndarray]
+) -> dict[str, float]:
+    """Thresholds of the open exits in 8 bits, from the confidences in 32 bits and in 8 bits."""
+    if not before:
+        return {}
+    own = dict(zip(model.exit_names, model.router.thresholds.tolist(), strict=False))
+    arrives, found = np.ones(len(next(iter(before.values()))), bool), {}
+    for name in before:
+        found[name] = matching_threshold(own[name], before[name][arrives], after[name][arrives])
+        arrives &= before[name] < own[name]
+    return found
+
+
+def matching_threshold(threshold: float, before: np.ndarray, after: np.ndarray) -> float:
+    """The threshold that as many of the confidences ``after`` [n] reach as of ``before`` [n] reach ``threshold``; half
+    way between two confidences if some reach it and some do not."""
+    leaving, ordered = int((before >= threshold).sum()), np.sort(after)[::-1]
+    if not len(ordered):
+        return threshold
+    if leaving == 0:
+        return max(threshold, min(1.0, float(np.nextafter(ordered[0], 2))))
+    if leaving == len(ordered):
+        return min(threshold, float(ordered[-1]))
+    return float(ordered[leaving - 1 : leaving + 1].mean())
+
+
+def _compare(
+    whole: Predictor, reference: Detections, quantised: Predictor, dataset: DetectionDataset, kept: Kept
+) -> Int8Figures:
+    """The figures of a trial."""
+    found, template = detect(quantised, dataset), to_coco(dataset)
+    truth = template if dataset.labelled else as_ground_truth(template, reference, SCORE)
+    matches = exit_matches(truth, [reference, found], IOU)
+    choices = [np.full(matches.photos, index) for index in range(2)]
+    before, after = (ap_of_choice(matches, choice) for choice in choices)
+    draws = bootstrap_choices(matches, choices)
+    lost = draws[0].AP50 - draws[1].AP50
+    same = agreement(template, reference, found, SCORE, IOU)
+    return Int8Figures(
+        path=Path(quantised.path),
+        size=size_of(Path(quantised.path)),
+        kept=kept,
+        photos=len(dataset),
+        labelled=dataset.labelled,
+        AP=(before.AP, after.AP),
+        AP50=(before.AP50, after.AP50),
+        lost_bound=float(np.nanquantile(lost, 1 - DELTA)) if not np.isnan(lost).all() else 0.0,
+        objects=same.objects,
+        objects_kept=same.kept,
+        speed=speed_of(quantised, whole, dataset),
+        runtime=quantised.runtime,
+    )
+
+
+def speed_of(predictor: Predictor, against: Predictor, dataset: DetectionDataset) -> Ratio:
+    """Speed relative to ``against``, in turns on each of some photos."""
+    for one in (predictor, against):
+        one.warm_up()
+    photos = map(read_image, _some([record.path for record in dataset.records]))
+    times = np.array([[one(photo).ms for one in (predictor, against)] for photo in photos])
+    return ratio(times[None, :, 1], times[None, :, 0])

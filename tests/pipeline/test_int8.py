@@ -1,0 +1,146 @@
+"""8 bits are written if they are faster and lose little; thresholds follow their confidences."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import helper
+from PIL import Image
+
+from earlyexit_ssd import ExitRouter
+from earlyexit_ssd.config import CLOSED
+from earlyexit_ssd.deploy import Predictor
+from earlyexit_ssd.deploy.benchmark import Ratio
+from earlyexit_ssd.errors import DataError, EarlyExitError
+from earlyexit_ssd.pipeline import int8
+from earlyexit_ssd.pipeline.int8 import Kept, _fits, export_int8, matching_threshold, photos_to_quantise_on
+from tests.deploy.conftest import build_model, build_photos
+
+pytest.importorskip("nncf", reason="needs NNCF: pip install nncf")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for place, photo in enumerate(build_photos(8)):
+        Image.fromarray(photo).save(folder / f"{place}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    """Routed so that half of the photos leave at exit 8; exit 12 is closed."""
+    model = build_model(exit_layers=(8, 12))
+    model.router = ExitRouter(2, policy="max_foreground", temperatures=1.5, thresholds=[0.0, CLOSED])
+    images = [int8.as_tensor(int8.read_image(photo)) for photo in sorted(folder.iterdir())]
+    with torch.no_grad():
+        confidences = model.router.confidence(model.exit_outputs(images).signals(0), 0)
+    model.router.thresholds = [float(confidences.sort().values[3:5].mean()), CLOSED]
+    return model
+
+
+def in_float(file) -> list[str]:
+    """Convolutions with inputs that are not rounded, in the file and in the branches of its Ifs."""
+
+    def of(graph, rounded):
+        names, rounded = [], rounded | {n.output[0] for n in graph.node if n.op_type == "DequantizeLinear"}
+        for node in graph.node:
+            names += [node.name] if node.op_type == "Conv" and node.input[0] not in rounded else []
+            for attribute in node.attribute:
+                names += of(attribute.g, rounded) if attribute.HasField("g") else []
+        return names
+
+    return of(onnx.load(file).graph, set())
+
+
+def test_a_faster_file_is_written_and_as_many_photos_leave(folder, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(int8, "speed_of", lambda *_: Ratio(1.4, 1.3, 1.5))
+    monkeypatch.setattr(int8, "LADDER", (Kept(3, False),))
+    dataset = photos_to_quantise_on(folder, None, model.classes)
+    figures = export_int8(model, tmp_path / "detector.onnx", "onnx", dataset, ap_drop=1.0)
+    assert figures.size == (tmp_path / "detector.onnx").stat().st_size and not figures.labelled
+    assert "8 photos, 32 bits for labels" in str(figures) and "1.40 [1.30, 1.50] times as fast" in str(figures)
+    assert [one.name for one in tmp_path.iterdir()] == ["detector.onnx"]
+    kept = [name for name in in_float(tmp_path / "detector.onnx") if "/fc" not in name]  # NNCF leaves these
+    assert len(kept) == 3 and all("/features.0" in name for name in kept)
+    predictor = Predictor(tmp_path / "detector.onnx")
+    left = [predictor(int8.read_image(photo)).exit_name for photo in sorted(folder.iterdir())]
+    assert left.count("exit8") == 4 and left.count("full") == 4 and predictor.certificate is None
+    assert predictor.thresholds["exit12"] is None
+    assert model.router.thresholds[0] != pytest.approx(predictor.thresholds["exit8"], abs=1e-9)  # the model stays
+
+
+@pytest.mark.parametrize(
+    ("speed", "ap_drop", "message"),
+    [
+        (Ratio(1.02, 0.98, 1.07), 1.0, "refused: 1.02 .0.98, 1.07. times as fast as in 32 bits"),
+        (Ratio(1.5, 1.4, 1.6), -1.0, "AP50 lost in 95 % of the draws of 8 photos, even with the first 3 convolutions"),
+    ],
+)
+def test_a_slow_or_bad_file_is_refused_and_nothing_is_written(
+    folder, model, tmp_path, monkeypatch, speed, ap_drop, message
+):
+    monkeypatch.setattr(int8, "speed_of", lambda *_: speed)
+    monkeypatch.setattr(int8, "_quantised", lambda nncf, parts, states, kept: parts.segments)
+    monkeypatch.setattr(int8, "LADDER", (Kept(3, True),))
+    dataset = photos_to_quantise_on(folder, None, model.classes)
+    with pytest.raises(EarlyExitError, match=message):
+        export_int8(model, tmp_path / "detector.onnx", "onnx", dataset, ap_drop)
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_are_those_of_the_detectors_classes(folder, tmp_path):
+    rows = [{"id": place, "file_name": f"{place}.png", "width": 1, "height": 1} for place in range(8)]
+    for row, photo in zip(rows, sorted(folder.iterdir()), strict=True):
+        row["width"], row["height"] = Image.open(photo).size
+    boxes = [
+        {"id": k, "image_id": k, "category_id": 5 + k % 2, "bbox": [1, 2, 20, 30], "area": 600, "iscrowd": 0}
+        for k in range(8)
+    ]
+    content = {"images": rows, "annotations": boxes, "categories": [{"id": 5, "name": "Dog"}, {"id": 6, "name": "owl"}]}
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    dataset = photos_to_quantise_on(folder, tmp_path / "truth.json", ("N/A", "cat", "dog", "N/A"))
+    assert dataset.classes == ("dog",) and dataset.labelled
+    assert sum(len(record.annotations) for record in dataset.records) == 4
+    with pytest.raises(DataError, match="none of its classes .dog, owl. is the detector's"):
+        photos_to_quantise_on(folder, tmp_path / "truth.json", ("cat",))
+
+
+def test_threshold_between_two_confidences_or_beyond_all():
+    before, after = np.array([0.1, 0.5, 0.9]), np.array([0.15, 0.55, 0.75])
+    assert matching_threshold(0.6, before, after) == pytest.approx(0.65)
+    assert matching_threshold(0.3, before, after) == pytest.approx(0.35)
+    assert matching_threshold(0.05, before, after) == 0.05  # all leave
+    assert matching_threshold(0.95, before, after) == 0.95  # none leaves
+    assert matching_threshold(0.7, np.array([0.1]), np.array([0.8])) > 0.8
+    assert matching_threshold(0.7, np.array([]), np.array([])) == 0.7
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 100), st.integers(0, 10**6)), min_size=1, max_size=30, unique_by=lambda p: p[1]),
+    st.integers(0, 100),
+)
+def test_as_many_photos_leave(pairs, threshold):
+    before, after = np.array(pairs).T / [[100], [10**6 + 1]]
+    found = matching_threshold(threshold / 100, before, after)
+    assert (after >= found).sum() == (before >= threshold / 100).sum()
+
+
+@pytest.mark.parametrize(
+    ("name", "operator", "fits"),
+    [
+        ("/features.0.12/block/block.0/block.0.0/Conv", "Conv", True),
+        ("/features.0.12/Add", "Add", True),
+        ("/head/Softmax", "Softmax", False),
+        ("/_policy/Mul", "Mul", False),
+        ("/Conv", "Conv", False),  # the small copy for a glance
+        ("log_sum_exp/x_log", "Add", False),
+        ("", "Add", False),
+    ],
+)
+def test_what_is_quantised(name, operator, fits):
+    assert _fits(helper.make_node(operator, ["a"], ["b"], name=name)) == fits
