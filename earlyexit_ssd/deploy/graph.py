@@ -259,10 +259,53 @@ def expand_log_sum_exp(model: onnx.ModelProto) -> None:
         ]
         if not keep:
             nodes.append(helper.make_node("Squeeze", [f"{out}_kept", f"{out}_axes"], [out]))
-        for one in nodes[first:]:
-            one.name = f"log_sum_exp/{one.output[0]}"
+        for place, one in enumerate(nodes[first:], first):
+            one.name = f"log_sum_exp_{place}"
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def gather_instead_of_resize(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which every bilinear ``Resize`` of known sizes is a weighted sum of gathered rows, then of gathered
+    columns: OpenVINO takes half the time so."""
+    changed = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    graph = changed.graph
+    shapes = {
+        value.name: [one.dim_value for one in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.value_info, *graph.output)
+    }
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        before, after = (
+            (shapes.get(name, [0]) for name in (node.input[0], node.output[0])) if node.input else ([0], [0])
+        )
+        settings = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        half_pixel = settings.get("coordinate_transformation_mode") in (b"half_pixel", b"pytorch_half_pixel")
+        if node.op_type != "Resize" or settings.get("mode") != b"linear" or not half_pixel or 0 in (*before, *after):
+            nodes.append(node)
+            continue
+        x = node.input[0]
+        for axis in (2, 3):
+            points = np.maximum((np.arange(after[axis]) + 0.5) * before[axis] / after[axis] - 0.5, 0)
+            floor = points.astype(np.int64)
+            share = (points - floor).astype(np.float32).reshape(-1, *[1] * (3 - axis))
+            values = floor, np.minimum(floor + 1, before[axis] - 1), share
+            name = f"resize_{len(nodes)}"
+            names = [f"{name}_{part}" for part in ("before", "behind", "share", "first", "second", "less", "part")]
+            graph.initializer.extend(map(numpy_helper.from_array, values, names))
+            out = f"{name}_rows" if axis == 2 else node.output[0]
+            first, second, less, part = names[3:]
+            nodes += [
+                helper.make_node("Gather", [x, names[0]], [first], name=first, axis=axis),
+                helper.make_node("Gather", [x, names[1]], [second], name=second, axis=axis),
+                helper.make_node("Sub", [second, first], [less], name=less),
+                helper.make_node("Mul", [less, names[2]], [part], name=part),
+                helper.make_node("Add", [first, part], [out], name=f"{name}_sum"),
+            ]
+            x = out
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return changed
 
 
 # Routing.
@@ -361,13 +404,23 @@ def _fetched(scope: Scope, image: str, size: str, contract: Contract) -> str:
     across = scope("Expand", across, scope.constant([width, 3], np.int64))
     across = scope("Reshape", across, scope.constant([1, width * 3], np.int64))
     flat, rows = scope.constant([height, width * 3], np.int64), []
+    if contract.large == 0:  # OpenVINO gathers single values faster than pixels, ONNX Runtime does not
+        left, right = _of_values(scope, left, width), _of_values(scope, right, width)
     for row in (top, bottom):
         row = scope("Gather", image, row, axis=0)
+        row = scope("Reshape", row, scope.constant([height, -1], np.int64)) if contract.large == 0 else row
         ends = [scope("Reshape", scope("Gather", row, end, axis=1), flat) for end in (left, right)]
         rows.append(_between(scope, *(scope("Cast", end, to=TensorProto.FLOAT) for end in ends), across))
     pixels = _normalise(scope, _between(scope, *rows, down), contract, lambda values: np.tile(values, width))
     pixels = scope("Reshape", pixels, scope.constant([1, height, width, 3], np.int64))
     return scope("Transpose", pixels, perm=[0, 3, 1, 2])
+
+
+def _of_values(scope: Scope, pixels: str, count: int) -> str:
+    """The places of pixels in a row [count] to those of their three values [3 * count]."""
+    pixels = scope("Reshape", pixels, scope.constant([count, 1], np.int64))
+    values = scope("Add", scope("Mul", pixels, scope.constant([3], np.int64)), scope.constant([[0, 1, 2]], np.int64))
+    return scope("Cast", scope("Reshape", values, scope.constant([-1], np.int64)), to=TensorProto.INT32)
 
 
 def _neighbours(scope: Scope, size: str, axis: int, count: int) -> tuple[str, str, str]:

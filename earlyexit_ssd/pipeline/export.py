@@ -36,6 +36,7 @@ from earlyexit_ssd.deploy.graph import (
     build_graph,
     expand_log_sum_exp,
     first_stage,
+    gather_instead_of_resize,
     last_stage,
     required_inputs,
     stage,
@@ -339,8 +340,11 @@ def _metadata(model: EarlyExitDetector, contract: Contract) -> dict[str, str]:
 
 
 def _write_onnx(parts: Parts, path: Path, for_openvino: bool = False) -> None:
-    contract = dataclasses.replace(parts.contract, large=0) if for_openvino else parts.contract
-    whole = build_graph([segment for _, segment in parts.segments], contract, parts.metadata)
+    contract, segments = parts.contract, [segment for _, segment in parts.segments]
+    if for_openvino:
+        contract = dataclasses.replace(contract, large=0)
+        segments = [dataclasses.replace(one, model=gather_instead_of_resize(one.model)) for one in segments]
+    whole = build_graph(segments, contract, parts.metadata)
     path.write_bytes((required_inputs(whole) if for_openvino else whole).SerializeToString())
 
 

@@ -263,7 +263,7 @@ def _fits(node: onnx.NodeProto) -> bool:
     """Whether a node is quantised: an operator inside a module that is no policy. Functions such as the resize of a
     glance stand outside of modules."""
     *modules, _ = node.name.strip("/").split("/")
-    return node.op_type in OPERATORS and bool(modules) and modules[0] not in ("_policy", "log_sum_exp")
+    return node.op_type in OPERATORS and bool(modules) and modules[0] != "_policy"
 
 
 # Measurement.
