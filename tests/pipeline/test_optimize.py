@@ -8,15 +8,18 @@ from types import SimpleNamespace
 import pytest
 
 from earlyexit_ssd.config import load_config
+from earlyexit_ssd.deploy.benchmark import Ratio
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import Architecture, describe_exits
 from earlyexit_ssd.pipeline import optimize
+from earlyexit_ssd.pipeline.int8 import Int8Figures, Kept
 from earlyexit_ssd.pipeline.optimize import (
     OWN_HEAD,
     Candidate,
     Goal,
     Optimizer,
     Variant,
+    _in_8_bits,
     _skipped,
     _summary,
     _warn_if_busy,
@@ -134,3 +137,30 @@ def test_a_detector_that_does_not_detect_is_not_shipped():
     assert not figures.base_detects
     assert "your detector itself does not detect (AP50 0.010)" in _summary(FAST, figures, False, Goal())
     assert dataclasses.replace(figures, AP50_base=0.2).base_detects
+
+
+def test_8_bits_are_a_candidate_unless_they_are_refused(tmp_path, monkeypatch, caplog):
+    sets = {"CALIB": "calib", "TRAIN": SimpleNamespace(records=[SimpleNamespace(path="train.jpg")])}
+    search = SimpleNamespace(goal=Goal(ap_drop=0.02), out=tmp_path, sets=sets, reference="base")
+
+    def quantised(*arguments):
+        assert arguments == ("model", tmp_path / "detector.xml", "openvino", "calib", 0.02, ["train.jpg"], "base")
+        speed = Ratio(1.25, 1.2, 1.3)
+        return Int8Figures(
+            tmp_path, 1, Kept(3, False), 9, True, (0.5, 0.4), (0.7, 0.69), 0.015, 20, 19, speed, "openvino"
+        )
+
+    monkeypatch.setattr(optimize, "open_any", lambda path: "model")
+    monkeypatch.setattr(optimize, "export_int8", quantised)
+    found = _in_8_bits(search, FAST)
+    assert (found.name, found.AP50, found.lost_bound, found.objects_kept) == ("fast, 8 bits", 0.69, 0.015, 19)
+    assert found.lost == pytest.approx(0.01) and found.ms == pytest.approx(4.0) and found.speedup == pytest.approx(2.5)
+
+    def refused(*arguments):
+        raise EarlyExitError("8 bits are refused")
+
+    monkeypatch.setattr(optimize, "export_int8", refused)
+    caplog.set_level("INFO")
+    assert _in_8_bits(search, FAST) is None and "no candidate in 8 bits: 8 bits are refused" in caplog.text
+    limited = SimpleNamespace(**{**vars(search), "goal": Goal(coco_ap_drop=0.01)})
+    assert _in_8_bits(limited, FAST) is None and "its bound is not computed" in caplog.text
