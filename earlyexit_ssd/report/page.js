@@ -224,8 +224,8 @@ function explorerSection(explorer, page, changed) {
   const reset = h("button", {type: "button", onclick: () => { photos.thresholds.forEach((value, exit) => { state[exit] = value; }); show(); }}, "as evaluated");
   const warning = photos.chosen_here ? "These are the calibration photos." : "To look, not to choose: these are test photos. The commands below find thresholds on the calibration photos.";
   const section = h("section", {id: "explorer"}, h("h2", {}, "What if the thresholds were others?"),
-    h("p", {class: "note"}, "A photo leaves at the first exit whose confidence reaches the threshold. Further to the right, more photos leave. ", warning,
-      " Milliseconds are known for the open exits that were timed only; MMACs are counted for all."),
+    h("p", {class: "note"}, "A photo leaves at the first exit whose confidence reaches the threshold. At 0 every photo leaves. Further to the right, more photos leave. ", warning,
+      " Milliseconds are known for the open exits that were timed only; MMACs are counted for all. Lost and added are summed over the photos, so what one photo gains does not cancel what another loses."),
     h("div", {class: "screen"}, rows, curve, reset), out, h("div", {class: "screen"}, commands));
   return [section, show];
 }

@@ -286,6 +286,11 @@ def _evaluation_tiles(results: Results) -> tuple[Tile, ...]:
     digits = 2 if certificate.target["kind"] == "speedup" else 4
     measured = f"{figure(certificate.measured, digits)} {_interval(certificate.interval, digits)}".strip()
     kept = {True: "kept", False: "not kept", None: "undefined"}[certificate.kept]
+    if certificate.kept and certificate.interval:
+        low, high = certificate.interval
+        value = asked_value(certificate.target)
+        if low < value if certificate.target["kind"] == "speedup" else high > value:
+            kept = "kept, but the interval passes it"
     asked = _asked(str(certificate.target["kind"]), asked_value(certificate.target))
     good = _good(results, certificate.kept)
     return (*tiles, Tile("asked of the calibration", asked, f"on these photos {measured}: {kept}", good))

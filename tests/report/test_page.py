@@ -113,6 +113,23 @@ def test_first_screen(with_rivals):
     assert [point.name for point in page.points if point.other_runtime] == ["yolox_nano"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "value", "interval", "kept", "words"),
+    [
+        ("ap_drop", 0.03, [0.0, 0.02], True, "kept"),
+        ("ap_drop", 0.03, [0.0, 0.04], True, "kept, but the interval passes it"),
+        ("speedup", 1.5, [1.4, 1.7], True, "kept, but the interval passes it"),
+        ("speedup", 1.5, [1.5, 1.7], True, "kept"),
+        ("speedup", 1.5, [1.2, 1.3], False, "not kept"),
+    ],
+)
+def test_a_target_that_only_part_of_the_interval_keeps(with_rivals, kind, value, interval, kept, words):
+    target = {"kind": kind, "value": value, "delta": 0.05}
+    with_rivals["certificate"] = {"target": target, "measured": sum(interval) / 2, "interval": interval, "kept": kept}
+    tiles = {tile.name: tile for tile in evaluation_page(Results.from_json(with_rivals)).tiles}
+    assert tiles["asked of the calibration"].note.rpartition(": ")[2] == words
+
+
 def test_a_search_is_held_against_the_user_s_own_detector(with_rivals):
     with_rivals["rivals"][0] |= {"source": "base.pth", "ms": 3 * with_rivals["routed"]["ms"], "AP50": 0.75}
     page = search_page((), None, "ship it. reasons", True, Results.from_json(with_rivals), "base.pth")
