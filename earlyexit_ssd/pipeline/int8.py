@@ -163,7 +163,7 @@ def export_int8(
         EarlyExitError: NNCF or the runtime is missing, 8 bits are slower or lose too much; then nothing is written.
     """
     nncf = import_package("nncf")
-    nncf.set_log_level(logging.ERROR)
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # its own function silences the handlers of all
     path, runtime = exportable_path(path, file_format), runtime_of(file_format)
     model, photos = exportable(model), [record.path for record in dataset.records]
     with replacing(path) as made, evaluating(model):

@@ -40,12 +40,13 @@ from earlyexit_ssd.evaluation.outputs import collect_detections
 from earlyexit_ssd.evaluation.results import Interval, Record, Results
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
 from earlyexit_ssd.files import locks_folder, write_image, write_json, write_text
-from earlyexit_ssd.modeling import COCO_CLASSES, Architecture, Exit, describe_exits, save_model
+from earlyexit_ssd.modeling import COCO_CLASSES, Architecture, Exit, describe_exits, load_model, save_model
 from earlyexit_ssd.modeling.checkpoint import ModelInfo, weights_hash
 from earlyexit_ssd.modeling.heads import find_competing_rows, slice_rows
 from earlyexit_ssd.modeling.retrofit import resize_detector
 from earlyexit_ssd.pipeline.build import (
     build_evaluation,
+    build_exits,
     build_model,
     evaluation_device,
     open_model,
@@ -67,6 +68,7 @@ from earlyexit_ssd.pipeline.replay import (
     measure_cost_model,
     temperatures_of,
 )
+from earlyexit_ssd.pipeline.train import train_phases
 from earlyexit_ssd.plain import read_json
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.charts import candidates_chart
@@ -146,6 +148,7 @@ class Candidate(Record):
     holds: bool = False  # whether ``lost_bound`` and ``AP_lost_bound`` are within the budget
     rival: bool = False
     fine_tuned: bool = False  # the net
+    joint: bool = False  # whether its weights are those of the joint phase
     # as ``lost_bound``, for COCO's AP; None if the goal does not limit it or ``lost_bound`` is too large
     AP_lost_bound: float | None = None
 
@@ -159,20 +162,23 @@ class Candidate(Record):
 
 @dataclass(frozen=True)
 class Variant:
-    """A net without its exits: side of the input in pixels, kind of the head, whether its weights are fine-tuned."""
+    """A net without its exits: side of the input in pixels, kind of the head, whether its weights are fine-tuned, and
+    whether they are those of the joint phase."""
 
     size: int
     fold: str
     fine_tuned: bool = False
+    joint: bool = False
 
     def __str__(self) -> str:
-        return f"{self.size} {self.fold}{' fine-tuned' if self.fine_tuned else ''}"
+        return f"{self.size} {self.fold}{' fine-tuned' if self.fine_tuned else ''}{' joint' if self.joint else ''}"
 
     def describe(self, exits: Sequence[str], own_size: int) -> str:
         """The name of a candidate."""
         words = [f"{self.size} px"] if self.size != own_size else []
         words += [f"{self.fold} head"] if self.fold != OWN_HEAD else []
         words += ["fine-tuned"] if self.fine_tuned else []
+        words += ["jointly trained"] if self.joint else []
         for name in exits:
             words.append(f"glance at {name.removeprefix('glance')} px" if name.startswith("glance") else name)
         return ", ".join(words) or "the detector as it is"
@@ -236,11 +242,12 @@ class Optimizer:
         self.model = self.model.to(self.device).eval()
         self.sets, self.repeats = disjoint_sets(self.cfg, ("CALIB",))
         self._nets: dict[Variant, Net] = {}
-        self._photos: dict[bool, Replay] = {}
+        self._photos: dict[Variant, Replay] = {}
         self.base = self._net(Variant(self.architecture.image_size, OWN_HEAD))
         self.reference = self.base.calib.recording.detections[-1]
         plan = [f"{variant} {exits}" for variant, exits in self.plan()]
         fine_tuning = f"{cfg.FINE_TUNING} {fingerprint(self.sets['TRAIN'])}" if goal.train else ""
+        fine_tuning += f"{cfg.EXITS_PHASE} {cfg.JOINT}" if self.trains_jointly else ""
         settings = f"{cfg.EVAL.RUNTIME} {cfg.EVAL.TIMING_THREADS} {cfg.EVAL.SCORE} {cfg.CALIBRATION}"
         text = f"{weights_hash(self.model)} {goal} {fingerprint(self.sets['CALIB'])} {settings} {plan} {fine_tuning}"
         self.key = hashlib.sha256(text.encode()).hexdigest()
@@ -266,10 +273,12 @@ class Optimizer:
         return list(self.cfg.EXITS.GLANCES) or [(round(px * own / 320 / 16) * 16, layer) for px, layer in GLANCES]
 
     def exits_of(self, variant: Variant) -> tuple[Exit, ...]:
-        """Glances smaller than the input, and other exits: a detector with branches keeps its own exits with its own
-        head; otherwise every net has empty exits."""
+        """Glances smaller than the input, and other exits: those of the joint phase; a detector with branches keeps its
+        own exits with its own head; otherwise every net has empty exits."""
         own = [one for one in self.architecture.exits if one.pixels is None]
-        if self.has_branches:
+        if variant.joint:
+            others = [one for one in build_exits(self.cfg) if one.pixels is None]
+        elif self.has_branches:
             others = own if variant.fold == OWN_HEAD and not variant.fine_tuned else []
         else:
             layers = [one.layer for one in own] or [layer for layer in EMPTY_EXITS if layer < self.model.last_layer]
@@ -282,6 +291,12 @@ class Optimizer:
         return not all(one.empty for one in self.architecture.exits)
 
     @property
+    def trains_jointly(self) -> bool:
+        """Whether the joint phase is tried: the goal allows training, and the configuration has it and branches."""
+        branches = set(self.cfg.EXITS.LAYERS) - set(self.cfg.EXITS.EMPTY)
+        return self.goal.train and bool(branches) and "joint" in self.cfg.PHASES and self.cfg.JOINT.EPOCHS > 0
+
+    @property
     def shows_empty_photos(self) -> bool:
         """Whether more than a share `GLANCE_PRICE` of calib photos has no detection, so that glances can save time."""
         found = self.reference.values()
@@ -289,7 +304,8 @@ class Optimizer:
 
     def plan(self) -> list[tuple[Variant, tuple[str, ...]]]:
         """Net and exit names of every candidate. Nets without exits come first, then the best head with exits, then the
-        detector's own head with exits (at all sizes if it has branches), then the fine-tuned nets."""
+        detector's own head with exits (at all sizes if it has branches), then the fine-tuned and the jointly trained
+        nets."""
         own, best = self.architecture.image_size, self.best_head
         base, smaller = Variant(own, OWN_HEAD), [Variant(size, best) for size in self.sizes()]
         plan: list[tuple[Variant, tuple[str, ...]]] = [(base, ()), *((one, ()) for one in smaller)]
@@ -301,6 +317,11 @@ class Optimizer:
             plan += [(Variant(size, best, fine_tuned=True), ()) for size in sorted({*learnt, *between}, reverse=True)]
             tuned = [Variant(size, best, fine_tuned=True) for size in learnt]
             plan += [(one, exits) for one in tuned for exits in self._exit_sets(one)]
+        if self.trains_jointly:
+            fold = "compact" if self.cfg.MODEL.FOLD == "compact" else OWN_HEAD
+            sizes = sorted({*self.sizes(), *self.cfg.JOINT.SIZES}, reverse=True)
+            joint = [Variant(size, fold, joint=True) for size in sizes]
+            plan += [*((one, ()) for one in joint), *((one, exits) for one in joint for exits in self._exit_sets(one))]
         return list(dict.fromkeys(plan))
 
     def _exit_sets(self, variant: Variant) -> list[tuple[str, ...]]:
@@ -329,6 +350,8 @@ class Optimizer:
         architecture, state = self.architecture, self.model.state_dict()
         if variant.fine_tuned:
             architecture, state = self._fine_tuned
+        elif variant.joint:
+            architecture, state = self._jointly_trained
         elif variant.fold == "compact":
             architecture, state = self._compact
         trained = architecture.trained_size or own
@@ -340,12 +363,12 @@ class Optimizer:
         return Recorded(self.cfg, model, architecture, self.info, self.sets, self.repeats, folder)
 
     def _policy_photos(self, variant: Variant) -> Replay:
-        """The recording that policies are fitted on: of the base detector, or of the fine-tuned one at its own size."""
-        if variant.fine_tuned not in self._photos:
-            head = self.best_head if variant.fine_tuned else OWN_HEAD
-            source = Variant(self.architecture.image_size, head, variant.fine_tuned)
-            self._photos[variant.fine_tuned] = self._recorded(source).replay("TRAIN")
-        return self._photos[variant.fine_tuned]
+        """The recording that policies are fitted on: of the base detector, or of the trained one at its own size."""
+        fold = variant.fold if variant.fine_tuned or variant.joint else OWN_HEAD
+        source = dataclasses.replace(variant, size=self.architecture.image_size, fold=fold)
+        if source not in self._photos:
+            self._photos[source] = self._recorded(source).replay("TRAIN")
+        return self._photos[source]
 
     @functools.cached_property
     def _fine_tuned(self) -> tuple[Architecture, dict[str, torch.Tensor]]:
@@ -361,6 +384,13 @@ class Optimizer:
         student.load_state_dict(state)
         fine_tune(self.cfg, student, architecture, self.model, sizes, self.sets["CALIB"], self.out / "fine_tuned")
         return architecture, student.state_dict()
+
+    @functools.cached_property
+    def _jointly_trained(self) -> tuple[Architecture, dict[str, torch.Tensor]]:
+        """The detector with the configured exits after its last phase, which is the joint one."""
+        values = {"OUTPUT_DIR": str(self.out / "joint"), "CALIBRATION.TARGET": ""}
+        model, architecture, _ = load_model(train_phases(with_values(self.cfg, values)))
+        return architecture, model.state_dict()
 
     @functools.cached_property
     def _compact(self) -> tuple[Architecture, dict[str, torch.Tensor]]:
@@ -454,6 +484,7 @@ class Optimizer:
             image_size=net.variant.size,
             fold=net.variant.fold,
             fine_tuned=net.variant.fine_tuned,
+            joint=net.variant.joint,
             exits=exits,
             AP50=after,
             lost=None if before is None or after is None else before - after,
@@ -596,8 +627,8 @@ def _skipped(search: Optimizer, measured: Iterable[Candidate], variant: Variant,
     Either it loses too much without them (`HOPELESS`). Or the exits are empty, the net has the detector's own head, and
     some net with a compact head holds the budget: then these exits are tried with the compact head only.
     """
-    without = {(one.image_size, one.fold, one.fine_tuned): one for one in measured if not one.exits}
-    net = without.get((variant.size, variant.fold, variant.fine_tuned))
+    without = {Variant(one.image_size, one.fold, one.fine_tuned, one.joint): one for one in measured if not one.exits}
+    net = without.get(variant)
     if net is not None and net.lost is not None and net.lost > HOPELESS * search.goal.ap_drop:
         return True
     compact_holds = any(one.fold == "compact" and one.holds for one in without.values())
@@ -651,7 +682,7 @@ def _write(search: Optimizer, base: Candidate, chosen: Candidate | None, candida
         summary = f"{asked}: ship the detector as it is{nearest}"
         return Outcome(base, None, tuple(candidates), None, False, summary)
     # candidates.json has only figures: build the net and its certificate again
-    found = search.measure(Variant(chosen.image_size, chosen.fold, chosen.fine_tuned), chosen.exits)
+    found = search.measure(Variant(chosen.image_size, chosen.fold, chosen.fine_tuned, chosen.joint), chosen.exits)
     recorded = found.net.recorded
     info: ModelInfo = {**search.info}
     if found.search is not None:

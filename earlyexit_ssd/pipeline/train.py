@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -115,19 +116,8 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> Results | 
     device = build_device(cfg)
     # the first of torchrun's processes holds the folder for all of them
     with process_group(device), locked_folder(cfg.OUTPUT_DIR) if is_main() else contextlib.nullcontext():
-        folder = RunFolder(Path(cfg.OUTPUT_DIR))
-        if is_main():
-            folder.require_free(cfg, resume)
-        run = prepare(cfg, folder, device)
-        if is_main():
-            folder.start(cfg)
-            samples = [run.train_set.sample(index, epoch=0) for index in range(min(12, len(run.train_set)))]
-            write_image(folder.root / "training_photos.png", photo_grid(samples, run.train_set.classes))
-        barrier()  # other processes must not read files that start() moves
-        for phase in cfg.PHASES:
-            _run_phase(run, phase, force)
-        trained = folder.phase(cfg.PHASES[-1]) / "model.pth"
-        cfg = with_classes(cfg, run.cfg.DATA.CLASSES)
+        folder, trained, classes = _train_phases(cfg, device, resume, force)
+        cfg = with_classes(cfg, classes)
         if cfg.CALIBRATION.TARGET:
             calibrate(cfg, trained, build_target(cfg), folder.phase("calibration"))
             trained = folder.phase("calibration") / "model.pth"
@@ -135,6 +125,37 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> Results | 
             if is_main():
                 write_bytes(folder.model, trained.read_bytes())
         return evaluate_model(cfg, folder.model, folder.root)
+
+
+def train_phases(cfg: CfgNode) -> Path:
+    """Run the configured phases in OUTPUT_DIR, or continue them, past failed gates; neither calibrate nor evaluate.
+
+    Returns:
+        the file of the trained model.
+
+    Raises:
+        as of `train`, without GateFailed.
+    """
+    with locked_folder(cfg.OUTPUT_DIR):
+        return _train_phases(cfg, build_device(cfg), resume=True, force=True)[1]
+
+
+def _train_phases(
+    cfg: CfgNode, device: torch.device, resume: bool, force: bool
+) -> tuple[RunFolder, Path, Sequence[str]]:
+    """The run's folder, the last phase's model file, and the classes."""
+    folder = RunFolder(Path(cfg.OUTPUT_DIR))
+    if is_main():
+        folder.require_free(cfg, resume)
+    run = prepare(cfg, folder, device)
+    if is_main():
+        folder.start(cfg)
+        samples = [run.train_set.sample(index, epoch=0) for index in range(min(12, len(run.train_set)))]
+        write_image(folder.root / "training_photos.png", photo_grid(samples, run.train_set.classes))
+    barrier()  # other processes must not read files that start() moves
+    for phase in cfg.PHASES:
+        _run_phase(run, phase, force)
+    return folder, folder.phase(cfg.PHASES[-1]) / "model.pth", run.cfg.DATA.CLASSES
 
 
 def _run_phase(run: Run, name: str, force: bool) -> None:

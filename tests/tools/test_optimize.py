@@ -85,6 +85,28 @@ def test_fine_tuned_nets_are_candidates_and_are_not_trained_again(trained, tmp_p
     assert "error: enough" in capsys.readouterr().err
 
 
+def test_the_joint_phase_is_a_candidate(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(DETECTS, 0.0)
+    monkeypatch.setattr("earlyexit_ssd.pipeline.replay.time_in_runtime", by_operations)
+    monkeypatch.setattr("earlyexit_ssd.pipeline.optimize.fine_tune", lambda *_: None)
+    monkeypatch.setattr("earlyexit_ssd.pipeline.optimize.FINE_TUNED_SHARES", (1.0,))
+    monkeypatch.setattr("earlyexit_ssd.pipeline.optimize.choose_candidate", lambda measured, goal: measured[-1])
+    out, trainings = tmp_path / "joint", []
+
+    def train_phases(cfg):
+        trainings.append((cfg.OUTPUT_DIR, tuple(cfg.PHASES), cfg.CALIBRATION.TARGET))
+        return trained[0] / "run" / "model.pth"
+
+    monkeypatch.setattr("earlyexit_ssd.pipeline.optimize.train_phases", train_phases)
+    flags = ["--train", "--ap-drop", "1.0", "EVAL.RIVALS.SIZES", "[64]", "EXITS.GLANCES", "[[32, 12]]"]
+    assert optimize.main(command(trained, out, *flags, "PHASES", "[baseline, exits, joint]")) == 0
+    assert trainings == [(str(out / "joint"), ("baseline", "exits", "joint"), "")]
+    found = json.loads((out / "optimize.json").read_text())
+    names = [one["name"] for one in found["candidates"] if one["joint"]]
+    assert names[0] == "jointly trained" and any("exit" in name for name in names)
+    assert found["chosen"]["joint"] and load_model(out / "model.pth")[1].exits[-1].layer == 12
+
+
 def test_where_nothing_holds_the_detector_as_it_is_stays(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("earlyexit_ssd.pipeline.optimize.choose_candidate", lambda *_: None)
     out = tmp_path / "nothing"
