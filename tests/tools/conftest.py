@@ -42,6 +42,13 @@ def data_root(made_once) -> Path:
     return made_once("datasets", lambda folder: None)
 
 
+@pytest.fixture
+def without_evaluation(monkeypatch):
+    """Trainings of this process end before their evaluation, which takes as long as they do."""
+    module = importlib.import_module("earlyexit_ssd.pipeline.train")  # `pipeline.train` is the function
+    monkeypatch.setattr(module, "evaluate_model", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, made_once, data_root) -> tuple[Path, list[str]]:
     """A folder with ``run``, trained once by the tiny configuration, and the arguments of the tools that look at it."""

@@ -33,7 +33,7 @@ def force_gate(run):
     path.write_text(json.dumps({**json.loads(path.read_text()), "forced": True}))
 
 
-def test_a_failed_exits_phase_goes_on_with_other_exits(tiny, failed, tmp_path, capsys):
+def test_a_failed_exits_phase_goes_on_with_other_exits(tiny, failed, tmp_path, capsys, without_evaluation):
     shutil.copytree(failed, tmp_path / "run")
     force_gate(tmp_path / "run")
     # Whatever the full path finds, an exit is asked for more.
@@ -98,7 +98,7 @@ def test_second_run_in_the_same_folder_is_refused(tiny, failed, tmp_path, capsys
         ({"exits": 3}, ("BASELINE.EMA", "0.9", "EXITS_PHASE.EMA", "0.9")),
     ],
 )
-def test_killed_run_resumes_to_the_same_weights(tiny, tmp_path, kills, more, capsys):
+def test_killed_run_resumes_to_the_same_weights(tiny, tmp_path, kills, more, capsys, without_evaluation):
     """Killed once in each of these phases, at these steps."""
     more = ("--force", "ENGINE.CHECKPOINT_PERIOD", "2", *more)  # so that it goes on within an epoch
     assert train_net.main(tiny("whole", *more)) == 0
@@ -149,7 +149,7 @@ def test_signal_saves_and_says_how_to_go_on(tiny, tmp_path, number):
 
 
 @pytest.mark.parametrize("flags", [(), ("--resume",)])
-def test_a_folder_in_use_is_refused(tiny, tmp_path, flags, capsys):
+def test_a_folder_in_use_is_refused(tiny, tmp_path, flags, capsys, without_evaluation):
     """By a run that has only just started, or is in the middle."""
     process = start_training(tiny("run", "--force", "BASELINE.EPOCHS", "500"))
     path = tmp_path / "run" / ("baseline/last.pth" if flags else ".lock")
@@ -165,7 +165,7 @@ def test_a_folder_in_use_is_refused(tiny, tmp_path, flags, capsys):
     assert steps == list(range(1, 7))
 
 
-def test_run_of_an_older_version_goes_on(tiny, failed, tmp_path):
+def test_run_of_an_older_version_goes_on(tiny, failed, tmp_path, without_evaluation):
     """Keys that came since had their defaults; another value of such a key is a change like any other."""
     shutil.copytree(failed, tmp_path / "run")
     force_gate(tmp_path / "run")

@@ -93,7 +93,7 @@ def test_nobody_leaves_before_routing_is_calibrated_on_the_new_photos(trained, d
             assert {int(one["exit_index"]) for one in detector(photos)} == {2}
 
 
-def test_flags_and_keys_in_any_order(tiny, tmp_path):
+def test_flags_and_keys_in_any_order(tiny, tmp_path, without_evaluation):
     config, overrides = tiny("run")[:2], tiny("run")[2:]
     epochs = ["BASELINE.EPOCHS", "0"]
     assert train_net.main([*overrides, "--force", "PHASES", "[baseline]", *config, "SEED", "1", *epochs]) == 0
@@ -125,7 +125,9 @@ def test_mistakes_end_with_2_and_one_line(tiny, capsys, more, message):
     assert message in errors[0]
 
 
-def test_photos_without_boxes_teach_through_the_full_path(tiny, trained, data_root, tmp_path, capsys):
+def test_photos_without_boxes_teach_through_the_full_path(
+    tiny, trained, data_root, tmp_path, capsys, without_evaluation
+):
     """The photos of the training split, their boxes taken away."""
     scenes = rendered(data_root)
     tree = json.loads((scenes / "annotations" / "instances_train.json").read_text())
@@ -181,7 +183,7 @@ def test_changed_full_path_is_found(tiny, monkeypatch, capsys):
     assert "the exits phase changed the full path" in capsys.readouterr().err
 
 
-def test_mixed_precision_trains_every_phase(tiny, tmp_path):
+def test_mixed_precision_trains_every_phase(tiny, tmp_path, without_evaluation):
     epochs = ("BASELINE.EPOCHS", "1", "EXITS_PHASE.EPOCHS", "1")
     assert train_net.main(tiny("run", "--force", "ENGINE.AMP", "bf16", *epochs)) == 0
     for phase in ("baseline", "exits"):
@@ -198,7 +200,7 @@ def test_two_processes_end_with_one_model(tiny, tmp_path):
     assert (tmp_path / "two" / "metrics.json").is_file()
 
 
-def test_two_processes_have_the_losses_of_one(tiny, tmp_path):
+def test_two_processes_have_the_losses_of_one(tiny, tmp_path, without_evaluation):
     # BatchNorm's statistics are per process, so they are frozen here.
     more = ("--force", "BASELINE.FREEZE_NORM", "true", "BASELINE.EPOCHS", "1", "PHASES", "[baseline]")
     more += ("EVAL.BATCH_SIZE", "3", "EVAL.SCORE", "0.02")
