@@ -13,7 +13,7 @@ ORDER = [
     "pipeline",
 ]
 """deploy comes first, since it runs without all others; pipeline writes what it runs."""
-COMMON = {"bounds", "command_line", "drift", "errors", "files", "images", "plain", "progress"}
+COMMON = {"bounds", "command_line", "drift", "errors", "files", "images", "plain", "progress", "runtimes"}
 
 
 def imported_parts(path: Path) -> set[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from earlyexit_ssd.drift import Drift, DriftRecord
-from earlyexit_ssd.errors import EarlyExitError, import_package, nearest, one_line, shown
+from earlyexit_ssd.errors import EarlyExitError, import_package, nearest, shown
+from earlyexit_ssd.runtimes import OnnxRuntime, OpenVino
 
 FORMAT = "earlyexit_ssd detector/1"
 MANIFEST = "manifest.json"
@@ -368,89 +368,3 @@ class _Staged:
             answer = self._detections({**head, "photo_size": size, "score_thresh": feeds["score_thresh"]})
             return *(answer[name] for name in _NAMES[:3]), np.int64(index), confidence
         raise AssertionError("the last segment leaves")
-
-
-# The runtimes.
-
-
-def _cannot_load(name: object, runtime: str, error: Exception) -> EarlyExitError:
-    reason = one_line(str(error))[:120] or type(error).__name__
-    return EarlyExitError(f"{name}: {runtime} cannot load it ({reason}); write it with earlyexit export")
-
-
-class OnnxRuntime:
-    """An ONNX graph in ONNX Runtime on the CPU.
-
-    Args:
-        content: a file, or its bytes.
-        name: its name for messages; by default the file's path.
-
-    Attributes:
-        metadata, inputs: the file's metadata (text by key), and the names of its inputs.
-    """
-
-    def __init__(self, content: Path | bytes, name: object = None, threads: int = 1) -> None:
-        name = name or content
-        runtime = import_package("onnxruntime")
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
-        options.add_session_config_entry("session.load_model_format", "ONNX")
-        try:
-            # from bytes: external data is not read, since this project writes none
-            self._session = runtime.InferenceSession(
-                content if isinstance(content, bytes) else content.read_bytes(),
-                options,
-                providers=["CPUExecutionProvider"],
-                enable_fallback=0,
-            )
-            self.metadata = dict(self._session.get_modelmeta().custom_metadata_map)
-        except Exception as error:  # a damaged or foreign file may raise any exception
-            raise _cannot_load(name, "ONNX Runtime", error) from None
-        named = [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
-        self.inputs = [one.name for one in named]
-        self._outputs = [one.name for one in self._session.get_outputs()]
-        self._name = name
-
-    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        try:
-            given = {name: feeds[name] for name in self.inputs if name in feeds}  # ONNX Runtime reports missing ones
-            values = self._session.run(None, given)
-        except Exception as error:  # ONNX Runtime has a class of its own for each kind of failure
-            raise EarlyExitError(f"{self._name}: it does not run ({one_line(str(error))[:150]}); export anew") from None
-        return dict(zip(self._outputs, values, strict=True))
-
-
-class OpenVino:
-    """A file in OpenVINO on the CPU, in fp32; see `OnnxRuntime`."""
-
-    def __init__(self, path: Path, threads: int = 1) -> None:
-        runtime = import_package("openvino")
-        settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-        try:
-            model = runtime.Core().read_model(path)
-            self.metadata = _openvino_metadata(model)
-            # before compilation, which may move names of removed nodes to inputs and outputs
-            self.inputs = [one.any_name for one in model.inputs]
-            self._outputs = [one.any_name for one in model.outputs]
-            self._compiled = runtime.Core().compile_model(model, "CPU", settings)
-        except Exception as error:  # OpenVINO raises RuntimeError for nearly all, with a page of text
-            raise _cannot_load(path, "OpenVINO", error) from None
-        self._name, self._local = path, threading.local()
-
-    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        if not hasattr(self._local, "request"):  # a request holds the tensors of one call
-            self._local.request = self._compiled.create_infer_request()
-        try:
-            given = {place: feeds[name] for place, name in enumerate(self.inputs)}
-            found = self._local.request.infer(given, share_inputs=True)  # without a copy of the photo
-            return {name: np.array(found[place]) for place, name in enumerate(self._outputs)}
-        except Exception as error:
-            raise EarlyExitError(f"{self._name}: it does not run ({one_line(str(error))[:150]}); export anew") from None
-
-
-def _openvino_metadata(model: Any) -> dict[str, str]:
-    """The metadata of the ONNX file that the model was converted from."""
-    if not model.has_rt_info("framework"):
-        return {}
-    found = {key: model.get_rt_info(["framework", key]).value for key in model.get_rt_info("framework").value}
-    return {key: value for key, value in found.items() if isinstance(value, str)}

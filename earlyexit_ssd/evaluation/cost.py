@@ -24,6 +24,7 @@ from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit
 from earlyexit_ssd.modeling.outputs import Router
 from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.progress import progress
+from earlyexit_ssd.runtimes import compile_in_openvino
 
 EAGER, ONNX_RUNTIME, OPENVINO = "eager", "onnxruntime", "openvino"
 RUNTIME_TITLES = {EAGER: "eager PyTorch", ONNX_RUNTIME: "ONNX Runtime", OPENVINO: "OpenVINO"}
@@ -128,9 +129,8 @@ class OpenVinoNetwork(nn.Module):
 
     def __init__(self, content: bytes, threads: int = 1) -> None:
         super().__init__()
-        core = import_package(OPENVINO).Core()
-        settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-        self._request = core.compile_model(core.read_model(content), "CPU", settings).create_infer_request()
+        model = import_package(OPENVINO).Core().read_model(content)
+        self._request = compile_in_openvino(model, threads).create_infer_request()
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """A float32 tensor on the CPU to the outputs, in the graph's order."""

@@ -41,7 +41,7 @@ from earlyexit_ssd.deploy.graph import (
     required_inputs,
     stage,
 )
-from earlyexit_ssd.deploy.predictor import FORMAT, MANIFEST, OnnxRuntime
+from earlyexit_ssd.deploy.predictor import FORMAT, MANIFEST
 from earlyexit_ssd.errors import EarlyExitError, import_package, one_line
 from earlyexit_ssd.files import make_folder, write_json, writing
 from earlyexit_ssd.images import read_image
@@ -53,6 +53,7 @@ from earlyexit_ssd.modeling.retrofit import read_weights
 from earlyexit_ssd.modeling.trunk import TrunkState, evaluating
 from earlyexit_ssd.modeling.validate import LEAST_SCORE
 from earlyexit_ssd.progress import progress
+from earlyexit_ssd.runtimes import OnnxRuntime
 
 Format = Literal["onnx", "staged", "openvino"]
 SUFFIXES: dict[str, str] = {"onnx": ".onnx", "staged": "", "openvino": ".xml"}

@@ -27,7 +27,6 @@ from earlyexit_ssd.data.records import canonical
 from earlyexit_ssd.deploy import Predictor
 from earlyexit_ssd.deploy.benchmark import Ratio, ratio
 from earlyexit_ssd.deploy.graph import STATE, Segment
-from earlyexit_ssd.deploy.predictor import OnnxRuntime
 from earlyexit_ssd.errors import DataError, EarlyExitError, import_package, one_line
 from earlyexit_ssd.evaluation.matches import (
     Detections,
@@ -55,6 +54,7 @@ from earlyexit_ssd.pipeline.export import (
     size_of,
 )
 from earlyexit_ssd.progress import progress
+from earlyexit_ssd.runtimes import OnnxRuntime
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from earlyexit_ssd.deploy.graph import (
     last_stage,
     normalised,
 )
-from earlyexit_ssd.deploy.predictor import OnnxRuntime
 from earlyexit_ssd.modeling.detector import default_boxes_of_image
+from earlyexit_ssd.runtimes import OnnxRuntime
 from tests.deploy.conftest import build_model
 
 MEAN, STD = (0.5, 0.25, 0.4), (0.5, 0.2, 1.0)

@@ -1,0 +1,129 @@
+"""Exported graphs in ONNX Runtime or OpenVINO on the CPU, without PyTorch."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from earlyexit_ssd.errors import EarlyExitError, import_package, one_line
+
+Array = np.ndarray
+
+
+def _cannot_load(name: object, runtime: str, error: Exception) -> EarlyExitError:
+    reason = one_line(str(error))[:120] or type(error).__name__
+    return EarlyExitError(f"{name}: {runtime} cannot load it ({reason}); write it with earlyexit export")
+
+
+class OnnxRuntime:
+    """An ONNX graph in ONNX Runtime on the CPU.
+
+    Args:
+        content: a file, or its bytes.
+        name: its name for messages; by default the file's path.
+
+    Attributes:
+        metadata, inputs: the file's metadata (text by key), and the names of its inputs.
+    """
+
+    def __init__(self, content: Path | bytes, name: object = None, threads: int = 1) -> None:
+        name = name or content
+        runtime = import_package("onnxruntime")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
+        options.add_session_config_entry("session.load_model_format", "ONNX")
+        try:
+            # from bytes: external data is not read, since this project writes none
+            self._session = runtime.InferenceSession(
+                content if isinstance(content, bytes) else content.read_bytes(),
+                options,
+                providers=["CPUExecutionProvider"],
+                enable_fallback=0,
+            )
+            self.metadata = dict(self._session.get_modelmeta().custom_metadata_map)
+        except Exception as error:  # a damaged or foreign file may raise any exception
+            raise _cannot_load(name, "ONNX Runtime", error) from None
+        named = [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
+        self.inputs = [one.name for one in named]
+        self._outputs = [one.name for one in self._session.get_outputs()]
+        self._name = name
+
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        try:
+            given = {name: feeds[name] for name in self.inputs if name in feeds}  # ONNX Runtime reports missing ones
+            values = self._session.run(None, given)
+        except Exception as error:  # ONNX Runtime has a class of its own for each kind of failure
+            raise EarlyExitError(f"{self._name}: it does not run ({one_line(str(error))[:150]}); export anew") from None
+        return dict(zip(self._outputs, values, strict=True))
+
+
+def compile_in_openvino(model: Any, threads: int) -> Any:
+    """An OpenVINO model compiled for the CPU, in fp32 and for a low latency."""
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    with _own_signal_stack():
+        return import_package("openvino").Core().compile_model(model, "CPU", settings)
+
+
+class _Stack(ctypes.Structure):
+    _fields_ = (("ss_sp", ctypes.c_void_p), ("ss_flags", ctypes.c_int), ("ss_size", ctypes.c_size_t))
+
+
+@contextlib.contextmanager
+def _own_signal_stack() -> Iterator[None]:
+    """Context manager: at the end this thread has the stack for signal handlers that it had before.
+
+    OpenVINO 2026.4 gives a thread that compiles a model another such stack, which belongs to the model. If models are
+    deleted in the order of their making, the thread is left with the stack of a deleted one. The next signal with a
+    Python handler, such as that of torch's DataLoader, then ends the process.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    system, before = ctypes.CDLL(None), _Stack()
+    known = system.sigaltstack(None, ctypes.byref(before)) == 0
+    try:
+        yield
+    finally:
+        if known:
+            system.sigaltstack(ctypes.byref(before), None)
+
+
+class OpenVino:
+    """A file in OpenVINO on the CPU, in fp32; see `OnnxRuntime`."""
+
+    def __init__(self, path: Path, threads: int = 1) -> None:
+        try:
+            model = import_package("openvino").Core().read_model(path)
+            self.metadata = _openvino_metadata(model)
+            # before compilation, which may move names of removed nodes to inputs and outputs
+            self.inputs = [one.any_name for one in model.inputs]
+            self._outputs = [one.any_name for one in model.outputs]
+            self._compiled = compile_in_openvino(model, threads)
+        except Exception as error:  # OpenVINO raises RuntimeError for nearly all, with a page of text
+            raise _cannot_load(path, "OpenVINO", error) from None
+        self._name, self._local = path, threading.local()
+
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        if not hasattr(self._local, "request"):  # a request holds the tensors of one call
+            self._local.request = self._compiled.create_infer_request()
+        try:
+            given = {place: feeds[name] for place, name in enumerate(self.inputs)}
+            found = self._local.request.infer(given, share_inputs=True)  # without a copy of the photo
+            return {name: np.array(found[place]) for place, name in enumerate(self._outputs)}
+        except Exception as error:
+            raise EarlyExitError(f"{self._name}: it does not run ({one_line(str(error))[:150]}); export anew") from None
+
+
+def _openvino_metadata(model: Any) -> dict[str, str]:
+    """The metadata of the ONNX file that the model was converted from."""
+    if not model.has_rt_info("framework"):
+        return {}
+    found = {key: model.get_rt_info(["framework", key]).value for key in model.get_rt_info("framework").value}
+    return {key: value for key, value in found.items() if isinstance(value, str)}
