@@ -1,6 +1,7 @@
 """8 bits are written if they are faster and lose little; thresholds follow their confidences."""
 
 import json
+import os
 
 import numpy as np
 import onnx
@@ -72,6 +73,7 @@ def test_a_faster_file_is_written_and_as_many_photos_leave(folder, model, tmp_pa
     assert left.count("exit8") == 4 and left.count("full") == 4 and predictor.certificate is None
     assert predictor.thresholds["exit12"] is None
     assert model.router.thresholds[0] != pytest.approx(predictor.thresholds["exit8"], abs=1e-9)  # the model stays
+    assert os.environ["NNCF_CI"]  # no telemetry
 
 
 @pytest.mark.parametrize(
