@@ -1,8 +1,8 @@
 """Export a detector in 8 bits: weights and activations as integers, by NNCF's post-training quantisation.
 
-Every segment is quantised on its own, on a graph of QuantizeLinear and DequantizeLinear (Jacob et al. 2018,
-"Quantization and training of neural networks for efficient integer-arithmetic-only inference"). The router, the
-decoding and the NMS stay in 32 bits.
+A *segment* is the part of the network between two exits. Every segment is quantised on its own: NNCF inserts pairs of
+QuantizeLinear and DequantizeLinear (Jacob et al. 2018, "Quantization and training of neural networks for efficient
+integer-arithmetic-only inference"). The router, the decoding and the NMS stay in 32 bits.
 """
 
 from __future__ import annotations
@@ -59,17 +59,17 @@ from earlyexit_ssd.runtimes import OnnxRuntime
 logger = logging.getLogger(__name__)
 
 State = Mapping[str, np.ndarray]  # a segment's inputs by name
-COMPARED_PHOTOS = 16  # with the model, in 32 bits
-RANGE_PHOTOS = 200  # from which the ranges of the activations come, and on which both files are timed
+COMPARED_PHOTOS = 16  # number of photos on which the file in 32 bits is compared with the model
+RANGE_PHOTOS = 200  # number of photos that the ranges of the activations come from; both files are timed on as many
 OPERATORS = ("Conv", "Add", "Mul", "Relu", "HardSwish", "HardSigmoid", "GlobalAveragePool", "MaxPool")
 """Operators that are quantised, in modules of trunk, branches and heads."""
-SCORE, IOU = 0.5, 0.5  # of an object that counts as found
+SCORE, IOU = 0.5, 0.5  # least score and IoU of a detection that counts as a found object
 DELTA = 0.05  # share of the bootstrap draws that may lose more than the budget
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What stays in 32 bits: the first convolutions behind the image, and the heads."""
+    """The layers that stay in 32 bits: the first convolutions after the image, and the heads."""
 
     convolutions: int
     heads: bool
@@ -81,20 +81,22 @@ class Kept:
 
 
 LADDER = (Kept(0, False), Kept(3, False), Kept(3, True), Kept(9, True))
-"""Tried in this order, until the budget holds. The first layers are the most sensitive ones, and have few MMACs."""
+"""Tried in this order, until one holds the budget. The first layers are the most sensitive, and have few MMACs."""
 
 
 @dataclass(frozen=True)
 class Int8Figures:
-    """A file in 8 bits beside the same detector in 32 bits, on the same photos.
+    """Figures of a file in 8 bits, compared with the same detector in 32 bits on the same photos.
 
     Attributes:
-        labelled: whether AP is against labels; otherwise the detections in 32 bits, from score `SCORE`, replace them.
-        AP, AP50: (reference, 8 bits); None without an object. The reference is the detector in 32 bits, or what
-            `export_int8` was given.
-        lost_bound: AP50 lost against the reference in 1 - `DELTA` of the bootstrap draws of the photos.
-        objects, objects_kept: the reference's detections from score `SCORE`, and those of them that 8 bits find too.
-        speed: time of a photo in 32 bits / in 8 bits, from photo to detections, one thread.
+        labelled: whether AP is measured against labels. Otherwise the reference's detections with a score of at least
+            `SCORE` replace the labels.
+        AP, AP50: (reference, 8 bits); None without an object. The reference is the detector in 32 bits, or the
+            detections that `export_int8` was given.
+        lost_bound: largest AP50 lost against the reference, in a share 1 - `DELTA` of the bootstrap draws.
+        objects: number of the reference's detections with a score of at least `SCORE`.
+        objects_kept: number of these that the detector in 8 bits finds too.
+        speed: time of a photo in 32 bits / time in 8 bits, from photo to detections, one thread.
     """
 
     path: Path
@@ -148,19 +150,21 @@ def export_int8(
 ) -> Int8Figures:
     """Write a detector in 8 bits, if it is faster than in 32 bits and loses little AP50.
 
-    The detector in 32 bits is exported first, and compared with the model. What stays in 32 bits is chosen by
-    measurement (`LADDER`). Thresholds are set anew, so that as many photos leave at each exit as in 32 bits;
-    temperatures stay. The file has no certificate, since that is for 32 bits.
+    The detector in 32 bits is exported first, and compared with the model. The layers that stay in 32 bits are chosen
+    by measurement (`LADDER`). The thresholds are computed again, so that as many photos leave at each exit as in 32
+    bits. The temperatures stay the same. The file has no certificate, since the certificate is for 32 bits.
 
     Args:
         model, path, file_format: as of `export_detector`.
-        dataset: photos of use; AP is against their labels, or if they have none against the detections in 32 bits.
-        ap_drop: AP50 that may be lost, in a share 1 - `DELTA` of the bootstrap draws.
+        dataset: photos like those in deployment. AP is measured against their labels; without labels, against the
+            reference.
+        ap_drop: largest AP50 that may be lost, in a share 1 - `DELTA` of the bootstrap draws.
         ranges: photos that the ranges of the activations come from; by default `RANGE_PHOTOS` of ``dataset``.
-        reference: detections that the loss is measured against, by image id; None: those in 32 bits.
+        reference: image id -> detections that the loss is measured against; None: the detections in 32 bits.
 
     Raises:
-        EarlyExitError: NNCF or the runtime is missing, 8 bits are slower or lose too much; then nothing is written.
+        EarlyExitError: NNCF or the runtime is missing, or 8 bits are no faster or lose too much. Then nothing is
+            written.
     """
     os.environ.setdefault("NNCF_CI", "1")  # NNCF reports nothing to its makers
     nncf = import_package("nncf")
@@ -199,8 +203,10 @@ def export_int8(
 def photos_to_quantise_on(
     folder: str | os.PathLike[str], annotations: str | os.PathLike[str] | None, classes: Sequence[str]
 ) -> DetectionDataset:
-    """A folder of photos, with labels from ``annotations`` (formats as of DATA.DATASETS) if there are any. A DataError
-    for unusable files."""
+    """A data set of the photos of a folder, with labels from ``annotations`` (a format of DATA.DATASETS) if given.
+
+    ``classes`` are those of the detector. Raises a DataError if a file is unusable or no class fits.
+    """
     paths = [os.path.abspath(annotations) if annotations else "", os.path.abspath(folder)]
     cfg = with_values(get_cfg(), {"DATA.DATASETS": [("--photos", *paths)]})
     classes = [name for name in dict.fromkeys(classes) if name != "N/A"]  # COCO's ids without a class
@@ -217,7 +223,7 @@ def photos_to_quantise_on(
 
 
 def _some(photos: Sequence[Path]) -> list[Path]:
-    """At most `RANGE_PHOTOS` of the photos, a seeded choice."""
+    """A seeded random choice of at most `RANGE_PHOTOS` of the photos."""
     chosen = np.random.default_rng(0).permutation(len(photos))[:RANGE_PHOTOS]
     return [photos[place] for place in chosen]
 
@@ -232,17 +238,17 @@ def _state(model: EarlyExitDetector, photo: Path) -> dict[str, np.ndarray]:
 
 
 def _quantised(nncf: Any, parts: Parts, states: Sequence[State], kept: Kept) -> list[tuple[SegmentNetwork, Segment]]:
-    """The segments in 8 bits; ``states`` are the first one's inputs."""
+    """The segments in 8 bits; ``states`` are the inputs of the first segment."""
     found = []
     for network, segment in progress(parts.segments, desc="8 bits"):
         graph = segment.model.graph
         scope = nncf.IgnoredScope(names=[one.name for one in graph.node if not _fits(one)], validate=False)
-        if kept.convolutions and graph.input[0].type.tensor_type.shape.dim[1].dim_value == 3:  # it begins at the image
+        if kept.convolutions and graph.input[0].type.tensor_type.shape.dim[1].dim_value == 3:  # its input is the image
             scope.names += [one.name for one in graph.node if one.op_type == "Conv" and _fits(one)][: kept.convolutions]
         if kept.heads:
             scope.names += [one.name for one in graph.node if "head" in one.name]
         try:
-            with contextlib.redirect_stdout(sys.stderr):  # its progress bars
+            with contextlib.redirect_stdout(sys.stderr):  # for NNCF's progress bars
                 quantised = nncf.quantize(
                     segment.model,
                     nncf.Dataset(states),
@@ -261,8 +267,8 @@ def _quantised(nncf: Any, parts: Parts, states: Sequence[State], kept: Kept) -> 
 
 
 def _fits(node: onnx.NodeProto) -> bool:
-    """Whether a node is quantised: an operator inside a module that is no policy. Functions such as the resize of a
-    glance stand outside of modules."""
+    """Whether a node is quantised: its operator is one of `OPERATORS`, inside a module that is no policy. Functions,
+    such as the resizing for a glance, are outside of modules."""
     *modules, _ = node.name.strip("/").split("/")
     return node.op_type in OPERATORS and bool(modules) and modules[0] != "_policy"
 
@@ -271,7 +277,7 @@ def _fits(node: onnx.NodeProto) -> bool:
 
 
 def detect(predictor: Predictor, dataset: DetectionDataset) -> Detections:
-    """Image id -> detections of the data set's classes, with its labels."""
+    """Image id -> detections of the data set's classes, with the data set's label numbers."""
     label_of, found = {name: label for label, name in enumerate(dataset.classes, 1)}, {}
     for record in progress(dataset.records, desc="detect"):
         one = predictor(read_image(record.path))
@@ -282,7 +288,7 @@ def detect(predictor: Predictor, dataset: DetectionDataset) -> Detections:
 
 
 def _confidences(path: Path, runtime: str, photos: Sequence[Path]) -> dict[str, np.ndarray]:
-    """The confidences [n] at every open exit, shallow to deep, as if no photo left before."""
+    """The confidences [n] at every open exit, shallow to deep, as if no photo had left at an earlier exit."""
     names = [name for name, value in Predictor(path, runtime).thresholds.items() if value is not None]
     closed, found = dict.fromkeys(names, CLOSED), {}
     for name in names:
@@ -307,8 +313,10 @@ def _thresholds(
 
 
 def matching_threshold(threshold: float, before: np.ndarray, after: np.ndarray) -> float:
-    """The threshold that as many of the confidences ``after`` [n] reach as of ``before`` [n] reach ``threshold``; half
-    way between two confidences if some reach it and some do not."""
+    """A threshold for the confidences ``after`` [n], at which as many photos leave as at ``threshold`` for ``before``.
+
+    If some photos leave and some do not, the threshold lies halfway between two confidences.
+    """
     leaving, ordered = int((before >= threshold).sum()), np.sort(after)[::-1]
     if not len(ordered):
         return threshold
@@ -322,7 +330,7 @@ def matching_threshold(threshold: float, before: np.ndarray, after: np.ndarray) 
 def _compare(
     whole: Predictor, reference: Detections, quantised: Predictor, dataset: DetectionDataset, kept: Kept
 ) -> Int8Figures:
-    """The figures of a trial."""
+    """The figures of one step of `LADDER`: ``quantised`` compared with the detector in 32 bits, ``whole``."""
     found, template = detect(quantised, dataset), to_coco(dataset)
     truth = template if dataset.labelled else as_ground_truth(template, reference, SCORE)
     matches = exit_matches(truth, [reference, found], IOU)
@@ -348,7 +356,7 @@ def _compare(
 
 
 def speed_of(predictor: Predictor, against: Predictor, dataset: DetectionDataset) -> Ratio:
-    """Speed relative to ``against``, in turns on each of some photos."""
+    """Speed of ``predictor`` relative to ``against``; both run each of at most `RANGE_PHOTOS` photos in turn."""
     for one in (predictor, against):
         one.warm_up()
     photos = map(read_image, _some([record.path for record in dataset.records]))

@@ -1,8 +1,9 @@
 """Search the fastest variant of a detector within an accuracy budget, measured on this machine.
 
-A candidate is a net (the full path with some head at some input size, as it is or fine-tuned) and a set of open exits,
-such as glances. A glance is an early exit that runs the first trunk layers on a small copy of the image before the
-full-size pass. Candidates are measured on the calib split. The chosen one is then evaluated on the test split.
+A *net* is a full path at one input size, with one kind of head, with its own weights or with trained ones. A
+*candidate* is a net and a set of open exits, such as glances. A glance is an early exit that runs the first trunk
+layers on a small copy of the image before the full-size pass. Candidates are measured on the calib split. The chosen
+one is then evaluated on the test split.
 """
 
 from __future__ import annotations
@@ -79,21 +80,23 @@ from earlyexit_ssd.routing.policies import needs_training_photos
 logger = logging.getLogger(__name__)
 
 GLANCES = ((128, 12), (160, 12), (192, 12))
-"""(pixels, layer) of the tried glances if EXITS.GLANCES is empty, for an input of 320 pixels; for other inputs, pixels
-are scaled and rounded to multiples of 16."""
+"""(pixels, layer) of the tried glances if EXITS.GLANCES is empty, for an input of 320 pixels. For other inputs the
+pixels are scaled and rounded to multiples of 16."""
 EMPTY_EXITS = (12,)
 """Trunk layers of the empty exits that are tried, also behind a glance, if the detector has no exits of its own."""
 OWN_HEAD = "as it is"  # `Variant.fold` of a net that keeps the detector's head
 SHARES, FINE_TUNED_SHARES = (1.0, 0.9, 0.8, 0.7), (1.0, 0.9, 0.8, 0.7, 0.6)
-"""Tried input sides as shares of the detector's own, with its weights and with fine-tuned ones."""
+"""Tried input sides as shares of the detector's own side: with its own weights, and with fine-tuned weights."""
 FINE_STEP = 16  # distance in pixels of the input sides that are tried with fine-tuned weights
 BASE_FILE = "base.pth"
-"""The detector as it is, in the folder of the search: a rival in the evaluation of the chosen one."""
+"""File of the base detector (see `Goal`) in the folder of the search: a rival in the evaluation of the chosen one."""
 EXPORT_PHOTOS = 16  # photos of the calib split on which the exported file is compared with the model
 GLANCE_PRICE = 0.15
-"""Approximate cost of a glance as a share of the detector's time. Every photo pays it, so a larger share must leave."""
+"""Approximate cost of a glance as a share of the detector's time. Every photo has this cost, so a glance can save time
+only if a larger share of the photos leaves."""
 HOPELESS = 2.0
-"""A net that loses more than this times the budget without exits is not tried with exits: they rarely lose less."""
+"""A net without exits that loses more than this multiple of the budget is not tried with exits: with exits a net rarely
+loses less."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +105,11 @@ class Goal:
 
     Attributes:
         ap_drop, delta: accuracy budget: largest AP50 lost against the base detector, in a share 1 - ``delta`` of the
-            bootstrap draws of calib photos.
-        coco_ap_drop: as ``ap_drop``, for COCO's AP, the mean over IoU 0.5 to 0.95; None: not limited.
+            bootstrap draws of the calib photos.
+        coco_ap_drop: as ``ap_drop``, for COCO's AP (the mean over IoU 0.5 to 0.95); None: not limited.
         speedup, ms: wanted speed relative to the base detector, or milliseconds per photo; None: as fast as possible.
         minutes: time after which no further candidate is started; None: no limit.
-        train: fine-tune the detector for smaller inputs too (`earlyexit_ssd.pipeline.phases`).
+        train: also try trained nets: fine-tuned ones, and those of the joint phase if it is configured.
     """
 
     ap_drop: float = 0.01
@@ -140,15 +143,15 @@ class Candidate(Record):
     AP50: float | None = None
     lost: float | None = None  # AP50 lost against the base detector
     lost_bound: float | None = None  # upper bound of ``lost`` with confidence 1 - delta
-    objects: int | None = None  # that the base detector finds at EVAL.SCORE
-    objects_kept: int | None = None  # of these, found by this one
-    mmacs: float | None = None  # millions of multiply-accumulates, of rivals only
+    objects: int | None = None  # number of objects that the base detector finds at EVAL.SCORE
+    objects_kept: int | None = None  # number of these that the candidate finds too
+    mmacs: float | None = None  # millions of multiply-accumulates; rivals only
     ms: float | None = None  # mean milliseconds per photo
     speedup: float | None = None  # speed relative to the base detector in the same run
     holds: bool = False  # whether ``lost_bound`` and ``AP_lost_bound`` are within the budget
     rival: bool = False
-    fine_tuned: bool = False  # the net
-    joint: bool = False  # whether its weights are those of the joint phase
+    fine_tuned: bool = False  # whether the net is fine-tuned
+    joint: bool = False  # whether the net's weights are those of the joint phase
     # as ``lost_bound``, for COCO's AP; None if the goal does not limit it or ``lost_bound`` is too large
     AP_lost_bound: float | None = None
 
@@ -190,8 +193,8 @@ class Net:
 
     Attributes:
         calib: recording of the calib split.
-        train: recording of the photos that policies are fitted on. It is made once, at the detector's own size. Nets of
-            all sizes use it: a glance gets nearly the same small copy of a photo at each of them.
+        train: recording of the photos that policies are fitted on, made once, at the detector's own size. Nets of all
+            sizes share the recording, since a glance gets nearly the same small copy of a photo at every size.
     """
 
     variant: Variant
@@ -212,7 +215,8 @@ class Net:
 
 @dataclass(frozen=True)
 class Found:
-    """A candidate with everything needed to save it: its net, the threshold search and its result (None: no exits)."""
+    """A candidate with all that is needed to save it: net, threshold search, and the search's result (both None: the
+    candidate has no exits)."""
 
     candidate: Candidate
     net: Net
@@ -273,8 +277,11 @@ class Optimizer:
         return list(self.cfg.EXITS.GLANCES) or [(round(px * own / 320 / 16) * 16, layer) for px, layer in GLANCES]
 
     def exits_of(self, variant: Variant) -> tuple[Exit, ...]:
-        """Glances smaller than the input, and other exits: those of the joint phase; a detector with branches keeps its
-        own exits with its own head; otherwise every net has empty exits."""
+        """All exits that may be tried with a net: glances smaller than the input, and other exits.
+
+        The other exits of a jointly trained net are the configured ones. A detector with branches has its own exits,
+        but only with its own head and weights. All nets of a detector without branches have empty exits.
+        """
         own = [one for one in self.architecture.exits if one.pixels is None]
         if variant.joint:
             others = [one for one in build_exits(self.cfg) if one.pixels is None]
@@ -298,14 +305,17 @@ class Optimizer:
 
     @property
     def shows_empty_photos(self) -> bool:
-        """Whether more than a share `GLANCE_PRICE` of calib photos has no detection, so that glances can save time."""
+        """Whether a share of more than `GLANCE_PRICE` of the calib photos has no detection, so that glances can save
+        time."""
         found = self.reference.values()
         return sum(not (one["scores"] >= self.cfg.EVAL.SCORE).any() for one in found) > GLANCE_PRICE * len(found)
 
     def plan(self) -> list[tuple[Variant, tuple[str, ...]]]:
-        """Net and exit names of every candidate. Nets without exits come first, then the best head with exits, then the
-        detector's own head with exits (at all sizes if it has branches), then the fine-tuned and the jointly trained
-        nets."""
+        """Net and exit names of every candidate, in the order in which they are tried.
+
+        Nets without exits come first, then nets with the best head and exits. Then follow nets with the detector's own
+        head and exits (at all sizes if it has branches), the fine-tuned and the jointly trained nets.
+        """
         own, best = self.architecture.image_size, self.best_head
         base, smaller = Variant(own, OWN_HEAD), [Variant(size, best) for size in self.sizes()]
         plan: list[tuple[Variant, tuple[str, ...]]] = [(base, ()), *((one, ()) for one in smaller)]
@@ -325,8 +335,8 @@ class Optimizer:
         return list(dict.fromkeys(plan))
 
     def _exit_sets(self, variant: Variant) -> list[tuple[str, ...]]:
-        """Sets of exit names that are tried with a net: each glance, each other exit, all other exits together, and all
-        of them behind each glance. Two glances are not tried together: one of them stayed closed in every search."""
+        """Sets of exit names that are tried with a net: each glance alone, each other exit alone, all other exits, and
+        all other exits behind each glance. Two glances are not tried together: one of them always stayed closed."""
         exits = [one for one in self.exits_of(variant) if self.shows_empty_photos or not one.empty]
         glances = [one.name for one in exits if one.pixels is not None]
         others = tuple(one.name for one in exits if one.pixels is None)
@@ -339,7 +349,7 @@ class Optimizer:
         return all(one.empty for one in self.exits_of(variant) if one.name in names)
 
     def _net(self, variant: Variant) -> Net:
-        """Build a net; only the latest one is kept in memory, since its recording is on disk."""
+        """The net of a variant. Only the latest net is kept in memory, since recordings are on disk."""
         if self._nets.keys() != {variant}:
             recorded = self._recorded(variant)
             self._nets = {variant: Net(variant, recorded, recorded.replay("CALIB"), self._policy_photos(variant))}
@@ -363,7 +373,8 @@ class Optimizer:
         return Recorded(self.cfg, model, architecture, self.info, self.sets, self.repeats, folder)
 
     def _policy_photos(self, variant: Variant) -> Replay:
-        """The recording that policies are fitted on: of the base detector, or of the trained one at its own size."""
+        """The recording that policies are fitted on: of the base detector, or of the trained net at the detector's own
+        size."""
         fold = variant.fold if variant.fine_tuned or variant.joint else OWN_HEAD
         source = dataclasses.replace(variant, size=self.architecture.image_size, fold=fold)
         if source not in self._photos:
@@ -372,7 +383,7 @@ class Optimizer:
 
     @functools.cached_property
     def _fine_tuned(self) -> tuple[Architecture, dict[str, torch.Tensor]]:
-        """The full path with the best head, fine-tuned at all sizes and those of the glances."""
+        """The full path with the best head, fine-tuned at all tried sizes and at the sizes of the glances."""
         if self.best_head == "compact":
             architecture, state = self._compact
         else:
@@ -419,7 +430,7 @@ class Optimizer:
         return min(found, key=lambda one: (not one.candidate.holds, one.candidate.ms or np.inf))
 
     def _policies(self, net: Net) -> list[str]:
-        """Policies to try; empty exits need one that predicts from the tap, so ROUTING.POLICY is for branches only."""
+        """Policies to try. An empty exit needs a policy that reads the tap, so ROUTING.POLICY is for branches only."""
         empty = net.recorded.model.empty
         if all(empty):
             return ["foreseen_emptiness"]
@@ -445,7 +456,7 @@ class Optimizer:
         ms = float(costs.per_exit(chosen.thresholds)[chosen.exits].mean())
         candidate = self._judged(net, open_, chosen.exits, ms, costs.plain, chosen.measured.AP50_lost_bound)
         name = candidate.name if open_ else f"{candidate.name} ({', '.join(model.exit_names[:-1])} closed)"
-        # the name leaves closed exits out; exits and thresholds have them
+        # the name has the open exits only; the fields ``exits`` and ``thresholds`` have all
         candidate = dataclasses.replace(candidate, name=name, policy=policy, thresholds=chosen.thresholds)
         return Found(dataclasses.replace(candidate, exits=model.exit_names[:-1]), net, search, chosen)
 
@@ -466,7 +477,7 @@ class Optimizer:
         base_ms: float,
         bound: float | None = None,
     ) -> Candidate:
-        """The candidate in which calib photo i takes exit ``choice[i]``; ``bound``: its ``lost_bound``, if known."""
+        """The candidate in which calib photo i takes exit ``choice[i]``. ``bound`` is its ``lost_bound``, if known."""
         matches, base_choice = net.calib.matches_beside(self.reference)
         before, after = (ap_of_choice(matches, one, ap50_only=True).AP50 for one in (base_choice, choice))
         if bound is None:
@@ -509,7 +520,7 @@ class Optimizer:
             runs, threads = settings.timing_runs, settings.timing_threads
             timing, base = time_in_runtime(networks, examples, ONNX_RUNTIME, runs, threads)
             matches, rival_choice = self.base.calib.matches_beside(detections)
-            base_choice = rival_choice - 1  # the full path stands before the rival, which is the last exit
+            base_choice = rival_choice - 1  # in the matches the rival is the last exit, behind the full path
             after = ap_of_choice(matches, rival_choice, ap50_only=True).AP50
             before = ap_of_choice(matches, base_choice, ap50_only=True).AP50
             lost = None if before is None or after is None else before - after
@@ -520,7 +531,7 @@ class Optimizer:
 
 
 def _base_config(cfg: CfgNode) -> CfgNode:
-    """A copy of the configuration without a compact head, and without branches, which would be untrained."""
+    """A copy of the configuration without a compact head and without branches, since branches would be untrained."""
     values = {"MODEL.FOLD": "rows" if cfg.MODEL.FOLD == "rows" else "exact"}
     if set(cfg.EXITS.LAYERS) != set(cfg.EXITS.EMPTY):
         values |= {"EXITS.LAYERS": (), "EXITS.EMPTY": ()}
@@ -564,10 +575,10 @@ class Outcome(Record):
     """Result of `optimize`, the content of optimize.json."""
 
     base: Candidate
-    chosen: Candidate | None  # see `choose_candidate`; None if there is none
+    chosen: Candidate | None  # see `choose_candidate`
     candidates: tuple[Candidate, ...]  # the base detector and all others on the calib split, rivals included
     test: TestFigures | None
-    ship: bool  # whether the chosen one is faster on the test split, and its AP50 (without an interval) in the budget
+    ship: bool  # whether the chosen one is faster on the test split, and its measured loss (not a bound) in the budget
     summary: str  # one paragraph of text
 
 
@@ -577,10 +588,10 @@ def optimize(
 ) -> Outcome:
     """Run the search and write the chosen model.
 
-    ``out_dir`` gets model.pth, detector.onnx, test/ (its evaluation), optimize.json, candidates.png,
-    summary.txt and report.html. If OpenVINO is the runtime, it also gets detector.xml: in 8 bits, if these hold the
-    budget and are faster. The milliseconds of such a candidate are those in 32 bits, divided by its speed relative to
-    32 bits from photo to detections.
+    ``out_dir`` gets model.pth, detector.onnx, test/ (the evaluation of the chosen model), optimize.json,
+    candidates.png, summary.txt and report.html. If OpenVINO is the runtime, ``out_dir`` also gets detector.xml. This
+    file is in 8 bits if 8 bits hold the budget and are faster. The milliseconds of a candidate in 8 bits are those in
+    32 bits divided by a speed: that of 8 bits relative to 32 bits, from photo to detections.
 
     A stopped search resumes with the candidates that are already measured.
 
@@ -624,8 +635,9 @@ def optimize(
 def _skipped(search: Optimizer, measured: Iterable[Candidate], variant: Variant, exits: Sequence[str]) -> bool:
     """Whether a net is not tried with these exits.
 
-    Either it loses too much without them (`HOPELESS`). Or the exits are empty, the net has the detector's own head, and
-    some net with a compact head holds the budget: then these exits are tried with the compact head only.
+    There are two cases. The net loses too much without exits (`HOPELESS`). Or the exits are empty, the net has the
+    detector's own head, and some net with a compact head holds the budget. Then these exits are tried with the compact
+    head only.
     """
     without = {Variant(one.image_size, one.fold, one.fine_tuned, one.joint): one for one in measured if not one.exits}
     net = without.get(variant)
@@ -643,10 +655,10 @@ def _warn_if_busy() -> None:
 
 
 def choose_candidate(candidates: Sequence[Candidate], goal: Goal) -> Candidate | None:
-    """The candidate to ship, among those that are faster than the base detector, which is ``candidates[0]``.
+    """The candidate to ship, among those that are faster than the base detector. The base is ``candidates[0]``.
 
-    1. The fastest that holds the budget, if it reaches the wanted speed or no candidate does.
-    2. Otherwise the candidate that loses least of those that reach the wanted speed.
+    1. The fastest candidate that holds the budget, if it reaches the wanted speed or no candidate reaches it.
+    2. Otherwise the candidate that loses least, of those that reach the wanted speed.
     3. None if neither exists.
     """
 
@@ -664,7 +676,8 @@ def choose_candidate(candidates: Sequence[Candidate], goal: Goal) -> Candidate |
 
 
 def _read_candidates(path: Path, key: str) -> dict[str, Candidate]:
-    """The candidates that a stopped search has measured, by name; a file of another search (``key``) is ignored."""
+    """The candidates that a stopped search has measured, by name. A file with another key is of another search and is
+    ignored."""
     content = read_json(path, "candidates of a search", "delete it") if path.is_file() else None
     if not isinstance(content, dict) or content.get("key") != key:
         return {}
@@ -678,7 +691,7 @@ def _write(search: Optimizer, base: Candidate, chosen: Candidate | None, candida
         least = min((one for one in candidates if not one.rival and one is not base and one.lost is not None),
                     key=lambda one: one.lost_bound, default=None)  # fmt: skip
         nearest = "" if least is None else f"; the nearest: {least} (bound {least.lost_bound:.3f})"
-        asked = f"nothing faster holds {search.goal.ap_drop:g} AP50 lost on the calib split"
+        asked = f"no faster candidate holds {search.goal.ap_drop:g} AP50 lost on the calib split"
         summary = f"{asked}: ship the detector as it is{nearest}"
         return Outcome(base, None, tuple(candidates), None, False, summary)
     # candidates.json has only figures: build the net and its certificate again
@@ -714,11 +727,11 @@ def _write(search: Optimizer, base: Candidate, chosen: Candidate | None, candida
 
 
 def _in_8_bits(search: Optimizer, chosen: Candidate) -> Candidate | None:
-    """The chosen candidate in 8 bits, which replaces detector.xml; None if it does not hold the budget, is not faster,
-    or cannot be made."""
+    """The chosen candidate in 8 bits; its file replaces detector.xml. None if the candidate in 8 bits does not hold the
+    budget, is not faster, or cannot be made."""
     try:
         if search.goal.coco_ap_drop is not None:
-            raise EarlyExitError("AP over all IoUs is limited, and its bound is not computed in 8 bits")
+            raise EarlyExitError("the loss of COCO's AP is limited (--coco-ap-drop), and 8 bits are not checked for it")
         figures = export_int8(
             open_any(search.out / "model.pth"),
             search.out / "detector.xml",
@@ -746,7 +759,8 @@ def _in_8_bits(search: Optimizer, chosen: Candidate) -> Candidate | None:
 
 
 def _test_in_8_bits(search: Optimizer, test: TestFigures, speed: float) -> TestFigures:
-    """The test figures of detector.xml in 8 bits, from those in 32 bits and the speed relative to these."""
+    """The test figures of detector.xml in 8 bits: accuracy measured, time from ``test`` (32 bits) and ``speed``, the
+    speed relative to 32 bits."""
     cfg, dataset = search.cfg, search.sets["TEST"]
     loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, train=False, seed=cfg.SEED)
     base = collect_detections(open_any(search.out / BASE_FILE), loader)
