@@ -1,6 +1,6 @@
 """Build one ONNX graph from a photo to its detections, from the segments of a routed detector.
 
-The layers behind an exit are in a branch of an ``If``, so a runtime computes them only for photos that do not leave
+The layers after an exit are in one side of an ``If``, so a runtime computes them only for photos that do not leave
 there. This module needs the package onnx and no PyTorch.
 """
 
@@ -32,18 +32,19 @@ OUTPUTS = {
 }
 
 LARGE = 1_000_000
-"""Number of pixels of a photo. In ONNX Runtime a larger photo is resized faster by gathering only the pixels that the
-resize reads, a smaller one by converting the whole photo. In OpenVINO gathering is always faster."""
+"""Number of pixels above which a photo is large. A large photo is resized by gathering only the pixels that the resize
+reads, a smaller one by converting the whole photo: each is the faster way in ONNX Runtime. In OpenVINO gathering is
+always faster."""
 LOG_LIMIT = math.log(1000.0 / 16)
-"""Largest logarithm of a box side over its default box's side, as in torchvision's ``BoxCoder``."""
+"""Largest logarithm of (box side / default box side), as in torchvision's ``BoxCoder``."""
 
 
 @dataclass(frozen=True)
 class Segment:
     """The network between the previous exit and this one.
 
-    ``model`` is a graph with its inputs and outputs of `STATE`, the outputs `HEAD` if they are needed, and the router's
-    `CONFIDENCE` [1] if there is a router.
+    ``model`` is a graph. Its inputs are the tensors of `STATE`. Its outputs are the tensors of `STATE`, those of `HEAD`
+    if they are needed, and the router's `CONFIDENCE` [1] if there is a router.
     """
 
     index: int  # of the exit among all exits of the model
@@ -71,8 +72,10 @@ class Contract:
 
 
 class Scope:
-    """Nodes and constants of a graph or of a branch of an ``If``, which can use the names of outer scopes; ``numbers``
-    makes names unique, and is shared with the outer scopes."""
+    """Nodes and constants of a graph, or of one side of an ``If``. Such a side can use the names of outer scopes.
+
+    ``numbers`` makes names unique. All scopes of a graph share it.
+    """
 
     def __init__(self, numbers: itertools.count) -> None:
         self.numbers = numbers
@@ -80,7 +83,7 @@ class Scope:
         self.constants: list[TensorProto] = []
 
     def inside(self) -> Scope:
-        """An empty scope for a branch."""
+        """An empty scope for one side of an ``If``."""
         return Scope(self.numbers)
 
     def constant(self, value: Any, dtype: type = np.float32) -> str:
@@ -90,8 +93,8 @@ class Scope:
         return name
 
     def zeros(self, shape: Sequence[int], kind: int) -> str:
-        """Add zeros of this shape; returns their name. They are no constant, since OpenVINO loses the shape of an empty
-        constant."""
+        """Add a node that gives zeros of this shape; returns the name of its output. This is no constant, since
+        OpenVINO loses the shape of an empty constant."""
         zero = helper.make_tensor("zero", kind, [1], [0])
         return self("ConstantOfShape", self.constant(shape, np.int64), value=zero)
 
@@ -106,8 +109,8 @@ class Scope:
         return self.many(1, kind, *inputs, **attributes)[0]
 
     def inline(self, model: onnx.ModelProto, inputs: Mapping[str, str]) -> dict[str, str]:
-        """Add all nodes of a graph, whose ``inputs`` are given as name in the graph -> name in this scope. Returns its
-        outputs in the same form."""
+        """Add all nodes of a graph. ``inputs`` maps the names of its inputs to names in this scope; the returned dict
+        does the same for its outputs."""
         prefix = f"segment_{next(self.numbers)}_"
         graph = onnx.compose.add_prefix(model, prefix).graph
         here = {prefix + name: where for name, where in inputs.items()}
@@ -121,21 +124,21 @@ class Scope:
         return {one.name: here.get(prefix + one.name, prefix + one.name) for one in model.graph.output}
 
     def either(self, condition: str, kinds: Sequence[tuple[int, list]], then: Branch, otherwise: Branch) -> list[str]:
-        """Add an ``If`` with two branches whose outputs are of these types and shapes; returns its outputs' names."""
+        """Add an ``If`` whose two sides have outputs of these types and shapes; returns the names of its outputs."""
         graphs = {}
         for side, name, (scope, outputs) in (("then_branch", "then", then), ("else_branch", "otherwise", otherwise)):
             graphs[side] = scope.graph(name, [(one, *kind) for one, kind in zip(outputs, kinds, strict=True)])
         return self.many(len(kinds), "If", condition, **graphs)
 
     def graph(self, name: str, outputs: Sequence[Value], inputs: Sequence[Any] = ()) -> onnx.GraphProto:
-        """The scope as a graph. Each output is the output of a node ``Identity`` of its own, added last, so that it can
-        be renamed and no two outputs are the same value."""
+        """The scope as a graph. Each output comes from an ``Identity`` node of its own, added last. So an output can be
+        renamed, and no two outputs are the same value."""
         values = [helper.make_tensor_value_info(self("Identity", where), kind, shape) for where, kind, shape in outputs]
         return helper.make_graph(self.nodes, name, inputs, values, self.constants)
 
 
 Value = tuple[str, int, list]  # name, type and shape of an output
-Branch = tuple[Scope, Sequence[str]]  # the scope of a branch and the names of its outputs
+Branch = tuple[Scope, Sequence[str]]  # one side of an If: its scope and the names of its outputs
 
 
 def build_graph(segments: Sequence[Segment], contract: Contract, metadata: Mapping[str, str]) -> onnx.ModelProto:
@@ -226,7 +229,7 @@ def _names_used(node: onnx.NodeProto) -> list[str]:
 
 
 def required_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy without default values of inputs, for OpenVINO, which treats inputs with defaults as constants."""
+    """A copy without default values of inputs. OpenVINO treats inputs with defaults as constants."""
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
     names = {value.name for value in changed.graph.input}
@@ -237,8 +240,10 @@ def required_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def expand_log_sum_exp(model: onnx.ModelProto) -> None:
-    """Replace every ``ReduceLogSumExp`` by elementary operators, in place: nine times as fast in ONNX Runtime, and
-    OpenVINO 2026 would sum over all axes."""
+    """Replace every ``ReduceLogSumExp`` by elementary operators, in place.
+
+    They are nine times as fast in ONNX Runtime. OpenVINO 2026 sums ``ReduceLogSumExp`` over all axes, which is wrong.
+    """
     graph, nodes = model.graph, []
     for node in graph.node:
         if node.op_type != "ReduceLogSumExp":
@@ -267,7 +272,7 @@ def expand_log_sum_exp(model: onnx.ModelProto) -> None:
 
 def gather_instead_of_resize(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy in which every bilinear ``Resize`` of known sizes is a weighted sum of gathered rows, then of gathered
-    columns: OpenVINO takes half the time so."""
+    columns. This halves the time in OpenVINO."""
     changed = onnx.shape_inference.infer_shapes(model, data_prop=True)
     graph = changed.graph
     shapes = {
@@ -316,7 +321,7 @@ def _answer(
 ) -> list[str]:
     """Add the segments to ``scope``, starting from ``state``; returns the names of all `OUTPUTS`.
 
-    In the branch ``stay`` the photo stays at this exit, that is, it leaves there. In ``go_on`` it goes on to the next.
+    ``stay`` is the side of the ``If`` for a photo that leaves at this exit, ``go_on`` for one that goes on to the next.
     """
     segment, *deeper = segments
     found = scope.inline(segment.model, state)
@@ -366,7 +371,8 @@ def _state(found: Mapping[str, str]) -> dict[str, str]:
 
 
 def normalised(scope: Scope, image: str, size: str, contract: Contract) -> str:
-    """uint8 [H, W, 3] and its ``size`` (H, W) to float32 [1, 3, *contract.size], bilinear without antialiasing."""
+    """Resize and normalise a photo: uint8 [H, W, 3] with its ``size`` (H, W) to float32 [1, 3, *contract.size],
+    bilinear without antialiasing."""
     if contract.large == 0:
         return _fetched(scope, image, size, contract)
     large, small = scope.inside(), scope.inside()
@@ -384,7 +390,7 @@ def _normalise(scope: Scope, pixels: str, contract: Contract, arrange: Callable[
 
 def _resized(scope: Scope, image: str, contract: Contract) -> str:
     """Convert the whole photo, then resize it."""
-    pixels = scope("Cast", scope("Transpose", image, perm=[2, 0, 1]), to=TensorProto.FLOAT)  # bytes are moved faster
+    pixels = scope("Cast", scope("Transpose", image, perm=[2, 0, 1]), to=TensorProto.FLOAT)  # bytes transpose faster
     pixels = scope("Unsqueeze", pixels, scope.constant([0], np.int64))
     target = scope.constant([1, 3, *contract.size], np.int64)
     pixels = scope("Resize", pixels, "", "", target, mode="linear", coordinate_transformation_mode="half_pixel")
@@ -394,7 +400,7 @@ def _resized(scope: Scope, image: str, contract: Contract) -> str:
 def _fetched(scope: Scope, image: str, size: str, contract: Contract) -> str:
     """Resize from the four pixels around each output point, and convert only these.
 
-    Arithmetic is on rows of width * 3 values, and the transposition comes last: OpenVINO takes half the time so.
+    Arithmetic is on rows of width * 3 values, and the transposition comes last. This halves the time in OpenVINO.
     """
     height, width = contract.size
     top, bottom, down = _neighbours(scope, size, 0, height)
@@ -417,7 +423,7 @@ def _fetched(scope: Scope, image: str, size: str, contract: Contract) -> str:
 
 
 def _of_values(scope: Scope, pixels: str, count: int) -> str:
-    """The places of pixels in a row [count] to those of their three values [3 * count]."""
+    """Indices of pixels in a row [count] to indices of their three values [3 * count]."""
     pixels = scope("Reshape", pixels, scope.constant([count, 1], np.int64))
     values = scope("Add", scope("Mul", pixels, scope.constant([3], np.int64)), scope.constant([[0, 1, 2]], np.int64))
     return scope("Cast", scope("Reshape", values, scope.constant([-1], np.int64)), to=TensorProto.INT32)
@@ -443,8 +449,8 @@ def _between(scope: Scope, first: str, second: str, share: str) -> str:
 def detections(scope: Scope, cls_logits: str, bbox_regression: str, size: str, contract: Contract) -> list[str]:
     """Names of boxes, labels and scores by decreasing score, after NMS per class.
 
-    Only default boxes with a class above its lowest score are decoded. Per class, the ``topk_candidates`` of highest
-    score enter NMS.
+    Only default boxes with a score above the class's ``score_thresh`` are decoded. Per class, the ``topk_candidates``
+    boxes of highest score enter NMS.
     """
     zero = scope.constant([0], np.int64)
     probability = scope("Softmax", scope("Squeeze", cls_logits, zero), axis=1)
@@ -477,13 +483,13 @@ def detections(scope: Scope, cls_logits: str, bbox_regression: str, size: str, c
     photo = scope("Gather", scope("Cast", size, to=TensorProto.FLOAT), scope.constant([1, 0, 1, 0], np.int64))
     height, width = contract.size
     ratio = scope("Div", photo, scope.constant([width, height, width, height]))
-    found = scope("Reshape", scope("Mul", found, ratio), scope.constant([-1, 4], np.int64))  # OpenVINO asks for a rank
+    found = scope("Reshape", scope("Mul", found, ratio), scope.constant([-1, 4], np.int64))  # OpenVINO needs the rank
     return [found, labels, ordered]
 
 
 def _surest(scope: Scope, scores: str, candidates: str, contract: Contract) -> str:
-    """Scores [classes, n] with all but the ``topk_candidates`` highest per class set to 0, if there are more. Scores
-    equal to the last of these stay too."""
+    """Scores [classes, n], with all but the ``topk_candidates`` highest of each class set to 0. Scores equal to the
+    lowest of these stay too."""
     most = scope.constant([contract.topk_candidates], np.int64)
     too_many, cut, same = scope("Greater", scope("Shape", candidates), most), scope.inside(), scope.inside()
     values, _ = cut.many(2, "TopK", scores, most, axis=1)

@@ -1,4 +1,4 @@
-"""Export a routed detector for use without PyTorch, and hold it against the model before anything is written."""
+"""Export a routed detector for use without PyTorch. The file is compared with the model before it is kept."""
 
 from __future__ import annotations
 
@@ -57,27 +57,29 @@ from earlyexit_ssd.runtimes import OnnxRuntime
 
 Format = Literal["onnx", "staged", "openvino"]
 SUFFIXES: dict[str, str] = {"onnx": ".onnx", "staged": "", "openvino": ".xml"}
-"""Format -> how the name of what is written ends; staged files lie in a folder."""
+"""Format -> suffix of the file; the files of format ``staged`` are in a folder."""
 
 RENDERED_PHOTOS = 8  # number of photos to compare on, if none are given
 HEAD_PHOTOS = 4  # number of photos on which the outputs of every head are compared
 MAX_HEAD_DIFFERENCE = 1e-4
-"""Largest difference of a head's output from the model's, times the largest output if that is above 1."""
+"""Largest difference between a head's output and the model's; multiplied by the largest output if that is above 1."""
 MAX_BOX_DIFFERENCE_PX = 0.1
 MAX_SCORE_DIFFERENCE = 1e-3
 NEAR_THRESHOLD = 1e-5  # a confidence this close to its threshold may fall on the other side
-NEAR_LIMIT = 1e-4  # a score, or an IoU of two boxes, this close to its limit may fall on the other side
+NEAR_LIMIT = 1e-4  # a score or an IoU of two boxes this close to its limit may fall on the other side
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how it was held against the model.
+    """What was written, and the result of the comparison with the model.
 
     Attributes:
-        path: of the file, or of the folder of staged files; size: bytes of all of it.
-        photos: compared; detections: of the model in them.
-        borderline: photos in which rounding changed a decision: they took another exit (`NEAR_THRESHOLD`), or have
-            other detections (`NEAR_LIMIT`).
+        path: path of the file, or of the folder of staged files.
+        size: bytes of all files.
+        photos: number of photos on which file and model were compared.
+        detections: number of the model's detections in these photos.
+        borderline: number of photos in which rounding changed a decision: the photo left at another exit
+            (`NEAR_THRESHOLD`), or has other detections (`NEAR_LIMIT`).
     """
 
     path: Path
@@ -93,8 +95,8 @@ class Exported:
 
 
 def open_any(name_or_path: str | os.PathLike[str], router: bool = True) -> EarlyExitDetector:
-    """A model of any kind of detectors from shipped weights or a model file; ``router=False`` leaves the routing out.
-    Errors as of :meth:`EarlyExitSSDLite.from_pretrained`."""
+    """A model of any registered detector, from shipped weights or a model file; ``router=False`` leaves the routing
+    out. Raises the errors of :meth:`EarlyExitSSDLite.from_pretrained`."""
     content = read_weights(weights_path(name_or_path))
     described = content.get("architecture")
     name = described.get("detector") if isinstance(described, dict) else None
@@ -108,20 +110,21 @@ def export_detector(
     file_format: Format = "onnx",
     photos: Sequence[str | os.PathLike[str]] = (),
 ) -> Exported:
-    """Write a detector that runs without PyTorch, routed as ``model.router`` says; `Predictor` runs it.
+    """Write a detector that runs without PyTorch, with the routing of ``model.router``; `Predictor` runs the file.
 
     Exits that the router has closed are left out. Without a router the file is the full path and names no other exit.
-    What is written is first run on photos: the same exits, detections and heads as the model's, or nothing is written.
+    Before the file is put in place, it is run on photos. If its exits, detections or heads differ from the model's by
+    more than rounding, nothing is written.
 
     Args:
-        model: left as it is.
-        path: of the file, ending in .onnx or .xml (OpenVINO, with its weights in .bin beside it), or a folder for
-            staged files.
+        model: it is not changed.
+        path: path of the file, ending in .onnx or .xml (OpenVINO, with the weights in a .bin file beside it), or a
+            folder for staged files.
         file_format: ``onnx``, ``staged`` (a file for each segment) or ``openvino``.
-        photos: to compare on; by default `RENDERED_PHOTOS` are rendered.
+        photos: paths of photos to compare on; by default `RENDERED_PHOTOS` are rendered.
 
     Raises:
-        EarlyExitError: a hybrid router, a path that does not fit the format, an unreadable photo, or an answer of the
+        EarlyExitError: a hybrid router, a path that does not fit the format, an unreadable photo, or a result of the
             file that differs from the model's.
     """
     path = exportable_path(path, file_format)
@@ -141,7 +144,7 @@ def exportable_path(path: str | os.PathLike[str], file_format: Format) -> Path:
     if file_format not in get_args(Format):
         raise EarlyExitError(f"format {file_format!r:.60}: expected one of {', '.join(get_args(Format))}")
     if path.suffix != SUFFIXES[file_format] and file_format != "staged":
-        raise EarlyExitError(f"{path}: a file of format {file_format} ends in {SUFFIXES[file_format]}; name it so")
+        raise EarlyExitError(f"{path}: a file of format {file_format} ends in {SUFFIXES[file_format]}; rename it")
     if path.exists() and path.is_dir() != (file_format == "staged"):
         raise EarlyExitError(f"{path}: there is {'a folder' if path.is_dir() else 'a file'} of that name; name another")
     return path
@@ -151,14 +154,15 @@ def exportable(model: EarlyExitDetector) -> EarlyExitDetector:
     """A copy of the model on the CPU, without exits if it has no router; an EarlyExitError for a hybrid router."""
     if getattr(model.router, "hybrid", False):
         raise EarlyExitError(
-            "a hybrid router cannot be exported: its photos all go to the end; export with hybrid=False, calibrated so"
+            "a hybrid router cannot be exported, since all its photos run the whole trunk; calibrate and export with "
+            "ROUTING.HYBRID false"
         )
     model = copy.deepcopy(model).cpu().eval()
     return model if model.router is not None else _without_exits(model)  # without a router no photo leaves at an exit
 
 
 def runtime_of(file_format: Format) -> str:
-    """The runtime that a format is written for."""
+    """The runtime that runs files of a format."""
     return "openvino" if file_format == "openvino" else "onnxruntime"
 
 
@@ -180,8 +184,8 @@ def _weights_beside(path: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Context manager: a place to write to, whose files replace those at ``path`` at the end. A folder is replaced only
-    if it is empty or holds an earlier export."""
+    """Context manager with a temporary path to write to. At the end, what was written there replaces the file or folder
+    at ``path``. A folder is replaced only if it is empty or holds an earlier export."""
     make_folder(path.parent)
     with tempfile.TemporaryDirectory(prefix=f".{path.name[:40]}.", dir=path.parent) as temporary, writing(path):
         made = Path(temporary) / path.name
@@ -195,12 +199,12 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(made, path)
 
 
-# The parts: segments by PyTorch's exporter, and what surrounds them.
+# The parts of a file: segments by PyTorch's exporter, settings of pre- and post-processing, and metadata.
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a file is built from."""
+    """All that a file is built from."""
 
     segments: list[tuple[SegmentNetwork, Segment]]
     contract: Contract
@@ -211,22 +215,24 @@ class SegmentNetwork(nn.Module):
     """The layers from exit ``before`` (None: from the images) to exit ``index``.
 
     Args:
-        model: with its router.
-        before, index: exits; closed exits between them are skipped.
+        model: the detector with its router.
+        before, index: indices of the exits; closed exits between them are skipped.
         head: whether the outputs of the exit's head are outputs of the segment.
-        onward: whether a later early exit follows, whose branch may read the context.
+        onward: whether a later early exit follows. Its branch may read the context (see modeling/detector.py), so the
+            context is then an output of the segment.
 
     Attributes:
-        inputs: names of its input tensors, set by `to_onnx`.
+        inputs: names of the segment's input tensors, set by `to_onnx`.
     """
 
     def __init__(self, model: EarlyExitDetector, before: int | None, index: int, head: bool, onward: bool) -> None:
         super().__init__()
         self.model, self.before, self.index, self.head, self.onward = model, before, index, head, onward
-        self.eval()  # the exporter gives the model back the mode of this
+        self.eval()  # the exporter sets the model's train or eval mode to that of this module
 
     def run(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The state before, by the names of `STATE`, to the state behind, the exit's head and its confidence [N]."""
+        """Run the segment. ``state`` has the tensors of `STATE` at the exit before; returned are those at this exit,
+        the outputs of its head and its confidence [N]."""
         model, behind = self.model, None
         if self.before is not None:
             trunk_state = TrunkState(state["x"], state.get("finest"))
@@ -245,17 +251,19 @@ class SegmentNetwork(nn.Module):
         return {name: value for name, value in found.items() if value is not None}
 
     def forward(self, *state: Tensor) -> tuple[Tensor, ...]:
-        """The same with tensors in order, for the exporter."""
+        """`run` with a sequence of tensors, for the exporter."""
         return tuple(self.run(dict(zip(self.inputs, state, strict=True))).values())
 
     def to_onnx(self, state: dict[str, Tensor]) -> tuple[onnx.ModelProto, dict[str, Tensor]]:
-        """The segment for inputs of these shapes, by the exporter on TorchScript, and what it gives for these. An
-        EarlyExitError if the exporter cannot follow the network."""
+        """Export the segment for inputs of the shapes in ``state``; returns the graph, and the outputs for ``state``.
+
+        Uses PyTorch's exporter on TorchScript. Raises an EarlyExitError if it cannot trace the network.
+        """
         self.inputs = tuple(state)
         found = self.run(state)
         content = io.BytesIO()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the tracer: about shapes, which are fixed, and about its own future
+            warnings.simplefilter("ignore")  # of the tracer: about fixed shapes, and about its own deprecation
             try:
                 torch.onnx.export(
                     self,
@@ -275,13 +283,13 @@ class SegmentNetwork(nn.Module):
 
 
 def build_parts(model: EarlyExitDetector) -> Parts:
-    """The parts of a model as `exportable` gives it, in eval mode without gradients."""
+    """The parts of a model that `exportable` has returned; call it in eval mode without gradients."""
     contract = _contract(model)
     return Parts(_segments(model), contract, _metadata(model, contract))
 
 
 def _segments(model: EarlyExitDetector) -> list[tuple[SegmentNetwork, Segment]]:
-    """One for each open exit and one for the full path."""
+    """A segment for each open exit, and one for the full path."""
     full = model.num_early_exits
     stops = [*(index for index in range(full) if model.router is not None and model.router.needs(index)), full]
     size = model.transform.fixed_size[::-1]
@@ -289,7 +297,7 @@ def _segments(model: EarlyExitDetector) -> list[tuple[SegmentNetwork, Segment]]:
     segments, head_needed = [], False
     for before, index in zip([None, *stops], stops, strict=False):
         empty = index < full and model.empty[index]
-        head_needed |= not empty  # behind a branch even an empty exit: both sides of an If have the same outputs
+        head_needed |= not empty  # also at an empty exit behind a branch: both sides of an If need the same outputs
         onward = any(index < later < full for later in stops)
         network = SegmentNetwork(model, before, index, head=head_needed, onward=onward)
         exported, found = network.to_onnx(state)
@@ -322,7 +330,7 @@ def _least_scores(model: EarlyExitDetector) -> list[float]:
 
 
 def _metadata(model: EarlyExitDetector, contract: Contract) -> dict[str, str]:
-    """What a `Predictor` reads: text by key, JSON but for the format."""
+    """Metadata that a `Predictor` reads: key -> text, in JSON except the value of ``format``."""
     names = ("earlyexit_ssd", "torch", "torchvision", "onnx", "onnxruntime")
     certificate = current_certificate(model.router)
     values = {
@@ -378,7 +386,7 @@ WRITERS: dict[str, Callable[[Parts, Path], None]] = {
 }
 
 
-# Held against the model.
+# Comparison with the model.
 
 
 def _photos(paths: Sequence[str | os.PathLike[str]]) -> Iterator[tuple[str, np.ndarray]]:
@@ -392,7 +400,8 @@ def _photos(paths: Sequence[str | os.PathLike[str]]) -> Iterator[tuple[str, np.n
 
 
 def _compare_heads(model: EarlyExitDetector, parts: Parts, photos: Sequence[tuple[str, np.ndarray]]) -> None:
-    """Every segment's outputs, each on what the model gives the segment before it."""
+    """Compare the head outputs of every segment with the model's. Each segment gets the model's own state as input.
+    Raises an EarlyExitError if they differ."""
     runs = [OnnxRuntime(segment.model.SerializeToString(), segment.name) for _, segment in parts.segments]
     for name, photo in photos:
         batch, _ = model.transform([as_tensor(photo)])
@@ -414,7 +423,8 @@ def _compare_heads(model: EarlyExitDetector, parts: Parts, photos: Sequence[tupl
 def _compare(
     model: EarlyExitDetector, predictor: Predictor, photos: Sequence[tuple[str, np.ndarray]]
 ) -> tuple[int, int, int]:
-    """Numbers of photos, of the model's detections, and of photos that differ by rounding alone."""
+    """Compare the file with the model. Returns the numbers of photos, of the model's detections, and of photos that
+    differ only by rounding."""
     detections = borderline = 0
     for name, photo in progress(photos, desc="compare with the model"):
         (expected,) = model([as_tensor(photo)])
@@ -428,8 +438,8 @@ def _compare(
 
 
 def _is_same(model: EarlyExitDetector, photo: np.ndarray, expected: dict[str, Tensor], found: Detections) -> bool:
-    """Whether exit and detections are the model's; False where rounding explains what differs. An EarlyExitError if
-    nothing explains it."""
+    """Whether exit and detections are the model's; False if they differ and rounding explains the difference. Raises an
+    EarlyExitError for any other difference."""
     index = int(expected.get("exit_index", model.num_early_exits))
     if index != found.exit_index:
         first = min(index, found.exit_index)
@@ -458,7 +468,8 @@ Found = Sequence[np.ndarray]  # boxes [n, 4], labels [n] and scores [n]
 
 
 def _unpaired(mine: Found, theirs: Found) -> Found:
-    """Those of either side that have no equal on the other: same label, and small differences of box and score."""
+    """Detections of one side without an equal on the other side. Equal detections have the same label, and boxes and
+    scores within the limits above."""
     boxes, labels, scores = (_differences(one, other) for one, other in zip(mine, theirs, strict=True))
     equal = (boxes.max(-1) <= MAX_BOX_DIFFERENCE_PX) & (labels == 0)
     equal &= scores <= MAX_SCORE_DIFFERENCE
@@ -479,11 +490,12 @@ def _differences(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 def _unexplained(
     model: EarlyExitDetector, photo: np.ndarray, index: int, mine: Found, theirs: Found, alone: Found
 ) -> list[str]:
-    """Of the detections that only one side has, those that rounding does not explain.
+    """Those detections of ``alone`` (on one side only) that rounding does not explain, as text.
 
-    The model must have the box too, before any box is dropped. Then a detection is explained if (1) its score is close
-    to a limit: the least score, or the last place of its class or of the photo; (2) an IoU is close to the limit of the
-    NMS; (3) two overlapping boxes have the same score. (4) A box that overlaps an explained box is explained too.
+    A detection is explained if the model has the same box before any box is dropped, and one of these holds: (1) The
+    score is close to a limit: the score threshold, or the lowest score that is kept for the class or the photo. (2) An
+    IoU is close to the limit of the NMS. (3) Two overlapping boxes have the same score. (4) The box overlaps an
+    explained box.
     """
     boxes, scores = _boxes_before_nms(model, photo, index)
     ranked = np.sort(scores, axis=0)[-min(model.topk_candidates, len(scores))]
