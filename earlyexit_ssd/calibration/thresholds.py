@@ -1,8 +1,8 @@
-"""Thresholds of all exits together, over a grid of candidates or by gradient descent, and temperatures by likelihood.
+"""Find the thresholds of all exits together, on a grid or by gradient descent. Fit temperatures by maximum likelihood.
 
 An exit is *closed* if its threshold is `CLOSED`, which no confidence reaches. The branch of a closed exit is not
-computed, so all deeper exits cost less. In all functions ``confidences`` are one array [n] per early exit, ``losses``
-[n, exits] and ``costs`` [exits], with the full path last.
+computed, so all deeper exits cost less. In all functions ``confidences`` are one array [n] per early exit. ``losses``
+[n, exits] and ``costs`` [exits] have the full path last.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.routing.policies import FastSoftmax
 
-LARGEST_GRID = 20_000  # largest number of combinations of thresholds; the more exits, the fewer candidates per exit
-MOST_EXITS = 5  # largest number of early exits; with more of them the grid would be too coarse
+LARGEST_GRID = 20_000  # largest number of combinations of thresholds; with more exits, each exit gets fewer candidates
+MOST_EXITS = 5  # largest number of early exits; with more exits the grid would be too coarse
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Grid:
         return np.stack([per_exit[photos, choice].mean() for choice in self.choices])
 
     def mean_cost(self, costs: np.ndarray) -> np.ndarray:
-        """Mean cost of the photos, [M], from the costs [M, exits], which differ where other exits are closed."""
+        """Mean cost of the photos, [M]. ``costs`` [M, exits] has a row per combination, since costs depend on which
+        exits are closed."""
         return np.stack([row[choice].mean() for row, choice in zip(costs, self.choices, strict=True)])
 
 
@@ -50,7 +51,7 @@ class CurvePoint:
     Attributes:
         cost: mean over the photos.
         loss: loss of AP50, or mean loss of a photo, by the target.
-        bound: upper bound of ``loss``, which the target's limit is compared with; None if it was not computed.
+        bound: upper bound of ``loss``. It is compared with the target's limit. None if it was not computed.
     """
 
     thresholds: tuple[float, ...]
@@ -76,10 +77,10 @@ def open_sets(exits: int) -> Iterator[tuple[list[float], np.ndarray]]:
 
 
 def candidate_thresholds(confidence: np.ndarray, count: int) -> np.ndarray:
-    """Candidates for an exit's threshold from its confidences [n], falling; the first is `CLOSED`, the last is 0.
+    """Candidates for an exit's threshold from its confidences [n], in falling order. The first is `CLOSED`, the last 0.
 
-    The others lie midway between neighbouring confidences, so that rounding changes no decision. At most ``count`` of
-    them are kept, evenly by rank.
+    The others lie halfway between neighbouring confidences, so that rounding changes no decision. At most ``count`` of
+    the others are kept, evenly by rank.
     """
     values = np.unique(confidence)
     halfway = (values[1:] + values[:-1]) / 2
@@ -88,8 +89,8 @@ def candidate_thresholds(confidence: np.ndarray, count: int) -> np.ndarray:
 
 
 def threshold_grid(confidences: Sequence[np.ndarray], count: int | None = None) -> Grid:
-    """All combinations of the `candidate_thresholds` of each exit, without those that give every photo the same exit as
-    another. By default ``count`` is as large as `LARGEST_GRID` allows."""
+    """All combinations of the `candidate_thresholds` of each exit. Of combinations that give every photo the same exit,
+    only one is kept. By default ``count`` is as large as `LARGEST_GRID` allows, and at most 60."""
     exits = len(confidences)
     require_few_exits(exits)
     count = count or min(60, int(LARGEST_GRID ** (1 / exits)) - 2)
@@ -108,15 +109,15 @@ def require_few_exits(exits: int) -> None:
 
 
 def pareto_path(loss: np.ndarray, cost: np.ndarray) -> np.ndarray:
-    """Indices of the combinations that no other beats in both ``loss`` [M] and ``cost`` [M], by rising loss."""
+    """Indices of the combinations that are Pareto-optimal in ``loss`` [M] and ``cost`` [M], by rising loss."""
     order = np.lexsort((cost, loss))
     best = np.minimum.accumulate(np.concatenate([[np.inf], cost[order][:-1]]))
     return order[cost[order] < best]
 
 
 def best_within(bounded: np.ndarray, minimised: np.ndarray, limit: float) -> int | None:
-    """Index of the smallest ``minimised`` [M] among those with ``bounded`` [M] <= ``limit``, in a tie that of the
-    smallest ``bounded``; None if no ``bounded`` is small enough."""
+    """Index of the smallest ``minimised`` [M] where ``bounded`` [M] is at most ``limit``. In a tie the one with the
+    smallest ``bounded`` is taken. None if every ``bounded`` is above the limit."""
     allowed = np.flatnonzero(bounded <= limit)
     return int(allowed[np.lexsort((bounded[allowed], minimised[allowed]))[0]]) if len(allowed) else None
 
@@ -124,7 +125,7 @@ def best_within(bounded: np.ndarray, minimised: np.ndarray, limit: float) -> int
 STEPS, HALVINGS = 150, 10
 """Adam steps per fit, and bisection steps for the weight of the cost in the minimised sum (a Lagrange multiplier)."""
 WIDTHS = (0.1, 0.01)
-"""First and last width of the sigmoid that replaces a threshold, as differences of ranks; it shrinks geometrically."""
+"""First and last width of the sigmoid that replaces a threshold, in units of rank; the width shrinks geometrically."""
 BUDGETS = 20
 """Number of mean costs that `learned_grid` fits thresholds for, from the cheapest exit to the full path alone."""
 
@@ -137,7 +138,7 @@ def learn_open_exits(
 ) -> np.ndarray:
     """Thresholds [early exits] of the least mean loss within a budget.
 
-    Gradient descent cannot see the saving from closing an exit. So each set of open exits is tried.
+    Closing an exit saves cost that has no gradient. So each set of open exits is tried.
 
     Args:
         costs_with: function from thresholds (0 or `CLOSED`) of the early exits to the costs.
@@ -167,7 +168,7 @@ def learned_grid(
 ) -> Grid:
     """The thresholds that `learn_open_exits` finds for each of `BUDGETS` budgets, and those with all exits closed.
 
-    ``more_budgets`` are budgets (mean costs) besides; those below the cost of the cheapest exit are left out.
+    ``more_budgets`` are additional budgets (mean costs). Budgets below the cost of the cheapest exit are left out.
     """
     all_closed = [CLOSED] * len(confidences)
     full_cost = float(costs_with(all_closed)[-1])
@@ -185,8 +186,9 @@ def learn_thresholds(
     """Thresholds [early exits] of mean cost at most ``budget``, learnt by gradient descent (Bolukbasi et al. 2017).
 
     Adam minimises mean loss + weight * mean relative cost, with a sigmoid in place of each threshold. Bisection finds
-    the smallest weight that meets the budget; if none does, all photos leave at the first exit. Confidences are
-    replaced by their ranks in [0, 1], so that one width of the sigmoid fits every policy. All exits are open.
+    the smallest weight at which the mean cost is within the budget. If there is no such weight, all photos leave at the
+    first exit. Confidences are replaced by their ranks in [0, 1], so that one width of the sigmoid fits every policy.
+    All exits are open.
     """
     ranks = torch.stack([_ranks(values) for values in confidences], dim=1)
     highest_cost, losses = float(np.max(costs)), torch.from_numpy(losses.astype(np.float32))
@@ -212,8 +214,8 @@ def learn_thresholds(
 
 
 def exit_probabilities(ranks: Tensor, thresholds: Tensor, width: float) -> Tensor:
-    """Probability that a photo takes each exit, the full path last, with sigmoids in place of the thresholds: ranks
-    [n, early exits] to [n, early exits + 1]."""
+    """Probabilities that a photo takes each exit, with sigmoids in place of the thresholds: ranks [n, early exits] to
+    [n, early exits + 1], the full path last."""
     leaves = torch.sigmoid((ranks - thresholds) / width)
     stays = torch.cat([torch.ones(len(ranks), 1), (1 - leaves).cumprod(1)], dim=1)
     return torch.cat([leaves * stays[:, :-1], stays[:, -1:]], dim=1)
@@ -227,22 +229,22 @@ def _ranks(values: np.ndarray) -> Tensor:
 
 
 def _unrank(values: np.ndarray, rank: float) -> float:
-    """The smallest confidence with at least this rank; `CLOSED` if there is none. Confidences below 0 (-1: the policy
-    cannot decide at this exit) are left out."""
+    """The smallest confidence of at least this rank; `CLOSED` if there is none. Confidences below 0 are left out: a
+    policy that cannot decide at an exit gives -1."""
     leaving = values[(_ranks(values).numpy() >= np.float32(rank)) & (values >= 0)]
     return float(leaving.min()) if len(leaving) else CLOSED
 
 
 BINS = 10
 LEAST_PROBABILITY = 0.05
-AT_BOUND = 0.01  # a fitted temperature this near to a bound (as a share of it) has been stopped by it
+AT_BOUND = 0.01  # a temperature has been stopped by a bound if it is this close to it, as a share of the bound
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """Confidence, accuracy and number of default boxes, in `BINS` bins of equal width of the probability of the most
-    probable object class. ``expected_error`` is the sum over them of count / total * |accuracy - confidence| (Guo et
-    al. 2017, equation 3)."""
+    """Mean confidence, accuracy and number of default boxes per bin. A box's confidence is the probability of its most
+    probable object class; it has `BINS` bins of equal width. ``expected_error`` is the sum over the bins of count /
+    total * |accuracy - confidence| (Guo et al. 2017, equation 3)."""
 
     confidence: tuple[float, ...]
     accuracy: tuple[float, ...]
@@ -252,7 +254,8 @@ class Reliability:
 
 @dataclass(frozen=True)
 class FittedTemperature:
-    """One exit's temperature, and its reliability on the photos it was fitted on: at 1 and at that temperature."""
+    """One exit's temperature, and the exit's reliability on the photos of the fit: at temperature 1 (``before``) and at
+    the fitted one (``after``)."""
 
     exit_name: str
     temperature: float
@@ -262,10 +265,13 @@ class FittedTemperature:
 
 @torch.no_grad()
 def contested_boxes(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Logits [M, C] and labels [M] of the default boxes on an object, or with an object probability of
-    `LEAST_PROBABILITY` at least, of batches of raw logits [N, A, C] with labels [N, A], 0 for background.
+    """Logits [M, C] and labels [M] of the default boxes that may show an object.
 
-    The others, 98 % of them, are sure background; counted in, they would decide the temperature alone.
+    These are the boxes that are matched with an object or have an object probability of at least `LEAST_PROBABILITY`.
+    The others, 98 % of all boxes, are almost surely background; with them, they alone would decide the temperature.
+
+    Args:
+        batches: logits [N, A, C], not divided by a temperature, and labels [N, A], 0 for background.
     """
     logits, labels = [], []
     for batch, truth in batches:
@@ -278,7 +284,7 @@ def contested_boxes(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, T
 @torch.no_grad()
 def fit_temperature(logits: Tensor, labels: Tensor, bounds: tuple[float, float]) -> float:
     """The temperature T in ``bounds`` at which softmax(logits / T), [M, C], gives the labels [M] the largest likelihood
-    (Guo et al. 2017, section 4.2)."""
+    (Guo et al. 2017, section 4.2); 1 without any box."""
     if not len(logits):
         return 1.0
     found = minimize_scalar(
@@ -289,13 +295,13 @@ def fit_temperature(logits: Tensor, labels: Tensor, bounds: tuple[float, float])
 
 
 def stopped_by(temperature: float, bounds: tuple[float, float]) -> float | None:
-    """The bound that a fitted temperature lies at, if any."""
+    """The bound at which a fitted temperature lies (`AT_BOUND`); None if it lies at neither."""
     return next((bound for bound in bounds if abs(temperature - bound) <= AT_BOUND * bound), None)
 
 
 @torch.no_grad()
 def reliability(logits: Tensor, labels: Tensor, temperature: float) -> Reliability:
-    """Of softmax(logits / temperature), [M, C], against the labels [M]."""
+    """The reliability of softmax(logits / temperature), [M, C], compared with the labels [M]."""
     probability, label = (logits / temperature).softmax(-1)[..., 1:].max(-1)
     right = (label + 1 == labels).double()
     place = (probability * BINS).long().clamp(max=BINS - 1)

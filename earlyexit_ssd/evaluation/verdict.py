@@ -16,8 +16,9 @@ from earlyexit_ssd.routing.policies import reads_taps
 
 DETECTS_AP50 = 0.05  # a full path with a lower AP50 does not detect, whatever its other figures are
 DOUBTFUL_AP50 = 0.20
-"""With a lower AP50, scores that are all alike or boxes outside the photos show that the full path does not detect."""
-ALIKE = 0.2  # scores are alike if standard deviation / mean is below this. A detector that works has about 1 or more
+"""A full path with a lower AP50 does not detect if its scores are all alike or most of its boxes are outside the
+photos."""
+ALIKE = 0.2  # scores are alike if standard deviation / mean is below this; it is about 1 or more in a working detector
 ENOUGH_BOXES = 20  # with fewer boxes, neither their scores nor their positions are judged
 MOVE_DEEPER_AP50 = 0.30  # a first exit with a lower AP50 must move to a deeper layer
 ENOUGH_AP50 = 0.35  # a first exit with a higher AP50 is accurate enough
@@ -25,7 +26,7 @@ FIRST_EXIT_SHARE = 0.75
 """Least AP50 of the first exit / AP50 of the full path, if the full path is an unchanged checkpoint."""
 DEEPEST_SHARE = 0.85  # least AP50 of the deepest exit / AP50 of the full path
 LARGEST_LOSS = 0.10  # largest loss of AP50 by routing / AP50 of the full path
-AP50_TOLERANCE = 0.005  # a smaller difference in AP50 counts as equal: a few hundred photos cannot show it
+AP50_TOLERANCE = 0.005  # AP50s that differ by less count as equal: a few hundred photos cannot show less
 
 SHIP_INSTEAD = "ship instead"
 """Start of the finding that names a better rival."""
@@ -36,13 +37,13 @@ Rule = Callable[[Results], Iterable[Finding]]
 def judge(results: Results) -> Verdict:
     """The verdict by the rules that fit the results.
 
-    If the full path does not detect, that is the only finding; its text mentions a failed gate that --force has passed.
-    Otherwise such a gate is the first finding, and a veto.
+    If the full path does not detect, this is the only finding. Its text mentions it if --force was used at a failed
+    gate. Otherwise the use of --force is the first finding, and a veto.
     """
     forced = results.context.forced
     rules = RULES if results.early else (report_no_exits, compare_with_rivals, report_other_runtimes)
     if not results.context.labelled:
-        rules = (report_agreement, check_speedup)  # the others need the accuracy, which is unknown
+        rules = (report_agreement, check_speedup)  # the other rules need the accuracy, which is unknown
     elif findings := list(check_full_path(results)):
         said = "; --force was used on the way" if forced else ""
         return Verdict(False, None, (Finding(findings[0].line + said, veto=True),))
@@ -59,13 +60,13 @@ def judge(results: Results) -> Verdict:
 
 
 def report_no_exits(results: Results) -> Iterator[Finding]:
-    """Say that there are no exits, as in a detector that `optimize` has chosen; it is compared with rivals only."""
+    """Say that the model has no early exits, such as a detector that `optimize` has chosen, and check for rivals."""
     yield Finding("the model has no early exit: every photo takes its full path")
     yield from check_rivals_exist(results)
 
 
 def check_full_path(results: Results) -> Iterator[Finding]:
-    """A finding if the full path does not detect: exits are worth nothing then. No finding otherwise."""
+    """A veto if the full path does not detect, or if that cannot be judged; otherwise no finding."""
     ap50, boxes = results.full.ap50, results.full.found
     if ap50 is None:
         yield Finding("AP50 is undefined, since the photos show no object to find: nothing can be said", veto=True)
@@ -84,8 +85,11 @@ def check_full_path(results: Results) -> Iterator[Finding]:
 
 
 def check_exit_accuracy(results: Results) -> Iterator[Finding]:
-    """Whether the first and the deepest exit in use are accurate enough. The first is compared with two limits of AP50,
-    or with the full path if that is an unchanged checkpoint (``taken_over``); the deepest always with the full path."""
+    """Whether the first and the deepest exit in use are accurate enough.
+
+    The first exit is compared with two limits of AP50. If the full path is an unchanged checkpoint (``taken_over``),
+    the first exit is compared with the full path instead. The deepest exit is always compared with the full path.
+    """
     single = [one for one in results.early if one.name == exit_to_ship_alone(results)]
     used = [one for one in single or _open_exits(results) or results.early if not one.empty]
     full = results.full.ap50
@@ -111,7 +115,7 @@ def check_exit_accuracy(results: Results) -> Iterator[Finding]:
 
 
 def check_exits_below_full(results: Results) -> Iterator[Finding]:
-    """Name the early exits that are better than the full path: a hint at a mistake, such as a damaged full path.
+    """Name the early exits that are better than the full path. They hint at a mistake, such as a damaged full path.
 
     ``AP50_below_full_interval`` is the paired interval of (AP50 of the full path - AP50 of the exit). There is no veto
     if this interval has a value above 0, or if the exit is to be shipped alone.
@@ -133,7 +137,7 @@ def check_exits_below_full(results: Results) -> Iterator[Finding]:
 
 
 def check_exit_times(results: Results) -> Iterator[Finding]:
-    """Name the open exits that take as long as the detector without exits, or longer. This is no veto."""
+    """Name the open exits that take as long as the detector without exits or longer, without a veto."""
     plain = results.without_exits.ms
     for one in _open_exits(results):
         if one.ms >= plain:
@@ -142,7 +146,8 @@ def check_exit_times(results: Results) -> Iterator[Finding]:
 
 
 def check_exit_use(results: Results) -> Iterator[Finding]:
-    """If every photo takes the same exit, the router is useless: ship that exit alone if it is good enough, or veto."""
+    """If every photo takes the same exit, the router is useless. Recommend that exit alone if it is good enough,
+    otherwise veto."""
     only = _exit_of_all_photos(results)
     fix = "change the thresholds (ROUTING.THRESHOLDS), or calibrate for another target"
     if only == results.full.name:
@@ -154,7 +159,7 @@ def check_exit_use(results: Results) -> Iterator[Finding]:
 
 
 def _why_nobody_leaves(results: Results, fix: str) -> str:
-    """The finding if no photo leaves early; ``fix`` is the advice where no other is better."""
+    """The text of the finding if no photo leaves early; ``fix`` is the advice unless a special one applies."""
     closed = results.routed.thresholds and not _open_exits(results)
     if closed and results.certificate:
         return "the certificate opens no exit, every image takes the full path: allow a larger loss, or train the exits"
@@ -185,7 +190,7 @@ def check_speedup(results: Results) -> Iterator[Finding]:
 
 
 def check_certificate(results: Results) -> Iterator[Finding]:
-    """Compare the certificate's target with the figure on these photos. A target that is not met is a veto."""
+    """Compare the certificate's target with the figure on these photos. Veto if the target is not met."""
     certificate = results.certificate
     if certificate is None:
         return
@@ -207,8 +212,8 @@ def check_certificate(results: Results) -> Iterator[Finding]:
 
 
 def check_routed_accuracy(results: Results) -> Iterator[Finding]:
-    """A veto if routing loses more than a tenth of the full path's AP50. If a certificate has a limit for this loss,
-    there is no veto here, but in `check_certificate`."""
+    """A veto if routing loses more than `LARGEST_LOSS` of the full path's AP50. If a certificate limits this loss, only
+    `check_certificate` may veto."""
     full, routed = results.full.ap50, results.routed.ap50
     if not full or routed is None or _exit_of_all_photos(results) == results.full.name:
         return
@@ -236,7 +241,7 @@ def check_rivals_exist(results: Results) -> Iterator[Finding]:
 
 
 def report_better_rival(results: Results) -> Iterator[Finding]:
-    """Name the best rival with more AP50 and less time than the detector without exits. This is no veto."""
+    """Name the best rival with more AP50 and less time than the detector without exits, without a veto."""
     full, plain = results.full.ap50, results.without_exits.ms
     better = [one for one in _comparable(results) if one.ap50 > full + AP50_TOLERANCE and one.ms_interval[1] < plain]
     for best in sorted(better, key=lambda one: -one.ap50)[:1]:
@@ -246,7 +251,8 @@ def report_better_rival(results: Results) -> Iterator[Finding]:
 
 
 def compare_with_rivals(results: Results) -> Iterator[Finding]:
-    """A veto if a rival is not worse than the routed detector in AP50 and time, and clearly better in one of them."""
+    """Veto if a rival is better than the routed detector (`_dominates`), and name it; otherwise name the nearest
+    rival."""
     routed, comparable = results.routed, _comparable(results)
     if not comparable or routed.ap50 is None or routed.ms is None:
         return
@@ -264,7 +270,7 @@ def compare_with_rivals(results: Results) -> Iterator[Finding]:
 
 
 def report_other_runtimes(results: Results) -> Iterator[Finding]:
-    """Name the rivals that were timed in another runtime: their milliseconds cannot be compared."""
+    """Name the rivals that were timed in another runtime, so that their milliseconds cannot be compared."""
     others = [one.name for one in results.rivals if one.runtime != results.context.runtime]
     if others:
         exits = RUNTIME_TITLES[results.context.runtime]
@@ -288,7 +294,8 @@ RULES: tuple[Rule, ...] = (
 
 
 def report_agreement(results: Results) -> Iterator[Finding]:
-    """On photos without labels: how many of the full path's detections routing keeps, and how many it adds."""
+    """For photos without labels: a veto, with the numbers of detections that routing keeps and adds compared with the
+    full path."""
     found, lost, added = map(results.routed.number, ("true_positives", "false_negatives", "false_positives"))
     figures = f"routing keeps {found} of the {found + lost} objects that the full path finds and adds {added}"
     yield Finding(f"nobody labelled these photos: {figures}; the accuracy of neither is known", veto=True)
@@ -317,13 +324,13 @@ def exit_to_ship_alone(results: Results) -> str | None:
 
 
 def _exit_of_all_photos(results: Results) -> str | None:
-    """The exit that every photo takes, early or full; None if photos take several, or if there is no early exit."""
+    """The exit that every photo takes, early or full; None if photos take several exits or there is no early exit."""
     share = results.routed.exit_share
     return next((name for name, value in share.items() if value == 1.0), None) if len(share) > 1 else None
 
 
 def _asked_for_ap(results: Results) -> bool:
-    """Whether there is a certificate, and its target is a largest loss of AP50."""
+    """Whether there is a certificate whose target limits the loss of AP50."""
     return results.certificate is not None and results.certificate.target["kind"] == "ap_drop"
 
 
@@ -341,8 +348,9 @@ def _comparable(results: Results) -> list[RivalResult]:
 
 
 def _dominates(rival: RivalResult, routed: RoutedResult) -> bool:
-    """Whether the rival is not worse in AP50 (within the tolerance) or time, and clearly better in one of them: its
-    whole time interval is below the routed time, or the paired AP50 interval is below 0."""
+    """Whether the rival has no less AP50 (within `AP50_TOLERANCE`), takes no more time, and is clearly better in one of
+    the two. It is clearly better if its whole time interval is below the routed time, or if the paired interval of
+    (routed AP50 - rival's AP50) is below 0."""
     if rival.ap50 < routed.ap50 - AP50_TOLERANCE or rival.ms > routed.ms:
         return False
     difference = rival.routed_minus_rival_AP50_interval
@@ -350,7 +358,7 @@ def _dominates(rival: RivalResult, routed: RoutedResult) -> bool:
 
 
 def _relative_loss(rival: RivalResult, routed: RoutedResult) -> float:
-    """AP50 that the rival lacks plus additional time, each as a share of the routed detector's; 0 if there is none.
-    The rival with the smallest one is the nearest."""
+    """Lost AP50 plus additional time of the rival, each as a share of the routed detector's; a gain counts as 0. The
+    nearest rival has the smallest sum."""
     accuracy = 1 - rival.ap50 / routed.ap50 if routed.ap50 else 0.0
     return max(accuracy, 0.0) + max(rival.ms / routed.ms - 1, 0.0)
