@@ -1,6 +1,6 @@
 """A torchvision SSD with early exits: the forward pass from exit to exit, detections and losses.
 
-A *context* is a map that the branch of an exit passes on to the branch of the next exit. With a *hybrid* router
+A *context* is a feature map that the branch of an exit passes on to the branch of the next exit. With a *hybrid* router
 classes come from an early exit and boxes from the full path. The glossary of docs/design.md explains the other terms.
 """
 
@@ -51,7 +51,8 @@ def early_exit_losses(
     settings: LossSettings,
     router: Router | None = None,
 ) -> dict[str, Tensor]:
-    """Per exit ``<name>_bbox_regression`` and ``_classification``; optionally ``_distillation`` and ``_temperature``.
+    """Per exit the losses ``<name>_bbox_regression`` and ``<name>_classification``, optionally ``<name>_distillation``
+    and ``<name>_temperature``.
 
     With ``supervision="teacher"`` there are no losses against labels, and temperatures are fitted to the full path's
     most probable classes.
@@ -82,7 +83,7 @@ def early_exit_losses(
     return losses
 
 
-# The forward pass: from exit to exit, each computing only what is requested.
+# The forward pass from exit to exit; each exit computes only what is requested.
 
 
 @dataclass
@@ -94,7 +95,7 @@ class AtExit:
         index: index of the exit; the full path's index is the number of early exits.
         state: state of the trunk at this exit; at a glance, the images.
         context: context of this exit's branch, see :meth:`Branch.context`.
-        glance_tap: of a glance, its tap [N, C, H, W]; None until :attr:`tap` is first read.
+        glance_tap: tap [N, C, H, W] of a glance; None at other exits, and until :attr:`tap` is first read.
     """
 
     model: EarlyExitDetector
@@ -111,7 +112,7 @@ class AtExit:
 
     @property
     def tap(self) -> Tensor:
-        """Output of the exit's trunk layer [N, C, H, W]; that of a glance is computed when it is first read."""
+        """Output of the exit's trunk layer [N, C, H, W]; a glance's tap is computed when it is first read."""
         exit = None if self.full else self.model.exits[self.index]
         if exit is None or exit.pixels is None:
             return self.state.x
@@ -138,7 +139,7 @@ class AtExit:
         return ExitSignals(head["cls_logits"], pool_tap(self.tap), self.model.empty[self.index])
 
     def select(self, images: Tensor) -> AtExit:
-        """A copy with some of the images only (boolean mask [N] or indices)."""
+        """A copy with the chosen images only (boolean mask [N] or indices)."""
         context, glance_tap = (None if one is None else one[images] for one in (self.context, self.glance_tap))
         return dataclasses.replace(self, state=self.state.select(images), context=context, glance_tap=glance_tap)
 
@@ -151,7 +152,7 @@ class AtExit:
 def walk(model: EarlyExitDetector, x: Tensor, branches: bool = True, behind: AtExit | None = None) -> Iterator[AtExit]:
     """Yield every exit in order, the full path last; deeper layers are computed when the next exit is requested.
 
-    Before that the caller may shrink the batch with :meth:`AtExit.keep`.
+    Before the next request the caller may shrink the batch with :meth:`AtExit.keep`.
 
     Args:
         x: normalised images [N, 3, S, S].
@@ -175,15 +176,15 @@ def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
     """Compute every image as far as the exit that the router chooses for it.
 
     With a hybrid router every image runs the whole trunk and takes its boxes from the full path. Its classes come from
-    the first exit whose threshold it reaches. The full path's classification head runs only for images that reach no
-    threshold.
+    the first exit at which its confidence reaches the threshold. The full path's classification head runs only for
+    images that reach no threshold.
 
     Args:
         x: normalised images [N, 3, S, S].
 
     Returns:
         the head outputs of each image's exit, the index of that exit [N] and the confidence there [N]. With a hybrid
-        router it is the exit that the classes come from.
+        router an image's exit is the one that its classes come from.
     """
     router, hybrid_boxes = model.router, {}
     # Images that have not left. Hybrid: all images run to the end, and `undecided` marks those without classes.
@@ -245,7 +246,7 @@ def register_detector(name: str) -> Callable[[D], D]:
 
 
 def detector_class(name: str) -> type[EarlyExitDetector]:
-    """The detector class registered under ``name``; an EarlyExitError suggests the nearest name."""
+    """The detector class registered under ``name``. For an unknown name, an EarlyExitError suggests the nearest one."""
     if name not in DETECTORS:
         listed, hint = ", ".join(DETECTORS), nearest(str(name), DETECTORS)
         raise EarlyExitError(f"detector (MODEL.NAME) is {name!r:.60}, expected one of {listed}{hint}")
@@ -256,8 +257,9 @@ class EarlyExitDetector(SSD):
     """A torchvision SSD with branches after some trunk layers.
 
     Every parameter and buffer of the torchvision detector keeps its name, and without a router the detections are
-    torchvision's own. In train mode ``model(images, targets)`` returns a dict of scalar losses (all exits at once),
-    in eval mode `Detections`, with a router also the scalar tensors ``exit_index`` and ``exit_confidence``.
+    torchvision's own. In train mode ``model(images, targets)`` returns a dict of scalar losses of all exits. In eval
+    mode ``model(images)`` returns `Detections`. With a router each detection dict also has the scalar tensors
+    ``exit_index`` and ``exit_confidence``.
 
     A subclass sets ``last_layer`` and torchvision's weights, and implements ``trunk`` and ``build_plain``.
 
@@ -284,8 +286,9 @@ class EarlyExitDetector(SSD):
     last_layer: ClassVar[int]
     """Last trunk layer; early exits attach to layers 1 to ``last_layer - 1``."""
     plain_weights: ClassVar[type[WeightsEnum]]
+    """torchvision's weight enum of the detector without exits."""
     backbone_weights: ClassVar[type[WeightsEnum]]
-    """torchvision's weight enums of the detector without exits and of its trunk."""
+    """torchvision's weight enum of the trunk."""
     any_size: ClassVar[bool] = True
     """Whether the layers fit other input sizes than torchvision's."""
     fused = False
@@ -346,7 +349,8 @@ class EarlyExitDetector(SSD):
 
     @property
     def trunk(self) -> Trunk:
-        """The backbone's current layers (one may have been replaced), in segments that end at the exits."""
+        """The backbone's current layers in segments that end at the exits; layers may have been replaced since
+        construction."""
         raise NotImplementedError  # abstract: each registered detector has its own layers
 
     @classmethod
@@ -394,7 +398,7 @@ class EarlyExitDetector(SSD):
         blank = torch.zeros(1, 3, *self.transform.fixed_size, device=parameter.device, dtype=parameter.dtype)
         with evaluating(self.backbone):
             taps, maps = self.trunk_maps(blank)
-        self.backbone.train(self.training)  # the backbone keeps the mode of the given detector; set this model's mode
+        self.backbone.train(self.training)  # `evaluating` restored the given detector's mode; set this model's mode
         return [tuple(tap.shape[1:]) for tap in taps], [tuple(feature.shape[-2:]) for feature in maps]
 
     def trunk_maps(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -435,7 +439,8 @@ class EarlyExitDetector(SSD):
         return self
 
     def compute_losses(self, heads: Sequence[Head], assignment: Assignment) -> dict[str, Tensor]:
-        """Weighted losses of all exits (shallow to deep, the full path last), without those of a frozen full path."""
+        """Weighted losses of all exits, without those of a frozen full path. ``heads``: shallow to deep, the full path
+        last."""
         validate.check_router(self.router, self.num_early_exits, trains=True)
         full = {} if self._full_path_frozen else full_path_losses(heads[-1], assignment, self.losses)
         names = {index: self.exit_names[index] for index, empty in enumerate(self.empty) if not empty}
@@ -446,8 +451,8 @@ class EarlyExitDetector(SSD):
         return assign(targets, anchors, self.proposal_matcher, self.box_coder)
 
     def forward(self, images: list[Tensor], targets: Targets | None = None) -> dict[str, Tensor] | Detections:
-        """Losses in train mode, which needs ``targets``; detections in eval mode. Images are [3, H, W] in [0, 1], of
-        any sizes."""
+        """Losses in train mode, detections in eval mode. Train mode needs ``targets``. Images are RGB [3, H, W] in
+        [0, 1], of any sizes."""
         validate.check_not_traced(None if self.training else self.router)
         validate.check_images(images)
         validate.check_head(self.head, self.num_classes)
@@ -469,15 +474,16 @@ class EarlyExitDetector(SSD):
         return ExitOutputs(heads, pooled, self.default_boxes(batch), batch.image_sizes, photo_sizes, self.empty)
 
     def detections(self, outputs: ExitOutputs, exit_index: int) -> Detections:
+        """Detections of all images at one exit, from the result of :meth:`exit_outputs`."""
         return self._postprocess(outputs.heads[exit_index], outputs.anchors, outputs.network_sizes, outputs.photo_sizes)
 
     def postprocess_detections(
         self, head_outputs: Head, image_anchors: list[Tensor], image_shapes: Sizes
     ) -> Detections:
-        """As torchvision; thresholds per class are applied after NMS and before the limit per image.
+        """As in torchvision, but score thresholds per class are applied after NMS, before the limit per image.
 
-        Thresholds before NMS would give the same result: a box suppresses only boxes of its class with a lower score,
-        so a box below the threshold suppresses none above it.
+        Thresholds before NMS would give the same result. A box suppresses only boxes of its class with a lower score,
+        so a box below the threshold suppresses no box above it.
         """
         if not isinstance(self.score_thresh, Mapping):
             return super().postprocess_detections(head_outputs, image_anchors, image_shapes)
@@ -502,7 +508,7 @@ class EarlyExitDetector(SSD):
         return self.transform.postprocess(detections, network_sizes, photo_sizes)
 
     def _routed_detections(self, images: list[Tensor]) -> Detections:
-        """Detections of each image's exit. Without a router: of the full path."""
+        """Detections at the exit that the router chooses for each image; without a router, at the full path."""
         photo_sizes = [tuple(image.shape[-2:]) for image in images]
         batch, _ = self.transform(images, None)
         sizes = self.default_boxes(batch), batch.image_sizes, photo_sizes
@@ -520,12 +526,13 @@ class EarlyExitDetector(SSD):
 
 
 class PathToExit(nn.Module):
-    """Everything computed for an image that leaves at ``exit_index``: the trunk and all branches up to there.
+    """All that is computed for an image that leaves at ``exit_index``: the trunk and all branches up to this exit.
 
     Args:
         model: the model; its parts are used, not copied.
         exit_index: 0 for the first exit, the number of early exits for the full path.
-        router: computes the confidences and skips closed exits; None: every branch and no confidence is computed.
+        router: with a router, confidences are computed and closed exits are skipped. None: all branches up to this
+            exit are computed, and no confidences.
         alone: without a router, skip the heads of earlier branches, as in a detector with this exit only.
     """
 
@@ -564,7 +571,8 @@ class PathToExit(nn.Module):
 
 
 class AllOutputs(nn.Module):
-    """A path that also returns what was computed on the way: tracers drop operations that reach no output."""
+    """A path that also returns the heads and confidences computed on the way. Otherwise a tracer would drop their
+    operations, since they reach no output."""
 
     def __init__(self, path: PathToExit) -> None:
         super().__init__()
@@ -582,8 +590,8 @@ class AllOutputs(nn.Module):
 def fuse_for_inference(model: EarlyExitDetector) -> EarlyExitDetector:
     """A copy in eval mode with every BatchNorm fused into its convolution; on a CPU in channels-last format.
 
-    Detections equal the model's up to fp32 rounding. The router is copied too, so set it first. The copy cannot be
-    trained, saved or compared with a certificate.
+    Detections equal the model's up to fp32 rounding. The router is copied too, so set the router before you call this.
+    The copy cannot be trained, saved or compared with a certificate.
     """
     fused = copy.deepcopy(model).eval().requires_grad_(False)
     fused.fused = True
@@ -614,8 +622,9 @@ class ResizedBatch:
 class FullPathLosses(nn.Module):
     """Losses of the full path; the branches are not computed and get no gradient.
 
-    ``sides`` are input sides in pixels for multi-scale training; empty: the model's own. The side of a batch depends on
-    its image ids, so that a resumed training repeats it. Default boxes keep their size in pixels (`PixelBoxes`).
+    ``sides`` are input sides in pixels for multi-scale training; empty: the model's own. The side of a batch depends
+    only on its image ids, so a resumed training uses the same sides. Default boxes keep their size in pixels
+    (`PixelBoxes`).
     """
 
     def __init__(self, model: EarlyExitDetector, sides: Sequence[int] = ()) -> None:
@@ -630,7 +639,7 @@ class FullPathLosses(nn.Module):
         return full_path_losses(computed.head, model.assign(computed.targets, computed.anchors), model.losses)
 
     def compute(self, images: list[Tensor], targets: Targets) -> ResizedBatch:
-        """The head's outputs at this batch's input side."""
+        """The head's outputs for a batch, at the input side that its image ids select."""
         model = self._model[0]
         validate.check_images(images)
         targets = validate.check_targets(targets, len(images), model.classes)
@@ -652,8 +661,8 @@ class FullPathLosses(nn.Module):
 
 @dataclass(frozen=True)
 class TapBatch:
-    """Outputs of the frozen full path for a batch: taps [N, C, H, W] per early exit, and the full path's head outputs,
-    used as teacher. Targets are in network pixels."""
+    """Outputs of the frozen full path for a batch: taps [N, C, H, W] per early exit, and the head's outputs, which are
+    the teacher. Boxes of targets are in network pixels."""
 
     taps: list[Tensor]
     head: Head
@@ -661,7 +670,8 @@ class TapBatch:
 
 
 class BranchLosses(nn.Module):
-    """Losses of the branches from stored taps. The model with a frozen full path gives the same for the same images."""
+    """Losses of the branches from stored taps. A model with a frozen full path gives the same losses for the same
+    images."""
 
     def __init__(self, model: EarlyExitDetector) -> None:
         super().__init__()
@@ -687,7 +697,7 @@ def default_boxes_of_image(model: EarlyExitDetector, device: torch.device) -> Te
 
 @torch.no_grad()
 def compute_taps(model: EarlyExitDetector, images: list[Tensor], targets: Targets) -> TapBatch:
-    """Run the full path once, in the model's current mode; ``targets`` in photo pixels."""
+    """Run trunk and full head once, in the model's current mode. Boxes of ``targets`` are in photo pixels."""
     targets = validate.check_targets(targets, len(images), model.classes)
     batch, targets = model.transform(images, targets)
     taps, maps = model.trunk_maps(batch.tensors)

@@ -2,14 +2,14 @@
 
 A high confidence means that going on to deeper exits would gain little. A policy without fitted parameters is a
 function of the logits [N, A, C] of N images, A default boxes and C classes, background first. The router has already
-divided them by the exit's temperature. The full path's logits are not divided::
+divided the logits of an early exit by its temperature. Those of the full path are not divided::
 
     @register_policy("largest_logit")
     def largest_logit(logits: Tensor) -> Tensor:
         return logits[..., 1:].amax((-1, -2)).sigmoid()
 
-A policy with fitted parameters is a class, see :class:`FittedPolicy`. It may also read the *tap*, the output of the
-exit's trunk layer, pooled to the means and then the maxima of its channels: [N, 2 * channels].
+A policy with fitted parameters is a class, see :class:`FittedPolicy`. It may also read the pooled *tap* [N, 2 *
+channels]. The tap is the output of the exit's trunk layer. Pooled, it is the means and then the maxima of its channels.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from earlyexit_ssd.modeling.outputs import ExitSignals
 
 Policy = Callable[[ExitSignals, int], Tensor]  # function from an exit's signals and index to confidences [N] in [0, 1]
 
-AMBIGUOUS = (0.05, 0.6)  # a default box is ambiguous if its largest object probability is between these
+AMBIGUOUS = (0.05, 0.6)  # a default box is ambiguous if its largest object probability is between these two
 CANDIDATES, FEWER_CANDIDATES = 512, 128
-"""Default boxes per image that a policy reads: 512 for sums and means over boxes, 128 for maxima and fitted policies.
-All others are almost surely background."""
+"""Number of default boxes per image that a policy reads: 512 for sums and means over boxes, 128 for maxima and fitted
+policies. All others are almost surely background."""
 
 
 class RecordedPhotos(Protocol):
@@ -62,11 +62,12 @@ class RecordedPhotos(Protocol):
 class FittedPolicy(nn.Module):
     """Base class of policies with fitted parameters. Register a subclass by name; calibration then fits it.
 
-    ``__init__(parameters)`` takes the value of ``fit`` as it comes back from JSON. ``forward(signals, exit_index)``
-    returns confidences [N] in [0, 1]; it is also called for the full path, whose index is the number of early exits.
+    ``__init__(parameters)`` takes what ``fit`` returned, after a round trip through JSON. ``forward(signals,
+    exit_index)`` returns confidences [N] in [0, 1]. It is also called for the full path, whose index is the number of
+    early exits.
 
     Attributes:
-        boxes: number of default boxes per image that the policy gets (``register_policy`` sets it); None: all.
+        boxes: number of default boxes per image that the policy gets, set by ``register_policy``; None: all.
         reads_taps: whether the policy reads the tap, so that it works at an exit without a branch.
         needs_training_photos: whether ``fit`` needs training photos; if not, it gets calibration photos.
         cross_fits: whether the policy has ``cross_fit``, which adds calibration photos to the training photos.
@@ -81,15 +82,16 @@ class FittedPolicy(nn.Module):
 
     @classmethod
     def fit(cls, photos: RecordedPhotos) -> Any:
-        """The fitted parameters as plain JSON types; an EarlyExitError if they cannot be fitted on these photos."""
+        """The fitted parameters as plain JSON types. Raises an EarlyExitError if they cannot be fitted on these
+        photos."""
         raise NotImplementedError  # abstract: each registered policy fits its own numbers
 
     @classmethod
     def cross_fit(cls, train: RecordedPhotos, calib: RecordedPhotos, folds: Tensor) -> tuple[Any, list[Tensor]]:
         """Fit on training and calibration photos, without boxes.
 
-        The confidence of a calibration photo comes from a fit without the photos of its fold. So thresholds that are
-        searched on these confidences are not chosen on photos that the policy knows.
+        The confidence of a calibration photo comes from a fit without the photos of its fold. So thresholds are
+        searched on confidences of photos that the policy was not fitted on.
 
         Args:
             folds: number of the fold of each calibration photo, [n].
@@ -102,7 +104,7 @@ class FittedPolicy(nn.Module):
 
 @dataclass(frozen=True)
 class RegisteredPolicy:
-    """A policy made from a function of the logits; pickled by name, since a decorated function cannot be."""
+    """A policy made from a function of the logits. It is pickled by name, since pickle refuses a decorated function."""
 
     name: str
     function: Callable[..., Tensor]
@@ -149,7 +151,8 @@ def register_policy(name: str, boxes: int | None = None) -> Callable[[Registered
 
 
 def get_policy(name: str, parameters: Any = None) -> Policy:
-    """The policy ``name``, with its ``parameters`` if it is a fitted one; an EarlyExitError if either is wrong."""
+    """The policy ``name``, with ``parameters`` if it is a fitted one. Raises an EarlyExitError if name or parameters
+    are wrong."""
     require_known(name)
     if name not in FITTED_POLICIES:
         if parameters is not None:
@@ -193,9 +196,9 @@ def needs_training_photos(name: str) -> bool:
 
 @register_policy("mean_foreground")
 def mean_foreground(logits: Tensor) -> Tensor:
-    """Mean of the foreground probability, 1 - p(background), over all default boxes; only for comparison. It is close
-    to 0 for every photo, since only about 0.7 % of the default boxes match an object."""
-    total = exp_(logits - logits[..., :1]).sum(-1)  # no clamping, to save time: infinity gives 1 / infinity = 0
+    """Mean of the foreground probability, 1 - p(background), over all default boxes; only for comparison. The mean is
+    close to 0 for every photo, since only about 0.7 % of the default boxes match an object."""
+    total = exp_(logits - logits[..., :1]).sum(-1)  # not clamped, to save time: if the sum is infinite, 1 / sum is 0
     return 1 - total.reciprocal().mean(-1)
 
 
@@ -207,8 +210,11 @@ def max_foreground(logits: Tensor) -> Tensor:
 
 @register_policy("entropy", CANDIDATES)
 def entropy(logits: Tensor) -> Tensor:
-    """1 - H / log C, with H the mean over the default boxes of the entropy of their class probabilities. As BranchyNet
-    (Teerapittayanon et al. 2016, section III-B), which classifies images and so has one entropy per image."""
+    """1 - H / log C, with H the entropy of a default box's class probabilities, averaged over the default boxes.
+
+    This is the rule of BranchyNet (Teerapittayanon et al. 2016, section III-B). BranchyNet classifies images, so it has
+    one entropy per image.
+    """
     differences = _minus_background(logits)
     ratios = exp_(differences.clone())
     total = ratios.sum(-1)
@@ -218,8 +224,8 @@ def entropy(logits: Tensor) -> Tensor:
 
 @register_policy("margin", CANDIDATES)
 def margin(logits: Tensor) -> Tensor:
-    """Probability of the likeliest class (or background) minus that of the second likeliest; the mean over the default
-    boxes, weighted by their foreground probability."""
+    """Probability of the likeliest class (or background) minus that of the second likeliest, averaged over the default
+    boxes with their foreground probabilities as weights."""
     softmax = FastSoftmax(logits)
     first = softmax.ratios.amax(-1)
     difference = (first - without_largest(softmax.ratios, first).amax(-1)) / softmax.total
@@ -239,8 +245,10 @@ def emptiness(logits: Tensor) -> Tensor:
 
 
 def at_likeliest_boxes(signals: ExitSignals, boxes: int | None) -> ExitSignals:
-    """The signals at the ``boxes`` default boxes with the largest (object logit - background logit); None: all. This
-    saves a slow softmax over all boxes; no temperature changes the choice."""
+    """The signals at the ``boxes`` default boxes with the largest (object logit - background logit); None: all.
+
+    The choice saves a slow softmax over all boxes. It is the same at every temperature.
+    """
     logits = signals.logits
     images, count, classes = logits.shape
     if boxes is None or boxes >= count:
@@ -256,7 +264,8 @@ def at_likeliest_boxes(signals: ExitSignals, boxes: int | None) -> ExitSignals:
 
 
 def largest_of(values: Tensor) -> Tensor:
-    """``values.amax(-1)``, up to twice as fast: PyTorch vectorises it only for a last dimension of a multiple of 32."""
+    """``values.amax(-1)``, up to twice as fast. PyTorch vectorises amax only if the last dimension is a multiple of
+    32."""
     classes = values.shape[-1]
     if classes < 32 or classes % 32 == 0:
         return values.amax(-1)
@@ -281,8 +290,12 @@ def where_ambiguous(probability: Tensor) -> Tensor:
 
 
 class FastSoftmax:
-    """Softmax of logits [N, A, C], for few classes five times as fast as PyTorch's. ``ratios`` [N, A, C] are
-    p(class) / p(background) = exp(logit - background logit), ``total`` [N, A] is their sum, ratios / total is p."""
+    """Softmax of logits [N, A, C]. For few classes it is five times as fast as PyTorch's.
+
+    Attributes:
+        ratios: p(class) / p(background) = exp(logit - background logit), [N, A, C].
+        total: sum of the ratios of a default box, [N, A]. So p(class) is ratio / total.
+    """
 
     def __init__(self, logits: Tensor) -> None:
         self.ratios = exp_(_minus_background(logits))
@@ -300,8 +313,8 @@ class FastSoftmax:
 
 
 def exp_(values: Tensor) -> Tensor:
-    """``values.exp_()`` as 2^(x log2 e): PyTorch's exp is MKL's, which is three times slower on AMD processors.
-    In place, because allocating memory takes longer than the arithmetic."""
+    """``values.exp_()``, computed as 2^(x log2 e). PyTorch's exp is MKL's, which takes three times as long on AMD
+    processors. This works in place, because allocating memory takes longer than the arithmetic."""
     if torch.onnx.is_in_onnx_export():  # ONNX has no exp2
         return values.exp_()
     return values.mul_(math.log2(math.e)).exp2_()
@@ -330,17 +343,18 @@ class BalancedAmbiguity(FittedPolicy):
 
     @classmethod
     def fit(cls, photos: RecordedPhotos) -> list[float]:
-        """Weights mean(n + 1) / (n + 1), n the number of objects of a class; an EarlyExitError if no photo has any."""
+        """Weights mean(n + 1) / (n + 1), with n the number of objects of a class. Raises an EarlyExitError if no photo
+        has a labelled object."""
         objects = photos.object_counts()
         if not any(objects):
             fix = "give labels (of DATA.TRAIN for a risk, else of DATA.CALIB), or take ambiguous_mass (ROUTING.POLICY)"
-            wrong = "policy 'balanced_ambiguity' counts objects, and the photos have no labelled one"
+            wrong = "policy 'balanced_ambiguity' counts labelled objects, and the photos have none"
             raise EarlyExitError(f"{wrong}; {fix}")
         counts = torch.tensor(objects, dtype=torch.float64) + 1
         return (counts.mean() / counts).tolist()
 
     def forward(self, signals: ExitSignals, exit_index: int) -> Tensor:
-        """Confidences [N]; an EarlyExitError if the number of weights is not the number of classes."""
+        """Confidences [N]. Raises an EarlyExitError if the number of weights is not the number of classes."""
         weights, classes = len(self.weights), signals.logits.shape[-1] - 1
         if weights != classes:
             wrong = f"routing policy 'balanced_ambiguity' has weights of {weights} classes, the model has {classes}"
@@ -358,11 +372,11 @@ HIDDEN_UNITS, FIT_STEPS = 8, 600
 
 
 def logit_statistics(logits: Tensor) -> Tensor:
-    """Statistics of the object probabilities: [N, A, C] to [N, `NUM_STATISTICS`].
+    """Statistics of the object probabilities: logits [N, A, C] to [N, `NUM_STATISTICS`].
 
-    Let p be the largest object probability of a default box. The statistics are log(1 + x) of the number of boxes with
-    p above each of `LEVELS`, of the sum of all p, and of the sum of the ambiguous p. Then follow the probabilities of
-    the two likeliest classes, each the maximum over the default boxes.
+    Let p be the largest object probability of a default box. The first statistics are log(1 + x), where x is the number
+    of boxes with p above each of `LEVELS`, the sum of all p, and the sum of the ambiguous p. The last two are the
+    probabilities of the two likeliest classes. A class's probability is its maximum over the default boxes.
     """
     softmax = FastSoftmax(logits)
     by_box_and_class = softmax.ratios[..., 1:] / softmax.total[..., None]
@@ -374,8 +388,11 @@ def logit_statistics(logits: Tensor) -> Tensor:
 
 
 class GainModel(nn.Module):
-    """Predicts the gain of going on, loss at the exit - loss at the full path: a perceptron with one hidden layer on
-    the standardised statistics, plus linear terms in these and in the means of the tap's channels."""
+    """Predicts the gain of going on: loss at the exit - loss at the full path.
+
+    The model is a perceptron with one hidden layer on the standardised statistics, plus linear terms in the statistics
+    and in the means of the tap's channels.
+    """
 
     def __init__(self, tap_channels: int) -> None:
         super().__init__()
@@ -408,7 +425,8 @@ class GainModel(nn.Module):
 
 
 def gain_inputs(signals: ExitSignals, tap_channels: int) -> Tensor:
-    """The inputs of a `GainModel` [N, NUM_STATISTICS + tap_channels]: statistics and means of the tap's channels."""
+    """Inputs of a `GainModel`, [N, NUM_STATISTICS + tap_channels]: the statistics and the means of the tap's
+    channels."""
     return torch.cat([logit_statistics(signals.logits), signals.tap[:, :tap_channels]], dim=1)
 
 
@@ -430,8 +448,8 @@ def fit_gain(inputs: Tensor, gains: Tensor, seed: int = 0) -> GainModel:
 
 @register_policy("learned_gain", FEWER_CANDIDATES)
 class LearnedGain(FittedPolicy):
-    """1 / (1 + exp(gain)), with the gain that a `GainModel` predicts, in standard deviations of the gains at that exit.
-    ``parameters`` are the `GainModel.to_plain` of each early exit."""
+    """1 / (1 + exp(gain)). A `GainModel` predicts the gain, in standard deviations of the gains at that exit.
+    ``parameters`` has the `GainModel.to_plain` of each early exit."""
 
     reads_taps = True
     expected = "the numbers of a fitted model for every early exit"
@@ -442,11 +460,11 @@ class LearnedGain(FittedPolicy):
 
     @classmethod
     def fit(cls, photos: RecordedPhotos) -> list[dict[str, list]]:
-        """Fit a model per early exit to (loss at the exit - loss at the full path) / its standard deviation."""
+        """Fit a `GainModel` per early exit to the gains divided by their standard deviation."""
         losses, fitted = photos.losses(), []
         for index in range(len(photos.temperatures)):
             gain = losses[:, index] - losses[:, -1]
-            # the first half of a pooled tap are the channels' means, the second half their maxima
+            # the first half of a pooled tap has the channels' means, the second half their maxima
             inputs = [gain_inputs(one, one.tap.shape[1] // 2) for one in photos.signals(index, cls.boxes)]
             gain = gain / gain.std(unbiased=False).clamp(min=1e-6)
             fitted.append(fit_gain(torch.cat(inputs), gain, seed=photos.seed).to_plain())
@@ -467,8 +485,8 @@ LEAST_PROBABILITY = 1e-3  # probabilities are clamped to [this, 1 - this] before
 
 @register_policy("foreseen_emptiness", FEWER_CANDIDATES)
 class ForeseenEmptiness(FittedPolicy):
-    """Confidence 1 - p, with p a prediction of the full path's largest object score by ridge regression.
-    ``parameters`` are ``{"weight": [d], "bias": float}`` for each early exit."""
+    """1 - p, where p is a prediction of the full path's largest object score, by ridge regression.
+    ``parameters`` has ``{"weight": [d], "bias": float}`` for each early exit."""
 
     reads_taps = True
     cross_fits = True
@@ -526,7 +544,8 @@ class ForeseenEmptiness(FittedPolicy):
 
 
 def regression_inputs(signals: ExitSignals) -> Tensor:
-    """Inputs [N, d] of the regression: the pooled tap and, if the exit has a branch, the logit of its largest score."""
+    """Inputs [N, d] of the regression: the pooled tap and, if the exit has a branch, the logit of its largest object
+    probability."""
     if signals.empty:
         return signals.tap
     largest = FastSoftmax(signals.logits).largest.amax(-1, keepdim=True)
@@ -536,9 +555,10 @@ def regression_inputs(signals: ExitSignals) -> Tensor:
 def fit_largest_score(inputs: Tensor, probability: Tensor, weights: Tensor | None = None) -> dict[str, list | float]:
     """Weighted ridge regression of the logit of ``probability`` [n] on ``inputs`` [n, d].
 
-    The penalty with the least leave-one-out error is chosen. With X the standardised inputs, leave-one-out residuals
-    are (y - Xw) / (1 - h), where h is the diagonal of X (X'X + penalty I)^-1 X' + 1/n (Golub, Heath and Wahba 1979,
-    equation 1.3). With ``weights``, 1/n becomes the photo's share of the weights.
+    The penalty with the least leave-one-out error is chosen. Let X be the standardised inputs, y the targets and w the
+    coefficients. The leave-one-out residuals are (y - Xw) / (1 - h), where h is the diagonal of X (X'X + penalty I)^-1
+    X' + 1/n (Golub, Heath and Wahba 1979, equation 1.3). With ``weights``, 1/n becomes the photo's share of the
+    weights.
 
     Args:
         weights: weight of each photo in the sums of squares, [n]; None: 1 for all.

@@ -147,7 +147,7 @@ def test_what_a_policy_is_fitted_on():
 
 def test_photos_without_a_label_count_nothing():
     unlabelled = SimpleNamespace(ground_truth=SimpleNamespace(anns={}, getCatIds=lambda: [1, 2]))
-    with pytest.raises(EarlyExitError, match="'balanced_ambiguity' counts objects, and the photos have no labelled"):
+    with pytest.raises(EarlyExitError, match="'balanced_ambiguity' counts labelled objects, and the photos have none"):
         fit_policy(load_config(), "balanced_ambiguity", [1.0], unlabelled)
 
 

@@ -245,7 +245,7 @@ def test_the_rarer_a_class_the_more_it_weighs():
     assert weights(9, 4) == [0.75, 1.5]  # (10 + 5) / 2 over 10 and over 5
     assert weights(3, 3, 3) == [1.0, 1.0, 1.0]
     assert weights(0, 2) == [2.0, 2 / 3]  # a class without an object has a weight all the same
-    with pytest.raises(EarlyExitError, match="'balanced_ambiguity' counts objects, and the photos have no labelled"):
+    with pytest.raises(EarlyExitError, match="'balanced_ambiguity' counts labelled objects, and the photos have none"):
         weights(0, 0)
 
 
