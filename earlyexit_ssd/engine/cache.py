@@ -1,4 +1,7 @@
-"""Taps (outputs of the exits' trunk layers) of a frozen trunk on disk, computed once per photo and augmented view."""
+"""Cache of taps (outputs of the exits' trunk layers) on disk.
+
+The trunk is frozen, so the taps are computed once per photo and view. A *view* is one random augmentation of a photo.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,17 @@ ARRAYS_OF_HEAD = ("cls_logits", "bbox_regression")
 
 
 class TapCache:
-    """Arrays with one row per photo and view; row ``view * photos + index`` is a view of photo ``index``.
+    """Arrays of taps and full-path outputs with one row per photo and view. Row ``view * photos + index`` is of photo
+    ``index``.
 
     Args:
-        model: determines the shape of a row.
-        photos, views: number of photos, and of augmented views of each.
-        dtype: ``float16`` (relative rounding error up to 2^-11) or ``float32`` (none).
+        folder: place of the files.
+        model: its network determines the shape of a row.
+        photos, views: number of photos, and number of views of each.
+        dtype: ``float16`` (relative rounding error up to 2^-11) or ``float32`` (no rounding).
+
+    Attributes:
+        gibibytes: size on disk.
     """
 
     def __init__(self, folder: Path, model: EarlyExitSSDLite, photos: int, views: int, dtype: str = "float16") -> None:
@@ -37,21 +45,27 @@ class TapCache:
         self._dtype = np.dtype(dtype)
         self._row = _blank_row(model, self._dtype)
         self._row_bytes = sum(values.nbytes for values in self._row.values())
-        self.gibibytes = photos * views * self._row_bytes / 2**30  # on disk
+        self.gibibytes = photos * views * self._row_bytes / 2**30
 
     def require_budget(self, gibibytes: float) -> None:
-        """Raise an EarlyExitError with the number of views that fit if the cache is larger than ``gibibytes``."""
+        """Raise an EarlyExitError if the cache is larger than ``gibibytes``; it says how many views fit."""
         if self.gibibytes > gibibytes:
             fits = int(gibibytes * 2**30 // (self.photos * self._row_bytes))
             fix = f"set EXITS_PHASE.CACHE_VIEWS to {fits}" if fits else "set EXITS_PHASE.CACHE to false"
             needs = f"the tap cache of {self.photos} photos x {self.views} views needs {self.gibibytes:.1f} GiB"
-            raise EarlyExitError(f"{needs}, EXITS_PHASE.CACHE_GIB allows {gibibytes}; raise it, or {fix}")
+            raise EarlyExitError(f"{needs}, EXITS_PHASE.CACHE_GIB allows {gibibytes}; raise CACHE_GIB, or {fix}")
 
     def build(self, model: EarlyExitSSDLite, loader: DataLoader, contents: str) -> None:
-        """Compute the cache of a ``model`` with a frozen trunk, unless it is complete.
+        """Compute the cache, unless it is complete; then open it for reading.
 
-        ``loader`` gives the photos in order; its sampler's epoch selects the view. ``contents`` is text that identifies
-        photos, boxes and views. The cache is rebuilt if it or the weights change. An EarlyExitError: the disk is full.
+        Args:
+            model: a model with a frozen trunk.
+            loader: gives the photos in order; the epoch of its sampler selects the view.
+            contents: text that identifies photos, boxes and views. If this text or the weights have changed, the cache
+                is computed again.
+
+        Raises:
+            EarlyExitError: the disk is full.
         """
         contents = f"{contents} {_weights_hash(model)} {self.views} {self._dtype}"
         store = ArrayStore(self.folder, "cache", contents, self.photos * self.views, self._row)
@@ -87,7 +101,7 @@ class TapCache:
         bar.close()
 
     def rows(self, rows: np.ndarray, device: torch.device) -> TapBatch:
-        """A batch of stored rows (indices, returned in increasing order) in fp32."""
+        """A batch of stored rows in fp32; ``rows`` are indices. The batch has them in increasing order."""
         order, values = np.sort(rows), {}
         for name, array in self._arrays.items():
             values[name] = torch.from_numpy(array[order].astype(np.float32)).to(device)
@@ -96,10 +110,13 @@ class TapCache:
 
 
 class CachedLoader:
-    """Batches of cached taps; each epoch has every photo once, in the next view.
+    """Batches of cached taps. Each epoch uses every photo once, and the next view of each photo.
 
-    The incomplete batch at the end of an epoch is dropped. ``batch_size`` is the number of rows per step over all
-    processes, which split each batch; it is reduced to the number of photos.
+    The incomplete batch at the end of an epoch is dropped.
+
+    Args:
+        batch_size: number of rows per step in all processes together, which split each batch; at most the number of
+            photos is used.
     """
 
     def __init__(
@@ -112,7 +129,7 @@ class CachedLoader:
         return self.cache.photos // self.batch_size
 
     def epoch(self, epoch: int, start: int) -> Iterable[TapBatch]:
-        """The batches of ``epoch``, beginning with number ``start``."""
+        """The batches of ``epoch``, beginning with batch number ``start``."""
         photos = self.cache.photos
         order = np.random.default_rng([self.seed, epoch]).permutation(photos)
         views = (np.arange(photos) + epoch) % self.cache.views
@@ -127,7 +144,7 @@ def _named(batch: TapBatch) -> dict[str, Tensor]:
 
 
 def _blank_row(model: EarlyExitSSDLite, dtype: np.dtype) -> dict[str, np.ndarray]:
-    """Array name -> zeros [1, ...], in the shape of one image's values."""
+    """Array name -> zeros [1, ...] in the shape of one photo's row."""
     blank = torch.zeros(3, *model.transform.fixed_size, device=next(model.parameters()).device)
     nothing = {"boxes": blank.new_zeros(0, 4), "labels": blank.new_zeros(0, dtype=torch.int64)}
     with evaluating(model):

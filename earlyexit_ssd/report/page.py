@@ -1,8 +1,8 @@
 """The report page: one HTML file that opens from disk, without a network.
 
-`Page` holds what a run has found. :func:`write_page` puts it as compressed JSON into page.html, with page.css, page.js
-and Plotly. The page has no second way to compute a figure: page.js counts from the matches of
-`earlyexit_ssd.evaluation.matches`, and draws what is written here.
+`Page` has the content. :func:`write_page` puts it as compressed JSON into page.html, with page.css, page.js and Plotly.
+page.js draws figures that were computed in Python. For the threshold explorer it only counts: the matches come from
+`earlyexit_ssd.evaluation.matches`.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from earlyexit_ssd.report.tables import calibration_report, figure, promise, sha
 logger = logging.getLogger(__name__)
 
 LONGEST_LINE = 400
-"""Points of a curve of a training; more are thinned out."""
+"""Largest number of points of a training curve; longer curves are thinned out."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One figure of the first screen: what it is, its value, what to compare it with, and whether it is good."""
+    """One figure of the first screen: its name, its value, a note to compare the value with, and whether it is good."""
 
     name: str
     value: str
@@ -74,7 +74,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a chart. bound: drawn dashed, as a limit and not as a measurement."""
+    """A line of a chart. ``bound``: whether it is a limit and not a measurement, and so drawn dashed."""
 
     name: str
     x: Sequence[float]
@@ -95,7 +95,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page behind the photos: a table, charts and a text as it is in a file of the run."""
+    """A part of the page after the photos: a table, charts, and a text that a file of the run has too."""
 
     title: str
     table: tuple[tuple[str, ...], ...] = ()
@@ -108,14 +108,17 @@ class Page:
     """The content of a report.
 
     Attributes:
-        title: what was done, on what.
-        verdict, good: one sentence, and whether it is good news; None: neither.
-        tiles, findings, table: figures of the first screen, the reasons, and a table whose first row is its heading.
+        title: the job and its photos.
+        verdict, good: one sentence, and whether it is good news; None: neither good nor bad.
+        tiles: figures of the first screen.
+        findings: the reasons of the verdict.
+        table: rows of cells; the first row is the heading.
         shares: exit name -> share of the photos that leave there.
-        points, x_title: the chart of AP against milliseconds, and what these are.
-        photos: for the threshold explorer and the gallery.
-        command: of the shell, with ``{target}`` in place of the target of a calibration.
-        links: name -> other report, relative to this one.
+        points, x_title: detectors in the chart of AP against milliseconds, and the title of the axis of milliseconds.
+        photos: photos of the threshold explorer and of the gallery.
+        sections: parts after the photos.
+        command: shell command of a calibration, with ``{target}`` in place of its target.
+        links: title -> path of another report, relative to this one.
     """
 
     title: str
@@ -135,7 +138,8 @@ class Page:
 
 @contextlib.contextmanager
 def never_failing(path: Path) -> Iterator[None]:
-    """Log a warning where the page at ``path`` cannot be made: the results of the run are written by then."""
+    """Context manager: if making the page at ``path`` fails, log a warning. The run does not fail, since its other
+    results are already written."""
     try:
         yield
     except Exception as error:
@@ -154,7 +158,7 @@ def write_page(path: Path, page: Page) -> None:
         "DATA": _packed(json.dumps(_page_json(page), allow_nan=False, separators=(",", ":"))),
         "SCRIPT": script,
     }
-    for name, text in parts.items():  # the data come late: nothing in them is taken for a name
+    for name, text in parts.items():  # texts of users are escaped or in base64: they have no placeholder
         template = template.replace(f"<!--{name}-->", text)
     write_text(path, template)
 
@@ -165,7 +169,8 @@ def _packed_plotly() -> str:
 
 
 def _packed(text: str) -> str:
-    """Compressed, in letters that mean nothing in HTML. The clock is left out, so that equal runs have equal pages."""
+    """The text compressed and in base64, which needs no escapes in HTML. The gzip header has no time, so that equal runs
+    have equal pages."""
     content = text.encode("utf-8", "backslashreplace")
     return base64.b64encode(gzip.compress(content, compresslevel=6, mtime=0)).decode()
 
@@ -177,11 +182,11 @@ def _page_json(page: Page) -> dict[str, Any]:
     return {**content, "colors": {**colors, "rival": PLAIN, "chosen": ROUTED}, "closed": CLOSED}
 
 
-# The first screen of each job.
+# Evaluation and calibration.
 
 
 def evaluation_page(results: Results, **more: Any) -> Page:
-    """What an evaluation found; ``more`` are further fields of `Page`."""
+    """The page of an evaluation; ``more`` are further fields of `Page`."""
     rows, routed, context = [*exit_rows(results), *static_rows(results)], results.routed, results.context
     points = tuple(
         Point(
@@ -243,7 +248,8 @@ def verdict_sentence(results: Results) -> str:
 
 
 def _shipped_time(results: Results) -> tuple[str, float | None]:
-    """Of what the verdict says to ship: how its milliseconds are labelled, and its speed-up. Routed by default."""
+    """Text of the milliseconds, and speed-up, of the detector that the verdict recommends; by default of the routed
+    detector."""
     routed, plain = results.routed, results.without_exits
     for one in results.rivals:
         if results.verdict and one.name == results.verdict.what and one.ms and plain.ms:
@@ -280,7 +286,7 @@ def _evaluation_tiles(results: Results) -> tuple[Tile, ...]:
     if results.certificate is None:
         return (
             *tiles,
-            Tile("asked of the calibration", "nothing", "no certificate: these thresholds are not promised"),
+            Tile("target of the calibration", "none", "no certificate: these thresholds were not calibrated"),
         )
     certificate = results.certificate
     digits = 2 if certificate.target["kind"] == "speedup" else 4
@@ -290,14 +296,14 @@ def _evaluation_tiles(results: Results) -> tuple[Tile, ...]:
         low, high = certificate.interval
         value = asked_value(certificate.target)
         if low < value if certificate.target["kind"] == "speedup" else high > value:
-            kept = "kept, but the interval passes it"
+            kept = "kept, but not in the whole interval"
     asked = _asked(str(certificate.target["kind"]), asked_value(certificate.target))
     good = _good(results, certificate.kept)
-    return (*tiles, Tile("asked of the calibration", asked, f"on these photos {measured}: {kept}", good))
+    return (*tiles, Tile("target of the calibration", asked, f"on these photos {measured}: {kept}", good))
 
 
 def _good(results: Results, value: bool | None) -> bool | None:
-    """``value`` for the colour of a tile: nothing is green on the page of a detector that is not to be shipped."""
+    """``value`` for the colour of a tile. No tile is green on the page of a detector that must not be shipped."""
     return None if value and results.verdict and not results.verdict.ship else value
 
 
@@ -320,7 +326,7 @@ def calibration_page(
     photos: PagePhotos | None = None,
     command: str = "",
 ) -> Page:
-    """What a calibration found, on the calibration photos."""
+    """The page of a calibration; its figures are on the calibration photos."""
     measured, target, costs = certificate.measured, certificate.target, certificate.cost_model
     asked = target.epsilon if target.kind == "risk" else target.value
     speedup = f"{measured.speedup:.2f} times as fast as the detector without exits"
@@ -328,7 +334,7 @@ def calibration_page(
               if value < CLOSED]  # fmt: skip
     verdict = f"{' and '.join(opened)} opened: {speedup}; judge it on the test photos (earlyexit evaluate)."
     if not opened:
-        verdict = f"No exit is opened: nothing holds {_asked(target.kind, asked)} on these photos."
+        verdict = f"No exit is opened: no thresholds hold {_asked(target.kind, asked)} on these photos."
     blind = measured.AP50_full is not None and measured.AP50_full < DETECTS_AP50
     if blind:
         verdict = (
@@ -350,7 +356,7 @@ def calibration_page(
         verdict=verdict,
         good=None if opened and not blind else False,
         tiles=(
-            Tile("asked", _asked(target.kind, asked), promised, None),
+            Tile("target", _asked(target.kind, asked), promised, None),
             Tile(
                 "speed-up", f"{measured.speedup:.2f}×", f"{measured.cost:.1f} {costs.unit}, {costs.plain:.1f} without"
             ),
@@ -369,7 +375,8 @@ def calibration_page(
 def calibration_section(
     certificate: Certificate, temperatures: Sequence[FittedTemperature], curve: Sequence[CurvePoint]
 ) -> Section:
-    """The certificate, the curve of loss and its bound, and how reliable each exit's probabilities are."""
+    """The certificate, the curves of the loss and its bound against cost, and the reliability of each exit's
+    probabilities."""
     target, unit = certificate.target, certificate.cost_model.unit
     charts = []
     if curve:
@@ -379,11 +386,11 @@ def calibration_section(
         if any(one.bound is not None for one in curve):
             lines.append(Line("upper bound", cost, [one.bound for one in curve]))
         if limit is not None:
-            lines.append(Line("asked", [min(cost), max(cost)], [limit, limit], bound=True))
+            lines.append(Line("target", [min(cost), max(cost)], [limit, limit], bound=True))
         what = "loss per photo" if target.kind == "risk" else "AP50 lost"
-        note = "Each point is a set of thresholds. The cheapest whose bound is below the dashed line is taken."
+        note = "Each point is a set of thresholds. The cheapest set whose bound is below the dashed line is taken."
         if target.kind == "speedup":
-            note = "Each point is a set of thresholds. The dearest that is fast enough, and loses least, is taken."
+            note = "Each point is a set of thresholds. Of those that are fast enough, the one that loses least is taken."
         charts.append(Chart(f"{what} against cost", f"{unit} per photo", what, tuple(lines), note))
     for one in temperatures:
         lines = [Line("perfect", [0, 1], [0, 1], bound=True)]
@@ -391,7 +398,7 @@ def calibration_section(
             filled = [index for index, count in enumerate(found.count) if count]
             x, y = ([values[index] for index in filled] for values in (found.confidence, found.accuracy))
             lines.append(Line(f"{name}: error {found.expected_error:.3f}", x, y))
-        note = "On the dashed line an exit is right as often as it says. Below it, it is too sure."
+        note = "On the dashed line an exit is right as often as its probabilities say. Below it, it is overconfident."
         charts.append(
             Chart(
                 f"reliability of {one.exit_name}", "probability of the class", "share that is right", tuple(lines), note
@@ -419,9 +426,9 @@ def training_section(
     """Curves and gates of a training.
 
     Args:
-        logs: phase -> lines of its log, in the order of training; the epochs are counted on from phase to phase.
-        gates: contents of gate.json.
-        bounds: of the temperatures.
+        logs: phase -> lines of its log, in the order of training. Epochs are numbered across all phases.
+        gates: contents of gate.json of each phase.
+        bounds: limits of the temperatures, drawn as lines.
     """
     found: dict[str, dict[str, tuple[list, list]]] = {kind: {} for kind in _CURVES}
     start = 0.0
@@ -430,7 +437,7 @@ def training_section(
         for index, line in enumerate(lines):
             for key, value in line.items():
                 kind, _, name = key.partition("/")
-                measured = kind != "loss"  # measurements are few; losses stand in every line
+                measured = kind != "loss"  # a few lines have measurements, every line has losses
                 kind = "parts" if kind == "loss" and name else kind
                 if kind not in found or value is None or not (measured or index % every == 0):
                     continue
@@ -465,7 +472,7 @@ def _check(check: dict[str, Any]) -> str:
 
 
 def training_page(section: Section, gates: Sequence[dict[str, Any]], photos: str) -> Page:
-    """A training that is not evaluated yet, or that a gate has ended; ``photos`` names its training photos."""
+    """The page of a training that is not evaluated yet, or that a gate has ended; ``photos`` names its photos."""
     failed = [gate for gate in gates if not gate["passed"]]
     verdict = f"Phase {gates[-1]['phase']} has passed its gate; the training goes on." if gates else "Training."
     if failed:
@@ -485,8 +492,13 @@ def search_page(
     results: Results | None,
     base: str = "",
 ) -> Page:
-    """What a search of `earlyexit_ssd.pipeline.optimize` found. ``results``: of the chosen one on the test photos;
-    ``base``: source of the user's own detector among their rivals."""
+    """The page of a search of `earlyexit_ssd.pipeline.optimize`.
+
+    Args:
+        summary: text whose first sentence is the verdict.
+        results: figures of the chosen candidate on the test photos.
+        base: ``source`` of the user's own detector among the rivals of ``results``.
+    """
     points = tuple(
         Point(one.name, "chosen" if one == chosen else "rival" if one.rival else "exit" if one.exits else "plain",
               one.ms, one.AP50)
@@ -495,7 +507,7 @@ def search_page(
     )  # fmt: skip
     rows = [(one.name, figure(one.AP50), figure(one.ms, 1), "chosen" if one == chosen else "") for one in candidates]
     verdict, rest = summary.split(". ", 1) if ". " in summary and chosen else (summary, "")
-    tested = f" Boxes: {results.context.images} test photos." if results else ""
+    tested = f" Figures at the top: {results.context.images} test photos." if results else ""
     return Page(
         title=f"Search over {len(candidates)} candidates. Chart and table: calib photos.{tested}",
         verdict=f"{verdict[:1].upper()}{verdict[1:].rstrip('.')}{': ' + chosen.name if chosen and ship else ''}.",
@@ -510,7 +522,7 @@ def search_page(
 
 
 def _search_tiles(results: Results, base: str) -> tuple[Tile, ...]:
-    """Those of an evaluation, with the user's own detector in place of the chosen one without exits."""
+    """Tiles of an evaluation in which the user's own detector replaces the chosen detector without exits."""
     routed, own = results.routed, next(one for one in results.rivals if one.source == base)
     speedup, found = own.ms / routed.ms, [one.number("true_positives") for one in (routed, own)]
     times = f"{figure(routed.ms, 1)} ms, your detector {figure(own.ms, 1)}"

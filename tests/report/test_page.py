@@ -108,7 +108,7 @@ def test_first_screen(with_rivals):
     page = evaluation_page(Results.from_json(with_rivals))
     tiles = {tile.name: tile for tile in page.tiles}
     assert tiles["speed-up"].value == "1.43×" and tiles["photos leave early"].value == "75.0 %"
-    assert tiles["asked of the calibration"].value == "nothing"
+    assert tiles["target of the calibration"].value == "none"
     assert [row[0] for row in page.table[1:]] == [*EXITS, "routed", "without exits", "plain 256", "yolox_nano"]
     assert [point.name for point in page.points if point.other_runtime] == ["yolox_nano"]
 
@@ -117,8 +117,8 @@ def test_first_screen(with_rivals):
     ("kind", "value", "interval", "kept", "words"),
     [
         ("ap_drop", 0.03, [0.0, 0.02], True, "kept"),
-        ("ap_drop", 0.03, [0.0, 0.04], True, "kept, but the interval passes it"),
-        ("speedup", 1.5, [1.4, 1.7], True, "kept, but the interval passes it"),
+        ("ap_drop", 0.03, [0.0, 0.04], True, "kept, but not in the whole interval"),
+        ("speedup", 1.5, [1.4, 1.7], True, "kept, but not in the whole interval"),
         ("speedup", 1.5, [1.5, 1.7], True, "kept"),
         ("speedup", 1.5, [1.2, 1.3], False, "not kept"),
     ],
@@ -127,7 +127,7 @@ def test_a_target_that_only_part_of_the_interval_keeps(with_rivals, kind, value,
     target = {"kind": kind, "value": value, "delta": 0.05}
     with_rivals["certificate"] = {"target": target, "measured": sum(interval) / 2, "interval": interval, "kept": kept}
     tiles = {tile.name: tile for tile in evaluation_page(Results.from_json(with_rivals)).tiles}
-    assert tiles["asked of the calibration"].note.rpartition(": ")[2] == words
+    assert tiles["target of the calibration"].note.rpartition(": ")[2] == words
 
 
 def test_a_search_is_held_against_the_user_s_own_detector(with_rivals):
