@@ -169,8 +169,8 @@ def _packed_plotly() -> str:
 
 
 def _packed(text: str) -> str:
-    """The text compressed and in base64, which needs no escapes in HTML. The gzip header has no time, so that equal runs
-    have equal pages."""
+    """The text compressed and in base64, which needs no escapes in HTML. The gzip header has no time, so equal runs have
+    equal pages."""
     content = text.encode("utf-8", "backslashreplace")
     return base64.b64encode(gzip.compress(content, compresslevel=6, mtime=0)).decode()
 
@@ -286,7 +286,7 @@ def _evaluation_tiles(results: Results) -> tuple[Tile, ...]:
     if results.certificate is None:
         return (
             *tiles,
-            Tile("target of the calibration", "none", "no certificate: these thresholds were not calibrated"),
+            Tile("target of the calibration", "none", "no certificate, so no target to check"),
         )
     certificate = results.certificate
     digits = 2 if certificate.target["kind"] == "speedup" else 4
@@ -390,7 +390,7 @@ def calibration_section(
         what = "loss per photo" if target.kind == "risk" else "AP50 lost"
         note = "Each point is a set of thresholds. The cheapest set whose bound is below the dashed line is taken."
         if target.kind == "speedup":
-            note = "Each point is a set of thresholds. Of those that are fast enough, the one that loses least is taken."
+            note = "Each point is a set of thresholds. Of those fast enough, the one that loses least is taken."
         charts.append(Chart(f"{what} against cost", f"{unit} per photo", what, tuple(lines), note))
     for one in temperatures:
         lines = [Line("perfect", [0, 1], [0, 1], bound=True)]
