@@ -242,9 +242,12 @@ AT_BOUND = 0.01  # a temperature has been stopped by a bound if it is this close
 
 @dataclass(frozen=True)
 class Reliability:
-    """Mean confidence, accuracy and number of default boxes per bin. A box's confidence is the probability of its most
-    probable object class; it has `BINS` bins of equal width. ``expected_error`` is the sum over the bins of count /
-    total * |accuracy - confidence| (Guo et al. 2017, equation 3)."""
+    """Mean confidence, accuracy and number of default boxes in each bin.
+
+    A box's confidence is the probability of its most probable object class. Its range [0, 1] is divided into `BINS`
+    bins of equal width. ``expected_error`` is the sum over the bins of count / total * |accuracy - confidence| (Guo et
+    al. 2017, equation 3).
+    """
 
     confidence: tuple[float, ...]
     accuracy: tuple[float, ...]

@@ -169,8 +169,8 @@ def _packed_plotly() -> str:
 
 
 def _packed(text: str) -> str:
-    """The text compressed and in base64, which needs no escapes in HTML. The gzip header has no time, so equal runs have
-    equal pages."""
+    """The text compressed and in base64, which needs no escapes in HTML. The gzip header has no time, so that equal
+    runs have equal pages."""
     content = text.encode("utf-8", "backslashreplace")
     return base64.b64encode(gzip.compress(content, compresslevel=6, mtime=0)).decode()
 
