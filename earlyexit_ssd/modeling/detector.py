@@ -125,7 +125,7 @@ class AtExit:
         return self.trunk.feature_maps(self.state)
 
     def head(self) -> Head:
-        """The head outputs of this exit; computed anew at each call."""
+        """The head outputs of this exit; computed again at each call."""
         if self.full:
             return self.model.head(self.maps())
         branch = self.model.branches[self.model.exit_names[self.index]]
