@@ -270,49 +270,6 @@ def expand_log_sum_exp(model: onnx.ModelProto) -> None:
     graph.node.extend(nodes)
 
 
-def gather_instead_of_resize(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy in which every bilinear ``Resize`` of known sizes is a weighted sum of gathered rows, then of gathered
-    columns. This halves the time in OpenVINO."""
-    changed = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    graph = changed.graph
-    shapes = {
-        value.name: [one.dim_value for one in value.type.tensor_type.shape.dim]
-        for value in (*graph.input, *graph.value_info, *graph.output)
-    }
-    nodes: list[onnx.NodeProto] = []
-    for node in graph.node:
-        before, after = (
-            (shapes.get(name, [0]) for name in (node.input[0], node.output[0])) if node.input else ([0], [0])
-        )
-        settings = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        half_pixel = settings.get("coordinate_transformation_mode") in (b"half_pixel", b"pytorch_half_pixel")
-        if node.op_type != "Resize" or settings.get("mode") != b"linear" or not half_pixel or 0 in (*before, *after):
-            nodes.append(node)
-            continue
-        x = node.input[0]
-        for axis in (2, 3):
-            points = np.maximum((np.arange(after[axis]) + 0.5) * before[axis] / after[axis] - 0.5, 0)
-            floor = points.astype(np.int64)
-            share = (points - floor).astype(np.float32).reshape(-1, *[1] * (3 - axis))
-            values = floor, np.minimum(floor + 1, before[axis] - 1), share
-            name = f"resize_{len(nodes)}"
-            names = [f"{name}_{part}" for part in ("before", "behind", "share", "first", "second", "less", "part")]
-            graph.initializer.extend(map(numpy_helper.from_array, values, names))
-            out = f"{name}_rows" if axis == 2 else node.output[0]
-            first, second, less, part = names[3:]
-            nodes += [
-                helper.make_node("Gather", [x, names[0]], [first], name=first, axis=axis),
-                helper.make_node("Gather", [x, names[1]], [second], name=second, axis=axis),
-                helper.make_node("Sub", [second, first], [less], name=less),
-                helper.make_node("Mul", [less, names[2]], [part], name=part),
-                helper.make_node("Add", [first, part], [out], name=f"{name}_sum"),
-            ]
-            x = out
-    del graph.node[:]
-    graph.node.extend(nodes)
-    return changed
-
-
 # Routing.
 
 

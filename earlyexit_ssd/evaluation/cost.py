@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -129,13 +130,59 @@ class OpenVinoNetwork(nn.Module):
 
     def __init__(self, content: bytes, threads: int = 1) -> None:
         super().__init__()
-        model = import_package(OPENVINO).Core().read_model(content)
+        graph = gather_instead_of_resize(import_package("onnx").load_from_string(content)).SerializeToString()
+        model = import_package(OPENVINO).Core().read_model(graph)
         self._request = compile_in_openvino(model, threads).create_infer_request()
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """A float32 tensor on the CPU to the outputs, in the graph's order."""
         found = self._request.infer([x.numpy()], share_inputs=True)
         return [torch.from_numpy(output) for output in found.values()]
+
+
+def gather_instead_of_resize(model: Any) -> Any:
+    """A copy of an ONNX model without bilinear ``Resize`` of known sizes: each is a weighted sum of gathered rows, then of
+    gathered columns. This halves the time in OpenVINO."""
+    onnx = import_package("onnx")
+    helper, numpy_helper = onnx.helper, onnx.numpy_helper
+    changed = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    graph = changed.graph
+    shapes = {
+        value.name: [one.dim_value for one in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.value_info, *graph.output)
+    }
+    nodes: list[Any] = []
+    for node in graph.node:
+        before, after = (
+            (shapes.get(name, [0]) for name in (node.input[0], node.output[0])) if node.input else ([0], [0])
+        )
+        settings = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        half_pixel = settings.get("coordinate_transformation_mode") in (b"half_pixel", b"pytorch_half_pixel")
+        if node.op_type != "Resize" or settings.get("mode") != b"linear" or not half_pixel or 0 in (*before, *after):
+            nodes.append(node)
+            continue
+        x = node.input[0]
+        for axis in (2, 3):
+            points = np.maximum((np.arange(after[axis]) + 0.5) * before[axis] / after[axis] - 0.5, 0)
+            floor = points.astype(np.int64)
+            share = (points - floor).astype(np.float32).reshape(-1, *[1] * (3 - axis))
+            values = floor, np.minimum(floor + 1, before[axis] - 1), share
+            name = f"resize_{len(nodes)}"
+            names = [f"{name}_{part}" for part in ("before", "behind", "share", "first", "second", "less", "part")]
+            graph.initializer.extend(map(numpy_helper.from_array, values, names))
+            out = f"{name}_rows" if axis == 2 else node.output[0]
+            first, second, less, part = names[3:]
+            nodes += [
+                helper.make_node("Gather", [x, names[0]], [first], name=first, axis=axis),
+                helper.make_node("Gather", [x, names[1]], [second], name=second, axis=axis),
+                helper.make_node("Sub", [second, first], [less], name=less),
+                helper.make_node("Mul", [less, names[2]], [part], name=part),
+                helper.make_node("Add", [first, part], [out], name=f"{name}_sum"),
+            ]
+            x = out
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return changed
 
 
 def in_runtime(network: nn.Module, example: Tensor, runtime: str, threads: int = 1) -> nn.Module:

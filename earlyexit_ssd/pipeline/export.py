@@ -36,13 +36,13 @@ from earlyexit_ssd.deploy.graph import (
     build_graph,
     expand_log_sum_exp,
     first_stage,
-    gather_instead_of_resize,
     last_stage,
     required_inputs,
     stage,
 )
 from earlyexit_ssd.deploy.predictor import FORMAT, MANIFEST
 from earlyexit_ssd.errors import EarlyExitError, import_package, one_line
+from earlyexit_ssd.evaluation.cost import gather_instead_of_resize
 from earlyexit_ssd.files import make_folder, write_json, writing
 from earlyexit_ssd.images import read_image
 from earlyexit_ssd.modeling import EarlyExitSSDLite

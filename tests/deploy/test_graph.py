@@ -1,6 +1,5 @@
 """The parts of the graph around the network, against torchvision's own."""
 
-import io
 import itertools
 
 import numpy as np
@@ -15,7 +14,6 @@ from earlyexit_ssd.deploy.graph import (
     Contract,
     Scope,
     expand_log_sum_exp,
-    gather_instead_of_resize,
     last_stage,
     normalised,
 )
@@ -60,23 +58,6 @@ def test_photos_are_resized_as_torchvision_does(size, large):
     pixels = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     expected = F.interpolate(pixels[None], (24, 32), mode="bilinear", align_corners=False)
     assert np.allclose(found, expected, atol=2e-4)
-
-
-@pytest.mark.parametrize("size", [(5, 9), (24, 32), (40, 33)])
-def test_gathered_rows_and_columns_are_torchs_interpolation(size):
-    class Copy(torch.nn.Module):
-        def forward(self, x):
-            return F.interpolate(x, size, mode="bilinear", align_corners=False) * 2
-
-    x, content = torch.randn(1, 3, 24, 32), io.BytesIO()
-    torch.onnx.export(Copy(), (x,), content, input_names=["x"], opset_version=graph.OPSET, dynamo=False)
-    resized = onnx.load_from_string(content.getvalue())
-    gathered = gather_instead_of_resize(resized)
-    kinds = [{node.op_type for node in one.graph.node} for one in (resized, gathered)]
-    assert "Resize" in kinds[0] and "Resize" not in kinds[1]
-    onnx.checker.check_model(gathered)
-    (found,) = OnnxRuntime(gathered.SerializeToString(), "test")({"x": x.numpy()}).values()
-    assert np.allclose(found, Copy()(x), atol=2e-5)
 
 
 @pytest.mark.parametrize(
