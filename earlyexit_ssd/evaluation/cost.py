@@ -141,8 +141,8 @@ class OpenVinoNetwork(nn.Module):
 
 
 def gather_instead_of_resize(model: Any) -> Any:
-    """A copy of an ONNX model without bilinear ``Resize`` of known sizes: each is a weighted sum of gathered rows, then of
-    gathered columns. This halves the time in OpenVINO."""
+    """A copy of an ONNX model without bilinear ``Resize`` of known sizes. Each becomes a weighted sum of gathered rows,
+    then of gathered columns, which halves its time in OpenVINO."""
     onnx = import_package("onnx")
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
     changed = onnx.shape_inference.infer_shapes(model, data_prop=True)
