@@ -416,6 +416,8 @@ def export(args: argparse.Namespace) -> None:
 
         if len(args.photos) != 1:
             raise EarlyExitError("--int8 needs one folder of photos like those of use: --photos DIR")
+        if not 0 <= args.ap_drop <= 1:
+            raise EarlyExitError(f"--ap-drop is {args.ap_drop:g}, expected a number in [0, 1]")
         dataset = photos_to_quantise_on(args.photos[0], args.annotations, model.classes)
         print(export_int8(model, args.out, args.format, dataset, args.ap_drop))
     else:

@@ -207,6 +207,9 @@ def photos_to_quantise_on(
 
     ``classes`` are those of the detector. Raises a DataError if a file is unusable or no class fits.
     """
+    for path, expected in ((folder, "--photos names a folder"), (annotations, "--annotations names a COCO JSON file")):
+        if path and not os.path.exists(path):
+            raise DataError(f"{path}: it does not exist; {expected}")
     paths = [os.path.abspath(annotations) if annotations else "", os.path.abspath(folder)]
     cfg = with_values(get_cfg(), {"DATA.DATASETS": [("--photos", *paths)]})
     classes = [name for name in dict.fromkeys(classes) if name != "N/A"]  # COCO's ids without a class
