@@ -163,4 +163,4 @@ def test_8_bits_are_a_candidate_unless_they_are_refused(tmp_path, monkeypatch, c
     caplog.set_level("INFO")
     assert _in_8_bits(search, FAST) is None and "no candidate in 8 bits: 8 bits are refused" in caplog.text
     limited = SimpleNamespace(**{**vars(search), "goal": Goal(coco_ap_drop=0.01)})
-    assert _in_8_bits(limited, FAST) is None and "its bound is not computed" in caplog.text
+    assert _in_8_bits(limited, FAST) is None and "8 bits are not checked for it" in caplog.text
