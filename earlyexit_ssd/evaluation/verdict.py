@@ -153,24 +153,24 @@ def check_exit_use(results: Results) -> Iterator[Finding]:
     if only == results.full.name:
         yield Finding(_why_nobody_leaves(results, fix), veto=True)
     elif only and only == exit_to_ship_alone(results):
-        yield Finding(f"every image leaves at {only}: ship {only} alone, without the other branches and the router")
+        yield Finding(f"every photo leaves at {only}: ship {only} alone, without the other branches and the router")
     elif only:
-        yield Finding(f"every image leaves at {only}, which is not good enough alone: {fix}", veto=True)
+        yield Finding(f"every photo leaves at {only}, which is not good enough alone: {fix}", veto=True)
 
 
 def _why_nobody_leaves(results: Results, fix: str) -> str:
     """The text of the finding if no photo leaves early; ``fix`` is the advice unless a special one applies."""
     closed = results.routed.thresholds and not _open_exits(results)
     if closed and results.certificate:
-        return "the certificate opens no exit, every image takes the full path: allow a larger loss, or train the exits"
+        return "the certificate opens no exit, every photo takes the full path: allow a larger loss, or train the exits"
     no_logits = all(one.empty for one in results.early) and not reads_taps(results.routed.policy)
     if closed:
         policy = " ROUTING.POLICY foreseen_emptiness" if no_logits else ""
         fix = f"open them with tools/calibrate.py (--ap-drop 0.01{policy}) and evaluate with its certificate"
-        return f"every exit is closed until routing is calibrated, every image takes the full path: {fix}"
+        return f"every exit is closed until routing is calibrated, every photo takes the full path: {fix}"
     if no_logits:
         fix = "let tools/calibrate.py fit a policy that predicts empty photos (ROUTING.POLICY foreseen_emptiness)"
-    return f"no image leaves early, every one takes the full path: {fix}"
+    return f"no photo leaves early, every one takes the full path: {fix}"
 
 
 def check_speedup(results: Results) -> Iterator[Finding]:
@@ -304,7 +304,7 @@ def report_agreement(results: Results) -> Iterator[Finding]:
 def _say_what_is_left(results: Results) -> str:
     ap50, ms = results.full.ap50, results.without_exits.ms
     time = "" if ms is None else f", {ms:.1f} ms"
-    return f"until this is mended, use the detector without exits (AP50 {ap50:.3f}{time})"
+    return f"until this is fixed, use the detector without exits (AP50 {ap50:.3f}{time})"
 
 
 def asked_value(target: Target) -> float:

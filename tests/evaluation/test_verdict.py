@@ -95,7 +95,7 @@ def test_good_exits_ship():
         ),
         (
             {"routed_exit_share": {"exit8": 0.0, "exit12": 0.0, "full": 1.0}},
-            "no image leaves early, every one takes the full path",
+            "no photo leaves early, every one takes the full path",
             False,
         ),
         (
@@ -145,7 +145,7 @@ def test_force_is_said_first_and_is_a_veto():
     verdict = judge(GOOD, forced=True)
     assert verdict.findings[0].veto and "--force" in verdict.lines[0]
     assert verdict.findings[1:-1] == judge(GOOD).findings
-    assert verdict.lines[-1] == "until this is mended, use the detector without exits (AP50 0.720, 40.0 ms)"
+    assert verdict.lines[-1] == "until this is fixed, use the detector without exits (AP50 0.720, 40.0 ms)"
     assert (verdict.ship, verdict.what) == (False, None)
 
 
@@ -277,7 +277,7 @@ def test_one_exit_that_does_for_every_photo_is_what_to_ship():
     metrics["rivals"].append(rival("exit8 alone", 0.66, 18.0))
     verdict = judge(metrics)
     assert (verdict.ship, verdict.what) == (True, "exit8 alone")
-    assert "every image leaves at exit8: ship exit8 alone, without the other branches and the router" in verdict.lines
+    assert "every photo leaves at exit8: ship exit8 alone, without the other branches and the router" in verdict.lines
     assert not any("not good enough" in line or "leaves early" in line for line in verdict.lines)
     metrics["rivals"].append(rival("plain 224", 0.67, 15.0))  # another net still is one
     assert vetoes(judge(metrics))[0].startswith("ship instead: plain 224")
@@ -310,7 +310,7 @@ def test_until_routing_is_calibrated_the_verdict_says_so():
     nobody = {"routed_exit_share": {"exit8": 0.0, "exit12": 0.0, "full": 1.0}, "routed_thresholds": [2.0, 2.0]}
     verdict = judge(changed(**nobody, routed_speedup=0.99, routed_ms=40.4))
     assert vetoes(verdict) == [
-        "every exit is closed until routing is calibrated, every image takes the full path: open them with"
+        "every exit is closed until routing is calibrated, every photo takes the full path: open them with"
         " tools/calibrate.py (--ap-drop 0.01) and evaluate with its certificate"
     ]
     empty = changed(**nobody, exit8_empty=True, exit12_empty=True)
