@@ -64,7 +64,7 @@ RANGE_PHOTOS = 200  # number of photos that the ranges of the activations come f
 OPERATORS = ("Conv", "Add", "Mul", "Relu", "HardSwish", "HardSigmoid", "GlobalAveragePool", "MaxPool")
 """Operators that are quantised, in modules of trunk, branches and heads."""
 SCORE, IOU = 0.5, 0.5  # least score and IoU of a detection that counts as a found object
-DELTA = 0.05  # share of the bootstrap draws that may lose more than the budget
+DELTA = 0.05  # share of the bootstrap draws that may lose more than the budget, by default
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Int8Figures:
             `SCORE` replace the labels.
         AP, AP50: (reference, 8 bits); None without an object. The reference is the detector in 32 bits, or the
             detections that `export_int8` was given.
-        lost_bound: largest AP50 lost against the reference, in a share 1 - `DELTA` of the bootstrap draws.
+        lost_bound: largest AP50 lost against the reference, in a share 1 - ``delta`` of the bootstrap draws.
         objects: number of the reference's detections with a score of at least `SCORE`.
         objects_kept: number of these that the detector in 8 bits finds too.
         speed: time of a photo in 32 bits / time in 8 bits, from photo to detections, one thread.
@@ -107,6 +107,7 @@ class Int8Figures:
     AP: tuple[float | None, float | None]
     AP50: tuple[float | None, float | None]
     lost_bound: float
+    delta: float
     objects: int
     objects_kept: int
     speed: Ratio
@@ -122,6 +123,10 @@ class Int8Figures:
         return f"{self.speed} times as fast as in 32 bits ({self.runtime}, 1 thread)"
 
     @property
+    def bound_text(self) -> str:
+        return f"AP50 lost in {100 * (1 - self.delta):g} % of the draws at most {self.lost_bound:.3f}"
+
+    @property
     def accuracy_text(self) -> str:
         photos = f"{self.photos} labelled photos" if self.labelled else f"{self.photos} photos, 32 bits for labels"
         aps = [
@@ -129,10 +134,8 @@ class Int8Figures:
             for name, (before, after) in (("AP50", self.AP50), ("AP", self.AP))
             if before is not None and after is not None
         ]
-        return (
-            f"{', '.join(aps) or 'AP undefined'} on {photos} (AP50 lost in 95 % of the draws at most "
-            f"{self.lost_bound:.3f}), {self.objects_kept} of {self.objects} objects kept"
-        )
+        kept = f"{self.objects_kept} of {self.objects} objects kept"
+        return f"{', '.join(aps) or 'AP undefined'} on {photos} ({self.bound_text}), {kept}"
 
     def __str__(self) -> str:
         size = f"{self.size / 1e6:.1f} MB in 8 bits ({self.kept})"
@@ -147,6 +150,7 @@ def export_int8(
     ap_drop: float,
     ranges: Sequence[str | os.PathLike[str]] = (),
     reference: Detections | None = None,
+    delta: float = DELTA,
 ) -> Int8Figures:
     """Write a detector in 8 bits, if it is faster than in 32 bits and loses little AP50.
 
@@ -158,7 +162,7 @@ def export_int8(
         model, path, file_format: as of `export_detector`.
         dataset: photos like those in deployment. AP is measured against their labels; without labels, against the
             reference.
-        ap_drop: largest AP50 that may be lost, in a share 1 - `DELTA` of the bootstrap draws.
+        ap_drop: largest AP50 that may be lost, in a share 1 - ``delta`` of the bootstrap draws.
         ranges: photos that the ranges of the activations come from; by default `RANGE_PHOTOS` of ``dataset``.
         reference: image id -> detections that the loss is measured against; None: the detections in 32 bits.
 
@@ -183,7 +187,7 @@ def export_int8(
             WRITERS[file_format](dataclasses.replace(parts, segments=segments), trial)
             thresholds = _thresholds(model, confidences, _confidences(trial, runtime, photos))
             quantised = Predictor(trial, runtime, thresholds=thresholds)
-            figures = _compare(Predictor(whole, runtime), before, quantised, dataset, kept)
+            figures = _compare(Predictor(whole, runtime), before, quantised, dataset, kept, delta)
             logger.info("8 bits, %s: %s; %s", kept, figures.accuracy_text, figures.speed_text)
             if not figures.is_faster:
                 raise EarlyExitError(f"{path}: 8 bits are refused: {figures.speed_text}; export without --int8")
@@ -191,11 +195,12 @@ def export_int8(
                 break
         else:
             raise EarlyExitError(
-                f"{path}: 8 bits are refused: {figures.lost_bound:.3f} AP50 lost in 95 % of the draws of {len(photos)} "
-                f"photos, even with {figures.kept}; allow more than {ap_drop:g} (--ap-drop), or export without --int8"
+                f"{path}: 8 bits are refused: {figures.bound_text} on {len(photos)} photos, even with {figures.kept}; "
+                f"allow more than {ap_drop:g} (--ap-drop), or export without --int8"
             )
         if thresholds:
             model.router.thresholds = [thresholds.get(name, CLOSED) for name in model.exit_names[:-1]]
+            model.router.certificate = None
         WRITERS[file_format](dataclasses.replace(build_parts(model), segments=segments), made)
     return dataclasses.replace(figures, path=path, size=size_of(path))
 
@@ -331,7 +336,7 @@ def matching_threshold(threshold: float, before: np.ndarray, after: np.ndarray) 
 
 
 def _compare(
-    whole: Predictor, reference: Detections, quantised: Predictor, dataset: DetectionDataset, kept: Kept
+    whole: Predictor, reference: Detections, quantised: Predictor, dataset: DetectionDataset, kept: Kept, delta: float
 ) -> Int8Figures:
     """The figures of one step of `LADDER`: ``quantised`` compared with the detector in 32 bits, ``whole``."""
     found, template = detect(quantised, dataset), to_coco(dataset)
@@ -350,7 +355,8 @@ def _compare(
         labelled=dataset.labelled,
         AP=(before.AP, after.AP),
         AP50=(before.AP50, after.AP50),
-        lost_bound=float(np.nanquantile(lost, 1 - DELTA)) if not np.isnan(lost).all() else 0.0,
+        lost_bound=float(np.nanquantile(lost, 1 - delta)) if not np.isnan(lost).all() else 0.0,
+        delta=delta,
         objects=same.objects,
         objects_kept=same.kept,
         speed=speed_of(quantised, whole, dataset),

@@ -740,6 +740,7 @@ def _in_8_bits(search: Optimizer, chosen: Candidate) -> Candidate | None:
             search.goal.ap_drop,
             [record.path for record in search.sets["TRAIN"].records],
             search.reference,
+            search.goal.delta,
         )
     except EarlyExitError as reason:
         logger.info("no candidate in 8 bits: %s", reason)

@@ -80,7 +80,11 @@ def test_a_faster_file_is_written_and_as_many_photos_leave(folder, model, tmp_pa
     ("speed", "ap_drop", "message"),
     [
         (Ratio(1.02, 0.98, 1.07), 1.0, "refused: 1.02 .0.98, 1.07. times as fast as in 32 bits"),
-        (Ratio(1.5, 1.4, 1.6), -1.0, "AP50 lost in 95 % of the draws of 8 photos, even with the first 3 convolutions"),
+        (
+            Ratio(1.5, 1.4, 1.6),
+            -1.0,
+            "AP50 lost in 95 % of the draws at most .* on 8 photos, even with the first 3 convolutions",
+        ),
     ],
 )
 def test_a_slow_or_bad_file_is_refused_and_nothing_is_written(

@@ -141,13 +141,13 @@ def test_a_detector_that_does_not_detect_is_not_shipped():
 
 def test_8_bits_are_a_candidate_unless_they_are_refused(tmp_path, monkeypatch, caplog):
     sets = {"CALIB": "calib", "TRAIN": SimpleNamespace(records=[SimpleNamespace(path="train.jpg")])}
-    search = SimpleNamespace(goal=Goal(ap_drop=0.02), out=tmp_path, sets=sets, reference="base")
+    search = SimpleNamespace(goal=Goal(ap_drop=0.02, delta=0.1), out=tmp_path, sets=sets, reference="base")
 
     def quantised(*arguments):
-        assert arguments == ("model", tmp_path / "detector.xml", "openvino", "calib", 0.02, ["train.jpg"], "base")
+        assert arguments == ("model", tmp_path / "detector.xml", "openvino", "calib", 0.02, ["train.jpg"], "base", 0.1)
         speed = Ratio(1.25, 1.2, 1.3)
         return Int8Figures(
-            tmp_path, 1, Kept(3, False), 9, True, (0.5, 0.4), (0.7, 0.69), 0.015, 20, 19, speed, "openvino"
+            tmp_path, 1, Kept(3, False), 9, True, (0.5, 0.4), (0.7, 0.69), 0.015, 0.1, 20, 19, speed, "openvino"
         )
 
     monkeypatch.setattr(optimize, "open_any", lambda path: "model")
