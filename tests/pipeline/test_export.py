@@ -131,7 +131,7 @@ def test_a_head_that_is_not_the_model_s_is_refused(tmp_path, paths, model, monke
 
     def changed(model):
         segments = real(model)
-        weights = max(segments[-1][1].model.graph.initializer, key=lambda one: len(one.raw_data))
+        weights = max(segments[-1].model.graph.initializer, key=lambda one: len(one.raw_data))
         weights.raw_data = (np.frombuffer(weights.raw_data, np.float32) * np.float32(1.01)).tobytes()
         return segments
 
