@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,21 +26,7 @@ from torchvision.ops import box_iou, clip_boxes_to_image
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.data.dataset import as_tensor
 from earlyexit_ssd.data.shapes import render_scene
-from earlyexit_ssd.deploy import Detections, Predictor
-from earlyexit_ssd.deploy.graph import (
-    CONFIDENCE,
-    HEAD,
-    OPSET,
-    STATE,
-    Contract,
-    Segment,
-    build_graph,
-    expand_log_sum_exp,
-    first_stage,
-    last_stage,
-    required_inputs,
-    stage,
-)
+from earlyexit_ssd.deploy import Detections, Predictor, graph
 from earlyexit_ssd.deploy.predictor import FORMAT, MANIFEST
 from earlyexit_ssd.errors import EarlyExitError, import_package, one_line
 from earlyexit_ssd.evaluation.cost import gather_instead_of_resize
@@ -57,9 +43,7 @@ from earlyexit_ssd.progress import progress
 from earlyexit_ssd.runtimes import OnnxRuntime
 
 Format = Literal["onnx", "staged", "openvino"]
-SUFFIXES: dict[str, str] = {"onnx": ".onnx", "staged": "", "openvino": ".xml"}
-"""Format -> suffix of the file; the files of format ``staged`` are in a folder."""
-
+SUFFIXES = {"onnx": ".onnx", "staged": "", "openvino": ".xml"}  # the files of format staged are in a folder
 RENDERED_PHOTOS = 8  # number of photos to compare on, if none are given
 HEAD_PHOTOS = 4  # number of photos on which the outputs of every head are compared
 MAX_HEAD_DIFFERENCE = 1e-4
@@ -204,8 +188,8 @@ def replacing(path: Path) -> Iterator[Path]:
 class Parts:
     """All that a file is built from."""
 
-    segments: list[Segment]
-    contract: Contract
+    segments: list[graph.Segment]
+    contract: graph.Contract
     metadata: dict[str, str]
 
 
@@ -215,7 +199,7 @@ class SegmentNetwork(nn.Module):
     Args:
         model: the detector with its router.
         before, index: indices of the exits; closed exits between them are skipped.
-        inputs: names of the input tensors, of those in `STATE`.
+        inputs: names of the input tensors, of those in `graph.STATE`.
         head: whether the outputs of the exit's head are outputs of the segment.
         onward: whether a later early exit follows. Its branch may read the context (see modeling/detector.py), so the
             context is then an output of the segment.
@@ -230,8 +214,8 @@ class SegmentNetwork(nn.Module):
         self.eval()  # the exporter sets the model's train or eval mode to that of this module
 
     def run(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Run the segment. ``state`` has the tensors of `STATE` at the exit before; returned are those at this exit,
-        the outputs of its head and its confidence [N]."""
+        """From the tensors of `graph.STATE` at the exit before to those at this exit, the outputs of its head and its
+        confidence [N]."""
         model, behind = self.model, None
         if self.before is not None:
             trunk_state = TrunkState(state["x"], state.get("finest"))
@@ -245,7 +229,7 @@ class SegmentNetwork(nn.Module):
         if self.head:
             found |= head
         if model.router is not None:
-            found[CONFIDENCE] = model.router.confidence(at.signals(head), at.index)
+            found[graph.CONFIDENCE] = model.router.confidence(at.signals(head), at.index)
         return {name: value for name, value in found.items() if value is not None}
 
     def forward(self, *state: Tensor) -> tuple[Tensor, ...]:
@@ -259,7 +243,7 @@ def build_parts(model: EarlyExitDetector) -> Parts:
     return Parts(_segments(model), contract, _metadata(model, contract))
 
 
-def _segments(model: EarlyExitDetector) -> list[Segment]:
+def _segments(model: EarlyExitDetector) -> list[graph.Segment]:
     """A segment for each open exit, and one for the full path."""
     full = model.num_early_exits
     stops = [*(index for index in range(full) if model.router is not None and model.router.needs(index)), full]
@@ -272,8 +256,8 @@ def _segments(model: EarlyExitDetector) -> list[Segment]:
         network = SegmentNetwork(model, before, index, tuple(state), head_needed, onward)
         found = network.run(state)
         exported = _to_onnx(network, state, outputs=list(found), name=model.exit_names[index])
-        segments.append(Segment(index, model.exit_names[index], empty, exported, full=index == full))
-        state = {name: found[name] for name in STATE if name in found}
+        segments.append(graph.Segment(index, model.exit_names[index], empty, exported, full=index == full))
+        state = {name: found[name] for name in graph.STATE if name in found}
     return segments
 
 
@@ -281,27 +265,27 @@ def _to_onnx(network: nn.Module, inputs: dict[str, Tensor], outputs: list[str], 
     """The network's graph by PyTorch's exporter on TorchScript, for inputs of these shapes; an EarlyExitError with the
     ``name`` of the exit if it cannot trace the network."""
     content = io.BytesIO()
-    names = {"input_names": [f"{one}_in" for one in inputs], "output_names": outputs}
+    names = {"input_names": [f"{one}_in" for one in inputs], "output_names": outputs, "opset_version": graph.OPSET}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer: about fixed shapes, and about its own deprecation
         try:
-            torch.onnx.export(network, tuple(inputs.values()), content, **names, opset_version=OPSET, dynamo=False)
+            torch.onnx.export(network, tuple(inputs.values()), content, **names, dynamo=False)
         except Exception as error:
             raise EarlyExitError(f"{name} cannot be exported to ONNX ({one_line(str(error))[:200]})") from error
     exported = onnx.load_from_string(content.getvalue())
-    expand_log_sum_exp(exported)
+    graph.expand_log_sum_exp(exported)
     return exported
 
 
 def next_inputs(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The inputs of the next segment, from a segment's outputs."""
-    return {f"{name}_in": outputs[name] for name in STATE if name in outputs}
+    return {f"{name}_in": outputs[name] for name in graph.STATE if name in outputs}
 
 
-def _contract(model: EarlyExitDetector) -> Contract:
+def _contract(model: EarlyExitDetector) -> graph.Contract:
     width, height = model.transform.fixed_size
-    thresholds = [CLOSED] * model.num_early_exits if model.router is None else model.router.thresholds.tolist()
-    return Contract(
+    thresholds = [] if model.router is None else model.router.thresholds.tolist()  # without a router: no early exits
+    return graph.Contract(
         size=(height, width),
         mean=model.transform.image_mean,
         std=model.transform.image_std,
@@ -316,12 +300,11 @@ def _contract(model: EarlyExitDetector) -> Contract:
 
 
 def _least_scores(model: EarlyExitDetector) -> list[float]:
-    if isinstance(model.score_thresh, Mapping):
-        return [model.score_thresh.get(name, LEAST_SCORE) for name in model.classes]
-    return [model.score_thresh] * len(model.classes)
+    given = model.score_thresh
+    return [given.get(name, LEAST_SCORE) if isinstance(given, Mapping) else given for name in model.classes]
 
 
-def _metadata(model: EarlyExitDetector, contract: Contract) -> dict[str, str]:
+def _metadata(model: EarlyExitDetector, contract: graph.Contract) -> dict[str, str]:
     """Metadata that a `Predictor` reads: key -> text, in JSON except the value of ``format``."""
     names = ("earlyexit_ssd", "torch", "torchvision", "onnx", "onnxruntime")
     certificate = current_certificate(model.router)
@@ -345,8 +328,8 @@ def _write_onnx(parts: Parts, path: Path, for_openvino: bool = False) -> None:
     if for_openvino:
         contract = dataclasses.replace(contract, large=0)
         segments = [dataclasses.replace(one, model=gather_instead_of_resize(one.model)) for one in segments]
-    whole = build_graph(segments, contract, parts.metadata)
-    path.write_bytes((required_inputs(whole) if for_openvino else whole).SerializeToString())
+    whole = graph.build_graph(segments, contract, parts.metadata)
+    path.write_bytes((graph.required_inputs(whole) if for_openvino else whole).SerializeToString())
 
 
 def _write_staged(parts: Parts, folder: Path) -> None:
@@ -354,10 +337,10 @@ def _write_staged(parts: Parts, folder: Path) -> None:
     rows = []
     for place, segment in enumerate(parts.segments):
         name = f"{place}_{segment.name}.onnx"
-        model = stage(segment) if place else first_stage(segment, parts.contract)
+        model = graph.stage(segment) if place else graph.first_stage(segment, parts.contract)
         (folder / name).write_bytes(model.SerializeToString())
         rows.append({"file": name, "exit_index": segment.index, "empty": segment.empty})
-    (folder / "detections.onnx").write_bytes(last_stage(parts.contract).SerializeToString())
+    (folder / "detections.onnx").write_bytes(graph.last_stage(parts.contract).SerializeToString())
     write_json(folder / MANIFEST, {"metadata": parts.metadata, "segments": rows, "detections": "detections.onnx"})
 
 
@@ -371,11 +354,7 @@ def _write_openvino(parts: Parts, path: Path) -> None:
         raise EarlyExitError(f"OpenVINO cannot convert the detector ({one_line(str(error))[:200]})") from None
 
 
-WRITERS: dict[str, Callable[[Parts, Path], None]] = {
-    "onnx": _write_onnx,
-    "staged": _write_staged,
-    "openvino": _write_openvino,
-}
+WRITERS = {"onnx": _write_onnx, "staged": _write_staged, "openvino": _write_openvino}
 
 
 # Comparison with the model.
@@ -390,7 +369,7 @@ def _photos(paths: Sequence[str | os.PathLike[str]]) -> Iterator[tuple[str, np.n
 
 
 def _compare_heads(
-    model: EarlyExitDetector, segments: Sequence[Segment], photos: Sequence[tuple[str, np.ndarray]]
+    model: EarlyExitDetector, segments: Sequence[graph.Segment], photos: Sequence[tuple[str, np.ndarray]]
 ) -> None:
     """Run the segments one after another, and compare their head outputs with the model's; an EarlyExitError if they
     differ."""
@@ -400,7 +379,7 @@ def _compare_heads(
         found = {"x": model.transform([as_tensor(photo)])[0].tensors.numpy()}
         for segment, run in runs:
             found = run(next_inputs(found))
-            for key in (key for key in HEAD if key in found):
+            for key in (key for key in graph.HEAD if key in found):
                 expected = heads[segment.index][key].numpy()
                 wrong = np.abs(found[key] - expected).max()
                 if not wrong <= MAX_HEAD_DIFFERENCE * max(1.0, np.abs(expected).max()):

@@ -39,19 +39,8 @@ from earlyexit_ssd.evaluation.matches import (
 from earlyexit_ssd.images import read_image
 from earlyexit_ssd.modeling.detector import EarlyExitDetector
 from earlyexit_ssd.modeling.trunk import evaluating
+from earlyexit_ssd.pipeline import export
 from earlyexit_ssd.pipeline.build import with_values
-from earlyexit_ssd.pipeline.export import (
-    WRITERS,
-    Format,
-    build_parts,
-    export_detector,
-    exportable,
-    exportable_path,
-    next_inputs,
-    replacing,
-    runtime_of,
-    size_of,
-)
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.runtimes import OnnxRuntime
 
@@ -113,11 +102,6 @@ class Int8Figures:
     runtime: str
 
     @property
-    def is_faster(self) -> bool:
-        """Whether the interval of `speed` lies above 1."""
-        return (self.speed.value if self.speed.low is None else self.speed.low) > 1
-
-    @property
     def speed_text(self) -> str:
         return f"{self.speed} times as fast as in 32 bits ({self.runtime}, 1 thread)"
 
@@ -141,7 +125,7 @@ class Int8Figures:
 def export_int8(
     model: EarlyExitDetector,
     path: str | os.PathLike[str],
-    file_format: Format,
+    file_format: export.Format,
     dataset: DetectionDataset,
     ap_drop: float,
     ranges: Sequence[str | os.PathLike[str]] = (),
@@ -169,25 +153,26 @@ def export_int8(
     os.environ.setdefault("NNCF_CI", "1")  # NNCF reports nothing to its makers
     nncf = import_package("nncf")
     logging.getLogger("nncf").setLevel(logging.ERROR)  # its own function silences the handlers of all
-    path, runtime = exportable_path(path, file_format), runtime_of(file_format)
-    model, photos = exportable(model), [record.path for record in dataset.records]
-    with replacing(path) as made, evaluating(model):
+    path, runtime = export.exportable_path(path, file_format), export.runtime_of(file_format)
+    model, photos = export.exportable(model), [record.path for record in dataset.records]
+    with export.replacing(path) as made, evaluating(model):
         whole = made.with_name(f"float32{made.suffix}")
-        export_detector(model, whole, file_format, photos[:COMPARED_PHOTOS])
+        export.export_detector(model, whole, file_format, photos[:COMPARED_PHOTOS])
         confidences = _confidences(whole, runtime, photos)
         before = detect(Predictor(whole, runtime), dataset) if reference is None else reference
-        parts = build_parts(model)
+        parts = export.build_parts(model)
         images = (as_tensor(read_image(photo)) for photo in _some(ranges or photos))
         inputs = [{"x_in": model.transform([image])[0].tensors.numpy()} for image in images]
         for step, kept in enumerate(LADDER):
             segments = _quantised(nncf, parts.segments, inputs, kept)
             trial = made.with_name(f"trial{step}{made.suffix}")
-            WRITERS[file_format](dataclasses.replace(parts, segments=segments), trial)
+            export.WRITERS[file_format](dataclasses.replace(parts, segments=segments), trial)
             thresholds = _thresholds(model, confidences, _confidences(trial, runtime, photos))
             quantised = Predictor(trial, runtime, thresholds=thresholds)
             figures = _compare(Predictor(whole, runtime), before, quantised, dataset, kept, delta)
             logger.info("8 bits, %s: %s; %s", kept, figures.accuracy_text, figures.speed_text)
-            if not figures.is_faster:
+            least_speed = figures.speed.value if figures.speed.low is None else figures.speed.low
+            if least_speed <= 1:
                 raise EarlyExitError(f"{path}: 8 bits are refused: {figures.speed_text}; export without --int8")
             if figures.lost_bound <= ap_drop:
                 break
@@ -199,8 +184,8 @@ def export_int8(
         if thresholds:
             model.router.thresholds = [thresholds.get(name, CLOSED) for name in model.exit_names[:-1]]
             model.router.certificate = None
-        WRITERS[file_format](dataclasses.replace(build_parts(model), segments=segments), made)
-    return dataclasses.replace(figures, path=path, size=size_of(path))
+        export.WRITERS[file_format](dataclasses.replace(export.build_parts(model), segments=segments), made)
+    return dataclasses.replace(figures, path=path, size=export.size_of(path))
 
 
 def photos_to_quantise_on(
@@ -261,7 +246,7 @@ def _quantised(
         found.append(dataclasses.replace(segment, model=quantised))
         if not segment.full:
             run = OnnxRuntime(segment.model.SerializeToString(), segment.name)
-            inputs = [next_inputs(run(one)) for one in inputs]
+            inputs = [export.next_inputs(run(one)) for one in inputs]
     return found
 
 
@@ -332,12 +317,12 @@ def _compare(
     matches = exit_matches(truth, [reference, found], IOU)
     choices = [np.full(matches.photos, index) for index in range(2)]
     before, after = (ap_of_choice(matches, choice) for choice in choices)
-    draws = bootstrap_choices(matches, choices)
-    lost = draws[0].AP50 - draws[1].AP50
+    base, draws = bootstrap_choices(matches, choices)
+    lost = base.AP50 - draws.AP50
     same = agreement(template, reference, found, SCORE, IOU)
     return Int8Figures(
         path=Path(quantised.path),
-        size=size_of(Path(quantised.path)),
+        size=export.size_of(Path(quantised.path)),
         kept=kept,
         photos=len(dataset),
         labelled=dataset.labelled,

@@ -626,17 +626,25 @@ def optimize(
         candidates = {key: one.to_json() for key, one in found.items()}
         write_json(out / "candidates.json", {"key": search.key, "candidates": candidates})
         logger.info("%s", found[candidate.key])
-    measured, rivals = list(found.values()), search.rivals()
-    chosen = choose_candidate(measured, goal)
-    outcome = _write(search, measured[0], chosen, (*measured, *rivals))
+    measured, results, test, ship = list(found.values()), None, None, False
+    chosen, candidates = choose_candidate(measured, goal), (*measured, *search.rivals())
+    if chosen is None:
+        summary = _nothing_holds(measured, goal)
+    else:
+        results = _write_chosen(search, chosen)
+        test = TestFigures.of(results)
+        int8 = _in_8_bits(search, chosen) if cfg.EVAL.RUNTIME == OPENVINO else None
+        if int8 is not None:
+            candidates, test = (*candidates, int8), _test_in_8_bits(search, test, chosen.ms / int8.ms)
+            chosen = int8
+        ship = test.worth_shipping(goal)
+        summary = _summary(chosen, test, ship, goal)
+    outcome = Outcome(measured[0], chosen, candidates, test, ship, summary)
     write_json(out / "optimize.json", outcome.to_json())
-    write_text(out / "summary.txt", outcome.summary + "\n")
-    write_image(out / "candidates.png", candidates_chart(outcome.candidates, outcome.chosen, cfg.EVAL.RUNTIME))
+    write_text(out / "summary.txt", summary + "\n")
+    write_image(out / "candidates.png", candidates_chart(candidates, chosen, cfg.EVAL.RUNTIME))
     with never_failing(out / "report.html"):
-        path = out / "test" / "metrics.json"
-        results = Results.from_json(read_json(path, "figures", "delete it")) if outcome.test else None
-        page = search_page(outcome.candidates, outcome.chosen, outcome.summary, outcome.ship, results, BASE_FILE)
-        write_page(out / "report.html", page)
+        write_page(out / "report.html", search_page(candidates, chosen, summary, ship, results, BASE_FILE))
     return outcome
 
 
@@ -654,7 +662,6 @@ def choose_candidate(candidates: Sequence[Candidate], goal: Goal) -> Candidate |
     2. Otherwise the candidate that loses least, of those that reach the wanted speed.
     3. None if neither exists.
     """
-
     known = [one for one in candidates[1:] if one.ms is not None and one.lost is not None and one.speedup > 1]
     # with all exits closed it equals the candidate without exits
     known = [one for one in known if not one.exits or min(one.thresholds) < CLOSED]
@@ -674,16 +681,18 @@ def _read_candidates(path: Path, key: str) -> dict[str, Candidate]:
     return {name: Candidate.from_json(one) for name, one in content["candidates"].items()}
 
 
-def _write(search: Optimizer, base: Candidate, chosen: Candidate | None, candidates: Sequence[Candidate]) -> Outcome:
-    """Write the chosen model, and evaluate it and the base detector on the test split."""
-    out, goal = search.out, search.goal
-    if chosen is None:
-        known = [one for one in candidates if not one.rival and one is not base and one.lost is not None]
-        least = min(known, key=lambda one: one.lost_bound, default=None)
-        nearest = "" if least is None else f"; the nearest: {least} (bound {least.lost_bound:.3f})"
-        asked = f"no faster candidate holds {goal.ap_drop:g} AP50 lost on the calib split"
-        return Outcome(base, None, candidates, None, False, f"{asked}: ship the detector as it is{nearest}")
-    found = search.measure(chosen)  # candidates.json has only figures
+def _nothing_holds(measured: Sequence[Candidate], goal: Goal) -> str:
+    """The summary if no candidate is chosen."""
+    known = [one for one in measured[1:] if one.lost is not None]
+    least = min(known, key=lambda one: one.lost_bound, default=None)
+    nearest = "" if least is None else f"; the nearest: {least} (bound {least.lost_bound:.3f})"
+    asked = f"no faster candidate holds {goal.ap_drop:g} AP50 lost on the calib split"
+    return f"{asked}: ship the detector as it is{nearest}"
+
+
+def _write_chosen(search: Optimizer, chosen: Candidate) -> Results:
+    """Write and export the chosen model, and evaluate it on the test split, with the base detector as a rival."""
+    out, found = search.out, search.measure(chosen)  # candidates.json has only figures
     recorded = found.recorded
     info: ModelInfo = {key: value for key, value in search.info.items() if key not in ("router", "certificate")}
     if found.search is not None:
@@ -692,20 +701,13 @@ def _write(search: Optimizer, base: Candidate, chosen: Candidate | None, candida
     save_model(out / "model.pth", recorded.model, recorded.architecture, info)
     photos = [record.path for record in recorded.sets["CALIB"].records[:EXPORT_PHOTOS]]
     export_detector(open_any(out / "model.pth"), out / "detector.onnx", "onnx", photos)
-    int8 = None
     if search.cfg.EVAL.RUNTIME == OPENVINO:
         export_detector(open_any(out / "model.pth"), out / "detector.xml", "openvino", photos)
-        int8 = _in_8_bits(search, chosen)
     plain = dataclasses.replace(search.architecture, exits=())
     save_model(out / BASE_FILE, plain.add_exits(search.full_path()), plain, {})
     rivals = (*search.cfg.EVAL.RIVALS.FULL_PATHS, str(out / BASE_FILE))
     cfg = with_values(search.cfg, {"EVAL.RIVALS.ENABLED": True, "EVAL.RIVALS.FULL_PATHS": rivals})
-    test = TestFigures.of(evaluate_model(cfg, out / "model.pth", out / "test", compare=False))
-    if int8 is not None:
-        candidates, test = (*candidates, int8), _test_in_8_bits(search, test, chosen.ms / int8.ms)
-        chosen = int8
-    ship = test.worth_shipping(goal)
-    return Outcome(base, chosen, candidates, test, ship, _summary(chosen, test, ship, goal))
+    return evaluate_model(cfg, out / "model.pth", out / "test", compare=False)
 
 
 def _in_8_bits(search: Optimizer, chosen: Candidate) -> Candidate | None:
