@@ -174,9 +174,9 @@ class Search:
         target, costs, settings = self.target, self.costs, self.cfg.CALIBRATION
         confidences, losses = self.train.confidences(self.router), self.train.losses(settings.REFERENCE)
         path = threshold_path(confidences, losses, costs.of_each, self._grid(confidences, losses)[0])
-        photos = path, self.confidences, self.losses, costs.of_each(path)
+        steps = path, self.confidences, self.losses, costs.of_each(path)
         test = target.delta, settings.BOUND, self.cfg.SEED, self.blocks
-        found = certify(*photos, target.value, *test)
+        found = certify(*steps, target.value, *test)
         if found.step == 0:
             advice = "the exits are not good enough for it: allow a larger risk, or train them longer"
             if found.passed:
@@ -188,7 +188,7 @@ class Search:
                 target.value, 1 - target.delta, self.draws, self.draws_name, advice,
             )  # fmt: skip
         measured = Measured(loss_bound=found.bound, steps=found.passed)
-        return Chosen(found.thresholds, found.choice, measured, tuple(risk_curve(*photos, *test)))
+        return Chosen(found.thresholds, found.choice, measured, tuple(risk_curve(*steps, *test)))
 
     def _for_speedup(self) -> Chosen:
         grid, mean_costs = self._grid(self.confidences, self.losses)
@@ -235,14 +235,15 @@ class Search:
         cheaper = np.less if self.baseline is None else np.less_equal
         tested = path[(lost[path] <= target.value) & cheaper(mean_costs[path], closed_cost)]
         draw = functools.partial(bootstrap_choices, matches, seed=self.cfg.SEED, blocks=self.blocks)
-        (baseline_draws,), bounds = draw([baseline_exit]), {}
+        (baseline_draws,) = draw([baseline_exit])
+        bounds: dict[int, float] = {}
         for candidate in progress(tested[np.argsort(mean_costs[tested], kind="stable")].tolist(), desc="AP50 lost"):
             (draws,) = draw([grid.choices[candidate]])
             bounds[candidate] = bound = float(np.nanquantile(baseline_draws.AP50 - draws.AP50, 1 - target.delta))
             if bound <= target.value:
-                found = tuple(grid.thresholds[candidate].tolist()), grid.choices[candidate]
                 measured = replace(closed.measured, AP50_lost_bound=bound)
-                return Chosen(*found, measured, _curve(grid, mean_costs, lost, tested, bounds))
+                curve = _curve(grid, mean_costs, lost, tested, bounds)
+                return Chosen(tuple(grid.thresholds[candidate].tolist()), grid.choices[candidate], measured, curve)
         logger.warning("no exit can be opened at %g AP50 lost on these photos: all stay closed", target.value)
         return replace(closed, curve=_curve(grid, mean_costs, lost, tested, bounds))
 

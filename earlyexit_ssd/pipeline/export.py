@@ -114,10 +114,9 @@ def export_detector(
     path = exportable_path(path, file_format)
     model = exportable(model)
     with evaluating(model), replacing(path) as made:
-        parts = build_parts(model)
-        compared = list(_photos(photos))
-        _compare_heads(model, parts.segments, compared[:HEAD_PHOTOS])
-        WRITERS[file_format](parts, made)
+        segments, compared = build_segments(model), list(_photos(photos))
+        _compare_heads(model, segments, compared[:HEAD_PHOTOS])
+        WRITERS[file_format](model, segments, made)
         detections, borderline = _compare(model, Predictor(made, runtime_of(file_format)), compared)
     return Exported(path, size_of(path), len(compared), detections, borderline)
 
@@ -184,15 +183,6 @@ def replacing(path: Path) -> Iterator[Path]:
 # The parts of a file: segments by PyTorch's exporter, settings of pre- and post-processing, and metadata.
 
 
-@dataclass(frozen=True)
-class Parts:
-    """All that a file is built from."""
-
-    segments: list[graph.Segment]
-    contract: graph.Contract
-    metadata: dict[str, str]
-
-
 class SegmentNetwork(nn.Module):
     """The layers from exit ``before`` (None: from the images) to exit ``index``.
 
@@ -237,14 +227,9 @@ class SegmentNetwork(nn.Module):
         return tuple(self.run(dict(zip(self.inputs, state, strict=True))).values())
 
 
-def build_parts(model: EarlyExitDetector) -> Parts:
-    """The parts of a model that `exportable` has returned; call it in eval mode without gradients."""
-    contract = _contract(model)
-    return Parts(_segments(model), contract, _metadata(model, contract))
-
-
-def _segments(model: EarlyExitDetector) -> list[graph.Segment]:
-    """A segment for each open exit, and one for the full path."""
+def build_segments(model: EarlyExitDetector) -> list[graph.Segment]:
+    """A segment for each open exit, and one for the full path, of a model that `exportable` has returned; call it in
+    eval mode without gradients."""
     full = model.num_early_exits
     stops = [*(index for index in range(full) if model.router is not None and model.router.needs(index)), full]
     state = {"x": torch.zeros(1, 3, *model.transform.fixed_size[::-1])}
@@ -323,33 +308,31 @@ def _metadata(model: EarlyExitDetector, contract: graph.Contract) -> dict[str, s
     return {"format": FORMAT, **{key: json.dumps(value) for key, value in values.items()}}
 
 
-def _write_onnx(parts: Parts, path: Path, for_openvino: bool = False) -> None:
-    contract, segments = parts.contract, parts.segments
-    if for_openvino:
-        contract = dataclasses.replace(contract, large=0)
-        segments = [dataclasses.replace(one, model=gather_instead_of_resize(one.model)) for one in segments]
-    whole = graph.build_graph(segments, contract, parts.metadata)
-    path.write_bytes((graph.required_inputs(whole) if for_openvino else whole).SerializeToString())
+def _write_onnx(model: EarlyExitDetector, segments: Sequence[graph.Segment], path: Path) -> None:
+    contract = _contract(model)
+    path.write_bytes(graph.build_graph(segments, contract, _metadata(model, contract)).SerializeToString())
 
 
-def _write_staged(parts: Parts, folder: Path) -> None:
+def _write_staged(model: EarlyExitDetector, segments: Sequence[graph.Segment], folder: Path) -> None:
     folder.mkdir()
-    rows = []
-    for place, segment in enumerate(parts.segments):
+    contract, rows = _contract(model), []
+    for place, segment in enumerate(segments):
         name = f"{place}_{segment.name}.onnx"
-        model = graph.stage(segment) if place else graph.first_stage(segment, parts.contract)
-        (folder / name).write_bytes(model.SerializeToString())
+        staged = graph.stage(segment) if place else graph.first_stage(segment, contract)
+        (folder / name).write_bytes(staged.SerializeToString())
         rows.append({"file": name, "exit_index": segment.index, "empty": segment.empty})
-    (folder / "detections.onnx").write_bytes(graph.last_stage(parts.contract).SerializeToString())
-    write_json(folder / MANIFEST, {"metadata": parts.metadata, "segments": rows, "detections": "detections.onnx"})
+    (folder / "detections.onnx").write_bytes(graph.last_stage(contract).SerializeToString())
+    manifest = {"metadata": _metadata(model, contract), "segments": rows, "detections": "detections.onnx"}
+    write_json(folder / MANIFEST, manifest)
 
 
-def _write_openvino(parts: Parts, path: Path) -> None:
-    openvino = import_package("openvino")
-    _write_onnx(parts, path.with_suffix(".onnx"), for_openvino=True)
+def _write_openvino(model: EarlyExitDetector, segments: Sequence[graph.Segment], path: Path) -> None:
+    openvino, contract = import_package("openvino"), dataclasses.replace(_contract(model), large=0)
+    segments = [dataclasses.replace(one, model=gather_instead_of_resize(one.model)) for one in segments]
+    whole = graph.required_inputs(graph.build_graph(segments, contract, _metadata(model, contract)))
     try:
-        model = openvino.Core().read_model(path.with_suffix(".onnx"))
-        openvino.save_model(model, path, compress_to_fp16=False)
+        converted = openvino.Core().read_model(whole.SerializeToString())
+        openvino.save_model(converted, path, compress_to_fp16=False)
     except Exception as error:
         raise EarlyExitError(f"OpenVINO cannot convert the detector ({one_line(str(error))[:200]})") from None
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import onnx
@@ -46,7 +46,6 @@ from earlyexit_ssd.runtimes import OnnxRuntime
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 COMPARED_PHOTOS = 16  # number of photos on which the file in 32 bits is compared with the model
 RANGE_PHOTOS = 200  # number of photos that the ranges of the activations come from; both files are timed on as many
 OPERATORS = ("Conv", "Add", "Mul", "Relu", "HardSwish", "HardSigmoid", "GlobalAveragePool", "MaxPool")
@@ -160,16 +159,15 @@ def export_int8(
         export.export_detector(model, whole, file_format, photos[:COMPARED_PHOTOS])
         confidences = _confidences(whole, runtime, photos)
         before = detect(Predictor(whole, runtime), dataset) if reference is None else reference
-        parts = export.build_parts(model)
+        segments = export.build_segments(model)
         images = (as_tensor(read_image(photo)) for photo in _some(ranges or photos))
         inputs = [{"x_in": model.transform([image])[0].tensors.numpy()} for image in images]
         for step, kept in enumerate(LADDER):
-            segments = _quantised(nncf, parts.segments, inputs, kept)
-            trial = made.with_name(f"trial{step}{made.suffix}")
-            export.WRITERS[file_format](dataclasses.replace(parts, segments=segments), trial)
+            quantised, trial = _quantised(nncf, segments, inputs, kept), made.with_name(f"trial{step}{made.suffix}")
+            export.WRITERS[file_format](model, quantised, trial)
             thresholds = _thresholds(model, confidences, _confidences(trial, runtime, photos))
-            quantised = Predictor(trial, runtime, thresholds=thresholds)
-            figures = _compare(Predictor(whole, runtime), before, quantised, dataset, kept, delta)
+            predictors = Predictor(whole, runtime), Predictor(trial, runtime, thresholds=thresholds)
+            figures = _compare(*predictors, before, dataset, kept, delta)
             logger.info("8 bits, %s: %s; %s", kept, figures.accuracy_text, figures.speed_text)
             least_speed = figures.speed.value if figures.speed.low is None else figures.speed.low
             if least_speed <= 1:
@@ -184,7 +182,7 @@ def export_int8(
         if thresholds:
             model.router.thresholds = [thresholds.get(name, CLOSED) for name in model.exit_names[:-1]]
             model.router.certificate = None
-        export.WRITERS[file_format](dataclasses.replace(export.build_parts(model), segments=segments), made)
+        export.WRITERS[file_format](model, quantised, made)
     return dataclasses.replace(figures, path=path, size=export.size_of(path))
 
 
@@ -213,7 +211,7 @@ def photos_to_quantise_on(
     return load_dataset(cfg, "--photos", labels="annotated" if annotations else "replaced")
 
 
-def _some(photos: Sequence[T]) -> list[T]:
+def _some(photos: Sequence[str | os.PathLike[str]]) -> list[str | os.PathLike[str]]:
     """A seeded random choice of at most `RANGE_PHOTOS` of the photos."""
     chosen = np.random.default_rng(0).permutation(len(photos))[:RANGE_PHOTOS]
     return [photos[place] for place in chosen]
@@ -309,7 +307,7 @@ def matching_threshold(threshold: float, before: np.ndarray, after: np.ndarray) 
 
 
 def _compare(
-    whole: Predictor, reference: Detections, quantised: Predictor, dataset: DetectionDataset, kept: Kept, delta: float
+    whole: Predictor, quantised: Predictor, reference: Detections, dataset: DetectionDataset, kept: Kept, delta: float
 ) -> Int8Figures:
     """The figures of one step of `LADDER`: ``quantised`` compared with the detector in 32 bits, ``whole``."""
     found, template = detect(quantised, dataset), to_coco(dataset)

@@ -31,13 +31,7 @@ from earlyexit_ssd.data.dataset import fingerprint, to_coco
 from earlyexit_ssd.deploy import Predictor
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.cost import ONNX_RUNTIME, OPENVINO, PlainPath, example_input, time_in_runtime
-from earlyexit_ssd.evaluation.matches import (
-    ap_of_choice,
-    bootstrap_choices,
-    exit_matches,
-    interval,
-    photo_counts,
-)
+from earlyexit_ssd.evaluation.matches import ap_of_choice, bootstrap_choices, exit_matches, interval, photo_counts
 from earlyexit_ssd.evaluation.outputs import collect_detections
 from earlyexit_ssd.evaluation.results import Interval, Record, Results
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
@@ -122,7 +116,7 @@ class Goal:
     coco_ap_drop: float | None = None
 
     def __post_init__(self) -> None:
-        self.budget  # noqa: B018 - raises if ap_drop or delta is out of range
+        _ = self.budget  # raises if ap_drop or delta is out of range
         if self.coco_ap_drop is not None and not 0 <= self.coco_ap_drop <= 1:
             raise EarlyExitError(f"coco_ap_drop is {self.coco_ap_drop:g}, expected a number in [0, 1]")
         for name in ("speedup", "ms", "minutes"):
@@ -174,14 +168,15 @@ class Candidate(Record):
     @property
     def key(self) -> str:
         """Text that tells it from the others of a search."""
-        training = ["fine-tuned"] * self.fine_tuned + ["joint"] * self.joint
-        return " ".join([str(self.image_size), self.fold, *training, *self.exits])
+        training = " fine-tuned" if self.fine_tuned else " joint" if self.joint else ""
+        return " ".join([f"{self.image_size} {self.fold}{training}", *self.exits])
 
     def describe(self, opened: Sequence[str], own_size: int) -> str:
         """The name with these exits open; ``own_size`` is the side of the detector's own input."""
         words = [f"{self.image_size} px"] if self.image_size != own_size else []
         words += [f"{self.fold} head"] if self.fold != OWN_HEAD else []
-        words += ["fine-tuned"] * self.fine_tuned + ["jointly trained"] * self.joint
+        words += ["fine-tuned"] if self.fine_tuned else []
+        words += ["jointly trained"] if self.joint else []
         for name in opened:
             words.append(f"glance at {name.removeprefix('glance')} px" if name.startswith("glance") else name)
         name = ", ".join(words) or "the detector as it is"
@@ -694,8 +689,10 @@ def _write_chosen(search: Optimizer, chosen: Candidate) -> Results:
     """Write and export the chosen model, and evaluate it on the test split, with the base detector as a rival."""
     out, found = search.out, search.measure(chosen)  # candidates.json has only figures
     recorded = found.recorded
-    info: ModelInfo = {key: value for key, value in search.info.items() if key not in ("router", "certificate")}
-    if found.search is not None:
+    info: ModelInfo = {**search.info}
+    if found.search is None:
+        info = {key: value for key, value in info.items() if key not in ("router", "certificate")}
+    else:
         certificate = certificate_of(recorded, found.search, found.chosen)
         info |= {"router": certificate.router, "certificate": certificate.to_dict()}
     save_model(out / "model.pth", recorded.model, recorded.architecture, info)

@@ -9,7 +9,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,6 @@ class Replay:
     score: float
     iou: float
     labelled: bool = True
-    _losses: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property
     def order(self) -> np.ndarray:
@@ -113,19 +112,18 @@ class Replay:
 
     def losses(self, reference: str) -> np.ndarray:
         """Loss per photo and exit [n, exits] in [0, 1] against the ``full`` path's detections or the ``labels``."""
-        if reference not in self._losses:
-            if reference == "labels":
-                losses = photo_counts(self.matches, self.score).losses_against_labels()
-            else:
-                losses = losses_against_full(self.ground_truth, self.recording.detections, self.score, self.iou)
-            self._losses[reference] = losses
-        return self._losses[reference]
+        if reference == "labels":
+            return photo_counts(self.matches, self.score).losses_against_labels()
+        return self._losses_against_full
+
+    @functools.cached_property
+    def _losses_against_full(self) -> np.ndarray:
+        return losses_against_full(self.ground_truth, self.recording.detections, self.score, self.iou)
 
     def detections_of(self, choice: np.ndarray) -> Detections:
         """Image id -> detections if the photos leave at these exits [n]."""
-        exits = self.recording.detections
-        ids = np.asarray(self.recording.image_ids)[self.order]
-        return {int(image): exits[taken][int(image)] for image, taken in zip(ids, choice, strict=True)}
+        exits, image_ids = self.recording.detections, sorted(self.recording.image_ids)
+        return {image_id: exits[taken][image_id] for image_id, taken in zip(image_ids, choice.tolist(), strict=True)}
 
     def agreement(self, choice: np.ndarray, reference: Detections | None = None) -> Agreement:
         """Agreement with ``reference`` (None: the full path) if the photos leave at these exits [n]."""
@@ -391,8 +389,9 @@ def measure_cost_model(
         unit, measured, costs = "mmacs", {}, list(map(count_mmacs, networks, examples))
     else:
         runs, threads = settings.timing_runs, settings.timing_threads
-        prefers_onnx = cfg.CALIBRATION.COST == "auto" and example.device.type == "cpu" and runtime_installed()
-        runtime = ONNX_RUNTIME if prefers_onnx else settings.runtime
+        on_cuda, runtime = example.device.type == "cuda", settings.runtime
+        if cfg.CALIBRATION.COST == "auto" and example.device.type == "cpu" and runtime_installed():
+            runtime = ONNX_RUNTIME
         try:
             timings = time_in_runtime(networks, examples, runtime, runs, threads)
         except EarlyExitError as error:
@@ -401,7 +400,6 @@ def measure_cost_model(
             logger.warning("costs are measured in %s instead of ONNX Runtime: %s", settings.runtime, error)
             runtime = settings.runtime
             timings = time_in_runtime(networks, examples, runtime, runs, threads)
-        on_cuda = example.device.type == "cuda"
         machine = torch.cuda.get_device_name(example.device) if on_cuda else platform.processor() or platform.machine()
         unit, costs = "ms", [one.ms for one in timings]
         measured = {"runtime": runtime, "threads": threads, "runs": runs, "machine": machine}
