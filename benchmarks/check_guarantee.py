@@ -26,7 +26,7 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import locks_folder, write_json
 from earlyexit_ssd.pipeline.build import trained_temperatures
 from earlyexit_ssd.pipeline.calibrate import Target
-from earlyexit_ssd.pipeline.replay import fit_policy, measure_cost_model, open_recorded, require_deciding
+from earlyexit_ssd.pipeline.replay import fit_router, measure_cost_model, open_recorded, require_deciding
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.routing.policies import require_known
 
@@ -132,16 +132,16 @@ def check_guarantee(
     for epsilon in EPSILONS:
         Target("risk", epsilon, delta)  # raises where they are impossible
     require_known(cfg.ROUTING.POLICY)
-    needs_labels = ("CALIB", "TEST") if cfg.CALIBRATION.REFERENCE == "labels" else ("CALIB",)
-    unlabelled = cfg.CALIBRATION.REFERENCE == "full"
-    recorded = open_recorded(cfg, weights, out, needs_labels, unlabelled=unlabelled, deduplicate=("CALIB", "TEST"))
+    both, by_labels = ("CALIB", "TEST"), cfg.CALIBRATION.REFERENCE == "labels"
+    needs_labels = both if by_labels else ("CALIB",)
+    recorded = open_recorded(cfg, weights, out, needs_labels=needs_labels, unlabelled=not by_labels, deduplicate=both)
     cfg, model, reference = recorded.cfg, recorded.model, cfg.CALIBRATION.REFERENCE
     require_deciding(cfg.ROUTING.POLICY, model, weights)
     calib, test, train = (recorded.replay(name) for name in ("CALIB", "TEST", "TRAIN"))
     temperatures = trained_temperatures(cfg, recorded.info, model.num_early_exits)
-    router = fit_policy(cfg, cfg.ROUTING.POLICY, temperatures, train)
+    router, on_train = fit_router(cfg, cfg.ROUTING.POLICY, temperatures, train, cross_fit=False)
     costs = measure_cost_model(cfg, model, router)
-    path = threshold_path(train.confidences(router), train.losses(reference), costs.of_each)
+    path = threshold_path(on_train, train.losses(reference), costs.of_each)
     confidences = [
         np.concatenate(pair) for pair in zip(calib.confidences(router), test.confidences(router), strict=True)
     ]

@@ -48,7 +48,7 @@ from earlyexit_ssd.modeling.outputs import ExitSignals, Router
 from earlyexit_ssd.pipeline.replay import (
     CostModel,
     Replay,
-    fit_policy,
+    fit_router,
     fit_temperatures,
     measure_cost_model,
     open_recorded,
@@ -587,9 +587,10 @@ def evaluate_routing(cfg: CfgNode, weights: str | Path, out: Path, policies: Seq
         names = [name for name in names if reads_taps(name)]
     calib, test = recorded.replay("CALIB"), recorded.replay("TEST")
     train = recorded.replay("TRAIN") if any(map(needs_training_photos, names)) else None
-    temperatures = temperatures_of(fit_temperatures(cfg, model.exit_names, calib), model.exit_names)
+    temperatures = temperatures_of(fit_temperatures(cfg, calib), model.exit_names)
     routers = {
-        name: fit_policy(cfg, name, temperatures, train if needs_training_photos(name) else calib) for name in names
+        name: fit_router(cfg, name, temperatures, train if needs_training_photos(name) else calib, cross_fit=False)[0]
+        for name in names
     }
     # first, before the evaluation fragments the memory: no process that serves photos does that
     scoring_ms = _scoring_ms(cfg, routers, test)

@@ -15,6 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from earlyexit_ssd.drift import Reference
 from earlyexit_ssd.engine.processes import is_main
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.matches import Detections, ap_of_choice, bootstrap_choices
+from earlyexit_ssd.evaluation.outputs import exit_share
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
 from earlyexit_ssd.modeling.checkpoint import save_model, weights_hash
 from earlyexit_ssd.pipeline.build import shares_processes, trained_temperatures
@@ -44,8 +46,7 @@ from earlyexit_ssd.pipeline.replay import (
     CostModel,
     Recorded,
     Replay,
-    cross_fit_policy,
-    fit_policy,
+    fit_router,
     fit_temperatures,
     measure_cost_model,
     open_recorded,
@@ -56,7 +57,7 @@ from earlyexit_ssd.pipeline.reports import write_calibration_page
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.report.tables import write_calibration
 from earlyexit_ssd.routing import ExitRouter
-from earlyexit_ssd.routing.policies import cross_fits, needs_training_photos, require_known
+from earlyexit_ssd.routing.policies import needs_training_photos, require_known
 
 logger = logging.getLogger(__name__)
 
@@ -79,23 +80,20 @@ class Target:
         learned: learn the thresholds by gradient descent instead of a search over all combinations.
     """
 
-    kind: str
+    kind: Literal["speedup", "ap_drop", "risk"]
     value: float
     delta: float = 0.05
     block: Block | None = None
     learned: bool = False
 
     def __post_init__(self) -> None:
-        expected = {
+        expected, fits = {
             "speedup": ("a number above 0", self.value > 0),
             "ap_drop": ("a number in [0, 1]", 0 <= self.value <= 1),
             "risk": ("a number in (0, 1)", 0 < self.value < 1),
-        }
-        if self.kind not in expected:
-            raise EarlyExitError(f"target {self.kind!r}: expected one of {', '.join(expected)}")
-        text, fits = expected[self.kind]
+        }[self.kind]
         if not fits:
-            raise EarlyExitError(f"{self.kind} is {self.value:g}, expected {text}")
+            raise EarlyExitError(f"{self.kind} is {self.value:g}, expected {expected}")
         if not 0 < self.delta < 1:
             raise EarlyExitError(f"delta is {self.delta:g}, expected a number in (0, 1), such as 0.05")
         if self.block is not None and self.kind == "speedup":
@@ -125,29 +123,23 @@ class Search:
 
     Attributes:
         router: the router with its fitted policy.
-        calib: recorded outputs of the n calibration photos.
+        confidences: of the n calibration photos, an array [n] per early exit, see `fit_router`.
+        calib: recorded outputs of the calibration photos.
         train: recorded outputs of the training photos, which only a risk needs, for its path of thresholds.
         costs: the costs of the exits.
         blocks: number (from 0) of the block of each calibration photo, [n]; None: every photo is a block.
         baseline: detections on the calibration photos that an ap_drop is measured against; None: the full path's.
-        cross_fitted: per early exit the confidences [n] of the calibration photos if the policy is fitted on them too,
-            see `cross_fit_policy`; None: those of the router.
     """
 
     cfg: CfgNode
     target: Target
     router: ExitRouter
+    confidences: list[np.ndarray]
     calib: Replay
     train: Replay | None
     costs: CostModel
     blocks: np.ndarray | None = None
     baseline: Detections | None = None
-    cross_fitted: list[np.ndarray] | None = None
-
-    @functools.cached_property
-    def confidences(self) -> list[np.ndarray]:
-        """Confidences of the calibration photos, an array [n] per early exit."""
-        return self.calib.confidences(self.router) if self.cross_fitted is None else self.cross_fitted
 
     @functools.cached_property
     def losses(self) -> np.ndarray:
@@ -167,9 +159,7 @@ class Search:
 
     def run(self) -> Chosen:
         """Find the thresholds; an EarlyExitError if a speed-up cannot be reached."""
-        chosen = getattr(self, f"_for_{self.target.kind}")()
-        blocks = None if self.blocks is None else self.draws
-        return replace(chosen, measured=replace(chosen.measured, blocks=blocks))
+        return getattr(self, f"_for_{self.target.kind}")()
 
     def _grid(self, confidences: list[np.ndarray], losses: np.ndarray) -> tuple[Grid, np.ndarray]:
         """The combinations of thresholds to choose from (the whole grid, or learnt ones) and their mean costs."""
@@ -184,10 +174,9 @@ class Search:
         target, costs, settings = self.target, self.costs, self.cfg.CALIBRATION
         confidences, losses = self.train.confidences(self.router), self.train.losses(settings.REFERENCE)
         path = threshold_path(confidences, losses, costs.of_each, self._grid(confidences, losses)[0])
-        found = certify(
-            path, self.confidences, self.losses, costs.of_each(path), target.value, target.delta, settings.BOUND,
-            self.cfg.SEED, blocks=self.blocks,
-        )  # fmt: skip
+        steps = path, self.confidences, self.losses, costs.of_each(path)
+        test = target.delta, settings.BOUND, self.cfg.SEED, self.blocks
+        found = certify(*steps, target.value, *test)
         if found.step == 0:
             advice = "the exits are not good enough for it: allow a larger risk, or train them longer"
             if found.passed:
@@ -198,10 +187,8 @@ class Search:
                 "no exit is opened at a risk of %g with probability %g on %d %s: all stay closed; %s",
                 target.value, 1 - target.delta, self.draws, self.draws_name, advice,
             )  # fmt: skip
-        curve = risk_curve(path, self.confidences, self.losses, costs.of_each(path), target.delta, settings.BOUND,
-                           self.cfg.SEED, self.blocks)  # fmt: skip
         measured = Measured(loss_bound=found.bound, steps=found.passed)
-        return Chosen(found.thresholds, found.choice, measured, tuple(curve))
+        return Chosen(found.thresholds, found.choice, measured, tuple(risk_curve(*steps, *test)))
 
     def _for_speedup(self) -> Chosen:
         grid, mean_costs = self._grid(self.confidences, self.losses)
@@ -213,7 +200,7 @@ class Search:
                 f"{self.costs.plain / mean_costs.min():.2f}; ask for less, or train a shallower exit (EXITS.LAYERS)"
             )
         lost = ap50[(grid.thresholds >= CLOSED).all(1).argmax()] - ap50
-        curve = _curve(grid, mean_costs, lost, pareto_path(lost, mean_costs))
+        curve = _curve(grid, mean_costs, lost, pareto_path(lost, mean_costs), {})
         return Chosen(tuple(grid.thresholds[best].tolist()), grid.choices[best], Measured(), curve)
 
     def _for_ap_drop(self) -> Chosen:
@@ -222,7 +209,7 @@ class Search:
         On other photos it will lose more than on those that it was chosen on. The quantile of the draws is a margin for
         that, not a guarantee. Only combinations that no other beats in cost and either AP50 or loss are tested.
         """
-        target, seed = self.target, self.cfg.SEED
+        target, count = self.target, len(self.calib.recording)
         matches, baseline_exit = self.calib.matches_beside(self.baseline)
         needed = draws_needed(target) if self.draws < draws_needed(target) else None
         if needed:
@@ -231,8 +218,7 @@ class Search:
                 self.draws, self.draws_name, target.value, 1 - target.delta, needed,
             )  # fmt: skip
         exits = self.calib.recording.early_exits
-        full = np.full(len(self.calib.recording), exits)
-        closed = Chosen((CLOSED,) * exits, full, Measured(AP50_lost_bound=0.0, photos_needed=needed))
+        closed = Chosen((CLOSED,) * exits, np.full(count, exits), Measured(AP50_lost_bound=0.0, photos_needed=needed))
         ap50_full = ap_of_choice(matches, baseline_exit, ap50_only=True).AP50 or 0.0
         if ap50_full < DETECTS_AP50:  # there is no AP50 to lose
             logger.warning(
@@ -245,30 +231,32 @@ class Search:
         lost = ap50_full - self.calib.ap50_of(grid.choices, "thresholds")
         path = np.union1d(pareto_path(lost, mean_costs), pareto_path(grid.mean(self.losses), mean_costs))
         # Closed exits lose nothing against the full path. Against another baseline they may: then they are tested.
-        cost, closed_cost = mean_costs[path], mean_costs[(grid.thresholds >= CLOSED).all(1).argmax()]
-        cheaper = cost < closed_cost if self.baseline is None else cost <= closed_cost
-        path = path[(lost[path] <= target.value) & cheaper]
-        baseline_draws = bootstrap_choices(matches, [baseline_exit], seed=seed, blocks=self.blocks)[0]
+        closed_cost = mean_costs[(grid.thresholds >= CLOSED).all(1).argmax()]
+        cheaper = np.less if self.baseline is None else np.less_equal
+        tested = path[(lost[path] <= target.value) & cheaper(mean_costs[path], closed_cost)]
+        draw = functools.partial(bootstrap_choices, matches, seed=self.cfg.SEED, blocks=self.blocks)
+        (baseline_draws,) = draw([baseline_exit])
         bounds: dict[int, float] = {}
-        for candidate in progress(path[np.argsort(mean_costs[path], kind="stable")], desc="AP50 lost"):
-            draws = bootstrap_choices(matches, [grid.choices[candidate]], seed=seed, blocks=self.blocks)[0]
-            bound = float(np.nanquantile(baseline_draws.AP50 - draws.AP50, 1 - target.delta))
-            bounds[int(candidate)] = bound
+        for candidate in progress(tested[np.argsort(mean_costs[tested], kind="stable")].tolist(), desc="AP50 lost"):
+            (draws,) = draw([grid.choices[candidate]])
+            bounds[candidate] = bound = float(np.nanquantile(baseline_draws.AP50 - draws.AP50, 1 - target.delta))
             if bound <= target.value:
                 measured = replace(closed.measured, AP50_lost_bound=bound)
-                curve = _curve(grid, mean_costs, lost, path, bounds)
+                curve = _curve(grid, mean_costs, lost, tested, bounds)
                 return Chosen(tuple(grid.thresholds[candidate].tolist()), grid.choices[candidate], measured, curve)
         logger.warning("no exit can be opened at %g AP50 lost on these photos: all stay closed", target.value)
-        return replace(closed, curve=_curve(grid, mean_costs, lost, path, bounds))
+        return replace(closed, curve=_curve(grid, mean_costs, lost, tested, bounds))
 
 
 def _curve(
-    grid: Grid, costs: np.ndarray, losses: np.ndarray, path: np.ndarray, bounds: Mapping[int, float] | None = None
+    grid: Grid, costs: np.ndarray, losses: np.ndarray, path: np.ndarray, bounds: Mapping[int, float]
 ) -> tuple[CurvePoint, ...]:
     """The combinations ``path`` of the grid by rising cost, with the bounds of those that were tested."""
-    order, bounds = path[np.argsort(costs[path], kind="stable")].tolist(), bounds or {}
-    rows = ((grid.thresholds[one].tolist(), costs[one], losses[one], bounds.get(one)) for one in order)
-    return tuple(CurvePoint(tuple(row), float(cost), float(loss), bound) for row, cost, loss, bound in rows)
+    order = path[np.argsort(costs[path], kind="stable")].tolist()
+    return tuple(
+        CurvePoint(tuple(grid.thresholds[one].tolist()), float(costs[one]), float(losses[one]), bounds.get(one))
+        for one in order
+    )
 
 
 def draws_needed(target: Target) -> int:
@@ -311,7 +299,7 @@ def calibrate(
     calib, train = recorded.replay("CALIB"), recorded.replay("TRAIN") if uses_train else None
     if not is_main():
         return None
-    fitted = fit_temperatures(cfg, model.exit_names, calib)
+    fitted = fit_temperatures(cfg, calib)
     trained = trained_temperatures(cfg, recorded.info, model.num_early_exits)
     # what is tested on the calibration photos must not be fitted on them: a risk only reports the fitted temperatures
     temperatures = trained if target.kind == "risk" else temperatures_of(fitted, model.exit_names)
@@ -319,36 +307,17 @@ def calibrate(
     if target.block is not None:
         paths = [record.path for record in recorded.sets["CALIB"].records]
         blocks = block_of_each(paths, target.block.photos)[calib.order]
-    router, cross_fitted = fit_router(cfg, cfg.ROUTING.POLICY, target, temperatures, train, calib, blocks)
+    settings = {"cross_fit": target.kind != "risk", "groups": blocks}
+    router, confidences = fit_router(cfg, cfg.ROUTING.POLICY, temperatures, calib, train, **settings)
     costs = measure_cost_model(cfg, model, router)
-    search = Search(cfg, target, router, calib, train, costs, blocks, cross_fitted=cross_fitted)
+    search = Search(cfg, target, router, confidences, calib, train, costs, blocks)
     chosen = search.run()
     certificate = certificate_of(recorded, search, chosen)
     write_calibration(out, certificate, fitted)
-    info = {**recorded.info, "router": certificate.router, "certificate": certificate.to_dict()}
-    info["trained_temperatures"] = trained
-    save_model(out / "model.pth", model, recorded.architecture, info)
+    routing = {"router": certificate.router, "certificate": certificate.to_dict(), "trained_temperatures": trained}
+    save_model(out / "model.pth", model, recorded.architecture, {**recorded.info, **routing})
     write_calibration_page(out, weights, recorded, search, chosen.curve, certificate, fitted)
     return certificate
-
-
-def fit_router(
-    cfg: CfgNode,
-    policy: str,
-    target: Target,
-    temperatures: Sequence[float],
-    train: Replay | None,
-    calib: Replay,
-    blocks: np.ndarray | None = None,
-) -> tuple[ExitRouter, list[np.ndarray] | None]:
-    """The router with its fitted policy, and the cross-fitted confidences of the calibration photos.
-
-    The latter are None without cross-fitting. A risk is never cross-fitted: its bound needs a policy that was fixed
-    before the calibration photos were seen.
-    """
-    if target.kind != "risk" and cfg.CALIBRATION.FOLDS and cross_fits(policy):
-        return cross_fit_policy(cfg, policy, temperatures, train, calib, blocks)
-    return fit_policy(cfg, policy, temperatures, calib if train is None else train), None
 
 
 def _require_labels(cfg: CfgNode, target: Target, recorded: Recorded, used: Sequence[str]) -> None:
@@ -369,11 +338,10 @@ def _require_labels(cfg: CfgNode, target: Target, recorded: Recorded, used: Sequ
 
 def certificate_of(recorded: Recorded, search: Search, chosen: Chosen) -> Certificate:
     """The certificate of the chosen thresholds, with the figures on the calibration photos."""
-    cfg, model, repeats = recorded.cfg, recorded.model, recorded.repeats["CALIB"]
-    target, calib, costs, names = search.target, search.calib, search.costs, model.exit_names
+    cfg, repeats, names = recorded.cfg, recorded.repeats["CALIB"], recorded.model.exit_names
+    target, calib, costs, count = search.target, search.calib, search.costs, len(chosen.exits)
     photos = tuple(sorted(digest[:16] for digest in (*calib.photos_sha256, *repeats.near_sha256)))
-    count, exits = len(chosen.exits), len(names)
-    shares = (np.bincount(chosen.exits, minlength=exits) / count).tolist()
+    exits = chosen.exits.astype(np.int64)
 
     def ap50(choice: np.ndarray) -> float | None:
         return ap_of_choice(calib.matches, choice, ap50_only=True).AP50 if calib.labelled else None
@@ -381,16 +349,17 @@ def certificate_of(recorded: Recorded, search: Search, chosen: Chosen) -> Certif
     measured = replace(
         chosen.measured,
         photos=count,
-        loss=float(search.losses[np.arange(count), chosen.exits].mean()),
+        loss=float(search.losses[np.arange(count), exits].mean()),
         labelled=calib.labelled,
-        AP50=ap50(chosen.exits),
-        AP50_full=ap50(np.full(count, exits - 1)),
-        agreement=dataclasses.asdict(calib.agreement(chosen.exits)),
+        AP50=ap50(exits),
+        AP50_full=ap50(np.full(count, len(names) - 1)),
+        agreement=dataclasses.asdict(calib.agreement(exits)),
         equal_photos=repeats.equal,
         near_equal_photos=repeats.near,
-        exit_share=dict(zip(names, shares, strict=True)),
-        cost=float(costs.per_exit(chosen.thresholds)[chosen.exits].mean()),
-        speedup=costs.speedup(chosen.exits, chosen.thresholds),
+        exit_share=exit_share(torch.from_numpy(exits), names),
+        cost=float(costs.per_exit(chosen.thresholds)[exits].mean()),
+        speedup=costs.speedup(exits, chosen.thresholds),
+        blocks=None if search.blocks is None else search.draws,
     )
     risk = target.kind == "risk"
     asked = CertifiedTarget(
@@ -408,9 +377,9 @@ def certificate_of(recorded: Recorded, search: Search, chosen: Chosen) -> Certif
         target=asked,
         measured=measured,
         cost_model=costs.certified(chosen.thresholds),
-        weights_sha256=weights_hash(model),
+        weights_sha256=weights_hash(recorded.model),
         photos_sha256=photos,
         photo_list_sha256=hashlib.sha256("".join(photos).encode()).hexdigest(),
-        drift=Reference.from_decisions(names, chosen.exits.astype(np.int64), search.confidences),
+        drift=Reference.from_decisions(names, exits, search.confidences),
         versions={"torch": torch.__version__, "torchvision": torchvision.__version__},
     )

@@ -10,36 +10,23 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import onnx
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision.ops import box_iou, clip_boxes_to_image
 
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.data.dataset import as_tensor
 from earlyexit_ssd.data.shapes import render_scene
-from earlyexit_ssd.deploy import Detections, Predictor
-from earlyexit_ssd.deploy.graph import (
-    CONFIDENCE,
-    HEAD,
-    OPSET,
-    STATE,
-    Contract,
-    Segment,
-    build_graph,
-    expand_log_sum_exp,
-    first_stage,
-    last_stage,
-    required_inputs,
-    stage,
-)
+from earlyexit_ssd.deploy import Detections, Predictor, graph
 from earlyexit_ssd.deploy.predictor import FORMAT, MANIFEST
 from earlyexit_ssd.errors import EarlyExitError, import_package, one_line
 from earlyexit_ssd.evaluation.cost import gather_instead_of_resize
@@ -56,9 +43,7 @@ from earlyexit_ssd.progress import progress
 from earlyexit_ssd.runtimes import OnnxRuntime
 
 Format = Literal["onnx", "staged", "openvino"]
-SUFFIXES: dict[str, str] = {"onnx": ".onnx", "staged": "", "openvino": ".xml"}
-"""Format -> suffix of the file; the files of format ``staged`` are in a folder."""
-
+SUFFIXES = {"onnx": ".onnx", "staged": "", "openvino": ".xml"}  # the files of format staged are in a folder
 RENDERED_PHOTOS = 8  # number of photos to compare on, if none are given
 HEAD_PHOTOS = 4  # number of photos on which the outputs of every head are compared
 MAX_HEAD_DIFFERENCE = 1e-4
@@ -97,8 +82,7 @@ class Exported:
 def open_any(name_or_path: str | os.PathLike[str], router: bool = True) -> EarlyExitDetector:
     """A model of any registered detector, from shipped weights or a model file; ``router=False`` leaves the routing
     out. Raises the errors of :meth:`EarlyExitSSDLite.from_pretrained`."""
-    content = read_weights(weights_path(name_or_path))
-    described = content.get("architecture")
+    described = read_weights(weights_path(name_or_path)).get("architecture")
     name = described.get("detector") if isinstance(described, dict) else None
     kind = DETECTORS.get(name, EarlyExitSSDLite) if isinstance(name, str) else EarlyExitSSDLite
     return kind.from_pretrained(name_or_path, router=router)
@@ -130,19 +114,18 @@ def export_detector(
     path = exportable_path(path, file_format)
     model = exportable(model)
     with evaluating(model), replacing(path) as made:
-        parts = build_parts(model)
-        compared = list(_photos(photos))
-        _compare_heads(model, parts, compared[:HEAD_PHOTOS])
-        WRITERS[file_format](parts, made)
-        exported = _compare(model, Predictor(made, runtime_of(file_format)), compared)
-    return Exported(path, size_of(path), *exported)
+        segments, compared = build_segments(model), list(_photos(photos))
+        _compare_heads(model, segments, compared[:HEAD_PHOTOS])
+        WRITERS[file_format](model, segments, made)
+        detections, borderline = _compare(model, Predictor(made, runtime_of(file_format)), compared)
+    return Exported(path, size_of(path), len(compared), detections, borderline)
 
 
 def exportable_path(path: str | os.PathLike[str], file_format: Format) -> Path:
     """The path, if a file or folder of this format can be written there; otherwise an EarlyExitError."""
     path = Path(path)
-    if file_format not in get_args(Format):
-        raise EarlyExitError(f"format {file_format!r:.60}: expected one of {', '.join(get_args(Format))}")
+    if file_format not in SUFFIXES:
+        raise EarlyExitError(f"format {file_format!r:.60}: expected one of {', '.join(SUFFIXES)}")
     if path.suffix != SUFFIXES[file_format] and file_format != "staged":
         raise EarlyExitError(f"{path}: a file of format {file_format} ends in {SUFFIXES[file_format]}; rename it")
     if path.exists() and path.is_dir() != (file_format == "staged"):
@@ -158,7 +141,11 @@ def exportable(model: EarlyExitDetector) -> EarlyExitDetector:
             "ROUTING.HYBRID false"
         )
     model = copy.deepcopy(model).cpu().eval()
-    return model if model.router is not None else _without_exits(model)  # without a router no photo leaves at an exit
+    if model.router is not None:
+        return model
+    plain = type(model)(model, exits=(), classes=model.classes)  # without a router no photo leaves at an exit
+    plain.score_thresh = model.score_thresh
+    return plain.eval()
 
 
 def runtime_of(file_format: Format) -> str:
@@ -170,12 +157,6 @@ def size_of(path: Path) -> int:
     """Bytes of an exported file, with its weights, or of a folder of stages."""
     files = [*path.iterdir()] if path.is_dir() else [path, *_weights_beside(path)]
     return sum(file.stat().st_size for file in files)
-
-
-def _without_exits(model: EarlyExitDetector) -> EarlyExitDetector:
-    plain = type(model)(model, exits=(), classes=model.classes)
-    plain.score_thresh = model.score_thresh
-    return plain.eval()
 
 
 def _weights_beside(path: Path) -> list[Path]:
@@ -202,43 +183,34 @@ def replacing(path: Path) -> Iterator[Path]:
 # The parts of a file: segments by PyTorch's exporter, settings of pre- and post-processing, and metadata.
 
 
-@dataclass(frozen=True)
-class Parts:
-    """All that a file is built from."""
-
-    segments: list[tuple[SegmentNetwork, Segment]]
-    contract: Contract
-    metadata: dict[str, str]
-
-
 class SegmentNetwork(nn.Module):
     """The layers from exit ``before`` (None: from the images) to exit ``index``.
 
     Args:
         model: the detector with its router.
         before, index: indices of the exits; closed exits between them are skipped.
+        inputs: names of the input tensors, of those in `graph.STATE`.
         head: whether the outputs of the exit's head are outputs of the segment.
         onward: whether a later early exit follows. Its branch may read the context (see modeling/detector.py), so the
             context is then an output of the segment.
-
-    Attributes:
-        inputs: names of the segment's input tensors, set by `to_onnx`.
     """
 
-    def __init__(self, model: EarlyExitDetector, before: int | None, index: int, head: bool, onward: bool) -> None:
+    def __init__(
+        self, model: EarlyExitDetector, before: int | None, index: int, inputs: Sequence[str], head: bool, onward: bool
+    ) -> None:
         super().__init__()
-        self.model, self.before, self.index, self.head, self.onward = model, before, index, head, onward
+        self.model, self.before, self.index = model, before, index
+        self.inputs, self.head, self.onward = inputs, head, onward
         self.eval()  # the exporter sets the model's train or eval mode to that of this module
 
     def run(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Run the segment. ``state`` has the tensors of `STATE` at the exit before; returned are those at this exit,
-        the outputs of its head and its confidence [N]."""
+        """From the tensors of `graph.STATE` at the exit before to those at this exit, the outputs of its head and its
+        confidence [N]."""
         model, behind = self.model, None
         if self.before is not None:
             trunk_state = TrunkState(state["x"], state.get("finest"))
             behind = AtExit(model, model.trunk, self.before, trunk_state, state.get("context"))
-        exits = walk(model, state["x"], behind=behind)
-        at = next(at for at in exits if at.index == self.index)
+        at = next(at for at in walk(model, state["x"], behind=behind) if at.index == self.index)
         head = at.head()
         found: dict[str, Tensor | None] = {}
         if not at.full:
@@ -247,69 +219,58 @@ class SegmentNetwork(nn.Module):
         if self.head:
             found |= head
         if model.router is not None:
-            found[CONFIDENCE] = model.router.confidence(at.signals(head), at.index)
+            found[graph.CONFIDENCE] = model.router.confidence(at.signals(head), at.index)
         return {name: value for name, value in found.items() if value is not None}
 
     def forward(self, *state: Tensor) -> tuple[Tensor, ...]:
         """`run` with a sequence of tensors, for the exporter."""
         return tuple(self.run(dict(zip(self.inputs, state, strict=True))).values())
 
-    def to_onnx(self, state: dict[str, Tensor]) -> tuple[onnx.ModelProto, dict[str, Tensor]]:
-        """Export the segment for inputs of the shapes in ``state``; returns the graph, and the outputs for ``state``.
 
-        Uses PyTorch's exporter on TorchScript. Raises an EarlyExitError if it cannot trace the network.
-        """
-        self.inputs = tuple(state)
-        found = self.run(state)
-        content = io.BytesIO()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the tracer: about fixed shapes, and about its own deprecation
-            try:
-                torch.onnx.export(
-                    self,
-                    tuple(state.values()),
-                    content,
-                    input_names=[f"{name}_in" for name in state],
-                    output_names=list(found),
-                    opset_version=OPSET,
-                    dynamo=False,
-                )
-            except Exception as error:
-                name = self.model.exit_names[self.index]
-                raise EarlyExitError(f"{name} cannot be exported to ONNX ({one_line(str(error))[:200]})") from error
-        exported = onnx.load_from_string(content.getvalue())
-        expand_log_sum_exp(exported)
-        return exported, found
-
-
-def build_parts(model: EarlyExitDetector) -> Parts:
-    """The parts of a model that `exportable` has returned; call it in eval mode without gradients."""
-    contract = _contract(model)
-    return Parts(_segments(model), contract, _metadata(model, contract))
-
-
-def _segments(model: EarlyExitDetector) -> list[tuple[SegmentNetwork, Segment]]:
-    """A segment for each open exit, and one for the full path."""
+def build_segments(model: EarlyExitDetector) -> list[graph.Segment]:
+    """A segment for each open exit, and one for the full path, of a model that `exportable` has returned; call it in
+    eval mode without gradients."""
     full = model.num_early_exits
     stops = [*(index for index in range(full) if model.router is not None and model.router.needs(index)), full]
-    size = model.transform.fixed_size[::-1]
-    state = {"x": torch.zeros(1, 3, *size)}
+    state = {"x": torch.zeros(1, 3, *model.transform.fixed_size[::-1])}
     segments, head_needed = [], False
     for before, index in zip([None, *stops], stops, strict=False):
         empty = index < full and model.empty[index]
         head_needed |= not empty  # also at an empty exit behind a branch: both sides of an If need the same outputs
         onward = any(index < later < full for later in stops)
-        network = SegmentNetwork(model, before, index, head=head_needed, onward=onward)
-        exported, found = network.to_onnx(state)
-        segments.append((network, Segment(index, model.exit_names[index], empty, exported, full=index == full)))
-        state = {name: found[name] for name in STATE if name in found}
+        network = SegmentNetwork(model, before, index, tuple(state), head_needed, onward)
+        found = network.run(state)
+        exported = _to_onnx(network, state, outputs=list(found), name=model.exit_names[index])
+        segments.append(graph.Segment(index, model.exit_names[index], empty, exported, full=index == full))
+        state = {name: found[name] for name in graph.STATE if name in found}
     return segments
 
 
-def _contract(model: EarlyExitDetector) -> Contract:
+def _to_onnx(network: nn.Module, inputs: dict[str, Tensor], outputs: list[str], name: str) -> onnx.ModelProto:
+    """The network's graph by PyTorch's exporter on TorchScript, for inputs of these shapes; an EarlyExitError with the
+    ``name`` of the exit if it cannot trace the network."""
+    content = io.BytesIO()
+    names = {"input_names": [f"{one}_in" for one in inputs], "output_names": outputs, "opset_version": graph.OPSET}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer: about fixed shapes, and about its own deprecation
+        try:
+            torch.onnx.export(network, tuple(inputs.values()), content, **names, dynamo=False)
+        except Exception as error:
+            raise EarlyExitError(f"{name} cannot be exported to ONNX ({one_line(str(error))[:200]})") from error
+    exported = onnx.load_from_string(content.getvalue())
+    graph.expand_log_sum_exp(exported)
+    return exported
+
+
+def next_inputs(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The inputs of the next segment, from a segment's outputs."""
+    return {f"{name}_in": outputs[name] for name in graph.STATE if name in outputs}
+
+
+def _contract(model: EarlyExitDetector) -> graph.Contract:
     width, height = model.transform.fixed_size
-    thresholds = [CLOSED] * model.num_early_exits if model.router is None else model.router.thresholds.tolist()
-    return Contract(
+    thresholds = [] if model.router is None else model.router.thresholds.tolist()  # without a router: no early exits
+    return graph.Contract(
         size=(height, width),
         mean=model.transform.image_mean,
         std=model.transform.image_std,
@@ -324,12 +285,11 @@ def _contract(model: EarlyExitDetector) -> Contract:
 
 
 def _least_scores(model: EarlyExitDetector) -> list[float]:
-    if isinstance(model.score_thresh, Mapping):
-        return [model.score_thresh.get(name, LEAST_SCORE) for name in model.classes]
-    return [model.score_thresh] * len(model.classes)
+    given = model.score_thresh
+    return [given.get(name, LEAST_SCORE) if isinstance(given, Mapping) else given for name in model.classes]
 
 
-def _metadata(model: EarlyExitDetector, contract: Contract) -> dict[str, str]:
+def _metadata(model: EarlyExitDetector, contract: graph.Contract) -> dict[str, str]:
     """Metadata that a `Predictor` reads: key -> text, in JSON except the value of ``format``."""
     names = ("earlyexit_ssd", "torch", "torchvision", "onnx", "onnxruntime")
     certificate = current_certificate(model.router)
@@ -348,42 +308,36 @@ def _metadata(model: EarlyExitDetector, contract: Contract) -> dict[str, str]:
     return {"format": FORMAT, **{key: json.dumps(value) for key, value in values.items()}}
 
 
-def _write_onnx(parts: Parts, path: Path, for_openvino: bool = False) -> None:
-    contract, segments = parts.contract, [segment for _, segment in parts.segments]
-    if for_openvino:
-        contract = dataclasses.replace(contract, large=0)
-        segments = [dataclasses.replace(one, model=gather_instead_of_resize(one.model)) for one in segments]
-    whole = build_graph(segments, contract, parts.metadata)
-    path.write_bytes((required_inputs(whole) if for_openvino else whole).SerializeToString())
+def _write_onnx(model: EarlyExitDetector, segments: Sequence[graph.Segment], path: Path) -> None:
+    contract = _contract(model)
+    path.write_bytes(graph.build_graph(segments, contract, _metadata(model, contract)).SerializeToString())
 
 
-def _write_staged(parts: Parts, folder: Path) -> None:
+def _write_staged(model: EarlyExitDetector, segments: Sequence[graph.Segment], folder: Path) -> None:
     folder.mkdir()
-    rows = []
-    for place, (_, segment) in enumerate(parts.segments):
+    contract, rows = _contract(model), []
+    for place, segment in enumerate(segments):
         name = f"{place}_{segment.name}.onnx"
-        model = stage(segment) if place else first_stage(segment, parts.contract)
-        (folder / name).write_bytes(model.SerializeToString())
+        staged = graph.stage(segment) if place else graph.first_stage(segment, contract)
+        (folder / name).write_bytes(staged.SerializeToString())
         rows.append({"file": name, "exit_index": segment.index, "empty": segment.empty})
-    (folder / "detections.onnx").write_bytes(last_stage(parts.contract).SerializeToString())
-    write_json(folder / MANIFEST, {"metadata": parts.metadata, "segments": rows, "detections": "detections.onnx"})
+    (folder / "detections.onnx").write_bytes(graph.last_stage(contract).SerializeToString())
+    manifest = {"metadata": _metadata(model, contract), "segments": rows, "detections": "detections.onnx"}
+    write_json(folder / MANIFEST, manifest)
 
 
-def _write_openvino(parts: Parts, path: Path) -> None:
-    openvino = import_package("openvino")
-    _write_onnx(parts, path.with_suffix(".onnx"), for_openvino=True)
+def _write_openvino(model: EarlyExitDetector, segments: Sequence[graph.Segment], path: Path) -> None:
+    openvino, contract = import_package("openvino"), dataclasses.replace(_contract(model), large=0)
+    segments = [dataclasses.replace(one, model=gather_instead_of_resize(one.model)) for one in segments]
+    whole = graph.required_inputs(graph.build_graph(segments, contract, _metadata(model, contract)))
     try:
-        model = openvino.Core().read_model(path.with_suffix(".onnx"))
-        openvino.save_model(model, path, compress_to_fp16=False)
+        converted = openvino.Core().read_model(whole.SerializeToString())
+        openvino.save_model(converted, path, compress_to_fp16=False)
     except Exception as error:
         raise EarlyExitError(f"OpenVINO cannot convert the detector ({one_line(str(error))[:200]})") from None
 
 
-WRITERS: dict[str, Callable[[Parts, Path], None]] = {
-    "onnx": _write_onnx,
-    "staged": _write_staged,
-    "openvino": _write_openvino,
-}
+WRITERS = {"onnx": _write_onnx, "staged": _write_staged, "openvino": _write_openvino}
 
 
 # Comparison with the model.
@@ -391,50 +345,47 @@ WRITERS: dict[str, Callable[[Parts, Path], None]] = {
 
 def _photos(paths: Sequence[str | os.PathLike[str]]) -> Iterator[tuple[str, np.ndarray]]:
     """Name and pixels of the photos to compare on."""
-    if not paths:
-        for seed in range(RENDERED_PHOTOS):
-            scene, _ = render_scene(np.random.default_rng(seed), 320)
-            yield f"rendered photo {seed}", np.array(scene)
     for path in paths:
         yield str(path), read_image(path)
+    for seed in range(0 if paths else RENDERED_PHOTOS):
+        yield f"rendered photo {seed}", np.array(render_scene(np.random.default_rng(seed), 320)[0])
 
 
-def _compare_heads(model: EarlyExitDetector, parts: Parts, photos: Sequence[tuple[str, np.ndarray]]) -> None:
-    """Compare the head outputs of every segment with the model's. Each segment gets the model's own state as input.
-    Raises an EarlyExitError if they differ."""
-    runs = [OnnxRuntime(segment.model.SerializeToString(), segment.name) for _, segment in parts.segments]
+def _compare_heads(
+    model: EarlyExitDetector, segments: Sequence[graph.Segment], photos: Sequence[tuple[str, np.ndarray]]
+) -> None:
+    """Run the segments one after another, and compare their head outputs with the model's; an EarlyExitError if they
+    differ."""
+    runs = [(segment, OnnxRuntime(segment.model.SerializeToString(), segment.name)) for segment in segments]
     for name, photo in photos:
-        batch, _ = model.transform([as_tensor(photo)])
-        state = {"x": batch.tensors}
-        for (network, segment), run in zip(parts.segments, runs, strict=True):
-            expected = network.run(state)
-            found = run({f"{key}_in": value.numpy() for key, value in state.items()})
-            for key in HEAD:
-                if key in expected:
-                    wrong = np.abs(found[key] - expected[key].numpy()).max()
-                    if not wrong <= MAX_HEAD_DIFFERENCE * max(1.0, float(expected[key].abs().max())):
-                        raise EarlyExitError(
-                            f"{name}: {key} of {segment.name} differ by {wrong:.2g} from the model's, expected "
-                            f"{MAX_HEAD_DIFFERENCE:g}; nothing was written"
-                        )
-            state = {key: expected[key] for key in STATE if key in expected}
+        heads = model.exit_outputs([as_tensor(photo)]).heads
+        found = {"x": model.transform([as_tensor(photo)])[0].tensors.numpy()}
+        for segment, run in runs:
+            found = run(next_inputs(found))
+            for key in (key for key in graph.HEAD if key in found):
+                expected = heads[segment.index][key].numpy()
+                wrong = np.abs(found[key] - expected).max()
+                if not wrong <= MAX_HEAD_DIFFERENCE * max(1.0, np.abs(expected).max()):
+                    raise EarlyExitError(
+                        f"{name}: {key} of {segment.name} differ by {wrong:.2g} from the model's, expected "
+                        f"{MAX_HEAD_DIFFERENCE:g}; nothing was written"
+                    )
 
 
 def _compare(
     model: EarlyExitDetector, predictor: Predictor, photos: Sequence[tuple[str, np.ndarray]]
-) -> tuple[int, int, int]:
-    """Compare the file with the model. Returns the numbers of photos, of the model's detections, and of photos that
-    differ only by rounding."""
+) -> tuple[int, int]:
+    """Compare the file with the model. Returns the numbers of the model's detections, and of photos that differ only by
+    rounding."""
     detections = borderline = 0
     for name, photo in progress(photos, desc="compare with the model"):
         (expected,) = model([as_tensor(photo)])
-        found = predictor(photo)
         detections += len(expected["boxes"])
         try:
-            borderline += not _is_same(model, photo, expected, found)
+            borderline += not _is_same(model, photo, expected, predictor(photo))
         except EarlyExitError as error:
             raise EarlyExitError(f"{name}: {error}; nothing was written") from None
-    return len(photos), detections, borderline
+    return detections, borderline
 
 
 def _is_same(model: EarlyExitDetector, photo: np.ndarray, expected: dict[str, Tensor], found: Detections) -> bool:
@@ -456,12 +407,14 @@ def _is_same(model: EarlyExitDetector, photo: np.ndarray, expected: dict[str, Te
     alone = _unpaired(mine, theirs)
     if not len(alone[0]):
         return True
-    unexplained = _unexplained(model, photo, index, mine, theirs, alone)
-    if unexplained:
-        raise EarlyExitError(
-            f"{len(unexplained)} detections at {found.exit_name} are not the model's: {unexplained[0]}"
-        )
-    return False
+    unexplained = np.flatnonzero(~_explained(model, photo, index, mine, theirs, alone))
+    if not len(unexplained):
+        return False
+    box, label, score = (values[unexplained[0]] for values in alone)
+    raise EarlyExitError(
+        f"{len(unexplained)} detections at {found.exit_name} are not the model's: {model.classes[label - 1]} "
+        f"{score:.4f} at {[round(float(value), 1) for value in box]}"
+    )
 
 
 Found = Sequence[np.ndarray]  # boxes [n, 4], labels [n] and scores [n]
@@ -471,56 +424,44 @@ def _unpaired(mine: Found, theirs: Found) -> Found:
     """Detections of one side without an equal on the other side. Equal detections have the same label, and boxes and
     scores within the limits above."""
     boxes, labels, scores = (_differences(one, other) for one, other in zip(mine, theirs, strict=True))
-    equal = (boxes.max(-1) <= MAX_BOX_DIFFERENCE_PX) & (labels == 0)
-    equal &= scores <= MAX_SCORE_DIFFERENCE
-    left, taken = [], np.zeros(len(theirs[1]), bool)
-    for row in range(len(equal)):
-        free = np.flatnonzero(equal[row] & ~taken)
-        if len(free):
-            taken[free[0]] = True
-        else:
-            left.append(row)
-    return [np.concatenate([one[left], other[~taken]]) for one, other in zip(mine, theirs, strict=True)]
+    equal = (boxes.max(-1) <= MAX_BOX_DIFFERENCE_PX) & (labels == 0) & (scores <= MAX_SCORE_DIFFERENCE)
+    rows, columns = linear_sum_assignment(equal, maximize=True)
+    rows, columns = rows[equal[rows, columns]], columns[equal[rows, columns]]
+    both = zip(mine, theirs, strict=True)
+    return [np.concatenate([np.delete(one, rows, 0), np.delete(other, columns, 0)]) for one, other in both]
 
 
 def _differences(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.abs(one[:, None].astype(np.float64) - other[None].astype(np.float64))
 
 
-def _unexplained(
+def _explained(
     model: EarlyExitDetector, photo: np.ndarray, index: int, mine: Found, theirs: Found, alone: Found
-) -> list[str]:
-    """Those detections of ``alone`` (on one side only) that rounding does not explain, as text.
+) -> np.ndarray:
+    """Which of the n detections ``alone`` (on one side only) rounding explains, bool [n].
 
     A detection is explained if the model has the same box before any box is dropped, and one of these holds: (1) The
     score is close to a limit: the score threshold, or the lowest score that is kept for the class or the photo. (2) An
     IoU is close to the limit of the NMS. (3) Two overlapping boxes have the same score. (4) The box overlaps an
     explained box.
     """
-    boxes, scores = _boxes_before_nms(model, photo, index)
-    ranked = np.sort(scores, axis=0)[-min(model.topk_candidates, len(scores))]
-    floors = np.maximum(ranked, _least_scores(model))
-    last = mine[2][-1] if len(mine[2]) == model.detections_per_img else -1.0
-    shown = [np.concatenate(pair) for pair in zip(mine, theirs, strict=True)]
-    known, explained = [], []
-    for box, label, score in zip(*alone, strict=True):
-        same_box = np.abs(boxes - box).max(1) <= MAX_BOX_DIFFERENCE_PX
-        known.append(bool((same_box & (np.abs(scores[:, label - 1] - score) <= MAX_SCORE_DIFFERENCE)).any()))
-        overlaps = _overlaps(box[None], shown[0][shown[1] == label])[0]
-        borders = np.array([score - floors[label - 1], score - last])
-        near_nms = np.abs(overlaps - model.nms_thresh) <= NEAR_LIMIT
-        explained.append(bool((np.abs(borders) <= NEAR_LIMIT).any() or near_nms.any()))
-    together = (_overlaps(alone[0], alone[0]) > model.nms_thresh) & (alone[1][:, None] == alone[1])
+    (boxes, labels, scores), limit = alone, model.nms_thresh
+    all_boxes, all_scores = _boxes_before_nms(model, photo, index)
+    same_score = np.abs(all_scores[:, labels - 1] - scores) <= MAX_SCORE_DIFFERENCE
+    known = ((_differences(all_boxes, boxes).max(-1) <= MAX_BOX_DIFFERENCE_PX) & same_score).any(0)
+    kept_of_class = np.sort(all_scores, axis=0)[-min(model.topk_candidates, len(all_scores))]
+    explained = np.abs(scores - np.maximum(kept_of_class, _least_scores(model))[labels - 1]) <= NEAR_LIMIT
+    if len(mine[2]) == model.detections_per_img:
+        explained |= np.abs(scores - mine[2][-1]) <= NEAR_LIMIT
+    shown_boxes, shown_labels, _ = (np.concatenate(pair) for pair in zip(mine, theirs, strict=True))
+    near_nms = np.abs(_overlaps(boxes, shown_boxes) - limit) <= NEAR_LIMIT
+    explained |= (near_nms & (labels[:, None] == shown_labels)).any(1)
+    together = (_overlaps(boxes, boxes) > limit) & (labels[:, None] == labels)
     np.fill_diagonal(together, False)
-    ties = together & (np.abs(alone[2][:, None] - alone[2]) <= NEAR_LIMIT)
-    reasons = np.array(explained) | ties.any(1)
-    for _ in range(len(reasons)):
-        reasons = reasons | (together & reasons).any(1)
-    return [
-        f"{model.classes[label - 1]} {score:.4f} at {[round(float(value), 1) for value in box]}"
-        for box, label, score, reason in zip(*alone, reasons & known, strict=True)
-        if not reason
-    ]
+    explained |= (together & (_differences(scores, scores) <= NEAR_LIMIT)).any(1)
+    for _ in labels:
+        explained |= (together & explained).any(1)
+    return explained & known
 
 
 def _overlaps(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from earlyexit_ssd.data.dataset import DetectionDataset, as_tensor, load_dataset
 from earlyexit_ssd.data.records import canonical
 from earlyexit_ssd.deploy import Predictor
 from earlyexit_ssd.deploy.benchmark import Ratio, ratio
-from earlyexit_ssd.deploy.graph import STATE, Segment
+from earlyexit_ssd.deploy.graph import Segment
 from earlyexit_ssd.errors import DataError, EarlyExitError, import_package, one_line
 from earlyexit_ssd.evaluation.matches import (
     Detections,
@@ -39,26 +39,13 @@ from earlyexit_ssd.evaluation.matches import (
 from earlyexit_ssd.images import read_image
 from earlyexit_ssd.modeling.detector import EarlyExitDetector
 from earlyexit_ssd.modeling.trunk import evaluating
+from earlyexit_ssd.pipeline import export
 from earlyexit_ssd.pipeline.build import with_values
-from earlyexit_ssd.pipeline.export import (
-    WRITERS,
-    Format,
-    Parts,
-    SegmentNetwork,
-    build_parts,
-    export_detector,
-    exportable,
-    exportable_path,
-    replacing,
-    runtime_of,
-    size_of,
-)
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.runtimes import OnnxRuntime
 
 logger = logging.getLogger(__name__)
 
-State = Mapping[str, np.ndarray]  # a segment's inputs by name
 COMPARED_PHOTOS = 16  # number of photos on which the file in 32 bits is compared with the model
 RANGE_PHOTOS = 200  # number of photos that the ranges of the activations come from; both files are timed on as many
 OPERATORS = ("Conv", "Add", "Mul", "Relu", "HardSwish", "HardSigmoid", "GlobalAveragePool", "MaxPool")
@@ -114,11 +101,6 @@ class Int8Figures:
     runtime: str
 
     @property
-    def is_faster(self) -> bool:
-        """Whether the interval of `speed` lies above 1."""
-        return (self.speed.value if self.speed.low is None else self.speed.low) > 1
-
-    @property
     def speed_text(self) -> str:
         return f"{self.speed} times as fast as in 32 bits ({self.runtime}, 1 thread)"
 
@@ -129,11 +111,8 @@ class Int8Figures:
     @property
     def accuracy_text(self) -> str:
         photos = f"{self.photos} labelled photos" if self.labelled else f"{self.photos} photos, 32 bits for labels"
-        aps = [
-            f"{name} {after:.3f} instead of {before:.3f}"
-            for name, (before, after) in (("AP50", self.AP50), ("AP", self.AP))
-            if before is not None and after is not None
-        ]
+        known = {"AP50": self.AP50, "AP": self.AP} if None not in (*self.AP50, *self.AP) else {}
+        aps = [f"{name} {after:.3f} instead of {before:.3f}" for name, (before, after) in known.items()]
         kept = f"{self.objects_kept} of {self.objects} objects kept"
         return f"{', '.join(aps) or 'AP undefined'} on {photos} ({self.bound_text}), {kept}"
 
@@ -145,7 +124,7 @@ class Int8Figures:
 def export_int8(
     model: EarlyExitDetector,
     path: str | os.PathLike[str],
-    file_format: Format,
+    file_format: export.Format,
     dataset: DetectionDataset,
     ap_drop: float,
     ranges: Sequence[str | os.PathLike[str]] = (),
@@ -173,23 +152,25 @@ def export_int8(
     os.environ.setdefault("NNCF_CI", "1")  # NNCF reports nothing to its makers
     nncf = import_package("nncf")
     logging.getLogger("nncf").setLevel(logging.ERROR)  # its own function silences the handlers of all
-    path, runtime = exportable_path(path, file_format), runtime_of(file_format)
-    model, photos = exportable(model), [record.path for record in dataset.records]
-    with replacing(path) as made, evaluating(model):
+    path, runtime = export.exportable_path(path, file_format), export.runtime_of(file_format)
+    model, photos = export.exportable(model), [record.path for record in dataset.records]
+    with export.replacing(path) as made, evaluating(model):
         whole = made.with_name(f"float32{made.suffix}")
-        export_detector(model, whole, file_format, photos[:COMPARED_PHOTOS])
+        export.export_detector(model, whole, file_format, photos[:COMPARED_PHOTOS])
         confidences = _confidences(whole, runtime, photos)
         before = detect(Predictor(whole, runtime), dataset) if reference is None else reference
-        parts = build_parts(model)
-        states = [_state(model, photo) for photo in _some([*map(Path, ranges)] or photos)]
+        segments = export.build_segments(model)
+        images = (as_tensor(read_image(photo)) for photo in _some(ranges or photos))
+        inputs = [{"x_in": model.transform([image])[0].tensors.numpy()} for image in images]
         for step, kept in enumerate(LADDER):
-            segments, trial = _quantised(nncf, parts, states, kept), made.with_name(f"trial{step}{made.suffix}")
-            WRITERS[file_format](dataclasses.replace(parts, segments=segments), trial)
+            quantised, trial = _quantised(nncf, segments, inputs, kept), made.with_name(f"trial{step}{made.suffix}")
+            export.WRITERS[file_format](model, quantised, trial)
             thresholds = _thresholds(model, confidences, _confidences(trial, runtime, photos))
-            quantised = Predictor(trial, runtime, thresholds=thresholds)
-            figures = _compare(Predictor(whole, runtime), before, quantised, dataset, kept, delta)
+            predictors = Predictor(whole, runtime), Predictor(trial, runtime, thresholds=thresholds)
+            figures = _compare(*predictors, before, dataset, kept, delta)
             logger.info("8 bits, %s: %s; %s", kept, figures.accuracy_text, figures.speed_text)
-            if not figures.is_faster:
+            least_speed = figures.speed.value if figures.speed.low is None else figures.speed.low
+            if least_speed <= 1:
                 raise EarlyExitError(f"{path}: 8 bits are refused: {figures.speed_text}; export without --int8")
             if figures.lost_bound <= ap_drop:
                 break
@@ -201,8 +182,8 @@ def export_int8(
         if thresholds:
             model.router.thresholds = [thresholds.get(name, CLOSED) for name in model.exit_names[:-1]]
             model.router.certificate = None
-        WRITERS[file_format](dataclasses.replace(build_parts(model), segments=segments), made)
-    return dataclasses.replace(figures, path=path, size=size_of(path))
+        export.WRITERS[file_format](model, quantised, made)
+    return dataclasses.replace(figures, path=path, size=export.size_of(path))
 
 
 def photos_to_quantise_on(
@@ -230,47 +211,40 @@ def photos_to_quantise_on(
     return load_dataset(cfg, "--photos", labels="annotated" if annotations else "replaced")
 
 
-def _some(photos: Sequence[Path]) -> list[Path]:
+def _some(photos: Sequence[str | os.PathLike[str]]) -> list[str | os.PathLike[str]]:
     """A seeded random choice of at most `RANGE_PHOTOS` of the photos."""
     chosen = np.random.default_rng(0).permutation(len(photos))[:RANGE_PHOTOS]
     return [photos[place] for place in chosen]
 
 
-def _state(model: EarlyExitDetector, photo: Path) -> dict[str, np.ndarray]:
-    """The first segment's input for a photo."""
-    images, _ = model.transform([as_tensor(read_image(photo))])
-    return {"x_in": images.tensors.numpy()}
-
-
 # Quantisation.
 
 
-def _quantised(nncf: Any, parts: Parts, states: Sequence[State], kept: Kept) -> list[tuple[SegmentNetwork, Segment]]:
-    """The segments in 8 bits; ``states`` are the inputs of the first segment."""
+def _quantised(
+    nncf: Any, segments: Sequence[Segment], inputs: Sequence[dict[str, np.ndarray]], kept: Kept
+) -> list[Segment]:
+    """The segments in 8 bits; ``inputs`` are those of the first segment, photo by photo."""
     found = []
-    for network, segment in progress(parts.segments, desc="8 bits"):
+    for segment in progress(segments, desc="8 bits"):
         graph = segment.model.graph
-        scope = nncf.IgnoredScope(names=[one.name for one in graph.node if not _fits(one)], validate=False)
-        if kept.convolutions and graph.input[0].type.tensor_type.shape.dim[1].dim_value == 3:  # its input is the image
-            scope.names += [one.name for one in graph.node if one.op_type == "Conv" and _fits(one)][: kept.convolutions]
-        if kept.heads:
-            scope.names += [one.name for one in graph.node if "head" in one.name]
+        names = [one.name for one in graph.node if not _fits(one) or (kept.heads and "head" in one.name)]
+        if graph.input[0].type.tensor_type.shape.dim[1].dim_value == 3:  # its input is the image
+            names += [one.name for one in graph.node if one.op_type == "Conv" and _fits(one)][: kept.convolutions]
         try:
             with contextlib.redirect_stdout(sys.stderr):  # for NNCF's progress bars
                 quantised = nncf.quantize(
                     segment.model,
-                    nncf.Dataset(states),
+                    nncf.Dataset(inputs),
                     preset=nncf.QuantizationPreset.MIXED,
-                    subset_size=len(states),
-                    ignored_scope=scope,
+                    subset_size=len(inputs),
+                    ignored_scope=nncf.IgnoredScope(names=names, validate=False),
                 )
         except Exception as error:
             raise EarlyExitError(f"NNCF cannot quantise {segment.name} ({one_line(str(error))[:200]})") from error
-        found.append((network, dataclasses.replace(segment, model=quantised)))
+        found.append(dataclasses.replace(segment, model=quantised))
         if not segment.full:
             run = OnnxRuntime(segment.model.SerializeToString(), segment.name)
-            outputs = map(run, states)
-            states = [{f"{key}_in": one[key] for key in STATE if key in one} for one in outputs]
+            inputs = [export.next_inputs(run(one)) for one in inputs]
     return found
 
 
@@ -301,8 +275,7 @@ def _confidences(path: Path, runtime: str, photos: Sequence[Path]) -> dict[str, 
     closed, found = dict.fromkeys(names, CLOSED), {}
     for name in names:
         predictor = Predictor(path, runtime, thresholds={**closed, name: 0.0})
-        values = [predictor(read_image(photo)).exit_confidence for photo in progress(photos, desc=f"{name}")]
-        found[name] = np.array(values)
+        found[name] = np.array([predictor(read_image(one)).exit_confidence for one in progress(photos, desc=name)])
     return found
 
 
@@ -310,13 +283,11 @@ def _thresholds(
     model: EarlyExitDetector, before: dict[str, np.ndarray], after: dict[str, np.ndarray]
 ) -> dict[str, float]:
     """Thresholds of the open exits in 8 bits, from the confidences in 32 bits and in 8 bits."""
-    if not before:
-        return {}
-    own = dict(zip(model.exit_names, model.router.thresholds.tolist(), strict=False))
-    arrives, found = np.ones(len(next(iter(before.values()))), bool), {}
-    for name in before:
-        found[name] = matching_threshold(own[name], before[name][arrives], after[name][arrives])
-        arrives &= before[name] < own[name]
+    found, arrives = {}, np.ones_like(next(iter(before.values()), np.zeros(0)), bool)  # photos that come to the exit
+    for name, values in before.items():
+        threshold = float(model.router.thresholds[model.exit_names.index(name)])
+        found[name] = matching_threshold(threshold, values[arrives], after[name][arrives])
+        arrives &= values < threshold
     return found
 
 
@@ -336,7 +307,7 @@ def matching_threshold(threshold: float, before: np.ndarray, after: np.ndarray) 
 
 
 def _compare(
-    whole: Predictor, reference: Detections, quantised: Predictor, dataset: DetectionDataset, kept: Kept, delta: float
+    whole: Predictor, quantised: Predictor, reference: Detections, dataset: DetectionDataset, kept: Kept, delta: float
 ) -> Int8Figures:
     """The figures of one step of `LADDER`: ``quantised`` compared with the detector in 32 bits, ``whole``."""
     found, template = detect(quantised, dataset), to_coco(dataset)
@@ -344,12 +315,12 @@ def _compare(
     matches = exit_matches(truth, [reference, found], IOU)
     choices = [np.full(matches.photos, index) for index in range(2)]
     before, after = (ap_of_choice(matches, choice) for choice in choices)
-    draws = bootstrap_choices(matches, choices)
-    lost = draws[0].AP50 - draws[1].AP50
+    base, draws = bootstrap_choices(matches, choices)
+    lost = base.AP50 - draws.AP50
     same = agreement(template, reference, found, SCORE, IOU)
     return Int8Figures(
         path=Path(quantised.path),
-        size=size_of(Path(quantised.path)),
+        size=export.size_of(Path(quantised.path)),
         kept=kept,
         photos=len(dataset),
         labelled=dataset.labelled,

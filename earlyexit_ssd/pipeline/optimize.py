@@ -1,9 +1,9 @@
 """Search the fastest variant of a detector within an accuracy budget, measured on this machine.
 
 A *net* is a full path at one input size, with one kind of head, with its own weights or with trained ones. A
-*candidate* is a net and a set of open exits, such as glances. A glance is an early exit that runs the first trunk
-layers on a small copy of the image before the full-size pass. Candidates are measured on the calib split. The chosen
-one is then evaluated on the test split.
+*candidate* is a net and a set of exits, such as glances; a net alone is a candidate too. A glance is an early exit that
+runs the first trunk layers on a small copy of the image before the full-size pass. Candidates are measured on the calib
+split. The chosen one is then evaluated on the test split.
 """
 
 from __future__ import annotations
@@ -21,22 +21,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from fvcore.common.config import CfgNode
-from torchvision.models.detection.ssd import SSDScoringHead
+from torch.utils.data import DataLoader
+from torchvision.models.detection.ssd import SSD, SSDScoringHead
 
+from earlyexit_ssd.calibration.certificate import Measured
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.data import build_loader, class_names
 from earlyexit_ssd.data.dataset import fingerprint, to_coco
 from earlyexit_ssd.deploy import Predictor
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.cost import ONNX_RUNTIME, OPENVINO, PlainPath, example_input, time_in_runtime
-from earlyexit_ssd.evaluation.matches import (
-    agreement,
-    ap_of_choice,
-    bootstrap_choices,
-    exit_matches,
-    interval,
-    photo_counts,
-)
+from earlyexit_ssd.evaluation.matches import ap_of_choice, bootstrap_choices, exit_matches, interval, photo_counts
 from earlyexit_ssd.evaluation.outputs import collect_detections
 from earlyexit_ssd.evaluation.results import Interval, Record, Results
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
@@ -46,7 +41,6 @@ from earlyexit_ssd.modeling.checkpoint import ModelInfo, weights_hash
 from earlyexit_ssd.modeling.heads import find_competing_rows, slice_rows
 from earlyexit_ssd.modeling.retrofit import resize_detector
 from earlyexit_ssd.pipeline.build import (
-    build_evaluation,
     build_exits,
     build_model,
     evaluation_device,
@@ -55,7 +49,7 @@ from earlyexit_ssd.pipeline.build import (
     with_classes,
     with_values,
 )
-from earlyexit_ssd.pipeline.calibrate import Chosen, Search, Target, certificate_of, fit_router
+from earlyexit_ssd.pipeline.calibrate import Chosen, Search, Target, certificate_of
 from earlyexit_ssd.pipeline.evaluate import evaluate_model, onnx_rivals
 from earlyexit_ssd.pipeline.export import export_detector, open_any
 from earlyexit_ssd.pipeline.int8 import detect, export_int8
@@ -65,6 +59,7 @@ from earlyexit_ssd.pipeline.replay import (
     Recorded,
     Replay,
     disjoint_sets,
+    fit_router,
     fit_temperatures,
     measure_cost_model,
     temperatures_of,
@@ -84,7 +79,7 @@ GLANCES = ((128, 12), (160, 12), (192, 12))
 pixels are scaled and rounded to multiples of 16."""
 EMPTY_EXITS = (12,)
 """Trunk layers of the empty exits that are tried, also behind a glance, if the detector has no exits of its own."""
-OWN_HEAD = "as it is"  # `Variant.fold` of a net that keeps the detector's head
+OWN_HEAD = "as it is"  # `Candidate.fold` of a net that keeps the detector's head
 SHARES, FINE_TUNED_SHARES = (1.0, 0.9, 0.8, 0.7), (1.0, 0.9, 0.8, 0.7, 0.6)
 """Tried input sides as shares of the detector's own side: with its own weights, and with fine-tuned weights."""
 FINE_STEP = 16  # distance in pixels of the input sides that are tried with fine-tuned weights
@@ -121,7 +116,7 @@ class Goal:
     coco_ap_drop: float | None = None
 
     def __post_init__(self) -> None:
-        Target("ap_drop", self.ap_drop, self.delta)
+        _ = self.budget  # raises if ap_drop or delta is out of range
         if self.coco_ap_drop is not None and not 0 <= self.coco_ap_drop <= 1:
             raise EarlyExitError(f"coco_ap_drop is {self.coco_ap_drop:g}, expected a number in [0, 1]")
         for name in ("speedup", "ms", "minutes"):
@@ -129,14 +124,24 @@ class Goal:
             if value is not None and not value > 0:
                 raise EarlyExitError(f"{name} is {value:g}, expected a number above 0")
 
+    @property
+    def budget(self) -> Target:
+        """The accuracy budget as the target of a threshold search."""
+        return Target("ap_drop", self.ap_drop, self.delta)
+
+    def target(self, base_ms: float) -> Target:
+        """The target of a threshold search: the wanted speed, otherwise the accuracy budget."""
+        speedup = self.speedup if self.ms is None else base_ms / self.ms
+        return self.budget if speedup is None else Target("speedup", speedup)
+
 
 @dataclass(frozen=True)
 class Candidate(Record):
-    """One variant of the detector and its figures on the calib split."""
+    """One variant of the detector and, once it is measured, its figures on the calib split."""
 
-    name: str  # such as "288 px, compact head, glance at 128 px"
-    image_size: int  # of the net, see `Variant`
-    fold: str  # of the net
+    name: str  # such as "288 px, compact head, glance at 128 px"; empty before the measurement
+    image_size: int  # side of the input in pixels
+    fold: str  # kind of the head
     exits: tuple[str, ...] = ()  # names in the order of computation
     policy: str | None = None
     thresholds: tuple[float, ...] = ()
@@ -155,6 +160,28 @@ class Candidate(Record):
     # as ``lost_bound``, for COCO's AP; None if the goal does not limit it or ``lost_bound`` is too large
     AP_lost_bound: float | None = None
 
+    @property
+    def net(self) -> Candidate:
+        """The net alone, without exits and figures."""
+        return Candidate("", self.image_size, self.fold, fine_tuned=self.fine_tuned, joint=self.joint)
+
+    @property
+    def key(self) -> str:
+        """Text that tells it from the others of a search."""
+        training = " fine-tuned" if self.fine_tuned else " joint" if self.joint else ""
+        return " ".join([f"{self.image_size} {self.fold}{training}", *self.exits])
+
+    def describe(self, opened: Sequence[str], own_size: int) -> str:
+        """The name with these exits open; ``own_size`` is the side of the detector's own input."""
+        words = [f"{self.image_size} px"] if self.image_size != own_size else []
+        words += [f"{self.fold} head"] if self.fold != OWN_HEAD else []
+        words += ["fine-tuned"] if self.fine_tuned else []
+        words += ["jointly trained"] if self.joint else []
+        for name in opened:
+            words.append(f"glance at {name.removeprefix('glance')} px" if name.startswith("glance") else name)
+        name = ", ".join(words) or "the detector as it is"
+        return name if opened or not self.exits else f"{name} ({', '.join(self.exits)} closed)"
+
     def __str__(self) -> str:
         if self.ms is None or self.speedup is None:
             return f"{self.name}: not measured"
@@ -164,62 +191,12 @@ class Candidate(Record):
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A net without its exits: side of the input in pixels, kind of the head, whether its weights are fine-tuned, and
-    whether they are those of the joint phase."""
-
-    size: int
-    fold: str
-    fine_tuned: bool = False
-    joint: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.size} {self.fold}{' fine-tuned' if self.fine_tuned else ''}{' joint' if self.joint else ''}"
-
-    def describe(self, exits: Sequence[str], own_size: int) -> str:
-        """The name of a candidate."""
-        words = [f"{self.size} px"] if self.size != own_size else []
-        words += [f"{self.fold} head"] if self.fold != OWN_HEAD else []
-        words += ["fine-tuned"] if self.fine_tuned else []
-        words += ["jointly trained"] if self.joint else []
-        for name in exits:
-            words.append(f"glance at {name.removeprefix('glance')} px" if name.startswith("glance") else name)
-        return ", ".join(words) or "the detector as it is"
-
-
-@dataclass(frozen=True)
-class Net:
-    """A variant with all its exits and recorded outputs.
-
-    Attributes:
-        calib: recording of the calib split.
-        train: recording of the photos that policies are fitted on, made once, at the detector's own size. Nets of all
-            sizes share the recording, since a glance gets nearly the same small copy of a photo at every size.
-    """
-
-    variant: Variant
-    recorded: Recorded
-    calib: Replay
-    train: Replay
-
-    def with_exits(self, names: Sequence[str]) -> Net:
-        model, architecture = self.recorded.model, self.recorded.architecture
-        indices = [model.exit_names.index(name) for name in names]
-        architecture = dataclasses.replace(architecture, exits=tuple(architecture.exits[index] for index in indices))
-        part = architecture.build().to(next(model.parameters()).device).eval()
-        state = model.state_dict()
-        part.load_state_dict({key: state[key] for key in part.state_dict()})
-        recorded = dataclasses.replace(self.recorded, model=part, architecture=architecture)
-        return Net(self.variant, recorded, self.calib.only(names), self.train.only(names))
-
-
-@dataclass(frozen=True)
 class Found:
-    """A candidate with all that is needed to save it: net, threshold search, and the search's result (both None: the
-    candidate has no exits)."""
+    """A candidate with all that is needed to save it: its model, and the threshold search with its result (both None:
+    the candidate has no exits)."""
 
     candidate: Candidate
-    net: Net
+    recorded: Recorded
     search: Search | None = None
     chosen: Chosen | None = None
 
@@ -244,12 +221,11 @@ class Optimizer:
             self.model, self.architecture, self.info = open_model(cfg, weights)
         self.cfg = cfg = with_classes(cfg, self.architecture.classes)
         self.model = self.model.to(self.device).eval()
-        self.sets, self.repeats = disjoint_sets(self.cfg, ("CALIB",))
-        self._nets: dict[Variant, Net] = {}
-        self._photos: dict[Variant, Replay] = {}
-        self.base = self._net(Variant(self.architecture.image_size, OWN_HEAD))
-        self.reference = self.base.calib.recording.detections[-1]
-        plan = [f"{variant} {exits}" for variant, exits in self.plan()]
+        self.sets, self.repeats = disjoint_sets(cfg, ("CALIB",))
+        self._replays: dict[tuple[Candidate, str], Replay] = {}
+        self.base = self._replay(Candidate("", self.architecture.image_size, OWN_HEAD), "CALIB")
+        self.reference = self.base.recording.detections[-1]
+        plan = [one.key for one in self.plan()]
         fine_tuning = f"{cfg.FINE_TUNING} {fingerprint(self.sets['TRAIN'])}" if goal.train else ""
         fine_tuning += f"{cfg.EXITS_PHASE} {cfg.JOINT}" if self.trains_jointly else ""
         settings = f"{cfg.EVAL.RUNTIME} {cfg.EVAL.TIMING_THREADS} {cfg.EVAL.SCORE} {cfg.CALIBRATION}"
@@ -276,21 +252,21 @@ class Optimizer:
         own = self.architecture.image_size
         return list(self.cfg.EXITS.GLANCES) or [(round(px * own / 320 / 16) * 16, layer) for px, layer in GLANCES]
 
-    def exits_of(self, variant: Variant) -> tuple[Exit, ...]:
+    def exits_of(self, net: Candidate) -> tuple[Exit, ...]:
         """All exits that may be tried with a net: glances smaller than the input, and other exits.
 
         The other exits of a jointly trained net are the configured ones. A detector with branches has its own exits,
         but only with its own head and weights. All nets of a detector without branches have empty exits.
         """
         own = [one for one in self.architecture.exits if one.pixels is None]
-        if variant.joint:
+        if net.joint:
             others = [one for one in build_exits(self.cfg) if one.pixels is None]
         elif self.has_branches:
-            others = own if variant.fold == OWN_HEAD and not variant.fine_tuned else []
+            others = own if net.fold == OWN_HEAD and not net.fine_tuned else []
         else:
             layers = [one.layer for one in own] or [layer for layer in EMPTY_EXITS if layer < self.model.last_layer]
             others = describe_exits(layers, empty=layers)
-        return (*describe_exits((), glances=[one for one in self.glances if one[0] < variant.size]), *others)
+        return (*describe_exits((), glances=[one for one in self.glances if one[0] < net.image_size]), *others)
 
     @property
     def has_branches(self) -> bool:
@@ -310,76 +286,98 @@ class Optimizer:
         found = self.reference.values()
         return sum(not (one["scores"] >= self.cfg.EVAL.SCORE).any() for one in found) > GLANCE_PRICE * len(found)
 
-    def plan(self) -> list[tuple[Variant, tuple[str, ...]]]:
-        """Net and exit names of every candidate, in the order in which they are tried.
+    def plan(self) -> list[Candidate]:
+        """All candidates, in the order in which they are tried.
 
         Nets without exits come first, then nets with the best head and exits. Then follow nets with the detector's own
         head and exits (at all sizes if it has branches), the fine-tuned and the jointly trained nets.
         """
-        own, best = self.architecture.image_size, self.best_head
-        base, smaller = Variant(own, OWN_HEAD), [Variant(size, best) for size in self.sizes()]
-        plan: list[tuple[Variant, tuple[str, ...]]] = [(base, ()), *((one, ()) for one in smaller)]
-        with_own_head = [Variant(size, OWN_HEAD) for size in self.sizes()] if self.has_branches else [base]
-        plan += [(one, exits) for one in (*smaller, *with_own_head) for exits in self._exit_sets(one)]
+
+        def nets(sizes: Sequence[int], fold: str, **training: bool) -> list[Candidate]:
+            return [Candidate("", size, fold, **training) for size in sizes]
+
+        base, smaller = nets([self.architecture.image_size], OWN_HEAD), nets(self.sizes(), self.best_head)
+        with_own_head = nets(self.sizes(), OWN_HEAD) if self.has_branches else base
+        plan = [*base, *smaller, *self._with_exits([*smaller, *with_own_head])]
         if self.goal.train:
             learnt = self.sizes(fine_tuned=True)
             between = range(learnt[0], learnt[-1] - 1, -FINE_STEP)  # the net is good at sizes between the trained ones
-            plan += [(Variant(size, best, fine_tuned=True), ()) for size in sorted({*learnt, *between}, reverse=True)]
-            tuned = [Variant(size, best, fine_tuned=True) for size in learnt]
-            plan += [(one, exits) for one in tuned for exits in self._exit_sets(one)]
+            plan += nets(sorted({*learnt, *between}, reverse=True), self.best_head, fine_tuned=True)
+            plan += self._with_exits(nets(learnt, self.best_head, fine_tuned=True))
         if self.trains_jointly:
             fold = "compact" if self.cfg.MODEL.FOLD == "compact" else OWN_HEAD
-            sizes = sorted({*self.sizes(), *self.cfg.JOINT.SIZES}, reverse=True)
-            joint = [Variant(size, fold, joint=True) for size in sizes]
-            plan += [*((one, ()) for one in joint), *((one, exits) for one in joint for exits in self._exit_sets(one))]
+            joint = nets(sorted({*self.sizes(), *self.cfg.JOINT.SIZES}, reverse=True), fold, joint=True)
+            plan += [*joint, *self._with_exits(joint)]
         return list(dict.fromkeys(plan))
 
-    def _exit_sets(self, variant: Variant) -> list[tuple[str, ...]]:
-        """Sets of exit names that are tried with a net: each glance alone, each other exit alone, all other exits, and
-        all other exits behind each glance. Two glances are not tried together: one of them always stayed closed."""
-        exits = [one for one in self.exits_of(variant) if self.shows_empty_photos or not one.empty]
-        glances = [one.name for one in exits if one.pixels is not None]
-        others = tuple(one.name for one in exits if one.pixels is None)
-        sets = [(one,) for one in glances]
-        if others:
-            sets += [*((one,) for one in others), others, *((one, *others) for one in glances)]
-        return list(dict.fromkeys(sets))
+    def _with_exits(self, nets: Sequence[Candidate]) -> list[Candidate]:
+        """Each net with the sets of exits that are tried: each glance alone, each other exit alone, all other exits,
+        and all other exits behind each glance. Two glances are not tried together: one of them always stayed closed."""
+        plan = []
+        for net in nets:
+            exits = [one for one in self.exits_of(net) if self.shows_empty_photos or not one.empty]
+            glances = [(one.name,) for one in exits if one.pixels is not None]
+            others = tuple(one.name for one in exits if one.pixels is None)
+            sets = [*glances, *((one,) for one in others), others, *((*one, *others) for one in glances)]
+            plan += [dataclasses.replace(net, exits=names) for names in sets if names]
+        return plan
 
-    def is_empty(self, variant: Variant, names: Sequence[str]) -> bool:
-        return all(one.empty for one in self.exits_of(variant) if one.name in names)
+    def skips(self, candidate: Candidate, measured: Iterable[Candidate]) -> bool:
+        """Whether a candidate is not tried after these.
 
-    def _net(self, variant: Variant) -> Net:
-        """The net of a variant. Only the latest net is kept in memory, since recordings are on disk."""
-        if self._nets.keys() != {variant}:
-            recorded = self._recorded(variant)
-            self._nets = {variant: Net(variant, recorded, recorded.replay("CALIB"), self._policy_photos(variant))}
-        return self._nets[variant]
+        There are two cases. Its net loses too much without exits (`HOPELESS`). Or its exits are empty, it has the
+        detector's own head, and some net with a compact head holds the budget. Then these exits are tried with the
+        compact head only.
+        """
+        if not candidate.exits:
+            return False
+        nets = [one for one in measured if not one.exits]
+        lost = next((one.lost for one in nets if one.net == candidate.net), None)
+        if lost is not None and lost > HOPELESS * self.goal.ap_drop:
+            return True
+        compact_holds = any(one.fold == "compact" and one.holds for one in nets)
+        empty = all(one.empty for one in self.exits_of(candidate) if one.name in candidate.exits)
+        return compact_holds and candidate.fold == OWN_HEAD and empty
 
-    def _recorded(self, variant: Variant) -> Recorded:
-        own = self.architecture.image_size
+    def _replay(self, net: Candidate, split: str) -> Replay:
+        """The recording of a split by a net with all its exits. Of each split only the latest is kept in memory."""
+        if (net, split) not in self._replays:
+            self._replays = {key: one for key, one in self._replays.items() if key[1] != split}
+            exits = tuple(one.name for one in self.exits_of(net))
+            self._replays[net, split] = self._recorded(dataclasses.replace(net, exits=exits)).replay(split)
+        return self._replays[net, split]
+
+    def _policy_photos(self, candidate: Candidate) -> Replay:
+        """The photos that its policies are fitted on, recorded by the detector itself or by the trained net, at the
+        detector's own size: a glance gets nearly the same small copy of a photo at every size."""
+        net = dataclasses.replace(candidate.net, image_size=self.architecture.image_size)
+        if not (net.fine_tuned or net.joint):
+            net = dataclasses.replace(net, fold=OWN_HEAD)
+        return self._replay(net, "TRAIN").only(candidate.exits)
+
+    def _recorded(self, candidate: Candidate) -> Recorded:
+        """Its model, its splits, and the folder of its net's recordings."""
         architecture, state = self.architecture, self.model.state_dict()
-        if variant.fine_tuned:
+        if candidate.fine_tuned:
             architecture, state = self._fine_tuned
-        elif variant.joint:
+        elif candidate.joint:
             architecture, state = self._jointly_trained
-        elif variant.fold == "compact":
+        elif candidate.fold == "compact":
             architecture, state = self._compact
-        trained = architecture.trained_size or own
-        exits = self.exits_of(variant)
-        architecture = dataclasses.replace(architecture, image_size=variant.size, trained_size=trained, exits=exits)
+        architecture = dataclasses.replace(
+            architecture,
+            image_size=candidate.image_size,
+            trained_size=architecture.trained_size or self.architecture.image_size,
+            exits=tuple(one for one in self.exits_of(candidate) if one.name in candidate.exits),
+        )
         model = architecture.build().to(self.device).eval()
         model.load_state_dict({key: state[key] for key in model.state_dict()})
-        folder = self.out / "recordings" / str(variant).replace(" ", "_")
+        folder = self.out / "recordings" / candidate.net.key.replace(" ", "_")
         return Recorded(self.cfg, model, architecture, self.info, self.sets, self.repeats, folder)
 
-    def _policy_photos(self, variant: Variant) -> Replay:
-        """The recording that policies are fitted on: of the base detector, or of the trained net at the detector's own
-        size."""
-        fold = variant.fold if variant.fine_tuned or variant.joint else OWN_HEAD
-        source = dataclasses.replace(variant, size=self.architecture.image_size, fold=fold)
-        if source not in self._photos:
-            self._photos[source] = self._recorded(source).replay("TRAIN")
-        return self._photos[source]
+    def full_path(self) -> SSD:
+        """A copy of the detector's full path."""
+        return resize_detector(self.model, self.architecture, self.architecture.image_size)
 
     @functools.cached_property
     def _fine_tuned(self) -> tuple[Architecture, dict[str, torch.Tensor]]:
@@ -387,8 +385,7 @@ class Optimizer:
         if self.best_head == "compact":
             architecture, state = self._compact
         else:
-            architecture, own = self.architecture, self.architecture.image_size
-            state = resize_detector(self.model, architecture, own).state_dict()
+            architecture, state = self.architecture, self.full_path().state_dict()
         architecture = dataclasses.replace(architecture, exits=())
         sizes = [*self.sizes(fine_tuned=True), *(pixels for pixels, _ in self.glances if self.shows_empty_photos)]
         student = architecture.build().to(self.device)
@@ -406,7 +403,7 @@ class Optimizer:
     @functools.cached_property
     def _compact(self) -> tuple[Architecture, dict[str, torch.Tensor]]:
         """The full path with a compact head (`earlyexit_ssd.modeling.heads`), at its own size."""
-        detector = resize_detector(self.model, self.architecture, self.architecture.image_size)
+        detector = self.full_path()
         head, wanted = detector.head.classification_head, self.architecture.folded_rows
         whole = detector.head.classification_head = SSDScoringHead(head.module_list, head.num_columns)
         photos = photos_to_compare_on(self.cfg, self.architecture.classes)
@@ -420,114 +417,94 @@ class Optimizer:
 
     # Measurement.
 
-    def measure(self, variant: Variant, exits: tuple[str, ...]) -> Found:
-        net = self._net(variant).with_exits(exits)
-        if not exits:
-            costs = measure_cost_model(self.cfg, net.recorded.model, ExitRouter(0), self.base.recorded.model)
-            choice = np.zeros(len(net.calib.recording), np.int64)
-            return Found(self._judged(net, (), choice, costs.paths[()], costs.plain), net)
-        found = [self._with_policy(net, policy) for policy in self._policies(net)]
+    def measure(self, candidate: Candidate) -> Found:
+        """The candidate with its figures, and with the best of the policies that are tried."""
+        recorded, calib = self._recorded(candidate), self._replay(candidate.net, "CALIB").only(candidate.exits)
+        if not candidate.exits:
+            costs = measure_cost_model(self.cfg, recorded.model, ExitRouter(0), self.model)
+            unrouted = Chosen((), np.zeros(len(calib.recording), np.int64), Measured())
+            return Found(self._judged(candidate, calib, costs, unrouted), recorded)
+        found = [self._with_policy(candidate, recorded, calib, one) for one in self._policies(recorded.model.empty)]
         return min(found, key=lambda one: (not one.candidate.holds, one.candidate.ms or np.inf))
 
-    def _policies(self, net: Net) -> list[str]:
+    def _policies(self, empty: Sequence[bool]) -> list[str]:
         """Policies to try. An empty exit needs a policy that reads the tap, so ROUTING.POLICY is for branches only."""
-        empty = net.recorded.model.empty
         if all(empty):
             return ["foreseen_emptiness"]
         return ["learned_gain"] if any(empty) else list(dict.fromkeys([self.cfg.ROUTING.POLICY, "learned_gain"]))
 
-    def _with_policy(self, net: Net, policy: str) -> Found:
-        model, cfg = net.recorded.model, self.cfg
-        fitted = fit_temperatures(cfg, model.exit_names, net.calib)
-        train = net.train if needs_training_photos(policy) else None
-        temperatures, goal = temperatures_of(fitted, model.exit_names), Target("ap_drop", self.goal.ap_drop)
-        router, cross_fitted = fit_router(cfg, policy, goal, temperatures, train, net.calib)
-        costs = measure_cost_model(cfg, model, router, self.base.recorded.model)
-        target = self._target(costs)
-        search = Search(
-            cfg, target, router, net.calib, train=None, costs=costs, baseline=self.reference, cross_fitted=cross_fitted
-        )
+    def _with_policy(self, candidate: Candidate, recorded: Recorded, calib: Replay, policy: str) -> Found:
+        cfg, model = self.cfg, recorded.model
+        train = self._policy_photos(candidate) if needs_training_photos(policy) else None
+        temperatures = temperatures_of(fit_temperatures(cfg, calib), model.exit_names)
+        router, confidences = fit_router(cfg, policy, temperatures, calib, train)
+        costs = measure_cost_model(cfg, model, router, self.model)
+        target = self.goal.target(costs.plain)
+        search = Search(cfg, target, router, confidences, calib, None, costs, baseline=self.reference)
         try:
             chosen = search.run()
         except EarlyExitError:  # the wanted speed is impossible even if every photo leaves at the first exit
-            search = dataclasses.replace(search, target=Target("ap_drop", self.goal.ap_drop, self.goal.delta))
+            search = dataclasses.replace(search, target=self.goal.budget)
             chosen = search.run()
-        open_ = tuple(n for n, t in zip(model.exit_names, chosen.thresholds, strict=False) if t < CLOSED)
-        ms = float(costs.per_exit(chosen.thresholds)[chosen.exits].mean())
-        candidate = self._judged(net, open_, chosen.exits, ms, costs.plain, chosen.measured.AP50_lost_bound)
-        name = candidate.name if open_ else f"{candidate.name} ({', '.join(model.exit_names[:-1])} closed)"
-        # the name has the open exits only; the fields ``exits`` and ``thresholds`` have all
-        candidate = dataclasses.replace(candidate, name=name, policy=policy, thresholds=chosen.thresholds)
-        return Found(dataclasses.replace(candidate, exits=model.exit_names[:-1]), net, search, chosen)
+        candidate = dataclasses.replace(candidate, policy=policy, thresholds=chosen.thresholds)
+        return Found(self._judged(candidate, calib, costs, chosen), recorded, search, chosen)
 
-    def _target(self, costs: CostModel) -> Target:
-        """Target of the threshold search: the wanted speed, otherwise the accuracy budget."""
-        if self.goal.speedup is not None:
-            return Target("speedup", self.goal.speedup)
-        if self.goal.ms is not None:
-            return Target("speedup", costs.plain / self.goal.ms)
-        return Target("ap_drop", self.goal.ap_drop, self.goal.delta)
-
-    def _judged(
-        self,
-        net: Net,
-        exits: tuple[str, ...],
-        choice: np.ndarray,
-        ms: float,
-        base_ms: float,
-        bound: float | None = None,
-    ) -> Candidate:
-        """The candidate in which calib photo i takes exit ``choice[i]``. ``bound`` is its ``lost_bound``, if known."""
-        matches, base_choice = net.calib.matches_beside(self.reference)
-        before, after = (ap_of_choice(matches, one, ap50_only=True).AP50 for one in (base_choice, choice))
+    def _judged(self, candidate: Candidate, calib: Replay, costs: CostModel, chosen: Chosen) -> Candidate:
+        """The candidate with its figures."""
+        matches, base_choice = calib.matches_beside(self.reference)
+        choices = [base_choice, chosen.exits]
+        before, after = (ap_of_choice(matches, one, ap50_only=True).AP50 for one in choices)
+        draw = functools.partial(bootstrap_choices, matches, choices, seed=self.cfg.SEED)
+        bound, ap_bound = chosen.measured.AP50_lost_bound, None
         if bound is None:
-            base, routed = bootstrap_choices(matches, [base_choice, choice], seed=self.cfg.SEED)
+            base, routed = draw()
             bound = float(np.nanquantile(base.AP50 - routed.AP50, 1 - self.goal.delta))
-        holds, ap_bound = bound <= self.goal.ap_drop, None
+        holds = bound <= self.goal.ap_drop
         if holds and self.goal.coco_ap_drop is not None:
-            base, routed = bootstrap_choices(matches, [base_choice, choice], seed=self.cfg.SEED, ap50_only=False)
+            base, routed = draw(ap50_only=False)
             ap_bound = float(np.nanquantile(base.AP - routed.AP, 1 - self.goal.delta))
             holds = ap_bound <= self.goal.coco_ap_drop
-        truth, found = net.calib.ground_truth, net.calib.detections_of(choice)
-        kept = agreement(truth, self.reference, found, self.cfg.EVAL.SCORE, self.cfg.EVAL.IOU)
-        return Candidate(
-            name=net.variant.describe(exits, self.architecture.image_size),
-            image_size=net.variant.size,
-            fold=net.variant.fold,
-            fine_tuned=net.variant.fine_tuned,
-            joint=net.variant.joint,
-            exits=exits,
+        kept = calib.agreement(chosen.exits, self.reference)
+        ms = float(costs.per_exit(chosen.thresholds)[chosen.exits].mean())
+        opened = [name for name, one in zip(candidate.exits, chosen.thresholds, strict=True) if one < CLOSED]
+        return dataclasses.replace(
+            candidate,
+            name=candidate.describe(opened, self.architecture.image_size),
             AP50=after,
-            lost=None if before is None or after is None else before - after,
+            lost=_loss(before, after),
             lost_bound=bound,
             objects=kept.objects,
             objects_kept=kept.kept,
             ms=ms,
-            speedup=base_ms / ms,
+            speedup=costs.plain / ms,
             holds=holds,
             AP_lost_bound=ap_bound,
         )
 
     def rivals(self) -> list[Candidate]:
         """Detectors from ONNX files (EVAL.RIVALS.ONNX) on the calib split, for the chart; they are never chosen."""
-        cfg, dataset = self.cfg, self.sets["CALIB"]
-        settings, found = build_evaluation(cfg), []
-        for rival in onnx_rivals(cfg, self.architecture.classes):
-            loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, train=False, seed=cfg.SEED)
-            detections = collect_detections(rival.detector, loader)
-            networks = [rival.network, PlainPath(self.base.recorded.model)]
-            examples = [rival.example, example_input(self.base.recorded.model)]
-            runs, threads = settings.timing_runs, settings.timing_threads
+        found, runs, threads = [], self.cfg.EVAL.TIMING_RUNS, self.cfg.EVAL.TIMING_THREADS
+        for rival in onnx_rivals(self.cfg, self.architecture.classes):
+            detections = collect_detections(rival.detector, self.loader("CALIB"))
+            networks, examples = [rival.network, PlainPath(self.model)], [rival.example, example_input(self.model)]
             timing, base = time_in_runtime(networks, examples, ONNX_RUNTIME, runs, threads)
-            matches, rival_choice = self.base.calib.matches_beside(detections)
-            base_choice = rival_choice - 1  # in the matches the rival is the last exit, behind the full path
-            after = ap_of_choice(matches, rival_choice, ap50_only=True).AP50
-            before = ap_of_choice(matches, base_choice, ap50_only=True).AP50
-            lost = None if before is None or after is None else before - after
+            matches, choice = self.base.matches_beside(detections)
+            # in the matches the rival is the last exit, behind the full path
+            before, after = (ap_of_choice(matches, one, ap50_only=True).AP50 for one in (choice - 1, choice))
             ms = {"ms": timing.ms, "speedup": base.ms / timing.ms, "mmacs": rival.mmacs}
+            accuracy = {"AP50": after, "lost": _loss(before, after)}
             size = int(rival.example.shape[-1])
-            found.append(Candidate(rival.name, size, "its own", AP50=after, lost=lost, **ms, rival=True))
+            found.append(Candidate(rival.name, size, "its own", **accuracy, **ms, rival=True))
         return found
+
+    def loader(self, split: str) -> DataLoader:
+        """The photos of a split in batches, not augmented."""
+        cfg = self.cfg
+        return build_loader(self.sets[split], cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, train=False, seed=cfg.SEED)
+
+
+def _loss(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else before - after
 
 
 def _base_config(cfg: CfgNode) -> CfgNode:
@@ -560,6 +537,25 @@ class TestFigures(Record):
     runtime: str
     threads: int | None
 
+    @classmethod
+    def of(cls, results: Results) -> TestFigures:
+        """From an evaluation in which the base detector is the rival `BASE_FILE`."""
+        base = next(one for one in results.rivals if one.source == BASE_FILE)
+        figures: dict[str, float | None] = {}
+        for one, end in ((results.routed, ""), (base, "_base")):
+            figures |= {f"AP{end}": one.number("AP"), f"AP50{end}": one.ap50, f"mmacs{end}": one.mmacs}
+            figures |= {f"objects_found{end}": one.number("true_positives"), f"ms{end}": one.ms}
+        low_high, context = base.routed_minus_rival_AP50_interval, results.context
+        return cls(
+            splits=context.splits,
+            photos=context.images,
+            **figures,
+            AP50_lost_interval=None if low_high is None else [-low_high[1], -low_high[0]],
+            ms_base_interval=base.ms_interval,
+            runtime=context.runtime,
+            threads=context.threads,
+        )
+
     @property
     def speedup(self) -> float | None:
         return self.ms_base / self.ms if self.ms and self.ms_base else None
@@ -568,6 +564,14 @@ class TestFigures(Record):
     def base_detects(self) -> bool:
         """Whether the base detector finds objects at all."""
         return self.AP50_base is not None and self.AP50_base >= DETECTS_AP50
+
+    def worth_shipping(self, goal: Goal) -> bool:
+        """Whether it is faster than a base detector that detects, and its measured loss is within the budget."""
+        faster = self.speedup is not None and self.ms < self.ms_base_interval[0]
+        if not (faster and self.base_detects and self.AP50 is not None):
+            return False
+        ap_holds = goal.coco_ap_drop is None or self.AP_base - self.AP <= goal.coco_ap_drop
+        return self.AP50_base - self.AP50 <= goal.ap_drop and ap_holds
 
 
 @dataclass(frozen=True)
@@ -607,44 +611,36 @@ def optimize(
     out, started = Path(out_dir), time.monotonic()
     search = Optimizer(cfg, weights, goal, out)
     found, plan = _read_candidates(out / "candidates.json", search.key), search.plan()
-    for variant, exits in progress(plan, desc="candidates"):
+    for candidate in progress(plan, desc="candidates"):
         if found and goal.minutes is not None and time.monotonic() - started > 60 * goal.minutes:
             logger.warning("stopped after %g minutes: %d of %d candidates tried", goal.minutes, len(found), len(plan))
             break
-        name = f"{variant} {' '.join(exits)}"
-        if name in found or (exits and _skipped(search, found.values(), variant, exits)):
+        if candidate.key in found or search.skips(candidate, found.values()):
             continue
-        found[name] = search.measure(variant, exits).candidate
-        candidates = {name: one.to_json() for name, one in found.items()}
+        found[candidate.key] = search.measure(candidate).candidate
+        candidates = {key: one.to_json() for key, one in found.items()}
         write_json(out / "candidates.json", {"key": search.key, "candidates": candidates})
-        logger.info("%s", found[name])
-    measured, rivals = list(found.values()), search.rivals()
-    chosen = choose_candidate(measured, goal)
-    outcome = _write(search, measured[0], chosen, (*measured, *rivals))
+        logger.info("%s", found[candidate.key])
+    measured, results, test, ship = list(found.values()), None, None, False
+    chosen, candidates = choose_candidate(measured, goal), (*measured, *search.rivals())
+    if chosen is None:
+        summary = _nothing_holds(measured, goal)
+    else:
+        results = _write_chosen(search, chosen)
+        test = TestFigures.of(results)
+        int8 = _in_8_bits(search, chosen) if cfg.EVAL.RUNTIME == OPENVINO else None
+        if int8 is not None:
+            candidates, test = (*candidates, int8), _test_in_8_bits(search, test, chosen.ms / int8.ms)
+            chosen = int8
+        ship = test.worth_shipping(goal)
+        summary = _summary(chosen, test, ship, goal)
+    outcome = Outcome(measured[0], chosen, candidates, test, ship, summary)
     write_json(out / "optimize.json", outcome.to_json())
-    write_text(out / "summary.txt", outcome.summary + "\n")
-    write_image(out / "candidates.png", candidates_chart(outcome.candidates, outcome.chosen, cfg.EVAL.RUNTIME))
+    write_text(out / "summary.txt", summary + "\n")
+    write_image(out / "candidates.png", candidates_chart(candidates, chosen, cfg.EVAL.RUNTIME))
     with never_failing(out / "report.html"):
-        path = out / "test" / "metrics.json"
-        results = Results.from_json(read_json(path, "figures", "delete it")) if outcome.test else None
-        page = search_page(outcome.candidates, outcome.chosen, outcome.summary, outcome.ship, results, BASE_FILE)
-        write_page(out / "report.html", page)
+        write_page(out / "report.html", search_page(candidates, chosen, summary, ship, results, BASE_FILE))
     return outcome
-
-
-def _skipped(search: Optimizer, measured: Iterable[Candidate], variant: Variant, exits: Sequence[str]) -> bool:
-    """Whether a net is not tried with these exits.
-
-    There are two cases. The net loses too much without exits (`HOPELESS`). Or the exits are empty, the net has the
-    detector's own head, and some net with a compact head holds the budget. Then these exits are tried with the compact
-    head only.
-    """
-    without = {Variant(one.image_size, one.fold, one.fine_tuned, one.joint): one for one in measured if not one.exits}
-    net = without.get(variant)
-    if net is not None and net.lost is not None and net.lost > HOPELESS * search.goal.ap_drop:
-        return True
-    compact_holds = any(one.fold == "compact" and one.holds for one in without.values())
-    return compact_holds and variant.fold == OWN_HEAD and search.is_empty(variant, exits)
 
 
 def _warn_if_busy() -> None:
@@ -661,69 +657,54 @@ def choose_candidate(candidates: Sequence[Candidate], goal: Goal) -> Candidate |
     2. Otherwise the candidate that loses least, of those that reach the wanted speed.
     3. None if neither exists.
     """
-
-    def fast(one: Candidate) -> bool:
-        return (goal.speedup is None or one.speedup >= goal.speedup) and (goal.ms is None or one.ms <= goal.ms)
-
     known = [one for one in candidates[1:] if one.ms is not None and one.lost is not None and one.speedup > 1]
     # with all exits closed it equals the candidate without exits
     known = [one for one in known if not one.exits or min(one.thresholds) < CLOSED]
     holding = [one for one in known if one.holds]
-    if holding and (fast(best := max(holding, key=lambda one: one.speedup)) or not any(map(fast, known))):
+    best = max(holding, key=lambda one: one.speedup, default=None)
+    if goal.speedup is None and goal.ms is None:
         return best
-    asked = [one for one in known if fast(one)] if goal.speedup or goal.ms else []
-    return min(asked, key=lambda one: one.lost, default=max(holding, key=lambda one: one.speedup, default=None))
+    fast = [one for one in known if one.speedup >= (goal.speedup or 0) and one.ms <= (goal.ms or np.inf)]
+    return best if best in fast or not fast else min(fast, key=lambda one: one.lost)
 
 
 def _read_candidates(path: Path, key: str) -> dict[str, Candidate]:
-    """The candidates that a stopped search has measured, by name. A file with another key is of another search and is
-    ignored."""
+    """The candidates that a stopped search has measured, by their keys; none if the file is of another search."""
     content = read_json(path, "candidates of a search", "delete it") if path.is_file() else None
     if not isinstance(content, dict) or content.get("key") != key:
         return {}
     return {name: Candidate.from_json(one) for name, one in content["candidates"].items()}
 
 
-def _write(search: Optimizer, base: Candidate, chosen: Candidate | None, candidates: Sequence[Candidate]) -> Outcome:
-    """Write the chosen model, and evaluate it and the base detector on the test split."""
-    out = search.out
-    if chosen is None:
-        least = min((one for one in candidates if not one.rival and one is not base and one.lost is not None),
-                    key=lambda one: one.lost_bound, default=None)  # fmt: skip
-        nearest = "" if least is None else f"; the nearest: {least} (bound {least.lost_bound:.3f})"
-        asked = f"no faster candidate holds {search.goal.ap_drop:g} AP50 lost on the calib split"
-        summary = f"{asked}: ship the detector as it is{nearest}"
-        return Outcome(base, None, tuple(candidates), None, False, summary)
-    # candidates.json has only figures: build the net and its certificate again
-    found = search.measure(Variant(chosen.image_size, chosen.fold, chosen.fine_tuned, chosen.joint), chosen.exits)
-    recorded = found.net.recorded
+def _nothing_holds(measured: Sequence[Candidate], goal: Goal) -> str:
+    """The summary if no candidate is chosen."""
+    known = [one for one in measured[1:] if one.lost is not None]
+    least = min(known, key=lambda one: one.lost_bound, default=None)
+    nearest = "" if least is None else f"; the nearest: {least} (bound {least.lost_bound:.3f})"
+    asked = f"no faster candidate holds {goal.ap_drop:g} AP50 lost on the calib split"
+    return f"{asked}: ship the detector as it is{nearest}"
+
+
+def _write_chosen(search: Optimizer, chosen: Candidate) -> Results:
+    """Write and export the chosen model, and evaluate it on the test split, with the base detector as a rival."""
+    out, found = search.out, search.measure(chosen)  # candidates.json has only figures
+    recorded = found.recorded
     info: ModelInfo = {**search.info}
-    if found.search is not None:
+    if found.search is None:
+        info = {key: value for key, value in info.items() if key not in ("router", "certificate")}
+    else:
         certificate = certificate_of(recorded, found.search, found.chosen)
         info |= {"router": certificate.router, "certificate": certificate.to_dict()}
-    else:
-        info = {key: value for key, value in info.items() if key not in ("router", "certificate")}
     save_model(out / "model.pth", recorded.model, recorded.architecture, info)
     photos = [record.path for record in recorded.sets["CALIB"].records[:EXPORT_PHOTOS]]
     export_detector(open_any(out / "model.pth"), out / "detector.onnx", "onnx", photos)
-    int8 = None
     if search.cfg.EVAL.RUNTIME == OPENVINO:
         export_detector(open_any(out / "model.pth"), out / "detector.xml", "openvino", photos)
-        int8 = _in_8_bits(search, chosen)
     plain = dataclasses.replace(search.architecture, exits=())
-    detector = resize_detector(search.model, search.architecture, search.architecture.image_size)
-    save_model(out / BASE_FILE, plain.add_exits(detector), plain, {})
+    save_model(out / BASE_FILE, plain.add_exits(search.full_path()), plain, {})
     rivals = (*search.cfg.EVAL.RIVALS.FULL_PATHS, str(out / BASE_FILE))
     cfg = with_values(search.cfg, {"EVAL.RIVALS.ENABLED": True, "EVAL.RIVALS.FULL_PATHS": rivals})
-    results = evaluate_model(cfg, out / "model.pth", out / "test", compare=False)
-    test = _test_figures(results)
-    if int8 is not None:
-        candidates, test = (*candidates, int8), _test_in_8_bits(search, test, chosen.ms / int8.ms)
-        chosen = int8
-    ship = test.speedup is not None and test.ms < test.ms_base_interval[0] and test.base_detects
-    ship = ship and test.AP50 is not None and test.AP50_base - test.AP50 <= search.goal.ap_drop
-    ship = ship and (search.goal.coco_ap_drop is None or test.AP_base - test.AP <= search.goal.coco_ap_drop)
-    return Outcome(base, chosen, tuple(candidates), test, ship, _summary(chosen, test, ship, search.goal))
+    return evaluate_model(cfg, out / "model.pth", out / "test", compare=False)
 
 
 def _in_8_bits(search: Optimizer, chosen: Candidate) -> Candidate | None:
@@ -732,15 +713,10 @@ def _in_8_bits(search: Optimizer, chosen: Candidate) -> Candidate | None:
     try:
         if search.goal.coco_ap_drop is not None:
             raise EarlyExitError("the loss of COCO's AP is limited (--coco-ap-drop), and 8 bits are not checked for it")
+        model, path, goal = open_any(search.out / "model.pth"), search.out / "detector.xml", search.goal
+        ranges = [record.path for record in search.sets["TRAIN"].records]
         figures = export_int8(
-            open_any(search.out / "model.pth"),
-            search.out / "detector.xml",
-            "openvino",
-            search.sets["CALIB"],
-            search.goal.ap_drop,
-            [record.path for record in search.sets["TRAIN"].records],
-            search.reference,
-            search.goal.delta,
+            model, path, "openvino", search.sets["CALIB"], goal.ap_drop, ranges, search.reference, goal.delta
         )
     except EarlyExitError as reason:
         logger.info("no candidate in 8 bits: %s", reason)
@@ -763,11 +739,9 @@ def _test_in_8_bits(search: Optimizer, test: TestFigures, speed: float) -> TestF
     """The test figures of detector.xml in 8 bits: accuracy measured, time from ``test`` (32 bits) and ``speed``, the
     speed relative to 32 bits."""
     cfg, dataset = search.cfg, search.sets["TEST"]
-    loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, train=False, seed=cfg.SEED)
-    base = collect_detections(open_any(search.out / BASE_FILE), loader)
-    matches = exit_matches(
-        to_coco(dataset), [base, detect(Predictor(search.out / "detector.xml", OPENVINO), dataset)], cfg.EVAL.IOU
-    )
+    base = collect_detections(open_any(search.out / BASE_FILE), search.loader("TEST"))
+    quantised = detect(Predictor(search.out / "detector.xml", OPENVINO), dataset)
+    matches = exit_matches(to_coco(dataset), [base, quantised], cfg.EVAL.IOU)
     choices = [np.full(matches.photos, index) for index in range(2)]
     found, draws = ap_of_choice(matches, choices[1]), bootstrap_choices(matches, choices, seed=cfg.SEED)
     return dataclasses.replace(
@@ -780,47 +754,21 @@ def _test_in_8_bits(search: Optimizer, test: TestFigures, speed: float) -> TestF
     )
 
 
-def _test_figures(results: Results) -> TestFigures:
-    routed = results.routed
-    base = next(one for one in results.rivals if one.source == BASE_FILE)
-    low_high = base.routed_minus_rival_AP50_interval
-    return TestFigures(
-        splits=results.context.splits,
-        photos=results.context.images,
-        AP=routed.number("AP"),
-        AP_base=base.number("AP"),
-        AP50=routed.ap50,
-        AP50_base=base.ap50,
-        AP50_lost_interval=None if low_high is None else [-low_high[1], -low_high[0]],
-        objects_found=routed.number("true_positives"),
-        objects_found_base=base.number("true_positives"),
-        mmacs=routed.mmacs,
-        mmacs_base=base.mmacs,
-        ms=routed.ms,
-        ms_base=base.ms,
-        ms_base_interval=base.ms_interval,
-        runtime=results.context.runtime,
-        threads=results.context.threads,
-    )
-
-
 def _summary(chosen: Candidate, test: TestFigures, ship: bool, goal: Goal) -> str:
-    lost = "undefined" if test.AP50 is None else f"{test.AP50_base - test.AP50:.3f}"
-    interval = "" if test.AP50_lost_interval is None else " [{:.3f}, {:.3f}]".format(*test.AP50_lost_interval)
-    ap_lost = (
-        "" if test.AP is None or test.AP_base is None else f", {round(test.AP_base - test.AP, 3) + 0.0:.3f} AP lost"
-    )
+    lost, ap_lost = _loss(test.AP50_base, test.AP50), _loss(test.AP_base, test.AP)
+    losses = "undefined AP50 lost" if lost is None else f"{lost:.3f} AP50 lost"
+    losses += "" if test.AP50_lost_interval is None else " [{:.3f}, {:.3f}]".format(*test.AP50_lost_interval)
+    losses += "" if ap_lost is None else f", {round(ap_lost, 3) + 0.0:.3f} AP lost"  # no -0.000
     times = f"{test.ms:.1f} ms against {test.ms_base:.1f}, {test.runtime}, {test.threads} thread"
     found = f"{test.objects_found} objects found where your detector finds {test.objects_found_base}"
     figures = (
-        f"{chosen.name}: {test.speedup:.2f} times as fast as your detector ({times}), {lost} AP50 lost{interval}"
-        f"{ap_lost}, {found}, on {test.photos} test photos ({', '.join(test.splits)})"
+        f"{chosen.name}: {test.speedup:.2f} times as fast as your detector ({times}), {losses}, {found}, on "
+        f"{test.photos} test photos ({', '.join(test.splits)})"
     )
     if ship:
         return f"ship it. {figures}."
     if not test.base_detects:
         return f"do not ship it: your detector itself does not detect (AP50 {test.AP50_base or 0:.3f}). {figures}."
-    budget = f"{goal.ap_drop:g} AP50 lost" + (
-        "" if goal.coco_ap_drop is None else f" and {goal.coco_ap_drop:g} AP lost"
-    )
+    budget = f"{goal.ap_drop:g} AP50 lost"
+    budget += "" if goal.coco_ap_drop is None else f" and {goal.coco_ap_drop:g} AP lost"
     return f"do not ship it: on the test photos it does not hold {budget}, or is no faster. {figures}."

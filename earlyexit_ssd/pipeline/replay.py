@@ -9,7 +9,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ from earlyexit_ssd.pipeline.build import build_evaluation, evaluation_device, op
 from earlyexit_ssd.pipeline.evaluate import check_rivals
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.routing import ExitRouter
-from earlyexit_ssd.routing.policies import FITTED_POLICIES, at_likeliest_boxes, reads_taps
+from earlyexit_ssd.routing.policies import FITTED_POLICIES, at_likeliest_boxes, cross_fits, reads_taps
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,6 @@ class Replay:
     score: float
     iou: float
     labelled: bool = True
-    _losses: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property
     def order(self) -> np.ndarray:
@@ -113,24 +112,23 @@ class Replay:
 
     def losses(self, reference: str) -> np.ndarray:
         """Loss per photo and exit [n, exits] in [0, 1] against the ``full`` path's detections or the ``labels``."""
-        if reference not in self._losses:
-            if reference == "labels":
-                losses = photo_counts(self.matches, self.score).losses_against_labels()
-            else:
-                losses = losses_against_full(self.ground_truth, self.recording.detections, self.score, self.iou)
-            self._losses[reference] = losses
-        return self._losses[reference]
+        if reference == "labels":
+            return photo_counts(self.matches, self.score).losses_against_labels()
+        return self._losses_against_full
+
+    @functools.cached_property
+    def _losses_against_full(self) -> np.ndarray:
+        return losses_against_full(self.ground_truth, self.recording.detections, self.score, self.iou)
 
     def detections_of(self, choice: np.ndarray) -> Detections:
         """Image id -> detections if the photos leave at these exits [n]."""
-        exits = self.recording.detections
-        ids = np.asarray(self.recording.image_ids)[self.order]
-        return {int(image): exits[taken][int(image)] for image, taken in zip(ids, choice, strict=True)}
+        exits, image_ids = self.recording.detections, sorted(self.recording.image_ids)
+        return {image_id: exits[taken][image_id] for image_id, taken in zip(image_ids, choice.tolist(), strict=True)}
 
-    def agreement(self, choice: np.ndarray) -> Agreement:
-        """Agreement with the full path if the photos leave at these exits [n]."""
-        found = self.detections_of(choice)
-        return agreement(self.ground_truth, self.recording.detections[-1], found, self.score, self.iou)
+    def agreement(self, choice: np.ndarray, reference: Detections | None = None) -> Agreement:
+        """Agreement with ``reference`` (None: the full path) if the photos leave at these exits [n]."""
+        reference = self.recording.detections[-1] if reference is None else reference
+        return agreement(self.ground_truth, reference, self.detections_of(choice), self.score, self.iou)
 
     def confidences(self, router: ExitRouter) -> list[np.ndarray]:
         """Per early exit the router's confidences [n]."""
@@ -159,36 +157,23 @@ class Recorded:
 
     def replay(self, name: str) -> Replay:
         """The replay of a split; it is recorded first if needed."""
-        evaluation, dataset = self.cfg.EVAL, self.sets[name]
+        cfg, dataset = self.cfg, self.sets[name]
         hashes = [digest for _, digest in photo_hashes(dataset)]
-        batch_size, workers = evaluation.BATCH_SIZE, self.cfg.DATA.WORKERS
-        loader = build_loader(dataset, batch_size, workers, False, self.cfg.SEED, rank(), world_size())
-        pseudo_label_score = None if dataset.labelled else evaluation.SCORE
+        batch_size, workers = cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS
+        loader = build_loader(dataset, batch_size, workers, False, cfg.SEED, rank(), world_size())
+        pseudo_label_score = None if dataset.labelled else cfg.EVAL.SCORE
         key = fingerprint(dataset, hashes)
         recording = record(self.model, loader, len(dataset), self.folder / name.lower(), key, pseudo_label_score)
         ground_truth = to_coco(dataset)
         if not dataset.labelled:
-            ground_truth = as_ground_truth(ground_truth, recording.detections[-1], evaluation.SCORE)
-        return Replay(recording, ground_truth, tuple(hashes), evaluation.SCORE, evaluation.IOU, dataset.labelled)
+            ground_truth = as_ground_truth(ground_truth, recording.detections[-1], cfg.EVAL.SCORE)
+        return Replay(recording, ground_truth, tuple(hashes), cfg.EVAL.SCORE, cfg.EVAL.IOU, dataset.labelled)
 
 
-def open_recorded(
-    cfg: CfgNode,
-    weights: str | os.PathLike[str],
-    out: Path,
-    needs_labels: Sequence[str] = ("CALIB",),
-    *,
-    unlabelled: bool = False,
-    deduplicate: Sequence[str] = ("CALIB",),
-    include_near_duplicates: bool = True,
-) -> Recorded:
+def open_recorded(cfg: CfgNode, weights: str | os.PathLike[str], out: Path, **splits: Any) -> Recorded:
     """Open a model and its splits; missing runtimes, weights, photos or disk space are found before the network runs.
 
-    Args:
-        needs_labels: splits that need labels; TRAIN needs them too if CALIBRATION.REFERENCE is ``labels``.
-        unlabelled: accept photos without labels and use the full path's detections as labels.
-        deduplicate: splits in which duplicate photos count once.
-        include_near_duplicates: whether near-duplicates are duplicates too, see `distinct`.
+    ``splits`` are arguments of `disjoint_sets`.
 
     Raises:
         EarlyExitError: unusable weights, data or settings, a certificate, or splits that share photos.
@@ -206,8 +191,7 @@ def open_recorded(
     model, architecture, info = open_model(cfg, weights)
     require_few_exits(model.num_early_exits)
     cfg = with_classes(cfg, architecture.classes)
-    sets, repeats = disjoint_sets(cfg, needs_labels, unlabelled, deduplicate, include_near_duplicates)
-    return Recorded(cfg, model.to(device), architecture, info, sets, repeats, out / "recordings")
+    return Recorded(cfg, model.to(device), architecture, info, *disjoint_sets(cfg, **splits), out / "recordings")
 
 
 def disjoint_sets(
@@ -217,9 +201,17 @@ def disjoint_sets(
     deduplicate: Sequence[str] = ("CALIB",),
     include_near_duplicates: bool = True,
 ) -> tuple[dict[str, DetectionDataset], dict[str, Repeats]]:
-    """TRAIN (CALIBRATION.TRAIN_PHOTOS of it, not augmented), CALIB and TEST, and the duplicates left out of each;
-    arguments as in `open_recorded`. A DataError if a photo is in two of the complete splits, or a split that needs
-    labels has no box."""
+    """TRAIN (CALIBRATION.TRAIN_PHOTOS of it, not augmented), CALIB and TEST, and the duplicates left out of each.
+
+    Args:
+        needs_labels: splits that need labels; TRAIN needs them too if CALIBRATION.REFERENCE is ``labels``.
+        unlabelled: accept photos without labels and use the full path's detections as labels.
+        deduplicate: splits in which duplicate photos count once.
+        include_near_duplicates: whether near-duplicates are duplicates too, see `distinct`.
+
+    Raises:
+        DataError: a photo is in two of the complete splits, or a split that needs labels has no box.
+    """
     labelled = {*needs_labels, "TRAIN"} if cfg.CALIBRATION.REFERENCE == "labels" else {*needs_labels}
     needed = "replaced" if unlabelled else "required"
     sets = {
@@ -234,23 +226,20 @@ def disjoint_sets(
     return sets, repeats
 
 
-def fit_temperatures(cfg: CfgNode, exit_names: Sequence[str], calib: Replay) -> list[FittedTemperature]:
+def fit_temperatures(cfg: CfgNode, calib: Replay) -> list[FittedTemperature]:
     """Maximum-likelihood temperature of every exit with a branch; logs a warning where one reaches its bounds."""
     bounds, found = cfg.ROUTING.TEMPERATURE_BOUNDS, []
-    for index in range(calib.recording.early_exits):
+    for index, name in enumerate(calib.recording.exit_names):
         if calib.recording.empty[index]:
             continue
         logits, labels = contested_boxes(calib.logits_and_labels(index))
         temperature = fit_temperature(logits, labels, bounds)
         bound = stopped_by(temperature, bounds)
         if bound is not None:
-            logger.warning(
-                "temperature of %s is at its bound %g: a temperature cannot calibrate its probabilities",
-                exit_names[index],
-                bound,
-            )
+            said = "temperature of %s is at its bound %g: a temperature cannot calibrate its probabilities"
+            logger.warning(said, name, bound)
         before, after = reliability(logits, labels, 1.0), reliability(logits, labels, temperature)
-        found.append(FittedTemperature(exit_names[index], temperature, before, after))
+        found.append(FittedTemperature(name, temperature, before, after))
     return found
 
 
@@ -282,10 +271,9 @@ class FittingPhotos:
 
     def largest_scores(self) -> Tensor:
         """Largest score of the full path per photo [n]; 0 without a detection."""
-        found = self.replay.recording.detections[-1]
-        return torch.tensor(
-            [max(found[photo]["scores"].tolist(), default=0.0) for photo in self.replay.recording.image_ids]
-        )
+        recording = self.replay.recording
+        scores = (recording.detections[-1][photo]["scores"].tolist() for photo in recording.image_ids)
+        return torch.tensor([max(one, default=0.0) for one in scores])
 
     def object_counts(self) -> list[int]:
         """Number of labelled objects per class, without crowds."""
@@ -294,54 +282,43 @@ class FittingPhotos:
         return [counts[category] for category in sorted(truth.getCatIds())]
 
 
-def fit_policy(cfg: CfgNode, policy: str, temperatures: Sequence[float], photos: Replay) -> ExitRouter:
-    """A router with this policy and all exits closed; a policy with parameters is fitted on ``photos``.
+def fit_router(
+    cfg: CfgNode,
+    policy: str,
+    temperatures: Sequence[float],
+    calib: Replay,
+    train: Replay | None = None,
+    *,
+    cross_fit: bool = True,
+    groups: np.ndarray | None = None,
+) -> tuple[ExitRouter, list[np.ndarray]]:
+    """A router with this policy and all exits closed, and per early exit its confidences [n] in the photos ``calib``.
+
+    A policy with parameters is fitted on ``train``. One that can be cross-fitted is fitted on both sets: ``calib`` is
+    divided into CALIBRATION.FOLDS folds in the order of the groups' numbers, so that neighbouring frames of a video are
+    in one fold, and each confidence comes from a fit without the photo's fold.
 
     Args:
         temperatures: one per early exit.
-        photos: calibration photos; training photos for a risk target, since the same photos must not fit a policy and
-            test its risk, and for a policy that `needs_training_photos`.
+        calib: n calibration photos; [n] is in the order of increasing image ids.
+        train: training photos; None: ``calib``.
+        cross_fit: False for a risk, whose bound needs a policy that was fixed before the calibration photos were seen.
+        groups: number (from 0) of the group of each calibration photo, [n]. A group is never divided. None: each photo
+            is a group, numbered in this order.
     """
-    parameters = None
-    if policy in FITTED_POLICIES:
-        fitting = FittingPhotos(photos, temperatures, cfg.CALIBRATION.REFERENCE, cfg.SEED)
-        parameters = FITTED_POLICIES[policy].fit(fitting)
-    return _closed_router(cfg, policy, parameters, temperatures)
-
-
-def cross_fit_policy(
-    cfg: CfgNode, policy: str, temperatures: Sequence[float], train: Replay, calib: Replay, groups: np.ndarray | None
-) -> tuple[ExitRouter, list[np.ndarray]]:
-    """A router as that of `fit_policy`, fitted on both sets, and the confidences of the calibration photos.
-
-    The photos are divided into CALIBRATION.FOLDS folds in the order of their groups' numbers, so that neighbouring
-    frames of a video are in one fold. Each confidence comes from a fit without the photo's fold.
-
-    Args:
-        groups: number (from 0) of the group of each calibration photo, [n] in the order of increasing image ids. A
-            group is never divided. None: each photo is a group, numbered in this order.
-
-    Returns:
-        the router, and per early exit the confidences [n]; [n] is in the order of increasing image ids.
-    """
-    groups = np.arange(len(calib.recording)) if groups is None else groups
-    folds = np.empty(len(groups), np.int64)
-    folds[calib.order] = groups * cfg.CALIBRATION.FOLDS // (groups.max() + 1)
-    sets = [FittingPhotos(one, temperatures, cfg.CALIBRATION.REFERENCE, cfg.SEED) for one in (train, calib)]
-    parameters, confidences = FITTED_POLICIES[policy].cross_fit(*sets, torch.from_numpy(folds))
-    router = _closed_router(cfg, policy, parameters, temperatures)
-    return router, [values.numpy()[calib.order] for values in confidences]
-
-
-def _closed_router(cfg: CfgNode, policy: str, parameters: Any, temperatures: Sequence[float]) -> ExitRouter:
-    return ExitRouter(
-        len(temperatures),
-        policy=policy,
-        parameters=parameters,
-        thresholds=CLOSED,
-        temperatures=temperatures,
-        temperature_bounds=cfg.ROUTING.TEMPERATURE_BOUNDS,
-    )
+    sets = [FittingPhotos(one, temperatures, cfg.CALIBRATION.REFERENCE, cfg.SEED) for one in (train or calib, calib)]
+    fitted, folds, parameters, confidences = FITTED_POLICIES.get(policy), cfg.CALIBRATION.FOLDS, None, None
+    if cross_fit and folds and cross_fits(policy):
+        groups = np.arange(len(calib.recording)) if groups is None else groups
+        fold_of_row = np.empty(len(groups), np.int64)
+        fold_of_row[calib.order] = groups * folds // (groups.max() + 1)
+        parameters, by_row = fitted.cross_fit(*sets, torch.from_numpy(fold_of_row))
+        confidences = [values.numpy()[calib.order] for values in by_row]
+    elif fitted is not None:
+        parameters = fitted.fit(sets[0])
+    settings = {"temperatures": temperatures, "temperature_bounds": cfg.ROUTING.TEMPERATURE_BOUNDS}
+    router = ExitRouter(len(temperatures), policy=policy, parameters=parameters, thresholds=CLOSED, **settings)
+    return router, confidences or calib.confidences(router)
 
 
 def require_deciding(policy: str, model: EarlyExitSSDLite, weights: str | os.PathLike[str]) -> None:
@@ -400,36 +377,30 @@ def measure_cost_model(
     """
     settings, example, early_exits = build_evaluation(cfg), example_input(model), router.num_exits
     paths = [opened for count in range(early_exits + 1) for opened in itertools.product((True, False), repeat=count)]
+    plain = model if plain is None else plain
     networks: list[nn.Module] = []
     for opened in paths:
         thresholds = [0.0 if flag else CLOSED for flag in opened] + [0.0] * (early_exits - len(opened))
         on_the_way = ExitRouter(**{**router.to_dict(), "thresholds": thresholds}).to(example.device)
         networks.append(AllOutputs(PathToExit(model, len(opened), on_the_way)))
-    networks.append(PlainPath(model if plain is None else plain))
-    examples = [*[example] * len(paths), example if plain is None else example_input(plain)]
-
-    def timed(runtime: str) -> list[float]:
-        runs, threads = settings.timing_runs, settings.timing_threads
-        return [one.ms for one in time_in_runtime(networks, examples, runtime, runs, threads)]
-
-    def cost_model(unit: str, costs: Sequence[float], measured: dict[str, Any]) -> CostModel:
-        return CostModel(unit, dict(zip(paths, costs, strict=False)), early_exits, costs[-1], measured)
-
+    networks.append(PlainPath(plain))
+    examples = [*[example] * len(paths), example_input(plain)]
     if cfg.CALIBRATION.COST == "mmacs":
-        pairs = zip(networks, examples, strict=True)
-        return cost_model("mmacs", [count_mmacs(network, one) for network, one in pairs], {})
-    on_cpu = example.device.type == "cpu"
-    runtime = ONNX_RUNTIME if cfg.CALIBRATION.COST == "auto" and on_cpu and runtime_installed() else settings.runtime
-    try:
-        costs = timed(runtime)
-    except EarlyExitError as error:
-        if runtime == settings.runtime:
-            raise
-        logger.warning("costs are measured in %s instead of ONNX Runtime: %s", settings.runtime, error)
-        runtime = settings.runtime
-        costs = timed(runtime)
-    machine = platform.processor() or platform.machine()
-    if example.device.type == "cuda":
-        machine = torch.cuda.get_device_name(example.device)
-    measured = {"runtime": runtime, "threads": settings.timing_threads, "runs": settings.timing_runs}
-    return cost_model("ms", costs, {**measured, "machine": machine})
+        unit, measured, costs = "mmacs", {}, list(map(count_mmacs, networks, examples))
+    else:
+        runs, threads = settings.timing_runs, settings.timing_threads
+        on_cuda, runtime = example.device.type == "cuda", settings.runtime
+        if cfg.CALIBRATION.COST == "auto" and example.device.type == "cpu" and runtime_installed():
+            runtime = ONNX_RUNTIME
+        try:
+            timings = time_in_runtime(networks, examples, runtime, runs, threads)
+        except EarlyExitError as error:
+            if runtime == settings.runtime:
+                raise
+            logger.warning("costs are measured in %s instead of ONNX Runtime: %s", settings.runtime, error)
+            runtime = settings.runtime
+            timings = time_in_runtime(networks, examples, runtime, runs, threads)
+        machine = torch.cuda.get_device_name(example.device) if on_cuda else platform.processor() or platform.machine()
+        unit, costs = "ms", [one.ms for one in timings]
+        measured = {"runtime": runtime, "threads": threads, "runs": runs, "machine": machine}
+    return CostModel(unit, dict(zip(paths, costs, strict=False)), early_exits, costs[-1], measured)

@@ -31,7 +31,7 @@ class FourPhotos:
 @pytest.mark.parametrize(("cost", "opened"), [(3.8, True), (4.0, False), (4.2, False)])
 def test_an_ap_drop_opens_no_exit_that_makes_photos_dearer(monkeypatch, caplog, cost, opened):
     """One photo of four may leave, with more AP50 than the full path has; its branch costs the others something."""
-    same = [SimpleNamespace(AP50=np.full(10, 0.5))] * 2
+    same = [SimpleNamespace(AP50=np.full(10, 0.5))]
     monkeypatch.setattr(calibrate, "ap_of_choice", lambda *_, **__: SimpleNamespace(AP50=0.5))
     monkeypatch.setattr(calibrate, "bootstrap_choices", lambda *_, **__: same)
     grid = Grid(np.array([[CLOSED], [0.9], [0.1]]), np.array([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 0]], dtype=np.int8))
@@ -40,13 +40,12 @@ def test_an_ap_drop_opens_no_exit_that_makes_photos_dearer(monkeypatch, caplog, 
         recording=FourPhotos(),
         matches=None,
         matches_beside=lambda reference: (None, np.ones(4, np.int64)),
-        confidences=lambda router: None,
         losses=lambda reference: np.array([[0.4, 0.0], [0.9, 0.0], [0.9, 0.0], [0.9, 0.0]]),
         ap50_of=lambda choices, title: np.array([0.5, 0.51, 0.2]),
     )
     costs = SimpleNamespace(of_each=lambda thresholds: np.array([[4.0, 4.0], [cost, cost], [1.0, 1.0]]))
     target = calibrate.Target("ap_drop", 0.01, 0.05)
-    found = calibrate.Search(load_config(), target, None, calib, None, costs, None).run()
+    found = calibrate.Search(load_config(), target, None, None, calib, None, costs).run()
     assert found.thresholds == ((0.9,) if opened else (CLOSED,))
     assert found.exits.tolist() == ([0, 1, 1, 1] if opened else [1, 1, 1, 1])
     assert ("no exit can be opened at 0.01 AP50 lost" in caplog.text) is not opened
@@ -56,19 +55,19 @@ def test_an_ap_drop_opens_no_exit_that_makes_photos_dearer(monkeypatch, caplog, 
 def test_an_ap_drop_of_what_does_not_detect_opens_nothing(monkeypatch, caplog, ap50, opened):
     """Where the full path finds hardly anything, leaving early loses hardly any AP50."""
     monkeypatch.setattr(calibrate, "ap_of_choice", lambda *_, **__: SimpleNamespace(AP50=ap50))
-    same = [SimpleNamespace(AP50=np.full(10, 0.04))] * 2
+    same = [SimpleNamespace(AP50=np.full(10, 0.04))]
     monkeypatch.setattr(calibrate, "bootstrap_choices", lambda *_, **__: same)
     calib = SimpleNamespace(
         recording=FourPhotos(),
         matches=None,
         matches_beside=lambda reference: (None, np.ones(4, np.int64)),
-        confidences=lambda router: [np.array([0.9, 0.8, 0.7, 0.6])],
         losses=lambda reference: np.zeros((4, 2)),
         ap50_of=lambda choices, title: np.full(len(choices), ap50 or 0.0),
     )
     costs = CostModel("mmacs", {(): 1.0, (True,): 4.0, (False,): 3.0}, 1, 3.0, {})
-    search = calibrate.Search(load_config(), calibrate.Target("ap_drop", 0.1), None, calib, None, costs, None)
-    chosen = search.run()
+    confidences = [np.array([0.9, 0.8, 0.7, 0.6])]
+    target = calibrate.Target("ap_drop", 0.1)
+    chosen = calibrate.Search(load_config(), target, None, confidences, calib, None, costs).run()
     assert chosen.thresholds == ((0.0,) if opened else (CLOSED,))
     assert chosen.exits.tolist() == ([0] * 4 if opened else [1] * 4)
     assert chosen.measured.AP50_lost_bound == 0.0 and chosen.measured.photos_needed == 29

@@ -92,18 +92,12 @@ def test_without_a_router_the_file_is_the_full_path(tmp_path, paths, model):
     assert plain.exit_names == ("exit8", "exit12", "full")
 
 
-def test_without_a_router_least_scores_are_kept(tmp_path, paths, model):
-    plain = copy.deepcopy(model)
-    plain.router, plain.score_thresh = None, {"cat": 0.45}
-    predictor = Predictor(export_detector(plain, tmp_path / "full.onnx", photos=paths).path)
-    assert predictor.score_thresh.tolist() == pytest.approx([0.45, 0.001]) and predictor.classes == ("cat", "dog")
-
-
-def test_least_scores_by_class_go_along(tmp_path, paths, model):
+@pytest.mark.parametrize("routed", [True, False])
+def test_least_scores_by_class_go_along(tmp_path, paths, model, routed):
     chosen = copy.deepcopy(model)
-    chosen.score_thresh = {"cat": 0.45}
+    chosen.router, chosen.score_thresh = model.router if routed else None, {"cat": 0.45}
     predictor = Predictor(export_detector(chosen, tmp_path / "detector.onnx", photos=paths).path)
-    assert predictor.score_thresh.tolist() == pytest.approx([0.45, 0.001])
+    assert predictor.score_thresh.tolist() == pytest.approx([0.45, 0.001]) and predictor.classes == ("cat", "dog")
 
 
 @pytest.mark.parametrize("file_format", ["onnx", "staged"])
@@ -127,15 +121,15 @@ def test_an_answer_that_is_not_the_model_s_is_refused(
 
 
 def test_a_head_that_is_not_the_model_s_is_refused(tmp_path, paths, model, monkeypatch):
-    real = export._segments
+    real = export.build_segments
 
     def changed(model):
         segments = real(model)
-        weights = max(segments[-1][1].model.graph.initializer, key=lambda one: len(one.raw_data))
+        weights = max(segments[-1].model.graph.initializer, key=lambda one: len(one.raw_data))
         weights.raw_data = (np.frombuffer(weights.raw_data, np.float32) * np.float32(1.01)).tobytes()
         return segments
 
-    monkeypatch.setattr(export, "_segments", changed)
+    monkeypatch.setattr(export, "build_segments", changed)
     (tmp_path / "a.onnx").write_text("an earlier file")
     with pytest.raises(EarlyExitError, match=r"of full differ by .* nothing was written"):
         export_detector(model, tmp_path / "a.onnx", photos=paths)

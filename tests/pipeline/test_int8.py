@@ -91,7 +91,7 @@ def test_a_slow_or_bad_file_is_refused_and_nothing_is_written(
     folder, model, tmp_path, monkeypatch, speed, ap_drop, message
 ):
     monkeypatch.setattr(int8, "speed_of", lambda *_: speed)
-    monkeypatch.setattr(int8, "_quantised", lambda nncf, parts, states, kept: parts.segments)
+    monkeypatch.setattr(int8, "_quantised", lambda nncf, segments, inputs, kept: segments)
     monkeypatch.setattr(int8, "LADDER", (Kept(3, True),))
     dataset = photos_to_quantise_on(folder, None, model.classes)
     with pytest.raises(EarlyExitError, match=message):

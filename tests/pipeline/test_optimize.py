@@ -18,9 +18,7 @@ from earlyexit_ssd.pipeline.optimize import (
     Candidate,
     Goal,
     Optimizer,
-    Variant,
     _in_8_bits,
-    _skipped,
     _summary,
     _warn_if_busy,
     choose_candidate,
@@ -64,39 +62,49 @@ def test_a_candidate_whose_exits_stay_closed_is_not_chosen():
     assert choose_candidate([BASE, SAFE, opened], Goal()) == opened
 
 
+def net(size, fold, exits=(), **training):
+    return Candidate("", size, fold, exits, **training)
+
+
+def search_of(exits):
+    """A search over a detector with these exits, of 320 pixels and with one glance."""
+    search = Optimizer.__new__(Optimizer)
+    search.architecture = Architecture(("chair",), image_size=320, exits=exits)
+    search.cfg = load_config(overrides=["EXITS.GLANCES", "[[128, 12]]"])
+    search.model, search.goal = SimpleNamespace(last_layer=16), Goal(ap_drop=0.01)
+    return search
+
+
 @pytest.mark.parametrize(
-    ("measured", "variant", "empty", "skipped"),
+    ("measured", "candidate", "skipped"),
     [
-        (("compact", 0.03, False), Variant(288, "compact"), True, True),  # hopeless without exits
-        (("compact", 0.03, False), Variant(256, "compact"), True, False),  # another net
-        (("compact", 0.005, True), Variant(288, "as it is"), True, True),  # the compact head holds the budget
-        (("compact", 0.005, True), Variant(288, "as it is"), False, False),  # branches are tried all the same
-        (("as it is", 0.005, True), Variant(288, "as it is"), True, False),
+        (("compact", 0.03, False), net(288, "compact", ("glance128",)), True),  # hopeless without exits
+        (("compact", 0.03, False), net(256, "compact", ("glance128",)), False),  # another net
+        (("compact", 0.03, False), net(288, "compact"), False),  # without exits
+        (("compact", 0.005, True), net(288, "as it is", ("glance128",)), True),  # the compact head holds the budget
+        (("compact", 0.005, True), net(288, "as it is", ("exit8",)), False),  # branches are tried all the same
+        (("as it is", 0.005, True), net(288, "as it is", ("glance128",)), False),
     ],
 )
-def test_exits_are_not_tried_where_they_cannot_help(measured, variant, empty, skipped):
+def test_exits_are_not_tried_where_they_cannot_help(measured, candidate, skipped):
     fold, lost, holds = measured
     measured = [Candidate("one", 288, fold, lost=lost, holds=holds)]
-    search = SimpleNamespace(goal=Goal(ap_drop=0.01), is_empty=lambda *_: empty)
-    assert _skipped(search, measured, variant, ("glance128",)) is skipped
+    assert search_of(describe_exits((8,))).skips(candidate, measured) is skipped
 
 
 def test_a_detector_with_branches_has_them_at_all_sizes_and_no_empty_exits():
-    architecture = Architecture(("chair",), image_size=320, exits=describe_exits((8,)))
-    cfg = load_config(overrides=["EXITS.GLANCES", "[[128, 12]]"])
-    search = Optimizer.__new__(Optimizer)
-    search.architecture, search.cfg, search.model = architecture, cfg, SimpleNamespace(last_layer=16)
+    search = search_of(describe_exits((8,)))
 
-    def names(variant):
-        return [(one.layer, one.pixels, one.empty) for one in search.exits_of(variant)]
+    def names(net):
+        return [(one.layer, one.pixels, one.empty) for one in search.exits_of(net)]
 
     glance, branch = (12, 128, True), (8, None, False)
-    assert names(Variant(320, OWN_HEAD)) == names(Variant(256, OWN_HEAD)) == [glance, branch]
-    assert names(Variant(256, "compact")) == names(Variant(256, OWN_HEAD, fine_tuned=True)) == [glance]
-    search.architecture = dataclasses.replace(architecture, exits=describe_exits((10,), empty=(10,)))
-    assert names(Variant(320, OWN_HEAD)) == names(Variant(256, "compact")) == [glance, (10, None, True)]
-    search.architecture = dataclasses.replace(architecture, exits=())
-    assert names(Variant(320, OWN_HEAD)) == names(Variant(256, "compact")) == [glance, (12, None, True)]
+    assert names(net(320, OWN_HEAD)) == names(net(256, OWN_HEAD)) == [glance, branch]
+    assert names(net(256, "compact")) == names(net(256, OWN_HEAD, fine_tuned=True)) == [glance]
+    search = search_of(describe_exits((10,), empty=(10,)))
+    assert names(net(320, OWN_HEAD)) == names(net(256, "compact")) == [glance, (10, None, True)]
+    search = search_of(())
+    assert names(net(320, OWN_HEAD)) == names(net(256, "compact")) == [glance, (12, None, True)]
 
 
 @pytest.mark.parametrize(("load", "warned"), [(2.5, True), (1.5, False)])
@@ -108,9 +116,11 @@ def test_a_busy_machine_is_said(monkeypatch, caplog, load, warned):
 
 
 def test_candidates_in_words():
-    assert Variant(320, "as it is").describe((), 320) == "the detector as it is"
-    words = Variant(256, "compact", fine_tuned=True).describe(("glance96", "exit8"), 320)
-    assert words == "256 px, compact head, fine-tuned, glance at 96 px, exit8"
+    assert net(320, "as it is").describe((), 320) == "the detector as it is"
+    words = net(256, "compact", ("glance96", "exit8"), fine_tuned=True)
+    assert words.describe(("glance96", "exit8"), 320) == "256 px, compact head, fine-tuned, glance at 96 px, exit8"
+    assert words.describe((), 320) == "256 px, compact head, fine-tuned (glance96, exit8 closed)"
+    assert words.key == "256 compact fine-tuned glance96 exit8" and words.net == net(256, "compact", fine_tuned=True)
     found = Candidate("x", 256, "compact", lost=0.0061, objects=22, objects_kept=21, ms=5.0, speedup=2.8)
     assert str(found) == "x: 2.80 times as fast, 0.006 AP50 lost, 21 of 22 objects kept"
     assert Candidate.from_json(found.to_json()) == found or found.exits == ()

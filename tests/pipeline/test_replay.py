@@ -18,8 +18,7 @@ from earlyexit_ssd.pipeline import replay
 from earlyexit_ssd.pipeline.replay import (
     CostModel,
     FittingPhotos,
-    cross_fit_policy,
-    fit_policy,
+    fit_router,
     measure_cost_model,
     temperatures_of,
 )
@@ -79,6 +78,9 @@ class Recording:
 class Replay:
     recording = Recording()
 
+    def confidences(self, router):
+        return []
+
 
 def test_foresight_is_of_the_full_path_s_largest_score():
     (fitted,) = ForeseenEmptiness.fit(FittingPhotos(Replay(), [1.0], "full", 0))
@@ -87,7 +89,7 @@ def test_foresight_is_of_the_full_path_s_largest_score():
 
 
 def test_a_fitted_router_lets_nobody_leave_yet():
-    router = fit_policy(load_config(), "foreseen_emptiness", [1.0], Replay())
+    router, _ = fit_router(load_config(), "foreseen_emptiness", [1.0], Replay(), cross_fit=False)
     assert router.thresholds.tolist() == [CLOSED]
     signals = next(Replay.recording.signals(0))
     confidence = router.confidence(signals, 0)
@@ -112,7 +114,7 @@ def test_folds_are_neighbours_and_whole_groups(monkeypatch, groups, expected):
 
     monkeypatch.setattr(ForeseenEmptiness, "cross_fit", cross_fit)
     cfg = load_config(overrides=["CALIBRATION.FOLDS", "2"])
-    router, (confidences,) = cross_fit_policy(cfg, "foreseen_emptiness", [1.0], Replay(), calib, groups)
+    router, (confidences,) = fit_router(cfg, "foreseen_emptiness", [1.0], calib, Replay(), groups=groups)
     assert given["folds"][order].tolist() == expected
     assert confidences.tolist() == pytest.approx([0.5, 0.3, 0.1, 0.0, 0.2, 0.4])
     assert router.thresholds.tolist() == [CLOSED] and router.policy == "foreseen_emptiness"
@@ -148,7 +150,7 @@ def test_what_a_policy_is_fitted_on():
 def test_photos_without_a_label_count_nothing():
     unlabelled = SimpleNamespace(ground_truth=SimpleNamespace(anns={}, getCatIds=lambda: [1, 2]))
     with pytest.raises(EarlyExitError, match="'balanced_ambiguity' counts labelled objects, and the photos have none"):
-        fit_policy(load_config(), "balanced_ambiguity", [1.0], unlabelled)
+        fit_router(load_config(), "balanced_ambiguity", [1.0], unlabelled)
 
 
 MODEL = CostModel(
