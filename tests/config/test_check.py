@@ -24,6 +24,7 @@ from earlyexit_ssd.errors import ConfigError
         ("ROUTING.TEMPERATURE_BOUNDS", "[3.0, 0.5]", "low below high"),
         ("ROUTING.TEMPERATURES", "[9.0]", "inside"),
         ("DATA.ON_BAD", "ignore", "expected one of 'repair', 'refuse', 'skip'"),
+        ("DATA.AUGMENTATION", "sdd", "'sdd', expected one of .*did you mean 'ssd'"),
         ("DATA.NEGATIVE_SHARE", "2", "share in"),
         ("DATA.REPEAT_THRESHOLD", "5", r"in \[0, 1\]"),
         ("DATA.TEST", "[synthetic_chairs_train]", "TRAIN, CALIB and TEST without a data set in common"),
