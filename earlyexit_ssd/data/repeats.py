@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from earlyexit_ssd.data.dataset import DetectionDataset, photo_hashes
-from earlyexit_ssd.errors import DataError, EarlyExitError
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.images import open_photo
 from earlyexit_ssd.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -142,13 +143,9 @@ def look_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
     A bit says whether the grey of a cell (9 x 8 of them) is below that of its right neighbour. Saved anew, a photo
     keeps nearly all bits. Where something small moves they stay too, but a cell of the grey picture changes.
     """
-    try:
-        with Image.open(path) as image:
-            image.draft("L", (256, 256))  # JPEG is decoded no larger than needed
-            pixels = image.convert("L")
-            cells = np.asarray(pixels.resize((9, 8), Image.Resampling.BOX), np.int16)
-            grey = np.asarray(pixels.resize((_GRID, _GRID), Image.Resampling.BOX), np.int16)
-    except Exception as error:  # Pillow's decoders raise a dozen types on broken files
-        reason = " ".join(str(error).split())[:80]
-        raise DataError(f"{path}: not a readable photo ({reason}); mend or remove it") from None
+    with open_photo(path) as image:
+        image.draft("L", (256, 256))  # JPEG is decoded no larger than needed
+        pixels = image.convert("L")
+        cells = np.asarray(pixels.resize((9, 8), Image.Resampling.BOX), np.int16)
+        grey = np.asarray(pixels.resize((_GRID, _GRID), Image.Resampling.BOX), np.int16)
     return np.packbits(cells[:, 1:] > cells[:, :-1]), grey
