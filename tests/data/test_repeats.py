@@ -11,7 +11,7 @@ from PIL import Image
 from earlyexit_ssd.calibration.risk import certify
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.data import DetectionDataset, Record
-from earlyexit_ssd.data.repeats import Block, block_of_each, distinct, look_of
+from earlyexit_ssd.data.repeats import Block, Looks, block_of_each, distinct
 from earlyexit_ssd.errors import DataError, EarlyExitError
 
 
@@ -70,7 +70,7 @@ def test_a_small_thing_that_moves_makes_another_photo(tmp_path):
 def test_an_unreadable_photo(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"no picture")
     with pytest.raises(DataError, match="a.jpg: not a readable photo"):
-        look_of(tmp_path / "a.jpg")
+        Looks.of([tmp_path / "a.jpg"])
 
 
 def test_a_list_that_has_each_photo_three_times_keeps_the_promise(tmp_path):
