@@ -31,33 +31,25 @@ _GRID = 16
 _BITS = np.array([bin(value).count("1") for value in range(256)], dtype=np.uint8)
 
 
-@dataclass(frozen=True)
-class Block:
-    """How many consecutive ``photos`` of a folder make a block, at least 1, and the ``text`` that asked for it."""
-
-    photos: int
-    text: str
-
-    @classmethod
-    def parse(cls, text: str, fps: float | None = None) -> Block:
-        """``"25"`` (photos), or ``"5s"`` (seconds) where ``fps`` says how many photos of the folder make one; else an
-        EarlyExitError."""
-        found = re.fullmatch(r"\s*(\d{1,6}|\d{0,6}\.?\d{1,6}(?=\s*s))\s*(s?)\s*", str(text))
-        asked = f"block is {text!r:.60}"
-        if found is None or not float(found[1]) > 0:
-            raise EarlyExitError(f"{asked}, expected photos such as 25, or seconds such as 5s with --fps")
-        if not found[2]:
-            if fps is not None:
-                raise EarlyExitError(f"{asked}, photos, so --fps has no part in it; give seconds, such as 5s")
-            return cls(int(found[1]), found[0].strip())
-        if fps is None:
-            raise EarlyExitError(
-                f"{asked}, and photos do not say when they were taken: give --fps, the photos of the folder per "
-                "second (of a video at 25 of which every fifth frame was kept: 5), or a number of photos"
-            )
-        if not 0 < fps < float("inf"):
-            raise EarlyExitError(f"fps is {fps:g}, expected photos per second, above 0, such as 5")
-        return cls(max(1, round(float(found[1]) * fps)), f"{found[0].strip()} at {fps:g} photos a second")
+def parse_block(text: str, fps: float | None = None) -> int:
+    """How many consecutive photos of a folder make a block, at least 1: ``"25"``, or ``"5s"`` (seconds) where ``fps``
+    says how many photos of the folder make one; else an EarlyExitError."""
+    found = re.fullmatch(r"\s*(\d{1,6}|\d{0,6}\.?\d{1,6}(?=\s*s))\s*(s?)\s*", str(text))
+    asked = f"block is {text!r:.60}"
+    if found is None or not float(found[1]) > 0:
+        raise EarlyExitError(f"{asked}, expected photos such as 25, or seconds such as 5s with --fps")
+    if not found[2]:
+        if fps is not None:
+            raise EarlyExitError(f"{asked}, photos, so --fps has no part in it; give seconds, such as 5s")
+        return int(found[1])
+    if fps is None:
+        raise EarlyExitError(
+            f"{asked}, and photos do not say when they were taken: give --fps, the photos of the folder per "
+            "second (of a video at 25 of which every fifth frame was kept: 5), or a number of photos"
+        )
+    if not 0 < fps < float("inf"):
+        raise EarlyExitError(f"fps is {fps:g}, expected photos per second, above 0, such as 5")
+    return max(1, round(float(found[1]) * fps))
 
 
 def block_of_each(paths: Sequence[Path], photos: int) -> np.ndarray:

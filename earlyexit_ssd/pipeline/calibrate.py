@@ -32,7 +32,7 @@ from earlyexit_ssd.calibration.thresholds import (
     threshold_grid,
 )
 from earlyexit_ssd.config import CLOSED
-from earlyexit_ssd.data.repeats import Block, block_of_each
+from earlyexit_ssd.data.repeats import block_of_each
 from earlyexit_ssd.drift import Reference
 from earlyexit_ssd.engine.processes import is_main
 from earlyexit_ssd.errors import EarlyExitError
@@ -82,7 +82,7 @@ class Target:
     kind: str
     value: float
     delta: float = 0.05
-    block: Block | None = None
+    block: int | None = None
     learned: bool = False
 
     def __post_init__(self) -> None:
@@ -163,7 +163,7 @@ class Search:
     def draws_name(self) -> str:
         """What the draws are called in messages."""
         block = self.target.block
-        return "calibration photos" if block is None else f"blocks of {block.photos} calibration photos"
+        return "calibration photos" if block is None else f"blocks of {block} calibration photos"
 
     def run(self) -> Chosen:
         """Find the thresholds; an EarlyExitError if a speed-up cannot be reached."""
@@ -318,7 +318,7 @@ def calibrate(
     blocks = None
     if target.block is not None:
         paths = [record.path for record in recorded.sets["CALIB"].records]
-        blocks = block_of_each(paths, target.block.photos)[calib.order]
+        blocks = block_of_each(paths, target.block)[calib.order]
     router, cross_fitted = fit_router(cfg, cfg.ROUTING.POLICY, target, temperatures, train, calib, blocks)
     costs = measure_cost_model(cfg, model, router)
     search = Search(cfg, target, router, calib, train, costs, blocks, cross_fitted=cross_fitted)
@@ -397,7 +397,7 @@ def certificate_of(recorded: Recorded, search: Search, chosen: Chosen) -> Certif
         kind=target.kind,
         **({"epsilon": target.value, "bound": cfg.CALIBRATION.BOUND} if risk else {"value": target.value}),
         delta=None if target.kind == "speedup" else target.delta,
-        block=target.block.photos if target.block else None,
+        block=target.block,
         learned=target.learned or None,
         reference=cfg.CALIBRATION.REFERENCE,
         score=cfg.EVAL.SCORE,
