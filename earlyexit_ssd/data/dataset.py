@@ -392,27 +392,26 @@ def load_dataset(
     if not records:
         raise DataError(f"{title}: no usable photo is left; check the folder of the photos")
     require_unique(title, records)
-    labelled = not unknown
     flags = [annotation.ignore for record in records for annotation in record.annotations]
     ignored, objects = flags.count(True), flags.count(False)
-    if not objects and (labels == "required" or (labels == "replaced" and labelled)):
+    if not objects and (labels == "required" or (labels == "replaced" and not unknown)):
         raise DataError(f"{title}: {_without_boxes(classes, len(records), ignored, train)}")
     also = f" and {ignored} to ignore" if ignored else ""
     negatives = sum(not record.has_targets for record in records)
-    without = f"{negatives} photos without any" if labelled else "nobody labelled some of the photos"
+    without = "nobody labelled some of the photos" if unknown else f"{negatives} photos without any"
     logger.info("%s: %d photos, %d boxes%s, %s", title, len(records), objects, also, without)
     transforms = build_transforms(data.AUGMENTATION) if train else None
-    return DetectionDataset(records, classes, transforms, train, cfg.SEED, data.ON_BAD, labelled)
+    return DetectionDataset(records, classes, transforms, train, cfg.SEED, data.ON_BAD, labelled=not unknown)
 
 
 def _without_boxes(classes: Sequence[str], photos: int, ignored: int, train: bool) -> str:
-    wanted, purpose = few(classes) or "any class", "learnt" if train else "measured"
-    found, fixes = f"no box of {wanted}", ["add photos that show it", "name other DATA.CLASSES"]
+    wanted = few(classes) or "any class"
+    found, fix = f"no box of {wanted}", "add photos that show it"
     if ignored:
         found = f"{ignored} boxes of {wanted}, all of them marked iscrowd, difficult or ignore,"
-        fixes[0] = "set these flags to 0 where the objects are ordinary ones (mask exports write iscrowd 1)"
-    fixes += ["let the full path teach (LOSS.SUPERVISION teacher)"] if train else []
-    return f"{found} in {photos} photos; nothing can be {purpose}: {', or '.join(fixes)}"
+        fix = "set these flags to 0 where the objects are ordinary ones (mask exports write iscrowd 1)"
+    purpose, more = ("learnt", ", or let the full path teach (LOSS.SUPERVISION teacher)") if train else ("measured", "")
+    return f"{found} in {photos} photos; nothing can be {purpose}: {fix}, or name other DATA.CLASSES{more}"
 
 
 def read_dataset(cfg: CfgNode, name: str) -> RawDataset:
