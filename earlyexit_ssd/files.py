@@ -106,7 +106,11 @@ def lock(path: PathLike, what: str, *, wait: bool = False) -> Iterator[None]:
             file = open(path, "a+b", buffering=0)  # noqa: SIM115
         with file:
             _acquire(file, what, wait)
-            if not os.fstat(file.fileno()).st_nlink:  # its holder has just removed it
+            try:
+                removed = not os.path.samestat(os.fstat(file.fileno()), path.stat())
+            except FileNotFoundError:
+                removed = True
+            if removed:  # by its holder, just now
                 continue
             with contextlib.suppress(OSError):  # a full disk can be locked all the same
                 file.truncate(0)
