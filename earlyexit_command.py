@@ -213,7 +213,7 @@ def calibrate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def calibrate(args: argparse.Namespace) -> None:
     from earlyexit_ssd.config import load_config
-    from earlyexit_ssd.data.repeats import Block
+    from earlyexit_ssd.data.repeats import parse_block
     from earlyexit_ssd.errors import EarlyExitError
     from earlyexit_ssd.pipeline.calibrate import Target, calibrate
 
@@ -222,7 +222,7 @@ def calibrate(args: argparse.Namespace) -> None:
     kind = next(kind for kind in ("speedup", "ap_drop", "risk") if getattr(args, kind) is not None)
     if args.fps is not None and args.block is None:
         raise EarlyExitError("--fps is for --block in seconds, such as --block 5s")
-    block = None if args.block is None else Block.parse(args.block, args.fps)
+    block = None if args.block is None else parse_block(args.block, args.fps)
     target = Target(kind, getattr(args, kind), args.delta, block, args.learned)
     if calibrate(cfg, args.weights or Path(cfg.OUTPUT_DIR) / "model.pth", target, out):
         print((out / "calibration.txt").read_text(encoding="utf-8"))

@@ -20,20 +20,18 @@ EXIT_BAD_INPUT, EXIT_GATE_FAILED, EXIT_INTERRUPTED = 2, 3, 130
 
 def run_tool(job: Callable[[], int | None], after_a_stop: str = "run it again") -> int:
     """Run ``job``; returns the exit code: its own (0 for None), 2 for bad input, 3 for a failed gate, 130 for a signal.
-
-    ``after_a_stop``: what the user reads when a signal has stopped the job.
-    """
+    ``after_a_stop`` says what to do after a signal."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file name that the console cannot show is no reason to stop
             stream.reconfigure(errors="backslashreplace")
-    handler = _LineHandler()
     level = logging.INFO if is_first_process() else logging.ERROR  # the others say the same
-    logging.basicConfig(level=level, format="%(levelname).1s %(message)s", handlers=[handler], force=True)
+    logging.basicConfig(level=level, format="%(levelname).1s %(message)s", handlers=[_LineHandler()], force=True)
     logging.getLogger("fvcore").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C; a training saves first
     try:
-        code = job()
+        code = job() or 0
         sys.stdout.flush()
+        return code
     except GateFailed as error:
         return _stop("\n".join([str(error), *error.advice]), EXIT_GATE_FAILED)
     except CannotWrite as error:
@@ -46,7 +44,6 @@ def run_tool(job: Callable[[], int | None], after_a_stop: str = "run it again") 
         return _stop(f"{error}; {after_a_stop}", EXIT_INTERRUPTED)
     except KeyboardInterrupt:
         return _stop(f"stopped; {after_a_stop}", EXIT_INTERRUPTED)
-    return code or 0
 
 
 class _LineHandler(logging.Handler):

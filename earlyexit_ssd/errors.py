@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 LONGEST = 299  # characters of a message
-_START = 170  # of these for its start, the file and the record, where it is too long; its end, the fix, stays too
+_START, _END = 170, 124  # what stays of one that is too long: the file and the record, and the fix
 
 
 class EarlyExitError(ValueError):
@@ -57,12 +57,9 @@ def one_line(message: str) -> str:
     text = " ".join(filter(None, map(str.strip, lines)))
     if not text.isprintable():
         text = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
-    if len(text) > LONGEST:  # paths lose their front first
+    if len(text) > LONGEST:
         text = re.sub(r"\S{61,}", lambda word: f"...{word[0][-57:]}", text)
-    if len(text) <= LONGEST:
-        return text
-    gap = " ... "
-    return text[:_START] + gap + text[_START + len(gap) - LONGEST :]
+    return text if len(text) <= LONGEST else f"{text[:_START]} ... {text[-_END:]}"
 
 
 _SHORT = reprlib.Repr()

@@ -32,12 +32,13 @@ except ImportError:  # Windows
 logger = logging.getLogger(__name__)
 
 P, R = ParamSpec("P"), TypeVar("R")
+PathLike = str | os.PathLike[str]
 
 NO_ROOM = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 @contextlib.contextmanager
-def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+def writing(path: PathLike) -> Iterator[None]:
     """Raise an ``OSError`` inside as the `CannotWrite` of ``path``: why, and what to do."""
     try:
         yield
@@ -45,7 +46,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
         raise cannot_write(path, error) from None
 
 
-def cannot_write(path: str | os.PathLike[str], error: OSError, otherwise: str = "") -> CannotWrite:
+def cannot_write(path: PathLike, error: OSError, otherwise: str = "") -> CannotWrite:
     """The error for the user; long paths are cut at their front. ``otherwise``: what to do where no room is missing."""
     shown = os.fspath(path)
     shown = shown if len(shown) <= 120 else f"...{shown[-117:]}"
@@ -54,7 +55,7 @@ def cannot_write(path: str | os.PathLike[str], error: OSError, otherwise: str = 
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: PathLike) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that replaces it on success and is removed on failure.
 
     The temporary name keeps the suffix, since many writers choose the format by it.
@@ -71,7 +72,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
                 temporary.unlink()
 
 
-def make_folder(path: str | os.PathLike[str]) -> None:
+def make_folder(path: PathLike) -> None:
     """Make a folder for results, before work is done that could not be written; CannotWrite where it is impossible."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -87,7 +88,7 @@ _held: set[Path] = set()  # lock files of this process
 
 
 @contextlib.contextmanager
-def lock(path: str | os.PathLike[str], what: str, *, wait: bool = False) -> Iterator[None]:
+def lock(path: PathLike, what: str, *, wait: bool = False) -> Iterator[None]:
     """Hold the file ``path`` as a lock, which the system frees when this process ends, however it ends.
 
     Within a process it can be held any number of times. Processes that this one has forked do not hold it. A file
@@ -99,34 +100,30 @@ def lock(path: str | os.PathLike[str], what: str, *, wait: bool = False) -> Iter
         CannotWrite: the file cannot be made.
     """
     path = Path(path).resolve()
-    if path in _held:
-        yield
-        return
-    with _locked_file(path, what, wait):
-        _held.add(path)
-        try:
-            yield
-        finally:
-            _held.discard(path)
-            with contextlib.suppress(OSError):
-                path.unlink()
-
-
-def _locked_file(path: Path, what: str, wait: bool) -> io.FileIO:
-    while True:
+    while path not in _held:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "a+b", buffering=0)  # noqa: SIM115
-        with contextlib.ExitStack() as closing:
-            closing.enter_context(file)
+        with file:
             _acquire(file, what, wait)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # else its holder has just removed it
-                    with contextlib.suppress(OSError):  # a full disk can be locked all the same
-                        file.truncate(0)
-                        file.write(str(os.getpid()).encode())
-                    closing.pop_all()
-                    return file
+            try:
+                removed = not os.path.samestat(os.fstat(file.fileno()), path.stat())
+            except FileNotFoundError:
+                removed = True
+            if removed:  # by its holder, just now
+                continue
+            with contextlib.suppress(OSError):  # a full disk can be locked all the same
+                file.truncate(0)
+                file.write(str(os.getpid()).encode())
+            _held.add(path)
+            try:
+                yield
+            finally:
+                _held.discard(path)
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            return
+    yield
 
 
 def _acquire(file: io.FileIO, what: str, wait: bool) -> None:
@@ -148,7 +145,7 @@ def _acquire(file: io.FileIO, what: str, wait: bool) -> None:
 
 
 @contextlib.contextmanager
-def locked_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
+def locked_folder(folder: PathLike) -> Iterator[None]:
     """Make a folder for results and hold it, so that two processes never write into one; errors as of
     :func:`make_folder` and :func:`lock`."""
     made = not Path(folder).exists()
@@ -178,13 +175,6 @@ def locks_folder(parameter: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
-def require_space(folder: Path, size: int, what: str, fix: str) -> None:
-    """An EarlyExitError unless ``size`` bytes are free in a folder for ``what``; ``fix`` says what to do then."""
-    free = shutil.disk_usage(folder).free
-    if size > 0.95 * free:
-        raise EarlyExitError(f"{folder}: {what} takes {size / 2**30:.1f} GiB, {free / 2**30:.1f} are free; {fix}")
-
-
 def new_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
     """An array of zeros on disk, with room for all of it, else CannotWrite: where a disk is full, writing to a mapped
     file ends the process without a word."""
@@ -202,7 +192,7 @@ def new_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
     return array
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
+def write_text(path: PathLike, text: str) -> None:
     """Write ``text`` as UTF-8; what UTF-8 cannot hold, such as bytes of a file's name in another code, is escaped."""
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
@@ -212,17 +202,17 @@ def append_text(path: Path, text: str) -> None:
         file.write(text)
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
+def write_json(path: PathLike, value: Any) -> None:
     """Write ``value`` as indented JSON; NaN and infinity are refused, since JSON has none."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def write_bytes(path: str | os.PathLike[str], content: bytes | memoryview) -> None:
+def write_bytes(path: PathLike, content: bytes | memoryview) -> None:
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
 
 
-def write_image(path: str | os.PathLike[str], image: Image.Image, **options: Any) -> None:
+def write_image(path: PathLike, image: Image.Image, **options: Any) -> None:
     """Write a picture in the format of the path's suffix; ``options`` are those of Pillow's writer."""
     path = Path(path)
     content = io.BytesIO()  # some of Pillow's writers do not say why they have failed
@@ -230,7 +220,7 @@ def write_image(path: str | os.PathLike[str], image: Image.Image, **options: Any
     write_bytes(path, content.getvalue())
 
 
-def write_torch(path: str | os.PathLike[str], value: Any) -> None:
+def write_torch(path: PathLike, value: Any) -> None:
     import torch  # not there where only the runtime is installed
 
     content = io.BytesIO()  # on a full disk, torch.save says "unexpected pos"; no path in the file makes equal files
@@ -238,7 +228,7 @@ def write_torch(path: str | os.PathLike[str], value: Any) -> None:
     write_bytes(path, content.getbuffer())
 
 
-def sha256(path: str | os.PathLike[str]) -> str:
+def sha256(path: PathLike) -> str:
     """Of a file's content, in hexadecimal."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
@@ -284,12 +274,16 @@ class ArrayStore:
         self.rest: Any = torch.load(self.folder / "rest.pt", weights_only=True)
 
     def create(self, what: str, fix: str) -> None:
-        """Begin a store of zeros in place of an old one; ``what`` and ``fix`` are those of :func:`require_space`."""
+        """Begin a store of zeros in place of an old one. An EarlyExitError, in which ``what`` is stored and ``fix``
+        says what to do, if the disk has no room for it."""
         make_folder(self.folder)
         with writing(self.folder):
             for path in (self._key_file, *self._paths.values()):  # a process that still reads an old array keeps it
                 path.unlink(missing_ok=True)
-        require_space(self.folder, self.records * sum(one.nbytes for one in self.row.values()), what, fix)
+        size, free = self.records * sum(one.nbytes for one in self.row.values()), shutil.disk_usage(self.folder).free
+        if size > 0.95 * free:
+            sizes = f"{size / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+            raise EarlyExitError(f"{self.folder}: {what} takes {sizes}; {fix}")
         for name, one in self.row.items():
             new_array(self._paths[name], one.dtype, (self.records, *one.shape[1:]))
 

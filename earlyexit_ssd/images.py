@@ -22,7 +22,6 @@ _TURNS = (
     *(Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM),
     *(Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90),
 )
-_WHITE = (255, 255, 255, 255)
 
 Size = tuple[int, int]
 PathLike = str | os.PathLike[str]
@@ -33,8 +32,6 @@ LARGEST_PHOTO = 89_478_485  # pixels; Pillow's own mark. A file of half a megaby
 
 
 class PhotoHeader(NamedTuple):
-    """What is known of a photo without decoding it."""
-
     size: Size  # (width, height) that read_image will return
     peculiarities: dict[str, str]  # kind -> what it has to convert: {"EXIF-rotated photo": "EXIF orientation 6"}
 
@@ -49,19 +46,19 @@ def read_image(path: PathLike, annotated_size: Size | None = None) -> np.ndarray
     Raises:
         DataError: the file is missing, no image, truncated, or of more than ``LARGEST_PHOTO`` pixels.
     """
-    with _opened(path) as image:
-        orientation, rgb = _orientation(image, annotated_size), _to_rgb(image)
-        return np.array(rgb if orientation == 1 else rgb.transpose(_TURNS[orientation - 2]))
+    with open_photo(path) as image:
+        orientation = _orientation(image, annotated_size)
+        return np.array(_turned(_to_rgb(image), orientation))
 
 
 def read_thumbnail(path: PathLike, annotated_size: Size | None, side: int) -> Image.Image:
     """The photo as :func:`read_image` turns it, shrunk to a largest side of ``side`` pixels; same errors."""
-    with _opened(path) as image:
+    with open_photo(path) as image:
         orientation = _orientation(image, annotated_size)
         image.draft("RGB", (side, side))  # a large JPEG is decoded at a fraction of its size
         small = _to_rgb(image)
         small.thumbnail((side, side))
-        return small if orientation == 1 else small.transpose(_TURNS[orientation - 2])
+        return _turned(small, orientation)
 
 
 def read_header(path: PathLike, annotated_size: Size | None = None) -> PhotoHeader:
@@ -76,7 +73,7 @@ def read_header(path: PathLike, annotated_size: Size | None = None) -> PhotoHead
     Raises:
         DataError: as :func:`read_image`.
     """
-    with _opened(path) as image:
+    with open_photo(path) as image:
         header = PhotoHeader(_upright(image, _orientation(image, annotated_size)), _peculiarities(image))
         if image.format == "PNG":
             image.verify()
@@ -86,8 +83,9 @@ def read_header(path: PathLike, annotated_size: Size | None = None) -> PhotoHead
 
 
 @contextlib.contextmanager
-def _opened(path: PathLike) -> Iterator[Image.Image]:
-    """A regular file, since a pipe or a device may have no end, of a size that memory holds."""
+def open_photo(path: PathLike) -> Iterator[Image.Image]:
+    """The photo, not decoded yet: a regular file, since a pipe or a device may have no end, of a size that memory
+    holds. What goes wrong inside is a DataError too."""
     if not os.path.isfile(path):
         what = "no file but a folder, pipe or device, expected a photo" if os.path.exists(path) else "no such photo"
         raise DataError(f"{path}: {what}")
@@ -135,20 +133,19 @@ def _upright(image: Image.Image, orientation: int) -> Size:
     return image.size[::-1] if orientation >= 5 else image.size
 
 
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    return image if orientation == 1 else image.transpose(_TURNS[orientation - 2])
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        return _to_8_bits(image).convert("RGB")
-    if image.mode.endswith(("A", "a")) or "transparency" in image.info:
+    if image.mode[0] in "IF":
+        values = np.asarray(image).astype(np.float64)  # integers hold 0..65535, floats 0..1 or, beyond 1, 0..255
+        scale = 255 / 65535 if image.mode != "F" else (255.0 if values.max(initial=0) <= 1 else 1.0)
+        image = Image.fromarray(np.rint(values * scale).clip(0, 255).astype(np.uint8))
+    elif image.mode.endswith(("A", "a")) or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, _WHITE), rgba).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Deep grey to 8 bits: integers hold 0..65535, floats 0..1 or, where they exceed 1, 0..255."""
-    values = np.asarray(image).astype(np.float64)
-    scale = 255 / 65535 if image.mode != "F" else (255.0 if values.max(initial=0) <= 1 else 1.0)
-    return Image.fromarray(np.rint(values * scale).clip(0, 255).astype(np.uint8))
 
 
 def _ends_as_jpeg(path: PathLike) -> bool:
@@ -170,11 +167,13 @@ def find_files(folder: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[
     found: tuple[list[Path], list[Path]] = [], []
     seen: set[str] = set()
     for here, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        place = os.path.realpath(here)
-        folders[:] = [] if place in seen else [name for name in folders if name[0] != "."]
-        for path in [] if place in seen else [Path(here, name) for name in files if name[0] != "."]:
-            found[not (path.suffix.lower() in suffixes and os.path.isfile(path))].append(path)
+        if (place := os.path.realpath(here)) in seen:
+            folders.clear()
+            continue
         seen.add(place)
+        folders[:] = [name for name in folders if name[0] != "."]
+        for path in (Path(here, name) for name in files if name[0] != "."):
+            found[not (path.suffix.lower() in suffixes and os.path.isfile(path))].append(path)
     return sorted(found[0]), sorted(found[1])
 
 

@@ -157,9 +157,8 @@ def parse_yaml(text: str) -> Any:
 def build(kind: type[T], values: Any, name: str = "") -> T:
     """A dataclass, or a dict as a ``TypedDict`` says, of the values that a file has under their names. An
     EarlyExitError if a key is unknown or missing, or a value is not what its type says."""
-    if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
-        expected = "keys that are text" if isinstance(values, Mapping) else "keys and values"
-        raise _unexpected(name or kind.__name__, values, expected)
+    _require(isinstance(values, Mapping), name or kind.__name__, values, "keys and values")
+    _require(all(isinstance(key, str) for key in values), name or kind.__name__, values, "keys that are text")
     hints, inside = _hints(kind), f"{name}." if name else ""
     if is_typeddict(kind):  # keys beside its own are somebody else's
         place, above, unknown, needed = "", inside, [], kind.__required_keys__
@@ -185,18 +184,13 @@ def typed(kind: Any, value: Any, name: str) -> Any:
     """``value`` if it is what the type ``kind`` says, lists as tuples where that says so; else an EarlyExitError with
     ``name``, the value and what was expected."""
     origin, arguments = get_origin(kind), get_args(kind)
-
-    def require(fits: bool, expected: str) -> None:
-        if not fits:
-            raise _unexpected(name, value, expected)
-
     if kind is Any or (dataclasses.is_dataclass(kind) and isinstance(value, kind)):
         return value
     if is_typeddict(kind) or dataclasses.is_dataclass(kind):
         return build(kind, value, name)
     if origin is Annotated:
         number = typed(arguments[0], value, name)
-        require(arguments[1] <= number <= arguments[2], f"{arguments[1]} to {arguments[2]}")
+        _require(arguments[1] <= number <= arguments[2], name, value, f"{arguments[1]} to {arguments[2]}")
         return number
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -205,18 +199,18 @@ def typed(kind: Any, value: Any, name: str) -> Any:
         mappings = [one for one in kinds if get_origin(one) is dict and isinstance(value, dict)]
         return typed((mappings or kinds)[0], value, name)
     if origin is Literal:
-        require(isinstance(value, str) and value in arguments, f"one of {', '.join(arguments)}")
+        _require(isinstance(value, str) and value in arguments, name, value, f"one of {', '.join(arguments)}")
         return value
     if origin in (tuple, list):
-        require(isinstance(value, tuple | list), "a list")
+        _require(isinstance(value, tuple | list), name, value, "a list")
         return origin(typed(arguments[0], item, f"{name}[{place}]") for place, item in enumerate(value))
     if origin is dict:
         texts = isinstance(value, dict) and all(isinstance(key, str) for key in value)
-        require(texts, "keys that are text, and values")
+        _require(texts, name, value, "keys that are text, and values")
         return {key: typed(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
     wanted, text = _SCALARS[kind]
     fits = isinstance(value, wanted) and (kind is bool or not isinstance(value, bool))
-    require(fits and (kind is not float or math.isfinite(value)), text)
+    _require(fits and (kind is not float or math.isfinite(value)), name, value, text)
     return value
 
 
@@ -228,8 +222,9 @@ _SCALARS: dict[type, tuple[type, str]] = {
 }
 
 
-def _unexpected(name: str, value: Any, expected: str) -> EarlyExitError:
-    return EarlyExitError(f"{name} is {shown(value)}, expected {expected}")
+def _require(fits: bool, name: str, value: Any, expected: str) -> None:
+    if not fits:
+        raise EarlyExitError(f"{name} is {shown(value)}, expected {expected}")
 
 
 @functools.cache

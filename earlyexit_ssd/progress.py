@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -18,36 +19,30 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-class PlainProgress:
-    """A line on stderr every ``interval`` seconds: what there is without tqdm, of its interface what is used here."""
+class PlainProgress(contextlib.AbstractContextManager):
+    """A line on stderr every ``interval`` seconds: what there is without tqdm, of its interface what `deploy` uses."""
 
     def __init__(self, iterable: Iterable | None, desc: str, total: int | None, unit: str, interval: float) -> None:
         self.iterable, self.desc, self.total, self.unit, self.interval = iterable, desc, total, unit, interval
-        self.n, self.start = 0, time.monotonic()
-        self.shown = self.start
+        self.n = 0
+        self.start = self.shown = time.monotonic()
 
     def __iter__(self) -> Iterator:
         for item in self.iterable or ():
             yield item
             self.update()
 
-    def update(self, count: int = 1) -> None:
-        """Count, and say so when it is time."""
-        self.n += count
+    def update(self) -> None:
+        """Count one more, and say so when it is time."""
+        self.n += 1
         now = time.monotonic()
         if now - self.shown >= self.interval:
             self.shown = now
             of = f"/{self.total}" if self.total else ""
             write_line(f"{self.desc}: {self.n}{of}, {self.n / (now - self.start):.1f} {self.unit}/s")
 
-    def close(self) -> None:
-        """Nothing to clear."""
-
-    def __enter__(self) -> PlainProgress:
-        return self
-
     def __exit__(self, *_: object) -> None:
-        self.close()
+        """Nothing to clear."""
 
 
 def progress(

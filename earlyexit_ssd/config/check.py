@@ -176,24 +176,15 @@ def num_exits(cfg: CfgNode) -> int:
 def check_config(cfg: CfgNode) -> None:
     """Raise :class:`ConfigError` for the first impossible value."""
     for key, choices in CHOICES.items():
-        for value in _values(cfg, key):
-            if value not in choices:
+        value = functools.reduce(CfgNode.get, key.split("."), cfg)
+        for one in value if isinstance(value, tuple) else (value,):
+            if one not in choices:
                 listed = ", ".join(map(repr, choices))
-                raise ConfigError(f"{key} is {shown(value)}, expected one of {listed}{nearest(str(value), choices)}")
-    for rules, get in ((_OF_EACH_VALUE, _values), (_OF_THE_WHOLE, lambda cfg, key: (_value(cfg, key),))):
-        for keys, expected, holds in rules:
-            for key in keys.split():
-                for value in get(cfg, key):
-                    if not holds(value, _value(cfg, key), cfg):
-                        layers, bounds = cfg.EXITS.LAYERS, cfg.ROUTING.TEMPERATURE_BOUNDS
-                        text = expected.format(exits=num_exits(cfg), layers=list(layers), bounds=bounds)
-                        raise ConfigError(f"{key} is {shown(value)}, expected {text}")
-
-
-def _value(cfg: CfgNode, key: str) -> Any:
-    return functools.reduce(lambda node, part: node[part], key.split("."), cfg)
-
-
-def _values(cfg: CfgNode, key: str) -> Sequence[Any]:
-    value = _value(cfg, key)
-    return value if isinstance(value, tuple) else (value,)
+                raise ConfigError(f"{key} is {shown(one)}, expected one of {listed}{nearest(str(one), choices)}")
+    context = {"exits": num_exits(cfg), "layers": list(cfg.EXITS.LAYERS), "bounds": cfg.ROUTING.TEMPERATURE_BOUNDS}
+    for rules in (_OF_EACH_VALUE, _OF_THE_WHOLE):
+        for key, expected, holds in ((key, *rule) for keys, *rule in rules for key in keys.split()):
+            value = functools.reduce(CfgNode.get, key.split("."), cfg)
+            for one in value if rules is _OF_EACH_VALUE and isinstance(value, tuple) else (value,):
+                if not holds(one, value, cfg):
+                    raise ConfigError(f"{key} is {shown(one)}, expected {expected.format(**context)}")

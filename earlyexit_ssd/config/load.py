@@ -35,9 +35,10 @@ def _defaults() -> CfgNode:
     return _as_node(parse_yaml(DEFAULTS.read_text(encoding="utf-8")))
 
 
-def _as_node(tree: Mapping) -> CfgNode:
-    values = {key: _as_tuple(value) if isinstance(value, list) else value for key, value in tree.items()}
-    return CfgNode({key: _as_node(value) if isinstance(value, Mapping) else value for key, value in values.items()})
+def _as_node(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return CfgNode({key: _as_node(one) for key, one in value.items()})
+    return _as_tuple(value) if isinstance(value, list) else value
 
 
 def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> CfgNode:

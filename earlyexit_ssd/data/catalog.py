@@ -12,7 +12,7 @@ from fvcore.common.config import CfgNode
 from earlyexit_ssd.data import coco, folder, voc, yolo  # noqa: F401 - they register their formats
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import FORMATS, RawDataset
-from earlyexit_ssd.data.shapes import ensure_synthetic
+from earlyexit_ssd.data.shapes import SPLITS, ensure_synthetic
 from earlyexit_ssd.errors import ConfigError, DataError, nearest, shown
 
 ROOT_VARIABLE = "EARLYEXIT_SSD_DATASETS"
@@ -62,51 +62,35 @@ def _require(name: str, path: Path, otherwise: str = "put it there") -> None:
         raise DataError(f"{os.path.abspath(path)}: data set {name!r} is not there; {fix}, or {otherwise}")
 
 
-def names() -> tuple[str, ...]:
-    """All registered names, sorted."""
-    return tuple(sorted(_LOADERS))
-
-
 def get(name: str) -> Loader:
     """The loader of a registered data set; for an unknown name a ConfigError with the nearest one."""
     if name not in _LOADERS:
-        hint = nearest(name, _LOADERS) or f"; known: {', '.join(names())}"
+        hint = nearest(name, _LOADERS) or f"; known: {', '.join(sorted(_LOADERS))}"
         fix = "add your own with DATA.DATASETS or earlyexit_ssd.data.register_coco"
         raise ConfigError(f"no data set is named {name!r}{hint}; {fix}")
     return _LOADERS[name]
 
 
-def require_known(name: str, data: CfgNode) -> None:
-    """Check that a data set has that name, in ``DATA.DATASETS`` or in the catalog; nothing is read. A ConfigError if
-    none has."""
-    if name not in _own_sets(data):
-        get(name)
+def find(name: str, data: CfgNode) -> Loader:
+    """The loader of a data set of ``DATA.DATASETS``, else of the catalog; ``data`` is the node ``DATA``.
 
-
-def load(name: str, data: CfgNode, problems: Problems) -> RawDataset:
-    """Read a data set of ``DATA.DATASETS`` or of the catalog, unchecked; ``data`` is the node ``DATA``.
-
-    Raises:
-        ConfigError: an unknown name, or ``DATA.DATASETS`` that are no triples of distinct names.
-        DataError: missing files, or (mode "refuse") a broken record.
+    A ConfigError if neither has the name, or ``DATA.DATASETS`` are no triples of distinct names. Nothing is read.
     """
-    own = _own_sets(data)
-    loader = _entry(name, *own[name]) if name in own else get(name)
-    return loader(dataset_root(data), data, problems)
-
-
-def _own_sets(data: CfgNode) -> dict[str, tuple[str, str]]:
-    """``DATA.DATASETS``: name -> annotations, photos or split."""
-    own: dict[str, tuple[str, str]] = {}
+    own: dict[str, Loader] = {}
     for entry in data.DATASETS:
         if not (isinstance(entry, tuple | list) and len(entry) == 3 and all(isinstance(t, str) for t in entry)):
             expected = "triples (name, annotations, photos or split)"
             raise ConfigError(f"DATA.DATASETS has {shown(entry)}, expected {expected}")
-        name, *places = entry
-        if name in own:
-            raise ConfigError(f"DATA.DATASETS has two sets named {name!r}; give each its own name")
-        own[name] = tuple(places)
-    return own
+        if entry[0] in own:
+            raise ConfigError(f"DATA.DATASETS has two sets named {entry[0]!r}; give each its own name")
+        own[entry[0]] = _entry(*entry)
+    return own.get(name) or get(name)
+
+
+def load(name: str, data: CfgNode, problems: Problems) -> RawDataset:
+    """Read a data set, unchecked; errors are those of :func:`find`, and a DataError for missing files or (mode
+    "refuse") a broken record."""
+    return find(name, data)(dataset_root(data), data, problems)
 
 
 def dataset_root(data: CfgNode) -> Path:
@@ -116,38 +100,38 @@ def dataset_root(data: CfgNode) -> Path:
 
 def register_builtin() -> None:
     """Register them all; called once, when the package is imported."""
-    for split in ("train", "calib", "test"):
-        _register_synthetic(f"synthetic_chairs_{split}", split)
+    for split in SPLITS:
+        register(f"synthetic_chairs_{split}", _synthetic(split))
         for name in ("voc2012_animals", "furniture"):
             register_coco(f"{name}_{split}", f"{name}/annotations/instances_{split}.json", f"{name}/{split}")
     for split in ("train", "val"):
         register_coco(f"coco_2017_{split}", f"coco/annotations/instances_{split}2017.json", f"coco/{split}2017")
     for year, splits in {"2007": ("trainval", "test"), "2012": ("train", "val", "trainval")}.items():
         for split in splits:
-            _register_voc(f"voc_{year}_{split}", year, split)
+            register(f"voc_{year}_{split}", _voc(year, split))
     register_voc("voc_xml_sample_trainval", "voc_xml_sample/VOCdevkit/VOC2012", "trainval")
 
 
-def _register_synthetic(name: str, split: str) -> None:
+def _synthetic(split: str) -> Loader:
     def load(root: Path, data: CfgNode, problems: Problems) -> RawDataset:
         settings = data.SYNTHETIC
         made = ensure_synthetic(root, tuple(settings.SIZES), settings.IMAGE_SIZE, settings.SEED).relative_to(root)
-        return _entry(name, made / "annotations" / f"instances_{split}.json", made / split)(root, data, problems)
+        annotations = made / "annotations" / f"instances_{split}.json"
+        return _entry(f"synthetic_chairs_{split}", annotations, made / split)(root, data, problems)
 
-    register(name, load)
+    return load
 
 
-def _register_voc(name: str, year: str, split: str) -> None:
-    devkit = f"VOCdevkit/VOC{year}"
-
+def _voc(year: str, split: str) -> Loader:
     def load(root: Path, data: CfgNode, problems: Problems) -> RawDataset:
+        name, devkit = f"voc_{year}_{split}", f"VOCdevkit/VOC{year}"
         listing = root / devkit / "ImageSets" / "Main" / f"{split}.txt"
         if data.DOWNLOAD and not os.path.isfile(listing):
             download_voc(root, year, split)
         _require(name, listing, "set DATA.DOWNLOAD to True")
         return _entry(name, devkit, split)(root, data, problems)
 
-    register(name, load)
+    return load
 
 
 def download_voc(root: Path, year: str, split: str) -> None:

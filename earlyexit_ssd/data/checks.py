@@ -25,16 +25,16 @@ SMALLEST_SIDE = 0.01
 Box = tuple[float, float, float, float]
 
 
-def flag(value: object) -> bool | None:
-    """What a flag of a file says: 1, true and yes set it, 0, false, no, Unspecified and nothing do not.
+_FLAGS = {
+    **dict.fromkeys(("1", "1.0", "true", "yes"), True),
+    **dict.fromkeys(("0", "0.0", "false", "no", "unspecified", ""), False),
+}
 
-    As number, boolean or text, in any case. None: it says neither.
-    """
-    text = "" if value is None else str(value).strip().lower() if isinstance(value, str | int | float) else "?"
-    words = {"true": 1, "yes": 1, "false": 0, "no": 0, "unspecified": 0, "": 0}
-    with contextlib.suppress(ValueError):
-        return {0.0: False, 1.0: True}.get(float(words.get(text, text)))
-    return None
+
+def flag(value: object) -> bool | None:
+    """What a flag of a file says, as number, boolean or text in any case; None stands for anything else."""
+    value = "" if value is None else value
+    return _FLAGS.get(str(value).strip().lower()) if isinstance(value, str | int | float) else None
 
 
 def read_flags(flags: dict[str, object], where: str, problems: Problems, image_id: int) -> bool:
@@ -85,8 +85,8 @@ def check_unit(
     kind: str = "box in shares of the photo",
     advice: str = "lie in 0..1 and look like shares of the photo; multiply them by its width and height",
 ) -> None:
-    """Count the boxes of a file that look like being in another unit (message, number of the photo). Where they are
-    most of the file's ``total``, the whole file is in that unit: a DataError in every mode."""
+    """Count the boxes of a file that look like being in another unit (message, number of the photo). A DataError in
+    every mode where they are most of the file's ``total``."""
     if 2 * len(suspects) > total:
         raise DataError(f"{source}: {len(suspects)} of {total} boxes {advice}")
     for message, image_id in suspects:
@@ -97,19 +97,15 @@ def check_boxes(raw: RawDataset, problems: Problems) -> RawDataset:
     """``raw`` with boxes that are finite and of positive area, and labels in 1..K.
 
     Whether the boxes are inside their photo is for :func:`clip_boxes`, once the photo's size is certain.
-
-    Raises:
-        DataError: in mode "refuse", one line that names file, photo, annotation and value.
     """
 
     def usable(one: Annotation, record: Record) -> bool:
         if not 1 <= one.label <= len(raw.classes):
             found = f"{describe(record, one.id)} has label {one.label}, expected 1 to {len(raw.classes)}"
             problems.add("unknown label", found, record.image_id)
-        elif not all(map(math.isfinite, one.box)):
-            problems.add("box with NaN or infinity", _describe_box(one, record), record.image_id)
-        elif not has_area(one.box):
-            problems.add("box without area", _describe_box(one, record), record.image_id)
+        elif not (finite := all(map(math.isfinite, one.box))) or not has_area(one.box):
+            kind = "box without area" if finite else "box with NaN or infinity"
+            problems.add(kind, _describe_box(one, record), record.image_id)
         else:
             return True
         return False
@@ -136,8 +132,7 @@ def _describe_box(annotation: Annotation, record: Record) -> str:
 
 
 def clip_boxes(records: Sequence[Record], problems: Problems) -> list[Record]:
-    """The photos with boxes inside them and of positive area; boxes must be finite, sizes those of the files. Errors
-    are as in :func:`check_boxes`.
+    """The photos with boxes inside them and of positive area; boxes must be finite, sizes those of the files.
 
     Boxes outside by no more than ``OUTSIDE_TOLERANCE`` are clipped without being counted.
     """
@@ -189,11 +184,8 @@ def file_identity(path: Path) -> Hashable:
 
 
 def drop_repeated_files(raw: RawDataset, problems: Problems) -> RawDataset:
-    """The data set with each photo file once.
-
-    Where two entries name one file and give the same objects, one of them stays; where they give others, as an export
-    that merges the frames of two videos, neither does: nobody knows whose objects the file shows.
-    """
+    """The data set with each photo file once; with none of two entries for one file whose objects differ, as where an
+    export merges the frames of two videos."""
     first: dict[Hashable, Record] = {}
     for record in raw.records:
         identity = file_identity(record.path)

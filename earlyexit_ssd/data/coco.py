@@ -28,18 +28,17 @@ def read_coco(
 ) -> RawDataset:
     """Read a COCO detection file.
 
-    Boxes come as x, y, width, height and leave as x1, y1, x2, y2. Labels are places in the file's ``categories``,
-    whatever their ids are. ``iscrowd``, ``difficult`` and ``ignore`` all become ``Annotation.ignore``.
-
-    ``file_name`` is relative to the folder ``images``, and with ``allow_outside`` may lead outside. ``problems`` takes
-    what is wrong with single records.
+    Labels are places in the file's ``categories``, whatever their ids are. ``iscrowd``, ``difficult`` and ``ignore``
+    all become ``Annotation.ignore``. ``file_name`` is relative to the folder ``images``, and with ``allow_outside`` may
+    lead outside. ``problems`` takes what is wrong with single records.
 
     Raises:
         DataError: the file is missing or not COCO JSON, or (mode "refuse") a record is broken.
     """
     tree = _load(annotations)
-    classes, labels = _read_categories(tree["categories"], annotations)
+    labels = _read_categories(tree["categories"], annotations)
     check_names((entry["name"] for entry in tree["categories"]), annotations, problems)
+    classes = tuple(" ".join(entry["name"].split()) for entry in tree["categories"])
     photos = _read_photos(tree["images"], annotations, images, problems, allow_outside)
     objects = _read_annotations(tree["annotations"], annotations, photos, labels, problems)
     records = [photo.holding(objects[photo.image_id]) for photo in problems.kept(photos.values())]
@@ -62,8 +61,8 @@ def _load(path: Path) -> dict[str, list[_Entry]]:
     return tree
 
 
-def _read_categories(entries: list[_Entry], source: Path) -> tuple[tuple[str, ...], dict[Any, int]]:
-    """Class names in the file's order, and the label of each category id."""
+def _read_categories(entries: list[_Entry], source: Path) -> dict[Any, int]:
+    """The label of each category id."""
     labels: dict[Any, int] = {}
     for place, entry in enumerate(entries):
         name = entry.get("name")
@@ -73,7 +72,7 @@ def _read_categories(entries: list[_Entry], source: Path) -> tuple[tuple[str, ..
         if entry["id"] in labels:
             raise DataError(f"{source}: categories[{place}] repeats id {shown(entry['id'])}; give each its own")
         labels[entry["id"]] = place + 1
-    return tuple(" ".join(entry["name"].split()) for entry in entries), labels
+    return labels
 
 
 def _read_photos(
@@ -153,15 +152,14 @@ def _read_annotations(
 
 def _problem(entry: _Entry, photo: Record | None, labels: dict[Any, int]) -> tuple[str, str] | None:
     """(kind, value) of what makes an annotation unusable, if anything does."""
-    for key in _NEEDED:
-        if key not in entry:
-            return "annotation without a needed key", f"no {key!r}"
+    if missing := [key for key in _NEEDED if key not in entry]:
+        return "annotation without a needed key", f"no {missing[0]!r}"
     if photo is None:
         return "annotation of an unknown photo", f"image_id {shown(entry['image_id'])}"
     if _hashable(entry["category_id"]) not in labels:
         return "unknown label", f"category_id {shown(entry['category_id'])}, which is none of the file's categories"
     box = entry["bbox"]
-    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         return "malformed box", f"bbox {shown(box)}, expected [x, y, width, height]"
     return None
 

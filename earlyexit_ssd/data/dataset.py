@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from earlyexit_ssd.data import catalog, checks
-from earlyexit_ssd.data.problems import MODES, Problems
+from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import (
     RawDataset,
     Record,
@@ -73,8 +73,6 @@ class DetectionDataset(torch.utils.data.Dataset):
         on_bad: str = "repair",
         labelled: bool = True,
     ) -> None:
-        if on_bad not in MODES:
-            raise DataError(f"on_bad is {on_bad!r}, expected one of {', '.join(MODES)}")
         self.records, self.classes = tuple(records), tuple(classes)
         self.transforms, self.train, self.on_bad, self.labelled = transforms, train, on_bad, labelled
         self.seed, self.epoch = seed, 0
@@ -96,12 +94,8 @@ class DetectionDataset(torch.utils.data.Dataset):
     def path_of(self, image_id: int) -> Path:
         return self._paths[image_id]
 
-    def repeated(self, counts: Sequence[int]) -> DetectionDataset:
-        """This data set with photo i ``counts[i]`` times in a row; each repetition is augmented differently."""
-        return self.subset([record for record, count in zip(self.records, counts, strict=True) for _ in range(count)])
-
     def subset(self, records: Sequence[Record]) -> DetectionDataset:
-        """This data set with the photos ``records`` only."""
+        """This data set with the photos ``records`` only; one that occurs twice is augmented differently each time."""
         other = copy.copy(self)
         other.records = tuple(records)
         return other
@@ -140,40 +134,34 @@ class DetectionDataset(torch.utils.data.Dataset):
         for step in range(len(self)):
             record = self.records[(index + step) % len(self)]
             try:
-                return record, self._decode(record)
+                image = read_image(record.path, (record.width, record.height))
+                height, width = image.shape[:2]
+                if (height, width) != (record.height, record.width):
+                    found = f"is {width} x {height}, annotated as {record.width} x {record.height}"
+                    fix = "load the data set with load_dataset, which scales the boxes"
+                    raise DataError(f"{checks.describe(record)} {found}; {fix}")
+                return record, image
             except DataError as error:
                 if not self.train or self.on_bad == "refuse":
                     raise
                 if record.image_id not in self._undecodable:
                     self._undecodable.add(record.image_id)
-                    text = "%s; the next photo replaces it (%d such so far)"
-                    logger.warning(text, error, len(self._undecodable))
+                    logger.warning("%s; the next photo replaces it (%d such so far)", error, len(self._undecodable))
         raise DataError(f"none of {len(self)} photos can be decoded; the first is {self.records[index].path}")
-
-    @staticmethod
-    def _decode(record: Record) -> np.ndarray:
-        image = read_image(record.path, (record.width, record.height))
-        height, width = image.shape[:2]
-        if (height, width) != (record.height, record.width):
-            found = f"is {width} x {height}, annotated as {record.width} x {record.height}"
-            fix = "load the data set with load_dataset, which scales the boxes"
-            raise DataError(f"{checks.describe(record)} {found}; {fix}")
-        return image
 
 
 def repeat_rare_classes(dataset: DetectionDataset, threshold: float, seed: int) -> DetectionDataset:
     """A training set with each photo r times (Gupta et al. 2019, "LVIS", appendix B.2).
 
     r = max over the photo's classes of max(1, sqrt(threshold / f)), f the share of the photos that show the class. r is
-    rounded up or down at random (``seed``). Each repetition is augmented differently. A class is rare if f is below
-    ``threshold``; 0 repeats nothing.
+    rounded up or down at random (``seed``). A class is rare if f is below ``threshold``; 0 repeats nothing.
     """
     if not threshold:
         return dataset
     factors = repeat_factors(dataset, threshold)
     counts = np.floor(factors + np.random.default_rng(seed).random(len(factors))).astype(int)
     logger.info("photos of rare classes are repeated: %d photos are shown %d times in all", len(counts), counts.sum())
-    return dataset.repeated(counts.tolist())
+    return dataset.subset([dataset.records[place] for place in np.repeat(np.arange(len(counts)), counts)])
 
 
 def repeat_factors(dataset: DetectionDataset, threshold: float) -> np.ndarray:
@@ -274,13 +262,11 @@ class EpochSampler(Sampler[int]):
     """Indices of the photos of one process in one epoch.
 
     Training shuffles by (seed, epoch). Batch k of this global order is distributed over the processes, so their k-th
-    batches together are the k-th batch of a single process. An incomplete last batch is dropped if there is a full one.
+    batches together are the k-th batch of a single process (``batch_size`` is the sum over all processes). An
+    incomplete last batch is dropped if there is a full one.
 
-    Evaluation keeps the order of the data set and drops nothing. Batches are those of a run with one process. Process r
-    gets batches r, r + world_size, ... as a whole, because other photos in a batch could change a photo's scores in the
-    last digits.
-
-    ``batch_size`` is the sum over all processes in training. ``set_epoch`` sets the epoch of the data set too.
+    Evaluation keeps the order of the data set and drops nothing. Process r gets batches r, r + world_size, ... of a run
+    with one process, because other photos in a batch could change a photo's scores in the last digits.
     """
 
     def __init__(
@@ -291,29 +277,27 @@ class EpochSampler(Sampler[int]):
         self.epoch, self.start = 0, 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Set the epoch, and the number of batches at its start that a resumed run leaves out."""
+        """Set the epoch, of the data set too, and the number of batches at its start that a resumed run leaves out."""
         self.epoch, self.start = epoch, start
         self.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[int]:
-        places = itertools.chain.from_iterable(self._own_places())
         if not self.train:
-            return places
+            return iter(self._own_places())
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
         order = torch.randperm(len(self.dataset), generator=generator).tolist()
-        return (order[place] for place in places)
+        return (order[place] for place in self._own_places())
 
     def __len__(self) -> int:
-        return sum(map(len, self._own_places()))
+        return len(self._own_places())
 
-    def _own_places(self) -> list[range]:
+    def _own_places(self) -> Sequence[int]:
         """The places of this process in the global order, by increasing place."""
         count, size, start = len(self.dataset), self.batch_size, self.start * self.batch_size
         if self.train:
             # the batch size is a multiple of the number of processes, so each batch is distributed evenly
-            return [range(start + self.rank, min(max(count // size, 1) * size, count), self.world_size)]
-        firsts = range(start + self.rank * size, count, self.world_size * size)
-        return [range(first, min(first + size, count)) for first in firsts]
+            return range(start + self.rank, min(max(count // size, 1) * size, count), self.world_size)
+        return [place for place in range(start, count) if (place - start) // size % self.world_size == self.rank]
 
 
 def build_loader(
@@ -324,8 +308,7 @@ def build_loader(
     In training ``batch_size`` is the sum over all processes; this is process ``rank``. With 0 ``workers`` the process
     loads itself. See `EpochSampler` for the photos of each process.
 
-    Raises:
-        DataError: an empty data set, or a batch size that is no multiple of ``world_size``.
+    A DataError if the data set is empty, or the batch size no multiple of ``world_size``.
     """
     dealt_out = world_size if train else 1  # a batch of an evaluation belongs to one process
     if batch_size < 1 or batch_size % dealt_out:
@@ -408,29 +391,27 @@ def load_dataset(
     problems.log(title)
     if not records:
         raise DataError(f"{title}: no usable photo is left; check the folder of the photos")
-    transforms = build_transforms(data.AUGMENTATION) if train else None
-    if len(names) > 1:
-        require_unique(title, records)
-    labelled = not unknown
+    require_unique(title, records)
     flags = [annotation.ignore for record in records for annotation in record.annotations]
     ignored, objects = flags.count(True), flags.count(False)
-    if not objects and (labels == "required" or (labels == "replaced" and labelled)):
+    if not objects and (labels == "required" or (labels == "replaced" and not unknown)):
         raise DataError(f"{title}: {_without_boxes(classes, len(records), ignored, train)}")
     also = f" and {ignored} to ignore" if ignored else ""
     negatives = sum(not record.has_targets for record in records)
-    without = f"{negatives} photos without any" if labelled else "nobody labelled some of the photos"
+    without = "nobody labelled some of the photos" if unknown else f"{negatives} photos without any"
     logger.info("%s: %d photos, %d boxes%s, %s", title, len(records), objects, also, without)
-    return DetectionDataset(records, classes, transforms, train, cfg.SEED, data.ON_BAD, labelled)
+    transforms = build_transforms(data.AUGMENTATION) if train else None
+    return DetectionDataset(records, classes, transforms, train, cfg.SEED, data.ON_BAD, labelled=not unknown)
 
 
 def _without_boxes(classes: Sequence[str], photos: int, ignored: int, train: bool) -> str:
-    wanted, purpose = few(classes) or "any class", "learnt" if train else "measured"
-    found, fixes = f"no box of {wanted}", ["add photos that show it", "name other DATA.CLASSES"]
+    wanted = few(classes) or "any class"
+    found, fix = f"no box of {wanted}", "add photos that show it"
     if ignored:
         found = f"{ignored} boxes of {wanted}, all of them marked iscrowd, difficult or ignore,"
-        fixes[0] = "set these flags to 0 where the objects are ordinary ones (mask exports write iscrowd 1)"
-    fixes += ["let the full path teach (LOSS.SUPERVISION teacher)"] if train else []
-    return f"{found} in {photos} photos; nothing can be {purpose}: {', or '.join(fixes)}"
+        fix = "set these flags to 0 where the objects are ordinary ones (mask exports write iscrowd 1)"
+    purpose, more = ("learnt", ", or let the full path teach (LOSS.SUPERVISION teacher)") if train else ("measured", "")
+    return f"{found} in {photos} photos; nothing can be {purpose}: {fix}, or name other DATA.CLASSES{more}"
 
 
 def read_dataset(cfg: CfgNode, name: str) -> RawDataset:

@@ -102,10 +102,9 @@ class Problems:
     def log(self, name: str) -> None:
         """One warning per kind: how many, what was done, and the first of them. Forgets the counts."""
         for kind, count in self.counts.items():
-            first = one_line(self.examples[kind])
             done = REPAIRS[kind]
             if skips := self._skips[kind]:
                 done = "photo left out" + (f", or {done} where no photo is known" if skips < count else "")
-            logger.warning("%s: %d x %s (%s); the first: %s", name, count, kind, done, first)
+            logger.warning("%s: %d x %s (%s); the first: %s", name, count, kind, done, one_line(self.examples[kind]))
         for notes in (self.counts, self.examples, self._skips):
             notes.clear()

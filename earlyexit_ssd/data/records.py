@@ -110,9 +110,8 @@ def canonical(name: str) -> str:
 def union_of_classes(raws: Sequence[RawDataset]) -> tuple[str, ...]:
     """Every class of the data sets, in order of first appearance."""
     names: dict[str, str] = {}
-    for raw in raws:
-        for name in raw.classes:
-            names.setdefault(canonical(name), name)
+    for name in (name for raw in raws for name in raw.classes):
+        names.setdefault(canonical(name), name)
     return tuple(names.values())
 
 
@@ -133,10 +132,10 @@ def select_classes(raws: Sequence[RawDataset], classes: Sequence[str], train: bo
     for raw in raws:
         ours = {label: labels.get(canonical(name)) for label, name in enumerate(raw.classes, start=1)}
         for record in raw.records:
-            wanted = [(one, label) for one in record.annotations if (label := ours.get(one.label))]
-            objects = (dataclasses.replace(one, label=label) for one, label in wanted)
+            wanted = [(one, ours.get(one.label)) for one in record.annotations]
+            objects = tuple(dataclasses.replace(one, label=label) for one, label in wanted if label)
             image_id = record.image_id if len(raws) == 1 else len(records) + 1
-            records.append(dataclasses.replace(record, image_id=image_id).holding(objects))
+            records.append(dataclasses.replace(record, image_id=image_id, annotations=objects))
     return records
 
 

@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from earlyexit_ssd.data.dataset import DetectionDataset, photo_hashes
-from earlyexit_ssd.errors import DataError, EarlyExitError
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.images import open_photo
 from earlyexit_ssd.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -30,33 +31,25 @@ _GRID = 16
 _BITS = np.array([bin(value).count("1") for value in range(256)], dtype=np.uint8)
 
 
-@dataclass(frozen=True)
-class Block:
-    """How many consecutive ``photos`` of a folder make a block, at least 1, and the ``text`` that asked for it."""
-
-    photos: int
-    text: str
-
-    @classmethod
-    def parse(cls, text: str, fps: float | None = None) -> Block:
-        """``"25"`` (photos), or ``"5s"`` (seconds) where ``fps`` says how many photos of the folder make one; else an
-        EarlyExitError."""
-        found = re.fullmatch(r"\s*(\d{1,6}|\d{0,6}\.?\d{1,6}(?=\s*s))\s*(s?)\s*", str(text))
-        asked = f"block is {text!r:.60}"
-        if found is None or not float(found[1]) > 0:
-            raise EarlyExitError(f"{asked}, expected photos such as 25, or seconds such as 5s with --fps")
-        if not found[2]:
-            if fps is not None:
-                raise EarlyExitError(f"{asked}, photos, so --fps has no part in it; give seconds, such as 5s")
-            return cls(int(found[1]), found[0].strip())
-        if fps is None:
-            raise EarlyExitError(
-                f"{asked}, and photos do not say when they were taken: give --fps, the photos of the folder per "
-                "second (of a video at 25 of which every fifth frame was kept: 5), or a number of photos"
-            )
-        if not 0 < fps < float("inf"):
-            raise EarlyExitError(f"fps is {fps:g}, expected photos per second, above 0, such as 5")
-        return cls(max(1, round(float(found[1]) * fps)), f"{found[0].strip()} at {fps:g} photos a second")
+def parse_block(text: str, fps: float | None = None) -> int:
+    """How many consecutive photos of a folder make a block, at least 1: ``"25"``, or ``"5s"`` (seconds) where ``fps``
+    says how many photos of the folder make one; else an EarlyExitError."""
+    found = re.fullmatch(r"\s*(\d{1,6}|\d{0,6}\.?\d{1,6}(?=\s*s))\s*(s?)\s*", str(text))
+    asked = f"block is {text!r:.60}"
+    if found is None or not float(found[1]) > 0:
+        raise EarlyExitError(f"{asked}, expected photos such as 25, or seconds such as 5s with --fps")
+    if not found[2]:
+        if fps is not None:
+            raise EarlyExitError(f"{asked}, photos, so --fps has no part in it; give seconds, such as 5s")
+        return int(found[1])
+    if fps is None:
+        raise EarlyExitError(
+            f"{asked}, and photos do not say when they were taken: give --fps, the photos of the folder per "
+            "second (of a video at 25 of which every fifth frame was kept: 5), or a number of photos"
+        )
+    if not 0 < fps < float("inf"):
+        raise EarlyExitError(f"fps is {fps:g}, expected photos per second, above 0, such as 5")
+    return max(1, round(float(found[1]) * fps))
 
 
 def block_of_each(paths: Sequence[Path], photos: int) -> np.ndarray:
@@ -93,27 +86,29 @@ def distinct(dataset: DetectionDataset, near: bool = True) -> tuple[DetectionDat
     """
     digests = [digest for _, digest in photo_hashes(dataset)]
     _, first = np.unique(digests, return_index=True)
-    kept = sorted(first.tolist())
-    equal = len(digests) - len(kept)
-    alone: Sequence[int] = range(len(kept))
-    if near:
-        looks, alone = Looks.of([dataset.records[index].path for index in kept]), []
-        for index in range(len(kept)):
-            if not looks.has(looks.bits[index], looks.grey[index], alone):
-                alone.append(index)
-    left_out = sorted(set(range(len(kept))) - set(alone))
-    found = Repeats(equal, len(left_out), tuple(digests[kept[index]] for index in left_out))
+    looks = Looks.of([record.path for record in dataset.records]) if near else None
+    alone: list[int] = []
+    alike: list[int] = []
+    for index in sorted(first.tolist()):
+        known = looks is not None and looks.has(looks.bits[index], looks.grey[index], alone)
+        (alike if known else alone).append(index)
+    found = Repeats(len(digests) - len(first), len(alike), tuple(digests[index] for index in alike))
     if found.near:
         advice = "if these are frames of a video, calibrate on blocks (--block) instead"
-        logger.warning("%d of %d photos look like another one and count once; %s", found.near, len(kept), advice)
-    if equal:
-        logger.warning("%d of %d photos are copies of another one and count once", equal, len(digests))
-    return dataset.subset([dataset.records[kept[index]] for index in alone]), found
+        logger.warning("%d of %d photos look like another one and count once; %s", found.near, len(first), advice)
+    if found.equal:
+        logger.warning("%d of %d photos are copies of another one and count once", found.equal, len(digests))
+    return dataset.subset([dataset.records[index] for index in alone]), found
 
 
 @dataclass(frozen=True)
 class Looks:
-    """What photos look like, see :func:`look_of`: ``bits`` uint8 [n, 8] and ``grey`` int16 [n, 16, 16]."""
+    """What n photos look like.
+
+    ``bits``, uint8 [n, 8], is a difference hash: a bit says whether the grey of a cell (9 x 8 of them) is below that of
+    its right neighbour. Saved anew, a photo keeps nearly all bits. Where something small moves they stay too, but a
+    cell of the small picture ``grey``, int16 [n, 16, 16], changes.
+    """
 
     bits: np.ndarray
     grey: np.ndarray
@@ -121,9 +116,15 @@ class Looks:
     @classmethod
     def of(cls, paths: Sequence[Path]) -> Looks:
         """Of these files; a DataError if one cannot be read."""
-        found = [look_of(path) for path in progress(paths, desc="compare photos")]
-        bits, grey = zip(*found, strict=True) if found else ([], [])
-        return cls(np.array(bits, np.uint8).reshape(-1, 8), np.array(grey, np.int16).reshape(-1, _GRID, _GRID))
+        looks = cls(np.zeros((len(paths), 8), np.uint8), np.zeros((len(paths), _GRID, _GRID), np.int16))
+        for index, path in enumerate(progress(paths, desc="compare photos")):
+            with open_photo(path) as image:
+                image.draft("L", (256, 256))  # JPEG is decoded no larger than needed
+                pixels = image.convert("L")
+            cells = np.asarray(pixels.resize((9, 8), Image.Resampling.BOX))
+            looks.bits[index] = np.packbits(cells[:, 1:] > cells[:, :-1])
+            looks.grey[index] = pixels.resize((_GRID, _GRID), Image.Resampling.BOX)
+        return looks
 
     def has(self, bits: np.ndarray, grey: np.ndarray, among: Sequence[int] | None = None) -> bool:
         """Whether any of the photos (``among`` them) looks like the one with ``bits`` [8] and ``grey`` [16, 16]."""
@@ -134,21 +135,3 @@ class Looks:
     def like(self, others: Looks) -> np.ndarray:
         """Whether each of these photos looks like any of the ``others``, bool [n]."""
         return np.array([others.has(*one) for one in zip(self.bits, self.grey, strict=True)], bool)
-
-
-def look_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """What a photo looks like: a difference hash, 64 bits in uint8 [8], and a small grey picture, int16 [16, 16].
-
-    A bit says whether the grey of a cell (9 x 8 of them) is below that of its right neighbour. Saved anew, a photo
-    keeps nearly all bits. Where something small moves they stay too, but a cell of the grey picture changes.
-    """
-    try:
-        with Image.open(path) as image:
-            image.draft("L", (256, 256))  # JPEG is decoded no larger than needed
-            pixels = image.convert("L")
-            cells = np.asarray(pixels.resize((9, 8), Image.Resampling.BOX), np.int16)
-            grey = np.asarray(pixels.resize((_GRID, _GRID), Image.Resampling.BOX), np.int16)
-    except Exception as error:  # Pillow's decoders raise a dozen types on broken files
-        reason = " ".join(str(error).split())[:80]
-        raise DataError(f"{path}: not a readable photo ({reason}); mend or remove it") from None
-    return np.packbits(cells[:, 1:] > cells[:, :-1]), grey

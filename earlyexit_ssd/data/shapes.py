@@ -18,7 +18,6 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageFilter
 
-from earlyexit_ssd.errors import DataError
 from earlyexit_ssd.files import lock, make_folder, write_image, write_json, writing
 from earlyexit_ssd.progress import progress
 
@@ -292,13 +291,8 @@ def ensure_synthetic(root: Path, sizes: tuple[int, int, int], image_size: int, s
     in a temporary folder that is renamed at the end, under a lock: an interrupted run leaves no half data set, and a
     second process waits for the first.
 
-    Raises:
-        DataError: impossible settings.
-        CannotWrite: the disk is full, or the folder is read-only.
+    A CannotWrite if the disk is full, or the folder read-only.
     """
-    if len(sizes) != 3 or min(sizes) < 0 or image_size < 64 or seed < 0:
-        settings = {"sizes": list(sizes), "image_size": image_size, "seed": seed}
-        raise DataError(f"DATA.SYNTHETIC is {settings}; expected three sizes >= 0, at least 64 pixels and a seed >= 0")
     folder, name = Path(root) / FOLDER, f"{image_size}px_{'_'.join(map(str, sizes))}_seed{seed}_v{VERSION}"
     if not (folder / name).exists():
         make_folder(folder)
@@ -315,8 +309,6 @@ def ensure_synthetic(root: Path, sizes: tuple[int, int, int], image_size: int, s
 def _render(folder: Path, sizes: tuple[int, int, int], image_size: int, seed: int) -> None:
     jobs = [(split, index) for split, size in enumerate(sizes) for index in range(size)]
     trees = [{"images": [], "annotations": [], "categories": [CATEGORY]} for _ in SPLITS]
-    for split in SPLITS:
-        (folder / split).mkdir(parents=True)
     for number, (split, index) in enumerate(progress(jobs, desc="rendering scenes"), 1):
         photo, boxes = render_scene(np.random.default_rng((seed, split, index)), image_size)
         record = {"id": number, "file_name": f"{number:06d}.jpg", "width": image_size, "height": image_size}

@@ -11,9 +11,6 @@ import numpy as np
 import torch
 from torchvision.ops import box_iou
 
-from earlyexit_ssd.config.check import CHOICES
-from earlyexit_ssd.errors import ConfigError, nearest
-
 Window = tuple[int, int, int, int]
 
 
@@ -56,7 +53,8 @@ class RandomIoUCrop(A.DualTransform):
         with np.errstate(divide="ignore", invalid="ignore"):
             aspect = sizes[:, 0] / sizes[:, 1]
         shaped = (sizes.min(axis=1) > 0) & (aspect >= self.ASPECT[0]) & (aspect <= self.ASPECT[1])
-        overlaps = np.where(centres_inside(boxes, windows), pairwise_iou(boxes, windows), -1.0)
+        overlaps = box_iou(torch.from_numpy(windows.astype(np.float64)), torch.from_numpy(boxes)).numpy()
+        overlaps = np.where(centres_inside(boxes, windows), overlaps, -1.0)
         fits = shaped & (overlaps.max(axis=1) >= least_iou)
         return tuple(windows[fits.argmax()].tolist()) if fits.any() else None
 
@@ -81,11 +79,6 @@ def centres_inside(boxes: np.ndarray, windows: np.ndarray) -> np.ndarray:
     """Whether each window [M, 4] holds the centre of each box [N, 4] (xyxy), borders apart: bool [M, N]."""
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
     return ((windows[:, None, :2] < centres) & (centres < windows[:, None, 2:])).all(axis=2)
-
-
-def pairwise_iou(boxes: np.ndarray, windows: np.ndarray) -> np.ndarray:
-    """IoU of each window [M, 4] with each box [N, 4] (xyxy): [M, N]."""
-    return box_iou(*(torch.from_numpy(corners.astype(np.float64)) for corners in (windows, boxes))).numpy()
 
 
 # ImageNet's mean colour, 0..255.
@@ -118,14 +111,9 @@ class RandomZoomOut(A.DualTransform):
     def apply_to_bboxes(self, bboxes: np.ndarray, place: Window, **params: Any) -> np.ndarray:
         """Normalised boxes [N, 4 + more columns] in the canvas' coordinates."""
         height, width = params["shape"][:2]
-        left, top, new_width, new_height = place
         moved = bboxes.copy()
-        moved[:, [0, 2]] = (bboxes[:, [0, 2]] * new_width + left) / width
-        moved[:, [1, 3]] = (bboxes[:, [1, 3]] * new_height + top) / height
+        moved[:, :4] = (bboxes[:, :4] * (place[2:] * 2) + place[:2] * 2) / (width, height, width, height)
         return moved
-
-
-PRESETS = CHOICES["DATA.AUGMENTATION"]
 
 
 class Augmentation:
@@ -140,7 +128,7 @@ class Augmentation:
         self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, seed: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Image uint8 RGB [H, W, 3], boxes float [N, 4] (xyxy, pixels) and labels int [N] to the augmented ones: uint8
-        [H', W', 3], float32 [M, 4] in its pixels and int64 [M], M <= N. The same seed gives the same in any process."""
+        [H', W', 3], float32 [M, 4] in its pixels and int64 [M], M <= N."""
         # one generator: set_random_seed gives each transform the same numbers, so they would act together
         self._compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
         result = self._compose(image=image, bboxes=boxes, labels=labels)
@@ -149,19 +137,13 @@ class Augmentation:
 
 
 def build_transforms(preset: str) -> Augmentation | None:
-    """A preset: "ssdlite" (IoU-aware crop, flip), "ssd" (adds colour and zoom-out), "flip", "none" (None)."""
-    if preset not in PRESETS:
-        expected = f"expected one of {', '.join(PRESETS)}{nearest(preset, PRESETS)}"
-        raise ConfigError(f"DATA.AUGMENTATION is {preset!r}, {expected}")
+    """A preset of ``DATA.AUGMENTATION``; None for "none"."""
     if preset == "none":
         return None
-    chain: list[A.BasicTransform] = [A.HorizontalFlip(p=0.5)]
-    if preset != "flip":
-        chain.insert(0, RandomIoUCrop(p=1.0))
-    if preset == "ssd":
-        # each change of colours is made to half of the photos
-        same = {"brightness": (1.0, 1.0), "contrast": (1.0, 1.0), "saturation": (1.0, 1.0), "hue": (0.0, 0.0)}
-        bounds = {"brightness": (0.875, 1.125), "contrast": (0.5, 1.5), "saturation": (0.5, 1.5), "hue": (-0.05, 0.05)}
-        jitter = [A.ColorJitter(**{**same, name: bound}, p=0.5) for name, bound in bounds.items()]
-        chain[:0] = [*jitter, A.ChannelShuffle(p=0.5), RandomZoomOut(p=0.5)]
-    return Augmentation(chain)
+    # each change of colours is made to half of the photos
+    same = {"brightness": (1.0, 1.0), "contrast": (1.0, 1.0), "saturation": (1.0, 1.0), "hue": (0.0, 0.0)}
+    bounds = {"brightness": (0.875, 1.125), "contrast": (0.5, 1.5), "saturation": (0.5, 1.5), "hue": (-0.05, 0.05)}
+    colours = [A.ColorJitter(**{**same, name: bound}, p=0.5) for name, bound in bounds.items()]
+    flip, crop = A.HorizontalFlip(p=0.5), RandomIoUCrop(p=1.0)
+    ssd = [*colours, A.ChannelShuffle(p=0.5), RandomZoomOut(p=0.5), crop, flip]
+    return Augmentation({"flip": [flip], "ssdlite": [crop, flip], "ssd": ssd}[preset])

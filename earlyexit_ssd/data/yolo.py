@@ -102,14 +102,14 @@ def _list_photos(
         raise DataError(f"{description}: {has}, expected {expected}{nearest(split, keys)}")
     photos: list[Path] = []
     for source in sources:
-        names = [os.path.join(base, source)]
-        if source.startswith("../"):  # as Roboflow writes what lies beside data.yaml
-            names.append(os.path.join(base, source[3:]))
-        found = [name for name in names if os.path.exists(folder / name)] or names
-        place = photo_path(folder, found[0], allow_outside)
+        name = os.path.join(base, source)
+        if source.startswith("../") and not os.path.exists(folder / name):
+            beside = os.path.join(base, source[3:])  # as Roboflow writes what lies beside data.yaml
+            name = beside if os.path.exists(folder / beside) else name
+        place = photo_path(folder, name, allow_outside)
         if place is None:
             fix = f"delete the key path if the photos are below {folder}, or set DATA.ALLOW_OUTSIDE True"
-            raise DataError(f"{description}: {split} leads to {shown(found[0])}, outside its folder; {fix}")
+            raise DataError(f"{description}: {split} leads to {shown(name)}, outside its folder; {fix}")
         if os.path.isdir(place):
             inside, others = find_files(place, PHOTO_SUFFIXES)
             photos += inside
@@ -132,12 +132,9 @@ def _list_photos(
 
 def _label_path(photo: Path, folder: Path) -> Path:
     """Only names below ``folder`` are looked at, where the photo is there."""
-    parts = list(photo.parts)
-    start = len(folder.parts) if photo.is_relative_to(folder) else 0
-    for place in reversed(range(start, len(parts) - 1)):
-        if parts[place] == "images":
-            parts[place] = "labels"
-            break
+    parts, start = list(photo.parts), len(folder.parts) if photo.is_relative_to(folder) else 0
+    if "images" in parts[start:-1]:
+        parts[max(place for place in range(start, len(parts) - 1) if parts[place] == "images")] = "labels"
     return Path(*parts[:-1], f"{photo.stem}.txt")
 
 

@@ -33,7 +33,7 @@ from earlyexit_ssd.calibration.thresholds import (
     threshold_grid,
 )
 from earlyexit_ssd.config import CLOSED
-from earlyexit_ssd.data.repeats import Block, block_of_each
+from earlyexit_ssd.data.repeats import block_of_each
 from earlyexit_ssd.drift import Reference
 from earlyexit_ssd.engine.processes import is_main
 from earlyexit_ssd.errors import EarlyExitError
@@ -83,7 +83,7 @@ class Target:
     kind: Literal["speedup", "ap_drop", "risk"]
     value: float
     delta: float = 0.05
-    block: Block | None = None
+    block: int | None = None
     learned: bool = False
 
     def __post_init__(self) -> None:
@@ -155,7 +155,7 @@ class Search:
     def draws_name(self) -> str:
         """What the draws are called in messages."""
         block = self.target.block
-        return "calibration photos" if block is None else f"blocks of {block.photos} calibration photos"
+        return "calibration photos" if block is None else f"blocks of {block} calibration photos"
 
     def run(self) -> Chosen:
         """Find the thresholds; an EarlyExitError if a speed-up cannot be reached."""
@@ -306,7 +306,7 @@ def calibrate(
     blocks = None
     if target.block is not None:
         paths = [record.path for record in recorded.sets["CALIB"].records]
-        blocks = block_of_each(paths, target.block.photos)[calib.order]
+        blocks = block_of_each(paths, target.block)[calib.order]
     settings = {"cross_fit": target.kind != "risk", "groups": blocks}
     router, confidences = fit_router(cfg, cfg.ROUTING.POLICY, temperatures, calib, train, **settings)
     costs = measure_cost_model(cfg, model, router)
@@ -366,7 +366,7 @@ def certificate_of(recorded: Recorded, search: Search, chosen: Chosen) -> Certif
         kind=target.kind,
         **({"epsilon": target.value, "bound": cfg.CALIBRATION.BOUND} if risk else {"value": target.value}),
         delta=None if target.kind == "speedup" else target.delta,
-        block=target.block.photos if target.block else None,
+        block=target.block,
         learned=target.learned or None,
         reference=cfg.CALIBRATION.REFERENCE,
         score=cfg.EVAL.SCORE,

@@ -244,9 +244,9 @@ class Run:
     @property
     def curve_quality(self) -> SplitQuality:
         """Figures on ENGINE.CURVE_PHOTOS photos of the calib split, for the training curves."""
-        photos = len(self.calib_set)
-        chosen = np.random.default_rng(self.cfg.SEED).permutation(photos)[: self.cfg.ENGINE.CURVE_PHOTOS]
-        return self._quality(self.calib_set.repeated(np.isin(np.arange(photos), chosen).tolist()), workers=0)
+        records = self.calib_set.records
+        chosen = np.random.default_rng(self.cfg.SEED).permutation(len(records))[: self.cfg.ENGINE.CURVE_PHOTOS]
+        return self._quality(self.calib_set.subset([records[place] for place in sorted(chosen)]), workers=0)
 
     def _quality(self, photos: DetectionDataset, workers: int) -> SplitQuality:
         # gates compare figures without intervals: no bootstrap

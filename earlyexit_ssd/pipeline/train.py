@@ -83,7 +83,7 @@ def learns_from_labels(cfg: CfgNode) -> bool:
 def _check_names(cfg: CfgNode) -> None:
     """Cheap checks: names of data sets, weight files, and batch sizes for all processes."""
     for name in (*cfg.DATA.TRAIN, *cfg.DATA.CALIB, *cfg.DATA.TEST):
-        catalog.require_known(name, cfg.DATA)
+        catalog.find(name, cfg.DATA)
     for weights in (cfg.MODEL.WEIGHTS, cfg.BASELINE.GATE.REFERENCE):
         if weights:
             require_weights(weights, detector_class(cfg.MODEL.NAME).plain_weights)

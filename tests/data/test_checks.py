@@ -153,8 +153,6 @@ def test_whatever_comes_in_only_usable_boxes_come_out(boxes, width, height):
         assert 0 <= x1 < x2 <= width
         assert 0 <= y1 < y2 <= height
         assert has_area(annotation.box)
-        x1, y1, x2, y2 = annotation.box
-        assert 0 <= x1 <= x2 <= width and 0 <= y1 <= y2 <= height
 
 
 @pytest.mark.parametrize(
@@ -283,15 +281,10 @@ def test_swapped_sides(photo_file, on_bad):
     assert problems.counts == {kind: 1}
 
 
-def test_resize_keeps_unknown_areas_unknown(tmp_path):
-    record = Record(1, tmp_path, 10, 10, (Annotation((1, 2, 3, 4), 1),))
-    resized = resize_record(record, 20, 30)
-    assert resized.annotations[0] == Annotation((2, 6, 6, 12), 1)
-
-
-def test_resize_scales_annotated_areas(tmp_path):
-    record = Record(1, tmp_path, 10, 10, (Annotation((1, 2, 3, 4), 1, area=3.0),))
-    assert resize_record(record, 20, 30).annotations[0].area == 18.0
+@pytest.mark.parametrize(("area", "resized"), [(None, None), (3.0, 18.0)])
+def test_resize_scales_known_areas(tmp_path, area, resized):
+    record = Record(1, tmp_path, 10, 10, (Annotation((1, 2, 3, 4), 1, area=area),))
+    assert resize_record(record, 20, 30).annotations[0] == Annotation((2, 6, 6, 12), 1, area=resized)
 
 
 def test_good_photos_are_unchanged(photo_file):

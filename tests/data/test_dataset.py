@@ -21,7 +21,6 @@ from pycocotools.cocoeval import COCOeval
 from earlyexit_ssd.data import class_names, load_dataset, require_disjoint
 from earlyexit_ssd.data.dataset import (
     DetectionDataset,
-    EpochSampler,
     build_loader,
     fingerprint,
     repeat_factors,
@@ -32,7 +31,7 @@ from earlyexit_ssd.data.records import Annotation, Record
 from earlyexit_ssd.data.transforms import build_transforms
 from earlyexit_ssd.errors import ConfigError, DataError
 
-CHAIR = Annotation((5, 6, 25, 36), 1, area=500.0)
+CHAIR = Annotation((5, 6, 25.5, 36), 1, area=500.0)
 CROWD = Annotation((30, 10, 40, 20), 2, ignore=True)
 
 
@@ -52,7 +51,7 @@ def test_image_and_target_for_evaluation(records):
     assert image.dtype == torch.float32
     assert torch.equal(image, torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255)
     assert image.is_contiguous()
-    assert torch.equal(target["boxes"], torch.tensor([[5.0, 6, 25, 36], [30, 10, 40, 20]]))
+    assert torch.equal(target["boxes"], torch.tensor([[5.0, 6, 25.5, 36], [30, 10, 40, 20]]))
     assert torch.equal(target["labels"], torch.tensor([1, 2]))
     assert torch.equal(target["iscrowd"], torch.tensor([0, 1]))
     assert torch.equal(target["area"], torch.tensor([500.0, 100.0]))
@@ -60,6 +59,8 @@ def test_image_and_target_for_evaluation(records):
     assert set(target) == {"boxes", "labels", "image_id", "area", "iscrowd"}
     assert dataset.path_of(8) == records[1].path
     assert len(dataset) == 3
+    with pytest.raises(IndexError):
+        dataset[3]
 
 
 def test_training_drops_objects_to_ignore(records):
@@ -89,14 +90,9 @@ def test_views_depend_on_seed_epoch_and_index_only(records):
     assert dataset.epoch == 3
 
 
-def test_indices_outside(records):
-    with pytest.raises(IndexError):
-        DetectionDataset(records, ("chair", "cat"))[3]
-
-
 def test_areas_after_a_crop_are_the_boxes_own(records):
     dataset = DetectionDataset(records, ("chair", "cat"), build_transforms("flip"), train=True)
-    assert dataset[0][1]["area"].tolist() == pytest.approx([600])
+    assert dataset[0][1]["area"].tolist() == pytest.approx([615])
 
 
 def test_a_photo_that_breaks_during_training_is_stepped_over(records, caplog):
@@ -139,7 +135,8 @@ def test_image_ids_are_unique(records):
 
 
 def test_repeated_photos_have_views_of_their_own(records):
-    dataset = DetectionDataset(records, ("chair", "cat"), build_transforms("ssd"), train=True).repeated([3, 1, 0])
+    dataset = DetectionDataset(records, ("chair", "cat"), build_transforms("ssd"), train=True)
+    dataset = dataset.subset([*[records[0]] * 3, records[1]])
     assert [int(dataset[place][1]["image_id"]) for place in range(len(dataset))] == [7, 7, 7, 8]
     first, second, third = (dataset[place][0] for place in range(3))
     assert not torch.equal(first, second) and not torch.equal(second, third)
@@ -297,20 +294,8 @@ def test_cheap(tmp_path):
 # pycocotools gets the same photos and objects, as does torchvision's reference conversion.
 
 
-@pytest.fixture
-def dataset_of_test_ground_truth(photo_file):
-    chair = Annotation((5, 6, 25.5, 36), 1, area=500.0)
-    crowd = Annotation((30, 10, 40, 20), 2, ignore=True)
-    records = [
-        Record(7, photo_file("a.png"), 60, 40, (chair, crowd)),
-        Record(8, photo_file("b.png"), 60, 40, ()),
-        Record(9, photo_file("c.png"), 60, 40, (crowd,)),
-    ]
-    return DetectionDataset(records, ("chair", "cat"))
-
-
-def test_by_hand(dataset_of_test_ground_truth, capsys):
-    coco = to_coco(dataset_of_test_ground_truth)
+def test_by_hand(records, capsys):
+    coco = to_coco(DetectionDataset(records, ("chair", "cat")))
     assert capsys.readouterr().out == ""
     assert coco.getImgIds() == [7, 8, 9]
     assert coco.loadCats([1, 2]) == [{"id": 1, "name": "chair"}, {"id": 2, "name": "cat"}]
@@ -321,11 +306,11 @@ def test_by_hand(dataset_of_test_ground_truth, capsys):
     ]
 
 
-def test_the_same_as_by_iterating_the_data_set(dataset_of_test_ground_truth):
+def test_the_same_as_by_iterating_the_data_set(records):
     """What torchvision's reference evaluation reads from a data set."""
-    coco = to_coco(dataset_of_test_ground_truth)
-    for index in range(len(dataset_of_test_ground_truth)):
-        image, target = dataset_of_test_ground_truth[index]
+    dataset = DetectionDataset(records, ("chair", "cat"))
+    coco = to_coco(dataset)
+    for image, target in (dataset[index] for index in range(len(dataset))):
         entry = coco.imgs[target["image_id"]]
         assert (entry["width"], entry["height"]) == (image.shape[-1], image.shape[-2])
         boxes = target["boxes"].clone()
@@ -337,15 +322,11 @@ def test_the_same_as_by_iterating_the_data_set(dataset_of_test_ground_truth):
         assert [a["category_id"] for a in own] == target["labels"].tolist()
 
 
-def test_evaluation_ignores_what_is_to_be_ignored(dataset_of_test_ground_truth, capsys):
+def test_evaluation_ignores_what_is_to_be_ignored(records, capsys):
     """One perfect chair; the detection on the crowd of cats counts neither for nor against."""
-    coco = to_coco(dataset_of_test_ground_truth)
-    results = coco.loadRes(
-        [
-            {"image_id": 7, "category_id": 1, "bbox": [5, 6, 20.5, 30], "score": 0.9},
-            {"image_id": 7, "category_id": 2, "bbox": [30, 10, 10, 10], "score": 0.9},
-        ]
-    )
+    coco = to_coco(DetectionDataset(records, ("chair", "cat")))
+    chair = {"image_id": 7, "category_id": 1, "bbox": [5, 6, 20.5, 30], "score": 0.9}
+    results = coco.loadRes([chair, {**chair, "category_id": 2, "bbox": [30, 10, 10, 10]}])
     evaluation = COCOeval(coco, results, "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
@@ -471,9 +452,7 @@ def test_workers_see_the_same_views(photo_file):
         dataset = DetectionDataset(records, ("chair",), build_transforms("ssd"), train=True)
         loader = build_loader(dataset, 2, workers, True, 0)
         loader.sampler.set_epoch(1)
-        views.append(
-            [(image, target) for images, targets in loader for image, target in zip(images, targets, strict=True)]
-        )
+        views.append([view for images, targets in loader for view in zip(images, targets, strict=True)])
     for (image, target), (image2, target2) in zip(*views, strict=True):
         assert torch.equal(image, image2)
         assert torch.equal(target["boxes"], target2["boxes"])
@@ -512,7 +491,7 @@ def test_impossible_batches(count, size, world, message):
 
 
 def test_sampler_without_set_epoch_is_epoch_zero():
-    sampler = EpochSampler(Numbers(9), 3, True, 0)
+    sampler = build_loader(Numbers(9), 3, 0, True, 0).sampler
     order = list(sampler)
     sampler.set_epoch(0)
     assert list(sampler) == order
@@ -623,9 +602,7 @@ def test_unknown_data_set(make_coco):
 def test_loader_end_to_end(make_coco):
     cfg = make_coco()
     cfg.DATA.AUGMENTATION = "ssdlite"
-    dataset = load_dataset(cfg, "tiny", train=True)
-    loader = build_loader(dataset, 2, 0, True, cfg.SEED)
-    loader.sampler.set_epoch(1)
+    loader = build_loader(load_dataset(cfg, "tiny", train=True), 2, 0, True, cfg.SEED)
     images, targets = next(iter(loader))
     assert len(images) == len(targets) == 2
     assert all(isinstance(image, torch.Tensor) and image.shape[0] == 3 for image in images)

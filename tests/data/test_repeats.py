@@ -11,7 +11,7 @@ from PIL import Image
 from earlyexit_ssd.calibration.risk import certify
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.data import DetectionDataset, Record
-from earlyexit_ssd.data.repeats import Block, block_of_each, distinct, look_of
+from earlyexit_ssd.data.repeats import Looks, block_of_each, distinct, parse_block
 from earlyexit_ssd.errors import DataError, EarlyExitError
 
 
@@ -70,7 +70,7 @@ def test_a_small_thing_that_moves_makes_another_photo(tmp_path):
 def test_an_unreadable_photo(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"no picture")
     with pytest.raises(DataError, match="a.jpg: not a readable photo"):
-        look_of(tmp_path / "a.jpg")
+        Looks.of([tmp_path / "a.jpg"])
 
 
 def test_a_list_that_has_each_photo_three_times_keeps_the_promise(tmp_path):
@@ -105,7 +105,7 @@ def test_a_list_that_has_each_photo_three_times_keeps_the_promise(tmp_path):
     ("text", "fps", "photos"), [("25", None, 25), ("5s", 5, 25), ("0.5 s", 4, 2), ("1s", 0.1, 1), ("2.5s", 2, 5)]
 )
 def test_blocks_of_photos_or_seconds(text, fps, photos):
-    assert Block.parse(text, fps).photos == photos
+    assert parse_block(text, fps) == photos
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_blocks_of_photos_or_seconds(text, fps, photos):
 )
 def test_no_blocks(text, fps, message):
     with pytest.raises(EarlyExitError) as error:
-        Block.parse(text, fps)
+        parse_block(text, fps)
     assert message in str(error.value) and len(str(error.value)) < 300
 
 

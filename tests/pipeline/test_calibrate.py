@@ -11,7 +11,6 @@ from earlyexit_ssd import EarlyExitSSDLite
 from earlyexit_ssd.calibration import load_certificate
 from earlyexit_ssd.calibration.thresholds import Grid
 from earlyexit_ssd.config import CLOSED, load_config
-from earlyexit_ssd.data.repeats import Block
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import Architecture
 from earlyexit_ssd.modeling.checkpoint import save_model
@@ -95,7 +94,7 @@ def test_labels_are_needed_of_the_splits_that_are_used():
 
 def test_blocks_are_for_what_promises():
     with pytest.raises(EarlyExitError, match="--block is for --risk and --ap-drop"):
-        calibrate.Target("speedup", 1.2, block=Block(5, "5"))
+        calibrate.Target("speedup", 1.2, block=5)
 
 
 @pytest.fixture
