@@ -15,11 +15,11 @@ from torchvision.ops import box_iou
 
 from earlyexit_ssd.data.records import Record
 from earlyexit_ssd.data.repeats import Looks
-from earlyexit_ssd.doctor.findings import Check, check_of
+from earlyexit_ssd.doctor import findings
 from earlyexit_ssd.evaluation.results import Record as Json
 
-DATA_CHECKS: list[Check] = []  # in the order of the table
-check = functools.partial(check_of, DATA_CHECKS)
+DATA_CHECKS: list[findings.Check] = []  # in the order of the table
+check = functools.partial(findings.check, DATA_CHECKS)
 
 MATCH = 0.5  # IoU at which torchvision assigns a default box to an object
 ENOUGH_BOXES = 20  # with fewer boxes, a split's boxes are not judged as a whole

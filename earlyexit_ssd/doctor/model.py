@@ -17,11 +17,11 @@ from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import box_iou
 
-from earlyexit_ssd.doctor.findings import Check, check_of
+from earlyexit_ssd.doctor import findings
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50, LARGEST_LOSS
 
-MODEL_CHECKS: list[Check] = []  # in the order of the table
-check = functools.partial(check_of, MODEL_CHECKS)
+MODEL_CHECKS: list[findings.Check] = []  # in the order of the table
+check = functools.partial(findings.check, MODEL_CHECKS)
 
 BOX_CODER = BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))  # torchvision's encoding of boxes in its SSD
 ENOUGH_PHOTOS = 10  # with fewer photos of a kind nothing is said about them
@@ -51,6 +51,12 @@ class ExitOutput:
     def of(cls, name: str, logits: Tensor, deltas: Tensor, confidence: Tensor | None = None) -> ExitOutput:
         """From raw class logits [n, A, C], background in column 0."""
         return cls(name, 1 - logits.float().softmax(-1)[..., 0], deltas.float(), confidence)
+
+    @classmethod
+    def joined(cls, parts: Sequence[ExitOutput]) -> ExitOutput:
+        """The outputs of one exit for several batches, as one."""
+        foreground, deltas = (torch.cat([getattr(one, key) for one in parts]) for key in ("foreground", "deltas"))
+        return cls(parts[0].name, foreground, deltas)
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,6 @@ def per_exit(measure: Callable[[ExitOutput, ModelEvidence], float]) -> Callable[
     least=0.5,
     meaning="all default boxes get nearly the same score, so objects are not told from background",
     advice="train with default boxes assigned by IoU (never at random), and check that boxes belong to their photos",
-    quick=True,
 )
 @per_exit
 def near_uniform_scores(found: ExitOutput, evidence: ModelEvidence) -> float:
@@ -120,7 +125,6 @@ def near_uniform_scores(found: ExitOutput, evidence: ModelEvidence) -> float:
     most=0.25,
     meaning="the likeliest boxes are shifted or scaled as no default box that overlaps an object needs to be",
     advice="check the assignment of default boxes, the box format (xyxy, pixels) and the encoding (10, 10, 5, 5)",
-    quick=True,
 )
 @per_exit
 def deltas_out_of_range(found: ExitOutput, evidence: ModelEvidence) -> float:
@@ -136,7 +140,6 @@ def deltas_out_of_range(found: ExitOutput, evidence: ModelEvidence) -> float:
     least=0.1,
     meaning="the network says background everywhere, even in photos that show objects",
     advice="lower the share or weight of negatives, look for wrong labels, and take penalties off the confidence",
-    quick=True,
 )
 @per_exit
 def background_everywhere(found: ExitOutput, evidence: ModelEvidence) -> float:
@@ -150,7 +153,6 @@ def background_everywhere(found: ExitOutput, evidence: ModelEvidence) -> float:
     most=0.5,
     meaning="most default boxes claim an object, wherever they are",
     advice="check that negatives are trained (LOSS.NEG_TO_POS_RATIO, LOSS.MIN_NEGATIVES) and background is class 0",
-    quick=True,
 )
 @per_exit
 def foreground_everywhere(found: ExitOutput, evidence: ModelEvidence) -> float:
@@ -190,7 +192,6 @@ def area_under_curve(values: Tensor, positive: Tensor) -> float:
     least=0.2,
     meaning="the boxes with the highest scores do not lie on objects",
     advice="look at pictures of detections, and check boxes and photos of the training set (earlyexit doctor data)",
-    quick=True,
 )
 @per_exit
 def positives_off_objects(found: ExitOutput, evidence: ModelEvidence) -> float:
@@ -242,7 +243,6 @@ def exits_all(evidence: ModelEvidence) -> dict[str, float]:
     most=2.94,
     meaning="the temperature is at or beyond the bounds [0.5, 3], so the logits are far from probabilities",
     advice="bound it (ROUTING.TEMPERATURE_BOUNDS), fit it on held-out photos, and look at AP50 before it",
-    quick=True,
 )
 def temperature_at_bound(evidence: ModelEvidence) -> dict[str, float]:
     """Last temperature."""
@@ -254,7 +254,6 @@ def temperature_at_bound(evidence: ModelEvidence) -> dict[str, float]:
     most=1.1,
     meaning="the temperature grows or falls by more than a tenth in every epoch and does not settle",
     advice="fit it on detached logits, by likelihood, within bounds; a distribution loss must not reach it",
-    quick=True,
 )
 def temperature_runs_away(evidence: ModelEvidence) -> dict[str, float]:
     """Of the last three steps in one direction, the least factor; 1 if their directions differ."""
@@ -272,7 +271,6 @@ def temperature_runs_away(evidence: ModelEvidence) -> dict[str, float]:
     least=0.1,
     meaning="the confidence has fallen to less than a tenth of what it was, so no photo will leave",
     advice="take penalties and quality factors out of the confidence, and calibrate thresholds instead",
-    quick=True,
 )
 def confidence_collapses(evidence: ModelEvidence) -> dict[str, float]:
     """Last mean confidence / the highest of all epochs."""

@@ -15,6 +15,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 from torchvision.models._api import WeightsEnum
 
+from earlyexit_ssd.calibration.certificate import load_certificate, parse_certificate
 from earlyexit_ssd.config.check import num_exits
 from earlyexit_ssd.data.dataset import build_loader, class_names, load_dataset
 from earlyexit_ssd.data.records import limit_photos
@@ -271,6 +272,23 @@ def build_router(cfg: CfgNode, stored: dict | None = None, learn: bool = False) 
         temperature_bounds=cfg.ROUTING.TEMPERATURE_BOUNDS,
         learn_temperatures=learn,
     )
+
+
+def open_router(cfg: CfgNode, model: EarlyExitSSDLite, info: ModelInfo, weights: str | os.PathLike[str]) -> ExitRouter:
+    """The router of ROUTING.CERTIFICATE, else that of the certificate in the model's file, else of the ROUTING section.
+
+    Args:
+        model, info: from the file ``weights``, see `open_model`.
+
+    Raises:
+        EarlyExitError: a certificate for other weights, or a wrong number of thresholds.
+    """
+    if cfg.ROUTING.CERTIFICATE:
+        return load_certificate(cfg.ROUTING.CERTIFICATE).router_for(model)
+    if info.get("certificate"):
+        logger.info("%s was calibrated: its certificate routes, not the configuration's ROUTING section", weights)
+        return parse_certificate(info["certificate"], weights).router_for(model)
+    return build_router(cfg, {"num_exits": model.num_early_exits, **(info.get("router") or {})})
 
 
 def trained_temperatures(cfg: CfgNode, info: dict, exits: int) -> list[float]:
