@@ -115,11 +115,11 @@ def summarise(evidence: DataEvidence, split: Split) -> Summary:
 def per_split(measure: Callable[[Split, DataEvidence], float]) -> Callable[[DataEvidence], dict[str, float]]:
     """A check of the boxes of every labelled split by itself, where there are enough."""
 
+    @functools.wraps(measure)
     def of_all(evidence: DataEvidence) -> dict[str, float]:
         judged = (one for one in evidence.splits if one.labelled and sum(one.objects.values()) >= ENOUGH_BOXES)
         return {one.name: measure(one, evidence) for one in judged}
 
-    of_all.__name__, of_all.__doc__ = measure.__name__, measure.__doc__
     return of_all
 
 
@@ -236,7 +236,7 @@ def matched_by_force(split: Split, evidence: DataEvidence) -> float:
 )
 def rare_class_in_training(evidence: DataEvidence) -> dict[str, float]:
     """Boxes of the rarest class in TRAIN."""
-    return {f"TRAIN, {name}": count for split, name, count in rarest(evidence) if split == "TRAIN"}
+    return rarest([one for one in evidence.splits if one.name == "TRAIN"])
 
 
 # The standard error of a recall on 25 objects is up to 0.1.
@@ -247,14 +247,15 @@ def rare_class_in_training(evidence: DataEvidence) -> dict[str, float]:
 )
 def rare_class_in_evaluation(evidence: DataEvidence) -> dict[str, float]:
     """Objects of the rarest class in CALIB and TEST."""
-    return {f"{split}, {name}": count for split, name, count in rarest(evidence) if split != "TRAIN"}
+    return rarest([one for one in evidence.splits if one.name != "TRAIN"])
 
 
-def rarest(evidence: DataEvidence) -> list[tuple[str, str, int]]:
-    """(split, class, objects that count) of each labelled split's rarest class."""
-    found = []
-    for one in evidence.splits:
+def rarest(splits: Sequence[Split]) -> dict[str, float]:
+    """``<split>, <class>`` -> objects that count of each labelled split's rarest class."""
+    found = {}
+    for one in splits:
         if one.labelled and one.classes:
-            counts = [one.objects[label] for label in range(1, len(one.classes) + 1)]
-            found.append((one.name, one.classes[counts.index(min(counts))], min(counts)))
+            counts = {name: one.objects[label] for label, name in enumerate(one.classes, start=1)}
+            name = min(counts, key=counts.get)
+            found[f"{one.name}, {name}"] = counts[name]
     return found

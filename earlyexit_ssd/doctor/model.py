@@ -26,7 +26,6 @@ check = functools.partial(findings.check, MODEL_CHECKS)
 BOX_CODER = BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))  # torchvision's encoding of boxes in its SSD
 ENOUGH_PHOTOS = 10  # with fewer photos of a kind nothing is said about them
 SCORE = 0.25  # a score at which users show detections: higher than any that keeps noise, lower than most
-
 FEW_PHOTOS = 0.01  # a share of photos that is as good as none
 
 
@@ -38,19 +37,16 @@ class ExitOutput:
         name: of the exit.
         foreground: [n, A] in [0, 1], at each default box 1 - the probability of background.
         deltas: [n, A, 4] box regression in torchvision's encoding (weights 10, 10, 5, 5).
-        confidence: [n] what is compared with the exit's threshold, if it is to tell photos with objects from others;
-            None: the largest foreground. (Most policies tell how sure an exit is, which is another thing.)
     """
 
     name: str
     foreground: Tensor
     deltas: Tensor
-    confidence: Tensor | None = None
 
     @classmethod
-    def of(cls, name: str, logits: Tensor, deltas: Tensor, confidence: Tensor | None = None) -> ExitOutput:
+    def of(cls, name: str, logits: Tensor, deltas: Tensor) -> ExitOutput:
         """From raw class logits [n, A, C], background in column 0."""
-        return cls(name, 1 - logits.float().softmax(-1)[..., 0], deltas.float(), confidence)
+        return cls(name, 1 - logits.float().softmax(-1)[..., 0], deltas.float())
 
     @classmethod
     def joined(cls, parts: Sequence[ExitOutput]) -> ExitOutput:
@@ -95,12 +91,11 @@ class ModelEvidence:
 def per_exit(measure: Callable[[ExitOutput, ModelEvidence], float]) -> Callable[[ModelEvidence], dict[str, float]]:
     """A check of every exit by itself, where enough photos have objects."""
 
+    @functools.wraps(measure)
     def of_all(evidence: ModelEvidence) -> dict[str, float]:
-        if int(evidence.shows.sum()) < ENOUGH_PHOTOS:
-            return {}
-        return {one.name: measure(one, evidence) for one in evidence.exits}
+        judged = evidence.exits if int(evidence.shows.sum()) >= ENOUGH_PHOTOS else ()
+        return {one.name: measure(one, evidence) for one in judged}
 
-    of_all.__name__, of_all.__doc__ = measure.__name__, measure.__doc__
     return of_all
 
 
@@ -168,15 +163,12 @@ def foreground_everywhere(found: ExitOutput, evidence: ModelEvidence) -> float:
     advice="do not route by it: train the exit until it detects, and then choose a policy",
 )
 def confidence_ignores_objects(evidence: ModelEvidence) -> dict[str, float]:
-    """AUC of each photo's largest foreground (or of `ExitOutput.confidence`, if given): the probability that it is
-    higher in a photo with objects than in a photo without."""
+    """AUC of each photo's largest foreground: the probability that it is higher in a photo with objects than in a photo
+    without. (The policy is not looked at: most tell how sure an exit is, which is another thing.)"""
     shows = evidence.shows
     if min(int(shows.sum()), int((~shows).sum())) < ENOUGH_PHOTOS:
         return {}
-    confidences = {
-        one.name: one.foreground.amax(1) if one.confidence is None else one.confidence for one in evidence.exits
-    }
-    return {name: area_under_curve(values, shows) for name, values in confidences.items()}
+    return {one.name: area_under_curve(one.foreground.amax(1), shows) for one in evidence.exits}
 
 
 def area_under_curve(values: Tensor, positive: Tensor) -> float:

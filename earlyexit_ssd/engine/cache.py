@@ -154,7 +154,6 @@ def _blank_row(model: EarlyExitSSDLite, dtype: np.dtype) -> dict[str, np.ndarray
 
 def _weights_hash(model: EarlyExitSSDLite) -> str:
     digest = hashlib.sha256(repr(model.exit_layers).encode())
-    for module in (model.backbone, model.head):
-        for value in module.state_dict().values():
-            digest.update(value.cpu().numpy().tobytes())
+    for value in (*model.backbone.state_dict().values(), *model.head.state_dict().values()):
+        digest.update(value.cpu().numpy().tobytes())
     return digest.hexdigest()

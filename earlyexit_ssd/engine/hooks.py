@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -23,7 +24,6 @@ from earlyexit_ssd.files import append_text, make_folder, write_text, write_torc
 from earlyexit_ssd.modeling.retrofit import read_weights
 from earlyexit_ssd.progress import progress
 
-Measure = Callable[[], Mapping[str, float | None]]
 LogLine = dict[str, float | None]
 """``step``, ``epoch``, ``lr``, ``loss`` and its parts ``loss/<name>``, ``seconds`` and what was measured."""
 
@@ -122,14 +122,11 @@ class ProgressBar(Hook):
 class Log(Hook):
     """JSON lines and the same for TensorBoard; a resumed run drops the lines it will write again."""
 
-    folder: Path
-    """For log.jsonl and tensorboard/."""
-    period: int
-    """Steps between lines with the learning rate, the ``loss`` and its parts ``loss/<name>``."""
-    measure: Measure | None = None
+    folder: Path  # for log.jsonl and tensorboard/
+    period: int  # steps between lines with the learning rate, the ``loss`` and its parts ``loss/<name>``
+    measure: Callable[[], Mapping[str, float | None]] | None = None
     """What a line holds too at the end of epochs, by name; None is undefined. It runs in every process."""
-    measure_period: int = 1
-    """Epochs between these; 0 has none. The last epoch is one of them."""
+    measure_period: int = 1  # epochs between these; 0 has none; the last epoch is one of them
 
     def before_training(self, trainer: Trainer) -> None:
         if not is_main():
@@ -137,8 +134,8 @@ class Log(Hook):
         make_folder(self.folder)
         self.path = self.folder / "log.jsonl"
         if self.path.is_file():
-            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= trainer.step]
-            write_text(self.path, "".join(f"{line}\n" for line in kept))
+            kept = [line for line in read_log(self.folder) if float(line["step"]) <= trainer.step]
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.board = _Board(self.folder / "tensorboard", trainer.step + 1)
         self.started = time.perf_counter()
 
@@ -167,10 +164,14 @@ class Log(Hook):
 
 
 def read_log(folder: Path) -> list[LogLine]:
-    """The lines of a phase's log.jsonl; none where there is no such file."""
-    path = folder / "log.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if _step(line) < float("inf")]
+    """The lines of a phase's log.jsonl but those that a kill cut short; none where there is no such file."""
+    path, lines = folder / "log.jsonl", []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError, OverflowError):
+            line = json.loads(text)
+            if float(line["step"]) < float("inf"):
+                lines.append(line)
+    return lines
 
 
 class _Board:
@@ -188,7 +189,6 @@ class _Board:
         self._add(step=first_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Those that are defined."""
         scalars = [{"tag": key, "simple_value": value} for key, value in values.items() if value is not None]
         self._add(step=step, summary=summary_pb2.Summary(value=[summary_pb2.Summary.Value(**one) for one in scalars]))
 
@@ -198,11 +198,3 @@ class _Board:
     def _add(self, **fields: Any) -> None:
         with writing(self.path):
             self._file.write(event_pb2.Event(wall_time=time.time(), **fields).SerializeToString())
-
-
-def _step(line: str) -> float:
-    """Step of a line of the log; infinity for a line that a kill cut short."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
-        return float("inf")

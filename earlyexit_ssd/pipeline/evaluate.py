@@ -6,7 +6,6 @@ import logging
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
@@ -15,7 +14,7 @@ from torch import nn
 from torchvision.models.detection.ssd import SSD
 
 from earlyexit_ssd.calibration import DriftMonitor
-from earlyexit_ssd.calibration.certificate import Certificate, load_certificate, parse_certificate
+from earlyexit_ssd.calibration.certificate import Certificate
 from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset, to_coco
 from earlyexit_ssd.data.dataset import photo_hashes
 from earlyexit_ssd.drift import WINDOW
@@ -43,10 +42,10 @@ from earlyexit_ssd.modeling.retrofit import resize_detector
 from earlyexit_ssd.pipeline.build import (
     build_architecture,
     build_evaluation,
-    build_router,
     evaluation_device,
     file_of,
     open_model,
+    open_router,
     shares_processes,
     takes_over,
     with_classes,
@@ -59,42 +58,24 @@ from earlyexit_ssd.routing import ExitRouter
 logger = logging.getLogger(__name__)
 
 
-def open_certificate(
-    cfg: CfgNode, model: nn.Module, dataset: DetectionDataset, stored: Any = None, weights: str | os.PathLike[str] = ""
-) -> tuple[Certificate, ExitRouter] | None:
-    """The certificate of ROUTING.CERTIFICATE, else the one in the model's file, and its router; None without any.
-
-    Args:
-        stored: in the info of the file ``weights``.
+def check_certificate(
+    cfg: CfgNode, certificate: Certificate, dataset: DetectionDataset, source: str | os.PathLike[str]
+) -> None:
+    """Warn if the certificate of the file ``source`` speaks of another EVAL.SCORE or EVAL.IOU.
 
     Raises:
-        EarlyExitError: it is for other weights, it was calibrated on one of these photos, or it bounds a risk at
-            another EVAL.SCORE or EVAL.IOU.
+        EarlyExitError: it was calibrated on one of these photos, or it bounds a risk, which holds at its own score and
+            IoU only.
     """
-    source = cfg.ROUTING.CERTIFICATE or weights
-    if cfg.ROUTING.CERTIFICATE:
-        certificate = load_certificate(source)
-    elif stored:
-        certificate = parse_certificate(stored, source)
-        logger.info("%s was calibrated: its certificate routes, not the configuration's ROUTING section", source)
-    else:
-        return None
-    router = certificate.router_for(model)
     certificate.require_unseen(photo_hashes(dataset))
-    _check_operating_point(cfg, certificate, source)
-    return certificate, router
-
-
-def _check_operating_point(cfg: CfgNode, certificate: Certificate, source: str | os.PathLike[str]) -> None:
-    """A risk is counted at a score and an IoU and holds there only."""
-    score, iou = certificate.target.score, certificate.target.iou
-    if (score, iou) == (cfg.EVAL.SCORE, cfg.EVAL.IOU):
+    target = certificate.target
+    if (target.score, target.iou) == (cfg.EVAL.SCORE, cfg.EVAL.IOU):
         return
     text = (
-        f"{source}: the certificate speaks of score {score:g} and IoU {iou:g}, "
+        f"{source}: the certificate speaks of score {target.score:g} and IoU {target.iou:g}, "
         f"EVAL has {cfg.EVAL.SCORE:g} and {cfg.EVAL.IOU:g}"
     )
-    if certificate.target.kind == "risk":
+    if target.kind == "risk":
         raise ConfigError(f"{text}; set EVAL.SCORE and EVAL.IOU to the certificate's, or calibrate again")
     logger.warning(text)
 
@@ -117,19 +98,17 @@ SMALLEST_SIDE = 64
 def check_rivals(cfg: CfgNode, device: torch.device) -> None:
     """What is cheap to find out before hours of training: files and packages that are missing. An EarlyExitError if one
     is missing, or the runtime does not run on the device."""
-    rivals = cfg.EVAL.RIVALS
-    if cfg.EVAL.RUNTIME != EAGER:
-        import_package("onnx")
-        if device.type != "cpu":
-            raise ConfigError(f"EVAL.RUNTIME {cfg.EVAL.RUNTIME} measures the CPU, DEVICE is {device}; set it to cpu")
+    rivals, runtime = cfg.EVAL.RIVALS, cfg.EVAL.RUNTIME
+    if runtime != EAGER and device.type != "cpu":
+        raise ConfigError(f"EVAL.RUNTIME {runtime} measures the CPU, DEVICE is {device}; set it to cpu")
     files = [(key, path) for key in ("FULL_PATHS", "SINGLE_EXITS") for path in rivals[key]]
     files += [("ONNX", entry.partition(":")[2]) for entry in rivals.ONNX]
     for key, path in files if rivals.ENABLED else ():
         if not Path(path).is_file():
             raise ConfigError(f"EVAL.RIVALS.{key} has {path}: no such file")
-    if cfg.EVAL.RUNTIME != EAGER or (rivals.ENABLED and rivals.ONNX):
-        for name in dict.fromkeys(("onnx", "onnxruntime" if cfg.EVAL.RUNTIME == EAGER else cfg.EVAL.RUNTIME)):
-            import_package(name)
+    if runtime != EAGER or (rivals.ENABLED and rivals.ONNX):
+        import_package("onnx")
+        import_package("onnxruntime" if runtime == EAGER else runtime)
 
 
 def build_rivals(
@@ -145,23 +124,19 @@ def build_rivals(
     Raises:
         EarlyExitError: a file that is no such detector, or one that has none of the classes.
     """
-    rivals = cfg.EVAL.RIVALS
+    rivals, wanted, own_size = cfg.EVAL.RIVALS, architecture.classes, architecture.image_size
     if not rivals.ENABLED:
         return []
-    classes, own_size = architecture.classes, architecture.image_size
     asked = rivals.SIZES or (smaller_sizes(own_size) if model.any_size else ())
     sizes = [size for size in dict.fromkeys(asked) if size != own_size]
-    model = model.to(device)
-    plain = {f"plain {size}": resize_detector(model, architecture, size) for size in sizes}
-    cut_sizes = (own_size, *sizes) if is_folded(model.head.classification_head) else ()
-    cut = {f"plain {size}, cut head": resize_detector(model, architecture, size, cut=True) for size in cut_sizes}
-    return [
-        *(_plain(name, detector, classes, classes, None) for name, detector in plain.items()),
-        *(_plain(name, detector, classes, classes, None, CUT_HEAD) for name, detector in cut.items()),
-        *(_full_path(path, classes, device) for path in rivals.FULL_PATHS),
-        *(_single_exit(path, classes, device) for path in rivals.SINGLE_EXITS),
-        *onnx_rivals(cfg, classes),
-    ]
+    built = [_plain(model.to(device), architecture, size, wanted) for size in sizes]
+    if is_folded(model.head.classification_head):
+        built += [_plain(model, architecture, size, wanted, CUT_HEAD) for size in (own_size, *sizes)]
+    for path in rivals.FULL_PATHS:  # at its own size, its branches left out
+        other, described, _ = load_model(path)
+        built.append(_plain(other.to(device), described, described.image_size, wanted, source=path))
+    built += [_single_exit(path, wanted, device) for path in rivals.SINGLE_EXITS]
+    return built + onnx_rivals(cfg, wanted)
 
 
 def smaller_sizes(size: int) -> tuple[int, ...]:
@@ -172,22 +147,34 @@ def smaller_sizes(size: int) -> tuple[int, ...]:
 
 
 def _plain(
-    name: str, detector: SSD, classes: tuple[str, ...], wanted: tuple[str, ...], source: str | None, kind: str = PLAIN
+    model: EarlyExitSSDLite,
+    architecture: Architecture,
+    size: int,
+    wanted: tuple[str, ...],
+    kind: str = PLAIN,
+    source: str | None = None,
 ) -> Rival:
-    network, example = PlainPath(detector), example_input(detector)
-    found = WantedClasses(detector, classes, wanted, name).to(example.device)
+    """A model's full path at an input side of ``size``."""
+    detector = resize_detector(model, architecture, size, cut=kind == CUT_HEAD)
+    name = f"plain {size}{', cut head' if kind == CUT_HEAD else ''}{f', {_short(source)}' if source else ''}"
+    return _rival(name, kind, PlainPath(detector), detector, architecture.classes, wanted, source)
+
+
+def _rival(
+    name: str,
+    kind: str,
+    network: nn.Module,
+    detector: SSD,
+    classes: tuple[str, ...],
+    wanted: tuple[str, ...],
+    source: str | None,
+) -> Rival:
+    example = example_input(detector)
+    found = WantedClasses(detector, classes, wanted, source or name).to(example.device)
     return Rival(name, kind, network, example, count_mmacs(network, example), found, source)
 
 
-def _full_path(path: str, wanted: tuple[str, ...], device: torch.device) -> Rival:
-    """A model's full path at its own size, its branches left out."""
-    model, architecture, _ = load_model(path)
-    size = architecture.image_size
-    detector = resize_detector(model.to(device), architecture, size)
-    return _plain(f"plain {size}, {_short(path)}", detector, architecture.classes, wanted, path)
-
-
-def _single_exit(path: str, classes: tuple[str, ...], device: torch.device) -> Rival:
+def _single_exit(path: str, wanted: tuple[str, ...], device: torch.device) -> Rival:
     """A model's only exit: with a router that lets every photo leave, nothing behind it runs."""
     model, architecture, _ = load_model(path)
     if model.num_early_exits != 1:
@@ -199,22 +186,20 @@ def _single_exit(path: str, classes: tuple[str, ...], device: torch.device) -> R
     model = model.to(device)
     model.router = ExitRouter(1, thresholds=0.0).to(device)
     name = f"{model.exit_names[0]} alone, {_short(path)}"
-    network, example = PathToExit(model, 0), example_input(model)
-    found = WantedClasses(model, architecture.classes, classes, path).to(device)
-    return Rival(name, SINGLE_EXIT, network, example, count_mmacs(network, example), found, path)
+    return _rival(name, SINGLE_EXIT, PathToExit(model, 0), model, architecture.classes, wanted, path)
 
 
-def onnx_rivals(cfg: CfgNode, classes: tuple[str, ...]) -> list[Rival]:
-    return [_onnx(entry, classes, cfg.EVAL.TIMING_THREADS) for entry in cfg.EVAL.RIVALS.ONNX]
-
-
-def _onnx(entry: str, classes: tuple[str, ...], threads: int) -> Rival:
-    file_format, _, path = entry.partition(":")
-    detector = OnnxDetector(path, file_format, threads)
-    example = torch.rand(detector.network.input_shape, generator=torch.Generator().manual_seed(0))
-    found = WantedClasses(detector, detector.classes, classes, path)
-    found([torch.zeros(3, 64, 64)])  # outputs of another format are found before hours of evaluation
-    return Rival(Path(path).stem, ONNX, detector.network, example, count_onnx_mmacs(detector.content), found, path)
+def onnx_rivals(cfg: CfgNode, wanted: tuple[str, ...]) -> list[Rival]:
+    rivals = []
+    for entry in cfg.EVAL.RIVALS.ONNX:
+        file_format, _, path = entry.partition(":")
+        detector = OnnxDetector(path, file_format, cfg.EVAL.TIMING_THREADS)
+        network = detector.network
+        example = torch.rand(network.input_shape, generator=torch.Generator().manual_seed(0))
+        found = WantedClasses(detector, detector.classes, wanted, path)
+        found([torch.zeros(3, 64, 64)])  # outputs of another format are found before hours of evaluation
+        rivals.append(Rival(Path(path).stem, ONNX, network, example, count_onnx_mmacs(detector.content), found, path))
+    return rivals
 
 
 def _short(path: str) -> str:
@@ -248,12 +233,10 @@ def evaluate_model(
         _warn_of_differences(cfg, architecture)
     cfg = with_classes(cfg, architecture.classes)
     dataset = load_dataset(cfg, cfg.DATA.TEST, labels="optional")
-    batch_size, workers = cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS
-    loader = build_loader(dataset, batch_size, workers, False, cfg.SEED, rank(), world_size())
-    opened = open_certificate(cfg, model, dataset, info.get("certificate"), weights)
-    stored = {"num_exits": model.num_early_exits, **(info.get("router") or {})}
-    certificate, router = opened or (None, build_router(cfg, stored))
-    router = router.to(device)
+    loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, False, cfg.SEED, rank(), world_size())
+    router = open_router(cfg, model, info, weights).to(device)
+    if certificate := router.certificate:
+        check_certificate(cfg, certificate, dataset, cfg.ROUTING.CERTIFICATE or weights)
     if not dataset.labelled:
         logger.warning("nobody labelled %s: agreement with the full path is measured, no AP", " + ".join(cfg.DATA.TEST))
     rivals = build_rivals(cfg, model, architecture, device) if dataset.labelled else []  # AP judges them
