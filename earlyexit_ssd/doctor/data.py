@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou
+from torchvision.ops import box_area, box_iou
 
 from earlyexit_ssd.data.records import Record
 from earlyexit_ssd.data.repeats import Looks
@@ -43,15 +43,14 @@ class Split:
 
     def boxes(self) -> Tensor:
         """Boxes of objects that count, xyxy as shares of their photo's width and height, float64 [B, 4]."""
-        return torch.tensor(
-            [
-                [value / (record.width, record.height)[place % 2] for place, value in enumerate(one.box)]
-                for record in self.records
-                for one in record.annotations
-                if not one.ignore
-            ],
-            dtype=torch.float64,
-        ).reshape(-1, 4)
+        counted = (
+            (*one.box, record.width, record.height)
+            for record in self.records
+            for one in record.annotations
+            if not one.ignore
+        )
+        values = torch.tensor(list(counted), dtype=torch.float64).reshape(-1, 6)
+        return values[:, :4] / values[:, [4, 5, 4, 5]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class DataEvidence:
     """The splits, and the default boxes of the configured detector: [A, 4] xyxy in pixels of an input of ``size``."""
 
     splits: Sequence[Split]
-    default_boxes: Tensor = field(default_factory=lambda: torch.zeros(0, 4))
+    default_boxes: Tensor
     size: int = 320
 
     def best_ious(self, split: Split) -> Tensor:
@@ -99,13 +98,12 @@ class Summary(Json):
 
 
 def summarise(evidence: DataEvidence, split: Split) -> Summary:
-
     def quantiles(values: Tensor | np.ndarray) -> list[float] | None:
         return np.quantile(np.asarray(values), [0.05, 0.5, 0.95]).tolist() if len(values) else None
 
     sizes = np.array([(record.width, record.height) for record in split.records], np.float64).reshape(-1, 2)
     boxes, counts = split.boxes() * evidence.size, split.objects
-    sides = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp(min=0).sqrt()
+    sides = box_area(boxes).clamp(min=0).sqrt()
     named = {name: counts[label] for label, name in enumerate(split.classes, start=1)}
     photos = quantiles(sizes.prod(1) ** 0.5), quantiles(sizes[:, 0] / sizes[:, 1])
     objects = quantiles(sides), quantiles(evidence.best_ious(split))
@@ -206,13 +204,8 @@ def boxes_as_corners(split: Split, evidence: DataEvidence) -> float:
 @per_split
 def too_small_objects(split: Split, evidence: DataEvidence) -> float:
     """Share of the objects whose area is less than half of the smallest default box's."""
-    boxes, smallest = split.boxes() * evidence.size, areas(evidence.default_boxes).min()
-    return (areas(boxes) < MATCH * smallest).float().mean().item()
-
-
-def areas(boxes: Tensor) -> Tensor:
-    """Of xyxy boxes [B, 4], in square units."""
-    return (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    areas, smallest = box_area(split.boxes() * evidence.size), box_area(evidence.default_boxes).min()
+    return (areas < MATCH * smallest).float().mean().item()
 
 
 # An object that is matched by force trains one default box that fits it badly; others get several that fit.

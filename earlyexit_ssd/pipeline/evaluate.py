@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,31 +112,50 @@ def check_rivals(cfg: CfgNode, device: torch.device) -> None:
         import_package("onnxruntime" if runtime == EAGER else runtime)
 
 
-def build_rivals(
-    cfg: CfgNode, model: EarlyExitSSDLite, architecture: Architecture, device: torch.device
-) -> list[Rival]:
+def build_rivals(cfg: CfgNode, model: EarlyExitSSDLite, architecture: Architecture) -> list[Rival]:
     """Every rival that is no part of the evaluated model, ready to be evaluated on its classes.
 
     Args:
         cfg: its EVAL section is used.
-        model, architecture: the evaluated one.
-        device: where PyTorch's networks run; exported ones stay on the CPU.
+        model, architecture: the evaluated one, on whose device PyTorch's rivals run; exported ones stay on the CPU.
 
     Raises:
         EarlyExitError: a file that is no such detector, or one that has none of the classes.
     """
     rivals, wanted, own_size = cfg.EVAL.RIVALS, architecture.classes, architecture.image_size
+    built: list[Rival] = []
     if not rivals.ENABLED:
-        return []
+        return built
+
+    def add(
+        name: str,
+        kind: str,
+        detector: SSD,
+        network: nn.Module,
+        known: Sequence[str] = wanted,
+        source: str | None = None,
+    ) -> None:
+        example = example_input(detector)
+        found = WantedClasses(detector, known, wanted, source or name).to(example.device)
+        built.append(Rival(name, kind, network, example, count_mmacs(network, example), found, source))
+
+    device = next(model.parameters()).device
     asked = rivals.SIZES or (smaller_sizes(own_size) if model.any_size else ())
     sizes = [size for size in dict.fromkeys(asked) if size != own_size]
-    built = [_plain(model.to(device), architecture, size, wanted) for size in sizes]
-    if is_folded(model.head.classification_head):
-        built += [_plain(model, architecture, size, wanted, CUT_HEAD) for size in (own_size, *sizes)]
-    for path in rivals.FULL_PATHS:  # at its own size, its branches left out
+    for size in sizes:
+        detector = resize_detector(model, architecture, size)
+        add(f"plain {size}", PLAIN, detector, PlainPath(detector))
+    for size in (own_size, *sizes) if is_folded(model.head.classification_head) else ():
+        detector = resize_detector(model, architecture, size, cut=True)
+        add(f"plain {size}, cut head", CUT_HEAD, detector, PlainPath(detector))
+    for path in rivals.FULL_PATHS:  # at their own size, their branches left out
         other, described, _ = load_model(path)
-        built.append(_plain(other.to(device), described, described.image_size, wanted, source=path))
-    built += [_single_exit(path, wanted, device) for path in rivals.SINGLE_EXITS]
+        size, detector = described.image_size, resize_detector(other.to(device), described, described.image_size)
+        add(f"plain {size}, {_short(path)}", PLAIN, detector, PlainPath(detector), other.classes, path)
+    for path in rivals.SINGLE_EXITS:
+        other = _single_exit(path).to(device)
+        name = f"{other.exit_names[0]} alone, {_short(path)}"
+        add(name, SINGLE_EXIT, other, PathToExit(other, 0), other.classes, path)
     return built + onnx_rivals(cfg, wanted)
 
 
@@ -146,47 +166,17 @@ def smaller_sizes(size: int) -> tuple[int, ...]:
     return tuple(side for side in sides if SMALLEST_SIDE <= side < size)
 
 
-def _plain(
-    model: EarlyExitSSDLite,
-    architecture: Architecture,
-    size: int,
-    wanted: tuple[str, ...],
-    kind: str = PLAIN,
-    source: str | None = None,
-) -> Rival:
-    """A model's full path at an input side of ``size``."""
-    detector = resize_detector(model, architecture, size, cut=kind == CUT_HEAD)
-    name = f"plain {size}{', cut head' if kind == CUT_HEAD else ''}{f', {_short(source)}' if source else ''}"
-    return _rival(name, kind, PlainPath(detector), detector, architecture.classes, wanted, source)
-
-
-def _rival(
-    name: str,
-    kind: str,
-    network: nn.Module,
-    detector: SSD,
-    classes: tuple[str, ...],
-    wanted: tuple[str, ...],
-    source: str | None,
-) -> Rival:
-    example = example_input(detector)
-    found = WantedClasses(detector, classes, wanted, source or name).to(example.device)
-    return Rival(name, kind, network, example, count_mmacs(network, example), found, source)
-
-
-def _single_exit(path: str, wanted: tuple[str, ...], device: torch.device) -> Rival:
-    """A model's only exit: with a router that lets every photo leave, nothing behind it runs."""
-    model, architecture, _ = load_model(path)
+def _single_exit(path: str) -> EarlyExitSSDLite:
+    """A model with one exit; with a router that lets every photo leave, nothing behind it runs."""
+    model, _, _ = load_model(path)
     if model.num_early_exits != 1:
         found = ", ".join(model.exit_names[:-1])
         raise EarlyExitError(
             f"{path}: EVAL.RIVALS.SINGLE_EXITS takes models with one early exit, it has {found};"
             " train that exit alone (EXITS.LAYERS)"
         )
-    model = model.to(device)
-    model.router = ExitRouter(1, thresholds=0.0).to(device)
-    name = f"{model.exit_names[0]} alone, {_short(path)}"
-    return _rival(name, SINGLE_EXIT, PathToExit(model, 0), model, architecture.classes, wanted, path)
+    model.router = ExitRouter(1, thresholds=0.0)
+    return model
 
 
 def onnx_rivals(cfg: CfgNode, wanted: tuple[str, ...]) -> list[Rival]:
@@ -235,12 +225,13 @@ def evaluate_model(
     dataset = load_dataset(cfg, cfg.DATA.TEST, labels="optional")
     loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, False, cfg.SEED, rank(), world_size())
     router = open_router(cfg, model, info, weights).to(device)
+    model = model.to(device)
     if certificate := router.certificate:
         check_certificate(cfg, certificate, dataset, cfg.ROUTING.CERTIFICATE or weights)
     if not dataset.labelled:
         logger.warning("nobody labelled %s: agreement with the full path is measured, no AP", " + ".join(cfg.DATA.TEST))
-    rivals = build_rivals(cfg, model, architecture, device) if dataset.labelled else []  # AP judges them
-    collected = collect(model.to(device), loader, router)
+    rivals = build_rivals(cfg, model, architecture) if dataset.labelled else []  # AP judges them
+    collected = collect(model, loader, router)
     if cfg.EVAL.RIVALS.ENABLED and dataset.labelled and not router.hybrid:  # a hybrid has the full path's boxes
         rivals = [*exits_alone(model, collected), *rivals]
     rivals = [replace(rival, detector=rival.found(loader)) for rival in rivals]
@@ -266,9 +257,8 @@ def evaluate_model(
     if certificate is not None:
         results = replace(results, drift=drift_of(certificate, collected, chosen))
     photos = photo_list(evaluation.counts, collected, evaluation.chosen, model.exit_names, dataset.path_of)
-    pictures = {}
-    if cfg.EVAL.PICTURES:
-        pictures["detections"] = _detection_picture(cfg, model, dataset, collected, chosen)
+    picture = _detection_picture(cfg, model, dataset, collected, chosen) if cfg.EVAL.PICTURES else None
+    pictures = {"detections": picture} if picture else {}
     write_results(Path(out_dir), results, pictures, photos)
     write_evaluation_page(Path(out_dir), cfg, weights, model, router, dataset, collected, evaluation, results)
     return results
@@ -279,12 +269,10 @@ def _warn_of_differences(cfg: CfgNode, architecture: Architecture) -> None:
     wanted = build_architecture(cfg, tuple(cfg.DATA.CLASSES) or architecture.classes).to_dict()
     own = architecture.to_dict()
     made_of_weights = ("reduced_tail", "head_outputs", "folded_rows", "folded_branches", "competing")
+    text = "%s: the configuration says %r, the weights were made with %r and keep it"
     for name in wanted | own:
-        said, value = wanted.get(name), own.get(name)
-        if name not in made_of_weights and said != value:
-            logger.warning(
-                "%s: the configuration says %r, the weights were made with %r and keep it", name, said, value
-            )
+        if name not in made_of_weights and wanted.get(name) != own.get(name):
+            logger.warning(text, name, wanted.get(name), own.get(name))
 
 
 def _detection_picture(

@@ -90,7 +90,7 @@ def architecture(**changes) -> Architecture:
 
 def rivals(*overrides: str, **changes):
     described = architecture(**changes)
-    return build_rivals(load_config(None, overrides), described.build().eval(), described, CPU)
+    return build_rivals(load_config(None, overrides), described.build().eval(), described)
 
 
 @pytest.fixture
