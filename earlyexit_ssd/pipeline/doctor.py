@@ -211,11 +211,12 @@ def _of_run(weights: Path, evidence: ModelEvidence, router: ExitRouter) -> dict[
     if not files:
         return {}
     curves: dict[str, dict[str, list[float]]] = {"temperature": {}, "confidence": {}}
-    for line in (line for path in files if path.name == names[-1] for line in read_log(path.parent)):
-        for key, value in line.items():
-            kind, _, name = key.partition("/")
-            if kind in curves and value is not None:
-                curves[kind].setdefault(name, []).append(value)
+    for path in files:
+        for line in read_log(path.parent) if path.name == "log.jsonl" else ():
+            for key, value in line.items():
+                kind, _, name = key.partition("/")
+                if kind in curves and value is not None:
+                    curves[kind].setdefault(name, []).append(value)
     return {
         "computed_aps": sum(len(_AP.findall(path.read_text(encoding="utf-8", errors="replace"))) for path in files),
         "temperatures": {**evidence.temperatures, **curves["temperature"]},
@@ -224,12 +225,9 @@ def _of_run(weights: Path, evidence: ModelEvidence, router: ExitRouter) -> dict[
     }
 
 
-WATCHED_PHOTOS = 12
-"""Photos with objects that are looked at, the same ones each time."""
-LEAST_PROGRESS = 0.1
-"""Of the distance to the threshold: what a sound training gains in two epochs at the least."""
-LARGEST_SHARE_OF_TIME = 0.01
-"""Of the time of the training, for all checks but the first."""
+WATCHED_PHOTOS = 12  # photos with objects that are looked at, the same ones each time
+LEAST_PROGRESS = 0.1  # of the distance to the threshold: what a sound training gains in two epochs at the least
+LARGEST_SHARE_OF_TIME = 0.01  # of the time of the training, for all checks but the first
 
 
 class Watch(Hook):
@@ -241,13 +239,13 @@ class Watch(Hook):
 
     Args:
         photos: the calib split; the first photos with objects are read once.
-        model: the model to look at, such as the averaged one.
-        full_only: the branches are not trained yet, so that only the full path is looked at.
+        model: the model to look at, such as the averaged one; without a router (before the exits phase) only its full
+            path.
     """
 
-    def __init__(self, photos: DetectionDataset, model: EarlyExitSSDLite, full_only: bool = False) -> None:
+    def __init__(self, photos: DetectionDataset, model: EarlyExitSSDLite) -> None:
         records = [record for record in photos.records if record.has_targets][:WATCHED_PHOTOS]
-        self.photos, self.model, self.full_only = photos.subset(records), model, full_only
+        self.photos, self.model = photos.subset(records), model
         self.temperatures: dict[str, list[float]] = {}
         self.warned: set[tuple[str, str]] = set()
         self.distances: list[dict[tuple[str, str], float]] = []  # of the bad figures, by look
@@ -290,4 +288,5 @@ class Watch(Hook):
         if isinstance(getattr(model.router, "temperatures", None), nn.Parameter):
             for name, value in zip(model.exit_names, model.router.temperatures.tolist(), strict=False):
                 self.temperatures.setdefault(name, []).append(value)
-        return replace(seen, exits=seen.exits[-1 if self.full_only else 0 :], temperatures=self.temperatures)
+        exits = seen.exits[-1:] if model.router is None else seen.exits
+        return replace(seen, exits=exits, temperatures=self.temperatures)

@@ -60,15 +60,14 @@ def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoad
     ema = ExponentialMovingAverage(model, phase.EMA) if phase.EMA else None
     # The checkpoint is outermost: it restores the state before the other hooks start and saves after they end.
     checkpoint = Checkpoint(folder / "last.pth", cfg.ENGINE.CHECKPOINT_PERIOD, ema)
-    curves, measured = run.curve_quality if cfg.ENGINE.CURVE_PERIOD else None, ema.average if ema else model
+    measured = ema.average if ema else model
 
     def measure() -> dict[str, float | None]:
         same_everywhere(measured)
-        return curves.curve_point(measured)
+        return run.curve_quality.curve_point(measured)
 
-    log = Log(folder, cfg.ENGINE.LOG_PERIOD, measure if curves else None, cfg.ENGINE.CURVE_PERIOD)
-    watch = Watch(run.calib_set, measured, full_only=name == "baseline")
-    hooks = [checkpoint, ProgressBar(name), log, watch]
+    log = Log(folder, cfg.ENGINE.LOG_PERIOD, measure, cfg.ENGINE.CURVE_PERIOD)
+    hooks = [checkpoint, ProgressBar(name), log, Watch(run.calib_set, measured)]
     hooks += [AfterStep(ema.update)] if ema else []
     hooks += [AfterStep(lambda _: model.router.clamp_temperatures())] if isinstance(model.router, nn.Module) else []
     lr_factors = dict.fromkeys(("backbone.", "head."), phase.get("FULL_PATH_LR_FACTOR", 1.0))  # less in the joint phase
@@ -302,8 +301,7 @@ PHASE_FUNCTIONS: dict[str, Callable[[Run], Gate]] = {"baseline": baseline, "exit
 
 
 def tap_cache(run: Run) -> TapCache:
-    """The tap cache of the exits phase, not yet computed; an EarlyExitError if it would exceed
-    EXITS_PHASE.CACHE_GIB."""
+    """The cache of the exits phase, not yet computed; an EarlyExitError if it would exceed EXITS_PHASE.CACHE_GIB."""
     phase = run.cfg.EXITS_PHASE
     cache = TapCache(run.folder.taps, run.model, len(run.train_set), phase.CACHE_VIEWS, phase.CACHE_DTYPE)
     cache.require_budget(phase.CACHE_GIB)
@@ -334,8 +332,7 @@ def full_path_fingerprint(model: EarlyExitSSDLite) -> dict[str, Tensor]:
 
 
 def require_same_full_path(before: dict[str, Tensor], model: EarlyExitSSDLite) -> None:
-    """Check that the full path is bit-identical to its fingerprint ``before`` the exits phase; an EarlyExitError names
-    the first tensor that has changed."""
+    """An EarlyExitError with the first tensor that has changed since the fingerprint ``before`` the exits phase."""
     after = full_path_fingerprint(model)
     for key, value in before.items():
         if not torch.equal(value, after[key]):

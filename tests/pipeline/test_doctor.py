@@ -92,7 +92,7 @@ def trainer_at(step: int) -> SimpleNamespace:
 
 
 def test_a_training_is_warned_of_each_failure_once(photos, model, caplog):
-    watch, state = Watch(photos, model, full_only=True), {k: v.clone() for k, v in model.state_dict().items()}
+    watch, state = Watch(photos, model), {k: v.clone() for k, v in model.state_dict().items()}
     model.train()
     watch.before_training(trainer_at(0))
     with caplog.at_level(logging.WARNING):

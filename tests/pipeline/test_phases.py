@@ -138,7 +138,7 @@ def test_fingerprint_leaves_the_mode_alone():
 
 @pytest.mark.parametrize(("name", "share"), [("joint", 0.25), ("exits", 1.0)])
 def test_full_path_has_its_share_of_the_rate_in_the_joint_phase_alone(name, share, tmp_path, monkeypatch):
-    cfg = load_config(None, ["JOINT.FULL_PATH_LR_FACTOR", "0.25", "ENGINE.CURVE_PERIOD", "0"])
+    cfg = load_config(None, ["JOINT.FULL_PATH_LR_FACTOR", "0.25"])
     photos = SimpleNamespace(records=[], subset=lambda records: records)
     run = Run(cfg, RunFolder(tmp_path), small_model(), None, photos, photos, torch.device("cpu"))
 
