@@ -32,9 +32,9 @@ class Split:
     name: str  # ``TRAIN``, ``CALIB`` or ``TEST``
     classes: tuple[str, ...]  # names of the labels 1..K
     records: Sequence[Record]  # the photos with boxes as their files give them, not clipped
-    labelled: bool = True  # False if some photos have no annotations; its boxes are not judged then
-    sha256: Sequence[str] = ()  # of the content of each photo's file; empty: unknown
-    looks: Looks | None = None  # what the photos look like; None: unknown
+    labelled: bool  # False if some photos have no annotations; its boxes are not judged then
+    sha256: Sequence[str]  # of the content of each photo's file
+    looks: Looks  # what the photos look like
 
     @property
     def objects(self) -> Counter[int]:
@@ -152,7 +152,7 @@ def empty_photos(evidence: DataEvidence) -> dict[str, float]:
 )
 def copies_across_splits(evidence: DataEvidence) -> dict[str, float]:
     """Photos of the second split whose file has the content of one in the first."""
-    pairs = combinations([one for one in evidence.splits if one.sha256], 2)
+    pairs = combinations([one for one in evidence.splits if one.records], 2)
     return {f"{one.name}, {other.name}": sum(map(set(one.sha256).__contains__, other.sha256)) for one, other in pairs}
 
 
@@ -164,7 +164,7 @@ def copies_across_splits(evidence: DataEvidence) -> dict[str, float]:
 )
 def near_copies_across_splits(evidence: DataEvidence) -> dict[str, float]:
     """Share of the second split's photos that look like one of the first."""
-    pairs = combinations([one for one in evidence.splits if one.looks is not None and one.records], 2)
+    pairs = combinations([one for one in evidence.splits if one.records], 2)
     return {f"{one.name}, {other.name}": float(other.looks.like(one.looks).mean()) for one, other in pairs}
 
 

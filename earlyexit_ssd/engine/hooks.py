@@ -124,8 +124,8 @@ class Log(Hook):
 
     folder: Path  # for log.jsonl and tensorboard/
     period: int  # steps between lines with the learning rate, the ``loss`` and its parts ``loss/<name>``
+    # what a line holds too at the end of epochs, by name; None is undefined; it runs in every process
     measure: Callable[[], Mapping[str, float | None]] | None = None
-    """What a line holds too at the end of epochs, by name; None is undefined. It runs in every process."""
     measure_period: int = 1  # epochs between these; 0 has none; the last epoch is one of them
 
     def before_training(self, trainer: Trainer) -> None:
@@ -160,7 +160,7 @@ class Log(Hook):
 
     def after_training(self, trainer: Trainer) -> None:
         if is_main():
-            self.board.close()
+            self.board.file.close()
 
 
 def read_log(folder: Path) -> list[LogLine]:
@@ -184,7 +184,7 @@ class _Board:
         make_folder(folder)
         self.path = folder / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}"
         with writing(self.path):
-            self._file = RecordWriter(open(self.path, "ab", buffering=0))  # noqa: SIM115
+            self.file = RecordWriter(open(self.path, "ab", buffering=0))  # noqa: SIM115
         self._add(file_version="brain.Event:2")
         self._add(step=first_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
@@ -192,9 +192,6 @@ class _Board:
         scalars = [{"tag": key, "simple_value": value} for key, value in values.items() if value is not None]
         self._add(step=step, summary=summary_pb2.Summary(value=[summary_pb2.Summary.Value(**one) for one in scalars]))
 
-    def close(self) -> None:
-        self._file.close()
-
     def _add(self, **fields: Any) -> None:
         with writing(self.path):
-            self._file.write(event_pb2.Event(wall_time=time.time(), **fields).SerializeToString())
+            self.file.write(event_pb2.Event(wall_time=time.time(), **fields).SerializeToString())

@@ -48,10 +48,8 @@ def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
 
 
 class PhotoLoader:
-    """Batches of photos on ``device``. Each (epoch, batch) has the same photos and views in every run.
-
-    ``loader`` comes from :func:`earlyexit_ssd.data.build_loader` with ``train=True``.
-    """
+    """Batches on ``device``, the same in every run, of a ``loader`` of :func:`earlyexit_ssd.data.build_loader` with
+    ``train=True``."""
 
     def __init__(self, loader: DataLoader, device: torch.device) -> None:
         self.loader, self.device, self._steps = loader, device, len(loader)
@@ -75,10 +73,8 @@ def to_device(targets: list[dict], device: torch.device) -> list[dict]:
 
 
 class ExponentialMovingAverage:
-    """Moving average of the parameters and floating-point buffers.
-
-    The decay after ``t`` updates is ``min(decay, (1 + t) / (10 + t))``, so that early noisy weights have little weight.
-    """
+    """Moving average of the parameters and floating-point buffers. The decay after ``t`` updates is ``min(decay,
+    (1 + t) / (10 + t))``, so that early noisy weights have little weight."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
@@ -160,8 +156,8 @@ class Trainer:
         return self.epochs * len(self.loader)
 
     def run(self) -> bool:
-        """Train to the end. False if a hook has set ``stop``. A TrainingDiverged if a loss or a gradient is NaN or
-        infinite; the weights of the previous step are kept."""
+        """Train to the end; False if a hook has set ``stop``. A TrainingDiverged if a loss or a gradient is not finite;
+        the weights of the previous step are kept."""
         for hook in self.hooks:
             hook.before_training(self)
         try:

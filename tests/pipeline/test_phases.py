@@ -12,7 +12,6 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import Architecture, LossSettings, describe_exits
 from earlyexit_ssd.modeling.detector import TapBatch
 from earlyexit_ssd.pipeline import phases
-from earlyexit_ssd.pipeline import phases as fit
 from earlyexit_ssd.pipeline.build import build_router
 from earlyexit_ssd.pipeline.phases import (
     SeveralSizes,
@@ -125,8 +124,8 @@ def test_photos_of_a_batch_are_named_whatever_the_loader():
             return f"{image_id}.jpg"
 
     targets = [{"image_id": torch.tensor(3)}, {"image_id": 5}]
-    assert fit._photo_names(Photos(), TapBatch([], {}, targets)) == ["3.jpg", "5.jpg"]
-    assert fit._photo_names(Photos(), ([], targets)) == ["3.jpg", "5.jpg"]
+    assert phases._photo_names(Photos(), TapBatch([], {}, targets)) == ["3.jpg", "5.jpg"]
+    assert phases._photo_names(Photos(), ([], targets)) == ["3.jpg", "5.jpg"]
 
 
 def test_fingerprint_leaves_the_mode_alone():
