@@ -58,16 +58,15 @@ class Checkpoint(Hook):
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
 
+    def _parts(self, trainer: Trainer) -> dict[str, Any]:
+        """All that has a state beside the step."""
+        parts = {"model": trainer.model, "optimizer": trainer.optimizer, "scaler": trainer.scaler, "ema": self.ema}
+        return {name: part for name, part in parts.items() if part is not None}
+
     def _save(self, trainer: Trainer) -> None:
         if is_main():
-            state = {
-                "step": trainer.step,
-                "model": trainer.model.state_dict(),
-                "optimizer": trainer.optimizer.state_dict(),
-                "scaler": trainer.scaler.state_dict(),
-                "ema": self.ema.state_dict() if self.ema else None,
-            }
-            write_torch(self.path, state)
+            states = {name: part.state_dict() for name, part in self._parts(trainer).items()}
+            write_torch(self.path, {"step": trainer.step, **states})
         barrier()
 
     def _load(self, trainer: Trainer) -> None:
@@ -78,11 +77,8 @@ class Checkpoint(Hook):
             raise EarlyExitError(f"{error}; or {fix}") from None
         try:
             trainer.step = int(state["step"])
-            trainer.model.load_state_dict(state["model"])
-            trainer.optimizer.load_state_dict(state["optimizer"])
-            trainer.scaler.load_state_dict(state["scaler"])
-            if self.ema:
-                self.ema.load_state_dict(state["ema"])
+            for name, part in self._parts(trainer).items():
+                part.load_state_dict(state[name])
         except Exception as error:  # optimizers and modules raise whatever their parts do
             reason = f"{type(error).__name__}: {error}"
             raise EarlyExitError(f"{self.path}: not the state of this training ({reason}); {fix}") from None
