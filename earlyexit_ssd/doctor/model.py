@@ -31,17 +31,11 @@ FEW_PHOTOS = 0.01  # a share of photos that is as good as none
 
 @dataclass(frozen=True)
 class ExitOutput:
-    """Outputs of one exit (or the full path) for n photos.
-
-    Attributes:
-        name: of the exit.
-        foreground: [n, A] in [0, 1], at each default box 1 - the probability of background.
-        deltas: [n, A, 4] box regression in torchvision's encoding (weights 10, 10, 5, 5).
-    """
+    """Outputs of one exit (or the full path) for n photos."""
 
     name: str
-    foreground: Tensor
-    deltas: Tensor
+    foreground: Tensor  # [n, A] in [0, 1], at each default box 1 - the probability of background
+    deltas: Tensor  # [n, A, 4] box regression in torchvision's encoding (weights 10, 10, 5, 5)
 
     @classmethod
     def of(cls, name: str, logits: Tensor, deltas: Tensor) -> ExitOutput:
@@ -57,30 +51,22 @@ class ExitOutput:
 
 @dataclass(frozen=True)
 class ModelEvidence:
-    """What the checks look at. A check whose evidence is missing says nothing.
+    """What the checks look at. A check whose evidence is missing says nothing."""
 
-    Attributes:
-        exits: outputs of the exits that have a branch, and of the full path.
-        default_boxes: [A, 4] xyxy in network pixels.
-        objects: per photo [g, 4] xyxy in network pixels.
-        shares: exit, the full path last -> share of the photos that leave there; empty if every early exit is closed.
-        temperatures: exit -> its temperature after each epoch, or the last one alone.
-        confidences: exit -> mean confidence of its gate after each epoch. It must be one that rises as a detector
-            learns: the mean foreground does not.
-        ap50: exit, the full path last -> AP50; None is undefined.
-        above_full: early exit -> lower end of the 95 % interval of its AP50 - the full path's, on the same photos.
-        computed_aps: number of APs in the files of the run; None: there are no files.
-    """
-
-    exits: Sequence[ExitOutput] = ()
-    default_boxes: Tensor = field(default_factory=lambda: torch.zeros(0, 4))
-    objects: Sequence[Tensor] = ()
+    exits: Sequence[ExitOutput] = ()  # of the exits that have a branch, and of the full path
+    default_boxes: Tensor = field(default_factory=lambda: torch.zeros(0, 4))  # [A, 4] xyxy in network pixels
+    objects: Sequence[Tensor] = ()  # per photo [g, 4] xyxy in network pixels
+    # exit, the full path last -> share of the photos that leave there; empty if every early exit is closed
     shares: Mapping[str, float] = field(default_factory=dict)
+    # exit -> its temperature after each epoch, or the last one alone
     temperatures: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    # exit -> mean confidence of its gate after each epoch; one that rises as a detector learns, as the mean foreground
+    # does not
     confidences: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    ap50: Mapping[str, float | None] = field(default_factory=dict)
+    ap50: Mapping[str, float | None] = field(default_factory=dict)  # exit, the full path last -> AP50; None: undefined
+    # early exit -> lower end of the 95 % interval of its AP50 - the full path's, on the same photos
     above_full: Mapping[str, float] = field(default_factory=dict)
-    computed_aps: int | None = None
+    computed_aps: int | None = None  # number of APs in the files of the run; None: there are no files
 
     @property
     def shows(self) -> Tensor:

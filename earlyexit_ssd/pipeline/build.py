@@ -270,14 +270,8 @@ def build_router(cfg: CfgNode, stored: Mapping[str, Any] | None = None, learn: b
 
 
 def open_router(cfg: CfgNode, model: EarlyExitSSDLite, info: ModelInfo, weights: str | os.PathLike[str]) -> ExitRouter:
-    """The router of ROUTING.CERTIFICATE, else that of the certificate in the model's file, else of the ROUTING section.
-
-    Args:
-        model, info: from the file ``weights``, see `open_model`.
-
-    Raises:
-        EarlyExitError: a certificate for other weights, or a wrong number of thresholds.
-    """
+    """The router of ROUTING.CERTIFICATE, else that of the certificate in the model's file, else of the ROUTING section;
+    ``model`` and ``info`` are from the file ``weights``. Errors as of `Certificate.router_for` and `build_router`."""
     if cfg.ROUTING.CERTIFICATE:
         return load_certificate(cfg.ROUTING.CERTIFICATE).router_for(model)
     if info.get("certificate"):

@@ -239,8 +239,7 @@ class Watch(Hook):
 
     Args:
         photos: the calib split; the first photos with objects are read once.
-        model: the model to look at, such as the averaged one; without a router (before the exits phase) only its full
-            path.
+        model: such as the averaged one; without a router (before the exits phase) only its full path is looked at.
     """
 
     def __init__(self, photos: DetectionDataset, model: EarlyExitSSDLite) -> None:

@@ -62,12 +62,8 @@ logger = logging.getLogger(__name__)
 def check_certificate(
     cfg: CfgNode, certificate: Certificate, dataset: DetectionDataset, source: str | os.PathLike[str]
 ) -> None:
-    """Warn if the certificate of the file ``source`` speaks of another EVAL.SCORE or EVAL.IOU.
-
-    Raises:
-        EarlyExitError: it was calibrated on one of these photos, or it bounds a risk, which holds at its own score and
-            IoU only.
-    """
+    """Warn if the certificate of the file ``source`` speaks of another EVAL.SCORE or EVAL.IOU. An EarlyExitError if it
+    was calibrated on one of these photos, or bounds a risk, which holds at its own score and IoU only."""
     certificate.require_unseen(photo_hashes(dataset))
     target = certificate.target
     if (target.score, target.iou) == (cfg.EVAL.SCORE, cfg.EVAL.IOU):
@@ -113,15 +109,8 @@ def check_rivals(cfg: CfgNode, device: torch.device) -> None:
 
 
 def build_rivals(cfg: CfgNode, model: EarlyExitSSDLite, architecture: Architecture) -> list[Rival]:
-    """Every rival that is no part of the evaluated model, ready to be evaluated on its classes.
-
-    Args:
-        cfg: its EVAL section is used.
-        model, architecture: the evaluated one, on whose device PyTorch's rivals run; exported ones stay on the CPU.
-
-    Raises:
-        EarlyExitError: a file that is no such detector, or one that has none of the classes.
-    """
+    """Every rival that is no part of the evaluated model, ready to be evaluated on its classes and its device; exported
+    ones stay on the CPU. An EarlyExitError for a file that is no such detector, or that has none of the classes."""
     rivals, wanted, own_size = cfg.EVAL.RIVALS, architecture.classes, architecture.image_size
     built: list[Rival] = []
     if not rivals.ENABLED:

@@ -409,8 +409,7 @@ def fine_tune(
         folder: folder of checkpoints, the log and the trained model.
 
     Raises:
-        Interrupted: a signal stopped the training.
-        TrainingDiverged: a loss is NaN or infinite.
+        as of `fit`.
     """
     train_set = load_dataset(cfg, cfg.DATA.TRAIN, train=True, labels="optional")
     settings = f"{cfg.FINE_TUNING} {cfg.LOSS} {cfg.DATA.AUGMENTATION} {cfg.SEED} {list(sides)} {fingerprint(train_set)}"

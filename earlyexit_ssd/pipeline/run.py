@@ -40,15 +40,12 @@ _SETTINGS_OF_PHASES = {"baseline": "BASELINE.", "exits": ("EXITS_PHASE.", "EXITS
 
 @dataclass(frozen=True)
 class Check:
-    """One figure against its limit; None (undefined) fails.
-
-    limit: the least value; None where the figure is only shown. of: what it is a share of, empty for an absolute one.
-    """
+    """One figure against its limit."""
 
     name: str
-    value: float | None
-    limit: float | None
-    of: str = ""
+    value: float | None  # None is undefined, which fails
+    limit: float | None  # the least value; None where the figure is only shown
+    of: str = ""  # what the limit is a share of, empty for an absolute one
 
     @property
     def passed(self) -> bool:
@@ -64,15 +61,12 @@ class Check:
 
 @dataclass(frozen=True)
 class Gate:
-    """What a phase must reach before the next one starts, and what to try if a check fails.
-
-    forced: the run went on although the gate failed.
-    """
+    """What a phase must reach before the next one starts, and what to try if a check fails."""
 
     phase: str
     checks: tuple[Check, ...]
     advice: tuple[str, ...] = ()
-    forced: bool = False
+    forced: bool = False  # the run went on although the gate failed
 
     @property
     def passed(self) -> bool:
@@ -95,13 +89,10 @@ class Gate:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run below ``root``: the final model, and a folder for each phase.
-
-    shared_taps: folder of a tap cache shared by several runs, which is not deleted; None: a cache in the run's folder.
-    """
+    """Paths of a run below ``root``: the final model, and a folder for each phase."""
 
     root: Path
-    shared_taps: Path | None = None
+    shared_taps: Path | None = None  # of a tap cache that several runs share, which is not deleted
 
     @property
     def model(self) -> Path:
