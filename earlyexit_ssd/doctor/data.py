@@ -5,21 +5,21 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou
+from torchvision.ops import box_area, box_iou
 
 from earlyexit_ssd.data.records import Record
 from earlyexit_ssd.data.repeats import Looks
-from earlyexit_ssd.doctor.findings import Check, check_of
+from earlyexit_ssd.doctor import findings
 from earlyexit_ssd.evaluation.results import Record as Json
 
-DATA_CHECKS: list[Check] = []  # in the order of the table
-check = functools.partial(check_of, DATA_CHECKS)
+DATA_CHECKS: list[findings.Check] = []  # in the order of the table
+check = functools.partial(findings.check, DATA_CHECKS)
 
 MATCH = 0.5  # IoU at which torchvision assigns a default box to an object
 ENOUGH_BOXES = 20  # with fewer boxes, a split's boxes are not judged as a whole
@@ -32,9 +32,9 @@ class Split:
     name: str  # ``TRAIN``, ``CALIB`` or ``TEST``
     classes: tuple[str, ...]  # names of the labels 1..K
     records: Sequence[Record]  # the photos with boxes as their files give them, not clipped
-    labelled: bool = True  # False if some photos have no annotations; its boxes are not judged then
-    sha256: Sequence[str] = ()  # of the content of each photo's file; empty: unknown
-    looks: Looks | None = None  # what the photos look like; None: unknown
+    labelled: bool  # False if some photos have no annotations; its boxes are not judged then
+    sha256: Sequence[str]  # of the content of each photo's file
+    looks: Looks  # what the photos look like
 
     @property
     def objects(self) -> Counter[int]:
@@ -43,15 +43,14 @@ class Split:
 
     def boxes(self) -> Tensor:
         """Boxes of objects that count, xyxy as shares of their photo's width and height, float64 [B, 4]."""
-        return torch.tensor(
-            [
-                [value / (record.width, record.height)[place % 2] for place, value in enumerate(one.box)]
-                for record in self.records
-                for one in record.annotations
-                if not one.ignore
-            ],
-            dtype=torch.float64,
-        ).reshape(-1, 4)
+        counted = (
+            (*one.box, record.width, record.height)
+            for record in self.records
+            for one in record.annotations
+            if not one.ignore
+        )
+        values = torch.tensor(list(counted), dtype=torch.float64).reshape(-1, 6)
+        return values[:, :4] / values[:, [4, 5, 4, 5]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class DataEvidence:
     """The splits, and the default boxes of the configured detector: [A, 4] xyxy in pixels of an input of ``size``."""
 
     splits: Sequence[Split]
-    default_boxes: Tensor = field(default_factory=lambda: torch.zeros(0, 4))
+    default_boxes: Tensor
     size: int = 320
 
     def best_ious(self, split: Split) -> Tensor:
@@ -99,13 +98,12 @@ class Summary(Json):
 
 
 def summarise(evidence: DataEvidence, split: Split) -> Summary:
-
     def quantiles(values: Tensor | np.ndarray) -> list[float] | None:
         return np.quantile(np.asarray(values), [0.05, 0.5, 0.95]).tolist() if len(values) else None
 
     sizes = np.array([(record.width, record.height) for record in split.records], np.float64).reshape(-1, 2)
     boxes, counts = split.boxes() * evidence.size, split.objects
-    sides = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp(min=0).sqrt()
+    sides = box_area(boxes).clamp(min=0).sqrt()
     named = {name: counts[label] for label, name in enumerate(split.classes, start=1)}
     photos = quantiles(sizes.prod(1) ** 0.5), quantiles(sizes[:, 0] / sizes[:, 1])
     objects = quantiles(sides), quantiles(evidence.best_ious(split))
@@ -115,11 +113,11 @@ def summarise(evidence: DataEvidence, split: Split) -> Summary:
 def per_split(measure: Callable[[Split, DataEvidence], float]) -> Callable[[DataEvidence], dict[str, float]]:
     """A check of the boxes of every labelled split by itself, where there are enough."""
 
+    @functools.wraps(measure)
     def of_all(evidence: DataEvidence) -> dict[str, float]:
         judged = (one for one in evidence.splits if one.labelled and sum(one.objects.values()) >= ENOUGH_BOXES)
         return {one.name: measure(one, evidence) for one in judged}
 
-    of_all.__name__, of_all.__doc__ = measure.__name__, measure.__doc__
     return of_all
 
 
@@ -154,7 +152,7 @@ def empty_photos(evidence: DataEvidence) -> dict[str, float]:
 )
 def copies_across_splits(evidence: DataEvidence) -> dict[str, float]:
     """Photos of the second split whose file has the content of one in the first."""
-    pairs = combinations([one for one in evidence.splits if one.sha256], 2)
+    pairs = combinations([one for one in evidence.splits if one.records], 2)
     return {f"{one.name}, {other.name}": sum(map(set(one.sha256).__contains__, other.sha256)) for one, other in pairs}
 
 
@@ -166,7 +164,7 @@ def copies_across_splits(evidence: DataEvidence) -> dict[str, float]:
 )
 def near_copies_across_splits(evidence: DataEvidence) -> dict[str, float]:
     """Share of the second split's photos that look like one of the first."""
-    pairs = combinations([one for one in evidence.splits if one.looks is not None and one.records], 2)
+    pairs = combinations([one for one in evidence.splits if one.records], 2)
     return {f"{one.name}, {other.name}": float(other.looks.like(one.looks).mean()) for one, other in pairs}
 
 
@@ -206,13 +204,8 @@ def boxes_as_corners(split: Split, evidence: DataEvidence) -> float:
 @per_split
 def too_small_objects(split: Split, evidence: DataEvidence) -> float:
     """Share of the objects whose area is less than half of the smallest default box's."""
-    boxes, smallest = split.boxes() * evidence.size, areas(evidence.default_boxes).min()
-    return (areas(boxes) < MATCH * smallest).float().mean().item()
-
-
-def areas(boxes: Tensor) -> Tensor:
-    """Of xyxy boxes [B, 4], in square units."""
-    return (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    areas, smallest = box_area(split.boxes() * evidence.size), box_area(evidence.default_boxes).min()
+    return (areas < MATCH * smallest).float().mean().item()
 
 
 # An object that is matched by force trains one default box that fits it badly; others get several that fit.
@@ -236,7 +229,7 @@ def matched_by_force(split: Split, evidence: DataEvidence) -> float:
 )
 def rare_class_in_training(evidence: DataEvidence) -> dict[str, float]:
     """Boxes of the rarest class in TRAIN."""
-    return {f"TRAIN, {name}": count for split, name, count in rarest(evidence) if split == "TRAIN"}
+    return rarest([one for one in evidence.splits if one.name == "TRAIN"])
 
 
 # The standard error of a recall on 25 objects is up to 0.1.
@@ -247,14 +240,15 @@ def rare_class_in_training(evidence: DataEvidence) -> dict[str, float]:
 )
 def rare_class_in_evaluation(evidence: DataEvidence) -> dict[str, float]:
     """Objects of the rarest class in CALIB and TEST."""
-    return {f"{split}, {name}": count for split, name, count in rarest(evidence) if split != "TRAIN"}
+    return rarest([one for one in evidence.splits if one.name != "TRAIN"])
 
 
-def rarest(evidence: DataEvidence) -> list[tuple[str, str, int]]:
-    """(split, class, objects that count) of each labelled split's rarest class."""
-    found = []
-    for one in evidence.splits:
+def rarest(splits: Sequence[Split]) -> dict[str, float]:
+    """``<split>, <class>`` -> objects that count of each labelled split's rarest class."""
+    found = {}
+    for one in splits:
         if one.labelled and one.classes:
-            counts = [one.objects[label] for label in range(1, len(one.classes) + 1)]
-            found.append((one.name, one.classes[counts.index(min(counts))], min(counts)))
+            counts = {name: one.objects[label] for label, name in enumerate(one.classes, start=1)}
+            name = min(counts, key=counts.get)
+            found[f"{one.name}, {name}"] = counts[name]
     return found

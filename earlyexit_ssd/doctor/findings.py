@@ -1,7 +1,7 @@
 """What the doctor finds, and the registry of its checks.
 
 A check is a function from evidence to figures by subject (an exit, a split). It leaves a subject out that it cannot
-judge. The decorator `check_of` adds the thresholds, what a bad figure means and what to do about it.
+judge. The decorator `check` adds the thresholds, what a bad figure means and what to do about it.
 """
 
 from __future__ import annotations
@@ -52,17 +52,16 @@ class Finding(Record):
         return f"{what}; {self.meaning}: {self.advice}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Check:
-    """A check with its thresholds, see `Finding`; ``quick`` ones need the outputs on a few photos only."""
+    """A check with its thresholds, see `Finding`."""
 
     name: str
     measure: Measure
-    least: float | None
-    most: float | None
+    least: float | None = None
+    most: float | None = None
     meaning: str
     advice: str
-    quick: bool
 
     def findings(self, evidence: Any) -> list[Finding]:
         """One for each subject that can be judged; a figure that is NaN is bad."""
@@ -72,19 +71,11 @@ class Check:
         return [Finding(self.name, subject, not least <= figure <= most, figure, *words) for subject, figure in figures]
 
 
-def check_of(
-    checks: list[Check],
-    *,
-    least: float | None = None,
-    most: float | None = None,
-    meaning: str,
-    advice: str,
-    quick: bool = False,
-) -> Callable[[Measure], Measure]:
-    """Decorator that adds a function to ``checks`` under its own name; for the other arguments see `Finding`."""
+def check(checks: list[Check], **limits_and_words: Any) -> Callable[[Measure], Measure]:
+    """Decorator that adds a function to ``checks`` under its own name; the keywords are further fields of `Check`."""
 
     def register(measure: Measure) -> Measure:
-        checks.append(Check(measure.__name__, measure, least, most, meaning, advice, quick))
+        checks.append(Check(name=measure.__name__, measure=measure, **limits_and_words))
         return measure
 
     return register

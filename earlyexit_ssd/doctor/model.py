@@ -17,68 +17,56 @@ from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import box_iou
 
-from earlyexit_ssd.doctor.findings import Check, check_of
+from earlyexit_ssd.doctor import findings
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50, LARGEST_LOSS
 
-MODEL_CHECKS: list[Check] = []  # in the order of the table
-check = functools.partial(check_of, MODEL_CHECKS)
+MODEL_CHECKS: list[findings.Check] = []  # in the order of the table
+check = functools.partial(findings.check, MODEL_CHECKS)
 
 BOX_CODER = BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))  # torchvision's encoding of boxes in its SSD
 ENOUGH_PHOTOS = 10  # with fewer photos of a kind nothing is said about them
 SCORE = 0.25  # a score at which users show detections: higher than any that keeps noise, lower than most
-
 FEW_PHOTOS = 0.01  # a share of photos that is as good as none
 
 
 @dataclass(frozen=True)
 class ExitOutput:
-    """Outputs of one exit (or the full path) for n photos.
-
-    Attributes:
-        name: of the exit.
-        foreground: [n, A] in [0, 1], at each default box 1 - the probability of background.
-        deltas: [n, A, 4] box regression in torchvision's encoding (weights 10, 10, 5, 5).
-        confidence: [n] what is compared with the exit's threshold, if it is to tell photos with objects from others;
-            None: the largest foreground. (Most policies tell how sure an exit is, which is another thing.)
-    """
+    """Outputs of one exit (or the full path) for n photos."""
 
     name: str
-    foreground: Tensor
-    deltas: Tensor
-    confidence: Tensor | None = None
+    foreground: Tensor  # [n, A] in [0, 1], at each default box 1 - the probability of background
+    deltas: Tensor  # [n, A, 4] box regression in torchvision's encoding (weights 10, 10, 5, 5)
 
     @classmethod
-    def of(cls, name: str, logits: Tensor, deltas: Tensor, confidence: Tensor | None = None) -> ExitOutput:
+    def of(cls, name: str, logits: Tensor, deltas: Tensor) -> ExitOutput:
         """From raw class logits [n, A, C], background in column 0."""
-        return cls(name, 1 - logits.float().softmax(-1)[..., 0], deltas.float(), confidence)
+        return cls(name, 1 - logits.float().softmax(-1)[..., 0], deltas.float())
+
+    @classmethod
+    def joined(cls, parts: Sequence[ExitOutput]) -> ExitOutput:
+        """The outputs of one exit for several batches, as one."""
+        foreground, deltas = (torch.cat([getattr(one, key) for one in parts]) for key in ("foreground", "deltas"))
+        return cls(parts[0].name, foreground, deltas)
 
 
 @dataclass(frozen=True)
 class ModelEvidence:
-    """What the checks look at. A check whose evidence is missing says nothing.
+    """What the checks look at. A check whose evidence is missing says nothing."""
 
-    Attributes:
-        exits: outputs of the exits that have a branch, and of the full path.
-        default_boxes: [A, 4] xyxy in network pixels.
-        objects: per photo [g, 4] xyxy in network pixels.
-        shares: exit, the full path last -> share of the photos that leave there; empty if every early exit is closed.
-        temperatures: exit -> its temperature after each epoch, or the last one alone.
-        confidences: exit -> mean confidence of its gate after each epoch. It must be one that rises as a detector
-            learns: the mean foreground does not.
-        ap50: exit, the full path last -> AP50; None is undefined.
-        above_full: early exit -> lower end of the 95 % interval of its AP50 - the full path's, on the same photos.
-        computed_aps: number of APs in the files of the run; None: there are no files.
-    """
-
-    exits: Sequence[ExitOutput] = ()
-    default_boxes: Tensor = field(default_factory=lambda: torch.zeros(0, 4))
-    objects: Sequence[Tensor] = ()
+    exits: Sequence[ExitOutput] = ()  # of the exits that have a branch, and of the full path
+    default_boxes: Tensor = field(default_factory=lambda: torch.zeros(0, 4))  # [A, 4] xyxy in network pixels
+    objects: Sequence[Tensor] = ()  # per photo [g, 4] xyxy in network pixels
+    # exit, the full path last -> share of the photos that leave there; empty if every early exit is closed
     shares: Mapping[str, float] = field(default_factory=dict)
+    # exit -> its temperature after each epoch, or the last one alone
     temperatures: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    # exit -> mean confidence of its gate after each epoch; one that rises as a detector learns, as the mean foreground
+    # does not
     confidences: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    ap50: Mapping[str, float | None] = field(default_factory=dict)
+    ap50: Mapping[str, float | None] = field(default_factory=dict)  # exit, the full path last -> AP50; None: undefined
+    # early exit -> lower end of the 95 % interval of its AP50 - the full path's, on the same photos
     above_full: Mapping[str, float] = field(default_factory=dict)
-    computed_aps: int | None = None
+    computed_aps: int | None = None  # number of APs in the files of the run; None: there are no files
 
     @property
     def shows(self) -> Tensor:
@@ -89,12 +77,11 @@ class ModelEvidence:
 def per_exit(measure: Callable[[ExitOutput, ModelEvidence], float]) -> Callable[[ModelEvidence], dict[str, float]]:
     """A check of every exit by itself, where enough photos have objects."""
 
+    @functools.wraps(measure)
     def of_all(evidence: ModelEvidence) -> dict[str, float]:
-        if int(evidence.shows.sum()) < ENOUGH_PHOTOS:
-            return {}
-        return {one.name: measure(one, evidence) for one in evidence.exits}
+        judged = evidence.exits if int(evidence.shows.sum()) >= ENOUGH_PHOTOS else ()
+        return {one.name: measure(one, evidence) for one in judged}
 
-    of_all.__name__, of_all.__doc__ = measure.__name__, measure.__doc__
     return of_all
 
 
@@ -104,7 +91,6 @@ def per_exit(measure: Callable[[ExitOutput, ModelEvidence], float]) -> Callable[
     least=0.5,
     meaning="all default boxes get nearly the same score, so objects are not told from background",
     advice="train with default boxes assigned by IoU (never at random), and check that boxes belong to their photos",
-    quick=True,
 )
 @per_exit
 def near_uniform_scores(found: ExitOutput, evidence: ModelEvidence) -> float:
@@ -120,7 +106,6 @@ def near_uniform_scores(found: ExitOutput, evidence: ModelEvidence) -> float:
     most=0.25,
     meaning="the likeliest boxes are shifted or scaled as no default box that overlaps an object needs to be",
     advice="check the assignment of default boxes, the box format (xyxy, pixels) and the encoding (10, 10, 5, 5)",
-    quick=True,
 )
 @per_exit
 def deltas_out_of_range(found: ExitOutput, evidence: ModelEvidence) -> float:
@@ -136,7 +121,6 @@ def deltas_out_of_range(found: ExitOutput, evidence: ModelEvidence) -> float:
     least=0.1,
     meaning="the network says background everywhere, even in photos that show objects",
     advice="lower the share or weight of negatives, look for wrong labels, and take penalties off the confidence",
-    quick=True,
 )
 @per_exit
 def background_everywhere(found: ExitOutput, evidence: ModelEvidence) -> float:
@@ -150,7 +134,6 @@ def background_everywhere(found: ExitOutput, evidence: ModelEvidence) -> float:
     most=0.5,
     meaning="most default boxes claim an object, wherever they are",
     advice="check that negatives are trained (LOSS.NEG_TO_POS_RATIO, LOSS.MIN_NEGATIVES) and background is class 0",
-    quick=True,
 )
 @per_exit
 def foreground_everywhere(found: ExitOutput, evidence: ModelEvidence) -> float:
@@ -166,15 +149,12 @@ def foreground_everywhere(found: ExitOutput, evidence: ModelEvidence) -> float:
     advice="do not route by it: train the exit until it detects, and then choose a policy",
 )
 def confidence_ignores_objects(evidence: ModelEvidence) -> dict[str, float]:
-    """AUC of each photo's largest foreground (or of `ExitOutput.confidence`, if given): the probability that it is
-    higher in a photo with objects than in a photo without."""
+    """AUC of each photo's largest foreground: the probability that it is higher in a photo with objects than in a photo
+    without. (The policy is not looked at: most tell how sure an exit is, which is another thing.)"""
     shows = evidence.shows
     if min(int(shows.sum()), int((~shows).sum())) < ENOUGH_PHOTOS:
         return {}
-    confidences = {
-        one.name: one.foreground.amax(1) if one.confidence is None else one.confidence for one in evidence.exits
-    }
-    return {name: area_under_curve(values, shows) for name, values in confidences.items()}
+    return {one.name: area_under_curve(one.foreground.amax(1), shows) for one in evidence.exits}
 
 
 def area_under_curve(values: Tensor, positive: Tensor) -> float:
@@ -190,7 +170,6 @@ def area_under_curve(values: Tensor, positive: Tensor) -> float:
     least=0.2,
     meaning="the boxes with the highest scores do not lie on objects",
     advice="look at pictures of detections, and check boxes and photos of the training set (earlyexit doctor data)",
-    quick=True,
 )
 @per_exit
 def positives_off_objects(found: ExitOutput, evidence: ModelEvidence) -> float:
@@ -242,7 +221,6 @@ def exits_all(evidence: ModelEvidence) -> dict[str, float]:
     most=2.94,
     meaning="the temperature is at or beyond the bounds [0.5, 3], so the logits are far from probabilities",
     advice="bound it (ROUTING.TEMPERATURE_BOUNDS), fit it on held-out photos, and look at AP50 before it",
-    quick=True,
 )
 def temperature_at_bound(evidence: ModelEvidence) -> dict[str, float]:
     """Last temperature."""
@@ -254,7 +232,6 @@ def temperature_at_bound(evidence: ModelEvidence) -> dict[str, float]:
     most=1.1,
     meaning="the temperature grows or falls by more than a tenth in every epoch and does not settle",
     advice="fit it on detached logits, by likelihood, within bounds; a distribution loss must not reach it",
-    quick=True,
 )
 def temperature_runs_away(evidence: ModelEvidence) -> dict[str, float]:
     """Of the last three steps in one direction, the least factor; 1 if their directions differ."""
@@ -272,7 +249,6 @@ def temperature_runs_away(evidence: ModelEvidence) -> dict[str, float]:
     least=0.1,
     meaning="the confidence has fallen to less than a tenth of what it was, so no photo will leave",
     advice="take penalties and quality factors out of the confidence, and calibrate thresholds instead",
-    quick=True,
 )
 def confidence_collapses(evidence: ModelEvidence) -> dict[str, float]:
     """Last mean confidence / the highest of all epochs."""

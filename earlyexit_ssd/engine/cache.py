@@ -27,8 +27,7 @@ ARRAYS_OF_HEAD = ("cls_logits", "bbox_regression")
 
 
 class TapCache:
-    """Arrays of taps and full-path outputs with one row per photo and view. Row ``view * photos + index`` is of photo
-    ``index``.
+    """Taps and full-path outputs, one row per photo and view: row ``view * photos + index`` is of photo ``index``.
 
     Args:
         folder: place of the files.
@@ -41,16 +40,14 @@ class TapCache:
     """
 
     def __init__(self, folder: Path, model: EarlyExitSSDLite, photos: int, views: int, dtype: str = "float16") -> None:
-        self.folder, self.photos, self.views = folder, photos, views
-        self._dtype = np.dtype(dtype)
+        self.folder, self.photos, self.views, self._dtype = folder, photos, views, np.dtype(dtype)
         self._row = _blank_row(model, self._dtype)
-        self._row_bytes = sum(values.nbytes for values in self._row.values())
-        self.gibibytes = photos * views * self._row_bytes / 2**30
+        self.gibibytes = photos * views * sum(values.nbytes for values in self._row.values()) / 2**30
 
     def require_budget(self, gibibytes: float) -> None:
         """Raise an EarlyExitError if the cache is larger than ``gibibytes``; it says how many views fit."""
         if self.gibibytes > gibibytes:
-            fits = int(gibibytes * 2**30 // (self.photos * self._row_bytes))
+            fits = int(gibibytes * self.views / self.gibibytes)
             fix = f"set EXITS_PHASE.CACHE_VIEWS to {fits}" if fits else "set EXITS_PHASE.CACHE to false"
             needs = f"the tap cache of {self.photos} photos x {self.views} views needs {self.gibibytes:.1f} GiB"
             raise EarlyExitError(f"{needs}, EXITS_PHASE.CACHE_GIB allows {gibibytes}; raise CACHE_GIB, or {fix}")
@@ -61,8 +58,8 @@ class TapCache:
         Args:
             model: a model with a frozen trunk.
             loader: gives the photos in order; the epoch of its sampler selects the view.
-            contents: text that identifies photos, boxes and views. If this text or the weights have changed, the cache
-                is computed again.
+            contents: text that identifies photos, boxes and views; with another one, or other weights, the cache is
+                computed again.
 
         Raises:
             EarlyExitError: the disk is full.
@@ -110,13 +107,9 @@ class TapCache:
 
 
 class CachedLoader:
-    """Batches of cached taps. Each epoch uses every photo once, and the next view of each photo.
+    """Batches of cached taps. Each epoch shows every photo once, in its next view; an incomplete last batch is dropped.
 
-    The incomplete batch at the end of an epoch is dropped.
-
-    Args:
-        batch_size: number of rows per step in all processes together, which split each batch; at most the number of
-            photos is used.
+    ``batch_size`` is the number of rows per step in all processes together, at most the number of photos.
     """
 
     def __init__(
@@ -154,7 +147,6 @@ def _blank_row(model: EarlyExitSSDLite, dtype: np.dtype) -> dict[str, np.ndarray
 
 def _weights_hash(model: EarlyExitSSDLite) -> str:
     digest = hashlib.sha256(repr(model.exit_layers).encode())
-    for module in (model.backbone, model.head):
-        for value in module.state_dict().values():
-            digest.update(value.cpu().numpy().tobytes())
+    for value in (*model.backbone.state_dict().values(), *model.head.state_dict().values()):
+        digest.update(value.cpu().numpy().tobytes())
     return digest.hexdigest()

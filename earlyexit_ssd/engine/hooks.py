@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -23,7 +24,6 @@ from earlyexit_ssd.files import append_text, make_folder, write_text, write_torc
 from earlyexit_ssd.modeling.retrofit import read_weights
 from earlyexit_ssd.progress import progress
 
-Measure = Callable[[], Mapping[str, float | None]]
 LogLine = dict[str, float | None]
 """``step``, ``epoch``, ``lr``, ``loss`` and its parts ``loss/<name>``, ``seconds`` and what was measured."""
 
@@ -58,16 +58,15 @@ class Checkpoint(Hook):
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
 
+    def _parts(self, trainer: Trainer) -> dict[str, Any]:
+        """All that has a state beside the step."""
+        parts = {"model": trainer.model, "optimizer": trainer.optimizer, "scaler": trainer.scaler, "ema": self.ema}
+        return {name: part for name, part in parts.items() if part is not None}
+
     def _save(self, trainer: Trainer) -> None:
         if is_main():
-            state = {
-                "step": trainer.step,
-                "model": trainer.model.state_dict(),
-                "optimizer": trainer.optimizer.state_dict(),
-                "scaler": trainer.scaler.state_dict(),
-                "ema": self.ema.state_dict() if self.ema else None,
-            }
-            write_torch(self.path, state)
+            states = {name: part.state_dict() for name, part in self._parts(trainer).items()}
+            write_torch(self.path, {"step": trainer.step, **states})
         barrier()
 
     def _load(self, trainer: Trainer) -> None:
@@ -78,11 +77,8 @@ class Checkpoint(Hook):
             raise EarlyExitError(f"{error}; or {fix}") from None
         try:
             trainer.step = int(state["step"])
-            trainer.model.load_state_dict(state["model"])
-            trainer.optimizer.load_state_dict(state["optimizer"])
-            trainer.scaler.load_state_dict(state["scaler"])
-            if self.ema:
-                self.ema.load_state_dict(state["ema"])
+            for name, part in self._parts(trainer).items():
+                part.load_state_dict(state[name])
         except Exception as error:  # optimizers and modules raise whatever their parts do
             reason = f"{type(error).__name__}: {error}"
             raise EarlyExitError(f"{self.path}: not the state of this training ({reason}); {fix}") from None
@@ -122,14 +118,11 @@ class ProgressBar(Hook):
 class Log(Hook):
     """JSON lines and the same for TensorBoard; a resumed run drops the lines it will write again."""
 
-    folder: Path
-    """For log.jsonl and tensorboard/."""
-    period: int
-    """Steps between lines with the learning rate, the ``loss`` and its parts ``loss/<name>``."""
-    measure: Measure | None = None
-    """What a line holds too at the end of epochs, by name; None is undefined. It runs in every process."""
-    measure_period: int = 1
-    """Epochs between these; 0 has none. The last epoch is one of them."""
+    folder: Path  # for log.jsonl and tensorboard/
+    period: int  # steps between lines with the learning rate, the ``loss`` and its parts ``loss/<name>``
+    # what a line holds too at the end of epochs, by name; None is undefined; it runs in every process
+    measure: Callable[[], Mapping[str, float | None]] | None = None
+    measure_period: int = 1  # epochs between these; 0 has none; the last epoch is one of them
 
     def before_training(self, trainer: Trainer) -> None:
         if not is_main():
@@ -137,8 +130,8 @@ class Log(Hook):
         make_folder(self.folder)
         self.path = self.folder / "log.jsonl"
         if self.path.is_file():
-            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= trainer.step]
-            write_text(self.path, "".join(f"{line}\n" for line in kept))
+            kept = [line for line in read_log(self.folder) if float(line["step"]) <= trainer.step]
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.board = _Board(self.folder / "tensorboard", trainer.step + 1)
         self.started = time.perf_counter()
 
@@ -163,14 +156,18 @@ class Log(Hook):
 
     def after_training(self, trainer: Trainer) -> None:
         if is_main():
-            self.board.close()
+            self.board.file.close()
 
 
 def read_log(folder: Path) -> list[LogLine]:
-    """The lines of a phase's log.jsonl; none where there is no such file."""
-    path = folder / "log.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if _step(line) < float("inf")]
+    """The lines of a phase's log.jsonl but those that a kill cut short; none where there is no such file."""
+    path, lines = folder / "log.jsonl", []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError, OverflowError):
+            line = json.loads(text)
+            if float(line["step"]) < float("inf"):
+                lines.append(line)
+    return lines
 
 
 class _Board:
@@ -183,26 +180,14 @@ class _Board:
         make_folder(folder)
         self.path = folder / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}"
         with writing(self.path):
-            self._file = RecordWriter(open(self.path, "ab", buffering=0))  # noqa: SIM115
+            self.file = RecordWriter(open(self.path, "ab", buffering=0))  # noqa: SIM115
         self._add(file_version="brain.Event:2")
         self._add(step=first_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Those that are defined."""
         scalars = [{"tag": key, "simple_value": value} for key, value in values.items() if value is not None]
         self._add(step=step, summary=summary_pb2.Summary(value=[summary_pb2.Summary.Value(**one) for one in scalars]))
 
-    def close(self) -> None:
-        self._file.close()
-
     def _add(self, **fields: Any) -> None:
         with writing(self.path):
-            self._file.write(event_pb2.Event(wall_time=time.time(), **fields).SerializeToString())
-
-
-def _step(line: str) -> float:
-    """Step of a line of the log; infinity for a line that a kill cut short."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
-        return float("inf")
+            self.file.write(event_pb2.Event(wall_time=time.time(), **fields).SerializeToString())

@@ -15,6 +15,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 from torchvision.models._api import WeightsEnum
 
+from earlyexit_ssd.calibration.certificate import load_certificate, parse_certificate
 from earlyexit_ssd.config.check import num_exits
 from earlyexit_ssd.data.dataset import build_loader, class_names, load_dataset
 from earlyexit_ssd.data.records import limit_photos
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Job = Callable[Concatenate[CfgNode, P], R]
 
 COMPARED_PHOTOS = 300  # photos on which MODEL.FOLD compact finds the classes that compete
 
@@ -59,15 +61,13 @@ def evaluation_device(cfg: CfgNode) -> torch.device:
     return _device(cfg, "cpu" if cfg.DEVICE == "auto" and cfg.EVAL.RUNTIME != EAGER else cfg.DEVICE)
 
 
-def shares_processes(
-    folder: str,
-) -> Callable[[Callable[Concatenate[CfgNode, P], R]], Callable[Concatenate[CfgNode, P], R]]:
+def shares_processes(folder: str) -> Callable[[Job[P, R]], Job[P, R]]:
     """Decorate a job that all of torchrun's processes do together, each of them called.
 
     The first process holds the folder of the parameter ``folder``. An error of one process ends all.
     """
 
-    def decorate(job: Callable[Concatenate[CfgNode, P], R]) -> Callable[Concatenate[CfgNode, P], R]:
+    def decorate(job: Job[P, R]) -> Job[P, R]:
         holding = locks_folder(folder)(job)
 
         @functools.wraps(job)
@@ -137,10 +137,8 @@ def build_model(cfg: CfgNode, classes: tuple[str, ...]) -> tuple[EarlyExitSSDLit
     architecture = build_architecture(cfg, classes)
     if cfg.MODEL.WEIGHTS:
         source = source_classes(cfg.MODEL.WEIGHTS, cfg.MODEL.WEIGHTS_CLASSES, cfg.MODEL.NAME)
-        photos, tolerance = photos_to_compare_on(cfg, classes), cfg.MODEL.COMPACT_TOLERANCE
-        detector, architecture, change = retrofit(
-            architecture, cfg.MODEL.WEIGHTS, source, cfg.MODEL.FOLD, photos, tolerance
-        )
+        folding = cfg.MODEL.FOLD, photos_to_compare_on(cfg, classes), cfg.MODEL.COMPACT_TOLERANCE
+        detector, architecture, change = retrofit(architecture, cfg.MODEL.WEIGHTS, source, *folding)
         logger.info("%s: %s", cfg.MODEL.WEIGHTS, change or "every class and weight kept")
     elif cfg.MODEL.WEIGHTS_BACKBONE:
         detector = _imagenet_detector(cfg, architecture)
@@ -217,13 +215,11 @@ def source_classes(weights: str, classes: str, detector: str) -> tuple[str, ...]
 
 
 def backbone_weights(cfg: CfgNode) -> WeightsEnum:
-    """ImageNet weights of the trunk, by torchvision's name in MODEL.WEIGHTS_BACKBONE; a ConfigError if it has none so
-    named."""
+    """ImageNet weights of the trunk, by torchvision's name in MODEL.WEIGHTS_BACKBONE; else a ConfigError."""
     names, name = detector_class(cfg.MODEL.NAME).backbone_weights.__members__, cfg.MODEL.WEIGHTS_BACKBONE
     if name not in names:
-        raise ConfigError(
-            f"MODEL.WEIGHTS_BACKBONE is {name!r}, expected one of {', '.join(names)}{nearest(name, names)}"
-        )
+        expected = f"expected one of {', '.join(names)}{nearest(name, names)}"
+        raise ConfigError(f"MODEL.WEIGHTS_BACKBONE is {name!r}, {expected}")
     return names[name]
 
 
@@ -250,11 +246,11 @@ def build_losses(cfg: CfgNode) -> LossSettings:
     return LossSettings(**{key.lower(): value for key, value in cfg.LOSS.items()})
 
 
-def build_router(cfg: CfgNode, stored: dict | None = None, learn: bool = False) -> ExitRouter:
+def build_router(cfg: CfgNode, stored: Mapping[str, Any] | None = None, learn: bool = False) -> ExitRouter:
     """The router of the ROUTING section. ``stored``: router in a model's info, whose number of exits and temperatures
     have priority. ``learn``: make the temperatures trainable. A ConfigError for a wrong number of thresholds."""
-    stored = stored or {}
-    exits, given = stored.get("num_exits", num_exits(cfg)), len(cfg.ROUTING.THRESHOLDS)
+    routing, stored = cfg.ROUTING, stored or {}
+    exits, given = stored.get("num_exits", num_exits(cfg)), len(routing.THRESHOLDS)
     if not exits:
         return ExitRouter(0)
     if given not in (1, exits):
@@ -264,13 +260,24 @@ def build_router(cfg: CfgNode, stored: dict | None = None, learn: bool = False) 
         )
     return ExitRouter(
         exits,
-        policy=cfg.ROUTING.POLICY,
-        hybrid=cfg.ROUTING.HYBRID,
-        thresholds=cfg.ROUTING.THRESHOLDS,
-        temperatures=stored.get("temperatures", cfg.ROUTING.TEMPERATURES),
-        temperature_bounds=cfg.ROUTING.TEMPERATURE_BOUNDS,
+        policy=routing.POLICY,
+        hybrid=routing.HYBRID,
+        thresholds=routing.THRESHOLDS,
+        temperatures=stored.get("temperatures", routing.TEMPERATURES),
+        temperature_bounds=routing.TEMPERATURE_BOUNDS,
         learn_temperatures=learn,
     )
+
+
+def open_router(cfg: CfgNode, model: EarlyExitSSDLite, info: ModelInfo, weights: str | os.PathLike[str]) -> ExitRouter:
+    """The router of ROUTING.CERTIFICATE, else that of the certificate in the model's file, else of the ROUTING section;
+    ``model`` and ``info`` are from the file ``weights``. Errors as of `Certificate.router_for` and `build_router`."""
+    if cfg.ROUTING.CERTIFICATE:
+        return load_certificate(cfg.ROUTING.CERTIFICATE).router_for(model)
+    if info.get("certificate"):
+        logger.info("%s was calibrated: its certificate routes, not the configuration's ROUTING section", weights)
+        return parse_certificate(info["certificate"], weights).router_for(model)
+    return build_router(cfg, {"num_exits": model.num_early_exits, **(info.get("router") or {})})
 
 
 def trained_temperatures(cfg: CfgNode, info: dict, exits: int) -> list[float]:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from earlyexit_ssd.calibration.certificate import load_certificate, parse_certificate
 from earlyexit_ssd.data import DetectionDataset, build_loader, class_names, load_dataset, to_coco
 from earlyexit_ssd.data.checks import check_photos
 from earlyexit_ssd.data.dataset import read_dataset
@@ -40,9 +41,9 @@ from earlyexit_ssd.modeling.outputs import ExitOutputs
 from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.pipeline.build import (
     build_architecture,
-    build_router,
     evaluation_device,
     open_model,
+    open_router,
     takes_over,
     with_classes,
 )
@@ -89,9 +90,8 @@ def doctor_data(cfg: CfgNode) -> Report:
     boxes = default_boxes_of_image(architecture.build(), torch.device("cpu"))
     evidence = DataEvidence(splits, boxes, cfg.MODEL.IMAGE_SIZE)
     found = diagnose(DATA_CHECKS, evidence)
-    return Report(
-        tuple(summarise(evidence, one) for one in splits), replace(found, findings=(*unreadable, *found.findings))
-    )
+    summaries = tuple(summarise(evidence, one) for one in splits)
+    return Report(summaries, replace(found, findings=(*unreadable, *found.findings)))
 
 
 def _split(cfg: CfgNode, name: str) -> Split:
@@ -122,8 +122,8 @@ def doctor_model(cfg: CfgNode, weights: str | os.PathLike[str], photos: int = 20
     cfg, device = with_classes(cfg, architecture.classes), evaluation_device(cfg)
     dataset = load_dataset(cfg, cfg.DATA.CALIB)
     dataset = dataset.subset(chosen_photos(dataset.records, photos, cfg.SEED))
-    router = _router(cfg, model, info, path)
-    evidence = observe(model.to(device), dataset, router.to(device), cfg)
+    router = open_router(cfg, model, info, path).to(device)  # whether it was calibrated on these photos is no matter
+    evidence = observe(model.to(device), dataset, router, cfg)
     if info.get("taken_over", takes_over(cfg)):  # only the exits were trained on such photos
         evidence = replace(evidence, above_full={})
     return Report((), diagnose(MODEL_CHECKS, replace(evidence, **_of_run(path, evidence, router))))
@@ -137,101 +137,63 @@ def chosen_photos(records: Sequence[PhotoRecord], photos: int, seed: int) -> lis
     return [one for kind, count in zip(kinds, counts, strict=True) for one in limit_photos(kind, count, seed)[:count]]
 
 
-def _router(cfg: CfgNode, model: EarlyExitSSDLite, info: Mapping[str, Any], path: Path) -> ExitRouter:
-    """The router that an evaluation would take; that it was calibrated on these photos is no matter here."""
-    if cfg.ROUTING.CERTIFICATE:
-        return load_certificate(cfg.ROUTING.CERTIFICATE).router_for(model)
-    if info.get("certificate"):
-        return parse_certificate(info["certificate"], path).router_for(model)
-    return build_router(cfg, {"num_exits": model.num_early_exits, **(info.get("router") or {})})
-
-
 def observe(model: EarlyExitSSDLite, dataset: DetectionDataset, router: ExitRouter, cfg: CfgNode) -> ModelEvidence:
     """Run all exits on the photos once."""
-    exits, scored = range(len(model.exit_names)), range(model.num_early_exits)
+    detections: list[dict[int, ImageDetections]] = [{} for _ in model.exit_names]
+    confidences: list[list[Tensor]] = [[] for _ in range(model.num_early_exits)]
 
-    def of_batch(images: list[Tensor], targets: Targets) -> _Seen:
-        outputs = model.exit_outputs(images)
-        found = [list(map(on_cpu, model.detections(outputs, index))) for index in exits]
-        confidences = [router.confidence(outputs.signals(index), index).cpu() for index in scored]
+    def of_batch(images: list[Tensor], targets: Targets) -> ModelEvidence:
+        outputs, seen = look(model, images, targets)
         ids = [int(target["image_id"]) for target in targets]
-        objects, boxes = network_objects(outputs, targets), outputs.anchors[0].cpu()
-        return _Seen(ids, exit_outputs(model, outputs), found, confidences, objects, boxes)
+        for index, found in enumerate(detections):
+            found.update(zip(ids, map(on_cpu, model.detections(outputs, index)), strict=True))
+        for index, values in enumerate(confidences):
+            values.append(router.confidence(outputs.signals(index), index).cpu())
+        return seen
 
     loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, False, cfg.SEED)
     batches = over_batches(model, loader, of_batch, "look at photos")
-    ids = [image_id for batch in batches for image_id in batch.ids]
-    found = [dict(zip(ids, (one for batch in batches for one in batch.found[index]), strict=True)) for index in exits]
-    confidences = [torch.cat([batch.confidences[index] for batch in batches]) for index in scored]
     shares = {}
     if not router.closed:
-        chosen = choose_exits([*confidences, torch.ones(len(ids))], router.thresholds.tolist())
-        shares = exit_share(chosen, model.exit_names)
+        values = [*map(torch.cat, confidences), torch.ones(len(dataset))]
+        shares = exit_share(choose_exits(values, router.thresholds.tolist()), model.exit_names)
+    matches = exit_matches(to_coco(dataset), detections)
+    choices = [np.full(matches.photos, index) for index in range(len(detections))]
+    *early, full = bootstrap_choices(matches, choices, seed=cfg.SEED)
+    ap50, above_full = {}, {}
+    for name, empty, choice, draws in zip(
+        model.exit_names, (*model.empty, False), choices, (*early, full), strict=True
+    ):
+        if not empty:
+            ap50[name] = ap_of_choice(matches, choice, ap50_only=True).AP50
+            difference = None if draws is full else interval(draws.AP50 - full.AP50)
+            above_full |= {name: difference[0]} if difference else {}
     temperatures = zip(model.exit_names, router.temperatures.tolist(), strict=False)
     return ModelEvidence(
-        exits=joined([batch.exits for batch in batches]),
+        exits=[ExitOutput.joined(parts) for parts in zip(*(batch.exits for batch in batches), strict=True)],
         default_boxes=batches[0].default_boxes,
         objects=[boxes for batch in batches for boxes in batch.objects],
         shares=shares,
         temperatures={name: [value] for name, value in temperatures},
-        **_accuracy(model, dataset, found, cfg.SEED),
+        ap50=ap50,
+        above_full=above_full,
     )
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """Of one batch; lists by photo, those of ``found`` and ``confidences`` by exit first."""
-
-    ids: list[int]
-    exits: list[ExitOutput]
-    found: list[list[ImageDetections]]
-    confidences: list[Tensor]
-    objects: list[Tensor]
-    default_boxes: Tensor
-
-
-def exit_outputs(model: EarlyExitSSDLite, outputs: ExitOutputs) -> list[ExitOutput]:
-    """On the CPU, of the exits that have a branch, and of the full path."""
-    return [
+def look(model: EarlyExitSSDLite, images: list[Tensor], targets: Targets) -> tuple[ExitOutputs, ModelEvidence]:
+    """The outputs of all exits for a batch, and what the checks look at of them, on the CPU."""
+    outputs = model.exit_outputs(images)
+    exits = [
         ExitOutput.of(name, head["cls_logits"].cpu(), head["bbox_regression"].cpu())
         for name, head, empty in zip(model.exit_names, outputs.heads, (*model.empty, False), strict=True)
         if not empty
     ]
-
-
-def joined(batches: list[list[ExitOutput]]) -> list[ExitOutput]:
-    """The outputs of all batches, exit by exit."""
-    return [
-        ExitOutput(
-            parts[0].name, *(torch.cat([getattr(one, key) for one in parts]) for key in ("foreground", "deltas"))
-        )
-        for parts in zip(*batches, strict=True)
-    ]
-
-
-def network_objects(outputs: ExitOutputs, targets: Targets) -> list[Tensor]:
-    """Per photo the boxes of its objects [g, 4], xyxy in network pixels."""
     sizes = zip(targets, outputs.network_sizes, outputs.photo_sizes, strict=True)
-    return [
+    objects = [
         target["boxes"].cpu() * torch.tensor([width / photo[1], height / photo[0]] * 2)
         for target, (height, width), photo in sizes
     ]
-
-
-def _accuracy(model: EarlyExitSSDLite, dataset: DetectionDataset, found: list, seed: int) -> dict[str, Any]:
-    matches = exit_matches(to_coco(dataset), found)
-    choices = [torch.full((matches.photos,), index).numpy() for index in range(len(found))]
-    ap50 = {
-        name: ap_of_choice(matches, choice, ap50_only=True).AP50
-        for name, choice, empty in zip(model.exit_names, choices, (*model.empty, False), strict=True)
-        if not empty
-    }
-    draws = bootstrap_choices(matches, choices, seed=seed)
-    above = {}
-    for name, one in zip(model.exit_names[:-1], draws, strict=False):
-        difference = interval(one.AP50 - draws[-1].AP50)
-        above |= {name: difference[0]} if difference and name in ap50 else {}
-    return {"ap50": ap50, "above_full": above}
+    return outputs, ModelEvidence(exits, outputs.anchors[0].cpu(), objects)
 
 
 _AP = re.compile(r'\bm?AP(50|75)?(/[^"]*)?"(,\s*"value")?:\s*\d', re.IGNORECASE)
@@ -249,11 +211,12 @@ def _of_run(weights: Path, evidence: ModelEvidence, router: ExitRouter) -> dict[
     if not files:
         return {}
     curves: dict[str, dict[str, list[float]]] = {"temperature": {}, "confidence": {}}
-    for line in (line for path in files if path.name == names[-1] for line in read_log(path.parent)):
-        for key, value in line.items():
-            kind, _, name = key.partition("/")
-            if kind in curves and value is not None:
-                curves[kind].setdefault(name, []).append(value)
+    for path in files:
+        for line in read_log(path.parent) if path.name == "log.jsonl" else ():
+            for key, value in line.items():
+                kind, _, name = key.partition("/")
+                if kind in curves and value is not None:
+                    curves[kind].setdefault(name, []).append(value)
     return {
         "computed_aps": sum(len(_AP.findall(path.read_text(encoding="utf-8", errors="replace"))) for path in files),
         "temperatures": {**evidence.temperatures, **curves["temperature"]},
@@ -262,16 +225,13 @@ def _of_run(weights: Path, evidence: ModelEvidence, router: ExitRouter) -> dict[
     }
 
 
-WATCHED_PHOTOS = 12
-"""Photos with objects that are looked at, the same ones each time."""
-LEAST_PROGRESS = 0.1
-"""Of the distance to the threshold: what a sound training gains in two epochs at the least."""
-LARGEST_SHARE_OF_TIME = 0.01
-"""Of the time of the training, for all checks but the first."""
+WATCHED_PHOTOS = 12  # photos with objects that are looked at, the same ones each time
+LEAST_PROGRESS = 0.1  # of the distance to the threshold: what a sound training gains in two epochs at the least
+LARGEST_SHARE_OF_TIME = 0.01  # of the time of the training, for all checks but the first
 
 
 class Watch(Hook):
-    """At the end of epochs, check the outputs on a few calib photos.
+    """At the end of epochs, check the outputs on a few calib photos with objects.
 
     A young detector has bad figures too, but they improve. So in the first two thirds of the training a bad figure is
     reported only if it has not come nearer to its threshold in two looks, by `LEAST_PROGRESS`. An epoch is left out if
@@ -279,20 +239,20 @@ class Watch(Hook):
 
     Args:
         photos: the calib split; the first photos with objects are read once.
-        measured: function that gives the model to look at, such as the averaged one.
-        full_only: the branches are not trained yet, so that only the full path is looked at.
+        model: such as the averaged one; without a router (before the exits phase) only its full path is looked at.
     """
 
-    def __init__(
-        self, photos: DetectionDataset, measured: Callable[[], EarlyExitSSDLite], full_only: bool = False
-    ) -> None:
+    def __init__(self, photos: DetectionDataset, model: EarlyExitSSDLite) -> None:
         records = [record for record in photos.records if record.has_targets][:WATCHED_PHOTOS]
-        self.photos, self.measured, self.full_only = photos.subset(records), measured, full_only
-        self.samples: list | None = None
+        self.photos, self.model = photos.subset(records), model
         self.temperatures: dict[str, list[float]] = {}
         self.warned: set[tuple[str, str]] = set()
         self.distances: list[dict[tuple[str, str], float]] = []  # of the bad figures, by look
         self.spent = self.longest = 0.0
+
+    @functools.cached_property
+    def samples(self) -> list[tuple[Tensor, Any]]:
+        return [self.photos[index] for index in range(len(self.photos))]
 
     def before_training(self, trainer: Trainer) -> None:
         self.start = time.perf_counter()
@@ -305,8 +265,8 @@ class Watch(Hook):
             self.spent, self.longest = self.spent + taken * (self.longest > 0), max(self.longest, taken)
 
     def look(self, epoch: int, last_third: bool) -> None:
-        """Run the quick checks and log what is bad, each check of an exit once."""
-        found = diagnose([check for check in MODEL_CHECKS if check.quick], self.evidence(self.measured()))
+        """Log what is bad, each check of an exit once."""
+        found = diagnose(MODEL_CHECKS, self.evidence())
         for finding in found.bad:
             key = finding.check, finding.subject
             before = [look[key] for look in self.distances[-2:] if key in look]
@@ -316,23 +276,16 @@ class Watch(Hook):
                 logger.warning("epoch %d: %s", epoch, finding)
         self.distances.append({(one.check, one.subject): one.distance for one in found.bad})
 
-    def evidence(self, model: EarlyExitSSDLite) -> ModelEvidence:
-        """The outputs now, and the temperatures so far."""
-        if self.samples is None:
-            self.samples = [self.photos[index] for index in range(len(self.photos))]
-        device = next(model.parameters()).device
-        images, targets = [image.to(device) for image, _ in self.samples], [target for _, target in self.samples]
-        if not images:
+    def evidence(self) -> ModelEvidence:
+        """The outputs now, and the temperatures so far; checks of other things say nothing."""
+        if not self.samples:
             return ModelEvidence()
+        model, device = self.model, next(self.model.parameters()).device
+        images, targets = zip(*self.samples, strict=True)
         with evaluating(model):
-            outputs = model.exit_outputs(images)
-        if isinstance(model.router, nn.Module) and isinstance(model.router.temperatures, nn.Parameter):
+            _, seen = look(model, [image.to(device) for image in images], targets)
+        if isinstance(getattr(model.router, "temperatures", None), nn.Parameter):
             for name, value in zip(model.exit_names, model.router.temperatures.tolist(), strict=False):
                 self.temperatures.setdefault(name, []).append(value)
-        exits = exit_outputs(model, outputs)
-        return ModelEvidence(
-            exits=exits[-1:] if self.full_only else exits,
-            default_boxes=outputs.anchors[0].cpu(),
-            objects=network_objects(outputs, targets),
-            temperatures=self.temperatures,
-        )
+        exits = seen.exits[-1:] if model.router is None else seen.exits
+        return replace(seen, exits=exits, temperatures=self.temperatures)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
@@ -15,7 +15,7 @@ from torch import nn
 from torchvision.models.detection.ssd import SSD
 
 from earlyexit_ssd.calibration import DriftMonitor
-from earlyexit_ssd.calibration.certificate import Certificate, load_certificate, parse_certificate
+from earlyexit_ssd.calibration.certificate import Certificate
 from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset, to_coco
 from earlyexit_ssd.data.dataset import photo_hashes
 from earlyexit_ssd.drift import WINDOW
@@ -43,10 +43,10 @@ from earlyexit_ssd.modeling.retrofit import resize_detector
 from earlyexit_ssd.pipeline.build import (
     build_architecture,
     build_evaluation,
-    build_router,
     evaluation_device,
     file_of,
     open_model,
+    open_router,
     shares_processes,
     takes_over,
     with_classes,
@@ -59,42 +59,20 @@ from earlyexit_ssd.routing import ExitRouter
 logger = logging.getLogger(__name__)
 
 
-def open_certificate(
-    cfg: CfgNode, model: nn.Module, dataset: DetectionDataset, stored: Any = None, weights: str | os.PathLike[str] = ""
-) -> tuple[Certificate, ExitRouter] | None:
-    """The certificate of ROUTING.CERTIFICATE, else the one in the model's file, and its router; None without any.
-
-    Args:
-        stored: in the info of the file ``weights``.
-
-    Raises:
-        EarlyExitError: it is for other weights, it was calibrated on one of these photos, or it bounds a risk at
-            another EVAL.SCORE or EVAL.IOU.
-    """
-    source = cfg.ROUTING.CERTIFICATE or weights
-    if cfg.ROUTING.CERTIFICATE:
-        certificate = load_certificate(source)
-    elif stored:
-        certificate = parse_certificate(stored, source)
-        logger.info("%s was calibrated: its certificate routes, not the configuration's ROUTING section", source)
-    else:
-        return None
-    router = certificate.router_for(model)
+def check_certificate(
+    cfg: CfgNode, certificate: Certificate, dataset: DetectionDataset, source: str | os.PathLike[str]
+) -> None:
+    """Warn if the certificate of the file ``source`` speaks of another EVAL.SCORE or EVAL.IOU. An EarlyExitError if it
+    was calibrated on one of these photos, or bounds a risk, which holds at its own score and IoU only."""
     certificate.require_unseen(photo_hashes(dataset))
-    _check_operating_point(cfg, certificate, source)
-    return certificate, router
-
-
-def _check_operating_point(cfg: CfgNode, certificate: Certificate, source: str | os.PathLike[str]) -> None:
-    """A risk is counted at a score and an IoU and holds there only."""
-    score, iou = certificate.target.score, certificate.target.iou
-    if (score, iou) == (cfg.EVAL.SCORE, cfg.EVAL.IOU):
+    target = certificate.target
+    if (target.score, target.iou) == (cfg.EVAL.SCORE, cfg.EVAL.IOU):
         return
     text = (
-        f"{source}: the certificate speaks of score {score:g} and IoU {iou:g}, "
+        f"{source}: the certificate speaks of score {target.score:g} and IoU {target.iou:g}, "
         f"EVAL has {cfg.EVAL.SCORE:g} and {cfg.EVAL.IOU:g}"
     )
-    if certificate.target.kind == "risk":
+    if target.kind == "risk":
         raise ConfigError(f"{text}; set EVAL.SCORE and EVAL.IOU to the certificate's, or calibrate again")
     logger.warning(text)
 
@@ -117,51 +95,57 @@ SMALLEST_SIDE = 64
 def check_rivals(cfg: CfgNode, device: torch.device) -> None:
     """What is cheap to find out before hours of training: files and packages that are missing. An EarlyExitError if one
     is missing, or the runtime does not run on the device."""
-    rivals = cfg.EVAL.RIVALS
-    if cfg.EVAL.RUNTIME != EAGER:
-        import_package("onnx")
-        if device.type != "cpu":
-            raise ConfigError(f"EVAL.RUNTIME {cfg.EVAL.RUNTIME} measures the CPU, DEVICE is {device}; set it to cpu")
+    rivals, runtime = cfg.EVAL.RIVALS, cfg.EVAL.RUNTIME
+    if runtime != EAGER and device.type != "cpu":
+        raise ConfigError(f"EVAL.RUNTIME {runtime} measures the CPU, DEVICE is {device}; set it to cpu")
     files = [(key, path) for key in ("FULL_PATHS", "SINGLE_EXITS") for path in rivals[key]]
     files += [("ONNX", entry.partition(":")[2]) for entry in rivals.ONNX]
     for key, path in files if rivals.ENABLED else ():
         if not Path(path).is_file():
             raise ConfigError(f"EVAL.RIVALS.{key} has {path}: no such file")
-    if cfg.EVAL.RUNTIME != EAGER or (rivals.ENABLED and rivals.ONNX):
-        for name in dict.fromkeys(("onnx", "onnxruntime" if cfg.EVAL.RUNTIME == EAGER else cfg.EVAL.RUNTIME)):
-            import_package(name)
+    if runtime != EAGER or (rivals.ENABLED and rivals.ONNX):
+        import_package("onnx")
+        import_package("onnxruntime" if runtime == EAGER else runtime)
 
 
-def build_rivals(
-    cfg: CfgNode, model: EarlyExitSSDLite, architecture: Architecture, device: torch.device
-) -> list[Rival]:
-    """Every rival that is no part of the evaluated model, ready to be evaluated on its classes.
-
-    Args:
-        cfg: its EVAL section is used.
-        model, architecture: the evaluated one.
-        device: where PyTorch's networks run; exported ones stay on the CPU.
-
-    Raises:
-        EarlyExitError: a file that is no such detector, or one that has none of the classes.
-    """
-    rivals = cfg.EVAL.RIVALS
+def build_rivals(cfg: CfgNode, model: EarlyExitSSDLite, architecture: Architecture) -> list[Rival]:
+    """Every rival that is no part of the evaluated model, ready to be evaluated on its classes and its device; exported
+    ones stay on the CPU. An EarlyExitError for a file that is no such detector, or that has none of the classes."""
+    rivals, wanted, own_size = cfg.EVAL.RIVALS, architecture.classes, architecture.image_size
+    built: list[Rival] = []
     if not rivals.ENABLED:
-        return []
-    classes, own_size = architecture.classes, architecture.image_size
+        return built
+
+    def add(
+        name: str,
+        kind: str,
+        detector: SSD,
+        network: nn.Module,
+        known: Sequence[str] = wanted,
+        source: str | None = None,
+    ) -> None:
+        example = example_input(detector)
+        found = WantedClasses(detector, known, wanted, source or name).to(example.device)
+        built.append(Rival(name, kind, network, example, count_mmacs(network, example), found, source))
+
+    device = next(model.parameters()).device
     asked = rivals.SIZES or (smaller_sizes(own_size) if model.any_size else ())
     sizes = [size for size in dict.fromkeys(asked) if size != own_size]
-    model = model.to(device)
-    plain = {f"plain {size}": resize_detector(model, architecture, size) for size in sizes}
-    cut_sizes = (own_size, *sizes) if is_folded(model.head.classification_head) else ()
-    cut = {f"plain {size}, cut head": resize_detector(model, architecture, size, cut=True) for size in cut_sizes}
-    return [
-        *(_plain(name, detector, classes, classes, None) for name, detector in plain.items()),
-        *(_plain(name, detector, classes, classes, None, CUT_HEAD) for name, detector in cut.items()),
-        *(_full_path(path, classes, device) for path in rivals.FULL_PATHS),
-        *(_single_exit(path, classes, device) for path in rivals.SINGLE_EXITS),
-        *onnx_rivals(cfg, classes),
-    ]
+    for size in sizes:
+        detector = resize_detector(model, architecture, size)
+        add(f"plain {size}", PLAIN, detector, PlainPath(detector))
+    for size in (own_size, *sizes) if is_folded(model.head.classification_head) else ():
+        detector = resize_detector(model, architecture, size, cut=True)
+        add(f"plain {size}, cut head", CUT_HEAD, detector, PlainPath(detector))
+    for path in rivals.FULL_PATHS:  # at their own size, their branches left out
+        other, described, _ = load_model(path)
+        size, detector = described.image_size, resize_detector(other.to(device), described, described.image_size)
+        add(f"plain {size}, {_short(path)}", PLAIN, detector, PlainPath(detector), other.classes, path)
+    for path in rivals.SINGLE_EXITS:
+        other = _single_exit(path).to(device)
+        name = f"{other.exit_names[0]} alone, {_short(path)}"
+        add(name, SINGLE_EXIT, other, PathToExit(other, 0), other.classes, path)
+    return built + onnx_rivals(cfg, wanted)
 
 
 def smaller_sizes(size: int) -> tuple[int, ...]:
@@ -171,50 +155,30 @@ def smaller_sizes(size: int) -> tuple[int, ...]:
     return tuple(side for side in sides if SMALLEST_SIDE <= side < size)
 
 
-def _plain(
-    name: str, detector: SSD, classes: tuple[str, ...], wanted: tuple[str, ...], source: str | None, kind: str = PLAIN
-) -> Rival:
-    network, example = PlainPath(detector), example_input(detector)
-    found = WantedClasses(detector, classes, wanted, name).to(example.device)
-    return Rival(name, kind, network, example, count_mmacs(network, example), found, source)
-
-
-def _full_path(path: str, wanted: tuple[str, ...], device: torch.device) -> Rival:
-    """A model's full path at its own size, its branches left out."""
-    model, architecture, _ = load_model(path)
-    size = architecture.image_size
-    detector = resize_detector(model.to(device), architecture, size)
-    return _plain(f"plain {size}, {_short(path)}", detector, architecture.classes, wanted, path)
-
-
-def _single_exit(path: str, classes: tuple[str, ...], device: torch.device) -> Rival:
-    """A model's only exit: with a router that lets every photo leave, nothing behind it runs."""
-    model, architecture, _ = load_model(path)
+def _single_exit(path: str) -> EarlyExitSSDLite:
+    """A model with one exit; with a router that lets every photo leave, nothing behind it runs."""
+    model, _, _ = load_model(path)
     if model.num_early_exits != 1:
         found = ", ".join(model.exit_names[:-1])
         raise EarlyExitError(
             f"{path}: EVAL.RIVALS.SINGLE_EXITS takes models with one early exit, it has {found};"
             " train that exit alone (EXITS.LAYERS)"
         )
-    model = model.to(device)
-    model.router = ExitRouter(1, thresholds=0.0).to(device)
-    name = f"{model.exit_names[0]} alone, {_short(path)}"
-    network, example = PathToExit(model, 0), example_input(model)
-    found = WantedClasses(model, architecture.classes, classes, path).to(device)
-    return Rival(name, SINGLE_EXIT, network, example, count_mmacs(network, example), found, path)
+    model.router = ExitRouter(1, thresholds=0.0)
+    return model
 
 
-def onnx_rivals(cfg: CfgNode, classes: tuple[str, ...]) -> list[Rival]:
-    return [_onnx(entry, classes, cfg.EVAL.TIMING_THREADS) for entry in cfg.EVAL.RIVALS.ONNX]
-
-
-def _onnx(entry: str, classes: tuple[str, ...], threads: int) -> Rival:
-    file_format, _, path = entry.partition(":")
-    detector = OnnxDetector(path, file_format, threads)
-    example = torch.rand(detector.network.input_shape, generator=torch.Generator().manual_seed(0))
-    found = WantedClasses(detector, detector.classes, classes, path)
-    found([torch.zeros(3, 64, 64)])  # outputs of another format are found before hours of evaluation
-    return Rival(Path(path).stem, ONNX, detector.network, example, count_onnx_mmacs(detector.content), found, path)
+def onnx_rivals(cfg: CfgNode, wanted: tuple[str, ...]) -> list[Rival]:
+    rivals = []
+    for entry in cfg.EVAL.RIVALS.ONNX:
+        file_format, _, path = entry.partition(":")
+        detector = OnnxDetector(path, file_format, cfg.EVAL.TIMING_THREADS)
+        network = detector.network
+        example = torch.rand(network.input_shape, generator=torch.Generator().manual_seed(0))
+        found = WantedClasses(detector, detector.classes, wanted, path)
+        found([torch.zeros(3, 64, 64)])  # outputs of another format are found before hours of evaluation
+        rivals.append(Rival(Path(path).stem, ONNX, network, example, count_onnx_mmacs(detector.content), found, path))
+    return rivals
 
 
 def _short(path: str) -> str:
@@ -248,16 +212,15 @@ def evaluate_model(
         _warn_of_differences(cfg, architecture)
     cfg = with_classes(cfg, architecture.classes)
     dataset = load_dataset(cfg, cfg.DATA.TEST, labels="optional")
-    batch_size, workers = cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS
-    loader = build_loader(dataset, batch_size, workers, False, cfg.SEED, rank(), world_size())
-    opened = open_certificate(cfg, model, dataset, info.get("certificate"), weights)
-    stored = {"num_exits": model.num_early_exits, **(info.get("router") or {})}
-    certificate, router = opened or (None, build_router(cfg, stored))
-    router = router.to(device)
+    loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, False, cfg.SEED, rank(), world_size())
+    router = open_router(cfg, model, info, weights).to(device)
+    model = model.to(device)
+    if certificate := router.certificate:
+        check_certificate(cfg, certificate, dataset, cfg.ROUTING.CERTIFICATE or weights)
     if not dataset.labelled:
         logger.warning("nobody labelled %s: agreement with the full path is measured, no AP", " + ".join(cfg.DATA.TEST))
-    rivals = build_rivals(cfg, model, architecture, device) if dataset.labelled else []  # AP judges them
-    collected = collect(model.to(device), loader, router)
+    rivals = build_rivals(cfg, model, architecture) if dataset.labelled else []  # AP judges them
+    collected = collect(model, loader, router)
     if cfg.EVAL.RIVALS.ENABLED and dataset.labelled and not router.hybrid:  # a hybrid has the full path's boxes
         rivals = [*exits_alone(model, collected), *rivals]
     rivals = [replace(rival, detector=rival.found(loader)) for rival in rivals]
@@ -283,9 +246,8 @@ def evaluate_model(
     if certificate is not None:
         results = replace(results, drift=drift_of(certificate, collected, chosen))
     photos = photo_list(evaluation.counts, collected, evaluation.chosen, model.exit_names, dataset.path_of)
-    pictures = {}
-    if cfg.EVAL.PICTURES:
-        pictures["detections"] = _detection_picture(cfg, model, dataset, collected, chosen)
+    picture = _detection_picture(cfg, model, dataset, collected, chosen) if cfg.EVAL.PICTURES else None
+    pictures = {"detections": picture} if picture else {}
     write_results(Path(out_dir), results, pictures, photos)
     write_evaluation_page(Path(out_dir), cfg, weights, model, router, dataset, collected, evaluation, results)
     return results
@@ -296,12 +258,10 @@ def _warn_of_differences(cfg: CfgNode, architecture: Architecture) -> None:
     wanted = build_architecture(cfg, tuple(cfg.DATA.CLASSES) or architecture.classes).to_dict()
     own = architecture.to_dict()
     made_of_weights = ("reduced_tail", "head_outputs", "folded_rows", "folded_branches", "competing")
+    text = "%s: the configuration says %r, the weights were made with %r and keep it"
     for name in wanted | own:
-        said, value = wanted.get(name), own.get(name)
-        if name not in made_of_weights and said != value:
-            logger.warning(
-                "%s: the configuration says %r, the weights were made with %r and keep it", name, said, value
-            )
+        if name not in made_of_weights and wanted.get(name) != own.get(name):
+            logger.warning(text, name, wanted.get(name), own.get(name))
 
 
 def _detection_picture(

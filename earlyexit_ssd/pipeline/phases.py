@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import box_iou
 
-from earlyexit_ssd.config import PHASE_SECTIONS
+from earlyexit_ssd.config import PHASE_SECTIONS, get_cfg
 from earlyexit_ssd.data import DetectionDataset, build_loader, load_dataset
 from earlyexit_ssd.data.dataset import fingerprint
 from earlyexit_ssd.engine import Trainer
@@ -25,6 +25,7 @@ from earlyexit_ssd.engine.hooks import AfterStep, Checkpoint, Log, ProgressBar
 from earlyexit_ssd.engine.loop import ExponentialMovingAverage, PhotoLoader, build_optimizer
 from earlyexit_ssd.engine.processes import rank, same_everywhere, world_size
 from earlyexit_ssd.errors import EarlyExitError, Interrupted
+from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, LossSettings, load_model, retrofit, save_model
 from earlyexit_ssd.modeling.checkpoint import weights_hash
 from earlyexit_ssd.modeling.detector import (
@@ -40,18 +41,11 @@ from earlyexit_ssd.modeling.outputs import Head
 from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.pipeline.build import build_losses, build_router, source_classes, takes_over
 from earlyexit_ssd.pipeline.doctor import Watch
-from earlyexit_ssd.pipeline.gates import (
-    Check,
-    Gate,
-    baseline_advice,
-    baseline_gate,
-    baseline_limits,
-    exits_advice,
-    exits_gate,
-)
-from earlyexit_ssd.pipeline.run import Run, RunFolder
+from earlyexit_ssd.pipeline.run import Check, Gate, Run, RunFolder
 
 logger = logging.getLogger(__name__)
+
+DEEPEST_USEFUL_LAYER = 12  # a branch after a later layer saves next to nothing
 
 
 def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoader) -> None:
@@ -66,18 +60,18 @@ def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoad
     ema = ExponentialMovingAverage(model, phase.EMA) if phase.EMA else None
     # The checkpoint is outermost: it restores the state before the other hooks start and saves after they end.
     checkpoint = Checkpoint(folder / "last.pth", cfg.ENGINE.CHECKPOINT_PERIOD, ema)
-    curves = run.curve_quality if cfg.ENGINE.CURVE_PERIOD else None
+    measured = ema.average if ema else model
 
     def measure() -> dict[str, float | None]:
-        measured = ema.average if ema else model
         same_everywhere(measured)
-        return curves.curve_point(measured)
+        return run.curve_quality.curve_point(measured)
 
-    log = Log(folder, cfg.ENGINE.LOG_PERIOD, measure if curves else None, cfg.ENGINE.CURVE_PERIOD)
-    hooks = [checkpoint, ProgressBar(name), log]
-    hooks += [Watch(run.calib_set, lambda: ema.average if ema else model, full_only=name == "baseline")]
+    log = Log(folder, cfg.ENGINE.LOG_PERIOD, measure, cfg.ENGINE.CURVE_PERIOD)
+    hooks = [checkpoint, ProgressBar(name), log, Watch(run.calib_set, measured)]
     hooks += [AfterStep(ema.update)] if ema else []
     hooks += [AfterStep(lambda _: model.router.clamp_temperatures())] if isinstance(model.router, nn.Module) else []
+    lr_factors = dict.fromkeys(("backbone.", "head."), phase.get("FULL_PATH_LR_FACTOR", 1.0))  # less in the joint phase
+    optimizer = build_optimizer(losses, phase.OPTIMIZER, phase.LR, phase.WEIGHT_DECAY, lr_factors)
     # channels_last is a third faster on a CPU, where depthwise convolutions dominate, and many times slower on CUDA.
     # With bf16, oneDNN's gradients of depthwise convolutions on 1x1 maps are sometimes infinite (torch 2.6 and 2.14).
     if run.device.type == "cpu" and cfg.ENGINE.AMP == "off":
@@ -88,7 +82,7 @@ def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoad
         model=model,
         compute_losses=lambda batch: losses(batch) if isinstance(batch, TapBatch) else losses(*batch),
         loader=loader,
-        optimizer=build_optimizer(losses, phase.OPTIMIZER, phase.LR, phase.WEIGHT_DECAY, lr_factors(phase)),
+        optimizer=optimizer,
         epochs=phase.EPOCHS,
         peak_lr=phase.LR,
         warmup=phase.WARMUP,
@@ -107,12 +101,6 @@ def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoad
     same_everywhere(model)
 
 
-def lr_factors(phase: CfgNode) -> dict[str, float]:
-    """Parameter prefix -> factor of the learning rate: the full path's in the joint phase, 1 in the other phases."""
-    factor = phase.get("FULL_PATH_LR_FACTOR", 1.0)
-    return {f"{wrapper}{part}.": factor for wrapper in ("", "module.") for part in ("backbone", "head")}
-
-
 def _photo_names(dataset: DetectionDataset, batch: Any) -> list[str]:
     targets = batch.targets if isinstance(batch, TapBatch) else batch[1]
     return [str(dataset.path_of(int(target["image_id"]))) for target in targets]
@@ -126,13 +114,47 @@ def photo_loader(run: Run, batch_size: int) -> PhotoLoader:
 
 def baseline(run: Run) -> Gate:
     """Train the full path, then check its figures on the calib split."""
-    phase, model = run.cfg.BASELINE, run.model
-    limits = baseline_limits(run.cfg, _reference_figures(run))
+    phase, model, reference = run.cfg.BASELINE, run.model, _reference_figures(run)
     if phase.EPOCHS:
         model.norm_frozen = phase.FREEZE_NORM
         fit(run, "baseline", FullPathLosses(model, phase.SIZES), photo_loader(run, phase.BATCH_SIZE))
         model.norm_frozen = False
-    return baseline_gate(run.calib_quality.of_full_path(model), limits, baseline_advice(run.cfg))
+    return baseline_gate(run.cfg, run.calib_quality.of_full_path(model), reference)
+
+
+def baseline_gate(
+    cfg: CfgNode, figures: Mapping[str, float | None], reference: Mapping[str, float | None] | None = None
+) -> Gate:
+    """What the full path must reach in AP50, precision and recall; a limit of None only shows the figure.
+
+    A checkpoint that is taken over as it is need only detect. Of the configuration's limits those count for it that are
+    not the default; none of them can lower that. ``reference`` has the figures that BASELINE.GATE.RELATIVE multiplies.
+    """
+    gate, default = cfg.BASELINE.GATE, get_cfg().BASELINE.GATE
+    limits = {name: gate[name.upper()] for name in ("AP50", "precision", "recall")}
+    if reference is not None:
+        limits = {name: gate.RELATIVE * (reference[name] or 0.0) for name in limits}
+    elif takes_over(cfg):
+        limits = {name: limit if limit != default[name.upper()] else None for name, limit in limits.items()}
+    if reference is not None or takes_over(cfg):
+        limits["AP50"] = max(limits["AP50"] or 0.0, DETECTS_AP50)
+    checks = tuple(Check(name, figures[name], limit) for name, limit in limits.items())
+    return Gate("baseline", checks, baseline_advice(cfg))
+
+
+def baseline_advice(cfg: CfgNode) -> tuple[str, ...]:
+    """What to try after the gate; nothing that is set already."""
+    phase, train = cfg.BASELINE, "train the full path: BASELINE.EPOCHS is 0"
+    if phase.EPOCHS:
+        more = f"more epochs than {phase.EPOCHS} (BASELINE.EPOCHS) or another rate than {phase.LR:g} (BASELINE.LR)"
+        train = f"{more}; log.jsonl shows whether the loss still falls"
+    start = "start from trained weights (MODEL.WEIGHTS) or an ImageNet trunk (MODEL.WEIGHTS_BACKBONE)"
+    if cfg.MODEL.WEIGHTS:
+        start = "are the checkpoint's classes in its own order, and does it detect by itself?"
+    elif cfg.MODEL.WEIGHTS_BACKBONE:
+        start = "start from weights of a trained detector (MODEL.WEIGHTS)"
+    look = "look at training_photos.png in the run's folder: are boxes missing, shifted or of another class?"
+    return train, look, start
 
 
 def _reference_figures(run: Run) -> dict[str, float | None] | None:
@@ -151,13 +173,55 @@ def _reference_figures(run: Run) -> dict[str, float | None] | None:
 def exits(run: Run) -> Gate:
     """Train the branches, then check the exits' figures on the calib split."""
     train_branches(run)
-    gate, model = run.cfg.EXITS_PHASE.GATE, run.model
-    exits = zip(model.exit_names, model.exit_layers, run.calib_quality.of_exits(model), strict=True)
-    branched = [one for one, empty in zip(exits, (*model.empty, False), strict=True) if not empty]
-    ap50 = {name: figures["AP50"] for name, _, figures in branched}
-    first_share = gate.FIRST_EXIT_SHARE if takes_over(run.cfg) else None
-    advice = exits_advice(run.cfg, *branched[0][:2])
-    return exits_gate(ap50, gate.FIRST_EXIT_AP50, gate.DEEPEST_SHARE, advice, first_share)
+    model = run.model
+    found = zip(model.exit_names, model.exit_layers, run.calib_quality.of_exits(model), strict=True)
+    branched = [one for one, empty in zip(found, (*model.empty, False), strict=True) if not empty]
+    return exits_gate(run.cfg, {name: figures["AP50"] for name, _, figures in branched}, branched[0][1])
+
+
+def exits_gate(cfg: CfgNode, ap50: Mapping[str, float | None], first_layer: int) -> Gate:
+    """The first exit's AP50, and the deepest early exit's against the full path's.
+
+    Behind a full path that was taken over as it is, the first exit is held against it too, and it must detect at all.
+
+    Args:
+        ap50: of the exits that have a branch, shallow to deep, and of the full path, by name.
+        first_layer: trunk layer of the first of them.
+    """
+    names = list(ap50)
+    if len(names) == 1:
+        return Gate("exits", ())
+    first, full = names[0], names[-1]
+    limits, found = cfg.EXITS_PHASE.GATE, ap50[full] or 0.0
+
+    def share_of_full(name: str, share: float) -> Check:
+        limit = share * (found or 1.0)  # where the full path finds nothing, no exit passes
+        return Check(f"{name} AP50", ap50[name], limit, f"{share:.0%} of {full}'s {found:.3f}")
+
+    checks = [Check(f"{first} AP50", ap50[first], limits.FIRST_EXIT_AP50)]
+    if takes_over(cfg):
+        checks = [Check(f"{full} AP50", ap50[full], DETECTS_AP50), share_of_full(first, limits.FIRST_EXIT_SHARE)]
+    checks.append(share_of_full(names[-2], limits.DEEPEST_SHARE))
+    return Gate("exits", tuple(checks), exits_advice(cfg, first, first_layer))
+
+
+def exits_advice(cfg: CfgNode, first: str, layer: int) -> tuple[str, ...]:
+    """What to try after the gate; nothing that is set already, or as far as it goes. ``first`` and ``layer`` are name
+    and trunk layer of the first exit with a branch."""
+    phase, advice = cfg.EXITS_PHASE, []
+    if layer < DEEPEST_USEFUL_LAYER:
+        advice.append(f"move the exit deeper (EXITS.LAYERS): {first} sees too little of the trunk")
+    more = [f"more epochs than {phase.EPOCHS} (EXITS_PHASE.EPOCHS)"]
+    if not phase.EPOCHS:
+        more = ["train the exits: EXITS_PHASE.EPOCHS is 0"]
+    elif phase.CACHE:
+        more.append(f"more views of a photo than {phase.CACHE_VIEWS} (EXITS_PHASE.CACHE_VIEWS)")
+    if min(cfg.EXITS.COPY) < 1:
+        more.append(f"wider branches than {', '.join(f'{share:g}' for share in cfg.EXITS.COPY)} (EXITS.COPY)")
+    advice.append(", ".join(more))
+    teacher = "; the full path alone can teach from photos without boxes (LOSS.SUPERVISION teacher)"
+    advice.append("more photos" + ("" if cfg.LOSS.SUPERVISION == "teacher" else teacher))
+    return tuple(advice)
 
 
 def train_branches(run: Run) -> None:
@@ -237,8 +301,7 @@ PHASE_FUNCTIONS: dict[str, Callable[[Run], Gate]] = {"baseline": baseline, "exit
 
 
 def tap_cache(run: Run) -> TapCache:
-    """The tap cache of the exits phase, not yet computed; an EarlyExitError if it would exceed
-    EXITS_PHASE.CACHE_GIB."""
+    """The cache of the exits phase, not yet computed; an EarlyExitError if it would exceed EXITS_PHASE.CACHE_GIB."""
     phase = run.cfg.EXITS_PHASE
     cache = TapCache(run.folder.taps, run.model, len(run.train_set), phase.CACHE_VIEWS, phase.CACHE_DTYPE)
     cache.require_budget(phase.CACHE_GIB)
@@ -269,8 +332,7 @@ def full_path_fingerprint(model: EarlyExitSSDLite) -> dict[str, Tensor]:
 
 
 def require_same_full_path(before: dict[str, Tensor], model: EarlyExitSSDLite) -> None:
-    """Check that the full path is bit-identical to its fingerprint ``before`` the exits phase; an EarlyExitError names
-    the first tensor that has changed."""
+    """An EarlyExitError with the first tensor that has changed since the fingerprint ``before`` the exits phase."""
     after = full_path_fingerprint(model)
     for key, value in before.items():
         if not torch.equal(value, after[key]):
@@ -347,8 +409,7 @@ def fine_tune(
         folder: folder of checkpoints, the log and the trained model.
 
     Raises:
-        Interrupted: a signal stopped the training.
-        TrainingDiverged: a loss is NaN or infinite.
+        as of `fit`.
     """
     train_set = load_dataset(cfg, cfg.DATA.TRAIN, train=True, labels="optional")
     settings = f"{cfg.FINE_TUNING} {cfg.LOSS} {cfg.DATA.AUGMENTATION} {cfg.SEED} {list(sides)} {fingerprint(train_set)}"

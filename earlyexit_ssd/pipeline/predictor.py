@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -36,14 +36,11 @@ class TorchPredictor:
 
     Attributes:
         model: in eval mode on the CPU; classes: names of the labels 1..K; exit_names: shallow to deep, ``full`` last.
-        certificate: of the calibration, as its JSON; None where the model has none.
     """
 
     def __init__(self, model: EarlyExitSSDLite) -> None:
         self.model = model.eval()
         self.classes, self.exit_names = tuple(model.classes), tuple(model.exit_names)
-        certificate = getattr(model.router, "certificate", None)
-        self.certificate: dict[str, Any] | None = None if certificate is None else certificate.to_dict()
 
     @torch.inference_mode()
     def __call__(self, image: np.ndarray) -> Detections:

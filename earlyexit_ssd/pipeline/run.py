@@ -1,4 +1,4 @@
-"""A training run: its folder, the state shared by its phases, and figures on the calib split."""
+"""A training run: its folder, its gates, the state shared by its phases, and figures on the calib split."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ from fvcore.common.config import CfgNode
 from earlyexit_ssd.config import get_cfg
 from earlyexit_ssd.data import DetectionDataset, build_loader, to_coco
 from earlyexit_ssd.engine.processes import rank, world_size
-from earlyexit_ssd.errors import EarlyExitError, shown
+from earlyexit_ssd.errors import EarlyExitError, GateFailed, shown
 from earlyexit_ssd.evaluation.evaluate import evaluate_detections
 from earlyexit_ssd.evaluation.matches import Detections, ap_of_choice, exit_matches
 from earlyexit_ssd.evaluation.metrics import EvaluationSettings, Figures
 from earlyexit_ssd.evaluation.outputs import choose_exits, collect, collect_detections, exit_share
 from earlyexit_ssd.files import make_folder, write_json, write_text, writing
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite
-from earlyexit_ssd.pipeline.gates import Gate
 from earlyexit_ssd.plain import parse_yaml, read_yaml
 
 logger = logging.getLogger(__name__)
@@ -36,22 +35,64 @@ _MAY_CHANGE = (
     *("OUTPUT_DIR", "DEVICE", "THREADS", "DATA.ROOT", "DATA.WORKERS", "EVAL.", "CALIBRATION.", "FINE_TUNING."),
     *("EXITS_PHASE.CACHE_GIB", "ENGINE.CHECKPOINT_PERIOD", "ENGINE.LOG_PERIOD", "ENGINE.CURVE_PERIOD"),
 )
-_SETTINGS_OF_PHASES = {
-    "baseline": ("BASELINE.",),
-    "exits": ("EXITS_PHASE.", "EXITS.", "ROUTING."),
-    "joint": ("JOINT.",),
-}
+_SETTINGS_OF_PHASES = {"baseline": "BASELINE.", "exits": ("EXITS_PHASE.", "EXITS.", "ROUTING."), "joint": "JOINT."}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure against its limit."""
+
+    name: str
+    value: float | None  # None is undefined, which fails
+    limit: float | None  # the least value; None where the figure is only shown
+    of: str = ""  # what the limit is a share of, empty for an absolute one
+
+    @property
+    def passed(self) -> bool:
+        return self.limit is None or (self.value is not None and self.value >= self.limit)
+
+    def __str__(self) -> str:
+        value = "undefined" if self.value is None else f"{self.value:.3f}"
+        if self.limit is None:
+            return f"{self.name} {value}"
+        of = f" ({self.of})" if self.of else ""
+        return f"{self.name} {value} {'>=' if self.passed else '<'} {self.limit:.3f}{of}"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a phase must reach before the next one starts, and what to try if a check fails."""
+
+    phase: str
+    checks: tuple[Check, ...]
+    advice: tuple[str, ...] = ()
+    forced: bool = False  # the run went on although the gate failed
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def __str__(self) -> str:
+        state = "passed" if self.passed else "failed, forced" if self.forced else "failed"
+        return f"gate of phase {self.phase} {state}: {', '.join(map(str, self.checks))}"
+
+    def failed(self) -> GateFailed:
+        """The error of it, with what to do now."""
+        tries = [f"  try: {line}" for line in self.advice]
+        return GateFailed(str(self), [*tries, "  or go on with --force, which every later report will say"])
+
+    def to_dict(self) -> dict:
+        """For gate.json."""
+        checks = [vars(check) | {"passed": check.passed} for check in self.checks]
+        return {"phase": self.phase, "passed": self.passed, "forced": self.forced, "checks": checks}
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run below ``root``: the final model, and a folder for each phase.
-
-    shared_taps: folder of a tap cache shared by several runs, which is not deleted; None: a cache in the run's folder.
-    """
+    """Paths of a run below ``root``: the final model, and a folder for each phase."""
 
     root: Path
-    shared_taps: Path | None = None
+    shared_taps: Path | None = None  # of a tap cache that several runs share, which is not deleted
 
     @property
     def model(self) -> Path:
@@ -88,8 +129,8 @@ class RunFolder:
             raise EarlyExitError(f"{self.root} holds other results; {fix}")
 
     def start(self, cfg: CfgNode) -> None:
-        """Move the files of unfinished phases with changed settings into the phase's folder ``before_1``, ``before_2``
-        and so on, then write configuration and versions."""
+        """Move the files of unfinished phases with changed settings into ``before_1``, ``before_2`` and so on in the
+        phase's folder, then write configuration and versions."""
         for phase, key in self._changed_phases(cfg).items():
             logger.info("phase %s starts again, since %s has changed", phase, key)
             folder = self.phase(phase)  # the taps stay: their key is checked
@@ -101,7 +142,11 @@ class RunFolder:
                     for path in files:
                         path.rename(target / path.name)
         write_text(self.root / "config.yaml", cfg.dump())
-        write_json(self.root / "run.json", describe_run(cfg.SEED))
+        versions = {one.__name__: one.__version__ for one in (torch, torchvision, albumentations)}
+        machine = {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
+        command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+        entries = {"command": command, "seed": cfg.SEED, "python": platform.python_version(), **versions, **machine}
+        write_json(self.root / "run.json", entries)
 
     def _changed_phases(self, cfg: CfgNode) -> dict[str, str]:
         """Unfinished phase -> a key of its training settings in which ``cfg`` and the stored configuration differ. An
@@ -157,20 +202,6 @@ def _read_dict(path: Path) -> dict:
     return content
 
 
-def describe_run(seed: int) -> dict:
-    return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "seed": seed,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "albumentations": albumentations.__version__,
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-
-
 def _flat(tree: dict, prefix: str = "") -> dict:
     flat = {}
     for key, value in tree.items():
@@ -181,10 +212,11 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 class SplitQuality:
     """Computes figures such as AP50 on ``dataset``, of the full path or of every exit; every process must call it."""
 
-    def __init__(self, dataset: DetectionDataset, settings: EvaluationSettings, batch_size: int, workers: int) -> None:
-        self._loader = build_loader(dataset, batch_size, workers, False, 0, rank(), world_size())
+    def __init__(self, dataset: DetectionDataset, cfg: CfgNode, workers: int) -> None:
+        self._loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, workers, False, 0, rank(), world_size())
         self._ground_truth = to_coco(dataset)
-        self._settings = settings
+        # gates compare figures without intervals: no bootstrap
+        self._settings = EvaluationSettings(score=cfg.EVAL.SCORE, iou=cfg.EVAL.IOU, resamples=0)
 
     def of_full_path(self, model: EarlyExitSSDLite) -> Figures:
         """Figures of the model without routing."""
@@ -213,11 +245,11 @@ class SplitQuality:
         for name, empty, found in zip(model.exit_names, (*model.empty, False), collected.detections, strict=True):
             point |= {} if empty else self._ap(name, found)
         shares = exit_share(choose_exits(collected.confidences, router.thresholds.tolist()), model.exit_names)
-        temperatures = dict(zip(model.exit_names, router.temperatures.tolist(), strict=False))
-        means = [values.mean().item() for values in collected.confidences[:-1]]
-        confidences = dict(zip(model.exit_names, means, strict=False))
-        named = {"share": shares, "temperature": temperatures, "confidence": confidences}
-        return point | {f"{key}/{name}": value for key, values in named.items() for name, value in values.items()}
+        point |= {f"share/{name}": share for name, share in shares.items()}
+        early = zip(model.exit_names, router.temperatures.tolist(), collected.confidences, strict=False)
+        for name, temperature, confidences in early:
+            point |= {f"temperature/{name}": temperature, f"confidence/{name}": confidences.mean().item()}
+        return point
 
     def _ap(self, name: str, found: Detections) -> dict[str, float | None]:
         matches = exit_matches(self._ground_truth, [found])
@@ -239,16 +271,11 @@ class Run:
 
     @property
     def calib_quality(self) -> SplitQuality:
-        return self._quality(self.calib_set, self.cfg.DATA.WORKERS)
+        return SplitQuality(self.calib_set, self.cfg, self.cfg.DATA.WORKERS)
 
     @property
     def curve_quality(self) -> SplitQuality:
         """Figures on ENGINE.CURVE_PHOTOS photos of the calib split, for the training curves."""
         records = self.calib_set.records
         chosen = np.random.default_rng(self.cfg.SEED).permutation(len(records))[: self.cfg.ENGINE.CURVE_PHOTOS]
-        return self._quality(self.calib_set.subset([records[place] for place in sorted(chosen)]), workers=0)
-
-    def _quality(self, photos: DetectionDataset, workers: int) -> SplitQuality:
-        # gates compare figures without intervals: no bootstrap
-        settings = EvaluationSettings(score=self.cfg.EVAL.SCORE, iou=self.cfg.EVAL.IOU, resamples=0)
-        return SplitQuality(photos, settings, self.cfg.EVAL.BATCH_SIZE, workers)
+        return SplitQuality(self.calib_set.subset([records[place] for place in sorted(chosen)]), self.cfg, workers=0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -113,11 +112,10 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> Results | 
         GateFailed: a phase's gate failed and ``force`` is not set.
         Interrupted: a signal stopped a phase; everything is saved.
     """
-    device = build_device(cfg)
+    folder = RunFolder(Path(cfg.OUTPUT_DIR))
     # the first of torchrun's processes holds the folder for all of them
-    with process_group(device), locked_folder(cfg.OUTPUT_DIR) if is_main() else contextlib.nullcontext():
-        folder, trained, classes = _train_phases(cfg, device, resume, force)
-        cfg = with_classes(cfg, classes)
+    with process_group(build_device(cfg)), locked_folder(folder.root) if is_main() else contextlib.nullcontext():
+        trained = train_phases(cfg, resume, force)
         if cfg.CALIBRATION.TARGET:
             calibrate(cfg, trained, build_target(cfg), folder.phase("calibration"))
             trained = folder.phase("calibration") / "model.pth"
@@ -127,27 +125,12 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> Results | 
         return evaluate_model(cfg, folder.model, folder.root)
 
 
-def train_phases(cfg: CfgNode) -> Path:
-    """Run the configured phases in OUTPUT_DIR, or continue them, past failed gates; neither calibrate nor evaluate.
-
-    Returns:
-        the file of the trained model.
-
-    Raises:
-        as of `train`, without GateFailed.
-    """
-    with locked_folder(cfg.OUTPUT_DIR):
-        return _train_phases(cfg, build_device(cfg), resume=True, force=True)[1]
-
-
-def _train_phases(
-    cfg: CfgNode, device: torch.device, resume: bool, force: bool
-) -> tuple[RunFolder, Path, Sequence[str]]:
-    """The run's folder, the last phase's model file, and the classes."""
+def train_phases(cfg: CfgNode, resume: bool = True, force: bool = True) -> Path:
+    """As `train`, in a folder that the caller holds, and neither calibrated nor evaluated; the last phase's model."""
     folder = RunFolder(Path(cfg.OUTPUT_DIR))
     if is_main():
         folder.require_free(cfg, resume)
-    run = prepare(cfg, folder, device)
+    run = prepare(cfg, folder, build_device(cfg))
     if is_main():
         folder.start(cfg)
         samples = [run.train_set.sample(index, epoch=0) for index in range(min(12, len(run.train_set)))]
@@ -155,27 +138,25 @@ def _train_phases(
     barrier()  # other processes must not read files that start() moves
     for phase in cfg.PHASES:
         _run_phase(run, phase, force)
-    return folder, folder.phase(cfg.PHASES[-1]) / "model.pth", run.cfg.DATA.CLASSES
+    return folder.phase(cfg.PHASES[-1]) / "model.pth"
 
 
 def _run_phase(run: Run, name: str, force: bool) -> None:
     """Train the phase and check its gate, or load its model if an earlier run has finished it."""
-    path = run.folder.phase(name) / "model.pth"
+    path, phases = run.folder.phase(name) / "model.pth", run.cfg.PHASES
     if run.folder.finished(name):
         _load_finished(run, path, name)
         if is_main():
             run.folder.remove_taps()
         logger.info("phase %s is finished already: %s", name, path)
         return
-    phases = run.cfg.PHASES
     logger.info("phase %s (%d of %d)", name, phases.index(name) + 1, len(phases))
     gate = PHASE_FUNCTIONS[name](run)
+    gate = dataclasses.replace(gate, forced=force and not gate.passed)
     if is_main():
         curves = training_curves({phase: read_log(run.folder.phase(phase)) for phase in phases})
         if curves is not None:
             write_image(run.folder.root / "curves.png", curves)
-    gate = dataclasses.replace(gate, forced=force and not gate.passed)
-    if is_main():
         router = run.model.router.to_dict() if run.model.router is not None else None
         forced = gate.forced or run.folder.forced()
         info = {"phase": name, "forced": forced, "router": router, "taken_over": takes_over(run.cfg)}

@@ -1,5 +1,3 @@
-"""None"""
-
 from __future__ import annotations
 
 import contextlib
@@ -83,9 +81,6 @@ def test_a_state_of_something_else_is_one_line(tmp_path, change):
 def test_no_half_file_is_left(tmp_path):
     line_trainer([Checkpoint(tmp_path / "last.pth", 1)]).run()
     assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
-
-
-# engine.test_hooks.
 
 
 def lines(folder):

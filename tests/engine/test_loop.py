@@ -1,5 +1,3 @@
-"""None"""
-
 from __future__ import annotations
 
 import numpy as np
@@ -46,9 +44,6 @@ def test_rate_factors_go_by_the_beginning_of_a_name():
     assert slow["params"][0] is model["backbone"].weight
 
 
-# engine.test_batches.
-
-
 def ids(batches):
     return [[target["image_id"] for target in targets] for _, targets in batches]
 
@@ -69,9 +64,6 @@ def test_same_batches_for_the_same_numbers(tmp_path):
     assert ids(loader.epoch(0, 2)) == first[2:]
     assert ids(loader.epoch(1, 0)) == second
     assert len(loader) == 3
-
-
-# engine.test_ema.
 
 
 def test_average_by_hand():
@@ -96,9 +88,6 @@ def test_counters_are_copied_and_the_state_comes_back():
     again.load_state_dict(ema.state_dict())
     assert again.updates == 1
     assert torch.equal(again.average.running_mean, ema.average.running_mean)
-
-
-# engine.test_trainer.
 
 
 def test_learns_the_line():

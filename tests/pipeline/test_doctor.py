@@ -92,7 +92,7 @@ def trainer_at(step: int) -> SimpleNamespace:
 
 
 def test_a_training_is_warned_of_each_failure_once(photos, model, caplog):
-    watch, state = Watch(photos, lambda: model, full_only=True), {k: v.clone() for k, v in model.state_dict().items()}
+    watch, state = Watch(photos, model), {k: v.clone() for k, v in model.state_dict().items()}
     model.train()
     watch.before_training(trainer_at(0))
     with caplog.at_level(logging.WARNING):
@@ -112,9 +112,10 @@ def test_a_training_is_warned_of_each_failure_once(photos, model, caplog):
 
 def test_a_bad_figure_that_improves_is_reported_in_the_last_third_only(photos, model, caplog, monkeypatch):
     figures = iter([0.1, 0.2, 0.15, 0.4])  # of 0.5: worse than the look before, but better than the one before that
-    check = Check("spread", lambda _: {"full": next(figures)}, 0.5, None, "alike", "train", True)
+    measure = lambda _: {"full": next(figures)}  # noqa: E731
+    check = Check(name="spread", measure=measure, least=0.5, meaning="alike", advice="train")
     monkeypatch.setattr("earlyexit_ssd.pipeline.doctor.MODEL_CHECKS", [check])
-    watch = Watch(photos, lambda: model)
+    watch = Watch(photos, model)
     for epoch in (1, 2, 3):
         watch.look(epoch, last_third=False)
     assert caplog.records == []
@@ -125,7 +126,7 @@ def test_a_bad_figure_that_improves_is_reported_in_the_last_third_only(photos, m
 
 
 def test_watching_takes_at_most_a_hundredth_of_the_time(photos, model):
-    watch = Watch(photos, lambda: model)
+    watch = Watch(photos, model)
     watch.before_training(trainer_at(0))
     looks = []
     watch.look = lambda epoch, last_third: looks.append((epoch, last_third))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +13,8 @@ from earlyexit_ssd.drift import Reference
 from earlyexit_ssd.errors import ConfigError, EarlyExitError
 from earlyexit_ssd.evaluation.cost import export_onnx, mmacs_to_exit
 from earlyexit_ssd.modeling import Architecture, PathToExit, save_model
-from earlyexit_ssd.pipeline.evaluate import build_rivals, check_rivals, drift_of, open_certificate, smaller_sizes
+from earlyexit_ssd.pipeline.build import open_router
+from earlyexit_ssd.pipeline.evaluate import build_rivals, check_certificate, check_rivals, drift_of, smaller_sizes
 from earlyexit_ssd.routing import ExitRouter
 
 EXITS = ("exit8", "full")
@@ -37,26 +37,30 @@ def certificate(kind="risk", score=0.5):
     )
 
 
-@pytest.fixture
-def open_one(monkeypatch, tmp_path):
-    """Open a certificate at EVAL.SCORE 0.5; weights and photos are others' business."""
+def test_a_risk_holds_at_its_own_score_only(caplog):
+    def check(one):
+        cfg = load_config(None, ["EVAL.SCORE", "0.5", "EVAL.IOU", "0.5"])
+        check_certificate(cfg, one, SimpleNamespace(records=[]), "certificate.json")
 
-    def opened(one):
-        one = dataclasses.replace(one)
-        monkeypatch.setattr(Certificate, "router_for", lambda self, model: ExitRouter(1))
-        one.save(tmp_path / "certificate.json")
-        path = ["ROUTING.CERTIFICATE", str(tmp_path / "certificate.json"), "EVAL.SCORE", "0.5", "EVAL.IOU", "0.5"]
-        return open_certificate(load_config(None, path), None, SimpleNamespace(records=[]))
-
-    return opened
-
-
-def test_a_risk_holds_at_its_own_score_only(open_one, caplog):
-    assert open_one(certificate())[0].target.score == 0.5
+    check(certificate())
     with pytest.raises(ConfigError, match="speaks of score 0.3 and IoU 0.5, EVAL has 0.5 and 0.5; set EVAL.SCORE"):
-        open_one(certificate(score=0.3))
-    assert open_one(certificate("speedup", score=0.3))[1].num_exits == 1
+        check(certificate(score=0.3))
+    assert caplog.text == ""
+    check(certificate("speedup", score=0.3))
     assert "speaks of score 0.3" in caplog.text
+
+
+def test_who_routes(monkeypatch, tmp_path):
+    """The certificate of the configuration, else that of the model's file, else ROUTING with trained temperatures."""
+    monkeypatch.setattr(Certificate, "router_for", lambda self, model: self.target.score)
+    certificate(score=0.3).save(tmp_path / "certificate.json")
+    cfg, model = load_config(), SimpleNamespace(num_early_exits=1)
+    named = load_config(None, ["ROUTING.CERTIFICATE", str(tmp_path / "certificate.json")])
+    info = {"router": {"temperatures": [1.5]}}
+    calibrated = {**info, "certificate": certificate(score=0.4).to_dict()}
+    assert open_router(named, model, calibrated, "model.pth") == 0.3
+    assert open_router(cfg, model, calibrated, "model.pth") == 0.4
+    assert open_router(cfg, model, info, "model.pth").temperatures.tolist() == [1.5]
 
 
 def test_photos_unlike_those_of_calibration_are_said_to_be(caplog):
@@ -86,7 +90,7 @@ def architecture(**changes) -> Architecture:
 
 def rivals(*overrides: str, **changes):
     described = architecture(**changes)
-    return build_rivals(load_config(None, overrides), described.build().eval(), described, CPU)
+    return build_rivals(load_config(None, overrides), described.build().eval(), described)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -10,19 +12,21 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import Architecture, LossSettings, describe_exits
 from earlyexit_ssd.modeling.detector import TapBatch
 from earlyexit_ssd.pipeline import phases
-from earlyexit_ssd.pipeline import phases as fit
 from earlyexit_ssd.pipeline.build import build_router
 from earlyexit_ssd.pipeline.phases import (
     SeveralSizes,
     TaughtFullPath,
+    baseline_advice,
+    baseline_gate,
+    exits_advice,
+    exits_gate,
     full_path_fingerprint,
     joint,
     joint_losses,
-    lr_factors,
     require_same_full_path,
     views_of,
 )
-from earlyexit_ssd.pipeline.run import Run
+from earlyexit_ssd.pipeline.run import Run, RunFolder
 from tests.modeling.conftest import small_model
 
 
@@ -120,8 +124,8 @@ def test_photos_of_a_batch_are_named_whatever_the_loader():
             return f"{image_id}.jpg"
 
     targets = [{"image_id": torch.tensor(3)}, {"image_id": 5}]
-    assert fit._photo_names(Photos(), TapBatch([], {}, targets)) == ["3.jpg", "5.jpg"]
-    assert fit._photo_names(Photos(), ([], targets)) == ["3.jpg", "5.jpg"]
+    assert phases._photo_names(Photos(), TapBatch([], {}, targets)) == ["3.jpg", "5.jpg"]
+    assert phases._photo_names(Photos(), ([], targets)) == ["3.jpg", "5.jpg"]
 
 
 def test_fingerprint_leaves_the_mode_alone():
@@ -131,10 +135,26 @@ def test_fingerprint_leaves_the_mode_alone():
     assert model.backbone.training
 
 
-def test_full_path_has_its_share_of_the_rate_in_the_joint_phase_alone():
-    cfg = load_config(overrides=["JOINT.FULL_PATH_LR_FACTOR", "0.25"])
-    assert lr_factors(cfg.JOINT)["backbone."] == lr_factors(cfg.JOINT)["module.head."] == 0.25
-    assert set(lr_factors(cfg.EXITS_PHASE).values()) == {1.0}
+@pytest.mark.parametrize(("name", "share"), [("joint", 0.25), ("exits", 1.0)])
+def test_full_path_has_its_share_of_the_rate_in_the_joint_phase_alone(name, share, tmp_path, monkeypatch):
+    cfg = load_config(None, ["JOINT.FULL_PATH_LR_FACTOR", "0.25"])
+    photos = SimpleNamespace(records=[], subset=lambda records: records)
+    run = Run(cfg, RunFolder(tmp_path), small_model(), None, photos, photos, torch.device("cpu"))
+
+    class Built(Exception):
+        pass
+
+    def trainer(*, optimizer, **_):
+        raise Built(optimizer)
+
+    monkeypatch.setattr(phases, "Trainer", trainer)
+    with pytest.raises(Built) as built:
+        phases.fit(run, name, run.model, None)
+    groups = built.value.args[0].param_groups
+    factors = {id(one): group["lr_factor"] for group in groups for one in group["params"]}
+    full = [*run.model.backbone.parameters(), *run.model.head.parameters()]
+    assert {factors[id(one)] for one in full} == {share}
+    assert {factors[id(one)] for one in run.model.branches.parameters()} == {1.0}
 
 
 def test_cached_taps_depend_on_the_photos_and_views_alone():
@@ -143,6 +163,127 @@ def test_cached_taps_depend_on_the_photos_and_views_alone():
     for key, value in (("DATA.AUGMENTATION", "ssd"), ("SEED", "1"), ("DATA.SYNTHETIC.SEED", "1")):
         assert views_of(load_config(None, [key, value])) != views_of(load_config(None)), key
 
+
+# Gates.
+
+TAKEN_OVER = ["MODEL.WEIGHTS", "COCO_V1", "BASELINE.EPOCHS", "0"]
+
+
+def full_path(ap50, precision, recall):
+    return {"AP50": ap50, "precision": precision, "recall": recall}
+
+
+def test_limits_are_met_or_exceeded():
+    cfg = load_config()
+    assert baseline_gate(cfg, full_path(0.4, 0.7, 0.5)).passed
+    gate = baseline_gate(cfg, full_path(0.39, None, 0.9))
+    assert [check.passed for check in gate.checks] == [False, False, True]
+    assert str(gate) == (
+        "gate of phase baseline failed: AP50 0.390 < 0.400, precision undefined < 0.600, recall 0.900 >= 0.500"
+    )
+
+
+def test_deepest_exit_is_held_against_the_full_path():
+    gate = exits_gate(load_config(), {"exit8": 0.31, "exit12": 0.5, "full": 0.6}, 8)
+    assert [(check.value, check.limit) for check in gate.checks] == [(0.31, 0.30), (0.5, 0.85 * 0.6)]
+    assert not gate.passed
+    assert str(gate).endswith("exit12 AP50 0.500 < 0.510 (85% of full's 0.600)")
+
+
+@pytest.mark.parametrize(
+    ("keys", "reference", "limits"),
+    [
+        ([], None, (0.4, 0.6, 0.5)),
+        (["BASELINE.EPOCHS", "0"], None, (0.4, 0.6, 0.5)),  # untrained, and no checkpoint
+        (TAKEN_OVER, None, (0.05, None, None)),
+        ([*TAKEN_OVER[:2], "PHASES", "[exits]"], None, (0.05, None, None)),
+        (TAKEN_OVER[:2], None, (0.4, 0.6, 0.5)),  # trained further
+        ([*TAKEN_OVER, "BASELINE.GATE.AP50", "0.2", "BASELINE.GATE.RECALL", "0.1"], None, (0.2, None, 0.1)),
+        ([*TAKEN_OVER, "BASELINE.GATE.AP50", "0.0"], None, (0.05, None, None)),
+        ([*TAKEN_OVER[:2], "BASELINE.GATE.RELATIVE", "0.5"], (0.2, 0.6, None), (0.1, 0.3, 0.0)),
+        ([*TAKEN_OVER[:2], "BASELINE.GATE.RELATIVE", "0.5"], (0.0, None, 0.0), (0.05, 0.0, 0.0)),
+    ],
+)
+def test_limits_fit_the_case(keys, reference, limits):
+    """A checkpoint as it is need only detect; that much is asked of every one."""
+    gate = baseline_gate(load_config(None, keys), full_path(1, 1, 1), reference and full_path(*reference))
+    assert {check.name: check.limit for check in gate.checks} == full_path(*limits)
+
+
+def test_a_checkpoint_taken_over_shows_its_figures():
+    cfg = load_config(None, TAKEN_OVER)
+    gate = baseline_gate(cfg, full_path(0.26, 0.8, 0.16))
+    assert gate.passed and str(gate).endswith("passed: AP50 0.260 >= 0.050, precision 0.800, recall 0.160")
+    assert not baseline_gate(cfg, full_path(0.04, 1.0, 0.9)).passed
+    assert not baseline_gate(cfg, full_path(None, None, None)).passed
+    assert gate.to_dict()["checks"][1] == {"name": "precision", "value": 0.8, "limit": None, "of": "", "passed": True}
+
+
+@pytest.mark.parametrize(
+    ("ap50", "passed"),
+    [
+        ((0.151, 0.171, 0.2), True),  # under 0.30, and three quarters of what the checkpoint has
+        ((0.149, 0.171, 0.2), False),
+        ((0.151, 0.169, 0.2), False),
+        ((0.049, 0.049, 0.049), False),  # it does not detect
+        ((0.0, 0.0, 0.0), False),
+        ((None, None, None), False),
+    ],
+)
+def test_exits_on_a_checkpoint_taken_over_are_held_against_it(ap50, passed):
+    gate = exits_gate(load_config(None, TAKEN_OVER), dict(zip(("exit8", "exit12", "full"), ap50, strict=True)), 8)
+    assert gate.passed is passed
+    if passed:
+        assert "full AP50 0.200 >= 0.050, exit8 AP50 0.151 >= 0.150 (75% of full's 0.200)" in str(gate)
+
+
+def test_without_a_branch_there_is_nothing_to_check():
+    assert str(exits_gate(load_config(), {"full": None}, 16)) == "gate of phase exits passed: "
+
+
+@pytest.mark.parametrize(
+    ("keys", "named", "unnamed"),
+    [
+        ([], ["more epochs than 24", "BASELINE.LR", "MODEL.WEIGHTS)", "MODEL.WEIGHTS_BACKBONE"], []),
+        (["MODEL.WEIGHTS_BACKBONE", "IMAGENET1K_V1"], ["MODEL.WEIGHTS)"], ["MODEL.WEIGHTS_BACKBONE"]),
+        (["MODEL.WEIGHTS", "COCO_V1"], ["BASELINE.EPOCHS"], ["MODEL.WEIGHTS"]),
+        (TAKEN_OVER, ["train the full path: BASELINE.EPOCHS is 0"], ["MODEL.WEIGHTS", "more epochs"]),
+    ],
+)
+def test_advice_for_the_baseline_names_nothing_that_is_set(keys, named, unnamed):
+    advice = "\n".join(baseline_advice(load_config(None, keys)))
+    assert all(word in advice for word in named) and not any(word in advice for word in unnamed)
+
+
+@pytest.mark.parametrize(
+    ("keys", "layer", "named", "unnamed"),
+    [
+        (
+            [],
+            8,
+            [
+                "EXITS.LAYERS",
+                "more epochs than 8",
+                "more views of a photo than 2",
+                "than 0.5 (EXITS.COPY)",
+                "SUPERVISION teacher",
+            ],
+            [],
+        ),
+        (["EXITS.COPY", "[1.0]"], 8, ["EXITS.LAYERS"], ["EXITS.COPY"]),
+        (["EXITS.COPY", "[1.0, 0.25]"], 8, ["than 1, 0.25 (EXITS.COPY)"], []),
+        (["EXITS_PHASE.CACHE", "False"], 8, ["EXITS_PHASE.EPOCHS"], ["CACHE_VIEWS"]),
+        (["EXITS_PHASE.EPOCHS", "0"], 8, ["EXITS_PHASE.EPOCHS is 0"], ["CACHE_VIEWS", "more epochs"]),
+        (["LOSS.SUPERVISION", "teacher"], 8, ["more photos"], ["SUPERVISION"]),
+        (["EXITS.LAYERS", "[12]"], 12, ["more photos"], ["EXITS.LAYERS"]),
+    ],
+)
+def test_advice_for_the_exits_names_nothing_that_is_set(keys, layer, named, unnamed):
+    advice = "\n".join(exits_advice(load_config(None, keys), "exit8", layer))
+    assert all(word in advice for word in named) and not any(word in advice for word in unnamed), advice
+
+
+# A full path that learns smaller inputs.
 
 OWN = 128
 

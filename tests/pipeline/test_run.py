@@ -5,7 +5,7 @@ import pytest
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import write_json
-from earlyexit_ssd.pipeline.run import RunFolder
+from earlyexit_ssd.pipeline.run import Check, Gate, RunFolder
 
 
 def started(folder, *keys, finished=()):
@@ -57,3 +57,9 @@ def test_what_is_set_aside_replaces_nothing(tmp_path):
         cfg = load_config(None, ["BASELINE.EPOCHS", str(100 + seed)])
         run.start(cfg)
     assert sorted(path.name for path in run.phase("baseline").iterdir()) == ["before_1", "before_2", "before_3"]
+
+
+def test_message_says_what_to_try():
+    error = Gate("exits", (Check("x", 0.1, 0.2),), ("move it",)).failed()
+    assert str(error) == "gate of phase exits failed: x 0.100 < 0.200"
+    assert error.advice == ["  try: move it", "  or go on with --force, which every later report will say"]
