@@ -7,7 +7,6 @@ classes come from an early exit and boxes from the full path. The glossary of do
 from __future__ import annotations
 
 import copy
-import dataclasses
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from earlyexit_ssd.modeling.branches import Exit, Place, check_exits, describe_e
 from earlyexit_ssd.modeling.heads import num_outputs
 from earlyexit_ssd.modeling.losses import Assignment, LossSettings, assign, detection_losses, distillation_loss
 from earlyexit_ssd.modeling.outputs import ExitOutputs, ExitSignals, Head, Router, pool_tap
-from earlyexit_ssd.modeling.trunk import PixelBoxes, Trunk, TrunkState, evaluating, small_copy
+from earlyexit_ssd.modeling.trunk import PixelBoxes, Trunk, evaluating, small_copy
 
 Targets = list[dict[str, Tensor]]
 """Per image ``boxes`` [n, 4] xyxy absolute pixels and ``labels`` [n] in 1..K; n may be 0."""
@@ -91,9 +90,10 @@ class AtExit:
     """A batch that has reached an exit of the forward pass.
 
     Attributes:
-        model, trunk: the detector, and its trunk in segments.
+        model, trunk: the detector, and the layers of its trunk.
         index: index of the exit; the full path's index is the number of early exits.
-        state: state of the trunk at this exit; at a glance, the images.
+        x: output of the last trunk layer that was run, [N, C, H, W]; at a glance, the images.
+        finest: the finest map of the full path's head; None before it is computed.
         context: context of this exit's branch, see :meth:`Branch.context`.
         glance_tap: tap [N, C, H, W] of a glance; None at other exits, and until :attr:`tap` is first read.
     """
@@ -101,7 +101,8 @@ class AtExit:
     model: EarlyExitDetector
     trunk: Trunk
     index: int
-    state: TrunkState
+    x: Tensor
+    finest: Tensor | None = None
     context: Tensor | None = None
     glance_tap: Tensor | None = None
 
@@ -113,16 +114,17 @@ class AtExit:
     @property
     def tap(self) -> Tensor:
         """Output of the exit's trunk layer [N, C, H, W]; a glance's tap is computed when it is first read."""
-        exit = None if self.full else self.model.exits[self.index]
-        if exit is None or exit.pixels is None:
-            return self.state.x
-        if self.glance_tap is None:  # before the first segment, the trunk's state is the image
-            self.glance_tap = self.trunk.features(small_copy(self.state.x, exit.pixels), exit.layer)
+        pixels = None if self.full else self.model.exits[self.index].pixels
+        if pixels is None:
+            return self.x
+        if self.glance_tap is None:
+            end = self.trunk.ends[self.model.exit_layers[self.index]]
+            self.glance_tap, _ = self.trunk.run(small_copy(self.x, pixels), 0, end)
         return self.glance_tap
 
     def maps(self) -> list[Tensor]:
         """The feature maps of the full path's head; call it at the full path only."""
-        return self.trunk.feature_maps(self.state)
+        return self.trunk.feature_maps(self.x, self.finest)
 
     def head(self) -> Head:
         """The head outputs of this exit; computed again at each call."""
@@ -130,7 +132,7 @@ class AtExit:
             return self.model.head(self.maps())
         branch = self.model.branches[self.model.exit_names[self.index]]
         # An empty exit's outputs need only the number of images, so a glance's tap is not computed for them.
-        return branch(self.state.x if self.model.empty[self.index] else self.tap, self.context)
+        return branch(self.x if self.model.empty[self.index] else self.tap, self.context)
 
     def signals(self, head: Head) -> ExitSignals:
         """The router's inputs at this exit."""
@@ -138,18 +140,21 @@ class AtExit:
             return ExitSignals(head["cls_logits"])
         return ExitSignals(head["cls_logits"], pool_tap(self.tap), self.model.empty[self.index])
 
-    def select(self, images: Tensor) -> AtExit:
-        """A copy with the chosen images only (boolean mask [N] or indices)."""
-        context, glance_tap = (None if one is None else one[images] for one in (self.context, self.glance_tap))
-        return dataclasses.replace(self, state=self.state.select(images), context=context, glance_tap=glance_tap)
-
     def keep(self, images: Tensor) -> None:
         """Drop all other images (boolean mask [N] or indices); the walk continues with those that are kept."""
-        rest = self.select(images)
-        self.state, self.context, self.glance_tap = rest.state, rest.context, rest.glance_tap
+        for name in ("x", "finest", "context", "glance_tap"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else value[images])
 
 
-def walk(model: EarlyExitDetector, x: Tensor, branches: bool = True, behind: AtExit | None = None) -> Iterator[AtExit]:
+def walk(
+    model: EarlyExitDetector,
+    x: Tensor,
+    branches: bool = True,
+    first: int = 0,
+    finest: Tensor | None = None,
+    context: Tensor | None = None,
+) -> Iterator[AtExit]:
     """Yield every exit in order, the full path last; deeper layers are computed when the next exit is requested.
 
     Before the next request the caller may shrink the batch with :meth:`AtExit.keep`.
@@ -157,19 +162,18 @@ def walk(model: EarlyExitDetector, x: Tensor, branches: bool = True, behind: AtE
     Args:
         x: normalised images [N, 3, S, S].
         branches: whether heads of the branches will be computed; False skips their context.
-        behind: the exit after which the walk continues; None: it starts from ``x``.
+        first: index of the first exit; if above 0, ``x``, ``finest`` and ``context`` are those at the exit before.
     """
-    trunk, state, context, glances, first = model.trunk, TrunkState(x), None, model.num_glances, 0
-    if behind is not None:
-        state, context, first = behind.state, behind.context, behind.index + 1
-    for index, name in list(enumerate(model.exit_names))[first:]:
+    trunk, glances, early = model.trunk, model.num_glances, model.num_early_exits
+    segments = list(pairwise([0, *(trunk.ends[layer] for layer in model.exit_layers[glances:early]), len(trunk.steps)]))
+    for index in range(first, early + 1):
         if index >= glances:
-            state = trunk.run(state, index - glances)
-            if branches and index < model.num_early_exits:
-                context = model.branches[name].context(state.x, context)
-        at = AtExit(model, trunk, index, state, context)
+            x, finest = trunk.run(x, *segments[index - glances], finest)
+            if branches and index < early:
+                context = model.branches[model.exit_names[index]].context(x, context)
+        at = AtExit(model, trunk, index, x, finest, context)
         yield at
-        state, context = at.state, at.context
+        x, finest, context = at.x, at.finest, at.context
 
 
 def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
@@ -191,23 +195,24 @@ def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
     undecided = torch.arange(len(x), device=x.device)
     parts: list[tuple[Tensor, Head, int, Tensor]] = []
     for at in walk(model, x):
+        here = at
         if at.full and router.hybrid:
             maps = at.maps()
             hybrid_boxes = {"bbox_regression": model.head.regression_head(maps)}
         if not len(undecided) or not (at.full or router.needs(at.index)):
             continue
-        if at.full and router.hybrid:
+        if not router.hybrid:
+            head = at.head()
+        elif at.full:
             head = {"cls_logits": model.head.classification_head([feature[undecided] for feature in maps])}
-            here = at
         else:
-            here = at.select(undecided) if router.hybrid else at
-            head = here.head()
+            here = copy.copy(at)
+            here.keep(undecided)
+            head = {"cls_logits": here.head()["cls_logits"]}
         confidence = router.confidence(here.signals(head), at.index)
         leave = torch.ones_like(undecided, dtype=torch.bool) if at.full else router.leaves(confidence, at.index)
         if not leave.any():
             continue
-        if router.hybrid:
-            head = {"cls_logits": head["cls_logits"]}
         if not leave.all():  # logits are large: avoid a copy
             head = {key: value[leave] for key, value in head.items()}
         parts.append((undecided[leave], head, at.index, confidence[leave]))
@@ -289,6 +294,8 @@ class EarlyExitDetector(SSD):
     """torchvision's weight enum of the detector without exits."""
     backbone_weights: ClassVar[type[WeightsEnum]]
     """torchvision's weight enum of the trunk."""
+    default_exits: ClassVar[tuple[Exit, ...]] = describe_exits()
+    """The exits if none are given."""
     any_size: ClassVar[bool] = True
     """Whether the layers fit other input sizes than torchvision's."""
     fused = False
@@ -319,8 +326,7 @@ class EarlyExitDetector(SSD):
             topk_candidates=detector.topk_candidates,
             positive_fraction=1 / (1 + detector.neg_to_pos_ratio),
         )
-        self.exits = tuple(describe_exits() if exits is None else exits)
-        layers = tuple(one.layer for one in self.exits)
+        self.exits = tuple(self.default_exits if exits is None else exits)
         check_exits(self.exits, self.last_layer)
         self.classes = tuple(classes or (f"class_{label}" for label in range(1, num_classes)))
         if len(self.classes) != num_classes - 1:
@@ -329,28 +335,32 @@ class EarlyExitDetector(SSD):
             )
         self.score_thresh = detector.score_thresh
         self.width = getattr(detector, "width", 1.0)
-        self.exit_layers = (*layers, self.last_layer)
+        self.exit_layers = (*(one.layer for one in self.exits), self.last_layer)
         self.exit_names = (*(one.name for one in self.exits), "full")
         self.empty = tuple(one.empty for one in self.exits)
         self.losses = losses if losses is not None else LossSettings()
-        validate.check_losses(self.losses, len(layers))
-        validate.check_router(router, len(layers))
+        validate.check_losses(self.losses, len(self.exits))
+        validate.check_router(router, len(self.exits))
         self.router = router
         self.norm_frozen = False
         self._full_path_frozen = False
-        taps, self.grids = self._dry_run()
+        parameter = next(self.backbone.parameters())
+        with evaluating(self.backbone):
+            taps, maps = self.trunk_maps(parameter.new_zeros(1, 3, *self.transform.fixed_size))
+        self.backbone.train(self.training)  # `evaluating` restored the given detector's mode; set this model's mode
+        self.grids = [tuple(feature.shape[-2:]) for feature in maps]
         boxes_per_cell = self.anchor_generator.num_anchors_per_location()
         self.branches, context_channels = nn.ModuleDict(), 0
         for one, tap in zip(self.exits, taps, strict=True):
-            place = Place(self.backbone, one.layer, tap, self.grids, boxes_per_cell, num_classes, context_channels)
+            shape = tuple(tap.shape[1:])
+            place = Place(self.backbone, one.layer, shape, self.grids, boxes_per_cell, num_classes, context_channels)
             self.branches[one.name] = one.build(place)
             context_channels = self.branches[one.name].context_channels
         self.inherit()
 
     @property
     def trunk(self) -> Trunk:
-        """The backbone's current layers in segments that end at the exits; layers may have been replaced since
-        construction."""
+        """The backbone's current layers, some of which may have been replaced since construction."""
         raise NotImplementedError  # abstract: each registered detector has its own layers
 
     @classmethod
@@ -383,23 +393,9 @@ class EarlyExitDetector(SSD):
         return sum(one.pixels is not None for one in self.exits)
 
     @property
-    def segment_layers(self) -> tuple[int, ...]:
-        """Layers after which the trunk is cut in the full-size pass."""
-        return self.exit_layers[self.num_glances : -1]
-
-    @property
     def num_early_exits(self) -> int:
         """Number of exits before the full path."""
         return len(self.exit_layers) - 1
-
-    def _dry_run(self) -> tuple[list[tuple[int, int, int]], list[tuple[int, int]]]:
-        """Shapes (C, H, W) of the taps and (height, width) of the grids, from a blank image in eval mode."""
-        parameter = next(self.backbone.parameters())
-        blank = torch.zeros(1, 3, *self.transform.fixed_size, device=parameter.device, dtype=parameter.dtype)
-        with evaluating(self.backbone):
-            taps, maps = self.trunk_maps(blank)
-        self.backbone.train(self.training)  # `evaluating` restored the given detector's mode; set this model's mode
-        return [tuple(tap.shape[1:]) for tap in taps], [tuple(feature.shape[-2:]) for feature in maps]
 
     def trunk_maps(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Normalised images [N, 3, S, S] to the taps (one per early exit) and the full path's feature maps."""
@@ -456,21 +452,30 @@ class EarlyExitDetector(SSD):
         validate.check_not_traced(None if self.training else self.router)
         validate.check_images(images)
         validate.check_head(self.head, self.num_classes)
-        if not self.training:
-            return self._routed_detections(images)
-        targets = validate.check_targets(targets, len(images), self.classes)
-        validate.check_batch(self, len(images))
-        batch, targets = self.transform(images, targets)
-        heads = [at.head() for at in walk(self, batch.tensors)]
-        return self.compute_losses(heads, self.assign(targets, self.default_boxes(batch)))
+        if self.training:
+            targets = validate.check_targets(targets, len(images), self.classes)
+            validate.check_batch(self, len(images))
+            batch, targets = self.transform(images, targets)
+            heads = [at.head() for at in walk(self, batch.tensors)]
+            return self.compute_losses(heads, self.assign(targets, self.default_boxes(batch)))
+        batch, _ = self.transform(images, None)
+        sizes = self.default_boxes(batch), batch.image_sizes, [tuple(image.shape[-2:]) for image in images]
+        if self.router is None:
+            return self._postprocess(self.head(self.trunk_maps(batch.tensors)[1]), *sizes)
+        validate.check_router(self.router, self.num_early_exits)
+        head, exit_index, confidence = route(self, batch.tensors)
+        detections = self._postprocess(head, *sizes)
+        for index, detection in enumerate(detections):
+            detection["exit_index"], detection["exit_confidence"] = exit_index[index], confidence[index]
+        return detections
 
     def exit_outputs(self, images: list[Tensor]) -> ExitOutputs:
         """Outputs of all exits from one forward pass, without routing."""
         validate.check_images(images)
-        photo_sizes = [tuple(image.shape[-2:]) for image in images]
         batch, _ = self.transform(images, None)
         exits = list(walk(self, batch.tensors))
         heads, pooled = tuple(at.head() for at in exits), tuple(pool_tap(at.tap) for at in exits[:-1])
+        photo_sizes = [tuple(image.shape[-2:]) for image in images]
         return ExitOutputs(heads, pooled, self.default_boxes(batch), batch.image_sizes, photo_sizes, self.empty)
 
     def detections(self, outputs: ExitOutputs, exit_index: int) -> Detections:
@@ -506,20 +511,6 @@ class EarlyExitDetector(SSD):
     def _postprocess(self, head: Head, anchors: list[Tensor], network_sizes: Sizes, photo_sizes: Sizes) -> Detections:
         detections = self.postprocess_detections(head, anchors, network_sizes)
         return self.transform.postprocess(detections, network_sizes, photo_sizes)
-
-    def _routed_detections(self, images: list[Tensor]) -> Detections:
-        """Detections at the exit that the router chooses for each image; without a router, at the full path."""
-        photo_sizes = [tuple(image.shape[-2:]) for image in images]
-        batch, _ = self.transform(images, None)
-        sizes = self.default_boxes(batch), batch.image_sizes, photo_sizes
-        if self.router is None:
-            return self._postprocess(self.head(self.trunk_maps(batch.tensors)[1]), *sizes)
-        validate.check_router(self.router, self.num_early_exits)
-        head, exit_index, confidence = route(self, batch.tensors)
-        detections = self._postprocess(head, *sizes)
-        for index, detection in enumerate(detections):
-            detection["exit_index"], detection["exit_confidence"] = exit_index[index], confidence[index]
-        return detections
 
 
 # The network up to one exit as a module: for operation counts, timing and export.
@@ -645,17 +636,16 @@ class FullPathLosses(nn.Module):
         targets = validate.check_targets(targets, len(images), model.classes)
         validate.check_batch(self, len(images))
         batch, targets = model.transform(images, targets)
-        model_side = batch.tensors.shape[-1]
+        x, own_side = batch.tensors, batch.tensors.shape[-1]
         ids = sum(int(target["image_id"]) for target in targets) if self._sides else 0
-        side = self._sides[ids % len(self._sides)] if self._sides else model_side
-        if side == model_side:
-            head, anchors = self.head(model.trunk_maps(batch.tensors)[1]), model.default_boxes(batch)
-            return ResizedBatch(batch, side, head, anchors, targets)
-        x = F.interpolate(batch.tensors, (side, side), mode="bilinear", antialias=True)
-        targets = [{**target, "boxes": target["boxes"] * (side / model_side)} for target in targets]
-        maps = model.trunk_maps(x)[1]
-        boxes = PixelBoxes(model.anchor_generator, model.grids, model_side, side)
-        anchors = boxes(ImageList(x, [(side, side)] * len(x)), [one.detach().float() for one in maps])
+        side = self._sides[ids % len(self._sides)] if self._sides else own_side
+        if side != own_side:
+            x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+            targets = [{**target, "boxes": target["boxes"] * (side / own_side)} for target in targets]
+        maps, anchors = model.trunk_maps(x)[1], model.default_boxes(batch)
+        if side != own_side:
+            boxes = PixelBoxes(model.anchor_generator, model.grids, own_side, side)
+            anchors = boxes(ImageList(x, [(side, side)] * len(x)), [one.detach().float() for one in maps])
         return ResizedBatch(batch, side, self.head(maps), anchors, targets)
 
 

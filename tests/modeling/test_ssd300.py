@@ -11,7 +11,7 @@ from earlyexit_ssd import ExitRouter
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSD300, EarlyExitSSDLite, LossSettings, build_ssdlite
 from earlyexit_ssd.modeling.detector import BranchLosses, compute_taps
-from earlyexit_ssd.modeling.ssd300 import VGGTrunk
+from earlyexit_ssd.modeling.ssd300 import vgg_trunk
 
 NAME = "earlyexit_ssd300_vgg16"
 OFFLINE = {"weights": None, "weights_backbone": None}
@@ -104,4 +104,4 @@ def test_what_cannot_be_is_said(plain):
     with pytest.raises(EarlyExitError, match="did you mean 'ssd300_vgg16'"):
         Architecture(("chair",), detector="ssd300_vgg17").build_detector()
     with pytest.raises(EarlyExitError, match="expected torchvision's SSDFeatureExtractorVGG"):
-        VGGTrunk(build_ssdlite(num_classes=2, image_size=96, width=0.25).backbone, (7,))
+        vgg_trunk(build_ssdlite(num_classes=2, image_size=96, width=0.25).backbone)
