@@ -50,8 +50,8 @@ def early_exit_losses(
     settings: LossSettings,
     router: Router | None = None,
 ) -> dict[str, Tensor]:
-    """Per exit the losses ``<name>_bbox_regression`` and ``<name>_classification``, optionally ``<name>_distillation``
-    and ``<name>_temperature``.
+    """Per exit ``<name>_bbox_regression`` and ``<name>_classification``, optionally ``<name>_distillation``, and with a
+    ``router`` that learns temperatures ``<name>_temperature``.
 
     With ``supervision="teacher"`` there are no losses against labels, and temperatures are fitted to the full path's
     most probable classes.
@@ -59,26 +59,24 @@ def early_exit_losses(
     Args:
         names: index -> name of the early exits that have a branch.
         heads: outputs of all exits, shallow to deep, the full path last.
-        router: adds a temperature loss per exit if its temperatures are learned.
     """
     if settings.supervision == "teacher":
         labels = heads[-1]["cls_logits"].detach().argmax(-1)
         assignment = Assignment(labels, torch.zeros_like(heads[-1]["bbox_regression"]))
     losses = {}
     for index, name in names.items():
-        weight = settings.exit_weight(index)
+        weight, head = settings.exit_weight(index), heads[index]
         if settings.supervision == "labels":
-            for key, value in detection_losses(heads[index], assignment, settings).items():
+            for key, value in detection_losses(head, assignment, settings).items():
                 losses[f"{name}_{key}"] = weight * value
         if settings.teacher != "none":
             deeper = [other for other in names if other > index]  # an exit without a branch is no teacher
             teacher = heads[deeper[0] if deeper and settings.teacher == "next" else -1]
-            value = distillation_loss(heads[index], teacher, settings)
+            value = distillation_loss(head, teacher, settings)
             losses[f"{name}_distillation"] = weight * settings.distillation_weight * value
-        if router is not None:
-            value = router.temperature_loss(heads[index]["cls_logits"].detach(), assignment, index)
-            if value is not None:
-                losses[f"{name}_temperature"] = value
+        value = None if router is None else router.temperature_loss(head["cls_logits"].detach(), assignment, index)
+        if value is not None:
+            losses[f"{name}_temperature"] = value
     return losses
 
 
@@ -177,18 +175,15 @@ def walk(
 
 
 def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
-    """Compute every image as far as the exit that the router chooses for it.
+    """Compute every image as far as the exit that the router chooses for it. ``x``: normalised images [N, 3, S, S].
 
     With a hybrid router every image runs the whole trunk and takes its boxes from the full path. Its classes come from
     the first exit at which its confidence reaches the threshold. The full path's classification head runs only for
     images that reach no threshold.
 
-    Args:
-        x: normalised images [N, 3, S, S].
-
     Returns:
-        the head outputs of each image's exit, the index of that exit [N] and the confidence there [N]. With a hybrid
-        router an image's exit is the one that its classes come from.
+        the head outputs of each image's exit (hybrid: of its classes), that exit's index [N] and the confidence there
+        [N].
     """
     router, hybrid_boxes = model.router, {}
     # Images that have not left. Hybrid: all images run to the end, and `undecided` marks those without classes.
@@ -264,9 +259,8 @@ class EarlyExitDetector(SSD):
     Every parameter and buffer of the torchvision detector keeps its name, and without a router the detections are
     torchvision's own. In train mode ``model(images, targets)`` returns a dict of scalar losses of all exits. In eval
     mode ``model(images)`` returns `Detections`. With a router each detection dict also has the scalar tensors
-    ``exit_index`` and ``exit_confidence``.
-
-    A subclass sets ``last_layer`` and torchvision's weights, and implements ``trunk`` and ``build_plain``.
+    ``exit_index`` and ``exit_confidence``. A subclass sets ``last_layer`` and torchvision's weights, and implements
+    ``trunk`` and ``build_plain``.
 
     Args:
         detector: a torchvision detector; its parts are used, not copied.
@@ -361,12 +355,12 @@ class EarlyExitDetector(SSD):
     @property
     def trunk(self) -> Trunk:
         """The backbone's current layers, some of which may have been replaced since construction."""
-        raise NotImplementedError  # abstract: each registered detector has its own layers
+        raise NotImplementedError  # abstract
 
     @classmethod
     def build_plain(cls, **settings: object) -> SSD:
         """torchvision's detector without exits, untrained; keywords as in :func:`build_ssdlite`."""
-        raise NotImplementedError  # abstract: each registered detector builds its own
+        raise NotImplementedError  # abstract
 
     def inherit(self) -> None:
         """Copy the full path's current weights into the copied layers of the branches."""
@@ -485,11 +479,8 @@ class EarlyExitDetector(SSD):
     def postprocess_detections(
         self, head_outputs: Head, image_anchors: list[Tensor], image_shapes: Sizes
     ) -> Detections:
-        """As in torchvision, but score thresholds per class are applied after NMS, before the limit per image.
-
-        Thresholds before NMS would give the same result. A box suppresses only boxes of its class with a lower score,
-        so a box below the threshold suppresses no box above it.
-        """
+        """As in torchvision, but score thresholds per class are applied after NMS, before the limit per image. Before
+        NMS the result would be the same, since a box suppresses only boxes of its class with a lower score."""
         if not isinstance(self.score_thresh, Mapping):
             return super().postprocess_detections(head_outputs, image_anchors, image_shapes)
         least = [self.score_thresh.get(name, validate.LEAST_SCORE) for name in self.classes]
@@ -502,11 +493,10 @@ class EarlyExitDetector(SSD):
         )
         thresholds = torch.tensor([0.0, *least], device=image_anchors[0].device)
         detections = SSD.postprocess_detections(unlimited, head_outputs, image_anchors, image_shapes)
-        kept = [found["scores"] > thresholds[found["labels"]] for found in detections]
-        return [
-            {key: value[keep][: self.detections_per_img] for key, value in found.items()}
-            for found, keep in zip(detections, kept, strict=True)
-        ]
+        for found in detections:
+            keep = (found["scores"] > thresholds[found["labels"]]).nonzero()[: self.detections_per_img, 0]
+            found.update({key: value[keep] for key, value in found.items()})
+        return detections
 
     def _postprocess(self, head: Head, anchors: list[Tensor], network_sizes: Sizes, photo_sizes: Sizes) -> Detections:
         detections = self.postprocess_detections(head, anchors, network_sizes)
@@ -520,7 +510,6 @@ class PathToExit(nn.Module):
     """All that is computed for an image that leaves at ``exit_index``: the trunk and all branches up to this exit.
 
     Args:
-        model: the model; its parts are used, not copied.
         exit_index: 0 for the first exit, the number of early exits for the full path.
         router: with a router, confidences are computed and closed exits are skipped. None: all branches up to this
             exit are computed, and no confidences.
@@ -562,27 +551,22 @@ class PathToExit(nn.Module):
 
 
 class AllOutputs(nn.Module):
-    """A path that also returns the heads and confidences computed on the way. Otherwise a tracer would drop their
-    operations, since they reach no output."""
+    """A path that returns all tensors of :meth:`PathToExit.run`. A tracer drops operations that reach no output."""
 
     def __init__(self, path: PathToExit) -> None:
         super().__init__()
         self.path = path
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """The tensors of :meth:`PathToExit.run`, in its order."""
         heads, confidences = self.path.run(x)
         return [*(tensor for head in heads for tensor in head.values()), *confidences]
-
-
-# A model for inference: the same detections up to rounding, in about half the time in eager PyTorch.
 
 
 def fuse_for_inference(model: EarlyExitDetector) -> EarlyExitDetector:
     """A copy in eval mode with every BatchNorm fused into its convolution; on a CPU in channels-last format.
 
-    Detections equal the model's up to fp32 rounding. The router is copied too, so set the router before you call this.
-    The copy cannot be trained, saved or compared with a certificate.
+    Detections equal the model's up to fp32 rounding. The router is copied too, so set it before. The copy cannot be
+    trained, saved or compared with a certificate.
     """
     fused = copy.deepcopy(model).eval().requires_grad_(False)
     fused.fused = True
@@ -614,8 +598,7 @@ class FullPathLosses(nn.Module):
     """Losses of the full path; the branches are not computed and get no gradient.
 
     ``sides`` are input sides in pixels for multi-scale training; empty: the model's own. The side of a batch depends
-    only on its image ids, so a resumed training uses the same sides. Default boxes keep their size in pixels
-    (`PixelBoxes`).
+    only on its image ids. Default boxes keep their size in pixels (`PixelBoxes`).
     """
 
     def __init__(self, model: EarlyExitDetector, sides: Sequence[int] = ()) -> None:
@@ -625,8 +608,7 @@ class FullPathLosses(nn.Module):
 
     def forward(self, images: list[Tensor], targets: Targets) -> dict[str, Tensor]:
         """``bbox_regression`` and ``classification``, as in torchvision's SSD."""
-        model = self._model[0]
-        computed = self.compute(images, targets)
+        model, computed = self._model[0], self.compute(images, targets)
         return full_path_losses(computed.head, model.assign(computed.targets, computed.anchors), model.losses)
 
     def compute(self, images: list[Tensor], targets: Targets) -> ResizedBatch:

@@ -6,19 +6,17 @@ import importlib
 import inspect
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torchvision.models.detection.ssd import SSD
 
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import validate
-from earlyexit_ssd.modeling.branches import Exit, exit_keywords
+from earlyexit_ssd.modeling.branches import exit_keywords
 from earlyexit_ssd.modeling.checkpoint import ModelInfo, ShippedWeights, load_model, save_model, weights_path
 from earlyexit_ssd.modeling.detector import EarlyExitDetector
-from earlyexit_ssd.modeling.losses import LossSettings
 from earlyexit_ssd.modeling.outputs import Router, RouterSettings
 from earlyexit_ssd.modeling.retrofit import COCO_CLASSES, Architecture
 from earlyexit_ssd.modeling.trunk import evaluating
@@ -52,11 +50,8 @@ class Pretrained(EarlyExitDetector):
     ) -> tuple[P, ModelInfo]:
         """A file's model without router, in eval mode, and the file's info; errors as :meth:`from_pretrained`.
 
-        Args:
-            path: a model file or a checkpoint.
-            classes: see :meth:`from_pretrained`.
-            describe: fields of `Architecture` for a checkpoint, which has no description of its own. Default: exits
-                after the layers of its branches.
+        ``describe``: fields of `Architecture` for a checkpoint, which has no description of its own. Default: exits
+        after the layers of its branches.
         """
 
         def architecture(outputs: int, exits: tuple[str, ...]) -> Architecture:
@@ -111,24 +106,6 @@ class Pretrained(EarlyExitDetector):
         validate.check_router(given["router"], model.num_early_exits)
         model.router = given["router"]
         return model.train()
-
-    @classmethod
-    def with_exits(
-        cls: type[P],
-        detector: SSD,
-        exits: Sequence[Exit] | None,
-        classes: Sequence[str] | None,
-        losses: LossSettings | None,
-        router: Router | None,
-        score_thresh: float | Mapping[str, float],
-    ) -> P:
-        """A torchvision detector with untrained exits. The classes of a head of COCO's 91 outputs are COCO's unless
-        ``classes`` names them."""
-        if classes is None and detector.head.classification_head.num_columns == len(COCO_CLASSES) + 1:
-            classes = COCO_CLASSES
-        model = cls(detector, exits=exits, classes=classes, losses=losses, router=router)
-        model.score_thresh = score_thresh
-        return model
 
     @classmethod
     def from_pretrained(
@@ -193,8 +170,7 @@ def current_certificate(router: Router | None) -> Any:
 
 
 def names_of(outputs: int, classes: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Names of the labels of a head with ``outputs`` outputs: ``classes``, which must fit, else COCO's for 91 outputs,
-    else ``class_1`` and so on."""
+    """Names of a head's labels: ``classes``, which must fit, else COCO's for 91 outputs, else ``class_1`` and so on."""
     if classes is None:
         if outputs == len(COCO_CLASSES) + 1:
             return COCO_CLASSES
@@ -209,8 +185,7 @@ def names_of(outputs: int, classes: Sequence[str] | None = None) -> tuple[str, .
 
 
 def make_router(model: EarlyExitDetector, settings: RouterSettings) -> Router:
-    """Build a router from a file's settings and run it on a blank photo; an EarlyExitError for invalid settings and
-    those of another model."""
+    """Build a router from a file's settings and run it on a blank photo; an EarlyExitError if they do not fit."""
     device = next(model.parameters()).device
     try:
         router = _router_makers()[0](**settings).to(device)

@@ -94,7 +94,7 @@ def _detectors(mapping: Content, place: str, path: str | os.PathLike[str]) -> di
     """Dotted path with the key prefix -> state dict, of the detectors among the tensors of the dict at ``place``."""
     tensors: dict[str, Tensor] = {}
     for key, value in mapping.items():
-        if isinstance(key, str) and isinstance(value, Tensor):
+        if isinstance(key, str) and isinstance(value, Tensor) and not key.endswith("n_averaged"):
             name = ".".join(part for part in key.split(".") if part not in WRAPPERS)
             if name in tensors:
                 raise EarlyExitError(f"{path}: {key:.80} is there with and without a wrapper's prefix; save one")
@@ -103,8 +103,7 @@ def _detectors(mapping: Content, place: str, path: str | os.PathLike[str]) -> di
     prefixes = {name[: match.end()] for name in tensors if (match := _ROOT.search(name))}
     for prefix in sorted(prefixes, key=len, reverse=True):  # a name belongs to its longest prefix
         names = [name for name in tensors if name.startswith(prefix)]
-        state = {name.removeprefix(prefix): tensors.pop(name) for name in names}
-        states[f"{place}.{prefix}".strip(".")] = {k: state[k] for k in state if not k.endswith("n_averaged")}
+        states[f"{place}.{prefix}".strip(".")] = {name.removeprefix(prefix): tensors.pop(name) for name in names}
     return states
 
 
@@ -140,7 +139,8 @@ Count = Annotated[int, 1, 2**31]
 class Architecture:
     """All settings that determine the shapes and the post-processing of a detector with early exits.
 
-    Instead of ``exits`` (shallow to deep) it accepts the keywords of `describe_exits`.
+    Instead of ``exits`` (shallow to deep) it accepts the keywords of `describe_exits`. A field of a wrong type or out
+    of its range is an EarlyExitError.
 
     Attributes:
         classes: names of the labels 1..K.
@@ -155,9 +155,6 @@ class Architecture:
         folded_branches: whether the branches' heads are folded like the full path's. Otherwise they have only
             background and ``classes``.
         score_thresh: lowest score of a detection, one number or per class name.
-
-    Raises:
-        EarlyExitError: a field of a wrong type or out of its range.
     """
 
     classes: tuple[str, ...]
@@ -234,8 +231,8 @@ class Architecture:
         if is_folded(head):
             branches = [part.head.classification_head for part in model.branches.values() if hasattr(part, "head")]
             settings |= {"head_outputs": head.num_columns, "folded_rows": head.wanted.tolist()}
-            settings["competing"] = head.competing
-            settings["folded_branches"] = bool(head.competing) or any(map(is_folded, branches))
+            folded = bool(head.competing) or any(map(is_folded, branches))
+            settings |= {"competing": head.competing, "folded_branches": folded}
         architecture = cls(
             detector=model.detector_name,
             image_size=model.transform.fixed_size[0],
@@ -303,8 +300,7 @@ def fold_model(
     model: EarlyExitDetector, classes: Sequence[str], rows: Sequence[int], competing: Sequence[str] = ()
 ) -> None:
     """Fold all classes except ``classes``, whose class indices are ``rows``, into background, in the heads of the full
-    path and of the branches. Scores stay the same. ``competing``: names of the folded classes if the head is compact.
-    """
+    path and of the branches. ``competing``: names of the folded classes if the head is compact."""
     for part in (model, *model.branches.values()):
         if hasattr(part, "head"):
             part.head.classification_head = FoldedClassificationHead(part.head.classification_head, rows, competing)
@@ -352,8 +348,8 @@ def retrofit(
         the detector, its architecture, and the change of its classes (None if they are the checkpoint's).
 
     Raises:
-        EarlyExitError: unreadable weights, wrong shapes, a class that the checkpoint lacks, an unknown ``fold``, or
-            ``compact`` without photos on which competing classes can be found.
+        EarlyExitError: unreadable weights, wrong shapes, a class that the checkpoint lacks, an unknown ``fold``, or no
+            photos for ``compact``.
     """
     if fold not in FOLDS:
         names, hint = ", ".join(FOLDS), nearest(str(fold), FOLDS)
@@ -420,7 +416,6 @@ def load_full_path(
     require_weights(weights, kind)
     content = read_weights(weights)
     state = find_detector(content, weights)
-    require_state(state, weights)
     full_path = {key: value for key, value in state.items() if not key.startswith(("branches.", "router."))}
     if not isinstance(content.get("architecture"), dict):
         return full_path, None
@@ -433,8 +428,7 @@ def load_full_path(
 def require_weights(
     weights: str | os.PathLike[str] | WeightsEnum, kind: type[WeightsEnum] = SSDLite320_MobileNet_V3_Large_Weights
 ) -> None:
-    """Raise an EarlyExitError with the nearest name if ``weights`` is neither a file nor a member of torchvision's
-    weight enum ``kind``."""
+    """An EarlyExitError with the nearest name if ``weights`` is neither a file nor a member of the enum ``kind``."""
     if torchvision_name(weights, kind) is None and not Path(weights).is_file():
         names = kind.__members__
         hint = nearest(str(weights), names) or f"; torchvision's own are {', '.join(names)}"
@@ -465,9 +459,9 @@ def read_weights(path: str | os.PathLike[str]) -> Content:
     return content
 
 
-def require_state(state: object, source: str | os.PathLike[str]) -> None:
-    """Check that ``state`` is a dict of names and tensors; an EarlyExitError for sparse, quantised, complex and meta
-    tensors too."""
+def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: str | os.PathLike[str]) -> None:
+    """Load strictly. An EarlyExitError names the first missing or unexpected key, wrong shape or type, NaN, or value
+    that is no dense tensor of numbers."""
     fix = "save model.state_dict()"
     if not isinstance(state, dict) or not state:
         raise EarlyExitError(f"{source}: expected a state dict of tensors, got {shown(state)}; {fix}")
@@ -479,11 +473,6 @@ def require_state(state: object, source: str | os.PathLike[str]) -> None:
         if not dense or value.is_quantized or value.is_complex():
             kind = f"{value.layout} {value.dtype} on {value.device}"
             raise EarlyExitError(f"{source}: {key} is {kind}, expected an ordinary tensor of numbers; {fix}")
-
-
-def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: str | os.PathLike[str]) -> None:
-    """Load strictly; an EarlyExitError names the first missing or unexpected key, wrong shape or type, or NaN."""
-    require_state(state, source)
     expected = module.state_dict()
     problems = {key: f"lacks {key}" for key in expected if key not in state}
     problems |= {key: f"has {key}, which the model lacks" for key in state if key not in expected}
@@ -506,11 +495,8 @@ def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: st
 
 
 def resize_detector(model: EarlyExitDetector, architecture: Architecture, size: int, *, cut: bool = False) -> SSD:
-    """The full path at an input of ``size`` x ``size`` pixels, in eval mode, on the model's device.
-
-    With ``cut`` a folded classification head (``MODEL.FOLD exact``) keeps only background and the model's classes.
-    Default boxes keep their size in pixels (`PixelBoxes`), since the convolutions have learned sizes in pixels.
-    """
+    """The full path at an input of ``size`` x ``size`` pixels, in eval mode, on the model's device. Default boxes keep
+    their size in pixels (`PixelBoxes`). With ``cut`` a folded head keeps only background and the model's classes."""
     trained_size = architecture.trained_size or architecture.image_size
     detector = dataclasses.replace(architecture, image_size=size, trained_size=trained_size).build_detector()
     state = {key: value for key, value in model.state_dict().items() if key.startswith(("backbone.", "head."))}

@@ -96,7 +96,11 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
         detector.load_state_dict(weights.get_state_dict(progress=progress, check_hash=True))
     elif not trained:
         _initialise(detector.backbone)
-    return EarlyExitSSDLite.with_exits(detector, exits, classes, losses, router, score_thresh)
+    if classes is None and detector.head.classification_head.num_columns == len(COCO_CLASSES) + 1:
+        classes = COCO_CLASSES
+    model = EarlyExitSSDLite(detector, exits=exits, classes=classes, losses=losses, router=router)
+    model.score_thresh = score_thresh
+    return model
 
 
 def _initialise(backbone: nn.Module) -> None:

@@ -2,14 +2,8 @@
 
 A high confidence means that going on to deeper exits would gain little. A policy without fitted parameters is a
 function of the logits [N, A, C] of N images, A default boxes and C classes, background first. The router has already
-divided the logits of an early exit by its temperature. Those of the full path are not divided::
-
-    @register_policy("largest_logit")
-    def largest_logit(logits: Tensor) -> Tensor:
-        return logits[..., 1:].amax((-1, -2)).sigmoid()
-
-A policy with fitted parameters is a class, see :class:`FittedPolicy`. It may also read the pooled *tap* [N, 2 *
-channels]. The tap is the output of the exit's trunk layer. Pooled, it is the means and then the maxima of its channels.
+divided the logits of an early exit by its temperature. A policy with fitted parameters is a class, see
+:class:`FittedPolicy`. It may also read the pooled tap. docs/extending.md has examples.
 """
 
 from __future__ import annotations
@@ -315,7 +309,7 @@ def _minus_background(logits: Tensor) -> Tensor:
 @register_policy("balanced_ambiguity", FEWER_CANDIDATES)
 class BalancedAmbiguity(FittedPolicy):
     """`ambiguous_mass` with each probability times the weight of its class, since AP is a mean over classes.
-    ``parameters`` are a positive weight for each class except background, large for rare ones."""
+    ``parameters``: a positive weight for each class except background, large for rare ones."""
 
     needs_training_photos = False
     expected = "a positive weight for every class"
