@@ -91,9 +91,9 @@ def load_model(
             f"{path}: expected a model of format {FORMAT}, got {shown(found)}; a torchvision checkpoint "
             "goes into MODEL.WEIGHTS of a training, or through EarlyExitSSDLite.from_pretrained(path).save(new_path)"
         )
-    lacking = [key for key in ("architecture", "model", "info") if not isinstance(content.get(key), dict)]
-    if lacking:
-        raise EarlyExitError(f"{path}: the file lacks '{lacking[0]}'; write it anew with save_model")
+    for key in ("architecture", "model", "info"):
+        if not isinstance(content.get(key), dict):
+            raise EarlyExitError(f"{path}: the file lacks '{key}'; write it anew with save_model")
     try:
         info = typed(ModelInfo, content["info"], "info")
         architecture = Architecture.from_dict(content["architecture"])
@@ -246,18 +246,14 @@ EarlyExitSSDLite_Weights = ShippedWeights(
 
 def find_weights(name: str | os.PathLike[str] | ShippedWeights) -> ShippedWeights | None:
     """The member called ``name``, in any case, with or without the enum's name as prefix; None if there is none."""
-    if isinstance(name, ShippedWeights):
-        return name
-    return EarlyExitSSDLite_Weights.__members__.get(
-        str(name).removeprefix(f"{EarlyExitSSDLite_Weights.__name__}.").upper()
-    )
+    enum = EarlyExitSSDLite_Weights
+    return enum.__members__.get(str(name).removeprefix(f"{enum.__name__}.").upper())
 
 
 def weights_path(name_or_path: str | os.PathLike[str] | ShippedWeights) -> Path:
     """Path of the checked file of shipped weights, otherwise ``name_or_path`` itself. An EarlyExitError if it is
     neither a shipped name nor a file, or if the shipped file is damaged."""
-    member = find_weights(name_or_path)
-    if member is not None:
+    if member := find_weights(name_or_path):
         member.check()
         return member.path
     if not Path(name_or_path).is_file():
