@@ -1,7 +1,7 @@
 """Early exits: their description, and the kinds of branches.
 
 The *context* of a branch is a map that it passes on to the branch of the next exit. *C4* is trunk layer 13, the last
-one with stride 2. The glossary of docs/design.md explains tap, branch, empty exit and glance.
+one with stride 2. docs/design.md has a glossary.
 """
 
 from __future__ import annotations
@@ -31,9 +31,6 @@ from earlyexit_ssd.plain import typed
 T = TypeVar("T", bound=Callable)
 
 
-# The kinds of branches, and the description of one exit.
-
-
 @dataclass(frozen=True)
 class Argument:
     """One argument of a branch kind: a number of the type of ``default``, or a bool if ``default`` is a bool."""
@@ -43,8 +40,7 @@ class Argument:
     zero: bool = True  # whether 0 is allowed
 
     def per_exit(self, name: str, value: object, exits: int) -> list:
-        """The checked values of ``exits`` exits as a list, from one value for all exits or a list with one for each. An
-        EarlyExitError for a wrong type, a value out of range, or a wrong number of values."""
+        """The checked values of ``exits`` exits as a list, from one value for all exits or a list with one for each."""
         given = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
         if len(given) not in (1, exits) or not all(map(self._allows, given)):
             kind = "a whole number" if isinstance(self.default, int) else "a number"
@@ -88,22 +84,15 @@ class Place:
         return sum(height * width * count for (height, width), count in pairs)
 
 
-@dataclass(frozen=True)
-class BranchKind:
-    """A kind of branch: its builder ``build(place, **arguments)`` and its arguments."""
-
-    build: Callable[..., Branch]
-    arguments: Mapping[str, Argument]
-
-
-BRANCHES: dict[str, BranchKind] = {}  # name -> branch kind; filled by :func:`register_branch`
+BRANCHES: dict[str, tuple[Callable[..., Branch], Mapping[str, Argument]]] = {}
+"""Kind of branch -> its builder ``build(place, **arguments)`` and its arguments; filled by :func:`register_branch`."""
 
 
 def register_branch(name: str, **known: Argument) -> Callable[[T], T]:
     """Decorator: register a builder that takes a :class:`Place` and the arguments ``known`` as branch kind ``name``."""
 
     def register(build: T) -> T:
-        BRANCHES[name] = BranchKind(build, known)
+        BRANCHES[name] = build, known
         return build
 
     return register
@@ -134,19 +123,13 @@ class Exit:
         typed(Annotated[int, 32, LARGEST_SIDE] | None, self.pixels, "a glance's side")
         if self.pixels is not None and self.branch != "empty":
             raise EarlyExitError(f"a glance with a branch '{self.branch!s:.60}': it has none, expected 'empty'")
-        if not isinstance(self.branch, str) or self.branch not in BRANCHES:
-            listed = ", ".join(BRANCHES)
-            hint = nearest(str(self.branch), BRANCHES)
-            raise EarlyExitError(f"branch is {self.branch!r:.60}, expected one of {listed}{hint}")
-        known = BRANCHES[self.branch].arguments
+        known, values = arguments_of(self.branch), {}
         for name in self.arguments:
             if name not in known:
                 hint = nearest(str(name), known) or f"; it takes {', '.join(known) or 'none'}"
                 raise EarlyExitError(f"a {self.branch} branch has no argument {name!r:.60}{hint}")
-        values = {
-            name: argument.per_exit(name, self.arguments.get(name, argument.default), exits=1)[0]
-            for name, argument in known.items()
-        }
+        for name, argument in known.items():
+            (values[name],) = argument.per_exit(name, self.arguments.get(name, argument.default), exits=1)
         object.__setattr__(self, "arguments", values)
 
     @property
@@ -161,12 +144,21 @@ class Exit:
 
     def build(self, place: Place) -> Branch:
         """The exit's branch, on which :meth:`Branch.inherit` was not called yet."""
-        return BRANCHES[self.branch].build(place, **self.arguments)
+        build, _ = BRANCHES[self.branch]
+        return build(place, **self.arguments)
+
+
+def arguments_of(branch: object) -> Mapping[str, Argument]:
+    """Name -> argument of a kind of branch. An EarlyExitError if there is no such kind."""
+    if not isinstance(branch, str) or branch not in BRANCHES:
+        hint = nearest(str(branch), BRANCHES)
+        raise EarlyExitError(f"branch is {branch!r:.60}, expected one of {', '.join(BRANCHES)}{hint}")
+    return BRANCHES[branch][1]
 
 
 def _all_arguments() -> dict[str, Argument]:
     """Name -> argument, of all kinds of branches."""
-    return {name: argument for kind in BRANCHES.values() for name, argument in kind.arguments.items()}
+    return {name: argument for _, arguments in BRANCHES.values() for name, argument in arguments.items()}
 
 
 def exit_keyword_names() -> list[str]:
@@ -189,9 +181,6 @@ def describe_exits(
         empty: those of ``exit_layers`` whose exit has no branch, whatever ``branch`` says.
         glances: (pixels, layer) of each glance, pixels increasing; they come before the other exits.
         given: arguments of the branches, one value for all exits or one for each; a kind ignores those of other kinds.
-
-    Raises:
-        EarlyExitError: an invalid value.
     """
     layers = tuple(map(int, typed(tuple[int, ...], exit_layers, "exit_layers")))
     for layer in typed(tuple[int, ...], empty, "empty"):
@@ -203,21 +192,18 @@ def describe_exits(
         raise EarlyExitError(f"{told}, or one for each of {len(layers)} exits")
     kinds = kinds * len(layers) if len(kinds) == 1 else kinds
     require_known(describe_exits, given, exit_keyword_names())
-    known = _all_arguments()
+    known, exits = _all_arguments(), []
     values = {name: known[name].per_exit(name, value, len(layers)) for name, value in given.items()}
-    exits = [_glance(one) for one in glances]
+    for pair in glances:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            told = f"glances has {pair!r:.60}, expected pairs of pixels and a trunk layer"
+            raise EarlyExitError(f"{told}, such as (128, 12)")
+        exits.append(Exit(pair[1], "empty", pixels=pair[0]))
     for index, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
         kind = "empty" if layer in empty else kind
-        # list(), since an unhashable kind must not raise a TypeError here: `Exit` refuses unknown kinds with a message
-        takes = BRANCHES[kind].arguments if kind in list(BRANCHES) else ()
+        takes = arguments_of(kind)
         exits.append(Exit(layer, kind, {name: value[index] for name, value in values.items() if name in takes}))
     return tuple(exits)
-
-
-def _glance(pair: object) -> Exit:
-    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-        raise EarlyExitError(f"glances has {pair!r:.60}, expected pairs of pixels and a trunk layer, such as (128, 12)")
-    return Exit(pair[1], "empty", pixels=pair[0])
 
 
 def exit_keywords(exits: Sequence[Exit]) -> dict[str, object]:
@@ -226,13 +212,12 @@ def exit_keywords(exits: Sequence[Exit]) -> dict[str, object]:
     exits = exits[len(glances) :]
     layers, empty = tuple(one.layer for one in exits), tuple(one.layer for one in exits if one.empty)
     keywords = {"exit_layers": layers, "empty": empty, "glances": glances}
-    kinds = [one.branch for one in exits if not one.empty]
-    if kinds:
-        keywords["branch"] = kinds[0] if len(set(kinds)) == 1 else tuple(one.branch for one in exits)
-    for name in _all_arguments():
-        values = [one.arguments[name] for one in exits if name in one.arguments]
+    columns = {"branch": [None if one.empty else one.branch for one in exits]}
+    columns |= {name: [one.arguments.get(name) for one in exits] for name in _all_arguments()}
+    for name, column in columns.items():
+        values = [value for value in column if value is not None]
         if values:
-            each = tuple(one.arguments.get(name, values[0]) for one in exits)
+            each = tuple(values[0] if value is None else value for value in column)
             keywords[name] = values[0] if len(set(values)) == 1 else each
     return keywords
 
@@ -245,8 +230,7 @@ def check_exits(exits: Sequence[Exit], last_layer: int) -> None:
         raise EarlyExitError(f"glances at {pixels} pixels: expected increasing sides, and glances before other exits")
     for group in (exits[len(glances) :], *([one] for one in glances)):
         layers = tuple(one.layer for one in group)
-        increasing = all(layer < deeper for layer, deeper in pairwise(layers))
-        if not increasing or not all(1 <= layer < last_layer for layer in layers):
+        if list(layers) != sorted(set(layers)) or not all(1 <= layer < last_layer for layer in layers):
             raise EarlyExitError(f"exit_layers {layers}: expected increasing trunk layers from 1 to {last_layer - 1}")
 
 
@@ -293,23 +277,16 @@ class Branch(nn.Module):
     def forward(self, tap: Tensor, context: Tensor | None = None) -> Head:
         """A tap [N, C, H, W], and what :meth:`context` gives for it, to ``cls_logits`` [N, A, C] and
         ``bbox_regression`` [N, A, 4]."""
-        raise NotImplementedError  # abstract: each registered kind of branch has its own
+        raise NotImplementedError  # abstract
 
 
-# The kind "copied": thinned copies of the layers from the tap to C4, then whole copies of the layers after it. Copied
-# layers need far fewer photos for training than new ones.
+# The kind "copied": thinned copies of the layers from the tap to C4, then whole copies of the layers after it.
 
 
 class Tail(nn.Module):
     """Copy of trunk layers 14 to 16 and the four extra blocks of a torchvision SSDLite, with its current weights.
 
-    Args:
-        backbone: torchvision's ``SSDLiteFeatureExtractorMobileNet``.
-        depth: number of residual blocks (layers 14 and 15) to copy, 0 to 2; 1 copies layer 15.
-
-    Attributes:
-        in_channels: channels of the input map.
-        out_channels: channels of the five output maps, fine to coarse.
+    ``depth`` is the number of residual blocks (layers 14 and 15) to copy, 0 to 2; 1 copies layer 15.
     """
 
     def __init__(self, backbone: nn.Module, depth: int) -> None:
@@ -341,22 +318,20 @@ class Tail(nn.Module):
 def inherit_predictors(mine: SSDLiteHead, full: SSDLiteHead, channels: Tensor | None = None) -> None:
     """Copy the full path's predictors, those of the first map with the input channels ``channels`` (indices) only.
 
-    ``channels`` None: the first map is new, so its predictors are not copied. If both heads are folded (see
-    `FoldedClassificationHead`), all classes are copied. If only the full path's head is folded, background and the
-    wanted classes are copied, and the folded classes are lost.
+    ``channels`` None: the first map is new, so its predictors are not copied. If only the full path's head is folded
+    (see `FoldedClassificationHead`), the folded classes are lost.
     """
     theirs = full.classification_head
     folds = is_folded(theirs) and not is_folded(mine.classification_head)
     rows = [0, *theirs.wanted.tolist()] if folds else list(range(theirs.num_columns))
     for new_head, old_head in ((mine.classification_head, theirs), (mine.regression_head, full.regression_head)):
-        first, *others = old_head.module_list
+        blocks = list(old_head.module_list)
         if channels is not None:
-            # first[1:] wraps the 1x1 predictor in a Sequential, so that its convolution is at [0] as in a projection
-            depthwise, predictor = _slice_block([first[0], first[1:]], channels)
-            first = nn.Sequential(depthwise, *predictor)
-        for new, old in zip(new_head.module_list, (first, *others), strict=True):
-            if old is first and channels is None:
-                continue
+            # [1:] wraps the 1x1 predictor in a Sequential, so that its convolution is at [0] as in a projection
+            depthwise, predictor = _slice_block([blocks[0][0], blocks[0][1:]], channels)
+            blocks[0] = nn.Sequential(depthwise, *predictor)
+        copied = slice(1 if channels is None else 0, None)
+        for new, old in zip(list(new_head.module_list)[copied], blocks[copied], strict=True):
             new[0].load_state_dict(old[0].state_dict())
             if old_head is theirs:
                 copy_rows(new[1], old[1], theirs.num_columns, rows)
@@ -365,12 +340,8 @@ def inherit_predictors(mine: SSDLiteHead, full: SSDLiteHead, channels: Tensor | 
 
 
 class ThinnedBlock(nn.Sequential):
-    """Copy of an inverted residual block with fewer expansion channels and no residual connection.
-
-    Args:
-        layers: the block's layers: expansion, depthwise convolution, squeeze-excitation (optional), projection.
-        share: share of the expansion's channels to copy, in (0, 1].
-    """
+    """Copy of an inverted residual block without residual connection, with a ``share`` in (0, 1] of its expansion
+    channels. ``layers``: expansion, depthwise convolution, squeeze-excitation (optional), projection."""
 
     def __init__(self, layers: Sequence[nn.Module], share: float) -> None:
         channels = layers[-1][0].in_channels
@@ -406,7 +377,6 @@ class CopiedPathToC4(nn.Module):
     that (Veit et al. 2016, "Residual networks behave like ensembles of relatively shallow networks").
 
     Args:
-        backbone: torchvision's ``SSDLiteFeatureExtractorMobileNet``.
         layer: trunk layer of the tap.
         share: share of every expansion's channels to copy, in (0, 1].
 
@@ -495,11 +465,10 @@ def _slice(module: nn.Module, channels: Tensor, dim: int) -> None:
 class CopiedBranch(Branch):
     """A branch of copied layers: tap -> `CopiedPathToC4` -> `Tail` -> head.
 
-    The tail computes all maps of the head but the first, from the second grid on. The output of its residual blocks is
-    upsampled and added to the first map (top-down connection, Lin et al. 2017, FPN).
+    The tail computes all maps of the head but the first. The output of its residual blocks is upsampled and added to
+    the first map (top-down connection, Lin et al. 2017, FPN).
 
     Args:
-        place: position and shapes.
         channels: if above 0 (then their number), or if no C4 was copied, a new layer computes the first map. Otherwise
             the first map is C4's copied expansion, as in the full path, with copied predictors.
         depth, copy, head_rank: see `Tail`, the ``share`` of `CopiedPathToC4`, and `factorise`.
@@ -563,9 +532,9 @@ class PyramidStep(nn.Module):
     def __init__(self, channels: int, sizes: tuple[tuple[int, int], tuple[int, int]]) -> None:
         super().__init__()
         start, self._grid = sizes
-        strides = [2] * min(_halvings(side, goal) for side, goal in zip(start, self._grid, strict=True)) or [1]
+        halvings = min(_halvings(side, goal) for side, goal in zip(start, self._grid, strict=True))
         self.layers = nn.Sequential()
-        for stride in strides:
+        for stride in [2] * halvings or [1]:
             self.layers.append(_depthwise(channels, kernel_size=3, stride=stride))
             self.layers.append(_pointwise(channels, channels))
 
@@ -580,7 +549,6 @@ class LightBranch(Branch):
     """Squeeze-excitation on the tap (Hu et al. 2018), context from the previous exit, and a narrow feature pyramid.
 
     Args:
-        place: position and shapes.
         channels: channels of every map of the pyramid; 0 means 64.
         context: whether to add the previous exit's context, resized. It is computed even if that exit is closed.
         head_rank: see `factorise`.
@@ -632,10 +600,7 @@ NO_OBJECT = -30.0  # logit of every class; background's is 0, so each class has 
 
 @register_branch("empty")
 class EmptyExit(Branch):
-    """No branch: predicts background for every default box, and passes the previous exit's context on.
-
-    The logits hold no information, so routing needs a policy that predicts from the tap whether the photo is empty.
-    """
+    """No branch: predicts background for every default box, and passes the previous exit's context on."""
 
     def __init__(self, place: Place) -> None:
         super().__init__()
@@ -646,7 +611,6 @@ class EmptyExit(Branch):
         return before
 
     def forward(self, tap: Tensor, context: Tensor | None = None) -> Head:
-        """Head outputs without objects for a tap [N, C, H, W]."""
         logits = tap.new_full((len(tap), self._num_boxes, self.num_classes), NO_OBJECT)
         logits[..., 0] = 0.0
         return {"cls_logits": logits, "bbox_regression": tap.new_zeros(len(tap), self._num_boxes, 4)}

@@ -61,9 +61,9 @@ def save_model(
             architecture = Architecture.of(model)
         except EarlyExitError as error:
             raise EarlyExitError(f"{path}: {error}") from None
-    ours, described = ((one.classes, one.exit_layers[: len(one.exits)]) for one in (model, architecture))
-    if ours != described:
-        raise EarlyExitError(f"{path}: the architecture has {described}, the model {ours}; pass the model's own")
+    own, described = ((one.classes, one.exit_layers[: len(one.exits)]) for one in (model, architecture))
+    if own != described:
+        raise EarlyExitError(f"{path}: the architecture has {described}, the model {own}; pass the model's own")
     state = {key: value.cpu() for key, value in model.state_dict().items() if not key.startswith("router.")}
     content = {"format": FORMAT, "architecture": architecture.to_dict(), "model": state, "info": info or {}}
     write_torch(path, content)
@@ -91,9 +91,9 @@ def load_model(
             f"{path}: expected a model of format {FORMAT}, got {shown(found)}; a torchvision checkpoint "
             "goes into MODEL.WEIGHTS of a training, or through EarlyExitSSDLite.from_pretrained(path).save(new_path)"
         )
-    lacking = [key for key in ("architecture", "model", "info") if not isinstance(content.get(key), dict)]
-    if lacking:
-        raise EarlyExitError(f"{path}: the file lacks '{lacking[0]}'; write it anew with save_model")
+    for key in ("architecture", "model", "info"):
+        if not isinstance(content.get(key), dict):
+            raise EarlyExitError(f"{path}: the file lacks '{key}'; write it anew with save_model")
     try:
         info = typed(ModelInfo, content["info"], "info")
         architecture = Architecture.from_dict(content["architecture"])
@@ -127,11 +127,10 @@ def _load_foreign(
         )
     temperatures = state.get("router.temperatures")
     own = {key: value for key, value in state.items() if not key.startswith("router.")}
-    if exits:
-        load_every_key(model, own, path)
-    else:
-        state = model.state_dict()
-        load_every_key(model, {**{key: state[key] for key in state if key.startswith("branches.")}, **own}, path)
+    if not exits:
+        own |= {key: value for key, value in model.state_dict().items() if key.startswith("branches.")}
+    load_every_key(model, own, path)
+    if not exits:
         model.inherit()
     info = {"exits": bool(exits), "temperatures": None if temperatures is None else temperatures.tolist()}
     return model.eval(), architecture, info
@@ -152,27 +151,23 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def half_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of a state dict with floating-point tensors rounded to fp16; integer tensors stay.
+    """A copy of a state dict with floating-point tensors rounded to fp16; integer tensors stay. An EarlyExitError for a
+    value that is not finite in fp16.
 
     Tensors of one type are views into one buffer, since ``torch.save`` adds 200 bytes per buffer and a model has a
-    thousand tensors. A BatchNorm variance below fp16's smallest number (6e-8) becomes 0; BatchNorm adds 1e-3. With
-    BatchNorm in fp32 the outputs would differ by as much.
-
-    Raises:
-        EarlyExitError: a value that is not finite in fp16 (over 65504, or NaN).
+    thousand tensors. A BatchNorm variance below fp16's smallest number (6e-8) becomes 0; BatchNorm adds 1e-3.
     """
-    groups: dict[torch.dtype, list[str]] = {}
-    for name, value in state.items():
-        groups.setdefault(torch.float16 if value.is_floating_point() else value.dtype, []).append(name)
-    views: dict[str, Tensor] = {}
-    for dtype, names in groups.items():
-        buffer = torch.cat([state[name].detach().cpu().flatten().to(dtype) for name in names])
-        sizes = [state[name].numel() for name in names]
-        for name, part in zip(names, buffer.split(sizes), strict=True):
-            if dtype == torch.float16 and not part.isfinite().all():
+    half = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+    views = dict.fromkeys(state)
+    for dtype in {value.dtype: None for value in half.values()}:
+        group = {name: value.detach().cpu() for name, value in half.items() if value.dtype == dtype}
+        buffer = torch.cat([value.flatten() for value in group.values()])
+        parts = buffer.split([value.numel() for value in group.values()])
+        for (name, value), part in zip(group.items(), parts, strict=True):
+            if not part.isfinite().all():
                 raise EarlyExitError(f"{name}: a value that fp16 cannot hold (over 65504 or NaN); train it again")
-            views[name] = part.view(state[name].shape)
-    return {name: views[name] for name in state}
+            views[name] = part.view(value.shape)
+    return views
 
 
 def half_file(content: Content) -> bytes:
@@ -189,7 +184,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "weights"
 
 
 class ShippedWeights(WeightsEnum):
-    """Base class of :data:`EarlyExitSSDLite_Weights`; adds methods to torchvision's ``transforms`` and ``meta``.
+    """Base class of :data:`EarlyExitSSDLite_Weights`.
 
     ``meta`` holds ``categories`` (by label, background first), ``exits``, ``num_params``, ``min_size``, ``recipe``,
     ``sha256``, ``bytes``, ``_file_size`` (MiB, as torchvision counts), ``_metrics`` (test split -> exit or "routed"
@@ -251,18 +246,14 @@ EarlyExitSSDLite_Weights = ShippedWeights(
 
 def find_weights(name: str | os.PathLike[str] | ShippedWeights) -> ShippedWeights | None:
     """The member called ``name``, in any case, with or without the enum's name as prefix; None if there is none."""
-    if isinstance(name, ShippedWeights):
-        return name
-    return EarlyExitSSDLite_Weights.__members__.get(
-        str(name).removeprefix(f"{EarlyExitSSDLite_Weights.__name__}.").upper()
-    )
+    enum = EarlyExitSSDLite_Weights
+    return enum.__members__.get(str(name).removeprefix(f"{enum.__name__}.").upper())
 
 
 def weights_path(name_or_path: str | os.PathLike[str] | ShippedWeights) -> Path:
-    """Path of the checked file of shipped weights, or ``name_or_path`` itself; a shipped name has priority. An
-    EarlyExitError if it is neither a shipped name nor a file, or if the shipped file is damaged."""
-    member = find_weights(name_or_path)
-    if member is not None:
+    """Path of the checked file of shipped weights, otherwise ``name_or_path`` itself. An EarlyExitError if it is
+    neither a shipped name nor a file, or if the shipped file is damaged."""
+    if member := find_weights(name_or_path):
         member.check()
         return member.path
     if not Path(name_or_path).is_file():

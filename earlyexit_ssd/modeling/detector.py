@@ -7,7 +7,6 @@ classes come from an early exit and boxes from the full path. The glossary of do
 from __future__ import annotations
 
 import copy
-import dataclasses
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from earlyexit_ssd.modeling.branches import Exit, Place, check_exits, describe_e
 from earlyexit_ssd.modeling.heads import num_outputs
 from earlyexit_ssd.modeling.losses import Assignment, LossSettings, assign, detection_losses, distillation_loss
 from earlyexit_ssd.modeling.outputs import ExitOutputs, ExitSignals, Head, Router, pool_tap
-from earlyexit_ssd.modeling.trunk import PixelBoxes, Trunk, TrunkState, evaluating, small_copy
+from earlyexit_ssd.modeling.trunk import PixelBoxes, Trunk, evaluating, small_copy
 
 Targets = list[dict[str, Tensor]]
 """Per image ``boxes`` [n, 4] xyxy absolute pixels and ``labels`` [n] in 1..K; n may be 0."""
@@ -51,8 +50,8 @@ def early_exit_losses(
     settings: LossSettings,
     router: Router | None = None,
 ) -> dict[str, Tensor]:
-    """Per exit the losses ``<name>_bbox_regression`` and ``<name>_classification``, optionally ``<name>_distillation``
-    and ``<name>_temperature``.
+    """Per exit ``<name>_bbox_regression`` and ``<name>_classification``, optionally ``<name>_distillation``, and with a
+    ``router`` that learns temperatures ``<name>_temperature``.
 
     With ``supervision="teacher"`` there are no losses against labels, and temperatures are fitted to the full path's
     most probable classes.
@@ -60,26 +59,24 @@ def early_exit_losses(
     Args:
         names: index -> name of the early exits that have a branch.
         heads: outputs of all exits, shallow to deep, the full path last.
-        router: adds a temperature loss per exit if its temperatures are learned.
     """
     if settings.supervision == "teacher":
         labels = heads[-1]["cls_logits"].detach().argmax(-1)
         assignment = Assignment(labels, torch.zeros_like(heads[-1]["bbox_regression"]))
     losses = {}
     for index, name in names.items():
-        weight = settings.exit_weight(index)
+        weight, head = settings.exit_weight(index), heads[index]
         if settings.supervision == "labels":
-            for key, value in detection_losses(heads[index], assignment, settings).items():
+            for key, value in detection_losses(head, assignment, settings).items():
                 losses[f"{name}_{key}"] = weight * value
         if settings.teacher != "none":
             deeper = [other for other in names if other > index]  # an exit without a branch is no teacher
             teacher = heads[deeper[0] if deeper and settings.teacher == "next" else -1]
-            value = distillation_loss(heads[index], teacher, settings)
+            value = distillation_loss(head, teacher, settings)
             losses[f"{name}_distillation"] = weight * settings.distillation_weight * value
-        if router is not None:
-            value = router.temperature_loss(heads[index]["cls_logits"].detach(), assignment, index)
-            if value is not None:
-                losses[f"{name}_temperature"] = value
+        value = None if router is None else router.temperature_loss(head["cls_logits"].detach(), assignment, index)
+        if value is not None:
+            losses[f"{name}_temperature"] = value
     return losses
 
 
@@ -91,9 +88,10 @@ class AtExit:
     """A batch that has reached an exit of the forward pass.
 
     Attributes:
-        model, trunk: the detector, and its trunk in segments.
+        model, trunk: the detector, and the layers of its trunk.
         index: index of the exit; the full path's index is the number of early exits.
-        state: state of the trunk at this exit; at a glance, the images.
+        x: output of the last trunk layer that was run, [N, C, H, W]; at a glance, the images.
+        finest: the finest map of the full path's head; None before it is computed.
         context: context of this exit's branch, see :meth:`Branch.context`.
         glance_tap: tap [N, C, H, W] of a glance; None at other exits, and until :attr:`tap` is first read.
     """
@@ -101,7 +99,8 @@ class AtExit:
     model: EarlyExitDetector
     trunk: Trunk
     index: int
-    state: TrunkState
+    x: Tensor
+    finest: Tensor | None = None
     context: Tensor | None = None
     glance_tap: Tensor | None = None
 
@@ -113,16 +112,17 @@ class AtExit:
     @property
     def tap(self) -> Tensor:
         """Output of the exit's trunk layer [N, C, H, W]; a glance's tap is computed when it is first read."""
-        exit = None if self.full else self.model.exits[self.index]
-        if exit is None or exit.pixels is None:
-            return self.state.x
-        if self.glance_tap is None:  # before the first segment, the trunk's state is the image
-            self.glance_tap = self.trunk.features(small_copy(self.state.x, exit.pixels), exit.layer)
+        pixels = None if self.full else self.model.exits[self.index].pixels
+        if pixels is None:
+            return self.x
+        if self.glance_tap is None:
+            end = self.trunk.ends[self.model.exit_layers[self.index]]
+            self.glance_tap, _ = self.trunk.run(small_copy(self.x, pixels), 0, end)
         return self.glance_tap
 
     def maps(self) -> list[Tensor]:
         """The feature maps of the full path's head; call it at the full path only."""
-        return self.trunk.feature_maps(self.state)
+        return self.trunk.feature_maps(self.x, self.finest)
 
     def head(self) -> Head:
         """The head outputs of this exit; computed again at each call."""
@@ -130,7 +130,7 @@ class AtExit:
             return self.model.head(self.maps())
         branch = self.model.branches[self.model.exit_names[self.index]]
         # An empty exit's outputs need only the number of images, so a glance's tap is not computed for them.
-        return branch(self.state.x if self.model.empty[self.index] else self.tap, self.context)
+        return branch(self.x if self.model.empty[self.index] else self.tap, self.context)
 
     def signals(self, head: Head) -> ExitSignals:
         """The router's inputs at this exit."""
@@ -138,18 +138,21 @@ class AtExit:
             return ExitSignals(head["cls_logits"])
         return ExitSignals(head["cls_logits"], pool_tap(self.tap), self.model.empty[self.index])
 
-    def select(self, images: Tensor) -> AtExit:
-        """A copy with the chosen images only (boolean mask [N] or indices)."""
-        context, glance_tap = (None if one is None else one[images] for one in (self.context, self.glance_tap))
-        return dataclasses.replace(self, state=self.state.select(images), context=context, glance_tap=glance_tap)
-
     def keep(self, images: Tensor) -> None:
         """Drop all other images (boolean mask [N] or indices); the walk continues with those that are kept."""
-        rest = self.select(images)
-        self.state, self.context, self.glance_tap = rest.state, rest.context, rest.glance_tap
+        for name in ("x", "finest", "context", "glance_tap"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else value[images])
 
 
-def walk(model: EarlyExitDetector, x: Tensor, branches: bool = True, behind: AtExit | None = None) -> Iterator[AtExit]:
+def walk(
+    model: EarlyExitDetector,
+    x: Tensor,
+    branches: bool = True,
+    first: int = 0,
+    finest: Tensor | None = None,
+    context: Tensor | None = None,
+) -> Iterator[AtExit]:
     """Yield every exit in order, the full path last; deeper layers are computed when the next exit is requested.
 
     Before the next request the caller may shrink the batch with :meth:`AtExit.keep`.
@@ -157,57 +160,54 @@ def walk(model: EarlyExitDetector, x: Tensor, branches: bool = True, behind: AtE
     Args:
         x: normalised images [N, 3, S, S].
         branches: whether heads of the branches will be computed; False skips their context.
-        behind: the exit after which the walk continues; None: it starts from ``x``.
+        first: index of the first exit; if above 0, ``x``, ``finest`` and ``context`` are those at the exit before.
     """
-    trunk, state, context, glances, first = model.trunk, TrunkState(x), None, model.num_glances, 0
-    if behind is not None:
-        state, context, first = behind.state, behind.context, behind.index + 1
-    for index, name in list(enumerate(model.exit_names))[first:]:
+    trunk, glances, early = model.trunk, model.num_glances, model.num_early_exits
+    segments = list(pairwise([0, *(trunk.ends[layer] for layer in model.exit_layers[glances:early]), len(trunk.steps)]))
+    for index in range(first, early + 1):
         if index >= glances:
-            state = trunk.run(state, index - glances)
-            if branches and index < model.num_early_exits:
-                context = model.branches[name].context(state.x, context)
-        at = AtExit(model, trunk, index, state, context)
+            x, finest = trunk.run(x, *segments[index - glances], finest)
+            if branches and index < early:
+                context = model.branches[model.exit_names[index]].context(x, context)
+        at = AtExit(model, trunk, index, x, finest, context)
         yield at
-        state, context = at.state, at.context
+        x, finest, context = at.x, at.finest, at.context
 
 
 def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
-    """Compute every image as far as the exit that the router chooses for it.
+    """Compute every image as far as the exit that the router chooses for it. ``x``: normalised images [N, 3, S, S].
 
     With a hybrid router every image runs the whole trunk and takes its boxes from the full path. Its classes come from
     the first exit at which its confidence reaches the threshold. The full path's classification head runs only for
     images that reach no threshold.
 
-    Args:
-        x: normalised images [N, 3, S, S].
-
     Returns:
-        the head outputs of each image's exit, the index of that exit [N] and the confidence there [N]. With a hybrid
-        router an image's exit is the one that its classes come from.
+        the head outputs of each image's exit (hybrid: of its classes), that exit's index [N] and the confidence there
+        [N].
     """
     router, hybrid_boxes = model.router, {}
     # Images that have not left. Hybrid: all images run to the end, and `undecided` marks those without classes.
     undecided = torch.arange(len(x), device=x.device)
     parts: list[tuple[Tensor, Head, int, Tensor]] = []
     for at in walk(model, x):
+        here = at
         if at.full and router.hybrid:
             maps = at.maps()
             hybrid_boxes = {"bbox_regression": model.head.regression_head(maps)}
         if not len(undecided) or not (at.full or router.needs(at.index)):
             continue
-        if at.full and router.hybrid:
+        if not router.hybrid:
+            head = at.head()
+        elif at.full:
             head = {"cls_logits": model.head.classification_head([feature[undecided] for feature in maps])}
-            here = at
         else:
-            here = at.select(undecided) if router.hybrid else at
-            head = here.head()
+            here = copy.copy(at)
+            here.keep(undecided)
+            head = {"cls_logits": here.head()["cls_logits"]}
         confidence = router.confidence(here.signals(head), at.index)
         leave = torch.ones_like(undecided, dtype=torch.bool) if at.full else router.leaves(confidence, at.index)
         if not leave.any():
             continue
-        if router.hybrid:
-            head = {"cls_logits": head["cls_logits"]}
         if not leave.all():  # logits are large: avoid a copy
             head = {key: value[leave] for key, value in head.items()}
         parts.append((undecided[leave], head, at.index, confidence[leave]))
@@ -259,9 +259,8 @@ class EarlyExitDetector(SSD):
     Every parameter and buffer of the torchvision detector keeps its name, and without a router the detections are
     torchvision's own. In train mode ``model(images, targets)`` returns a dict of scalar losses of all exits. In eval
     mode ``model(images)`` returns `Detections`. With a router each detection dict also has the scalar tensors
-    ``exit_index`` and ``exit_confidence``.
-
-    A subclass sets ``last_layer`` and torchvision's weights, and implements ``trunk`` and ``build_plain``.
+    ``exit_index`` and ``exit_confidence``. A subclass sets ``last_layer`` and torchvision's weights, and implements
+    ``trunk`` and ``build_plain``.
 
     Args:
         detector: a torchvision detector; its parts are used, not copied.
@@ -289,6 +288,8 @@ class EarlyExitDetector(SSD):
     """torchvision's weight enum of the detector without exits."""
     backbone_weights: ClassVar[type[WeightsEnum]]
     """torchvision's weight enum of the trunk."""
+    default_exits: ClassVar[tuple[Exit, ...]] = describe_exits()
+    """The exits if none are given."""
     any_size: ClassVar[bool] = True
     """Whether the layers fit other input sizes than torchvision's."""
     fused = False
@@ -319,8 +320,7 @@ class EarlyExitDetector(SSD):
             topk_candidates=detector.topk_candidates,
             positive_fraction=1 / (1 + detector.neg_to_pos_ratio),
         )
-        self.exits = tuple(describe_exits() if exits is None else exits)
-        layers = tuple(one.layer for one in self.exits)
+        self.exits = tuple(self.default_exits if exits is None else exits)
         check_exits(self.exits, self.last_layer)
         self.classes = tuple(classes or (f"class_{label}" for label in range(1, num_classes)))
         if len(self.classes) != num_classes - 1:
@@ -329,34 +329,38 @@ class EarlyExitDetector(SSD):
             )
         self.score_thresh = detector.score_thresh
         self.width = getattr(detector, "width", 1.0)
-        self.exit_layers = (*layers, self.last_layer)
+        self.exit_layers = (*(one.layer for one in self.exits), self.last_layer)
         self.exit_names = (*(one.name for one in self.exits), "full")
         self.empty = tuple(one.empty for one in self.exits)
         self.losses = losses if losses is not None else LossSettings()
-        validate.check_losses(self.losses, len(layers))
-        validate.check_router(router, len(layers))
+        validate.check_losses(self.losses, len(self.exits))
+        validate.check_router(router, len(self.exits))
         self.router = router
         self.norm_frozen = False
         self._full_path_frozen = False
-        taps, self.grids = self._dry_run()
+        parameter = next(self.backbone.parameters())
+        with evaluating(self.backbone):
+            taps, maps = self.trunk_maps(parameter.new_zeros(1, 3, *self.transform.fixed_size))
+        self.backbone.train(self.training)  # `evaluating` restored the given detector's mode; set this model's mode
+        self.grids = [tuple(feature.shape[-2:]) for feature in maps]
         boxes_per_cell = self.anchor_generator.num_anchors_per_location()
         self.branches, context_channels = nn.ModuleDict(), 0
         for one, tap in zip(self.exits, taps, strict=True):
-            place = Place(self.backbone, one.layer, tap, self.grids, boxes_per_cell, num_classes, context_channels)
+            shape = tuple(tap.shape[1:])
+            place = Place(self.backbone, one.layer, shape, self.grids, boxes_per_cell, num_classes, context_channels)
             self.branches[one.name] = one.build(place)
             context_channels = self.branches[one.name].context_channels
         self.inherit()
 
     @property
     def trunk(self) -> Trunk:
-        """The backbone's current layers in segments that end at the exits; layers may have been replaced since
-        construction."""
-        raise NotImplementedError  # abstract: each registered detector has its own layers
+        """The backbone's current layers, some of which may have been replaced since construction."""
+        raise NotImplementedError  # abstract
 
     @classmethod
     def build_plain(cls, **settings: object) -> SSD:
         """torchvision's detector without exits, untrained; keywords as in :func:`build_ssdlite`."""
-        raise NotImplementedError  # abstract: each registered detector builds its own
+        raise NotImplementedError  # abstract
 
     def inherit(self) -> None:
         """Copy the full path's current weights into the copied layers of the branches."""
@@ -383,23 +387,9 @@ class EarlyExitDetector(SSD):
         return sum(one.pixels is not None for one in self.exits)
 
     @property
-    def segment_layers(self) -> tuple[int, ...]:
-        """Layers after which the trunk is cut in the full-size pass."""
-        return self.exit_layers[self.num_glances : -1]
-
-    @property
     def num_early_exits(self) -> int:
         """Number of exits before the full path."""
         return len(self.exit_layers) - 1
-
-    def _dry_run(self) -> tuple[list[tuple[int, int, int]], list[tuple[int, int]]]:
-        """Shapes (C, H, W) of the taps and (height, width) of the grids, from a blank image in eval mode."""
-        parameter = next(self.backbone.parameters())
-        blank = torch.zeros(1, 3, *self.transform.fixed_size, device=parameter.device, dtype=parameter.dtype)
-        with evaluating(self.backbone):
-            taps, maps = self.trunk_maps(blank)
-        self.backbone.train(self.training)  # `evaluating` restored the given detector's mode; set this model's mode
-        return [tuple(tap.shape[1:]) for tap in taps], [tuple(feature.shape[-2:]) for feature in maps]
 
     def trunk_maps(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Normalised images [N, 3, S, S] to the taps (one per early exit) and the full path's feature maps."""
@@ -456,21 +446,30 @@ class EarlyExitDetector(SSD):
         validate.check_not_traced(None if self.training else self.router)
         validate.check_images(images)
         validate.check_head(self.head, self.num_classes)
-        if not self.training:
-            return self._routed_detections(images)
-        targets = validate.check_targets(targets, len(images), self.classes)
-        validate.check_batch(self, len(images))
-        batch, targets = self.transform(images, targets)
-        heads = [at.head() for at in walk(self, batch.tensors)]
-        return self.compute_losses(heads, self.assign(targets, self.default_boxes(batch)))
+        if self.training:
+            targets = validate.check_targets(targets, len(images), self.classes)
+            validate.check_batch(self, len(images))
+            batch, targets = self.transform(images, targets)
+            heads = [at.head() for at in walk(self, batch.tensors)]
+            return self.compute_losses(heads, self.assign(targets, self.default_boxes(batch)))
+        batch, _ = self.transform(images, None)
+        sizes = self.default_boxes(batch), batch.image_sizes, [tuple(image.shape[-2:]) for image in images]
+        if self.router is None:
+            return self._postprocess(self.head(self.trunk_maps(batch.tensors)[1]), *sizes)
+        validate.check_router(self.router, self.num_early_exits)
+        head, exit_index, confidence = route(self, batch.tensors)
+        detections = self._postprocess(head, *sizes)
+        for index, detection in enumerate(detections):
+            detection["exit_index"], detection["exit_confidence"] = exit_index[index], confidence[index]
+        return detections
 
     def exit_outputs(self, images: list[Tensor]) -> ExitOutputs:
         """Outputs of all exits from one forward pass, without routing."""
         validate.check_images(images)
-        photo_sizes = [tuple(image.shape[-2:]) for image in images]
         batch, _ = self.transform(images, None)
         exits = list(walk(self, batch.tensors))
         heads, pooled = tuple(at.head() for at in exits), tuple(pool_tap(at.tap) for at in exits[:-1])
+        photo_sizes = [tuple(image.shape[-2:]) for image in images]
         return ExitOutputs(heads, pooled, self.default_boxes(batch), batch.image_sizes, photo_sizes, self.empty)
 
     def detections(self, outputs: ExitOutputs, exit_index: int) -> Detections:
@@ -480,11 +479,8 @@ class EarlyExitDetector(SSD):
     def postprocess_detections(
         self, head_outputs: Head, image_anchors: list[Tensor], image_shapes: Sizes
     ) -> Detections:
-        """As in torchvision, but score thresholds per class are applied after NMS, before the limit per image.
-
-        Thresholds before NMS would give the same result. A box suppresses only boxes of its class with a lower score,
-        so a box below the threshold suppresses no box above it.
-        """
+        """As in torchvision, but score thresholds per class are applied after NMS, before the limit per image. Before
+        NMS the result would be the same, since a box suppresses only boxes of its class with a lower score."""
         if not isinstance(self.score_thresh, Mapping):
             return super().postprocess_detections(head_outputs, image_anchors, image_shapes)
         least = [self.score_thresh.get(name, validate.LEAST_SCORE) for name in self.classes]
@@ -497,29 +493,14 @@ class EarlyExitDetector(SSD):
         )
         thresholds = torch.tensor([0.0, *least], device=image_anchors[0].device)
         detections = SSD.postprocess_detections(unlimited, head_outputs, image_anchors, image_shapes)
-        kept = [found["scores"] > thresholds[found["labels"]] for found in detections]
-        return [
-            {key: value[keep][: self.detections_per_img] for key, value in found.items()}
-            for found, keep in zip(detections, kept, strict=True)
-        ]
+        for found in detections:
+            keep = (found["scores"] > thresholds[found["labels"]]).nonzero()[: self.detections_per_img, 0]
+            found.update({key: value[keep] for key, value in found.items()})
+        return detections
 
     def _postprocess(self, head: Head, anchors: list[Tensor], network_sizes: Sizes, photo_sizes: Sizes) -> Detections:
         detections = self.postprocess_detections(head, anchors, network_sizes)
         return self.transform.postprocess(detections, network_sizes, photo_sizes)
-
-    def _routed_detections(self, images: list[Tensor]) -> Detections:
-        """Detections at the exit that the router chooses for each image; without a router, at the full path."""
-        photo_sizes = [tuple(image.shape[-2:]) for image in images]
-        batch, _ = self.transform(images, None)
-        sizes = self.default_boxes(batch), batch.image_sizes, photo_sizes
-        if self.router is None:
-            return self._postprocess(self.head(self.trunk_maps(batch.tensors)[1]), *sizes)
-        validate.check_router(self.router, self.num_early_exits)
-        head, exit_index, confidence = route(self, batch.tensors)
-        detections = self._postprocess(head, *sizes)
-        for index, detection in enumerate(detections):
-            detection["exit_index"], detection["exit_confidence"] = exit_index[index], confidence[index]
-        return detections
 
 
 # The network up to one exit as a module: for operation counts, timing and export.
@@ -529,7 +510,6 @@ class PathToExit(nn.Module):
     """All that is computed for an image that leaves at ``exit_index``: the trunk and all branches up to this exit.
 
     Args:
-        model: the model; its parts are used, not copied.
         exit_index: 0 for the first exit, the number of early exits for the full path.
         router: with a router, confidences are computed and closed exits are skipped. None: all branches up to this
             exit are computed, and no confidences.
@@ -571,27 +551,22 @@ class PathToExit(nn.Module):
 
 
 class AllOutputs(nn.Module):
-    """A path that also returns the heads and confidences computed on the way. Otherwise a tracer would drop their
-    operations, since they reach no output."""
+    """A path that returns all tensors of :meth:`PathToExit.run`. A tracer drops operations that reach no output."""
 
     def __init__(self, path: PathToExit) -> None:
         super().__init__()
         self.path = path
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """The tensors of :meth:`PathToExit.run`, in its order."""
         heads, confidences = self.path.run(x)
         return [*(tensor for head in heads for tensor in head.values()), *confidences]
-
-
-# A model for inference: the same detections up to rounding, in about half the time in eager PyTorch.
 
 
 def fuse_for_inference(model: EarlyExitDetector) -> EarlyExitDetector:
     """A copy in eval mode with every BatchNorm fused into its convolution; on a CPU in channels-last format.
 
-    Detections equal the model's up to fp32 rounding. The router is copied too, so set the router before you call this.
-    The copy cannot be trained, saved or compared with a certificate.
+    Detections equal the model's up to fp32 rounding. The router is copied too, so set it before. The copy cannot be
+    trained, saved or compared with a certificate.
     """
     fused = copy.deepcopy(model).eval().requires_grad_(False)
     fused.fused = True
@@ -623,8 +598,7 @@ class FullPathLosses(nn.Module):
     """Losses of the full path; the branches are not computed and get no gradient.
 
     ``sides`` are input sides in pixels for multi-scale training; empty: the model's own. The side of a batch depends
-    only on its image ids, so a resumed training uses the same sides. Default boxes keep their size in pixels
-    (`PixelBoxes`).
+    only on its image ids. Default boxes keep their size in pixels (`PixelBoxes`).
     """
 
     def __init__(self, model: EarlyExitDetector, sides: Sequence[int] = ()) -> None:
@@ -634,8 +608,7 @@ class FullPathLosses(nn.Module):
 
     def forward(self, images: list[Tensor], targets: Targets) -> dict[str, Tensor]:
         """``bbox_regression`` and ``classification``, as in torchvision's SSD."""
-        model = self._model[0]
-        computed = self.compute(images, targets)
+        model, computed = self._model[0], self.compute(images, targets)
         return full_path_losses(computed.head, model.assign(computed.targets, computed.anchors), model.losses)
 
     def compute(self, images: list[Tensor], targets: Targets) -> ResizedBatch:
@@ -645,17 +618,16 @@ class FullPathLosses(nn.Module):
         targets = validate.check_targets(targets, len(images), model.classes)
         validate.check_batch(self, len(images))
         batch, targets = model.transform(images, targets)
-        model_side = batch.tensors.shape[-1]
+        x, own_side = batch.tensors, batch.tensors.shape[-1]
         ids = sum(int(target["image_id"]) for target in targets) if self._sides else 0
-        side = self._sides[ids % len(self._sides)] if self._sides else model_side
-        if side == model_side:
-            head, anchors = self.head(model.trunk_maps(batch.tensors)[1]), model.default_boxes(batch)
-            return ResizedBatch(batch, side, head, anchors, targets)
-        x = F.interpolate(batch.tensors, (side, side), mode="bilinear", antialias=True)
-        targets = [{**target, "boxes": target["boxes"] * (side / model_side)} for target in targets]
-        maps = model.trunk_maps(x)[1]
-        boxes = PixelBoxes(model.anchor_generator, model.grids, model_side, side)
-        anchors = boxes(ImageList(x, [(side, side)] * len(x)), [one.detach().float() for one in maps])
+        side = self._sides[ids % len(self._sides)] if self._sides else own_side
+        if side != own_side:
+            x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+            targets = [{**target, "boxes": target["boxes"] * (side / own_side)} for target in targets]
+        maps, anchors = model.trunk_maps(x)[1], model.default_boxes(batch)
+        if side != own_side:
+            boxes = PixelBoxes(model.anchor_generator, model.grids, own_side, side)
+            anchors = boxes(ImageList(x, [(side, side)] * len(x)), [one.detach().float() for one in maps])
         return ResizedBatch(batch, side, self.head(maps), anchors, targets)
 
 

@@ -2,10 +2,6 @@
 
 A *row* is a class index of the head, 0 for background; torchvision's ``num_columns`` is the number of rows. The
 glossary of docs/design.md explains folded, compact and cut heads.
-
-In a head cut to background and the wanted classes, the softmax redistributes the probability of all other classes: a
-sofa may be detected as a chair. Most of that probability belongs to a few competing classes. A compact head keeps these
-and folds them into background, so that the scores stay almost the same.
 """
 
 from __future__ import annotations
@@ -100,9 +96,8 @@ def plan_class_change(source: Sequence[str], wanted: Sequence[str]) -> ClassChan
             f"the checkpoint has none of the classes {', '.join(wanted)}{nearest(wanted[0], source)}; "
             "train from ImageNet weights (MODEL.WEIGHTS_BACKBONE) or correct DATA.CLASSES"
         )
-    kept = sum(row is not None for row in rows)
-    named = sum(name != "N/A" for name in source)
-    return ClassChange(tuple(wanted), rows, named - kept)
+    unwanted = sum(name != "N/A" for name in source) - sum(row is not None for row in rows)
+    return ClassChange(tuple(wanted), rows, unwanted)
 
 
 def cut_head(head: FoldedClassificationHead) -> SSDScoringHead:
@@ -120,7 +115,8 @@ def slice_rows(head: SSDScoringHead, rows: Sequence[int | None]) -> None:
     """
     for index, block in enumerate(head.module_list):
         # SSD's predictors are convolutions; SSDLite's have a depthwise convolution before them
-        parent, name, old = (head.module_list, index, block) if isinstance(block, nn.Conv2d) else (block, 1, block[1])
+        parent, name = (head.module_list, index) if isinstance(block, nn.Conv2d) else (block, 1)
+        old = parent[name]
         channels = old.out_channels // head.num_columns * (len(rows) + 1)
         new = nn.Conv2d(old.in_channels, channels, old.kernel_size, padding=old.padding)
         nn.init.normal_(new.weight, std=0.03)
@@ -135,8 +131,7 @@ def copy_rows(
     new: nn.Conv2d | FactorisedPredictor, old: nn.Conv2d, num_classes: int, rows: Sequence[int | None]
 ) -> None:
     """Copy the weights of class ``rows[i]`` of ``old``, which has ``num_classes`` with background, to class ``i`` of
-    ``new``; None copies nothing. Output channels are ordered [default box of the cell, class]. A factorised predictor
-    gets the nearest weights of its rank."""
+    ``new``; None copies nothing. Output channels are ordered [default box of the cell, class]."""
     if isinstance(new, FactorisedPredictor):
         whole = nn.Conv2d(new.in_channels, new.out_channels, 1).to(old.weight)
         copy_rows(whole, old, num_classes, rows)
@@ -170,7 +165,7 @@ class FactorisedPredictor(nn.Sequential):
 
 
 def factorise(head: SSDScoringHead, rank: int) -> None:
-    """Replace each predictor of ``head`` by a `FactorisedPredictor` if that has fewer weights; rank 0 leaves all."""
+    """Replace each predictor by a `FactorisedPredictor` if that has fewer weights; rank 0 leaves all."""
     for block in head.module_list:
         old = block[1]
         if 0 < rank * (old.in_channels + old.out_channels) < old.in_channels * old.out_channels:
@@ -196,13 +191,10 @@ def competing_rows(logits: Tensor, wanted: Sequence[int], tolerance: float) -> l
         tolerance: largest mean difference of a score; 0 keeps every class.
     """
     probabilities = logits.double().softmax(-1)
-    others = [row for row in range(1, logits.shape[1]) if row not in set(wanted)]
-    masses = probabilities[:, others].sum(0)
-    order = [others[index] for index in masses.sort(descending=True, stable=True).indices.tolist()]
-    for count in range(len(order)):
-        if score_difference(probabilities, wanted, order[:count]) <= tolerance:
-            return order[:count]
-    return order
+    order = probabilities.sum(0).sort(descending=True, stable=True).indices.tolist()
+    order = [row for row in order if row not in {0, *wanted}]
+    counts = (n for n in range(len(order)) if score_difference(probabilities, wanted, order[:n]) <= tolerance)
+    return order[: next(counts, len(order))]
 
 
 def score_difference(probabilities: Tensor, wanted: Sequence[int], kept: Sequence[int]) -> float:
@@ -225,17 +217,17 @@ def fires(logits: Tensor, wanted: Sequence[int]) -> Tensor:
 def find_competing_rows(detector: SSD, wanted: Sequence[int], photos: Iterable[Tensor], tolerance: float) -> list[int]:
     """:func:`competing_rows` of a detector's whole head on photos, [3, H, W] in [0, 1], of any sizes. An EarlyExitError
     if there is no photo, or no default box that counts."""
-    device, found, count = next(detector.parameters()).device, [], 0
+    device, found = next(detector.parameters()).device, []
     with evaluating(detector):
-        for count, photo in enumerate(photos, start=1):  # noqa: B007
+        for photo in photos:
             batch, _ = detector.transform([photo.to(device)], None)
             logits = detector.head.classification_head(list(detector.backbone(batch.tensors).values()))
             found.append(logits[fires(logits, wanted)])  # the logits of all default boxes would fill the memory
     logits = torch.cat(found) if found else torch.empty(0)
     if not len(logits):
         raise EarlyExitError(
-            f"MODEL.FOLD 'compact' looks for the classes that compete, but none of {count} photos (DATA.TRAIN) shows "
-            f"what could be a wanted class (score {LEAST_CUT_SCORE}); take other photos, or MODEL.FOLD 'exact'"
+            f"MODEL.FOLD 'compact' looks for the classes that compete, but none of {len(found)} photos (DATA.TRAIN) "
+            f"shows what could be a wanted class (score {LEAST_CUT_SCORE}); take other photos, or MODEL.FOLD 'exact'"
         )
     rows = competing_rows(logits, wanted, tolerance)
     logger.info(
@@ -243,6 +235,6 @@ def find_competing_rows(detector: SSD, wanted: Sequence[int], photos: Iterable[T
         len(rows),
         score_difference(logits.double().softmax(-1), wanted, rows),
         len(logits),
-        count,
+        len(found),
     )
     return rows

@@ -36,45 +36,35 @@ class Assignment:
 def assign(
     targets: list[dict[str, Tensor]], anchors: list[Tensor], matcher: Matcher, box_coder: BoxCoder
 ) -> Assignment:
-    """Assign default boxes to objects as torchvision's ``SSDMatcher`` does.
-
-    An object gets every default box with an IoU of at least 0.5, and always its best box.
+    """Assign default boxes to objects as torchvision's ``SSDMatcher`` does: an object gets every default box with an
+    IoU of at least 0.5, and always its best box.
 
     Args:
         targets: per image ``boxes`` [n, 4] xyxy in network pixels and ``labels`` [n] in 1..K; n may be 0.
         anchors: per image [A, 4] xyxy in network pixels.
     """
-    labels, regression = [], []
-    for target, boxes in zip(targets, anchors, strict=True):
-        image_labels = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
-        image_regression = torch.zeros_like(boxes)
+    regression = torch.stack([torch.zeros_like(boxes) for boxes in anchors])
+    labels = torch.zeros(regression.shape[:2], dtype=torch.int64, device=regression.device)
+    for index, (target, boxes) in enumerate(zip(targets, anchors, strict=True)):
         if target["boxes"].numel() > 0:
             matches = matcher(box_iou(target["boxes"], boxes))
             foreground = torch.where(matches >= 0)[0]
             objects = matches[foreground]
-            image_labels[foreground] = target["labels"][objects]
-            image_regression[foreground] = box_coder.encode_single(target["boxes"][objects], boxes[foreground])
-        labels.append(image_labels)
-        regression.append(image_regression)
-    return Assignment(torch.stack(labels), torch.stack(regression))
+            labels[index, foreground] = target["labels"][objects]
+            regression[index, foreground] = box_coder.encode_single(target["boxes"][objects], boxes[foreground])
+    return Assignment(labels, regression)
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Settings of the training losses, with the keys of the configuration's LOSS section.
+    """Settings of the training losses: the keys of the configuration's LOSS section, which docs/config.md explains.
 
     Attributes:
-        classification: ``mined`` or ``focal``.
         neg_to_pos_ratio: mined negatives (background boxes that count) per positive, above 0.
         min_negatives: least number of mined negatives per image; with torchvision's 0, images without objects teach
             nothing.
-        focal_alpha: weight of objects in the focal loss; background has 1 - ``focal_alpha``.
-        focal_gamma: exponent of the focal loss; the larger it is, the less easy default boxes count.
         exit_weights: weight per exit, shallow to deep, or one for all.
         full_weight: weight of the full path's losses. It has no effect while the trunk is frozen (exits phase).
-        supervision: ``labels``, or ``teacher``: the exits learn by distillation only, and photos need no boxes.
-        teacher: ``none``, ``full`` or ``next`` (the next deeper exit).
-        distillation_weight, distillation_box_weight: weights of the distillation loss and of its box part.
     """
 
     classification: str = "mined"
@@ -106,19 +96,17 @@ class LossSettings:
 
 def mean_over_processes(count: Tensor) -> Tensor:
     """``count`` (any shape) averaged over the processes of a distributed run; itself in a single process."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return count
-    count = count.detach().clone()
-    distributed.all_reduce(count)
-    return count / distributed.get_world_size()
+    if distributed.is_available() and distributed.is_initialized():
+        count = count.detach().clone()
+        distributed.all_reduce(count)
+        count = count / distributed.get_world_size()
+    return count
 
 
 def mined_negatives(background_loss: Tensor, foreground: Tensor, ratio: float, minimum: int) -> Tensor:
-    """Which default boxes are negatives of the classification loss, [N, A] bool: in each image the background boxes of
-    the largest ``background_loss`` [N, A] (Liu et al. 2016, SSD, section 2.2).
-
-    There are ``ratio`` negatives per positive (``foreground``, [N, A] bool), at least ``minimum`` per image.
-    """
+    """Which default boxes are negatives, [N, A] bool: in each image the background boxes of the largest
+    ``background_loss`` [N, A], ``ratio`` per positive (``foreground``, [N, A] bool) and at least ``minimum`` (Liu et
+    al. 2016, SSD, section 2.2)."""
     count = (ratio * foreground.sum(1, keepdim=True)).clamp(min=minimum)
     order = background_loss.masked_fill(foreground, -torch.inf).argsort(1, descending=True)
     rank = order.argsort(1)
@@ -152,11 +140,10 @@ def detection_losses(head: dict[str, Tensor], assignment: Assignment, settings: 
 
 
 def distillation_loss(student: dict[str, Tensor], teacher: dict[str, Tensor], settings: LossSettings) -> Tensor:
-    """How far the student's outputs are from the teacher's (Hinton et al. 2015); no labels are needed.
+    """How far the student's outputs are from the teacher's (Hinton et al. 2015), which get no gradient.
 
     The Kullback-Leibler divergence of the class probabilities, summed over all default boxes, plus the smooth L1
     distance of the boxes, weighted by the teacher's foreground probability; divided by the sum of that probability.
-    The teacher gets no gradient.
     """
     teacher_log = F.log_softmax(teacher["cls_logits"].detach().float(), -1)
     student_log = F.log_softmax(student["cls_logits"].float(), -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -12,29 +13,32 @@ from typing import Any, TypeVar
 import torch
 
 from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.modeling import validate
+from earlyexit_ssd.modeling.branches import exit_keywords
 from earlyexit_ssd.modeling.checkpoint import ModelInfo, ShippedWeights, load_model, save_model, weights_path
 from earlyexit_ssd.modeling.detector import EarlyExitDetector
 from earlyexit_ssd.modeling.outputs import Router, RouterSettings
 from earlyexit_ssd.modeling.retrofit import COCO_CLASSES, Architecture
 from earlyexit_ssd.modeling.trunk import evaluating
-from earlyexit_ssd.modeling.validate import check_router
 
 logger = logging.getLogger(__name__)
 P = TypeVar("P", bound="Pretrained")
 
-_made: list[Callable[..., Router]] = []
+POST_PROCESSING = ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
+
+_makers: list[Callable[..., Router]] = []
 
 
 def register_router(make: Callable[..., Router], make_certified: Callable[..., Router]) -> None:
     """Register the functions that build a model file's router: ``make`` from its settings, ``make_certified`` from
     certificate, path and model. `earlyexit_ssd.calibration` calls this, since modeling must not import it."""
-    _made[:] = [make, make_certified]
+    _makers[:] = [make, make_certified]
 
 
 def _router_makers() -> list[Callable[..., Router]]:
-    if not _made:
+    if not _makers:
         importlib.import_module("earlyexit_ssd.calibration")  # registers them
-    return _made
+    return _makers
 
 
 class Pretrained(EarlyExitDetector):
@@ -46,11 +50,8 @@ class Pretrained(EarlyExitDetector):
     ) -> tuple[P, ModelInfo]:
         """A file's model without router, in eval mode, and the file's info; errors as :meth:`from_pretrained`.
 
-        Args:
-            path: a model file or a checkpoint.
-            classes: see :meth:`from_pretrained`.
-            describe: fields of `Architecture` for a checkpoint, which has no description of its own. Default: exits
-                after the layers of its branches.
+        ``describe``: fields of `Architecture` for a checkpoint, which has no description of its own. Default: exits
+        after the layers of its branches.
         """
 
         def architecture(outputs: int, exits: tuple[str, ...]) -> Architecture:
@@ -64,6 +65,47 @@ class Pretrained(EarlyExitDetector):
         if classes is not None and tuple(classes) != model.classes:
             raise EarlyExitError(f"{path}: its classes are {', '.join(model.classes)[:120]}; leave classes out")
         return model, info
+
+    @classmethod
+    def from_file(
+        cls: type[P],
+        weights: str | os.PathLike[str] | ShippedWeights,
+        builder: Callable[..., P],
+        given: dict[str, Any],
+    ) -> P:
+        """The model in a file, in train mode. The arguments ``given`` to its ``builder`` describe a checkpoint, which
+        has no description of its own. An EarlyExitError for a file that does not fit them."""
+        path = weights_path(weights)
+        defaults = {name: one.default for name, one in inspect.signature(builder).parameters.items()}
+        exits = cls.default_exits if given["exits"] is None else tuple(given["exits"])
+        settings = {name: given[name] for name in ("image_size", "width", *POST_PROCESSING)}
+        described = {**settings, "score_thresh": defaults["score_thresh"], "exits": exits}
+        model, _ = cls.open_file(path, given["classes"], described)
+        if given["trainable_backbone_layers"] is not None:
+            raise EarlyExitError(
+                f"{path}: trainable_backbone_layers need torchvision's weights; use model.freeze_full_path()"
+            )
+        if given["num_classes"] not in (None, model.num_classes):
+            raise EarlyExitError(
+                f"{path} has {model.num_classes} outputs, num_classes is {given['num_classes']}; leave it out (a "
+                "training with MODEL.WEIGHTS and MODEL.FOLD changes classes)"
+            )
+        asked = {name: value for name, value in settings.items() if value != defaults.get(name, value)}
+        asked |= {} if given["exits"] is None else exit_keywords(exits)
+        built = {"image_size": model.transform.fixed_size[0], "width": model.width, **exit_keywords(model.exits)}
+        for name, value in asked.items():
+            if name in POST_PROCESSING:
+                setattr(model, name, value)
+            elif value != built.get(name):
+                raise EarlyExitError(
+                    f"{path} was built with {name} {built.get(name)}, given is {value!s:.60}; leave it out"
+                )
+        if given["losses"] is not None:
+            validate.check_losses(given["losses"], model.num_early_exits)
+            model.losses = given["losses"]
+        validate.check_router(given["router"], model.num_early_exits)
+        model.router = given["router"]
+        return model.train()
 
     @classmethod
     def from_pretrained(
@@ -128,8 +170,7 @@ def current_certificate(router: Router | None) -> Any:
 
 
 def names_of(outputs: int, classes: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Names of the labels of a head with ``outputs`` outputs: ``classes``, which must fit, else COCO's for 91 outputs,
-    else ``class_1`` and so on."""
+    """Names of a head's labels: ``classes``, which must fit, else COCO's for 91 outputs, else ``class_1`` and so on."""
     if classes is None:
         if outputs == len(COCO_CLASSES) + 1:
             return COCO_CLASSES
@@ -144,12 +185,11 @@ def names_of(outputs: int, classes: Sequence[str] | None = None) -> tuple[str, .
 
 
 def make_router(model: EarlyExitDetector, settings: RouterSettings) -> Router:
-    """Build a router from a file's settings and run it on a blank photo; an EarlyExitError for invalid settings and
-    those of another model."""
+    """Build a router from a file's settings and run it on a blank photo; an EarlyExitError if they do not fit."""
     device = next(model.parameters()).device
     try:
         router = _router_makers()[0](**settings).to(device)
-        check_router(router, model.num_early_exits)
+        validate.check_router(router, model.num_early_exits)
         with evaluating(model):
             outputs = model.exit_outputs([torch.zeros(3, *model.transform.fixed_size, device=device)])
             for index in range(model.num_early_exits + 1):

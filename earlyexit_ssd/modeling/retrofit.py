@@ -60,11 +60,10 @@ def find_detector(content: Content, path: str | os.PathLike[str]) -> dict[str, T
     Raises:
         EarlyExitError: no detector, or several of which none has a usual name.
     """
-    found: dict[str, dict[str, Tensor]] = {}
     places = {id(mapping): (place, mapping) for place, mapping in _mappings(content)}  # one may be there twice
+    found = {}
     for place, mapping in places.values():
-        for prefix, state in _detectors(mapping, path).items():
-            found[".".join(filter(None, (place, prefix)))] = state
+        found |= _detectors(mapping, place, path)
     if not found:
         keys = ", ".join(str(key)[:40] for key in list(content)[:3]) or "none"
         raise EarlyExitError(
@@ -91,21 +90,20 @@ def _mappings(content: Content, place: str = "", levels: int = MAX_NESTING) -> I
             yield from _mappings(value, f"{place}.{key}" if place else key, levels - 1)
 
 
-def _detectors(mapping: Content, path: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
-    """Key prefix (without its last dot) -> state dict, of the detectors among the tensors of one dict."""
+def _detectors(mapping: Content, place: str, path: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
+    """Dotted path with the key prefix -> state dict, of the detectors among the tensors of the dict at ``place``."""
     tensors: dict[str, Tensor] = {}
     for key, value in mapping.items():
-        if isinstance(key, str) and isinstance(value, Tensor):
+        if isinstance(key, str) and isinstance(value, Tensor) and not key.endswith("n_averaged"):
             name = ".".join(part for part in key.split(".") if part not in WRAPPERS)
             if name in tensors:
                 raise EarlyExitError(f"{path}: {key:.80} is there with and without a wrapper's prefix; save one")
             tensors[name] = value
-    prefixes = sorted({name[: match.end()] for name in tensors if (match := _ROOT.search(name))}, key=len)
-    states: dict[str, dict[str, Tensor]] = {prefix.rstrip("."): {} for prefix in prefixes}
-    for name, value in tensors.items():
-        matching = [prefix for prefix in prefixes if name.startswith(prefix)]  # the last one is the longest
-        if matching and name.rpartition(".")[2] != "n_averaged":
-            states[matching[-1].rstrip(".")][name.removeprefix(matching[-1])] = value
+    states: dict[str, dict[str, Tensor]] = {}
+    prefixes = {name[: match.end()] for name in tensors if (match := _ROOT.search(name))}
+    for prefix in sorted(prefixes, key=len, reverse=True):  # a name belongs to its longest prefix
+        names = [name for name in tensors if name.startswith(prefix)]
+        states[f"{place}.{prefix}".strip(".")] = {name.removeprefix(prefix): tensors.pop(name) for name in names}
     return states
 
 
@@ -141,7 +139,8 @@ Count = Annotated[int, 1, 2**31]
 class Architecture:
     """All settings that determine the shapes and the post-processing of a detector with early exits.
 
-    Instead of ``exits`` (shallow to deep) it accepts the keywords of `describe_exits`.
+    Instead of ``exits`` (shallow to deep) it accepts the keywords of `describe_exits`. A field of a wrong type or out
+    of its range is an EarlyExitError.
 
     Attributes:
         classes: names of the labels 1..K.
@@ -156,9 +155,6 @@ class Architecture:
         folded_branches: whether the branches' heads are folded like the full path's. Otherwise they have only
             background and ``classes``.
         score_thresh: lowest score of a detection, one number or per class name.
-
-    Raises:
-        EarlyExitError: a field of a wrong type or out of its range.
     """
 
     classes: tuple[str, ...]
@@ -235,8 +231,8 @@ class Architecture:
         if is_folded(head):
             branches = [part.head.classification_head for part in model.branches.values() if hasattr(part, "head")]
             settings |= {"head_outputs": head.num_columns, "folded_rows": head.wanted.tolist()}
-            settings["competing"] = head.competing
-            settings["folded_branches"] = bool(head.competing) or any(map(is_folded, branches))
+            folded = bool(head.competing) or any(map(is_folded, branches))
+            settings |= {"competing": head.competing, "folded_branches": folded}
         architecture = cls(
             detector=model.detector_name,
             image_size=model.transform.fixed_size[0],
@@ -286,11 +282,10 @@ class Architecture:
         return detector
 
     def add_exits(self, detector: SSD) -> EarlyExitDetector:
-        head, classes = detector.head, self.classes
         if self.folded_branches:  # build the branches with all classes of the full path's head, then fold both
-            whole = head.classification_head
-            head.classification_head = SSDScoringHead(whole.module_list, whole.num_columns)
-            classes = None
+            whole = detector.head.classification_head
+            detector.head.classification_head = SSDScoringHead(whole.module_list, whole.num_columns)
+        classes = None if self.folded_branches else self.classes
         model = detector_class(self.detector)(detector, exits=self.exits, classes=classes)
         if self.folded_branches:
             fold_model(model, self.classes, self.folded_rows, self.competing)
@@ -305,8 +300,7 @@ def fold_model(
     model: EarlyExitDetector, classes: Sequence[str], rows: Sequence[int], competing: Sequence[str] = ()
 ) -> None:
     """Fold all classes except ``classes``, whose class indices are ``rows``, into background, in the heads of the full
-    path and of the branches. Scores stay the same. ``competing``: names of the folded classes if the head is compact.
-    """
+    path and of the branches. ``competing``: names of the folded classes if the head is compact."""
     for part in (model, *model.branches.values()):
         if hasattr(part, "head"):
             part.head.classification_head = FoldedClassificationHead(part.head.classification_head, rows, competing)
@@ -354,8 +348,8 @@ def retrofit(
         the detector, its architecture, and the change of its classes (None if they are the checkpoint's).
 
     Raises:
-        EarlyExitError: unreadable weights, wrong shapes, a class that the checkpoint lacks, an unknown ``fold``, or
-            ``compact`` without photos on which competing classes can be found.
+        EarlyExitError: unreadable weights, wrong shapes, a class that the checkpoint lacks, an unknown ``fold``, or no
+            photos for ``compact``.
     """
     if fold not in FOLDS:
         names, hint = ", ".join(FOLDS), nearest(str(fold), FOLDS)
@@ -367,8 +361,9 @@ def retrofit(
     reduced_tail = has_reduced_tail(state, architecture.width)
     architecture = dataclasses.replace(architecture, reduced_tail=reduced_tail, **unfolded)
     folds = {name: getattr(described, name) for name in ("head_outputs", "folded_rows", "competing") if described}
-    compact = bool(described and described.competing)
-    loaded = dataclasses.replace(architecture, classes=source, **folds, folded_branches=compact)
+    loaded = dataclasses.replace(
+        architecture, classes=source, **folds, folded_branches=bool(described and described.competing)
+    )
     detector = loaded.build_detector()
     load_every_key(detector, state, weights)
     if source == architecture.classes:
@@ -389,8 +384,7 @@ def retrofit(
         change = dataclasses.replace(change, competing=competing)
         slice_rows(head.classification_head, (*rows, *others))
         rows = tuple(range(1, len(rows) + 1))  # the sliced head has them first
-    nothing_to_fold = fold == "rows" or (fold == "compact" and change.unwanted and not competing)
-    if nothing_to_fold:
+    if fold == "rows" or (fold == "compact" and change.unwanted and not competing):  # nothing to fold
         slice_rows(head.classification_head, rows)
         return detector, architecture, change
     head.classification_head = FoldedClassificationHead(head.classification_head, rows, competing)
@@ -409,8 +403,7 @@ def torchvision_name(
 def load_full_path(
     weights: str | os.PathLike[str] | WeightsEnum, kind: type[WeightsEnum] = SSDLite320_MobileNet_V3_Large_Weights
 ) -> tuple[dict[str, Tensor], Architecture | None]:
-    """State dict of a detector without exits, and its description if the file is a model of this project. torchvision
-    downloads members of its enum ``kind``."""
+    """State dict of a detector without exits, and its description if the file is a model of this project."""
     name = torchvision_name(weights, kind)
     if name:
         try:
@@ -423,7 +416,6 @@ def load_full_path(
     require_weights(weights, kind)
     content = read_weights(weights)
     state = find_detector(content, weights)
-    require_state(state, weights)
     full_path = {key: value for key, value in state.items() if not key.startswith(("branches.", "router."))}
     if not isinstance(content.get("architecture"), dict):
         return full_path, None
@@ -436,8 +428,7 @@ def load_full_path(
 def require_weights(
     weights: str | os.PathLike[str] | WeightsEnum, kind: type[WeightsEnum] = SSDLite320_MobileNet_V3_Large_Weights
 ) -> None:
-    """Raise an EarlyExitError with the nearest name if ``weights`` is neither a file nor a member of torchvision's
-    weight enum ``kind``."""
+    """An EarlyExitError with the nearest name if ``weights`` is neither a file nor a member of the enum ``kind``."""
     if torchvision_name(weights, kind) is None and not Path(weights).is_file():
         names = kind.__members__
         hint = nearest(str(weights), names) or f"; torchvision's own are {', '.join(names)}"
@@ -468,41 +459,32 @@ def read_weights(path: str | os.PathLike[str]) -> Content:
     return content
 
 
-def require_state(state: object, source: str | os.PathLike[str]) -> None:
-    """Check that ``state`` is a dict of names and tensors; an EarlyExitError for sparse, quantised, complex and meta
-    tensors too."""
+def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: str | os.PathLike[str]) -> None:
+    """Load strictly. An EarlyExitError names the first missing or unexpected key, wrong shape or type, NaN, or value
+    that is no dense tensor of numbers."""
     fix = "save model.state_dict()"
     if not isinstance(state, dict) or not state:
         raise EarlyExitError(f"{source}: expected a state dict of tensors, got {shown(state)}; {fix}")
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise EarlyExitError(
-                f"{source}: expected names and tensors, got {shown(key, 50)}: {type(value).__name__}; {fix}"
-            )
+            kind = type(value).__name__
+            raise EarlyExitError(f"{source}: expected names and tensors, got {shown(key, 50)}: {kind}; {fix}")
         dense = value.layout == torch.strided and value.device.type != "meta" and not value.is_nested
         if not dense or value.is_quantized or value.is_complex():
             kind = f"{value.layout} {value.dtype} on {value.device}"
             raise EarlyExitError(f"{source}: {key} is {kind}, expected an ordinary tensor of numbers; {fix}")
-
-
-def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: str | os.PathLike[str]) -> None:
-    """Load strictly; an EarlyExitError names the first missing or unexpected key, wrong shape or type, or NaN."""
-    require_state(state, source)
     expected = module.state_dict()
-    problems = [f"lacks {key}" for key in expected if key not in state]
-    problems += [f"has {key}, which the model lacks" for key in state if key not in expected]
-    problems += [
-        f"{key} is {list(state[key].shape)}, the model has {list(value.shape)}"
-        for key, value in expected.items()
-        if key in state and state[key].shape != value.shape
-    ]
+    problems = {key: f"lacks {key}" for key in expected if key not in state}
+    problems |= {key: f"has {key}, which the model lacks" for key in state if key not in expected}
+    for key, value in expected.items():
+        if key in state and state[key].shape != value.shape:
+            problems[key] = f"{key} is {list(state[key].shape)}, the model has {list(value.shape)}"
     if problems:
         check = "MODEL.WIDTH, MODEL.WEIGHTS_CLASSES and the number of classes"
-        if all("branches." in problem for problem in problems):
+        if all(key.startswith("branches.") for key in problems):
             check = "EXITS (in Python copy, depth, channels, head_rank)"
-        raise EarlyExitError(
-            f"{source} does not fit the model: {problems[0]} ({len(problems)} differences); check {check}"
-        )
+        first = next(iter(problems.values()))
+        raise EarlyExitError(f"{source} does not fit the model: {first} ({len(problems)} differences); check {check}")
     for key, value in expected.items():
         given = state[key]
         if given.is_floating_point() != value.is_floating_point() or given.dtype == torch.bool:
@@ -513,11 +495,8 @@ def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: st
 
 
 def resize_detector(model: EarlyExitDetector, architecture: Architecture, size: int, *, cut: bool = False) -> SSD:
-    """The full path at an input of ``size`` x ``size`` pixels, in eval mode, on the model's device.
-
-    With ``cut`` a folded classification head (``MODEL.FOLD exact``) keeps only background and the model's classes.
-    Default boxes keep their size in pixels (`PixelBoxes`), since the convolutions have learned sizes in pixels.
-    """
+    """The full path at an input of ``size`` x ``size`` pixels, in eval mode, on the model's device. Default boxes keep
+    their size in pixels (`PixelBoxes`). With ``cut`` a folded head keeps only background and the model's classes."""
     trained_size = architecture.trained_size or architecture.image_size
     detector = dataclasses.replace(architecture, image_size=size, trained_size=trained_size).build_detector()
     state = {key: value for key, value in model.state_dict().items() if key.startswith(("backbone.", "head."))}

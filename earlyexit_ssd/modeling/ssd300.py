@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models import VGG16_Weights
 from torchvision.models._api import register_model
 from torchvision.models.detection import SSD300_VGG16_Weights, ssd300_vgg16
@@ -16,51 +16,29 @@ from earlyexit_ssd.modeling.branches import Exit, describe_exits, takes_exits
 from earlyexit_ssd.modeling.detector import register_detector
 from earlyexit_ssd.modeling.losses import LossSettings
 from earlyexit_ssd.modeling.outputs import Router
-from earlyexit_ssd.modeling.pretrained import Pretrained, names_of
-from earlyexit_ssd.modeling.retrofit import find_detector, load_every_key, outputs_of, read_weights, torchvision_name
-from earlyexit_ssd.modeling.trunk import Trunk, TrunkState
+from earlyexit_ssd.modeling.pretrained import Pretrained
+from earlyexit_ssd.modeling.retrofit import COCO_CLASSES, torchvision_name
+from earlyexit_ssd.modeling.trunk import Trunk
 
 SIZE = 300
 FINEST_LAYER, LAST_LAYER = 10, 15
 """conv4_3, whose output is the finest map, and fc7, the last layer before the extra blocks."""
 
-DEFAULT_EXITS = describe_exits((7, 10), "light")  # exits after conv3_3 and conv4_3
 
-
-class Layer(list):
-    """A layer of the trunk: a convolution with its ReLU and, if present, the pooling before it."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        for module in self:
-            x = module(x)
-        return x
-
-
-class VGGTrunk(Trunk):
-    """The trunk of torchvision's ``SSDFeatureExtractorVGG``; layers 1 to 15 are VGG16's 13 convolutions, fc6 and fc7.
-    An EarlyExitError for another kind of backbone."""
-
-    def __init__(self, backbone: nn.Module, exit_layers: Sequence[int]) -> None:
-        try:
-            conv5, *extra = backbone.extra
-            modules = [*backbone.features, *conv5[:-1], *conv5[-1]]
-            self._scale = backbone.scale_weight
-        except (AttributeError, TypeError, ValueError, IndexError):
-            raise EarlyExitError(
-                f"backbone is a {type(backbone).__name__}, expected torchvision's SSDFeatureExtractorVGG: its layers "
-                "are run one by one, to leave between them"
-            ) from None
-        layers = [Layer()]
-        for module in modules:
-            layers[-1].append(module)
-            if isinstance(module, nn.ReLU):
-                layers.append(Layer())
-        super().__init__(layers[:-1], extra, exit_layers, FINEST_LAYER - 1)
-
-    def feature_maps(self, state: TrunkState) -> list[Tensor]:
-        """See :meth:`Trunk.feature_maps`; the finest is normalised and scaled, as torchvision does."""
-        _, *coarser = super().feature_maps(state)
-        return [self._scale.view(1, -1, 1, 1) * F.normalize(state.finest), *coarser]
+def vgg_trunk(backbone: nn.Module) -> Trunk:
+    """The trunk of torchvision's ``SSDFeatureExtractorVGG``. Layers 1 to 15 are VGG16's 13 convolutions, fc6 and fc7,
+    each with its ReLU and, if present, the pooling before it. An EarlyExitError for another kind of backbone."""
+    try:
+        conv5, *extra = backbone.extra
+        modules = [*backbone.features, *conv5[:-1], *conv5[-1]]
+        scale = backbone.scale_weight.view(1, -1, 1, 1)
+    except (AttributeError, TypeError, ValueError, IndexError):
+        raise EarlyExitError(
+            f"backbone is a {type(backbone).__name__}, expected torchvision's SSDFeatureExtractorVGG: its layers are "
+            "run one by one, to leave between them"
+        ) from None
+    ends = [0, *(index + 1 for index, module in enumerate(modules) if isinstance(module, nn.ReLU))]
+    return Trunk(modules, extra, ends, ends[FINEST_LAYER] - 1, lambda finest: scale * F.normalize(finest))
 
 
 @register_detector("ssd300_vgg16")
@@ -71,11 +49,12 @@ class EarlyExitSSD300(Pretrained):
     """
 
     last_layer, any_size = LAST_LAYER, False
+    default_exits = describe_exits((7, 10), "light")  # after conv3_3 and conv4_3
     plain_weights, backbone_weights = SSD300_VGG16_Weights, VGG16_Weights
 
     @property
-    def trunk(self) -> VGGTrunk:
-        return VGGTrunk(self.backbone, self.segment_layers)
+    def trunk(self) -> Trunk:
+        return vgg_trunk(self.backbone)
 
     @classmethod
     def build_plain(
@@ -116,47 +95,35 @@ def earlyexit_ssd300_vgg16(
     detections_per_img: int = 200,
     topk_candidates: int = 400,
 ) -> EarlyExitSSD300:
-    """torchvision's ``ssd300_vgg16`` with early exits, which start untrained.
+    """torchvision's ``ssd300_vgg16`` with early exits.
 
     Args:
-        weights: torchvision's COCO weights (downloaded by torchvision), or a checkpoint file of the detector without
-            exits. For a model file of this project use ``EarlyExitSSD300.from_pretrained``.
+        weights: torchvision's COCO weights of the full path (downloaded by torchvision), with untrained exits. Or a
+            file, as in :func:`earlyexit_ssdlite320_mobilenet_v3_large`.
         num_classes: outputs per default box, background included; 91 by default, or those of ``weights``.
         weights_backbone: ImageNet weights of the trunk, if ``weights`` is None.
         exits, classes, losses, router: see :class:`EarlyExitDetector`. Instead of ``exits``: the keywords of
-            `describe_exits`, with ``branch="light"``. Default: `DEFAULT_EXITS`.
+            `describe_exits`, with ``branch="light"``. Default: exits after layers 7 and 10.
         score_thresh: may be a dict of class names to lowest scores.
 
     Raises:
-        EarlyExitError: a file without such a detector.
+        EarlyExitError: a file without such a detector, or that does not fit the arguments.
     """
-    settings = {"nms_thresh": nms_thresh, "detections_per_img": detections_per_img, "topk_candidates": topk_candidates}
-    if weights is None or torchvision_name(weights, SSD300_VGG16_Weights):
-        detector = ssd300_vgg16(
-            weights=weights and SSD300_VGG16_Weights[torchvision_name(weights, SSD300_VGG16_Weights)],
-            progress=progress,
-            num_classes=num_classes,
-            weights_backbone=VGG16_Weights.verify(weights_backbone),
-            trainable_backbone_layers=trainable_backbone_layers,
-            **settings,
-        )
-    else:
-        state = find_detector(read_weights(weights), weights)
-        outputs = outputs_of(state)
-        if outputs < 2 or num_classes not in (None, outputs):
-            raise EarlyExitError(
-                f"{weights}: its SSD head has {outputs} outputs, num_classes is {num_classes}; leave it out, or give a "
-                "checkpoint of torchvision's ssd300_vgg16"
-            )
-        detector = EarlyExitSSD300.build_plain(num_classes=outputs, **settings)
-        load_every_key(detector, state, weights)
-    outputs = detector.head.classification_head.num_columns
-    model = EarlyExitSSD300(
-        detector,
-        exits=DEFAULT_EXITS if exits is None else exits,
-        classes=names_of(outputs, classes) if classes is not None or outputs == 91 else None,
-        losses=losses,
-        router=router,
+    if weights is not None and torchvision_name(weights, SSD300_VGG16_Weights) is None:
+        given = {**locals(), "image_size": SIZE, "width": 1.0}
+        return EarlyExitSSD300.from_file(weights, earlyexit_ssd300_vgg16, given)
+    detector = ssd300_vgg16(
+        weights=weights and SSD300_VGG16_Weights[torchvision_name(weights, SSD300_VGG16_Weights)],
+        progress=progress,
+        num_classes=num_classes,
+        weights_backbone=VGG16_Weights.verify(weights_backbone),
+        trainable_backbone_layers=trainable_backbone_layers,
+        nms_thresh=nms_thresh,
+        detections_per_img=detections_per_img,
+        topk_candidates=topk_candidates,
     )
+    if classes is None and detector.head.classification_head.num_columns == len(COCO_CLASSES) + 1:
+        classes = COCO_CLASSES
+    model = EarlyExitSSD300(detector, exits=exits, classes=classes, losses=losses, router=router)
     model.score_thresh = score_thresh
     return model

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -34,6 +34,7 @@ def build_ssdlite(
     width: float = 1.0,
     reduced_tail: bool = True,
     weights_backbone: MobileNet_V3_Large_Weights | None = None,
+    trainable_layers: int = 6,
     progress: bool = True,
     score_thresh: float = 0.001,
     nms_thresh: float = 0.55,
@@ -50,6 +51,7 @@ def build_ssdlite(
         reduced_tail: halve the channels of C4's output and all later layers, as in torchvision's COCO weights
             (MobileNetV3 paper, table 6). ImageNet weights have the full tail.
         weights_backbone: ImageNet weights of the trunk; they need ``width=1.0`` and ``reduced_tail=False``.
+        trainable_layers: number of trunk stages that get a gradient, from the last one, 0 to 6.
 
     Raises:
         ValueError: ImageNet weights with another width or tail.
@@ -65,17 +67,18 @@ def build_ssdlite(
         _normal_init(trunk)
     # torchvision marks blocks with a stride by `_is_cn`; the last of them is C4
     strided = [index for index, layer in enumerate(trunk.features) if getattr(layer, "_is_cn", False)]
+    stages = [0, *strided, len(trunk.features) - 1, len(trunk.features)]
+    trunk.features[: stages[6 - trainable_layers]].requires_grad_(False)
     backbone = SSDLiteFeatureExtractorMobileNet(trunk.features, strided[-1], norm_layer, width_mult=width)
     size = (image_size, image_size)
     anchor_generator = DefaultBoxGenerator([[2, 3] for _ in range(6)], min_ratio=0.2, max_ratio=0.95)
     out_channels = detection_utils.retrieve_out_channels(backbone, size)
-    head = SSDLiteHead(out_channels, anchor_generator.num_anchors_per_location(), num_classes, norm_layer)
     detector = SSD(
         backbone,
         anchor_generator,
         size,
         num_classes,
-        head=head,
+        head=SSDLiteHead(out_channels, anchor_generator.num_anchors_per_location(), num_classes, norm_layer),
         score_thresh=score_thresh,
         nms_thresh=nms_thresh,
         detections_per_img=detections_per_img,
@@ -87,93 +90,61 @@ def build_ssdlite(
     return detector
 
 
-# The unchanged backbone, in segments that end at the exits.
+# The unchanged backbone, layer by layer.
 
 
 @dataclass(frozen=True)
-class TrunkState:
-    """State of a batch in the trunk."""
-
-    x: Tensor  # output of the last layer that was run, [N, C, H, W]; at an exit, this is the tap
-    # the finest map of the full path's head, for SSDLite C4's expansion; None before it is computed
-    finest: Tensor | None = None
-
-    def select(self, keep: Tensor) -> TrunkState:
-        """The state of some images only (boolean mask [N] or indices)."""
-        return TrunkState(self.x[keep], None if self.finest is None else self.finest[keep])
-
-
 class Trunk:
-    """The layers of a detector's backbone as steps, grouped into segments that end at the exits.
+    """The layers of a detector's backbone as steps that are run one after the other.
 
     It is created for each use, since layers may have been replaced. It is not a module, so the parameters keep
-    torchvision's names. In this class layer 1 is the first step, layer 2 the second, and so on. A subclass that counts
-    differently overrides `_steps_to`.
+    torchvision's names.
 
-    Args:
-        steps: modules that are run one after the other.
+    Attributes:
+        steps: the modules up to the last trunk layer.
         extra: modules that compute the coarser maps of the head, each from the map before.
-        exit_layers: trunk layers at which a segment ends, increasing.
+        ends: per trunk layer, the number of steps up to and including it.
         finest_step: index of the step whose output is the finest map of the head.
+        scale_finest: normalisation of the finest map, if there is one.
     """
 
-    def __init__(
-        self, steps: Sequence[nn.Module], extra: Sequence[nn.Module], exit_layers: Sequence[int], finest_step: int
-    ) -> None:
-        self._steps, self._extra, self._finest_step = steps, extra, finest_step
-        ends = [self._steps_to(layer) for layer in exit_layers]
-        self._ranges = list(zip([0, *ends], [*ends, len(steps)], strict=True))
+    steps: Sequence[nn.Module]
+    extra: Sequence[nn.Module]
+    ends: Sequence[int]
+    finest_step: int
+    scale_finest: Callable[[Tensor], Tensor] | None = None
 
-    def _steps_to(self, layer: int) -> int:
-        """Number of steps up to and including the trunk layer ``layer``."""
-        return layer
+    def run(self, x: Tensor, start: int, end: int, finest: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Run the steps ``start`` to ``end - 1``; returns the output and, once it is computed, the finest map."""
+        for index in range(start, end):
+            x = self.steps[index](x)
+            finest = x if index == self.finest_step else finest
+        return x, finest
 
-    def features(self, x: Tensor, layer: int) -> Tensor:
-        """Images [N, 3, S, S] of any size to the output of ``layer``, [N, C, H, W]."""
-        for step in self._steps[: self._steps_to(layer)]:
-            x = step(x)
-        return x
-
-    def run(self, state: TrunkState, segment: int) -> TrunkState:
-        """Run segment ``segment`` (0 ends at the first exit; the last one ends the trunk)."""
-        x, finest = state.x, state.finest
-        for step in range(*self._ranges[segment]):
-            x = self._steps[step](x)
-            if step == self._finest_step:
-                finest = x
-        return TrunkState(x, finest)
-
-    def feature_maps(self, state: TrunkState) -> list[Tensor]:
-        """The feature maps of the full path's head, fine to coarse, from the state after the last segment."""
-        maps = [state.finest, state.x]
-        for block in self._extra:
+    def feature_maps(self, x: Tensor, finest: Tensor) -> list[Tensor]:
+        """The feature maps of the full path's head, fine to coarse, from what the last `run` returned."""
+        maps = [self.scale_finest(finest) if self.scale_finest else finest, x]
+        for block in self.extra:
             maps.append(block(maps[-1]))
         return maps
 
 
-class SegmentedTrunk(Trunk):
+def ssdlite_trunk(backbone: nn.Module) -> Trunk:
     """The trunk of torchvision's ``SSDLiteFeatureExtractorMobileNet``; layers are counted from 0, the stem.
 
-    Its ``features[0]`` ends with C4's expansion. Its ``features[1]`` is the rest of C4 and the layers after it.
-
-    Raises:
-        EarlyExitError: another kind of backbone.
+    Its ``features[0]`` ends with C4's expansion. Its ``features[1]`` is the rest of C4 and the layers after it. So C4
+    is two steps. An EarlyExitError for another kind of backbone.
     """
-
-    def __init__(self, backbone: nn.Module, exit_layers: Sequence[int]) -> None:
-        try:
-            head_part, tail_part = backbone.features
-            steps, extra = [*head_part, *tail_part], list(backbone.extra)
-        except (AttributeError, TypeError, ValueError):
-            raise EarlyExitError(
-                f"backbone is a {type(backbone).__name__}, expected torchvision's SSDLiteFeatureExtractorMobileNet "
-                "(`features` in two parts, and `extra`): its layers are run one by one, to leave between them"
-            ) from None
-        super().__init__(steps, extra, exit_layers, finest_step=len(head_part) - 1)
-
-    def _steps_to(self, layer: int) -> int:
-        """See :meth:`Trunk._steps_to`; C4 is two steps, its expansion and the rest."""
-        return layer + 1 if layer < self._finest_step else layer + 2
+    try:
+        head_part, tail_part = backbone.features
+        steps, extra = [*head_part, *tail_part], list(backbone.extra)
+    except (AttributeError, TypeError, ValueError):
+        raise EarlyExitError(
+            f"backbone is a {type(backbone).__name__}, expected torchvision's SSDLiteFeatureExtractorMobileNet "
+            "(`features` in two parts, and `extra`): its layers are run one by one, to leave between them"
+        ) from None
+    c4 = len(head_part) - 1
+    return Trunk(steps, extra, [*range(1, c4 + 1), *range(c4 + 2, len(steps) + 1)], finest_step=c4)
 
 
 def small_copy(x: Tensor, pixels: int) -> Tensor:
@@ -209,8 +180,7 @@ def _block_weights(channels: int, block: int, points: int, times: int) -> Tensor
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Context manager: eval mode without gradients. At the end it restores the train/eval flag of every sub-module,
-    since flags differ in a model with a frozen part."""
+    """Context manager: eval mode without gradients. At the end it restores the train/eval flag of every sub-module."""
     flags = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
@@ -248,9 +218,8 @@ class PixelBoxes(DefaultBoxGenerator):
 
     def forward(self, images: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """Per image [A, 4] xyxy in network pixels."""
-        return [self._scale(boxes) for boxes in super().forward(images, feature_maps)]
-
-    def _scale(self, boxes: Tensor) -> Tensor:
-        """Undo the generator's scaling of the sides with the input; ``steps`` has fixed the centres already."""
-        centres, halves = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * self._factor
-        return torch.cat([centres - halves, centres + halves], 1)
+        scaled = []
+        for boxes in super().forward(images, feature_maps):  # ``steps`` has fixed the centres, but not the sides
+            centres, halves = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * self._factor
+            scaled.append(torch.cat([centres - halves, centres + halves], 1))
+        return scaled

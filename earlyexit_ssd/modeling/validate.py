@@ -25,12 +25,10 @@ def check_images(images: Sequence[Tensor]) -> None:
     if not len(images):
         raise EarlyExitError("no image: expected a list of at least one float tensor [3, H, W]")
     for index, image in enumerate(images):
-        if not isinstance(image, Tensor):
-            raise EarlyExitError(f"image {index}: expected a float tensor [3, H, W], got {type(image).__name__}")
-        if image.dim() != 3 or image.shape[0] != 3 or not image.is_floating_point() or not image.numel():
-            raise EarlyExitError(
-                f"image {index}: expected a float tensor [3, H, W] in [0, 1], got {image.dtype} {list(image.shape)}"
-            )
+        fits = isinstance(image, Tensor) and image.is_floating_point() and image.dim() == 3 and image.shape[0] == 3
+        if not fits or not image.numel():
+            given = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+            raise EarlyExitError(f"image {index}: expected a float tensor [3, H, W] in [0, 1], got {given}")
         if image.device.type == "cpu" and not is_traced():
             low, high = (float(value) for value in image.aminmax())
             if not (low >= -SLACK and high <= 1 + SLACK):
@@ -46,9 +44,8 @@ def check_targets(
     """The targets with fp32 boxes xyxy of positive width and height and int64 labels in 1..K, from boxes of any number
     type and labels of any integer type; other keys stay."""
     if targets is None or len(targets) != count:
-        raise EarlyExitError(
-            f"train mode needs one target per image: {count} images, {targets and len(targets)} targets"
-        )
+        given = targets and len(targets)
+        raise EarlyExitError(f"train mode needs one target per image: {count} images, {given} targets")
     return [_checked(target, index, classes) for index, target in enumerate(targets)]
 
 
@@ -78,34 +75,31 @@ def _checked(target: dict[str, Tensor], index: int, classes: Sequence[str]) -> d
 
 
 def _tensor_of(target: object, key: str, index: int) -> Tensor:
+    expected = f"target {index}: expected a dict with the tensors boxes and labels"
     if not isinstance(target, Mapping) or key not in target:
-        raise EarlyExitError(f"target {index}: expected a dict with the tensors boxes and labels, it has no {key}")
+        raise EarlyExitError(f"{expected}, it has no {key}")
     value = target[key]
     if not isinstance(value, Tensor):
         kind = f"{type(value).__name__}{f' of {value.dtype}' if hasattr(value, 'dtype') else ''}"
-        raise EarlyExitError(
-            f"target {index}: expected a dict with the tensors boxes and labels, it has {key} {kind}; make a tensor of "
-            "it, torch.as_tensor"
-        )
+        raise EarlyExitError(f"{expected}, it has {key} {kind}; make a tensor of it, torch.as_tensor")
     return value
 
 
 def score_thresh(value: object, classes: Sequence[str]) -> float | dict[str, float]:
     """The checked lowest score, or class name -> lowest score in the order of ``classes``."""
+    expected = "expected a number, or a dict of class names to numbers"
     if not isinstance(value, Mapping):
         if isinstance(value, bool) or not isinstance(value, Real) or value != value:
-            raise EarlyExitError(
-                f"score_thresh is {value!r:.60}, expected a number, or a dict of class names to numbers"
-            )
+            raise EarlyExitError(f"score_thresh is {value!r:.60}, {expected}")
         return value
+    if not value:
+        raise EarlyExitError(f"score_thresh is an empty dict, {expected}")
     for name, score in value.items():
         if name not in classes:
             hint = nearest(str(name), classes) or f"; the classes are {', '.join(classes)[:100]}"
             raise EarlyExitError(f"score_thresh names {name!r:.60}, no class of the model{hint}")
         if isinstance(score, bool) or not isinstance(score, Real) or not 0 <= score <= 1:
             raise EarlyExitError(f"score_thresh of {name!r:.60} is {score!r:.40}, expected a number in [0, 1]")
-    if not value:
-        raise EarlyExitError("score_thresh is an empty dict, expected a number, or a dict of class names to numbers")
     return {name: float(value[name]) for name in dict.fromkeys(classes) if name in value}
 
 
@@ -143,15 +137,13 @@ def check_losses(losses: object, exits: int) -> None:
     if not isinstance(losses, LossSettings):
         raise EarlyExitError(f"losses is {losses!r:.60}, expected a LossSettings")
     if len(losses.exit_weights) not in (1, exits):
-        raise EarlyExitError(
-            f"exit_weights of the losses is {losses.exit_weights}, expected one number, or one for each of {exits}"
-            " exits"
-        )
+        given = f"exit_weights of the losses is {losses.exit_weights}"
+        raise EarlyExitError(f"{given}, expected one number, or one for each of {exits} exits")
 
 
 def check_router(router: object, count: int, trains: bool = False) -> None:
     """Check that a router is None or implements `Router` for ``count`` early exits; ``trains``: its loss too."""
-    asked = ("confidence", "needs", "leaves", *(("temperature_loss",) if trains else ()))
+    asked = ["confidence", "needs", "leaves"] + ["temperature_loss"] * trains
     answers = all(callable(getattr(router, name, None)) for name in asked) and hasattr(router, "hybrid")
     if router is not None and (isinstance(router, type) or not answers):
         raise EarlyExitError(f"router is {router!r:.60}, expected an ExitRouter, or None")
@@ -162,8 +154,7 @@ def check_router(router: object, count: int, trains: bool = False) -> None:
 
 def check_batch(model: nn.Module, count: int) -> None:
     """Refuse a training batch of one image: BatchNorm cannot normalise its 1x1 map."""
-    trains_norm = any(module.training for module in model.modules() if isinstance(module, _BatchNorm))
-    if count == 1 and trains_norm:
+    if count == 1 and any(module.training for module in model.modules() if isinstance(module, _BatchNorm)):
         raise EarlyExitError(
             "a training batch of 1 image: BatchNorm needs 2 or more on the 1x1 map; use a larger batch size"
         )

@@ -34,10 +34,10 @@ from earlyexit_ssd.files import make_folder, write_json, writing
 from earlyexit_ssd.images import read_image
 from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.checkpoint import weights_path
-from earlyexit_ssd.modeling.detector import DETECTORS, AtExit, EarlyExitDetector, default_boxes_of_image, walk
+from earlyexit_ssd.modeling.detector import DETECTORS, EarlyExitDetector, default_boxes_of_image, walk
 from earlyexit_ssd.modeling.pretrained import current_certificate
 from earlyexit_ssd.modeling.retrofit import read_weights
-from earlyexit_ssd.modeling.trunk import TrunkState, evaluating
+from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.modeling.validate import LEAST_SCORE
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.runtimes import OnnxRuntime
@@ -206,16 +206,15 @@ class SegmentNetwork(nn.Module):
     def run(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """From the tensors of `graph.STATE` at the exit before to those at this exit, the outputs of its head and its
         confidence [N]."""
-        model, behind = self.model, None
-        if self.before is not None:
-            trunk_state = TrunkState(state["x"], state.get("finest"))
-            behind = AtExit(model, model.trunk, self.before, trunk_state, state.get("context"))
-        at = next(at for at in walk(model, state["x"], behind=behind) if at.index == self.index)
+        model = self.model
+        first = 0 if self.before is None else self.before + 1
+        exits = walk(model, state["x"], first=first, finest=state.get("finest"), context=state.get("context"))
+        at = next(at for at in exits if at.index == self.index)
         head = at.head()
         found: dict[str, Tensor | None] = {}
         if not at.full:
             context = at.context if self.onward else None
-            found |= {"x": at.state.x, "finest": at.state.finest, "context": context}
+            found |= {"x": at.x, "finest": at.finest, "context": context}
         if self.head:
             found |= head
         if model.router is not None:

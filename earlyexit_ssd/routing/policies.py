@@ -2,14 +2,8 @@
 
 A high confidence means that going on to deeper exits would gain little. A policy without fitted parameters is a
 function of the logits [N, A, C] of N images, A default boxes and C classes, background first. The router has already
-divided the logits of an early exit by its temperature. Those of the full path are not divided::
-
-    @register_policy("largest_logit")
-    def largest_logit(logits: Tensor) -> Tensor:
-        return logits[..., 1:].amax((-1, -2)).sigmoid()
-
-A policy with fitted parameters is a class, see :class:`FittedPolicy`. It may also read the pooled *tap* [N, 2 *
-channels]. The tap is the output of the exit's trunk layer. Pooled, it is the means and then the maxima of its channels.
+divided the logits of an early exit by its temperature. A policy with fitted parameters is a class, see
+:class:`FittedPolicy`. It may also read the pooled tap. docs/extending.md has examples.
 """
 
 from __future__ import annotations
@@ -63,8 +57,7 @@ class FittedPolicy(nn.Module):
     """Base class of policies with fitted parameters. Register a subclass by name; calibration then fits it.
 
     ``__init__(parameters)`` takes what ``fit`` returned, after a round trip through JSON. ``forward(signals,
-    exit_index)`` returns confidences [N] in [0, 1]. It is also called for the full path, whose index is the number of
-    early exits.
+    exit_index)`` returns confidences [N] in [0, 1], also for the full path, whose index is the number of early exits.
 
     Attributes:
         boxes: number of default boxes per image that the policy gets, set by ``register_policy``; None: all.
@@ -82,22 +75,19 @@ class FittedPolicy(nn.Module):
 
     @classmethod
     def fit(cls, photos: RecordedPhotos) -> Any:
-        """The fitted parameters as plain JSON types. Raises an EarlyExitError if they cannot be fitted on these
-        photos."""
-        raise NotImplementedError  # abstract: each registered policy fits its own numbers
+        """The fitted parameters as plain JSON types. An EarlyExitError if these photos do not suffice."""
+        raise NotImplementedError  # abstract
 
     @classmethod
     def cross_fit(cls, train: RecordedPhotos, calib: RecordedPhotos, folds: Tensor) -> tuple[Any, list[Tensor]]:
         """Fit on training and calibration photos, without boxes.
 
-        The confidence of a calibration photo comes from a fit without the photos of its fold. So thresholds are
-        searched on confidences of photos that the policy was not fitted on.
-
         Args:
-            folds: number of the fold of each calibration photo, [n].
+            folds: number of the fold of each calibration photo, from 0, [n].
 
         Returns:
             the parameters of the fit on all photos, and per early exit the confidences of the calibration photos, [n].
+            The confidence of a photo comes from a fit without the photos of its fold.
         """
         raise NotImplementedError  # abstract: for policies with cross_fits
 
@@ -151,26 +141,25 @@ def register_policy(name: str, boxes: int | None = None) -> Callable[[Registered
 
 
 def get_policy(name: str, parameters: Any = None) -> Policy:
-    """The policy ``name``, with ``parameters`` if it is a fitted one. Raises an EarlyExitError if name or parameters
-    are wrong."""
+    """The policy ``name``, with ``parameters`` if it is a fitted one. An EarlyExitError if one of them is wrong."""
     require_known(name)
+    told = f"routing policy '{name}'"
     if name not in FITTED_POLICIES:
         if parameters is not None:
-            raise EarlyExitError(f"routing policy '{name}' has no parameters, some were given; leave them out")
+            raise EarlyExitError(f"{told} has no parameters, some were given; leave them out")
         return POLICIES[name]
     policy = FITTED_POLICIES[name]
     if not parameters:
-        fix = "tools/calibrate.py fits it and writes a certificate"
-        raise EarlyExitError(f"routing policy '{name}' has no parameters; {fix}")
+        raise EarlyExitError(f"{told} has no parameters; tools/calibrate.py fits it and writes a certificate")
     try:
         return policy(parameters)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as problem:
         wrong = f"its parameters are {str(parameters)[:60]}, expected {policy.expected}"
-        raise EarlyExitError(f"routing policy '{name}': {wrong}; calibrate again (tools/calibrate.py)") from problem
+        raise EarlyExitError(f"{told}: {wrong}; calibrate again (tools/calibrate.py)") from problem
 
 
 def require_known(name: str) -> None:
-    """Raise an EarlyExitError if no policy has that name; the message suggests the most similar one."""
+    """An EarlyExitError with the nearest name if no policy has that name."""
     names = [*POLICIES, *FITTED_POLICIES]
     if not isinstance(name, str):
         raise EarlyExitError(f"routing policy {name!r}: expected the name that it is registered by")
@@ -181,23 +170,23 @@ def require_known(name: str) -> None:
 
 def reads_taps(name: str | None) -> bool:
     """Whether the policy reads the tap, so that it works at an exit without a branch."""
-    return name in FITTED_POLICIES and FITTED_POLICIES[name].reads_taps
+    return getattr(FITTED_POLICIES.get(name), "reads_taps", False)
 
 
 def cross_fits(name: str) -> bool:
-    """Whether the policy has ``cross_fit``, which adds calibration photos to the training photos."""
-    return name in FITTED_POLICIES and FITTED_POLICIES[name].cross_fits
+    """Whether the policy has ``cross_fit``."""
+    return getattr(FITTED_POLICIES.get(name), "cross_fits", False)
 
 
 def needs_training_photos(name: str) -> bool:
-    """Whether ``fit`` of the policy needs training photos; if not, it gets calibration photos."""
-    return name in FITTED_POLICIES and FITTED_POLICIES[name].needs_training_photos
+    """Whether ``fit`` of the policy needs training photos."""
+    return getattr(FITTED_POLICIES.get(name), "needs_training_photos", False)
 
 
 @register_policy("mean_foreground")
 def mean_foreground(logits: Tensor) -> Tensor:
-    """Mean of the foreground probability, 1 - p(background), over all default boxes; only for comparison. The mean is
-    close to 0 for every photo, since only about 0.7 % of the default boxes match an object."""
+    """Mean of the foreground probability, 1 - p(background), over all default boxes; only for comparison, since it is
+    close to 0 for every photo."""
     total = exp_(logits - logits[..., :1]).sum(-1)  # not clamped, to save time: if the sum is infinite, 1 / sum is 0
     return 1 - total.reciprocal().mean(-1)
 
@@ -210,11 +199,8 @@ def max_foreground(logits: Tensor) -> Tensor:
 
 @register_policy("entropy", CANDIDATES)
 def entropy(logits: Tensor) -> Tensor:
-    """1 - H / log C, with H the entropy of a default box's class probabilities, averaged over the default boxes.
-
-    This is the rule of BranchyNet (Teerapittayanon et al. 2016, section III-B). BranchyNet classifies images, so it has
-    one entropy per image.
-    """
+    """1 - H / log C, with H the entropy of a default box's class probabilities, averaged over the default boxes. As in
+    BranchyNet (Teerapittayanon et al. 2016, section III-B), which has one entropy per image."""
     differences = _minus_background(logits)
     ratios = exp_(differences.clone())
     total = ratios.sum(-1)
@@ -245,10 +231,8 @@ def emptiness(logits: Tensor) -> Tensor:
 
 
 def at_likeliest_boxes(signals: ExitSignals, boxes: int | None) -> ExitSignals:
-    """The signals at the ``boxes`` default boxes with the largest (object logit - background logit); None: all.
-
-    The choice saves a slow softmax over all boxes. It is the same at every temperature.
-    """
+    """The signals at the ``boxes`` default boxes with the largest (object logit - background logit); None: all. The
+    choice is the same at every temperature."""
     logits = signals.logits
     images, count, classes = logits.shape
     if boxes is None or boxes >= count:
@@ -273,11 +257,8 @@ def largest_of(values: Tensor) -> Tensor:
 
 
 def without_largest(values: Tensor, largest: Tensor) -> Tensor:
-    """``values`` [..., C] >= 0, replaced by 0 where they equal their maximum ``largest`` [...]; faster than a mask.
-
-    If several values equal the maximum, all of them are replaced. So `margin` is too large for exact ties, which are
-    rare.
-    """
+    """``values`` [..., C] >= 0, replaced by 0 where they equal their maximum ``largest`` [...]; faster than a mask. At
+    ties all are replaced, so `margin` is then too large."""
     return (largest[..., None] - values).sign_().mul_(values)
 
 
@@ -328,7 +309,7 @@ def _minus_background(logits: Tensor) -> Tensor:
 @register_policy("balanced_ambiguity", FEWER_CANDIDATES)
 class BalancedAmbiguity(FittedPolicy):
     """`ambiguous_mass` with each probability times the weight of its class, since AP is a mean over classes.
-    ``parameters`` are a positive weight for each class except background, large for rare ones."""
+    ``parameters``: a positive weight for each class except background, large for rare ones."""
 
     needs_training_photos = False
     expected = "a positive weight for every class"
@@ -347,9 +328,10 @@ class BalancedAmbiguity(FittedPolicy):
         has a labelled object."""
         objects = photos.object_counts()
         if not any(objects):
-            fix = "give labels (of DATA.TRAIN for a risk, else of DATA.CALIB), or take ambiguous_mass (ROUTING.POLICY)"
-            wrong = "policy 'balanced_ambiguity' counts labelled objects, and the photos have none"
-            raise EarlyExitError(f"{wrong}; {fix}")
+            raise EarlyExitError(
+                "policy 'balanced_ambiguity' counts labelled objects, and the photos have none; give labels (of "
+                "DATA.TRAIN for a risk, else of DATA.CALIB), or take ambiguous_mass (ROUTING.POLICY)"
+            )
         counts = torch.tensor(objects, dtype=torch.float64) + 1
         return (counts.mean() / counts).tolist()
 
@@ -357,8 +339,10 @@ class BalancedAmbiguity(FittedPolicy):
         """Confidences [N]. Raises an EarlyExitError if the number of weights is not the number of classes."""
         weights, classes = len(self.weights), signals.logits.shape[-1] - 1
         if weights != classes:
-            wrong = f"routing policy 'balanced_ambiguity' has weights of {weights} classes, the model has {classes}"
-            raise EarlyExitError(f"{wrong}; calibrate again (tools/calibrate.py)")
+            raise EarlyExitError(
+                f"routing policy 'balanced_ambiguity' has weights of {weights} classes, the model has {classes}; "
+                "calibrate again (tools/calibrate.py)"
+            )
         softmax = FastSoftmax(signals.logits)
         largest, likeliest = softmax.ratios[..., 1:].max(-1)
         return 1 / (1 + (where_ambiguous(largest / softmax.total) * self.weights[likeliest]).sum(-1))
@@ -376,7 +360,7 @@ def logit_statistics(logits: Tensor) -> Tensor:
 
     Let p be the largest object probability of a default box. The first statistics are log(1 + x), where x is the number
     of boxes with p above each of `LEVELS`, the sum of all p, and the sum of the ambiguous p. The last two are the
-    probabilities of the two likeliest classes. A class's probability is its maximum over the default boxes.
+    probabilities of the two likeliest classes, each the maximum over the default boxes.
     """
     softmax = FastSoftmax(logits)
     by_box_and_class = softmax.ratios[..., 1:] / softmax.total[..., None]
@@ -388,11 +372,8 @@ def logit_statistics(logits: Tensor) -> Tensor:
 
 
 class GainModel(nn.Module):
-    """Predicts the gain of going on: loss at the exit - loss at the full path.
-
-    The model is a perceptron with one hidden layer on the standardised statistics, plus linear terms in the statistics
-    and in the means of the tap's channels.
-    """
+    """Predicts the gain of going on, loss at the exit - loss at the full path: a perceptron with one hidden layer on
+    the standardised statistics, plus linear terms in the statistics and in the means of the tap's channels."""
 
     def __init__(self, tap_channels: int) -> None:
         super().__init__()
@@ -413,7 +394,6 @@ class GainModel(nn.Module):
         return (self.output(torch.tanh(self.hidden(statistics))) + self.skip(statistics) + self.tap(tap)).squeeze(1)
 
     def to_plain(self) -> dict[str, list]:
-        """The parameters as nested lists, for a model file or JSON."""
         return {name: value.tolist() for name, value in self.state_dict().items()}
 
     @classmethod
@@ -425,8 +405,7 @@ class GainModel(nn.Module):
 
 
 def gain_inputs(signals: ExitSignals, tap_channels: int) -> Tensor:
-    """Inputs of a `GainModel`, [N, NUM_STATISTICS + tap_channels]: the statistics and the means of the tap's
-    channels."""
+    """Inputs of a `GainModel`, [N, NUM_STATISTICS + tap_channels]: statistics and means of the tap's channels."""
     return torch.cat([logit_statistics(signals.logits), signals.tap[:, :tap_channels]], dim=1)
 
 
@@ -464,9 +443,9 @@ class LearnedGain(FittedPolicy):
         losses, fitted = photos.losses(), []
         for index in range(len(photos.temperatures)):
             gain = losses[:, index] - losses[:, -1]
+            gain = gain / gain.std(unbiased=False).clamp(min=1e-6)
             # the first half of a pooled tap has the channels' means, the second half their maxima
             inputs = [gain_inputs(one, one.tap.shape[1] // 2) for one in photos.signals(index, cls.boxes)]
-            gain = gain / gain.std(unbiased=False).clamp(min=1e-6)
             fitted.append(fit_gain(torch.cat(inputs), gain, seed=photos.seed).to_plain())
         return fitted
 
@@ -513,22 +492,20 @@ class ForeseenEmptiness(FittedPolicy):
         `LARGEST_WEIGHT`."""
         known, largest = train.largest_scores(), calib.largest_scores()
         weight = min(max(len(known) / max(len(largest), 1), 1.0), LARGEST_WEIGHT)
+        scores = torch.cat([known, largest])
+        weights = torch.cat([torch.ones(len(known)), torch.full((len(largest),), weight)])
+        all_folds = torch.cat([torch.full((len(known),), -1), folds])  # training photos are in no fold
         fitted, confidences = [], []
         for index in range(len(calib.temperatures)):
-            before, inputs = cls._inputs(train, index), cls._inputs(calib, index)
-
-            def fit_on(kept: Tensor, before: Tensor = before, inputs: Tensor = inputs) -> dict[str, list | float]:
-                scores = torch.cat([known, largest[kept]])
-                weights = torch.cat([torch.ones(len(known)), torch.full((int(kept.sum()),), weight)])
-                return fit_largest_score(torch.cat([before, inputs[kept]]), scores, weights)
-
-            values = torch.empty(len(largest))
+            inputs = torch.cat([cls._inputs(train, index), cls._inputs(calib, index)])
+            values = torch.empty(len(scores))
             for fold in folds.unique():
-                found = fit_on(folds != fold)
-                predicted = inputs[folds == fold] @ torch.tensor(found["weight"]) + found["bias"]
-                values[folds == fold] = torch.sigmoid(-predicted)
-            confidences.append(values)
-            fitted.append(fit_on(torch.ones_like(folds, dtype=torch.bool)))
+                left_out = all_folds == fold
+                found = fit_largest_score(inputs[~left_out], scores[~left_out], weights[~left_out])
+                predicted = inputs[left_out] @ torch.tensor(found["weight"]) + found["bias"]
+                values[left_out] = torch.sigmoid(-predicted)
+            confidences.append(values[len(known) :])
+            fitted.append(fit_largest_score(inputs, scores, weights))
         return fitted, confidences
 
     @classmethod
@@ -553,18 +530,12 @@ def regression_inputs(signals: ExitSignals) -> Tensor:
 
 
 def fit_largest_score(inputs: Tensor, probability: Tensor, weights: Tensor | None = None) -> dict[str, list | float]:
-    """Weighted ridge regression of the logit of ``probability`` [n] on ``inputs`` [n, d].
+    """Ridge regression of the logit of ``probability`` [n] on ``inputs`` [n, d], weighted by ``weights`` [n].
 
     The penalty with the least leave-one-out error is chosen. Let X be the standardised inputs, y the targets and w the
     coefficients. The leave-one-out residuals are (y - Xw) / (1 - h), where h is the diagonal of X (X'X + penalty I)^-1
     X' + 1/n (Golub, Heath and Wahba 1979, equation 1.3). With ``weights``, 1/n becomes the photo's share of the
-    weights.
-
-    Args:
-        weights: weight of each photo in the sums of squares, [n]; None: 1 for all.
-
-    Returns:
-        ``weight`` [d] and ``bias``, for inputs that are not standardised.
+    weights. Returns ``weight`` [d] and ``bias``, for inputs that are not standardised.
     """
     inputs, targets = inputs.double(), torch.logit(probability.double(), eps=LEAST_PROBABILITY)
     share = torch.ones_like(targets) if weights is None else weights.double()

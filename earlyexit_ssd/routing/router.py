@@ -30,8 +30,8 @@ class ExitRouter(nn.Module):
             every exit is closed: a threshold is safe only after calibration (``tools/calibrate.py``).
         temperatures: one per exit, or one for all. The policy gets the logits divided by them; the logits of the full
             path are never divided.
-        hybrid: no image leaves early. An image takes its classes from the first exit that reaches its threshold, and
-            its boxes from the full path, whose classification head is then not computed.
+        hybrid: every image runs the whole trunk. Its classes come from the first exit that reaches its threshold, its
+            boxes from the full path.
         temperature_bounds: (low, high). Temperatures are clamped to them after every training step.
         learn_temperatures: fit the temperatures while the exits train; no gradient flows into the logits. As Guo et al.
             2017, but with the balanced loss of `temperature_loss`.
@@ -102,11 +102,8 @@ class ExitRouter(nn.Module):
             super().__setattr__(name, value)
 
     def confidence(self, signals: ExitSignals, exit_index: int) -> Tensor:
-        """Confidences [N] at an exit, in [0, 1]; the full path is exit ``num_exits``.
-
-        A policy that reads logits only cannot decide at an exit without a branch. The confidences there are -1, which
-        reaches no threshold.
-        """
+        """Confidences [N] at an exit, in [0, 1]; the full path is exit ``num_exits``. They are -1, which reaches no
+        threshold, at an exit without a branch if the policy reads logits only."""
         if signals.empty and not self._reads_taps:
             return -torch.ones_like(signals.logits[:, 0, 0], dtype=torch.float32)
         likeliest = at_likeliest_boxes(signals, self._boxes)  # those that the policy reads
@@ -115,8 +112,8 @@ class ExitRouter(nn.Module):
             logits = logits.clone()
         confidence = self._policy(ExitSignals(logits, likeliest.tap, likeliest.empty), exit_index)
         if confidence.dim() != 1:
-            given = f"routing policy '{self.policy}' gives {list(confidence.shape)}"
-            raise EarlyExitError(f"{given}, expected one number per image, [N]")
+            told = f"routing policy '{self.policy}' gives {list(confidence.shape)}, expected one number per image, [N]"
+            raise EarlyExitError(told)
         return confidence.clamp(0.0, 1.0)
 
     def tempered(self, logits: Tensor, exit_index: int) -> Tensor:

@@ -12,10 +12,17 @@ from earlyexit_ssd import ExitRouter, fuse_for_inference
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, Exit, PathToExit, save_model
-from earlyexit_ssd.modeling.detector import AllOutputs, BranchLosses, FullPathLosses, compute_taps, early_exit_losses
+from earlyexit_ssd.modeling.detector import (
+    AllOutputs,
+    AtExit,
+    BranchLosses,
+    FullPathLosses,
+    compute_taps,
+    early_exit_losses,
+)
 from earlyexit_ssd.modeling.losses import Assignment, LossSettings
 from earlyexit_ssd.modeling.outputs import pool_tap
-from earlyexit_ssd.modeling.trunk import SegmentedTrunk, small_copy
+from earlyexit_ssd.modeling.trunk import small_copy
 from tests.modeling.conftest import SMALL, small_model
 
 
@@ -114,6 +121,14 @@ def test_images_that_have_left_are_not_computed_further():
     assert (first, behind_8, branch_12, behind_12) == ([5], [3], [3], [2])
     assert [int(detection["exit_index"]) for detection in detections] == [0, 2, 1, 0, 2]
     assert [float(detection["exit_confidence"]) for detection in detections] == [0, 1, 2, 3, 4]
+
+
+def test_selected_images_go_on_alone():
+    three = torch.arange(3.0).reshape(3, 1, 1, 1)
+    at = AtExit(small_model(), None, 0, three, 2 * three, 3 * three)
+    at.keep(torch.tensor([True, False, True]))
+    assert [one.flatten().tolist() for one in (at.x, at.finest, at.context)] == [[0, 2], [0, 4], [0, 6]]
+    assert at.glance_tap is None
 
 
 def test_nothing_behind_is_computed_when_all_have_left():
@@ -549,7 +564,7 @@ def test_a_glance_is_the_trunk_on_a_small_copy(images):
     assert model.exit_names == ("glance64", "exit8", "full")
     assert model.empty == (True, False)
     batch, _ = model.transform(images, None)
-    tap = model.trunk.features(small_copy(batch.tensors, 64), 12)
+    tap, _ = model.trunk.run(small_copy(batch.tensors, 64), 0, model.trunk.ends[12])
     assert torch.equal(model.exit_outputs(images).taps[0], pool_tap(tap))
 
 
@@ -584,14 +599,14 @@ def test_a_closed_glance_is_not_computed(images, monkeypatch):
     model.router = ExitRouter(
         2, policy="foreseen_emptiness", parameters=foresight(model, 9.0), thresholds=[CLOSED, 0.5]
     )
-    monkeypatch.setattr(SegmentedTrunk, "features", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr("earlyexit_ssd.modeling.detector.small_copy", lambda *_: pytest.fail("computed"))
     assert all(int(found["exit_index"]) == 2 for found in model(images))
 
 
 def test_training_does_not_run_the_trunk_on_small_copies(images, targets, monkeypatch):
     """Their statistics would go into BatchNorm."""
     model = glancing().train()
-    monkeypatch.setattr(SegmentedTrunk, "features", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr("earlyexit_ssd.modeling.detector.small_copy", lambda *_: pytest.fail("computed"))
     losses = model(images, targets)
     assert not any("glance" in key for key in losses)
 

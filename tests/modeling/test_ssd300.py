@@ -11,7 +11,7 @@ from earlyexit_ssd import ExitRouter
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSD300, EarlyExitSSDLite, LossSettings, build_ssdlite
 from earlyexit_ssd.modeling.detector import BranchLosses, compute_taps
-from earlyexit_ssd.modeling.ssd300 import VGGTrunk
+from earlyexit_ssd.modeling.ssd300 import vgg_trunk
 
 NAME = "earlyexit_ssd300_vgg16"
 OFFLINE = {"weights": None, "weights_backbone": None}
@@ -90,6 +90,13 @@ def test_a_file_of_it_comes_back(model, tmp_path):
     again = EarlyExitSSD300.from_pretrained(tmp_path / "m.pth")
     assert again.exits == model.exits and again.classes == ("red", "blue")
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    torch.save(model.state_dict(), tmp_path / "state.pth")
+    exits = {"branch": "light", "exit_layers": (7, 10), "channels": 16}
+    built = torchvision.models.get_model(NAME, weights=tmp_path / "state.pth", classes=("red", "blue"), **exits)
+    assert (built.exits, built.nms_thresh, built.score_thresh, built.training) == (model.exits, 0.45, 0.01, True)
+    assert all(torch.equal(value, built.state_dict()[key]) for key, value in model.state_dict().items())
+    with pytest.raises(EarlyExitError, match=r"was built with exit_layers \(7, 10\), given is \(7,\)"):
+        torchvision.models.get_model(NAME, weights=tmp_path / "m.pth", branch="light", exit_layers=(7,))
     with pytest.raises(EarlyExitError, match="a ssd300_vgg16, expected ssdlite320_mobilenet_v3_large"):
         EarlyExitSSDLite.from_pretrained(tmp_path / "m.pth")
 
@@ -104,4 +111,4 @@ def test_what_cannot_be_is_said(plain):
     with pytest.raises(EarlyExitError, match="did you mean 'ssd300_vgg16'"):
         Architecture(("chair",), detector="ssd300_vgg17").build_detector()
     with pytest.raises(EarlyExitError, match="expected torchvision's SSDFeatureExtractorVGG"):
-        VGGTrunk(build_ssdlite(num_classes=2, image_size=96, width=0.25).backbone, (7,))
+        vgg_trunk(build_ssdlite(num_classes=2, image_size=96, width=0.25).backbone)

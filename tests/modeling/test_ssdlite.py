@@ -28,8 +28,12 @@ def test_plain_size_is_torchvision_s_model():
 def test_coco_weights_fit_any_size(monkeypatch):
     plain = torchvision.models.get_model("ssdlite320_mobilenet_v3_large", num_classes=91, **OFFLINE)
     monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", lambda *_, **__: plain.state_dict())
-    model = torchvision.models.get_model(NAME, weights="COCO_V1", image_size=96, channels=16)
+    model = torchvision.models.get_model(
+        NAME, weights="COCO_V1", image_size=96, channels=16, trainable_backbone_layers=2
+    )
     assert model.transform.fixed_size == (96, 96)
+    trained = [next(layer.parameters()).requires_grad for layer in model.trunk.steps]
+    assert trained == [False] * 13 + [True] * 5  # C4 and the layers after it
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in plain.state_dict().items())
     with pytest.raises(ValueError, match="weights have 91 outputs, num_classes is 5"):
         torchvision.models.get_model(NAME, weights="COCO_V1", image_size=96, num_classes=5)
@@ -43,8 +47,8 @@ def test_arguments_are_keyword_only_and_known():
         builder(None)
     with pytest.raises(TypeError, match="did you mean 'score_thresh'"):
         builder(score_treshold=0.5, **OFFLINE)
-    with pytest.raises(ValueError, match="need image_size=320"):
-        builder(image_size=96, trainable_backbone_layers=2, **OFFLINE)
+    with pytest.raises(ValueError, match=r"should be in the range \[0,6\], got 7"):
+        builder(trainable_backbone_layers=7, weights="COCO_V1")
 
 
 def test_an_untrained_detector_answers_by_its_layers():

@@ -2,52 +2,39 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from earlyexit_ssd.modeling.trunk import SegmentedTrunk, TrunkState, evaluating, small_copy
+from earlyexit_ssd.modeling.trunk import evaluating, small_copy, ssdlite_trunk
 from tests.modeling.conftest import small_model
 
 
 @pytest.mark.parametrize("layers", [(8,), (8, 12), (12, 14), (1, 6, 13, 15)])
 def test_segments_give_the_backbone_s_own_maps(layers):
     backbone = small_model().backbone.eval()
-    trunk, x = SegmentedTrunk(backbone, layers), torch.rand(2, 3, 96, 96)
-    state = TrunkState(x)
-    for segment in range(len(layers) + 1):
-        state = trunk.run(state, segment)
-    for found, expected in zip(trunk.feature_maps(state), backbone(x).values(), strict=True):
+    trunk, x = ssdlite_trunk(backbone), torch.rand(2, 3, 96, 96)
+    tap, finest = x, None
+    for start, end in pairwise([0, *(trunk.ends[layer] for layer in layers), len(trunk.steps)]):
+        tap, finest = trunk.run(tap, start, end, finest)
+    for found, expected in zip(trunk.feature_maps(tap, finest), backbone(x).values(), strict=True):
         assert torch.equal(found, expected)
 
 
 def test_tap_is_the_output_of_that_layer():
     backbone = small_model().backbone.eval()
-    x = torch.rand(1, 3, 96, 96)
+    trunk, x = ssdlite_trunk(backbone), torch.rand(1, 3, 96, 96)
     expected = x
     for layer in list(backbone.features[0])[:9]:
         expected = layer(expected)
-    assert torch.equal(SegmentedTrunk(backbone, (8,)).run(TrunkState(x), 0).x, expected)
+    assert torch.equal(trunk.run(x, 0, trunk.ends[8])[0], expected)
     # Layer 14 is behind C4, which is split in two.
     for layer in [*list(backbone.features[0])[9:], *list(backbone.features[1])[:2]]:
         expected = layer(expected)
-    assert torch.equal(SegmentedTrunk(backbone, (14,)).run(TrunkState(x), 0).x, expected)
-
-
-def test_selected_images_go_on_alone():
-    state = TrunkState(torch.arange(3.0).reshape(3, 1, 1, 1), torch.arange(3.0).reshape(3, 1, 1, 1) * 2)
-    kept = state.select(torch.tensor([True, False, True]))
-    assert kept.x.flatten().tolist() == [0, 2]
-    assert kept.finest.flatten().tolist() == [0, 4]
-
-
-def test_features_of_a_layer_are_those_of_the_segment_that_ends_there():
-    backbone = small_model().backbone.eval()
-    x = torch.rand(1, 3, 64, 64)
-    for layer in (8, 14):
-        trunk = SegmentedTrunk(backbone, (layer,))
-        assert torch.equal(trunk.features(x, layer), trunk.run(TrunkState(x), 0).x)
+    assert torch.equal(trunk.run(x, 0, trunk.ends[14])[0], expected)
 
 
 def test_a_small_copy_has_means_over_whole_cells():

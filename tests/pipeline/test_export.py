@@ -14,6 +14,7 @@ from earlyexit_ssd import ExitRouter
 from earlyexit_ssd.deploy import Predictor
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import EarlyExitSSD300
+from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.pipeline import export
 from earlyexit_ssd.pipeline.export import export_detector, open_any
 from tests.deploy.conftest import build_model, build_photos
@@ -29,10 +30,11 @@ def paths(tmp_path_factory):
 
 def foresight(model, thresholds):
     """A router that looks at the taps, as exits without a branch need it."""
-    taps, _ = model._dry_run()
+    with evaluating(model):
+        taps, _ = model.trunk_maps(torch.zeros(1, 3, *model.transform.fixed_size))
     rng = np.random.default_rng(0)
     parameters = [
-        {"weight": rng.normal(0, 0.3, 2 * tap[0] + (not empty)).tolist(), "bias": 0.0}
+        {"weight": rng.normal(0, 0.3, 2 * tap.shape[1] + (not empty)).tolist(), "bias": 0.0}
         for tap, empty in zip(taps, model.empty, strict=True)
     ]
     return ExitRouter(len(taps), policy="foreseen_emptiness", parameters=parameters, thresholds=thresholds)
