@@ -51,8 +51,7 @@ def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
         raise ConfigError("ROUTING.CERTIFICATE belongs to trained weights; leave it out of a training")
     if cfg.CALIBRATION.TARGET:
         build_target(cfg)  # raises if its number is out of range
-        if cfg.ROUTING.POLICY in FITTED_POLICIES:  # calibration has yet to fit it
-            cfg = with_values(cfg, {"ROUTING.POLICY": get_cfg().ROUTING.POLICY})
+    cfg = _closed_until_fitted(cfg)
     build_router(cfg)  # raises if the policy is unknown, or needs a calibration
     check_rivals(cfg, evaluation_device(cfg))
     if not is_main():
@@ -71,6 +70,13 @@ def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
     if "exits" in cfg.PHASES and cfg.EXITS_PHASE.EPOCHS and cfg.EXITS_PHASE.CACHE and not all(model.empty):
         tap_cache(run)  # raises if it would be too large
     return run
+
+
+def _closed_until_fitted(cfg: CfgNode) -> CfgNode:
+    """The configuration, with the default routing (every exit closed) if a calibration has yet to fit its policy."""
+    default = get_cfg().ROUTING
+    closed = {"ROUTING.POLICY": default.POLICY, "ROUTING.THRESHOLDS": default.THRESHOLDS}
+    return with_values(cfg, closed) if cfg.ROUTING.POLICY in FITTED_POLICIES else cfg
 
 
 def learns_from_labels(cfg: CfgNode) -> bool:
@@ -119,6 +125,8 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> Results | 
         if cfg.CALIBRATION.TARGET:
             calibrate(cfg, trained, build_target(cfg), folder.phase("calibration"))
             trained = folder.phase("calibration") / "model.pth"
+        else:
+            cfg = _closed_until_fitted(cfg)
         with failing_together():  # the other processes read it next
             if is_main():
                 write_bytes(folder.model, trained.read_bytes())
