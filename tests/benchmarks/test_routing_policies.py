@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ from earlyexit_ssd.calibration import thresholds as soft_exit
 from earlyexit_ssd.calibration.thresholds import choose
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.evaluation.cost import Timing
-from earlyexit_ssd.evaluation.matches import exit_matches
+from earlyexit_ssd.evaluation.matches import bootstrap_choices, exit_matches
 from earlyexit_ssd.modeling.outputs import ExitSignals
 from earlyexit_ssd.pipeline.replay import CostModel
 from earlyexit_ssd.routing import ExitRouter
@@ -404,8 +405,16 @@ def test_stored_tables_are_those_of_the_stored_figures(folder):
 
 @pytest.fixture
 def briefly(monkeypatch):
-    """Few steps where thresholds are learnt, few tosses, few budgets of the oracle; other tests look at these."""
+    """Few steps where thresholds are learnt, few tosses, budgets of the oracle, draws and timing runs; other tests look
+    at these."""
+
+    def few_draws(matches, choices, resamples=200, seed=0, **more):
+        return bootstrap_choices(matches, choices, 10, seed, **more)
+
     monkeypatch.setattr(soft_exit, "STEPS", 5)
+    monkeypatch.setattr(routing_policies, "bootstrap_choices", few_draws)
+    monkeypatch.setattr(routing_policies, "time_scoring", partial(time_scoring, runs=3))
+    monkeypatch.setattr(routing_policies, "mixed_throughput", partial(mixed_throughput, batch=4, runs=1))
     for name in ("COIN_TOSSES", "BOOTSTRAP_TOSSES", "ORACLE_BUDGETS"):
         monkeypatch.setattr(routing_policies, name, 2)
 

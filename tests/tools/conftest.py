@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from earlyexit_ssd.files import write_text
 from tools import train_net
@@ -118,6 +120,20 @@ def run_in_two_processes(tool: str, arguments: list[str], folder: Path) -> tuple
     for process in both:
         process.join(timeout=120)
     return [process.exitcode for process in both], [path.read_text() for path in errors]
+
+
+def run_with_torchrun(tool: str, arguments: list[str], stderr: Path) -> None:
+    """A tool in two processes of torchrun's launcher. It starts them as functions, forked as above, not as commands."""
+    config = LaunchConfig(
+        1, 1, 2, run_id="test", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", max_restarts=0,
+        start_method=FORKS.get_start_method(),
+    )  # fmt: skip
+    taken = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
+    try:
+        elastic_launch(config, _train)(tool, arguments, stderr, {})
+    finally:
+        for number, handler in taken.items():
+            signal.signal(number, handler)
 
 
 def run_command(command: list[str], timeout: float = 120) -> subprocess.CompletedProcess:
