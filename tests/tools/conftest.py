@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from earlyexit_ssd.files import write_text
+from earlyexit_ssd.report import charts
 from tools import train_net
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +51,17 @@ def without_evaluation(monkeypatch):
     """Trainings of this process end before their evaluation, which takes as long as they do."""
     module = importlib.import_module("earlyexit_ssd.pipeline.train")  # `pipeline.train` is the function
     monkeypatch.setattr(module, "evaluate_model", lambda *_: None)
+
+
+def plain_figure(**settings: object) -> Figure:
+    """A chart in few pixels, whose parts are not moved until all texts fit: that takes half of an evaluation."""
+    return Figure(**{**settings, "layout": None, "dpi": 40})
+
+
+@pytest.fixture(autouse=True)
+def plain_charts(monkeypatch):
+    """What the tools draw, but for `trained`, which draws charts as they are; so does tests/report."""
+    monkeypatch.setattr(charts, "Figure", plain_figure)
 
 
 @pytest.fixture(scope="session")
@@ -103,6 +116,7 @@ def start_training(
 
 def _train(tool: str, arguments: list[str], stderr: str | Path, environment: dict[str, str]) -> None:
     os.environ.update(environment)
+    charts.Figure = plain_figure
     for number, path in ((1, os.devnull), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.exit(importlib.import_module(f"tools.{tool}").main(arguments))
