@@ -463,7 +463,7 @@ def retrofitted(trained, tiny, name, *keys):
     return tiny(name, "EVAL.SCORE", "0.02", "CALIBRATION.COST", "mmacs", *keys)
 
 
-def test_empty_exits_have_the_policies_that_foresee(trained, tiny, tmp_path, capsys, briefly):
+def test_empty_exits_have_the_policies_that_foresee(trained, tiny, tmp_path, capsys, briefly, without_evaluation):
     arguments = retrofitted(trained, tiny, "empty", "EXITS.EMPTY", "[8, 12]")
     assert routing_policies.main([*arguments, "--out", str(tmp_path / "routing")]) == 0
     results = json.loads((tmp_path / "routing" / "routing.json").read_text())
@@ -473,7 +473,7 @@ def test_empty_exits_have_the_policies_that_foresee(trained, tiny, tmp_path, cap
     assert "policy 'margin' reads logits, but all exits of" in capsys.readouterr().err
 
 
-def test_budgets_begin_where_every_policy_may_let_photos_leave(trained, tiny, tmp_path, briefly):
+def test_budgets_begin_where_every_policy_may_let_photos_leave(trained, tiny, tmp_path, briefly, without_evaluation):
     arguments = retrofitted(trained, tiny, "mixed", "EXITS.LAYERS", "[4, 8, 12]", "EXITS.EMPTY", "[4]")
     policies = ["--policies", "margin,foreseen_emptiness"]
     assert routing_policies.main([*arguments, "--out", str(tmp_path / "routing"), *policies]) == 0

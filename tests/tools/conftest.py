@@ -55,7 +55,7 @@ def without_evaluation(monkeypatch):
 
 def plain_figure(**settings: object) -> Figure:
     """A chart in few pixels, whose parts are not moved until all texts fit: that takes half of an evaluation."""
-    return Figure(**{**settings, "layout": None, "dpi": 40})
+    return Figure(**{**settings, "layout": None, "dpi": 64})
 
 
 @pytest.fixture(autouse=True)
@@ -136,17 +136,25 @@ def run_in_two_processes(tool: str, arguments: list[str], folder: Path) -> tuple
     return [process.exitcode for process in both], [path.read_text() for path in errors]
 
 
-def run_with_torchrun(tool: str, arguments: list[str], stderr: Path) -> None:
-    """A tool in two processes of torchrun's launcher. It starts them as functions, forked as above, not as commands."""
+def run_with_torchrun(tool: str, arguments: list[str], stderr: Path, timeout: int = 120) -> None:
+    """A tool in two processes of torchrun's launcher, which starts them as functions, forked as above."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"more than {timeout} s")
+
     config = LaunchConfig(
         1, 1, 2, run_id="test", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", max_restarts=0,
         start_method=FORKS.get_start_method(),
     )  # fmt: skip
-    taken = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # the launcher takes these
+    before = {number: signal.getsignal(number) for number in (signal.SIGALRM, *signals)}
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(timeout)
     try:
         elastic_launch(config, _train)(tool, arguments, stderr, {})
     finally:
-        for number, handler in taken.items():
+        signal.alarm(0)
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
