@@ -18,7 +18,7 @@ def command(tiny, trained, tmp_path):
         write_text(tmp_path / "recipes.yaml", recipes)
         config, own = tiny("run")[:2], tiny("run")[2:]
         flags = ["--recipes", str(tmp_path / "recipes.yaml"), "--out", str(tmp_path / "out"), "--seeds", *seeds]
-        return [*config, *flags, "--", *own, "MODEL.WEIGHTS", weights]
+        return [*config, *flags, "--", *own, "MODEL.WEIGHTS", weights, "EXITS_PHASE.EPOCHS", "1"]
 
     return arguments
 

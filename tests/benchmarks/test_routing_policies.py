@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ from earlyexit_ssd.calibration import thresholds as soft_exit
 from earlyexit_ssd.calibration.thresholds import choose
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.evaluation.cost import Timing
-from earlyexit_ssd.evaluation.matches import exit_matches
+from earlyexit_ssd.evaluation.matches import bootstrap_choices, exit_matches
 from earlyexit_ssd.modeling.outputs import ExitSignals
 from earlyexit_ssd.pipeline.replay import CostModel
 from earlyexit_ssd.routing import ExitRouter
@@ -404,8 +405,16 @@ def test_stored_tables_are_those_of_the_stored_figures(folder):
 
 @pytest.fixture
 def briefly(monkeypatch):
-    """Few steps where thresholds are learnt, few tosses, few budgets of the oracle; other tests look at these."""
+    """Few steps where thresholds are learnt, few tosses, budgets of the oracle, draws and timing runs; other tests look
+    at these."""
+
+    def few_draws(matches, choices, resamples=200, seed=0, **more):
+        return bootstrap_choices(matches, choices, 10, seed, **more)
+
     monkeypatch.setattr(soft_exit, "STEPS", 5)
+    monkeypatch.setattr(routing_policies, "bootstrap_choices", few_draws)
+    monkeypatch.setattr(routing_policies, "time_scoring", partial(time_scoring, runs=3))
+    monkeypatch.setattr(routing_policies, "mixed_throughput", partial(mixed_throughput, batch=4, runs=1))
     for name in ("COIN_TOSSES", "BOOTSTRAP_TOSSES", "ORACLE_BUDGETS"):
         monkeypatch.setattr(routing_policies, name, 2)
 
@@ -454,7 +463,7 @@ def retrofitted(trained, tiny, name, *keys):
     return tiny(name, "EVAL.SCORE", "0.02", "CALIBRATION.COST", "mmacs", *keys)
 
 
-def test_empty_exits_have_the_policies_that_foresee(trained, tiny, tmp_path, capsys, briefly):
+def test_empty_exits_have_the_policies_that_foresee(trained, tiny, tmp_path, capsys, briefly, without_evaluation):
     arguments = retrofitted(trained, tiny, "empty", "EXITS.EMPTY", "[8, 12]")
     assert routing_policies.main([*arguments, "--out", str(tmp_path / "routing")]) == 0
     results = json.loads((tmp_path / "routing" / "routing.json").read_text())
@@ -464,7 +473,7 @@ def test_empty_exits_have_the_policies_that_foresee(trained, tiny, tmp_path, cap
     assert "policy 'margin' reads logits, but all exits of" in capsys.readouterr().err
 
 
-def test_budgets_begin_where_every_policy_may_let_photos_leave(trained, tiny, tmp_path, briefly):
+def test_budgets_begin_where_every_policy_may_let_photos_leave(trained, tiny, tmp_path, briefly, without_evaluation):
     arguments = retrofitted(trained, tiny, "mixed", "EXITS.LAYERS", "[4, 8, 12]", "EXITS.EMPTY", "[4]")
     policies = ["--policies", "margin,foreseen_emptiness"]
     assert routing_policies.main([*arguments, "--out", str(tmp_path / "routing"), *policies]) == 0

@@ -1,5 +1,28 @@
 """What is exported is tested by what runs it, too."""
 
+import copy
+
+import pytest
+
+from earlyexit_ssd.pipeline import export
 from tests.deploy.conftest import folder, model, onnx_file, photos, staged_folder
 
 __all__ = ["folder", "model", "onnx_file", "photos", "staged_folder"]
+
+
+@pytest.fixture(scope="module")
+def _traced() -> dict:
+    return {}
+
+
+@pytest.fixture
+def traced_once(_traced, monkeypatch) -> None:
+    """The tests of a module that ask for it trace their network once: they look at what is made of its graphs."""
+    trace = export.build_segments
+
+    def segments(model):
+        if model.exit_names not in _traced:
+            _traced[model.exit_names] = trace(model)
+        return copy.deepcopy(_traced[model.exit_names])
+
+    monkeypatch.setattr(export, "build_segments", segments)

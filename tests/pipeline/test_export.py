@@ -83,7 +83,7 @@ def test_batch_norm_is_folded_and_closed_exits_are_left_out(tmp_path, paths, onn
         Predictor(exported.path, thresholds={"exit8": 0.5})
 
 
-def test_without_a_router_the_file_is_the_full_path(tmp_path, paths, model):
+def test_without_a_router_the_file_is_the_full_path(tmp_path, paths, model, traced_once):
     plain = copy.deepcopy(model)
     plain.router = None
     exported = export_detector(plain, tmp_path / "full.onnx", photos=paths)
@@ -95,7 +95,7 @@ def test_without_a_router_the_file_is_the_full_path(tmp_path, paths, model):
 
 
 @pytest.mark.parametrize("routed", [True, False])
-def test_least_scores_by_class_go_along(tmp_path, paths, model, routed):
+def test_least_scores_by_class_go_along(tmp_path, paths, model, traced_once, routed):
     chosen = copy.deepcopy(model)
     chosen.router, chosen.score_thresh = model.router if routed else None, {"cat": 0.45}
     predictor = Predictor(export_detector(chosen, tmp_path / "detector.onnx", photos=paths).path)
@@ -113,7 +113,7 @@ def test_least_scores_by_class_go_along(tmp_path, paths, model, routed):
     ],
 )
 def test_an_answer_that_is_not_the_model_s_is_refused(
-    tmp_path, paths, model, monkeypatch, change, message, file_format
+    tmp_path, paths, model, traced_once, monkeypatch, change, message, file_format
 ):
     real = export._contract
     monkeypatch.setattr(export, "_contract", lambda model: dataclasses.replace(real(model), **change))
@@ -122,7 +122,7 @@ def test_an_answer_that_is_not_the_model_s_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_head_that_is_not_the_model_s_is_refused(tmp_path, paths, model, monkeypatch):
+def test_a_head_that_is_not_the_model_s_is_refused(tmp_path, paths, model, traced_once, monkeypatch):
     real = export.build_segments
 
     def changed(model):
@@ -153,7 +153,9 @@ def test_a_confidence_at_its_threshold_may_fall_on_either_side(model):
             export._is_same(tied, photo, expected, found)
 
 
-def test_a_folder_of_staged_files_replaces_an_earlier_one_and_nothing_else(tmp_path, paths, model, staged_folder):
+def test_a_folder_of_staged_files_replaces_an_earlier_one_and_nothing_else(
+    tmp_path, paths, model, staged_folder, traced_once
+):
     files = {"0_exit8.onnx", "1_exit12.onnx", "2_full.onnx", "detections.onnx", "manifest.json"}
     assert {path.name for path in staged_folder.iterdir()} == files
     plain = copy.deepcopy(model)
@@ -172,7 +174,7 @@ def test_a_folder_of_staged_files_replaces_an_earlier_one_and_nothing_else(tmp_p
 
 
 @pytest.mark.parametrize("exits", [None, {"glances": ((32, 12),)}, {}])
-def test_openvino_s_own_format(tmp_path, paths, model, exits):
+def test_openvino_s_own_format(tmp_path, paths, model, traced_once, exits):
     pytest.importorskip("openvino")
     if exits is not None:
         model = build_model(exit_layers=(8,), **exits)
@@ -181,12 +183,13 @@ def test_openvino_s_own_format(tmp_path, paths, model, exits):
     assert {path.name for path in tmp_path.iterdir()} == {"detector.xml", "detector.bin"}
     thresholds = dict.fromkeys(model.exit_names[:-1], 2.0) | {"exit8": 0.0}
     predictor = Predictor(exported.path, "openvino", thresholds=thresholds, score_thresh={"cat": 0.9})
-    closed = Predictor(exported.path, "openvino", thresholds=dict.fromkeys(model.exit_names[:-1], 2.0))
+    own = predictor._thresholds.copy()
     for path in paths[:2]:  # in turns: a runtime that overlooks an input keeps what it had
         photo = np.asarray(Image.open(path))
-        assert (predictor(photo).exit_name, closed(photo).exit_name) == ("exit8", "full")
-    closed._thresholds[:] = 0.0
-    assert closed(photo).exit_index == 0 and predictor.classes == ("cat", "dog")
+        for values, name in ((own, "exit8"), (2.0, "full"), (0.0, model.exit_names[0])):
+            predictor._thresholds[:] = values
+            assert predictor(photo).exit_name == name
+    assert predictor.classes == ("cat", "dog")
 
 
 @pytest.mark.parametrize(

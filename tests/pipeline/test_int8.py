@@ -58,7 +58,7 @@ def in_float(file) -> list[str]:
     return of(onnx.load(file).graph, set())
 
 
-def test_a_faster_file_is_written_and_as_many_photos_leave(folder, model, tmp_path, monkeypatch):
+def test_a_faster_file_is_written_and_as_many_photos_leave(folder, model, traced_once, tmp_path, monkeypatch):
     monkeypatch.setattr(int8, "speed_of", lambda *_: Ratio(1.4, 1.3, 1.5))
     monkeypatch.setattr(int8, "LADDER", (Kept(3, False),))
     dataset = photos_to_quantise_on(folder, None, model.classes)
@@ -88,7 +88,7 @@ def test_a_faster_file_is_written_and_as_many_photos_leave(folder, model, tmp_pa
     ],
 )
 def test_a_slow_or_bad_file_is_refused_and_nothing_is_written(
-    folder, model, tmp_path, monkeypatch, speed, ap_drop, message
+    folder, model, traced_once, tmp_path, monkeypatch, speed, ap_drop, message
 ):
     monkeypatch.setattr(int8, "speed_of", lambda *_: speed)
     monkeypatch.setattr(int8, "_quantised", lambda nncf, segments, inputs, kept: segments)

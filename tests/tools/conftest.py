@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,8 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from earlyexit_ssd.files import write_text
+from earlyexit_ssd.report import charts
 from tools import train_net
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +51,17 @@ def without_evaluation(monkeypatch):
     """Trainings of this process end before their evaluation, which takes as long as they do."""
     module = importlib.import_module("earlyexit_ssd.pipeline.train")  # `pipeline.train` is the function
     monkeypatch.setattr(module, "evaluate_model", lambda *_: None)
+
+
+def plain_figure(**settings: object) -> Figure:
+    """A chart in few pixels, whose parts are not moved until all texts fit: that takes half of an evaluation."""
+    return Figure(**{**settings, "layout": None, "dpi": 64})
+
+
+@pytest.fixture(autouse=True)
+def plain_charts(monkeypatch):
+    """What the tools draw, but for `trained`, which draws charts as they are; so does tests/report."""
+    monkeypatch.setattr(charts, "Figure", plain_figure)
 
 
 @pytest.fixture(scope="session")
@@ -101,6 +116,7 @@ def start_training(
 
 def _train(tool: str, arguments: list[str], stderr: str | Path, environment: dict[str, str]) -> None:
     os.environ.update(environment)
+    charts.Figure = plain_figure
     for number, path in ((1, os.devnull), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.exit(importlib.import_module(f"tools.{tool}").main(arguments))
@@ -118,6 +134,28 @@ def run_in_two_processes(tool: str, arguments: list[str], folder: Path) -> tuple
     for process in both:
         process.join(timeout=120)
     return [process.exitcode for process in both], [path.read_text() for path in errors]
+
+
+def run_with_torchrun(tool: str, arguments: list[str], stderr: Path, timeout: int = 120) -> None:
+    """A tool in two processes of torchrun's launcher, which starts them as functions, forked as above."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"more than {timeout} s")
+
+    config = LaunchConfig(
+        1, 1, 2, run_id="test", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", max_restarts=0,
+        start_method=FORKS.get_start_method(),
+    )  # fmt: skip
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # the launcher takes these
+    before = {number: signal.getsignal(number) for number in (signal.SIGALRM, *signals)}
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(timeout)
+    try:
+        elastic_launch(config, _train)(tool, arguments, stderr, {})
+    finally:
+        signal.alarm(0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_command(command: list[str], timeout: float = 120) -> subprocess.CompletedProcess:

@@ -79,7 +79,7 @@ def test_out_of_reach_and_too_few_photos(trained, capsys):
     target = ["--out", str(root / "fast"), "--speedup", "50", "CALIBRATION.COST", "mmacs"]
     assert calibrate.main([*arguments, *target]) == 2
     assert "a speed-up of 50 is out of reach: the cheapest thresholds give " in capsys.readouterr().err
-    assert calibrate.main([*arguments, "--out", str(root / "closed"), "--risk", "0.001"]) == 0
+    assert calibrate.main([*arguments, "--out", str(root / "closed"), "--risk", "0.001", "CALIBRATION.COST", "ms"]) == 0
     captured = capsys.readouterr()
     assert "all stay closed" in captured.err and "every exit stays closed" in captured.out
     assert load_certificate(root / "closed" / "certificate.json").closed

@@ -13,7 +13,7 @@ def the_error(capsys) -> str:
     return line
 
 
-def test_a_run_that_found_no_room_goes_on(tiny, trained, tmp_path, capsys, small_files):
+def test_a_run_that_found_no_room_goes_on(tiny, trained, tmp_path, capsys, small_files, without_evaluation):
     """Smaller than a checkpoint, larger than the pictures."""
     with small_files(1_500_000):
         assert train_net.main(tiny("run", "--force")) == 2

@@ -37,6 +37,12 @@ def by_operations(networks, examples, runtime, runs, threads):
     return [Timing(ms, ms, ms, threads, runs) for ms in found]
 
 
+@pytest.fixture
+def without_file(monkeypatch):
+    """The chosen detector is not exported for use without PyTorch."""
+    monkeypatch.setattr("earlyexit_ssd.pipeline.optimize.export_detector", lambda *_: None)
+
+
 def test_what_is_found_is_written_and_gone_on_with(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(DETECTS, 0.0)  # what was trained for seconds does not
     monkeypatch.setattr("earlyexit_ssd.pipeline.replay.time_in_runtime", by_operations)
@@ -67,9 +73,10 @@ def test_what_is_found_is_written_and_gone_on_with(trained, tmp_path, capsys, mo
     assert metrics["routed"]["AP50"] == found["test"]["AP50"]
 
 
-def test_fine_tuned_nets_are_candidates_and_are_not_trained_again(trained, tmp_path, capsys, monkeypatch):
+def test_fine_tuned_nets_are_candidates_and_are_not_trained_again(trained, tmp_path, capsys, monkeypatch, without_file):
     monkeypatch.setattr(DETECTS, 0.0)
     monkeypatch.setattr("earlyexit_ssd.pipeline.replay.time_in_runtime", by_operations)
+    monkeypatch.setattr(Optimizer, "shows_empty_photos", False)  # so that no glance is tried
     out = tmp_path / "tuned"
     flags = ["--train", "--ap-drop", "1.0", *FAST, "FINE_TUNING.EPOCHS", "1", "ENGINE.CURVE_PERIOD", "0"]
     assert optimize.main(command(trained, out, *flags)) == 0
@@ -95,7 +102,7 @@ def test_fine_tuned_nets_are_candidates_and_are_not_trained_again(trained, tmp_p
     assert all(value.equal(after[key]) for key, value in state.items())
 
 
-def test_the_joint_phase_is_a_candidate(trained, tmp_path, monkeypatch):
+def test_the_joint_phase_is_a_candidate(trained, tmp_path, monkeypatch, without_file):
     monkeypatch.setattr(DETECTS, 0.0)
     monkeypatch.setattr("earlyexit_ssd.pipeline.replay.time_in_runtime", by_operations)
     monkeypatch.setattr("earlyexit_ssd.pipeline.optimize.fine_tune", lambda *_: None)

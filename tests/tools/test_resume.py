@@ -91,16 +91,11 @@ def test_second_run_in_the_same_folder_is_refused(tiny, failed, tmp_path, capsys
     assert (tmp_path / "run" / "baseline" / "model.pth").stat().st_mtime_ns == written
 
 
-@pytest.mark.parametrize(
-    ("kills", "more"),
-    [
-        ({"baseline": 5, "exits": 3, "joint": 3}, ("PHASES", "[baseline, exits, joint]", "JOINT.EPOCHS", "2")),
-        ({"exits": 3}, ("BASELINE.EMA", "0.9", "EXITS_PHASE.EMA", "0.9")),
-    ],
-)
-def test_killed_run_resumes_to_the_same_weights(tiny, tmp_path, kills, more, capsys, without_evaluation):
-    """Killed once in each of these phases, at these steps."""
-    more = ("--force", "ENGINE.CHECKPOINT_PERIOD", "2", *more)  # so that it goes on within an epoch
+def test_killed_run_resumes_to_the_same_weights(tiny, tmp_path, capsys, without_evaluation):
+    """Killed once in each phase; two with averaged weights, one without."""
+    kills = {"baseline": 5, "exits": 3, "joint": 3}  # phase -> step
+    more = ("--force", "ENGINE.CHECKPOINT_PERIOD", "2", "PHASES", "[baseline, exits, joint]", "JOINT.EPOCHS", "2")
+    more += ("BASELINE.EMA", "0.9", "EXITS_PHASE.EMA", "0.9")
     assert train_net.main(tiny("whole", *more)) == 0
     folder, cached = tmp_path / "killed", []
     for number, (phase, step) in enumerate(kills.items()):

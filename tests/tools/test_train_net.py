@@ -11,7 +11,7 @@ from earlyexit_ssd.data.shapes import FOLDER
 from earlyexit_ssd.evaluation.results import Results
 from earlyexit_ssd.evaluation.verdict import judge
 from earlyexit_ssd.pipeline import phases
-from tests.tools.conftest import ROOT, log, run_command, run_in_two_processes
+from tests.tools.conftest import log, run_in_two_processes, run_with_torchrun
 from tools import eval_exits, train_net
 
 
@@ -194,8 +194,7 @@ def test_two_processes_end_with_one_model(tiny, tmp_path):
     """BatchNorm's statistics are each process's own until the phase ends; the next one checks that they are one."""
     more = ("--force", "BASELINE.EPOCHS", "1", "EXITS_PHASE.EPOCHS", "1", "EXITS_PHASE.CACHE", "false")
     more += ("CALIBRATION.TARGET", "speedup", "CALIBRATION.VALUE", "0.01", "CALIBRATION.COST", "mmacs")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run_command([*launcher, str(ROOT / "tools" / "train_net.py"), *tiny("two", *more)])
+    run_with_torchrun("train_net", tiny("two", *more), tmp_path / "stderr")
     assert (tmp_path / "two" / "calibration" / "certificate.json").is_file()
     assert (tmp_path / "two" / "metrics.json").is_file()
 
