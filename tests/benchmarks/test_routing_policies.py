@@ -121,9 +121,8 @@ def test_gap_in_draws_of_the_photos(random_case):
     """The oracle itself closes all of it in every resample, a coin nothing on average, and photos decide how far."""
     truth, shallow = random_case(1, images=60)
     matches = exit_matches(truth, [random_case(2, images=60)[1], shallow])
-    objects = sum(one.objects for one in matches.classes)
     oracle = np.zeros(60, int)
-    oracle[np.argsort(-objects)[:30]] = 1
+    oracle[np.argsort(-matches.objects)[:30]] = 1
     own = pooled_gap([resampled_leads(matches, oracle, [oracle])[0]])
     assert len(own) == 200 and own[~np.isnan(own)] == pytest.approx(1.0)
     assert np.isnan(own).mean() < 0.2  # a draw in which a coin does as well
