@@ -20,25 +20,15 @@ CURVE_STEPS = 12  # steps of a path that a report shows; the bound of each takes
 
 @dataclass(frozen=True)
 class Certified:
-    """The cheapest thresholds that passed the test of :func:`certify`.
+    """The cheapest thresholds that passed the test of :func:`certify`."""
 
-    Attributes:
-        step: their index on the path; step 0, with all exits closed, is not tested and always passes.
-        thresholds: one threshold per early exit.
-        choice: exit of every calibration photo, [n].
-        loss: mean loss over the blocks of calibration photos.
-        bound: upper confidence bound of the expected loss at level delta, as if this were the only step tested.
-        passed: number of steps that passed, without step 0.
-        photos_needed: number of blocks that would certify step 1 if further blocks had the same losses; None if a step
-            passed, or if no number is enough.
-    """
-
-    step: int
-    thresholds: tuple[float, ...]
-    choice: np.ndarray
-    loss: float
-    bound: float
-    passed: int
+    step: int  # their index on the path; step 0, with all exits closed, is not tested and always passes
+    thresholds: tuple[float, ...]  # of the early exits
+    choice: np.ndarray  # exit of every calibration photo, [n]
+    loss: float  # mean over the blocks of calibration photos
+    bound: float  # upper confidence bound of the expected loss at level delta, as if this were the only step tested
+    passed: int  # number of steps that passed, without step 0
+    # blocks that would certify step 1 if further ones had the same losses; None if a step passed, or none is enough
     photos_needed: int | None = None
 
 

@@ -232,13 +232,10 @@ WARM_UP_RUNS = 3
 
 @dataclass(frozen=True)
 class Timing:
-    """Median milliseconds ``ms`` of one image with its 95 % confidence interval [``low``, ``high``]."""
+    """Median milliseconds of one image, with its 95 % confidence interval [low, high]."""
 
     ms: float
-    low: float
-    high: float
-    threads: int
-    runs: int
+    ms_interval: list[float]
 
 
 class PlainPath(nn.Module):
@@ -306,10 +303,10 @@ def time_modules(
                         values.append((time.perf_counter() - start) * 1000)
     finally:
         torch.set_num_threads(threads_before)
-    return [Timing(*median_interval(values), threads=threads, runs=runs) for values in milliseconds]
+    return [Timing(*median_interval(values)) for values in milliseconds]
 
 
-def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
+def median_interval(values: Sequence[float]) -> tuple[float, list[float]]:
     """Median of ``values`` and its distribution-free 95 % confidence interval from order statistics.
 
     With fewer than six values 95 % is impossible, and the interval is their range.
@@ -318,7 +315,7 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
     # the number of values below the true median is binomial(n, 1/2): leave at most 2.5 % on either side
     below = itertools.accumulate(math.comb(n, count) / 2**n for count in range(n // 2))
     rank = max(1, sum(share <= 0.025 for share in below))
-    return statistics.median(ordered), ordered[rank - 1], ordered[-rank]
+    return statistics.median(ordered), [ordered[rank - 1], ordered[-rank]]
 
 
 def example_input(model: nn.Module) -> Tensor:

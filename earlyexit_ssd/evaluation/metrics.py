@@ -40,8 +40,8 @@ class EvaluationSettings:
 
     score: float = 0.5  # where precision, recall and the like are counted, in [0, 1]
     iou: float = 0.5  # the same
-    timing_runs: int = 30  # single-image runs per exit
-    timing_threads: int = 1  # CPU threads of these
+    runs: int = 30  # single-image runs per exit
+    threads: int = 1  # CPU threads of these
     runtime: str = EAGER  # what runs the networks meanwhile, a key of RUNTIME_TITLES
     resamples: int = 200  # of the bootstrap over photos; 0 leaves the intervals out
     seed: int = 0  # of the bootstrap

@@ -17,27 +17,20 @@ Interval = list[float] | None  # both ends of a 95 % interval; None where it is 
 
 
 class Record:
-    """A dataclass with one JSON form: its fields in their order, ``figures`` spread among them.
-
-    Fields named in ``left_out`` are no keys where they are None; others are ``null``. Keys that are no field are
-    figures, so those of metrics that are not registered any more are kept.
-    """
+    """A dataclass with one JSON form: its fields in their order, ``figures`` spread among them. Keys that are no field
+    are figures. Fields named in ``left_out`` are no keys where they are None; others are ``null``."""
 
     left_out: ClassVar[tuple[str, ...]] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and None."""
         entries: dict[str, Any] = {}
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if one.name == "figures":
+        for name in (one.name for one in fields(self)):
+            value = getattr(self, name)
+            if name == "figures":
                 entries |= value
-            elif isinstance(value, Record):
-                entries[one.name] = value.to_json()
-            elif isinstance(value, tuple):
-                entries[one.name] = [part.to_json() if isinstance(part, Record) else part for part in value]
-            elif value is not None or one.name not in self.left_out:
-                entries[one.name] = value
+            elif value is not None or name not in self.left_out:
+                entries[name] = _plain(value)
         return entries
 
     @classmethod
@@ -53,6 +46,12 @@ class Record:
                 value = tuple(map(record.from_json, value))
             values[name] = record.from_json(value) if isinstance(value, dict) and record else value
         return cls(**values, **({"figures": figures} if "figures" in names else {}))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    return value.to_json() if isinstance(value, Record) else value
 
 
 @dataclass(frozen=True)
@@ -217,12 +216,6 @@ class Verdict(Record):
     def lines(self) -> list[str]:
         """The sentences alone."""
         return [finding.line for finding in self.findings]
-
-    @classmethod
-    def from_json(cls, entries: Mapping[str, Any]) -> Verdict:
-        """Older verdicts have sentences alone, as ``lines``."""
-        findings = entries.get("findings") or [{"line": line} for line in entries.get("lines", [])]
-        return cls(entries["ship"], entries.get("what"), tuple(map(Finding.from_json, findings)))
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def test_a_column_of_the_table_is_a_figure(random_case):
 
 RIVAL_SETTINGS = EvaluationSettings(resamples=20)
 BOX, FAR = (10.0, 10.0, 110.0, 110.0), (300.0, 300.0, 400.0, 400.0)
-TIMING = Timing(5.0, 4.0, 7.0, threads=1, runs=3)
+TIMING = Timing(5.0, [4.0, 7.0])
 
 
 class Finds(nn.Module):
@@ -214,7 +214,7 @@ def test_no_class_in_common():
 
 # All figures of a small untrained detector: keys, consistency, JSON.
 
-METRICS_SETTINGS = EvaluationSettings(score=0.3, timing_runs=6, resamples=20)
+METRICS_SETTINGS = EvaluationSettings(score=0.3, runs=6, resamples=20)
 QUALITY = {
     *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "per_class", "AP_interval"),
     "AP50_interval",
@@ -322,7 +322,7 @@ def test_rivals_are_rows_of_their_own(metrics):
 
 
 def test_exported_networks_are_timed(small_model, collected, objects):
-    settings = EvaluationSettings(timing_runs=1, resamples=0, runtime="onnxruntime")
+    settings = EvaluationSettings(runs=1, resamples=0, runtime="onnxruntime")
     router = ExitRouter(2, thresholds=0.6)
     metrics = evaluate_exits(small_model, collected, objects, router, settings, Context())
     assert metrics["context"]["runtime"] == "onnxruntime"

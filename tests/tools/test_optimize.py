@@ -34,7 +34,7 @@ def by_operations(networks, examples, runtime, runs, threads):
         with torch.inference_mode():
             network(example)
         hook.remove()
-    return [Timing(ms, ms, ms, threads, runs) for ms in found]
+    return [Timing(ms, [ms, ms]) for ms in found]
 
 
 def test_what_is_found_is_written_and_gone_on_with(trained, tmp_path, capsys, monkeypatch):
