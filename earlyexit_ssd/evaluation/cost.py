@@ -109,15 +109,13 @@ def gather_instead_of_resize(model: Any) -> Any:
     }
     nodes: list[Any] = []
     for node in graph.node:
-        before, after = (
-            (shapes.get(name, [0]) for name in (node.input[0], node.output[0])) if node.input else ([0], [0])
-        )
         settings = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         half_pixel = settings.get("coordinate_transformation_mode") in (b"half_pixel", b"pytorch_half_pixel")
-        if node.op_type != "Resize" or settings.get("mode") != b"linear" or not half_pixel or 0 in (*before, *after):
+        x = node.input[0] if half_pixel and node.op_type == "Resize" and settings.get("mode") == b"linear" else ""
+        before, after = shapes.get(x, [0]), shapes.get(node.output[0], [0])
+        if 0 in (*before, *after):
             nodes.append(node)
             continue
-        x = node.input[0]
         for axis in (2, 3):
             points = np.maximum((np.arange(after[axis]) + 0.5) * before[axis] / after[axis] - 0.5, 0)
             floor = points.astype(np.int64)
@@ -219,7 +217,7 @@ def mmacs_to_exit(model: nn.Module, router: Router | None = None) -> list[float]
 
 
 def mmacs_of_path(model: nn.Module, exit_index: int, router: Router | None = None) -> float:
-    """Millions of multiply-accumulates of one image to one exit, see `mmacs_to_exit`."""
+    """The same to one exit."""
     return count_mmacs(AllOutputs(PathToExit(model, exit_index, router)), example_input(model))
 
 
@@ -232,16 +230,16 @@ def count_mmacs(module: nn.Module, example: Tensor) -> float:
 
 
 def time_modules(
-    modules: Sequence[nn.Module], examples: Tensor | Sequence[Tensor], runs: int = 30, threads: int = 1, desc: str = ""
+    modules: Sequence[nn.Module],
+    examples: Tensor | Sequence[Tensor],
+    runs: int = 30,
+    threads: int = 1,
+    desc: str | None = None,
 ) -> list[Timing]:
     """Time each module ``runs`` times, in turns, so that changes of the machine's speed affect all equally.
 
     Each module is warmed up first, and CUDA is synchronised around every run. PyTorch has ``threads`` CPU threads.
-
-    Args:
-        modules: modules of one tensor argument.
-        examples: one input for each module, or one for all.
-        desc: title of a progress bar over the rounds; empty: no bar.
+    There is one input for each module, or one for all. ``desc`` is the title of a progress bar; None: no bar.
     """
     examples = [examples] * len(modules) if isinstance(examples, Tensor) else examples
     milliseconds: list[list[float]] = [[] for _ in modules]
@@ -249,8 +247,7 @@ def time_modules(
     torch.set_num_threads(threads)
     try:
         with evaluating(*modules):
-            rounds = range(-WARM_UP_RUNS, runs)
-            for run in progress(rounds, desc=desc) if desc else rounds:
+            for run in progress(range(-WARM_UP_RUNS, runs), desc=desc):
                 for module, example, values in zip(modules, examples, milliseconds, strict=True):
                     _synchronize(example.device)
                     start = time.perf_counter()

@@ -19,7 +19,6 @@ from earlyexit_ssd.data import canonical
 from earlyexit_ssd.errors import DataError, EarlyExitError, nearest
 from earlyexit_ssd.evaluation.cost import (
     ONNX_RUNTIME,
-    OnnxNetwork,
     PlainPath,
     Timing,
     count_mmacs,
@@ -79,7 +78,7 @@ def summarize_confidence(confidence: Tensor) -> ConfidenceSummary | None:
     values = confidence[confidence >= 0].double().numpy()
     if not values.size:
         return None
-    return ConfidenceSummary(*(float(value) for value in (values.mean(), values.std(), values.min(), values.max())))
+    return ConfidenceSummary(*map(float, (values.mean(), values.std(), values.min(), values.max())))
 
 
 def describe_boxes(ground_truth: COCO, detections: Detections) -> BoxSummary:
@@ -117,10 +116,6 @@ class Rival:
         """What it finds on the photos of ``loader``, or has found already."""
         return collect_detections(self.detector, loader) if isinstance(self.detector, nn.Module) else self.detector
 
-    def runtime(self, default: str) -> str:
-        """Runtime for its timing: ONNX Runtime for a graph from a file, otherwise ``default``."""
-        return ONNX_RUNTIME if isinstance(self.network, OnnxNetwork) else default
-
 
 def exits_alone(model: nn.Module, collected: Collected) -> list[Rival]:
     """Every exit of an `EarlyExitSSDLite` that has a branch, as a rival; its detections do not depend on the heads of
@@ -152,7 +147,7 @@ def evaluate_rivals(
                 routed_minus_rival_AP50_interval=routed.ap50_minus(evaluation),
                 mmacs=rival.mmacs,
                 **vars(timing),
-                runtime=rival.runtime(settings.runtime),
+                runtime=ONNX_RUNTIME if rival.kind == ONNX else settings.runtime,
             )
         )
     return tuple(results)

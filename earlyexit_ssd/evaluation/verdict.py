@@ -15,21 +15,16 @@ from earlyexit_ssd.evaluation.results import ExitResult, Finding, Results, Rival
 from earlyexit_ssd.routing.policies import reads_taps
 
 DETECTS_AP50 = 0.05  # a full path with a lower AP50 does not detect, whatever its other figures are
-DOUBTFUL_AP50 = 0.20
-"""A full path with a lower AP50 does not detect if its scores are all alike or most of its boxes are outside the
-photos."""
+DOUBTFUL_AP50 = 0.20  # with a lower AP50 it does not detect if its scores are alike or most boxes outside the photos
 ALIKE = 0.2  # scores are alike if standard deviation / mean is below this; it is about 1 or more in a working detector
 ENOUGH_BOXES = 20  # with fewer boxes, neither their scores nor their positions are judged
 MOVE_DEEPER_AP50 = 0.30  # a first exit with a lower AP50 must move to a deeper layer
 ENOUGH_AP50 = 0.35  # a first exit with a higher AP50 is accurate enough
-FIRST_EXIT_SHARE = 0.75
-"""Least AP50 of the first exit / AP50 of the full path, if the full path is an unchanged checkpoint."""
+FIRST_EXIT_SHARE = 0.75  # least AP50 of the first exit / AP50 of the full path that is an unchanged checkpoint
 DEEPEST_SHARE = 0.85  # least AP50 of the deepest exit / AP50 of the full path
 LARGEST_LOSS = 0.10  # largest loss of AP50 by routing / AP50 of the full path
 AP50_TOLERANCE = 0.005  # AP50s that differ by less count as equal: a few hundred photos cannot show less
-
-SHIP_INSTEAD = "ship instead"
-"""Start of the finding that names a better rival."""
+SHIP_INSTEAD = "ship instead"  # start of the finding that names a better rival
 
 Rule = Callable[[Results], Iterable[Finding]]
 
