@@ -293,12 +293,9 @@ class DriftRecord:
     """The decisions on the last frames of a detector, for a comparison on demand. Threads may share it.
 
     The tests are those of `DriftMonitor`, and take photos for independent draws. Frames of a video repeat: a hundred
-    alike say as much as one, and the p-value would be far too small. So of each ``block`` frames the first alone is
-    kept, `DRAWS` of them at most, and ``block`` photos of calibration count as one. The p-value holds if blocks are
-    independent. It is that of one comparison: who asks often meets a false alarm sooner.
-
-    Args:
-        block: frames that are one draw, at least 1.
+    alike say as much as one, and the p-value would be far too small. So of each ``block`` frames (1 or more) only the
+    first is kept, `DRAWS` of them at most, and ``block`` photos of calibration count as one. The p-value holds if
+    blocks are independent. It is that of one comparison: who asks often meets a false alarm sooner.
     """
 
     def __init__(self, reference: Reference, block: int = 1) -> None:

@@ -40,14 +40,10 @@ def threshold_path(
 ) -> np.ndarray:
     """The combinations of thresholds that `certify` tests, in this order: [steps, early exits].
 
-    Step 0 has all exits closed. The other steps are the combinations that no other beats in both mean loss and mean
-    cost on the training photos, by rising loss and falling cost. Since no calibration photo has a say in the order,
-    every step is tested at level delta.
-
-    Args:
-        confidences, losses: of the m training photos.
-        costs: function from thresholds [M, early exits] to the costs of the exits [M, exits].
-        grid: the combinations to choose from; by default `threshold_grid`.
+    Step 0 has all exits closed. The others are the combinations of ``grid`` (by default `threshold_grid`) that no other
+    beats in both mean loss and mean cost on the training photos, by rising loss and falling cost. Since no calibration
+    photo has a say in the order, every step is tested at level delta. ``costs`` is a function from thresholds [M, early
+    exits] to the costs of the exits [M, exits].
     """
     grid = grid or threshold_grid(confidences)
     path = pareto_path(grid.mean(losses), grid.mean_cost(costs(grid.thresholds)))

@@ -401,7 +401,7 @@ def losses_against_full(ground_truth: COCO, exits: Sequence[Detections], score: 
 
     min(1, (missed + added) / max(1, |F|)), with F the full path's detections of at least ``score``, missed the number
     of F that no detection of the exit matches at ``iou``, and added the number of the exit's detections that match none
-    of F. Only the photos and classes of ``ground_truth`` are used, not its labels.
+    of F. The labels of ``ground_truth`` are not used.
     """
     counts = _counts_against_full(ground_truth, exits[-1], exits, score, iou)
     different, expected = counts.misses + counts.false_positives, counts.hits + counts.misses

@@ -66,16 +66,10 @@ class Collected:
 def collect(
     model: nn.Module, loader: Batches, router: Any | None = None, title: str | None = "evaluate exits"
 ) -> Collected:
-    """Run all exits of ``model`` on every photo of ``loader``, in one forward pass per photo.
+    """Run all exits of an `EarlyExitSSDLite` on every photo of ``loader``, in one forward pass per photo.
 
-    Args:
-        model: an `EarlyExitSSDLite`; its mode is restored afterwards.
-        loader: batches of (images, targets) from `earlyexit_ssd.data.build_loader`, without augmentation.
-        router: an `ExitRouter` that computes the confidences; None: no confidences.
-        title: of the progress bar; None: no bar.
-
-    Raises:
-        DataError: an image id occurs twice.
+    The photos come without augmentation. An `ExitRouter` computes the confidences. ``title`` is that of the progress
+    bar; None: no bar. A DataError if an image id occurs twice.
     """
     exits = range(len(model.exit_names))
     scored = exits if router is not None else ()
@@ -120,10 +114,8 @@ def _batch_on_cpu(targets: Targets, exits: Sequence[Sequence[dict[str, Tensor]]]
 
 
 def choose_exits(confidences: Sequence[Tensor], thresholds: Sequence[float]) -> Tensor:
-    """The exit of every photo, int64 [n]: the first whose confidence reaches its threshold, otherwise the last.
-
-    ``confidences`` are [n] per exit, shallow to deep; the last exit has no threshold.
-    """
+    """The exit of every photo, int64 [n]: the first whose confidence reaches its threshold, otherwise the last, which
+    has none. ``confidences`` are [n] per exit, shallow to deep."""
     last = len(confidences) - 1
     if len(thresholds) != last:
         raise EarlyExitError(f"{len(thresholds)} thresholds for {last} early exits: give one for each")
@@ -200,12 +192,10 @@ def record(
     """The recording in ``folder``; it is written first if it is missing or of other photos, weights or exits.
 
     Args:
-        model: an `EarlyExitSSDLite`; its mode is restored afterwards.
         loader: batches of (images, targets) without augmentation. If its photos are split over processes, all of them
             write to the same ``folder``.
         key: text that identifies the photos; weights and exits are added to it.
-        pseudo_label_score: for photos without labels: the full path's detections of at least this score are used as
-            labels. None: use the targets.
+        pseudo_label_score: the full path's detections of at least this score are the labels. None: the targets are.
 
     Raises:
         DataError: an image id occurs twice.

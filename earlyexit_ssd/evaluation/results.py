@@ -1,5 +1,4 @@
-"""What an evaluation found: dataclasses, and the JSON that metrics.json holds (keys: docs/metrics.md), and the
-rows that tables and charts of it compare."""
+"""What an evaluation found, as dataclasses with the JSON of metrics.json (keys: docs/metrics.md), and as rows."""
 
 from __future__ import annotations
 
@@ -91,8 +90,7 @@ class ConfidenceSummary(Record):
 
 @dataclass(frozen=True)
 class BoxSummary(Record):
-    """What all boxes of a detector have in common, at any score: it shows a detector that is broken. All but their
-    number are None where there is no box."""
+    """All boxes of a detector, at any score: it shows a detector that is broken. None where there is no box."""
 
     boxes: int
     score_mean: float | None
@@ -116,8 +114,7 @@ class DetectorResult(Record):
 
 @dataclass(frozen=True)
 class ExitResult(DetectorResult):
-    """An exit. Early exits alone have ``empty`` (no branch) and the interval below the full path, the full path alone
-    ``found``."""
+    """An exit. Only early exits have ``empty`` (no branch) and the interval, only the full path has ``found``."""
 
     name: str
     layer: int | None = None
@@ -246,23 +243,19 @@ SHORT_RUNTIMES = {EAGER: "eager", ONNX_RUNTIME: "ORT", OPENVINO: "OpenVINO"}
 
 @dataclass(frozen=True)
 class Row:
-    """What a table and a chart compare: an exit, the routed detector, or a static one.
-
-    kind: ``exit``, ``routed``, or a rival's. share: of the photos that leave there. other_runtime: short name of the
-    runtime, where it is not the exits'.
-    """
+    """What a table and a chart compare: an exit, the routed detector, or a static one."""
 
     name: str
-    kind: str
+    kind: str  # ``exit``, ``routed``, or a rival's
     figures: Figures
     mmacs: float | None
     ms: float | None
     ms_interval: Interval = None
     layer: int | None = None
     confidence: ConfidenceSummary | None = None
-    share: float | None = None
+    share: float | None = None  # of the photos that leave there
     source: str | None = None
-    other_runtime: str | None = None
+    other_runtime: str | None = None  # short name of the runtime, where it is not the exits'
     empty: bool = False
 
     def number(self, name: str) -> float | None:
@@ -273,14 +266,10 @@ class Row:
 def exit_rows(results: Results) -> list[Row]:
     """The exits, then ``routed``."""
     routed = results.routed
-    rows = [
-        Row(
-            *(one.name, "exit", one.figures, one.mmacs, one.ms, one.ms_interval, one.layer, one.confidence),
-            share=routed.exit_share.get(one.name),
-            empty=bool(one.empty),
-        )
-        for one in results.exits
-    ]
+    rows = []
+    for one in results.exits:
+        parts = one.name, "exit", one.figures, one.mmacs, one.ms, one.ms_interval, one.layer, one.confidence
+        rows.append(Row(*parts, share=routed.exit_share.get(one.name), empty=bool(one.empty)))
     return [*rows, Row("routed", "routed", routed.figures, routed.mmacs, routed.ms)]
 
 
