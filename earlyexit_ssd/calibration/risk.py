@@ -23,13 +23,12 @@ class Certified:
     """The cheapest thresholds that passed the test of :func:`certify`."""
 
     step: int  # their index on the path; step 0, with all exits closed, is not tested and always passes
-    thresholds: tuple[float, ...]  # of the early exits
+    point: CurvePoint  # its ``bound`` is at level delta, as if this were the only step tested
     choice: np.ndarray  # exit of every calibration photo, [n]
-    loss: float  # mean over the blocks of calibration photos
-    bound: float  # upper confidence bound of the expected loss at level delta, as if this were the only step tested
     passed: int  # number of steps that passed, without step 0
     # blocks that would certify step 1 if further ones had the same losses; None if a step passed, or none is enough
-    photos_needed: int | None = None
+    photos_needed: int | None
+    curve: tuple[CurvePoint, ...]  # up to `CURVE_STEPS` steps of the path, if asked for
 
 
 def threshold_path(
@@ -64,6 +63,7 @@ def certify(
     method: str = "betting",
     seed: int | None = 0,
     blocks: np.ndarray | None = None,
+    with_curve: bool = False,
 ) -> Certified:
     """Test the steps of ``path`` in order until one fails, and return the cheapest step that passed.
 
@@ -81,44 +81,21 @@ def certify(
         blocks: number (from 0) of the block of each photo, [n]. The mean loss of a block is one draw, so the guarantee
             is for blocks as independent draws. None: every photo is a block.
     """
-    p_value = BOUNDS[method]
-    choices, block_losses = _losses_on(path, confidences, losses, seed, blocks)
-    passed = fixed_sequence_test((p_value(draws, epsilon) for draws in block_losses[1:]), delta)
-    needed = photos_needed(block_losses[1], epsilon, delta, p_value) if passed == 0 and len(path) > 1 else None
-    chosen = min(range(passed + 1), key=lambda step: costs[step][choices[step]].mean())
-    loss_bound = 0.0 if chosen == 0 else upper_bound(block_losses[chosen], delta, p_value)
-    thresholds, loss = tuple(float(value) for value in path[chosen]), float(block_losses[chosen].mean())
-    return Certified(chosen, thresholds, choices[chosen], loss, loss_bound, passed, needed)
-
-
-def risk_curve(
-    path: np.ndarray,
-    confidences: Sequence[np.ndarray],
-    losses: np.ndarray,
-    costs: np.ndarray,
-    delta: float,
-    method: str = "betting",
-    seed: int | None = 0,
-    blocks: np.ndarray | None = None,
-) -> list[CurvePoint]:
-    """Up to `CURVE_STEPS` steps of ``path`` with the upper confidence bound of each at level delta, as if it were the
-    only one tested. Arguments as of :func:`certify`."""
-    choices, block_losses = _losses_on(path, confidences, losses, seed, blocks)
-    points = []
-    for step in np.unique(np.linspace(0, len(path) - 1, CURVE_STEPS).round().astype(int)).tolist():
-        cost, draws = float(costs[step][choices[step]].mean()), block_losses[step]
-        high = upper_bound(draws, delta, BOUNDS[method]) if draws.any() or step else 0.0
-        points.append(CurvePoint(tuple(map(float, path[step])), cost, float(draws.mean()), high))
-    return points
-
-
-def _losses_on(
-    path: np.ndarray, confidences: Sequence[np.ndarray], losses: np.ndarray, seed: int | None, blocks: np.ndarray | None
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Per step of ``path`` the exit of every photo and the mean loss of every block, in the order of the test."""
-    photos = np.arange(len(losses))
+    p_value, photos = BOUNDS[method], np.arange(len(losses))
     blocks = photos if blocks is None else blocks
     sizes = np.bincount(blocks)
     order = np.arange(len(sizes)) if seed is None else np.random.default_rng(seed).permutation(len(sizes))
     choices = [choose(confidences, thresholds) for thresholds in path]
-    return choices, [(np.bincount(blocks, losses[photos, choice]) / sizes)[order] for choice in choices]
+    block_losses = [(np.bincount(blocks, losses[photos, choice]) / sizes)[order] for choice in choices]
+    mean_costs = [float(cost[choice].mean()) for cost, choice in zip(costs, choices, strict=True)]
+
+    def point(step: int) -> CurvePoint:
+        draws = block_losses[step]
+        bound = upper_bound(draws, delta, p_value) if step or draws.any() else 0.0
+        return CurvePoint(tuple(map(float, path[step])), mean_costs[step], float(draws.mean()), bound)
+
+    passed = fixed_sequence_test((p_value(draws, epsilon) for draws in block_losses[1:]), delta)
+    needed = photos_needed(block_losses[1], epsilon, delta, p_value) if passed == 0 and len(path) > 1 else None
+    chosen = min(range(passed + 1), key=mean_costs.__getitem__)
+    shown = np.unique(np.linspace(0, len(path) - 1, CURVE_STEPS).round().astype(int)).tolist() if with_curve else []
+    return Certified(chosen, point(chosen), choices[chosen], passed, needed, tuple(map(point, shown)))
