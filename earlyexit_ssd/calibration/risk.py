@@ -46,9 +46,7 @@ def threshold_path(
     """
     grid = grid or threshold_grid(confidences)
     path = pareto_path(grid.mean(losses), grid.mean_cost(costs(grid.thresholds)))
-    thresholds = grid.thresholds[path]
-    if len(thresholds) > LONGEST_PATH:
-        thresholds = thresholds[np.unique(np.linspace(0, len(thresholds) - 1, LONGEST_PATH).round().astype(int))]
+    thresholds = grid.thresholds[path[_spread(len(path), LONGEST_PATH)]]
     closed = np.full((1, len(confidences)), CLOSED, dtype=np.float32)
     return np.concatenate([closed, thresholds[(thresholds < CLOSED).any(1)]])
 
@@ -97,5 +95,10 @@ def certify(
     passed = fixed_sequence_test((p_value(draws, epsilon) for draws in block_losses[1:]), delta)
     needed = photos_needed(block_losses[1], epsilon, delta, p_value) if passed == 0 and len(path) > 1 else None
     chosen = min(range(passed + 1), key=mean_costs.__getitem__)
-    shown = np.unique(np.linspace(0, len(path) - 1, CURVE_STEPS).round().astype(int)).tolist() if with_curve else []
+    shown = _spread(len(path), CURVE_STEPS).tolist() if with_curve else []
     return Certified(chosen, point(chosen), choices[chosen], passed, needed, tuple(map(point, shown)))
+
+
+def _spread(count: int, most: int) -> np.ndarray:
+    """At most ``most`` of the indices below ``count``, evenly, with the first and the last."""
+    return np.unique(np.linspace(0, count - 1, most).round().astype(int))
