@@ -9,6 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Annotated, Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -132,17 +133,23 @@ def _numbers(values: Values, count: int) -> np.ndarray:
 # The tests.
 
 
+def _stats() -> ModuleType:
+    """scipy.stats; an EarlyExitError on a device that lacks scipy."""
+    import_package("scipy")  # the name that pip knows
+    return import_package("scipy.stats")
+
+
 def fisher_p_value(count: int, photos: int, before: int, photos_before: int) -> float:
     """Two-sided p-value of Fisher's exact test: ``count`` of ``photos`` now, ``before`` of ``photos_before`` then."""
     table = [[count, photos - count], [before, photos_before - before]]
-    return float(import_package("scipy").stats.fisher_exact(table).pvalue)  # a device may lack scipy
+    return float(_stats().fisher_exact(table).pvalue)
 
 
 def ks_test(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     """The two-sample Kolmogorov-Smirnov distance of [n] and [m], at least one value each, and its p-value."""
     with warnings.catch_warnings():  # where rounding takes an exact p-value above 1, scipy takes the asymptotic one
         warnings.simplefilter("ignore", RuntimeWarning)
-        result = import_package("scipy").stats.ks_2samp(one, other)
+        result = _stats().ks_2samp(one, other)
     return float(result.statistic), float(result.pvalue)
 
 

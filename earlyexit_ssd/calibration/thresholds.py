@@ -56,9 +56,10 @@ class CurvePoint:
 
 
 def choose(confidences: Sequence[np.ndarray], thresholds: Sequence[float]) -> np.ndarray:
-    """The exit of every photo, int8 [n]: the first whose confidence reaches its threshold, else the full path."""
-    choice = np.full(len(confidences[0]), len(confidences), dtype=np.int8)
-    for index in reversed(range(len(confidences))):
+    """The exit of every photo, int8 [n]: the first whose confidence reaches its threshold, else the full path.
+    ``confidences`` of the full path may be among them; it has no threshold."""
+    choice = np.full(len(confidences[0]), len(thresholds), dtype=np.int8)
+    for index in reversed(range(len(thresholds))):
         # both in fp32, as in the router
         choice[confidences[index].astype(np.float32) >= np.float32(thresholds[index])] = index
     return choice

@@ -116,12 +116,9 @@ def _batch_on_cpu(targets: Targets, exits: Sequence[Sequence[dict[str, Tensor]]]
 def choose_exits(confidences: Sequence[Tensor], thresholds: Sequence[float]) -> Tensor:
     """The exit of every photo, int64 [n]: the first whose confidence reaches its threshold, otherwise the last, which
     has none. ``confidences`` are [n] per exit, shallow to deep."""
-    last = len(confidences) - 1
-    if len(thresholds) != last:
-        raise EarlyExitError(f"{len(thresholds)} thresholds for {last} early exits: give one for each")
-    if last == 0:
-        return torch.zeros(len(confidences[0]), dtype=torch.int64)
-    return torch.from_numpy(choose([values.numpy() for values in confidences[:-1]], thresholds).astype(np.int64))
+    if len(thresholds) != len(confidences) - 1:
+        raise EarlyExitError(f"{len(thresholds)} thresholds for {len(confidences) - 1} early exits: give one for each")
+    return torch.from_numpy(choose([values.numpy() for values in confidences], thresholds)).long()
 
 
 def exit_share(chosen: Tensor, exit_names: Sequence[str]) -> dict[str, float]:
