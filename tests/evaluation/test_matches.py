@@ -131,7 +131,6 @@ def test_annotation_id_zero_is_an_object_like_others(ground_truth, found):
 
 # Hits, misses and false alarms, counted by hand and against pycocotools' matches.
 
-BOX, FAR = (10.0, 10.0, 110.0, 110.0), (300.0, 300.0, 400.0, 400.0)
 NARROW = (10.0, 10.0, 110.0, 90.0)  # IoU 0.8 with BOX
 
 
