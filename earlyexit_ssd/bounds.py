@@ -8,6 +8,7 @@ photos there are. The photos must be independent draws of one source, and other 
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections.abc import Callable, Iterable
 
@@ -112,14 +113,7 @@ def fixed_sequence_test(p_values: Iterable[float], delta: float) -> int:
     were used. This is fixed-sequence testing (Angelopoulos et al. 2021, "Learn then test").
     """
     _checked([], delta=delta)
-    rejected = 0
-    for index, value in enumerate(p_values):
-        if not 0 <= value <= 1:
-            raise EarlyExitError(f"p_values[{index}] is {value}, expected a p-value in [0, 1]")
-        if value > delta:
-            break
-        rejected += 1
-    return rejected
+    return sum(1 for _ in itertools.takewhile(lambda value: value <= delta, p_values))
 
 
 def photos_needed(

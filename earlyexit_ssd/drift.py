@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import logging
 import threading
@@ -15,7 +14,7 @@ from typing import Annotated, Any, NamedTuple, TypedDict
 
 import numpy as np
 
-from earlyexit_ssd.errors import EarlyExitError, suggest_keywords
+from earlyexit_ssd.errors import EarlyExitError, import_package, suggest_keywords
 from earlyexit_ssd.plain import build, check_fields
 
 logger = logging.getLogger(__name__)
@@ -73,11 +72,12 @@ class Reference:
         if len(names) < 2 or len(set(names)) < len(names):
             raise EarlyExitError(f"exit_names {names}: expected early exits and the full path, no name twice")
         if len(counts) != len(names) or sum(counts) != self.photos:
-            expected = f"expected one for each of {len(names)} exits, sum {self.photos}"
-            raise EarlyExitError(f"exit_counts {counts}: {expected}")
-        early = len(self.confidences)
-        if early != len(names) - 1:
-            raise EarlyExitError(f"confidences of {early} exits: expected the {len(names) - 1} early ones")
+            raise EarlyExitError(
+                f"exit_counts {counts}: expected one for each of {len(names)} exits, sum {self.photos}"
+            )
+        if len(self.confidences) != len(names) - 1:
+            found = f"confidences of {len(self.confidences)} exits"
+            raise EarlyExitError(f"{found}: expected the {len(names) - 1} early ones")
         for name, count, quantiles in zip(names, counts, self.confidences, strict=False):
             if len(quantiles) != (QUANTILES if count else 0):
                 found = f"{len(quantiles)} quantiles for {count} photos"
@@ -98,7 +98,16 @@ class Reference:
     @property
     def exit_shares(self) -> dict[str, float]:
         """Exit name -> share of the photos that left there, in [0, 1]."""
-        return {name: count / self.photos for name, count in zip(self.exit_names, self.exit_counts, strict=True)}
+        return self.shares_of(self.exit_counts)
+
+    def shares_of(self, counts: Sequence[int]) -> dict[str, float]:
+        """The same for any counts of photos by exit, not all 0."""
+        return {name: count / sum(counts) for name, count in zip(self.exit_names, counts, strict=True)}
+
+    @property
+    def tests(self) -> int:
+        """Number of tests: one for the share of each exit, and one for the confidences at each early exit."""
+        return 2 * len(self.exit_names) - 1
 
 
 def _exits(values: Values, names: Sequence[str]) -> np.ndarray:
@@ -125,11 +134,9 @@ def _numbers(values: Values, count: int) -> np.ndarray:
 
 
 def _stats() -> ModuleType:
-    """scipy.stats, which a device that runs exported files may lack; an EarlyExitError where it does."""
-    try:
-        return importlib.import_module("scipy.stats")
-    except ImportError as error:
-        raise EarlyExitError(f"the drift check needs scipy ({error}): pip install scipy") from None
+    """scipy.stats; an EarlyExitError on a device that lacks scipy."""
+    import_package("scipy")  # the name that pip knows
+    return import_package("scipy.stats")
 
 
 def fisher_p_value(count: int, photos: int, before: int, photos_before: int) -> float:
@@ -151,11 +158,6 @@ class _Test(NamedTuple):
     statistic: float
     p_value: float
     text: str
-
-
-def _test_count(reference: Reference) -> int:
-    """A test for the share of each exit, and for the confidences at each early one."""
-    return 2 * len(reference.exit_names) - 1
 
 
 def _tests(reference: Reference, taken: np.ndarray, confidence: np.ndarray, block: int = 1) -> list[_Test]:
@@ -214,7 +216,7 @@ class DriftMonitor:
         self.reference, self.window, self.alpha = reference, window, alpha
         self._last: deque[tuple[int, float]] = deque(maxlen=window)
         self._photos, self._until_check = 0, window
-        self._level = alpha / _test_count(reference)
+        self._level = alpha / reference.tests
         self._active: dict[str, str] = {}
         self._logged_at: dict[str, int] = {}
 
@@ -248,14 +250,13 @@ class DriftMonitor:
     def status(self) -> dict:
         """``photos`` seen, ``in_window`` of them kept, the exits' ``shares`` of these by name (None before the first
         photo), their ``calibration_shares``, and the ``warnings`` of the last check."""
-        reference, size = self.reference, len(self._last)
         taken = [exit_index for exit_index, _ in self._last]
-        shares = {name: taken.count(index) / size for index, name in enumerate(reference.exit_names)} if size else None
+        counts = [taken.count(index) for index in range(len(self.reference.exit_names))]
         return {
             "photos": self._photos,
-            "in_window": size,
-            "shares": shares,
-            "calibration_shares": reference.exit_shares,
+            "in_window": len(taken),
+            "shares": self.reference.shares_of(counts) if taken else None,
+            "calibration_shares": self.reference.exit_shares,
             "warnings": list(self._active.values()),
         }
 
@@ -299,12 +300,9 @@ class DriftRecord:
     """The decisions on the last frames of a detector, for a comparison on demand. Threads may share it.
 
     The tests are those of `DriftMonitor`, and take photos for independent draws. Frames of a video repeat: a hundred
-    alike say as much as one, and the p-value would be far too small. So of each ``block`` frames the first alone is
-    kept, `DRAWS` of them at most, and ``block`` photos of calibration count as one. The p-value holds if blocks are
-    independent. It is that of one comparison: who asks often meets a false alarm sooner.
-
-    Args:
-        block: frames that are one draw, at least 1.
+    alike say as much as one, and the p-value would be far too small. So of each ``block`` frames (1 or more) only the
+    first is kept, `DRAWS` of them at most, and ``block`` photos of calibration count as one. The p-value holds if
+    blocks are independent. It is that of one comparison: who asks often meets a false alarm sooner.
     """
 
     def __init__(self, reference: Reference, block: int = 1) -> None:
@@ -335,19 +333,11 @@ class DriftRecord:
             kept = list(self._kept)
         if not kept:
             return None
-        reference, names = self.reference, self.reference.exit_names
+        reference = self.reference
         taken, confidence = (np.array(values) for values in zip(*kept, strict=True))
         nearest = min(_tests(reference, taken, confidence, self.block), key=lambda test: test.p_value)
-        p_value = min(1.0, _test_count(reference) * nearest.p_value)
-        now = np.bincount(taken, minlength=len(names)) / len(kept)
+        p_value = min(1.0, reference.tests * nearest.p_value)
+        shares = reference.shares_of(np.bincount(taken, minlength=len(reference.exit_names)).tolist())
         drifted = p_value <= ALPHA
         text = f"drift: {nearest.text}: {ADVICE}" if drifted else f"no drift in {len(kept)} photos (p = {p_value:.2g})"
-        return Drift(
-            photos=len(kept),
-            shares=dict(zip(names, now.tolist(), strict=True)),
-            calibration_shares=reference.exit_shares,
-            statistic=nearest.statistic,
-            p_value=p_value,
-            drifted=drifted,
-            text=text,
-        )
+        return Drift(len(kept), shares, reference.exit_shares, nearest.statistic, p_value, drifted, text)

@@ -26,82 +26,57 @@ Share = Annotated[float, 0, 1]
 FORMAT = "earlyexit_ssd certificate/1"
 CHECKSUM = "content_sha256"
 _ADVICE = "write one with tools/calibrate.py"
+_NEEDED = {"speedup": ("value",), "ap_drop": ("value", "delta"), "risk": ("epsilon", "delta", "bound")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CertifiedTarget:
-    """The target that the user asked for. A field that this kind of target does not use is None.
-
-    Attributes:
-        reference: what losses are counted against: the full path's detections or the labels.
-        score, iou: least score of a counted detection, and least IoU of a match.
-        value: of a speedup the least speed-up, of an ap_drop the largest loss of AP50.
-        epsilon, bound: of a risk the largest expected loss, and its test (a key of `earlyexit_ssd.bounds.BOUNDS`).
-        delta: of a risk, the probability that the guarantee fails. Of an ap_drop, the share of the bootstrap draws that
-            may lose more; this is no guarantee.
-        block: number of consecutive photos of a folder that count as one draw; None: each photo is a draw.
-        learned: True if the thresholds were learnt by gradient descent.
-    """
+    """The target that the user asked for. A field that this kind of target does not use is None."""
 
     kind: Literal["speedup", "ap_drop", "risk"]
-    reference: Literal["full", "labels"]
-    score: Share
-    iou: Share
-    value: float | None = None
-    epsilon: Share | None = None
+    reference: Literal["full", "labels"]  # what losses are counted against: the full path's detections or the labels
+    score: Share  # least score of a counted detection
+    iou: Share  # least IoU of a match
+    value: float | None = None  # of a speedup the least speed-up, of an ap_drop the largest loss of AP50
+    epsilon: Share | None = None  # of a risk, the largest expected loss
+    # of a risk, the probability that the guarantee fails; of an ap_drop, the share of the bootstrap draws that may lose
+    # more, which is no guarantee
     delta: Share | None = None
-    bound: str | None = None
-    block: Annotated[int, 1, 2**31] | None = None
-    learned: bool | None = None
+    bound: str | None = None  # of a risk, the test of epsilon: a key of `earlyexit_ssd.bounds.BOUNDS`
+    block: Annotated[int, 1, 2**31] | None = None  # consecutive photos of a folder that count as one draw; None: one
+    learned: bool | None = None  # whether the thresholds were learnt by gradient descent
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What was measured on the calibration photos.
-
-    Attributes:
-        photos, blocks: number of photos, and of blocks of photos; blocks is None if each photo is a draw.
-        loss, cost: means per photo; the cost has the unit of the certificate's cost model.
-        AP50, AP50_full: of the routed detector and of the full path; None without labels or objects.
-        exit_share: exit name -> share of the photos that leave there.
-        speedup: cost of the detector without exits / ``cost``.
-        loss_bound: of a risk, upper bound at level delta of the expected loss at this step alone. It is not the
-            guarantee; epsilon is.
-        AP50_lost_bound: of an ap_drop, the loss of AP50 that 1 - delta of the bootstrap draws do not exceed.
-        photos_needed: of an ap_drop, least number of draws (photos, or blocks of photos) that it should have, a rule of
-            thumb; None if there were as many.
-        agreement: the fields of `earlyexit_ssd.evaluation.matches.Agreement`.
-        equal_photos, near_equal_photos: duplicates and near-duplicates that were left out.
-        steps: of a risk, number of steps of the path of thresholds that passed the test.
-    """
+    """What was measured on the calibration photos; means are per photo."""
 
     photos: Annotated[int, 1, 2**63] | None = None
     loss: float | None = None
-    AP50: float | None = None
+    AP50: float | None = None  # of the routed detector; None without labels or objects
     AP50_full: float | None = None
-    exit_share: dict[str, Share] | None = None
-    cost: float | None = None
-    speedup: float | None = None
-    loss_bound: float | None = None
-    AP50_lost_bound: float | None = None
-    photos_needed: int | None = None
+    exit_share: dict[str, Share] | None = None  # exit name -> share of the photos that leave there
+    cost: float | None = None  # in the unit of the certificate's cost model
+    speedup: float | None = None  # cost of the detector without exits / ``cost``
+    loss_bound: float | None = None  # of a risk, bound of the expected loss at this step alone; epsilon is guaranteed
+    AP50_lost_bound: float | None = None  # of an ap_drop, the loss that 1 - delta of the bootstrap draws do not exceed
+    photos_needed: int | None = None  # of an ap_drop, draws that it should have, a rule of thumb; None: it has them
     labelled: bool | None = None
-    agreement: dict[str, float | None] | None = None
-    equal_photos: int | None = None
+    agreement: dict[str, float | None] | None = None  # fields of `earlyexit_ssd.evaluation.matches.Agreement`
+    equal_photos: int | None = None  # duplicates that were left out
     near_equal_photos: int | None = None
-    blocks: int | None = None
-    steps: int | None = None
+    blocks: int | None = None  # of photos; None if each photo is a draw
+    steps: int | None = None  # of a risk, steps of the path of thresholds that passed the test
 
 
 @dataclass(frozen=True, kw_only=True)
 class CertifiedCosts:
-    """Cost of a photo that leaves at each exit (``exits``), and in the detector without exits (``plain``).
-    ``measured``: runtime, threads, runs and machine of a measurement in milliseconds."""
+    """Costs of one photo."""
 
     unit: Literal["ms", "mmacs"] | None = None
-    exits: tuple[float, ...] | None = None
-    plain: float | None = None
-    measured: dict[str, Any] | None = None
+    exits: tuple[float, ...] | None = None  # where it leaves at each exit
+    plain: float | None = None  # in the detector without exits
+    measured: dict[str, Any] | None = None  # of milliseconds: runtime, threads, runs and machine
 
 
 def plain_part(part: CertifiedTarget | Measured | CertifiedCosts | Reference) -> dict[str, Any]:
@@ -202,14 +177,11 @@ def parse_certificate(content: Any, source: str | os.PathLike[str]) -> Certifica
 def _require_consistent(certificate: Certificate) -> None:
     """Raise an EarlyExitError if a key that the kind of target needs is missing, or the numbers of exits differ."""
     router, target = certificate.router, certificate.target
-    needed = {"speedup": ("value",), "ap_drop": ("value", "delta"), "risk": ("epsilon", "delta", "bound")}[target.kind]
-    missing = [f"target.{key}" for key in needed if getattr(target, key) is None]
-    if "thresholds" not in router:
-        missing.insert(0, "router.thresholds")
+    missing = ["router.thresholds"] if "thresholds" not in router else []
+    missing += [f"target.{key}" for key in _NEEDED[target.kind] if getattr(target, key) is None]
     if missing:
         raise EarlyExitError(f"the key '{missing[0]}' is missing")
-    exits, thresholds = router["num_exits"], len(router["thresholds"])
-    names = len(certificate.drift.exit_names)
+    exits, thresholds, names = router["num_exits"], len(router["thresholds"]), len(certificate.drift.exit_names)
     if thresholds not in (1, exits) or names != exits + 1:
         found = f"router has {exits} exits and {thresholds} thresholds, drift has {names} exit_names"
         raise EarlyExitError(f"{found}; expected one threshold for each exit, and one name more")

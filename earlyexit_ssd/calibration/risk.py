@@ -20,26 +20,15 @@ CURVE_STEPS = 12  # steps of a path that a report shows; the bound of each takes
 
 @dataclass(frozen=True)
 class Certified:
-    """The cheapest thresholds that passed the test of :func:`certify`.
+    """The cheapest thresholds that passed the test of :func:`certify`."""
 
-    Attributes:
-        step: their index on the path; step 0, with all exits closed, is not tested and always passes.
-        thresholds: one threshold per early exit.
-        choice: exit of every calibration photo, [n].
-        loss: mean loss over the blocks of calibration photos.
-        bound: upper confidence bound of the expected loss at level delta, as if this were the only step tested.
-        passed: number of steps that passed, without step 0.
-        photos_needed: number of blocks that would certify step 1 if further blocks had the same losses; None if a step
-            passed, or if no number is enough.
-    """
-
-    step: int
-    thresholds: tuple[float, ...]
-    choice: np.ndarray
-    loss: float
-    bound: float
-    passed: int
-    photos_needed: int | None = None
+    step: int  # their index on the path; step 0, with all exits closed, is not tested and always passes
+    point: CurvePoint  # its ``bound`` is at level delta, as if this were the only step tested
+    choice: np.ndarray  # exit of every calibration photo, [n]
+    passed: int  # number of steps that passed, without step 0
+    # blocks that would certify step 1 if further ones had the same losses; None if a step passed, or none is enough
+    photos_needed: int | None
+    curve: tuple[CurvePoint, ...]  # up to `CURVE_STEPS` steps of the path, if asked for
 
 
 def threshold_path(
@@ -50,20 +39,14 @@ def threshold_path(
 ) -> np.ndarray:
     """The combinations of thresholds that `certify` tests, in this order: [steps, early exits].
 
-    Step 0 has all exits closed. The other steps are the combinations that no other beats in both mean loss and mean
-    cost on the training photos, by rising loss and falling cost. Since no calibration photo has a say in the order,
-    every step is tested at level delta.
-
-    Args:
-        confidences, losses: of the m training photos.
-        costs: function from thresholds [M, early exits] to the costs of the exits [M, exits].
-        grid: the combinations to choose from; by default `threshold_grid`.
+    Step 0 has all exits closed. The others are the combinations of ``grid`` (by default `threshold_grid`) that no other
+    beats in both mean loss and mean cost on the training photos, by rising loss and falling cost. Since no calibration
+    photo has a say in the order, every step is tested at level delta. ``costs`` is a function from thresholds [M, early
+    exits] to the costs of the exits [M, exits].
     """
     grid = grid or threshold_grid(confidences)
     path = pareto_path(grid.mean(losses), grid.mean_cost(costs(grid.thresholds)))
-    thresholds = grid.thresholds[path]
-    if len(thresholds) > LONGEST_PATH:
-        thresholds = thresholds[np.unique(np.linspace(0, len(thresholds) - 1, LONGEST_PATH).round().astype(int))]
+    thresholds = grid.thresholds[path[_spread(len(path), LONGEST_PATH)]]
     closed = np.full((1, len(confidences)), CLOSED, dtype=np.float32)
     return np.concatenate([closed, thresholds[(thresholds < CLOSED).any(1)]])
 
@@ -78,6 +61,7 @@ def certify(
     method: str = "betting",
     seed: int | None = 0,
     blocks: np.ndarray | None = None,
+    with_curve: bool = False,
 ) -> Certified:
     """Test the steps of ``path`` in order until one fails, and return the cheapest step that passed.
 
@@ -95,44 +79,26 @@ def certify(
         blocks: number (from 0) of the block of each photo, [n]. The mean loss of a block is one draw, so the guarantee
             is for blocks as independent draws. None: every photo is a block.
     """
-    p_value = BOUNDS[method]
-    choices, block_losses = _losses_on(path, confidences, losses, seed, blocks)
-    passed = fixed_sequence_test((p_value(draws, epsilon) for draws in block_losses[1:]), delta)
-    needed = photos_needed(block_losses[1], epsilon, delta, p_value) if passed == 0 and len(path) > 1 else None
-    chosen = min(range(passed + 1), key=lambda step: costs[step][choices[step]].mean())
-    loss_bound = 0.0 if chosen == 0 else upper_bound(block_losses[chosen], delta, p_value)
-    thresholds, loss = tuple(float(value) for value in path[chosen]), float(block_losses[chosen].mean())
-    return Certified(chosen, thresholds, choices[chosen], loss, loss_bound, passed, needed)
-
-
-def risk_curve(
-    path: np.ndarray,
-    confidences: Sequence[np.ndarray],
-    losses: np.ndarray,
-    costs: np.ndarray,
-    delta: float,
-    method: str = "betting",
-    seed: int | None = 0,
-    blocks: np.ndarray | None = None,
-) -> list[CurvePoint]:
-    """Up to `CURVE_STEPS` steps of ``path`` with the upper confidence bound of each at level delta, as if it were the
-    only one tested. Arguments as of :func:`certify`."""
-    choices, block_losses = _losses_on(path, confidences, losses, seed, blocks)
-    points = []
-    for step in np.unique(np.linspace(0, len(path) - 1, CURVE_STEPS).round().astype(int)).tolist():
-        cost, draws = float(costs[step][choices[step]].mean()), block_losses[step]
-        high = upper_bound(draws, delta, BOUNDS[method]) if draws.any() or step else 0.0
-        points.append(CurvePoint(tuple(map(float, path[step])), cost, float(draws.mean()), high))
-    return points
-
-
-def _losses_on(
-    path: np.ndarray, confidences: Sequence[np.ndarray], losses: np.ndarray, seed: int | None, blocks: np.ndarray | None
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Per step of ``path`` the exit of every photo and the mean loss of every block, in the order of the test."""
-    photos = np.arange(len(losses))
+    p_value, photos = BOUNDS[method], np.arange(len(losses))
     blocks = photos if blocks is None else blocks
     sizes = np.bincount(blocks)
     order = np.arange(len(sizes)) if seed is None else np.random.default_rng(seed).permutation(len(sizes))
     choices = [choose(confidences, thresholds) for thresholds in path]
-    return choices, [(np.bincount(blocks, losses[photos, choice]) / sizes)[order] for choice in choices]
+    block_losses = [(np.bincount(blocks, losses[photos, choice]) / sizes)[order] for choice in choices]
+    mean_costs = [float(cost[choice].mean()) for cost, choice in zip(costs, choices, strict=True)]
+
+    def point(step: int) -> CurvePoint:
+        draws = block_losses[step]
+        bound = upper_bound(draws, delta, p_value) if step or draws.any() else 0.0
+        return CurvePoint(tuple(map(float, path[step])), mean_costs[step], float(draws.mean()), bound)
+
+    passed = fixed_sequence_test((p_value(draws, epsilon) for draws in block_losses[1:]), delta)
+    needed = photos_needed(block_losses[1], epsilon, delta, p_value) if passed == 0 and len(path) > 1 else None
+    chosen = min(range(passed + 1), key=mean_costs.__getitem__)
+    shown = _spread(len(path), CURVE_STEPS).tolist() if with_curve else []
+    return Certified(chosen, point(chosen), choices[chosen], passed, needed, tuple(map(point, shown)))
+
+
+def _spread(count: int, most: int) -> np.ndarray:
+    """At most ``most`` of the indices below ``count``, evenly, with the first and the last."""
+    return np.unique(np.linspace(0, count - 1, most).round().astype(int))

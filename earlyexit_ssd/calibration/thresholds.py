@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
+from scipy.stats import rankdata
 from torch import Tensor
 
 from earlyexit_ssd.config import CLOSED
@@ -46,24 +47,19 @@ class Grid:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One combination of thresholds on the calibration photos.
-
-    Attributes:
-        cost: mean over the photos.
-        loss: loss of AP50, or mean loss of a photo, by the target.
-        bound: upper bound of ``loss``. It is compared with the target's limit. None if it was not computed.
-    """
+    """One combination of thresholds on the calibration photos."""
 
     thresholds: tuple[float, ...]
-    cost: float
-    loss: float
-    bound: float | None = None
+    cost: float  # mean over the photos
+    loss: float  # loss of AP50, or mean loss of a photo, by the target
+    bound: float | None = None  # upper bound of ``loss``, which the target limits; None if it was not computed
 
 
 def choose(confidences: Sequence[np.ndarray], thresholds: Sequence[float]) -> np.ndarray:
-    """The exit of every photo, int8 [n]: the first whose confidence reaches its threshold, else the full path."""
-    choice = np.full(len(confidences[0]), len(confidences), dtype=np.int8)
-    for index in reversed(range(len(confidences))):
+    """The exit of every photo, int8 [n]: the first whose confidence reaches its threshold, else the full path.
+    ``confidences`` of the full path may be among them; it has no threshold."""
+    choice = np.full(len(confidences[0]), len(thresholds), dtype=np.int8)
+    for index in reversed(range(len(thresholds))):
         # both in fp32, as in the router
         choice[confidences[index].astype(np.float32) >= np.float32(thresholds[index])] = index
     return choice
@@ -122,12 +118,10 @@ def best_within(bounded: np.ndarray, minimised: np.ndarray, limit: float) -> int
     return int(allowed[np.lexsort((bounded[allowed], minimised[allowed]))[0]]) if len(allowed) else None
 
 
-STEPS, HALVINGS = 150, 10
-"""Adam steps per fit, and bisection steps for the weight of the cost in the minimised sum (a Lagrange multiplier)."""
-WIDTHS = (0.1, 0.01)
-"""First and last width of the sigmoid that replaces a threshold, in units of rank; the width shrinks geometrically."""
-BUDGETS = 20
-"""Number of mean costs that `learned_grid` fits thresholds for, from the cheapest exit to the full path alone."""
+STEPS = 150  # of Adam per fit
+HALVINGS = 10  # bisection steps for the weight of the cost in the minimised sum (a Lagrange multiplier)
+WIDTHS = (0.1, 0.01)  # first and last width, in ranks, of the sigmoid in place of a threshold; it shrinks geometrically
+BUDGETS = 20  # mean costs that `learned_grid` fits thresholds for, from the cheapest exit to the full path alone
 
 
 def learn_open_exits(
@@ -136,15 +130,12 @@ def learn_open_exits(
     costs_with: Callable[[Sequence[float]], np.ndarray],
     budget: float,
 ) -> np.ndarray:
-    """Thresholds [early exits] of the least mean loss within a budget.
+    """Thresholds [early exits] of the least mean loss with a mean cost of at most ``budget``.
 
-    Closing an exit saves cost that has no gradient. So each set of open exits is tried.
-
-    Args:
-        costs_with: function from thresholds (0 or `CLOSED`) of the early exits to the costs.
-        budget: largest mean cost, at least the cost of one exit.
+    Closing an exit saves cost that has no gradient. So each set of open exits is tried. ``costs_with`` is a function
+    from thresholds (0 or `CLOSED`) of the early exits to the costs.
     """
-    best, least_loss = None, np.inf
+    found = []
     for start, usable in open_sets(len(confidences)):
         thresholds, costs = np.array(start, dtype=np.float32), costs_with(start)
         opened = usable[:-1]
@@ -152,12 +143,11 @@ def learn_open_exits(
             open_confidences = [confidences[index] for index in opened]
             thresholds[opened] = learn_thresholds(open_confidences, losses[:, usable], costs[usable], budget)
         choice = choose(confidences, thresholds)
-        loss = losses[np.arange(len(choice)), choice].mean()
-        if costs[choice].mean() <= budget * (1 + 1e-9) and loss < least_loss:
-            best, least_loss = thresholds, loss
-    if best is None:
+        if costs[choice].mean() <= budget * (1 + 1e-9):
+            found.append((losses[np.arange(len(choice)), choice].mean(), thresholds))
+    if not found:
         raise EarlyExitError(f"no exit has a mean cost of {budget:g} or less; give a larger budget")
-    return best
+    return min(found, key=lambda one: one[0])[1]
 
 
 def learned_grid(
@@ -223,20 +213,18 @@ def exit_probabilities(ranks: Tensor, thresholds: Tensor, width: float) -> Tenso
 
 def _ranks(values: np.ndarray) -> Tensor:
     """Rank of each value in [0, 1], [n]: the share of smaller values plus half of the share of equal values."""
-    ordered = np.sort(values)
-    below, up_to = (np.searchsorted(ordered, values, side=side) for side in ("left", "right"))
-    return torch.from_numpy(((below + up_to) / (2 * len(values))).astype(np.float32))
+    return torch.from_numpy(((rankdata(values) - 0.5) / len(values)).astype(np.float32))
 
 
 def _unrank(values: np.ndarray, rank: float) -> float:
-    """The smallest confidence of at least this rank; `CLOSED` if there is none. Confidences below 0 are left out: a
-    policy that cannot decide at an exit gives -1."""
+    """The smallest confidence of at least this rank, without those below 0, which say that the policy cannot decide;
+    `CLOSED` if there is none."""
     leaving = values[(_ranks(values).numpy() >= np.float32(rank)) & (values >= 0)]
     return float(leaving.min()) if len(leaving) else CLOSED
 
 
-BINS = 10
-LEAST_PROBABILITY = 0.05
+BINS = 10  # of reliability
+LEAST_PROBABILITY = 0.05  # of an object, in a box that `contested_boxes` keeps
 AT_BOUND = 0.01  # a temperature has been stopped by a bound if it is this close to it, as a share of the bound
 
 
@@ -273,8 +261,7 @@ def contested_boxes(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, T
     These are the boxes that are matched with an object or have an object probability of at least `LEAST_PROBABILITY`.
     The others, 98 % of all boxes, are almost surely background; with them, they alone would decide the temperature.
 
-    Args:
-        batches: logits [N, A, C], not divided by a temperature, and labels [N, A], 0 for background.
+    ``batches`` are logits [N, A, C], not divided by a temperature, and labels [N, A], 0 for background.
     """
     logits, labels = [], []
     for batch, truth in batches:

@@ -6,13 +6,11 @@ import importlib.util
 import io
 import itertools
 import math
-import os
 import statistics
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from earlyexit_ssd.errors import EarlyExitError, import_package, shown
+from earlyexit_ssd.errors import EarlyExitError, import_package
 from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit
 from earlyexit_ssd.modeling.outputs import Router
 from earlyexit_ssd.modeling.trunk import evaluating
@@ -41,9 +39,8 @@ class OnnxNetwork(nn.Module):
     """An ONNX graph in ONNX Runtime on the CPU: from its input tensor to the list of its output tensors.
 
     Args:
-        content: the file's bytes.
+        content: bytes of a file with all of its weights inside. Others name files, which ONNX Runtime would read.
         threads: intra-op threads of ONNX Runtime; idle ones sleep, so that they do not disturb the next timing.
-        folder: folder of weights outside of the file (ONNX's external data); None: such weights are an error.
 
     Attributes:
         input_shape: shape of the only input; a free first dimension becomes 1.
@@ -53,26 +50,20 @@ class OnnxNetwork(nn.Module):
             input.
     """
 
-    def __init__(
-        self, content: bytes, threads: int = 1, name: str = "the network", folder: str | os.PathLike[str] | None = None
-    ) -> None:
+    def __init__(self, content: bytes, threads: int = 1, name: str = "the network") -> None:
         super().__init__()
         runtime = import_package("onnxruntime")
         self.name = name
-        _require_safe_weights(content, name, folder)
         options = runtime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.load_model_format", "ONNX")  # the format that was checked
-        if folder is not None:
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        providers = ["CPUExecutionProvider"]
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         try:
-            self.session = runtime.InferenceSession(content, options, providers, enable_fallback=0)
+            self.session = runtime.InferenceSession(content, options, ["CPUExecutionProvider"], enable_fallback=0)
             inputs = self.session.get_inputs()
             self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
         except Exception as error:  # a damaged or foreign file may raise any exception
-            raise EarlyExitError(f"{name}: ONNX Runtime cannot load it ({_first_line(error)})") from None
+            raise EarlyExitError(f"{name}: ONNX Runtime cannot load it ({first_line(error)})") from None
         shape = inputs[0].shape if inputs else []
         self.input_shape = tuple(1 if place == 0 and not isinstance(n, int) else n for place, n in enumerate(shape))
         if len(inputs) != 1 or not all(isinstance(length, int) and length > 0 for length in self.input_shape):
@@ -87,42 +78,7 @@ class OnnxNetwork(nn.Module):
         try:
             return [torch.from_numpy(output) for output in self.session.run(None, {self._input_name: x.numpy()})]
         except Exception as error:  # ONNX Runtime has classes of its own for each kind of failure
-            raise EarlyExitError(f"{self.name}: it does not run ({_first_line(error)}); export it anew") from None
-
-
-def _require_safe_weights(content: bytes, name: str, folder: str | os.PathLike[str] | None) -> None:
-    """Check that weights outside of the ONNX file are regular files in ``folder`` or below: ONNX Runtime would read any
-    file that a foreign ONNX file names."""
-    onnx = import_package("onnx")
-    try:
-        model = onnx.load_model_from_string(content)
-    except Exception as error:
-        raise EarlyExitError(f"{name}: ONNX Runtime cannot load it ({_first_line(error)})") from None
-    for tensor in _tensors(model, onnx.TensorProto):
-        if tensor.external_data or tensor.data_location == tensor.EXTERNAL:
-            locations = [entry.value for entry in tensor.external_data if entry.key == "location"]
-            if len(locations) != 1 or folder is None or not _lies_in(locations[0], folder):
-                told = f"{name}: its tensor {shown(tensor.name)} has data in {shown(locations)}"
-                raise EarlyExitError(f"{told}, expected a file in its own folder; export it with the weights inside")
-
-
-def _tensors(message: Any, kind: type) -> Iterator[Any]:
-    """Every tensor (protobuf class ``kind``) in a message: weights and constants, also in functions and loop bodies."""
-    if isinstance(message, kind):
-        yield message
-        return
-    for field, value in message.ListFields():
-        if field.message_type is not None:
-            for part in value if isinstance(value, Sequence) or hasattr(value, "add") else (value,):
-                yield from _tensors(part, kind)
-
-
-def _lies_in(location: str | bytes, folder: str | os.PathLike[str]) -> bool:
-    """Whether ``location`` is a file in ``folder`` after following links; Windows paths and bytes are refused."""
-    if not isinstance(location, str) or not location or set(location) & set("\0\\:") or os.path.isabs(location):
-        return False
-    path = Path(os.path.realpath(os.path.join(folder, location)))
-    return path.is_relative_to(os.path.realpath(folder)) and path.is_file()
+            raise EarlyExitError(f"{self.name}: it does not run ({first_line(error)}); export it anew") from None
 
 
 class OpenVinoNetwork(nn.Module):
@@ -153,15 +109,13 @@ def gather_instead_of_resize(model: Any) -> Any:
     }
     nodes: list[Any] = []
     for node in graph.node:
-        before, after = (
-            (shapes.get(name, [0]) for name in (node.input[0], node.output[0])) if node.input else ([0], [0])
-        )
         settings = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         half_pixel = settings.get("coordinate_transformation_mode") in (b"half_pixel", b"pytorch_half_pixel")
-        if node.op_type != "Resize" or settings.get("mode") != b"linear" or not half_pixel or 0 in (*before, *after):
+        x = node.input[0] if half_pixel and node.op_type == "Resize" and settings.get("mode") == b"linear" else ""
+        before, after = shapes.get(x, [0]), shapes.get(node.output[0], [0])
+        if 0 in (*before, *after):
             nodes.append(node)
             continue
-        x = node.input[0]
         for axis in (2, 3):
             points = np.maximum((np.arange(after[axis]) + 0.5) * before[axis] / after[axis] - 0.5, 0)
             floor = points.astype(np.int64)
@@ -218,11 +172,12 @@ def export_onnx(network: nn.Module, example: Tensor) -> bytes:
         try:
             torch.onnx.export(network, (example.cpu(),), content, dynamo=False)
         except Exception as error:
-            raise EarlyExitError(f"no export to ONNX ({_first_line(error)}); set EVAL.RUNTIME to eager") from error
+            raise EarlyExitError(f"no export to ONNX ({first_line(error)}); set EVAL.RUNTIME to eager") from error
     return content.getvalue()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What it says, in one line."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
@@ -232,13 +187,10 @@ WARM_UP_RUNS = 3
 
 @dataclass(frozen=True)
 class Timing:
-    """Median milliseconds ``ms`` of one image with its 95 % confidence interval [``low``, ``high``]."""
+    """Median milliseconds of one image, with its 95 % confidence interval [low, high]."""
 
     ms: float
-    low: float
-    high: float
-    threads: int
-    runs: int
+    ms_interval: list[float]
 
 
 class PlainPath(nn.Module):
@@ -265,7 +217,7 @@ def mmacs_to_exit(model: nn.Module, router: Router | None = None) -> list[float]
 
 
 def mmacs_of_path(model: nn.Module, exit_index: int, router: Router | None = None) -> float:
-    """Millions of multiply-accumulates of one image to one exit, see `mmacs_to_exit`."""
+    """The same to one exit."""
     return count_mmacs(AllOutputs(PathToExit(model, exit_index, router)), example_input(model))
 
 
@@ -278,16 +230,16 @@ def count_mmacs(module: nn.Module, example: Tensor) -> float:
 
 
 def time_modules(
-    modules: Sequence[nn.Module], examples: Tensor | Sequence[Tensor], runs: int = 30, threads: int = 1, desc: str = ""
+    modules: Sequence[nn.Module],
+    examples: Tensor | Sequence[Tensor],
+    runs: int = 30,
+    threads: int = 1,
+    desc: str | None = None,
 ) -> list[Timing]:
     """Time each module ``runs`` times, in turns, so that changes of the machine's speed affect all equally.
 
     Each module is warmed up first, and CUDA is synchronised around every run. PyTorch has ``threads`` CPU threads.
-
-    Args:
-        modules: modules of one tensor argument.
-        examples: one input for each module, or one for all.
-        desc: title of a progress bar over the rounds; empty: no bar.
+    There is one input for each module, or one for all. ``desc`` is the title of a progress bar; None: no bar.
     """
     examples = [examples] * len(modules) if isinstance(examples, Tensor) else examples
     milliseconds: list[list[float]] = [[] for _ in modules]
@@ -295,8 +247,7 @@ def time_modules(
     torch.set_num_threads(threads)
     try:
         with evaluating(*modules):
-            rounds = range(-WARM_UP_RUNS, runs)
-            for run in progress(rounds, desc=desc) if desc else rounds:
+            for run in progress(range(-WARM_UP_RUNS, runs), desc=desc):
                 for module, example, values in zip(modules, examples, milliseconds, strict=True):
                     _synchronize(example.device)
                     start = time.perf_counter()
@@ -306,10 +257,10 @@ def time_modules(
                         values.append((time.perf_counter() - start) * 1000)
     finally:
         torch.set_num_threads(threads_before)
-    return [Timing(*median_interval(values), threads=threads, runs=runs) for values in milliseconds]
+    return [Timing(*median_interval(values)) for values in milliseconds]
 
 
-def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
+def median_interval(values: Sequence[float]) -> tuple[float, list[float]]:
     """Median of ``values`` and its distribution-free 95 % confidence interval from order statistics.
 
     With fewer than six values 95 % is impossible, and the interval is their range.
@@ -318,7 +269,7 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
     # the number of values below the true median is binomial(n, 1/2): leave at most 2.5 % on either side
     below = itertools.accumulate(math.comb(n, count) / 2**n for count in range(n // 2))
     rank = max(1, sum(share <= 0.025 for share in below))
-    return statistics.median(ordered), ordered[rank - 1], ordered[-rank]
+    return statistics.median(ordered), [ordered[rank - 1], ordered[-rank]]
 
 
 def example_input(model: nn.Module) -> Tensor:

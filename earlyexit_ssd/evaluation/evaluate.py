@@ -12,13 +12,13 @@ import torch
 import torchvision
 from pycocotools.coco import COCO
 from torch import Tensor, nn
+from torchvision.ops import box_area, clip_boxes_to_image
 
 from earlyexit_ssd.calibration.certificate import Certificate, plain_part
 from earlyexit_ssd.data import canonical
 from earlyexit_ssd.errors import DataError, EarlyExitError, nearest
 from earlyexit_ssd.evaluation.cost import (
     ONNX_RUNTIME,
-    OnnxNetwork,
     PlainPath,
     Timing,
     count_mmacs,
@@ -45,7 +45,6 @@ from earlyexit_ssd.evaluation.outputs import (
     collect_detections,
     exit_share,
     mean_cost,
-    routed_detections,
 )
 from earlyexit_ssd.evaluation.results import (
     BoxSummary,
@@ -57,7 +56,6 @@ from earlyexit_ssd.evaluation.results import (
     Results,
     RivalResult,
     RoutedResult,
-    Target,
 )
 from earlyexit_ssd.evaluation.verdict import asked_value, judge
 from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit
@@ -80,7 +78,7 @@ def summarize_confidence(confidence: Tensor) -> ConfidenceSummary | None:
     values = confidence[confidence >= 0].double().numpy()
     if not values.size:
         return None
-    return ConfidenceSummary(*(float(value) for value in (values.mean(), values.std(), values.min(), values.max())))
+    return ConfidenceSummary(*map(float, (values.mean(), values.std(), values.min(), values.max())))
 
 
 def describe_boxes(ground_truth: COCO, detections: Detections) -> BoxSummary:
@@ -90,12 +88,10 @@ def describe_boxes(ground_truth: COCO, detections: Detections) -> BoxSummary:
         return BoxSummary(0, None, None, None)
     outside = []
     for image_id, found in detections.items():
-        image, boxes = ground_truth.imgs.get(image_id, {}), found["boxes"].double().numpy()
-        size = np.array([image.get("width", np.inf), image.get("height", np.inf)])
-        inside = np.prod(np.maximum(np.minimum(boxes[:, 2:], size) - np.maximum(boxes[:, :2], 0), 0), axis=1)
-        area = np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0), axis=1)
+        image, boxes = ground_truth.imgs[image_id], found["boxes"].double()
+        inside, area = box_area(clip_boxes_to_image(boxes, (image["height"], image["width"]))), box_area(boxes)
         outside.append(~((inside > 0) & (inside >= area / 2)))  # NaN is outside
-    share = float(np.concatenate(outside).mean())
+    share = float(torch.cat(outside).double().mean())
     return BoxSummary(int(scores.size), float(scores.mean()), float(scores.std()), share)
 
 
@@ -119,10 +115,6 @@ class Rival:
     def found(self, loader: Batches) -> Detections:
         """What it finds on the photos of ``loader``, or has found already."""
         return collect_detections(self.detector, loader) if isinstance(self.detector, nn.Module) else self.detector
-
-    def runtime(self, default: str) -> str:
-        """Runtime for its timing: ONNX Runtime for a graph from a file, otherwise ``default``."""
-        return ONNX_RUNTIME if isinstance(self.network, OnnxNetwork) else default
 
 
 def exits_alone(model: nn.Module, collected: Collected) -> list[Rival]:
@@ -154,9 +146,8 @@ def evaluate_rivals(
                 figures=evaluation.figures,
                 routed_minus_rival_AP50_interval=routed.ap50_minus(evaluation),
                 mmacs=rival.mmacs,
-                ms=timing.ms,
-                ms_interval=[timing.low, timing.high],
-                runtime=rival.runtime(settings.runtime),
+                **vars(timing),
+                runtime=ONNX_RUNTIME if rival.kind == ONNX else settings.runtime,
             )
         )
     return tuple(results)
@@ -196,15 +187,17 @@ class WantedClasses(nn.Module):
 class Costs:
     """Costs of one image: to each exit (shallow to deep), of the detector without exits (``plain``) and of rivals."""
 
-    mmacs: list[float]
-    timings: list[Timing]
+    exits: list[CostResult]
     plain: CostResult
-    rival_timings: list[Timing]
+    rivals: list[Timing]
+
+    def of_exits(self, unit: str) -> list[float]:
+        """Cost to each exit in ``ms`` or ``mmacs``."""
+        return [getattr(cost, unit) for cost in self.exits]
 
     def routed(self, chosen: Tensor, unit: str) -> np.ndarray:
         """Cost per photo [n] in ``ms`` or ``mmacs``, from the photos' exits ``chosen`` [n]."""
-        of_exits = [timing.ms for timing in self.timings] if unit == "ms" else self.mmacs
-        return np.array(of_exits)[chosen.numpy()]
+        return np.array(self.of_exits(unit))[chosen.numpy()]
 
 
 @dataclass(frozen=True)
@@ -254,38 +247,30 @@ def evaluate_exits(
     choices = [*(np.full(matches.photos, index) for index in range(matches.exits)), _by_image(collected, chosen)]
     *exits, routed = (DetectorEvaluation(matches.choose(choice), settings, context.labelled) for choice in choices)
     *early, full = (_exit_result(model, index, collected, costs, exits) for index in range(len(exits)))
-    results = Results(
-        context=_context(context, model, matches, settings),
-        exits=(*early, replace(full, found=describe_boxes(ground_truth, collected.detections[-1]))),
-        without_exits=costs.plain,
-        routed=_routed_result(model, router, routed, chosen, costs),
-        rivals=evaluate_rivals(rivals, costs.rival_timings, ground_truth, routed),
-    )
-    if certificate is not None:
-        checked = compare_certificate(certificate, ground_truth, collected, chosen, matches, (exits[-1], routed), costs)
-        results = replace(results, certificate=checked)
-    results = replace(results, verdict=judge(results))
-    return Evaluation(results, ground_truth, matches, photo_counts(matches, settings.score), chosen)
-
-
-def _context(context: Context, model: nn.Module, matches: ExitMatches, settings: EvaluationSettings) -> Context:
     device = next(model.parameters()).device
-    return replace(
+    context = replace(
         context,
+        **vars(settings),
         images=matches.photos,
         empty_images=int((matches.objects == 0).sum()),
         classes=list(model.classes),
-        score=settings.score,
-        iou=settings.iou,
-        runs=settings.timing_runs,
-        threads=settings.timing_threads,
-        resamples=settings.resamples,
-        seed=settings.seed,
-        runtime=settings.runtime,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         torch=torch.__version__,
         torchvision=torchvision.__version__,
     )
+    results = Results(
+        context=context,
+        exits=(*early, replace(full, found=describe_boxes(ground_truth, collected.detections[-1]))),
+        without_exits=costs.plain,
+        routed=_routed_result(model, router, routed, chosen, costs),
+        rivals=evaluate_rivals(rivals, costs.rivals, ground_truth, routed),
+    )
+    counts = photo_counts(matches, settings.score)
+    if certificate is not None:
+        compared = ground_truth, collected, chosen, counts, exits[-1], routed, costs
+        results = replace(results, certificate=compare_certificate(certificate, *compared))
+    results = replace(results, verdict=judge(results))
+    return Evaluation(results, ground_truth, matches, counts, chosen)
 
 
 def compare_certificate(
@@ -293,49 +278,35 @@ def compare_certificate(
     ground_truth: COCO,
     collected: Collected,
     chosen: Tensor,
-    matches: ExitMatches,
-    full_and_routed: tuple[DetectorEvaluation, DetectorEvaluation],
+    counts: PhotoCounts,
+    full: DetectorEvaluation,
+    routed: DetectorEvaluation,
     costs: Costs,
 ) -> CertificateResult:
-    """Compare a certificate's target with the value measured on these photos."""
-    target, settings = plain_part(certificate.target), full_and_routed[0].settings
-    asked, draws = asked_value(target), _draws(settings, len(chosen))
+    """Compare a certificate's target with the value measured on these photos. A risk's score and IoU must be those of
+    ``counts``."""
+    target = plain_part(certificate.target)
+    asked, draws = asked_value(target), _draws(full.settings, len(chosen))
     if target["kind"] == "ap_drop":
-        full, routed = full_and_routed
         before, after = full.figures["AP50"], routed.figures["AP50"]
         measured = None if before is None or after is None else before - after
         bounds = full.ap50_minus(routed)
     elif target["kind"] == "risk":
-        losses = _losses(target, ground_truth, collected, chosen, matches)
+        if target["reference"] == "labels":
+            losses = counts.losses_against_labels()
+        else:
+            losses = losses_against_full(ground_truth, collected.detections, target["score"], target["iou"])
+        losses = losses[np.arange(len(losses)), _by_image(collected, chosen)]
         measured, bounds = float(losses.mean()), interval(losses[draws].mean(axis=1))
     else:
         unit = "ms" if certificate.cost_model.unit == "ms" else "mmacs"
         plain, of_photos = getattr(costs.plain, unit), costs.routed(chosen, unit)
         measured, bounds = float(plain / of_photos.mean()), interval(plain / of_photos[draws].mean(axis=1))
-    tiny = 1e-9  # rounding error of a target that is met exactly
     kept = None
     if measured is not None:
-        kept = measured >= asked - tiny if target["kind"] == "speedup" else measured <= asked + tiny
+        excess = asked - measured if target["kind"] == "speedup" else measured - asked
+        kept = excess <= 1e-9  # rounding error of a target that is met exactly
     return CertificateResult(target, measured, bounds, kept)
-
-
-def _draws(settings: EvaluationSettings, photos: int) -> np.ndarray:
-    """Bootstrap draws of the photos, indices [resamples, photos]."""
-    return np.random.default_rng(settings.seed).integers(photos, size=(settings.resamples, photos))
-
-
-def _losses(
-    target: Target, ground_truth: COCO, collected: Collected, chosen: Tensor, matches: ExitMatches
-) -> np.ndarray:
-    """Loss per routed photo [n] in [0, 1] as defined by a risk target, by increasing image id."""
-    score, iou = target["score"], target["iou"]
-    if target["reference"] != "labels":
-        exits = [routed_detections(collected, chosen), collected.detections[-1]]
-        return losses_against_full(ground_truth, exits, score, iou)[:, 0]
-    if matches.conditions[-1][1] != iou:
-        matches = exit_matches(ground_truth, collected.detections, iou, ())
-    losses = photo_counts(matches, score).losses_against_labels()
-    return losses[np.arange(len(losses)), _by_image(collected, chosen)]
 
 
 def _by_image(collected: Collected, chosen: Tensor) -> np.ndarray:
@@ -343,23 +314,28 @@ def _by_image(collected: Collected, chosen: Tensor) -> np.ndarray:
     return chosen.numpy()[np.argsort(collected.image_ids, kind="stable")]
 
 
+def _draws(settings: EvaluationSettings, photos: int) -> np.ndarray:
+    """Bootstrap draws of the photos, indices [resamples, photos]."""
+    return np.random.default_rng(settings.seed).integers(photos, size=(settings.resamples, photos))
+
+
 def measure_costs(model: nn.Module, settings: EvaluationSettings, router: ExitRouter, rivals: Sequence[Rival]) -> Costs:
     """MMACs and milliseconds of one image to each exit (with the router's confidences), of the detector without exits
     and of the rivals; timed in turns in the runtime of ``settings``."""
     example, plain = example_input(model), PlainPath(model)
     paths = [AllOutputs(PathToExit(model, index, router)) for index in range(len(model.exit_names))]
+    mmacs = [*mmacs_to_exit(model, router), count_mmacs(plain, example)]
     networks = [*paths, plain, *(rival.network for rival in rivals)]
-    examples = [*[example] * (len(paths) + 1), *(rival.example for rival in rivals)]
-    timings = time_in_runtime(networks, examples, settings.runtime, settings.timing_runs, settings.timing_threads)
-    own = timings[len(paths)]
-    without_exits = CostResult(count_mmacs(plain, example), own.ms, [own.low, own.high])
-    return Costs(mmacs_to_exit(model, router), timings[: len(paths)], without_exits, timings[len(paths) + 1 :])
+    examples = [*[example] * len(mmacs), *(rival.example for rival in rivals)]
+    timings = time_in_runtime(networks, examples, settings.runtime, settings.runs, settings.threads)
+    *exits, without = (CostResult(count, **vars(timing)) for count, timing in zip(mmacs, timings, strict=False))
+    return Costs(exits, without, timings[len(mmacs) :])
 
 
 def _exit_result(
     model: nn.Module, index: int, collected: Collected, costs: Costs, exits: Sequence[DetectorEvaluation]
 ) -> ExitResult:
-    early, timing = index < len(exits) - 1, costs.timings[index]
+    early = index < len(exits) - 1
     return ExitResult(
         name=model.exit_names[index],
         layer=model.exit_layers[index],
@@ -367,29 +343,25 @@ def _exit_result(
         empty=model.empty[index] if early else None,
         AP50_below_full_interval=exits[-1].ap50_minus(exits[index]) if early else None,
         confidence=summarize_confidence(collected.confidences[index]),
-        mmacs=costs.mmacs[index],
-        ms=timing.ms,
-        ms_interval=[timing.low, timing.high],
+        **vars(costs.exits[index]),
     )
 
 
 def _routed_result(
     model: nn.Module, router: ExitRouter, evaluation: DetectorEvaluation, chosen: Tensor, costs: Costs
 ) -> RoutedResult:
-    milliseconds = mean_cost(chosen, [timing.ms for timing in costs.timings])
-    bounds = None
-    if milliseconds:
-        bounds = interval(
-            costs.plain.ms / costs.routed(chosen, "ms")[_draws(evaluation.settings, len(chosen))].mean(axis=1)
-        )
+    ms, plain, bounds = mean_cost(chosen, costs.of_exits("ms")), costs.plain.ms, None
+    if ms:
+        draws = _draws(evaluation.settings, len(chosen))
+        bounds = interval(plain / costs.routed(chosen, "ms")[draws].mean(axis=1))
     return RoutedResult(
         policy=str(router.policy),
         thresholds=router.thresholds.tolist(),
         hybrid=bool(router.hybrid),
         figures=evaluation.figures,
         exit_share=exit_share(chosen, model.exit_names),
-        mmacs=mean_cost(chosen, costs.mmacs),
-        ms=milliseconds,
-        speedup=costs.plain.ms / milliseconds if milliseconds else None,
+        mmacs=mean_cost(chosen, costs.of_exits("mmacs")),
+        ms=ms,
+        speedup=plain / ms if ms else None,
         speedup_interval=bounds,
     )

@@ -12,10 +12,10 @@ crowd and its area is within the size.
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +32,6 @@ from earlyexit_ssd.evaluation.outputs import Collected
 Detections = Mapping[int, Mapping[str, Tensor]]
 """Image id -> ``boxes`` [N,4] (xyxy, photo pixels), ``scores`` [N] and ``labels`` [N] (category ids)."""
 
-_HitsAndFalse = list[tuple[np.ndarray, csr_array]]  # per class, see `ExitMatches.hits_and_false`
 PhotoRow = dict[str, str | float | None]  # a row of photos.csv, by column
 
 SIZES = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
@@ -40,46 +39,33 @@ SIZES = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
 AP_DETECTIONS = 100  # AP uses at most so many detections per photo and class, those with the highest scores
-
-
-@dataclass(frozen=True)
-class ClassMatches:
-    """The matches of one class: D detections of all exits, under C conditions.
-
-    Detections are in falling order of their scores. Equal scores keep the order of the photos, then of the exits, so
-    the detections of any choice of exits are in pycocotools' order.
-    """
-
-    name: str
-    hit: np.ndarray  # bool [C, D]: is it a true positive?
-    ignored: np.ndarray  # bool [C, D]: is it neither a true nor a false positive (on a crowd, or not of the size)?
-    overlap: np.ndarray  # float [D]: IoU of a hit with its object under the last condition; else 0
-    photo: np.ndarray  # int [D]: index of the photo
-    exit: np.ndarray  # int [D]: index of the exit
-    rank: np.ndarray  # int [D]: how many detections of the same photo, exit and class come before
-    score: np.ndarray  # float [D]
-    objects_by_size: dict[str, np.ndarray]  # size -> counted objects per photo, int [n]
-
-    @property
-    def objects(self) -> np.ndarray:
-        """Counted objects of all sizes per photo, int [n]."""
-        return self.objects_by_size["all"]
+_NOTHING = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
 
 
 @dataclass(frozen=True)
 class ExitMatches:
-    """The matches of all classes (by rising category id) and all K ``exits``.
+    """The D detections of all K ``exits`` in n photos, matched under each of C ``conditions`` (size, IoU).
 
-    Detections and objects match under each of the ``conditions`` (size, IoU). Precision, recall and the losses of
-    photos are counted under the last one. ``image_ids`` are sorted. Every array [n] of this module has the photos in
-    this order.
+    Detections are sorted by class, then by falling score. Equal scores keep the order of the photos, then of the exits,
+    so the detections of any choice of exits are in pycocotools' order. Precision, recall and the losses of photos are
+    counted under the last condition. ``image_ids`` are sorted. Every array [n] of this module has the photos in this
+    order.
     """
 
-    classes: list[ClassMatches]
+    classes: list[str]  # by rising category id
     conditions: list[tuple[str, float]]
     image_ids: list[int]
     exits: int
-    _hits_and_false: dict[int, _HitsAndFalse] = field(default_factory=dict, init=False, repr=False, compare=False)
+    objects_by_size: dict[str, np.ndarray]  # size -> counted objects of each class in each photo, int [classes, n]
+    label: np.ndarray  # int [D]: index of the class
+    photo: np.ndarray  # int [D]: index of the photo
+    exit: np.ndarray  # int [D]: index of the exit
+    rank: np.ndarray  # int [D]: how many detections of the same photo, exit and class come before
+    score: np.ndarray  # float [D]
+    overlap: np.ndarray  # float [D]: IoU of a hit with its object under the last condition; else 0
+    hit: np.ndarray  # bool [C, D]: is it a true positive?
+    false: np.ndarray  # bool [C, D]: is it a false positive? On a crowd, or not of the size, it is neither
+    _hits_and_false: dict[int, list[tuple[np.ndarray, csr_array]]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def photos(self) -> int:
@@ -90,23 +76,24 @@ class ExitMatches:
         """Index of the condition of AP50: all sizes, IoU 0.5."""
         return self.conditions.index(("all", 0.5))
 
-    @functools.cached_property
+    @property
     def objects(self) -> np.ndarray:
         """Counted objects per photo, int [n]; classes summed."""
-        return sum((one.objects for one in self.classes), np.zeros(self.photos, np.int64))
+        return self.objects_by_size["all"].sum(axis=0)
+
+    @property
+    def pair(self) -> np.ndarray:
+        """Pair of each detection, int [D]."""
+        return self.photo * self.exits + self.exit
 
     def choose(self, choice: ArrayLike) -> ExitMatches:
         """The matches of one detector: photo i takes exit ``choice[i]`` (int [n])."""
-        choice = _one_each(self, "choice", choice, self.exits)
-        classes = []
-        for one in self.classes:
-            keep = np.flatnonzero(one.exit == choice[one.photo])
-            parts = (values[..., keep] for values in (one.hit, one.ignored, one.overlap, one.photo))
-            exit = np.zeros(len(keep), np.int64)
-            classes.append(ClassMatches(one.name, *parts, exit, one.rank[keep], one.score[keep], one.objects_by_size))
-        return ExitMatches(classes, self.conditions, self.image_ids, 1)
+        keep = np.flatnonzero(self.exit == _one_each(self, "choice", choice, self.exits)[self.photo])
+        names = ("label", "photo", "rank", "score", "overlap", "hit", "false")
+        parts = {name: getattr(self, name)[..., keep] for name in names}
+        return replace(self, exits=1, exit=np.zeros(len(keep), np.int64), **parts)
 
-    def hits_and_false(self, condition: int) -> _HitsAndFalse:
+    def hits_and_false(self, condition: int) -> list[tuple[np.ndarray, csr_array]]:
         """What AP under one condition is computed from: AP depends on the precision at hits only.
 
         Returns:
@@ -115,10 +102,11 @@ class ExitMatches:
         """
         if condition not in self._hits_and_false:
             found = self._hits_and_false[condition] = []
-            for one in self.classes:
-                pair, within_limit = one.photo * self.exits + one.exit, one.rank < AP_DETECTIONS
-                hits = np.flatnonzero(one.hit[condition] & within_limit)
-                false = np.flatnonzero(~(one.hit[condition] | one.ignored[condition]) & within_limit)
+            within_limit, pairs = self.rank < AP_DETECTIONS, self.pair
+            starts = np.searchsorted(self.label, np.arange(len(self.classes) + 1))
+            for of_class in itertools.starmap(slice, itertools.pairwise(starts)):
+                pair, hit, false = pairs[of_class], self.hit[condition, of_class], self.false[condition, of_class]
+                hits, false = (np.flatnonzero(one & within_limit[of_class]) for one in (hit, false))
                 false = false[: np.searchsorted(false, hits[-1])] if len(hits) else false[:0]
                 places = np.searchsorted(hits, false), pair[false]
                 shape = len(hits), self.photos * self.exits
@@ -157,74 +145,73 @@ def exit_matches(
         raise DataError(f"detections of image {unknown}: the ground truth has no image of this id")
     conditions = [(size, threshold) for size in sizes for threshold in IOU_THRESHOLDS.tolist()] + [("all", iou)]
     limits = [(min(threshold, 1 - 1e-10), *SIZES[size]) for size, threshold in conditions]  # equal boxes match at 1
-    least_iou, smallest, largest = np.array(limits).T[:, :, None]
-    image_ids, categories = sorted(ground_truth.getImgIds()), sorted(ground_truth.getCatIds())
-    objects = np.zeros((len(categories), len(conditions), len(image_ids)), np.int64)
+    limits = np.array(limits).T[:, :, None]
+    image_ids, categories = sorted(ground_truth.getImgIds()), np.array(sorted(ground_truth.getCatIds()), np.int64)
+    objects = [
+        (photo, one) for photo, image_id in enumerate(image_ids) for one in ground_truth.imgToAnns.get(image_id, [])
+    ]
+    photos = np.array([photo for photo, _ in objects], np.int64)
+    boxes = np.array([one["bbox"] for _, one in objects], np.float64).reshape(-1, 4)
+    labels = np.array([one["category_id"] for _, one in objects], np.int64)
+    crowd = np.array([bool(one.get("iscrowd", 0)) for _, one in objects], bool)
+    areas = np.array([one["area"] for _, one in objects], np.float64)
+    counted = ~crowd & (areas >= limits[1]) & (areas <= limits[2])
+    counts = np.zeros((len(conditions), len(categories), len(image_ids)), np.int64)
+    known = np.isin(labels, categories)
+    np.add.at(counts, (slice(None), np.searchsorted(categories, labels[known]), photos[known]), counted[:, known])
     # the first entry has no detections: np.concatenate needs one even if there is no photo
-    pairs = [_match_photo(_Objects.of([], smallest, largest), None, least_iou)]
-    for photo, image_id in enumerate(image_ids):
-        truth = _Objects.of(ground_truth.imgToAnns.get(image_id, []), smallest, largest)
-        for label in set(truth.labels.tolist()).intersection(categories):
-            objects[categories.index(label), :, photo] = truth.counted[:, truth.labels == label].sum(axis=1)
-        pairs += [_match_photo(truth, found.get(image_id), least_iou) for found in exits]
-    # each entry: labels, scores, overlap [D], hit and ignored [C, D]
-    pair_of = np.repeat(np.arange(len(pairs)) - 1, [len(scores) for _, scores, *_ in pairs])
-    labels, scores, overlap, hit, ignored = (np.concatenate(one, axis=-1) for one in zip(*pairs, strict=True))
-    classes = []
-    for category, counts in zip(categories, objects, strict=True):
-        own = np.flatnonzero(labels == category)
-        rank = np.arange(len(own)) - np.searchsorted(pair_of[own], pair_of[own])
-        order = np.argsort(-scores[own], kind="stable")
-        own, rank = own[order], rank[order]
-        by_size = {size: row for (size, _), row in zip(conditions, counts, strict=True)}
-        name, matched = ground_truth.cats[category]["name"], (hit[:, own], ignored[:, own], overlap[own])
-        photo_and_exit = np.divmod(pair_of[own], len(exits))
-        classes.append(ClassMatches(name, *matched, *photo_and_exit, rank, scores[own], by_size))
-    return ExitMatches(classes, conditions, image_ids, len(exits))
+    pairs = [_match_photo(_NOTHING, boxes[:0], labels[:0], crowd[:0], counted[:, :0], limits)]
+    starts = np.searchsorted(photos, np.arange(len(image_ids) + 1))
+    for image_id, own in zip(image_ids, itertools.starmap(slice, itertools.pairwise(starts)), strict=True):
+        truth = boxes[own], labels[own], crowd[own], counted[:, own]
+        pairs += [_match_photo(found.get(image_id, _NOTHING), *truth, limits) for found in exits]
+    pair = np.repeat(np.arange(len(pairs)) - 1, [len(found) for found, *_ in pairs])
+    found, *parts = (np.concatenate(one, axis=-1) for one in zip(*pairs, strict=True))
+    order = np.argsort(found, kind="stable")
+    order = order[np.isin(found[order], categories)]  # by class, in it by pair, in this by falling score
+    label, pair = np.searchsorted(categories, found[order]), pair[order]
+    group = label * len(pairs) + pair
+    rank = np.arange(len(group)) - np.searchsorted(group, group)
+    by_score = np.lexsort((-parts[0][order], label))
+    return ExitMatches(
+        [ground_truth.cats[category]["name"] for category in categories.tolist()],
+        conditions,
+        image_ids,
+        len(exits),
+        {size: count for (size, _), count in zip(conditions, counts, strict=True)},
+        label[by_score],
+        *np.divmod(pair[by_score], len(exits)),
+        rank[by_score],
+        *(values[..., order[by_score]] for values in parts),
+    )
 
 
-@dataclass(frozen=True)
-class _Objects:
-    """The G objects of a photo: boxes [G, 4] xywh, labels [G], crowd [G], and whether each is counted under each
-    condition [C, G]. A condition counts areas from smallest [C, 1] to largest [C, 1]."""
+def _match_photo(
+    found: Mapping[str, Tensor],
+    objects: np.ndarray,
+    classes: np.ndarray,
+    crowd: np.ndarray,
+    counted: np.ndarray,
+    limits: np.ndarray,
+) -> tuple[np.ndarray, ...]:
+    """Labels, scores, overlap [D], hit and false [C, D] of one photo and exit, in falling order of the scores.
 
-    boxes: np.ndarray
-    labels: np.ndarray
-    crowd: np.ndarray
-    counted: np.ndarray
-    smallest: np.ndarray
-    largest: np.ndarray
-
-    @classmethod
-    def of(
-        cls, annotations: Sequence[Mapping[str, float | list[float]]], smallest: np.ndarray, largest: np.ndarray
-    ) -> _Objects:
-        boxes = np.array([one["bbox"] for one in annotations], np.float64).reshape(-1, 4)
-        labels = np.array([one["category_id"] for one in annotations], np.int64)
-        crowd = np.array([bool(one.get("iscrowd", 0)) for one in annotations], bool)
-        areas = np.array([one["area"] for one in annotations], np.float64)
-        return cls(boxes, labels, crowd, ~crowd & (areas >= smallest) & (areas <= largest), smallest, largest)
-
-
-def _match_photo(truth: _Objects, found: Mapping[str, Tensor] | None, least_iou: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Labels, scores, overlap [D], hit and ignored [C, D] of one photo and exit, in falling order of the scores."""
-    count = 0 if found is None else len(found["scores"])
-    (hit, matched), overlap = np.zeros((2, len(least_iou), count), bool), np.zeros(count)
-    if not count:
-        return np.zeros(0, np.int64), np.zeros(0), overlap, hit, matched
+    The photo's objects are [G, 4] xywh, with ``classes`` and ``crowd`` [G], and are ``counted`` [C, G]. ``limits``
+    [3, C, 1] are each condition's least IoU, smallest and largest area.
+    """
+    least_iou, smallest, largest = limits
     scores = found["scores"].double().numpy()
     order = np.argsort(-scores, kind="stable")
     labels, boxes = found["labels"].numpy()[order], xywh(found["boxes"]).double().numpy()[order]
-    for label in np.unique(truth.labels).tolist():
-        of_class, objects = np.flatnonzero(labels == label), np.flatnonzero(truth.labels == label)
-        if not len(of_class):
-            continue
-        crowd, counted = truth.crowd[objects], truth.counted[:, objects]
-        overlaps = np.asarray(mask.iou(boxes[of_class], truth.boxes[objects], crowd.astype(np.uint8).tolist()))
-        free = np.ones(counted.shape, bool)
+    (hit, matched), overlap = np.zeros((2, len(least_iou), len(scores)), bool), np.zeros(len(scores))
+    for label in np.intersect1d(classes, labels).tolist():
+        of_class, same = np.flatnonzero(labels == label), np.flatnonzero(classes == label)
+        is_crowd, is_counted = crowd[same], counted[:, same]
+        overlaps = np.asarray(mask.iou(boxes[of_class], objects[same], is_crowd.astype(np.uint8).tolist()))
+        free = np.ones(is_counted.shape, bool)
         for row in np.flatnonzero((overlaps >= least_iou.min()).any(axis=1)).tolist():
-            possible = (overlaps[row] >= least_iou) & (free | crowd)
-            possible_hit = possible & counted
+            possible = (overlaps[row] >= least_iou) & (free | is_crowd)
+            possible_hit = possible & is_counted
             is_hit, is_matched = possible_hit.any(axis=1), possible.any(axis=1)
             candidates = np.where(np.where(is_hit[:, None], possible_hit, possible), overlaps[row], -1.0)
             # of equal overlaps the last one, as in pycocotools
@@ -233,8 +220,8 @@ def _match_photo(truth: _Objects, found: Mapping[str, Tensor] | None, least_iou:
             hit[:, of_class[row]], matched[:, of_class[row]] = is_hit, is_matched
             overlap[of_class[row]] = overlaps[row][best[-1]] if is_hit[-1] else 0.0
     areas = boxes[:, 2] * boxes[:, 3]
-    other_size = (areas < truth.smallest) | (areas > truth.largest)
-    return labels, scores[order], overlap, hit, ~hit & (matched | other_size)
+    other_size = (areas < smallest) | (areas > largest)
+    return labels, scores[order], overlap, hit, ~(hit | matched | other_size)
 
 
 def xywh(boxes: Tensor) -> Tensor:
@@ -269,14 +256,14 @@ def bootstrap_choices(
     The same seed draws the same photos, so values on one data set are paired. ``ap50_only`` is ten times as fast.
     Photos with the same number (from 0) in ``blocks`` [n] are drawn together.
     """
-    count = matches.photos if blocks is None or not len(blocks) else int(blocks.max()) + 1
+    blocks = np.arange(matches.photos) if blocks is None else blocks
+    count = int(blocks.max()) + 1 if len(blocks) else 0
     generator = np.random.default_rng(seed)
     chosen = [matches.choose(choice) for choice in choices]
     only_exit = np.zeros(matches.photos, np.int64)  # each element of ``chosen`` has one exit
     values = [APs(*np.full((2, resamples), np.nan)) for _ in choices]
     for index in range(resamples):
-        weights = np.bincount(generator.integers(count, size=count) if count else [], minlength=count)
-        weights = weights if blocks is None else weights[blocks]
+        weights = np.bincount(generator.integers(count, size=count) if count else [], minlength=count)[blocks]
         for draws, one in zip(values, chosen, strict=True):
             # numpy stores None as NaN
             draws.AP[index], draws.AP50[index] = ap_of_choice(one, only_exit, weights, ap50_only=ap50_only)
@@ -298,7 +285,7 @@ def ap_of_choice(
     weighted photos are left out. ``ap50_only`` leaves ``AP`` None, which is ten times as fast.
     """
     pairs = np.arange(matches.photos) * matches.exits + _one_each(matches, "choice", choice, matches.exits)
-    weights = None if weights is None else _one_each(matches, "weights", weights)
+    weights = np.ones(matches.photos, np.int64) if weights is None else _one_each(matches, "weights", weights)
     conditions = [matches.ap50_condition] if ap50_only else range(len(IOU_THRESHOLDS))
     curves = [_curves(matches, index, pairs, weights) for index in conditions]
     return APs(None if ap50_only else mean_precision(curves), mean_precision(curves[:1]))
@@ -307,8 +294,8 @@ def ap_of_choice(
 def precision_curves(matches: ExitMatches, size: str = "all") -> list[np.ndarray]:
     """Interpolated precision of one detector: per IoU threshold [101 recalls, classes with an object of the size]."""
     start = matches.conditions.index((size, IOU_THRESHOLDS[0]))
-    pairs = np.arange(matches.photos)
-    return [_curves(matches, start + index, pairs, None) for index in range(len(IOU_THRESHOLDS))]
+    pairs, weights = np.arange(matches.photos), np.ones(matches.photos, np.int64)
+    return [_curves(matches, start + index, pairs, weights) for index in range(len(IOU_THRESHOLDS))]
 
 
 def mean_precision(curves: Sequence[np.ndarray]) -> float | None:
@@ -326,15 +313,14 @@ def _one_each(matches: ExitMatches, name: str, values: ArrayLike, exits: int | N
     return values.astype(np.int64)
 
 
-def _curves(matches: ExitMatches, condition: int, pairs: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+def _curves(matches: ExitMatches, condition: int, pairs: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Interpolated precision at `RECALLS` of the classes with objects, [101, classes]. Only the detections of ``pairs``
-    [n] (one per photo) are used, and each photo counts ``weights`` [n] times (None: once)."""
+    [n] (one per photo) are used, and each photo counts ``weights`` [n] times."""
     size, pair_weights = matches.conditions[condition][0], np.zeros(matches.photos * matches.exits)
-    pair_weights[pairs] = 1 if weights is None else weights
+    pair_weights[pairs] = weights
     curves = []
-    for one, (hits, false) in zip(matches.classes, matches.hits_and_false(condition), strict=True):
-        counts = one.objects_by_size[size]
-        objects = int(counts.sum() if weights is None else weights @ counts)
+    objects_of_class = (matches.objects_by_size[size] @ weights).tolist()
+    for objects, (hits, false) in zip(objects_of_class, matches.hits_and_false(condition), strict=True):
         if objects:
             true, wrong = np.cumsum(pair_weights[hits]), np.cumsum(false @ pair_weights)
             precision = true / (wrong + true + np.spacing(1))
@@ -368,14 +354,12 @@ class PhotoCounts:
 
 def photo_counts(matches: ExitMatches, score: float) -> PhotoCounts:
     """Counts of the detections with a score of at least ``score``, under the last condition of the matches."""
-    shape, pairs = (matches.photos, matches.exits), matches.photos * matches.exits
-    hits, false = np.zeros(pairs, np.int64), np.zeros(pairs, np.int64)
-    for one in matches.classes:
-        pair, above = one.photo * matches.exits + one.exit, one.score >= score
-        hits += np.bincount(pair[one.hit[-1] & above], minlength=pairs)
-        false += np.bincount(pair[~(one.hit[-1] | one.ignored[-1]) & above], minlength=pairs)
-    hits = hits.reshape(shape)
-    return PhotoCounts(hits, matches.objects[:, None] - hits, false.reshape(shape))
+    above, pair, pairs = matches.score >= score, matches.pair, matches.photos * matches.exits
+    hits, false = (
+        np.bincount(pair[kind[-1] & above], minlength=pairs).reshape(matches.photos, matches.exits)
+        for kind in (matches.hit, matches.false)
+    )
+    return PhotoCounts(hits, matches.objects[:, None] - hits, false)
 
 
 def photo_list(
@@ -405,14 +389,21 @@ def photo_list(
     return rows
 
 
+def _counts_against_full(
+    template: COCO, full: Detections, exits: Sequence[Detections], score: float, iou: float
+) -> PhotoCounts:
+    """Counts where the full path's detections of at least ``score`` are the objects."""
+    return photo_counts(exit_matches(as_ground_truth(template, full, score), exits, iou, ()), score)
+
+
 def losses_against_full(ground_truth: COCO, exits: Sequence[Detections], score: float, iou: float) -> np.ndarray:
     """Loss of every photo at every exit against the full path; [n, exits] in [0, 1], 0 in the last column.
 
     min(1, (missed + added) / max(1, |F|)), with F the full path's detections of at least ``score``, missed the number
     of F that no detection of the exit matches at ``iou``, and added the number of the exit's detections that match none
-    of F. Only the photos and classes of ``ground_truth`` are used, not its labels.
+    of F. The labels of ``ground_truth`` are not used.
     """
-    counts = photo_counts(exit_matches(as_ground_truth(ground_truth, exits[-1], score), exits, iou, ()), score)
+    counts = _counts_against_full(ground_truth, exits[-1], exits, score, iou)
     different, expected = counts.misses + counts.false_positives, counts.hits + counts.misses
     return np.minimum(different / np.maximum(expected, 1), 1.0)
 
@@ -429,7 +420,7 @@ class Agreement:
 
 def agreement(ground_truth: COCO, full: Detections, found: Detections, score: float, iou: float) -> Agreement:
     """Compare the detections ``found`` with those of the full path, without labels."""
-    counts = photo_counts(exit_matches(as_ground_truth(ground_truth, full, score), [found], iou, ()), score)
+    counts = _counts_against_full(ground_truth, full, [found], score, iou)
     same = (counts.misses + counts.false_positives) == 0
     objects, kept = int((counts.hits + counts.misses).sum()), int(counts.hits.sum())
     return Agreement(objects, kept, int(counts.false_positives.sum()), float(same.mean()) if len(same) else None)

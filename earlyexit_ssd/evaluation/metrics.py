@@ -1,13 +1,8 @@
-"""The figures of one detector on a set of photos.
-
-A metric is a function of a `DetectorEvaluation` that returns named figures. `register_metric` puts them into
-metrics.json, and with ``columns`` into the table.
-"""
+"""The figures of one detector on a set of photos, as metrics.json holds them."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +21,18 @@ from earlyexit_ssd.evaluation.matches import (
 Figure = float | list[float] | dict[str, dict[str, float | None]] | None
 Figures = dict[str, Figure]
 
+COLUMNS = {
+    "AP": ("AP", 3),
+    "AP50": ("AP50", 3),
+    "P": ("precision", 3),
+    "R": ("recall", 3),
+    "F1": ("f1", 3),
+    "FP/img": ("false_positives_per_image", 2),
+    "FP/empty": ("false_positives_per_empty_image", 2),
+    "loc.err": ("localization_error", 3),
+}
+"""Heading in the table -> name of a figure and its decimals."""
+
 
 @dataclass(frozen=True)
 class EvaluationSettings:
@@ -33,8 +40,8 @@ class EvaluationSettings:
 
     score: float = 0.5  # where precision, recall and the like are counted, in [0, 1]
     iou: float = 0.5  # the same
-    timing_runs: int = 30  # single-image runs per exit
-    timing_threads: int = 1  # CPU threads of these
+    runs: int = 30  # single-image runs per exit
+    threads: int = 1  # CPU threads of these
     runtime: str = EAGER  # what runs the networks meanwhile, a key of RUNTIME_TITLES
     resamples: int = 200  # of the bootstrap over photos; 0 leaves the intervals out
     seed: int = 0  # of the bootstrap
@@ -42,7 +49,7 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class DetectorEvaluation:
-    """What metrics read."""
+    """A detector's matches, and the figures that follow from them."""
 
     matches: ExitMatches  # of one detector (`ExitMatches.choose`), with all `SIZES`
     settings: EvaluationSettings
@@ -56,92 +63,42 @@ class DetectorEvaluation:
 
     @functools.cached_property
     def figures(self) -> Figures:
-        """Of all registered metrics."""
-        figures: Figures = {}
-        for metric in METRICS:
-            found = metric.measure(self)
-            figures |= found if self.labelled or not metric.needs_labels else _undefined(found)
-        return figures
+        """Average precisions and their intervals, all None without labels, and the figures at the score."""
+        accuracy = average_precisions(self.matches)
+        accuracy |= {"AP_interval": interval(self.draws.AP), "AP50_interval": interval(self.draws.AP50)}
+        accuracy = accuracy if self.labelled else _undefined(accuracy)
+        return {**accuracy, **operating_point(self.matches, self.settings.score)}
 
     def ap50_minus(self, other: DetectorEvaluation) -> list[float] | None:
         """95 % interval of the difference in AP50, on the same draws of photos; None where it is undefined."""
         return interval(self.draws.AP50 - other.draws.AP50)
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A function, and where its figures go."""
-
-    measure: Callable[[DetectorEvaluation], Figures]
-    columns: Mapping[str, tuple[str, int]]  # heading in the table -> name of a figure and its decimals
-    needs_labels: bool  # its figures are None on photos that nobody labelled
-
-
-METRICS: list[Metric] = []  # in the order of metrics.json and of the table
-
-
-def register_metric(
-    columns: Mapping[str, tuple[str, int]] | None = None, needs_labels: bool = False
-) -> Callable[[Callable[[DetectorEvaluation], Figures]], Callable[[DetectorEvaluation], Figures]]:
-    """Decorator of a metric; arguments as in `Metric`."""
-
-    def register(measure: Callable[[DetectorEvaluation], Figures]) -> Callable[[DetectorEvaluation], Figures]:
-        METRICS.append(Metric(measure, columns or {}, needs_labels))
-        return measure
-
-    return register
-
-
 def _undefined(figures: Figures) -> Figures:
     return {key: _undefined(value) if isinstance(value, dict) else None for key, value in figures.items()}
 
 
-@register_metric({"AP": ("AP", 3), "AP50": ("AP50", 3)}, needs_labels=True)
-def average_precision(detector: DetectorEvaluation) -> Figures:
-    """COCO's average precisions, digit for digit those of pycocotools."""
-    matches = detector.matches
+def average_precisions(matches: ExitMatches) -> Figures:
+    """COCO's average precisions of one detector, digit for digit those of pycocotools."""
     curves = {size: precision_curves(matches, size) for size in SIZES}
-    half = curves["all"][:1]
-    figures: Figures = {"AP": mean_precision(curves["all"]), "AP50": mean_precision(half)}
-    figures["AP75"] = mean_precision(curves["all"][5:6])
-    figures |= {f"AP_{size}": mean_precision(curves[size]) for size in ("small", "medium", "large")}
-    per_class = {one.name: {"AP": None, "AP50": None} for one in matches.classes}
-    with_objects = (one.name for one in matches.classes if one.objects.any())
-    for column, name in enumerate(with_objects):
-        parts = {"AP": curves["all"], "AP50": half}
-        per_class[name] = {key: mean_precision([curve[:, column] for curve in part]) for key, part in parts.items()}
-    return {**figures, "per_class": per_class}
+    every = curves["all"]
+    figures = {"AP": every, "AP50": every[:1], "AP75": every[5:6]}
+    figures |= {f"AP_{size}": curves[size] for size in ("small", "medium", "large")}
+    per_class = {name: {"AP": None, "AP50": None} for name in matches.classes}
+    with_objects = np.flatnonzero(matches.objects_by_size["all"].any(axis=1)).tolist()
+    for column, label in enumerate(with_objects):
+        own = [curve[:, column] for curve in every]
+        per_class[matches.classes[label]] = {"AP": mean_precision(own), "AP50": mean_precision(own[:1])}
+    return {**{name: mean_precision(part) for name, part in figures.items()}, "per_class": per_class}
 
 
-@register_metric(needs_labels=True)
-def bootstrap_intervals(detector: DetectorEvaluation) -> Figures:
-    """What other photos of the same kind would give, with 95 % confidence."""
-    return {"AP_interval": interval(detector.draws.AP), "AP50_interval": interval(detector.draws.AP50)}
-
-
-@register_metric(
-    {
-        "P": ("precision", 3),
-        "R": ("recall", 3),
-        "F1": ("f1", 3),
-        "FP/img": ("false_positives_per_image", 2),
-        "FP/empty": ("false_positives_per_empty_image", 2),
-        "loc.err": ("localization_error", 3),
-    }
-)
-def operating_point(detector: DetectorEvaluation) -> Figures:
+def operating_point(matches: ExitMatches, score: float) -> Figures:
     """What a user sees at one score, over all photos and classes; docs/metrics.md says when a figure is None."""
-    matches, score = detector.matches, detector.settings.score
-    hits, false = [np.zeros((2, 0))], [np.zeros(0, np.int64)]
-    for one in matches.classes:
-        sure = one.score >= score
-        hit, wrong = one.hit[-1] & sure, ~(one.hit[-1] | one.ignored[-1]) & sure
-        hits.append(np.stack([one.photo[hit], one.overlap[hit]]))
-        false.append(one.photo[wrong])
-    photos, ious = np.concatenate(hits, axis=1)
-    ious = ious[np.argsort(photos, kind="stable")]  # photo by photo: a mean depends on the order in its last digit
-    empty = matches.objects == 0
-    false_by_photo = np.bincount(np.concatenate(false), minlength=matches.photos)
+    sure, empty = matches.score >= score, matches.objects == 0
+    hit = matches.hit[-1] & sure
+    # photo by photo: a mean depends on the order in its last digit
+    ious = matches.overlap[hit][np.argsort(matches.photo[hit], kind="stable")]
+    false_by_photo = np.bincount(matches.photo[matches.false[-1] & sure], minlength=matches.photos)
     tp, fp, fn = len(ious), int(false_by_photo.sum()), int(matches.objects.sum()) - len(ious)
     return {
         "precision": _ratio(tp, tp + fp),

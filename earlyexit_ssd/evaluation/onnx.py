@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from earlyexit_ssd.config.check import LARGEST_SIDE
 from earlyexit_ssd.errors import EarlyExitError, import_package, one_line, shown
-from earlyexit_ssd.evaluation.cost import OnnxNetwork
+from earlyexit_ssd.evaluation.cost import OnnxNetwork, first_line
 from earlyexit_ssd.evaluation.outputs import ImageDetections
 from earlyexit_ssd.modeling.retrofit import COCO_CLASSES
 from earlyexit_ssd.plain import read_bytes
@@ -231,9 +231,6 @@ def _count_graph(onnx: ModuleType, model: Any) -> float | None:
     for node in graph.node:
         if node.op_type == "Constant" or (node.input and constants.issuperset(filter(None, node.input))):
             constants.update(node.output)
-        for attribute in node.attribute:
-            if node.op_type == "Constant" and attribute.name == "value":
-                shapes[node.output[0]] = tuple(attribute.t.dims)
         if node.op_type in ("Conv", "ConvTranspose", "Gemm") or (
             node.op_type == "MatMul" and not constants.isdisjoint(node.input)
         ):
@@ -252,17 +249,54 @@ def _count(node: Any, data: Shape | None, weights: Shape | None, output: Shape |
     return math.prod(output) * data[0 if transposed else -1]
 
 
-def fill_inputs(content: bytes, constants: Mapping[str, tuple[float, ...]]) -> bytes:
-    """The file with values [1, n] for those of its inputs that ``constants`` names."""
-    onnx = import_package("onnx")
+def read_onnx(path: str | os.PathLike[str], constants: Mapping[str, tuple[float, ...]]) -> bytes:
+    """The content of an ONNX file with its weights inside, and with values [1, n] for those of its inputs that
+    ``constants`` names. Weights beside the file must lie in its folder: a foreign file may name any file.
+
+    Raises:
+        EarlyExitError: the file cannot be read, is damaged, or its weights are elsewhere.
+    """
+    onnx, folder = import_package("onnx"), Path(path).parent
     try:
-        model = onnx.load_model_from_string(content)
-    except Exception:  # `OnnxNetwork` says what is wrong with it
-        return content
-    for name in constants.keys() & {value.name for value in model.graph.input}:
-        dims = (1, len(constants[name]))
-        model.graph.initializer.append(onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, dims, constants[name]))
-    return model.SerializeToString()
+        model = onnx.load_model_from_string(read_bytes(path))
+        for tensor in _tensors(model, onnx.TensorProto):
+            if tensor.external_data or tensor.data_location == tensor.EXTERNAL:
+                locations = [entry.value for entry in tensor.external_data if entry.key == "location"]
+                if len(locations) != 1 or not _lies_in(locations[0], folder):
+                    told = f"{path}: its tensor {shown(tensor.name)} has data in {shown(locations)}, expected a file in"
+                    raise EarlyExitError(f"{told} its own folder; export it with the weights inside")
+                onnx.external_data_helper.load_external_data_for_tensor(tensor, os.fspath(folder))
+                tensor.data_location = tensor.DEFAULT
+                del tensor.external_data[:]
+        for name in constants.keys() & {value.name for value in model.graph.input}:
+            dims = (1, len(constants[name]))
+            model.graph.initializer.append(onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, dims, constants[name]))
+        return model.SerializeToString()
+    except EarlyExitError:
+        raise
+    except OSError as error:
+        raise EarlyExitError(f"{path}: cannot be read as an ONNX file ({error.strerror or error})") from None
+    except Exception as error:  # a damaged or foreign file may raise any exception
+        raise EarlyExitError(f"{path}: ONNX Runtime cannot load it ({first_line(error)})") from None
+
+
+def _tensors(message: Any, kind: type) -> Iterator[Any]:
+    """Every tensor (protobuf class ``kind``) in a message: weights and constants, also in functions and loop bodies."""
+    if isinstance(message, kind):
+        yield message
+        return
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is not None:
+            for part in value if isinstance(value, Sequence) or hasattr(value, "add") else (value,):
+                yield from _tensors(part, kind)
+
+
+def _lies_in(location: str | bytes, folder: Path) -> bool:
+    """Whether ``location`` is a file in ``folder`` after following links; Windows paths and bytes are refused."""
+    if not isinstance(location, str) or not location or set(location) & set("\0\\:") or os.path.isabs(location):
+        return False
+    path = (folder / location).resolve()
+    return path.is_relative_to(folder.resolve()) and path.is_file()
 
 
 class OnnxDetector(nn.Module):
@@ -279,14 +313,9 @@ class OnnxDetector(nn.Module):
         super().__init__()
         if file_format not in FORMATS:
             raise EarlyExitError(f"format {shown(file_format)}: expected one of {', '.join(FORMATS)}")
-        try:
-            content = read_bytes(path)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise EarlyExitError(f"{path}: cannot be read as an ONNX file ({reason})") from None
         self.path, self.format, self._format_name = path, FORMATS[file_format], file_format
-        self.content = fill_inputs(content, self.format.constants) if self.format.constants else content
-        self.network = OnnxNetwork(self.content, threads, str(path), Path(path).parent)
+        self.content = read_onnx(path, self.format.constants)
+        self.network = OnnxNetwork(self.content, threads, str(path))
         shape = self.network.input_shape
         if shape[:-2] not in ((3,), (1, 3)) or max(shape) > LARGEST_SIDE:
             limits = f"a batch is one photo, and sides are {LARGEST_SIDE} pixels at most"

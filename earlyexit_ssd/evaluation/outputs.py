@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +27,7 @@ Targets = list[dict[str, Tensor | int]]
 Batches = Iterable[tuple[list[Tensor], Targets]]
 ImageDetections = dict[str, Tensor]  # boxes [N, 4] xyxy in the photo's pixels, scores [N] and labels [N] of one photo
 BatchDetections = tuple[list[int], list[list[ImageDetections]]]
-"""The image ids of a batch, and for each exit the detections of its photos."""
+"""The image ids of a batch, and for each exit the detections of its photos, on the CPU."""
 
 
 def shares_photos(loader: Batches) -> bool:
@@ -67,16 +66,10 @@ class Collected:
 def collect(
     model: nn.Module, loader: Batches, router: Any | None = None, title: str | None = "evaluate exits"
 ) -> Collected:
-    """Run all exits of ``model`` on every photo of ``loader``, in one forward pass per photo.
+    """Run all exits of an `EarlyExitSSDLite` on every photo of ``loader``, in one forward pass per photo.
 
-    Args:
-        model: an `EarlyExitSSDLite`; its mode is restored afterwards.
-        loader: batches of (images, targets) from `earlyexit_ssd.data.build_loader`, without augmentation.
-        router: an `ExitRouter` that computes the confidences; None: no confidences.
-        title: of the progress bar; None: no bar.
-
-    Raises:
-        DataError: an image id occurs twice.
+    The photos come without augmentation. An `ExitRouter` computes the confidences. ``title`` is that of the progress
+    bar; None: no bar. A DataError if an image id occurs twice.
     """
     exits = range(len(model.exit_names))
     scored = exits if router is not None else ()
@@ -117,29 +110,15 @@ def on_cpu(found: dict[str, Tensor]) -> ImageDetections:
 
 
 def _batch_on_cpu(targets: Targets, exits: Sequence[Sequence[dict[str, Tensor]]]) -> BatchDetections:
-    """The ids of the photos, and each exit's detections on the CPU."""
     return [int(target["image_id"]) for target in targets], [list(map(on_cpu, found)) for found in exits]
 
 
 def choose_exits(confidences: Sequence[Tensor], thresholds: Sequence[float]) -> Tensor:
-    """The exit of every photo, int64 [n]: the first whose confidence reaches its threshold, otherwise the last.
-
-    ``confidences`` are [n] per exit, shallow to deep; the last exit has no threshold.
-    """
-    last = len(confidences) - 1
-    if len(thresholds) != last:
-        raise EarlyExitError(f"{len(thresholds)} thresholds for {last} early exits: give one for each")
-    if last == 0:
-        return torch.zeros(len(confidences[0]), dtype=torch.int64)
-    return torch.from_numpy(choose([values.numpy() for values in confidences[:-1]], thresholds).astype(np.int64))
-
-
-def routed_detections(collected: Collected, chosen: Tensor) -> dict[int, ImageDetections]:
-    """Image id -> detections of its exit ``chosen`` [n] (in the order of ``collected.image_ids``)."""
-    return {
-        image_id: collected.detections[index][image_id]
-        for image_id, index in zip(collected.image_ids, chosen.tolist(), strict=True)
-    }
+    """The exit of every photo, int64 [n]: the first whose confidence reaches its threshold, otherwise the last, which
+    has none. ``confidences`` are [n] per exit, shallow to deep."""
+    if len(thresholds) != len(confidences) - 1:
+        raise EarlyExitError(f"{len(thresholds)} thresholds for {len(confidences) - 1} early exits: give one for each")
+    return torch.from_numpy(choose([values.numpy() for values in confidences], thresholds)).long()
 
 
 def exit_share(chosen: Tensor, exit_names: Sequence[str]) -> dict[str, float]:
@@ -158,40 +137,28 @@ def mean_cost(chosen: Tensor, costs: Sequence[float]) -> float | None:
 REPLAY_BATCH = 64  # photos whose logits are in memory at a time
 
 
+@dataclass(frozen=True)
 class Recording:
-    """The recorded outputs of every exit for the photos of a split, in the order of ``image_ids`` [n].
+    """The recorded outputs of every exit for the photos of a split, in the order of ``image_ids`` [n]; arrays are on
+    disk."""
 
-    Args:
-        store: a store that was read, see :func:`record`.
-        exit_names, empty: of the early exits: names, and whether they have no branch.
-
-    Attributes:
-        logits: per early exit raw class logits [n, A, C], on disk; [n, 1, C] for an empty exit.
-        taps: per early exit the pooled tap [n, 2 * channels], on disk.
-        labels: labels of the default boxes after matching with the objects, [n, A], on disk.
-        detections: per exit, the full path last, image id -> detections.
-    """
-
-    def __init__(self, store: ArrayStore, exit_names: Sequence[str], empty: Sequence[bool]) -> None:
-        self.exit_names, self.empty = list(exit_names), list(empty)
-        self.image_ids: list[int] = store.rest[0]
-        self.detections: list[dict[int, ImageDetections]] = store.rest[1]
-        self.logits, self.taps = (
-            [store.arrays[f"{kind}{index}"] for index in range(len(exit_names))] for kind in ("logits", "tap")
-        )
-        self.labels = store.arrays["labels"]
+    image_ids: list[int]
+    detections: list[dict[int, ImageDetections]]  # per exit, the full path last, image id -> detections
+    labels: np.ndarray  # labels of the default boxes after matching with the objects, [n, A]
+    exit_names: list[str]  # of the early exits, as the following
+    empty: list[bool]  # whether they have no branch
+    logits: list[np.ndarray]  # raw class logits [n, A, C]; [n, 1, C] for an empty exit
+    taps: list[np.ndarray]  # the pooled tap [n, 2 * channels]
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def only(self, names: Sequence[str]) -> Recording:
         """The recording of a model with only these early exits and the full path."""
-        part, exits = copy.copy(self), [self.exit_names.index(name) for name in names]
-        part.exit_names = list(names)
-        for name in ("logits", "taps", "empty"):
-            setattr(part, name, [getattr(self, name)[index] for index in exits])
-        part.detections = [self.detections[index] for index in (*exits, -1)]
-        return part
+        exits = [self.exit_names.index(name) for name in names]
+        fields = ("exit_names", "empty", "logits", "taps")
+        parts = {field: [getattr(self, field)[index] for index in exits] for field in fields}
+        return replace(self, detections=[self.detections[index] for index in (*exits, -1)], **parts)
 
     @property
     def early_exits(self) -> int:
@@ -222,24 +189,24 @@ def record(
     """The recording in ``folder``; it is written first if it is missing or of other photos, weights or exits.
 
     Args:
-        model: an `EarlyExitSSDLite`; its mode is restored afterwards.
         loader: batches of (images, targets) without augmentation. If its photos are split over processes, all of them
             write to the same ``folder``.
         key: text that identifies the photos; weights and exits are added to it.
-        pseudo_label_score: for photos without labels: the full path's detections of at least this score are used as
-            labels. None: use the targets.
+        pseudo_label_score: the full path's detections of at least this score are the labels. None: the targets are.
 
     Raises:
         DataError: an image id occurs twice.
     """
-    exits = f"{model.exit_names} {tuple(model.empty)}"  # empty exits have no weights, so the hash lacks them
-    labels = "" if pseudo_label_score is None else f" taught from {pseudo_label_score}"
-    contents = f"{key} {weights_hash(model)} {exits}{labels}"
+    # empty exits have no weights, so the hash lacks them
+    contents = f"{key} {weights_hash(model)} {model.exit_names} {tuple(model.empty)}"
+    contents += "" if pseudo_label_score is None else f" taught from {pseudo_label_score}"
     store = ArrayStore(folder, "recording", contents, photos, _blank_rows(model))
     if not all(gathered(store.is_whole(), shares_photos(loader))):
         _write(store, model, loader, pseudo_label_score)
         store.read()
-    return Recording(store, model.exit_names[:-1], model.empty)
+    names, arrays = list(model.exit_names[:-1]), store.arrays
+    logits, taps = ([arrays[f"{kind}{index}"] for index in range(len(names))] for kind in ("logits", "tap"))
+    return Recording(*store.rest, arrays["labels"], names, list(model.empty), logits, taps)
 
 
 def _write(store: ArrayStore, model: nn.Module, loader: Batches, score: float | None) -> None:
@@ -289,9 +256,7 @@ def _rows(model: nn.Module, outputs: ExitOutputs, targets: Targets) -> dict[str,
         logits = outputs.heads[index]["cls_logits"]
         # all default boxes of an empty exit have the same logits: store one
         rows |= {f"logits{index}": logits[:, :1] if model.empty[index] else logits, f"tap{index}": tap}
-    return {
-        name: (values.float() if values.is_floating_point() else values).cpu().numpy() for name, values in rows.items()
-    }
+    return {name: (one.float() if one.is_floating_point() else one).cpu().numpy() for name, one in rows.items()}
 
 
 def _labels(model: nn.Module, outputs: ExitOutputs, targets: Targets) -> Tensor:

@@ -1,5 +1,4 @@
-"""What an evaluation found: dataclasses, and the JSON that metrics.json holds (keys: docs/metrics.md), and the
-rows that tables and charts of it compare."""
+"""What an evaluation found, as dataclasses with the JSON of metrics.json (keys: docs/metrics.md), and as rows."""
 
 from __future__ import annotations
 
@@ -17,27 +16,20 @@ Interval = list[float] | None  # both ends of a 95 % interval; None where it is 
 
 
 class Record:
-    """A dataclass with one JSON form: its fields in their order, ``figures`` spread among them.
-
-    Fields named in ``left_out`` are no keys where they are None; others are ``null``. Keys that are no field are
-    figures, so those of metrics that are not registered any more are kept.
-    """
+    """A dataclass with one JSON form: its fields in their order, ``figures`` spread among them. Keys that are no field
+    are figures. Fields named in ``left_out`` are no keys where they are None; others are ``null``."""
 
     left_out: ClassVar[tuple[str, ...]] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and None."""
         entries: dict[str, Any] = {}
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if one.name == "figures":
+        for name in (one.name for one in fields(self)):
+            value = getattr(self, name)
+            if name == "figures":
                 entries |= value
-            elif isinstance(value, Record):
-                entries[one.name] = value.to_json()
-            elif isinstance(value, tuple):
-                entries[one.name] = [part.to_json() if isinstance(part, Record) else part for part in value]
-            elif value is not None or one.name not in self.left_out:
-                entries[one.name] = value
+            elif value is not None or name not in self.left_out:
+                entries[name] = _plain(value)
         return entries
 
     @classmethod
@@ -53,6 +45,12 @@ class Record:
                 value = tuple(map(record.from_json, value))
             values[name] = record.from_json(value) if isinstance(value, dict) and record else value
         return cls(**values, **({"figures": figures} if "figures" in names else {}))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    return value.to_json() if isinstance(value, Record) else value
 
 
 @dataclass(frozen=True)
@@ -92,8 +90,7 @@ class ConfidenceSummary(Record):
 
 @dataclass(frozen=True)
 class BoxSummary(Record):
-    """What all boxes of a detector have in common, at any score: it shows a detector that is broken. All but their
-    number are None where there is no box."""
+    """All boxes of a detector, at any score: it shows a detector that is broken. None where there is no box."""
 
     boxes: int
     score_mean: float | None
@@ -117,8 +114,7 @@ class DetectorResult(Record):
 
 @dataclass(frozen=True)
 class ExitResult(DetectorResult):
-    """An exit. Early exits alone have ``empty`` (no branch) and the interval below the full path, the full path alone
-    ``found``."""
+    """An exit. Only early exits have ``empty`` (no branch) and the interval, only the full path has ``found``."""
 
     name: str
     layer: int | None = None
@@ -218,12 +214,6 @@ class Verdict(Record):
         """The sentences alone."""
         return [finding.line for finding in self.findings]
 
-    @classmethod
-    def from_json(cls, entries: Mapping[str, Any]) -> Verdict:
-        """Older verdicts have sentences alone, as ``lines``."""
-        findings = entries.get("findings") or [{"line": line} for line in entries.get("lines", [])]
-        return cls(entries["ship"], entries.get("what"), tuple(map(Finding.from_json, findings)))
-
 
 @dataclass(frozen=True)
 class Results(Record):
@@ -253,23 +243,19 @@ SHORT_RUNTIMES = {EAGER: "eager", ONNX_RUNTIME: "ORT", OPENVINO: "OpenVINO"}
 
 @dataclass(frozen=True)
 class Row:
-    """What a table and a chart compare: an exit, the routed detector, or a static one.
-
-    kind: ``exit``, ``routed``, or a rival's. share: of the photos that leave there. other_runtime: short name of the
-    runtime, where it is not the exits'.
-    """
+    """What a table and a chart compare: an exit, the routed detector, or a static one."""
 
     name: str
-    kind: str
+    kind: str  # ``exit``, ``routed``, or a rival's
     figures: Figures
     mmacs: float | None
     ms: float | None
     ms_interval: Interval = None
     layer: int | None = None
     confidence: ConfidenceSummary | None = None
-    share: float | None = None
+    share: float | None = None  # of the photos that leave there
     source: str | None = None
-    other_runtime: str | None = None
+    other_runtime: str | None = None  # short name of the runtime, where it is not the exits'
     empty: bool = False
 
     def number(self, name: str) -> float | None:
@@ -280,14 +266,10 @@ class Row:
 def exit_rows(results: Results) -> list[Row]:
     """The exits, then ``routed``."""
     routed = results.routed
-    rows = [
-        Row(
-            *(one.name, "exit", one.figures, one.mmacs, one.ms, one.ms_interval, one.layer, one.confidence),
-            share=routed.exit_share.get(one.name),
-            empty=bool(one.empty),
-        )
-        for one in results.exits
-    ]
+    rows = []
+    for one in results.exits:
+        parts = one.name, "exit", one.figures, one.mmacs, one.ms, one.ms_interval, one.layer, one.confidence
+        rows.append(Row(*parts, share=routed.exit_share.get(one.name), empty=bool(one.empty)))
     return [*rows, Row("routed", "routed", routed.figures, routed.mmacs, routed.ms)]
 
 

@@ -15,21 +15,16 @@ from earlyexit_ssd.evaluation.results import ExitResult, Finding, Results, Rival
 from earlyexit_ssd.routing.policies import reads_taps
 
 DETECTS_AP50 = 0.05  # a full path with a lower AP50 does not detect, whatever its other figures are
-DOUBTFUL_AP50 = 0.20
-"""A full path with a lower AP50 does not detect if its scores are all alike or most of its boxes are outside the
-photos."""
+DOUBTFUL_AP50 = 0.20  # with a lower AP50 it does not detect if its scores are alike or most boxes outside the photos
 ALIKE = 0.2  # scores are alike if standard deviation / mean is below this; it is about 1 or more in a working detector
 ENOUGH_BOXES = 20  # with fewer boxes, neither their scores nor their positions are judged
 MOVE_DEEPER_AP50 = 0.30  # a first exit with a lower AP50 must move to a deeper layer
 ENOUGH_AP50 = 0.35  # a first exit with a higher AP50 is accurate enough
-FIRST_EXIT_SHARE = 0.75
-"""Least AP50 of the first exit / AP50 of the full path, if the full path is an unchanged checkpoint."""
+FIRST_EXIT_SHARE = 0.75  # least AP50 of the first exit / AP50 of the full path that is an unchanged checkpoint
 DEEPEST_SHARE = 0.85  # least AP50 of the deepest exit / AP50 of the full path
 LARGEST_LOSS = 0.10  # largest loss of AP50 by routing / AP50 of the full path
 AP50_TOLERANCE = 0.005  # AP50s that differ by less count as equal: a few hundred photos cannot show less
-
-SHIP_INSTEAD = "ship instead"
-"""Start of the finding that names a better rival."""
+SHIP_INSTEAD = "ship instead"  # start of the finding that names a better rival
 
 Rule = Callable[[Results], Iterable[Finding]]
 
@@ -53,7 +48,9 @@ def judge(results: Results) -> Verdict:
         findings.insert(0, Finding(line, veto=True))
     ship = not any(finding.veto for finding in findings)
     if results.context.labelled and not ship and not any(one.line.startswith(SHIP_INSTEAD) for one in findings):
-        findings.append(Finding(_say_what_is_left(results)))
+        ms = results.without_exits.ms
+        figures = f"AP50 {results.full.ap50:.3f}" + ("" if ms is None else f", {ms:.1f} ms")
+        findings.append(Finding(f"until this is fixed, use the detector without exits ({figures})"))
     single = exit_to_ship_alone(results)
     what = f"{single} alone" if single else "routed" if results.early else f"{results.full.name} alone"
     return Verdict(ship, what if ship else None, tuple(findings))
@@ -85,48 +82,41 @@ def check_full_path(results: Results) -> Iterator[Finding]:
 
 
 def check_exit_accuracy(results: Results) -> Iterator[Finding]:
-    """Whether the first and the deepest exit in use are accurate enough.
-
-    The first exit is compared with two limits of AP50. If the full path is an unchanged checkpoint (``taken_over``),
-    the first exit is compared with the full path instead. The deepest exit is always compared with the full path.
-    """
+    """Whether the first and the deepest exit in use are accurate enough. The first is compared with two limits of AP50,
+    or with the full path if that is an unchanged checkpoint (``taken_over``); the deepest with the full path."""
     single = [one for one in results.early if one.name == exit_to_ship_alone(results)]
     used = [one for one in single or _open_exits(results) or results.early if not one.empty]
     full = results.full.ap50
     if not used:
         yield Finding("the early exits are empty: only photos that seem to show nothing leave there")
+        return
+    ap50, deepest = used[0].ap50, used[-1].ap50
+    first = f"{used[0].name}: AP50 {ap50:.3f}"
+    if results.context.taken_over and full:
+        first += f" is {ap50 / full:.1%} of the full path's {full:.3f}"
+        limit, deep_enough = f"{FIRST_EXIT_SHARE:.0%}", ap50 >= FIRST_EXIT_SHARE * full
+        said = f"{limit} or more: accurate enough" if deep_enough else f"under {limit}: move it deeper"
+        yield Finding(f"{first}, {said}", veto=not deep_enough)
+    elif ap50 < MOVE_DEEPER_AP50:
+        yield Finding(f"{first} is under {MOVE_DEEPER_AP50:.2f}: move it deeper", veto=True)
+    elif ap50 > ENOUGH_AP50:
+        yield Finding(f"{first} is above {ENOUGH_AP50:.2f}: accurate enough")
     else:
-        first = f"{used[0].name}: AP50 {used[0].ap50:.3f}"
-        if results.context.taken_over and full:
-            first += f" is {used[0].ap50 / full:.1%} of the full path's {full:.3f}"
-            limit, deep_enough = f"{FIRST_EXIT_SHARE:.0%}", used[0].ap50 >= FIRST_EXIT_SHARE * full
-            said = f"{limit} or more: accurate enough" if deep_enough else f"under {limit}: move it deeper"
-            yield Finding(f"{first}, {said}", veto=not deep_enough)
-        elif used[0].ap50 < MOVE_DEEPER_AP50:
-            yield Finding(f"{first} is under {MOVE_DEEPER_AP50:.2f}: move it deeper", veto=True)
-        elif used[0].ap50 > ENOUGH_AP50:
-            yield Finding(f"{first} is above {ENOUGH_AP50:.2f}: accurate enough")
-        else:
-            yield Finding(f"{first} is between {MOVE_DEEPER_AP50:.2f} and {ENOUGH_AP50:.2f}: borderline")
-        name, ap50 = used[-1].name, used[-1].ap50
-        if full and ap50 < DEEPEST_SHARE * full:
-            share = f"{name}: AP50 {ap50:.3f} is {ap50 / full:.1%} of the full path's {full:.3f}"
-            yield Finding(f"{share}, under {DEEPEST_SHARE:.0%}: it needs more training", veto=True)
+        yield Finding(f"{first} is between {MOVE_DEEPER_AP50:.2f} and {ENOUGH_AP50:.2f}: borderline")
+    if full and deepest < DEEPEST_SHARE * full:
+        share = f"{used[-1].name}: AP50 {deepest:.3f} is {deepest / full:.1%} of the full path's {full:.3f}"
+        yield Finding(f"{share}, under {DEEPEST_SHARE:.0%}: it needs more training", veto=True)
 
 
 def check_exits_below_full(results: Results) -> Iterator[Finding]:
     """Name the early exits that are better than the full path. They hint at a mistake, such as a damaged full path.
-
-    ``AP50_below_full_interval`` is the paired interval of (AP50 of the full path - AP50 of the exit). There is no veto
-    if this interval has a value above 0, or if the exit is to be shipped alone.
-    """
+    There is no veto if the interval of the difference has a value above 0, or if the exit is to be shipped alone."""
     full = results.full
     for one in results.early:
         if one.ap50 <= full.ap50 + AP50_TOLERANCE:
             continue
         figures = f"{one.name}: AP50 {one.ap50:.3f} is above {full.name}'s {full.ap50:.3f}"
-        full_minus_exit = one.AP50_below_full_interval
-        if full_minus_exit and full_minus_exit[1] > 0:
+        if one.AP50_below_full_interval and one.AP50_below_full_interval[1] > 0:
             yield Finding(f"{figures}, but not clearly: with other photos it might not be")
         elif one.name == exit_to_ship_alone(results):
             yield Finding(f"{figures}: was the full path trained to its end?")
@@ -161,15 +151,16 @@ def check_exit_use(results: Results) -> Iterator[Finding]:
 def _why_nobody_leaves(results: Results, fix: str) -> str:
     """The text of the finding if no photo leaves early; ``fix`` is the advice unless a special one applies."""
     closed = results.routed.thresholds and not _open_exits(results)
+    no_logits = all(one.empty for one in results.early) and not reads_taps(results.routed.policy)
+    policy = "ROUTING.POLICY foreseen_emptiness"
     if closed and results.certificate:
         return "the certificate opens no exit, every photo takes the full path: allow a larger loss, or train the exits"
-    no_logits = all(one.empty for one in results.early) and not reads_taps(results.routed.policy)
     if closed:
-        policy = " ROUTING.POLICY foreseen_emptiness" if no_logits else ""
-        fix = f"open them with tools/calibrate.py (--ap-drop 0.01{policy}) and evaluate with its certificate"
+        flags = f"--ap-drop 0.01 {policy}" if no_logits else "--ap-drop 0.01"
+        fix = f"open them with tools/calibrate.py ({flags}) and evaluate with its certificate"
         return f"every exit is closed until routing is calibrated, every photo takes the full path: {fix}"
     if no_logits:
-        fix = "let tools/calibrate.py fit a policy that predicts empty photos (ROUTING.POLICY foreseen_emptiness)"
+        fix = f"let tools/calibrate.py fit a policy that predicts empty photos ({policy})"
     return f"no photo leaves early, every one takes the full path: {fix}"
 
 
@@ -190,11 +181,12 @@ def check_speedup(results: Results) -> Iterator[Finding]:
 
 
 def check_certificate(results: Results) -> Iterator[Finding]:
-    """Compare the certificate's target with the figure on these photos. Veto if the target is not met."""
+    """A veto if the certificate's target is not met on these photos."""
     certificate = results.certificate
     if certificate is None:
         return
-    target, value, kind = certificate.target, asked_value(certificate.target), certificate.target["kind"]
+    target, value = certificate.target, asked_value(certificate.target)
+    kind = target["kind"]
     figure = "{:.2f}x" if kind == "speedup" else "{:.4f}"
     text = "undefined" if certificate.measured is None else figure.format(certificate.measured)
     if certificate.interval:
@@ -206,14 +198,12 @@ def check_certificate(results: Results) -> Iterator[Finding]:
         "risk": (f"at most {value:g} missed and added per photo{score}", f"{text} is missed and added"),
     }[kind]
     sure = f" (delta {target['delta']:g})" if "delta" in target else ""
-    result = "kept" if certificate.kept else "not kept"
-    line = f"the certificate was asked for {asked}{sure}; on these photos {got}: {result}"
-    yield Finding(line, veto=not certificate.kept)
+    line = f"the certificate was asked for {asked}{sure}; on these photos {got}"
+    yield Finding(f"{line}: {'kept' if certificate.kept else 'not kept'}", veto=not certificate.kept)
 
 
 def check_routed_accuracy(results: Results) -> Iterator[Finding]:
-    """A veto if routing loses more than `LARGEST_LOSS` of the full path's AP50. If a certificate limits this loss, only
-    `check_certificate` may veto."""
+    """A veto if routing loses more than `LARGEST_LOSS` of the full path's AP50, unless a certificate limits that."""
     full, routed = results.full.ap50, results.routed.ap50
     if not full or routed is None or _exit_of_all_photos(results) == results.full.name:
         return
@@ -234,7 +224,7 @@ def check_routed_accuracy(results: Results) -> Iterator[Finding]:
 
 
 def check_rivals_exist(results: Results) -> Iterator[Finding]:
-    """A veto if there is no rival to compare with, since a smaller detector may be the better choice."""
+    """A veto if there is no rival to compare with."""
     if not _comparable(results):
         what = "could be compared with it" if results.rivals else "was evaluated beside it"
         yield Finding(f"no rival {what} (EVAL.RIVALS): a smaller detector may be the better choice", veto=True)
@@ -251,8 +241,7 @@ def report_better_rival(results: Results) -> Iterator[Finding]:
 
 
 def compare_with_rivals(results: Results) -> Iterator[Finding]:
-    """Veto if a rival is better than the routed detector (`_dominates`), and name it; otherwise name the nearest
-    rival."""
+    """Veto if a rival is better than the routed detector, and name it; otherwise name the nearest rival."""
     routed, comparable = results.routed, _comparable(results)
     if not comparable or routed.ap50 is None or routed.ms is None:
         return
@@ -270,7 +259,7 @@ def compare_with_rivals(results: Results) -> Iterator[Finding]:
 
 
 def report_other_runtimes(results: Results) -> Iterator[Finding]:
-    """Name the rivals that were timed in another runtime, so that their milliseconds cannot be compared."""
+    """Name the rivals that were timed in another runtime."""
     others = [one.name for one in results.rivals if one.runtime != results.context.runtime]
     if others:
         exits = RUNTIME_TITLES[results.context.runtime]
@@ -294,17 +283,10 @@ RULES: tuple[Rule, ...] = (
 
 
 def report_agreement(results: Results) -> Iterator[Finding]:
-    """For photos without labels: a veto, with the numbers of detections that routing keeps and adds compared with the
-    full path."""
+    """For photos without labels: a veto, with what routing keeps and adds compared with the full path."""
     found, lost, added = map(results.routed.number, ("true_positives", "false_negatives", "false_positives"))
     figures = f"routing keeps {found} of the {found + lost} objects that the full path finds and adds {added}"
     yield Finding(f"nobody labelled these photos: {figures}; the accuracy of neither is known", veto=True)
-
-
-def _say_what_is_left(results: Results) -> str:
-    ap50, ms = results.full.ap50, results.without_exits.ms
-    time = "" if ms is None else f", {ms:.1f} ms"
-    return f"until this is fixed, use the detector without exits (AP50 {ap50:.3f}{time})"
 
 
 def asked_value(target: Target) -> float:

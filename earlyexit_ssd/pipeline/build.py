@@ -296,8 +296,8 @@ def build_evaluation(cfg: CfgNode) -> EvaluationSettings:
     return EvaluationSettings(
         score=cfg.EVAL.SCORE,
         iou=cfg.EVAL.IOU,
-        timing_runs=cfg.EVAL.TIMING_RUNS,
-        timing_threads=cfg.EVAL.TIMING_THREADS,
+        runs=cfg.EVAL.TIMING_RUNS,
+        threads=cfg.EVAL.TIMING_THREADS,
         runtime=cfg.EVAL.RUNTIME,
         seed=cfg.SEED,
     )

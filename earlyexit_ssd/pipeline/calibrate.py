@@ -23,7 +23,7 @@ import torchvision
 from fvcore.common.config import CfgNode
 
 from earlyexit_ssd.calibration.certificate import Certificate, CertifiedTarget, Measured
-from earlyexit_ssd.calibration.risk import certify, risk_curve, threshold_path
+from earlyexit_ssd.calibration.risk import certify, threshold_path
 from earlyexit_ssd.calibration.thresholds import (
     CurvePoint,
     Grid,
@@ -174,9 +174,10 @@ class Search:
         target, costs, settings = self.target, self.costs, self.cfg.CALIBRATION
         confidences, losses = self.train.confidences(self.router), self.train.losses(settings.REFERENCE)
         path = threshold_path(confidences, losses, costs.of_each, self._grid(confidences, losses)[0])
-        steps = path, self.confidences, self.losses, costs.of_each(path)
-        test = target.delta, settings.BOUND, self.cfg.SEED, self.blocks
-        found = certify(*steps, target.value, *test)
+        found = certify(
+            path, self.confidences, self.losses, costs.of_each(path), target.value, target.delta, settings.BOUND,
+            self.cfg.SEED, self.blocks, with_curve=True,
+        )  # fmt: skip
         if found.step == 0:
             advice = "the exits are not good enough for it: allow a larger risk, or train them longer"
             if found.passed:
@@ -187,8 +188,8 @@ class Search:
                 "no exit is opened at a risk of %g with probability %g on %d %s: all stay closed; %s",
                 target.value, 1 - target.delta, self.draws, self.draws_name, advice,
             )  # fmt: skip
-        measured = Measured(loss_bound=found.bound, steps=found.passed)
-        return Chosen(found.thresholds, found.choice, measured, tuple(risk_curve(*steps, *test)))
+        measured = Measured(loss_bound=found.point.bound, steps=found.passed)
+        return Chosen(found.point.thresholds, found.choice, measured, found.curve)
 
     def _for_speedup(self) -> Chosen:
         grid, mean_costs = self._grid(self.confidences, self.losses)

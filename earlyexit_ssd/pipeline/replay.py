@@ -388,7 +388,7 @@ def measure_cost_model(
     if cfg.CALIBRATION.COST == "mmacs":
         unit, measured, costs = "mmacs", {}, list(map(count_mmacs, networks, examples))
     else:
-        runs, threads = settings.timing_runs, settings.timing_threads
+        runs, threads = settings.runs, settings.threads
         on_cuda, runtime = example.device.type == "cuda", settings.runtime
         if cfg.CALIBRATION.COST == "auto" and example.device.type == "cpu" and runtime_installed():
             runtime = ONNX_RUNTIME

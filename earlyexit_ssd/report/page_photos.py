@@ -113,8 +113,9 @@ def _matches_json(matches: ExitMatches) -> list[dict[str, Any]]:
     """Per class with objects what AP50 is computed from (`ExitMatches.hits_and_false`): number of objects, pairs of the
     hits, and in CSR form pairs (as differences) and numbers of the false positives before each hit."""
     found = []
-    for one, (hits, false) in zip(matches.classes, matches.hits_and_false(matches.ap50_condition), strict=True):
-        if objects := int(one.objects.sum()):
+    counts = matches.objects_by_size["all"].sum(axis=1).tolist()
+    for objects, (hits, false) in zip(counts, matches.hits_and_false(matches.ap50_condition), strict=True):
+        if objects:
             rows, pairs = np.diff(false.indptr), np.diff(false.indices, prepend=0)
             parts = {"hits": hits, "rows": rows, "pairs": pairs, "counts": false.data.astype(np.int64)}
             found.append({"objects": objects, **{name: values.tolist() for name, values in parts.items()}})
@@ -154,11 +155,11 @@ def _boxes(photos: PagePhotos) -> list[list[list[list[int]]]]:
     percent, and 1 for a hit, 2 for an ignored one, 0 for a false positive."""
     matches, states = photos.matches, defaultdict(list)
     places = {category: place for place, category in enumerate(sorted(photos.ground_truth.cats))}
-    for place, one in enumerate(matches.classes):  # by falling score: the order of a photo's detections of the class
-        drawn = one.score >= photos.score
-        state = np.where(one.hit[-1], 1, np.where(one.ignored[-1], 2, 0))
-        for photo, exit, value in zip(*(part[drawn].tolist() for part in (one.photo, one.exit, state)), strict=True):
-            states[photo, exit, place].append(value)
+    drawn = matches.score >= photos.score
+    state = np.where(matches.hit[-1], 1, np.where(matches.false[-1], 0, 2))
+    columns = (part[drawn].tolist() for part in (matches.photo, matches.exit, matches.label, state))
+    for photo, exit, place, value in zip(*columns, strict=True):  # by falling score, as a photo's detections of a class
+        states[photo, exit, place].append(value)
     rows: list[list[list[list[int]]]] = []
     for photo, image_id in enumerate(matches.image_ids):
         rows.append([])

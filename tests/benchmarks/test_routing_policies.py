@@ -122,9 +122,8 @@ def test_gap_in_draws_of_the_photos(random_case):
     """The oracle itself closes all of it in every resample, a coin nothing on average, and photos decide how far."""
     truth, shallow = random_case(1, images=60)
     matches = exit_matches(truth, [random_case(2, images=60)[1], shallow])
-    objects = sum(one.objects for one in matches.classes)
     oracle = np.zeros(60, int)
-    oracle[np.argsort(-objects)[:30]] = 1
+    oracle[np.argsort(-matches.objects)[:30]] = 1
     own = pooled_gap([resampled_leads(matches, oracle, [oracle])[0]])
     assert len(own) == 200 and own[~np.isnan(own)] == pytest.approx(1.0)
     assert np.isnan(own).mean() < 0.2  # a draw in which a coin does as well
@@ -241,7 +240,7 @@ def test_one_photo_with_all_that_a_policy_may_look_at():
     spy, other = Spy(), Spy()
     given = ExitSignals(torch.rand(4, 7, 3), torch.rand(4, 6))
     timings = time_scoring([spy, other], given, 1, runs=5)
-    assert [timing.runs for timing in timings] == [5, 5] and min(timing.ms for timing in timings) > 0
+    assert len(timings) == 2 and min(timing.ms for timing in timings) > 0
     assert len(spy.asked) == len(other.asked) >= 5
     signals, exit_index = spy.asked[-1]
     assert exit_index == 1 and signals.logits.shape == (1, 7, 3)
@@ -287,7 +286,7 @@ def test_figures_follow_from_the_times(small_model, monkeypatch):
         plans.append(sorted(modules[0].plan.tolist()))
         assert len(images) == 4
         # mixed, plain, and batches that leave together at exits 0, 1 and 2
-        return [Timing(ms, ms, ms, 1, 1) for ms in (10.0, 12.0, 4.0, 8.0, 16.0)]
+        return [Timing(ms, [ms, ms]) for ms in (10.0, 12.0, 4.0, 8.0, 16.0)]
 
     monkeypatch.setattr(routing_policies, "time_modules", times)
     found = mixed_throughput(small_model, ExitRouter(2), [0.5, 0.25, 0.25], batch=4)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from earlyexit_ssd.calibration import risk
-from earlyexit_ssd.calibration.risk import LONGEST_PATH, certify, risk_curve, threshold_path
-from earlyexit_ssd.calibration.thresholds import choose
+from earlyexit_ssd.calibration.risk import LONGEST_PATH, certify, threshold_path
+from earlyexit_ssd.calibration.thresholds import CurvePoint, choose
 from earlyexit_ssd.config import CLOSED
 
 COSTS = np.array([1.0, 2.0, 4.0])
@@ -42,9 +42,9 @@ def test_the_cheapest_step_that_passes():
     path = threshold_path(*photos(400, 0), same_costs)
     confidences, losses = photos(600, 1)
     found = certify(path, confidences, losses, same_costs(path), 0.1, 0.05, "hoeffding_bentkus")
-    assert found.thresholds == tuple(path[found.step].tolist())
-    assert found.loss == pytest.approx(losses[np.arange(600), found.choice].mean())
-    assert found.loss < found.bound <= 0.1
+    assert found.point.thresholds == tuple(path[found.step].tolist())
+    assert found.point.loss == pytest.approx(losses[np.arange(600), found.choice].mean())
+    assert found.point.loss < found.point.bound <= 0.1 and found.curve == ()
     looser = certify(path, confidences, losses, same_costs(path), 0.2, 0.05, "hoeffding_bentkus")
     assert looser.step > found.step and COSTS[looser.choice].mean() < COSTS[found.choice].mean()
 
@@ -52,13 +52,11 @@ def test_the_cheapest_step_that_passes():
 def test_the_curve_of_a_report_has_the_bound_of_the_test():
     path = threshold_path(*photos(400, 0), same_costs)[:5]
     confidences, losses = photos(600, 1)
-    curve = risk_curve(path, confidences, losses, same_costs(path), 0.05, "hoeffding_bentkus")
-    assert [point.thresholds for point in curve] == [tuple(row) for row in path.tolist()]
-    found = certify(path, confidences, losses, same_costs(path), 0.1, 0.05, "hoeffding_bentkus")
-    point = curve[found.step]
-    assert found.step > 0 and (point.loss, point.bound) == (found.loss, found.bound)
-    assert point.cost == COSTS[found.choice].mean()
-    assert curve[0].loss == curve[0].bound == 0.0  # closed: nothing is lost
+    found = certify(path, confidences, losses, same_costs(path), 0.1, 0.05, "hoeffding_bentkus", with_curve=True)
+    assert [point.thresholds for point in found.curve] == [tuple(row) for row in path.tolist()]
+    assert found.step > 0 and found.curve[found.step] == found.point
+    assert found.point.cost == COSTS[found.choice].mean()
+    assert found.curve[0].loss == found.curve[0].bound == 0.0  # closed: nothing is lost
 
 
 def test_a_step_that_costs_more_than_the_one_before_is_not_taken():
@@ -67,7 +65,7 @@ def test_a_step_that_costs_more_than_the_one_before_is_not_taken():
     confidences, losses = [np.full(400, 0.9)] * 2, np.zeros((400, 3))
     costs = np.array([[9.0, 9.0, 4.0], [9.0, 2.0, 5.0], [3.0, 9.0, 9.0]])
     found = certify(path, confidences, losses, costs, 0.05, 0.05)
-    assert (found.step, found.passed, found.thresholds) == (1, 2, (CLOSED, 0.5))
+    assert (found.step, found.passed, found.point.thresholds) == (1, 2, (CLOSED, 0.5))
     assert certify(path, confidences, losses, costs + np.array([[0], [9], [9]]), 0.05, 0.05).step == 0
 
 
@@ -77,7 +75,7 @@ def test_closed_where_nothing_passes_and_says_how_many_photos_it_takes():
     losses = np.zeros((30, 3))
     losses[:, 0] = 1.0
     found = certify(path, confidences, losses, same_costs(path), 0.02, 0.05, "hoeffding_bentkus")
-    assert (found.step, found.thresholds, found.loss, found.bound) == (0, (CLOSED, CLOSED), 0.0, 0.0)
+    assert (found.step, found.point) == (0, CurvePoint((CLOSED, CLOSED), 4.0, 0.0, 0.0))
     assert found.photos_needed == 149  # 0.98^149 < 0.05 < 0.98^148
     losses[:, 1] = 1.0
     assert certify(path, confidences, losses, same_costs(path), 0.02, 0.05, "betting").photos_needed is None
@@ -113,7 +111,7 @@ def test_data_sets_that_stand_one_behind_the_other_are_mixed_before_they_are_tes
     losses[480:, 0] = 0.5
     costs = np.array([[2.0, 2.0], [1.0, 2.0]])
     in_order = certify(path, [np.full(900, 0.9)], losses, costs, 0.02, 0.05, seed=None)
-    assert in_order.step == 1 and in_order.loss > 0.2  # what a seed is for
+    assert in_order.step == 1 and in_order.point.loss > 0.2  # what a seed is for
     mixed = [certify(path, [np.full(900, 0.9)], losses, costs, 0.02, 0.05, seed=seed) for seed in range(20)]
     assert {found.step for found in mixed} == {0}
     fine = certify(path, [np.full(900, 0.9)], np.zeros((900, 2)), costs, 0.02, 0.05, seed=0)
@@ -143,7 +141,7 @@ def test_a_block_s_loss_is_the_mean_over_its_frames_and_n_counts_blocks():
     path = np.array([[CLOSED], [0.5]])
     losses = np.array([[0.3, 0.0], [0.1, 0.0], [0.4, 0.0]])
     found = certify(path, [np.full(3, 0.9)], losses, np.array([[2.0, 2.0], [1.0, 2.0]]), 0.9, 0.9, blocks=[0, 0, 1])
-    assert found.step == 1 and found.loss == pytest.approx((0.2 + 0.4) / 2)
+    assert found.step == 1 and found.point.loss == pytest.approx((0.2 + 0.4) / 2)
     nothing = np.zeros((90, 2))
     closed = certify(
         path, [np.full(90, 0.9)], nothing, nothing[:2], 0.02, 0.05, "hoeffding_bentkus", blocks=np.arange(90) // 3

@@ -204,12 +204,11 @@ def test_turns_are_interleaved_and_threads_restored(monkeypatch):
 
     before = torch.get_num_threads()
     modules = [Recorder("a"), Recorder("b")]
-    timings = time_modules(modules, torch.zeros(1), runs=2, threads=2)
+    time_modules(modules, torch.zeros(1), runs=2, threads=2)
     assert [name for name, *_ in calls] == ["a", "b"] * 3  # the warm-up and two runs
     assert {state for _, *state in map(tuple, calls) for state in [tuple(state)]} == {(2, False, False)}
     assert torch.get_num_threads() == before
     assert modules[0].training
-    assert (timings[0].threads, timings[0].runs) == (2, 2)
 
 
 def test_each_module_has_its_own_example():
@@ -251,15 +250,15 @@ def test_a_router_scores_every_exit_on_the_way(small_model):
 
 def test_median_interval_uses_order_statistics():
     # tables of the sign test: for n = 30 the 10th and 21st, for n = 6 the extremes
-    assert median_interval(range(1, 31)) == (15.5, 10, 21)
-    assert median_interval(range(1, 7)) == (3.5, 1, 6)
-    assert median_interval([5.0]) == (5.0, 5.0, 5.0)
+    assert median_interval(range(1, 31)) == (15.5, [10, 21])
+    assert median_interval(range(1, 7)) == (3.5, [1, 6])
+    assert median_interval([5.0]) == (5.0, [5.0, 5.0])
 
 
 def test_median_interval_covers():
     generator = torch.Generator().manual_seed(1)
     draws = [torch.rand(20, generator=generator).tolist() for _ in range(500)]
-    covered = [low <= 0.5 <= high for _, low, high in map(median_interval, draws)]
+    covered = [low <= 0.5 <= high for _, (low, high) in map(median_interval, draws)]
     assert 0.93 < statistics.mean(covered) <= 1.0
 
 

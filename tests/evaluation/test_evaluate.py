@@ -27,7 +27,7 @@ from earlyexit_ssd.evaluation.evaluate import (
     summarize_confidence,
 )
 from earlyexit_ssd.evaluation.matches import APs, bootstrap_choices, exit_matches, interval
-from earlyexit_ssd.evaluation.metrics import METRICS, DetectorEvaluation, EvaluationSettings, register_metric
+from earlyexit_ssd.evaluation.metrics import COLUMNS, DetectorEvaluation, EvaluationSettings
 from earlyexit_ssd.evaluation.outputs import Collected, choose_exits, collect
 from earlyexit_ssd.evaluation.results import BoxSummary, Context, Row
 from earlyexit_ssd.modeling import PathToExit
@@ -90,33 +90,23 @@ def test_difference_on_the_same_draws():
     assert first.ap50_minus(drawn([np.nan] * 3)) is None
 
 
-@pytest.fixture
-def restored_metrics():
-    before = METRICS.copy()
-    yield
-    METRICS[:] = before
-
-
-def test_a_metric_is_registered_in_one_place(restored_metrics, random_case):
-    """It is in metrics.json, and in the table if it says so; without labels it may be undefined."""
-
-    @register_metric({"boxes/img": ("boxes_per_image", 1)}, needs_labels=True)
-    def boxes_per_image(detector):
-        return {"boxes_per_image": sum(len(one.score) for one in detector.matches.classes) / detector.matches.photos}
-
+def test_a_column_of_the_table_is_a_figure(random_case):
+    """Without labels the average precisions are undefined."""
     coco, detections = random_case(1)
     figures = evaluate_detections(coco, detections, SETTINGS).figures
-    assert figures["boxes_per_image"] == sum(len(one["labels"]) for one in detections.values()) / 12
-    assert evaluate_detections(coco, detections, SETTINGS, labelled=False).figures["boxes_per_image"] is None
+    unlabelled = evaluate_detections(coco, detections, SETTINGS, labelled=False).figures
+    assert {name for name, value in unlabelled.items() if value is None} == {name for name in figures if "AP" in name}
+    assert set(unlabelled["per_class"]["class0"].values()) == {None}
     row = Row("exit8", "exit", figures, 1.0, 1.0)
-    assert columns()["boxes/img"](row) == f"{figures['boxes_per_image']:.1f}"
+    for heading, (name, decimals) in COLUMNS.items():
+        assert columns()[heading](row) == f"{figures[name]:.{decimals}f}"
 
 
 # Rows of rivals, with detections made by hand.
 
 RIVAL_SETTINGS = EvaluationSettings(resamples=20)
 BOX, FAR = (10.0, 10.0, 110.0, 110.0), (300.0, 300.0, 400.0, 400.0)
-TIMING = Timing(5.0, 4.0, 7.0, threads=1, runs=3)
+TIMING = Timing(5.0, [4.0, 7.0])
 
 
 class Finds(nn.Module):
@@ -224,7 +214,7 @@ def test_no_class_in_common():
 
 # All figures of a small untrained detector: keys, consistency, JSON.
 
-METRICS_SETTINGS = EvaluationSettings(score=0.3, timing_runs=6, resamples=20)
+METRICS_SETTINGS = EvaluationSettings(score=0.3, runs=6, resamples=20)
 QUALITY = {
     *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "per_class", "AP_interval"),
     "AP50_interval",
@@ -332,7 +322,7 @@ def test_rivals_are_rows_of_their_own(metrics):
 
 
 def test_exported_networks_are_timed(small_model, collected, objects):
-    settings = EvaluationSettings(timing_runs=1, resamples=0, runtime="onnxruntime")
+    settings = EvaluationSettings(runs=1, resamples=0, runtime="onnxruntime")
     router = ExitRouter(2, thresholds=0.6)
     metrics = evaluate_exits(small_model, collected, objects, router, settings, Context())
     assert metrics["context"]["runtime"] == "onnxruntime"

@@ -131,7 +131,6 @@ def test_annotation_id_zero_is_an_object_like_others(ground_truth, found):
 
 # Hits, misses and false alarms, counted by hand and against pycocotools' matches.
 
-BOX, FAR = (10.0, 10.0, 110.0, 110.0), (300.0, 300.0, 400.0, 400.0)
 NARROW = (10.0, 10.0, 110.0, 90.0)  # IoU 0.8 with BOX
 
 
@@ -223,8 +222,8 @@ def test_counts_are_those_of_pycocotools(random_case, seed, score):
 def test_each_detection_takes_the_best_free_object(ground_truth, found):
     left, right = (0.0, 0.0, 100.0, 100.0), (10.0, 0.0, 110.0, 100.0)
     coco = ground_truth(1, [(1, 1, left), (1, 1, right)])
-    (cats, _) = exit_matches(coco, [{1: found((1, 0.9, right), (1, 0.8, right), (1, 0.7, right))}]).classes
-    assert cats.hit[-1].tolist() == [True, True, False] and not cats.ignored.any()
+    cats = exit_matches(coco, [{1: found((1, 0.9, right), (1, 0.8, right), (1, 0.7, right))}])
+    assert cats.hit[-1].tolist() == [True, True, False] and (cats.hit | cats.false).all()
     assert cats.overlap.tolist() == pytest.approx([1.0, 90 / 110, 0.0])
 
 
@@ -232,7 +231,7 @@ def test_among_equals_the_last_object_is_taken_as_pycocotools_does(ground_truth,
     left, middle, right = ((x, 0.0, x + 100.0, 100.0) for x in (0.0, 10.0, 20.0))
     coco = ground_truth(1, [(1, 1, left), (1, 1, right)])
     detections = {1: found((1, 0.9, middle), (1, 0.8, right))}  # the second lies too far from the first object
-    (cats, _) = exit_matches(coco, [detections], iou=0.75).classes
+    cats = exit_matches(coco, [detections], iou=0.75)
     assert cats.hit[-1].tolist() == [True, False]
     assert direct(coco, detections).stats[:1].tolist() == [evaluated(coco, detections).AP]
 
@@ -394,13 +393,13 @@ def test_weights_by_hand(two_exits):
 
 
 def test_the_stack(two_exits):
-    cats, dogs = two_exits.classes
-    assert cats.score == pytest.approx([0.95, 0.9, 0.8, 0.7, 0.6])
-    assert (cats.photo.tolist(), cats.exit.tolist()) == ([0, 0, 1, 0, 1], [1, 0, 0, 1, 1])
-    assert cats.hit[two_exits.ap50_condition].tolist() == [False, True, False, True, True]
-    assert cats.hit[:-1].sum(axis=0).tolist() == [0, 10, 0, 10, 4]
-    assert not cats.ignored.any()
-    assert (cats.objects.tolist(), dogs.objects.tolist()) == ([1, 1], [0, 0])
+    assert two_exits.score == pytest.approx([0.95, 0.9, 0.8, 0.7, 0.6])
+    assert (two_exits.photo.tolist(), two_exits.exit.tolist()) == ([0, 0, 1, 0, 1], [1, 0, 0, 1, 1])
+    assert two_exits.hit[two_exits.ap50_condition].tolist() == [False, True, False, True, True]
+    assert two_exits.hit[:-1].sum(axis=0).tolist() == [0, 10, 0, 10, 4]
+    assert (two_exits.hit != two_exits.false).all()  # nothing is ignored
+    assert two_exits.classes == ["cat", "dog"] and two_exits.label.tolist() == [0] * 5
+    assert two_exits.objects_by_size["all"].tolist() == [[1, 1], [0, 0]]
     assert (two_exits.photos, two_exits.exits, two_exits.image_ids) == (2, 2, [1, 2])
 
 

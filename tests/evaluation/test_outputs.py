@@ -15,14 +15,12 @@ from earlyexit_ssd.config import CLOSED, load_config
 from earlyexit_ssd.data import build_loader, load_dataset
 from earlyexit_ssd.errors import DataError, EarlyExitError
 from earlyexit_ssd.evaluation.outputs import (
-    Collected,
     choose_exits,
     collect,
     collect_detections,
     exit_share,
     mean_cost,
     record,
-    routed_detections,
 )
 from earlyexit_ssd.modeling.outputs import ExitOutputs
 from earlyexit_ssd.modeling.trunk import evaluating
@@ -132,11 +130,6 @@ def test_is_the_first_that_reaches_its_threshold(rows, thresholds):
     confidences = list(torch.tensor(rows, dtype=torch.float32).reshape(-1, 3).T)
     expected = [next((i for i in range(2) if row[i] >= thresholds[i]), 2) for row in rows]
     assert choose_exits(confidences, thresholds).tolist() == expected
-
-
-def test_detections_of_the_chosen_exit():
-    collected = Collected([7, 3], [{7: {"a": 0}, 3: {"a": 1}}, {7: {"a": 2}, 3: {"a": 3}}], [])
-    assert routed_detections(collected, torch.tensor([1, 0])) == {7: {"a": 2}, 3: {"a": 1}}
 
 
 def test_shares_and_costs():

@@ -15,7 +15,7 @@ RESULTS = sorted((Path(__file__).resolve().parents[2] / "docs" / "results").glob
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.parent.name)
 def test_stored_results_are_read_whole(path):
-    """What is stored comes back as it was; keys that came later are added, and old verdicts lose only their form."""
+    """What is stored comes back as it was; keys that came later are added."""
     stored = json.loads(path.read_text(encoding="utf-8"))
     results = Results.from_json(stored)
     written = results.to_json()
@@ -26,10 +26,7 @@ def test_stored_results_are_read_whole(path):
         *((stored[key], written[key]) for key in ("context", "without_exits", "routed")),
     ):
         assert after.items() >= before.items() and set(after) - set(before) <= {"taken_over", "labelled", "hybrid"}
-    if "findings" in stored["verdict"]:
-        assert written["verdict"] == stored["verdict"]
-    else:
-        assert results.verdict.lines == stored["verdict"]["lines"]
+    assert written["verdict"] == stored["verdict"]
     assert set(written) - {"certificate", "drift"} == set(stored) - {"certificate", "drift"}
     if (path.parent / "table.md").exists():
         assert markdown_table(results) + "\n" == (path.parent / "table.md").read_text(encoding="utf-8")
@@ -39,7 +36,7 @@ def test_stored_results_are_read_whole(path):
 def test_early_exits_and_the_full_path_have_their_own_keys():
     entries = {
         "exits": [{"name": "exit8", "empty": False, "AP50_below_full_interval": None, "AP50": 0.5}, {"name": "full"}],
-        "verdict": {"ship": False, "lines": ["no"]},
+        "verdict": {"ship": False, "findings": [{"line": "no"}]},
     }
     results = Results.from_json(entries)
     early, full = results.to_json()["exits"]

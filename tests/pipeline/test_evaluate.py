@@ -171,7 +171,7 @@ def test_an_exported_detector(tmp_path):
 
     (tmp_path / "box.onnx").write_bytes(export_onnx(Boxes(), torch.zeros(1, 3, 64, 64)))
     (*_, rival) = rivals("EVAL.RIVALS.ONNX", f"boxes:{tmp_path}/box.onnx")
-    assert (rival.name, rival.kind, rival.mmacs, rival.runtime("eager")) == ("box", "onnx", 0.0, "onnxruntime")
+    assert (rival.name, rival.kind, rival.mmacs) == ("box", "onnx", 0.0)
     found = rival.detector([torch.zeros(3, 64, 128)])[0]
     assert found["boxes"].tolist() == [[0, 0, 18, 9]]
     assert found["labels"].tolist() == [1]  # COCO's chair, which is our first class

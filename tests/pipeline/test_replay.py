@@ -200,7 +200,7 @@ def test_milliseconds_are_those_of_onnx_runtime_where_it_is_installed(
     def timed(networks, examples, runtime, runs, threads):
         if fails and runtime == "onnxruntime":
             raise EarlyExitError("no export to ONNX (such a layer)")
-        return [Timing(1.0, 1.0, 1.0, 1, 1)] * len(networks)
+        return [Timing(1.0, [1.0, 1.0])] * len(networks)
 
     monkeypatch.setattr(replay, "time_in_runtime", timed)
     monkeypatch.setattr(replay, "runtime_installed", lambda: installed)

@@ -268,16 +268,14 @@ def test_many_photos_answer_at_once(browser, photos, tmp_path):
     """5,000 photos with 100 detections each at every exit: the size of the file, and the time of an answer."""
     generator, repeats = np.random.default_rng(0), MANY // 40
     count = len(EXITS) * MANY * 100
-    one = photos.matches.classes[0]
     scores = np.sort(generator.random(count) ** 4)[::-1]
     photo, exit = generator.integers(MANY, size=count), generator.integers(3, size=count)
     hit = (generator.random(count) < 0.02) & (scores > 0.3)
-    every = {name: np.tile(hit, (len(one.hit), 1)) for name in ("hit", "ignored")}
-    every["ignored"] = ~every["hit"] & False
-    objects = {"all": np.tile(one.objects, repeats) + 3}
-    every |= {"photo": photo, "exit": exit, "score": scores, "overlap": scores, "objects_by_size": objects}
-    many = dataclasses.replace(one, **every, rank=np.zeros(count, int))
-    matches = dataclasses.replace(photos.matches, classes=[many], image_ids=list(range(1, MANY + 1)))
+    hit, zeros = np.tile(hit, (len(photos.matches.hit), 1)), np.zeros(count, int)
+    objects = {"all": np.tile(photos.matches.objects_by_size["all"][:1], repeats) + 3}
+    every = {"photo": photo, "exit": exit, "label": zeros, "rank": zeros, "score": scores, "overlap": scores}
+    every |= {"hit": hit, "false": ~hit, "classes": ["cat"], "objects_by_size": objects}
+    matches = dataclasses.replace(photos.matches, **every, image_ids=list(range(1, MANY + 1)))
     truth = build_ground_truth(MANY, [])
     for image_id, image in truth.imgs.items():
         image["file_name"] = f"photo{image_id}.jpg"

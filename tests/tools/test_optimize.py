@@ -34,7 +34,7 @@ def by_operations(networks, examples, runtime, runs, threads):
         with torch.inference_mode():
             network(example)
         hook.remove()
-    return [Timing(ms, ms, ms, threads, runs) for ms in found]
+    return [Timing(ms, [ms, ms]) for ms in found]
 
 
 @pytest.fixture
