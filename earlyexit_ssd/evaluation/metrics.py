@@ -1,8 +1,13 @@
-"""The figures of one detector on a set of photos, as metrics.json holds them."""
+"""The figures of one detector on a set of photos, as metrics.json holds them.
+
+A metric is a function of a `DetectorEvaluation` that returns named figures. `register_metric` puts them into
+metrics.json and into the table.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,18 +25,6 @@ from earlyexit_ssd.evaluation.matches import (
 
 Figure = float | list[float] | dict[str, dict[str, float | None]] | None
 Figures = dict[str, Figure]
-
-COLUMNS = {
-    "AP": ("AP", 3),
-    "AP50": ("AP50", 3),
-    "P": ("precision", 3),
-    "R": ("recall", 3),
-    "F1": ("f1", 3),
-    "FP/img": ("false_positives_per_image", 2),
-    "FP/empty": ("false_positives_per_empty_image", 2),
-    "loc.err": ("localization_error", 3),
-}
-"""Heading in the table -> name of a figure and its decimals."""
 
 
 @dataclass(frozen=True)
@@ -63,23 +56,53 @@ class DetectorEvaluation:
 
     @functools.cached_property
     def figures(self) -> Figures:
-        """Average precisions and their intervals, all None without labels, and the figures at the score."""
-        accuracy = average_precisions(self.matches)
-        accuracy |= {"AP_interval": interval(self.draws.AP), "AP50_interval": interval(self.draws.AP50)}
-        accuracy = accuracy if self.labelled else _undefined(accuracy)
-        return {**accuracy, **operating_point(self.matches, self.settings.score)}
+        """The figures of all registered metrics."""
+        figures: Figures = {}
+        for metric in METRICS:
+            found = metric.measure(self)
+            figures |= found if self.labelled or not metric.needs_labels else _undefined(found)
+        return figures
 
     def ap50_minus(self, other: DetectorEvaluation) -> list[float] | None:
         """95 % interval of the difference in AP50, on the same draws of photos; None where it is undefined."""
         return interval(self.draws.AP50 - other.draws.AP50)
 
 
+Measure = Callable[[DetectorEvaluation], Figures]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A function, and where its figures go."""
+
+    measure: Measure
+    columns: Mapping[str, tuple[str, int]]  # heading in the table -> name of a figure and its decimals
+    needs_labels: bool  # whether its figures are None for photos without labels
+
+
+METRICS: list[Metric] = []  # in the order of metrics.json and of the table
+
+
+def register_metric(
+    columns: Mapping[str, tuple[str, int]] | None = None, needs_labels: bool = False
+) -> Callable[[Measure], Measure]:
+    """Decorator: register a metric; arguments as in `Metric`."""
+
+    def register(measure: Measure) -> Measure:
+        METRICS.append(Metric(measure, columns or {}, needs_labels))
+        return measure
+
+    return register
+
+
 def _undefined(figures: Figures) -> Figures:
     return {key: _undefined(value) if isinstance(value, dict) else None for key, value in figures.items()}
 
 
-def average_precisions(matches: ExitMatches) -> Figures:
-    """COCO's average precisions of one detector, digit for digit those of pycocotools."""
+@register_metric({"AP": ("AP", 3), "AP50": ("AP50", 3)}, needs_labels=True)
+def average_precisions(detector: DetectorEvaluation) -> Figures:
+    """COCO's average precisions, digit for digit those of pycocotools."""
+    matches = detector.matches
     curves = {size: precision_curves(matches, size) for size in SIZES}
     every = curves["all"]
     figures = {"AP": every, "AP50": every[:1], "AP75": every[5:6]}
@@ -92,9 +115,26 @@ def average_precisions(matches: ExitMatches) -> Figures:
     return {**{name: mean_precision(part) for name, part in figures.items()}, "per_class": per_class}
 
 
-def operating_point(matches: ExitMatches, score: float) -> Figures:
+@register_metric(needs_labels=True)
+def bootstrap_intervals(detector: DetectorEvaluation) -> Figures:
+    """95 % bootstrap intervals over the photos."""
+    return {"AP_interval": interval(detector.draws.AP), "AP50_interval": interval(detector.draws.AP50)}
+
+
+@register_metric(
+    {
+        "P": ("precision", 3),
+        "R": ("recall", 3),
+        "F1": ("f1", 3),
+        "FP/img": ("false_positives_per_image", 2),
+        "FP/empty": ("false_positives_per_empty_image", 2),
+        "loc.err": ("localization_error", 3),
+    }
+)
+def operating_point(detector: DetectorEvaluation) -> Figures:
     """What a user sees at one score, over all photos and classes; docs/metrics.md says when a figure is None."""
-    sure, empty = matches.score >= score, matches.objects == 0
+    matches = detector.matches
+    sure, empty = matches.score >= detector.settings.score, matches.objects == 0
     hit = matches.hit[-1] & sure
     # photo by photo: a mean depends on the order in its last digit
     ious = matches.overlap[hit][np.argsort(matches.photo[hit], kind="stable")]

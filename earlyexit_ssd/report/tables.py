@@ -15,7 +15,7 @@ from earlyexit_ssd.calibration.certificate import Certificate
 from earlyexit_ssd.calibration.thresholds import FittedTemperature
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.evaluation.matches import PhotoRow
-from earlyexit_ssd.evaluation.metrics import COLUMNS
+from earlyexit_ssd.evaluation.metrics import METRICS
 from earlyexit_ssd.evaluation.results import Results, Row, Verdict, data_title, exit_rows, static_rows, timing_title
 from earlyexit_ssd.files import write_image, write_json, write_text
 from earlyexit_ssd.report.charts import EXITS, PLAIN, ROUTED, accuracy_against_cost, draw_charts
@@ -39,7 +39,7 @@ def columns() -> dict[str, Callable[[Row], str]]:
     return {
         "exit": lambda row: row.name,
         "layer": lambda row: figure(row.layer, 0),
-        **{heading: cell(*place) for heading, place in COLUMNS.items()},
+        **{heading: cell(*place) for metric in METRICS for heading, place in metric.columns.items()},
         "confidence": lambda row: f"{row.confidence.mean:.2f} ± {row.confidence.std:.2f}" if row.confidence else "-",
         "MMAC": cell("mmacs", 0),
         "ms": lambda row: " ".join(filter(None, (figure(row.ms, 1), row.other_runtime))),

@@ -27,7 +27,7 @@ from earlyexit_ssd.evaluation.evaluate import (
     summarize_confidence,
 )
 from earlyexit_ssd.evaluation.matches import APs, bootstrap_choices, exit_matches, interval
-from earlyexit_ssd.evaluation.metrics import COLUMNS, DetectorEvaluation, EvaluationSettings
+from earlyexit_ssd.evaluation.metrics import METRICS, DetectorEvaluation, EvaluationSettings, register_metric
 from earlyexit_ssd.evaluation.outputs import Collected, choose_exits, collect
 from earlyexit_ssd.evaluation.results import BoxSummary, Context, Row
 from earlyexit_ssd.modeling import PathToExit
@@ -90,16 +90,29 @@ def test_difference_on_the_same_draws():
     assert first.ap50_minus(drawn([np.nan] * 3)) is None
 
 
-def test_a_column_of_the_table_is_a_figure(random_case):
-    """Without labels the average precisions are undefined."""
+@pytest.fixture
+def restored_metrics():
+    before = METRICS.copy()
+    yield
+    METRICS[:] = before
+
+
+def test_a_metric_is_registered_in_one_place(restored_metrics, random_case):
+    """It is in metrics.json and in the table; without labels it and the average precisions are undefined."""
+
+    @register_metric({"boxes/img": ("boxes_per_image", 1)}, needs_labels=True)
+    def boxes_per_image(detector):
+        return {"boxes_per_image": len(detector.matches.score) / detector.matches.photos}
+
     coco, detections = random_case(1)
     figures = evaluate_detections(coco, detections, SETTINGS).figures
-    unlabelled = evaluate_detections(coco, detections, SETTINGS, labelled=False).figures
-    assert {name for name, value in unlabelled.items() if value is None} == {name for name in figures if "AP" in name}
-    assert set(unlabelled["per_class"]["class0"].values()) == {None}
+    assert figures["boxes_per_image"] == sum(len(one["labels"]) for one in detections.values()) / 12
     row = Row("exit8", "exit", figures, 1.0, 1.0)
-    for heading, (name, decimals) in COLUMNS.items():
-        assert columns()[heading](row) == f"{figures[name]:.{decimals}f}"
+    assert columns()["boxes/img"](row) == f"{figures['boxes_per_image']:.1f}"
+    unlabelled = evaluate_detections(coco, detections, SETTINGS, labelled=False).figures
+    undefined = {name for name, value in unlabelled.items() if value is None}
+    assert undefined == {"boxes_per_image", *(name for name in figures if "AP" in name)}
+    assert set(unlabelled["per_class"]["class0"].values()) == {None}
 
 
 # Rows of rivals, with detections made by hand.
