@@ -37,8 +37,8 @@ from earlyexit_ssd.evaluation.results import (
 )
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50, asked_value
 from earlyexit_ssd.files import write_text
-from earlyexit_ssd.report.charts import PLAIN, ROUTED, STYLES, Candidate
 from earlyexit_ssd.report.page_photos import PagePhotos, photos_json
+from earlyexit_ssd.report.pictures import PLAIN, ROUTED, STYLES, Candidate
 from earlyexit_ssd.report.tables import calibration_report, figure, promise, share
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from earlyexit_ssd.calibration.certificate import Certificate
@@ -18,7 +17,7 @@ from earlyexit_ssd.evaluation.matches import PhotoRow
 from earlyexit_ssd.evaluation.metrics import METRICS
 from earlyexit_ssd.evaluation.results import Results, Row, Verdict, data_title, exit_rows, static_rows, timing_title
 from earlyexit_ssd.files import write_image, write_json, write_text
-from earlyexit_ssd.report.charts import EXITS, PLAIN, ROUTED, accuracy_against_cost, draw_charts
+from earlyexit_ssd.report.pictures import accuracy_against_cost, reliability_diagram
 
 
 def figure(value: float | None, digits: int = 3) -> str:
@@ -169,26 +168,6 @@ def promise(certificate: Certificate) -> list[str]:
         if measured.photos_needed is not None:
             lines.append(f"these are few for that: at least {measured.photos_needed} are needed, see docs/routing.md")
     return lines
-
-
-def reliability_diagram(temperatures: Sequence[FittedTemperature]) -> Image.Image:
-    """Per exit, how often the most probable class is right where it has this probability, before and after."""
-
-    def draw(all_axes: np.ndarray) -> None:
-        for axes, fitted in zip(all_axes[0], temperatures, strict=True):
-            axes.plot([0, 1], [0, 1], color=PLAIN, linestyle=":", linewidth=1)
-            after = ROUTED if fitted.temperature != 1 else EXITS
-            for color, label, found in ((PLAIN, "before", fitted.before), (after, "after", fitted.after)):
-                filled = np.flatnonzero(found.count)
-                confidence, accuracy = np.array(found.confidence)[filled], np.array(found.accuracy)[filled]
-                label = f"{label}, error {found.expected_error:.3f}"
-                axes.plot(confidence, accuracy, color=color, marker="o", label=label)
-            axes.set_title(f"{fitted.exit_name}, temperature {fitted.temperature:.2f}")
-            axes.set_xlabel("probability of the class")
-            axes.legend(frameon=False)
-        all_axes[0, 0].set_ylabel("share that is right")
-
-    return draw_charts(draw, 1, len(temperatures), (4.2 * len(temperatures), 4))
 
 
 def write_results(
