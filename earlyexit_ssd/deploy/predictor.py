@@ -232,16 +232,16 @@ class Predictor:
                 hint = nearest(str(name), self.thresholds) or f"; they are {', '.join(self.thresholds)}"
                 raise EarlyExitError(f"thresholds names {shown(name)}, no early exit of the file{hint}")
             value = CLOSED if value == CLOSED else _share(f"threshold of {name}", value)
-            if self.thresholds[name] is None:  # it was not exported; only 2.0 is allowed for it
-                if value < CLOSED:
-                    raise EarlyExitError(f"{self.path}: {name} was closed when the file was written; export it open")
-                continue
-            if self._network.fixed and value != self.thresholds[name]:
-                raise EarlyExitError(
-                    f"{self.path}: OpenVINO takes thresholds of an ONNX file for constants; export with --format "
-                    "openvino to change them"
-                )
-            self.thresholds[name] = value
+            own = self.thresholds[name]
+            if own is None and value < CLOSED:
+                raise EarlyExitError(f"{self.path}: {name} was closed when the file was written; export it open")
+            if own is not None and value != own:
+                if self._network.fixed:
+                    raise EarlyExitError(
+                        f"{self.path}: OpenVINO takes thresholds of an ONNX file for constants; export with --format "
+                        "openvino to change them"
+                    )
+                self.thresholds[name] = value
         values = [CLOSED if value is None else value for value in self.thresholds.values()]
         self._thresholds = np.array(values, np.float32)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import io
 import itertools
 import math
@@ -90,10 +91,7 @@ def photos_json(photos: PagePhotos) -> dict[str, Any]:
         "sizes": [[image["width"], image["height"]] for image in images],
         "confidences": [np.asarray(row, np.float32).tolist() for row in photos.confidences],
         "thresholds": [float(np.float32(value)) for value in photos.thresholds],
-        "costs": [
-            {"opened": list(one.opened), "mmacs": one.mmacs and list(one.mmacs), "ms": one.ms and list(one.ms)}
-            for one in photos.costs
-        ],
+        "costs": [dataclasses.asdict(one) for one in photos.costs],
         "plain": {"mmacs": photos.plain_mmacs, "ms": photos.plain_ms},
         "score": photos.score,
         "objects": matches.objects.tolist(),
@@ -105,10 +103,7 @@ def photos_json(photos: PagePhotos) -> dict[str, Any]:
         "found": _boxes(photos),
         "thumbnails": {index: _jpeg(picture) for index, picture in thumbnails.items()},
         "groups": _groups(photos, images, thumbnails),
-        "attention": [
-            {"photo": one.photo, "exit": one.exit, "method": one.method, "picture": _jpeg(one.picture)}
-            for one in photos.attention
-        ],
+        "attention": [{**vars(one), "picture": _jpeg(one.picture)} for one in photos.attention],
     }
 
 

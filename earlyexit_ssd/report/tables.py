@@ -73,21 +73,14 @@ def markdown_table(results: Results) -> str:
 def text_report(results: Results) -> str:
     """What was evaluated, the table and the verdict, for the terminal and table.txt."""
     context = results.context
-    others = any(row.other_runtime for row in static_rows(results))
     by = "" if context.labelled else " by the full path; nobody labelled them"
-    agreement = "P to loc.err: agreement with what the full path finds; AP is not known"
-    lines = [
-        f"{data_title(results)}, {context.empty_images} of them without an object{by}",
-        *([] if context.labelled else [agreement]),
-        f"P to loc.err at score {context.score:g} and IoU {context.iou:g};"
-        f" ms of one image in {timing_title(results)}"
-        + ("; ORT: in ONNX Runtime, not to be compared" if others else ""),
-        "",
-        text_table(results),
-        "",
-        *(verdict_lines(results.verdict) if results.verdict else []),
-    ]
-    return "\n".join(lines)
+    other = any(row.other_runtime for row in static_rows(results))
+    ms = f"ms of one image in {timing_title(results)}" + ("; ORT: in ONNX Runtime, not to be compared" if other else "")
+    lines = [f"{data_title(results)}, {context.empty_images} of them without an object{by}"]
+    if not context.labelled:
+        lines.append("P to loc.err: agreement with what the full path finds; AP is not known")
+    lines += [f"P to loc.err at score {context.score:g} and IoU {context.iou:g}; {ms}", "", text_table(results), ""]
+    return "\n".join(lines + (verdict_lines(results.verdict) if results.verdict else []))
 
 
 def verdict_lines(verdict: Verdict) -> list[str]:
@@ -96,11 +89,8 @@ def verdict_lines(verdict: Verdict) -> list[str]:
     others = [f"  - {one.line}" for one in verdict.findings if not one.veto]
     if verdict.ship:
         return [f"verdict: ship {'the exits' if verdict.what == 'routed' else verdict.what}", *others]
-    return [
-        "verdict: do not ship the routed detector as it is",
-        *vetoes,
-        *(["found besides:", *others] if others else []),
-    ]
+    besides = ["found besides:", *others] if others else []
+    return ["verdict: do not ship the routed detector as it is", *vetoes, *besides]
 
 
 def write_calibration(folder: Path, certificate: Certificate, temperatures: Sequence[FittedTemperature]) -> None:
@@ -124,12 +114,11 @@ def calibration_report(certificate: Certificate, temperatures: Sequence[FittedTe
         f"{'fitted':>7}",
     ]
     by_name = {fitted.exit_name: fitted for fitted in temperatures}
-    rows = zip(measured.exit_share.items(), router["thresholds"], router["temperatures"], costs.exits, strict=False)
-    for (name, share), threshold, temperature, cost in rows:
+    early = zip(measured.exit_share.items(), router["thresholds"], router["temperatures"], costs.exits, strict=False)
+    for (name, left), threshold, temperature, cost in early:
         shown = "closed" if threshold >= CLOSED else f"{threshold:.4f}"
-        line = f"{name:8} {shown:>10} {100 * share:6.1f} % {cost:9.1f}"
-        if name in by_name:  # an exit with a branch
-            fitted = by_name[name]
+        line = f"{name:8} {shown:>10} {100 * left:6.1f} % {cost:9.1f}"
+        if fitted := by_name.get(name):  # an exit with a branch
             line += f" {temperature:12.2f} {fitted.temperature:7.2f} {fitted.before.expected_error:9.3f}"
             line += f" {fitted.after.expected_error:7.3f}"
         lines.append(line)
@@ -188,18 +177,17 @@ def write_results(
         the paths written: metrics.json, table.txt, table.md, photos.csv, ap_against_cost.png and the pictures.
     """
     folder = Path(out_dir)
-    images = {"ap_against_cost": accuracy_against_cost(results), **(pictures or {})}
     write_json(folder / "metrics.json", results.to_json())
-    write_text(folder / "table.txt", text_report(results) + "\n")
-    write_text(folder / "table.md", markdown_table(results) + "\n")
-    names = ["metrics.json", "table.txt", "table.md"]
+    texts = {"table.txt": text_report(results) + "\n", "table.md": markdown_table(results) + "\n"}
     if photos:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(photos[0]), lineterminator="\n")
+        rows = io.StringIO()
+        writer = csv.DictWriter(rows, list(photos[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(photos)  # None is an empty field
-        write_text(folder / "photos.csv", text.getvalue())
-        names.append("photos.csv")
+        texts["photos.csv"] = rows.getvalue()
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    images = {"ap_against_cost": accuracy_against_cost(results), **(pictures or {})}
     for name, image in images.items():
         write_image(folder / f"{name}.png", image)
-    return [folder / name for name in (*names, *(f"{name}.png" for name in images))]
+    return [folder / name for name in ("metrics.json", *texts, *(f"{name}.png" for name in images))]
