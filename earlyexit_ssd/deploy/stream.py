@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import os
 import time
@@ -164,7 +163,7 @@ class StreamRule:
         check_fields(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        write_json(path, {"format": FORMAT, **json.loads(json.dumps(dataclasses.asdict(self)))})
+        write_json(path, {"format": FORMAT, **dataclasses.asdict(self)})
 
 
 def load_stream_rule(path: str | os.PathLike[str]) -> StreamRule:
