@@ -56,7 +56,7 @@ from earlyexit_ssd.pipeline.replay import (
     temperatures_of,
 )
 from earlyexit_ssd.progress import progress
-from earlyexit_ssd.report.charts import PLAIN, draw_charts
+from earlyexit_ssd.report.pictures import PLAIN, draw_charts
 from earlyexit_ssd.report.tables import figure
 from earlyexit_ssd.routing import ExitRouter
 from earlyexit_ssd.routing.policies import FITTED_POLICIES, POLICIES, needs_training_photos, reads_taps, require_known

@@ -17,9 +17,14 @@ from earlyexit_ssd.errors import EarlyExitError, import_package, one_line
 Array = np.ndarray
 
 
-def _cannot_load(name: object, runtime: str, error: Exception) -> EarlyExitError:
-    reason = one_line(str(error))[:120] or type(error).__name__
-    return EarlyExitError(f"{name}: {runtime} cannot load it ({reason}); write it with earlyexit export")
+@contextlib.contextmanager
+def _in_one_line(name: object, problem: str, fix: str) -> Iterator[None]:
+    """Raise any exception inside as an EarlyExitError: runtimes raise many kinds for damaged and foreign files."""
+    try:
+        yield
+    except Exception as error:
+        reason = one_line(str(error))[:120] or type(error).__name__
+        raise EarlyExitError(f"{name}: {problem} ({reason}); {fix}") from None
 
 
 class OnnxRuntime:
@@ -34,12 +39,12 @@ class OnnxRuntime:
     """
 
     def __init__(self, content: Path | bytes, name: object = None, threads: int = 1) -> None:
-        name = name or content
+        self._name = name or content
         runtime = import_package("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
         options.add_session_config_entry("session.load_model_format", "ONNX")
-        try:
+        with _in_one_line(self._name, "ONNX Runtime cannot load it", "write it with earlyexit export"):
             # from bytes: external data is not read, since this project writes none
             self._session = runtime.InferenceSession(
                 content if isinstance(content, bytes) else content.read_bytes(),
@@ -48,20 +53,14 @@ class OnnxRuntime:
                 enable_fallback=0,
             )
             self.metadata = dict(self._session.get_modelmeta().custom_metadata_map)
-        except Exception as error:  # a damaged or foreign file may raise any exception
-            raise _cannot_load(name, "ONNX Runtime", error) from None
         named = [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
         self.inputs = [one.name for one in named]
         self._outputs = [one.name for one in self._session.get_outputs()]
-        self._name = name
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        try:
+        with _in_one_line(self._name, "it does not run", "export anew"):
             given = {name: feeds[name] for name in self.inputs if name in feeds}  # ONNX Runtime reports missing ones
-            values = self._session.run(None, given)
-        except Exception as error:  # ONNX Runtime has a class of its own for each kind of failure
-            raise EarlyExitError(f"{self._name}: it does not run ({one_line(str(error))[:150]}); export anew") from None
-        return dict(zip(self._outputs, values, strict=True))
+            return dict(zip(self._outputs, self._session.run(None, given), strict=True))
 
 
 def compile_in_openvino(model: Any, threads: int) -> Any:
@@ -99,26 +98,22 @@ class OpenVino:
     """A file in OpenVINO on the CPU, in fp32; see `OnnxRuntime`."""
 
     def __init__(self, path: Path, threads: int = 1) -> None:
-        try:
+        with _in_one_line(path, "OpenVINO cannot load it", "write it with earlyexit export"):
             model = import_package("openvino").Core().read_model(path)
             self.metadata = _openvino_metadata(model)
             # before compilation, which may move names of removed nodes to inputs and outputs
             self.inputs = [one.any_name for one in model.inputs]
             self._outputs = [one.any_name for one in model.outputs]
             self._compiled = compile_in_openvino(model, threads)
-        except Exception as error:  # OpenVINO raises RuntimeError for nearly all, with a page of text
-            raise _cannot_load(path, "OpenVINO", error) from None
         self._name, self._local = path, threading.local()
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         if not hasattr(self._local, "request"):  # a request holds the tensors of one call
             self._local.request = self._compiled.create_infer_request()
-        try:
+        with _in_one_line(self._name, "it does not run", "export anew"):
             given = {place: feeds[name] for place, name in enumerate(self.inputs)}
             found = self._local.request.infer(given, share_inputs=True)  # without a copy of the photo
             return {name: np.array(found[place]) for place, name in enumerate(self._outputs)}
-        except Exception as error:
-            raise EarlyExitError(f"{self._name}: it does not run ({one_line(str(error))[:150]}); export anew") from None
 
 
 def _openvino_metadata(model: Any) -> dict[str, str]:

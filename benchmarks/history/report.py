@@ -14,8 +14,7 @@ from benchmarks.history.attempts import ATTEMPTS, EXITS, LIGHT, PLAIN
 from benchmarks.history.features import Features
 from benchmarks.history.figures import RULE, Trial, detect
 from benchmarks.history.training import HeadLosses, predict
-from earlyexit_ssd.report.charts import draw_charts
-from earlyexit_ssd.report.pictures import Example, detection_grid
+from earlyexit_ssd.report.pictures import Example, detection_grid, draw_charts
 
 MATCHINGS = {"random": "at random", "iou": "by IoU"}
 STRONGEST = 5

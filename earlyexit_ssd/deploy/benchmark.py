@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
@@ -63,10 +63,8 @@ class ExportedFile(Contestant):
     def open(self, threads: int, score: float) -> Detect:
         predictor = Predictor(self.path, self.runtime.lower().replace(" ", ""), threads, score)
         predictor.warm_up()
-        full = len(predictor.exit_names) - 1
-        return lambda photos: [
-            None if found.exit_index == full else found.exit_index for found in predictor.predict(photos)
-        ]
+        early = [*range(len(predictor.exit_names) - 1), None]  # None for the full path
+        return lambda photos: [early[found.exit_index] for found in predictor.predict(photos)]
 
 
 @dataclass(frozen=True)
@@ -169,15 +167,14 @@ def benchmark(
             workers = [stack.enter_context(_Worker(one)) for one in contestants]
             for worker in progress(workers, desc=f"open, threads {number}"):
                 worker(_open, worker.contestant, number, score)
-            streams = _streams(workers[0], photos)
             timed = []
-            for batch, (stream, inside) in itertools.product(batches, streams.items()):
+            for batch, (stream, inside) in itertools.product(batches, _streams(workers[0], photos).items()):
                 if len(inside) >= batch:
                     times = _time(workers, inside, batch, rounds, f"threads {number}, batch {batch}, {stream}")
-                    timed.append((batch, stream, len(inside), times))
+                    timed.append(((number, batch, stream, len(inside)), times))
             peaks = [worker(_peak_mb) for worker in workers]
-        for setting in timed:
-            rows += _rows(contestants, number, *setting, peaks)
+        for setting, times in timed:
+            rows += _rows(contestants, setting, times, peaks)
     return rows
 
 
@@ -187,8 +184,7 @@ def _streams(worker: _Worker, photos: Sequence[str]) -> dict[str, list[str]]:
     first = min((one for one in exits if one is not None), default=None)
     if first is None:
         return {MIXED: list(photos)}
-    easy = [photo for photo, one in zip(photos, exits, strict=True) if one == first]
-    hard = [photo for photo, one in zip(photos, exits, strict=True) if one is None]
+    easy, hard = ([photo for photo, one in zip(photos, exits, strict=True) if one == end] for end in (first, None))
     return {MIXED: list(photos), EASY: easy, HARD: hard}
 
 
@@ -208,13 +204,11 @@ def _time(workers: Sequence[_Worker], photos: Sequence[str], batch: int, rounds:
 
 def _rows(
     contestants: Sequence[Contestant],
-    threads: int,
-    batch: int,
-    stream: str,
-    photos: int,
+    setting: tuple[int, int, str, int],
     times: np.ndarray,
     peaks: Sequence[float | None],
 ) -> Iterator[Row]:
+    """A row for each detector; ``setting`` has threads, batch, stream and photos, ``times`` is that of `_time`."""
     runtimes = [one.runtime for one in contestants]
     for place, one in enumerate(contestants):
         first = runtimes.index(one.runtime)
@@ -226,8 +220,8 @@ def _rows(
             ]
             comparison = Comparison(contestants[against].name, *ratios)
         wall, cpu = times[place, ..., 0], times[place, ..., 1]
-        setting = (threads, batch, stream, photos, wall.size)
-        yield Row(one.name, one.runtime, *setting, Times.of(wall), Times.of(cpu), comparison, peaks[place])
+        both = Times.of(wall), Times.of(cpu)
+        yield Row(one.name, one.runtime, *setting, wall.size, *both, comparison, peaks[place])
 
 
 def ratio(times: np.ndarray, against: np.ndarray, quantile: float | None = None) -> Ratio:
@@ -252,16 +246,13 @@ def ratio(times: np.ndarray, against: np.ndarray, quantile: float | None = None)
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown, one table for each setting."""
+    heads = ["detector", "runtime", "mean", "p50", "p90", "p99", "CPU mean", "CPU p99", "MB", "against"]
+    heads += [f"x {kind}" for kind in ("mean", "CPU mean", "p99", "CPU p99")]
     lines: list[str] = []
     settings = itertools.groupby(rows, key=lambda row: (row.threads, row.batch, row.stream, row.photos, row.calls))
     for (threads, batch, stream, photos, calls), inside in settings:
-        lines += [
-            f"threads {threads}, batch {batch}, {photos} photos {stream}, {calls} calls; milliseconds for a photo",
-            "",
-            "| detector | runtime | mean | p50 | p90 | p99 | CPU mean | CPU p99 | MB | against | x mean | x CPU mean "
-            "| x p99 | x CPU p99 |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-        ]
+        title = f"threads {threads}, batch {batch}, {photos} photos {stream}, {calls} calls; milliseconds for a photo"
+        lines += [title, "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for row in inside:
             times = (row.wall.mean, row.wall.p50, row.wall.p90, row.wall.p99, row.cpu.mean, row.cpu.p99)
             cells = [row.name, row.runtime, *(f"{value:.1f}" for value in times)]
@@ -276,25 +267,16 @@ def table(rows: Sequence[Row]) -> str:
 def machine() -> dict[str, Any]:
     """What the figures belong to: processor, cores, load, system, and versions by package."""
     name = platform.processor() or platform.machine()
-    try:
+    with suppress(OSError):  # no Linux
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass  # no Linux
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {
-        "processor": name,
-        "cores": os.cpu_count(),
-        "load": load,
-        "system": platform.platform(),
-        "versions": versions,
-    }
+    found = {"processor": name, "cores": os.cpu_count(), "load": load, "system": platform.platform()}
+    return {**found, "versions": versions}
 
 
 # One process for each detector: its memory is its own, and so are its threads.

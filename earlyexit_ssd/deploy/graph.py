@@ -68,7 +68,7 @@ class Contract:
     nms_thresh: float  # IoU above which NMS drops the box of lower score
     topk_candidates: int  # number of boxes per class that enter NMS, by score
     detections_per_img: int  # largest number of detections per photo
-    large: int = LARGE  # number of pixels, see `LARGE`; 0: always gather
+    large: int = LARGE  # number of pixels, see `LARGE`; 0: for OpenVINO, always gather
 
 
 class Scope:
@@ -81,10 +81,6 @@ class Scope:
         self.numbers = numbers
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[TensorProto] = []
-
-    def inside(self) -> Scope:
-        """An empty scope for one side of an ``If``."""
-        return Scope(self.numbers)
 
     def constant(self, value: Any, dtype: type = np.float32) -> str:
         """Add a constant; returns its name."""
@@ -150,40 +146,35 @@ def build_graph(segments: Sequence[Segment], contract: Contract, metadata: Mappi
         segments: shallow to deep, the full path last.
         metadata: metadata of the file, text by key.
     """
-    scope = Scope(itertools.count())
-    size = scope("Slice", scope("Shape", "image"), scope.constant([0], np.int64), scope.constant([2], np.int64))
-    state = {"x_in": normalised(scope, "image", size, contract)}
+    scope, size, state = _photo(contract)
     answer = _answer(scope, segments, state, size, contract)
     outputs = [(name, *kind) for name, kind in zip(answer, OUTPUTS.values(), strict=True)]
-    return _model(scope, outputs, ["image"], contract, metadata)
+    return _model(scope, outputs, ["image"], contract, tuple(OUTPUTS), metadata)
 
 
 def first_stage(segment: Segment, contract: Contract) -> onnx.ModelProto:
     """A graph from a photo to the first segment's outputs."""
-    scope = Scope(itertools.count())
-    size = scope("Slice", scope("Shape", "image"), scope.constant([0], np.int64), scope.constant([2], np.int64))
-    found = scope.inline(segment.model, {"x_in": normalised(scope, "image", size, contract)})
-    kinds = {value.name: value.type.tensor_type for value in segment.model.graph.output}
-    outputs = [
-        (where, kinds[name].elem_type, [one.dim_value for one in kinds[name].shape.dim])
-        for name, where in found.items()
-    ]
-    return _model(scope, outputs, ["image"], contract, {}, names=list(found))
+    scope, _, state = _photo(contract)
+    found, outputs = scope.inline(segment.model, state), []
+    for value in segment.model.graph.output:
+        kind = value.type.tensor_type
+        outputs.append((found[value.name], kind.elem_type, [one.dim_value for one in kind.shape.dim]))
+    return _model(scope, outputs, ["image"], contract, tuple(found))
 
 
 def last_stage(contract: Contract) -> onnx.ModelProto:
     """A graph from the head's outputs and ``photo_size`` int64 [2] (height, width) to boxes, labels and scores."""
-    scope = Scope(itertools.count())
+    scope, names = Scope(itertools.count()), tuple(OUTPUTS)[:3]
     found = detections(scope, *HEAD, "photo_size", contract)
-    outputs = [(name, *kind) for name, kind in zip(found, OUTPUTS.values(), strict=False)]
-    return _model(scope, outputs, [*HEAD, "photo_size"], contract, {})
+    outputs = [(where, *OUTPUTS[name]) for where, name in zip(found, names, strict=True)]
+    return _model(scope, outputs, [*HEAD, "photo_size"], contract, names)
 
 
-def stage(segment: Segment) -> onnx.ModelProto:
-    """A segment as a model of its own."""
-    model = onnx.ModelProto()
-    model.CopyFrom(segment.model)
-    return _checked(model)
+def _photo(contract: Contract) -> tuple[Scope, str, dict[str, str]]:
+    """A scope with the photo's size (height, width) and the first segment's input."""
+    scope = Scope(itertools.count())
+    size = scope("Slice", scope("Shape", "image"), scope.constant([0], np.int64), scope.constant([2], np.int64))
+    return scope, size, {"x_in": normalised(scope, "image", size, contract)}
 
 
 def _model(
@@ -191,9 +182,10 @@ def _model(
     outputs: Sequence[Value],
     inputs: Sequence[str],
     contract: Contract,
-    metadata: Mapping[str, str],
-    names: Sequence[str] = tuple(OUTPUTS),
+    names: Sequence[str],
+    metadata: Mapping[str, str] | None = None,
 ) -> onnx.ModelProto:
+    """The scope as a model, whose ``outputs`` get these ``names``."""
     anchors, classes = len(contract.anchors), len(contract.score_thresh)
     kinds = {
         "image": (TensorProto.UINT8, ["height", "width", 3]),
@@ -206,19 +198,16 @@ def _model(
     for name in ("thresholds", "score_thresh"):
         if name in used:
             default = numpy_helper.from_array(np.asarray(getattr(contract, name), np.float32), name)
-            scope.constants.append(default)
+            if contract.large:  # OpenVINO takes inputs with defaults for constants
+                scope.constants.append(default)
             values.append(helper.make_tensor_value_info(name, default.data_type, list(default.dims)))
     graph = scope.graph("earlyexit_ssd", outputs, values)
     # the last nodes are those of the outputs
-    for node, value, name in zip(graph.node[-len(outputs) :], graph.output, names, strict=False):
+    for node, value, name in zip(graph.node[-len(outputs) :], graph.output, names, strict=True):
         node.output[0] = value.name = name
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="earlyexit_ssd")
     model.ir_version = IR_VERSION
-    helper.set_model_props(model, dict(metadata))
-    return _checked(model)
-
-
-def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
+    helper.set_model_props(model, dict(metadata or {}))
     onnx.checker.check_model(model)
     return model
 
@@ -226,17 +215,6 @@ def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
 def _names_used(node: onnx.NodeProto) -> list[str]:
     inner = [part for attribute in node.attribute if attribute.HasField("g") for part in attribute.g.node]
     return [*node.input, *(name for part in inner for name in _names_used(part))]
-
-
-def required_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy without default values of inputs. OpenVINO treats inputs with defaults as constants."""
-    changed = onnx.ModelProto()
-    changed.CopyFrom(model)
-    names = {value.name for value in changed.graph.input}
-    kept = [tensor for tensor in changed.graph.initializer if tensor.name not in names]
-    del changed.graph.initializer[:]
-    changed.graph.initializer.extend(kept)
-    return changed
 
 
 def expand_log_sum_exp(model: onnx.ModelProto) -> None:
@@ -253,19 +231,18 @@ def expand_log_sum_exp(model: onnx.ModelProto) -> None:
         settings = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         axes, keep = settings["axes"], settings.get("keepdims", 1)
         graph.initializer.append(numpy_helper.from_array(np.array(axes, np.int64), f"{out}_axes"))
-        first = len(nodes)
-        nodes += [
-            helper.make_node("ReduceMax", [values], [f"{out}_most"], axes=axes, keepdims=1),
-            helper.make_node("Sub", [values, f"{out}_most"], [f"{out}_less"]),
-            helper.make_node("Exp", [f"{out}_less"], [f"{out}_exp"]),
-            helper.make_node("ReduceSum", [f"{out}_exp", f"{out}_axes"], [f"{out}_sum"], keepdims=1),
-            helper.make_node("Log", [f"{out}_sum"], [f"{out}_log"]),
-            helper.make_node("Add", [f"{out}_log", f"{out}_most"], [out if keep else f"{out}_kept"]),
+        steps = [
+            ("ReduceMax", [values], f"{out}_most", {"axes": axes, "keepdims": 1}),
+            ("Sub", [values, f"{out}_most"], f"{out}_less", {}),
+            ("Exp", [f"{out}_less"], f"{out}_exp", {}),
+            ("ReduceSum", [f"{out}_exp", f"{out}_axes"], f"{out}_sum", {"keepdims": 1}),
+            ("Log", [f"{out}_sum"], f"{out}_log", {}),
+            ("Add", [f"{out}_log", f"{out}_most"], out if keep else f"{out}_kept", {}),
         ]
         if not keep:
-            nodes.append(helper.make_node("Squeeze", [f"{out}_kept", f"{out}_axes"], [out]))
-        for place, one in enumerate(nodes[first:], first):
-            one.name = f"log_sum_exp_{place}"
+            steps.append(("Squeeze", [f"{out}_kept", f"{out}_axes"], out, {}))
+        for kind, inputs, output, attributes in steps:
+            nodes.append(helper.make_node(kind, inputs, [output], name=f"log_sum_exp_{len(nodes)}", **attributes))
     del graph.node[:]
     graph.node.extend(nodes)
 
@@ -285,14 +262,10 @@ def _answer(
     if not segment.empty:
         logits, offsets, *left = _head(scope, segments, found, contract)
         return [*detections(scope, logits, offsets, size, contract), *left]
-    leaves, stay, go_on = _leaves(scope, segment, found), scope.inside(), scope.inside()
-    nothing = [
-        stay.zeros([0, 4], TensorProto.FLOAT),
-        stay.zeros([0], TensorProto.INT64),
-        stay.zeros([0], TensorProto.FLOAT),
-        stay.constant(segment.index, np.int64),
-        stay("Squeeze", found[CONFIDENCE]),
-    ]
+    leaves, stay, go_on = _leaves(scope, segment, found), Scope(scope.numbers), Scope(scope.numbers)
+    shapes = ([0, 4], TensorProto.FLOAT), ([0], TensorProto.INT64), ([0], TensorProto.FLOAT)
+    nothing = [stay.zeros(*shape) for shape in shapes]
+    nothing += [stay.constant(segment.index, np.int64), stay("Squeeze", found[CONFIDENCE])]
     rest = _answer(go_on, deeper, _state(found), size, contract)
     return scope.either(leaves, list(OUTPUTS.values()), (stay, nothing), (go_on, rest))
 
@@ -304,15 +277,11 @@ def _head(scope: Scope, segments: Sequence[Segment], found: Mapping[str, str], c
     here = [*(found[name] for name in HEAD), scope.constant(segment.index, np.int64), confidence]
     if segment.full:
         return here
-    leaves, stay, go_on = _leaves(scope, segment, found), scope.inside(), scope.inside()
+    leaves, stay, go_on = _leaves(scope, segment, found), Scope(scope.numbers), Scope(scope.numbers)
     behind = _head(go_on, deeper, go_on.inline(deeper[0].model, _state(found)), contract)
     anchors, outputs = len(contract.anchors), len(contract.score_thresh) + 1
-    kinds = [
-        (TensorProto.FLOAT, [1, anchors, outputs]),
-        (TensorProto.FLOAT, [1, anchors, 4]),
-        *list(OUTPUTS.values())[3:],
-    ]
-    return scope.either(leaves, kinds, (stay, here), (go_on, behind))
+    heads = (TensorProto.FLOAT, [1, anchors, outputs]), (TensorProto.FLOAT, [1, anchors, 4])
+    return scope.either(leaves, [*heads, *list(OUTPUTS.values())[3:]], (stay, here), (go_on, behind))
 
 
 def _leaves(scope: Scope, segment: Segment, found: Mapping[str, str]) -> str:
@@ -332,7 +301,7 @@ def normalised(scope: Scope, image: str, size: str, contract: Contract) -> str:
     bilinear without antialiasing."""
     if contract.large == 0:
         return _fetched(scope, image, size, contract)
-    large, small = scope.inside(), scope.inside()
+    large, small = Scope(scope.numbers), Scope(scope.numbers)
     is_large = scope("Greater", scope("ReduceProd", size, keepdims=0), scope.constant(contract.large, np.int64))
     branches = (large, [_fetched(large, image, size, contract)]), (small, [_resized(small, image, contract)])
     return scope.either(is_large, [(TensorProto.FLOAT, [1, 3, *contract.size])], *branches)[0]
@@ -448,7 +417,7 @@ def _surest(scope: Scope, scores: str, candidates: str, contract: Contract) -> s
     """Scores [classes, n], with all but the ``topk_candidates`` highest of each class set to 0. Scores equal to the
     lowest of these stay too."""
     most = scope.constant([contract.topk_candidates], np.int64)
-    too_many, cut, same = scope("Greater", scope("Shape", candidates), most), scope.inside(), scope.inside()
+    too_many, cut, same = scope("Greater", scope("Shape", candidates), most), Scope(scope.numbers), Scope(scope.numbers)
     values, _ = cut.many(2, "TopK", scores, most, axis=1)
     least = cut("ReduceMin", values, axes=[1], keepdims=1)
     kept = cut("Where", cut("GreaterOrEqual", scores, least), scores, cut.constant(0.0))

@@ -10,9 +10,8 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from PIL import Image
@@ -110,24 +109,19 @@ def predict(
     if save:
         make_folder(out)
     look = detector if rule is None else TemporalExit(detector, rule, score)
-    photos = iter(picture_paths([source.name for source in sources if source.kind == "photo"], out))
-    videos = iter(video_paths([source for source in sources if source.kind != "photo"], out))
-    numbers = itertools.count(1)
+    paths = output_paths(sources, out) if "pictures" in save else [None] * len(sources)
     with contextlib.ExitStack() as files:
-        tables = [kind(files, Path(out), detector.classes, score) for name, kind in _TABLES.items() if name in save]
-        for source in sources:
+        loop = _Loop(look, _Tables(files, Path(out), save, detector.classes, score), score, show, draw)
+        for source, path in zip(sources, paths, strict=True):
             if source.kind != "photo" and rule is not None:
                 look.reset()
-            path = next(photos if source.kind == "photo" else videos)
-            job = _Job(look, source, path if "pictures" in save else None, score, show, draw, tables, numbers)
-            yield from job.run(read_frames(source, stride), most_frames)
-            if job.stopped:
+            yield from loop.run(source, path, stride, most_frames)
+            if loop.stopped:
                 break
     if rule is None and hasattr(detector, "drift"):
-        try:
+        drift = None
+        with contextlib.suppress(EarlyExitError):  # scipy is missing: a device need not have it
             drift = detector.drift()
-        except EarlyExitError:  # scipy is missing: a device need not have it
-            drift = None
         if drift is not None and drift.drifted:
             yield f"warning: {drift.text}"
 
@@ -141,257 +135,168 @@ def images_of(sources: Sequence[Source], stride: int = 1, most_frames: int | Non
             yield frame.image
 
 
-@dataclass
-class _Job:
-    """The processing of one source."""
+class _Loop:
+    """Detects in the frames of one source after another, writes, draws and shows them."""
 
-    look: Callable[[np.ndarray], Detections]
-    source: Source
-    path: Path | None
-    score: float
-    show: bool
-    draw: Draw
-    tables: list[_Table]
-    numbers: Iterator[int]
-    stopped: bool = False
-    exits: Counter[str] = field(default_factory=Counter)
-    computed_ms: float = 0.0
-    video: _Video | None = None
+    def __init__(
+        self, look: Callable[[np.ndarray], Detections], tables: _Tables, score: float, show: bool, draw: Draw
+    ) -> None:
+        self.look, self.tables, self.score, self.show, self.draw = look, tables, score, show, draw
+        self.numbers, self.stopped = itertools.count(1), False
 
-    def run(self, frames: Iterator[Frame | DataError], most_frames: int | None) -> Iterator[str | DataError]:
-        start, photo = time.monotonic(), self.source.kind == "photo"
-        with contextlib.ExitStack() as files, contextlib.closing(frames):
-            bar = files.enter_context(progress(desc=None if photo else Path(self.source.title).name, unit="frame"))
+    def run(self, source: Source, path: Path | None, stride: int, most: int | None) -> Iterator[str | DataError]:
+        """Yield the lines of one source, whose picture or video is ``path``; see `predict`."""
+        start, photo, where = time.monotonic(), source.kind == "photo", f" -> {path}" if path else ""
+        exits, computed_ms, write = Counter(), 0.0, None
+        with contextlib.ExitStack() as files, contextlib.closing(read_frames(source, stride)) as frames:
+            bar = files.enter_context(progress(desc=None if photo else Path(source.title).name, unit="frame"))
             try:
                 for frame in frames:
                     if isinstance(frame, DataError):
                         yield frame
                         continue
-                    if bar.total is None:
-                        bar.total = frame.total
+                    bar.total = frame.total
                     found = self.look(frame.image)
-                    self.handle(frame, found, files)
+                    exits[found.exit_name] += 1
+                    computed_ms += 0 if found.exit_name == REPEATED else found.ms
+                    self.tables.write(next(self.numbers), frame, found)
+                    if path or self.show:
+                        picture = self.draw(frame.image, found, self.score)
+                    if path and photo:
+                        write_image(path, picture)
+                    elif path:
+                        write = write or files.enter_context(_video(path, frame.fps or LIVE_FPS, picture.size))
+                        write(picture)
+                    if self.show:
+                        self.stopped = _show(picture, wait=0 if photo else 1)
                     if photo:
-                        yield self.told(found)
+                        yield "\n".join(_lines(source, found, self.score, where))
                     bar.update()
-                    if self.stopped or sum(self.exits.values()) == most_frames:
+                    if self.stopped or exits.total() == most:
                         break
             except KeyboardInterrupt:
-                if self.source.kind != "live":
+                if source.kind != "live":
                     raise
                 self.stopped = True
-        if self.exits and not photo:
-            yield self.summary(max(time.monotonic() - start, 1e-9))
-
-    def handle(self, frame: Frame, found: Detections, files: contextlib.ExitStack) -> None:
-        """Count, write and show one frame."""
-        self.exits[found.exit_name] += 1
-        if found.exit_name != REPEATED:
-            self.computed_ms += found.ms
-        number = next(self.numbers)
-        for table in self.tables:
-            table.write(number, frame, found)
-        if self.path is None and not self.show:
-            return
-        drawn, photo = self.draw(frame.image, found, self.score), self.source.kind == "photo"
-        if self.path is not None and photo:
-            write_image(self.path, drawn)
-        elif self.path is not None:
-            if self.video is None:
-                self.video = files.enter_context(_video(self.path, frame.fps or LIVE_FPS))
-            self.video.write(drawn)
-        if self.show:
-            self.stopped = _show(drawn, wait=0 if photo else 1)
-
-    def told(self, found: Detections) -> str:
-        """The lines of a photo."""
-        keep = np.flatnonzero(found.scores >= self.score)
-        where = f" -> {self.path}" if self.path else ""
-        lines = [f"{self.source.title}: {found.exit_name}{_sure(found)}, {len(keep)} found{where}"]
-        for index in keep[np.argsort(-found.scores[keep], kind="stable")]:
-            sides = ", ".join(f"{side:.0f}" for side in found.boxes[index])
-            lines.append(f"  {found.class_names[index]} {found.scores[index]:.2f} at {sides}")
-        return "\n".join(lines)
-
-    def summary(self, seconds: float) -> str:
-        """The line of a video or stream."""
-        frames = sum(self.exits.values())
-        computed = frames - self.exits[REPEATED]
-        shares = ", ".join(f"{name} {count / frames:.0%}" for name, count in self.exits.most_common())
-        each = f"{self.computed_ms / computed:.1f} ms a computed frame, " if computed else ""
-        where = f" -> {self.path}" if self.path else ""
-        return f"{self.source.title}: {frames} frames, {frames / seconds:.1f} a second, {each}left at {shares}{where}"
+        if exits and not photo:
+            count, seconds = exits.total(), max(time.monotonic() - start, 1e-9)
+            computed = count - exits[REPEATED]
+            each = f"{computed_ms / computed:.1f} ms a computed frame, " if computed else ""
+            shares = ", ".join(f"{name} {part / count:.0%}" for name, part in exits.most_common())
+            yield f"{source.title}: {count} frames, {count / seconds:.1f} a second, {each}left at {shares}{where}"
 
 
-def picture_paths(photos: Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str]) -> list[Path]:
-    """A PNG in ``folder`` for each photo; equal names get numbers (dog.png, dog_2.png), and no photo is overwritten."""
-    folder, photos = Path(folder), [Path(photo) for photo in photos]
-    taken = {photo.name.lower().removesuffix(".png") for photo in photos if photo.parent.resolve() == folder.resolve()}
-    names = []
-    for photo in photos:
-        name, number = photo.stem, 1
-        while name.lower() in taken:
-            number += 1
-            name = f"{photo.stem}_{number}"
-        taken.add(name.lower())
-        names.append(folder / f"{name}.png")
-    return names
+def _lines(source: Source, found: Detections, score: float, where: str) -> Iterator[str]:
+    """The lines of a photo."""
+    keep = np.flatnonzero(found.scores >= score)
+    yield f"{source.title}: {found.exit_name}{_sure(found)}, {len(keep)} found{where}"
+    for index in keep:
+        sides = ", ".join(f"{side:.0f}" for side in found.boxes[index])
+        yield f"  {found.class_names[index]} {found.scores[index]:.2f} at {sides}"
 
 
 # Output files.
 
 
-class _Table:
-    """A text file, written frame by frame under a temporary name and renamed at the end."""
+def output_paths(sources: Sequence[Source], folder: str | os.PathLike[str]) -> list[Path]:
+    """A PNG in ``folder`` for each photo, an MP4 for each video or stream; no source is overwritten.
 
-    name: str
+    Equal names get numbers (dog.png, dog_2.png). Names that differ in case only are equal, as on some disks.
+    """
+    folder, names = Path(folder), [Path(source.name) for source in sources]
+    taken = {name.name.lower() for name in names if name.parent.resolve() == folder.resolve()}
+    paths = []
+    for source in sources:
+        stem, suffix = Path(source.title.rstrip("/")).stem or "stream", ".png" if source.kind == "photo" else ".mp4"
+        if source.kind == "live" and source.name.isdecimal():
+            stem = f"camera_{source.name}"
+        name, number = f"{stem}{suffix}", 1
+        while name.lower() in taken:
+            number += 1
+            name = f"{stem}_{number}{suffix}"
+        taken.add(name.lower())
+        paths.append(folder / name)
+    return paths
 
-    def __init__(self, files: contextlib.ExitStack, out: Path, classes: Sequence[str], score: float) -> None:
+
+class _Tables:
+    """The text files that ``save`` names, written frame by frame under temporary names and renamed when ``files``
+    closes."""
+
+    def __init__(
+        self, files: contextlib.ExitStack, out: Path, save: Sequence[str], classes: Sequence[str], score: float
+    ) -> None:
+        def opened(name: str) -> TextIO:
+            temporary = files.enter_context(atomic_path(out / name))
+            return files.enter_context(temporary.open("w", encoding="utf-8", newline=""))
+
         self.classes, self.score = classes, score
-        temporary = files.enter_context(atomic_path(out / self.name))
-        self.file = files.enter_context(temporary.open("w", encoding="utf-8", newline=""))
-        self.begin()
-        files.callback(self.end)
-
-    def begin(self) -> None: ...
-
-    def write(self, number: int, frame: Frame, found: Detections) -> None:
-        raise NotImplementedError  # abstract: each kind of table writes its own rows
-
-    def end(self) -> None: ...
-
-
-class _CocoResults(_Table):
-    """COCO's results format: boxes x, y, width, height. ``image_id`` counts frames from 1, so each row also has the
-    frame's source and number."""
-
-    name = "detections.json"
-    _first = True
-
-    def begin(self) -> None:
-        self.file.write("[")
+        self.json = self.rows = self.counts = None
+        about = ["image_id", "source", "frame", "seconds"]
+        if "json" in save:
+            self.json, self.separator = opened("detections.json"), "\n"
+            self.json.write("[")
+            files.callback(self.json.write, "\n]\n")
+        if "csv" in save:
+            self.rows = csv.writer(opened("detections.csv"), lineterminator="\n")
+            self.rows.writerow([*about, "class", "score", "x1", "y1", "x2", "y2"])
+        if "counts" in save:
+            self.counts = csv.writer(opened("counts.csv"), lineterminator="\n")
+            self.counts.writerow([*about, "exit", "confidence", "ms", "found", *classes])
 
     def write(self, number: int, frame: Frame, found: Detections) -> None:
-        for index in np.flatnonzero(found.scores >= self.score).tolist():
-            x1, y1, x2, y2 = (round(float(side), 2) for side in found.boxes[index])
-            row = {
-                "image_id": number,
-                "category_id": int(found.labels[index]),
-                "bbox": [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)],
-                "score": round(float(found.scores[index]), 5),
-                "category": found.class_names[index],
-                "source": frame.source.title,
-                "frame": frame.index,
-            }
-            self.file.write(("\n" if self._first else ",\n") + json.dumps(row))
-            self._first = False
-
-    def end(self) -> None:
-        self.file.write("\n]\n")
-
-
-class _Rows(_Table):
-    """CSV with a row per detection."""
-
-    name = "detections.csv"
-
-    def begin(self) -> None:
-        self.rows = csv.writer(self.file, lineterminator="\n")
-        self.rows.writerow([*_ABOUT, "class", "score", "x1", "y1", "x2", "y2"])
-
-    def write(self, number: int, frame: Frame, found: Detections) -> None:
-        for index in np.flatnonzero(found.scores >= self.score).tolist():
-            sides = [f"{side:.2f}" for side in found.boxes[index]]
-            self.rows.writerow([*_about(number, frame), found.class_names[index], f"{found.scores[index]:.5f}", *sides])
-
-
-class _Counts(_Table):
-    """CSV with a row per frame: its exit and the number of detections per class."""
-
-    name = "counts.csv"
-
-    def begin(self) -> None:
-        self.rows = csv.writer(self.file, lineterminator="\n")
-        self.rows.writerow([*_ABOUT, "exit", "confidence", "ms", "found", *self.classes])
-
-    def write(self, number: int, frame: Frame, found: Detections) -> None:
-        labels = found.labels[found.scores >= self.score]
-        counts = np.bincount(labels, minlength=len(self.classes) + 1)[1:].tolist()
-        confidence = "" if found.exit_confidence is None else f"{found.exit_confidence:.5f}"
-        routed = [found.exit_name, confidence, f"{found.ms:.2f}"]
-        self.rows.writerow([*_about(number, frame), *routed, len(labels), *counts])
-
-
-_TABLES: dict[str, type[_Table]] = {"json": _CocoResults, "csv": _Rows, "counts": _Counts}
-
-
-_ABOUT = ("image_id", "source", "frame", "seconds")
-
-
-def _about(number: int, frame: Frame) -> list[int | str]:
-    return [number, frame.source.title, frame.index, "" if frame.time is None else f"{frame.time:.3f}"]
-
-
-class _Video:
-    """An MP4 in progress; frames of other sizes are fitted to the size of the first."""
-
-    def __init__(self, path: Path, temporary: Path, fps: float) -> None:
-        self.path, self._temporary, self._fps = path, temporary, fps
-        self._writer: Any = None
-        self._size, self._frames = (0, 0), 0
-
-    def write(self, picture: Image.Image) -> None:
-        cv2 = opencv()
-        if self._writer is None:
-            self._size = picture.size
-            code = cv2.VideoWriter_fourcc(*"mp4v")
-            self._writer = cv2.VideoWriter(str(self._temporary), code, self._fps, self._size)
-            if not self._writer.isOpened():
-                raise CannotWrite(f"{self.path}: cannot be written; make room or name another folder")
-        if picture.size != self._size:
-            picture = picture.resize(self._size)
-        self._writer.write(np.ascontiguousarray(np.asarray(picture)[..., ::-1]))
-        self._frames += 1
-
-    def close(self, whole: bool) -> None:
-        """Finish the file. OpenCV does not report a full disk, so the frames of a ``whole`` video are counted."""
-        if self._writer is None:
-            return
-        self._writer.release()
-        if whole:
-            cv2 = opencv()
-            written = cv2.VideoCapture(str(self._temporary))
-            frames = int(written.get(cv2.CAP_PROP_FRAME_COUNT))
-            written.release()
-            if frames < self._frames:
-                raise CannotWrite(f"{self.path}: {frames} of {self._frames} frames could be written; make room")
+        """Write frame ``number`` of all sources, counted from 1."""
+        title, seconds = frame.source.title, "" if frame.time is None else f"{frame.time:.3f}"
+        keep = np.flatnonzero(found.scores >= self.score).tolist()
+        for index in keep:
+            name, score, box = found.class_names[index], found.scores[index], found.boxes[index]
+            if self.json:
+                x1, y1, x2, y2 = (round(float(side), 2) for side in box)
+                row = {  # COCO's results format, and the frame
+                    "image_id": number,
+                    "category_id": int(found.labels[index]),
+                    "bbox": [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)],
+                    "score": round(float(score), 5),
+                    "category": name,
+                    "source": title,
+                    "frame": frame.index,
+                }
+                self.json.write(self.separator + json.dumps(row))
+                self.separator = ",\n"
+            if self.rows:
+                sides = [f"{side:.2f}" for side in box]
+                self.rows.writerow([number, title, frame.index, seconds, name, f"{score:.5f}", *sides])
+        if self.counts:
+            counts = np.bincount(found.labels[keep], minlength=len(self.classes) + 1)[1:].tolist()
+            confidence = "" if found.exit_confidence is None else f"{found.exit_confidence:.5f}"
+            routed = [found.exit_name, confidence, f"{found.ms:.2f}"]
+            self.counts.writerow([number, title, frame.index, seconds, *routed, len(keep), *counts])
 
 
 @contextlib.contextmanager
-def _video(path: Path, fps: float) -> Iterator[_Video]:
+def _video(path: Path, fps: float, size: tuple[int, int]) -> Iterator[Callable[[Image.Image], None]]:
+    """Yield a function that adds a picture to the MP4 ``path``; pictures of another ``size`` are fitted to it."""
+    cv2, frames = opencv(), 0
     with atomic_path(path) as temporary:
-        video = _Video(path, temporary, fps)
+        writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), fps, size)
+        if not writer.isOpened():
+            raise CannotWrite(f"{path}: cannot be written; make room or name another folder")
+
+        def write(picture: Image.Image) -> None:
+            nonlocal frames
+            picture = picture if picture.size == size else picture.resize(size)
+            writer.write(np.ascontiguousarray(np.asarray(picture)[..., ::-1]))
+            frames += 1
+
         try:
-            yield video
-        except BaseException:
-            video.close(whole=False)
-            raise
-        video.close(whole=True)
-
-
-def video_paths(sources: Sequence[Source], folder: str | os.PathLike[str]) -> list[Path]:
-    """An MP4 in ``folder`` for each video or stream; equal names get numbers, and no source is overwritten."""
-    taken = {Path(source.name).resolve() for source in sources}
-    paths = []
-    for source in sources:
-        name = f"camera_{source.name}" if source.name.isdecimal() else Path(source.title.rstrip("/")).stem or "stream"
-        path, number = Path(folder) / f"{name}.mp4", 1
-        while path.resolve() in taken:
-            number += 1
-            path = Path(folder) / f"{name}_{number}.mp4"
-        taken.add(path.resolve())
-        paths.append(path)
-    return paths
+            yield write
+        finally:
+            writer.release()
+        video = cv2.VideoCapture(str(temporary))
+        written = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+        video.release()
+        if written < frames:  # OpenCV does not report a full disk
+            raise CannotWrite(f"{path}: {written} of {frames} frames could be written; make room")
 
 
 def _show(picture: Image.Image, wait: int) -> bool:

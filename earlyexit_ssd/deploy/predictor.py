@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -25,7 +25,6 @@ CLOSED = 2.0
 RUNTIMES = ("onnxruntime", "openvino")
 
 Array = np.ndarray
-Run = Callable[[Mapping[str, Array]], "dict[str, Array]"]  # function from inputs by name to outputs by name
 
 
 @dataclass(frozen=True)
@@ -52,27 +51,14 @@ class Detections:
 
     @classmethod
     def of(
-        cls,
-        found: tuple[Array, Array, Array],
-        exit_index: int,
-        confidence: float,
-        classes: Sequence[str],
-        exit_names: Sequence[str],
-        start: float,
+        cls, detector: Any, found: tuple[Array, Array, Array], exit_index: int, sure: float, start: float
     ) -> Detections:
-        """From boxes, labels and scores, the exit, its confidence (NaN: no router), the names of the labels 1..K and of
-        the exits, and the ``time.perf_counter()`` at which the call started."""
+        """From boxes, labels and scores, the exit and its confidence (NaN: no router) of a ``detector`` with
+        ``classes`` and ``exit_names``, and the ``time.perf_counter()`` at which the call started."""
         boxes, labels, scores = found
-        return cls(
-            boxes,
-            labels,
-            [classes[label - 1] for label in labels.tolist()],
-            scores,
-            exit_index,
-            exit_names[exit_index],
-            None if math.isnan(confidence) else confidence,
-            1000 * (time.perf_counter() - start),
-        )
+        names = [detector.classes[label - 1] for label in labels.tolist()]
+        confidence, ms = None if math.isnan(sure) else sure, 1000 * (time.perf_counter() - start)
+        return cls(boxes, labels, names, scores, exit_index, detector.exit_names[exit_index], confidence, ms)
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -83,11 +69,8 @@ class Detections:
         Raises:
             EarlyExitError: the package supervision is not installed.
         """
-        supervision = import_package("supervision")
-        names = np.array(self.class_names, dtype=str)
-        return supervision.Detections(
-            xyxy=self.boxes, confidence=self.scores, class_id=self.labels, data={"class_name": names}
-        )
+        supervision, names = import_package("supervision"), {"class_name": np.array(self.class_names, dtype=str)}
+        return supervision.Detections(xyxy=self.boxes, confidence=self.scores, class_id=self.labels, data=names)
 
 
 class Predictor:
@@ -213,12 +196,11 @@ class Predictor:
     def _detect(self, image: Array, name: str, thresholds: Array) -> Detections:
         start = time.perf_counter()
         feeds = {"image": as_photo(image, name), "thresholds": thresholds, "score_thresh": self.score_thresh}
-        boxes, labels, scores, exit_index, confidence = self._network(feeds)
-        if self._network.fixed_scores:
-            keep = scores > self.score_thresh[labels - 1]
-            boxes, labels, scores = boxes[keep], labels[keep], scores[keep]
-        found, index, confidence = (boxes, labels, scores), int(exit_index), float(confidence)
-        return Detections.of(found, index, confidence, self.classes, self.exit_names, start)
+        *found, exit_index, confidence = self._network(feeds)
+        if self._network.fixed:
+            _, labels, scores = found
+            found = [values[scores > self.score_thresh[labels - 1]] for values in found]
+        return Detections.of(self, tuple(found), int(exit_index), float(confidence), start)
 
     def _least_scores(self, given: float | Mapping[str, float] | None) -> Array:
         """Lowest score per class, float32 [K]."""
@@ -231,7 +213,7 @@ class Predictor:
                 scores[self.classes.index(name)] = _share(f"score_thresh of {shown(name)}", value)
         elif given is not None:
             scores[:] = _share("score_thresh", given)
-        if self._network.fixed_scores and (scores < self._own_scores).any():
+        if self._network.fixed and (scores < self._own_scores).any():
             least = self._own_scores.min()
             raise EarlyExitError(
                 f"{self.path}: score_thresh below the file's {least:g}, which OpenVINO takes for a constant in an ONNX "
@@ -250,16 +232,16 @@ class Predictor:
                 hint = nearest(str(name), self.thresholds) or f"; they are {', '.join(self.thresholds)}"
                 raise EarlyExitError(f"thresholds names {shown(name)}, no early exit of the file{hint}")
             value = CLOSED if value == CLOSED else _share(f"threshold of {name}", value)
-            if self.thresholds[name] is None:  # it was not exported; only 2.0 is allowed for it
-                if value < CLOSED:
-                    raise EarlyExitError(f"{self.path}: {name} was closed when the file was written; export it open")
-                continue
-            if self._network.fixed_thresholds and value != self.thresholds[name]:
-                raise EarlyExitError(
-                    f"{self.path}: OpenVINO takes thresholds of an ONNX file for constants; export with --format "
-                    "openvino to change them"
-                )
-            self.thresholds[name] = value
+            own = self.thresholds[name]
+            if own is None and value < CLOSED:
+                raise EarlyExitError(f"{self.path}: {name} was closed when the file was written; export it open")
+            if own is not None and value != own:
+                if self._network.fixed:
+                    raise EarlyExitError(
+                        f"{self.path}: OpenVINO takes thresholds of an ONNX file for constants; export with --format "
+                        "openvino to change them"
+                    )
+                self.thresholds[name] = value
         values = [CLOSED if value is None else value for value in self.thresholds.values()]
         self._thresholds = np.array(values, np.float32)
 
@@ -308,31 +290,25 @@ def _as_bytes(image: Array, name: str) -> Array:
 
 # The network: one file, or one file per segment.
 
-Outputs = tuple[Array, Array, Array, Array, Array]  # boxes, labels, scores, exit_index, exit_confidence
 _NAMES = ("boxes", "labels", "scores", "exit_index", "exit_confidence")
 
 
 class _OneFile:
-    """A whole detector in one file.
-
-    Attributes:
-        fixed_thresholds, fixed_scores: whether thresholds and lowest scores are constants of the file, not inputs.
-    """
+    """A whole detector in one file. ``fixed``: thresholds and lowest scores are constants of the file, not inputs."""
 
     def __init__(self, network: OnnxRuntime | OpenVino) -> None:
         self._network, self.metadata = network, network.metadata
-        self.fixed_thresholds = "thresholds" not in network.inputs
-        self.fixed_scores = "score_thresh" not in network.inputs
+        self.fixed = "score_thresh" not in network.inputs
 
-    def __call__(self, feeds: Mapping[str, Array]) -> Outputs:
-        found = self._network({name: feeds[name] for name in self._network.inputs})
-        return tuple(found[name] for name in _NAMES)
+    def __call__(self, feeds: Mapping[str, Array]) -> list[Array]:
+        found = self._network(feeds)
+        return [found[name] for name in _NAMES]
 
 
 class _Staged:
     """A folder with one file per segment; a segment is run only if the photo does not leave before it."""
 
-    fixed_thresholds = fixed_scores = False
+    fixed = False
 
     def __init__(self, folder: Path, load: type[OnnxRuntime | OpenVino], threads: int) -> None:
         try:
@@ -350,8 +326,8 @@ class _Staged:
             ) from None
         *self._networks, self._detections = [load(folder / file, threads=threads) for file in files]
 
-    def __call__(self, feeds: Mapping[str, Array]) -> Outputs:
-        image, state = feeds["image"], {"image": feeds["image"]}
+    def __call__(self, feeds: Mapping[str, Array]) -> list[Array]:
+        state = {"image": feeds["image"]}
         for (index, empty), network in zip(self._segments, self._networks, strict=True):
             found = network(state)
             confidence = found["confidence"][0] if "confidence" in found else np.float32(np.nan)
@@ -359,12 +335,11 @@ class _Staged:
             if not last and not confidence >= feeds["thresholds"][index]:
                 # the names of `STATE` in graph.py, which imports onnx; this module runs without it
                 state = {f"{name}_in": found[name] for name in ("x", "finest", "context") if name in found}
-                continue
-            if empty and not last:
+            elif empty and not last:
                 nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.float32)
-                return *nothing, np.int64(index), confidence
-            head = {name: found[name] for name in ("cls_logits", "bbox_regression")}
-            size = np.array(image.shape[:2], np.int64)
-            answer = self._detections({**head, "photo_size": size, "score_thresh": feeds["score_thresh"]})
-            return *(answer[name] for name in _NAMES[:3]), np.int64(index), confidence
+                return [*nothing, np.int64(index), confidence]
+            else:
+                size = np.array(feeds["image"].shape[:2], np.int64)
+                answer = self._detections({**found, "photo_size": size, "score_thresh": feeds["score_thresh"]})
+                return [*(answer[name] for name in _NAMES[:3]), np.int64(index), confidence]
         raise AssertionError("the last segment leaves")

@@ -52,11 +52,6 @@ class Frame:
     fps: float | None = None  # frames per second of the source; None if unknown
     total: int | None = None  # number of frames of the source; None if unknown
 
-    @property
-    def name(self) -> str:
-        """Name for messages: the photo, or the video and the frame's index."""
-        return self.source.title if self.source.kind == "photo" else f"{self.source.title} frame {self.index}"
-
 
 def find_sources(arguments: Sequence[str | os.PathLike[str]]) -> list[Source]:
     """The sources of command-line arguments, in order.
@@ -69,28 +64,26 @@ def find_sources(arguments: Sequence[str | os.PathLike[str]]) -> list[Source]:
     """
     sources: list[Source] = []
     for argument in map(os.fspath, arguments):
-        if (argument.isdecimal() and not os.path.exists(argument)) or "://" in argument:
+        there = os.path.exists(argument)
+        if (argument.isdecimal() and not there) or "://" in argument:
             sources.append(Source(argument, "live"))
-        elif os.path.isdir(argument):
-            inside, others = find_files(Path(argument), PHOTO_SUFFIXES + VIDEO_SUFFIXES)
+            continue
+        found: Sequence[str | Path] = [argument]
+        if os.path.isdir(argument):
+            found, others = find_files(Path(argument), PHOTO_SUFFIXES + VIDEO_SUFFIXES)
             if others:
                 text = "%s: %d files left out, which are no photos and no videos; the first: %s"
                 logger.warning(text, argument, len(others), others[0])
-            if not inside:
+            if not found:
                 raise DataError(f"{argument}: no picture in this folder; name photos, or a folder that holds some")
-            sources += map(_file, inside)
-        elif glob.has_magic(argument) and not os.path.exists(argument):
-            fitting = [path for path in sorted(glob.glob(argument, recursive=True)) if os.path.isfile(path)]
-            if not fitting:
+        elif glob.has_magic(argument) and not there:
+            found = list(filter(os.path.isfile, sorted(glob.glob(argument, recursive=True))))
+            if not found:
                 raise DataError(f"{argument}: no file fits this pattern; look at its folder and its capitals")
-            sources += map(_file, fitting)
-        else:
-            sources.append(_file(argument))
+        for path in found:
+            kind = "video" if Path(path).suffix.lower() in VIDEO_SUFFIXES else "photo"
+            sources.append(Source(os.fspath(path), kind))
     return sources
-
-
-def _file(path: str | os.PathLike[str]) -> Source:
-    return Source(os.fspath(path), "video" if Path(path).suffix.lower() in VIDEO_SUFFIXES else "photo")
 
 
 def read_frames(source: Source, stride: int = 1) -> Iterator[Frame | DataError]:

@@ -7,8 +7,8 @@ calibrated on unlabelled frames of the camera, by comparing repeated detections 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-import json
 import math
 import os
 import time
@@ -163,16 +163,16 @@ class StreamRule:
         check_fields(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        write_json(path, {"format": FORMAT, **json.loads(json.dumps(dataclasses.asdict(self)))})
+        write_json(path, {"format": FORMAT, **dataclasses.asdict(self)})
 
 
 def load_stream_rule(path: str | os.PathLike[str]) -> StreamRule:
     """Read a file of :meth:`StreamRule.save`; an EarlyExitError if there is none, or it is no rule."""
     content = read_json(path, "stream rule", ADVICE)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise EarlyExitError(f"{path}: expected a stream rule of format {FORMAT!r}; {ADVICE}")
     try:
-        return build(StreamRule, {key: value for key, value in content.items() if key != "format"})
+        return build(StreamRule, content)
     except EarlyExitError as error:
         raise EarlyExitError(f"{path}: {error}; {ADVICE}") from None
 
@@ -200,28 +200,27 @@ class TemporalExit:
 
     def reset(self) -> None:
         """Forget the last frame, before frames of another camera."""
-        self._picture: np.ndarray | None = None
-        self._found: Detections | None = None
-        self._weight, self._repeats = 1.0, 0
+        self._last: tuple[np.ndarray, Detections] | None = None  # small picture and detections of the computed frame
+        self._close, self._repeats = False, 0
 
     def __call__(self, image: np.ndarray) -> Detections:
         """Detections of the next frame, uint8 [H, W, 3] RGB. Repeated ones have the ``exit_name`` `REPEATED`, the
         ``exit_index`` -1 and as ``ms`` the time of the comparison."""
-        start = time.perf_counter()
-        picture = small_picture(image)
-        if (
-            self._picture is not None
-            and self._repeats < self.rule.most_repeats
-            and self._picture.shape == picture.shape
-            and self._weight * change(picture, self._picture) <= self.rule.threshold
-        ):
-            self._repeats += 1
-            ms = 1000 * (time.perf_counter() - start)
-            return dataclasses.replace(self._found, exit_index=-1, exit_name=REPEATED, exit_confidence=None, ms=ms)
+        start, picture = time.perf_counter(), small_picture(image)
+        if self._last is not None and self._repeats < self.rule.most_repeats:
+            before, found = self._last
+            if _little_changed(picture, before, self._close, self.rule.threshold):
+                self._repeats += 1
+                ms = 1000 * (time.perf_counter() - start)
+                return dataclasses.replace(found, exit_index=-1, exit_name=REPEATED, exit_confidence=None, ms=ms)
         found = self.detector(image)
-        self._picture, self._found, self._repeats = picture, found, 0
-        self._weight = CLOSE_WEIGHT if Answer.of(found, self.rule.score).close else 1.0
+        self._last, self._close, self._repeats = (picture, found), Answer.of(found, self.rule.score).close, 0
         return dataclasses.replace(found, ms=1000 * (time.perf_counter() - start))
+
+
+def _little_changed(picture: np.ndarray, last: np.ndarray, close: bool, threshold: float) -> bool:
+    """Whether a rule repeats the answer of the small picture ``last``, which has a ``close`` call or none."""
+    return picture.shape == last.shape and (CLOSE_WEIGHT if close else 1.0) * change(picture, last) <= threshold
 
 
 @dataclass
@@ -240,19 +239,18 @@ class Recording:
     def of(cls, detector: Any, frames: Iterable[np.ndarray], score: float, total: int | None = None) -> Recording:
         """Run ``detector`` on ``frames`` (uint8 [H, W, 3] RGB); ``total``: number of frames for the progress bar."""
         recording = cls(score, tuple(detector.classes))
-        ms, compared = [], []
         for image in progress(frames, desc="watch", total=total, unit="frame"):
             found = detector(image)
             start = time.perf_counter()
             picture = small_picture(image)
             if recording.pictures and recording.pictures[-1].shape == picture.shape:
                 change(picture, recording.pictures[-1])
-            compared.append(1000 * (time.perf_counter() - start))
-            ms.append(found.ms)
+            recording.ms_compared += 1000 * (time.perf_counter() - start)
+            recording.ms += found.ms
             recording.pictures.append(picture)
             recording.answers.append(Answer.of(found, score))
-        if ms:
-            recording.ms, recording.ms_compared = float(np.mean(ms)), float(np.mean(compared))
+        recording.ms /= max(1, len(recording))
+        recording.ms_compared /= max(1, len(recording))
         return recording
 
     def __len__(self) -> int:
@@ -267,14 +265,11 @@ class Recording:
         """Which frames a rule computes, and at which frames its answer differs from the detector's: bool [n] each."""
         computed, last = np.zeros(len(self), bool), 0
         for index, picture in enumerate(self.pictures):
-            weight = CLOSE_WEIGHT if self.answers[last].close else 1.0
-            computed[index] = (
-                index == 0
-                or index - last > most_repeats
-                or picture.shape != self.pictures[last].shape
-                or weight * change(picture, self.pictures[last]) > threshold
-            )
-            last = index if computed[index] else last
+            if 0 < index <= last + most_repeats and _little_changed(
+                picture, self.pictures[last], self.answers[last].close, threshold
+            ):
+                continue
+            computed[index], last = True, index
         return computed, self.changed(computed)
 
     def changed(self, computed: np.ndarray) -> np.ndarray:
@@ -283,11 +278,9 @@ class Recording:
         return np.array([not self._equal(int(one), index) for index, one in enumerate(last)], bool)
 
     def _equal(self, one: int, other: int) -> bool:
-        if one == other:
-            return True
         key = (one, other)
         if key not in self._same:
-            self._same[key] = same_answer(self.answers[one], self.answers[other])
+            self._same[key] = one == other or same_answer(self.answers[one], self.answers[other])
         return self._same[key]
 
     def speedup(self, computed: np.ndarray) -> float:
@@ -310,11 +303,9 @@ class Recording:
     def figures(
         self, threshold: float, most_repeats: int, share: float, delta: float | None, block: int
     ) -> StreamFigures:
+        """The figures of a rule on this recording; arguments as of `calibrate_stream`."""
         computed, changed = self.with_rule(threshold, most_repeats)
         blocks, speedup = block_means(changed, block), self.speedup(computed)
-        bound = None
-        if delta is not None:
-            bound = upper_bound(blocks, delta, lambda losses, epsilon: betting_p_value(losses, epsilon, delta=delta))
         return StreamFigures(
             frames=len(self),
             block=block,
@@ -323,11 +314,15 @@ class Recording:
             delta=delta,
             events=sum(not self._equal(index, index + 1) for index in range(len(self) - 1)),
             changed=float(changed.mean()),
-            bound=bound,
+            bound=None if delta is None else upper_bound(blocks, delta, _p_value_at(delta)),
             computed=float(computed.mean()),
             speedup=speedup,
             every_nth_changed=self.every_nth(speedup),
         )
+
+
+def _p_value_at(delta: float) -> Callable[[np.ndarray, float], float]:
+    return functools.partial(betting_p_value, delta=delta)
 
 
 def block_means(changed: np.ndarray, block: int) -> np.ndarray:
@@ -401,8 +396,7 @@ def _too_few(recording: Recording, losses: np.ndarray, share: float, delta: floa
             f"even the safest rule changes {changed:.1%} of the answers, asked were {share:.1%} at most: the detector "
             "itself flickers; ask for a larger share, or run it on every frame"
         )
-    model = losses if losses.size else np.zeros(1)
-    needed = photos_needed(model, share, delta, lambda values, epsilon: betting_p_value(values, epsilon, delta=delta))
+    needed = photos_needed(losses if losses.size else np.zeros(1), share, delta, _p_value_at(delta))
     about = "" if needed is None else f", about {needed} are needed ({needed * block} frames)"
     return EarlyExitError(
         f"{len(recording)} frames are {losses.size} blocks of {block}, too few to promise {share:.1%} at delta "

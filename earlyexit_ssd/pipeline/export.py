@@ -317,7 +317,7 @@ def _write_staged(model: EarlyExitDetector, segments: Sequence[graph.Segment], f
     contract, rows = _contract(model), []
     for place, segment in enumerate(segments):
         name = f"{place}_{segment.name}.onnx"
-        staged = graph.stage(segment) if place else graph.first_stage(segment, contract)
+        staged = graph.first_stage(segment, contract) if place == 0 else segment.model
         (folder / name).write_bytes(staged.SerializeToString())
         rows.append({"file": name, "exit_index": segment.index, "empty": segment.empty})
     (folder / "detections.onnx").write_bytes(graph.last_stage(contract).SerializeToString())
@@ -328,7 +328,7 @@ def _write_staged(model: EarlyExitDetector, segments: Sequence[graph.Segment], f
 def _write_openvino(model: EarlyExitDetector, segments: Sequence[graph.Segment], path: Path) -> None:
     openvino, contract = import_package("openvino"), dataclasses.replace(_contract(model), large=0)
     segments = [dataclasses.replace(one, model=gather_instead_of_resize(one.model)) for one in segments]
-    whole = graph.required_inputs(graph.build_graph(segments, contract, _metadata(model, contract)))
+    whole = graph.build_graph(segments, contract, _metadata(model, contract))
     try:
         converted = openvino.Core().read_model(whole.SerializeToString())
         openvino.save_model(converted, path, compress_to_fp16=False)

@@ -67,8 +67,8 @@ from earlyexit_ssd.pipeline.replay import (
 from earlyexit_ssd.pipeline.train import train_phases
 from earlyexit_ssd.plain import read_json
 from earlyexit_ssd.progress import progress
-from earlyexit_ssd.report.charts import candidates_chart
 from earlyexit_ssd.report.page import never_failing, search_page, write_page
+from earlyexit_ssd.report.pictures import candidates_chart
 from earlyexit_ssd.routing import ExitRouter
 from earlyexit_ssd.routing.policies import needs_training_photos
 

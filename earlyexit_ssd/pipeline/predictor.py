@@ -51,7 +51,7 @@ class TorchPredictor:
         boxes, labels, scores = (found[key][order].numpy() for key in ("boxes", "labels", "scores"))
         index = int(found.get("exit_index", self.model.num_early_exits))
         confidence = float(found.get("exit_confidence", math.nan))
-        return Detections.of((boxes, labels, scores), index, confidence, self.classes, self.exit_names, start)
+        return Detections.of(self, (boxes, labels, scores), index, confidence, start)
 
     def warm_up(self) -> None:
         """Run a blank photo: the first call is slower than the others."""

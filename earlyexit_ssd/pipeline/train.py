@@ -37,8 +37,7 @@ from earlyexit_ssd.pipeline.evaluate import check_rivals, evaluate_model
 from earlyexit_ssd.pipeline.phases import PHASE_FUNCTIONS, tap_cache
 from earlyexit_ssd.pipeline.reports import write_training_page
 from earlyexit_ssd.pipeline.run import Run, RunFolder
-from earlyexit_ssd.report.charts import training_curves
-from earlyexit_ssd.report.pictures import photo_grid
+from earlyexit_ssd.report.pictures import photo_grid, training_curves
 from earlyexit_ssd.routing.policies import FITTED_POLICIES
 
 logger = logging.getLogger(__name__)

@@ -76,25 +76,28 @@ function placeTexts(element, texts, first, x, y, xs, ys) {
   return placed.map((one, i) => one || place(texts[i], i));
 }
 
+const withFigure = (points, name) => points.filter((one) => (one.figures[name] ?? null) !== null);
+
 function pointsChart(element, page, quality) {
-  const points = page.points.filter((one) => one[quality] !== null).sort((a, b) => a.ms - b.ms);
-  const bars = (values, key) => ({type: "data", symmetric: false, thickness: 1, width: 2, color: "#cbd5e0",
-    array: points.map((one, i) => (one[key] ? Math.max(one[key][1] - values[i], 0) : 0)),
-    arrayminus: points.map((one, i) => (one[key] ? Math.max(values[i] - one[key][0], 0) : 0))});
-  const x = points.map((one) => one.ms), y = points.map((one) => one[quality]);
+  const points = withFigure(page.points, quality).sort((a, b) => a.ms - b.ms);
+  const x = points.map((one) => one.ms), y = points.map((one) => one.figures[quality]);
+  const xIntervals = points.map((one) => one.ms_interval), yIntervals = points.map((one) => one.figures[`${quality}_interval`]);
+  const bars = (values, intervals) => ({type: "data", symmetric: false, thickness: 1, width: 2, color: "#cbd5e0",
+    array: intervals.map((one, i) => (one ? Math.max(one[1] - values[i], 0) : 0)),
+    arrayminus: intervals.map((one, i) => (one ? Math.max(values[i] - one[0], 0) : 0))});
   const symbols = {exit: "circle", routed: "diamond", chosen: "star", single_exit: "triangle-down", onnx: "triangle-up", rival: "triangle-up"};
   const crowded = points.length > 24 || points.some((one) => one.kind === "chosen");  // candidates have long names
   const named = (one) => !crowded || !["exit", "plain"].includes(one.kind) || one === page.points[0];
-  const ends = (values, key) => [...values, ...points.flatMap((one) => one[key] || [])];
   const texts = points.map((one) => (named(one) ? one.name : ""));
-  const shipped = points.map((one) => ["routed", "chosen"].includes(one.kind) || page.verdict.startsWith(`Ship ${one.name}:`));
-  const placed = placeTexts(element, texts, shipped, x, y, ends(x, "ms_interval"), ends(y, `${quality}_interval`));
+  const recommended = (one) => page.verdict.startsWith(`Ship ${one.name}:`), main = (one) => ["routed", "chosen"].includes(one.kind);
+  const placed = placeTexts(element, texts, points.map((one) => main(one) || recommended(one)), x, y,
+    x.concat(...xIntervals.filter(Boolean)), y.concat(...yIntervals.filter(Boolean)));
   plot(element, [{
-    x, y, mode: "markers+text", type: "scatter", error_x: bars(x, "ms_interval"), error_y: bars(y, `${quality}_interval`),
+    x, y, mode: "markers+text", type: "scatter", error_x: bars(x, xIntervals), error_y: bars(y, yIntervals),
     text: placed.map(([text]) => escaped(text)), hovertext: points.map((one) => escaped(one.name)),
     hovertemplate: `%{hovertext}<br>%{x:.1f} ms, ${quality} %{y:.3f}<extra></extra>`, cliponaxis: false,
     textposition: placed.map(([_, place]) => place), textfont: {size: 10},
-    marker: {size: points.map((one) => (["routed", "chosen"].includes(one.kind) ? 14 : 9) + (page.verdict.startsWith(`Ship ${one.name}:`) ? 5 : 0)), color: points.map((one) => page.colors[one.kind]),
+    marker: {size: points.map((one) => (main(one) ? 14 : 9) + (recommended(one) ? 5 : 0)), color: points.map((one) => page.colors[one.kind]),
       symbol: points.map((one) => (symbols[one.kind] || "square") + (one.other_runtime ? "-open" : ""))},
   }], page.x_title, quality, false);
 }
@@ -342,8 +345,8 @@ function firstScreen(page) {
   const chart = h("div", {class: "chart"}), later = [];
   const quality = h("select", {"aria-label": "figure of the chart", onchange: (event) => pointsChart(chart, page, event.target.value)},
     ["AP50", "AP"].map((name) => h("option", {}, name)));
-  const both = page.points.some((one) => one.AP !== null);
-  if (page.points.some((one) => one.AP50 !== null)) later.push(() => pointsChart(chart, page, "AP50"));
+  const both = withFigure(page.points, "AP").length > 0;
+  if (withFigure(page.points, "AP50").length) later.push(() => pointsChart(chart, page, "AP50"));
   const vetoes = page.findings.filter((one) => one.veto), others = page.findings.filter((one) => !one.veto);
   const list = (title, findings) => (findings.length ? [h("h3", {}, title), h("ul", {}, findings.map((one) => h("li", {}, one.line)))] : []);
   const tiles = page.tiles.map((one) => h("div", {class: `tile ${one.good === null ? "" : one.good ? "yes" : "no"}`}, one.name, h("b", {}, one.value), h("span", {}, one.note)));

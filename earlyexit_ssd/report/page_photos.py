@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import dataclasses
 import io
 import itertools
+import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageStat
+from pycocotools import mask
 from pycocotools.coco import COCO
 from torch import Tensor
 
@@ -27,6 +31,7 @@ from earlyexit_ssd.modeling import EarlyExitSSDLite
 from earlyexit_ssd.modeling.branches import LightBranch
 from earlyexit_ssd.modeling.detector import walk
 from earlyexit_ssd.modeling.trunk import evaluating
+from earlyexit_ssd.report.pictures import as_picture
 
 MOST_THUMBNAILS, THUMBNAIL = 400, 240
 """Photos whose thumbnail is in the page, and its largest side in pixels; of the others the page draws boxes only."""
@@ -76,21 +81,17 @@ def photos_json(photos: PagePhotos) -> dict[str, Any]:
     files = [str(image.get("file_name", image["id"])) for image in images]
     folder = os.path.commonpath(map(os.path.dirname, files)) if all(map(os.path.isabs, files)) else ""
     thumbnails = _thumbnails(photos, images)
-    brightness = {index: value for index, (value, _) in thumbnails.items()}
     return {
         "exits": list(photos.exit_names),
         "labelled": photos.labelled,
         "chosen_here": photos.chosen_here,
-        "classes": [photos.ground_truth.cats[key]["name"] for key in sorted(photos.ground_truth.cats)],
+        "classes": [category["name"] for _, category in sorted(photos.ground_truth.cats.items())],
         "folder": folder,
         "files": [os.path.relpath(file, folder) if folder else file for file in files],
         "sizes": [[image["width"], image["height"]] for image in images],
         "confidences": [np.asarray(row, np.float32).tolist() for row in photos.confidences],
         "thresholds": [float(np.float32(value)) for value in photos.thresholds],
-        "costs": [
-            {"opened": list(one.opened), "mmacs": one.mmacs and list(one.mmacs), "ms": one.ms and list(one.ms)}
-            for one in photos.costs
-        ],
+        "costs": [dataclasses.asdict(one) for one in photos.costs],
         "plain": {"mmacs": photos.plain_mmacs, "ms": photos.plain_ms},
         "score": photos.score,
         "objects": matches.objects.tolist(),
@@ -100,12 +101,9 @@ def photos_json(photos: PagePhotos) -> dict[str, Any]:
         "curve": _curve(photos),
         "truth": _truth(photos),
         "found": _boxes(photos),
-        "thumbnails": {index: picture for index, (_, picture) in thumbnails.items()},
-        "groups": _groups(photos, images, brightness),
-        "attention": [
-            {"photo": one.photo, "exit": one.exit, "method": one.method, "picture": _jpeg(one.picture)}
-            for one in photos.attention
-        ],
+        "thumbnails": {index: _jpeg(picture) for index, picture in thumbnails.items()},
+        "groups": _groups(photos, images, thumbnails),
+        "attention": [{**vars(one), "picture": _jpeg(one.picture)} for one in photos.attention],
     }
 
 
@@ -138,23 +136,25 @@ def _curve(photos: PagePhotos) -> list[dict[str, Any]]:
 
 def _truth(photos: PagePhotos) -> list[list[list[int]]]:
     """Per photo its objects: x1, y1, x2, y2 in pixels, place of the class, whether it is ignored."""
-    places = {category: place for place, category in enumerate(sorted(photos.ground_truth.cats))}
-    return [
-        [
-            [*(round(value) for value in (x, y, x + width, y + height)), places[one["category_id"]],
-             int(one.get("iscrowd", 0))]
-            for one in photos.ground_truth.imgToAnns.get(image_id, [])
-            for x, y, width, height in [one["bbox"]]
-        ]
-        for image_id in photos.matches.image_ids
-    ]  # fmt: skip
+    places, rows = _places(photos), []
+    for image_id in photos.matches.image_ids:
+        rows.append([])
+        for one in photos.ground_truth.imgToAnns.get(image_id, []):
+            x, y, width, height = one["bbox"]
+            corners = map(round, (x, y, x + width, y + height))
+            rows[-1].append([*corners, places[one["category_id"]], int(one.get("iscrowd", 0))])
+    return rows
+
+
+def _places(photos: PagePhotos) -> dict[int, int]:
+    """Category id -> place of the class."""
+    return {category: place for place, category in enumerate(sorted(photos.ground_truth.cats))}
 
 
 def _boxes(photos: PagePhotos) -> list[list[list[list[int]]]]:
     """Per photo and exit the detections of at least the score: x1, y1, x2, y2 in pixels, place of the class, score in
     percent, and 1 for a hit, 2 for an ignored one, 0 for a false positive."""
-    matches, states = photos.matches, defaultdict(list)
-    places = {category: place for place, category in enumerate(sorted(photos.ground_truth.cats))}
+    matches, places, states = photos.matches, _places(photos), defaultdict(list)
     drawn = matches.score >= photos.score
     state = np.where(matches.hit[-1], 1, np.where(matches.false[-1], 0, 2))
     columns = (part[drawn].tolist() for part in (matches.photo, matches.exit, matches.label, state))
@@ -164,31 +164,26 @@ def _boxes(photos: PagePhotos) -> list[list[list[list[int]]]]:
     for photo, image_id in enumerate(matches.image_ids):
         rows.append([])
         for exit, of_exit in enumerate(photos.detections):
-            boxes, found = [], of_exit.get(image_id)
-            if found is not None:
-                scores = found["scores"].double().numpy()
-                ranks = defaultdict(itertools.count)
-                order = [one for one in np.argsort(-scores, kind="stable").tolist() if scores[one] >= photos.score]
-                labels, corners = found["labels"].tolist(), found["boxes"].round().int().tolist()
-                for one in order:
-                    if (place := places.get(labels[one])) is not None:
-                        value = states[photo, exit, place][next(ranks[place])]
-                        boxes.append([*corners[one], place, round(100 * float(scores[one])), value])
+            boxes: list[list[int]] = []
+            if found := of_exit.get(image_id):
+                scores, labels = found["scores"].double().numpy(), found["labels"].tolist()
+                corners, ranks = found["boxes"].round().int().tolist(), defaultdict(itertools.count)
+                for one in np.argsort(-scores, kind="stable").tolist():
+                    place = places.get(labels[one])
+                    if scores[one] >= photos.score and place is not None:
+                        state = states[photo, exit, place][next(ranks[place])]
+                        boxes.append([*corners[one], place, round(100 * float(scores[one])), state])
             rows[-1].append(boxes[:MOST_BOXES])
     return rows
 
 
-def _thumbnails(photos: PagePhotos, images: Sequence[dict[str, Any]]) -> dict[int, tuple[float, str]]:
-    """Place of a photo -> its mean brightness in 0..255 and its thumbnail, a JPEG in base64."""
+def _thumbnails(photos: PagePhotos, images: Sequence[dict[str, Any]]) -> dict[int, Image.Image]:
+    """Thumbnails of the most notable photos, by the photo's place."""
     found = {}
     for index in _notable(photos)[:MOST_THUMBNAILS]:
         image = images[index]
-        with_size = image["width"], image["height"]
-        try:
-            small = read_thumbnail(image["file_name"], with_size, THUMBNAIL)
-        except (DataError, KeyError):  # a photo that is gone since has no thumbnail
-            continue
-        found[index] = (ImageStat.Stat(small.convert("L")).mean[0], _jpeg(small))
+        with contextlib.suppress(DataError, KeyError):  # a photo that is gone since has no thumbnail
+            found[index] = read_thumbnail(image["file_name"], (image["width"], image["height"]), THUMBNAIL)
     return found
 
 
@@ -207,53 +202,43 @@ def _notable(photos: PagePhotos) -> list[int]:
     return list(dict.fromkeys(itertools.chain.from_iterable(np.stack(orders, axis=1).tolist())))
 
 
-def _groups(photos: PagePhotos, images: Sequence[dict[str, Any]], brightness: dict[int, float]) -> list[dict[str, Any]]:
+BINS = {
+    "number of objects": {"0": 1, "1": 2, "2": 3, "3 to 4": 5, "5 or more": math.inf},
+    "typical size of an object, share of the side": {
+        "under 10%": 0.1, "10% to 20%": 0.2, "20% to 40%": 0.4, "40% to 60%": 0.6, "60% or more": math.inf,
+    },
+    "crowding: largest IoU of two objects": {
+        "under 0.01": 0.01, "0.01 to 0.1": 0.1, "0.1 to 0.3": 0.3, "0.3 or more": math.inf,
+    },
+    "mean brightness, of 255": {
+        "under 70": 70, "70 to 100": 100, "100 to 130": 130, "130 to 160": 160, "160 or more": math.inf,
+    },
+}  # fmt: skip
+"""What photos are grouped by -> group -> the number that values of the group stay below."""
+
+
+def _groups(
+    photos: PagePhotos, images: Sequence[dict[str, Any]], thumbnails: dict[int, Image.Image]
+) -> list[dict[str, Any]]:
     """What the photos differ in: title, and labels with the photos that have it."""
-    truth, classes = photos.ground_truth, sorted(photos.ground_truth.cats)
-    objects = [
-        [one for one in truth.imgToAnns.get(image_id, []) if not one.get("iscrowd", 0)]
-        for image_id in photos.matches.image_ids
+    truth = photos.ground_truth
+    names = {key: truth.cats[key]["name"] for key in sorted(truth.cats)}
+    groups: dict[str, dict[str, list[int]]] = {title: {label: [] for label in bins} for title, bins in BINS.items()}
+    groups["class shown"] = {name: [] for name in names.values()}
+    for index, (image_id, image) in enumerate(zip(photos.matches.image_ids, images, strict=True)):
+        objects = [one for one in truth.imgToAnns.get(image_id, []) if not one.get("iscrowd", 0)]
+        sides = [(one["area"] / (image["width"] * image["height"])) ** 0.5 for one in objects]
+        brightness = ImageStat.Stat(thumbnails[index].convert("L")).mean[0] if index in thumbnails else None
+        values = len(objects), np.median(sides) if sides else None, _crowding(objects), brightness
+        for (title, bins), value in zip(BINS.items(), values, strict=True):
+            if value is not None:
+                groups[title][next(label for label, limit in bins.items() if value < limit)].append(index)
+        for name in {names[one["category_id"]] for one in objects}:
+            groups["class shown"][name].append(index)
+    return [
+        {"title": title, "bins": [{"label": label, "photos": found} for label, found in bins.items() if found]}
+        for title, bins in groups.items()
     ]
-    sides = [
-        float(np.median([(one["area"] / (image["width"] * image["height"])) ** 0.5 for one in found]))
-        if found
-        else None
-        for found, image in zip(objects, images, strict=True)
-    ]
-    shown = [{one["category_id"] for one in found} for found in objects]
-    crowding, light = list(map(_crowding, objects)), [brightness.get(index) for index in range(len(images))]
-    groups = [
-        _binned("number of objects", [len(found) for found in objects], (1, 2, 3, 5), "{:g}".format, whole=True),
-        _binned("typical size of an object, share of the side", sides, (0.1, 0.2, 0.4, 0.6), "{:.0%}".format),
-        _binned("crowding: largest IoU of two objects", crowding, (0.01, 0.1, 0.3), "{:g}".format),
-        _binned("mean brightness, of 255", light, (70, 100, 130, 160), "{:g}".format),
-    ]
-    of_class = [(truth.cats[key]["name"], [i for i, one in enumerate(shown) if key in one]) for key in classes]
-    bins = [{"label": name, "photos": found} for name, found in of_class if found]
-    return [*groups, {"title": "class shown", "bins": bins}]
-
-
-def _binned(
-    title: str,
-    values: Sequence[float | None],
-    edges: Sequence[float],
-    text: Callable[[float], str],
-    whole: bool = False,
-) -> dict[str, Any]:
-    """Photos with a value below the first edge, from each edge to the next, and from the last on; None is left out."""
-    lows, highs = (None, *edges), (*edges, None)
-    bins: list[dict[str, Any]] = []
-    for low, high in zip(lows, highs, strict=True):
-        inside = [
-            index
-            for index, value in enumerate(values)
-            if value is not None and (low is None or value >= low) and (high is None or value < high)
-        ]
-        label = f"under {text(high)}" if low is None else f"{text(low)} or more" if high is None else ""
-        if whole and high is not None:
-            label = text(high - 1) if low in (None, high - 1) else f"{text(low)} to {text(high - 1)}"
-        bins.append({"label": label or f"{text(low)} to {text(high)}", "photos": inside})
-    return {"title": title, "bins": [one for one in bins if one["photos"]]}
 
 
 def _crowding(objects: Sequence[dict[str, Any]]) -> float | None:
@@ -261,9 +246,7 @@ def _crowding(objects: Sequence[dict[str, Any]]) -> float | None:
     if len(objects) < 2:
         return None
     boxes = np.array([one["bbox"] for one in objects], np.float64)
-    low, high, area = boxes[:, :2], boxes[:, :2] + boxes[:, 2:], boxes[:, 2] * boxes[:, 3]
-    both = np.maximum(np.minimum(high[:, None], high) - np.maximum(low[:, None], low), 0).prod(-1)
-    overlap = both / np.maximum(area[:, None] + area - both, 1e-9)
+    overlap = mask.iou(boxes, boxes, np.zeros(len(boxes), np.uint8))
     return float(overlap[~np.eye(len(boxes), dtype=bool)].max())
 
 
@@ -298,23 +281,20 @@ def attention_maps(model: EarlyExitSSDLite, image: Tensor) -> dict[str, tuple[st
         x = model.transform([image], None)[0].tensors.detach().requires_grad_()
         for at in walk(model, x):
             name = model.exit_names[at.index]
-            if not at.full and model.empty[at.index]:
-                continue
-            branch = None if at.full else model.branches[name]
-            if isinstance(branch, LightBranch):
-                maps[name] = CHANNELS, _scaled(branch.attention(at.tap)[0].abs().mean(0))
-                continue
             if at.full:
                 pyramid = at.maps()
-                head, features = model.head(pyramid), pyramid[0]
+                features, head = pyramid[0], model.head(pyramid)
+            elif model.empty[at.index]:
+                continue
+            elif isinstance(branch := model.branches[name], LightBranch):
+                maps[name] = CHANNELS, _scaled(branch.attention(at.tap)[0].abs().mean(0))
+                continue
             else:
-                head, features = at.head(), at.tap
+                features, head = at.tap, at.head()
             score = head["cls_logits"][0].log_softmax(-1)[:, 1:].max()
             (gradient,) = torch.autograd.grad(score, features, retain_graph=True)
-            maps[name] = (
-                GRADIENTS,
-                _scaled(F.avg_pool2d((gradient * features).sum(1), 3, 1, 1, count_include_pad=False)[0].relu()),
-            )
+            smooth = F.avg_pool2d((gradient * features).sum(1), 3, 1, 1, count_include_pad=False)
+            maps[name] = GRADIENTS, _scaled(smooth[0].relu())
     return maps
 
 
@@ -327,8 +307,7 @@ def attention_pictures(model: EarlyExitSSDLite, images: Sequence[tuple[int, Tens
     """The maps of every exit over these photos: (place among the photos, float [3, H, W] in [0, 1])."""
     device, found = next(model.parameters()).device, []
     for place, image in images:
-        pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-        photo = Image.fromarray(np.ascontiguousarray(pixels))
+        photo = as_picture(image)
         photo.thumbnail((SIDE, SIDE))
         for name, (method, values) in attention_maps(model, image.to(device)).items():
             # the network sees the photo squeezed to a square, so its map is stretched to the photo

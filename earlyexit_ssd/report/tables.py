@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from earlyexit_ssd.calibration.certificate import Certificate
@@ -18,7 +17,7 @@ from earlyexit_ssd.evaluation.matches import PhotoRow
 from earlyexit_ssd.evaluation.metrics import METRICS
 from earlyexit_ssd.evaluation.results import Results, Row, Verdict, data_title, exit_rows, static_rows, timing_title
 from earlyexit_ssd.files import write_image, write_json, write_text
-from earlyexit_ssd.report.charts import EXITS, PLAIN, ROUTED, accuracy_against_cost, draw_charts
+from earlyexit_ssd.report.pictures import accuracy_against_cost, reliability_diagram
 
 
 def figure(value: float | None, digits: int = 3) -> str:
@@ -73,21 +72,14 @@ def markdown_table(results: Results) -> str:
 def text_report(results: Results) -> str:
     """What was evaluated, the table and the verdict, for the terminal and table.txt."""
     context = results.context
-    others = any(row.other_runtime for row in static_rows(results))
     by = "" if context.labelled else " by the full path; nobody labelled them"
-    agreement = "P to loc.err: agreement with what the full path finds; AP is not known"
-    lines = [
-        f"{data_title(results)}, {context.empty_images} of them without an object{by}",
-        *([] if context.labelled else [agreement]),
-        f"P to loc.err at score {context.score:g} and IoU {context.iou:g};"
-        f" ms of one image in {timing_title(results)}"
-        + ("; ORT: in ONNX Runtime, not to be compared" if others else ""),
-        "",
-        text_table(results),
-        "",
-        *(verdict_lines(results.verdict) if results.verdict else []),
-    ]
-    return "\n".join(lines)
+    other = any(row.other_runtime for row in static_rows(results))
+    ms = f"ms of one image in {timing_title(results)}" + ("; ORT: in ONNX Runtime, not to be compared" if other else "")
+    lines = [f"{data_title(results)}, {context.empty_images} of them without an object{by}"]
+    if not context.labelled:
+        lines.append("P to loc.err: agreement with what the full path finds; AP is not known")
+    lines += [f"P to loc.err at score {context.score:g} and IoU {context.iou:g}; {ms}", "", text_table(results), ""]
+    return "\n".join(lines + (verdict_lines(results.verdict) if results.verdict else []))
 
 
 def verdict_lines(verdict: Verdict) -> list[str]:
@@ -96,11 +88,8 @@ def verdict_lines(verdict: Verdict) -> list[str]:
     others = [f"  - {one.line}" for one in verdict.findings if not one.veto]
     if verdict.ship:
         return [f"verdict: ship {'the exits' if verdict.what == 'routed' else verdict.what}", *others]
-    return [
-        "verdict: do not ship the routed detector as it is",
-        *vetoes,
-        *(["found besides:", *others] if others else []),
-    ]
+    besides = ["found besides:", *others] if others else []
+    return ["verdict: do not ship the routed detector as it is", *vetoes, *besides]
 
 
 def write_calibration(folder: Path, certificate: Certificate, temperatures: Sequence[FittedTemperature]) -> None:
@@ -124,12 +113,11 @@ def calibration_report(certificate: Certificate, temperatures: Sequence[FittedTe
         f"{'fitted':>7}",
     ]
     by_name = {fitted.exit_name: fitted for fitted in temperatures}
-    rows = zip(measured.exit_share.items(), router["thresholds"], router["temperatures"], costs.exits, strict=False)
-    for (name, share), threshold, temperature, cost in rows:
+    early = zip(measured.exit_share.items(), router["thresholds"], router["temperatures"], costs.exits, strict=False)
+    for (name, left), threshold, temperature, cost in early:
         shown = "closed" if threshold >= CLOSED else f"{threshold:.4f}"
-        line = f"{name:8} {shown:>10} {100 * share:6.1f} % {cost:9.1f}"
-        if name in by_name:  # an exit with a branch
-            fitted = by_name[name]
+        line = f"{name:8} {shown:>10} {100 * left:6.1f} % {cost:9.1f}"
+        if fitted := by_name.get(name):  # an exit with a branch
             line += f" {temperature:12.2f} {fitted.temperature:7.2f} {fitted.before.expected_error:9.3f}"
             line += f" {fitted.after.expected_error:7.3f}"
         lines.append(line)
@@ -170,26 +158,6 @@ def promise(certificate: Certificate) -> list[str]:
     return lines
 
 
-def reliability_diagram(temperatures: Sequence[FittedTemperature]) -> Image.Image:
-    """Per exit, how often the most probable class is right where it has this probability, before and after."""
-
-    def draw(all_axes: np.ndarray) -> None:
-        for axes, fitted in zip(all_axes[0], temperatures, strict=True):
-            axes.plot([0, 1], [0, 1], color=PLAIN, linestyle=":", linewidth=1)
-            after = ROUTED if fitted.temperature != 1 else EXITS
-            for color, label, found in ((PLAIN, "before", fitted.before), (after, "after", fitted.after)):
-                filled = np.flatnonzero(found.count)
-                confidence, accuracy = np.array(found.confidence)[filled], np.array(found.accuracy)[filled]
-                label = f"{label}, error {found.expected_error:.3f}"
-                axes.plot(confidence, accuracy, color=color, marker="o", label=label)
-            axes.set_title(f"{fitted.exit_name}, temperature {fitted.temperature:.2f}")
-            axes.set_xlabel("probability of the class")
-            axes.legend(frameon=False)
-        all_axes[0, 0].set_ylabel("share that is right")
-
-    return draw_charts(draw, 1, len(temperatures), (4.2 * len(temperatures), 4))
-
-
 def write_results(
     out_dir: str | os.PathLike[str],
     results: Results,
@@ -208,18 +176,17 @@ def write_results(
         the paths written: metrics.json, table.txt, table.md, photos.csv, ap_against_cost.png and the pictures.
     """
     folder = Path(out_dir)
-    images = {"ap_against_cost": accuracy_against_cost(results), **(pictures or {})}
     write_json(folder / "metrics.json", results.to_json())
-    write_text(folder / "table.txt", text_report(results) + "\n")
-    write_text(folder / "table.md", markdown_table(results) + "\n")
-    names = ["metrics.json", "table.txt", "table.md"]
+    texts = {"table.txt": text_report(results) + "\n", "table.md": markdown_table(results) + "\n"}
     if photos:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(photos[0]), lineterminator="\n")
+        rows = io.StringIO()
+        writer = csv.DictWriter(rows, list(photos[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(photos)  # None is an empty field
-        write_text(folder / "photos.csv", text.getvalue())
-        names.append("photos.csv")
+        texts["photos.csv"] = rows.getvalue()
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    images = {"ap_against_cost": accuracy_against_cost(results), **(pictures or {})}
     for name, image in images.items():
         write_image(folder / f"{name}.png", image)
-    return [folder / name for name in (*names, *(f"{name}.png" for name in images))]
+    return [folder / name for name in ("metrics.json", *texts, *(f"{name}.png" for name in images))]

@@ -67,7 +67,7 @@ def test_others_are_held_against_the_first_of_their_runtime():
     times = np.ones((4, 1, 8, 2)) * np.array([1, 2, 3, 5])[:, None, None, None]
     times[2, 0, 0] = 11  # one call of eight
     times[..., 1] *= [[[1]], [[2]], [[1]], [[1]]]  # the second one computes on two cores
-    rows = list(module._rows(contestants, 1, 1, MIXED, 8, times, [None] * 4))
+    rows = list(module._rows(contestants, (1, 1, MIXED, 8), times, [None] * 4))
     assert [row.against and row.against.name for row in rows] == [None, "detector 0", "detector 0", "detector 1"]
     assert [row.against.wall.value for row in rows[1:]] == [2, 4, 2.5]
     assert rows[2].against.wall_p99.value == pytest.approx(3 + 0.93 * 8)

@@ -21,9 +21,8 @@ from earlyexit_ssd.deploy.predict import (
     images_of,
     is_exported,
     open_predictor,
-    picture_paths,
+    output_paths,
     predict,
-    video_paths,
 )
 from earlyexit_ssd.deploy.sources import Source, find_sources
 from earlyexit_ssd.deploy.stream import StreamRule
@@ -206,15 +205,15 @@ def test_no_picture_replaces_another_or_a_photo(tmp_path):
         tmp_path / "out" / "cat.png",
         tmp_path / "out" / "cow.PNG",  # the same file as cow.png where the disk does not tell cases apart
     ]
-    names = [path.name for path in picture_paths(photos, tmp_path / "out")]
-    assert names == ["dog.png", "dog_2.png", "Dog_3.png", "cat_2.png", "cow_2.png"]
-    assert all(path.parent == tmp_path / "out" for path in picture_paths(photos, tmp_path / "out"))
+    paths = output_paths([Source(str(path), "photo") for path in photos], tmp_path / "out")
+    assert [path.name for path in paths] == ["dog.png", "dog_2.png", "Dog_3.png", "cat_2.png", "cow_2.png"]
+    assert all(path.parent == tmp_path / "out" for path in paths)
 
 
 def test_no_video_replaces_another_or_a_source(tmp_path):
     sources = [Source(str(tmp_path / "a.mp4"), "video"), Source("x/a.avi", "video"), Source("1", "live")]
     sources.append(Source("rtsp://me:secret@cam/entrance/", "live"))
-    names = [path.name for path in video_paths(sources, tmp_path)]
+    names = [path.name for path in output_paths(sources, tmp_path)]
     assert names == ["a_2.mp4", "a_3.mp4", "camera_1.mp4", "entrance.mp4"]
 
 
