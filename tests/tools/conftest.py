@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from earlyexit_ssd.files import write_text
-from earlyexit_ssd.report import charts
+from earlyexit_ssd.report import pictures
 from tools import train_net
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +61,7 @@ def plain_figure(**settings: object) -> Figure:
 @pytest.fixture(autouse=True)
 def plain_charts(monkeypatch):
     """What the tools draw, but for `trained`, which draws charts as they are; so does tests/report."""
-    monkeypatch.setattr(charts, "Figure", plain_figure)
+    monkeypatch.setattr(pictures, "Figure", plain_figure)
 
 
 @pytest.fixture(scope="session")
@@ -116,7 +116,7 @@ def start_training(
 
 def _train(tool: str, arguments: list[str], stderr: str | Path, environment: dict[str, str]) -> None:
     os.environ.update(environment)
-    charts.Figure = plain_figure
+    pictures.Figure = plain_figure
     for number, path in ((1, os.devnull), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.exit(importlib.import_module(f"tools.{tool}").main(arguments))
