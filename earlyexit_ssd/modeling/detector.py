@@ -530,9 +530,10 @@ class PathToExit(nn.Module):
         return head["cls_logits"], head["bbox_regression"]
 
     def run(self, x: Tensor) -> tuple[list[Head], list[Tensor]]:
-        """The heads of all exits up to this one, and the router's confidences [N] at the early ones."""
+        """The heads of all exits up to this one; and the router's confidences [N] at the early ones, with the pooled tap
+        if the path ends at an empty exit, whose head does not need the tap."""
         heads: list[Head] = []
-        confidences: list[Tensor] = []
+        others: list[Tensor] = []
         hybrid = self.router is not None and self.router.hybrid
         for at in walk(self.model, x):
             early = at.index < self.exit_index
@@ -542,12 +543,14 @@ class PathToExit(nn.Module):
             if at.index <= self.exit_index:
                 heads.append(at.head())
                 if self.router is not None and not at.full:
-                    confidences.append(self.router.confidence(at.signals(heads[-1]), at.index))
+                    others.append(self.router.confidence(at.signals(heads[-1]), at.index))
+                if at.index == self.exit_index and not at.full and self.model.empty[at.index]:
+                    others.append(pool_tap(at.tap))
             elif at.full:  # only a hybrid router walks on to here: classes of the exit, boxes of the full path
                 heads[-1] = {**heads[-1], "bbox_regression": self.model.head.regression_head(at.maps())}
             if at.index == self.exit_index and not hybrid:
                 break
-        return heads, confidences
+        return heads, others
 
 
 class AllOutputs(nn.Module):
@@ -558,8 +561,8 @@ class AllOutputs(nn.Module):
         self.path = path
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        heads, confidences = self.path.run(x)
-        return [*(tensor for head in heads for tensor in head.values()), *confidences]
+        heads, others = self.path.run(x)
+        return [*(tensor for head in heads for tensor in head.values()), *others]
 
 
 def fuse_for_inference(model: EarlyExitDetector) -> EarlyExitDetector:

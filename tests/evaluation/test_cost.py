@@ -30,6 +30,7 @@ from earlyexit_ssd.evaluation.cost import (
     mmacs_to_exit,
     time_modules,
 )
+from earlyexit_ssd.modeling import Architecture, Exit
 from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit
 from earlyexit_ssd.modeling.outputs import ExitSignals
 from earlyexit_ssd.routing import ExitRouter
@@ -53,6 +54,18 @@ def test_a_path_keeps_its_outputs_and_its_mode(small_model, capfd):
     for mine, theirs in zip(found, expected, strict=True):
         assert torch.allclose(mine, theirs, atol=1e-4)
     assert time_modules([network], example, runs=1)[0].ms > 0
+
+
+def test_a_path_to_an_empty_exit_computes_its_tap():
+    """Its head does not need the tap. Without the tap the network would cost nothing and have no input."""
+    exits = (Exit(8, "empty", pixels=64), Exit(8, "empty"))
+    model = Architecture(classes=("cup",), width=0.25, image_size=96, exits=exits).build().eval()
+    router = ExitRouter(2)  # both exits are closed
+    glance, shallow, full = mmacs_to_exit(model, router)
+    assert glance == pytest.approx(shallow * (64 / 96) ** 2, rel=0.05) and shallow < full
+    for index in range(2):
+        network = in_runtime(AllOutputs(PathToExit(model, index, router)), example_input(model), "onnxruntime")
+        assert network.input_shape == (1, 3, 96, 96)
 
 
 class Scoring(nn.Module):
