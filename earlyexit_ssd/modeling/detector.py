@@ -530,8 +530,8 @@ class PathToExit(nn.Module):
         return head["cls_logits"], head["bbox_regression"]
 
     def run(self, x: Tensor) -> tuple[list[Head], list[Tensor]]:
-        """The heads of all exits up to this one; and the router's confidences [N] at the early ones, with the pooled tap
-        if the path ends at an empty exit, whose head does not need the tap."""
+        """The heads of all exits up to this one; and the router's confidences [N] at the early ones, followed by the
+        pooled tap if the path ends at an empty exit, whose head does not need the tap."""
         heads: list[Head] = []
         others: list[Tensor] = []
         hybrid = self.router is not None and self.router.hybrid
