@@ -12,6 +12,7 @@ from PIL import Image
 from earlyexit_ssd.config import get_cfg, load_config
 from earlyexit_ssd.data import load_dataset
 from earlyexit_ssd.data.records import FORMATS
+from earlyexit_ssd.evaluation.metrics import METRICS
 from earlyexit_ssd.evaluation.results import Results
 from earlyexit_ssd.evaluation.verdict import judge
 from earlyexit_ssd.modeling import Architecture, Exit
@@ -102,6 +103,7 @@ def test_the_readme_s_python_runs(capsys):
 def extensions():
     """What the examples of docs/extending.md define, registered for one test."""
     kept = [(registry, dict(registry)) for registry in (POLICIES, FITTED_POLICIES, FORMATS, BRANCHES)]
+    metrics = METRICS.copy()
     names: dict = {}
     first, *examples = re.findall(r"^```python\n(.*?)^```", EXTENDING, re.M | re.S)
     compile(first, "extending.md", "exec")  # it imports the user's module
@@ -111,6 +113,7 @@ def extensions():
     for registry, before in kept:
         registry.clear()
         registry.update(before)
+    METRICS[:] = metrics
 
 
 def test_examples_of_policies_run(extensions):
@@ -139,6 +142,11 @@ def test_the_example_of_a_branch_runs(extensions):
     model = Architecture(classes=("cup",), width=0.25, exits=(Exit(8, "strided", {"channels": 16}),)).build()
     shallow, full = model.eval().exit_outputs([torch.rand(3, 320, 320)]).heads
     assert {key: value.shape for key, value in shallow.items()} == {key: value.shape for key, value in full.items()}
+
+
+def test_the_example_of_a_metric_runs(extensions):
+    detector = SimpleNamespace(matches=SimpleNamespace(score=[0.9, 0.5, 0.1], photos=2))
+    assert METRICS[-1].measure(detector) == {"boxes_per_image": 1.5}
 
 
 def test_the_picture_is_what_its_script_draws():

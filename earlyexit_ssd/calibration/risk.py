@@ -26,7 +26,7 @@ class Certified:
     point: CurvePoint  # its ``bound`` is at level delta, as if this were the only step tested
     choice: np.ndarray  # exit of every calibration photo, [n]
     passed: int  # number of steps that passed, without step 0
-    # blocks that would certify step 1 if further ones had the same losses; None if a step passed, or none is enough
+    # blocks that would certify step 1 if further ones had the same losses; None if a step passed, or if no number would
     photos_needed: int | None
     curve: tuple[CurvePoint, ...]  # up to `CURVE_STEPS` steps of the path, if asked for
 
@@ -39,10 +39,10 @@ def threshold_path(
 ) -> np.ndarray:
     """The combinations of thresholds that `certify` tests, in this order: [steps, early exits].
 
-    Step 0 has all exits closed. The others are the combinations of ``grid`` (by default `threshold_grid`) that no other
-    beats in both mean loss and mean cost on the training photos, by rising loss and falling cost. Since no calibration
-    photo has a say in the order, every step is tested at level delta. ``costs`` is a function from thresholds [M, early
-    exits] to the costs of the exits [M, exits].
+    Step 0 has all exits closed. The others are up to `LONGEST_PATH` combinations of ``grid`` (by default
+    `threshold_grid`) that no other beats in both mean loss and mean cost on the training photos, by rising loss. No
+    calibration photo influences the order, so every step is tested at level delta. ``costs`` is a function from
+    thresholds [M, early exits] to the costs of the exits [M, exits].
     """
     grid = grid or threshold_grid(confidences)
     path = pareto_path(grid.mean(losses), grid.mean_cost(costs(grid.thresholds)))
@@ -77,7 +77,7 @@ def certify(
         seed: seed of the random order of the blocks, on which the betting bound depends; None keeps the given order,
             which must then be random.
         blocks: number (from 0) of the block of each photo, [n]. The mean loss of a block is one draw, so the guarantee
-            is for blocks as independent draws. None: every photo is a block.
+            holds if blocks are independent draws. None: every photo is a block.
     """
     p_value, photos = BOUNDS[method], np.arange(len(losses))
     blocks = photos if blocks is None else blocks

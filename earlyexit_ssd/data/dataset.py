@@ -56,8 +56,8 @@ class DetectionDataset(torch.utils.data.Dataset):
         classes: names of the K classes.
         transforms: augmentation. Its random numbers depend on (seed, epoch, index) only, so a resumed run and any
             number of processes get the same views.
-        train: leave out objects to ignore (crowd, difficult), and replace a photo that cannot be decoded by the next
-            one. Without it such objects stay, with ``iscrowd`` 1, and such a photo is an error.
+        train: leave out objects to ignore (crowd, difficult), and take the next photo for one that cannot be
+            decoded. Without it such objects stay, with ``iscrowd`` 1, and such a photo is an error.
         seed: seed of the augmentation.
         on_bad: "refuse" makes a photo that cannot be decoded an error in training too.
         labelled: False if some photos have no annotations; a photo without boxes may then show objects.
@@ -88,7 +88,7 @@ class DetectionDataset(torch.utils.data.Dataset):
         return self.sample(index, self.epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch whose augmented views indexing returns."""
+        """Set the epoch of the views that ``dataset[index]`` returns."""
         self.epoch = epoch
 
     def path_of(self, image_id: int) -> Path:
@@ -305,21 +305,21 @@ def build_loader(
 ) -> DataLoader:
     """Loader of batches ``(list of images, list of targets)``; call ``loader.sampler.set_epoch`` before each epoch.
 
-    In training ``batch_size`` is the sum over all processes; this is process ``rank``. With 0 ``workers`` the process
-    loads itself. See `EpochSampler` for the photos of each process.
+    In training ``batch_size`` is the sum over all processes; this is process ``rank``. With 0 ``workers`` this
+    process loads the photos. See `EpochSampler` for the photos of each process.
 
-    A DataError if the data set is empty, or the batch size no multiple of ``world_size``.
+    A DataError if the data set is too small, or (in training) batches cannot be split evenly.
     """
-    dealt_out = world_size if train else 1  # a batch of an evaluation belongs to one process
-    if batch_size < 1 or batch_size % dealt_out:
+    parts = world_size if train else 1  # of a batch; in an evaluation it belongs to one process
+    if batch_size < 1 or batch_size % parts:
         raise DataError(f"batch size {batch_size} cannot be dealt out evenly over {world_size} processes")
-    if len(dataset) < dealt_out:
+    if len(dataset) < parts:
         raise DataError(f"a data set of {len(dataset)} photos is too small for {world_size} process(es)")
     if workers:
         _one_thread()  # OpenCV's threads in this process would block a forked worker for ever
     return DataLoader(
         dataset,
-        batch_size // dealt_out,
+        batch_size // parts,
         sampler=EpochSampler(dataset, batch_size, train, seed, rank, world_size),
         num_workers=workers,
         collate_fn=collate,
@@ -377,11 +377,11 @@ def load_dataset(
     classes = tuple(data.CLASSES) or (union_of_classes(raws) if names == tuple(data.TRAIN) else class_names(cfg))
     if not classes and not any(raw.labelled for raw in raws):
         raise DataError(NO_CLASS.format(title))
-    unknown = [raw.name for raw in raws if not raw.labelled]  # else their photos would count as photos without objects
-    if unknown and labels in ("required", "annotated"):
+    unlabelled = [raw.name for raw in raws if not raw.labelled]
+    if unlabelled and labels in ("required", "annotated"):  # their photos would count as photos without objects
         fix = ", or let the full path teach, without a joint phase (LOSS.SUPERVISION teacher)" if train else ""
         needs = "is a folder of photos that nobody labelled, and boxes are needed here; name data sets with boxes"
-        raise DataError(f"data set '{unknown[0]}' {needs}{fix}")
+        raise DataError(f"data set '{unlabelled[0]}' {needs}{fix}")
     records = select_classes(raws, classes, train)
     if train:
         records = limit_negatives(records, data.NEGATIVE_SHARE, cfg.SEED)
@@ -394,14 +394,14 @@ def load_dataset(
     require_unique(title, records)
     flags = [annotation.ignore for record in records for annotation in record.annotations]
     ignored, objects = flags.count(True), flags.count(False)
-    if not objects and (labels == "required" or (labels == "replaced" and not unknown)):
+    if not objects and (labels == "required" or (labels == "replaced" and not unlabelled)):
         raise DataError(f"{title}: {_without_boxes(classes, len(records), ignored, train)}")
     also = f" and {ignored} to ignore" if ignored else ""
     negatives = sum(not record.has_targets for record in records)
-    without = "nobody labelled some of the photos" if unknown else f"{negatives} photos without any"
+    without = "nobody labelled some of the photos" if unlabelled else f"{negatives} photos without any"
     logger.info("%s: %d photos, %d boxes%s, %s", title, len(records), objects, also, without)
     transforms = build_transforms(data.AUGMENTATION) if train else None
-    return DetectionDataset(records, classes, transforms, train, cfg.SEED, data.ON_BAD, labelled=not unknown)
+    return DetectionDataset(records, classes, transforms, train, cfg.SEED, data.ON_BAD, labelled=not unlabelled)
 
 
 def _without_boxes(classes: Sequence[str], photos: int, ignored: int, train: bool) -> str:

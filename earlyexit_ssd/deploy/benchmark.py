@@ -149,7 +149,7 @@ def benchmark(
         threads: of each detector, one run for each number.
         batches: photos in a call; those that do not fill a last call are left out.
         rounds: over all photos.
-        score: least score of a detection.
+        score: score threshold of the detections.
 
     Raises:
         EarlyExitError: a detector or a photo that cannot be read, a number out of its range, or a process that died.

@@ -30,7 +30,7 @@ EXPORTED = (".onnx", ".xml")
 LIVE_FPS = 10.0  # frames per second of the annotated video of a camera that does not report its own
 
 Draw = Callable[[np.ndarray, Detections, float], Image.Image]
-"""Function from a photo uint8 [H, W, 3], its detections and the lowest score to the annotated picture."""
+"""Function from a photo uint8 [H, W, 3], its detections and the score threshold to the annotated picture."""
 
 
 def is_exported(path: str | os.PathLike[str]) -> bool:
@@ -40,7 +40,7 @@ def is_exported(path: str | os.PathLike[str]) -> bool:
 
 def open_predictor(path: str | os.PathLike[str], runtime: str, threads: int, score: float) -> Predictor:
     """A warmed-up exported detector that reports detections with scores down to ``score - CLOSE``, but not below the
-    file's lowest scores."""
+    file's score thresholds."""
     predictor = Predictor(path, runtime, threads)
     predictor.score_thresh = np.maximum(predictor.score_thresh, np.float32(max(score - CLOSE, 0)))
     predictor.warm_up()
@@ -84,7 +84,7 @@ def predict(
     Args:
         detector: a `Predictor`, or a function with its call and its ``classes``.
         save: names of `SAVES`; ``none`` is left out.
-        score: lowest score of a detection, in [0, 1].
+        score: score threshold of the detections, in [0, 1].
         stride, most_frames: use every ``stride``-th frame of a video or stream, and at most ``most_frames`` of each.
         show: show the pictures in a window; q ends it.
         rule: rule of a temporal exit.

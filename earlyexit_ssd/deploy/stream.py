@@ -30,9 +30,9 @@ Detector = Callable[[np.ndarray], Detections]  # a `Predictor`, or a function wi
 
 REPEATED = "repeated"  # ``exit_name`` of repeated detections; their ``exit_index`` is -1
 CELLS = 32  # cells of the small picture along the longer side: a cell is 10 px wide for an input of 320 px
-ROWS = 8  # largest number of frame rows averaged per cell; all their pixels are used, which averages out sensor noise
+ROWS = 8  # least number of frame rows averaged per cell (smaller cells: all rows), to average out sensor noise
 CLOSE = 0.1
-"""A detection is a close call if its score is nearer than this to the lowest score: noise may add or remove it."""
+"""A detection is a close call if its score is nearer than this to the score threshold: noise may add or remove it."""
 CLOSE_WEIGHT = 2.0  # factor of the change if the last answer has a close call
 THRESHOLDS = tuple(0.25 * 2 ** (step / 4) for step in range(25))
 """Tested thresholds in grey levels, rising from 0.25 to 16; fixed in advance, as fixed-sequence testing needs it."""
@@ -61,15 +61,15 @@ def change(one: np.ndarray, other: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Answer:
-    """The part of a frame's detections that is compared: those of at least a lowest score."""
+    """The part of a frame's detections that is compared: those that reach the score threshold."""
 
     boxes: np.ndarray  # [n, 4] xyxy
     labels: np.ndarray  # [n]
-    close: bool  # whether a detection, with a score above or below the lowest score, is a close call (`CLOSE`)
+    close: bool  # whether a detection, with a score above or below the threshold, is a close call (`CLOSE`)
 
     @classmethod
     def of(cls, found: Detections, score: float) -> Answer:
-        """The answer of the detections ``found``, with the lowest score ``score``."""
+        """The answer of the detections ``found``, with the score threshold ``score``."""
         keep = found.scores >= score
         return cls(found.boxes[keep], found.labels[keep], bool((np.abs(found.scores - score) < CLOSE).any()))
 
@@ -147,7 +147,7 @@ class StreamRule:
 
     Attributes:
         threshold: largest change (see :func:`change`) at which the last answer is repeated, grey levels.
-        score: lowest score of a detection in the compared answers; it must be used with this score.
+        score: score threshold of the compared answers; use the rule with it only.
         most_repeats: largest number of repeats in a row.
         classes: the detector's classes.
         figures: figures of the calibration; None for a rule set by hand.
@@ -181,7 +181,7 @@ class TemporalExit:
     """A detector with a temporal exit; call it with the frames of one camera in order.
 
     Raises:
-        EarlyExitError: the rule is for other classes, or for another lowest score than ``score`` (None: the rule's).
+        EarlyExitError: the rule is for other classes, or for another score threshold than ``score`` (None: the rule's).
     """
 
     def __init__(self, detector: Detector, rule: StreamRule, score: float | None = None) -> None:
@@ -193,7 +193,7 @@ class TemporalExit:
             )
         if score is not None and score != rule.score:
             raise EarlyExitError(
-                f"the stream rule is for a least score of {rule.score:g}, not {score:g}; calibrate anew"
+                f"the stream rule is for a score threshold of {rule.score:g}, not {score:g}; calibrate anew"
             )
         self.detector, self.rule = detector, rule
         self.reset()
@@ -219,15 +219,15 @@ class TemporalExit:
 
 
 def _little_changed(picture: np.ndarray, last: np.ndarray, close: bool, threshold: float) -> bool:
-    """Whether a rule repeats the answer of the small picture ``last``, which has a ``close`` call or none."""
+    """Whether a rule repeats the answer of the frame ``last``. ``close``: the answer has a close call."""
     return picture.shape == last.shape and (CLOSE_WEIGHT if close else 1.0) * change(picture, last) <= threshold
 
 
 @dataclass
 class Recording:
-    """A detector's answers on the frames of a video with the small pictures, from which any rule can be evaluated."""
+    """A detector's answers and the small pictures of a video's frames. Any rule can be evaluated from them."""
 
-    score: float  # lowest score of the answers
+    score: float  # score threshold of the answers
     classes: tuple[str, ...]
     pictures: list[np.ndarray] = field(default_factory=list)  # small picture per frame
     answers: list[Answer] = field(default_factory=list)
@@ -288,17 +288,17 @@ class Recording:
         spent = self.ms_compared * len(self) + self.ms * computed.sum()
         return float(self.ms * len(self) / spent) if spent else 1.0
 
-    def nth_frames(self, speedup: float, phases: int = 8) -> list[np.ndarray]:
-        """Masks bool [n] of evenly spaced frames, ``speedup`` times fewer than all: ``phases`` masks, offset evenly."""
+    def nth_frames(self, speedup: float, offsets: int = 8) -> list[np.ndarray]:
+        """``offsets`` masks bool [n]. Each has every n-th frame for n = ``speedup``, from another start."""
         frames, chosen = np.arange(len(self)), []
-        for phase in range(phases):
-            turn = np.floor(frames / max(1.0, speedup) + phase / phases)
+        for offset in range(offsets):
+            turn = np.floor(frames / max(1.0, speedup) + offset / offsets)
             chosen.append(np.concatenate([[True], turn[1:] > turn[:-1]]))
         return chosen
 
-    def every_nth(self, speedup: float, phases: int = 8) -> float:
+    def every_nth(self, speedup: float, offsets: int = 8) -> float:
         """Share of changed answers if only :meth:`nth_frames` are computed, mean over the offsets."""
-        return float(np.mean([self.changed(computed).mean() for computed in self.nth_frames(speedup, phases)]))
+        return float(np.mean([self.changed(computed).mean() for computed in self.nth_frames(speedup, offsets)]))
 
     def figures(
         self, threshold: float, most_repeats: int, share: float, delta: float | None, block: int
@@ -356,7 +356,7 @@ def calibrate_stream(
         frames: uint8 [H, W, 3] RGB in order, of one camera, at the frame rate of use; or a `Recording`.
         delta: failure probability; None: choose by the measured share, without a guarantee.
         block: consecutive frames per draw; it should be longer than any event in front of the camera.
-        score: lowest score of a detection.
+        score: score threshold of the answers; a `Recording` has its own.
         most_repeats: largest number of repeats in a row.
         total: number of frames, for the progress bar.
 
@@ -382,18 +382,18 @@ def calibrate_stream(
         p_values = (betting_p_value(losses(one), share, delta=delta) for one in THRESHOLDS)
         passed = fixed_sequence_test(p_values, delta)
     if not passed:
-        raise _too_few(recording, losses(THRESHOLDS[0]), share, delta, block)
+        raise _no_rule(recording, losses(THRESHOLDS[0]), share, delta, block)
     threshold = THRESHOLDS[passed - 1]
     figures = recording.figures(threshold, most_repeats, share, delta, block)
     settings = {"score": recording.score, "most_repeats": most_repeats, "classes": recording.classes}
     return StreamRule(threshold=threshold, **settings, figures=figures)
 
 
-def _too_few(recording: Recording, losses: np.ndarray, share: float, delta: float | None, block: int) -> EarlyExitError:
+def _no_rule(recording: Recording, losses: np.ndarray, share: float, delta: float | None, block: int) -> EarlyExitError:
     changed = float(losses.mean()) if losses.size else 0.0
     if delta is None or changed >= share:
         return EarlyExitError(
-            f"even the safest rule changes {changed:.1%} of the answers, asked were {share:.1%} at most: the detector "
+            f"even the safest rule changes {changed:.1%} of the answers, allowed are {share:.1%}: the detector "
             "itself flickers; ask for a larger share, or run it on every frame"
         )
     needed = photos_needed(losses if losses.size else np.zeros(1), share, delta, _p_value_at(delta))

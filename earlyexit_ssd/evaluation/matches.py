@@ -38,7 +38,7 @@ SIZES = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**
 """COCO's sizes of objects -> least and largest area, square pixels of the photo."""
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
-AP_DETECTIONS = 100  # AP uses at most so many detections per photo and class, those with the highest scores
+AP_DETECTIONS = 100  # AP uses at most this many detections per photo and class, those with the highest scores
 _NOTHING = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
 
 
@@ -88,7 +88,7 @@ class ExitMatches:
 
     def choose(self, choice: ArrayLike) -> ExitMatches:
         """The matches of one detector: photo i takes exit ``choice[i]`` (int [n])."""
-        keep = np.flatnonzero(self.exit == _one_each(self, "choice", choice, self.exits)[self.photo])
+        keep = np.flatnonzero(self.exit == _per_photo(self, "choice", choice, self.exits)[self.photo])
         names = ("label", "photo", "rank", "score", "overlap", "hit", "false")
         parts = {name: getattr(self, name)[..., keep] for name in names}
         return replace(self, exits=1, exit=np.zeros(len(keep), np.int64), **parts)
@@ -166,10 +166,10 @@ def exit_matches(
         truth = boxes[own], labels[own], crowd[own], counted[:, own]
         pairs += [_match_photo(found.get(image_id, _NOTHING), *truth, limits) for found in exits]
     pair = np.repeat(np.arange(len(pairs)) - 1, [len(found) for found, *_ in pairs])
-    found, *parts = (np.concatenate(one, axis=-1) for one in zip(*pairs, strict=True))
-    order = np.argsort(found, kind="stable")
-    order = order[np.isin(found[order], categories)]  # by class, in it by pair, in this by falling score
-    label, pair = np.searchsorted(categories, found[order]), pair[order]
+    ids, *parts = (np.concatenate(one, axis=-1) for one in zip(*pairs, strict=True))
+    order = np.argsort(ids, kind="stable")
+    order = order[np.isin(ids[order], categories)]  # by class, then pair, then falling score
+    label, pair = np.searchsorted(categories, ids[order]), pair[order]
     group = label * len(pairs) + pair
     rank = np.arange(len(group)) - np.searchsorted(group, group)
     by_score = np.lexsort((-parts[0][order], label))
@@ -284,8 +284,8 @@ def ap_of_choice(
     The figures are pycocotools' for the detections of the chosen exits. Classes without an object among the
     weighted photos are left out. ``ap50_only`` leaves ``AP`` None, which is ten times as fast.
     """
-    pairs = np.arange(matches.photos) * matches.exits + _one_each(matches, "choice", choice, matches.exits)
-    weights = np.ones(matches.photos, np.int64) if weights is None else _one_each(matches, "weights", weights)
+    pairs = np.arange(matches.photos) * matches.exits + _per_photo(matches, "choice", choice, matches.exits)
+    weights = np.ones(matches.photos, np.int64) if weights is None else _per_photo(matches, "weights", weights)
     conditions = [matches.ap50_condition] if ap50_only else range(len(IOU_THRESHOLDS))
     curves = [_curves(matches, index, pairs, weights) for index in conditions]
     return APs(None if ap50_only else mean_precision(curves), mean_precision(curves[:1]))
@@ -303,7 +303,7 @@ def mean_precision(curves: Sequence[np.ndarray]) -> float | None:
     return float(np.mean(np.stack(curves))) if curves[0].size else None
 
 
-def _one_each(matches: ExitMatches, name: str, values: ArrayLike, exits: int | None = None) -> np.ndarray:
+def _per_photo(matches: ExitMatches, name: str, values: ArrayLike, exits: int | None = None) -> np.ndarray:
     """A whole number for each photo (if ``exits`` is given, an exit) as int64 [n]; anything else is an error."""
     values = np.asarray(values)
     if values.shape != (matches.photos,) or (values.size and values.dtype.kind not in "iu"):

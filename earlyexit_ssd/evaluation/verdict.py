@@ -20,7 +20,7 @@ ALIKE = 0.2  # scores are alike if standard deviation / mean is below this; it i
 ENOUGH_BOXES = 20  # with fewer boxes, neither their scores nor their positions are judged
 MOVE_DEEPER_AP50 = 0.30  # a first exit with a lower AP50 must move to a deeper layer
 ENOUGH_AP50 = 0.35  # a first exit with a higher AP50 is accurate enough
-FIRST_EXIT_SHARE = 0.75  # least AP50 of the first exit / AP50 of the full path that is an unchanged checkpoint
+FIRST_EXIT_SHARE = 0.75  # least AP50 of the first exit / AP50 of a full path that is an unchanged checkpoint
 DEEPEST_SHARE = 0.85  # least AP50 of the deepest exit / AP50 of the full path
 LARGEST_LOSS = 0.10  # largest loss of AP50 by routing / AP50 of the full path
 AP50_TOLERANCE = 0.005  # AP50s that differ by less count as equal: a few hundred photos cannot show less
@@ -57,7 +57,7 @@ def judge(results: Results) -> Verdict:
 
 
 def report_no_exits(results: Results) -> Iterator[Finding]:
-    """Say that the model has no early exits, such as a detector that `optimize` has chosen, and check for rivals."""
+    """Say that the model has no early exits (`optimize` may choose such a detector), and check for rivals."""
     yield Finding("the model has no early exit: every photo takes its full path")
     yield from check_rivals_exist(results)
 
@@ -110,7 +110,8 @@ def check_exit_accuracy(results: Results) -> Iterator[Finding]:
 
 def check_exits_below_full(results: Results) -> Iterator[Finding]:
     """Name the early exits that are better than the full path. They hint at a mistake, such as a damaged full path.
-    There is no veto if the interval of the difference has a value above 0, or if the exit is to be shipped alone."""
+    No veto if the interval of (AP50 of the full path - AP50 of the exit) reaches above 0, or if the exit is to be
+    shipped alone."""
     full = results.full
     for one in results.early:
         if one.ap50 <= full.ap50 + AP50_TOLERANCE:
@@ -122,12 +123,12 @@ def check_exits_below_full(results: Results) -> Iterator[Finding]:
             yield Finding(f"{figures}: was the full path trained to its end?")
         else:
             wrong = "something is wrong: was the full path trained to its end, and is it unchanged since?"
-            unless = "If only the exits were trained on such photos, ship that exit alone"
+            unless = "If only the exits were trained on photos like these, ship that exit alone"
             yield Finding(f"{figures}: {wrong} {unless}", veto=True)
 
 
 def check_exit_times(results: Results) -> Iterator[Finding]:
-    """Name the open exits that take as long as the detector without exits or longer, without a veto."""
+    """Name, without a veto, the open exits that take at least as long as the detector without exits."""
     plain = results.without_exits.ms
     for one in _open_exits(results):
         if one.ms >= plain:
@@ -154,14 +155,14 @@ def _why_nobody_leaves(results: Results, fix: str) -> str:
     no_logits = all(one.empty for one in results.early) and not reads_taps(results.routed.policy)
     policy = "ROUTING.POLICY foreseen_emptiness"
     if closed and results.certificate:
-        return "the certificate opens no exit, every photo takes the full path: allow a larger loss, or train the exits"
+        return "the certificate opens no exit; every photo takes the full path: allow a larger loss, or train the exits"
     if closed:
         flags = f"--ap-drop 0.01 {policy}" if no_logits else "--ap-drop 0.01"
         fix = f"open them with tools/calibrate.py ({flags}) and evaluate with its certificate"
-        return f"every exit is closed until routing is calibrated, every photo takes the full path: {fix}"
+        return f"every exit is closed until routing is calibrated; every photo takes the full path: {fix}"
     if no_logits:
         fix = f"let tools/calibrate.py fit a policy that predicts empty photos ({policy})"
-    return f"no photo leaves early, every one takes the full path: {fix}"
+    return f"no photo leaves early; every one takes the full path: {fix}"
 
 
 def check_speedup(results: Results) -> Iterator[Finding]:
@@ -195,7 +196,7 @@ def check_certificate(results: Results) -> Iterator[Finding]:
     asked, got = {
         "speedup": (f"a speed-up of {value:g}x", f"{text} is reached"),
         "ap_drop": (f"at most {value:g} AP50 lost", f"{text} is lost"),
-        "risk": (f"at most {value:g} missed and added per photo{score}", f"{text} is missed and added"),
+        "risk": (f"a mean loss of at most {value:g} per photo{score}", f"it is {text}"),
     }[kind]
     sure = f" (delta {target['delta']:g})" if "delta" in target else ""
     line = f"the certificate was asked for {asked}{sure}; on these photos {got}"
@@ -226,12 +227,12 @@ def check_routed_accuracy(results: Results) -> Iterator[Finding]:
 def check_rivals_exist(results: Results) -> Iterator[Finding]:
     """A veto if there is no rival to compare with."""
     if not _comparable(results):
-        what = "could be compared with it" if results.rivals else "was evaluated beside it"
+        what = "could be compared" if results.rivals else "was evaluated"
         yield Finding(f"no rival {what} (EVAL.RIVALS): a smaller detector may be the better choice", veto=True)
 
 
 def report_better_rival(results: Results) -> Iterator[Finding]:
-    """Name the best rival with more AP50 and less time than the detector without exits, without a veto."""
+    """Name, without a veto, the best rival with more AP50 and less time than the detector without exits."""
     full, plain = results.full.ap50, results.without_exits.ms
     better = [one for one in _comparable(results) if one.ap50 > full + AP50_TOLERANCE and one.ms_interval[1] < plain]
     for best in sorted(better, key=lambda one: -one.ap50)[:1]:

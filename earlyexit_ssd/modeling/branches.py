@@ -40,7 +40,7 @@ class Argument:
     zero: bool = True  # whether 0 is allowed
 
     def per_exit(self, name: str, value: object, exits: int) -> list:
-        """The checked values of ``exits`` exits as a list, from one value for all exits or a list with one for each."""
+        """The checked values as a list, one for each of ``exits`` exits, from one value for all or from a list."""
         given = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
         if len(given) not in (1, exits) or not all(map(self._allows, given)):
             kind = "a whole number" if isinstance(self.default, int) else "a number"
@@ -89,7 +89,7 @@ BRANCHES: dict[str, tuple[Callable[..., Branch], Mapping[str, Argument]]] = {}
 
 
 def register_branch(name: str, **known: Argument) -> Callable[[T], T]:
-    """Decorator: register a builder that takes a :class:`Place` and the arguments ``known`` as branch kind ``name``."""
+    """Decorator: register a builder as branch kind ``name``. It takes a :class:`Place` and the arguments ``known``."""
 
     def register(build: T) -> T:
         BRANCHES[name] = build, known
@@ -122,7 +122,7 @@ class Exit:
         typed(int, self.layer, "layer")
         typed(Annotated[int, 32, LARGEST_SIDE] | None, self.pixels, "a glance's side")
         if self.pixels is not None and self.branch != "empty":
-            raise EarlyExitError(f"a glance with a branch '{self.branch!s:.60}': it has none, expected 'empty'")
+            raise EarlyExitError(f"a glance has the branch '{self.branch!s:.60}', expected 'empty'")
         known, values = arguments_of(self.branch), {}
         for name in self.arguments:
             if name not in known:
@@ -143,7 +143,7 @@ class Exit:
         return self.branch == "empty"
 
     def build(self, place: Place) -> Branch:
-        """The exit's branch, on which :meth:`Branch.inherit` was not called yet."""
+        """The exit's branch, before :meth:`Branch.inherit` is called."""
         build, _ = BRANCHES[self.branch]
         return build(place, **self.arguments)
 
@@ -291,12 +291,12 @@ class Tail(nn.Module):
 
     def __init__(self, backbone: nn.Module, depth: int) -> None:
         super().__init__()
-        projection, *blocks, last = backbone.features[1]
+        c4_rest, *blocks, last = backbone.features[1]
         self.blocks = nn.Sequential(*deepcopy(blocks[len(blocks) - depth :]))
         self.last = deepcopy(last)
         self.extra = deepcopy(backbone.extra)
         self.requires_grad_(True)
-        self.in_channels = projection[-1].out_channels
+        self.in_channels = c4_rest[-1].out_channels
         self.out_channels = [last.out_channels, *(block[-1].out_channels for block in backbone.extra)]
 
     def inherit(self, backbone: nn.Module) -> None:
@@ -316,10 +316,10 @@ class Tail(nn.Module):
 
 @torch.no_grad()
 def inherit_predictors(mine: SSDLiteHead, full: SSDLiteHead, channels: Tensor | None = None) -> None:
-    """Copy the full path's predictors, those of the first map with the input channels ``channels`` (indices) only.
+    """Copy the full path's predictors; for the first map, only the input channels ``channels`` (indices).
 
     ``channels`` None: the first map is new, so its predictors are not copied. If only the full path's head is folded
-    (see `FoldedClassificationHead`), the folded classes are lost.
+    (see `FoldedClassificationHead`), only background and wanted classes are copied.
     """
     theirs = full.classification_head
     folds = is_folded(theirs) and not is_folded(mine.classification_head)
@@ -341,7 +341,7 @@ def inherit_predictors(mine: SSDLiteHead, full: SSDLiteHead, channels: Tensor | 
 
 class ThinnedBlock(nn.Sequential):
     """Copy of an inverted residual block without residual connection, with a ``share`` in (0, 1] of its expansion
-    channels. ``layers``: expansion, depthwise convolution, squeeze-excitation (optional), projection."""
+    channels. ``layers``: [expansion,] depthwise convolution, [squeeze-excitation,] projection."""
 
     def __init__(self, layers: Sequence[nn.Module], share: float) -> None:
         channels = layers[-1][0].in_channels
@@ -383,7 +383,7 @@ class CopiedPathToC4(nn.Module):
     Attributes:
         c4: the copy of C4; None if nothing is copied.
         fine_channels: channels of C4's input; of the tap if nothing is copied.
-        first_channels: channels of C4's thinned expansion, copied or not.
+        first_channels: ``share`` of the channels of C4's expansion, rounded.
     """
 
     def __init__(self, backbone: nn.Module, layer: int, share: float) -> None:
@@ -469,8 +469,8 @@ class CopiedBranch(Branch):
     the first map (top-down connection, Lin et al. 2017, FPN).
 
     Args:
-        channels: if above 0 (then their number), or if no C4 was copied, a new layer computes the first map. Otherwise
-            the first map is C4's copied expansion, as in the full path, with copied predictors.
+        channels: channels of a new first map. 0: the first map is C4's copied expansion, as in the full path, with
+            copied predictors; if no C4 was copied, the map is new.
         depth, copy, head_rank: see `Tail`, the ``share`` of `CopiedPathToC4`, and `factorise`.
     """
 
@@ -526,8 +526,8 @@ def _halvings(side: int, grid: int) -> int:
 
 
 class PyramidStep(nn.Module):
-    """From a map of the first of two grids (``sizes``, (height, width) in cells) to one of the second: depthwise
-    convolutions of stride 2, then nearest-neighbour resizing if needed."""
+    """From a map of one grid to one of the next (``sizes``: both, (height, width) in cells): depthwise separable
+    convolutions of stride 2, or one of stride 1, then nearest-neighbour resizing if needed."""
 
     def __init__(self, channels: int, sizes: tuple[tuple[int, int], tuple[int, int]]) -> None:
         super().__init__()

@@ -47,8 +47,8 @@ def build_ssdlite(
 
     Args:
         image_size: side of the square input, pixels.
-        width: multiplier of the channels of every layer, including those after the trunk.
-        reduced_tail: halve the channels of C4's output and all later layers, as in torchvision's COCO weights
+        width: multiplier of the channels of every layer, those of the extra layers too.
+        reduced_tail: halve the channels of C4's output and of layers 14 to 16, as in torchvision's COCO weights
             (MobileNetV3 paper, table 6). ImageNet weights have the full tail.
         weights_backbone: ImageNet weights of the trunk; they need ``width=1.0`` and ``reduced_tail=False``.
         trainable_layers: number of trunk stages that get a gradient, from the last one, 0 to 6.
@@ -141,7 +141,7 @@ def ssdlite_trunk(backbone: nn.Module) -> Trunk:
     except (AttributeError, TypeError, ValueError):
         raise EarlyExitError(
             f"backbone is a {type(backbone).__name__}, expected torchvision's SSDLiteFeatureExtractorMobileNet "
-            "(`features` in two parts, and `extra`): its layers are run one by one, to leave between them"
+            "(`features` in two parts, and `extra`): photos leave between its layers"
         ) from None
     c4 = len(head_part) - 1
     return Trunk(steps, extra, [*range(1, c4 + 1), *range(c4 + 2, len(steps) + 1)], finest_step=c4)
@@ -171,7 +171,7 @@ smallest square of whole pixels that becomes a square of whole pixels."""
 
 def _block_weights(channels: int, block: int, points: int, times: int) -> Tensor:
     """Weights [channels * points^2, channels, block, block] with which `small_copy` takes every block of ``block`` x
-    ``block`` pixels to ``points`` x ``points``. No point depends on pixels of another block."""
+    ``block`` pixels to ``points`` x ``points`` output pixels. None of these depends on another block."""
     rows = F.interpolate(torch.eye(block)[None], size=points * times, mode="linear", align_corners=False)
     line = F.avg_pool1d(rows, times)[0].T  # [points, block]
     one = torch.einsum("pi,qj->pqij", line, line).reshape(1, points**2, 1, block, block)
@@ -206,7 +206,7 @@ class PixelBoxes(DefaultBoxGenerator):
     Args:
         generator: torchvision's generator, whose boxes scale with the input.
         grids: (height, width) in cells of the feature maps at ``trained_size``.
-        trained_size, size: side of the input that the weights were trained at, and that they are used at, pixels.
+        trained_size, size: side of the input in training, and in use, pixels.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ class PixelBoxes(DefaultBoxGenerator):
     def forward(self, images: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """Per image [A, 4] xyxy in network pixels."""
         scaled = []
-        for boxes in super().forward(images, feature_maps):  # ``steps`` has fixed the centres, but not the sides
+        for boxes in super().forward(images, feature_maps):  # ``steps`` keeps the centres; the sides still scale
             centres, halves = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * self._factor
             scaled.append(torch.cat([centres - halves, centres + halves], 1))
         return scaled

@@ -1,6 +1,6 @@
 """Search the fastest variant of a detector within an accuracy budget, measured on this machine.
 
-A *net* is a full path at one input size, with one kind of head, with its own weights or with trained ones. A
+A *net* is a full path at one input size, with one kind of head, with the given weights or with newly trained ones. A
 *candidate* is a net and a set of exits, such as glances; a net alone is a candidate too. A glance is an early exit that
 runs the first trunk layers on a small copy of the image before the full-size pass. Candidates are measured on the calib
 split. The chosen one is then evaluated on the test split.
@@ -148,7 +148,7 @@ class Candidate(Record):
     AP50: float | None = None
     lost: float | None = None  # AP50 lost against the base detector
     lost_bound: float | None = None  # upper bound of ``lost`` with confidence 1 - delta
-    objects: int | None = None  # number of objects that the base detector finds at EVAL.SCORE
+    objects: int | None = None  # number of detections of the base detector at EVAL.SCORE
     objects_kept: int | None = None  # number of these that the candidate finds too
     mmacs: float | None = None  # millions of multiply-accumulates; rivals only
     ms: float | None = None  # mean milliseconds per photo
@@ -205,7 +205,7 @@ class Optimizer:
     """The search over one detector.
 
     Args:
-        cfg: configuration; its MODEL, EXITS, DATA, CALIBRATION and EVAL sections are used.
+        cfg: configuration.
         goal: accuracy budget and wanted speed.
         weights: a trained model of this project, whose branches are tried too; None: MODEL.WEIGHTS.
         out: folder of results and recordings.
@@ -255,8 +255,9 @@ class Optimizer:
     def exits_of(self, net: Candidate) -> tuple[Exit, ...]:
         """All exits that may be tried with a net: glances smaller than the input, and other exits.
 
-        The other exits of a jointly trained net are the configured ones. A detector with branches has its own exits,
-        but only with its own head and weights. All nets of a detector without branches have empty exits.
+        Other exits of a jointly trained net are the configured ones. Other nets of a detector with branches have its
+        own exits if they have its head and weights, otherwise none. Nets of a detector without branches have empty
+        exits.
         """
         own = [one for one in self.architecture.exits if one.pixels is None]
         if net.joint:
@@ -280,7 +281,7 @@ class Optimizer:
         return self.goal.train and bool(branches) and "joint" in self.cfg.PHASES and self.cfg.JOINT.EPOCHS > 0
 
     @property
-    def shows_empty_photos(self) -> bool:
+    def has_empty_photos(self) -> bool:
         """Whether a share of more than `GLANCE_PRICE` of the calib photos has no detection, so that glances can save
         time."""
         found = self.reference.values()
@@ -296,9 +297,9 @@ class Optimizer:
         def nets(sizes: Sequence[int], fold: str, **training: bool) -> list[Candidate]:
             return [Candidate("", size, fold, **training) for size in sizes]
 
-        base, smaller = nets([self.architecture.image_size], OWN_HEAD), nets(self.sizes(), self.best_head)
+        base, best = nets([self.architecture.image_size], OWN_HEAD), nets(self.sizes(), self.best_head)
         with_own_head = nets(self.sizes(), OWN_HEAD) if self.has_branches else base
-        plan = [*base, *smaller, *self._with_exits([*smaller, *with_own_head])]
+        plan = [*base, *best, *self._with_exits([*best, *with_own_head])]
         if self.goal.train:
             learnt = self.sizes(fine_tuned=True)
             between = range(learnt[0], learnt[-1] - 1, -FINE_STEP)  # the net is good at sizes between the trained ones
@@ -315,7 +316,7 @@ class Optimizer:
         and all other exits behind each glance. Two glances are not tried together: one of them always stayed closed."""
         plan = []
         for net in nets:
-            exits = [one for one in self.exits_of(net) if self.shows_empty_photos or not one.empty]
+            exits = [one for one in self.exits_of(net) if self.has_empty_photos or not one.empty]
             glances = [(one.name,) for one in exits if one.pixels is not None]
             others = tuple(one.name for one in exits if one.pixels is None)
             sets = [*glances, *((one,) for one in others), others, *((*one, *others) for one in glances)]
@@ -387,7 +388,7 @@ class Optimizer:
         else:
             architecture, state = self.architecture, self.full_path().state_dict()
         architecture = dataclasses.replace(architecture, exits=())
-        sizes = [*self.sizes(fine_tuned=True), *(pixels for pixels, _ in self.glances if self.shows_empty_photos)]
+        sizes = [*self.sizes(fine_tuned=True), *(pixels for pixels, _ in self.glances if self.has_empty_photos)]
         student = architecture.build().to(self.device)
         student.load_state_dict(state)
         fine_tune(self.cfg, student, architecture, self.model, sizes, self.sets["CALIB"], self.out / "fine_tuned")
@@ -508,7 +509,8 @@ def _loss(before: float | None, after: float | None) -> float | None:
 
 
 def _base_config(cfg: CfgNode) -> CfgNode:
-    """A copy of the configuration without a compact head and without branches, since branches would be untrained."""
+    """A copy of the configuration without a compact head. If an exit has a branch, which would be untrained, only
+    glances stay."""
     values = {"MODEL.FOLD": "rows" if cfg.MODEL.FOLD == "rows" else "exact"}
     if set(cfg.EXITS.LAYERS) != set(cfg.EXITS.EMPTY):
         values |= {"EXITS.LAYERS": (), "EXITS.EMPTY": ()}
@@ -595,7 +597,7 @@ def optimize(
     ``out_dir`` gets model.pth, detector.onnx, test/ (the evaluation of the chosen model), optimize.json,
     candidates.png, summary.txt and report.html. If OpenVINO is the runtime, ``out_dir`` also gets detector.xml. This
     file is in 8 bits if 8 bits hold the budget and are faster. The milliseconds of a candidate in 8 bits are those in
-    32 bits divided by a speed: that of 8 bits relative to 32 bits, from photo to detections.
+    32 bits divided by the speed-up of 8 bits, from photo to detections.
 
     A stopped search resumes with the candidates that are already measured.
 
@@ -681,7 +683,7 @@ def _nothing_holds(measured: Sequence[Candidate], goal: Goal) -> str:
     known = [one for one in measured[1:] if one.lost is not None]
     least = min(known, key=lambda one: one.lost_bound, default=None)
     nearest = "" if least is None else f"; the nearest: {least} (bound {least.lost_bound:.3f})"
-    asked = f"no faster candidate holds {goal.ap_drop:g} AP50 lost on the calib split"
+    asked = f"no faster candidate holds the budget of {goal.ap_drop:g} AP50 on the calib split"
     return f"{asked}: ship the detector as it is{nearest}"
 
 
@@ -759,7 +761,7 @@ def _summary(chosen: Candidate, test: TestFigures, ship: bool, goal: Goal) -> st
     losses = "undefined AP50 lost" if lost is None else f"{lost:.3f} AP50 lost"
     losses += "" if test.AP50_lost_interval is None else " [{:.3f}, {:.3f}]".format(*test.AP50_lost_interval)
     losses += "" if ap_lost is None else f", {round(ap_lost, 3) + 0.0:.3f} AP lost"  # no -0.000
-    times = f"{test.ms:.1f} ms against {test.ms_base:.1f}, {test.runtime}, {test.threads} thread"
+    times = f"{test.ms:.1f} ms against {test.ms_base:.1f}, {test.runtime}, threads: {test.threads}"
     found = f"{test.objects_found} objects found where your detector finds {test.objects_found_base}"
     figures = (
         f"{chosen.name}: {test.speedup:.2f} times as fast as your detector ({times}), {losses}, {found}, on "
@@ -769,6 +771,6 @@ def _summary(chosen: Candidate, test: TestFigures, ship: bool, goal: Goal) -> st
         return f"ship it. {figures}."
     if not test.base_detects:
         return f"do not ship it: your detector itself does not detect (AP50 {test.AP50_base or 0:.3f}). {figures}."
-    budget = f"{goal.ap_drop:g} AP50 lost"
-    budget += "" if goal.coco_ap_drop is None else f" and {goal.coco_ap_drop:g} AP lost"
-    return f"do not ship it: on the test photos it does not hold {budget}, or is no faster. {figures}."
+    budget = f"{goal.ap_drop:g} AP50"
+    budget += "" if goal.coco_ap_drop is None else f" and {goal.coco_ap_drop:g} AP"
+    return f"do not ship it: on the test photos it exceeds the budget of {budget}, or is no faster. {figures}."

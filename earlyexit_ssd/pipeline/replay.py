@@ -98,8 +98,8 @@ class Replay:
         return replace(self, recording=self.recording.only(names))
 
     def matches_beside(self, reference: Detections | None) -> tuple[ExitMatches, np.ndarray]:
-        """The matches with a reference detector as an additional last exit, and its index for every photo [n]; without
-        ``reference``, the full path is the reference."""
+        """The matches with ``reference`` as an additional last exit, and the choice [n] of it by every photo. None: the
+        full path is the reference."""
         if reference is None:
             return self.matches, np.full(len(self.recording), self.matches.exits - 1)
         exits = [*self.recording.detections, reference]
@@ -171,7 +171,7 @@ class Recorded:
 
 
 def open_recorded(cfg: CfgNode, weights: str | os.PathLike[str], out: Path, **splits: Any) -> Recorded:
-    """Open a model and its splits; missing runtimes, weights, photos or disk space are found before the network runs.
+    """Open a model and its splits. A missing runtime, weights file or photo is an error before the network runs.
 
     ``splits`` are arguments of `disjoint_sets`.
 
@@ -201,7 +201,7 @@ def disjoint_sets(
     deduplicate: Sequence[str] = ("CALIB",),
     include_near_duplicates: bool = True,
 ) -> tuple[dict[str, DetectionDataset], dict[str, Repeats]]:
-    """TRAIN (CALIBRATION.TRAIN_PHOTOS of it, not augmented), CALIB and TEST, and the duplicates left out of each.
+    """TRAIN (CALIBRATION.TRAIN_PHOTOS of it, not augmented), CALIB and TEST, and the duplicates that were left out.
 
     Args:
         needs_labels: splits that need labels; TRAIN needs them too if CALIBRATION.REFERENCE is ``labels``.
@@ -210,7 +210,7 @@ def disjoint_sets(
         include_near_duplicates: whether near-duplicates are duplicates too, see `distinct`.
 
     Raises:
-        DataError: a photo is in two of the complete splits, or a split that needs labels has no box.
+        DataError: a photo is in two splits (TRAIN in full), or a split that needs labels has no box.
     """
     labelled = {*needs_labels, "TRAIN"} if cfg.CALIBRATION.REFERENCE == "labels" else {*needs_labels}
     needed = "replaced" if unlabelled else "required"
@@ -236,7 +236,7 @@ def fit_temperatures(cfg: CfgNode, calib: Replay) -> list[FittedTemperature]:
         temperature = fit_temperature(logits, labels, bounds)
         bound = stopped_by(temperature, bounds)
         if bound is not None:
-            said = "temperature of %s is at its bound %g: a temperature cannot calibrate its probabilities"
+            said = "temperature of %s is at its bound %g: no allowed one calibrates its probabilities"
             logger.warning(said, name, bound)
         before, after = reliability(logits, labels, 1.0), reliability(logits, labels, temperature)
         found.append(FittedTemperature(name, temperature, before, after))
@@ -244,7 +244,7 @@ def fit_temperatures(cfg: CfgNode, calib: Replay) -> list[FittedTemperature]:
 
 
 def temperatures_of(fitted: Sequence[FittedTemperature], exit_names: Sequence[str]) -> list[float]:
-    """The temperature of every early exit; 1 for exits without one."""
+    """The temperature of every early exit; 1 for exits without one. ``exit_names`` ends with the full path."""
     found = {one.exit_name: one.temperature for one in fitted}
     return [found.get(name, 1.0) for name in exit_names[:-1]]
 

@@ -106,7 +106,7 @@ class ExitRouter(nn.Module):
         threshold, at an exit without a branch if the policy reads logits only."""
         if signals.empty and not self._reads_taps:
             return -torch.ones_like(signals.logits[:, 0, 0], dtype=torch.float32)
-        likeliest = at_likeliest_boxes(signals, self._boxes)  # those that the policy reads
+        likeliest = at_likeliest_boxes(signals, self._boxes)  # most likely to show an object; all if it is None
         logits = self.tempered(likeliest.logits, exit_index)
         if logits is signals.logits:  # a policy may change its input in place; detections need the original
             logits = logits.clone()

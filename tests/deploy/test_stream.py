@@ -209,7 +209,7 @@ def test_every_nth_frame_by_hand():
     computed = np.arange(16) % 4 == 0
     assert not recording.changed(computed).any()
     assert recording.changed(np.arange(16) == 0).tolist() == [False] * 4 + [True] * 12
-    assert recording.every_nth(16.0, phases=1) == 12 / 16
+    assert recording.every_nth(16.0, offsets=1) == 12 / 16
 
 
 def test_the_speedup_counts_the_comparison():
@@ -280,7 +280,7 @@ def test_a_rule_comes_back_from_its_file(tmp_path):
 def test_a_rule_of_another_detector_or_score():
     with pytest.raises(EarlyExitError, match="for the classes cat, the detector has lamp, ball"):
         TemporalExit(RedBox(), dataclasses.replace(RULE, classes=("cat",)))
-    with pytest.raises(EarlyExitError, match="for a least score of 0.5, not 0.3"):
+    with pytest.raises(EarlyExitError, match="for a score threshold of 0.5, not 0.3"):
         TemporalExit(RedBox(), RULE, 0.3)
 
 

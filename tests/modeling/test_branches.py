@@ -346,7 +346,7 @@ def test_a_description_of_the_first_format_is_read():
         (lambda: Exit(8, "lihgt"), "branch is 'lihgt', expected one of copied, light, empty .did you mean 'light'"),
         (lambda: describe_exits(glances=[128, 12]), "glances has 128, expected pairs of pixels and a trunk layer"),
         (lambda: describe_exits(glances=[(16, 12)]), "a glance's side is 16, expected 32 to 4096"),
-        (lambda: Exit(8, "light", pixels=64), "a glance with a branch 'light': it has none, expected 'empty'"),
+        (lambda: Exit(8, "light", pixels=64), "a glance has the branch 'light', expected 'empty'"),
         (lambda: Exit(8, ["light"]), r"branch is \['light'\], expected one of"),
         (lambda: Exit(8, "light", {"depth": 1}), "a light branch has no argument 'depth'"),
         (lambda: Exit(8, "copied", {"copy": 0.0}), r"copy is 0.0, expected a number in \(0, 1\]"),

@@ -76,7 +76,7 @@ def test_what_is_found_is_written_and_gone_on_with(trained, tmp_path, capsys, mo
 def test_fine_tuned_nets_are_candidates_and_are_not_trained_again(trained, tmp_path, capsys, monkeypatch, without_file):
     monkeypatch.setattr(DETECTS, 0.0)
     monkeypatch.setattr("earlyexit_ssd.pipeline.replay.time_in_runtime", by_operations)
-    monkeypatch.setattr(Optimizer, "shows_empty_photos", False)  # so that no glance is tried
+    monkeypatch.setattr(Optimizer, "has_empty_photos", False)  # so that no glance is tried
     out = tmp_path / "tuned"
     flags = ["--train", "--ap-drop", "1.0", *FAST, "FINE_TUNING.EPOCHS", "1", "ENGINE.CURVE_PERIOD", "0"]
     assert optimize.main(command(trained, out, *flags)) == 0
