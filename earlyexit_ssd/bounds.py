@@ -107,13 +107,14 @@ def upper_bound(losses: np.ndarray, delta: float, p_value: PValue = hoeffding_be
 
 
 def fixed_sequence_test(p_values: Iterable[float], delta: float) -> int:
-    """Number of rejected hypotheses: those before the first p-value above ``delta``. No later p-value is read.
+    """Number of rejected hypotheses: those before the first p-value that is not in [0, ``delta``]. No later p-value is
+    read.
 
     The probability that any rejected hypothesis is true is at most ``delta``, if the order was fixed before the photos
     were used. This is fixed-sequence testing (Angelopoulos et al. 2021, "Learn then test").
     """
     _checked([], delta=delta)
-    return sum(1 for _ in itertools.takewhile(lambda value: value <= delta, p_values))
+    return sum(1 for _ in itertools.takewhile(lambda value: 0 <= value <= delta, p_values))
 
 
 def photos_needed(

@@ -103,7 +103,8 @@ class OpenVino:
             self.metadata = _openvino_metadata(model)
             # before compilation, which may move names of removed nodes to inputs and outputs
             self.inputs = [one.any_name for one in model.inputs]
-            self._outputs = [one.any_name for one in model.outputs]
+            # an output may have further names: that of a constant, if it is one
+            self._outputs = {name: place for place, one in enumerate(model.outputs) for name in one.names}
             self._compiled = compile_in_openvino(model, threads)
         self._name, self._local = path, threading.local()
 
@@ -113,7 +114,8 @@ class OpenVino:
         with _in_one_line(self._name, "it does not run", "export anew"):
             given = {place: feeds[name] for place, name in enumerate(self.inputs)}
             found = self._local.request.infer(given, share_inputs=True)  # without a copy of the photo
-            return {name: np.array(found[place]) for place, name in enumerate(self._outputs)}
+            arrays = [np.array(found[place]) for place in range(len(found))]
+            return {name: arrays[place] for name, place in self._outputs.items()}
 
 
 def _openvino_metadata(model: Any) -> dict[str, str]:

@@ -89,7 +89,7 @@ def certify(
 
     def point(step: int) -> CurvePoint:
         draws = block_losses[step]
-        bound = upper_bound(draws, delta, p_value) if step or draws.any() else 0.0
+        bound = upper_bound(draws, delta, p_value) if step else 0.0  # the full path loses nothing
         return CurvePoint(tuple(map(float, path[step])), mean_costs[step], float(draws.mean()), bound)
 
     passed = fixed_sequence_test((p_value(draws, epsilon) for draws in block_losses[1:]), delta)

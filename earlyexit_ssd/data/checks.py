@@ -25,16 +25,15 @@ SMALLEST_SIDE = 0.01
 Box = tuple[float, float, float, float]
 
 
-_FLAGS = {
-    **dict.fromkeys(("1", "1.0", "true", "yes"), True),
-    **dict.fromkeys(("0", "0.0", "false", "no", "unspecified", ""), False),
-}
+_FLAGS = {"true": True, "yes": True, "false": False, "no": False, "unspecified": False, "": False}
 
 
 def flag(value: object) -> bool | None:
-    """What a flag of a file says, as number, boolean or text in any case; None stands for anything else."""
-    value = "" if value is None else value
-    return _FLAGS.get(str(value).strip().lower()) if isinstance(value, str | int | float) else None
+    """What a flag of a file says, as number (0 or 1), boolean or text in any case; None stands for anything else."""
+    text = "" if value is None else str(value).strip().lower() if isinstance(value, str | int | float) else "?"
+    with contextlib.suppress(ValueError):
+        return {0.0: False, 1.0: True}.get(float(text))
+    return _FLAGS.get(text)
 
 
 def read_flags(flags: dict[str, object], where: str, problems: Problems, image_id: int) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from earlyexit_ssd.data import catalog, checks
-from earlyexit_ssd.data.problems import Problems
+from earlyexit_ssd.data.problems import MODES, Problems
 from earlyexit_ssd.data.records import (
     RawDataset,
     Record,
@@ -73,6 +73,8 @@ class DetectionDataset(torch.utils.data.Dataset):
         on_bad: str = "repair",
         labelled: bool = True,
     ) -> None:
+        if on_bad not in MODES:
+            raise DataError(f"on_bad is {on_bad!r:.60}, expected one of {', '.join(MODES)}")
         self.records, self.classes = tuple(records), tuple(classes)
         self.transforms, self.train, self.on_bad, self.labelled = transforms, train, on_bad, labelled
         self.seed, self.epoch = seed, 0

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torchvision.ops import box_iou
 
+from earlyexit_ssd.errors import ConfigError, nearest
+
 Window = tuple[int, int, int, int]
 
 
@@ -146,4 +148,8 @@ def build_transforms(preset: str) -> Augmentation | None:
     colours = [A.ColorJitter(**{**same, name: bound}, p=0.5) for name, bound in bounds.items()]
     flip, crop = A.HorizontalFlip(p=0.5), RandomIoUCrop(p=1.0)
     ssd = [*colours, A.ChannelShuffle(p=0.5), RandomZoomOut(p=0.5), crop, flip]
-    return Augmentation({"flip": [flip], "ssdlite": [crop, flip], "ssd": ssd}[preset])
+    presets = {"flip": [flip], "ssdlite": [crop, flip], "ssd": ssd}
+    if preset not in presets:
+        expected = f"expected one of none, {', '.join(presets)}{nearest(preset, presets)}"
+        raise ConfigError(f"DATA.AUGMENTATION is {preset!r:.60}, {expected}")
+    return Augmentation(presets[preset])

@@ -203,7 +203,8 @@ def output_paths(sources: Sequence[Source], folder: str | os.PathLike[str]) -> l
 
     Equal names get numbers (dog.png, dog_2.png). Names that differ in case only are equal, as on some disks.
     """
-    folder, names = Path(folder), [Path(source.name) for source in sources]
+    folder = Path(folder)
+    names = [path for source in sources for path in (Path(source.name), Path(source.name).resolve())]
     taken = {name.name.lower() for name in names if name.parent.resolve() == folder.resolve()}
     paths = []
     for source in sources:

@@ -80,8 +80,8 @@ class Predictor:
         path: an ONNX file, a folder of staged files, or an OpenVINO model (.xml), written by ``earlyexit export``.
         runtime: ``onnxruntime`` or ``openvino``. A file in OpenVINO's own format needs the latter.
         threads: threads of the runtime.
-        score_thresh: score threshold of the detections, one number or class name -> number (other classes keep the file's);
-            None: the file's.
+        score_thresh: score threshold of the detections, one number or class name -> number (other classes keep the
+            file's); None: the file's.
         thresholds: thresholds of the early exits instead of the file's: one for each, or exit name -> threshold. A
             confidence is at most 1, so 2.0 closes an exit.
 
@@ -294,7 +294,7 @@ _NAMES = ("boxes", "labels", "scores", "exit_index", "exit_confidence")
 
 
 class _OneFile:
-    """A whole detector in one file. ``fixed``: thresholds and score thresholds are constants of the file, not inputs."""
+    """A whole detector in one file. ``fixed``: its thresholds are constants of the file, not inputs."""
 
     def __init__(self, network: OnnxRuntime | OpenVino) -> None:
         self._network, self.metadata = network, network.metadata

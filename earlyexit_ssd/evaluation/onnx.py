@@ -265,7 +265,10 @@ def read_onnx(path: str | os.PathLike[str], constants: Mapping[str, tuple[float,
                 if len(locations) != 1 or not _lies_in(locations[0], folder):
                     told = f"{path}: its tensor {shown(tensor.name)} has data in {shown(locations)}, expected a file in"
                     raise EarlyExitError(f"{told} its own folder; export it with the weights inside")
-                onnx.external_data_helper.load_external_data_for_tensor(tensor, os.fspath(folder))
+                part = {entry.key: entry.value for entry in tensor.external_data}
+                with (folder / locations[0]).open("rb") as file:
+                    file.seek(int(part.get("offset", 0)))
+                    tensor.raw_data = file.read(int(part.get("length", -1)))
                 tensor.data_location = tensor.DEFAULT
                 del tensor.external_data[:]
         for name in constants.keys() & {value.name for value in model.graph.input}:

@@ -542,10 +542,12 @@ class PathToExit(nn.Module):
                 continue
             if at.index <= self.exit_index:
                 heads.append(at.head())
-                if self.router is not None and not at.full:
-                    others.append(self.router.confidence(at.signals(heads[-1]), at.index))
-                if at.index == self.exit_index and not at.full and self.model.empty[at.index]:
-                    others.append(pool_tap(at.tap))
+                ends_empty = not at.full and self.model.empty[at.index] and at.index == self.exit_index
+                signals = None if at.full or (self.router is None and not ends_empty) else at.signals(heads[-1])
+                if signals is not None and self.router is not None:
+                    others.append(self.router.confidence(signals, at.index))
+                if ends_empty:
+                    others.append(signals.tap)
             elif at.full:  # only a hybrid router walks on to here: classes of the exit, boxes of the full path
                 heads[-1] = {**heads[-1], "bbox_regression": self.model.head.regression_head(at.maps())}
             if at.index == self.exit_index and not hybrid:

@@ -73,7 +73,8 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
     if weights is not None and torchvision_name(weights) is None:
         return EarlyExitSSDLite.from_file(weights, earlyexit_ssdlite320_mobilenet_v3_large, locals())
     weights = weights and SSDLite320_MobileNet_V3_Large_Weights[torchvision_name(weights)]
-    weights_backbone = None if weights else MobileNet_V3_Large_Weights.verify(weights_backbone)
+    weights_backbone = MobileNet_V3_Large_Weights.verify(weights_backbone)
+    weights_backbone = None if weights else weights_backbone
     outputs = len(COCO_CLASSES) + 1
     if weights is not None and num_classes not in (None, outputs):
         raise ValueError(f"weights have {outputs} outputs, num_classes is {num_classes}")
@@ -81,7 +82,7 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
         raise ValueError(f"weights need width=1.0, width is {width}")
     trained = weights is not None or weights_backbone is not None
     detector = build_ssdlite(
-        num_classes=num_classes or outputs,
+        num_classes=outputs if num_classes is None else num_classes,
         image_size=image_size,
         width=width,
         reduced_tail=weights_backbone is None,

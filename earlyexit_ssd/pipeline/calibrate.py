@@ -87,11 +87,14 @@ class Target:
     learned: bool = False
 
     def __post_init__(self) -> None:
-        expected, fits = {
+        known = {
             "speedup": ("a number above 0", self.value > 0),
             "ap_drop": ("a number in [0, 1]", 0 <= self.value <= 1),
             "risk": ("a number in (0, 1)", 0 < self.value < 1),
-        }[self.kind]
+        }
+        if self.kind not in known:
+            raise EarlyExitError(f"the target's kind is {self.kind!r:.60}, expected one of {', '.join(known)}")
+        expected, fits = known[self.kind]
         if not fits:
             raise EarlyExitError(f"{self.kind} is {self.value:g}, expected {expected}")
         if not 0 < self.delta < 1:

@@ -35,7 +35,7 @@ from earlyexit_ssd.evaluation.matches import ap_of_choice, bootstrap_choices, ex
 from earlyexit_ssd.evaluation.outputs import collect_detections
 from earlyexit_ssd.evaluation.results import Interval, Record, Results
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
-from earlyexit_ssd.files import locks_folder, write_image, write_json, write_text
+from earlyexit_ssd.files import locked_folder, locks_folder, write_image, write_json, write_text
 from earlyexit_ssd.modeling import COCO_CLASSES, Architecture, Exit, describe_exits, load_model, save_model
 from earlyexit_ssd.modeling.checkpoint import ModelInfo, weights_hash
 from earlyexit_ssd.modeling.heads import find_competing_rows, slice_rows
@@ -398,7 +398,8 @@ class Optimizer:
     def _jointly_trained(self) -> tuple[Architecture, dict[str, torch.Tensor]]:
         """The detector with the configured exits after its last phase, which is the joint one."""
         values = {"OUTPUT_DIR": str(self.out / "joint"), "CALIBRATION.TARGET": ""}
-        model, architecture, _ = load_model(train_phases(with_values(self.cfg, values)))
+        with locked_folder(self.out / "joint"):
+            model, architecture, _ = load_model(train_phases(with_values(self.cfg, values)))
         return architecture, model.state_dict()
 
     @functools.cached_property
@@ -672,8 +673,11 @@ def choose_candidate(candidates: Sequence[Candidate], goal: Goal) -> Candidate |
 
 def _read_candidates(path: Path, key: str) -> dict[str, Candidate]:
     """The candidates that a stopped search has measured, by their keys; none if the file is of another search."""
-    content = read_json(path, "candidates of a search", "delete it") if path.is_file() else None
+    content = (
+        read_json(path, "candidates of a search", "delete it") if path.is_file() else {"key": key, "candidates": {}}
+    )
     if not isinstance(content, dict) or content.get("key") != key:
+        logger.info("%s is of a search with other settings, photos or weights: all candidates are measured again", path)
         return {}
     return {name: Candidate.from_json(one) for name, one in content["candidates"].items()}
 

@@ -308,7 +308,7 @@ def fit_router(
     """
     sets = [FittingPhotos(one, temperatures, cfg.CALIBRATION.REFERENCE, cfg.SEED) for one in (train or calib, calib)]
     fitted, folds, parameters, confidences = FITTED_POLICIES.get(policy), cfg.CALIBRATION.FOLDS, None, None
-    if cross_fit and folds and cross_fits(policy):
+    if cross_fit and folds and train is not None and cross_fits(policy):
         groups = np.arange(len(calib.recording)) if groups is None else groups
         fold_of_row = np.empty(len(groups), np.int64)
         fold_of_row[calib.order] = groups * folds // (groups.max() + 1)

@@ -51,7 +51,7 @@ def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
     if cfg.CALIBRATION.TARGET:
         build_target(cfg)  # raises if its number is out of range
     cfg = _closed_until_fitted(cfg)
-    build_router(cfg)  # raises if the policy is unknown, or needs a calibration
+    build_router(cfg)  # raises if the policy is unknown
     check_rivals(cfg, evaluation_device(cfg))
     if not is_main():
         barrier()  # the first process may render or download

@@ -197,6 +197,14 @@ def test_memory_and_open_files_are_flat_over_10000_frames(tmp_path, video, fake_
     assert len(rows(tmp_path / "out" / "counts.csv")) == 10_000
 
 
+def test_no_video_replaces_what_a_link_leads_to(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "clip.mp4").touch()
+    (tmp_path / "clip.mp4").symlink_to(tmp_path / "out" / "clip.mp4")
+    (path,) = output_paths([Source(str(tmp_path / "clip.mp4"), "video")], tmp_path / "out")
+    assert path.name == "clip_2.mp4"
+
+
 def test_no_picture_replaces_another_or_a_photo(tmp_path):
     photos = [
         tmp_path / "x" / "dog.jpg",

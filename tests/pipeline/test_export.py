@@ -192,6 +192,13 @@ def test_openvino_s_own_format(tmp_path, paths, model, traced_once, exits):
     assert predictor.classes == ("cat", "dog")
 
 
+def test_constant_outputs_in_openvino(tmp_path, paths):
+    """Without exits every photo takes the full path, so exit and confidence are constants, which have a second name."""
+    pytest.importorskip("openvino")
+    exported = export_detector(build_model(exit_layers=()), tmp_path / "detector.xml", "openvino", paths)
+    assert Predictor(exported.path, "openvino")(np.asarray(Image.open(paths[0]))).exit_name == "full"
+
+
 @pytest.mark.parametrize(
     ("name", "file_format", "message"),
     [
