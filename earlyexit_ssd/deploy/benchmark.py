@@ -264,7 +264,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> dict[str, Any]:
+def machine() -> dict[str, object]:
     """What the figures belong to: processor, cores, load, system, and versions by package."""
     name = platform.processor() or platform.machine()
     with suppress(OSError):  # no Linux

@@ -58,7 +58,7 @@ class Checkpoint(Hook):
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
 
-    def _parts(self, trainer: Trainer) -> dict[str, Any]:
+    def _parts(self, trainer: Trainer) -> dict[str, object]:
         """All that has a state beside the step."""
         parts = {"model": trainer.model, "optimizer": trainer.optimizer, "scaler": trainer.scaler, "ema": self.ema}
         return {name: part for name, part in parts.items() if part is not None}

@@ -12,7 +12,7 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import matplotlib
 import numpy as np
@@ -67,6 +67,23 @@ class PagePhotos:
     attention: tuple[Attention, ...] = ()  # where exits look, on some photos
 
 
+class CocoImage(TypedDict):
+    """Keys that are read of a photo in a COCO ground truth; sides are in pixels."""
+
+    file_name: str
+    width: int
+    height: int
+
+
+class CocoObject(TypedDict):
+    """Keys that are read of an object; ``bbox`` is x, y, width, height in pixels."""
+
+    bbox: list[float]
+    area: float
+    category_id: int
+    iscrowd: int
+
+
 def by_gain(matches: ExitMatches, score: float) -> np.ndarray:
     """The photos [n] by falling gain: errors (misses and false positives) of the first exit less the full path's."""
     counts = photo_counts(matches, score)
@@ -74,7 +91,7 @@ def by_gain(matches: ExitMatches, score: float) -> np.ndarray:
     return np.argsort(errors[:, -1] - errors[:, 0], kind="stable")
 
 
-def photos_json(photos: PagePhotos) -> dict[str, Any]:
+def photos_json(photos: PagePhotos) -> dict[str, object]:
     """What page.js reads."""
     matches, counts = photos.matches, photo_counts(photos.matches, photos.score)
     images = [photos.ground_truth.imgs[image_id] for image_id in matches.image_ids]
@@ -107,7 +124,7 @@ def photos_json(photos: PagePhotos) -> dict[str, Any]:
     }
 
 
-def _matches_json(matches: ExitMatches) -> list[dict[str, Any]]:
+def _matches_json(matches: ExitMatches) -> list[dict[str, int | list[int]]]:
     """Per class with objects what AP50 is computed from (`ExitMatches.hits_and_false`): number of objects, pairs of the
     hits, and in CSR form pairs (as differences) and numbers of the false positives before each hit."""
     found = []
@@ -120,7 +137,7 @@ def _matches_json(matches: ExitMatches) -> list[dict[str, Any]]:
     return found
 
 
-def _curve(photos: PagePhotos) -> list[dict[str, Any]]:
+def _curve(photos: PagePhotos) -> list[dict[str, object]]:
     """Thresholds that no others of a coarse grid beat in both AP50 and cost, by falling cost."""
     early = len(photos.exit_names) - 1
     known = {one.opened: one.mmacs or one.ms for one in photos.costs}
@@ -177,7 +194,7 @@ def _boxes(photos: PagePhotos) -> list[list[list[list[int]]]]:
     return rows
 
 
-def _thumbnails(photos: PagePhotos, images: Sequence[dict[str, Any]]) -> dict[int, Image.Image]:
+def _thumbnails(photos: PagePhotos, images: Sequence[CocoImage]) -> dict[int, Image.Image]:
     """Thumbnails of the most notable photos, by the photo's place."""
     found = {}
     for index in _notable(photos)[:MOST_THUMBNAILS]:
@@ -218,8 +235,8 @@ BINS = {
 
 
 def _groups(
-    photos: PagePhotos, images: Sequence[dict[str, Any]], thumbnails: dict[int, Image.Image]
-) -> list[dict[str, Any]]:
+    photos: PagePhotos, images: Sequence[CocoImage], thumbnails: dict[int, Image.Image]
+) -> list[dict[str, object]]:
     """What the photos differ in: title, and labels with the photos that have it."""
     truth = photos.ground_truth
     names = {key: truth.cats[key]["name"] for key in sorted(truth.cats)}
@@ -241,7 +258,7 @@ def _groups(
     ]
 
 
-def _crowding(objects: Sequence[dict[str, Any]]) -> float | None:
+def _crowding(objects: Sequence[CocoObject]) -> float | None:
     """Largest IoU of two of the objects; None for fewer than two."""
     if len(objects) < 2:
         return None
