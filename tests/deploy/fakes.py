@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 import types
@@ -93,16 +94,21 @@ class FakeCapture:
         self.released += 1
 
 
+def play_instead(
+    monkeypatch: pytest.MonkeyPatch, frames: Iterable, total: int = -1, fps: float = 25.0, opens: bool = True
+) -> FakeCapture:
+    """``frames`` are what every video and camera gives from now on; the rest of OpenCV stays."""
+    import cv2
+
+    capture = FakeCapture(frames, total, fps, opens)
+    library = types.SimpleNamespace(**{name: getattr(cv2, name) for name in dir(cv2) if name[0] != "_"})
+    library.VideoCapture = lambda place: capture
+    monkeypatch.setattr(sources, "opencv", lambda: library)
+    return capture
+
+
 @pytest.fixture
 def fake_video(monkeypatch) -> Callable[..., FakeCapture]:
-    """``fake_video(frames)`` is what every video and camera will give; the rest of OpenCV stays."""
-    cv2 = pytest.importorskip("cv2")
-
-    def play(frames: Iterable, total: int = -1, fps: float = 25.0, opens: bool = True) -> FakeCapture:
-        capture = FakeCapture(frames, total, fps, opens)
-        library = types.SimpleNamespace(**{name: getattr(cv2, name) for name in dir(cv2) if name[0] != "_"})
-        library.VideoCapture = lambda place: capture
-        monkeypatch.setattr(sources, "opencv", lambda: library)
-        return capture
-
-    return play
+    """`play_instead` for one test."""
+    pytest.importorskip("cv2")
+    return functools.partial(play_instead, monkeypatch)
