@@ -158,8 +158,8 @@ def test_whatever_comes_in_only_usable_boxes_come_out(boxes, width, height):
 @pytest.mark.parametrize(
     ("values", "meaning"),
     [
-        ((1, 1.0, True, "1", "1.0", " true ", "TRUE", "Yes"), True),
-        ((0, 0.0, False, None, "", " ", "0", "0.0", "false", "False", "NO", "Unspecified"), False),
+        ((1, 1.0, True, "1", "1.0", "01", "1.00", " true ", "TRUE", "Yes"), True),
+        ((0, 0.0, False, None, "", " ", "0", "0.0", "00", "false", "False", "NO", "Unspecified"), False),
         ((2, -1, 0.5, math.nan, "maybe", "2", "nan", 10**400, [1], {"a": 1}), None),
     ],
 )
