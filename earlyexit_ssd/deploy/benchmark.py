@@ -49,7 +49,7 @@ class Contestant:
 
     def open(self, threads: int, score: float) -> Detect:
         """Load it, for ``threads`` threads and detections from ``score`` on."""
-        raise NotImplementedError  # abstract: each kind of file is loaded in its own way
+        raise NotImplementedError  # abstract: `ExportedFile` and the eager ones of pipeline.predictor define it
 
 
 @dataclass(frozen=True)

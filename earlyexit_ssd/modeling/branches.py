@@ -277,7 +277,7 @@ class Branch(nn.Module):
     def forward(self, tap: Tensor, context: Tensor | None = None) -> Head:
         """A tap [N, C, H, W], and what :meth:`context` gives for it, to ``cls_logits`` [N, A, C] and
         ``bbox_regression`` [N, A, 4]."""
-        raise NotImplementedError  # abstract
+        raise NotImplementedError  # abstract: every registered kind of branch defines it
 
 
 # The kind "copied": thinned copies of the layers from the tap to C4, then whole copies of the layers after it.

@@ -355,12 +355,12 @@ class EarlyExitDetector(SSD):
     @property
     def trunk(self) -> Trunk:
         """The backbone's current layers, some of which may have been replaced since construction."""
-        raise NotImplementedError  # abstract
+        raise NotImplementedError  # abstract: every registered detector names its own layers
 
     @classmethod
     def build_plain(cls, **settings: object) -> SSD:
         """torchvision's detector without exits, untrained; keywords as in :func:`build_ssdlite`."""
-        raise NotImplementedError  # abstract
+        raise NotImplementedError  # abstract: every registered detector builds its own
 
     def inherit(self) -> None:
         """Copy the full path's current weights into the copied layers of the branches."""

@@ -76,7 +76,7 @@ class FittedPolicy(nn.Module):
     @classmethod
     def fit(cls, photos: RecordedPhotos) -> Any:
         """The fitted parameters as plain JSON types. An EarlyExitError if these photos do not suffice."""
-        raise NotImplementedError  # abstract
+        raise NotImplementedError  # abstract: every fitted policy defines it
 
     @classmethod
     def cross_fit(cls, train: RecordedPhotos, calib: RecordedPhotos, folds: Tensor) -> tuple[Any, list[Tensor]]:
@@ -89,7 +89,7 @@ class FittedPolicy(nn.Module):
             the parameters of the fit on all photos, and per early exit the confidences of the calibration photos, [n].
             The confidence of a photo comes from a fit without the photos of its fold.
         """
-        raise NotImplementedError  # abstract: for policies with cross_fits
+        raise NotImplementedError  # abstract: policies with ``cross_fits`` define it; no other is cross-fitted
 
 
 @dataclass(frozen=True)
