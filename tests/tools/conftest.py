@@ -64,6 +64,12 @@ def plain_charts(monkeypatch):
     monkeypatch.setattr(pictures, "Figure", plain_figure)
 
 
+@pytest.fixture(autouse=True)
+def quick_fits(monkeypatch):
+    """Policies are fitted in a tenth of the steps; tests/routing fits them as they are."""
+    monkeypatch.setattr("earlyexit_ssd.routing.policies.FIT_STEPS", 60)
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, made_once, data_root) -> tuple[Path, list[str]]:
     """A folder with ``run``, trained once by the tiny configuration, and the arguments of the tools that look at it."""
