@@ -1,4 +1,4 @@
-"""Data: photos with boxes from COCO, VOC, YOLO or rendered scenes, checked, filtered, augmented and batched."""
+"""Data sets in COCO, VOC and YOLO format, folders of photos and rendered scenes: reading, checks and augmentation."""
 
 from earlyexit_ssd.data.catalog import get, register, register_builtin, register_coco, register_voc
 from earlyexit_ssd.data.dataset import (

@@ -1,4 +1,4 @@
-"""Data sets by name: entries of DATA.DATASETS, read by the format that recognises them, and sets that are built in."""
+"""Data sets by name: the entries of DATA.DATASETS, and a catalog of registered data sets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fvcore.common.config import CfgNode
 
-from earlyexit_ssd.data import coco, folder, voc, yolo  # noqa: F401 - they register their formats
+from earlyexit_ssd.data import coco, folder, voc, yolo  # noqa: F401 - the imports register their formats
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import FORMATS, RawDataset
 from earlyexit_ssd.data.shapes import SPLITS, ensure_synthetic
@@ -18,88 +18,96 @@ from earlyexit_ssd.errors import ConfigError, DataError, nearest, shown
 ROOT_VARIABLE = "EARLYEXIT_SSD_DATASETS"
 
 Loader = Callable[[Path, CfgNode, Problems], RawDataset]
-"""(root of the data sets, the ``DATA`` node of the configuration, collector of problems) -> data set."""
+"""Function (root folder of the data sets, node ``DATA`` of the configuration, problems) -> data set."""
 
 _LOADERS: dict[str, Loader] = {}
 
 
 def register(name: str, loader: Loader) -> None:
-    """Make a data set known by ``name``; a DataError if the name is taken."""
+    """Register the loader of a data set. Raise DataError if the name is registered already."""
     if name in _LOADERS:
         raise DataError(f"data set {name!r} is registered already; choose another name")
     _LOADERS[name] = loader
 
 
 def register_coco(name: str, annotations: str | os.PathLike[str], images: str | os.PathLike[str]) -> None:
-    """Make a COCO JSON file and its folder of photos known by ``name``; paths are relative to the root."""
+    """Register a COCO JSON file and its folder of photos. Paths are relative to `dataset_root`."""
     register(name, _entry(name, annotations, images))
 
 
 def register_voc(name: str, devkit: str | os.PathLike[str], split: str) -> None:
-    """Make a split of a VOC devkit (such as VOC2012) known by ``name``; the path is relative to the root."""
+    """Register a split of a VOC devkit (such as VOC2012). Its path is relative to `dataset_root`."""
     register(name, _entry(name, devkit, split))
 
 
 def _entry(name: str, annotations: str | os.PathLike[str], photos: str | os.PathLike[str]) -> Loader:
-    """The loader of an entry as ``DATA.DATASETS`` has them."""
+    """Return the loader of an entry of ``DATA.DATASETS``."""
 
     def load(root: Path, data: CfgNode, problems: Problems) -> RawDataset:
         path = root / annotations
-        known = next(one for one in reversed(FORMATS.values()) if one.recognises(str(annotations), path))
+        reader = next(f for f in reversed(FORMATS.values()) if f.recognises(str(annotations), path))
         if annotations:
             _require(name, path)
-        if known.names_split:
-            return known.read(name, path, photos, problems, data.ALLOW_OUTSIDE)
+        if reader.names_split:
+            return reader.read(name, path, photos, problems, data.ALLOW_OUTSIDE)
         _require(name, root / photos)
-        return known.read(name, path, root / photos, problems, data.ALLOW_OUTSIDE)
+        return reader.read(name, path, root / photos, problems, data.ALLOW_OUTSIDE)
 
     return load
 
 
-def _require(name: str, path: Path, otherwise: str = "put it there") -> None:
+def _require(name: str, path: Path, alternative: str = "correct DATA.DATASETS") -> None:
+    """Raise DataError if a file or folder of data set ``name`` is missing."""
     if not os.path.exists(path):
         fix = f"set DATA.ROOT or the environment variable {ROOT_VARIABLE} to the folder of the data sets"
-        raise DataError(f"{os.path.abspath(path)}: data set {name!r} is not there; {fix}, or {otherwise}")
+        raise DataError(f"{os.path.abspath(path)}: data set {name!r} not found; {fix}, or {alternative}")
 
 
 def get(name: str) -> Loader:
-    """The loader of a registered data set; for an unknown name a ConfigError with the nearest one."""
+    """Return the loader of a registered data set. Raise ConfigError with the nearest name if there is none."""
     if name not in _LOADERS:
-        hint = nearest(name, _LOADERS) or f"; known: {', '.join(sorted(_LOADERS))}"
-        fix = "add your own with DATA.DATASETS or earlyexit_ssd.data.register_coco"
+        hint = nearest(name, _LOADERS) or f"; registered: {', '.join(sorted(_LOADERS))}"
+        fix = "add it to DATA.DATASETS, or register it with earlyexit_ssd.data.register_coco"
         raise ConfigError(f"no data set is named {name!r}{hint}; {fix}")
     return _LOADERS[name]
 
 
 def find(name: str, data: CfgNode) -> Loader:
-    """The loader of a data set of ``DATA.DATASETS``, else of the catalog; ``data`` is the node ``DATA``.
+    """Return the loader of a data set of ``DATA.DATASETS`` or, if the name is not there, of the catalog.
 
-    A ConfigError if neither has the name, or ``DATA.DATASETS`` are no triples of distinct names. Nothing is read.
+    ``data`` is the node ``DATA`` of the configuration. No file is read.
+
+    Raises:
+        ConfigError: the name is unknown, or ``DATA.DATASETS`` are not triples with different names.
     """
-    own: dict[str, Loader] = {}
+    loaders: dict[str, Loader] = {}
     for entry in data.DATASETS:
         if not (isinstance(entry, tuple | list) and len(entry) == 3 and all(isinstance(t, str) for t in entry)):
             expected = "triples (name, annotations, photos or split)"
             raise ConfigError(f"DATA.DATASETS has {shown(entry)}, expected {expected}")
-        if entry[0] in own:
-            raise ConfigError(f"DATA.DATASETS has two sets named {entry[0]!r}; give each its own name")
-        own[entry[0]] = _entry(*entry)
-    return own.get(name) or get(name)
+        if entry[0] in loaders:
+            raise ConfigError(f"DATA.DATASETS has two data sets named {entry[0]!r}; give each its own name")
+        loaders[entry[0]] = _entry(*entry)
+    return loaders.get(name) or get(name)
 
 
 def load(name: str, data: CfgNode, problems: Problems) -> RawDataset:
-    """Read a data set, unchecked; errors are those of :func:`find`, and a DataError for missing files or (mode
-    "refuse") a broken record."""
+    """Read a data set without checking its boxes and photo files.
+
+    Raises:
+        ConfigError: see :func:`find`.
+        DataError: a file is missing or unreadable, or (mode "refuse") a record is broken.
+    """
     return find(name, data)(dataset_root(data), data, problems)
 
 
 def dataset_root(data: CfgNode) -> Path:
-    """``DATA.ROOT``, else the environment variable EARLYEXIT_SSD_DATASETS, else ./datasets."""
+    """Return ``DATA.ROOT``, the environment variable EARLYEXIT_SSD_DATASETS, or ./datasets: the first that is set."""
     return Path(os.path.expanduser(data.ROOT or os.environ.get(ROOT_VARIABLE) or "datasets"))
 
 
 def register_builtin() -> None:
-    """Register them all; called once, when the package is imported."""
+    """Register the built-in data sets. The package calls this once, when it is imported."""
     for split in SPLITS:
         register(f"synthetic_chairs_{split}", _synthetic(split))
         for name in ("voc2012_animals", "furniture"):
@@ -135,8 +143,11 @@ def _voc(year: str, split: str) -> Loader:
 
 
 def download_voc(root: Path, year: str, split: str) -> None:
-    """Fetch and unpack a VOC devkit under ``root``, by torchvision: first beside it, so that the lists of photos, by
-    which a devkit is known, are there when all photos are. A DataError if the download fails."""
+    """Download a VOC devkit with torchvision and unpack it in ``root``. Raise DataError if the download fails.
+
+    The devkit is unpacked in another folder and then moved, with the lists of photos last, so a devkit with lists
+    is complete.
+    """
     from torchvision.datasets import VOCDetection
 
     staging, name = root / f".VOC{year}_{split}.partial", f"VOCdevkit/VOC{year}"
@@ -148,5 +159,5 @@ def download_voc(root: Path, year: str, split: str) -> None:
         shutil.rmtree(staging)
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        fix = "check the network, or unpack the VOCdevkit there by hand"
+        fix = "check the network, or unpack VOCdevkit in this folder"
         raise DataError(f"VOC {year} could not be downloaded to {root.resolve()} ({reason}); {fix}") from None

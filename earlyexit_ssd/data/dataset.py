@@ -1,4 +1,4 @@
-"""Photos with boxes as a torch data set, in the format of torchvision's detectors and evaluator."""
+"""Data sets and loaders of photos with boxes, in the format of torchvision's detection models and reference scripts."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from earlyexit_ssd.data.problems import MODES, Problems
 from earlyexit_ssd.data.records import (
     RawDataset,
     Record,
-    few,
     limit_negatives,
     limit_photos,
     select_classes,
+    shortened,
     union_of_classes,
 )
 from earlyexit_ssd.data.transforms import Augmentation, build_transforms, mixed_seed
@@ -45,22 +45,25 @@ Target = dict[str, Tensor | int]
 
 
 class DetectionDataset(torch.utils.data.Dataset):
-    """``dataset[i]`` is ``(image, target)``.
+    """Photos with boxes. ``dataset[i]`` is ``(image, target)``.
 
-    The image is float32 [3, H, W] RGB in [0, 1], at the photo's own size. The target holds ``boxes`` float32 [N, 4]
-    (xyxy, pixels), ``labels`` int64 [N] in 1..K, ``image_id`` int, ``area`` float32 [N] (square pixels) and ``iscrowd``
-    int64 [N].
+    The image is float32 [3, H, W] RGB in [0, 1], in the size of the photo or of its augmentation. The target has the
+    keys ``boxes`` float32 [N, 4] (xyxy, pixels), ``labels`` int64 [N] in 1..K, ``image_id`` int, ``area`` float32 [N]
+    (square pixels) and ``iscrowd`` int64 [N].
 
     Args:
-        records: the photos; label i means ``classes[i - 1]``.
+        records: the photos; label i is ``classes[i - 1]``.
         classes: names of the K classes.
         transforms: augmentation. Its random numbers depend on (seed, epoch, index) only, so a resumed run and any
             number of processes get the same views.
-        train: leave out objects to ignore (crowd, difficult), and take the next photo for one that cannot be
-            decoded. Without it such objects stay, with ``iscrowd`` 1, and such a photo is an error.
+        train: leave out objects to ignore (crowd, difficult), and replace photos that cannot be decoded by the next
+            photo. If False, objects to ignore have ``iscrowd`` 1, and a photo that cannot be decoded is an error.
         seed: seed of the augmentation.
         on_bad: "refuse" makes a photo that cannot be decoded an error in training too.
         labelled: False if some photos have no annotations; a photo without boxes may then show objects.
+
+    Raises:
+        DataError: ``on_bad`` is unknown, or two records have the same ``image_id``.
     """
 
     def __init__(
@@ -81,7 +84,7 @@ class DetectionDataset(torch.utils.data.Dataset):
         self._paths = {record.image_id: record.path for record in self.records}
         self._undecodable: set[int] = set()
         if len(self._paths) < len(self.records):
-            raise DataError("two records have the same image_id; number the photos of one data set uniquely")
+            raise DataError("two records have the same image_id; give each photo of a data set its own image_id")
 
     def __len__(self) -> int:
         return len(self.records)
@@ -90,24 +93,25 @@ class DetectionDataset(torch.utils.data.Dataset):
         return self.sample(index, self.epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the views that ``dataset[index]`` returns."""
+        """Set the epoch, which the augmentation of ``dataset[index]`` depends on."""
         self.epoch = epoch
 
     def path_of(self, image_id: int) -> Path:
+        """Return the path of the photo with this ``image_id``."""
         return self._paths[image_id]
 
     def subset(self, records: Sequence[Record]) -> DetectionDataset:
-        """This data set with the photos ``records`` only; one that occurs twice is augmented differently each time."""
+        """Return a copy with the photos ``records``. A photo that occurs twice is augmented differently each time."""
         other = copy.copy(self)
         other.records = tuple(records)
         return other
 
     def get_height_and_width(self, index: int) -> tuple[int, int]:
-        """Size of photo ``index``, for torchvision's grouping of photos by aspect ratio; no photo is read."""
+        """Return the size of photo ``index`` without reading it, for torchvision's grouping by aspect ratio."""
         return self.records[index].height, self.records[index].width
 
     def sample(self, index: int, epoch: int) -> tuple[Tensor, Target]:
-        """Photo ``index`` with the augmentation of ``epoch``, which may differ from that of :meth:`set_epoch`.
+        """Return ``(image, target)`` of photo ``index`` with the augmentation of any ``epoch``.
 
         Raises:
             DataError: the photo cannot be decoded (see ``train`` and ``on_bad``).
@@ -119,10 +123,10 @@ class DetectionDataset(torch.utils.data.Dataset):
         if self.transforms is not None:
             seed = mixed_seed(self.seed, epoch, index)
             image, boxes, kept = self.transforms(image, boxes, np.arange(len(annotations)), seed)
-            # the annotated areas are no longer valid, so those of the boxes are used
+            # annotated areas are wrong for an augmented photo; None stands for the area of the box
             annotations = [dataclasses.replace(annotations[k], area=None) for k in kept]
-        own = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).tolist()
-        areas = [a.area if a.area is not None else area for a, area in zip(annotations, own, strict=True)]
+        box_areas = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).tolist()
+        areas = [a.area if a.area is not None else area for a, area in zip(annotations, box_areas, strict=True)]
         return as_tensor(image), {
             "boxes": torch.from_numpy(boxes),
             "labels": torch.tensor([a.label for a in annotations], dtype=torch.int64),
@@ -132,51 +136,52 @@ class DetectionDataset(torch.utils.data.Dataset):
         }
 
     def _read(self, index: int) -> tuple[Record, np.ndarray]:
-        """The photo, or in training the next one that can be decoded."""
+        """Return record and pixels of photo ``index`` or, in training, of the next photo that can be decoded."""
         for step in range(len(self)):
             record = self.records[(index + step) % len(self)]
             try:
                 image = read_image(record.path, (record.width, record.height))
                 height, width = image.shape[:2]
                 if (height, width) != (record.height, record.width):
-                    found = f"is {width} x {height}, annotated as {record.width} x {record.height}"
+                    sizes = f"is {width} x {height}, annotated as {record.width} x {record.height}"
                     fix = "load the data set with load_dataset, which scales the boxes"
-                    raise DataError(f"{checks.describe(record)} {found}; {fix}")
+                    raise DataError(f"{checks.describe(record)} {sizes}; {fix}")
                 return record, image
             except DataError as error:
                 if not self.train or self.on_bad == "refuse":
                     raise
                 if record.image_id not in self._undecodable:
                     self._undecodable.add(record.image_id)
-                    logger.warning("%s; the next photo replaces it (%d such so far)", error, len(self._undecodable))
-        raise DataError(f"none of {len(self)} photos can be decoded; the first is {self.records[index].path}")
+                    logger.warning("%s; the next photo replaces it (%d replaced so far)", error, len(self._undecodable))
+        path = self.records[index].path
+        raise DataError(f"none of {len(self)} photos can be decoded; check that they are photos, such as {path}")
 
 
 def repeat_rare_classes(dataset: DetectionDataset, threshold: float, seed: int) -> DetectionDataset:
-    """A training set with each photo r times (Gupta et al. 2019, "LVIS", appendix B.2).
+    """Repeat the photos of rare classes in a training set (Gupta et al. 2019, "LVIS", appendix B.2).
 
-    r = max over the photo's classes of max(1, sqrt(threshold / f)), f the share of the photos that show the class. r is
-    rounded up or down at random (``seed``). A class is rare if f is below ``threshold``; 0 repeats nothing.
+    The repeat factor r of a photo is the maximum over its classes of max(1, sqrt(threshold / f)). f is the share of all
+    photos that show the class. r is rounded up or down at random (``seed``). A ``threshold`` of 0 repeats nothing.
     """
     if not threshold:
         return dataset
     factors = repeat_factors(dataset, threshold)
     counts = np.floor(factors + np.random.default_rng(seed).random(len(factors))).astype(int)
-    logger.info("photos of rare classes are repeated: %d photos are shown %d times in all", len(counts), counts.sum())
-    return dataset.subset([dataset.records[place] for place in np.repeat(np.arange(len(counts)), counts)])
+    logger.info("photos of rare classes are repeated: an epoch of %d photos has %d samples", len(counts), counts.sum())
+    return dataset.subset([dataset.records[index] for index in np.repeat(np.arange(len(counts)), counts)])
 
 
 def repeat_factors(dataset: DetectionDataset, threshold: float) -> np.ndarray:
-    """r of every photo, float [len(dataset)], 1 or more; see :func:`repeat_rare_classes`."""
-    shown = [{one.label for one in record.annotations if not one.ignore} for record in dataset.records]
-    photos = Counter(label for labels in shown for label in labels)
-    factor = {label: max(1.0, (threshold * len(shown) / count) ** 0.5) for label, count in photos.items()}
-    return np.array([max((factor[label] for label in labels), default=1.0) for labels in shown])
+    """Return the repeat factor of each photo, float [len(dataset)], 1 or more. See :func:`repeat_rare_classes`."""
+    labels_of = [{a.label for a in record.annotations if not a.ignore} for record in dataset.records]
+    photos = Counter(label for labels in labels_of for label in labels)
+    factors = {label: max(1.0, (threshold * len(labels_of) / count) ** 0.5) for label, count in photos.items()}
+    return np.array([max((factors[label] for label in labels), default=1.0) for labels in labels_of])
 
 
 def photo_hashes(dataset: DetectionDataset) -> list[tuple[Path, str]]:
-    """Path and SHA-256 of every photo's file; a DataError if one cannot be read."""
-    digest = functools.cache(sha256)  # photos of rare classes occur several times
+    """Return path and SHA-256 of each photo file. Raise DataError if a file cannot be read."""
+    digest = functools.cache(sha256)  # repeated photos are hashed once
     with _readable_photos():
         return [(record.path, digest(record.path)) for record in dataset.records]
 
@@ -186,18 +191,19 @@ def _readable_photos() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(f"{error.filename}: no readable photo ({error.strerror}); put it there") from None
+        fix = "check the path and the permissions"
+        raise DataError(f"{error.filename}: photo cannot be read ({error.strerror}); {fix}") from None
 
 
 def fingerprint(dataset: DetectionDataset, hashes: Sequence[str] | None = None) -> str:
-    """SHA-256 of the classes and of each photo's file content, id, size and objects, in the order of the photos.
+    """Return the SHA-256 of the classes and of each photo's content, id, size and objects, in the order of the photos.
 
-    Paths and augmentation do not change it. ``hashes`` are those of `photo_hashes` if they are known already.
+    It does not depend on paths and augmentation. ``hashes`` can be those of `photo_hashes`, to avoid reading the files.
     """
     digest = hashlib.sha256(repr(dataset.classes).encode())
     hashes = [content for _, content in photo_hashes(dataset)] if hashes is None else hashes
     for record, content in zip(dataset.records, hashes, strict=True):
-        objects = [(one.box, one.label, one.ignore, one.area) for one in record.annotations]
+        objects = [(a.box, a.label, a.ignore, a.area) for a in record.annotations]
         digest.update(repr((content, record.image_id, record.width, record.height, objects)).encode())
     return digest.hexdigest()
 
@@ -205,11 +211,11 @@ def fingerprint(dataset: DetectionDataset, hashes: Sequence[str] | None = None) 
 def require_disjoint(**datasets: DetectionDataset) -> None:
     """Check that no photo is in two of the data sets, or twice in one of them.
 
-    Two sets share a photo if they have the same file or files with the same content. Within one set only paths are
-    compared. Only files of equal size are read.
+    Two data sets share a photo if they have files with the same content. Only files of equal size are read. Within a
+    data set, files are not compared by content.
 
     Raises:
-        DataError: two sets share photos (the message has the first and their number), or a photo cannot be read.
+        DataError: two data sets share photos, a data set has a file twice, or a photo cannot be read.
     """
     digest, sizes = functools.cache(sha256), {}
     with _readable_photos():
@@ -218,41 +224,41 @@ def require_disjoint(**datasets: DetectionDataset) -> None:
             sizes[name] = {record.path.resolve(): record.path.stat().st_size for record in dataset.records}
         for (first, ours), (second, theirs) in itertools.combinations(sizes.items(), 2):
             common = set(ours.values()) & set(theirs.values())
-            known = {digest(path): path for path, size in ours.items() if size in common}
-            shared = [(known[digest(p)], p) for p, size in theirs.items() if size in common and digest(p) in known]
+            by_hash = {digest(path): path for path, size in ours.items() if size in common}
+            shared = [(by_hash[digest(p)], p) for p, size in theirs.items() if size in common and digest(p) in by_hash]
             if shared:
-                found = f"share photos ({len(shared)}), the first: {shared[0][0]} and {shared[0][1]}"
-                fix = "metrics on training photos are too high; take them out of one of the two"
-                raise DataError(f"{first} and {second} {found}; {fix}")
+                example = f"{shared[0][0]} and {shared[0][1]}"
+                fix = "remove them from one data set, because metrics on training photos are too high"
+                raise DataError(f"{first} and {second} share photos ({len(shared)}), the first: {example}; {fix}")
 
 
 def require_unique(name: str, records: Iterable[Record]) -> None:
-    """Check that the set ``name`` has each photo file once; a DataError names the first that is there twice."""
+    """Raise DataError if data set ``name`` has a photo file twice."""
     seen = set()
     for record in records:
         identity = checks.file_identity(record.path)
         if identity is not None and identity in seen:
-            fix = "name each file once, in one of the set's data sets"
+            fix = "list each file once, in one of the joined data sets"
             raise DataError(f"{name} has the photo {record.path} twice; {fix}")
         seen.add(identity)
 
 
 def to_coco(dataset: DetectionDataset) -> COCO:
-    """The photos and objects as pycocotools' COCO; category ids are the labels 1..K.
+    """Return the photos and objects as pycocotools' COCO, without reading photos. Category ids are the labels 1..K.
 
-    Objects to ignore have ``iscrowd`` 1, which is pycocotools' only flag for them. Annotation ids start at 1, because
-    pycocotools reads a match with id 0 as no match. Nothing is printed and no photo is read.
+    Objects to ignore have ``iscrowd`` 1, because pycocotools has no other flag for them. Annotation ids start at 1,
+    because pycocotools treats a match with id 0 as no match.
     """
     coco, images, annotations = COCO(), [], []
     for record in dataset.records:
         name, size = str(record.path), {"width": record.width, "height": record.height}
         images.append({"id": record.image_id, "file_name": name, **size})
-        for one in record.annotations:
-            x1, y1, x2, y2 = one.box
-            bbox, number = [x1, y1, x2 - x1, y2 - y1], len(annotations) + 1
-            area = bbox[2] * bbox[3] if one.area is None else one.area
-            ids = {"id": number, "image_id": record.image_id, "category_id": one.label}
-            annotations.append({**ids, "bbox": bbox, "area": area, "iscrowd": int(one.ignore)})
+        for annotation in record.annotations:
+            x1, y1, x2, y2 = annotation.box
+            bbox = [x1, y1, x2 - x1, y2 - y1]
+            area = bbox[2] * bbox[3] if annotation.area is None else annotation.area
+            ids = {"id": len(annotations) + 1, "image_id": record.image_id, "category_id": annotation.label}
+            annotations.append({**ids, "bbox": bbox, "area": area, "iscrowd": int(annotation.ignore)})
     categories = [{"id": label, "name": name} for label, name in enumerate(dataset.classes, start=1)]
     coco.dataset = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
     with contextlib.redirect_stdout(io.StringIO()):
@@ -261,14 +267,14 @@ def to_coco(dataset: DetectionDataset) -> COCO:
 
 
 class EpochSampler(Sampler[int]):
-    """Indices of the photos of one process in one epoch.
+    """Sampler of the photos of one process in one epoch.
 
-    Training shuffles by (seed, epoch). Batch k of this global order is distributed over the processes, so their k-th
-    batches together are the k-th batch of a single process (``batch_size`` is the sum over all processes). An
-    incomplete last batch is dropped if there is a full one.
+    In training, photos are shuffled by (seed, epoch). Batch k of ``batch_size`` photos is split over all processes, so
+    their k-th batches together are the k-th batch of a single process. An incomplete last batch is dropped, unless it
+    is the only batch.
 
-    Evaluation keeps the order of the data set and drops nothing. Process r gets batches r, r + world_size, ... of a run
-    with one process, because other photos in a batch could change a photo's scores in the last digits.
+    In evaluation, photos are in the order of the data set. Process r gets the whole batches r, r + world_size, ... of a
+    single process, because the scores of a photo depend in the last digits on the other photos of its batch.
     """
 
     def __init__(
@@ -279,46 +285,50 @@ class EpochSampler(Sampler[int]):
         self.epoch, self.start = 0, 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Set the epoch, of the data set too, and the number of batches at its start that a resumed run leaves out."""
+        """Set the epoch of the sampler and of the data set. The first ``start`` batches of the epoch are left out."""
         self.epoch, self.start = epoch, start
         self.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[int]:
         if not self.train:
-            return iter(self._own_places())
+            return iter(self._positions())
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
         order = torch.randperm(len(self.dataset), generator=generator).tolist()
-        return (order[place] for place in self._own_places())
+        return (order[position] for position in self._positions())
 
     def __len__(self) -> int:
-        return len(self._own_places())
+        return len(self._positions())
 
-    def _own_places(self) -> Sequence[int]:
-        """The places of this process in the global order, by increasing place."""
+    def _positions(self) -> Sequence[int]:
+        """Return the positions of this process in the global order, ascending."""
         count, size, start = len(self.dataset), self.batch_size, self.start * self.batch_size
         if self.train:
-            # the batch size is a multiple of the number of processes, so each batch is distributed evenly
+            # the batch size is a multiple of the number of processes, so each batch is split evenly
             return range(start + self.rank, min(max(count // size, 1) * size, count), self.world_size)
-        return [place for place in range(start, count) if (place - start) // size % self.world_size == self.rank]
+        return [p for p in range(start, count) if (p - start) // size % self.world_size == self.rank]
 
 
 def build_loader(
     dataset: DetectionDataset, batch_size: int, workers: int, train: bool, seed: int, rank: int = 0, world_size: int = 1
 ) -> DataLoader:
-    """Loader of batches ``(list of images, list of targets)``; call ``loader.sampler.set_epoch`` before each epoch.
+    """Return a loader of batches ``(list of images, list of targets)`` for process ``rank``.
 
-    In training ``batch_size`` is the sum over all processes; this is process ``rank``. With 0 ``workers`` this
-    process loads the photos. See `EpochSampler` for the photos of each process.
+    Call ``loader.sampler.set_epoch`` before each epoch. See `EpochSampler` for the photos of each process.
 
-    A DataError if the data set is too small, or (in training) batches cannot be split evenly.
+    Args:
+        batch_size: photos per batch. In training, the sum over all processes.
+        workers: number of worker processes; 0 loads photos in this process.
+
+    Raises:
+        DataError: the data set is too small, or (in training) batches cannot be split evenly.
     """
-    parts = world_size if train else 1  # of a batch; in an evaluation it belongs to one process
+    parts = world_size if train else 1  # processes that share a batch
     if batch_size < 1 or batch_size % parts:
-        raise DataError(f"batch size {batch_size} cannot be dealt out evenly over {world_size} processes")
+        raise DataError(f"batch size is {batch_size}, expected a multiple of {parts}, the number of processes")
     if len(dataset) < parts:
-        raise DataError(f"a data set of {len(dataset)} photos is too small for {world_size} process(es)")
+        raise DataError(f"the data set has {len(dataset)} photos, expected at least one per process ({parts})")
     if workers:
-        _one_thread()  # OpenCV's threads in this process would block a forked worker for ever
+        _one_thread()  # forked workers would wait for ever for OpenCV's threads of this process
     return DataLoader(
         dataset,
         batch_size // parts,
@@ -327,48 +337,50 @@ def build_loader(
         collate_fn=collate,
         worker_init_fn=_one_thread,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # drawing from the global one would make a resumed run differ
+        generator=torch.Generator(),  # with the global generator, a resumed run would differ
     )
 
 
 def as_tensor(image: np.ndarray) -> Tensor:
-    """A photo uint8 [H, W, 3] as the model takes it: float32 [3, H, W] in [0, 1]."""
+    """Convert a photo from uint8 [H, W, 3] to float32 [3, H, W] in [0, 1]."""
     pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
     return pixels.to(torch.float32).div_(255)
 
 
 def collate(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
-    """A batch is two lists, since photos differ in size and number of objects."""
+    """Return a batch as two lists, because photos differ in size and number of objects."""
     return [image for image, _ in samples], [target for _, target in samples]
 
 
 def _one_thread(worker: int = 0) -> None:
-    """Switch off OpenCV's threads: the workers use all cores already."""
+    """Turn off OpenCV's threads, because the worker processes use all cores."""
     cv2.setNumThreads(0)
 
 
-NO_CLASS = "{} names no class; set DATA.CLASSES to what is to be detected"
+NO_CLASS = "{} has no classes; set DATA.CLASSES to the classes to detect"
 
 Labels = Literal["required", "annotated", "replaced", "optional"]
-"""What `load_dataset` accepts: see its argument ``labels``."""
+"""Values of the argument ``labels`` of `load_dataset`."""
 
 
 def load_dataset(
     cfg: CfgNode, names: str | Sequence[str], train: bool = False, labels: Labels | None = None
 ) -> DetectionDataset:
-    """Read, check and join data sets, and keep the wanted classes.
+    """Read, check and join data sets, with the objects of ``DATA.CLASSES`` only.
 
     Args:
-        cfg: the configuration; its ``DATA`` node and ``SEED`` are used.
-        names: names of the catalog or of ``DATA.DATASETS``.
+        cfg: the configuration; its node ``DATA`` and ``SEED`` are used.
+        names: names of data sets in the catalog or in ``DATA.DATASETS``.
         train: limit the photos without objects, augment, and leave out objects to ignore.
-        labels: ``required``: all photos are annotated, and some show a wanted object. ``annotated``: all photos are
-            annotated. ``replaced``: as ``required``, but if some photos are not annotated, the full path's detections
-            replace the labels. ``optional``: anything. None: ``required`` in training, otherwise ``annotated``.
+        labels: which labels the data sets must have. ``required``: all photos are annotated, and there is an object.
+            ``annotated``: all photos are annotated. ``replaced``: as ``required``, or some photos are not annotated and
+            the full path's detections replace the labels. ``optional``: no condition. The default is ``required`` in
+            training, otherwise ``annotated``.
 
     Raises:
-        ConfigError: an unknown data set.
-        DataError: missing files, a broken record (``DATA.ON_BAD`` "refuse"), an unknown class, no photo left.
+        ConfigError: a data set is unknown.
+        DataError: a file is missing, a record is broken (``DATA.ON_BAD`` "refuse"), a class is unknown, there are
+            fewer labels than ``labels`` requires, or no photo is left.
     """
     names = (names,) if isinstance(names, str) else tuple(names)
     labels = labels or ("required" if train else "annotated")
@@ -380,10 +392,11 @@ def load_dataset(
     if not classes and not any(raw.labelled for raw in raws):
         raise DataError(NO_CLASS.format(title))
     unlabelled = [raw.name for raw in raws if not raw.labelled]
-    if unlabelled and labels in ("required", "annotated"):  # their photos would count as photos without objects
-        fix = ", or let the full path teach, without a joint phase (LOSS.SUPERVISION teacher)" if train else ""
-        needs = "is a folder of photos that nobody labelled, and boxes are needed here; name data sets with boxes"
-        raise DataError(f"data set '{unlabelled[0]}' {needs}{fix}")
+    if unlabelled and labels in ("required", "annotated"):  # its photos would count as photos without objects
+        fix = "use data sets with boxes"
+        if train:
+            fix += ", or LOSS.SUPERVISION teacher without a joint phase"
+        raise DataError(f"data set '{unlabelled[0]}' is a folder of photos without labels, expected boxes; {fix}")
     records = select_classes(raws, classes, train)
     if train:
         records = limit_negatives(records, data.NEGATIVE_SHARE, cfg.SEED)
@@ -392,32 +405,32 @@ def load_dataset(
     records = checks.clip_boxes(checks.check_photos(records, problems), problems)
     problems.log(title)
     if not records:
-        raise DataError(f"{title}: no usable photo is left; check the folder of the photos")
+        raise DataError(f"{title}: no usable photo is left; see the warnings above, and check the folder of the photos")
     require_unique(title, records)
     flags = [annotation.ignore for record in records for annotation in record.annotations]
     ignored, objects = flags.count(True), flags.count(False)
     if not objects and (labels == "required" or (labels == "replaced" and not unlabelled)):
         raise DataError(f"{title}: {_without_boxes(classes, len(records), ignored, train)}")
-    also = f" and {ignored} to ignore" if ignored else ""
+    boxes = f"{objects} boxes and {ignored} to ignore" if ignored else f"{objects} boxes"
     negatives = sum(not record.has_targets for record in records)
-    without = "nobody labelled some of the photos" if unlabelled else f"{negatives} photos without any"
-    logger.info("%s: %d photos, %d boxes%s, %s", title, len(records), objects, also, without)
+    empty = "some photos without labels" if unlabelled else f"{negatives} photos without boxes"
+    logger.info("%s: %d photos, %s, %s", title, len(records), boxes, empty)
     transforms = build_transforms(data.AUGMENTATION) if train else None
     return DetectionDataset(records, classes, transforms, train, cfg.SEED, data.ON_BAD, labelled=not unlabelled)
 
 
 def _without_boxes(classes: Sequence[str], photos: int, ignored: int, train: bool) -> str:
-    wanted = few(classes) or "any class"
-    found, fix = f"no box of {wanted}", "add photos that show it"
+    wanted = shortened(classes) or "any class"
+    found, fix = f"no box of {wanted} in {photos} photos, expected at least one", "add photos with boxes"
     if ignored:
-        found = f"{ignored} boxes of {wanted}, all of them marked iscrowd, difficult or ignore,"
-        fix = "set these flags to 0 where the objects are ordinary ones (mask exports write iscrowd 1)"
-    purpose, more = ("learnt", ", or let the full path teach (LOSS.SUPERVISION teacher)") if train else ("measured", "")
-    return f"{found} in {photos} photos; nothing can be {purpose}: {fix}, or name other DATA.CLASSES{more}"
+        found = f"all {ignored} boxes of {wanted} in {photos} photos are marked iscrowd, difficult or ignore"
+        fix = "set these flags to 0 for ordinary objects (mask exports write iscrowd 1)"
+    alternative = ", or set LOSS.SUPERVISION teacher" if train else ""
+    return f"{found}; {fix}, or change DATA.CLASSES{alternative}"
 
 
 def read_dataset(cfg: CfgNode, name: str) -> RawDataset:
-    """One data set with checked boxes and all of its classes; its photo files are not read."""
+    """Read one data set with all of its classes and check its boxes. Photo files are not checked."""
     problems = Problems(cfg.DATA.ON_BAD)
     raw = checks.check_boxes(catalog.load(name, cfg.DATA, problems), problems)
     raw = checks.drop_repeated_files(raw, problems)
@@ -426,7 +439,7 @@ def read_dataset(cfg: CfgNode, name: str) -> RawDataset:
 
 
 def class_names(cfg: CfgNode) -> tuple[str, ...]:
-    """The classes of the run, in label order: ``DATA.CLASSES``, or every class of the training sets."""
+    """Return the classes of the run in label order: ``DATA.CLASSES``, or all classes of the training data sets."""
     if cfg.DATA.CLASSES:
         return tuple(cfg.DATA.CLASSES)
     names = union_of_classes([catalog.load(name, cfg.DATA, Problems("repair")) for name in cfg.DATA.TRAIN])

@@ -1,4 +1,4 @@
-"""A plain folder of photos -> photos without boxes, for exits that learn from the full path alone."""
+"""Reader of a folder of photos without annotations, and the paths and lists of photos that other readers use."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ from earlyexit_ssd.progress import progress
 
 
 def read_photo_folder(name: str, folder: Path, problems: Problems) -> RawDataset:
-    """Every photo in ``folder`` and the folders in it, in the order of their paths; hidden files are left out. A
-    DataError if it is no folder, has no photo, or (mode "refuse") one that cannot be read."""
+    """Read all photos in ``folder`` and its subfolders, sorted by path, without hidden files.
+
+    The data set is not ``labelled``, so exits can learn from the full path alone.
+
+    Raises:
+        DataError: ``folder`` is not a folder or has no photo, or (mode "refuse") a photo cannot be read.
+    """
     if not os.path.isdir(folder):
-        raise DataError(f"{folder}: data set {name!r} is a file, expected a folder of photos; name its folder")
+        raise DataError(f"{folder}: data set {name!r} is a file, expected a folder of photos; correct DATA.DATASETS")
     paths, others = find_files(folder, PHOTO_SUFFIXES)
     if not paths:
-        raise DataError(f"{folder}: data set {name!r} has no photo ({', '.join(PHOTO_SUFFIXES)}) in it or below")
+        expected = ", ".join(PHOTO_SUFFIXES)
+        raise DataError(f"{folder}: data set {name!r} has no photo here or in a subfolder, expected {expected}")
     records = []
     for number, path in enumerate(progress(paths, desc=f"read {name}"), start=1):
         try:
@@ -38,10 +44,8 @@ register_format("photos", lambda annotations, path: not annotations)(
 
 
 def photo_path(folder: Path, name: str, allow_outside: bool) -> Path | None:
-    """The path that an annotation file's ``name`` of a photo stands for; None where that is outside ``folder``.
-
-    A symbolic link inside the folder was put there on purpose, and may lead anywhere.
-    """
+    """Return the path of the photo that an annotation file calls ``name``, or None if it is outside ``folder`` and not
+    ``allow_outside``. Symbolic links inside the folder are not resolved, so they may point outside."""
     name = os.path.normpath(name)
     if os.path.isabs(name):
         outside = not Path(name).is_relative_to(os.path.abspath(folder))
@@ -51,8 +55,8 @@ def photo_path(folder: Path, name: str, allow_outside: bool) -> Path | None:
 
 
 def read_list(listing: Path) -> list[str]:
-    """The lines of a file that lists photos; a DataError if it cannot be read, or is not in UTF-8."""
+    """Return the lines of a file that lists photos. Raise DataError if it cannot be read or is not in UTF-8."""
     try:
         return read_bytes(listing).decode("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
-        raise DataError(f"{listing}: cannot be read as a list of photos ({error}); write it in UTF-8") from None
+        raise DataError(f"{listing}: cannot be read as a list of photos ({error}); save it as text in UTF-8") from None

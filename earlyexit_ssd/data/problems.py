@@ -1,4 +1,4 @@
-"""Broken records: each kind has one name, one repair and one counted warning."""
+"""Problems of photos and annotations: their kinds, their repairs, and one warning per kind."""
 
 from __future__ import annotations
 
@@ -12,55 +12,55 @@ from earlyexit_ssd.errors import DataError, one_line
 
 logger = logging.getLogger(__name__)
 
-# What to do with broken records: repair them and count, refuse the first one, or skip their photos.
 MODES = CHOICES["DATA.ON_BAD"]
 
-# What `repair` does about each kind of problem; formats add their own.
+# Kind of problem -> what mode "repair" does. Formats add their own kinds.
 REPAIRS = {
-    "box outside the photo": "clipped, or dropped where nothing of it is inside",
+    "box outside the photo": "clipped, or dropped if it is wholly outside",
     "box without area": "dropped",
     "box with NaN or infinity": "dropped",
     "malformed box": "dropped",
-    "box in shares of the photo": "dropped; multiply it by width and height",
-    "unusable flag": "taken as not set",
-    "two names of one class": "joined",
-    "one file under two ids": "copies dropped; all of them dropped where their objects differ",
-    "photo outside the photo folder": "photo dropped; DATA.ALLOW_OUTSIDE True takes it",
-    "two photos of one name": "photo dropped, since nobody knows whose boxes these are",
-    "photo of another name than its annotations": "the one taken that <filename> names",
+    "normalized box": "dropped; multiply it by the photo's width and height",
+    "unusable flag": "treated as not set",
+    "two names of one class": "merged into one class",
+    "one file under two ids": "duplicates dropped, or all entries of the file if their objects differ",
+    "photo outside the photo folder": "photo dropped; set DATA.ALLOW_OUTSIDE to True to read it",
+    "two photos of one name": "photo dropped, because the boxes may belong to either file",
+    "photo of another name than its annotations": "the photo in <filename> used",
     "unknown label": "box dropped",
     "annotation without a needed key": "dropped",
     "annotation of an unknown photo": "dropped",
-    "malformed annotation id": "its place in the file taken",
-    "unusable area": "the box's own taken",
-    "duplicate annotation id": "copies dropped, different boxes kept",
-    "duplicate photo id": "copies dropped; dropped both where they are different photos",
+    "malformed annotation id": "replaced by its index in the file",
+    "unusable area": "area of the box used",
+    "duplicate annotation id": "equal boxes dropped, different boxes kept",
+    "duplicate photo id": "duplicates dropped, or all entries if their files differ",
     "malformed photo entry": "dropped",
-    "photo without width and height": "taken from the file",
+    "photo without width and height": "read from the photo file",
     "unreadable annotation file": "photo dropped",
     "missing photo file": "photo dropped",
     "unreadable photo file": "photo dropped",
     "photo of another size than annotated": "boxes scaled",
-    "photo with width and height swapped": "swapped back, boxes as they are",
+    "photo with width and height swapped": "size corrected, boxes unchanged",
     "grey photo": "read as RGB",
     "palette photo": "read as RGB",
-    "photo with transparency": "laid on white",
+    "photo with transparency": "blended with white",
     "photo of more than 8 bits": "scaled to 8 bits",
     "CMYK photo": "read as RGB",
     "photo of other colours": "read as RGB",
-    "EXIF-rotated photo": "turned as its annotated size says",
-    # said of a data set and no fault in a record, so that it is never refused
+    "EXIF-rotated photo": "rotated upright, unless its annotated size is that of the stored image",
+    # for `Problems.note`: not an error of a record, so never refused
     "photo without annotations": "left out",
     "file of another kind": "left out",
-    "set with small boxes only": "taken as pixels; are they percent or thousandths of the photo?",
+    "set with small boxes only": "treated as pixels; check that they are not percent or thousandths of the photo",
 }
 
 
 class Problems:
-    """Collects the problems of one data set by kind.
+    """The problems of one data set, counted by kind.
 
-    ``on_bad``: "repair" counts them (the caller repairs), "refuse" raises at the first, "skip" counts them and
-    remembers their photos, which are then left out.
+    Args:
+        on_bad: "repair" counts problems, and the caller repairs the records. "refuse" raises at the first problem.
+            "skip" counts problems and leaves out their photos.
     """
 
     def __init__(self, on_bad: str = "repair") -> None:
@@ -73,8 +73,10 @@ class Problems:
         self._skips: Counter[str] = Counter()
 
     def add(self, kind: str, message: str, image_id: int | None = None) -> None:
-        """Note a problem of photo ``image_id`` (None: of no photo), in mode "refuse" as a DataError; ``message`` names
-        file, record and value."""
+        """Count a problem of photo ``image_id`` (None: unknown). Raise DataError in mode "refuse".
+
+        ``message`` has the file, the record and the value, for the error and as the example in the warning.
+        """
         if self.on_bad == "refuse":
             raise DataError(f"{message}: {kind}; correct it, or set DATA.ON_BAD to repair or skip")
         self.note(kind, message)
@@ -83,28 +85,29 @@ class Problems:
             self._skips[kind] += 1
 
     def note(self, kind: str, message: str) -> None:
-        """Count what is no fault of a record, in any mode."""
+        """Count something that is not an error of a record. It is never refused, and no photo is left out."""
         self.counts[kind] += 1
         self.examples.setdefault(kind, message)
 
     def leave_out(self, image_id: int) -> None:
-        """Drop this photo whatever the mode is: it cannot be repaired."""
+        """Leave out a photo that cannot be repaired, in every mode."""
         self._left_out.add(image_id)
 
     def keeps(self, image_id: int) -> bool:
-        """Whether the photo stays in the data set."""
+        """Return whether the photo stays in the data set."""
         return image_id not in self._left_out
 
     def kept(self, records: Iterable[Any]) -> tuple[Any, ...]:
-        """The records of photos that stay."""
+        """Return the records of the photos that stay in the data set."""
         return tuple(record for record in records if self.keeps(record.image_id))
 
     def log(self, name: str) -> None:
-        """One warning per kind: how many, what was done, and the first of them. Forgets the counts."""
+        """Log one warning per kind with the count, the repair and the first example. Then reset the counts."""
         for kind, count in self.counts.items():
-            done = REPAIRS[kind]
+            repair = REPAIRS[kind]
             if skips := self._skips[kind]:
-                done = "photo left out" + (f", or {done} where no photo is known" if skips < count else "")
-            logger.warning("%s: %d x %s (%s); the first: %s", name, count, kind, done, one_line(self.examples[kind]))
-        for notes in (self.counts, self.examples, self._skips):
-            notes.clear()
+                repair = "photo left out" + (f", or {repair} if the photo is unknown" if skips < count else "")
+            logger.warning("%s: %d x %s (%s); the first: %s", name, count, kind, repair, one_line(self.examples[kind]))
+        self.counts.clear()
+        self.examples.clear()
+        self._skips.clear()

@@ -1,7 +1,7 @@
-"""Photos that are no draws of their own: equal ones, near-equal ones, and the frames of one video.
+"""Duplicate photos, and blocks of consecutive video frames.
 
-What calibration promises is for independent draws. A photo that is there three times is one draw, so it counts once.
-Frames of one video are not independent either, but no two of them are the same: these are taken block by block.
+The guarantee of a calibration holds for independent photos. Duplicates are not independent, so each photo is used once.
+Frames of a video are not independent either, so consecutive frames form a block, and blocks are treated as independent.
 """
 
 from __future__ import annotations
@@ -23,47 +23,55 @@ from earlyexit_ssd.progress import progress
 
 logger = logging.getLogger(__name__)
 
-# Measured on 120 photos saved anew (JPEG at quality 30 to 90, WebP, half the size): at most 4 bits and 15 grey levels.
-# Of different photos no two are nearer than 12 bits.
-MOST_BITS = 4
-MOST_GREY = 16
+# Largest differences between near-duplicates. 120 photos encoded again (JPEG at quality 30 to 90, WebP, half the size)
+# differ by at most 4 bits and 15 grey levels. Different photos differ by 12 bits or more.
+MAX_BITS = 4
+MAX_GREY = 16
 _GRID = 16
-_BITS = np.array([bin(value).count("1") for value in range(256)], dtype=np.uint8)
+_BIT_COUNT = np.array([bin(value).count("1") for value in range(256)], dtype=np.uint8)  # of each uint8
 
 
 def parse_block(text: str, fps: float | None = None) -> int:
-    """How many consecutive photos of a folder make a block, at least 1: ``"25"``, or ``"5s"`` (seconds) where ``fps``
-    says how many photos of the folder make one; else an EarlyExitError."""
-    found = re.fullmatch(r"\s*(\d{1,6}|\d{0,6}\.?\d{1,6}(?=\s*s))\s*(s?)\s*", str(text))
-    asked = f"block is {text!r:.60}"
-    if found is None or not float(found[1]) > 0:
-        raise EarlyExitError(f"{asked}, expected photos such as 25, or seconds such as 5s with --fps")
-    if not found[2]:
+    """Return the number of photos in a block, at least 1.
+
+    Args:
+        text: a number of photos such as "25", or seconds such as "5s".
+        fps: photos of a folder per second of video, for seconds only.
+
+    Raises:
+        EarlyExitError: ``text`` or ``fps`` is invalid, or ``fps`` is missing or not needed.
+    """
+    match = re.fullmatch(r"\s*(\d{1,6}|\d{0,6}\.?\d{1,6}(?=\s*s))\s*(s?)\s*", str(text))
+    value = f"block is {text!r:.60}"
+    if match is None or not float(match[1]) > 0:
+        raise EarlyExitError(f"{value}, expected photos such as 25, or seconds such as 5s with --fps")
+    if not match[2]:
         if fps is not None:
-            raise EarlyExitError(f"{asked}, photos, so --fps has no part in it; give seconds, such as 5s")
-        return int(found[1])
+            raise EarlyExitError(f"{value}, a number of photos, but --fps needs seconds such as 5s; remove --fps")
+        return int(match[1])
     if fps is None:
         raise EarlyExitError(
-            f"{asked}, and photos do not say when they were taken: give --fps, the photos of the folder per "
-            "second (of a video at 25 of which every fifth frame was kept: 5), or a number of photos"
+            f"{value}, in seconds, but the frame rate is unknown; give --fps, the photos of a folder per second "
+            "(5 for every fifth frame of a video with 25 per second), or a number of photos"
         )
     if not 0 < fps < float("inf"):
         raise EarlyExitError(f"fps is {fps:g}, expected photos per second, above 0, such as 5")
-    return max(1, round(float(found[1]) * fps))
+    return max(1, round(float(match[1]) * fps))
 
 
 def block_of_each(paths: Sequence[Path], photos: int) -> np.ndarray:
-    """The block of every photo, numbered from 0: so many photos of a folder that follow each other by file name.
+    """Return the number of the block of each photo, from 0, int64 [len(paths)].
 
-    Numbers in names count as numbers, so that 10 follows 9. The last block of a folder may be shorter.
+    A block has ``photos`` consecutive photos of a folder, or fewer at its end. Photos are sorted by name. Numbers in
+    names are compared as numbers, so 10 follows 9.
     """
 
-    def place(index: int) -> tuple[str, list[tuple[int, str]]]:
+    def sort_key(index: int) -> tuple[str, list[tuple[int, str]]]:
         parts = re.split(r"(\d+)", paths[index].name)
         return str(paths[index].parent), [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
     blocks, count = np.zeros(len(paths), dtype=np.int64), 0
-    for _, members in itertools.groupby(sorted(range(len(paths)), key=place), lambda index: paths[index].parent):
+    for _, members in itertools.groupby(sorted(range(len(paths)), key=sort_key), lambda index: paths[index].parent):
         indices = list(members)
         blocks[indices] = count + np.arange(len(indices)) // photos
         count = int(blocks[indices[-1]]) + 1
@@ -72,66 +80,70 @@ def block_of_each(paths: Sequence[Path], photos: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Repeats:
-    """Photos that were left out, since another one stands for them."""
+    """Number of duplicate photos that were left out."""
 
-    equal: int = 0  # in content
-    near: int = 0  # in looks
-    near_sha256: tuple[str, ...] = ()  # contents of the latter
+    equal: int = 0  # with the same content
+    near: int = 0  # near-duplicates: the same picture, encoded again
+    near_sha256: tuple[str, ...] = ()  # of the files of near-duplicates
 
 
 def distinct(dataset: DetectionDataset, near: bool = True) -> tuple[DetectionDataset, Repeats]:
-    """The data set with each photo once, the first of those that are equal, and what was left out, which is logged.
+    """Return the data set with the first of all photos that are duplicates of each other, and the number left out.
 
-    With ``near`` the same picture saved anew counts as the same too; this does not suit the frames of a video.
+    ``near`` compares pictures too, not only files. Do not use it for frames of a video, which are similar.
     """
     digests = [digest for _, digest in photo_hashes(dataset)]
     _, first = np.unique(digests, return_index=True)
-    looks = Looks.of([record.path for record in dataset.records]) if near else None
-    alone: list[int] = []
-    alike: list[int] = []
+    hashes = PerceptualHashes.read([record.path for record in dataset.records]) if near else None
+    kept: list[int] = []
+    near_duplicates: list[int] = []
     for index in sorted(first.tolist()):
-        known = looks is not None and looks.has(looks.bits[index], looks.grey[index], alone)
-        (alike if known else alone).append(index)
-    found = Repeats(len(digests) - len(first), len(alike), tuple(digests[index] for index in alike))
-    if found.near:
-        advice = "if these are frames of a video, calibrate on blocks (--block) instead"
-        logger.warning("%d of %d photos look like another one and count once; %s", found.near, len(first), advice)
-    if found.equal:
-        logger.warning("%d of %d photos are copies of another one and count once", found.equal, len(digests))
-    return dataset.subset([dataset.records[index] for index in alone]), found
+        duplicate = hashes is not None and hashes.has_duplicate_of(hashes.bits[index], hashes.grey[index], kept)
+        (near_duplicates if duplicate else kept).append(index)
+    near_sha256 = tuple(digests[index] for index in near_duplicates)
+    repeats = Repeats(len(digests) - len(first), len(near_duplicates), near_sha256)
+    if repeats.near:
+        advice = "for frames of a video, calibrate on blocks (--block) instead"
+        logger.warning("%d of %d photos are near-duplicates and left out; %s", repeats.near, len(first), advice)
+    if repeats.equal:
+        logger.warning("%d of %d photos are duplicates and left out", repeats.equal, len(digests))
+    return dataset.subset([dataset.records[index] for index in kept]), repeats
 
 
 @dataclass(frozen=True)
-class Looks:
-    """What n photos look like.
+class PerceptualHashes:
+    """Difference hashes and grey thumbnails of n photos, to find near-duplicates.
 
-    ``bits``, uint8 [n, 8], is a difference hash: a bit says whether the grey of a cell (9 x 8 of them) is below that of
-    its right neighbour. Saved anew, a photo keeps nearly all bits. Where something small moves they stay too, but a
-    cell of the small picture ``grey``, int16 [n, 16, 16], changes.
+    ``bits``, uint8 [n, 8], is computed from 9 x 8 grey cells. A bit is 1 if a cell is darker than its right neighbour.
+    Encoding a photo again changes few bits. So does a small object that moves, but it also changes the thumbnails
+    ``grey``, int16 [n, 16, 16].
     """
 
     bits: np.ndarray
     grey: np.ndarray
 
     @classmethod
-    def of(cls, paths: Sequence[Path]) -> Looks:
-        """Of these files; a DataError if one cannot be read."""
-        looks = cls(np.zeros((len(paths), 8), np.uint8), np.zeros((len(paths), _GRID, _GRID), np.int16))
+    def read(cls, paths: Sequence[Path]) -> PerceptualHashes:
+        """Compute the hashes of photo files. Raise DataError if a file cannot be read."""
+        hashes = cls(np.zeros((len(paths), 8), np.uint8), np.zeros((len(paths), _GRID, _GRID), np.int16))
         for index, path in enumerate(progress(paths, desc="compare photos")):
             with open_photo(path) as image:
-                image.draft("L", (256, 256))  # JPEG is decoded no larger than needed
+                image.draft("L", (256, 256))  # decodes a large JPEG at a smaller size
                 pixels = image.convert("L")
             cells = np.asarray(pixels.resize((9, 8), Image.Resampling.BOX))
-            looks.bits[index] = np.packbits(cells[:, 1:] > cells[:, :-1])
-            looks.grey[index] = pixels.resize((_GRID, _GRID), Image.Resampling.BOX)
-        return looks
+            hashes.bits[index] = np.packbits(cells[:, 1:] > cells[:, :-1])
+            hashes.grey[index] = pixels.resize((_GRID, _GRID), Image.Resampling.BOX)
+        return hashes
 
-    def has(self, bits: np.ndarray, grey: np.ndarray, among: Sequence[int] | None = None) -> bool:
-        """Whether any of the photos (``among`` them) looks like the one with ``bits`` [8] and ``grey`` [16, 16]."""
+    def has_duplicate_of(self, bits: np.ndarray, grey: np.ndarray, among: Sequence[int] | None = None) -> bool:
+        """Return whether a photo with ``bits`` [8] and ``grey`` [16, 16] is a near-duplicate of one of these photos.
+
+        ``among`` are the indices of the photos to compare with; None: all.
+        """
         indices = np.arange(len(self.bits)) if among is None else np.array(among, np.int64)
-        nearest = indices[_BITS[self.bits[indices] ^ bits].sum(1) <= MOST_BITS]
-        return any(np.abs(self.grey[other] - grey).max() <= MOST_GREY for other in nearest)
+        candidates = indices[_BIT_COUNT[self.bits[indices] ^ bits].sum(1) <= MAX_BITS]
+        return any(np.abs(self.grey[candidate] - grey).max() <= MAX_GREY for candidate in candidates)
 
-    def like(self, others: Looks) -> np.ndarray:
-        """Whether each of these photos looks like any of the ``others``, bool [n]."""
-        return np.array([others.has(*one) for one in zip(self.bits, self.grey, strict=True)], bool)
+    def duplicates_of(self, others: PerceptualHashes) -> np.ndarray:
+        """Return whether each of these photos is a near-duplicate of any of ``others``, bool [n]."""
+        return np.array([others.has_duplicate_of(*hashes) for hashes in zip(self.bits, self.grey, strict=True)], bool)

@@ -1,4 +1,4 @@
-"""Augmentation: albumentations presets whose result depends on the input and a seed alone."""
+"""Augmentation presets with albumentations, reproducible from a seed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torchvision.ops import box_iou
 
 from earlyexit_ssd.errors import ConfigError, nearest
 
-Window = tuple[int, int, int, int]
+Window = tuple[int, int, int, int]  # of whole pixels; the transforms state its format
 
 
 def mixed_seed(*numbers: int) -> int:
-    """A seed in [0, 2**63) for each tuple of non-negative integers, such as (seed, epoch, index).
+    """Return a seed in [0, 2**63) from non-negative integers such as (seed, epoch, index).
 
-    NumPy promises that ``SeedSequence`` never changes, so a run resumed years later sees the same views.
+    NumPy guarantees that ``SeedSequence`` stays the same in later versions, so resumed runs get the same augmentation.
     """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
@@ -27,13 +27,14 @@ def mixed_seed(*numbers: int) -> int:
 class RandomIoUCrop(A.DualTransform):
     """torchvision's ``RandomIoUCrop`` (Liu et al. 2016, section 2.2) as an albumentations transform.
 
-    A least IoU is drawn, of which 1.0 means no crop. A window of 0.3 to 1 of each side and an aspect ratio of 0.5 to 2
-    is then sought in which the centre of some object lies, that object and the window overlapping by the least IoU;
-    after 40 failures another is drawn. Objects whose centre is outside are dropped, the others are cut at the window.
+    A minimum IoU is drawn; 1.0 means no crop. Then 40 random windows are tried, with 0.3 to 1 of each side of the photo
+    and an aspect ratio of 0.5 to 2. A window is accepted if it holds the centre of an object and has at least the
+    minimum IoU with it. If none is accepted, another minimum is drawn. Objects whose centre is outside the window are
+    dropped, the others are clipped.
     """
 
     SCALE, ASPECT, TRIALS = (0.3, 1.0), (0.5, 2.0), 40
-    LEAST_IOUS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+    MIN_IOUS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
     _targets = A.core.type_definitions.Targets.IMAGE, A.core.type_definitions.Targets.BBOXES
 
     def get_params_dependent_on_data(self, params: dict, data: dict) -> dict[str, Window]:
@@ -41,31 +42,31 @@ class RandomIoUCrop(A.DualTransform):
         boxes = np.asarray(data["bboxes"], np.float64)[:, :4] * (width, height, width, height)
         window = None
         while len(boxes) and window is None:
-            least_iou = self.LEAST_IOUS[self.random_generator.integers(len(self.LEAST_IOUS))]
-            if least_iou >= 1:
+            min_iou = self.MIN_IOUS[self.random_generator.integers(len(self.MIN_IOUS))]
+            if min_iou >= 1:
                 break
-            window = self._find_window(boxes, width, height, least_iou)
+            window = self._find_window(boxes, width, height, min_iou)
         return {"window": (0, 0, width, height) if window is None else window}
 
-    def _find_window(self, boxes: np.ndarray, width: int, height: int, least_iou: float) -> Window | None:
-        """The first of ``TRIALS`` random windows that fits, as x1, y1, x2, y2 in whole pixels."""
+    def _find_window(self, boxes: np.ndarray, width: int, height: int, min_iou: float) -> Window | None:
+        """Return the first of ``TRIALS`` random windows that is accepted, as x1, y1, x2, y2 in pixels, or None."""
         sizes = (self.random_generator.uniform(*self.SCALE, (self.TRIALS, 2)) * (width, height)).astype(int)
         corners = (self.random_generator.random((self.TRIALS, 2)) * ((width, height) - sizes)).astype(int)
         windows = np.concatenate([corners, corners + sizes], axis=1)
         with np.errstate(divide="ignore", invalid="ignore"):
             aspect = sizes[:, 0] / sizes[:, 1]
-        shaped = (sizes.min(axis=1) > 0) & (aspect >= self.ASPECT[0]) & (aspect <= self.ASPECT[1])
-        overlaps = box_iou(torch.from_numpy(windows.astype(np.float64)), torch.from_numpy(boxes)).numpy()
-        overlaps = np.where(centres_inside(boxes, windows), overlaps, -1.0)
-        fits = shaped & (overlaps.max(axis=1) >= least_iou)
-        return tuple(windows[fits.argmax()].tolist()) if fits.any() else None
+        valid = (sizes.min(axis=1) > 0) & (aspect >= self.ASPECT[0]) & (aspect <= self.ASPECT[1])
+        ious = box_iou(torch.from_numpy(windows.astype(np.float64)), torch.from_numpy(boxes)).numpy()
+        ious = np.where(centres_inside(boxes, windows), ious, -1.0)
+        accepted = valid & (ious.max(axis=1) >= min_iou)
+        return tuple(windows[accepted.argmax()].tolist()) if accepted.any() else None
 
     def apply(self, img: np.ndarray, window: Window, **params: Any) -> np.ndarray:
         x1, y1, x2, y2 = window
         return img[y1:y2, x1:x2]
 
     def apply_to_bboxes(self, bboxes: np.ndarray, window: Window, **params: Any) -> np.ndarray:
-        """Normalised boxes [N, 4 + columns] -> those centred inside, in the window's coordinates."""
+        """Return the boxes whose centre is in the window, normalized to it: [M, 4 + columns] of [N, 4 + columns]."""
         height, width = params["shape"][:2]
         if window == (0, 0, width, height):
             return bboxes
@@ -78,20 +79,20 @@ class RandomIoUCrop(A.DualTransform):
 
 
 def centres_inside(boxes: np.ndarray, windows: np.ndarray) -> np.ndarray:
-    """Whether each window [M, 4] holds the centre of each box [N, 4] (xyxy), borders apart: bool [M, N]."""
+    """Return whether each box [N, 4] has its centre inside each window [M, 4] (both xyxy), bool [M, N]. Centres on the
+    border are outside."""
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
     return ((windows[:, None, :2] < centres) & (centres < windows[:, None, 2:])).all(axis=2)
 
 
-# ImageNet's mean colour, 0..255.
-CANVAS = (124, 116, 104)
+CANVAS = (124, 116, 104)  # ImageNet's mean colour, RGB, 0..255
 
 
 class RandomZoomOut(A.DualTransform):
-    """Shrink the photo by 1 to 4 and put it at a random place of a canvas of the photo's old size.
+    """Shrink the photo by a factor of 1 to 4 and place it at random on a canvas of the photo's original size.
 
-    torchvision's ``RandomZoomOut`` enlarges the canvas instead, up to 16 times the pixels. After the detector's resize
-    both are the same picture.
+    torchvision's ``RandomZoomOut`` enlarges the canvas instead, to up to 16 times the pixels. After the detector's
+    resize both results are the same.
     """
 
     _targets = A.core.type_definitions.Targets.IMAGE, A.core.type_definitions.Targets.BBOXES
@@ -111,7 +112,7 @@ class RandomZoomOut(A.DualTransform):
         return canvas
 
     def apply_to_bboxes(self, bboxes: np.ndarray, place: Window, **params: Any) -> np.ndarray:
-        """Normalised boxes [N, 4 + more columns] in the canvas' coordinates."""
+        """Return the boxes [N, 4 + columns] normalized to the canvas."""
         height, width = params["shape"][:2]
         moved = bboxes.copy()
         moved[:, :4] = (bboxes[:, :4] * (place[2:] * 2) + place[:2] * 2) / (width, height, width, height)
@@ -119,19 +120,28 @@ class RandomZoomOut(A.DualTransform):
 
 
 class Augmentation:
-    """A chain of albumentations whose result depends on nothing but its input and a seed."""
+    """A sequence of albumentations transforms whose result depends on the input and a seed only."""
 
     def __init__(self, transforms: list[A.BasicTransform]) -> None:
-        # objects thinner than a pixel after a crop teach nothing; torchvision drops them too
+        # as torchvision does, drop boxes thinner than a pixel
         boxes = A.BboxParams("pascal_voc", label_fields=["labels"], min_width=1, min_height=1, clip=True)
         self._compose = A.Compose(transforms, bbox_params=boxes)
 
     def __call__(
         self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, seed: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Image uint8 RGB [H, W, 3], boxes float [N, 4] (xyxy, pixels) and labels int [N] to the augmented ones: uint8
-        [H', W', 3], float32 [M, 4] in its pixels and int64 [M], M <= N."""
-        # one generator: set_random_seed gives each transform the same numbers, so they would act together
+        """Augment a photo with its boxes and labels.
+
+        Args:
+            image: uint8 RGB [H, W, 3].
+            boxes: float [N, 4], xyxy in pixels.
+            labels: int [N].
+            seed: seed of all random numbers.
+
+        Returns:
+            Image uint8 [H', W', 3], boxes float32 [M, 4] (xyxy, its pixels) and labels int64 [M], with M <= N.
+        """
+        # all transforms share a generator; set_random_seed would give each of them the same random numbers
         self._compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
         result = self._compose(image=image, bboxes=boxes, labels=labels)
         boxes = np.asarray(result["bboxes"], np.float32).reshape(-1, 4)
@@ -139,10 +149,10 @@ class Augmentation:
 
 
 def build_transforms(preset: str) -> Augmentation | None:
-    """A preset of ``DATA.AUGMENTATION``; None for "none"."""
+    """Return the augmentation of a preset of ``DATA.AUGMENTATION``, None for "none". Raise ConfigError if unknown."""
     if preset == "none":
         return None
-    # each change of colours is made to half of the photos
+    # torchvision applies each change of colour with probability 0.5, so each has its own ColorJitter
     same = {"brightness": (1.0, 1.0), "contrast": (1.0, 1.0), "saturation": (1.0, 1.0), "hue": (0.0, 0.0)}
     bounds = {"brightness": (0.875, 1.125), "contrast": (0.5, 1.5), "saturation": (0.5, 1.5), "hue": (-0.05, 0.05)}
     colours = [A.ColorJitter(**{**same, name: bound}, p=0.5) for name, bound in bounds.items()]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.ops import box_area, box_iou
 
 from earlyexit_ssd.data.records import Record
-from earlyexit_ssd.data.repeats import Looks
+from earlyexit_ssd.data.repeats import PerceptualHashes
 from earlyexit_ssd.doctor import findings
 from earlyexit_ssd.evaluation.results import Record as Json
 
@@ -34,7 +34,7 @@ class Split:
     records: Sequence[Record]  # the photos with boxes as their files give them, not clipped
     labelled: bool  # False if some photos have no annotations; its boxes are not judged then
     sha256: Sequence[str]  # of the content of each photo's file
-    looks: Looks  # what the photos look like
+    looks: PerceptualHashes  # to find near-duplicates
 
     @property
     def objects(self) -> Counter[int]:
@@ -165,7 +165,7 @@ def copies_across_splits(evidence: DataEvidence) -> dict[str, float]:
 def near_copies_across_splits(evidence: DataEvidence) -> dict[str, float]:
     """Share of the second split's photos that look like one of the first."""
     pairs = combinations([one for one in evidence.splits if one.records], 2)
-    return {f"{one.name}, {other.name}": float(other.looks.like(one.looks).mean()) for one, other in pairs}
+    return {f"{one.name}, {other.name}": float(other.looks.duplicates_of(one.looks).mean()) for one, other in pairs}
 
 
 # Some object reaches the far half of its photo in any set of photos. Boxes in shares (0 to 1), percent or thousandths

@@ -23,7 +23,7 @@ from earlyexit_ssd.data.dataset import read_dataset
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import Record as PhotoRecord
 from earlyexit_ssd.data.records import limit_photos, select_classes, union_of_classes
-from earlyexit_ssd.data.repeats import Looks
+from earlyexit_ssd.data.repeats import PerceptualHashes
 from earlyexit_ssd.doctor.data import DATA_CHECKS, DataEvidence, Split, Summary, summarise
 from earlyexit_ssd.doctor.findings import Diagnosis, Finding, diagnose
 from earlyexit_ssd.doctor.model import MODEL_CHECKS, ExitOutput, ModelEvidence
@@ -102,7 +102,7 @@ def _split(cfg: CfgNode, name: str) -> Split:
     problems.log(name)
     paths = [record.path for record in records]
     content = [sha256(path) for path in progress(paths, f"read {name}")]
-    return Split(name, classes, records, all(raw.labelled for raw in raws), content, Looks.of(paths))
+    return Split(name, classes, records, all(raw.labelled for raw in raws), content, PerceptualHashes.read(paths))
 
 
 def doctor_model(cfg: CfgNode, weights: str | os.PathLike[str], photos: int = 200) -> Report:

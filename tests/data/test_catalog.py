@@ -37,7 +37,7 @@ def test_root_is_the_config_key_then_the_variable_then_datasets(monkeypatch):
 def test_unknown_names_name_the_nearest():
     with pytest.raises(ConfigError, match=r"'coco_2017_tran' \(did you mean 'coco_2017_train'\?\)"):
         catalog.get("coco_2017_tran")
-    with pytest.raises(ConfigError, match=r"known: .*furniture_test"):
+    with pytest.raises(ConfigError, match=r"registered: .*furniture_test"):
         catalog.get("zzz")
 
 
@@ -91,7 +91,7 @@ def test_a_format_of_ones_own_comes_before_the_others(make_coco, tmp_path, monke
 
     cfg = make_coco()
     cfg.DATA.DATASETS = (*cfg.DATA.DATASETS, ("mine", "rows.csv", "mugs"))
-    with pytest.raises(DataError, match=r"rows.csv: data set 'mine' is not there"):
+    with pytest.raises(DataError, match=r"rows.csv: data set 'mine' not found"):
         load("mine", cfg)
     (tmp_path / "rows.csv").touch()
     problems = Problems()
@@ -126,7 +126,7 @@ def test_own_sets_are_triples(make_coco, entries, wrong):
 def test_own_sets_are_named_once(make_coco):
     cfg = make_coco()
     cfg.DATA.DATASETS = (*cfg.DATA.DATASETS, ("tiny", "other.json", "other"))
-    with pytest.raises(ConfigError, match="DATA.DATASETS has two sets named 'tiny'; give each its own name"):
+    with pytest.raises(ConfigError, match="DATA.DATASETS has two data sets named 'tiny'; give each its own name"):
         load("tiny", cfg)
 
 
@@ -144,7 +144,7 @@ def test_own_sets_are_named_once(make_coco):
 def test_missing_folders_say_what_was_looked_for_and_how_to_fix_it(tmp_path, name, missing):
     cfg = get_cfg()
     cfg.DATA.ROOT = str(tmp_path)
-    with pytest.raises(DataError, match=f"{missing}: data set '{name}' is not there") as error:
+    with pytest.raises(DataError, match=f"{missing}: data set '{name}' not found") as error:
         load(name, cfg)
     message = str(error.value)
     assert str(tmp_path) in message
@@ -156,7 +156,7 @@ def test_missing_folders_say_what_was_looked_for_and_how_to_fix_it(tmp_path, nam
 def test_missing_photo_folder(make_coco, tmp_path):
     cfg = make_coco()
     cfg.DATA.DATASETS = (("tiny", "tiny.json", "lost"),)
-    with pytest.raises(DataError, match="lost: data set 'tiny' is not there"):
+    with pytest.raises(DataError, match="lost: data set 'tiny' not found"):
         load("tiny", cfg)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from earlyexit_ssd.calibration.risk import certify
 from earlyexit_ssd.config import CLOSED
 from earlyexit_ssd.data import DetectionDataset, Record
-from earlyexit_ssd.data.repeats import Looks, block_of_each, distinct, parse_block
+from earlyexit_ssd.data.repeats import PerceptualHashes, block_of_each, distinct, parse_block
 from earlyexit_ssd.errors import DataError, EarlyExitError
 
 
@@ -44,8 +44,8 @@ def test_copies_and_pictures_saved_anew_count_once(five, caplog):
     one, repeats = distinct(dataset(five))
     assert kept(one) == ["a.png", "b.png"] and (repeats.equal, repeats.near) == (1, 2)
     assert len(repeats.near_sha256) == 2
-    assert "1 of 5 photos are copies of another one and count once" in caplog.text
-    assert "2 of 4 photos look like another one and count once; if these are frames of a video" in caplog.text
+    assert "1 of 5 photos are duplicates and left out" in caplog.text
+    assert "2 of 4 photos are near-duplicates and left out; for frames of a video" in caplog.text
 
 
 def test_frames_of_a_video_are_compared_by_content_alone(five):
@@ -70,7 +70,7 @@ def test_a_small_thing_that_moves_makes_another_photo(tmp_path):
 def test_an_unreadable_photo(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"no picture")
     with pytest.raises(DataError, match="a.jpg: not a readable photo"):
-        Looks.of([tmp_path / "a.jpg"])
+        PerceptualHashes.read([tmp_path / "a.jpg"])
 
 
 def test_a_list_that_has_each_photo_three_times_keeps_the_promise(tmp_path):
@@ -111,8 +111,8 @@ def test_blocks_of_photos_or_seconds(text, fps, photos):
 @pytest.mark.parametrize(
     ("text", "fps", "message"),
     [
-        ("5s", None, "photos do not say when they were taken: give --fps"),
-        ("25", 5, "--fps has no part in it"),
+        ("5s", None, "the frame rate is unknown; give --fps"),
+        ("25", 5, "remove --fps"),
         ("0", None, "expected photos such as 25"),
         ("0s", 5, "expected photos such as 25"),
         ("-3", None, "expected photos such as 25"),

@@ -108,7 +108,7 @@ def test_a_photo_without_objects_stays_whole():
 
 def test_least_iou_is_kept(monkeypatch):
     """With 0.7 the only choice, each crop overlaps the box by as much."""
-    monkeypatch.setattr(RandomIoUCrop, "LEAST_IOUS", (0.7,))
+    monkeypatch.setattr(RandomIoUCrop, "MIN_IOUS", (0.7,))
     box = [[40, 30, 160, 110]]
     for seed in range(30):
         window, _, _ = crop(box, seed)

@@ -63,13 +63,13 @@ def test_a_folder_of_xml_files(make_voc, voc_xml, voc_object, tmp_path):
     devkit = make_voc({"b": voc_xml(), "a": voc_xml(voc_object("chair", (1, 1, 5, 5)))})
     raw = read_xml_folder("v", devkit / "Annotations", devkit / "JPEGImages", Problems())
     assert [record.path.name for record in raw.records] == ["a.jpg", "b.jpg"]
-    with pytest.raises(DataError, match="no XML file in it"):
+    with pytest.raises(DataError, match="no XML file here"):
         read_xml_folder("v", devkit / "JPEGImages", tmp_path, Problems())
 
 
 def test_missing_split_names_those_there_are(make_voc, voc_xml):
     devkit = make_voc({"a": voc_xml()})
-    with pytest.raises(DataError, match=r"val.txt: no such list of photos; .* has trainval"):
+    with pytest.raises(DataError, match=r"val.txt: no such list of photos, expected .*: trainval"):
         read_voc("v", devkit, "val", Problems())
 
 
@@ -88,7 +88,7 @@ def test_missing_split_names_those_there_are(make_voc, voc_xml):
         (
             "<annotation><size><width>60</width><height>40</height></size><object/></annotation>",
             "annotation without a needed key",
-            "object 1 has no name",
+            "object 1 has no <name>",
         ),
         ("<annotation/>", "photo without width and height", "width None and height None"),
         (
@@ -158,7 +158,7 @@ def test_names_in_lists(make_voc, voc_xml, listing, names, read):
 def test_lists_that_are_no_text(make_voc, voc_xml):
     devkit = make_voc({"a": voc_xml()})
     (devkit / "ImageSets/Main/latin.txt").write_bytes("b\u00e4r".encode("latin-1"))
-    with pytest.raises(DataError, match=r"latin.txt: cannot be read as a list of photos .*; write it in UTF-8"):
+    with pytest.raises(DataError, match=r"latin.txt: cannot be read as a list of photos .*; save it as text in UTF-8"):
         read_voc("v", devkit, "latin", Problems())
     (devkit / "ImageSets/Main/folder.txt").mkdir()
     os.mkfifo(devkit / "ImageSets/Main/pipe.txt")
@@ -254,14 +254,14 @@ def test_an_unusable_flag_is_counted(make_voc, voc_xml, voc_object):
     assert problems.counts == {"unusable flag": 1}
 
 
-def test_boxes_as_shares(make_voc, voc_xml, voc_object):
+def test_normalized_boxes(make_voc, voc_xml, voc_object):
     share, pixel = voc_object("cat", (0.1, 0.2, 0.5, 0.6)), voc_object("cat", (5, 5, 9, 9))
     devkit = make_voc({"a": voc_xml(share), "b": voc_xml(pixel)})
     problems = Problems("skip")
     assert [record.path.name for record in read_voc("v", devkit, "trainval", problems).records] == ["b.jpg"]
-    assert problems.counts == {"box in shares of the photo": 1}
+    assert problems.counts == {"normalized box": 1}
     (devkit / "Annotations/b.xml").write_text(voc_xml(share, share))
-    with pytest.raises(DataError, match="Annotations: 3 of 3 boxes lie in 0..1 and look like shares of the photo"):
+    with pytest.raises(DataError, match="Annotations: 3 of 3 boxes lie in 0..1 and look normalized"):
         read_voc("v", devkit, "trainval", Problems())
 
 

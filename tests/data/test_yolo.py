@@ -20,7 +20,7 @@ CUP = (15.0, 8.0, 45.0, 32.0)  # 0.5 0.5 0.5 0.6 of 60 x 40
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Photos of 60 x 40: train a (one cup), b (no file of labels); val c."""
+    """Photos of 60 x 40: train a (one cup), b (no label file); val c."""
     for name in ("train/a", "train/b", "val/c"):
         write_photo(tmp_path / f"yolo/images/{name}.png")
     write(tmp_path, "labels/train/a.txt", "0 0.5 0.5 0.5 0.6\n")
@@ -50,7 +50,7 @@ def test_a_split(root):
     assert (first.path, first.width, first.height) == (root / "images/train/a.png", 60, 40)
     (cup,) = first.annotations
     assert (cup.box, cup.label, cup.id, cup.ignore) == (pytest.approx(CUP), 1, 1, False)
-    assert second.annotations == () and problems.counts == {"photo without a file of labels": 1}
+    assert second.annotations == () and problems.counts == {"photo without a label file": 1}
     assert names(read(root, "val")) == ["c.png"]
 
 
@@ -114,10 +114,10 @@ def test_outlines_become_boxes_and_keypoints_are_left_out(root):
 @pytest.mark.parametrize(
     ("line", "kind", "left"),
     [
-        ("0 0.5 0.5 0.5", "malformed line of labels", 2),
-        ("0 0.5 0.5 0.5 0.5 0.9", "malformed line of labels", 2),
-        ("cup 0.5 0.5 0.5 0.5", "malformed line of labels", 2),
-        ("0,0.5,0.5,0.5,0.5", "malformed line of labels", 2),
+        ("0 0.5 0.5 0.5", "malformed label line", 2),
+        ("0 0.5 0.5 0.5 0.5 0.9", "malformed label line", 2),
+        ("cup 0.5 0.5 0.5 0.5", "malformed label line", 2),
+        ("0,0.5,0.5,0.5,0.5", "malformed label line", 2),
         ("2 0.5 0.5 0.5 0.5", "unknown label", 2),
         ("-1 0.5 0.5 0.5 0.5", "unknown label", 2),
         ("0.5 0.5 0.5 0.5 0.5", "unknown label", 2),
@@ -126,7 +126,7 @@ def test_outlines_become_boxes_and_keypoints_are_left_out(root):
         ("0 0.5 0.5 inf 0.5", "box with NaN or infinity", 2),
         ("0 1.5 0.5 0.5 0.5", "box in pixels", 2),
         ("0 0.5 0.5 -0.5 0.5", "box in pixels", 2),
-        ("0 0.1 0.1 0.2 0.2", "duplicate line of labels", 2),
+        ("0 0.1 0.1 0.2 0.2", "duplicate label line", 2),
         ("0 0.5 0.5 0 0.5", "box without area", 2),
         ("0 0.9 0.5 0.4 0.5", "box outside the photo", 3),
     ],
@@ -152,7 +152,7 @@ def config(root: Path):
 
 def test_boxes_in_pixels_are_an_error_in_every_mode(root, on_bad):
     write(root, "labels/train/a.txt", "0 30 20 30 24\n1 10 20 10 24\n")
-    with pytest.raises(DataError, match=r"data.yaml: 2 of 2 boxes .* look like pixels; divide"):
+    with pytest.raises(DataError, match=r"data.yaml: 2 of 2 boxes .* expected normalized boxes; divide"):
         read(root, problems=Problems(on_bad))
 
 
@@ -187,16 +187,16 @@ def test_what_is_outside_is_read_only_on_request(root, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[1]", r"has \[1\], expected the keys names"),
+        ("[1]", r"is \[1\], expected the keys names"),
         ("train: images", "names is None, expected a list of classes"),
         ("train: images\nnames: []", r"names is \[\], expected"),
         ("train: images\nnames: {0: cup, 2: mug}", "names is .*expected a list of classes, or 0: first"),
         ("train: images\nnames: [yes]", "names has True as class 0, expected text; put it in quotes"),
         ("names: [cup]\nval: images", "train is None, expected a folder of photos"),
         ("names: [cup]\ntrain: [images, 5]", r"train is \['images', 5\], expected a folder"),
-        ("names: [cup]\ntrain: imagez", "imagez, no folder of photos and no text file with a list"),
-        ("names: [cup]\ntrain: images/train/a.png", "a.png, no folder of photos and no text file"),
-        ("names: [cup]\ntrain: labels", r"train has no photo \(.jpg"),
+        ("names: [cup]\ntrain: imagez", "imagez, expected a folder of photos or a text file"),
+        ("names: [cup]\ntrain: images/train/a.png", "a.png, expected a folder of photos or a text file"),
+        ("names: [cup]\ntrain: labels", r"train has no photo, expected .jpg"),
         ("names: [cup]\ntrain: a\ntrain: b", "data.yaml: not valid YAML .*the key 'train' is given twice"),
         ("names: [cup]\npath: 5\ntrain: images", "path is 5"),
     ],

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from earlyexit_ssd.data.records import Annotation, Record
-from earlyexit_ssd.data.repeats import Looks
+from earlyexit_ssd.data.repeats import PerceptualHashes
 from earlyexit_ssd.doctor.data import DATA_CHECKS, DataEvidence, Split, summarise
 from earlyexit_ssd.doctor.findings import diagnose
 
@@ -36,7 +36,7 @@ def split(name: str, first: int, records: list[Record] | None = None) -> Split:
     records = sound_records() if records is None else records
     numbers = range(first, first + len(records))
     bits = [np.random.default_rng(number).integers(0, 256, 8) for number in numbers]
-    looks = Looks(np.array(bits, np.uint8), np.zeros((len(bits), 16, 16), np.int16))
+    looks = PerceptualHashes(np.array(bits, np.uint8), np.zeros((len(bits), 16, 16), np.int16))
     return Split(name, ("cat", "dog"), records, True, list(map(str, numbers)), looks)
 
 
@@ -49,7 +49,9 @@ def evidence(train: list[Record] | None = None, first_of_test: int = 1000, **cha
 def boxes_turned(function) -> DataEvidence:
     """The training boxes turned by ``function`` (x1, y1, x2, y2) -> box."""
     records = evidence().splits[0].records
-    return evidence([one.holding(replace(a, box=function(*a.box)) for a in one.annotations) for one in records])
+    return evidence(
+        [one.with_annotations(replace(a, box=function(*a.box)) for a in one.annotations) for one in records]
+    )
 
 
 BROKEN = {
