@@ -1,8 +1,8 @@
-"""A rendered data set of rooms with and without chairs, for a first run without any download.
+"""A rendered data set of rooms with and without chairs, for a first run without a download.
 
-Furniture is made of boxes. A chair is a seat with something below it and a back above it; stools, tables, sofas,
-cabinets, boards on legs, plants, lamps and crates have the same parts and colours. Coordinates of the room are metres:
-x to the right, y away from the camera, z up.
+Furniture is made of cuboids. A chair is a seat with supports below it and a back above it. Stools, tables, sofas,
+cabinets, boards on legs, plants, lamps and crates have similar parts and colours. Coordinates are in metres: x to the
+right, y away from the camera, z up.
 """
 
 from __future__ import annotations
@@ -24,41 +24,50 @@ from earlyexit_ssd.progress import progress
 FOLDER = "synthetic_chairs"
 SPLITS = ("train", "calib", "test")
 CATEGORY = {"id": 62, "name": "chair", "supercategory": "furniture"}  # COCO's own id
-VERSION = 2  # of the pictures; raise it when the same settings give other ones
-SCALE = 2  # supersampling
-MIN_VISIBLE = 0.45  # share of its own pixels that a chair has to show, else it is taken out of the scene
-MIN_SIDE = 8.0  # pixels of a chair's box
-EMPTY_SHARE = 0.5
-CHAIRS_PER_SCENE = (0.46, 0.3, 0.15, 0.09)  # 1, 2, 3, 4
+VERSION = 2  # increase it when the same settings render other pictures
+SCALE = 2  # supersampling factor of each side
+MIN_VISIBLE = 0.45  # share of a chair's pixels that must be visible; otherwise the chair is removed from the scene
+MIN_SIDE = 8.0  # pixels, the shortest side of a chair's box
+EMPTY_SHARE = 0.5  # probability of a scene without chairs
+CHAIRS_PER_SCENE = (0.46, 0.3, 0.15, 0.09)  # probabilities of 1, 2, 3 and 4
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2, absolute pixels
-Light = tuple[np.ndarray, float]  # where the lamp is, and the brightness of what it does not reach
+Light = tuple[np.ndarray, float]  # position of the lamp, and brightness of surfaces that it does not reach
 _CORNERS = np.array([(x, y, z) for z in (0.0, 1.0) for x, y in ((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5))])
 _FACES = np.array([(0, 1, 5, 4), (1, 2, 6, 5), (2, 3, 7, 6), (3, 0, 4, 7), (4, 5, 6, 7), (3, 2, 1, 0)])
 
 
 class Camera:
-    """A square picture of ``size`` pixels from ``eye`` along y, turned left by ``yaw`` and down by ``pitch`` (radians);
-    ``focal`` is in sides of the picture; the rows of ``axes`` point to the right, down and forward."""
+    """A pinhole camera with a square picture of ``size`` x ``size`` pixels.
+
+    Args:
+        eye: position.
+        yaw: rotation to the left of the y axis, in radians.
+        pitch: rotation downwards, in radians.
+        focal: focal length in units of ``size``.
+    """
 
     def __init__(self, eye: tuple[float, float, float], yaw: float, pitch: float, focal: float, size: int) -> None:
         self.eye, self.focal, self.size = np.array(eye, np.float32), focal, size
         s, c, sp, cp = math.sin(yaw), math.cos(yaw), math.sin(pitch), math.cos(pitch)
+        # rows: unit vectors to the right, down and forward
         self.axes = np.array([(c, s, 0), (s * sp, -c * sp, -cp), (-s * cp, c * cp, -sp)], np.float32)
 
     def project(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels [..., 2] and depths [...] of ``points`` [..., 3]."""
+        """Project ``points`` [..., 3] to pixels [..., 2] and depths [...] in metres."""
         viewed = (points - self.eye) @ self.axes.T
         depth = viewed[..., 2:]
         return viewed[..., :2] * (self.focal * self.size / np.maximum(depth, 0.05)) + self.size / 2, depth[..., 0]
 
 
 def part(x: float, y: float, z: float, size: tuple, colour: np.ndarray, narrow: float = 1.0) -> list[float]:
-    """A box of ``size`` that stands on (x, y, z), RGB in [0, 1]; its top is ``narrow`` times as wide as its bottom."""
+    """Return a cuboid of ``size`` with the centre of its bottom at (x, y, z). ``colour`` is RGB in [0, 1]. The top is
+    ``narrow`` times as wide as the bottom."""
     return [x, y, z, *size, narrow, *colour]
 
 
-class Thing:
-    """Furniture of ``parts`` at (x, y), turned by ``yaw``; ``flat`` things hang on a wall, behind everything else."""
+class Furniture:
+    """A piece of furniture of ``parts`` at (x, y), rotated by ``yaw`` (radians). ``flat`` pieces hang on a wall, behind
+    everything else."""
 
     def __init__(self, parts: list, x: float, y: float, yaw: float = 0.0, chair: bool = False, flat: bool = False):
         self.parts, self.x, self.y, self.chair, self.flat = np.array(parts), x, y, chair, flat
@@ -66,19 +75,20 @@ class Thing:
         narrowed, c, s = 1 - (1 - rows[:, 6]) * up, math.cos(yaw), math.sin(yaw)
         u, v = rows[:, 0] + right * rows[:, 3] * narrowed, rows[:, 1] + ahead * rows[:, 4] * narrowed
         self.corners = np.stack((x + c * u - s * v, y + s * u + c * v, rows[:, 2] + rows[:, 5] * up), axis=-1)
-        self.radius = math.sqrt((u * u + v * v).max())  # of a circle around (x, y) that holds all of it
+        self.radius = math.sqrt((u * u + v * v).max())  # of its bounding circle around (x, y)
 
 
-def paint(things: list[Thing], camera: Camera, canvas: np.ndarray, light: Light) -> list[Box | None]:
-    """Paint ``things`` on ``canvas`` (uint8 [H, W, 4], ``SCALE`` times the camera's pixels), in place.
+def paint(things: list[Furniture], camera: Camera, canvas: np.ndarray, light: Light) -> list[Box | None]:
+    """Paint furniture on ``canvas`` (uint8 [H, W, 4], ``SCALE`` times the camera's size), in place.
 
-    The fourth channel becomes 1, 2, ... where a chair is in front (in the order of ``things``), 0 elsewhere.
+    The fourth channel becomes a mask: i for visible pixels of the i-th chair of ``things`` (from 1), otherwise 0.
 
     Returns:
-        The tight visible extent of each chair; None for one that hardly shows.
+        For each chair the tight box around its visible pixels, xyxy in pixels of the camera, or None if too little of
+        the chair is visible.
     """
     (lamp, ambient), chairs = light, [thing.chair for thing in things]
-    # Of two circles that do not meet, the line on which d * d - r * r is the same for both lies between them.
+    # Paint from far to near. For circles that do not meet, distance**2 - radius**2 gives a correct order.
     order = np.argsort([t.radius**2 - math.dist((t.x, t.y), camera.eye[:2]) ** 2 - 1e6 * t.flat for t in things])
     labels = (np.cumsum(chairs) * chairs).tolist()
     rank = np.repeat(np.arange(len(things)), [len(things[place].parts) for place in order])
@@ -89,20 +99,20 @@ def paint(things: list[Thing], camera: Camera, canvas: np.ndarray, light: Light)
     to_lamp = (lamp - middles) / np.linalg.norm(lamp - middles, axis=1, keepdims=True)
     lit = np.maximum((normals * to_lamp[:, None]).sum(axis=-1), 0) * (1.2 - ambient) + ambient
     shown = ((camera.eye - faces[:, :, 0]) * normals).sum(axis=-1) > 0
-    # The camera is above every seat and board, so that what stands on them hides them.
+    # Within a piece paint from low to high: the camera is above all seats and boards, so objects on them hide them.
     by_height = np.lexsort((-np.linalg.norm(middles - camera.eye, axis=1), parts[:, 2], rank))
     row, face = np.nonzero(shown[by_height])
     row = by_height[row]
     outlines = (camera.project(faces[row, face])[0] * (SCALE * 16) - 8).astype(np.int32)
     tones = np.clip(parts[row, 7:] * lit[row, face][:, None] * 255, 0, 255).tolist()
-    ends, whole = np.searchsorted(rank[row], np.arange(len(things) + 1)), [0] * (max(labels) + 1)
+    ends, full_area = np.searchsorted(rank[row], np.arange(len(things) + 1)), [0] * (max(labels) + 1)
     for place, start, end in zip(order, ends, ends[1:], strict=False):
         for outline, tone in zip(outlines[start:end], tones[start:end], strict=True):
             cv2.fillConvexPoly(canvas, outline, (*tone, labels[place]), shift=4)
         if chairs[place]:
-            whole[labels[place]] = np.count_nonzero(canvas[..., 3] == labels[place])
+            full_area[labels[place]] = np.count_nonzero(canvas[..., 3] == labels[place])
     boxes: list[Box | None] = []
-    for label, pixels in enumerate(whole[1:], 1):
+    for label, pixels in enumerate(full_area[1:], 1):
         mask = (canvas[..., 3] == label).astype(np.uint8)
         x, y, w, h = (side / SCALE for side in cv2.boundingRect(mask))
         hidden = np.count_nonzero(mask) < MIN_VISIBLE * pixels or min(w, h) < MIN_SIDE
@@ -111,14 +121,14 @@ def paint(things: list[Thing], camera: Camera, canvas: np.ndarray, light: Light)
 
 
 def _colour(rng: Generator) -> np.ndarray:
-    """Wood, grey or any paint."""
+    """Return a random colour, RGB in [0, 1]: wood, grey or paint."""
     kind, level = rng.random(), rng.uniform(0.2, 1.0)
     wood = np.clip(np.array((0.86, 0.6, 0.36)) * level + rng.normal(0, 0.03, 3), 0, 1)
     return wood if kind < 0.4 else np.full(3, level) if kind < 0.6 else rng.uniform(0.1, 1.0, 3) * level
 
 
 def _board(rng: Generator, w: float, d: float, h: float) -> tuple[list, np.ndarray]:
-    """A seat or a table's top at height ``h`` with what holds it up, and the colour of a back that may follow."""
+    """Return the parts of a seat or table at height ``h`` with its legs, and the colour of the board."""
     t, thick, frame, cover = rng.uniform(0.025, 0.05) * (1 + w / 3), rng.uniform(0.03, 0.08), _colour(rng), _colour(rng)
     cover, h, low = frame if rng.random() < 0.4 else cover, h - thick, rng.uniform(0.2, 0.7) * h
     if rng.random() < 0.2:  # a column on a cross
@@ -131,14 +141,14 @@ def _board(rng: Generator, w: float, d: float, h: float) -> tuple[list, np.ndarr
 
 
 def _sofa(rng: Generator, w: float, d: float, h: float, back: float) -> list:
-    """Closed from the floor to the seat at ``h``, with arms."""
+    """Return the parts of a sofa with arms, closed from the floor to the seat at height ``h``."""
     t, colour = rng.uniform(0.1, 0.16), _colour(rng)
     parts = [part(0, 0, 0.05, (w, d, h - 0.05), colour), part(0, (d - t) / 2, h, (w, t, back), colour)]
     return parts + [part(x * (w - t) / 2, -t / 2, h, (t, d - t, 0.2), colour) for x in (-1, 1)]
 
 
 def chair(rng: Generator) -> list:
-    """A dining, office, bar or arm chair; the sitter looks along -y."""
+    """Return the parts of a random dining, office, bar or arm chair. Its front is at -y."""
     (w, d, h, back), kind = rng.uniform((0.38, 0.38, 0.41, 0.36), (0.52, 0.5, 0.5, 0.6)), rng.random()
     if kind < 0.12:
         return _sofa(rng, w + 0.25, d + 0.2, h, 0.8 * back)
@@ -157,8 +167,9 @@ def chair(rng: Generator) -> list:
 
 
 def _other(rng: Generator) -> list:
-    """A stool, a table with or without things on it, a plant, a lamp, crates or a pouf, or a board on two legs."""
-    kind, one, (w, d, h, high) = rng.random(), _colour(rng), rng.uniform((0.3, 0.3, 0.4, 0.2), (0.5, 0.5, 0.7, 0.5))
+    """Return the parts of a random stool, table (with or without objects on it), plant, lamp, crates, pouf, or board on
+    two legs."""
+    kind, colour, (w, d, h, high) = rng.random(), _colour(rng), rng.uniform((0.3, 0.3, 0.4, 0.2), (0.5, 0.5, 0.7, 0.5))
     if kind < 0.3:
         return _board(rng, w, d, h)[0]
     if kind < 0.65:
@@ -168,18 +179,19 @@ def _other(rng: Generator) -> list:
     if kind < 0.75:
         green, tops = rng.uniform(0.2, 0.7), rng.uniform((-0.18, -0.18, 0.3), (0.18, 0.18, 0.9), (8, 3))
         leaves = [part(x, y, 0.25, (0.1, 0.04, z), np.array((z / 3, green, z / 3)), 0.2) for x, y, z in tops]
-        return [part(0, 0, 0, (0.28, 0.28, 0.25), one), *leaves]
+        return [part(0, 0, 0, (0.28, 0.28, 0.25), colour), *leaves]
     if kind < 0.83:
-        stand = [part(0, 0, 0, (d, d, 0.03), one), part(0, 0, 0.01, (0.03, 0.03, 2 * h + 0.1), one)]
+        stand = [part(0, 0, 0, (d, d, 0.03), colour), part(0, 0, 0.01, (0.03, 0.03, 2 * h + 0.1), colour)]
         return [*stand, part(0, 0, 2 * h + 0.1, (w, w, high), _colour(rng), 0.7)]
     if kind < 0.91:
-        return [part(0, 0, i * high, (w - 0.1 * i, d, high), one * (1 - 0.15 * i)) for i in range(rng.integers(1, 4))]
-    legs = [part(x * w / 2, 0, 0, (0.03, 0.03, h), one) for x in (-1, 1)]
+        count = rng.integers(1, 4)
+        return [part(0, 0, i * high, (w - 0.1 * i, d, high), colour * (1 - 0.15 * i)) for i in range(count)]
+    legs = [part(x * w / 2, 0, 0, (0.03, 0.03, h), colour) for x in (-1, 1)]
     return [*legs, part(0, 0, h, (w + 0.1, 0.03, high), _colour(rng))]
 
 
 def _at_wall(rng: Generator, flat: bool) -> list:
-    """A sofa, or a cabinet with doors or drawers; or ``flat`` a picture, a window or a door. Its front is at -y."""
+    """Return the parts of a sofa or a cabinet or, if ``flat``, of a picture, a window or a door. The front is at -y."""
     front, colour, kind, (rows, columns) = _colour(rng), _colour(rng), rng.random(), rng.integers(1, 6, 2)
     if flat:
         w, h, z = rng.uniform((0.3, 0.4, 1.0), (1.2, 1.2, 1.4)) if kind < 0.7 else (0.85, 2.0, 0.0)
@@ -194,14 +206,14 @@ def _at_wall(rng: Generator, flat: bool) -> list:
 
 
 def _pattern(rng: Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Brightness factors around 1 at (u, v) of a surface: planks, stripes, tiles, a chequerboard or patches."""
+    """Return brightness factors around 1 at (u, v) of a surface with planks, stripes, tiles or patches."""
     (a, b), k, strength = rng.uniform(0.08, 0.5, 2).tolist(), (0, 0, 1, 7)[rng.integers(4)], rng.uniform(0.0, 0.25)
     tones = rng.uniform(1 - strength, 1 + strength, rng.choice((2, 61))).astype(np.float32)
     return tones[(np.floor(u / a) + k * np.floor(v / b)).astype(np.int32) % len(tones)]
 
 
-def _empty_room(rng: Generator, room: np.ndarray, camera: Camera, light: Light, things: list[Thing]) -> np.ndarray:
-    """Floor, walls and ceiling with the shadows of ``things``, as a canvas for ``paint``: one ray for each pixel."""
+def _empty_room(rng: Generator, room: np.ndarray, camera: Camera, light: Light, things: list[Furniture]) -> np.ndarray:
+    """Render floor, walls and ceiling with the shadows of ``things``, as a canvas for ``paint``."""
     size, (lamp, ambient) = camera.size, light
     grid = ((np.arange(size, dtype=np.float32) + 0.5) / size - 0.5) / camera.focal
     rays = [right * grid + (down * grid)[:, None] + forward for right, down, forward in camera.axes.T]
@@ -224,21 +236,23 @@ def _empty_room(rng: Generator, room: np.ndarray, camera: Camera, light: Light, 
     return canvas.repeat(SCALE, axis=0).repeat(SCALE, axis=1)
 
 
-def _furnish(rng: Generator, room: np.ndarray, camera: Camera, count: int, chairs: bool) -> list[Thing]:
-    """Up to ``count`` chairs, or without ``chairs`` as many other things in their places, and what else there is."""
-    things: list[Thing] = []
+def _furnish(rng: Generator, room: np.ndarray, camera: Camera, count: int, chairs: bool) -> list[Furniture]:
+    """Return up to ``count`` chairs (other pieces if not ``chairs``) and the other furniture of the room."""
+    things: list[Furniture] = []
 
-    def add(thing: Thing, whole: bool = False) -> None:
-        """Put it there if it is in the room, before the camera and meets nothing; ``whole``: and hardly cut off."""
+    def add(thing: Furniture, whole: bool = False) -> None:
+        """Add a piece if it is in the room, in front of the camera and touches no other piece. If ``whole``, at least
+        75 % of its box must be inside the picture."""
         free = all(math.hypot(other.x - thing.x, other.y - thing.y) > other.radius + thing.radius for other in things)
         ground, (pixels, depth) = thing.corners[..., :2], camera.project(thing.corners)
         if (free or thing.flat) and depth.min() > 0.4 and (ground > 0).all() and (ground < room[:2]).all():
             low, high = pixels.min(axis=(0, 1)) / camera.size, pixels.max(axis=(0, 1)) / camera.size
-            cut = np.clip(high, 0, 1) - np.clip(low, 0, 1)
-            things.extend([thing] if not whole or cut.prod() > 0.75 * (high - low).prod() else [])
+            inside = np.clip(high, 0, 1) - np.clip(low, 0, 1)
+            if not whole or inside.prod() > 0.75 * (high - low).prod():
+                things.append(thing)
 
     def spot(ahead: float, column: float) -> tuple[float, float, float]:
-        """x, y and any yaw, ``ahead`` of the camera at ``column`` in [0, 1] of the picture."""
+        """Return x, y and a random yaw, ``ahead`` metres from the camera, at ``column`` in [0, 1] of the picture."""
         x, y = camera.eye[:2] + ahead * (camera.axes[2, :2] + (column - 0.5) / camera.focal * camera.axes[0, :2])
         return x, y, rng.uniform(0, 2 * math.pi)
 
@@ -246,19 +260,19 @@ def _furnish(rng: Generator, room: np.ndarray, camera: Camera, count: int, chair
         if len(things) < count:
             ahead = 0.9 * camera.focal / math.exp(rng.uniform(math.log(0.2), math.log(0.65)))
             parts = chair(rng) if chairs else _other(rng)
-            add(Thing(parts, *spot(ahead, rng.uniform(0.1, 0.9)), chair=chairs), whole=True)
+            add(Furniture(parts, *spot(ahead, rng.uniform(0.1, 0.9)), chair=chairs), whole=True)
     for flat in (False, False, True, True, True):
         parts, share, wall = _at_wall(rng, flat), rng.uniform(0.1, 0.9), rng.integers(3)
         back = max(row[4] for row in parts) / 2 + 0.01
         x = (share * room[0], back, room[0] - back)[wall]
-        add(Thing(parts, x, share * room[1] if wall else room[1] - back, (0, 1, -1)[wall] * math.pi / 2, flat=flat))
+        add(Furniture(parts, x, share * room[1] if wall else room[1] - back, (0, 1, -1)[wall] * math.pi / 2, flat=flat))
     for _ in range(int(rng.integers(1, 6))):
-        add(Thing(_other(rng), *spot(rng.uniform(1.2, 4.5), rng.uniform(0, 1))))
+        add(Furniture(_other(rng), *spot(rng.uniform(1.2, 4.5), rng.uniform(0, 1))))
     return things
 
 
 def render_scene(rng: Generator, size: int) -> tuple[Image.Image, list[Box]]:
-    """A photo of a room (RGB, ``size`` squared) and the tight visible extents of its chairs, as ``rng`` decides."""
+    """Render a random room. Return an RGB image, ``size`` x ``size``, and the boxes of its chairs (xyxy, pixels)."""
     chairs, count, boxes = rng.random() >= EMPTY_SHARE, 1 + int(rng.choice(4, p=CHAIRS_PER_SCENE)), []
     while not boxes:
         room = rng.uniform((3.0, 4.0, 2.4), (6.5, 7.5, 2.9)).astype(np.float32)
@@ -268,14 +282,14 @@ def render_scene(rng: Generator, size: int) -> tuple[Image.Image, list[Box]]:
         light = rng.uniform((0, 0, 2.2), room).astype(np.float32), rng.uniform(0.5, 0.8)
         things, boxes = _furnish(rng, room, camera, count, chairs), [None]
         empty = _empty_room(rng, room, camera, light, things)
-        while None in boxes:  # what hardly shows is taken out
+        while None in boxes:  # render again without chairs that are hardly visible
             canvas = empty.copy()
             boxes = paint(things, camera, canvas, light) if things else []
-            seen = iter(boxes)
-            things = [thing for thing in things if not thing.chair or next(seen)]
+            remaining = iter(boxes)
+            things = [thing for thing in things if not thing.chair or next(remaining)]
         if not chairs:
             break
-    # What a camera adds: it is sometimes out of focus, tinted, over- or underexposed, with noise.
+    # camera effects: blur, tint, exposure and noise
     photo = Image.frombuffer("RGBX", canvas.shape[:2], canvas, "raw", "RGBX", 0, 1).reduce(SCALE).convert("RGB")
     if rng.random() < 0.4:
         photo = photo.filter(ImageFilter.BoxBlur(rng.uniform(0.3, 0.9) * size / 160))
@@ -285,21 +299,25 @@ def render_scene(rng: Generator, size: int) -> tuple[Image.Image, list[Box]]:
 
 
 def ensure_synthetic(root: Path, sizes: tuple[int, int, int], image_size: int, seed: int) -> Path:
-    """The folder below ``root`` of the set with these settings (COCO JSON and JPEG); rendered if it is not there.
+    """Return the folder of the data set (COCO JSON and JPEG) in ``root``. Render the data set if it does not exist.
 
-    A picture of ``image_size`` squared pixels depends on (``seed``, split, its place in the split) only. All is made
-    in a temporary folder that is renamed at the end, under a lock: an interrupted run leaves no half data set, and a
-    second process waits for the first.
+    A picture depends on ``image_size``, ``seed``, its split and its index only. The data set is rendered in a temporary
+    folder and renamed, so it is complete if it exists. A lock makes a second process wait for the first.
 
-    A CannotWrite if the disk is full, or the folder read-only.
+    Args:
+        sizes: numbers of photos in the splits train, calib and test.
+        image_size: width and height in pixels.
+
+    Raises:
+        CannotWrite: the disk is full, or the folder is read-only.
     """
     folder, name = Path(root) / FOLDER, f"{image_size}px_{'_'.join(map(str, sizes))}_seed{seed}_v{VERSION}"
     if not (folder / name).exists():
         make_folder(folder)
         with lock(folder / ".lock", f"{folder} (it is being rendered)", wait=True), writing(folder / name):
-            for killed in folder.glob("*.partial"):
-                shutil.rmtree(killed, ignore_errors=True)
-            if not (folder / name).exists():  # else another process has rendered it meanwhile
+            for leftover in folder.glob("*.partial"):  # of a process that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
+            if not (folder / name).exists():  # another process may have rendered it meanwhile
                 with tempfile.TemporaryDirectory(".partial", dir=folder, ignore_cleanup_errors=True) as temporary:
                     _render(Path(temporary) / name, sizes, image_size, seed)
                     os.replace(Path(temporary) / name, folder / name)
@@ -314,9 +332,9 @@ def _render(folder: Path, sizes: tuple[int, int, int], image_size: int, seed: in
         record = {"id": number, "file_name": f"{number:06d}.jpg", "width": image_size, "height": image_size}
         write_image(folder / SPLITS[split] / record["file_name"], photo, quality=90)
         trees[split]["images"].append(record)
-        for place, (x1, y1, x2, y2) in enumerate(boxes):
+        for i, (x1, y1, x2, y2) in enumerate(boxes):
             box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "iscrowd": 0}
-            record = {"id": 10 * number + place, "image_id": number, "category_id": CATEGORY["id"], **box}
+            record = {"id": 10 * number + i, "image_id": number, "category_id": CATEGORY["id"], **box}
             trees[split]["annotations"].append(record)
     for split, tree in zip(SPLITS, trees, strict=True):
         write_json(folder / "annotations" / f"instances_{split}.json", tree)

@@ -11,7 +11,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from earlyexit_ssd.data import shapes
-from earlyexit_ssd.data.shapes import FOLDER, MIN_SIDE, SPLITS, Camera, Thing, ensure_synthetic, part, render_scene
+from earlyexit_ssd.data.shapes import FOLDER, MIN_SIDE, SPLITS, Camera, Furniture, ensure_synthetic, part, render_scene
 from earlyexit_ssd.errors import CannotWrite
 
 GREY = np.full(3, 0.5)
@@ -21,7 +21,7 @@ SIZES = (8, 3, 4)
 
 def slab(x, y, width, height, chair=True):
     """An upright slab whose near side is at depth ``y``."""
-    return Thing([part(0, 0, 0, (width, 0.02, height), GREY)], x, y + 0.01, chair=chair)
+    return Furniture([part(0, 0, 0, (width, 0.02, height), GREY)], x, y + 0.01, chair=chair)
 
 
 def boxes_of(*things):
@@ -82,7 +82,7 @@ def test_parts_hide_what_is_behind_and_below_them():
         parts = np.array(build(rng))
         parts[:, 7:] = (np.arange(len(parts))[:, None] + 1.0) / 255 / 1.2  # the red of a part is its number
         canvas, yaw = np.zeros((128, 128, 4), np.uint8), rng.uniform(0, 6.3) if seed % 3 < 2 else rng.uniform(-0.5, 0.5)
-        thing = Thing(parts, 2, 2.5, yaw)
+        thing = Furniture(parts, 2, 2.5, yaw)
         shapes.paint([thing], camera, canvas, (LIGHT[0], 1.2))
         assert share_unlike(first_hits(thing.corners, camera), canvas[..., 0]) < 0.004, build
 
@@ -120,7 +120,7 @@ def test_boxes_are_tight_around_the_pixels_that_rays_meet(monkeypatch):
 
 def test_light_falls_from_the_lamp():
     canvas = np.zeros((240, 240, 4), np.uint8)
-    cube = Thing([part(0, 0, 0, (0.5, 0.5, 0.5), GREY)], 2.0, 3.0)
+    cube = Furniture([part(0, 0, 0, (0.5, 0.5, 0.5), GREY)], 2.0, 3.0)
     shapes.paint([cube], Camera((2, 0, 1), 0, 0, 1, 120), canvas, (np.array([2.0, 3.0, 2.5]), 0.5))
     # The top is 1.2 times, the front 0.5 times as bright as the colour, 0.5 * 255.
     assert canvas[160, 120, 0] == 153 and canvas[190, 120].tolist() == [64, 64, 64, 0]
