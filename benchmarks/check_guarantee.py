@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Does a risk certificate hold, and what does it cost? Try it on many random splits.
+"""Check on many random splits how often the guarantee of a risk certificate holds, and what the guarantee costs.
 
-The photos of the calib and test splits are pooled. Each time, a certificate is made on one random part and looked at
-on the other. The path of thresholds, and a policy that is fitted, come from the train split.
+The photos of the calib and test splits are pooled. For each random split, a certificate is made on one part and tested
+on the other. The path of thresholds and fitted policies come from the train split.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ example:
   python benchmarks/check_guarantee.py --config configs/voc_animals.yaml --out output/guarantee \\
       ROUTING.POLICY learned_gain
 
-Give it the folder of benchmarks/routing_policies.py to use its recordings. See benchmarks/README.md.
+With the --out folder of benchmarks/routing_policies.py, its recordings are used. See benchmarks/README.md.
 """
 
 
 @dataclass(frozen=True)
 class Resplits:
-    """What happened over many random splits into calibration and test photos.
+    """Results over many random splits into calibration and test photos.
 
     Attributes:
         epsilon, delta: of the certificates.
-        splits: how many.
-        exceeded: share of the splits in which the test photos' mean loss was above epsilon.
-        tolerance: what a share of delta may reach by chance: the 97.5 % quantile of binomial(splits, delta) / splits.
+        splits: number of splits.
+        exceeded: share of the splits in which the mean loss of the test photos was above epsilon.
+        tolerance: the 97.5 % quantile of binomial(splits, delta) / splits, which ``exceeded`` can reach by chance.
         opened: share of the splits in which any exit was opened.
-        speedup: mean over the splits, on the test photos, against the detector without exits.
-        best_speedup: the same with thresholds chosen by the test answers: the cheapest step of the path whose loss on
-            the test photos is at most epsilon.
+        speedup: compared with the detector without exits, on the test photos, mean over the splits.
+        best_speedup: the same for thresholds chosen on the test photos: the cheapest step of the path whose loss there
+            is at most epsilon.
     """
 
     epsilon: float
@@ -79,28 +79,31 @@ def check_certificates(
     splits: int = 1000,
     seed: int = 0,
 ) -> Resplits:
-    """Certify on ``calibration`` photos of a random split, measure on the rest; ``splits`` times.
+    """Certify on ``calibration`` photos of a random split and measure on the others, ``splits`` times.
 
     Args:
-        path: thresholds from safe to bold [steps, early exits], from other photos than these.
-        confidences: per early exit [n]; losses: [n, exits].
-        costs: of the exits at each step of the path [steps, exits]; plain: of the detector without exits.
+        path: thresholds [steps, early exits] from other photos, from the safest step to the cheapest.
+        confidences: for each early exit, [n].
+        losses: [n, exits].
+        costs: costs of the exits at each step of the path, [steps, exits].
+        plain: cost of the detector without exits.
     """
     generator, rows = np.random.default_rng(seed), np.arange(len(losses))
     choices = np.stack([choose(confidences, thresholds) for thresholds in path])
     risks = losses[rows, choices]  # [steps, n]
-    spent = np.take_along_axis(costs, choices.astype(np.int64), axis=1)
+    photo_costs = np.take_along_axis(costs, choices.astype(np.int64), axis=1)  # [steps, n]
     exceeded, opened, speedups, best = 0, 0, [], []
     for _ in progress(range(splits), desc=f"re-splits at {epsilon:g}"):
         order = generator.permutation(len(losses))
-        ours, test = order[:calibration], order[calibration:]
-        drawn = [values[ours] for values in confidences]
-        found = certify(path, drawn, losses[ours], costs, epsilon, delta, method, seed=None)  # in random order already
+        calib, test = order[:calibration], order[calibration:]
+        on_calib = [values[calib] for values in confidences]
+        # the photos are in random order already, so no seed is needed
+        step = certify(path, on_calib, losses[calib], costs, epsilon, delta, method, seed=None).step
         test_risks = risks[:, test].mean(1)
-        exceeded += bool(test_risks[found.step] > epsilon)
-        opened += found.step > 0
-        speedups.append(plain / spent[found.step, test].mean())
-        best.append(plain / spent[:, test].mean(1)[test_risks <= epsilon].min())
+        exceeded += bool(test_risks[step] > epsilon)
+        opened += step > 0
+        speedups.append(plain / photo_costs[step, test].mean())
+        best.append(plain / photo_costs[:, test].mean(1)[test_risks <= epsilon].min())
     return Resplits(
         epsilon=epsilon,
         delta=delta,
@@ -117,20 +120,20 @@ def check_certificates(
 def check_guarantee(
     cfg: CfgNode, weights: str | Path, out: Path, delta: float = 0.05, splits: int = 1000
 ) -> dict[str, Any]:
-    """Pool DATA.CALIB and DATA.TEST, try certificates at `EPSILONS`, write guarantee.json.
+    """Check certificates at `EPSILONS` on the photos of DATA.CALIB and DATA.TEST, and write guarantee.json.
 
     The temperatures are those of the training, as in a certificate.
 
     Returns:
-        what is in guarantee.json: ``context`` and, per epsilon, a `Resplits` as a dict.
+        The content of guarantee.json: ``context`` and, for each epsilon, a `Resplits` as a dict.
 
     Raises:
-        EarlyExitError: unusable weights, data or settings, or splits that share photos.
+        EarlyExitError: the weights, data or settings are invalid, or splits share photos.
     """
     if splits < 1:
         raise EarlyExitError(f"--splits is {splits}, expected at least 1")
     for epsilon in EPSILONS:
-        Target("risk", epsilon, delta)  # raises where they are impossible
+        Target("risk", epsilon, delta)  # raises if the values are impossible
     require_known(cfg.ROUTING.POLICY)
     both, by_labels = ("CALIB", "TEST"), cfg.CALIBRATION.REFERENCE == "labels"
     needs_labels = both if by_labels else ("CALIB",)
@@ -147,7 +150,7 @@ def check_guarantee(
     ]
     losses = np.concatenate([calib.losses(reference), test.losses(reference)])
     settings = {"calibration": len(calib.recording), "delta": delta, "method": cfg.CALIBRATION.BOUND, "splits": splits}
-    found = [
+    resplits = [
         check_certificates(
             path, confidences, losses, costs.of_each(path), costs.plain, epsilon=epsilon, seed=cfg.SEED, **settings
         )
@@ -162,13 +165,13 @@ def check_guarantee(
         "seed": cfg.SEED,
         "cost_model": asdict(costs.certified()),
     }
-    results = {"context": context, "resplits": [asdict(one) for one in found]}
+    results = {"context": context, "resplits": [asdict(entry) for entry in resplits]}
     write_json(out / "guarantee.json", results)
     return results
 
 
 def guarantee_report(results: Mapping[str, Any]) -> str:
-    """A line per epsilon, in Markdown."""
+    """Return a Markdown table with a row for each epsilon."""
     context = results["context"]
     lines = [
         f"Policy {context['policy']}, bound {context['bound']}, loss against {context['reference']}: "
@@ -178,24 +181,24 @@ def guarantee_report(results: Mapping[str, Any]) -> str:
         "| epsilon | test loss above it | at most (delta, chance) | exits opened | speed-up | by the test answers |",
         "| ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for one in (Resplits(**entry) for entry in results["resplits"]):
+    for row in (Resplits(**entry) for entry in results["resplits"]):
         lines.append(
-            f"| {one.epsilon:g} | {100 * one.exceeded:.1f} % | {100 * one.tolerance:.1f} % | {100 * one.opened:.0f} % "
-            f"| {one.speedup:.2f} | {one.best_speedup:.2f} |"
+            f"| {row.epsilon:g} | {100 * row.exceeded:.1f} % | {100 * row.tolerance:.1f} % | {100 * row.opened:.0f} % "
+            f"| {row.speedup:.2f} | {row.best_speedup:.2f} |"
         )
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, simulate, print the table."""
+    """Parse the arguments, run the check and print the table. Return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="YAML file that names the splits (DATA)")
     parser.add_argument("--weights", help="a model.pth of this project; by default the one in OUTPUT_DIR")
     parser.add_argument("--out", required=True, help="folder for guarantee.json and the recordings")
-    parser.add_argument("--delta", type=float, default=0.05, help="0.05")
-    parser.add_argument("--splits", type=int, default=1000, help="1000")
+    parser.add_argument("--delta", type=float, default=0.05, help="probability that the risk may exceed epsilon; 0.05")
+    parser.add_argument("--splits", type=int, default=1000, help="number of random splits; 1000")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="override keys of the configuration")
     args = parser.parse_intermixed_args(arguments)
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Compare recipes for the exits: AP50 per exit on the calib split, cost, parameters and minutes.
 
-Each recipe trains the branches on a frozen full path, on taps (the trunk's features) that are computed once.
+A recipe is a set of configuration keys. Each recipe trains the branches on a frozen full path. The taps (features of
+the trunk) are computed once.
 """
 
 from __future__ import annotations
@@ -39,29 +40,31 @@ Recipes = dict[str, dict[str, Any]]
 SHARED_KEY = "_ALL_"
 
 EXAMPLES = """
-A file of recipes has a line for each, keys as on a command line:
+A file of recipes has a line for each recipe, with keys of the configuration:
 
-  _ALL_: {EXITS.LAYERS: [8], EXITS_PHASE.EPOCHS: 5}      (for every recipe, and may be missing)
+  _ALL_: {EXITS.LAYERS: [8], EXITS_PHASE.EPOCHS: 5}      (optional, for every recipe)
   as it is: {}
   thinner: {EXITS.COPY: [0.25]}
   focal: {LOSS.CLASSIFICATION: focal}
 
 examples:
   python benchmarks/compare_recipes.py --config configs/voc_animals.yaml --recipes benchmarks/recipes/exit8.yaml
-      train the branches by every recipe, on taps that are computed once
+      train the branches with each recipe, on taps that are computed once
   python benchmarks/compare_recipes.py --config configs/voc_animals.yaml --recipes mine.yaml --seeds 0 1 2
-      three seeds each: mean and range
+      three seeds per recipe: mean and range
 
-Stop it at any time: the same command goes on, and trains only what is new in the file. The taps stay in the folder
-(taps/, gigabytes); delete them when you are done. The test split is not looked at. See benchmarks/README.md.
+You can stop the comparison at any time. The same command continues it, and trains only new recipes. The taps stay in
+the folder taps/ (gigabytes); delete them at the end. The test split is not used. See benchmarks/README.md.
 """
 
 
 def read_recipes(path: str | Path) -> Recipes:
-    """Name -> keys of the configuration and their values, ``{"EXITS.COPY": [0.25]}``; ``_ALL_`` has those of every one.
+    """Read recipes: name -> configuration keys and values such as ``{"EXITS.COPY": [0.25]}``.
+
+    Keys of the entry ``_ALL_`` are added to every recipe.
 
     Raises:
-        ConfigError: the file is not there, or not such a mapping.
+        ConfigError: the file is missing or is not such a mapping.
     """
     path = Path(path)
     recipes = read_yaml(path, "file of recipes", "benchmarks/recipes/ has examples", ConfigError)
@@ -74,38 +77,36 @@ def read_recipes(path: str | Path) -> Recipes:
             )
     shared = recipes.pop(SHARED_KEY, {})
     if not recipes:
-        raise ConfigError(f"{path}: {SHARED_KEY} alone, which is for every recipe; add one, such as 'as it is: {{}}'")
+        raise ConfigError(f"{path}: has {SHARED_KEY} only, expected recipes; add a recipe such as 'as it is: {{}}'")
     return {str(name): {**shared, **keys} for name, keys in recipes.items()}
 
 
 def compare_recipes(
     config: str | Path, overrides: Sequence[str], recipes: Recipes, seeds: Sequence[int], out_dir: Path
 ) -> list[dict[str, Any]]:
-    """Train the branches by every recipe and seed on a frozen full path, and judge every exit on the calib split.
+    """Train the branches with every recipe and seed on a frozen full path, and evaluate all exits on the calib split.
 
-    Taps are computed once for all recipes that see the same photos, views and layers. What ``out_dir`` holds of the
-    same settings is not trained again, so that a comparison may be stopped at any time, and grow.
+    Taps are computed once for all recipes with the same photos, views and layers. Results in ``out_dir`` with the same
+    settings are not trained again, so a comparison can be stopped, continued and extended.
 
     Args:
-        config, overrides: what every recipe starts from; its DATA, EXITS, LOSS and EXITS_PHASE are used.
+        config, overrides: configuration that every recipe changes; its DATA, EXITS, LOSS and EXITS_PHASE are used.
         recipes: see :func:`read_recipes`.
-        seeds: of every recipe.
-        out_dir: for recipes.json, the table and the taps.
+        seeds: every recipe is trained with each seed.
+        out_dir: folder for recipes.json, the table and the taps.
 
     Returns:
-        one dict per recipe and seed: ``recipe``, ``seed``, ``settings``, ``minutes`` (of the steps alone, with
-        ``threads``) and, by exit, ``AP50``, ``mmacs`` and ``parameters`` of its branch.
+        A dict per recipe and seed: ``recipe``, ``seed``, ``settings``, ``minutes`` (training steps only), ``threads``
+        and, by exit, ``AP50``, ``mmacs`` and the ``parameters`` of its branch.
 
     Raises:
-        EarlyExitError: unusable settings, data or weights; found for every recipe before the first one trains.
+        EarlyExitError: settings, data or weights are invalid. The settings of all recipes are checked before training.
     """
     folders: dict[str, str] = {}
     for name in recipes:
         other = folders.setdefault(_slug(name), name)
         if other != name:
-            raise ConfigError(
-                f"recipes {other!r} and {name!r} would share the folder {_slug(name)}: rename one of them"
-            )
+            raise ConfigError(f"recipes {other!r} and {name!r} have the same folder {_slug(name)}; rename one of them")
     trials = [
         (name, seed, _configuration(config, overrides, name, keys, seed), out_dir / _slug(name) / f"seed{seed}")
         for name, keys in recipes.items()
@@ -116,10 +117,10 @@ def compare_recipes(
 
 @locks_folder("out_dir")
 def _train_all(trials: Sequence[tuple[str, int, CfgNode, Path]], out_dir: Path) -> list[dict[str, Any]]:
-    """A row for each recipe's name, seed, configuration and folder; those of an earlier comparison are not trained."""
+    """Return a row for each trial (name, seed, configuration, folder). Trials with stored results are not trained."""
     rows, contents = [], {}
     for name, seed, cfg, folder in trials:
-        photos = f"{cfg.DATA} {cfg.SEED}"  # the seed chooses among them
+        photos = f"{cfg.DATA} {cfg.SEED}"  # the seed selects photos
         if photos not in contents:
             contents[photos] = _photo_contents(cfg)
         settings = {**_settings(cfg), "SHA256": {**_weights_contents(cfg), **contents[photos]}}
@@ -136,16 +137,19 @@ def _train_all(trials: Sequence[tuple[str, int, CfgNode, Path]], out_dir: Path) 
 
 def _configuration(config: str | Path, overrides: Sequence[str], name: str, keys: dict[str, Any], seed: int) -> CfgNode:
     if "SEED" in (*keys, *overrides[::2]):
-        raise ConfigError(f"recipe {name!r}: SEED is given, but every recipe is trained with each of --seeds; use that")
+        raise ConfigError(
+            f"recipe {name!r}: SEED is set, but recipes are trained with each of --seeds; use --seeds instead"
+        )
     own = [text for key, value in keys.items() for text in (str(key), str(value))]
     try:
-        fixed = ["PHASES", "[baseline, exits]", "ENGINE.CURVE_PERIOD", "0"]  # no curves: the minutes are compared
+        # without curves, which would take time, because minutes are compared
+        fixed = ["PHASES", "[baseline, exits]", "ENGINE.CURVE_PERIOD", "0"]
         cfg = load_config(config, [*overrides, *fixed, *own, "SEED", str(seed)])
     except ConfigError as error:
         raise ConfigError(f"recipe {name!r}: {str(error).removeprefix('command line: ')}") from None
     if not cfg.MODEL.WEIGHTS:  # only branches are trained
         raise ConfigError(
-            f"recipe {name!r} needs a trained full path: set MODEL.WEIGHTS to a checkpoint or a model.pth"
+            f"recipe {name!r} needs a trained full path; set MODEL.WEIGHTS to a checkpoint or a model.pth"
         )
     return cfg
 
@@ -155,7 +159,7 @@ def _slug(name: str) -> str:
 
 
 def _settings(cfg: CfgNode) -> dict[str, Any]:
-    """What the figures depend on; no path of this machine, since the table may be passed on."""
+    """Return the settings that the figures depend on, without paths of this machine."""
     sections = ("DATA", "MODEL", "EXITS", "LOSS", "EXITS_PHASE", "SEED")
     settings = json.loads(json.dumps({section: cfg[section] for section in sections}))
     settings["AMP"] = cfg.ENGINE.AMP
@@ -166,23 +170,23 @@ def _settings(cfg: CfgNode) -> dict[str, Any]:
 
 
 def _weights_contents(cfg: CfgNode) -> dict[str, str]:
-    """Hash of what MODEL.WEIGHTS stands for, where it is a file; torchvision's have their names alone."""
+    """Return the hash of MODEL.WEIGHTS if it is a file. torchvision's weights are identified by their name."""
     return {"WEIGHTS": sha256(cfg.MODEL.WEIGHTS)} if Path(cfg.MODEL.WEIGHTS).is_file() else {}
 
 
 def _photo_contents(cfg: CfgNode) -> dict[str, str]:
-    """Hashes of the photos with boxes that the names in DATA stand for."""
+    """Return hashes of the photos and boxes of DATA.TRAIN and DATA.CALIB."""
     train = load_dataset(cfg, cfg.DATA.TRAIN, train=True, labels="optional")
     calib = load_dataset(with_classes(cfg, train.classes), cfg.DATA.CALIB)
     return {"TRAIN": fingerprint(train), "CALIB": fingerprint(calib)}
 
 
 def _stored(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The result of an earlier comparison, or the mere settings of one that was stopped and goes on; a training by
-    other settings is removed."""
+    """Return the stored result, or the settings and seconds of a training that was stopped. Delete the folder if its
+    settings differ."""
     path = folder / "result.json"
     try:
-        row = read_json(path, "result", "it is made anew")
+        row = read_json(path, "result", "it is computed again")
     except EarlyExitError:
         row = {}
     if isinstance(row, dict) and row.get("settings") == settings:
@@ -194,7 +198,7 @@ def _stored(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(cfg: CfgNode, folder: Path, taps: Path, row: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a recipe; ``row["seconds"]``, kept in the folder, is what training has taken in all sessions."""
+    """Train a recipe and return its figures. ``row["seconds"]``, stored in the folder, is the time of all sessions."""
     views = [views_of(cfg), cfg.MODEL, cfg.EXITS.LAYERS, cfg.EXITS_PHASE.CACHE_VIEWS, cfg.EXITS_PHASE.CACHE_DTYPE]
     shared = taps / hashlib.sha256(repr(views).encode()).hexdigest()[:12]
     run = prepare(cfg, RunFolder(folder, shared), build_device(cfg))
@@ -220,11 +224,10 @@ def _train(cfg: CfgNode, folder: Path, taps: Path, row: dict[str, Any]) -> dict[
 
 
 def recipe_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One row per recipe: minutes of a training, then of each early exit AP50 (mean, and range over the seeds), the
-    MMACs of a photo that leaves there, and the parameters of its branch in millions.
+    """Return a Markdown table of the rows of :func:`compare_recipes`, with one row per recipe.
 
-    Args:
-        rows: of :func:`compare_recipes`.
+    It has the minutes of a training and, for each early exit, AP50 (mean and range over the seeds), the MMACs of a
+    photo that leaves there, and the parameters of its branch in millions.
     """
     by_recipe: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -258,13 +261,13 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, train, print the table."""
+    """Parse the arguments, train and print the table. Return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, help="YAML file that every recipe starts from")
+    parser.add_argument("--config", required=True, help="YAML file that every recipe changes")
     parser.add_argument("--recipes", required=True, help="YAML file of recipes; benchmarks/recipes/ has examples")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each recipe is trained with each; 0")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="every recipe is trained with each seed; 0")
     parser.add_argument("--out", help="folder of the results; OUTPUT_DIR/recipes by default")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="override keys for all recipes")
     args = parser.parse_intermixed_args(arguments)
@@ -275,7 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(recipe_table(compare_recipes(args.config, args.overrides, recipes, args.seeds, out)))
         print(f"\nresults: {out}/ (recipes.json, recipes.md)")
 
-    return run_tool(job, after_a_stop="the same command goes on")
+    return run_tool(job, after_a_stop="the same command continues")
 
 
 if __name__ == "__main__":

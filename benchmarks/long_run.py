@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Do memory, open files and answers of a predictor stay the same over many frames? Linux only."""
+"""Measure whether memory, open files and detections of a predictor stay the same over many frames. Linux only."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from earlyexit_ssd.errors import EarlyExitError
 EXAMPLES = """
 examples:
   %(prog)s detector.onnx bottle-detection.mp4
-      10,000 frames: 100 frames of the video, again and again
+      10,000 frames: the first 100 frames of the video, repeated
 """
 
 
 @dataclass(frozen=True)
 class Row:
-    """The process after so many frames.
+    """State of the process after a number of frames.
 
     Attributes:
-        frames: run so far.
+        frames: frames that were run so far.
         memory_mb: resident memory, MB.
-        files: open files.
-        changed: frames whose answer was not that of the same frame before.
+        files: number of open files.
+        changed: frames whose detections differ from those of the first run of the same frame.
     """
 
     frames: int
@@ -44,19 +44,19 @@ class Row:
 
 
 def long_run(predictor: Predictor, images: Sequence[np.ndarray], frames: int, rows: int = 10) -> Iterator[Row]:
-    """Run the images in turn until there were ``frames``; yields ``rows`` rows, evenly spaced."""
+    """Run ``frames`` frames by repeating ``images``. Yield ``rows`` rows, evenly spaced."""
     first: dict[int, Detections] = {}
     changed, step = 0, max(1, frames // rows)
-    for number, place in enumerate(itertools.islice(itertools.cycle(range(len(images))), frames), start=1):
-        found = predictor(images[place])
-        changed += not _same(first.setdefault(place, found), found)
+    for number, index in enumerate(itertools.islice(itertools.cycle(range(len(images))), frames), start=1):
+        detections = predictor(images[index])
+        changed += not _equal(first.setdefault(index, detections), detections)
         if number % step == 0:
             yield Row(number, _memory_mb(), len(os.listdir("/proc/self/fd")), changed)
 
 
-def _same(one: Detections, other: Detections) -> bool:
-    arrays = all(np.array_equal(getattr(one, key), getattr(other, key)) for key in ("boxes", "labels", "scores"))
-    return arrays and (one.exit_index, one.exit_confidence) == (other.exit_index, other.exit_confidence)
+def _equal(a: Detections, b: Detections) -> bool:
+    arrays = all(np.array_equal(getattr(a, key), getattr(b, key)) for key in ("boxes", "labels", "scores"))
+    return arrays and (a.exit_index, a.exit_confidence) == (b.exit_index, b.exit_confidence)
 
 
 def _memory_mb() -> float:
@@ -65,26 +65,26 @@ def _memory_mb() -> float:
 
 
 def job(args: argparse.Namespace) -> None:
-    """Run, and print a row as soon as it is there."""
+    """Run the frames and print each row when it is complete."""
     images = list(itertools.islice(images_of(find_sources(args.sources)), args.distinct))
     if not images:
-        raise EarlyExitError(f"{', '.join(args.sources)[:100]}: no frame could be read; name others")
+        raise EarlyExitError(f"{', '.join(args.sources)[:100]}: no frame could be read; use other photos or videos")
     predictor = Predictor(args.detector, "openvino" if args.detector.endswith(".xml") else "onnxruntime")
-    print(f"{len(images)} frames, again and again\n")
+    print(f"{len(images)} frames, repeated\n")
     print("| frames | memory, MB | open files | other answers |\n|---|---|---|---|")
     for row in long_run(predictor, images, args.frames):
         print(f"| {row.frames} | {row.memory_mb:.1f} | {row.files} | {row.changed} |", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The script; the exit code as the tools have it."""
+    """Parse the arguments and run. Return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("detector", help="what earlyexit export wrote; .xml runs in OpenVINO")
+    parser.add_argument("detector", help="file of earlyexit export; .xml runs in OpenVINO, .onnx in ONNX Runtime")
     parser.add_argument("sources", nargs="+", help="photos, folders, videos")
-    parser.add_argument("--frames", type=int, default=10_000, help="10,000")
-    parser.add_argument("--distinct", type=int, default=100, help="frames kept in memory; 100")
+    parser.add_argument("--frames", type=int, default=10_000, help="number of frames; 10,000")
+    parser.add_argument("--distinct", type=int, default=100, help="number of different frames, kept in memory; 100")
     args = parser.parse_args(arguments)
     return run_tool(lambda: job(args))
 

@@ -3,14 +3,14 @@
 
 Thresholds come from the calib split, all figures from the test split. For each policy and budget:
 
-- *coin*: as many photos at each exit as the policy sends there, but drawn by chance;
-- *oracle*: exits chosen photo by photo with the labels, for the least error, at the policy's cost or below;
-- *best oracle*: the one with the most AP50 among several such choices;
-- *gap closed*: (policy - coin) / (oracle - coin) in AP50: 0 is chance, 1 is the oracle.
+- *coin*: random photos leave at each exit, as many as with the policy.
+- *oracle*: exits chosen per photo with the labels, for the smallest error, at the policy's cost or less.
+- *best oracle*: the oracle with the highest AP50, of several mean costs and sets of open exits.
+- *gap closed*: (policy - coin) / (oracle - coin) in AP50. 0 is chance, 1 is the oracle.
 
 The policy that closes most of the gap on the *calib* photos is compared with published rules: BranchyNet (entropy),
-MSDNet (geometric shares of the photos) and DynamicDet (percentiles of the reported photos' own scores). With it, too,
-batches are timed whose photos leave at different exits.
+MSDNet (geometric shares of the photos) and DynamicDet (percentiles of the scores of the test photos). It is also used
+to time batches whose photos leave at different exits.
 """
 
 from __future__ import annotations
@@ -65,24 +65,24 @@ REFERENCE_POLICY = "max_foreground"
 BUDGETS = 5
 COIN_TOSSES = 20
 BOOTSTRAP_TOSSES = 5
-"""Tosses of the coin in every bootstrap draw; the interval is about the photos, not about the tosses."""
+"""Tosses of the coin in every bootstrap draw. Few are enough, because the interval is over photos."""
 ORACLE_BUDGETS = 8
 MSDNET_Q = np.geomspace(0.1, 10, 25)
 BRANCHYNET, MSDNET = "entropy", "max_foreground"
-"""The policies that stand for BranchyNet (Teerapittayanon et al. 2016) and MSDNet (Huang et al. 2018)."""
+"""The policies of BranchyNet (Teerapittayanon et al. 2016) and MSDNet (Huang et al. 2018)."""
 LINES = {"coin": "coin", "oracle": "oracle", "best_oracle": "best oracle"}
-"""What a policy is compared with: the key in routing.json, and the name in tables."""
+"""References of a policy: key in routing.json -> name in tables."""
 COLORS = ("#2b6cb0", "#dd6b20", "#2f855a", "#b83280", "#6b46c1", "#b7791f", "#2c7a7b", "#c53030")
 
 EXAMPLES = """
 examples:
   python benchmarks/routing_policies.py --config configs/voc_animals.yaml --out output/routing
-      every policy, with the model that train_net.py left in OUTPUT_DIR
+      every policy, with the model.pth in OUTPUT_DIR
   python benchmarks/routing_policies.py --config configs/voc_animals.yaml --weights model.pth --out output/routing \\
       --policies ambiguous_mass,learned_gain EVAL.RUNTIME onnxruntime
-      two of them beside max_foreground, costs in ONNX Runtime
+      two policies and max_foreground, with costs in ONNX Runtime
 
-The network runs once per photo; the second time the recordings in the results folder are used.
+The network runs once per photo. A second run uses the recordings in the results folder.
 See benchmarks/README.md.
 """
 
@@ -92,7 +92,7 @@ See benchmarks/README.md.
 
 @dataclass(frozen=True)
 class Line:
-    """AP and AP50 in [0, 1], and the mean cost at which they were reached."""
+    """AP and AP50 in [0, 1], and their mean cost."""
 
     cost: float
     AP: float | None
@@ -100,31 +100,31 @@ class Line:
 
 
 def line_of(matches: ExitMatches, choice: np.ndarray, costs: np.ndarray) -> Line:
-    """The line of photos that take these exits, [n]; ``costs`` [exits]."""
-    found = ap_of_choice(matches, choice)
-    return Line(float(costs[choice].mean()), found.AP, found.AP50)
+    """Return AP and cost if photos take the exits ``choice`` [n]. ``costs`` is [exits]."""
+    metrics = ap_of_choice(matches, choice)
+    return Line(float(costs[choice].mean()), metrics.AP, metrics.AP50)
 
 
 def tosses(choice: np.ndarray, count: int, seed: int) -> list[np.ndarray]:
-    """``choice`` [n] in random order, ``count`` times: the same shares of exits, given to photos by chance."""
+    """Return ``count`` random permutations of ``choice`` [n]: the same shares of exits, with random photos."""
     generator = np.random.default_rng(seed)
     return [generator.permutation(choice) for _ in range(count)]
 
 
 def coin(matches: ExitMatches, choice: np.ndarray, costs: np.ndarray, seed: int = 0) -> Line:
-    """The mean line of `COIN_TOSSES` random orders of ``choice`` [n]."""
-    found = [ap_of_choice(matches, toss) for toss in tosses(choice, COIN_TOSSES, seed)]
+    """Return the mean line of `COIN_TOSSES` random permutations of ``choice`` [n]."""
+    metrics = [ap_of_choice(matches, toss) for toss in tosses(choice, COIN_TOSSES, seed)]
     values = [
         None if any(value is None for value in figures) else float(np.mean(figures))
-        for figures in ([toss.AP for toss in found], [toss.AP50 for toss in found])
+        for figures in ([toss.AP for toss in metrics], [toss.AP50 for toss in metrics])
     ]
     return Line(float(costs[choice].mean()), *values)
 
 
 def errors_against_labels(matches: ExitMatches, score: float) -> np.ndarray:
-    """Share of the answer that is wrong at every exit, [n, exits] in [0, 1]: (missed + false) / (objects + false).
+    """Return the error of each exit on each photo, [n, exits] in [0, 1]: (missed + false) / (objects + false).
 
-    0 where a photo without objects has an empty answer.
+    It is 0 for a photo without objects and without detections.
     """
     counts = photo_counts(matches, score)
     wrong = counts.misses + counts.false_positives
@@ -132,15 +132,15 @@ def errors_against_labels(matches: ExitMatches, score: float) -> np.ndarray:
 
 
 def oracle_choice(errors: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray:
-    """Exits [n] with the least mean error at a mean cost of at most ``budget``, chosen photo by photo with the labels.
+    """Return exits [n] with the smallest mean error at a mean cost of at most ``budget``, chosen with the labels.
 
-    Each photo takes the exit of least error + price * cost, the cheaper of equal ones. The price is the smallest at
-    which the budget holds, found by bisection (the Lagrangian of the problem). Photos that stand on the edge of that
-    price take the dearer exit while the budget lasts.
+    Each photo takes the exit with the smallest error + price * cost (a Lagrange multiplier), or the cheaper exit if two
+    are equal. The price is the smallest that meets the budget, found by bisection. The rest of the budget is used for
+    photos that would change to a more expensive exit at a slightly lower price.
 
     Args:
-        errors: [n, exits], such as those of `errors_against_labels`.
-        costs: [exits], the first the cheapest.
+        errors: [n, exits], see `errors_against_labels`.
+        costs: [exits], the cheapest first.
         budget: at least the cheapest cost.
     """
     if len(costs) == 1:
@@ -148,7 +148,7 @@ def oracle_choice(errors: np.ndarray, costs: np.ndarray, budget: float) -> np.nd
     scale = costs / costs.max()
 
     def choose_at(price: float) -> np.ndarray:
-        return (errors + price * scale).argmin(1)  # argmin takes the first of equal ones
+        return (errors + price * scale).argmin(1)  # argmin returns the first of equal values
 
     low, high = 0.0, 1.0 + float(np.ptp(errors)) / max(float(np.diff(np.sort(scale)).min()), 1e-9)
     if costs[choose_at(low)].mean() <= budget:
@@ -156,11 +156,11 @@ def oracle_choice(errors: np.ndarray, costs: np.ndarray, budget: float) -> np.nd
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if costs[choose_at(middle)].mean() > budget else (low, middle)
-    choice, dearer = choose_at(high), choose_at(low)
-    for photo in np.flatnonzero(choice != dearer):
-        change = (costs[dearer[photo]] - costs[choice[photo]]) / len(choice)
+    choice, expensive = choose_at(high), choose_at(low)
+    for photo in np.flatnonzero(choice != expensive):
+        change = (costs[expensive[photo]] - costs[choice[photo]]) / len(choice)
         if costs[choice].mean() + change <= budget:
-            choice[photo] = dearer[photo]
+            choice[photo] = expensive[photo]
     return choice
 
 
@@ -170,48 +170,48 @@ def oracle_over_exits(
     budget: float,
     value: Callable[[np.ndarray], float | None],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The oracle's exits [n] with most ``value``, and their costs [exits].
+    """Return the oracle's exits [n] with the highest ``value``, and the costs [exits] of its set of open exits.
 
-    It looks at `ORACLE_BUDGETS` mean costs up to ``budget`` and at every set of open exits, since a closed exit makes
-    the deeper ones cheaper. So it is at least as good as any exit alone that costs no more.
+    It tries `ORACLE_BUDGETS` mean costs up to ``budget`` and every set of open exits, because a closed exit makes
+    deeper exits cheaper. So it is at least as good as any single exit at this cost.
 
     Args:
         errors: [n, exits].
-        costs_with: thresholds (0, or `CLOSED`) of the early exits to the costs [exits].
-        budget: of the mean cost.
-        value: exits [n] to what counts, such as AP50.
+        costs_with: function from thresholds of the early exits (0 or `CLOSED`) to costs [exits].
+        budget: largest mean cost.
+        value: function from exits [n] to a value such as AP50.
     """
-    best, most = None, (-np.inf, -np.inf)
-    budget *= 1 + 1e-9  # a mean over photos that all cost the budget rounds
+    best, best_value = None, (-np.inf, -np.inf)
+    budget *= 1 + 1e-9  # tolerance for the rounding of means
     for thresholds, usable in open_sets(errors.shape[1] - 1):
         costs = costs_with(thresholds)
         if costs[usable[0]] > budget:
             continue
         for level in np.linspace(costs[usable[0]], budget, ORACLE_BUDGETS):
             choice = usable[oracle_choice(errors[:, usable], costs[usable], level)]
-            worth = (value(choice) or 0.0, -costs[choice].mean())
-            if worth > most:
-                best, most = (choice, costs), worth
+            candidate = (value(choice) or 0.0, -costs[choice].mean())
+            if candidate > best_value:
+                best, best_value = (choice, costs), candidate
     return best
 
 
 def gap_closed(router: Line, chance: Line, oracle: Line) -> float | None:
-    """(router - coin) / (oracle - coin) in AP50; None where the oracle gains nothing."""
+    """Return (router - coin) / (oracle - coin) in AP50, or None if the oracle gains nothing."""
     if None in (router.AP50, chance.AP50, oracle.AP50) or oracle.AP50 - chance.AP50 < 1e-6:
         return None
     return (router.AP50 - chance.AP50) / (oracle.AP50 - chance.AP50)
 
 
 def pooled_gap(leads: Sequence[np.ndarray | Sequence[float]]) -> np.ndarray:
-    """The gap closed over several budgets at once: the sum of the router's leads over the sum of the oracle's.
+    """Return the pooled gap of several budgets: the sum of the router's leads over the sum of the oracle's leads.
 
-    A budget at which the oracle has little to gain counts little; the mean of the budgets' own gaps divides by it.
+    The mean of the gaps would give large weight to budgets where the oracle gains little.
 
     Args:
-        leads: per budget (router - coin, oracle - coin) in AP50, [2] or, for draws of the photos, [2, resamples].
+        leads: per budget (router - coin, oracle - coin) in AP50, [2] or, for bootstrap draws, [2, resamples].
 
     Returns:
-        a scalar or [resamples]; NaN where the oracle gains nothing.
+        A scalar or [resamples], NaN if the oracle gains nothing.
     """
     router, oracle = np.sum(np.asarray(leads, dtype=float), axis=0)
     return router / np.where(oracle < 1e-6, np.nan, oracle)
@@ -220,11 +220,11 @@ def pooled_gap(leads: Sequence[np.ndarray | Sequence[float]]) -> np.ndarray:
 def resampled_leads(
     matches: ExitMatches, choice: np.ndarray, oracles: Sequence[np.ndarray], resamples: int = 200, seed: int = 0
 ) -> list[np.ndarray]:
-    """Per oracle, [2, resamples]: the AP50 that router and oracle have beyond a coin in bootstrap draws of the photos.
+    """Return the leads in AP50 of router and oracle over the coin in bootstrap draws, [2, resamples] for each oracle.
 
     Args:
-        choice: the router's exits, [n].
-        oracles: each one's exits, [n].
+        choice: exits of the router, [n].
+        oracles: exits of each oracle, [n].
     """
     compared = [choice, *tosses(choice, BOOTSTRAP_TOSSES, seed), *oracles]
     router, *others = (draws.AP50 for draws in bootstrap_choices(matches, compared, resamples, seed))
@@ -233,44 +233,47 @@ def resampled_leads(
 
 
 def overthinking(errors: np.ndarray) -> list[float]:
-    """Per early exit the share of the photos that it gets wholly right and the full path does not (Kaya et al. 2019,
-    "Shallow-deep networks"); ``errors`` [n, exits]."""
-    right = errors == 0
-    return [float((right[:, index] & ~right[:, -1]).mean()) for index in range(errors.shape[1] - 1)]
+    """Return for each early exit the share of photos without an error there, but with an error of the full path.
+
+    See Kaya et al. 2019, "Shallow-deep networks". ``errors`` is [n, exits].
+    """
+    correct = errors == 0
+    return [float((correct[:, index] & ~correct[:, -1]).mean()) for index in range(errors.shape[1] - 1)]
 
 
 # ------------------------------------------------------------------------------------- published rules: shares
 
 
 def msdnet_shares(exits: int, q: float) -> np.ndarray:
-    """Share of the photos for each exit, [exits], proportional to q^k for the k-th: the geometric shares of MSDNet's
-    budgeted batch classification (Huang et al. 2018: z (1 - q)^(k - 1) q, so this q is their 1 - q). Above 1 more
-    photos go deep.
+    """Return the share of photos for each exit, [exits], proportional to q^k for the k-th exit.
+
+    These are the geometric shares of MSDNet's budgeted batch classification (Huang et al. 2018: z (1 - q)^(k - 1) q,
+    with 1 - q for this q). With q above 1, more photos leave at deep exits.
     """
     shares = q ** np.arange(1, exits + 1, dtype=float)
     return shares / shares.sum()
 
 
 def thresholds_for_shares(confidences: Sequence[np.ndarray], shares: Sequence[float]) -> np.ndarray:
-    """Thresholds [early exits] at which these shares of the photos leave: at each exit the most confident still there.
+    """Return thresholds [early exits] at which the shares of photos leave, the most confident photos first.
 
-    Equal confidences leave together, so an exit may get more than its share and the next one less. MSDNet takes the
-    thresholds on a validation set; DynamicDet (Lin et al. 2023, section 3.4) on the photos that it reports.
+    Photos with equal confidence leave together, so an exit may get more than its share and the next exit less. MSDNet
+    computes the thresholds on a validation set, DynamicDet (Lin et al. 2023, section 3.4) on the test photos.
 
     Args:
-        confidences: per early exit [n]; below 0 where a photo cannot leave.
-        shares: [exits], the full path last, summing to 1.
+        confidences: per early exit [n], below 0 for photos that cannot leave.
+        shares: [exits], the full path last, with the sum 1.
     """
     left = np.arange(len(confidences[0]))
     thresholds = []
     for confidence, share in zip(confidences, shares, strict=False):
-        may = int((confidence[left] >= 0).sum())
-        leaving = min(may, round(share * len(confidence)))
+        available = int((confidence[left] >= 0).sum())
+        leaving = min(available, round(share * len(confidence)))
         if leaving == 0:
             thresholds.append(CLOSED)
             continue
         order = left[np.argsort(-confidence[left], kind="stable")]
-        last, following = confidence[order[leaving - 1]], confidence[order[leaving:may]]
+        last, following = confidence[order[leaving - 1]], confidence[order[leaving:available]]
         thresholds.append(float((last + following[0]) / 2) if len(following) and following[0] < last else float(last))
         left = left[confidence[left] < np.float32(thresholds[-1])]
     return np.array(thresholds, dtype=np.float32)
@@ -282,14 +285,14 @@ def thresholds_for_shares(confidences: Sequence[np.ndarray], shares: Sequence[fl
 def time_scoring(
     routers: Sequence[Router], signals: ExitSignals, exit_index: int, threads: int = 1, runs: int = 300
 ) -> list[Timing]:
-    """Milliseconds that each router needs to score the first image of ``signals``, temperature included; in turns."""
-    seen = ExitSignals(signals.logits[:1], None if signals.tap is None else signals.tap[:1], signals.empty)
-    modules = [_Call(lambda _, router=router: router.confidence(seen, exit_index)) for router in routers]
+    """Time each router on the first image of ``signals``, with its temperature. The routers take turns."""
+    first = ExitSignals(signals.logits[:1], None if signals.tap is None else signals.tap[:1], signals.empty)
+    modules = [_Call(lambda _, router=router: router.confidence(first, exit_index)) for router in routers]
     return time_modules(modules, signals.logits, runs, threads)
 
 
 class _Call(nn.Module):
-    """A function as a module, to be timed."""
+    """A function as a module, for `time_modules`."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -301,13 +304,13 @@ class _Call(nn.Module):
 
 @dataclass(frozen=True)
 class Throughput:
-    """Photos per second of the network, fused for inference, on batches (resizing and post-processing not counted).
+    """Photos per second of the network, fused for inference, in batches, without resizing and post-processing.
 
     Attributes:
         batch: photos in a batch.
-        mixed: with exits mixed as asked.
-        ideal: if every photo took as long as in a batch that leaves together at its exit.
-        plain: of the detector without exits.
+        mixed: with photos that leave at different exits.
+        ideal: if every photo took as long as in a batch whose photos all leave at its exit.
+        plain: speed of the detector without exits.
         share_of_ideal: mixed / ideal.
     """
 
@@ -319,16 +322,17 @@ class Throughput:
 
 
 class Planned(nn.Module):
-    """The network on normalised images: scored at the exits ``used`` by ``router``, then image i leaves at ``plan[i]``.
+    """The network on normalised images, in which image i leaves at exit ``plan[i]``.
 
-    While it runs it stands in for the model's router.
+    At the exits ``used``, ``router`` computes the confidences, so its time is included. During a forward pass, this
+    module replaces the model's router.
     """
 
     hybrid = False
 
     def __init__(self, model: nn.Module, router: nn.Module, plan: Sequence[int], used: frozenset[int]) -> None:
         super().__init__()
-        self._others = [model, router]  # in a list, so that they do not become parts of this module
+        self._others = [model, router]  # in a list, so they are not registered as submodules
         self.plan, self._used = torch.tensor(plan), used
         self._left = self.plan
 
@@ -362,9 +366,9 @@ def mixed_throughput(
     runs: int = 10,
     threads: int = 1,
 ) -> Throughput:
-    """Time batches whose photos leave in these shares [exits], mixed, against batches that leave together.
+    """Time batches whose photos leave in these shares [exits], and batches whose photos all leave at the same exit.
 
-    An exit where no photo of the batch leaves is closed, so its branch is not computed, as when routing for real.
+    An exit where no photo of the batch leaves is closed, so its branch is not computed.
     """
     model = fuse_for_inference(model)
     width, height = model.transform.fixed_size
@@ -388,7 +392,7 @@ def mixed_throughput(
 
 @dataclass(frozen=True)
 class Split:
-    """A recorded split, and the share of each exit's answer that is wrong, [n, exits]."""
+    """A recorded split, and `errors_against_labels` of its photos, [n, exits]."""
 
     replay: Replay
     errors: np.ndarray
@@ -404,7 +408,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Study:
-    """What chooses thresholds (calib), what is reported (test), the exits' costs, and which early exits are empty."""
+    """The calib split (for thresholds), the test split (for figures), the costs, and which early exits are empty."""
 
     calib: Split
     test: Split
@@ -414,8 +418,10 @@ class Study:
     seed: int
 
     def budgets(self) -> list[float]:
-        """Mean costs, evenly between two ends, both excluded: the first exit where any policy may let photos leave
-        (one with a branch if there is any), and the full path alone. Above that there is nothing to route for."""
+        """Return `BUDGETS` mean costs, evenly spaced between the cost of the first exit and of the full path alone.
+
+        The first exit is the first with a branch, if there is one. Both ends are excluded.
+        """
         first = 0 if all(self.empty) else self.empty.index(False)
         ends = self.costs.per_exit()[first], self.costs.per_exit([CLOSED] * len(self.empty))[-1]
         return np.linspace(*ends, BUDGETS + 2)[1:-1].tolist()
@@ -423,11 +429,11 @@ class Study:
 
 @dataclass(frozen=True)
 class Compared:
-    """A router on a split, with a coin and oracles at its cost.
+    """A router on a split, with the coin and oracles at its cost.
 
     Attributes:
-        choice: the router's exits, [n].
-        oracles: ``oracle`` (of least error) and ``best_oracle`` (of most AP50 among such): exits [n] and line of each.
+        choice: exits of the router, [n].
+        oracles: exits [n] and line of ``oracle`` (smallest error) and ``best_oracle`` (highest AP50).
     """
 
     choice: np.ndarray
@@ -436,14 +442,14 @@ class Compared:
     oracles: dict[str, tuple[np.ndarray, Line]]
 
     def leads(self, oracle: str, key: str = "AP50") -> tuple[float, float]:
-        """Of the router and one of the oracles over the coin, in ``AP50`` or ``AP``; NaN without an object."""
+        """Return the leads of router and oracle over the coin in ``AP50`` or ``AP``, NaN if there are no objects."""
         values = [getattr(line, key) for line in (self.router, self.chance, self.oracles[oracle][1])]
         router, chance, best = (np.nan if value is None else value for value in values)
         return router - chance, best - chance
 
 
 def compare(study: Study, split: Split, confidences: list[np.ndarray], thresholds: Sequence[float]) -> Compared:
-    """A router with these confidences, per early exit [n], and these thresholds, on a split."""
+    """Compare a router with the coin and oracles on a split. ``confidences`` is [n] for each early exit."""
     costs = study.costs.per_exit(thresholds)
     choice = choose(confidences, thresholds).astype(np.int64)
     router = line_of(split.matches, choice, costs)
@@ -460,7 +466,7 @@ def compare(study: Study, split: Split, confidences: list[np.ndarray], threshold
 
 
 def evaluate_policy(study: Study, router: ExitRouter, name: str) -> tuple[dict[str, Any], list[Compared]]:
-    """A policy's entry in routing.json, and what the figures of each budget on the test photos come from."""
+    """Return the entry of a policy in routing.json, and its comparison on the test photos at each budget."""
     calib, test = (split.replay.confidences(router) for split in (study.calib, study.test))
     grid = threshold_grid(calib)
     mean_costs = grid.mean_cost(study.costs.of_each(grid.thresholds))
@@ -471,23 +477,23 @@ def evaluate_policy(study: Study, router: ExitRouter, name: str) -> tuple[dict[s
         on_test.append(compare(study, study.test, test, thresholds))
         on_calib.append(compare(study, study.calib, calib, thresholds))
         budgets.append({"budget": budget, **_figures(study, on_test[-1], thresholds)})
-    gaps = [entry["gap_closed"] for entry in budgets]
+    gaps = [figures["gap_closed"] for figures in budgets]
     pooled = _pooled_gaps(study, on_test)
-    found = {
+    entry = {
         "budgets": budgets,
         "gap_closed": None if None in gaps else float(np.mean(gaps)),
         "pooled_gap": pooled["oracle"],
         "pooled_gap_of_best_oracle": pooled["best_oracle"],
-        "pooled_gap_by_AP": _number(pooled_gap([one.leads("best_oracle", "AP") for one in on_test])),
-        "calib_pooled_gap": _number(pooled_gap([one.leads("best_oracle") for one in on_calib])),
+        "pooled_gap_by_AP": _number(pooled_gap([compared.leads("best_oracle", "AP") for compared in on_test])),
+        "calib_pooled_gap": _number(pooled_gap([compared.leads("best_oracle") for compared in on_calib])),
         "msdnet": [_at_shares(study, calib, test, msdnet_shares(len(study.exit_names), q)) for q in MSDNET_Q],
         "leak": _leak(study, calib, test, budgets),
     }
-    return found, on_test
+    return entry, on_test
 
 
 def best_policy(policies: Mapping[str, Any]) -> str:
-    """The one that closes most of the gap on the calib photos; the test photos choose nothing."""
+    """Return the policy that closes most of the gap on the calib photos. Nothing is chosen on test photos."""
     return max(policies, key=lambda name: _sortable(policies[name]["calib_pooled_gap"]))
 
 
@@ -499,35 +505,37 @@ def _number(value: np.ndarray) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def _figures(study: Study, one: Compared, thresholds: np.ndarray) -> dict[str, Any]:
-    """A budget's figures on the test photos."""
-    matches, choice = study.test.matches, one.choice
+def _figures(study: Study, compared: Compared, thresholds: np.ndarray) -> dict[str, Any]:
+    """Return the figures of a budget on the test photos."""
+    matches, choice = study.test.matches, compared.choice
     full = len(study.exit_names) - 1
     routed, kept = bootstrap_choices(matches, [choice, np.full(len(choice), full)], seed=study.seed)
     shares = np.bincount(choice, minlength=full + 1) / len(choice)
     return {
         "thresholds": [float(value) for value in thresholds],
-        **asdict(one.router),
+        **asdict(compared.router),
         "AP50_interval": interval(routed.AP50),
         "AP50_below_full_interval": interval(kept.AP50 - routed.AP50),
-        "coin": asdict(one.chance),
-        **{name: asdict(line) for name, (_, line) in one.oracles.items()},
-        "gap_closed": gap_closed(one.router, one.chance, one.oracles["oracle"][1]),
+        "coin": asdict(compared.chance),
+        **{name: asdict(line) for name, (_, line) in compared.oracles.items()},
+        "gap_closed": gap_closed(compared.router, compared.chance, compared.oracles["oracle"][1]),
         "speedup": study.costs.speedup(choice, thresholds),
         "loss": float(study.test.replay.losses("full")[np.arange(len(choice)), choice].mean()),
         "exit_share": dict(zip(study.exit_names, shares.tolist(), strict=True)),
     }
 
 
-def _pooled_gaps(study: Study, compared: Sequence[Compared]) -> dict[str, dict[str, Any]]:
-    """By oracle, the pooled gap of all budgets and its bootstrap interval."""
+def _pooled_gaps(study: Study, budgets: Sequence[Compared]) -> dict[str, dict[str, Any]]:
+    """Return for each oracle the pooled gap of all budgets and its bootstrap interval."""
     resampled = [
-        resampled_leads(study.test.matches, one.choice, [exits for exits, _ in one.oracles.values()], seed=study.seed)
-        for one in compared
+        resampled_leads(
+            study.test.matches, compared.choice, [exits for exits, _ in compared.oracles.values()], seed=study.seed
+        )
+        for compared in budgets
     ]
     pooled = {}
-    for name, draws in zip(compared[0].oracles, zip(*resampled, strict=True), strict=True):
-        value = _number(pooled_gap([one.leads(name) for one in compared]))
+    for name, draws in zip(budgets[0].oracles, zip(*resampled, strict=True), strict=True):
+        value = _number(pooled_gap([compared.leads(name) for compared in budgets]))
         pooled[name] = {"value": value, "interval": None if value is None else interval(pooled_gap(draws))}
     return pooled
 
@@ -535,7 +543,7 @@ def _pooled_gaps(study: Study, compared: Sequence[Compared]) -> dict[str, dict[s
 def _at_shares(
     study: Study, calib: list[np.ndarray], test: list[np.ndarray], shares: Sequence[float]
 ) -> dict[str, float | None]:
-    """Cost and AP50 on the test photos, with thresholds at which these shares of the calib photos leave."""
+    """Return cost and AP50 on the test photos, with thresholds at which these shares of the calib photos leave."""
     thresholds = thresholds_for_shares(calib, shares)
     choice = choose(test, thresholds).astype(np.int64)
     return {
@@ -547,8 +555,8 @@ def _at_shares(
 def _leak(
     study: Study, calib: list[np.ndarray], test: list[np.ndarray], budgets: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Percentiles of the reported photos' own scores (DynamicDet) and of the calib photos', at the shares that the
-    search chose."""
+    """Return the figures for thresholds that are percentiles of the calib photos' scores and of the test photos' scores
+    (DynamicDet), with the exit shares of each budget."""
     entries = []
     for entry in budgets:
         choice = choose(calib, entry["thresholds"])
@@ -562,19 +570,19 @@ def _leak(
 
 @locks_folder("out")
 def evaluate_routing(cfg: CfgNode, weights: str | Path, out: Path, policies: Sequence[str] = ()) -> dict[str, Any]:
-    """Compare policies on DATA.TEST with thresholds from DATA.CALIB; write routing.json, the table and the chart.
+    """Compare policies on DATA.TEST with thresholds from DATA.CALIB. Write routing.json, the table and the chart.
 
     Args:
         cfg: its DATA, ROUTING, CALIBRATION and EVAL sections are used.
-        weights: a model of this project.
+        weights: a model.pth of this project.
         out: folder for the results and the recordings of the splits.
-        policies: names; by default all. ``max_foreground`` is always among them, but where every exit is empty.
+        policies: names of policies, all by default. ``max_foreground`` is added unless all exits are empty.
 
     Returns:
-        what is in routing.json.
+        The content of routing.json.
 
     Raises:
-        EarlyExitError: unusable weights, data or settings, or splits that share photos.
+        EarlyExitError: the weights, data or settings are invalid, or splits share photos.
     """
     names = list(dict.fromkeys([REFERENCE_POLICY, *(policies or [*POLICIES, *FITTED_POLICIES])]))
     for name in names:
@@ -583,7 +591,7 @@ def evaluate_routing(cfg: CfgNode, weights: str | Path, out: Path, policies: Seq
     cfg, model = recorded.cfg, recorded.model
     for name in policies:
         require_deciding(name, model, weights)
-    if all(model.empty):  # only policies that look at the trunk let photos leave
+    if all(model.empty):  # only policies that read taps can route
         names = [name for name in names if reads_taps(name)]
     calib, test = recorded.replay("CALIB"), recorded.replay("TEST")
     train = recorded.replay("TRAIN") if any(map(needs_training_photos, names)) else None
@@ -592,25 +600,25 @@ def evaluate_routing(cfg: CfgNode, weights: str | Path, out: Path, policies: Seq
         name: fit_router(cfg, name, temperatures, train if needs_training_photos(name) else calib, cross_fit=False)[0]
         for name in names
     }
-    # first, before the evaluation fragments the memory: no process that serves photos does that
+    # before the evaluation, which fragments the memory and would change the times
     scoring_ms = _scoring_ms(cfg, routers, test)
     # one cost model for all policies, so that their budgets are equal
     costs = measure_cost_model(cfg, model, routers[names[0]])
     study = Study(Split.of(calib), Split.of(test), costs, model.exit_names, tuple(model.empty), cfg.SEED)
-    found, compared = {}, {}
+    entries, compared = {}, {}
     for name, router in routers.items():
-        found[name], compared[name] = evaluate_policy(study, router, name)
-    best = best_policy(found)
-    for name in {best, REFERENCE_POLICY} & set(found):
-        _add_intervals(study, found[name], compared[name])
+        entries[name], compared[name] = evaluate_policy(study, router, name)
+    best = best_policy(entries)
+    for name in {best, REFERENCE_POLICY} & set(entries):
+        _add_intervals(study, entries[name], compared[name])
     results = {
         "context": _context(cfg, study),
         "exits": _exits(study),
-        "throughput": _throughput(cfg, model, routers[best], found[best]["budgets"]),
+        "throughput": _throughput(cfg, model, routers[best], entries[best]["budgets"]),
         "overthinking": dict(zip(model.exit_names, overthinking(study.test.errors), strict=False)),
         "scoring_ms": scoring_ms,
         "best": best,
-        "policies": found,
+        "policies": entries,
         "learnt_thresholds": {best: _with_learnt_thresholds(cfg, study, routers[best])},
     }
     write_text(out / "routing.md", routing_table(results) + "\n")
@@ -634,22 +642,26 @@ def _context(cfg: CfgNode, study: Study) -> dict[str, Any]:
 
 
 def _ap_intervals(study: Study, choices: Sequence[np.ndarray]) -> list[dict[str, tuple[float, float] | None]]:
-    """Bootstrap intervals of AP and AP50 where the test photos take these exits, [n] each."""
-    found = bootstrap_choices(study.test.matches, choices, seed=study.seed, ap50_only=False)
-    return [{"AP_interval": interval(draws.AP), "AP50_interval": interval(draws.AP50)} for draws in found]
+    """Return bootstrap intervals of AP and AP50 on the test photos for each of ``choices``, exits [n]."""
+    resampled = bootstrap_choices(study.test.matches, choices, seed=study.seed, ap50_only=False)
+    return [{"AP_interval": interval(draws.AP), "AP50_interval": interval(draws.AP50)} for draws in resampled]
 
 
-def _add_intervals(study: Study, found: dict[str, Any], compared: Sequence[Compared]) -> None:
-    """Put the intervals of router, one toss of the coin and oracles into ``found``, at every budget."""
-    for entry, one in zip(progress(found["budgets"], desc="intervals"), compared, strict=True):
-        choices = [one.choice, tosses(one.choice, 1, study.seed)[0], *(exits for exits, _ in one.oracles.values())]
-        rows = [entry, entry["coin"], *(entry[name] for name in one.oracles)]
+def _add_intervals(study: Study, policy: dict[str, Any], budgets: Sequence[Compared]) -> None:
+    """Add the intervals of router, a toss of the coin and oracles to every budget of a ``policy`` entry."""
+    for entry, compared in zip(progress(policy["budgets"], desc="intervals"), budgets, strict=True):
+        choices = [
+            compared.choice,
+            tosses(compared.choice, 1, study.seed)[0],
+            *(exits for exits, _ in compared.oracles.values()),
+        ]
+        rows = [entry, entry["coin"], *(entry[name] for name in compared.oracles)]
         for row, intervals in zip(rows, _ap_intervals(study, choices), strict=True):
             row.update(intervals)
 
 
 def _exits(study: Study) -> list[dict[str, Any]]:
-    """Every exit alone, with no other open before it."""
+    """Return the figures of every exit alone, with the exits before it closed."""
     choices = [np.full(len(study.test.errors), index) for index in range(len(study.exit_names))]
     entries = []
     for index, (name, intervals) in enumerate(zip(study.exit_names, _ap_intervals(study, choices), strict=True)):
@@ -660,7 +672,7 @@ def _exits(study: Study) -> list[dict[str, Any]]:
 
 
 def _scoring_ms(cfg: CfgNode, routers: Mapping[str, ExitRouter], replay: Replay) -> dict[str, float]:
-    """Of one photo at the last early exit, by policy; at one with a branch, if there is any."""
+    """Return milliseconds per photo of each policy at the last early exit with a branch, or at the last early exit."""
     early = range(replay.recording.early_exits)
     last = max((index for index in early if not replay.recording.empty[index]), default=early[-1])
     signals = next(replay.recording.signals(last))
@@ -671,9 +683,11 @@ def _scoring_ms(cfg: CfgNode, routers: Mapping[str, ExitRouter], replay: Replay)
 def _throughput(
     cfg: CfgNode, model: EarlyExitSSDLite, router: ExitRouter, budgets: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Of batches mixed as at each of a policy's budgets, in eager PyTorch."""
+    """Return the throughput of mixed batches with the exit shares of each budget, in eager PyTorch."""
     threads, timed = cfg.EVAL.TIMING_THREADS, []
-    router = ExitRouter(**router.to_dict()).to(next(model.parameters()).device)  # the given one stays where it is
+    router = ExitRouter(**router.to_dict()).to(
+        next(model.parameters()).device
+    )  # a copy, because `.to` moves the router
     for entry in progress(budgets, desc="batches"):
         speed = mixed_throughput(model, router, list(entry["exit_share"].values()), threads=threads)
         timed.append(
@@ -683,7 +697,7 @@ def _throughput(
 
 
 def _with_learnt_thresholds(cfg: CfgNode, study: Study, router: ExitRouter) -> list[dict[str, Any]]:
-    """At the same budgets with thresholds learnt by gradient instead of searched."""
+    """Return the figures at the same budgets with thresholds learnt by gradient descent instead of a search."""
     calib, test = (split.replay.confidences(router) for split in (study.calib, study.test))
     costs_with, losses = study.costs.per_exit, study.calib.replay.losses(cfg.CALIBRATION.REFERENCE)
     entries = []
@@ -699,7 +713,7 @@ def _with_learnt_thresholds(cfg: CfgNode, study: Study, router: ExitRouter) -> l
 
 
 def routing_table(results: Mapping[str, Any]) -> str:
-    """routing.md: policies at every budget, exits alone, published rules, intervals, batches."""
+    """Return routing.md: policies at every budget, exits alone, published rules, intervals and batches."""
     context, policies, best = results["context"], results["policies"], results["best"]
     unit = context["cost_model"]["unit"]
     alone = [
@@ -729,7 +743,7 @@ def routing_table(results: Mapping[str, Any]) -> str:
 
 
 def _policies_table(results: Mapping[str, Any]) -> str:
-    """Per policy AP50 and cost at every budget, the gap closed and the time to score; then the lines of the best."""
+    """Return AP50 and cost at every budget, gap and scoring time for each policy, and the references of the best."""
     policies, best = results["policies"], results["best"]
     budgets = [f"budget {entry['budget']:.1f}" for entry in policies[best]["budgets"]]
     heads = ["policy", *budgets, "gap closed", "pooled", "best oracle", "by AP", "on calib", "ms"]
@@ -747,11 +761,11 @@ def _policies_table(results: Mapping[str, Any]) -> str:
 
 
 def published_rules_table(policies: Mapping[str, Any], best: str, unit: str) -> str:
-    """AP50 at the mean costs of the policy ``best``; curves are interpolated, "-" where they do not reach.
+    """Return a table of AP50 at the mean costs of the policy ``best``, interpolated, "-" outside a curve.
 
     Args:
-        policies: of routing.json, by name: ``budgets``, ``msdnet`` and ``leak``.
-        unit: of the costs.
+        policies: entries of routing.json by name, with ``budgets``, ``msdnet`` and ``leak``.
+        unit: unit of the costs.
     """
     entries, leaks = policies[best]["budgets"], policies[best]["leak"]
     costs = [entry["cost"] for entry in entries]
@@ -768,7 +782,7 @@ def published_rules_table(policies: Mapping[str, Any], best: str, unit: str) -> 
 
 
 def _at(costs: Sequence[float], points: Sequence[Mapping[str, Any]]) -> list[float | None]:
-    """AP50 at these costs, interpolated between the points (``cost``, ``AP50``)."""
+    """Return AP50 at each cost, interpolated between points (``cost``, ``AP50``), None outside."""
     curve = sorted((point["cost"], point["AP50"]) for point in points if point["AP50"] is not None)
     if not curve:
         return [None] * len(costs)
@@ -777,10 +791,10 @@ def _at(costs: Sequence[float], points: Sequence[Mapping[str, Any]]) -> list[flo
 
 
 def reference_lines_table(policies: Mapping[str, Any], best: str) -> str:
-    """AP and AP50 with 95 % intervals at every budget: the policy ``best``, coin and oracles at its cost, and the
-    other policies that have such intervals."""
+    """Return a table of AP and AP50 with 95 % intervals at every budget, for the policy ``best``, coin and oracles at
+    its cost, and other policies with intervals."""
     first = policies[best]["budgets"]
-    others = {name: one["budgets"] for name, one in policies.items() if name != best}
+    others = {name: entry["budgets"] for name, entry in policies.items() if name != best}
     lines = {best: first} | {name: [entry[key] for entry in first] for key, name in LINES.items()}
     lines |= {name: entries for name, entries in others.items() if "AP_interval" in entries[0]}
     rows = [
@@ -804,18 +818,18 @@ def _throughput_table(speeds: Sequence[Mapping[str, Any]]) -> str:
     ) + _table(["photos/s", *(f"budget {speed['budget']:.1f}" for speed in speeds)], rows)
 
 
-def gap_cells(found: Mapping[str, Any]) -> list[str]:
-    """The mean gap; the pooled one by either oracle, and by AP; and the one on the calib photos."""
+def gap_cells(policy: Mapping[str, Any]) -> list[str]:
+    """Return the cells of the mean gap, the pooled gaps by both oracles and by AP, and the gap on the calib photos."""
     pooled = []
-    for gap in (found["pooled_gap"], found["pooled_gap_of_best_oracle"]):
-        bounds = gap["interval"]  # of few photos no draw may have a gap
+    for gap in (policy["pooled_gap"], policy["pooled_gap_of_best_oracle"]):
+        bounds = gap["interval"]  # None if no bootstrap draw of few photos has a gap
         pooled.append(_two_digits(gap["value"]) + (f" [{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else ""))
-    others = [_two_digits(found[key]) for key in ("pooled_gap_by_AP", "calib_pooled_gap")]
-    return [_two_digits(found["gap_closed"]), *pooled, *others]
+    others = [_two_digits(policy[key]) for key in ("pooled_gap_by_AP", "calib_pooled_gap")]
+    return [_two_digits(policy["gap_closed"]), *pooled, *others]
 
 
 def with_interval(entry: Mapping[str, Any], key: str) -> str:
-    """``0.713 [0.678, 0.751]``; the figure alone where there is no interval."""
+    """Return a figure with its interval, such as ``0.713 [0.678, 0.751]``, or without it if there is none."""
     bounds = entry[f"{key}_interval"]
     return figure(entry[key]) + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else "")
 
@@ -829,18 +843,18 @@ def _cell(entry: Mapping[str, Any]) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Markdown; the first ``left`` columns to the left, the others to the right."""
+    """Return a Markdown table. The first ``left`` columns are left-aligned, the others right-aligned."""
     lines = [heads, ["---"] * left + ["---:"] * (len(heads) - left), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def routing_chart(results: Mapping[str, Any]) -> Image.Image:
-    """AP50 against mean cost: policies, coin, oracles and each exit alone."""
+    """Draw AP50 against mean cost for policies, coin, oracles and each exit alone."""
 
     def draw(axes: Axes) -> None:
         policies, cost_model = results["policies"], results["context"]["cost_model"]
-        for color, (name, found) in zip(COLORS * 3, policies.items(), strict=False):
-            _draw_line(axes, found["budgets"], color=color, marker="o", markersize=4, linewidth=1.2, label=name)
+        for color, (name, policy) in zip(COLORS * 3, policies.items(), strict=False):
+            _draw_line(axes, policy["budgets"], color=color, marker="o", markersize=4, linewidth=1.2, label=name)
         for (line, name), style in zip(LINES.items(), (":", "--", "-."), strict=True):
             entries = [entry[line] for entry in policies[results["best"]]["budgets"]]
             _draw_line(axes, entries, color=PLAIN, linestyle=style, label=name)
@@ -862,14 +876,14 @@ def _draw_line(axes: Axes, entries: Sequence[Mapping[str, Any]], **style: Any) -
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, evaluate, print the table."""
+    """Parse the arguments, evaluate and print the table. Return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="YAML file that names the splits (DATA)")
     parser.add_argument("--weights", help="a model.pth of this project; by default the one in OUTPUT_DIR")
     parser.add_argument("--out", required=True, help="folder for routing.json, the table, the chart and the recordings")
-    parser.add_argument("--policies", default="", help="names with commas between; by default all that there are")
+    parser.add_argument("--policies", default="", help="names of policies, separated by commas; all by default")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="override keys of the configuration")
     args = parser.parse_intermixed_args(arguments)
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Does a glance that answers with boxes pay? It is the whole detector at a small input; other photos go on to a larger.
+"""Measure a cascade of two input sizes: photos with high confidence at the small size skip the large size.
 
-A share of the calib photos, those with the highest confidence, leaves at the small size. For every pair of sizes and
-every policy this prints cost, AP50 and AP, and the differences to one size alone at the same cost.
+Both sizes run the whole detector. A share of the calib photos, those with the highest confidence, leaves at the small
+size. For every pair of sizes and every policy the table has cost, AP50 and AP, and the differences to a single size at
+the same cost.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ examples:
 
 
 def job(args: argparse.Namespace) -> None:
-    """Run every size once, then print one row for each pair, policy and share."""
+    """Run every size once. Then print a row for each pair of sizes, policy and share."""
     cfg = load_config(args.config, args.overrides)
     dataset, (trained, architecture, *_) = load_dataset(cfg, cfg.DATA.CALIB), load_model(args.weights)
     state, sizes = trained.state_dict(), sorted(args.sizes)
@@ -48,20 +49,19 @@ def job(args: argparse.Namespace) -> None:
 
         def of_batch(images, targets, model=model):
             outputs, last = model.exit_outputs(images), len(model.exit_names) - 1
-            found = [on_cpu(one) for one in model.detections(outputs, last)]
+            detected = [on_cpu(result) for result in model.detections(outputs, last)]
             scores = torch.stack([POLICIES[rule](outputs.signals(last), last) for rule in RULES], 1).tolist()
-            return [
-                (int(one["image_id"]), *row) for one, row in zip(targets, zip(found, scores, strict=True), strict=True)
-            ]
+            image_ids = [int(target["image_id"]) for target in targets]
+            return list(zip(image_ids, detected, scores, strict=True))
 
         loader = build_loader(dataset, 16, cfg.DATA.WORKERS, False, cfg.SEED)
         rows = sorted(
             (row for batch in over_batches(model, loader, of_batch, f"{size} px") for row in batch),
             key=lambda row: row[0],
         )
-        detections.append({image_id: found for image_id, found, _ in rows})
-        for place, rule in enumerate(RULES):
-            confidences[rule].append(np.array([scores[place] for *_, scores in rows]))
+        detections.append({image_id: detected for image_id, detected, _ in rows})
+        for index, rule in enumerate(RULES):
+            confidences[rule].append(np.array([scores[index] for *_, scores in rows]))
     matches = exit_matches(to_coco(dataset), detections)
     alone = [ap_of_choice(matches, np.full(len(dataset), index)) for index in range(len(sizes))]
     print(
@@ -69,8 +69,8 @@ def job(args: argparse.Namespace) -> None:
         + "|---" * 6
         + "|"
     )
-    for size, cost, one in zip(sizes, costs, alone, strict=True):
-        print(f"| {size} | - | - | {cost:.0f} | {one.AP50:.3f} | {one.AP:.3f} |")
+    for size, cost, metrics in zip(sizes, costs, alone, strict=True):
+        print(f"| {size} | - | - | {cost:.0f} | {metrics.AP50:.3f} | {metrics.AP:.3f} |")
     for rule in RULES:
         for small in range(len(sizes)):
             order = np.argsort(-confidences[rule][small], kind="stable")
@@ -78,23 +78,23 @@ def job(args: argparse.Namespace) -> None:
                 for share in SHARES:
                     choice = np.full(len(dataset), large)
                     choice[order[: round(share * len(order))]] = small
-                    found, cost = ap_of_choice(matches, choice), costs[small] + (1 - share) * costs[large]
-                    at_cost = (np.interp(cost, costs, [getattr(one, key) for one in alone]) for key in ("AP50", "AP"))
-                    cells = [
-                        f"{value:.3f} ({value - one:+.3f})"
-                        for value, one in zip((found.AP50, found.AP), at_cost, strict=True)
-                    ]
+                    metrics, cost = ap_of_choice(matches, choice), costs[small] + (1 - share) * costs[large]
+                    cells = []
+                    for key in ("AP50", "AP"):
+                        value = getattr(metrics, key)
+                        single = np.interp(cost, costs, [getattr(other, key) for other in alone])
+                        cells.append(f"{value:.3f} ({value - single:+.3f})")
                     print(
                         f"| {sizes[small]}, {sizes[large]} | {rule} | {share:.0%} | {cost:.0f} | {' | '.join(cells)} |"
                     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The script; the exit code as the tools have it."""
+    """Parse the arguments and run. Return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, help="its DATA.CALIB is measured")
+    parser.add_argument("--config", required=True, help="YAML file; its DATA.CALIB is measured")
     parser.add_argument("--weights", required=True, help="a detector that was trained at several sizes")
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=[128, 160, 192, 224, 256, 272, 320], help="input sides, pixels"

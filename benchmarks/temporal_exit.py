@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""A temporal exit against every n-th frame: the first half of a video calibrates, the second half is reported.
+"""Compare a temporal exit with running the detector on every n-th frame only.
 
-Nobody labels the frames. What counts is the agreement with the detector's own answer on every frame.
+The rule is calibrated on the first half of a video, and the figures are from the second half. No labels are needed: the
+figures measure the agreement with the detector's detections on every frame.
 """
 
 from __future__ import annotations
@@ -24,37 +25,43 @@ from earlyexit_ssd.errors import EarlyExitError, nearest
 EXAMPLES = """
 examples:
   %(prog)s --weights coco.onnx --classes bottle --share 0.02 bottle-detection.mp4
-      a detector of 80 classes, of which one counts; nothing is promised
+      a detector of 80 classes, of which one is used; without a guarantee
   %(prog)s --weights coco.onnx --classes bottle --share 0.1 --delta 0.05 --block 15 bottle-detection.mp4
-      the share is promised with probability 0.95, on blocks of 15 frames
+      the share is guaranteed with probability 0.95, on blocks of 15 frames
 """
 RESAMPLES = 4000
 
 
 class OnlyClasses:
-    """A detector of which some classes count; labels stay as they are."""
+    """A detector without the detections of other classes than ``names``. The labels stay the same."""
 
     def __init__(self, predictor: Predictor, names: Sequence[str]) -> None:
         for name in names:
             if name not in predictor.classes:
-                raise EarlyExitError(f"--classes {name!r}: no class of the detector{nearest(name, predictor.classes)}")
+                raise EarlyExitError(
+                    f"--classes has {name!r}, expected classes of the detector{nearest(name, predictor.classes)}"
+                )
         self.predictor, self.classes = predictor, tuple(names or predictor.classes)
         self.labels = [predictor.classes.index(name) + 1 for name in self.classes]
 
     def __call__(self, image: np.ndarray) -> Detections:
-        found = self.predictor(image)
-        keep = np.isin(found.labels, self.labels)
-        names = [name for name in found.class_names if name in self.classes]
-        parts = {"boxes": found.boxes[keep], "labels": found.labels[keep], "scores": found.scores[keep]}
-        return dataclasses.replace(found, **parts, class_names=names)
+        result = self.predictor(image)
+        keep = np.isin(result.labels, self.labels)
+        names = [name for name in result.class_names if name in self.classes]
+        kept = {"boxes": result.boxes[keep], "labels": result.labels[keep], "scores": result.scores[keep]}
+        return dataclasses.replace(result, **kept, class_names=names)
 
 
 @dataclass(frozen=True)
 class Row:
-    """Of the half that is reported, each figure with its 95 % bootstrap interval over blocks.
+    """Figures of the second half, each with its 95 % bootstrap interval over blocks: (value, low, high).
 
-    speedup: in milliseconds, comparison included. agreement: share of equal answers. gain: agreement minus that of
-    every n-th frame at the same cost.
+    Attributes:
+        frames: number of frames.
+        speedup: compared with the detector on every frame, with the time of the frame comparison.
+        agreement: share of frames with the detections of the detector.
+        gain: agreement minus the agreement of every n-th frame at the same cost.
+        events: number of changes of the detections.
     """
 
     frames: int
@@ -64,19 +71,21 @@ class Row:
     events: int
 
     def __str__(self) -> str:
-        shown = [f"{one[0]:.3f} [{one[1]:.3f}, {one[2]:.3f}]" for one in (self.speedup, self.agreement, self.gain)]
-        return f"| {self.frames} | {' | '.join(shown)} | {self.events} |"
+        figures = (self.speedup, self.agreement, self.gain)
+        cells = [f"{value:.3f} [{low:.3f}, {high:.3f}]" for value, low, high in figures]
+        return f"| {self.frames} | {' | '.join(cells)} | {self.events} |"
 
 
 def report(recording: Recording, rule: StreamRule, block: int) -> Row:
-    """What ``rule`` does on a recording; blocks of ``block`` frames are drawn again for the intervals."""
+    """Return the figures of ``rule`` on a recording. The bootstrap resamples blocks of ``block`` frames."""
     computed, changed = recording.with_rule(rule.threshold, rule.most_repeats)
     figures = recording.figures(rule.threshold, rule.most_repeats, 0.5, None, block)
-    rival = np.mean([recording.changed(one) for one in recording.nth_frames(figures.speedup)], axis=0)
+    rival = np.mean([recording.changed(run) for run in recording.nth_frames(figures.speedup)], axis=0)
     count = max(1, len(recording) // block)
     draws = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
 
-    def of(losses: np.ndarray) -> np.ndarray:
+    def resampled(losses: np.ndarray) -> np.ndarray:
+        """Means [RESAMPLES] of ``losses`` [frames]."""
         return losses[: count * block].reshape(count, -1).mean(1)[draws].mean(1)
 
     def interval(value: float, drawn: np.ndarray) -> tuple[float, float, float]:
@@ -85,26 +94,31 @@ def report(recording: Recording, rule: StreamRule, block: int) -> Row:
     compared = recording.ms_compared / recording.ms
     return Row(
         len(recording),
-        interval(figures.speedup, 1 / (of(computed) + compared)),
-        interval(1 - figures.changed, 1 - of(changed)),
-        interval(float(rival.mean()) - figures.changed, of(rival) - of(changed)),
+        interval(figures.speedup, 1 / (resampled(computed) + compared)),
+        interval(1 - figures.changed, 1 - resampled(changed)),
+        interval(float(rival.mean()) - figures.changed, resampled(rival) - resampled(changed)),
         figures.events,
     )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, watch the videos, print a table."""
+    """Parse the arguments, run the videos and print a table for each. Return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("videos", nargs="+", help="of static cameras")
+    parser.add_argument("videos", nargs="+", help="videos of static cameras")
     parser.add_argument("--weights", required=True, help="an exported detector")
-    parser.add_argument("--classes", nargs="+", default=[], help="that count; all by default")
-    parser.add_argument("--score", type=float, default=0.5, help="0.5")
-    parser.add_argument("--share", type=float, default=0.02, help="of changed answers; 0.02")
-    parser.add_argument("--delta", type=float, help="of a promise; by default nothing is promised")
-    parser.add_argument("--block", type=int, default=30, help="frames that count as one draw; 30")
-    parser.add_argument("--most-repeats", type=int, default=MOST_REPEATS, help=f"{MOST_REPEATS}")
+    parser.add_argument("--classes", nargs="+", default=[], help="classes to use; all by default")
+    parser.add_argument("--score", type=float, default=0.5, help="score threshold of detections; 0.5")
+    parser.add_argument("--share", type=float, default=0.02, help="largest share of frames with other detections; 0.02")
+    parser.add_argument("--delta", type=float, help="probability that the guarantee may fail; no guarantee by default")
+    parser.add_argument("--block", type=int, default=30, help="frames of a block, which is treated as independent; 30")
+    parser.add_argument(
+        "--most-repeats",
+        type=int,
+        default=MOST_REPEATS,
+        help=f"largest number of repeated detections in a row; {MOST_REPEATS}",
+    )
     args = parser.parse_intermixed_args(arguments)
 
     def job() -> None:
@@ -114,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
             half = len(recording) // 2
             first, second = recording.part(0, half), recording.part(half, len(recording))
             rule = calibrate_stream(detector, first, args.share, args.delta, args.block, args.score, args.most_repeats)
-            print(f"{source.title}: {recording.ms:.1f} ms a frame, {recording.ms_compared:.2f} ms a comparison")
+            print(f"{source.title}: {recording.ms:.1f} ms per frame, {recording.ms_compared:.2f} ms per comparison")
             print(f"first half, threshold {rule.threshold:.2f}: {rule.figures}\n")
             print("| frames | speed-up | agreement | more than every n-th frame | changes of the answer |")
             print(f"| ---: | ---: | ---: | ---: | ---: |\n{report(second, rule, args.block)}\n")

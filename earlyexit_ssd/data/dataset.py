@@ -154,7 +154,7 @@ class DetectionDataset(torch.utils.data.Dataset):
                     self._undecodable.add(record.image_id)
                     logger.warning("%s; the next photo replaces it (%d replaced so far)", error, len(self._undecodable))
         path = self.records[index].path
-        raise DataError(f"none of {len(self)} photos can be decoded; check that they are photos, such as {path}")
+        raise DataError(f"none of {len(self)} photos can be decoded, such as {path}; check that the files are photos")
 
 
 def repeat_rare_classes(dataset: DetectionDataset, threshold: float, seed: int) -> DetectionDataset:

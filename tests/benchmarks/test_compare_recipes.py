@@ -75,12 +75,12 @@ def test_recipes_with_weights_of_their_own_are_known_by_them(command, trained, t
     ("recipes", "message"),
     [
         ("good: {}\nbad: {EXITS.DEPHT: 1}\n", "recipe 'bad': unknown key EXITS.DEPHT (did you mean 'DEPTH'?)"),
-        ("own: {SEED: 1}\n", "recipe 'own': SEED is given, but every recipe is trained with each of --seeds"),
-        ("bare: {MODEL.WEIGHTS: ''}\n", "recipe 'bare' needs a trained full path: set MODEL.WEIGHTS"),
+        ("own: {SEED: 1}\n", "recipe 'own': SEED is set, but recipes are trained with each of --seeds"),
+        ("bare: {MODEL.WEIGHTS: ''}\n", "recipe 'bare' needs a trained full path; set MODEL.WEIGHTS"),
         ("bad: 3\n", "recipe 'bad' is 3, expected keys and values"),
         ("", "expected lines such as"),
-        ("_ALL_: {EXITS.DEPTH: 1}\n", "_ALL_ alone, which is for every recipe; add one"),
-        ("one two: {}\none_two: {}\n", "recipes 'one two' and 'one_two' would share the folder one_two"),
+        ("_ALL_: {EXITS.DEPTH: 1}\n", "has _ALL_ only, expected recipes; add a recipe"),
+        ("one two: {}\none_two: {}\n", "recipes 'one two' and 'one_two' have the same folder one_two"),
         ("a: [\n", "not valid YAML"),
     ],
 )

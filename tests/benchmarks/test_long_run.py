@@ -34,5 +34,5 @@ def test_the_table(tmp_path, onnx_file, capsys):  # noqa: F811
     Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(tmp_path / "a.png")
     assert long_run.main([str(onnx_file), str(tmp_path / "a.png"), "--frames", "20"]) == 0
     printed = capsys.readouterr().out
-    assert "frames, again and again" in printed and "\n| 20 | " in printed
+    assert "frames, repeated" in printed and "\n| 20 | " in printed
     assert long_run.main([str(onnx_file), str(tmp_path / "none.png")]) == 2

@@ -31,7 +31,9 @@ def test_classes_that_do_not_count_are_left_out():
     found = OnlyClasses(detector, ["ball"])(scene(30))
     assert found.class_names == ["ball"] and found.labels.tolist() == [2]
     assert OnlyClasses(detector, []).classes == ("lamp", "ball")
-    with pytest.raises(EarlyExitError, match=r"--classes 'bal': no class of the detector \(did you mean 'ball'\?\)"):
+    with pytest.raises(
+        EarlyExitError, match=r"--classes has 'bal', expected classes of the detector \(did you mean 'ball'\?\)"
+    ):
         OnlyClasses(detector, ["bal"])
 
 
