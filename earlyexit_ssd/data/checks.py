@@ -136,8 +136,8 @@ def _note_small_boxes(raw: RawDataset, problems: Problems) -> None:
 
 def _describe_box(annotation: Annotation, record: Record) -> str:
     box = ", ".join(f"{value:g}" for value in annotation.box)
-    size = f"{record.width} x {record.height}"
-    return f"{describe(record, annotation.id)} has box x1, y1, x2, y2 = {box} in a photo of {size}"
+    expected = f"x1 < x2 and y1 < y2 inside {record.width} x {record.height} pixels"
+    return f"{describe(record, annotation.id)} has box x1, y1, x2, y2 = {box}, expected {expected}"
 
 
 def clip_boxes(records: Sequence[Record], problems: Problems) -> list[Record]:
@@ -221,7 +221,7 @@ def _check_photo(record: Record, problems: Problems) -> Record | None:
         problems.add(kind, f"{describe(record)}: {error}", record.image_id)
         return None
     for kind, value in peculiarities.items():
-        problems.add(kind, f"{describe(record)} has {value}", record.image_id)
+        problems.add(kind, f"{describe(record)} has {value}, expected upright 8-bit RGB", record.image_id)
     if actual == annotated:
         return record
     swapped = actual == annotated[::-1]

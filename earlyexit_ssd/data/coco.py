@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from earlyexit_ssd.data.checks import annotated_size, any_flag_set, check_names, check_unit, looks_normalized
-from earlyexit_ssd.data.folder import photo_path
+from earlyexit_ssd.data.folder import photo_path, report_outside
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import Annotation, RawDataset, Record, register_format
 from earlyexit_ssd.errors import DataError, shown
@@ -104,8 +104,7 @@ def _read_photos(
             continue
         image_id, size = photo_id if keep_ids else index + 1, (1, 1)
         if allowed_path is None:
-            message = f"{where} has file_name {shown(file_name)}, expected a path in {folder}"
-            problems.add("photo outside the photo folder", message, image_id)
+            report_outside(problems, f"{where} has file_name {shown(file_name)}", folder, image_id)
             problems.leave_out(image_id)
         else:
             where = f"{where} ({path.name})"

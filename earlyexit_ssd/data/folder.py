@@ -54,6 +54,12 @@ def photo_path(folder: Path, name: str, allow_outside: bool) -> Path | None:
     return None if outside and not allow_outside else folder / name
 
 
+def report_outside(problems: Problems, found: str, folder: Path, image_id: int | None = None) -> None:
+    """Count a photo for which `photo_path` is None. ``found`` has the annotation file, the record and the path."""
+    message = f"{found}, expected a path in {folder}, or DATA.ALLOW_OUTSIDE True"
+    problems.add("photo outside the photo folder", message, image_id)
+
+
 def read_list(listing: Path) -> list[str]:
     """Return the lines of a file that lists photos. Raise DataError if it cannot be read or is not in UTF-8."""
     try:

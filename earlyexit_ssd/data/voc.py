@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 
 from earlyexit_ssd.data.checks import annotated_size, any_flag_set, check_names, check_unit, looks_normalized
-from earlyexit_ssd.data.folder import photo_path, read_list
+from earlyexit_ssd.data.folder import photo_path, read_list, report_outside
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import ALIASES, Annotation, RawDataset, Record, register_format
 from earlyexit_ssd.errors import DataError, shown
@@ -62,8 +62,7 @@ def read_voc(name: str, devkit: Path, split: str, problems: Problems, allow_outs
     for number, stem in enumerate(_stems(lines, lambda stem: bool(xml_files(folder / stem))), start=1):
         source = photo_path(folder, f"{stem}.xml", allow_outside)
         if source is None:
-            message = f"{listing}: line {number} is {shown(stem)}, expected a name in {folder}"
-            problems.add("photo outside the photo folder", message, number)
+            report_outside(problems, f"{listing}: line {number} is {shown(stem)}", folder, number)
             continue
         sources.append((number, stem, (xml_files(folder / stem) or [source])[0]))
     return _XmlReader(folder, devkit / "JPEGImages", problems, allow_outside).read(name, sources, VOC_CLASSES)
@@ -201,7 +200,7 @@ class _XmlReader:
             problems.add("two photos of one name", message, image_id)
             problems.leave_out(image_id)
         elif filename and not by_stem and photo_path(images, filename, self.allow_outside) is None:
-            problems.add("photo outside the photo folder", f"{found}, expected a path in {images}", image_id)
+            report_outside(problems, found, images, image_id)
             problems.leave_out(image_id)
         return by_stem[0] if by_stem else images / (last or f"{stem}.jpg")
 

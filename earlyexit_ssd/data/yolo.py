@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from earlyexit_ssd.data.checks import check_names, check_unit
-from earlyexit_ssd.data.folder import photo_path, read_list
+from earlyexit_ssd.data.folder import photo_path, read_list, report_outside
 from earlyexit_ssd.data.problems import Problems
 from earlyexit_ssd.data.records import Annotation, RawDataset, Record, register_format
 from earlyexit_ssd.errors import DataError, nearest, shown
@@ -123,8 +123,7 @@ def _list_photos(
             for line in filter(None, map(str.strip, read_list(path))):
                 photo = photo_path(folder, os.path.join(path.parent, line), allow_outside)
                 if photo is None:
-                    message = f"{path}: has {shown(line)}, expected a path in {folder}"
-                    problems.add("photo outside the photo folder", message)
+                    report_outside(problems, f"{path}: has {shown(line)}", folder)
                 else:
                     photos.append(photo)
         else:
