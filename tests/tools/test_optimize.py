@@ -106,7 +106,7 @@ def test_the_joint_phase_is_a_candidate(trained, tmp_path, monkeypatch, without_
     monkeypatch.setattr(DETECTS, 0.0)
     monkeypatch.setattr("earlyexit_ssd.pipeline.replay.time_in_runtime", by_operations)
     monkeypatch.setattr("earlyexit_ssd.pipeline.optimize.fine_tune", lambda *_: None)
-    monkeypatch.setattr("earlyexit_ssd.pipeline.optimize.FINE_TUNED_SHARES", (1.0,))
+    monkeypatch.setattr("earlyexit_ssd.pipeline.candidates.FINE_TUNED_SHARES", (1.0,))
     monkeypatch.setattr("earlyexit_ssd.pipeline.optimize.choose_candidate", lambda measured, goal: measured[-1])
     out, trainings = tmp_path / "joint", []
 

@@ -1,0 +1,116 @@
+"""Which candidates are tried, what they are called, and which one is chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from earlyexit_ssd.config import load_config
+from earlyexit_ssd.errors import EarlyExitError
+from earlyexit_ssd.modeling import Architecture, describe_exits
+from earlyexit_ssd.pipeline.candidates import OWN_HEAD, Candidate, Goal, Plan, choose_candidate
+
+
+def candidate(name, speedup, lost, holds, ms=None):
+    return Candidate(name, 320, "as it is", lost=lost, holds=holds, ms=ms or 10 / speedup, speedup=speedup)
+
+
+BASE = candidate("base", 1.0, 0.0, True)
+SAFE = candidate("safe", 1.5, 0.002, True)
+FAST = candidate("fast", 2.0, 0.009, True)
+BOLD = candidate("bold", 3.0, 0.03, False)
+SLOW = candidate("slow", 0.9, 0.0, True)
+
+
+@pytest.mark.parametrize(
+    ("goal", "expected"),
+    [
+        (Goal(), FAST),  # the fastest that holds the budget
+        (Goal(speedup=1.2), FAST),
+        (Goal(speedup=2.5), BOLD),  # none that holds is so fast: the least loss among those that are
+        (Goal(ms=4.0), BOLD),
+        (Goal(speedup=9.0), FAST),  # nothing is so fast
+    ],
+)
+def test_the_fastest_that_holds_the_budget_is_chosen(goal, expected):
+    assert choose_candidate([BASE, SLOW, SAFE, FAST, BOLD], goal) == expected
+
+
+def test_nothing_is_chosen_where_nothing_is_faster():
+    assert choose_candidate([BASE, SLOW, candidate("undefined", 2.0, None, False)], Goal()) is None
+    assert choose_candidate([BASE, BOLD], Goal()) is None
+
+
+def test_a_candidate_whose_exits_stay_closed_is_not_chosen():
+    closed = dataclasses.replace(candidate("closed", 2.5, 0.0, True), exits=("glance128",), thresholds=(2.0,))
+    assert choose_candidate([BASE, SAFE, closed], Goal()) == SAFE
+    opened = dataclasses.replace(closed, thresholds=(0.9,))
+    assert choose_candidate([BASE, SAFE, opened], Goal()) == opened
+
+
+def net(size, fold, exits=(), **training):
+    return Candidate("", size, fold, exits, **training)
+
+
+def plan_of(exits):
+    """The plan for a detector with these exits, of 320 pixels and with one glance."""
+    cfg = load_config(overrides=["EXITS.GLANCES", "[[128, 12]]"])
+    return Plan(cfg, Goal(ap_drop=0.01), Architecture(("chair",), image_size=320, exits=exits))
+
+
+@pytest.mark.parametrize(
+    ("measured", "candidate", "skipped"),
+    [
+        (("compact", 0.03, False), net(288, "compact", ("glance128",)), True),  # hopeless without exits
+        (("compact", 0.03, False), net(256, "compact", ("glance128",)), False),  # another net
+        (("compact", 0.03, False), net(288, "compact"), False),  # without exits
+        (("compact", 0.005, True), net(288, "as it is", ("glance128",)), True),  # the compact head holds the budget
+        (("compact", 0.005, True), net(288, "as it is", ("exit8",)), False),  # branches are tried all the same
+        (("as it is", 0.005, True), net(288, "as it is", ("glance128",)), False),
+    ],
+)
+def test_exits_are_not_tried_where_they_cannot_help(measured, candidate, skipped):
+    fold, lost, holds = measured
+    measured = [Candidate("one", 288, fold, lost=lost, holds=holds)]
+    assert plan_of(describe_exits((8,))).skips(candidate, measured) is skipped
+
+
+def test_a_detector_with_branches_has_them_at_all_sizes_and_no_empty_exits():
+    plan = plan_of(describe_exits((8,)))
+
+    def names(net):
+        return [(one.layer, one.pixels, one.empty) for one in plan.exits_of(net)]
+
+    glance, branch = (12, 128, True), (8, None, False)
+    assert names(net(320, OWN_HEAD)) == names(net(256, OWN_HEAD)) == [glance, branch]
+    assert names(net(256, "compact")) == names(net(256, OWN_HEAD, fine_tuned=True)) == [glance]
+    plan = plan_of(describe_exits((10,), empty=(10,)))
+    assert names(net(320, OWN_HEAD)) == names(net(256, "compact")) == [glance, (10, None, True)]
+    plan = plan_of(())
+    assert names(net(320, OWN_HEAD)) == names(net(256, "compact")) == [glance, (12, None, True)]
+
+
+def test_candidates_in_words():
+    assert net(320, "as it is").describe((), 320) == "the detector as it is"
+    words = net(256, "compact", ("glance96", "exit8"), fine_tuned=True)
+    assert words.describe(("glance96", "exit8"), 320) == "256 px, compact head, fine-tuned, glance at 96 px, exit8"
+    assert words.describe((), 320) == "256 px, compact head, fine-tuned (glance96, exit8 closed)"
+    assert words.key == "256 compact fine-tuned glance96 exit8" and words.net == net(256, "compact", fine_tuned=True)
+    found = Candidate("x", 256, "compact", lost=0.0061, objects=22, objects_kept=21, ms=5.0, speedup=2.8)
+    assert str(found) == "x: 2.80 times as fast, 0.006 AP50 lost, 21 of 22 objects kept"
+    assert Candidate.from_json(found.to_json()) == found or found.exits == ()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"ap_drop": 2.0}, r"ap_drop is 2, expected a number in \[0, 1\]"),
+        ({"coco_ap_drop": -0.1}, r"coco_ap_drop is -0.1, expected a number in \[0, 1\]"),
+        ({"speedup": 0.0}, "speedup is 0, expected a number above 0"),
+        ({"minutes": -1.0}, "minutes is -1, expected a number above 0"),
+    ],
+)
+def test_an_impossible_goal_is_one_line(values, message):
+    with pytest.raises(EarlyExitError, match=message):
+        Goal(**values)
