@@ -1,4 +1,4 @@
-"""Build objects from the configuration: device, model, losses, router."""
+"""Build objects from the configuration: device, model, losses, router and evaluation settings."""
 
 from __future__ import annotations
 
@@ -47,33 +47,34 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Job = Callable[Concatenate[CfgNode, P], R]
 
-COMPARED_PHOTOS = 300  # photos on which MODEL.FOLD compact finds the classes that compete
+COMPARED_PHOTOS = 300  # number of photos on which MODEL.FOLD compact finds the competing classes
 
 
 def takes_over(cfg: CfgNode) -> bool:
-    """Whether the full path is the unchanged checkpoint of MODEL.WEIGHTS, not trained by a baseline phase."""
+    """Return whether the full path is the checkpoint of MODEL.WEIGHTS, unchanged by a baseline phase."""
     return bool(cfg.MODEL.WEIGHTS) and not ("baseline" in cfg.PHASES and cfg.BASELINE.EPOCHS)
 
 
 def evaluation_device(cfg: CfgNode) -> torch.device:
-    """As `build_device`, but ENGINE.AMP does not matter, and ``auto`` is the CPU unless EVAL.RUNTIME is ``eager``. A
-    ConfigError if there is no such device."""
+    """Return the device for evaluations: DEVICE, or the CPU if DEVICE is ``auto`` and EVAL.RUNTIME is not ``eager``.
+    Set PyTorch's threads to THREADS. Raise ConfigError if the device is not available."""
     return _device(cfg, "cpu" if cfg.DEVICE == "auto" and cfg.EVAL.RUNTIME != EAGER else cfg.DEVICE)
 
 
 def shares_processes(folder: str) -> Callable[[Job[P, R]], Job[P, R]]:
-    """Decorate a job that all of torchrun's processes do together, each of them called.
+    """Return a decorator for a job that all processes of torchrun run together.
 
-    The first process holds the folder of the parameter ``folder``. An error of one process ends all.
+    Each process must call the job. The first process locks the folder in the job's parameter ``folder``. An error of
+    one process ends all processes.
     """
 
     def decorate(job: Job[P, R]) -> Job[P, R]:
-        holding = locks_folder(folder)(job)
+        locking = locks_folder(folder)(job)
 
         @functools.wraps(job)
         def shared(cfg: CfgNode, *args: P.args, **kwargs: P.kwargs) -> R:
             with process_group(evaluation_device(cfg)), failing_together():
-                return (holding if is_main() else job)(cfg, *args, **kwargs)
+                return (locking if is_main() else job)(cfg, *args, **kwargs)
 
         return shared
 
@@ -81,11 +82,11 @@ def shares_processes(folder: str) -> Callable[[Job[P, R]], Job[P, R]]:
 
 
 def build_device(cfg: CfgNode) -> torch.device:
-    """The available device of DEVICE, the process's own GPU under torchrun; also sets PyTorch's threads to THREADS. A
-    ConfigError if there is no such device, or for fp16 without CUDA."""
+    """Return the device of DEVICE, under torchrun with CUDA this process's GPU. Set PyTorch's threads to THREADS.
+    Raise ConfigError if the device is not available, or for ENGINE.AMP ``fp16`` without CUDA."""
     device = _device(cfg, cfg.DEVICE)
     if cfg.ENGINE.AMP == "fp16" and device.type != "cuda":
-        raise ConfigError(f"ENGINE.AMP 'fp16' needs CUDA, DEVICE is {device}; use bf16 or off")
+        raise ConfigError(f"ENGINE.AMP 'fp16' needs CUDA, but DEVICE is {device}; use bf16 or off")
     return device
 
 
@@ -107,8 +108,8 @@ def _device(cfg: CfgNode, name: str) -> torch.device:
 
 
 def build_exits(cfg: CfgNode) -> tuple[Exit, ...]:
-    """The exits of the EXITS section, whose keys are the keywords of `describe_exits` in capitals. A ConfigError for an
-    invalid value, such as an unknown branch kind."""
+    """Return the exits of the EXITS section, whose keys are the keywords of `describe_exits` in capitals. Raise
+    ConfigError for an invalid value, such as an unknown kind of branch."""
     section = {key.lower(): value for key, value in cfg.EXITS.items()}
     try:
         return describe_exits(section.pop("layers"), **section)
@@ -117,7 +118,7 @@ def build_exits(cfg: CfgNode) -> tuple[Exit, ...]:
 
 
 def build_architecture(cfg: CfgNode, classes: tuple[str, ...]) -> Architecture:
-    """Description of the configured model for these classes."""
+    """Return the architecture of the configured model for these classes."""
     return Architecture(
         classes=classes,
         detector=cfg.MODEL.NAME,
@@ -133,7 +134,9 @@ def build_architecture(cfg: CfgNode, classes: tuple[str, ...]) -> Architecture:
 
 
 def build_model(cfg: CfgNode, classes: tuple[str, ...]) -> tuple[EarlyExitSSDLite, Architecture]:
-    """A model whose full path comes from MODEL.WEIGHTS, has an ImageNet trunk, or is untrained; untrained exits."""
+    """Build a model and its architecture. The weights of the full path come from MODEL.WEIGHTS if it is set, otherwise
+    those of the trunk from MODEL.WEIGHTS_BACKBONE if it is set. All other weights, such as those of the branches, are
+    initialised by the model."""
     architecture = build_architecture(cfg, classes)
     if cfg.MODEL.WEIGHTS:
         source = source_classes(cfg.MODEL.WEIGHTS, cfg.MODEL.WEIGHTS_CLASSES, cfg.MODEL.NAME)
@@ -150,7 +153,8 @@ def build_model(cfg: CfgNode, classes: tuple[str, ...]) -> tuple[EarlyExitSSDLit
 
 
 def photos_to_compare_on(cfg: CfgNode, classes: tuple[str, ...]) -> Iterator[Tensor]:
-    """Yield a seeded sample of DATA.TRAIN, [3, H, W] in [0, 1], not augmented; nothing is read before iteration."""
+    """Yield a seeded sample of the photos of DATA.TRAIN, [3, H, W] in [0, 1], not augmented. Files are read only when
+    the first photo is taken."""
     dataset = load_dataset(with_classes(cfg, classes), cfg.DATA.TRAIN, train=True, labels="optional")
     dataset = dataset.subset(limit_photos(dataset.records, COMPARED_PHOTOS, cfg.SEED))
     dataset.transforms = None
@@ -160,22 +164,22 @@ def photos_to_compare_on(cfg: CfgNode, classes: tuple[str, ...]) -> Iterator[Ten
 
 
 def file_of(weights: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """The file of the shipped weights that are named, or ``weights`` as they are. What has no suffix is a name."""
+    """Return the file of shipped weights from their name, or ``weights`` unchanged if it is a path. A text without a
+    suffix is a name."""
     return weights_path(weights) if find_weights(weights) or not Path(weights).suffix else weights
 
 
 def open_model(
     cfg: CfgNode, weights: str | os.PathLike[str], need_exits: bool = True
 ) -> tuple[EarlyExitSSDLite, Architecture, ModelInfo]:
-    """A trained model in eval mode on the CPU, its architecture and its info.
-
-    ``weights`` may be a model of this project, the name of shipped weights, or a checkpoint of torchvision's reference
-    training with exits. A checkpoint must fit the configuration (MODEL, EXITS, DATA.CLASSES in the order of the
-    labels), and its trained temperatures are in ``info["router"]``. With a head of COCO's 91 outputs, classes that the
-    configuration lacks are folded into background.
+    """Return a trained model in eval mode on the CPU, its architecture and its info.
 
     Args:
-        need_exits: False takes a checkpoint without exits too, as a model that has the full path only.
+        weights: a model file of this project, the name of shipped weights, or a checkpoint of torchvision's reference
+            training with exits. A checkpoint must fit the configuration: MODEL, EXITS, and DATA.CLASSES in the order of
+            the labels. If its head has COCO's 91 outputs, classes that are not in DATA.CLASSES are folded into
+            background. Its trained temperatures are in ``info["router"]``.
+        need_exits: whether a checkpoint without exits is an error. Otherwise the model has the full path only.
 
     Raises:
         EarlyExitError: unusable weights, or weights that do not fit the configuration.
@@ -183,7 +187,7 @@ def open_model(
 
     def describe(outputs: int, exits: tuple[str, ...]) -> Architecture:
         if need_exits and not exits:
-            raise ConfigError("a detector without exits; train them: MODEL.WEIGHTS with tools/train_net.py")
+            raise ConfigError("the detector has no exits; train them: tools/train_net.py with MODEL.WEIGHTS")
         classes = class_names(cfg)
         architecture = build_architecture(cfg, classes)
         if not exits:
@@ -192,12 +196,14 @@ def open_model(
             return architecture
         if outputs != len(COCO_CLASSES) + 1:
             raise ConfigError(
-                f"its head has {outputs} outputs, so {outputs - 1} classes beside background, the configuration has "
-                f"{len(classes)}; name them all in DATA.CLASSES, in the order of the labels"
+                f"its head has {outputs} outputs, for {outputs - 1} classes and background, but the configuration has "
+                f"{len(classes)} classes; list all of them in DATA.CLASSES, in the order of the labels"
             )
         change = plan_class_change(COCO_CLASSES, classes)
         if None in change.rows:
-            raise ConfigError(f"its head has COCO's classes, DATA.CLASSES has others ({change})")
+            raise ConfigError(
+                f"its head has COCO's classes, but DATA.CLASSES has others ({change}); correct DATA.CLASSES"
+            )
         logger.info("%s: COCO's classes, %s", weights, change)
         return dataclasses.replace(architecture, head_outputs=outputs, folded_rows=change.rows, folded_branches=True)
 
@@ -208,14 +214,15 @@ def open_model(
 
 
 def source_classes(weights: str, classes: str, detector: str) -> tuple[str, ...] | None:
-    """Class names of a checkpoint: COCO's for torchvision's weights of ``detector`` (MODEL.NAME) or if ``classes`` is
-    "coco", otherwise None."""
-    shipped = torchvision_name(weights, detector_class(detector).plain_weights)
-    return COCO_CLASSES if classes == "coco" or shipped else None
+    """Return the class names of a checkpoint: COCO's if ``weights`` are torchvision's weights of ``detector``
+    (MODEL.NAME) or ``classes`` is "coco", otherwise None."""
+    from_torchvision = torchvision_name(weights, detector_class(detector).plain_weights)
+    return COCO_CLASSES if classes == "coco" or from_torchvision else None
 
 
 def backbone_weights(cfg: CfgNode) -> WeightsEnum:
-    """ImageNet weights of the trunk, by torchvision's name in MODEL.WEIGHTS_BACKBONE; else a ConfigError."""
+    """Return the ImageNet weights of torchvision that MODEL.WEIGHTS_BACKBONE names. Raise ConfigError for another
+    name."""
     names, name = detector_class(cfg.MODEL.NAME).backbone_weights.__members__, cfg.MODEL.WEIGHTS_BACKBONE
     if name not in names:
         expected = f"expected one of {', '.join(names)}{nearest(name, names)}"
@@ -226,7 +233,7 @@ def backbone_weights(cfg: CfgNode) -> WeightsEnum:
 def _imagenet_detector(cfg: CfgNode, architecture: Architecture):
     weights = backbone_weights(cfg)
     if cfg.MODEL.WIDTH != 1.0:
-        raise ConfigError(f"MODEL.WIDTH is {cfg.MODEL.WIDTH}, ImageNet weights of the trunk need 1.0")
+        raise ConfigError(f"MODEL.WIDTH is {cfg.MODEL.WIDTH}, but ImageNet weights of the trunk need 1.0")
     try:
         return detector_class(architecture.detector).build_plain(
             num_classes=len(architecture.classes) + 1,
@@ -242,21 +249,28 @@ def _imagenet_detector(cfg: CfgNode, architecture: Architecture):
 
 
 def build_losses(cfg: CfgNode) -> LossSettings:
-    """Loss settings of the LOSS section, whose keys are their names in capitals."""
+    """Return the loss settings of the LOSS section, whose keys are the fields of `LossSettings` in capitals."""
     return LossSettings(**{key.lower(): value for key, value in cfg.LOSS.items()})
 
 
 def build_router(cfg: CfgNode, stored: Mapping[str, Any] | None = None, learn: bool = False) -> ExitRouter:
-    """The router of the ROUTING section. ``stored``: router in a model's info, whose number of exits and temperatures
-    have priority. ``learn``: make the temperatures trainable. A ConfigError for a wrong number of thresholds."""
+    """Return the router of the ROUTING section.
+
+    Args:
+        stored: router in a model's info. Its number of exits and its temperatures have priority.
+        learn: whether the temperatures are trainable.
+
+    Raises:
+        ConfigError: the number of thresholds does not fit the number of exits.
+    """
     routing, stored = cfg.ROUTING, stored or {}
-    exits, given = stored.get("num_exits", num_exits(cfg)), len(routing.THRESHOLDS)
+    exits, thresholds = stored.get("num_exits", num_exits(cfg)), len(routing.THRESHOLDS)
     if not exits:
         return ExitRouter(0)
-    if given not in (1, exits):
+    if thresholds not in (1, exits):
         raise ConfigError(
-            f"ROUTING.THRESHOLDS has {given} numbers, the model has {exits} early exits: give one for all, "
-            "one for each, or the configuration that these weights were trained with"
+            f"ROUTING.THRESHOLDS has {thresholds} numbers, but the model has {exits} early exits; give one number for "
+            "all or one for each, or use the configuration that these weights were trained with"
         )
     return ExitRouter(
         exits,
@@ -270,20 +284,22 @@ def build_router(cfg: CfgNode, stored: Mapping[str, Any] | None = None, learn: b
 
 
 def open_router(cfg: CfgNode, model: EarlyExitSSDLite, info: ModelInfo, weights: str | os.PathLike[str]) -> ExitRouter:
-    """The router of ROUTING.CERTIFICATE, else that of the certificate in the model's file, else of the ROUTING section;
-    ``model`` and ``info`` are from the file ``weights``. Errors as of `Certificate.router_for` and `build_router`."""
+    """Return the router of the first of these: ROUTING.CERTIFICATE, the certificate in the model's file, the ROUTING
+    section. ``model`` and ``info`` are from the file ``weights``. Raise the errors of `Certificate.router_for` and
+    `build_router`."""
     if cfg.ROUTING.CERTIFICATE:
         return load_certificate(cfg.ROUTING.CERTIFICATE).router_for(model)
     if info.get("certificate"):
-        logger.info("%s was calibrated: its certificate routes, not the configuration's ROUTING section", weights)
+        logger.info("%s is calibrated: its certificate is used instead of the ROUTING section", weights)
         return parse_certificate(info["certificate"], weights).router_for(model)
     return build_router(cfg, {"num_exits": model.num_early_exits, **(info.get("router") or {})})
 
 
 def trained_temperatures(cfg: CfgNode, info: dict, exits: int) -> list[float]:
-    """Temperatures fitted in training (from the ``info`` of a model's file), otherwise those of the configuration.
+    """Return the temperatures that were fitted in training, from the ``info`` of a model's file, or those of ROUTING.
 
-    A calibrated model's router may have temperatures fitted on calibration photos; its info then has both.
+    The router of a calibrated model may have temperatures that were fitted on calibration photos. Its info then has
+    both.
     """
     temperatures = (info.get("router") or {}).get("temperatures", cfg.ROUTING.TEMPERATURES)
     temperatures = info.get("trained_temperatures", temperatures)
@@ -292,7 +308,7 @@ def trained_temperatures(cfg: CfgNode, info: dict, exits: int) -> list[float]:
 
 
 def build_evaluation(cfg: CfgNode) -> EvaluationSettings:
-    """Evaluation settings of the EVAL section."""
+    """Return the evaluation settings of the EVAL section."""
     return EvaluationSettings(
         score=cfg.EVAL.SCORE,
         iou=cfg.EVAL.IOU,
@@ -304,7 +320,7 @@ def build_evaluation(cfg: CfgNode) -> EvaluationSettings:
 
 
 def with_values(cfg: CfgNode, values: Mapping[str, Any]) -> CfgNode:
-    """A copy of the configuration with other ``values``, by dotted key; they are not checked."""
+    """Return a copy of the configuration with other ``values``, a dict of dotted keys. They are not checked."""
     cfg = cfg.clone()
     cfg.defrost()
     for key, value in values.items():
@@ -315,5 +331,5 @@ def with_values(cfg: CfgNode, values: Mapping[str, Any]) -> CfgNode:
 
 
 def with_classes(cfg: CfgNode, classes: tuple[str, ...]) -> CfgNode:
-    """A copy of the configuration with ``classes`` as DATA.CLASSES."""
+    """Return a copy of the configuration with ``classes`` as DATA.CLASSES."""
     return with_values(cfg, {"DATA.CLASSES": tuple(classes)})

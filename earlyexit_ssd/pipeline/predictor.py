@@ -1,4 +1,4 @@
-"""Detectors in PyTorch, and ONNX files of other projects, with the interface of exported ones."""
+"""PyTorch models and ONNX files of other projects, with the interface of exported detectors."""
 
 from __future__ import annotations
 
@@ -32,10 +32,12 @@ logger = logging.getLogger(__name__)
 
 
 class TorchPredictor:
-    """``predictor(photo)`` is the photo's `Detections`, as those of `earlyexit_ssd.deploy.Predictor`.
+    """Detects like `earlyexit_ssd.deploy.Predictor`, with a PyTorch model.
 
     Attributes:
-        model: in eval mode on the CPU; classes: names of the labels 1..K; exit_names: shallow to deep, ``full`` last.
+        model: the model, in eval mode on the CPU.
+        classes: names of the labels 1..K.
+        exit_names: exits from shallow to deep, ``full`` last.
     """
 
     def __init__(self, model: EarlyExitSSDLite) -> None:
@@ -44,30 +46,33 @@ class TorchPredictor:
 
     @torch.inference_mode()
     def __call__(self, image: np.ndarray) -> Detections:
-        """Detect in a photo, uint8 [H, W, 3] RGB; without a router the full path answers, with confidence None."""
+        """Return the detections in a photo, uint8 [H, W, 3] RGB, by decreasing score. Without a router they are from
+        the full path, and the exit's confidence is None."""
         start = time.perf_counter()
-        (found,) = self.model([as_tensor(image)])
-        order = found["scores"].argsort(descending=True)
-        boxes, labels, scores = (found[key][order].numpy() for key in ("boxes", "labels", "scores"))
-        index = int(found.get("exit_index", self.model.num_early_exits))
-        confidence = float(found.get("exit_confidence", math.nan))
+        (detections,) = self.model([as_tensor(image)])
+        order = detections["scores"].argsort(descending=True)
+        boxes, labels, scores = (detections[key][order].numpy() for key in ("boxes", "labels", "scores"))
+        index = int(detections.get("exit_index", self.model.num_early_exits))
+        confidence = float(detections.get("exit_confidence", math.nan))
         return Detections.of(self, (boxes, labels, scores), index, confidence, start)
 
     def warm_up(self) -> None:
-        """Run a blank photo: the first call is slower than the others."""
+        """Run the model once on a black photo, because the first call is slower than later calls."""
         self(np.zeros((320, 320, 3), np.uint8))
 
     @torch.inference_mode()
     def side_by_side(self, image: np.ndarray, found: Detections, score: float) -> Image.Image:
-        """What every exit sees in a photo from ``score`` on, the exit taken (that of ``found``) framed."""
+        """Draw the detections of every exit with a score of at least ``score``, side by side. If the model has a
+        router, the exit of ``found``, the photo's routed detections, has a frame."""
         pixels = as_tensor(image)
         outputs = self.model.exit_outputs([pixels])
-        seen = [self.model.detections(outputs, index)[0] for index in range(len(self.exit_names))]
+        by_exit = [self.model.detections(outputs, index)[0] for index in range(len(self.exit_names))]
         routed = None if self.model.router is None else found.exit_index
-        return detection_grid([Example(pixels, None, seen, routed)], self.exit_names, self.classes, score)
+        return detection_grid([Example(pixels, None, by_exit, routed)], self.exit_names, self.classes, score)
 
     def note_calibration_photos(self, photos: Iterable[str | os.PathLike[str]]) -> None:
-        """Say which photos calibrated the model's routing: what it does on them flatters."""
+        """Log a warning if the model's routing was calibrated on some of the photos. Figures on these photos are too
+        good."""
         certificate = getattr(self.model.router, "certificate", None)
         try:
             if certificate is not None:
@@ -77,8 +82,14 @@ class TorchPredictor:
 
 
 def open_torch_predictor(weights: str | os.PathLike[str], cfg: CfgNode | None = None) -> TorchPredictor:
-    """Shipped weights or a file, with its own routing or with that of a configuration; warm. An EarlyExitError for
-    unusable weights, or a certificate that is not theirs."""
+    """Open shipped weights or a model file, and run the model once to warm it up.
+
+    Args:
+        cfg: configuration of the routing; None: the routing in the file.
+
+    Raises:
+        EarlyExitError: the weights are unusable, or the certificate is for other weights.
+    """
     if cfg is None:
         model = EarlyExitSSDLite.from_pretrained(weights)
     else:
@@ -94,9 +105,13 @@ def open_torch_predictor(weights: str | os.PathLike[str], cfg: CfgNode | None = 
 
 @dataclass(frozen=True)
 class TorchModel(Contestant):
-    """A model file, a checkpoint of torchvision's or shipped weights, in eager PyTorch, routed as it is."""
+    """A model file, a checkpoint of torchvision or shipped weights, run in PyTorch with the model's own routing.
 
-    compiled: bool = False  # its full path alone, network and head with ``torch.compile``
+    Attributes:
+        compiled: run the full path alone instead, with trunk and head compiled by ``torch.compile``.
+    """
+
+    compiled: bool = False
 
     @property
     def runtime(self) -> str:
@@ -113,7 +128,7 @@ class TorchModel(Contestant):
         @torch.inference_mode()
         def detect(photos: list[np.ndarray]) -> list[int | None]:
             full = model.num_early_exits
-            exits = [int(found.get("exit_index", full)) for found in model([as_tensor(photo) for photo in photos])]
+            exits = [int(each.get("exit_index", full)) for each in model([as_tensor(photo) for photo in photos])]
             return [None if index == full else index for index in exits]
 
         return detect
@@ -121,7 +136,7 @@ class TorchModel(Contestant):
 
 @dataclass(frozen=True)
 class Rival(Contestant):
-    """Somebody else's ONNX file of a format of `FORMATS`; its resizing and its suppression run in PyTorch."""
+    """An ONNX file of another project, in one of `FORMATS`. Its resizing and its NMS run in PyTorch."""
 
     file_format: str
     runtime: ClassVar[str] = "ONNX Runtime"
@@ -133,7 +148,7 @@ class Rival(Contestant):
             )
 
     def open(self, threads: int, score: float) -> Detect:
-        """See `Contestant`; the format has a least score of its own."""
+        """Open the file, see `Contestant`. ``score`` is ignored, since the format has its own minimum score."""
         torch.set_num_threads(threads)
         detector = OnnxDetector(self.path, self.file_format, threads)
 

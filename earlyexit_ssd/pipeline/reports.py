@@ -1,4 +1,7 @@
-"""Gather what the report page of a job shows. The results are on disk by then, so nothing here may end a run."""
+"""Collect the data of a job's report page and write the page.
+
+The results are on disk already, so an error in this file must not end the job (`never_failing`).
+"""
 
 from __future__ import annotations
 
@@ -37,8 +40,8 @@ from earlyexit_ssd.report.page import (
 from earlyexit_ssd.report.page_photos import Attention, OpenCosts, PagePhotos, attention_pictures, by_gain
 from earlyexit_ssd.routing import ExitRouter
 
-ATTENTION_PHOTOS = 6  # photos with attention maps: the first of the gallery
-MOST_OPEN_SETS = 8  # sets of open exits whose operations are counted; with more, only the evaluated one is known
+ATTENTION_PHOTOS = 6  # number of photos with attention maps, the first of the gallery
+MAX_OPEN_SETS = 8  # if there are more sets of open exits, operations are counted for the evaluated set only
 NAME = "report.html"
 
 
@@ -53,7 +56,8 @@ def write_evaluation_page(
     evaluation: Evaluation,
     results: Results,
 ) -> None:
-    """Write report.html of an evaluation into ``folder``; of a training too, if it is the folder of one."""
+    """Write report.html of an evaluation into ``folder``. If it is the folder of a training, the page includes the
+    training."""
     with never_failing(folder / NAME):
         order = np.argsort(collected.image_ids, kind="stable")
         photos = PagePhotos(
@@ -61,7 +65,7 @@ def write_evaluation_page(
             detections=collected.detections,
             matches=evaluation.matches,
             exit_names=model.exit_names,
-            confidences=np.array([one.numpy()[order] for one in collected.confidences[:-1]]),
+            confidences=np.array([values.numpy()[order] for values in collected.confidences[:-1]]),
             thresholds=router.thresholds.tolist(),
             costs=_open_costs(model, router, results),
             plain_mmacs=results.without_exits.mmacs,
@@ -91,7 +95,8 @@ def write_calibration_page(
     certificate: Certificate,
     temperatures: Sequence[FittedTemperature],
 ) -> None:
-    """Write report.html of a calibration into ``folder``; arguments as `earlyexit_ssd.pipeline.calibrate` has them."""
+    """Write report.html of a calibration into ``folder``. The arguments are results of
+    `earlyexit_ssd.pipeline.calibrate`."""
     with never_failing(folder / NAME):
         model, calib, costs = recorded.model, search.calib, search.costs
         photos = PagePhotos(
@@ -102,7 +107,7 @@ def write_calibration_page(
             confidences=np.array(search.confidences),
             thresholds=certificate.router["thresholds"],
             costs=[
-                OpenCosts(opened, **{costs.unit: costs.per_exit([0.0 if one else CLOSED for one in opened]).tolist()})
+                OpenCosts(opened, **{costs.unit: costs.per_exit(_thresholds(opened)).tolist()})
                 for opened in itertools.product((True, False), repeat=model.num_early_exits)
             ],
             **{f"plain_{unit}": costs.plain if unit == costs.unit else None for unit in ("mmacs", "ms")},
@@ -116,7 +121,8 @@ def write_calibration_page(
 
 
 def write_training_page(folder: Path, cfg: CfgNode) -> None:
-    """Write report.html of a training that is not evaluated yet into its ``folder``."""
+    """Write report.html of a training that is not evaluated yet into its ``folder``. Nothing is written if there is no
+    log entry and no gate yet."""
     with never_failing(folder / NAME):
         section, gates = read_training(folder, cfg.ROUTING.TEMPERATURE_BOUNDS)
         if section is not None:
@@ -124,7 +130,8 @@ def write_training_page(folder: Path, cfg: CfgNode) -> None:
 
 
 def read_training(folder: Path, bounds: Sequence[float]) -> tuple[Section | None, list[dict[str, Any]]]:
-    """The section of a run's logs and gates, and the gates; None and no gate if ``folder`` is not a run's."""
+    """Return the page section of a training's logs and gates, and the gates. They are None and [] if ``folder`` has
+    neither logs nor gates."""
     files = [path for name in PHASE_SECTIONS if (path := folder / name / "gate.json").is_file()]
     gates = [read_json(path, "gate of a phase", "delete it") for path in files]
     logs = {name: read_log(folder / name) for name in PHASE_SECTIONS}
@@ -132,33 +139,42 @@ def read_training(folder: Path, bounds: Sequence[float]) -> tuple[Section | None
 
 
 def _open_costs(model: EarlyExitSSDLite, router: ExitRouter, results: Results) -> list[OpenCosts]:
-    """MMACs of every set of open exits; milliseconds of the evaluated set, the only one that was timed."""
-    own = tuple(value < CLOSED for value in router.thresholds.tolist())
-    known = {own[:index]: one.mmacs for index, one in enumerate(results.exits)}  # of the exit behind these early ones
-    found = [OpenCosts(own, [one.mmacs for one in results.exits], [one.ms for one in results.exits])]
-    others = [one for one in itertools.product((True, False), repeat=len(own)) if one != own]
-    for opened in others if len(others) < MOST_OPEN_SETS else ():
-        thresholds = [0.0 if one else CLOSED for one in opened]
-        other = ExitRouter(**{**router.to_dict(), "thresholds": thresholds}).to(router.thresholds.device)
-        for index in range(len(own) + 1):
-            if opened[:index] not in known:
-                known[opened[:index]] = mmacs_of_path(model, index, other)
-        found.append(OpenCosts(opened, [known[opened[:index]] for index in range(len(own) + 1)]))
-    return found
+    """Return the costs of the exits for the evaluated set of open exits, and the MMACs for all other sets. Only the
+    evaluated set was timed."""
+    evaluated = tuple(threshold < CLOSED for threshold in router.thresholds.tolist())
+    # key: which of the earlier exits are open; value: MMACs up to the exit after them
+    mmacs = {evaluated[:index]: row.mmacs for index, row in enumerate(results.exits)}
+    costs = [OpenCosts(evaluated, [row.mmacs for row in results.exits], [row.ms for row in results.exits])]
+    others = [opened for opened in itertools.product((True, False), repeat=len(evaluated)) if opened != evaluated]
+    for opened in others if len(others) < MAX_OPEN_SETS else ():
+        values = {**router.to_dict(), "thresholds": _thresholds(opened)}
+        other_router = ExitRouter(**values).to(router.thresholds.device)
+        paths = [opened[:index] for index in range(len(evaluated) + 1)]
+        for index, path in enumerate(paths):
+            if path not in mmacs:
+                mmacs[path] = mmacs_of_path(model, index, other_router)
+        costs.append(OpenCosts(opened, [mmacs[path] for path in paths]))
+    return costs
+
+
+def _thresholds(opened: Sequence[bool]) -> list[float]:
+    """Return thresholds at which exactly the exits in ``opened`` are open."""
+    return [0.0 if is_open else CLOSED for is_open in opened]
 
 
 def _attention(
     model: EarlyExitSSDLite, dataset: DetectionDataset, matches: ExitMatches, score: float
 ) -> tuple[Attention, ...]:
-    places = {record.image_id: place for place, record in enumerate(dataset.records)}
-    first = by_gain(matches, score)[:ATTENTION_PHOTOS].tolist()
-    return attention_pictures(model, [(one, dataset[places[matches.image_ids[one]]][0]) for one in first])
+    rows = {record.image_id: row for row, record in enumerate(dataset.records)}
+    photos = by_gain(matches, score)[:ATTENTION_PHOTOS].tolist()
+    return attention_pictures(model, [(photo, dataset[rows[matches.image_ids[photo]]][0]) for photo in photos])
 
 
 def calibrate_command(arguments: Sequence[str], weights: Any) -> str:
-    """The command that calibrates ``weights`` to a ``{target}``, with the configuration and the keys of this command.
+    """Return a command that calibrates ``weights``, with ``{target}`` in place of the target.
 
-    Empty if these ``arguments`` name no configuration, as in a notebook.
+    The configuration file and the configuration keys are taken from ``arguments``, a command line. The result is empty
+    if they have no ``--config``, as in a notebook.
     """
     if "--config" not in arguments[:-1]:
         return ""

@@ -31,7 +31,7 @@ from earlyexit_ssd.plain import parse_yaml, read_yaml
 
 logger = logging.getLogger(__name__)
 
-_MAY_CHANGE = (
+_CHANGEABLE = (  # keys, or beginnings of keys, that a resumed run may change
     *("OUTPUT_DIR", "DEVICE", "THREADS", "DATA.ROOT", "DATA.WORKERS", "EVAL.", "CALIBRATION.", "FINE_TUNING."),
     *("EXITS_PHASE.CACHE_GIB", "ENGINE.CHECKPOINT_PERIOD", "ENGINE.LOG_PERIOD", "ENGINE.CURVE_PERIOD"),
 )
@@ -40,12 +40,12 @@ _SETTINGS_OF_PHASES = {"baseline": "BASELINE.", "exits": ("EXITS_PHASE.", "EXITS
 
 @dataclass(frozen=True)
 class Check:
-    """One figure against its limit."""
+    """One figure of a gate and its limit."""
 
     name: str
-    value: float | None  # None is undefined, which fails
-    limit: float | None  # the least value; None where the figure is only shown
-    of: str = ""  # what the limit is a share of, empty for an absolute one
+    value: float | None  # None: undefined, so the check fails
+    limit: float | None  # minimum; None: the figure is shown but not checked
+    of: str = ""  # the figure that the limit is a share of; empty: the limit is absolute
 
     @property
     def passed(self) -> bool:
@@ -61,12 +61,12 @@ class Check:
 
 @dataclass(frozen=True)
 class Gate:
-    """What a phase must reach before the next one starts, and what to try if a check fails."""
+    """The checks that a phase must pass before the next phase starts, and advice for a failed check."""
 
     phase: str
     checks: tuple[Check, ...]
     advice: tuple[str, ...] = ()
-    forced: bool = False  # the run went on although the gate failed
+    forced: bool = False  # whether the run continued although the gate failed
 
     @property
     def passed(self) -> bool:
@@ -77,22 +77,22 @@ class Gate:
         return f"gate of phase {self.phase} {state}: {', '.join(map(str, self.checks))}"
 
     def failed(self) -> GateFailed:
-        """The error of it, with what to do now."""
+        """Return the error for a failed gate, with the advice."""
         tries = [f"  try: {line}" for line in self.advice]
-        return GateFailed(str(self), [*tries, "  or go on with --force, which every later report will say"])
+        return GateFailed(str(self), [*tries, "  or continue with --force, which every later report will mention"])
 
     def to_dict(self) -> dict:
-        """For gate.json."""
+        """Return the content of gate.json."""
         checks = [vars(check) | {"passed": check.passed} for check in self.checks]
         return {"phase": self.phase, "passed": self.passed, "forced": self.forced, "checks": checks}
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run below ``root``: the final model, and a folder for each phase."""
+    """Files of a run below ``root``: the final model, and a folder for each phase."""
 
     root: Path
-    shared_taps: Path | None = None  # of a tap cache that several runs share, which is not deleted
+    shared_taps: Path | None = None  # folder of a tap cache that several runs share; it is not deleted
 
     @property
     def model(self) -> Path:
@@ -103,37 +103,40 @@ class RunFolder:
 
     @property
     def taps(self) -> Path:
-        """Folder of the tap cache; it takes gigabytes and is deleted after the exits phase."""
+        """Folder of the tap cache, which takes gigabytes and is deleted after the exits phase."""
         return self.shared_taps or self.phase("exits") / "taps"
 
     def remove_taps(self) -> None:
-        """Delete the tap cache if the exits phase is finished; a stopped phase needs it to resume."""
+        """Delete the tap cache if the exits phase is finished. A stopped phase needs the cache to resume."""
         if self.finished("exits") and not self.shared_taps:
             shutil.rmtree(self.taps, ignore_errors=True)
 
     def require_free(self, cfg: CfgNode, resume: bool) -> None:
-        """Check that the folder holds no run or, with ``resume``, one that this configuration can continue.
+        """Check that the folder holds no run or, with ``resume``, a run that this configuration can continue.
 
-        Settings of unfinished phases may change, as a failed gate advises; :meth:`start` then moves their files aside.
+        Settings of unfinished phases may change, since a failed gate may advise it. :meth:`start` then moves the files
+        of these phases aside.
 
         Raises:
-            EarlyExitError: the folder holds a run already, or one of another configuration.
+            EarlyExitError: the folder holds a run and ``resume`` is not set, the run cannot be continued with this
+                configuration, or the folder holds other results.
         """
         make_folder(self.root)
-        fix = "name another folder (OUTPUT_DIR), or delete it"
+        fix = "choose another folder (OUTPUT_DIR), or delete this one"
         if (self.root / "config.yaml").is_file():
             if not resume:
-                raise EarlyExitError(f"{self.root} holds a run already: continue it (--resume), {fix}")
+                raise EarlyExitError(f"{self.root} already holds a run; continue it (--resume), {fix}")
             self._changed_phases(cfg)
         elif (self.root / "metrics.json").exists():
             raise EarlyExitError(f"{self.root} holds other results; {fix}")
 
     def start(self, cfg: CfgNode) -> None:
-        """Move the files of unfinished phases with changed settings into ``before_1``, ``before_2`` and so on in the
-        phase's folder, then write configuration and versions."""
+        """Write the configuration and the versions. First move the files of each unfinished phase with changed settings
+        into a new folder ``before_1``, ``before_2`` and so on in the phase's folder."""
         for phase, key in self._changed_phases(cfg).items():
             logger.info("phase %s starts again, since %s has changed", phase, key)
-            folder = self.phase(phase)  # the taps stay: their key is checked
+            folder = self.phase(phase)
+            # the taps stay: they are recorded again if their key does not fit
             files = [path for path in folder.glob("*") if path.name != "taps" and not path.name.startswith("before_")]
             if files:
                 target = next(path for number in count(1) if not (path := folder / f"before_{number}").exists())
@@ -142,35 +145,35 @@ class RunFolder:
                     for path in files:
                         path.rename(target / path.name)
         write_text(self.root / "config.yaml", cfg.dump())
-        versions = {one.__name__: one.__version__ for one in (torch, torchvision, albumentations)}
+        versions = {package.__name__: package.__version__ for package in (torch, torchvision, albumentations)}
         machine = {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
         command = [Path(sys.argv[0]).name, *sys.argv[1:]]
         entries = {"command": command, "seed": cfg.SEED, "python": platform.python_version(), **versions, **machine}
         write_json(self.root / "run.json", entries)
 
     def _changed_phases(self, cfg: CfgNode) -> dict[str, str]:
-        """Unfinished phase -> a key of its training settings in which ``cfg`` and the stored configuration differ. An
-        EarlyExitError if they differ in a setting of a finished phase or of the whole run."""
+        """Return a dict: unfinished phase -> a key of its training settings that differs between ``cfg`` and the stored
+        configuration. Raise EarlyExitError if a setting of a finished phase or of the whole run differs."""
         path = self.root / "config.yaml"
         if not path.is_file():
             return {}
         # a key that the stored configuration lacks has its default
-        defaults, current = (_flat(parse_yaml(one.dump())) for one in (get_cfg(), cfg))
+        defaults, current = (_flat(parse_yaml(each.dump())) for each in (get_cfg(), cfg))
         stored = {**defaults, **_flat(_read_dict(path))}
         changed = {}
         for key in sorted({*stored, *current}):
-            if stored.get(key) == current.get(key) or key.startswith(_MAY_CHANGE):
+            if stored.get(key) == current.get(key) or key.startswith(_CHANGEABLE):
                 continue
-            if key == "PHASES":  # added at the end, or unfinished ones at the end left out
+            if key == "PHASES":  # phases may be added at the end, and unfinished phases at the end may be removed
                 shorter, longer = sorted((list(stored[key]), list(current[key])), key=len)
                 if longer[: len(shorter)] == shorter and not any(map(self.finished, longer[len(shorter) :])):
                     continue
             phase = next((phase for phase, keys in _SETTINGS_OF_PHASES.items() if key.startswith(keys)), None)
             if phase is None or self.finished(phase):
                 values = f"{key} = {shown(stored.get(key))}, now it is {shown(current.get(key))}"
-                fix = "set it back, or name another folder (OUTPUT_DIR)"
+                fix = "use the stored value, or choose another folder (OUTPUT_DIR)"
                 raise EarlyExitError(f"{path}: the run to resume has {values}; {fix}")
-            if ".GATE." not in key:  # a changed gate needs no new training
+            if ".GATE." not in key:  # with a changed gate, the phase need not be trained again
                 changed[phase] = key
         return changed
 
@@ -178,24 +181,24 @@ class RunFolder:
         write_json(self.phase(gate.phase) / "gate.json", gate.to_dict())
 
     def finished(self, phase: str) -> bool:
-        """Whether the phase was trained and its gate was passed or forced."""
+        """Return whether the phase is trained and its gate is passed or forced."""
         gate = self._read_gate(phase)
         return bool(gate.get("passed") or gate.get("forced"))
 
     def forced(self) -> bool:
-        """Whether any failed gate was forced."""
+        """Return whether the run continued after a failed gate."""
         gates = [self._read_gate(path.parent.name) for path in self.root.glob("*/gate.json")]
         return any(gate.get("forced") for gate in gates)
 
     def _read_gate(self, phase: str) -> dict:
-        """Content of gate.json; empty if the gate was not checked yet."""
+        """Return the content of gate.json, or an empty dict if the gate is not checked yet."""
         path = self.phase(phase) / "gate.json"
         return _read_dict(path) if path.is_file() else {}
 
 
 def _read_dict(path: Path) -> dict:
-    """Read a YAML or JSON file of a run (JSON is YAML)."""
-    fix = "restore it, or name another folder (OUTPUT_DIR)"
+    """Read a YAML or JSON file of a run (JSON is YAML). Raise EarlyExitError if its content is not a dict."""
+    fix = "restore it, or choose another folder (OUTPUT_DIR)"
     content = read_yaml(path, "file of a run", fix)
     if not isinstance(content, dict):
         raise EarlyExitError(f"{path}: expected a dict written by a run, got {shown(content)}; {fix}")
@@ -203,6 +206,7 @@ def _read_dict(path: Path) -> dict:
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:
+    """Return a dict with dotted keys."""
     flat = {}
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -210,16 +214,17 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 
 
 class SplitQuality:
-    """Computes figures such as AP50 on ``dataset``, of the full path or of every exit; every process must call it."""
+    """Computes figures such as AP50 of the full path or of every exit on ``dataset``. Under torchrun every process must
+    call the same methods."""
 
     def __init__(self, dataset: DetectionDataset, cfg: CfgNode, workers: int) -> None:
         self._loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, workers, False, 0, rank(), world_size())
         self._ground_truth = to_coco(dataset)
-        # gates compare figures without intervals: no bootstrap
+        # no bootstrap, since gates do not use intervals
         self._settings = EvaluationSettings(score=cfg.EVAL.SCORE, iou=cfg.EVAL.IOU, resamples=0)
 
     def of_full_path(self, model: EarlyExitSSDLite) -> Figures:
-        """Figures of the model without routing."""
+        """Return the figures of the full path."""
         router, model.router = model.router, None
         try:
             return self._figures(collect_detections(model, self._loader))
@@ -227,23 +232,26 @@ class SplitQuality:
             model.router = router
 
     def of_exits(self, model: EarlyExitSSDLite) -> list[Figures]:
-        """Figures of every exit, the full path last."""
+        """Return the figures of every exit, with the full path last."""
         return list(map(self._figures, collect(model, self._loader).detections))
 
-    def _figures(self, found: Detections) -> Figures:
-        return evaluate_detections(self._ground_truth, found, self._settings).figures
+    def _figures(self, detections: Detections) -> Figures:
+        return evaluate_detections(self._ground_truth, detections, self._settings).figures
 
     def curve_point(self, model: EarlyExitSSDLite) -> dict[str, float | None]:
-        """A point of the training curves: ``AP/<exit>`` and ``AP50/<exit>`` of exits with a branch, ``share/<exit>`` of
-        leaving photos, ``temperature/<exit>`` and the mean ``confidence/<exit>`` of early ones. Without a router
-        (before the exits phase): only the full path's AP."""
+        """Return a point of the training curves.
+
+        For exits with a branch and for the full path: ``AP/<exit>`` and ``AP50/<exit>``. For every exit:
+        ``share/<exit>`` of the photos that leave there. For early exits: ``temperature/<exit>`` and the mean
+        ``confidence/<exit>``. Without a router, as before the exits phase, only the full path's AP and AP50.
+        """
         router = model.router
         if router is None:
             return self._ap("full", collect_detections(model, self._loader, title=None))
         collected = collect(model, self._loader, router, title=None)
         point: dict[str, float | None] = {}
-        for name, empty, found in zip(model.exit_names, (*model.empty, False), collected.detections, strict=True):
-            point |= {} if empty else self._ap(name, found)
+        for name, empty, detections in zip(model.exit_names, (*model.empty, False), collected.detections, strict=True):
+            point |= {} if empty else self._ap(name, detections)
         shares = exit_share(choose_exits(collected.confidences, router.thresholds.tolist()), model.exit_names)
         point |= {f"share/{name}": share for name, share in shares.items()}
         early = zip(model.exit_names, router.temperatures.tolist(), collected.confidences, strict=False)
@@ -251,15 +259,15 @@ class SplitQuality:
             point |= {f"temperature/{name}": temperature, f"confidence/{name}": confidences.mean().item()}
         return point
 
-    def _ap(self, name: str, found: Detections) -> dict[str, float | None]:
-        matches = exit_matches(self._ground_truth, [found])
+    def _ap(self, name: str, detections: Detections) -> dict[str, float | None]:
+        matches = exit_matches(self._ground_truth, [detections])
         ap, ap50 = ap_of_choice(matches, np.zeros(matches.photos, np.int64))
         return {f"AP/{name}": ap, f"AP50/{name}": ap50}
 
 
 @dataclass
 class Run:
-    """State shared by all phases."""
+    """State of a training that all phases share."""
 
     cfg: CfgNode
     folder: RunFolder
@@ -275,7 +283,7 @@ class Run:
 
     @property
     def curve_quality(self) -> SplitQuality:
-        """Figures on ENGINE.CURVE_PHOTOS photos of the calib split, for the training curves."""
+        """Figures on a seeded sample of ENGINE.CURVE_PHOTOS photos of the calib split, for the training curves."""
         records = self.calib_set.records
-        chosen = np.random.default_rng(self.cfg.SEED).permutation(len(records))[: self.cfg.ENGINE.CURVE_PHOTOS]
-        return SplitQuality(self.calib_set.subset([records[place] for place in sorted(chosen)]), self.cfg, workers=0)
+        indices = np.random.default_rng(self.cfg.SEED).permutation(len(records))[: self.cfg.ENGINE.CURVE_PHOTOS]
+        return SplitQuality(self.calib_set.subset([records[index] for index in sorted(indices)]), self.cfg, workers=0)

@@ -1,4 +1,4 @@
-"""Training: from photos with boxes to a detector with exits. All inputs are checked before it starts."""
+"""Train a detector with exits on photos with boxes. All inputs are checked before the training starts."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
-    """Load all data and build the model, so that unusable settings, photos or weights are found first."""
+    """Check the settings, load all data and build the model, so that errors are reported before the training starts."""
     _check_names(cfg)
     if cfg.ROUTING.CERTIFICATE:
-        raise ConfigError("ROUTING.CERTIFICATE belongs to trained weights; leave it out of a training")
+        raise ConfigError("ROUTING.CERTIFICATE belongs to trained weights; remove it for a training")
     if cfg.CALIBRATION.TARGET:
         build_target(cfg)  # raises if its number is out of range
     cfg = _closed_until_fitted(cfg)
@@ -55,8 +55,8 @@ def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
     check_rivals(cfg, evaluation_device(cfg))
     if not is_main():
         barrier()  # the first process may render or download
-    needed = "required" if learns_from_labels(cfg) else "optional"
-    train_set = load_dataset(cfg, cfg.DATA.TRAIN, train=True, labels=needed)
+    labels = "required" if learns_from_labels(cfg) else "optional"
+    train_set = load_dataset(cfg, cfg.DATA.TRAIN, train=True, labels=labels)
     cfg = with_classes(cfg, train_set.classes)
     calib_set, test_set = load_dataset(cfg, cfg.DATA.CALIB, labels="required"), load_dataset(cfg, cfg.DATA.TEST)
     if is_main():
@@ -72,32 +72,33 @@ def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
 
 
 def _closed_until_fitted(cfg: CfgNode) -> CfgNode:
-    """The configuration, with the default routing (every exit closed) if a calibration has yet to fit its policy."""
+    """Return the configuration, with the default routing (every exit closed) if its policy needs a fit by a
+    calibration."""
     default = get_cfg().ROUTING
     closed = {"ROUTING.POLICY": default.POLICY, "ROUTING.THRESHOLDS": default.THRESHOLDS}
     return with_values(cfg, closed) if cfg.ROUTING.POLICY in FITTED_POLICIES else cfg
 
 
 def learns_from_labels(cfg: CfgNode) -> bool:
-    """Whether any phase needs labels; training of the full path always does."""
-    whole = [phase for phase in ("baseline", "joint") if phase in cfg.PHASES and cfg[PHASE_SECTIONS[phase]].EPOCHS]
-    return cfg.LOSS.SUPERVISION == "labels" or bool(whole)
+    """Return whether any phase needs labels. A phase that trains the full path always does."""
+    full_path = [phase for phase in ("baseline", "joint") if phase in cfg.PHASES and cfg[PHASE_SECTIONS[phase]].EPOCHS]
+    return cfg.LOSS.SUPERVISION == "labels" or bool(full_path)
 
 
 def _check_names(cfg: CfgNode) -> None:
-    """Cheap checks: names of data sets, weight files, and batch sizes for all processes."""
+    """Check names of data sets, weight files, the exits and batch sizes, which takes no time."""
     for name in (*cfg.DATA.TRAIN, *cfg.DATA.CALIB, *cfg.DATA.TEST):
         catalog.find(name, cfg.DATA)
     for weights in (cfg.MODEL.WEIGHTS, cfg.BASELINE.GATE.REFERENCE):
         if weights:
             require_weights(weights, detector_class(cfg.MODEL.NAME).plain_weights)
-    build_architecture(cfg, ("object",))  # MODEL.NAME, EXITS.BRANCH and the branches' arguments
+    build_architecture(cfg, ("object",))  # raises for MODEL.NAME, EXITS.BRANCH and the branches' arguments
     if cfg.MODEL.WEIGHTS_BACKBONE:
         backbone_weights(cfg)
     for section in (PHASE_SECTIONS[phase] for phase in cfg.PHASES):
         size, processes = cfg[section].BATCH_SIZE, world_size()
         if size % processes or size < 2 * processes:
-            expected = f"a multiple of the {processes} processes, two images or more for each"
+            expected = f"a multiple of the number of processes ({processes}), with at least two images for each"
             raise ConfigError(f"{section}.BATCH_SIZE is {size}, expected {expected}")
 
 
@@ -105,20 +106,20 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> Results | 
     """Run the configured phases, calibrate if CALIBRATION.TARGET is set, then evaluate on the test split.
 
     Args:
-        cfg: from :func:`earlyexit_ssd.config.load_config`.
+        cfg: configuration from :func:`earlyexit_ssd.config.load_config`.
         resume: continue the run in OUTPUT_DIR.
-        force: continue after a failed gate; every later report mentions it.
+        force: continue after a failed gate. Every later report mentions it.
 
     Returns:
-        the content of metrics.json; None on processes other than the first.
+        The content of metrics.json, or None on processes other than the first.
 
     Raises:
         EarlyExitError: unusable settings, data or weights, or a training that diverged.
         GateFailed: a phase's gate failed and ``force`` is not set.
-        Interrupted: a signal stopped a phase; everything is saved.
+        Interrupted: a signal stopped a phase. Its state is saved, so the run can be resumed.
     """
     folder = RunFolder(Path(cfg.OUTPUT_DIR))
-    # the first of torchrun's processes holds the folder for all of them
+    # under torchrun the first process locks the folder for all processes
     with process_group(build_device(cfg)), locked_folder(folder.root) if is_main() else contextlib.nullcontext():
         trained = train_phases(cfg, resume, force)
         if cfg.CALIBRATION.TARGET:
@@ -126,14 +127,15 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> Results | 
             trained = folder.phase("calibration") / "model.pth"
         else:
             cfg = _closed_until_fitted(cfg)
-        with failing_together():  # the other processes read it next
+        with failing_together():  # the other processes read the file next
             if is_main():
                 write_bytes(folder.model, trained.read_bytes())
         return evaluate_model(cfg, folder.model, folder.root)
 
 
 def train_phases(cfg: CfgNode, resume: bool = True, force: bool = True) -> Path:
-    """As `train`, in a folder that the caller holds, and neither calibrated nor evaluated; the last phase's model."""
+    """Run the configured phases, see `train`. Nothing is calibrated or evaluated. The caller must hold the lock of
+    OUTPUT_DIR. Return the path of the last phase's model."""
     folder = RunFolder(Path(cfg.OUTPUT_DIR))
     if is_main():
         folder.require_free(cfg, resume)
@@ -142,14 +144,14 @@ def train_phases(cfg: CfgNode, resume: bool = True, force: bool = True) -> Path:
         folder.start(cfg)
         samples = [run.train_set.sample(index, epoch=0) for index in range(min(12, len(run.train_set)))]
         write_image(folder.root / "training_photos.png", photo_grid(samples, run.train_set.classes))
-    barrier()  # other processes must not read files that start() moves
+    barrier()  # the other processes must not read files that start() still moves
     for phase in cfg.PHASES:
         _run_phase(run, phase, force)
     return folder.phase(cfg.PHASES[-1]) / "model.pth"
 
 
 def _run_phase(run: Run, name: str, force: bool) -> None:
-    """Train the phase and check its gate, or load its model if an earlier run has finished it."""
+    """Train the phase and check its gate, or load its model if the phase is finished already."""
     path, phases = run.folder.phase(name) / "model.pth", run.cfg.PHASES
     if run.folder.finished(name):
         _load_finished(run, path, name)
@@ -178,8 +180,9 @@ def _run_phase(run: Run, name: str, force: bool) -> None:
 
 
 def _load_finished(run: Run, path: Path, phase: str) -> None:
+    """Load the model of a finished phase into ``run``, with its losses and its router."""
     model, architecture, info = load_model(path)
-    if phase == "baseline":  # only the full path is loaded: the configuration may describe other exits
+    if phase == "baseline":  # load only the full path, since the exits may have changed in the configuration
         load_every_key(run.model.backbone, model.backbone.state_dict(), path)
         load_every_key(run.model.head, model.head.state_dict(), path)
         return

@@ -24,24 +24,26 @@ def test_thresholds_of_another_model_are_refused():
     """A configuration of two exits with the weights of three."""
     cfg = load_config(None, ["ROUTING.THRESHOLDS", "[0.4, 0.5]"])
     assert build_router(cfg, {"num_exits": 2}).thresholds.tolist() == pytest.approx([0.4, 0.5])
-    with pytest.raises(ConfigError, match=r"ROUTING.THRESHOLDS has 2 numbers, the model has 3 early exits: give one"):
+    with pytest.raises(
+        ConfigError, match=r"ROUTING.THRESHOLDS has 2 numbers, but the model has 3 early exits; give one"
+    ):
         build_router(cfg, {"num_exits": 3})
 
 
-def test_where_the_runtime_measures_the_cpu_auto_is_the_cpu(monkeypatch):
-    asked = []
-    monkeypatch.setattr(build, "_device", lambda cfg, name: asked.append(name))
+def test_auto_is_the_cpu_unless_the_runtime_is_eager(monkeypatch):
+    names = []
+    monkeypatch.setattr(build, "_device", lambda cfg, name: names.append(name))
     for keys in ([], ["EVAL.RUNTIME", "onnxruntime"], ["EVAL.RUNTIME", "onnxruntime", "DEVICE", "cuda"]):
         cfg = load_config(None, keys)
         evaluation_device(cfg)
-        assert cfg.DEVICE in ("auto", "cuda")  # the caller's is left alone
-    assert asked == ["auto", "cpu", "cuda"]
+        assert cfg.DEVICE in ("auto", "cuda")  # it is not changed
+    assert names == ["auto", "cpu", "cuda"]
 
 
-def test_mixed_precision_is_of_training_alone():
+def test_mixed_precision_matters_for_training_only():
     cfg = load_config(None, ["ENGINE.AMP", "fp16", "DEVICE", "cpu"])
     assert evaluation_device(cfg).type == "cpu"
-    with pytest.raises(ConfigError, match="ENGINE.AMP 'fp16' needs CUDA, DEVICE is cpu; use bf16 or off"):
+    with pytest.raises(ConfigError, match="ENGINE.AMP 'fp16' needs CUDA, but DEVICE is cpu; use bf16 or off"):
         build_device(cfg)
 
 
@@ -67,7 +69,7 @@ def test_the_exits_section_describes_the_exits():
         ),
     ],
 )
-def test_kinds_that_there_are_not(keys, message):
+def test_unknown_branches_and_detectors_are_refused(keys, message):
     with pytest.raises(EarlyExitError, match=message):
         build_architecture(load_config(None, keys), ("chair",))
 
@@ -79,8 +81,8 @@ def test_imagenet_weights_are_those_of_the_detector():
         backbone_weights(load_config(None, ["MODEL.WEIGHTS_BACKBONE", "IMAGENET1K_V9"]))
 
 
-def test_a_compact_head_looks_at_photos_of_train_without_boxes(tmp_path, monkeypatch):
-    """Of a model that says background 0.1, couch 0.4, chair 0.2, bench 0.2, bed 0.1 everywhere."""
+def test_a_compact_head_needs_no_boxes(tmp_path, monkeypatch):
+    """The model predicts background 0.1, couch 0.4, chair 0.2, bench 0.2, bed 0.1 everywhere."""
     source = Architecture(classes=("couch", "chair", "bench", "bed"), image_size=96, width=0.25, exit_layers=(8,))
     model = source.build()
     with torch.no_grad():

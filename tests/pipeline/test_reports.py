@@ -1,4 +1,4 @@
-"""What is gathered for the report page."""
+"""The data of the report page."""
 
 from __future__ import annotations
 

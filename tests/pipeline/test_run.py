@@ -45,7 +45,9 @@ def test_phases_are_added_or_left_out_at_the_end(tmp_path, before, finished, now
 )
 def test_other_phases_are_another_run(tmp_path, before, finished, now):
     run = started(tmp_path / "run", "PHASES", before, finished=finished)
-    with pytest.raises(EarlyExitError, match="the run to resume has PHASES = .*set it back, or name another folder"):
+    with pytest.raises(
+        EarlyExitError, match="the run to resume has PHASES = .*use the stored value, or choose another folder"
+    ):
         run.require_free(load_config(None, ["PHASES", now]), resume=True)
 
 
@@ -59,7 +61,7 @@ def test_what_is_set_aside_replaces_nothing(tmp_path):
     assert sorted(path.name for path in run.phase("baseline").iterdir()) == ["before_1", "before_2", "before_3"]
 
 
-def test_message_says_what_to_try():
+def test_a_failed_gate_gives_advice():
     error = Gate("exits", (Check("x", 0.1, 0.2),), ("move it",)).failed()
     assert str(error) == "gate of phase exits failed: x 0.100 < 0.200"
-    assert error.advice == ["  try: move it", "  or go on with --force, which every later report will say"]
+    assert error.advice == ["  try: move it", "  or continue with --force, which every later report will mention"]

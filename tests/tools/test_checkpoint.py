@@ -68,7 +68,7 @@ def test_a_configuration_that_describes_another_is_one_line(checkpoint, tmp_path
         (["MODEL.WIDTH", "0.5"], "check MODEL.WIDTH"),
         (
             ["DATA.CLASSES", "[chair, lamp]"],
-            "its head has 2 outputs, so 1 classes beside background, the configuration has 2",
+            "its head has 2 outputs, for 1 classes and background, but the configuration has 2",
         ),
     ):
         assert eval_exits.main([*arguments, "--weights", path, "--out", str(tmp_path / "out"), *more]) == 2
@@ -76,7 +76,7 @@ def test_a_configuration_that_describes_another_is_one_line(checkpoint, tmp_path
     plain = get_model("ssdlite320_mobilenet_v3_large", weights=None, weights_backbone=None, num_classes=2)
     torch.save({"model": plain.state_dict()}, tmp_path / "plain.pth")
     assert eval_exits.main([*arguments, "--weights", str(tmp_path / "plain.pth"), "--out", str(tmp_path / "out")]) == 2
-    assert "plain.pth: a detector without exits; train them: MODEL.WEIGHTS" in capsys.readouterr().err
+    assert "plain.pth: the detector has no exits; train them: tools/train_net.py" in capsys.readouterr().err
 
 
 def test_of_coco_s_91_outputs_the_configuration_s_classes(tmp_path):

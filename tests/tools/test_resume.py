@@ -85,7 +85,7 @@ def test_second_run_in_the_same_folder_is_refused(tiny, failed, tmp_path, capsys
     shutil.copytree(failed, tmp_path / "run")
     written = (tmp_path / "run" / "baseline" / "model.pth").stat().st_mtime_ns
     assert train_net.main(tiny("run")) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    assert "already holds a run" in capsys.readouterr().err
     assert train_net.main(tiny("run", "--resume", "SEED", "5")) == 2
     assert "the run to resume has SEED = 0, now it is 5" in capsys.readouterr().err
     assert (tmp_path / "run" / "baseline" / "model.pth").stat().st_mtime_ns == written
