@@ -47,16 +47,16 @@ from earlyexit_ssd.runtimes import OnnxRuntime
 logger = logging.getLogger(__name__)
 
 COMPARED_PHOTOS = 16  # number of photos on which the file in 32 bits is compared with the model
-RANGE_PHOTOS = 200  # number of photos that the ranges of the activations come from; both files are timed on as many
+RANGE_PHOTOS = 200  # number of photos on which ranges of activations are measured, and on which files are timed
 OPERATORS = ("Conv", "Add", "Mul", "Relu", "HardSwish", "HardSigmoid", "GlobalAveragePool", "MaxPool")
 """Operators that are quantised, in modules of trunk, branches and heads."""
-SCORE, IOU = 0.5, 0.5  # least score and IoU of a detection that counts as a found object
-DELTA = 0.05  # share of the bootstrap draws that may lose more than the budget, by default
+SCORE, IOU = 0.5, 0.5  # minimum score and IoU of a detection that counts as a found object
+DELTA = 0.05  # default share of the bootstrap draws that may lose more than the budget
 
 
 @dataclass(frozen=True)
 class Kept:
-    """The layers that stay in 32 bits: the first convolutions after the image, and the heads."""
+    """The layers that stay in 32 bits: the first convolutions after the image, and optionally the heads."""
 
     convolutions: int
     heads: bool
@@ -68,7 +68,7 @@ class Kept:
 
 
 LADDER = (Kept(0, False), Kept(3, False), Kept(3, True), Kept(9, True))
-"""Tried in this order, until one holds the budget. The first layers are the most sensitive, and have few MMACs."""
+"""Choices in the order in which they are tried. The first layers are the most sensitive, and have few MMACs."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class Int8Figures:
     Attributes:
         labelled: whether AP is measured against labels. Otherwise the reference's detections with a score of at least
             `SCORE` replace the labels.
-        AP, AP50: (reference, 8 bits); None without an object. The reference is the detector in 32 bits, or the
-            detections that `export_int8` was given.
+        AP, AP50: (reference, 8 bits); None without an object. The reference is the detector in 32 bits, or the argument
+            ``reference`` of `export_int8`.
         lost_bound: largest AP50 lost against the reference, in a share 1 - ``delta`` of the bootstrap draws.
         objects: number of the reference's detections with a score of at least `SCORE`.
         objects_kept: number of these that the detector in 8 bits finds too.
@@ -111,8 +111,8 @@ class Int8Figures:
     @property
     def accuracy_text(self) -> str:
         photos = f"{self.photos} labelled photos" if self.labelled else f"{self.photos} photos, 32 bits for labels"
-        known = {"AP50": self.AP50, "AP": self.AP} if None not in (*self.AP50, *self.AP) else {}
-        aps = [f"{name} {after:.3f} instead of {before:.3f}" for name, (before, after) in known.items()]
+        pairs = {"AP50": self.AP50, "AP": self.AP} if None not in (*self.AP50, *self.AP) else {}
+        aps = [f"{name} {after:.3f} instead of {before:.3f}" for name, (before, after) in pairs.items()]
         kept = f"{self.objects_kept} of {self.objects} objects kept"
         return f"{', '.join(aps) or 'AP undefined'} on {photos} ({self.bound_text}), {kept}"
 
@@ -133,44 +133,49 @@ def export_int8(
 ) -> Int8Figures:
     """Write a detector in 8 bits, if it is faster than in 32 bits and loses little AP50.
 
-    The detector in 32 bits is exported first, and compared with the model. The layers that stay in 32 bits are chosen
-    by measurement (`LADDER`). The thresholds are computed again, so that as many photos leave at each exit as in 32
-    bits. The temperatures stay the same. The file has no certificate, since the certificate is for 32 bits.
+    First the detector is exported in 32 bits and compared with the model. Then the choices of layers that stay in 32
+    bits (`LADDER`) are tried until one holds the budget. The thresholds are computed again, so that as many photos
+    leave at each exit as in 32 bits. The temperatures stay the same. The file has no certificate, because the
+    certificate of a detector in 32 bits does not hold for 8 bits.
 
     Args:
-        model, path, file_format: as of `export_detector`.
-        dataset: photos like those in deployment. AP is measured against their labels; without labels, against the
-            reference.
+        model, path, file_format: see `export_detector`.
+        dataset: photos like the photos in deployment. AP is measured against their labels, or against the reference if
+            they have none.
         ap_drop: largest AP50 that may be lost, in a share 1 - ``delta`` of the bootstrap draws.
-        ranges: photos that the ranges of the activations come from; by default `RANGE_PHOTOS` of ``dataset``.
+        ranges: paths of photos on which the ranges of activations are measured, at most `RANGE_PHOTOS` of them; empty:
+            the photos of ``dataset``.
         reference: image id -> detections that the loss is measured against; None: the detections in 32 bits.
+        delta: share of the bootstrap draws that may lose more than ``ap_drop``.
 
     Raises:
-        EarlyExitError: NNCF or the runtime is missing, or 8 bits are no faster or lose too much. Then nothing is
-            written.
+        EarlyExitError: NNCF or the runtime is missing, or the file in 8 bits is not faster or loses too much. Then
+            nothing is written.
     """
-    os.environ.setdefault("NNCF_CI", "1")  # NNCF reports nothing to its makers
+    os.environ.setdefault("NNCF_CI", "1")  # turns NNCF's telemetry off
     nncf = import_package("nncf")
-    logging.getLogger("nncf").setLevel(logging.ERROR)  # its own function silences the handlers of all
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # NNCF's own function would silence the handlers of all loggers
     path, runtime = export.exportable_path(path, file_format), export.runtime_of(file_format)
     model, photos = export.exportable(model), [record.path for record in dataset.records]
-    with export.replacing(path) as made, evaluating(model):
-        whole = made.with_name(f"float32{made.suffix}")
-        export.export_detector(model, whole, file_format, photos[:COMPARED_PHOTOS])
-        confidences = _confidences(whole, runtime, photos)
-        before = detect(Predictor(whole, runtime), dataset) if reference is None else reference
+    with export.replacing(path) as new_path, evaluating(model):
+        float_path = new_path.with_name(f"float32{new_path.suffix}")
+        export.export_detector(model, float_path, file_format, photos[:COMPARED_PHOTOS])
+        confidences = _confidences(float_path, runtime, photos)
+        if reference is None:
+            reference = detect(Predictor(float_path, runtime), dataset)
         segments = export.build_segments(model)
-        images = (as_tensor(read_image(photo)) for photo in _some(ranges or photos))
+        images = (as_tensor(read_image(photo)) for photo in _sample(ranges or photos))
         inputs = [{"x_in": model.transform([image])[0].tensors.numpy()} for image in images]
         for step, kept in enumerate(LADDER):
-            quantised, trial = _quantised(nncf, segments, inputs, kept), made.with_name(f"trial{step}{made.suffix}")
+            quantised = _quantised(nncf, segments, inputs, kept)
+            trial = new_path.with_name(f"trial{step}{new_path.suffix}")
             export.WRITERS[file_format](model, quantised, trial)
             thresholds = _thresholds(model, confidences, _confidences(trial, runtime, photos))
-            predictors = Predictor(whole, runtime), Predictor(trial, runtime, thresholds=thresholds)
-            figures = _compare(*predictors, before, dataset, kept, delta)
+            predictors = Predictor(float_path, runtime), Predictor(trial, runtime, thresholds=thresholds)
+            figures = _compare(*predictors, reference, dataset, kept, delta)
             logger.info("8 bits, %s: %s; %s", kept, figures.accuracy_text, figures.speed_text)
-            least_speed = figures.speed.value if figures.speed.low is None else figures.speed.low
-            if least_speed <= 1:
+            speed = figures.speed
+            if (speed.value if speed.low is None else speed.low) <= 1:
                 raise EarlyExitError(f"{path}: 8 bits are refused: {figures.speed_text}; export without --int8")
             if figures.lost_bound <= ap_drop:
                 break
@@ -182,18 +187,24 @@ def export_int8(
         if thresholds:
             model.router.thresholds = [thresholds.get(name, CLOSED) for name in model.exit_names[:-1]]
             model.router.certificate = None
-        export.WRITERS[file_format](model, quantised, made)
+        export.WRITERS[file_format](model, quantised, new_path)
     return dataclasses.replace(figures, path=path, size=export.size_of(path))
 
 
 def photos_to_quantise_on(
     folder: str | os.PathLike[str], annotations: str | os.PathLike[str] | None, classes: Sequence[str]
 ) -> DetectionDataset:
-    """A data set of the photos of a folder, with labels from ``annotations`` (a format of DATA.DATASETS) if given.
+    """Return a data set of the photos of a folder.
 
-    ``classes`` are those of the detector. Raises a DataError if a file is unusable or no class fits.
+    Args:
+        annotations: file of labels, in a format of DATA.DATASETS; None: no labels.
+        classes: the detector's classes; labels of other classes are left out.
+
+    Raises:
+        DataError: a file is unusable, or no label is of the detector's classes.
     """
-    for path, expected in ((folder, "--photos names a folder"), (annotations, "--annotations names a COCO JSON file")):
+    flags = ((folder, "--photos takes a folder"), (annotations, "--annotations takes a COCO JSON file"))
+    for path, expected in flags:
         if path and not os.path.exists(path):
             raise DataError(f"{path}: it does not exist; {expected}")
     paths = [os.path.abspath(annotations) if annotations else "", os.path.abspath(folder)]
@@ -205,16 +216,16 @@ def photos_to_quantise_on(
         if not classes:
             names = ", ".join(labelled)[:100]
             raise DataError(
-                f"{annotations}: none of its classes ({names}) is the detector's; give photos of its classes"
+                f"{annotations}: none of its classes ({names}) is the detector's; give labels of the detector's classes"
             )
     cfg = with_values(cfg, {"DATA.CLASSES": classes})
     return load_dataset(cfg, "--photos", labels="annotated" if annotations else "replaced")
 
 
-def _some(photos: Sequence[str | os.PathLike[str]]) -> list[str | os.PathLike[str]]:
-    """A seeded random choice of at most `RANGE_PHOTOS` of the photos."""
-    chosen = np.random.default_rng(0).permutation(len(photos))[:RANGE_PHOTOS]
-    return [photos[place] for place in chosen]
+def _sample(photos: Sequence[str | os.PathLike[str]]) -> list[str | os.PathLike[str]]:
+    """Return a seeded random sample of at most `RANGE_PHOTOS` photos."""
+    indices = np.random.default_rng(0).permutation(len(photos))[:RANGE_PHOTOS]
+    return [photos[index] for index in indices]
 
 
 # Quantisation.
@@ -223,34 +234,34 @@ def _some(photos: Sequence[str | os.PathLike[str]]) -> list[str | os.PathLike[st
 def _quantised(
     nncf: Any, segments: Sequence[Segment], inputs: Sequence[dict[str, np.ndarray]], kept: Kept
 ) -> list[Segment]:
-    """The segments in 8 bits; ``inputs`` are those of the first segment, photo by photo."""
-    found = []
+    """Return the segments in 8 bits. ``inputs`` are the first segment's inputs, one dict for each photo."""
+    segments_int8 = []
     for segment in progress(segments, desc="8 bits"):
         graph = segment.model.graph
-        names = [one.name for one in graph.node if not _fits(one) or (kept.heads and "head" in one.name)]
-        if graph.input[0].type.tensor_type.shape.dim[1].dim_value == 3:  # its input is the image
-            names += [one.name for one in graph.node if one.op_type == "Conv" and _fits(one)][: kept.convolutions]
+        ignored = [node.name for node in graph.node if not _fits(node) or (kept.heads and "head" in node.name)]
+        if graph.input[0].type.tensor_type.shape.dim[1].dim_value == 3:  # the input is the image
+            ignored += [node.name for node in graph.node if node.op_type == "Conv" and _fits(node)][: kept.convolutions]
         try:
-            with contextlib.redirect_stdout(sys.stderr):  # for NNCF's progress bars
+            with contextlib.redirect_stdout(sys.stderr):  # NNCF writes its progress bars to stdout
                 quantised = nncf.quantize(
                     segment.model,
                     nncf.Dataset(inputs),
                     preset=nncf.QuantizationPreset.MIXED,
                     subset_size=len(inputs),
-                    ignored_scope=nncf.IgnoredScope(names=names, validate=False),
+                    ignored_scope=nncf.IgnoredScope(names=ignored, validate=False),
                 )
         except Exception as error:
             raise EarlyExitError(f"NNCF cannot quantise {segment.name} ({one_line(str(error))[:200]})") from error
-        found.append(dataclasses.replace(segment, model=quantised))
+        segments_int8.append(dataclasses.replace(segment, model=quantised))
         if not segment.full:
             run = OnnxRuntime(segment.model.SerializeToString(), segment.name)
-            inputs = [export.next_inputs(run(one)) for one in inputs]
-    return found
+            inputs = [export.next_inputs(run(photo)) for photo in inputs]
+    return segments_int8
 
 
 def _fits(node: onnx.NodeProto) -> bool:
-    """Whether a node is quantised: its operator is one of `OPERATORS`, inside a module that is no policy. Functions,
-    such as the resizing for a glance, are outside of modules."""
+    """Return whether a node is quantised: its operator is in `OPERATORS`, and it belongs to a module that is not a
+    policy. Nodes of functions, such as the resizing for a glance, belong to no module."""
     *modules, _ = node.name.strip("/").split("/")
     return node.op_type in OPERATORS and bool(modules) and modules[0] != "_policy"
 
@@ -259,42 +270,44 @@ def _fits(node: onnx.NodeProto) -> bool:
 
 
 def detect(predictor: Predictor, dataset: DetectionDataset) -> Detections:
-    """Image id -> detections of the data set's classes, with the data set's label numbers."""
-    label_of, found = {name: label for label, name in enumerate(dataset.classes, 1)}, {}
+    """Return a dict: image id -> detections of the data set's classes, with the data set's label numbers."""
+    label_of, by_image = {name: label for label, name in enumerate(dataset.classes, 1)}, {}
     for record in progress(dataset.records, desc="detect"):
-        one = predictor(read_image(record.path))
-        labels = np.array([label_of.get(name, 0) for name in one.class_names], np.int64)
-        values = {"boxes": one.boxes, "scores": one.scores, "labels": labels}
-        found[record.image_id] = {key: torch.from_numpy(value[labels > 0]) for key, value in values.items()}
-    return found
+        detections = predictor(read_image(record.path))
+        labels = np.array([label_of.get(name, 0) for name in detections.class_names], np.int64)
+        values = {"boxes": detections.boxes, "scores": detections.scores, "labels": labels}
+        by_image[record.image_id] = {key: torch.from_numpy(value[labels > 0]) for key, value in values.items()}
+    return by_image
 
 
 def _confidences(path: Path, runtime: str, photos: Sequence[Path]) -> dict[str, np.ndarray]:
-    """The confidences [n] at every open exit, shallow to deep, as if no photo had left at an earlier exit."""
+    """Return a dict: open exit, shallow to deep -> confidences [n], as if no photo had left at an earlier exit."""
     names = [name for name, value in Predictor(path, runtime).thresholds.items() if value is not None]
-    closed, found = dict.fromkeys(names, CLOSED), {}
+    closed, by_exit = dict.fromkeys(names, CLOSED), {}
     for name in names:
         predictor = Predictor(path, runtime, thresholds={**closed, name: 0.0})
-        found[name] = np.array([predictor(read_image(one)).exit_confidence for one in progress(photos, desc=name)])
-    return found
+        confidences = [predictor(read_image(photo)).exit_confidence for photo in progress(photos, desc=name)]
+        by_exit[name] = np.array(confidences)
+    return by_exit
 
 
 def _thresholds(
     model: EarlyExitDetector, before: dict[str, np.ndarray], after: dict[str, np.ndarray]
 ) -> dict[str, float]:
-    """Thresholds of the open exits in 8 bits, from the confidences in 32 bits and in 8 bits."""
-    found, arrives = {}, np.ones_like(next(iter(before.values()), np.zeros(0)), bool)  # photos that come to the exit
-    for name, values in before.items():
+    """Return a dict: open exit -> threshold in 8 bits, from the confidences in 32 bits and in 8 bits."""
+    by_exit, arrives = {}, np.ones_like(next(iter(before.values()), np.zeros(0)), bool)  # photos that reach the exit
+    for name, confidences in before.items():
         threshold = float(model.router.thresholds[model.exit_names.index(name)])
-        found[name] = matching_threshold(threshold, values[arrives], after[name][arrives])
-        arrives &= values < threshold
-    return found
+        by_exit[name] = matching_threshold(threshold, confidences[arrives], after[name][arrives])
+        arrives &= confidences < threshold
+    return by_exit
 
 
 def matching_threshold(threshold: float, before: np.ndarray, after: np.ndarray) -> float:
-    """A threshold for the confidences ``after`` [n], at which as many photos leave as at ``threshold`` for ``before``.
+    """Return a threshold at which as many photos leave with the confidences ``after`` [n] as with ``before`` [n] at
+    ``threshold``.
 
-    If some photos leave and some do not, the threshold lies halfway between two confidences.
+    If some photos leave and some do not, the result is halfway between two confidences.
     """
     leaving, ordered = int((before >= threshold).sum()), np.sort(after)[::-1]
     if not len(ordered):
@@ -307,17 +320,22 @@ def matching_threshold(threshold: float, before: np.ndarray, after: np.ndarray) 
 
 
 def _compare(
-    whole: Predictor, quantised: Predictor, reference: Detections, dataset: DetectionDataset, kept: Kept, delta: float
+    unquantised: Predictor,
+    quantised: Predictor,
+    reference: Detections,
+    dataset: DetectionDataset,
+    kept: Kept,
+    delta: float,
 ) -> Int8Figures:
-    """The figures of one step of `LADDER`: ``quantised`` compared with the detector in 32 bits, ``whole``."""
-    found, template = detect(quantised, dataset), to_coco(dataset)
+    """Measure ``quantised``: its detections are compared with ``reference``, its time with ``unquantised``."""
+    detections, template = detect(quantised, dataset), to_coco(dataset)
     truth = template if dataset.labelled else as_ground_truth(template, reference, SCORE)
-    matches = exit_matches(truth, [reference, found], IOU)
+    matches = exit_matches(truth, [reference, detections], IOU)
     choices = [np.full(matches.photos, index) for index in range(2)]
     before, after = (ap_of_choice(matches, choice) for choice in choices)
-    base, draws = bootstrap_choices(matches, choices)
-    lost = base.AP50 - draws.AP50
-    same = agreement(template, reference, found, SCORE, IOU)
+    reference_draws, draws = bootstrap_choices(matches, choices)
+    lost = reference_draws.AP50 - draws.AP50
+    kept_objects = agreement(template, reference, detections, SCORE, IOU)
     return Int8Figures(
         path=Path(quantised.path),
         size=export.size_of(Path(quantised.path)),
@@ -328,17 +346,18 @@ def _compare(
         AP50=(before.AP50, after.AP50),
         lost_bound=float(np.nanquantile(lost, 1 - delta)) if not np.isnan(lost).all() else 0.0,
         delta=delta,
-        objects=same.objects,
-        objects_kept=same.kept,
-        speed=speed_of(quantised, whole, dataset),
+        objects=kept_objects.objects,
+        objects_kept=kept_objects.kept,
+        speed=speed_of(quantised, unquantised, dataset),
         runtime=quantised.runtime,
     )
 
 
 def speed_of(predictor: Predictor, against: Predictor, dataset: DetectionDataset) -> Ratio:
-    """Speed of ``predictor`` relative to ``against``; both run each of at most `RANGE_PHOTOS` photos in turn."""
-    for one in (predictor, against):
-        one.warm_up()
-    photos = map(read_image, _some([record.path for record in dataset.records]))
-    times = np.array([[one(photo).ms for one in (predictor, against)] for photo in photos])
+    """Return the speed of ``predictor`` relative to ``against``. They take turns on at most `RANGE_PHOTOS` photos."""
+    predictors = (predictor, against)
+    for each in predictors:
+        each.warm_up()
+    photos = map(read_image, _sample([record.path for record in dataset.records]))
+    times = np.array([[each(photo).ms for each in predictors] for photo in photos])
     return ratio(times[None, :, 1], times[None, :, 0])

@@ -29,10 +29,10 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, capsys):
     [
         (["--int8"], "--int8 needs one folder of photos"),
         (["--int8", "--photos", "a", "b"], "--int8 needs one folder of photos"),
-        (["--int8", "--photos", "nowhere"], "nowhere: it does not exist; --photos names a folder"),
+        (["--int8", "--photos", "nowhere"], "nowhere: it does not exist; --photos takes a folder"),
         (
             ["--int8", "--photos", ".", "--annotations", "no.json"],
-            "no.json: it does not exist; --annotations names a COCO",
+            "no.json: it does not exist; --annotations takes a COCO",
         ),
         (["--int8", "--photos", ".", "--ap-drop", "7"], "--ap-drop is 7, expected a number in [0, 1]"),
         (["--annotations", "no.json"], "--annotations is for --int8; leave it out, or add --int8"),
