@@ -1,7 +1,7 @@
-"""Plain data that anybody may have written: JSON and YAML files, bounded in size and depth, and checked by type.
+"""Read JSON and YAML files that may be damaged or hostile: bounded in size and depth, and checked against types.
 
-A type says what is expected: dataclasses and ``TypedDict``, ``tuple[int, ...]``, ``float | None``, ``Literal``, and
-``Annotated[float, 0, 1]`` for a number with its least and its largest value.
+Expected types are dataclasses, ``TypedDict``, ``tuple[int, ...]``, ``float | None``, ``Literal``, and
+``Annotated[float, 0, 1]`` for a number with its lower and upper bound.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 try:
     import yaml
-except ImportError:  # where only the runtime is installed; JSON is read all the same
+except ImportError:  # an installation without PyTorch reads JSON only
     yaml = None
 
 from earlyexit_ssd.errors import EarlyExitError, nearest, shown
 
 T = TypeVar("T")
 
-DEEPEST = 32
-MOST_VALUES = 2_000_000
-MOST_YAML_VALUES, MOST_YAML_BYTES = 100_000, 2**18  # YAML is read slowly, and an alias repeats what it stands for
+MAX_DEPTH = 32
+MAX_VALUES = 2_000_000
+MAX_YAML_VALUES, MAX_YAML_CHARACTERS = 100_000, 2**18  # lower, because PyYAML is slow and aliases multiply values
 
 
-def require_bounded(value: Any, most: int = MOST_VALUES) -> None:
-    """A ValueError if nested dicts and lists are deeper than `DEEPEST`, or hold more than ``most`` values or an integer
-    of more than 64 bits. They are looked at level by level; what refers to itself has no end."""
+def require_bounded(value: Any, max_values: int = MAX_VALUES) -> None:
+    """Raise ValueError if nested dicts and lists are deeper than `MAX_DEPTH`, or hold too many values or too large an
+    integer. Levels are checked one after another, so a structure that contains itself stops at `MAX_DEPTH`."""
     level, count = [value], 0
-    for _ in range(DEEPEST):
+    for _ in range(MAX_DEPTH):
         for item in level:
             if isinstance(item, int) and item.bit_length() > 64:
                 raise ValueError("a whole number of more than 64 bits")
-        level = list(islice(chain.from_iterable(map(_children, level)), most + 1))
+        level = list(islice(chain.from_iterable(map(_children, level)), max_values + 1))
         count += len(level)
-        if count > most:
-            raise ValueError(f"more than {most} values")
+        if count > max_values:
+            raise ValueError(f"more than {max_values} values")
         if not level:
             return
-    raise ValueError(f"nested more than {DEEPEST} deep")
+    raise ValueError(f"nested more than {MAX_DEPTH} deep")
 
 
 def _children(value: Any) -> Iterable[Any]:
@@ -57,52 +57,56 @@ def _children(value: Any) -> Iterable[Any]:
 
 
 def read_json(path: str | os.PathLike[str], what: str, fix: str, error: type[EarlyExitError] = EarlyExitError) -> Any:
-    """The content of a JSON file; no key twice, no NaN. ``what`` the file is to be, and the ``fix``, are for messages.
-    An EarlyExitError (of the class ``error``) if there is no such regular file, or it is not JSON."""
+    """Return the content of a JSON file. Raise ``error`` if the file is missing, not a regular file, not JSON or too
+    large, repeats a key, or holds NaN. Messages have ``what`` (the kind of file, such as "certificate") and ``fix``.
+    """
     return _read(path, what, fix, error, _parse_json, "JSON")
 
 
 def read_yaml(path: str | os.PathLike[str], what: str, fix: str, error: type[EarlyExitError] = EarlyExitError) -> Any:
-    """The content of a YAML file, see :func:`parse_yaml`; else as :func:`read_json`."""
+    """Return the content of a YAML file (:func:`parse_yaml`). Arguments and errors are those of :func:`read_json`."""
     return _read(path, what, fix, error, parse_yaml, "valid YAML")
 
 
-def _read(path: Any, what: str, fix: str, error: type[EarlyExitError], parse: Callable[[str], Any], kind: str) -> Any:
+def _read(
+    path: Any, what: str, fix: str, error: type[EarlyExitError], parse: Callable[[str], Any], format_name: str
+) -> Any:
     try:
         text = read_bytes(path).decode("utf-8-sig")
     except FileNotFoundError:
         raise error(f"{path}: no such {what}; {fix}") from None
-    except (OSError, ValueError) as problem:
-        reason = getattr(problem, "strerror", None) or problem
+    except (OSError, ValueError) as cause:
+        reason = getattr(cause, "strerror", None) or cause
         raise error(f"{path}: cannot be read as a {what} ({reason}); {fix}") from None
     try:
         return parse(text)
-    except (ValueError, RecursionError) as problem:
-        raise error(f"{path}: not {kind} ({problem}); {fix}") from None
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{path}: not {format_name} ({cause}); {fix}") from None
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """Of a regular file, else an OSError: a pipe or a device might never end. A ValueError: the path holds a NUL."""
+    """Read a regular file. A pipe or a device raises OSError, because reading it might never end. A path with a NUL
+    character raises ValueError."""
     path = Path(path)
     path.stat()
     if not path.is_file():
-        raise OSError(0, "it is no regular file")
+        raise OSError(0, "not a regular file")
     return path.read_bytes()
 
 
 def _parse_json(text: str) -> Any:
-    def once(pairs: list[tuple[str, Any]]) -> dict:
-        found: dict = {}
+    def unique(pairs: list[tuple[str, Any]]) -> dict:
+        mapping: dict = {}
         for key, value in pairs:
-            if key in found:
+            if key in mapping:
                 raise ValueError(f"the key {shown(key)} is given twice")
-            found[key] = value
-        return found
+            mapping[key] = value
+        return mapping
 
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is no number of JSON")
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not a JSON number")
 
-    value = json.loads(text, object_pairs_hook=once, parse_constant=refuse)
+    value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
     require_bounded(value)
     return value
 
@@ -110,15 +114,15 @@ def _parse_json(text: str) -> Any:
 if yaml is not None:
 
     class _PlainLoader(yaml.SafeLoader):
-        """YAML's plain types; a date is text, other tags are refused, and no key is given twice."""
+        """Load YAML's plain types. Dates stay text. Other tags and repeated keys are errors."""
 
         yaml_implicit_resolvers = {  # noqa: RUF012
             first: [pair for pair in pairs if not pair[0].endswith(":timestamp")]
             for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }
         yaml_constructors = {  # noqa: RUF012
-            tag: make
-            for tag, make in yaml.SafeLoader.yaml_constructors.items()
+            tag: constructor
+            for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
             if tag is None or tag.rpartition(":")[2] in ("null", "bool", "int", "float", "str", "seq", "map")
         }
 
@@ -128,66 +132,65 @@ if yaml is not None:
             for key, _ in node.value:
                 if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
                     if key.value in seen:
-                        found = f"the key {shown(key.value)} is given twice"
-                        raise yaml.constructor.ConstructorError(None, None, found, key.start_mark)
+                        problem = f"the key {shown(key.value)} is given twice"
+                        raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                     seen.add(key.value)
             return node
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text: dicts, lists, text, numbers, truth values and None. A ValueError (one line) if it is
-    not YAML, is too large or too deep, gives a key twice, or has a tag of something else."""
-    if len(text) > MOST_YAML_BYTES:
-        raise ValueError(f"{len(text)} characters, at most {MOST_YAML_BYTES} are read")
+    """Return the value of a YAML text: dicts, lists, str, int, float, bool and None. Raise a one-line ValueError if the
+    text is not YAML, is too large or too deep, repeats a key, or has a tag of another type."""
+    if len(text) > MAX_YAML_CHARACTERS:
+        raise ValueError(f"{len(text)} characters, expected at most {MAX_YAML_CHARACTERS}")
     try:
         loader = _PlainLoader(text)
         node = loader.get_single_node()
-        require_bounded(node, MOST_YAML_VALUES)  # aliases counted as often as they are used, before they are followed
+        require_bounded(node, MAX_YAML_VALUES)  # counts an alias at each use, before the values are built
         value = None if node is None else loader.construct_document(node)
-        require_bounded(value, MOST_YAML_VALUES)
+        require_bounded(value, MAX_YAML_VALUES)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    except Exception as error:  # PyYAML's makers of numbers and the like raise whatever comes
+    except Exception as error:  # PyYAML's constructors raise many types
         raise ValueError(f"{type(error).__name__}: {error}") from None
     return value
 
 
-def build(kind: type[T], values: Any, name: str = "") -> T:
-    """A dataclass, or a dict as a ``TypedDict`` says, of the values that a file has under their names. An
-    EarlyExitError if a key is unknown or missing, or a value is not what its type says."""
-    _require(isinstance(values, Mapping), name or kind.__name__, values, "keys and values")
-    _require(all(isinstance(key, str) for key in values), name or kind.__name__, values, "keys that are text")
-    hints, inside = _hints(kind), f"{name}." if name else ""
-    if is_typeddict(kind):  # keys beside its own are somebody else's
-        place, above, unknown, needed = "", inside, [], kind.__required_keys__
+def build(cls: type[T], values: Any, name: str = "") -> T:
+    """Build the dataclass or ``TypedDict`` ``cls`` from ``values``, a dict that was read from a file. ``name`` is the
+    dict's name in messages. Raise EarlyExitError if a key is missing, a value has another type, or a key is not a field
+    of the dataclass. A ``TypedDict`` keeps unknown keys."""
+    _require(isinstance(values, Mapping), name or cls.__name__, values, "keys and values")
+    _require(all(isinstance(key, str) for key in values), name or cls.__name__, values, "keys that are text")
+    hints, place, prefix = _hints(cls), f"{name}: " if name else "", f"{name}." if name else ""
+    if is_typeddict(cls):
+        required = cls.__required_keys__
     else:
-        place, above, unknown = f"{name}: " if name else "", "", [key for key in values if key not in hints]
-        missing = dataclasses.MISSING
-        needed = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is missing}
-    for key in unknown:
-        raise EarlyExitError(f"{place}the key {shown(key)} is unknown{nearest(key, hints)}")
-    for key in sorted(needed - values.keys()):
-        raise EarlyExitError(f"{place}the key '{above}{key}' is missing")
-    return kind(**{key: typed(hints.get(key, Any), value, f"{inside}{key}") for key, value in values.items()})
+        for key in (key for key in values if key not in hints):
+            raise EarlyExitError(f"{place}the key {shown(key)} is unknown{nearest(key, hints)}")
+        fields = dataclasses.fields(cls)
+        required = {field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING}
+    for key in sorted(required - values.keys()):
+        raise EarlyExitError(f"{place}the key '{key}' is missing")
+    return cls(**{key: typed(hints.get(key, Any), value, f"{prefix}{key}") for key, value in values.items()})
 
 
 def check_fields(instance: Any) -> None:
-    """Of a dataclass, in its ``__post_init__``: lists become the tuples that they stand for, and a field that is not of
-    its type is an EarlyExitError."""
-    for key, kind in _hints(type(instance)).items():
-        object.__setattr__(instance, key, typed(kind, getattr(instance, key), key))
+    """Convert the fields of a dataclass with :func:`typed`. Call this function in ``__post_init__``."""
+    for key, expected in _hints(type(instance)).items():
+        object.__setattr__(instance, key, typed(expected, getattr(instance, key), key))
 
 
-def typed(kind: Any, value: Any, name: str) -> Any:
-    """``value`` if it is what the type ``kind`` says, lists as tuples where that says so; else an EarlyExitError with
-    ``name``, the value and what was expected."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any or (dataclasses.is_dataclass(kind) and isinstance(value, kind)):
+def typed(expected: Any, value: Any, name: str) -> Any:
+    """Return ``value`` if it has the type ``expected``, with dicts and lists converted to dataclasses and tuples. Raise
+    EarlyExitError with ``name``, the value and the expected type otherwise."""
+    origin, arguments = get_origin(expected), get_args(expected)
+    if expected is Any or (dataclasses.is_dataclass(expected) and isinstance(value, expected)):
         return value
-    if is_typeddict(kind) or dataclasses.is_dataclass(kind):
-        return build(kind, value, name)
+    if is_typeddict(expected) or dataclasses.is_dataclass(expected):
+        return build(expected, value, name)
     if origin is Annotated:
         number = typed(arguments[0], value, name)
         _require(arguments[1] <= number <= arguments[2], name, value, f"{arguments[1]} to {arguments[2]}")
@@ -195,22 +198,22 @@ def typed(kind: Any, value: Any, name: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        kinds = [one for one in arguments if one is not type(None)]
-        mappings = [one for one in kinds if get_origin(one) is dict and isinstance(value, dict)]
-        return typed((mappings or kinds)[0], value, name)
+        members = [member for member in arguments if member is not type(None)]
+        dicts = (member for member in members if isinstance(value, dict) and get_origin(member) is dict)
+        return typed(next(dicts, members[0]), value, name)
     if origin is Literal:
         _require(isinstance(value, str) and value in arguments, name, value, f"one of {', '.join(arguments)}")
         return value
     if origin in (tuple, list):
         _require(isinstance(value, tuple | list), name, value, "a list")
-        return origin(typed(arguments[0], item, f"{name}[{place}]") for place, item in enumerate(value))
+        return origin(typed(arguments[0], item, f"{name}[{index}]") for index, item in enumerate(value))
     if origin is dict:
-        texts = isinstance(value, dict) and all(isinstance(key, str) for key in value)
-        _require(texts, name, value, "keys that are text, and values")
+        has_text_keys = isinstance(value, dict) and all(isinstance(key, str) for key in value)
+        _require(has_text_keys, name, value, "keys that are text, and values")
         return {key: typed(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
-    wanted, text = _SCALARS[kind]
-    fits = isinstance(value, wanted) and (kind is bool or not isinstance(value, bool))
-    _require(fits and (kind is not float or math.isfinite(value)), name, value, text)
+    accepted, description = _SCALARS[expected]
+    fits = isinstance(value, accepted) and (expected is bool or not isinstance(value, bool))
+    _require(fits and (expected is not float or math.isfinite(value)), name, value, description)
     return value
 
 
@@ -228,5 +231,5 @@ def _require(fits: bool, name: str, value: Any, expected: str) -> None:
 
 
 @functools.cache
-def _hints(kind: Any) -> dict[str, type]:
-    return get_type_hints(kind, include_extras=True)
+def _hints(cls: Any) -> dict[str, type]:
+    return get_type_hints(cls, include_extras=True)

@@ -434,7 +434,7 @@ def test_the_block_is_the_certificates():
     assert DriftRecord.of({**content, "target": {}}, ("exit8", "full")).block == 1
     with pytest.raises(EarlyExitError, match="is for the exits exit8, the detector has exit9"):
         DriftRecord.of(content, ("exit9", "full"))
-    with pytest.raises(EarlyExitError, match="the key 'certificate.drift' is missing"):
+    with pytest.raises(EarlyExitError, match="certificate: the key 'drift' is missing"):
         DriftRecord.of({"target": {}}, ("exit8", "full"))
     with pytest.raises(EarlyExitError, match="certificate.target.block is 0, expected 1 to"):
         DriftRecord.of({**content, "target": {"block": 0}}, ("exit8", "full"))

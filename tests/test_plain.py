@@ -12,14 +12,14 @@ from earlyexit_ssd.plain import build, read_json, typed
     [
         ('{"a": 1, "a": 1}', "x.json: not JSON .the key 'a' is given twice.; write it anew"),
         ('{"a": {"b": 1, "b": 2}}', "the key 'b' is given twice"),
-        ('{"a": NaN}', "NaN is no number of JSON"),
+        ('{"a": NaN}', "NaN is not a JSON number"),
         ("[" * 40 + "]" * 40, "nested more than 32 deep"),
         ("[" * 100_000, "not JSON"),
         (f"[1{'0' * 30}]", "a whole number of more than 64 bits"),
         ("\ufeff[", "not JSON"),
     ],
 )
-def test_json_that_is_refused(tmp_path, text, message):
+def test_invalid_json_is_refused(tmp_path, text, message):
     (tmp_path / "x.json").write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=message):
         read_json(tmp_path / "x.json", "list", "write it anew", DataError)
@@ -39,7 +39,7 @@ class Model:
     flag: bool = False
 
 
-def test_lists_become_what_the_type_says():
+def test_lists_become_tuples():
     values = {"classes": ["x"], "settings": {"share": 1, "more": [None]}, "limit": 2}
     assert build(Model, values) == Model(("x",), "a", 2, {"share": 1, "more": [None]})
 
@@ -60,12 +60,12 @@ def test_lists_become_what_the_type_says():
         (None, "Model is None, expected keys and values"),
     ],
 )
-def test_what_is_of_another_type_is_named(values: Any, message: str):
+def test_values_of_another_type_are_named_in_the_message(values: Any, message: str):
     with pytest.raises(EarlyExitError, match=message):
         build(Model, values)
 
 
-def test_truth_values_are_no_numbers():
+def test_bools_are_not_numbers():
     assert typed(list[int], [1, 2], "x") == [1, 2]
     with pytest.raises(EarlyExitError, match=r"x\[1\] is False, expected a whole number"):
         typed(list[int], [1, False], "x")

@@ -102,8 +102,8 @@ def test_an_endless_chain_of_bases(tmp_path):
 def test_paths_that_are_no_files(tmp_path):
     os.mkfifo(tmp_path / "pipe.yaml")
     for path, message in (
-        (tmp_path / "pipe.yaml", "no regular file"),
-        (tmp_path, "no regular file"),
+        (tmp_path / "pipe.yaml", "not a regular file"),
+        (tmp_path, "not a regular file"),
         ("a\0b", "null byte"),
     ):
         with pytest.raises(ConfigError, match=f"cannot be read as a configuration file .*{message}"):
