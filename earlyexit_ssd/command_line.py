@@ -1,4 +1,4 @@
-"""What all commands share: logging, errors in one line, exit codes."""
+"""Logging, one-line errors and exit codes of all commands."""
 
 from __future__ import annotations
 
@@ -19,56 +19,65 @@ EXIT_BAD_INPUT, EXIT_GATE_FAILED, EXIT_INTERRUPTED = 2, 3, 130
 
 
 def run_tool(job: Callable[[], int | None], after_a_stop: str = "run it again") -> int:
-    """Run ``job``; returns the exit code: its own (0 for None), 2 for bad input, 3 for a failed gate, 130 for a signal.
-    ``after_a_stop`` says what to do after a signal."""
+    """Run ``job`` and print its errors in one line.
+
+    Args:
+        job: returns the exit code; None is 0.
+        after_a_stop: advice to the user after a signal or a full disk.
+
+    Returns:
+        the exit code of ``job``, or 2 after bad input, 3 after a failed gate, 130 after a signal.
+    """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a file name that the console cannot show is no reason to stop
+        if isinstance(stream, io.TextIOWrapper):  # print file names that the console cannot encode
             stream.reconfigure(errors="backslashreplace")
-    level = logging.INFO if is_first_process() else logging.ERROR  # the others say the same
+    level = logging.INFO if is_first_process() else logging.ERROR  # other processes log the same
     logging.basicConfig(level=level, format="%(levelname).1s %(message)s", handlers=[_LineHandler()], force=True)
     logging.getLogger("fvcore").setLevel(logging.ERROR)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C; a training saves first
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         code = job() or 0
         sys.stdout.flush()
         return code
     except GateFailed as error:
-        return _stop("\n".join([str(error), *error.advice]), EXIT_GATE_FAILED)
+        return _end("\n".join([str(error), *error.advice]), EXIT_GATE_FAILED)
     except CannotWrite as error:
-        return _stop(f"{error} and {after_a_stop}", EXIT_BAD_INPUT)
+        return _end(f"{error} and {after_a_stop}", EXIT_BAD_INPUT)
     except EarlyExitError as error:
-        return _stop(str(error), EXIT_BAD_INPUT)
+        return _end(str(error), EXIT_BAD_INPUT)
     except OSError as error:
-        return _stop(f"{_told(error)} and {after_a_stop}", EXIT_BAD_INPUT)
+        return _end(f"{_describe(error)} and {after_a_stop}", EXIT_BAD_INPUT)
     except Interrupted as error:
-        return _stop(f"{error}; {after_a_stop}", EXIT_INTERRUPTED)
+        return _end(f"{error}; {after_a_stop}", EXIT_INTERRUPTED)
     except KeyboardInterrupt:
-        return _stop(f"stopped; {after_a_stop}", EXIT_INTERRUPTED)
+        return _end(f"stopped; {after_a_stop}", EXIT_INTERRUPTED)
 
 
 class _LineHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        write_line(self.format(record))  # a progress bar does not run into it
+        write_line(self.format(record))  # prints above a progress bar
 
 
-def _told(error: OSError) -> str:
-    """What the system says, and of which file: whoever writes one names it, so that print() is left."""
+def _describe(error: OSError) -> str:
+    # files.py adds the file's name, so a write error without a name is from print()
     if error.filename is None and error.errno in (*NO_ROOM, errno.EPIPE, errno.EIO):
-        return str(cannot_write("standard output", error, "look at what reads it"))
-    name = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        return str(cannot_write("standard output", error, "check the program that reads it"))
+    name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
     if name and error.errno in (*NO_ROOM, errno.EROFS):
-        return str(cannot_write(name[:-2], error))
-    return f"{name}{error.strerror or ' '.join(str(error).split())[:200] or type(error).__name__}; mend it"
+        return str(cannot_write(name, error))
+    reason = error.strerror or " ".join(str(error).split())[:200] or type(error).__name__
+    return f"{name}: {reason}; check the path and its permissions" if name else f"{reason}; fix the cause"
 
 
-def _stop(message: str, code: int) -> int:
-    with contextlib.suppress(OSError):  # stderr may lie on the full disk
+def _end(message: str, code: int) -> int:
+    """Print ``message`` and return ``code``."""
+    with contextlib.suppress(OSError):  # stderr may be a file on a full disk
         if is_first_process():
             write_line(f"error: {message}" if code == EXIT_BAD_INPUT else message)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # let it lead nowhere, or Python would stumble over it at its end
+        except OSError:  # redirect it to /dev/null, because Python flushes it again at exit and would fail
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
                 stream.flush()

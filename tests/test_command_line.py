@@ -56,11 +56,11 @@ def fail(error):
         (OSError(errno.EDQUOT, "Disk quota exceeded", "e"), "e: cannot be written (Disk quota exceeded); make room"),
         (
             OSError(errno.EPIPE, "Broken pipe"),
-            "standard output: cannot be written (Broken pipe); look at what reads it",
+            "standard output: cannot be written (Broken pipe); check the program that reads it",
         ),
-        (OSError("image file is truncated"), "image file is truncated; mend it and go on"),
+        (OSError("image file is truncated"), "image file is truncated; fix the cause and go on"),
         (OSError(errno.EROFS, "Read-only file system", "c"), "c: cannot be written (Read-only file system); name"),
-        (PermissionError(errno.EACCES, "Permission denied", "d.jpg"), "d.jpg: Permission denied; mend it and go on"),
+        (PermissionError(errno.EACCES, "Permission denied", "d.jpg"), "d.jpg: Permission denied; check the path"),
     ],
 )
 def test_an_error_of_the_system_is_one_line(capsys, error, line):
@@ -69,7 +69,7 @@ def test_an_error_of_the_system_is_one_line(capsys, error, line):
     assert found.startswith(f"error: {line}") and found.endswith(" and go on with --resume")
 
 
-def say():
+def print_and_log():
     logging.getLogger("x").info("log caf\udce9 \u043a")
     print("found caf\udce9 \u043a \u00b1")
 
@@ -79,7 +79,7 @@ def test_any_console_shows_any_name(encoding, monkeypatch):
     streams = {name: io.TextIOWrapper(io.BytesIO(), encoding, errors="strict") for name in ("stdout", "stderr")}
     for name, stream in streams.items():
         monkeypatch.setattr(sys, name, stream)
-    assert run_tool(say) == 0
+    assert run_tool(print_and_log) == 0
     out, err = (stream.buffer.getvalue().decode(encoding) for stream in streams.values() if not stream.flush())
     assert out.startswith("found caf\\udce9 ")
     assert "log caf\\udce9" in err
@@ -89,12 +89,12 @@ def test_any_console_shows_any_name(encoding, monkeypatch):
 def test_a_full_standard_output_is_one_line(monkeypatch, capsys):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        assert run_tool(say) == 2
+        assert run_tool(print_and_log) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: standard output: cannot be written (No space left on device); make room")
 
 
-SAY = """
+PRINT = """
 import sys
 from earlyexit_ssd.command_line import run_tool
 sys.exit(run_tool(lambda: print("found")))
@@ -102,9 +102,9 @@ sys.exit(run_tool(lambda: print("found")))
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
-def test_python_does_not_stumble_over_full_streams_at_its_end():
+def test_python_does_not_fail_at_exit_with_full_streams():
     with open("/dev/full", "w") as full:
-        both = subprocess.run([sys.executable, "-W", "ignore", "-c", SAY], stdout=full, stderr=full)
+        both = subprocess.run([sys.executable, "-W", "ignore", "-c", PRINT], stdout=full, stderr=full)
         assert both.returncode == 2
 
 

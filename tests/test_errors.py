@@ -13,7 +13,7 @@ from earlyexit_ssd.errors import DataError, EarlyExitError, import_package, show
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a.json: bad; mend it", "a.json: bad; mend it"),
+        ("a.json: bad; fix it", "a.json: bad; fix it"),
         ("class 'a\nb'\r\n  is bad", "class 'a b' is bad"),
         ("two  blanks.jpg: 猫", "two  blanks.jpg: 猫"),
         ("\x1b[31m\ud800\0", "\\x1b[31m\\ud800\\x00"),
@@ -25,9 +25,9 @@ def test_a_message_is_one_line_that_any_console_shows(text, message):
 
 def test_a_long_path_keeps_its_end_and_a_long_message_both_ends():
     path = "/" + "folder/" * 60 + "a.json"
-    assert str(DataError(f"{path}: bad; mend it")) == f"...{path[-56:]}: bad; mend it"
-    message = str(DataError("a.json: " + "very " * 500 + "bad; mend it"))
-    assert message.startswith("a.json: very") and message.endswith("bad; mend it") and len(message) == 299
+    assert str(DataError(f"{path}: bad; fix it")) == f"...{path[-56:]}: bad; fix it"
+    message = str(DataError("a.json: " + "very " * 500 + "bad; fix it"))
+    assert message.startswith("a.json: very") and message.endswith("bad; fix it") and len(message) == 299
 
 
 def test_an_error_of_a_loaders_worker_is_its_last_line():

@@ -22,7 +22,7 @@ from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops.misc import Conv2dNormActivation, SqueezeExcitation
 
 from earlyexit_ssd.config.check import C4_LAYER, LARGEST_SIDE, LAST_LAYER, MOST_CHANNELS, TAIL_BLOCKS
-from earlyexit_ssd.errors import EarlyExitError, nearest, require_known
+from earlyexit_ssd.errors import EarlyExitError, check_keywords, nearest
 from earlyexit_ssd.modeling.heads import copy_rows, factorise, is_folded
 from earlyexit_ssd.modeling.outputs import Head
 from earlyexit_ssd.modeling.trunk import norm_layer
@@ -191,7 +191,7 @@ def describe_exits(
         told = f"branch is {branch!r:.60}, expected one of {', '.join(BRANCHES)}"
         raise EarlyExitError(f"{told}, or one for each of {len(layers)} exits")
     kinds = kinds * len(layers) if len(kinds) == 1 else kinds
-    require_known(describe_exits, given, exit_keyword_names())
+    check_keywords(describe_exits, given, exit_keyword_names())
     known, exits = _all_arguments(), []
     values = {name: known[name].per_exit(name, value, len(layers)) for name, value in given.items()}
     for pair in glances:
@@ -247,7 +247,7 @@ def takes_exits(function: T) -> T:
     @functools.wraps(function)
     def described(*args: object, **given: object) -> object:
         names = exit_keyword_names()
-        require_known(function, given, [*parameters, *names])
+        check_keywords(function, given, [*parameters, *names])
         keywords = {name: given.pop(name) for name in names if name in given}
         if keywords:
             if given.get("exits") is not None:
