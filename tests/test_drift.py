@@ -1,4 +1,4 @@
-"""The drift monitor: what it may warn of by chance, and what it must tell."""
+"""The drift monitor: its rate of false alarms, and the changes that it must detect."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def test_no_sample_with_the_quantiles_is_nearer(values, sample):
     assert found.pvalue >= min(true.pvalue, 0.999) - 1e-9
 
 
-def test_a_small_sample_is_known_by_its_quantiles():
+def test_quantiles_determine_a_small_sample():
     sample = np.array([0.1, 0.3, 0.3, 0.8, 0.9])
     assert nearest_sample(np.array([0.5]), np.array(sample_quantiles(sample)), 5).tolist() == sample.tolist()
 
 
-def test_what_the_quantiles_leave_open_is_filled_by_the_values():
+def test_between_the_quantiles_the_sample_follows_the_values():
     """Of 40 numbers every second one is known: the first, and then the 2nd, 4th, ..., 40th."""
     sample = np.arange(1, 41) / 1.0
     nearest = nearest_sample(np.full(7, 10.7), np.array(sample_quantiles(sample)), 40)
@@ -90,7 +90,7 @@ def test_reference_goes_through_json():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"photos": 4}, r"exit_counts \[2, 0, 1\]: expected one for each of 3 exits, sum 4"),
+        ({"photos": 4}, r"exit_counts \[2, 0, 1\]: expected one for each of 3 exits, with the sum 4"),
         ({"photos": "3"}, "photos is '3', expected a whole number"),
         ({"photos": 0, "exit_counts": [0, 0, 0]}, "photos is 0, expected 1 to"),
         ({"exit_counts": [2, 1]}, "one for each of 3 exits"),
@@ -108,8 +108,8 @@ def test_reference_goes_through_json():
         ({"confidences": [["0.5"] * 21, []]}, r"confidences\[0\]\[0\] is '0.5'"),
         ({"confidences": [[0.5] * 20, []]}, "exit8: 20 quantiles for 2 photos, expected 21"),
         ({"confidences": [[], []]}, "exit8: 0 quantiles for 2 photos"),
-        ({"confidences": [[0.5] * 21, [0.5] * 21]}, "exit12: 21 quantiles for 0 photos, .* or none for no photo"),
-        ({"confidences": [[0.5] * 21]}, "confidences of 1 exits: expected the 2 early ones"),
+        ({"confidences": [[0.5] * 21, [0.5] * 21]}, "exit12: 21 quantiles for 0 photos, .* or 0 for 0 photos"),
+        ({"confidences": [[0.5] * 21]}, "confidences has 1 lists, expected one for each of 2 early exits"),
         ({"confidences": None}, "drift.confidences is None"),
         ({"window": 200}, "drift: the key 'window' is unknown"),
     ],
@@ -137,7 +137,7 @@ def test_no_reference(values, message):
 @pytest.mark.parametrize(
     ("exit_index", "confidences", "message"),
     [
-        ([0, 1], [[0.9, 0.9]], "confidences of 1 exits"),
+        ([0, 1], [[0.9, 0.9]], "confidences has 1 lists"),
         ([0, 1], [[0.9], [0.9]], "confidence has shape .1,., expected .2,."),
         ([0, 3], [[0.9, 0.9]] * 2, "exit_index has 3"),
         ([0, 1], [[float("nan"), 0.9]] * 2, r"confidences\[0\]\[0\] is nan"),
@@ -194,7 +194,7 @@ def false_alarms(alpha, streams, photos, window):
     return alarms
 
 
-def test_shifted_shares_are_told_within_two_windows(reference, caplog):
+def test_shifted_shares_are_detected_within_two_windows(reference, caplog):
     generator = np.random.default_rng(1)
     monitor = DriftMonitor(reference)
     assert warnings_of(monitor, *decisions(generator, 1000)) == []
@@ -202,7 +202,7 @@ def test_shifted_shares_are_told_within_two_windows(reference, caplog):
         found = warnings_of(monitor, *decisions(generator, 400, shares=(0.7, 0.2, 0.1)))
     (warning,) = found[-1]
     assert warning.startswith("drift: exit8 took ") and "% of the last 200 photos, " in warning
-    assert warning.endswith("): calibrate again, the certificate speaks of other photos")
+    assert warning.endswith("): calibrate again, because the certificate is for other photos")
     assert "\n" not in warning
     assert monitor.status()["warnings"] == [warning]
     assert caplog.messages[-1].startswith("drift: exit8 took ")
@@ -215,11 +215,11 @@ def test_warning_by_hand():
     assert 1e-5 < p_value < 1e-4
     assert monitor.update([0] * 71 + [1] * 29, np.full(100, 0.75)) == [
         f"drift: exit8 took 71 % of the last 100 photos, 42 % in calibration (p = {p_value * 1e5:.0f}e-5): "
-        "calibrate again, the certificate speaks of other photos"
+        "calibrate again, because the certificate is for other photos"
     ]
 
 
-def test_shifted_confidences_with_equal_shares_are_told_within_two_windows(reference):
+def test_shifted_confidences_with_equal_shares_are_detected_within_two_windows(reference):
     generator = np.random.default_rng(2)
     monitor = DriftMonitor(reference)
     exit_index, confidence = decisions(generator, 1400)
@@ -227,7 +227,7 @@ def test_shifted_confidences_with_equal_shares_are_told_within_two_windows(refer
     assert warnings_of(monitor, exit_index[:1000], confidence[:1000]) == []
     found = warnings_of(monitor, exit_index[1000:], confidence[1000:])
     assert all(len(warnings) == 1 for warnings in found)
-    assert found[-1][0].startswith("drift: the confidences at exit8 have moved, median 0.")
+    assert found[-1][0].startswith("drift: the confidences at exit8 have changed, median 0.")
 
 
 def test_warnings_end_with_the_drift(reference):
@@ -254,14 +254,14 @@ def test_batches_may_be_cut_anywhere(window, sizes):
     exit_index, confidence = decisions(np.random.default_rng(4), sum(sizes), shares=(0.1, 0.1, 0.8), power=0.1)
     reference = reference_of(*decisions(np.random.default_rng(5), 300))
     whole, parts = (DriftMonitor(reference, window=window, alpha=0.1) for _ in range(2))
-    told = whole.update(exit_index, confidence)
+    warned = whole.update(exit_index, confidence)
     cut = np.cumsum(sizes)[:-1]
-    told_in_parts = [
+    warned_in_parts = [
         warning
         for batch in zip(np.split(exit_index, cut), np.split(confidence, cut), strict=True)
         for warning in parts.update(*batch)
     ]
-    assert set(told) <= set(told_in_parts)
+    assert set(warned) <= set(warned_in_parts)
     assert whole.status() == parts.status()
 
 
@@ -283,7 +283,7 @@ def test_small_windows(reference, window):
 
 
 @pytest.mark.filterwarnings("error")  # numpy divides by no photos in silence otherwise
-def test_exit_that_nobody_took_in_calibration():
+def test_an_exit_without_calibration_photos():
     reference = Reference.from_decisions(NAMES, [0, 2] * 200, [np.linspace(0.5, 1, 400)] * 2)
     assert reference.exit_counts == (200, 0, 200)
     monitor = DriftMonitor(reference)
@@ -304,7 +304,7 @@ def test_one_confidence_for_all_photos():
     reference = Reference.from_decisions(("exit8", "full"), [0, 1] * 200, [np.zeros(400)])
     assert DriftMonitor(reference).update([0, 1] * 100, np.zeros(200)) == []
     (warning,) = DriftMonitor(reference).update([0, 1] * 100, np.full(200, 1e-6))
-    assert warning.startswith("drift: the confidences at exit8 have moved, median 1e-06 of 100 among the last 200")
+    assert warning.startswith("drift: the confidences at exit8 have changed, median 1e-06 for 100 of the last 200")
     assert "0 in calibration (p < 1e-15)" in warning
 
 
@@ -328,9 +328,9 @@ def test_takes_the_models_tensors(reference):
 @pytest.mark.parametrize(
     ("exit_index", "confidence", "message"),
     [
-        ([0, 3], [0.9, 0.9], "exit_index has 3, the reference knows 0 to 2: exit8, exit12, full"),
+        ([0, 3], [0.9, 0.9], "exit_index has 3, expected 0 to 2 for exit8, exit12, full"),
         ([-1], [0.9], "exit_index has -1"),
-        ([0.0], [0.9], "float64 .1,.: expected whole numbers"),
+        ([0.0], [0.9], "float64 .1,., expected whole numbers"),
         (0, 0.9, "expected whole numbers .m."),
         ([0, 1], [0.9], "confidence has shape .1,., expected .2,."),
         ([2, 0], [0.9, float("nan")], "confidence of photo 1 at exit8 is nan, expected a finite number"),
@@ -390,7 +390,7 @@ def test_drift_by_hand():
     assert found.statistic == pytest.approx(0.29) and found.p_value == pytest.approx(3 * p_value)  # three tests
     assert found.drifted and found.text == (
         f"drift: exit8 took 71 % of the last 100 photos, 42 % in calibration (p = {p_value * 1e5:.0f}e-5): "
-        "calibrate again, the certificate speaks of other photos"
+        "calibrate again, because the certificate is for other photos"
     )
 
 
@@ -412,7 +412,7 @@ def test_moved_confidences_drift(reference):
 
 
 def test_frames_of_a_block_are_one_draw():
-    """As independent photos these frames would have drifted; they are four blocks, held against ten."""
+    """As independent photos these frames would have drifted; they are four blocks, compared with ten."""
     frames = ([0] * 25 + [1] * 25) * 2
     alone, blocks = DriftRecord(two_exits(100, 250)), DriftRecord(two_exits(100, 250), block=25)
     fill(alone, [1] * 100)
@@ -429,15 +429,15 @@ def test_frames_of_a_block_are_one_draw():
 
 def test_the_block_is_the_certificates():
     content = {"drift": asdict(two_exits(1, 2)), "target": {"kind": "risk", "block": 7}}
-    assert DriftRecord.of(content, ("exit8", "full")).block == 7
-    assert DriftRecord.of({**content, "target": {"block": None}}, ("exit8", "full")).block == 1
-    assert DriftRecord.of({**content, "target": {}}, ("exit8", "full")).block == 1
+    assert DriftRecord.from_certificate(content, ("exit8", "full")).block == 7
+    assert DriftRecord.from_certificate({**content, "target": {"block": None}}, ("exit8", "full")).block == 1
+    assert DriftRecord.from_certificate({**content, "target": {}}, ("exit8", "full")).block == 1
     with pytest.raises(EarlyExitError, match="is for the exits exit8, the detector has exit9"):
-        DriftRecord.of(content, ("exit9", "full"))
+        DriftRecord.from_certificate(content, ("exit9", "full"))
     with pytest.raises(EarlyExitError, match="certificate: the key 'drift' is missing"):
-        DriftRecord.of({"target": {}}, ("exit8", "full"))
+        DriftRecord.from_certificate({"target": {}}, ("exit8", "full"))
     with pytest.raises(EarlyExitError, match="certificate.target.block is 0, expected 1 to"):
-        DriftRecord.of({**content, "target": {"block": 0}}, ("exit8", "full"))
+        DriftRecord.from_certificate({**content, "target": {"block": 0}}, ("exit8", "full"))
 
 
 def test_threads_share_a_record():

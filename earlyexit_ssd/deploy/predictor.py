@@ -138,7 +138,9 @@ class Predictor:
         self._own_thresholds = tuple(None if value is None else float(value) for value in read["thresholds"])
         self._own_scores = np.array(list(map(float, read["score_thresh"])), np.float32)
         self.certificate: dict[str, Any] | None = json.loads(metadata.get("certificate") or "null")
-        self._decisions = None if self.certificate is None else DriftRecord.of(self.certificate, self.exit_names)
+        self._decisions = (
+            None if self.certificate is None else DriftRecord.from_certificate(self.certificate, self.exit_names)
+        )
         self.versions: dict[str, str] = json.loads(metadata.get("versions") or "{}")
         if len(self._own_scores) != len(self.classes) or len(self._own_thresholds) != len(self.exit_names) - 1:
             raise ValueError("its numbers of classes, exits and thresholds do not fit each other")
