@@ -1,6 +1,6 @@
-"""Write files so that a reader never sees half of one, and folders so that no two processes write into one.
+"""Write files completely or not at all, and lock folders so that only one process writes into each.
 
-A file is written to a temporary name first, then renamed. What cannot be written is a `CannotWrite`, whoever writes.
+A file is written under a temporary name and then renamed. Every failure to write raises `CannotWrite`.
 """
 
 from __future__ import annotations
@@ -39,27 +39,25 @@ NO_ROOM = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 @contextlib.contextmanager
 def writing(path: PathLike) -> Iterator[None]:
-    """Raise an ``OSError`` inside as the `CannotWrite` of ``path``: why, and what to do."""
+    """Convert an ``OSError`` inside to a `CannotWrite` with ``path``, the reason and the fix."""
     try:
         yield
     except OSError as error:
         raise cannot_write(path, error) from None
 
 
-def cannot_write(path: PathLike, error: OSError, otherwise: str = "") -> CannotWrite:
-    """The error for the user; long paths are cut at their front. ``otherwise``: what to do where no room is missing."""
-    shown = os.fspath(path)
-    shown = shown if len(shown) <= 120 else f"...{shown[-117:]}"
-    fix = "make room" if error.errno in NO_ROOM else otherwise or "name another folder or make it writable"
-    return CannotWrite(f"{shown}: cannot be written ({error.strerror or type(error).__name__}); {fix}")
+def cannot_write(path: PathLike, error: OSError, fix: str = "name another folder or make it writable") -> CannotWrite:
+    """Return the error for the user, with the end of a long path. On a full disk the fix is "make room"."""
+    name = os.fspath(path)
+    name = name if len(name) <= 120 else f"...{name[-117:]}"
+    fix = "make room" if error.errno in NO_ROOM else fix
+    return CannotWrite(f"{name}: cannot be written ({error.strerror or type(error).__name__}); {fix}")
 
 
 @contextlib.contextmanager
 def atomic_path(path: PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that replaces it on success and is removed on failure.
-
-    The temporary name keeps the suffix, since many writers choose the format by it.
-    """
+    """Yield a temporary path in the same folder. On success it is renamed to ``path``, on failure it is removed. It
+    keeps the suffix, because many writers choose the format by it."""
     path = Path(path)
     temporary = path.with_name(f".{path.stem[:40]}.{os.getpid()}.partial{path.suffix}")
     with writing(path):
@@ -73,7 +71,7 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
 
 
 def make_folder(path: PathLike) -> None:
-    """Make a folder for results, before work is done that could not be written; CannotWrite where it is impossible."""
+    """Make a folder for results. Raise CannotWrite if that is impossible. Call it before a long computation."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -84,20 +82,23 @@ def make_folder(path: PathLike) -> None:
         raise CannotWrite(f"{path}: cannot be written to; name another folder of results")
 
 
-_held: set[Path] = set()  # lock files of this process
+_held: set[Path] = set()  # lock files that this process holds
 
 
 @contextlib.contextmanager
 def lock(path: PathLike, what: str, *, wait: bool = False) -> Iterator[None]:
-    """Hold the file ``path`` as a lock, which the system frees when this process ends, however it ends.
+    """Hold a lock of this process on the file ``path``. The system releases it when the process ends or is killed.
 
-    Within a process it can be held any number of times. Processes that this one has forked do not hold it. A file
-    system (or Windows) without these locks gives none, with a warning. The file is made, holds the number of this
-    process and is removed afterwards.
+    A process may hold it several times. Its forks do not hold it. The file is created, contains the process id, and is
+    removed afterwards. On Windows and on file systems without locks there is a warning instead of a lock.
+
+    Args:
+        what: the locked thing, for messages.
+        wait: wait for another process instead of raising an error.
 
     Raises:
-        EarlyExitError: another process holds it, unless this one is to ``wait``; ``what`` is in use, it says.
-        CannotWrite: the file cannot be made.
+        EarlyExitError: another process holds the lock.
+        CannotWrite: the file cannot be created.
     """
     path = Path(path).resolve()
     while path not in _held:
@@ -110,9 +111,9 @@ def lock(path: PathLike, what: str, *, wait: bool = False) -> Iterator[None]:
                 removed = not os.path.samestat(os.fstat(file.fileno()), path.stat())
             except FileNotFoundError:
                 removed = True
-            if removed:  # by its holder, just now
+            if removed:  # the previous holder removed it after it was opened here
                 continue
-            with contextlib.suppress(OSError):  # a full disk can be locked all the same
+            with contextlib.suppress(OSError):  # the process id is missing on a full disk, but the lock holds
                 file.truncate(0)
                 file.write(str(os.getpid()).encode())
             _held.add(path)
@@ -127,7 +128,7 @@ def lock(path: PathLike, what: str, *, wait: bool = False) -> Iterator[None]:
 
 
 def _acquire(file: io.FileIO, what: str, wait: bool) -> None:
-    # of the process, not of the file: a forked worker that outlives this process does not hold it
+    # lockf locks belong to the process: a forked worker that outlives this process does not hold the lock
     try:
         if fcntl is None:
             raise OSError(errno.ENOLCK, "no fcntl")
@@ -146,21 +147,20 @@ def _acquire(file: io.FileIO, what: str, wait: bool) -> None:
 
 @contextlib.contextmanager
 def locked_folder(folder: PathLike) -> Iterator[None]:
-    """Make a folder for results and hold it, so that two processes never write into one; errors as of
-    :func:`make_folder` and :func:`lock`."""
-    made = not Path(folder).exists()
+    """Make a folder for results and lock it. Errors are those of :func:`make_folder` and :func:`lock`."""
+    is_new = not Path(folder).exists()
     make_folder(folder)
     try:
         with lock(Path(folder) / ".lock", str(folder)):
             yield
     finally:
-        if made:
-            with contextlib.suppress(OSError):  # it holds results; an empty one goes again
+        if is_new:
+            with contextlib.suppress(OSError):  # fails if it has results; an empty folder is removed
                 Path(folder).rmdir()
 
 
 def locks_folder(parameter: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a function that writes into the folder of that ``parameter``: it holds it meanwhile."""
+    """Decorate a function so that it runs with the folder in its argument ``parameter`` locked."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
@@ -176,8 +176,8 @@ def locks_folder(parameter: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def new_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
-    """An array of zeros on disk, with room for all of it, else CannotWrite: where a disk is full, writing to a mapped
-    file ends the process without a word."""
+    """Create an array of zeros on disk, and allocate all of it. Raise CannotWrite if the disk is full, because a later
+    write to the mapped file would kill the process without a message."""
     array = None
     with writing(path):
         try:
@@ -186,14 +186,14 @@ def new_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
                 with open(path, "r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         except OSError as error:
-            if array is None or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot
-                path.unlink(missing_ok=True)  # it may be what has filled the disk
+            if array is None or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # else no fallocate
+                path.unlink(missing_ok=True)  # it may have filled the disk
                 raise
     return array
 
 
 def write_text(path: PathLike, text: str) -> None:
-    """Write ``text`` as UTF-8; what UTF-8 cannot hold, such as bytes of a file's name in another code, is escaped."""
+    """Write ``text`` as UTF-8. Characters that UTF-8 cannot encode are escaped, such as bytes of a file name."""
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
@@ -203,7 +203,7 @@ def append_text(path: Path, text: str) -> None:
 
 
 def write_json(path: PathLike, value: Any) -> None:
-    """Write ``value`` as indented JSON; NaN and infinity are refused, since JSON has none."""
+    """Write ``value`` as indented JSON. NaN and infinity raise ValueError, because JSON has neither."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
@@ -213,41 +213,42 @@ def write_bytes(path: PathLike, content: bytes | memoryview) -> None:
 
 
 def write_image(path: PathLike, image: Image.Image, **options: Any) -> None:
-    """Write a picture in the format of the path's suffix; ``options`` are those of Pillow's writer."""
+    """Write a picture in the format of the path's suffix, with ``options`` for Pillow's writer."""
     path = Path(path)
-    content = io.BytesIO()  # some of Pillow's writers do not say why they have failed
+    content = io.BytesIO()  # some of Pillow's writers lose the reason of a failure
     image.save(content, format=Image.registered_extensions()[path.suffix.lower()], **options)
     write_bytes(path, content.getvalue())
 
 
 def write_torch(path: PathLike, value: Any) -> None:
-    import torch  # not there where only the runtime is installed
+    import torch  # not installed on a device that only runs exported files
 
-    content = io.BytesIO()  # on a full disk, torch.save says "unexpected pos"; no path in the file makes equal files
+    content = io.BytesIO()  # torch.save loses the reason of a failure, and would store the temporary file's name
     torch.save(value, content)
     write_bytes(path, content.getbuffer())
 
 
 def sha256(path: PathLike) -> str:
-    """Of a file's content, in hexadecimal."""
+    """Return the hash of a file's content in hexadecimal."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 class ArrayStore:
-    """A folder of arrays with one row per record, and of what else was computed with them; it is written whole.
+    """A folder of arrays on disk, with one row per record, and of other values that were computed with them.
 
-    ``<name>.key`` is written last and identifies the contents: without it, or with another, all is computed again.
-    Processes that fill a store together each :meth:`open` its arrays.
+    The file ``<name>.key`` identifies the contents and is written last. A store without it, or with another key, is
+    incomplete. To fill a store, one process calls :meth:`create`, all processes :meth:`open`, write into ``arrays`` and
+    :meth:`flush`, and one process calls :meth:`finish`.
 
     Args:
-        name: name of the key's file, and of the store in messages, such as ``cache``.
-        contents: text that identifies what the files are computed from.
+        name: name of the key file, and of the store in messages, such as ``cache``.
+        contents: text that identifies the data and the settings that the arrays are computed from.
         records: number of rows.
-        row: array name -> the array [1, ...] of one record, for dtype and shape.
+        row: array name -> array [1, ...] with the dtype and shape of a record.
 
     Attributes:
-        arrays: array name -> array [records, ...], on disk; there once the store is read or opened.
-        rest: what :meth:`finish` was given; there once the store is read.
+        arrays: array name -> array [records, ...], after :meth:`read` or :meth:`open`.
+        rest: the argument of :meth:`finish`, after :meth:`read`.
     """
 
     def __init__(self, folder: Path, name: str, contents: str, records: int, row: Mapping[str, np.ndarray]) -> None:
@@ -256,48 +257,50 @@ class ArrayStore:
         self._paths = {name: folder / f"{name}.npy" for name in row}
 
     def is_whole(self) -> bool:
-        """Whether the store is complete and has these contents; one that is damaged (logged) is not."""
+        """Read the store, and return True, if it is complete and has these contents. Damage is logged."""
         try:
             if not self._key_file.exists() or self._key_file.read_bytes() != self._key.encode():
                 return False
             self.read()
         except Exception as error:  # damaged arrays and archives raise any exception
-            logger.warning("%s: the %s is damaged (%s); it is made anew", self.folder, self.name, type(error).__name__)
+            reason = type(error).__name__
+            logger.warning("%s: the %s is damaged (%s); it is computed again", self.folder, self.name, reason)
             return False
         return True
 
     def read(self) -> None:
-        """Read a complete store; its arrays stay on disk."""
-        import torch  # not there where only the runtime is installed
+        """Open a complete store for reading."""
+        import torch  # not installed on a device that only runs exported files
 
         self.open("r")
         self.rest: Any = torch.load(self.folder / "rest.pt", weights_only=True)
 
     def create(self, what: str, fix: str) -> None:
-        """Begin a store of zeros in place of an old one. An EarlyExitError, in which ``what`` is stored and ``fix``
-        says what to do, if the disk has no room for it."""
+        """Replace the store by one of zeros. Raise EarlyExitError if the disk has no room, with ``what`` (the contents)
+        and ``fix`` in the message."""
         make_folder(self.folder)
         with writing(self.folder):
             for path in (self._key_file, *self._paths.values()):  # a process that still reads an old array keeps it
                 path.unlink(missing_ok=True)
-        size, free = self.records * sum(one.nbytes for one in self.row.values()), shutil.disk_usage(self.folder).free
+        size = self.records * sum(array.nbytes for array in self.row.values())
+        free = shutil.disk_usage(self.folder).free
         if size > 0.95 * free:
-            sizes = f"{size / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
-            raise EarlyExitError(f"{self.folder}: {what} takes {sizes}; {fix}")
-        for name, one in self.row.items():
-            new_array(self._paths[name], one.dtype, (self.records, *one.shape[1:]))
+            sizes = f"{size / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free"
+            raise EarlyExitError(f"{self.folder}: {what}: {sizes}; {fix}")
+        for name, array in self.row.items():
+            new_array(self._paths[name], array.dtype, (self.records, *array.shape[1:]))
 
     def open(self, mode: str = "r+") -> None:
-        """Open the arrays, to write into them by default."""
+        """Open the arrays, by default for writing."""
         self.arrays = {name: np.load(path, mmap_mode=mode) for name, path in self._paths.items()}
 
     def flush(self) -> None:
-        """Write what this process has set in the arrays to the disk."""
+        """Write the arrays to the disk."""
         with writing(self.folder):
             for array in self.arrays.values():
                 array.flush()
 
     def finish(self, rest: Any) -> None:
-        """Complete the store, after every process's :meth:`flush`; `torch.load` must read ``rest`` as weights only."""
+        """Complete the store, after :meth:`flush` in every process. ``rest`` must load with ``weights_only=True``."""
         write_torch(self.folder / "rest.pt", rest)
         write_text(self._key_file, self._key)

@@ -56,7 +56,7 @@ def test_json_has_no_nan(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folder_of_results_is_tried_first(tmp_path):
+def test_a_path_that_cannot_be_a_folder(tmp_path):
     make_folder(tmp_path / "a" / "b")
     make_folder(tmp_path / "a" / "b")
     (tmp_path / "file").touch()
@@ -96,9 +96,9 @@ def test_a_store_is_whole_when_all_of_it_is_written(tmp_path):
     assert again.arrays["labels"].tolist() == [7, 8, 9]
     assert again.rest == {"ids": [4, 5, 6]}
     assert not store(tmp_path / "new", "other photos").is_whole()
-    one.create("a test", "make room")  # begun again, and stopped
+    one.create("a test", "make room")  # replaced, but not finished
     assert not one.is_whole()
-    assert again.arrays["labels"].tolist() == [7, 8, 9]  # its files are still there for who reads them
+    assert again.arrays["labels"].tolist() == [7, 8, 9]  # a reader keeps the old files
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{}", "null"])
@@ -122,7 +122,7 @@ def test_a_damaged_store(tmp_path, name, caplog):
 
 def test_a_store_needs_room(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=18))  # 3 rows of 2 * 2 + 2 bytes: all
-    with pytest.raises(EarlyExitError, match=r"the taps takes 0.0 GiB, 0.0 are free; set fewer views"):
+    with pytest.raises(EarlyExitError, match=r"the taps: 0.0 GiB needed, 0.0 GiB free; set fewer views"):
         store(tmp_path).create("the taps", "set fewer views")
 
 
@@ -137,14 +137,14 @@ def test_a_full_disk_is_one_line_with_the_file_and_leaves_no_half(tmp_path, smal
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_what_is_written_can_be_read(tmp_path, name):
+def test_writers_leave_only_their_file(tmp_path, name):
     WRITERS[name](tmp_path / name)
     assert (tmp_path / name).stat().st_size >= 1000
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_what_is_no_folder_is_one_line(tmp_path, name):
+def test_a_path_below_a_file_is_one_line(tmp_path, name):
     (tmp_path / "file").touch()
     with pytest.raises(CannotWrite, match=r"cannot be written \((Not a directory|File exists)\); name another folder"):
         WRITERS[name](tmp_path / "file" / name)
@@ -162,10 +162,10 @@ def test_names_that_are_not_utf_8_are_escaped(tmp_path):
 
 
 def held(folder, seconds: float, forks: bool = False) -> multiprocessing.Process:
-    """Another process that holds the folder by the time this returns; of two if it ``forks``."""
+    """Start a process that holds the folder when this function returns. If it ``forks``, its child sleeps too."""
 
     def hold(ready):
-        files._held.clear()  # what this process holds is not the other one's
+        files._held.clear()  # the fork inherits the set, but not the locks
         with locked_folder(folder):
             child = os.fork() if forks else 0
             if child or not forks:
@@ -209,11 +209,11 @@ def test_waiting_for_a_lock(tmp_path):
     start = time.monotonic()
     with lock(tmp_path / ".lock", "it", wait=True):
         assert 0.3 < time.monotonic() - start < 60
-        with pytest.raises(EOFError):  # now it is this process's
+        with pytest.raises(EOFError):  # this process holds the lock
             held(tmp_path, 0)
 
 
-def test_a_folder_that_was_made_for_nothing_goes_again(tmp_path):
+def test_an_empty_new_folder_is_removed(tmp_path):
     with pytest.raises(ValueError, match="wrong"), locked_folder(tmp_path / "new"):
         raise ValueError("wrong")
     assert not (tmp_path / "new").exists()

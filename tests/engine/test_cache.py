@@ -127,7 +127,7 @@ def test_no_file_stays_open_for_what_worker_processes_send(tmp_path, dataset):
 def test_a_full_disk_is_found_before_it_is_filled(tmp_path, dataset, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(
-        EarlyExitError, match="the taps of 6 photos x 2 views takes .* GiB, 0.0 are free; set EXITS_PHASE"
+        EarlyExitError, match="the taps of 6 photos x 2 views: .* GiB needed, 0.0 GiB free; set EXITS_PHASE"
     ):
         build(tmp_path / "taps", dataset)
 

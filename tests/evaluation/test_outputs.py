@@ -255,7 +255,7 @@ def test_no_room_on_the_disk(small_model, tmp_path, monkeypatch):
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage(2000, 1000, 1000))
-    with pytest.raises(EarlyExitError, match=r"recording 5 photos takes 0.0 GiB, 0.0 are free; name another folder"):
+    with pytest.raises(EarlyExitError, match=r"recording 5 photos: 0.0 GiB needed, 0.0 GiB free; name another folder"):
         record(small_model, recorded_batches(2), len(SIZES), tmp_path, "these photos")
 
 
