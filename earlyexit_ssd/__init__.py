@@ -1,6 +1,6 @@
 """Early exits for torchvision's SSDLite MobileNetV3 detectors, gated and evaluated at every exit.
 
-The names below are imported when they are first asked for, so that `earlyexit_ssd.deploy` needs no PyTorch.
+The names below are imported at their first use, so that `earlyexit_ssd.deploy` runs without PyTorch.
 """
 
 import importlib.abc
@@ -9,7 +9,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-# albumentations asks its server for a newer version at import; a library should not.
+# By default albumentations connects to its server at import, to look for a newer version.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 if TYPE_CHECKING:
@@ -49,11 +49,11 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# `torchvision.models.get_model` finds our builders, whichever of the two packages is imported first.
+# Register our builders for `torchvision.models.get_model`, whichever of the two packages is imported first.
 
 
 class _Registration(importlib.abc.MetaPathFinder):
-    """Register the builders once torchvision has been imported, and not before, since that takes seconds."""
+    """Register the builders after the first import of torchvision, because importing it here would take seconds."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> object:
         if name != "torchvision":
@@ -67,9 +67,9 @@ class _Registration(importlib.abc.MetaPathFinder):
 
 
 def _register() -> None:
-    parts = [module for name, module in sys.modules.items() if name.startswith(f"{__name__}.")]
-    # a part that is being imported has asked for torchvision; importing it again from here would go in a circle
-    if not any(getattr(part.__spec__, "_initializing", False) for part in parts):
+    modules = [module for name, module in sys.modules.items() if name.startswith(f"{__name__}.")]
+    # if a module of this package is importing torchvision, importing `modeling` here would be circular
+    if not any(getattr(module.__spec__, "_initializing", False) for module in modules):
         importlib.import_module(f"{__name__}.modeling")
 
 

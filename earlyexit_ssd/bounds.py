@@ -1,8 +1,8 @@
-"""Finite-sample control of the mean of a loss in [0, 1], such as the loss per photo of leaving early.
+"""Finite-sample control of the mean of a loss in [0, 1], such as the loss of a photo that leaves early.
 
-A p-value here tests H0: E[loss] > epsilon. If it is at most delta, "the mean loss is at most epsilon" holds
-with probability 1 - delta over the draw of the photos, whatever the distribution of the losses and however many
-photos there are. The photos must be independent draws of one source, and other photos than the rule was fitted on.
+The p-values here test H0: E[loss] > epsilon. If p <= delta, the mean loss is at most epsilon with confidence 1 - delta,
+for every distribution of the losses and every number of photos. The photos must be independent draws of one source, and
+the routing must not be fitted on them.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from earlyexit_ssd.errors import EarlyExitError
 
 PValue = Callable[[np.ndarray, float], float]
 
-BET_CAP = 0.75  # share of the largest bet that cannot go bankrupt; Waudby-Smith & Ramdas suggest 1/2 or 3/4
-ROUNDING = 1e-9  # sums of losses this close above a whole number are that number
+BET_CAP = 0.75  # as a share of the largest bet without bankruptcy; Waudby-Smith & Ramdas suggest 1/2 or 3/4
+ROUNDING = 1e-9  # a sum of losses that exceeds a whole number by at most this is rounded down to it
 TOLERANCE = 1e-6  # largest error of upper_bound
-MOST_PHOTOS = 10**6  # largest result of photos_needed
+MAX_PHOTOS = 10**6  # largest result of photos_needed
 
 
 def hoeffding_bentkus_p_value(losses: np.ndarray, epsilon: float) -> float:
-    """The Hoeffding-Bentkus p-value of H0: E[loss] > epsilon, in [0, 1]; falls as ``epsilon`` grows.
+    """Return the Hoeffding-Bentkus p-value of H0: E[loss] > epsilon, in [0, 1]. It decreases in ``epsilon``.
 
-    With m the mean of n losses, the smaller of exp(-n h(min(m, epsilon), epsilon)), where h(a, b) =
-    a log(a / b) + (1 - a) log((1 - a) / (1 - b)), and e P(Binomial(n, epsilon) <= ceil(n m)). From Bates et al.
+    For the mean m of n losses it is the minimum of exp(-n h(min(m, epsilon), epsilon)), where h(a, b) =
+    a log(a / b) + (1 - a) log((1 - a) / (1 - b)), and e P(Binomial(n, epsilon) <= ceil(n m)). Source: Bates et al.
     2021, "Distribution-free, risk-controlling prediction sets", section 3.1.
 
     Args:
-        losses: [n], in [0, 1], one per photo in any order; without a photo the p-value is 1.0.
-        epsilon: the largest mean loss to be accepted, in (0, 1).
+        losses: [n], in [0, 1], one per photo in any order. Without photos the p-value is 1.0.
+        epsilon: largest acceptable mean loss, in (0, 1).
 
     Raises:
         EarlyExitError: a loss or ``epsilon`` outside its range.
     """
-    from scipy import stats  # absent if only the runtime is installed
+    from scipy import stats  # not installed on a device that only runs exported files
 
     losses = _checked(losses, epsilon=epsilon)
     count = len(losses)
     if count == 0:
         return 1.0
-    total = math.fsum(losses)  # exact, so that ten losses of 0.1 are 1, not a little more
+    total = math.fsum(losses)  # exact: ten losses of 0.1 sum to 1
     mean = min(total / count, epsilon)
     divergence = mean * math.log(mean / epsilon) if mean else 0.0
     divergence += (1 - mean) * (math.log1p(-mean) - math.log1p(-epsilon))
@@ -53,22 +53,23 @@ def hoeffding_bentkus_p_value(losses: np.ndarray, epsilon: float) -> float:
 
 
 def betting_p_value(losses: np.ndarray, epsilon: float, *, delta: float = 0.1) -> float:
-    """The betting p-value of H0: E[loss] > epsilon, in [0, 1]; falls as ``epsilon`` grows.
+    """Return the betting p-value of H0: E[loss] > epsilon, in [0, 1]. It decreases in ``epsilon``.
 
-    A gambler bets against H0, photo by photo: K_t = prod_{i <= t} (1 - nu_i (L_i - epsilon)), and the p-value is
-    min(1, 1 / max_t K_t) (Ville's inequality). The bets look at past losses only:
+    A gambler bets against H0, photo by photo. The capital is K_t = prod_{i <= t} (1 - nu_i (L_i - epsilon)), and the
+    p-value is min(1, 1 / max_t K_t) (Ville's inequality). A bet depends on past losses only:
 
         nu_i = min(BET_CAP / (1 - epsilon), sqrt(2 log(1 / delta) / (n s_{i-1}))),
         m_i = (1/2 + sum_{j <= i} L_j) / (i + 1),    s_i = (1/4 + sum_{j <= i} (L_j - m_j)^2) / (i + 1).
 
-    From Waudby-Smith & Ramdas 2024, "Estimating means of bounded random variables by betting", in the form of
-    Bates et al. 2021, section 3.1, who cap at 1. This cap leaves 1 - BET_CAP of the capital after a loss of 1.
+    Source: Waudby-Smith & Ramdas 2024, "Estimating means of bounded random variables by betting", in the form of
+    Bates et al. 2021, section 3.1, where the cap is 1. With BET_CAP, 1 - BET_CAP of the capital is left after a loss
+    of 1.
 
     Args:
-        losses: [n], in [0, 1], in the order of the bets; without a photo the p-value is 1.0. Shuffle them with a seed
-            first: photos sorted by data set or by hour are not exchangeable.
-        epsilon: the largest mean loss to be accepted, in (0, 1).
-        delta: the level that the bets are tuned for, in (0, 1). The p-value is valid at every level.
+        losses: [n], in [0, 1], in the order of the bets. Without photos the p-value is 1.0. Shuffle them with a seed
+            first, because photos sorted by data set or by hour are not exchangeable.
+        epsilon: largest acceptable mean loss, in (0, 1).
+        delta: level that the bets are tuned for, in (0, 1). The p-value is valid at every level.
 
     Raises:
         EarlyExitError: a loss, ``epsilon`` or ``delta`` outside its range.
@@ -90,10 +91,10 @@ BOUNDS: dict[str, PValue] = {"hoeffding_bentkus": hoeffding_bentkus_p_value, "be
 
 
 def upper_bound(losses: np.ndarray, delta: float, p_value: PValue = hoeffding_bentkus_p_value) -> float:
-    """Upper confidence bound of the expected loss at level ``delta``, in (0, 1].
+    """Return the upper confidence bound of the expected loss at level ``delta``, in (0, 1].
 
-    This is the smallest epsilon with ``p_value(losses, epsilon) <= delta``, at most 1e-6 above it, never below.
-    ``losses`` are [n], in [0, 1]; ``p_value`` is one of :data:`BOUNDS` or another function that falls in epsilon.
+    It is the smallest epsilon with ``p_value(losses, epsilon) <= delta``, rounded up by at most 1e-6. ``losses`` are
+    [n], in [0, 1]. ``p_value`` is one of :data:`BOUNDS`, or another function that decreases in epsilon.
     """
     losses = _checked(losses, delta=delta)
     low, high = 0.0, 1.0  # no mean exceeds 1
@@ -107,11 +108,11 @@ def upper_bound(losses: np.ndarray, delta: float, p_value: PValue = hoeffding_be
 
 
 def fixed_sequence_test(p_values: Iterable[float], delta: float) -> int:
-    """Number of rejected hypotheses: those before the first p-value that is not in [0, ``delta``]. No later p-value is
-    read.
+    """Return the number of p-values before the first one that is not in [0, ``delta``]. Later p-values are not read.
 
-    The probability that any rejected hypothesis is true is at most ``delta``, if the order was fixed before the photos
-    were used. This is fixed-sequence testing (Angelopoulos et al. 2021, "Learn then test").
+    Their hypotheses are rejected. The probability that any rejected hypothesis is true is at most ``delta``, if the
+    order was fixed before the photos were used. Source: Angelopoulos et al. 2021, "Learn then test", fixed-sequence
+    testing.
     """
     _checked([], delta=delta)
     return sum(1 for _ in itertools.takewhile(lambda value: 0 <= value <= delta, p_values))
@@ -120,18 +121,18 @@ def fixed_sequence_test(p_values: Iterable[float], delta: float) -> int:
 def photos_needed(
     losses: np.ndarray, epsilon: float, delta: float, p_value: PValue = hoeffding_bentkus_p_value
 ) -> int | None:
-    """Estimate of the number of photos that certify ``epsilon``, if further photos repeat the losses of these in turn.
+    """Estimate the number of photos that certify ``epsilon``, as if further photos repeated the given losses in turn.
 
-    None if the mean loss is not below ``epsilon``, or if more than 10^6 photos are needed.
+    Return None if the mean loss is not below ``epsilon``, or if more than 10^6 photos are needed.
     """
     losses = _checked(losses, epsilon=epsilon, delta=delta)
 
     def enough(count: int) -> bool:
         return p_value(np.resize(losses, count), epsilon) <= delta
 
-    if not losses.size or losses.mean() >= epsilon or not enough(MOST_PHOTOS):
+    if not losses.size or losses.mean() >= epsilon or not enough(MAX_PHOTOS):
         return None
-    high = 1  # doubling, then bisection; a larger number is enough too
+    high = 1
     while not enough(high):
         high *= 2
     return bisect.bisect_left(range(high + 1), True, lo=high // 2 + 1, key=enough)
@@ -142,8 +143,8 @@ def _checked(losses: np.ndarray, **shares: float) -> np.ndarray:
     if losses.ndim != 1:
         raise EarlyExitError(f"losses has shape {losses.shape}, expected [n], one loss per photo")
     for index in np.flatnonzero(~((losses >= 0) & (losses <= 1)))[:1]:
-        wrong = f"losses[{index}] is {losses[index]}"
-        raise EarlyExitError(f"{wrong}, expected a number in [0, 1]; rescale or clip the losses")
+        message = f"losses[{index}] is {losses[index]}"
+        raise EarlyExitError(f"{message}, expected a number in [0, 1]; rescale or clip the losses")
     for name, value in shares.items():
         if not 0 < value < 1:
             raise EarlyExitError(f"{name} is {value}, expected a number in (0, 1), such as 0.1")

@@ -1,4 +1,4 @@
-"""Photos as arrays (every colour mode becomes 8-bit RGB, every rotation the one the boxes refer to); boxes on them."""
+"""Read photos as 8-bit RGB arrays, in the rotation that the boxes refer to, and draw boxes on photos."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from PIL.Image import Transpose
 from earlyexit_ssd.errors import DataError
 
 _ORIENTATION_TAG = 0x0112
-# What turns a picture of EXIF orientation 2, 3, ... 8 upright.
-_TURNS = (
+# The transpositions that turn a picture of EXIF orientation 2, 3, ... 8 upright.
+_UPRIGHT = (
     *(Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM),
     *(Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90),
 )
@@ -26,25 +26,24 @@ _TURNS = (
 Size = tuple[int, int]
 PathLike = str | os.PathLike[str]
 
-# of photos that are looked for by name, in any case
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif")
-LARGEST_PHOTO = 89_478_485  # pixels; Pillow's own mark. A file of half a megabyte can hold more than the memory does
+LARGEST_PHOTO = 89_478_485  # pixels; Pillow's limit. Without a limit, a file of half a megabyte could fill the memory
 
 
 class PhotoHeader(NamedTuple):
     size: Size  # (width, height) that read_image will return
-    peculiarities: dict[str, str]  # kind -> what it has to convert: {"EXIF-rotated photo": "EXIF orientation 6"}
+    peculiarities: dict[str, str]  # what read_image will convert, such as {"EXIF-rotated photo": "EXIF orientation 6"}
 
 
 def read_image(path: PathLike, annotated_size: Size | None = None) -> np.ndarray:
-    """The photo as uint8 RGB [H, W, 3].
+    """Return the photo as uint8 RGB [H, W, 3].
 
-    Grey is repeated, transparency is laid on white, palettes are looked up, 16 bits are scaled to 8, CMYK
-    is converted, and the first frame of an animation is taken. EXIF rotation is applied unless ``annotated_size``
-    (width, height) shows that the boxes refer to the stored picture (see :func:`read_header`).
+    Grey, palette, CMYK and 16-bit photos are converted, and transparency is blended with white. Of an animation only
+    the first frame is read. EXIF rotation is applied unless ``annotated_size`` (width, height) shows that the boxes
+    refer to the stored picture (see :func:`read_header`).
 
     Raises:
-        DataError: the file is missing, no image, truncated, or of more than ``LARGEST_PHOTO`` pixels.
+        DataError: the file is missing, not an image or truncated, or has more than ``LARGEST_PHOTO`` pixels.
     """
     with open_photo(path) as image:
         orientation = _orientation(image, annotated_size)
@@ -52,7 +51,8 @@ def read_image(path: PathLike, annotated_size: Size | None = None) -> np.ndarray
 
 
 def read_thumbnail(path: PathLike, annotated_size: Size | None, side: int) -> Image.Image:
-    """The photo as :func:`read_image` turns it, shrunk to a largest side of ``side`` pixels; same errors."""
+    """Return the photo as :func:`read_image` does, shrunk so that its longer side has at most ``side`` pixels. Errors
+    are the same."""
     with open_photo(path) as image:
         orientation = _orientation(image, annotated_size)
         image.draft("RGB", (side, side))  # a large JPEG is decoded at a fraction of its size
@@ -62,19 +62,18 @@ def read_thumbnail(path: PathLike, annotated_size: Size | None, side: int) -> Im
 
 
 def read_header(path: PathLike, annotated_size: Size | None = None) -> PhotoHeader:
-    """The size that :func:`read_image` will return, and what it will have to convert, without decoding.
+    """Return the size that :func:`read_image` will return, and what it will convert, without decoding.
 
-    Some tools annotate the stored picture, others the upright one. Where the annotated size equals the stored size and
-    not the upright one, the picture stays as stored. In every other case (half turns, mirrored, square, sizes that
+    Some tools annotate the stored picture, others the upright picture. If ``annotated_size`` equals the stored size and
+    not the upright size, the picture stays as stored. In every other case (half turns, mirrored, square, sizes that
     match neither) the EXIF rotation is applied.
 
-    Truncated files are found too: JPEG by its end marker, PNG by its checksums, other formats by decoding.
-
     Raises:
-        DataError: as :func:`read_image`.
+        DataError: as in :func:`read_image`. Truncation is detected by the end marker of JPEG, the checksums of PNG, and
+            by decoding other formats.
     """
     with open_photo(path) as image:
-        header = PhotoHeader(_upright(image, _orientation(image, annotated_size)), _peculiarities(image))
+        header = PhotoHeader(_upright_size(image, _orientation(image, annotated_size)), _peculiarities(image))
         if image.format == "PNG":
             image.verify()
         elif image.format not in ("JPEG", "MPO") or not _ends_as_jpeg(path):
@@ -84,19 +83,18 @@ def read_header(path: PathLike, annotated_size: Size | None = None) -> PhotoHead
 
 @contextlib.contextmanager
 def open_photo(path: PathLike) -> Iterator[Image.Image]:
-    """The photo, not decoded yet: a regular file, since a pipe or a device may have no end, of a size that memory
-    holds. What goes wrong inside is a DataError too."""
-    if not os.path.isfile(path):
-        what = "no file but a folder, pipe or device, expected a photo" if os.path.exists(path) else "no such photo"
-        raise DataError(f"{path}: {what}")
+    """Open a photo without decoding it. Every exception inside the context becomes a DataError too."""
+    if not os.path.isfile(path):  # reading a pipe or a device might never end
+        problem = "a folder, pipe or device, expected a photo" if os.path.exists(path) else "no such photo"
+        raise DataError(f"{path}: {problem}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path)
         with image:
             if image.width * image.height > LARGEST_PHOTO:
-                sizes = f"{image.width} x {image.height} pixels, expected {LARGEST_PHOTO:,} in all at most"
-                raise DataError(f"{path}: photo of {sizes}; save it smaller")
+                size = f"{image.width} x {image.height} pixels"
+                raise DataError(f"{path}: photo of {size}, expected at most {LARGEST_PHOTO:,} in total; shrink it")
             yield image
     except DataError:
         raise
@@ -112,34 +110,34 @@ def _peculiarities(image: Image.Image) -> dict[str, str]:
     if "transparency" in image.info or image.mode.endswith(("A", "a")):
         kinds.append("photo with transparency")
     elif image.mode != "RGB" and image.mode[0] not in "IF":
-        named = {"1": "grey photo", "L": "grey photo", "P": "palette photo", "CMYK": "CMYK photo"}
-        kinds.append(named.get(image.mode, "photo of other colours"))
-    found = dict.fromkeys(kinds, f"Pillow mode {image.mode}")
+        by_mode = {"1": "grey photo", "L": "grey photo", "P": "palette photo", "CMYK": "CMYK photo"}
+        kinds.append(by_mode.get(image.mode, "photo of other colours"))
+    peculiarities = dict.fromkeys(kinds, f"Pillow mode {image.mode}")
     if (orientation := _orientation(image)) > 1:
-        found["EXIF-rotated photo"] = f"EXIF orientation {orientation}"
-    return found
+        peculiarities["EXIF-rotated photo"] = f"EXIF orientation {orientation}"
+    return peculiarities
 
 
 def _orientation(image: Image.Image, annotated_size: Size | None = None) -> int:
-    """EXIF's number, 5 to 8 for a quarter turn; 1 where the picture is to stay as it is stored."""
+    """Return the EXIF orientation, 5 to 8 for a quarter turn, or 1 if the picture has to stay as it is stored."""
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
-        return 1  # Pillow turns TIFF itself, and would decode a whole PNG to look for EXIF behind its pixels
-    found = image.getexif().get(_ORIENTATION_TAG, 1)
-    stays = found not in range(2, 9) or image.size == annotated_size != _upright(image, found)
-    return 1 if stays else found
+        return 1  # Pillow turns TIFF itself, and would decode a whole PNG to find EXIF data after its pixels
+    orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    stays = orientation not in range(2, 9) or image.size == annotated_size != _upright_size(image, orientation)
+    return 1 if stays else orientation
 
 
-def _upright(image: Image.Image, orientation: int) -> Size:
+def _upright_size(image: Image.Image, orientation: int) -> Size:
     return image.size[::-1] if orientation >= 5 else image.size
 
 
 def _turned(image: Image.Image, orientation: int) -> Image.Image:
-    return image if orientation == 1 else image.transpose(_TURNS[orientation - 2])
+    return image if orientation == 1 else image.transpose(_UPRIGHT[orientation - 2])
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode[0] in "IF":
-        values = np.asarray(image).astype(np.float64)  # integers hold 0..65535, floats 0..1 or, beyond 1, 0..255
+        values = np.asarray(image).astype(np.float64)  # integers are 0..65535, floats 0..1 or 0..255
         scale = 255 / 65535 if image.mode != "F" else (255.0 if values.max(initial=0) <= 1 else 1.0)
         image = Image.fromarray(np.rint(values * scale).clip(0, 255).astype(np.uint8))
     elif image.mode.endswith(("A", "a")) or "transparency" in image.info:
@@ -149,32 +147,31 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _ends_as_jpeg(path: PathLike) -> bool:
-    """Padding of zeros aside."""
-    with open(path, "rb") as file:
+    with open(path, "rb") as file:  # zeros may follow the end marker
         file.seek(max(0, os.path.getsize(path) - 64))
         return file.read().rstrip(b"\0").endswith(b"\xff\xd9")
 
 
 def find_files(folder: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[Path]]:
-    """Files of ``suffixes`` (in any case) in and below ``folder``, and all others, sorted; hidden ones are left out.
-
-    Folders that are symbolic links are looked into, each once. One that cannot be read is a DataError.
-    """
+    """Return the files in and below ``folder`` that have one of the ``suffixes`` in any case, and all other files, both
+    sorted. Hidden files and folders are left out. Symbolic links to folders are followed, each folder once. Raise
+    DataError if a folder cannot be read."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror}); make the folder readable") from None
 
-    found: tuple[list[Path], list[Path]] = [], []
-    seen: set[str] = set()
-    for here, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        if (place := os.path.realpath(here)) in seen:
+    matching, others = [], []
+    visited: set[str] = set()
+    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real_path := os.path.realpath(parent)) in visited:
             folders.clear()
             continue
-        seen.add(place)
+        visited.add(real_path)
         folders[:] = [name for name in folders if name[0] != "."]
-        for path in (Path(here, name) for name in files if name[0] != "."):
-            found[not (path.suffix.lower() in suffixes and os.path.isfile(path))].append(path)
-    return sorted(found[0]), sorted(found[1])
+        for path in (Path(parent, name) for name in files if name[0] != "."):
+            matches = path.suffix.lower() in suffixes and os.path.isfile(path)
+            (matching if matches else others).append(path)
+    return sorted(matching), sorted(others)
 
 
 PALETTE = ("#e53e3e", "#3182ce", "#38a169", "#d69e2e", "#805ad5", "#00a3c4", "#d53f8c", "#975a16")
@@ -190,23 +187,23 @@ def draw_boxes(
     text_size: int = SMALLEST_TEXT,
     banner: str = "",
 ) -> Image.Image:
-    """Draw xyxy ``boxes`` (N of them, in the image's pixels), the most important first, into ``image``, and return it.
+    """Draw ``boxes`` (N, xyxy in pixels of the image, most important first) into ``image``, and return it.
 
-    A box's text stands above it, or inside at the top edge; it is left out where it would cover another text, since
-    in a crowd the texts would hide the photo. ``banner`` stands in the upper left corner, on everything.
+    The text of a box is above it, or inside it at the upper edge of the image. A text that would cover another text is
+    left out, so that texts do not hide a crowd. ``banner`` is drawn last, in the upper left corner.
     """
     draw, font, boxes = ImageDraw.Draw(image), font_of(text_size), [tuple(box) for box in boxes]
     for (x1, y1, x2, y2), color in reversed(list(zip(boxes, colors, strict=True))):
         draw.rectangle((x1, y1, max(x2, x1), max(y2, y1)), outline=color, width=max(2, text_size // 6))
     height = sum(font.getmetrics())
-    taken: list[tuple[float, float, float]] = []
+    drawn: list[tuple[float, float, float]] = []
     for (x1, y1, *_), text, color in zip(boxes, texts, colors, strict=True):
         width = draw.textlength(text, font) + 6
         x = min(max(x1, 0), max(image.width - width, 0))
         y = y1 - height if y1 >= height else max(y1, 0)
-        if any(x < end and start < x + width and abs(y - other) < height for start, end, other in taken):
+        if any(x < end and start < x + width and abs(y - other) < height for start, end, other in drawn):
             continue
-        taken.append((x, x + width, y))
+        drawn.append((x, x + width, y))
         draw.rectangle((x, y, x + width, y + height), fill=color)
         draw.text((x + 3, y), text, "white", font)
     if banner:
@@ -216,11 +213,11 @@ def draw_boxes(
 
 
 def color_of(label: int) -> str:
-    """Of a class; labels count from 1."""
+    """Return the colour of a class. Labels start at 1."""
     return PALETTE[(label - 1) % len(PALETTE)]
 
 
 @functools.lru_cache(maxsize=8)
 def font_of(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font, so that no font file is needed."""
+    """Return Pillow's default font, which needs no font file."""
     return ImageFont.load_default(size)

@@ -1,4 +1,4 @@
-"""The progress bar of everything that takes more than a few seconds, and lines that do not run into it."""
+"""Progress bars for everything that takes more than a few seconds, and log lines above them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from collections.abc import Iterable, Iterator
 
 try:
     from tqdm import tqdm
-except ImportError:  # where only the runtime is installed
+except ImportError:  # optional for `earlyexit_ssd.deploy`
     tqdm = None
 
 
 def is_first_process() -> bool:
-    """Whether this process talks to the user; also before torchrun's group is joined and after it is left."""
+    """Return True in the process that prints. It works before torchrun's group is joined, too."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 class PlainProgress(contextlib.AbstractContextManager):
-    """A line on stderr every ``interval`` seconds: what there is without tqdm, of its interface what `deploy` uses."""
+    """The part of tqdm's interface that `deploy` uses, without tqdm: a line on stderr every ``interval`` seconds."""
 
     def __init__(self, iterable: Iterable | None, desc: str, total: int | None, unit: str, interval: float) -> None:
         self.iterable, self.desc, self.total, self.unit, self.interval = iterable, desc, total, unit, interval
@@ -33,7 +33,7 @@ class PlainProgress(contextlib.AbstractContextManager):
             self.update()
 
     def update(self) -> None:
-        """Count one more, and say so when it is time."""
+        """Count an item, and print a line if ``interval`` seconds have passed."""
         self.n += 1
         now = time.monotonic()
         if now - self.shown >= self.interval:
@@ -48,8 +48,8 @@ class PlainProgress(contextlib.AbstractContextManager):
 def progress(
     iterable: Iterable | None = None, desc: str | None = "", total: int | None = None, unit: str = "it"
 ) -> tqdm | PlainProgress:
-    """A tqdm bar on stderr: live on a terminal, a line every 30 seconds in a log file, silent on ranks above 0 and
-    with ``desc`` None. Without tqdm, lines."""
+    """Return a tqdm bar on stderr, or `PlainProgress` without tqdm. It is live on a terminal, prints a line every 30
+    seconds into a log file, and is silent on ranks above 0 or if ``desc`` is None."""
     silent = desc is None or not is_first_process()
     if tqdm is None:
         return PlainProgress(iterable, desc or "", total, unit, float("inf") if silent else 10.0)
@@ -58,7 +58,7 @@ def progress(
 
 
 def write_line(text: str) -> None:
-    """Write a line to stderr, above a bar that is being shown."""
+    """Write a line to stderr, above a running progress bar."""
     if tqdm is None:
         print(text, file=sys.stderr, flush=True)
     else:

@@ -1,4 +1,4 @@
-"""Runtimes leave the process as it was."""
+"""Runtimes do not change the state of the process."""
 
 import ctypes
 import subprocess
@@ -12,9 +12,9 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="stacks for signal ha
 
 
 def signal_stack() -> tuple[int | None, int, int]:
-    found = _Stack()
-    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found)) == 0
-    return found.ss_sp, found.ss_flags, found.ss_size
+    stack = _Stack()
+    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack)) == 0
+    return stack.ss_sp, stack.ss_flags, stack.ss_size
 
 
 @linux
