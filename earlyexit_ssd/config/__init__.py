@@ -1,4 +1,4 @@
-"""Configuration: one documented default tree, YAML files over it, checked before anything runs."""
+"""The configuration: documented defaults, overridden by YAML files, and checked before anything runs."""
 
 from earlyexit_ssd.config.check import CLOSED, PHASE_SECTIONS
 from earlyexit_ssd.config.load import get_cfg, load_config

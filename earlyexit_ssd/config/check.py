@@ -1,4 +1,4 @@
-"""Values that cannot work are refused before anything runs, by one table of rules."""
+"""Check the values of a configuration before anything runs, by tables of rules."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from earlyexit_ssd.errors import ConfigError, nearest, shown
 
 PHASES = ("baseline", "exits", "joint")
 CLOSED = 2.0  # a threshold that no confidence reaches
-C4_LAYER = 13  # its expansion is the full path's first map
+C4_LAYER = 13  # the expansion of this layer is the first feature map of the full path's head
 PHASE_SECTIONS = {"baseline": "BASELINE", "exits": "EXITS_PHASE", "joint": "JOINT", "fine_tuning": "FINE_TUNING"}
 LAST_LAYER = 16
 TAIL_BLOCKS = 2
-LARGEST_SIDE, MOST_WIDTH, MOST_CHANNELS = 4096, 4, 4096
+LARGEST_SIDE, MAX_WIDTH, MAX_CHANNELS = 4096, 4, 4096
 FOLDS = ("exact", "compact", "rows")
 RIVAL_FORMATS = ("yolox", "boxes", "nanodet", "picodet")
 LOSS_CHOICES = {
@@ -51,28 +51,28 @@ def _of_phases(keys: str) -> str:
     return " ".join(f"{phase}.{key}" for phase in PHASE_SECTIONS.values() for key in keys.split())
 
 
-def _is_text(one: object, *_: object) -> bool:
-    return isinstance(one, str)
+def _is_text(value: object, *_: object) -> bool:
+    return isinstance(value, str)
 
 
 def _number(holds: Callable[[float], bool]) -> Callable[..., bool]:
-    def test(one: object, *_: object) -> bool:
-        return isinstance(one, int | float) and not isinstance(one, bool) and math.isfinite(one) and holds(one)
+    def test(value: object, *_: object) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and holds(value)
 
     return test
 
 
 def _whole(low: int, high: int) -> Callable[..., bool]:
-    return lambda one, *_: isinstance(one, int) and not isinstance(one, bool) and low <= one <= high
+    return lambda value, *_: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def _taught(teacher: str, cfg: CfgNode) -> bool:
+def _has_supervision(teacher: str, cfg: CfgNode) -> bool:
     return cfg.LOSS.SUPERVISION == "labels" or teacher != "none"
 
 
 Rule = tuple[str, str, Callable[[Any, Any, CfgNode], bool]]
-"""Keys; what is expected ({exits}, {layers} and {bounds} are the configuration's); the test of (a value, all values of
-its key, the configuration)."""
+"""Keys; the expected value, with {exits}, {layers} and {bounds} for those of the configuration; the test, a function of
+(value, all values of its key, configuration)."""
 
 _SETS = "DATA.TRAIN DATA.CALIB DATA.TEST"
 _TEACHER = "'full' or 'next' with LOSS.SUPERVISION 'teacher'"
@@ -84,57 +84,57 @@ _OF_EACH_VALUE: Sequence[Rule] = (
      "LOSS.FOCAL_ALPHA BASELINE.GATE.AP50 BASELINE.GATE.PRECISION BASELINE.GATE.RECALL BASELINE.GATE.RELATIVE "
      "EXITS_PHASE.GATE.FIRST_EXIT_AP50 EXITS_PHASE.GATE.FIRST_EXIT_SHARE EXITS_PHASE.GATE.DEEPEST_SHARE "
      "JOINT.GATE.MAX_AP50_DROP MODEL.COMPACT_TOLERANCE " + _of_phases("WARMUP EMA"),
-     "a number in [0, 1]", _number(lambda one: 0 <= one <= 1)),
+     "a number in [0, 1]", _number(lambda value: 0 <= value <= 1)),
     ("MODEL.WIDTH MODEL.DETECTIONS_PER_IMG MODEL.TOPK_CANDIDATES DATA.SYNTHETIC.SIZES LOSS.NEG_TO_POS_RATIO "
      "ROUTING.TEMPERATURES ROUTING.TEMPERATURE_BOUNDS EXITS_PHASE.CACHE_VIEWS EXITS_PHASE.CACHE_GIB "
      "ENGINE.CHECKPOINT_PERIOD ENGINE.LOG_PERIOD ENGINE.CURVE_PHOTOS EVAL.BATCH_SIZE EVAL.TIMING_RUNS "
      "EVAL.TIMING_THREADS JOINT.FULL_PATH_LR_FACTOR CALIBRATION.VALUE CALIBRATION.DELTA " + _of_phases("BATCH_SIZE LR"),
-     "a number above 0", _number(lambda one: one > 0)),
+     "a number above 0", _number(lambda value: value > 0)),
     ("SEED THREADS CALIBRATION.TRAIN_PHOTOS EXITS.HEAD_RANK EXITS.CHANNELS DATA.LIMIT DATA.WORKERS LOSS.MIN_NEGATIVES "
      "ENGINE.CURVE_PERIOD LOSS.FOCAL_GAMMA LOSS.EXIT_WEIGHTS JOINT.EXIT_WEIGHTS LOSS.FULL_WEIGHT EVAL.PICTURES "
      "LOSS.DISTILLATION_WEIGHT LOSS.DISTILLATION_BOX_WEIGHT FINE_TUNING.DISTILLATION_WEIGHT DATA.SYNTHETIC.SEED "
      + _of_phases("EPOCHS WEIGHT_DECAY CLIP_GRADIENT"),
-     "a number of at least 0", _number(lambda one: one >= 0)),
-    *((keys, f"at most {most}", lambda one, *_, most=most: one <= most) for keys, most in (
-        ("THREADS EVAL.TIMING_THREADS", 1024), ("DATA.WORKERS", 256), ("MODEL.WIDTH", MOST_WIDTH),
-        ("EXITS.CHANNELS EXITS.HEAD_RANK", MOST_CHANNELS), ("EVAL.BATCH_SIZE " + _of_phases("BATCH_SIZE"), 2**20),
+     "a number of at least 0", _number(lambda value: value >= 0)),
+    *((keys, f"at most {limit}", lambda value, *_, limit=limit: value <= limit) for keys, limit in (
+        ("THREADS EVAL.TIMING_THREADS", 1024), ("DATA.WORKERS", 256), ("MODEL.WIDTH", MAX_WIDTH),
+        ("EXITS.CHANNELS EXITS.HEAD_RANK", MAX_CHANNELS), ("EVAL.BATCH_SIZE " + _of_phases("BATCH_SIZE"), 2**20),
         ("MODEL.DETECTIONS_PER_IMG MODEL.TOPK_CANDIDATES DATA.SYNTHETIC.SIZES", 2**31),
     )),
-    ("SEED DATA.SYNTHETIC.SEED", "a number below 2^63", lambda one, *_: one < 2**63),
-    (_of_phases("BATCH_SIZE"), "2 or more: BatchNorm cannot normalise a single image", lambda one, *_: one >= 2),
-    ("CALIBRATION.DELTA", "a probability below 1", lambda one, *_: one < 1),
-    ("CALIBRATION.FOLDS", "0, or 2 to 1000 folds", lambda one, *_: one == 0 or 2 <= one <= 1000),
-    (_of_phases("EMA"), "a decay below 1", lambda one, *_: one < 1),
+    ("SEED DATA.SYNTHETIC.SEED", "a number below 2^63", lambda value, *_: value < 2**63),
+    (_of_phases("BATCH_SIZE"), "2 or more: BatchNorm cannot normalise a single image", lambda value, *_: value >= 2),
+    ("CALIBRATION.DELTA", "a probability below 1", lambda value, *_: value < 1),
+    ("CALIBRATION.FOLDS", "0, or 2 to 1000 folds", lambda value, *_: value == 0 or 2 <= value <= 1000),
+    (_of_phases("EMA"), "a decay below 1", lambda value, *_: value < 1),
     ("MODEL.IMAGE_SIZE DATA.SYNTHETIC.IMAGE_SIZE", _SIDE, _whole(64, LARGEST_SIDE)),
     ("BASELINE.SIZES JOINT.SIZES", f"whole numbers from 32 to {LARGEST_SIDE} pixels", _whole(32, LARGEST_SIDE)),
     ("EVAL.RIVALS.SIZES", f"whole numbers from {_SIDE}", _whole(64, LARGEST_SIDE)),
     ("EXITS.LAYERS", f"trunk layers 1 to {LAST_LAYER - 1}", _whole(1, LAST_LAYER - 1)),
     ("EXITS.GLANCES", f"pairs of pixels (32 to {LARGEST_SIDE}) and a trunk layer, such as [[128, 12]]",
-     lambda one, *_: isinstance(one, tuple) and len(one) == 2 and _whole(32, LARGEST_SIDE)(one[0])
-     and _whole(1, LAST_LAYER - 1)(one[1])),
-    ("EXITS.EMPTY", "some of EXITS.LAYERS {layers}", lambda one, _, cfg: one in cfg.EXITS.LAYERS),
-    ("EXITS.COPY", "a share above 0, at most 1", lambda one, *_: one > 0),
+     lambda value, *_: isinstance(value, tuple) and len(value) == 2 and _whole(32, LARGEST_SIDE)(value[0])
+     and _whole(1, LAST_LAYER - 1)(value[1])),
+    ("EXITS.EMPTY", "some of EXITS.LAYERS {layers}", lambda value, _, cfg: value in cfg.EXITS.LAYERS),
+    ("EXITS.COPY", "a share above 0, at most 1", lambda value, *_: value > 0),
     ("EXITS.DEPTH", f"0 to {TAIL_BLOCKS} blocks", _whole(0, TAIL_BLOCKS)),
     ("ROUTING.THRESHOLDS", f"a number in [0, 1], or {CLOSED:g} to close an exit",
-     _number(lambda one: 0 <= one <= 1 or one == CLOSED)),
-    ("DATA.NEGATIVE_SHARE", "-1, or a share in [0, 1)", lambda one, *_: one == -1 or 0 <= one < 1),
+     _number(lambda value: 0 <= value <= 1 or value == CLOSED)),
+    ("DATA.NEGATIVE_SHARE", "-1, or a share in [0, 1)", lambda value, *_: value == -1 or 0 <= value < 1),
     ("DATA.SYNTHETIC.SIZES", "three whole numbers: train, calib, test", _whole(1, 2**31)),
     (_SETS, "the name of a data set", _is_text),
-    ("DATA.CLASSES", "names of classes, in quotes where YAML reads no text", _is_text),
+    ("DATA.CLASSES", "names of classes, in quotes if YAML reads another type", _is_text),
     (f"DATA.CLASSES {_SETS}", "each name once",
-     lambda one, names, _: [name.lower() for name in names].count(one.lower()) == 1),
+     lambda value, names, _: [name.lower() for name in names].count(value.lower()) == 1),
     (_SETS, "TRAIN, CALIB and TEST without a data set in common",
-     lambda one, _, cfg: sum(one in cfg.DATA[key] for key in ("TRAIN", "CALIB", "TEST")) == 1),
+     lambda value, _, cfg: sum(value in cfg.DATA[key] for key in ("TRAIN", "CALIB", "TEST")) == 1),
     ("EVAL.RIVALS.FULL_PATHS EVAL.RIVALS.SINGLE_EXITS", "paths of model files", _is_text),
-    ("EVAL.RIVALS.ONNX", "format:path, such as yolox:nano.onnx", lambda one, *_: bool(str(one).partition(":")[2])),
+    ("EVAL.RIVALS.ONNX", "format:path, such as yolox:nano.onnx", lambda value, *_: bool(str(value).partition(":")[2])),
     ("EVAL.RIVALS.ONNX", f"one of the formats {', '.join(RIVAL_FORMATS)}",
-     lambda one, *_: str(one).partition(":")[0] in RIVAL_FORMATS),
+     lambda value, *_: str(value).partition(":")[0] in RIVAL_FORMATS),
 )
 _OF_THE_WHOLE: Sequence[Rule] = (
     ("EXITS.LAYERS", "at least one layer, such as [8, 12], or EXITS.GLANCES",
      lambda layers, _, cfg: len(layers) + len(cfg.EXITS.GLANCES) > 0),
     ("EXITS.GLANCES", "glances of increasing pixels",
-     lambda glances, *_: [one[0] for one in glances] == sorted({one[0] for one in glances})),
+     lambda glances, *_: [glance[0] for glance in glances] == sorted({glance[0] for glance in glances})),
     ("EXITS.LAYERS", "increasing layers, each once", lambda layers, *_: list(layers) == sorted(set(layers))),
     ("EXITS.COPY EXITS.DEPTH",
      "one number, or one for each of EXITS.LAYERS {layers}",
@@ -149,19 +149,20 @@ _OF_THE_WHOLE: Sequence[Rule] = (
      lambda bounds, *_: len(bounds) == 2 and bounds[0] < bounds[1]),
     ("ROUTING.TEMPERATURES", "numbers inside {bounds}", lambda values, _, cfg:
      cfg.ROUTING.TEMPERATURE_BOUNDS[0] <= min(values) <= max(values) <= cfg.ROUTING.TEMPERATURE_BOUNDS[1]),
-    ("ROUTING.HYBRID", "false with ROUTING.CERTIFICATE, which speaks of photos that leave",
+    ("ROUTING.HYBRID", "false with ROUTING.CERTIFICATE, which is for photos that leave early",
      lambda hybrid, _, cfg: not (hybrid and cfg.ROUTING.CERTIFICATE)),
-    ("CALIBRATION.TARGET", "'' with ROUTING.HYBRID, which lets no photo leave",
+    ("CALIBRATION.TARGET", "'' with ROUTING.HYBRID, where no photo leaves early",
      lambda target, _, cfg: not (target and cfg.ROUTING.HYBRID)),
     ("PHASES", f"some of {PHASES}", lambda phases, *_: len(phases) > 0),
     ("PHASES", f"each phase once, in the order {PHASES}",
      lambda phases, *_: list(phases) == sorted(set(phases), key=PHASES.index)),
     ("PHASES", "exits before joint", lambda phases, *_: "joint" not in phases or "exits" in phases),
-    # untrained, MODEL.WEIGHTS would be held against themselves and pass whatever they are worth
+    # without a training, MODEL.WEIGHTS would be compared with themselves and always pass
     ("BASELINE.GATE.RELATIVE", "0 without BASELINE.GATE.REFERENCE", lambda share, _, cfg:
      not share or cfg.BASELINE.GATE.REFERENCE or (cfg.MODEL.WEIGHTS and cfg.BASELINE.EPOCHS)),
-    ("LOSS.TEACHER", _TEACHER, lambda teacher, _, cfg: _taught(teacher, cfg)),
-    ("JOINT.TEACHER", _TEACHER, lambda teacher, _, cfg: "joint" not in cfg.PHASES or _taught(teacher, cfg)),
+    ("LOSS.TEACHER", _TEACHER, lambda teacher, _, cfg: _has_supervision(teacher, cfg)),
+    ("JOINT.TEACHER", _TEACHER,
+     lambda teacher, _, cfg: "joint" not in cfg.PHASES or _has_supervision(teacher, cfg)),
     (_SETS, "at least one data set name", lambda names, *_: len(names) > 0),
     ("DATA.SYNTHETIC.SIZES", "three whole numbers: train, calib, test", lambda sizes, *_: len(sizes) == 3),
 )
@@ -169,22 +170,22 @@ _OF_THE_WHOLE: Sequence[Rule] = (
 
 
 def num_exits(cfg: CfgNode) -> int:
-    """Early exits that the configuration describes, glances among them."""
+    """Return the number of early exits of the configuration, with the glances."""
     return len(cfg.EXITS.GLANCES) + len(cfg.EXITS.LAYERS)
 
 
 def check_config(cfg: CfgNode) -> None:
-    """Raise :class:`ConfigError` for the first impossible value."""
+    """Raise :class:`ConfigError` at the first impossible value."""
     for key, choices in CHOICES.items():
-        value = functools.reduce(CfgNode.get, key.split("."), cfg)
-        for one in value if isinstance(value, tuple) else (value,):
-            if one not in choices:
+        values = functools.reduce(CfgNode.get, key.split("."), cfg)
+        for value in values if isinstance(values, tuple) else (values,):
+            if value not in choices:
                 listed = ", ".join(map(repr, choices))
-                raise ConfigError(f"{key} is {shown(one)}, expected one of {listed}{nearest(str(one), choices)}")
+                raise ConfigError(f"{key} is {shown(value)}, expected one of {listed}{nearest(str(value), choices)}")
     context = {"exits": num_exits(cfg), "layers": list(cfg.EXITS.LAYERS), "bounds": cfg.ROUTING.TEMPERATURE_BOUNDS}
     for rules in (_OF_EACH_VALUE, _OF_THE_WHOLE):
         for key, expected, holds in ((key, *rule) for keys, *rule in rules for key in keys.split()):
-            value = functools.reduce(CfgNode.get, key.split("."), cfg)
-            for one in value if rules is _OF_EACH_VALUE and isinstance(value, tuple) else (value,):
-                if not holds(one, value, cfg):
-                    raise ConfigError(f"{key} is {shown(one)}, expected {expected.format(**context)}")
+            values = functools.reduce(CfgNode.get, key.split("."), cfg)
+            for value in values if rules is _OF_EACH_VALUE and isinstance(values, tuple) else (values,):
+                if not holds(value, values, cfg):
+                    raise ConfigError(f"{key} is {shown(value)}, expected {expected.format(**context)}")

@@ -1,7 +1,7 @@
-"""Read a YAML configuration over defaults.yaml; every key and every type is checked before anything runs.
+"""Load a YAML configuration over defaults.yaml, and check every key, type and value.
 
-The tree is fvcore's `CfgNode`. Its own loader is not used: it follows every YAML alias, takes no whole number for 0.5
-and reads a text such as "3" as a number.
+The result is fvcore's `CfgNode`. Its loader is not used: it expands every YAML alias, refuses a whole number where the
+default is a float, and converts text such as "3" to a number.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from earlyexit_ssd.plain import parse_yaml, read_yaml
 
 DEFAULTS = Path(__file__).with_name("defaults.yaml")
 _BASE_KEY = "_BASE_"
-_LONGEST_CHAIN = 20
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list"}
+_MAX_BASES = 20
+_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list"}
 
 
 def get_cfg() -> CfgNode:
-    """A fresh copy of the defaults."""
+    """Return a copy of the default configuration."""
     return _defaults().clone()
 
 
@@ -37,18 +37,19 @@ def _defaults() -> CfgNode:
 
 def _as_node(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return CfgNode({key: _as_node(one) for key, one in value.items()})
+        return CfgNode({key: _as_node(item) for key, item in value.items()})
     return _as_tuple(value) if isinstance(value, list) else value
 
 
 def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> CfgNode:
-    """The defaults, overlaid with the chain of ``_BASE_`` of the YAML file ``path``, the file, and ``KEY VALUE`` pairs.
+    """Return the defaults, overridden by the ``_BASE_`` files of ``path``, then by ``path``, then by ``overrides``.
 
     Args:
-        overrides: alternating keys and values, ``["EXITS.LAYERS", "(6, 12)", "SEED", "3"]``.
+        path: a YAML file.
+        overrides: alternating keys and values, such as ``["EXITS.LAYERS", "(6, 12)", "SEED", "3"]``.
 
     Raises:
-        ConfigError: an unknown key, a wrong type or an impossible value; the message names the source and the fix.
+        ConfigError: an unknown key, a wrong type or an impossible value.
     """
     cfg = get_cfg()
     path = None if path is None else Path(path)
@@ -57,7 +58,7 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
     if len(overrides) % 2:
         raise ConfigError(f"command line: expected KEY VALUE pairs, the last key {shown(overrides[-1])} has no value")
     for key, text in zip(overrides[::2], overrides[1::2], strict=True):
-        tree = _parse(str(text))  # from Python they may be values
+        tree = _parse(str(text))  # a caller in Python may pass numbers
         for part in reversed(str(key).split(".")):
             tree = {part: tree}
         _merge(cfg, tree, "command line")
@@ -74,11 +75,12 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
 
 
 def _read_chain(path: Path, above: tuple[str, ...] = ()) -> list[tuple[Path, dict]]:
-    """The file and those underneath it, the lowest first, each with its keys; ``above`` are those that led here."""
-    if above and os.path.realpath(path) in above:  # the first may be no path at all
-        raise ConfigError(f"{path}: {_BASE_KEY} goes in a circle; remove one of them")
-    if len(above) == _LONGEST_CHAIN:
-        raise ConfigError(f"{path}: {_BASE_KEY} leads through more than {_LONGEST_CHAIN} files; put them together")
+    """Return the chain of ``_BASE_`` files and ``path`` itself, each with its keys. The base without a base is first.
+    ``above`` are the files that have ``path`` as their base."""
+    if above and os.path.realpath(path) in above:
+        raise ConfigError(f"{path}: circular {_BASE_KEY}; remove it")
+    if len(above) == _MAX_BASES:
+        raise ConfigError(f"{path}: a chain of more than {_MAX_BASES} {_BASE_KEY} files; merge some of them")
     tree = read_yaml(path, "configuration file", "look in configs/ for examples", ConfigError)
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
@@ -103,20 +105,22 @@ def _merge(node: CfgNode, tree: Mapping, source: str, above: str = "") -> None:
 
 
 def _convert(value: Any, default: Any, key: str, source: str) -> Any:
-    """``value`` in the type of ``default``; only lossless conversions are made."""
+    """Convert ``value`` to the type of ``default`` if that loses nothing. Raise ConfigError otherwise."""
     if isinstance(default, str) and isinstance(value, bool):
-        value = "on" if value else "off"  # YAML 1.1 reads these words as true and false
+        value = "on" if value else "off"  # YAML 1.1 reads these words as bool
     elif isinstance(default, float) and isinstance(value, str):
-        with contextlib.suppress(ValueError):  # it reads 1e-3 as text
+        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-3 as text
             value = float(value)
     elif isinstance(default, tuple):
         value = _as_tuple(value)
-    wanted = int | float if isinstance(default, float) else type(default)
-    if not isinstance(value, wanted) or (isinstance(value, bool) and not isinstance(default, bool)):
-        keys = isinstance(default, CfgNode)
-        kind = f"keys below it ({', '.join(default)})" if keys else f"{_KINDS[type(default)]} (default {default!r})"
-        raise ConfigError(f"{source}: {key} expects {kind}, got {shown(value)}")
-    if any(ord(sign) < 32 or 0xD800 <= ord(sign) < 0xE000 for sign in _text_in(value)):  # no path could hold it
+    accepted = int | float if isinstance(default, float) else type(default)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and not isinstance(default, bool)):
+        if isinstance(default, CfgNode):
+            expected = f"keys below it ({', '.join(default)})"
+        else:
+            expected = f"{_TYPE_NAMES[type(default)]} (default {default!r})"
+        raise ConfigError(f"{source}: {key} expects {expected}, got {shown(value)}")
+    if any(ord(char) < 32 or 0xD800 <= ord(char) < 0xE000 for char in _text_in(value)):  # invalid in a path
         raise ConfigError(f"{source}: {key} has {shown(value)}, expected text without control characters")
     return float(value) if isinstance(default, float) else value
 
@@ -128,14 +132,15 @@ def _text_in(value: Any) -> str:
 
 
 def _as_tuple(value: Any) -> Any:
-    """A list becomes a tuple, inner lists too; a single text or number becomes a tuple of one."""
+    """Convert a list to a tuple, with inner lists, and a text or a number to a tuple with one element."""
     if isinstance(value, list | tuple):
         return tuple(_as_tuple(item) if isinstance(item, list | tuple) else item for item in value)
     return (value,) if isinstance(value, str | int | float) else value
 
 
 def _parse(text: str) -> Any:
-    """``8``, ``0.5``, ``true``, ``[8, 12]`` or ``(8, 12)`` as what they look like, anything else as text."""
+    """Parse a value of the command line: YAML such as ``8``, ``true`` or ``[8, 12]``, or a tuple such as ``(8, 12)``.
+    Anything else is text."""
     if text.startswith("(") and text.endswith(")"):
         text = f"[{text[1:-1].rstrip().rstrip(',')}]"
     try:

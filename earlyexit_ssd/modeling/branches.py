@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops.misc import Conv2dNormActivation, SqueezeExcitation
 
-from earlyexit_ssd.config.check import C4_LAYER, LARGEST_SIDE, LAST_LAYER, MOST_CHANNELS, TAIL_BLOCKS
+from earlyexit_ssd.config.check import C4_LAYER, LARGEST_SIDE, LAST_LAYER, MAX_CHANNELS, TAIL_BLOCKS
 from earlyexit_ssd.errors import EarlyExitError, check_keywords, nearest
 from earlyexit_ssd.modeling.heads import copy_rows, factorise, is_folded
 from earlyexit_ssd.modeling.outputs import Head
@@ -36,7 +36,7 @@ class Argument:
     """One argument of a branch kind: a number of the type of ``default``, or a bool if ``default`` is a bool."""
 
     default: bool | float
-    highest: float = MOST_CHANNELS  # largest allowed number; the smallest is 0
+    highest: float = MAX_CHANNELS  # largest allowed number; the smallest is 0
     zero: bool = True  # whether 0 is allowed
 
     def per_exit(self, name: str, value: object, exits: int) -> list:

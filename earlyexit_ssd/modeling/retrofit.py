@@ -18,7 +18,7 @@ from torchvision.models._api import WeightsEnum
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 from torchvision.models.detection.ssd import SSD, SSDScoringHead
 
-from earlyexit_ssd.config.check import FOLDS, LARGEST_SIDE, MOST_WIDTH
+from earlyexit_ssd.config.check import FOLDS, LARGEST_SIDE, MAX_WIDTH
 from earlyexit_ssd.errors import EarlyExitError, nearest, shown
 from earlyexit_ssd.modeling.branches import Exit, describe_exits, exit_keyword_names, exit_keywords, takes_exits
 from earlyexit_ssd.modeling.detector import EarlyExitDetector, detector_class
@@ -160,7 +160,7 @@ class Architecture:
     classes: tuple[str, ...]
     detector: str = "ssdlite320_mobilenet_v3_large"
     image_size: Annotated[int, 1, LARGEST_SIDE] = 320
-    width: Annotated[float, 0.01, MOST_WIDTH] = 1.0
+    width: Annotated[float, 0.01, MAX_WIDTH] = 1.0
     reduced_tail: bool = True
     head_outputs: RowIndex = 0
     folded_rows: tuple[RowIndex, ...] = ()

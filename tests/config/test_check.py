@@ -70,7 +70,7 @@ def test_impossible_values(key, value, message):
         load_config(None, [key, value])
 
 
-def test_weights_are_not_held_against_themselves():
+def test_weights_are_not_compared_with_themselves():
     trained = ["MODEL.WEIGHTS", "COCO_V1", "BASELINE.GATE.RELATIVE", "0.9"]
     load_config(None, trained)
     with pytest.raises(ConfigError, match="BASELINE.GATE.RELATIVE"):
@@ -104,5 +104,5 @@ def test_every_number_has_a_rule():
                 yield f"{above}{key}"
 
     ruled = {key for keys, *_ in check._OF_EACH_VALUE for key in keys.split()} | set(check.CHOICES)
-    # which the catalog and the registry of branches check
+    # the catalog and the registry of branches check these
     assert set(numbers(get_cfg())) - ruled == {"DATA.DATASETS", "EXITS.BRANCH"}
