@@ -256,7 +256,7 @@ class ArrayStore:
         self._key, self._key_file = hashlib.sha256(contents.encode()).hexdigest(), folder / f"{name}.key"
         self._paths = {name: folder / f"{name}.npy" for name in row}
 
-    def is_whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Read the store, and return True, if it is complete and has these contents. Damage is logged."""
         try:
             if not self._key_file.exists() or self._key_file.read_bytes() != self._key.encode():

@@ -84,20 +84,20 @@ def fill(one):
     one.finish({"ids": [4, 5, 6]})
 
 
-def test_a_store_is_whole_when_all_of_it_is_written(tmp_path):
+def test_a_store_is_complete_when_finished(tmp_path):
     one = store(tmp_path / "new")
-    assert not one.is_whole()
+    assert not one.is_complete()
     one.create("a test", "make room")
-    assert not one.is_whole()
+    assert not one.is_complete()
     fill(one)
     again = store(tmp_path / "new")
-    assert again.is_whole()
+    assert again.is_complete()
     assert again.arrays["taps"].tolist() == [[0, 0], [0.5, 2], [0, 0]] and again.arrays["taps"].dtype == np.float16
     assert again.arrays["labels"].tolist() == [7, 8, 9]
     assert again.rest == {"ids": [4, 5, 6]}
-    assert not store(tmp_path / "new", "other photos").is_whole()
+    assert not store(tmp_path / "new", "other photos").is_complete()
     one.create("a test", "make room")  # replaced, but not finished
-    assert not one.is_whole()
+    assert not one.is_complete()
     assert again.arrays["labels"].tolist() == [7, 8, 9]  # a reader keeps the old files
 
 
@@ -105,7 +105,7 @@ def test_a_store_is_whole_when_all_of_it_is_written(tmp_path):
 def test_a_store_of_unknown_contents(tmp_path, content, caplog):
     fill(store(tmp_path))
     (tmp_path / "cache.key").write_text(content)
-    assert not store(tmp_path).is_whole()
+    assert not store(tmp_path).is_complete()
     assert not caplog.text
 
 
@@ -114,10 +114,10 @@ def test_a_damaged_store(tmp_path, name, caplog):
     fill(store(tmp_path))
     whole = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(whole[: len(whole) // 2])
-    assert not store(tmp_path).is_whole()
+    assert not store(tmp_path).is_complete()
     assert f"{tmp_path}: the cache is damaged" in caplog.text
     (tmp_path / name).unlink()
-    assert not store(tmp_path).is_whole()
+    assert not store(tmp_path).is_complete()
 
 
 def test_a_store_needs_room(tmp_path, monkeypatch):

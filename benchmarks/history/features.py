@@ -64,7 +64,7 @@ class Features:
         blank = torch.zeros(1, 3, *model.transform.fixed_size)
         row = {name: values.numpy().astype(np.float16) for name, values in self._compute(model, blank).items()}
         self._store = ArrayStore(folder, "features", self.key, self.photos, row)
-        if not self._store.is_whole():
+        if not self._store.is_complete():
             self._write(model)
         self._store.read()
         self.targets: list[dict[str, Tensor]] = self._store.rest

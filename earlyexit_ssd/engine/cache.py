@@ -27,12 +27,13 @@ ARRAYS_OF_HEAD = ("cls_logits", "bbox_regression")
 
 
 class TapCache:
-    """Taps and full-path outputs, one row per photo and view: row ``view * photos + index`` is of photo ``index``.
+    """Taps and full-path outputs on disk. Row ``view * photos + index`` belongs to photo ``index``.
 
     Args:
-        folder: place of the files.
-        model: its network determines the shape of a row.
-        photos, views: number of photos, and number of views of each.
+        folder: folder of the files.
+        model: determines the shape of a row.
+        photos: number of photos.
+        views: number of views of each photo.
         dtype: ``float16`` (relative rounding error up to 2^-11) or ``float32`` (no rounding).
 
     Attributes:
@@ -45,7 +46,7 @@ class TapCache:
         self.gibibytes = photos * views * sum(values.nbytes for values in self._row.values()) / 2**30
 
     def require_budget(self, gibibytes: float) -> None:
-        """Raise an EarlyExitError if the cache is larger than ``gibibytes``; it says how many views fit."""
+        """Raise EarlyExitError, with the number of views that fit, if the cache is larger than ``gibibytes``."""
         if self.gibibytes > gibibytes:
             fits = int(gibibytes * self.views / self.gibibytes)
             fix = f"set EXITS_PHASE.CACHE_VIEWS to {fits}" if fits else "set EXITS_PHASE.CACHE to false"
@@ -57,8 +58,8 @@ class TapCache:
 
         Args:
             model: a model with a frozen trunk.
-            loader: gives the photos in order; the epoch of its sampler selects the view.
-            contents: text that identifies photos, boxes and views; with another one, or other weights, the cache is
+            loader: yields the photos in order. The epoch of its sampler selects the view.
+            contents: text that identifies photos, boxes and views. If it or the weights have changed, the cache is
                 computed again.
 
         Raises:
@@ -66,7 +67,7 @@ class TapCache:
         """
         contents = f"{contents} {_weights_hash(model)} {self.views} {self._dtype}"
         store = ArrayStore(self.folder, "cache", contents, self.photos * self.views, self._row)
-        if is_main() and not store.is_whole():
+        if is_main() and not store.is_complete():
             fix = "set EXITS_PHASE.CACHE_VIEWS lower, or EXITS_PHASE.CACHE to false"
             store.create(f"the taps of {self.photos} photos x {self.views} views", fix)
             store.open()
@@ -93,12 +94,12 @@ class TapCache:
                 row += len(images)
                 bar.update(len(images))
                 for target in batch.targets:
-                    # copied: a tensor from a worker process keeps a file open
+                    # cloned, because a tensor from a worker process keeps a file open
                     yield {key: torch.as_tensor(target[key]).cpu().clone() for key in ("boxes", "labels", "image_id")}
         bar.close()
 
     def rows(self, rows: np.ndarray, device: torch.device) -> TapBatch:
-        """A batch of stored rows in fp32; ``rows`` are indices. The batch has them in increasing order."""
+        """Return a batch in fp32 of the rows with the indices ``rows``, in increasing order."""
         order, values = np.sort(rows), {}
         for name, array in self._arrays.items():
             values[name] = torch.from_numpy(array[order].astype(np.float32)).to(device)
@@ -107,9 +108,9 @@ class TapCache:
 
 
 class CachedLoader:
-    """Batches of cached taps. Each epoch shows every photo once, in its next view; an incomplete last batch is dropped.
+    """Batches of cached taps. Each epoch has every photo once, in its next view, without an incomplete last batch.
 
-    ``batch_size`` is the number of rows per step in all processes together, at most the number of photos.
+    ``batch_size`` is the number of rows per step in all processes together. It is reduced to the number of photos.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class CachedLoader:
         return self.cache.photos // self.batch_size
 
     def epoch(self, epoch: int, start: int) -> Iterable[TapBatch]:
-        """The batches of ``epoch``, beginning with batch number ``start``."""
+        """Yield the batches of ``epoch`` from batch number ``start`` on."""
         photos = self.cache.photos
         order = np.random.default_rng([self.seed, epoch]).permutation(photos)
         views = (np.arange(photos) + epoch) % self.cache.views
@@ -139,9 +140,9 @@ def _named(batch: TapBatch) -> dict[str, Tensor]:
 def _blank_row(model: EarlyExitSSDLite, dtype: np.dtype) -> dict[str, np.ndarray]:
     """Array name -> zeros [1, ...] in the shape of one photo's row."""
     blank = torch.zeros(3, *model.transform.fixed_size, device=next(model.parameters()).device)
-    nothing = {"boxes": blank.new_zeros(0, 4), "labels": blank.new_zeros(0, dtype=torch.int64)}
+    no_boxes = {"boxes": blank.new_zeros(0, 4), "labels": blank.new_zeros(0, dtype=torch.int64)}
     with evaluating(model):
-        batch = compute_taps(model, [blank], [nothing])
+        batch = compute_taps(model, [blank], [no_boxes])
     return {name: np.zeros(values.shape, dtype) for name, values in _named(batch).items()}
 
 

@@ -1,4 +1,4 @@
-"""Hooks around the training loop: checkpoints that a killed run goes on from, a log with curves, a progress bar."""
+"""Hooks of the training loop: checkpoints, a log with curves, a progress bar."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from earlyexit_ssd.modeling.retrofit import read_weights
 from earlyexit_ssd.progress import progress
 
 LogLine = dict[str, float | None]
-"""``step``, ``epoch``, ``lr``, ``loss`` and its parts ``loss/<name>``, ``seconds`` and what was measured."""
+"""``step``, ``epoch``, ``lr``, ``loss``, its parts ``loss/<name>``, ``seconds`` and the figures of ``Log.measure``."""
 
 
 class Checkpoint(Hook):
-    """Write ``path`` every ``period`` steps and at the end of each epoch; read it before training if it is there.
+    """Save the state to ``path`` every ``period`` steps and at the end of each epoch. Resume from it if it exists.
 
-    SIGINT and SIGTERM save and stop the loop after the step that is running. The file is replaced whole, so a kill at
-    any moment leaves a good one.
+    After SIGINT or SIGTERM the loop saves and stops at the end of the step. The file is replaced by renaming, so a kill
+    at any moment leaves a valid file.
     """
 
     def __init__(self, path: Path, period: int, ema: ExponentialMovingAverage | None = None) -> None:
@@ -40,7 +40,7 @@ class Checkpoint(Hook):
         self.signal_name = ""
 
     def before_training(self, trainer: Trainer) -> None:
-        """Go on from the file, and watch for signals."""
+        """Load the file, and handle signals."""
         if self.path.is_file():
             self._load(trainer)
         self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -59,7 +59,7 @@ class Checkpoint(Hook):
         self.signal_name = signal.Signals(number).name
 
     def _parts(self, trainer: Trainer) -> dict[str, object]:
-        """All that has a state beside the step."""
+        """Return the objects with a state."""
         parts = {"model": trainer.model, "optimizer": trainer.optimizer, "scaler": trainer.scaler, "ema": self.ema}
         return {name: part for name, part in parts.items() if part is not None}
 
@@ -70,7 +70,7 @@ class Checkpoint(Hook):
         barrier()
 
     def _load(self, trainer: Trainer) -> None:
-        fix = "move it away: the phase then starts afresh"
+        fix = "move it away to start the phase again"
         try:
             state = read_weights(self.path)
         except EarlyExitError as error:
@@ -79,14 +79,14 @@ class Checkpoint(Hook):
             trainer.step = int(state["step"])
             for name, part in self._parts(trainer).items():
                 part.load_state_dict(state[name])
-        except Exception as error:  # optimizers and modules raise whatever their parts do
+        except Exception as error:  # load_state_dict raises many types
             reason = f"{type(error).__name__}: {error}"
             raise EarlyExitError(f"{self.path}: not the state of this training ({reason}); {fix}") from None
 
 
 @dataclass
 class AfterStep(Hook):
-    """Call ``function(model)`` after every step, such as to update averaged weights or to hold values in bounds."""
+    """Call ``function(model)`` after every step, for example to update averaged weights or to clip values."""
 
     function: Callable[[nn.Module], None]
 
@@ -96,7 +96,7 @@ class AfterStep(Hook):
 
 @dataclass
 class ProgressBar(Hook):
-    """A bar over all steps with the current total loss."""
+    """Progress bar over all steps, with the current total loss."""
 
     description: str
 
@@ -116,13 +116,13 @@ class ProgressBar(Hook):
 
 @dataclass
 class Log(Hook):
-    """JSON lines and the same for TensorBoard; a resumed run drops the lines it will write again."""
+    """Write a log as JSON lines and for TensorBoard. A resumed run removes the lines that it will write again."""
 
-    folder: Path  # for log.jsonl and tensorboard/
-    period: int  # steps between lines with the learning rate, the ``loss`` and its parts ``loss/<name>``
-    # what a line holds too at the end of epochs, by name; None is undefined; it runs in every process
+    folder: Path  # of log.jsonl and tensorboard/
+    period: int  # steps between lines
+    # returns more figures by name, None if undefined; called at the end of an epoch in every process
     measure: Callable[[], Mapping[str, float | None]] | None = None
-    measure_period: int = 1  # epochs between these; 0 has none; the last epoch is one of them
+    measure_period: int = 1  # epochs between these calls, with a call after the last epoch; 0: no calls
 
     def before_training(self, trainer: Trainer) -> None:
         if not is_main():
@@ -160,7 +160,7 @@ class Log(Hook):
 
 
 def read_log(folder: Path) -> list[LogLine]:
-    """The lines of a phase's log.jsonl but those that a kill cut short; none where there is no such file."""
+    """Return the complete lines of the log.jsonl in ``folder``. Without a file there are none."""
     path, lines = folder / "log.jsonl", []
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError, OverflowError):
@@ -171,10 +171,8 @@ def read_log(folder: Path) -> list[LogLine]:
 
 
 class _Board:
-    """Scalars for TensorBoard, written at once: `SummaryWriter` does it in a thread, where nobody hears of a full disk.
-
-    What older files of ``folder`` hold from ``first_step`` on is not shown.
-    """
+    """Write scalars for TensorBoard in this thread. `SummaryWriter` writes in another thread, where a full disk is not
+    reported. TensorBoard hides the points of older files in ``folder`` from ``first_step`` on."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         make_folder(folder)
@@ -185,8 +183,9 @@ class _Board:
         self._add(step=first_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        scalars = [{"tag": key, "simple_value": value} for key, value in values.items() if value is not None]
-        self._add(step=step, summary=summary_pb2.Summary(value=[summary_pb2.Summary.Value(**one) for one in scalars]))
+        defined = {key: value for key, value in values.items() if value is not None}
+        scalars = [summary_pb2.Summary.Value(tag=key, simple_value=value) for key, value in defined.items()]
+        self._add(step=step, summary=summary_pb2.Summary(value=scalars))
 
     def _add(self, **fields: Any) -> None:
         with writing(self.path):

@@ -20,10 +20,11 @@ from earlyexit_ssd.errors import EarlyExitError
 def build_optimizer(
     model: nn.Module, name: str, lr: float, weight_decay: float, lr_factors: Mapping[str, float] | None = None
 ) -> torch.optim.Optimizer:
-    """``sgd`` (momentum 0.9) or ``adamw`` over the parameters that require a gradient; norms and biases have no decay.
+    """Build ``sgd`` (momentum 0.9) or ``adamw`` for the parameters that require a gradient. Norms and biases have no
+    weight decay.
 
-    ``lr_factors`` maps prefixes of parameter names to factors of the learning rate; other parameters have factor 1. A
-    parameter group stores its factor as ``lr_factor``.
+    ``lr_factors`` maps prefixes of parameter names to factors of the learning rate. The default is 1. A parameter group
+    stores its factor as ``lr_factor``.
     """
     members: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for key, parameter in model.named_parameters():
@@ -36,11 +37,12 @@ def build_optimizer(
     ]
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=lr, fused=True)  # one loop over a parameter: a third of the time on a CPU
+    return torch.optim.AdamW(groups, lr=lr, fused=True)  # takes a third of the time on a CPU
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
-    """Linear warm-up over the share ``warmup`` of all steps, then a cosine to zero (Loshchilov and Hutter 2017)."""
+    """Return the learning rate: linear warm-up over the share ``warmup`` of all steps, then a cosine decay to zero
+    (Loshchilov and Hutter 2017)."""
     warmup_steps = int(total * warmup)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -48,7 +50,7 @@ def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
 
 
 class PhotoLoader:
-    """Batches on ``device``, the same in every run, of a ``loader`` of :func:`earlyexit_ssd.data.build_loader` with
+    """Batches on ``device``, the same in every run. ``loader`` is built by :func:`earlyexit_ssd.data.build_loader` with
     ``train=True``."""
 
     def __init__(self, loader: DataLoader, device: torch.device) -> None:
@@ -58,14 +60,14 @@ class PhotoLoader:
         return self._steps
 
     def epoch(self, epoch: int, start: int) -> Iterator[tuple[list[Tensor], list[dict]]]:
-        """The batches of ``epoch`` from number ``start`` on, on the device."""
+        """Yield the batches of ``epoch`` from number ``start`` on."""
         self.loader.sampler.set_epoch(epoch, start)
         for images, targets in self.loader:
             yield [image.to(self.device, non_blocking=True) for image in images], to_device(targets, self.device)
 
 
 def to_device(targets: list[dict], device: torch.device) -> list[dict]:
-    """Move the tensors in the targets to ``device``; other values stay as they are."""
+    """Move the tensors in the targets to ``device``."""
     return [
         {key: value.to(device) if isinstance(value, Tensor) else value for key, value in target.items()}
         for target in targets
@@ -73,8 +75,8 @@ def to_device(targets: list[dict], device: torch.device) -> list[dict]:
 
 
 class ExponentialMovingAverage:
-    """Moving average of the parameters and floating-point buffers. The decay after ``t`` updates is ``min(decay,
-    (1 + t) / (10 + t))``, so that early noisy weights have little weight."""
+    """Moving average of the parameters and floating-point buffers. The decay at update ``t`` is ``min(decay,
+    (1 + t) / (10 + t))``, so that noisy early weights count little. Other buffers are copied."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
@@ -85,11 +87,11 @@ class ExponentialMovingAverage:
         """Move the average towards ``model``."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for mine, theirs in zip(self.average.state_dict().values(), model.state_dict().values(), strict=True):
-            if mine.is_floating_point():
-                mine.lerp_(theirs, 1 - decay)
+        for average, value in zip(self.average.state_dict().values(), model.state_dict().values(), strict=True):
+            if average.is_floating_point():
+                average.lerp_(value, 1 - decay)
             else:
-                mine.copy_(theirs)
+                average.copy_(value)
 
     def state_dict(self) -> dict:
         return {"updates": self.updates, "average": self.average.state_dict()}
@@ -104,47 +106,46 @@ class TrainingDiverged(EarlyExitError):
 
 
 class Loader(Protocol):
-    """Interface of the loader of batches; its length is the number of batches in an epoch."""
+    """Interface of loaders of batches. The length is the number of batches in an epoch."""
 
     def __len__(self) -> int: ...
 
     def epoch(self, epoch: int, start: int) -> Iterable[Any]:
-        """The batches of ``epoch`` from number ``start`` on; a function of (epoch, number) only."""
+        """Yield the batches of ``epoch`` from number ``start`` on. A batch must depend on (epoch, number) only."""
 
 
 class Hook:
-    """Base class of hooks. They run in the order of the list before the training, after a step and at the end in
-    reverse order."""
+    """Base class of hooks. ``before_training`` runs in the order of the list, the other methods in reverse order."""
 
     def before_training(self, trainer: Trainer) -> None:
-        """Called once, before the first step of this process; ``trainer.step`` may be set here."""
+        """Called once, before the first step of this process. It may set ``trainer.step``."""
 
     def after_step(self, trainer: Trainer) -> None:
         """Called after every step. ``trainer.losses`` are means over all processes."""
 
     def after_training(self, trainer: Trainer) -> None:
-        """Called once, when the training ends, is stopped or fails: release resources."""
+        """Called once, when the training ends, is stopped or fails, to release resources."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Trainer:
     """Minimise the sum of a dict of losses over a number of epochs.
 
-    All randomness is in the loader, so ``step``, the weights and the optimizer are the whole state.
+    Only the loader is random, so ``step``, the weights and the optimizer are the complete state.
     """
 
     model: nn.Module  # the model that is trained and saved
-    compute_losses: Callable[[Any], dict[str, Tensor]]  # from a batch to its losses by name
+    compute_losses: Callable[[Any], dict[str, Tensor]]  # returns the losses of a batch by name
     loader: Loader
     optimizer: torch.optim.Optimizer
     epochs: int
     peak_lr: float
-    warmup: float = 0.0  # share of all steps with a rising rate, in [0, 1], see :func:`learning_rate`
+    warmup: float = 0.0  # share of all steps, in [0, 1], see :func:`learning_rate`
     clip_gradient: float = 0.0  # largest norm of the gradient; 0: no clipping
     amp: str = "off"  # off, bf16 or fp16
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     hooks: Sequence[Hook] = ()  # see `Hook` for the order of the calls
-    describe: Callable[[Any], list[str]] = lambda batch: []  # names of the photos of a batch, for messages
+    describe: Callable[[Any], list[str]] = lambda batch: []  # returns the names of a batch's photos, for messages
 
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
@@ -156,8 +157,8 @@ class Trainer:
         return self.epochs * len(self.loader)
 
     def run(self) -> bool:
-        """Train to the end; False if a hook has set ``stop``. A TrainingDiverged if a loss or a gradient is not finite;
-        the weights of the previous step are kept."""
+        """Train, and return False if a hook set ``stop``. If a loss or a gradient is not finite, raise TrainingDiverged
+        and keep the weights of the previous step."""
         for hook in self.hooks:
             hook.before_training(self)
         try:
@@ -196,6 +197,6 @@ class Trainer:
     def _require_finite(self, values: dict[str, float], batch: Any) -> None:
         bad = [f"{key} = {value}" for key, value in values.items() if not math.isfinite(value)]
         if bad:
-            fix = "look at these photos and boxes, lower LR or set CLIP_GRADIENT; the last checkpoint is kept"
+            fix = "check these photos and boxes, lower LR or set CLIP_GRADIENT; the last checkpoint is kept"
             photos = ", ".join(self.describe(batch))
             raise TrainingDiverged(f"step {self.step}: {', '.join(bad)} for the photos {photos}; {fix}")

@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun, on one global batch or on shares of the photos."""
+"""Communication between the processes of torchrun, which share a batch or the photos."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """Number of processes; 1 without torchrun."""
+    """Return the number of processes, 1 without torchrun."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process, 0-based."""
+    """Return the 0-based number of this process."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def is_main() -> bool:
-    """Whether this process writes files."""
+    """Return True in the process that writes files."""
     return rank() == 0
 
 
@@ -37,7 +37,7 @@ def barrier() -> None:
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether ``flag`` is true in at least one process; every process must ask."""
+    """Return True if ``flag`` is true in at least one process. Every process must call it."""
     if world_size() == 1:
         return flag
     value = torch.tensor(float(flag), device=device)
@@ -46,8 +46,8 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 
 def gathered(value: T, active: bool = True) -> list[T]:
-    """The ``value`` of every process, by rank; every process must ask. Tensors must be on the CPU. Without ``active`` a
-    process works for itself, and only its own is returned."""
+    """Return the values of all processes, by rank. Every process must call it. Tensors must be on the CPU. Without
+    ``active``, return only the own value."""
     values = [value] * (world_size() if active else 1)
     if len(values) > 1:
         distributed.all_gather_object(values, value)
@@ -56,30 +56,31 @@ def gathered(value: T, active: bool = True) -> list[T]:
 
 @contextlib.contextmanager
 def failing_together(active: bool = True) -> Iterator[None]:
-    """Raise in every process what one of them raises inside: its own EarlyExitError or OSError, else that of the lowest
-    rank. At the end each process waits for the others. Without ``active`` a process works for itself."""
+    """Raise an EarlyExitError or OSError of one process in all processes. A process raises its own error, or the error
+    of the lowest rank if it has none. At the end of the context each process waits for the others. If ``active`` is
+    False, errors stay in their process."""
     error = None
     try:
         yield
     except (EarlyExitError, OSError) as caught:
-        if not active or getattr(caught, "known_to_all", False):  # the others do not wait, or have raised it too
+        if not active or getattr(caught, "raised_in_all", False):  # the others do not wait here
             raise
         error = caught
-    first = next((one for one in (error, *gathered(error, active)) if one is not None), None)
-    if first is not None:
-        first.known_to_all = True
-        raise first
+    errors = [candidate for candidate in (error, *gathered(error, active)) if candidate is not None]
+    if errors:
+        errors[0].raised_in_all = True
+        raise errors[0]
 
 
-def same_everywhere(module: nn.Module) -> None:
-    """Give every process the first one's weights and buffers: BatchNorm's statistics are each process's own."""
+def broadcast_state(module: nn.Module) -> None:
+    """Copy weights and buffers of rank 0 to all processes. BatchNorm's statistics would differ otherwise."""
     if world_size() > 1:
         for value in module.state_dict().values():
             distributed.broadcast(value, 0)
 
 
 def mean_of(values: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Scalars averaged over processes; the keys must be the same everywhere."""
+    """Return the means of scalars over all processes. The keys must be the same in all of them."""
     stacked = torch.stack([value.detach().float() for value in values.values()])
     if world_size() > 1:
         distributed.all_reduce(stacked)
@@ -89,13 +90,13 @@ def mean_of(values: dict[str, torch.Tensor]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the group that torchrun describes in the environment; do nothing without one, or inside one."""
+    """Join the process group of torchrun. Do nothing without torchrun, or if the group was joined before."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    # The first process may cache taps or calibrate for hours while the others wait.
+    # 12 h, because the others wait while the first process caches taps or calibrates
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     try:
         yield

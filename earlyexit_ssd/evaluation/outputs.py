@@ -201,7 +201,7 @@ def record(
     contents = f"{key} {weights_hash(model)} {model.exit_names} {tuple(model.empty)}"
     contents += "" if pseudo_label_score is None else f" taught from {pseudo_label_score}"
     store = ArrayStore(folder, "recording", contents, photos, _blank_rows(model))
-    if not all(gathered(store.is_whole(), shares_photos(loader))):
+    if not all(gathered(store.is_complete(), shares_photos(loader))):
         _write(store, model, loader, pseudo_label_score)
         store.read()
     names, arrays = list(model.exit_names[:-1]), store.arrays

@@ -23,7 +23,7 @@ from earlyexit_ssd.engine import Trainer
 from earlyexit_ssd.engine.cache import CachedLoader, TapCache
 from earlyexit_ssd.engine.hooks import AfterStep, Checkpoint, Log, ProgressBar
 from earlyexit_ssd.engine.loop import ExponentialMovingAverage, PhotoLoader, build_optimizer
-from earlyexit_ssd.engine.processes import rank, same_everywhere, world_size
+from earlyexit_ssd.engine.processes import broadcast_state, rank, world_size
 from earlyexit_ssd.errors import EarlyExitError, Interrupted
 from earlyexit_ssd.evaluation.verdict import DETECTS_AP50
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSDLite, LossSettings, load_model, retrofit, save_model
@@ -63,7 +63,7 @@ def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoad
     measured = ema.average if ema else model
 
     def measure() -> dict[str, float | None]:
-        same_everywhere(measured)
+        broadcast_state(measured)
         return run.curve_quality.curve_point(measured)
 
     log = Log(folder, cfg.ENGINE.LOG_PERIOD, measure, cfg.ENGINE.CURVE_PERIOD)
@@ -98,7 +98,7 @@ def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoad
         raise Interrupted(f"{checkpoint.signal_name}: saved step {trainer.step} of phase {name} in {folder}")
     if ema:
         model.load_state_dict(ema.average.state_dict())
-    same_everywhere(model)
+    broadcast_state(model)
 
 
 def _photo_names(dataset: DetectionDataset, batch: Any) -> list[str]:
