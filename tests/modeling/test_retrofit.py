@@ -153,9 +153,7 @@ def test_exits_that_train_py_trained(tmp_path, images):
     assert again.training and again.classes == ("chair", "table")
     assert same(again.state_dict(), model.state_dict())
     assert same(load_full_path(path)[0], {k: v for k, v in model.state_dict().items() if "branches" not in k})
-    with pytest.raises(
-        EarlyExitError, match=r"its exits are exit6, exit12, described are exit8, exit12; set .*\[6, 12\]"
-    ):
+    with pytest.raises(EarlyExitError, match=r"its exits are exit6, exit12, expected exit8, exit12; set .*\[6, 12\]"):
         get_model(NAME, weights=path, **SMALL_ARGUMENTS)
     with pytest.raises(EarlyExitError, match=r"checkpoint\.pth has 3 outputs, num_classes is 5"):
         get_model(NAME, weights=path, num_classes=5, exit_layers=[6, 12], **SMALL_ARGUMENTS)
@@ -176,7 +174,7 @@ def test_a_plain_detector_gets_untrained_exits(tmp_path, caplog):
     torch.save(plain.state_dict(), tmp_path / "plain.pth")
     model = EarlyExitSSDLite.from_pretrained(tmp_path / "plain.pth")
     assert model.classes == ("class_1", "class_2", "class_3") and model.router is None and not model.training
-    assert "give classes=[...]" in caplog.text and "has no exits" in caplog.text
+    assert "pass classes=[...]" in caplog.text and "has no exits" in caplog.text
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in plain.state_dict().items())
     tail = model.branches["exit8"].tail.last.state_dict()
     assert same(tail, plain.backbone.features[1][3].state_dict())  # exits start from this full path
@@ -204,7 +202,7 @@ def test_get_model_takes_model_files_and_shipped_weights(tmp_path):
     small_model(exit_layers=(6,)).save(tmp_path / "model.pth")
     model = get_model(NAME, weights=tmp_path / "model.pth", nms_thresh=0.3)
     assert (model.exit_layers, model.classes, model.nms_thresh) == ((6, 16), ("chair", "table"), 0.3)
-    with pytest.raises(EarlyExitError, match=r"was built with exit_layers \(6,\), given is \(4,\)"):
+    with pytest.raises(EarlyExitError, match=r"was built with exit_layers \(6,\), the argument is \(4,\)"):
         get_model(NAME, weights=tmp_path / "model.pth", exit_layers=[4])
     assert get_model(NAME, weights=EarlyExitSSDLite_Weights.CHAIR).classes == ("chair",)
 

@@ -58,10 +58,13 @@ def test_targets_of_any_number_type_train_alike(model, boxes, labels):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (None, "target 1: expected a dict with the tensors boxes and labels, it has no boxes"),
-        ({"boxes": torch.zeros(0, 4)}, "target 1: .* it has no labels"),
-        ({"boxes": [[1, 2, 3, 4]], "labels": [1]}, "target 1: .* it has boxes list"),
-        ({"boxes": np.ones((1, 4)), "labels": [1]}, "target 1: .* boxes ndarray of float64; .* torch.as_tensor"),
+        (None, "target 1: expected a dict with the tensors boxes and labels, but boxes is missing"),
+        ({"boxes": torch.zeros(0, 4)}, "target 1: .* but labels is missing"),
+        ({"boxes": [[1, 2, 3, 4]], "labels": [1]}, "target 1: .* but boxes has the type list"),
+        (
+            {"boxes": np.ones((1, 4)), "labels": [1]},
+            "the type ndarray of float64; .* torch.as_tensor",
+        ),
         ({"boxes": torch.ones(1, 4) > 0, "labels": torch.ones(1)}, "target 1: boxes are torch.bool, expected numbers"),
         ({"boxes": BOX, "labels": torch.ones(1)}, "target 1: labels are torch.float32, expected whole numbers"),
         ({"boxes": BOX, "labels": torch.ones(1) > 0}, "target 1: labels are torch.bool, expected whole numbers"),
