@@ -90,7 +90,7 @@ def _tensor_of(target: object, key: str, index: int) -> Tensor:
 
 
 def score_thresh(value: object, classes: Sequence[str]) -> float | dict[str, float]:
-    """Return the checked ``score_thresh``: a number, or a dict of class names (in the order of ``classes``)."""
+    """Return the checked ``score_thresh``, a number or a dict. The dict's keys are in the order of ``classes``."""
     expected = "expected a number, or a dict of class names to numbers"
     if not isinstance(value, Mapping):
         if isinstance(value, bool) or not isinstance(value, Real) or value != value:

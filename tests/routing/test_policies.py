@@ -116,7 +116,7 @@ def test_a_policy_of_ones_own_is_a_function_and_a_name():
 
 def test_a_policy_looks_at_one_default_box_at_least():
     for boxes in (0, 1.5):
-        with pytest.raises(EarlyExitError, match=f"'none' looks at {boxes} default boxes; give 1 or more"):
+        with pytest.raises(EarlyExitError, match=f"'none': boxes is {boxes}, expected 1 or more"):
             register_policy("none", boxes=boxes)
 
 
@@ -141,7 +141,7 @@ def test_what_policies_need():
 
 
 def test_parameters_are_for_policies_that_are_fitted():
-    with pytest.raises(EarlyExitError, match="'entropy' has no parameters"):
+    with pytest.raises(EarlyExitError, match="'entropy' takes no parameters"):
         get_policy("entropy", [{}])
     with pytest.raises(EarlyExitError, match="tools/calibrate.py"):
         get_policy("learned_gain")
@@ -251,7 +251,7 @@ def test_the_rarer_a_class_the_more_it_weighs():
 
 @pytest.mark.parametrize("missing", [None, []])
 def test_it_has_to_be_fitted(missing):
-    with pytest.raises(EarlyExitError, match="'balanced_ambiguity' has no parameters; tools/calibrate.py fits it"):
+    with pytest.raises(EarlyExitError, match="'balanced_ambiguity' needs parameters; tools/calibrate.py fits them"):
         ExitRouter(1, policy="balanced_ambiguity", parameters=missing)
 
 
@@ -374,7 +374,7 @@ def test_confidence_by_hand():
 
 
 def test_without_parameters_it_says_what_fits_it():
-    with pytest.raises(EarlyExitError, match="tools/calibrate.py fits it"):
+    with pytest.raises(EarlyExitError, match="tools/calibrate.py fits them"):
         ExitRouter(1, policy="foreseen_emptiness")
 
 

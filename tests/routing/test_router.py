@@ -135,7 +135,7 @@ def test_misspelt_keyword():
         ({"hybrid": "no"}, "hybrid is 'no', expected True or False"),
         ({"thresholds": None}, "thresholds is None, expected one number"),
         ({"temperature_bounds": (1.0,)}, "temperature_bounds"),
-        ({"policy": len}, "expected the name that it is registered by"),
+        ({"policy": len}, "expected the name of a registered policy"),
     ],
 )
 def test_settings_that_cannot_be_meant(values, message):
@@ -174,7 +174,7 @@ def test_a_policy_may_work_in_place(own_policy, boxes):
 
 def test_a_policy_gives_one_number_per_image(own_policy):
     router = own_policy(lambda logits: logits.amax(-1))
-    with pytest.raises(EarlyExitError, match=r"'of_a_test' gives \[2, 3\], expected one number per image"):
+    with pytest.raises(EarlyExitError, match=r"'of_a_test' returns \[2, 3\], expected one number per image"):
         router.confidence(ExitSignals(torch.ones(2, 3, 4)), 0)
 
 
