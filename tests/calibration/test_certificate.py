@@ -98,7 +98,7 @@ def test_exits_behind_other_layers_are_refused(certificate, model):
 
 
 def test_a_fused_model_takes_the_router_before_it_is_fused(certificate, model):
-    with pytest.raises(EarlyExitError, match="give it the certificate's router first, then fuse it"):
+    with pytest.raises(EarlyExitError, match="set the certificate's router first, then fuse the model"):
         certificate.router_for(fuse_for_inference(model))
     model.router = certificate.router_for(model)
     assert fuse_for_inference(model).router.policy == "entropy"
@@ -115,7 +115,7 @@ def test_what_was_edited_by_hand_promises_nothing(certificate, tmp_path, key):
     if key == "content_sha256":
         del content[key]
     path.write_text(json.dumps(content))
-    with pytest.raises(EarlyExitError, match="does not fit its 'content_sha256', so it is not what a calibration"):
+    with pytest.raises(EarlyExitError, match="was changed, since it does not fit its 'content_sha256'"):
         load_certificate(path)
 
 

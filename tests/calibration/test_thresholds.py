@@ -79,7 +79,7 @@ def test_pareto_path_is_what_nothing_beats(points):
 
 
 def test_more_exits_than_are_searched():
-    with pytest.raises(EarlyExitError, match="6 early exits: .* over 5 at most; take a model with fewer"):
+    with pytest.raises(EarlyExitError, match="has 6 early exits, .* at most 5; use a model with fewer"):
         threshold_grid([np.zeros(3)] * 6)
 
 
