@@ -21,7 +21,7 @@ from tests.modeling.conftest import SMALL, small_model
 KEY = "head.regression_head.module_list.0.1.bias"
 
 
-def test_a_saved_model_comes_back(tmp_path, images):
+def test_saved_model_is_loaded(tmp_path, images):
     architecture = Architecture(**{**SMALL, "head_outputs": 4, "folded_rows": (1, 3)})
     model = architecture.build().eval()
     model.router = ExitRouter(2)
@@ -89,13 +89,13 @@ def test_routing_of_another_type_is_refused(tmp_path, content, routing):
         (lambda state: {}, "expected a state dict of tensors"),
     ],
 )
-def test_what_is_no_state_dict_is_one_line(tmp_path, content, change, message):
+def test_invalid_state_dict_is_one_line(tmp_path, content, change, message):
     torch.save({**content, "model": change(content["model"])}, tmp_path / "model.pth")
     with pytest.raises(EarlyExitError, match=rf"model\.pth: .*{message}"):
         load_model(tmp_path / "model.pth")
 
 
-def test_tangled_values_are_refused_at_once(tmp_path):
+def test_deeply_shared_lists_are_refused_at_once(tmp_path):
     knot = [1]
     for _ in range(200):
         knot = [knot, knot]
@@ -106,7 +106,7 @@ def test_tangled_values_are_refused_at_once(tmp_path):
         load_model(tmp_path / "x")
 
 
-def test_another_model_s_description_is_not_written(tmp_path):
+def test_architecture_of_another_model_is_refused(tmp_path):
     model = Architecture(**SMALL).build()
     for wrong in ({"classes": ("a", "b")}, {"exit_layers": (6, 12)}):
         with pytest.raises(EarlyExitError, match="the architecture has .*; pass Architecture.of"):
@@ -154,7 +154,7 @@ def test_values_shapes_and_order():
 
 
 @pytest.mark.parametrize("value", [70000.0, float("nan"), float("-inf")])
-def test_what_fp16_cannot_hold_is_refused(value):
+def test_values_outside_fp16_are_refused(value):
     with pytest.raises(EarlyExitError, match=r"^head\.bias has a value above fp16's largest"):
         half_state({"fine": torch.ones(2), "head.bias": torch.tensor([0.0, value])})
 
@@ -251,7 +251,7 @@ def test_a_damaged_description_is_one_line_of_test_weights(tmp_path, text):
         read_description(tmp_path / "x.json")
 
 
-def test_something_is_shipped():
+def test_chair_weights_are_shipped():
     assert "CHAIR" in EarlyExitSSDLite_Weights.__members__
 
 
