@@ -122,10 +122,8 @@ class Certificate:
             )
         digest = weights_hash(model)
         if digest != self.weights_sha256:
-            raise EarlyExitError(
-                f"the certificate is for weights {self.weights_sha256:.12}, the model has {digest:.12}; calibrate "
-                "again with tools/calibrate.py"
-            )
+            hashes = f"the certificate is for weights {self.weights_sha256:.12}, the model has {digest:.12}"
+            raise EarlyExitError(f"{hashes}; calibrate again with tools/calibrate.py")
         calibrated, present = (", ".join(names[:-1]) for names in (self.drift.exit_names, model.exit_names))
         if calibrated != present:  # exits without a branch have no weights, so the hash does not cover them
             raise EarlyExitError(
@@ -139,15 +137,12 @@ class Certificate:
         return router
 
     def require_unseen(self, photos: Iterable[tuple[str | os.PathLike[str], str]]) -> None:
-        """Raise an EarlyExitError if one of these photos (path, SHA-256) is a calibration photo, since figures on such
-        photos are too good."""
+        """Raise an EarlyExitError if a photo (path, SHA-256) is a calibration photo: figures on it are too good."""
         calibrated = set(self.photos_sha256)
         shared = [path for path, digest in photos if digest[:16] in calibrated]
         if shared:
-            raise EarlyExitError(
-                f"{shared[0]} ({len(shared)} photos in all) is in the certificate's calibration list; evaluate on "
-                "other photos"
-            )
+            count = f"{len(shared)} photos in all"
+            raise EarlyExitError(f"{shared[0]} ({count}) is in the certificate's calibration list; use other photos")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of the certificate's file as plain JSON types. `parse_certificate` is the inverse."""

@@ -100,15 +100,12 @@ def threshold_grid(confidences: Sequence[np.ndarray], count: int | None = None) 
 def require_few_exits(exits: int) -> None:
     """Raise an EarlyExitError if there are more than `MOST_EXITS` early exits."""
     if exits > MOST_EXITS:
-        raise EarlyExitError(
-            f"the model has {exits} early exits, thresholds are searched for at most {MOST_EXITS}; use a model with "
-            "fewer exits (EXITS.LAYERS)"
-        )
+        count = f"the model has {exits} early exits, expected at most {MOST_EXITS}"
+        raise EarlyExitError(f"{count} for a search of thresholds; use a model with fewer exits (EXITS.LAYERS)")
 
 
 def pareto_path(loss: np.ndarray, cost: np.ndarray) -> np.ndarray:
-    """Return the indices of the combinations that are Pareto-optimal in ``loss`` [M] and ``cost`` [M], by rising
-    loss."""
+    """Return the indices of the Pareto-optimal combinations of ``loss`` [M] and ``cost`` [M], by rising loss."""
     order = np.lexsort((cost, loss))
     best = np.minimum.accumulate(np.concatenate([[np.inf], cost[order][:-1]]))
     return order[cost[order] < best]

@@ -53,11 +53,8 @@ def save_model(
     architecture: Architecture | None = None,
     info: ModelInfo | None = None,
 ) -> None:
-    """Write the model without its router, its architecture, and ``info`` in plain types.
-
-    The default ``architecture`` is :meth:`Architecture.of` the model. Raises an EarlyExitError if the model is fused,
-    was changed since it was built, or does not fit the architecture.
-    """
+    """Write the model without its router, its architecture (default: `Architecture.of`) and ``info``, plain types.
+    Raise an EarlyExitError if the model is fused, was changed since it was built, or does not fit the architecture."""
     if model.fused:
         raise EarlyExitError(f"{path}: a model fused for inference cannot be saved; save the model before fusing")
     if architecture is None:
@@ -252,8 +249,7 @@ EarlyExitSSDLite_Weights = ShippedWeights(
 
 
 def find_weights(name: str | os.PathLike[str] | ShippedWeights) -> ShippedWeights | None:
-    """Return the member called ``name``, in any case, with or without the enum's name as prefix. None if there is no
-    such member."""
+    """Return the member called ``name``, in any case, with or without the enum's name as prefix; None without one."""
     enum = EarlyExitSSDLite_Weights
     return enum.__members__.get(str(name).removeprefix(f"{enum.__name__}.").upper())
 

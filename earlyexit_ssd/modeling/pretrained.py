@@ -30,9 +30,8 @@ _router_builders: dict[str, Callable[..., Router]] = {}
 
 
 def register_router(from_settings: Callable[..., Router], from_certificate: Callable[..., Router]) -> None:
-    """Register the functions that build the router of a model file: ``from_settings(**settings)`` and
-    ``from_certificate(content, path, model)``. `earlyexit_ssd.calibration` calls this, since modeling must not import
-    it."""
+    """Register the builders of a model file's router: ``from_settings(**settings)`` and ``from_certificate(content,
+    path, model)``. `earlyexit_ssd.calibration` calls this, since modeling must not import it."""
     _router_builders.update(settings=from_settings, certificate=from_certificate)
 
 
@@ -62,10 +61,8 @@ class Pretrained(EarlyExitDetector):
 
         model, _, info = load_model(path, architecture)
         if not isinstance(model, cls):
-            raise EarlyExitError(
-                f"{path}: its detector is {model.detector_name}, expected {cls.detector_name}; load it with "
-                f"{type(model).__name__}"
-            )
+            name = type(model).__name__
+            raise EarlyExitError(f"{path}: a {model.detector_name}, expected {cls.detector_name}; load it with {name}")
         if classes is not None and tuple(classes) != model.classes:
             raise EarlyExitError(f"{path}: its classes are {', '.join(model.classes)[:120]}; leave classes out")
         return model, info
@@ -77,12 +74,8 @@ class Pretrained(EarlyExitDetector):
         builder: Callable[..., P],
         arguments: dict[str, Any],
     ) -> P:
-        """Load a file for its ``builder``, a function such as :func:`earlyexit_ssd300_vgg16`. Return the model in train
-        mode.
-
-        The builder's ``arguments`` describe a checkpoint, which has no description. Raises an EarlyExitError for a
-        file that does not fit them.
-        """
+        """Load a file for ``builder``, such as :func:`earlyexit_ssd300_vgg16`. Return the model in train mode. Raise an
+        EarlyExitError if the file does not fit the builder's ``arguments``, which describe a checkpoint."""
         path = weights_path(weights)
         defaults = {name: parameter.default for name, parameter in inspect.signature(builder).parameters.items()}
         exits = cls.default_exits if arguments["exits"] is None else tuple(arguments["exits"])

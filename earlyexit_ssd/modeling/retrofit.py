@@ -120,8 +120,7 @@ def exit_names_of(state: Mapping[str, Tensor]) -> tuple[str, ...]:
 
 
 def has_reduced_tail(state: Mapping[str, Tensor], width: float) -> bool:
-    """Return whether the last trunk layer has 480 * width channels (reduced tail) instead of 960 * width. True for a
-    state dict without this layer."""
+    """Return whether the last trunk layer has 480 * width channels (reduced tail), not 960 * width."""
     last = state.get("backbone.features.1.3.0.weight")
     return last is None or last.shape[0] < 720 * width
 
@@ -303,13 +302,8 @@ class Architecture:
 def fold_model(
     model: EarlyExitDetector, classes: Sequence[str], rows: Sequence[int], competing: Sequence[str] = ()
 ) -> None:
-    """Fold the unwanted classes into background, in the heads of the full path and of the branches.
-
-    Args:
-        classes: the wanted classes.
-        rows: their class indices in the heads.
-        competing: names of the folded classes if the head is compact; empty otherwise.
-    """
+    """Fold all classes except ``classes`` (class indices ``rows``) into background, in the heads of the full path and
+    of the branches. ``competing`` are the names of the folded classes if the head is compact."""
     for part in (model, *model.branches.values()):
         if hasattr(part, "head"):
             part.head.classification_head = FoldedClassificationHead(part.head.classification_head, rows, competing)
@@ -413,11 +407,8 @@ def torchvision_name(
 def load_full_path(
     weights: str | os.PathLike[str] | WeightsEnum, enum: type[WeightsEnum] = SSDLite320_MobileNet_V3_Large_Weights
 ) -> tuple[dict[str, Tensor], Architecture | None]:
-    """Return the state dict of a detector without its exits, and its description if it is a model file of this project.
-
-    ``weights`` is a member of torchvision's ``enum``, its name, or a path. Raises an EarlyExitError if it cannot be
-    downloaded or read.
-    """
+    """Return the state dict of a detector without its exits, and its description if it is a model file of this
+    project. ``weights`` is a member of torchvision's ``enum``, its name, or a path."""
     name = torchvision_name(weights, enum)
     if name:
         try:
@@ -510,10 +501,7 @@ def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: st
 
 def resize_detector(model: EarlyExitDetector, architecture: Architecture, size: int, *, cut: bool = False) -> SSD:
     """Return a copy of the full path for inputs of ``size`` x ``size`` pixels, in eval mode, on the model's device.
-
-    Default boxes keep their size in pixels (`PixelBoxes`). With ``cut`` a folded head is cut to background and the
-    model's classes.
-    """
+    Default boxes keep their size in pixels (`PixelBoxes`). ``cut`` cuts a folded head to the model's classes."""
     trained_size = architecture.trained_size or architecture.image_size
     detector = dataclasses.replace(architecture, image_size=size, trained_size=trained_size).build_detector()
     state = {key: value for key, value in model.state_dict().items() if key.startswith(("backbone.", "head."))}

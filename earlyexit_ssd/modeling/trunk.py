@@ -115,8 +115,8 @@ class Trunk:
     scale_finest: Callable[[Tensor], Tensor] | None = None
 
     def run(self, x: Tensor, start: int, end: int, finest: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Run the steps ``start`` to ``end - 1``. Return the output and the finest map (``finest`` if it is not
-        among these steps)."""
+        """Run the steps ``start`` to ``end - 1``. Return the output and the finest map. ``finest`` is the finest map
+        of an earlier call; None if its step has not run."""
         for index in range(start, end):
             x = self.steps[index](x)
             finest = x if index == self.finest_step else finest

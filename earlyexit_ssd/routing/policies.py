@@ -176,25 +176,23 @@ def require_known(name: str) -> None:
 
 
 def reads_taps(name: str | None) -> bool:
-    """Return `FittedPolicy.reads_taps` of the policy ``name``. False for policies without fitted parameters."""
+    """Return `FittedPolicy.reads_taps`, or False for a policy that is not fitted."""
     return getattr(FITTED_POLICIES.get(name), "reads_taps", False)
 
 
 def cross_fits(name: str) -> bool:
-    """Return `FittedPolicy.cross_fits` of the policy ``name``. False for policies without fitted parameters."""
+    """Return `FittedPolicy.cross_fits`, or False for a policy that is not fitted."""
     return getattr(FITTED_POLICIES.get(name), "cross_fits", False)
 
 
 def needs_training_photos(name: str) -> bool:
-    """Return `FittedPolicy.needs_training_photos` of the policy ``name``. False for policies without fitted
-    parameters."""
+    """Return `FittedPolicy.needs_training_photos`, or False for a policy that is not fitted."""
     return getattr(FITTED_POLICIES.get(name), "needs_training_photos", False)
 
 
 @register_policy("mean_foreground")
 def mean_foreground(logits: Tensor) -> Tensor:
-    """Mean of 1 - p(background) over all default boxes. It serves for comparison only, since it is close to 0 for every
-    photo."""
+    """Mean of 1 - p(background) over all default boxes. Only for comparison, since it is close to 0 for all photos."""
     total = exp_(logits - logits[..., :1]).sum(-1)  # not clamped, to save time: the inverse of an infinite sum is 0
     return 1 - total.reciprocal().mean(-1)
 
@@ -208,9 +206,7 @@ def max_foreground(logits: Tensor) -> Tensor:
 @register_policy("entropy", CANDIDATES)
 def entropy(logits: Tensor) -> Tensor:
     """Mean over the default boxes of 1 - H / log C, where H = -sum_c p(c) log p(c) is the entropy of a default box.
-
-    The rule is that of BranchyNet (Teerapittayanon et al. 2016, section III-B), which has one entropy per image.
-    """
+    BranchyNet (Teerapittayanon et al. 2016, section III-B) has one entropy per image."""
     differences = _minus_background(logits)
     ratios = exp_(differences.clone())
     total = ratios.sum(-1)
@@ -220,10 +216,8 @@ def entropy(logits: Tensor) -> Tensor:
 
 @register_policy("margin", CANDIDATES)
 def margin(logits: Tensor) -> Tensor:
-    """sum_b f_b (p1_b - p2_b) / sum_b f_b, sums over the default boxes b.
-
-    p1 and p2 are the largest and the second largest class probability, background included, and f = 1 - p(background).
-    """
+    """sum_b f_b (p1_b - p2_b) / sum_b f_b over the default boxes b, where p1 and p2 are the two largest probabilities,
+    background included, and f = 1 - p(background)."""
     softmax = FastSoftmax(logits)
     first = softmax.ratios.amax(-1)
     difference = (first - without_largest(softmax.ratios, first).amax(-1)) / softmax.total
@@ -321,9 +315,7 @@ def _minus_background(logits: Tensor) -> Tensor:
 @register_policy("balanced_ambiguity", FEWER_CANDIDATES)
 class BalancedAmbiguity(FittedPolicy):
     """`ambiguous_mass` with each object probability times the weight of its class, since AP is a mean over classes.
-
-    ``parameters`` has a positive weight for each class except background. Rare classes have large weights.
-    """
+    ``parameters`` has a positive weight for each class except background, large for rare classes."""
 
     needs_training_photos = False
     expected = "a positive weight for every class"
@@ -422,14 +414,12 @@ class GainModel(nn.Module):
 
 
 def gain_inputs(signals: ExitSignals, tap_channels: int) -> Tensor:
-    """Return the inputs of a `GainModel`, [N, NUM_STATISTICS + tap_channels]: statistics and channel means of the
-    tap."""
+    """Return the inputs of a `GainModel`, [N, NUM_STATISTICS + tap_channels]: statistics and the tap's means."""
     return torch.cat([logit_statistics(signals.logits), signals.tap[:, :tap_channels]], dim=1)
 
 
 def fit_gain(inputs: Tensor, gains: Tensor, seed: int = 0) -> GainModel:
-    """Fit a `GainModel` to inputs [n, NUM_STATISTICS + tap_channels] and gains [n] by least squares (AdamW, full
-    batch)."""
+    """Fit a `GainModel` to inputs [n, NUM_STATISTICS + tap_channels] and gains [n]: least squares, by AdamW."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = GainModel(inputs.shape[1] - NUM_STATISTICS)
@@ -447,9 +437,7 @@ def fit_gain(inputs: Tensor, gains: Tensor, seed: int = 0) -> GainModel:
 @register_policy("learned_gain", FEWER_CANDIDATES)
 class LearnedGain(FittedPolicy):
     """1 / (1 + exp(gain)), with the gain that a `GainModel` predicts, in standard deviations of the gains at the exit.
-
-    ``parameters`` has the `GainModel.to_plain` of each early exit.
-    """
+    ``parameters`` has the `GainModel.to_plain` of each early exit."""
 
     reads_taps = True
     expected = "the numbers of a fitted model for every early exit"
@@ -486,9 +474,7 @@ LEAST_PROBABILITY = 1e-3  # probabilities are clamped to [0.001, 0.999] before t
 @register_policy("foreseen_emptiness", FEWER_CANDIDATES)
 class ForeseenEmptiness(FittedPolicy):
     """1 - p, where p is a prediction of the full path's largest object score by ridge regression.
-
-    ``parameters`` has ``{"weight": [d], "bias": float}`` for each early exit.
-    """
+    ``parameters`` has ``{"weight": [d], "bias": float}`` for each early exit."""
 
     reads_taps = True
     cross_fits = True

@@ -17,8 +17,7 @@ from earlyexit_ssd.routing.policies import at_likeliest_boxes, get_policy
 
 
 class ExitRouter(nn.Module):
-    """An image leaves at the first exit whose confidence reaches that exit's threshold. Other images take the full
-    path.
+    """Images leave at the first exit whose confidence reaches its threshold. Other images take the full path.
 
     ``thresholds``, ``temperatures`` and ``policy`` may be assigned later, with the checks of the constructor. A policy
     with fitted parameters can only be passed to the constructor.
