@@ -35,7 +35,7 @@ from earlyexit_ssd.drift import Reference
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.evaluation.onnx import OnnxDetector, count_onnx_mmacs
 from earlyexit_ssd.modeling import Architecture, retrofit
-from earlyexit_ssd.modeling.checkpoint import FOLDER, describe, weights_hash
+from earlyexit_ssd.modeling.checkpoint import FOLDER, read_description, weights_hash
 from earlyexit_ssd.pipeline.run import RunFolder
 
 SECONDS = 20
@@ -640,7 +640,7 @@ OTHERS: dict[str, tuple[Any, str, Callable[[Path], object]]] = {
     "gate": ({"phase": "exits", "passed": True, "forced": False, "checks": []}, "json", read_gate),
     "configuration": (CONFIG, "yaml", read_run),
     "recipes": ({"_ALL_": {"EXITS.DEPTH": [1]}, "thin": {"EXITS.COPY": [0.25]}}, "yaml", read_recipes),
-    "description": (json.loads(next(FOLDER.glob("*.json")).read_text()), "json", describe),
+    "description": (json.loads(next(FOLDER.glob("*.json")).read_text()), "json", read_description),
 }
 
 

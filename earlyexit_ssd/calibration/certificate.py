@@ -1,4 +1,4 @@
-"""The certificate: a JSON file with the result of a calibration, what it promises, and the weights it holds for."""
+"""The certificate: a JSON file with the result of a calibration, its guarantee, and the hash of the weights."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ Share = Annotated[float, 0, 1]
 FORMAT = "earlyexit_ssd certificate/1"
 CHECKSUM = "content_sha256"
 _ADVICE = "write one with tools/calibrate.py"
-_NEEDED = {"speedup": ("value",), "ap_drop": ("value", "delta"), "risk": ("epsilon", "delta", "bound")}
+_REQUIRED = {"speedup": ("value",), "ap_drop": ("value", "delta"), "risk": ("epsilon", "delta", "bound")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CertifiedTarget:
-    """The target that the user asked for. A field that this kind of target does not use is None."""
+    """The user's target. Fields that do not belong to its kind are None."""
 
     kind: Literal["speedup", "ap_drop", "risk"]
-    reference: Literal["full", "labels"]  # what losses are counted against: the full path's detections or the labels
-    score: Share  # least score of a counted detection
-    iou: Share  # least IoU of a match
-    value: float | None = None  # of a speedup the least speed-up, of an ap_drop the largest loss of AP50
-    epsilon: Share | None = None  # of a risk, the largest expected loss
-    # of a risk, the probability that the guarantee fails; of an ap_drop, the share of the bootstrap draws that may lose
-    # more, which is no guarantee
+    reference: Literal["full", "labels"]  # losses are counted against the full path's detections or the labels
+    score: Share  # lowest score of a counted detection
+    iou: Share  # lowest IoU of a match
+    value: float | None = None  # speedup: the smallest speed-up; ap_drop: the largest loss of AP50
+    epsilon: Share | None = None  # risk: the largest expected loss
+    # risk: the probability that the guarantee fails; ap_drop: the share of the bootstrap draws that may lose more than
+    # ``value`` (no guarantee)
     delta: Share | None = None
-    bound: str | None = None  # of a risk, the test of epsilon: a key of `earlyexit_ssd.bounds.BOUNDS`
-    block: Annotated[int, 1, 2**31] | None = None  # consecutive photos of a folder that count as one draw; None: one
+    bound: str | None = None  # risk: the test of epsilon, a key of `earlyexit_ssd.bounds.BOUNDS`
+    block: Annotated[int, 1, 2**31] | None = None  # consecutive photos of a folder that count as one draw; None means 1
     learned: bool | None = None  # whether the thresholds were learnt by gradient descent
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What was measured on the calibration photos; means are per photo."""
+    """Figures on the calibration photos. Loss and cost are means per photo."""
 
     photos: Annotated[int, 1, 2**63] | None = None
     loss: float | None = None
@@ -58,15 +58,15 @@ class Measured:
     exit_share: dict[str, Share] | None = None  # exit name -> share of the photos that leave there
     cost: float | None = None  # in the unit of the certificate's cost model
     speedup: float | None = None  # cost of the detector without exits / ``cost``
-    loss_bound: float | None = None  # of a risk, bound of the expected loss at this step alone; epsilon is guaranteed
-    AP50_lost_bound: float | None = None  # of an ap_drop, the loss that 1 - delta of the bootstrap draws do not exceed
-    photos_needed: int | None = None  # of an ap_drop, draws that it should have, a rule of thumb; None: it has them
+    loss_bound: float | None = None  # risk: upper bound of the expected loss if only these thresholds were tested
+    AP50_lost_bound: float | None = None  # ap_drop: the loss that a share 1 - delta of the bootstrap draws stays within
+    photos_needed: int | None = None  # ap_drop: recommended number of draws (a rule of thumb); None if there are enough
     labelled: bool | None = None
     agreement: dict[str, float | None] | None = None  # fields of `earlyexit_ssd.evaluation.matches.Agreement`
     equal_photos: int | None = None  # duplicates that were left out
     near_equal_photos: int | None = None
-    blocks: int | None = None  # of photos; None if each photo is a draw
-    steps: int | None = None  # of a risk, steps of the path of thresholds that passed the test
+    blocks: int | None = None  # number of blocks of photos; None if each photo is a draw
+    steps: int | None = None  # risk: number of threshold combinations that passed the test
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,25 +74,25 @@ class CertifiedCosts:
     """Costs of one photo."""
 
     unit: Literal["ms", "mmacs"] | None = None
-    exits: tuple[float, ...] | None = None  # where it leaves at each exit
-    plain: float | None = None  # in the detector without exits
-    measured: dict[str, Any] | None = None  # of milliseconds: runtime, threads, runs and machine
+    exits: tuple[float, ...] | None = None  # cost of a photo that leaves at this exit, for each exit
+    plain: float | None = None  # cost in the detector without exits
+    measured: dict[str, Any] | None = None  # for milliseconds: runtime, threads, runs and machine
 
 
 def plain_part(part: CertifiedTarget | Measured | CertifiedCosts | Reference) -> dict[str, Any]:
-    """The part as a dict for JSON, without the fields that are None. Only an unknown AP50 is written, as null."""
+    """Return the part as a dict for JSON, without the fields that are None. Only an unknown AP50 stays, as null."""
     nullable = ("AP50", "AP50_full")
     return {key: value for key, value in dataclasses.asdict(part).items() if value is not None or key in nullable}
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """The calibrated routing of one model, and the figures that were measured on the calibration photos.
+    """The calibrated routing of one model, and its figures on the calibration photos.
 
     Attributes:
         router: settings of an `ExitRouter`: policy with its parameters, thresholds, temperatures.
         weights_sha256: see `weights_hash`.
-        photos_sha256: for each calibration photo, the first 16 hexadecimal digits of its file's SHA-256, sorted.
+        photos_sha256: the first 16 hexadecimal digits of the SHA-256 of each calibration photo's file, sorted.
         photo_list_sha256: SHA-256 of these digits, joined.
         drift: exits and confidences of the calibration photos, for a `DriftMonitor`.
     """
@@ -113,18 +113,22 @@ class Certificate:
         return all(threshold >= CLOSED for threshold in self.router["thresholds"])
 
     def router_for(self, model: EarlyExitDetector) -> ExitRouter:
-        """The router for ``model``; an EarlyExitError if its weights or exits are not the calibrated ones, or fused."""
+        """Build the router for ``model``. Raise an EarlyExitError if the model's weights or exits are not the
+        calibrated ones, or if it is fused."""
         if model.fused:
-            fix = "give it the certificate's router first, then fuse it (the router goes along)"
-            raise EarlyExitError(f"the model is fused, so its weights are not the certificate's; {fix}")
-        found = weights_hash(model)
-        if found != self.weights_sha256:
-            told = f"the certificate is for weights {self.weights_sha256:.12}, the model has {found:.12}"
-            raise EarlyExitError(f"{told}; calibrate again with tools/calibrate.py")
+            raise EarlyExitError(
+                "the model is fused, so its weights differ from the certificate's; set the certificate's router first, "
+                "then fuse the model (fusing keeps the router)"
+            )
+        digest = weights_hash(model)
+        if digest != self.weights_sha256:
+            hashes = f"the certificate is for weights {self.weights_sha256:.12}, the model has {digest:.12}"
+            raise EarlyExitError(f"{hashes}; calibrate again with tools/calibrate.py")
         calibrated, present = (", ".join(names[:-1]) for names in (self.drift.exit_names, model.exit_names))
-        if calibrated != present:  # exits without a branch have no weights, so the hash of the weights misses them
-            told = f"the certificate is for the exits {calibrated}, the model has {present}"
-            raise EarlyExitError(f"{told}; calibrate again")
+        if calibrated != present:  # exits without a branch have no weights, so the hash does not cover them
+            raise EarlyExitError(
+                f"the certificate is for the exits {calibrated}, the model has {present}; calibrate again"
+            )
         try:
             router = make_router(model, self.router)
         except EarlyExitError as error:
@@ -133,15 +137,15 @@ class Certificate:
         return router
 
     def require_unseen(self, photos: Iterable[tuple[str | os.PathLike[str], str]]) -> None:
-        """Raise an EarlyExitError if one of these photos (path, SHA-256) was calibrated on: figures would flatter."""
-        known = set(self.photos_sha256)
-        shared = [path for path, digest in photos if digest[:16] in known]
+        """Raise an EarlyExitError if a photo (path, SHA-256) is a calibration photo: figures on it are too good."""
+        calibrated = set(self.photos_sha256)
+        shared = [path for path, digest in photos if digest[:16] in calibrated]
         if shared:
-            told = f"{shared[0]} ({len(shared)} photos in all) is in the certificate's calibration list"
-            raise EarlyExitError(f"{told}; evaluate on photos that were not calibrated on")
+            count = f"{len(shared)} photos in all"
+            raise EarlyExitError(f"{shared[0]} ({count}) is in the certificate's calibration list; use other photos")
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of the certificate's file as plain JSON types; `parse_certificate` is the inverse."""
+        """Return the content of the certificate's file as plain JSON types. `parse_certificate` is the inverse."""
         parts = {
             name: plain_part(part) if dataclasses.is_dataclass(part) else part for name, part in vars(self).items()
         }
@@ -149,17 +153,18 @@ class Certificate:
         return {**content, CHECKSUM: _checksum(content)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the certificate as a JSON file."""
         write_json(path, self.to_dict())
 
 
 def load_certificate(path: str | os.PathLike[str]) -> Certificate:
-    """Read a file of `Certificate.save`; an EarlyExitError if it is missing or not as a calibration wrote it."""
+    """Read a certificate file. Raise an EarlyExitError if it is missing, damaged or changed by hand."""
     return parse_certificate(read_json(path, "certificate", _ADVICE), path)
 
 
 def parse_certificate(content: Any, source: str | os.PathLike[str]) -> Certificate:
-    """The inverse of `Certificate.to_dict`; an EarlyExitError with the file's name, ``source``, for a missing, unknown
-    or wrong key, and for changed content (its checksum differs)."""
+    """The inverse of `Certificate.to_dict`. Raises an EarlyExitError for a missing, unknown or wrong key, and if the
+    checksum differs. ``source`` is the file's name, for messages."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise EarlyExitError(f"{source}: expected a certificate of format {FORMAT!r}; {_ADVICE}")
     checked = {key: value for key, value in content.items() if key != CHECKSUM}
@@ -167,24 +172,25 @@ def parse_certificate(content: Any, source: str | os.PathLike[str]) -> Certifica
         certificate = build(Certificate, {key: value for key, value in checked.items() if key != "format"})
         _require_consistent(certificate)
     except EarlyExitError as error:
-        raise EarlyExitError(f"{source}: {error}, no certificate has that; {_ADVICE}") from None
+        raise EarlyExitError(f"{source}: not a valid certificate: {error}; {_ADVICE}") from None
     if content.get(CHECKSUM) != _checksum(checked):
-        told = f"the content does not fit its '{CHECKSUM}', so it is not what a calibration found"
-        raise EarlyExitError(f"{source}: {told}; {_ADVICE}")
+        raise EarlyExitError(f"{source}: the content was changed, since it does not fit its '{CHECKSUM}'; {_ADVICE}")
     return certificate
 
 
 def _require_consistent(certificate: Certificate) -> None:
-    """Raise an EarlyExitError if a key that the kind of target needs is missing, or the numbers of exits differ."""
+    """Raise an EarlyExitError if a key that the target's kind needs is missing, or if numbers of exits differ."""
     router, target = certificate.router, certificate.target
     missing = ["router.thresholds"] if "thresholds" not in router else []
-    missing += [f"target.{key}" for key in _NEEDED[target.kind] if getattr(target, key) is None]
+    missing += [f"target.{key}" for key in _REQUIRED[target.kind] if getattr(target, key) is None]
     if missing:
         raise EarlyExitError(f"the key '{missing[0]}' is missing")
     exits, thresholds, names = router["num_exits"], len(router["thresholds"]), len(certificate.drift.exit_names)
     if thresholds not in (1, exits) or names != exits + 1:
-        found = f"router has {exits} exits and {thresholds} thresholds, drift has {names} exit_names"
-        raise EarlyExitError(f"{found}; expected one threshold for each exit, and one name more")
+        raise EarlyExitError(
+            f"router has {exits} exits and {thresholds} thresholds, drift has {names} exit_names, expected one "
+            "threshold per exit, and the exits and 'full' as exit_names"
+        )
 
 
 def _checksum(content: dict) -> str:

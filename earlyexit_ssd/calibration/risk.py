@@ -1,6 +1,7 @@
-"""Risk control: find the cheapest thresholds whose expected loss is, with high probability, below a limit.
+"""Risk control: find the cheapest thresholds whose expected loss is within a limit, with high probability.
 
-``confidences`` are one array [n] per early exit, ``losses`` are [n, exits] with the full path last.
+The *risk* of thresholds is the expected loss of a photo. ``confidences`` are one array [n] per early exit. ``losses``
+[n, exits] have the full path last.
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ from earlyexit_ssd.bounds import BOUNDS, fixed_sequence_test, photos_needed, upp
 from earlyexit_ssd.calibration.thresholds import CurvePoint, Grid, choose, pareto_path, threshold_grid
 from earlyexit_ssd.config import CLOSED
 
-LONGEST_PATH = 80  # largest number of steps on a path: more steps take time, fewer leave larger gaps between thresholds
-CURVE_STEPS = 12  # steps of a path that a report shows; the bound of each takes a tenth of a second
+LONGEST_PATH = 80  # largest number of steps of a path: more steps take time, fewer leave larger gaps between thresholds
+CURVE_STEPS = 12  # number of steps in a report; the bound of each takes a tenth of a second
 
 
 @dataclass(frozen=True)
 class Certified:
     """The cheapest thresholds that passed the test of :func:`certify`."""
 
-    step: int  # their index on the path; step 0, with all exits closed, is not tested and always passes
-    point: CurvePoint  # its ``bound`` is at level delta, as if this were the only step tested
+    step: int  # index of the thresholds on the path; step 0, with all exits closed, is not tested and always passes
+    point: CurvePoint  # its ``bound`` has level delta as if only this step were tested
     choice: np.ndarray  # exit of every calibration photo, [n]
     passed: int  # number of steps that passed, without step 0
-    # blocks that would certify step 1 if further ones had the same losses; None if a step passed, or if no number would
+    # estimate of the number of blocks with which step 1 passes; None if a step passed, or if no number suffices
     photos_needed: int | None
-    curve: tuple[CurvePoint, ...]  # up to `CURVE_STEPS` steps of the path, if asked for
+    curve: tuple[CurvePoint, ...]  # up to `CURVE_STEPS` steps of the path; empty without ``with_curve``
 
 
 def threshold_path(
@@ -37,12 +38,16 @@ def threshold_path(
     costs: Callable[[np.ndarray], np.ndarray],
     grid: Grid | None = None,
 ) -> np.ndarray:
-    """The combinations of thresholds that `certify` tests, in this order: [steps, early exits].
+    """Return the combinations of thresholds that `certify` tests, in this order: [steps, early exits].
 
-    Step 0 has all exits closed. The others are up to `LONGEST_PATH` combinations of ``grid`` (by default
-    `threshold_grid`) that no other beats in both mean loss and mean cost on the training photos, by rising loss. No
-    calibration photo influences the order, so every step is tested at level delta. ``costs`` is a function from
-    thresholds [M, early exits] to the costs of the exits [M, exits].
+    Step 0 has all exits closed. The other steps are up to `LONGEST_PATH` combinations of ``grid`` that are
+    Pareto-optimal in mean loss and mean cost on the training photos, by rising loss. No calibration photo influences
+    the order, so every step is tested at level delta.
+
+    Args:
+        confidences, losses: of the training photos.
+        costs: a function from thresholds [M, early exits] to the costs of the exits [M, exits].
+        grid: combinations of thresholds on the training photos; None: `threshold_grid`.
     """
     grid = grid or threshold_grid(confidences)
     path = pareto_path(grid.mean(losses), grid.mean_cost(costs(grid.thresholds)))
@@ -65,19 +70,21 @@ def certify(
 ) -> Certified:
     """Test the steps of ``path`` in order until one fails, and return the cheapest step that passed.
 
-    A step passes if its p-value for an expected loss above ``epsilon`` is at most ``delta``. With probability
-    1 - ``delta`` all steps that passed have an expected loss of at most ``epsilon`` (Angelopoulos et al. 2021, fixed-
-    sequence testing). So one of them may be chosen by its cost on the same photos.
+    A step passes if the p-value of the null hypothesis "risk > ``epsilon``" is at most ``delta``. With probability at
+    least 1 - ``delta`` the risk of every step that passed is at most ``epsilon`` (Angelopoulos et al. 2021, "Learn then
+    test", fixed-sequence testing). So one of these steps may be chosen by its cost on the same photos.
 
     Args:
         path: thresholds [steps, early exits] from :func:`threshold_path`.
         confidences, losses: of the n calibration photos; losses are in [0, 1].
         costs: costs of the exits at each step, [steps, exits].
-        method: name of the test, a key of `BOUNDS`, chosen beforehand.
-        seed: seed of the random order of the blocks, on which the betting bound depends; None keeps the given order,
-            which must then be random.
-        blocks: number (from 0) of the block of each photo, [n]. The mean loss of a block is one draw, so the guarantee
+        epsilon, delta: limit of the risk, and the largest probability that the guarantee fails, in (0, 1).
+        method: name of the test, a key of `BOUNDS`. It must be chosen before the photos are used.
+        seed: seed of the random order of the blocks, on which the betting test depends. None keeps the order of the
+            blocks, which must then be random.
+        blocks: index of the block of each photo, from 0, [n]. The mean loss of a block is one draw, so the guarantee
             holds if blocks are independent draws. None: every photo is a block.
+        with_curve: compute ``curve``.
     """
     p_value, photos = BOUNDS[method], np.arange(len(losses))
     blocks = photos if blocks is None else blocks
@@ -99,6 +106,6 @@ def certify(
     return Certified(chosen, point(chosen), choices[chosen], passed, needed, tuple(map(point, shown)))
 
 
-def _spread(count: int, most: int) -> np.ndarray:
-    """At most ``most`` of the indices below ``count``, evenly, with the first and the last."""
-    return np.unique(np.linspace(0, count - 1, most).round().astype(int))
+def _spread(count: int, limit: int) -> np.ndarray:
+    """Return at most ``limit`` indices below ``count``, evenly spaced, the first and the last included."""
+    return np.unique(np.linspace(0, count - 1, limit).round().astype(int))

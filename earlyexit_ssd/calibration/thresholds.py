@@ -1,4 +1,4 @@
-"""Find the thresholds of all exits together, on a grid or by gradient descent. Fit temperatures by maximum likelihood.
+"""Find the thresholds of all exits jointly, on a grid or by gradient descent. Fit temperatures by maximum likelihood.
 
 An exit is *closed* if its threshold is `CLOSED`, which no confidence reaches. The branch of a closed exit is not
 computed, so all deeper exits cost less. In all functions ``confidences`` are one array [n] per early exit. ``losses``
@@ -23,25 +23,25 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.routing.policies import FastSoftmax
 
-LARGEST_GRID = 20_000  # largest number of combinations of thresholds; with more exits, each exit gets fewer candidates
+LARGEST_GRID = 20_000  # limit for the number of combinations; with more exits, each exit gets fewer candidates
 MOST_EXITS = 5  # largest number of early exits; with more exits the grid would be too coarse
 
 
 @dataclass(frozen=True)
 class Grid:
-    """M combinations of thresholds [M, early exits], and the exit of each photo with each of them, int8 [M, n]."""
+    """M combinations of thresholds, and the exit that each photo takes with each combination."""
 
-    thresholds: np.ndarray
-    choices: np.ndarray
+    thresholds: np.ndarray  # [M, early exits]
+    choices: np.ndarray  # int8 [M, n]
 
     def mean(self, per_exit: np.ndarray) -> np.ndarray:
-        """Mean of ``per_exit`` [n, exits] at the exits that the photos take, [M]."""
+        """Return the means of ``per_exit`` [n, exits] at the exits that the photos take, [M]."""
         photos = np.arange(self.choices.shape[1])
         return np.stack([per_exit[photos, choice].mean() for choice in self.choices])
 
     def mean_cost(self, costs: np.ndarray) -> np.ndarray:
-        """Mean cost of the photos, [M]. ``costs`` [M, exits] has a row per combination, since costs depend on which
-        exits are closed."""
+        """Return the mean costs of a photo, [M]. ``costs`` [M, exits] has a row per combination, since costs depend on
+        which exits are closed."""
         return np.stack([row[choice].mean() for row, choice in zip(costs, self.choices, strict=True)])
 
 
@@ -51,13 +51,13 @@ class CurvePoint:
 
     thresholds: tuple[float, ...]
     cost: float  # mean over the photos
-    loss: float  # loss of AP50, or mean loss of a photo, by the target
-    bound: float | None = None  # upper bound of ``loss``, which the target limits; None if it was not computed
+    loss: float  # loss of AP50 or mean loss of a photo, depending on the target
+    bound: float | None = None  # upper bound of ``loss``; None if it was not computed
 
 
 def choose(confidences: Sequence[np.ndarray], thresholds: Sequence[float]) -> np.ndarray:
-    """The exit of every photo, int8 [n]: the first whose confidence reaches its threshold, else the full path.
-    ``confidences`` of the full path may be among them; it has no threshold."""
+    """Return the exit of every photo, int8 [n]: the first exit whose confidence reaches its threshold, otherwise the
+    full path. ``confidences`` may include those of the full path; they are ignored."""
     choice = np.full(len(confidences[0]), len(thresholds), dtype=np.int8)
     for index in reversed(range(len(thresholds))):
         # both in fp32, as in the router
@@ -66,17 +66,17 @@ def choose(confidences: Sequence[np.ndarray], thresholds: Sequence[float]) -> np
 
 
 def open_sets(exits: int) -> Iterator[tuple[list[float], np.ndarray]]:
-    """Every set of open early exits, as thresholds (0 if open, else `CLOSED`) and as the indices of the exits that
-    photos can take: the open ones and the full path."""
+    """Yield every set of open early exits, as thresholds (0 for an open exit, `CLOSED` for a closed exit) and as the
+    indices of the open exits and the full path."""
     for is_open in itertools.product((True, False), repeat=exits):
-        yield [0.0 if one else CLOSED for one in is_open], np.flatnonzero([*is_open, True])
+        yield [0.0 if value else CLOSED for value in is_open], np.flatnonzero([*is_open, True])
 
 
 def candidate_thresholds(confidence: np.ndarray, count: int) -> np.ndarray:
-    """Candidates for an exit's threshold from its confidences [n], in falling order. The first is `CLOSED`, the last 0.
+    """Return candidates for an exit's threshold from its confidences [n], in falling order.
 
-    The others lie halfway between neighbouring confidences, so that rounding changes no decision. At most ``count`` of
-    the others are kept, evenly by rank.
+    The first candidate is `CLOSED`, and the last is 0. The others lie halfway between neighbouring confidences, so that
+    rounding changes no decision. At most ``count`` of them are kept, evenly by rank.
     """
     values = np.unique(confidence)
     halfway = (values[1:] + values[:-1]) / 2
@@ -85,8 +85,8 @@ def candidate_thresholds(confidence: np.ndarray, count: int) -> np.ndarray:
 
 
 def threshold_grid(confidences: Sequence[np.ndarray], count: int | None = None) -> Grid:
-    """All combinations of the `candidate_thresholds` of each exit. Of combinations that give every photo the same exit,
-    only one is kept. By default ``count`` is as large as `LARGEST_GRID` allows, and at most 60."""
+    """Return all combinations of the `candidate_thresholds` of the exits. Of combinations with which every photo takes
+    the same exit, only one is kept. By default ``count`` is as large as `LARGEST_GRID` allows, and at most 60."""
     exits = len(confidences)
     require_few_exits(exits)
     count = count or min(60, int(LARGEST_GRID ** (1 / exits)) - 2)
@@ -100,28 +100,28 @@ def threshold_grid(confidences: Sequence[np.ndarray], count: int | None = None) 
 def require_few_exits(exits: int) -> None:
     """Raise an EarlyExitError if there are more than `MOST_EXITS` early exits."""
     if exits > MOST_EXITS:
-        limit = f"thresholds are searched jointly over {MOST_EXITS} at most"
-        raise EarlyExitError(f"{exits} early exits: {limit}; take a model with fewer (EXITS.LAYERS)")
+        count = f"the model has {exits} early exits, expected at most {MOST_EXITS}"
+        raise EarlyExitError(f"{count} for a search of thresholds; use a model with fewer exits (EXITS.LAYERS)")
 
 
 def pareto_path(loss: np.ndarray, cost: np.ndarray) -> np.ndarray:
-    """Indices of the combinations that are Pareto-optimal in ``loss`` [M] and ``cost`` [M], by rising loss."""
+    """Return the indices of the Pareto-optimal combinations of ``loss`` [M] and ``cost`` [M], by rising loss."""
     order = np.lexsort((cost, loss))
     best = np.minimum.accumulate(np.concatenate([[np.inf], cost[order][:-1]]))
     return order[cost[order] < best]
 
 
 def best_within(bounded: np.ndarray, minimised: np.ndarray, limit: float) -> int | None:
-    """Index of the smallest ``minimised`` [M] where ``bounded`` [M] is at most ``limit``. In a tie the one with the
-    smallest ``bounded`` is taken. None if every ``bounded`` is above the limit."""
+    """Return the index of the smallest ``minimised`` [M] among those with ``bounded`` [M] at most ``limit``. A tie goes
+    to the smallest ``bounded``. None if all values of ``bounded`` are above the limit."""
     allowed = np.flatnonzero(bounded <= limit)
     return int(allowed[np.lexsort((bounded[allowed], minimised[allowed]))[0]]) if len(allowed) else None
 
 
-STEPS = 150  # of Adam per fit
-HALVINGS = 10  # bisection steps for the weight of the cost in the minimised sum (a Lagrange multiplier)
+STEPS = 150  # steps of Adam per fit
+HALVINGS = 10  # bisection steps for the weight of the cost (a Lagrange multiplier)
 WIDTHS = (0.1, 0.01)  # first and last width, in ranks, of the sigmoid in place of a threshold; it shrinks geometrically
-BUDGETS = 20  # mean costs that `learned_grid` fits thresholds for, from the cheapest exit to the full path alone
+BUDGETS = 20  # number of budgets of `learned_grid`, from the cost of the cheapest exit to that of the full path
 
 
 def learn_open_exits(
@@ -130,12 +130,13 @@ def learn_open_exits(
     costs_with: Callable[[Sequence[float]], np.ndarray],
     budget: float,
 ) -> np.ndarray:
-    """Thresholds [early exits] of the least mean loss with a mean cost of at most ``budget``.
+    """Learn thresholds [early exits] with the smallest mean loss at a mean cost of at most ``budget``.
 
-    Closing an exit saves cost that has no gradient. So each set of open exits is tried. ``costs_with`` is a function
-    from thresholds (0 or `CLOSED`) of the early exits to the costs.
+    The cost that a closed exit saves has no gradient, so each set of open exits is tried. ``costs_with`` is a function
+    from thresholds of the early exits (0 or `CLOSED`) to the costs of the exits. Raises an EarlyExitError if no exit is
+    within the budget.
     """
-    found = []
+    candidates = []
     for start, usable in open_sets(len(confidences)):
         thresholds, costs = np.array(start, dtype=np.float32), costs_with(start)
         opened = usable[:-1]
@@ -144,10 +145,10 @@ def learn_open_exits(
             thresholds[opened] = learn_thresholds(open_confidences, losses[:, usable], costs[usable], budget)
         choice = choose(confidences, thresholds)
         if costs[choice].mean() <= budget * (1 + 1e-9):
-            found.append((losses[np.arange(len(choice)), choice].mean(), thresholds))
-    if not found:
-        raise EarlyExitError(f"no exit has a mean cost of {budget:g} or less; give a larger budget")
-    return min(found, key=lambda one: one[0])[1]
+            candidates.append((losses[np.arange(len(choice)), choice].mean(), thresholds))
+    if not candidates:
+        raise EarlyExitError(f"no exit has a mean cost of {budget:g} or less; allow a larger budget")
+    return min(candidates, key=lambda candidate: candidate[0])[1]
 
 
 def learned_grid(
@@ -156,29 +157,29 @@ def learned_grid(
     costs_with: Callable[[Sequence[float]], np.ndarray],
     more_budgets: Sequence[float] = (),
 ) -> Grid:
-    """The thresholds that `learn_open_exits` finds for each of `BUDGETS` budgets, and those with all exits closed.
+    """Learn thresholds for `BUDGETS` budgets with `learn_open_exits`. The grid also has all exits closed.
 
     ``more_budgets`` are additional budgets (mean costs). Budgets below the cost of the cheapest exit are left out.
     """
     all_closed = [CLOSED] * len(confidences)
     full_cost = float(costs_with(all_closed)[-1])
-    least = min(float(costs_with(start)[usable[0]]) for start, usable in open_sets(len(confidences)))
-    budgets = {*np.linspace(least, full_cost, BUDGETS).tolist(), *(one for one in more_budgets if one >= least)}
+    lowest = min(float(costs_with(start)[usable[0]]) for start, usable in open_sets(len(confidences)))
+    budgets = {*np.linspace(lowest, full_cost, BUDGETS).tolist(), *(cost for cost in more_budgets if cost >= lowest)}
     falling = progress(sorted(budgets, reverse=True), desc="learn thresholds")
-    found = [learn_open_exits(confidences, losses, costs_with, budget).tolist() for budget in falling]
-    thresholds = np.unique(np.array([all_closed, *found], dtype=np.float32), axis=0)
+    learned = [learn_open_exits(confidences, losses, costs_with, budget).tolist() for budget in falling]
+    thresholds = np.unique(np.array([all_closed, *learned], dtype=np.float32), axis=0)
     return Grid(thresholds, np.stack([choose(confidences, row) for row in thresholds]))
 
 
 def learn_thresholds(
     confidences: Sequence[np.ndarray], losses: np.ndarray, costs: np.ndarray, budget: float
 ) -> np.ndarray:
-    """Thresholds [early exits] of mean cost at most ``budget``, learnt by gradient descent (Bolukbasi et al. 2017).
+    """Learn thresholds [early exits] of mean cost at most ``budget`` by gradient descent (Bolukbasi et al. 2017).
 
-    Adam minimises mean loss + weight * mean relative cost, with a sigmoid in place of each threshold. Bisection finds
-    the smallest weight at which the mean cost is within the budget. If there is no such weight, all photos leave at the
-    first exit. Confidences are replaced by their ranks in [0, 1], so that one width of the sigmoid fits every policy.
-    All exits are open.
+    Adam minimises the mean over the photos of sum_e p_e (loss_e + weight * cost_e / max cost). The sums are over the
+    exits e, and p_e are the `exit_probabilities`. Bisection finds the smallest weight at which the mean cost is within
+    the budget. If there is no such weight, all photos leave at the first exit. Confidences are replaced by their ranks
+    in [0, 1], so that one width of the sigmoid fits every policy. All exits are open.
     """
     ranks = torch.stack([_ranks(values) for values in confidences], dim=1)
     highest_cost, losses = float(np.max(costs)), torch.from_numpy(losses.astype(np.float32))
@@ -204,37 +205,40 @@ def learn_thresholds(
 
 
 def exit_probabilities(ranks: Tensor, thresholds: Tensor, width: float) -> Tensor:
-    """Probabilities that a photo takes each exit, with sigmoids in place of the thresholds: ranks [n, early exits] to
-    [n, early exits + 1], the full path last."""
+    """Return the probabilities [n, early exits + 1] that a photo takes each exit, the full path last.
+
+    A sigmoid replaces each threshold t: p_e = s_e prod_{i < e} (1 - s_i), where s = sigmoid((rank - t) / width).
+    ``ranks`` are [n, early exits].
+    """
     leaves = torch.sigmoid((ranks - thresholds) / width)
     stays = torch.cat([torch.ones(len(ranks), 1), (1 - leaves).cumprod(1)], dim=1)
     return torch.cat([leaves * stays[:, :-1], stays[:, -1:]], dim=1)
 
 
 def _ranks(values: np.ndarray) -> Tensor:
-    """Rank of each value in [0, 1], [n]: the share of smaller values plus half of the share of equal values."""
+    """Return the rank of each value in [0, 1], [n]: the share of smaller values plus half the share of equal values."""
     return torch.from_numpy(((rankdata(values) - 0.5) / len(values)).astype(np.float32))
 
 
 def _unrank(values: np.ndarray, rank: float) -> float:
-    """The smallest confidence of at least this rank, without those below 0, which say that the policy cannot decide;
-    `CLOSED` if there is none."""
+    """Return the smallest confidence of at least this rank, `CLOSED` if there is none. Negative confidences are
+    ignored; the router uses them where the policy cannot decide."""
     leaving = values[(_ranks(values).numpy() >= np.float32(rank)) & (values >= 0)]
     return float(leaving.min()) if len(leaving) else CLOSED
 
 
-BINS = 10  # of reliability
-LEAST_PROBABILITY = 0.05  # of an object, in a box that `contested_boxes` keeps
-AT_BOUND = 0.01  # a temperature has been stopped by a bound if it is this close to it, as a share of the bound
+BINS = 10  # number of bins of `Reliability`
+LEAST_PROBABILITY = 0.05  # lowest object probability of a box that `contested_boxes` keeps
+AT_BOUND = 0.01  # a temperature is at a bound if it is within this share of the bound
 
 
 @dataclass(frozen=True)
 class Reliability:
     """Mean confidence, accuracy and number of default boxes in each bin.
 
-    A box's confidence is the probability of its most probable object class. Its range [0, 1] is divided into `BINS`
-    bins of equal width. ``expected_error`` is the sum over the bins of count / total * |accuracy - confidence| (Guo et
-    al. 2017, equation 3).
+    A box's confidence is the probability of its most probable object class. The bins divide [0, 1] into `BINS` equal
+    parts. ``expected_error`` is the expected calibration error, the sum over the bins of count / total * |accuracy -
+    confidence| (Guo et al. 2017, equation 3).
     """
 
     confidence: tuple[float, ...]
@@ -245,8 +249,8 @@ class Reliability:
 
 @dataclass(frozen=True)
 class FittedTemperature:
-    """One exit's temperature, and the exit's reliability on the photos of the fit: at temperature 1 (``before``) and at
-    the fitted one (``after``)."""
+    """One exit's temperature, and the exit's reliability on the photos of the fit, at temperature 1 (``before``) and at
+    the fitted temperature (``after``)."""
 
     exit_name: str
     temperature: float
@@ -256,48 +260,48 @@ class FittedTemperature:
 
 @torch.no_grad()
 def contested_boxes(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Logits [M, C] and labels [M] of the default boxes that may show an object.
+    """Return logits [M, C] and labels [M] of the default boxes that may show an object.
 
-    These are the boxes that are matched with an object or have an object probability of at least `LEAST_PROBABILITY`.
-    The others, 98 % of all boxes, are almost surely background; with them, they alone would decide the temperature.
+    These boxes are matched with an object, or have an object probability of at least `LEAST_PROBABILITY`. The other
+    98 % are almost surely background. If they were kept, they would determine the temperature.
 
     ``batches`` are logits [N, A, C], not divided by a temperature, and labels [N, A], 0 for background.
     """
-    logits, labels = [], []
-    for batch, truth in batches:
-        keep = (truth > 0) | (FastSoftmax(batch).largest >= LEAST_PROBABILITY)
-        logits.append(batch[keep])
-        labels.append(truth[keep].long())
-    return torch.cat(logits), torch.cat(labels)
+    kept_logits, kept_labels = [], []
+    for logits, labels in batches:
+        keep = (labels > 0) | (FastSoftmax(logits).largest >= LEAST_PROBABILITY)
+        kept_logits.append(logits[keep])
+        kept_labels.append(labels[keep].long())
+    return torch.cat(kept_logits), torch.cat(kept_labels)
 
 
 @torch.no_grad()
 def fit_temperature(logits: Tensor, labels: Tensor, bounds: tuple[float, float]) -> float:
-    """The temperature T in ``bounds`` at which softmax(logits / T), [M, C], gives the labels [M] the largest likelihood
-    (Guo et al. 2017, section 4.2); 1 without any box."""
+    """Return the temperature T in ``bounds`` that maximises the likelihood of the labels [M] under softmax(logits / T),
+    [M, C] (temperature scaling, Guo et al. 2017, section 4.2). 1 if there is no box."""
     if not len(logits):
         return 1.0
-    found = minimize_scalar(
+    minimum = minimize_scalar(
         lambda temperature: F.cross_entropy(logits / temperature, labels).item(), bounds=bounds, method="bounded",
         options={"xatol": 1e-3},
     )  # fmt: skip
-    return float(found.x)
+    return float(minimum.x)
 
 
 def stopped_by(temperature: float, bounds: tuple[float, float]) -> float | None:
-    """The bound at which a fitted temperature lies (`AT_BOUND`); None if it lies at neither."""
+    """Return the bound that a fitted temperature lies at (`AT_BOUND`), or None."""
     return next((bound for bound in bounds if abs(temperature - bound) <= AT_BOUND * bound), None)
 
 
 @torch.no_grad()
 def reliability(logits: Tensor, labels: Tensor, temperature: float) -> Reliability:
-    """The reliability of softmax(logits / temperature), [M, C], compared with the labels [M]."""
+    """Compute the reliability of softmax(logits / temperature), [M, C], on the labels [M]."""
     probability, label = (logits / temperature).softmax(-1)[..., 1:].max(-1)
-    right = (label + 1 == labels).double()
-    place = (probability * BINS).long().clamp(max=BINS - 1)
+    correct = (label + 1 == labels).double()
+    bins = (probability * BINS).long().clamp(max=BINS - 1)
     count, confidence, accuracy = (
-        torch.bincount(place, weights=values, minlength=BINS)
-        for values in (torch.ones_like(right), probability.double(), right)
+        torch.bincount(bins, weights=values, minlength=BINS)
+        for values in (torch.ones_like(correct), probability.double(), correct)
     )
     confidence, accuracy = confidence / count.clamp(min=1), accuracy / count.clamp(min=1)
     error = (count * (accuracy - confidence).abs()).sum() / count.sum().clamp(min=1)

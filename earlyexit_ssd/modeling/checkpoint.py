@@ -1,4 +1,4 @@
-"""Model files: weights, the architecture that rebuilds the model, and training results; read with weights_only."""
+"""Model files: the weights, the architecture that rebuilds the model, and results of the training."""
 
 from __future__ import annotations
 
@@ -34,16 +34,17 @@ from earlyexit_ssd.plain import read_json, typed
 FORMAT = "earlyexit_ssd/1"
 
 Describe = Callable[[int, tuple[str, ...]], Architecture]
-"""Function from a checkpoint's outputs per default box (background included) and exit names to its architecture."""
+"""Function that returns the architecture of another program's checkpoint. Its arguments are the checkpoint's outputs
+per default box, background included, and its exit names."""
 
 
 class ModelInfo(TypedDict, total=False):
-    """The entries of a model file's ``info`` that the package reads; it may hold others."""
+    """The entries of a model file's ``info`` that the package reads. A file may have other entries."""
 
     router: RouterSettings | None  # None if the exits are not trained
-    forced: bool  # training continued past a failed gate
-    exits: bool  # of a checkpoint of another program: whether it has exits, and its temperatures
-    temperatures: list[float] | None
+    forced: bool  # training continued after a failed gate
+    exits: bool  # another program's checkpoint: it has exits
+    temperatures: list[float] | None  # another program's checkpoint: its temperatures
 
 
 def save_model(
@@ -52,18 +53,19 @@ def save_model(
     architecture: Architecture | None = None,
     info: ModelInfo | None = None,
 ) -> None:
-    """Write the model without its router, its architecture (by default determined) and ``info``, plain types. An
-    EarlyExitError if the model was fused or changed since it was built, or does not fit the architecture."""
+    """Write the model without its router, its architecture (default: `Architecture.of`) and ``info``, plain types.
+    Raise an EarlyExitError if the model is fused, was changed since it was built, or does not fit the architecture."""
     if model.fused:
-        raise EarlyExitError(f"{path}: a model fused for inference cannot be saved; save the one that it was made of")
+        raise EarlyExitError(f"{path}: a model fused for inference cannot be saved; save the model before fusing")
     if architecture is None:
         try:
             architecture = Architecture.of(model)
         except EarlyExitError as error:
             raise EarlyExitError(f"{path}: {error}") from None
-    own, described = ((one.classes, one.exit_layers[: len(one.exits)]) for one in (model, architecture))
+    own = model.classes, model.exit_layers[: len(model.exits)]
+    described = architecture.classes, architecture.exit_layers
     if own != described:
-        raise EarlyExitError(f"{path}: the architecture has {described}, the model {own}; pass the model's own")
+        raise EarlyExitError(f"{path}: the architecture has {described}, the model {own}; pass Architecture.of(model)")
     state = {key: value.cpu() for key, value in model.state_dict().items() if not key.startswith("router.")}
     content = {"format": FORMAT, "architecture": architecture.to_dict(), "model": state, "info": info or {}}
     write_torch(path, content)
@@ -72,36 +74,36 @@ def save_model(
 def load_model(
     path: str | os.PathLike[str], describe: Describe | None = None
 ) -> tuple[EarlyExitDetector, Architecture, ModelInfo]:
-    """Read a file of :func:`save_model`: the model in eval mode on the CPU, its architecture and its info.
+    """Read a model file. Return the model in eval mode on the CPU, its architecture and its info.
 
-    ``ExitRouter(**info["router"])`` creates the saved router. With ``describe``, checkpoints of other programs are
-    accepted too (:func:`find_detector`); exits that such a checkpoint lacks are untrained.
+    ``ExitRouter(**info["router"])`` creates the saved router. With ``describe``, a checkpoint of another program is
+    accepted too (:func:`find_detector`). If the checkpoint has no exits, those of the model are untrained.
 
     Raises:
-        EarlyExitError: the file is no model of this project or does not fit its own description.
+        EarlyExitError: the file is no model of this project, or does not fit its own description.
     """
     if not os.path.isfile(path):
         raise EarlyExitError(f"{path}: no such file of weights; train one with tools/train_net.py")
     content = read_weights(path)
-    found = content.get("format")
-    if not isinstance(found, str) or found != FORMAT:
+    file_format = content.get("format")
+    if not isinstance(file_format, str) or file_format != FORMAT:
         if describe is not None and "format" not in content:
             return _load_foreign(path, content, describe)
         raise EarlyExitError(
-            f"{path}: expected a model of format {FORMAT}, got {shown(found)}; a torchvision checkpoint "
-            "goes into MODEL.WEIGHTS of a training, or through EarlyExitSSDLite.from_pretrained(path).save(new_path)"
+            f"{path}: expected a model of format {FORMAT}, got {shown(file_format)}; for a torchvision checkpoint set "
+            "MODEL.WEIGHTS of a training, or call EarlyExitSSDLite.from_pretrained(path).save(new_path)"
         )
     for key in ("architecture", "model", "info"):
         if not isinstance(content.get(key), dict):
-            raise EarlyExitError(f"{path}: the file lacks '{key}'; write it anew with save_model")
+            raise EarlyExitError(f"{path}: the file lacks '{key}'; write it again with save_model")
     try:
         info = typed(ModelInfo, content["info"], "info")
         architecture = Architecture.from_dict(content["architecture"])
         model = architecture.build()
     except EarlyExitError as error:
-        raise EarlyExitError(f"{path}: {error}; write it anew with save_model") from None
+        raise EarlyExitError(f"{path}: {error}; write it again with save_model") from None
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
-        raise EarlyExitError(f"{path}: its architecture cannot be built ({error}); write it anew") from None
+        raise EarlyExitError(f"{path}: its architecture cannot be built ({error}); write it again") from None
     load_every_key(model, content["model"], path)
     return model.eval(), architecture, info
 
@@ -112,7 +114,7 @@ def _load_foreign(
     state = find_detector(content, path)
     outputs, exits = outputs_of(state), exit_names_of(state)
     if outputs < 2:
-        raise EarlyExitError(f"{path}: no SSDLite head of six default boxes a cell; expected torchvision's")
+        raise EarlyExitError(f"{path}: no head with 2 or more outputs per default box; expected torchvision's")
     try:
         described = describe(outputs, exits)
         architecture = dataclasses.replace(described, reduced_tail=has_reduced_tail(state, described.width))
@@ -122,14 +124,14 @@ def _load_foreign(
     wanted = tuple(name for name, empty in zip(model.exit_names, model.empty, strict=False) if not empty)
     if exits and exits != wanted:
         raise EarlyExitError(
-            f"{path}: its exits are {', '.join(exits)}, described are {', '.join(wanted) or 'none'}; set EXITS.LAYERS "
-            f"(in Python exit_layers) to {[int(name[4:]) for name in exits]}"
+            f"{path}: its exits are {', '.join(exits)}, expected {', '.join(wanted) or 'none'}; set EXITS.LAYERS (in "
+            f"Python exit_layers) to {[int(name[4:]) for name in exits]}"
         )
     temperatures = state.get("router.temperatures")
-    own = {key: value for key, value in state.items() if not key.startswith("router.")}
+    weights = {key: value for key, value in state.items() if not key.startswith("router.")}
     if not exits:
-        own |= {key: value for key, value in model.state_dict().items() if key.startswith("branches.")}
-    load_every_key(model, own, path)
+        weights |= {key: value for key, value in model.state_dict().items() if key.startswith("branches.")}
+    load_every_key(model, weights, path)
     if not exits:
         model.inherit()
     info = {"exits": bool(exits), "temperatures": None if temperatures is None else temperatures.tolist()}
@@ -137,7 +139,7 @@ def _load_foreign(
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of the network's parameters, buffers, input size and post-processing settings, without the router."""
+    """Return the SHA-256 of the network's parameters, buffers, input size and post-processing, without the router."""
     settings = ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
     values = [tuple(model.transform.fixed_size), *(getattr(model, name) for name in settings)]
     digest = hashlib.sha256(repr(values).encode())
@@ -151,11 +153,12 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def half_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of a state dict with floating-point tensors rounded to fp16; integer tensors stay. An EarlyExitError for a
-    value that is not finite in fp16.
+    """Return a copy of a state dict with floating-point tensors rounded to fp16. Raises an EarlyExitError for a value
+    that is not finite in fp16.
 
     Tensors of one type are views into one buffer, since ``torch.save`` adds 200 bytes per buffer and a model has a
-    thousand tensors. A BatchNorm variance below fp16's smallest number (6e-8) becomes 0; BatchNorm adds 1e-3.
+    thousand tensors. A BatchNorm variance below fp16's smallest number (6e-8) becomes 0. This hardly changes the
+    output, since BatchNorm adds 1e-3 to it.
     """
     half = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
     views = dict.fromkeys(state)
@@ -165,14 +168,14 @@ def half_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
         parts = buffer.split([value.numel() for value in group.values()])
         for (name, value), part in zip(group.items(), parts, strict=True):
             if not part.isfinite().all():
-                raise EarlyExitError(f"{name}: a value that fp16 cannot hold (over 65504 or NaN); train it again")
+                raise EarlyExitError(f"{name} has a value above fp16's largest (65504), or NaN; train the model again")
             views[name] = part.view(value.shape)
     return views
 
 
 def half_file(content: Content) -> bytes:
-    """The bytes of a model file in half precision, always the same for the same ``content`` of `read_weights`."""
-    buffer = io.BytesIO()  # torch.save writes a path's name into the file, but not a buffer's
+    """Return the bytes of a model file in half precision. Equal ``content`` (of `read_weights`) gives equal bytes."""
+    buffer = io.BytesIO()  # with a path, torch.save would write the path's name into the file
     torch.save({**content, "model": half_state(content["model"])}, buffer)
     return buffer.getvalue()
 
@@ -186,17 +189,18 @@ FOLDER = Path(__file__).resolve().parents[1] / "weights"
 class ShippedWeights(WeightsEnum):
     """Base class of :data:`EarlyExitSSDLite_Weights`.
 
-    ``meta`` holds ``categories`` (by label, background first), ``exits``, ``num_params``, ``min_size``, ``recipe``,
+    ``meta`` has ``categories`` (by label, background first), ``exits``, ``num_params``, ``min_size``, ``recipe``,
     ``sha256``, ``bytes``, ``_file_size`` (MiB, as torchvision counts), ``_metrics`` (test split -> exit or "routed"
     -> figure -> value) and ``_docs``.
     """
 
     @property
     def path(self) -> Path:
+        """Path of the model file."""
         return FOLDER / f"{self.name.lower()}.pth"
 
     def check(self) -> None:
-        """Compare the file with its sha256; an EarlyExitError if it is missing, damaged, or a Git LFS pointer."""
+        """Raise an EarlyExitError if the file is missing, or if its SHA-256 differs (damaged, or a Git LFS pointer)."""
         fix = "install the package again, or `git checkout` the file"
         if not self.path.is_file():
             raise EarlyExitError(f"{self.path}: the weights {self.name.lower()} are missing; {fix}")
@@ -208,13 +212,13 @@ class ShippedWeights(WeightsEnum):
             )
 
     def get_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """State dict of the whole model with its exits, in fp16; torchvision's download arguments are ignored."""
+        """Return the state dict of the model with its exits, in fp16. torchvision's download arguments are ignored."""
         self.check()
         return read_weights(self.path)["model"]
 
 
-def describe(path: Path) -> Weights:
-    """The ``Weights`` value of an enum member, from the JSON file that tools/export_weights.py writes."""
+def read_description(path: Path) -> Weights:
+    """Read the ``Weights`` value of an enum member from the JSON file that tools/export_weights.py writes."""
     fix = "install the package again"
     entry = read_json(path, "description of weights", fix)
     try:
@@ -238,28 +242,28 @@ def describe(path: Path) -> Weights:
 
 EarlyExitSSDLite_Weights = ShippedWeights(
     "EarlyExitSSDLite_Weights",
-    {path.stem.upper(): describe(path) for path in sorted(FOLDER.glob("*.json"))},
+    {path.stem.upper(): read_description(path) for path in sorted(FOLDER.glob("*.json"))},
     module=__name__,
 )
 """One member per description in :data:`FOLDER`, such as ``CHAIR``."""
 
 
 def find_weights(name: str | os.PathLike[str] | ShippedWeights) -> ShippedWeights | None:
-    """The member called ``name``, in any case, with or without the enum's name as prefix; None if there is none."""
+    """Return the member called ``name``, in any case, with or without the enum's name as prefix; None without one."""
     enum = EarlyExitSSDLite_Weights
     return enum.__members__.get(str(name).removeprefix(f"{enum.__name__}.").upper())
 
 
 def weights_path(name_or_path: str | os.PathLike[str] | ShippedWeights) -> Path:
-    """Path of the checked file of shipped weights, otherwise ``name_or_path`` itself. An EarlyExitError if it is
-    neither a shipped name nor a file, or if the shipped file is damaged."""
+    """Return the path of shipped weights if ``name_or_path`` is their name, otherwise ``name_or_path`` as a Path.
+    Raises an EarlyExitError if it is neither such a name nor a file, or if the shipped file is damaged."""
     if member := find_weights(name_or_path):
         member.check()
         return member.path
     if not Path(name_or_path).is_file():
         names = [name.lower() for name in EarlyExitSSDLite_Weights.__members__]
         raise EarlyExitError(
-            f"weights '{name_or_path}': no such file, and none of the shipped ones ({', '.join(names)})"
+            f"weights '{name_or_path}': no such file, and not one of the shipped weights ({', '.join(names)})"
             f"{nearest(str(name_or_path), names)}"
         )
     return Path(name_or_path)

@@ -1,4 +1,4 @@
-"""Training targets and losses. Default boxes are assigned to objects once, since all exits share them."""
+"""Training targets and losses. Default boxes are assigned to objects once per batch, since all exits share them."""
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ class Assignment:
 def assign(
     targets: list[dict[str, Tensor]], anchors: list[Tensor], matcher: Matcher, box_coder: BoxCoder
 ) -> Assignment:
-    """Assign default boxes to objects as torchvision's ``SSDMatcher`` does: an object gets every default box with an
-    IoU of at least 0.5, and always its best box.
+    """Assign default boxes to objects (Liu et al. 2016, SSD, section 2.2, matching strategy).
+
+    With torchvision's ``SSDMatcher`` an object gets every default box with an IoU of at least 0.5, and always its best
+    default box.
 
     Args:
         targets: per image ``boxes`` [n, 4] xyxy in network pixels and ``labels`` [n] in 1..K; n may be 0.
@@ -60,10 +62,10 @@ class LossSettings:
     """Settings of the training losses: the keys of the configuration's LOSS section, which docs/config.md explains.
 
     Attributes:
-        neg_to_pos_ratio: mined negatives (background boxes that count) per positive, above 0.
-        min_negatives: least number of mined negatives per image; with torchvision's 0, images without objects teach
-            nothing.
-        exit_weights: weight per exit, shallow to deep, or one for all.
+        neg_to_pos_ratio: number of mined negatives (background boxes in the loss) per positive, above 0.
+        min_negatives: smallest number of mined negatives per image. With 0, as in torchvision, an image without objects
+            has no loss.
+        exit_weights: one weight per exit, shallow to deep, or one weight for all exits.
         full_weight: weight of the full path's losses. It has no effect while the trunk is frozen (exits phase).
     """
 
@@ -95,7 +97,7 @@ class LossSettings:
 
 
 def mean_over_processes(count: Tensor) -> Tensor:
-    """``count`` (any shape) averaged over the processes of a distributed run; itself in a single process."""
+    """Return ``count`` (any shape) averaged over the processes of a distributed run."""
     if distributed.is_available() and distributed.is_initialized():
         count = count.detach().clone()
         distributed.all_reduce(count)
@@ -104,9 +106,11 @@ def mean_over_processes(count: Tensor) -> Tensor:
 
 
 def mined_negatives(background_loss: Tensor, foreground: Tensor, ratio: float, minimum: int) -> Tensor:
-    """Which default boxes are negatives, [N, A] bool: in each image the background boxes of the largest
-    ``background_loss`` [N, A], ``ratio`` per positive (``foreground``, [N, A] bool) and at least ``minimum`` (Liu et
-    al. 2016, SSD, section 2.2)."""
+    """Return the mask [N, A] of the negatives, by hard negative mining (Liu et al. 2016, SSD, section 2.2).
+
+    The negatives of an image are the background boxes with the largest ``background_loss`` [N, A]. Their number is
+    ``ratio`` times that of the positives (``foreground``, [N, A] bool), but at least ``minimum``.
+    """
     count = (ratio * foreground.sum(1, keepdim=True)).clamp(min=minimum)
     order = background_loss.masked_fill(foreground, -torch.inf).argsort(1, descending=True)
     rank = order.argsort(1)
@@ -114,11 +118,15 @@ def mined_negatives(background_loss: Tensor, foreground: Tensor, ratio: float, m
 
 
 def detection_losses(head: dict[str, Tensor], assignment: Assignment, settings: LossSettings) -> dict[str, Tensor]:
-    """``bbox_regression`` and ``classification`` of one exit, both scalars.
+    """Return the losses ``bbox_regression`` and ``classification`` of one exit, both scalars.
 
-    Both are sums over default boxes, divided by the same number. With ``focal`` it is the number of positives. With
-    ``mined`` it is max(positives, mined negatives / ``neg_to_pos_ratio``). It is at least 1. With ``mined`` and
-    ``min_negatives=0`` they equal torchvision's losses.
+    ``bbox_regression`` is the smooth L1 loss summed over the positives. ``classification`` is summed over positives and
+    mined negatives (cross-entropy, ``mined``), or over all boxes (focal loss, ``focal``). Both are divided by
+
+        max(1, positives, mined negatives / neg_to_pos_ratio)    for ``mined``,
+        max(1, positives)                                        for ``focal``.
+
+    With ``mined`` and ``min_negatives=0`` they equal torchvision's losses.
     """
     logits, labels, foreground = head["cls_logits"].float(), assignment.labels, assignment.foreground
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
@@ -140,10 +148,14 @@ def detection_losses(head: dict[str, Tensor], assignment: Assignment, settings: 
 
 
 def distillation_loss(student: dict[str, Tensor], teacher: dict[str, Tensor], settings: LossSettings) -> Tensor:
-    """How far the student's outputs are from the teacher's (Hinton et al. 2015), which get no gradient.
+    """Return the distillation loss (Hinton et al. 2015), a scalar. The teacher's outputs get no gradient.
 
-    The Kullback-Leibler divergence of the class probabilities, summed over all default boxes, plus the smooth L1
-    distance of the boxes, weighted by the teacher's foreground probability; divided by the sum of that probability.
+    With sums over all default boxes it is
+
+        sum(KL(p || q) + w f d) / max(1, sum(f)),
+
+    where p and q are the class probabilities of teacher and student, f = 1 - p(background), d is the smooth L1 distance
+    of their encoded boxes, and w is ``distillation_box_weight``.
     """
     teacher_log = F.log_softmax(teacher["cls_logits"].detach().float(), -1)
     student_log = F.log_softmax(student["cls_logits"].float(), -1)

@@ -26,19 +26,19 @@ P = TypeVar("P", bound="Pretrained")
 
 POST_PROCESSING = ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
 
-_makers: list[Callable[..., Router]] = []
+_router_builders: dict[str, Callable[..., Router]] = {}
 
 
-def register_router(make: Callable[..., Router], make_certified: Callable[..., Router]) -> None:
-    """Register the functions that build a model file's router: ``make`` from its settings, ``make_certified`` from
-    certificate, path and model. `earlyexit_ssd.calibration` calls this, since modeling must not import it."""
-    _makers[:] = [make, make_certified]
+def register_router(from_settings: Callable[..., Router], from_certificate: Callable[..., Router]) -> None:
+    """Register the builders of a model file's router: ``from_settings(**settings)`` and ``from_certificate(content,
+    path, model)``. `earlyexit_ssd.calibration` calls this, since modeling must not import it."""
+    _router_builders.update(settings=from_settings, certificate=from_certificate)
 
 
-def _router_makers() -> list[Callable[..., Router]]:
-    if not _makers:
-        importlib.import_module("earlyexit_ssd.calibration")  # registers them
-    return _makers
+def _router_builder(source: str) -> Callable[..., Router]:
+    if not _router_builders:
+        importlib.import_module("earlyexit_ssd.calibration")  # calls register_router
+    return _router_builders[source]
 
 
 class Pretrained(EarlyExitDetector):
@@ -48,20 +48,21 @@ class Pretrained(EarlyExitDetector):
     def open_file(
         cls: type[P], path: Path, classes: Sequence[str] | None, describe: dict[str, Any] | None = None
     ) -> tuple[P, ModelInfo]:
-        """A file's model without router, in eval mode, and the file's info; errors as :meth:`from_pretrained`.
+        """Load a file. Return the model in eval mode, without router, and the file's info.
 
-        ``describe``: fields of `Architecture` for a checkpoint, which has no description of its own. Default: exits
-        after the layers of its branches.
+        ``describe`` has the fields of `Architecture` for a checkpoint, which has no description. By default it has the
+        exits of the checkpoint's branches. Errors are those of :meth:`from_pretrained`.
         """
 
         def architecture(outputs: int, exits: tuple[str, ...]) -> Architecture:
             layers = {"exit_layers": tuple(int(name[4:]) for name in exits)} if exits else {}
             fields = layers if describe is None else describe
-            return Architecture(names_of(outputs, classes), detector=cls.detector_name, **fields)
+            return Architecture(class_names(outputs, classes), detector=cls.detector_name, **fields)
 
         model, _, info = load_model(path, architecture)
         if not isinstance(model, cls):
-            raise EarlyExitError(f"{path}: a {model.detector_name}, expected {cls.detector_name}; take its own class")
+            name = type(model).__name__
+            raise EarlyExitError(f"{path}: a {model.detector_name}, expected {cls.detector_name}; load it with {name}")
         if classes is not None and tuple(classes) != model.classes:
             raise EarlyExitError(f"{path}: its classes are {', '.join(model.classes)[:120]}; leave classes out")
         return model, info
@@ -71,40 +72,40 @@ class Pretrained(EarlyExitDetector):
         cls: type[P],
         weights: str | os.PathLike[str] | ShippedWeights,
         builder: Callable[..., P],
-        given: dict[str, Any],
+        arguments: dict[str, Any],
     ) -> P:
-        """The model in a file, in train mode. The arguments ``given`` to its ``builder`` describe a checkpoint, which
-        has no description of its own. An EarlyExitError for a file that does not fit them."""
+        """Load a file for ``builder``, such as :func:`earlyexit_ssd300_vgg16`. Return the model in train mode. Raise an
+        EarlyExitError if the file does not fit the builder's ``arguments``, which describe a checkpoint."""
         path = weights_path(weights)
-        defaults = {name: one.default for name, one in inspect.signature(builder).parameters.items()}
-        exits = cls.default_exits if given["exits"] is None else tuple(given["exits"])
-        settings = {name: given[name] for name in ("image_size", "width", *POST_PROCESSING)}
+        defaults = {name: parameter.default for name, parameter in inspect.signature(builder).parameters.items()}
+        exits = cls.default_exits if arguments["exits"] is None else tuple(arguments["exits"])
+        settings = {name: arguments[name] for name in ("image_size", "width", *POST_PROCESSING)}
         described = {**settings, "score_thresh": defaults["score_thresh"], "exits": exits}
-        model, _ = cls.open_file(path, given["classes"], described)
-        if given["trainable_backbone_layers"] is not None:
+        model, _ = cls.open_file(path, arguments["classes"], described)
+        if arguments["trainable_backbone_layers"] is not None:
             raise EarlyExitError(
                 f"{path}: trainable_backbone_layers need torchvision's weights; use model.freeze_full_path()"
             )
-        if given["num_classes"] not in (None, model.num_classes):
+        if arguments["num_classes"] not in (None, model.num_classes):
             raise EarlyExitError(
-                f"{path} has {model.num_classes} outputs, num_classes is {given['num_classes']}; leave it out (a "
+                f"{path} has {model.num_classes} outputs, num_classes is {arguments['num_classes']}; leave it out (a "
                 "training with MODEL.WEIGHTS and MODEL.FOLD changes classes)"
             )
-        asked = {name: value for name, value in settings.items() if value != defaults.get(name, value)}
-        asked |= {} if given["exits"] is None else exit_keywords(exits)
+        changed = {name: value for name, value in settings.items() if value != defaults.get(name, value)}
+        changed |= {} if arguments["exits"] is None else exit_keywords(exits)
         built = {"image_size": model.transform.fixed_size[0], "width": model.width, **exit_keywords(model.exits)}
-        for name, value in asked.items():
+        for name, value in changed.items():
             if name in POST_PROCESSING:
                 setattr(model, name, value)
             elif value != built.get(name):
                 raise EarlyExitError(
-                    f"{path} was built with {name} {built.get(name)}, given is {value!s:.60}; leave it out"
+                    f"{path} was built with {name} {built.get(name)}, the argument is {value!s:.60}; leave it out"
                 )
-        if given["losses"] is not None:
-            validate.check_losses(given["losses"], model.num_early_exits)
-            model.losses = given["losses"]
-        validate.check_router(given["router"], model.num_early_exits)
-        model.router = given["router"]
+        if arguments["losses"] is not None:
+            validate.check_losses(arguments["losses"], model.num_early_exits)
+            model.losses = arguments["losses"]
+        validate.check_router(arguments["router"], model.num_early_exits)
+        model.router = arguments["router"]
         return model.train()
 
     @classmethod
@@ -115,16 +116,16 @@ class Pretrained(EarlyExitDetector):
         router: bool = True,
         classes: Sequence[str] | None = None,
     ) -> P:
-        """A trained model in eval mode on the CPU, in fp32.
+        """Load a trained model, in eval mode on the CPU, in fp32.
 
         Args:
             name_or_path: shipped weights, as a member of ``EarlyExitSSDLite_Weights`` or its name in any case
                 (``"chair"``); or the path of a model file of this project (``"output/my/model.pth"``) or of a
-                checkpoint of torchvision's SSDLite, with or without exits. Exits that the file lacks are untrained and
-                not used.
-            router: use the file's routing. If False, or if the file has none, every photo runs the full path.
-            classes: names of the labels 1..K, for a checkpoint without names. Default: COCO's for a head of COCO's 91
-                outputs, else ``class_1`` and so on.
+                checkpoint of torchvision's SSDLite, with or without exits. Without exits in the file, the model's exits
+                are untrained and not used.
+            router: use the file's routing. If False, or if the file has none, every photo takes the full path.
+            classes: names of the labels 1..K, for a checkpoint without names. Default: COCO's for a head with COCO's 91
+                outputs, otherwise ``class_1`` and so on.
 
         Raises:
             EarlyExitError: neither a name nor a file, a damaged file, another detector, another number of classes, or
@@ -132,12 +133,12 @@ class Pretrained(EarlyExitDetector):
         """
         path = weights_path(name_or_path)
         model, info = cls.open_file(path, classes)
-        if router and not info.get("exits", True):  # without routing no exit is used
-            logger.warning("%s: has no exits; those of the model are untrained, the full path is unchanged", path)
+        if router and not info.get("exits", True):
+            logger.warning("%s: has no exits, so the model's exits are untrained; the full path is unchanged", path)
         if router and info.get("router"):
             try:
                 if info.get("certificate"):
-                    model.router = _router_makers()[1](info["certificate"], path, model)
+                    model.router = _router_builder("certificate")(info["certificate"], path, model)
                 else:
                     model.router = make_router(model, info["router"])
             except EarlyExitError as error:
@@ -153,8 +154,8 @@ class Pretrained(EarlyExitDetector):
         """
         if self.router is not None and not hasattr(self.router, "to_dict"):
             raise EarlyExitError(
-                f"{path}: a {type(self.router).__name__} cannot be written; save with router = None, and give it back "
-                "after from_pretrained"
+                f"{path}: its router, a {type(self.router).__name__}, cannot be saved; set model.router = None before "
+                "save, and assign it again after from_pretrained"
             )
         info = {"router": None if self.router is None else self.router.to_dict()}
         if certificate := current_certificate(self.router):
@@ -163,32 +164,34 @@ class Pretrained(EarlyExitDetector):
 
 
 def current_certificate(router: Router | None) -> Any:
-    """The certificate of a router that is unchanged since its calibration, otherwise None."""
+    """Return the router's certificate if the router is unchanged since its calibration, otherwise None."""
     certificate = getattr(router, "certificate", None)
-    calibrated = certificate is not None and router.to_dict() == type(router)(**certificate.router).to_dict()
-    return certificate if calibrated else None
+    unchanged = certificate is not None and router.to_dict() == type(router)(**certificate.router).to_dict()
+    return certificate if unchanged else None
 
 
-def names_of(outputs: int, classes: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Names of a head's labels: ``classes``, which must fit, else COCO's for 91 outputs, else ``class_1`` and so on."""
+def class_names(outputs: int, classes: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Return names for the labels of a head with ``outputs`` outputs: ``classes``, or by default COCO's names for 91
+    outputs and ``class_1`` and so on for others. Raises an EarlyExitError if the number of ``classes`` does not fit."""
     if classes is None:
         if outputs == len(COCO_CLASSES) + 1:
             return COCO_CLASSES
-        logger.warning("the file names no classes: they are class_1 to class_%d; give classes=[...]", outputs - 1)
+        logger.warning("the file has no class names; they become class_1 to class_%d; pass classes=[...]", outputs - 1)
         return tuple(f"class_{label}" for label in range(1, outputs))
     if isinstance(classes, str) or len(classes) != outputs - 1:
         raise EarlyExitError(
-            f"its head has {outputs} outputs, so {outputs - 1} classes beside background, classes are {classes!r:.60}; "
-            "name each one in the order of the labels"
+            f"its head has {outputs} outputs, so {outputs - 1} classes and background, but classes is {classes!r:.60}; "
+            "list one name for each label, in order"
         )
     return tuple(classes)
 
 
 def make_router(model: EarlyExitDetector, settings: RouterSettings) -> Router:
-    """Build a router from a file's settings and run it on a blank photo; an EarlyExitError if they do not fit."""
+    """Build a router from a file's settings and run it on a blank photo. Raises an EarlyExitError if the settings do
+    not fit the model."""
     device = next(model.parameters()).device
     try:
-        router = _router_makers()[0](**settings).to(device)
+        router = _router_builder("settings")(**settings).to(device)
         validate.check_router(router, model.num_early_exits)
         with evaluating(model):
             outputs = model.exit_outputs([torch.zeros(3, *model.transform.fixed_size, device=device)])

@@ -1,4 +1,4 @@
-"""Start from a trained detector: read its weights from any file, describe its architecture, change its classes."""
+"""Load the weights of a trained detector, describe its architecture, and change its classes."""
 
 from __future__ import annotations
 
@@ -40,75 +40,73 @@ logger = logging.getLogger(__name__)
 Content = Mapping[str, Any]  # content of a weight file: tensors and plain types, in dicts and lists
 
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""Components that DataParallel, AveragedModel, torch.compile and others insert anywhere into the keys."""
+"""Components that DataParallel, AveragedModel, torch.compile and others insert into keys, at any position."""
 
-USUAL = ("", "model", "state_dict", "model_state_dict")
-"""Keys of the trained weights, preferred if a file holds several state dicts."""
+USUAL_KEYS = ("", "model", "state_dict", "model_state_dict")
+"""State dicts under these keys are preferred if a file has several."""
 
 MAX_NESTING = 4  # levels of nested dicts that are searched for a state dict, the outermost included
-_ROOT = re.compile(r"(?:^|\.)(?=backbone\.features\.0\.)")  # ends the prefix that stands before torchvision's first key
+_PREFIX_END = re.compile(r"(?:^|\.)(?=backbone\.features\.0\.)")  # end of the prefix of torchvision's keys
 _AVERAGE = re.compile(r"(?:^|[._])(?:ema|swa|avg)(?:$|[._])|averag|shadow|teacher", re.IGNORECASE)
 """Names of moving averages of the weights."""
 
 
 def find_detector(content: Content, path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Find the state dict of an SSDLite, with or without exits, and return it under torchvision's names.
+    """Find the state dict of a torchvision detector, with or without exits, and return it under torchvision's names.
 
     It may be nested (``{"model": ..., "epoch": ...}``), and its keys may share a prefix and contain `WRAPPERS`. Trained
-    weights come before their moving average. Entries outside the detector are ignored.
+    weights are preferred to their moving average. Other entries are ignored.
 
     Raises:
-        EarlyExitError: no detector, or several of which none has a usual name.
+        EarlyExitError: no detector, or several and none under `USUAL_KEYS`.
     """
-    places = {id(mapping): (place, mapping) for place, mapping in _mappings(content)}  # one may be there twice
-    found = {}
-    for place, mapping in places.values():
-        found |= _detectors(mapping, place, path)
-    if not found:
+    mappings = {id(mapping): (name, mapping) for name, mapping in _mappings(content)}  # a dict may occur twice
+    detectors = {}
+    for name, mapping in mappings.values():
+        detectors |= _detectors(mapping, name, path)
+    if not detectors:
         keys = ", ".join(str(key)[:40] for key in list(content)[:3]) or "none"
         raise EarlyExitError(
-            f"{path}: expected a state dict of tensors of an SSDLite with a MobileNetV3-Large "
-            f"(backbone.features.0.0.0.weight, ...), got keys {keys}"
+            f"{path}: expected a state dict of tensors of torchvision's SSDLite or SSD300 (keys such as "
+            f"backbone.features.0.0.0.weight), got keys {keys}"
         )
-    names = [name for name in found if not _AVERAGE.search(name)] or list(found)
-    names = [name for name in names if name in USUAL] or names
+    names = [name for name in detectors if not _AVERAGE.search(name)] or list(detectors)
+    names = [name for name in names if name in USUAL_KEYS] or names
     if len(names) > 1:
-        raise EarlyExitError(
-            f"{path}: holds several detectors ({', '.join(names)[:120]}); save the one that is meant alone"
-        )
-    others = sorted(set(found) - set(names))
+        raise EarlyExitError(f"{path}: has several detectors ({', '.join(names)[:120]}); save only one of them")
+    others = sorted(set(detectors) - set(names))
     if others:
-        logger.warning("%s: the weights of '%s' are taken, not those of %s", path, names[0], ", ".join(others))
-    return found[names[0]]
+        logger.warning("%s: loads the weights '%s' and ignores %s", path, names[0], ", ".join(others))
+    return detectors[names[0]]
 
 
-def _mappings(content: Content, place: str = "", levels: int = MAX_NESTING) -> Iterator[tuple[str, Content]]:
-    """Every nested dict of ``content`` with its dotted path."""
-    yield place, content
+def _mappings(content: Content, name: str = "", levels: int = MAX_NESTING) -> Iterator[tuple[str, Content]]:
+    """Yield ``content`` and every nested dict, each with its dotted name."""
+    yield name, content
     for key, value in content.items():
         if levels > 1 and isinstance(key, str) and isinstance(value, Mapping):
-            yield from _mappings(value, f"{place}.{key}" if place else key, levels - 1)
+            yield from _mappings(value, f"{name}.{key}" if name else key, levels - 1)
 
 
-def _detectors(mapping: Content, place: str, path: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
-    """Dotted path with the key prefix -> state dict, of the detectors among the tensors of the dict at ``place``."""
+def _detectors(mapping: Content, name: str, path: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
+    """Return the state dicts of the detectors in the dict ``name``. Each is under that name plus its key prefix."""
     tensors: dict[str, Tensor] = {}
     for key, value in mapping.items():
         if isinstance(key, str) and isinstance(value, Tensor) and not key.endswith("n_averaged"):
-            name = ".".join(part for part in key.split(".") if part not in WRAPPERS)
-            if name in tensors:
-                raise EarlyExitError(f"{path}: {key:.80} is there with and without a wrapper's prefix; save one")
-            tensors[name] = value
+            plain = ".".join(part for part in key.split(".") if part not in WRAPPERS)
+            if plain in tensors:
+                raise EarlyExitError(f"{path}: has {key:.80} with and without a wrapper's prefix; save only one")
+            tensors[plain] = value
     states: dict[str, dict[str, Tensor]] = {}
-    prefixes = {name[: match.end()] for name in tensors if (match := _ROOT.search(name))}
-    for prefix in sorted(prefixes, key=len, reverse=True):  # a name belongs to its longest prefix
-        names = [name for name in tensors if name.startswith(prefix)]
-        states[f"{place}.{prefix}".strip(".")] = {name.removeprefix(prefix): tensors.pop(name) for name in names}
+    prefixes = {key[: match.end()] for key in tensors if (match := _PREFIX_END.search(key))}
+    for prefix in sorted(prefixes, key=len, reverse=True):  # a key belongs to its longest prefix
+        keys = [key for key in tensors if key.startswith(prefix)]
+        states[f"{name}.{prefix}".strip(".")] = {key.removeprefix(prefix): tensors.pop(key) for key in keys}
     return states
 
 
 def outputs_of(state: Mapping[str, Tensor]) -> int:
-    """Outputs per default box of a detector's head, background included; 0 if the head is not in ``state``."""
+    """Return the outputs per default box of a detector's head, background included; 0 if ``state`` has no head."""
     first = "head.classification_head.module_list.0"  # the predictor of the first map
     if f"{first}.1.bias" in state:  # SSDLite: a depthwise convolution, then the predictor, with 6 boxes per cell
         return len(state[f"{first}.1.bias"]) // 6
@@ -116,13 +114,13 @@ def outputs_of(state: Mapping[str, Tensor]) -> int:
 
 
 def exit_names_of(state: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Names of the exits whose branches are in a state dict, shallow to deep."""
+    """Return the names of the exits whose branches are in a state dict, shallow to deep."""
     names = {match[1] for key in state if (match := re.match(r"branches\.(exit\d{1,3})\.", key))}
     return tuple(sorted(names, key=lambda name: int(name[4:])))
 
 
 def has_reduced_tail(state: Mapping[str, Tensor], width: float) -> bool:
-    """Whether the last trunk layer has 480 channels (reduced tail) rather than 960, times the width."""
+    """Return whether the last trunk layer has 480 * width channels (reduced tail), not 960 * width."""
     last = state.get("backbone.features.1.3.0.weight")
     return last is None or last.shape[0] < 720 * width
 
@@ -139,14 +137,13 @@ Count = Annotated[int, 1, 2**31]
 class Architecture:
     """All settings that determine the shapes and the post-processing of a detector with early exits.
 
-    Instead of ``exits`` (shallow to deep) it accepts the keywords of `describe_exits`. A field of a wrong type or out
-    of its range is an EarlyExitError.
+    Instead of ``exits`` (shallow to deep) it accepts the keywords of `describe_exits`.
 
     Attributes:
         classes: names of the labels 1..K.
         detector: torchvision's name of the detector without exits.
         image_size: side of the network input, pixels.
-        trained_size: side of the input that the weights were trained at, pixels; 0: ``image_size``. If it differs from
+        trained_size: side of the network input in training, pixels; 0 means ``image_size``. If it differs from
             ``image_size``, default boxes keep their size in pixels (`PixelBoxes`).
         width, reduced_tail: shape of the trunk, see :func:`build_ssdlite`.
         head_outputs: outputs per default box of a folded head, before folding; 0 if the head is not folded.
@@ -154,7 +151,10 @@ class Architecture:
         competing: names of the classes that a compact head folds, largest probability first; empty for other heads.
         folded_branches: whether the branches' heads are folded like the full path's. Otherwise they have only
             background and ``classes``.
-        score_thresh: lowest score of a detection, one number or per class name.
+        score_thresh: lowest score of a detection: one number, or a dict of class names to numbers.
+
+    Raises:
+        EarlyExitError: a field of a wrong type or outside its range, or fields that contradict each other.
     """
 
     classes: tuple[str, ...]
@@ -182,39 +182,39 @@ class Architecture:
         fits = len(rows) == len(set(rows)) == classes and all(1 <= row < self.head_outputs for row in rows)
         if bool(self.head_outputs) != bool(rows) or (rows and not fits):
             raise EarlyExitError(
-                f"folded_rows is {shown(rows)} of {self.head_outputs} head_outputs, expected a row from 1 on for each "
-                f"of {classes} classes, or none"
+                f"folded_rows is {shown(rows)} with head_outputs {self.head_outputs}, expected a different row from 1 "
+                f"to head_outputs - 1 for each of {classes} classes, or () and 0"
             )
         if self.competing and len(self.competing) != self.head_outputs - 1 - classes:
             raise EarlyExitError(
-                f"competing has {len(self.competing)} names, expected one for each of {self.head_outputs} head_outputs "
-                f"but background and {classes} classes, or none"
+                f"competing has {len(self.competing)} names, expected none, or one for each of {self.head_outputs} "
+                f"head_outputs except background and the {classes} classes"
             )
         if self.folded_branches and not rows:
             raise EarlyExitError("folded_branches is true without folded_rows, expected false: no head is folded")
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
-        return tuple(one.layer for one in self.exits)
+        return tuple(early_exit.layer for early_exit in self.exits)
 
     def to_dict(self) -> dict:
-        """A dict of plain types, for JSON and for files read with ``weights_only=True``."""
-        values = {name.name: getattr(self, name.name) for name in dataclasses.fields(self)}
+        """Return the settings as plain types, for JSON and for files that are read with ``weights_only=True``."""
+        values = dict(vars(self))
         values |= exit_keywords(values.pop("exits"))
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: dict) -> Architecture:
-        """The inverse of :meth:`to_dict`; unknown keys and wrong types are errors."""
+        """The inverse of :meth:`to_dict`. Raises an EarlyExitError for unknown keys and wrong types."""
         values = dict(values)
-        # Older versions wrote these two. Their branches without copied layers (no "copy", or 0) had attention, and a
-        # cascade joined several branches. Both kinds of layers are gone; files whose branches lack them are read.
+        # Older versions wrote "attention" and "cascade". Branches without copied layers (no "copy", or 0) had attention
+        # layers, and a cascade connected branches. Files whose branches have neither are still read.
         attention, cascade = values.pop("attention", None), values.pop("cascade", False)
         keywords = {key: values.pop(key) for key in exit_keyword_names() if key in values}
         copied = keywords.get("copy", [0.0])
         has_attention = attention is not None and isinstance(copied, (list, tuple)) and not all(copied)
         exits = () if has_attention else describe_exits(**keywords)
-        if has_attention or (cascade and sum(not one.empty for one in exits) > 1):
+        if has_attention or (cascade and sum(not early_exit.empty for early_exit in exits) > 1):
             raise EarlyExitError(
                 "its branches have layers that this version does not support (attention, or a cascade from exit to "
                 "exit): train the exits again from its full path (MODEL.WEIGHTS, minutes)"
@@ -223,8 +223,8 @@ class Architecture:
 
     @classmethod
     def of(cls, model: EarlyExitDetector) -> Architecture:
-        """The description of a model in its current state. An EarlyExitError if layers, default boxes or normalisation
-        were changed, so that no description rebuilds it."""
+        """Describe a model in its current state. Raises an EarlyExitError if its layers, default boxes or normalisation
+        were replaced, since no description rebuilds it then."""
         head, state = model.head.classification_head, model.state_dict()
         names = ("classes", "exits", "width", "score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
         settings = {name: getattr(model, name) for name in names}
@@ -241,26 +241,27 @@ class Architecture:
             **settings,
         )
         with torch.random.fork_rng(devices=[]):
-            expected = _described_parts(architecture.build())
-        found = _described_parts(model)
-        for name in {**expected, **found}:
-            if expected.get(name) != found.get(name):
+            rebuilt = _described_parts(architecture.build())
+        present = _described_parts(model)
+        for name in {**rebuilt, **present}:
+            if rebuilt.get(name) != present.get(name):
                 raise EarlyExitError(
-                    f"the model is not as it was built: {name:.80} is {found.get(name)!s:.60}, expected "
-                    f"{expected.get(name)!s:.60}; a file of it could not be read again: save its state_dict() instead"
+                    f"the model is not as it was built: {name:.80} is {present.get(name)!s:.60}, expected "
+                    f"{rebuilt.get(name)!s:.60}; a model file cannot rebuild it: save its state_dict() instead"
                 )
         return architecture
 
     @classmethod
     def of_full_path(cls, values: dict) -> Architecture:
-        """As :meth:`from_dict` with the default exits instead of those in ``values``, which may be too old to read."""
+        """Like :meth:`from_dict`, but with the default exits. The exits in ``values`` may be too old to build."""
         exit_keys = {"attention", "cascade", *exit_keyword_names()}
         return cls.from_dict({key: value for key, value in values.items() if key not in exit_keys})
 
     def build_detector(self) -> SSD:
-        """The torchvision detector without exits, untrained."""
-        cuts = self.score_thresh  # torchvision's detector has one threshold for all classes
-        lowest = min(cuts.get(name, LEAST_SCORE) for name in self.classes) if isinstance(cuts, Mapping) else cuts
+        """Build the torchvision detector without exits, untrained."""
+        lowest = self.score_thresh
+        if isinstance(lowest, Mapping):  # torchvision's detector has one threshold for all classes
+            lowest = min(lowest.get(name, LEAST_SCORE) for name in self.classes)
         detector = detector_class(self.detector).build_plain(
             num_classes=self.head_outputs or len(self.classes) + 1,
             image_size=self.image_size,
@@ -282,6 +283,7 @@ class Architecture:
         return detector
 
     def add_exits(self, detector: SSD) -> EarlyExitDetector:
+        """Add the exits to a detector of `build_detector`."""
         if self.folded_branches:  # build the branches with all classes of the full path's head, then fold both
             whole = detector.head.classification_head
             detector.head.classification_head = SSDScoringHead(whole.module_list, whole.num_columns)
@@ -293,14 +295,15 @@ class Architecture:
         return model
 
     def build(self) -> EarlyExitDetector:
+        """Build the detector with its exits, untrained."""
         return self.add_exits(self.build_detector())
 
 
 def fold_model(
     model: EarlyExitDetector, classes: Sequence[str], rows: Sequence[int], competing: Sequence[str] = ()
 ) -> None:
-    """Fold all classes except ``classes``, whose class indices are ``rows``, into background, in the heads of the full
-    path and of the branches. ``competing``: names of the folded classes if the head is compact."""
+    """Fold all classes except ``classes`` (class indices ``rows``) into background, in the heads of the full path and
+    of the branches. ``competing`` are the names of the folded classes if the head is compact."""
     for part in (model, *model.branches.values()):
         if hasattr(part, "head"):
             part.head.classification_head = FoldedClassificationHead(part.head.classification_head, rows, competing)
@@ -310,13 +313,13 @@ def fold_model(
 
 
 def _described_parts(model: EarlyExitDetector) -> dict[str, object]:
-    """Name -> value of everything that a description determines: shapes, normalisation and default boxes."""
+    """Return everything that a description determines, by name: shapes, normalisation and default boxes."""
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items() if not key.startswith("router.")}
     normalisation = {name: list(getattr(model.transform, name)) for name in ("image_mean", "image_std", "fixed_size")}
     return {**shapes, **normalisation, "anchor_generator": repr(model.anchor_generator)}
 
 
-# Load a trained torchvision SSDLite, from torchvision's weights or a file, and change its classes.
+# Load a trained torchvision detector, from torchvision's weights or a file, and change its classes.
 
 COCO_CLASSES = tuple(SSDLite320_MobileNet_V3_Large_Weights.COCO_V1.meta["categories"][1:])
 """torchvision's names of the labels 1..90; "N/A" where COCO skips a number."""
@@ -330,22 +333,23 @@ def retrofit(
     photos: Iterable[Tensor] | None = None,
     tolerance: float = 0.0015,
 ) -> tuple[SSD, Architecture, ClassChange | None]:
-    """Load a trained torchvision detector and change its classes; every key of the checkpoint is used.
+    """Load a trained torchvision detector and change its classes. Every key of the checkpoint's full path is used.
 
     Args:
-        architecture: the wanted model; its ``classes`` are the wanted ones.
+        architecture: the wanted model, with the wanted ``classes``.
         weights: a member of torchvision's weight enum, its name, or a path. The branches of a model file of this
             project are ignored.
-        source_classes: names of the checkpoint's labels 1..K; None if they are the wanted ones. A model file of this
-            project contains its own.
-        fold: what happens to the unwanted classes. ``exact``: fold all of them; scores stay the same. ``compact``: fold
-            the competing ones and drop the others; a smaller head, scores stay almost the same. ``rows``: a cut head,
-            with background and the wanted classes only.
-        photos: for ``compact``: photos to find the competing classes on, [3, H, W] in [0, 1]; read only if needed.
+        source_classes: names of the checkpoint's labels 1..K; None if they are the wanted classes. Ignored for a model
+            file of this project, which has its own names.
+        fold: what happens to the unwanted classes. ``exact``: all are folded; scores stay the same. ``compact``: the
+            competing classes are folded and the others dropped; the head is smaller, and scores stay almost the same.
+            ``rows``: the head is cut to background and the wanted classes.
+        photos: for ``compact``: photos on which the competing classes are found, [3, H, W] in [0, 1]. They are read
+            only if needed.
         tolerance: for ``compact``, see :func:`earlyexit_ssd.modeling.heads.competing_rows`.
 
     Returns:
-        the detector, its architecture, and the change of its classes (None if they are the checkpoint's).
+        the detector, its architecture, and the change of its classes (None if they do not change).
 
     Raises:
         EarlyExitError: unreadable weights, wrong shapes, a class that the checkpoint lacks, an unknown ``fold``, or no
@@ -378,7 +382,7 @@ def retrofit(
         raise EarlyExitError(f"MODEL.FOLD '{fold}' cannot add classes ({change}); set MODEL.FOLD to 'rows'")
     if fold == "compact" and change.unwanted:
         if photos is None:
-            raise EarlyExitError("MODEL.FOLD 'compact' finds the classes that compete on photos; give retrofit photos")
+            raise EarlyExitError("MODEL.FOLD 'compact' needs photos to find competing classes; pass photos to retrofit")
         others = find_competing_rows(detector, rows, photos, tolerance)
         competing = tuple(source[row - 1] for row in others)
         change = dataclasses.replace(change, competing=competing)
@@ -393,27 +397,28 @@ def retrofit(
 
 
 def torchvision_name(
-    weights: str | os.PathLike[str] | WeightsEnum, kind: type[WeightsEnum] = SSDLite320_MobileNet_V3_Large_Weights
+    weights: str | os.PathLike[str] | WeightsEnum, enum: type[WeightsEnum] = SSDLite320_MobileNet_V3_Large_Weights
 ) -> str | None:
-    """Member name (without the enum's) in torchvision's weight enum ``kind``; None for a path."""
-    name = str(weights).removeprefix(f"{kind.__name__}.")
-    return name if name in kind.__members__ else None
+    """Return the name of a member of torchvision's weight enum, without the enum's name; None if it is a path."""
+    name = str(weights).removeprefix(f"{enum.__name__}.")
+    return name if name in enum.__members__ else None
 
 
 def load_full_path(
-    weights: str | os.PathLike[str] | WeightsEnum, kind: type[WeightsEnum] = SSDLite320_MobileNet_V3_Large_Weights
+    weights: str | os.PathLike[str] | WeightsEnum, enum: type[WeightsEnum] = SSDLite320_MobileNet_V3_Large_Weights
 ) -> tuple[dict[str, Tensor], Architecture | None]:
-    """State dict of a detector without exits, and its description if the file is a model of this project."""
-    name = torchvision_name(weights, kind)
+    """Return the state dict of a detector without its exits, and its description if it is a model file of this
+    project. ``weights`` is a member of torchvision's ``enum``, its name, or a path."""
+    name = torchvision_name(weights, enum)
     if name:
         try:
-            return kind[name].get_state_dict(progress=True, check_hash=True), None
+            return enum[name].get_state_dict(progress=True, check_hash=True), None
         except OSError as error:
             raise EarlyExitError(
                 f"torchvision's weights {weights} could not be downloaded ({error}); "
                 "download them elsewhere and set MODEL.WEIGHTS to the file's path"
             ) from None
-    require_weights(weights, kind)
+    require_weights(weights, enum)
     content = read_weights(weights)
     state = find_detector(content, weights)
     full_path = {key: value for key, value in state.items() if not key.startswith(("branches.", "router."))}
@@ -426,27 +431,27 @@ def load_full_path(
 
 
 def require_weights(
-    weights: str | os.PathLike[str] | WeightsEnum, kind: type[WeightsEnum] = SSDLite320_MobileNet_V3_Large_Weights
+    weights: str | os.PathLike[str] | WeightsEnum, enum: type[WeightsEnum] = SSDLite320_MobileNet_V3_Large_Weights
 ) -> None:
-    """An EarlyExitError with the nearest name if ``weights`` is neither a file nor a member of the enum ``kind``."""
-    if torchvision_name(weights, kind) is None and not Path(weights).is_file():
-        names = kind.__members__
-        hint = nearest(str(weights), names) or f"; torchvision's own are {', '.join(names)}"
+    """Raise an EarlyExitError with the nearest name if ``weights`` is neither a file nor a member of ``enum``."""
+    if torchvision_name(weights, enum) is None and not Path(weights).is_file():
+        names = enum.__members__
+        hint = nearest(str(weights), names) or f"; torchvision's weights are {', '.join(names)}"
         raise EarlyExitError(f"weights {weights}: no such file{hint}")
 
 
 def read_weights(path: str | os.PathLike[str]) -> Content:
-    """Read a file of tensors and plain types; no code in it is executed."""
+    """Read a file of tensors and plain types. No code in it is executed. Raises an EarlyExitError for other files."""
     try:  # torchvision's reference training stores its arguments in a Namespace
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or foreign file may raise any exception; no unsafe unpickling instead
-        held = re.search(r"GLOBAL ([\w.]{1,60})", str(error))
-        fix = "save model.state_dict() alone" if held else "fetch or train it again"
+    except Exception as error:  # a damaged or foreign file may raise any exception
+        refused = re.search(r"GLOBAL ([\w.]{1,60})", str(error))
+        fix = "save model.state_dict() alone" if refused else "download or train it again"
         raise EarlyExitError(
             f"{path}: not a file of weights that can be read safely ({type(error).__name__}"
-            f"{f', it holds {held[1]}' if held else ''}); expected what torch.save writes, tensors and plain types "
-            f"only: {fix}"
+            f"{f', it contains {refused[1]}' if refused else ''}); expected a file of torch.save with only tensors and "
+            f"plain types: {fix}"
         ) from None
     if not isinstance(content, dict):
         raise EarlyExitError(
@@ -455,24 +460,24 @@ def read_weights(path: str | os.PathLike[str]) -> Content:
     try:
         require_bounded(content)
     except ValueError as error:
-        raise EarlyExitError(f"{path}: {error}, no file of weights has that; save model.state_dict()") from None
+        raise EarlyExitError(f"{path}: {error}, not a file of weights; save model.state_dict()") from None
     return content
 
 
 def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: str | os.PathLike[str]) -> None:
-    """Load strictly. An EarlyExitError names the first missing or unexpected key, wrong shape or type, NaN, or value
-    that is no dense tensor of numbers."""
+    """Load a state dict strictly. Raises an EarlyExitError that names the first missing or unexpected key, wrong shape
+    or type, NaN, or value that is not a dense tensor of real numbers."""
     fix = "save model.state_dict()"
     if not isinstance(state, dict) or not state:
         raise EarlyExitError(f"{source}: expected a state dict of tensors, got {shown(state)}; {fix}")
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            kind = type(value).__name__
-            raise EarlyExitError(f"{source}: expected names and tensors, got {shown(key, 50)}: {kind}; {fix}")
+            entry = f"{shown(key, 50)}: {type(value).__name__}"
+            raise EarlyExitError(f"{source}: expected names and tensors, got {entry}; {fix}")
         dense = value.layout == torch.strided and value.device.type != "meta" and not value.is_nested
         if not dense or value.is_quantized or value.is_complex():
-            kind = f"{value.layout} {value.dtype} on {value.device}"
-            raise EarlyExitError(f"{source}: {key} is {kind}, expected an ordinary tensor of numbers; {fix}")
+            tensor = f"{value.layout} {value.dtype} on {value.device}"
+            raise EarlyExitError(f"{source}: {key} is {tensor}, expected a dense tensor of real numbers; {fix}")
     expected = module.state_dict()
     problems = {key: f"lacks {key}" for key in expected if key not in state}
     problems |= {key: f"has {key}, which the model lacks" for key in state if key not in expected}
@@ -486,17 +491,17 @@ def load_every_key(module: torch.nn.Module, state: dict[str, Tensor], source: st
         first = next(iter(problems.values()))
         raise EarlyExitError(f"{source} does not fit the model: {first} ({len(problems)} differences); check {check}")
     for key, value in expected.items():
-        given = state[key]
-        if given.is_floating_point() != value.is_floating_point() or given.dtype == torch.bool:
-            raise EarlyExitError(f"{source}: {key} is {given.dtype}, the model has {value.dtype}; save it anew")
-        if not given.float().isfinite().all():
-            raise EarlyExitError(f"{source}: {key} has NaN or infinity, its training went wrong; take other weights")
+        loaded = state[key]
+        if loaded.is_floating_point() != value.is_floating_point() or loaded.dtype == torch.bool:
+            raise EarlyExitError(f"{source}: {key} is {loaded.dtype}, expected {value.dtype}; convert and save it")
+        if not loaded.float().isfinite().all():
+            raise EarlyExitError(f"{source}: {key} has NaN or infinity, so its training failed; use other weights")
     module.load_state_dict(state)
 
 
 def resize_detector(model: EarlyExitDetector, architecture: Architecture, size: int, *, cut: bool = False) -> SSD:
-    """The full path at an input of ``size`` x ``size`` pixels, in eval mode, on the model's device. Default boxes keep
-    their size in pixels (`PixelBoxes`). With ``cut`` a folded head keeps only background and the model's classes."""
+    """Return a copy of the full path for inputs of ``size`` x ``size`` pixels, in eval mode, on the model's device.
+    Default boxes keep their size in pixels (`PixelBoxes`). ``cut`` cuts a folded head to the model's classes."""
     trained_size = architecture.trained_size or architecture.image_size
     detector = dataclasses.replace(architecture, image_size=size, trained_size=trained_size).build_detector()
     state = {key: value for key, value in model.state_dict().items() if key.startswith(("backbone.", "head."))}

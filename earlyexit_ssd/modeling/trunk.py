@@ -1,7 +1,7 @@
 """torchvision's SSDLite320 MobileNetV3-Large for any input size and width, built from torchvision's parts.
 
-*C4* is trunk layer 13, the last block with stride 2. torchvision splits the trunk inside it: the output of its first
-convolution, the *expansion*, is the first and finest map of the head.
+*C4* is trunk layer 13, the last block with stride 2. torchvision splits the trunk inside C4: the output of C4's first
+convolution (the *expansion*) is the finest feature map of the head.
 """
 
 from __future__ import annotations
@@ -41,31 +41,31 @@ def build_ssdlite(
     detections_per_img: int = 300,
     topk_candidates: int = 300,
 ) -> SSD:
-    """A torchvision ``SSD`` with torchvision's SSDLite layers; at 320 px and width 1.0 it is torchvision's model.
+    """Build a torchvision ``SSD`` from torchvision's SSDLite layers. At 320 px and width 1.0 it is torchvision's model.
 
-    Other arguments are those of torchvision's ``ssdlite320_mobilenet_v3_large`` and ``SSD``.
+    The other arguments are those of torchvision's ``ssdlite320_mobilenet_v3_large`` and ``SSD``.
 
     Args:
         image_size: side of the square input, pixels.
-        width: multiplier of the channels of every layer, those of the extra layers too.
+        width: factor on the channels of every layer, the extra layers included.
         reduced_tail: halve the channels of C4's output and of layers 14 to 16, as in torchvision's COCO weights
             (MobileNetV3 paper, table 6). ImageNet weights have the full tail.
-        weights_backbone: ImageNet weights of the trunk; they need ``width=1.0`` and ``reduced_tail=False``.
-        trainable_layers: number of trunk stages that get a gradient, from the last one, 0 to 6.
+        weights_backbone: ImageNet weights of the trunk. They need ``width=1.0`` and ``reduced_tail=False``.
+        trainable_layers: number of trunk stages that are trained, counted from the last stage, 0 to 6.
 
     Raises:
-        ValueError: ImageNet weights with another width or tail.
+        ValueError: ``weights_backbone`` with another width or with the reduced tail.
     """
     if weights_backbone is not None and (width != 1.0 or reduced_tail):
         raise ValueError(
-            "ImageNet weights of the trunk need width=1.0 and reduced_tail=False; for others give weights_backbone=None"
+            "ImageNet weights of the trunk need width=1.0 and reduced_tail=False; otherwise set weights_backbone=None"
         )
     trunk = mobilenet_v3_large(
         weights=weights_backbone, progress=progress, norm_layer=norm_layer, width_mult=width, reduced_tail=reduced_tail
     )
     if weights_backbone is None:
         _normal_init(trunk)
-    # torchvision marks blocks with a stride by `_is_cn`; the last of them is C4
+    # torchvision sets `_is_cn` on blocks with a stride; the last such block is C4
     strided = [index for index, layer in enumerate(trunk.features) if getattr(layer, "_is_cn", False)]
     stages = [0, *strided, len(trunk.features) - 1, len(trunk.features)]
     trunk.features[: stages[6 - trainable_layers]].requires_grad_(False)
@@ -86,7 +86,7 @@ def build_ssdlite(
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     )
-    detector.width = width  # channel counts are rounded, so the layers do not determine it
+    detector.width = width  # stored, since channel counts are rounded and do not determine it
     return detector
 
 
@@ -95,17 +95,17 @@ def build_ssdlite(
 
 @dataclass(frozen=True)
 class Trunk:
-    """The layers of a detector's backbone as steps that are run one after the other.
+    """The layers of a detector's backbone as a sequence of steps.
 
-    It is created for each use, since layers may have been replaced. It is not a module, so the parameters keep
+    A new one is created for each use, since layers may have been replaced. It is not a module, so the parameters keep
     torchvision's names.
 
     Attributes:
         steps: the modules up to the last trunk layer.
-        extra: modules that compute the coarser maps of the head, each from the map before.
-        ends: per trunk layer, the number of steps up to and including it.
+        extra: the modules after it. Each computes a coarser map of the head from the map before.
+        ends: for each trunk layer, the number of steps up to and including the layer.
         finest_step: index of the step whose output is the finest map of the head.
-        scale_finest: normalisation of the finest map, if there is one.
+        scale_finest: normalisation of the finest map; None if it has none.
     """
 
     steps: Sequence[nn.Module]
@@ -115,14 +115,15 @@ class Trunk:
     scale_finest: Callable[[Tensor], Tensor] | None = None
 
     def run(self, x: Tensor, start: int, end: int, finest: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Run the steps ``start`` to ``end - 1``; returns the output and, once it is computed, the finest map."""
+        """Run the steps ``start`` to ``end - 1``. Return the output and the finest map. ``finest`` is the finest map
+        of an earlier call; None if its step has not run."""
         for index in range(start, end):
             x = self.steps[index](x)
             finest = x if index == self.finest_step else finest
         return x, finest
 
     def feature_maps(self, x: Tensor, finest: Tensor) -> list[Tensor]:
-        """The feature maps of the full path's head, fine to coarse, from what the last `run` returned."""
+        """Return the feature maps of the full path's head, fine to coarse, from the two values of the last `run`."""
         maps = [self.scale_finest(finest) if self.scale_finest else finest, x]
         for block in self.extra:
             maps.append(block(maps[-1]))
@@ -130,10 +131,10 @@ class Trunk:
 
 
 def ssdlite_trunk(backbone: nn.Module) -> Trunk:
-    """The trunk of torchvision's ``SSDLiteFeatureExtractorMobileNet``; layers are counted from 0, the stem.
+    """Return the trunk of torchvision's ``SSDLiteFeatureExtractorMobileNet``. Layer 0 is the stem.
 
-    Its ``features[0]`` ends with C4's expansion. Its ``features[1]`` is the rest of C4 and the layers after it. So C4
-    is two steps. An EarlyExitError for another kind of backbone.
+    C4 is two steps, since ``features[0]`` ends with C4's expansion and ``features[1]`` starts with the rest of C4.
+    Raises an EarlyExitError for another kind of backbone.
     """
     try:
         head_part, tail_part = backbone.features
@@ -141,46 +142,47 @@ def ssdlite_trunk(backbone: nn.Module) -> Trunk:
     except (AttributeError, TypeError, ValueError):
         raise EarlyExitError(
             f"backbone is a {type(backbone).__name__}, expected torchvision's SSDLiteFeatureExtractorMobileNet "
-            "(`features` in two parts, and `extra`): photos leave between its layers"
+            "(`features` in two parts, and `extra`), since exits are attached between its layers"
         ) from None
     c4 = len(head_part) - 1
     return Trunk(steps, extra, [*range(1, c4 + 1), *range(c4 + 2, len(steps) + 1)], finest_step=c4)
 
 
 def small_copy(x: Tensor, pixels: int) -> Tensor:
-    """Images [N, 3, S, S] resized to a side of ``pixels``: bilinear to the largest multiple of ``pixels`` up to S, then
-    average pooling. Bilinear interpolation alone would ignore pixels if it shrank by more than a factor of two.
+    """Resize images [N, 3, S, S] to [N, 3, pixels, pixels].
 
-    Where that is faster, one convolution does both steps at once.
+    Bilinear interpolation resizes them to the largest multiple of ``pixels`` up to S, and average pooling does the
+    rest. Interpolation alone ignores pixels if it shrinks by more than a factor of two. One convolution replaces both
+    steps where it is faster.
     """
-    side = int(x.shape[-1])  # a number also while tracing, where shapes are tensors
-    times = max(1, side // pixels)
-    block, points = (length // math.gcd(side, pixels) for length in (side, pixels))
-    if times > 1 and 1 < points < block <= LARGEST_BLOCK:
-        weights = _block_weights(x.shape[1], block, points, times).to(x)
-        return F.pixel_shuffle(F.conv2d(x, weights, stride=block), points)
-    if side != times * pixels:
-        x = F.interpolate(x, (times * pixels, times * pixels), mode="bilinear", align_corners=False)
-    return F.avg_pool2d(x, times) if times > 1 else x
+    side = int(x.shape[-1])  # while tracing, shapes are tensors
+    pool = max(1, side // pixels)
+    block, out_block = (length // math.gcd(side, pixels) for length in (side, pixels))
+    if pool > 1 and 1 < out_block < block <= LARGEST_BLOCK:
+        weights = _block_weights(x.shape[1], block, out_block, pool).to(x)
+        return F.pixel_shuffle(F.conv2d(x, weights, stride=block), out_block)
+    if side != pool * pixels:
+        x = F.interpolate(x, (pool * pixels, pool * pixels), mode="bilinear", align_corners=False)
+    return F.avg_pool2d(x, pool) if pool > 1 else x
 
 
 LARGEST_BLOCK = 10
-"""Side of a block of pixels up to which one convolution is faster than interpolation and pooling. A *block* is the
-smallest square of whole pixels that becomes a square of whole pixels."""
+"""Largest side of a block, in pixels, at which one convolution is faster than interpolation and pooling. A *block* is
+the smallest square of input pixels that is resized to a whole number of output pixels."""
 
 
-def _block_weights(channels: int, block: int, points: int, times: int) -> Tensor:
-    """Weights [channels * points^2, channels, block, block] with which `small_copy` takes every block of ``block`` x
-    ``block`` pixels to ``points`` x ``points`` output pixels. None of these depends on another block."""
-    rows = F.interpolate(torch.eye(block)[None], size=points * times, mode="linear", align_corners=False)
-    line = F.avg_pool1d(rows, times)[0].T  # [points, block]
-    one = torch.einsum("pi,qj->pqij", line, line).reshape(1, points**2, 1, block, block)
-    return (torch.eye(channels)[:, None, :, None, None] * one).flatten(0, 1)
+def _block_weights(channels: int, block: int, out_block: int, pool: int) -> Tensor:
+    """Convolution weights [channels * out_block^2, channels, block, block] that resize each block of ``block`` x
+    ``block`` pixels to ``out_block`` x ``out_block`` pixels. No output pixel depends on two blocks."""
+    rows = F.interpolate(torch.eye(block)[None], size=out_block * pool, mode="linear", align_corners=False)
+    line = F.avg_pool1d(rows, pool)[0].T  # [out_block, block]
+    square = torch.einsum("pi,qj->pqij", line, line).reshape(1, out_block**2, 1, block, block)
+    return (torch.eye(channels)[:, None, :, None, None] * square).flatten(0, 1)
 
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Context manager: eval mode without gradients. At the end it restores the train/eval flag of every sub-module."""
+    """Put models in eval mode, without gradients. At the end the train/eval flag of every submodule is restored."""
     flags = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
@@ -193,20 +195,21 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def grids_of(backbone: nn.Module, size: int) -> list[tuple[int, int]]:
-    """(height, width) in cells of the head's feature maps for an input of ``size`` x ``size`` pixels."""
+    """Return (height, width) in cells of each feature map of the head, for an input of ``size`` x ``size`` pixels."""
     with evaluating(backbone):
         maps = backbone(torch.zeros(1, 3, size, size, device=next(backbone.parameters()).device)).values()
     return [tuple(feature.shape[-2:]) for feature in maps]
 
 
 class PixelBoxes(DefaultBoxGenerator):
-    """Default boxes for another input size. Their sides and the distances between them stay the same in pixels as at
-    the trained size.
+    """Default boxes for an input size that differs from the trained size. Their sides and distances in pixels are those
+    at the trained size.
 
     Args:
         generator: torchvision's generator, whose boxes scale with the input.
         grids: (height, width) in cells of the feature maps at ``trained_size``.
-        trained_size, size: side of the input in training, and in use, pixels.
+        trained_size: side of the input in training, pixels.
+        size: side of the input now, pixels.
     """
 
     def __init__(
@@ -217,9 +220,9 @@ class PixelBoxes(DefaultBoxGenerator):
         self.trained_size, self._factor = trained_size, trained_size / size
 
     def forward(self, images: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        """Per image [A, 4] xyxy in network pixels."""
+        """Return the default boxes of each image, [A, 4] xyxy in network pixels."""
         scaled = []
-        for boxes in super().forward(images, feature_maps):  # ``steps`` keeps the centres; the sides still scale
+        for boxes in super().forward(images, feature_maps):  # ``steps`` fixes the centres, but sides scale with input
             centres, halves = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * self._factor
             scaled.append(torch.cat([centres - halves, centres + halves], 1))
         return scaled

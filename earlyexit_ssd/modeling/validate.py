@@ -1,4 +1,4 @@
-"""Checks of the model's inputs, with one-line errors: which image, what was expected, what was given."""
+"""Checks of the model's inputs and parts. Errors name the image or target, the value and what was expected."""
 
 from __future__ import annotations
 
@@ -13,58 +13,62 @@ from earlyexit_ssd.errors import EarlyExitError, nearest
 from earlyexit_ssd.modeling.heads import num_outputs
 from earlyexit_ssd.modeling.losses import LossSettings
 
-SLACK = 0.5  # how far pixel values may lie outside [0, 1], because of augmentation and interpolation
+SLACK = 0.5  # distance from [0, 1] that pixel values may have, because of augmentation and interpolation
 
-LEAST_SCORE = 0.001  # lowest score of a class that ``score_thresh`` does not name; torchvision's default for SSDLite
+LEAST_SCORE = 0.001  # score threshold of a class without an entry in ``score_thresh``; torchvision's for SSDLite
 
-WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 def check_images(images: Sequence[Tensor]) -> None:
-    """Check for float tensors [3, H, W] in [0, 1]; values only on the CPU, since a GPU would have to synchronise."""
+    """Check that images are float tensors [3, H, W] in [0, 1]. Values are checked only on the CPU, since a GPU would
+    have to synchronise."""
     if not len(images):
         raise EarlyExitError("no image: expected a list of at least one float tensor [3, H, W]")
     for index, image in enumerate(images):
         fits = isinstance(image, Tensor) and image.is_floating_point() and image.dim() == 3 and image.shape[0] == 3
         if not fits or not image.numel():
-            given = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-            raise EarlyExitError(f"image {index}: expected a float tensor [3, H, W] in [0, 1], got {given}")
+            actual = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+            raise EarlyExitError(f"image {index}: expected a float tensor [3, H, W] in [0, 1], got {actual}")
         if image.device.type == "cpu" and not is_traced():
             low, high = (float(value) for value in image.aminmax())
             if not (low >= -SLACK and high <= 1 + SLACK):
                 raise EarlyExitError(
-                    f"image {index}: values from {low:g} to {high:g}, expected [0, 1]; divide pixels by 255, and leave "
-                    "the normalisation to the model"
+                    f"image {index}: values from {low:g} to {high:g}, expected [0, 1]; divide pixels by 255 and do not "
+                    "normalise them, since the model does it"
                 )
 
 
 def check_targets(
     targets: Sequence[dict[str, Tensor]] | None, count: int, classes: Sequence[str]
 ) -> list[dict[str, Tensor]]:
-    """The targets with fp32 boxes xyxy of positive width and height and int64 labels in 1..K, from boxes of any number
-    type and labels of any integer type; other keys stay."""
+    """Return copies of the targets of ``count`` images, with fp32 boxes and int64 labels; other keys stay.
+
+    ``boxes`` [n, 4] are xyxy with positive width and height, of any real number type. ``labels`` [n] are integers of
+    any type in 1..K. Raises an EarlyExitError for other targets.
+    """
     if targets is None or len(targets) != count:
-        given = targets and len(targets)
-        raise EarlyExitError(f"train mode needs one target per image: {count} images, {given} targets")
-    return [_checked(target, index, classes) for index, target in enumerate(targets)]
+        present = 0 if targets is None else len(targets)
+        raise EarlyExitError(f"train mode needs one target per image: {count} images, {present} targets")
+    return [_check_target(target, index, classes) for index, target in enumerate(targets)]
 
 
-def _checked(target: dict[str, Tensor], index: int, classes: Sequence[str]) -> dict[str, Tensor]:
+def _check_target(target: dict[str, Tensor], index: int, classes: Sequence[str]) -> dict[str, Tensor]:
     boxes, labels = (_tensor_of(target, key, index) for key in ("boxes", "labels"))
     if boxes.dim() != 2 or boxes.shape[1] != 4 or labels.dim() != 1 or len(boxes) != len(labels):
         raise EarlyExitError(
             f"target {index}: expected boxes [n, 4] and labels [n], got {list(boxes.shape)} and {list(labels.shape)}"
         )
-    if not (boxes.is_floating_point() or boxes.dtype in WHOLE):
+    if not (boxes.is_floating_point() or boxes.dtype in INTEGERS):
         raise EarlyExitError(f"target {index}: boxes are {boxes.dtype}, expected numbers such as torch.float32")
-    if labels.dtype not in WHOLE and len(labels):  # torch.zeros(0) is float, and means no labels
+    if labels.dtype not in INTEGERS and len(labels):  # no labels: torch.zeros(0), which is float, is accepted
         raise EarlyExitError(f"target {index}: labels are {labels.dtype}, expected whole numbers such as torch.int64")
     boxes, labels = boxes.to(torch.float32), labels.to(torch.int64)
     bad = ~((boxes[:, 2:] > boxes[:, :2]).all(1) & torch.isfinite(boxes).all(1))
     if bad.any():
         first = int(bad.nonzero()[0])
         raise EarlyExitError(
-            f"target {index}, box {first}: {boxes[first].tolist()} has no positive width and height (xyxy expected)"
+            f"target {index}, box {first}: {boxes[first].tolist()}, expected xyxy with positive width and height"
         )
     if len(labels) and not (int(labels.min()) >= 1 and int(labels.max()) <= len(classes)):
         raise EarlyExitError(
@@ -77,16 +81,16 @@ def _checked(target: dict[str, Tensor], index: int, classes: Sequence[str]) -> d
 def _tensor_of(target: object, key: str, index: int) -> Tensor:
     expected = f"target {index}: expected a dict with the tensors boxes and labels"
     if not isinstance(target, Mapping) or key not in target:
-        raise EarlyExitError(f"{expected}, it has no {key}")
+        raise EarlyExitError(f"{expected}, but {key} is missing")
     value = target[key]
     if not isinstance(value, Tensor):
-        kind = f"{type(value).__name__}{f' of {value.dtype}' if hasattr(value, 'dtype') else ''}"
-        raise EarlyExitError(f"{expected}, it has {key} {kind}; make a tensor of it, torch.as_tensor")
+        actual = f"{type(value).__name__}{f' of {value.dtype}' if hasattr(value, 'dtype') else ''}"
+        raise EarlyExitError(f"{expected}, but {key} has the type {actual}; convert it with torch.as_tensor")
     return value
 
 
 def score_thresh(value: object, classes: Sequence[str]) -> float | dict[str, float]:
-    """The checked lowest score, or class name -> lowest score in the order of ``classes``."""
+    """Return the checked ``score_thresh``, a number or a dict. The dict's keys are in the order of ``classes``."""
     expected = "expected a number, or a dict of class names to numbers"
     if not isinstance(value, Mapping):
         if isinstance(value, bool) or not isinstance(value, Real) or value != value:
@@ -97,7 +101,7 @@ def score_thresh(value: object, classes: Sequence[str]) -> float | dict[str, flo
     for name, score in value.items():
         if name not in classes:
             hint = nearest(str(name), classes) or f"; the classes are {', '.join(classes)[:100]}"
-            raise EarlyExitError(f"score_thresh names {name!r:.60}, no class of the model{hint}")
+            raise EarlyExitError(f"score_thresh has {name!r:.60}, which is no class of the model{hint}")
         if isinstance(score, bool) or not isinstance(score, Real) or not 0 <= score <= 1:
             raise EarlyExitError(f"score_thresh of {name!r:.60} is {score!r:.40}, expected a number in [0, 1]")
     return {name: float(value[name]) for name in dict.fromkeys(classes) if name in value}
@@ -109,13 +113,13 @@ def check_head(head: nn.Module, num_classes: int) -> None:
     outputs = num_outputs(classification) if hasattr(classification, "num_columns") else num_classes
     if outputs != num_classes:
         raise EarlyExitError(
-            f"the head has {outputs} outputs, the model {num_classes} (background and its classes): build the model "
-            "anew, EarlyExitSSDLite(detector, classes=...), so that the exits have them too"
+            f"the head has {outputs} outputs, expected {num_classes} (background and the model's classes); build a new "
+            "model, EarlyExitSSDLite(detector, classes=...), so that the exits fit too"
         )
 
 
 def is_traced() -> bool:
-    """Whether the model is being traced for TorchScript, ONNX or torch.export, not by torch.compile."""
+    """Return whether the model is being traced for TorchScript, ONNX or torch.export. False for torch.compile."""
     if hasattr(torch.compiler, "is_exporting"):
         exporting = torch.compiler.is_exporting()
     else:  # before torch 2.7
@@ -124,11 +128,11 @@ def is_traced() -> bool:
 
 
 def check_not_traced(router: object) -> None:
-    """Refuse to trace a model with a router: the trace would contain the sample photo's exit for all photos."""
+    """Raise an EarlyExitError while a model with a router is traced: all photos would take the sample photo's exit."""
     if router is not None and is_traced():
         raise EarlyExitError(
-            "a model with a router cannot be traced or exported: every photo would take the sample photo's exit; "
-            "earlyexit export writes one ONNX file that routes, model.router = None leaves the full path alone"
+            "a model with a router cannot be traced or exported: every photo would take the sample photo's exit; use "
+            "`earlyexit export` for an ONNX file that routes, or set model.router = None for the full path alone"
         )
 
 
@@ -137,23 +141,24 @@ def check_losses(losses: object, exits: int) -> None:
     if not isinstance(losses, LossSettings):
         raise EarlyExitError(f"losses is {losses!r:.60}, expected a LossSettings")
     if len(losses.exit_weights) not in (1, exits):
-        given = f"exit_weights of the losses is {losses.exit_weights}"
-        raise EarlyExitError(f"{given}, expected one number, or one for each of {exits} exits")
+        weights = f"exit_weights of the losses is {losses.exit_weights}"
+        raise EarlyExitError(f"{weights}, expected one number, or one for each of {exits} exits")
 
 
 def check_router(router: object, count: int, trains: bool = False) -> None:
-    """Check that a router is None or implements `Router` for ``count`` early exits; ``trains``: its loss too."""
-    asked = ["confidence", "needs", "leaves"] + ["temperature_loss"] * trains
-    answers = all(callable(getattr(router, name, None)) for name in asked) and hasattr(router, "hybrid")
-    if router is not None and (isinstance(router, type) or not answers):
+    """Check that a router is None or implements `Router` for ``count`` early exits. With ``trains`` it must also have
+    ``temperature_loss``."""
+    methods = ["confidence", "needs", "leaves"] + ["temperature_loss"] * trains
+    complete = all(callable(getattr(router, name, None)) for name in methods) and hasattr(router, "hybrid")
+    if router is not None and (isinstance(router, type) or not complete):
         raise EarlyExitError(f"router is {router!r:.60}, expected an ExitRouter, or None")
-    known = getattr(router, "num_exits", count)
-    if known != count:
-        raise EarlyExitError(f"the router is for {known} early exits, the model has {count}; build it with {count}")
+    exits = getattr(router, "num_exits", count)
+    if exits != count:
+        raise EarlyExitError(f"the router is for {exits} early exits, the model has {count}; set num_exits={count}")
 
 
 def check_batch(model: nn.Module, count: int) -> None:
-    """Refuse a training batch of one image: BatchNorm cannot normalise its 1x1 map."""
+    """Raise an EarlyExitError for a training batch of one image, since BatchNorm cannot normalise its 1x1 map."""
     if count == 1 and any(module.training for module in model.modules() if isinstance(module, _BatchNorm)):
         raise EarlyExitError(
             "a training batch of 1 image: BatchNorm needs 2 or more on the 1x1 map; use a larger batch size"

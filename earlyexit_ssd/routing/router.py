@@ -1,4 +1,4 @@
-"""Decide at each exit which images leave."""
+"""The router, which decides at each exit which images leave."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from earlyexit_ssd.routing.policies import at_likeliest_boxes, get_policy
 
 
 class ExitRouter(nn.Module):
-    """An image leaves at the first exit whose confidence reaches that exit's threshold; the full path takes the rest.
+    """Images leave at the first exit whose confidence reaches its threshold. Other images take the full path.
 
-    ``thresholds``, ``temperatures`` and ``policy`` may be assigned later; they are checked as in the constructor. A
-    policy that needs parameters can only be given to the constructor.
+    ``thresholds``, ``temperatures`` and ``policy`` may be assigned later, with the checks of the constructor. A policy
+    with fitted parameters can only be passed to the constructor.
 
     Args:
         num_exits: number of early exits, without the full path.
         policy: name of the function that computes the confidence, see :mod:`earlyexit_ssd.routing.policies`.
         parameters: the parameters of a fitted policy such as ``learned_gain``; None for other policies.
-        thresholds: one per exit, or one for all, in [0, 1]; or `CLOSED` (2), so that no image leaves there. By default
-            every exit is closed: a threshold is safe only after calibration (``tools/calibrate.py``).
-        temperatures: one per exit, or one for all. The policy gets the logits divided by them; the logits of the full
-            path are never divided.
-        hybrid: every image runs the whole trunk. Its classes come from the first exit that reaches its threshold, its
-            boxes from the full path.
+        thresholds: one per exit, or one for all exits, in [0, 1] or `CLOSED` (2). No image leaves at a closed exit.
+            By default all exits are closed, since a threshold is safe only after calibration (``tools/calibrate.py``).
+        temperatures: one per exit, or one for all exits. An exit's logits are divided by its temperature before the
+            policy gets them. The logits of the full path are not divided.
+        hybrid: every image runs the whole trunk. Its classes come from the first exit that reaches its threshold, and
+            its boxes from the full path.
         temperature_bounds: (low, high). Temperatures are clamped to them after every training step.
-        learn_temperatures: fit the temperatures while the exits train; no gradient flows into the logits. As Guo et al.
-            2017, but with the balanced loss of `temperature_loss`.
+        learn_temperatures: fit the temperatures while the exits train (temperature scaling, Guo et al. 2017, but with
+            the balanced loss of `temperature_loss`). No gradient flows into the logits.
 
     Attributes:
-        certificate: the `Certificate` that the router was made from; None if it was made without one.
+        certificate: the `Certificate` that the router was built from, or None.
 
     Raises:
-        EarlyExitError: an unknown policy, a number out of its range, or a wrong number of values.
+        EarlyExitError: an unknown policy, a number outside its range, or a wrong number of values.
     """
 
     @suggest_keywords
@@ -63,7 +63,7 @@ class ExitRouter(nn.Module):
             raise EarlyExitError(f"hybrid is {hybrid!r}, expected True or False")
         self.certificate: Any = None
         self.num_exits, self.hybrid = num_exits, hybrid
-        self._look_up(policy, parameters)
+        self._set_policy(policy, parameters)
         self.temperature_bounds = tuple(temperature_bounds)
         if len(self.temperature_bounds) != 2 or not 0 < self.temperature_bounds[0] < self.temperature_bounds[1]:
             raise EarlyExitError(f"temperature_bounds {self.temperature_bounds}: expected 0 < low < high")
@@ -74,22 +74,23 @@ class ExitRouter(nn.Module):
         else:
             self.register_buffer("temperatures", temperature)
 
-    def _look_up(self, policy: str, parameters: Any) -> None:
-        found = get_policy(policy, parameters)
-        self._modules.pop("_policy", None)  # a function cannot be assigned to an attribute that holds a module
-        self._policy, self._policy_name, self._plain_parameters = found, policy, parameters
-        self._boxes, self._reads_taps = found.boxes, getattr(found, "reads_taps", False)
+    def _set_policy(self, name: str, parameters: Any) -> None:
+        policy = get_policy(name, parameters)
+        self._modules.pop("_policy", None)  # nn.Module refuses to replace a module by a function
+        self._policy, self._policy_name, self._plain_parameters = policy, name, parameters
+        self._boxes, self._reads_taps = policy.boxes, getattr(policy, "reads_taps", False)
 
     @property
     def policy(self) -> str:
+        """Name of the policy."""
         return self._policy_name
 
     @policy.setter
     def policy(self, name: str) -> None:
-        self._look_up(name, None)
+        self._set_policy(name, None)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Accept numbers for thresholds and temperatures, as in the constructor."""
+        """Accept numbers and lists for thresholds and temperatures, as in the constructor."""
         if name in ("thresholds", "temperatures") and hasattr(self, name):
             bounds = (0.0, 1.0) if name == "thresholds" else self.temperature_bounds
             old = getattr(self, name)
@@ -102,26 +103,27 @@ class ExitRouter(nn.Module):
             super().__setattr__(name, value)
 
     def confidence(self, signals: ExitSignals, exit_index: int) -> Tensor:
-        """Confidences [N] at an exit, in [0, 1]; the full path is exit ``num_exits``. They are -1, which reaches no
-        threshold, at an exit without a branch if the policy reads logits only."""
+        """Compute confidences [N] in [0, 1] at an exit; the full path is exit ``num_exits``. At an exit without a
+        branch they are -1, which reaches no threshold, if the policy reads logits only."""
         if signals.empty and not self._reads_taps:
             return -torch.ones_like(signals.logits[:, 0, 0], dtype=torch.float32)
-        likeliest = at_likeliest_boxes(signals, self._boxes)  # most likely to show an object; all if it is None
+        likeliest = at_likeliest_boxes(signals, self._boxes)
         logits = self.tempered(likeliest.logits, exit_index)
-        if logits is signals.logits:  # a policy may change its input in place; detections need the original
+        if logits is signals.logits:  # a policy may change its input in place, but detections need the original
             logits = logits.clone()
         confidence = self._policy(ExitSignals(logits, likeliest.tap, likeliest.empty), exit_index)
         if confidence.dim() != 1:
-            told = f"routing policy '{self.policy}' gives {list(confidence.shape)}, expected one number per image, [N]"
-            raise EarlyExitError(told)
+            raise EarlyExitError(
+                f"routing policy '{self.policy}' returns {list(confidence.shape)}, expected one number per image, [N]"
+            )
         return confidence.clamp(0.0, 1.0)
 
     def tempered(self, logits: Tensor, exit_index: int) -> Tensor:
-        """Raw logits of an exit in fp32, divided by its temperature; those of the full path are not divided."""
+        """Divide raw logits by the exit's temperature, in fp32. Logits of the full path are not divided."""
         if exit_index >= self.num_exits:
             return logits.float()
         temperature = self.temperatures[exit_index].detach()
-        if isinstance(self.temperatures, nn.Parameter):  # a training step may have moved it out of its bounds
+        if isinstance(self.temperatures, nn.Parameter):  # a training step may have moved it outside its bounds
             temperature = temperature.clamp(*self.temperature_bounds)
         return logits.float() / temperature
 
@@ -135,18 +137,21 @@ class ExitRouter(nn.Module):
         return exit_index >= self.num_exits or float(self.thresholds[exit_index]) < CLOSED
 
     def leaves(self, confidence: Tensor, exit_index: int) -> Tensor:
-        """Which images leave at the exit, [N] bool; at the full path all."""
+        """Return the mask [N] of the images that leave at the exit; at the full path all leave."""
         if exit_index >= self.num_exits:
             return torch.ones_like(confidence, dtype=torch.bool)
         return confidence >= self.thresholds[exit_index]
 
     def temperature_loss(self, logits: Tensor, assignment: object, exit_index: int) -> Tensor | None:
-        """Cross-entropy between the logits [N, A, C], divided by the exit's temperature, and ``assignment.labels``
-        [N, A]; None if temperatures are not learned. Objects and background get the same total weight, since 99 % of
-        the default boxes are background."""
+        """Return the balanced cross-entropy between softmax(logits / T) and ``assignment.labels`` [N, A], a scalar.
+
+        ``logits`` are [N, A, C], and T is the exit's temperature. The loss is the mean of two means, over the default
+        boxes with an object and over those without, since 99 % of them are background. None if temperatures are not
+        learned.
+        """
         if not isinstance(self.temperatures, nn.Parameter):
             return None
-        self.clamp_temperatures()  # a user's own training loop may not call it
+        self.clamp_temperatures()  # a user's training loop may not call it
         labels, logits = assignment.labels, logits.float() / self.temperatures[exit_index]
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
         parts = [labels > 0, labels == 0]
@@ -156,12 +161,12 @@ class ExitRouter(nn.Module):
 
     @torch.no_grad()
     def clamp_temperatures(self) -> None:
-        """Clamp the temperatures to their bounds; `Trainer` calls it after every step."""
-        # ``data``: the graph of another exit's loss may need the parameter, and autograd refuses changes in place.
+        """Clamp the temperatures to their bounds. The package's training calls it after every step."""
+        # ``data``, since the graph of another exit's loss may need the parameter and autograd refuses changes in place
         self.temperatures.data.nan_to_num_(nan=1.0).clamp_(*self.temperature_bounds)
 
     def to_dict(self) -> dict:
-        """The settings as plain types; ``ExitRouter(**values)`` makes the router again."""
+        """Return the settings as plain types. ``ExitRouter(**values)`` builds an equal router."""
         self.clamp_temperatures()
         return {
             "num_exits": self.num_exits,
@@ -179,7 +184,7 @@ class ExitRouter(nn.Module):
 
 
 def _per_exit(name: str, values: Sequence[float] | float, count: int, low: float, high: float) -> Tensor:
-    """One number in [``low``, ``high``] per exit, [count]; a threshold may be `CLOSED` too."""
+    """Return ``values`` as one number in [``low``, ``high``] per exit, [count]. A threshold may also be `CLOSED`."""
     closed = CLOSED if name == "thresholds" else None
     problem = EarlyExitError(f"{name} is {values!r:.60}, expected one number, or one for each of {count} exits")
     try:
@@ -188,7 +193,7 @@ def _per_exit(name: str, values: Sequence[float] | float, count: int, low: float
         raise problem from None
     if len(values) not in (1, count):
         raise problem
-    rounding = 1e-6  # a value at a bound, stored in fp32, may lie a little outside
+    rounding = 1e-6  # a bound stored in fp32 may lie a little outside
     for value in values:
         if value != closed and not low - rounding <= value <= high + rounding:
             fix = f", or {CLOSED:g} to close the exit" if closed else ""

@@ -451,7 +451,7 @@ def test_unknown_policy(trained, capsys):
     assert routing_policies.main([*arguments, "--out", str(root / "wrong"), "--policies", "marginn"]) == 2
     assert "did you mean 'margin'" in capsys.readouterr().err
     assert routing_policies.main([*arguments, "--out", str(root / "wrong"), "--policies", "margin,"]) == 2
-    assert "unknown routing policy ''; there are" in capsys.readouterr().err
+    assert "unknown routing policy '', expected one of" in capsys.readouterr().err
 
 
 def retrofitted(trained, tiny, name, *keys):

@@ -1,4 +1,4 @@
-"""Certificates: their file, whom they are for, and what is refused."""
+"""Certificates: their file, their model, and refused content."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def certificate(model):
     )
 
 
-def test_comes_back_from_its_file(certificate, tmp_path):
+def test_save_and_load(certificate, tmp_path):
     certificate.save(tmp_path / "certificate.json")
     again = load_certificate(tmp_path / "certificate.json")
     assert again == certificate
@@ -61,13 +61,13 @@ def test_a_certificate_of_an_earlier_version_is_read_and_written_alike():
     assert certificate.to_dict() == json.loads(path.read_text())  # its checksum among them
 
 
-def test_accuracy_that_nobody_knows_is_null_in_the_file(certificate):
+def test_unknown_accuracy_is_null_in_the_file(certificate):
     content = certificate.to_dict()
     assert content["measured"] == {"photos": 3, "loss": 0.01, "AP50": None, "AP50_full": None}
     assert set(content["target"]) == {"kind", "epsilon", "delta", "bound", "reference", "score", "iou"}
 
 
-def test_routes_the_model_that_it_was_made_for(certificate, model):
+def test_router_for_the_calibrated_model(certificate, model):
     router = certificate.router_for(model)
     assert router.policy == "entropy"
     assert router.thresholds.tolist() == pytest.approx([0.6, 2.0])
@@ -79,7 +79,7 @@ def test_routes_the_model_that_it_was_made_for(certificate, model):
         certificate.router_for(model)
 
 
-def test_goes_along_in_the_model_s_file_while_the_router_is_as_calibrated(certificate, model, tmp_path):
+def test_model_file_has_the_certificate_of_an_unchanged_router(certificate, model, tmp_path):
     model.router = certificate.router_for(model)
     model.save(tmp_path / "model.pth")
     again = EarlyExitSSDLite.from_pretrained(tmp_path / "model.pth")
@@ -98,14 +98,14 @@ def test_exits_behind_other_layers_are_refused(certificate, model):
 
 
 def test_a_fused_model_takes_the_router_before_it_is_fused(certificate, model):
-    with pytest.raises(EarlyExitError, match="give it the certificate's router first, then fuse it"):
+    with pytest.raises(EarlyExitError, match="set the certificate's router first, then fuse the model"):
         certificate.router_for(fuse_for_inference(model))
     model.router = certificate.router_for(model)
     assert fuse_for_inference(model).router.policy == "entropy"
 
 
 @pytest.mark.parametrize("key", ["photos_sha256", "router", "content_sha256"])
-def test_what_was_edited_by_hand_promises_nothing(certificate, tmp_path, key):
+def test_edited_certificates_are_refused(certificate, tmp_path, key):
     path = tmp_path / "certificate.json"
     certificate.save(path)
     content = json.loads(path.read_text())
@@ -115,7 +115,7 @@ def test_what_was_edited_by_hand_promises_nothing(certificate, tmp_path, key):
     if key == "content_sha256":
         del content[key]
     path.write_text(json.dumps(content))
-    with pytest.raises(EarlyExitError, match="does not fit its 'content_sha256', so it is not what a calibration"):
+    with pytest.raises(EarlyExitError, match="was changed, since it does not fit its 'content_sha256'"):
         load_certificate(path)
 
 

@@ -26,7 +26,7 @@ def photos(count, seed, noise=0.3):
     return confidences, losses.astype(float)
 
 
-def test_path_goes_from_safe_to_bold():
+def test_path_is_ordered_by_loss():
     confidences, losses = photos(400, 0)
     path = threshold_path(confidences, losses, same_costs)
     assert (path[0] == CLOSED).all() and 10 < len(path) <= LONGEST_PATH + 1
@@ -69,7 +69,7 @@ def test_a_step_that_costs_more_than_the_one_before_is_not_taken():
     assert certify(path, confidences, losses, costs + np.array([[0], [9], [9]]), 0.05, 0.05).step == 0
 
 
-def test_closed_where_nothing_passes_and_says_how_many_photos_it_takes():
+def test_closed_if_no_step_passes():
     path = np.array([[CLOSED, CLOSED], [CLOSED, 0.5], [0.5, 0.5]])
     confidences = [np.full(30, 0.9)] * 2
     losses = np.zeros((30, 3))
@@ -104,7 +104,7 @@ def test_holds_over_draws_of_the_calibration_photos(bound):
     assert np.mean(steps) > 5  # it is not safe by doing nothing
 
 
-def test_data_sets_that_stand_one_behind_the_other_are_mixed_before_they_are_tested():
+def test_blocks_are_shuffled_before_the_test():
     """900 photos, the first 480 without a loss: bets in their order win before the others are looked at."""
     path = np.array([[CLOSED], [0.5]])
     losses = np.zeros((900, 2))
@@ -137,7 +137,7 @@ def test_frames_of_a_scene_are_one_draw():
     assert opened(np.arange(400) // 10) <= 0.1 < 0.2 < opened(None)
 
 
-def test_a_block_s_loss_is_the_mean_over_its_frames_and_n_counts_blocks():
+def test_loss_of_a_block_is_the_mean_over_its_frames():
     path = np.array([[CLOSED], [0.5]])
     losses = np.array([[0.3, 0.0], [0.1, 0.0], [0.4, 0.0]])
     found = certify(path, [np.full(3, 0.9)], losses, np.array([[2.0, 2.0], [1.0, 2.0]]), 0.9, 0.9, blocks=[0, 0, 1])

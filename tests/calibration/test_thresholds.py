@@ -32,13 +32,13 @@ from earlyexit_ssd.errors import EarlyExitError
 CONFIDENCES = [np.array([0.9, 0.2, 0.5, 0.1]), np.array([0.1, 0.8, 0.9, 0.3])]
 
 
-def test_the_first_exit_that_is_sure_enough():
+def test_choose_the_first_confident_exit():
     assert choose(CONFIDENCES, [0.5, 0.8]).tolist() == [0, 1, 0, 2]
     assert choose(CONFIDENCES, [CLOSED, 0.0]).tolist() == [1, 1, 1, 1]
     assert choose(CONFIDENCES, [CLOSED, CLOSED]).tolist() == [2, 2, 2, 2]
 
 
-def test_compares_in_the_precision_of_the_router():
+def test_compares_in_fp32():
     """0.1 in fp32 is above 0.1 in fp64: a threshold of 0.1 must let a confidence of 0.1 leave."""
     assert choose([np.array([0.1], np.float64)], [float(np.float32(0.1))]).tolist() == [0]
 
@@ -49,7 +49,7 @@ def test_candidates_lie_between_the_values():
     assert candidate_thresholds(np.array([0.4, 0.4]), 5).tolist() == [CLOSED, 0.0]
 
 
-def test_grid_holds_every_combination_once():
+def test_grid_has_every_combination_once():
     grid = threshold_grid(CONFIDENCES, 8)
     assert len({tuple(row) for row in grid.choices.tolist()}) == len(grid.choices)
     assert all(choose(CONFIDENCES, row).tolist() == list(choice) for row, choice in zip(*grid_parts(grid), strict=True))
@@ -68,7 +68,7 @@ def grid_parts(grid):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=30))
-def test_pareto_path_is_what_nothing_beats(points):
+def test_pareto_path_is_optimal(points):
     loss, cost = np.array(points, dtype=float).T
     path = pareto_path(loss, cost)
     assert (np.diff(loss[path]) > 0).all() and (np.diff(cost[path]) < 0).all()
@@ -78,8 +78,8 @@ def test_pareto_path_is_what_nothing_beats(points):
     assert loss[path[0]] == loss.min() and cost[path[-1]] == cost.min()
 
 
-def test_more_exits_than_are_searched():
-    with pytest.raises(EarlyExitError, match="6 early exits: .* over 5 at most; take a model with fewer"):
+def test_too_many_exits():
+    with pytest.raises(EarlyExitError, match="has 6 early exits, .* at most 5 .*; use a model with fewer"):
         threshold_grid([np.zeros(3)] * 6)
 
 
@@ -129,7 +129,7 @@ def test_keeps_the_budget(photos, budget):
 
 
 def test_equal_confidences_leave_together_or_not_at_all():
-    """Six photos of ten are equally sure; their rank is 0.7, so at 0.8 none of them leaves."""
+    """Six of ten photos have the same confidence. Their rank is 0.7, so at 0.8 none of them leaves."""
     values = np.array([0.1, 0.2, 0.3, 0.4, *[1.0] * 6])
     assert _unrank(values, 0.8) == CLOSED
     assert _unrank(values, 0.7) == 1.0
@@ -137,13 +137,13 @@ def test_equal_confidences_leave_together_or_not_at_all():
     assert _unrank(values, -0.5) == pytest.approx(0.1)
 
 
-def test_nobody_leaves_where_nobody_can():
-    """A policy that looks at logits has -1 at an empty exit."""
+def test_no_photo_leaves_at_negative_confidences():
+    """Policies that read logits have the confidence -1 at an empty exit."""
     assert _unrank(np.full(5, -1.0), 0.0) == CLOSED
 
 
 def test_a_closed_exit_makes_the_deeper_ones_affordable():
-    """Exit 1 is always wrong and exit 2 always right; with exit 1 open exit 2 costs 3, closed 2."""
+    """Exit 1 is always wrong and exit 2 always right. Exit 2 costs 3 if exit 1 is open, and 2 if it is closed."""
     confidences = [np.linspace(0, 1, 20), np.linspace(0, 1, 20)]
     losses = np.tile([1.0, 0.0, 0.0], (20, 1))
 
@@ -187,11 +187,11 @@ def test_finds_the_temperature_within_the_bounds(scale, expected):
     assert stopped_by(found, BOUNDS) == {3.0: 3.0, 0.5: 0.5}.get(expected)
 
 
-def test_nothing_to_fit():
+def test_temperature_without_boxes_is_1():
     assert fit_temperature(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), BOUNDS) == 1.0
 
 
-def test_sure_background_is_left_out():
+def test_certain_background_is_left_out():
     probabilities = [[0.25, 0.75, 0.0], [0.97, 0.02, 0.01], [0.99, 0.005, 0.005], [0.9, 0.04, 0.06]]
     logits = torch.tensor([probabilities]).clamp(min=1e-9).log()
     kept, labels = contested_boxes([(logits, torch.tensor([[1, 0, 2, 0]])), (logits, torch.zeros(1, 4).long())])

@@ -14,14 +14,14 @@ from earlyexit_ssd import EarlyExitSSDLite_Weights, ExitRouter
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import Architecture, load_model, save_model
 from earlyexit_ssd.modeling import checkpoint as weights
-from earlyexit_ssd.modeling.checkpoint import describe, find_weights, half_file, half_state, weights_path
+from earlyexit_ssd.modeling.checkpoint import find_weights, half_file, half_state, read_description, weights_path
 from earlyexit_ssd.modeling.retrofit import read_weights
 from tests.modeling.conftest import SMALL, small_model
 
 KEY = "head.regression_head.module_list.0.1.bias"
 
 
-def test_a_saved_model_comes_back(tmp_path, images):
+def test_saved_model_is_loaded(tmp_path, images):
     architecture = Architecture(**{**SMALL, "head_outputs": 4, "folded_rows": (1, 3)})
     model = architecture.build().eval()
     model.router = ExitRouter(2)
@@ -80,36 +80,36 @@ def test_routing_of_another_type_is_refused(tmp_path, content, routing):
     [
         (lambda state: {**state, 7: torch.zeros(1)}, "expected names and tensors, got 7: Tensor"),
         (lambda state: {**state, KEY: None}, "expected names and tensors, got 'head.*': NoneType"),
-        (lambda state: {**state, KEY: state[KEY].to_sparse()}, "expected an ordinary tensor"),
-        (lambda state: {**state, KEY: state[KEY].to("meta")}, "expected an ordinary tensor"),
-        (lambda state: {**state, KEY: state[KEY].to(torch.complex64)}, "expected an ordinary tensor"),
-        (lambda state: {**state, KEY: torch.quantize_per_tensor(state[KEY], 1, 0, torch.qint8)}, "an ordinary tensor"),
-        (lambda state: {**state, KEY: state[KEY].long()}, "is torch.int64, the model has torch.float32"),
+        (lambda state: {**state, KEY: state[KEY].to_sparse()}, "expected a dense tensor"),
+        (lambda state: {**state, KEY: state[KEY].to("meta")}, "expected a dense tensor"),
+        (lambda state: {**state, KEY: state[KEY].to(torch.complex64)}, "expected a dense tensor"),
+        (lambda state: {**state, KEY: torch.quantize_per_tensor(state[KEY], 1, 0, torch.qint8)}, "a dense tensor"),
+        (lambda state: {**state, KEY: state[KEY].long()}, "is torch.int64, expected torch.float32"),
         (lambda state: {**state, KEY: state[KEY] * float("nan")}, "has NaN or infinity"),
         (lambda state: {}, "expected a state dict of tensors"),
     ],
 )
-def test_what_is_no_state_dict_is_one_line(tmp_path, content, change, message):
+def test_invalid_state_dict_is_one_line(tmp_path, content, change, message):
     torch.save({**content, "model": change(content["model"])}, tmp_path / "model.pth")
     with pytest.raises(EarlyExitError, match=rf"model\.pth: .*{message}"):
         load_model(tmp_path / "model.pth")
 
 
-def test_tangled_values_are_refused_at_once(tmp_path):
+def test_deeply_shared_lists_are_refused_at_once(tmp_path):
     knot = [1]
     for _ in range(200):
         knot = [knot, knot]
     torch.save(
         {"format": "earlyexit_ssd/1", "architecture": {"classes": knot}, "model": {}, "info": {}}, tmp_path / "x"
     )
-    with pytest.raises(EarlyExitError, match="more than 2000000 values, no file of weights has that"):
+    with pytest.raises(EarlyExitError, match="more than 2000000 values, not a file of weights"):
         load_model(tmp_path / "x")
 
 
-def test_another_model_s_description_is_not_written(tmp_path):
+def test_architecture_of_another_model_is_refused(tmp_path):
     model = Architecture(**SMALL).build()
     for wrong in ({"classes": ("a", "b")}, {"exit_layers": (6, 12)}):
-        with pytest.raises(EarlyExitError, match="the architecture has .*; pass the model.s own"):
+        with pytest.raises(EarlyExitError, match="the architecture has .*; pass Architecture.of"):
             save_model(tmp_path / "model.pth", model, Architecture(**{**SMALL, **wrong}))
     assert not list(tmp_path.iterdir())
 
@@ -154,8 +154,8 @@ def test_values_shapes_and_order():
 
 
 @pytest.mark.parametrize("value", [70000.0, float("nan"), float("-inf")])
-def test_what_fp16_cannot_hold_is_refused(value):
-    with pytest.raises(EarlyExitError, match=r"^head\.bias: a value that fp16 cannot hold"):
+def test_values_outside_fp16_are_refused(value):
+    with pytest.raises(EarlyExitError, match=r"^head\.bias has a value above fp16's largest"):
         half_state({"fine": torch.ones(2), "head.bias": torch.tensor([0.0, value])})
 
 
@@ -197,7 +197,7 @@ MEMBERS = list(EarlyExitSSDLite_Weights)
 def pets(tmp_path, monkeypatch):
     """A member PETS whose file holds other bytes than it should."""
     (tmp_path / "pets.json").write_text(json.dumps(ENTRY))
-    members = weights.ShippedWeights("EarlyExitSSDLite_Weights", {"PETS": describe(tmp_path / "pets.json")})
+    members = weights.ShippedWeights("EarlyExitSSDLite_Weights", {"PETS": read_description(tmp_path / "pets.json")})
     monkeypatch.setattr(weights, "EarlyExitSSDLite_Weights", members)
     monkeypatch.setattr(weights, "FOLDER", tmp_path)
     return members.PETS
@@ -248,10 +248,10 @@ def test_neither_a_name_nor_a_file(pets, tmp_path):
 def test_a_damaged_description_is_one_line_of_test_weights(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(EarlyExitError, match=r"x\.json: not (JSON|a description of).*; install the package again$"):
-        describe(tmp_path / "x.json")
+        read_description(tmp_path / "x.json")
 
 
-def test_something_is_shipped():
+def test_chair_weights_are_shipped():
     assert "CHAIR" in EarlyExitSSDLite_Weights.__members__
 
 

@@ -309,7 +309,7 @@ def test_where_nothing_competes_compact_is_rows(weights):
 def test_folds_that_cannot_be(weights):
     with pytest.raises(EarlyExitError, match=r"fold \(MODEL.FOLD\) is 'compakt', .* \(did you mean 'compact'\?\)"):
         retrofit(CHAIR, weights, FOUR, "compakt")
-    with pytest.raises(EarlyExitError, match="finds the classes that compete on photos; give retrofit photos"):
+    with pytest.raises(EarlyExitError, match="needs photos to find competing classes; pass photos to retrofit"):
         retrofit(CHAIR, weights, FOUR, "compact")
     with pytest.raises(EarlyExitError, match="'compact' cannot add classes .* set MODEL.FOLD to 'rows'"):
         compact(weights, architecture=dataclasses.replace(CHAIR, classes=("chair", "lamp")))
@@ -318,7 +318,7 @@ def test_folds_that_cannot_be(weights):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"competing": ("couch",)}, "competing has 1 names, expected one for each of 0 head_outputs"),
+        ({"competing": ("couch",)}, "competing has 1 names, expected none, or one for each of 0 head_outputs"),
         (
             {"head_outputs": 4, "folded_rows": (1,), "competing": ("couch",)},
             "competing has 1 names, .* of 4 head_outputs",

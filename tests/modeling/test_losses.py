@@ -30,14 +30,14 @@ def run(boxes, labels):
     return assign([target], [ANCHORS], SSDMatcher(0.5), BoxCoder((10.0, 10.0, 5.0, 5.0)))
 
 
-def test_iou_decides_not_the_order():
+def test_matches_do_not_depend_on_the_order():
     # IoU with the anchors: 1, 0.5, 0, 0: the first two belong to the object.
     result = run([[0, 0, 10, 10]], [3])
     assert result.labels.tolist() == [[3, 3, 0, 0]]
     assert torch.equal(result.regression[0, 0], torch.zeros(4))
 
 
-def test_every_object_gets_its_best_anchor_however_poor():
+def test_every_object_gets_its_best_anchor():
     # A small object whose best IoU is 4 x 4 of 100 pixels.
     assert run([[54, 54, 58, 58]], [2]).labels.tolist() == [[0, 0, 2, 0]]
 
@@ -70,7 +70,7 @@ def assignment(labels: list, regression: torch.Tensor | None = None) -> Assignme
     return Assignment(labels, torch.zeros(*labels.shape, 4) if regression is None else regression)
 
 
-def test_hard_negatives_are_the_ones_with_the_largest_loss():
+def test_hard_negatives_have_the_largest_loss():
     loss = torch.tensor([[9.0, 1, 5, 3, 4], [2, 8, 6, 7, 1]])
     foreground = torch.tensor([[True, False, False, False, False], [False] * 5])
     assert mined_negatives(loss, foreground, 2, 1).tolist() == [
@@ -105,7 +105,7 @@ def test_values_by_hand():
     assert losses["bbox_regression"].item() == pytest.approx(1.5)
 
 
-def test_photo_without_objects_teaches_only_with_a_minimum():
+def test_photo_without_objects_has_a_loss_only_with_a_minimum():
     args = head([[[0, 0]] * 6]), assignment([[0] * 6])
     assert detection_losses(*args, LossSettings(min_negatives=0))["classification"].item() == 0
     # Three negatives count as one positive would: divided by 3 / 3.
@@ -183,11 +183,11 @@ def test_impossible_settings(changes, message):
         ({"min_negatives": None}, "min_negatives is None, expected a whole number"),
     ],
 )
-def test_settings_name_what_is_wrong(wrong, message):
+def test_wrong_types_are_named(wrong, message):
     with pytest.raises(EarlyExitError, match=message):
         LossSettings(**wrong)
 
 
-def test_weights_are_one_or_one_for_each_exit():
+def test_wrong_number_of_exit_weights():
     with pytest.raises(EarlyExitError, match="exit_weights of the losses is .1, 2, 3., expected one number"):
         EarlyExitSSDLite(small_model(), losses=LossSettings(exit_weights=(1, 2, 3)))

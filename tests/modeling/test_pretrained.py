@@ -12,7 +12,7 @@ def save(path, router):
     return path
 
 
-def test_a_path_comes_with_its_routing(tmp_path, images):
+def test_a_model_file_has_its_routing(tmp_path, images):
     stored = ExitRouter(2, policy="mean_foreground", thresholds=[0.25, 0.75], temperatures=[1.5, 2.0]).to_dict()
     path = save(tmp_path / "model.pth", stored)
     model = EarlyExitSSDLite.from_pretrained(path)
@@ -24,7 +24,7 @@ def test_a_path_comes_with_its_routing(tmp_path, images):
     assert set(plain(images)[0]) == {"boxes", "scores", "labels"}
 
 
-def test_a_file_without_routing_gives_a_model_without(tmp_path):
+def test_a_file_without_routing(tmp_path):
     assert EarlyExitSSDLite.from_pretrained(save(tmp_path / "model.pth", None)).router is None
 
 

@@ -95,7 +95,7 @@ def test_a_file_of_it_comes_back(model, tmp_path):
     built = torchvision.models.get_model(NAME, weights=tmp_path / "state.pth", classes=("red", "blue"), **exits)
     assert (built.exits, built.nms_thresh, built.score_thresh, built.training) == (model.exits, 0.45, 0.01, True)
     assert all(torch.equal(value, built.state_dict()[key]) for key, value in model.state_dict().items())
-    with pytest.raises(EarlyExitError, match="a ssd300_vgg16, expected ssdlite320_mobilenet_v3_large"):
+    with pytest.raises(EarlyExitError, match="ssd300_vgg16, expected ssdlite320_mobilenet_v3_large"):
         EarlyExitSSDLite.from_pretrained(tmp_path / "m.pth")
 
 

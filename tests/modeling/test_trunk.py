@@ -53,7 +53,7 @@ def test_a_small_copy_is_interpolated_then_averaged(side, pixels, times):
     assert torch.allclose(small_copy(x, pixels), F.avg_pool2d(larger, times), atol=5e-5)  # places are rounded
 
 
-def test_every_flag_comes_back():
+def test_evaluating_restores_every_flag():
     model = nn.Sequential(nn.BatchNorm2d(2), nn.Dropout())
     model.train()
     model[0].eval()
@@ -63,7 +63,7 @@ def test_every_flag_comes_back():
     assert [module.training for module in model.modules()] == [True, False, True]
 
 
-def test_also_after_an_error():
+def test_evaluating_restores_flags_after_an_error():
     model = nn.Dropout()
     with pytest.raises(RuntimeError), evaluating(model):
         raise RuntimeError

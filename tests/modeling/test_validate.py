@@ -1,4 +1,4 @@
-"""What the model refuses, in one line each."""
+"""Checks of images, targets, routers and losses."""
 
 from types import SimpleNamespace
 
@@ -24,12 +24,12 @@ from earlyexit_ssd.modeling.validate import check_images, check_router, check_ta
         ([torch.full((3, 4, 4), torch.nan)], "image 0: values from nan to nan, expected"),
     ],
 )
-def test_images_that_no_detector_understands(images, message):
+def test_invalid_images(images, message):
     with pytest.raises(EarlyExitError, match=message):
         check_images(images)
 
 
-def test_a_little_outside_is_what_interpolation_does():
+def test_values_a_little_outside_are_accepted():
     check_images([torch.tensor([-0.2, 1.3, 0.5])[:, None, None].expand(3, 4, 4)])
 
 
@@ -58,10 +58,13 @@ def test_targets_of_any_number_type_train_alike(model, boxes, labels):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (None, "target 1: expected a dict with the tensors boxes and labels, it has no boxes"),
-        ({"boxes": torch.zeros(0, 4)}, "target 1: .* it has no labels"),
-        ({"boxes": [[1, 2, 3, 4]], "labels": [1]}, "target 1: .* it has boxes list"),
-        ({"boxes": np.ones((1, 4)), "labels": [1]}, "target 1: .* boxes ndarray of float64; .* torch.as_tensor"),
+        (None, "target 1: expected a dict with the tensors boxes and labels, but boxes is missing"),
+        ({"boxes": torch.zeros(0, 4)}, "target 1: .* but labels is missing"),
+        ({"boxes": [[1, 2, 3, 4]], "labels": [1]}, "target 1: .* but boxes has the type list"),
+        (
+            {"boxes": np.ones((1, 4)), "labels": [1]},
+            "the type ndarray of float64; .* torch.as_tensor",
+        ),
         ({"boxes": torch.ones(1, 4) > 0, "labels": torch.ones(1)}, "target 1: boxes are torch.bool, expected numbers"),
         ({"boxes": BOX, "labels": torch.ones(1)}, "target 1: labels are torch.float32, expected whole numbers"),
         ({"boxes": BOX, "labels": torch.ones(1) > 0}, "target 1: labels are torch.bool, expected whole numbers"),
@@ -69,14 +72,14 @@ def test_targets_of_any_number_type_train_alike(model, boxes, labels):
         ({"boxes": torch.ones(1, 3), "labels": torch.ones(1)}, r"target 1: expected boxes \[n, 4\] and labels \[n\]"),
     ],
 )
-def test_targets_that_teach_nothing(target, message):
+def test_invalid_targets(target, message):
     good = {"boxes": torch.tensor([[1.0, 2.0, 3.0, 4.0]]), "labels": torch.tensor([1])}
     with pytest.raises(EarlyExitError, match=message):
         check_targets([good, target], 2, ("chair",))
 
 
 @pytest.mark.parametrize("router", ["max_foreground", ExitRouter, {}])
-def test_a_router_is_a_router(model, images, router):
+def test_other_objects_are_no_router(model, images, router):
     with pytest.raises(EarlyExitError, match="expected an ExitRouter, or None"):
         check_router(router, model.num_early_exits)
     model.router = router  # however it came there
@@ -84,14 +87,14 @@ def test_a_router_is_a_router(model, images, router):
         model.eval()(images)
 
 
-def test_a_router_that_trains_has_a_loss_for_its_temperatures(model, images, targets):
+def test_training_needs_a_temperature_loss(model, images, targets):
     model.router = SimpleNamespace(hybrid=False, confidence=len, needs=len, leaves=len)
     check_router(model.router, model.num_early_exits)
     with pytest.raises(EarlyExitError, match="expected an ExitRouter, or None"):
         model.train()(images, targets)
 
 
-def test_the_constructor_looks_at_its_parts():
+def test_constructor_checks_the_losses():
     detector = build_ssdlite(num_classes=2, image_size=96, width=0.25)
     with pytest.raises(EarlyExitError, match="expected a LossSettings"):
         EarlyExitSSDLite(detector, exit_layers=(8,), channels=16, depth=(1,), losses={"teacher": "full"})

@@ -87,7 +87,7 @@ def test_in_the_unit_interval_and_one_number_per_image(name, seed, scale):
 
 
 @pytest.mark.parametrize("name", sorted(set(POLICIES) - {"mean_foreground", "max_foreground"}))
-def test_a_frame_of_sure_background_leaves(name):
+def test_an_image_of_certain_background_leaves(name):
     """All but the history's rule and "very sure" say so; margin needs no object either."""
     logits = torch.zeros(1, 50, 4)
     logits[..., 0] = 12.0
@@ -101,7 +101,7 @@ def test_unknown_policy():
         get_policy("learnt_gain")
 
 
-def test_a_policy_of_ones_own_is_a_function_and_a_name():
+def test_register_a_function():
     @register_policy("test_only")
     def largest_logit(logits):
         return logits[..., 1:].amax((-1, -2)).sigmoid()
@@ -114,25 +114,25 @@ def test_a_policy_of_ones_own_is_a_function_and_a_name():
         del POLICIES["test_only"]
 
 
-def test_a_policy_looks_at_one_default_box_at_least():
+def test_number_of_boxes_is_checked():
     for boxes in (0, 1.5):
-        with pytest.raises(EarlyExitError, match=f"'none' looks at {boxes} default boxes; give 1 or more"):
+        with pytest.raises(EarlyExitError, match=f"'none': boxes is {boxes}, expected 1 or more"):
             register_policy("none", boxes=boxes)
 
 
-def test_names_are_names_and_taken_once():
+def test_names_are_strings_and_unique():
     with pytest.raises(EarlyExitError, match=r'write @register_policy\("name"\)'):
         register_policy(len)
     with pytest.raises(EarlyExitError, match="'learned_gain' is registered already"):
         register_policy("learned_gain")(len)
 
 
-def test_a_fitted_policy_derives_from_the_class_that_says_what_it_has():
+def test_a_fitted_policy_is_a_subclass():
     with pytest.raises(EarlyExitError, match="'none' is the class Linear; derive it from FittedPolicy"):
         register_policy("none")(torch.nn.Linear)
 
 
-def test_what_policies_need():
+def test_flags_of_policies():
     """One that counts labels alone needs no training photos; one that looks at the trunk judges empty exits."""
     names = (*POLICIES, *FITTED_POLICIES)
     assert {name for name in names if needs_training_photos(name)} == {"learned_gain", "foreseen_emptiness"}
@@ -140,15 +140,15 @@ def test_what_policies_need():
     assert not reads_taps("unknown") and not reads_taps(None)
 
 
-def test_parameters_are_for_policies_that_are_fitted():
-    with pytest.raises(EarlyExitError, match="'entropy' has no parameters"):
+def test_only_fitted_policies_take_parameters():
+    with pytest.raises(EarlyExitError, match="'entropy' takes no parameters"):
         get_policy("entropy", [{}])
     with pytest.raises(EarlyExitError, match="tools/calibrate.py"):
         get_policy("learned_gain")
 
 
-def test_sure_background_need_not_be_looked_at():
-    """Among more default boxes than candidates, the rules about single objects say what all of them would say."""
+def test_certain_background_changes_little():
+    """Policies that read only the likeliest default boxes have the same confidence as on all default boxes."""
     logits = torch.randn(2, 3234, 8) - 12 * (torch.arange(8) > 0)
     logits[0, 5:400:4, 3] += torch.linspace(5, 20, 99)  # from nothing by way of ambiguous to sure
     largest = logits.softmax(-1)[..., 1:].amax(-1)
@@ -160,7 +160,7 @@ def test_sure_background_need_not_be_looked_at():
         assert router.confidence(ExitSignals(logits), 0).tolist() == pytest.approx(values.tolist(), abs=1e-5)
 
 
-def test_looks_at_the_boxes_whose_objects_lead_most():
+def test_likeliest_boxes_by_hand():
     # leads over background, box by box: -1, 3, 0, 2
     logits = torch.tensor([[[1.0, -2, 0], [0, 3, 1], [2, 2, 1], [-3, -4, -1]]])
     signals = ExitSignals(logits, torch.ones(1, 6))
@@ -186,7 +186,7 @@ def test_largest_of_any_number_of_classes(classes):
 
 @pytest.mark.parametrize("outputs", [8, 81])
 @pytest.mark.parametrize("name", [*sorted(POLICIES), *sorted(FITTED_POLICIES)])
-def test_quick_enough(name, outputs):
+def test_speed(name, outputs):
     """The limit is 0.3 ms per image on one thread; ten times that here, since the machine may be busy."""
     logits, tap, threads = torch.randn(4, 3234, outputs), torch.randn(4, 160), torch.get_num_threads()
     fitted = {
@@ -221,7 +221,7 @@ def confidence(weights, probabilities=UNDECIDED, **more):
     return router.confidence(ExitSignals(probabilities.log(), torch.zeros(len(probabilities), 1)), 0)
 
 
-def test_what_is_ambiguous_counts_by_the_weight_of_its_class():
+def test_ambiguous_boxes_have_the_weight_of_their_class():
     expected = torch.tensor([1 / (1 + 0.5 * 0.20), 1 / (1 + 4.0 * 0.30 + 0.5 * 0.40)])
     torch.testing.assert_close(confidence([0.5, 4.0]), expected)
 
@@ -233,12 +233,12 @@ def test_equal_weights_are_ambiguous_mass():
     torch.testing.assert_close(balanced, plain)
 
 
-def test_a_photo_with_nothing_ambiguous_is_sure():
+def test_confidence_is_1_without_ambiguous_boxes():
     sure = torch.tensor([[[0.98, 0.01, 0.01], [0.01, 0.98, 0.01]]])
     assert confidence([9.0, 9.0], sure).tolist() == [1.0]
 
 
-def test_the_rarer_a_class_the_more_it_weighs():
+def test_rare_classes_have_large_weights():
     def weights(*objects):
         return BalancedAmbiguity.fit(SimpleNamespace(object_counts=lambda: list(objects)))
 
@@ -250,13 +250,13 @@ def test_the_rarer_a_class_the_more_it_weighs():
 
 
 @pytest.mark.parametrize("missing", [None, []])
-def test_it_has_to_be_fitted(missing):
-    with pytest.raises(EarlyExitError, match="'balanced_ambiguity' has no parameters; tools/calibrate.py fits it"):
+def test_missing_parameters_are_refused(missing):
+    with pytest.raises(EarlyExitError, match="'balanced_ambiguity' needs parameters; tools/calibrate.py fits them"):
         ExitRouter(1, policy="balanced_ambiguity", parameters=missing)
 
 
 @pytest.mark.parametrize("wrong", [3, [0.5, "a"], [0.5, 0.0], [0.5, float("nan")], {"cat": 1.0}])
-def test_what_is_no_weight_is_refused(wrong):
+def test_invalid_weights_are_refused(wrong):
     with pytest.raises(EarlyExitError, match="its parameters are .*, expected a positive weight for every class"):
         ExitRouter(1, policy="balanced_ambiguity", parameters=wrong)
 
@@ -293,7 +293,7 @@ def test_one_class_has_no_second():
     assert values[:, -1].abs().max() == 0
 
 
-def test_fits_what_the_statistics_can_say():
+def test_fits_a_function_of_the_statistics():
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(600, NUM_STATISTICS + 6, generator=generator) * 3 + 5
     gains = 0.2 * (inputs[:, 2] - 5) + 0.1 * (inputs[:, NUM_STATISTICS + 1] - 5)
@@ -303,7 +303,7 @@ def test_fits_what_the_statistics_can_say():
     assert fit_gain(inputs[:400], gains[:400])(inputs).equal(model(inputs))  # the same seed, the same model
 
 
-def test_the_policy_says_what_the_model_says():
+def test_the_policy_uses_the_gain_model():
     """The router's shorter way to the same number: 1 / (1 + exp(gain))."""
     generator = torch.Generator().manual_seed(1)
     signals = ExitSignals(torch.randn(3, 300, 5, generator=generator), torch.randn(3, 6))
@@ -340,8 +340,8 @@ def test_parameters_of_another_kind_are_refused(wrong):
         ExitRouter(1, policy="learned_gain", parameters=wrong)
 
 
-def test_numbers_that_a_state_dict_brings_are_used():
-    """What is folded at first would otherwise go on deciding."""
+def test_buffers_are_loaded_from_a_state_dict():
+    """A policy that precomputes from its parameters would ignore a loaded state dict."""
     first, second = (LearnedGain([random_model(seed).to_plain()]) for seed in (1, 2))
     signals = ExitSignals(torch.randn(3, 20, 4), torch.randn(3, 6))
     assert not torch.allclose(first(signals, 0), second(signals, 0))
@@ -357,7 +357,7 @@ def random_model(seed):
     return model
 
 
-def test_evidence_is_the_tap_and_what_a_branch_says():
+def test_inputs_are_the_tap_and_the_branch_s_probability():
     tap, logits = torch.tensor([[1.0, 2.0]]), torch.tensor([[[0.25, 0.75], [0.9, 0.1]]]).log()
     assert regression_inputs(ExitSignals(logits, tap=tap, empty=True)).tolist() == [[1, 2]]
     assert regression_inputs(ExitSignals(logits, tap=tap))[0].tolist() == pytest.approx([1, 2, np.log(3)])
@@ -373,8 +373,8 @@ def test_confidence_by_hand():
     assert again.confidence(signals, 0).equal(router.confidence(signals, 0))
 
 
-def test_without_parameters_it_says_what_fits_it():
-    with pytest.raises(EarlyExitError, match="tools/calibrate.py fits it"):
+def test_missing_parameters_name_the_tool():
+    with pytest.raises(EarlyExitError, match="tools/calibrate.py fits them"):
         ExitRouter(1, policy="foreseen_emptiness")
 
 
@@ -399,7 +399,7 @@ def test_finds_a_linear_rule_and_shrinks_noise():
     assert np.abs(noise["weight"]).max() < 0.05
 
 
-def test_leave_one_out_by_leaving_one_out():
+def test_leave_one_out_error_equals_refits():
     """The penalty that it takes has the least error of fits that really leave a photo out."""
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(25, 12, generator=generator)
@@ -454,7 +454,7 @@ class Photos:
         return self.scores
 
 
-def test_a_cross_fitted_confidence_does_not_know_its_photo():
+def test_a_cross_fitted_confidence_does_not_depend_on_its_photo():
     train, calib, folds = Photos(20, 1), Photos(12, 2), torch.arange(12) % 3
     fitted, (confidences,) = ForeseenEmptiness.cross_fit(train, calib, folds)
     calib.scores = calib.scores.clone()
@@ -472,7 +472,7 @@ def test_a_cross_fitted_confidence_does_not_know_its_photo():
     assert torch.allclose(others[folds == 1], expected)
 
 
-def test_its_scoring_can_be_counted_and_traced():
+def test_scoring_can_be_counted_and_traced():
     """As costs are measured and networks exported."""
     model = Architecture(("chair",), image_size=96, width=0.25, exit_layers=(6, 8), empty=(6,)).build()
     channels = [branch_input(model, index) for index in range(2)]

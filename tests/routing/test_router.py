@@ -28,7 +28,7 @@ def test_threshold_is_reached_from_above_or_met():
     assert router.leaves(confidence, 2).tolist() == [True, True]
 
 
-def test_nobody_leaves_until_thresholds_are_given():
+def test_exits_are_closed_by_default():
     router = ExitRouter(2)
     assert router.closed and "closed" in repr(router)
     assert not router.leaves(torch.ones(3), 0).any()
@@ -81,7 +81,7 @@ def test_bounds_hold_in_a_loop_that_does_not_clamp():
     assert ExitRouter(**router.to_dict()).temperatures.item() in (0.5, 3.0)
 
 
-def test_objects_and_background_weigh_the_same():
+def test_objects_and_background_have_equal_weight():
     router = ExitRouter(1, learn_temperatures=True)
     logits, labels = torch.tensor([[[0.0, 2.0], [1.0, 0.0], [3.0, 0.0]]]), torch.tensor([[1, 0, 0]])
     losses = [math.log1p(math.exp(-2)), math.log1p(math.exp(-1)), math.log1p(math.exp(-3))]
@@ -91,14 +91,14 @@ def test_objects_and_background_weigh_the_same():
     assert only == pytest.approx((losses[1] + losses[2]) / 2)
 
 
-def test_one_number_serves_all_exits():
+def test_one_number_for_all_exits():
     router = ExitRouter(2, thresholds=0.25, temperatures=2)
     assert (router.thresholds.tolist(), router.temperatures.tolist()) == ([0.25, 0.25], [2.0, 2.0])
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), min_size=1, max_size=4))
-def test_clamped_whatever_the_step_did(values):
+def test_temperatures_are_clamped(values):
     router = ExitRouter(len(values), learn_temperatures=True)
     with torch.no_grad():
         router.temperatures.copy_(torch.tensor(values))
@@ -135,10 +135,10 @@ def test_misspelt_keyword():
         ({"hybrid": "no"}, "hybrid is 'no', expected True or False"),
         ({"thresholds": None}, "thresholds is None, expected one number"),
         ({"temperature_bounds": (1.0,)}, "temperature_bounds"),
-        ({"policy": len}, "expected the name that it is registered by"),
+        ({"policy": len}, "expected the name of a registered policy"),
     ],
 )
-def test_settings_that_cannot_be_meant(values, message):
+def test_settings_of_a_wrong_type(values, message):
     with pytest.raises(EarlyExitError, match=message):
         ExitRouter(**{"num_exits": 2, **values})
 
@@ -172,9 +172,9 @@ def test_a_policy_may_work_in_place(own_policy, boxes):
         assert logits.eq(1).all()
 
 
-def test_a_policy_gives_one_number_per_image(own_policy):
+def test_a_policy_returns_one_number_per_image(own_policy):
     router = own_policy(lambda logits: logits.amax(-1))
-    with pytest.raises(EarlyExitError, match=r"'of_a_test' gives \[2, 3\], expected one number per image"):
+    with pytest.raises(EarlyExitError, match=r"'of_a_test' returns \[2, 3\], expected one number per image"):
         router.confidence(ExitSignals(torch.ones(2, 3, 4)), 0)
 
 

@@ -63,7 +63,7 @@ def test_demonstrated_with_its_configuration(checkpoint, tmp_path, capsys):
 def test_a_configuration_that_describes_another_is_one_line(checkpoint, tmp_path, capsys):
     path, arguments = checkpoint
     for more, message in (
-        (["EXITS.LAYERS", "[6]"], "its exits are exit8, exit12, described are exit6; set EXITS.LAYERS"),
+        (["EXITS.LAYERS", "[6]"], "its exits are exit8, exit12, expected exit6; set EXITS.LAYERS"),
         (["EXITS.CHANNELS", "24"], "check EXITS"),
         (["MODEL.WIDTH", "0.5"], "check MODEL.WIDTH"),
         (

@@ -27,7 +27,7 @@ def test_missing_and_foreign_weights(tiny, tmp_path, capsys):
     assert "model.pth: no such file of weights; train one" in capsys.readouterr().err
     torch.save({"x": torch.zeros(1)}, tmp_path / "foreign.pth")
     assert eval_exits.main([*config, *out, "--weights", str(tmp_path / "foreign.pth"), *overrides]) == 2
-    assert "foreign.pth: expected a state dict of tensors of an SSDLite" in capsys.readouterr().err
+    assert "foreign.pth: expected a state dict of tensors of torchvision's SSDLite" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
 
 
