@@ -1,7 +1,7 @@
 """Early exits: their description, and the kinds of branches.
 
-The *context* of a branch is a map that it passes on to the branch of the next exit. *C4* is trunk layer 13, the last
-one with stride 2. docs/design.md has a glossary.
+A *context* is a feature map that one exit's branch passes to the next exit's branch. *C4* is trunk layer 13, the last
+layer with stride 2. docs/design.md has a glossary.
 """
 
 from __future__ import annotations
@@ -33,38 +33,39 @@ T = TypeVar("T", bound=Callable)
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument of a branch kind: a number of the type of ``default``, or a bool if ``default`` is a bool."""
+    """An argument of a kind of branch. Its values have the type of ``default``: bool, int or float."""
 
     default: bool | float
     highest: float = MAX_CHANNELS  # largest allowed number; the smallest is 0
-    zero: bool = True  # whether 0 is allowed
+    zero: bool = True  # False if 0 is not allowed
 
     def per_exit(self, name: str, value: object, exits: int) -> list:
-        """The checked values as a list, one for each of ``exits`` exits, from one value for all or from a list."""
-        given = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
-        if len(given) not in (1, exits) or not all(map(self._allows, given)):
-            kind = "a whole number" if isinstance(self.default, int) else "a number"
+        """Check ``value``, which is one for all exits or a list, and return one for each of ``exits`` exits."""
+        values = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+        if len(values) not in (1, exits) or not all(map(self._allows, values)):
+            number = "a whole number" if isinstance(self.default, int) else "a number"
             interval = f"{'[' if self.zero else '('}0, {self.highest}]"
-            expected = "True or False" if isinstance(self.default, bool) else f"{kind} in {interval}"
-            raise EarlyExitError(f"{name} is {value!r:.60}, expected {expected}, or one for each of {exits} exits")
-        given = [type(self.default)(one) for one in given]
-        return given * exits if len(given) == 1 else given
+            expected = "True or False" if isinstance(self.default, bool) else f"{number} in {interval}"
+            listed = f", or one for each of {exits} exits" if exits != 1 else ""
+            raise EarlyExitError(f"{name} is {value!r:.60}, expected {expected}{listed}")
+        values = [type(self.default)(value) for value in values]
+        return values * exits if len(values) == 1 else values
 
     def _allows(self, value: object) -> bool:
         if isinstance(self.default, bool) or isinstance(value, bool):
             return type(value) is type(self.default)
-        kind = Integral if isinstance(self.default, int) else Real
-        return isinstance(value, kind) and 0 <= value <= self.highest and (value > 0 or self.zero)
+        number = Integral if isinstance(self.default, int) else Real
+        return isinstance(value, number) and 0 <= value <= self.highest and (value > 0 or self.zero)
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a branch is built from: its place in the detector, and the shapes of its input and outputs.
+    """Where a branch is attached, and the shapes of its input and outputs.
 
     Attributes:
         backbone: the detector's backbone, whose layers may be copied.
         layer, tap: trunk layer of the tap, and the tap's (channels, height, width).
-        grids, boxes_per_cell: of each feature map of the head, (height, width) in cells and default boxes per cell.
+        grids, boxes_per_cell: per feature map of the head, (height, width) in cells, and default boxes per cell.
         num_classes: outputs per default box, background included.
         context_channels: channels of the previous exit's context; 0 for none.
     """
@@ -85,14 +86,17 @@ class Place:
 
 
 BRANCHES: dict[str, tuple[Callable[..., Branch], Mapping[str, Argument]]] = {}
-"""Kind of branch -> its builder ``build(place, **arguments)`` and its arguments; filled by :func:`register_branch`."""
+"""Kind of branch -> its builder ``build(place, **values)`` and its arguments; filled by :func:`register_branch`."""
 
 
-def register_branch(name: str, **known: Argument) -> Callable[[T], T]:
-    """Decorator: register a builder as branch kind ``name``. It takes a :class:`Place` and the arguments ``known``."""
+def register_branch(name: str, **arguments: Argument) -> Callable[[T], T]:
+    """Decorator: register a class or function that builds the branches of kind ``name``.
+
+    It is called with a :class:`Place` and, as keywords, the values of ``arguments``.
+    """
 
     def register(build: T) -> T:
-        BRANCHES[name] = build, known
+        BRANCHES[name] = build, arguments
         return build
 
     return register
@@ -105,9 +109,9 @@ class Exit:
     Attributes:
         layer: trunk layer that the exit is attached to (torchvision's numbering, the stem is 0).
         branch: kind of its branch, a name in :data:`BRANCHES`.
-        arguments: arguments of the branch; missing ones get the kind's defaults.
-        pixels: of a glance, the side of the small copy of the image, in pixels. The trunk runs on the copy up to
-            ``layer`` before the full-size pass. None for other exits.
+        arguments: name -> value of the branch's arguments; those left out get their defaults.
+        pixels: side in pixels of a glance's small copy of the image; None for other exits. The trunk runs on the copy
+            up to ``layer``, before it runs on the full-size image.
 
     Raises:
         EarlyExitError: an unknown kind or argument, or a value out of its range.
@@ -123,33 +127,33 @@ class Exit:
         typed(Annotated[int, 32, LARGEST_SIDE] | None, self.pixels, "a glance's side")
         if self.pixels is not None and self.branch != "empty":
             raise EarlyExitError(f"a glance has the branch '{self.branch!s:.60}', expected 'empty'")
-        known, values = arguments_of(self.branch), {}
+        accepted, values = arguments_of(self.branch), {}
         for name in self.arguments:
-            if name not in known:
-                hint = nearest(str(name), known) or f"; it takes {', '.join(known) or 'none'}"
+            if name not in accepted:
+                hint = nearest(str(name), accepted) or f"; it takes {', '.join(accepted) or 'none'}"
                 raise EarlyExitError(f"a {self.branch} branch has no argument {name!r:.60}{hint}")
-        for name, argument in known.items():
+        for name, argument in accepted.items():
             (values[name],) = argument.per_exit(name, self.arguments.get(name, argument.default), exits=1)
         object.__setattr__(self, "arguments", values)
 
     @property
     def name(self) -> str:
-        """Name such as ``exit8``, or ``glance128`` for a glance on a copy of 128 pixels."""
+        """Name such as ``exit8``, or ``glance128`` for a glance at 128 pixels."""
         return f"exit{self.layer}" if self.pixels is None else f"glance{self.pixels}"
 
     @property
     def empty(self) -> bool:
-        """Whether the exit has no branch."""
+        """True if the exit has no branch."""
         return self.branch == "empty"
 
     def build(self, place: Place) -> Branch:
-        """The exit's branch, before :meth:`Branch.inherit` is called."""
+        """Build the exit's branch. :meth:`Branch.inherit` then copies the full path's weights."""
         build, _ = BRANCHES[self.branch]
         return build(place, **self.arguments)
 
 
 def arguments_of(branch: object) -> Mapping[str, Argument]:
-    """Name -> argument of a kind of branch. An EarlyExitError if there is no such kind."""
+    """Return name -> argument of a kind of branch. Raise EarlyExitError if there is no such kind."""
     if not isinstance(branch, str) or branch not in BRANCHES:
         hint = nearest(str(branch), BRANCHES)
         raise EarlyExitError(f"branch is {branch!r:.60}, expected one of {', '.join(BRANCHES)}{hint}")
@@ -157,12 +161,12 @@ def arguments_of(branch: object) -> Mapping[str, Argument]:
 
 
 def _all_arguments() -> dict[str, Argument]:
-    """Name -> argument, of all kinds of branches."""
+    """Return name -> argument, for the arguments of all kinds of branches."""
     return {name: argument for _, arguments in BRANCHES.values() for name, argument in arguments.items()}
 
 
 def exit_keyword_names() -> list[str]:
-    """Names of the keywords of :func:`describe_exits`."""
+    """Return the names of the keywords of :func:`describe_exits`."""
     return ["exit_layers", "branch", "empty", "glances", *_all_arguments()]
 
 
@@ -171,16 +175,17 @@ def describe_exits(
     branch: str | Sequence[str] = "copied",
     empty: Sequence[int] = (),
     glances: Sequence[Sequence[int]] = (),
-    **given: object,
+    **arguments: object,
 ) -> tuple[Exit, ...]:
     """Build the description of all exits from keywords.
 
     Args:
         exit_layers: trunk layers of the exits other than glances, increasing.
-        branch: kind of all branches, or one for each exit.
-        empty: those of ``exit_layers`` whose exit has no branch, whatever ``branch`` says.
-        glances: (pixels, layer) of each glance, pixels increasing; they come before the other exits.
-        given: arguments of the branches, one value for all exits or one for each; a kind ignores those of other kinds.
+        branch: kind of all branches, or a list with one kind per exit.
+        empty: layers in ``exit_layers`` whose exits have no branch. It takes precedence over ``branch``.
+        glances: (pixels, layer) of each glance, pixels increasing. Glances come before the other exits.
+        arguments: arguments of the branches, one value for all exits or a list with one per exit. A branch ignores
+            arguments that its kind does not have.
     """
     layers = tuple(map(int, typed(tuple[int, ...], exit_layers, "exit_layers")))
     for layer in typed(tuple[int, ...], empty, "empty"):
@@ -188,56 +193,56 @@ def describe_exits(
             raise EarlyExitError(f"empty has {layer}, expected some of the exits' layers {layers}")
     kinds = [branch] if isinstance(branch, str) else list(branch) if isinstance(branch, (list, tuple)) else []
     if len(kinds) not in (1, len(layers)):
-        told = f"branch is {branch!r:.60}, expected one of {', '.join(BRANCHES)}"
-        raise EarlyExitError(f"{told}, or one for each of {len(layers)} exits")
+        expected = f"one of {', '.join(BRANCHES)}, or one for each of {len(layers)} exits"
+        raise EarlyExitError(f"branch is {branch!r:.60}, expected {expected}")
     kinds = kinds * len(layers) if len(kinds) == 1 else kinds
-    check_keywords(describe_exits, given, exit_keyword_names())
-    known, exits = _all_arguments(), []
-    values = {name: known[name].per_exit(name, value, len(layers)) for name, value in given.items()}
+    check_keywords(describe_exits, arguments, exit_keyword_names())
+    all_arguments, exits = _all_arguments(), []
+    columns = {name: all_arguments[name].per_exit(name, value, len(layers)) for name, value in arguments.items()}
     for pair in glances:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            told = f"glances has {pair!r:.60}, expected pairs of pixels and a trunk layer"
-            raise EarlyExitError(f"{told}, such as (128, 12)")
+            expected = "pairs of pixels and a trunk layer, such as (128, 12)"
+            raise EarlyExitError(f"glances has {pair!r:.60}, expected {expected}")
         exits.append(Exit(pair[1], "empty", pixels=pair[0]))
     for index, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
         kind = "empty" if layer in empty else kind
-        takes = arguments_of(kind)
-        exits.append(Exit(layer, kind, {name: value[index] for name, value in values.items() if name in takes}))
+        accepted = arguments_of(kind)
+        exits.append(Exit(layer, kind, {name: column[index] for name, column in columns.items() if name in accepted}))
     return tuple(exits)
 
 
 def exit_keywords(exits: Sequence[Exit]) -> dict[str, object]:
-    """The inverse of :func:`describe_exits`: its keywords for these exits, in plain types for model files."""
-    glances = tuple((one.pixels, one.layer) for one in exits if one.pixels is not None)
+    """Return the keywords with which :func:`describe_exits` builds ``exits``, in plain types for model files."""
+    glances = tuple((exit.pixels, exit.layer) for exit in exits if exit.pixels is not None)
     exits = exits[len(glances) :]
-    layers, empty = tuple(one.layer for one in exits), tuple(one.layer for one in exits if one.empty)
+    layers, empty = tuple(exit.layer for exit in exits), tuple(exit.layer for exit in exits if exit.empty)
     keywords = {"exit_layers": layers, "empty": empty, "glances": glances}
-    columns = {"branch": [None if one.empty else one.branch for one in exits]}
-    columns |= {name: [one.arguments.get(name) for one in exits] for name in _all_arguments()}
+    columns = {"branch": [None if exit.empty else exit.branch for exit in exits]}
+    columns |= {name: [exit.arguments.get(name) for exit in exits] for name in _all_arguments()}
     for name, column in columns.items():
         values = [value for value in column if value is not None]
         if values:
-            each = tuple(values[0] if value is None else value for value in column)
-            keywords[name] = values[0] if len(set(values)) == 1 else each
+            filled = tuple(values[0] if value is None else value for value in column)
+            keywords[name] = values[0] if len(set(values)) == 1 else filled
     return keywords
 
 
 def check_exits(exits: Sequence[Exit], last_layer: int) -> None:
-    """Check the order: glances of increasing pixels, then exits of increasing layers, all before ``last_layer``."""
-    glances = [one for one in exits if one.pixels is not None]
-    pixels = [one.pixels for one in exits[: len(glances)]]
+    """Check the order: glances by increasing pixels, then exits by increasing layer, all before ``last_layer``."""
+    glances = [exit for exit in exits if exit.pixels is not None]
+    pixels = [exit.pixels for exit in exits[: len(glances)]]
     if None in pixels or pixels != sorted(set(pixels)):
         raise EarlyExitError(f"glances at {pixels} pixels: expected increasing sides, and glances before other exits")
-    for group in (exits[len(glances) :], *([one] for one in glances)):
-        layers = tuple(one.layer for one in group)
+    for group in (exits[len(glances) :], *([exit] for exit in glances)):
+        layers = tuple(exit.layer for exit in group)
         if list(layers) != sorted(set(layers)) or not all(1 <= layer < last_layer for layer in layers):
             raise EarlyExitError(f"exit_layers {layers}: expected increasing trunk layers from 1 to {last_layer - 1}")
 
 
 def takes_exits(function: T) -> T:
-    """Decorator: the function or class also accepts the keywords of :func:`describe_exits` instead of ``exits``.
+    """Decorator: let a function or class accept the keywords of :func:`describe_exits` instead of ``exits``.
 
-    A misspelt keyword raises ``TypeError`` with the nearest name.
+    A misspelt keyword raises TypeError with the nearest name.
     """
     if isinstance(function, type):
         function.__init__ = takes_exits(function.__init__)
@@ -245,21 +250,21 @@ def takes_exits(function: T) -> T:
     parameters = [name for name in inspect.signature(function).parameters if name != "self"]
 
     @functools.wraps(function)
-    def described(*args: object, **given: object) -> object:
+    def wrapper(*args: object, **kwargs: object) -> object:
         names = exit_keyword_names()
-        check_keywords(function, given, [*parameters, *names])
-        keywords = {name: given.pop(name) for name in names if name in given}
+        check_keywords(function, kwargs, [*parameters, *names])
+        keywords = {name: kwargs.pop(name) for name in names if name in kwargs}
         if keywords:
-            if given.get("exits") is not None:
+            if kwargs.get("exits") is not None:
                 raise TypeError(f"{function.__qualname__} got exits and {next(iter(keywords))}; give one of them")
-            given["exits"] = describe_exits(**keywords)
-        return function(*args, **given)
+            kwargs["exits"] = describe_exits(**keywords)
+        return function(*args, **kwargs)
 
-    return described
+    return wrapper
 
 
 class Branch(nn.Module):
-    """Base class of branches: from an exit's tap to head outputs for the full path's default boxes.
+    """Base class of branches, which compute head outputs for the full path's default boxes from an exit's tap.
 
     Attributes:
         context_channels: channels of the context for the next exit; 0 for none.
@@ -268,19 +273,19 @@ class Branch(nn.Module):
     context_channels = 0
 
     def inherit(self, backbone: nn.Module, head: nn.Module) -> None:
-        """Copy the full path's current weights into copied layers."""
+        """Copy the full path's current weights into the copied layers, if the branch has any."""
 
-    def context(self, tap: Tensor, before: Tensor | None) -> Tensor | None:
-        """This exit's context, from its tap and the previous exit's context ``before``; None if there is none."""
+    def context(self, tap: Tensor, previous: Tensor | None) -> Tensor | None:
+        """Return this exit's context, from its tap and the previous exit's context; None if there is none."""
         return None
 
     def forward(self, tap: Tensor, context: Tensor | None = None) -> Head:
-        """A tap [N, C, H, W], and what :meth:`context` gives for it, to ``cls_logits`` [N, A, C] and
-        ``bbox_regression`` [N, A, 4]."""
-        raise NotImplementedError  # abstract: every registered kind of branch defines it
+        """Return ``cls_logits`` [N, A, C] and ``bbox_regression`` [N, A, 4]. ``tap``: [N, C, H, W]; ``context``: the
+        result of :meth:`context`."""
+        raise NotImplementedError  # abstract: each kind of branch implements it
 
 
-# The kind "copied": thinned copies of the layers from the tap to C4, then whole copies of the layers after it.
+# The kind "copied": thinned copies of the layers from the tap to C4, then full copies of the layers after C4.
 
 
 class Tail(nn.Module):
@@ -302,11 +307,12 @@ class Tail(nn.Module):
     def inherit(self, backbone: nn.Module) -> None:
         _, *blocks, last = backbone.features[1]
         pairs = [*zip(reversed(self.blocks), reversed(blocks), strict=False), (self.last, last)]
-        for mine, theirs in (*pairs, (self.extra, backbone.extra)):
-            mine.load_state_dict(theirs.state_dict())
+        for copied, original in (*pairs, (self.extra, backbone.extra)):
+            copied.load_state_dict(original.state_dict())
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """[N, in_channels, S, S] to the output of the residual blocks (same shape) and the head's five coarser maps."""
+        """Return the output of the residual blocks, of the same shape as ``x`` [N, in_channels, S, S], and the head's
+        five coarser maps."""
         x = self.blocks(x)
         maps = [self.last(x)]
         for block in self.extra:
@@ -315,39 +321,45 @@ class Tail(nn.Module):
 
 
 @torch.no_grad()
-def inherit_predictors(mine: SSDLiteHead, full: SSDLiteHead, channels: Tensor | None = None) -> None:
-    """Copy the full path's predictors; for the first map, only the input channels ``channels`` (indices).
+def inherit_predictors(head: SSDLiteHead, full: SSDLiteHead, channels: Tensor | None = None) -> None:
+    """Copy the predictors of the full path's head ``full`` into a branch's ``head``.
 
-    ``channels`` None: the first map is new, so its predictors are not copied. If only the full path's head is folded
-    (see `FoldedClassificationHead`), only background and wanted classes are copied.
+    If only ``full`` is folded (see `FoldedClassificationHead`), background and the wanted classes are copied.
+
+    Args:
+        channels: indices of the channels of the first map that the branch has. None: the branch has a new first map,
+            whose predictors are not copied.
     """
-    theirs = full.classification_head
-    folds = is_folded(theirs) and not is_folded(mine.classification_head)
-    rows = [0, *theirs.wanted.tolist()] if folds else list(range(theirs.num_columns))
-    for new_head, old_head in ((mine.classification_head, theirs), (mine.regression_head, full.regression_head)):
+    classes = full.classification_head
+    unfold = is_folded(classes) and not is_folded(head.classification_head)
+    rows = [0, *classes.wanted.tolist()] if unfold else list(range(classes.num_columns))
+    for new_head, old_head in ((head.classification_head, classes), (head.regression_head, full.regression_head)):
         blocks = list(old_head.module_list)
         if channels is not None:
             # [1:] wraps the 1x1 predictor in a Sequential, so that its convolution is at [0] as in a projection
             depthwise, predictor = _slice_block([blocks[0][0], blocks[0][1:]], channels)
             blocks[0] = nn.Sequential(depthwise, *predictor)
-        copied = slice(1 if channels is None else 0, None)
-        for new, old in zip(list(new_head.module_list)[copied], blocks[copied], strict=True):
+        maps = slice(1 if channels is None else 0, None)
+        for new, old in zip(list(new_head.module_list)[maps], blocks[maps], strict=True):
             new[0].load_state_dict(old[0].state_dict())
-            if old_head is theirs:
-                copy_rows(new[1], old[1], theirs.num_columns, rows)
+            if old_head is classes:
+                copy_rows(new[1], old[1], classes.num_columns, rows)
             else:
                 new[1].load_state_dict(old[1].state_dict())
 
 
 class ThinnedBlock(nn.Sequential):
-    """Copy of an inverted residual block without residual connection, with a ``share`` in (0, 1] of its expansion
-    channels. ``layers``: [expansion,] depthwise convolution, [squeeze-excitation,] projection."""
+    """Copy of an inverted residual block, with a ``share`` in (0, 1] of its expansion channels.
+
+    The block must have no residual connection. ``layers``: [expansion,] depthwise convolution, [squeeze-excitation,]
+    projection.
+    """
 
     def __init__(self, layers: Sequence[nn.Module], share: float) -> None:
         channels = layers[-1][0].in_channels
         expands = layers[0][0].groups == 1
         count = _thinned(channels, share) if expands else channels
-        super().__init__(*_slice_block(layers, torch.arange(count)))  # sets shapes only; `inherit` copies the weights
+        super().__init__(*_slice_block(layers, torch.arange(count)))  # sets the shapes; `inherit` copies the weights
         self.requires_grad_(True)
 
     @property
@@ -356,7 +368,7 @@ class ThinnedBlock(nn.Sequential):
         return self[-1][0].in_channels
 
     def inherit(self, layers: Sequence[nn.Module]) -> Tensor:
-        """Copy the current weights of the block's most important channels; returns the indices of these channels.
+        """Copy the current weights of the block's most important channels, and return the indices of these channels.
 
         Importance is the norm of the channel's weights in the projection (as in Li et al. 2017, "Pruning filters for
         efficient ConvNets") times the root mean square of the depthwise convolution's output, sqrt(scale^2 + shift^2)
@@ -373,8 +385,8 @@ class ThinnedBlock(nn.Sequential):
 class CopiedPathToC4(nn.Module):
     """Thinned copies of the blocks between a tap and C4's output; none for a tap at C4 or after it.
 
-    Blocks with a residual connection are skipped; layers 2, 4, 7, 11 and C4 (13) have none. A trained network tolerates
-    that (Veit et al. 2016, "Residual networks behave like ensembles of relatively shallow networks").
+    Blocks with a residual connection are skipped, which a trained network tolerates (Veit et al. 2016, "Residual
+    networks behave like ensembles of relatively shallow networks"). Layers 2, 4, 7, 11 and C4 have no such connection.
 
     Args:
         layer: trunk layer of the tap.
@@ -382,7 +394,7 @@ class CopiedPathToC4(nn.Module):
 
     Attributes:
         c4: the copy of C4; None if nothing is copied.
-        fine_channels: channels of C4's input; of the tap if nothing is copied.
+        fine_channels: channels of C4's input, or of the tap if nothing is copied.
         first_channels: ``share`` of the channels of C4's expansion, rounded.
     """
 
@@ -397,14 +409,15 @@ class CopiedPathToC4(nn.Module):
         self.fine_channels = self.c4[0][0].in_channels if blocks else backbone.features[1][0][-1].out_channels
 
     def inherit(self, backbone: nn.Module) -> Tensor | None:
-        """Copy the full path's current weights; returns the copied channels of C4's expansion (indices), or None."""
+        """Copy the full path's current weights. Return the indices of the copied channels of C4's expansion, or None if
+        nothing is copied."""
         pairs = zip([*self.before, self.c4], _blocks_to_c4(backbone, self._layer), strict=False)
         channels = [module.inherit(block) for module, block in pairs]
         return channels[-1] if channels else None
 
     def forward(self, tap: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Tap to C4's input [N, fine_channels, S, S], C4's expansion and C4's output. If nothing is copied, the tap is
-        the first and the last, and the expansion is None."""
+        """Return the input of C4 [N, fine_channels, S, S], its expansion and its output. If nothing is copied, return
+        the tap, None and the tap."""
         fine = self.before(tap)
         if self.c4 is None:
             return fine, None, fine
@@ -416,19 +429,19 @@ class CopiedPathToC4(nn.Module):
 
 
 def _thinned(channels: int, share: float) -> int:
-    """``share`` of the channels, rounded to a multiple of 8."""
+    """Return ``share`` of the channels, rounded to a multiple of 8."""
     return min(channels, max(8, round(share * channels / 8) * 8))
 
 
 def _blocks_to_c4(backbone: nn.Module, layer: int) -> list[list[nn.Module]]:
-    """The blocks without residual connection after ``layer`` up to C4, each as a list of its layers."""
+    """Return the blocks without residual connection after ``layer`` up to C4, each as a list of its layers."""
     first, second = backbone.features
     blocks = [list(block.block) for block in first[layer + 1 : -1] if not block.use_res_connect]
     return [*blocks, [first[-1], *second[0]]] if layer < C4_LAYER else []
 
 
 def _slice_block(layers: Sequence[nn.Module], channels: Tensor) -> list[nn.Module]:
-    """Copies of a block's layers with only these ``channels`` (indices) between expansion and projection."""
+    """Copy a block's layers with only these ``channels`` (indices) between expansion and projection."""
     *inner, projection = deepcopy(list(layers))
     for layer in inner:
         if hasattr(layer, "fc1"):
@@ -465,24 +478,23 @@ def _slice(module: nn.Module, channels: Tensor, dim: int) -> None:
 class CopiedBranch(Branch):
     """A branch of copied layers: tap -> `CopiedPathToC4` -> `Tail` -> head.
 
-    The tail computes all maps of the head but the first. The output of its residual blocks is upsampled and added to
+    The tail computes all maps of the head except the first. The output of its residual blocks is upsampled and added to
     the first map (top-down connection, Lin et al. 2017, FPN).
 
     Args:
-        channels: channels of a new first map. 0: the first map is C4's copied expansion, as in the full path, with
-            copied predictors; if no C4 was copied, the map is new.
-        depth, copy, head_rank: see `Tail`, the ``share`` of `CopiedPathToC4`, and `factorise`.
+        channels: channels of a new first map. With 0 the first map is C4's copied expansion, as in the full path, and
+            its predictors are copied too. If C4 is not copied, the map is new in any case.
+        depth, copy, head_rank: ``depth`` of `Tail`, ``share`` of `CopiedPathToC4`, ``rank`` of `factorise`.
     """
 
     def __init__(self, place: Place, *, channels: int, depth: int, copy: float, head_rank: int) -> None:
         super().__init__()
         if not hasattr(place.backbone, "features") or len(place.backbone.features) != 2:
             raise EarlyExitError(
-                "a copied branch copies layers of torchvision's SSDLite with a MobileNetV3, this detector has others: "
-                "take branch='light' (EXITS.BRANCH light)"
+                "a copied branch needs the layers of torchvision's SSDLite with a MobileNetV3, but this detector has "
+                "others; use branch='light' (EXITS.BRANCH light)"
             )
-        # A tap after C4 has passed some blocks already, so they are not copied. With channels they are copied all the
-        # same, because existing model files with channels have them.
+        # Blocks before the tap are not copied. With `channels` they are, because existing model files contain them.
         blocks = depth if channels else min(depth, LAST_LAYER - 1 - place.layer)
         self.copied, self.tail = CopiedPathToC4(place.backbone, place.layer, copy), Tail(place.backbone, blocks)
         self.fine = self.smooth = None
@@ -504,7 +516,7 @@ class CopiedBranch(Branch):
         channels = self.copied.inherit(backbone)
         inherit_predictors(self.head, head, channels if self.fine is None else None)
         if self.fine is None:
-            nn.init.zeros_(self.top_down[1].weight)  # at first nothing is added to the copied first map
+            nn.init.zeros_(self.top_down[1].weight)  # before training, nothing is added to the copied first map
 
     def forward(self, tap: Tensor, context: Tensor | None = None) -> Head:
         fine, expanded, coarse = self.copied(tap)
@@ -514,11 +526,11 @@ class CopiedBranch(Branch):
         return self.head([first if self.smooth is None else self.smooth(first), *maps])
 
 
-# The kind "light": a few new layers, for any detector.
+# The kind "light": a few new layers. It fits any detector.
 
 
 def _halvings(side: int, grid: int) -> int:
-    """Number of stride-2 convolutions that shrink ``side`` cells towards ``grid`` without going below it."""
+    """Return the number of stride-2 convolutions that shrink ``side`` cells towards ``grid``, but not below it."""
     count = 0
     while (side + 1) // 2 >= grid and side > grid:
         side, count = (side + 1) // 2, count + 1
@@ -526,20 +538,23 @@ def _halvings(side: int, grid: int) -> int:
 
 
 class PyramidStep(nn.Module):
-    """From a map of one grid to one of the next (``sizes``: both, (height, width) in cells): depthwise separable
-    convolutions of stride 2, or one of stride 1, then nearest-neighbour resizing if needed."""
+    """Compute the next map of a feature pyramid with depthwise separable convolutions of stride 2, or one of stride 1.
+
+    If their output does not have the size of the next map, it is resized (nearest neighbour). ``sizes``: (height,
+    width) in cells of the input and of the next map.
+    """
 
     def __init__(self, channels: int, sizes: tuple[tuple[int, int], tuple[int, int]]) -> None:
         super().__init__()
-        start, self._grid = sizes
-        halvings = min(_halvings(side, goal) for side, goal in zip(start, self._grid, strict=True))
+        input_size, self._grid = sizes
+        halvings = min(map(_halvings, input_size, self._grid))
         self.layers = nn.Sequential()
         for stride in [2] * halvings or [1]:
             self.layers.append(_depthwise(channels, kernel_size=3, stride=stride))
             self.layers.append(_pointwise(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] to [N, C, *grid]."""
+        """Return [N, C, *size of the next map] for ``x`` [N, C, H, W]."""
         x = self.layers(x)
         return x if x.shape[-2:] == self._grid else F.interpolate(x, self._grid)
 
@@ -550,8 +565,8 @@ class LightBranch(Branch):
 
     Args:
         channels: channels of every map of the pyramid; 0 means 64.
-        context: whether to add the previous exit's context, resized. It is computed even if that exit is closed.
-        head_rank: see `factorise`.
+        context: True adds the previous exit's context, resized. It is computed even if that exit is closed.
+        head_rank: ``rank`` of `factorise`.
     """
 
     def __init__(self, place: Place, *, channels: int, context: bool, head_rank: int) -> None:
@@ -567,11 +582,11 @@ class LightBranch(Branch):
         self.head = SSDLiteHead([width] * len(boxes), boxes, place.num_classes, norm_layer)
         factorise(self.head.classification_head, head_rank)
 
-    def context(self, tap: Tensor, before: Tensor | None) -> Tensor:
-        """The narrow map [N, channels, H, W], input of the pyramid."""
+    def context(self, tap: Tensor, previous: Tensor | None) -> Tensor:
+        """Return the input of the pyramid, [N, channels, H, W]."""
         x = self.narrow(self.attention(tap))
         if self.cascade is not None:
-            x = x + F.interpolate(self.cascade(before), tap.shape[-2:])
+            x = x + F.interpolate(self.cascade(previous), tap.shape[-2:])
         return x
 
     def forward(self, tap: Tensor, context: Tensor | None = None) -> Head:
@@ -600,15 +615,15 @@ NO_OBJECT = -30.0  # logit of every class; background's is 0, so each class has 
 
 @register_branch("empty")
 class EmptyExit(Branch):
-    """No branch: predicts background for every default box, and passes the previous exit's context on."""
+    """No branch: predict background for every default box, and pass on the previous exit's context."""
 
     def __init__(self, place: Place) -> None:
         super().__init__()
         self._num_boxes, self.num_classes = place.num_boxes, place.num_classes
         self.context_channels = place.context_channels
 
-    def context(self, tap: Tensor, before: Tensor | None) -> Tensor | None:
-        return before
+    def context(self, tap: Tensor, previous: Tensor | None) -> Tensor | None:
+        return previous
 
     def forward(self, tap: Tensor, context: Tensor | None = None) -> Head:
         logits = tap.new_full((len(tap), self._num_boxes, self.num_classes), NO_OBJECT)

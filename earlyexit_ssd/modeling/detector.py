@@ -1,7 +1,7 @@
 """A torchvision SSD with early exits: the forward pass from exit to exit, detections and losses.
 
-A *context* is a feature map that the branch of an exit passes on to the branch of the next exit. With a *hybrid* router
-classes come from an early exit and boxes from the full path. The glossary of docs/design.md explains the other terms.
+A *context* is a feature map that one exit's branch passes to the next exit's branch. With a *hybrid* router, classes
+come from an early exit and boxes from the full path. The glossary of docs/design.md explains the other terms.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Sizes = list[tuple[int, int]]  # per image (height, width) in pixels
 
 
 def full_path_losses(head: Head, assignment: Assignment, settings: LossSettings) -> dict[str, Tensor]:
-    """The full path's losses times ``full_weight``, under torchvision's names (see `detection_losses`)."""
+    """Return the full path's losses times ``full_weight``, under torchvision's names (see `detection_losses`)."""
     losses = detection_losses(head, assignment, settings)
     return {key: settings.full_weight * value for key, value in losses.items()}
 
@@ -50,14 +50,15 @@ def early_exit_losses(
     settings: LossSettings,
     router: Router | None = None,
 ) -> dict[str, Tensor]:
-    """Per exit ``<name>_bbox_regression`` and ``<name>_classification``, optionally ``<name>_distillation``, and with a
-    ``router`` that learns temperatures ``<name>_temperature``.
+    """Return the weighted losses of the early exits as scalars.
 
-    With ``supervision="teacher"`` there are no losses against labels, and temperatures are fitted to the full path's
-    most probable classes.
+    Each exit has ``<name>_bbox_regression`` and ``<name>_classification``, with a teacher also
+    ``<name>_distillation``, and with a router that learns temperatures also ``<name>_temperature``. With
+    ``supervision="teacher"`` there are no losses against labels, and temperatures are fitted to the full path's most
+    probable classes.
 
     Args:
-        names: index -> name of the early exits that have a branch.
+        names: exit index -> name of the early exits that have a branch.
         heads: outputs of all exits, shallow to deep, the full path last.
     """
     if settings.supervision == "teacher":
@@ -70,30 +71,31 @@ def early_exit_losses(
             for key, value in detection_losses(head, assignment, settings).items():
                 losses[f"{name}_{key}"] = weight * value
         if settings.teacher != "none":
-            deeper = [other for other in names if other > index]  # an exit without a branch is no teacher
+            deeper = [other for other in names if other > index]  # without empty exits, which cannot teach
             teacher = heads[deeper[0] if deeper and settings.teacher == "next" else -1]
             value = distillation_loss(head, teacher, settings)
             losses[f"{name}_distillation"] = weight * settings.distillation_weight * value
-        value = None if router is None else router.temperature_loss(head["cls_logits"].detach(), assignment, index)
-        if value is not None:
-            losses[f"{name}_temperature"] = value
+        if router is not None:
+            value = router.temperature_loss(head["cls_logits"].detach(), assignment, index)
+            if value is not None:
+                losses[f"{name}_temperature"] = value
     return losses
 
 
-# The forward pass from exit to exit; each exit computes only what is requested.
+# The forward pass from exit to exit. Taps of glances, maps and heads are computed only when the caller reads them.
 
 
 @dataclass
 class AtExit:
-    """A batch that has reached an exit of the forward pass.
+    """A batch of images at an exit of the forward pass.
 
     Attributes:
         model, trunk: the detector, and the layers of its trunk.
         index: index of the exit; the full path's index is the number of early exits.
-        x: output of the last trunk layer that was run, [N, C, H, W]; at a glance, the images.
-        finest: the finest map of the full path's head; None before it is computed.
+        x: output of the trunk at this exit, [N, C, H, W]; at a glance, the images.
+        finest: the finest feature map of the full path's head; None before it is computed.
         context: context of this exit's branch, see :meth:`Branch.context`.
-        glance_tap: tap [N, C, H, W] of a glance; None at other exits, and until :attr:`tap` is first read.
+        glance_tap: tap [N, C, H, W] of a glance; None at other exits, and before :attr:`tap` is first read.
     """
 
     model: EarlyExitDetector
@@ -106,12 +108,12 @@ class AtExit:
 
     @property
     def full(self) -> bool:
-        """Whether this is the full path, the last exit."""
+        """Whether this is the full path, which is the last exit."""
         return self.index == self.model.num_early_exits
 
     @property
     def tap(self) -> Tensor:
-        """Output of the exit's trunk layer [N, C, H, W]; a glance's tap is computed when it is first read."""
+        """Output of the exit's trunk layer, [N, C, H, W]. A glance's tap is computed when it is first read."""
         pixels = None if self.full else self.model.exits[self.index].pixels
         if pixels is None:
             return self.x
@@ -121,25 +123,25 @@ class AtExit:
         return self.glance_tap
 
     def maps(self) -> list[Tensor]:
-        """The feature maps of the full path's head; call it at the full path only."""
+        """Return the feature maps of the full path's head. Call it at the full path only."""
         return self.trunk.feature_maps(self.x, self.finest)
 
     def head(self) -> Head:
-        """The head outputs of this exit; computed again at each call."""
+        """Compute the head outputs of this exit."""
         if self.full:
             return self.model.head(self.maps())
         branch = self.model.branches[self.model.exit_names[self.index]]
-        # An empty exit's outputs need only the number of images, so a glance's tap is not computed for them.
+        # An empty exit reads only the number of images from its input, so a glance's tap need not be computed.
         return branch(self.x if self.model.empty[self.index] else self.tap, self.context)
 
     def signals(self, head: Head) -> ExitSignals:
-        """The router's inputs at this exit."""
+        """Return the router's inputs at this exit, from its ``head`` outputs."""
         if self.full:
             return ExitSignals(head["cls_logits"])
         return ExitSignals(head["cls_logits"], pool_tap(self.tap), self.model.empty[self.index])
 
     def keep(self, images: Tensor) -> None:
-        """Drop all other images (boolean mask [N] or indices); the walk continues with those that are kept."""
+        """Keep only these images (boolean mask [N] or indices), here and at all later exits of the walk."""
         for name in ("x", "finest", "context", "glance_tap"):
             value = getattr(self, name)
             setattr(self, name, None if value is None else value[images])
@@ -153,17 +155,19 @@ def walk(
     finest: Tensor | None = None,
     context: Tensor | None = None,
 ) -> Iterator[AtExit]:
-    """Yield every exit in order, the full path last; deeper layers are computed when the next exit is requested.
+    """Yield each exit in order, the full path last. The trunk runs up to an exit only when that exit is requested.
 
-    Before the next request the caller may shrink the batch with :meth:`AtExit.keep`.
+    Between two exits the caller may shrink the batch with :meth:`AtExit.keep`.
 
     Args:
         x: normalised images [N, 3, S, S].
-        branches: whether heads of the branches will be computed; False skips their context.
-        first: index of the first exit; if above 0, ``x``, ``finest`` and ``context`` are those at the exit before.
+        branches: False if no head of a branch will be computed; contexts are then skipped.
+        first: index of the first exit to yield. If it is above 0, ``x``, ``finest`` and ``context`` are the values
+            at the exit before it.
     """
     trunk, glances, early = model.trunk, model.num_glances, model.num_early_exits
-    segments = list(pairwise([0, *(trunk.ends[layer] for layer in model.exit_layers[glances:early]), len(trunk.steps)]))
+    ends = [trunk.ends[layer] for layer in model.exit_layers[glances:early]]
+    segments = list(pairwise([0, *ends, len(trunk.steps)]))
     for index in range(first, early + 1):
         if index >= glances:
             x, finest = trunk.run(x, *segments[index - glances], finest)
@@ -175,22 +179,22 @@ def walk(
 
 
 def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
-    """Compute every image as far as the exit that the router chooses for it. ``x``: normalised images [N, 3, S, S].
+    """Run each image up to the exit that the router chooses for it. ``x``: normalised images [N, 3, S, S].
 
-    With a hybrid router every image runs the whole trunk and takes its boxes from the full path. Its classes come from
-    the first exit at which its confidence reaches the threshold. The full path's classification head runs only for
-    images that reach no threshold.
+    With a hybrid router each image runs through the whole trunk and takes its boxes from the full path. Its classes
+    come from the first exit where its confidence reaches the threshold. The full path's classification head runs only
+    for images that reach no threshold.
 
     Returns:
-        the head outputs of each image's exit (hybrid: of its classes), that exit's index [N] and the confidence there
-        [N].
+        the head outputs of each image, the index of its exit [N] and the confidence there [N]. With a hybrid router
+        the exit is the one of the classes.
     """
     router, hybrid_boxes = model.router, {}
-    # Images that have not left. Hybrid: all images run to the end, and `undecided` marks those without classes.
+    # Indices of the images without an exit. The batch holds only these images, or with a hybrid router all images.
     undecided = torch.arange(len(x), device=x.device)
-    parts: list[tuple[Tensor, Head, int, Tensor]] = []
+    parts: list[tuple[Tensor, Head, int, Tensor]] = []  # per exit: image indices, head, exit index, confidences
     for at in walk(model, x):
-        here = at
+        selected = at
         if at.full and router.hybrid:
             maps = at.maps()
             hybrid_boxes = {"bbox_regression": model.head.regression_head(maps)}
@@ -201,14 +205,14 @@ def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
         elif at.full:
             head = {"cls_logits": model.head.classification_head([feature[undecided] for feature in maps])}
         else:
-            here = copy.copy(at)
-            here.keep(undecided)
-            head = {"cls_logits": here.head()["cls_logits"]}
-        confidence = router.confidence(here.signals(head), at.index)
+            selected = copy.copy(at)
+            selected.keep(undecided)
+            head = {"cls_logits": selected.head()["cls_logits"]}
+        confidence = router.confidence(selected.signals(head), at.index)
         leave = torch.ones_like(undecided, dtype=torch.bool) if at.full else router.leaves(confidence, at.index)
         if not leave.any():
             continue
-        if not leave.all():  # logits are large: avoid a copy
+        if not leave.all():  # indexing would copy the logits, which are large
             head = {key: value[leave] for key, value in head.items()}
         parts.append((undecided[leave], head, at.index, confidence[leave]))
         undecided = undecided[~leave]
@@ -216,69 +220,70 @@ def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
             if not len(undecided):
                 break
             at.keep(~leave)
-    order = torch.cat([positions for positions, *_ in parts]).argsort()
+    order = torch.cat([images for images, *_ in parts]).argsort()
 
-    def in_order(values: list[Tensor]) -> Tensor:
-        return values[0] if len(parts) == 1 else torch.cat(values)[order]  # logits are large: avoid a copy
+    def in_input_order(values: list[Tensor]) -> Tensor:
+        return values[0] if len(parts) == 1 else torch.cat(values)[order]
 
-    head = {key: in_order([head[key] for _, head, *_ in parts]) for key in parts[0][1]}
-    exit_index = in_order([torch.full_like(positions, index) for positions, _, index, _ in parts])
-    return {**head, **hybrid_boxes}, exit_index, in_order([confidence for *_, confidence in parts])
+    head = {key: in_input_order([head[key] for _, head, *_ in parts]) for key in parts[0][1]}
+    exit_index = in_input_order([torch.full_like(images, index) for images, _, index, _ in parts])
+    return {**head, **hybrid_boxes}, exit_index, in_input_order([confidence for *_, confidence in parts])
 
 
 # The detector, independent of its backbone.
 
 DETECTORS: dict[str, type[EarlyExitDetector]] = {}
-"""torchvision's detector name -> the class of that detector with early exits."""
+"""torchvision's name of a detector -> the class of this detector with early exits."""
 
 D = TypeVar("D", bound="type[EarlyExitDetector]")
 
 
 def register_detector(name: str) -> Callable[[D], D]:
-    """Class decorator: register an `EarlyExitDetector` for configuration and model files."""
+    """Class decorator: register an `EarlyExitDetector` under ``name``, for ``MODEL.NAME`` and for model files."""
 
-    def register(kind: D) -> D:
-        kind.detector_name = name
-        DETECTORS[name] = kind
-        return kind
+    def register(detector: D) -> D:
+        detector.detector_name = name
+        DETECTORS[name] = detector
+        return detector
 
     return register
 
 
 def detector_class(name: str) -> type[EarlyExitDetector]:
-    """The detector class registered under ``name``. For an unknown name, an EarlyExitError suggests the nearest one."""
+    """Return the detector class registered under ``name``; an unknown name raises EarlyExitError."""
     if name not in DETECTORS:
-        listed, hint = ", ".join(DETECTORS), nearest(str(name), DETECTORS)
-        raise EarlyExitError(f"detector (MODEL.NAME) is {name!r:.60}, expected one of {listed}{hint}")
+        names, hint = ", ".join(DETECTORS), nearest(str(name), DETECTORS)
+        raise EarlyExitError(f"detector (MODEL.NAME) is {name!r:.60}, expected one of {names}{hint}")
     return DETECTORS[name]
 
 
 class EarlyExitDetector(SSD):
     """A torchvision SSD with branches after some trunk layers.
 
-    Every parameter and buffer of the torchvision detector keeps its name, and without a router the detections are
-    torchvision's own. In train mode ``model(images, targets)`` returns a dict of scalar losses of all exits. In eval
-    mode ``model(images)`` returns `Detections`. With a router each detection dict also has the scalar tensors
-    ``exit_index`` and ``exit_confidence``. A subclass sets ``last_layer`` and torchvision's weights, and implements
-    ``trunk`` and ``build_plain``.
+    All parameters and buffers of the torchvision detector keep their names. Without a router, the detections equal
+    torchvision's. In train mode ``model(images, targets)`` returns a dict of scalar losses of all exits. In eval mode
+    ``model(images)`` returns `Detections`. With a router each detection dict also has the scalar tensors ``exit_index``
+    and ``exit_confidence``. A subclass sets ``last_layer`` and torchvision's weights, and implements ``trunk`` and
+    ``build_plain``.
 
     Args:
-        detector: a torchvision detector; its parts are used, not copied.
+        detector: a torchvision detector; its modules are used, not copied.
         exits: the early exits, shallow to deep. The keywords of `describe_exits` may be given instead.
-        classes: names of the labels 1..K without background; by default ``class_1`` and so on.
-        losses: loss settings of training.
+        classes: names of the labels 1..K, without background; by default ``class_1`` and so on.
+        losses: settings of the training losses.
         router: chooses each image's exit in eval mode; None runs the full path only.
 
     Attributes:
         score_thresh: lowest score of a detection, or class name -> lowest score (0.001 for other classes).
-        exit_names: names in the order of computation, such as ``("glance128", "exit8", "exit12", "full")``.
+        exit_names: names of all exits in the order of computation, such as ``("glance128", "exit8", "full")``.
         exit_layers: trunk layer of each exit; `last_layer` for the full path.
-        grids: (height, width) of the head's feature maps, in cells.
-        empty: per early exit, whether it has no branch.
-        norm_frozen: whether BatchNorm stays in eval mode in training; takes effect at the next call of ``train()``.
+        grids: (height, width) in cells of the head's feature maps.
+        empty: per early exit, True if it has no branch.
+        norm_frozen: True keeps BatchNorm in eval mode in training, from the next call of ``train()`` on.
 
     Raises:
-        EarlyExitError: an impossible exit layer, or a number of classes that does not fit the detector's head.
+        EarlyExitError: exits in a wrong order or outside the trunk, or a number of class names that does not fit the
+            detector's head.
     """
 
     detector_name: ClassVar[str]
@@ -289,11 +294,11 @@ class EarlyExitDetector(SSD):
     backbone_weights: ClassVar[type[WeightsEnum]]
     """torchvision's weight enum of the trunk."""
     default_exits: ClassVar[tuple[Exit, ...]] = describe_exits()
-    """The exits if none are given."""
+    """The exits if no others are given."""
     any_size: ClassVar[bool] = True
-    """Whether the layers fit other input sizes than torchvision's."""
+    """False if the detector works only at torchvision's input size."""
     fused = False
-    """Whether the model comes from `fuse_for_inference`."""
+    """True if the model comes from `fuse_for_inference`."""
 
     @takes_exits
     def __init__(
@@ -325,13 +330,14 @@ class EarlyExitDetector(SSD):
         self.classes = tuple(classes or (f"class_{label}" for label in range(1, num_classes)))
         if len(self.classes) != num_classes - 1:
             raise EarlyExitError(
-                f"{len(self.classes)} class names for a head with {num_classes} outputs, one of them background"
+                f"{len(self.classes)} class names for a head with {num_classes} outputs (one is background), expected "
+                f"{num_classes - 1}"
             )
         self.score_thresh = detector.score_thresh
         self.width = getattr(detector, "width", 1.0)
-        self.exit_layers = (*(one.layer for one in self.exits), self.last_layer)
-        self.exit_names = (*(one.name for one in self.exits), "full")
-        self.empty = tuple(one.empty for one in self.exits)
+        self.exit_layers = (*(exit.layer for exit in self.exits), self.last_layer)
+        self.exit_names = (*(exit.name for exit in self.exits), "full")
+        self.empty = tuple(exit.empty for exit in self.exits)
         self.losses = losses if losses is not None else LossSettings()
         validate.check_losses(self.losses, len(self.exits))
         validate.check_router(router, len(self.exits))
@@ -341,26 +347,26 @@ class EarlyExitDetector(SSD):
         parameter = next(self.backbone.parameters())
         with evaluating(self.backbone):
             taps, maps = self.trunk_maps(parameter.new_zeros(1, 3, *self.transform.fixed_size))
-        self.backbone.train(self.training)  # `evaluating` restored the given detector's mode; set this model's mode
+        self.backbone.train(self.training)  # `evaluating` restored the mode that it had in `detector`
         self.grids = [tuple(feature.shape[-2:]) for feature in maps]
         boxes_per_cell = self.anchor_generator.num_anchors_per_location()
         self.branches, context_channels = nn.ModuleDict(), 0
-        for one, tap in zip(self.exits, taps, strict=True):
+        for exit, tap in zip(self.exits, taps, strict=True):
             shape = tuple(tap.shape[1:])
-            place = Place(self.backbone, one.layer, shape, self.grids, boxes_per_cell, num_classes, context_channels)
-            self.branches[one.name] = one.build(place)
-            context_channels = self.branches[one.name].context_channels
+            place = Place(self.backbone, exit.layer, shape, self.grids, boxes_per_cell, num_classes, context_channels)
+            branch = self.branches[exit.name] = exit.build(place)
+            context_channels = branch.context_channels
         self.inherit()
 
     @property
     def trunk(self) -> Trunk:
-        """The backbone's current layers, some of which may have been replaced since construction."""
-        raise NotImplementedError  # abstract: every registered detector names its own layers
+        """The layers of the backbone, read anew at each access because a user may replace layers."""
+        raise NotImplementedError  # abstract: each registered detector implements it
 
     @classmethod
     def build_plain(cls, **settings: object) -> SSD:
-        """torchvision's detector without exits, untrained; keywords as in :func:`build_ssdlite`."""
-        raise NotImplementedError  # abstract: every registered detector builds its own
+        """Build torchvision's detector without exits, untrained. Keywords are those of :func:`build_ssdlite`."""
+        raise NotImplementedError  # abstract: each registered detector implements it
 
     def inherit(self) -> None:
         """Copy the full path's current weights into the copied layers of the branches."""
@@ -369,7 +375,7 @@ class EarlyExitDetector(SSD):
 
     @property
     def score_thresh(self) -> float | dict[str, float]:
-        """Lowest score of a detection, one number or per class name."""
+        """Lowest score of a detection: a number, or class name -> number."""
         return self._score_thresh
 
     @score_thresh.setter
@@ -383,8 +389,8 @@ class EarlyExitDetector(SSD):
 
     @property
     def num_glances(self) -> int:
-        """Number of glances, which come before the other early exits."""
-        return sum(one.pixels is not None for one in self.exits)
+        """Number of glances. They are the first early exits."""
+        return sum(exit.pixels is not None for exit in self.exits)
 
     @property
     def num_early_exits(self) -> int:
@@ -392,12 +398,12 @@ class EarlyExitDetector(SSD):
         return len(self.exit_layers) - 1
 
     def trunk_maps(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Normalised images [N, 3, S, S] to the taps (one per early exit) and the full path's feature maps."""
+        """Return the taps (one per early exit) and the full path's feature maps of normalised images [N, 3, S, S]."""
         *early, full = walk(self, x, branches=False)
         return [at.tap for at in early], full.maps()
 
     def branch_heads(self, taps: Sequence[Tensor]) -> list[Head]:
-        """Heads of all early exits from their taps."""
+        """Compute the head outputs of all early exits from their taps."""
         heads, context = [], None
         for branch, tap in zip(self.branches.values(), taps, strict=True):
             context = branch.context(tap, context)
@@ -405,19 +411,19 @@ class EarlyExitDetector(SSD):
         return heads
 
     def default_boxes(self, images: ImageList) -> list[Tensor]:
-        """Per image [A, 4] xyxy in network pixels, in fp32 also under autocast."""
+        """Return the default boxes per image, [A, 4] xyxy in network pixels, in fp32 also under autocast."""
         maps = [images.tensors.new_empty((1, 0, *grid), dtype=torch.float32) for grid in self.grids]
         return self.anchor_generator(images, maps)
 
     def freeze_full_path(self, frozen: bool = True) -> None:
-        """Train the branches only: trunk and head get no gradient and stay in eval mode."""
+        """Freeze trunk and head: they get no gradient and stay in eval mode, so only the branches are trained."""
         self._full_path_frozen = frozen
         for module in (self.backbone, self.head):
             module.requires_grad_(not frozen)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> EarlyExitDetector:
-        """As ``nn.Module.train``, but frozen parts stay in eval mode."""
+        """Set the mode as ``nn.Module.train`` does, but keep frozen parts in eval mode."""
         super().train(mode)
         if self._full_path_frozen:
             self.backbone.eval()
@@ -429,20 +435,20 @@ class EarlyExitDetector(SSD):
         return self
 
     def compute_losses(self, heads: Sequence[Head], assignment: Assignment) -> dict[str, Tensor]:
-        """Weighted losses of all exits, without those of a frozen full path. ``heads``: shallow to deep, the full path
-        last."""
+        """Return the weighted losses of all exits; a frozen full path has none. ``heads``: shallow to deep, the full
+        path last."""
         validate.check_router(self.router, self.num_early_exits, trains=True)
         full = {} if self._full_path_frozen else full_path_losses(heads[-1], assignment, self.losses)
         names = {index: self.exit_names[index] for index, empty in enumerate(self.empty) if not empty}
         return full | early_exit_losses(names, heads, assignment, self.losses, self.router)
 
     def assign(self, targets: Targets, anchors: list[Tensor]) -> Assignment:
-        """Match targets (network pixels) with default boxes; all exits share the result."""
+        """Match targets (boxes in network pixels) with default boxes. All exits share the result."""
         return assign(targets, anchors, self.proposal_matcher, self.box_coder)
 
     def forward(self, images: list[Tensor], targets: Targets | None = None) -> dict[str, Tensor] | Detections:
-        """Losses in train mode, detections in eval mode. Train mode needs ``targets``. Images are RGB [3, H, W] in
-        [0, 1], of any sizes."""
+        """Return losses in train mode, which needs ``targets``, and detections in eval mode. ``images``: RGB [3, H, W]
+        in [0, 1], of any sizes."""
         validate.check_not_traced(None if self.training else self.router)
         validate.check_images(images)
         validate.check_head(self.head, self.num_classes)
@@ -453,18 +459,19 @@ class EarlyExitDetector(SSD):
             heads = [at.head() for at in walk(self, batch.tensors)]
             return self.compute_losses(heads, self.assign(targets, self.default_boxes(batch)))
         batch, _ = self.transform(images, None)
-        sizes = self.default_boxes(batch), batch.image_sizes, [tuple(image.shape[-2:]) for image in images]
+        anchors, photo_sizes = self.default_boxes(batch), [tuple(image.shape[-2:]) for image in images]
         if self.router is None:
-            return self._postprocess(self.head(self.trunk_maps(batch.tensors)[1]), *sizes)
+            _, maps = self.trunk_maps(batch.tensors)
+            return self._postprocess(self.head(maps), anchors, batch.image_sizes, photo_sizes)
         validate.check_router(self.router, self.num_early_exits)
         head, exit_index, confidence = route(self, batch.tensors)
-        detections = self._postprocess(head, *sizes)
+        detections = self._postprocess(head, anchors, batch.image_sizes, photo_sizes)
         for index, detection in enumerate(detections):
             detection["exit_index"], detection["exit_confidence"] = exit_index[index], confidence[index]
         return detections
 
     def exit_outputs(self, images: list[Tensor]) -> ExitOutputs:
-        """Outputs of all exits from one forward pass, without routing."""
+        """Compute the outputs of all exits in one forward pass, without routing."""
         validate.check_images(images)
         batch, _ = self.transform(images, None)
         exits = list(walk(self, batch.tensors))
@@ -473,29 +480,32 @@ class EarlyExitDetector(SSD):
         return ExitOutputs(heads, pooled, self.default_boxes(batch), batch.image_sizes, photo_sizes, self.empty)
 
     def detections(self, outputs: ExitOutputs, exit_index: int) -> Detections:
-        """Detections of all images at one exit, from the result of :meth:`exit_outputs`."""
+        """Return the detections of all images at one exit, from the result of :meth:`exit_outputs`."""
         return self._postprocess(outputs.heads[exit_index], outputs.anchors, outputs.network_sizes, outputs.photo_sizes)
 
     def postprocess_detections(
         self, head_outputs: Head, image_anchors: list[Tensor], image_shapes: Sizes
     ) -> Detections:
-        """As in torchvision, but score thresholds per class are applied after NMS, before the limit per image. Before
-        NMS the result would be the same, since a box suppresses only boxes of its class with a lower score."""
+        """Filter detections as torchvision does, and also apply score thresholds per class.
+
+        These are applied after NMS and before the limit per image. Before NMS the result would be the same, since a
+        box suppresses only boxes of its own class with a lower score.
+        """
         if not isinstance(self.score_thresh, Mapping):
             return super().postprocess_detections(head_outputs, image_anchors, image_shapes)
-        least = [self.score_thresh.get(name, validate.LEAST_SCORE) for name in self.classes]
-        unlimited = types.SimpleNamespace(  # torchvision's method reads these attributes only
+        lowest_scores = [self.score_thresh.get(name, validate.LEAST_SCORE) for name in self.classes]
+        unlimited = types.SimpleNamespace(  # replaces `self`: torchvision's method reads only these attributes
             box_coder=self.box_coder,
-            score_thresh=min(least),
+            score_thresh=min(lowest_scores),
             nms_thresh=self.nms_thresh,
             topk_candidates=self.topk_candidates,
             detections_per_img=None,
         )
-        thresholds = torch.tensor([0.0, *least], device=image_anchors[0].device)
+        thresholds = torch.tensor([0.0, *lowest_scores], device=image_anchors[0].device)
         detections = SSD.postprocess_detections(unlimited, head_outputs, image_anchors, image_shapes)
-        for found in detections:
-            keep = (found["scores"] > thresholds[found["labels"]]).nonzero()[: self.detections_per_img, 0]
-            found.update({key: value[keep] for key, value in found.items()})
+        for detection in detections:
+            keep = (detection["scores"] > thresholds[detection["labels"]]).nonzero()[: self.detections_per_img, 0]
+            detection.update({key: value[keep] for key, value in detection.items()})
         return detections
 
     def _postprocess(self, head: Head, anchors: list[Tensor], network_sizes: Sizes, photo_sizes: Sizes) -> Detections:
@@ -503,17 +513,16 @@ class EarlyExitDetector(SSD):
         return self.transform.postprocess(detections, network_sizes, photo_sizes)
 
 
-# The network up to one exit as a module: for operation counts, timing and export.
+# The network up to one exit as a module, for operation counts, timing and export.
 
 
 class PathToExit(nn.Module):
-    """All that is computed for an image that leaves at ``exit_index``: the trunk and all branches up to this exit.
+    """The computation for an image that leaves at ``exit_index``: the trunk and the branches up to this exit.
 
     Args:
         exit_index: 0 for the first exit, the number of early exits for the full path.
-        router: with a router, confidences are computed and closed exits are skipped. None: all branches up to this
-            exit are computed, and no confidences.
-        alone: without a router, skip the heads of earlier branches, as in a detector with this exit only.
+        router: computes the confidences; closed exits are skipped. None: no confidences, and no exit is skipped.
+        alone: skip the heads of all earlier exits, as in a detector with this exit only. Used without a router.
     """
 
     def __init__(
@@ -525,30 +534,32 @@ class PathToExit(nn.Module):
         self.model, self.exit_index, self.router, self.alone = model, exit_index, router, alone
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised images [N, 3, S, S] to ``cls_logits`` [N, A, C] and ``bbox_regression`` [N, A, 4]."""
-        head = self.run(x)[0][-1]
-        return head["cls_logits"], head["bbox_regression"]
+        """Return ``cls_logits`` [N, A, C] and ``bbox_regression`` [N, A, 4] of normalised images [N, 3, S, S]."""
+        heads, _ = self.run(x)
+        return heads[-1]["cls_logits"], heads[-1]["bbox_regression"]
 
     def run(self, x: Tensor) -> tuple[list[Head], list[Tensor]]:
-        """The heads of all exits up to this one; and the router's confidences [N] at the early ones, followed by the
-        pooled tap if the path ends at an empty exit, whose head does not need the tap."""
+        """Return the head outputs of all exits on the path, and other tensors.
+
+        The other tensors are the router's confidences [N] at the early exits. If the path ends at an empty exit, the
+        pooled tap comes last, because the head of an empty exit does not depend on it.
+        """
         heads: list[Head] = []
         others: list[Tensor] = []
         hybrid = self.router is not None and self.router.hybrid
         for at in walk(self.model, x):
-            early = at.index < self.exit_index
             skip = self.alone if self.router is None else not self.router.needs(at.index)
-            if early and skip:
+            if at.index < self.exit_index and skip:
                 continue
             if at.index <= self.exit_index:
                 heads.append(at.head())
-                ends_empty = not at.full and self.model.empty[at.index] and at.index == self.exit_index
-                signals = None if at.full or (self.router is None and not ends_empty) else at.signals(heads[-1])
-                if signals is not None and self.router is not None:
+                ends_empty = at.index == self.exit_index and not at.full and self.model.empty[at.index]
+                signals = at.signals(heads[-1]) if ends_empty or self.router is not None else None
+                if self.router is not None and not at.full:
                     others.append(self.router.confidence(signals, at.index))
                 if ends_empty:
                     others.append(signals.tap)
-            elif at.full:  # only a hybrid router walks on to here: classes of the exit, boxes of the full path
+            elif at.full:  # with a hybrid router: the exit's classes, the full path's boxes
                 heads[-1] = {**heads[-1], "bbox_regression": self.model.head.regression_head(at.maps())}
             if at.index == self.exit_index and not hybrid:
                 break
@@ -556,7 +567,7 @@ class PathToExit(nn.Module):
 
 
 class AllOutputs(nn.Module):
-    """A path that returns all tensors of :meth:`PathToExit.run`. A tracer drops operations that reach no output."""
+    """A path that returns all tensors of :meth:`PathToExit.run`, since a tracer drops operations without an output."""
 
     def __init__(self, path: PathToExit) -> None:
         super().__init__()
@@ -568,10 +579,10 @@ class AllOutputs(nn.Module):
 
 
 def fuse_for_inference(model: EarlyExitDetector) -> EarlyExitDetector:
-    """A copy in eval mode with every BatchNorm fused into its convolution; on a CPU in channels-last format.
+    """Return a copy in eval mode with each BatchNorm fused into its convolution; on a CPU in channels-last format.
 
-    Detections equal the model's up to fp32 rounding. The router is copied too, so set it before. The copy cannot be
-    trained, saved or compared with a certificate.
+    Detections equal the model's up to fp32 rounding. The router is copied too. The copy cannot be trained, saved or
+    compared with a certificate.
     """
     fused = copy.deepcopy(model).eval().requires_grad_(False)
     fused.fused = True
@@ -580,12 +591,12 @@ def fuse_for_inference(model: EarlyExitDetector) -> EarlyExitDetector:
             if isinstance(first, nn.Conv2d) and isinstance(second, _BatchNorm):
                 setattr(sequence, name, fuse_conv_bn_eval(first, second))
                 setattr(sequence, next_name, nn.Identity())
-    if next(fused.parameters()).device.type == "cpu":  # on CUDA it makes depthwise convolutions many times slower
+    if next(fused.parameters()).device.type == "cpu":  # on CUDA this makes depthwise convolutions many times slower
         fused.to(memory_format=torch.channels_last)
     return fused
 
 
-# Modules that compute only the losses of one training phase; the model itself computes all losses.
+# Modules that compute only the losses of one training phase. The model itself computes all losses.
 
 
 @dataclass(frozen=True)
@@ -594,16 +605,16 @@ class ResizedBatch:
 
     images: ImageList  # the normalised batch at the model's own size, before the resizing
     side: int  # side of the resized, square input in pixels
-    head: Head  # the head's outputs for the resized batch
+    head: Head  # head outputs of the resized batch
     anchors: list[Tensor]  # default boxes [A, 4] xyxy per image, in pixels of the resized input
-    targets: Targets  # objects per image, boxes in pixels of the resized input
+    targets: Targets  # boxes in pixels of the resized input
 
 
 class FullPathLosses(nn.Module):
-    """Losses of the full path; the branches are not computed and get no gradient.
+    """Losses of the full path. The branches are not computed and get no gradient.
 
-    ``sides`` are input sides in pixels for multi-scale training; empty: the model's own. The side of a batch depends
-    only on its image ids. Default boxes keep their size in pixels (`PixelBoxes`).
+    ``sides`` are the input sides in pixels of multi-scale training; without any, the model's own side is used. The side
+    of a batch depends only on its image ids. Default boxes keep their size in pixels (`PixelBoxes`).
     """
 
     def __init__(self, model: EarlyExitDetector, sides: Sequence[int] = ()) -> None:
@@ -612,43 +623,43 @@ class FullPathLosses(nn.Module):
         self._model = [model]  # in a list, so that the branches' parameters are not registered here
 
     def forward(self, images: list[Tensor], targets: Targets) -> dict[str, Tensor]:
-        """``bbox_regression`` and ``classification``, as in torchvision's SSD."""
-        model, computed = self._model[0], self.compute(images, targets)
-        return full_path_losses(computed.head, model.assign(computed.targets, computed.anchors), model.losses)
+        """Return ``bbox_regression`` and ``classification``, as in torchvision's SSD."""
+        model, batch = self._model[0], self.compute(images, targets)
+        return full_path_losses(batch.head, model.assign(batch.targets, batch.anchors), model.losses)
 
     def compute(self, images: list[Tensor], targets: Targets) -> ResizedBatch:
-        """The head's outputs for a batch, at the input side that its image ids select."""
+        """Compute the head outputs of a batch, at the input side that its image ids select."""
         model = self._model[0]
         validate.check_images(images)
         targets = validate.check_targets(targets, len(images), model.classes)
         validate.check_batch(self, len(images))
         batch, targets = model.transform(images, targets)
-        x, own_side = batch.tensors, batch.tensors.shape[-1]
-        ids = sum(int(target["image_id"]) for target in targets) if self._sides else 0
-        side = self._sides[ids % len(self._sides)] if self._sides else own_side
+        x = batch.tensors
+        side = own_side = x.shape[-1]
+        if self._sides:
+            side = self._sides[sum(int(target["image_id"]) for target in targets) % len(self._sides)]
         if side != own_side:
             x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
             targets = [{**target, "boxes": target["boxes"] * (side / own_side)} for target in targets]
         maps, anchors = model.trunk_maps(x)[1], model.default_boxes(batch)
         if side != own_side:
-            boxes = PixelBoxes(model.anchor_generator, model.grids, own_side, side)
-            anchors = boxes(ImageList(x, [(side, side)] * len(x)), [one.detach().float() for one in maps])
+            anchor_generator = PixelBoxes(model.anchor_generator, model.grids, own_side, side)
+            fp32_maps = [feature.detach().float() for feature in maps]
+            anchors = anchor_generator(ImageList(x, [(side, side)] * len(x)), fp32_maps)
         return ResizedBatch(batch, side, self.head(maps), anchors, targets)
 
 
 @dataclass(frozen=True)
 class TapBatch:
-    """Outputs of the frozen full path for a batch: taps [N, C, H, W] per early exit, and the head's outputs, which are
-    the teacher. Boxes of targets are in network pixels."""
+    """Outputs of the frozen full path for a batch, from which `BranchLosses` computes the losses."""
 
-    taps: list[Tensor]
-    head: Head
-    targets: Targets
+    taps: list[Tensor]  # per early exit [N, C, H, W]
+    head: Head  # of the full path, the teacher
+    targets: Targets  # boxes in network pixels
 
 
 class BranchLosses(nn.Module):
-    """Losses of the branches from stored taps. A model with a frozen full path gives the same losses for the same
-    images."""
+    """Losses of the branches from stored taps. They equal the losses of a model whose full path is frozen."""
 
     def __init__(self, model: EarlyExitDetector) -> None:
         super().__init__()
@@ -658,7 +669,7 @@ class BranchLosses(nn.Module):
         self._model = [model]
 
     def forward(self, batch: TapBatch) -> dict[str, Tensor]:
-        """Weighted losses of all early exits."""
+        """Return the weighted losses of all early exits."""
         validate.check_batch(self, len(batch.targets))
         model = self._model[0]
         heads = [*model.branch_heads(batch.taps), batch.head]
@@ -667,14 +678,14 @@ class BranchLosses(nn.Module):
 
 
 def default_boxes_of_image(model: EarlyExitDetector, device: torch.device) -> Tensor:
-    """Default boxes [A, 4] xyxy in network pixels, which are the same for every image."""
+    """Return the default boxes of an image, [A, 4] xyxy in network pixels. They are the same for every image."""
     width, height = model.transform.fixed_size
     return model.default_boxes(ImageList(torch.empty(1, 3, height, width, device=device), [(height, width)]))[0]
 
 
 @torch.no_grad()
 def compute_taps(model: EarlyExitDetector, images: list[Tensor], targets: Targets) -> TapBatch:
-    """Run trunk and full head once, in the model's current mode. Boxes of ``targets`` are in photo pixels."""
+    """Run trunk and full path's head in the model's current mode. Boxes of ``targets`` are in photo pixels."""
     targets = validate.check_targets(targets, len(images), model.classes)
     batch, targets = model.transform(images, targets)
     taps, maps = model.trunk_maps(batch.tensors)

@@ -100,7 +100,7 @@ def test_a_file_of_it_comes_back(model, tmp_path):
 
 
 def test_what_cannot_be_is_said(plain):
-    with pytest.raises(EarlyExitError, match="this detector has others: take branch='light'"):
+    with pytest.raises(EarlyExitError, match="this detector has others; use branch='light'"):
         EarlyExitSSD300(plain, exit_layers=(7,))
     with pytest.raises(ValueError, match="increasing trunk layers from 1 to 14"):
         EarlyExitSSD300(plain, exit_layers=(15,), branch="light")
