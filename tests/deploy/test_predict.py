@@ -94,7 +94,7 @@ def test_a_video_and_its_summary(tmp_path, video, fake_video):
     fake_video([scene(x) for x in range(10)], total=10)
     (told,) = predict(RedBox(), [video], tmp_path / "out", save=ALL)
     assert told.startswith(f"{video.name}: 10 frames, ") and told.endswith(f" -> {tmp_path}/out/street.mp4")
-    assert "4.0 ms a computed frame, left at full 50%, exit8 50%" in told
+    assert "4.0 ms per computed frame, left at full 50%, exit8 50%" in told
     assert [row["frame"] for row in rows(tmp_path / "out" / "counts.csv")] == [str(number) for number in range(10)]
     assert rows(tmp_path / "out" / "counts.csv")[5]["seconds"] == "0.200"
     import cv2
@@ -261,7 +261,7 @@ def test_a_window_that_cannot_open_is_one_line(tmp_path, monkeypatch):
         raise cv2.error("The function is not implemented")
 
     monkeypatch.setattr(cv2, "imshow", refuse)
-    with pytest.raises(EarlyExitError, match="leave --show out, or pip install opencv-python"):
+    with pytest.raises(EarlyExitError, match="remove --show, or replace it"):
         list(predict(RedBox(), [photo(tmp_path / "a.png")], tmp_path, save=[], show=True))
 
 

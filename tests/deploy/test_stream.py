@@ -20,7 +20,7 @@ from earlyexit_ssd.deploy.stream import (
     change,
     load_stream_rule,
     same_answer,
-    small_picture,
+    thumbnail,
 )
 from earlyexit_ssd.errors import EarlyExitError
 from tests.deploy.fakes import RedBox, scene
@@ -55,9 +55,9 @@ def test_the_change_of_two_pictures_by_hand():
 
 
 @pytest.mark.parametrize("size", [(360, 640), (1080, 1920), (48, 40), (5, 7), (1, 1), (1, 4000)])
-def test_the_small_picture_holds_the_frame_s_means(size):
+def test_the_thumbnail_has_the_frame_s_means(size):
     frame = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    picture = small_picture(frame)
+    picture = thumbnail(frame)
     assert picture.dtype == np.uint8 and max(picture.shape[:2]) <= 64 and picture.shape[2] == 3
     assert picture.mean() == pytest.approx(frame.mean(), abs=12)
 
@@ -189,7 +189,7 @@ def test_a_larger_share_is_bolder_and_a_frame_rule_is_held_against_it():
     assert rules[0].threshold < rules[1].threshold
     assert rules[0].figures.computed > rules[1].figures.computed
     assert all(rule.figures.changed <= share for rule, share in zip(rules, (0.001, 0.1), strict=True))
-    assert rules[0].figures.bound is None and "nothing promised" in str(rules[0].figures)
+    assert rules[0].figures.bound is None and "no guarantee" in str(rules[0].figures)
 
 
 def test_what_a_recording_says_is_what_the_temporal_exit_does():
@@ -197,7 +197,7 @@ def test_what_a_recording_says_is_what_the_temporal_exit_does():
     recording = Recording.of(RedBox(), frames, 0.5)
     for threshold, most in ((0.5, 5), (4.0, 1000)):
         rule = dataclasses.replace(RULE, threshold=threshold, most_repeats=most)
-        computed, changed = recording.with_rule(threshold, most)
+        computed, changed = recording.apply_rule(threshold, most)
         expected, right = run(frames, rule)
         assert computed.tolist() == expected.tolist() and changed.tolist() == (~right).tolist()
 
@@ -226,7 +226,7 @@ def test_blocks_are_whole():
 
 def test_too_few_frames_say_how_many_are_needed():
     with pytest.raises(
-        EarlyExitError, match=r"400 frames are 10 blocks of 40, too few to promise 5\.0% at delta 0\.05"
+        EarlyExitError, match=r"400 frames are 10 blocks of 40, too few to guarantee 5\.0% at delta 0\.05"
     ) as e:
         calibrate_stream(RedBox(), comings(10, every=100), 0.05, 0.05, block=40)
     needed = int(str(e.value).partition("about ")[2].split()[0])
@@ -234,14 +234,14 @@ def test_too_few_frames_say_how_many_are_needed():
     assert calibrate_stream(RedBox(), comings(needed, every=1000), 0.05, 0.05, block=40).figures.bound <= 0.05
 
 
-def test_a_detector_that_flickers_is_said():
+def test_a_detector_that_flickers_is_an_error():
     class Flicker(RedBox):
         def __call__(self, image):
             return dataclasses.replace(
                 super().__call__(image), scores=np.full(1, 0.2 + 0.6 * (self.calls % 2), np.float32)
             )
 
-    with pytest.raises(EarlyExitError, match="even the safest rule changes .* the detector itself flickers"):
+    with pytest.raises(EarlyExitError, match="even the smallest threshold changes .* detections flicker"):
         calibrate_stream(Flicker(), [scene(20)] * 100, 0.05, None)
 
 
