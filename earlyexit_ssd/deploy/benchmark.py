@@ -110,16 +110,12 @@ class Row:
     """Figures of one detector in one setting.
 
     Attributes:
-        name: name of the detector.
-        runtime: runtime of the detector.
-        threads: number of threads.
         batch: number of photos per call.
         stream: group of photos: ``as they come`` (all), ``all easy`` (the first detector lets them leave at the
             shallowest exit that it uses) or ``all hard`` (they take its full path).
         photos: number of photos in the group.
         calls: number of timed calls.
-        wall: wall time.
-        cpu: CPU time of all threads of the process.
+        wall, cpu: wall time, and CPU time of all threads of the process.
         against: comparison with the first detector of the same runtime. The first detector of a runtime is compared
             with the first detector of all, which has None.
         peak_mb: peak memory of the process in MB; None if the system does not report it.
@@ -289,13 +285,8 @@ def machine() -> dict[str, object]:
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {
-        "processor": name,
-        "cores": os.cpu_count(),
-        "load": load,
-        "system": platform.platform(),
-        "versions": versions,
-    }
+    details = {"processor": name, "cores": os.cpu_count(), "load": load, "system": platform.platform()}
+    return {**details, "versions": versions}
 
 
 # Each detector has its own process, so that its memory and threads can be measured.

@@ -104,10 +104,8 @@ class Scope:
         return self.many(1, op_type, *inputs, **attributes)[0]
 
     def inline(self, model: onnx.ModelProto, inputs: Mapping[str, str]) -> dict[str, str]:
-        """Add all nodes of a model.
-
-        ``inputs`` maps names of the model's inputs to names in this scope. The returned dict maps names of its outputs.
-        """
+        """Add all nodes of a model. ``inputs`` maps names of the model's inputs to names in this scope. Return the same
+        mapping for its outputs."""
         prefix = f"segment_{next(self.numbers)}_"
         graph = onnx.compose.add_prefix(model, prefix).graph
         renamed = {prefix + name: outer for name, outer in inputs.items()}
@@ -128,10 +126,8 @@ class Scope:
         return self.many(len(types), "If", condition, **branches)
 
     def graph(self, name: str, outputs: Sequence[Value], inputs: Sequence[Any] = ()) -> onnx.GraphProto:
-        """Return the scope as a graph.
-
-        Each output comes from an ``Identity`` node, added last, so it can be renamed and no value is two outputs.
-        """
+        """Return the scope as a graph. Each output comes from an ``Identity`` node, added last. So an output can be
+        renamed, and no value is two outputs."""
         values = [helper.make_tensor_value_info(self("Identity", value), *type_) for value, *type_ in outputs]
         return helper.make_graph(self.nodes, name, inputs, values, self.constants)
 
@@ -429,10 +425,8 @@ def postprocess(scope: Scope, cls_logits: str, bbox_regression: str, size: str, 
 
 
 def _keep_top_k(scope: Scope, scores: str, candidates: str, contract: Contract) -> str:
-    """Set all but the ``topk_candidates`` highest scores of each class to 0, in scores [classes, n].
-
-    Scores equal to the lowest of these are kept too.
-    """
+    """Set all but the ``topk_candidates`` highest scores of each class to 0, in scores [classes, n]. Scores equal to
+    the lowest of these are kept too."""
     k = scope.constant([contract.topk_candidates], np.int64)
     is_longer, cut, same = scope("Greater", scope("Shape", candidates), k), Scope(scope.numbers), Scope(scope.numbers)
     values, _ = cut.many(2, "TopK", scores, k, axis=1)

@@ -39,11 +39,8 @@ def is_exported(path: str | os.PathLike[str]) -> bool:
 
 
 def open_predictor(path: str | os.PathLike[str], runtime: str, threads: int, score: float) -> Predictor:
-    """Open an exported detector and warm it up.
-
-    Its score thresholds become ``score - CLOSE_MARGIN``, since a temporal exit needs scores close to ``score``.
-    Higher thresholds of the file are kept.
-    """
+    """Open and warm up an exported detector. Its score thresholds become ``score - CLOSE_MARGIN``, which a temporal
+    exit needs. Higher thresholds of the file are kept."""
     predictor = Predictor(path, runtime, threads)
     predictor.score_thresh = np.maximum(predictor.score_thresh, np.float32(max(score - CLOSE_MARGIN, 0)))
     predictor.warm_up()
@@ -88,12 +85,9 @@ def predict(
 
     Args:
         detector: `Predictor`, or another callable with its signature and ``classes``.
-        sources: sources to read, in order.
-        out: folder of the outputs.
         save: names in `SAVES`. The name ``none`` is ignored.
         score: score threshold of the detections, in [0, 1].
-        stride: use every ``stride``-th frame of a video or stream.
-        most_frames: largest number of frames of each video or stream; None: all.
+        stride, most_frames: use every ``stride``-th frame of a video or stream, and at most ``most_frames`` of each.
         show: show the pictures in a window. The key q ends the run.
         rule: rule of a temporal exit; None: run the detector on every frame.
         draw: function that annotates the pictures.

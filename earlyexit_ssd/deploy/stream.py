@@ -42,7 +42,7 @@ MOST_REPEATS = 10
 FEW_EVENTS = 10  # with fewer changes of the detections in the calibration frames, a rule is not well tested
 SAME_IOU = 0.5
 FORMAT = "earlyexit_ssd stream rule/1"
-ADVICE = "write one with earlyexit predict --calibrate-stream"
+ADVICE = "write a rule with earlyexit predict --calibrate-stream"
 
 Share = Annotated[float, 0, 1]
 
@@ -101,9 +101,8 @@ class StreamFigures:
     """Figures of a rule on its calibration frames.
 
     Attributes:
-        frames: number of frames.
+        frames, blocks: numbers of frames and blocks.
         block: number of frames per block. A block counts as one independent draw.
-        blocks: number of blocks.
         share: largest share of changed answers that is allowed.
         delta: failure probability of the bound; None: no guarantee.
         events: number of frames on which the detector's answer differs from its answer on the frame before.
@@ -184,13 +183,8 @@ def load_stream_rule(path: str | os.PathLike[str]) -> StreamRule:
 class TemporalExit:
     """A detector with a temporal exit. Call it with the frames of one camera, in order.
 
-    Args:
-        detector: `Predictor`, or another callable with its signature.
-        rule: rule of the temporal exit.
-        score: score threshold to compare with the rule's; None: no comparison.
-
     Raises:
-        EarlyExitError: the rule is for other classes or another score threshold.
+        EarlyExitError: the rule is for other classes, or for another score threshold than ``score`` (None: any).
     """
 
     def __init__(self, detector: Detector, rule: StreamRule, score: float | None = None) -> None:
@@ -213,11 +207,8 @@ class TemporalExit:
         self._close, self._repeats = False, 0
 
     def __call__(self, image: np.ndarray) -> Detections:
-        """Return the detections of the next frame, uint8 [H, W, 3] RGB.
-
-        Repeated detections have the ``exit_name`` `REPEATED` and the ``exit_index`` -1. Their ``ms`` is the time of
-        the comparison.
-        """
+        """Return the detections of the next frame, uint8 [H, W, 3] RGB. Repeated detections have the ``exit_name``
+        `REPEATED` and the ``exit_index`` -1, and their ``ms`` is the time of the comparison."""
         start, small = time.perf_counter(), thumbnail(image)
         if self._last is not None and self._repeats < self.rule.most_repeats:
             last, detections = self._last
@@ -231,10 +222,8 @@ class TemporalExit:
 
 
 def _is_repeat(small: np.ndarray, last: np.ndarray, close: bool, threshold: float) -> bool:
-    """Return whether the thumbnail ``small`` has changed little since the thumbnail ``last`` of the computed frame.
-
-    ``close`` is true if the answer of the computed frame has a close call.
-    """
+    """Return whether a thumbnail has changed little since that of the ``last`` computed frame, whose answer has a close
+    call if ``close`` is true."""
     return small.shape == last.shape and (CLOSE_WEIGHT if close else 1.0) * change(small, last) <= threshold
 
 
@@ -342,10 +331,7 @@ def _p_value_at(delta: float) -> Callable[[np.ndarray, float], float]:
 
 
 def block_means(changed: np.ndarray, block: int) -> np.ndarray:
-    """Return the share of changed answers per block of consecutive frames, in a seeded random order.
-
-    An incomplete last block is dropped.
-    """
+    """Return the share of changed answers per complete block of consecutive frames, in a seeded random order."""
     frames = len(changed) // block * block
     means = changed[:frames].reshape(-1, block).mean(1)
     return np.random.default_rng(0).permutation(means)

@@ -29,7 +29,7 @@ from tests.deploy.fakes import Waiter
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    """Two dark photos, a dim one and four bright ones."""
+    """Paths of two dark photos, a dim photo and four bright photos."""
     folder = tmp_path_factory.mktemp("photos")
     for place, level in enumerate([20, 200, 200, 20, 80, 200, 200]):
         Image.fromarray(np.full((8, 8, 3), level, np.uint8)).save(folder / f"{place}.png")
@@ -66,7 +66,7 @@ def test_others_are_compared_with_the_first_of_their_runtime():
     contestants = [Waiter(f"detector {place}", runtime) for place, runtime in enumerate(runtimes)]
     times = np.ones((4, 1, 8, 2)) * np.array([1, 2, 3, 5])[:, None, None, None]
     times[2, 0, 0] = 11  # one call of eight
-    times[..., 1] *= [[[1]], [[2]], [[1]], [[1]]]  # the second one computes on two cores
+    times[..., 1] *= [[[1]], [[2]], [[1]], [[1]]]  # the second detector uses two cores
     rows = list(module._rows(contestants, (1, 1, MIXED, 8), times, [None] * 4))
     assert [row.against and row.against.name for row in rows] == [None, "detector 0", "detector 0", "detector 1"]
     assert [row.against.wall.value for row in rows[1:]] == [2, 4, 2.5]
