@@ -78,7 +78,7 @@ class Row:
 
 def report(recording: Recording, rule: StreamRule, block: int) -> Row:
     """Return the figures of ``rule`` on a recording. The bootstrap resamples blocks of ``block`` frames."""
-    computed, changed = recording.with_rule(rule.threshold, rule.most_repeats)
+    computed, changed = recording.apply_rule(rule.threshold, rule.most_repeats)
     figures = recording.figures(rule.threshold, rule.most_repeats, 0.5, None, block)
     rival = np.mean([recording.changed(run) for run in recording.nth_frames(figures.speedup)], axis=0)
     count = max(1, len(recording) // block)

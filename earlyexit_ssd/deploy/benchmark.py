@@ -1,4 +1,4 @@
-"""Time detectors side by side, from a decoded photo to its detections; PyTorch is not imported."""
+"""Time detectors in turns, from a decoded photo to its detections. PyTorch is not imported."""
 
 from __future__ import annotations
 
@@ -25,51 +25,52 @@ from earlyexit_ssd.progress import progress
 
 PACKAGES = ("earlyexit_ssd", "numpy", "onnxruntime", "openvino", "torch", "torchvision")
 MIXED, EASY, HARD = "as they come", "all easy", "all hard"
-DRAWS = 2000  # of the bootstrap
-FEWEST = 6  # calls of which an interval says something
+DRAWS = 2000  # number of bootstrap draws
+MIN_CALLS = 6  # smallest number of calls for an interval
 WARM_UP_CALLS = 2
 
 Detect = Callable[[list[np.ndarray]], "list[int | None]"]
-"""Photos uint8 [H, W, 3] RGB to the early exit that each has left at; None: everything was computed."""
+"""Function from photos uint8 [H, W, 3] RGB to the index of the early exit of each; None for the full path."""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A detector in a file, opened in a process of its own; base class.
+    """Base class of a detector in a file, to be timed in its own process.
 
-    ``runtime`` is ONNX Runtime, OpenVINO, ... What is timed first in a runtime is what the others there are held
-    against.
+    Subclasses have the attribute ``runtime``, such as ``ONNX Runtime``. Ratios compare detectors of the same runtime.
     """
 
     path: str
 
     @property
     def name(self) -> str:
+        """Name of the file."""
         return Path(self.path).name
 
     def open(self, threads: int, score: float) -> Detect:
-        """Load it, for ``threads`` threads and detections from ``score`` on."""
-        raise NotImplementedError  # abstract: `ExportedFile` and the eager ones of pipeline.predictor define it
+        """Load the detector for this number of threads and this score threshold."""
+        raise NotImplementedError  # defined by `ExportedFile`, and by subclasses in pipeline/predictor.py
 
 
 @dataclass(frozen=True)
 class ExportedFile(Contestant):
-    """What ``earlyexit export`` has written: .xml runs in OpenVINO, all else in ONNX Runtime."""
+    """An output of ``earlyexit export``. A file .xml runs in OpenVINO, any other in ONNX Runtime."""
 
     @property
     def runtime(self) -> str:
         return "OpenVINO" if self.path.lower().endswith(".xml") else "ONNX Runtime"
 
     def open(self, threads: int, score: float) -> Detect:
-        predictor = Predictor(self.path, self.runtime.lower().replace(" ", ""), threads, score)
+        runtime = "openvino" if self.runtime == "OpenVINO" else "onnxruntime"
+        predictor = Predictor(self.path, runtime, threads, score)
         predictor.warm_up()
-        early = [*range(len(predictor.exit_names) - 1), None]  # None for the full path
-        return lambda photos: [early[found.exit_index] for found in predictor.predict(photos)]
+        exits = [*range(len(predictor.exit_names) - 1), None]
+        return lambda photos: [exits[detections.exit_index] for detections in predictor.predict(photos)]
 
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds for a photo."""
+    """Milliseconds per photo: mean and percentiles over calls."""
 
     mean: float
     p50: float
@@ -83,7 +84,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Ratio:
-    """With a 95 % bootstrap interval over the calls; None where they are fewer than `FEWEST`."""
+    """A ratio of times with its 95 % bootstrap interval over calls; `MIN_CALLS` are needed for an interval."""
 
     value: float
     low: float | None
@@ -95,7 +96,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A detector's times through those of the detector ``name``: of their means and of their p99."""
+    """Times of a detector divided by those of the detector ``name``, for the means and the p99s."""
 
     name: str
     wall: Ratio
@@ -106,16 +107,18 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Row:
-    """One detector in one setting.
+    """Figures of one detector in one setting.
 
     Attributes:
-        stream: which photos, ``as they come``, ``all easy`` (that leave at the shallowest exit taken) or ``all hard``
-            (that go through everything), by the first detector.
-        photos: in it; calls: timed, each of ``batch`` photos.
-        wall, cpu: time on the clock, and of all threads of the process.
-        against: the first detector of the same runtime, or the first of all where it is that itself; None for the
-            first of all.
-        peak_mb: memory of the process at its peak; None where the system does not say.
+        batch: number of photos per call.
+        stream: group of photos: ``as they come`` (all), ``all easy`` (the first detector lets them leave at the
+            shallowest exit that it uses) or ``all hard`` (they take its full path).
+        photos: number of photos in the group.
+        calls: number of timed calls.
+        wall, cpu: wall time, and CPU time of all threads of the process.
+        against: comparison with the first detector of the same runtime. The first detector of a runtime is compared
+            with the first detector of all, which has None.
+        peak_mb: peak memory of the process in MB; None if the system does not report it.
     """
 
     name: str
@@ -139,20 +142,20 @@ def benchmark(
     rounds: int = 1,
     score: float = 0.5,
 ) -> list[Row]:
-    """Time all detectors on all photos in turns, each in a process of its own.
+    """Time all detectors on all photos in turns. Each detector runs in its own process.
 
-    Decoding is left out; resizing and non-maximum suppression are in.
+    Times include resizing and non-maximum suppression, and exclude decoding of the photo.
 
     Args:
-        contestants: the routed detector first.
-        photos: files.
-        threads: of each detector, one run for each number.
-        batches: photos in a call; those that do not fill a last call are left out.
-        rounds: over all photos.
+        contestants: detectors, the routed detector first.
+        photos: paths of the photos.
+        threads: numbers of threads. All detectors are timed with each.
+        batches: numbers of photos per call. An incomplete last call is not run.
+        rounds: number of passes over all photos.
         score: score threshold of the detections.
 
     Raises:
-        EarlyExitError: a detector or a photo that cannot be read, a number out of its range, or a process that died.
+        EarlyExitError: a detector or photo cannot be read, a number is out of its range, or a process has died.
     """
     for name, numbers in (("threads", threads), ("batch", batches), ("rounds", [rounds])):
         if not numbers or min(numbers) < 1:
@@ -160,18 +163,21 @@ def benchmark(
     if not 0 <= score <= 1:
         raise EarlyExitError(f"score {score}: expected a number in [0, 1]")
     if not contestants or len(photos) < min(batches):
-        raise EarlyExitError(f"{len(photos)} photos and {len(contestants)} detectors: name one, and photos for a call")
+        raise EarlyExitError(
+            f"{len(photos)} photos and {len(contestants)} detectors: expected at least one detector, and "
+            f"{min(batches)} photos for a call"
+        )
     rows = []
-    for number in threads:
+    for thread_count in threads:
         with ExitStack() as stack:
-            workers = [stack.enter_context(_Worker(one)) for one in contestants]
-            for worker in progress(workers, desc=f"open, threads {number}"):
-                worker(_open, worker.contestant, number, score)
+            workers = [stack.enter_context(_Worker(contestant)) for contestant in contestants]
+            for worker in progress(workers, desc=f"open, threads {thread_count}"):
+                worker(_open, worker.contestant, thread_count, score)
             timed = []
-            for batch, (stream, inside) in itertools.product(batches, _streams(workers[0], photos).items()):
-                if len(inside) >= batch:
-                    times = _time(workers, inside, batch, rounds, f"threads {number}, batch {batch}, {stream}")
-                    timed.append(((number, batch, stream, len(inside)), times))
+            for batch, (stream, group) in itertools.product(batches, _streams(workers[0], photos).items()):
+                if len(group) >= batch:
+                    times = _time(workers, group, batch, rounds, f"threads {thread_count}, batch {batch}, {stream}")
+                    timed.append(((thread_count, batch, stream, len(group)), times))
             peaks = [worker(_peak_mb) for worker in workers]
         for setting, times in timed:
             rows += _rows(contestants, setting, times, peaks)
@@ -179,26 +185,27 @@ def benchmark(
 
 
 def _streams(worker: _Worker, photos: Sequence[str]) -> dict[str, list[str]]:
-    """The photos by what the first detector does with them."""
-    exits = [worker(_run, [photo])[2][0] for photo in progress(photos, desc="where photos leave")]
-    first = min((one for one in exits if one is not None), default=None)
-    if first is None:
+    """Group the photos by the exits at which they leave in the first detector."""
+    exits = [worker(_run, [photo])[2][0] for photo in progress(photos, desc="find the exits of photos")]
+    shallowest = min((index for index in exits if index is not None), default=None)
+    if shallowest is None:
         return {MIXED: list(photos)}
-    easy, hard = ([photo for photo, one in zip(photos, exits, strict=True) if one == end] for end in (first, None))
+    easy = [photo for photo, index in zip(photos, exits, strict=True) if index == shallowest]
+    hard = [photo for photo, index in zip(photos, exits, strict=True) if index is None]
     return {MIXED: list(photos), EASY: easy, HARD: hard}
 
 
 def _time(workers: Sequence[_Worker], photos: Sequence[str], batch: int, rounds: int, desc: str) -> np.ndarray:
-    """Milliseconds for a photo [detectors, rounds, calls, 2], on the clock and of the CPU."""
+    """Return milliseconds per photo [detectors, rounds, calls, 2], the last axis for wall time and CPU time."""
     calls = [list(photos[start : start + batch]) for start in range(0, len(photos) - batch + 1, batch)]
     for worker, call in itertools.product(workers, [calls[0]] * WARM_UP_CALLS):
         worker(_run, call)
     times = np.zeros((len(workers), rounds, len(calls), 2))
     turns = list(itertools.product(range(rounds), range(len(calls))))
-    for turn, (around, place) in enumerate(progress(turns, desc=desc)):
+    for turn, (round_index, call_index) in enumerate(progress(turns, desc=desc)):
         for step in range(len(workers)):
-            which = (turn + step) % len(workers)  # nobody is always behind the same one
-            times[which, around, place] = workers[which](_run, calls[place])[:2]
+            index = (turn + step) % len(workers)  # another detector starts each turn
+            times[index, round_index, call_index] = workers[index](_run, calls[call_index])[:2]
     return 1000 * times / batch
 
 
@@ -208,66 +215,69 @@ def _rows(
     times: np.ndarray,
     peaks: Sequence[float | None],
 ) -> Iterator[Row]:
-    """A row for each detector; ``setting`` has threads, batch, stream and photos, ``times`` is that of `_time`."""
-    runtimes = [one.runtime for one in contestants]
-    for place, one in enumerate(contestants):
-        first = runtimes.index(one.runtime)
-        against, comparison = 0 if first == place else first, None
-        if place:
+    """Yield a row for each detector. ``setting`` is (threads, batch, stream, photos); for ``times`` see `_time`."""
+    runtimes = [contestant.runtime for contestant in contestants]
+    for index, contestant in enumerate(contestants):
+        first = runtimes.index(contestant.runtime)
+        reference, comparison = 0 if first == index else first, None
+        if index:
             ratios = [
-                ratio(times[place, ..., kind], times[against, ..., kind], quantile)
-                for quantile, kind in itertools.product((None, 0.99), range(2))
+                ratio(times[index, ..., clock], times[reference, ..., clock], quantile)
+                for quantile, clock in itertools.product((None, 0.99), range(2))
             ]
-            comparison = Comparison(contestants[against].name, *ratios)
-        wall, cpu = times[place, ..., 0], times[place, ..., 1]
-        both = Times.of(wall), Times.of(cpu)
-        yield Row(one.name, one.runtime, *setting, wall.size, *both, comparison, peaks[place])
+            comparison = Comparison(contestants[reference].name, *ratios)
+        wall, cpu = times[index, ..., 0], times[index, ..., 1]
+        figures = Times.of(wall), Times.of(cpu)
+        yield Row(contestant.name, contestant.runtime, *setting, wall.size, *figures, comparison, peaks[index])
 
 
 def ratio(times: np.ndarray, against: np.ndarray, quantile: float | None = None) -> Ratio:
-    """Mean, or quantile, of ``times`` through that of ``against``, both [rounds, calls].
+    """Divide the mean (or a quantile) of ``times`` by that of ``against``, both [rounds, calls].
 
-    Calls are drawn in pairs, each with all its rounds.
+    The bootstrap draws calls. A drawn call has all its rounds and is used in both arrays.
     """
 
-    def through(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    def divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
         if quantile is None:
-            return one.mean(-1) / other.mean(-1)
-        return np.quantile(one, quantile, axis=-1) / np.quantile(other, quantile, axis=-1)
+            return numerator.mean(-1) / denominator.mean(-1)
+        return np.quantile(numerator, quantile, axis=-1) / np.quantile(denominator, quantile, axis=-1)
 
-    value = float(through(times.ravel(), against.ravel()))
-    if times.shape[1] < FEWEST:
+    value = float(divide(times.ravel(), against.ravel()))
+    if times.shape[1] < MIN_CALLS:
         return Ratio(value, None, None)
     drawn = np.random.default_rng(0).integers(0, times.shape[1], (DRAWS, times.shape[1]))
-    resampled = [np.concatenate([row[drawn] for row in one], axis=1) for one in (times, against)]
-    low, high = np.quantile(through(*resampled), (0.025, 0.975))
+    resampled = [np.concatenate([calls[drawn] for calls in array], axis=1) for array in (times, against)]
+    low, high = np.quantile(divide(*resampled), (0.025, 0.975))
     return Ratio(value, float(low), float(high))
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown, one table for each setting."""
+    """Return Markdown with one table for each setting."""
     heads = ["detector", "runtime", "mean", "p50", "p90", "p99", "CPU mean", "CPU p99", "MB", "against"]
-    heads += [f"x {kind}" for kind in ("mean", "CPU mean", "p99", "CPU p99")]
+    heads += [f"x {figure}" for figure in ("mean", "CPU mean", "p99", "CPU p99")]
     lines: list[str] = []
     settings = itertools.groupby(rows, key=lambda row: (row.threads, row.batch, row.stream, row.photos, row.calls))
-    for (threads, batch, stream, photos, calls), inside in settings:
+    for (threads, batch, stream, photos, calls), group in settings:
         title = f"threads {threads}, batch {batch}, {photos} photos {stream}, {calls} calls; milliseconds for a photo"
         lines += [title, "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-        for row in inside:
+        for row in group:
             times = (row.wall.mean, row.wall.p50, row.wall.p90, row.wall.p99, row.cpu.mean, row.cpu.p99)
             cells = [row.name, row.runtime, *(f"{value:.1f}" for value in times)]
             cells.append("-" if row.peak_mb is None else f"{row.peak_mb:.0f}")
-            one = row.against
-            cells += ["-"] * 5 if one is None else [one.name, *map(str, (one.wall, one.cpu, one.wall_p99, one.cpu_p99))]
+            if row.against is None:
+                cells += ["-"] * 5
+            else:
+                ratios = (row.against.wall, row.against.cpu, row.against.wall_p99, row.against.cpu_p99)
+                cells += [row.against.name, *map(str, ratios)]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
 
 
 def machine() -> dict[str, object]:
-    """What the figures belong to: processor, cores, load, system, and versions by package."""
+    """Describe the machine of the figures: processor, cores, load, system, and versions by package."""
     name = platform.processor() or platform.machine()
-    with suppress(OSError):  # no Linux
+    with suppress(OSError):  # the file exists only on Linux
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     versions = {"python": platform.python_version()}
@@ -275,15 +285,15 @@ def machine() -> dict[str, object]:
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    found = {"processor": name, "cores": os.cpu_count(), "load": load, "system": platform.platform()}
-    return {**found, "versions": versions}
+    details = {"processor": name, "cores": os.cpu_count(), "load": load, "system": platform.platform()}
+    return {**details, "versions": versions}
 
 
-# One process for each detector: its memory is its own, and so are its threads.
+# Each detector has its own process, so that its memory and threads can be measured.
 
 
 class _Worker:
-    """``worker(job, ...)`` is what ``job(...)`` gives in the process."""
+    """A process of a detector. ``worker(job, ...)`` runs ``job(...)`` in it and returns the result."""
 
     def __init__(self, contestant: Contestant) -> None:
         self.contestant = contestant
@@ -300,11 +310,11 @@ class _Worker:
             return self._pool.submit(job, *arguments).result()
         except BrokenProcessPool:
             raise EarlyExitError(
-                f"{self.contestant.name}: its process died, maybe for want of memory; time fewer detectors at once"
+                f"{self.contestant.name}: its process died, maybe out of memory; time fewer detectors at once"
             ) from None
 
 
-_detect: Detect
+_detect: Detect  # of the process in which `_open` has run
 
 
 def _open(contestant: Contestant, threads: int, score: float) -> None:
@@ -313,7 +323,7 @@ def _open(contestant: Contestant, threads: int, score: float) -> None:
 
 
 def _run(paths: list[str]) -> tuple[float, float, list[int | None]]:
-    """Seconds on the clock and of the CPU, decoding left out, and the exits."""
+    """Return wall and CPU seconds of a call, without decoding, and the exits of the photos."""
     photos = [read_image(path) for path in paths]
     wall, cpu = time.perf_counter(), time.process_time()
     exits = _detect(photos)
@@ -321,7 +331,7 @@ def _run(paths: list[str]) -> tuple[float, float, list[int | None]]:
 
 
 def _peak_mb() -> float | None:
-    """Of this process since it was started; ``getrusage`` would count what its parent had."""
+    """Return the peak memory of this process in MB. ``getrusage`` can report the peak of the parent instead."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:

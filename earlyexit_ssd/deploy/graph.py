@@ -1,7 +1,7 @@
-"""Build one ONNX graph from a photo to its detections, from the segments of a routed detector.
+"""Build the ONNX graph of a routed detector, from a photo to its detections.
 
-The layers after an exit are in one side of an ``If``, so a runtime computes them only for photos that do not leave
-there. This module needs the package onnx and no PyTorch.
+A *segment* is the part of the network between two exits. The segments after an exit are in one branch of an ``If``, so
+they are computed only for photos that do not leave there. This module needs the package onnx and no PyTorch.
 """
 
 from __future__ import annotations
@@ -32,47 +32,47 @@ OUTPUTS = {
 }
 
 LARGE = 1_000_000
-"""Number of pixels above which a photo is large. A large photo is resized by gathering only the pixels that the resize
-reads, a smaller one by converting the whole photo: each is the faster way in ONNX Runtime. In OpenVINO gathering is
-always faster."""
+"""Number of pixels above which a photo is large. To resize a large photo, only the pixels that the resize reads are
+gathered and converted. A smaller photo is converted as a whole. Each is faster for its sizes in ONNX Runtime. In
+OpenVINO gathering is always faster."""
 LOG_LIMIT = math.log(1000.0 / 16)
 """Largest logarithm of (box side / default box side), as in torchvision's ``BoxCoder``."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """The network between the previous exit and this one.
+    """The part of the network between the previous exit and this exit.
 
-    ``model`` is a graph. Its inputs are the tensors of `STATE`. Its outputs are the tensors of `STATE`, those of `HEAD`
-    if they are needed, and the router's `CONFIDENCE` [1] if there is a router.
+    Inputs of ``model`` are the tensors of `STATE`. Its outputs are the tensors of `STATE`, those of `HEAD` if they are
+    needed, and the router's `CONFIDENCE` [1] if there is a router.
     """
 
-    index: int  # of the exit among all exits of the model
-    name: str  # of the exit
-    empty: bool  # whether photos that leave there have no detections
+    index: int  # index of the exit among all exits of the model
+    name: str  # name of the exit
+    empty: bool  # whether photos that leave at the exit have no detections
     model: onnx.ModelProto
-    full: bool = False  # whether it ends the full path
+    full: bool = False  # whether the segment ends the full path
 
 
 @dataclass(frozen=True)
 class Contract:
-    """Settings of pre- and post-processing, and the thresholds."""
+    """Settings of preprocessing and postprocessing, and the default thresholds."""
 
-    size: tuple[int, int]  # (height, width) of the network's input, pixels
+    size: tuple[int, int]  # (height, width) of the network's input in pixels
     mean: Sequence[float]  # of each channel, for pixels in [0, 1]
     std: Sequence[float]  # of each channel, for pixels in [0, 1]
     anchors: np.ndarray  # default boxes float32 [A, 4] xyxy in the input's pixels
     box_weights: Sequence[float]  # weights of torchvision's ``BoxCoder``
     thresholds: np.ndarray  # float32, one per early exit of the model
-    score_thresh: np.ndarray  # float32, one per class; a detection's score is above it
-    nms_thresh: float  # IoU above which NMS drops the box of lower score
-    topk_candidates: int  # number of boxes per class that enter NMS, by score
+    score_thresh: np.ndarray  # float32, one per class; detections have higher scores
+    nms_thresh: float  # IoU above which NMS drops the box with the lower score
+    topk_candidates: int  # number of boxes per class that enter NMS
     detections_per_img: int  # largest number of detections per photo
-    large: int = LARGE  # number of pixels, see `LARGE`; 0: for OpenVINO, always gather
+    openvino: bool = False  # whether the graph is for OpenVINO
 
 
 class Scope:
-    """Nodes and constants of a graph, or of one side of an ``If``. Such a side can use the names of outer scopes.
+    """Nodes and constants of a graph, or of one branch of an ``If``. A branch can use the names of outer scopes.
 
     ``numbers`` makes names unique. All scopes of a graph share it.
     """
@@ -83,98 +83,98 @@ class Scope:
         self.constants: list[TensorProto] = []
 
     def constant(self, value: Any, dtype: type = np.float32) -> str:
-        """Add a constant; returns its name."""
+        """Add a constant. Return its name."""
         name = f"constant_{next(self.numbers)}"
         self.constants.append(numpy_helper.from_array(np.asarray(value, dtype), name))
         return name
 
-    def zeros(self, shape: Sequence[int], kind: int) -> str:
-        """Add a node that gives zeros of this shape; returns the name of its output. This is no constant, since
-        OpenVINO loses the shape of an empty constant."""
-        zero = helper.make_tensor("zero", kind, [1], [0])
+    def zeros(self, shape: Sequence[int], elem_type: int) -> str:
+        """Add a node that returns zeros, since OpenVINO loses the shape of an empty constant. Return its name."""
+        zero = helper.make_tensor("zero", elem_type, [1], [0])
         return self("ConstantOfShape", self.constant(shape, np.int64), value=zero)
 
-    def many(self, count: int, kind: str, *inputs: str, **attributes: Any) -> list[str]:
-        """Add a node; returns the names of its outputs."""
-        outputs = [f"{kind.lower()}_{next(self.numbers)}" for _ in range(count)]
-        self.nodes.append(helper.make_node(kind, inputs, outputs, **attributes))
+    def many(self, count: int, op_type: str, *inputs: str, **attributes: Any) -> list[str]:
+        """Add a node with ``count`` outputs. Return their names."""
+        outputs = [f"{op_type.lower()}_{next(self.numbers)}" for _ in range(count)]
+        self.nodes.append(helper.make_node(op_type, inputs, outputs, **attributes))
         return outputs
 
-    def __call__(self, kind: str, *inputs: str, **attributes: Any) -> str:
-        """Add a node; returns the name of its only output."""
-        return self.many(1, kind, *inputs, **attributes)[0]
+    def __call__(self, op_type: str, *inputs: str, **attributes: Any) -> str:
+        """Add a node with one output. Return its name."""
+        return self.many(1, op_type, *inputs, **attributes)[0]
 
     def inline(self, model: onnx.ModelProto, inputs: Mapping[str, str]) -> dict[str, str]:
-        """Add all nodes of a graph. ``inputs`` maps the names of its inputs to names in this scope; the returned dict
-        does the same for its outputs."""
+        """Add all nodes of a model. ``inputs`` maps names of the model's inputs to names in this scope. Return the same
+        mapping for its outputs."""
         prefix = f"segment_{next(self.numbers)}_"
         graph = onnx.compose.add_prefix(model, prefix).graph
-        here = {prefix + name: where for name, where in inputs.items()}
+        renamed = {prefix + name: outer for name, outer in inputs.items()}
         for node in graph.node:
-            node.input[:] = [here.get(name, name) for name in node.input]
-            if node.op_type == "Identity" and node.input[0] in inputs.values():  # passed on without a copy
-                here[node.output[0]] = node.input[0]
+            node.input[:] = [renamed.get(name, name) for name in node.input]
+            if node.op_type == "Identity" and node.input[0] in inputs.values():  # an input is an output without a copy
+                renamed[node.output[0]] = node.input[0]
             else:
                 self.nodes.append(node)
         self.constants += graph.initializer
-        return {one.name: here.get(prefix + one.name, prefix + one.name) for one in model.graph.output}
+        return {value.name: renamed.get(prefix + value.name, prefix + value.name) for value in model.graph.output}
 
-    def either(self, condition: str, kinds: Sequence[tuple[int, list]], then: Branch, otherwise: Branch) -> list[str]:
-        """Add an ``If`` whose two sides have outputs of these types and shapes; returns the names of its outputs."""
-        graphs = {}
-        for side, name, (scope, outputs) in (("then_branch", "then", then), ("else_branch", "otherwise", otherwise)):
-            graphs[side] = scope.graph(name, [(one, *kind) for one, kind in zip(outputs, kinds, strict=True)])
-        return self.many(len(kinds), "If", condition, **graphs)
+    def if_else(self, condition: str, types: Sequence[tuple[int, list]], then: Branch, otherwise: Branch) -> list[str]:
+        """Add an ``If`` whose branches have outputs of these types and shapes. Return the names of its outputs."""
+        branches = {}
+        for key, name, (scope, outputs) in (("then_branch", "then", then), ("else_branch", "otherwise", otherwise)):
+            branches[key] = scope.graph(name, [(output, *type_) for output, type_ in zip(outputs, types, strict=True)])
+        return self.many(len(types), "If", condition, **branches)
 
     def graph(self, name: str, outputs: Sequence[Value], inputs: Sequence[Any] = ()) -> onnx.GraphProto:
-        """The scope as a graph. Each output comes from an ``Identity`` node of its own, added last. So an output can be
-        renamed, and no two outputs are the same value."""
-        values = [helper.make_tensor_value_info(self("Identity", where), kind, shape) for where, kind, shape in outputs]
+        """Return the scope as a graph. Each output comes from an ``Identity`` node, added last. So an output can be
+        renamed, and no value is two outputs."""
+        values = [helper.make_tensor_value_info(self("Identity", value), *type_) for value, *type_ in outputs]
         return helper.make_graph(self.nodes, name, inputs, values, self.constants)
 
 
 Value = tuple[str, int, list]  # name, type and shape of an output
-Branch = tuple[Scope, Sequence[str]]  # one side of an If: its scope and the names of its outputs
+Branch = tuple[Scope, Sequence[str]]  # one branch of an If: its scope and the names of its outputs
 
 
 def build_graph(segments: Sequence[Segment], contract: Contract, metadata: Mapping[str, str]) -> onnx.ModelProto:
-    """A model from a photo uint8 [height, width, 3] RGB to `OUTPUTS`.
+    """Build a model from a photo uint8 [height, width, 3] RGB to `OUTPUTS`.
 
-    ``thresholds`` [exits] and ``score_thresh`` [classes] are inputs with defaults.
+    ``thresholds`` [exits] and ``score_thresh`` [classes] are inputs too, with defaults unless it is for OpenVINO.
 
     Args:
-        segments: shallow to deep, the full path last.
+        segments: segments from shallow to deep, the full path last.
+        contract: settings and thresholds.
         metadata: metadata of the file, text by key.
     """
-    scope, size, state = _photo(contract)
-    answer = _answer(scope, segments, state, size, contract)
-    outputs = [(name, *kind) for name, kind in zip(answer, OUTPUTS.values(), strict=True)]
+    scope, size, state = _start(contract)
+    names = _add_segments(scope, segments, state, size, contract)
+    outputs = [(name, *type_) for name, type_ in zip(names, OUTPUTS.values(), strict=True)]
     return _model(scope, outputs, ["image"], contract, tuple(OUTPUTS), metadata)
 
 
 def first_stage(segment: Segment, contract: Contract) -> onnx.ModelProto:
-    """A graph from a photo to the first segment's outputs."""
-    scope, _, state = _photo(contract)
-    found, outputs = scope.inline(segment.model, state), []
+    """Build a model from a photo to the first segment's outputs."""
+    scope, _, state = _start(contract)
+    names, outputs = scope.inline(segment.model, state), []
     for value in segment.model.graph.output:
-        kind = value.type.tensor_type
-        outputs.append((found[value.name], kind.elem_type, [one.dim_value for one in kind.shape.dim]))
-    return _model(scope, outputs, ["image"], contract, tuple(found))
+        tensor = value.type.tensor_type
+        outputs.append((names[value.name], tensor.elem_type, [dim.dim_value for dim in tensor.shape.dim]))
+    return _model(scope, outputs, ["image"], contract, tuple(names))
 
 
 def last_stage(contract: Contract) -> onnx.ModelProto:
-    """A graph from the head's outputs and ``photo_size`` int64 [2] (height, width) to boxes, labels and scores."""
+    """Build a model from `HEAD` and ``photo_size`` int64 [2] (height, width) to boxes, labels and scores."""
     scope, names = Scope(itertools.count()), tuple(OUTPUTS)[:3]
-    found = detections(scope, *HEAD, "photo_size", contract)
-    outputs = [(where, *OUTPUTS[name]) for where, name in zip(found, names, strict=True)]
+    values = postprocess(scope, *HEAD, "photo_size", contract)
+    outputs = [(value, *OUTPUTS[name]) for value, name in zip(values, names, strict=True)]
     return _model(scope, outputs, [*HEAD, "photo_size"], contract, names)
 
 
-def _photo(contract: Contract) -> tuple[Scope, str, dict[str, str]]:
-    """A scope with the photo's size (height, width) and the first segment's input."""
+def _start(contract: Contract) -> tuple[Scope, str, dict[str, str]]:
+    """Return a scope, the name of the photo's size (height, width) in it, and the first segment's inputs."""
     scope = Scope(itertools.count())
     size = scope("Slice", scope("Shape", "image"), scope.constant([0], np.int64), scope.constant([2], np.int64))
-    return scope, size, {"x_in": normalised(scope, "image", size, contract)}
+    return scope, size, {"x_in": preprocess(scope, "image", size, contract)}
 
 
 def _model(
@@ -185,24 +185,24 @@ def _model(
     names: Sequence[str],
     metadata: Mapping[str, str] | None = None,
 ) -> onnx.ModelProto:
-    """The scope as a model, whose ``outputs`` get these ``names``."""
+    """Return the scope as a model. Its outputs get these ``names``."""
     anchors, classes = len(contract.anchors), len(contract.score_thresh)
-    kinds = {
+    types = {
         "image": (TensorProto.UINT8, ["height", "width", 3]),
         "photo_size": (TensorProto.INT64, [2]),
         "cls_logits": (TensorProto.FLOAT, [1, anchors, classes + 1]),
         "bbox_regression": (TensorProto.FLOAT, [1, anchors, 4]),
     }
-    values = [helper.make_tensor_value_info(name, *kinds[name]) for name in inputs]
+    values = [helper.make_tensor_value_info(name, *types[name]) for name in inputs]
     used = {name for node in scope.nodes for name in _names_used(node)}
     for name in ("thresholds", "score_thresh"):
         if name in used:
             default = numpy_helper.from_array(np.asarray(getattr(contract, name), np.float32), name)
-            if contract.large:  # OpenVINO takes inputs with defaults for constants
+            if not contract.openvino:  # OpenVINO would treat an input with a default as a constant
                 scope.constants.append(default)
             values.append(helper.make_tensor_value_info(name, default.data_type, list(default.dims)))
     graph = scope.graph("earlyexit_ssd", outputs, values)
-    # the last nodes are those of the outputs
+    # the last nodes are the Identity nodes of the outputs
     for node, value, name in zip(graph.node[-len(outputs) :], graph.output, names, strict=True):
         node.output[0] = value.name = name
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="earlyexit_ssd")
@@ -213,14 +213,15 @@ def _model(
 
 
 def _names_used(node: onnx.NodeProto) -> list[str]:
-    inner = [part for attribute in node.attribute if attribute.HasField("g") for part in attribute.g.node]
-    return [*node.input, *(name for part in inner for name in _names_used(part))]
+    """Return the names that a node and the nodes in its branches read."""
+    inner = [child for attribute in node.attribute if attribute.HasField("g") for child in attribute.g.node]
+    return [*node.input, *(name for child in inner for name in _names_used(child))]
 
 
 def expand_log_sum_exp(model: onnx.ModelProto) -> None:
     """Replace every ``ReduceLogSumExp`` by elementary operators, in place.
 
-    They are nine times as fast in ONNX Runtime. OpenVINO 2026 sums ``ReduceLogSumExp`` over all axes, which is wrong.
+    These are nine times as fast in ONNX Runtime. OpenVINO 2026 sums ``ReduceLogSumExp`` over all axes, which is wrong.
     """
     graph, nodes = model.graph, []
     for node in graph.node:
@@ -228,8 +229,8 @@ def expand_log_sum_exp(model: onnx.ModelProto) -> None:
             nodes.append(node)
             continue
         (values,), (out,) = node.input, node.output
-        settings = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        axes, keep = settings["axes"], settings.get("keepdims", 1)
+        arguments = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        axes, keep = arguments["axes"], arguments.get("keepdims", 1)
         graph.initializer.append(numpy_helper.from_array(np.array(axes, np.int64), f"{out}_axes"))
         steps = [
             ("ReduceMax", [values], f"{out}_most", {"axes": axes, "keepdims": 1}),
@@ -241,8 +242,8 @@ def expand_log_sum_exp(model: onnx.ModelProto) -> None:
         ]
         if not keep:
             steps.append(("Squeeze", [f"{out}_kept", f"{out}_axes"], out, {}))
-        for kind, inputs, output, attributes in steps:
-            nodes.append(helper.make_node(kind, inputs, [output], name=f"log_sum_exp_{len(nodes)}", **attributes))
+        for op_type, inputs, output, attributes in steps:
+            nodes.append(helper.make_node(op_type, inputs, [output], name=f"log_sum_exp_{len(nodes)}", **attributes))
     del graph.node[:]
     graph.node.extend(nodes)
 
@@ -250,148 +251,158 @@ def expand_log_sum_exp(model: onnx.ModelProto) -> None:
 # Routing.
 
 
-def _answer(
+def _add_segments(
     scope: Scope, segments: Sequence[Segment], state: Mapping[str, str], size: str, contract: Contract
 ) -> list[str]:
-    """Add the segments to ``scope``, starting from ``state``; returns the names of all `OUTPUTS`.
+    """Add the segments and the postprocessing to ``scope``. Return the names of all `OUTPUTS`.
 
-    ``stay`` is the side of the ``If`` for a photo that leaves at this exit, ``go_on`` for one that goes on to the next.
+    ``state`` has the inputs of the first segment. ``leave`` is the branch of the ``If`` for a photo that leaves at its
+    exit, ``go_on`` the branch for a photo that goes on to the next exit.
     """
     segment, *deeper = segments
-    found = scope.inline(segment.model, state)
+    values = scope.inline(segment.model, state)
     if not segment.empty:
-        logits, offsets, *left = _head(scope, segments, found, contract)
-        return [*detections(scope, logits, offsets, size, contract), *left]
-    leaves, stay, go_on = _leaves(scope, segment, found), Scope(scope.numbers), Scope(scope.numbers)
+        logits, offsets, *routing = _add_heads(scope, segments, values, contract)
+        return [*postprocess(scope, logits, offsets, size, contract), *routing]
+    condition, leave, go_on = _leaves(scope, segment, values), Scope(scope.numbers), Scope(scope.numbers)
     shapes = ([0, 4], TensorProto.FLOAT), ([0], TensorProto.INT64), ([0], TensorProto.FLOAT)
-    nothing = [stay.zeros(*shape) for shape in shapes]
-    nothing += [stay.constant(segment.index, np.int64), stay("Squeeze", found[CONFIDENCE])]
-    rest = _answer(go_on, deeper, _state(found), size, contract)
-    return scope.either(leaves, list(OUTPUTS.values()), (stay, nothing), (go_on, rest))
+    no_objects = [leave.zeros(*shape) for shape in shapes]
+    no_objects += [leave.constant(segment.index, np.int64), leave("Squeeze", values[CONFIDENCE])]
+    rest = _add_segments(go_on, deeper, _next_inputs(values), size, contract)
+    return scope.if_else(condition, list(OUTPUTS.values()), (leave, no_objects), (go_on, rest))
 
 
-def _head(scope: Scope, segments: Sequence[Segment], found: Mapping[str, str], contract: Contract) -> list[str]:
-    """Names of the `HEAD`, ``exit_index`` and ``exit_confidence`` of the exit at which the photo leaves."""
+def _add_heads(scope: Scope, segments: Sequence[Segment], values: Mapping[str, str], contract: Contract) -> list[str]:
+    """Add the deeper segments. ``values`` are the outputs of the first segment, which is in ``scope`` already.
+
+    Return the names of the `HEAD`, ``exit_index`` and ``exit_confidence`` of the exit at which the photo leaves.
+    """
     segment, *deeper = segments
-    confidence = scope("Squeeze", found[CONFIDENCE]) if CONFIDENCE in found else scope.constant(np.nan)
-    here = [*(found[name] for name in HEAD), scope.constant(segment.index, np.int64), confidence]
+    confidence = scope("Squeeze", values[CONFIDENCE]) if CONFIDENCE in values else scope.constant(np.nan)
+    outputs = [*(values[name] for name in HEAD), scope.constant(segment.index, np.int64), confidence]
     if segment.full:
-        return here
-    leaves, stay, go_on = _leaves(scope, segment, found), Scope(scope.numbers), Scope(scope.numbers)
-    behind = _head(go_on, deeper, go_on.inline(deeper[0].model, _state(found)), contract)
-    anchors, outputs = len(contract.anchors), len(contract.score_thresh) + 1
-    heads = (TensorProto.FLOAT, [1, anchors, outputs]), (TensorProto.FLOAT, [1, anchors, 4])
-    return scope.either(leaves, [*heads, *list(OUTPUTS.values())[3:]], (stay, here), (go_on, behind))
+        return outputs
+    condition, leave, go_on = _leaves(scope, segment, values), Scope(scope.numbers), Scope(scope.numbers)
+    rest = _add_heads(go_on, deeper, go_on.inline(deeper[0].model, _next_inputs(values)), contract)
+    anchors, classes = len(contract.anchors), len(contract.score_thresh)
+    heads = (TensorProto.FLOAT, [1, anchors, classes + 1]), (TensorProto.FLOAT, [1, anchors, 4])
+    return scope.if_else(condition, [*heads, *list(OUTPUTS.values())[3:]], (leave, outputs), (go_on, rest))
 
 
-def _leaves(scope: Scope, segment: Segment, found: Mapping[str, str]) -> str:
+def _leaves(scope: Scope, segment: Segment, values: Mapping[str, str]) -> str:
+    """Add the comparison of the confidence with the threshold. Return the name of the result (bool)."""
     threshold = scope("Gather", "thresholds", scope.constant([segment.index], np.int64))
-    return scope("Squeeze", scope("GreaterOrEqual", found[CONFIDENCE], threshold))
+    return scope("Squeeze", scope("GreaterOrEqual", values[CONFIDENCE], threshold))
 
 
-def _state(found: Mapping[str, str]) -> dict[str, str]:
-    return {f"{name}_in": found[name] for name in STATE if name in found}
+def _next_inputs(values: Mapping[str, str]) -> dict[str, str]:
+    """Return the inputs of the next segment, from the outputs of a segment."""
+    return {f"{name}_in": values[name] for name in STATE if name in values}
 
 
-# Pre- and post-processing as in torchvision's GeneralizedRCNNTransform and SSD.postprocess_detections.
+# Preprocessing and postprocessing as in torchvision's GeneralizedRCNNTransform and SSD.postprocess_detections.
 
 
-def normalised(scope: Scope, image: str, size: str, contract: Contract) -> str:
-    """Resize and normalise a photo: uint8 [H, W, 3] with its ``size`` (H, W) to float32 [1, 3, *contract.size],
-    bilinear without antialiasing."""
-    if contract.large == 0:
-        return _fetched(scope, image, size, contract)
+def preprocess(scope: Scope, image: str, size: str, contract: Contract) -> str:
+    """Resize (bilinear without antialiasing) and normalise a photo.
+
+    The photo is uint8 [H, W, 3] and ``size`` int64 [2] (H, W). The result is float32 [1, 3, *contract.size].
+    """
+    if contract.openvino:
+        return _gather_and_resize(scope, image, size, contract)
     large, small = Scope(scope.numbers), Scope(scope.numbers)
-    is_large = scope("Greater", scope("ReduceProd", size, keepdims=0), scope.constant(contract.large, np.int64))
-    branches = (large, [_fetched(large, image, size, contract)]), (small, [_resized(small, image, contract)])
-    return scope.either(is_large, [(TensorProto.FLOAT, [1, 3, *contract.size])], *branches)[0]
+    is_large = scope("Greater", scope("ReduceProd", size, keepdims=0), scope.constant(LARGE, np.int64))
+    gathered = _gather_and_resize(large, image, size, contract)
+    resized = _convert_and_resize(small, image, contract)
+    types = [(TensorProto.FLOAT, [1, 3, *contract.size])]
+    return scope.if_else(is_large, types, (large, [gathered]), (small, [resized]))[0]
 
 
-def _normalise(scope: Scope, pixels: str, contract: Contract, arrange: Callable[[np.ndarray], np.ndarray]) -> str:
-    """Pixels in 0..255 to the network's input; ``arrange`` gives values per channel [3] the layout of the pixels."""
+def _normalise(scope: Scope, pixels: str, contract: Contract, layout: Callable[[np.ndarray], np.ndarray]) -> str:
+    """Normalise pixels in 0..255. ``layout`` arranges values per channel [3] like the pixels."""
     mean, std = np.asarray(contract.mean, np.float64), np.asarray(contract.std, np.float64)
-    scale, shift = (scope.constant(arrange(values)) for values in (1 / (255 * std), -mean / std))
+    scale, shift = (scope.constant(layout(values)) for values in (1 / (255 * std), -mean / std))
     return scope("Add", scope("Mul", pixels, scale), shift)
 
 
-def _resized(scope: Scope, image: str, contract: Contract) -> str:
-    """Convert the whole photo, then resize it."""
-    pixels = scope("Cast", scope("Transpose", image, perm=[2, 0, 1]), to=TensorProto.FLOAT)  # bytes transpose faster
+def _convert_and_resize(scope: Scope, image: str, contract: Contract) -> str:
+    """Convert the whole photo to floats, then resize it."""
+    # uint8 is transposed faster than float32
+    pixels = scope("Cast", scope("Transpose", image, perm=[2, 0, 1]), to=TensorProto.FLOAT)
     pixels = scope("Unsqueeze", pixels, scope.constant([0], np.int64))
     target = scope.constant([1, 3, *contract.size], np.int64)
     pixels = scope("Resize", pixels, "", "", target, mode="linear", coordinate_transformation_mode="half_pixel")
     return _normalise(scope, pixels, contract, lambda values: values.reshape(1, 3, 1, 1))
 
 
-def _fetched(scope: Scope, image: str, size: str, contract: Contract) -> str:
-    """Resize from the four pixels around each output point, and convert only these.
+def _gather_and_resize(scope: Scope, image: str, size: str, contract: Contract) -> str:
+    """Gather the four pixels around each output point, convert only these to floats, and interpolate.
 
     Arithmetic is on rows of width * 3 values, and the transposition comes last. This halves the time in OpenVINO.
     """
     height, width = contract.size
-    top, bottom, down = _neighbours(scope, size, 0, height)
-    left, right, across = _neighbours(scope, size, 1, width)
-    down = scope("Reshape", down, scope.constant([height, 1], np.int64))
-    across = scope("Reshape", across, scope.constant([width, 1], np.int64))
-    across = scope("Expand", across, scope.constant([width, 3], np.int64))
-    across = scope("Reshape", across, scope.constant([1, width * 3], np.int64))
-    flat, rows = scope.constant([height, width * 3], np.int64), []
-    if contract.large == 0:  # OpenVINO gathers single values faster than pixels, ONNX Runtime does not
-        left, right = _of_values(scope, left, width), _of_values(scope, right, width)
-    for row in (top, bottom):
-        row = scope("Gather", image, row, axis=0)
-        row = scope("Reshape", row, scope.constant([height, -1], np.int64)) if contract.large == 0 else row
-        ends = [scope("Reshape", scope("Gather", row, end, axis=1), flat) for end in (left, right)]
-        rows.append(_between(scope, *(scope("Cast", end, to=TensorProto.FLOAT) for end in ends), across))
-    pixels = _normalise(scope, _between(scope, *rows, down), contract, lambda values: np.tile(values, width))
+    top, bottom, y_weight = _neighbours(scope, size, 0, height)
+    left, right, x_weight = _neighbours(scope, size, 1, width)
+    y_weight = scope("Reshape", y_weight, scope.constant([height, 1], np.int64))
+    x_weight = scope("Reshape", x_weight, scope.constant([width, 1], np.int64))
+    x_weight = scope("Expand", x_weight, scope.constant([width, 3], np.int64))
+    x_weight = scope("Reshape", x_weight, scope.constant([1, width * 3], np.int64))
+    row_shape, rows = scope.constant([height, width * 3], np.int64), []
+    if contract.openvino:  # OpenVINO gathers single values faster than pixels, ONNX Runtime does not
+        left, right = _value_indices(scope, left, width), _value_indices(scope, right, width)
+    for indices in (top, bottom):
+        row = scope("Gather", image, indices, axis=0)
+        row = scope("Reshape", row, scope.constant([height, -1], np.int64)) if contract.openvino else row
+        sides = [scope("Reshape", scope("Gather", row, side, axis=1), row_shape) for side in (left, right)]
+        rows.append(_interpolate(scope, *(scope("Cast", side, to=TensorProto.FLOAT) for side in sides), x_weight))
+    pixels = _normalise(scope, _interpolate(scope, *rows, y_weight), contract, lambda values: np.tile(values, width))
     pixels = scope("Reshape", pixels, scope.constant([1, height, width, 3], np.int64))
     return scope("Transpose", pixels, perm=[0, 3, 1, 2])
 
 
-def _of_values(scope: Scope, pixels: str, count: int) -> str:
-    """Indices of pixels in a row [count] to indices of their three values [3 * count]."""
+def _value_indices(scope: Scope, pixels: str, count: int) -> str:
+    """Convert indices of pixels in a row [count] to indices of their three values [3 * count]."""
     pixels = scope("Reshape", pixels, scope.constant([count, 1], np.int64))
     values = scope("Add", scope("Mul", pixels, scope.constant([3], np.int64)), scope.constant([[0, 1, 2]], np.int64))
     return scope("Cast", scope("Reshape", values, scope.constant([-1], np.int64)), to=TensorProto.INT32)
 
 
 def _neighbours(scope: Scope, size: str, axis: int, count: int) -> tuple[str, str, str]:
-    """Along one axis of the photo, the pixel indices before and after each of ``count`` output points, and the point's
-    relative position between them, [count] each."""
+    """Return three names, [count] each: the pixel indices before and after each of ``count`` output points along an
+    axis of the photo, and the weight of the pixel after it, in [0, 1)."""
     length = scope("Gather", size, scope.constant([axis], np.int64))
     scale = scope("Div", scope("Cast", length, to=TensorProto.FLOAT), scope.constant([count]))
     points = scope("Sub", scope("Mul", scope.constant(np.arange(count) + 0.5), scale), scope.constant([0.5]))
     points = scope("Max", points, scope.constant([0.0]))
     floor = scope("Floor", points)
     before, one = scope("Cast", floor, to=TensorProto.INT64), scope.constant([1], np.int64)
-    behind = scope("Min", scope("Add", before, one), scope("Sub", length, one))
-    return before, behind, scope("Sub", points, floor)
+    after = scope("Min", scope("Add", before, one), scope("Sub", length, one))
+    return before, after, scope("Sub", points, floor)
 
 
-def _between(scope: Scope, first: str, second: str, share: str) -> str:
-    return scope("Add", first, scope("Mul", scope("Sub", second, first), share))
+def _interpolate(scope: Scope, first: str, second: str, weight: str) -> str:
+    return scope("Add", first, scope("Mul", scope("Sub", second, first), weight))
 
 
-def detections(scope: Scope, cls_logits: str, bbox_regression: str, size: str, contract: Contract) -> list[str]:
-    """Names of boxes, labels and scores by decreasing score, after NMS per class.
+def postprocess(scope: Scope, cls_logits: str, bbox_regression: str, size: str, contract: Contract) -> list[str]:
+    """Add decoding and NMS per class. Return the names of boxes, labels and scores by decreasing score.
 
     Only default boxes with a score above the class's ``score_thresh`` are decoded. Per class, the ``topk_candidates``
     boxes of highest score enter NMS.
     """
     zero = scope.constant([0], np.int64)
-    probability = scope("Softmax", scope("Squeeze", cls_logits, zero), axis=1)
-    ends = [scope.constant([value], np.int64) for value in (1, len(contract.score_thresh) + 1, 1)]
-    objects = scope("Slice", probability, *ends)
-    above = scope("Where", scope("Greater", objects, "score_thresh"), objects, scope.constant(0.0))
-    largest = scope("ReduceMax", above, axes=[1], keepdims=0)
-    candidates = scope("NonZero", largest)
+    probabilities = scope("Softmax", scope("Squeeze", cls_logits, zero), axis=1)
+    start_stop_axis = [scope.constant([value], np.int64) for value in (1, len(contract.score_thresh) + 1, 1)]
+    scores = scope("Slice", probabilities, *start_stop_axis)
+    scores = scope("Where", scope("Greater", scores, "score_thresh"), scores, scope.constant(0.0))
+    candidates = scope("NonZero", scope("ReduceMax", scores, axes=[1], keepdims=0))
     candidates = scope("Reshape", candidates, scope.constant([-1], np.int64))
-    scores = scope("Transpose", scope("Gather", above, candidates, axis=0), perm=[1, 0])
-    scores = _surest(scope, scores, candidates, contract)
+    scores = scope("Transpose", scope("Gather", scores, candidates, axis=0), perm=[1, 0])
+    scores = _keep_top_k(scope, scores, candidates, contract)
 
-    boxes = _decoded(scope, scope("Gather", scope("Squeeze", bbox_regression, zero), candidates, axis=0), candidates,
-                     contract)  # fmt: skip
-    chosen = scope(
+    offsets = scope("Gather", scope("Squeeze", bbox_regression, zero), candidates, axis=0)
+    boxes = _decode(scope, offsets, candidates, contract)
+    selected = scope(
         "NonMaxSuppression",
         scope("Unsqueeze", boxes, zero),
         scope("Unsqueeze", scores, zero),
@@ -399,44 +410,44 @@ def detections(scope: Scope, cls_logits: str, bbox_regression: str, size: str, c
         scope.constant([contract.nms_thresh]),
         scope.constant([0.0]),
     )
-    _, classes, places = scope.many(3, "Split", chosen, axis=1)
-    kept = scope("GatherND", scores, scope("Concat", classes, places, axis=1))
+    _, classes, indices = scope.many(3, "Split", selected, axis=1)
+    kept = scope("GatherND", scores, scope("Concat", classes, indices, axis=1))
     count = scope("Min", scope("Shape", kept), scope.constant([contract.detections_per_img], np.int64))
-    ordered, order = scope.many(2, "TopK", kept, count)
+    scores, order = scope.many(2, "TopK", kept, count)
     one = scope.constant([1], np.int64)
     labels = scope("Add", scope("Gather", scope("Squeeze", classes, one), order), one)
-    found = scope("Gather", boxes, scope("Gather", scope("Squeeze", places, one), order), axis=0)
+    boxes = scope("Gather", boxes, scope("Gather", scope("Squeeze", indices, one), order), axis=0)
     photo = scope("Gather", scope("Cast", size, to=TensorProto.FLOAT), scope.constant([1, 0, 1, 0], np.int64))
     height, width = contract.size
-    ratio = scope("Div", photo, scope.constant([width, height, width, height]))
-    found = scope("Reshape", scope("Mul", found, ratio), scope.constant([-1, 4], np.int64))  # OpenVINO needs the rank
-    return [found, labels, ordered]
+    scale = scope("Div", photo, scope.constant([width, height, width, height]))
+    boxes = scope("Reshape", scope("Mul", boxes, scale), scope.constant([-1, 4], np.int64))  # OpenVINO needs the rank
+    return [boxes, labels, scores]
 
 
-def _surest(scope: Scope, scores: str, candidates: str, contract: Contract) -> str:
-    """Scores [classes, n], with all but the ``topk_candidates`` highest of each class set to 0. Scores equal to the
-    lowest of these stay too."""
-    most = scope.constant([contract.topk_candidates], np.int64)
-    too_many, cut, same = scope("Greater", scope("Shape", candidates), most), Scope(scope.numbers), Scope(scope.numbers)
-    values, _ = cut.many(2, "TopK", scores, most, axis=1)
-    least = cut("ReduceMin", values, axes=[1], keepdims=1)
-    kept = cut("Where", cut("GreaterOrEqual", scores, least), scores, cut.constant(0.0))
-    kinds = [(TensorProto.FLOAT, [len(contract.score_thresh), "candidates"])]
+def _keep_top_k(scope: Scope, scores: str, candidates: str, contract: Contract) -> str:
+    """Set all but the ``topk_candidates`` highest scores of each class to 0, in scores [classes, n]. Scores equal to
+    the lowest of these are kept too."""
+    k = scope.constant([contract.topk_candidates], np.int64)
+    is_longer, cut, same = scope("Greater", scope("Shape", candidates), k), Scope(scope.numbers), Scope(scope.numbers)
+    values, _ = cut.many(2, "TopK", scores, k, axis=1)
+    lowest = cut("ReduceMin", values, axes=[1], keepdims=1)
+    kept = cut("Where", cut("GreaterOrEqual", scores, lowest), scores, cut.constant(0.0))
+    types = [(TensorProto.FLOAT, [len(contract.score_thresh), "candidates"])]
     branches = (cut, [kept]), (same, [same("Identity", scores)])
-    return scope.either(scope("Squeeze", too_many), kinds, *branches)[0]
+    return scope.if_else(scope("Squeeze", is_longer), types, *branches)[0]
 
 
-def _decoded(scope: Scope, offsets: str, candidates: str, contract: Contract) -> str:
-    """Decode offsets [n, 4] to boxes xyxy in the input's pixels, clipped to it (torchvision's ``BoxCoder``)."""
+def _decode(scope: Scope, offsets: str, candidates: str, contract: Contract) -> str:
+    """Decode offsets [n, 4] to boxes xyxy in pixels of the input, clipped to it (torchvision's ``BoxCoder``)."""
     anchors = np.asarray(contract.anchors, np.float32)
     sides = anchors[:, 2:] - anchors[:, :2]
     centres = anchors[:, :2] + np.float32(0.5) * sides
     sides, centres = (scope("Gather", scope.constant(value), candidates, axis=0) for value in (sides, centres))
-    shift, stretch = scope.many(2, "Split", scope("Div", offsets, scope.constant(contract.box_weights)), axis=1)
+    shift, log_ratio = scope.many(2, "Split", scope("Div", offsets, scope.constant(contract.box_weights)), axis=1)
     centres = scope("Add", scope("Mul", shift, sides), centres)
-    stretch = scope("Exp", scope("Min", stretch, scope.constant(LOG_LIMIT)))
-    halves = scope("Mul", scope("Mul", stretch, sides), scope.constant(0.5))
+    ratio = scope("Exp", scope("Min", log_ratio, scope.constant(LOG_LIMIT)))
+    halves = scope("Mul", scope("Mul", ratio, sides), scope.constant(0.5))
     corners = scope("Concat", scope("Sub", centres, halves), scope("Add", centres, halves), axis=1)
     height, width = contract.size
-    inside = scope("Min", corners, scope.constant([width, height, width, height]))
-    return scope("Max", inside, scope.constant(0.0))
+    clipped = scope("Min", corners, scope.constant([width, height, width, height]))
+    return scope("Max", clipped, scope.constant(0.0))

@@ -326,7 +326,7 @@ def _write_staged(model: EarlyExitDetector, segments: Sequence[graph.Segment], f
 
 
 def _write_openvino(model: EarlyExitDetector, segments: Sequence[graph.Segment], path: Path) -> None:
-    openvino, contract = import_package("openvino"), dataclasses.replace(_contract(model), large=0)
+    openvino, contract = import_package("openvino"), dataclasses.replace(_contract(model), openvino=True)
     segments = [dataclasses.replace(one, model=gather_instead_of_resize(one.model)) for one in segments]
     whole = graph.build_graph(segments, contract, _metadata(model, contract))
     try:

@@ -47,4 +47,4 @@ def test_the_table(tmp_path, monkeypatch, capsys):
     arguments = [str(tmp_path / "a.mp4"), "--weights", "x.onnx", "--share", "0.2", "--block", "10"]
     assert temporal_exit.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "nothing promised" in printed and "\n| 60 | " in printed
+    assert "no guarantee" in printed and "\n| 60 | " in printed

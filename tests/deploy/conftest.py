@@ -1,4 +1,4 @@
-"""A small routed detector, and what is written of it."""
+"""A small routed detector, and its exported files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from tests.deploy.fakes import fake_video  # noqa: F401 - a fixture
 
 
 def build_model(**settings: object) -> EarlyExitSSDLite:
-    """Untrained, 96 px, two classes; by default exits behind layers 8 and 12. Photos differ in what they say."""
+    """An untrained detector at 96 px with two classes, by default with exits after layers 8 and 12.
+
+    Its weights are scaled so that scores differ between photos by more than rounding.
+    """
     torch.manual_seed(0)
     settings = {"channels": 32, "score_thresh": 0.3, **settings}
     model = earlyexit_ssdlite320_mobilenet_v3_large(
@@ -27,19 +30,19 @@ def build_model(**settings: object) -> EarlyExitSSDLite:
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None
     for module in model.backbone.modules():
-        if isinstance(module, nn.Conv2d):  # torchvision's start: larger weights let rounding grow from layer to layer
+        if isinstance(module, nn.Conv2d):  # as torchvision initialises: larger weights amplify rounding errors
             nn.init.normal_(module.weight, std=0.03)
     with torch.no_grad():
         outputs = model.exit_outputs(list(torch.rand(8, 3, 96, 96)))
         for head, part in zip(outputs.heads, [*model.branches.values(), model.head], strict=True):
             for name, weight in part.named_parameters():
                 if "classification_head" in name and weight.shape[-2:] == (1, 1):
-                    weight.mul_(2 / head["cls_logits"].std())  # scores that differ by more than rounding
+                    weight.mul_(2 / head["cls_logits"].std())
     return model.eval()
 
 
 def build_photos(count: int, seed: int = 0) -> list[np.ndarray]:
-    """Of several sizes, with patches of several colours."""
+    """Photos uint8 [H, W, 3] of several sizes, with coloured patches."""
     rng = np.random.default_rng(seed)
     photos = []
     for height, width in rng.integers(40, 200, (count, 2)):
@@ -55,7 +58,7 @@ def photos() -> list[np.ndarray]:
 
 @pytest.fixture(scope="session")
 def model(photos) -> EarlyExitSSDLite:
-    """Routed so that a third of the photos leaves at each exit."""
+    """A detector whose thresholds let a third of the photos leave at each exit."""
     model = build_model()
     model.router = ExitRouter(2, policy="max_foreground", temperatures=(1.5, 0.8))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Detectors that need no file, and a video that needs no decoder; imported by processes too, so without PyTorch."""
+"""Detectors without a file, and videos without a decoder. PyTorch is not imported, since new processes import this."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RED = (220, 30, 30)
 
 
 class RedBox:
-    """Finds the one red thing in a frame, with its own score; its exits take turns."""
+    """A detector that finds a red area in a frame, with a fixed score. Its two exits alternate."""
 
     classes = ("lamp", "ball")
     exit_names = ("exit8", "full")
@@ -38,7 +38,7 @@ class RedBox:
 
 @dataclass(frozen=True)
 class Waiter:
-    """Waits, and lets dark photos leave at its second exit, dim ones at its third; without ``routed`` none."""
+    """A detector that sleeps. Dark photos leave at its second exit and dim photos at its third, if it is ``routed``."""
 
     name: str
     runtime: str = "here"
@@ -58,7 +58,7 @@ class Waiter:
 
 
 def scene(x: float | None = None, y: int = 20, side: int = 16, level: float = 90, size: tuple[int, int] = (64, 96)):
-    """A grey frame uint8 [H, W, 3], float before rounding, with a red square at ``x``."""
+    """A grey frame uint8 [H, W, 3] with a red square at ``x``. ``level`` is rounded."""
     frame = np.full((*size, 3), level, np.float32)
     if x is not None:
         frame[y : y + side, max(0, round(x)) : max(0, round(x) + side)] = RED
@@ -66,7 +66,7 @@ def scene(x: float | None = None, y: int = 20, side: int = 16, level: float = 90
 
 
 class FakeCapture:
-    """cv2.VideoCapture of frames RGB; None cannot be grabbed, and "broken" cannot be decoded."""
+    """A cv2.VideoCapture with RGB frames. A frame None cannot be grabbed, and "broken" cannot be decoded."""
 
     def __init__(self, frames: Iterable, total: int, fps: float, opens: bool) -> None:
         self.frames, self.total, self.fps, self.opens = iter(frames), total, fps, opens
@@ -97,7 +97,7 @@ class FakeCapture:
 def play_instead(
     monkeypatch: pytest.MonkeyPatch, frames: Iterable, total: int = -1, fps: float = 25.0, opens: bool = True
 ) -> FakeCapture:
-    """``frames`` are what every video and camera gives from now on; the rest of OpenCV stays."""
+    """Let every video and camera give ``frames``. The rest of OpenCV is unchanged."""
     import cv2
 
     capture = FakeCapture(frames, total, fps, opens)
@@ -109,6 +109,6 @@ def play_instead(
 
 @pytest.fixture
 def fake_video(monkeypatch) -> Callable[..., FakeCapture]:
-    """`play_instead` for one test."""
+    """`play_instead` until the end of the test."""
     pytest.importorskip("cv2")
     return functools.partial(play_instead, monkeypatch)

@@ -1,4 +1,4 @@
-"""Detectors that only wait, timed side by side."""
+"""The benchmark, with detectors that only sleep."""
 
 import os
 import time
@@ -29,7 +29,7 @@ from tests.deploy.fakes import Waiter
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    """Two dark photos, a dim one and four bright ones."""
+    """Paths of two dark photos, a dim photo and four bright photos."""
     folder = tmp_path_factory.mktemp("photos")
     for place, level in enumerate([20, 200, 200, 20, 80, 200, 200]):
         Image.fromarray(np.full((8, 8, 3), level, np.uint8)).save(folder / f"{place}.png")
@@ -49,11 +49,11 @@ def test_each_stream_and_batch_is_timed_with_all_detectors(paths):
     ]
     assert [(row.batch, row.stream, row.photos, row.calls) for row in rows[::3]] == expected
     assert [row.name for row in rows[:3]] == ["routed", "plain", "last"]
-    # a runtime's first is held against the first of all
+    # the first detector of a runtime is compared with the first of all
     assert rows[0].against is None and rows[1].against.name == rows[2].against.name == "routed"
     for row in rows[1::3]:
-        assert 20 <= row.wall.p50 < 38 and row.cpu.mean < 10  # a photo, not a call; waiting is no work
-        assert 2 < row.against.wall.value < 12  # sleeping may take longer than it was told
+        assert 20 <= row.wall.p50 < 38 and row.cpu.mean < 10  # per photo, not per call; sleeping takes no CPU time
+        assert 2 < row.against.wall.value < 12  # time.sleep may take longer than its argument
     assert rows[0].peak_mb is None or 10 < rows[0].peak_mb < 400
 
 
@@ -61,12 +61,12 @@ def test_a_detector_without_exits_has_one_stream(paths):
     assert {row.stream for row in benchmark([Waiter("plain", routed=False)], paths)} == {MIXED}
 
 
-def test_others_are_held_against_the_first_of_their_runtime():
+def test_others_are_compared_with_the_first_of_their_runtime():
     runtimes = ["onnx", "openvino", "onnx", "openvino"]
     contestants = [Waiter(f"detector {place}", runtime) for place, runtime in enumerate(runtimes)]
     times = np.ones((4, 1, 8, 2)) * np.array([1, 2, 3, 5])[:, None, None, None]
     times[2, 0, 0] = 11  # one call of eight
-    times[..., 1] *= [[[1]], [[2]], [[1]], [[1]]]  # the second one computes on two cores
+    times[..., 1] *= [[[1]], [[2]], [[1]], [[1]]]  # the second detector uses two cores
     rows = list(module._rows(contestants, (1, 1, MIXED, 8), times, [None] * 4))
     assert [row.against and row.against.name for row in rows] == [None, "detector 0", "detector 0", "detector 1"]
     assert [row.against.wall.value for row in rows[1:]] == [2, 4, 2.5]
@@ -75,7 +75,7 @@ def test_others_are_held_against_the_first_of_their_runtime():
 
 
 def test_ratio_draws_calls_with_all_their_rounds():
-    # eight calls, two of them three times as long; both rounds alike, so that they add nothing
+    # eight calls, two of them three times as long; the rounds are equal, so they do not change the interval
     one, other = np.array([[1.0] * 6 + [3.0] * 2]), np.ones((1, 8))
     found = ratio(np.tile(one, (4, 1)), np.tile(other, (4, 1)))
     assert found == ratio(one, other)
@@ -89,7 +89,7 @@ def test_times_are_quantiles():
     assert Times.of(np.arange(101.0)) == Times(50, 50, 90, 99)
 
 
-def test_table_says_what_was_held_against_what():
+def test_table_names_the_detector_of_each_comparison():
     times, found = Times(1, 2, 3, 4), Ratio(1.5, 1.25, 1.75)
     setting = (1, 16, EASY, 40, 2)
     rows = [
@@ -104,7 +104,7 @@ def test_table_says_what_was_held_against_what():
     assert lines[7].startswith("threads 2,") and len({line.count("|") for line in lines if line[:1] == "|"}) == 1
 
 
-def test_decoding_is_left_out(monkeypatch):
+def test_decoding_is_not_timed(monkeypatch):
     monkeypatch.setattr(module, "read_image", lambda path: time.sleep(0.2) or path)
     monkeypatch.setattr(module, "_detect", lambda photos: photos, raising=False)
     wall, cpu, exits = module._run(["a.jpg", "b.jpg"])
@@ -126,18 +126,18 @@ def test_a_process_that_dies_is_named(paths):
         ({"batches": [16]}, "7 photos"),
     ],
 )
-def test_numbers_out_of_range_are_said_before_anything_starts(paths, changes, message):
+def test_numbers_out_of_range_are_errors_before_a_process_starts(paths, changes, message):
     with pytest.raises(EarlyExitError, match=message):
         benchmark([Waiter("first")], paths, **changes)
 
 
-def test_machine_says_what_the_figures_belong_to():
+def test_machine_has_processor_and_versions():
     found = machine()
     assert found["processor"] and found["cores"] == os.cpu_count()
     assert {"python", "earlyexit_ssd", "numpy", "onnxruntime"} <= found["versions"].keys()
 
 
-def test_an_exported_file_leaves_where_its_predictor_does(onnx_file):
+def test_an_exported_file_reports_the_exits_of_its_predictor(onnx_file):
     contestant = ExportedFile(str(onnx_file))
     assert (contestant.name, contestant.runtime) == ("detector.onnx", "ONNX Runtime")
     assert ExportedFile("folder/detector.XML").runtime == "OpenVINO"

@@ -1,4 +1,4 @@
-"""The parts of the graph around the network, against torchvision's own."""
+"""Preprocessing and postprocessing of the graph, compared with torchvision's."""
 
 import itertools
 
@@ -15,7 +15,7 @@ from earlyexit_ssd.deploy.graph import (
     Scope,
     expand_log_sum_exp,
     last_stage,
-    normalised,
+    preprocess,
 )
 from earlyexit_ssd.modeling.detector import default_boxes_of_image
 from earlyexit_ssd.runtimes import OnnxRuntime
@@ -40,12 +40,13 @@ def contract(**changes) -> Contract:
     return Contract(**{**settings, **changes})
 
 
-@pytest.mark.parametrize("large", [0, 1, 10**9])
+@pytest.mark.parametrize(("openvino", "large"), [(True, 1), (False, 0), (False, 10**9)])
 @pytest.mark.parametrize("size", [(1, 1), (7, 200), (24, 32), (61, 53)])
-def test_photos_are_resized_as_torchvision_does(size, large):
+def test_photos_are_resized_as_torchvision_does(monkeypatch, size, openvino, large):
+    monkeypatch.setattr(graph, "LARGE", large)
     scope = Scope(itertools.count())
-    place = scope("Slice", scope("Shape", "image"), scope.constant([0], np.int64), scope.constant([2], np.int64))
-    x = normalised(scope, "image", place, contract(large=large))
+    photo_size = scope("Slice", scope("Shape", "image"), scope.constant([0], np.int64), scope.constant([2], np.int64))
+    x = preprocess(scope, "image", photo_size, contract(openvino=openvino))
     photo = helper.make_tensor_value_info("image", TensorProto.UINT8, ["h", "w", 3])
     model = helper.make_model(
         scope.graph("test", [(x, TensorProto.FLOAT, [1, 3, 24, 32])], [photo]),
@@ -75,12 +76,12 @@ def test_detections_are_torchvision_s(score_thresh, topk_candidates, detections_
     head["cls_logits"][0, 0] = torch.tensor([-200.0, 200.0, -200.0])  # a score of 1, which is not above 1
     (expected,) = model.postprocess_detections(head, [anchors], [(96, 96)])
     (expected,) = model.transform.postprocess([expected], [(96, 96)], [(50, 200)])
-    least = [0.4, 0.001] if isinstance(score_thresh, dict) else [score_thresh] * 2
+    thresholds = [0.4, 0.001] if isinstance(score_thresh, dict) else [score_thresh] * 2
     stage = last_stage(
         contract(
             size=(96, 96),
             anchors=anchors.numpy(),
-            score_thresh=np.array(least, np.float32),
+            score_thresh=np.array(thresholds, np.float32),
             nms_thresh=model.nms_thresh,
             topk_candidates=topk_candidates,
             detections_per_img=detections_per_img,
@@ -96,7 +97,7 @@ def test_detections_are_torchvision_s(score_thresh, topk_candidates, detections_
 
 
 @pytest.mark.parametrize("keep", [0, 1])
-def test_a_log_of_a_sum_of_exponentials_is_what_it_was(keep):
+def test_an_expanded_log_sum_exp_gives_the_same_values(keep):
     values = np.random.default_rng(0).normal(0, 50, (1, 4, 5)).astype(np.float32)
     node = helper.make_node("ReduceLogSumExp", ["x"], ["y"], axes=[-1], keepdims=keep)
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4, 5])
@@ -106,6 +107,6 @@ def test_a_log_of_a_sum_of_exponentials_is_what_it_was(keep):
     )
     expand_log_sum_exp(model)
     onnx.checker.check_model(model, full_check=True)
-    assert "ReduceLogSumExp" not in {one.op_type for one in model.graph.node}
+    assert "ReduceLogSumExp" not in {node.op_type for node in model.graph.node}
     found = OnnxRuntime(model.SerializeToString(), "test")({"x": values})["y"]
     assert np.allclose(found, torch.from_numpy(values).logsumexp(-1, keepdim=bool(keep)), atol=1e-5)

@@ -1,4 +1,4 @@
-"""The loop over sources and what it writes."""
+"""The loop over sources and its outputs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_photos_and_all_that_is_written(tmp_path):
+def test_photos_and_all_outputs(tmp_path):
     sources = [photo(tmp_path / "a.png"), photo(tmp_path / "b.png", None), Source(str(tmp_path / "none.png"), "photo")]
     out = tmp_path / "out"
     first, second, error = predict(RedBox(), sources, out, save=ALL)
@@ -80,7 +80,7 @@ def test_coco_reads_the_results(tmp_path):
     assert coco.loadRes(str(tmp_path / "detections.json")).anns[1]["bbox"] == [30, 20, 16, 16]
 
 
-def test_scores_below_are_left_out(tmp_path):
+def test_lower_scores_are_dropped(tmp_path):
     source = photo(tmp_path / "a.png")
     assert "0 found" in next(predict(RedBox(0.4), [source], tmp_path, save=[]))
     assert "1 found" in next(predict(RedBox(0.4), [source], tmp_path, save=[], score=0.4 - 1e-6))
@@ -92,9 +92,9 @@ def test_scores_below_are_left_out(tmp_path):
 
 def test_a_video_and_its_summary(tmp_path, video, fake_video):
     fake_video([scene(x) for x in range(10)], total=10)
-    (told,) = predict(RedBox(), [video], tmp_path / "out", save=ALL)
-    assert told.startswith(f"{video.name}: 10 frames, ") and told.endswith(f" -> {tmp_path}/out/street.mp4")
-    assert "4.0 ms a computed frame, left at full 50%, exit8 50%" in told
+    (line,) = predict(RedBox(), [video], tmp_path / "out", save=ALL)
+    assert line.startswith(f"{video.name}: 10 frames, ") and line.endswith(f" -> {tmp_path}/out/street.mp4")
+    assert "4.0 ms per computed frame, left at full 50%, exit8 50%" in line
     assert [row["frame"] for row in rows(tmp_path / "out" / "counts.csv")] == [str(number) for number in range(10)]
     assert rows(tmp_path / "out" / "counts.csv")[5]["seconds"] == "0.200"
     import cv2
@@ -105,14 +105,14 @@ def test_a_video_and_its_summary(tmp_path, video, fake_video):
     assert taken and image.shape == (64, 96, 3)
 
 
-def test_a_broken_frame_is_told_and_skipped(tmp_path, video, fake_video):
+def test_a_broken_frame_is_reported_and_skipped(tmp_path, video, fake_video):
     fake_video([scene(1), "broken", scene(2)], total=3)
-    error, told = predict(RedBox(), [video], tmp_path / "out", save=["counts"])
-    assert "street.mp4 frame 1: cannot be decoded" in str(error) and ": 2 frames, " in told
+    error, line = predict(RedBox(), [video], tmp_path / "out", save=["counts"])
+    assert "street.mp4 frame 1: cannot be decoded" in str(error) and ": 2 frames, " in line
     assert [row["frame"] for row in rows(tmp_path / "out" / "counts.csv")] == ["0", "2"]
 
 
-def test_drift_is_told_once_at_the_end(tmp_path, video, fake_video):
+def test_drift_is_reported_once_at_the_end(tmp_path, video, fake_video):
     class Drifted(RedBox):
         drifted = True
 
@@ -120,8 +120,8 @@ def test_drift_is_told_once_at_the_end(tmp_path, video, fake_video):
             return Drift(self.calls, {}, {}, 0.5, 1e-5, self.drifted, f"drift after {self.calls}")
 
     sources = [photo(tmp_path / "a.png"), photo(tmp_path / "b.png")]
-    told = list(predict(Drifted(), sources, tmp_path / "out", save=[]))
-    assert len(told) == 3 and told[-1] == "warning: drift after 2"
+    lines = list(predict(Drifted(), sources, tmp_path / "out", save=[]))
+    assert len(lines) == 3 and lines[-1] == "warning: drift after 2"
     alike = Drifted()
     alike.drifted = False
     assert len(list(predict(alike, sources, tmp_path / "out", save=[]))) == 2
@@ -130,29 +130,29 @@ def test_drift_is_told_once_at_the_end(tmp_path, video, fake_video):
     assert len(list(predict(Drifted(), [video], tmp_path / "out", save=[], rule=rule))) == 1
 
 
-def test_a_temporal_exit_starts_afresh_with_each_video(tmp_path, video, fake_video):
+def test_a_temporal_exit_is_reset_before_each_video(tmp_path, video, fake_video):
     rule = StreamRule(threshold=2.0, score=0.5, most_repeats=100, classes=RedBox.classes)
     detector = RedBox()
     fake_video([scene(30)] * 20, total=10)
-    told = list(predict(detector, [video, video], tmp_path / "out", save=["counts"], rule=rule, most_frames=10))
-    assert detector.calls == 2 and all("repeated 90%" in line for line in told)
+    lines = list(predict(detector, [video, video], tmp_path / "out", save=["counts"], rule=rule, most_frames=10))
+    assert detector.calls == 2 and all("repeated 90%" in line for line in lines)
     assert {row["ball"] for row in rows(tmp_path / "out" / "counts.csv")} == {"1"}
 
 
-def test_a_camera_ends_by_ctrl_c_and_what_it_gave_is_kept(tmp_path, fake_video):
+def test_ctrl_c_ends_a_camera_and_keeps_its_output(tmp_path, fake_video):
     def frames():
         yield from [scene(x) for x in range(5)]
         raise KeyboardInterrupt
 
     fake_video(frames(), fps=0)
     sources = [Source("0", "live"), photo(tmp_path / "a.png")]
-    (told,) = predict(RedBox(), sources, tmp_path / "out", save=ALL)
-    assert told.startswith("0: 5 frames, ") and told.endswith("camera_0.mp4")
+    (line,) = predict(RedBox(), sources, tmp_path / "out", save=ALL)
+    assert line.startswith("0: 5 frames, ") and line.endswith("camera_0.mp4")
     assert len(rows(tmp_path / "out" / "counts.csv")) == 5
     assert len(json.loads((tmp_path / "out" / "detections.json").read_text())) == 5
 
 
-def test_a_video_that_is_stopped_leaves_nothing_half(tmp_path, video, fake_video):
+def test_ctrl_c_in_a_video_leaves_no_partial_files(tmp_path, video, fake_video):
     def frames():
         yield scene()
         raise KeyboardInterrupt
@@ -164,7 +164,7 @@ def test_a_video_that_is_stopped_leaves_nothing_half(tmp_path, video, fake_video
 
 
 @pytest.mark.parametrize(("save", "size"), [("pictures", 5000), ("counts", 1000), ("json", 1000)])
-def test_a_full_disk_is_one_line(tmp_path, video, fake_video, small_files, save, size):
+def test_a_full_disk_is_an_error_of_one_line(tmp_path, video, fake_video, small_files, save, size):
     noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
     noise[:50, :50] = RED
     fake_video([noise] * 40, total=40)
@@ -197,19 +197,21 @@ list(predict(Watched(), [Source(sys.argv[1], "video")], sys.argv[2], save=SAVES,
 """
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="looks at itself as Linux does")
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs Linux's /proc")
 def test_memory_and_open_files_are_flat_over_10000_frames(tmp_path, video):
-    """A frame has 9 kB, so that one kept in ten would be 8 MB. In a process of its own: the heap of one that runs many
-    tests moves by more."""
+    """A frame has 9 kB, so keeping one frame in ten would take 8 MB.
+
+    The test runs in its own process, since the heap of a process with many tests changes by more.
+    """
     command = [sys.executable, "-c", LONG_VIDEO, video.name, str(tmp_path / "out")]
-    told = subprocess.run(command, cwd=Path(__file__).parents[2], check=True, capture_output=True, text=True).stdout
-    (early, files), (late, files_late) = (map(int, line.split()) for line in told.splitlines())
+    printed = subprocess.run(command, cwd=Path(__file__).parents[2], check=True, capture_output=True, text=True).stdout
+    (early, files), (late, files_late) = (map(int, line.split()) for line in printed.splitlines())
     assert files_late == files
     assert late - early < 4e6  # bytes
     assert len(rows(tmp_path / "out" / "counts.csv")) == 10_000
 
 
-def test_no_video_replaces_what_a_link_leads_to(tmp_path):
+def test_no_video_replaces_the_target_of_a_link(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "clip.mp4").touch()
     (tmp_path / "clip.mp4").symlink_to(tmp_path / "out" / "clip.mp4")
@@ -223,7 +225,7 @@ def test_no_picture_replaces_another_or_a_photo(tmp_path):
         tmp_path / "y" / "dog.png",
         tmp_path / "y" / "Dog.jpg",
         tmp_path / "out" / "cat.png",
-        tmp_path / "out" / "cow.PNG",  # the same file as cow.png where the disk does not tell cases apart
+        tmp_path / "out" / "cow.PNG",  # the same file as cow.png if the file system ignores case
     ]
     paths = output_paths([Source(str(path), "photo") for path in photos], tmp_path / "out")
     assert [path.name for path in paths] == ["dog.png", "dog_2.png", "Dog_3.png", "cat_2.png", "cow_2.png"]
@@ -237,7 +239,7 @@ def test_no_video_replaces_another_or_a_source(tmp_path):
     assert names == ["a_2.mp4", "a_3.mp4", "camera_1.mp4", "entrance.mp4"]
 
 
-def test_what_is_drawn():
+def test_annotations_are_drawn():
     found = RedBox()(scene(30))
     picture = np.asarray(annotate(scene(30), found, 0.5))
     plain = scene(30)
@@ -247,26 +249,26 @@ def test_what_is_drawn():
     assert (np.asarray(annotate(scene(30), found, 0.95))[30:] == plain[30:]).all()
 
 
-def test_pictures_of_a_calibration_are_all_or_an_error(tmp_path, video, fake_video):
+def test_images_of_gives_all_frames_or_an_error(tmp_path, video, fake_video):
     fake_video([scene(x) for x in range(9)], total=9)
     assert len(list(images_of([video], stride=2))) == 5
     with pytest.raises(DataError, match="no such photo"):
         list(images_of([Source(str(tmp_path / "none.png"), "photo")]))
 
 
-def test_a_window_that_cannot_open_is_one_line(tmp_path, monkeypatch):
+def test_a_window_that_cannot_open_is_an_error_of_one_line(tmp_path, monkeypatch):
     cv2 = pytest.importorskip("cv2")
 
     def refuse(*_):
         raise cv2.error("The function is not implemented")
 
     monkeypatch.setattr(cv2, "imshow", refuse)
-    with pytest.raises(EarlyExitError, match="leave --show out, or pip install opencv-python"):
+    with pytest.raises(EarlyExitError, match="remove --show, or replace it"):
         list(predict(RedBox(), [photo(tmp_path / "a.png")], tmp_path, save=[], show=True))
 
 
 def test_an_exported_detector(tmp_path, onnx_file, photos):
-    """What it finds is what `Predictor` finds, from the score on; close calls are reported to the temporal exit."""
+    """Outputs have the detections of `Predictor` with at least the score. The temporal exit gets close calls too."""
     paths = [tmp_path / f"{number}.png" for number in range(len(photos))]
     for path, image in zip(paths, photos, strict=True):
         Image.fromarray(image).save(path)
@@ -274,17 +276,17 @@ def test_an_exported_detector(tmp_path, onnx_file, photos):
     assert predictor.score_thresh.tolist() == pytest.approx([0.4, 0.4])
     assert open_predictor(onnx_file, "onnxruntime", 1, 0.1).score_thresh.tolist() == pytest.approx([0.3, 0.3])
     sources = find_sources(paths)
-    told = list(predict(predictor, sources, tmp_path / "out", save=["counts", "csv"], score=0.45))
+    lines = list(predict(predictor, sources, tmp_path / "out", save=["counts", "csv"], score=0.45))
     expected = [Predictor(onnx_file)(image) for image in photos]
     counts = rows(tmp_path / "out" / "counts.csv")
     assert [row["exit"] for row in counts] == [found.exit_name for found in expected]
     assert [int(row["found"]) for row in counts] == [int((found.scores >= 0.45).sum()) for found in expected]
     assert len(rows(tmp_path / "out" / "detections.csv")) == sum(int(row["found"]) for row in counts) > 0
-    assert len(told) == len(photos)
+    assert len(lines) == len(photos)
 
 
 @pytest.mark.parametrize("name", ["onnx_file", "staged_folder"])
-def test_what_is_exported_is_told_from_what_is_not(name, request, tmp_path):
+def test_is_exported(name, request, tmp_path):
     assert is_exported(request.getfixturevalue(name))
     assert not is_exported("voc_animals") and not is_exported("model.pth") and not is_exported(tmp_path)
 
@@ -304,7 +306,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_the_command_runs_without_all_that_only_training_needs(tmp_path, onnx_file):
+def test_the_command_runs_without_the_packages_for_training(tmp_path, onnx_file):
     rule = StreamRule(threshold=2.0, score=0.5, most_repeats=9, classes=("cat", "dog"))
     rule.save(tmp_path / "rule.json")
     first, second = (photo(tmp_path / name).name for name in ("a.png", "b.png"))

@@ -1,4 +1,4 @@
-"""The predictor: what it takes, what it gives, and that it needs no PyTorch."""
+"""The predictor: inputs, outputs, errors, and that it runs without PyTorch."""
 
 import copy
 import json
@@ -44,7 +44,7 @@ def equal(one: Detections, other: Detections) -> bool:
 
 
 def assert_same(expected: dict, found: Detections) -> None:
-    """Each of the model's detections is there, once; equal scores may come in any order."""
+    """Match the detections one to one. Equal scores may come in any order."""
     rows = [
         np.column_stack([np.asarray(boxes) / 0.1, np.asarray(scores) / 1e-3, 1e6 * np.asarray(labels)])
         for boxes, scores, labels in (
@@ -64,7 +64,7 @@ def expected_of(model, photo) -> dict:
         return model([as_tensor(photo)])[0]
 
 
-def test_it_runs_where_there_is_no_pytorch(onnx_file, predictor):
+def test_it_runs_without_pytorch(onnx_file, predictor):
     words = [sys.executable, "-c", WITHOUT_TORCH, str(onnx_file)]
     result = subprocess.run(words, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -72,7 +72,7 @@ def test_it_runs_where_there_is_no_pytorch(onnx_file, predictor):
     assert result.stdout.split() == ["0.1.0", found.exit_name, str(len(found))]
 
 
-def test_every_photo_is_answered_as_the_model_does(model, photos, predictor):
+def test_every_photo_has_the_model_s_exit_and_detections(model, photos, predictor):
     taken = set()
     for photo in photos:
         expected, found = expected_of(model, photo), predictor(photo)
@@ -87,13 +87,13 @@ def test_every_photo_is_answered_as_the_model_does(model, photos, predictor):
     assert taken == {"exit8", "exit12", "full"}
 
 
-def test_a_file_says_what_it_is(model, predictor):
+def test_attributes_are_read_from_the_file(model, predictor):
     assert predictor.classes == ("cat", "dog") and predictor.exit_names == ("exit8", "exit12", "full")
     assert list(predictor.thresholds.values()) == pytest.approx(model.router.thresholds.tolist())
     assert predictor.certificate is None and predictor.versions["torch"] in torch.__version__
 
 
-def test_staged_files_answer_as_the_one_file(predictor, staged_folder, photos):
+def test_staged_files_give_the_same_as_one_file(predictor, staged_folder, photos):
     staged = Predictor(staged_folder)
     for photo in photos:
         one, other = predictor(photo), staged(photo)
@@ -101,7 +101,7 @@ def test_staged_files_answer_as_the_one_file(predictor, staged_folder, photos):
         assert (one.exit_name, one.exit_confidence) == (other.exit_name, pytest.approx(other.exit_confidence))
 
 
-def test_batches_threads_and_the_warm_up_change_no_answer(predictor, photos):
+def test_batches_threads_and_the_warm_up_change_no_detections(predictor, photos):
     alone = [predictor(photo) for photo in photos]
     predictor.warm_up()
     assert all(map(equal, alone, predictor.predict(photos)))
@@ -113,7 +113,7 @@ def test_batches_threads_and_the_warm_up_change_no_answer(predictor, photos):
 
 @pytest.fixture
 def certified(staged_folder, tmp_path):
-    """A folder of staged files with a certificate of ``exit_index`` and confidence 0.5 at every early exit."""
+    """Function that writes a folder of staged files whose certificate has these exits, and confidence 0.5 at each."""
 
     def write(exit_index, block=None, names=("exit8", "exit12", "full")):
         reference = Reference.from_decisions(names, exit_index, [np.full(len(exit_index), 0.5)] * (len(names) - 1))
@@ -174,7 +174,7 @@ def test_thresholds_can_be_set(onnx_file, photos, predictor):
     assert middle.thresholds == {"exit8": 2.0, "exit12": predictor.thresholds["exit12"]}
 
 
-def test_least_scores_can_be_set(model, onnx_file, staged_folder, photos):
+def test_score_thresholds_can_be_set(model, onnx_file, staged_folder, photos):
     before = model.score_thresh
     try:
         for given in (0.35, {"dog": 0.4}):
@@ -196,14 +196,14 @@ def test_least_scores_can_be_set(model, onnx_file, staged_folder, photos):
         ({"threads": 0}, "threads 0: expected a whole number, at least 1"),
         ({"score_thresh": 1.5}, r"score_thresh is 1.5, expected a number in \[0, 1\]"),
         ({"score_thresh": float("nan")}, "score_thresh is nan"),
-        ({"score_thresh": {"dgo": 0.1}}, r"names 'dgo', no class of the file \(did you mean 'dog'\?\)"),
-        ({"thresholds": {"exit7": 0.1}}, "names 'exit7', no early exit of the file"),
+        ({"score_thresh": {"dgo": 0.1}}, r"'dgo', which is not a class of the file \(did you mean 'dog'\?\)"),
+        ({"thresholds": {"exit7": 0.1}}, "'exit7', which is not an early exit of the file"),
         ({"thresholds": {"exit8": -0.1}}, "threshold of exit8 is -0.1"),
-        ({"thresholds": [0.1]}, "expected one for each of exit8, exit12, or name -> number"),
-        ({"thresholds": 0.5}, "expected one for each of exit8, exit12"),
+        ({"thresholds": [0.1]}, "expected a number for each of exit8, exit12, or exit name -> number"),
+        ({"thresholds": 0.5}, "expected a number for each of exit8, exit12"),
     ],
 )
-def test_a_setting_that_cannot_be(onnx_file, settings, message):
+def test_an_invalid_setting_is_an_error(onnx_file, settings, message):
     with pytest.raises(EarlyExitError, match=message):
         Predictor(onnx_file, **settings)
 
@@ -214,7 +214,7 @@ def test_arrays_of_other_kinds_become_photos():
     assert np.array_equal(as_photo(grey), rgb) and np.array_equal(as_photo(grey[..., None]), rgb)
     assert np.array_equal(as_photo(rgb / 255), rgb) and np.array_equal(as_photo(rgb.astype(np.int64)), rgb)
     assert np.array_equal(as_photo(np.full((2, 2), 0.5, np.float16)), np.full((2, 2, 3), 128))
-    clear = np.concatenate([rgb, np.full((2, 2, 1), 51, np.uint8)], -1)  # a fifth, on white
+    clear = np.concatenate([rgb, np.full((2, 2, 1), 51, np.uint8)], -1)  # alpha 0.2
     assert as_photo(clear)[..., 0].tolist() == [[204, 224], [244, 255]]
     turned = np.arange(24, dtype=np.uint8).reshape(4, 2, 3).transpose(1, 0, 2)[:, ::-1]
     assert as_photo(turned).flags["C_CONTIGUOUS"] and np.array_equal(as_photo(turned), turned)
@@ -224,9 +224,9 @@ def test_arrays_of_other_kinds_become_photos():
     ("image", "message"),
     [
         ([[1, 2]], r"image: a list, expected a numpy array uint8 \[H, W, 3\] RGB"),
-        (np.zeros((3, 8, 9), np.uint8), r"\[3, 8, 9\].*channels come last: image.transpose\(1, 2, 0\)"),
+        (np.zeros((3, 8, 9), np.uint8), r"\[3, 8, 9\].*channels must come last: image.transpose\(1, 2, 0\)"),
         (np.zeros((1, 8, 9, 3), np.uint8), r"uint8 \[1, 8, 9, 3\], expected uint8 \[H, W, 3\]"),
-        (np.zeros((0, 9, 3), np.uint8), r"it has no pixel, its shape is \[0, 9, 3\]"),
+        (np.zeros((0, 9, 3), np.uint8), r"shape \[0, 9, 3\] has no pixels"),
         (np.full((8, 9, 3), np.nan), "float64 values from nan to nan, expected uint8, or floats in .* without NaN"),
         (np.full((8, 9, 3), 200.0, np.float32), "float32 values from 200 to 200"),
         (np.full((8, 9), 300, np.uint16), "uint16 values from 300 to 300"),
@@ -234,14 +234,14 @@ def test_arrays_of_other_kinds_become_photos():
         (np.array([["a"]]), "values of type <U1"),
     ],
 )
-def test_what_is_no_photo_is_said_in_one_line(predictor, image, message):
+def test_an_invalid_photo_is_an_error_of_one_line(predictor, image, message):
     with pytest.raises(EarlyExitError, match=message):
         predictor(image)
     with pytest.raises(EarlyExitError, match="image 1: "):
         predictor.predict([np.zeros((8, 8), np.uint8), image])
 
 
-def test_one_photo_is_no_list_of_photos(predictor):
+def test_one_photo_instead_of_a_list_is_an_error(predictor):
     with pytest.raises(EarlyExitError, match=r"images \[8, 8, 3\]: expected a list"):
         predictor.predict(np.zeros((8, 8, 3), np.uint8))
 
@@ -254,7 +254,7 @@ def test_photos_of_any_size(model, predictor, size):
     assert_same(expected, found)
 
 
-def test_a_file_that_is_none_is_said_in_one_line(onnx_file, staged_folder, tmp_path):
+def test_an_unusable_file_is_an_error_of_one_line(onnx_file, staged_folder, tmp_path):
     content = onnx_file.read_bytes()
     for name, bad in (("cut", content[: len(content) // 2]), ("empty", b""), ("text", b"no graph")):
         path = tmp_path / f"{name}.onnx"
@@ -276,10 +276,11 @@ def test_a_file_that_is_none_is_said_in_one_line(onnx_file, staged_folder, tmp_p
         ({"detections": "../detections.onnx"}, "a file outside the folder"),
         ({"detections": "other.onnx"}, "other.onnx: ONNX Runtime cannot load it"),
         ({"segments": 3}, "manifest.json cannot be used"),
-        ({"metadata": {"format": "earlyexit_ssd detector/9"}}, "its format is 'earlyexit_ssd detector/9'"),
+        ({"segments": []}, r"manifest.json cannot be used \(ValueError: segments is empty\)"),
+        ({"metadata": {"format": "earlyexit_ssd detector/9"}}, "the format is 'earlyexit_ssd detector/9'"),
     ],
 )
-def test_a_damaged_folder_is_said_in_one_line(staged_folder, tmp_path, change, message):
+def test_a_damaged_folder_is_an_error_of_one_line(staged_folder, tmp_path, change, message):
     shutil.copytree(staged_folder, tmp_path / "staged")
     manifest = tmp_path / "staged" / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **change}))
@@ -299,12 +300,12 @@ def test_supervision_takes_the_detections(monkeypatch):
         found.to_supervision()
 
 
-def test_a_missing_runtime_is_said_in_one_line(onnx_file, monkeypatch, tmp_path):
+def test_a_missing_runtime_is_an_error_of_one_line(onnx_file, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(EarlyExitError, match="pip install onnxruntime"):
         Predictor(onnx_file)
     (tmp_path / "detector.xml").write_text("<net/>")
-    with pytest.raises(EarlyExitError, match="give runtime='openvino'"):
+    with pytest.raises(EarlyExitError, match="add --runtime openvino to the command, or runtime='openvino' in Python"):
         Predictor(tmp_path / "detector.xml")
 
 
@@ -320,7 +321,7 @@ def test_an_exit_that_was_not_exported_may_be_closed_again(tmp_path, model):
             Predictor(path, runtime, thresholds={"exit8": 0.5})
 
 
-def test_openvino_takes_what_stands_in_an_onnx_file_for_constants(onnx_file, predictor, photos):
+def test_openvino_cannot_change_the_thresholds_of_an_onnx_file(onnx_file, predictor, photos):
     pytest.importorskip("openvino")
     found = Predictor(onnx_file, "openvino", score_thresh=0.35)
     for photo in photos:

@@ -1,4 +1,4 @@
-"""The temporal exit on scenes that are drawn, where what is right is known."""
+"""The temporal exit on drawn scenes, whose correct detections are known."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from earlyexit_ssd.deploy.stream import (
     change,
     load_stream_rule,
     same_answer,
-    small_picture,
+    thumbnail,
 )
 from earlyexit_ssd.errors import EarlyExitError
 from tests.deploy.fakes import RedBox, scene
@@ -29,19 +29,19 @@ RULE = StreamRule(threshold=2.0, score=0.5, most_repeats=10**6, classes=RedBox.c
 
 
 def run(frames, rule=RULE, detector=None):
-    """The temporal exit on ``frames``: which were computed, and which answers were the detector's own."""
+    """Run a temporal exit. Return two masks: frames that were computed, and frames with the detector's answer."""
     detector = detector or RedBox()
-    look, truth = TemporalExit(detector, rule), RedBox(detector.score)
+    temporal_exit, reference = TemporalExit(detector, rule), RedBox(detector.score)
     computed, right = [], []
     for frame in frames:
-        found = look(frame)
-        computed.append(found.exit_name != REPEATED)
-        right.append(same_answer(Answer.of(found, rule.score), Answer.of(truth(frame), rule.score)))
+        detections = temporal_exit(frame)
+        computed.append(detections.exit_name != REPEATED)
+        right.append(same_answer(Answer.of(detections, rule.score), Answer.of(reference(frame), rule.score)))
     return np.array(computed), np.array(right)
 
 
 def noisy(frames, deviation, seed=0):
-    """Sensor noise, grey levels."""
+    """Add sensor noise with this standard deviation in grey levels."""
     random = np.random.default_rng(seed)
     for frame in frames:
         yield (frame + random.normal(0, deviation, frame.shape)).clip(0, 255).round().astype(np.uint8)
@@ -55,44 +55,44 @@ def test_the_change_of_two_pictures_by_hand():
 
 
 @pytest.mark.parametrize("size", [(360, 640), (1080, 1920), (48, 40), (5, 7), (1, 1), (1, 4000)])
-def test_the_small_picture_holds_the_frame_s_means(size):
+def test_the_thumbnail_has_the_frame_s_means(size):
     frame = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    picture = small_picture(frame)
+    picture = thumbnail(frame)
     assert picture.dtype == np.uint8 and max(picture.shape[:2]) <= 64 and picture.shape[2] == 3
     assert picture.mean() == pytest.approx(frame.mean(), abs=12)
 
 
-def test_nothing_changes_nothing_is_computed_again():
+def test_without_change_only_the_first_frame_is_computed():
     detector = RedBox()
     computed, right = run([scene(30)] * 50, detector=detector)
     assert computed.sum() == 1 and right.all() and detector.calls == 1
 
 
-def test_a_repeated_answer_says_so():
-    look = TemporalExit(RedBox(), RULE)
-    first, second = look(scene(30)), look(scene(30))
+def test_repeated_detections_are_marked():
+    detect = TemporalExit(RedBox(), RULE)
+    first, second = detect(scene(30)), detect(scene(30))
     assert (second.exit_name, second.exit_index, second.exit_confidence) == ("repeated", -1, None)
     assert second.boxes is first.boxes and second.ms < 4.0
-    look.reset()
-    assert look(scene(30)).exit_name != REPEATED
+    detect.reset()
+    assert detect(scene(30)).exit_name != REPEATED
 
 
 def test_slow_drift_adds_up():
-    """Light that rises by 0.01 grey levels a frame: against the frame before nothing ever changes."""
+    """Light rises by 0.01 grey levels per frame, so no frame differs from the frame before."""
     computed, _ = run([scene(level=60 + index * 0.01) for index in range(3000)])
     assert 8 <= computed.sum() <= 20
     assert max(np.diff(np.flatnonzero(computed))) < 400
 
 
-def test_a_ball_that_creeps_is_followed():
-    """By its own width in 1,280 frames, less than a pixel in each."""
+def test_a_slow_ball_is_followed():
+    """It moves by its width in 1,280 frames, less than a pixel per frame."""
     computed, right = run([scene(100 + index / 20, 100, 64, size=(360, 640)) for index in range(1280)])
     assert right.all()
     assert 3 <= computed.sum() <= 40
 
 
-def test_a_person_who_stands_still_is_still_there():
-    """Walks in, stands for long, walks out."""
+def test_an_object_that_stands_still_is_still_detected():
+    """It moves in, stands for 500 frames, and moves out."""
     path = [*range(-16, 40), *[40] * 500, *range(40, 97)]
     computed, right = run([scene(x) for x in path])
     standing = slice(56, 556)
@@ -100,8 +100,8 @@ def test_a_person_who_stands_still_is_still_there():
     assert right.mean() > 0.99
 
 
-def test_something_small_that_comes_in_is_seen():
-    """A twentieth of the frame's width."""
+def test_a_small_new_object_is_detected():
+    """It has a twentieth of the frame's width."""
     frames = [scene(size=(360, 640))] * 20 + [scene(300, 200, 32, size=(360, 640))] * 20
     computed, right = run(frames)
     assert computed[20] and right.all() and computed.sum() == 2
@@ -124,7 +124,7 @@ def test_frames_of_another_size_are_computed():
     assert computed.tolist() == [True, True, False]
 
 
-def test_an_answer_is_repeated_so_often_at_most():
+def test_repeats_in_a_row_are_limited():
     computed, _ = run([scene(10)] * 9, dataclasses.replace(RULE, most_repeats=3))
     assert np.flatnonzero(computed).tolist() == [0, 4, 8]
 
@@ -166,14 +166,14 @@ def test_the_same_answer(one, other, same):
 
 
 def comings(blocks, length=40, every=10):
-    """A scene with light that flickers a little, where in each tenth block a ball passes."""
+    """A scene with light that flickers a little. In every tenth block a ball passes."""
     random = np.random.default_rng(1)
     for block in range(blocks):
         for place in range(length):
             yield scene(place * 3 - 16 if block % every == 0 else None, level=90 + random.uniform(-0.5, 0.5))
 
 
-def test_calibration_keeps_its_share_and_saves():
+def test_calibration_keeps_the_share_and_saves_time():
     rule = calibrate_stream(RedBox(), comings(100), 0.05, 0.05, block=40)
     figures = rule.figures
     assert figures.frames == 4000 and figures.blocks == 100 and figures.events == 30
@@ -183,27 +183,27 @@ def test_calibration_keeps_its_share_and_saves():
     assert computed.mean() < 0.2 and right.mean() > 0.95
 
 
-def test_a_larger_share_is_bolder_and_a_frame_rule_is_held_against_it():
+def test_a_larger_share_gives_a_larger_threshold():
     recording = Recording.of(RedBox(), comings(60), 0.5)
     rules = [calibrate_stream(None, recording, share, None, 40) for share in (0.001, 0.1)]
     assert rules[0].threshold < rules[1].threshold
     assert rules[0].figures.computed > rules[1].figures.computed
     assert all(rule.figures.changed <= share for rule, share in zip(rules, (0.001, 0.1), strict=True))
-    assert rules[0].figures.bound is None and "nothing promised" in str(rules[0].figures)
+    assert rules[0].figures.bound is None and "no guarantee" in str(rules[0].figures)
 
 
-def test_what_a_recording_says_is_what_the_temporal_exit_does():
+def test_a_recording_predicts_the_temporal_exit():
     frames = list(comings(30))
     recording = Recording.of(RedBox(), frames, 0.5)
-    for threshold, most in ((0.5, 5), (4.0, 1000)):
-        rule = dataclasses.replace(RULE, threshold=threshold, most_repeats=most)
-        computed, changed = recording.with_rule(threshold, most)
+    for threshold, most_repeats in ((0.5, 5), (4.0, 1000)):
+        rule = dataclasses.replace(RULE, threshold=threshold, most_repeats=most_repeats)
+        computed, changed = recording.apply_rule(threshold, most_repeats)
         expected, right = run(frames, rule)
         assert computed.tolist() == expected.tolist() and changed.tolist() == (~right).tolist()
 
 
 def test_every_nth_frame_by_hand():
-    """A ball that jumps each fourth frame: every second frame loses nothing, every fourth starts right once in four."""
+    """A ball jumps every four frames, so computing frames 0, 4, 8, ... changes no answer."""
     recording = Recording.of(RedBox(), [scene(20 * (index // 4)) for index in range(16)], 0.5)
     assert recording.every_nth(1.0) == 0.0
     computed = np.arange(16) % 4 == 0
@@ -224,9 +224,9 @@ def test_blocks_are_whole():
     assert block_means(np.ones(3), 4).size == 0
 
 
-def test_too_few_frames_say_how_many_are_needed():
+def test_the_error_for_too_few_frames_has_the_number_needed():
     with pytest.raises(
-        EarlyExitError, match=r"400 frames are 10 blocks of 40, too few to promise 5\.0% at delta 0\.05"
+        EarlyExitError, match=r"400 frames are 10 blocks of 40, too few to guarantee 5\.0% at delta 0\.05"
     ) as e:
         calibrate_stream(RedBox(), comings(10, every=100), 0.05, 0.05, block=40)
     needed = int(str(e.value).partition("about ")[2].split()[0])
@@ -234,14 +234,14 @@ def test_too_few_frames_say_how_many_are_needed():
     assert calibrate_stream(RedBox(), comings(needed, every=1000), 0.05, 0.05, block=40).figures.bound <= 0.05
 
 
-def test_a_detector_that_flickers_is_said():
+def test_a_detector_that_flickers_is_an_error():
     class Flicker(RedBox):
         def __call__(self, image):
             return dataclasses.replace(
                 super().__call__(image), scores=np.full(1, 0.2 + 0.6 * (self.calls % 2), np.float32)
             )
 
-    with pytest.raises(EarlyExitError, match="even the safest rule changes .* the detector itself flickers"):
+    with pytest.raises(EarlyExitError, match="even the smallest threshold changes .* detections flicker"):
         calibrate_stream(Flicker(), [scene(20)] * 100, 0.05, None)
 
 
@@ -254,12 +254,12 @@ def test_a_detector_that_flickers_is_said():
         ({"frames": []}, "no frame to calibrate on"),
     ],
 )
-def test_mistakes(settings, message):
+def test_invalid_settings_are_errors(settings, message):
     with pytest.raises(EarlyExitError, match=message):
         calibrate_stream(RedBox(), **{"frames": [scene()], **settings})
 
 
-def test_a_rule_comes_back_from_its_file(tmp_path):
+def test_a_rule_is_saved_and_loaded(tmp_path):
     rule = calibrate_stream(RedBox(), comings(20), 0.05, None, block=40)
     rule.save(tmp_path / "rule.json")
     assert load_stream_rule(tmp_path / "rule.json") == rule
@@ -284,5 +284,5 @@ def test_a_rule_of_another_detector_or_score():
         TemporalExit(RedBox(), RULE, 0.3)
 
 
-def test_thresholds_go_from_safe_to_bold():
+def test_thresholds_increase():
     assert list(stream.THRESHOLDS) == sorted(stream.THRESHOLDS) and stream.THRESHOLDS[0] < 0.5

@@ -48,7 +48,7 @@ def test_bad_photos_do_not_stop_the_others(photos, tmp_path, capsys):
         (["--weights", "chiar"], "did you mean 'chair'"),
         (["--score", "7"], "score 7.0: expected a number in [0, 1]"),
         (["--save", "jason"], "--save 'jason': expected some of pictures, json, csv, counts, or none"),
-        (["--stream", "none.json"], "none.json: no such stream rule; write one with earlyexit predict"),
+        (["--stream", "none.json"], "none.json: no such stream rule; write a rule with earlyexit predict"),
         (["--calibrate-stream", "0.1"], "name its file with --stream"),
         (["--weights", "none.onnx"], "none.onnx: no such file"),
     ],
