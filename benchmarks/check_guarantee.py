@@ -24,11 +24,10 @@ from earlyexit_ssd.command_line import run_tool
 from earlyexit_ssd.config import load_config
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.files import locks_folder, write_json
-from earlyexit_ssd.pipeline.build import trained_temperatures
+from earlyexit_ssd.pipeline.build import require_policy, trained_temperatures
 from earlyexit_ssd.pipeline.calibrate import Target
 from earlyexit_ssd.pipeline.replay import fit_router, measure_cost_model, open_recorded, require_deciding
 from earlyexit_ssd.progress import progress
-from earlyexit_ssd.routing.policies import require_known
 
 EPSILONS = (0.01, 0.02, 0.05)
 EXAMPLES = """
@@ -134,7 +133,7 @@ def check_guarantee(
         raise EarlyExitError(f"--splits is {splits}, expected at least 1")
     for epsilon in EPSILONS:
         Target("risk", epsilon, delta)  # raises if the values are impossible
-    require_known(cfg.ROUTING.POLICY)
+    require_policy(cfg)
     both, by_labels = ("CALIB", "TEST"), cfg.CALIBRATION.REFERENCE == "labels"
     needs_labels = both if by_labels else ("CALIB",)
     recorded = open_recorded(cfg, weights, out, needs_labels=needs_labels, unlabelled=not by_labels, deduplicate=both)

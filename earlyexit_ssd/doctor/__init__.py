@@ -1,1 +1,1 @@
-"""The doctor: named checks that find what is wrong with a data set or a detector, each a figure and its threshold."""
+"""The doctor: checks of data sets and detectors. Each check compares a figure with a threshold."""

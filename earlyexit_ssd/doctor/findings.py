@@ -1,11 +1,12 @@
-"""What the doctor finds, and the registry of its checks.
+"""The checks of the doctor and their findings.
 
-A check is a function from evidence to figures by subject (an exit, a split). It leaves a subject out that it cannot
-judge. The decorator `check` adds the thresholds, what a bad figure means and what to do about it.
+A check measures one figure per subject, such as an exit or a split. It leaves out subjects that it cannot judge. The
+decorator `check` adds thresholds, the meaning of a bad figure, and advice.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 from earlyexit_ssd.evaluation.results import Record
 
-Measure = Callable[[Any], Mapping[str, float]]  # evidence -> figure by subject
+Measure = Callable[[Any], Mapping[str, float]]  # function from evidence to figures by subject
 
 
 @dataclass(frozen=True)
@@ -21,40 +22,40 @@ class Finding(Record):
     """One figure of one subject."""
 
     check: str  # name of the check
-    subject: str  # exit, split or class that the figure is of
-    bad: bool  # the figure is below ``least`` or above ``most``
-    figure: float  # the measured value
-    least: float | None  # threshold; None where there is none on that side
-    most: float | None
-    meaning: str  # what a bad figure means, one sentence
-    advice: str  # what to do then, one sentence
+    subject: str  # such as an exit or a split
+    bad: bool  # whether the figure is below ``least``, above ``most`` or NaN
+    figure: float
+    least: float | None  # lower threshold; None if there is none
+    most: float | None  # upper threshold; None if there is none
+    meaning: str  # of a bad figure, one sentence
+    advice: str  # for a bad figure, one sentence
 
     @property
-    def wanted(self) -> str:
-        """The thresholds in words."""
+    def expected(self) -> str:
+        """The thresholds as text."""
         sides = [("at least", self.least), ("at most", self.most)]
         return ", ".join(f"{word} {limit:.4g}" for word, limit in sides if limit is not None)
 
     @property
     def distance(self) -> float:
-        """How far the figure is beyond its threshold; 0 if it is not, NaN if it is NaN."""
+        """Distance of a bad figure from its threshold; 0 if it is not bad, NaN if it is NaN."""
         below = 0.0 if self.least is None else self.least - self.figure
         above = 0.0 if self.most is None else self.figure - self.most
         return below + above if math.isnan(self.figure) else max(below, above, 0.0)
 
     @property
-    def shown(self) -> str:
-        """The figure, rounded."""
+    def rounded(self) -> str:
+        """The figure as text."""
         return f"{self.figure:.0f}" if abs(self.figure) >= 1000 else f"{self.figure:.3g}"
 
     def __str__(self) -> str:
-        what = f"{self.check} ({self.subject}): {self.shown}, expected {self.wanted}"
-        return f"{what}; {self.meaning}: {self.advice}"
+        result = f"{self.check} ({self.subject}): {self.rounded}, expected {self.expected}"
+        return f"{result}; {self.meaning}: {self.advice}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """A check with its thresholds, see `Finding`."""
+    """A check; see `Finding` for the fields."""
 
     name: str
     measure: Measure
@@ -64,18 +65,19 @@ class Check:
     advice: str
 
     def findings(self, evidence: Any) -> list[Finding]:
-        """One for each subject that can be judged; a figure that is NaN is bad."""
-        words = self.least, self.most, self.meaning, self.advice
-        least, most = -math.inf if self.least is None else self.least, math.inf if self.most is None else self.most
+        """Return a finding for each subject that can be judged."""
+        least = -math.inf if self.least is None else self.least
+        most = math.inf if self.most is None else self.most
+        same = self.least, self.most, self.meaning, self.advice
         figures = self.measure(evidence).items()
-        return [Finding(self.name, subject, not least <= figure <= most, figure, *words) for subject, figure in figures]
+        return [Finding(self.name, subject, not least <= figure <= most, figure, *same) for subject, figure in figures]
 
 
-def check(checks: list[Check], **limits_and_words: Any) -> Callable[[Measure], Measure]:
-    """Decorator that adds a function to ``checks`` under its own name; the keywords are further fields of `Check`."""
+def check(checks: list[Check], **fields: Any) -> Callable[[Measure], Measure]:
+    """Decorate a function to add it to ``checks`` under its own name. ``fields`` are the other fields of `Check`."""
 
     def register(measure: Measure) -> Measure:
-        checks.append(Check(name=measure.__name__, measure=measure, **limits_and_words))
+        checks.append(Check(name=measure.__name__, measure=measure, **fields))
         return measure
 
     return register
@@ -83,28 +85,30 @@ def check(checks: list[Check], **limits_and_words: Any) -> Callable[[Measure], M
 
 @dataclass(frozen=True)
 class Diagnosis(Record):
-    """All findings, bad ones first, and the names of the checks that could judge nothing."""
+    """The findings of all checks."""
 
-    findings: tuple[Finding, ...]
-    not_judged: list[str]
+    findings: tuple[Finding, ...]  # bad findings first
+    not_judged: list[str]  # names of the checks without a finding
 
     @property
     def bad(self) -> tuple[Finding, ...]:
         return tuple(finding for finding in self.findings if finding.bad)
 
     def __str__(self) -> str:
-        """A table; below each bad finding what it means and what to do."""
+        """A table, with meaning and advice below each bad finding."""
         cells = [("", "check", "subject", "figure", "limit")]
-        cells += [("BAD" if one.bad else "ok", one.check, one.subject, one.shown, one.wanted) for one in self.findings]
+        for finding in self.findings:
+            state = "BAD" if finding.bad else "ok"
+            cells.append((state, finding.check, finding.subject, finding.rounded, finding.expected))
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         header, *rows = (
             f"{state:3}  {check:{widths[1]}}  {subject:{widths[2]}}  {figure:>{widths[3]}}  {limit}"
             for state, check, subject, figure, limit in cells
         )
         lines = [header] if rows else []
-        for one, row in zip(self.findings, rows, strict=True):
+        for finding, row in zip(self.findings, rows, strict=True):
             lines.append(row)
-            lines += [f"     {one.meaning}", f"     what to do: {one.advice}"] if one.bad else []
+            lines += [f"     {finding.meaning}", f"     what to do: {finding.advice}"] if finding.bad else []
         if self.not_judged:
             lines.append(f"not judged, too little to judge by: {', '.join(self.not_judged)}")
         count = f"{len(self.bad)} of {len(self.findings)} figures are bad" if self.bad else "nothing bad was found"
@@ -112,6 +116,7 @@ class Diagnosis(Record):
 
 
 def diagnose(checks: Sequence[Check], evidence: Any) -> Diagnosis:
-    found = {one.name: one.findings(evidence) for one in checks}
-    findings = sorted((finding for all_of in found.values() for finding in all_of), key=lambda one: not one.bad)
-    return Diagnosis(tuple(findings), [name for name, all_of in found.items() if not all_of])
+    """Run the checks on ``evidence``."""
+    by_check = {check.name: check.findings(evidence) for check in checks}
+    findings = sorted(itertools.chain(*by_check.values()), key=lambda finding: not finding.bad)
+    return Diagnosis(tuple(findings), [name for name, of_check in by_check.items() if not of_check])

@@ -1,4 +1,4 @@
-"""The main jobs, put together from all other packages."""
+"""The jobs of the commands: train, calibrate, evaluate, optimize, export and doctor."""
 
 from earlyexit_ssd.pipeline.evaluate import evaluate_model
 from earlyexit_ssd.pipeline.train import train

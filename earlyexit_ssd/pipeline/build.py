@@ -40,6 +40,7 @@ from earlyexit_ssd.modeling.heads import plan_class_change
 from earlyexit_ssd.modeling.retrofit import torchvision_name
 from earlyexit_ssd.progress import progress
 from earlyexit_ssd.routing import ExitRouter
+from earlyexit_ssd.routing.policies import require_known
 
 logger = logging.getLogger(__name__)
 
@@ -261,12 +262,13 @@ def build_router(cfg: CfgNode, stored: Mapping[str, Any] | None = None, learn: b
         learn: whether the temperatures are trainable.
 
     Raises:
-        ConfigError: the number of thresholds does not fit the number of exits.
+        ConfigError: the policy is unknown, or the number of thresholds does not fit the number of exits.
     """
     routing, stored = cfg.ROUTING, stored or {}
     exits, thresholds = stored.get("num_exits", num_exits(cfg)), len(routing.THRESHOLDS)
     if not exits:
         return ExitRouter(0)
+    require_policy(cfg)
     if thresholds not in (1, exits):
         raise ConfigError(
             f"ROUTING.THRESHOLDS has {thresholds} numbers, but the model has {exits} early exits; give one number for "
@@ -281,6 +283,14 @@ def build_router(cfg: CfgNode, stored: Mapping[str, Any] | None = None, learn: b
         temperature_bounds=routing.TEMPERATURE_BOUNDS,
         learn_temperatures=learn,
     )
+
+
+def require_policy(cfg: CfgNode) -> None:
+    """Raise a ConfigError with the nearest name if ROUTING.POLICY is not the name of a policy."""
+    try:
+        require_known(cfg.ROUTING.POLICY)
+    except EarlyExitError as error:
+        raise ConfigError(f"ROUTING.POLICY: {error}") from None
 
 
 def open_router(cfg: CfgNode, model: EarlyExitSSDLite, info: ModelInfo, weights: str | os.PathLike[str]) -> ExitRouter:

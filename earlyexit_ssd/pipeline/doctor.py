@@ -1,4 +1,4 @@
-"""The jobs of the doctor: look at the data of a configuration, at a trained model, and at a training while it runs."""
+"""The jobs of the doctor: check the data of a configuration, a trained model, and a model during its training."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Report(Record):
-    """What a job of the doctor found: figures of the splits (of ``data`` only), and the diagnosis."""
+    """The result of a job of the doctor."""
 
-    splits: tuple[Summary, ...]
+    splits: tuple[Summary, ...]  # figures of the splits; empty for a model
     diagnosis: Diagnosis
 
     def __str__(self) -> str:
         return "\n".join([*map(str, self.splits), *[""] * bool(self.splits), str(self.diagnosis)])
 
     def write(self, folder: str | os.PathLike[str]) -> None:
-        """As doctor.json into ``folder``."""
+        """Write doctor.json into ``folder``."""
         make_folder(folder)
         write_json(Path(folder) / "doctor.json", self.to_json())
 
@@ -72,7 +72,7 @@ class Report(Record):
 def doctor_data(cfg: CfgNode) -> Report:
     """Check the photos and boxes of DATA.TRAIN, CALIB and TEST.
 
-    A split that cannot be read is a bad finding of the name ``unreadable``.
+    For a split that cannot be read, the report has the bad finding ``unreadable``.
 
     Raises:
         EarlyExitError: unusable settings, or no split can be read.
@@ -83,34 +83,37 @@ def doctor_data(cfg: CfgNode) -> Report:
             splits += [_split(cfg, name)] if cfg.DATA[name] else []
         except DataError as error:
             meaning = f"the split cannot be read: {error}"
-            unreadable.append(Finding("unreadable", name, True, 1.0, None, 0.0, meaning, "mend it and run this again"))
+            unreadable.append(Finding("unreadable", name, True, 1.0, None, 0.0, meaning, "fix it and run this again"))
     if not splits:
         raise DataError(unreadable[0].meaning if unreadable else "DATA.TRAIN, CALIB and TEST are empty; name data sets")
     architecture = replace(build_architecture(cfg, splits[0].classes or ("object",)), exits=())
     boxes = default_boxes_of_image(architecture.build(), torch.device("cpu"))
     evidence = DataEvidence(splits, boxes, cfg.MODEL.IMAGE_SIZE)
-    found = diagnose(DATA_CHECKS, evidence)
-    summaries = tuple(summarise(evidence, one) for one in splits)
-    return Report(summaries, replace(found, findings=(*unreadable, *found.findings)))
+    diagnosis = diagnose(DATA_CHECKS, evidence)
+    summaries = tuple(summarise(evidence, split) for split in splits)
+    return Report(summaries, replace(diagnosis, findings=(*unreadable, *diagnosis.findings)))
 
 
 def _split(cfg: CfgNode, name: str) -> Split:
-    raws = [read_dataset(cfg, one) for one in cfg.DATA[name]]
-    classes = tuple(cfg.DATA.CLASSES) or (union_of_classes(raws) if name == "TRAIN" else class_names(cfg))
+    """Read the split ``name``, leave out unusable photos, and log how many."""
+    datasets = [read_dataset(cfg, dataset) for dataset in cfg.DATA[name]]
+    classes = tuple(cfg.DATA.CLASSES) or (union_of_classes(datasets) if name == "TRAIN" else class_names(cfg))
     problems = Problems("repair")
-    records = check_photos(select_classes(raws, classes), problems)
+    records = check_photos(select_classes(datasets, classes), problems)
     problems.log(name)
     paths = [record.path for record in records]
-    content = [sha256(path) for path in progress(paths, f"read {name}")]
-    return Split(name, classes, records, all(raw.labelled for raw in raws), content, PerceptualHashes.read(paths))
+    hashes = [sha256(path) for path in progress(paths, f"read {name}")]
+    labelled = all(dataset.labelled for dataset in datasets)
+    return Split(name, classes, records, labelled, hashes, PerceptualHashes.read(paths))
 
 
 def doctor_model(cfg: CfgNode, weights: str | os.PathLike[str], photos: int = 200) -> Report:
-    """Check a model on a seeded choice of ``photos`` of DATA.CALIB, half of them with objects where there are as many.
+    """Check a model on photos of DATA.CALIB, chosen with SEED. Half of them have objects if there are enough.
 
     Args:
-        weights: a model of this project, or a checkpoint with or without exits that ``cfg`` describes. If it lies in
-            the folder of a run, the run's files are looked at too.
+        weights: a model of this project, or a checkpoint with or without exits that ``cfg`` describes. If it is in the
+            folder of a run, logs and figures of the run are checked too.
+        photos: number of photos.
 
     Raises:
         EarlyExitError: unusable weights, data or settings.
@@ -122,37 +125,39 @@ def doctor_model(cfg: CfgNode, weights: str | os.PathLike[str], photos: int = 20
     cfg, device = with_classes(cfg, architecture.classes), evaluation_device(cfg)
     dataset = load_dataset(cfg, cfg.DATA.CALIB)
     dataset = dataset.subset(chosen_photos(dataset.records, photos, cfg.SEED))
-    router = open_router(cfg, model, info, path).to(device)  # whether it was calibrated on these photos is no matter
-    evidence = observe(model.to(device), dataset, router, cfg)
-    if info.get("taken_over", takes_over(cfg)):  # only the exits were trained on such photos
+    router = open_router(cfg, model, info, path).to(device)  # it may have been calibrated on these photos
+    evidence = collect_evidence(model.to(device), dataset, router, cfg)
+    if info.get("taken_over", takes_over(cfg)):  # only the exits were trained on the user's photos
         evidence = replace(evidence, above_full={})
-    return Report((), diagnose(MODEL_CHECKS, replace(evidence, **_of_run(path, evidence, router))))
+    return Report((), diagnose(MODEL_CHECKS, replace(evidence, **run_evidence(path, evidence, router))))
 
 
 def chosen_photos(records: Sequence[PhotoRecord], photos: int, seed: int) -> list[PhotoRecord]:
-    """Random ones: half with an object and half without, or more of a kind where the other has too few."""
-    kinds = [[one for one in records if one.has_targets is shows] for shows in (True, False)]
-    with_objects = min(len(kinds[0]), max(photos // 2, photos - len(kinds[1])))
-    counts = with_objects, min(len(kinds[1]), photos - with_objects)
-    return [one for kind, count in zip(kinds, counts, strict=True) for one in limit_photos(kind, count, seed)[:count]]
+    """Choose random photos: half with objects and half without, or more of one kind if there are few of the other."""
+    with_objects, without = ([record for record in records if record.has_targets is shows] for shows in (True, False))
+    count = min(len(with_objects), max(photos // 2, photos - len(without)))
+    counts = (with_objects, count), (without, photos - count)
+    return [record for part, size in counts for record in limit_photos(part, size, seed)[:size]]
 
 
-def observe(model: EarlyExitSSDLite, dataset: DetectionDataset, router: ExitRouter, cfg: CfgNode) -> ModelEvidence:
-    """Run all exits on the photos once."""
+def collect_evidence(
+    model: EarlyExitSSDLite, dataset: DetectionDataset, router: ExitRouter, cfg: CfgNode
+) -> ModelEvidence:
+    """Run all exits on the photos once, and return the input of the checks."""
     detections: list[dict[int, ImageDetections]] = [{} for _ in model.exit_names]
     confidences: list[list[Tensor]] = [[] for _ in range(model.num_early_exits)]
 
     def of_batch(images: list[Tensor], targets: Targets) -> ModelEvidence:
-        outputs, seen = look(model, images, targets)
+        outputs, evidence = batch_evidence(model, images, targets)
         ids = [int(target["image_id"]) for target in targets]
-        for index, found in enumerate(detections):
-            found.update(zip(ids, map(on_cpu, model.detections(outputs, index)), strict=True))
+        for index, by_id in enumerate(detections):
+            by_id.update(zip(ids, map(on_cpu, model.detections(outputs, index)), strict=True))
         for index, values in enumerate(confidences):
             values.append(router.confidence(outputs.signals(index), index).cpu())
-        return seen
+        return evidence
 
     loader = build_loader(dataset, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, False, cfg.SEED)
-    batches = over_batches(model, loader, of_batch, "look at photos")
+    batches = over_batches(model, loader, of_batch, "check photos")
     shares = {}
     if not router.closed:
         values = [*map(torch.cat, confidences), torch.ones(len(dataset))]
@@ -180,8 +185,10 @@ def observe(model: EarlyExitSSDLite, dataset: DetectionDataset, router: ExitRout
     )
 
 
-def look(model: EarlyExitSSDLite, images: list[Tensor], targets: Targets) -> tuple[ExitOutputs, ModelEvidence]:
-    """The outputs of all exits for a batch, and what the checks look at of them, on the CPU."""
+def batch_evidence(
+    model: EarlyExitSSDLite, images: list[Tensor], targets: Targets
+) -> tuple[ExitOutputs, ModelEvidence]:
+    """Return the outputs of all exits for a batch, and from them the input of the checks, on the CPU."""
     outputs = model.exit_outputs(images)
     exits = [
         ExitOutput.of(name, head["cls_logits"].cpu(), head["bbox_regression"].cpu())
@@ -197,14 +204,14 @@ def look(model: EarlyExitSSDLite, images: list[Tensor], targets: Targets) -> tup
 
 
 _AP = re.compile(r'\bm?AP(50|75)?(/[^"]*)?"(,\s*"value")?:\s*\d', re.IGNORECASE)
-"""In JSON: a number under ``AP``, ``mAP``, ``AP50`` or ``AP50/exit8``, or a gate's figure so named."""
+"""In JSON, a number with the key ``AP``, ``mAP``, ``AP50`` or ``AP50/exit8``, or a gate's figure of this name."""
 
 
-def _of_run(weights: Path, evidence: ModelEvidence, router: ExitRouter) -> dict[str, Any]:
-    """APs, and temperatures and confidences epoch by epoch, of the run in whose folder the weights lie."""
+def run_evidence(weights: Path, evidence: ModelEvidence, router: ExitRouter) -> dict[str, Any]:
+    """Return the fields of `ModelEvidence` from the files of the run whose folder holds the weights."""
     roots = [folder for folder in weights.resolve().parents[:2] if (folder / "config.yaml").is_file()]
     names = ("metrics.json", "gate.json", "log.jsonl")
-    # A folder without a configuration is no run of this project, and its sub-folders may be other runs.
+    # without config.yaml, the sub-folders are no phases of a run
     depths = ("", "*/") if roots else ("",)
     folder = roots[-1] if roots else weights.resolve().parent
     files = [path for name in names for depth in depths for path in sorted(folder.glob(depth + name))]
@@ -214,32 +221,33 @@ def _of_run(weights: Path, evidence: ModelEvidence, router: ExitRouter) -> dict[
     for path in files:
         for line in read_log(path.parent) if path.name == "log.jsonl" else ():
             for key, value in line.items():
-                kind, _, name = key.partition("/")
-                if kind in curves and value is not None:
-                    curves[kind].setdefault(name, []).append(value)
+                curve, _, exit_name = key.partition("/")
+                if curve in curves and value is not None:
+                    curves[curve].setdefault(exit_name, []).append(value)
     return {
         "computed_aps": sum(len(_AP.findall(path.read_text(encoding="utf-8", errors="replace"))) for path in files),
         "temperatures": {**evidence.temperatures, **curves["temperature"]},
-        # the mean foreground falls as a detector learns
+        # this policy's confidence falls as a detector learns
         "confidences": {} if router.policy == "mean_foreground" else curves["confidence"],
     }
 
 
-WATCHED_PHOTOS = 12  # photos with objects that are looked at, the same ones each time
-LEAST_PROGRESS = 0.1  # of the distance to the threshold: what a sound training gains in two epochs at the least
-LARGEST_SHARE_OF_TIME = 0.01  # of the time of the training, for all checks but the first
+WATCHED_PHOTOS = 12  # number of photos that are checked, always the same
+MIN_PROGRESS = 0.1  # share of the distance to a threshold that a sound training gains in two checks at least
+MAX_SHARE_OF_TIME = 0.01  # largest share of the training's time for all checks but the first
 
 
 class Watch(Hook):
-    """At the end of epochs, check the outputs on a few calib photos with objects.
+    """At the end of epochs, check the outputs on a few CALIB photos with objects.
 
-    A young detector has bad figures too, but they improve. So in the first two thirds of the training a bad figure is
-    reported only if it has not come nearer to its threshold in two looks, by `LEAST_PROGRESS`. An epoch is left out if
-    all checks together would take more than 1 % of the training's time so far.
+    A detector also has bad figures early in a training, but they improve. In the first two thirds of the training a bad
+    figure is reported only if its distance to the threshold has not shrunk by `MIN_PROGRESS` in two checks. An epoch is
+    skipped if all checks together would take more than 1 % of the training's time so far.
 
     Args:
-        photos: the calib split; the first photos with objects are read once.
-        model: such as the averaged one; without a router (before the exits phase) only its full path is looked at.
+        photos: the CALIB split. Its first photos with objects are read once.
+        model: the trained model or its average. If it has no router (before the exits phase), only its full path is
+            checked.
     """
 
     def __init__(self, photos: DetectionDataset, model: EarlyExitSSDLite) -> None:
@@ -247,8 +255,8 @@ class Watch(Hook):
         self.photos, self.model = photos.subset(records), model
         self.temperatures: dict[str, list[float]] = {}
         self.warned: set[tuple[str, str]] = set()
-        self.distances: list[dict[tuple[str, str], float]] = []  # of the bad figures, by look
-        self.spent = self.longest = 0.0
+        self.distances: list[dict[tuple[str, str], float]] = []  # of the bad figures, in each run of the checks
+        self.spent = self.longest = 0.0  # seconds
 
     @functools.cached_property
     def samples(self) -> list[tuple[Tensor, Any]]:
@@ -259,33 +267,33 @@ class Watch(Hook):
 
     def after_step(self, trainer: Trainer) -> None:
         due, now = trainer.step % len(trainer.loader) == 0, time.perf_counter()
-        if due and is_main() and self.spent + self.longest <= LARGEST_SHARE_OF_TIME * (now - self.start):
-            self.look(trainer.step // len(trainer.loader), last_third=3 * trainer.step >= 2 * trainer.total_steps)
+        if due and is_main() and self.spent + self.longest <= MAX_SHARE_OF_TIME * (now - self.start):
+            self.run_checks(trainer.step // len(trainer.loader), 3 * trainer.step >= 2 * trainer.total_steps)
             taken = time.perf_counter() - now
             self.spent, self.longest = self.spent + taken * (self.longest > 0), max(self.longest, taken)
 
-    def look(self, epoch: int, last_third: bool) -> None:
-        """Log what is bad, each check of an exit once."""
-        found = diagnose(MODEL_CHECKS, self.evidence())
-        for finding in found.bad:
+    def run_checks(self, epoch: int, last_third: bool) -> None:
+        """Log a warning for each bad figure, but only one for each check and exit."""
+        diagnosis = diagnose(MODEL_CHECKS, self.evidence())
+        for finding in diagnosis.bad:
             key = finding.check, finding.subject
-            before = [look[key] for look in self.distances[-2:] if key in look]
-            stuck = len(before) == 2 and not finding.distance <= (1 - LEAST_PROGRESS) * max(before)
+            before = [distances[key] for distances in self.distances[-2:] if key in distances]
+            stuck = len(before) == 2 and not finding.distance <= (1 - MIN_PROGRESS) * max(before)
             if (stuck or last_third) and key not in self.warned:
                 self.warned.add(key)
                 logger.warning("epoch %d: %s", epoch, finding)
-        self.distances.append({(one.check, one.subject): one.distance for one in found.bad})
+        self.distances.append({(finding.check, finding.subject): finding.distance for finding in diagnosis.bad})
 
     def evidence(self) -> ModelEvidence:
-        """The outputs now, and the temperatures so far; checks of other things say nothing."""
+        """Return the current outputs and the temperatures so far, the only input of the checks during a training."""
         if not self.samples:
             return ModelEvidence()
         model, device = self.model, next(self.model.parameters()).device
         images, targets = zip(*self.samples, strict=True)
         with evaluating(model):
-            _, seen = look(model, [image.to(device) for image in images], targets)
+            _, evidence = batch_evidence(model, [image.to(device) for image in images], targets)
         if isinstance(getattr(model.router, "temperatures", None), nn.Parameter):
             for name, value in zip(model.exit_names, model.router.temperatures.tolist(), strict=False):
                 self.temperatures.setdefault(name, []).append(value)
-        exits = seen.exits[-1:] if model.router is None else seen.exits
-        return replace(seen, exits=exits, temperatures=self.temperatures)
+        exits = evidence.exits[-1:] if model.router is None else evidence.exits
+        return replace(evidence, exits=exits, temperatures=self.temperatures)

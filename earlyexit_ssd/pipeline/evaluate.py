@@ -1,4 +1,4 @@
-"""Evaluate a trained model on a split: certificate, rivals, figures, table and pictures."""
+"""Evaluate a trained model on the TEST split, and compare it with rivals."""
 
 from __future__ import annotations
 
@@ -62,55 +62,66 @@ logger = logging.getLogger(__name__)
 def check_certificate(
     cfg: CfgNode, certificate: Certificate, dataset: DetectionDataset, source: str | os.PathLike[str]
 ) -> None:
-    """Warn if the certificate of the file ``source`` speaks of another EVAL.SCORE or EVAL.IOU. An EarlyExitError if it
-    was calibrated on one of these photos, or bounds a risk, which holds at its own score and IoU only."""
+    """Check that a certificate from the file ``source`` fits the photos and settings of an evaluation.
+
+    An EVAL.SCORE or EVAL.IOU other than the certificate's is a warning, or an error if the certificate bounds a risk.
+
+    Raises:
+        EarlyExitError: the risk does not hold at these settings, or the model was calibrated on one of the photos.
+    """
     certificate.require_unseen(photo_hashes(dataset))
     target = certificate.target
     if (target.score, target.iou) == (cfg.EVAL.SCORE, cfg.EVAL.IOU):
         return
     text = (
-        f"{source}: the certificate speaks of score {target.score:g} and IoU {target.iou:g}, "
-        f"EVAL has {cfg.EVAL.SCORE:g} and {cfg.EVAL.IOU:g}"
+        f"{source}: the certificate holds for score {target.score:g} and IoU {target.iou:g}, "
+        f"but EVAL has {cfg.EVAL.SCORE:g} and {cfg.EVAL.IOU:g}"
     )
     if target.kind == "risk":
-        raise ConfigError(f"{text}; set EVAL.SCORE and EVAL.IOU to the certificate's, or calibrate again")
+        raise ConfigError(f"{text}; set EVAL.SCORE and EVAL.IOU to the certificate's values, or calibrate again")
     logger.warning(text)
 
 
 def drift_of(certificate: Certificate, collected: Collected, chosen: list[int]) -> DriftResult:
-    """Whether the photos look like those of calibration, all at once where they are few; warnings are logged too.
-    ``chosen`` is the exit of every photo, in the order of ``collected``."""
+    """Compare the photos with the calibration photos, in windows of up to `WINDOW` photos. Warnings are logged too.
+
+    ``chosen`` is the exit of each photo, in the order of ``collected``.
+    """
     monitor = DriftMonitor(certificate.drift, min(WINDOW, max(1, len(chosen))))
     confidences = [float(collected.confidences[exit_index][photo]) for photo, exit_index in enumerate(chosen)]
     warnings, status = monitor.update(chosen, confidences), monitor.status()
     return DriftResult(monitor.window, warnings, status["shares"], status["calibration_shares"])
 
 
-# The rivals that EVAL.RIVALS asks for: plain nets, single exits, exported detectors.
+# Rivals of EVAL.RIVALS: plain detectors, single exits and exported detectors.
 
-SHARES = (0.8, 0.7, 0.6)  # sides of the smaller plain nets, as shares of the model's own
-SMALLEST_SIDE = 64
+SHARES = (0.8, 0.7, 0.6)  # input sides of the smaller plain detectors, relative to the model's
+SMALLEST_SIDE = 64  # pixels
 
 
 def check_rivals(cfg: CfgNode, device: torch.device) -> None:
-    """What is cheap to find out before hours of training: files and packages that are missing. An EarlyExitError if one
-    is missing, or the runtime does not run on the device."""
+    """Raise an EarlyExitError if a file or package for the evaluation is missing, or EVAL.RUNTIME does not run on the
+    device. Called before hours of training."""
     rivals, runtime = cfg.EVAL.RIVALS, cfg.EVAL.RUNTIME
     if runtime != EAGER and device.type != "cpu":
-        raise ConfigError(f"EVAL.RUNTIME {runtime} measures the CPU, DEVICE is {device}; set it to cpu")
+        raise ConfigError(f"EVAL.RUNTIME {runtime} measures the CPU, but DEVICE is {device}; set DEVICE to cpu")
     files = [(key, path) for key in ("FULL_PATHS", "SINGLE_EXITS") for path in rivals[key]]
     files += [("ONNX", entry.partition(":")[2]) for entry in rivals.ONNX]
     for key, path in files if rivals.ENABLED else ():
         if not Path(path).is_file():
-            raise ConfigError(f"EVAL.RIVALS.{key} has {path}: no such file")
+            raise ConfigError(f"EVAL.RIVALS.{key} has {path}: no such file; check the path, or remove it")
     if runtime != EAGER or (rivals.ENABLED and rivals.ONNX):
         import_package("onnx")
         import_package("onnxruntime" if runtime == EAGER else runtime)
 
 
 def build_rivals(cfg: CfgNode, model: EarlyExitSSDLite, architecture: Architecture) -> list[Rival]:
-    """Every rival that is no part of the evaluated model, ready to be evaluated on its classes and its device; exported
-    ones stay on the CPU. An EarlyExitError for a file that is no such detector, or that has none of the classes."""
+    """Return the rivals of EVAL.RIVALS, which detect the model's classes. They are on the model's device, and exported
+    detectors on the CPU.
+
+    Raises:
+        EarlyExitError: a file does not hold a detector of its kind, or its detector has none of the classes.
+    """
     rivals, wanted, own_size = cfg.EVAL.RIVALS, architecture.classes, architecture.image_size
     built: list[Rival] = []
     if not rivals.ENABLED:
@@ -121,25 +132,26 @@ def build_rivals(cfg: CfgNode, model: EarlyExitSSDLite, architecture: Architectu
         kind: str,
         detector: SSD,
         network: nn.Module,
-        known: Sequence[str] = wanted,
+        classes: Sequence[str] = wanted,
         source: str | None = None,
     ) -> None:
         example = example_input(detector)
-        found = WantedClasses(detector, known, wanted, source or name).to(example.device)
-        built.append(Rival(name, kind, network, example, count_mmacs(network, example), found, source))
+        filtered = WantedClasses(detector, classes, wanted, source or name).to(example.device)
+        built.append(Rival(name, kind, network, example, count_mmacs(network, example), filtered, source))
 
     device = next(model.parameters()).device
-    asked = rivals.SIZES or (smaller_sizes(own_size) if model.any_size else ())
-    sizes = [size for size in dict.fromkeys(asked) if size != own_size]
+    sizes = rivals.SIZES or (smaller_sizes(own_size) if model.any_size else ())
+    sizes = [size for size in dict.fromkeys(sizes) if size != own_size]
     for size in sizes:
         detector = resize_detector(model, architecture, size)
         add(f"plain {size}", PLAIN, detector, PlainPath(detector))
     for size in (own_size, *sizes) if is_folded(model.head.classification_head) else ():
         detector = resize_detector(model, architecture, size, cut=True)
         add(f"plain {size}, cut head", CUT_HEAD, detector, PlainPath(detector))
-    for path in rivals.FULL_PATHS:  # at their own size, their branches left out
-        other, described, _ = load_model(path)
-        size, detector = described.image_size, resize_detector(other.to(device), described, described.image_size)
+    for path in rivals.FULL_PATHS:
+        other, other_architecture, _ = load_model(path)
+        size = other_architecture.image_size
+        detector = resize_detector(other.to(device), other_architecture, size)  # the same size, without branches
         add(f"plain {size}, {_short(path)}", PLAIN, detector, PlainPath(detector), other.classes, path)
     for path in rivals.SINGLE_EXITS:
         other = _single_exit(path).to(device)
@@ -149,40 +161,42 @@ def build_rivals(cfg: CfgNode, model: EarlyExitSSDLite, architecture: Architectu
 
 
 def smaller_sizes(size: int) -> tuple[int, ...]:
-    """Sides of 0.8, 0.7 and 0.6 of ``size`` to the nearest multiple of 32, of 16 where ``size`` is under 256."""
+    """Return 0.8, 0.7 and 0.6 times ``size``, rounded to multiples of 32, or of 16 for a ``size`` under 256 pixels."""
     step = 32 if size >= 256 else 16
     sides = dict.fromkeys(round(share * size / step) * step for share in SHARES)
     return tuple(side for side in sides if SMALLEST_SIDE <= side < size)
 
 
 def _single_exit(path: str) -> EarlyExitSSDLite:
-    """A model with one exit; with a router that lets every photo leave, nothing behind it runs."""
+    """Load a model with one early exit at which every photo leaves."""
     model, _, _ = load_model(path)
     if model.num_early_exits != 1:
-        found = ", ".join(model.exit_names[:-1])
+        exits = ", ".join(model.exit_names[:-1]) or "none"
         raise EarlyExitError(
-            f"{path}: EVAL.RIVALS.SINGLE_EXITS takes models with one early exit, it has {found};"
-            " train that exit alone (EXITS.LAYERS)"
+            f"{path}: EVAL.RIVALS.SINGLE_EXITS takes models with one early exit, but it has {exits};"
+            " train a model with one exit (EXITS.LAYERS)"
         )
     model.router = ExitRouter(1, thresholds=0.0)
     return model
 
 
 def onnx_rivals(cfg: CfgNode, wanted: tuple[str, ...]) -> list[Rival]:
+    """Return the detectors of EVAL.RIVALS.ONNX, which detect the classes ``wanted``."""
     rivals = []
     for entry in cfg.EVAL.RIVALS.ONNX:
         file_format, _, path = entry.partition(":")
         detector = OnnxDetector(path, file_format, cfg.EVAL.TIMING_THREADS)
         network = detector.network
         example = torch.rand(network.input_shape, generator=torch.Generator().manual_seed(0))
-        found = WantedClasses(detector, detector.classes, wanted, path)
-        found([torch.zeros(3, 64, 64)])  # outputs of another format are found before hours of evaluation
-        rivals.append(Rival(Path(path).stem, ONNX, network, example, count_onnx_mmacs(detector.content), found, path))
+        filtered = WantedClasses(detector, detector.classes, wanted, path)
+        filtered([torch.zeros(3, 64, 64)])  # raises if the outputs have another format, before hours of evaluation
+        mmacs = count_onnx_mmacs(detector.content)
+        rivals.append(Rival(Path(path).stem, ONNX, network, example, mmacs, filtered, path))
     return rivals
 
 
 def _short(path: str) -> str:
-    """A file's name, or its folder's where all files of a run are called alike."""
+    """Return the name of a file without its suffix, or the folder's name for a ``model.pth``."""
     return Path(path).stem if Path(path).stem != "model" else Path(path).resolve().parent.name
 
 
@@ -193,13 +207,14 @@ def evaluate_model(
     """Evaluate on DATA.TEST and write metrics.json, table, photos.csv, charts, pictures and report.html to ``out_dir``.
 
     Args:
-        cfg: its DATA, EVAL and ROUTING sections, DEVICE and SEED are used; the classes are those of the weights.
+        cfg: configuration; its DATA.CLASSES are replaced by the classes of the weights.
         weights: a model of this project, or a checkpoint that ``cfg`` describes, see `open_model`.
-        out_dir: folder of results.
-        compare: warn where ``cfg`` describes another model than ``weights`` hold.
+        out_dir: folder of the results.
+        compare: whether to warn if ``cfg`` describes another model than ``weights``.
 
     Returns:
-        what is in metrics.json; None on processes other than the first, which compute their share of the photos.
+        The content of metrics.json; None on processes other than the first, which only compute their share of the
+        photos.
 
     Raises:
         EarlyExitError: unusable weights, data or settings.
@@ -218,13 +233,13 @@ def evaluate_model(
     if certificate := router.certificate:
         check_certificate(cfg, certificate, dataset, cfg.ROUTING.CERTIFICATE or weights)
     if not dataset.labelled:
-        logger.warning("nobody labelled %s: agreement with the full path is measured, no AP", " + ".join(cfg.DATA.TEST))
-    rivals = build_rivals(cfg, model, architecture) if dataset.labelled else []  # AP judges them
+        logger.warning("%s: no labels, so agreement with the full path replaces AP", " + ".join(cfg.DATA.TEST))
+    rivals = build_rivals(cfg, model, architecture) if dataset.labelled else []  # they are compared by AP
     collected = collect(model, loader, router)
-    if cfg.EVAL.RIVALS.ENABLED and dataset.labelled and not router.hybrid:  # a hybrid has the full path's boxes
+    if cfg.EVAL.RIVALS.ENABLED and dataset.labelled and not router.hybrid:  # hybrid exits have the full path's boxes
         rivals = [*exits_alone(model, collected), *rivals]
     rivals = [replace(rival, detector=rival.found(loader)) for rival in rivals]
-    if not is_main():  # waits at the end, so that the first one measures milliseconds undisturbed
+    if not is_main():  # the decorator makes it wait, so that the first process measures times undisturbed
         return None
     evaluation = evaluate_exits(
         model,
@@ -254,24 +269,24 @@ def evaluate_model(
 
 
 def _warn_of_differences(cfg: CfgNode, architecture: Architecture) -> None:
-    """The weights know how they were built; a configuration that says otherwise is not followed, so it is named."""
-    wanted = build_architecture(cfg, tuple(cfg.DATA.CLASSES) or architecture.classes).to_dict()
-    own = architecture.to_dict()
-    made_of_weights = ("reduced_tail", "head_outputs", "folded_rows", "folded_branches", "competing")
-    text = "%s: the configuration says %r, the weights were made with %r and keep it"
-    for name in wanted | own:
-        if name not in made_of_weights and wanted.get(name) != own.get(name):
-            logger.warning(text, name, wanted.get(name), own.get(name))
+    """Warn of settings in which the configuration differs from the architecture of the weights, which is used."""
+    configured = build_architecture(cfg, tuple(cfg.DATA.CLASSES) or architecture.classes).to_dict()
+    used = architecture.to_dict()
+    from_weights = ("reduced_tail", "head_outputs", "folded_rows", "folded_branches", "competing")  # not in cfg
+    text = "%s: the configuration has %r, but the weights were made with %r, which is used"
+    for name in configured | used:
+        if name not in from_weights and configured.get(name) != used.get(name):
+            logger.warning(text, name, configured.get(name), used.get(name))
 
 
 def _detection_picture(
     cfg: CfgNode, model: EarlyExitSSDLite, dataset: DetectionDataset, collected: Collected, chosen: list[int]
 ) -> Image.Image:
-    """Some photos with what every exit finds in them; ``chosen`` is the exit that each photo takes."""
+    """Draw some photos with the detections of every exit. ``chosen`` is the exit that each photo takes."""
     empty = [not record.has_targets for record in dataset.records]
     examples = []
     for index in choose_examples(chosen, empty, cfg.EVAL.PICTURES, cfg.SEED):
         image, target = dataset[index]
-        found = [detections[target["image_id"]] for detections in collected.detections]
-        examples.append(Example(image, target, found, chosen[index]))
+        detections = [of_exit[target["image_id"]] for of_exit in collected.detections]
+        examples.append(Example(image, target, detections, chosen[index]))
     return detection_grid(examples, model.exit_names, model.classes, cfg.EVAL.PICTURE_SCORE)

@@ -1,4 +1,4 @@
-"""The phases of a training run. Each one trains, checks its gate, and hands its model to the next."""
+"""The phases of a training run: each trains the run's model and returns a gate. Also fine-tuning, without a gate."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ DEEPEST_USEFUL_LAYER = 12  # a branch after a later layer saves next to nothing
 
 
 def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoader) -> None:
-    """Train the parameters of ``losses`` as phase ``name``; with EMA the model ends with the averaged weights.
+    """Train the parameters of ``losses`` as phase ``name``. With EMA, the model gets the averaged weights at the end.
 
     Raises:
         Interrupted: a signal stopped the training.
@@ -58,19 +58,19 @@ def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoad
     cfg, model, phase = run.cfg, run.model, run.cfg[PHASE_SECTIONS[name]]
     folder = run.folder.phase(name)
     ema = ExponentialMovingAverage(model, phase.EMA) if phase.EMA else None
-    # The checkpoint is outermost: it restores the state before the other hooks start and saves after they end.
+    # The checkpoint is the first hook: it restores the state before the other hooks start, and saves after they end.
     checkpoint = Checkpoint(folder / "last.pth", cfg.ENGINE.CHECKPOINT_PERIOD, ema)
-    measured = ema.average if ema else model
+    evaluated = ema.average if ema else model
 
     def measure() -> dict[str, float | None]:
-        broadcast_state(measured)
-        return run.curve_quality.curve_point(measured)
+        broadcast_state(evaluated)
+        return run.curve_quality.curve_point(evaluated)
 
     log = Log(folder, cfg.ENGINE.LOG_PERIOD, measure, cfg.ENGINE.CURVE_PERIOD)
-    hooks = [checkpoint, ProgressBar(name), log, Watch(run.calib_set, measured)]
+    hooks = [checkpoint, ProgressBar(name), log, Watch(run.calib_set, evaluated)]
     hooks += [AfterStep(ema.update)] if ema else []
     hooks += [AfterStep(lambda _: model.router.clamp_temperatures())] if isinstance(model.router, nn.Module) else []
-    lr_factors = dict.fromkeys(("backbone.", "head."), phase.get("FULL_PATH_LR_FACTOR", 1.0))  # less in the joint phase
+    lr_factors = dict.fromkeys(("backbone.", "head."), phase.get("FULL_PATH_LR_FACTOR", 1.0))  # a key of JOINT only
     optimizer = build_optimizer(losses, phase.OPTIMIZER, phase.LR, phase.WEIGHT_DECAY, lr_factors)
     # channels_last is a third faster on a CPU, where depthwise convolutions dominate, and many times slower on CUDA.
     # With bf16, oneDNN's gradients of depthwise convolutions on 1x1 maps are sometimes infinite (torch 2.6 and 2.14).
@@ -102,18 +102,20 @@ def fit(run: Run, name: str, losses: nn.Module, loader: PhotoLoader | CachedLoad
 
 
 def _photo_names(dataset: DetectionDataset, batch: Any) -> list[str]:
+    """Return the paths of the photos in a batch of any loader, for messages."""
     targets = batch.targets if isinstance(batch, TapBatch) else batch[1]
     return [str(dataset.path_of(int(target["image_id"]))) for target in targets]
 
 
 def photo_loader(run: Run, batch_size: int) -> PhotoLoader:
+    """Return batches of augmented training photos on the run's device."""
     cfg = run.cfg
     loader = build_loader(run.train_set, batch_size, cfg.DATA.WORKERS, True, cfg.SEED, rank(), world_size())
     return PhotoLoader(loader, run.device)
 
 
 def baseline(run: Run) -> Gate:
-    """Train the full path, then check its figures on the calib split."""
+    """Train the full path, and check its figures on the CALIB split."""
     phase, model, reference = run.cfg.BASELINE, run.model, _reference_figures(run)
     if phase.EPOCHS:
         model.norm_frozen = phase.FREEZE_NORM
@@ -125,10 +127,11 @@ def baseline(run: Run) -> Gate:
 def baseline_gate(
     cfg: CfgNode, figures: Mapping[str, float | None], reference: Mapping[str, float | None] | None = None
 ) -> Gate:
-    """What the full path must reach in AP50, precision and recall; a limit of None only shows the figure.
+    """Return the gate on AP50, precision and recall of the full path. A figure with limit None is only shown.
 
-    A checkpoint that is taken over as it is need only detect. Of the configuration's limits those count for it that are
-    not the default; none of them can lower that. ``reference`` has the figures that BASELINE.GATE.RELATIVE multiplies.
+    With the figures of a ``reference``, the limits are these figures times BASELINE.GATE.RELATIVE. Otherwise the limits
+    are in BASELINE.GATE, and an unchanged checkpoint must reach only those that differ from the defaults. With a
+    reference or an unchanged checkpoint, the limit of AP50 is at least `DETECTS_AP50`.
     """
     gate, default = cfg.BASELINE.GATE, get_cfg().BASELINE.GATE
     limits = {name: gate[name.upper()] for name in ("AP50", "precision", "recall")}
@@ -143,14 +146,15 @@ def baseline_gate(
 
 
 def baseline_advice(cfg: CfgNode) -> tuple[str, ...]:
-    """What to try after the gate; nothing that is set already."""
+    """Return what to try if the gate fails, without settings that are in use already."""
     phase, train = cfg.BASELINE, "train the full path: BASELINE.EPOCHS is 0"
     if phase.EPOCHS:
-        more = f"more epochs than {phase.EPOCHS} (BASELINE.EPOCHS) or another rate than {phase.LR:g} (BASELINE.LR)"
-        train = f"{more}; log.jsonl shows whether the loss still falls"
+        more_epochs = f"more epochs than {phase.EPOCHS} (BASELINE.EPOCHS)"
+        other_rate = f"another learning rate than {phase.LR:g} (BASELINE.LR)"
+        train = f"{more_epochs} or {other_rate}; log.jsonl shows whether the loss still falls"
     start = "start from trained weights (MODEL.WEIGHTS) or an ImageNet trunk (MODEL.WEIGHTS_BACKBONE)"
     if cfg.MODEL.WEIGHTS:
-        start = "are the checkpoint's classes in its own order, and does it detect by itself?"
+        start = "check the order of the checkpoint's classes, and whether it detects in torchvision"
     elif cfg.MODEL.WEIGHTS_BACKBONE:
         start = "start from weights of a trained detector (MODEL.WEIGHTS)"
     look = "look at training_photos.png in the run's folder: are boxes missing, shifted or of another class?"
@@ -158,45 +162,46 @@ def baseline_advice(cfg: CfgNode) -> tuple[str, ...]:
 
 
 def _reference_figures(run: Run) -> dict[str, float | None] | None:
-    """Calib figures of the checkpoint that the gate compares with; None if the gate is not relative."""
+    """Return the CALIB figures of the checkpoint that the gate compares with; None if the gate is not relative."""
     gate = run.cfg.BASELINE.GATE
     if not gate.RELATIVE:
         return None
     weights = gate.REFERENCE or run.cfg.MODEL.WEIGHTS
-    known = gate.REFERENCE_CLASSES if gate.REFERENCE else run.cfg.MODEL.WEIGHTS_CLASSES
+    class_set = gate.REFERENCE_CLASSES if gate.REFERENCE else run.cfg.MODEL.WEIGHTS_CLASSES
+    classes = source_classes(weights, class_set, run.architecture.detector)
     fold = "rows" if run.cfg.MODEL.FOLD == "rows" else "exact"  # a compact head is compared with the whole head
-    known_classes = source_classes(weights, known, run.architecture.detector)
-    detector, architecture, _ = retrofit(run.architecture, weights, known_classes, fold)
+    detector, architecture, _ = retrofit(run.architecture, weights, classes, fold)
     return run.calib_quality.of_full_path(architecture.add_exits(detector).to(run.device))
 
 
 def exits(run: Run) -> Gate:
-    """Train the branches, then check the exits' figures on the calib split."""
+    """Train the branches, and check the exits' figures on the CALIB split."""
     train_branches(run)
-    model = run.model
-    found = zip(model.exit_names, model.exit_layers, run.calib_quality.of_exits(model), strict=True)
-    branched = [one for one, empty in zip(found, (*model.empty, False), strict=True) if not empty]
-    return exits_gate(run.cfg, {name: figures["AP50"] for name, _, figures in branched}, branched[0][1])
+    model, figures = run.model, run.calib_quality.of_exits(run.model)
+    with_branch = [index for index, empty in enumerate((*model.empty, False)) if not empty]
+    ap50 = {model.exit_names[index]: figures[index]["AP50"] for index in with_branch}
+    return exits_gate(run.cfg, ap50, model.exit_layers[with_branch[0]])
 
 
 def exits_gate(cfg: CfgNode, ap50: Mapping[str, float | None], first_layer: int) -> Gate:
-    """The first exit's AP50, and the deepest early exit's against the full path's.
+    """Return the gate on the AP50 of the first exit and of the deepest early exit.
 
-    Behind a full path that was taken over as it is, the first exit is held against it too, and it must detect at all.
+    The deepest exit is compared with the full path. The first exit has an absolute limit. If the full path is an
+    unchanged checkpoint, the first exit is compared with it instead, and the full path must reach `DETECTS_AP50`.
 
     Args:
-        ap50: of the exits that have a branch, shallow to deep, and of the full path, by name.
-        first_layer: trunk layer of the first of them.
+        ap50: name -> AP50 of the exits that have a branch, shallow to deep, and of the full path.
+        first_layer: trunk layer of the first of these exits.
     """
     names = list(ap50)
     if len(names) == 1:
         return Gate("exits", ())
     first, full = names[0], names[-1]
-    limits, found = cfg.EXITS_PHASE.GATE, ap50[full] or 0.0
+    limits, full_ap50 = cfg.EXITS_PHASE.GATE, ap50[full] or 0.0
 
     def share_of_full(name: str, share: float) -> Check:
-        limit = share * (found or 1.0)  # where the full path finds nothing, no exit passes
-        return Check(f"{name} AP50", ap50[name], limit, f"{share:.0%} of {full}'s {found:.3f}")
+        limit = share * (full_ap50 or 1.0)  # no exit passes if the full path has AP50 0
+        return Check(f"{name} AP50", ap50[name], limit, f"{share:.0%} of {full}'s {full_ap50:.3f}")
 
     checks = [Check(f"{first} AP50", ap50[first], limits.FIRST_EXIT_AP50)]
     if takes_over(cfg):
@@ -206,8 +211,10 @@ def exits_gate(cfg: CfgNode, ap50: Mapping[str, float | None], first_layer: int)
 
 
 def exits_advice(cfg: CfgNode, first: str, layer: int) -> tuple[str, ...]:
-    """What to try after the gate; nothing that is set already, or as far as it goes. ``first`` and ``layer`` are name
-    and trunk layer of the first exit with a branch."""
+    """Return what to try if the gate fails, without settings that are in use or at their limit already.
+
+    ``first`` and ``layer`` are the name and the trunk layer of the first exit with a branch.
+    """
     phase, advice = cfg.EXITS_PHASE, []
     if layer < DEEPEST_USEFUL_LAYER:
         advice.append(f"move the exit deeper (EXITS.LAYERS): {first} sees too little of the trunk")
@@ -219,8 +226,8 @@ def exits_advice(cfg: CfgNode, first: str, layer: int) -> tuple[str, ...]:
     if min(cfg.EXITS.COPY) < 1:
         more.append(f"wider branches than {', '.join(f'{share:g}' for share in cfg.EXITS.COPY)} (EXITS.COPY)")
     advice.append(", ".join(more))
-    teacher = "; the full path alone can teach from photos without boxes (LOSS.SUPERVISION teacher)"
-    advice.append("more photos" + ("" if cfg.LOSS.SUPERVISION == "teacher" else teacher))
+    without_boxes = "; they need no boxes with LOSS.SUPERVISION teacher"
+    advice.append("more photos" + ("" if cfg.LOSS.SUPERVISION == "teacher" else without_boxes))
     return tuple(advice)
 
 
@@ -229,7 +236,7 @@ def train_branches(run: Run) -> None:
     phase, model = run.cfg.EXITS_PHASE, run.model
     model.router = build_router(run.cfg, learn=run.cfg.ROUTING.LEARN_TEMPERATURES).to(run.device)
     if phase.EPOCHS:
-        model.inherit()  # the baseline may have trained since the branches were built
+        model.inherit()  # copies the full path again, which the baseline phase may have trained
     model.freeze_full_path()
     before = full_path_fingerprint(model)
     if all(model.empty):
@@ -243,10 +250,10 @@ def train_branches(run: Run) -> None:
 
 
 def joint(run: Run) -> Gate:
-    """Train everything at a low rate; if the full path loses too much AP50, restore the previous weights."""
+    """Train everything at a low rate. If the full path loses too much AP50, restore the previous weights."""
     phase, model = run.cfg.JOINT, run.model
     before = run.calib_quality.of_full_path(model)["AP50"] or 0.0
-    kept, losses = copy.deepcopy(model.state_dict()), model.losses
+    previous, losses = copy.deepcopy(model.state_dict()), model.losses
     model.norm_frozen = phase.FREEZE_NORM
     model.losses = joint_losses(losses, phase, model.num_early_exits)
     if phase.EPOCHS:
@@ -257,15 +264,15 @@ def joint(run: Run) -> Gate:
     check = Check("full AP50", after, before - phase.GATE.MAX_AP50_DROP)
     if not check.passed:
         logger.warning("joint phase: %s; the weights of the exits phase are restored", check)
-        model.load_state_dict(kept)
+        model.load_state_dict(previous)
         check = Check("full AP50 (weights of the exits phase kept)", before, before)
     return Gate("joint", (check,))
 
 
 class SeveralSizes(nn.Module):
-    """Losses of all exits, each batch at one of several input sizes, which depends on its image ids.
+    """Losses of all exits, each batch at one of several input sizes, which its image ids determine.
 
-    Every size has its own copy of the model, whose parameters and buffers are the model's.
+    There is a copy of the model for each size. The copies share the parameters and buffers of ``model``.
 
     Args:
         sides: input sides in pixels.
@@ -284,16 +291,18 @@ class SeveralSizes(nn.Module):
             self._copies.append(copied.train())
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The losses of the model in train mode."""
+        """Return the losses of the model in train mode."""
         ids = sum(int(target["image_id"]) for target in targets)
         return self._copies[ids % len(self._copies)](images, targets)
 
 
 def joint_losses(losses: LossSettings, phase: CfgNode, exits: int) -> LossSettings:
-    """The losses with the phase's teacher and exit weights; by default 1 / (exits from this one on, with the full path)
-    (gradient equilibrium, Li et al. 2019, "Improved techniques for training adaptive deep networks")."""
-    left = [exits + 1 - index for index in range(exits)]
-    weights = tuple(phase.EXIT_WEIGHTS) or tuple(1 / number for number in left)
+    """Return the losses with the teacher and the exit weights of ``phase``.
+
+    By default the weight of an exit is 1 / (number of exits from this one on, including the full path). This is the
+    gradient equilibrium of Li et al. 2019, "Improved techniques for training adaptive deep networks".
+    """
+    weights = tuple(phase.EXIT_WEIGHTS) or tuple(1 / (exits + 1 - index) for index in range(exits))
     return dataclasses.replace(losses, teacher=phase.TEACHER, exit_weights=weights)
 
 
@@ -301,7 +310,7 @@ PHASE_FUNCTIONS: dict[str, Callable[[Run], Gate]] = {"baseline": baseline, "exit
 
 
 def tap_cache(run: Run) -> TapCache:
-    """The cache of the exits phase, not yet computed; an EarlyExitError if it would exceed EXITS_PHASE.CACHE_GIB."""
+    """Return the tap cache, not yet computed. Raise an EarlyExitError if it would exceed EXITS_PHASE.CACHE_GIB."""
     phase = run.cfg.EXITS_PHASE
     cache = TapCache(run.folder.taps, run.model, len(run.train_set), phase.CACHE_VIEWS, phase.CACHE_DTYPE)
     cache.require_budget(phase.CACHE_GIB)
@@ -309,13 +318,13 @@ def tap_cache(run: Run) -> TapCache:
 
 
 def views_of(cfg: CfgNode) -> str:
-    """The settings that determine photos and augmented views, as a text; file locations do not count."""
-    others = ("ROOT", "WORKERS", "DOWNLOAD", "CALIB", "TEST")
-    return f"{ {key: value for key, value in cfg.DATA.items() if key not in others} } {cfg.SEED}"
+    """Return the settings that determine the training photos and their augmented views, as a text."""
+    ignored = ("ROOT", "WORKERS", "DOWNLOAD", "CALIB", "TEST")
+    return f"{ {key: value for key, value in cfg.DATA.items() if key not in ignored} } {cfg.SEED}"
 
 
 def tap_loader(run: Run) -> CachedLoader:
-    """Batches of the tap cache, which is computed first unless it is complete."""
+    """Return batches of the tap cache, which is computed first unless it is complete."""
     cfg, phase, cache = run.cfg, run.cfg.EXITS_PHASE, tap_cache(run)
     loader = build_loader(run.train_set, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, False, cfg.SEED)
     cache.build(run.model, loader, f"{views_of(cfg)} {fingerprint(run.train_set)}")
@@ -323,7 +332,7 @@ def tap_loader(run: Run) -> CachedLoader:
 
 
 def full_path_fingerprint(model: EarlyExitSSDLite) -> dict[str, Tensor]:
-    """Every parameter and buffer of the full path, and its outputs on a fixed random image."""
+    """Return every parameter and buffer of the full path, and its outputs for a fixed random image."""
     state = {key: value.clone() for key, value in model.state_dict().items() if key.startswith(("backbone.", "head."))}
     device = next(model.parameters()).device
     image = torch.rand(1, 3, *model.transform.fixed_size, generator=torch.Generator().manual_seed(0)).to(device)
@@ -332,60 +341,60 @@ def full_path_fingerprint(model: EarlyExitSSDLite) -> dict[str, Tensor]:
 
 
 def require_same_full_path(before: dict[str, Tensor], model: EarlyExitSSDLite) -> None:
-    """An EarlyExitError with the first tensor that has changed since the fingerprint ``before`` the exits phase."""
+    """Raise an EarlyExitError with the first tensor that differs from the fingerprint ``before`` the exits phase."""
     after = full_path_fingerprint(model)
     for key, value in before.items():
         if not torch.equal(value, after[key]):
             difference = (value.double() - after[key].double()).abs().max().item()
             raise EarlyExitError(
                 f"the exits phase changed the full path: {key} differs by up to {difference:g}; "
-                "this is a mistake in the software, please report it"
+                "this is a bug, please report it"
             )
     logger.info("full path bit-identical before and after the exits phase (%d tensors compared)", len(before))
 
 
 class TaughtFullPath(FullPathLosses):
-    """Losses of the full path at several input sizes, against the labels and a teacher.
+    """Losses of a student's full path at several input sizes, compared with a teacher and with labels.
 
-    The teacher sees the photo at its own size. A default box of the student learns from the teacher's default box of
-    the highest IoU, in coordinates relative to the photo.
+    The teacher gets each photo at the teacher's own input size. A default box of the student learns from the teacher's
+    default box with the highest IoU, in coordinates relative to the photo.
 
     Args:
         model: the student.
-        teacher: a detector with the same classes.
-        sides: input sides of the student, pixels, one per batch in turn.
-        labelled: whether the targets teach too.
+        teacher: detector with the same classes.
+        sides: input sides of the student in pixels, which the batches take in turn.
+        labelled: whether the student also learns from the targets.
     """
 
     def __init__(
         self, model: EarlyExitSSDLite, teacher: EarlyExitSSDLite, sides: Sequence[int], labelled: bool
     ) -> None:
         super().__init__(model, sides)
-        self._teacher, self._labelled = [teacher], labelled  # in a list, so that it is not trained
+        self._teacher, self._labelled = [teacher], labelled  # in a list, a module is not registered and not trained
         self._nearest: dict[int, Tensor] = {}
 
     def forward(self, images: list[Tensor], targets: Targets) -> dict[str, Tensor]:
-        """``distillation``, and with labels ``bbox_regression`` and ``classification``."""
+        """Return the loss ``distillation``, and with labels also ``bbox_regression`` and ``classification``."""
         model, computed = self._model[0], self.compute(images, targets)
         losses, settings = {}, model.losses
         if self._labelled:
             losses = full_path_losses(computed.head, model.assign(computed.targets, computed.anchors), settings)
-        taught = distillation_loss(computed.head, self._teach(computed), settings)
-        return {**losses, "distillation": settings.distillation_weight * taught}
+        distillation = distillation_loss(computed.head, self._teacher_outputs(computed), settings)
+        return {**losses, "distillation": settings.distillation_weight * distillation}
 
     @torch.no_grad()
-    def _teach(self, student: ResizedBatch) -> Head:
-        """The teacher's outputs for the student's default boxes: logits, and offsets to these default boxes."""
-        teacher, side, own = self._teacher[0], student.side, student.images.tensors.shape[-1]
+    def _teacher_outputs(self, student: ResizedBatch) -> Head:
+        """Return the teacher's logits at the student's default boxes, and its boxes as offsets to these."""
+        teacher, side, teacher_side = self._teacher[0], student.side, student.images.tensors.shape[-1]
         with evaluating(teacher):
             head = teacher.head(teacher.trunk_maps(student.images.tensors)[1])
             boxes = teacher.default_boxes(student.images)[0]
         if side not in self._nearest:
-            self._nearest[side] = box_iou(student.anchors[0] / side, boxes / own).argmax(1)
+            self._nearest[side] = box_iou(student.anchors[0] / side, boxes / teacher_side).argmax(1)
         nearest, photos = self._nearest[side], len(student.anchors)
         offsets = head["bbox_regression"][:, nearest].flatten(0, 1).float()
-        found = teacher.box_coder.decode_single(offsets, boxes[nearest].repeat(photos, 1)) * (side / own)
-        encoded = teacher.box_coder.encode_single(found, torch.cat(student.anchors))
+        decoded = teacher.box_coder.decode_single(offsets, boxes[nearest].repeat(photos, 1)) * (side / teacher_side)
+        encoded = teacher.box_coder.encode_single(decoded, torch.cat(student.anchors))
         return {"cls_logits": head["cls_logits"][:, nearest], "bbox_regression": encoded.view(photos, -1, 4)}
 
 
@@ -398,18 +407,18 @@ def fine_tune(
     calib_set: DetectionDataset,
     folder: Path,
 ) -> None:
-    """Train ``student``, a detector without exits, in place with the settings of FINE_TUNING; a stopped run resumes.
+    """Train ``student``, a detector without exits, in place with the settings of FINE_TUNING. A stopped run resumes.
 
-    Photos without labels have only the teacher, as do all photos with LOSS.SUPERVISION ``teacher``.
+    The student learns from the teacher alone if photos have no labels or LOSS.SUPERVISION is ``teacher``.
 
     Args:
-        teacher: the detector as it is, whose full path teaches.
+        teacher: detector before fine-tuning, with the same classes.
         sides: input sides in pixels.
-        calib_set: photos of the training curves.
+        calib_set: photos for the training curves.
         folder: folder of checkpoints, the log and the trained model.
 
     Raises:
-        as of `fit`.
+        Interrupted, TrainingDiverged: see `fit`.
     """
     train_set = load_dataset(cfg, cfg.DATA.TRAIN, train=True, labels="optional")
     settings = f"{cfg.FINE_TUNING} {cfg.LOSS} {cfg.DATA.AUGMENTATION} {cfg.SEED} {list(sides)} {fingerprint(train_set)}"
@@ -419,8 +428,8 @@ def fine_tune(
         student.load_state_dict(load_model(run_folder.model)[0].state_dict())
         return
     labelled = train_set.labelled and cfg.LOSS.SUPERVISION == "labels"
-    taught_by = "labels and the detector as it is" if labelled else "the detector as it is"
-    logger.info("fine-tuning on %d photos at %s px; teachers: %s", len(train_set), list(sides), taught_by)
+    source = "labels and the original detector" if labelled else "the original detector"
+    logger.info("fine-tuning on %d photos at %s px, from %s", len(train_set), list(sides), source)
     run = Run(cfg, run_folder, student, architecture, train_set, calib_set, next(student.parameters()).device)
     weight = cfg.FINE_TUNING.DISTILLATION_WEIGHT
     student.losses = dataclasses.replace(build_losses(cfg), distillation_weight=weight)

@@ -1,4 +1,4 @@
-"""Replay routing on a split from the recorded outputs of every exit, without running the network again."""
+"""Evaluate any routing on a split from the recorded outputs of all exits, without running the network again."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Replay:
-    """A recorded split. Every [n] and [n, exits] is in the order of increasing image ids.
+    """A recorded split of n photos. In all arrays [n] and [n, exits], photos are ordered by increasing image id.
 
-    For photos without labels (``labelled`` False), ``ground_truth`` holds the full path's detections of at least
-    ``score``: figures then measure agreement with the full path, not accuracy.
+    If ``labelled`` is False, ``ground_truth`` holds the full path's detections with a score of at least ``score``.
+    Figures then measure agreement with the full path, not accuracy.
     """
 
     recording: Recording
@@ -85,7 +85,7 @@ class Replay:
 
     @functools.cached_property
     def order(self) -> np.ndarray:
-        """Rows of the recording in the order of increasing image ids, [n]."""
+        """Row in the recording of each photo, [n]."""
         return np.argsort(self.recording.image_ids)
 
     @functools.cached_property
@@ -94,24 +94,24 @@ class Replay:
         return exit_matches(self.ground_truth, self.recording.detections, self.iou)
 
     def only(self, names: Sequence[str]) -> Replay:
-        """The replay of a model with only these exits and the full path."""
+        """Return the replay of the model with only these exits and the full path."""
         return replace(self, recording=self.recording.only(names))
 
     def matches_beside(self, reference: Detections | None) -> tuple[ExitMatches, np.ndarray]:
-        """The matches with ``reference`` as an additional last exit, and the choice [n] of it by every photo. None: the
-        full path is the reference."""
+        """Return matches that include ``reference`` as an additional last exit, and the choice [n] of that exit for all
+        photos. If ``reference`` is None, it is the full path, and no exit is added."""
         if reference is None:
             return self.matches, np.full(len(self.recording), self.matches.exits - 1)
         exits = [*self.recording.detections, reference]
         return exit_matches(self.ground_truth, exits, self.iou), np.full(len(self.recording), len(exits) - 1)
 
     def ap50_of(self, choices: np.ndarray, title: str) -> np.ndarray:
-        """AP50 [M] of each choice of exits [M, n]; 0 without objects. ``title``: title of the progress bar."""
-        found = (ap_of_choice(self.matches, choice, ap50_only=True).AP50 for choice in progress(choices, desc=title))
-        return np.array([value or 0.0 for value in found])
+        """Return the AP50 [M] of choices of exits [M, n], 0 without objects. ``title`` is for the progress bar."""
+        ap50 = (ap_of_choice(self.matches, choice, ap50_only=True).AP50 for choice in progress(choices, desc=title))
+        return np.array([value or 0.0 for value in ap50])
 
     def losses(self, reference: str) -> np.ndarray:
-        """Loss per photo and exit [n, exits] in [0, 1] against the ``full`` path's detections or the ``labels``."""
+        """Return the loss [n, exits] in [0, 1] against the ``full`` path's detections or against the ``labels``."""
         if reference == "labels":
             return photo_counts(self.matches, self.score).losses_against_labels()
         return self._losses_against_full
@@ -121,21 +121,22 @@ class Replay:
         return losses_against_full(self.ground_truth, self.recording.detections, self.score, self.iou)
 
     def detections_of(self, choice: np.ndarray) -> Detections:
-        """Image id -> detections if the photos leave at these exits [n]."""
+        """Return the detections by image id if the photos leave at the exits ``choice`` [n]."""
         exits, image_ids = self.recording.detections, sorted(self.recording.image_ids)
-        return {image_id: exits[taken][image_id] for image_id, taken in zip(image_ids, choice.tolist(), strict=True)}
+        return {image_id: exits[index][image_id] for image_id, index in zip(image_ids, choice.tolist(), strict=True)}
 
     def agreement(self, choice: np.ndarray, reference: Detections | None = None) -> Agreement:
-        """Agreement with ``reference`` (None: the full path) if the photos leave at these exits [n]."""
+        """Return the agreement with ``reference`` (None: the full path) if the photos leave at the exits ``choice``
+        [n]."""
         reference = self.recording.detections[-1] if reference is None else reference
         return agreement(self.ground_truth, reference, self.detections_of(choice), self.score, self.iou)
 
     def confidences(self, router: ExitRouter) -> list[np.ndarray]:
-        """Per early exit the router's confidences [n]."""
+        """Return the router's confidences, [n] per early exit."""
         return [values.numpy()[self.order] for values in self.recording.confidences(router)]
 
     def logits_and_labels(self, exit_index: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Raw logits [N, A, C] of an early exit and the default boxes' labels [N, A], batch by batch."""
+        """Yield batches of an early exit's raw logits [N, A, C] and the default boxes' labels [N, A]."""
         start = 0
         for signals in self.recording.signals(exit_index):
             labels = self.recording.labels[start : start + len(signals.logits)]
@@ -148,15 +149,15 @@ class Recorded:
     """A model, its splits, and the folder of their recordings."""
 
     cfg: CfgNode  # with the classes of the weights
-    model: EarlyExitSSDLite  # on its device
+    model: EarlyExitSSDLite  # on the device of the evaluation
     architecture: Architecture
-    info: dict[str, Any]  # of the model's file
-    sets: dict[str, DetectionDataset]  # TRAIN, CALIB and TEST
-    repeats: dict[str, Repeats]  # per set the duplicate photos left out, see :func:`disjoint_sets`
+    info: dict[str, Any]  # other content of the model's file
+    sets: dict[str, DetectionDataset]  # by split: TRAIN, CALIB and TEST
+    repeats: dict[str, Repeats]  # duplicate photos that were left out, by split, see `disjoint_sets`
     folder: Path
 
     def replay(self, name: str) -> Replay:
-        """The replay of a split; it is recorded first if needed."""
+        """Return the replay of the split ``name``. The split is recorded first, unless its recording is stored."""
         cfg, dataset = self.cfg, self.sets[name]
         hashes = [digest for _, digest in photo_hashes(dataset)]
         batch_size, workers = cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS
@@ -171,19 +172,21 @@ class Recorded:
 
 
 def open_recorded(cfg: CfgNode, weights: str | os.PathLike[str], out: Path, **splits: Any) -> Recorded:
-    """Open a model and its splits. A missing runtime, weights file or photo is an error before the network runs.
+    """Open a model and its splits. Missing packages and unusable files are found before the network runs.
 
-    ``splits`` are arguments of `disjoint_sets`.
+    Args:
+        out: folder of the results; recordings are stored below it.
+        splits: arguments of `disjoint_sets`.
 
     Raises:
-        EarlyExitError: unusable weights, data or settings, a certificate, or splits that share photos.
+        EarlyExitError: the weights, data or settings are unusable, a certificate is configured, or splits share photos.
     """
     if cfg.ROUTING.HYBRID:
         raise ConfigError("ROUTING.HYBRID is true: calibration does not support hybrid routing; set it to false")
     if cfg.ROUTING.CERTIFICATE:
         raise ConfigError(
-            f"ROUTING.CERTIFICATE is {cfg.ROUTING.CERTIFICATE}: only tools/eval_exits.py uses a certificate, here "
-            "routing is calibrated again; leave it out, or give ROUTING.CERTIFICATE ''"
+            f"ROUTING.CERTIFICATE is {cfg.ROUTING.CERTIFICATE}, but this command calibrates anew and only "
+            "tools/eval_exits.py uses a certificate; set it to ''"
         )
     make_folder(out)
     device = evaluation_device(cfg)
@@ -201,16 +204,20 @@ def disjoint_sets(
     deduplicate: Sequence[str] = ("CALIB",),
     include_near_duplicates: bool = True,
 ) -> tuple[dict[str, DetectionDataset], dict[str, Repeats]]:
-    """TRAIN (CALIBRATION.TRAIN_PHOTOS of it, not augmented), CALIB and TEST, and the duplicates that were left out.
+    """Load the splits TRAIN, CALIB and TEST without augmentation.
 
     Args:
         needs_labels: splits that need labels; TRAIN needs them too if CALIBRATION.REFERENCE is ``labels``.
-        unlabelled: accept photos without labels and use the full path's detections as labels.
-        deduplicate: splits in which duplicate photos count once.
-        include_near_duplicates: whether near-duplicates are duplicates too, see `distinct`.
+        unlabelled: whether photos without labels are accepted and get the full path's detections as labels.
+        deduplicate: splits in which only the first of duplicate photos is kept.
+        include_near_duplicates: whether near-duplicates count as duplicates, see `distinct`.
+
+    Returns:
+        The splits, with CALIBRATION.TRAIN_PHOTOS photos of TRAIN, and the duplicates that were left out. Both are by
+        split.
 
     Raises:
-        DataError: a photo is in two splits (TRAIN in full), or a split that needs labels has no box.
+        DataError: a photo is in two splits (TRAIN is compared in full), or a split that needs labels has no box.
     """
     labelled = {*needs_labels, "TRAIN"} if cfg.CALIBRATION.REFERENCE == "labels" else {*needs_labels}
     needed = "replaced" if unlabelled else "required"
@@ -227,8 +234,8 @@ def disjoint_sets(
 
 
 def fit_temperatures(cfg: CfgNode, calib: Replay) -> list[FittedTemperature]:
-    """Maximum-likelihood temperature of every exit with a branch; logs a warning where one reaches its bounds."""
-    bounds, found = cfg.ROUTING.TEMPERATURE_BOUNDS, []
+    """Fit the maximum-likelihood temperature of every early exit with a branch. Warn if one reaches a bound."""
+    bounds, fitted = cfg.ROUTING.TEMPERATURE_BOUNDS, []
     for index, name in enumerate(calib.recording.exit_names):
         if calib.recording.empty[index]:
             continue
@@ -236,22 +243,21 @@ def fit_temperatures(cfg: CfgNode, calib: Replay) -> list[FittedTemperature]:
         temperature = fit_temperature(logits, labels, bounds)
         bound = stopped_by(temperature, bounds)
         if bound is not None:
-            said = "temperature of %s is at its bound %g: no allowed one calibrates its probabilities"
-            logger.warning(said, name, bound)
+            logger.warning("temperature of %s is at its bound %g, so its probabilities are not calibrated", name, bound)
         before, after = reliability(logits, labels, 1.0), reliability(logits, labels, temperature)
-        found.append(FittedTemperature(name, temperature, before, after))
-    return found
+        fitted.append(FittedTemperature(name, temperature, before, after))
+    return fitted
 
 
 def temperatures_of(fitted: Sequence[FittedTemperature], exit_names: Sequence[str]) -> list[float]:
-    """The temperature of every early exit; 1 for exits without one. ``exit_names`` ends with the full path."""
-    found = {one.exit_name: one.temperature for one in fitted}
-    return [found.get(name, 1.0) for name in exit_names[:-1]]
+    """Return the temperature of every early exit, 1 if none was fitted. ``exit_names`` ends with the full path."""
+    by_name = {fit.exit_name: fit.temperature for fit in fitted}
+    return [by_name.get(name, 1.0) for name in exit_names[:-1]]
 
 
 @dataclass(frozen=True)
 class FittingPhotos:
-    """A recorded split for fitting policies, see `RecordedPhotos`; [n] is in the order of the recording."""
+    """A recorded split for fitting policies, see `RecordedPhotos`. Photos are in the order of the recording."""
 
     replay: Replay
     temperatures: Sequence[float]
@@ -259,26 +265,26 @@ class FittingPhotos:
     seed: int
 
     def signals(self, exit_index: int, boxes: int | None = None) -> Iterator[ExitSignals]:
-        """The policy's inputs at an early exit, logits divided by the temperature, batch by batch."""
-        for signals in self.replay.recording.signals(exit_index):
-            seen = at_likeliest_boxes(signals, boxes)
-            yield ExitSignals(seen.logits / self.temperatures[exit_index], seen.tap, seen.empty)
+        """Yield batches of the policy's inputs at an early exit, with the logits divided by the temperature."""
+        for batch in self.replay.recording.signals(exit_index):
+            signals = at_likeliest_boxes(batch, boxes)
+            yield ExitSignals(signals.logits / self.temperatures[exit_index], signals.tap, signals.empty)
 
     def losses(self) -> Tensor:
-        """Loss per photo and exit [n, exits] against CALIBRATION.REFERENCE."""
+        """Return the loss of each photo at each exit, [n, exits] in [0, 1]."""
         losses = self.replay.losses(self.reference)
-        return torch.from_numpy(losses[np.argsort(self.replay.order)]).float()  # back to the order of the recording
+        return torch.from_numpy(losses[np.argsort(self.replay.order)]).float()  # by id -> by row of the recording
 
     def largest_scores(self) -> Tensor:
-        """Largest score of the full path per photo [n]; 0 without a detection."""
+        """Return the largest score of the full path in each photo, [n]; 0 without a detection."""
         recording = self.replay.recording
-        scores = (recording.detections[-1][photo]["scores"].tolist() for photo in recording.image_ids)
-        return torch.tensor([max(one, default=0.0) for one in scores])
+        scores = (recording.detections[-1][image_id]["scores"].tolist() for image_id in recording.image_ids)
+        return torch.tensor([max(of_photo, default=0.0) for of_photo in scores])
 
     def object_counts(self) -> list[int]:
-        """Number of labelled objects per class, without crowds."""
+        """Return the number of labelled objects of each class, without crowds."""
         truth = self.replay.ground_truth
-        counts = Counter(one["category_id"] for one in truth.anns.values() if not one["iscrowd"])
+        counts = Counter(row["category_id"] for row in truth.anns.values() if not row["iscrowd"])
         return [counts[category] for category in sorted(truth.getCatIds())]
 
 
@@ -292,21 +298,22 @@ def fit_router(
     cross_fit: bool = True,
     groups: np.ndarray | None = None,
 ) -> tuple[ExitRouter, list[np.ndarray]]:
-    """A router with this policy and all exits closed, and per early exit its confidences [n] in the photos ``calib``.
+    """Fit a policy, and return its router with all exits closed and its confidences in ``calib``, [n] per early exit.
 
-    A policy with parameters is fitted on ``train``. One that can be cross-fitted is fitted on both sets: ``calib`` is
-    divided into CALIBRATION.FOLDS folds in the order of the groups' numbers, so that neighbouring frames of a video are
-    in one fold, and each confidence comes from a fit without the photo's fold.
+    A policy with parameters is fitted on ``train``. If it supports cross-fitting, it is fitted on ``train`` and
+    ``calib``. For this ``calib`` is divided into CALIBRATION.FOLDS folds in the order of the group numbers, so that
+    neighbouring frames of a video are in one fold. The confidence of a photo comes from a fit without its fold.
 
     Args:
         temperatures: one per early exit.
-        calib: n calibration photos; [n] is in the order of increasing image ids.
+        calib: n calibration photos, by increasing image id.
         train: training photos; None: ``calib``.
-        cross_fit: False for a risk, whose bound needs a policy that was fixed before the calibration photos were seen.
-        groups: number (from 0) of the group of each calibration photo, [n]. A group is never divided. None: each photo
-            is a group, numbered in this order.
+        cross_fit: False for a risk. Its bound needs a policy that does not depend on the calibration photos.
+        groups: group number (from 0) of each calibration photo, [n]. A group is never divided. None: every photo is a
+            group, numbered by image id.
     """
-    sets = [FittingPhotos(one, temperatures, cfg.CALIBRATION.REFERENCE, cfg.SEED) for one in (train or calib, calib)]
+    splits = (train or calib, calib)
+    sets = [FittingPhotos(split, temperatures, cfg.CALIBRATION.REFERENCE, cfg.SEED) for split in splits]
     fitted, folds, parameters, confidences = FITTED_POLICIES.get(policy), cfg.CALIBRATION.FOLDS, None, None
     if cross_fit and folds and train is not None and cross_fits(policy):
         groups = np.arange(len(calib.recording)) if groups is None else groups
@@ -322,12 +329,12 @@ def fit_router(
 
 
 def require_deciding(policy: str, model: EarlyExitSSDLite, weights: str | os.PathLike[str]) -> None:
-    """Raise an EarlyExitError if no photo can leave: every exit is empty, and the policy reads only logits."""
+    """Raise an EarlyExitError if no photo can leave, because all exits are empty and the policy reads logits only."""
     if all(model.empty) and not reads_taps(policy):
-        fits = " or ".join(name for name in FITTED_POLICIES if reads_taps(name))
+        usable = " or ".join(name for name in FITTED_POLICIES if reads_taps(name))
         raise EarlyExitError(
             f"policy '{policy}' reads logits, but all exits of {weights} are empty and have none; "
-            f"use {fits} (ROUTING.POLICY)"
+            f"use {usable} (ROUTING.POLICY)"
         )
 
 
@@ -337,10 +344,11 @@ class CostModel:
 
     Attributes:
         unit: ``ms`` or ``mmacs``.
-        paths: key: whether each earlier exit is open, shallow to deep (the length is the exit's index). Value: cost up
-            to and including that exit: trunk, open branches and their confidences.
+        paths: cost up to and including an exit: trunk, open branches and their confidences. The key says whether each
+            earlier exit is open, shallow to deep, so its length is the index of the exit.
+        early_exits: number of early exits.
         plain: cost of the detector without exits.
-        measured: runtime, threads, runs and machine; empty for MMACs.
+        measured: runtime, threads, runs and machine of the measurement; empty for MMACs.
     """
 
     unit: str
@@ -350,20 +358,20 @@ class CostModel:
     measured: dict[str, Any]
 
     def per_exit(self, thresholds: Sequence[float] | None = None) -> np.ndarray:
-        """Cost [exits] to each exit with these thresholds, the full path last; None: all exits are open."""
+        """Return the cost up to each exit with these thresholds, [exits]; None: all exits are open."""
         opened = (True,) * self.early_exits if thresholds is None else tuple(value < CLOSED for value in thresholds)
         return np.array([self.paths[opened[:index]] for index in range(self.early_exits + 1)])
 
     def of_each(self, thresholds: np.ndarray) -> np.ndarray:
-        """Costs [M, exits] for thresholds [M, early exits], see :meth:`per_exit`."""
+        """Return the costs [M, exits] for thresholds [M, early exits], see `per_exit`."""
         return np.stack([self.per_exit(row) for row in thresholds])
 
     def speedup(self, choice: np.ndarray, thresholds: Sequence[float]) -> float:
-        """Speed relative to the detector without exits if the photos leave at these exits [n]."""
+        """Return the speed relative to the detector without exits if the photos leave at the exits ``choice`` [n]."""
         return self.plain / float(self.per_exit(thresholds)[choice].mean())
 
     def certified(self, thresholds: Sequence[float] | None = None) -> CertifiedCosts:
-        """The costs with these thresholds, for a certificate or a results file."""
+        """Return the costs with these thresholds, for a certificate or a results file."""
         exits = tuple(self.per_exit(thresholds).tolist())
         return CertifiedCosts(unit=self.unit, exits=exits, plain=self.plain, measured=self.measured)
 
@@ -371,18 +379,19 @@ class CostModel:
 def measure_cost_model(
     cfg: CfgNode, model: EarlyExitSSDLite, router: ExitRouter, plain: nn.Module | None = None
 ) -> CostModel:
-    """Measure the costs in the unit of CALIBRATION.COST with the timing settings of EVAL, router included.
+    """Measure the costs, router included, in the unit of CALIBRATION.COST and with the timing settings of EVAL.
 
-    ``plain`` replaces the model without its exits as the detector to compare with.
+    Args:
+        plain: detector to compare with; None: ``model`` without exits.
     """
     settings, example, early_exits = build_evaluation(cfg), example_input(model), router.num_exits
     paths = [opened for count in range(early_exits + 1) for opened in itertools.product((True, False), repeat=count)]
     plain = model if plain is None else plain
     networks: list[nn.Module] = []
     for opened in paths:
-        thresholds = [0.0 if flag else CLOSED for flag in opened] + [0.0] * (early_exits - len(opened))
-        on_the_way = ExitRouter(**{**router.to_dict(), "thresholds": thresholds}).to(example.device)
-        networks.append(AllOutputs(PathToExit(model, len(opened), on_the_way)))
+        thresholds = [0.0 if is_open else CLOSED for is_open in opened] + [0.0] * (early_exits - len(opened))
+        path_router = ExitRouter(**{**router.to_dict(), "thresholds": thresholds}).to(example.device)
+        networks.append(AllOutputs(PathToExit(model, len(opened), path_router)))
     networks.append(PlainPath(plain))
     examples = [*[example] * len(paths), example_input(plain)]
     if cfg.CALIBRATION.COST == "mmacs":
@@ -401,6 +410,6 @@ def measure_cost_model(
             runtime = settings.runtime
             timings = time_in_runtime(networks, examples, runtime, runs, threads)
         machine = torch.cuda.get_device_name(example.device) if on_cuda else platform.processor() or platform.machine()
-        unit, costs = "ms", [one.ms for one in timings]
+        unit, costs = "ms", [timing.ms for timing in timings]
         measured = {"runtime": runtime, "threads": threads, "runs": runs, "machine": machine}
     return CostModel(unit, dict(zip(paths, costs, strict=False)), early_exits, costs[-1], measured)

@@ -1,4 +1,4 @@
-"""Each check fires on records broken in its way only, and is silent on sound ones."""
+"""Each check reports the records with its own defect, and no sound records."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def record(number: int, *boxes: tuple[float, float, float, float], label: int = 
 
 
 def sound_records() -> list[Record]:
-    """Of six photos five show one object of 128 x 64 px, on a default box; classes 1 and 2 in turn."""
+    """Five of six photos show one object of 128 x 64 px on a default box. Classes 1 and 2 take turns."""
     places = [(64.0 * (number % 8 + 1), 32.0 * (number % 7)) for number in range(PHOTOS)]
     shown = [[(x, y, x + 128, y + 64)] if number % 6 else [] for number, (x, y) in enumerate(places)]
     return [record(number, *boxes, label=number % 2 + 1) for number, boxes in enumerate(shown)]
 
 
 def split(name: str, first: int, records: list[Record] | None = None) -> Split:
-    """Photos whose contents and looks are the numbers from ``first`` on."""
+    """Photos whose hashes and looks are derived from the numbers from ``first`` on."""
     records = sound_records() if records is None else records
     numbers = range(first, first + len(records))
     bits = [np.random.default_rng(number).integers(0, 256, 8) for number in numbers]
@@ -41,17 +41,17 @@ def split(name: str, first: int, records: list[Record] | None = None) -> Split:
 
 
 def evidence(train: list[Record] | None = None, first_of_test: int = 1000, **changes: object) -> DataEvidence:
-    """Two splits; with changes, of the first."""
-    many = [replace(one, image_id=number) for number, one in enumerate(sound_records() * 3)] if train is None else train
-    return DataEvidence([replace(split("TRAIN", 0, many), **changes), split("TEST", first_of_test)], DEFAULT_BOXES)
+    """Two splits, with ``changes`` of the first."""
+    if train is None:
+        train = [replace(photo, image_id=number) for number, photo in enumerate(sound_records() * 3)]
+    return DataEvidence([replace(split("TRAIN", 0, train), **changes), split("TEST", first_of_test)], DEFAULT_BOXES)
 
 
-def boxes_turned(function) -> DataEvidence:
-    """The training boxes turned by ``function`` (x1, y1, x2, y2) -> box."""
-    records = evidence().splits[0].records
-    return evidence(
-        [one.with_annotations(replace(a, box=function(*a.box)) for a in one.annotations) for one in records]
-    )
+def with_boxes(function) -> DataEvidence:
+    """The splits, with ``function`` (x1, y1, x2, y2) -> box applied to the training boxes."""
+    photos = evidence().splits[0].records
+    changed = [photo.with_annotations(replace(a, box=function(*a.box)) for a in photo.annotations) for photo in photos]
+    return evidence(changed)
 
 
 BROKEN = {
@@ -59,10 +59,10 @@ BROKEN = {
     "empty_photos": lambda: evidence([record(n) for n in range(2000)] + sound_records()[:60], 10000),
     "copies_across_splits": lambda: evidence(sha256=[str(n) for n in range(1000, 1720)]),
     "near_copies_across_splits": lambda: evidence(looks=split("TRAIN", 990, sound_records() * 3).looks),
-    "boxes_in_shares": lambda: boxes_turned(lambda *box: tuple(value / 10 for value in box)),
-    "boxes_as_corners": lambda: boxes_turned(lambda x1, y1, x2, y2: (x1, y1, x1 + x2, y1 + y2)),
-    "too_small_objects": lambda: boxes_turned(lambda x1, y1, x2, y2: (x1, y1, x1 + 60, y1 + 30)),
-    "matched_by_force": lambda: boxes_turned(lambda x1, y1, x2, y2: (x1 + 32, y1 + 16, x1 + 160, y1 + 50)),
+    "boxes_in_shares": lambda: with_boxes(lambda *box: tuple(value / 10 for value in box)),
+    "boxes_as_corners": lambda: with_boxes(lambda x1, y1, x2, y2: (x1, y1, x1 + x2, y1 + y2)),
+    "too_small_objects": lambda: with_boxes(lambda x1, y1, x2, y2: (x1, y1, x1 + 60, y1 + 30)),
+    "matched_by_force": lambda: with_boxes(lambda x1, y1, x2, y2: (x1 + 32, y1 + 16, x1 + 160, y1 + 50)),
     "rare_class_in_training": lambda: evidence(sound_records()),
     "rare_class_in_evaluation": lambda: evidence(sound_records()[:40] + [record(1)] * 99, name="CALIB"),
 }  # fmt: skip
@@ -81,11 +81,11 @@ def test_sound_splits_give_no_bad_finding_and_every_check_judges():
 
 
 def test_every_check_has_a_case():
-    assert list(BROKEN) == [one.name for one in DATA_CHECKS]
+    assert list(BROKEN) == [check.name for check in DATA_CHECKS]
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_check_fires_on_what_is_broken_in_its_way(name):
+def test_a_check_reports_its_own_defect(name):
     fired = {finding.check for finding in diagnose(DATA_CHECKS, BROKEN[name]()).bad}
     assert name in fired
     assert fired <= {name, *ALSO.get(name, ())}
@@ -93,14 +93,12 @@ def test_a_check_fires_on_what_is_broken_in_its_way(name):
 
 def test_figures_of_a_split():
     """One box of 128 x 64 in a photo of 640 x 320 is 64 x 64 in a network of 320 px, and lies on a default box."""
-    found = summarise(DataEvidence([], DEFAULT_BOXES), split("TEST", 0, [record(0, (64.0, 32.0, 192.0, 96.0))]))
-    assert (found.photos, found.boxes, found.objects) == (1, 1, {"cat": 1, "dog": 0})
-    assert found.aspects == [2, 2, 2] and found.object_sides == pytest.approx([64] * 3)
-    assert found.best_ious == pytest.approx([1] * 3)
+    summary = summarise(DataEvidence([], DEFAULT_BOXES), split("TEST", 0, [record(0, (64.0, 32.0, 192.0, 96.0))]))
+    assert (summary.photos, summary.boxes, summary.objects) == (1, 1, {"cat": 1, "dog": 0})
+    assert summary.aspects == [2, 2, 2] and summary.object_sides == pytest.approx([64] * 3)
+    assert summary.best_ious == pytest.approx([1] * 3)
 
 
-def test_photos_without_labels_are_not_judged_by_their_boxes():
+def test_boxes_of_an_unlabelled_split_are_not_judged():
     unlabelled = evidence([record(number) for number in range(PHOTOS)], labelled=False)
-    assert not [
-        one for one in diagnose(DATA_CHECKS, unlabelled).findings if one.subject.startswith("TRAIN") and one.bad
-    ]
+    assert not [finding for finding in diagnose(DATA_CHECKS, unlabelled).bad if finding.subject.startswith("TRAIN")]

@@ -1,4 +1,4 @@
-"""Each check fires on outputs broken in its way only, and is silent on sound ones."""
+"""Each check reports the outputs with its own defect, and no sound outputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def boxes_of_a_grid() -> torch.Tensor:
 
 
 def sound() -> ModelEvidence:
-    """Twelve photos with one object, on another default box each, and twelve without; one exit and the full path."""
+    """Twelve photos with one object each, on different default boxes, and twelve without; one exit, the full path."""
     boxes = boxes_of_a_grid()
     objects, logits = [], torch.zeros(PHOTOS, 100, 2)
     logits[..., 0] = 4 + torch.rand(PHOTOS, 100)
@@ -46,7 +46,7 @@ def sound() -> ModelEvidence:
 
 
 def with_exit(**changes: torch.Tensor) -> ModelEvidence:
-    """Sound but for the first exit."""
+    """Sound outputs with changes of the first exit."""
     evidence = sound()
     first, full = evidence.exits
     return dataclasses.replace(evidence, exits=[dataclasses.replace(first, **changes), full])
@@ -66,7 +66,7 @@ def changed(**changes) -> ModelEvidence:
 
 
 def claims_everywhere() -> torch.Tensor:
-    """Two of three default boxes claim an object, though with less than the one that is on it."""
+    """Two of three default boxes predict an object, with a lower probability than the default box on the object."""
     foreground = sound().exits[0].foreground
     claims = (torch.arange(100) % 3 > 0) * (0.3 + 0.5 * torch.rand(PHOTOS, 100))
     return foreground.maximum(claims)
@@ -78,13 +78,13 @@ def alike_without_objects() -> torch.Tensor:
 
 
 def beside_their_objects() -> torch.Tensor:
-    """The likeliest boxes are half of their side away from their objects."""
+    """The likeliest boxes are shifted away from their objects."""
     likely = sound().exits[0].foreground[..., None] > 0.5
     return sound().exits[0].deltas + likely * torch.tensor([3.5, 3.5, 0.0, 0.0])
 
 
 BROKEN = {
-    # scores as an assignment at random gives them
+    # as after a random assignment of default boxes
     "near_uniform_scores": lambda: with_exit(foreground=0.2 + sound().exits[0].foreground / 50),
     "deltas_out_of_range": lambda: with_exit(deltas=sound().exits[0].deltas + 6.0),
     "background_everywhere": lambda: with_exit(foreground=sound().exits[0].foreground / 20),
@@ -103,11 +103,11 @@ BROKEN = {
 
 
 def test_every_check_has_a_case():
-    assert list(BROKEN) == [one.name for one in MODEL_CHECKS]
+    assert list(BROKEN) == [check.name for check in MODEL_CHECKS]
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_check_fires_on_what_is_broken_in_its_way(name):
+def test_a_check_reports_its_own_defect(name):
     fired = bad_checks(BROKEN[name]())
     assert name in fired
     assert fired <= {name, *ALSO.get(name, ())}

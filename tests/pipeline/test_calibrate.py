@@ -1,4 +1,4 @@
-"""Thresholds from recorded photos, and what is promised of them."""
+"""The search for thresholds on recorded photos, and what it guarantees."""
 
 from types import SimpleNamespace
 
@@ -28,8 +28,8 @@ class FourPhotos:
 
 
 @pytest.mark.parametrize(("cost", "opened"), [(3.8, True), (4.0, False), (4.2, False)])
-def test_an_ap_drop_opens_no_exit_that_makes_photos_dearer(monkeypatch, caplog, cost, opened):
-    """One photo of four may leave, with more AP50 than the full path has; its branch costs the others something."""
+def test_an_ap_drop_opens_no_exit_that_raises_the_mean_cost(monkeypatch, caplog, cost, opened):
+    """One photo of four may leave, with more AP50 than the full path has. The other photos pay for the branch."""
     same = [SimpleNamespace(AP50=np.full(10, 0.5))]
     monkeypatch.setattr(calibrate, "ap_of_choice", lambda *_, **__: SimpleNamespace(AP50=0.5))
     monkeypatch.setattr(calibrate, "bootstrap_choices", lambda *_, **__: same)
@@ -44,14 +44,14 @@ def test_an_ap_drop_opens_no_exit_that_makes_photos_dearer(monkeypatch, caplog, 
     )
     costs = SimpleNamespace(of_each=lambda thresholds: np.array([[4.0, 4.0], [cost, cost], [1.0, 1.0]]))
     target = calibrate.Target("ap_drop", 0.01, 0.05)
-    found = calibrate.Search(load_config(), target, None, None, calib, None, costs).run()
-    assert found.thresholds == ((0.9,) if opened else (CLOSED,))
-    assert found.exits.tolist() == ([0, 1, 1, 1] if opened else [1, 1, 1, 1])
-    assert ("no exit can be opened at 0.01 AP50 lost" in caplog.text) is not opened
+    chosen = calibrate.Search(load_config(), target, None, None, calib, None, costs).run()
+    assert chosen.thresholds == ((0.9,) if opened else (CLOSED,))
+    assert chosen.exits.tolist() == ([0, 1, 1, 1] if opened else [1, 1, 1, 1])
+    assert ("all exits stay closed: opening them saves no cost at 0.01 AP50 lost" in caplog.text) is not opened
 
 
 @pytest.mark.parametrize(("ap50", "opened"), [(None, False), (0.0, False), (0.049, False), (0.051, True)])
-def test_an_ap_drop_of_what_does_not_detect_opens_nothing(monkeypatch, caplog, ap50, opened):
+def test_an_ap_drop_opens_nothing_if_the_full_path_does_not_detect(monkeypatch, caplog, ap50, opened):
     """Where the full path finds hardly anything, leaving early loses hardly any AP50."""
     monkeypatch.setattr(calibrate, "ap_of_choice", lambda *_, **__: SimpleNamespace(AP50=ap50))
     same = [SimpleNamespace(AP50=np.full(10, 0.04))]
@@ -70,36 +70,36 @@ def test_an_ap_drop_of_what_does_not_detect_opens_nothing(monkeypatch, caplog, a
     assert chosen.thresholds == ((0.0,) if opened else (CLOSED,))
     assert chosen.exits.tolist() == ([0] * 4 if opened else [1] * 4)
     assert chosen.measured.AP50_lost_bound == 0.0 and chosen.measured.photos_needed == 29
-    said = [record.getMessage() for record in caplog.records if "does not detect" in record.getMessage()]
-    assert len(said) == (0 if opened else 1)
-    assert opened or ("all exits stay closed" in said[0] and len(said[0]) < 300)
+    warnings = [record.getMessage() for record in caplog.records if "does not detect" in record.getMessage()]
+    assert len(warnings) == (0 if opened else 1)
+    assert opened or ("all exits stay closed" in warnings[0] and len(warnings[0]) < 300)
 
 
 @pytest.mark.parametrize(
     ("value", "delta", "needed"), [(0.01, 0.05, 299), (0.05, 0.05, 59), (0.0, 0.05, 598), (1.0, 0.05, 1)]
 )
 def test_photos_that_an_ap_drop_needs(value, delta, needed):
-    """0.99^299 < 0.05 < 0.99^298: a fault in one photo of a hundred then shows with probability 0.95."""
+    """0.99^299 < 0.05 < 0.99^298: 299 photos show a fault of one photo in a hundred with probability 0.95."""
     assert calibrate.draws_needed(calibrate.Target("ap_drop", value, delta)) == needed
 
 
-def test_labels_are_needed_of_the_splits_that_are_used():
+def test_used_splits_need_labels():
     cfg = load_config(overrides=["CALIBRATION.REFERENCE", "labels", "DATA.TRAIN", "[frames]"])
     sets = {"CALIB": SimpleNamespace(labelled=True), "TRAIN": SimpleNamespace(labelled=False)}
     recorded, target = SimpleNamespace(sets=sets), calibrate.Target("speedup", 1.2)
     calibrate._require_labels(cfg, target, recorded, ("CALIB",))
-    with pytest.raises(EarlyExitError, match=r"CALIBRATION.REFERENCE is labels, and DATA.TRAIN \(frames\) has photos"):
+    with pytest.raises(EarlyExitError, match=r"REFERENCE is labels, but DATA.TRAIN \(frames\) has unlabelled photos"):
         calibrate._require_labels(cfg, target, recorded, ("CALIB", "TRAIN"))
 
 
-def test_blocks_are_for_what_promises():
+def test_a_speedup_has_no_blocks():
     with pytest.raises(EarlyExitError, match="--block is for --risk and --ap-drop"):
         calibrate.Target("speedup", 1.2, block=5)
 
 
 @pytest.fixture
 def own_policy():
-    """A fitted policy of somebody's own: an image is as sure as its tap is brighter than the training photos'."""
+    """A user's fitted policy: the confidence is higher the more a photo's mean tap exceeds the training photos'."""
 
     @register_policy("brightness_of_a_test", boxes=4)
     class Brightness(FittedPolicy):
@@ -112,11 +112,11 @@ def own_policy():
         @classmethod
         def fit(cls, photos):
             signals = list(photos.signals(0, cls.boxes))
-            assert all(one.logits.shape[1] == 4 for one in signals)
-            photos_seen = sum(len(one.tap) for one in signals)
+            assert all(batch.logits.shape[1] == 4 for batch in signals)
+            photos_seen = sum(len(batch.tap) for batch in signals)
             assert len(photos.losses()) == len(photos.largest_scores()) == photos_seen == 10
-            early = range(len(photos.temperatures))
-            return {"means": [torch.cat([one.tap for one in photos.signals(index)]).mean().item() for index in early]}
+            taps = [[batch.tap for batch in photos.signals(index)] for index in range(len(photos.temperatures))]
+            return {"means": [torch.cat(of_exit).mean().item() for of_exit in taps]}
 
         def forward(self, signals, exit_index):
             if exit_index == len(self.means):
@@ -127,8 +127,8 @@ def own_policy():
     del FITTED_POLICIES["brightness_of_a_test"]
 
 
-def test_a_fitted_policy_of_ones_own_is_calibrated_with(own_policy, tmp_path):
-    """One class in one file: fitted on the training photos, in the certificate, and routing when it is loaded."""
+def test_calibration_with_a_users_policy(own_policy, tmp_path):
+    """The policy is fitted on the training photos, stored in the certificate, and routes in the loaded model."""
     generator = np.random.default_rng(0)
     for folder in ("train", "calib", "test"):
         (tmp_path / folder).mkdir()

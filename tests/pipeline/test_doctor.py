@@ -1,4 +1,4 @@
-"""The doctor's jobs and the hook that watches a training."""
+"""The jobs of the doctor, and the hook that checks a model during its training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from earlyexit_ssd.doctor.findings import Check
 from earlyexit_ssd.doctor.model import ModelEvidence
 from earlyexit_ssd.files import write_image, write_text
 from earlyexit_ssd.modeling.ssdlite import earlyexit_ssdlite320_mobilenet_v3_large
-from earlyexit_ssd.pipeline.doctor import Watch, _of_run, chosen_photos
+from earlyexit_ssd.pipeline.doctor import Watch, chosen_photos, run_evidence
 from earlyexit_ssd.routing import ExitRouter
 
 
@@ -37,31 +37,33 @@ from earlyexit_ssd.routing import ExitRouter
 def test_aps_of_a_run(tmp_path, name, text, aps):
     write_text(tmp_path / "config.yaml", "")
     write_text(tmp_path / name, text)
-    assert _of_run(tmp_path / "model.pth", ModelEvidence(), ExitRouter(1)).get("computed_aps") == aps
+    assert run_evidence(tmp_path / "model.pth", ModelEvidence(), ExitRouter(1)).get("computed_aps") == aps
 
 
-def test_other_runs_beside_a_checkpoint_are_not_its_own(tmp_path):
+def test_other_runs_beside_a_checkpoint_are_ignored(tmp_path):
     write_text(tmp_path / "other" / "metrics.json", '{"AP50": 0.5}')
-    assert _of_run(tmp_path / "model.pth", ModelEvidence(), ExitRouter(1)) == {}
+    assert run_evidence(tmp_path / "model.pth", ModelEvidence(), ExitRouter(1)) == {}
     write_text(tmp_path / "metrics.json", '{"exit_rate": 1.0}')
-    assert _of_run(tmp_path / "model.pth", ModelEvidence(), ExitRouter(1))["computed_aps"] == 0
+    assert run_evidence(tmp_path / "model.pth", ModelEvidence(), ExitRouter(1))["computed_aps"] == 0
 
 
 def test_curves_of_a_run(tmp_path):
     write_text(tmp_path / "config.yaml", "")
     lines = ['{"step": 1, "confidence/exit8": 0.4, "temperature/exit8": 1.5}', '{"step": 2, "confidence/exit8": 0.1}']
     write_text(tmp_path / "exits" / "log.jsonl", "\n".join(lines))
-    found = _of_run(tmp_path / "model.pth", ModelEvidence(), ExitRouter(1))
+    found = run_evidence(tmp_path / "model.pth", ModelEvidence(), ExitRouter(1))
     assert found["confidences"] == {"exit8": [0.4, 0.1]} and found["temperatures"] == {"exit8": [1.5]}
-    assert not _of_run(tmp_path / "model.pth", ModelEvidence(), ExitRouter(1, policy="mean_foreground"))["confidences"]
+    assert not run_evidence(tmp_path / "model.pth", ModelEvidence(), ExitRouter(1, policy="mean_foreground"))[
+        "confidences"
+    ]
 
 
 @pytest.mark.parametrize(
     ("photos", "shown", "without"), [(8, 4, 4), (30, 10, 20), (40, 10, 30), (100, 10, 40), (1, 0, 1)]
 )
-def test_half_of_the_photos_show_objects_where_there_are_as_many(photos, shown, without):
+def test_half_of_the_photos_have_objects_if_there_are_enough(photos, shown, without):
     records = [Record(n, Path(f"{n}"), 9, 9, (Annotation((1, 1, 5, 5), 1),) * (n < 10)) for n in range(50)]
-    chosen = [one.has_targets for one in chosen_photos(records, photos, 0)]
+    chosen = [record.has_targets for record in chosen_photos(records, photos, 0)]
     assert (sum(chosen), len(chosen) - sum(chosen)) == (shown, without)
 
 
@@ -91,17 +93,17 @@ def trainer_at(step: int) -> SimpleNamespace:
     return SimpleNamespace(step=step, loader=[0] * 10, total_steps=60)
 
 
-def test_a_training_is_warned_of_each_failure_once(photos, model, caplog):
+def test_each_failure_of_a_training_is_reported_once(photos, model, caplog):
     watch, state = Watch(photos, model), {k: v.clone() for k, v in model.state_dict().items()}
     model.train()
     watch.before_training(trainer_at(0))
     with caplog.at_level(logging.WARNING):
-        for step in (5, 10, 20):  # inside an epoch; the first two looks, with too little to compare with
-            watch.longest = watch.spent = 0.0  # there is time for another look
+        for step in (5, 10, 20):  # inside an epoch; the first two runs of the checks, without two earlier runs
+            watch.longest = watch.spent = 0.0  # there is time for another run of the checks
             watch.after_step(trainer_at(step))
         assert caplog.records == []
         for step in (30, 40):
-            watch.longest = watch.spent = 0.0  # there is time for another look
+            watch.longest = watch.spent = 0.0  # there is time for another run of the checks
             watch.after_step(trainer_at(step))
             first = [record.getMessage() for record in caplog.records]
             assert [message.partition(" (full)")[0] for message in first][:1] == ["epoch 3: near_uniform_scores"]
@@ -111,28 +113,28 @@ def test_a_training_is_warned_of_each_failure_once(photos, model, caplog):
 
 
 def test_a_bad_figure_that_improves_is_reported_in_the_last_third_only(photos, model, caplog, monkeypatch):
-    figures = iter([0.1, 0.2, 0.15, 0.4])  # of 0.5: worse than the look before, but better than the one before that
+    figures = iter([0.1, 0.2, 0.15, 0.4])  # limit 0.5; 0.15 is worse than the figure before, but better than the first
     measure = lambda _: {"full": next(figures)}  # noqa: E731
     check = Check(name="spread", measure=measure, least=0.5, meaning="alike", advice="train")
     monkeypatch.setattr("earlyexit_ssd.pipeline.doctor.MODEL_CHECKS", [check])
     watch = Watch(photos, model)
     for epoch in (1, 2, 3):
-        watch.look(epoch, last_third=False)
+        watch.run_checks(epoch, last_third=False)
     assert caplog.records == []
-    watch.look(4, last_third=True)
+    watch.run_checks(4, last_third=True)
     assert [record.getMessage().partition(";")[0] for record in caplog.records] == [
         "epoch 4: spread (full): 0.4, expected at least 0.5"
     ]
 
 
-def test_watching_takes_at_most_a_hundredth_of_the_time(photos, model):
+def test_checks_take_at_most_one_percent_of_the_time(photos, model):
     watch = Watch(photos, model)
     watch.before_training(trainer_at(0))
-    looks = []
-    watch.look = lambda epoch, last_third: looks.append((epoch, last_third))
+    runs = []
+    watch.run_checks = lambda epoch, last_third: runs.append((epoch, last_third))
     watch.longest, watch.spent = 1.0, 0.0
-    watch.after_step(trainer_at(40))  # a second, and the training is younger than 100
-    assert looks == []
+    watch.after_step(trainer_at(40))  # the checks take one second, and the training has not run for 100
+    assert runs == []
     watch.start -= 101
     watch.after_step(trainer_at(40))
-    assert looks == [(4, True)]
+    assert runs == [(4, True)]

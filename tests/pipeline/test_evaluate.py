@@ -38,20 +38,20 @@ def certificate(kind="risk", score=0.5):
 
 
 def test_a_risk_holds_at_its_own_score_only(caplog):
-    def check(one):
+    def check(checked):
         cfg = load_config(None, ["EVAL.SCORE", "0.5", "EVAL.IOU", "0.5"])
-        check_certificate(cfg, one, SimpleNamespace(records=[]), "certificate.json")
+        check_certificate(cfg, checked, SimpleNamespace(records=[]), "certificate.json")
 
     check(certificate())
-    with pytest.raises(ConfigError, match="speaks of score 0.3 and IoU 0.5, EVAL has 0.5 and 0.5; set EVAL.SCORE"):
+    with pytest.raises(ConfigError, match="holds for score 0.3 and IoU 0.5, but EVAL has 0.5 and 0.5; set EVAL.SCORE"):
         check(certificate(score=0.3))
     assert caplog.text == ""
     check(certificate("speedup", score=0.3))
-    assert "speaks of score 0.3" in caplog.text
+    assert "holds for score 0.3" in caplog.text
 
 
-def test_who_routes(monkeypatch, tmp_path):
-    """The certificate of the configuration, else that of the model's file, else ROUTING with trained temperatures."""
+def test_source_of_the_router(monkeypatch, tmp_path):
+    """The configured certificate is used first, then the model file's, then ROUTING with trained temperatures."""
     monkeypatch.setattr(Certificate, "router_for", lambda self, model: self.target.score)
     certificate(score=0.3).save(tmp_path / "certificate.json")
     cfg, model = load_config(), SimpleNamespace(num_early_exits=1)
@@ -63,7 +63,7 @@ def test_who_routes(monkeypatch, tmp_path):
     assert open_router(cfg, model, info, "model.pth").temperatures.tolist() == [1.5]
 
 
-def test_photos_unlike_those_of_calibration_are_said_to_be(caplog):
+def test_photos_unlike_the_calibration_photos_are_reported(caplog):
     collected = SimpleNamespace(confidences=[torch.full((300,), 0.75), torch.zeros(300)])
     alike = drift_of(certificate(), collected, [0, 1] * 150)
     assert alike.warnings == [] and alike.window == 200 and alike.shares == {"exit8": 0.5, "full": 0.5}
@@ -72,7 +72,7 @@ def test_photos_unlike_those_of_calibration_are_said_to_be(caplog):
     assert "calibrate again" in caplog.text
 
 
-def test_few_photos_are_compared_all_at_once():
+def test_few_photos_are_compared_in_one_window():
     collected = SimpleNamespace(confidences=[torch.full((3,), 0.75), torch.zeros(3)])
     assert drift_of(certificate(), collected, [0, 1, 0]).window == 3
     assert drift_of(certificate(), collected, []).shares is None
@@ -95,7 +95,7 @@ def rivals(*overrides: str, **changes):
 
 @pytest.fixture
 def file(tmp_path):
-    """Path of a model, in a folder of its own as a run's is."""
+    """Function that writes a model file into the folder of a run and returns its path."""
 
     def write(folder: str = "run", **changes) -> str:
         described = architecture(**changes)
@@ -112,20 +112,20 @@ def test_smaller_sizes(size, sizes):
     assert smaller_sizes(size) == sizes
 
 
-def test_plain_nets_of_the_wanted_sizes():
+def test_plain_detectors_of_the_configured_sizes():
     built = rivals("EVAL.RIVALS.SIZES", "[64, 96, 128, 64]")
-    assert [one.name for one in built] == ["plain 64", "plain 128"]  # 96 px is the detector without exits itself
-    assert [one.example.shape[-1] for one in built] == [64, 128]
+    assert [rival.name for rival in built] == ["plain 64", "plain 128"]  # 96 px is the detector without exits
+    assert [rival.example.shape[-1] for rival in built] == [64, 128]
     assert built[0].mmacs < built[1].mmacs
     photos = [torch.rand(3, 50, 70)]
     with torch.no_grad():
-        assert all(one.detector(photos)[0]["boxes"].shape[1] == 4 for one in built)
+        assert all(rival.detector(photos)[0]["boxes"].shape[1] == 4 for rival in built)
 
 
-def test_a_folded_head_is_cut_for_the_cheapest_plain_nets():
+def test_a_folded_head_is_also_cut():
     built = rivals("EVAL.RIVALS.SIZES", "[64]", head_outputs=9, folded_rows=(3, 5))
-    assert [one.name for one in built] == ["plain 64", "plain 96, cut head", "plain 64, cut head"]
-    assert [one.kind for one in built] == ["plain", "cut_head", "cut_head"]
+    assert [rival.name for rival in built] == ["plain 64", "plain 96, cut head", "plain 64, cut head"]
+    assert [rival.kind for rival in built] == ["plain", "cut_head", "cut_head"]
     assert built[2].mmacs < built[0].mmacs
     with torch.no_grad():
         assert set(built[2].detector([torch.rand(3, 50, 70)])[0]["labels"].tolist()) <= {1, 2}
@@ -134,7 +134,7 @@ def test_a_folded_head_is_cut_for_the_cheapest_plain_nets():
 def test_the_full_path_of_another_run(file):
     path = file("small_run", image_size=64, classes=("table", "lamp", "chair"))
     built = rivals("EVAL.RIVALS.FULL_PATHS", path, "EVAL.RIVALS.SIZES", "[64]")
-    assert [(one.name, one.kind, one.source) for one in built] == [
+    assert [(rival.name, rival.kind, rival.source) for rival in built] == [
         ("plain 64", "plain", None),
         ("plain 64, small_run", "plain", path),
     ]
@@ -143,7 +143,7 @@ def test_the_full_path_of_another_run(file):
     assert set(labels.tolist()) <= {1, 2}
 
 
-def test_a_single_exit_runs_nothing_behind_it(file, monkeypatch):
+def test_a_single_exit_does_not_run_later_layers(file, monkeypatch):
     path = file("twelve", exit_layers=(12,))
     (*_, rival) = rivals("EVAL.RIVALS.SINGLE_EXITS", path)
     assert (rival.name, rival.kind, rival.source) == ("exit12 alone, twelve", "single_exit", path)
@@ -153,13 +153,13 @@ def test_a_single_exit_runs_nothing_behind_it(file, monkeypatch):
     expected = model.detections(model.exit_outputs(photos), 0)[0]
     monkeypatch.setattr(model.head, "forward", None)  # the full path would fail
     with torch.no_grad():
-        found = rival.detector(photos)[0]
-    assert torch.allclose(found["boxes"], expected["boxes"], atol=1e-3)
-    assert torch.equal(found["labels"], expected["labels"])
+        detections = rival.detector(photos)[0]
+    assert torch.allclose(detections["boxes"], expected["boxes"], atol=1e-3)
+    assert torch.equal(detections["labels"], expected["labels"])
 
 
 def test_a_model_with_two_exits_is_no_single_exit(file):
-    with pytest.raises(EarlyExitError, match=r"takes models with one early exit, it has exit8, exit12; train"):
+    with pytest.raises(EarlyExitError, match=r"takes models with one early exit, but it has exit8, exit12; train"):
         rivals("EVAL.RIVALS.SINGLE_EXITS", file())
 
 
@@ -172,18 +172,18 @@ def test_an_exported_detector(tmp_path):
     (tmp_path / "box.onnx").write_bytes(export_onnx(Boxes(), torch.zeros(1, 3, 64, 64)))
     (*_, rival) = rivals("EVAL.RIVALS.ONNX", f"boxes:{tmp_path}/box.onnx")
     assert (rival.name, rival.kind, rival.mmacs) == ("box", "onnx", 0.0)
-    found = rival.detector([torch.zeros(3, 64, 128)])[0]
-    assert found["boxes"].tolist() == [[0, 0, 18, 9]]
-    assert found["labels"].tolist() == [1]  # COCO's chair, which is our first class
+    detections = rival.detector([torch.zeros(3, 64, 128)])[0]
+    assert detections["boxes"].tolist() == [[0, 0, 18, 9]]
+    assert detections["labels"].tolist() == [1]  # COCO's chair is the first of the wanted classes
 
 
-def test_outputs_of_another_format_are_found_while_building(tmp_path):
+def test_outputs_of_another_format_raise_while_rivals_are_built(tmp_path):
     (tmp_path / "net.onnx").write_bytes(export_onnx(torch.nn.ReLU(), torch.zeros(1, 3, 64, 64)))
     with pytest.raises(EarlyExitError, match="net.onnx: format boxes: expected boxes"):
         rivals("EVAL.RIVALS.ONNX", f"boxes:{tmp_path}/net.onnx")
 
 
-def test_switched_off():
+def test_rivals_can_be_disabled():
     assert rivals("EVAL.RIVALS.ENABLED", "false", "EVAL.RIVALS.SIZES", "[64]") == []
 
 
@@ -198,11 +198,11 @@ def test_missing_files_are_found_early(key):
 def test_onnx_runtime_measures_the_cpu():
     cfg = load_config(None, ["EVAL.RUNTIME", "onnxruntime"])
     check_rivals(cfg, CPU)
-    with pytest.raises(ConfigError, match="DEVICE is cuda; set it to cpu"):
+    with pytest.raises(ConfigError, match="DEVICE is cuda; set DEVICE to cpu"):
         check_rivals(cfg, torch.device("cuda"))
 
 
-def test_the_router_of_a_single_exit_lets_everything_leave(file):
+def test_every_photo_leaves_at_a_single_exit(file):
     (*_, rival) = rivals("EVAL.RIVALS.SINGLE_EXITS", file(exit_layers=(8,)))
     assert isinstance(rival.network, PathToExit)
     assert isinstance(rival.detector.detector.router, ExitRouter)

@@ -1,4 +1,4 @@
-"""The phases of a training, what they promise of the full path, and a full path that learns smaller inputs."""
+"""The phases of a training, their gates, the unchanged full path, and fine-tuning at smaller inputs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.modeling.conftest import small_model
 
 
 class FakeQuality:
-    """Figures that were written down before."""
+    """Returns the given AP50s one after another."""
 
     def __init__(self, *ap50):
         self.ap50 = list(ap50)
@@ -55,7 +55,7 @@ def run(monkeypatch):
 
 
 @pytest.mark.parametrize(("after", "kept"), [(0.499, True), (0.4985, True), (0.497, False)])
-def test_joint_phase_stays_only_if_the_full_path_does(run, monkeypatch, after, kept):
+def test_joint_phase_is_kept_only_if_the_full_path_keeps_its_ap50(run, monkeypatch, after, kept):
     monkeypatch.setattr(Run, "calib_quality", FakeQuality(0.5, after))
     before = {key: value.clone() for key, value in run.model.state_dict().items()}
     gate = joint(run)
@@ -76,7 +76,7 @@ def test_joint_phase_has_its_own_teacher_and_weights(weights, expected):
     assert (losses.teacher, losses.exit_weights, losses.full_weight) == ("next", expected, 2.0)
 
 
-def test_joint_phase_puts_the_losses_back(run, monkeypatch):
+def test_joint_phase_restores_the_losses(run, monkeypatch):
     monkeypatch.setattr(Run, "calib_quality", FakeQuality(0.5, 0.5))
     before, seen = run.model.losses, []
     monkeypatch.setattr(phases, "fit", lambda run, *_: seen.append(run.model.losses.teacher))
@@ -89,7 +89,7 @@ def test_sizes_take_turns_and_share_all_weights():
     model = architecture.build().train()
     model.router = build_router(load_config(), {"num_exits": 1}, learn=True)
     module = SeveralSizes(model, architecture, (96, 64))
-    assert {id(one) for one in module.parameters()} == {id(one) for one in model.parameters()}
+    assert set(map(id, module.parameters())) == set(map(id, model.parameters()))
     images = [torch.rand(3, 80, 90)]
     targets = [{"boxes": torch.tensor([[10.0, 10, 60, 70]]), "labels": torch.tensor([1]), "image_id": 4}]
     model.norm_frozen = True
@@ -99,12 +99,12 @@ def test_sizes_take_turns_and_share_all_weights():
     changed = {key for key in own if not torch.equal(smaller[key], own[key])}
     assert smaller.keys() == own.keys() and {"classification", "exit8_classification"} <= changed
     sum(smaller.values()).backward()
-    assert all(one.grad is not None for one in (*model.head.parameters(), *model.branches.parameters()))
-    before = [one.clone() for one in module._copies[1].buffers()]
+    assert all(weight.grad is not None for weight in (*model.head.parameters(), *model.branches.parameters()))
+    before = [buffer.clone() for buffer in module._copies[1].buffers()]
     with torch.no_grad():
         for value in model.state_dict().values():
             value.add_(1)
-    assert all(torch.equal(one, old + 1) for one, old in zip(module._copies[1].buffers(), before, strict=True))
+    assert all(torch.equal(new, old + 1) for new, old in zip(module._copies[1].buffers(), before, strict=True))
 
 
 @pytest.mark.parametrize("part", ["backbone", "head"])
@@ -118,7 +118,7 @@ def test_smallest_change_of_the_full_path_is_found(part):
         require_same_full_path(before, model)
 
 
-def test_photos_of_a_batch_are_named_whatever_the_loader():
+def test_photo_names_of_both_kinds_of_batches():
     class Photos:
         def path_of(self, image_id):
             return f"{image_id}.jpg"
@@ -128,7 +128,7 @@ def test_photos_of_a_batch_are_named_whatever_the_loader():
     assert phases._photo_names(Photos(), ([], targets)) == ["3.jpg", "5.jpg"]
 
 
-def test_fingerprint_leaves_the_mode_alone():
+def test_fingerprint_keeps_the_mode():
     model = small_model().train()
     full_path_fingerprint(model)
     assert model.training
@@ -136,7 +136,7 @@ def test_fingerprint_leaves_the_mode_alone():
 
 
 @pytest.mark.parametrize(("name", "share"), [("joint", 0.25), ("exits", 1.0)])
-def test_full_path_has_its_share_of_the_rate_in_the_joint_phase_alone(name, share, tmp_path, monkeypatch):
+def test_only_the_joint_phase_lowers_the_rate_of_the_full_path(name, share, tmp_path, monkeypatch):
     cfg = load_config(None, ["JOINT.FULL_PATH_LR_FACTOR", "0.25"])
     photos = SimpleNamespace(records=[], subset=lambda records: records)
     run = Run(cfg, RunFolder(tmp_path), small_model(), None, photos, photos, torch.device("cpu"))
@@ -151,13 +151,13 @@ def test_full_path_has_its_share_of_the_rate_in_the_joint_phase_alone(name, shar
     with pytest.raises(Built) as built:
         phases.fit(run, name, run.model, None)
     groups = built.value.args[0].param_groups
-    factors = {id(one): group["lr_factor"] for group in groups for one in group["params"]}
+    factors = {id(weight): group["lr_factor"] for group in groups for weight in group["params"]}
     full = [*run.model.backbone.parameters(), *run.model.head.parameters()]
-    assert {factors[id(one)] for one in full} == {share}
-    assert {factors[id(one)] for one in run.model.branches.parameters()} == {1.0}
+    assert {factors[id(weight)] for weight in full} == {share}
+    assert {factors[id(weight)] for weight in run.model.branches.parameters()} == {1.0}
 
 
-def test_cached_taps_depend_on_the_photos_and_views_alone():
+def test_cached_taps_depend_only_on_photos_and_views():
     same = ["DATA.WORKERS", "0", "DATA.CALIB", "[coco_2017_val]", "DATA.DOWNLOAD", "True"]
     assert views_of(load_config(None, same)) == views_of(load_config(None))
     for key, value in (("DATA.AUGMENTATION", "ssd"), ("SEED", "1"), ("DATA.SYNTHETIC.SEED", "1")):
@@ -166,7 +166,7 @@ def test_cached_taps_depend_on_the_photos_and_views_alone():
 
 # Gates.
 
-TAKEN_OVER = ["MODEL.WEIGHTS", "COCO_V1", "BASELINE.EPOCHS", "0"]
+CHECKPOINT = ["MODEL.WEIGHTS", "COCO_V1", "BASELINE.EPOCHS", "0"]
 
 
 def full_path(ap50, precision, recall):
@@ -183,7 +183,7 @@ def test_limits_are_met_or_exceeded():
     )
 
 
-def test_deepest_exit_is_held_against_the_full_path():
+def test_deepest_exit_is_compared_with_the_full_path():
     gate = exits_gate(load_config(), {"exit8": 0.31, "exit12": 0.5, "full": 0.6}, 8)
     assert [(check.value, check.limit) for check in gate.checks] == [(0.31, 0.30), (0.5, 0.85 * 0.6)]
     assert not gate.passed
@@ -195,23 +195,23 @@ def test_deepest_exit_is_held_against_the_full_path():
     [
         ([], None, (0.4, 0.6, 0.5)),
         (["BASELINE.EPOCHS", "0"], None, (0.4, 0.6, 0.5)),  # untrained, and no checkpoint
-        (TAKEN_OVER, None, (0.05, None, None)),
-        ([*TAKEN_OVER[:2], "PHASES", "[exits]"], None, (0.05, None, None)),
-        (TAKEN_OVER[:2], None, (0.4, 0.6, 0.5)),  # trained further
-        ([*TAKEN_OVER, "BASELINE.GATE.AP50", "0.2", "BASELINE.GATE.RECALL", "0.1"], None, (0.2, None, 0.1)),
-        ([*TAKEN_OVER, "BASELINE.GATE.AP50", "0.0"], None, (0.05, None, None)),
-        ([*TAKEN_OVER[:2], "BASELINE.GATE.RELATIVE", "0.5"], (0.2, 0.6, None), (0.1, 0.3, 0.0)),
-        ([*TAKEN_OVER[:2], "BASELINE.GATE.RELATIVE", "0.5"], (0.0, None, 0.0), (0.05, 0.0, 0.0)),
+        (CHECKPOINT, None, (0.05, None, None)),
+        ([*CHECKPOINT[:2], "PHASES", "[exits]"], None, (0.05, None, None)),
+        (CHECKPOINT[:2], None, (0.4, 0.6, 0.5)),  # trained further
+        ([*CHECKPOINT, "BASELINE.GATE.AP50", "0.2", "BASELINE.GATE.RECALL", "0.1"], None, (0.2, None, 0.1)),
+        ([*CHECKPOINT, "BASELINE.GATE.AP50", "0.0"], None, (0.05, None, None)),
+        ([*CHECKPOINT[:2], "BASELINE.GATE.RELATIVE", "0.5"], (0.2, 0.6, None), (0.1, 0.3, 0.0)),
+        ([*CHECKPOINT[:2], "BASELINE.GATE.RELATIVE", "0.5"], (0.0, None, 0.0), (0.05, 0.0, 0.0)),
     ],
 )
-def test_limits_fit_the_case(keys, reference, limits):
-    """A checkpoint as it is need only detect; that much is asked of every one."""
+def test_limits_of_the_baseline_gate(keys, reference, limits):
+    """An unchanged checkpoint must only detect. No setting removes this limit."""
     gate = baseline_gate(load_config(None, keys), full_path(1, 1, 1), reference and full_path(*reference))
     assert {check.name: check.limit for check in gate.checks} == full_path(*limits)
 
 
-def test_a_checkpoint_taken_over_shows_its_figures():
-    cfg = load_config(None, TAKEN_OVER)
+def test_gate_of_an_unchanged_checkpoint_shows_its_figures():
+    cfg = load_config(None, CHECKPOINT)
     gate = baseline_gate(cfg, full_path(0.26, 0.8, 0.16))
     assert gate.passed and str(gate).endswith("passed: AP50 0.260 >= 0.050, precision 0.800, recall 0.160")
     assert not baseline_gate(cfg, full_path(0.04, 1.0, 0.9)).passed
@@ -230,14 +230,14 @@ def test_a_checkpoint_taken_over_shows_its_figures():
         ((None, None, None), False),
     ],
 )
-def test_exits_on_a_checkpoint_taken_over_are_held_against_it(ap50, passed):
-    gate = exits_gate(load_config(None, TAKEN_OVER), dict(zip(("exit8", "exit12", "full"), ap50, strict=True)), 8)
+def test_exits_of_an_unchanged_checkpoint_are_compared_with_it(ap50, passed):
+    gate = exits_gate(load_config(None, CHECKPOINT), dict(zip(("exit8", "exit12", "full"), ap50, strict=True)), 8)
     assert gate.passed is passed
     if passed:
         assert "full AP50 0.200 >= 0.050, exit8 AP50 0.151 >= 0.150 (75% of full's 0.200)" in str(gate)
 
 
-def test_without_a_branch_there_is_nothing_to_check():
+def test_gate_without_branches_has_no_check():
     assert str(exits_gate(load_config(), {"full": None}, 16)) == "gate of phase exits passed: "
 
 
@@ -247,7 +247,7 @@ def test_without_a_branch_there_is_nothing_to_check():
         ([], ["more epochs than 24", "BASELINE.LR", "MODEL.WEIGHTS)", "MODEL.WEIGHTS_BACKBONE"], []),
         (["MODEL.WEIGHTS_BACKBONE", "IMAGENET1K_V1"], ["MODEL.WEIGHTS)"], ["MODEL.WEIGHTS_BACKBONE"]),
         (["MODEL.WEIGHTS", "COCO_V1"], ["BASELINE.EPOCHS"], ["MODEL.WEIGHTS"]),
-        (TAKEN_OVER, ["train the full path: BASELINE.EPOCHS is 0"], ["MODEL.WEIGHTS", "more epochs"]),
+        (CHECKPOINT, ["train the full path: BASELINE.EPOCHS is 0"], ["MODEL.WEIGHTS", "more epochs"]),
     ],
 )
 def test_advice_for_the_baseline_names_nothing_that_is_set(keys, named, unnamed):
@@ -283,15 +283,15 @@ def test_advice_for_the_exits_names_nothing_that_is_set(keys, layer, named, unna
     assert all(word in advice for word in named) and not any(word in advice for word in unnamed), advice
 
 
-# A full path that learns smaller inputs.
+# Fine-tuning at smaller inputs.
 
-OWN = 128
+TEACHER_SIDE = 128
 
 
 @pytest.fixture(scope="module")
 def detector():
     torch.manual_seed(0)
-    return Architecture(("chair",), image_size=OWN, width=0.35, exits=()).build()
+    return Architecture(("chair",), image_size=TEACHER_SIDE, width=0.35, exits=()).build()
 
 
 @pytest.fixture
@@ -312,26 +312,26 @@ def losses_of(detector, sides, labelled=False):
     return student
 
 
-def test_a_student_that_is_its_teacher_has_nothing_to_learn_at_its_own_size(detector, batch):
+def test_a_student_equal_to_its_teacher_has_no_loss_at_the_same_size(detector, batch):
     losses = losses_of(detector, ())(*batch)
     assert losses.keys() == {"distillation"}
     assert losses["distillation"].item() == pytest.approx(0, abs=1e-4)
 
 
-def test_at_a_smaller_side_it_has(detector, batch):
+def test_a_student_equal_to_its_teacher_has_a_loss_at_a_smaller_size(detector, batch):
     assert losses_of(detector, (96,))(*batch)["distillation"].item() > 1e-3
 
 
-def test_labels_teach_beside_the_teacher(detector, batch):
+def test_labels_add_losses_to_the_distillation(detector, batch):
     losses = losses_of(detector, (96,), labelled=True)(*batch)
     assert losses.keys() == {"distillation", "bbox_regression", "classification"}
 
 
-def test_a_default_box_learns_from_the_nearest_one_of_the_teacher(detector, batch):
+def test_a_default_box_learns_from_the_teachers_default_box_of_highest_iou(detector, batch):
     student = losses_of(detector, (96,))
     computed = student.compute(*batch)
-    taught = student._teach(computed)
-    boxes, own = computed.anchors[0] / 96, detector.default_boxes(computed.images)[0] / OWN
+    taught = student._teacher_outputs(computed)
+    boxes, own = computed.anchors[0] / 96, detector.default_boxes(computed.images)[0] / TEACHER_SIDE
     with torch.no_grad():
         head = detector.head(detector.trunk_maps(computed.images.tensors)[1])
     for index in (0, 7, len(boxes) - 1):
@@ -342,7 +342,7 @@ def test_a_default_box_learns_from_the_nearest_one_of_the_teacher(detector, batc
             overlaps.append(common / ((x2 - x1) * (y2 - y1) + (a2 - a1) * (b2 - b1) - common))
         best = int(torch.tensor(overlaps).argmax())
         torch.testing.assert_close(taught["cls_logits"][:, index], head["cls_logits"][:, best])
-        # what both describe is the same box of the photo
+        # student and teacher predict the same box of the photo
         mine = detector.box_coder.decode_single(
             taught["bbox_regression"][0, index : index + 1], boxes[index : index + 1]
         )

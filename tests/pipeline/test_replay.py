@@ -1,4 +1,4 @@
-"""A recorded split: what policies are fitted on, and what photos cost."""
+"""Recorded splits: the inputs of fitted policies, and the costs of a photo."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from tests.modeling.conftest import small_model
         ("full", ("CALIB", "TEST"), {"TRAIN": "optional", "CALIB": "required", "TEST": "required"}),
     ],
 )
-def test_what_measures_needs_labels(monkeypatch, reference, measured, expected):
-    """Photos that nobody labelled would stand for some that show nothing."""
-    asked = {}
+def test_measured_splits_need_labels(monkeypatch, reference, measured, expected):
+    """An unlabelled photo would count as a photo without objects."""
+    requested = {}
 
     def load_dataset(cfg, names, labels):
-        asked[next(split for split in ("TRAIN", "CALIB", "TEST") if cfg.DATA[split] == names)] = labels
+        requested[next(split for split in ("TRAIN", "CALIB", "TEST") if cfg.DATA[split] == names)] = labels
 
     class Loaded(Exception):
         pass
@@ -52,11 +52,11 @@ def test_what_measures_needs_labels(monkeypatch, reference, measured, expected):
     monkeypatch.setattr(replay, "require_disjoint", require_disjoint)
     with pytest.raises(Loaded):
         replay.disjoint_sets(load_config(None, ["CALIBRATION.REFERENCE", reference]), measured)
-    assert asked == expected
+    assert requested == expected
 
 
 class Recording:
-    """Fifty photos; the tap's first channel says what the full path will."""
+    """Fifty photos. The tap's first channel determines the largest score of the full path."""
 
     early_exits, empty = 1, [True]
 
@@ -82,13 +82,13 @@ class Replay:
         return []
 
 
-def test_foresight_is_of_the_full_path_s_largest_score():
+def test_emptiness_is_fitted_to_the_largest_score_of_the_full_path():
     (fitted,) = ForeseenEmptiness.fit(FittingPhotos(Replay(), [1.0], "full", 0))
     assert fitted["weight"][0] == pytest.approx(1.0, abs=0.3)
     assert max(abs(value) for value in fitted["weight"][1:]) < 0.3
 
 
-def test_a_fitted_router_lets_nobody_leave_yet():
+def test_a_fitted_router_has_all_exits_closed():
     router, _ = fit_router(load_config(), "foreseen_emptiness", [1.0], Replay(), cross_fit=False)
     assert router.thresholds.tolist() == [CLOSED]
     signals = next(Replay.recording.signals(0))
@@ -106,26 +106,26 @@ def test_a_fitted_router_lets_nobody_leave_yet():
 def test_folds_are_neighbours_and_whole_groups(monkeypatch, groups, expected):
     """``groups`` and confidences are by increasing image id, the folds of the fit in the order of the recording."""
     order = np.array([5, 3, 1, 0, 2, 4])  # the row of each photo, by increasing image id
-    calib, given = SimpleNamespace(recording=range(6), order=order), {}
+    calib, received = SimpleNamespace(recording=range(6), order=order), {}
 
     def cross_fit(train, calib, folds):
-        given["folds"] = folds
+        received["folds"] = folds
         return [{"weight": [1.0], "bias": 0.0}], [torch.arange(6) / 10]
 
     monkeypatch.setattr(ForeseenEmptiness, "cross_fit", cross_fit)
     cfg = load_config(overrides=["CALIBRATION.FOLDS", "2"])
     router, (confidences,) = fit_router(cfg, "foreseen_emptiness", [1.0], calib, Replay(), groups=groups)
-    assert given["folds"][order].tolist() == expected
+    assert received["folds"][order].tolist() == expected
     assert confidences.tolist() == pytest.approx([0.5, 0.3, 0.1, 0.0, 0.2, 0.4])
     assert router.thresholds.tolist() == [CLOSED] and router.policy == "foreseen_emptiness"
 
 
-def test_exits_without_a_temperature_have_one():
-    found = [FittedTemperature("exit12", 1.5, *[Reliability((), (), (), 0.0)] * 2)]
-    assert temperatures_of(found, ("exit8", "exit12", "full")) == [1.0, 1.5]
+def test_exits_without_a_fit_have_temperature_1():
+    fitted = [FittedTemperature("exit12", 1.5, *[Reliability((), (), (), 0.0)] * 2)]
+    assert temperatures_of(fitted, ("exit8", "exit12", "full")) == [1.0, 1.5]
 
 
-def test_what_a_policy_is_fitted_on():
+def test_inputs_of_a_policy_fit():
     """Rows are in the order of the recording, here photo 7 before photo 3; crowds do not count."""
     logits = torch.tensor([[[0.0, 2.0], [4.0, 0.0]]])
     full = {3: {"scores": torch.tensor([0.5, 0.25])}, 7: {"scores": torch.zeros(0)}}
@@ -147,7 +147,7 @@ def test_what_a_policy_is_fitted_on():
     assert photos.object_counts() == [1, 0, 2]
 
 
-def test_photos_without_a_label_count_nothing():
+def test_balanced_ambiguity_needs_labelled_objects():
     unlabelled = SimpleNamespace(ground_truth=SimpleNamespace(anns={}, getCatIds=lambda: [1, 2]))
     with pytest.raises(EarlyExitError, match="'balanced_ambiguity' counts labelled objects, and the photos have none"):
         fit_router(load_config(), "balanced_ambiguity", [1.0], unlabelled)
@@ -162,7 +162,7 @@ MODEL = CostModel(
 )
 
 
-def test_closed_exits_are_not_paid():
+def test_closed_exits_cost_nothing():
     assert MODEL.per_exit().tolist() == [10, 22, 45]
     assert MODEL.per_exit([CLOSED, 0.5]).tolist() == [10, 20, 43]
     assert MODEL.of_each(np.array([[0.5, 0.5], [CLOSED, CLOSED]])).tolist() == [[10, 22, 45], [10, 20, 40]]
@@ -194,9 +194,7 @@ def test_measured_costs_are_those_of_the_paths(changes):
         ("auto", True, True, "eager"),
     ],
 )
-def test_milliseconds_are_those_of_onnx_runtime_where_it_is_installed(
-    monkeypatch, caplog, cost, installed, fails, runtime
-):
+def test_costs_are_measured_in_onnx_runtime_if_possible(monkeypatch, caplog, cost, installed, fails, runtime):
     def timed(networks, examples, runtime, runs, threads):
         if fails and runtime == "onnxruntime":
             raise EarlyExitError("no export to ONNX (such a layer)")
@@ -205,6 +203,6 @@ def test_milliseconds_are_those_of_onnx_runtime_where_it_is_installed(
     monkeypatch.setattr(replay, "time_in_runtime", timed)
     monkeypatch.setattr(replay, "runtime_installed", lambda: installed)
     model = small_model(exit_layers=(8,))
-    found = measure_cost_model(load_config(None, ["CALIBRATION.COST", cost]), model, ExitRouter(1))
-    assert found.measured["runtime"] == runtime and found.unit == "ms"
+    costs = measure_cost_model(load_config(None, ["CALIBRATION.COST", cost]), model, ExitRouter(1))
+    assert costs.measured["runtime"] == runtime and costs.unit == "ms"
     assert ("costs are measured in eager instead of ONNX Runtime: no export to ONNX" in caplog.text) is fails

@@ -21,9 +21,11 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from earlyexit_ssd.files import write_text
 from earlyexit_ssd.report import pictures
+from earlyexit_ssd.routing import policies
 from tools import train_net
 
 ROOT = Path(__file__).resolve().parents[2]
+QUICK_FIT_STEPS = 60  # of a fitted policy, a tenth of the usual number
 TINY = """
 DATA:
   CLASSES: [chair]
@@ -67,7 +69,7 @@ def plain_charts(monkeypatch):
 @pytest.fixture(autouse=True)
 def quick_fits(monkeypatch):
     """Policies are fitted in a tenth of the steps; tests/routing fits them as they are."""
-    monkeypatch.setattr("earlyexit_ssd.routing.policies.FIT_STEPS", 60)
+    monkeypatch.setattr(policies, "FIT_STEPS", QUICK_FIT_STEPS)
 
 
 @pytest.fixture(scope="session")
@@ -123,6 +125,7 @@ def start_training(
 def _train(tool: str, arguments: list[str], stderr: str | Path, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     pictures.Figure = plain_figure
+    policies.FIT_STEPS = QUICK_FIT_STEPS
     for number, path in ((1, os.devnull), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.exit(importlib.import_module(f"tools.{tool}").main(arguments))

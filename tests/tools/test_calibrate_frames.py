@@ -128,11 +128,11 @@ def test_blocks_and_learnt_thresholds(camera, capsys, monkeypatch):
     [
         (
             ["--ap-drop", "0.01"],
-            "--ap-drop needs boxes, and DATA.CALIB (calib) has photos that nobody labelled; use --risk",
+            "--ap-drop needs boxes, but DATA.CALIB (calib) has unlabelled photos; use --risk",
         ),
         (
             ["--risk", "0.1", "CALIBRATION.REFERENCE", "labels"],
-            "CALIBRATION.REFERENCE is labels, and DATA.CALIB (calib)",
+            "CALIBRATION.REFERENCE is labels, but DATA.CALIB (calib)",
         ),
         (["--risk", "0.1", "--block", "5s"], "give --fps"),
         (["--risk", "0.1", "--fps", "5"], "--fps is for --block in seconds"),
@@ -149,8 +149,8 @@ def test_an_ap_drop_on_few_photos_warns(trained, capsys):
     root, arguments = trained
     assert calibrate.main([*arguments, *QUICK, "--ap-drop", "0.01", "--out", str(root / "few")]) == 0
     captured = capsys.readouterr()
-    warning = "8 calibration photos are few for at most 0.01 AP50 lost in 0.95 of bootstrap draws: take at least 299"
-    assert warning in captured.err
+    warning = "8 calibration photos are too few for at most 0.01 AP50 lost in 0.95 of the bootstrap draws; use at least"
+    assert f"{warning} 299" in captured.err
     assert "these are few for that: at least 299 are needed" in captured.out
     assert load_certificate(root / "few" / "certificate.json").measured.photos_needed == 299
 

@@ -12,8 +12,8 @@ def test_says_what_of_the_configuration_the_weights_overrule(trained, tmp_path, 
     more = ["MODEL.NMS_THRESH", "0.1", "EXITS.LAYERS", "[4]"]
     assert eval_exits.main([*arguments, "--out", str(tmp_path / "out"), *more]) == 0
     error = capsys.readouterr().err
-    assert "nms_thresh: the configuration says 0.1, the weights were made with 0.55 and keep it" in error
-    assert "exit_layers: the configuration says [4], the weights were made with [8, 12]" in error
+    assert "nms_thresh: the configuration has 0.1, but the weights were made with 0.55, which is used" in error
+    assert "exit_layers: the configuration has [4], but the weights were made with [8, 12]" in error
     assert "width:" not in error
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert [entry["layer"] for entry in metrics["exits"]] == [8, 12, 16]
