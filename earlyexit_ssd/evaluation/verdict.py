@@ -186,7 +186,7 @@ def check_certificate(results: Results) -> Iterator[Finding]:
     certificate = results.certificate
     if certificate is None:
         return
-    target, value = certificate.target, asked_value(certificate.target)
+    target, value = certificate.target, target_value(certificate.target)
     kind = target["kind"]
     figure = "{:.2f}x" if kind == "speedup" else "{:.4f}"
     text = "undefined" if certificate.measured is None else figure.format(certificate.measured)
@@ -290,8 +290,8 @@ def report_agreement(results: Results) -> Iterator[Finding]:
     yield Finding(f"nobody labelled these photos: {figures}; the accuracy of neither is known", veto=True)
 
 
-def asked_value(target: Target) -> float:
-    """The number of a certificate's target: ``epsilon`` of a risk, ``value`` of other kinds."""
+def target_value(target: Target) -> float:
+    """Return the number of a certificate's target: its ``value``, or ``epsilon`` for a risk."""
     return target["value"] if "value" in target else target["epsilon"]
 
 

@@ -223,7 +223,7 @@ def evaluate_model(
     collected = collect(model, loader, router)
     if cfg.EVAL.RIVALS.ENABLED and dataset.labelled and not router.hybrid:  # a hybrid has the full path's boxes
         rivals = [*exits_alone(model, collected), *rivals]
-    rivals = [replace(rival, detector=rival.found(loader)) for rival in rivals]
+    rivals = [replace(rival, detector=rival.detections(loader)) for rival in rivals]
     if not is_main():  # waits at the end, so that the first one measures milliseconds undisturbed
         return None
     evaluation = evaluate_exits(
