@@ -1,4 +1,4 @@
-"""Cost of one image up to each exit, in multiply-accumulates and milliseconds, and the runtimes that are timed."""
+"""Multiply-accumulates and milliseconds of one image up to each exit, in eager PyTorch, ONNX Runtime or OpenVINO."""
 
 from __future__ import annotations
 
@@ -27,27 +27,30 @@ from earlyexit_ssd.runtimes import compile_in_openvino
 
 EAGER, ONNX_RUNTIME, OPENVINO = "eager", "onnxruntime", "openvino"
 RUNTIME_TITLES = {EAGER: "eager PyTorch", ONNX_RUNTIME: "ONNX Runtime", OPENVINO: "OpenVINO"}
-"""Name of a runtime in configuration and metrics.json -> name in tables and charts."""
+"""Name of a runtime in the configuration and in metrics.json -> its name in tables and charts."""
 
 
 def runtime_installed() -> bool:
-    """Whether onnx and onnxruntime are installed; nothing is imported."""
+    """Return whether onnx and onnxruntime are installed, without importing them."""
     return all(importlib.util.find_spec(name) is not None for name in ("onnx", "onnxruntime"))
 
 
 class OnnxNetwork(nn.Module):
-    """An ONNX graph in ONNX Runtime on the CPU: from its input tensor to the list of its output tensors.
+    """An ONNX graph that ONNX Runtime runs on the CPU.
 
     Args:
-        content: bytes of a file with all of its weights inside. Others name files, which ONNX Runtime would read.
-        threads: intra-op threads of ONNX Runtime; idle ones sleep, so that they do not disturb the next timing.
+        content: bytes of an ONNX file with all weights inside. External weights would make ONNX Runtime open the files
+            that the graph names.
+        threads: intra-op threads. Idle threads sleep, so that they do not slow the next network that is timed.
+        name: name of the graph in error messages, such as its path.
 
     Attributes:
-        input_shape: shape of the only input; a free first dimension becomes 1.
+        input_shape: shape of the only input. A dynamic first dimension is replaced by 1.
+        metadata: the file's custom metadata, text by key.
 
     Raises:
-        EarlyExitError: ONNX Runtime cannot run the graph, or it has several inputs, no fixed input size or no fp32
-            input.
+        EarlyExitError: ONNX Runtime cannot load the graph, or the graph does not have exactly one input, of a fixed
+            size and in fp32.
     """
 
     def __init__(self, content: bytes, threads: int = 1, name: str = "the network") -> None:
@@ -65,24 +68,28 @@ class OnnxNetwork(nn.Module):
         except Exception as error:  # a damaged or foreign file may raise any exception
             raise EarlyExitError(f"{name}: ONNX Runtime cannot load it ({first_line(error)})") from None
         shape = inputs[0].shape if inputs else []
-        self.input_shape = tuple(1 if place == 0 and not isinstance(n, int) else n for place, n in enumerate(shape))
+        self.input_shape = tuple(1 if axis == 0 and not isinstance(n, int) else n for axis, n in enumerate(shape))
         if len(inputs) != 1 or not all(isinstance(length, int) and length > 0 for length in self.input_shape):
-            found = ", ".join(f"{one.name} {one.shape}" for one in inputs) or "none"
-            raise EarlyExitError(f"{name}: expected one input of a fixed size, got {found}; export it with one")
+            shapes = ", ".join(f"{node.name} {node.shape}" for node in inputs) or "none"
+            raise EarlyExitError(f"{name}: expected one input of a fixed size, got {shapes}; export it again")
         if inputs[0].type != "tensor(float)":
             raise EarlyExitError(f"{name}: its input is {inputs[0].type}, expected tensor(float); export it in fp32")
         self._input_name = inputs[0].name
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """``input_shape`` float32 on the CPU to the outputs, in the file's order; an EarlyExitError if it fails."""
+        """Return the outputs, in the file's order, for a float32 tensor of ``input_shape`` on the CPU.
+
+        Raises:
+            EarlyExitError: ONNX Runtime fails.
+        """
         try:
             return [torch.from_numpy(output) for output in self.session.run(None, {self._input_name: x.numpy()})]
-        except Exception as error:  # ONNX Runtime has classes of its own for each kind of failure
-            raise EarlyExitError(f"{self.name}: it does not run ({first_line(error)}); export it anew") from None
+        except Exception as error:  # ONNX Runtime's exceptions have no common base class
+            raise EarlyExitError(f"{self.name}: ONNX Runtime failed ({first_line(error)}); export it again") from None
 
 
 class OpenVinoNetwork(nn.Module):
-    """An ONNX graph in OpenVINO on the CPU, in fp32: from its input tensor to the list of its output tensors."""
+    """An ONNX graph that OpenVINO runs on the CPU, in fp32."""
 
     def __init__(self, content: bytes, threads: int = 1) -> None:
         super().__init__()
@@ -91,47 +98,50 @@ class OpenVinoNetwork(nn.Module):
         self._request = compile_in_openvino(model, threads).create_infer_request()
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """A float32 tensor on the CPU to the outputs, in the graph's order."""
-        found = self._request.infer([x.numpy()], share_inputs=True)
-        return [torch.from_numpy(output) for output in found.values()]
+        """Return the outputs, in the graph's order, for a float32 tensor on the CPU."""
+        outputs = self._request.infer([x.numpy()], share_inputs=True)
+        return [torch.from_numpy(output) for output in outputs.values()]
 
 
 def gather_instead_of_resize(model: Any) -> Any:
-    """A copy of an ONNX model without bilinear ``Resize`` of known sizes. Each becomes a weighted sum of gathered rows,
-    then of gathered columns, which halves its time in OpenVINO."""
+    """Return a copy of an ONNX model in which other nodes replace each bilinear ``Resize`` of known sizes.
+
+    They gather two neighbouring rows for each output row and interpolate between them, and then do the same with
+    columns. This takes half of the time in OpenVINO.
+    """
     onnx = import_package("onnx")
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
     changed = onnx.shape_inference.infer_shapes(model, data_prop=True)
     graph = changed.graph
     shapes = {
-        value.name: [one.dim_value for one in value.type.tensor_type.shape.dim]
+        value.name: [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
         for value in (*graph.input, *graph.value_info, *graph.output)
     }
     nodes: list[Any] = []
     for node in graph.node:
-        settings = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        half_pixel = settings.get("coordinate_transformation_mode") in (b"half_pixel", b"pytorch_half_pixel")
-        x = node.input[0] if half_pixel and node.op_type == "Resize" and settings.get("mode") == b"linear" else ""
+        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        half_pixel = attributes.get("coordinate_transformation_mode") in (b"half_pixel", b"pytorch_half_pixel")
+        x = node.input[0] if half_pixel and node.op_type == "Resize" and attributes.get("mode") == b"linear" else ""
         before, after = shapes.get(x, [0]), shapes.get(node.output[0], [0])
         if 0 in (*before, *after):
             nodes.append(node)
             continue
         for axis in (2, 3):
-            points = np.maximum((np.arange(after[axis]) + 0.5) * before[axis] / after[axis] - 0.5, 0)
-            floor = points.astype(np.int64)
-            share = (points - floor).astype(np.float32).reshape(-1, *[1] * (3 - axis))
-            values = floor, np.minimum(floor + 1, before[axis] - 1), share
+            positions = np.maximum((np.arange(after[axis]) + 0.5) * before[axis] / after[axis] - 0.5, 0)
+            lower = positions.astype(np.int64)
+            weight = (positions - lower).astype(np.float32).reshape(-1, *[1] * (3 - axis))
+            constants = {"lower": lower, "upper": np.minimum(lower + 1, before[axis] - 1), "weight": weight}
             name = f"resize_{len(nodes)}"
-            names = [f"{name}_{part}" for part in ("before", "behind", "share", "first", "second", "less", "part")]
-            graph.initializer.extend(map(numpy_helper.from_array, values, names))
+            for key, value in constants.items():
+                graph.initializer.append(numpy_helper.from_array(value, f"{name}_{key}"))
+            first, second, difference, weighted = (f"{name}_{step}" for step in ("first", "second", "sub", "mul"))
             out = f"{name}_rows" if axis == 2 else node.output[0]
-            first, second, less, part = names[3:]
             nodes += [
-                helper.make_node("Gather", [x, names[0]], [first], name=first, axis=axis),
-                helper.make_node("Gather", [x, names[1]], [second], name=second, axis=axis),
-                helper.make_node("Sub", [second, first], [less], name=less),
-                helper.make_node("Mul", [less, names[2]], [part], name=part),
-                helper.make_node("Add", [first, part], [out], name=f"{name}_sum"),
+                helper.make_node("Gather", [x, f"{name}_lower"], [first], name=first, axis=axis),
+                helper.make_node("Gather", [x, f"{name}_upper"], [second], name=second, axis=axis),
+                helper.make_node("Sub", [second, first], [difference], name=difference),
+                helper.make_node("Mul", [difference, f"{name}_weight"], [weighted], name=weighted),
+                helper.make_node("Add", [first, weighted], [out], name=f"{name}_sum"),
             ]
             x = out
     del graph.node[:]
@@ -140,7 +150,7 @@ def gather_instead_of_resize(model: Any) -> Any:
 
 
 def in_runtime(network: nn.Module, example: Tensor, runtime: str, threads: int = 1) -> nn.Module:
-    """``network`` converted for ``runtime`` and inputs of the example's shape; an `OnnxNetwork` is returned as is."""
+    """Convert ``network`` for ``runtime`` and for inputs of the example's shape. An `OnnxNetwork` is returned as is."""
     if runtime == EAGER or isinstance(network, OnnxNetwork):
         return network
     content = export_onnx(network, example)
@@ -150,34 +160,35 @@ def in_runtime(network: nn.Module, example: Tensor, runtime: str, threads: int =
 def time_in_runtime(
     networks: Sequence[nn.Module], examples: Sequence[Tensor], runtime: str, runs: int, threads: int
 ) -> list[Timing]:
-    """Time each network in ``runtime`` on its example, see `time_modules`."""
+    """Convert each network for ``runtime`` and time it on its example, see `time_modules`."""
     pairs = list(zip(networks, examples, strict=True))
     pairs = pairs if runtime == EAGER else progress(pairs, desc="export to ONNX")
     return time_modules([in_runtime(*pair, runtime, threads) for pair in pairs], examples, runs, threads, desc="time")
 
 
 def export_onnx(network: nn.Module, example: Tensor) -> bytes:
-    """Bytes of an ONNX file of the network, weights included, for inputs of the example's shape.
+    """Return the bytes of an ONNX file of the network, weights included, for inputs of the example's shape.
 
-    It uses the exporter based on TorchScript: torch 2.6's newer one (``dynamo=True``) fails on BatchNorm with current
-    onnxscript, and its graphs are not faster.
+    The exporter is the one based on TorchScript. In torch 2.6 the newer exporter (``dynamo=True``) fails on BatchNorm
+    with current onnxscript, and its graphs are not faster.
 
     Raises:
-        EarlyExitError: the export failed, or a package is missing.
+        EarlyExitError: the export fails, or the package onnx is missing.
     """
     import_package("onnx")
     content = io.BytesIO()
     with evaluating(network), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracer warnings about shapes, which are fixed, and deprecation
+        # the tracer warns of its deprecation, and of shapes that become constants, as they should
+        warnings.simplefilter("ignore")
         try:
             torch.onnx.export(network, (example.cpu(),), content, dynamo=False)
         except Exception as error:
-            raise EarlyExitError(f"no export to ONNX ({first_line(error)}); set EVAL.RUNTIME to eager") from error
+            raise EarlyExitError(f"export to ONNX failed ({first_line(error)}); set EVAL.RUNTIME to eager") from error
     return content.getvalue()
 
 
 def first_line(error: Exception) -> str:
-    """What it says, in one line."""
+    """Return the first line of the error's message, or its class if it has no message."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
@@ -187,16 +198,17 @@ WARM_UP_RUNS = 3
 
 @dataclass(frozen=True)
 class Timing:
-    """Median milliseconds of one image, with its 95 % confidence interval [low, high]."""
+    """Median milliseconds of one image, and the 95 % confidence interval [low, high] of this median."""
 
     ms: float
     ms_interval: list[float]
 
 
 class PlainPath(nn.Module):
-    """The detector without exits, for measuring the full path without branches.
+    """The detector without exits as a network to time and count: trunk and head of ``model`` without branches.
 
-    Normalised input [N, 3, S, S] to the head's dict of ``cls_logits`` [N, A, C] and ``bbox_regression`` [N, A, 4].
+    The input is normalised [N, 3, H, W]. The output is the head's dict of ``cls_logits`` [N, A, C] and
+    ``bbox_regression`` [N, A, 4].
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -208,21 +220,21 @@ class PlainPath(nn.Module):
 
 
 def mmacs_to_exit(model: nn.Module, router: Router | None = None) -> list[float]:
-    """Millions of multiply-accumulates of one image to each exit, shallow to deep; the last is the full path.
+    """Return the millions of multiply-accumulates (MMACs) of one image to each exit, shallow to deep, full path last.
 
-    Only convolutions and linear layers count, not BatchNorm, activations, pooling and additions. One multiplication
-    with its addition counts once. Branches of exits that ``router`` has closed do not count.
+    Only convolutions and linear layers are counted. One multiplication with its addition counts once. Branches of exits
+    that ``router`` has closed are not counted, unless the exit itself is measured.
     """
     return [mmacs_of_path(model, index, router) for index in range(len(model.exit_names))]
 
 
 def mmacs_of_path(model: nn.Module, exit_index: int, router: Router | None = None) -> float:
-    """The same to one exit."""
+    """Return the MMACs of one image to one exit, counted as in `mmacs_to_exit`."""
     return count_mmacs(AllOutputs(PathToExit(model, exit_index, router)), example_input(model))
 
 
 def count_mmacs(module: nn.Module, example: Tensor) -> float:
-    """Millions of multiply-accumulates of ``module(example)``, in the convention of `mmacs_to_exit`."""
+    """Return the MMACs of ``module(example)``, counted as in `mmacs_to_exit`."""
     with evaluating(module), FlopCounterMode(display=False) as counter:
         module(example)
     counts = counter.get_flop_counts().get("Global", {})
@@ -236,10 +248,14 @@ def time_modules(
     threads: int = 1,
     desc: str | None = None,
 ) -> list[Timing]:
-    """Time each module ``runs`` times, in turns, so that changes of the machine's speed affect all equally.
+    """Time each module ``runs`` times. The modules take turns, so that a slow phase of the machine slows all of them.
 
-    Each module is warmed up first, and CUDA is synchronised around every run. PyTorch has ``threads`` CPU threads.
-    There is one input for each module, or one for all. ``desc`` is the title of a progress bar; None: no bar.
+    Each module is warmed up first, and CUDA is synchronised around every run.
+
+    Args:
+        examples: one input for each module, or one tensor for all.
+        threads: CPU threads of PyTorch.
+        desc: title of the progress bar; None: no bar.
     """
     examples = [examples] * len(modules) if isinstance(examples, Tensor) else examples
     milliseconds: list[list[float]] = [[] for _ in modules]
@@ -261,19 +277,19 @@ def time_modules(
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, list[float]]:
-    """Median of ``values`` and its distribution-free 95 % confidence interval from order statistics.
+    """Return the median of ``values`` and its distribution-free 95 % confidence interval from order statistics.
 
-    With fewer than six values 95 % is impossible, and the interval is their range.
+    Fewer than six values cannot give 95 %. Then the interval is their range.
     """
     ordered, n = sorted(values), len(values)
-    # the number of values below the true median is binomial(n, 1/2): leave at most 2.5 % on either side
+    # the number of values below the true median is binomial(n, 1/2); at most 2.5 % may lie on either side
     below = itertools.accumulate(math.comb(n, count) / 2**n for count in range(n // 2))
     rank = max(1, sum(share <= 0.025 for share in below))
     return statistics.median(ordered), [ordered[rank - 1], ordered[-rank]]
 
 
 def example_input(model: nn.Module) -> Tensor:
-    """A random normalised input [1, 3, H, W] of the model's input size, on its device."""
+    """Return a random normalised image [1, 3, H, W], seeded, of the model's input size and on its device."""
     width, height = model.transform.fixed_size
     generator = torch.Generator().manual_seed(0)
     return torch.randn(1, 3, height, width, generator=generator).to(next(model.parameters()).device)

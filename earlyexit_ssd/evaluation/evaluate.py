@@ -57,7 +57,7 @@ from earlyexit_ssd.evaluation.results import (
     RivalResult,
     RoutedResult,
 )
-from earlyexit_ssd.evaluation.verdict import asked_value, judge
+from earlyexit_ssd.evaluation.verdict import judge, target_value
 from earlyexit_ssd.modeling.detector import AllOutputs, PathToExit
 from earlyexit_ssd.routing import ExitRouter
 
@@ -67,14 +67,19 @@ logger = logging.getLogger(__name__)
 def evaluate_detections(
     ground_truth: COCO, detections: Detections, settings: EvaluationSettings, labelled: bool = True
 ) -> DetectorEvaluation:
-    """Evaluate detections against labelled objects; the ``figures`` of the result are computed when first read."""
+    """Match detections with the objects of ``ground_truth``; the ``figures`` are computed when they are first read.
+
+    If ``labelled`` is False, AP is None, see `DetectorEvaluation`.
+    """
     matches = exit_matches(ground_truth, [detections], settings.iou, tuple(SIZES))
     return DetectorEvaluation(matches, settings, labelled)
 
 
 def summarize_confidence(confidence: Tensor) -> ConfidenceSummary | None:
-    """Summary of the confidences [n]. Values below 0 mean that the policy cannot compute one (exit without a branch)
-    and are ignored; None if none is left."""
+    """Summarize the confidences [n] of one exit; None if there are none.
+
+    Negative values are ignored. They mean that the policy gives no confidence at an exit without a branch.
+    """
     values = confidence[confidence >= 0].double().numpy()
     if not values.size:
         return None
@@ -82,44 +87,49 @@ def summarize_confidence(confidence: Tensor) -> ConfidenceSummary | None:
 
 
 def describe_boxes(ground_truth: COCO, detections: Detections) -> BoxSummary:
-    """Number, scores and share outside the image of all detected boxes, independent of labels."""
-    scores = np.concatenate([np.zeros(0), *(found["scores"].numpy() for found in detections.values())])
+    """Describe all detected boxes: their number, their scores, and the share that lies outside the image.
+
+    ``ground_truth`` gives the images' sizes. Its objects are not used.
+    """
+    scores = np.concatenate([np.zeros(0), *(of_image["scores"].numpy() for of_image in detections.values())])
     if not scores.size:
         return BoxSummary(0, None, None, None)
     outside = []
-    for image_id, found in detections.items():
-        image, boxes = ground_truth.imgs[image_id], found["boxes"].double()
+    for image_id, of_image in detections.items():
+        image, boxes = ground_truth.imgs[image_id], of_image["boxes"].double()
         inside, area = box_area(clip_boxes_to_image(boxes, (image["height"], image["width"]))), box_area(boxes)
-        outside.append(~((inside > 0) & (inside >= area / 2)))  # NaN is outside
+        outside.append(~((inside > 0) & (inside >= area / 2)))  # written so that NaN counts as outside
     share = float(torch.cat(outside).double().mean())
     return BoxSummary(int(scores.size), float(scores.mean()), float(scores.std()), share)
 
 
 PLAIN, CUT_HEAD, SINGLE_EXIT, ONNX = "plain", "cut_head", "single_exit", "onnx"
-"""Kinds of rivals: the detector without exits at some input size, the same with a head of only the wanted classes, one
-exit without routing, a detector from an ONNX file."""
+"""Kinds of rivals: the detector without exits at some input size, the same with a cut head, one exit alone, and a
+detector from an ONNX file."""
 
 
 @dataclass(frozen=True)
 class Rival:
-    """A detector without routing, compared with the routed one."""
+    """A detector that could be shipped instead of the routed one."""
 
     name: str
     kind: str  # `PLAIN`, `CUT_HEAD`, `SINGLE_EXIT` or `ONNX`
     network: nn.Module  # the module that is timed
     example: Tensor  # its input [1, 3, height, width]
     mmacs: float | None  # millions of multiply-accumulates; None if they cannot be counted
-    detector: nn.Module | Detections  # with torchvision's interface, or what it found; labels of the evaluated classes
-    source: str | None = None  # the file that it comes from; None if it is part of the evaluated model
+    detector: nn.Module | Detections  # a detector with torchvision's interface, or its detections on the photos
+    source: str | None = None  # path of its file; None if it is part of the evaluated model
 
-    def found(self, loader: Batches) -> Detections:
-        """What it finds on the photos of ``loader``, or has found already."""
+    def detections(self, loader: Batches) -> Detections:
+        """Run the detector on the photos of ``loader``, unless ``detector`` holds its detections already."""
         return collect_detections(self.detector, loader) if isinstance(self.detector, nn.Module) else self.detector
 
 
 def exits_alone(model: nn.Module, collected: Collected) -> list[Rival]:
-    """Every exit of an `EarlyExitSSDLite` that has a branch, as a rival; its detections do not depend on the heads of
-    other exits."""
+    """Return every early exit of an `EarlyExitSSDLite` that has a branch as a rival.
+
+    An exit alone detects the same as in the whole model, so the rival has the ``collected`` detections of this exit.
+    """
     rivals, example = [], example_input(model)
     for index, name in enumerate(model.exit_names[:-1]):
         if not model.empty[index]:
@@ -132,8 +142,13 @@ def exits_alone(model: nn.Module, collected: Collected) -> list[Rival]:
 def evaluate_rivals(
     rivals: Sequence[Rival], timings: Sequence[Timing], ground_truth: COCO, routed: DetectorEvaluation
 ) -> tuple[RivalResult, ...]:
-    """Evaluate the rivals, in order, on the objects that the exits were evaluated on. ``routed`` is the routed
-    detector's evaluation, for paired bootstrap differences."""
+    """Evaluate the rivals in their order. Each rival's ``detector`` must hold detections.
+
+    Args:
+        timings: times of the rivals.
+        ground_truth: the objects with which the exits were evaluated.
+        routed: evaluation of the routed detector, for the differences in AP50 on the same bootstrap draws.
+    """
     settings, results = routed.settings, []
     for rival, timing in zip(rivals, timings, strict=True):
         evaluation = evaluate_detections(ground_truth, rival.detector, settings)
@@ -154,9 +169,11 @@ def evaluate_rivals(
 
 
 class WantedClasses(nn.Module):
-    """Wrap a detector with torchvision's interface to return only the classes ``wanted``, labelled 1, 2, ...
+    """Wrap a detector with torchvision's interface so that it returns only the classes ``wanted``, labelled 1, 2, ...
 
-    ``source`` are the names of its labels 1..K; VOC's and COCO's names of one class match. ``name`` is for messages.
+    Args:
+        source: names of the detector's labels 1..K. VOC's and COCO's names of the same class match.
+        name: name of the detector in messages.
 
     Raises:
         EarlyExitError: the detector has none of the wanted classes.
@@ -164,53 +181,52 @@ class WantedClasses(nn.Module):
 
     def __init__(self, detector: nn.Module, source: Sequence[str], wanted: Sequence[str], name: str) -> None:
         super().__init__()
-        labels = {canonical(one): label for label, one in enumerate(wanted, start=1)}
-        lookup = [0, *(labels.get(canonical(one), 0) for one in source)]
-        absent = [one for label, one in enumerate(wanted, start=1) if label not in lookup]
-        if len(absent) == len(wanted):
+        label_of = {canonical(class_name): label for label, class_name in enumerate(wanted, start=1)}
+        lookup = [0, *(label_of.get(canonical(class_name), 0) for class_name in source)]
+        missing = [class_name for label, class_name in enumerate(wanted, start=1) if label not in lookup]
+        if len(missing) == len(wanted):
             raise EarlyExitError(f"{name}: has none of the classes {', '.join(wanted)}{nearest(wanted[0], source)}")
-        if absent:
-            logger.warning("%s has no class %s: its AP there is 0", name, ", ".join(absent))
+        if missing:
+            logger.warning("%s has no class %s: its AP for this class is 0", name, ", ".join(missing))
         self.detector = detector
         self.register_buffer("lookup", torch.tensor(lookup))
 
     def forward(self, photos: list[Tensor]) -> list[dict[str, Tensor]]:
         wanted = []
-        for found in self.detector(photos):
-            labels = self.lookup[found["labels"]]
+        for detections in self.detector(photos):
+            labels = self.lookup[detections["labels"]]
             keep = labels > 0
-            wanted.append({"boxes": found["boxes"][keep], "scores": found["scores"][keep], "labels": labels[keep]})
+            kept = {key: detections[key][keep] for key in ("boxes", "scores")}
+            wanted.append({**kept, "labels": labels[keep]})
         return wanted
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of one image: to each exit (shallow to deep), of the detector without exits (``plain``) and of rivals."""
+    """Cost of one image to each exit (shallow to deep), by the detector without exits (``plain``) and by each rival."""
 
     exits: list[CostResult]
     plain: CostResult
     rivals: list[Timing]
 
     def of_exits(self, unit: str) -> list[float]:
-        """Cost to each exit in ``ms`` or ``mmacs``."""
+        """Return the cost to each exit in ``unit``, which is ``ms`` or ``mmacs``."""
         return [getattr(cost, unit) for cost in self.exits]
 
     def routed(self, chosen: Tensor, unit: str) -> np.ndarray:
-        """Cost per photo [n] in ``ms`` or ``mmacs``, from the photos' exits ``chosen`` [n]."""
+        """Return the cost of each photo [n] in ``unit``, if photo i leaves at exit ``chosen[i]``."""
         return np.array(self.of_exits(unit))[chosen.numpy()]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The results; the ``matches`` of every exit with ``ground_truth``, which holds the full path's detections where
-    photos have no labels; ``counts`` per photo and exit, at the settings' score and IoU; and the exit ``chosen`` for
-    every photo [n], in the order of the collected photos."""
+    """The results, and the parts from which the report page is made."""
 
     results: Results
-    ground_truth: COCO
-    matches: ExitMatches
-    counts: PhotoCounts
-    chosen: Tensor
+    ground_truth: COCO  # if the photos have no labels, its objects are the full path's detections
+    matches: ExitMatches  # of every exit with ``ground_truth``
+    counts: PhotoCounts  # per photo and exit, at the settings' score and IoU
+    chosen: Tensor  # the exit that each photo takes, int [n], in the order of the collected photos
 
 
 def evaluate_exits(
@@ -227,18 +243,21 @@ def evaluate_exits(
 
     Args:
         model: an `EarlyExitSSDLite` on the device to measure.
-        collected: what its exits found, see `collect`.
-        ground_truth: the same photos' objects (`earlyexit_ssd.data.to_coco`).
-        context: ``splits``, ``forced``, ``taken_over`` and ``weights_sha256`` for verdict and record, and
-            ``labelled``. For photos without labels the full path's detections at the settings' score are the objects:
-            all figures measure agreement with it, and AP is None.
-        rivals: detectors to compare with the routed one, each with its detections.
-        certificate: the router's certificate; its target is checked on these photos.
+        collected: detections and confidences of its exits, see `collect`.
+        ground_truth: the objects of the same photos (`earlyexit_ssd.data.to_coco`).
+        context: ``splits``, ``forced``, ``taken_over``, ``weights_sha256`` and ``labelled``. The other fields are
+            filled in. If ``labelled`` is False, the full path's detections at the settings' score replace the objects.
+            Then all figures measure the agreement with the full path, and AP is None.
+        rivals: detectors to compare with the routed one. Each ``detector`` must hold detections.
+        certificate: the router's certificate. Its target is checked on these photos.
+
+    Raises:
+        DataError: ``collected`` lacks a photo of ``ground_truth``.
     """
     missing = sorted(set(ground_truth.imgs) - set(collected.image_ids))
     if missing:
-        found = f"image {missing[0]} ({len(missing)} in all) is in the ground truth but was not evaluated"
-        raise DataError(f"{found}; make both from the same data set")
+        problem = f"image {missing[0]} ({len(missing)} in all) is in the ground truth but was not evaluated"
+        raise DataError(f"{problem}; make both from the same data set")
     costs = measure_costs(model, settings, router, rivals)
     if not context.labelled:
         ground_truth = as_ground_truth(ground_truth, collected.detections[-1], settings.score)
@@ -267,8 +286,8 @@ def evaluate_exits(
     )
     counts = photo_counts(matches, settings.score)
     if certificate is not None:
-        compared = ground_truth, collected, chosen, counts, exits[-1], routed, costs
-        results = replace(results, certificate=compare_certificate(certificate, *compared))
+        comparison = compare_certificate(certificate, ground_truth, collected, chosen, counts, exits[-1], routed, costs)
+        results = replace(results, certificate=comparison)
     results = replace(results, verdict=judge(results))
     return Evaluation(results, ground_truth, matches, counts, chosen)
 
@@ -283,10 +302,12 @@ def compare_certificate(
     routed: DetectorEvaluation,
     costs: Costs,
 ) -> CertificateResult:
-    """Compare a certificate's target with the value measured on these photos. A risk's score and IoU must be those of
-    ``counts``."""
+    """Compare a certificate's target with the value measured on these photos.
+
+    A target that limits a risk against the labels must have the score and IoU of ``counts``.
+    """
     target = plain_part(certificate.target)
-    asked, draws = asked_value(target), _draws(full.settings, len(chosen))
+    limit, draws = target_value(target), _draws(full.settings, len(chosen))
     if target["kind"] == "ap_drop":
         before, after = full.figures["AP50"], routed.figures["AP50"]
         measured = None if before is None or after is None else before - after
@@ -304,24 +325,24 @@ def compare_certificate(
         measured, bounds = float(plain / of_photos.mean()), interval(plain / of_photos[draws].mean(axis=1))
     kept = None
     if measured is not None:
-        excess = asked - measured if target["kind"] == "speedup" else measured - asked
-        kept = excess <= 1e-9  # rounding error of a target that is met exactly
+        excess = limit - measured if target["kind"] == "speedup" else measured - limit
+        kept = excess <= 1e-9  # a target that is met exactly may have a rounding error
     return CertificateResult(target, measured, bounds, kept)
 
 
 def _by_image(collected: Collected, chosen: Tensor) -> np.ndarray:
-    """Exits of the photos [n], by increasing image id."""
+    """Return the exits ``chosen`` [n], sorted by image id as in `ExitMatches`."""
     return chosen.numpy()[np.argsort(collected.image_ids, kind="stable")]
 
 
 def _draws(settings: EvaluationSettings, photos: int) -> np.ndarray:
-    """Bootstrap draws of the photos, indices [resamples, photos]."""
+    """Return bootstrap draws of the photos as indices [resamples, photos]."""
     return np.random.default_rng(settings.seed).integers(photos, size=(settings.resamples, photos))
 
 
 def measure_costs(model: nn.Module, settings: EvaluationSettings, router: ExitRouter, rivals: Sequence[Rival]) -> Costs:
-    """MMACs and milliseconds of one image to each exit (with the router's confidences), of the detector without exits
-    and of the rivals; timed in turns in the runtime of ``settings``."""
+    """Measure the cost of one image to each exit (with the router's confidences), by the detector without exits and by
+    the rivals. All are timed in turns, in the runtime of ``settings``. The MMACs of the rivals are in `Rival`."""
     example, plain = example_input(model), PlainPath(model)
     paths = [AllOutputs(PathToExit(model, index, router)) for index in range(len(model.exit_names))]
     mmacs = [*mmacs_to_exit(model, router), count_mmacs(plain, example)]

@@ -29,15 +29,15 @@ Figures = dict[str, Figure]
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How to evaluate."""
+    """Settings of an evaluation."""
 
-    score: float = 0.5  # where precision, recall and the like are counted, in [0, 1]
-    iou: float = 0.5  # the same
-    runs: int = 30  # single-image runs per exit
-    threads: int = 1  # CPU threads of these
-    runtime: str = EAGER  # what runs the networks meanwhile, a key of RUNTIME_TITLES
-    resamples: int = 200  # of the bootstrap over photos; 0 leaves the intervals out
-    seed: int = 0  # of the bootstrap
+    score: float = 0.5  # score threshold of precision, recall and the counts, in [0, 1]
+    iou: float = 0.5  # IoU threshold of the same figures
+    runs: int = 30  # timed runs of each network
+    threads: int = 1  # CPU threads of these runs
+    runtime: str = EAGER  # runtime of these runs, a key of RUNTIME_TITLES
+    resamples: int = 200  # bootstrap draws of the photos; with 0 the intervals are None
+    seed: int = 0  # seed of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class DetectorEvaluation:
 
     matches: ExitMatches  # of one detector (`ExitMatches.choose`), with all `SIZES`
     settings: EvaluationSettings
-    labelled: bool = True  # False where the objects are what the full path finds: then accuracy is not known
+    labelled: bool = True  # False: the objects are the full path's detections, so AP is None
 
     @functools.cached_property
     def draws(self) -> APs:
-        """AP and AP50 in bootstrap draws; detectors on the same photos share their draws."""
+        """AP and AP50 in every bootstrap draw, [resamples]. Detectors on the same photos have the same draws."""
         resamples, everyone = self.settings.resamples if self.labelled else 0, np.zeros(self.matches.photos, np.int64)
         return bootstrap_choices(self.matches, [everyone], resamples, self.settings.seed, ap50_only=False)[0]
 
@@ -59,12 +59,12 @@ class DetectorEvaluation:
         """The figures of all registered metrics."""
         figures: Figures = {}
         for metric in METRICS:
-            found = metric.measure(self)
-            figures |= found if self.labelled or not metric.needs_labels else _undefined(found)
+            values = metric.measure(self)
+            figures |= values if self.labelled or not metric.needs_labels else _undefined(values)
         return figures
 
     def ap50_minus(self, other: DetectorEvaluation) -> list[float] | None:
-        """95 % interval of the difference in AP50, on the same draws of photos; None where it is undefined."""
+        """Return the 95 % interval of the difference in AP50 on the same bootstrap draws; None if it is undefined."""
         return interval(self.draws.AP50 - other.draws.AP50)
 
 
@@ -73,11 +73,11 @@ Measure = Callable[[DetectorEvaluation], Figures]
 
 @dataclass(frozen=True)
 class Metric:
-    """A function, and where its figures go."""
+    """A function that measures figures, and their columns in the table."""
 
     measure: Measure
-    columns: Mapping[str, tuple[str, int]]  # heading in the table -> name of a figure and its decimals
-    needs_labels: bool  # whether its figures are None for photos without labels
+    columns: Mapping[str, tuple[str, int]]  # heading in the table -> name of the figure, number of decimals
+    needs_labels: bool  # for photos without labels its figures are None
 
 
 METRICS: list[Metric] = []  # in the order of metrics.json and of the table
@@ -86,7 +86,7 @@ METRICS: list[Metric] = []  # in the order of metrics.json and of the table
 def register_metric(
     columns: Mapping[str, tuple[str, int]] | None = None, needs_labels: bool = False
 ) -> Callable[[Measure], Measure]:
-    """Decorator: register a metric; arguments as in `Metric`."""
+    """Return a decorator that registers a metric. The arguments are fields of `Metric`."""
 
     def register(measure: Measure) -> Measure:
         METRICS.append(Metric(measure, columns or {}, needs_labels))
@@ -132,13 +132,13 @@ def bootstrap_intervals(detector: DetectorEvaluation) -> Figures:
     }
 )
 def operating_point(detector: DetectorEvaluation) -> Figures:
-    """What a user sees at one score, over all photos and classes; docs/metrics.md says when a figure is None."""
+    """Precision, recall and related figures at one score, over all photos and classes (docs/metrics.md)."""
     matches = detector.matches
-    sure, empty = matches.score >= detector.settings.score, matches.objects == 0
-    hit = matches.hit[-1] & sure
-    # photo by photo: a mean depends on the order in its last digit
+    above, empty = matches.score >= detector.settings.score, matches.objects == 0
+    hit = matches.hit[-1] & above
+    # sorted by photo, because the order changes the last digit of the mean
     ious = matches.overlap[hit][np.argsort(matches.photo[hit], kind="stable")]
-    false_by_photo = np.bincount(matches.photo[matches.false[-1] & sure], minlength=matches.photos)
+    false_by_photo = np.bincount(matches.photo[matches.false[-1] & above], minlength=matches.photos)
     tp, fp, fn = len(ious), int(false_by_photo.sum()), int(matches.objects.sum()) - len(ious)
     return {
         "precision": _ratio(tp, tp + fp),

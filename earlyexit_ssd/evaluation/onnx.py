@@ -1,4 +1,4 @@
-"""Detectors from ONNX files: what each format takes and gives (an entry of `FORMATS`), and their cost."""
+"""Detectors from ONNX files: preparation of the photo and decoding of the outputs for each format, and MMACs."""
 
 from __future__ import annotations
 
@@ -30,31 +30,33 @@ Size = tuple[int, int]  # height and width, pixels
 Shape = tuple[int, ...]
 
 YOLOX_STRIDES, YOLOX_PADDING = (8, 16, 32), 114.0
-LEAST_SCORE, NMS_IOU, MOST_DETECTIONS = 0.001, 0.65, 300
+SCORE_THRESHOLD, NMS_IOU, MAX_DETECTIONS = 0.001, 0.65, 300
 
 DISTANCE_STRIDES = (8, 16, 32, 64)
-DISTANCE_BINS = 8  # distances from a point to its box's sides are 0 to 7 strides
-DISTANCE_NMS_IOU, MOST_CANDIDATES = 0.6, 1000
+DISTANCE_BINS = 8  # the distance from a point to a side of its box is 0 to 7 strides
+DISTANCE_NMS_IOU, MAX_CANDIDATES = 0.6, 1000
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 
 @dataclass(frozen=True)
 class OnnxFormat:
-    """One way of exporting a detector.
+    """Input and outputs of the files that one exporter writes.
 
-    ``prepare`` turns a photo [3, H, W] RGB in [0, 1] and the input size into the input [3, height, width] and the
-    scales (x, y) from photo to input. ``decode`` turns outputs, input size and K into detections in the input's pixels.
+    ``prepare`` takes a photo [3, H, W], RGB in [0, 1], and the input size. It returns the network's input [3, height,
+    width] and the scales (x, y) from photo to input. ``decode`` takes the outputs, the input size and the number of
+    classes K. It returns detections in pixels of the input.
     """
 
-    classes: tuple[str, ...]  # names of the labels 1..K, unless the file names its own
+    classes: tuple[str, ...]  # names of the labels 1..K, unless the file's metadata names them
     prepare: Callable[[Tensor, Size], tuple[Tensor, tuple[float, float]]]
     decode: Callable[[Sequence[Tensor], Size, int], ImageDetections]
-    constants: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # inputs besides the photo, [1, n]
+    constants: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # values [1, n] of further inputs
 
 
 def letterbox(photo: Tensor, size: Size) -> tuple[Tensor, tuple[float, float]]:
-    """YOLOX's input: BGR in [0, 255], the photo's shape kept, in the upper left corner on grey."""
+    """Return YOLOX's input: BGR in [0, 255], resized with the photo's aspect ratio, with grey padding on the right and
+    bottom."""
     scale = min(size[0] / photo.shape[1], size[1] / photo.shape[2])
     height, width = (max(int(side * scale), 1) for side in photo.shape[1:])
     pixels = F.interpolate(photo[None] * 255, (height, width), mode="bilinear")[0]
@@ -63,7 +65,7 @@ def letterbox(photo: Tensor, size: Size) -> tuple[Tensor, tuple[float, float]]:
 
 
 def grid(size: Size, strides: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Column and row [N, 2] and stride [N, 1] of each cell: the grids fine to coarse, each row by row."""
+    """Return column and row [N, 2] and stride [N, 1] of each cell: one grid per stride, each row by row."""
     cells, lengths = [], []
     for stride in strides:
         y, x = torch.meshgrid(*(torch.arange(math.ceil(side / stride)) for side in size), indexing="ij")
@@ -73,21 +75,21 @@ def grid(size: Size, strides: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def decode_yolox(outputs: Sequence[Tensor], size: Size, num_classes: int) -> ImageDetections:
-    """YOLOX's raw output [1, cells, 5 + K] (Ge et al. 2021): box, objectness and class probabilities of each cell.
+    """Decode YOLOX's raw output [1, cells, 5 + K] (Ge et al. 2021): box, objectness and class probabilities per cell.
 
-    A box is its centre, as an offset from the cell's corner, and the logarithms of its sides, all in strides. The score
-    is objectness times the best class's probability; non-maximum suppression goes class by class.
+    A box is given by its centre, relative to the cell's upper left corner, and the logarithms of its width and height,
+    all in strides. The score is objectness times the highest class probability. NMS runs class by class.
     """
     cells, strides = grid(size, YOLOX_STRIDES)
     _require_one(outputs, [1, len(cells), 5 + num_classes], num_classes)
     rows = outputs[0][0].float()
     probability, best = rows[:, 5:].max(1)
     scores = rows[:, 4] * probability
-    keep = scores >= LEAST_SCORE
+    keep = scores >= SCORE_THRESHOLD
     centres = (rows[keep, :2] + cells[keep]) * strides[keep]
     halves = rows[keep, 2:4].exp() * strides[keep] / 2
     boxes, scores, labels = torch.cat([centres - halves, centres + halves], 1), scores[keep], best[keep] + 1
-    order = batched_nms(boxes, scores, labels, NMS_IOU)[:MOST_DETECTIONS]
+    order = batched_nms(boxes, scores, labels, NMS_IOU)[:MAX_DETECTIONS]
     return {"boxes": boxes[order], "scores": scores[order], "labels": labels[order]}
 
 
@@ -98,65 +100,70 @@ def _require_one(outputs: Sequence[Tensor], expected: list[int], num_classes: in
 
 
 def squeeze(photo: Tensor, size: Size, mode: str = "bilinear") -> tuple[Tensor, tuple[float, float]]:
-    """The photo in [0, 1], squeezed to the input's shape as torchvision's SSD does it."""
+    """Return the photo in [0, 1], resized to the input without keeping its aspect ratio, as in torchvision's SSD."""
     scales = size[1] / photo.shape[2], size[0] / photo.shape[1]
     return F.interpolate(photo[None], size, mode=mode, align_corners=False)[0], scales
 
 
 def decode_boxes(outputs: Sequence[Tensor], size: Size, num_classes: int) -> ImageDetections:
-    """Finished detections in any order: boxes [N, 4] xyxy, scores [N], whole-numbered labels [N] in 1..K; a batch of
-    one is fine."""
-    floats = sorted((one for one in outputs if one.is_floating_point()), key=Tensor.dim)
-    whole = [one for one in outputs if not one.is_floating_point()]
-    fits = len(floats) == 2 and len(whole) == 1 and floats[1].shape[-1] == 4 and floats[1].dim() > floats[0].dim()
-    if not fits or not floats[0].numel() == whole[0].numel() == floats[1].numel() // 4:
-        shapes = ", ".join(f"{one.dtype} {list(one.shape)}" for one in outputs)
+    """Decode outputs that are detections already, in any order: boxes [N, 4] xyxy, scores [N] and integer labels [N] in
+    1..K. Each may have a batch dimension of 1."""
+    floats = sorted((output for output in outputs if output.is_floating_point()), key=Tensor.dim)
+    integers = [output for output in outputs if not output.is_floating_point()]
+    fits = len(floats) == 2 and len(integers) == 1 and floats[1].shape[-1] == 4 and floats[1].dim() > floats[0].dim()
+    if not fits or not floats[0].numel() == integers[0].numel() == floats[1].numel() // 4:
+        shapes = ", ".join(f"{output.dtype} {list(output.shape)}" for output in outputs)
         raise EarlyExitError(f"expected boxes [N, 4], scores [N] and integer labels [N], got {shapes}")
-    labels = whole[0].flatten().long()
-    strange = labels[(labels < 1) | (labels > num_classes)]
-    if len(strange):
-        raise EarlyExitError(f"label {int(strange[0])}, but {num_classes} names of classes")
+    labels = integers[0].flatten().long()
+    invalid = labels[(labels < 1) | (labels > num_classes)]
+    if len(invalid):
+        raise EarlyExitError(f"found label {int(invalid[0])}, expected 1 to {num_classes}, the number of class names")
     return {"boxes": floats[1].reshape(-1, 4).float(), "scores": floats[0].flatten().float(), "labels": labels}
 
 
 def squeeze_nanodet(photo: Tensor, size: Size) -> tuple[Tensor, tuple[float, float]]:
-    """NanoDet-Plus's input: BGR, squeezed, with ImageNet's mean and deviation."""
+    """Return NanoDet-Plus's input: resized as by `squeeze`, BGR, normalised with ImageNet's mean and deviation."""
     x, scales = squeeze(photo, size)
     return ((x - IMAGENET_MEAN) / IMAGENET_STD).flip(0), scales
 
 
 def squeeze_picodet(photo: Tensor, size: Size) -> tuple[Tensor, tuple[float, float]]:
-    """PicoDet's input: RGB, squeezed with cubic interpolation, with ImageNet's mean and deviation."""
+    """Return PicoDet's input: resized as by `squeeze` with cubic interpolation, RGB, normalised as for ImageNet."""
     x, scales = squeeze(photo, size, "bicubic")
     return (x.clamp(0, 1) - IMAGENET_MEAN) / IMAGENET_STD, scales
 
 
 def boxes_from_distances(points: Tensor, strides: Tensor, logits: Tensor) -> Tensor:
-    """Boxes [N, 4] of points [N, 2] in strides (Li et al. 2020, generalised focal loss).
+    """Return boxes [N, 4] xyxy in pixels around ``points`` [N, 2] in strides (Li et al. 2020, generalised focal loss).
 
-    The distances to the left, upper, right and lower side are expected values, in strides; ``logits`` [N, 4 * 8] are of
-    the chances of 0 to 7.
+    ``logits`` [N, 4 * 8] are class logits of the distances 0 to 7 strides to the left, upper, right and lower side. The
+    predicted distance is the expected value.
     """
-    chances = logits.reshape(-1, 4, DISTANCE_BINS).softmax(-1)
-    left_top, right_bottom = (chances @ torch.arange(float(DISTANCE_BINS))).split(2, 1)
+    probabilities = logits.reshape(-1, 4, DISTANCE_BINS).softmax(-1)
+    left_top, right_bottom = (probabilities @ torch.arange(float(DISTANCE_BINS))).split(2, 1)
     return torch.cat([points - left_top, points + right_bottom], 1) * strides
 
 
 def suppress(boxes: Tensor, scores: Tensor) -> ImageDetections:
-    """Non-maximum suppression, class by class; each of the boxes [N, 4] counts in every class with a score [N, K]."""
+    """Run non-maximum suppression class by class. Each of the boxes [N, 4] is a candidate in all K classes, with the
+    scores [N, K].
+
+    Raises:
+        EarlyExitError: a score is outside [0, 1].
+    """
     if not ((scores > -0.01) & (scores < 1.01)).all():
         low, high = float(scores.min()), float(scores.max())
         raise EarlyExitError(f"scores from {low:.4g} to {high:.4g}, expected 0 to 1; export it with its sigmoid")
-    row, column = (scores >= LEAST_SCORE).nonzero(as_tuple=True)
-    values, best = scores[row, column].topk(min(len(row), MOST_CANDIDATES))
+    row, column = (scores >= SCORE_THRESHOLD).nonzero(as_tuple=True)
+    scores, best = scores[row, column].topk(min(len(row), MAX_CANDIDATES))
     boxes, labels = boxes[row[best]], column[best] + 1
-    order = batched_nms(boxes, values, labels, DISTANCE_NMS_IOU)[:MOST_DETECTIONS]
-    return {"boxes": boxes[order], "scores": values[order], "labels": labels[order]}
+    order = batched_nms(boxes, scores, labels, DISTANCE_NMS_IOU)[:MAX_DETECTIONS]
+    return {"boxes": boxes[order], "scores": scores[order], "labels": labels[order]}
 
 
 def decode_nanodet(outputs: Sequence[Tensor], size: Size, num_classes: int) -> ImageDetections:
-    """NanoDet-Plus's output [1, cells, K + 4 * 8]: scores and distances, see `boxes_from_distances`; a cell's point is
-    its upper left corner."""
+    """Decode NanoDet-Plus's output [1, cells, K + 4 * 8]: scores and logits of the distances from the cell's upper left
+    corner, see `boxes_from_distances`."""
     cells, strides = grid(size, DISTANCE_STRIDES)
     _require_one(outputs, [1, len(cells), num_classes + 4 * DISTANCE_BINS], num_classes)
     rows = outputs[0][0].float()
@@ -164,11 +171,13 @@ def decode_nanodet(outputs: Sequence[Tensor], size: Size, num_classes: int) -> I
 
 
 def decode_picodet(outputs: Sequence[Tensor], size: Size, num_classes: int) -> ImageDetections:
-    """PicoDet's outputs (Yu et al. 2021), whatever of its post-processing the file has.
+    """Decode PicoDet's outputs (Yu et al. 2021), which depend on how much post-processing the file contains:
 
-    None: scores [1, n, K] of each grid, then distances [1, n, 4 * 8], see `boxes_from_distances`; a cell's point is its
-    centre. All but suppression: boxes [1, cells, 4] xyxy and scores [1, K, cells]. All: rows [n, 6] of class from 0,
-    score and box, and their number; a negative class is no detection.
+    - none: scores [1, n, K] of each grid, then for each grid the logits [1, n, 4 * 8] of the distances from the cell's
+      centre, see `boxes_from_distances`;
+    - all but NMS: boxes [1, cells, 4] xyxy and scores [1, K, cells];
+    - all: rows [n, 6] of class (from 0), score and box, and optionally their number. A row with a negative class is no
+      detection.
     """
     cells, strides = grid(size, DISTANCE_STRIDES)
     counts = [int((strides == stride).sum()) for stride in DISTANCE_STRIDES]
@@ -192,33 +201,32 @@ FORMATS: dict[str, OnnxFormat] = {
     "yolox": OnnxFormat(COCO_80, letterbox, decode_yolox),
     "boxes": OnnxFormat(COCO_CLASSES, squeeze, decode_boxes),
     "nanodet": OnnxFormat(COCO_80, squeeze_nanodet, decode_nanodet),
-    # scale_factor divides the boxes; with ones they stay in the input's pixels
+    # the file divides the boxes by scale_factor; with ones they stay in pixels of the input
     "picodet": OnnxFormat(COCO_80, squeeze_picodet, decode_picodet, {"scale_factor": (1.0, 1.0)}),
 }
-"""Names in EVAL.RIVALS.ONNX -> how to use such a file."""
+"""Name of a format in EVAL.RIVALS.ONNX -> the format."""
 
 
-# Multiply-accumulates of an ONNX file, in the convention of `count_mmacs`: convolutions and linear layers.
+# Multiply-accumulates of an ONNX file. As in `count_mmacs`, convolutions and linear layers are counted.
 
 
 def count_onnx_mmacs(content: bytes) -> float | None:
-    """Millions of multiply-accumulates of one image; None where the graph's shapes cannot be inferred.
+    """Return the MMACs of one image; None if a shape that is needed cannot be inferred.
 
-    A MatMul counts if it has constant weights. Bodies of loops and conditions are not looked into.
+    A MatMul is counted if one of its factors is constant. The bodies of loops and conditions are not counted.
     """
     onnx = import_package("onnx")
     try:
         return _count_graph(onnx, onnx.load_from_string(content))
-    except Exception as error:  # a foreign graph may break every rule that its inference of shapes relies on
-        logger.warning("multiply-accumulates of an ONNX file cannot be counted (%s)", one_line(str(error)))
+    except Exception as error:  # shape inference may raise any exception on an invalid graph
+        logger.warning("the multiply-accumulates of an ONNX file cannot be counted (%s)", one_line(str(error)))
         return None
 
 
 def _count_graph(onnx: ModuleType, model: Any) -> float | None:
     for value in model.graph.input:
-        first = value.type.tensor_type.shape.dim[0] if value.type.tensor_type.shape.dim else None
-        if first is not None and not first.dim_value:
-            first.dim_value = 1
+        for batch in value.type.tensor_type.shape.dim[:1]:
+            batch.dim_value = batch.dim_value or 1
     graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     shapes: dict[str, Shape] = {}
     for value in (*graph.output, *graph.value_info, *graph.input):
@@ -226,7 +234,7 @@ def _count_graph(onnx: ModuleType, model: Any) -> float | None:
         if all(lengths):
             shapes[value.name] = lengths
     shapes |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    constants = {tensor.name for tensor in graph.initializer}  # what no input changes
+    constants = {tensor.name for tensor in graph.initializer}  # names of values that do not depend on the inputs
     counts = []
     for node in graph.node:
         if node.op_type == "Constant" or (node.input and constants.issuperset(filter(None, node.input))):
@@ -234,27 +242,29 @@ def _count_graph(onnx: ModuleType, model: Any) -> float | None:
         if node.op_type in ("Conv", "ConvTranspose", "Gemm") or (
             node.op_type == "MatMul" and not constants.isdisjoint(node.input)
         ):
-            counts.append(_count(node, *(shapes.get(name) for name in (*node.input[:2], node.output[0]))))
+            counts.append(_count_node(node, *(shapes.get(name) for name in (*node.input[:2], node.output[0]))))
     return None if None in counts else sum(counts) / 1e6
 
 
-def _count(node: Any, data: Shape | None, weights: Shape | None, output: Shape | None) -> int | None:
+def _count_node(node: Any, data: Shape | None, weights: Shape | None, output: Shape | None) -> int | None:
     if data is None or weights is None or output is None:
         return None
-    if node.op_type == "ConvTranspose":  # each input value meets its kernel: [in, out / groups, *kernel]
+    if node.op_type == "ConvTranspose":  # weights [in, out / groups, *kernel]; one kernel per input value
         return math.prod(data) * math.prod(weights[1:])
-    if node.op_type == "Conv":  # each output value has its kernel: [out, in / groups, *kernel]
+    if node.op_type == "Conv":  # weights [out, in / groups, *kernel]; one kernel per output value
         return math.prod(output) * math.prod(weights[1:])
-    transposed = node.op_type == "Gemm" and any(one.name == "transA" and one.i for one in node.attribute)
+    transposed = node.op_type == "Gemm" and any(part.name == "transA" and part.i for part in node.attribute)
     return math.prod(output) * data[0 if transposed else -1]
 
 
 def read_onnx(path: str | os.PathLike[str], constants: Mapping[str, tuple[float, ...]]) -> bytes:
-    """The content of an ONNX file with its weights inside, and with values [1, n] for those of its inputs that
-    ``constants`` names. Weights beside the file must lie in its folder: a foreign file may name any file.
+    """Return the content of an ONNX file with all weights inside.
+
+    Inputs that are named in ``constants`` get its values [1, n] as default. External weights must lie in the file's
+    folder, because a file from elsewhere may name any file of this machine.
 
     Raises:
-        EarlyExitError: the file cannot be read, is damaged, or its weights are elsewhere.
+        EarlyExitError: the file cannot be read or is damaged, or its weights are in another folder.
     """
     onnx, folder = import_package("onnx"), Path(path).parent
     try:
@@ -262,13 +272,14 @@ def read_onnx(path: str | os.PathLike[str], constants: Mapping[str, tuple[float,
         for tensor in _tensors(model, onnx.TensorProto):
             if tensor.external_data or tensor.data_location == tensor.EXTERNAL:
                 locations = [entry.value for entry in tensor.external_data if entry.key == "location"]
-                if len(locations) != 1 or not _lies_in(locations[0], folder):
-                    told = f"{path}: its tensor {shown(tensor.name)} has data in {shown(locations)}, expected a file in"
-                    raise EarlyExitError(f"{told} its own folder; export it with the weights inside")
-                part = {entry.key: entry.value for entry in tensor.external_data}
+                if len(locations) != 1 or not _is_file_in(locations[0], folder):
+                    problem = f"{path}: tensor {shown(tensor.name)} has its data in {shown(locations)}"
+                    fix = "expected a file in the same folder; export it with the weights inside"
+                    raise EarlyExitError(f"{problem}, {fix}")
+                entries = {entry.key: entry.value for entry in tensor.external_data}
                 with (folder / locations[0]).open("rb") as file:
-                    file.seek(int(part.get("offset", 0)))
-                    tensor.raw_data = file.read(int(part.get("length", -1)))
+                    file.seek(int(entries.get("offset", 0)))
+                    tensor.raw_data = file.read(int(entries.get("length", -1)))
                 tensor.data_location = tensor.DEFAULT
                 del tensor.external_data[:]
         for name in constants.keys() & {value.name for value in model.graph.input}:
@@ -283,19 +294,20 @@ def read_onnx(path: str | os.PathLike[str], constants: Mapping[str, tuple[float,
         raise EarlyExitError(f"{path}: ONNX Runtime cannot load it ({first_line(error)})") from None
 
 
-def _tensors(message: Any, kind: type) -> Iterator[Any]:
-    """Every tensor (protobuf class ``kind``) in a message: weights and constants, also in functions and loop bodies."""
-    if isinstance(message, kind):
+def _tensors(message: Any, tensor_type: type) -> Iterator[Any]:
+    """Yield every tensor in a protobuf message: weights and constants, also in functions and loop bodies."""
+    if isinstance(message, tensor_type):
         yield message
         return
     for descriptor, value in message.ListFields():
         if descriptor.message_type is not None:
             for part in value if isinstance(value, Sequence) or hasattr(value, "add") else (value,):
-                yield from _tensors(part, kind)
+                yield from _tensors(part, tensor_type)
 
 
-def _lies_in(location: str | bytes, folder: Path) -> bool:
-    """Whether ``location`` is a file in ``folder`` after following links; Windows paths and bytes are refused."""
+def _is_file_in(location: str | bytes, folder: Path) -> bool:
+    """Return whether ``location`` is a file in ``folder``, after links are followed. Windows paths and bytes are not
+    accepted."""
     if not isinstance(location, str) or not location or set(location) & set("\0\\:") or os.path.isabs(location):
         return False
     path = (folder / location).resolve()
@@ -303,13 +315,19 @@ def _lies_in(location: str | bytes, folder: Path) -> bool:
 
 
 class OnnxDetector(nn.Module):
-    """``detector(photos)`` is one dict per photo: ``boxes`` [n, 4] xyxy in its pixels, ``scores``, ``labels`` 1..K.
+    """A detector from an ONNX file, with torchvision's interface. It runs on the CPU, photo by photo.
 
-    ``classes`` are the K names in the file's metadata under ``classes``, separated by commas, or those of the format, a
-    name of `FORMATS`. ``network`` is the graph alone; the file is for one photo.
+    Args:
+        file_format: a key of `FORMATS`.
+        threads: CPU threads of ONNX Runtime.
+
+    Attributes:
+        classes: names of the labels 1..K, from ``classes`` in the file's metadata (separated by commas), otherwise from
+            the format.
+        network: the graph without preparation and decoding.
 
     Raises:
-        EarlyExitError: the file cannot be read or run.
+        EarlyExitError: the file cannot be read or run, or its input is not one photo.
     """
 
     def __init__(self, path: str | os.PathLike[str], file_format: str, threads: int = 1) -> None:
@@ -321,24 +339,26 @@ class OnnxDetector(nn.Module):
         self.network = OnnxNetwork(self.content, threads, str(path))
         shape = self.network.input_shape
         if shape[:-2] not in ((3,), (1, 3)) or max(shape) > LARGEST_SIDE:
-            limits = f"a batch is one photo, and sides are {LARGEST_SIDE} pixels at most"
-            raise EarlyExitError(f"{path}: expected an input [1, 3, height, width], it is {list(shape)}; {limits}")
-        named = self.network.metadata.get("classes", "")
-        self.classes = tuple(name.strip() for name in named.split(",")) if named else self.format.classes
+            limit = f"with sides of at most {LARGEST_SIDE} pixels, got {list(shape)}; export it for one photo"
+            raise EarlyExitError(f"{path}: expected an input [1, 3, height, width] {limit}")
+        listed = self.network.metadata.get("classes", "")
+        self.classes = tuple(name.strip() for name in listed.split(",")) if listed else self.format.classes
 
     def forward(self, photos: list[Tensor]) -> list[ImageDetections]:
-        """Detections in photos [3, H, W] RGB in [0, 1]."""
+        """Return one dict per photo [3, H, W], RGB in [0, 1]: ``boxes`` [N, 4] xyxy in pixels of the photo, ``scores``
+        and ``labels`` [N]."""
         return list(map(self._detect, photos))
 
     def _detect(self, photo: Tensor) -> ImageDetections:
         size = self.network.input_shape[-2:]
         x, scales = self.format.prepare(photo.cpu(), size)
         try:
-            found = self.format.decode(self.network(x.reshape(self.network.input_shape)), size, len(self.classes))
+            outputs = self.network(x.reshape(self.network.input_shape))
+            detections = self.format.decode(outputs, size, len(self.classes))
         except EarlyExitError as error:
             reason = f"format {self._format_name}: {error}"
-            raise EarlyExitError(f"{self.path}: {reason}; its metadata may name its classes") from None
-        if not all(found[key].isfinite().all() for key in ("boxes", "scores")):
-            raise EarlyExitError(f"{self.path}: its boxes or scores are not finite; export it anew")
-        boxes = found["boxes"] / torch.tensor([*scales, *scales])
-        return found | {"boxes": clip_boxes_to_image(boxes, photo.shape[-2:])}
+            raise EarlyExitError(f"{self.path}: {reason}; list its classes in its metadata") from None
+        if not all(detections[key].isfinite().all() for key in ("boxes", "scores")):
+            raise EarlyExitError(f"{self.path}: its boxes or scores are not finite; export it again")
+        boxes = detections["boxes"] / torch.tensor([*scales, *scales])
+        return detections | {"boxes": clip_boxes_to_image(boxes, photo.shape[-2:])}

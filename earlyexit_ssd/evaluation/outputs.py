@@ -1,4 +1,4 @@
-"""Run a detector on photos and keep the outputs of every exit, in memory or on disk."""
+"""Run a detector on photos and keep the outputs of all exits, in memory or on disk."""
 
 from __future__ import annotations
 
@@ -25,42 +25,47 @@ from earlyexit_ssd.progress import progress
 T = TypeVar("T")
 Targets = list[dict[str, Tensor | int]]
 Batches = Iterable[tuple[list[Tensor], Targets]]
-ImageDetections = dict[str, Tensor]  # boxes [N, 4] xyxy in the photo's pixels, scores [N] and labels [N] of one photo
+ImageDetections = dict[str, Tensor]
+"""Detections of one photo: ``boxes`` [N, 4] xyxy in pixels of the photo, ``scores`` [N] and ``labels`` [N]."""
 BatchDetections = tuple[list[int], list[list[ImageDetections]]]
-"""The image ids of a batch, and for each exit the detections of its photos, on the CPU."""
+"""Image ids of a batch, and per exit the detections of each photo, on the CPU."""
 
 
 def shares_photos(loader: Batches) -> bool:
-    """Whether the photos of a loader are split over processes, see `earlyexit_ssd.data.build_loader`."""
+    """Return whether the loader gives each process a part of the photos, see `earlyexit_ssd.data.build_loader`."""
     return getattr(getattr(loader, "sampler", None), "world_size", 1) > 1
 
 
 def over_batches(
     model: nn.Module, loader: Batches, of_batch: Callable[[list[Tensor], Targets], T], title: str | None
 ) -> list[T]:
-    """Results of ``of_batch(images, targets)`` for every batch, in order, in eval mode without gradients.
+    """Return the results of ``of_batch(images, targets)`` for every batch in order, in eval mode without gradients.
 
-    The images are on the model's device. If the photos of ``loader`` are split over processes, each process computes
-    its part and gets all results: tensors in them must be on the CPU.
+    Args:
+        of_batch: it gets the images on the model's device.
+        title: title of the progress bar; None: no bar.
+
+    If the photos are split over processes, each process computes its part, and all get all results. Then tensors in the
+    results must be on the CPU.
     """
     shared = shares_photos(loader)
     device = next(itertools.chain(model.parameters(), model.buffers())).device
     with failing_together(shared), evaluating(model):
-        own = [
+        results = [
             of_batch([image.to(device) for image in images], targets)
             for images, targets in progress(loader, desc=title)
         ]
-    turns = itertools.zip_longest(*gathered(own, shared))  # the first batch is rank 0's, the second rank 1's, ...
-    return [result for turn in turns for result in turn if result is not None]
+    rounds = itertools.zip_longest(*gathered(results, shared))  # the processes take turns, batch by batch
+    return [result for of_round in rounds for result in of_round if result is not None]
 
 
 @dataclass(frozen=True)
 class Collected:
-    """Detections and confidences of every exit for every photo, on the CPU; without a router no confidences."""
+    """Detections and confidences of every exit for every photo, on the CPU."""
 
     image_ids: list[int]  # in the order of the loader
-    detections: list[dict[int, ImageDetections]]  # per exit, shallow to deep, image id -> detections
-    confidences: list[Tensor]  # per exit the router's confidence [n], in the order of image_ids
+    detections: list[dict[int, ImageDetections]]  # per exit, shallow to deep: image id -> detections
+    confidences: list[Tensor]  # per exit: the router's confidence [n] in the order of image_ids; [] without a router
 
 
 def collect(
@@ -68,93 +73,100 @@ def collect(
 ) -> Collected:
     """Run all exits of an `EarlyExitSSDLite` on every photo of ``loader``, in one forward pass per photo.
 
-    The photos come without augmentation. An `ExitRouter` computes the confidences. ``title`` is that of the progress
-    bar; None: no bar. A DataError if an image id occurs twice.
+    Args:
+        loader: batches of (images, targets) without augmentation.
+        router: the `ExitRouter` that computes the confidences. None: no confidences.
+        title: title of the progress bar; None: no bar.
+
+    Raises:
+        DataError: an image id occurs twice.
     """
     exits = range(len(model.exit_names))
-    scored = exits if router is not None else ()
+    routed = exits if router is not None else ()
 
     def of_batch(images: list[Tensor], targets: Targets) -> tuple[BatchDetections, list[Tensor]]:
         outputs = model.exit_outputs(images)
         if router is not None and router.hybrid:
             outputs = outputs.on_full_boxes()
-        found = [model.detections(outputs, index) for index in exits]
-        confidences = [router.confidence(outputs.signals(index), index).float().cpu() for index in scored]
-        return _batch_on_cpu(targets, found), confidences
+        detections = [model.detections(outputs, index) for index in exits]
+        confidences = [router.confidence(outputs.signals(index), index).float().cpu() for index in routed]
+        return _batch_on_cpu(targets, detections), confidences
 
     batches = over_batches(model, loader, of_batch, title)
-    image_ids, detections = _joined([found for found, _ in batches], len(exits))
-    confidences = [[of_exits[index] for _, of_exits in batches] for index in scored]
+    image_ids, detections = _join_batches([detections for detections, _ in batches], len(exits))
+    confidences = [[of_exits[index] for _, of_exits in batches] for index in routed]
     return Collected(image_ids, detections, [torch.cat(values or [torch.zeros(0)]) for values in confidences])
 
 
 def collect_detections(model: nn.Module, loader: Batches, title: str | None = "evaluate") -> dict[int, ImageDetections]:
-    """Image id -> detections of any detector with torchvision's interface."""
+    """Run any detector with torchvision's interface. Return image id -> detections, on the CPU."""
     batches = over_batches(model, loader, lambda images, targets: _batch_on_cpu(targets, [model(images)]), title)
-    return _joined(batches, 1)[1][0]
+    return _join_batches(batches, 1)[1][0]
 
 
-def _joined(batches: Sequence[BatchDetections], exits: int) -> tuple[list[int], list[dict[int, ImageDetections]]]:
-    """The image ids of all batches, and per exit the detections by image id; a repeated id is an error."""
+def _join_batches(batches: Sequence[BatchDetections], exits: int) -> tuple[list[int], list[dict[int, ImageDetections]]]:
+    """Return the image ids of all batches, and per exit image id -> detections. A repeated id raises DataError."""
     image_ids = [image_id for ids, _ in batches for image_id in ids]
-    if twice := [image_id for image_id, count in Counter(image_ids).items() if count > 1]:
-        raise DataError(f"image id {twice[0]} occurs twice in the evaluated data set; ids must be unique")
-    found = ([one for _, of_exits in batches for one in of_exits[index]] for index in range(exits))
-    return image_ids, [dict(zip(image_ids, of_exit, strict=True)) for of_exit in found]
+    if repeated := [image_id for image_id, count in Counter(image_ids).items() if count > 1]:
+        raise DataError(f"image id {repeated[0]} occurs twice in the evaluated data set; ids must be unique")
+    exit_detections = ([image for _, of_exits in batches for image in of_exits[index]] for index in range(exits))
+    return image_ids, [dict(zip(image_ids, of_images, strict=True)) for of_images in exit_detections]
 
 
-def on_cpu(found: dict[str, Tensor]) -> ImageDetections:
-    """A photo's detections on the CPU, without other outputs of the model."""
-    boxes, scores = (found[key].float().cpu() for key in ("boxes", "scores"))
-    return {"boxes": boxes, "scores": scores, "labels": found["labels"].cpu()}
+def on_cpu(detections: dict[str, Tensor]) -> ImageDetections:
+    """Return the detections of one photo on the CPU, without other outputs of the model."""
+    boxes, scores = (detections[key].float().cpu() for key in ("boxes", "scores"))
+    return {"boxes": boxes, "scores": scores, "labels": detections["labels"].cpu()}
 
 
 def _batch_on_cpu(targets: Targets, exits: Sequence[Sequence[dict[str, Tensor]]]) -> BatchDetections:
-    return [int(target["image_id"]) for target in targets], [list(map(on_cpu, found)) for found in exits]
+    return [int(target["image_id"]) for target in targets], [list(map(on_cpu, images)) for images in exits]
 
 
 def choose_exits(confidences: Sequence[Tensor], thresholds: Sequence[float]) -> Tensor:
-    """The exit of every photo, int64 [n]: the first whose confidence reaches its threshold, otherwise the last, which
-    has none. ``confidences`` are [n] per exit, shallow to deep."""
+    """Return the exit that each photo takes, int64 [n].
+
+    It is the first exit whose confidence reaches its threshold, otherwise the full path. ``confidences`` has one [n]
+    per exit, shallow to deep, the full path last. ``thresholds`` has one value per early exit.
+    """
     if len(thresholds) != len(confidences) - 1:
         raise EarlyExitError(f"{len(thresholds)} thresholds for {len(confidences) - 1} early exits: give one for each")
     return torch.from_numpy(choose([values.numpy() for values in confidences], thresholds)).long()
 
 
 def exit_share(chosen: Tensor, exit_names: Sequence[str]) -> dict[str, float]:
-    """Share of the photos that leave at each exit, in [0, 1], summing to 1 (all 0 without photos)."""
+    """Return the share of the photos that leave at each exit, in [0, 1]. The sum is 1, or 0 without photos."""
     counts = torch.bincount(chosen, minlength=len(exit_names)).tolist()
     return {name: count / max(len(chosen), 1) for name, count in zip(exit_names, counts, strict=True)}
 
 
 def mean_cost(chosen: Tensor, costs: Sequence[float]) -> float | None:
-    """Mean cost per photo, from the ``costs`` per exit (milliseconds or MMACs); None without photos."""
+    """Return the mean cost of a photo; None without photos. ``costs`` has one value per exit."""
     return torch.tensor(costs, dtype=torch.float64)[chosen].mean().item() if len(chosen) else None
 
 
-# Outputs of every exit on disk: one forward pass per photo, then any policy and threshold without the network.
+# Outputs of all exits on disk. From them any policy and threshold is evaluated without another forward pass.
 
 REPLAY_BATCH = 64  # photos whose logits are in memory at a time
 
 
 @dataclass(frozen=True)
 class Recording:
-    """The recorded outputs of every exit for the photos of a split, in the order of ``image_ids`` [n]; arrays are on
-    disk."""
+    """The recorded outputs of all exits for n photos. The arrays are memory-mapped files."""
 
-    image_ids: list[int]
-    detections: list[dict[int, ImageDetections]]  # per exit, the full path last, image id -> detections
+    image_ids: list[int]  # the order of the photos in all arrays
+    detections: list[dict[int, ImageDetections]]  # per exit, the full path last: image id -> detections
     labels: np.ndarray  # labels of the default boxes after matching with the objects, [n, A]
-    exit_names: list[str]  # of the early exits, as the following
-    empty: list[bool]  # whether they have no branch
-    logits: list[np.ndarray]  # raw class logits [n, A, C]; [n, 1, C] for an empty exit
-    taps: list[np.ndarray]  # the pooled tap [n, 2 * channels]
+    exit_names: list[str]  # per early exit
+    empty: list[bool]  # per early exit: it has no branch
+    logits: list[np.ndarray]  # per early exit: raw class logits [n, A, C]; [n, 1, C] for an empty exit
+    taps: list[np.ndarray]  # per early exit: the pooled tap [n, 2 * channels]
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def only(self, names: Sequence[str]) -> Recording:
-        """The recording of a model with only these early exits and the full path."""
+        """Return the recording of a model that has only these early exits and the full path."""
         exits = [self.exit_names.index(name) for name in names]
         fields = ("exit_names", "empty", "logits", "taps")
         parts = {field: [getattr(self, field)[index] for index in exits] for field in fields}
@@ -166,41 +178,43 @@ class Recording:
         return len(self.logits)
 
     def signals(self, exit_index: int) -> Iterator[ExitSignals]:
-        """The router's inputs at an early exit, batch by batch."""
+        """Yield the router's inputs at an early exit, batch by batch."""
         for start in range(0, len(self), REPLAY_BATCH):
             rows = slice(start, start + REPLAY_BATCH)
-            stored = self.logits[exit_index][rows], self.taps[exit_index][rows]
-            logits, tap = (torch.from_numpy(np.array(values)) for values in stored)
+            arrays = self.logits[exit_index][rows], self.taps[exit_index][rows]
+            logits, tap = (torch.from_numpy(np.array(array)) for array in arrays)
             yield ExitSignals(logits, tap, self.empty[exit_index])
 
     @torch.no_grad()
     def confidences(self, router: Any) -> list[Tensor]:
-        """Per early exit the router's confidence in every photo, [n]."""
-        found = []
+        """Return the router's confidence in every photo, [n] per early exit."""
+        confidences = []
         for index in range(self.early_exits):
             batches = [router.confidence(signals, index).float() for signals in self.signals(index)]
-            found.append(torch.cat(batches or [torch.zeros(0)]))
-        return found
+            confidences.append(torch.cat(batches or [torch.zeros(0)]))
+        return confidences
 
 
 def record(
     model: nn.Module, loader: Batches, photos: int, folder: Path, key: str, pseudo_label_score: float | None = None
 ) -> Recording:
-    """The recording in ``folder``; it is written first if it is missing or of other photos, weights or exits.
+    """Return the recording in ``folder``. Record it first if it is missing, or if photos, weights or exits differ.
 
     Args:
-        loader: batches of (images, targets) without augmentation. If its photos are split over processes, all of them
-            write to the same ``folder``.
-        key: text that identifies the photos; weights and exits are added to it.
-        pseudo_label_score: the full path's detections of at least this score are the labels. None: the targets are.
+        loader: batches of (images, targets) without augmentation. If its photos are split over processes, all processes
+            must have the same ``folder``.
+        photos: number of photos.
+        key: text that identifies the photos. Weights and exits are added to it.
+        pseudo_label_score: the full path's detections with at least this score replace the objects of the targets.
+            None: the targets are used.
 
     Raises:
         DataError: an image id occurs twice.
     """
-    # empty exits have no weights, so the hash lacks them
+    # empty exits have no weights, so the hash does not identify them
     contents = f"{key} {weights_hash(model)} {model.exit_names} {tuple(model.empty)}"
     contents += "" if pseudo_label_score is None else f" taught from {pseudo_label_score}"
-    store = ArrayStore(folder, "recording", contents, photos, _blank_rows(model))
+    store = ArrayStore(folder, "recording", contents, photos, _example_rows(model))
     if not all(gathered(store.is_complete(), shares_photos(loader))):
         _write(store, model, loader, pseudo_label_score)
         store.read()
@@ -211,56 +225,59 @@ def record(
 
 def _write(store: ArrayStore, model: nn.Module, loader: Batches, score: float | None) -> None:
     shared = shares_photos(loader)
-    first = is_main() or not shared
+    manages_store = is_main() or not shared
     with failing_together(shared):
-        if first:
+        if manages_store:
             fix = "name another folder (--out), or fewer photos (CALIBRATION.TRAIN_PHOTOS, DATA.LIMIT)"
             store.create(f"recording {store.records} photos", fix)
     store.open()
-    places = iter(list(loader.sampler) if shared else range(store.records))
+    row_numbers = iter(list(loader.sampler) if shared else range(store.records))
 
     def of_batch(images: list[Tensor], targets: Targets) -> BatchDetections:
         outputs = model.exit_outputs(images)
-        found = [model.detections(outputs, index) for index in range(len(model.exit_names))]
-        labelled = targets if score is None else [_pseudo_labels(one, score) for one in found[-1]]
-        rows = list(itertools.islice(places, len(images)))
+        detections = [model.detections(outputs, index) for index in range(len(model.exit_names))]
+        labelled = targets if score is None else [_pseudo_labels(image, score) for image in detections[-1]]
+        rows = list(itertools.islice(row_numbers, len(images)))
         for name, values in _rows(model, outputs, labelled).items():
             store.arrays[name][rows] = values
-        return _batch_on_cpu(targets, found)
+        return _batch_on_cpu(targets, detections)
 
     batches = over_batches(model, loader, of_batch, "record exits")
     with failing_together(shared):
         store.flush()
     with failing_together(shared):
-        if first:
-            store.finish(_joined(batches, len(model.exit_names)))
+        if manages_store:
+            store.finish(_join_batches(batches, len(model.exit_names)))
 
 
-def _blank_rows(model: nn.Module) -> dict[str, np.ndarray]:
-    """`_rows` of a blank photo without objects."""
-    blank = torch.zeros(3, *model.transform.fixed_size, device=next(model.parameters()).device)
-    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+def _example_rows(model: nn.Module) -> dict[str, np.ndarray]:
+    """Return `_rows` of a black photo without objects, for dtypes and shapes."""
+    photo = torch.zeros(3, *model.transform.fixed_size, device=next(model.parameters()).device)
+    target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     with evaluating(model):
-        return _rows(model, model.exit_outputs([blank]), [nothing])
+        return _rows(model, model.exit_outputs([photo]), [target])
 
 
-def _pseudo_labels(found: dict[str, Tensor], score: float) -> dict[str, Tensor]:
-    """Detections of at least this score as a target."""
-    keep = found["scores"] >= score
-    return {"boxes": found["boxes"][keep].float(), "labels": found["labels"][keep]}
+def _pseudo_labels(detections: dict[str, Tensor], score: float) -> dict[str, Tensor]:
+    """Return a target whose objects are the detections with at least this score."""
+    keep = detections["scores"] >= score
+    return {"boxes": detections["boxes"][keep].float(), "labels": detections["labels"][keep]}
 
 
 def _rows(model: nn.Module, outputs: ExitOutputs, targets: Targets) -> dict[str, np.ndarray]:
+    """Return the arrays of a batch, by their name in the store: ``labels``, ``logits0``, ``tap0``, ``logits1``, ..."""
     rows = {"labels": _labels(model, outputs, targets)}
     for index, tap in enumerate(outputs.taps):
         logits = outputs.heads[index]["cls_logits"]
-        # all default boxes of an empty exit have the same logits: store one
+        # an empty exit has the same logits for all default boxes
         rows |= {f"logits{index}": logits[:, :1] if model.empty[index] else logits, f"tap{index}": tap}
-    return {name: (one.float() if one.is_floating_point() else one).cpu().numpy() for name, one in rows.items()}
+    return {
+        name: (values.float() if values.is_floating_point() else values).cpu().numpy() for name, values in rows.items()
+    }
 
 
 def _labels(model: nn.Module, outputs: ExitOutputs, targets: Targets) -> Tensor:
-    """Labels of the default boxes after matching, [N, A] int16; 0 is background."""
+    """Return the labels of the default boxes after matching with the objects, int16 [N, A]. Label 0 is background."""
     device = outputs.anchors[0].device
     scaled = []
     for target, (height, width), photo in zip(targets, outputs.network_sizes, outputs.photo_sizes, strict=True):

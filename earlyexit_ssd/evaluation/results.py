@@ -1,4 +1,4 @@
-"""What an evaluation found, as dataclasses with the JSON of metrics.json (keys: docs/metrics.md), and as rows."""
+"""Results of an evaluation: dataclasses with the JSON form of metrics.json (see docs/metrics.md), and table rows."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from earlyexit_ssd.evaluation.cost import EAGER, ONNX_RUNTIME, OPENVINO, RUNTIME
 from earlyexit_ssd.evaluation.metrics import Figure, Figures
 
 Target = Mapping[str, str | float | None]
-"""A certificate's: ``kind``, its number (``value``), ``reference``, ``score``, ``iou`` and ``delta``."""
-Interval = list[float] | None  # both ends of a 95 % interval; None where it is undefined
+"""Target of a certificate: ``kind``, ``value`` or ``epsilon``, ``reference``, ``score``, ``iou`` and ``delta``."""
+Interval = list[float] | None  # ends of a 95 % interval; None if it is undefined
 
 
 class Record:
-    """A dataclass with one JSON form: its fields in their order, ``figures`` spread among them. Keys that are no field
-    are figures. Fields named in ``left_out`` are no keys where they are None; others are ``null``."""
+    """Base of dataclasses with a JSON form: one key per field, in their order.
+
+    The entries of the field ``figures`` become keys of their own. A field that is None becomes ``null``, or is omitted
+    if ``left_out`` names it.
+    """
 
     left_out: ClassVar[tuple[str, ...]] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dicts, lists, numbers and None."""
+        """Return plain dicts, lists, numbers, strings and None."""
         entries: dict[str, Any] = {}
-        for name in (one.name for one in fields(self)):
+        for name in (part.name for part in fields(self)):
             value = getattr(self, name)
             if name == "figures":
                 entries |= value
@@ -34,10 +37,14 @@ class Record:
 
     @classmethod
     def from_json(cls, entries: Mapping[str, Any]) -> typing.Self:
-        """The inverse. Keys that older evaluations lack get the field's default. A TypeError if a key without a default
-        is missing."""
+        """Invert `to_json`. Missing keys, as in older results, get the field's default. Keys that are no field become
+        figures.
+
+        Raises:
+            TypeError: a key is missing whose field has no default.
+        """
         hints, figures, values = typing.get_type_hints(cls), dict(entries), {}
-        names = [one.name for one in fields(cls)]
+        names = [part.name for part in fields(cls)]
         for name in (name for name in names if name in entries):
             value = figures.pop(name)
             record = next(filter(is_dataclass, (hints[name], *typing.get_args(hints[name]))), None)
@@ -55,7 +62,7 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Context(Record):
-    """What was evaluated, and how."""
+    """Photos and settings of an evaluation."""
 
     splits: list[str] = field(default_factory=list)
     images: int = 0
@@ -80,7 +87,7 @@ class Context(Record):
 
 @dataclass(frozen=True)
 class ConfidenceSummary(Record):
-    """Mean, standard deviation (population) and range of an exit's confidence, all in [0, 1]."""
+    """Mean, population standard deviation and range of an exit's confidences, all in [0, 1]."""
 
     mean: float
     std: float
@@ -90,12 +97,12 @@ class ConfidenceSummary(Record):
 
 @dataclass(frozen=True)
 class BoxSummary(Record):
-    """All boxes of a detector, at any score: it shows a detector that is broken. None where there is no box."""
+    """Summary of all boxes of a detector, at any score, to recognise a broken detector. None without boxes."""
 
     boxes: int
     score_mean: float | None
     score_std: float | None
-    outside_share: float | None  # of the boxes, those with less than half of their area inside the photo, or no area
+    outside_share: float | None  # share of boxes with less than half of their area inside the photo, or no area
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ class DetectorResult(Record):
     """A detector's figures of quality, by the names of `earlyexit_ssd.evaluation.metrics`."""
 
     def number(self, name: str) -> float | None:
-        """A figure; None where it is undefined, or was not measured."""
+        """Return the figure with this name; None if it is undefined or was not measured."""
         value: Figure = self.figures.get(name)  # type: ignore[attr-defined]
         return value if isinstance(value, int | float) else None
 
@@ -114,7 +121,7 @@ class DetectorResult(Record):
 
 @dataclass(frozen=True)
 class ExitResult(DetectorResult):
-    """An exit. Only early exits have ``empty`` (no branch) and the interval, only the full path has ``found``."""
+    """Results of one exit. ``empty`` (no branch) and the interval are for early exits, ``found`` for the full path."""
 
     name: str
     layer: int | None = None
@@ -143,7 +150,7 @@ class CostResult(Record):
 
 @dataclass(frozen=True)
 class RoutedResult(DetectorResult):
-    """The detector in which each photo takes its exit; costs are means over the photos."""
+    """Results of the detector with its router. Costs are means over the photos."""
 
     policy: str | None = None
     thresholds: list[float] | None = None
@@ -159,7 +166,7 @@ class RoutedResult(DetectorResult):
 
 @dataclass(frozen=True)
 class RivalResult(DetectorResult):
-    """A static detector: what one would ship instead."""
+    """Results of a rival, a detector that could be shipped instead of the routed one."""
 
     name: str
     kind: str = "plain"
@@ -175,17 +182,17 @@ class RivalResult(DetectorResult):
 
 @dataclass(frozen=True)
 class CertificateResult(Record):
-    """What a certificate was asked for, and what these photos say of it."""
+    """Target of a certificate, and the figure measured on these photos."""
 
     target: Target
-    measured: float | None  # AP50 lost, missed and added per photo, or the speed-up in the certificate's unit of cost
-    interval: Interval  # by bootstrap
-    kept: bool | None  # whether it is what was asked for
+    measured: float | None  # loss of AP50, mean loss of a photo, or speed-up in the certificate's unit of cost
+    interval: Interval  # bootstrap interval of ``measured``
+    kept: bool | None  # ``measured`` meets the target; None if it is undefined
 
 
 @dataclass(frozen=True)
 class DriftResult(Record):
-    """Whether the photos look like those of calibration."""
+    """Comparison of the photos with the calibration photos."""
 
     window: int  # photos compared at a time
     warnings: list[str]  # one line per cause
@@ -195,7 +202,7 @@ class DriftResult(Record):
 
 @dataclass(frozen=True)
 class Finding(Record):
-    """One sentence of the verdict; with ``veto``, a reason not to ship the exits."""
+    """One line of the verdict. A ``veto`` forbids shipping the exits."""
 
     line: str
     veto: bool = False
@@ -203,21 +210,21 @@ class Finding(Record):
 
 @dataclass(frozen=True)
 class Verdict(Record):
-    """What the rules found."""
+    """The recommendation what to ship."""
 
     ship: bool  # no finding is a veto
-    what: str | None = None  # routed, or the one exit that takes every photo (exit8 alone); None if not ship
+    what: str | None = None  # detector to ship, such as ``routed`` or ``exit8 alone``; None if ``ship`` is False
     findings: tuple[Finding, ...] = ()  # in the order of the rules
 
     @property
     def lines(self) -> list[str]:
-        """The sentences alone."""
+        """Texts of the findings."""
         return [finding.line for finding in self.findings]
 
 
 @dataclass(frozen=True)
 class Results(Record):
-    """All of an evaluation."""
+    """All results of an evaluation, the content of metrics.json."""
 
     context: Context = Context()
     exits: tuple[ExitResult, ...] = ()  # shallow to deep, the full path last
@@ -243,28 +250,28 @@ SHORT_RUNTIMES = {EAGER: "eager", ONNX_RUNTIME: "ORT", OPENVINO: "OpenVINO"}
 
 @dataclass(frozen=True)
 class Row:
-    """What a table and a chart compare: an exit, the routed detector, or a static one."""
+    """A row of the table: an exit, the routed detector, the detector without exits or a rival."""
 
     name: str
-    kind: str  # ``exit``, ``routed``, or a rival's
+    kind: str  # ``exit``, ``routed``, or the kind of a rival
     figures: Figures
     mmacs: float | None
     ms: float | None
     ms_interval: Interval = None
     layer: int | None = None
     confidence: ConfidenceSummary | None = None
-    share: float | None = None  # of the photos that leave there
+    share: float | None = None  # share of the photos that leave at this exit
     source: str | None = None
-    other_runtime: str | None = None  # short name of the runtime, where it is not the exits'
+    other_runtime: str | None = None  # short name of the runtime if it is not that of the exits
     empty: bool = False
 
     def number(self, name: str) -> float | None:
-        """``ms``, ``mmacs`` or a figure."""
+        """Return ``ms``, ``mmacs`` or the figure with this name."""
         return getattr(self, name) if name in ("ms", "mmacs") else self.figures.get(name)
 
 
 def exit_rows(results: Results) -> list[Row]:
-    """The exits, then ``routed``."""
+    """Return the rows of the exits, then the row ``routed``."""
     routed = results.routed
     rows = []
     for one in results.exits:
@@ -274,7 +281,7 @@ def exit_rows(results: Results) -> list[Row]:
 
 
 def static_rows(results: Results) -> list[Row]:
-    """``without exits``, which finds what the full path finds, then the rivals."""
+    """Return the row ``without exits``, which has the full path's figures, then the rows of the rivals."""
     plain = results.without_exits
     rows = [Row("without exits", "plain", results.full.figures, plain.mmacs, plain.ms, plain.ms_interval)]
     for one in results.rivals:
@@ -285,7 +292,7 @@ def static_rows(results: Results) -> list[Row]:
 
 
 def timing_title(results: Results) -> str:
-    """Runtime, device and threads of the milliseconds."""
+    """Return runtime, device and threads with which the milliseconds were measured."""
     context = results.context
     return f"{RUNTIME_TITLES[context.runtime]} on {context.device}, {context.threads} thread(s)"
 

@@ -30,10 +30,10 @@ Rule = Callable[[Results], Iterable[Finding]]
 
 
 def judge(results: Results) -> Verdict:
-    """The verdict by the rules that fit the results.
+    """Return the verdict.
 
-    If the full path does not detect, this is the only finding. Its text mentions it if --force was used at a failed
-    gate. Otherwise the use of --force is the first finding, and a veto.
+    If the full path does not detect, there is no other finding. If --force was used at a failed gate, this finding
+    mentions it. Otherwise the use of --force is the first finding, and a veto.
     """
     forced = results.context.forced
     rules = RULES if results.early else (report_no_exits, compare_with_rivals, report_other_runtimes)
@@ -57,13 +57,13 @@ def judge(results: Results) -> Verdict:
 
 
 def report_no_exits(results: Results) -> Iterator[Finding]:
-    """Say that the model has no early exits (`optimize` may choose such a detector), and check for rivals."""
+    """Report that the model has no early exit (`optimize` may choose such a detector), and require a rival."""
     yield Finding("the model has no early exit: every photo takes its full path")
     yield from check_rivals_exist(results)
 
 
 def check_full_path(results: Results) -> Iterator[Finding]:
-    """A veto if the full path does not detect, or if that cannot be judged; otherwise no finding."""
+    """Veto if the full path does not detect, or if AP50 is undefined."""
     ap50, boxes = results.full.ap50, results.full.found
     if ap50 is None:
         yield Finding("AP50 is undefined, since the photos show no object to find: nothing can be said", veto=True)
@@ -82,8 +82,11 @@ def check_full_path(results: Results) -> Iterator[Finding]:
 
 
 def check_exit_accuracy(results: Results) -> Iterator[Finding]:
-    """Whether the first and the deepest exit in use are accurate enough. The first is compared with two limits of AP50,
-    or with the full path if that is an unchanged checkpoint (``taken_over``); the deepest with the full path."""
+    """Judge the AP50 of the first and of the deepest exit in use.
+
+    The first is compared with two limits, or with the full path if that is an unchanged checkpoint (``taken_over``).
+    The deepest is compared with the full path.
+    """
     single = [one for one in results.early if one.name == exit_to_ship_alone(results)]
     used = [one for one in single or _open_exits(results) or results.early if not one.empty]
     full = results.full.ap50
@@ -166,7 +169,7 @@ def _why_nobody_leaves(results: Results, fix: str) -> str:
 
 
 def check_speedup(results: Results) -> Iterator[Finding]:
-    """Whether the routed detector takes clearly less time than the same detector without exits."""
+    """Veto if the routed detector is not clearly faster than the detector without exits."""
     speedup, routed, plain = results.routed.speedup, results.routed.ms, results.without_exits
     if speedup is None or _exit_of_all_photos(results) == results.full.name:
         return
@@ -182,11 +185,11 @@ def check_speedup(results: Results) -> Iterator[Finding]:
 
 
 def check_certificate(results: Results) -> Iterator[Finding]:
-    """A veto if the certificate's target is not met on these photos."""
+    """Veto if the certificate's target is not met on these photos."""
     certificate = results.certificate
     if certificate is None:
         return
-    target, value = certificate.target, asked_value(certificate.target)
+    target, value = certificate.target, target_value(certificate.target)
     kind = target["kind"]
     figure = "{:.2f}x" if kind == "speedup" else "{:.4f}"
     text = "undefined" if certificate.measured is None else figure.format(certificate.measured)
@@ -204,7 +207,7 @@ def check_certificate(results: Results) -> Iterator[Finding]:
 
 
 def check_routed_accuracy(results: Results) -> Iterator[Finding]:
-    """A veto if routing loses more than `LARGEST_LOSS` of the full path's AP50, unless a certificate limits that."""
+    """Veto if routing loses more than `LARGEST_LOSS` of the full path's AP50, unless a certificate limits that loss."""
     full, routed = results.full.ap50, results.routed.ap50
     if not full or routed is None or _exit_of_all_photos(results) == results.full.name:
         return
@@ -225,7 +228,7 @@ def check_routed_accuracy(results: Results) -> Iterator[Finding]:
 
 
 def check_rivals_exist(results: Results) -> Iterator[Finding]:
-    """A veto if there is no rival to compare with."""
+    """Veto if there is no rival to compare with."""
     if not _comparable(results):
         what = "could be compared" if results.rivals else "was evaluated"
         yield Finding(f"no rival {what} (EVAL.RIVALS): a smaller detector may be the better choice", veto=True)
@@ -284,20 +287,20 @@ RULES: tuple[Rule, ...] = (
 
 
 def report_agreement(results: Results) -> Iterator[Finding]:
-    """For photos without labels: a veto, with what routing keeps and adds compared with the full path."""
+    """For photos without labels: veto, and report the agreement of the routed detector with the full path."""
     found, lost, added = map(results.routed.number, ("true_positives", "false_negatives", "false_positives"))
     figures = f"routing keeps {found} of the {found + lost} objects that the full path finds and adds {added}"
     yield Finding(f"nobody labelled these photos: {figures}; the accuracy of neither is known", veto=True)
 
 
-def asked_value(target: Target) -> float:
-    """The number of a certificate's target: ``epsilon`` of a risk, ``value`` of other kinds."""
+def target_value(target: Target) -> float:
+    """Return the number of a certificate's target: its ``value``, or ``epsilon`` for a risk."""
     return target["value"] if "value" in target else target["epsilon"]
 
 
 def exit_to_ship_alone(results: Results) -> str | None:
-    """The early exit that takes every photo, keeps the accuracy and is clearly faster than the detector without exits;
-    None if there is none."""
+    """Return the early exit that takes every photo, keeps the accuracy and is clearly faster than the detector without
+    exits; None if there is none."""
     only, routed, full = _exit_of_all_photos(results), results.routed, results.full
     if only in (None, full.name) or routed.hybrid or routed.ap50 is None or routed.speedup is None:
         return None
@@ -307,24 +310,24 @@ def exit_to_ship_alone(results: Results) -> str | None:
 
 
 def _exit_of_all_photos(results: Results) -> str | None:
-    """The exit that every photo takes, early or full; None if photos take several exits or there is no early exit."""
+    """Return the exit that every photo takes, early or full; None if they take several or there is no early exit."""
     share = results.routed.exit_share
     return next((name for name, value in share.items() if value == 1.0), None) if len(share) > 1 else None
 
 
 def _asked_for_ap(results: Results) -> bool:
-    """Whether there is a certificate whose target limits the loss of AP50."""
+    """Return whether there is a certificate whose target limits the loss of AP50."""
     return results.certificate is not None and results.certificate.target["kind"] == "ap_drop"
 
 
 def _open_exits(results: Results) -> list[ExitResult]:
-    """The early exits where photos may leave."""
+    """Return the open early exits."""
     thresholds = results.routed.thresholds or [0.0] * len(results.early)
     return [one for one, threshold in zip(results.early, thresholds, strict=True) if threshold < CLOSED]
 
 
 def _comparable(results: Results) -> list[RivalResult]:
-    """The rivals with an AP50 that were timed in the runtime of the exits, except the exit that is shipped alone."""
+    """Return the rivals with an AP50 and timed in the exits' runtime, except the exit that is shipped alone."""
     itself = f"{exit_to_ship_alone(results)} alone"
     same = [one for one in results.rivals if one.runtime == results.context.runtime]
     return [one for one in same if one.ap50 is not None and one.name != itself]

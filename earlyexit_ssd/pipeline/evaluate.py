@@ -238,7 +238,7 @@ def evaluate_model(
     collected = collect(model, loader, router)
     if cfg.EVAL.RIVALS.ENABLED and dataset.labelled and not router.hybrid:  # hybrid exits have the full path's boxes
         rivals = [*exits_alone(model, collected), *rivals]
-    rivals = [replace(rival, detector=rival.found(loader)) for rival in rivals]
+    rivals = [replace(rival, detector=rival.detections(loader)) for rival in rivals]
     if not is_main():  # the decorator makes it wait, so that the first process measures times undisturbed
         return None
     evaluation = evaluate_exits(

@@ -37,7 +37,7 @@ from earlyexit_ssd.evaluation.results import (
     static_rows,
     timing_title,
 )
-from earlyexit_ssd.evaluation.verdict import DETECTS_AP50, asked_value
+from earlyexit_ssd.evaluation.verdict import DETECTS_AP50, target_value
 from earlyexit_ssd.files import write_text
 from earlyexit_ssd.report.page_photos import PagePhotos, photos_json
 from earlyexit_ssd.report.pictures import PLAIN, ROUTED, STYLES, Candidate, log_curves, reliability_points
@@ -254,7 +254,7 @@ def _target_tile(results: Results) -> Tile:
     certificate, name = results.certificate, "target of the calibration"
     if certificate is None:
         return Tile(name, "none", "no certificate, so no target to check")
-    kind, value, interval = certificate.target["kind"], asked_value(certificate.target), certificate.interval
+    kind, value, interval = certificate.target["kind"], target_value(certificate.target), certificate.interval
     kept = {True: "kept", False: "not kept", None: "undefined"}[certificate.kept]
     if certificate.kept and interval and (interval[0] < value if kind == "speedup" else interval[1] > value):
         kept = "kept, but not in the whole interval"

@@ -1,4 +1,4 @@
-"""Networks in ONNX Runtime give what they give in eager PyTorch."""
+"""Exported networks give the outputs of eager PyTorch; MMACs by hand; order and statistics of the timing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from torch import nn
 from earlyexit_ssd.config import CLOSED, load_config
 from earlyexit_ssd.errors import ConfigError, EarlyExitError
 from earlyexit_ssd.evaluation import cost
-from earlyexit_ssd.evaluation import cost as runtime
 from earlyexit_ssd.evaluation.cost import (
     OnnxNetwork,
     PlainPath,
@@ -39,7 +38,7 @@ from earlyexit_ssd.runtimes import OnnxRuntime
 
 
 def test_a_path_keeps_its_outputs_and_its_mode(small_model, capfd):
-    """Heads of earlier branches and the router's scores are computed too: they are outputs, so nothing drops them."""
+    """Heads of earlier branches and the router's confidences are outputs, so the export does not drop them."""
     model = copy.deepcopy(small_model).train()
     path, example = AllOutputs(PathToExit(model, 1, ExitRouter(2, thresholds=0.6))), example_input(model)
     with warnings.catch_warnings():
@@ -69,7 +68,7 @@ def test_a_path_to_an_empty_exit_computes_its_tap():
 
 
 class Scoring(nn.Module):
-    """What a router says of logits."""
+    """The router's confidence as a network of the logits."""
 
     def __init__(self, router):
         super().__init__()
@@ -98,23 +97,23 @@ def test_eager_is_the_module_itself():
     assert in_runtime(module, torch.zeros(1, 2), "eager") is module
 
 
-def test_runtimes_are_those_of_the_configuration():
-    for name in runtime.RUNTIME_TITLES:
+def test_the_configuration_accepts_every_runtime():
+    for name in cost.RUNTIME_TITLES:
         load_config(None, ["EVAL.RUNTIME", name])
     with pytest.raises(ConfigError):
         load_config(None, ["EVAL.RUNTIME", "tensorrt"])
 
 
-def test_what_cannot_be_run_is_one_line():
+def test_a_file_that_is_no_graph_is_refused_in_one_line():
     with pytest.raises(EarlyExitError, match=r"x\.onnx: ONNX Runtime cannot load it") as caught:
         OnnxNetwork(b"no graph", name="x.onnx")
     assert "\n" not in str(caught.value)
 
 
 def one_node(element, shape):
-    """A file that keeps what is above zero of an input of this element type and shape."""
-    sides, result = (onnx.helper.make_tensor_value_info(name, element, shape) for name in ("x", "y"))
-    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", [sides], [result])
+    """An ONNX file of one ReLU, for an input of this element type and shape."""
+    x, y = (onnx.helper.make_tensor_value_info(name, element, shape) for name in ("x", "y"))
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8)
     return model.SerializeToString()
 
@@ -130,21 +129,21 @@ def test_an_input_of_another_type_is_refused():
         OnnxNetwork(one_node(onnx.TensorProto.FLOAT16, [1, 3, 8, 8]), name="half")
 
 
-def test_what_cannot_be_exported_is_one_line():
+def test_a_failed_export_is_reported_in_one_line():
     class Strange(nn.Module):
         def forward(self, x):
             return torch.linalg.eigvals(x)
 
-    with pytest.raises(EarlyExitError, match="no export to ONNX .*EVAL.RUNTIME to eager") as caught:
+    with pytest.raises(EarlyExitError, match="export to ONNX failed .*EVAL.RUNTIME to eager") as caught:
         export_onnx(Strange(), torch.ones(2, 2))
     assert "\n" not in str(caught.value)
 
 
-# Multiply-accumulates by hand, and the clockwork of the timing.
+# Multiply-accumulates by hand, and the timing.
 
 
 def convolution_macs(model: nn.Module, run) -> float:
-    """Millions, by hooks: output size x kernel area x input channels of each convolution that runs."""
+    """Millions of multiply-accumulates of each convolution that runs: output size x kernel area x input channels."""
     total = 0.0
 
     def count(module, _inputs, output):
@@ -165,8 +164,8 @@ def test_counts_convolution_and_linear_only():
     assert count_mmacs(module, torch.zeros(1, 3, 4, 4)) * 1e6 == pytest.approx(4 * 8 * 27 + 160)
 
 
-def test_mmacs_are_those_of_every_convolution_on_the_way(small_model):
-    """Heads of earlier branches count too, though the deeper exit's output does not need them."""
+def test_mmacs_include_every_convolution_on_the_path(small_model):
+    """Heads of earlier branches are counted, although the deeper exit's output does not need them."""
     example = example_input(small_model)
     small_model.eval()
     expected = [
@@ -242,7 +241,7 @@ def test_threads_are_restored_after_an_error():
     assert torch.get_num_threads() == before
 
 
-def test_a_router_scores_every_exit_on_the_way(small_model):
+def test_a_path_computes_the_confidence_of_every_open_exit(small_model):
     class Recorder:
         hybrid = False
 
@@ -262,7 +261,7 @@ def test_a_router_scores_every_exit_on_the_way(small_model):
 
 
 def test_median_interval_uses_order_statistics():
-    # tables of the sign test: for n = 30 the 10th and 21st, for n = 6 the extremes
+    # tables of the sign test: the 10th and 21st of 30 values, the smallest and largest of 6
     assert median_interval(range(1, 31)) == (15.5, [10, 21])
     assert median_interval(range(1, 7)) == (3.5, [1, 6])
     assert median_interval([5.0]) == (5.0, [5.0, 5.0])
@@ -276,12 +275,12 @@ def test_median_interval_covers():
 
 
 def test_closed_exits_cost_no_head(small_model):
-    """Exit 8's head, tail maps and scoring are spared; what exit 12 takes from it is still computed."""
+    """A closed exit 8 costs no head. The features that exit 12 takes from it are still computed."""
     everything = cost.mmacs_to_exit(small_model, ExitRouter(2, thresholds=0.5))
     first_closed = cost.mmacs_to_exit(small_model, ExitRouter(2, thresholds=[CLOSED, 0.5]))
     all_closed = cost.mmacs_to_exit(small_model, ExitRouter(2, thresholds=CLOSED))
     assert everything == cost.mmacs_to_exit(small_model)
-    assert first_closed[0] == everything[0]  # whoever is sent there pays for it
+    assert first_closed[0] == everything[0]  # its own cost does not depend on its threshold
     assert everything[1] > first_closed[1] and everything[2] > first_closed[2]
     example = cost.example_input(small_model)
     assert all_closed[2] == pytest.approx(cost.count_mmacs(cost.PlainPath(small_model), example))

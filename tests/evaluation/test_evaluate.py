@@ -49,7 +49,7 @@ def test_none_without_photos():
     assert summarize_confidence(torch.zeros(0)) is None
 
 
-def test_none_where_the_policy_has_nothing_to_look_at():
+def test_none_if_the_policy_gives_no_confidence():
     assert summarize_confidence(torch.full((3,), -1.0)) is None
 
 
@@ -79,9 +79,9 @@ def test_no_resamples_no_interval(random_case):
 
 
 def drawn(values):
-    one = DetectorEvaluation(None, SETTINGS)
-    vars(one)["draws"] = APs(np.zeros(3), np.array(values))
-    return one
+    evaluation = DetectorEvaluation(None, SETTINGS)
+    vars(evaluation)["draws"] = APs(np.zeros(3), np.array(values))
+    return evaluation
 
 
 def test_difference_on_the_same_draws():
@@ -98,7 +98,7 @@ def restored_metrics():
 
 
 def test_a_metric_is_registered_in_one_place(restored_metrics, random_case):
-    """It is in metrics.json and in the table; without labels it and the average precisions are undefined."""
+    """The figure is in metrics.json and in the table. Without labels it is undefined, as AP is."""
 
     @register_metric({"boxes/img": ("boxes_per_image", 1)}, needs_labels=True)
     def boxes_per_image(detector):
@@ -123,7 +123,7 @@ TIMING = Timing(5.0, [4.0, 7.0])
 
 
 class Finds(nn.Module):
-    """The box in every photo."""
+    """A detector that returns the same detections for every photo."""
 
     def __init__(self, found):
         super().__init__()
@@ -136,7 +136,7 @@ class Finds(nn.Module):
 
 @pytest.fixture
 def rows(ground_truth, found):
-    """Two photos, an object each; the routed detector finds both, the first rival one, the second none."""
+    """Two photos with one object each. The routed detector finds both, the first rival one, the second none."""
     truth = ground_truth(2, [(1, 1, BOX), (2, 1, FAR)], ("cat",))
     routed = evaluate_detections(truth, {1: found((1, 0.9, BOX)), 2: found((1, 0.9, FAR))}, RIVAL_SETTINGS)
     loader = [([torch.zeros(3, 8, 8)] * 2, [{"image_id": 1}, {"image_id": 2}])]
@@ -146,14 +146,14 @@ def rows(ground_truth, found):
         Rival("half", PLAIN, network, example, 12.5, Finds(found((1, 0.8, BOX)))),
         Rival("blind", ONNX, exported, example, None, {1: found(), 2: found()}, "/models/of/mine/blind.onnx"),
     ]
-    rivals = [replace(rival, detector=rival.found(loader)) for rival in rivals]
+    rivals = [replace(rival, detector=rival.detections(loader)) for rival in rivals]
     results = evaluate_rivals(rivals, [TIMING, TIMING], truth, routed)
     return [one.to_json() for one in results]
 
 
 def test_rows(rows):
     half, blind = rows
-    # recall 0.5 at precision 1: 51 of 101 recall points, and the false alarm comes later
+    # recall 0.5 at precision 1: 51 of 101 recall points; the false positive has a lower rank
     assert half["AP50"] == pytest.approx(51 / 101)
     assert (half["precision"], half["recall"]) == (0.5, 0.5)
     assert (half["name"], half["kind"], half["source"]) == ("half", "plain", None)
@@ -162,7 +162,7 @@ def test_rows(rows):
     assert (blind["kind"], blind["source"], blind["AP50"], blind["mmacs"]) == ("onnx", "blind.onnx", 0.0, None)
 
 
-def test_a_graph_from_a_file_has_its_own_runtime(rows):
+def test_rivals_from_onnx_files_are_timed_in_onnx_runtime(rows):
     assert rows[1]["runtime"] == "onnxruntime"
 
 
@@ -172,7 +172,7 @@ def test_differences_are_paired(rows):
     assert 0 <= low <= 50 / 101 <= high <= 1
 
 
-def test_every_exit_is_a_detector_already(small_model, found):
+def test_every_exit_with_a_branch_is_a_rival(small_model, found):
     first, second, full = {1: found((1, 0.9, BOX))}, {1: found()}, {1: found()}
     rivals = exits_alone(small_model, Collected([1], [first, second, full], []))
     assert [(rival.name, rival.kind) for rival in rivals] == [
@@ -186,16 +186,16 @@ def test_every_exit_is_a_detector_already(small_model, found):
     for index, rival in enumerate(rivals):
         with evaluating(rival.network), torch.no_grad():
             logits, boxes = rival.network(rival.example)
-            beside_the_others, _ = PathToExit(small_model, index)(rival.example)
+            with_other_branches, _ = PathToExit(small_model, index)(rival.example)
         assert logits.shape[1:] == (boxes.shape[1], 3)
-        assert torch.equal(logits, beside_the_others)
+        assert torch.equal(logits, with_other_branches)
 
 
 # Labels by name.
 
 
-class Says(nn.Module):
-    """The same labels for every photo."""
+class FixedLabels(nn.Module):
+    """A detector that returns the same labels for every photo."""
 
     def __init__(self, *labels):
         super().__init__()
@@ -207,22 +207,22 @@ class Says(nn.Module):
         return [{**found, "labels": self.labels} for _ in photos]
 
 
-def test_labels_are_the_wanted_ones_and_others_are_dropped():
-    detector = WantedClasses(Says(3, 1, 2, 3), ("person", "tv", "Sofa"), ("couch", "person"), "rival")
+def test_labels_of_wanted_classes_are_renumbered_and_others_dropped():
+    detector = WantedClasses(FixedLabels(3, 1, 2, 3), ("person", "tv", "Sofa"), ("couch", "person"), "rival")
     first, second = detector([torch.zeros(3, 8, 8)] * 2)
     assert first["labels"].tolist() == second["labels"].tolist() == [1, 2, 1]
     assert first["boxes"][:, 0].tolist() == [0, 4, 12]
     assert first["scores"].tolist() == pytest.approx([1.0, 0.7, 0.1])
 
 
-def test_a_class_that_it_lacks_is_named(caplog):
-    WantedClasses(Says(1), ("person",), ("person", "lamp"), "rival")
+def test_a_missing_class_is_logged(caplog):
+    WantedClasses(FixedLabels(1), ("person",), ("person", "lamp"), "rival")
     assert "rival has no class lamp" in caplog.text
 
 
 def test_no_class_in_common():
     with pytest.raises(EarlyExitError, match=r"rival: has none of the classes chiar, lamp \(did you mean 'chair'\?\)"):
-        WantedClasses(Says(1), ("chair",), ("chiar", "lamp"), "rival")
+        WantedClasses(FixedLabels(1), ("chair",), ("chiar", "lamp"), "rival")
 
 
 # All figures of a small untrained detector: keys, consistency, JSON.
@@ -242,7 +242,7 @@ def evaluate_exits(*args, **more):
 
 @pytest.fixture(scope="module")
 def collected(found):
-    """The full path finds both objects, exit 12 one, exit 8 none; exit 8 is sure of photo 2 only."""
+    """The full path finds both objects, exit 12 one, exit 8 none. Exit 8 is confident in photo 2 only."""
     nothing = {1: found(), 2: found(), 3: found()}
     one = {**nothing, 1: found((1, 0.9, BOX))}
     both = {**one, 2: found((2, 0.8, FAR))}
@@ -261,7 +261,7 @@ def objects(ground_truth):
 
 @pytest.fixture(scope="module")
 def metrics(small_model, collected, objects):
-    """With a rival that finds what the full path finds."""
+    """Metrics with a rival that has the full path's detections."""
     router = ExitRouter(2, policy="max_foreground", thresholds=(0.5, 0.6))
     network, found = PlainPath(small_model), collected.detections[2]
     rivals = [Rival("small", PLAIN, network, example_input(small_model), 7.0, found)]
@@ -307,7 +307,7 @@ def test_interval_of_the_loss_against_the_full_path(metrics):
 
 def test_routed(metrics):
     routed = metrics["routed"]
-    # photo 1 leaves at exit 12, photo 2 at exit 8 (and loses its object), photo 3 goes through
+    # photo 1 leaves at exit 12, photo 2 at exit 8 (and loses its object), photo 3 takes the full path
     assert routed["exit_share"] == pytest.approx({"exit8": 1 / 3, "exit12": 1 / 3, "full": 1 / 3})
     assert routed["AP50"] == pytest.approx(0.5)
     assert routed["thresholds"] == pytest.approx([0.5, 0.6])
@@ -351,7 +351,7 @@ def test_an_untrained_network(small_model, ground_truth):
     metrics = evaluate_exits(small_model, found, coco, router, METRICS_SETTINGS, Context(forced=True))
     assert metrics["routed"]["exit_share"] == {"exit8": 1.0, "exit12": 0.0, "full": 0.0}
     assert metrics["routed"]["AP50"] == metrics["exits"][0]["AP50"]
-    # it is untrained: nothing else is said of it
+    # an untrained network gets only this finding
     (finding,) = metrics["verdict"]["findings"]
     assert finding["veto"] and "does not detect" in finding["line"] and "--force" in finding["line"]
     assert metrics["context"]["forced"] and not metrics["context"]["taken_over"]
@@ -363,27 +363,26 @@ def certificate(kind, unit="mmacs", **target):
 
 
 @pytest.mark.parametrize(
-    ("asked", "measured", "kept"),
+    ("target", "measured", "kept"),
     [
         ({"kind": "ap_drop", "value": 0.4, "delta": 0.05}, 0.5, False),
         ({"kind": "ap_drop", "value": 0.5, "delta": 0.05}, 0.5, True),
-        # photo 1 of three keeps what the full path finds, photo 2 loses its one object, photo 3 has none
+        # of three photos, photo 2 loses the one object that the full path finds
         ({"kind": "risk", "epsilon": 1 / 3, "delta": 0.05}, 1 / 3, True),
         ({"kind": "risk", "value": 0.3, "delta": 0.05, "reference": "labels"}, 1 / 3, False),
     ],
 )
-def test_what_the_certificate_was_asked_for(small_model, collected, objects, asked, measured, kept):
+def test_the_target_of_the_certificate_is_measured(small_model, collected, objects, target, measured, kept):
     """Photo 1 leaves at exit 12 and photo 2 at exit 8."""
     router = ExitRouter(2, thresholds=(0.5, 0.6))
-    asked_for = certificate(**asked)
     metrics = evaluate_exits(
-        small_model, collected, objects, router, METRICS_SETTINGS, Context(), certificate=asked_for
+        small_model, collected, objects, router, METRICS_SETTINGS, Context(), certificate=certificate(**target)
     )
-    found = metrics["certificate"]
-    assert (found["measured"], found["kept"]) == (pytest.approx(measured), kept)
-    assert found["target"]["kind"] == asked["kind"]
-    assert found["interval"][0] <= measured <= found["interval"][1]
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    result = metrics["certificate"]
+    assert (result["measured"], result["kept"]) == (pytest.approx(measured), kept)
+    assert result["target"]["kind"] == target["kind"]
+    assert result["interval"][0] <= measured <= result["interval"][1]
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
 @pytest.mark.parametrize("unit", ["ms", "mmacs"])
@@ -407,7 +406,7 @@ def test_boxes_of_a_broken_detector(ground_truth, found):
 
 
 def test_routing_is_what_the_model_does(small_model):
-    """The exits put together from one pass equal those of the routed model."""
+    """The exits chosen from collected confidences are those that the routed model takes."""
     router = ExitRouter(2, thresholds=(0.0, 0.0))
     images = [torch.rand(3, 64, 80) * brightness / 6 for brightness in range(1, 7)]
     loader = [(images, [{"image_id": index} for index in range(6)])]

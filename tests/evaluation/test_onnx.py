@@ -42,10 +42,10 @@ def test_classes():
     for name in ("yolox", "nanodet", "picodet"):
         assert len(FORMATS[name].classes) == 80
         assert [FORMATS[name].classes.index(one) for one in ("person", "chair", "toothbrush")] == [0, 56, 79]
-    assert FORMATS["boxes"].classes[62 - 1] == "chair"  # COCO's number of it
+    assert FORMATS["boxes"].classes[62 - 1] == "chair"  # COCO's category id of chairs
 
 
-def test_letterbox_keeps_the_shape_and_swaps_the_colours():
+def test_letterbox_keeps_the_aspect_ratio_and_returns_bgr():
     photo = torch.zeros(3, 20, 40)
     photo[0] = 1.0  # red
     x, scales = letterbox(photo, (64, 64))
@@ -61,18 +61,18 @@ def test_squeeze_fills_the_input():
     assert torch.equal(x, torch.ones(3, 64, 32))
 
 
-def test_nanodet_sees_blue_first_and_imagenet_s_mean():
+def test_nanodet_s_input_is_bgr_normalised_as_for_imagenet():
     x, scales = squeeze_nanodet(torch.ones(3, 20, 40) * torch.tensor([1.0, 0, 0])[:, None, None], (64, 32))
     assert scales == (0.8, 3.2)
-    # the mean and the deviation of 0 to 255 that its configurations list
+    # the mean and the deviation in [0, 255], as in its configurations
     expected = [(0 - 103.53) / 57.375, (0 - 116.28) / 57.12, (255 - 123.675) / 58.395]
     assert x.mean((1, 2)).tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_picodet_sees_red_first_and_cubic_edges():
+def test_picodet_s_input_is_rgb_with_cubic_interpolation():
     x, scales = squeeze_picodet(torch.tensor([0.0, 0, 1, 1]).expand(3, 4, 4), (8, 8))
     assert scales == (2, 2)
-    # pixel 3 lies 0.25 behind pixel 1: 0.2617 - 0.0352 of the two bright ones; pixel 5 overshoots and is cut
+    # pixel 3 is at 1.25 in the photo: the bright pixels weigh 0.2617 and -0.0352; pixel 5 is over 1 and clamped
     means, deviations = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     for place, value in ((0, 0.0), (3, 0.2265625), (5, 1.0)):
         expected = [(value - mean) / deviation for mean, deviation in zip(means, deviations, strict=True)]
@@ -91,7 +91,7 @@ def test_yolox_boxes_and_scores():
     rows = [
         (9, 0.5, 0.25, math.log(2), math.log(4), 0.8, 0.1, 0.5),  # stride 8, column 1, row 1
         (64 + 6, 0.0, 0.5, 0.0, 0.0, 0.5, 0.6, 0.2),  # stride 16, column 2, row 1
-        (80 + 3, 0.0, 0.0, 0.0, 0.0, 0.01, 0.05, 0.0),  # a score under the least
+        (80 + 3, 0.0, 0.0, 0.0, 0.0, 0.01, 0.05, 0.0),  # below the score threshold
     ]
     found = decode_yolox([cells_of_64(*rows)], (64, 64), 2)
     assert found["labels"].tolist() == [2, 1]
@@ -101,7 +101,7 @@ def test_yolox_boxes_and_scores():
 
 
 def test_yolox_suppresses_class_by_class():
-    """Three boxes at one place: the weaker one of the same class goes, the other class stays."""
+    """Of three equal boxes, the one with a lower score in the same class is removed. The other class stays."""
     place = (0.5, 0.5, math.log(2), math.log(2))
     rows = [(0, *place, 0.9, 1.0, 0.0), (1, -0.5, *place[1:], 0.8, 1.0, 0.0), (2, -1.5, *place[1:], 0.7, 0.0, 1.0)]
     found = decode_yolox([cells_of_64(*rows)], (64, 64), 2)
@@ -112,7 +112,7 @@ def test_yolox_suppresses_class_by_class():
 def distances_of_64(*rows) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores [1, 85, 2] and distances [1, 85, 32] at 64 px (64 + 16 + 4 + 1 cells).
 
-    A row is (cell, (a, b), left, upper, right, lower). A distance of 1.5 is 1 or 2 with even chances.
+    A row is (cell, (a, b), left, upper, right, lower). A distance of 1.5 is 1 or 2 with equal probability.
     """
     scores, logits = torch.zeros(1, 85, 2), torch.zeros(1, 85, 4, 8)
     for cell, both, *distances in rows:
@@ -134,7 +134,7 @@ def by_level(tensor: torch.Tensor) -> list[torch.Tensor]:
     return list(tensor.split([64, 16, 4, 1], 1))
 
 
-def test_nanodet_measures_from_corners():
+def test_nanodet_s_distances_start_at_the_cell_s_corner():
     found = decode_nanodet([torch.cat(distances_of_64(*DISTANCES), 2)], (64, 64), 2)
     assert found["labels"].tolist() == [1, 2, 1, 2, 2, 1]
     assert found["scores"].tolist() == pytest.approx([0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
@@ -142,7 +142,7 @@ def test_nanodet_measures_from_corners():
     assert found["boxes"].tolist() == [pytest.approx(box, abs=1e-3) for box in boxes]
 
 
-def test_picodet_measures_from_centres():
+def test_picodet_s_distances_start_at_the_cell_s_centre():
     scores, logits = distances_of_64(*DISTANCES)
     found = decode_picodet([*by_level(scores), *by_level(logits)], (64, 64), 2)
     assert found["scores"].tolist() == pytest.approx([0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
@@ -150,25 +150,25 @@ def test_picodet_measures_from_centres():
     assert found["boxes"].tolist() == [pytest.approx(box, abs=1e-3) for box in boxes]
 
 
-def test_an_empty_level_s_even_chances_are_half_of_seven():
+def test_equal_logits_are_a_distance_of_half_of_seven():
     scores, _ = distances_of_64((84, (0.5, 0.0)))
     found = decode_nanodet([torch.cat([scores, torch.zeros(1, 85, 32)], 2)], (64, 64), 2)
     assert found["boxes"].tolist() == [pytest.approx([-224, -224, 224, 224])]  # 3.5 strides of 64
 
 
-def test_grids_reach_beyond_sides_that_64_does_not_divide():
-    """The exports at 416 px have 52, 26, 13 and 7 cells a side."""
+def test_grids_of_an_input_that_64_does_not_divide_are_rounded_up():
+    """At 416 px the grids have 52, 26, 13 and 7 cells a side."""
     assert len(decode_nanodet([torch.zeros(1, 3598, 112)], (416, 416), 80)["boxes"]) == 0
     levels = [torch.zeros(1, count, width) for width in (80, 32) for count in (2704, 676, 169, 49)]
     assert len(decode_picodet(levels, (416, 416), 80)["boxes"]) == 0
     output = torch.zeros(1, 108, 34)  # 8 x 10, 4 x 5, 2 x 3 and 1 x 2 cells of 64 x 80 pixels
-    output[0, 107, 0] = 0.5  # the last one's point is (64, 0), and its distances are 3.5 strides
+    output[0, 107, 0] = 0.5  # the last cell's corner is (64, 0), and its distances are 3.5 strides
     found = decode_nanodet([output], (64, 80), 2)
     assert found["boxes"].tolist() == [pytest.approx([64 - 224, -224, 64 + 224, 224])]
 
 
 def test_picodet_with_boxes_but_no_suppression():
-    """Of two boxes with an IoU over 0.6 the weaker one goes in each class; the order of cells is kept."""
+    """Of two boxes of a class with an IoU over 0.6, the one with the lower score is removed."""
     boxes, scores = torch.zeros(1, 85, 4), torch.zeros(1, 2, 85)
     boxes[0, :3] = torch.tensor([[0.0, 0, 20, 20], [0, 0, 20, 25], [0, 0, 20, 40]])
     scores[0, 0, :3], scores[0, 1, 1] = torch.tensor([0.9, 0.8, 0.7]), 0.6
@@ -215,7 +215,7 @@ def test_four_finished_boxes_and_none():
         ),
         (decode_yolox, [torch.zeros(1, 84, 85)] * 2, "expected one output"),
         (decode_yolox, [torch.zeros(1, 84, 8)], r"for 80 classes, got \[1, 84, 8\]"),
-        (decode_boxes, [torch.zeros(1, 4), torch.ones(1), torch.tensor([91])], "label 91, but 80 names of classes"),
+        (decode_boxes, [torch.zeros(1, 4), torch.ones(1), torch.tensor([91])], "found label 91, expected 1 to 80"),
         (decode_boxes, [torch.zeros(2, 4), torch.zeros(2)], r"got torch.float32 \[2, 4\], torch.float32 \[2\]"),
         (decode_boxes, [torch.zeros(2, 4), torch.zeros(3), torch.zeros(2, dtype=torch.int64)], "expected boxes"),
         (decode_nanodet, [torch.zeros(1, 85, 33)], r"one output \[1, 85, 112\] for 80 classes, got \[1, 85, 33\]"),
@@ -231,7 +231,7 @@ def test_four_finished_boxes_and_none():
         ),
         (decode_picodet, by_level(torch.zeros(1, 85, 80)), "got 4"),
         (decode_picodet, [torch.zeros(1, 85, 4), torch.zeros(1, 20, 85)], r"\[1, 80, 85\].*got 2: .*\[1, 20, 85\]"),
-        (decode_picodet, [torch.tensor([[80, 0.5, 0, 0, 1, 1]])], "label 81, but 80 names of classes"),
+        (decode_picodet, [torch.tensor([[80, 0.5, 0, 0, 1, 1]])], "found label 81, expected 1 to 80"),
     ],
 )
 def test_other_outputs_are_refused(decode, outputs, message):
@@ -239,7 +239,7 @@ def test_other_outputs_are_refused(decode, outputs, message):
         decode(outputs, (64, 64), 80)
 
 
-# Counts from the graph are those from the module.
+# Counts from the graph equal those from the module.
 
 
 def graph(nodes, inputs, weights=(), whole_numbers=()) -> bytes:
@@ -296,17 +296,17 @@ def test_a_product_of_activations_is_no_layer():
 
 
 def test_unknown_shapes_are_undefined():
-    """The shape that Reshape makes is an input, so nobody knows it beforehand."""
+    """The shape that Reshape makes is an input, so it cannot be inferred."""
     nodes = [helper.make_node("Reshape", ["x", "s"], ["r"]), helper.make_node("MatMul", ["r", "w"], ["y"])]
     assert count_onnx_mmacs(graph(nodes, [("x", [3, 3])], [("w", (3, 3))], [("s", [2])])) is None
 
 
-# A file that says always the same, used as a detector.
+# A file with constant outputs, used as a detector.
 
 
 @pytest.fixture
 def boxes_file(tmp_path):
-    """Whatever the photo, labels 62 and 1 at (8, 16, 32, 48) and (60, 60, 90, 90) of 64 x 64 pixels."""
+    """For every photo, label 62 at (8, 16, 32, 48) and label 1 at (60, 60, 90, 90), of 64 x 64 pixels."""
 
     def build(shape=(1, 3, 64, 64), **metadata):
         values = {
@@ -342,7 +342,7 @@ def test_boxes_come_back_in_the_photo_s_pixels(boxes_file, shape):
 def test_classes_that_the_file_names(boxes_file):
     detector = OnnxDetector(boxes_file(classes="cup, dining table"), "boxes")
     assert detector.classes == ("cup", "dining table")
-    with pytest.raises(EarlyExitError, match=r"constant\.onnx: format boxes: label 62, but 2 names"):
+    with pytest.raises(EarlyExitError, match=r"constant\.onnx: format boxes: found label 62, expected 1 to 2"):
         detector([torch.rand(3, 64, 64)])
 
 
@@ -350,7 +350,7 @@ def test_unusable_files_are_one_line(boxes_file, tmp_path):
     with pytest.raises(EarlyExitError, match=r"none\.onnx: cannot be read .*No such file"):
         OnnxDetector(tmp_path / "none.onnx", "boxes")
     with pytest.raises(
-        EarlyExitError, match=r"constant\.onnx: expected an input \[1, 3, height, width\], it is \[1, 8"
+        EarlyExitError, match=r"constant\.onnx: expected an input \[1, 3, height, width\] .*, got \[1, 8"
     ):
         OnnxDetector(boxes_file((1, 8)), "boxes")
     with pytest.raises(EarlyExitError, match=r"constant\.onnx: format yolox: expected one output \[1, 84, 85\]"):
@@ -358,21 +358,21 @@ def test_unusable_files_are_one_line(boxes_file, tmp_path):
 
 
 @pytest.fixture
-def saying(tmp_path):
-    """A file that says the same of every photo of 64 x 64 pixels; ``nodes`` may change the values."""
+def constant_file(tmp_path):
+    """A file for 64 x 64 pixels whose outputs are constant, unless ``nodes`` change them."""
 
     def build(values, outputs=None, nodes=(), inputs=()):
         constants = [onnx.numpy_helper.from_array(value.numpy(), name) for name, value in values.items()]
-        known = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs]
-        found = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs or values]
+        infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs]
+        results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs or values]
         copies = [] if outputs else [helper.make_node("Identity", [name], [f"{name}_out"]) for name in values]
         if not outputs:
-            for one in found:
-                one.name += "_out"
-        made = helper.make_graph([*nodes, *copies], "saying", known, found, constants)
-        model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
-        onnx.save(model, tmp_path / "saying.onnx")
-        return tmp_path / "saying.onnx"
+            for result in results:
+                result.name += "_out"
+        graph = helper.make_graph([*nodes, *copies], "constant", infos, results, constants)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+        onnx.save(model, tmp_path / "fixed.onnx")
+        return tmp_path / "fixed.onnx"
 
     return build
 
@@ -380,28 +380,28 @@ def saying(tmp_path):
 IMAGE = ("image", (1, 3, 64, 64))
 
 
-def test_a_file_of_nanodet(saying):
-    """Its exporter lists the weights among the inputs."""
+def test_a_file_of_nanodet(constant_file):
+    """NanoDet-Plus's exporter lists the weights among the inputs."""
     scores, logits = distances_of_64((9, (0.1, 0.5), 0, 1, 2, 1.5))
     rows = torch.cat([scores, torch.zeros(1, 85, 78), logits], 2)
-    detector = OnnxDetector(saying({"rows": rows}, inputs=[IMAGE, ("rows", rows.shape)]), "nanodet")
+    detector = OnnxDetector(constant_file({"rows": rows}, inputs=[IMAGE, ("rows", rows.shape)]), "nanodet")
     (found,) = detector([torch.rand(3, 64, 128)])
     assert [detector.classes[label - 1] for label in found["labels"]] == ["bicycle", "person"]
     assert found["boxes"].tolist() == [pytest.approx([16, 0, 48, 20], abs=1e-3)] * 2
     assert count_onnx_mmacs(detector.content) == 0
 
 
-def test_a_file_of_picodet(saying):
+def test_a_file_of_picodet(constant_file):
     scores, logits = distances_of_64((9, (0.1, 0.5), 0, 1, 2, 1.5))
     levels = [*by_level(torch.cat([scores, torch.zeros(1, 85, 78)], 2)), *by_level(logits)]
-    path = saying({f"out{place}": level.contiguous() for place, level in enumerate(levels)}, inputs=[IMAGE])
+    path = constant_file({f"out{place}": level.contiguous() for place, level in enumerate(levels)}, inputs=[IMAGE])
     (found,) = OnnxDetector(path, "picodet")([torch.rand(3, 64, 128)])
     assert found["boxes"].tolist() == [pytest.approx([24, 4, 56, 24], abs=1e-3)] * 2
 
 
 @pytest.mark.parametrize("first", [1, "batch"])
-def test_a_file_of_picodet_that_divides_by_scales(saying, first):
-    """Boxes leave the file divided by the scales (y, x), which it takes as an input."""
+def test_a_file_of_picodet_that_divides_by_scales(constant_file, first):
+    """The file divides the boxes by the scales (y, x), which are an input."""
     values = {
         "heads": torch.tensor([[56, 0.9]]),
         "boxes": torch.tensor([[8.0, 16, 32, 48]]),
@@ -412,40 +412,40 @@ def test_a_file_of_picodet_that_divides_by_scales(saying, first):
         helper.make_node("Div", ["boxes", "scales"], ["divided"]),
         helper.make_node("Concat", ["heads", "divided"], ["rows"], axis=1),
     ]
-    path = saying(values, ["rows"], nodes, [("scale_factor", (first, 2)), ("image", (first, 3, 64, 64))])
+    path = constant_file(values, ["rows"], nodes, [("scale_factor", (first, 2)), ("image", (first, 3, 64, 64))])
     detector = OnnxDetector(path, "picodet")
     (found,) = detector([torch.rand(3, 64, 128)])
     assert detector.network.input_shape == (1, 3, 64, 64)
     assert found["boxes"].tolist() == [[16, 16, 64, 48]]
     assert detector.classes[found["labels"] - 1] == "chair"
-    with pytest.raises(EarlyExitError, match=r"saying\.onnx: expected one input of a fixed size"):
+    with pytest.raises(EarlyExitError, match=r"fixed\.onnx: expected one input of a fixed size"):
         OnnxDetector(path, "boxes")
 
 
 @pytest.mark.parametrize("file_format", ["nanodet", "picodet"])
-def test_unfit_files_of_both_are_one_line(saying, tmp_path, file_format):
-    path = saying({f"out{place}": torch.zeros(1, 85, 20) for place in range(8)}, inputs=[IMAGE])
+def test_unfit_files_of_both_are_one_line(constant_file, tmp_path, file_format):
+    path = constant_file({f"out{place}": torch.zeros(1, 85, 20) for place in range(8)}, inputs=[IMAGE])
     with pytest.raises(EarlyExitError) as caught:
         OnnxDetector(path, file_format)([torch.rand(3, 64, 64)])
     message = str(caught.value)
-    assert f"saying.onnx: format {file_format}: expected " in message and "got " in message and "[1, 85, 20]" in message
+    assert f"fixed.onnx: format {file_format}: expected " in message and "got " in message and "[1, 85, 20]" in message
     assert len(message) < 300 and "\n" not in message
     path.write_bytes(b"no graph")
-    with pytest.raises(EarlyExitError, match=r"saying\.onnx: ONNX Runtime cannot load it"):
+    with pytest.raises(EarlyExitError, match=r"fixed\.onnx: ONNX Runtime cannot load it"):
         OnnxDetector(path, file_format)
 
 
 @pytest.mark.parametrize(
     "shape", [(2, 3, 64, 64), (1, 3, 100_000, 100_000), (1, 1, 3, 64, 64), (3, "h", 64), (1, 3, 0, 64)]
 )
-def test_batches_and_inputs_that_nobody_has_memory_for(boxes_file, shape):
+def test_batches_and_huge_inputs_are_refused(boxes_file, shape):
     with pytest.raises(EarlyExitError, match=r"constant\.onnx: expected (an input \[1, 3|one input of a fixed size)"):
         OnnxDetector(boxes_file(shape), "boxes")
 
 
 @pytest.fixture
 def outside(boxes_file, tmp_path):
-    """The file in a folder of its own; its scores stand in ``location``, seen from there."""
+    """The file in its own folder, with its scores as external data in ``location`` (relative to this folder)."""
 
     def build(location):
         model = onnx.load(boxes_file())
@@ -478,7 +478,7 @@ def test_weights_beside_the_file_are_read_and_no_others(outside, tmp_path):
         ".",
         "*/_ORT_MEM_ADDR_/*",
     ):
-        with pytest.raises(EarlyExitError, match=r"split\.onnx: its tensor 'scores' has data in .*own folder"):
+        with pytest.raises(EarlyExitError, match=r"split\.onnx: tensor 'scores' has its data in .*same folder"):
             OnnxDetector(outside(location), "boxes")
 
 
