@@ -250,7 +250,8 @@ def time_modules(
 ) -> list[Timing]:
     """Time each module ``runs`` times. The modules take turns, so that a slow phase of the machine slows all of them.
 
-    Each module is warmed up first, and CUDA is synchronised around every run.
+    Before each timed run the module runs once untimed, because on a device no other detector empties its caches. CUDA
+    is synchronised around every timed run.
 
     Args:
         examples: one input for each module, or one tensor for all.
@@ -265,6 +266,7 @@ def time_modules(
         with evaluating(*modules):
             for run in progress(range(-WARM_UP_RUNS, runs), desc=desc):
                 for module, example, values in zip(modules, examples, milliseconds, strict=True):
+                    module(example)
                     _synchronize(example.device)
                     start = time.perf_counter()
                     module(example)
