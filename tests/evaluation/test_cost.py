@@ -217,7 +217,7 @@ def test_turns_are_interleaved_and_threads_restored(monkeypatch):
     before = torch.get_num_threads()
     modules = [Recorder("a"), Recorder("b")]
     time_modules(modules, torch.zeros(1), runs=2, threads=2)
-    assert [name for name, *_ in calls] == ["a", "a", "b", "b"] * 3  # the warm-up and two runs, each after an untimed run
+    assert [name for name, *_ in calls] == ["a", "a", "b", "b"] * 3  # warm-up and two runs, each after an untimed one
     assert {state for _, *state in map(tuple, calls) for state in [tuple(state)]} == {(2, False, False)}
     assert torch.get_num_threads() == before
     assert modules[0].training
