@@ -1,4 +1,4 @@
-"""Tiny data sets, written where a test wants them."""
+"""Fixtures that write tiny data sets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ANNOTATIONS = (
 
 
 def write_photo(path: Path, size: tuple[int, int] = (60, 40)) -> None:
-    """Noise, different for each name."""
+    """Write a photo of noise that depends on the name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(sum(path.name.encode())).integers(0, 256, (size[1], size[0], 3), np.uint8)
     Image.fromarray(noise).save(path)
@@ -81,19 +81,19 @@ def make_voc(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def voc_object() -> Callable[..., str]:
-    """One ``<object>`` of a VOC file."""
+    """Return an ``<object>`` of a VOC file."""
 
     def make(name: str, box: tuple[Any, Any, Any, Any], difficult: int = 0) -> str:
         corners = zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
-        inside = "".join(f"<{key}>{value}</{key}>" for key, value in corners)
-        return f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>{inside}</bndbox></object>"
+        corners_xml = "".join(f"<{key}>{value}</{key}>" for key, value in corners)
+        return f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>{corners_xml}</bndbox></object>"
 
     return make
 
 
 @pytest.fixture
 def voc_xml() -> Callable[..., str]:
-    """A VOC file around some objects."""
+    """Return the text of a VOC file with these objects."""
 
     def make(*objects: str, size: str = "<size><width>60</width><height>40</height></size>") -> str:
         return f"<annotation><filename>other.jpg</filename>{size}{''.join(objects)}</annotation>"

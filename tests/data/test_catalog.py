@@ -1,4 +1,4 @@
-"""Data sets by name, and where they are looked for."""
+"""Data sets by name, and the folders in which they are searched."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_root_is_the_config_key_then_the_variable_then_datasets(monkeypatch):
     assert catalog.dataset_root(data) == Path("/here")
 
 
-def test_unknown_names_name_the_nearest():
+def test_unknown_name_suggests_the_nearest():
     with pytest.raises(ConfigError, match=r"'coco_2017_tran' \(did you mean 'coco_2017_train'\?\)"):
         catalog.get("coco_2017_tran")
     with pytest.raises(ConfigError, match=r"registered: .*furniture_test"):
@@ -66,7 +66,7 @@ def test_register_voc(make_voc, voc_xml, tmp_path):
     assert len(load("myvoc", cfg).records) == 1
 
 
-def test_own_sets_of_the_configuration(make_coco, make_voc, voc_xml, voc_object):
+def test_datasets_of_the_configuration(make_coco, make_voc, voc_xml, voc_object):
     cfg = make_coco()
     make_voc({"a": voc_xml(voc_object("chair", (1, 1, 5, 5))), "b": voc_xml()}, split="mysplit", folder="kit")
     cfg.DATA.DATASETS = (
@@ -79,12 +79,14 @@ def test_own_sets_of_the_configuration(make_coco, make_voc, voc_xml, voc_object)
         assert (raw.name, len(raw.records)) == (name, count)
 
 
-def test_a_format_of_ones_own_comes_before_the_others(make_coco, tmp_path, monkeypatch, caplog):
+def test_user_format_precedes_built_in_formats(make_coco, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(records, "FORMATS", dict(records.FORMATS))
     monkeypatch.setattr(catalog, "FORMATS", records.FORMATS)
-    monkeypatch.setitem(records.REPAIRS, "empty row", "")  # taken out again
+    monkeypatch.setitem(records.REPAIRS, "empty row", "")  # the decorator adds it; monkeypatch removes it
 
-    @records.register_format("rows", lambda given, path: path.suffix == ".csv", names_split=True, empty_row="dropped")
+    @records.register_format(
+        "rows", lambda annotations, path: path.suffix == ".csv", names_split=True, empty_row="dropped"
+    )
     def read_rows(name, table, split, problems, allow_outside):
         problems.add("empty row", f"{table}: row 2")
         return RawDataset(name, (split,), ())
@@ -101,7 +103,7 @@ def test_a_format_of_ones_own_comes_before_the_others(make_coco, tmp_path, monke
     assert load("tiny", cfg).classes == ("chair", "cat")
 
 
-def test_own_sets_come_before_built_in_ones(make_coco):
+def test_datasets_of_the_configuration_precede_built_in_datasets(make_coco):
     cfg = make_coco(name="furniture_test")
     assert len(load("furniture_test", cfg).records) == 3
 
@@ -114,8 +116,8 @@ def test_own_sets_come_before_built_in_ones(make_coco):
         (((1, "b", "c"),), r"\(1, 'b', 'c'\)"),
     ],
 )
-def test_own_sets_are_triples(make_coco, entries, wrong):
-    """Whichever of them is asked for."""
+def test_datasets_of_the_configuration_are_triples(make_coco, entries, wrong):
+    """The error is raised for every name that is loaded."""
     cfg = make_coco()
     cfg.DATA.DATASETS = entries
     with pytest.raises(ConfigError, match=rf"DATA.DATASETS has {wrong}, expected triples") as error:
@@ -123,7 +125,7 @@ def test_own_sets_are_triples(make_coco, entries, wrong):
     assert "\n" not in str(error.value)
 
 
-def test_own_sets_are_named_once(make_coco):
+def test_datasets_of_the_configuration_have_unique_names(make_coco):
     cfg = make_coco()
     cfg.DATA.DATASETS = (*cfg.DATA.DATASETS, ("tiny", "other.json", "other"))
     with pytest.raises(ConfigError, match="DATA.DATASETS has two data sets named 'tiny'; give each its own name"):
@@ -141,7 +143,7 @@ def test_own_sets_are_named_once(make_coco):
         ("voc_xml_sample_trainval", "voc_xml_sample/VOCdevkit/VOC2012"),
     ],
 )
-def test_missing_folders_say_what_was_looked_for_and_how_to_fix_it(tmp_path, name, missing):
+def test_missing_folder_error_names_the_path_and_the_fix(tmp_path, name, missing):
     cfg = get_cfg()
     cfg.DATA.ROOT = str(tmp_path)
     with pytest.raises(DataError, match=f"{missing}: data set '{name}' not found") as error:
@@ -160,10 +162,10 @@ def test_missing_photo_folder(make_coco, tmp_path):
         load("tiny", cfg)
 
 
-# The built-in data sets: names, download, and the folder that the renderer is asked to fill.
+# The built-in data sets: names, download, and rendering.
 
 
-def test_names():
+def test_built_in_names():
     own = ("synthetic_chairs", "voc2012_animals", "furniture")
     expected = {f"{name}_{split}" for name in own for split in ("train", "calib", "test")}
     expected |= {"coco_2017_train", "coco_2017_val", "voc_2007_trainval", "voc_2007_test", "voc_xml_sample_trainval"}
@@ -179,13 +181,13 @@ def cfg(tmp_path):
 
 
 def test_download_by_torchvision(cfg, make_voc, voc_xml, tmp_path, monkeypatch):
-    """The stand-in for torchvision's class unpacks a devkit as it does."""
+    """A fake of torchvision's class unpacks a devkit."""
     devkit = make_voc({"a": voc_xml()}, split="test", folder="unpacked/VOC2007")
     calls = []
 
     def download(root, year, image_set, download):
         calls.append((year, image_set, download))
-        assert not (tmp_path / "root" / "VOCdevkit").exists(), "nothing half unpacked is where it is looked for"
+        assert not (tmp_path / "root" / "VOCdevkit").exists(), "a partly unpacked devkit is not in its final folder"
         shutil.copytree(devkit, Path(root) / "VOCdevkit" / "VOC2007")
 
     monkeypatch.setattr("torchvision.datasets.VOCDetection", download)
@@ -193,11 +195,11 @@ def test_download_by_torchvision(cfg, make_voc, voc_xml, tmp_path, monkeypatch):
     for _ in range(2):
         raw = catalog.load("voc_2007_test", cfg.DATA, Problems())
         assert [record.path.name for record in raw.records] == ["a.jpg"]
-    assert calls == [("2007", "test", True)], "what is there is not fetched again"
-    assert [path.name for path in (tmp_path / "root").iterdir()] == ["VOCdevkit"], "nothing is left over"
+    assert calls == [("2007", "test", True)], "an existing devkit is not downloaded again"
+    assert [path.name for path in (tmp_path / "root").iterdir()] == ["VOCdevkit"], "no temporary folder is left"
 
 
-def test_a_second_split_joins_the_devkit(cfg, make_voc, voc_xml, tmp_path, monkeypatch):
+def test_second_split_is_added_to_the_devkit(cfg, make_voc, voc_xml, tmp_path, monkeypatch):
     """VOC2007's two archives unpack into one folder."""
     devkits = {
         split: make_voc({name: voc_xml()}, split=split, folder=f"unpacked/{split}/VOC2007")
@@ -215,7 +217,7 @@ def test_a_second_split_joins_the_devkit(cfg, make_voc, voc_xml, tmp_path, monke
 
 
 @pytest.mark.parametrize("failure", [OSError("<urlopen error no\nnetwork>"), RuntimeError("File not found")])
-def test_a_failed_download_is_one_line(cfg, monkeypatch, failure):
+def test_failed_download_is_a_one_line_error(cfg, monkeypatch, failure):
     def download(*args, **kwargs):
         raise failure
 
@@ -226,7 +228,7 @@ def test_a_failed_download_is_one_line(cfg, monkeypatch, failure):
     assert "\n" not in str(error.value)
 
 
-def test_synthetic_scenes_are_asked_for_with_the_settings(cfg, make_coco, tmp_path, monkeypatch):
+def test_synthetic_scenes_are_rendered_with_the_settings(cfg, make_coco, tmp_path, monkeypatch):
     make_coco()
     calls = []
 

@@ -1,4 +1,4 @@
-"""Every kind of bad box, in every mode."""
+"""Checks and repairs of boxes, flags, class names and photo files, in every mode."""
 
 from __future__ import annotations
 
@@ -43,11 +43,12 @@ BAD = {
 
 
 def checked_records(raw: RawDataset, problems: Problems) -> list[Record]:
-    """Both steps, as load_dataset takes them."""
+    """Check and clip the boxes, as load_dataset does."""
     return clip_boxes(check_boxes(raw, problems).records, problems)
 
 
 def dataset(annotation: Annotation) -> RawDataset:
+    """Return a data set of two photos. The second has ``annotation`` as its second object."""
     source = Path("boxes.json")
     first = Record(1, Path("good.jpg"), 60, 40, (GOOD,), source)
     second = Record(2, Path("bad.jpg"), 60, 40, (GOOD, annotation), source)
@@ -78,7 +79,7 @@ def test_bad_boxes(case, on_bad):
 
 
 @pytest.mark.parametrize("label", [0, 3, -1])
-def test_labels(label, on_bad):
+def test_labels_outside_the_classes(label, on_bad):
     problems = Problems(on_bad)
     raw = dataset(Annotation((1, 1, 5, 5), label, id="a9"))
     if on_bad == "refuse":
@@ -90,8 +91,8 @@ def test_labels(label, on_bad):
     assert [len(record.annotations) for record in checked.records] == ([1, 1] if on_bad == "repair" else [1])
 
 
-def test_rounding_at_the_border_is_no_problem():
-    """Two decimals, as in COCO's files."""
+def test_rounding_at_the_border_is_not_counted():
+    """COCO's files round to two decimals."""
     problems = Problems("refuse")
     checked = checked_records(dataset(Annotation((-0.01, 5, 50.01 + 10, 40.01), 1)), problems)
     assert checked[1].annotations[1].box == (0, 5, 60, 40)
@@ -99,13 +100,13 @@ def test_rounding_at_the_border_is_no_problem():
 
 
 @pytest.mark.parametrize("box", [(-1, 5, 20, 30), (5, 5, 60.5, 30)])
-def test_a_pixel_outside_is_counted(box):
+def test_box_half_a_pixel_or_more_outside_is_counted(box):
     problems = Problems()
     checked_records(dataset(Annotation(box, 1)), problems)
     assert problems.counts == {"box outside the photo": 1}
 
 
-def test_boxes_that_became_too_thin_with_their_photo(on_bad):
+def test_boxes_that_are_too_thin_after_scaling(on_bad):
     """A photo of 60 x 40 that was annotated as one of 60,000 x 40,000, scaled."""
     problems = Problems(on_bad)
     record = Record(1, Path("a.jpg"), 60, 40, (Annotation((1, 1, 1.005, 9), 1),))
@@ -123,11 +124,11 @@ def test_good_records_are_unchanged():
     assert clip_boxes(raw.records, Problems("refuse")) == list(raw.records)
 
 
-def test_one_warning_per_kind_with_count_and_first_example(caplog):
+def test_each_kind_has_one_warning_with_count_and_first_example(caplog):
     problems = Problems("repair")
     raw = dataset(Annotation((5, 5, 5, 9), 1, id=77))
-    both = dataclasses.replace(raw, records=(raw.records[1], dataclasses.replace(raw.records[1], image_id=3)))
-    check_boxes(both, problems)
+    repeated = dataclasses.replace(raw, records=(raw.records[1], dataclasses.replace(raw.records[1], image_id=3)))
+    check_boxes(repeated, problems)
     with caplog.at_level(logging.WARNING):
         problems.log("myset")
         problems.log("myset")
@@ -145,7 +146,7 @@ numbers = st.floats(allow_nan=True, allow_infinity=True) | st.integers(-100, 100
 
 
 @given(st.lists(st.tuples(numbers, numbers, numbers, numbers), max_size=5), st.integers(1, 50), st.integers(1, 50))
-def test_whatever_comes_in_only_usable_boxes_come_out(boxes, width, height):
+def test_repaired_boxes_have_area_and_lie_inside_the_photo(boxes, width, height):
     record = Record(1, Path("p.jpg"), width, height, tuple(Annotation(box, 1) for box in boxes))
     checked = checked_records(RawDataset("set", ("chair",), (record,)), Problems("repair"))
     for annotation in checked[0].annotations:
@@ -163,11 +164,11 @@ def test_whatever_comes_in_only_usable_boxes_come_out(boxes, width, height):
         ((2, -1, 0.5, math.nan, "maybe", "2", "nan", 10**400, [1], {"a": 1}), None),
     ],
 )
-def test_flags_by_what_they_say(values, meaning):
+def test_parse_flag(values, meaning):
     assert [parse_flag(value) for value in values] == [meaning] * len(values)
 
 
-def test_an_unusable_flag_is_counted_once_an_object(on_bad):
+def test_unusable_flag_is_counted_once_per_object(on_bad):
     problems = Problems(on_bad)
     flags = {"iscrowd": "perhaps", "ignore": [0], "difficult": "no"}
     if on_bad == "refuse":
@@ -180,29 +181,31 @@ def test_an_unusable_flag_is_counted_once_an_object(on_bad):
     assert any_flag_set({"iscrowd": "1", "ignore": "perhaps"}, "a.json: annotation 4", problems, 2)
 
 
-def test_most_boxes_normalized_are_an_error_in_every_mode_and_few_are_counted(on_bad):
-    found = [("a.json: annotation 1", 7), ("a.json: annotation 2", 8)]
+def test_normalized_boxes_are_an_error_if_most_and_counted_if_few(on_bad):
+    suspects = [("a.json: annotation 1", 7), ("a.json: annotation 2", 8)]
     with pytest.raises(
         DataError, match=r"^a.json: 2 of 3 boxes lie in 0..1 .*multiply them by the photo's width and height"
     ):
-        check_unit(found, 3, Path("a.json"), Problems(on_bad))
+        check_unit(suspects, 3, Path("a.json"), Problems(on_bad))
     problems = Problems(on_bad)
     check_unit([], 0, Path("a.json"), problems)
     if on_bad == "refuse":
         with pytest.raises(DataError, match="^a.json: annotation 1: normalized box"):
-            check_unit(found, 4, Path("a.json"), problems)
+            check_unit(suspects, 4, Path("a.json"), problems)
         return
-    check_unit(found, 4, Path("a.json"), problems)
+    check_unit(suspects, 4, Path("a.json"), problems)
     assert problems.counts == {"normalized box": 2}
 
 
-@pytest.mark.parametrize(("size", "top", "said"), [((640, 480), 100, 1), ((640, 300), 100, 0), ((640, 480), 101, 0)])
-def test_a_set_in_percent_is_noted(size, top, said):
-    """It may be right, so it is not refused: all boxes in a corner of photos more than three times as large."""
-    records = [Record(i, Path("a.jpg"), *size, (Annotation((1, 1, 9, top), 1),)) for i in range(4)]
+@pytest.mark.parametrize(
+    ("size", "bottom", "count"), [((640, 480), 100, 1), ((640, 300), 100, 0), ((640, 480), 101, 0)]
+)
+def test_boxes_in_percent_are_noted(size, bottom, count):
+    """All boxes lie within 100 px, and the photos are more than three times as large. It is a note, not an error."""
+    records = [Record(i, Path("a.jpg"), *size, (Annotation((1, 1, 9, bottom), 1),)) for i in range(4)]
     problems = Problems("refuse")
     check_boxes(RawDataset("set", ("chair",), tuple(records)), problems)
-    assert problems.counts == ({"set with small boxes only": 1} if said else {})
+    assert problems.counts == ({"set with small boxes only": 1} if count else {})
 
 
 @pytest.mark.parametrize(
@@ -215,7 +218,7 @@ def test_a_set_in_percent_is_noted(size, top, said):
         (("cup", "cup", "mug"), 0),
     ],
 )
-def test_two_names_of_one_class(on_bad, names, joined):
+def test_equivalent_class_names_are_counted(on_bad, names, joined):
     problems = Problems(on_bad)
     if on_bad == "refuse" and joined:
         with pytest.raises(DataError, match=f"^a.json: classes '{names[0]}' and '{names[1]}' are the same"):
@@ -231,7 +234,7 @@ CHAIR = Annotation((5, 6, 25, 36), 1, area=500.0)
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "text"])
-def test_files_that_cannot_be_used(photo_file, on_bad, damage):
+def test_missing_and_unreadable_files(photo_file, on_bad, damage):
     good, bad = photo_file("good.jpg"), photo_file("bad.jpg")
     if damage == "missing":
         bad.unlink()
@@ -250,7 +253,7 @@ def test_files_that_cannot_be_used(photo_file, on_bad, damage):
     assert problems.counts == {kind: 1}
 
 
-def test_photos_of_another_size(photo_file, on_bad):
+def test_photo_of_another_size_than_annotated(photo_file, on_bad):
     """A photo of 60 x 40, annotated at 120 x 20."""
     annotation = Annotation((10, 3, 50, 18), 1, area=500.0)
     record = Record(1, photo_file("a.jpg"), 120, 20, (annotation,))
@@ -269,8 +272,8 @@ def test_photos_of_another_size(photo_file, on_bad):
     assert checked[0].annotations[0].area == 500.0
 
 
-def test_swapped_sides(photo_file, on_bad):
-    """Width and height in each other's place: the boxes are right as they are."""
+def test_swapped_width_and_height(photo_file, on_bad):
+    """The annotated width is the photo's height. The boxes are correct and stay."""
     record = Record(1, photo_file("a.jpg"), 40, 60, (CHAIR,))
     problems = Problems(on_bad)
     kind = "photo with width and height swapped"
@@ -300,7 +303,7 @@ def exif(orientation: int) -> Image.Exif:
     return tags
 
 
-PECULIAR = {
+UNUSUAL = {
     "grey.jpg": ("L", "grey photo", {}),
     "bits.png": ("1", "grey photo", {}),
     "alpha.png": ("RGBA", "photo with transparency", {}),
@@ -314,9 +317,9 @@ PECULIAR = {
 }
 
 
-@pytest.mark.parametrize("name", PECULIAR)
-def test_photos_that_are_not_plain_rgb(tmp_path, on_bad, name, caplog):
-    mode, kind, options = PECULIAR[name]
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_photos_that_are_not_8_bit_rgb(tmp_path, on_bad, name, caplog):
+    mode, kind, options = UNUSUAL[name]
     Image.new(mode, (60, 40)).save(tmp_path / name, **options)
     record = Record(1, tmp_path / name, 60, 40, (CHAIR,))
     problems = Problems(on_bad)
@@ -332,16 +335,15 @@ def test_photos_that_are_not_plain_rgb(tmp_path, on_bad, name, caplog):
 
 
 def test_16_bit_colour(tmp_path):
-    """Pillow opens it as 8-bit RGB; only its decoder's name tells. cv2 writes it."""
-
+    """Pillow opens it as 8-bit RGB, and only its decoder's name shows the depth. Pillow cannot write such a file."""
     cv2.imwrite(str(tmp_path / "a.png"), np.full((40, 60, 3), 65535, np.uint16))
     problems = Problems()
     assert len(check_photos([Record(1, tmp_path / "a.png", 60, 40)], problems)) == 1
     assert problems.counts == {"photo of more than 8 bits": 1}
 
 
-def test_one_file_under_two_ids(photo_file, on_bad):
-    """Equal objects: a copy; others: nobody knows whose they are. Links to one file are that file."""
+def test_repeated_files_are_dropped(photo_file, on_bad):
+    """Duplicates with equal objects are dropped. If the objects differ, all entries are dropped. Links are resolved."""
     copied, mixed, alone = (photo_file(f"{name}.png") for name in ("copied", "mixed", "alone"))
     link = mixed.with_name("link.png")
     link.symlink_to(mixed)

@@ -1,4 +1,4 @@
-"""COCO files are read as they are meant, and what is broken in them is named."""
+"""The reader of COCO files, and its errors for broken records."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_boxes_labels_and_flags(make_coco, tmp_path):
         ),
     ],
 )
-def test_a_file_that_cannot_be_used_is_an_error_in_every_mode(tmp_path, on_bad, content, message):
+def test_invalid_file_is_an_error_in_every_mode(tmp_path, on_bad, content, message):
     if content is not None:
         (tmp_path / "tiny.json").write_text(content)
     with pytest.raises(DataError, match=message) as error:
@@ -110,7 +110,7 @@ def test_broken_annotations(make_coco, tmp_path, on_bad, entry, kind, value):
         ({"area": "big"}, "unusable area"),
     ],
 )
-def test_objects_are_kept_without_what_is_wrong_beside_the_box(make_coco, tmp_path, on_bad, part, kind):
+def test_objects_with_invalid_id_or_area_are_kept(make_coco, tmp_path, on_bad, part, kind):
     make_coco(entries=({**GOOD, **part},))
     if on_bad == "refuse":
         with pytest.raises(DataError, match=f"tiny.json: annotation .*: {kind}"):
@@ -125,13 +125,13 @@ def test_objects_are_kept_without_what_is_wrong_beside_the_box(make_coco, tmp_pa
         assert (kept.box, kept.area) == ((1, 1, 6, 6), None)
 
 
-def test_numbers_that_no_float_holds_are_infinite(make_coco, tmp_path):
+def test_numbers_too_large_for_float_are_infinite(make_coco, tmp_path):
     make_coco(entries=({**GOOD, "bbox": [1, 1, 10**400, 5]},))
     raw, _ = read(tmp_path)
     assert raw.records[0].annotations[2].box == (1, 1, math.inf, 6)
 
 
-def test_a_byte_order_mark_is_no_error(make_coco, tmp_path):
+def test_byte_order_mark_is_allowed(make_coco, tmp_path):
     make_coco()
     text = (tmp_path / "tiny.json").read_text()
     (tmp_path / "tiny.json").write_text(text, encoding="utf-8-sig")
@@ -156,7 +156,7 @@ def test_duplicate_annotation_ids(make_coco, tmp_path, on_bad):
 
 @pytest.mark.parametrize(("file_name", "kept"), [("tiny10.png", [10, 20, 30]), ("another.png", [20, 30])])
 def test_duplicate_photo_ids(make_coco, tmp_path, on_bad, file_name, kept):
-    """A copy is dropped; of two different photos nobody knows whose boxes the file gives."""
+    """A duplicate is dropped. If the two files differ, both are dropped, because the boxes may belong to either."""
     make_coco(photos=({"id": 10, "file_name": file_name, "width": 60, "height": 40},))
     if on_bad == "refuse":
         with pytest.raises(DataError, match=rf"images\[3\] \({file_name}\) repeats id 10, .*: duplicate photo id"):
@@ -167,7 +167,7 @@ def test_duplicate_photo_ids(make_coco, tmp_path, on_bad, file_name, kept):
     assert [record.image_id for record in raw.records] == kept
 
 
-def test_skip_says_where_no_photo_is_left_out(make_coco, tmp_path, caplog):
+def test_warnings_in_skip_mode_name_what_is_left_out(make_coco, tmp_path, caplog):
     copy = {"id": 10, "file_name": "tiny10.png", "width": 60, "height": 40}
     no_photo = {"id": 8, "category_id": 62, "bbox": [1, 1, 5, 5]}
     no_box = {"id": 7, "image_id": 20, "category_id": 62}
@@ -201,7 +201,7 @@ def test_malformed_photo_entries(make_coco, tmp_path, on_bad, entry):
 
 
 @pytest.mark.parametrize("width", [None, math.inf, math.nan, pytest.param(10**400, id="huge"), 0, "60", True])
-def test_photo_size_is_taken_from_the_file(make_coco, tmp_path, on_bad, width):
+def test_invalid_width_is_read_from_the_photo_file(make_coco, tmp_path, on_bad, width):
     make_coco(photos=({"id": 40, "file_name": "unsized.png", "width": width, "height": 40},))
     if on_bad == "refuse":
         with pytest.raises(DataError, match=rf"images\[3\] \(unsized.png\) has width {shown(width)}"):
@@ -215,7 +215,7 @@ def test_photo_size_is_taken_from_the_file(make_coco, tmp_path, on_bad, width):
         assert len(raw.records) == 3
 
 
-def test_text_ids_are_numbered(make_coco, tmp_path):
+def test_text_ids_are_replaced_by_numbers(make_coco, tmp_path):
     image = {"id": "a7", "file_name": "a7.png", "width": 60, "height": 40}
     make_coco(images=[image], annotations=[{**GOOD, "image_id": "a7"}])
     raw, problems = read(tmp_path)
@@ -228,13 +228,13 @@ def test_text_ids_are_numbered(make_coco, tmp_path):
 def test_flags_as_text(make_coco, tmp_path, flags):
     make_coco(entries=({**GOOD, **flags}, {**GOOD, "id": 8, "ignore": "TRUE"}))
     raw, _ = read(tmp_path, "refuse")
-    assert [one.ignore for one in raw.records[0].annotations[2:]] == [False, True]
+    assert [annotation.ignore for annotation in raw.records[0].annotations[2:]] == [False, True]
 
 
 def test_normalized_boxes(make_coco, tmp_path):
-    """Corners instead of sides too; placeholders without area are something else; one such box is dropped."""
-    shares = ([0.1, 0.2, 0.34, 0.33], [0.4, 0.4, 0.9, 0.9], [0, 0, 1, 1], [0, 0, 0, 0])
-    entries = [{**GOOD, "id": i, "bbox": box} for i, box in enumerate(shares)]
+    """xyxy counts as well as xywh. Boxes without area do not count. A single normalized box is dropped."""
+    boxes = ([0.1, 0.2, 0.34, 0.33], [0.4, 0.4, 0.9, 0.9], [0, 0, 1, 1], [0, 0, 0, 0])
+    entries = [{**GOOD, "id": i, "bbox": box} for i, box in enumerate(boxes)]
     make_coco(annotations=entries)
     with pytest.raises(DataError, match=r"tiny.json: 3 of 4 boxes lie in 0..1 and look normalized"):
         read(tmp_path)
@@ -245,7 +245,7 @@ def test_normalized_boxes(make_coco, tmp_path):
     assert "annotation 0 of photo tiny10.png has bbox [0.1, 0.2, 0.34, 0.33]" in problems.examples["normalized box"]
 
 
-def test_ids_that_no_integer_of_64_bits_holds_are_numbered(make_coco, tmp_path):
+def test_ids_above_64_bits_are_replaced_by_numbers(make_coco, tmp_path):
     image = {"id": 2**63, "file_name": "far.png", "width": 60, "height": 40}
     make_coco(images=[image], annotations=[{**GOOD, "image_id": 2**63}])
     raw, _ = read(tmp_path, "refuse")
@@ -254,7 +254,7 @@ def test_ids_that_no_integer_of_64_bits_holds_are_numbered(make_coco, tmp_path):
 
 @pytest.mark.parametrize("name", ["../secret.png", "sub/../../secret.png", "absolute"])
 def test_photos_outside_the_folder(make_coco, tmp_path, on_bad, name):
-    """Not read, nor looked at for their size, unless allowed; what lies inside may be named in any way."""
+    """Photos outside are not opened unless allowed. Inside, absolute names and ../ are allowed."""
     make_coco()
     write_photo(tmp_path / "secret.png")
     name = str(tmp_path / "secret.png") if name == "absolute" else name
@@ -277,7 +277,7 @@ def test_photos_outside_the_folder(make_coco, tmp_path, on_bad, name):
     assert (raw.records[0].width, len(raw.records[0].annotations)) == (60, 1)
 
 
-def test_class_names_have_no_line_breaks(make_coco, tmp_path):
+def test_line_breaks_in_class_names_become_spaces(make_coco, tmp_path):
     make_coco(categories=[{"id": 62, "name": "a\n chair"}, {"id": 3, "name": " cat"}])
     assert read(tmp_path)[0].classes == ("a chair", "cat")
     make_coco(categories=[{"id": 62, "name": " \n"}])
@@ -285,14 +285,14 @@ def test_class_names_have_no_line_breaks(make_coco, tmp_path):
         read(tmp_path)
 
 
-def test_two_classes_of_one_name_are_said(make_coco, tmp_path):
+def test_two_names_of_one_class_are_counted(make_coco, tmp_path):
     make_coco(categories=[{"id": 62, "name": "sofa"}, {"id": 3, "name": "Couch"}])
     assert read(tmp_path)[1].counts == {"two names of one class": 1}
 
 
 @pytest.mark.parametrize("name", ["fifo", "folder"])
-def test_annotations_that_are_no_file(tmp_path, name):
-    """A pipe would be waited for without end."""
+def test_annotations_that_are_not_a_regular_file(tmp_path, name):
+    """Reading a pipe would never end."""
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "folder").mkdir()
     with pytest.raises(DataError, match=f"{name}: no such annotation file"):

@@ -1,4 +1,4 @@
-"""What torchvision's detectors and evaluator get."""
+"""The data set, its loader, the checks between splits, and load_dataset as a whole."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_image_and_target_for_evaluation(records):
         dataset[3]
 
 
-def test_training_drops_objects_to_ignore(records):
+def test_ignored_objects_are_dropped_in_training(records):
     dataset = DetectionDataset(records, ("chair", "cat"), train=True)
     assert dataset[0][1]["labels"].tolist() == [1]
     assert dataset[0][1]["iscrowd"].tolist() == [0]
@@ -90,18 +90,18 @@ def test_views_depend_on_seed_epoch_and_index_only(records):
     assert dataset.epoch == 3
 
 
-def test_areas_after_a_crop_are_the_boxes_own(records):
+def test_area_after_augmentation_is_that_of_the_box(records):
     dataset = DetectionDataset(records, ("chair", "cat"), build_transforms("flip"), train=True)
     assert dataset[0][1]["area"].tolist() == pytest.approx([615])
 
 
-def test_a_photo_that_breaks_during_training_is_stepped_over(records, caplog):
+def test_unreadable_photo_is_replaced_in_training(records, caplog):
     records[2].path.write_bytes(records[2].path.read_bytes()[:200])
     dataset = DetectionDataset(records, ("chair", "cat"), train=True)
     with caplog.at_level(logging.WARNING):
         image, target = dataset[2]
         dataset[2]
-    assert target["image_id"] == 7, "the next photo, from the start again"
+    assert target["image_id"] == 7, "the next photo; after the last one comes the first"
     assert torch.equal(image, dataset[0][0])
     assert len(caplog.messages) == 1
     assert "c.png: not a readable photo" in caplog.messages[0]
@@ -109,21 +109,21 @@ def test_a_photo_that_breaks_during_training_is_stepped_over(records, caplog):
 
 
 @pytest.mark.parametrize(("train", "mode"), [(True, "refuse"), (False, "repair"), (False, "skip")])
-def test_a_photo_that_breaks_is_an_error_in_evaluation_and_when_refused(records, train, mode):
+def test_unreadable_photo_is_an_error_in_evaluation_and_in_refuse_mode(records, train, mode):
     records[2].path.unlink()
     dataset = DetectionDataset(records, ("chair", "cat"), train=train, on_bad=mode)
     with pytest.raises(DataError, match=r"c.png: no such photo"):
         dataset[2]
 
 
-def test_no_photo_left(records):
+def test_no_readable_photo_is_an_error(records):
     for record in records:
         record.path.unlink()
     with pytest.raises(DataError, match="none of 3 photos can be decoded"):
         DetectionDataset(records, ("chair", "cat"), train=True)[1]
 
 
-def test_a_photo_of_another_size_than_its_record(photo_file):
+def test_photo_of_another_size_than_its_record_is_an_error(photo_file):
     record = Record(1, photo_file("a.png"), 61, 40)
     with pytest.raises(DataError, match="is 60 x 40, annotated as 61 x 40"):
         DetectionDataset([record], ("chair",))[0]
@@ -134,7 +134,7 @@ def test_image_ids_are_unique(records):
         DetectionDataset([records[0], records[0]], ("chair",))
 
 
-def test_repeated_photos_have_views_of_their_own(records):
+def test_repeated_photos_have_different_views(records):
     dataset = DetectionDataset(records, ("chair", "cat"), build_transforms("ssd"), train=True)
     dataset = dataset.subset([*[records[0]] * 3, records[1]])
     assert [int(dataset[place][1]["image_id"]) for place in range(len(dataset))] == [7, 7, 7, 8]
@@ -142,45 +142,45 @@ def test_repeated_photos_have_views_of_their_own(records):
     assert not torch.equal(first, second) and not torch.equal(second, third)
 
 
-# Photos of rare classes, shown more often.
+# Repeated photos of rare classes.
 
 
 def photos(*labels, ignore=()):
-    """A data set of photos that show these labels."""
+    """Return a data set with one photo for each tuple of labels."""
     records = [
-        Record(number, Path(f"{number}.jpg"), 60, 40, tuple(Annotation((0, 0, 9, 9), a, a in ignore) for a in shown))
-        for number, shown in enumerate(labels)
+        Record(number, Path(f"{number}.jpg"), 60, 40, tuple(Annotation((0, 0, 9, 9), a, a in ignore) for a in own))
+        for number, own in enumerate(labels)
     ]
     return DetectionDataset(records, ("chair", "cat", "dog"), train=True)
 
 
-def test_factors_by_hand():
-    """Of eight photos, one shows a cat and two a dog: f = 1/8 and 1/4, at t = 1/2 the roots of 4 and 2."""
+def test_repeat_factors_by_hand():
+    """Of eight photos, one shows a cat and two a dog: f = 1/8 and 1/4. For t = 1/2 the factors are 2 and 2 ** 0.5."""
     dataset = photos((1,), (1,), (1,), (1, 2), (1, 3), (3, 3), (), (1,))
     assert repeat_factors(dataset, 0.5) == pytest.approx([1, 1, 1, 2, 2**0.5, 2**0.5, 1, 1])
 
 
-def test_objects_to_ignore_show_no_class():
+def test_repeat_factors_leave_out_ignored_objects():
     assert repeat_factors(photos((1,), (2,), ignore=(2,)), 1.0) == pytest.approx([2**0.5, 1])
 
 
-def test_repeated_photos_stay_together_and_keep_their_numbers():
+def test_repeated_photos_are_adjacent_and_keep_their_ids():
     dataset = photos((1,), (1,), (1,), (1, 2))
-    repeated = repeat_rare_classes(dataset, 1.0, seed=0)  # the cat's factor is the root of 4
+    repeated = repeat_rare_classes(dataset, 1.0, seed=0)  # the cat's factor is sqrt(4)
     assert [record.image_id for record in repeated.records[-2:]] == [3, 3]
     assert repeated.path_of(3) == Path("3.jpg")
     assert len(dataset) == 4
     assert repeat_rare_classes(dataset, 0.0, seed=0) is dataset
 
 
-def test_fractions_are_rounded_by_chance_and_by_seed():
+def test_repeat_factors_are_rounded_at_random_by_seed():
     dataset = photos(*[(1,)] * 900, *[(2,)] * 100)  # factors: 1 at t = 0.225, and 1.5 for the cats
     counts = [len(repeat_rare_classes(dataset, 0.225, seed)) for seed in (0, 0, 1)]
     assert counts[0] == counts[1] != counts[2]
     assert np.array(counts) == pytest.approx(1050, abs=25)
 
 
-# What a data set holds has one number, wherever it lies.
+# The fingerprint of a data set.
 
 BOX = Annotation((1.0, 2.0, 3.0, 4.0), 1)
 
@@ -191,11 +191,11 @@ def record(tmp_path):
     return Record(7, tmp_path / "a.jpg", 10, 20, (BOX,))
 
 
-def of(*records, classes=("chair", "cat")):
+def fingerprint_of(*records, classes=("chair", "cat")):
     return fingerprint(DetectionDataset(records, classes))
 
 
-def test_it_changes_with_all_that_teaches(record, tmp_path):
+def test_fingerprint_depends_on_photos_boxes_ids_and_classes(record, tmp_path):
     (tmp_path / "b.jpg").write_bytes(b"another")
     changed = [
         dataclasses.replace(record, annotations=(dataclasses.replace(BOX, box=(1.0, 2.0, 3.0, 4.5)),)),
@@ -205,36 +205,36 @@ def test_it_changes_with_all_that_teaches(record, tmp_path):
         dataclasses.replace(record, path=tmp_path / "b.jpg"),
         dataclasses.replace(record, image_id=8),
     ]
-    found = [
-        of(record),
-        of(record, changed[5]),
-        of(record, classes=("cat", "chair")),
-        *(of(other) for other in changed),
+    fingerprints = [
+        fingerprint_of(record),
+        fingerprint_of(record, changed[5]),
+        fingerprint_of(record, classes=("cat", "chair")),
+        *(fingerprint_of(other) for other in changed),
     ]
-    assert len(set(found)) == len(found)
+    assert len(set(fingerprints)) == len(fingerprints)
 
 
-def test_the_place_of_the_files_does_not_matter(record, tmp_path):
+def test_fingerprint_does_not_depend_on_paths(record, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     moved = shutil.copy(record.path, tmp_path / "elsewhere" / "c.jpg")
-    assert of(record) == of(dataclasses.replace(record, path=tmp_path / moved))
+    assert fingerprint_of(record) == fingerprint_of(dataclasses.replace(record, path=tmp_path / moved))
 
 
-def test_a_missing_photo_is_named(record):
+def test_fingerprint_of_a_missing_photo_is_an_error(record):
     record.path.unlink()
     with pytest.raises(DataError, match=r"a.jpg: photo cannot be read"):
-        of(record)
+        fingerprint_of(record)
 
 
-# A photo that teaches must not test, whatever its name is.
+# No photo in two splits.
 
 
 def dataset(*paths: Path) -> DetectionDataset:
     return DetectionDataset([Record(i, path, 60, 40) for i, path in enumerate(paths, start=1)], ("chair",))
 
 
-def test_different_photos(photo_file):
-    """Also where they are of equal size, and where a set has two copies for itself."""
+def test_splits_with_different_photos_are_disjoint(photo_file):
+    """Files of equal size, and two copies within one split, are allowed."""
     a, b, c = (photo_file(f"{name}.bmp") for name in "abc")
     copy = Path(shutil.copy(a, a.with_name("copy.bmp")))
     assert len({path.stat().st_size for path in (a, b, c)}) == 1
@@ -242,8 +242,8 @@ def test_different_photos(photo_file):
 
 
 @pytest.mark.parametrize("how", ["same path", "detour", "symlink", "copy"])
-def test_a_shared_photo(photo_file, tmp_path, how):
-    """The first of them, as each set names it, and their count."""
+def test_shared_photo_is_an_error(photo_file, tmp_path, how):
+    """The message has the count, and the first shared photo by its path in both splits."""
     a, b, c = (photo_file(f"{name}.png") for name in "abc")
     (tmp_path / "other").mkdir()
     again = {"same path": b, "detour": tmp_path / "other" / ".." / "b.png"}.get(how, tmp_path / "other" / "again.png")
@@ -258,8 +258,8 @@ def test_a_shared_photo(photo_file, tmp_path, how):
     assert "\n" not in str(error.value)
 
 
-def test_a_set_that_has_a_photo_twice(make_coco):
-    """Here by two names of one file of annotations."""
+def test_photo_listed_twice_is_an_error(make_coco):
+    """Two data sets have the same annotation file."""
     cfg = make_coco()
     cfg.DATA.DATASETS = (*cfg.DATA.DATASETS, ("again", "tiny.json", "tiny"))
     with pytest.raises(DataError, match=r"^tiny \+ again has the photo .*tiny10.png twice; list each file once"):
@@ -268,7 +268,7 @@ def test_a_set_that_has_a_photo_twice(make_coco):
         require_disjoint(train=dataset(*[load_dataset(cfg, "tiny").records[0].path] * 2))
 
 
-def test_a_missing_photo(photo_file):
+def test_missing_photo_in_a_split_is_an_error(photo_file):
     photo = photo_file("a.png")
     photo.unlink()
     with pytest.raises(DataError, match=r"a.png: photo cannot be read \(No such file or directory\)"):
@@ -281,8 +281,8 @@ def test_only_files_of_equal_size_are_read(photo_file, monkeypatch):
     require_disjoint(train=dataset(photos[0]), calib=dataset(photos[1]), test=dataset(photos[2]))
 
 
-def test_cheap(tmp_path):
-    """3,000 photos of 100 kB, all of one size, in less than 2 s of this process's time: the machine is shared."""
+def test_require_disjoint_is_fast(tmp_path):
+    """3,000 photos of 100 kB, all of one size, take less than 2 s of CPU time. Other processes do not count in it."""
     paths = [tmp_path / f"{number}.bin" for number in range(3000)]
     for path in paths:
         path.write_bytes(os.urandom(16) * 6250)
@@ -291,10 +291,10 @@ def test_cheap(tmp_path):
     assert time.process_time() - start < 2
 
 
-# pycocotools gets the same photos and objects, as does torchvision's reference conversion.
+# Conversion to pycocotools.
 
 
-def test_by_hand(records, capsys):
+def test_to_coco_by_hand(records, capsys):
     coco = to_coco(DetectionDataset(records, ("chair", "cat")))
     assert capsys.readouterr().out == ""
     assert coco.getImgIds() == [7, 8, 9]
@@ -306,8 +306,8 @@ def test_by_hand(records, capsys):
     ]
 
 
-def test_the_same_as_by_iterating_the_data_set(records):
-    """What torchvision's reference evaluation reads from a data set."""
+def test_to_coco_equals_the_targets(records):
+    """torchvision's reference evaluation builds the ground truth from the targets."""
     dataset = DetectionDataset(records, ("chair", "cat"))
     coco = to_coco(dataset)
     for image, target in (dataset[index] for index in range(len(dataset))):
@@ -322,8 +322,8 @@ def test_the_same_as_by_iterating_the_data_set(records):
         assert [a["category_id"] for a in own] == target["labels"].tolist()
 
 
-def test_evaluation_ignores_what_is_to_be_ignored(records, capsys):
-    """One perfect chair; the detection on the crowd of cats counts neither for nor against."""
+def test_cocoeval_ignores_ignored_objects(records, capsys):
+    """The chair is detected perfectly. The detection on the crowd of cats is neither a true nor a false positive."""
     coco = to_coco(DetectionDataset(records, ("chair", "cat")))
     chair = {"image_id": 7, "category_id": 1, "bbox": [5, 6, 20.5, 30], "score": 0.9}
     results = coco.loadRes([chair, {**chair, "category_id": 2, "bbox": [30, 10, 10, 10]}])
@@ -332,16 +332,16 @@ def test_evaluation_ignores_what_is_to_be_ignored(records, capsys):
     evaluation.accumulate()
     evaluation.summarize()
     assert evaluation.stats[0] == pytest.approx(1.0)
-    assert (evaluation.eval["precision"][:, :, 1] == -1).all(), "no cat to find"
+    assert (evaluation.eval["precision"][:, :, 1] == -1).all(), "no cat counts as ground truth"
 
 
-def test_without_any_object(photo_file):
+def test_to_coco_without_objects(photo_file):
     coco = to_coco(DetectionDataset([Record(1, photo_file("a.png"), 60, 40)], ("chair",)))
     assert coco.getAnnIds() == []
     assert coco.getImgIds() == [1]
 
 
-# The order of photos, for one process, several, and a resumed run.
+# The order of photos, in one process, in several, and in a resumed run.
 
 
 class Numbers:
@@ -364,9 +364,9 @@ class Numbers:
 def batches(count, batch_size, epoch=0, start=0, **options) -> list[list[int]]:
     loader = build_loader(Numbers(count), batch_size, 0, seed=options.pop("seed", 0), **options)
     loader.sampler.set_epoch(epoch, start)
-    found = [[int(image[0]) for image in images] for images, _ in loader]
-    assert len(found) == len(loader)
-    return found
+    indices = [[int(image[0]) for image in images] for images, _ in loader]
+    assert len(indices) == len(loader)
+    return indices
 
 
 @settings(deadline=None, max_examples=60)
@@ -389,16 +389,16 @@ def test_union_over_the_processes_is_the_single_process_batch(count, per_process
 
 @given(st.integers(1, 50), st.integers(1, 12))
 @settings(deadline=None, max_examples=40)
-def test_training_drops_an_incomplete_batch_if_there_is_a_full_one(count, size):
+def test_training_drops_the_last_incomplete_batch_unless_it_is_the_only_one(count, size):
     lengths = [len(batch) for batch in batches(count, size, train=True)]
     assert lengths == ([size] * (count // size) if count >= size else [count])
 
 
-def test_evaluation_takes_every_photo_once_in_order():
+def test_evaluation_loads_every_photo_once_in_order():
     assert batches(7, 3, train=False) == [[0, 1, 2], [3, 4, 5], [6]]
 
 
-def test_evaluation_deals_out_whole_batches():
+def test_evaluation_distributes_whole_batches():
     assert batches(7, 3, train=False, rank=0, world_size=2) == [[0, 1, 2], [6]]
     assert batches(7, 3, train=False, rank=1, world_size=2) == [[3, 4, 5]]
     assert batches(2, 3, train=False, rank=1, world_size=2) == []
@@ -406,7 +406,7 @@ def test_evaluation_deals_out_whole_batches():
 
 @given(count=st.integers(1, 60), size=st.integers(1, 8), world=st.integers(1, 4), start=st.integers(0, 3))
 @settings(deadline=None, max_examples=40)
-def test_evaluation_in_turns_gives_the_batches_of_a_single_process(count, size, world, start):
+def test_evaluation_batches_are_those_of_a_single_process(count, size, world, start):
     alone = batches(count, size, train=False, start=start)
     for rank in range(world):
         assert batches(count, size, train=False, rank=rank, world_size=world, start=start) == alone[rank::world]
@@ -438,14 +438,14 @@ def test_set_epoch_reaches_the_data_set_and_its_workers():
         assert {int(image[1]) for images, _ in loader for image in images} == {epoch}
 
 
-def test_the_global_generator_is_left_alone():
-    """Else a run that was resumed, and so opens one loader more, would differ from one that was not."""
+def test_loader_does_not_change_the_global_generator():
+    """A resumed run opens one more loader. It must get the same random numbers as an uninterrupted run."""
     state = torch.get_rng_state()
     batches(8, 2, train=True)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_workers_see_the_same_views(photo_file):
+def test_views_do_not_depend_on_the_number_of_workers(photo_file):
     records = [Record(i, photo_file(f"{i}.jpg"), 60, 40, (Annotation((5, 6, 25, 36), 1),)) for i in range(1, 5)]
     views = []
     for workers in (0, 2):
@@ -460,21 +460,21 @@ def test_workers_see_the_same_views(photo_file):
 
 
 class Blurred(Numbers):
-    """Photos that OpenCV works on with several threads."""
+    """A data set that OpenCV computes with several threads."""
 
     def __getitem__(self, index: int):
         return torch.from_numpy(cv2.GaussianBlur(np.zeros((2000, 2000, 3), np.uint8), (31, 31), 0)), {}
 
 
-def test_workers_do_not_wait_for_threads_of_this_process():
-    """A forked worker has OpenCV's pool of threads without the threads: it hung at its first photo."""
+def test_worker_does_not_hang_after_opencv_used_threads():
+    """A forked worker inherits OpenCV's thread pool, but not its threads. It would wait for them forever."""
     before = cv2.getNumThreads()
     cv2.setNumThreads(4)
     try:
         dataset = Blurred(2)
-        dataset[0]  # starts them
+        dataset[0]  # starts OpenCV's threads
         loader = build_loader(dataset, 1, 1, True, 0)
-        loader.timeout = 20  # seconds; it raises then
+        loader.timeout = 20  # seconds, then it raises
         assert len(list(loader)) == 2
     finally:
         cv2.setNumThreads(before)
@@ -497,10 +497,10 @@ def test_sampler_without_set_epoch_is_epoch_zero():
     assert list(sampler) == order
 
 
-# From the configuration to a data set, all steps together.
+# load_dataset, from the configuration to the data set.
 
 
-def test_all_classes_of_the_file(make_coco):
+def test_all_classes_of_the_file_by_default(make_coco):
     cfg = make_coco()
     dataset = load_dataset(cfg, ["tiny"])
     assert dataset.classes == ("chair", "cat")
@@ -517,12 +517,12 @@ def test_one_class_detector(make_coco):
     assert len(to_coco(load_dataset(cfg, "tiny")).anns) == 2
 
 
-def test_two_sets_and_the_classes_of_the_training_set(make_coco):
+def test_joined_sets_have_the_classes_of_the_training_set(make_coco):
     make_coco(name="other", categories=[{"id": 62, "name": "dog"}, {"id": 3, "name": "Cat"}])
     cfg = make_coco()
     cfg.DATA.DATASETS = (*cfg.DATA.DATASETS, ("other", "other.json", "other"))
     joined = load_dataset(cfg, ("tiny", "other"))
-    assert joined.classes == ("chair", "cat"), "those of DATA.TRAIN, as any other set gets"
+    assert joined.classes == ("chair", "cat"), "the classes of DATA.TRAIN"
     assert [record.image_id for record in joined.records] == [1, 2, 3, 4, 5, 6]
     assert [a.label for record in joined.records for a in record.annotations] == [1, 2, 1, 2]
     cfg.DATA.TRAIN = ("tiny", "other")
@@ -534,7 +534,7 @@ def test_two_sets_and_the_classes_of_the_training_set(make_coco):
 def test_negative_share_and_limit(make_coco):
     cfg = make_coco(photos=tuple({"id": i, "file_name": f"{i}.png", "width": 60, "height": 40} for i in range(40, 50)))
     cfg.DATA.NEGATIVE_SHARE = 0.5
-    assert len(load_dataset(cfg, "tiny", train=True)) == 2, "a photo with a difficult chair alone teaches nothing"
+    assert len(load_dataset(cfg, "tiny", train=True)) == 2, "a photo with only a difficult chair is a negative"
     assert len(load_dataset(cfg, "tiny")) == 13, "evaluation keeps all negatives"
     cfg.DATA.LIMIT = 2
     first = [record.image_id for record in load_dataset(cfg, "tiny").records]
@@ -569,7 +569,7 @@ def test_bad_records_of_all_kinds(make_coco, tmp_path, on_bad, caplog):
     if on_bad == "repair":
         assert kept[50].annotations[0].box == (0, 2.5, 5, 7.5)
         assert (kept[50].width, kept[50].height) == (60, 40)
-    # of a photo that is left out for its size, the boxes are not looked at
+    # "skip" leaves out the photo of another size before its boxes are checked
     counts = {"box without area": 1, "box outside the photo": int(on_bad == "repair"), "2 x missing photo file": 1}
     for kind, count in counts.items():
         assert sum(kind in message for message in caplog.messages) == count
@@ -578,7 +578,7 @@ def test_bad_records_of_all_kinds(make_coco, tmp_path, on_bad, caplog):
         assert (target["boxes"][:, 2:] > target["boxes"][:, :2]).all()
 
 
-def test_nothing_left_or_nothing_to_learn(make_coco, tmp_path):
+def test_no_box_and_no_photo_are_errors(make_coco, tmp_path):
     cfg = make_coco()
     cfg.DATA.CLASSES = ("cat",)
     (tmp_path / "tiny.json").write_text(
@@ -608,8 +608,8 @@ def test_loader_end_to_end(make_coco):
     assert all(isinstance(image, torch.Tensor) and image.shape[0] == 3 for image in images)
 
 
-def test_xml_folders_of_ones_own(make_coco, make_voc, voc_xml, voc_object):
-    """Which classes occur differs from folder to folder; photos without any are negatives."""
+def test_classes_of_xml_folders(make_coco, make_voc, voc_xml, voc_object):
+    """All data sets get the classes that occur in the training sets. Photos without objects are negatives."""
     cup, mug = (voc_xml(voc_object(name, (1, 1, 20, 20))) for name in ("cup", "mug"))
     make_voc({"c": cup, "m": mug}, folder="train")
     make_voc({"c": cup}, folder="calib")
@@ -633,8 +633,8 @@ def test_xml_folders_of_ones_own(make_coco, make_voc, voc_xml, voc_object):
         load_dataset(cfg, cfg.DATA.TRAIN, train=True)
 
 
-def test_boxes_of_a_photo_whose_sides_are_swapped(make_coco, caplog):
-    """They are neither stretched nor cut to the wrong size; what is outside the real one is."""
+def test_boxes_of_a_photo_with_swapped_width_and_height(make_coco, caplog):
+    """The boxes are not scaled. They are clipped to the size of the file, not to the annotated size."""
     image = {"id": 10, "file_name": "turned.png", "width": 40, "height": 60}
     boxes = ([30, 10, 25, 20], [50, 30, 20, 20])
     entries = [{"id": i, "image_id": 10, "category_id": 62, "bbox": box} for i, box in enumerate(boxes)]
@@ -671,12 +671,12 @@ def test_shared_sets(make_coco, shared_root, name, photos, chair_photos, chairs)
     assert len(target["boxes"]) == max(counts)
 
 
-def test_boxes_to_ignore_are_not_passed_over_in_silence(make_coco, caplog):
+def test_sets_with_ignored_boxes_only_are_reported(make_coco, caplog):
     box = {"image_id": 10, "category_id": 62, "bbox": [5, 5, 10, 10]}
     cfg = make_coco(annotations=[{"id": 1, "iscrowd": 1, **box}, {"id": 2, "difficult": "yes", **box}])
     cfg.DATA.CLASSES = ("chair",)
-    said = "tiny: all 2 boxes of chair in 3 photos are marked iscrowd, difficult or ignore; set these flags"
-    with pytest.raises(DataError, match=said):
+    message = "tiny: all 2 boxes of chair in 3 photos are marked iscrowd, difficult or ignore; set these flags"
+    with pytest.raises(DataError, match=message):
         load_dataset(cfg, "tiny", train=True)
     with caplog.at_level(logging.INFO):
         load_dataset(cfg, "tiny")
@@ -684,8 +684,8 @@ def test_boxes_to_ignore_are_not_passed_over_in_silence(make_coco, caplog):
     assert "tiny: 3 photos, 0 boxes and 2 to ignore, 3 photos without boxes" in caplog.messages
 
 
-def test_a_file_that_is_named_twice_is_counted(make_coco, caplog):
-    """As an export writes the frames of two videos: boxes of one would be misses in the other."""
+def test_file_under_two_ids_is_counted(make_coco, caplog):
+    """Exports of two videos may use one file name for two frames. The boxes would be wrong for one of them."""
     cfg = make_coco(photos=({"id": 40, "file_name": "tiny10.png", "width": 60, "height": 40},))
     assert [record.image_id for record in load_dataset(cfg, "tiny").records] == [20, 30]
     assert "1 x one file under two ids" in caplog.text
@@ -696,7 +696,7 @@ def test_a_file_that_is_named_twice_is_counted(make_coco, caplog):
         load_dataset(cfg, "tiny")
 
 
-def test_the_key_that_allows_photos_outside(make_coco, tmp_path):
+def test_allow_outside_key(make_coco, tmp_path):
     cfg = make_coco()
     cfg.DATA.DATASETS = (("tiny", "tiny.json", "empty"),)
     (tmp_path / "empty").mkdir()

@@ -19,7 +19,7 @@ from tests.data.conftest import write_photo
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two photos, one of them a folder deeper, and what is none."""
+    """A folder with two photos, one of them in a subfolder, a hidden photo and a text file."""
     write_photo(tmp_path / "photos" / "b.png", (60, 40))
     write_photo(tmp_path / "photos" / "deep" / "a.JPG", (30, 50))
     write_photo(tmp_path / "photos" / ".thumbnails" / "b.png")
@@ -37,7 +37,7 @@ def config(root, **data):
     return cfg
 
 
-def test_photos_are_found_in_order_and_hidden_ones_are_not(folder):
+def test_find_files_is_sorted_and_skips_hidden_folders(folder):
     photos, others = find_files(folder, PHOTO_SUFFIXES)
     assert [str(path.relative_to(folder)) for path in photos] == ["b.png", "deep/a.JPG"]
     assert [path.name for path in others] == ["notes.txt"]
@@ -49,59 +49,59 @@ def test_records_have_sizes_and_no_boxes(folder):
     assert not raw.labelled and not any(record.annotations for record in raw.records)
 
 
-def test_a_folder_without_photos_is_an_error(tmp_path):
+def test_folder_without_photos_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"data set 'mine' has no photo here .* expected .jpg, "):
         read_photo_folder("mine", tmp_path, Problems("repair"))
 
 
-def test_a_file_is_no_folder(folder):
+def test_file_instead_of_a_folder_is_an_error(folder):
     with pytest.raises(DataError, match="b.png: data set 'mine' is a file, expected a folder of photos"):
         read_photo_folder("mine", folder / "b.png", Problems("repair"))
 
 
-def test_a_broken_photo_is_dropped_or_refused(folder):
+def test_broken_photo_is_dropped_or_refused(folder):
     (folder / "c.jpg").write_bytes(b"no picture")
     assert len(read_photo_folder("mine", folder, Problems("repair")).records) == 2
     with pytest.raises(DataError, match="c.jpg"):
         read_photo_folder("mine", folder, Problems("refuse"))
 
 
-def test_it_loads_for_any_class_where_no_box_is_needed(folder, tmp_path, caplog):
+def test_unlabelled_photos_load_with_any_classes_if_labels_are_optional(folder, tmp_path, caplog):
     cfg = config(tmp_path, CLASSES=("chair", "cat"))
     dataset = load_dataset(cfg, cfg.DATA.TRAIN, train=True, labels="optional")
     assert dataset.classes == ("chair", "cat") and len(dataset) == 2
     assert "has no box" not in caplog.text
 
 
-def test_with_labels_for_a_teacher_it_names_the_way_out(folder, tmp_path):
+def test_unlabelled_photos_are_an_error_if_labels_are_required(folder, tmp_path):
     cfg = config(tmp_path, CLASSES=("chair",))
     with pytest.raises(DataError, match="'mine' is a folder of photos without labels.*LOSS.SUPERVISION teacher"):
         load_dataset(cfg, cfg.DATA.TRAIN, train=True)
     with pytest.raises(DataError, match="'mine' is a folder .*; use data sets with boxes$"):
-        load_dataset(cfg, cfg.DATA.TRAIN)  # it would call every detection false
+        load_dataset(cfg, cfg.DATA.TRAIN)  # every detection would count as a false positive
 
 
-def test_beside_labelled_photos_they_are_no_background(folder, tmp_path):
+def test_unlabelled_photos_beside_labelled_photos_are_an_error(folder, tmp_path):
     write_photo(tmp_path / "labelled" / "a.png", (60, 40))
     box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 20, 20], "area": 400, "iscrowd": 0}
     image = {"id": 1, "file_name": "a.png", "width": 60, "height": 40}
     content = {"images": [image], "annotations": [box], "categories": [{"id": 1, "name": "chair"}]}
     (tmp_path / "labelled.json").write_text(json.dumps(content))
-    both = (("theirs", "labelled.json", "labelled"), ("mine", "", "photos"))
-    cfg = config(tmp_path, DATASETS=both, TRAIN=("theirs", "mine"))
+    datasets = (("theirs", "labelled.json", "labelled"), ("mine", "", "photos"))
+    cfg = config(tmp_path, DATASETS=datasets, TRAIN=("theirs", "mine"))
     with pytest.raises(DataError, match="'mine' is a folder of photos without labels"):
         load_dataset(cfg, cfg.DATA.TRAIN, train=True)
     assert len(load_dataset(cfg, cfg.DATA.TRAIN, train=True, labels="optional")) == 3
 
 
-def test_a_caller_says_what_labels_it_needs(folder, tmp_path):
+def test_labels_argument_of_load_dataset(folder, tmp_path):
     write_photo(tmp_path / "empty" / "a.png", (60, 40))
     image = {"id": 1, "file_name": "a.png", "width": 60, "height": 40}
     content = {"images": [image], "annotations": [], "categories": [{"id": 1, "name": "chair"}]}
     (tmp_path / "empty.json").write_text(json.dumps(content))
     cfg = config(tmp_path, DATASETS=(("empty", "empty.json", "empty"), ("mine", "", "photos")), CLASSES=("chair",))
 
-    def accepts(name):
+    def accepted_values(name):
         accepted = set()
         for labels in get_args(Labels):
             with contextlib.suppress(DataError):
@@ -109,13 +109,13 @@ def test_a_caller_says_what_labels_it_needs(folder, tmp_path):
                 accepted.add(labels)
         return accepted
 
-    assert accepts("mine") == {"replaced", "optional"}  # without annotations
-    assert accepts("empty") == {"annotated", "optional"}  # without a chair
+    assert accepted_values("mine") == {"replaced", "optional"}  # without annotations
+    assert accepted_values("empty") == {"annotated", "optional"}  # without a chair
     with pytest.raises(DataError, match="labels is 'require', expected one of required, annotated, replaced, optional"):
         load_dataset(cfg, "empty", labels="require")
 
 
-def test_without_any_class_named_it_says_so(folder, tmp_path):
+def test_unlabelled_photos_need_classes(folder, tmp_path):
     cfg = config(tmp_path)
     with pytest.raises(DataError, match="mine has no classes; set DATA.CLASSES"):
         load_dataset(cfg, cfg.DATA.TRAIN, train=True, labels="optional")
@@ -123,15 +123,15 @@ def test_without_any_class_named_it_says_so(folder, tmp_path):
         class_names(cfg)
 
 
-def test_a_missing_folder_is_named(tmp_path):
+def test_missing_folder_is_an_error(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
     cfg = config(tmp_path, CLASSES=("chair",))
     with pytest.raises(DataError, match="photos: data set 'mine' not found"):
         load_dataset(cfg, cfg.DATA.TRAIN, train=True, labels="optional")
 
 
-def test_every_photo_of_a_folder_is_read_or_counted(tmp_path, caplog):
-    """Suffixes in any case; folders behind links too, each once; a pipe is no photo."""
+def test_every_file_is_read_or_counted(tmp_path, caplog):
+    """Suffixes may have any case. Linked folders are read once. A pipe counts as another kind of file."""
     (tmp_path / "photos").mkdir()
     for name in ("a.jpg", "b.AVIF", "c.gif", "d.jpe"):
         Image.new("RGB", (12, 8)).save(tmp_path / "photos" / name)

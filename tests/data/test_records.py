@@ -1,4 +1,4 @@
-"""The wanted classes, by whatever name, from one data set or several."""
+"""Selection of classes and photos from one or several data sets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from earlyexit_ssd.errors import DataError
 
 
 def dataset(name: str, classes: tuple[str, ...], *labels: tuple[int, ...], first_id: int = 1) -> RawDataset:
-    """One photo for each tuple of labels."""
+    """Return a data set with one photo for each tuple of labels."""
     records = [
         Record(i, Path(f"{name}{i}.jpg"), 60, 40, tuple(Annotation((0, 0, 9, 9), label) for label in own))
         for i, own in enumerate(labels, start=first_id)
@@ -36,14 +36,14 @@ def labels_of(records: list[Record]) -> list[list[int]]:
     return [[annotation.label for annotation in record.annotations] for record in records]
 
 
-def test_one_class_keeps_the_others_as_negatives():
+def test_photos_without_the_wanted_class_stay_as_negatives():
     raw = dataset("a", ("cat", "chair"), (1, 2, 2), (1,), (), first_id=7)
     records = select_classes([raw], ["chair"])
     assert labels_of(records) == [[1, 1], [], []]
-    assert [record.image_id for record in records] == [7, 8, 9], "a single set keeps its numbers"
+    assert [record.image_id for record in records] == [7, 8, 9], "a single set keeps its image ids"
 
 
-def test_labels_follow_the_wanted_order():
+def test_labels_follow_the_order_of_the_wanted_classes():
     raw = dataset("a", ("cat", "chair"), (1, 2))
     assert labels_of(select_classes([raw], ["chair", "cat"])) == [[2, 1]]
 
@@ -66,26 +66,26 @@ def test_canonical(name, expected):
     assert canonical(expected) == expected
 
 
-def test_several_sets_are_numbered_uniquely():
+def test_image_ids_of_several_sets_are_unique():
     records = select_classes([dataset("a", ("cat",), (1,), ()), dataset("b", ("cat",), (1,))], ["cat"])
     assert [record.image_id for record in records] == [1, 2, 3]
     assert [record.path.name for record in records] == ["a1.jpg", "a2.jpg", "b1.jpg"]
 
 
-def test_a_class_missing_in_one_set_is_a_warning(caplog):
+def test_class_missing_in_one_set_is_a_warning(caplog):
     sets = [dataset("a", ("cat", "chair"), (1, 2)), dataset("b", ("cat", "chair"), (1,)), dataset("c", ("cat",), (1,))]
     with caplog.at_level(logging.WARNING):
         select_classes(sets, ["chair"])
     assert caplog.messages == ["b has no box of chair", "c has no box of chair"]
 
 
-def test_a_class_missing_in_all_sets_is_an_error():
+def test_class_missing_in_all_sets_is_an_error():
     with pytest.raises(DataError, match=r"'chiar', which is not a class of a, b \(did you mean 'chair'\?\)"):
         select_classes([dataset("a", ("cat", "chair")), dataset("b", ("cat",))], ["cat", "chiar"])
 
 
-def test_a_set_that_declares_no_classes_may_lack_some(caplog):
-    """Unless it teaches: a class that no training set shows is a misspelt one."""
+def test_set_without_declared_classes_may_lack_a_class(caplog):
+    """In training it is an error, because the name is probably misspelt."""
     mugs = dataclasses.replace(dataset("mugs", ("mug",), (1,), ()), open_classes=True)
     with caplog.at_level(logging.WARNING):
         records = select_classes([mugs], ["cup", "mug"])
@@ -98,7 +98,7 @@ def test_a_set_that_declares_no_classes_may_lack_some(caplog):
         select_classes([empty], ["mug"], train=True)
 
 
-def test_a_class_named_twice():
+def test_class_named_twice_is_an_error():
     with pytest.raises(DataError, match="the same class twice"):
         select_classes([dataset("a", ("couch",))], ["couch", "sofa"])
 
@@ -124,7 +124,7 @@ def test_share_of_negatives(positives, negatives, share, seed):
     assert kept == limit_negatives(records, share, seed)
 
 
-def test_the_seed_chooses_the_negatives():
+def test_seed_decides_which_negatives_stay():
     records = photos(10, 100)
     assert limit_negatives(records, 0.5, 0) != limit_negatives(records, 0.5, 1)
     assert limit_negatives(records, -1, 0) == records

@@ -1,4 +1,4 @@
-"""A photo that is there three times is one draw; frames of one video are taken block by block."""
+"""Duplicate photos, and blocks of video frames."""
 
 import functools
 import shutil
@@ -16,7 +16,7 @@ from earlyexit_ssd.errors import DataError, EarlyExitError
 
 
 def scene(seed: int) -> Image.Image:
-    """Smooth like a photo, different for each seed."""
+    """Return a smooth random image that depends on the seed."""
     noise = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), np.uint8)
     return Image.fromarray(noise).resize((160, 120), Image.Resampling.BICUBIC)
 
@@ -30,8 +30,8 @@ def kept(dataset: DetectionDataset) -> list[str]:
 
 
 @pytest.fixture
-def five(tmp_path):
-    """A photo, a copy of it, two of the same picture saved anew, and another photo."""
+def five_paths(tmp_path):
+    """Paths of a photo, a copy, two near-duplicates (encoded again, resized), and a different photo."""
     scene(0).save(tmp_path / "a.png")
     shutil.copy(tmp_path / "a.png", tmp_path / "copy.png")
     scene(0).save(tmp_path / "again.jpg", quality=60)
@@ -40,24 +40,24 @@ def five(tmp_path):
     return [tmp_path / name for name in ("a.png", "copy.png", "again.jpg", "small.jpg", "b.png")]
 
 
-def test_copies_and_pictures_saved_anew_count_once(five, caplog):
-    one, repeats = distinct(dataset(five))
-    assert kept(one) == ["a.png", "b.png"] and (repeats.equal, repeats.near) == (1, 2)
+def test_duplicates_and_near_duplicates_count_once(five_paths, caplog):
+    unique, repeats = distinct(dataset(five_paths))
+    assert kept(unique) == ["a.png", "b.png"] and (repeats.equal, repeats.near) == (1, 2)
     assert len(repeats.near_sha256) == 2
     assert "1 of 5 photos are duplicates and left out" in caplog.text
     assert "2 of 4 photos are near-duplicates and left out; for frames of a video" in caplog.text
 
 
-def test_frames_of_a_video_are_compared_by_content_alone(five):
-    one, repeats = distinct(dataset(five), near=False)
-    assert kept(one) == ["a.png", "again.jpg", "small.jpg", "b.png"] and (repeats.equal, repeats.near) == (1, 0)
+def test_near_duplicates_stay_if_near_is_false(five_paths):
+    unique, repeats = distinct(dataset(five_paths), near=False)
+    assert kept(unique) == ["a.png", "again.jpg", "small.jpg", "b.png"] and (repeats.equal, repeats.near) == (1, 0)
 
 
-def test_a_photo_listed_twice_counts_once(five):
-    assert kept(distinct(dataset([five[0], five[4], five[0]]))[0]) == ["a.png", "b.png"]
+def test_photo_listed_twice_counts_once(five_paths):
+    assert kept(distinct(dataset([five_paths[0], five_paths[4], five_paths[0]]))[0]) == ["a.png", "b.png"]
 
 
-def test_a_small_thing_that_moves_makes_another_photo(tmp_path):
+def test_photos_with_a_small_moved_object_are_different(tmp_path):
     paths = []
     for place in (20, 100):
         image = scene(0)
@@ -67,15 +67,15 @@ def test_a_small_thing_that_moves_makes_another_photo(tmp_path):
     assert len(distinct(dataset(paths))[0]) == 2
 
 
-def test_an_unreadable_photo(tmp_path):
+def test_unreadable_photo_is_an_error(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"no picture")
     with pytest.raises(DataError, match="a.jpg: not a readable photo"):
         PerceptualHashes.read([tmp_path / "a.jpg"])
 
 
-def test_a_list_that_has_each_photo_three_times_keeps_the_promise(tmp_path):
-    """The expected loss of what such a list certifies exceeds epsilon far more often than in delta of the draws; of the
-    photos that are left it does not."""
+def test_certificate_is_valid_if_duplicates_are_removed(tmp_path):
+    """Each photo is listed three times. With duplicates, the expected loss exceeds epsilon in more than twice as many
+    draws as delta allows. Without duplicates it does not exceed delta."""
     paths = []
     for index in range(60):
         scene(index).save(tmp_path / f"{index}.png")
@@ -85,26 +85,27 @@ def test_a_list_that_has_each_photo_three_times_keeps_the_promise(tmp_path):
     path, costs = np.array([[CLOSED], [0.5]]), np.array([[2.0, 2.0], [1.0, 2.0]])
 
     @functools.cache
-    def opens(lost, photos):
+    def opened_exits(lost, photos):
         losses = np.zeros((photos, 2))
-        losses[:lost, 0] = 1  # the certificate looks at their mean alone
+        losses[:lost, 0] = 1  # the order does not matter, the bound uses the mean
         return certify(path, [np.full(photos, 0.9)], losses, costs, 0.2, 0.05, "hoeffding_bentkus").step
 
-    def broken(listed):
-        """Share of 400 draws in which an exit opens whose photos lose 0.201 on average, where 0.2 is allowed."""
+    def share_of_wrong_certificates(listed):
+        """Return the share of 400 draws in which an exit opens whose expected loss is 0.201, above epsilon 0.2."""
         rows, draws = np.array([int(Path(name).stem.rstrip("ab")) for name in listed]), range(400)
         lost = [int((np.random.default_rng(seed).random(60) < 0.201)[rows].sum()) for seed in draws]
-        return sum(opens(count, len(rows)) for count in lost) / len(draws)
+        return sum(opened_exits(count, len(rows)) for count in lost) / len(draws)
 
-    left = kept(distinct(dataset(paths))[0])
-    assert len(left) == 60
-    assert broken(left) <= 0.05 < 0.1 < broken([path.name for path in paths])
+    unique = kept(distinct(dataset(paths))[0])
+    assert len(unique) == 60
+    assert share_of_wrong_certificates(unique) <= 0.05
+    assert share_of_wrong_certificates([path.name for path in paths]) > 0.1
 
 
 @pytest.mark.parametrize(
     ("text", "fps", "photos"), [("25", None, 25), ("5s", 5, 25), ("0.5 s", 4, 2), ("1s", 0.1, 1), ("2.5s", 2, 5)]
 )
-def test_blocks_of_photos_or_seconds(text, fps, photos):
+def test_parse_block(text, fps, photos):
     assert parse_block(text, fps) == photos
 
 
@@ -124,14 +125,14 @@ def test_blocks_of_photos_or_seconds(text, fps, photos):
         ("5s", float("nan"), "fps is nan, expected photos per second"),
     ],
 )
-def test_no_blocks(text, fps, message):
+def test_parse_block_errors(text, fps, message):
     with pytest.raises(EarlyExitError) as error:
         parse_block(text, fps)
     assert message in str(error.value) and len(str(error.value)) < 300
 
 
-def test_a_block_is_consecutive_photos_of_a_folder():
-    """10 follows 9 whatever the list's order is; the next folder begins a block of its own."""
+def test_blocks_are_consecutive_photos_of_a_folder():
+    """Photos are sorted by number, so 10 follows 9. Each folder starts a new block."""
     names = ["cam/f10.jpg", "cam/f9.jpg", "cam/f8.jpg", "door/f1.jpg", "cam/f11.jpg", "cam/f100.jpg"]
     assert block_of_each([Path(name) for name in names], 2).tolist() == [1, 0, 0, 3, 1, 2]
     assert block_of_each([], 2).tolist() == []

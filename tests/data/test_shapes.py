@@ -1,4 +1,4 @@
-"""The rendered scenes, and the data set that is made of them."""
+"""The rendered scenes, and the data set made of them."""
 
 import json
 import multiprocessing
@@ -20,18 +20,19 @@ SIZES = (8, 3, 4)
 
 
 def slab(x, y, width, height, chair=True):
-    """An upright slab whose near side is at depth ``y``."""
+    """Return an upright slab whose near side is at depth ``y``."""
     return Furniture([part(0, 0, 0, (width, 0.02, height), GREY)], x, y + 0.01, chair=chair)
 
 
 def boxes_of(*things):
-    """Pixels of what ``things`` show: 60 + 120 * x / depth, and 60 - 120 * (z - 1) / depth for a camera at x = 2."""
+    """Return the boxes of the chairs in ``things``. The camera is at x = 2, z = 1. It shows a point (x, z) in column
+    60 + 120 * (x - 2) / depth and row 60 - 120 * (z - 1) / depth."""
     return shapes.paint(list(things), Camera((2, 0, 1), 0, 0, 1, 120), np.zeros((240, 240, 4), np.uint8), LIGHT)
 
 
 def first_hits(boxes, camera):
-    """For each pixel of the supersampled picture which of ``boxes`` [N, 8, 3] (1, 2, ...) its ray meets first, else 0:
-    each one cut out of space by the planes of its faces."""
+    """Return for each pixel of the supersampled image the number (1, 2, ...) of the first of ``boxes`` [N, 8, 3] on its
+    ray, or 0. A box is the intersection of the half-spaces of its faces."""
     side = camera.size * shapes.SCALE
     grid = ((np.arange(side) + 0.5) / side - 0.5) / camera.focal
     right, down, forward = camera.axes.astype(float)
@@ -51,30 +52,31 @@ def first_hits(boxes, camera):
     return hits
 
 
-def share_unlike(expected, picture):
-    """Of pixels that are in ``picture`` like none of the nine around them in ``expected``: edges may lie beside."""
+def share_different(expected, picture):
+    """Return the share of pixels of ``picture`` that equal none of the 3 x 3 pixels around them in ``expected``. Edges
+    may be off by a pixel."""
     near = [np.roll(expected, (dy, dx), (0, 1)) == picture for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
     return (~np.any(near, axis=0)).mean()
 
 
-def test_a_box_holds_what_shows_of_its_chair():
+def test_box_covers_the_visible_part_of_its_chair():
     assert boxes_of(slab(2.0, 2.0, 0.5, 1.0)) == [pytest.approx((45, 60, 75, 120), abs=1.0)]
     assert boxes_of(slab(3.0, 2.0, 0.5, 1.5)) == [pytest.approx((105, 30, 120, 120), abs=1.0)]  # cut by the frame
     both = boxes_of(slab(1.4, 3.0, 0.5, 1.0), slab(2.6, 3.0, 0.5, 1.0))
     assert [box[0] for box in both] == pytest.approx([26, 74], abs=1.0)
-    # A table hides all that is left of x = 2, that is of column 60, in whatever order they are given.
+    # A table hides everything left of column 60 (x = 2). The order of the list does not matter.
     chair, table = slab(2.0, 4.0, 1.0, 1.0), slab(1.25, 2.0, 1.5, 1.5, chair=False)
     for things in ((chair, table), (table, chair)):
         assert boxes_of(*things) == [pytest.approx((60, 60, 75, 90), abs=1.0)]
 
 
-def test_the_middle_of_what_stands_before_may_be_farther_away():
+def test_occluder_may_have_a_centre_farther_away():
     # The table's left end, at column 60 - 120 * 0.03 / 1.5, hides the right end of the chair behind it.
     chair, table = slab(1.9, 2.08, 0.3, 1.0), slab(3.97, 1.5, 4.0, 1.5, chair=False)
     assert boxes_of(chair, table)[0][2] == pytest.approx(57.6, abs=1.0)
 
 
-def test_parts_hide_what_is_behind_and_below_them():
+def test_parts_hide_parts_behind_and_below():
     camera = Camera((2, 0, 1.4), 0, 0.3, 1, 64)
     for seed in range(40):
         rng = np.random.default_rng(seed)
@@ -84,31 +86,31 @@ def test_parts_hide_what_is_behind_and_below_them():
         canvas, yaw = np.zeros((128, 128, 4), np.uint8), rng.uniform(0, 6.3) if seed % 3 < 2 else rng.uniform(-0.5, 0.5)
         thing = Furniture(parts, 2, 2.5, yaw)
         shapes.paint([thing], camera, canvas, (LIGHT[0], 1.2))
-        assert share_unlike(first_hits(thing.corners, camera), canvas[..., 0]) < 0.004, build
+        assert share_different(first_hits(thing.corners, camera), canvas[..., 0]) < 0.004, build
 
 
-def test_a_chair_that_hardly_shows_has_no_box():
+def test_chair_that_is_hardly_visible_has_no_box():
     # 80 % of the chair's 60 columns are behind the table; the other one is five pixels wide.
     hidden, table, thin = slab(2.0, 4.0, 2.0, 1.0), slab(1.7, 2.0, 1.2, 1.5, chair=False), slab(3.6, 5.0, 0.2, 1.0)
     assert boxes_of(hidden, table, thin) == [None, None]
     assert boxes_of(slab(1.0, 4.0, 0.5, 1.0), hidden, table)[1] is None
 
 
-def test_boxes_are_tight_around_the_pixels_that_rays_meet(monkeypatch):
+def test_boxes_are_tight_around_the_pixels_of_ray_casting(monkeypatch):
     painted, paint, wrong = [], shapes.paint, []
 
-    def keep(things, camera, canvas, light):
+    def paint_and_record(things, camera, canvas, light):
         painted.append((list(things), camera, canvas, paint(things, camera, canvas, light)))
         return painted[-1][-1]
 
-    monkeypatch.setattr(shapes, "paint", keep)
+    monkeypatch.setattr(shapes, "paint", paint_and_record)
     for seed in range(12):
         render_scene(np.random.default_rng(seed), 64)
     for things, camera, canvas, boxes in painted:
         labels = [sum(t.chair for t in things[: place + 1]) * thing.chair for place, thing in enumerate(things)]
         labels = [0, *(label for thing, label in zip(things, labels, strict=True) for _ in thing.parts)]
         owners = np.array(labels)[first_hits(np.concatenate([thing.corners for thing in things]), camera)]
-        wrong.append(share_unlike(owners, canvas[..., 3]))
+        wrong.append(share_different(owners, canvas[..., 3]))
         for label, box in enumerate(boxes, 1):
             if box:
                 rows, columns = np.nonzero(owners == label)
@@ -118,7 +120,7 @@ def test_boxes_are_tight_around_the_pixels_that_rays_meet(monkeypatch):
     assert max(wrong) < 0.005 and np.mean(wrong) < 0.001
 
 
-def test_light_falls_from_the_lamp():
+def test_brightness_depends_on_the_lamp():
     canvas = np.zeros((240, 240, 4), np.uint8)
     cube = Furniture([part(0, 0, 0, (0.5, 0.5, 0.5), GREY)], 2.0, 3.0)
     shapes.paint([cube], Camera((2, 0, 1), 0, 0, 1, 120), canvas, (np.array([2.0, 3.0, 2.5]), 0.5))
@@ -126,7 +128,7 @@ def test_light_falls_from_the_lamp():
     assert canvas[160, 120, 0] == 153 and canvas[190, 120].tolist() == [64, 64, 64, 0]
 
 
-def test_a_chair_has_a_back_above_a_seat_and_all_stand_on_the_floor():
+def test_chairs_have_back_and_seat_and_all_furniture_stands_on_the_floor():
     for seed in range(60):
         rng = np.random.default_rng(seed)
         chair, others = np.array(shapes.chair(rng)), [shapes._other(rng), shapes._at_wall(rng, False)]
@@ -138,14 +140,14 @@ def test_a_chair_has_a_back_above_a_seat_and_all_stand_on_the_floor():
             assert np.isfinite(parts).all() and (parts[:, 3:6] > 0).all() and (parts[:, 7:] >= 0).all()
 
 
-def test_a_scene_depends_on_its_numbers_only():
+def test_scene_depends_on_its_seed_only():
     first, second = (render_scene(np.random.default_rng((1, 0, 5)), 96) for _ in range(2))
     assert first[0].tobytes() == second[0].tobytes() and first[1] == second[1]
     for other in ((2, 0, 5), (1, 1, 5), (1, 0, 6)):
         assert render_scene(np.random.default_rng(other), 96)[0].tobytes() != first[0].tobytes()
 
 
-def test_half_of_the_scenes_are_empty_and_no_cue_but_the_chairs_tells_which(monkeypatch):
+def test_half_of_the_scenes_are_empty_and_differ_by_chairs_only(monkeypatch):
     counts, furnish = [], shapes._furnish
 
     def count(*arguments):
@@ -179,26 +181,26 @@ def contents(folder):
 
 
 def renderer(root, sizes):
-    """A process of its own that renders, as one of several would."""
+    """Start a process that renders the data set."""
     process = multiprocessing.get_context("fork").Process(target=ensure_synthetic, args=(root, sizes, 96, 0))
     process.start()
     return process
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def rendered(tmp_path_factory):
     return ensure_synthetic(tmp_path_factory.mktemp("datasets"), SIZES, 96, seed=0)
 
 
-def test_pycocotools_reads_every_split(made):
-    assert made.parent.name == FOLDER
+def test_pycocotools_reads_every_split(rendered):
+    assert rendered.parent.name == FOLDER
     seen = []
     for split, size in zip(SPLITS, SIZES, strict=True):
-        coco = COCO(made / "annotations" / f"instances_{split}.json")
+        coco = COCO(rendered / "annotations" / f"instances_{split}.json")
         assert len(coco.imgs) == size and len(coco.anns) == len(coco.dataset["annotations"])  # no id twice
         assert coco.loadCats(coco.getCatIds()) == [{"id": 62, "name": "chair", "supercategory": "furniture"}]
         for image in coco.imgs.values():
-            with Image.open(made / split / image["file_name"]) as picture:
+            with Image.open(rendered / split / image["file_name"]) as picture:
                 assert picture.format == "JPEG" and picture.size == (image["width"], image["height"]) == (96, 96)
         for annotation in coco.anns.values():
             x, y, width, height = annotation["bbox"]
@@ -206,31 +208,31 @@ def test_pycocotools_reads_every_split(made):
             assert annotation["area"] == width * height and annotation["iscrowd"] == 0
             assert annotation["image_id"] in coco.imgs
         seen += list(coco.imgs)
-    assert sorted(seen) == list(range(1, sum(SIZES) + 1)) and (made / "train" / "000001.jpg").exists()
+    assert sorted(seen) == list(range(1, sum(SIZES) + 1)) and (rendered / "train" / "000001.jpg").exists()
 
 
-def test_files_hold_the_scenes_of_their_numbers(made, tmp_path):
+def test_files_are_the_scenes_of_their_index(rendered, tmp_path):
     photo, boxes = render_scene(np.random.default_rng((0, 2, 1)), 96)
-    coco = json.loads((made / "annotations" / "instances_test.json").read_text())
+    coco = json.loads((rendered / "annotations" / "instances_test.json").read_text())
     image_id = SIZES[0] + SIZES[1] + 2
-    found = [record["bbox"] for record in coco["annotations"] if record["image_id"] == image_id]
-    assert found == [[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2 in boxes]
+    stored = [record["bbox"] for record in coco["annotations"] if record["image_id"] == image_id]
+    assert stored == [[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2 in boxes]
     photo.save(tmp_path / "again.jpg", quality=90)
-    assert (tmp_path / "again.jpg").read_bytes() == (made / "test" / f"{image_id:06d}.jpg").read_bytes()
+    assert (tmp_path / "again.jpg").read_bytes() == (rendered / "test" / f"{image_id:06d}.jpg").read_bytes()
 
 
-def test_a_killed_run_leaves_no_half_set_and_the_next_starts_again(made, tmp_path):
+def test_next_run_starts_again_after_a_killed_run(rendered, tmp_path):
     process = renderer(tmp_path, (100_000, 0, 0))
     while not list(tmp_path.glob(f"{FOLDER}/*.partial/*/train/*.jpg")):
         assert process.is_alive()
         time.sleep(0.02)
     process.kill()
     process.join()
-    assert contents(ensure_synthetic(tmp_path, SIZES, 96, seed=0)) == contents(made)
-    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == [made.name]
+    assert contents(ensure_synthetic(tmp_path, SIZES, 96, seed=0)) == contents(rendered)
+    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == [rendered.name]
 
 
-def test_made_once_and_beside_it_where_settings_change(tmp_path, monkeypatch):
+def test_other_settings_are_rendered_into_another_folder_once(tmp_path, monkeypatch):
     folder = ensure_synthetic(tmp_path, (2, 1, 1), 64, seed=0)
     first = contents(folder)
     other = ensure_synthetic(tmp_path, (1, 1, 1), 64, seed=1)
@@ -244,9 +246,9 @@ def test_made_once_and_beside_it_where_settings_change(tmp_path, monkeypatch):
         ensure_synthetic(tmp_path, (2, 1, 1), 64, seed=0)
 
 
-def test_an_interrupted_run_leaves_what_was_there(tmp_path, monkeypatch):
+def test_interrupted_run_changes_no_existing_file(tmp_path, monkeypatch):
     ensure_synthetic(tmp_path, (1, 1, 1), 64, seed=0)
-    there, render, calls = contents(tmp_path), render_scene, iter(range(100))
+    before, render, calls = contents(tmp_path), render_scene, iter(range(100))
 
     def interrupted(rng, size):
         if next(calls) == 2:
@@ -256,10 +258,10 @@ def test_an_interrupted_run_leaves_what_was_there(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "render_scene", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ensure_synthetic(tmp_path, (20, 1, 1), 64, seed=5)
-    assert contents(tmp_path) == there and len(list((tmp_path / FOLDER).iterdir())) == 1
+    assert contents(tmp_path) == before and len(list((tmp_path / FOLDER).iterdir())) == 1
 
 
-def test_what_somebody_else_has_made_is_not_touched(tmp_path):
+def test_files_of_the_user_are_not_changed(tmp_path):
     (tmp_path / FOLDER).mkdir()
     (tmp_path / FOLDER / "mine.txt").write_text("precious")
     ensure_synthetic(tmp_path, (1, 1, 1), 64, seed=0)
@@ -271,24 +273,24 @@ def test_what_somebody_else_has_made_is_not_touched(tmp_path):
     assert (tmp_path / "other" / FOLDER).read_text() == "precious"
 
 
-def test_an_empty_split_is_an_empty_list(tmp_path):
+def test_empty_split_has_empty_lists(tmp_path):
     folder = ensure_synthetic(tmp_path, (1, 0, 0), 64, seed=0)
     coco = json.loads((folder / "annotations" / "instances_test.json").read_text())
     assert coco["images"] == coco["annotations"] == []
 
 
-def test_two_processes_render_once(made, tmp_path, monkeypatch):
+def test_two_processes_render_once(rendered, tmp_path, monkeypatch):
     render = shapes._render
 
-    def counted(*arguments):
+    def render_and_record(*arguments):
         (tmp_path / f"rendered_by_{os.getpid()}").touch()
         render(*arguments)
 
-    monkeypatch.setattr(shapes, "_render", counted)
+    monkeypatch.setattr(shapes, "_render", render_and_record)
     both = [renderer(tmp_path, SIZES) for _ in range(2)]
     for process in both:
         process.join(60)
     assert [process.exitcode for process in both] == [0, 0]
     assert len(list(tmp_path.glob("rendered_by_*"))) == 1
-    assert contents(tmp_path / FOLDER / made.name) == contents(made)
-    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == [made.name]
+    assert contents(tmp_path / FOLDER / rendered.name) == contents(rendered)
+    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == [rendered.name]

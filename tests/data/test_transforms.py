@@ -1,4 +1,4 @@
-"""Seeds from tuples of numbers."""
+"""Seeds and augmentations."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from earlyexit_ssd.data.transforms import (
 )
 
 
-def test_pinned():
-    """A change here would change the views of every run that is resumed."""
+def test_mixed_seed_is_pinned():
+    """Other seeds would change the views of every resumed run."""
     assert mixed_seed(0, 3, 7) == 6812392217526899882
     assert len({mixed_seed(s, e, i) for s in range(4) for e in range(4) for i in range(20)}) == 320
 
 
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=4))
-def test_range(numbers):
+def test_mixed_seed_is_in_the_range_of_int64(numbers):
     assert 0 <= mixed_seed(*numbers) < 2**63
 
 
-# The IoU-aware crop does what torchvision's does.
+# The IoU-aware crop.
 
 CROP = Augmentation([RandomIoUCrop(p=1.0)])
 
 
 def coordinates_image(width: int, height: int) -> np.ndarray:
-    """Pixel (x, y) holds (x, y, 0), so that a crop shows where it was taken."""
+    """Return an image whose pixel (x, y) is (x, y, 0), so a crop shows its window."""
     image = np.zeros((height, width, 3), np.uint8)
     image[..., 0] = np.arange(width)
     image[..., 1] = np.arange(height)[:, None]
@@ -53,7 +53,7 @@ def coordinates_image(width: int, height: int) -> np.ndarray:
 
 
 def crop(boxes: list[list[float]], seed: int, width: int = 200, height: int = 120):
-    """The window (x1, y1, x2, y2), the boxes, and the indices of the kept ones."""
+    """Return the window (x1, y1, x2, y2), the kept boxes relative to it, and their indices."""
     image, kept_boxes, kept = CROP(coordinates_image(width, height), np.array(boxes), np.arange(len(boxes)), seed)
     x1, y1 = image[0, 0, :2].astype(int)
     x2, y2 = image[-1, -1, :2].astype(int) + 1
@@ -61,8 +61,8 @@ def crop(boxes: list[list[float]], seed: int, width: int = 200, height: int = 12
     return np.array([x1, y1, x2, y2]), kept_boxes, kept
 
 
-def test_boxes_by_hand():
-    """Window 20..120 x 10..60: one box inside, one cut, one whose centre is outside, one on the border."""
+def test_crop_of_boxes_by_hand():
+    """The window is 20..120 x 10..60. A box is inside, one is cut, one has its centre outside, one on the border."""
     transform = RandomIoUCrop(p=1.0)
     size = np.array([200, 120, 200, 120])
     boxes = np.array([[30, 20, 50, 40], [10, 0, 60, 30], [0, 0, 30, 30], [0, 20, 40, 40]], float)
@@ -72,7 +72,7 @@ def test_boxes_by_hand():
     assert result[:, 4].tolist() == [0, 1]
 
 
-# centres never on a whole pixel, where rounding would decide on which side of a window's border they are
+# No centre is on a whole pixel, because there rounding would decide if it is inside the window.
 boxes_in_photo = st.lists(
     st.tuples(st.integers(0, 180), st.integers(0, 100), st.integers(4, 200), st.integers(4, 120)),
     min_size=1,
@@ -82,7 +82,7 @@ boxes_in_photo = st.lists(
 
 @settings(deadline=None, max_examples=150)
 @given(boxes_in_photo, st.integers(0, 2**40))
-def test_every_crop_keeps_the_promises(boxes, seed):
+def test_crop_keeps_objects_with_centre_inside_and_limits_its_shape(boxes, seed):
     window, kept_boxes, kept = crop(boxes, seed)
     original = np.array(boxes, float)
     inside = centres_inside(original, window[None])[0]
@@ -98,7 +98,7 @@ def test_every_crop_keeps_the_promises(boxes, seed):
         assert 35 <= height <= 120
 
 
-def test_a_photo_without_objects_stays_whole():
+def test_photo_without_objects_is_not_cropped():
     for seed in range(20):
         image, boxes, kept = CROP(coordinates_image(200, 120), np.zeros((0, 4)), np.zeros(0, int), seed)
         assert image.shape == (120, 200, 3)
@@ -106,8 +106,8 @@ def test_a_photo_without_objects_stays_whole():
         assert kept.shape == (0,)
 
 
-def test_least_iou_is_kept(monkeypatch):
-    """With 0.7 the only choice, each crop overlaps the box by as much."""
+def test_crop_reaches_the_minimum_iou(monkeypatch):
+    """With 0.7 as the only choice, each window has an IoU of at least 0.7 with the box."""
     monkeypatch.setattr(RandomIoUCrop, "MIN_IOUS", (0.7,))
     box = [[40, 30, 160, 110]]
     for seed in range(30):
@@ -116,8 +116,8 @@ def test_least_iou_is_kept(monkeypatch):
 
 
 @pytest.mark.parametrize("boxes", [[[40, 30, 160, 110]], [[10, 10, 40, 40], [100, 50, 130, 110]]])
-def test_crops_are_distributed_as_torchvisions(boxes):
-    """Share of uncropped photos, mean size of the windows and mean number of kept objects, over 150 draws."""
+def test_distribution_of_crops_equals_torchvision(boxes):
+    """The share of uncropped photos, and the means of window size and number of kept objects, over 150 draws."""
     count = 150
     reference = v2.Compose([v2.RandomIoUCrop(), v2.SanitizeBoundingBoxes()])
     photo = tv_tensors.Image(torch.zeros(3, 120, 200, dtype=torch.uint8))
@@ -131,11 +131,11 @@ def test_crops_are_distributed_as_torchvisions(boxes):
         (x1, y1, x2, y2), _, kept = crop(boxes, seed)
         ours.append(((x2 - x1) / 200, (y2 - y1) / 120, (x2 - x1, y2 - y1) == (200, 120), len(kept)))
     difference = np.mean(theirs, axis=0) - np.mean(ours, axis=0)
-    # four standard errors of a difference of two means, 0.25 and 0.5 being generous spreads
+    # four standard errors of a difference of two means; 0.25 and 0.5 are upper limits of the standard deviations
     assert (abs(difference) < 4 * np.array([0.25, 0.25, 0.5, 0.5]) * np.sqrt(2 / count)).all(), difference
 
 
-# Presets: what they change, and that the same seed gives the same view.
+# Presets.
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (60, 100, 3), np.uint8)
 BOXES = np.array([[10, 5, 40, 35], [50, 10, 95, 55]], np.float32)
@@ -143,7 +143,7 @@ LABELS = np.array([3, 1])
 
 
 @pytest.mark.parametrize("preset", CHOICES["DATA.AUGMENTATION"])
-def test_a_view_depends_on_the_seed_only(preset):
+def test_view_depends_on_the_seed_only(preset):
     if preset == "none":
         assert build_transforms(preset) is None
         return
@@ -152,7 +152,7 @@ def test_a_view_depends_on_the_seed_only(preset):
     for seed in range(12):
         np.random.seed(seed)
         image, boxes, labels = first(IMAGE, BOXES, LABELS, seed)
-        second(IMAGE, BOXES, LABELS, 99)  # whatever was drawn before does not matter
+        second(IMAGE, BOXES, LABELS, 99)  # earlier draws do not matter
         again = second(IMAGE, BOXES, LABELS, seed)
         np.testing.assert_array_equal(image, again[0])
         np.testing.assert_array_equal(boxes, again[1])
@@ -177,8 +177,8 @@ def test_flip_mirrors_half_of_the_photos():
     assert 70 < flipped < 130
 
 
-def test_ssdlite_leaves_colours_alone():
-    """Each pixel of a view is one of the photo's."""
+def test_ssdlite_does_not_change_colours():
+    """Each pixel of a view occurs in the photo."""
     colours = {tuple(pixel) for pixel in IMAGE.reshape(-1, 3).tolist()}
     for seed in range(5):
         image, _, _ = build_transforms("ssdlite")(IMAGE, BOXES, LABELS, seed)
@@ -186,7 +186,7 @@ def test_ssdlite_leaves_colours_alone():
 
 
 def test_ssd_draws_its_changes_independently():
-    """Transforms that are seeded alike would act together; here every combination of four of them occurs."""
+    """Transforms with the same seed would be applied together. Here every combination of four of them occurs."""
     augmentation = build_transforms("ssd")
     chain = augmentation._compose.transforms
     seen = set()
@@ -203,7 +203,7 @@ def test_thin_boxes_are_dropped_by_augmentation():
     assert labels.tolist() == [1]
 
 
-def test_zoom_out_puts_the_boxes_where_the_photo_went():
+def test_zoom_out_moves_the_boxes_with_the_photo():
     image = np.zeros((60, 100, 3), np.uint8)
     image[10:40, 20:80] = (255, 0, 255)
     zoom = Augmentation([RandomZoomOut(p=1.0)])
@@ -220,9 +220,9 @@ def test_zoom_out_puts_the_boxes_where_the_photo_went():
     assert (view == np.array(CANVAS)).all(axis=2).any()
 
 
-def test_cheap():
-    """The limit is 5 ms for a photo of 320 x 320 in half of the views; three times that here: CI's machines are shared,
-    and by the thread's own clock one of them took 5.7 where others take 2."""
+def test_augmentation_is_fast():
+    """The median for a photo of 320 x 320 should be below 5 ms. The limit is three times that, because machines of CI
+    differ: 2 ms on most, 5.7 ms on one."""
     photo = np.random.default_rng(0).integers(0, 256, (320, 320, 3), np.uint8)
     for preset in ("ssdlite", "ssd"):
         transforms = build_transforms(preset)
@@ -234,8 +234,8 @@ def test_cheap():
         assert sorted(times)[20] < 0.015
 
 
-def test_albumentations_is_told_not_to_ask_for_newer_versions():
-    """The variable is set by the time the first part of the package is imported."""
+def test_update_check_of_albumentations_is_disabled():
+    """Importing the package sets the variable."""
     code = (
         "import os; os.environ.pop('NO_ALBUMENTATIONS_UPDATE', None); import earlyexit_ssd; "
         "print(os.environ['NO_ALBUMENTATIONS_UPDATE'])"

@@ -1,4 +1,4 @@
-"""VOC's 1-based XML becomes 0-based boxes, under COCO's names."""
+"""The readers of VOC devkits and XML folders."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from earlyexit_ssd.errors import DataError
 from tests.data.conftest import write_photo
 
 
-def test_boxes_count_pixels_from_one(make_voc, voc_xml, voc_object):
-    """A box over the whole photo of 60 x 40, and one over the single pixel in its corner."""
+def test_one_based_pixels_become_zero_based_boxes(make_voc, voc_xml, voc_object):
+    """One box covers the whole photo of 60 x 40, the other its last pixel."""
     text = voc_xml(voc_object("sofa", (1, 1, 60, 40)), voc_object("dog", (60, 40, 60, 40), difficult=1))
     raw = read_voc("v", make_voc({"a": text}), "trainval", Problems())
 
@@ -26,21 +26,21 @@ def test_boxes_count_pixels_from_one(make_voc, voc_xml, voc_object):
     assert (raw.records[0].width, raw.records[0].height) == (60, 40)
 
 
-def test_classes_are_cocos_twenty():
+def test_voc_classes_have_names_of_coco():
     assert len(set(VOC_CLASSES)) == 20
     for name in ("airplane", "couch", "dining table", "motorcycle", "potted plant", "tv"):
         assert name in VOC_CLASSES
 
 
-def test_names_outside_voc_make_their_own_list(make_voc, voc_xml, voc_object):
+def test_classes_are_those_that_occur_if_one_is_not_in_voc(make_voc, voc_xml, voc_object):
     text = voc_xml(voc_object("stool", (1, 1, 9, 9)), voc_object("chair", (1, 1, 9, 9)))
     raw = read_voc("v", make_voc({"a": text}), "trainval", Problems())
     assert raw.classes == ("chair", "stool")
     assert [a.label for a in raw.records[0].annotations] == [2, 1]
 
 
-def test_a_folder_of_xml_files_has_the_classes_that_occur(make_voc, voc_xml, voc_object):
-    """Not VOC's twenty, even where all names are among them; a photo without objects has none."""
+def test_xml_folder_has_the_classes_that_occur(make_voc, voc_xml, voc_object):
+    """They are not VOC's twenty, even if all names are names of VOC."""
     devkit = make_voc({"a": voc_xml(voc_object("sofa", (1, 1, 9, 9))), "b": voc_xml()})
     raw = read_xml_folder("v", devkit / "Annotations", devkit / "JPEGImages", Problems())
     assert (raw.classes, raw.open_classes) == (("couch",), True)
@@ -50,7 +50,7 @@ def test_a_folder_of_xml_files_has_the_classes_that_occur(make_voc, voc_xml, voc
     assert read_voc("v", make_voc({"b": voc_xml()}, "negatives"), "negatives", Problems()).classes == ()
 
 
-def test_parts_of_an_object_are_not_its_box(make_voc, voc_xml):
+def test_boxes_of_parts_are_not_read(make_voc, voc_xml):
     part = "<part><name>head</name><bndbox><xmin>2</xmin><ymin>2</ymin><xmax>3</xmax><ymax>3</ymax></bndbox></part>"
     box = "<bndbox><xmax>30</xmax><xmin>11</xmin><ymax>20.5</ymax><ymin>5</ymin></bndbox>"
     raw = read_voc(
@@ -59,7 +59,7 @@ def test_parts_of_an_object_are_not_its_box(make_voc, voc_xml):
     assert [a.box for a in raw.records[0].annotations] == [(10, 4, 30, 20.5)]
 
 
-def test_a_folder_of_xml_files(make_voc, voc_xml, voc_object, tmp_path):
+def test_xml_folder(make_voc, voc_xml, voc_object, tmp_path):
     devkit = make_voc({"b": voc_xml(), "a": voc_xml(voc_object("chair", (1, 1, 5, 5)))})
     raw = read_xml_folder("v", devkit / "Annotations", devkit / "JPEGImages", Problems())
     assert [record.path.name for record in raw.records] == ["a.jpg", "b.jpg"]
@@ -67,7 +67,7 @@ def test_a_folder_of_xml_files(make_voc, voc_xml, voc_object, tmp_path):
         read_xml_folder("v", devkit / "JPEGImages", tmp_path, Problems())
 
 
-def test_missing_split_names_those_there_are(make_voc, voc_xml):
+def test_missing_split_is_an_error_with_the_existing_splits(make_voc, voc_xml):
     devkit = make_voc({"a": voc_xml()})
     with pytest.raises(DataError, match=r"val.txt: no such list of photos, expected .*: trainval"):
         read_voc("v", devkit, "val", Problems())
@@ -113,7 +113,7 @@ def test_broken_files(make_voc, voc_xml, on_bad, text, kind, value):
     assert (raw.records[-1].width, raw.records[-1].height) == (60, 40)
 
 
-def test_missing_xml_and_double_lines(make_voc, voc_xml):
+def test_missing_xml_and_repeated_lines_are_counted(make_voc, voc_xml):
     devkit = make_voc({"a": voc_xml()})
     (devkit / "ImageSets/Main/trainval.txt").write_text("a -1\n\na  1\nlost\n", encoding="utf-8-sig")
     problems = Problems()
@@ -122,7 +122,7 @@ def test_missing_xml_and_double_lines(make_voc, voc_xml):
     assert problems.counts == {"duplicate photo id": 1, "unreadable annotation file": 1}
 
 
-def test_the_photo_that_the_xml_names_is_found(make_voc, voc_xml):
+def test_photo_is_found_by_the_filename_in_the_xml(make_voc, voc_xml):
     devkit = make_voc({"a": voc_xml()})
     (devkit / "JPEGImages/a.jpg").rename(devkit / "JPEGImages/other.jpg")
     raw = read_voc("v", devkit, "trainval", Problems())
@@ -143,8 +143,9 @@ def test_the_photo_that_the_xml_names_is_found(make_voc, voc_xml):
         ("sub/a 1\n", ("sub/a",), ("sub/a",)),
     ],
 )
-def test_names_in_lists(make_voc, voc_xml, listing, names, read):
-    """With blanks, quotes, and the last column of per-class lists, also where another photo has the shorter name."""
+def test_lines_of_a_split(make_voc, voc_xml, listing, names, read):
+    """Names may have spaces or quotes, and the last column of lists per class, even if a photo with the shorter name
+    exists."""
     devkit = make_voc({"good": voc_xml()})
     for name in names:
         (devkit / "Annotations" / name).parent.mkdir(exist_ok=True)
@@ -155,7 +156,7 @@ def test_names_in_lists(make_voc, voc_xml, listing, names, read):
     assert [record.path for record in raw.records] == [devkit / f"JPEGImages/{name}.jpg" for name in read]
 
 
-def test_lists_that_are_no_text(make_voc, voc_xml):
+def test_split_that_is_not_a_text_file_is_an_error(make_voc, voc_xml):
     devkit = make_voc({"a": voc_xml()})
     (devkit / "ImageSets/Main/latin.txt").write_bytes("b\u00e4r".encode("latin-1"))
     with pytest.raises(DataError, match=r"latin.txt: cannot be read as a list of photos .*; save it as text in UTF-8"):
@@ -168,7 +169,7 @@ def test_lists_that_are_no_text(make_voc, voc_xml):
 
 
 @pytest.mark.parametrize("line", ["../JPEGImages/secret", "/etc/passwd", "nul\0", "x" * 5000, "pipe"])
-def test_lines_that_lead_nowhere(make_voc, voc_xml, line):
+def test_lines_without_an_annotation_file_are_counted(make_voc, voc_xml, line):
     devkit = make_voc({"a": voc_xml()})
     (devkit / "JPEGImages/secret.xml").write_text(voc_xml())
     os.mkfifo(devkit / "Annotations/pipe.xml")
@@ -194,8 +195,8 @@ def test_lines_that_lead_nowhere(make_voc, voc_xml, line):
         ("../secret.jpg", ("a.jpg",), "a.jpg", None),
     ],
 )
-def test_which_photo_an_annotation_means(tmp_path, voc_xml, on_bad, filename, photos, read, kind):
-    """What the file says goes before what its own name suggests; where neither decides, none is taken."""
+def test_photo_of_an_annotation(tmp_path, voc_xml, on_bad, filename, photos, read, kind):
+    """<filename> precedes the name of the XML file. If neither is unique, no photo is used."""
     (tmp_path / "x").mkdir()
     (tmp_path / "x/a.xml").write_text(voc_xml().replace("other.jpg", filename))
     for name in (*photos, "../secret.jpg"):
@@ -212,7 +213,7 @@ def test_which_photo_an_annotation_means(tmp_path, voc_xml, on_bad, filename, ph
     assert problems.counts == ({kind: 1} if kind else {})
 
 
-def test_photos_outside_are_read_where_allowed(tmp_path, voc_xml):
+def test_photos_outside_are_read_if_allowed(tmp_path, voc_xml):
     (tmp_path / "x").mkdir()
     (tmp_path / "p").mkdir()
     write_photo(tmp_path / "secret.jpg")
@@ -221,7 +222,7 @@ def test_photos_outside_are_read_where_allowed(tmp_path, voc_xml):
     assert [record.path for record in raw.records] == [tmp_path / "secret.jpg"]
 
 
-def test_nothing_of_a_folder_is_left_out_without_a_count(tmp_path, voc_xml, caplog):
+def test_files_that_are_left_out_are_counted(tmp_path, voc_xml, caplog):
     for name in ("a", "b", "sub/c", "sub/d", "e"):
         write_photo(tmp_path / f"p/{name}.jpg")
     (tmp_path / "x/sub").mkdir(parents=True)
@@ -244,10 +245,10 @@ def test_nothing_of_a_folder_is_left_out_without_a_count(tmp_path, voc_xml, capl
 def test_difficult_as_text(make_voc, voc_xml, voc_object, text, ignore):
     devkit = make_voc({"a": voc_xml(voc_object("cat", (1, 1, 9, 9), difficult=text))})
     raw = read_voc("v", devkit, "trainval", Problems("refuse"))
-    assert [one.ignore for one in raw.records[0].annotations] == [ignore]
+    assert [annotation.ignore for annotation in raw.records[0].annotations] == [ignore]
 
 
-def test_an_unusable_flag_is_counted(make_voc, voc_xml, voc_object):
+def test_unusable_flag_is_counted(make_voc, voc_xml, voc_object):
     problems = Problems()
     devkit = make_voc({"a": voc_xml(voc_object("cat", (1, 1, 9, 9), difficult="perhaps"))})
     assert not read_voc("v", devkit, "trainval", problems).records[0].annotations[0].ignore
@@ -255,17 +256,17 @@ def test_an_unusable_flag_is_counted(make_voc, voc_xml, voc_object):
 
 
 def test_normalized_boxes(make_voc, voc_xml, voc_object):
-    share, pixel = voc_object("cat", (0.1, 0.2, 0.5, 0.6)), voc_object("cat", (5, 5, 9, 9))
-    devkit = make_voc({"a": voc_xml(share), "b": voc_xml(pixel)})
+    normalized, pixels = voc_object("cat", (0.1, 0.2, 0.5, 0.6)), voc_object("cat", (5, 5, 9, 9))
+    devkit = make_voc({"a": voc_xml(normalized), "b": voc_xml(pixels)})
     problems = Problems("skip")
     assert [record.path.name for record in read_voc("v", devkit, "trainval", problems).records] == ["b.jpg"]
     assert problems.counts == {"normalized box": 1}
-    (devkit / "Annotations/b.xml").write_text(voc_xml(share, share))
+    (devkit / "Annotations/b.xml").write_text(voc_xml(normalized, normalized))
     with pytest.raises(DataError, match="Annotations: 3 of 3 boxes lie in 0..1 and look normalized"):
         read_voc("v", devkit, "trainval", Problems())
 
 
-def test_two_names_of_one_class_are_said(make_voc, voc_xml, voc_object):
+def test_two_names_of_one_class_are_counted(make_voc, voc_xml, voc_object):
     problems = Problems()
     text = voc_xml(voc_object("sofa", (1, 1, 9, 9)), voc_object("couch", (1, 1, 9, 9)))
     assert read_voc("v", make_voc({"a": text}), "trainval", problems).classes == VOC_CLASSES

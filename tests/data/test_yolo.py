@@ -1,4 +1,4 @@
-"""Ultralytics' layout: data.yaml, photos, and a text file of shares beside or across from each."""
+"""The reader of YOLO data sets."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def names(raw: RawDataset) -> list[str]:
     return [record.path.name for record in raw.records]
 
 
-def test_a_split(root):
+def test_records_of_a_split(root):
     problems = Problems("refuse")
     raw = read(root, problems=problems)
     first, second = raw.records
@@ -58,7 +58,8 @@ def test_a_split(root):
     "source", ["images", "[images/train, images/val]", "all.txt", "[all.txt]", "../images", "[images/train, val.txt]"]
 )
 def test_sources_of_a_split(root, source):
-    """A folder with folders in it, a list, several; Roboflow writes ../ for what lies beside data.yaml."""
+    """A source is a folder with subfolders, a text file, or a list of these. Roboflow writes ../ before a folder beside
+    data.yaml."""
     write(root, "all.txt", "\ufeff./images/train/a.png\r\n\nimages/train/b.png\nimages/val/c.png")
     write(root, "val.txt", f"{root}/images/val/c.png\n")
     write(root, "data.yaml", f"train: {source}\nnames: {{1: mug, 0: cup}}\n")
@@ -67,7 +68,7 @@ def test_sources_of_a_split(root, source):
     assert raw.records[0].annotations[0].box == pytest.approx(CUP)
 
 
-def test_lists_are_relative_to_their_own_folder(root):
+def test_paths_in_a_text_file_are_relative_to_its_folder(root):
     write(root, "images/list.txt", "train/a.png")
     write(root, "data.yaml", "train: images/list.txt\nnames: [cup]")
     assert names(read(root)) == ["a.png"]
@@ -82,16 +83,16 @@ def test_lists_are_relative_to_their_own_folder(root):
         ("images/a/images.png", "labels/a/images.txt"),
     ],
 )
-def test_labels_are_across_from_images_or_beside_them(root, photo, labels):
+def test_label_path(root, photo, labels):
     write_photo(root / photo)
     write(root, labels, "1 0.5 0.5 1 1")
     write(root, "data.yaml", f"train: {Path(photo).parent.as_posix()}\nnames: [cup, mug]")
     (record,) = (record for record in read(root).records if record.path == root / photo)
     assert record.source == root / labels
-    assert [(one.label, one.box) for one in record.annotations] == [(2, (0, 0, 60, 40))]
+    assert [(annotation.label, annotation.box) for annotation in record.annotations] == [(2, (0, 0, 60, 40))]
 
 
-def test_a_folder_called_images_above_the_data_set_is_not_meant(tmp_path):
+def test_folder_images_above_the_data_set_is_not_replaced(tmp_path):
     write_photo(tmp_path / "images/set/photos/x.png")
     for name, text in (("data.yaml", "train: photos\nnames: [cup]"), ("photos/x.txt", "0 0.5 0.5 0.5 0.6")):
         (tmp_path / "images/set" / name).write_text(text)
@@ -99,10 +100,10 @@ def test_a_folder_called_images_above_the_data_set_is_not_meant(tmp_path):
     assert record.annotations[0].box == pytest.approx(CUP)
 
 
-def test_outlines_become_boxes_and_keypoints_are_left_out(root):
-    outline = "0 0.25 0.5 0.5 0.2 0.75 0.5 0.5 0.8"
-    write(root, "labels/train/a.txt", f"{outline}\n1 -0.004 0.1 0.5 1.009 0.5 0.1\n")
-    assert [one.box for one in read(root).records[0].annotations] == [
+def test_polygons_become_bounding_boxes_and_keypoints_are_ignored(root):
+    polygon = "0 0.25 0.5 0.5 0.2 0.75 0.5 0.5 0.8"
+    write(root, "labels/train/a.txt", f"{polygon}\n1 -0.004 0.1 0.5 1.009 0.5 0.1\n")
+    assert [annotation.box for annotation in read(root).records[0].annotations] == [
         pytest.approx((15, 8, 45, 32)),
         pytest.approx((0, 4, 30, 40)),
     ]
@@ -131,7 +132,7 @@ def test_outlines_become_boxes_and_keypoints_are_left_out(root):
         ("0 0.9 0.5 0.4 0.5", "box outside the photo", 3),
     ],
 )
-def test_bad_lines_are_counted_and_refused(root, line, kind, left, caplog):
+def test_broken_lines_are_counted_or_refused(root, line, kind, left, caplog):
     write(root, "labels/train/a.txt", f"0 0.1 0.1 0.2 0.2\n{line}\n1.0 0.3 0.3 0.2 0.2\n")
     cfg = config(root)
     dataset = load_dataset(cfg, "y")
@@ -169,7 +170,7 @@ def test_broken_files_are_counted(root):
     }
 
 
-def test_what_is_outside_is_read_only_on_request(root, tmp_path):
+def test_photos_outside_are_read_if_allowed(root, tmp_path):
     write_photo(tmp_path / "secret/s.png")
     for key, problem in (("train: ../secret", "secret', outside"), (f"path: {tmp_path}\ntrain: secret", "outside")):
         write(root, "data.yaml", f"{key}\nnames: [cup]")
@@ -201,13 +202,13 @@ def test_what_is_outside_is_read_only_on_request(root, tmp_path):
         ("names: [cup]\npath: 5\ntrain: images", "path is 5"),
     ],
 )
-def test_a_data_yaml_that_cannot_be_used_is_one_line(root, text, message):
+def test_invalid_data_yaml_is_a_one_line_error(root, text, message):
     write(root, "data.yaml", text)
     with pytest.raises(DataError, match=message) as error:
         read(root, problems=Problems())
     assert len(str(error.value)) < 300 and "data.yaml" in str(error.value)
 
 
-def test_a_split_is_named_as_in_the_file(root):
+def test_unknown_split_suggests_the_nearest(root):
     with pytest.raises(DataError, match=r"trian is None, .*\(did you mean 'train'\?\)"):
         read(root, "trian")
