@@ -21,47 +21,47 @@ def check(case, **changes):
     return check_certificates(path, confidences, losses, same_costs(path), 3.0, **settings)
 
 
-def test_holds_and_is_not_far_from_the_best(case):
-    found = check(case)
-    assert found.exceeded <= found.tolerance
-    assert 0.1 < found.tolerance < 0.2
-    assert found.opened == 1.0
-    assert 0.85 * found.best_speedup < found.speedup < found.best_speedup
-    assert check(case) == found != check(case, seed=1)
+def test_guarantee_holds_and_speedup_is_near_the_best(case):
+    resplits = check(case)
+    assert resplits.exceeded <= resplits.tolerance
+    assert 0.1 < resplits.tolerance < 0.2
+    assert resplits.opened == 1.0
+    assert 0.85 * resplits.best_speedup < resplits.speedup < resplits.best_speedup
+    assert check(case) == resplits != check(case, seed=1)
 
 
-def test_a_bound_that_is_none_is_found_out(case, monkeypatch):
-    """With p-values that only look at the mean, the test photos exceed epsilon about every other time."""
+def test_invalid_bound_exceeds_the_tolerance(case, monkeypatch):
+    """The p-value uses the mean only, so the test photos exceed epsilon in about half of the splits."""
     from earlyexit_ssd.calibration import risk as certify
 
     monkeypatch.setitem(certify.BOUNDS, "naive", lambda losses, epsilon: float(losses.mean() > epsilon))
     assert check(case, method="naive").exceeded > 2 * check(case).tolerance
 
 
-def test_nothing_opens_at_a_risk_of_nothing(case):
-    found = check(case, epsilon=0.001)
-    assert found.opened == 0.0 and found.exceeded == 0.0
-    assert found.speedup == pytest.approx(3.0 / COSTS[-1])
-    assert np.isfinite(found.best_speedup)
+def test_no_exit_opens_if_epsilon_is_nearly_0(case):
+    resplits = check(case, epsilon=0.001)
+    assert resplits.opened == 0.0 and resplits.exceeded == 0.0
+    assert resplits.speedup == pytest.approx(3.0 / COSTS[-1])
+    assert np.isfinite(resplits.best_speedup)
 
 
-def test_a_line_per_epsilon():
+def test_report_has_a_line_per_epsilon():
     context = {"policy": "entropy", "bound": "betting", "reference": "full", "calibration_photos": 40, "photos": 100}
     fields = {"epsilon": 0.05, "exceeded": 0.034, "tolerance": 0.064, "opened": 1.0, "speedup": 1.08}
-    one = Resplits(
+    resplits = Resplits(
         **{**dict.fromkeys(Resplits.__dataclass_fields__, 0), **fields, "best_speedup": 1.17, "splits": 1000}
     )
-    lines = guarantee_report({"context": {**context, "seed": 3}, "resplits": [asdict(one)]}).splitlines()
+    lines = guarantee_report({"context": {**context, "seed": 3}, "resplits": [asdict(resplits)]}).splitlines()
     assert "40 of 100 photos calibrate" in lines[0] and "1000 random splits, seed 3" in lines[0]
     assert lines[-1] == "| 0.05 | 3.4 % | 6.4 % | 100 % | 1.08 | 1.17 |"
 
 
-def test_the_command_on_a_tiny_model(trained, capsys):
+def test_command_on_a_tiny_model(trained, capsys):
     root, arguments = trained[0], [*trained[1], "CALIBRATION.COST", "mmacs"]
     command = [*arguments, "--out", str(root / "guarantee"), "--splits", "5", "--delta", "0.2"]
     assert check_guarantee.main([*command, "ROUTING.POLICY", "ambiguous_mass"]) == 0
     printed = capsys.readouterr().out
     assert "Policy ambiguous_mass, bound betting, loss against full: 8 of 16 photos calibrate" in printed
-    found = json.loads((root / "guarantee" / "guarantee.json").read_text())["resplits"]
-    assert [one["epsilon"] for one in found] == [0.01, 0.02, 0.05]
-    assert all(one["speedup"] <= one["best_speedup"] + 1e-9 and one["splits"] == 5 for one in found)
+    rows = json.loads((root / "guarantee" / "guarantee.json").read_text())["resplits"]
+    assert [row["epsilon"] for row in rows] == [0.01, 0.02, 0.05]
+    assert all(row["speedup"] <= row["best_speedup"] + 1e-9 and row["splits"] == 5 for row in rows)

@@ -11,7 +11,7 @@ from tests.tools.conftest import ROOT
 
 @pytest.fixture
 def command(tiny, trained, tmp_path):
-    """Arguments for a trained full path and these recipes."""
+    """Return a function that writes recipes and returns the arguments to compare them with a trained full path."""
     weights = str(trained[0] / "run" / "baseline" / "model.pth")
 
     def arguments(recipes: str, *seeds: str) -> list[str]:
@@ -23,7 +23,7 @@ def command(tiny, trained, tmp_path):
     return arguments
 
 
-def test_recipes_share_taps_and_are_not_trained_twice(command, tmp_path, capsys):
+def test_recipes_share_taps_and_finished_trials_are_kept(command, tmp_path, capsys):
     assert compare_recipes.main(command("plain: {}\n", "0")) == 0
     first = tmp_path / "out" / "plain" / "seed0" / "result.json"
     written = first.stat().st_mtime_ns
@@ -37,7 +37,7 @@ def test_recipes_share_taps_and_are_not_trained_twice(command, tmp_path, capsys)
         ("thin tail", 1),
     ]
     assert first.stat().st_mtime_ns == written
-    assert len(list((tmp_path / "out" / "taps").iterdir())) == 2  # one per seed, none per recipe
+    assert len(list((tmp_path / "out" / "taps").iterdir())) == 2  # one per seed, shared by the recipes
     plain, thin = rows[0], rows[2]
     assert thin["parameters"]["exit8"] < plain["parameters"]["exit8"]
     assert thin["mmacs"]["exit8"] < plain["mmacs"]["exit8"]
@@ -47,14 +47,14 @@ def test_recipes_share_taps_and_are_not_trained_twice(command, tmp_path, capsys)
     assert "| thin tail | 2 |" in capsys.readouterr().out
 
 
-def test_changed_settings_are_trained_again(command, tmp_path):
+def test_trial_with_changed_settings_is_trained_again(command, tmp_path):
     for depth in (1, 0):
         assert compare_recipes.main(command(f"one: {{EXITS.DEPTH: {depth}}}\n", "0")) == 0
     (row,) = json.loads((tmp_path / "out" / "recipes.json").read_text())
     assert row["settings"]["EXITS"]["DEPTH"] == [0]
 
 
-def test_other_weights_of_the_same_name_are_trained_again(command, trained, tmp_path):
+def test_trial_with_other_weights_of_the_same_name_is_trained_again(command, trained, tmp_path):
     stored = []
     for folder in ("baseline", ".", "."):
         weights = ["MODEL.WEIGHTS", str(trained[0] / "run" / folder / "model.pth")]
@@ -63,7 +63,7 @@ def test_other_weights_of_the_same_name_are_trained_again(command, trained, tmp_
     assert stored[0] < stored[1] == stored[2]
 
 
-def test_recipes_with_weights_of_their_own_are_known_by_them(command, trained, tmp_path):
+def test_result_has_the_hash_of_the_weights(command, trained, tmp_path):
     other = trained[0] / "run" / "model.pth"
     assert compare_recipes.main(command(f"one: {{}}\ntwo: {{MODEL.WEIGHTS: {other}}}\n", "0")) == 0
     one, two = (row["settings"] for row in json.loads((tmp_path / "out" / "recipes.json").read_text()))
@@ -84,15 +84,15 @@ def test_recipes_with_weights_of_their_own_are_known_by_them(command, trained, t
         ("a: [\n", "not valid YAML"),
     ],
 )
-def test_mistakes_are_one_line_before_anything_trains(command, tmp_path, capsys, recipes, message):
+def test_invalid_recipes_are_one_line_errors_before_training(command, tmp_path, capsys, recipes, message):
     assert compare_recipes.main(command(recipes, "0")) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in line
     assert not (tmp_path / "out").exists()
 
 
-def test_minutes_are_those_of_all_sessions(command, tmp_path):
-    """A stopped trial left its seconds behind."""
+def test_minutes_include_interrupted_sessions(command, tmp_path):
+    """The result of an interrupted trial has its seconds."""
     assert compare_recipes.main(command("plain: {}\n", "0")) == 0
     path = tmp_path / "out" / "plain" / "seed0" / "result.json"
     row = json.loads(path.read_text())
@@ -105,7 +105,7 @@ def test_minutes_are_those_of_all_sessions(command, tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipes_of_the_project_can_be_read(path):
+def test_recipes_of_the_project_are_valid(path):
     for name, keys in read_recipes(path).items():
         overrides = [text for key, value in keys.items() for text in (key, str(value))]
         assert load_config(ROOT / "configs" / "voc_animals.yaml", overrides), name
@@ -123,14 +123,14 @@ def trial(recipe, seed, ap50, **more):
     }
 
 
-def test_seeds_of_a_recipe_are_one_row():
+def test_table_has_a_row_per_recipe():
     table = recipe_table([trial("thin", 0, 0.5), trial("wide", 0, 0.6), trial("thin", 1, 0.54)]).splitlines()
     assert table[0] == "| recipe | seeds | minutes | exit8 AP50 | exit8 MMAC | exit8 M param. |"
     assert table[2] == "| thin | 2 | 3.5 | 0.520 (0.500 to 0.540) | 250 | 1.23 |"
     assert table[3] == "| wide | 1 | 3.0 | 0.600 | 250 | 1.23 |"
 
 
-def test_an_exit_that_a_recipe_lacks_is_a_dash():
+def test_missing_exit_is_a_dash_in_the_table():
     other = trial("two", 0, 0.5, AP50={"exit4": 0.1}, mmacs={"exit4": 9.0}, parameters={"exit4": 10_000})
     assert recipe_table([trial("thin", 0, 0.5), other]).splitlines()[3] == (
         "| two | 1 | 3.0 | - | - | - | 0.100 | 9 | 0.01 |"

@@ -16,7 +16,7 @@ from earlyexit_ssd.modeling.ssdlite import earlyexit_ssdlite320_mobilenet_v3_lar
 from tests.evaluation.conftest import build_found, build_ground_truth
 
 
-def test_default_boxes_go_to_objects_in_turns_wherever_they_lie():
+def test_round_robin_assigns_default_boxes_in_the_given_order():
     anchors = tensor([[0.0, 0, 10, 10], [20, 20, 40, 40], [0, 0, 20, 10], [50, 50, 60, 60]])
     target = {"boxes": tensor([[50.0, 50, 60, 60], [0, 0, 10, 20]]), "labels": tensor([2, 1])}
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
@@ -42,34 +42,34 @@ def test_confidence_is_halved_for_each_missing_object():
     assert gated_confidence(logits, 6).tolist() == pytest.approx([0.4 / 16, 0.4 / 64])
 
 
-def test_gates_are_switched_on_after_the_warm_up():
+def test_minimum_rises_after_the_warm_up():
     assert [Attempt("", minimum=6, warm_up=3).minimum_in(epoch) for epoch in (1, 3, 4, 5, 9)] == [0, 0, 2, 6, 6]
     assert [Attempt("", minimum=6).minimum_in(epoch) for epoch in (1, 2)] == [6, 6]
 
 
-def test_distribution_loss_is_least_at_the_wanted_shares_although_no_photo_leaves():
+def test_distribution_loss_is_minimal_at_the_wanted_shares_even_if_no_photo_leaves():
     confidences, thresholds = [torch.full((8,), 0.3)] * 2, tensor([0.5, 0.5], requires_grad=True)
     # sigmoid((0.3 - t) / 0.05) is 0.4 of all at the first exit, and half of the rest at the second
     wanted = tensor([0.3 - 0.05 * math.log(0.4 / 0.6), 0.3])
     least = -sum(share * math.log(share) for share in (0.4, 0.3, 0.3))
     assert distribution_loss(confidences, wanted).item() == pytest.approx(least)
     distribution_loss(confidences, thresholds).backward()
-    assert (thresholds.grad > 0).all()  # too few leave: the thresholds fall
+    assert (thresholds.grad > 0).all()  # too few photos leave, so a step lowers the thresholds
     assert (confidences[0] >= wanted[0]).sum() == 0
 
 
-def test_rule_compares_the_most_and_the_least_confident_half():
+def test_foreground_rule_compares_the_most_and_least_confident_half():
     box, elsewhere = (0, 0, 10, 10), (50, 50, 60, 60)
     truth = build_ground_truth(2, [(1, 1, box), (2, 1, box)], ("chair",))
     right, wrong = build_found((1, 0.9, box)), build_found((1, 0.9, elsewhere))
-    # the early exit is right about the first photo only, whose confidence is lower
+    # the early exit is right only for the first photo, which has the lower confidence
     matches = exit_matches(truth, [{1: right, 2: wrong}, {1: right, 2: right}])
     rule = foreground_rule(matches, tensor([0.2, 0.7]).numpy(), 0)
     assert (rule.share, rule.largest) == (0.5, pytest.approx(0.7))
     assert rule.lowest == 1.0 and rule.highest < rule.coin < 1.0
 
 
-def test_detections_are_in_pixels_of_photos_that_are_not_square():
+def test_detections_are_in_pixels_of_the_photo():
     model = earlyexit_ssdlite320_mobilenet_v3_large(
         weights=None, weights_backbone=None, num_classes=2, exit_layers=(8,), image_size=64
     )
@@ -77,11 +77,11 @@ def test_detections_are_in_pixels_of_photos_that_are_not_square():
     head = {"cls_logits": tensor([[[0.0, 4], [4, 0]]]), "bbox_regression": torch.zeros(1, 2, 4)}
     targets = [{"image_id": tensor(7), "photo_size": tensor([100, 200])}]  # height, width
     losses = SimpleNamespace(model=model.train(), anchors=anchors)
-    for found in detect(losses, Predictions([head, head], None, targets)):
-        torch.testing.assert_close(found[7]["boxes"][:1], tensor([[50.0, 50, 100, 75]]))
+    for detections in detect(losses, Predictions([head, head], None, targets)):
+        torch.testing.assert_close(detections[7]["boxes"][:1], tensor([[50.0, 50, 100, 75]]))
 
 
-def test_a_tiny_reproduction_goes_on_where_it_was_stopped(tmp_path, capsys, monkeypatch):
+def test_tiny_reproduction_trains_all_attempts_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run, "EPOCHS", 1)
     monkeypatch.setattr(run, "LIGHT", run.LIGHT[:1])
     monkeypatch.setattr(run, "SEEDS", (0,))
@@ -95,13 +95,13 @@ def test_a_tiny_reproduction_goes_on_where_it_was_stopped(tmp_path, capsys, monk
     names = [[attempt["attempt"] for attempt in trial["attempts"]] for trial in trials]
     assert names == [["1.1"]] * 2 + [[f"1.{number}" for number in range(2, 10)]] * 2 + [["plain"]]
     assert [trial["matching"] for trial in trials] == ["random", "iou", "random", "iou", "iou"]
-    assert all(sum(one["shares"]) == pytest.approx(1) for trial in trials for one in trial["attempts"])
+    assert all(sum(attempt["shares"]) == pytest.approx(1) for trial in trials for attempt in trial["attempts"])
     assert all(trial["photos"] == 12 and len(trial["exits"]) == 3 for trial in trials)
     (weights,) = (tmp_path / "out" / "rendered").glob("light_1_random_0.pth")
     before = weights.stat().st_mtime_ns
     assert run.main(arguments) == 0 and weights.stat().st_mtime_ns == before
 
 
-def test_all_nine_attempts_have_the_figures_of_the_history():
-    assert [one.name for one in ATTEMPTS] == [f"1.{number}" for number in range(1, 10)]
-    assert all(sum(one.published.shares) == 100 for one in ATTEMPTS)
+def test_attempts_have_names_and_published_shares():
+    assert [attempt.name for attempt in ATTEMPTS] == [f"1.{number}" for number in range(1, 10)]
+    assert all(sum(attempt.published.shares) == 100 for attempt in ATTEMPTS)

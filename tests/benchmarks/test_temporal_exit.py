@@ -10,7 +10,7 @@ from tests.deploy.fakes import RedBox, scene
 RULE = StreamRule(threshold=2.0, score=0.5, most_repeats=9, classes=RedBox.classes)
 
 
-def test_a_still_scene_is_as_fast_as_the_repeats_allow():
+def test_speedup_of_a_still_scene_by_hand():
     recording = Recording.of(RedBox(), [scene(30)] * 100, 0.5)
     recording.ms, recording.ms_compared = 10.0, 0.0
     row = report(recording, RULE, 10)
@@ -18,18 +18,18 @@ def test_a_still_scene_is_as_fast_as_the_repeats_allow():
     assert row.frames == 100 and row.events == 0
 
 
-def test_a_ball_that_jumps_is_followed_and_every_nth_frame_is_late():
+def test_rule_agrees_with_the_detector_more_often_than_every_nth_frame():
     recording = Recording.of(RedBox(), [scene(20 * (index // 25 % 4)) for index in range(400)], 0.5)
     row = report(recording, RULE, 25)
     assert row.agreement == (1, 1, 1)
     assert row.gain[0] > 0.05 and row.gain[1] > 0
 
 
-def test_classes_that_do_not_count_are_left_out():
+def test_other_classes_are_left_out():
     detector = RedBox()
     assert len(OnlyClasses(detector, ["lamp"])(scene(30))) == 0
-    found = OnlyClasses(detector, ["ball"])(scene(30))
-    assert found.class_names == ["ball"] and found.labels.tolist() == [2]
+    detections = OnlyClasses(detector, ["ball"])(scene(30))
+    assert detections.class_names == ["ball"] and detections.labels.tolist() == [2]
     assert OnlyClasses(detector, []).classes == ("lamp", "ball")
     with pytest.raises(
         EarlyExitError, match=r"--classes has 'bal', expected classes of the detector \(did you mean 'ball'\?\)"
@@ -37,7 +37,7 @@ def test_classes_that_do_not_count_are_left_out():
         OnlyClasses(detector, ["bal"])
 
 
-def test_the_table(tmp_path, monkeypatch, capsys):
+def test_command_prints_a_table(tmp_path, monkeypatch, capsys):
     cv2 = pytest.importorskip("cv2")
     writer = cv2.VideoWriter(str(tmp_path / "a.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 25, (96, 64))
     for index in range(120):

@@ -1,4 +1,4 @@
-"""A toy problem: fit a line; batches are a function of (epoch, batch)."""
+"""A toy problem: fit a line. Batches depend on (epoch, batch) only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from earlyexit_ssd.engine.loop import build_optimizer
 
 
 class LineLoader:
-    """Points on y = 2 x + 1."""
+    """A loader of points on y = 2 x + 1."""
 
     def __init__(self, steps: int = 10) -> None:
         self.steps = steps

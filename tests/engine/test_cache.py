@@ -40,27 +40,27 @@ def build(folder, dataset, views=2, key="a", dtype="float16", workers=0):
     return cache, model
 
 
-def test_rows_are_the_taps_of_that_view(tmp_path, dataset):
+def test_cached_rows_are_the_taps_of_their_view(tmp_path, dataset):
     cache, model = build(tmp_path / "taps", dataset)
     for view in range(2):
         samples = [dataset.sample(index, view) for index in range(6)]
         model.eval()
         expected = compute_taps(model, [image for image, _ in samples], [dict(target) for _, target in samples])
-        found = cache.rows(np.arange(6) + 6 * view, CPU)
-        for one, other in zip(found.taps, expected.taps, strict=True):
-            # fp16 keeps 11 bits; the batches of the cache have another size.
-            assert torch.allclose(one, other, rtol=2e-3, atol=2e-3)
-        assert torch.allclose(found.head["cls_logits"], expected.head["cls_logits"], rtol=2e-3, atol=2e-3)
-        for one, other in zip(found.targets, expected.targets, strict=True):
-            assert torch.equal(one["boxes"], other["boxes"])
-            assert int(one["image_id"]) == other["image_id"]
+        cached = cache.rows(np.arange(6) + 6 * view, CPU)
+        for tap, expected_tap in zip(cached.taps, expected.taps, strict=True):
+            # fp16 has 11 bits, and the batches of the cache have another size
+            assert torch.allclose(tap, expected_tap, rtol=2e-3, atol=2e-3)
+        assert torch.allclose(cached.head["cls_logits"], expected.head["cls_logits"], rtol=2e-3, atol=2e-3)
+        for target, expected_target in zip(cached.targets, expected.targets, strict=True):
+            assert torch.equal(target["boxes"], expected_target["boxes"])
+            assert int(target["image_id"]) == expected_target["image_id"]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0.0), ("float16", 2.0**-11)])
-def test_cached_and_computed_taps_differ_by_rounding_alone(tmp_path, dataset, dtype, tolerance):
+def test_cached_and_computed_taps_differ_by_rounding_only(tmp_path, dataset, dtype, tolerance):
     cache, model = build(tmp_path / "taps", dataset, views=1, dtype=dtype)
     model.eval()
-    for rows in (np.arange(4), np.arange(4, 6)):  # the batches that filled it: sums depend on the batch's size
+    for rows in (np.arange(4), np.arange(4, 6)):  # as in the cache, because sums depend on the batch size
         images, targets = zip(*(dataset.sample(int(row), 0) for row in rows), strict=True)
         expected = compute_taps(model, list(images), [dict(target) for target in targets])
         found = cache.rows(rows, CPU)
@@ -69,19 +69,19 @@ def test_cached_and_computed_taps_differ_by_rounding_alone(tmp_path, dataset, dt
             assert ((one - other).abs() <= tolerance * other.abs() + 2.0**-24 * (tolerance > 0)).all()
 
 
-def test_training_on_a_float32_cache_is_training_on_the_photos(tmp_path, dataset):
+def test_losses_from_a_float32_cache_equal_losses_from_photos(tmp_path, dataset):
     cache, model = build(tmp_path / "taps", dataset, views=1, dtype="float32")
     images, targets = zip(*(dataset.sample(row, 0) for row in range(4)), strict=True)
     model.freeze_full_path()
     model.train()
     start = {key: value.clone() for key, value in model.branches.state_dict().items()}
     from_photos = model(list(images), [dict(target) for target in targets])
-    model.branches.load_state_dict(start)  # BatchNorm's statistics have moved
+    model.branches.load_state_dict(start)  # BatchNorm's statistics have changed
     from_cache = BranchLosses(model)(cache.rows(np.arange(4), CPU))
     assert all(torch.equal(value, from_photos[name]) for name, value in from_cache.items())
 
 
-def test_a_whole_cache_is_used_again_and_another_key_is_not(tmp_path, dataset):
+def test_complete_cache_is_used_again_and_another_key_replaces_it(tmp_path, dataset):
     folder = tmp_path / "taps"
     build(folder, dataset)
     written = (folder / "tap0.npy").stat().st_mtime_ns
@@ -91,7 +91,7 @@ def test_a_whole_cache_is_used_again_and_another_key_is_not(tmp_path, dataset):
     assert (folder / "tap0.npy").stat().st_mtime_ns != written
 
 
-def test_a_cache_that_was_cut_short_is_made_anew(tmp_path, dataset):
+def test_incomplete_cache_is_built_again(tmp_path, dataset):
     folder = tmp_path / "taps"
     build(folder, dataset)
     (folder / "cache.key").unlink()
@@ -100,7 +100,7 @@ def test_a_cache_that_was_cut_short_is_made_anew(tmp_path, dataset):
 
 
 @pytest.mark.parametrize("name", ["tap0.npy", "rest.pt"])
-def test_a_damaged_cache_is_made_anew(tmp_path, dataset, caplog, name):
+def test_damaged_cache_is_built_again(tmp_path, dataset, caplog, name):
     folder = tmp_path / "taps"
     build(folder, dataset)
     (folder / name).write_bytes(b"half")
@@ -110,8 +110,8 @@ def test_a_damaged_cache_is_made_anew(tmp_path, dataset, caplog, name):
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files by /proc")
-def test_no_file_stays_open_for_what_worker_processes_send(tmp_path, dataset):
-    import resource  # of Unix alone
+def test_no_file_stays_open_for_batches_of_workers(tmp_path, dataset):
+    import resource  # only on Unix
 
     records = [replace(dataset.records[index % 6], image_id=index + 1) for index in range(200)]
     many = DetectionDataset(records, dataset.classes, dataset.transforms, train=True)
@@ -124,7 +124,7 @@ def test_no_file_stays_open_for_what_worker_processes_send(tmp_path, dataset):
     assert len(cache.targets) == 200
 
 
-def test_a_full_disk_is_found_before_it_is_filled(tmp_path, dataset, monkeypatch):
+def test_too_small_disk_is_an_error_before_writing(tmp_path, dataset, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(
         EarlyExitError, match="the taps of 6 photos x 2 views: .* GiB needed, 0.0 GiB free; set EXITS_PHASE"
@@ -132,7 +132,7 @@ def test_a_full_disk_is_found_before_it_is_filled(tmp_path, dataset, monkeypatch
         build(tmp_path / "taps", dataset)
 
 
-def test_budget(tmp_path, dataset):
+def test_cache_above_the_budget_is_an_error(tmp_path, dataset):
     cache = TapCache(tmp_path, small_model(), 10**6, 4)
     with pytest.raises(EarlyExitError, match=r"needs .* GiB, .* set EXITS_PHASE.CACHE to false"):
         cache.require_budget(0.1)
@@ -141,7 +141,7 @@ def test_budget(tmp_path, dataset):
     cache.require_budget(cache.gibibytes)
 
 
-def test_an_epoch_shows_each_photo_once_and_views_move_on(tmp_path, dataset):
+def test_epoch_has_each_photo_once_and_the_next_view(tmp_path, dataset):
     cache, _ = build(tmp_path / "taps", dataset)
     loader = CachedLoader(cache, 3, 0, CPU)
     seen = []
@@ -153,7 +153,7 @@ def test_an_epoch_shows_each_photo_once_and_views_move_on(tmp_path, dataset):
     assert sorted(rows) == list(range(12))
 
 
-def test_processes_share_the_batch(tmp_path, dataset):
+def test_processes_split_each_batch(tmp_path, dataset):
     cache, _ = build(tmp_path / "taps", dataset)
     cache.rows = lambda rows, device: list(rows)
     whole = list(CachedLoader(cache, 4, 0, CPU).epoch(1, 0))

@@ -18,7 +18,7 @@ from tests.engine.conftest import line_trainer
 
 
 class Raise(Hook):
-    """Stands for a kill at a given step."""
+    """Raises MemoryError at a step, in place of a kill."""
 
     def __init__(self, step):
         self.step = step
@@ -39,7 +39,7 @@ def averaged_trainer(path, *more, **changes):
     return trainer, ema
 
 
-def test_resumed_run_reaches_the_same_weights(tmp_path):
+def test_resumed_run_has_the_weights_of_an_uninterrupted_run(tmp_path):
     whole, whole_ema = averaged_trainer(tmp_path / "whole.pth")
     assert whole.run()
     for kill_at in (1, 4, 7, 10, 19, 29):
@@ -53,7 +53,7 @@ def test_resumed_run_reaches_the_same_weights(tmp_path):
             assert torch.equal(one, other)
 
 
-def test_signal_saves_and_stops(tmp_path):
+def test_signal_saves_a_checkpoint_and_stops(tmp_path):
     class Interrupt(Hook):
         def after_step(self, trainer):
             if trainer.step == 5:
@@ -70,7 +70,7 @@ def test_signal_saves_and_stops(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"step": "x"}, {"model": {}}, {"optimizer": None}, {"ema": {"average": 3}}])
-def test_a_state_of_something_else_is_one_line(tmp_path, change):
+def test_invalid_checkpoint_is_a_one_line_error(tmp_path, change):
     path = tmp_path / "last.pth"
     averaged_trainer(path)[0].run()
     torch.save(torch.load(path, weights_only=True) | change, path)
@@ -78,7 +78,7 @@ def test_a_state_of_something_else_is_one_line(tmp_path, change):
         averaged_trainer(path)[0].run()
 
 
-def test_no_half_file_is_left(tmp_path):
+def test_no_temporary_file_is_left(tmp_path):
     line_trainer([Checkpoint(tmp_path / "last.pth", 1)]).run()
     assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
 
@@ -87,7 +87,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_log_has_every_period_and_the_end(tmp_path):
+def test_log_has_a_line_per_period_and_at_the_end(tmp_path):
     line_trainer([Log(tmp_path, 7)]).run()
     assert [entry["step"] for entry in lines(tmp_path)] == [7, 14, 21, 28, 30]
     assert {"lr", "loss", "loss/square", "epoch", "seconds"} <= lines(tmp_path)[0].keys()
@@ -103,7 +103,7 @@ def test_resumed_log_has_no_step_twice(tmp_path):
     assert [entry["step"] for entry in lines(tmp_path)] == [3, 6, 9, 12, 15, 18, 21, 24, 27, 30]
 
 
-def test_temperatures_stay_in_their_bounds_after_every_step():
+def test_temperatures_are_clamped_after_every_step():
     router = ExitRouter(2, learn_temperatures=True)
 
     seen = []
@@ -112,14 +112,16 @@ def test_temperatures_stay_in_their_bounds_after_every_step():
         router.temperatures.data.add_(10.0)
 
     hooks = [lambda model: seen.append(router.temperatures.tolist()), lambda model: router.clamp_temperatures(), push]
-    assert line_trainer([AfterStep(hook) for hook in hooks], epochs=1).run()  # the last one first
+    assert line_trainer([AfterStep(hook) for hook in hooks], epochs=1).run()  # hooks run last to first
     assert seen == [[3.0, 3.0]] * 10
 
 
-def test_the_end_of_an_epoch_holds_what_is_measured(tmp_path):
-    """Ten steps an epoch; a line of every second epoch and of the last one, in the line of its step."""
-    found = iter([{"AP50/exit8": None, "temperature/exit8": 1.5}, {"AP50/exit8": 0.25, "temperature/exit8": 1.25}])
-    line_trainer([Log(tmp_path, 20, lambda: next(found), measure_period=2)]).run()
+def test_measurements_at_the_end_of_epochs_are_logged(tmp_path):
+    """An epoch has ten steps. Every second epoch and the last epoch are measured."""
+    measurements = iter(
+        [{"AP50/exit8": None, "temperature/exit8": 1.5}, {"AP50/exit8": 0.25, "temperature/exit8": 1.25}]
+    )
+    line_trainer([Log(tmp_path, 20, lambda: next(measurements), measure_period=2)]).run()
     assert [(line["step"], line.get("AP50/exit8"), line.get("temperature/exit8")) for line in read_log(tmp_path)] == [
         (20, None, 1.5),
         (30, 0.25, 1.25),
@@ -129,7 +131,7 @@ def test_the_end_of_an_epoch_holds_what_is_measured(tmp_path):
     assert [(event.step, event.value) for event in board.Scalars("AP50/exit8")] == [(30, 0.25)]
 
 
-def test_a_resumed_board_shows_no_step_twice(tmp_path):
+def test_resumed_tensorboard_has_no_step_twice(tmp_path):
     with contextlib.suppress(MemoryError):
         line_trainer([Checkpoint(tmp_path / "last.pth", 10), Log(tmp_path, 3), Raise(17)]).run()
     line_trainer([Checkpoint(tmp_path / "last.pth", 10), Log(tmp_path, 3)]).run()
@@ -138,7 +140,7 @@ def test_a_resumed_board_shows_no_step_twice(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["log.jsonl", "tensorboard/events"])
-def test_a_full_disk_stops_at_the_first_line(tmp_path, file, small_files, monkeypatch):
+def test_full_disk_is_a_one_line_error(tmp_path, file, small_files, monkeypatch):
     if file == "tensorboard/events":
         monkeypatch.setattr("earlyexit_ssd.engine.hooks.append_text", lambda *_: None)
     with (

@@ -18,7 +18,7 @@ from earlyexit_ssd.engine.loop import (
 from tests.engine.conftest import LineLoader, line_trainer
 
 
-def test_schedule_by_hand():
+def test_learning_rate_by_hand():
     # 100 steps, 10 of them warm-up, peak 1.
     rates = [learning_rate(step, 100, 1.0, 0.1) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
@@ -35,11 +35,11 @@ def test_norms_and_biases_do_not_decay():
     assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.5, 1), (0.0, 2)]
 
 
-def test_rate_factors_go_by_the_beginning_of_a_name():
+def test_lr_factors_apply_to_prefixes_of_names():
     model = nn.ModuleDict({"backbone": nn.Conv2d(3, 4, 1), "branches": nn.Conv2d(3, 4, 1)})
     groups = build_optimizer(model, "adamw", 0.1, 0.5, {"backbone.": 0.25}).param_groups
-    found = {(group["lr"], group["lr_factor"], group["weight_decay"]) for group in groups}
-    assert found == {(0.1, 1.0, 0.5), (0.1, 1.0, 0.0), (0.025, 0.25, 0.5), (0.025, 0.25, 0.0)}
+    settings = {(group["lr"], group["lr_factor"], group["weight_decay"]) for group in groups}
+    assert settings == {(0.1, 1.0, 0.5), (0.1, 1.0, 0.0), (0.025, 0.25, 0.5), (0.025, 0.25, 0.0)}
     (slow,) = [group for group in groups if group["lr_factor"] == 0.25 and group["weight_decay"]]
     assert slow["params"][0] is model["backbone"].weight
 
@@ -48,7 +48,7 @@ def ids(batches):
     return [[target["image_id"] for target in targets] for _, targets in batches]
 
 
-def test_same_batches_for_the_same_numbers(tmp_path):
+def test_batches_depend_on_epoch_and_start_only(tmp_path):
     records = []
     for index in range(11):
         path = tmp_path / f"{index}.png"
@@ -60,7 +60,7 @@ def test_same_batches_for_the_same_numbers(tmp_path):
     first, second = ids(loader.epoch(0, 0)), ids(loader.epoch(1, 0))
     assert [len(batch) for batch in first] == [3, 3, 3]
     assert first != second
-    # Resumed within an epoch, then on to the next one whole.
+    # resumed within an epoch; the next epoch is complete
     assert ids(loader.epoch(0, 2)) == first[2:]
     assert ids(loader.epoch(1, 0)) == second
     assert len(loader) == 3
@@ -78,7 +78,7 @@ def test_average_by_hand():
     assert abs(ema.average.weight.item() - 11.0) < 1e-4
 
 
-def test_counters_are_copied_and_the_state_comes_back():
+def test_average_copies_counters_and_its_state_is_restored():
     model = nn.BatchNorm1d(2)
     ema = ExponentialMovingAverage(model, 0.9)
     model(torch.randn(4, 2))
@@ -90,14 +90,14 @@ def test_counters_are_copied_and_the_state_comes_back():
     assert torch.equal(again.average.running_mean, ema.average.running_mean)
 
 
-def test_learns_the_line():
+def test_trainer_fits_a_line():
     trainer = line_trainer(epochs=30)
     assert trainer.run()
     assert trainer.step == 300
     assert trainer.losses["square"] < 0.01
 
 
-def test_hooks_see_every_step_and_may_stop():
+def test_hooks_run_after_every_step_and_can_stop():
     class StopAtFive(Hook):
         def __init__(self):
             self.steps = []
@@ -111,7 +111,7 @@ def test_hooks_see_every_step_and_may_stop():
     assert hook.steps == [1, 2, 3, 4, 5]
 
 
-def test_hooks_nest_and_end_whatever_happens():
+def test_hooks_nest_and_end_after_an_error():
     calls = []
 
     class Named(Hook):
@@ -146,8 +146,8 @@ def test_diverged_loss_names_the_photos():
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
 
 
-def test_diverged_gradient_leaves_the_weights_alone():
-    """The loss is finite where its gradient is not, as the square root of 0."""
+def test_diverged_gradient_does_not_change_the_weights():
+    """The loss is finite but its gradient is not, as for the square root at 0."""
     trainer = line_trainer(describe=lambda batch: ["a.jpg"])
     weight = trainer.model[0].weight
     trainer.compute_losses = lambda batch: {"root": (weight - weight.detach()).abs().sqrt().sum()}
@@ -170,7 +170,7 @@ def test_bf16_trains():
     assert line_trainer(amp="bf16").run()
 
 
-def test_a_group_of_parameters_has_its_share_of_the_rate():
+def test_lr_factor_scales_the_rate_of_a_group():
     trainer = line_trainer(optimizer=None)
     weight, bias = trainer.model[0].parameters()
     trainer.optimizer = torch.optim.SGD([{"params": [weight], "lr_factor": 0.25}, {"params": [bias]}], lr=1.0)
