@@ -18,7 +18,7 @@ LONG = {Path(__file__).resolve().parent / name for name in ("tools", "benchmarks
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long tests first, those of the commands, so that no process is left with one of them at the end."""
+    """Run the long tests of the commands first, so no process is still running one at the end."""
     items.sort(key=lambda item: LONG.isdisjoint(item.path.parents))
 
 
@@ -29,7 +29,7 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """Small tensors gain nothing from more threads, and figures do not depend on the machine."""
+    """Use one thread: small tensors gain nothing from more, and results do not depend on the machine."""
     torch.set_num_threads(1)
 
 
@@ -43,9 +43,9 @@ def shared_root() -> Path:
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
-    """``made_once(name, make)`` is a folder that ``make`` has filled, once in a run, whichever process came first.
+    """Return a function ``made_once(name, make)`` that returns a folder. ``make`` fills it once per test run.
 
-    All of them read it, so a test that writes takes a copy.
+    All processes read the folder, so a test that writes needs a copy.
     """
     root = tmp_path_factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
@@ -63,7 +63,7 @@ def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Pat
 
 @pytest.fixture
 def small_files() -> Callable[[int], contextlib.AbstractContextManager[None]]:
-    """``with small_files(size):`` no file grows beyond that many bytes: what a full disk does, without one."""
+    """Return a context manager that limits files to ``size`` bytes, to simulate a full disk."""
     resource = pytest.importorskip("resource")
 
     @contextlib.contextmanager

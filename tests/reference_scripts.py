@@ -1,4 +1,4 @@
-"""What torchvision's reference detection scripts do with a model and a data set, in our own words."""
+"""Training and evaluation of a model as in torchvision's reference detection scripts, written anew."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 
 def loader_of(dataset: Dataset, batch_size: int = 4) -> DataLoader:
-    """Images and targets of a batch come as tuples."""
+    """Return a loader whose batches are tuples of images and targets."""
     return DataLoader(dataset, batch_size, collate_fn=lambda samples: tuple(zip(*samples, strict=True)))
 
 
@@ -33,7 +33,7 @@ def train_epoch(
     epoch: int,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """Train one epoch, with warm-up in the first; yields the losses of each step."""
+    """Train one epoch, with warm-up in epoch 0. Yield the losses of each step."""
     model.train()
     steps = len(loader) - 1
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.001, total_iters=steps) if epoch == 0 else None
@@ -61,7 +61,7 @@ def train_epoch(
 
 @torch.inference_mode()
 def detect(model: nn.Module, loader: DataLoader) -> dict[int, dict[str, Tensor]]:
-    """Image id -> the model's output, every entry moved to the CPU."""
+    """Return the model's output for each image id, on the CPU."""
     model.eval()
     results = {}
     for images, targets in loader:
@@ -71,7 +71,7 @@ def detect(model: nn.Module, loader: DataLoader) -> dict[int, dict[str, Tensor]]
 
 
 def ground_truth_of(dataset: Dataset) -> COCO:
-    """Of a data set that is not COCO's own: go through it and read the targets."""
+    """Return the ground truth of a data set, built from its targets."""
     images, annotations = [], []
     for index in range(len(dataset)):
         image, target = dataset[index]
@@ -91,12 +91,12 @@ def ground_truth_of(dataset: Dataset) -> COCO:
 
 
 def average_precisions(ground_truth: COCO, results: Mapping[int, Mapping[str, Tensor]]) -> list[float]:
-    """pycocotools' AP, AP50, AP75, and AP of small, medium and large objects, of the images in ``results``."""
+    """Return AP, AP50, AP75, and AP of small, medium and large objects (pycocotools) for the images in ``results``."""
     entries = []
-    for image_id, found in results.items():
-        x1, y1, x2, y2 = found["boxes"].unbind(1)
+    for image_id, detections in results.items():
+        x1, y1, x2, y2 = detections["boxes"].unbind(1)
         boxes = torch.stack([x1, y1, x2 - x1, y2 - y1], dim=1).tolist()
-        columns = zip(boxes, found["labels"].tolist(), found["scores"].tolist(), strict=True)
+        columns = zip(boxes, detections["labels"].tolist(), detections["scores"].tolist(), strict=True)
         entries += [{"image_id": image_id, "category_id": c, "bbox": box, "score": s} for box, c, s in columns]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(ground_truth, ground_truth.loadRes(entries), "bbox")

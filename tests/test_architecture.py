@@ -1,4 +1,4 @@
-"""The house rules: imports flow one way, and the tools stay thin."""
+"""The house rules on imports and on the size of the tools."""
 
 import ast
 from pathlib import Path
@@ -12,12 +12,12 @@ ORDER = [
     *("deploy", "config", "data", "modeling", "engine", "routing", "calibration", "evaluation", "doctor", "report"),
     "pipeline",
 ]
-"""deploy comes first, since it runs without all others; pipeline writes what it runs."""
+"""A folder imports from those before it. deploy imports none of the others."""
 COMMON = {"bounds", "command_line", "drift", "errors", "files", "images", "plain", "progress", "runtimes"}
 
 
 def imported_parts(path: Path) -> set[str]:
-    """Parts of the package that a file imports."""
+    """Return the folders and files of the package that a file imports."""
     modules = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -28,12 +28,12 @@ def imported_parts(path: Path) -> set[str]:
     return {names[1] for names in parts if names[0] == "earlyexit_ssd" and len(names) > 1}
 
 
-def test_every_folder_has_its_place():
+def test_every_folder_is_in_the_order():
     folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert folders <= set(ORDER)
 
 
-def test_imports_flow_one_way():
+def test_imports_go_one_way():
     wrong = []
     for position, part in enumerate(ORDER):
         allowed = {*ORDER[: position + 1], *COMMON}
@@ -42,11 +42,11 @@ def test_imports_flow_one_way():
     assert wrong == []
 
 
-def test_common_files_import_no_part():
+def test_common_files_import_no_folder():
     assert all(not imported_parts(PACKAGE / f"{name}.py") & set(ORDER) for name in COMMON)
 
 
-def test_what_runs_without_pytorch_needs_no_part_that_imports_it():
+def test_deploy_and_common_files_do_not_import_pytorch():
     for path in (PACKAGE / "deploy").glob("*.py"):
         assert imported_parts(path) <= {"deploy", *COMMON}, path
     for path in [*(PACKAGE / "deploy").glob("*.py"), *(PACKAGE / f"{name}.py" for name in COMMON)]:
@@ -55,19 +55,19 @@ def test_what_runs_without_pytorch_needs_no_part_that_imports_it():
         assert not names & {"torch", "torchvision", "scipy", "cv2"}, path
 
 
-def test_modeling_knows_no_trainer_and_evaluation_no_plot():
+def test_modeling_has_no_optimizer_and_evaluation_no_plots():
     for part, forbidden in (("modeling", "torch.optim"), ("evaluation", "matplotlib"), ("evaluation", "PIL")):
         for path in (PACKAGE / part).rglob("*.py"):
             assert forbidden not in path.read_text(encoding="utf-8"), path
 
 
-def test_tools_are_thin():
+def test_tools_are_short():
     for path in (PACKAGE.parent / "tools").glob("*.py"):
         assert len(path.read_text(encoding="utf-8").splitlines()) < 120, path
 
 
-def test_benchmarks_are_no_part_of_what_is_installed():
-    """The studies import the package; neither the package nor its tools may need them."""
+def test_benchmarks_are_not_installed_and_not_imported():
+    """The studies import the package. The package and its tools may not import them."""
     for folder in (PACKAGE, PACKAGE.parent / "tools"):
         for path in folder.rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -78,7 +78,7 @@ def test_benchmarks_are_no_part_of_what_is_installed():
 
 
 def distribution_packages() -> list[str]:
-    """What setup.py puts into the wheel."""
+    """Return the packages that setup.py puts into the wheel."""
     root = PACKAGE.parent
     call = next(
         node
@@ -88,7 +88,7 @@ def distribution_packages() -> list[str]:
     return find_packages(str(root), **{word.arg: ast.literal_eval(word.value) for word in call.keywords})
 
 
-def test_no_module_imports_itself_by_way_of_others():
+def test_no_circular_imports():
     """Imports inside functions count too."""
     modules = {
         "earlyexit_ssd." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path

@@ -1,4 +1,4 @@
-"""Bounds on the mean of a loss."""
+"""P-values and upper bounds for the mean of a loss."""
 
 from __future__ import annotations
 
@@ -27,28 +27,30 @@ shares = st.floats(0.001, 0.999)
 loss_lists = st.lists(st.floats(0, 1) | st.sampled_from([0.0, 1.0]), max_size=40)
 
 
-def ones_and_zeros(ones: int, count: int) -> np.ndarray:
+def bernoulli_losses(ones: int, count: int) -> np.ndarray:
     return np.repeat([1.0, 0.0], [ones, count - ones])
 
 
-def test_no_loss_by_hand():
+def test_hoeffding_bentkus_of_zero_losses_by_hand():
     assert hoeffding_bentkus_p_value(np.zeros(148), 0.02) == pytest.approx(0.98**148)
 
 
-def test_hoeffding_part_by_hand():
+def test_hoeffding_bound_by_hand():
     # (epsilon / mean)^sum ((1 - epsilon) / (1 - mean))^(n - sum); the Bentkus part is 11 e / 2^10 = 0.0292
-    assert hoeffding_bentkus_p_value(ones_and_zeros(1, 10), 0.5) == pytest.approx(5 * (5 / 9) ** 9)
+    assert hoeffding_bentkus_p_value(bernoulli_losses(1, 10), 0.5) == pytest.approx(5 * (5 / 9) ** 9)
 
 
-def test_bentkus_part_by_hand():
-    # 1 + 20 + 190 + 1140 + 4845 of the 2^20 throws of a coin have at most 4 heads; the Hoeffding part is 0.0212
-    assert hoeffding_bentkus_p_value(ones_and_zeros(4, 20), 0.5) == pytest.approx(math.e * 6196 / 2**20)
+def test_bentkus_bound_by_hand():
+    # 1 + 20 + 190 + 1140 + 4845 of 2^20 sequences of coin throws have at most 4 heads; the Hoeffding part is 0.0212
+    assert hoeffding_bentkus_p_value(bernoulli_losses(4, 20), 0.5) == pytest.approx(math.e * 6196 / 2**20)
 
 
-def test_one_where_the_mean_reaches_epsilon():
-    assert hoeffding_bentkus_p_value(ones_and_zeros(5, 10), 0.5) == 1.0
-    assert hoeffding_bentkus_p_value(ones_and_zeros(9, 10), 0.5) == 1.0
-    assert hoeffding_bentkus_p_value(np.full(20, 0.6501974178352687), 0.6501974188352687) == 1.0  # h rounds below 0
+def test_p_value_is_1_if_the_mean_reaches_epsilon():
+    assert hoeffding_bentkus_p_value(bernoulli_losses(5, 10), 0.5) == 1.0
+    assert hoeffding_bentkus_p_value(bernoulli_losses(9, 10), 0.5) == 1.0
+    assert (
+        hoeffding_bentkus_p_value(np.full(20, 0.6501974178352687), 0.6501974188352687) == 1.0
+    )  # h is below 0 by rounding
 
 
 @pytest.mark.parametrize(
@@ -56,20 +58,20 @@ def test_one_where_the_mean_reaches_epsilon():
     [
         ([0.5, 0.4] + [1.0] * 3 + [0.0] * 15, 4),  # 3.9 counts as 4
         ([0.2] * 20, 4),  # np.sum is a little above 4
-        ([0.1 + 0.2] * 10 + [0.0] * 10, 3),  # and so is every one of these losses
+        ([0.1 + 0.2] * 10 + [0.0] * 10, 3),  # each of these losses is a little above 0.3
     ],
 )
-def test_sum_of_losses_is_rounded_up_but_not_for_rounding(losses, whole):
+def test_sum_of_losses_is_rounded_up_except_for_rounding_errors(losses, whole):
     at_most = sum(math.comb(20, heads) for heads in range(whole + 1))
     assert hoeffding_bentkus_p_value(np.array(losses), 0.5) == pytest.approx(math.e * at_most / 2**20)
 
 
-def test_bets_by_hand():
+def test_betting_by_hand():
     delta = math.exp(-1 / 8)
     first = 1 + math.sqrt(0.25 / (2 * 0.25)) * 0.5  # the variance is 1/4 before the first photo
     second = 1 + math.sqrt(0.25 / (2 * 0.15625)) * 0.5  # (1/4 + (0 - 1/4)^2) / 2 after it
     assert betting_p_value(np.zeros(2), 0.5, delta=delta) == pytest.approx(1 / (first * second))
-    # Capital that was won once counts, and capital that was never won is that of the start.
+    # The p-value uses the largest capital so far, at least the initial capital.
     assert betting_p_value(np.array([0.0, 1.0]), 0.5, delta=delta) == pytest.approx(1 / first)
     assert betting_p_value(np.array([1.0, 0.0]), 0.5, delta=delta) == 1.0
 
@@ -82,7 +84,7 @@ def test_bets_are_capped():
 
 
 @both_p_values
-def test_no_photo_says_nothing(p_value):
+def test_p_value_and_bound_without_photos_are_1(p_value):
     assert p_value(np.zeros(0), 0.3) == 1.0
     assert upper_bound(np.zeros(0), 0.1, p_value) == 1.0
 
@@ -102,7 +104,7 @@ def draw_two_points(generator, shape):
 @pytest.mark.parametrize("delta", [0.05, 0.3])
 @pytest.mark.parametrize("draw", [draw_bernoulli, draw_beta, draw_two_points])
 @both_p_values
-def test_rejects_no_more_than_delta_where_the_mean_is_epsilon(p_value, draw, delta):
+def test_rejects_at_most_delta_if_the_mean_is_epsilon(p_value, draw, delta):
     runs = 2000
     losses = draw(np.random.default_rng(0), (runs, 120))
     rejected = sum(p_value(row, 0.1) <= delta for row in losses)
@@ -110,20 +112,20 @@ def test_rejects_no_more_than_delta_where_the_mean_is_epsilon(p_value, draw, del
 
 
 @both_p_values
-def test_rejects_where_the_mean_is_well_below_epsilon(p_value):
+def test_rejects_if_the_mean_is_well_below_epsilon(p_value):
     for draw in (draw_bernoulli, draw_beta, draw_two_points):
         losses = draw(np.random.default_rng(1), 1000)
         assert p_value(losses, 0.16) < 0.01
         assert p_value(losses, 0.09) > 0.1
 
 
-def test_betting_makes_use_of_low_variance():
+def test_betting_is_tighter_at_low_variance():
     losses = np.random.default_rng(0).uniform(0.04, 0.06, 500)
     assert betting_p_value(losses, 0.07) < 1e-3 < 0.1 < hoeffding_bentkus_p_value(losses, 0.07)
     assert upper_bound(losses, 0.1, betting_p_value) < upper_bound(losses, 0.1) - 0.01
 
 
-def test_every_level_of_the_bets_is_valid():
+def test_betting_is_valid_for_any_delta():
     losses = draw_beta(np.random.default_rng(2), (2000, 60))
     for level in (1e-6, 0.9):
         rejected = sum(betting_p_value(row, 0.1, delta=level) <= 0.2 for row in losses)
@@ -167,20 +169,20 @@ def test_fixed_sequence_by_hand():
 def test_photos_needed_by_hand():
     assert photos_needed(np.zeros(5), 0.02, 0.05) == 149  # log 0.05 / log 0.98 = 148.28
     assert photos_needed(np.zeros(1), 0.5, 0.9) == 1
-    # every fifth photo lost, 4 in 20 coin throws: 6196 e / 2^20 = 0.0161, while 19 throws give 5036 e / 2^19 = 0.0261
+    # a fifth of the photos lost, 4 of 20 throws: 6196 e / 2^20 = 0.0161; 19 throws give 5036 e / 2^19 = 0.0261
     assert photos_needed(np.array([0, 0, 1.0, 0, 0]), 0.5, 0.0161) == 20
-    # the bet reaches its cap soon; with it from the start, log 20 / log(1 + 0.75 / 0.98 * 0.02) = 197.2
+    # the bet reaches its cap soon; with the cap from the start, log 20 / log(1 + 0.75 / 0.98 * 0.02) = 197.2
     assert photos_needed(np.zeros(3), 0.02, 0.05, betting_p_value) == 200
 
 
 @both_p_values
-def test_no_number_of_photos_certifies_less_than_the_mean(p_value):
+def test_no_photos_needed_if_the_mean_reaches_epsilon(p_value):
     for losses in ([0.2], [0.0, 0.6], [1.0], []):
         assert photos_needed(np.array(losses), 0.2, 0.1, p_value) is None
 
 
 @both_p_values
-def test_no_count_where_the_mean_is_hardly_below_epsilon(p_value):
+def test_photos_needed_is_none_if_the_mean_is_just_below_epsilon(p_value):
     assert photos_needed(np.array([0.2 - 1e-12]), 0.2, 0.1, p_value) is None
     assert 5000 < photos_needed(np.array([0.0, 0.39]), 0.2, 0.1, p_value) < 10**6
 
@@ -188,7 +190,7 @@ def test_no_count_where_the_mean_is_hardly_below_epsilon(p_value):
 @both_p_values
 @given(losses=st.lists(st.floats(0, 0.4), min_size=1, max_size=12), epsilon=st.floats(0.41, 0.9))
 @settings(max_examples=25, deadline=None)
-def test_so_many_photos_pass(p_value, losses, epsilon):
+def test_photos_needed_is_the_smallest_number(p_value, losses, epsilon):
     needed = photos_needed(np.array(losses), epsilon, 0.1, p_value)
     assert p_value(np.resize(np.array(losses), needed), epsilon) <= 0.1
     assert needed == 1 or p_value(np.resize(np.array(losses), needed - 1), epsilon) > 0.1
@@ -205,13 +207,13 @@ def test_so_many_photos_pass(p_value, losses, epsilon):
         (0.1, r"losses has shape \(\)"),
     ],
 )
-def test_impossible_losses(p_value, losses, message):
+def test_invalid_losses(p_value, losses, message):
     with pytest.raises(EarlyExitError, match=message):
         p_value(np.array(losses), 0.1)
 
 
 @pytest.mark.parametrize("value", [0, 1, -0.1, 1.5, math.nan])
-def test_impossible_epsilon_and_delta(value):
+def test_invalid_epsilon_and_delta(value):
     losses = np.zeros(3)
     calls = {
         "epsilon": [
@@ -232,14 +234,11 @@ def test_impossible_epsilon_and_delta(value):
                 function()
 
 
-def test_an_undefined_p_value_rejects_nothing():
+def test_nan_p_value_does_not_reject():
     assert fixed_sequence_test([0.05, 0.1, math.nan, 0.05], 0.1) == 2
 
 
-def test_bounds_are_called_alike():
+def test_bounds_have_the_same_first_parameters():
     assert list(BOUNDS) == ["hoeffding_bentkus", "betting"]
     for p_value in BOUNDS.values():
         assert list(inspect.signature(p_value).parameters)[:2] == ["losses", "epsilon"]
-
-
-# routing.test_certify.

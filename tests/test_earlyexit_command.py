@@ -1,4 +1,4 @@
-"""The command ``earlyexit`` and the scripts in tools/, which are the same commands."""
+"""The command ``earlyexit``, and the scripts in tools/ that run its subcommands."""
 
 import ast
 import importlib
@@ -44,15 +44,15 @@ print("seconds:", usage.ru_utime + usage.ru_stime)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="measures CPU time as POSIX does")
-def test_every_help_is_there_at_once():
+def test_help_does_not_import_torch_and_is_fast():
     result = subprocess.run([sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("examples") >= 18
-    assert float(result.stdout.split()[-1]) < 2  # all eighteen together
+    assert float(result.stdout.split()[-1]) < 2  # all eighteen calls
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_teaches_the_command_as_it_was_called(name, capsys):
+def test_help_has_examples_with_the_name_of_the_command(name, capsys):
     for call, prog in (
         (main, f"earlyexit {name}"),
         (importlib.import_module(f"tools.{SCRIPTS[name]}").main, f"python tools/{SCRIPTS[name]}.py"),
@@ -64,7 +64,7 @@ def test_help_teaches_the_command_as_it_was_called(name, capsys):
         assert "%(" not in text and "%%" not in text
 
 
-def test_a_command_gets_its_arguments_and_returns_its_exit_code(tmp_path, capsys):
+def test_command_passes_its_arguments_and_returns_the_exit_code(tmp_path, capsys):
     assert main(["train", "--config", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml: no such configuration file" in capsys.readouterr().err
     for words in ([], ["trian"], ["train"]):
@@ -74,12 +74,12 @@ def test_a_command_gets_its_arguments_and_returns_its_exit_code(tmp_path, capsys
     assert "--config" in capsys.readouterr().err
 
 
-def test_what_is_known_without_the_package_is_what_the_package_says():
+def test_names_of_weights_are_those_of_the_package():
     assert [name.lower() for name in EarlyExitSSDLite_Weights.__members__] == earlyexit_command.SHIPPED
     assert earlyexit_command.DEFAULT_WEIGHTS in earlyexit_command.SHIPPED
 
 
-def test_the_wheel_has_the_command():
+def test_wheel_has_the_command():
     setup = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
     words = {word.arg: word.value for node in ast.walk(setup) if isinstance(node, ast.Call) for word in node.keywords}
     assert ast.literal_eval(words["py_modules"]) == ["earlyexit_command"]
@@ -87,7 +87,7 @@ def test_the_wheel_has_the_command():
 
 
 @pytest.mark.parametrize("arguments", [["optimize", "--config", "x.yaml"], ["export", "x.pth", "--out", "x.onnx"]])
-def test_a_device_without_pytorch_gets_one_line(arguments):
+def test_missing_pytorch_is_a_one_line_error(arguments):
     hide = "import sys; sys.modules.update(dict.fromkeys(['torch', 'torchvision', 'fvcore'])); "
     code = f"{hide}import earlyexit_command; sys.exit(earlyexit_command.main({arguments}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

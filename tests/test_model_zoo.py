@@ -1,4 +1,4 @@
-"""Every figure of the model zoo, and of the descriptions beside the weights, is the one in a metrics.json."""
+"""Figures of the model zoo, and of the descriptions beside the weights, are those of the metrics.json files."""
 
 import json
 import re
@@ -21,7 +21,7 @@ def read(path: str) -> dict:
 
 
 def cells(metrics: dict, name: str) -> str:
-    """A row's figures from the measurement itself."""
+    """Return the figures of a row from metrics.json."""
     photos = str(metrics["context"]["images"])
     if name == "without exits":
         plain = metrics["without_exits"]
@@ -33,11 +33,11 @@ def cells(metrics: dict, name: str) -> str:
     return f"{photos} | {name} | {ap50} | {row['AP']:.3f} | {row['mmacs']:.0f} | {row['ms']:.1f} | {leaving}"
 
 
-def test_the_page_is_current():
+def test_page_is_current():
     assert renew(PAGE, tables()) == PAGE, "run python tools/model_zoo.py"
 
 
-def test_rows_of_the_page_are_what_was_measured():
+def test_rows_of_the_page_are_those_of_metrics_json():
     rows = list(ROW.finditer(PAGE))
     assert len(rows) == PAGE.count("\n| [") >= 15
     for row in rows:
@@ -47,7 +47,7 @@ def test_rows_of_the_page_are_what_was_measured():
 
 
 @pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
-def test_figures_beside_the_weights_were_measured_with_them(member):
+def test_figures_beside_the_weights_are_those_of_metrics_json(member):
     entry = json.loads(member.path.with_suffix(".json").read_text(encoding="utf-8"))
     assert entry["metrics"]
     for split, figures in entry["metrics"].items():
@@ -64,7 +64,7 @@ def test_figures_beside_the_weights_were_measured_with_them(member):
 
 
 @pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
-def test_the_page_shows_size_digest_and_recipe(member):
+def test_page_has_size_digest_and_recipe(member):
     assert f"{member.meta['bytes'] / 1e6:.1f} MB, sha256 `{member.meta['sha256'][:8]}`" in PAGE
     assert f"recipe: `{member.meta['recipe']}`" in PAGE
 
@@ -92,7 +92,7 @@ ENTRY = {
 }
 
 
-def test_a_section():
+def test_section():
     assert (
         section("pets", ENTRY)
         == """\
@@ -113,7 +113,7 @@ def test_a_section():
     )
 
 
-def test_only_what_is_between_the_marks_is_renewed():
+def test_only_text_between_the_marks_is_replaced():
     page = "a\n<!-- tables of tools/model_zoo.py begin -->\nold\n<!-- tables of tools/model_zoo.py end -->\nb\n"
     new = "a\n<!-- tables of tools/model_zoo.py begin -->\n\nnew\n\n<!-- tables of tools/model_zoo.py end -->\nb\n"
     assert renew(page, "new\n") == renew(new, "new\n") == new

@@ -1,4 +1,4 @@
-"""Valid files of every kind, damaged by a seed: they are taken, or refused in one line; nothing else, and no hang."""
+"""Valid files of every kind, damaged at random: each is accepted, or refused with a one-line error, without a hang."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ from earlyexit_ssd.modeling.checkpoint import FOLDER, read_description, weights_
 from earlyexit_ssd.pipeline.run import RunFolder
 
 SECONDS = 20
-"""That any one input may take, on a machine that does other things too."""
+"""Time limit for an input, on a shared machine."""
 
 PHOTO = torch.rand(3, 40, 60, generator=torch.Generator().manual_seed(0))
 TINY = Architecture(("chair", "cat"), image_size=64, width=0.1, exit_layers=(8,), channels=8, depth=(0,))
 SIZE = (60, 40)
 SECRET = "secret/s.png"
-# file names that lead out of a set's own folder, or to what never ends; "ABSOLUTE" becomes the folder of the test
+# file names outside the data set's folder, and endless files; "ABSOLUTE" is replaced by the folder of the test
 PATHS = (
     f"../{SECRET}",
     f"../../{SECRET}",
@@ -70,14 +70,14 @@ VALUES: tuple[Any, ...] = (
 
 
 def deep(levels: int, leaf: Any = 1) -> Any:
-    """A list in a list in a list."""
+    """Return ``leaf`` in ``levels`` nested lists."""
     for _ in range(levels):
         leaf = [leaf]
     return leaf
 
 
 def places(tree: Any, limit: int = 4000) -> list[tuple[Any, Any]]:
-    """(container, key or index) of every value in a tree of dicts and lists."""
+    """Return (container, key or index) of every value in a tree of dicts and lists."""
     found, todo = [], [tree]
     while todo and len(found) < limit:
         node = todo.pop()
@@ -88,7 +88,7 @@ def places(tree: Any, limit: int = 4000) -> list[tuple[Any, Any]]:
 
 
 def damage(tree: Any, rng: random.Random, values: tuple[Any, ...] = VALUES) -> Any:
-    """One to three changes in a copy of the tree: values, keys, order, depth."""
+    """Return a copy of the tree with one to three changes of values, keys, order or depth."""
     tree = copy.deepcopy(tree)
     for _ in range(rng.randint(1, 3)):
         if not (at := places(tree)):
@@ -120,7 +120,7 @@ def damage(tree: Any, rng: random.Random, values: tuple[Any, ...] = VALUES) -> A
 
 
 def damage_bytes(content: bytes, rng: random.Random) -> bytes:
-    """Bits turned, pieces cut out, doubled or exchanged, the end missing, rubbish before or behind."""
+    """Return the content with flipped bits, or with parts deleted, repeated, replaced, truncated or inserted."""
     data = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 8))):
         start = rng.randrange(len(data) + 1)
@@ -142,7 +142,7 @@ def damage_bytes(content: bytes, rng: random.Random) -> bytes:
 
 
 def as_json(tree: Any, rng: random.Random) -> bytes:
-    """With NaN as Python writes it; now and then a key twice, or nested beyond every reader."""
+    """Return the tree as JSON with Python's NaN, sometimes with a repeated key or too deep nesting."""
     try:
         text = json.dumps(tree)
     except (ValueError, RecursionError):
@@ -165,7 +165,7 @@ YAML_PIECES = (
 
 
 def yaml_text(tree: dict, rng: random.Random) -> str:
-    """The tree as YAML, with pieces of YAML for some values, and bombs now and then."""
+    """Return the tree as YAML, with pieces of YAML for some values, and sometimes with exponential aliases."""
     try:
         text = yaml.safe_dump(tree, allow_unicode=True)
     except (yaml.YAMLError, RecursionError, ValueError):
@@ -181,11 +181,11 @@ def yaml_text(tree: dict, rng: random.Random) -> str:
     return "\n".join(lines) + "\n"
 
 
-# ---- what is read, each with a valid file, a way to damage it and a use of it ----
+# ---- kinds of input: a valid file, a function that damages it, and a function that uses it ----
 
 
 class Kind(NamedTuple):
-    """write: a damaged file into a folder, by a seed, or a valid one for None; use: what must not break."""
+    """``write`` puts a file into a folder, damaged with a random generator, or valid for None. ``use`` reads it."""
 
     inputs: int
     write: Callable[[Path, random.Random | None], Any]
@@ -219,7 +219,7 @@ def write_config(folder: Path, rng: random.Random | None) -> None:
 
 
 def write_overrides(folder: Path, rng: random.Random | None) -> list[str]:
-    """Keys and values of the command line."""
+    """Return keys and values of the command line."""
     flat = [
         (f"{part}.{key}", value)
         for part, keys in CONFIG.items()
@@ -239,7 +239,7 @@ def write_overrides(folder: Path, rng: random.Random | None) -> list[str]:
 
 
 Set = tuple[str, str, str]
-"""As DATA.DATASETS has it."""
+"""An entry of DATA.DATASETS."""
 
 
 def write_photos(folder: Path, *names: str) -> None:
@@ -249,7 +249,7 @@ def write_photos(folder: Path, *names: str) -> None:
 
 
 def write_set(root: Path, rng: random.Random | None, contents: dict[str, bytes], photos: str) -> None:
-    """The files of a data set, now and then with damaged bytes; a photo that is not in it, and an endless pipe."""
+    """Write the files of a data set, sometimes with damaged bytes, a photo outside the set, and a pipe."""
     if rng and rng.random() < 0.2:
         name = rng.choice(sorted(contents))
         contents[name] = damage_bytes(contents[name], rng)
@@ -294,7 +294,7 @@ XML_PIECES = (
 
 
 def xml(rng: random.Random | None) -> bytes:
-    """Values, tags and bytes of an annotation changed."""
+    """Return an annotation with changed values, tags or bytes."""
     pieces = XML.replace("<", "\n<").replace(">", ">\n").split("\n")
     for _ in range(rng.randint(1, 3) if rng else 0):
         at, other = rng.randrange(len(pieces)), rng.randrange(len(pieces))
@@ -321,7 +321,7 @@ def write_xml(folder: Path, rng: random.Random | None) -> Set:
 
 
 def write_devkit(folder: Path, rng: random.Random | None) -> Set:
-    """The list of a split is damaged, or is no file at all."""
+    """Write a devkit. The list of the split is damaged, or is a folder."""
     write_photos(folder / "VOC" / "JPEGImages", "0.png", "1.png")
     lines = ["0", "1"]
     if rng is not None:
@@ -341,7 +341,7 @@ YOLO = {"path": ".", "train": ["images/a", "list.txt"], "nc": 2, "names": {0: "c
 
 
 def write_yolo(folder: Path, rng: random.Random | None) -> Set:
-    """data.yaml, a list of photos or the labels of one are damaged."""
+    """Write a YOLO data set in which data.yaml, a list of photos or a label file is damaged."""
     write_photos(folder / "yolo/images/a", "0.png", "1.png")
     write_photos(folder / "yolo/images/b", "2.png")
     labels = "0 0.5 0.5 0.5 0.6\n1 0.25 0.5 0.5 0.2 0.75 0.5 0.5 0.8\n"
@@ -360,7 +360,7 @@ def write_yolo(folder: Path, rng: random.Random | None) -> Set:
 
 
 def write_photo(folder: Path, rng: random.Random | None) -> Set:
-    """Photos of several formats; one is damaged, or is no file."""
+    """Write two photos. One of them has a random format, and is damaged, missing or not a regular file."""
     kinds = (("png", "RGB"), ("png", "L"), ("png", "P"), ("jpg", "CMYK"), ("bmp", "RGB"), ("webp", "RGBA"))
     suffix, mode = rng.choice(kinds) if rng else kinds[0]
     write_photos(folder / "photos", "1.png")
@@ -375,7 +375,7 @@ def write_photo(folder: Path, rng: random.Random | None) -> Set:
 
 
 def use_data(folder: Path, entry: Set) -> None:
-    """Every photo of the set, as training and evaluation read it; none of them lies elsewhere."""
+    """Read every photo for training and for evaluation. No photo may be outside the folder."""
     cfg = load_config(None, ["DATA.ROOT", str(folder), "DATA.TRAIN", "tiny", "DATA.DATASETS", json.dumps([entry])])
     cfg.defrost()
     cfg.DATA.ON_BAD = MODES[sum(map(ord, folder.name)) % 3]
@@ -388,7 +388,7 @@ def use_data(folder: Path, entry: Set) -> None:
 
 
 class Models:
-    """Made once: a model with one exit, its file's content and its certificate."""
+    """A model with one exit, the content of its file, and its certificate."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -441,7 +441,7 @@ MODELS: list[Models] = []
 
 
 def hostile_tensor(value: torch.Tensor, rng: random.Random) -> Any:
-    """What a state dict must not hold, or not there."""
+    """Return a value that is invalid in place of this tensor of a state dict."""
     changes: tuple[Callable[[], Any], ...] = (
         lambda: value.to(rng.choice((torch.int64, torch.complex64, torch.bool, torch.float64, torch.float8_e4m3fn))),
         lambda: value.to("meta"), lambda: value.float().to_sparse(), lambda: value * float("nan"), lambda: value[None],
@@ -453,7 +453,7 @@ def hostile_tensor(value: torch.Tensor, rng: random.Random) -> Any:
 
 
 def damage_weights(content: dict, rng: random.Random) -> Any:
-    """The description as a tree, or some tensors, or the names of some."""
+    """Return the content with changes of the description, of some tensors or of some names."""
     content = {**content, "model": dict(content["model"])}
     tensors = content["model"]
     change = rng.randrange(4)
@@ -506,10 +506,10 @@ def use_reference(folder: Path, _: None) -> None:
 
 
 def write_certificate(folder: Path, rng: random.Random | None) -> None:
-    """Mostly with the checksum that its content has, as somebody would write it who knows how."""
+    """Write a certificate, in most cases with the correct checksum of its damaged content."""
     tree = MODELS[0].certificate if rng is None else damage(MODELS[0].certificate, rng)
     if isinstance(tree, dict) and (rng is None or rng.random() < 0.8):
-        with contextlib.suppress(Exception):  # what is no JSON has no checksum
+        with contextlib.suppress(Exception):  # without JSON there is no checksum
             plain = json.loads(json.dumps(tree))
             tree = {**tree, certificates.CHECKSUM: certificates._checksum(plain)}
     content = json.dumps(tree).encode() if rng is None else as_json(tree, rng)
@@ -534,7 +534,7 @@ def use_certificate(folder: Path, _: None) -> None:
 
 
 def exported() -> onnx.ModelProto:
-    """A convolution whose mean is the score of one box."""
+    """Return an ONNX detector of one box, whose score is the mean of a convolution."""
     constants = [
         helper.make_tensor("weights", TensorProto.FLOAT, (1, 3, 1, 1), [0.1, 0.2, 0.3]),
         helper.make_tensor("corners", TensorProto.FLOAT, (1, 4), [1, 2, 30, 40]),
@@ -608,7 +608,7 @@ def use_onnx(folder: Path, _: None) -> None:
 
 
 def write_others(folder: Path, rng: random.Random | None) -> str:
-    """What the package writes for itself: a run's configuration and gate, a description of weights, recipes."""
+    """Write another file of the package: configuration or gate of a run, description of weights, recipes."""
     name = rng.choice(sorted(OTHERS)) if rng else "gate"
     tree, suffix, _ = OTHERS[name]
     tree = tree if rng is None else damage(tree, rng)
@@ -621,7 +621,7 @@ def write_others(folder: Path, rng: random.Random | None) -> str:
 
 
 def read_run(path: Path) -> None:
-    """As the configuration of a run to go on with."""
+    """Read a file as the configuration of a run to resume."""
     run = RunFolder(path.parent / "run")
     run.root.mkdir()
     (run.root / "config.yaml").write_bytes(path.read_bytes())
@@ -629,7 +629,7 @@ def read_run(path: Path) -> None:
 
 
 def read_gate(path: Path) -> None:
-    """As that of a phase."""
+    """Read a file as the gate of a phase."""
     run = RunFolder(path.parent / "run")
     run.phase("exits").mkdir(parents=True)
     (run.phase("exits") / "gate.json").write_bytes(path.read_bytes())
@@ -661,7 +661,7 @@ KINDS = {
 
 
 class Hangs(BaseException):
-    """No ``except Exception`` on the way takes it for an error of the file."""
+    """Raised after the time limit. ``except Exception`` does not catch it."""
 
 
 @contextlib.contextmanager
@@ -678,13 +678,13 @@ def time_limit() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def escapes(kind: Kind, folder: Path, seed: str | None) -> str | None:
-    """What is wrong with how an input was met; "refused" where nothing is; None where it was taken."""
+def outcome(kind: Kind, folder: Path, seed: str | None) -> str | None:
+    """Return None if an input is accepted, "refused" if it is refused correctly, otherwise the wrong behaviour."""
     folder.mkdir(parents=True)
-    given = kind.write(folder, None if seed is None else random.Random(seed))
+    written = kind.write(folder, None if seed is None else random.Random(seed))
     try:
         with time_limit():
-            kind.use(folder, given)
+            kind.use(folder, written)
     except EarlyExitError as error:
         message = str(error)
         return "refused" if message.isprintable() and 10 < len(message) < 300 else f"message {message!r}"
@@ -694,16 +694,16 @@ def escapes(kind: Kind, folder: Path, seed: str | None) -> str | None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_damaged_files_are_taken_or_refused_in_one_line(name, tmp_path, models):
+def test_damaged_files_are_accepted_or_refused_in_one_line(name, tmp_path, models):
     kind = KINDS[name]
-    assert escapes(kind, tmp_path / "valid", None) is None
-    found = {
-        seed: escapes(kind, tmp_path / seed, seed) for seed in (f"{name}{number}" for number in range(kind.inputs))
+    assert outcome(kind, tmp_path / "valid", None) is None
+    outcomes = {
+        seed: outcome(kind, tmp_path / seed, seed) for seed in (f"{name}{number}" for number in range(kind.inputs))
     }
-    wrong = {seed: text for seed, text in found.items() if text not in (None, "refused")}
+    wrong = {seed: text for seed, text in outcomes.items() if text not in (None, "refused")}
     assert not wrong, f"{len(wrong)} of {kind.inputs}: {dict(list(wrong.items())[:10])}"
-    assert "refused" in found.values()
+    assert "refused" in outcomes.values()
 
 
-def test_there_are_a_thousand():
+def test_there_are_at_least_1000_inputs():
     assert sum(kind.inputs for kind in KINDS.values()) >= 1000

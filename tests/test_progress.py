@@ -1,4 +1,4 @@
-"""Progress where tqdm is not installed."""
+"""Progress without tqdm."""
 
 import itertools
 
@@ -15,7 +15,7 @@ def test_lines_without_tqdm(monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines() == lines
 
 
-def test_silent_without_tqdm_too(monkeypatch, capsys):
+def test_no_output_without_a_description(monkeypatch, capsys):
     monkeypatch.setattr(module, "tqdm", None)
     clock = itertools.count(0, 100)
     monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))

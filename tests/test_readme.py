@@ -1,4 +1,4 @@
-"""The documents: figures of their tables are those of the metrics.json files, and links lead somewhere."""
+"""The documents: tables match the metrics.json files, examples run, and links are valid."""
 
 import json
 import re
@@ -34,33 +34,33 @@ def read(run: str) -> dict:
 
 
 def interval(row: dict) -> str:
-    """AP50 with its interval."""
+    """Return AP50 with its interval as text."""
     return "{:.3f} [{:.3f}, {:.3f}]".format(row["AP50"], *row["AP50_interval"])
 
 
 def cells(run: str) -> str:
-    """A row's figures."""
+    """Return the figures of a row from metrics.json."""
     metrics = read(run)
-    rows = {one["name"]: one for one in metrics["exits"]}
+    rows = {row["name"]: row for row in metrics["exits"]}
     if run in THREE_EXITS:
         return " | ".join(interval(rows[name]) for name in ("full", "exit12", "exit8", "exit6"))
     routed, plain = metrics["routed"], metrics["without_exits"]
     verdict = f"ship {metrics['verdict']['what']}" if metrics["verdict"]["ship"] else "do not ship"
     figures = [interval(rows["full"]), interval(routed), f"{plain['ms']:.1f}", f"{routed['ms']:.1f}", verdict]
     better = [line for line in judge(Results.from_json(metrics)).lines if line.startswith("ship instead: ")]
-    rivals = [one for one in metrics["rivals"] for line in better if f"instead: {one['name']} has " in line]
-    figures += ["{name}: {AP50:.3f} in {ms:.1f} ms".format(**one) for one in rivals] or ["-"]
+    rivals = [rival for rival in metrics["rivals"] for line in better if f"instead: {rival['name']} has " in line]
+    figures += ["{name}: {AP50:.3f} in {ms:.1f} ms".format(**rival) for rival in rivals] or ["-"]
     return " | ".join([str(metrics["context"]["images"]), *figures])
 
 
-def test_results_tables_are_what_was_measured():
+def test_results_tables_match_metrics_json():
     rows = list(ROW.finditer(CHOOSING))
     assert len(rows) == 5
     for row in rows:
         assert row["figures"] == cells(row["run"]), row.group()
 
 
-def test_the_table_of_the_readme_is_what_was_measured():
+def test_table_of_the_readme_matches_the_results():
     rows = re.findall(r"^\| \[[^\]]+\]\((docs/results/[\w/]+\.json)\) \| (.+) \|$", README, re.M)
     assert len(rows) == 5
     for file, figures in rows:
@@ -89,11 +89,11 @@ def test_the_table_of_the_readme_is_what_was_measured():
         assert figures == f"{test.photos} | {name} | {ap50} | {times} | {verdict}", file
 
 
-def test_the_readme_is_one_page():
+def test_readme_is_short():
     assert len(README.splitlines()) <= 110
 
 
-def test_the_readme_s_python_runs(capsys):
+def test_python_example_of_the_readme_runs(capsys):
     (code,) = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out.startswith("left at ")
@@ -101,7 +101,7 @@ def test_the_readme_s_python_runs(capsys):
 
 @pytest.fixture
 def extensions():
-    """What the examples of docs/extending.md define, registered for one test."""
+    """Run the examples of docs/extending.md, and unregister them after the test. Return the names that they define."""
     kept = [(registry, dict(registry)) for registry in (POLICIES, FITTED_POLICIES, FORMATS, BRANCHES)]
     metrics = METRICS.copy()
     names: dict = {}
@@ -126,7 +126,7 @@ def test_examples_of_policies_run(extensions):
     assert quiet(ExitSignals(torch.zeros(2, 5, 2)), 1).tolist() == [1, 1]
 
 
-def test_the_example_of_a_data_format_runs(extensions, tmp_path):
+def test_example_of_a_data_format_runs(extensions, tmp_path):
     for photo in ("a.png", "b.png"):
         Image.new("RGB", (40, 30)).save(tmp_path / photo)
     lines = "a.png,1,2,11,22,cup\na.png,3,4,x,8,cup\nb.png\n../c.png,0,0,9,9,cup\n"
@@ -138,30 +138,30 @@ def test_the_example_of_a_data_format_runs(extensions, tmp_path):
     assert second[0].shape == (3, 30, 40) and not len(second[1]["boxes"])
 
 
-def test_the_example_of_a_branch_runs(extensions):
+def test_example_of_a_branch_runs(extensions):
     model = Architecture(classes=("cup",), width=0.25, exits=(Exit(8, "strided", {"channels": 16}),)).build()
     shallow, full = model.eval().exit_outputs([torch.rand(3, 320, 320)]).heads
     assert {key: value.shape for key, value in shallow.items()} == {key: value.shape for key, value in full.items()}
 
 
-def test_the_example_of_a_metric_runs(extensions):
+def test_example_of_a_metric_runs(extensions):
     detector = SimpleNamespace(matches=SimpleNamespace(score=[0.9, 0.5, 0.1], photos=2))
     assert METRICS[-1].measure(detector) == {"boxes_per_image": 1.5}
 
 
-def test_the_picture_is_what_its_script_draws():
+def test_network_picture_is_current():
     script: dict = {"__name__": "draw_network"}
     exec((ROOT / "docs" / "draw_network.py").read_text(encoding="utf-8"), script)
     assert (ROOT / "docs" / "network.svg").read_text(encoding="utf-8") == script["network"]()
 
 
 @pytest.mark.parametrize("run", ["chair_stream", "zoo_voc_animals"])
-def test_rivals_tables_are_what_was_measured(run):
-    """Exits, routed detector and static rivals of one run: AP, AP50, MMACs and milliseconds, from cheap to dear."""
+def test_tables_of_rivals_match_metrics_json(run):
+    """Rows are the exits, the routed detector and the rivals of a run, sorted by MMACs."""
     metrics = read(run)
     *early, full = metrics["exits"]
     plain = {**full, **metrics["without_exits"], "name": "without exits"}
-    early = [one for one in early if not one.get("empty")]
+    early = [row for row in early if not row.get("empty")]
     rows = [*early, {**metrics["routed"], "name": "**routed**"}, plain, *metrics["rivals"]]
     lines = [
         "| {name} | {AP:.3f} | {AP50:.3f} [{AP50_interval[0]:.3f}, {AP50_interval[1]:.3f}] | {mmacs:.0f} | {ms:.1f} |"
@@ -172,32 +172,32 @@ def test_rivals_tables_are_what_was_measured(run):
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("docs/results/*/metrics.json")), ids=lambda path: path.parent.name)
-def test_stored_verdicts_are_today_s(path):
-    """Those of before verdicts had marks ship what ships today, but for what no rival was held against."""
+def test_stored_verdicts_are_current(path):
+    """Older files have no findings. Their ``ship`` must be the same today, unless they have no rivals."""
     metrics = json.loads(path.read_text(encoding="utf-8"))
     results = Results.from_json(metrics)
-    stored, today = metrics["verdict"], judge(results).to_json()
+    stored, current = metrics["verdict"], judge(results).to_json()
     if "findings" in stored:
-        assert stored == today
+        assert stored == current
     else:
-        assert today["ship"] is (stored["ship"] and bool(metrics["rivals"]))
+        assert current["ship"] is (stored["ship"] and bool(metrics["rivals"]))
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("docs/results/*/metrics.json")), ids=lambda path: path.parent.name)
-def test_stored_results_name_no_folder_of_one_machine(path):
+def test_sources_of_rivals_are_file_names(path):
     for rival in json.loads(path.read_text(encoding="utf-8")).get("rivals", []):
         assert rival["source"] is None or rival["source"] == Path(rival["source"]).name
 
 
 def anchors(page: Path) -> set[str]:
-    """What a link may name behind "#", by GitHub's rule; code blocks have no headings."""
+    """Return the anchors of a page's headings, by GitHub's rule. Code blocks have no headings."""
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     headings = (re.sub(r"\]\([^)]*\)", "]", line) for line in re.findall(r"^#+ (.+)$", text, re.M))
     return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_to_files_and_headings_that_are_there(page):
+def test_links_to_files_and_headings_are_valid(page):
     wrong = []
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         path, _, anchor = target.partition("#")
@@ -210,8 +210,8 @@ def test_links_lead_to_files_and_headings_that_are_there(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_keys_and_files_that_are_named_are_there(page):
-    """The changelog names what is gone, too."""
+def test_config_keys_and_files_in_documents_exist(page):
+    """The changelog may have keys that were removed."""
     text, tree = page.read_text(encoding="utf-8"), get_cfg()
     sections = "|".join(key for key, value in tree.items() if isinstance(value, dict))
     known = {f"{section}.{key}" for section in sections.split("|") for key in paths(tree[section])}
@@ -221,12 +221,12 @@ def test_keys_and_files_that_are_named_are_there(page):
 
 
 def paths(tree: dict) -> list[str]:
-    """Every key of a configuration, sections among them, as dotted names."""
+    """Return every key and section of a configuration as dotted names."""
     below = [f"{key}.{path}" for key, value in tree.items() if isinstance(value, dict) for path in paths(value)]
     return [*tree, *below]
 
 
-def test_results_name_no_path_of_one_machine():
+def test_results_have_no_absolute_paths():
     stored = [path for folder in ("docs", "benchmarks") for path in (ROOT / folder / "results").rglob("*.json")]
     wrong = [path for path in stored if '"/' in path.read_text(encoding="utf-8")]
     assert wrong == []
@@ -255,7 +255,7 @@ DOCUMENTED = {
 
 
 @pytest.mark.parametrize("part", DOCUMENTED)
-def test_the_keys_are_those_of_the_documentation(part):
+def test_keys_of_metrics_json_are_documented(part):
     text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     assert [key for key in DOCUMENTED[part] if not re.search(rf"[`{{,]{key}[`.,}}]", text)] == []
 
@@ -279,7 +279,7 @@ def test_stored_results_have_every_documented_key(path):
 SEARCH = re.compile(r"^\| \[[^\]]+\]\((?P<file>results/[\w/]+\.json)\) \| (?P<figures>[^|]+(?:\|[^|]+){4}) \|$", re.M)
 
 
-def test_the_table_of_searches_is_what_was_measured():
+def test_table_of_searches_matches_the_results():
     rows = list(SEARCH.finditer(CHOOSING))
     assert len(rows) >= 5
     for row in rows:

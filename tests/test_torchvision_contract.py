@@ -1,6 +1,6 @@
-"""What torchvision's reference detection scripts ask of a model and a data set.
+"""Requirements of torchvision's reference detection scripts on a model and a data set.
 
-The scripts themselves are in no wheel; docs/torchvision_contract.md tells how the real ones were run.
+No wheel has the scripts. docs/torchvision_contract.md describes how the original scripts were run.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ SCENES = (
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
-    """Every scene twice, on lighter and darker grey."""
+    """Return records of every scene twice, on two greys."""
     folder = tmp_path_factory.mktemp("scenes")
     return [draw(folder / f"{index}.png", index, *SCENES[index % len(SCENES)]) for index in range(12)]
 
 
 def draw(path: Path, index: int, size: tuple[int, int], objects: list[tuple]) -> Record:
-    """The image id is not the index, as in real data."""
+    """Draw a scene. The image id differs from the index, as in real data."""
     image = Image.new("RGB", size, (60 + 12 * index,) * 3)
     for x1, y1, x2, y2, label, _ in objects:
         ImageDraw.Draw(image).rectangle((x1, y1, x2 - 1, y2 - 1), COLOURS[label])
@@ -70,7 +70,7 @@ def test_set(records: list[Record]) -> DetectionDataset:
 
 @pytest.fixture(scope="module")
 def trained(records: list[Record]) -> EarlyExitSSDLite:
-    """Knows the scenes well enough for an AP that is not zero."""
+    """Return a model trained until its AP is above 0."""
     model = small_model()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -84,7 +84,7 @@ def trained(records: list[Record]) -> EarlyExitSSDLite:
 
 
 def median_router(model: EarlyExitSSDLite, dataset: DetectionDataset) -> ExitRouter:
-    """Thresholds between the middle confidences, so that every exit gets images, and none by a hair."""
+    """Return a router with thresholds at the median confidences, so every exit gets images."""
     router = ExitRouter(2, policy="mean_foreground")
     with torch.inference_mode():
         outputs = model.eval().exit_outputs([image for image, _ in dataset])
@@ -95,9 +95,9 @@ def median_router(model: EarlyExitSSDLite, dataset: DetectionDataset) -> ExitRou
 
 
 def figures(dataset: DetectionDataset, results: dict) -> list[float]:
-    """AP to AP_large, undefined ones as pycocotools has them."""
-    found = evaluate_detections(to_coco(dataset), results, EvaluationSettings(resamples=0)).figures
-    values = [found[name] for name in ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")]
+    """Return AP to AP_large. Undefined values are -1, as in pycocotools."""
+    measured = evaluate_detections(to_coco(dataset), results, EvaluationSettings(resamples=0)).figures
+    values = [measured[name] for name in ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")]
     return [-1 if value is None else value for value in values]
 
 
@@ -119,8 +119,8 @@ def test_one_epoch_trains_every_exit(training_set, scaled):
         assert any(name.startswith(part) for name in changed), part
 
 
-def test_photos_without_objects_have_the_same_losses(records):
-    """Keys that come and go would make processes average different things."""
+def test_photos_without_objects_have_the_same_loss_keys(records):
+    """Processes average the losses, so all need the same keys."""
     model = small_model()
     empty = DetectionDataset([record for record in records if not record.annotations], CLASSES, train=True)
     (step,) = train_epoch(model, loader_of(empty), sgd(model), 1)
@@ -129,8 +129,8 @@ def test_photos_without_objects_have_the_same_losses(records):
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["all", "exits"])
-def test_distributed_without_looking_for_unused_parameters(training_set, tmp_path, frozen):
-    """DistributedDataParallel refuses the second step if the first left out a parameter that requires a gradient."""
+def test_distributed_training_has_no_unused_parameters(training_set, tmp_path, frozen):
+    """DistributedDataParallel fails in step 2 if a parameter that requires a gradient got none in step 1."""
     model = small_model()
     model.freeze_full_path(frozen)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
@@ -155,7 +155,7 @@ def test_frozen_trunk_stays_in_eval_mode_in_every_epoch(training_set):
 
 
 @pytest.mark.parametrize("routed", [False, True], ids=["unrouted", "routed"])
-def test_evaluation_gives_our_figures(trained, test_set, routed):
+def test_evaluation_equals_the_package_s_figures(trained, test_set, routed):
     trained.router = median_router(trained, test_set) if routed else None
     results = detect(trained, loader_of(test_set))
     assert list(results) == [record.image_id for record in test_set.records]
@@ -170,8 +170,8 @@ def test_evaluation_gives_our_figures(trained, test_set, routed):
     assert expected[1] > 0.01
 
 
-def test_part_of_a_data_set(trained, test_set):
-    """The scripts look through Subset at the whole data set, and evaluate the images that came."""
+def test_evaluation_of_a_subset(trained, test_set):
+    """The scripts take the ground truth of the whole data set, and evaluate the images of the Subset."""
     trained.router = None
     chosen = [1, 2, 4, 5]
     results = detect(trained, loader_of(Subset(test_set, chosen)))
@@ -181,20 +181,20 @@ def test_part_of_a_data_set(trained, test_set):
     assert figures(part, results) == expected
 
 
-def test_targets_belong_to_who_asked(test_set):
-    """The scripts change boxes in place."""
+def test_targets_can_be_changed_in_place(test_set):
+    """The scripts change boxes in place. The data set must not change with them."""
     box = test_set[0][1]["boxes"]
     box += 1000
     assert test_set[0][1]["boxes"].tolist() == [[8, 8, 56, 72]]
 
 
-def test_size_without_reading_the_photo(test_set):
-    """Grouping by aspect ratio asks for it."""
+def test_get_height_and_width(test_set):
+    """The scripts group photos by aspect ratio."""
     sizes = [tuple(image.shape[-2:]) for image, _ in test_set]
     assert [test_set.get_height_and_width(index) for index in range(len(test_set))] == sizes
 
 
-def test_found_by_name():
+def test_builders_are_registered_in_torchvision():
     assert models.list_models(include="earlyexit*") == ["earlyexit_ssd300_vgg16", NAME]
     assert models.list_models(module=earlyexit_ssd.modeling) == ["earlyexit_ssd300_vgg16", NAME]
     assert models.get_model_builder(NAME) is earlyexit_ssd.earlyexit_ssdlite320_mobilenet_v3_large
@@ -210,5 +210,5 @@ def test_state_dict_round_trip(tmp_path, test_set):
     images = [image for image, _ in test_set]
     with torch.inference_mode():
         heads = [model.eval().exit_outputs(images).heads for model in (first, second)]
-    for one, other in zip(*heads, strict=True):
-        assert all(torch.equal(one[key], other[key]) for key in one)
+    for head, loaded_head in zip(*heads, strict=True):
+        assert all(torch.equal(head[key], loaded_head[key]) for key in head)
