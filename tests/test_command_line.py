@@ -15,7 +15,7 @@ from earlyexit_ssd.errors import CannotWrite, DataError
 
 
 class Broken(Dataset):
-    """Its photo cannot be decoded."""
+    """A data set whose photo cannot be decoded."""
 
     def __len__(self):
         return 1
@@ -32,13 +32,13 @@ def _handlers():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_bad_input_is_one_line_also_from_a_worker(capsys, workers):
+def test_invalid_input_is_a_one_line_error_also_in_a_worker(capsys, workers):
     assert run_tool(lambda: list(DataLoader(Broken(), num_workers=workers))) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "error: train.json: photo cat.jpg (id 3): Error: cannot be decoded; replace it"
 
 
-def test_a_signal_ends_with_130_wherever_it_comes(capsys):
+def test_signal_ends_with_exit_code_130(capsys):
     stopped = partial(os.kill, os.getpid(), signal.SIGTERM)
     assert run_tool(stopped) == run_tool(stopped, after_a_stop="go on with --resume") == 130
     assert capsys.readouterr().err.splitlines() == ["stopped; run it again", "stopped; go on with --resume"]
@@ -63,10 +63,10 @@ def fail(error):
         (PermissionError(errno.EACCES, "Permission denied", "d.jpg"), "d.jpg: Permission denied; check the path"),
     ],
 )
-def test_an_error_of_the_system_is_one_line(capsys, error, line):
+def test_os_error_is_a_one_line_error(capsys, error, line):
     assert run_tool(lambda: fail(error), after_a_stop="go on with --resume") == 2
-    (found,) = capsys.readouterr().err.splitlines()
-    assert found.startswith(f"error: {line}") and found.endswith(" and go on with --resume")
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith(f"error: {line}") and message.endswith(" and go on with --resume")
 
 
 def print_and_log():
@@ -75,7 +75,7 @@ def print_and_log():
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8", "utf-16", "latin-1"])
-def test_any_console_shows_any_name(encoding, monkeypatch):
+def test_output_is_escaped_for_the_encoding_of_the_console(encoding, monkeypatch):
     streams = {name: io.TextIOWrapper(io.BytesIO(), encoding, errors="strict") for name in ("stdout", "stderr")}
     for name, stream in streams.items():
         monkeypatch.setattr(sys, name, stream)
@@ -85,8 +85,8 @@ def test_any_console_shows_any_name(encoding, monkeypatch):
     assert "log caf\\udce9" in err
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
-def test_a_full_standard_output_is_one_line(monkeypatch, capsys):
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full of Linux")
+def test_full_standard_output_is_a_one_line_error(monkeypatch, capsys):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         assert run_tool(print_and_log) == 2
@@ -101,14 +101,14 @@ sys.exit(run_tool(lambda: print("found")))
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full of Linux")
 def test_python_does_not_fail_at_exit_with_full_streams():
     with open("/dev/full", "w") as full:
         both = subprocess.run([sys.executable, "-W", "ignore", "-c", PRINT], stdout=full, stderr=full)
         assert both.returncode == 2
 
 
-def test_streams_that_are_no_files_are_left_alone(monkeypatch):
+def test_string_streams_are_not_changed(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     assert run_tool(lambda: print("\u043a")) == 0
     assert sys.stdout.getvalue() == "\u043a\n"

@@ -30,14 +30,14 @@ from earlyexit_ssd.plain import build
 @pytest.mark.filterwarnings("ignore:ks_2samp")  # rounding takes an exact p-value above 1
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=70), st.lists(st.integers(0, 9), min_size=1, max_size=70))
-def test_no_sample_with_the_quantiles_is_nearer(values, sample):
+def test_nearest_sample_is_nearest_among_samples_with_the_quantiles(values, sample):
     values, sample = np.array(values), np.array(sample)
     stored = sample_quantiles(sample)
     nearest = nearest_sample(values, np.array(stored), len(sample))
     assert sample_quantiles(nearest) == stored and len(nearest) == len(sample)
-    found, true = ks_2samp(values, nearest), ks_2samp(values, sample)
-    assert found.statistic <= max(true.statistic, 1 / (2 * len(sample))) + 1e-9
-    assert found.pvalue >= min(true.pvalue, 0.999) - 1e-9
+    approximate, exact = ks_2samp(values, nearest), ks_2samp(values, sample)
+    assert approximate.statistic <= max(exact.statistic, 1 / (2 * len(sample))) + 1e-9
+    assert approximate.pvalue >= min(exact.pvalue, 0.999) - 1e-9
 
 
 def test_quantiles_determine_a_small_sample():
@@ -46,7 +46,7 @@ def test_quantiles_determine_a_small_sample():
 
 
 def test_between_the_quantiles_the_sample_follows_the_values():
-    """Of 40 numbers every second one is known: the first, and then the 2nd, 4th, ..., 40th."""
+    """Of 40 numbers, the quantiles determine the 1st, 2nd, 4th, 6th, ..., 40th."""
     sample = np.arange(1, 41) / 1.0
     nearest = nearest_sample(np.full(7, 10.7), np.array(sample_quantiles(sample)), 40)
     assert nearest[[0, 1, 3, 9, 39]].tolist() == [1, 2, 4, 10, 40]
@@ -73,13 +73,13 @@ def test_reference_by_hand():
     assert reference.confidences == ((0.8,) * 11 + (0.9,) * 10, (0.6,) * 21)
 
 
-def test_quantiles_are_exact_where_a_level_is_a_whole_number_of_photos():
+def test_quantiles_are_exact_if_each_level_is_a_whole_number_of_photos():
     values = np.arange(1, 21) / 32
     reference = Reference.from_decisions(("exit8", "full"), np.zeros(20, int), [values])
     assert reference.confidences == ((1 / 32, *values),)
 
 
-def test_reference_goes_through_json():
+def test_reference_is_restored_from_json():
     reference = reference_of(*decisions(np.random.default_rng(0), 1000))
     assert read(json.loads(json.dumps(asdict(reference)))) == reference
     nobody_left = Reference.from_decisions(NAMES, [2, 2], [[0.1, 0.2], [0.3, 0.2]])
@@ -114,7 +114,7 @@ def test_reference_goes_through_json():
         ({"window": 200}, "drift: the key 'window' is unknown"),
     ],
 )
-def test_impossible_references(values, message):
+def test_invalid_references(values, message):
     assert json.loads(json.dumps(asdict(read(GOOD)))) == GOOD
     with pytest.raises(EarlyExitError, match=message):
         read({**GOOD, **values})
@@ -129,7 +129,7 @@ def test_impossible_references(values, message):
         ({"photos": 3}, "drift: the key 'confidences' is missing"),
     ],
 )
-def test_no_reference(values, message):
+def test_missing_reference(values, message):
     with pytest.raises(EarlyExitError, match=message):
         read(values)
 
@@ -144,7 +144,7 @@ def test_no_reference(values, message):
         ([], [[], []], "photos is 0"),
     ],
 )
-def test_impossible_calibrations(exit_index, confidences, message):
+def test_invalid_calibration_decisions(exit_index, confidences, message):
     with pytest.raises(EarlyExitError, match=message):
         Reference.from_decisions(NAMES, exit_index, confidences)
 
@@ -154,7 +154,8 @@ SHARES = (0.42, 0.38, 0.2)
 
 
 def decisions(generator, photos, shares=SHARES, power=1.0):
-    """Exits [photos] and the confidences there in [0.5, 1]: uniform for ``power`` 1, higher ones for less."""
+    """Return random exits [photos] and confidences [photos] in [0.5, 1]. These are uniform for ``power`` 1, and higher
+    for a lower power."""
     return generator.choice(3, photos, p=shares), 0.5 + 0.5 * generator.random(photos) ** power
 
 
@@ -168,24 +169,24 @@ def reference():
 
 
 def warnings_of(monitor, exit_index, confidence, batch=50):
-    """Of each batch that had any."""
+    """Return the warnings of each batch with warnings."""
     starts = range(0, len(exit_index), batch)
-    found = [monitor.update(exit_index[at : at + batch], confidence[at : at + batch]) for at in starts]
-    return [warnings for warnings in found if warnings]
+    per_batch = [monitor.update(exit_index[at : at + batch], confidence[at : at + batch]) for at in starts]
+    return [warnings for warnings in per_batch if warnings]
 
 
 @pytest.mark.parametrize(("alpha", "streams", "photos", "window"), [(0.2, 30, 2000, 200), (0.2, 30, 400, 20)])
-def test_false_alarms_are_at_most_those_documented(alpha, streams, photos, window):
+def test_false_alarms_are_within_the_documented_rate(alpha, streams, photos, window):
     assert false_alarms(alpha, streams, photos, window) / (streams * photos) <= 2 * alpha / window
 
 
 def test_false_alarms_by_default():
-    # 4 in 400,000 photos are documented (2 or 3 are the truth); 10 are three standard deviations above.
+    # 4 in 400,000 photos are documented, 2 or 3 are true; 10 are three standard deviations above
     assert false_alarms(0.001, 200, 2000, 200) <= 10
 
 
 def false_alarms(alpha, streams, photos, window):
-    """Checks that warn, in streams like their own calibration."""
+    """Return the number of batches with warnings, in streams from the distribution of their calibration."""
     alarms = 0
     for seed in range(streams):
         generator = np.random.default_rng(seed)
@@ -199,8 +200,8 @@ def test_shifted_shares_are_detected_within_two_windows(reference, caplog):
     monitor = DriftMonitor(reference)
     assert warnings_of(monitor, *decisions(generator, 1000)) == []
     with caplog.at_level(logging.WARNING):
-        found = warnings_of(monitor, *decisions(generator, 400, shares=(0.7, 0.2, 0.1)))
-    (warning,) = found[-1]
+        batches = warnings_of(monitor, *decisions(generator, 400, shares=(0.7, 0.2, 0.1)))
+    (warning,) = batches[-1]
     assert warning.startswith("drift: exit8 took ") and "% of the last 200 photos, " in warning
     assert warning.endswith("): calibrate again, because the certificate is for other photos")
     assert "\n" not in warning
@@ -225,9 +226,9 @@ def test_shifted_confidences_with_equal_shares_are_detected_within_two_windows(r
     exit_index, confidence = decisions(generator, 1400)
     confidence[1000:][exit_index[1000:] == 0] **= 0.4
     assert warnings_of(monitor, exit_index[:1000], confidence[:1000]) == []
-    found = warnings_of(monitor, exit_index[1000:], confidence[1000:])
-    assert all(len(warnings) == 1 for warnings in found)
-    assert found[-1][0].startswith("drift: the confidences at exit8 have changed, median 0.")
+    batches = warnings_of(monitor, exit_index[1000:], confidence[1000:])
+    assert all(len(warnings) == 1 for warnings in batches)
+    assert batches[-1][0].startswith("drift: the confidences at exit8 have changed, median 0.")
 
 
 def test_warnings_end_with_the_drift(reference):
@@ -242,15 +243,15 @@ def test_each_cause_is_logged_once_per_window(reference, caplog):
     monitor = DriftMonitor(reference, window=100)
     exit_index, confidence = np.zeros(400, int), np.full(400, 0.99)
     with caplog.at_level(logging.WARNING):
-        found = warnings_of(monitor, exit_index, confidence)
-    assert [len(warnings) for warnings in found] == [2] * 7  # at 100, 150, ..., 400 photos
+        batches = warnings_of(monitor, exit_index, confidence)
+    assert [len(warnings) for warnings in batches] == [2] * 7  # at 100, 150, ..., 400 photos
     assert len(caplog.messages) == 2 * 4
     assert {record.name for record in caplog.records} == {"earlyexit_ssd.drift"}
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 70), st.lists(st.integers(0, 40), min_size=1, max_size=12))
-def test_batches_may_be_cut_anywhere(window, sizes):
+def test_result_does_not_depend_on_batch_sizes(window, sizes):
     exit_index, confidence = decisions(np.random.default_rng(4), sum(sizes), shares=(0.1, 0.1, 0.8), power=0.1)
     reference = reference_of(*decisions(np.random.default_rng(5), 300))
     whole, parts = (DriftMonitor(reference, window=window, alpha=0.1) for _ in range(2))
@@ -278,12 +279,12 @@ def test_small_windows(reference, window):
     monitor = DriftMonitor(reference, window=window)
     warnings_of(monitor, *decisions(np.random.default_rng(6), 50), batch=4)
     assert monitor.status()["in_window"] == window
-    # Seven photos that all do what one in five did: 0.2 ** 7 is below 0.001 / 5.
+    # all seven photos take an exit with the calibration share 0.2: 0.2 ** 7 is below 0.001 / 5
     assert bool(monitor.update([2] * 2 * window, [0.0] * 2 * window)) == (window == 7)
 
 
 @pytest.mark.filterwarnings("error")  # numpy divides by no photos in silence otherwise
-def test_an_exit_without_calibration_photos():
+def test_exit_without_calibration_photos():
     reference = Reference.from_decisions(NAMES, [0, 2] * 200, [np.linspace(0.5, 1, 400)] * 2)
     assert reference.exit_counts == (200, 0, 200)
     monitor = DriftMonitor(reference)
@@ -318,7 +319,7 @@ def test_status(reference):
     assert monitor.status() == {**empty, "photos": 6, "in_window": 4, "shares": now}
 
 
-def test_takes_the_models_tensors(reference):
+def test_update_accepts_tensors_of_the_model(reference):
     monitor = DriftMonitor(reference, window=4)
     monitor.update(torch.tensor([0, 2]), torch.tensor([0.5, 0.5], dtype=torch.bfloat16, requires_grad=True))
     assert monitor.update(torch.tensor([], dtype=torch.long), torch.tensor([])) == monitor.update([], []) == []
@@ -337,7 +338,7 @@ def test_takes_the_models_tensors(reference):
         ([1], [float("inf")], "confidence of photo 0 at exit12 is inf"),
     ],
 )
-def test_impossible_decisions(reference, exit_index, confidence, message):
+def test_invalid_decisions(reference, exit_index, confidence, message):
     monitor = DriftMonitor(reference)
     with pytest.raises(EarlyExitError, match=message):
         monitor.update(exit_index, confidence)
@@ -353,18 +354,18 @@ def test_impossible_decisions(reference, exit_index, confidence, message):
         ({"alpha": float("nan")}, "alpha nan"),
     ],
 )
-def test_impossible_settings(reference, arguments, message):
+def test_invalid_settings(reference, arguments, message):
     with pytest.raises(EarlyExitError, match=message):
         DriftMonitor(reference, **arguments)
 
 
-def test_misspelt_keyword(reference):
+def test_misspelt_keyword_suggests_the_nearest(reference):
     with pytest.raises(TypeError, match="did you mean 'window'"):
         DriftMonitor(reference, windows=100)
 
 
 def test_p_values_by_hand():
-    # 3 of 3 against 0 of 3: the two outermost of 20 tables. Both samples apart: 2 of the 20 orders.
+    # 3 of 3 and 0 of 3 are the two extreme tables of 20. Separate samples are 2 of 20 orders.
     assert fisher_p_value(3, 3, 0, 3) == pytest.approx(2 / 20)
     assert ks_test(np.array([1, 2, 3]), np.array([4, 5, 6])) == pytest.approx((1.0, 2 / 20))
     assert ks_test(np.array([1, 2]), np.array([1, 2])) == (0.0, 1.0)
@@ -394,7 +395,7 @@ def test_drift_by_hand():
     )
 
 
-def test_a_stream_as_calibrated_does_not_drift(reference):
+def test_stream_from_the_calibration_distribution_does_not_drift(reference):
     record = DriftRecord(reference)
     for decision in zip(*decisions(np.random.default_rng(7), 1200), strict=True):
         record.add(*decision)
@@ -402,7 +403,7 @@ def test_a_stream_as_calibrated_does_not_drift(reference):
     assert found.photos == 1000 and not found.drifted and found.text.startswith("no drift in 1000 photos (p = ")
 
 
-def test_moved_confidences_drift(reference):
+def test_changed_confidences_drift(reference):
     record = DriftRecord(reference)
     for exit_index, confidence in zip(*decisions(np.random.default_rng(8), 400, power=0.4), strict=True):
         record.add(exit_index, confidence)
@@ -411,8 +412,8 @@ def test_moved_confidences_drift(reference):
     assert 0.2 < found.statistic < 0.5
 
 
-def test_frames_of_a_block_are_one_draw():
-    """As independent photos these frames would have drifted; they are four blocks, compared with ten."""
+def test_block_of_frames_counts_as_one_photo():
+    """As independent photos, these frames would count as drift. As four blocks, compared with ten, they do not."""
     frames = ([0] * 25 + [1] * 25) * 2
     alone, blocks = DriftRecord(two_exits(100, 250)), DriftRecord(two_exits(100, 250), block=25)
     fill(alone, [1] * 100)
@@ -420,14 +421,14 @@ def test_frames_of_a_block_are_one_draw():
     assert alone.drift().drifted and alone.drift().photos == 100
     found = blocks.drift()
     assert found.photos == 4 and not found.drifted
-    # 0 of 4 against 4 of 10: as likely or less are 0 and 4 of 4.
+    # for 0 of 4 and 4 of 10, the tables with 0 and 4 of 4 are equally likely or less likely
     assert found.p_value == pytest.approx(min(1, 3 * fisher_exact([[0, 4], [4, 6]]).pvalue))
     blocks = DriftRecord(two_exits(100, 250), block=25)
     fill(blocks, frames)
     assert blocks.drift().shares == {"exit8": 0.5, "full": 0.5}
 
 
-def test_the_block_is_the_certificates():
+def test_block_is_read_from_the_certificate():
     content = {"drift": asdict(two_exits(1, 2)), "target": {"kind": "risk", "block": 7}}
     assert DriftRecord.from_certificate(content, ("exit8", "full")).block == 7
     assert DriftRecord.from_certificate({**content, "target": {"block": None}}, ("exit8", "full")).block == 1
@@ -440,7 +441,7 @@ def test_the_block_is_the_certificates():
         DriftRecord.from_certificate({**content, "target": {"block": 0}}, ("exit8", "full"))
 
 
-def test_threads_share_a_record():
+def test_record_is_thread_safe():
     record = DriftRecord(two_exits(1, 2), block=8)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: record.add(0, 0.75), range(4000)))

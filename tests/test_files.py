@@ -40,23 +40,23 @@ WRITERS = {
 }
 
 
-def test_a_failure_leaves_the_old_file(tmp_path):
+def test_old_file_is_kept_after_a_failure(tmp_path):
     path = tmp_path / "a" / "notes.txt"
     write_text(path, "old")
     with pytest.raises(RuntimeError), atomic_path(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old"
-    assert [one.name for one in path.parent.iterdir()] == ["notes.txt"]
+    assert [file.name for file in path.parent.iterdir()] == ["notes.txt"]
 
 
-def test_json_has_no_nan(tmp_path):
+def test_nan_in_json_is_an_error(tmp_path):
     with pytest.raises(ValueError):
         write_json(tmp_path / "x.json", {"AP": float("nan")})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_path_that_cannot_be_a_folder(tmp_path):
+def test_path_below_a_file_cannot_be_a_folder(tmp_path):
     make_folder(tmp_path / "a" / "b")
     make_folder(tmp_path / "a" / "b")
     (tmp_path / "file").touch()
@@ -65,7 +65,7 @@ def test_a_path_that_cannot_be_a_folder(tmp_path):
             make_folder(path)
 
 
-def test_bytes_and_their_digest(tmp_path):
+def test_write_bytes_and_sha256(tmp_path):
     write_bytes(tmp_path / "a" / "abc", b"abc")  # the first example of FIPS 180-2
     assert sha256(tmp_path / "a" / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
@@ -75,34 +75,34 @@ def store(folder, contents="these photos"):
     return ArrayStore(folder, "cache", contents, 3, row)
 
 
-def fill(one):
-    one.create("a test", "make room")
-    one.open()
-    one.arrays["taps"][1] = [0.5, 2]
-    one.arrays["labels"][:] = [7, 8, 9]
-    one.flush()
-    one.finish({"ids": [4, 5, 6]})
+def fill(array_store):
+    array_store.create("a test", "make room")
+    array_store.open()
+    array_store.arrays["taps"][1] = [0.5, 2]
+    array_store.arrays["labels"][:] = [7, 8, 9]
+    array_store.flush()
+    array_store.finish({"ids": [4, 5, 6]})
 
 
-def test_a_store_is_complete_when_finished(tmp_path):
-    one = store(tmp_path / "new")
-    assert not one.is_complete()
-    one.create("a test", "make room")
-    assert not one.is_complete()
-    fill(one)
+def test_store_is_complete_when_finished(tmp_path):
+    written = store(tmp_path / "new")
+    assert not written.is_complete()
+    written.create("a test", "make room")
+    assert not written.is_complete()
+    fill(written)
     again = store(tmp_path / "new")
     assert again.is_complete()
     assert again.arrays["taps"].tolist() == [[0, 0], [0.5, 2], [0, 0]] and again.arrays["taps"].dtype == np.float16
     assert again.arrays["labels"].tolist() == [7, 8, 9]
     assert again.rest == {"ids": [4, 5, 6]}
     assert not store(tmp_path / "new", "other photos").is_complete()
-    one.create("a test", "make room")  # replaced, but not finished
-    assert not one.is_complete()
+    written.create("a test", "make room")  # replaced, but not finished
+    assert not written.is_complete()
     assert again.arrays["labels"].tolist() == [7, 8, 9]  # a reader keeps the old files
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{}", "null"])
-def test_a_store_of_unknown_contents(tmp_path, content, caplog):
+def test_store_with_an_invalid_key_is_not_complete(tmp_path, content, caplog):
     fill(store(tmp_path))
     (tmp_path / "cache.key").write_text(content)
     assert not store(tmp_path).is_complete()
@@ -110,7 +110,7 @@ def test_a_store_of_unknown_contents(tmp_path, content, caplog):
 
 
 @pytest.mark.parametrize("name", ["taps.npy", "labels.npy", "rest.pt"])
-def test_a_damaged_store(tmp_path, name, caplog):
+def test_damaged_store_is_not_complete(tmp_path, name, caplog):
     fill(store(tmp_path))
     whole = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(whole[: len(whole) // 2])
@@ -120,14 +120,14 @@ def test_a_damaged_store(tmp_path, name, caplog):
     assert not store(tmp_path).is_complete()
 
 
-def test_a_store_needs_room(tmp_path, monkeypatch):
+def test_too_small_disk_is_an_error_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=18))  # 3 rows of 2 * 2 + 2 bytes: all
     with pytest.raises(EarlyExitError, match=r"the taps: 0.0 GiB needed, 0.0 GiB free; set fewer views"):
         store(tmp_path).create("the taps", "set fewer views")
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_is_one_line_with_the_file_and_leaves_no_half(tmp_path, small_files, name):
+def test_full_disk_is_a_one_line_error_and_leaves_no_partial_file(tmp_path, small_files, name):
     (tmp_path / "a.png").write_bytes(b"old")
     with small_files(1000), pytest.raises(CannotWrite) as caught:
         WRITERS[name](tmp_path / name)
@@ -144,25 +144,25 @@ def test_writers_leave_only_their_file(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_path_below_a_file_is_one_line(tmp_path, name):
+def test_path_below_a_file_is_a_one_line_error(tmp_path, name):
     (tmp_path / "file").touch()
     with pytest.raises(CannotWrite, match=r"cannot be written \((Not a directory|File exists)\); name another folder"):
         WRITERS[name](tmp_path / "file" / name)
 
 
-def test_long_paths_are_cut(tmp_path):
+def test_long_paths_in_errors_are_shortened(tmp_path):
     with pytest.raises(CannotWrite) as caught:
         write_text(tmp_path / ("x" * 300), "")
     assert len(str(caught.value)) < 250 and "File name too long" in str(caught.value)
 
 
-def test_names_that_are_not_utf_8_are_escaped(tmp_path):
+def test_text_that_is_not_utf_8_is_escaped(tmp_path):
     write_text(tmp_path / "a.txt", "caf\udce9 \u043a")
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "caf\\udce9 \u043a"
 
 
-def held(folder, seconds: float, forks: bool = False) -> multiprocessing.Process:
-    """Start a process that holds the folder when this function returns. If it ``forks``, its child sleeps too."""
+def start_holder(folder, seconds: float, forks: bool = False) -> multiprocessing.Process:
+    """Start a process that has locked the folder when this function returns. If it ``forks``, its child sleeps too."""
 
     def hold(ready):
         files._held.clear()  # the fork inherits the set, but not the locks
@@ -176,25 +176,25 @@ def held(folder, seconds: float, forks: bool = False) -> multiprocessing.Process
     process = multiprocessing.get_context("fork").Process(target=hold, args=(there,))
     process.start()
     there.close()
-    process.child = here.recv()  # EOFError if it could not
+    process.child = here.recv()  # EOFError if the folder is locked
     return process
 
 
-def test_a_folder_belongs_to_one_process_until_it_is_killed(tmp_path):
-    other = held(tmp_path, 60)
+def test_folder_is_locked_until_its_process_is_killed(tmp_path):
+    other = start_holder(tmp_path, 60)
     with pytest.raises(EarlyExitError) as caught, locked_folder(tmp_path):
         pass
     message = f"{tmp_path} is in use by process {other.pid}; wait until it has ended, or name another folder"
     assert str(caught.value) == message
     other.kill()
     other.join()
-    with locked_folder(tmp_path), locked_folder(tmp_path):  # a tool that calls another one
+    with locked_folder(tmp_path), locked_folder(tmp_path):  # a process may lock a folder twice
         pass
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_process_leaves_no_lock_to_its_workers(tmp_path):
-    process = held(tmp_path, 60, forks=True)
+def test_children_do_not_keep_the_lock_of_a_killed_process(tmp_path):
+    process = start_holder(tmp_path, 60, forks=True)
     process.kill()
     process.join()
     try:
@@ -205,15 +205,15 @@ def test_a_killed_process_leaves_no_lock_to_its_workers(tmp_path):
 
 
 def test_waiting_for_a_lock(tmp_path):
-    held(tmp_path, 0.5)
+    start_holder(tmp_path, 0.5)
     start = time.monotonic()
     with lock(tmp_path / ".lock", "it", wait=True):
         assert 0.3 < time.monotonic() - start < 60
         with pytest.raises(EOFError):  # this process holds the lock
-            held(tmp_path, 0)
+            start_holder(tmp_path, 0)
 
 
-def test_an_empty_new_folder_is_removed(tmp_path):
+def test_empty_new_folder_is_removed(tmp_path):
     with pytest.raises(ValueError, match="wrong"), locked_folder(tmp_path / "new"):
         raise ValueError("wrong")
     assert not (tmp_path / "new").exists()

@@ -18,7 +18,7 @@ def signal_stack() -> tuple[int | None, int, int]:
 
 
 @linux
-def test_the_thread_gets_its_signal_stack_back():
+def test_signal_stack_of_the_thread_is_restored():
     before, memory = signal_stack(), ctypes.create_string_buffer(1 << 16)
     with pytest.raises(ValueError, match="while compiling"), _own_signal_stack():
         other = _Stack(ctypes.addressof(memory), 0, len(memory))

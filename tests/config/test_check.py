@@ -65,7 +65,7 @@ from earlyexit_ssd.errors import ConfigError
         ("LOSS.SUPERVISION", "teachers", "did you mean 'teacher'"),
     ],
 )
-def test_impossible_values(key, value, message):
+def test_invalid_values(key, value, message):
     with pytest.raises(ConfigError, match=message):
         load_config(None, [key, value])
 
@@ -77,7 +77,7 @@ def test_weights_are_not_compared_with_themselves():
         load_config(None, [*trained, "BASELINE.EPOCHS", "0"])
 
 
-def test_supervision_by_a_teacher_needs_one():
+def test_teacher_supervision_needs_a_teacher():
     with pytest.raises(ConfigError, match="LOSS.TEACHER is 'none', expected 'full' or 'next'"):
         load_config(None, ["LOSS.SUPERVISION", "teacher", "LOSS.TEACHER", "none"])
     keys = ["LOSS.SUPERVISION", "teacher", "LOSS.TEACHER", "full", "JOINT.TEACHER", "none"]
@@ -86,11 +86,11 @@ def test_supervision_by_a_teacher_needs_one():
         load_config(None, [*keys, "PHASES", "[baseline, exits, joint]"])
 
 
-def test_the_defaults_are_possible():
+def test_defaults_are_valid():
     load_config()
 
 
-def test_a_certificate_and_hybrid_routing_exclude_each_other():
+def test_certificate_and_hybrid_routing_exclude_each_other():
     with pytest.raises(ConfigError, match=r"ROUTING.HYBRID is True, expected false with ROUTING.CERTIFICATE"):
         load_config(None, ["ROUTING.HYBRID", "true", "ROUTING.CERTIFICATE", "c.json"])
 

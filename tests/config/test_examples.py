@@ -1,4 +1,4 @@
-"""The configurations that come with the project can be read."""
+"""The configurations of the project are valid."""
 
 from pathlib import Path
 

@@ -13,7 +13,7 @@ def write(path, text):
     return path
 
 
-def test_file_over_base_over_defaults_and_overrides_last(tmp_path):
+def test_order_of_defaults_base_file_and_overrides(tmp_path):
     write(tmp_path / "base.yaml", "SEED: 3\nMODEL: {WIDTH: 0.5, IMAGE_SIZE: 160}\n")
     path = write(tmp_path / "mine.yaml", "_BASE_: base.yaml\nMODEL: {WIDTH: 0.75}\nEXITS: {LAYERS: [6, 12]}\n")
     cfg = load_config(path, ["EXITS.CHANNELS", "32", "DATA.CLASSES", "[chair]"])
@@ -23,7 +23,7 @@ def test_file_over_base_over_defaults_and_overrides_last(tmp_path):
     assert cfg.EXITS.DEPTH == get_cfg().EXITS.DEPTH
 
 
-def test_a_dumped_configuration_loads_again(tmp_path):
+def test_dumped_configuration_loads_again(tmp_path):
     cfg = load_config(None, ["DATA.DATASETS", "[[mine, a.json, photos]]", "OUTPUT_DIR", "x"])
     assert load_config(write(tmp_path / "again.yaml", cfg.dump())) == cfg
 
@@ -46,7 +46,7 @@ def test_a_dumped_configuration_loads_again(tmp_path):
         ("_BASE_: bad.yaml", "circular _BASE_; remove it"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, text, message):
+def test_invalid_keys_and_types_are_one_line_errors(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message) as error:
         load_config(write(tmp_path / "bad.yaml", text))
     assert "\n" not in str(error.value)
@@ -81,7 +81,7 @@ MERGES = "\n".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for 
         ("THREADS: 4611686018427387904", "THREADS is 4611686018427387904, expected at most 1024"),
     ],
 )
-def test_mistakes_in_yaml_are_one_short_line(tmp_path, text, message):
+def test_hostile_yaml_is_a_short_one_line_error(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message) as error:
         load_config(write(tmp_path / "bad.yaml", text))
     assert str(error.value).isprintable() and len(str(error.value)) < 300
@@ -92,14 +92,14 @@ def test_dates_are_text_and_anchors_work():
     assert (cfg.OUTPUT_DIR, cfg.DATA.CLASSES) == ("2024-01-01", ("2024-13-45", "chair", "x"))
 
 
-def test_a_long_chain_of_bases(tmp_path):
+def test_too_long_chain_of_base_files(tmp_path):
     for number in range(1100):
         write(tmp_path / f"{number}.yaml", f"_BASE_: {number + 1}.yaml")
     with pytest.raises(ConfigError, match="a chain of more than 20 _BASE_ files; merge some of them"):
         load_config(tmp_path / "0.yaml")
 
 
-def test_paths_that_are_not_files(tmp_path):
+def test_paths_that_are_not_regular_files(tmp_path):
     os.mkfifo(tmp_path / "pipe.yaml")
     for path, message in (
         (tmp_path / "pipe.yaml", "not a regular file"),
@@ -120,7 +120,7 @@ def test_paths_that_are_not_files(tmp_path):
         (["MODEL.WIDTH", "wide"], "command line: MODEL.WIDTH expects a number"),
     ],
 )
-def test_mistakes_on_the_command_line(overrides, message):
+def test_invalid_overrides(overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config(None, overrides)
 
@@ -130,32 +130,32 @@ def test_lists_on_the_command_line(text, expected):
     assert expected == load_config(None, ["EXITS.LAYERS", text]).EXITS.LAYERS
 
 
-def test_numbers_that_yaml_reads_as_text():
+def test_numbers_in_notations_that_yaml_reads_as_another_type():
     assert load_config(None, ["BASELINE.LR", "1e-3"]).BASELINE.LR == 0.001
     assert isinstance(load_config(None, ["MODEL.WIDTH", "1"]).MODEL.WIDTH, float)
 
 
 @pytest.mark.parametrize("text", ["off", "OFF", "'off'"])
-def test_off_is_a_word(tmp_path, text):
+def test_off_is_text(tmp_path, text):
     assert load_config(None, ["ENGINE.AMP", text.lower()]).ENGINE.AMP == "off"
     assert load_config(write(tmp_path / "amp.yaml", f"ENGINE: {{AMP: {text}}}")).ENGINE.AMP == "off"
 
 
-def test_impossible_values_name_the_file(tmp_path):
+def test_invalid_value_error_names_the_file(tmp_path):
     with pytest.raises(ConfigError, match=r"mine.yaml: EXITS.LAYERS is 99, expected"):
         load_config(write(tmp_path / "mine.yaml", "EXITS: {LAYERS: [99]}"))
 
 
-def test_impossible_values_of_the_command_line_are_not_the_file_s(tmp_path):
+def test_invalid_override_error_names_the_command_line(tmp_path):
     with pytest.raises(ConfigError, match=r"^command line: EXITS.LAYERS is 99, expected"):
         load_config(write(tmp_path / "mine.yaml", "SEED: 1"), ["EXITS.LAYERS", "[99]"])
 
 
-def test_auto_is_the_name_of_the_file(tmp_path):
+def test_output_dir_auto_is_the_name_of_the_file(tmp_path):
     path = write(tmp_path / "mine.yaml", "SEED: 1")
     assert load_config(path, ["OUTPUT_DIR", "auto"]).OUTPUT_DIR == "output/mine"
 
 
 @given(st.integers(0, 10**6))
-def test_any_seed(seed):
+def test_any_seed_is_valid(seed):
     assert seed == load_config(None, ["SEED", str(seed)]).SEED
