@@ -193,7 +193,6 @@ def first_line(error: Exception) -> str:
 
 
 COUNTED = (torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm)  # convolutions and linear layers
-WARM_UP_RUNS = 3
 
 
 @dataclass(frozen=True)
@@ -264,15 +263,14 @@ def time_modules(
     torch.set_num_threads(threads)
     try:
         with evaluating(*modules):
-            for run in progress(range(-WARM_UP_RUNS, runs), desc=desc):
+            for _ in progress(range(runs), desc=desc):
                 for module, example, values in zip(modules, examples, milliseconds, strict=True):
                     module(example)
                     _synchronize(example.device)
                     start = time.perf_counter()
                     module(example)
                     _synchronize(example.device)
-                    if run >= 0:
-                        values.append((time.perf_counter() - start) * 1000)
+                    values.append((time.perf_counter() - start) * 1000)
     finally:
         torch.set_num_threads(threads_before)
     return [Timing(*median_interval(values)) for values in milliseconds]

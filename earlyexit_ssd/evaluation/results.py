@@ -48,8 +48,8 @@ class Record:
         for name in (name for name in names if name in entries):
             value = figures.pop(name)
             record = next(filter(is_dataclass, (hints[name], *typing.get_args(hints[name]))), None)
-            if isinstance(value, list) and record:
-                value = tuple(map(record.from_json, value))
+            if isinstance(value, list) and (record or typing.get_origin(hints[name]) is tuple):
+                value = tuple(map(record.from_json, value) if record else value)
             values[name] = record.from_json(value) if isinstance(value, dict) and record else value
         return cls(**values, **({"figures": figures} if "figures" in names else {}))
 

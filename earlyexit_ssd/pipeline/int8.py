@@ -358,9 +358,10 @@ def speed_of(predictor: Predictor, against: Predictor, dataset: DetectionDataset
 
     They take turns on at most `RANGE_PHOTOS` photos. Each runs a photo once untimed, then timed, as in `time_modules`.
     """
-    predictors = (predictor, against)
-    for each in predictors:
-        each.warm_up()
-    photos = map(read_image, _sample([record.path for record in dataset.records]))
-    times = np.array([[[each(photo).ms for _ in range(2)][-1] for each in predictors] for photo in photos])
-    return ratio(times[None, :, 1], times[None, :, 0])
+    times = []
+    for photo in map(read_image, _sample([record.path for record in dataset.records])):
+        for each in (predictor, against):
+            each(photo)
+            times.append(each(photo).ms)
+    columns = np.array(times).reshape(1, -1, 2)
+    return ratio(columns[..., 1], columns[..., 0])

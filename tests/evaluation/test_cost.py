@@ -202,8 +202,7 @@ def test_example_has_the_size_of_the_model(small_model):
     assert example_input(small_model).shape == (1, 3, 96, 96)
 
 
-def test_turns_are_interleaved_and_threads_restored(monkeypatch):
-    monkeypatch.setattr(cost, "WARM_UP_RUNS", 1)
+def test_turns_are_interleaved_and_threads_restored():
     calls = []
 
     class Recorder(nn.Module):
@@ -217,7 +216,7 @@ def test_turns_are_interleaved_and_threads_restored(monkeypatch):
     before = torch.get_num_threads()
     modules = [Recorder("a"), Recorder("b")]
     time_modules(modules, torch.zeros(1), runs=2, threads=2)
-    assert [name for name, *_ in calls] == ["a", "a", "b", "b"] * 3  # warm-up and two runs, each after an untimed one
+    assert [name for name, *_ in calls] == ["a", "a", "b", "b"] * 2  # each timed run after an untimed one
     assert {state for _, *state in map(tuple, calls) for state in [tuple(state)]} == {(2, False, False)}
     assert torch.get_num_threads() == before
     assert modules[0].training
@@ -231,7 +230,7 @@ def test_each_module_has_its_own_example():
             shapes.append(len(x))
 
     time_modules([Recorder(), Recorder()], [torch.zeros(1), torch.zeros(2)], runs=1)
-    assert shapes == [1, 1, 2, 2] * (cost.WARM_UP_RUNS + 1)
+    assert shapes == [1, 1, 2, 2]
 
 
 def test_threads_are_restored_after_an_error():
