@@ -228,7 +228,7 @@ def _unrank(values: np.ndarray, rank: float) -> float:
 
 
 BINS = 10  # number of bins of `Reliability`
-LEAST_PROBABILITY = 0.05  # lowest object probability of a box that `contested_boxes` keeps
+CONTESTED_PROBABILITY = 0.05  # lowest object probability of a box that `contested_boxes` keeps
 AT_BOUND = 0.01  # a temperature is at a bound if it is within this share of the bound
 
 
@@ -262,14 +262,14 @@ class FittedTemperature:
 def contested_boxes(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Return logits [M, C] and labels [M] of the default boxes that may show an object.
 
-    These boxes are matched with an object, or have an object probability of at least `LEAST_PROBABILITY`. The other
+    These boxes are matched with an object, or have an object probability of at least `CONTESTED_PROBABILITY`. The other
     98 % are almost surely background. If they were kept, they would determine the temperature.
 
     ``batches`` are logits [N, A, C], not divided by a temperature, and labels [N, A], 0 for background.
     """
     kept_logits, kept_labels = [], []
     for logits, labels in batches:
-        keep = (labels > 0) | (FastSoftmax(logits).largest >= LEAST_PROBABILITY)
+        keep = (labels > 0) | (FastSoftmax(logits).largest >= CONTESTED_PROBABILITY)
         kept_logits.append(logits[keep])
         kept_labels.append(labels[keep].long())
     return torch.cat(kept_logits), torch.cat(kept_labels)

@@ -468,7 +468,7 @@ class LearnedGain(FittedPolicy):
 
 RIDGE_PENALTIES = tuple(10.0**power for power in range(-1, 6))
 LARGEST_WEIGHT = 10.0  # limit for the weight of a calibration photo in a cross-fit; a training photo has weight 1
-LEAST_PROBABILITY = 1e-3  # probabilities are clamped to [0.001, 0.999] before their logit is computed
+LOGIT_EPS = 1e-3  # probabilities are clamped to [0.001, 0.999] before their logit is computed
 
 
 @register_policy("foreseen_emptiness", FEWER_CANDIDATES)
@@ -536,7 +536,7 @@ def regression_inputs(signals: ExitSignals) -> Tensor:
     if signals.empty:
         return signals.tap
     largest = FastSoftmax(signals.logits).largest.amax(-1, keepdim=True)
-    return torch.cat([signals.tap, torch.logit(largest, eps=LEAST_PROBABILITY)], dim=1)
+    return torch.cat([signals.tap, torch.logit(largest, eps=LOGIT_EPS)], dim=1)
 
 
 def fit_largest_score(inputs: Tensor, probability: Tensor, weights: Tensor | None = None) -> dict[str, list | float]:
@@ -553,7 +553,7 @@ def fit_largest_score(inputs: Tensor, probability: Tensor, weights: Tensor | Non
     Returns:
         ``weight`` [d] and ``bias`` for inputs that are not standardised.
     """
-    inputs, targets = inputs.double(), torch.logit(probability.double(), eps=LEAST_PROBABILITY)
+    inputs, targets = inputs.double(), torch.logit(probability.double(), eps=LOGIT_EPS)
     share = torch.ones_like(targets) if weights is None else weights.double()
     share = share / share.sum()
     root = (share * len(share)).sqrt()

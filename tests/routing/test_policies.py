@@ -21,8 +21,8 @@ from earlyexit_ssd.modeling.trunk import evaluating
 from earlyexit_ssd.routing import POLICIES, ExitRouter, get_policy, policies
 from earlyexit_ssd.routing.policies import (
     FITTED_POLICIES,
-    LEAST_PROBABILITY,
     LEVELS,
+    LOGIT_EPS,
     NUM_STATISTICS,
     BalancedAmbiguity,
     ForeseenEmptiness,
@@ -404,7 +404,7 @@ def test_leave_one_out_error_equals_refits():
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(25, 12, generator=generator)
     probability = torch.sigmoid(inputs[:, 0] + torch.randn(25, generator=generator))
-    targets = torch.logit(probability, eps=LEAST_PROBABILITY).double()
+    targets = torch.logit(probability, eps=LOGIT_EPS).double()
     scaled = ((inputs - inputs.mean(0)) / inputs.std(0, unbiased=False)).double()
 
     def ridge(rows, penalty):
