@@ -1,13 +1,14 @@
 """Early exits: their description, and the kinds of branches.
 
 A *context* is a feature map that one exit's branch passes to the next exit's branch. *C4* is trunk layer 13, the last
-layer with stride 2. docs/design.md has a glossary.
+layer with stride 2. The glossary of docs/design.md explains the other terms.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ class Argument:
     zero: bool = True  # False if 0 is not allowed
 
     def per_exit(self, name: str, value: object, exits: int) -> list:
-        """Check ``value``, which is one for all exits or a list, and return one for each of ``exits`` exits."""
+        """Return one value for each of ``exits`` exits. ``value`` is one for all exits, or a list."""
         values = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
         if len(values) not in (1, exits) or not all(map(self._allows, values)):
             number = "a whole number" if isinstance(self.default, int) else "a number"
@@ -81,8 +82,7 @@ class Place:
     @property
     def num_boxes(self) -> int:
         """Default boxes per image."""
-        pairs = zip(self.grids, self.boxes_per_cell, strict=True)
-        return sum(height * width * count for (height, width), count in pairs)
+        return sum(math.prod(grid) * boxes for grid, boxes in zip(self.grids, self.boxes_per_cell, strict=True))
 
 
 BRANCHES: dict[str, tuple[Callable[..., Branch], Mapping[str, Argument]]] = {}
@@ -90,10 +90,7 @@ BRANCHES: dict[str, tuple[Callable[..., Branch], Mapping[str, Argument]]] = {}
 
 
 def register_branch(name: str, **arguments: Argument) -> Callable[[T], T]:
-    """Decorator: register a class or function that builds the branches of kind ``name``.
-
-    It is called with a :class:`Place` and, as keywords, the values of ``arguments``.
-    """
+    """Decorator: register a class or function that builds the branches of kind ``name``."""
 
     def register(build: T) -> T:
         BRANCHES[name] = build, arguments
@@ -104,14 +101,13 @@ def register_branch(name: str, **arguments: Argument) -> Callable[[T], T]:
 
 @dataclass(frozen=True)
 class Exit:
-    """Description of one early exit, shared by configuration, builders, model and model files.
+    """Description of one early exit.
 
     Attributes:
         layer: trunk layer that the exit is attached to (torchvision's numbering, the stem is 0).
         branch: kind of its branch, a name in :data:`BRANCHES`.
         arguments: name -> value of the branch's arguments; those left out get their defaults.
-        pixels: side in pixels of a glance's small copy of the image; None for other exits. The trunk runs on the copy
-            up to ``layer``, before it runs on the full-size image.
+        pixels: side in pixels of a glance's small copy of the image; None for other exits.
 
     Raises:
         EarlyExitError: an unknown kind or argument, or a value out of its range.
@@ -161,7 +157,6 @@ def arguments_of(branch: object) -> Mapping[str, Argument]:
 
 
 def _all_arguments() -> dict[str, Argument]:
-    """Return name -> argument, for the arguments of all kinds of branches."""
     return {name: argument for _, arguments in BRANCHES.values() for name, argument in arguments.items()}
 
 
@@ -228,7 +223,7 @@ def exit_keywords(exits: Sequence[Exit]) -> dict[str, object]:
 
 
 def check_exits(exits: Sequence[Exit], last_layer: int) -> None:
-    """Check the order: glances by increasing pixels, then exits by increasing layer, all before ``last_layer``."""
+    """Raise EarlyExitError unless glances with increasing pixels come first, then exits with increasing layers."""
     glances = [exit for exit in exits if exit.pixels is not None]
     pixels = [exit.pixels for exit in exits[: len(glances)]]
     if None in pixels or pixels != sorted(set(pixels)):
@@ -264,19 +259,16 @@ def takes_exits(function: T) -> T:
 
 
 class Branch(nn.Module):
-    """Base class of branches, which compute head outputs for the full path's default boxes from an exit's tap.
-
-    Attributes:
-        context_channels: channels of the context for the next exit; 0 for none.
-    """
+    """Base class of branches, which compute head outputs for the full path's default boxes from an exit's tap."""
 
     context_channels = 0
+    """Channels of the context for the next exit; 0 for none."""
 
     def inherit(self, backbone: nn.Module, head: nn.Module) -> None:
         """Copy the full path's current weights into the copied layers, if the branch has any."""
 
     def context(self, tap: Tensor, previous: Tensor | None) -> Tensor | None:
-        """Return this exit's context, from its tap and the previous exit's context; None if there is none."""
+        """Return this exit's context; None if there is none. ``previous``: context of the exit before."""
         return None
 
     def forward(self, tap: Tensor, context: Tensor | None = None) -> Head:
@@ -289,30 +281,27 @@ class Branch(nn.Module):
 
 
 class Tail(nn.Module):
-    """Copy of trunk layers 14 to 16 and the four extra blocks of a torchvision SSDLite, with its current weights.
-
-    ``depth`` is the number of residual blocks (layers 14 and 15) to copy, 0 to 2; 1 copies layer 15.
-    """
+    """Copy of the last ``depth`` (0 to 2) of trunk layers 14 and 15, of layer 16 and of the four extra blocks."""
 
     def __init__(self, backbone: nn.Module, depth: int) -> None:
         super().__init__()
-        c4_rest, *blocks, last = backbone.features[1]
-        self.blocks = nn.Sequential(*deepcopy(blocks[len(blocks) - depth :]))
-        self.last = deepcopy(last)
-        self.extra = deepcopy(backbone.extra)
+        self.blocks, self.last, self.extra = deepcopy(self._originals(backbone, depth))
         self.requires_grad_(True)
-        self.in_channels = c4_rest[-1].out_channels
-        self.out_channels = [last.out_channels, *(block[-1].out_channels for block in backbone.extra)]
+        self.in_channels = backbone.features[1][0][-1].out_channels
+        self.out_channels = [self.last.out_channels, *(block[-1].out_channels for block in self.extra)]
+
+    @staticmethod
+    def _originals(backbone: nn.Module, depth: int) -> tuple[nn.Module, nn.Module, nn.Module]:
+        _, *blocks, last = backbone.features[1]
+        return nn.Sequential(*blocks[len(blocks) - depth :]), last, backbone.extra
 
     def inherit(self, backbone: nn.Module) -> None:
-        _, *blocks, last = backbone.features[1]
-        pairs = [*zip(reversed(self.blocks), reversed(blocks), strict=False), (self.last, last)]
-        for copied, original in (*pairs, (self.extra, backbone.extra)):
+        originals = self._originals(backbone, len(self.blocks))
+        for copied, original in zip((self.blocks, self.last, self.extra), originals, strict=True):
             copied.load_state_dict(original.state_dict())
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the output of the residual blocks, of the same shape as ``x`` [N, in_channels, S, S], and the head's
-        five coarser maps."""
+        """Return the output of the residual blocks [N, in_channels, S, S], and the head's five coarser maps."""
         x = self.blocks(x)
         maps = [self.last(x)]
         for block in self.extra:
@@ -324,11 +313,8 @@ class Tail(nn.Module):
 def inherit_predictors(head: SSDLiteHead, full: SSDLiteHead, channels: Tensor | None = None) -> None:
     """Copy the predictors of the full path's head ``full`` into a branch's ``head``.
 
-    If only ``full`` is folded (see `FoldedClassificationHead`), background and the wanted classes are copied.
-
-    Args:
-        channels: indices of the channels of the first map that the branch has. None: the branch has a new first map,
-            whose predictors are not copied.
+    If only ``full`` is folded, background and the wanted classes are copied. ``channels``: indices of the channels that
+    the branch's first map has. With None this map is new, and its predictors are not copied.
     """
     classes = full.classification_head
     unfold = is_folded(classes) and not is_folded(head.classification_head)
@@ -351,15 +337,14 @@ def inherit_predictors(head: SSDLiteHead, full: SSDLiteHead, channels: Tensor | 
 class ThinnedBlock(nn.Sequential):
     """Copy of an inverted residual block, with a ``share`` in (0, 1] of its expansion channels.
 
-    The block must have no residual connection. ``layers``: [expansion,] depthwise convolution, [squeeze-excitation,]
-    projection.
+    ``layers``: [expansion,] depthwise convolution, [squeeze-excitation,] projection.
     """
 
     def __init__(self, layers: Sequence[nn.Module], share: float) -> None:
         channels = layers[-1][0].in_channels
-        expands = layers[0][0].groups == 1
-        count = _thinned(channels, share) if expands else channels
-        super().__init__(*_slice_block(layers, torch.arange(count)))  # sets the shapes; `inherit` copies the weights
+        if layers[0][0].groups == 1:  # an expansion
+            channels = _thinned(channels, share)
+        super().__init__(*_slice_block(layers, torch.arange(channels)))  # sets the shapes; `inherit` copies the weights
         self.requires_grad_(True)
 
     @property
@@ -374,7 +359,7 @@ class ThinnedBlock(nn.Sequential):
         efficient ConvNets") times the root mean square of the depthwise convolution's output, sqrt(scale^2 + shift^2)
         of its BatchNorm.
         """
-        norm = next(layer[1] for layer in layers[:-1] if not hasattr(layer, "fc1") and layer[0].groups > 1)
+        norm = next(layer[1] for layer in layers if not isinstance(layer, SqueezeExcitation) and layer[0].groups > 1)
         output_rms = (norm.weight**2 + norm.bias**2).sqrt()
         importance = output_rms * layers[-1][0].weight.flatten(1).norm(dim=0)
         channels = importance.topk(self.expanded_channels).indices.sort().values
@@ -387,10 +372,6 @@ class CopiedPathToC4(nn.Module):
 
     Blocks with a residual connection are skipped, which a trained network tolerates (Veit et al. 2016, "Residual
     networks behave like ensembles of relatively shallow networks"). Layers 2, 4, 7, 11 and C4 have no such connection.
-
-    Args:
-        layer: trunk layer of the tap.
-        share: share of every expansion's channels to copy, in (0, 1].
 
     Attributes:
         c4: the copy of C4; None if nothing is copied.
@@ -409,15 +390,14 @@ class CopiedPathToC4(nn.Module):
         self.fine_channels = self.c4[0][0].in_channels if blocks else backbone.features[1][0][-1].out_channels
 
     def inherit(self, backbone: nn.Module) -> Tensor | None:
-        """Copy the full path's current weights. Return the indices of the copied channels of C4's expansion, or None if
-        nothing is copied."""
-        pairs = zip([*self.before, self.c4], _blocks_to_c4(backbone, self._layer), strict=False)
-        channels = [module.inherit(block) for module, block in pairs]
-        return channels[-1] if channels else None
+        """Return the indices of the copied channels of C4's expansion, or None if nothing is copied."""
+        channels = None
+        for copied, block in zip([*self.before, self.c4], _blocks_to_c4(backbone, self._layer), strict=False):
+            channels = copied.inherit(block)
+        return channels
 
     def forward(self, tap: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return the input of C4 [N, fine_channels, S, S], its expansion and its output. If nothing is copied, return
-        the tap, None and the tap."""
+        """Return C4's input, its expansion and its output. If nothing is copied, return the tap, None and the tap."""
         fine = self.before(tap)
         if self.c4 is None:
             return fine, None, fine
@@ -444,7 +424,7 @@ def _slice_block(layers: Sequence[nn.Module], channels: Tensor) -> list[nn.Modul
     """Copy a block's layers with only these ``channels`` (indices) between expansion and projection."""
     *inner, projection = deepcopy(list(layers))
     for layer in inner:
-        if hasattr(layer, "fc1"):
+        if isinstance(layer, SqueezeExcitation):
             _slice(layer.fc1, channels, dim=1)
             _slice(layer.fc2, channels, dim=0)
         else:
@@ -478,8 +458,8 @@ def _slice(module: nn.Module, channels: Tensor, dim: int) -> None:
 class CopiedBranch(Branch):
     """A branch of copied layers: tap -> `CopiedPathToC4` -> `Tail` -> head.
 
-    The tail computes all maps of the head except the first. The output of its residual blocks is upsampled and added to
-    the first map (top-down connection, Lin et al. 2017, FPN).
+    The tail computes all maps but the first. The output of its residual blocks is upsampled and added to the first map
+    (top-down connection, Lin et al. 2017, FPN).
 
     Args:
         channels: channels of a new first map. With 0 the first map is C4's copied expansion, as in the full path, and
@@ -497,13 +477,10 @@ class CopiedBranch(Branch):
         # Blocks before the tap are not copied. With `channels` they are, because existing model files contain them.
         blocks = depth if channels else min(depth, LAST_LAYER - 1 - place.layer)
         self.copied, self.tail = CopiedPathToC4(place.backbone, place.layer, copy), Tail(place.backbone, blocks)
-        self.fine = self.smooth = None
-        if channels or self.copied.c4 is None:
-            channels = channels or self.copied.first_channels
-            self.fine = _pointwise(self.copied.fine_channels, channels)
-            self.smooth = _depthwise(channels)
-        else:
-            channels = self.copied.first_channels
+        new_map = channels > 0 or self.copied.c4 is None
+        channels = channels or self.copied.first_channels
+        self.fine = _pointwise(self.copied.fine_channels, channels) if new_map else None
+        self.smooth = _depthwise(channels) if new_map else None
         self.top_down = _pointwise(self.tail.in_channels, channels)
         self.head = SSDLiteHead(
             [channels, *self.tail.out_channels], list(place.boxes_per_cell), place.num_classes, norm_layer
@@ -540,8 +517,7 @@ def _halvings(side: int, grid: int) -> int:
 class PyramidStep(nn.Module):
     """Compute the next map of a feature pyramid with depthwise separable convolutions of stride 2, or one of stride 1.
 
-    If their output does not have the size of the next map, it is resized (nearest neighbour). ``sizes``: (height,
-    width) in cells of the input and of the next map.
+    ``sizes``: (height, width) in cells of the input and of the next map. An output of another size is resized.
     """
 
     def __init__(self, channels: int, sizes: tuple[tuple[int, int], tuple[int, int]]) -> None:
@@ -554,7 +530,6 @@ class PyramidStep(nn.Module):
             self.layers.append(_pointwise(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return [N, C, *size of the next map] for ``x`` [N, C, H, W]."""
         x = self.layers(x)
         return x if x.shape[-2:] == self._grid else F.interpolate(x, self._grid)
 
@@ -583,7 +558,6 @@ class LightBranch(Branch):
         factorise(self.head.classification_head, head_rank)
 
     def context(self, tap: Tensor, previous: Tensor | None) -> Tensor:
-        """Return the input of the pyramid, [N, channels, H, W]."""
         x = self.narrow(self.attention(tap))
         if self.cascade is not None:
             x = x + F.interpolate(self.cascade(previous), tap.shape[-2:])

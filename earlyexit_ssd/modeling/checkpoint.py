@@ -17,7 +17,7 @@ from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 
 from earlyexit_ssd.errors import EarlyExitError, nearest, shown
 from earlyexit_ssd.files import sha256, write_torch
-from earlyexit_ssd.modeling.detector import EarlyExitDetector
+from earlyexit_ssd.modeling.detector import POST_PROCESSING, EarlyExitDetector
 from earlyexit_ssd.modeling.outputs import RouterSettings
 from earlyexit_ssd.modeling.retrofit import (
     Architecture,
@@ -34,12 +34,11 @@ from earlyexit_ssd.plain import read_json, typed
 FORMAT = "earlyexit_ssd/1"
 
 Describe = Callable[[int, tuple[str, ...]], Architecture]
-"""Function that returns the architecture of another program's checkpoint. Its arguments are the checkpoint's outputs
-per default box, background included, and its exit names."""
+"""Function from a checkpoint's outputs per default box, background included, and its exit names to its architecture."""
 
 
 class ModelInfo(TypedDict, total=False):
-    """The entries of a model file's ``info`` that the package reads. A file may have other entries."""
+    """The entries of a model file's ``info`` that the package reads. A file may have others."""
 
     router: RouterSettings | None  # None if the exits are not trained
     forced: bool  # training continued after a failed gate
@@ -53,17 +52,15 @@ def save_model(
     architecture: Architecture | None = None,
     info: ModelInfo | None = None,
 ) -> None:
-    """Write the model without its router, its architecture (default: `Architecture.of`) and ``info``, plain types.
+    """Write a model file: the model without its router, the architecture (default: `Architecture.of`) and ``info``.
     Raise an EarlyExitError if the model is fused, was changed since it was built, or does not fit the architecture."""
     if model.fused:
         raise EarlyExitError(f"{path}: a model fused for inference cannot be saved; save the model before fusing")
-    if architecture is None:
-        try:
-            architecture = Architecture.of(model)
-        except EarlyExitError as error:
-            raise EarlyExitError(f"{path}: {error}") from None
-    own = model.classes, model.exit_layers[: len(model.exits)]
-    described = architecture.classes, architecture.exit_layers
+    try:
+        architecture = architecture or Architecture.of(model)
+    except EarlyExitError as error:
+        raise EarlyExitError(f"{path}: {error}") from None
+    own, described = (model.classes, model.exit_layers[:-1]), (architecture.classes, architecture.exit_layers)
     if own != described:
         raise EarlyExitError(f"{path}: the architecture has {described}, the model {own}; pass Architecture.of(model)")
     state = {key: value.cpu() for key, value in model.state_dict().items() if not key.startswith("router.")}
@@ -76,8 +73,8 @@ def load_model(
 ) -> tuple[EarlyExitDetector, Architecture, ModelInfo]:
     """Read a model file. Return the model in eval mode on the CPU, its architecture and its info.
 
-    ``ExitRouter(**info["router"])`` creates the saved router. With ``describe``, a checkpoint of another program is
-    accepted too (:func:`find_detector`). If the checkpoint has no exits, those of the model are untrained.
+    ``ExitRouter(**info["router"])`` creates the saved router. With ``describe``, checkpoints that `find_detector`
+    accepts are read too. If they have no exits, those of the model are untrained.
 
     Raises:
         EarlyExitError: the file is no model of this project, or does not fit its own description.
@@ -121,18 +118,19 @@ def _load_foreign(
         model = architecture.build()
     except EarlyExitError as error:
         raise EarlyExitError(f"{path}: {error}") from None
-    wanted = tuple(name for name, empty in zip(model.exit_names, model.empty, strict=False) if not empty)
-    if exits and exits != wanted:
+    expected = tuple(early_exit.name for early_exit in model.exits if not early_exit.empty)
+    if exits and exits != expected:
         raise EarlyExitError(
-            f"{path}: its exits are {', '.join(exits)}, expected {', '.join(wanted) or 'none'}; set EXITS.LAYERS (in "
+            f"{path}: its exits are {', '.join(exits)}, expected {', '.join(expected) or 'none'}; set EXITS.LAYERS (in "
             f"Python exit_layers) to {[int(name[4:]) for name in exits]}"
         )
     temperatures = state.get("router.temperatures")
     weights = {key: value for key, value in state.items() if not key.startswith("router.")}
-    if not exits:
-        weights |= {key: value for key, value in model.state_dict().items() if key.startswith("branches.")}
-    load_every_key(model, weights, path)
-    if not exits:
+    if exits:
+        load_every_key(model, weights, path)
+    else:
+        untrained = {key: value for key, value in model.state_dict().items() if key.startswith("branches.")}
+        load_every_key(model, weights | untrained, path)
         model.inherit()
     info = {"exits": bool(exits), "temperatures": None if temperatures is None else temperatures.tolist()}
     return model.eval(), architecture, info
@@ -140,8 +138,7 @@ def _load_foreign(
 
 def weights_hash(model: nn.Module) -> str:
     """Return the SHA-256 of the network's parameters, buffers, input size and post-processing, without the router."""
-    settings = ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
-    values = [tuple(model.transform.fixed_size), *(getattr(model, name) for name in settings)]
+    values = [tuple(model.transform.fixed_size), *(getattr(model, name) for name in POST_PROCESSING)]
     digest = hashlib.sha256(repr(values).encode())
     for name, value in model.state_dict().items():
         if not name.startswith("router."):
@@ -153,12 +150,11 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def half_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a copy of a state dict with floating-point tensors rounded to fp16. Raises an EarlyExitError for a value
+    """Return a copy of a state dict with floating-point tensors rounded to fp16. Raise an EarlyExitError for a value
     that is not finite in fp16.
 
-    Tensors of one type are views into one buffer, since ``torch.save`` adds 200 bytes per buffer and a model has a
-    thousand tensors. A BatchNorm variance below fp16's smallest number (6e-8) becomes 0. This hardly changes the
-    output, since BatchNorm adds 1e-3 to it.
+    Tensors of one type are views into one buffer, since ``torch.save`` adds 200 bytes per buffer. A BatchNorm variance
+    below fp16's smallest number (6e-8) becomes 0, which hardly changes the output, since BatchNorm adds 1e-3 to it.
     """
     half = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
     views = dict.fromkeys(state)
@@ -249,14 +245,14 @@ EarlyExitSSDLite_Weights = ShippedWeights(
 
 
 def find_weights(name: str | os.PathLike[str] | ShippedWeights) -> ShippedWeights | None:
-    """Return the member called ``name``, in any case, with or without the enum's name as prefix; None without one."""
+    """Return the member called ``name`` in any case, with or without the enum's name as prefix; None without one."""
     enum = EarlyExitSSDLite_Weights
     return enum.__members__.get(str(name).removeprefix(f"{enum.__name__}.").upper())
 
 
 def weights_path(name_or_path: str | os.PathLike[str] | ShippedWeights) -> Path:
-    """Return the path of shipped weights if ``name_or_path`` is their name, otherwise ``name_or_path`` as a Path.
-    Raises an EarlyExitError if it is neither such a name nor a file, or if the shipped file is damaged."""
+    """Return the path of the shipped weights called ``name_or_path``, or of that file. Raise an EarlyExitError if there
+    is neither, or if the shipped file is damaged."""
     if member := find_weights(name_or_path):
         member.check()
         return member.path

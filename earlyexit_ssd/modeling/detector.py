@@ -1,7 +1,7 @@
 """A torchvision SSD with early exits: the forward pass from exit to exit, detections and losses.
 
-A *context* is a feature map that one exit's branch passes to the next exit's branch. With a *hybrid* router, classes
-come from an early exit and boxes from the full path. The glossary of docs/design.md explains the other terms.
+A *context* is a feature map that one exit's branch passes to the next exit's branch. The glossary of docs/design.md
+explains the other terms.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ Detections = list[dict[str, Tensor]]
 """Per image ``boxes`` [n, 4] xyxy in the photo's pixels, ``labels`` [n] and ``scores`` [n]."""
 Sizes = list[tuple[int, int]]  # per image (height, width) in pixels
 
+POST_PROCESSING = ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
+
 
 def full_path_losses(head: Head, assignment: Assignment, settings: LossSettings) -> dict[str, Tensor]:
     """Return the full path's losses times ``full_weight``, under torchvision's names (see `detection_losses`)."""
@@ -52,10 +54,9 @@ def early_exit_losses(
 ) -> dict[str, Tensor]:
     """Return the weighted losses of the early exits as scalars.
 
-    Each exit has ``<name>_bbox_regression`` and ``<name>_classification``, with a teacher also
-    ``<name>_distillation``, and with a router that learns temperatures also ``<name>_temperature``. With
-    ``supervision="teacher"`` there are no losses against labels, and temperatures are fitted to the full path's most
-    probable classes.
+    Each exit has ``<name>_bbox_regression`` and ``<name>_classification`` (none with ``supervision="teacher"``), with a
+    teacher ``<name>_distillation``, and with a router that learns temperatures ``<name>_temperature``. Without labels
+    these are fitted to the full path's most probable classes.
 
     Args:
         names: exit index -> name of the early exits that have a branch.
@@ -82,19 +83,19 @@ def early_exit_losses(
     return losses
 
 
-# The forward pass from exit to exit. Taps of glances, maps and heads are computed only when the caller reads them.
+# The forward pass from exit to exit.
 
 
 @dataclass
 class AtExit:
-    """A batch of images at an exit of the forward pass.
+    """A batch of images at an exit of the forward pass. Taps, maps and heads are computed when the caller reads them.
 
     Attributes:
         model, trunk: the detector, and the layers of its trunk.
         index: index of the exit; the full path's index is the number of early exits.
         x: output of the trunk at this exit, [N, C, H, W]; at a glance, the images.
         finest: the finest feature map of the full path's head; None before it is computed.
-        context: context of this exit's branch, see :meth:`Branch.context`.
+        context: context of this exit's branch.
         glance_tap: tap [N, C, H, W] of a glance; None at other exits, and before :attr:`tap` is first read.
     """
 
@@ -108,18 +109,18 @@ class AtExit:
 
     @property
     def full(self) -> bool:
-        """Whether this is the full path, which is the last exit."""
+        """Whether this is the full path."""
         return self.index == self.model.num_early_exits
 
     @property
     def tap(self) -> Tensor:
-        """Output of the exit's trunk layer, [N, C, H, W]. A glance's tap is computed when it is first read."""
-        pixels = None if self.full else self.model.exits[self.index].pixels
-        if pixels is None:
+        """Output of the exit's trunk layer, [N, C, H, W]."""
+        if self.index >= self.model.num_glances:
             return self.x
         if self.glance_tap is None:
-            end = self.trunk.ends[self.model.exit_layers[self.index]]
-            self.glance_tap, _ = self.trunk.run(small_copy(self.x, pixels), 0, end)
+            glance = self.model.exits[self.index]
+            copies = small_copy(self.x, glance.pixels)
+            self.glance_tap, _ = self.trunk.run(copies, 0, self.trunk.ends[glance.layer])
         return self.glance_tap
 
     def maps(self) -> list[Tensor]:
@@ -127,7 +128,7 @@ class AtExit:
         return self.trunk.feature_maps(self.x, self.finest)
 
     def head(self) -> Head:
-        """Compute the head outputs of this exit."""
+        """Return the head outputs of this exit."""
         if self.full:
             return self.model.head(self.maps())
         branch = self.model.branches[self.model.exit_names[self.index]]
@@ -135,7 +136,7 @@ class AtExit:
         return branch(self.x if self.model.empty[self.index] else self.tap, self.context)
 
     def signals(self, head: Head) -> ExitSignals:
-        """Return the router's inputs at this exit, from its ``head`` outputs."""
+        """Return the router's inputs at this exit."""
         if self.full:
             return ExitSignals(head["cls_logits"])
         return ExitSignals(head["cls_logits"], pool_tap(self.tap), self.model.empty[self.index])
@@ -156,8 +157,6 @@ def walk(
     context: Tensor | None = None,
 ) -> Iterator[AtExit]:
     """Yield each exit in order, the full path last. The trunk runs up to an exit only when that exit is requested.
-
-    Between two exits the caller may shrink the batch with :meth:`AtExit.keep`.
 
     Args:
         x: normalised images [N, 3, S, S].
@@ -181,13 +180,12 @@ def walk(
 def route(model: EarlyExitDetector, x: Tensor) -> tuple[Head, Tensor, Tensor]:
     """Run each image up to the exit that the router chooses for it. ``x``: normalised images [N, 3, S, S].
 
-    With a hybrid router each image runs through the whole trunk and takes its boxes from the full path. Its classes
-    come from the first exit where its confidence reaches the threshold. The full path's classification head runs only
-    for images that reach no threshold.
+    With a hybrid router each image runs through the whole trunk and takes its boxes from the full path. The full path's
+    classification head runs only for images that leave at no early exit.
 
     Returns:
-        the head outputs of each image, the index of its exit [N] and the confidence there [N]. With a hybrid router
-        the exit is the one of the classes.
+        the head outputs of each image, the index of its exit (with a hybrid router, of its classes) [N], and the
+        confidence there [N].
     """
     router, hybrid_boxes = model.router, {}
     # Indices of the images without an exit. The batch holds only these images, or with a hybrid router all images.
@@ -261,9 +259,7 @@ class EarlyExitDetector(SSD):
     """A torchvision SSD with branches after some trunk layers.
 
     All parameters and buffers of the torchvision detector keep their names. Without a router, the detections equal
-    torchvision's. In train mode ``model(images, targets)`` returns a dict of scalar losses of all exits. In eval mode
-    ``model(images)`` returns `Detections`. With a router each detection dict also has the scalar tensors ``exit_index``
-    and ``exit_confidence``. A subclass sets ``last_layer`` and torchvision's weights, and implements ``trunk`` and
+    torchvision's. A subclass sets ``last_layer`` and torchvision's weights, and implements ``trunk`` and
     ``build_plain``.
 
     Args:
@@ -274,9 +270,9 @@ class EarlyExitDetector(SSD):
         router: chooses each image's exit in eval mode; None runs the full path only.
 
     Attributes:
-        score_thresh: lowest score of a detection, or class name -> lowest score (0.001 for other classes).
         exit_names: names of all exits in the order of computation, such as ``("glance128", "exit8", "full")``.
         exit_layers: trunk layer of each exit; `last_layer` for the full path.
+        width: factor on the trunk's channels.
         grids: (height, width) in cells of the head's feature maps.
         empty: per early exit, True if it has no branch.
         norm_frozen: True keeps BatchNorm in eval mode in training, from the next call of ``train()`` on.
@@ -311,20 +307,10 @@ class EarlyExitDetector(SSD):
         router: Router | None = None,
     ) -> None:
         num_classes = num_outputs(detector.head.classification_head)
-        super().__init__(
-            detector.backbone,
-            detector.anchor_generator,
-            detector.transform.fixed_size,
-            num_classes,
-            image_mean=detector.transform.image_mean,
-            image_std=detector.transform.image_std,
-            head=detector.head,
-            nms_thresh=detector.nms_thresh,
-            detections_per_img=detector.detections_per_img,
-            iou_thresh=detector.proposal_matcher.high_threshold,
-            topk_candidates=detector.topk_candidates,
-            positive_fraction=1 / (1 + detector.neg_to_pos_ratio),
-        )
+        size = detector.transform.fixed_size
+        super().__init__(detector.backbone, detector.anchor_generator, size, num_classes, head=detector.head)
+        for name in ("transform", "proposal_matcher", "neg_to_pos_ratio", *POST_PROCESSING[1:]):
+            setattr(self, name, getattr(detector, name))
         self.exits = tuple(self.default_exits if exits is None else exits)
         check_exits(self.exits, self.last_layer)
         self.classes = tuple(classes or (f"class_{label}" for label in range(1, num_classes)))
@@ -344,9 +330,8 @@ class EarlyExitDetector(SSD):
         self.router = router
         self.norm_frozen = False
         self._full_path_frozen = False
-        parameter = next(self.backbone.parameters())
         with evaluating(self.backbone):
-            taps, maps = self.trunk_maps(parameter.new_zeros(1, 3, *self.transform.fixed_size))
+            taps, maps = self.trunk_maps(next(self.backbone.parameters()).new_zeros(1, 3, *size))
         self.backbone.train(self.training)  # `evaluating` restored the mode that it had in `detector`
         self.grids = [tuple(feature.shape[-2:]) for feature in maps]
         boxes_per_cell = self.anchor_generator.num_anchors_per_location()
@@ -375,7 +360,7 @@ class EarlyExitDetector(SSD):
 
     @property
     def score_thresh(self) -> float | dict[str, float]:
-        """Lowest score of a detection: a number, or class name -> number."""
+        """Lowest score of a detection: a number, or class name -> number (0.001 for other classes)."""
         return self._score_thresh
 
     @score_thresh.setter
@@ -389,7 +374,7 @@ class EarlyExitDetector(SSD):
 
     @property
     def num_glances(self) -> int:
-        """Number of glances. They are the first early exits."""
+        """Number of glances, which are the first early exits."""
         return sum(exit.pixels is not None for exit in self.exits)
 
     @property
@@ -403,7 +388,7 @@ class EarlyExitDetector(SSD):
         return [at.tap for at in early], full.maps()
 
     def branch_heads(self, taps: Sequence[Tensor]) -> list[Head]:
-        """Compute the head outputs of all early exits from their taps."""
+        """Return the head outputs of all early exits from their taps."""
         heads, context = [], None
         for branch, tap in zip(self.branches.values(), taps, strict=True):
             context = branch.context(tap, context)
@@ -447,8 +432,8 @@ class EarlyExitDetector(SSD):
         return assign(targets, anchors, self.proposal_matcher, self.box_coder)
 
     def forward(self, images: list[Tensor], targets: Targets | None = None) -> dict[str, Tensor] | Detections:
-        """Return losses in train mode, which needs ``targets``, and detections in eval mode. ``images``: RGB [3, H, W]
-        in [0, 1], of any sizes."""
+        """Return scalar losses of all exits in train mode, and detections in eval mode. With a router each detection
+        dict also has the scalars ``exit_index`` and ``exit_confidence``. ``images``: RGB [3, H, W] in [0, 1]."""
         validate.check_not_traced(None if self.training else self.router)
         validate.check_images(images)
         validate.check_head(self.head, self.num_classes)
@@ -488,8 +473,8 @@ class EarlyExitDetector(SSD):
     ) -> Detections:
         """Filter detections as torchvision does, and also apply score thresholds per class.
 
-        These are applied after NMS and before the limit per image. Before NMS the result would be the same, since a
-        box suppresses only boxes of its own class with a lower score.
+        These are applied between NMS and the limit per image. The result is the same as before NMS, where a box
+        suppresses only boxes of its own class with a lower score.
         """
         if not isinstance(self.score_thresh, Mapping):
             return super().postprocess_detections(head_outputs, image_anchors, image_shapes)
@@ -575,7 +560,7 @@ class AllOutputs(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         heads, others = self.path.run(x)
-        return [*(tensor for head in heads for tensor in head.values()), *others]
+        return [tensor for head in heads for tensor in head.values()] + others
 
 
 def fuse_for_inference(model: EarlyExitDetector) -> EarlyExitDetector:
@@ -613,8 +598,8 @@ class ResizedBatch:
 class FullPathLosses(nn.Module):
     """Losses of the full path. The branches are not computed and get no gradient.
 
-    ``sides`` are the input sides in pixels of multi-scale training; without any, the model's own side is used. The side
-    of a batch depends only on its image ids. Default boxes keep their size in pixels (`PixelBoxes`).
+    ``sides`` are the input sides in pixels of multi-scale training; the image ids of a batch select one. By default the
+    model's own side is used. Default boxes keep their size in pixels (`PixelBoxes`).
     """
 
     def __init__(self, model: EarlyExitDetector, sides: Sequence[int] = ()) -> None:
@@ -628,21 +613,22 @@ class FullPathLosses(nn.Module):
         return full_path_losses(batch.head, model.assign(batch.targets, batch.anchors), model.losses)
 
     def compute(self, images: list[Tensor], targets: Targets) -> ResizedBatch:
-        """Compute the head outputs of a batch, at the input side that its image ids select."""
+        """Return the head outputs of a batch at the input side that its image ids select."""
         model = self._model[0]
         validate.check_images(images)
         targets = validate.check_targets(targets, len(images), model.classes)
         validate.check_batch(self, len(images))
         batch, targets = model.transform(images, targets)
-        x = batch.tensors
-        side = own_side = x.shape[-1]
+        side = own_side = batch.tensors.shape[-1]
         if self._sides:
             side = self._sides[sum(int(target["image_id"]) for target in targets) % len(self._sides)]
-        if side != own_side:
-            x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+        if side == own_side:
+            _, maps = model.trunk_maps(batch.tensors)
+            anchors = model.default_boxes(batch)
+        else:
+            x = F.interpolate(batch.tensors, (side, side), mode="bilinear", antialias=True)
             targets = [{**target, "boxes": target["boxes"] * (side / own_side)} for target in targets]
-        maps, anchors = model.trunk_maps(x)[1], model.default_boxes(batch)
-        if side != own_side:
+            _, maps = model.trunk_maps(x)
             anchor_generator = PixelBoxes(model.anchor_generator, model.grids, own_side, side)
             fp32_maps = [feature.detach().float() for feature in maps]
             anchors = anchor_generator(ImageList(x, [(side, side)] * len(x)), fp32_maps)
@@ -685,7 +671,7 @@ def default_boxes_of_image(model: EarlyExitDetector, device: torch.device) -> Te
 
 @torch.no_grad()
 def compute_taps(model: EarlyExitDetector, images: list[Tensor], targets: Targets) -> TapBatch:
-    """Run trunk and full path's head in the model's current mode. Boxes of ``targets`` are in photo pixels."""
+    """Run the full path in the model's current mode. Boxes of ``targets`` are in photo pixels."""
     targets = validate.check_targets(targets, len(images), model.classes)
     batch, targets = model.transform(images, targets)
     taps, maps = model.trunk_maps(batch.tensors)

@@ -21,13 +21,12 @@ from earlyexit_ssd.modeling.trunk import evaluating
 
 
 class FoldedClassificationHead(SSDScoringHead):
-    """A trained classification head with all its classes, the unwanted ones folded into background.
+    """A trained classification head that keeps all its rows and folds the unwanted classes into background.
 
-    The background logit becomes the log-sum-exp of the background's and the unwanted classes' logits, so that the
-    softmax gives every wanted class the same probability as before. Parameters keep their names.
+    The background logit becomes the log-sum-exp of the background's and the unwanted classes' logits, so the softmax
+    gives every wanted class the same probability as before. Parameters keep their names.
 
     Args:
-        head: torchvision's classification head.
         rows: for each wanted class its row in ``head``, from 1 on.
         competing: names of the folded classes if the head is compact; empty otherwise.
     """
@@ -41,25 +40,25 @@ class FoldedClassificationHead(SSDScoringHead):
         self.register_buffer("background_rows", torch.tensor(background_rows), persistent=False)
 
     def forward(self, x: list[Tensor]) -> Tensor:
-        """Feature maps to logits [N, A, 1 + wanted classes]."""
+        """Return logits [N, A, 1 + wanted classes] from the head's feature maps."""
         logits = super().forward(x)
         background = logits[..., self.background_rows].logsumexp(-1, keepdim=True)
         return torch.cat([background, logits[..., self.wanted]], -1)
 
 
 def is_folded(head: nn.Module) -> bool:
-    """Whether a classification head folds classes into background."""
+    """Return whether a classification head folds classes into background."""
     return isinstance(head, FoldedClassificationHead)
 
 
 def num_outputs(head: SSDScoringHead) -> int:
-    """Logits per default box that a classification head returns, background included."""
+    """Return the number of logits per default box of a classification head, background included."""
     return head.num_outputs if is_folded(head) else head.num_columns
 
 
 @dataclass(frozen=True)
 class ClassChange:
-    """How the wanted classes map to a checkpoint's classes.
+    """The change from a checkpoint's classes to the wanted classes. ``str()`` describes it to the user.
 
     Attributes:
         wanted: names of the wanted classes.
@@ -75,20 +74,21 @@ class ClassChange:
 
     def __str__(self) -> str:
         kept = [name for name, row in zip(self.wanted, self.rows, strict=True) if row is not None]
-        new = [name for name, row in zip(self.wanted, self.rows, strict=True) if row is None]
-        parts = [f"kept the weights of {', '.join(kept)}" if kept else "kept no class"]
+        new = [name for name in self.wanted if name not in kept]
+        parts = [f"kept the weights of {', '.join(kept)}"]
         if self.competing is not None:
-            names = f": {', '.join(self.competing)}" if self.competing else ""
-            parts += [f"{len(self.competing)} of {self.unwanted} other classes compete and went into background{names}"]
+            compete = f"{len(self.competing)} of {self.unwanted} other classes compete and went into background"
+            parts.append(compete + (f": {', '.join(self.competing)}" if self.competing else ""))
         elif self.unwanted:
-            parts += [f"{self.unwanted} other classes are no longer detected"]
-        parts += [f"new classes: {', '.join(new)}"] if new else []
+            parts.append(f"{self.unwanted} other classes are no longer detected")
+        if new:
+            parts.append(f"new classes: {', '.join(new)}")
         return "; ".join(parts)
 
 
 def plan_class_change(source: Sequence[str], wanted: Sequence[str]) -> ClassChange:
-    """Find the wanted classes among a checkpoint's, ``source`` (in label order, without background). An EarlyExitError
-    if the checkpoint has none of the wanted classes."""
+    """Find the wanted classes in ``source``, a checkpoint's classes in label order without background. Raise an
+    EarlyExitError if the checkpoint has none of them."""
     labels = {canonical(name): label for label, name in enumerate(source, start=1)}
     rows = tuple(labels.get(canonical(name)) for name in wanted)
     if all(row is None for row in rows):
@@ -101,7 +101,7 @@ def plan_class_change(source: Sequence[str], wanted: Sequence[str]) -> ClassChan
 
 
 def cut_head(head: FoldedClassificationHead) -> SSDScoringHead:
-    """A copy with background and the wanted classes only: cheaper, but scores rise a little (see `slice_rows`)."""
+    """Return a copy with background and the wanted classes only; see `slice_rows`."""
     cut = SSDScoringHead(copy.deepcopy(head.module_list), head.num_columns)
     slice_rows(cut, head.wanted.tolist())
     return cut
@@ -118,11 +118,10 @@ def slice_rows(head: SSDScoringHead, rows: Sequence[int | None]) -> None:
         parent, name = (head.module_list, index) if isinstance(block, nn.Conv2d) else (block, 1)
         old = parent[name]
         channels = old.out_channels // head.num_columns * (len(rows) + 1)
-        new = nn.Conv2d(old.in_channels, channels, old.kernel_size, padding=old.padding)
+        parent[name] = new = nn.Conv2d(old.in_channels, channels, old.kernel_size, padding=old.padding)
         nn.init.normal_(new.weight, std=0.03)
         nn.init.zeros_(new.bias)
         copy_rows(new, old, head.num_columns, (0, *rows))
-        parent[name] = new
     head.num_columns = len(rows) + 1
 
 
@@ -130,8 +129,8 @@ def slice_rows(head: SSDScoringHead, rows: Sequence[int | None]) -> None:
 def copy_rows(
     new: nn.Conv2d | FactorisedPredictor, old: nn.Conv2d, num_classes: int, rows: Sequence[int | None]
 ) -> None:
-    """Copy the weights of class ``rows[i]`` of ``old``, which has ``num_classes`` with background, to class ``i`` of
-    ``new``; None copies nothing. Output channels are ordered [default box of the cell, class]."""
+    """Copy the weights of class ``rows[i]`` of ``old`` to class ``i`` of ``new``; None copies nothing. ``num_classes``
+    are the classes of ``old`` with background. Output channels are ordered [default box of the cell, class]."""
     if isinstance(new, FactorisedPredictor):
         whole = nn.Conv2d(new.in_channels, new.out_channels, 1).to(old.weight)
         copy_rows(whole, old, num_classes, rows)
@@ -165,7 +164,7 @@ class FactorisedPredictor(nn.Sequential):
 
 
 def factorise(head: SSDScoringHead, rank: int) -> None:
-    """Replace each predictor by a `FactorisedPredictor` if that has fewer weights; rank 0 leaves all."""
+    """Replace each predictor by a `FactorisedPredictor` if that has fewer weights; rank 0 replaces none."""
     for block in head.module_list:
         old = block[1]
         if 0 < rank * (old.in_channels + old.out_channels) < old.in_channels * old.out_channels:
@@ -176,11 +175,11 @@ def factorise(head: SSDScoringHead, rank: int) -> None:
 logger = logging.getLogger(__name__)
 
 LEAST_CUT_SCORE = 0.05
-"""A default box counts if a head cut to background and the wanted classes gives a wanted class at least this score."""
+"""Score of a wanted class in a head cut to background and the wanted classes, from which a default box counts."""
 
 
 def competing_rows(logits: Tensor, wanted: Sequence[int], tolerance: float) -> list[int]:
-    """The fewest competing classes that preserve the wanted classes' scores, largest probability first.
+    """Return the rows of the fewest competing classes that preserve the wanted classes' scores.
 
     Unwanted classes are added by decreasing probability, summed over the default boxes, until
     :func:`score_difference` is at most ``tolerance``.
@@ -198,7 +197,7 @@ def competing_rows(logits: Tensor, wanted: Sequence[int], tolerance: float) -> l
 
 
 def score_difference(probabilities: Tensor, wanted: Sequence[int], kept: Sequence[int]) -> float:
-    """Mean rise of the wanted classes' scores when the head keeps only background and the rows ``wanted`` and ``kept``.
+    """Return the mean rise of the wanted classes' scores when the head keeps only background, ``wanted`` and ``kept``.
 
     All scores of a default box are divided by the probability of the classes that stay. Each box counts with the wanted
     class of the largest rise. ``probabilities`` are the softmax of the whole head, [M, C].
@@ -209,32 +208,30 @@ def score_difference(probabilities: Tensor, wanted: Sequence[int], kept: Sequenc
 
 
 def fires(logits: Tensor, wanted: Sequence[int]) -> Tensor:
-    """Where a head cut to background and ``wanted`` would detect something: logits [..., C] to a bool mask [...]."""
+    """Return where a head cut to background and ``wanted`` would detect, a mask [...] for logits [..., C]."""
     cut = logits[..., [0, *wanted]].softmax(-1)
     return cut[..., 1:].amax(-1) >= LEAST_CUT_SCORE
 
 
 def find_competing_rows(detector: SSD, wanted: Sequence[int], photos: Iterable[Tensor], tolerance: float) -> list[int]:
-    """:func:`competing_rows` of a detector's whole head on photos, [3, H, W] in [0, 1], of any sizes. An EarlyExitError
-    if there is no photo, or no default box that counts."""
-    device, found = next(detector.parameters()).device, []
+    """Return the :func:`competing_rows` of a detector's whole head on photos, [3, H, W] in [0, 1], of any sizes. Raise
+    an EarlyExitError if there is no photo, or no default box that counts."""
+    device, counting = next(detector.parameters()).device, []
     with evaluating(detector):
         for photo in photos:
             batch, _ = detector.transform([photo.to(device)], None)
             logits = detector.head.classification_head(list(detector.backbone(batch.tensors).values()))
-            found.append(logits[fires(logits, wanted)])  # the logits of all default boxes would fill the memory
-    logits = torch.cat(found) if found else torch.empty(0)
-    if not len(logits):
+            counting.append(logits[fires(logits, wanted)])  # the logits of all default boxes would fill the memory
+    if not sum(map(len, counting)):
         raise EarlyExitError(
-            f"MODEL.FOLD 'compact' looks for the classes that compete, but none of {len(found)} photos (DATA.TRAIN) "
+            f"MODEL.FOLD 'compact' looks for the classes that compete, but none of {len(counting)} photos (DATA.TRAIN) "
             f"shows what could be a wanted class (score {LEAST_CUT_SCORE}); take other photos, or MODEL.FOLD 'exact'"
         )
+    logits = torch.cat(counting)
     rows = competing_rows(logits, wanted, tolerance)
+    difference = score_difference(logits.double().softmax(-1), wanted, rows)
+    boxes = f"{len(logits)} default boxes of {len(counting)} photos"
     logger.info(
-        "compact head: with %d competing classes a score differs by %.4f on average (%d default boxes of %d photos)",
-        len(rows),
-        score_difference(logits.double().softmax(-1), wanted, rows),
-        len(logits),
-        len(found),
+        "compact head: with %d competing classes a score differs by %.4f on average (%s)", len(rows), difference, boxes
     )
     return rows

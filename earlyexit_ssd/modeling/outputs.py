@@ -1,4 +1,4 @@
-"""Outputs of the exits, inputs of a router, and the interface between model and router."""
+"""Outputs of the exits, and the interface between model and router."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ExitSignals:
     Attributes:
         logits: raw class logits [N, A, C], background first.
         tap: the exit's tap, pooled by :func:`pool_tap`, [N, 2 * channels]; None at the full path.
-        empty: the exit has no branch, so its logits hold no information.
+        empty: whether the exit has no branch, so its logits hold no information.
     """
 
     logits: Tensor
@@ -31,7 +31,7 @@ class ExitSignals:
 
 
 def pool_tap(tap: Tensor) -> Tensor:
-    """Mean and maximum of each channel over the cells: [N, channels, H, W] to [N, 2 * channels]."""
+    """Return mean and maximum of each channel, [N, 2 * channels] from a tap [N, channels, H, W]."""
     return torch.cat([tap.mean((-2, -1)), tap.amax((-2, -1))], dim=1)
 
 
@@ -39,27 +39,27 @@ class Router(Protocol):
     """Interface of a router; :class:`earlyexit_ssd.routing.ExitRouter` implements it."""
 
     hybrid: bool
-    """Every image runs the whole trunk: classes come from the first confident exit, boxes from the full path."""
+    """True: every image runs the whole trunk. Classes come from the first confident exit, boxes from the full path."""
 
     def confidence(self, signals: ExitSignals, exit_index: int) -> Tensor:
-        """Confidence of the exit in each image, [N]."""
+        """Return the confidence of the exit in each image, [N]."""
 
     def needs(self, exit_index: int) -> bool:
-        """Whether the confidence at the exit is needed; False for a closed exit, whose head is not computed."""
+        """Return False for a closed exit, whose head and confidence are not computed."""
 
     def leaves(self, confidence: Tensor, exit_index: int) -> Tensor:
-        """Which images leave at the exit, [N] bool."""
+        """Return which images leave at the exit, [N] bool."""
 
     def temperature_loss(self, logits: Tensor, assignment: Assignment, exit_index: int) -> Tensor | None:
-        """Scalar loss that fits this exit's temperature to raw logits [N, A, C]; None if it is fixed."""
+        """Return the scalar loss that fits this exit's temperature to raw logits [N, A, C]; None if it is fixed."""
 
 
-class _NeededSettings(TypedDict):
+class _RequiredSettings(TypedDict):
     num_exits: Annotated[int, 0, 15]
 
 
-class RouterSettings(_NeededSettings, total=False):
-    """Result of ``ExitRouter.to_dict``, stored in model files and certificates; missing keys have defaults."""
+class RouterSettings(_RequiredSettings, total=False):
+    """Result of ``ExitRouter.to_dict``, stored in model files and certificates. Missing keys have defaults."""
 
     policy: str
     parameters: Any
@@ -75,9 +75,9 @@ class ExitOutputs:
 
     Attributes:
         heads: shallow to deep, the full path last.
-        taps: per early exit the tap, pooled by :func:`pool_tap`, [N, 2 * channels].
-        anchors: per image [A, 4] xyxy in network pixels, the same for every exit.
-        network_sizes, photo_sizes: per image (height, width) in pixels.
+        taps: per early exit, the tap pooled by :func:`pool_tap`, [N, 2 * channels].
+        anchors: per image, default boxes [A, 4] xyxy in network pixels, the same for every exit.
+        network_sizes, photo_sizes: per image, (height, width) in pixels.
         empty: per early exit, whether it has no branch.
     """
 
@@ -89,12 +89,12 @@ class ExitOutputs:
     empty: tuple[bool, ...]
 
     def on_full_boxes(self) -> ExitOutputs:
-        """A copy with the full path's boxes at every exit, as with a hybrid router."""
+        """Return a copy with the full path's boxes at every exit, as with a hybrid router."""
         boxes = self.heads[-1]["bbox_regression"]
         return dataclasses.replace(self, heads=tuple({**head, "bbox_regression": boxes} for head in self.heads))
 
     def signals(self, exit_index: int) -> ExitSignals:
-        """The router's inputs at this exit."""
+        """Return the router's inputs at this exit."""
         logits = self.heads[exit_index]["cls_logits"]
         if exit_index == len(self.taps):
             return ExitSignals(logits)

@@ -16,7 +16,7 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import validate
 from earlyexit_ssd.modeling.branches import exit_keywords
 from earlyexit_ssd.modeling.checkpoint import ModelInfo, ShippedWeights, load_model, save_model, weights_path
-from earlyexit_ssd.modeling.detector import EarlyExitDetector
+from earlyexit_ssd.modeling.detector import POST_PROCESSING, EarlyExitDetector
 from earlyexit_ssd.modeling.outputs import Router, RouterSettings
 from earlyexit_ssd.modeling.retrofit import COCO_CLASSES, Architecture
 from earlyexit_ssd.modeling.trunk import evaluating
@@ -24,14 +24,12 @@ from earlyexit_ssd.modeling.trunk import evaluating
 logger = logging.getLogger(__name__)
 P = TypeVar("P", bound="Pretrained")
 
-POST_PROCESSING = ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
-
 _router_builders: dict[str, Callable[..., Router]] = {}
 
 
 def register_router(from_settings: Callable[..., Router], from_certificate: Callable[..., Router]) -> None:
     """Register the builders of a model file's router: ``from_settings(**settings)`` and ``from_certificate(content,
-    path, model)``. `earlyexit_ssd.calibration` calls this, since modeling must not import it."""
+    path, model)``. `earlyexit_ssd.calibration` calls this function, since modeling must not import calibration."""
     _router_builders.update(settings=from_settings, certificate=from_certificate)
 
 
@@ -50,13 +48,14 @@ class Pretrained(EarlyExitDetector):
     ) -> tuple[P, ModelInfo]:
         """Load a file. Return the model in eval mode, without router, and the file's info.
 
-        ``describe`` has the fields of `Architecture` for a checkpoint, which has no description. By default it has the
-        exits of the checkpoint's branches. Errors are those of :meth:`from_pretrained`.
+        ``describe`` has the fields of `Architecture` for a checkpoint, which has no description. By default these are
+        the exits of its branches. Errors are those of :meth:`from_pretrained`.
         """
 
         def architecture(outputs: int, exits: tuple[str, ...]) -> Architecture:
-            layers = {"exit_layers": tuple(int(name[4:]) for name in exits)} if exits else {}
-            fields = layers if describe is None else describe
+            fields = describe
+            if fields is None:
+                fields = {"exit_layers": tuple(int(name[4:]) for name in exits)} if exits else {}
             return Architecture(class_names(outputs, classes), detector=cls.detector_name, **fields)
 
         model, _, info = load_model(path, architecture)
@@ -119,13 +118,11 @@ class Pretrained(EarlyExitDetector):
         """Load a trained model, in eval mode on the CPU, in fp32.
 
         Args:
-            name_or_path: shipped weights, as a member of ``EarlyExitSSDLite_Weights`` or its name in any case
-                (``"chair"``); or the path of a model file of this project (``"output/my/model.pth"``) or of a
-                checkpoint of torchvision's SSDLite, with or without exits. Without exits in the file, the model's exits
-                are untrained and not used.
+            name_or_path: shipped weights, as a member of ``EarlyExitSSDLite_Weights`` or its name (``"chair"``); or the
+                path of a model file (``"output/my/model.pth"``) or of a checkpoint of torchvision's detector. If that
+                has no exits, the model's exits are untrained and not used.
             router: use the file's routing. If False, or if the file has none, every photo takes the full path.
-            classes: names of the labels 1..K, for a checkpoint without names. Default: COCO's for a head with COCO's 91
-                outputs, otherwise ``class_1`` and so on.
+            classes: names of the labels 1..K, for a checkpoint without names. Default: see `class_names`.
 
         Raises:
             EarlyExitError: neither a name nor a file, a damaged file, another detector, another number of classes, or
@@ -171,8 +168,8 @@ def current_certificate(router: Router | None) -> Any:
 
 
 def class_names(outputs: int, classes: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Return names for the labels of a head with ``outputs`` outputs: ``classes``, or by default COCO's names for 91
-    outputs and ``class_1`` and so on for others. Raises an EarlyExitError if the number of ``classes`` does not fit."""
+    """Return the names of the labels of a head with ``outputs`` outputs: ``classes``, by default COCO's names for 91
+    outputs, ``class_1`` and so on for others. Raise an EarlyExitError if the number of ``classes`` does not fit."""
     if classes is None:
         if outputs == len(COCO_CLASSES) + 1:
             return COCO_CLASSES
@@ -187,8 +184,8 @@ def class_names(outputs: int, classes: Sequence[str] | None = None) -> tuple[str
 
 
 def make_router(model: EarlyExitDetector, settings: RouterSettings) -> Router:
-    """Build a router from a file's settings and run it on a blank photo. Raises an EarlyExitError if the settings do
-    not fit the model."""
+    """Build a router from a file's settings and run it on a blank photo. Raise an EarlyExitError if they do not fit the
+    model."""
     device = next(model.parameters()).device
     try:
         router = _router_builder("settings")(**settings).to(device)

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +21,7 @@ from torchvision.models.detection.ssd import SSD, SSDScoringHead
 from earlyexit_ssd.config.check import FOLDS, LARGEST_SIDE, MAX_WIDTH
 from earlyexit_ssd.errors import EarlyExitError, nearest, shown
 from earlyexit_ssd.modeling.branches import Exit, describe_exits, exit_keyword_names, exit_keywords, takes_exits
-from earlyexit_ssd.modeling.detector import EarlyExitDetector, detector_class
+from earlyexit_ssd.modeling.detector import POST_PROCESSING, EarlyExitDetector, detector_class
 from earlyexit_ssd.modeling.heads import (
     ClassChange,
     FoldedClassificationHead,
@@ -46,7 +46,7 @@ USUAL_KEYS = ("", "model", "state_dict", "model_state_dict")
 """State dicts under these keys are preferred if a file has several."""
 
 MAX_NESTING = 4  # levels of nested dicts that are searched for a state dict, the outermost included
-_PREFIX_END = re.compile(r"(?:^|\.)(?=backbone\.features\.0\.)")  # end of the prefix of torchvision's keys
+_PREFIX_END = re.compile(r"(?:^|[./])(?=backbone\.features\.0\.)")  # end of the prefix of torchvision's keys
 _AVERAGE = re.compile(r"(?:^|[._])(?:ema|swa|avg)(?:$|[._])|averag|shadow|teacher", re.IGNORECASE)
 """Names of moving averages of the weights."""
 
@@ -60,10 +60,29 @@ def find_detector(content: Content, path: str | os.PathLike[str]) -> dict[str, T
     Raises:
         EarlyExitError: no detector, or several and none under `USUAL_KEYS`.
     """
-    mappings = {id(mapping): (name, mapping) for name, mapping in _mappings(content)}  # a dict may occur twice
-    detectors = {}
-    for name, mapping in mappings.values():
-        detectors |= _detectors(mapping, name, path)
+    tensors: dict[str, Tensor] = {}  # "/" joins the names of nested dicts
+    seen = set()
+
+    def collect(mapping: Content, name: str, levels: int) -> None:
+        seen.add(id(mapping))
+        for key, value in mapping.items():
+            if not isinstance(key, str) or key.endswith("n_averaged"):
+                continue
+            if isinstance(value, Mapping) and levels > 1 and id(value) not in seen:  # a dict may occur twice
+                collect(value, f"{name}{key}/", levels - 1)
+            elif isinstance(value, Tensor):
+                plain = name + ".".join(part for part in key.split(".") if part not in WRAPPERS)
+                if plain in tensors:
+                    raise EarlyExitError(f"{path}: has {key:.80} with and without a wrapper's prefix; save only one")
+                tensors[plain] = value
+
+    collect(content, "", MAX_NESTING)
+    detectors: dict[str, dict[str, Tensor]] = {}
+    prefixes = {key[: match.end()] for key in tensors if (match := _PREFIX_END.search(key))}
+    for prefix in sorted(prefixes, key=len, reverse=True):  # a key belongs to its longest prefix
+        keys = [key for key in tensors if key.startswith(prefix) and "/" not in key.removeprefix(prefix)]
+        name = prefix.strip("./").replace("/", ".")
+        detectors[name] = {key.removeprefix(prefix): tensors.pop(key) for key in keys}
     if not detectors:
         keys = ", ".join(str(key)[:40] for key in list(content)[:3]) or "none"
         raise EarlyExitError(
@@ -78,31 +97,6 @@ def find_detector(content: Content, path: str | os.PathLike[str]) -> dict[str, T
     if others:
         logger.warning("%s: loads the weights '%s' and ignores %s", path, names[0], ", ".join(others))
     return detectors[names[0]]
-
-
-def _mappings(content: Content, name: str = "", levels: int = MAX_NESTING) -> Iterator[tuple[str, Content]]:
-    """Yield ``content`` and every nested dict, each with its dotted name."""
-    yield name, content
-    for key, value in content.items():
-        if levels > 1 and isinstance(key, str) and isinstance(value, Mapping):
-            yield from _mappings(value, f"{name}.{key}" if name else key, levels - 1)
-
-
-def _detectors(mapping: Content, name: str, path: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
-    """Return the state dicts of the detectors in the dict ``name``. Each is under that name plus its key prefix."""
-    tensors: dict[str, Tensor] = {}
-    for key, value in mapping.items():
-        if isinstance(key, str) and isinstance(value, Tensor) and not key.endswith("n_averaged"):
-            plain = ".".join(part for part in key.split(".") if part not in WRAPPERS)
-            if plain in tensors:
-                raise EarlyExitError(f"{path}: has {key:.80} with and without a wrapper's prefix; save only one")
-            tensors[plain] = value
-    states: dict[str, dict[str, Tensor]] = {}
-    prefixes = {key[: match.end()] for key in tensors if (match := _PREFIX_END.search(key))}
-    for prefix in sorted(prefixes, key=len, reverse=True):  # a key belongs to its longest prefix
-        keys = [key for key in tensors if key.startswith(prefix)]
-        states[f"{name}.{prefix}".strip(".")] = {key.removeprefix(prefix): tensors.pop(key) for key in keys}
-    return states
 
 
 def outputs_of(state: Mapping[str, Tensor]) -> int:
@@ -143,15 +137,14 @@ class Architecture:
         classes: names of the labels 1..K.
         detector: torchvision's name of the detector without exits.
         image_size: side of the network input, pixels.
-        trained_size: side of the network input in training, pixels; 0 means ``image_size``. If it differs from
-            ``image_size``, default boxes keep their size in pixels (`PixelBoxes`).
+        trained_size: side in training; 0 means ``image_size``. If it differs, default boxes are `PixelBoxes`.
         width, reduced_tail: shape of the trunk, see :func:`build_ssdlite`.
         head_outputs: outputs per default box of a folded head, before folding; 0 if the head is not folded.
         folded_rows: class indices of ``classes`` in a folded head; empty if the head is not folded.
         competing: names of the classes that a compact head folds, largest probability first; empty for other heads.
         folded_branches: whether the branches' heads are folded like the full path's. Otherwise they have only
             background and ``classes``.
-        score_thresh: lowest score of a detection: one number, or a dict of class names to numbers.
+        score_thresh: lowest score of a detection, or class name -> lowest score.
 
     Raises:
         EarlyExitError: a field of a wrong type or outside its range, or fields that contradict each other.
@@ -180,7 +173,7 @@ class Architecture:
             raise EarlyExitError("classes is empty, expected at least one name")
         rows, classes = self.folded_rows, len(self.classes)
         fits = len(rows) == len(set(rows)) == classes and all(1 <= row < self.head_outputs for row in rows)
-        if bool(self.head_outputs) != bool(rows) or (rows and not fits):
+        if (rows or self.head_outputs) and not fits:
             raise EarlyExitError(
                 f"folded_rows is {shown(rows)} with head_outputs {self.head_outputs}, expected a different row from 1 "
                 f"to head_outputs - 1 for each of {classes} classes, or () and 0"
@@ -205,7 +198,8 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, values: dict) -> Architecture:
-        """The inverse of :meth:`to_dict`. Raises an EarlyExitError for unknown keys and wrong types."""
+        """Build the architecture from the result of :meth:`to_dict`. Raise an EarlyExitError for unknown keys and wrong
+        types."""
         values = dict(values)
         # Older versions wrote "attention" and "cascade". Branches without copied layers (no "copy", or 0) had attention
         # layers, and a cascade connected branches. Files whose branches have neither are still read.
@@ -223,11 +217,10 @@ class Architecture:
 
     @classmethod
     def of(cls, model: EarlyExitDetector) -> Architecture:
-        """Describe a model in its current state. Raises an EarlyExitError if its layers, default boxes or normalisation
+        """Describe a model in its current state. Raise an EarlyExitError if its layers, default boxes or normalisation
         were replaced, since no description rebuilds it then."""
         head, state = model.head.classification_head, model.state_dict()
-        names = ("classes", "exits", "width", "score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
-        settings = {name: getattr(model, name) for name in names}
+        settings = {name: getattr(model, name) for name in ("classes", "exits", "width", *POST_PROCESSING)}
         if is_folded(head):
             branches = [part.head.classification_head for part in model.branches.values() if hasattr(part, "head")]
             settings |= {"head_outputs": head.num_columns, "folded_rows": head.wanted.tolist()}
@@ -245,9 +238,10 @@ class Architecture:
         present = _described_parts(model)
         for name in {**rebuilt, **present}:
             if rebuilt.get(name) != present.get(name):
+                difference = f"{name:.80} is {present.get(name)!s:.60}, expected {rebuilt.get(name)!s:.60}"
                 raise EarlyExitError(
-                    f"the model is not as it was built: {name:.80} is {present.get(name)!s:.60}, expected "
-                    f"{rebuilt.get(name)!s:.60}; a model file cannot rebuild it: save its state_dict() instead"
+                    f"the model is not as it was built: {difference}; a model file cannot rebuild it: save its "
+                    "state_dict() instead"
                 )
         return architecture
 
@@ -259,24 +253,14 @@ class Architecture:
 
     def build_detector(self) -> SSD:
         """Build the torchvision detector without exits, untrained."""
-        lowest = self.score_thresh
-        if isinstance(lowest, Mapping):  # torchvision's detector has one threshold for all classes
-            lowest = min(lowest.get(name, LEAST_SCORE) for name in self.classes)
-        detector = detector_class(self.detector).build_plain(
-            num_classes=self.head_outputs or len(self.classes) + 1,
-            image_size=self.image_size,
-            width=self.width,
-            reduced_tail=self.reduced_tail,
-            score_thresh=lowest,
-            nms_thresh=self.nms_thresh,
-            detections_per_img=self.detections_per_img,
-            topk_candidates=self.topk_candidates,
-        )
+        settings = {name: getattr(self, name) for name in ("image_size", "width", "reduced_tail", *POST_PROCESSING)}
+        if isinstance(self.score_thresh, Mapping):  # torchvision's detector has one threshold for all classes
+            settings["score_thresh"] = min(self.score_thresh.get(name, LEAST_SCORE) for name in self.classes)
+        num_classes = self.head_outputs or len(self.classes) + 1
+        detector = detector_class(self.detector).build_plain(num_classes=num_classes, **settings)
         if self.folded_rows:
-            head = detector.head
-            head.classification_head = FoldedClassificationHead(
-                head.classification_head, self.folded_rows, self.competing
-            )
+            whole = detector.head.classification_head
+            detector.head.classification_head = FoldedClassificationHead(whole, self.folded_rows, self.competing)
         if self.trained_size not in (0, self.image_size):
             grids = grids_of(detector.backbone, self.trained_size)
             detector.anchor_generator = PixelBoxes(detector.anchor_generator, grids, self.trained_size, self.image_size)
@@ -337,15 +321,13 @@ def retrofit(
 
     Args:
         architecture: the wanted model, with the wanted ``classes``.
-        weights: a member of torchvision's weight enum, its name, or a path. The branches of a model file of this
-            project are ignored.
+        weights: a member of torchvision's weight enum, its name, or a path. The branches of a model file are ignored.
         source_classes: names of the checkpoint's labels 1..K; None if they are the wanted classes. Ignored for a model
-            file of this project, which has its own names.
+            file, which has its own names.
         fold: what happens to the unwanted classes. ``exact``: all are folded; scores stay the same. ``compact``: the
             competing classes are folded and the others dropped; the head is smaller, and scores stay almost the same.
             ``rows``: the head is cut to background and the wanted classes.
-        photos: for ``compact``: photos on which the competing classes are found, [3, H, W] in [0, 1]. They are read
-            only if needed.
+        photos: for ``compact``: photos [3, H, W] in [0, 1] on which the competing classes are found.
         tolerance: for ``compact``, see :func:`earlyexit_ssd.modeling.heads.competing_rows`.
 
     Returns:
@@ -365,9 +347,7 @@ def retrofit(
     reduced_tail = has_reduced_tail(state, architecture.width)
     architecture = dataclasses.replace(architecture, reduced_tail=reduced_tail, **unfolded)
     folds = {name: getattr(described, name) for name in ("head_outputs", "folded_rows", "competing") if described}
-    loaded = dataclasses.replace(
-        architecture, classes=source, **folds, folded_branches=bool(described and described.competing)
-    )
+    loaded = dataclasses.replace(architecture, classes=source, **folds, folded_branches=bool(folds.get("competing")))
     detector = loaded.build_detector()
     load_every_key(detector, state, weights)
     if source == architecture.classes:

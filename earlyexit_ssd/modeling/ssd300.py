@@ -26,16 +26,16 @@ FINEST_LAYER, LAST_LAYER = 10, 15
 
 
 def vgg_trunk(backbone: nn.Module) -> Trunk:
-    """The trunk of torchvision's ``SSDFeatureExtractorVGG``. Layers 1 to 15 are VGG16's 13 convolutions, fc6 and fc7,
-    each with its ReLU and, if present, the pooling before it. An EarlyExitError for another kind of backbone."""
+    """Return the trunk of torchvision's ``SSDFeatureExtractorVGG``. Layers 1 to 15 are VGG16's 13 convolutions, fc6 and
+    fc7, each with its ReLU and any pooling before it. Raise an EarlyExitError for another kind of backbone."""
     try:
         conv5, *extra = backbone.extra
         modules = [*backbone.features, *conv5[:-1], *conv5[-1]]
         scale = backbone.scale_weight.view(1, -1, 1, 1)
     except (AttributeError, TypeError, ValueError, IndexError):
         raise EarlyExitError(
-            f"backbone is a {type(backbone).__name__}, expected torchvision's SSDFeatureExtractorVGG: its layers are "
-            "run one by one, to leave between them"
+            f"backbone is a {type(backbone).__name__}, expected torchvision's SSDFeatureExtractorVGG, since exits are "
+            "attached between its layers"
         ) from None
     ends = [0, *(index + 1 for index, module in enumerate(modules) if isinstance(module, nn.ReLU))]
     return Trunk(modules, extra, ends, ends[FINEST_LAYER] - 1, lambda finest: scale * F.normalize(finest))
@@ -43,10 +43,7 @@ def vgg_trunk(backbone: nn.Module) -> Trunk:
 
 @register_detector("ssd300_vgg16")
 class EarlyExitSSD300(Pretrained):
-    """torchvision's SSD300 with a VGG16 and early exits; see :class:`EarlyExitDetector`.
-
-    Its exits have a ``light`` branch, or none (``empty``).
-    """
+    """torchvision's SSD300 with a VGG16 and exits of the kinds ``light`` and ``empty``; see `EarlyExitDetector`."""
 
     last_layer, any_size = LAST_LAYER, False
     default_exits = describe_exits((7, 10), "light")  # after conv3_3 and conv4_3
@@ -67,8 +64,8 @@ class EarlyExitSSD300(Pretrained):
         weights_backbone: VGG16_Weights | None = None,
         **post_processing: float,
     ) -> SSD:
-        """torchvision's detector without exits; ``reduced_tail`` is for SSDLite and ignored here. An EarlyExitError for
-        another input size or width."""
+        """Build torchvision's detector without exits. ``reduced_tail``, an argument of SSDLite, is ignored. Raise an
+        EarlyExitError for another input size or width."""
         if image_size != SIZE or width != 1.0:
             raise EarlyExitError(
                 f"ssd300_vgg16 with image_size {image_size} and width {width:g}: it supports only {SIZE} and 1 (MODEL."
@@ -97,21 +94,12 @@ def earlyexit_ssd300_vgg16(
 ) -> EarlyExitSSD300:
     """torchvision's ``ssd300_vgg16`` with early exits.
 
-    Args:
-        weights: torchvision's COCO weights of the full path (downloaded by torchvision), with untrained exits. Or a
-            file, as in :func:`earlyexit_ssdlite320_mobilenet_v3_large`.
-        num_classes: outputs per default box, background included; 91 by default, or those of ``weights``.
-        weights_backbone: ImageNet weights of the trunk, if ``weights`` is None.
-        exits, classes, losses, router: see :class:`EarlyExitDetector`. Instead of ``exits``: the keywords of
-            `describe_exits`, with ``branch="light"``. Default: exits after layers 7 and 10.
-        score_thresh: may be a dict of class names to lowest scores.
-
-    Raises:
-        EarlyExitError: a file without such a detector, or that does not fit the arguments.
+    Arguments and errors are those of :func:`earlyexit_ssdlite320_mobilenet_v3_large`, with two differences: ``branch``
+    must be ``"light"``, and the default exits are after layers 7 and 10.
     """
     if weights is not None and torchvision_name(weights, SSD300_VGG16_Weights) is None:
-        given = {**locals(), "image_size": SIZE, "width": 1.0}
-        return EarlyExitSSD300.from_file(weights, earlyexit_ssd300_vgg16, given)
+        arguments = {**locals(), "image_size": SIZE, "width": 1.0}
+        return EarlyExitSSD300.from_file(weights, earlyexit_ssd300_vgg16, arguments)
     detector = ssd300_vgg16(
         weights=weights and SSD300_VGG16_Weights[torchvision_name(weights, SSD300_VGG16_Weights)],
         progress=progress,

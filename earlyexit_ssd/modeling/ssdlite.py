@@ -59,16 +59,21 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
 
     Args:
         weights: torchvision's COCO weights of the full path (downloaded by torchvision), with untrained exits. Or a
-            file: a checkpoint of torchvision's SSDLite, without exits or with exits that fit the arguments, or a model
-            file of this project. Only ``EarlyExitSSDLite.from_pretrained`` loads the routing too.
-        num_classes: outputs per default box, background included; 91 by default.
+            file: a checkpoint of torchvision's detector, without exits or with exits that fit the arguments, or a model
+            file of this project. Only ``from_pretrained`` of the model's class loads the routing too.
+        num_classes: outputs per default box, background included; 91 by default, or those of ``weights``.
         weights_backbone: ImageNet weights of the trunk, if ``weights`` is None.
-        trainable_backbone_layers: as in torchvision.
-        image_size, width: see :func:`earlyexit_ssd.modeling.trunk.build_ssdlite`; another width than 1.0 needs
+        image_size, width: see :func:`earlyexit_ssd.modeling.trunk.build_ssdlite`. Another width than 1.0 needs
             ``weights_backbone=None``.
-        exits, classes, losses, router: see :class:`EarlyExitDetector`. Instead of ``exits``: the keywords of
-            `describe_exits`.
-        score_thresh: may be a dict of class names to lowest scores.
+        exits, classes, losses, router: see :class:`EarlyExitDetector`. The keywords of `describe_exits` may be given
+            instead of ``exits``.
+        score_thresh: lowest score of a detection, or class name -> lowest score.
+
+    The other arguments are torchvision's.
+
+    Raises:
+        EarlyExitError: a file without such a detector, or that does not fit the arguments.
+        ValueError: ``num_classes`` or ``width`` does not fit torchvision's weights.
     """
     if weights is not None and torchvision_name(weights) is None:
         return EarlyExitSSDLite.from_file(weights, earlyexit_ssdlite320_mobilenet_v3_large, locals())
@@ -93,7 +98,7 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
         detections_per_img=detections_per_img,
         topk_candidates=topk_candidates,
     )
-    if weights is not None:  # convolutions fit any size
+    if weights is not None:  # they fit any input size
         detector.load_state_dict(weights.get_state_dict(progress=progress, check_hash=True))
     elif not trained:
         _initialise(detector.backbone)
@@ -105,8 +110,8 @@ def earlyexit_ssdlite320_mobilenet_v3_large(
 
 
 def _initialise(backbone: nn.Module) -> None:
-    """He initialisation (He et al. 2015, "Delving deep into rectifiers", equation 10) of an untrained trunk: with
-    torchvision's standard deviation of 0.03 activations vanish in eval mode, and all scores are equal."""
+    """Initialise an untrained trunk as in He et al. 2015, "Delving deep into rectifiers", equation 10. With
+    torchvision's standard deviation of 0.03, activations vanish in eval mode and all scores are equal."""
     for module in backbone.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
