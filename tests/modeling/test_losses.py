@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torchvision.models.detection._utils import BoxCoder, SSDMatcher
+from torchvision.ops import box_iou
 
 from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import EarlyExitSSDLite
@@ -25,36 +26,36 @@ from tests.modeling.conftest import small_model
 ANCHORS = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 20], [50, 50, 60, 60], [0, 12, 4, 16]])
 
 
-def run(boxes, labels):
+def assign_to_anchors(boxes, labels):
     target = {"boxes": torch.tensor(boxes).reshape(-1, 4).float(), "labels": torch.tensor(labels, dtype=torch.int64)}
     return assign([target], [ANCHORS], SSDMatcher(0.5), BoxCoder((10.0, 10.0, 5.0, 5.0)))
 
 
-def test_matches_do_not_depend_on_the_order():
-    # IoU with the anchors: 1, 0.5, 0, 0: the first two belong to the object.
-    result = run([[0, 0, 10, 10]], [3])
+def test_object_gets_every_anchor_with_an_iou_of_half():
+    # The IoUs with the anchors are 1, 0.5, 0, 0.
+    result = assign_to_anchors([[0, 0, 10, 10]], [3])
     assert result.labels.tolist() == [[3, 3, 0, 0]]
     assert torch.equal(result.regression[0, 0], torch.zeros(4))
 
 
 def test_every_object_gets_its_best_anchor():
-    # A small object whose best IoU is 4 x 4 of 100 pixels.
-    assert run([[54, 54, 58, 58]], [2]).labels.tolist() == [[0, 0, 2, 0]]
+    # The best IoU of the small object is 0.16.
+    assert assign_to_anchors([[54, 54, 58, 58]], [2]).labels.tolist() == [[0, 0, 2, 0]]
 
 
 def test_regression_by_hand():
-    # Anchor [0, 0, 10, 20] for the object [0, 0, 10, 10]: centre moves by -5 of 20 (x10), height shrinks by half (x5).
-    regression = run([[0, 0, 10, 10]], [1]).regression[0, 1]
+    # Anchor [0, 0, 10, 20], object [0, 0, 10, 10]: the centre moves by -5 of 20 (x 10), the height halves (x 5).
+    regression = assign_to_anchors([[0, 0, 10, 10]], [1]).regression[0, 1]
     assert torch.allclose(regression, torch.tensor([0.0, -2.5, 0.0, 5 * torch.log(torch.tensor(0.5))]))
 
 
 def test_photo_without_objects_is_background():
-    result = run([], [])
+    result = assign_to_anchors([], [])
     assert result.labels.tolist() == [[0, 0, 0, 0]]
     assert not result.foreground.any()
 
 
-# Whole losses.
+# Losses.
 
 LOG2 = math.log(2)
 
@@ -79,13 +80,9 @@ def test_hard_negatives_have_the_largest_loss():
     ]
 
 
-def test_no_negatives_without_objects_and_minimum():
-    loss, foreground = torch.rand(1, 9), torch.zeros(1, 9, dtype=torch.bool)
-    assert mined_negatives(loss, foreground, 3, 0).sum() == 0
-
-
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 40), st.floats(0, 1), st.integers(0, 12), st.integers(0, 2**31))
+@example(9, 0.0, 0, 0)  # neither positives nor a minimum
 def test_count_of_negatives(boxes, share, minimum, seed):
     generator = torch.Generator().manual_seed(seed)
     foreground = torch.rand(2, boxes, generator=generator) < share
@@ -96,7 +93,7 @@ def test_count_of_negatives(boxes, share, minimum, seed):
     assert not (negatives & foreground).any()
 
 
-def test_values_by_hand():
+def test_losses_by_hand():
     # One positive and three equal negatives, all at p = 1/2; box off by 2 in one coordinate: smooth L1 is 1.5.
     boxes = torch.zeros(1, 4, 4)
     boxes[0, 0, 0] = 2.0
@@ -108,7 +105,7 @@ def test_values_by_hand():
 def test_photo_without_objects_has_a_loss_only_with_a_minimum():
     args = head([[[0, 0]] * 6]), assignment([[0] * 6])
     assert detection_losses(*args, LossSettings(min_negatives=0))["classification"].item() == 0
-    # Three negatives count as one positive would: divided by 3 / 3.
+    # The sum over three negatives is divided by 3 / 3.
     loss = detection_losses(*args, LossSettings(min_negatives=3))["classification"].item()
     assert loss == pytest.approx(3 * LOG2)
 
@@ -126,22 +123,15 @@ def test_equals_torchvision_without_a_minimum(images, targets):
     head_outputs = outputs.heads[-1]
     boxes = [target["boxes"] for target in targets]
     matched = [
-        torch.full((len(anchors),), -1) if not len(box) else model.proposal_matcher(_iou(box, anchors))
+        model.proposal_matcher(box_iou(box, anchors)) if len(box) else torch.full((len(anchors),), -1)
         for box, anchors in zip(boxes, outputs.anchors, strict=True)
     ]
     expected = model.compute_loss(targets, head_outputs, outputs.anchors, matched)
-    found = detection_losses(head_outputs, model.assign(targets, outputs.anchors), LossSettings(min_negatives=0))
-    for key, value in expected.items():
-        assert found[key].item() == pytest.approx(value.item(), rel=1e-6)
+    losses = detection_losses(head_outputs, model.assign(targets, outputs.anchors), LossSettings(min_negatives=0))
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=0)
 
 
-def _iou(boxes, anchors):
-    from torchvision.ops import box_iou
-
-    return box_iou(boxes, anchors)
-
-
-def test_distillation_is_zero_for_the_teacher_itself_and_by_hand_otherwise():
+def test_distillation_by_hand():
     teacher = head([[[0.0, math.log(3)]]])
     assert distillation_loss(teacher, teacher, LossSettings()).item() == pytest.approx(0, abs=1e-6)
     # Teacher (1/4, 3/4), student (1/2, 1/2): sum p log(p / q); foreground mass 3/4 is below 1, so divided by 1.
@@ -160,22 +150,12 @@ def test_distillation_gives_the_teacher_no_gradient():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("settings", "message"),
     [
         ({"teacher": "nxt"}, "did you mean 'next'"),
         ({"classification": "focl"}, "did you mean 'focal'"),
         ({"supervision": "teacher"}, "needs a teacher"),
         ({"neg_to_pos_ratio": 0}, "neg_to_pos_ratio is 0, expected a number above 0"),
-    ],
-)
-def test_impossible_settings(changes, message):
-    with pytest.raises(EarlyExitError, match=message):
-        LossSettings(**changes)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
         ({"exit_weights": 2.0}, "exit_weights is 2.0, expected a list"),
         ({"exit_weights": (1.0, -1.0)}, r"exit_weights\[1\] is -1.0, expected 0 to inf"),
         ({"full_weight": "1"}, "full_weight is '1', expected a finite number"),
@@ -183,11 +163,11 @@ def test_impossible_settings(changes, message):
         ({"min_negatives": None}, "min_negatives is None, expected a whole number"),
     ],
 )
-def test_wrong_types_are_named(wrong, message):
+def test_invalid_settings_are_named(settings, message):
     with pytest.raises(EarlyExitError, match=message):
-        LossSettings(**wrong)
+        LossSettings(**settings)
 
 
-def test_wrong_number_of_exit_weights():
+def test_number_of_exit_weights_must_fit_the_model():
     with pytest.raises(EarlyExitError, match="exit_weights of the losses is .1, 2, 3., expected one number"):
         EarlyExitSSDLite(small_model(), losses=LossSettings(exit_weights=(1, 2, 3)))

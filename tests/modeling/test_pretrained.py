@@ -1,3 +1,5 @@
+"""Models loaded by name or path, with their routing."""
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ def save(path, router):
     return path
 
 
-def test_a_model_file_has_its_routing(tmp_path, images):
+def test_model_file_has_its_routing(tmp_path, images):
     stored = ExitRouter(2, policy="mean_foreground", thresholds=[0.25, 0.75], temperatures=[1.5, 2.0]).to_dict()
     path = save(tmp_path / "model.pth", stored)
     model = EarlyExitSSDLite.from_pretrained(path)
@@ -24,26 +26,25 @@ def test_a_model_file_has_its_routing(tmp_path, images):
     assert set(plain(images)[0]) == {"boxes", "scores", "labels"}
 
 
-def test_a_file_without_routing(tmp_path):
+def test_file_without_routing_is_loaded(tmp_path):
     assert EarlyExitSSDLite.from_pretrained(save(tmp_path / "model.pth", None)).router is None
 
 
-def test_routing_that_cannot_be_used_is_one_line(tmp_path):
-    path = save(tmp_path / "model.pth", {"num_exits": 2, "policy": "max_forground"})
-    with pytest.raises(EarlyExitError, match=r"model\.pth: its routing cannot be used .* load it with router=False"):
-        EarlyExitSSDLite.from_pretrained(path)
-    path = save(tmp_path / "model.pth", {"num_exits": 2, "treshold": 0.5})
-    with pytest.raises(EarlyExitError, match="its routing cannot be used .*'thresholds'"):
-        EarlyExitSSDLite.from_pretrained(path)
-    path = save(tmp_path / "model.pth", ExitRouter(5).to_dict())
-    with pytest.raises(EarlyExitError, match="its routing cannot be used .the router is for 5 early exits"):
-        EarlyExitSSDLite.from_pretrained(path)
-    path = save(tmp_path / "model.pth", {"num_exits": 2, "temperature_bounds": [1.0]})
-    with pytest.raises(EarlyExitError, match="its routing cannot be used .temperature_bounds"):
-        EarlyExitSSDLite.from_pretrained(path)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_exits": 2, "policy": "max_forground"}, r"\(.*\); load it with router=False"),
+        ({"num_exits": 2, "treshold": 0.5}, ".*'thresholds'"),
+        (ExitRouter(5).to_dict(), ".the router is for 5 early exits"),
+        ({"num_exits": 2, "temperature_bounds": [1.0]}, ".temperature_bounds"),
+    ],
+)
+def test_routing_that_cannot_be_used_is_named(tmp_path, settings, message):
+    with pytest.raises(EarlyExitError, match=rf"model\.pth: its routing cannot be used {message}"):
+        EarlyExitSSDLite.from_pretrained(save(tmp_path / "model.pth", settings))
 
 
-def test_foreign_and_unknown_files(tmp_path):
+def test_damaged_files_and_unknown_names_are_refused(tmp_path):
     (tmp_path / "broken.pth").write_bytes(b"version https://git-lfs.github.com/spec/v1")
     with pytest.raises(EarlyExitError, match=r"broken\.pth: not a file of weights"):
         EarlyExitSSDLite.from_pretrained(tmp_path / "broken.pth")
@@ -56,6 +57,6 @@ def test_shipped_weights_detect_with_their_routing(member):
     model = EarlyExitSSDLite.from_pretrained(member.name.lower())
     assert model.router is not None
     assert all(value.dtype == torch.float32 for value in model.parameters())
-    (found,) = model([torch.rand(3, 240, 320)])
-    assert int(found["exit_index"]) < len(member.meta["exits"])
-    assert found["labels"].max() < len(member.meta["categories"])
+    (detection,) = model([torch.rand(3, 240, 320)])
+    assert int(detection["exit_index"]) < len(member.meta["exits"])
+    assert detection["labels"].max() < len(member.meta["categories"])
