@@ -1,4 +1,4 @@
-"""The second detector: torchvision's SSD300, at its own size, with random weights."""
+"""torchvision's SSD300 with early exits and random weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import Architecture, EarlyExitSSD300, EarlyExitSSDLite, LossSettings, build_ssdlite
 from earlyexit_ssd.modeling.detector import BranchLosses, compute_taps
 from earlyexit_ssd.modeling.ssd300 import vgg_trunk
+from tests.modeling.conftest import assert_equal
 
 NAME = "earlyexit_ssd300_vgg16"
 OFFLINE = {"weights": None, "weights_backbone": None}
@@ -19,7 +20,7 @@ OFFLINE = {"weights": None, "weights_backbone": None}
 
 @pytest.fixture(scope="module")
 def plain():
-    """With outputs that differ from box to box."""
+    """torchvision's detector with outputs that differ from box to box."""
     torch.manual_seed(0)
     detector = torchvision.models.get_model("ssd300_vgg16", num_classes=3, **OFFLINE).eval()
     for block in detector.head.classification_head.module_list:
@@ -34,41 +35,38 @@ def model(plain):
 
 
 def photo(colour):
-    """A square of one colour on grey, 60 to 180 pixels."""
+    """Return a photo of a square of one colour, from 60 to 180 pixels, on grey."""
     image = torch.full((3, 300, 300), 0.5)
     image[:, 60:180, 60:180] = torch.tensor(colour)[:, None, None]
     return image
 
 
-def test_with_exits_off_a_checkpoint_answers_as_in_torchvision(plain, tmp_path):
+def test_unrouted_checkpoint_has_torchvision_s_detections(plain, tmp_path):
     torch.save({"model": plain.state_dict()}, tmp_path / "ssd300.pth")
     model = torchvision.models.get_model(NAME, weights=tmp_path / "ssd300.pth").eval()
-    own = {key: value for key, value in model.state_dict().items() if not key.startswith("branches.")}
-    assert own.keys() == plain.state_dict().keys()
-    assert all(torch.equal(value, own[key]) for key, value in plain.state_dict().items())
+    full_path = {key: value for key, value in model.state_dict().items() if not key.startswith("branches.")}
+    assert_equal(full_path, dict(plain.state_dict()))
     images = [torch.rand(3, 240, 320), photo((0.9, 0.1, 0.1))]
     with torch.no_grad():
-        found, expected = model(images), plain(images)
-    assert sum(len(one["scores"]) for one in expected) > 0
-    for one, other in zip(found, expected, strict=True):
-        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in other)
+        detections, expected = model(images), plain(images)
+    assert sum(len(detection["scores"]) for detection in expected) > 0
+    assert_equal(detections, expected)
 
 
-def test_every_exit_has_the_full_path_s_default_boxes_and_is_taken(model):
+def test_exits_share_the_default_boxes_and_are_routed(model):
     image = photo((0.9, 0.1, 0.1))
     with torch.no_grad():
         outputs = model.exit_outputs([image])
         model.router = ExitRouter(2, thresholds=[2.0, 0.0])
-        (found,) = model([image])
+        (detection,) = model([image])
     # 38 and 1 cells with 4 boxes, 19, 10 and 5 with 6, 3 with 4
     boxes = 4 * (38**2 + 3**2 + 1) + 6 * (19**2 + 10**2 + 5**2)
     assert {tuple(head["cls_logits"].shape) for head in outputs.heads} == {(1, boxes, 3)}
-    assert int(found["exit_index"]) == 1
-    assert torch.equal(found["scores"], model.detections(outputs, 1)[0]["scores"])
+    assert int(detection["exit_index"]) == 1
+    assert torch.equal(detection["scores"], model.detections(outputs, 1)[0]["scores"])
 
 
-def test_its_exits_learn(model):
-    """Two photos, the trunk frozen: the losses of both exits fall."""
+def test_losses_of_exits_fall_in_training(model):
     model.freeze_full_path()
     model.losses = LossSettings(teacher="none")
     images = [photo((0.9, 0.1, 0.1)), photo((0.1, 0.1, 0.9))]
@@ -85,21 +83,21 @@ def test_its_exits_learn(model):
     assert losses[-1] < 0.6 * losses[0]
 
 
-def test_a_file_of_it_comes_back(model, tmp_path):
+def test_model_files_and_checkpoints_are_loaded(model, tmp_path):
     model.save(tmp_path / "m.pth")
-    again = EarlyExitSSD300.from_pretrained(tmp_path / "m.pth")
-    assert again.exits == model.exits and again.classes == ("red", "blue")
-    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    loaded = EarlyExitSSD300.from_pretrained(tmp_path / "m.pth")
+    assert loaded.exits == model.exits and loaded.classes == ("red", "blue")
+    assert_equal(loaded.state_dict(), model.state_dict())
     torch.save(model.state_dict(), tmp_path / "state.pth")
     exits = {"branch": "light", "exit_layers": (7, 10), "channels": 16}
     built = torchvision.models.get_model(NAME, weights=tmp_path / "state.pth", classes=("red", "blue"), **exits)
     assert (built.exits, built.nms_thresh, built.score_thresh, built.training) == (model.exits, 0.45, 0.01, True)
-    assert all(torch.equal(value, built.state_dict()[key]) for key, value in model.state_dict().items())
+    assert_equal(built.state_dict(), model.state_dict())
     with pytest.raises(EarlyExitError, match="ssd300_vgg16, expected ssdlite320_mobilenet_v3_large"):
         EarlyExitSSDLite.from_pretrained(tmp_path / "m.pth")
 
 
-def test_what_cannot_be_is_said(plain):
+def test_unsupported_settings_are_refused(plain):
     with pytest.raises(EarlyExitError, match="this detector has others; use branch='light'"):
         EarlyExitSSD300(plain, exit_layers=(7,))
     with pytest.raises(ValueError, match="increasing trunk layers from 1 to 14"):

@@ -1,3 +1,5 @@
+"""The builder that torchvision finds by its name."""
+
 import pytest
 import torch
 import torchvision
@@ -8,14 +10,14 @@ NAME = "earlyexit_ssdlite320_mobilenet_v3_large"
 OFFLINE = {"weights": None, "weights_backbone": None}
 
 
-def test_found_by_torchvision():
+def test_builder_is_found_by_torchvision():
     assert NAME in torchvision.models.list_models()
     model = torchvision.models.get_model(NAME, num_classes=2, image_size=96, width=0.25, channels=16, **OFFLINE)
     assert model.exit_names == ("exit8", "exit12", "full")
     assert len(model.eval()([torch.rand(3, 96, 96)])) == 1
 
 
-def test_plain_size_is_torchvision_s_model():
+def test_model_at_320_pixels_equals_torchvision_s():
     torch.manual_seed(0)
     plain = torchvision.models.get_model("ssdlite320_mobilenet_v3_large", num_classes=2, **OFFLINE)
     ours = torchvision.models.get_model(NAME, num_classes=2, **OFFLINE)
@@ -25,23 +27,22 @@ def test_plain_size_is_torchvision_s_model():
     assert torch.equal(ours.eval()(image)[0]["boxes"], plain.eval()(image)[0]["boxes"])
 
 
-def test_coco_weights_fit_any_size(monkeypatch):
+def test_coco_weights_load_at_any_size(monkeypatch):
     plain = torchvision.models.get_model("ssdlite320_mobilenet_v3_large", num_classes=91, **OFFLINE)
     monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", lambda *_, **__: plain.state_dict())
-    model = torchvision.models.get_model(
-        NAME, weights="COCO_V1", image_size=96, channels=16, trainable_backbone_layers=2
-    )
+    arguments = {"weights": "COCO_V1", "image_size": 96}
+    model = torchvision.models.get_model(NAME, channels=16, trainable_backbone_layers=2, **arguments)
     assert model.transform.fixed_size == (96, 96)
     trained = [next(layer.parameters()).requires_grad for layer in model.trunk.steps]
     assert trained == [False] * 13 + [True] * 5  # C4 and the layers after it
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in plain.state_dict().items())
     with pytest.raises(ValueError, match="weights have 91 outputs, num_classes is 5"):
-        torchvision.models.get_model(NAME, weights="COCO_V1", image_size=96, num_classes=5)
+        torchvision.models.get_model(NAME, num_classes=5, **arguments)
     with pytest.raises(ValueError, match="weights need width=1.0"):
         torchvision.models.get_model(NAME, weights="COCO_V1", width=0.5)
 
 
-def test_arguments_are_keyword_only_and_known():
+def test_invalid_arguments_are_refused():
     builder = torchvision.models.get_model_builder(NAME)
     with pytest.raises(TypeError):
         builder(None)
@@ -51,8 +52,7 @@ def test_arguments_are_keyword_only_and_known():
         builder(trainable_backbone_layers=7, weights="COCO_V1")
 
 
-def test_an_untrained_detector_answers_by_its_layers():
-    """Two of them differ, and their scores are not all the same."""
+def test_scores_of_untrained_detectors_vary_and_differ():
     first, second = (torchvision.models.get_model(NAME, num_classes=3, **OFFLINE).eval() for _ in range(2))
     with torch.no_grad():
         outputs = [model.exit_outputs([torch.rand(3, 96, 96)]).heads[-1]["cls_logits"] for model in (first, second)]

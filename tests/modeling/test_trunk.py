@@ -1,7 +1,8 @@
-"""The backbone in segments."""
+"""The backbone in segments, small copies of images, and eval mode."""
 
 from __future__ import annotations
 
+import contextlib
 from itertools import pairwise
 
 import pytest
@@ -10,18 +11,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from earlyexit_ssd.modeling.trunk import evaluating, small_copy, ssdlite_trunk
-from tests.modeling.conftest import small_model
+from tests.modeling.conftest import assert_equal, small_model
 
 
 @pytest.mark.parametrize("layers", [(8,), (8, 12), (12, 14), (1, 6, 13, 15)])
-def test_segments_give_the_backbone_s_own_maps(layers):
+def test_segments_compute_the_backbone_s_maps(layers):
     backbone = small_model().backbone.eval()
     trunk, x = ssdlite_trunk(backbone), torch.rand(2, 3, 96, 96)
     tap, finest = x, None
     for start, end in pairwise([0, *(trunk.ends[layer] for layer in layers), len(trunk.steps)]):
         tap, finest = trunk.run(tap, start, end, finest)
-    for found, expected in zip(trunk.feature_maps(tap, finest), backbone(x).values(), strict=True):
-        assert torch.equal(found, expected)
+    assert_equal(trunk.feature_maps(tap, finest), list(backbone(x).values()))
 
 
 def test_tap_is_the_output_of_that_layer():
@@ -31,13 +31,13 @@ def test_tap_is_the_output_of_that_layer():
     for layer in list(backbone.features[0])[:9]:
         expected = layer(expected)
     assert torch.equal(trunk.run(x, 0, trunk.ends[8])[0], expected)
-    # Layer 14 is behind C4, which is split in two.
+    # Layer 14 is after C4, which is split in two.
     for layer in [*list(backbone.features[0])[9:], *list(backbone.features[1])[:2]]:
         expected = layer(expected)
     assert torch.equal(trunk.run(x, 0, trunk.ends[14])[0], expected)
 
 
-def test_a_small_copy_has_means_over_whole_cells():
+def test_small_copy_has_the_means_of_blocks():
     x = torch.arange(16.0).reshape(1, 1, 4, 4)
     assert small_copy(x, 2).tolist() == [[[[2.5, 4.5], [10.5, 12.5]]]]
     assert torch.equal(small_copy(x, 4), x)
@@ -47,25 +47,20 @@ def test_a_small_copy_has_means_over_whole_cells():
 @pytest.mark.parametrize(
     ("side", "pixels", "times"), [(320, 128, 2), (320, 96, 3), (288, 128, 2), (320, 192, 1), (317, 128, 2)]
 )
-def test_a_small_copy_is_interpolated_then_averaged(side, pixels, times):
+def test_small_copy_is_interpolated_then_pooled(side, pixels, times):
     x = torch.rand(2, 3, side, side)
     larger = F.interpolate(x, (times * pixels, times * pixels), mode="bilinear", align_corners=False)
-    assert torch.allclose(small_copy(x, pixels), F.avg_pool2d(larger, times), atol=5e-5)  # places are rounded
+    assert torch.allclose(small_copy(x, pixels), F.avg_pool2d(larger, times), atol=5e-5)  # positions are rounded
 
 
-def test_evaluating_restores_every_flag():
-    model = nn.Sequential(nn.BatchNorm2d(2), nn.Dropout())
-    model.train()
+@pytest.mark.parametrize("fails", [False, True])
+def test_evaluating_restores_every_flag(fails):
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.Dropout()).train()
     model[0].eval()
-    with evaluating(model):
+    with contextlib.suppress(RuntimeError), evaluating(model):
         assert not any(module.training for module in model.modules())
         assert not torch.is_grad_enabled()
+        if fails:
+            raise RuntimeError
     assert [module.training for module in model.modules()] == [True, False, True]
-
-
-def test_evaluating_restores_flags_after_an_error():
-    model = nn.Dropout()
-    with pytest.raises(RuntimeError), evaluating(model):
-        raise RuntimeError
-    assert model.training
     assert torch.is_grad_enabled()

@@ -11,6 +11,7 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import build_ssdlite
 from earlyexit_ssd.modeling.detector import FullPathLosses
 from earlyexit_ssd.modeling.validate import check_images, check_router, check_targets
+from tests.modeling.conftest import assert_equal
 
 
 @pytest.mark.parametrize(
@@ -24,12 +25,12 @@ from earlyexit_ssd.modeling.validate import check_images, check_router, check_ta
         ([torch.full((3, 4, 4), torch.nan)], "image 0: values from nan to nan, expected"),
     ],
 )
-def test_invalid_images(images, message):
+def test_invalid_images_are_named(images, message):
     with pytest.raises(EarlyExitError, match=message):
         check_images(images)
 
 
-def test_values_a_little_outside_are_accepted():
+def test_values_slightly_outside_0_to_1_are_accepted():
     check_images([torch.tensor([-0.2, 1.3, 0.5])[:, None, None].expand(3, 4, 4)])
 
 
@@ -38,7 +39,7 @@ BOX = torch.tensor([[20, 30, 70, 90]])
 
 @pytest.mark.parametrize("boxes", [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8])
 @pytest.mark.parametrize("labels", [torch.int64, torch.int32, torch.int16, torch.uint8, torch.uint16])
-def test_targets_of_any_number_type_train_alike(model, boxes, labels):
+def test_targets_of_any_number_type_have_the_same_losses(model, boxes, labels):
     photos = [torch.full((3, 96, 96), 0.4), torch.full((3, 80, 120), 0.6)]
     plain = [
         {"boxes": BOX.float(), "labels": torch.tensor([2])},
@@ -48,11 +49,11 @@ def test_targets_of_any_number_type_train_alike(model, boxes, labels):
     for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)):
         norm.momentum = 0.0
     with torch.no_grad():
-        expected, found = (model.train()(photos, targets) for targets in (plain, other))
-        whole = FullPathLosses(model).train()(photos, other)
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
-    assert all(torch.equal(whole[key], expected[key]) for key in whole)
-    assert other[0]["boxes"].dtype == boxes  # the caller's are left alone
+        expected, losses = (model.train()(photos, targets) for targets in (plain, other))
+        full_path = FullPathLosses(model).train()(photos, other)
+    assert_equal(losses, expected)
+    assert_equal(full_path, {key: expected[key] for key in full_path})
+    assert other[0]["boxes"].dtype == boxes  # the caller's targets do not change
 
 
 @pytest.mark.parametrize(
@@ -61,10 +62,7 @@ def test_targets_of_any_number_type_train_alike(model, boxes, labels):
         (None, "target 1: expected a dict with the tensors boxes and labels, but boxes is missing"),
         ({"boxes": torch.zeros(0, 4)}, "target 1: .* but labels is missing"),
         ({"boxes": [[1, 2, 3, 4]], "labels": [1]}, "target 1: .* but boxes has the type list"),
-        (
-            {"boxes": np.ones((1, 4)), "labels": [1]},
-            "the type ndarray of float64; .* torch.as_tensor",
-        ),
+        ({"boxes": np.ones((1, 4)), "labels": [1]}, "the type ndarray of float64; .* torch.as_tensor"),
         ({"boxes": torch.ones(1, 4) > 0, "labels": torch.ones(1)}, "target 1: boxes are torch.bool, expected numbers"),
         ({"boxes": BOX, "labels": torch.ones(1)}, "target 1: labels are torch.float32, expected whole numbers"),
         ({"boxes": BOX, "labels": torch.ones(1) > 0}, "target 1: labels are torch.bool, expected whole numbers"),
@@ -72,22 +70,22 @@ def test_targets_of_any_number_type_train_alike(model, boxes, labels):
         ({"boxes": torch.ones(1, 3), "labels": torch.ones(1)}, r"target 1: expected boxes \[n, 4\] and labels \[n\]"),
     ],
 )
-def test_invalid_targets(target, message):
+def test_invalid_targets_are_named(target, message):
     good = {"boxes": torch.tensor([[1.0, 2.0, 3.0, 4.0]]), "labels": torch.tensor([1])}
     with pytest.raises(EarlyExitError, match=message):
         check_targets([good, target], 2, ("chair",))
 
 
 @pytest.mark.parametrize("router", ["max_foreground", ExitRouter, {}])
-def test_other_objects_are_no_router(model, images, router):
+def test_objects_without_a_router_s_methods_are_refused(model, images, router):
     with pytest.raises(EarlyExitError, match="expected an ExitRouter, or None"):
         check_router(router, model.num_early_exits)
-    model.router = router  # however it came there
+    model.router = router
     with pytest.raises(EarlyExitError, match="expected an ExitRouter, or None"):
         model.eval()(images)
 
 
-def test_training_needs_a_temperature_loss(model, images, targets):
+def test_router_needs_a_temperature_loss_in_training(model, images, targets):
     model.router = SimpleNamespace(hybrid=False, confidence=len, needs=len, leaves=len)
     check_router(model.router, model.num_early_exits)
     with pytest.raises(EarlyExitError, match="expected an ExitRouter, or None"):
