@@ -1,5 +1,6 @@
 """Checks of images, targets, routers and losses."""
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -68,6 +69,11 @@ def test_targets_of_any_number_type_have_the_same_losses(model, boxes, labels):
         ({"boxes": BOX, "labels": torch.ones(1) > 0}, "target 1: labels are torch.bool, expected whole numbers"),
         ({"boxes": BOX, "labels": torch.ones(1, 1, dtype=torch.int64)}, r"target 1: expected boxes .* and \[1, 1\]"),
         ({"boxes": torch.ones(1, 3), "labels": torch.ones(1)}, r"target 1: expected boxes \[n, 4\] and labels \[n\]"),
+        ({"boxes": BOX, "labels": torch.tensor([1, 1])}, r"target 1: expected boxes \[n, 4\] and labels \[n\]"),
+        ({"boxes": torch.tensor([[5.0, 5, 5, 9]]), "labels": torch.tensor([1])}, "target 1, box 0: .5.0, 5.0, 5"),
+        ({"boxes": BOX * math.nan, "labels": torch.tensor([1])}, "target 1, box 0: .nan"),
+        ({"boxes": BOX, "labels": torch.tensor([0])}, "target 1: labels 0..0, expected 1..1"),
+        ({"boxes": BOX, "labels": torch.tensor([2])}, "target 1: labels 2..2, expected 1..1"),
     ],
 )
 def test_invalid_targets_are_named(target, message):
