@@ -95,10 +95,11 @@ def one_added(state):
     [
         lambda state: {"model_ema": prefixed(one_added(state), "module."), "model": state},
         lambda state: {"state_dict": {**prefixed(one_added(state), "ema_model.module."), **prefixed(state, "model.")}},
+        lambda state: {"pupil": one_added(state), "model": state},
     ],
-    ids=["two dicts", "one dict"],
+    ids=["two dicts", "one dict", "usual key"],
 )
-def test_trained_weights_are_preferred_to_their_average(tmp_path, state, caplog, wrap):
+def test_trained_weights_and_usual_keys_are_preferred(tmp_path, state, caplog, wrap):
     loaded, _ = load_full_path(save(wrap(state), tmp_path / "c.pth"))
     assert_equal(loaded, state)
     assert "and ignores" in caplog.text
