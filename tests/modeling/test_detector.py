@@ -23,7 +23,7 @@ from earlyexit_ssd.modeling.detector import (
 from earlyexit_ssd.modeling.losses import Assignment, LossSettings
 from earlyexit_ssd.modeling.outputs import pool_tap
 from earlyexit_ssd.modeling.trunk import small_copy
-from tests.modeling.conftest import SMALL, assert_equal, copy_state, small_model
+from tests.modeling.conftest import SMALL, assert_equal, copy_state, model_with_varied_scores, small_model
 
 
 def random_heads(count):
@@ -121,7 +121,7 @@ MODULES = ("layer0", "layer9", "exit8", "exit12", "layer14", "full")
     ],
 )
 def test_routed_images_get_their_exit_s_detections_and_no_other_layers_run(plan, closed, hybrid, images_per_call):
-    model, images = small_model().eval(), [torch.rand(3, 96, 96) for _ in plan]
+    model, images = model_with_varied_scores(), [torch.rand(3, 96, 96) for _ in plan]
     outputs = model.exit_outputs(images)
     outputs = outputs.on_full_boxes() if hybrid else outputs
     model.router = FixedRouter(plan, closed, hybrid)
