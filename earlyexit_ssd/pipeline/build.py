@@ -13,13 +13,14 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchvision.models._api import WeightsEnum
 
 from earlyexit_ssd.calibration.certificate import load_certificate, parse_certificate
 from earlyexit_ssd.config.check import num_exits
-from earlyexit_ssd.data.dataset import build_loader, class_names, load_dataset
+from earlyexit_ssd.data.dataset import DetectionDataset, build_loader, class_names, load_dataset
 from earlyexit_ssd.data.records import limit_photos
-from earlyexit_ssd.engine.processes import failing_together, is_main, process_group
+from earlyexit_ssd.engine.processes import failing_together, is_main, process_group, rank, world_size
 from earlyexit_ssd.errors import ConfigError, EarlyExitError, nearest
 from earlyexit_ssd.evaluation.cost import EAGER
 from earlyexit_ssd.evaluation.metrics import EvaluationSettings
@@ -63,11 +64,8 @@ def evaluation_device(cfg: CfgNode) -> torch.device:
 
 
 def shares_processes(folder: str) -> Callable[[Job[P, R]], Job[P, R]]:
-    """Return a decorator for a job that all processes of torchrun run together.
-
-    Each process must call the job. The first process locks the folder in the job's parameter ``folder``. An error of
-    one process ends all processes.
-    """
+    """Return a decorator for a job that all processes of torchrun call together. The first process locks the folder in
+    the job's parameter ``folder``. An error of one process ends all processes."""
 
     def decorate(job: Job[P, R]) -> Job[P, R]:
         locking = locks_folder(folder)(job)
@@ -135,9 +133,8 @@ def build_architecture(cfg: CfgNode, classes: tuple[str, ...]) -> Architecture:
 
 
 def build_model(cfg: CfgNode, classes: tuple[str, ...]) -> tuple[EarlyExitSSDLite, Architecture]:
-    """Build a model and its architecture. The weights of the full path come from MODEL.WEIGHTS if it is set, otherwise
-    those of the trunk from MODEL.WEIGHTS_BACKBONE if it is set. All other weights, such as those of the branches, are
-    initialised by the model."""
+    """Build a model and its architecture. MODEL.WEIGHTS has the weights of the full path, MODEL.WEIGHTS_BACKBONE those
+    of the trunk; either may be empty. All other weights are initialised by the model."""
     architecture = build_architecture(cfg, classes)
     if cfg.MODEL.WEIGHTS:
         source = source_classes(cfg.MODEL.WEIGHTS, cfg.MODEL.WEIGHTS_CLASSES, cfg.MODEL.NAME)
@@ -224,11 +221,11 @@ def source_classes(weights: str, classes: str, detector: str) -> tuple[str, ...]
 def backbone_weights(cfg: CfgNode) -> WeightsEnum:
     """Return the ImageNet weights of torchvision that MODEL.WEIGHTS_BACKBONE names. Raise ConfigError for another
     name."""
-    names, name = detector_class(cfg.MODEL.NAME).backbone_weights.__members__, cfg.MODEL.WEIGHTS_BACKBONE
-    if name not in names:
-        expected = f"expected one of {', '.join(names)}{nearest(name, names)}"
+    members, name = detector_class(cfg.MODEL.NAME).backbone_weights.__members__, cfg.MODEL.WEIGHTS_BACKBONE
+    if name not in members:
+        expected = f"expected one of {', '.join(members)}{nearest(name, members)}"
         raise ConfigError(f"MODEL.WEIGHTS_BACKBONE is {name!r}, {expected}")
-    return names[name]
+    return members[name]
 
 
 def _imagenet_detector(cfg: CfgNode, architecture: Architecture):
@@ -255,14 +252,10 @@ def build_losses(cfg: CfgNode) -> LossSettings:
 
 
 def build_router(cfg: CfgNode, stored: Mapping[str, Any] | None = None, learn: bool = False) -> ExitRouter:
-    """Return the router of the ROUTING section.
+    """Return the router of the ROUTING section, with trainable temperatures if ``learn`` is set.
 
-    Args:
-        stored: router in a model's info. Its number of exits and its temperatures have priority.
-        learn: whether the temperatures are trainable.
-
-    Raises:
-        ConfigError: the policy is unknown, or the number of thresholds does not fit the number of exits.
+    The number of exits and the temperatures of ``stored``, the router in a model's info, have priority. Raise
+    ConfigError if the policy is unknown, or if the number of thresholds does not fit the number of exits.
     """
     routing, stored = cfg.ROUTING, stored or {}
     exits, thresholds = stored.get("num_exits", num_exits(cfg)), len(routing.THRESHOLDS)
@@ -307,14 +300,16 @@ def open_router(cfg: CfgNode, model: EarlyExitSSDLite, info: ModelInfo, weights:
 
 def trained_temperatures(cfg: CfgNode, info: dict, exits: int) -> list[float]:
     """Return the temperatures that were fitted in training, from the ``info`` of a model's file, or those of ROUTING.
-
-    The router of a calibrated model may have temperatures that were fitted on calibration photos. Its info then has
-    both.
-    """
+    The router of a calibrated model may have others, fitted on calibration photos; its info then has both."""
     temperatures = (info.get("router") or {}).get("temperatures", cfg.ROUTING.TEMPERATURES)
     temperatures = info.get("trained_temperatures", temperatures)
     bounds = cfg.ROUTING.TEMPERATURE_BOUNDS
     return ExitRouter(exits, temperatures=temperatures, temperature_bounds=bounds).temperatures.tolist()
+
+
+def evaluation_loader(cfg: CfgNode, dataset: DetectionDataset) -> DataLoader:
+    """Return a loader of the photos in their order, not augmented. Under torchrun a process gets its share."""
+    return build_loader(dataset, cfg.EVAL.BATCH_SIZE, cfg.DATA.WORKERS, False, cfg.SEED, rank(), world_size())
 
 
 def build_evaluation(cfg: CfgNode) -> EvaluationSettings:

@@ -169,7 +169,7 @@ def export_int8(
         for step, kept in enumerate(LADDER):
             quantised = _quantised(nncf, segments, inputs, kept)
             trial = new_path.with_name(f"trial{step}{new_path.suffix}")
-            export.WRITERS[file_format](model, quantised, trial)
+            export.write_segments(model, quantised, trial, file_format)
             thresholds = _thresholds(model, confidences, _confidences(trial, runtime, photos))
             predictors = Predictor(float_path, runtime), Predictor(trial, runtime, thresholds=thresholds)
             figures = _compare(*predictors, reference, dataset, kept, delta)
@@ -187,7 +187,7 @@ def export_int8(
         if thresholds:
             model.router.thresholds = [thresholds.get(name, CLOSED) for name in model.exit_names[:-1]]
             model.router.certificate = None
-        export.WRITERS[file_format](model, quantised, new_path)
+        export.write_segments(model, quantised, new_path, file_format)
     return dataclasses.replace(figures, path=path, size=export.size_of(path))
 
 

@@ -33,10 +33,10 @@ from earlyexit_ssd.pipeline.build import (
     with_values,
 )
 from earlyexit_ssd.pipeline.calibrate import build_target, calibrate
-from earlyexit_ssd.pipeline.evaluate import check_rivals, evaluate_model
+from earlyexit_ssd.pipeline.evaluate import PAGE, check_rivals, evaluate_model, read_training
 from earlyexit_ssd.pipeline.phases import PHASE_FUNCTIONS, tap_cache
-from earlyexit_ssd.pipeline.reports import write_training_page
 from earlyexit_ssd.pipeline.run import Run, RunFolder
+from earlyexit_ssd.report.page import never_failing, training_page, write_page
 from earlyexit_ssd.report.pictures import photo_grid, training_curves
 from earlyexit_ssd.routing.policies import FITTED_POLICIES
 
@@ -152,31 +152,41 @@ def train_phases(cfg: CfgNode, resume: bool = True, force: bool = True) -> Path:
 
 def _run_phase(run: Run, name: str, force: bool) -> None:
     """Train the phase and check its gate, or load its model if the phase is finished already."""
-    path, phases = run.folder.phase(name) / "model.pth", run.cfg.PHASES
-    if run.folder.finished(name):
+    folder, phases = run.folder, run.cfg.PHASES
+    path = folder.phase(name) / "model.pth"
+    if folder.finished(name):
         _load_finished(run, path, name)
         if is_main():
-            run.folder.remove_taps()
+            folder.remove_taps()
         logger.info("phase %s is finished already: %s", name, path)
         return
     logger.info("phase %s (%d of %d)", name, phases.index(name) + 1, len(phases))
     gate = PHASE_FUNCTIONS[name](run)
     gate = dataclasses.replace(gate, forced=force and not gate.passed)
     if is_main():
-        curves = training_curves({phase: read_log(run.folder.phase(phase)) for phase in phases})
+        curves = training_curves({phase: read_log(folder.phase(phase)) for phase in phases})
         if curves is not None:
-            write_image(run.folder.root / "curves.png", curves)
+            write_image(folder.root / "curves.png", curves)
         router = run.model.router.to_dict() if run.model.router is not None else None
-        forced = gate.forced or run.folder.forced()
+        forced = gate.forced or folder.forced()
         info = {"phase": name, "forced": forced, "router": router, "taken_over": takes_over(run.cfg)}
         save_model(path, run.model, run.architecture, info)
-        run.folder.write_gate(gate)
-        run.folder.remove_taps()
-        write_training_page(run.folder.root, run.cfg)
+        folder.write_gate(gate)
+        folder.remove_taps()
+        write_training_page(folder.root, run.cfg)
     barrier()
     logger.info("%s", gate)
     if not gate.passed and not force:
         raise gate.failed()
+
+
+def write_training_page(folder: Path, cfg: CfgNode) -> None:
+    """Write the report page of a training that is not evaluated yet into its ``folder``, once there is a log entry or a
+    gate."""
+    with never_failing(folder / PAGE):
+        section, gates = read_training(folder, cfg.ROUTING.TEMPERATURE_BOUNDS)
+        if section is not None:
+            write_page(folder / PAGE, training_page(section, gates, ", ".join(cfg.DATA.TRAIN)))
 
 
 def _load_finished(run: Run, path: Path, phase: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 from earlyexit_ssd.config import load_config
-from earlyexit_ssd.pipeline.reports import calibrate_command, read_training, write_training_page
+from earlyexit_ssd.pipeline.evaluate import calibrate_command, read_training
+from earlyexit_ssd.pipeline.train import write_training_page
 
 
 def test_the_command_of_a_calibration_has_the_keys_of_the_evaluation():
