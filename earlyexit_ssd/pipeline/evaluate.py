@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from fvcore.common.config import CfgNode
 from PIL import Image
-from torch import nn
 from torchvision.models.detection.ssd import SSD
 
 from earlyexit_ssd.calibration import DriftMonitor
@@ -126,25 +125,15 @@ def check_rivals(cfg: CfgNode, device: torch.device) -> None:
 
 
 def build_rivals(cfg: CfgNode, model: EarlyExitSSDLite, architecture: Architecture) -> list[Rival]:
-    """Return the rivals of EVAL.RIVALS, which detect the model's classes. They are on the model's device, and exported
-    detectors on the CPU.
-
-    Raises:
-        EarlyExitError: a file does not hold a detector of its kind, or its detector has none of the classes.
-    """
+    """Return the rivals of EVAL.RIVALS, which detect the model's classes. They are on the model's device, exported
+    detectors on the CPU. Raise EarlyExitError if a file does not hold a detector of its kind and of these classes."""
     rivals, wanted, own_size = cfg.EVAL.RIVALS, architecture.classes, architecture.image_size
     built: list[Rival] = []
     if not rivals.ENABLED:
         return built
 
-    def add(
-        name: str,
-        kind: str,
-        detector: SSD,
-        network: nn.Module,
-        classes: Sequence[str] = wanted,
-        source: str | None = None,
-    ) -> None:
+    def add(name: str, kind: str, detector: SSD, classes: Sequence[str] = wanted, source: str | None = None) -> None:
+        network = PathToExit(detector, 0) if kind == SINGLE_EXIT else PlainPath(detector)
         example = example_input(detector)
         filtered = WantedClasses(detector, classes, wanted, source or name).to(example.device)
         built.append(Rival(name, kind, network, example, count_mmacs(network, example), filtered, source))
@@ -153,20 +142,17 @@ def build_rivals(cfg: CfgNode, model: EarlyExitSSDLite, architecture: Architectu
     sizes = rivals.SIZES or (smaller_sizes(own_size) if model.any_size else ())
     sizes = [size for size in dict.fromkeys(sizes) if size != own_size]
     for size in sizes:
-        detector = resize_detector(model, architecture, size)
-        add(f"plain {size}", PLAIN, detector, PlainPath(detector))
+        add(f"plain {size}", PLAIN, resize_detector(model, architecture, size))
     for size in (own_size, *sizes) if is_folded(model.head.classification_head) else ():
-        detector = resize_detector(model, architecture, size, cut=True)
-        add(f"plain {size}, cut head", CUT_HEAD, detector, PlainPath(detector))
+        add(f"plain {size}, cut head", CUT_HEAD, resize_detector(model, architecture, size, cut=True))
     for path in rivals.FULL_PATHS:
         other, other_architecture, _ = load_model(path)
         size = other_architecture.image_size
         detector = resize_detector(other.to(device), other_architecture, size)  # the same size, without branches
-        add(f"plain {size}, {_short(path)}", PLAIN, detector, PlainPath(detector), other.classes, path)
+        add(f"plain {size}, {_short(path)}", PLAIN, detector, other.classes, path)
     for path in rivals.SINGLE_EXITS:
         other = _single_exit(path).to(device)
-        name = f"{other.exit_names[0]} alone, {_short(path)}"
-        add(name, SINGLE_EXIT, other, PathToExit(other, 0), other.classes, path)
+        add(f"{other.exit_names[0]} alone, {_short(path)}", SINGLE_EXIT, other, other.classes, path)
     return built + onnx_rivals(cfg, wanted)
 
 
@@ -219,7 +205,6 @@ def evaluate_model(
     Args:
         cfg: configuration; its DATA.CLASSES are replaced by the classes of the weights.
         weights: a model of this project, or a checkpoint that ``cfg`` describes, see `open_model`.
-        out_dir: folder of the results.
         compare: whether to warn if ``cfg`` describes another model than ``weights``.
 
     Returns:

@@ -329,8 +329,7 @@ class Optimizer:
     # Recorded outputs.
 
     def _replay(self, net: Candidate, split: str) -> Replay:
-        """Return the outputs of a net with all its exits on a split, recorded at the first use. Only the latest
-        recording of each split is kept in memory."""
+        """Return the outputs of a net with all its exits on a split. The latest of each split is kept in memory."""
         if (net, split) not in self._replays:
             self._replays = {key: replay for key, replay in self._replays.items() if key[1] != split}
             exits = tuple(exit_.name for exit_ in self.plan.exits_of(net))
@@ -394,15 +393,10 @@ class Optimizer:
     @functools.cached_property
     def _fine_tuned(self) -> Net:
         """The full path with the best head, fine-tuned at all tried sizes and at the sizes of the glances."""
-        if self.plan.best_head == "compact":
-            architecture, state = self._compact
-        else:
-            architecture, state = self.architecture, self.full_path().state_dict()
-        architecture = dataclasses.replace(architecture, exits=())
-        sizes = [*self.plan.sizes(fine_tuned=True)]
+        recorded = self._build(Candidate("", self.architecture.image_size, self.plan.best_head))
+        student, architecture = recorded.model, recorded.architecture
+        sizes = self.plan.sizes(fine_tuned=True)
         sizes += [pixels for pixels, _ in self.plan.glances if self.has_empty_photos]
-        student = architecture.build().to(self.device)
-        student.load_state_dict(state)
         fine_tune(self.cfg, student, architecture, self.model, sizes, self.sets["CALIB"], self.out / "fine_tuned")
         return architecture, student.state_dict()
 
@@ -416,8 +410,8 @@ class Optimizer:
 
 
 def _without_untrained_branches(cfg: CfgNode) -> CfgNode:
-    """Return a copy of the configuration for a checkpoint as it is: without a compact head and, if any configured exit
-    has a branch, with glances as the only exits, because that branch would be untrained."""
+    """Return the configuration for a checkpoint as it is: without a compact head and, if any exit has a branch, which
+    would be untrained, with glances as the only exits."""
     values = {"MODEL.FOLD": "rows" if cfg.MODEL.FOLD == "rows" else "exact"}
     if set(cfg.EXITS.LAYERS) != set(cfg.EXITS.EMPTY):
         values |= {"EXITS.LAYERS": (), "EXITS.EMPTY": ()}
@@ -452,8 +446,8 @@ def _write_chosen(search: Optimizer, chosen: Candidate) -> Results:
 
 
 def _in_8_bits(search: Optimizer, chosen: Candidate) -> Candidate | None:
-    """Return the chosen candidate in 8 bits; its file replaces detector.xml. None if the candidate in 8 bits does not
-    hold the budget, is not faster, or cannot be made."""
+    """Return the chosen candidate in 8 bits; its file replaces detector.xml. None if 8 bits do not hold the budget, are
+    not faster, or cannot be made."""
     goal = search.goal
     try:
         if goal.coco_ap_drop is not None:
@@ -481,8 +475,8 @@ def _in_8_bits(search: Optimizer, chosen: Candidate) -> Candidate | None:
 
 
 def _test_in_8_bits(search: Optimizer, test: TestFigures, speed: float) -> TestFigures:
-    """Return the test figures of detector.xml in 8 bits. Accuracy is measured. The time is the time of ``test``, in 32
-    bits, divided by ``speed``, the speed relative to 32 bits."""
+    """Return the test figures of detector.xml in 8 bits. Accuracy is measured; the time in 32 bits, which is in
+    ``test``, is divided by ``speed``."""
     cfg, dataset = search.cfg, search.sets["TEST"]
     base = collect_detections(open_any(search.out / BASE_FILE), evaluation_loader(cfg, dataset))
     quantised = detect(Predictor(search.out / "detector.xml", OPENVINO), dataset)
