@@ -59,7 +59,7 @@ def takes_over(cfg: CfgNode) -> bool:
 
 def evaluation_device(cfg: CfgNode) -> torch.device:
     """Return the device for evaluations: DEVICE, or the CPU if DEVICE is ``auto`` and EVAL.RUNTIME is not ``eager``.
-    Set PyTorch's threads to THREADS. Raise ConfigError if the device is not available."""
+    See `build_device` for threads and errors."""
     return _device(cfg, "cpu" if cfg.DEVICE == "auto" and cfg.EVAL.RUNTIME != EAGER else cfg.DEVICE)
 
 
@@ -107,8 +107,7 @@ def _device(cfg: CfgNode, name: str) -> torch.device:
 
 
 def build_exits(cfg: CfgNode) -> tuple[Exit, ...]:
-    """Return the exits of the EXITS section, whose keys are the keywords of `describe_exits` in capitals. Raise
-    ConfigError for an invalid value, such as an unknown kind of branch."""
+    """Return the exits of the EXITS section. Raise ConfigError for an invalid value, such as an unknown branch."""
     section = {key.lower(): value for key, value in cfg.EXITS.items()}
     try:
         return describe_exits(section.pop("layers"), **section)
@@ -151,8 +150,7 @@ def build_model(cfg: CfgNode, classes: tuple[str, ...]) -> tuple[EarlyExitSSDLit
 
 
 def photos_to_compare_on(cfg: CfgNode, classes: tuple[str, ...]) -> Iterator[Tensor]:
-    """Yield a seeded sample of the photos of DATA.TRAIN, [3, H, W] in [0, 1], not augmented. Files are read only when
-    the first photo is taken."""
+    """Yield a seeded sample of the photos of DATA.TRAIN, [3, H, W] in [0, 1], not augmented."""
     dataset = load_dataset(with_classes(cfg, classes), cfg.DATA.TRAIN, train=True, labels="optional")
     dataset = dataset.subset(limit_photos(dataset.records, COMPARED_PHOTOS, cfg.SEED))
     dataset.transforms = None
@@ -172,15 +170,14 @@ def open_model(
 ) -> tuple[EarlyExitSSDLite, Architecture, ModelInfo]:
     """Return a trained model in eval mode on the CPU, its architecture and its info.
 
-    Args:
-        weights: a model file of this project, the name of shipped weights, or a checkpoint of torchvision's reference
-            training with exits. A checkpoint must fit the configuration: MODEL, EXITS, and DATA.CLASSES in the order of
-            the labels. If its head has COCO's 91 outputs, classes that are not in DATA.CLASSES are folded into
-            background. Its trained temperatures are in ``info["router"]``.
-        need_exits: whether a checkpoint without exits is an error. Otherwise the model has the full path only.
+    ``weights`` is a model file of this project, the name of shipped weights, or a checkpoint of torchvision's reference
+    training. A checkpoint must fit the configuration: MODEL, EXITS, and DATA.CLASSES in the order of the labels. If its
+    head has COCO's 91 outputs, classes that are not in DATA.CLASSES are folded into background. Its trained
+    temperatures are in ``info["router"]``.
 
     Raises:
-        EarlyExitError: unusable weights, or weights that do not fit the configuration.
+        EarlyExitError: unusable weights, weights that do not fit the configuration, or a checkpoint without exits if
+            ``need_exits`` is set.
     """
 
     def describe(outputs: int, exits: tuple[str, ...]) -> Architecture:
@@ -212,15 +209,14 @@ def open_model(
 
 
 def source_classes(weights: str, classes: str, detector: str) -> tuple[str, ...] | None:
-    """Return the class names of a checkpoint: COCO's if ``weights`` are torchvision's weights of ``detector``
-    (MODEL.NAME) or ``classes`` is "coco", otherwise None."""
+    """Return COCO's class names if ``weights`` are torchvision's of ``detector`` or ``classes`` is "coco", otherwise
+    None."""
     from_torchvision = torchvision_name(weights, detector_class(detector).plain_weights)
     return COCO_CLASSES if classes == "coco" or from_torchvision else None
 
 
 def backbone_weights(cfg: CfgNode) -> WeightsEnum:
-    """Return the ImageNet weights of torchvision that MODEL.WEIGHTS_BACKBONE names. Raise ConfigError for another
-    name."""
+    """Return the ImageNet weights that MODEL.WEIGHTS_BACKBONE names. Raise ConfigError for an unknown name."""
     members, name = detector_class(cfg.MODEL.NAME).backbone_weights.__members__, cfg.MODEL.WEIGHTS_BACKBONE
     if name not in members:
         expected = f"expected one of {', '.join(members)}{nearest(name, members)}"
@@ -287,8 +283,8 @@ def require_policy(cfg: CfgNode) -> None:
 
 
 def open_router(cfg: CfgNode, model: EarlyExitSSDLite, info: ModelInfo, weights: str | os.PathLike[str]) -> ExitRouter:
-    """Return the router of the first of these: ROUTING.CERTIFICATE, the certificate in the model's file, the ROUTING
-    section. ``model`` and ``info`` are from the file ``weights``. Raise the errors of `Certificate.router_for` and
+    """Return the router of the first of these: ROUTING.CERTIFICATE, the certificate in ``info``, the ROUTING section.
+    ``model`` and ``info`` are from the file ``weights``. Raise the errors of `Certificate.router_for` and
     `build_router`."""
     if cfg.ROUTING.CERTIFICATE:
         return load_certificate(cfg.ROUTING.CERTIFICATE).router_for(model)
@@ -325,7 +321,7 @@ def build_evaluation(cfg: CfgNode) -> EvaluationSettings:
 
 
 def with_values(cfg: CfgNode, values: Mapping[str, Any]) -> CfgNode:
-    """Return a copy of the configuration with other ``values``, a dict of dotted keys. They are not checked."""
+    """Return a copy of the configuration with other ``values`` by dotted key. They are not checked."""
     cfg = cfg.clone()
     cfg.defrost()
     for key, value in values.items():
@@ -336,5 +332,4 @@ def with_values(cfg: CfgNode, values: Mapping[str, Any]) -> CfgNode:
 
 
 def with_classes(cfg: CfgNode, classes: tuple[str, ...]) -> CfgNode:
-    """Return a copy of the configuration with ``classes`` as DATA.CLASSES."""
     return with_values(cfg, {"DATA.CLASSES": tuple(classes)})

@@ -151,7 +151,7 @@ class Search:
 
     @property
     def draws(self) -> int:
-        """Number of blocks of calibration photos; a block is one independent draw."""
+        """Number of blocks of calibration photos."""
         return len(self.calib.recording) if self.blocks is None else int(self.blocks.max()) + 1
 
     @property

@@ -77,8 +77,8 @@ logger = logging.getLogger(__name__)
 class Replay:
     """A recorded split of n photos. In all arrays [n] and [n, exits], photos are ordered by increasing image id.
 
-    If ``labelled`` is False, ``ground_truth`` holds the full path's detections with a score of at least ``score``.
-    Figures then measure agreement with the full path, not accuracy.
+    If ``labelled`` is False, ``ground_truth`` holds the full path's detections with a score of at least ``score``, and
+    figures measure agreement with the full path.
     """
 
     recording: Recording
@@ -103,8 +103,8 @@ class Replay:
         return replace(self, recording=self.recording.only(names))
 
     def matches_beside(self, reference: Detections | None) -> tuple[ExitMatches, np.ndarray]:
-        """Return matches that include ``reference`` as an additional last exit, and the choice [n] of that exit for all
-        photos. If ``reference`` is None, it is the full path, and no exit is added."""
+        """Return matches with ``reference`` as an additional last exit, and the choice [n] of the last exit for all
+        photos. None: no exit is added, so the last exit is the full path."""
         if reference is None:
             return self.matches, np.full(len(self.recording), self.matches.exits - 1)
         exits = [*self.recording.detections, reference]
@@ -159,7 +159,7 @@ class Recorded:
     folder: Path
 
     def replay(self, name: str) -> Replay:
-        """Return the replay of the split ``name``. The split is recorded first, unless its recording is stored."""
+        """Return the replay of the split ``name``, which is recorded unless its recording is stored."""
         settings, dataset, ground_truth = self.cfg.EVAL, self.sets[name], to_coco(self.sets[name])
         hashes = [digest for _, digest in photo_hashes(dataset)]
         loader = evaluation_loader(self.cfg, dataset)
@@ -250,7 +250,7 @@ def temperatures_of(fitted: Sequence[FittedTemperature], exit_names: Sequence[st
 
 @dataclass(frozen=True)
 class FittingPhotos:
-    """A recorded split for fitting policies, see `RecordedPhotos`. Photos are in the order of the recording."""
+    """A recorded split for fitting policies, in the order of the recording. See `RecordedPhotos` for the methods."""
 
     replay: Replay
     temperatures: Sequence[float]
@@ -258,24 +258,20 @@ class FittingPhotos:
     seed: int
 
     def signals(self, exit_index: int, boxes: int | None = None) -> Iterator[ExitSignals]:
-        """Yield batches of the policy's inputs at an early exit, with the logits divided by the temperature."""
         for batch in self.replay.recording.signals(exit_index):
             signals = at_likeliest_boxes(batch, boxes)
             yield ExitSignals(signals.logits / self.temperatures[exit_index], signals.tap, signals.empty)
 
     def losses(self) -> Tensor:
-        """Return the loss of each photo at each exit, [n, exits] in [0, 1]."""
         losses = self.replay.losses(self.reference)
         return torch.from_numpy(losses[np.argsort(self.replay.order)]).float()  # by id -> by row of the recording
 
     def largest_scores(self) -> Tensor:
-        """Return the largest score of the full path in each photo, [n]; 0 without a detection."""
         recording = self.replay.recording
         scores = (recording.detections[-1][image_id]["scores"].tolist() for image_id in recording.image_ids)
         return torch.tensor([max(of_photo, default=0.0) for of_photo in scores])
 
     def object_counts(self) -> list[int]:
-        """Return the number of labelled objects of each class, without crowds."""
         truth = self.replay.ground_truth
         counts = Counter(row["category_id"] for row in truth.anns.values() if not row["iscrowd"])
         return [counts[category] for category in sorted(truth.getCatIds())]

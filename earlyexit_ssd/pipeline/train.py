@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
-    """Check the settings, load all data and build the model, so that errors are reported before the training starts."""
+    """Check all inputs, load the data and build the model."""
     _check_names(cfg)
     if cfg.ROUTING.CERTIFICATE:
         raise ConfigError("ROUTING.CERTIFICATE belongs to trained weights; remove it for a training")
@@ -72,8 +72,7 @@ def prepare(cfg: CfgNode, folder: RunFolder, device: torch.device) -> Run:
 
 
 def _closed_until_fitted(cfg: CfgNode) -> CfgNode:
-    """Return the configuration, with the default routing (every exit closed) if its policy needs a fit by a
-    calibration."""
+    """Return the configuration, with every exit closed if its policy needs a fit by a calibration."""
     default = get_cfg().ROUTING
     closed = {"ROUTING.POLICY": default.POLICY, "ROUTING.THRESHOLDS": default.THRESHOLDS}
     return with_values(cfg, closed) if cfg.ROUTING.POLICY in FITTED_POLICIES else cfg
@@ -86,7 +85,7 @@ def learns_from_labels(cfg: CfgNode) -> bool:
 
 
 def _check_names(cfg: CfgNode) -> None:
-    """Check names of data sets, weight files, the exits and batch sizes, which takes no time."""
+    """Check names of data sets, weight files, the exits and batch sizes."""
     for name in (*cfg.DATA.TRAIN, *cfg.DATA.CALIB, *cfg.DATA.TEST):
         catalog.find(name, cfg.DATA)
     for weights in (cfg.MODEL.WEIGHTS, cfg.BASELINE.GATE.REFERENCE):
@@ -111,7 +110,7 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> Results | 
         force: continue after a failed gate. Every later report mentions it.
 
     Returns:
-        The content of metrics.json, or None on processes other than the first.
+        The content of metrics.json; None on processes other than the first.
 
     Raises:
         EarlyExitError: unusable settings, data or weights, or a training that diverged.
@@ -134,8 +133,8 @@ def train(cfg: CfgNode, resume: bool = False, force: bool = False) -> Results | 
 
 
 def train_phases(cfg: CfgNode, resume: bool = True, force: bool = True) -> Path:
-    """Run the configured phases, see `train`. Nothing is calibrated or evaluated. The caller must hold the lock of
-    OUTPUT_DIR. Return the path of the last phase's model."""
+    """Run the configured phases, see `train`, and return the path of the last phase's model. The caller must hold the
+    lock of OUTPUT_DIR."""
     folder = RunFolder(Path(cfg.OUTPUT_DIR))
     if is_main():
         folder.require_free(cfg, resume)

@@ -14,7 +14,7 @@ from earlyexit_ssd.errors import EarlyExitError
 from earlyexit_ssd.modeling import Architecture, LossSettings, describe_exits
 from earlyexit_ssd.modeling.detector import TapBatch
 from earlyexit_ssd.pipeline import phases
-from earlyexit_ssd.pipeline.build import build_router
+from earlyexit_ssd.pipeline.build import build_router, with_values
 from earlyexit_ssd.pipeline.phases import (
     SeveralSizes,
     TaughtFullPath,
@@ -62,7 +62,7 @@ def test_joint_phase_is_kept_only_if_the_full_path_keeps_its_ap50(monkeypatch, a
     ("weights", "expected"), [((), (1 / 4, 1 / 3, 1 / 2)), ((0.5,), (0.5,)), ((1.0, 2.0, 3.0), (1.0, 2.0, 3.0))]
 )
 def test_joint_phase_has_its_own_teacher_and_weights(weights, expected):
-    phase = load_config(None, ["JOINT.EXIT_WEIGHTS", str(weights)]).JOINT
+    phase = with_values(load_config(), {"JOINT.EXIT_WEIGHTS": weights}).JOINT
     losses = joint_losses(LossSettings(teacher="full", exit_weights=(7.0,), full_weight=2.0), phase, exits=3)
     assert (losses.teacher, losses.exit_weights, losses.full_weight) == ("next", expected, 2.0)
 

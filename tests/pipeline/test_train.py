@@ -20,6 +20,7 @@ TEACHER = ("LOSS.SUPERVISION", "teacher", "LOSS.TEACHER", "full", "BASELINE.EPOC
     ("keys", "expected"),
     [
         ((), True),
+        (("PHASES", "[exits]"), True),
         (TEACHER, False),
         ((*TEACHER, "BASELINE.EPOCHS", "1"), True),
         ((*TEACHER, "BASELINE.EPOCHS", "1", "PHASES", "[exits]"), False),
